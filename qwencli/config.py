@@ -1,0 +1,224 @@
+"""What a run is asked to do: modes, engine configuration, sampling.
+
+Everything here is frozen. `resolve_sampling` and `qwencli.engine.resolve` turn what a user
+said into concrete values once; nothing changes them afterwards. This module knows no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from qwencli.errors import UsageError
+
+
+class EngineName(StrEnum):
+    NATIVE = "native"
+    TRANSFORMERS = "transformers"
+    REMOTE = "remote"
+
+
+class Quantization(StrEnum):
+    NONE = "none"
+    INT8 = "8bit"
+    INT4 = "4bit"
+    FP8 = "fp8"
+
+
+class Attention(StrEnum):
+    AUTO = "auto"
+    SDPA = "sdpa"
+    FLASH = "flash_attention_2"
+    EAGER = "eager"
+
+
+class Cache(StrEnum):
+    DYNAMIC = "dynamic"
+    STATIC = "static"
+    STATIC_COMPILE = "static-compile"
+    STATIC_GRAPH = "static-graph"
+
+
+class LoadMode(StrEnum):
+    KEEP = "keep"
+    RELOAD = "reload"
+
+
+class LoadFormat(StrEnum):
+    AUTO = "auto"
+    DUMMY = "dummy"
+
+
+class DType(StrEnum):
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class ModelSource(StrEnum):
+    BUNDLED = "bundled"
+    BUILTIN = "builtin"
+    CUSTOM = "custom"
+    LOCAL = "local"
+    HUB = "hub"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model that can be asked for by name.
+
+    Args:
+        name: the name used on the command line.
+        source: where the entry comes from.
+        repo_id: hub repository, None for a local folder.
+        path: local folder with config.json and weights, None when not (yet) on this machine.
+        hub_config: contents of the model's config.json (true shapes), None when not known
+            before a download.
+        vram_requirement: GB by quantization as stated by the entry ("4bit", "8bit", "full");
+            empty when nobody stated it.
+        default: whether custom_models.json marks this entry as the one to use.
+        quantized: whether the checkpoint itself is quantized already.
+    """
+
+    name: str
+    source: ModelSource
+    repo_id: str | None = None
+    path: Path | None = None
+    hub_config: Mapping[str, Any] | None = None
+    vram_requirement: Mapping[str, float] = field(default_factory=dict)
+    default: bool = False
+    quantized: bool = False
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to load and run one model. `auto` values are made concrete by the engine's resolver.
+
+    Args:
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        min_pixels, max_pixels: bounds on height x width after resizing; None = the model's own.
+        max_seq_len: tokens (prompt and new) the cache must hold; None = what the request needs.
+        allow_pickle: load .bin/.pt weights, which can run code; off unless asked for.
+    """
+
+    model: ModelSpec
+    engine: EngineName = EngineName.TRANSFORMERS
+    quantization: Quantization = Quantization.NONE
+    attention: Attention = Attention.AUTO
+    cache: Cache = Cache.DYNAMIC
+    device: str = "auto"
+    dtype: DType = DType.AUTO
+    load_format: LoadFormat = LoadFormat.AUTO
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_seq_len: int | None = None
+    offline: bool = False
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Sampling as the user said it; None = not said, so the model's own default applies."""
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Concrete sampling of one request.
+
+    Args:
+        top_k: 0 = off. top_p: 1.0 = off. min_p: 0.0 = off. repetition_penalty: 1.0 = off.
+        seed: -1 = a new random one each request.
+        ignore_eos: generate exactly `max_new_tokens` (equal work for measurements).
+    """
+
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_p: float = 0.9
+    top_k: int = 50
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 512
+    seed: int = -1
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Inclusive range of a sampling option, with what it means for the error line."""
+
+    low: float
+    high: float
+    integer: bool = False
+
+
+SAMPLING_BOUNDS: Mapping[str, Bound] = {
+    "temperature": Bound(0.0, 2.0),
+    "top_p": Bound(0.0, 1.0),
+    "top_k": Bound(0, 200, integer=True),
+    "min_p": Bound(0.0, 1.0),
+    "repetition_penalty": Bound(1.0, 2.0),
+    "max_new_tokens": Bound(1, 8192, integer=True),
+    "seed": Bound(-1, 2**32 - 1, integer=True),
+}
+
+# Said by a user, each of these asks for sampling; the others also mean something in greedy decoding.
+_SAMPLING_SWITCHES = ("temperature", "top_p", "top_k", "min_p")
+
+
+def check_sampling(options: SamplingOptions) -> None:
+    """Raise UsageError for the first option outside its range."""
+    for name, bound in SAMPLING_BOUNDS.items():
+        value = getattr(options, name)
+        if value is None:
+            continue
+        if math.isnan(value) or not bound.low <= value <= bound.high:
+            flag = "--" + name.replace("_", "-")
+            low, high = (int(bound.low), int(bound.high)) if bound.integer else (bound.low, bound.high)
+            raise UsageError(f"{flag} {value} is out of range", f"give a value from {low} to {high}")
+
+
+def resolve_sampling(
+    options: SamplingOptions, model_defaults: Mapping[str, Any], *, ignore_eos: bool = False
+) -> SamplingParams:
+    """Merge the user's options over the model's generation_config.json over our own defaults.
+
+    `temperature` 0 means greedy. A user who sets temperature, top_p, top_k or min_p gets
+    sampling even where the model's own default is greedy, unless `do_sample` is False.
+
+    Raises:
+        UsageError: an option outside its range.
+    """
+    check_sampling(options)
+    base = SamplingParams()
+    said = {f.name: getattr(options, f.name) for f in fields(options)}
+    merged: dict[str, Any] = {}
+    for name in said:
+        fallback = model_defaults.get(name)
+        default = getattr(base, name) if fallback is None else fallback
+        merged[name] = default if said[name] is None else said[name]
+    # Hub files limit the answer by total length or a default of 20; neither is what a user means.
+    if said["max_new_tokens"] is None:
+        merged["max_new_tokens"] = base.max_new_tokens
+    if said["do_sample"] is None:
+        if said["temperature"] == 0:
+            merged["do_sample"] = False
+        elif any(said[name] is not None for name in _SAMPLING_SWITCHES):
+            merged["do_sample"] = True
+    if merged["temperature"] == 0:
+        merged["do_sample"] = False
+        merged["temperature"] = 1.0
+    return SamplingParams(**merged, ignore_eos=ignore_eos)

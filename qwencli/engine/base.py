@@ -1,0 +1,48 @@
+"""The one protocol all engines offer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol, Self
+
+from qwencli.config import EngineConfig
+from qwencli.messages import GenerationRequest
+from qwencli.results import GenerationChunk, GenerationResult, RanModes
+
+
+class Engine(Protocol):
+    """Loads one model once and answers requests until closed. A context manager.
+
+    `ran` and `load_s` exist after `load`. `load` is idempotent; `close` frees device memory
+    without moving weights to the host; after `close`, `load` may be called again.
+    Abandoning or closing the iterator of `stream` cancels the request; the engine stays usable.
+    """
+
+    config: EngineConfig
+
+    @property
+    def ran(self) -> RanModes: ...
+
+    @property
+    def load_s(self) -> float: ...
+
+    def load(self) -> None: ...
+
+    def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]: ...
+
+    def generate(self, request: GenerationRequest) -> GenerationResult: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+def drain(chunks: Iterator[GenerationChunk]) -> GenerationResult:
+    """Run a stream to its end and return its result."""
+    result = None
+    for chunk in chunks:
+        result = chunk.result
+    assert result is not None, "a stream ends with the chunk that carries its result"
+    return result

@@ -1,0 +1,96 @@
+"""Every error a user can meet, as one tree.
+
+Each error says what is wrong and where (`message`) and what to do next (`hint`).
+`qwencli.cli` is the one boundary that turns them into a line on stderr and an exit code;
+nothing else catches them to print.
+
+    QwenCliError                 exit 1
+    ├── UsageError               exit 2   an option or a combination of options is wrong
+    │   └── UnsupportedModeError          this mode cannot run here; `nearest` can
+    ├── InputError                        an image, prompt or file given to us cannot be used
+    ├── ModelError
+    │   ├── ModelNotFoundError            no such name or folder
+    │   ├── ModelFileError                weights or configuration are missing, broken or contradictory
+    │   ├── CustomModelsError             custom_models.json is malformed (file, key, expected)
+    │   └── DownloadError                 the hub cannot be reached, or refuses
+    ├── DeviceError                       the device asked for is not there or not usable
+    ├── OutOfMemoryError                  host or device memory is used up
+    ├── MissingDependencyError            an optional package is not installed or does not load
+    ├── OutputError                       a result cannot be written (full disk, permissions)
+    └── BenchError                        a campaign cannot be started, resumed or read
+"""
+
+
+class QwenCliError(Exception):
+    """Base of all expected errors.
+
+    Args:
+        message: one line: what is wrong, and where.
+        hint: one line: what to do next; empty only where nothing can be done.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(QwenCliError):
+    exit_code = 2
+
+
+class UnsupportedModeError(UsageError):
+    """A mode that cannot run on this device or with this model.
+
+    `nearest` is the closest mode of the same axis that can, or None.
+    """
+
+    def __init__(self, message: str, hint: str = "", nearest: str | None = None) -> None:
+        super().__init__(message, hint or (f"use {nearest} instead" if nearest else ""))
+        self.nearest = nearest
+
+
+class InputError(QwenCliError):
+    pass
+
+
+class ModelError(QwenCliError):
+    pass
+
+
+class ModelNotFoundError(ModelError):
+    pass
+
+
+class ModelFileError(ModelError):
+    pass
+
+
+class CustomModelsError(ModelError):
+    pass
+
+
+class DownloadError(ModelError):
+    pass
+
+
+class DeviceError(QwenCliError):
+    pass
+
+
+class OutOfMemoryError(QwenCliError):
+    pass
+
+
+class MissingDependencyError(QwenCliError):
+    pass
+
+
+class OutputError(QwenCliError):
+    pass
+
+
+class BenchError(QwenCliError):
+    pass

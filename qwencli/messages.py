@@ -1,0 +1,66 @@
+"""A conversation as the engines take it: messages made of text and images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from qwencli.config import SamplingOptions
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class TextPart:
+    text: str
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """One decoded picture, mode RGB, EXIF orientation applied. `name` is what errors call it."""
+
+    image: Image
+    name: str
+
+
+Part = TextPart | ImagePart
+
+
+@dataclass(frozen=True)
+class Message:
+    role: Role
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One answer to produce.
+
+    Args:
+        messages: in order; the last one is normally the user's.
+        sampling: what the user said; the engine fills in the model's own defaults.
+        ignore_eos: produce exactly `max_new_tokens` tokens (equal work for measurements).
+    """
+
+    messages: tuple[Message, ...]
+    sampling: SamplingOptions = SamplingOptions()
+    ignore_eos: bool = False
+
+    def images(self) -> Iterator[ImagePart]:
+        for message in self.messages:
+            for part in message.parts:
+                if isinstance(part, ImagePart):
+                    yield part
+
+
+def user_message(text: str, images: tuple[ImagePart, ...] = ()) -> Message:
+    """Images first, then the text: the order Qwen's models were trained on."""
+    return Message("user", (*images, TextPart(text)) if text else images)
+
+
+def text_message(role: Role, text: str) -> Message:
+    return Message(role, (TextPart(text),))

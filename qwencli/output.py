@@ -1,0 +1,72 @@
+"""The one output sink: stdout carries the answer alone, stderr everything else.
+
+A command builds a `Sink` once. `answer` and `json_line` write to stdout; `notice`, `warn`,
+`status` and `table` write to stderr unless the table is itself the answer (`show`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+
+class Sink:
+    """Where a command writes.
+
+    Args:
+        quiet: drop notices and progress; warnings and errors stay.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+
+    def answer(self, text: str, *, end: str = "\n") -> None:
+        """Write a piece of the answer to stdout, at once."""
+        sys.stdout.write(text + end)
+        sys.stdout.flush()
+
+    def json_line(self, value: Any) -> None:
+        """Write one JSON object on a line of its own to stdout."""
+        self.answer(json.dumps(value, ensure_ascii=False))
+
+    def show(self, renderable: RenderableType) -> None:
+        """Render a table or text that is the command's answer, to stdout."""
+        self._console(stderr=False).print(renderable)
+
+    def table(self, renderable: RenderableType) -> None:
+        """Render something that accompanies the answer, to stderr."""
+        if not self.quiet:
+            self._console(stderr=True).print(renderable)
+
+    def notice(self, text: str) -> None:
+        if not self.quiet:
+            self._line(text)
+
+    def warn(self, text: str) -> None:
+        self._line(f"warning: {text}")
+
+    @contextmanager
+    def status(self, text: str) -> Iterator[None]:
+        """Show `text` with a spinner while the block runs; nothing when stderr is no terminal."""
+        if self.quiet or not sys.stderr.isatty():
+            yield
+            return
+        with self._console(stderr=True).status(text):
+            yield
+
+    @staticmethod
+    def _line(text: str) -> None:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+    @staticmethod
+    def _console(*, stderr: bool) -> Console:
+        from rich.console import Console
+
+        return Console(stderr=stderr, highlight=False)

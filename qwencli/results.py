@@ -1,0 +1,94 @@
+"""What an engine answers: chunks while it runs, one result with its timings at the end."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class RanModes:
+    """The modes that really ran, read back from the loaded model, never copied from the request.
+
+    Args:
+        quantization: the concrete scheme: "none", "bnb-nf4", "bnb-int8", ...
+        device: concrete, e.g. "cuda:0". dtype: of the weights that are not quantized.
+    """
+
+    engine: str
+    quantization: str
+    attention: str
+    cache: str
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds by phase. On CUDA the phases are GPU time between events in stream order.
+
+    `ttft_s` runs from the request to the first token, preprocessing, vision and prefill included.
+    `decode_s` runs from the first token to the last. `vision_encode_s` is None without images.
+    `decode_tok_per_s` is None for fewer than two tokens.
+    """
+
+    load_s: float
+    preprocess_s: float
+    vision_encode_s: float | None
+    prefill_s: float
+    ttft_s: float
+    decode_s: float
+    e2e_s: float
+    decode_tok_per_s: float | None
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """One finished answer.
+
+    Args:
+        token_ids: generated tokens, the stop token included where one ended the answer.
+        token_t_s: when each token was ready, on the host's `time.perf_counter` clock.
+        token_gpu_ms: GPU time from the previous token to this one (None off CUDA);
+            the first entry is the time from the start of the prefill.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_image_tokens: int
+    timings: Timings
+    ran: RanModes
+    token_t_s: tuple[float, ...]
+    token_gpu_ms: tuple[float, ...] | None
+
+    @property
+    def num_new_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def itl_ms(self) -> tuple[float, ...]:
+        """Inter-token latencies in ms, one fewer than there are tokens."""
+        times = self.token_t_s
+        return tuple((b - a) * 1e3 for a, b in zip(times, times[1:], strict=False))
+
+    @property
+    def text_sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class GenerationChunk:
+    """A piece of the answer as it is produced.
+
+    `text` may be empty (a token that ends inside a character). The last chunk of a stream
+    carries `result`; it is None on all others.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    result: GenerationResult | None = None
