@@ -175,7 +175,7 @@ SAMPLING_BOUNDS: Mapping[str, Bound] = {
     "seed": Bound(-1, 2**32 - 1, integer=True),
 }
 
-# Said by a user, each of these asks for sampling; the others also mean something in greedy decoding.
+# Said by a user, each of these asks for sampling; the others mean something in greedy too.
 _SAMPLING_SWITCHES = ("temperature", "top_p", "top_k", "min_p")
 
 
@@ -187,8 +187,12 @@ def check_sampling(options: SamplingOptions) -> None:
             continue
         if math.isnan(value) or not bound.low <= value <= bound.high:
             flag = "--" + name.replace("_", "-")
-            low, high = (int(bound.low), int(bound.high)) if bound.integer else (bound.low, bound.high)
-            raise UsageError(f"{flag} {value} is out of range", f"give a value from {low} to {high}")
+            low, high = (
+                (int(bound.low), int(bound.high)) if bound.integer else (bound.low, bound.high)
+            )
+            raise UsageError(
+                f"{flag} {value} is out of range", f"give a value from {low} to {high}"
+            )
 
 
 def resolve_sampling(

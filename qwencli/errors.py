@@ -10,7 +10,7 @@ nothing else catches them to print.
     ├── InputError                        an image, prompt or file given to us cannot be used
     ├── ModelError
     │   ├── ModelNotFoundError            no such name or folder
-    │   ├── ModelFileError                weights or configuration are missing, broken or contradictory
+    │   ├── ModelFileError                weights or configuration missing, broken or at odds
     │   ├── CustomModelsError             custom_models.json is malformed (file, key, expected)
     │   └── DownloadError                 the hub cannot be reached, or refuses
     ├── DeviceError                       the device asked for is not there or not usable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from qwencli.config import SamplingOptions
@@ -47,7 +47,7 @@ class GenerationRequest:
     """
 
     messages: tuple[Message, ...]
-    sampling: SamplingOptions = SamplingOptions()
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
     ignore_eos: bool = False
 
     def images(self) -> Iterator[ImagePart]:

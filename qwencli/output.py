@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from qwencli.errors import QwenCliError
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -50,6 +52,10 @@ class Sink:
 
     def warn(self, text: str) -> None:
         self._line(f"warning: {text}")
+
+    def error(self, error: QwenCliError) -> None:
+        """Write an error as its one line: what is wrong and where, then what to do."""
+        self._line(f"error: {error.message}" + (f" ({error.hint})" if error.hint else ""))
 
     @contextmanager
     def status(self, text: str) -> Iterator[None]:

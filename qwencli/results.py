@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,7 +75,7 @@ class GenerationResult:
     def itl_ms(self) -> tuple[float, ...]:
         """Inter-token latencies in ms, one fewer than there are tokens."""
         times = self.token_t_s
-        return tuple((b - a) * 1e3 for a, b in zip(times, times[1:], strict=False))
+        return tuple((b - a) * 1e3 for a, b in itertools.pairwise(times))
 
     @property
     def text_sha256(self) -> str:

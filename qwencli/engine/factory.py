@@ -18,5 +18,6 @@ def create_engine(config: EngineConfig) -> Engine:
 
         return TransformersEngine(config)
     raise UnsupportedModeError(
-        f"--engine {config.engine} is not part of this version", nearest=EngineName.TRANSFORMERS.value
+        f"--engine {config.engine} is not part of this version",
+        nearest=EngineName.TRANSFORMERS.value,
     )

@@ -1,0 +1,21 @@
+# Everything runs in .venv, which the README's commands make.
+PYTHON := .venv/bin/python
+
+.PHONY: check test docs format
+
+check:
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy qwencli
+	.venv/bin/lint-imports
+	$(PYTHON) tools/docs/cli_reference.py --check
+
+test:
+	$(PYTHON) -m pytest
+
+docs:
+	$(PYTHON) tools/docs/cli_reference.py
+
+format:
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .

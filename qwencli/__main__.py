@@ -1,0 +1,5 @@
+"""`python -m qwencli`."""
+
+from qwencli.cli import main
+
+main()

@@ -1,0 +1,92 @@
+"""The command line: registers the commands and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from qwencli import __version__
+from qwencli.commands import bench, caption, chat, diagnose, models
+from qwencli.errors import QwenCliError, UsageError
+from qwencli.output import Sink
+
+EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
+
+app = typer.Typer(
+    name="qwencli",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run Qwen vision-language models on your own GPU, and learn why a run was fast or slow.",
+)
+app.command()(caption.caption)
+app.command()(chat.chat)
+app.add_typer(bench.app, name="bench")
+app.command()(diagnose.diagnose)
+app.command()(models.models)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"qwencli {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None: ...
+
+
+def main() -> None:
+    """Entry point of the `qwencli` script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code.
+
+    Everything that goes wrong ends here as one line on stderr; `--debug` lets it through.
+    """
+    if "--debug" in arguments:
+        return _exit_code(app(arguments or ["--help"], standalone_mode=False))
+    # Deprecation notes of libraries are ours to act on, not the user's.
+    warnings.simplefilter("ignore")
+    try:
+        return _exit_code(app(arguments or ["--help"], standalone_mode=False))
+    except QwenCliError as error:
+        return _fail(error)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.stderr.write("interrupted\n")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of the pipe has gone. Python's own flush at exit must not find it gone again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    except Exception as error:  # noqa: BLE001 - the one boundary between the program and a person
+        usage = getattr(error, "format_message", None)
+        if usage is not None:
+            return _fail(UsageError(str(usage()).rstrip("."), "see --help"))
+        line = (str(error).strip() or "no message").splitlines()[0]
+        return _fail(
+            QwenCliError(
+                f"{type(error).__name__}: {line}",
+                "this is a fault of qwencli; run again with --debug and report the traceback",
+            )
+        )
+
+
+def _exit_code(returned: object) -> int:
+    return returned if isinstance(returned, int) else 0
+
+
+def _fail(error: QwenCliError) -> int:
+    Sink().error(error)
+    return error.exit_code

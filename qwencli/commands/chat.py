@@ -1,0 +1,48 @@
+"""`qwencli chat`: a conversation at the terminal, or one question on the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwencli.commands.conversation import Conversation
+from qwencli.commands.options import RunOptions, with_run_options
+from qwencli.commands.requests import (
+    announce_model,
+    open_picture,
+    running_engine,
+)
+from qwencli.models.registry import resolve_model
+from qwencli.output import Sink
+
+
+@with_run_options
+def chat(
+    prompt: Annotated[
+        str | None, typer.Argument(help="Answer this once and leave; none = converse.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="Attach a picture; repeatable.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    *,
+    run: RunOptions,
+) -> None:
+    """Talk about pictures, or about anything with a text model. /help lists the commands."""
+    sink = Sink(quiet=run.quiet)
+    sampling = run.sampling_options()
+    spec = resolve_model(run.model, models_file=run.models_file, offline=run.offline)
+    pictures = [open_picture(path) for path in image or []]
+    announce_model(spec, sink)
+    with running_engine(run.engine_config(spec), sink) as loaded:
+        talk = Conversation(
+            loaded, sampling, sink, system=system, json=run.json, stats=run.stats, model=spec.name
+        )
+        talk.attach(*pictures)
+        if prompt is not None:
+            talk.ask(prompt)
+        else:
+            talk.converse(sys.stdin)

@@ -1,0 +1,170 @@
+"""The state and the slash commands of a chat."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from qwencli.commands.reports import caption_record, stats_line
+from qwencli.commands.requests import open_picture, system_messages
+from qwencli.config import SamplingOptions
+from qwencli.errors import InputError, OutOfMemoryError, UsageError
+from qwencli.messages import GenerationRequest, ImagePart, Message, text_message, user_message
+from qwencli.output import Sink
+
+if TYPE_CHECKING:
+    from qwencli.engine.base import Engine
+    from qwencli.results import GenerationResult
+
+HELP = """\
+/image PATH...   attach pictures to the next message
+/system TEXT     set the system prompt and start over
+/clear           start over; attached pictures are dropped
+/help            this list
+/exit            leave (also Ctrl-D)
+Ctrl-C stops an answer and keeps the conversation; at the prompt it leaves."""
+
+
+class Conversation:
+    """Messages so far, pictures waiting for the next one, and the engine that answers."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        sampling: SamplingOptions,
+        sink: Sink,
+        *,
+        system: str | None,
+        json: bool,
+        stats: bool,
+        model: str,
+    ) -> None:
+        self._engine, self._sampling, self._sink = engine, sampling, sink
+        self._system, self._json, self._stats, self._model = system, json, stats, model
+        self._history: list[Message] = []
+        self._attached: list[ImagePart] = []
+        self._commands: dict[str, Callable[[str], bool]] = {
+            "/image": self._image,
+            "/system": self._set_system,
+            "/clear": self._clear,
+            "/help": self._help,
+            "/exit": self._exit,
+            "/quit": self._exit,
+        }
+
+    def attach(self, *pictures: ImagePart) -> None:
+        self._attached.extend(pictures)
+
+    def converse(self, stdin: TextIO) -> None:
+        """Read lines until the end of input or /exit; errors are shown and the talk goes on."""
+        at_terminal = stdin.isatty()
+        if at_terminal:
+            _enable_line_editing()
+            self._sink.notice("type a message; /help lists the commands")
+        while (line := self._read(stdin, at_terminal)) is not None:
+            if not line.strip():
+                continue
+            try:
+                if not self._handle(line.strip()):
+                    return
+            except KeyboardInterrupt:
+                self._sink.notice("\nstopped; the conversation goes on")
+            except (InputError, OutOfMemoryError, UsageError) as error:
+                self._sink.error(error)
+
+    def ask(self, text: str) -> GenerationResult:
+        """Send `text` with the attached pictures, write the answer, and remember both.
+
+        A request that fails or is stopped leaves history and pictures as they were.
+        """
+        question = user_message(text, tuple(self._attached))
+        messages = (*system_messages(self._system), *self._history, question)
+        result = self._stream(GenerationRequest(messages, self._sampling))
+        self._history += [question, text_message("assistant", result.text)]
+        pictures = [picture.name for picture in self._attached]
+        self._attached.clear()
+        if self._json:
+            self._sink.json_line(caption_record(result, pictures, self._model))
+        if self._stats:
+            self._sink.notice(stats_line(result))
+        return result
+
+    def _stream(self, request: GenerationRequest) -> GenerationResult:
+        for chunk in self._engine.stream(request):
+            if not self._json:
+                self._sink.answer(chunk.text, end="")
+            if chunk.result is not None:
+                result = chunk.result
+        if not self._json:
+            self._sink.answer("")
+        return result
+
+    def _read(self, stdin: TextIO, at_terminal: bool) -> str | None:
+        if not at_terminal:
+            return stdin.readline() or None
+        try:
+            # input() writes its prompt to stdout; stdout carries answers alone.
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+            return input()
+        except EOFError:
+            self._sink.notice("")
+            return None
+
+    def _handle(self, line: str) -> bool:
+        """Run one line; False means leave."""
+        if not line.startswith("/"):
+            self.ask(line)
+            return True
+        name, _, rest = line.partition(" ")
+        command = self._commands.get(name)
+        if command is None:
+            raise UsageError(f"{name} is not a command", "/help lists them")
+        return command(rest.strip())
+
+    def _image(self, rest: str) -> bool:
+        paths = _split_paths(rest)
+        if not paths:
+            raise UsageError("/image needs a path", "/image picture.png")
+        self.attach(*[open_picture(path) for path in paths])
+        names = ", ".join(picture.name for picture in self._attached)
+        self._sink.notice(f"attached: {names}")
+        return True
+
+    def _set_system(self, rest: str) -> bool:
+        self._system = rest or None
+        return self._clear("")
+
+    def _clear(self, rest: str) -> bool:
+        self._history.clear()
+        self._attached.clear()
+        self._sink.notice("cleared")
+        return True
+
+    def _help(self, rest: str) -> bool:
+        self._sink.notice(HELP)
+        return True
+
+    def _exit(self, rest: str) -> bool:
+        return False
+
+
+def _split_paths(text: str) -> list[Path]:
+    """Paths separated by spaces; a path with spaces may be quoted, or stand alone unquoted."""
+    if Path(text).is_file():
+        return [Path(text)]
+    try:
+        # posix=False keeps Windows' backslashes; the quotes it leaves are taken off here.
+        return [Path(word.strip("'\"")) for word in shlex.split(text, posix=False)]
+    except ValueError as error:
+        raise UsageError(f"/image: {error}".lower(), "close the quotation mark") from error
+
+
+def _enable_line_editing() -> None:
+    try:
+        import readline  # noqa: F401 - importing it gives input() editing and history
+    except ImportError:
+        return

@@ -1,0 +1,120 @@
+"""The options that `caption` and `chat` share, each written once.
+
+A command declares one parameter `run: RunOptions` and wears `@with_run_options`; Typer then sees
+every field of `RunOptions` as an option of that command.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from qwencli.config import (
+    Attention,
+    Cache,
+    DType,
+    EngineConfig,
+    EngineName,
+    LoadFormat,
+    ModelSpec,
+    Quantization,
+    SamplingOptions,
+    check_sampling,
+)
+from qwencli.errors import UsageError
+
+
+def _option(panel: str, *names: str, text: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
+
+
+_model = functools.partial(_option, "Model")
+_sampling = functools.partial(_option, "Sampling")
+_output = functools.partial(_option, "Output")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a user may say about the model, the sampling and the output of a run."""
+
+    model: Annotated[
+        str | None, _model("--model", "-m", text="Name, hub id or folder; see: qwencli models.")
+    ] = None
+    models_file: Annotated[Path | None, _model(text="A custom_models.json to read as well.")] = None
+    engine: Annotated[EngineName, _model(text="Who generates.")] = EngineName.TRANSFORMERS
+    quantization: Annotated[Quantization, _model(text="Weight format.")] = Quantization.NONE
+    attention: Annotated[Attention, _model(text="Attention kernel.")] = Attention.AUTO
+    cache: Annotated[Cache, _model(text="KV cache.")] = Cache.DYNAMIC
+    device: Annotated[str, _model(text="auto, cpu, cuda, cuda:N or mps.")] = "auto"
+    dtype: Annotated[DType, _model(text="Dtype of unquantized weights.")] = DType.AUTO
+    load_format: Annotated[LoadFormat, _model(text="dummy: random weights, true shape.")] = (
+        LoadFormat.AUTO
+    )
+    min_pixels: Annotated[
+        int | None, _model(text="Smallest height x width of an image.", min=1)
+    ] = None
+    max_pixels: Annotated[int | None, _model(text="Largest height x width of an image.", min=1)] = (
+        None
+    )
+    max_seq_len: Annotated[int | None, _model(text="Most tokens, prompt and answer.", min=1)] = None
+    offline: Annotated[bool, _model("--offline", text="Never touch the network.")] = False
+    allow_pickle: Annotated[
+        bool, _model("--allow-pickle", text="Load .bin weights, which can run code.")
+    ] = False
+
+    max_new_tokens: Annotated[int | None, _sampling(text="Longest answer, in tokens.")] = None
+    greedy: Annotated[bool, _sampling("--greedy", text="Always the likeliest token.")] = False
+    temperature: Annotated[float | None, _sampling(text="0 (greedy) to 2.")] = None
+    top_p: Annotated[float | None, _sampling(text="0 to 1; 1 = off.")] = None
+    top_k: Annotated[int | None, _sampling(text="0 to 200; 0 = off.")] = None
+    min_p: Annotated[float | None, _sampling(text="0 to 1; 0 = off.")] = None
+    repetition_penalty: Annotated[float | None, _sampling(text="1 (off) to 2.")] = None
+    seed: Annotated[int | None, _sampling(text="-1 = another every time.")] = None
+
+    json: Annotated[bool, _output("--json", text="One JSON object a line.")] = False
+    stats: Annotated[bool, _output("--stats", text="Timings on stderr.")] = False
+    quiet: Annotated[bool, _output("--quiet", "-q", text="No notices.")] = False
+    debug: Annotated[bool, _output("--debug", text="Tracebacks for errors.")] = False
+
+    def sampling_options(self) -> SamplingOptions:
+        """Raises UsageError for a value out of range, or --greedy with a temperature."""
+        if self.greedy and self.temperature:
+            raise UsageError("--greedy and --temperature exclude each other", "give one of them")
+        said = {f.name: getattr(self, f.name, None) for f in fields(SamplingOptions)}
+        options = SamplingOptions(**said | {"do_sample": False if self.greedy else None})
+        check_sampling(options)
+        return options
+
+    def engine_config(self, spec: ModelSpec) -> EngineConfig:
+        said = {f.name: getattr(self, f.name) for f in fields(EngineConfig)}
+        return EngineConfig(**said | {"model": spec})
+
+
+def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command(..., run: RunOptions)` one option per field of RunOptions."""
+    own = inspect.signature(command, eval_str=True)
+    hints = get_type_hints(RunOptions, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name]
+        )
+        for f in fields(RunOptions)
+    ]
+    names = {parameter.name for parameter in shared}
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> None:
+        run = RunOptions(**{name: given.pop(name) for name in names})
+        command(**given, run=run)
+
+    parameters = [p for name, p in own.parameters.items() if name != "run"] + shared
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    del wrapper.__wrapped__
+    return wrapper

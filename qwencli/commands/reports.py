@@ -1,0 +1,46 @@
+"""How one answer is written down: the JSON record and the statistics line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from qwencli.results import GenerationResult
+
+
+def caption_record(result: GenerationResult, images: list[str], model: str) -> dict[str, Any]:
+    """The object of `caption --json`. `image` is a list only when several went into one request."""
+    return {
+        "image": images[0] if len(images) == 1 else images,
+        "caption": result.text,
+        "model": model,
+        "engine": result.ran.engine,
+        "quantization": result.ran.quantization,
+        "attention": result.ran.attention,
+        "cache": result.ran.cache,
+        "device": result.ran.device,
+        "dtype": result.ran.dtype,
+        "num_prompt_tokens": result.num_prompt_tokens,
+        "num_image_tokens": result.num_image_tokens,
+        "num_new_tokens": result.num_new_tokens,
+        "finish_reason": result.finish_reason,
+        "timings": asdict(result.timings),
+    }
+
+
+def stats_line(result: GenerationResult) -> str:
+    """One line: tokens, speed, phases, and the modes that ran."""
+    t, ran = result.timings, result.ran
+    speed = "-" if t.decode_tok_per_s is None else f"{t.decode_tok_per_s:.1f} tok/s"
+    vision = "" if t.vision_encode_s is None else f"vision {_ms(t.vision_encode_s)}, "
+    return (
+        f"{result.num_new_tokens} tokens at {speed} | prompt {result.num_prompt_tokens} "
+        f"({result.num_image_tokens} of images) | load {t.load_s:.2f} s, "
+        f"preprocess {_ms(t.preprocess_s)}, {vision}prefill {_ms(t.prefill_s)}, "
+        f"TTFT {_ms(t.ttft_s)} | {ran.engine}, {ran.quantization}, {ran.attention}, {ran.cache}, "
+        f"{ran.dtype} on {ran.device}"
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms"

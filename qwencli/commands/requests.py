@@ -1,0 +1,54 @@
+"""What `caption` and `chat` do around an answer: announce the model, run the engine, open files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwencli.config import EngineConfig, ModelSource, ModelSpec
+from qwencli.messages import ImagePart, Message, text_message
+from qwencli.output import Sink
+
+if TYPE_CHECKING:
+    from qwencli.engine.base import Engine
+
+
+def announce_model(spec: ModelSpec, sink: Sink) -> None:
+    """Say on stderr what the bundled model is, and how to get one for photographs."""
+    if spec.source is ModelSource.BUNDLED:
+        sink.notice(
+            "note: using the bundled model 'scenes', which knows drawn scenes only "
+            "(shapes, colours, positions, numbers); for photographs use "
+            "--model qwen3-vl-4b (see: qwencli models)"
+        )
+
+
+@contextmanager
+def running_engine(config: EngineConfig, sink: Sink) -> Iterator[Engine]:
+    """An engine, loaded, closed at the end whatever happens."""
+    from qwencli.engine.factory import create_engine
+
+    if config.offline:
+        # Libraries below us read this; it is the only way to keep all of them off the network.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    with sink.status(f"loading {config.model.name}"):
+        engine = create_engine(config)
+        engine.load()
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def system_messages(system: str | None) -> tuple[Message, ...]:
+    return (text_message("system", system),) if system else ()
+
+
+def open_picture(path: Path) -> ImagePart:
+    """Raises InputError naming the file when it is not a usable picture."""
+    from qwencli.engine.images import open_image
+
+    return open_image(path)

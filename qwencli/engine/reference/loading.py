@@ -1,0 +1,156 @@
+"""Loads a model through transformers: the only `from_pretrained` call of the project."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwencli.config import Attention, Cache, DType, EngineConfig, LoadFormat
+from qwencli.engine.memory_errors import is_out_of_memory, out_of_memory_error
+from qwencli.engine.reference.families import build_config, family_of
+from qwencli.engine.reference.quantizing import quantization_config, scheme_of
+from qwencli.engine.reference.random_weights import random_state_dict
+from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
+from qwencli.engine.sources import ModelFiles
+from qwencli.errors import ModelFileError, QwenCliError, UnsupportedModeError
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """Everything the load needs, with no `auto` left.
+
+    `folder` is None for a dummy load of a model whose files are not on this machine.
+    """
+
+    hub_config: dict[str, Any]
+    folder: Path | None
+    device: str
+    dtype: DType
+    attention: Attention
+
+
+def plan_load(config: EngineConfig, files: ModelFiles) -> LoadPlan:
+    """Make device, dtype and attention concrete. Raises as `qwencli.engine.resolve` does."""
+    device = resolve_device(config.device)
+    if config.cache is Cache.STATIC_COMPILE and not device.startswith("cuda"):
+        raise UnsupportedModeError(
+            f"--cache {config.cache}: transformers compiles on CUDA only, and this runs on {device}",
+            nearest=Cache.STATIC.value,
+        )
+    return LoadPlan(
+        hub_config=files.hub_config,
+        folder=files.folder,
+        device=device,
+        dtype=resolve_dtype(config.dtype, device, files.checkpoint_dtype),
+        attention=resolve_attention(config.attention, device),
+    )
+
+
+def load_model(config: EngineConfig, plan: LoadPlan) -> Any:
+    """Weights straight onto the device in their final dtype, ready for `generate`.
+
+    Raises:
+        UnsupportedModeError, MissingDependencyError: the mode cannot run here.
+        OutOfMemoryError: the device is too small.
+        ModelFileError: transformers could not make sense of the files.
+    """
+    import transformers
+
+    # Our own lines say what matters; progress bars and notices of a library are noise in a pipe.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    family = family_of(plan.hub_config["model_type"])
+    model_class = getattr(transformers, family.model_class)
+    torch_dtype = getattr(torch, plan.dtype.value)
+    keywords: dict[str, Any] = {
+        "dtype": torch_dtype,
+        "attn_implementation": plan.attention.value,
+        # An explicit map sends each tensor to its device as it is read; "auto" would add hooks
+        # to every module even when one GPU holds it all.
+        "device_map": {"": plan.device},
+        "quantization_config": quantization_config(config.quantization, torch_dtype),
+    }
+    try:
+        if config.load_format is LoadFormat.DUMMY:
+            keywords["config"] = build_config(plan.hub_config)
+            keywords["state_dict"] = random_state_dict(
+                model_class, keywords["config"], torch_dtype, torch.device(plan.device)
+            )
+            source = None
+        else:
+            keywords["local_files_only"] = True
+            keywords["use_safetensors"] = None if config.allow_pickle else True
+            source = plan.folder
+        model = model_class.from_pretrained(source, **keywords)
+    except QwenCliError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise out_of_memory_error(plan.device, f"loading {config.model.name}", error) from error
+        raise _load_error(config, plan, error) from error
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise _load_error(config, plan, error) from error
+    return model.eval()
+
+
+def _load_error(config: EngineConfig, plan: LoadPlan, error: Exception) -> ModelFileError:
+    detail = (str(error).strip() or type(error).__name__).splitlines()[0]
+    where = plan.folder or config.model.name
+    return ModelFileError(
+        f"{where}: transformers cannot load this model: {detail}",
+        "check the folder's config.json and weights, or download the model again",
+    )
+
+
+def effective_attention(model: Any) -> str:
+    """The attention implementation of the loaded model, its text and vision parts included.
+
+    The parts are named one by one where they differ, e.g. "sdpa+eager".
+    """
+    parts = [model.config]
+    for name in ("text_config", "vision_config"):
+        part = getattr(model.config, name, None)
+        if part is not None:
+            parts.append(part)
+    found = [getattr(part, "_attn_implementation", None) for part in parts]
+    return "+".join(dict.fromkeys(name for name in found if name))
+
+
+def effective_dtype(model: Any) -> str:
+    """The dtype of the token embedding, which no quantization scheme touches."""
+    return str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+
+
+def check_effective(config: EngineConfig, plan: LoadPlan, model: Any) -> None:
+    """Raise UnsupportedModeError where the loaded model is not what was asked for."""
+    attention = effective_attention(model)
+    if attention != plan.attention.value:
+        raise UnsupportedModeError(
+            f"--attention {plan.attention.value}: the loaded model runs {attention} instead",
+            nearest=attention,
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if config.cache is Cache.STATIC_COMPILE and quantizer and not quantizer.is_compileable:
+        raise UnsupportedModeError(
+            f"--cache {config.cache}: transformers does not compile {scheme_of(model)} models",
+            nearest=Cache.STATIC.value,
+        )
+    asked, scheme = config.quantization.value, scheme_of(model)
+    if asked != "none" and scheme == "none":
+        raise UnsupportedModeError(
+            f"--quantization {asked}: the loaded model has no quantized layer", nearest="none"
+        )
+
+
+def release(device: str) -> None:
+    """Give freed device memory back, after the caller dropped its references."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    elif device == "mps":
+        torch.mps.empty_cache()

@@ -1,0 +1,65 @@
+"""Quantization of the transformers engine: bitsandbytes, every setting stated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qwencli.config import Quantization
+from qwencli.errors import MissingDependencyError, UnsupportedModeError
+
+
+def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) -> Any | None:
+    """The transformers quantization config for a mode, or None for unquantized weights.
+
+    bitsandbytes' own defaults are fp4 storage and float32 compute, which is neither what people
+    mean by 4-bit nor fast; nf4 with compute in the model's dtype is stated here instead.
+
+    Raises:
+        UnsupportedModeError: fp8, which bitsandbytes does not have.
+        MissingDependencyError: bitsandbytes is missing or does not load here.
+    """
+    if quantization is Quantization.NONE:
+        return None
+    if quantization is Quantization.FP8:
+        raise UnsupportedModeError(
+            "--quantization fp8 cannot run on the transformers engine (bitsandbytes has no fp8)",
+            nearest=Quantization.INT8.value,
+        )
+    _require_bitsandbytes()
+    from transformers import BitsAndBytesConfig
+
+    if quantization is Quantization.INT8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_use_double_quant=False,
+    )
+
+
+def _require_bitsandbytes() -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise MissingDependencyError(
+            f"bitsandbytes does not load: {str(error).splitlines()[0]}",
+            "pip install -U bitsandbytes, or use --quantization none",
+        ) from error
+
+
+def scheme_of(model: torch.nn.Module) -> str:
+    """The scheme found in the loaded model's own layers: "none", "bnb-int8", "bnb-nf4", "bnb-fp4"
+    or, for checkpoints that came quantized another way, the method their config names."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind == "Linear4bit":
+            return f"bnb-{getattr(module.weight, 'quant_type', '4bit')}"
+        if kind == "Linear8bitLt":
+            return "bnb-int8"
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        return str(quantizer.quantization_config.quant_method.value)
+    return "none"

@@ -1,0 +1,118 @@
+"""Turns `auto` and what the user asked for into concrete modes, or says why they cannot run."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from qwencli.config import Attention, DType
+from qwencli.errors import DeviceError, MissingDependencyError, UnsupportedModeError
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" -> the first CUDA device, else Apple's MPS, else the CPU; others are checked.
+
+    Raises:
+        DeviceError: the device is unknown, or not usable on this machine.
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda:0"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    if kind == "cpu" and not index:
+        return "cpu"
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise DeviceError(
+                "--device mps: this machine has no usable Apple GPU", "use --device cpu"
+            )
+        return "mps"
+    if kind == "cuda" and (not index or index.isdigit()):
+        return _cuda_device(int(index or 0))
+    raise DeviceError(f"--device {device!r} is not a device", "use auto, cpu, cuda, cuda:N or mps")
+
+
+def _cuda_device(index: int) -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        why = (
+            "no usable NVIDIA GPU or driver was found" if built else "this torch build is CPU-only"
+        )
+        raise DeviceError(f"--device cuda: {why}", "use --device cpu, or see: qwencli diagnose")
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise DeviceError(
+            f"--device cuda:{index}: there are only {count} CUDA devices",
+            f"use cuda:0 to cuda:{count - 1}",
+        )
+    return f"cuda:{index}"
+
+
+def resolve_dtype(dtype: DType, device: str, checkpoint_dtype: str | None) -> DType:
+    """`auto` is the checkpoint's own dtype on a GPU, and float32 on the CPU.
+
+    A CPU without native bf16 arithmetic emulates it several times slower than float32, so the
+    CPU default trades memory for speed; `--dtype bfloat16` asks for the other trade.
+
+    Raises:
+        UnsupportedModeError: bfloat16 on a GPU that has none.
+    """
+    if dtype is DType.AUTO:
+        if device == "cpu":
+            return DType.FLOAT32
+        wanted = DType(checkpoint_dtype) if checkpoint_dtype in set(DType) else DType.BFLOAT16
+        return DType.FLOAT16 if wanted is DType.BFLOAT16 and not _has_bf16(device) else wanted
+    if dtype is DType.BFLOAT16 and not _has_bf16(device):
+        raise UnsupportedModeError(
+            f"--dtype bfloat16: the GPU {device} has no bfloat16 arithmetic",
+            nearest=DType.FLOAT16.value,
+        )
+    return dtype
+
+
+def _has_bf16(device: str) -> bool:
+    if not device.startswith("cuda"):
+        return True
+    import torch
+
+    # Below compute capability 8.0 torch emulates bf16 and calls that supported too.
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def resolve_attention(attention: Attention, device: str) -> Attention:
+    """`auto` is sdpa: it runs everywhere and picks its kernel by shape.
+
+    Raises:
+        UnsupportedModeError: flash_attention_2 off CUDA.
+        MissingDependencyError: flash-attn is not installed or does not load.
+    """
+    if attention is Attention.AUTO:
+        return Attention.SDPA
+    if attention is Attention.FLASH:
+        if not device.startswith("cuda"):
+            raise UnsupportedModeError(
+                f"--attention flash_attention_2 needs a CUDA GPU, and the model runs on {device}",
+                nearest=Attention.SDPA.value,
+            )
+        _require_flash_attn()
+    return attention
+
+
+def _require_flash_attn() -> None:
+    if importlib.util.find_spec("flash_attn") is None:
+        raise MissingDependencyError(
+            "--attention flash_attention_2: the package flash-attn is not installed",
+            "pip install 'qwencli[flash]', or use --attention sdpa",
+        )
+    try:
+        import flash_attn  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise MissingDependencyError(
+            f"flash_attention_2: flash-attn does not load: {str(error).splitlines()[0]}",
+            "reinstall flash-attn for this torch build, or use --attention sdpa",
+        ) from error
