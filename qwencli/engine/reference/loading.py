@@ -38,7 +38,7 @@ def plan_load(config: EngineConfig, files: ModelFiles) -> LoadPlan:
     device = resolve_device(config.device)
     if config.cache is Cache.STATIC_COMPILE and not device.startswith("cuda"):
         raise UnsupportedModeError(
-            f"--cache {config.cache}: transformers compiles on CUDA only, and this runs on {device}",
+            f"--cache {config.cache}: transformers compiles on CUDA only, not on {device}",
             nearest=Cache.STATIC.value,
         )
     return LoadPlan(
