@@ -1,0 +1,266 @@
+"""From a picture file of any kind to an RGB `ImagePart`, or to one clear `InputError`.
+
+Pictures are decoded completely here, so that a damaged file is found before a model sees half
+of it. Of an animation the first frame is taken. Colour profiles are not applied: neither does
+the reference. One damage stays invisible: a JPEG whose data ends early but which carries an
+end marker again (libjpeg fills the rest and Pillow does not pass its warning on).
+This module does not know what size a model wants; `preprocess` does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import re
+import stat
+import struct
+import threading
+import warnings
+import zlib
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+from qwencli.errors import InputError, OutOfMemoryError
+from qwencli.messages import ImagePart
+
+# The largest phone sensors give 199.8 megapixels; Pillow's own limits (89 to warn, 179 to refuse)
+# would turn those away.
+MAX_PIXELS = 200_000_000
+
+# What Pillow's decoders are known to raise on malformed files (its plug-ins parse with struct,
+# zlib and plain indexing). Anything else is a bug of ours and must stay visible.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    ZeroDivisionError,
+    RuntimeError,
+    AssertionError,
+    struct.error,
+    zlib.error,
+)
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+# Pillow opens these by running another program or the system's renderer; a caption needs neither.
+_DRAWINGS = frozenset({"EPS", "WMF"})
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# First bytes -> what such a file is called; asked only after Pillow could not tell.
+_SIGNATURES = (
+    (re.compile(rb"\x89PNG"), "a PNG with a damaged header"),
+    (re.compile(rb"\xff\xd8\xff"), "a JPEG with a damaged header"),
+    (re.compile(rb"GIF8"), "a GIF with a damaged header"),
+    (re.compile(rb"BM"), "a BMP with a damaged header"),
+    (re.compile(rb"II\*\0|MM\0\*"), "a TIFF with a damaged header"),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), "a WebP with a damaged header"),
+    (re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL), "HEIC"),
+    (re.compile(rb"....ftypavi[fs]", re.DOTALL), "AVIF"),
+    (re.compile(rb"\xff\x0a|\x00\x00\x00\x0cJXL "), "JPEG XL"),
+    (re.compile(rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL), "a video"),
+    (re.compile(rb"%PDF"), "a PDF document"),
+    (re.compile(rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!"), "an archive"),
+    (re.compile(rb"version https://git-lfs"), "a Git LFS pointer instead of the file itself"),
+    (re.compile(rb"\s*<(\?xml|svg)", re.IGNORECASE), "XML or SVG text"),
+    (re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE), "an HTML page"),
+)
+# Formats that a separately installed plug-in teaches to Pillow: module, its registering call
+# (None: importing it is enough), the package to install.
+_PLUGINS = {
+    "HEIC": ("pillow_heif", "register_heif_opener", "pillow-heif"),
+    "AVIF": ("pillow_avif", None, "pillow-avif-plugin"),
+    "JPEG XL": ("pillow_jxl", None, "pillow-jxl-plugin"),
+}
+_USE_PICTURE = "give a picture file such as PNG, JPEG or WebP"
+_COPY_AGAIN = "copy or download the file again"
+
+
+class _StrictPillow:
+    """While at least one picture is being decoded: whole files only, our pixel limit, no warnings.
+
+    Pillow keeps these rules in module globals and Python keeps its warning filters in one, so
+    they are set when the first decoder thread enters and put back when the last one leaves.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._undo = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users > 1:
+                return
+            undo = self._undo
+            undo.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+            undo.callback(
+                setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", ImageFile.LOAD_TRUNCATED_IMAGES
+            )
+            Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+            undo.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._undo.close()
+
+
+_strict_pillow = _StrictPillow()
+
+
+def open_image(source: Path | bytes, name: str | None = None) -> ImagePart:
+    """Decode one picture.
+
+    The result is upright (EXIF orientation applied), mode RGB, 8 bits a channel: transparency is
+    flattened on white, 16-bit grey is scaled (65535 -> 255), CMYK and palettes are converted.
+
+    Args:
+        source: a file, or the bytes of one.
+        name: what errors call it; the path by default.
+
+    Raises:
+        InputError: not there, not readable, not a picture, damaged, or over `MAX_PIXELS`.
+        OutOfMemoryError: the host cannot hold the decoded picture.
+    """
+    if isinstance(source, bytes):
+        return _decode(io.BytesIO(source), name or "the image data")
+    name = name or str(source)
+    with _open_file(source, name) as file:
+        # A pipe cannot seek, which Pillow needs.
+        return _decode(file if file.seekable() else io.BytesIO(file.read()), name)
+
+
+def _open_file(path: Path, name: str) -> BinaryIO:
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise InputError(f"{name} is a folder, not a picture", "name the picture files in it")
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+            raise InputError(f"{name} is a device, not a picture file", _USE_PICTURE)
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: no such file", "check the path") from error
+    except PermissionError as error:
+        raise InputError(
+            f"{name} cannot be read: permission denied", "change the file's permissions"
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{name} cannot be read: {reason}", "check the path") from error
+
+
+def _decode(file: BinaryIO, name: str) -> ImagePart:
+    head = file.read(512)
+    if not head:
+        raise InputError(f"{name} is empty (0 bytes)", _COPY_AGAIN)
+    kind = "picture"
+    try:
+        with _strict_pillow, _identify(file, head, name) as image:
+            kind = image.format or kind
+            if kind in _DRAWINGS:
+                raise InputError(f"{name} is a drawing ({kind}), not a picture", _USE_PICTURE)
+            image.load()
+            return ImagePart(_to_rgb(_upright(image), name), name)
+    except _BOMBS as error:
+        found = re.search(r"\d+", str(error))
+        pixels = f"{int(found[0]) / 1e6:.0f} megapixels" if found else "too many pixels"
+        raise InputError(
+            f"{name} declares {pixels}, the limit is {MAX_PIXELS // 10**6}",
+            "scale the picture down, or leave it out if you do not know where it comes from",
+        ) from error
+    except MemoryError as error:
+        raise OutOfMemoryError(
+            f"not enough memory to decode {name}", "scale the picture down or free some memory"
+        ) from error
+    except _DECODE_ERRORS as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{name}: damaged {kind} file ({reason})", _COPY_AGAIN) from error
+
+
+def _identify(file: BinaryIO, head: bytes, name: str) -> Image.Image:
+    file.seek(0)
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError as error:
+        found = next((what for magic, what in _SIGNATURES if magic.match(head)), None)
+        if found not in _PLUGINS:
+            raise InputError(
+                f"{name} is not a picture: found {found or _text_or_data(head)}", _USE_PICTURE
+            ) from error
+        module_name, register, package = _PLUGINS[found]
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:
+            raise InputError(
+                f"{name} is {found}, which this installation cannot decode",
+                f"pip install {package}, or convert the picture to PNG or JPEG",
+            ) from error
+        if register:
+            getattr(module, register)()
+        file.seek(0)
+        return Image.open(file)
+
+
+def _text_or_data(head: bytes) -> str:
+    # A sample cut inside a character is still text, hence "ignore"; control bytes never are.
+    text = head.decode("utf-8", errors="ignore")
+    is_text = len(text.encode()) > len(head) - 4 and all(
+        c.isprintable() or c.isspace() for c in text
+    )
+    return "text" if is_text else "data of an unknown kind"
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F":
+        raise InputError(f"{name} has floating-point pixels", "convert it to 8 bits a channel")
+    if image.mode.startswith("I"):
+        image = _grey_16_to_8(image, name)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        flat = Image.new("RGB", rgba.size, "white")
+        flat.paste(rgba, mask=rgba.getchannel("A"))
+        return flat
+    return image.convert("RGB")
+
+
+def _grey_16_to_8(image: Image.Image, name: str) -> Image.Image:
+    """Scale 0..65535 to 0..255, rounded. Pillow's own conversion would clip at 255."""
+    levels = np.asarray(image)  # [H, W], uint16 or int32
+    low, high = int(levels.min()), int(levels.max())
+    if low < 0 or high > 65535:
+        raise InputError(
+            f"{name} has pixel values from {low} to {high}", "convert it to 8 or 16 bits a channel"
+        )
+    return Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn the picture as its EXIF orientation says; a damaged EXIF block says nothing."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except _DECODE_ERRORS:
+        return image
+    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)

@@ -1,0 +1,264 @@
+"""Text to token ids and back, for byte-level BPE tokenizers in Qwen's layout.
+
+Control tokens (`<|im_end|>`, `<|image_pad|>` ...) are made from a template's own text alone.
+Text that came from outside goes through a `ContentGuard`, after which its spelling of a control
+token is encoded as the plain characters it is. Between two control tokens template and content
+are encoded as one string, as the reference does, so ordinary conversations get equal ids.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import BPE
+
+from qwencli.engine.json_file import read_json_object
+from qwencli.errors import ModelFileError
+
+# Qwen's own pattern; a model with another one states it in tokenizer_config.json.
+_PRETOKENIZE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DOWNLOAD = "download the model's files again"
+
+
+def _byte_of_char() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's table)."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in shown}
+    hidden = (byte for byte in range(256) if byte not in set(shown))
+    return table | {chr(256 + index): byte for index, byte in enumerate(hidden)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()
+
+
+class ContentGuard:
+    """Marks outside text so that no control token can be read out of it, not even across parts.
+
+    A character that none of `contents` holds is put behind each first character of a control
+    token's spelling: where the second follows, and where the content ends (the next part could
+    go on with it). `Tokenizer.encode` takes the character out again. All else stays as it is, so
+    a template that looks into the content still sees it.
+    """
+
+    def __init__(self, special: Iterable[str], contents: Sequence[str]) -> None:
+        used = set().union(*map(set, contents))
+        # Unicode's noncharacters first: they mean nothing in any text.
+        candidates = (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0x10FFFE))
+        self.mark = next(chr(code) for code in candidates if chr(code) not in used)
+        starts = sorted({spelling[:2] for spelling in special if len(spelling) > 1})
+        self._starts = re.compile(
+            "|".join(rf"{re.escape(s[0])}(?={re.escape(s[1])}|\s*\Z)" for s in starts) or r"(?!)"
+        )
+
+    def protect(self, content: str) -> str:
+        return self._starts.sub(lambda match: match[0] + self.mark, content)
+
+
+class Tokenizer:
+    """One model's tokenizer.
+
+    Args:
+        fast: byte-level BPE; this object takes it over.
+    """
+
+    def __init__(self, fast: FastTokenizer, source: Path | None = None) -> None:
+        # Control tokens are found here, not there, because only part of a text may hold them.
+        fast.encode_special_tokens = True
+        self._fast = fast
+        self._source = source or Path("tokenizer.json")
+        added = fast.get_added_tokens_decoder()
+        self._special_ids = {token.content: id_ for id_, token in added.items() if token.special}
+        self._skipped = frozenset(self._special_ids.values())
+        longest_first = sorted(self._special_ids, key=len, reverse=True)
+        self._specials = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._bytes: dict[int, bytes] = {}
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Read tokenizer.json, or vocab.json and merges.txt; and tokenizer_config.json.
+
+        Raises:
+            ModelFileError: the files are not there, broken or contradict each other.
+        """
+        config_path = folder / "tokenizer_config.json"
+        config = read_json_object(config_path) if config_path.is_file() else {}
+        path = folder / "tokenizer.json"
+        pieces = (folder / "vocab.json", folder / "merges.txt")
+        if not path.is_file():
+            path = pieces[0]
+            if not all(piece.is_file() for piece in pieces):
+                raise ModelFileError(
+                    f"{folder} has neither tokenizer.json nor vocab.json with merges.txt", _DOWNLOAD
+                )
+        try:
+            if path == pieces[0]:
+                fast = _build(*pieces, config.get("pretokenize_regex") or _PRETOKENIZE)
+            else:
+                fast = FastTokenizer.from_file(str(path))
+        # The Rust library raises Exception itself, no subclass, for every kind of broken file.
+        except Exception as error:
+            raise ModelFileError(f"{path} cannot be read: {error}", _DOWNLOAD) from error
+        _add_missing(fast, config.get("added_tokens_decoder") or {}, config_path)
+        return cls(fast, path)
+
+    def token_id(self, token: str) -> int:
+        """The id of a token by its exact spelling.
+
+        Raises:
+            ModelFileError: this vocabulary lacks it.
+        """
+        id_ = self._fast.token_to_id(token)
+        if id_ is None:
+            raise ModelFileError(f"{self._source} has no token {token}", _DOWNLOAD)
+        return id_
+
+    def guard(self, contents: Sequence[str]) -> ContentGuard:
+        """A guard for texts from outside that are about to go into one template."""
+        return ContentGuard(self._special_ids, contents)
+
+    def encode(self, text: str, guard: ContentGuard | None = None) -> list[int]:
+        """Ids of `text`, its control tokens recognised, except in what `guard` has protected.
+
+        Added tokens that control nothing (`<think>`, `<tool_call>`) are recognised everywhere.
+        """
+        ids: list[int] = []
+        end = 0
+        for match in self._specials.finditer(text):
+            self._extend(ids, text[end : match.start()], guard)
+            ids.append(self._special_ids[match[0]])
+            end = match.end()
+        self._extend(ids, text[end:], guard)
+        return ids
+
+    def _extend(self, ids: list[int], plain: str, guard: ContentGuard | None) -> None:
+        if guard is not None:
+            plain = plain.replace(guard.mark, "")
+        if plain:
+            ids.extend(self._fast.encode(plain, add_special_tokens=False).ids)
+
+    def token_bytes(self, id_: int, *, skip_special: bool = True) -> bytes:
+        """What one token adds to the text. Ids that have no spelling give `<|id|>`.
+
+        (A model's embedding has more rows than its vocabulary has words, and a dummy model speaks
+        with a foreign tokenizer: different ids must stay different text.)
+        """
+        if skip_special and id_ in self._skipped:
+            return b""
+        known = self._bytes.get(id_)
+        if known is None:
+            token = self._fast.id_to_token(id_)
+            known = self._bytes[id_] = f"<|{id_}|>".encode() if token is None else _spell(token)
+        return known
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        parts = (self.token_bytes(id_, skip_special=skip_special) for id_ in ids)
+        return b"".join(parts).decode("utf-8", errors="replace")
+
+
+def _spell(token: str) -> bytes:
+    try:
+        return bytes(_BYTE_OF_CHAR[char] for char in token)
+    except KeyError:  # an added token, kept in plain letters
+        return token.encode()
+
+
+def _build(vocab: Path, merges: Path, pattern: str) -> FastTokenizer:
+    fast = FastTokenizer(BPE.from_file(str(vocab), str(merges)))
+    fast.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    fast.decoder = decoders.ByteLevel()
+    return fast
+
+
+def _add_missing(fast: FastTokenizer, added: Any, path: Path) -> None:
+    """Add what only tokenizer_config.json's `added_tokens_decoder` (id -> token) has."""
+    try:
+        by_id = {int(id_): entry for id_, entry in added.items()}
+        tokens = {
+            id_: AddedToken(
+                entry["content"],
+                special=entry.get("special", False),
+                normalized=entry.get("normalized", False),
+            )
+            for id_, entry in sorted(by_id.items())
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelFileError(f"{path}: added_tokens_decoder is malformed", _DOWNLOAD) from error
+    present = fast.get_added_tokens_decoder()
+    fast.add_tokens([token for id_, token in tokens.items() if id_ not in present])
+    for id_, token in tokens.items():
+        if fast.token_to_id(token.content) != id_:
+            raise ModelFileError(
+                f"{path} gives {token.content} the id {id_}, "
+                f"the vocabulary {fast.token_to_id(token.content)}",
+                _DOWNLOAD,
+            )
+
+
+class IncrementalDetokenizer:
+    """Text of a growing list of ids; all pieces together equal `Tokenizer.decode` of all ids.
+
+    A character that is spread over several tokens appears with the last of them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id_: int) -> str:
+        """The text that became certain with this token; often one word, sometimes nothing."""
+        return self._utf8.decode(self._tokenizer.token_bytes(id_))
+
+    def finish(self) -> str:
+        """What is left when no token follows: U+FFFD for an unfinished character, or nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+class StopStringBuffer:
+    """Ends a stream of text at the stop string that is complete first, which is not shown.
+
+    Text that may be the beginning of a stop string is held back until that is decided, so the
+    outcome does not depend on how the stream is cut into pieces.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """The text that may be shown now. `stopped` says whether a stop string was reached."""
+        if self.stopped:
+            return ""
+        held = self._held + text
+        hits = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
+        if hits:
+            self.stopped = True
+            self._held = ""
+            return held[: min(hits)[1]]
+        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    def finish(self) -> str:
+        """What was held back when the text ends without a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
