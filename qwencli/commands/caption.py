@@ -20,7 +20,7 @@ from qwencli.commands.requests import (
 )
 from qwencli.errors import InputError, OutOfMemoryError, QwenCliError
 from qwencli.messages import GenerationRequest, ImagePart, user_message
-from qwencli.models.registry import resolve_model
+from qwencli.models.resolve import resolve_model
 from qwencli.output import Sink
 from qwencli.presets import PRESETS, prompt_text
 

@@ -15,7 +15,7 @@ from qwencli.commands.requests import (
     open_picture,
     running_engine,
 )
-from qwencli.models.registry import resolve_model
+from qwencli.models.resolve import resolve_model
 from qwencli.output import Sink
 
 

@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwencli.config import EngineConfig, LoadFormat
+from qwencli.engine.json_file import read_json_object
 from qwencli.engine.prompt import PromptBuilder
+from qwencli.engine.tokenizer import IncrementalDetokenizer
+from qwencli.errors import ModelFileError
+from qwencli.models.folder import check_folder, read_config
+from qwencli.models.locate import bundled_folder, locate
 
-# Positions a model is trained for when its config.json does not say.
-DEFAULT_MAX_SEQ_LEN = 32768
+# What every Qwen tokenizer ends a turn with, and pads with.
+END_OF_TURN, PAD = "<|im_end|>", "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -18,14 +24,13 @@ class ModelFiles:
     """Everything about a model that an engine needs besides its weights.
 
     Args:
-        folder: None for a dummy load of a model that is not on this machine.
-        hub_config: config.json; for a dummy load with the token ids of the tokenizer in use.
+        folder: None for a dummy load, which reads no weights.
         generation_defaults: the model's generation_config.json, {} without one.
         max_seq_len: longest sequence the model was made for, in tokens.
     """
 
     folder: Path | None
-    hub_config: dict[str, Any]
+    hub_config: Mapping[str, Any]
     prompts: PromptBuilder
     generation_defaults: Mapping[str, Any]
     stop_token_ids: tuple[int, ...]
@@ -34,9 +39,76 @@ class ModelFiles:
 
     @property
     def checkpoint_dtype(self) -> str | None:
-        text = text_config(self.hub_config)
-        for part in (self.hub_config, text):
+        """The dtype that config.json states, in either of its spellings and places."""
+        for part in (self.hub_config, _text_config(self.hub_config)):
             for key in ("dtype", "torch_dtype"):
                 if part.get(key):
                     return str(part[key])
         return None
+
+    def detokenizer(self) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(self.prompts.tokenizer)
+
+
+def open_model(config: EngineConfig) -> ModelFiles:
+    """Find, check and read the model's files; downloads them where that is needed and allowed.
+
+    Raises:
+        ModelFileError, DownloadError: the files are not usable, or not to be had.
+    """
+    if config.load_format is LoadFormat.DUMMY:
+        return _open_dummy(config)
+    spec = config.model
+    folder = locate(spec, offline=config.offline, allow_pickle=config.allow_pickle)
+    check_folder(folder, allow_pickle=config.allow_pickle)
+    hub_config = read_config(folder)
+    prompts = PromptBuilder.from_folder(
+        folder,
+        family=hub_config["model_type"],
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+    )
+    generation = folder / "generation_config.json"
+    defaults = read_json_object(generation) if generation.is_file() else {}
+    return _model_files(folder, hub_config, prompts, defaults)
+
+
+def _open_dummy(config: EngineConfig) -> ModelFiles:
+    """Weights and pictures as in the model named, the text side of the bundled model."""
+    hub_config = config.model.hub_config
+    if hub_config is None:
+        raise ModelFileError(
+            f"--load-format dummy: the shape of {config.model.name} is not known here",
+            "name a built-in model (see: qwencli models) or a folder with its config.json",
+        )
+    prompts = PromptBuilder.dummy(
+        bundled_folder(),
+        hub_config=hub_config,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+    )
+    return _model_files(None, hub_config, prompts, {})
+
+
+def _model_files(
+    folder: Path | None,
+    hub_config: Mapping[str, Any],
+    prompts: PromptBuilder,
+    defaults: Mapping[str, Any],
+) -> ModelFiles:
+    stop = defaults.get("eos_token_id", prompts.tokenizer.token_id(END_OF_TURN))
+    pad = defaults.get("pad_token_id", prompts.tokenizer.token_id(PAD))
+    return ModelFiles(
+        folder=folder,
+        hub_config=hub_config,
+        prompts=prompts,
+        generation_defaults=defaults,
+        stop_token_ids=tuple(stop) if isinstance(stop, list) else (stop,),
+        pad_token_id=pad,
+        max_seq_len=_text_config(hub_config)["max_position_embeddings"],
+    )
+
+
+def _text_config(hub_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text: Mapping[str, Any] = hub_config.get("text_config") or hub_config
+    return text

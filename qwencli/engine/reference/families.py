@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +39,9 @@ def family_of(model_type: str) -> Family:
         ) from None
 
 
-def build_config(hub_config: dict[str, Any]) -> Any:
+def build_config(hub_config: Mapping[str, Any]) -> Any:
     """The transformers configuration object for the contents of a config.json."""
     import transformers
 
     family = family_of(hub_config["model_type"])
-    return getattr(transformers, family.config_class).from_dict(hub_config)
+    return getattr(transformers, family.config_class).from_dict(dict(hub_config))

@@ -47,7 +47,7 @@ class Generation:
     def chunks(self, *, load_s: float) -> Iterator[GenerationChunk]:
         """Yield each token's text as it becomes known, and the result with the last chunk."""
         inputs = self._inputs()
-        detokenizer = self._files.prompts.detokenizer()
+        detokenizer = self._files.detokenizer()
         text: list[str] = []
         clock = Clock(self._ran.device)
         with VisionSpan(self._model, clock) as vision:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class LoadPlan:
     `folder` is None for a dummy load of a model whose files are not on this machine.
     """
 
-    hub_config: dict[str, Any]
+    hub_config: Mapping[str, Any]
     folder: Path | None
     device: str
     dtype: DType

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) 
 
 
 def _require_bitsandbytes() -> None:
+    # It logs one line per layer and token where it casts; that it casts is in our results.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
