@@ -114,7 +114,9 @@ def _tensor(path: Path, name: str, entry: object) -> TensorInfo:
         raise broken(f"has data_offsets {offsets!r}")
     start, end = span
     bits = prod(sizes) * _DTYPE_BITS[dtype]
-    if bits % 8 or end - start != bits // 8:
+    if bits >= 2**63:
+        raise broken(f"has impossible shape {shape!r}")
+    if end - start != bits / 8:
         raise broken(f"occupies {end - start} bytes, {dtype} {shape} needs {bits / 8:g}")
     return TensorInfo(dtype, sizes, start, end - start)
 

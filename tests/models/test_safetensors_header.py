@@ -93,6 +93,7 @@ def entry(**changes):
         (pack(entry(shape=6)), "shape"),
         (pack(entry(data_offsets=[0])), "data_offsets"),
         (pack(entry(data_offsets=[12, 0])), "occupies -12 bytes"),
+        (pack(entry(shape=[2**62] * 400)), "impossible shape"),
         (pack(entry(shape=[2, 4]), bytes(12)), "occupies 12 bytes, BF16 .* needs 16"),
         (pack(entry(dtype="F4", shape=[3], data_offsets=[0, 1]), bytes(1)), "occupies"),
         (pack(entry(data_offsets=[4, 16]), bytes(16)), "byte 0 belongs to no tensor"),
