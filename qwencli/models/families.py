@@ -1,0 +1,284 @@
+"""The model families we know, as one table: how each writes config.json and names its tensors.
+
+Everything that differs between families is a value here; the code that reads shapes, builds
+tensor lists and checks folders is the same for all. Knows no sizes (see `catalog`), no files.
+
+Sources: the `configuration_*.py` and `modeling_*.py` files of transformers 5.17 and 5.23 for
+names, biases and defaults; a test compares the tensor lists with the models transformers builds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class VisionFamily:
+    """How a family writes its vision tower.
+
+    Args:
+        keys: our field name -> key in `vision_config`.
+        defaults: values of transformers' config class, for files that leave keys out (the hub's
+            Qwen2.5-VL-32B does). Keyed by our field name.
+        norm_bias: LayerNorm (True) or RMSNorm (False) in the blocks.
+        mlp: names of the block's linear layers, up-projections first, the down-projection last.
+        patch_bias: whether the patch embedding has a bias.
+        merger_norm: name of the merger's norm.
+        merger_linears: names of the merger's two linear layers.
+        deepstack_prefix: where the extra mergers of DeepStack live; empty when there are none.
+        config: constant entries of the hub's `vision_config`.
+    """
+
+    keys: Mapping[str, str]
+    defaults: Mapping[str, Any]
+    norm_bias: bool
+    mlp: tuple[str, ...]
+    merger_norm: str
+    merger_linears: tuple[str, str]
+    patch_bias: bool = False
+    deepstack_prefix: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Args:
+        model_type: `model_type` in config.json; the key of `FAMILIES`.
+        title: what people call it.
+        architecture: the class name in config.json's `architectures`.
+        nested: whether the hub's config.json has a `text_config` (else text keys are at the top).
+        qkv_bias: whether q, k and v projections have a bias.
+        qk_norm: whether q and k heads are normalised (one weight of `head_dim` each).
+        head_dim: default when config.json states none; None = hidden_size / num_attention_heads.
+        text_config: constant entries of the hub's text configuration.
+        top_config: constant entries of the hub's config.json beside the text configuration.
+    """
+
+    model_type: str
+    title: str
+    architecture: str
+    qkv_bias: bool
+    qk_norm: bool
+    text_config: Mapping[str, Any]
+    top_config: Mapping[str, Any] = field(default_factory=dict)
+    nested: bool = False
+    head_dim: int | None = None
+    vision: VisionFamily | None = None
+
+
+_VISION_KEYS: Mapping[str, str] = {
+    "depth": "depth",
+    "hidden": "hidden_size",
+    "heads": "num_heads",
+    "intermediate": "intermediate_size",
+    "out_hidden": "out_hidden_size",
+    "patch_size": "patch_size",
+    "temporal_patch_size": "temporal_patch_size",
+    "spatial_merge_size": "spatial_merge_size",
+    "in_channels": "in_channels",
+}
+_VISION_GRID: Mapping[str, Any] = {
+    "heads": 16,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "in_channels": 3,
+}
+_VISION_TOKENS: Mapping[str, Any] = {
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+}
+_TEXT: Mapping[str, Any] = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-06,
+    "use_cache": True,
+}
+_NO_WINDOW: Mapping[str, Any] = {"use_sliding_window": False, "sliding_window": None}
+_MROPE: Mapping[str, Any] = {"type": "mrope", "mrope_section": [16, 24, 24]}
+
+_QWEN3_VL = Family(
+    model_type="qwen3_vl",
+    title="Qwen3-VL",
+    architecture="Qwen3VLForConditionalGeneration",
+    nested=True,
+    qkv_bias=False,
+    qk_norm=True,
+    head_dim=128,
+    text_config={
+        **_TEXT,
+        "attention_bias": False,
+        "dtype": "bfloat16",
+        "max_position_embeddings": 262144,
+        "model_type": "qwen3_vl_text",
+        "rope_scaling": {
+            "mrope_interleaved": True,
+            "mrope_section": [24, 20, 20],
+            "rope_type": "default",
+        },
+        "rope_theta": 5000000,
+    },
+    top_config=_VISION_TOKENS,
+    vision=VisionFamily(
+        keys={
+            **_VISION_KEYS,
+            "num_position_embeddings": "num_position_embeddings",
+            "deepstack_indexes": "deepstack_visual_indexes",
+        },
+        defaults={
+            **_VISION_GRID,
+            "depth": 27,
+            "hidden": 1152,
+            "intermediate": 4304,
+            "out_hidden": 3584,
+            "patch_size": 16,
+            "num_position_embeddings": 2304,
+            "deepstack_indexes": (8, 16, 24),
+        },
+        norm_bias=True,
+        mlp=("linear_fc1", "linear_fc2"),
+        merger_norm="norm",
+        merger_linears=("linear_fc1", "linear_fc2"),
+        patch_bias=True,
+        deepstack_prefix="deepstack_merger_list",
+        config={
+            "hidden_act": "gelu_pytorch_tanh",
+            "in_channels": 3,
+            "initializer_range": 0.02,
+            "model_type": "qwen3_vl",
+        },
+    ),
+)
+
+_QWEN2_5_VL = Family(
+    model_type="qwen2_5_vl",
+    title="Qwen2.5-VL",
+    architecture="Qwen2_5_VLForConditionalGeneration",
+    qkv_bias=True,
+    qk_norm=False,
+    text_config={
+        **_TEXT,
+        **_NO_WINDOW,
+        "max_position_embeddings": 128000,
+        "rope_scaling": _MROPE,
+        "rope_theta": 1000000.0,
+        "torch_dtype": "bfloat16",
+    },
+    top_config={**_VISION_TOKENS, "vision_token_id": 151654},
+    vision=VisionFamily(
+        keys={
+            **_VISION_KEYS,
+            "window_size": "window_size",
+            "full_attention_indexes": "fullatt_block_indexes",
+        },
+        defaults={
+            **_VISION_GRID,
+            "depth": 32,
+            "hidden": 3584,
+            "intermediate": 3420,
+            "out_hidden": 3584,
+            "patch_size": 14,
+            "window_size": 112,
+            "full_attention_indexes": (7, 15, 23, 31),
+        },
+        norm_bias=False,
+        mlp=("gate_proj", "up_proj", "down_proj"),
+        merger_norm="ln_q",
+        merger_linears=("mlp.0", "mlp.2"),
+        config={
+            "hidden_act": "silu",
+            "in_chans": 3,
+            "spatial_patch_size": 14,
+            "tokens_per_second": 2,
+        },
+    ),
+)
+
+_QWEN2_VL = Family(
+    model_type="qwen2_vl",
+    title="Qwen2-VL",
+    architecture="Qwen2VLForConditionalGeneration",
+    qkv_bias=True,
+    qk_norm=False,
+    text_config={
+        **_TEXT,
+        **_NO_WINDOW,
+        "max_position_embeddings": 32768,
+        "rope_scaling": _MROPE,
+        "rope_theta": 1000000.0,
+        "torch_dtype": "bfloat16",
+    },
+    top_config={**_VISION_TOKENS, "vision_token_id": 151654},
+    vision=VisionFamily(
+        # Here `hidden_size` is the output width and the block's own width is `embed_dim`.
+        keys={
+            **_VISION_KEYS,
+            "hidden": "embed_dim",
+            "out_hidden": "hidden_size",
+            "mlp_ratio": "mlp_ratio",
+        },
+        defaults={
+            **_VISION_GRID,
+            "depth": 32,
+            "hidden": 1280,
+            "out_hidden": 3584,
+            "patch_size": 14,
+            "mlp_ratio": 4,
+        },
+        norm_bias=True,
+        mlp=("fc1", "fc2"),
+        merger_norm="ln_q",
+        merger_linears=("mlp.0", "mlp.2"),
+        config={"in_chans": 3, "spatial_patch_size": 14},
+    ),
+)
+
+_QWEN3 = Family(
+    model_type="qwen3",
+    title="Qwen3",
+    architecture="Qwen3ForCausalLM",
+    qkv_bias=False,
+    qk_norm=True,
+    head_dim=128,
+    text_config={
+        **_TEXT,
+        **_NO_WINDOW,
+        "attention_bias": False,
+        "max_position_embeddings": 40960,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "torch_dtype": "bfloat16",
+    },
+)
+
+_QWEN2 = Family(
+    model_type="qwen2",
+    title="Qwen2.5",
+    architecture="Qwen2ForCausalLM",
+    qkv_bias=True,
+    qk_norm=False,
+    text_config={
+        **_TEXT,
+        **_NO_WINDOW,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+        "torch_dtype": "bfloat16",
+    },
+)
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family for family in (_QWEN3_VL, _QWEN2_5_VL, _QWEN2_VL, _QWEN3, _QWEN2)
+}
+
+
+def supported() -> str:
+    """The supported `model_type`s as one phrase for error lines."""
+    return ", ".join(FAMILIES)

@@ -1,0 +1,117 @@
+"""Estimates the device memory a model needs, from its shape alone. Knows no device, no torch.
+
+All figures are bytes. Each part is a function of its own so that later planning (batch sizes,
+`max_pixels` from free memory) can combine them; `estimate` is their sum for one request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from qwencli.config import Quantization
+from qwencli.models.shapes import ModelShape
+from qwencli.models.tensors import expected_tensors, is_quantizable
+
+# The three columns of a listing and of `vram_requirement`, smallest first.
+LISTED: dict[str, Quantization] = {
+    "4bit": Quantization.INT4,
+    "8bit": Quantization.INT8,
+    "full": Quantization.NONE,
+}
+# One request of a caption: an image of a megapixel (1024 tokens), a prompt and a long answer.
+DEFAULT_CONTEXT_TOKENS = 4096
+DEFAULT_IMAGE_TOKENS = 1024
+# CUDA context, cuBLAS workspace and allocator rounding. An allowance, not a measurement.
+RUNTIME_BYTES = 600_000_000
+
+_HALF = 2  # bytes of a bfloat16
+_NF4_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by use. `activations` is the peak of the vision tower or the prefill, not their sum."""
+
+    weights: int
+    kv_cache: int
+    activations: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.activations + self.runtime
+
+
+def weight_bytes(shape: ModelShape, quantization: Quantization = Quantization.NONE) -> int:
+    """Bytes of the loaded weights; what is not quantized stays bfloat16.
+
+    4bit: bitsandbytes NF4 without double quantization, half a byte and a float32 absmax for each
+    block of 64 (QLoRA, arXiv 2305.14314, section 3). 8bit: LLM.int8(), a byte and a float32
+    scale for each output row (arXiv 2208.07339). fp8: a byte and a float32 scale for each tensor.
+    """
+    total = 0
+    for name, size in expected_tensors(shape).items():
+        count = prod(size)
+        if quantization is Quantization.NONE or not is_quantizable(name, size):
+            total += count * _HALF
+        elif quantization is Quantization.INT4:
+            total += count // 2 + -(-count // _NF4_BLOCK) * 4
+        elif quantization is Quantization.INT8:
+            total += count + size[0] * 4
+        else:
+            total += count + 4
+    return total
+
+
+def kv_cache_bytes(shape: ModelShape, tokens: int, batch: int = 1) -> int:
+    """Bytes of keys and values: 2 x layers x kv heads x head_dim for each token, bfloat16."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens * batch * _HALF
+
+
+def vision_peak_bytes(shape: ModelShape, image_tokens: int) -> int:
+    """Peak bytes of encoding an image of `image_tokens` tokens (after merging), bfloat16.
+
+    The larger of a block's two halves, with attention that does not store its matrix (sdpa,
+    flash): residual, normed input, q, k, v and output; or residual, normed input, the
+    up-projections and their activation. Besides them the pixels (float32) and the features that
+    go to the decoder, DeepStack's included. `eager` attention adds heads x patches^2 values.
+    """
+    tower = shape.vision
+    if tower is None:
+        return 0
+    patches = image_tokens * tower.spatial_merge_size**2
+    attention = 6 * tower.hidden
+    # Gated towers (Qwen2.5-VL) hold two up-projections and their product.
+    ups = len(shape.family.vision.mlp) if shape.family.vision else 0
+    mlp = 2 * tower.hidden + ups * tower.intermediate
+    pixels = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2 * 4
+    features = image_tokens * tower.out_hidden * (1 + len(tower.deepstack_indexes)) * _HALF
+    return patches * (max(attention, mlp) * _HALF + pixels) + features
+
+
+def prefill_peak_bytes(shape: ModelShape, tokens: int) -> int:
+    """Peak bytes of the prefill beyond weights and cache, bfloat16, logits of one position.
+
+    A layer's MLP is the peak: residual, normed input, gate, up and their product. Sampling holds
+    the last position's logits as bfloat16, float32, sorted, and the order (int64).
+    """
+    layer = tokens * (2 * shape.hidden + 3 * shape.intermediate) * _HALF
+    return layer + shape.vocab * (_HALF + 4 + 4 + 8)
+
+
+def estimate(
+    shape: ModelShape,
+    quantization: Quantization = Quantization.NONE,
+    *,
+    context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+    image_tokens: int = DEFAULT_IMAGE_TOKENS,
+) -> MemoryEstimate:
+    """Device memory for one request of `context_tokens` (prompt, image and new tokens)."""
+    peak = max(vision_peak_bytes(shape, image_tokens), prefill_peak_bytes(shape, context_tokens))
+    return MemoryEstimate(
+        weights=weight_bytes(shape, quantization),
+        kv_cache=kv_cache_bytes(shape, context_tokens),
+        activations=peak,
+        runtime=RUNTIME_BYTES,
+    )

@@ -1,0 +1,149 @@
+"""Reads the header of a safetensors file: names, dtypes, shapes, bytes. Never the weights.
+
+The format (github.com/huggingface/safetensors, "Format"): 8 bytes little-endian header length,
+that many bytes of JSON {name: {dtype, shape, data_offsets}}, then the data. Offsets count from
+the end of the header, cover the data without holes and end where the file ends.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from qwencli.errors import ModelFileError
+
+_DTYPE_BITS: Mapping[str, int] = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8,
+    "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8,
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+    "C64": 64,
+}  # fmt: skip
+# The reference implementation refuses longer headers.
+_MAX_HEADER_BYTES = 100_000_000
+_AGAIN = "download or copy this file again"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor: dtype as the format names it ("BF16"), shape, first byte and size in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """What a file holds. `data_bytes` is the size of all tensors, `file_bytes` of the file."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    data_bytes: int
+    file_bytes: int
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all tensors; for packed (quantized) tensors, elements as stored."""
+        return sum(prod(tensor.shape) for tensor in self.tensors.values())
+
+
+def read_header(path: Path) -> SafetensorsHeader:
+    """Read and validate the header, and the file's length against it.
+
+    Raises:
+        ModelFileError: the file cannot be read, is no safetensors file, contradicts itself, or is
+            shorter or longer than its header says (both figures are named).
+    """
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if file_bytes < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
+                raise _broken(path, f"is no safetensors file ({file_bytes} bytes)")
+            if file_bytes < 8 + length:
+                raise _length_error(path, file_bytes, 8 + length, "at least ")
+            raw = file.read(length)
+    except OSError as error:
+        raise ModelFileError(
+            f"{path}: cannot be read ({error.strerror or error})", "check the file's permissions"
+        ) from error
+    entries = _parse(path, raw)
+    metadata = _metadata(path, entries.pop("__metadata__", {}))
+    tensors = {name: _tensor(path, name, entry) for name, entry in entries.items()}
+    data_bytes = _contiguous_bytes(path, tensors)
+    if file_bytes != 8 + length + data_bytes:
+        raise _length_error(path, file_bytes, 8 + length + data_bytes, "")
+    return SafetensorsHeader(tensors, metadata, data_bytes, file_bytes)
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    # RecursionError: thousands of nested brackets are valid JSON to the parser until it gives up.
+    try:
+        entries = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, "has a header that is not JSON") from error
+    if not isinstance(entries, dict):
+        raise _broken(path, "has a header that is not a JSON object")
+    return entries
+
+
+def _metadata(path: Path, value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise _broken(path, "has __metadata__ that is not an object of strings")
+    return value
+
+
+def _tensor(path: Path, name: str, entry: object) -> TensorInfo:
+    def broken(what: str) -> ModelFileError:
+        return _broken(path, f"has a broken header: tensor {name!r} {what}")
+
+    if not isinstance(entry, dict):
+        raise broken("is not an object")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
+        raise broken(f"has dtype {dtype!r}")
+    sizes, span = _sizes(shape), _sizes(offsets)
+    if sizes is None:
+        raise broken(f"has shape {shape!r}")
+    if span is None or len(span) != 2:
+        raise broken(f"has data_offsets {offsets!r}")
+    start, end = span
+    bits = prod(sizes) * _DTYPE_BITS[dtype]
+    if bits >= 2**63:
+        raise broken(f"has impossible shape {shape!r}")
+    if end - start != bits / 8:
+        raise broken(f"occupies {end - start} bytes, {dtype} {shape} needs {bits / 8:g}")
+    return TensorInfo(dtype, sizes, start, end - start)
+
+
+def _sizes(value: object) -> tuple[int, ...] | None:
+    # `type(...) is int`: True and False are integers to isinstance.
+    if not isinstance(value, list):
+        return None
+    fit = all(type(item) is int and 0 <= item < 2**63 for item in value)
+    return tuple(value) if fit else None
+
+
+def _contiguous_bytes(path: Path, tensors: Mapping[str, TensorInfo]) -> int:
+    reached = 0
+    for tensor in sorted(tensors.values(), key=lambda item: (item.start, item.size_bytes)):
+        if tensor.start != reached:
+            raise _broken(path, f"has a broken header: data at byte {reached} belongs to no tensor")
+        reached += tensor.size_bytes
+    return reached
+
+
+def _broken(path: Path, what: str) -> ModelFileError:
+    return ModelFileError(f"{path} {what}", _AGAIN)
+
+
+def _length_error(path: Path, actual: int, expected: int, least: str) -> ModelFileError:
+    word = "truncated" if actual < expected else "too long"
+    return ModelFileError(
+        f"{path} is {word}: {actual} bytes, its header says {least}{expected}", _AGAIN
+    )

@@ -1,0 +1,117 @@
+"""Which files of a model folder hold the weights. Looks at names and the index, opens no weights.
+
+Follows the order of transformers' `from_pretrained`: one safetensors file, a sharded index, then
+pickle files, which are only accepted when asked for because loading one can run code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwencli.errors import ModelFileError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLE_SINGLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_AGAIN = "download the model again"
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files to load, in the index's order; `pickled` when they are not safetensors."""
+
+    files: tuple[Path, ...]
+    pickled: bool
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+
+def find_weights(folder: Path, *, allow_pickle: bool = False) -> WeightFiles:
+    """The weight files of a model folder; every one of them exists.
+
+    Raises:
+        ModelFileError: no weights, a shard missing, a broken index, or only pickle files while
+            `allow_pickle` is False.
+    """
+    if (folder / SINGLE).is_file():
+        return WeightFiles((folder / SINGLE,), pickled=False)
+    if (folder / INDEX).is_file():
+        return WeightFiles(_shards(folder / INDEX), pickled=False)
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
+    if pickles and not allow_pickle:
+        raise ModelFileError(
+            f"{folder}: the only weights are pickle files ({some(pickles)}), which can run code",
+            "use a safetensors version of the model, or pass --allow-pickle if you trust it",
+        )
+    if (folder / PICKLE_SINGLE).is_file():
+        return WeightFiles((folder / PICKLE_SINGLE,), pickled=True)
+    if (folder / PICKLE_INDEX).is_file():
+        return WeightFiles(_shards(folder / PICKLE_INDEX), pickled=True)
+    raise _nothing(folder)
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFileError(f"{index}: weight_map is missing or empty", _AGAIN)
+    names = list(dict.fromkeys(str(name) for name in weight_map.values()))
+    for name in names:
+        # A shard is a file beside its index; anything else could point out of the folder.
+        if Path(name).name != name or "\\" in name:
+            raise ModelFileError(f"{index}: {name!r} is not the name of a file beside it", _AGAIN)
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ModelFileError(
+            f"{index.parent}: {len(missing)} of {len(names)} weight files are missing: "
+            + some(missing),
+            _AGAIN,
+        )
+    return tuple(index.parent / name for name in names)
+
+
+def _nothing(folder: Path) -> ModelFileError:
+    if any(_SHARD.fullmatch(path.name) for path in folder.iterdir()):
+        return ModelFileError(f"{folder}: weight shards without their {INDEX}", _AGAIN)
+    if (folder / "adapter_config.json").is_file():
+        return ModelFileError(
+            f"{folder}: is a LoRA adapter, not a whole model", "merge it into its base model first"
+        )
+    return ModelFileError(
+        f"{folder}: no weights (expected {SINGLE} or {INDEX})",
+        f"{_AGAIN}, or use --load-format dummy to measure speed with random weights",
+    )
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Contents of a JSON file that holds an object.
+
+    Raises:
+        ModelFileError: it cannot be read, is not JSON (with the line), or is not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = f"{path}: cannot be read ({error.strerror or error})"
+        raise ModelFileError(reason, "check that the file is there and readable") from error
+    except (ValueError, RecursionError) as error:
+        line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
+        raise ModelFileError(f"{path}: {line}is not JSON", _AGAIN) from error
+    if not isinstance(value, dict):
+        raise ModelFileError(f"{path}: is not a JSON object", _AGAIN)
+    return value
+
+
+def some(items: list[str], separator: str = ", ") -> str:
+    """The first few items as one phrase that says how many more there are."""
+    more = len(items) - _NAMED
+    return separator.join(items[:_NAMED]) + (f" and {more} more" if more > 0 else "")
