@@ -39,6 +39,14 @@ def family_of(model_type: str) -> Family:
         ) from None
 
 
+def skeleton(model_class: Any, config: Any) -> Any:
+    """The model without its weights, to look at its modules and shapes."""
+    import torch
+
+    with torch.device("meta"):
+        return model_class(config)
+
+
 def build_config(hub_config: Mapping[str, Any]) -> Any:
     """The transformers configuration object for the contents of a config.json."""
     import transformers

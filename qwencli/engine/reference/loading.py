@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from qwencli.config import Attention, Cache, DType, EngineConfig, LoadFormat
+from qwencli.config import Attention, Cache, DType, EngineConfig, LoadFormat, Quantization
 from qwencli.engine.memory_errors import is_out_of_memory, out_of_memory_error
-from qwencli.engine.reference.families import build_config, family_of
-from qwencli.engine.reference.quantizing import quantization_config, scheme_of
+from qwencli.engine.reference.families import build_config, family_of, skeleton
+from qwencli.engine.reference.quantizing import quantization_config, scheme_of, unfit_for_cpu
 from qwencli.engine.reference.random_weights import random_state_dict
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
 from qwencli.engine.sources import ModelFiles
@@ -73,7 +73,9 @@ def load_model(config: EngineConfig, plan: LoadPlan) -> Any:
         # An explicit map sends each tensor to its device as it is read; "auto" would add hooks
         # to every module even when one GPU holds it all.
         "device_map": {"": plan.device},
-        "quantization_config": quantization_config(config.quantization, torch_dtype),
+        "quantization_config": quantization_config(
+            config.quantization, torch_dtype, _kept_modules(config, plan, model_class)
+        ),
     }
     try:
         if config.load_format is LoadFormat.DUMMY:
@@ -96,6 +98,12 @@ def load_model(config: EngineConfig, plan: LoadPlan) -> Any:
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise _load_error(config, plan, error) from error
     return model.eval()
+
+
+def _kept_modules(config: EngineConfig, plan: LoadPlan, model_class: Any) -> list[str] | None:
+    if config.quantization is not Quantization.INT4 or plan.device != "cpu":
+        return None
+    return unfit_for_cpu(skeleton(model_class, build_config(plan.hub_config)))
 
 
 def _load_error(config: EngineConfig, plan: LoadPlan, error: Exception) -> ModelFileError:

@@ -10,12 +10,20 @@ import torch
 from qwencli.config import Quantization
 from qwencli.errors import MissingDependencyError, UnsupportedModeError
 
+# bitsandbytes' 4-bit kernel for CPUs takes weights of whole tiles only: rows x columns.
+CPU_TILE = (32, 64)
 
-def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) -> Any | None:
+
+def quantization_config(
+    quantization: Quantization, compute_dtype: torch.dtype, keep: list[str] | None = None
+) -> Any | None:
     """The transformers quantization config for a mode, or None for unquantized weights.
 
     bitsandbytes' own defaults are fp4 storage and float32 compute, which is neither what people
     mean by 4-bit nor fast; nf4 with compute in the model's dtype is stated here instead.
+
+    Args:
+        keep: modules of 4-bit models to leave unquantized; None = the output head.
 
     Raises:
         UnsupportedModeError: fp8, which bitsandbytes does not have.
@@ -38,7 +46,19 @@ def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) 
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_use_double_quant=False,
+        llm_int8_skip_modules=keep,
     )
+
+
+def unfit_for_cpu(model: torch.nn.Module) -> list[str]:
+    """Names of the linear layers that the 4-bit CPU kernel cannot take, and the output head."""
+    rows, columns = CPU_TILE
+    return ["lm_head"] + [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and (module.out_features % rows or module.in_features % columns)
+    ]
 
 
 def _require_bitsandbytes() -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from qwencli.engine.reference.families import skeleton
+
 INITIALIZER_RANGE = 0.02
 
 
@@ -46,10 +48,8 @@ def random_state_dict(
     model_class: Any, config: Any, dtype: torch.dtype, device: torch.device
 ) -> dict[str, LazyRandomTensor]:
     """Lazy random tensors for every weight of `model_class(config)`, tied ones once."""
-    with torch.device("meta"):
-        skeleton = model_class(config)
     # named_parameters lists a tied weight once and leaves out computed buffers.
     return {
         name: LazyRandomTensor(name, parameter.shape, dtype, device)
-        for name, parameter in skeleton.named_parameters()
+        for name, parameter in skeleton(model_class, config).named_parameters()
     }

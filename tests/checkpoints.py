@@ -1,0 +1,192 @@
+"""Small random checkpoints of every family, in the hub's file layout, loadable by transformers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from qwencli.config import EngineConfig, ModelSource, ModelSpec
+from qwencli.messages import ImagePart
+
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+CORPUS = ["Describe this image.", "a red circle and a blue square on the left", "system user"]
+
+TEXT = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+}
+VISION = {"hidden_size": 32, "num_heads": 2, "depth": 2, "intermediate_size": 48, "in_channels": 3}
+SECTIONED = {"type": "mrope", "mrope_section": [4, 2, 2]}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3_vl": {
+        "text_config": {
+            **TEXT,
+            "head_dim": 16,
+            "model_type": "qwen3_vl_text",
+            "rope_theta": 1e6,
+            "rope_scaling": {
+                "rope_type": "default",
+                "mrope_section": [4, 2, 2],
+                "mrope_interleaved": True,
+            },
+        },
+        "vision_config": {
+            **VISION,
+            "model_type": "qwen3_vl",
+            "out_hidden_size": 64,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        "tie_word_embeddings": True,
+    },
+    "qwen2_5_vl": {
+        **TEXT,
+        "rope_theta": 1e6,
+        "rope_scaling": SECTIONED,
+        "vision_config": {
+            **VISION,
+            "out_hidden_size": 64,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+            "hidden_act": "silu",
+        },
+        "tie_word_embeddings": True,
+    },
+    "qwen2_vl": {
+        **TEXT,
+        "rope_theta": 1e6,
+        "rope_scaling": SECTIONED,
+        "vision_config": {
+            "embed_dim": 32,
+            "num_heads": 2,
+            "depth": 2,
+            "mlp_ratio": 2,
+            "hidden_size": 64,
+            "in_channels": 3,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "hidden_act": "quick_gelu",
+        },
+        "tie_word_embeddings": False,
+    },
+    "qwen3": {**TEXT, "head_dim": 16, "rope_theta": 1e6, "tie_word_embeddings": False},
+    "qwen2": {**TEXT, "rope_theta": 1e6, "tie_word_embeddings": True},
+}
+VISION_FAMILIES = [family for family, config in CONFIGS.items() if "vision_config" in config]
+
+
+def hub_config(family: str) -> dict[str, Any]:
+    """A config.json of the family, its token ids those of `write_tokenizer`."""
+    ids = {token: number for number, token in enumerate(SPECIAL)}
+    config = {
+        **copy.deepcopy(CONFIGS[family]),
+        "model_type": family,
+        "eos_token_id": ids["<|im_end|>"],
+        "bos_token_id": ids["<|endoftext|>"],
+        "dtype": "bfloat16",
+    }
+    if "vision_config" in config:
+        config |= {
+            "image_token_id": ids["<|image_pad|>"],
+            "video_token_id": ids["<|video_pad|>"],
+            "vision_start_token_id": ids["<|vision_start|>"],
+            "vision_end_token_id": ids["<|vision_end|>"],
+        }
+    target = config.get("text_config", config)
+    target["vocab_size"] = 320
+    return config
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer in Qwen's layout, a few merges large."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def write_checkpoint(folder: Path, family: str, *, seed: int = 0) -> Path:
+    """A complete folder with random bfloat16 weights, large enough to give varied text."""
+    import torch
+    import transformers
+
+    from qwencli.engine.reference.families import FAMILIES, build_config
+
+    folder.mkdir(parents=True)
+    config = build_config(hub_config(family))
+    torch.manual_seed(seed)
+    model = getattr(transformers, FAMILIES[family].model_class)(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.2)
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(hub_config(family)), encoding="utf-8")
+    write_tokenizer(folder)
+    if family in VISION_FAMILIES:
+        patch_size = CONFIGS[family]["vision_config"]["patch_size"]
+        processor = {
+            "patch_size": patch_size,
+            "merge_size": 2,
+            "temporal_patch_size": 2,
+            "size": {"shortest_edge": (2 * patch_size) ** 2, "longest_edge": 65536},
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"do_sample": False, "eos_token_id": [2, 0], "pad_token_id": 0}),
+        encoding="utf-8",
+    )
+    return folder
+
+
+def engine_config(folder: Path, **settings: Any) -> EngineConfig:
+    spec = ModelSpec("tiny", ModelSource.LOCAL, path=folder)
+    return EngineConfig(spec, **{"device": "cpu", **settings})
+
+
+def picture(width: int = 64, height: int = 64, name: str = "picture.png") -> ImagePart:
+    """A small picture with content, so that a model that looks at it can tell it from another."""
+    image = Image.radial_gradient("L").resize((width, height)).convert("RGB")
+    return ImagePart(image, name)
