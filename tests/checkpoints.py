@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 VISION_FAMILIES = [family for family, config in CONFIGS.items() if "vision_config" in config]
 
 
-def hub_config(family: str) -> dict[str, Any]:
-    """A config.json of the family, its token ids those of `write_tokenizer`."""
+def hub_config(family: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A config.json of the family, its token ids those of `write_tokenizer`.
+
+    `overrides` change the text model's part.
+    """
     ids = {token: number for number, token in enumerate(SPECIAL)}
     config = {
         **copy.deepcopy(CONFIGS[family]),
@@ -122,7 +126,7 @@ def hub_config(family: str) -> dict[str, Any]:
             "vision_end_token_id": ids["<|vision_end|>"],
         }
     target = config.get("text_config", config)
-    target["vocab_size"] = 320
+    target |= {"vocab_size": 320, **(overrides or {})}
     return config
 
 
@@ -145,7 +149,9 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
-def write_checkpoint(folder: Path, family: str, *, seed: int = 0) -> Path:
+def write_checkpoint(
+    folder: Path, family: str, *, seed: int = 0, overrides: Mapping[str, Any] | None = None
+) -> Path:
     """A complete folder with random bfloat16 weights, large enough to give varied text."""
     import torch
     import transformers
@@ -153,7 +159,7 @@ def write_checkpoint(folder: Path, family: str, *, seed: int = 0) -> Path:
     from qwencli.engine.reference.families import FAMILIES, build_config
 
     folder.mkdir(parents=True)
-    config = build_config(hub_config(family))
+    config = build_config(hub_config(family, overrides))
     torch.manual_seed(seed)
     model = getattr(transformers, FAMILIES[family].model_class)(config).to(torch.bfloat16)
     with torch.no_grad():
@@ -161,7 +167,7 @@ def write_checkpoint(folder: Path, family: str, *, seed: int = 0) -> Path:
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.2)
     model.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(hub_config(family)), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(hub_config(family, overrides)), encoding="utf-8")
     write_tokenizer(folder)
     if family in VISION_FAMILIES:
         patch_size = CONFIGS[family]["vision_config"]["patch_size"]
