@@ -2,65 +2,47 @@
 
 from __future__ import annotations
 
-import itertools
 import secrets
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from qwencli.config import Cache, SamplingParams
-from qwencli.engine.prompt import Prompt
+from qwencli.config import Cache
+from qwencli.engine.answer import Answer
+from qwencli.engine.clock import Clock, Mark
 from qwencli.engine.reference.inversion import pulled
-from qwencli.engine.reference.recorder import Clock, TokenRecorder, VisionSpan
-from qwencli.engine.sources import ModelFiles
+from qwencli.engine.reference.recorder import TokenRecorder, VisionSpan
 from qwencli.errors import UnsupportedModeError
-from qwencli.results import FinishReason, GenerationChunk, GenerationResult, RanModes, Timings
+from qwencli.results import GenerationChunk, RanModes
 
 # A token's id and the clock's mark of when it was ready.
-Token = tuple[int, Any]
+Token = tuple[int, Mark]
+
+_CACHE_SETTINGS: dict[Cache, dict[str, Any]] = {
+    Cache.DYNAMIC: {"cache_implementation": "dynamic", "disable_compile": True},
+    Cache.STATIC: {"cache_implementation": "static", "disable_compile": True},
+    Cache.STATIC_COMPILE: {"cache_implementation": "static", "disable_compile": False},
+}
 
 
 class Generation:
-    """One call of `generate()` for one prompt.
+    """One call of `generate()` for one answer."""
 
-    Args:
-        started_s: when the request arrived, on `time.perf_counter`.
-    """
+    def __init__(self, model: Any, answer: Answer, ran: RanModes) -> None:
+        self._model, self._answer, self._ran = model, answer, ran
 
-    def __init__(
-        self,
-        model: Any,
-        files: ModelFiles,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        ran: RanModes,
-        *,
-        started_s: float,
-    ) -> None:
-        self._model, self._files, self._prompt = model, files, prompt
-        self._sampling, self._ran, self._started_s = sampling, ran, started_s
-        self._stop_ids = frozenset() if sampling.ignore_eos else frozenset(files.stop_token_ids)
-        self._tokens: list[Token] = []
-
-    def chunks(self, *, load_s: float) -> Iterator[GenerationChunk]:
+    def chunks(self, load_s: float) -> Iterator[GenerationChunk]:
         """Yield each token's text as it becomes known, and the result with the last chunk."""
-        inputs = self._inputs()
-        detokenizer = self._files.detokenizer()
-        text: list[str] = []
+        answer = self._answer
         clock = Clock(self._ran.device)
+        inputs = self._inputs()
         with VisionSpan(self._model, clock) as vision:
             tokens: Iterator[Token] = pulled(lambda push: self._generate(inputs, clock, push))
             for token_id, mark in tokens:
-                self._tokens.append((token_id, mark))
-                piece = "" if token_id in self._stop_ids else detokenizer.push(token_id)
-                text.append(piece)
-                yield GenerationChunk(piece, (token_id,))
+                yield answer.add(token_id, mark)
         self._check_cache()
-        tail = detokenizer.finish()
-        result = self._result("".join([*text, tail]), clock, vision, load_s)
-        yield GenerationChunk(tail, (), result)
+        yield answer.finish(clock, vision.marks, self._ran, load_s)
 
     @torch.inference_mode()
     def _generate(
@@ -68,14 +50,13 @@ class Generation:
     ) -> None:
         from transformers import StoppingCriteriaList
 
-        sampling = self._sampling
-        seed = secrets.randbits(32) if sampling.seed < 0 else sampling.seed
-        torch.manual_seed(seed)
+        sampling = self._answer.sampling
+        torch.manual_seed(secrets.randbits(32) if sampling.seed < 0 else sampling.seed)
         recorder = TokenRecorder(
             clock,
             self._ran.device,
-            sampling.max_new_tokens + 1,
-            lambda token_id, mark: push((token_id, mark)),
+            capacity=sampling.max_new_tokens + 1,
+            deliver=lambda token_id, mark: push((token_id, mark)),
         )
         self._model.generate(
             **inputs,
@@ -87,7 +68,7 @@ class Generation:
         recorder.flush()
 
     def _inputs(self) -> dict[str, Any]:
-        device, prompt = self._ran.device, self._prompt
+        device, prompt = self._ran.device, self._answer.prompt
         input_ids = torch.tensor([prompt.input_ids], dtype=torch.int64, device=device)
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if prompt.pixel_values is not None:
@@ -100,14 +81,14 @@ class Generation:
     def _generation_config(self) -> Any:
         from transformers import GenerationConfig
 
-        sampling = self._sampling
+        sampling = self._answer.sampling
         settings: dict[str, Any] = {
             "max_new_tokens": sampling.max_new_tokens,
             "do_sample": sampling.do_sample,
             "repetition_penalty": sampling.repetition_penalty,
             "use_cache": True,
-            "pad_token_id": self._files.pad_token_id,
-            "eos_token_id": sorted(self._stop_ids) or None,
+            "pad_token_id": self._answer.files.pad_token_id,
+            "eos_token_id": sorted(self._answer.stop_ids) or None,
             **_CACHE_SETTINGS[Cache(self._ran.cache)],
         }
         if sampling.do_sample:
@@ -126,42 +107,3 @@ class Generation:
                 f"--cache {self._ran.cache}: transformers did not compile this model",
                 nearest=Cache.STATIC.value,
             )
-
-    def _result(
-        self, text: str, clock: Clock, vision: VisionSpan, load_s: float
-    ) -> GenerationResult:
-        ids = tuple(token_id for token_id, _ in self._tokens)
-        marks = [clock.origin, *(mark for _, mark in self._tokens)]
-        token_t_s = tuple(clock.host_s(mark) for mark in marks[1:])
-        step_s = tuple(clock.seconds(a, b) for a, b in itertools.pairwise(marks))
-        decode_s = sum(step_s[1:])
-        finish: FinishReason = "stop" if ids and ids[-1] in self._stop_ids else "length"
-        vision_s = vision.seconds()
-        on_gpu = self._ran.device.startswith("cuda")
-        return GenerationResult(
-            text=text,
-            token_ids=ids,
-            finish_reason=finish,
-            num_prompt_tokens=len(self._prompt.input_ids),
-            num_image_tokens=self._prompt.num_image_tokens,
-            timings=Timings(
-                load_s=load_s,
-                preprocess_s=self._prompt.preprocess_s,
-                vision_encode_s=vision_s,
-                prefill_s=step_s[0] - (vision_s or 0.0),
-                ttft_s=token_t_s[0] - self._started_s,
-                decode_s=decode_s,
-                e2e_s=time.perf_counter() - self._started_s,
-                decode_tok_per_s=(len(ids) - 1) / decode_s if decode_s > 0 else None,
-            ),
-            ran=self._ran,
-            token_t_s=token_t_s,
-            token_gpu_ms=tuple(s * 1e3 for s in step_s) if on_gpu else None,
-        )
-
-
-_CACHE_SETTINGS: dict[Cache, dict[str, Any]] = {
-    Cache.DYNAMIC: {"cache_implementation": "dynamic", "disable_compile": True},
-    Cache.STATIC: {"cache_implementation": "static", "disable_compile": True},
-    Cache.STATIC_COMPILE: {"cache_implementation": "static", "disable_compile": False},
-}

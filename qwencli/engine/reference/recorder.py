@@ -8,49 +8,22 @@ own wait has passed them. Tokens are therefore handed on one step late, with exa
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import StoppingCriteria
 
-
-class Clock:
-    """Points in time on the device's stream, expressed on the host's `perf_counter`."""
-
-    def __init__(self, device: str) -> None:
-        self._cuda = device.startswith("cuda")
-        if self._cuda:
-            # One wait per request ties the GPU's clock to the host's.
-            torch.cuda.synchronize(device)
-        self.origin = self.mark()
-        self.origin_s = time.perf_counter()
-
-    def mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, earlier: Any, later: Any) -> float:
-        """Time between two marks that the device has reached."""
-        if self._cuda:
-            return float(earlier.elapsed_time(later)) / 1e3
-        return float(later - earlier)
-
-    def host_s(self, mark: Any) -> float:
-        return self.origin_s + self.seconds(self.origin, mark)
+from qwencli.engine.clock import Clock, Mark
 
 
 class VisionSpan:
-    """Marks the vision tower's start and end through forward hooks; a context manager."""
+    """Marks the start and end of each run of the vision tower by hooks; a context manager."""
 
     def __init__(self, model: Any, clock: Clock) -> None:
-        self.marks: list[tuple[Any, Any]] = []
+        self.marks: list[tuple[Mark, Mark]] = []
         self._clock = clock
-        self._start: Any = None
+        self._start: Mark = None
         self._tower = getattr(getattr(model, "model", None), "visual", None)
         self._handles: list[Any] = []
 
@@ -72,35 +45,31 @@ class VisionSpan:
     def _after(self, module: Any, inputs: Any, output: Any) -> None:
         self.marks.append((self._start, self._clock.mark()))
 
-    def seconds(self) -> float | None:
-        """Total over the request; None when no image was encoded. Call after the device is idle."""
-        if not self.marks:
-            return None
-        return sum(self._clock.seconds(start, end) for start, end in self.marks)
-
 
 class TokenRecorder(StoppingCriteria):
     """Called by `generate()` after each token is chosen and before it waits for the device.
 
-    `deliver(token_id, mark)` is called once per token, one token late; `flush` delivers the last.
+    Args:
+        capacity: most tokens the call can produce.
+        deliver: called once per token, one token late; `flush` delivers the last.
     """
 
     def __init__(
-        self, clock: Clock, device: str, capacity: int, deliver: Callable[[int, Any], None]
+        self, clock: Clock, device: str, capacity: int, deliver: Callable[[int, Mark], None]
     ) -> None:
         self._clock, self._deliver = clock, deliver
         self._cuda = device.startswith("cuda")
         self._go_on = torch.zeros(1, dtype=torch.bool, device=device)
         self._ids = torch.empty(capacity, dtype=torch.int64, pin_memory=self._cuda)
         self._count = 0
-        self._pending: Any = None
+        self._pending: Mark = None
 
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.flush()
         self._ids[self._count].copy_(input_ids[0, -1], non_blocking=self._cuda)
         self._pending = self._clock.mark()
         self._count += 1
-        return self._go_on  # type: ignore[return-value]
+        return self._go_on
 
     def flush(self) -> None:
         """Deliver the token whose id the device has written by now."""

@@ -43,7 +43,7 @@ def test_equal_to_plain_generate(engine):
 
     request = ask(images=[picture()])
     result = engine.generate(request)
-    prompt = engine._files.prompts.build(request.messages)
+    prompt = engine.files.prompts.build(request.messages)
     plain = engine._model.generate(
         input_ids=torch.tensor([prompt.input_ids]),
         attention_mask=torch.ones(1, len(prompt.input_ids), dtype=torch.int64),

@@ -1,0 +1,95 @@
+"""Assembles the result of one request from its tokens and the marks of its phases."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from qwencli.config import SamplingParams
+from qwencli.engine.clock import Clock, Mark
+from qwencli.engine.prompt import Prompt
+from qwencli.engine.sources import ModelFiles
+from qwencli.results import FinishReason, GenerationChunk, GenerationResult, RanModes, Timings
+
+
+@dataclass
+class Answer:
+    """The answer so far.
+
+    Args:
+        started_s: when the request arrived, on `time.perf_counter`.
+    """
+
+    files: ModelFiles
+    prompt: Prompt
+    sampling: SamplingParams
+    started_s: float
+    token_ids: list[int] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        stop = () if self.sampling.ignore_eos else self.files.stop_token_ids
+        self.stop_ids = frozenset(stop)
+        self._detokenizer = self.files.detokenizer()
+        self._text: list[str] = []
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.token_ids) and self.token_ids[-1] in self.stop_ids
+
+    def add(self, token_id: int, mark: Mark) -> GenerationChunk:
+        """Append a token; a stop token ends the answer and is not part of its text."""
+        self.token_ids.append(token_id)
+        self.marks.append(mark)
+        text = "" if self.stopped else self._detokenizer.push(token_id)
+        self._text.append(text)
+        return GenerationChunk(text, (token_id,))
+
+    def finish(
+        self, clock: Clock, vision: Sequence[tuple[Mark, Mark]], ran: RanModes, load_s: float
+    ) -> GenerationChunk:
+        """The last chunk, with the result. The device must have passed every mark.
+
+        Args:
+            vision: start and end of each run of the vision tower.
+        """
+        tail = self._detokenizer.finish()
+        self._text.append(tail)
+        finish: FinishReason = "stop" if self.stopped else "length"
+        step_s = [clock.seconds(a, b) for a, b in itertools.pairwise([clock.origin, *self.marks])]
+        token_t_s = tuple(clock.host_s(mark) for mark in self.marks)
+        result = GenerationResult(
+            text="".join(self._text),
+            token_ids=tuple(self.token_ids),
+            finish_reason=finish,
+            num_prompt_tokens=len(self.prompt.input_ids),
+            num_image_tokens=self.prompt.num_image_tokens,
+            timings=self._timings(clock, vision, step_s, token_t_s[0], load_s),
+            ran=ran,
+            token_t_s=token_t_s,
+            token_gpu_ms=tuple(s * 1e3 for s in step_s) if ran.device.startswith("cuda") else None,
+        )
+        return GenerationChunk(tail, (), result)
+
+    def _timings(
+        self,
+        clock: Clock,
+        vision: Sequence[tuple[Mark, Mark]],
+        step_s: list[float],
+        first_token_s: float,
+        load_s: float,
+    ) -> Timings:
+        vision_s = sum(clock.seconds(start, end) for start, end in vision) if vision else None
+        decode_s = sum(step_s[1:])
+        return Timings(
+            load_s=load_s,
+            preprocess_s=self.prompt.preprocess_s,
+            vision_encode_s=vision_s,
+            prefill_s=step_s[0] - (vision_s or 0.0),
+            ttft_s=first_token_s - self.started_s,
+            decode_s=decode_s,
+            e2e_s=time.perf_counter() - self.started_s,
+            decode_tok_per_s=len(step_s[1:]) / decode_s if decode_s > 0 else None,
+        )

@@ -1,0 +1,43 @@
+"""Points in time on the device, expressed on the host's `time.perf_counter`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+# torch.cuda.Event on CUDA, a float of perf_counter elsewhere.
+Mark = Any
+
+
+class Clock:
+    """Marks moments in the order of the device's stream without waiting for them.
+
+    On CUDA a mark is an event; it may be read once the device has passed it. Elsewhere the host
+    runs in step with the device, and a mark is the host's own time.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device.startswith("cuda")
+        if self._cuda:
+            # One wait per request ties the GPU's clock to the host's.
+            torch.cuda.synchronize(device)
+        self.origin = self.mark()
+        self.origin_s = time.perf_counter()
+
+    def mark(self) -> Mark:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def seconds(self, earlier: Mark, later: Mark) -> float:
+        """Time between two marks that the device has passed."""
+        if self._cuda:
+            return float(earlier.elapsed_time(later)) / 1e3
+        return float(later - earlier)
+
+    def host_s(self, mark: Mark) -> float:
+        return self.origin_s + self.seconds(self.origin, mark)

@@ -1,0 +1,133 @@
+"""What every engine does that holds a model in this process, around its own way to generate."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Self
+
+from qwencli.config import EngineConfig, SamplingParams, resolve_sampling
+from qwencli.engine.answer import Answer
+from qwencli.engine.base import drain
+from qwencli.engine.memory_errors import is_out_of_memory, out_of_memory_error
+from qwencli.engine.prompt import Prompt
+from qwencli.engine.sources import ModelFiles, open_model
+from qwencli.errors import InputError, OutOfMemoryError
+from qwencli.messages import GenerationRequest
+from qwencli.results import GenerationChunk, GenerationResult, RanModes
+
+
+class LocalEngine(ABC):
+    """Implements `Engine`; a subclass loads the weights, answers a prompt and frees the memory."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self._files: ModelFiles | None = None
+        self._ran: RanModes | None = None
+        self._load_s = 0.0
+
+    @abstractmethod
+    def _load(self, files: ModelFiles) -> RanModes:
+        """Put the model on its device, done when this returns. Leaves nothing behind on failure."""
+
+    @abstractmethod
+    def _answer(self, answer: Answer) -> Iterator[GenerationChunk]:
+        """Generate; the last chunk is `answer.finish(...)`."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Drop the model and give its memory back."""
+
+    @abstractmethod
+    def _recover(self) -> None:
+        """Free what a request that ran out of memory left; the model stays."""
+
+    @property
+    def ran(self) -> RanModes:
+        assert self._ran is not None, "load() comes first"
+        return self._ran
+
+    @property
+    def load_s(self) -> float:
+        return self._load_s
+
+    @property
+    def files(self) -> ModelFiles:
+        assert self._files is not None, "load() comes first"
+        return self._files
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.config.max_seq_len or self.files.max_seq_len
+
+    def load(self) -> None:
+        """Load the model unless it is loaded.
+
+        Raises:
+            ModelError, UsageError, DeviceError, MissingDependencyError, OutOfMemoryError.
+        """
+        if self._files is not None:
+            return
+        started = time.perf_counter()
+        files = open_model(self.config)
+        self._ran = self._load(files)
+        self._files = files
+        self._load_s = time.perf_counter() - started
+
+    def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
+        """Yield the answer token by token.
+
+        Raises:
+            InputError: the prompt does not fit the model, or an image cannot be used.
+            OutOfMemoryError: the request does not fit the device; the engine stays usable.
+        """
+        self.load()
+        started_s = time.perf_counter()
+        prompt = self.files.prompts.build(request.messages)
+        sampling = resolve_sampling(
+            request.sampling, self.files.generation_defaults, ignore_eos=request.ignore_eos
+        )
+        self._check_length(prompt, sampling)
+        try:
+            yield from self._answer(Answer(self.files, prompt, sampling, started_s))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = self._out_of_memory(prompt, error)
+        else:
+            return
+        # Outside the handler: until it ends, the traceback holds the tensors that must go.
+        self._recover()
+        raise failure
+
+    def generate(self, request: GenerationRequest) -> GenerationResult:
+        return drain(self.stream(request))
+
+    def close(self) -> None:
+        """Free the device memory; nothing is moved to the host on the way."""
+        if self._files is not None:
+            self._files = None
+            self._release()
+
+    def __enter__(self) -> Self:
+        self.load()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _out_of_memory(self, prompt: Prompt, error: BaseException) -> OutOfMemoryError:
+        doing = f"answering a prompt of {len(prompt.input_ids)} tokens"
+        return out_of_memory_error(
+            self.ran.device, doing, error, num_image_tokens=prompt.num_image_tokens
+        )
+
+    def _check_length(self, prompt: Prompt, sampling: SamplingParams) -> None:
+        tokens, new = len(prompt.input_ids), sampling.max_new_tokens
+        if tokens + new > self.max_seq_len:
+            raise InputError(
+                f"the prompt has {tokens} tokens ({prompt.num_image_tokens} of images) and {new} "
+                f"new ones are asked for, but {self.config.model.name} holds {self.max_seq_len}",
+                "lower --max-new-tokens or --max-pixels, or shorten the prompt",
+            )
