@@ -1,0 +1,148 @@
+"""Downloads a model from the hub into its cache, and says why when that is not possible.
+
+Only files that loading needs are fetched; pickle weights only when asked for and when the
+repository has no safetensors; nothing at all of a model that cannot run here. An interrupted
+download resumes and never counts as complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwencli.errors import DownloadError, ModelFileError
+from qwencli.models.folder import check_folder
+from qwencli.models.hub_cache import UNFINISHED, cache_root, is_partly_cached, repo_folder
+from qwencli.models.shapes import read_shape
+from qwencli.models.weights import PICKLE_SUFFIXES, read_json_object
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
+
+_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+_PICKLES = tuple("*" + suffix for suffix in PICKLE_SUFFIXES)
+_LOG_IN = "accept the model's terms on its page, then log in with `hf auth login` or set HF_TOKEN"
+_LATER = "run the same command again: what has arrived is kept"
+
+
+def download(repo_id: str, *, offline: bool = False, allow_pickle: bool = False) -> Path:
+    """Fetch a repository's model files and return the complete local snapshot.
+
+    Raises:
+        DownloadError: offline, no network, access refused, no such repository, no disk space.
+        ModelFileError: the repository has only pickle weights, or is no model of a known family.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's or httpx2's
+
+    if offline or constants.HF_HUB_OFFLINE:
+        raise _offline(repo_id, "--offline" if offline else "HF_HUB_OFFLINE")
+    # RuntimeError is what the hub's transfer backend (hf_xet) raises; ValueError an invalid id.
+    try:
+        info = HfApi().model_info(repo_id, files_metadata=True)
+        sizes = _wanted(info, allow_pickle)
+        _check_space(repo_id, sizes, info.sha or "")
+        marker = repo_folder(repo_id) / UNFINISHED
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        # Gigabytes of a model we cannot run are not worth the wait: its configuration comes first.
+        config = hf_hub_download(repo_id, "config.json", revision=info.sha)
+        read_shape(read_json_object(Path(config)), f"{repo_id}: config.json")
+        snapshot = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=list(sizes)))
+        _point_main(repo_id, info.sha or "")
+        marker.unlink()
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise _explained(repo_id, error) from error
+    check_folder(snapshot, allow_pickle=allow_pickle)
+    return snapshot
+
+
+def _wanted(info: ModelInfo, allow_pickle: bool) -> dict[str, int]:
+    """File name -> bytes of what is to be fetched: files at the top of the repository."""
+    sizes = {f.rfilename: f.size or 0 for f in info.siblings or () if "/" not in f.rfilename}
+    patterns: tuple[str, ...] = _PATTERNS
+    if not _matching(sizes, ("*.safetensors",)) and _matching(sizes, _PICKLES):
+        if not allow_pickle:
+            raise ModelFileError(
+                f"{info.id}: has only pickle weights, which can run code",
+                "use a safetensors version of the model, or pass --allow-pickle if you trust it",
+            )
+        patterns = _PATTERNS + _PICKLES
+    wanted = {name: sizes[name] for name in _matching(sizes, patterns)}
+    if "config.json" not in wanted:
+        raise ModelFileError(
+            f"{info.id}: the repository has no config.json",
+            "give a model in the transformers layout (GGUF files and adapters are not)",
+        )
+    return wanted
+
+
+def _matching(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+
+
+def _check_space(repo_id: str, sizes: dict[str, int], commit: str) -> None:
+    snapshot = repo_folder(repo_id) / "snapshots" / commit
+    needed = sum(size for name, size in sizes.items() if not (snapshot / name).exists())
+    root = cache_root()
+    existing = next(path for path in (root, *root.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise DownloadError(
+            f"{repo_id}: needs {needed / 1e9:.1f} GB in {root}, {free / 1e9:.1f} GB is free",
+            "free some space, or put the cache on another disk with HF_HOME",
+        )
+
+
+def _point_main(repo_id: str, commit: str) -> None:
+    # A download by commit leaves refs/main alone; other tools look the snapshot up through it.
+    main = repo_folder(repo_id) / "refs" / "main"
+    main.parent.mkdir(parents=True, exist_ok=True)
+    main.write_text(commit, encoding="utf-8")
+
+
+def _offline(repo_id: str, switch: str) -> DownloadError:
+    state = "only partly downloaded" if is_partly_cached(repo_id) else "not on this machine"
+    return DownloadError(
+        f"{repo_id} is {state} and {switch} is set",
+        "run once without it, give a local folder, or use the bundled model: --model scenes",
+    )
+
+
+def _explained(repo_id: str, error: Exception) -> DownloadError:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return DownloadError(f"{repo_id}: access refused, the model is gated", _LOG_IN)
+    if isinstance(error, errors.RepositoryNotFoundError):
+        # The hub answers alike for what does not exist and for what is private.
+        return DownloadError(
+            f"{repo_id}: no such model on the hub, or a private one",
+            "check the spelling; for a private model log in with `hf auth login` or set HF_TOKEN",
+        )
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403):
+            return DownloadError(f"{repo_id}: access refused (HTTP {status})", _LOG_IN)
+        return DownloadError(f"{repo_id}: the hub answered HTTP {status}", f"wait, then {_LATER}")
+    if isinstance(error, errors.HFValidationError):
+        return DownloadError(f"{repo_id}: not a valid hub id", "it has the form Owner/Name")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return DownloadError(
+            f"{repo_id}: the disk became full while downloading",
+            "free some space, or put the cache on another disk with HF_HOME",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return DownloadError(
+            f"{repo_id}: cannot write to {error.filename or cache_root()} ({error.strerror})",
+            "make it writable, or put the cache elsewhere with HF_HOME",
+        )
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return DownloadError(
+        f"{repo_id}: the hub cannot be reached ({reason})",
+        f"check the network, then {_LATER}; without one use --model scenes or a local folder",
+    )

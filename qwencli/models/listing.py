@@ -1,0 +1,127 @@
+"""All models that can be asked for, with what is known about each: the data of `qwencli models`.
+
+Looks at folders and headers on this machine; never the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwencli.config import ModelSource, ModelSpec
+from qwencli.errors import ModelFileError
+from qwencli.models.builtin import builtin_spec
+from qwencli.models.catalog import ENTRIES
+from qwencli.models.custom import CustomModels
+from qwencli.models.folder import is_complete
+from qwencli.models.hub_cache import cached_repos
+from qwencli.models.memory import LISTED, estimate, weight_bytes
+from qwencli.models.resolve import Places, bundled_spec, with_local_files
+from qwencli.models.shapes import read_shape
+from qwencli.models.tensors import parameter_count
+from qwencli.models.weights import find_weights
+
+_KINDS = {
+    ModelSource.BUILTIN: "built-in",
+    ModelSource.BUNDLED: "bundled",
+    ModelSource.CUSTOM: "custom",
+    ModelSource.LOCAL: "local",
+    ModelSource.HUB: "downloaded",
+}
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One model in the list.
+
+    Args:
+        path: the folder with its files; None when they are not on this machine.
+        size_bytes: weights on disk, or to be downloaded (bfloat16); None when not known.
+        num_parameters: from its shape; None when not known before a download.
+        vram_gb: GB (1e9 bytes) by "4bit", "8bit", "full"; a mode without a figure is missing.
+        vram_stated: the modes whose figure the entry states, rather than we estimate.
+        problem: why it cannot be used, when that is known already.
+    """
+
+    name: str
+    kind: str
+    repo_id: str | None
+    path: str | None
+    downloaded: bool
+    default: bool
+    size_bytes: int | None = None
+    num_parameters: int | None = None
+    vram_gb: dict[str, float] = field(default_factory=dict)
+    vram_stated: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+def list_models(custom: CustomModels, places: Places) -> list[ModelRow]:
+    """Bundled, custom, local, built-in and otherwise downloaded models, each once, in this order.
+
+    Local models are the complete model folders directly in the working folder.
+    """
+    return [_row(spec) for spec in _specs(custom, places)]
+
+
+def _specs(custom: CustomModels, places: Places) -> Iterator[ModelSpec]:
+    if places.bundled.is_dir():
+        yield bundled_spec(places)
+    yield from custom.specs.values()
+    for folder in sorted(places.working_folder.glob("*/config.json")):
+        if is_complete(folder.parent):
+            yield ModelSpec(f"./{folder.parent.name}", ModelSource.LOCAL, path=folder.parent)
+    builtins = [builtin_spec(entry) for entry in ENTRIES]
+    yield from builtins
+    listed = {spec.repo_id for spec in [*builtins, *custom.specs.values()]}
+    for repo_id, path in cached_repos():
+        if repo_id not in listed:
+            yield ModelSpec(repo_id, ModelSource.HUB, repo_id=repo_id, path=path)
+
+
+def _row(spec: ModelSpec) -> ModelRow:
+    found: dict[str, Any] = {}
+    problem = None
+    try:
+        spec = with_local_files(spec)
+        found = _sizes(spec)
+    except ModelFileError as error:
+        problem = error.message
+    stated = {mode: spec.vram_requirement[mode] for mode in LISTED if mode in spec.vram_requirement}
+    return ModelRow(
+        name=spec.name,
+        kind=_KINDS[spec.source],
+        repo_id=spec.repo_id,
+        path=str(spec.path) if spec.path else None,
+        downloaded=spec.path is not None and problem is None,
+        default=spec.default,
+        size_bytes=found.get("size_bytes"),
+        num_parameters=found.get("num_parameters"),
+        vram_gb={**found.get("vram_gb", {}), **stated},
+        vram_stated=tuple(stated),
+        problem=problem,
+    )
+
+
+def _sizes(spec: ModelSpec) -> dict[str, Any]:
+    if spec.hub_config is None:
+        return {}
+    shape = read_shape(spec.hub_config, _config_place(spec))
+    weights = find_weights(spec.path, allow_pickle=True).size_bytes if spec.path else None
+    found: dict[str, Any] = {
+        "size_bytes": weight_bytes(shape) if weights is None else weights,
+        "num_parameters": parameter_count(shape),
+    }
+    # A checkpoint that is quantized already has one size, which its shape alone does not tell.
+    if not spec.quantized and "quantization_config" not in spec.hub_config:
+        found["vram_gb"] = {
+            mode: round(estimate(shape, quantization).total / 1e9, 2)
+            for mode, quantization in LISTED.items()
+        }
+    return found
+
+
+def _config_place(spec: ModelSpec) -> str:
+    return str(Path(spec.path or spec.name) / "config.json")

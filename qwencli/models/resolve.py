@@ -1,0 +1,225 @@
+"""Turns a name, or no name, into the model to run.
+
+A name is, in this order: an entry of custom_models.json (the user wrote it on purpose, so it may
+even replace a built-in), "scenes", a built-in's alias or hub id in any case, a local folder, or
+any other hub id. Without a name see `default_model`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from qwencli.config import ModelSource, ModelSpec, Quantization
+from qwencli.errors import DownloadError, ModelNotFoundError, UsageError
+from qwencli.models.builtin import BUILTINS, builtin_spec, find_builtin
+from qwencli.models.catalog import ENTRIES
+from qwencli.models.custom import HUB_ID, CustomModels, as_folder, load_custom_models
+from qwencli.models.families import FAMILIES
+from qwencli.models.folder import read_config
+from qwencli.models.hub_cache import find_cached
+from qwencli.models.locate import BUNDLED_NAME, bundled_folder
+from qwencli.models.memory import estimate
+from qwencli.models.shapes import read_shape
+
+ENVIRONMENT_KEY = "QWENCLI_MODEL"
+CONFIG_FILE = "config.toml"
+
+
+def user_config_folder() -> Path:
+    """The user's configuration folder as the platform has it; may not exist."""
+    from platformdirs import user_config_path
+
+    return user_config_path("qwencli", appauthor=False)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where models are looked for; the defaults are this process's real surroundings."""
+
+    working_folder: Path = field(default_factory=Path.cwd)
+    config_folder: Path = field(default_factory=user_config_folder)
+    bundled: Path = field(default_factory=bundled_folder)
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+    def custom_models(self, models_file: Path | None) -> CustomModels:
+        """custom_models.json of the working folder, the config folder and `models_file`."""
+        return load_custom_models((self.working_folder, self.config_folder), models_file)
+
+
+def resolve_model(
+    name: str | None,
+    *,
+    models_file: Path | None = None,
+    offline: bool = False,
+    free_bytes: int | None = None,
+    places: Places | None = None,
+) -> ModelSpec:
+    """The model to run; downloads nothing. `path` is set when its files are on this machine.
+
+    Args:
+        name: as the user gave it; None or "" = choose (see `default_model`).
+        offline: refuse a hub id of which nothing is known and nothing is on this machine.
+        free_bytes: see `default_model`.
+
+    Raises:
+        ModelNotFoundError: no such name; the hint gives the closest ones.
+        ModelFileError: a local folder without a usable config.json.
+        CustomModelsError, UsageError: custom_models.json or config.toml is malformed.
+        DownloadError: `offline` and an unknown hub id.
+    """
+    places = places or Places()
+    custom = places.custom_models(models_file)
+    if not name:
+        return default_model(custom, places, free_bytes=free_bytes)
+    return _named(name, custom, places, offline=offline)
+
+
+def default_model(
+    custom: CustomModels,
+    places: Places,
+    *,
+    free_bytes: int | None = None,
+    quantization: Quantization = Quantization.NONE,
+) -> ModelSpec:
+    """QWENCLI_MODEL, else `model` in config.toml, else custom_models.json's default, else the best
+    downloaded built-in vision model that fits, else the bundled one.
+
+    Args:
+        free_bytes: memory of the device that a model may take (VRAM, or RAM on a CPU). None =
+            not known: then the smallest downloaded one is taken, as it is the likeliest to fit.
+    """
+    for origin, wished in (
+        (ENVIRONMENT_KEY, places.environ.get(ENVIRONMENT_KEY)),
+        (str(places.config_folder / CONFIG_FILE), _configured_model(places.config_folder)),
+    ):
+        if wished:
+            return _wished(origin, wished, custom, places)
+    if custom.default is not None:
+        return with_local_files(custom.default)
+    here = [spec for spec in map(with_local_files, _candidates()) if spec.path is not None]
+    if free_bytes is None:
+        fitting = sorted(here, key=lambda spec: _needed(spec, quantization))
+    else:
+        fitting = [spec for spec in here if _needed(spec, quantization) <= free_bytes]
+    return fitting[0] if fitting else bundled_spec(places)
+
+
+def recommended_model(
+    free_bytes: int, quantization: Quantization = Quantization.NONE
+) -> ModelSpec | None:
+    """The best built-in vision model that fits, downloaded or not: the one to offer.
+
+    Its download is as large as `memory.weight_bytes` of its shape. None when none fits.
+    """
+    fitting = (spec for spec in _candidates() if _needed(spec, quantization) <= free_bytes)
+    return next(fitting, None)
+
+
+def bundled_spec(places: Places) -> ModelSpec:
+    """The bundled model.
+
+    Raises:
+        ModelFileError: the package was installed without it.
+    """
+    return ModelSpec(
+        name=BUNDLED_NAME,
+        source=ModelSource.BUNDLED,
+        path=places.bundled,
+        hub_config=read_config(places.bundled),
+    )
+
+
+def with_local_files(spec: ModelSpec) -> ModelSpec:
+    """The spec with `path` and `hub_config` filled from this machine, as far as they are here."""
+    path = spec.path or (find_cached(spec.repo_id) if spec.repo_id else None)
+    if path is None:
+        return spec
+    return replace(spec, path=path, hub_config=read_config(path))
+
+
+def _named(name: str, custom: CustomModels, places: Places, *, offline: bool = False) -> ModelSpec:
+    entries = {known.lower(): spec for known, spec in custom.specs.items()}
+    entry = custom.specs.get(name) or entries.get(name.lower())
+    if entry is not None:
+        return with_local_files(entry)
+    if name.lower() == BUNDLED_NAME:
+        return bundled_spec(places)
+    builtin = find_builtin(name)
+    if builtin is not None:
+        return with_local_files(builtin_spec(builtin))
+    local = _local(name, places)
+    if local is not None:
+        return local
+    if HUB_ID.fullmatch(name):
+        return _hub(name, offline=offline)
+    raise ModelNotFoundError(f"no model is called {name!r}", _suggestion(name, custom))
+
+
+def _wished(origin: str, name: str, custom: CustomModels, places: Places) -> ModelSpec:
+    try:
+        return _named(name, custom, places)
+    except ModelNotFoundError as error:
+        # Without its origin, an error about a name that nobody typed is a riddle.
+        raise ModelNotFoundError(f"{origin}: {error.message}", error.hint) from error
+
+
+def _local(name: str, places: Places) -> ModelSpec | None:
+    folder = as_folder(name)
+    path = places.working_folder / (folder or name)
+    if folder is None:
+        # What could be a hub id is a folder only when there is a model in it.
+        mark = path / "config.json" if HUB_ID.fullmatch(name) else path
+        if not (name.isprintable() and mark.exists() and path.is_dir()):
+            return None
+    if not path.is_dir():
+        raise ModelNotFoundError(f"no folder {str(path)!r}", "check the path")
+    return ModelSpec(name, ModelSource.LOCAL, path=path, hub_config=read_config(path))
+
+
+def _hub(repo_id: str, *, offline: bool) -> ModelSpec:
+    spec = with_local_files(ModelSpec(repo_id, ModelSource.HUB, repo_id=repo_id))
+    if offline and spec.path is None:
+        raise DownloadError(
+            f"{repo_id} is not on this machine and --offline is set",
+            "run once without --offline, or give a local folder",
+        )
+    return spec
+
+
+def _suggestion(name: str, custom: CustomModels) -> str:
+    known = [*custom.specs, BUNDLED_NAME, *BUILTINS]
+    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    start = f"did you mean {', '.join(close)}? " if close else ""
+    return start + "`qwencli models` lists all; a folder or a hub id (Owner/Name) works too"
+
+
+def _candidates() -> list[ModelSpec]:
+    # Thinking variants are never a default: they may spend the whole answer thinking.
+    return [
+        builtin_spec(entry)
+        for entry in ENTRIES
+        if FAMILIES[entry.model_type].vision and not entry.alias.endswith("-thinking")
+    ]
+
+
+def _needed(spec: ModelSpec, quantization: Quantization) -> int:
+    assert spec.hub_config is not None, "built-ins come with their configuration"
+    return estimate(read_shape(spec.hub_config, spec.name), quantization).total
+
+
+def _configured_model(config_folder: Path) -> str | None:
+    path = config_folder / CONFIG_FILE
+    if not path.is_file():
+        return None
+    try:
+        model = tomllib.loads(path.read_text(encoding="utf-8")).get("model")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: cannot be read as TOML ({error})", "correct the file") from error
+    if model is not None and not isinstance(model, str):
+        raise UsageError(f"{path}: model: expected a text, got {model!r}", "correct the file")
+    return model
