@@ -96,6 +96,18 @@ def test_missing_file_in_the_snapshot_is_not_complete(hub):
     assert find_cached(REPO) is None
 
 
+def test_hint_for_a_damaged_file_in_the_cache_leads_to_a_whole_one(hub):
+    folder = download(REPO)
+    blob = (folder / "model.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-10])
+    with pytest.raises(ModelFileError, match="truncated") as caught:
+        check_folder(folder)
+    assert f"delete {blob} " in caught.value.hint
+    blob.unlink()
+    assert find_cached(REPO) is None
+    check_folder(download(REPO))
+
+
 def test_offline(hub, monkeypatch):
     fails("Owner/Tiny-VL is not on this machine and --offline is set", "scenes", offline=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
