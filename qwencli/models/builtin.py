@@ -16,11 +16,13 @@ from qwencli.models.families import FAMILIES, VisionFamily
 
 BUILTINS: Mapping[str, Entry] = {entry.alias: entry for entry in ENTRIES}
 _BY_REPO: Mapping[str, Entry] = {entry.repo_id.lower(): entry for entry in ENTRIES}
+_OWNER = "qwen/"
 
 
 def find_builtin(name: str) -> Entry | None:
-    """The entry with this alias or hub id, whatever the case; None when there is none."""
-    return BUILTINS.get(name.lower()) or _BY_REPO.get(name.lower())
+    """The entry with this alias or hub id ("Qwen/" may be left out), in any case; else None."""
+    key = name.lower()
+    return BUILTINS.get(key) or _BY_REPO.get(key) or _BY_REPO.get(_OWNER + key)
 
 
 def builtin_spec(entry: Entry) -> ModelSpec:

@@ -42,7 +42,7 @@ class Places:
     """Where models are looked for; the defaults are this process's real surroundings."""
 
     working_folder: Path = field(default_factory=Path.cwd)
-    config_folder: Path = field(default_factory=user_config_folder)
+    config_folder: Path = field(default_factory=lambda: user_config_folder())
     bundled: Path = field(default_factory=bundled_folder)
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
 

@@ -24,7 +24,6 @@ _DTYPE_BITS: Mapping[str, int] = {
 }  # fmt: skip
 # The reference implementation refuses longer headers.
 _MAX_HEADER_BYTES = 100_000_000
-_AGAIN = "download or copy this file again"
 
 
 @dataclass(frozen=True)
@@ -139,11 +138,16 @@ def _contiguous_bytes(path: Path, tensors: Mapping[str, TensorInfo]) -> int:
 
 
 def _broken(path: Path, what: str) -> ModelFileError:
-    return ModelFileError(f"{path} {what}", _AGAIN)
+    return ModelFileError(f"{path} {what}", _again(path))
 
 
 def _length_error(path: Path, actual: int, expected: int, least: str) -> ModelFileError:
     word = "truncated" if actual < expected else "too long"
     return ModelFileError(
-        f"{path} is {word}: {actual} bytes, its header says {least}{expected}", _AGAIN
+        f"{path} is {word}: {actual} bytes, its header says {least}{expected}", _again(path)
     )
+
+
+def _again(path: Path) -> str:
+    # In the hub cache `path` is a link; only without the file behind it does a download start anew.
+    return f"delete {path.resolve()} and download or copy the file again"

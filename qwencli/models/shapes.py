@@ -13,6 +13,11 @@ from typing import Any
 from qwencli.errors import ModelFileError
 from qwencli.models.families import FAMILIES, Family, VisionFamily, supported
 
+# Far above any model, far below what would keep a check busy for minutes.
+_MOST = 10**7
+_MOST_LAYERS = 1000
+_AGAIN = "this config.json does not describe a complete model; download it again"
+
 
 @dataclass(frozen=True)
 class VisionShape:
@@ -69,7 +74,11 @@ def read_shape(config: Mapping[str, Any], where: str = "config.json") -> ModelSh
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        said = f"model_type {model_type!r} is not supported" if model_type else "no model_type"
+        said = (
+            f"model_type {model_type!r}"[:60] + " is not supported"
+            if model_type
+            else "no model_type"
+        )
         raise ModelFileError(f"{where}: {said}", f"supported are: {supported()}")
     nested = config.get("text_config")
     text = nested if isinstance(nested, Mapping) else config
@@ -116,11 +125,11 @@ def _read_vision(vision: VisionFamily, config: Mapping[str, Any], where: str) ->
 def _size(section: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
     value = section.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        said = "is missing" if value is None else f"is {value!r}"
+    most = _MOST_LAYERS if key in ("num_hidden_layers", "depth") else _MOST
+    if type(value) is not int or not 1 <= value <= most:
+        said = "is missing" if value is None else f"is {value!r}"[:60]
         raise ModelFileError(
-            f"{where}: {key} {said}, expected a whole number above 0",
-            "this config.json does not describe a complete model; download it again",
+            f"{where}: {key} {said}, expected a whole number from 1 to {most}", _AGAIN
         )
     return value
 
@@ -131,8 +140,6 @@ def _indexes(
     value = section.get(key)
     value = default if value is None else value
     if not isinstance(value, list | tuple) or not all(type(item) is int for item in value):
-        raise ModelFileError(
-            f"{where}: {key} is {value!r}, expected a list of whole numbers",
-            "this config.json does not describe a complete model; download it again",
-        )
+        said = f"is {value!r}"[:60]
+        raise ModelFileError(f"{where}: {key} {said}, expected a list of whole numbers", _AGAIN)
     return tuple(value)

@@ -6,13 +6,15 @@ import json
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qwencli.errors import ModelFileError
 from qwencli.models.folder import check_folder, is_complete
 from qwencli.models.shapes import read_shape
 from qwencli.models.tensors import expected_tensors
 from qwencli.models.weights import find_weights
-from tests.models.tiny import CONFIGS, pack_safetensors, write_model
+from tests.models.tiny import CONFIGS, TEXT, pack_safetensors, write_model
 
 
 def refused(folder, expected, **options):
@@ -118,6 +120,7 @@ def test_no_folder_and_no_config(tmp_path):
         ('{"model_type": ["qwen3"]}', "is not supported"),
         ('{"model_type": "qwen3"}', "hidden_size is missing"),
         ('{"model_type": "qwen3", "hidden_size": true}', "hidden_size is True"),
+        (json.dumps({**CONFIGS["qwen3"], "num_hidden_layers": 10**9}), "from 1 to 1000"),
         (json.dumps({**CONFIGS["qwen2_5_vl"], "vision_config": 3}), "vision_config is missing"),
     ],
 )
@@ -126,6 +129,26 @@ def test_bad_config(model_folder, text, expected):
     error = refused(model_folder, expected)
     if "llama" in text:
         assert "qwen3_vl, qwen2_5_vl" in error.hint
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=6,
+)
+VISION_KEYS = st.sampled_from(sorted(CONFIGS["qwen3_vl"]["vision_config"]))
+CHANGES = st.dictionaries(st.sampled_from(["model_type", "text_config", *TEXT, "head_dim"]), JSON)
+
+
+@given(CHANGES, st.dictionaries(VISION_KEYS, JSON, max_size=3), st.sampled_from(list(CONFIGS)))
+def test_no_config_leads_to_another_error(changes, vision, family):
+    config = {**CONFIGS[family], **changes}
+    if "vision_config" in config:
+        config["vision_config"] = {**config["vision_config"], **vision}
+    try:
+        expected_tensors(read_shape(config))
+    except ModelFileError as error:
+        assert error.hint and len(error.message.splitlines()) == 1
 
 
 def test_bad_indexes(model_folder):

@@ -1,0 +1,89 @@
+"""`qwencli models`: what can be run, where it is and what it needs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwencli.output import Sink
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from qwencli.models.listing import ModelRow
+
+_MODES = ("4bit", "8bit", "full")
+_LEGEND = (
+    "VRAM: GB for the weights, 4096 tokens and a one-megapixel image; "
+    "* as stated in custom_models.json, otherwise estimated."
+)
+
+
+def models(
+    models_file: Annotated[
+        Path | None,
+        typer.Option("--models-file", help="A custom_models.json that wins over the others."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+) -> None:
+    """List the models that can be run, where they are and the memory they need."""
+    from qwencli.models.listing import list_models
+    from qwencli.models.resolve import Places
+
+    sink, places = Sink(), Places()
+    custom = places.custom_models(models_file)
+    for warning in custom.warnings:
+        sink.warn(warning)
+    rows = list_models(custom, places)
+    if as_json:
+        for row in rows:
+            sink.json_line(asdict(row))
+        return
+    sink.show(_table(rows))
+
+
+def _table(rows: list[ModelRow]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    # No lines between columns: with them the longest built-in name does not fit in 80 columns.
+    table = Table(box=None, padding=(0, 2, 0, 0), caption=_LEGEND, caption_justify="left")
+    table.add_column("Model", overflow="fold")
+    table.add_column("Kind", no_wrap=True)
+    for heading in ("Size", *_MODES):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("Where", overflow="fold")
+    for row in rows:
+        size = "?" if row.size_bytes is None else _size(row.size_bytes)
+        vram = [_vram(row, mode) for mode in _MODES]
+        mark = " (default)" if row.default else ""
+        # Text, not str: names and paths may hold what rich reads as markup.
+        cells = (row.name + mark, row.kind, size, *vram, _where(row))
+        table.add_row(*(Text(cell) for cell in cells), style=None if row.downloaded else "dim")
+    return table
+
+
+def _size(size_bytes: int) -> str:
+    if size_bytes < 1e9:
+        return f"{size_bytes / 1e6:.0f} MB"
+    return f"{size_bytes / 1e9:.1f} GB"
+
+
+def _vram(row: ModelRow, mode: str) -> str:
+    if mode not in row.vram_gb:
+        return "?"
+    figure = row.vram_gb[mode]
+    return f"{figure:.{1 if figure < 100 else 0}f}" + ("*" if mode in row.vram_stated else "")
+
+
+def _where(row: ModelRow) -> str:
+    if row.problem is not None:
+        return row.problem
+    if row.path is None:
+        return "not downloaded"
+    return {"bundled": "in the package", "built-in": "hub cache", "downloaded": "hub cache"}.get(
+        row.kind, row.path
+    )

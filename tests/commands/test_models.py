@@ -1,0 +1,101 @@
+"""`qwencli models` as a user sees it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from qwencli.commands.models import models
+from qwencli.errors import CustomModelsError
+from qwencli.models import resolve
+from qwencli.models.builtin import BUILTINS
+
+app = typer.Typer()
+app.command()(models)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the command in an empty folder, with an empty cache, 80 columns wide."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(resolve, "user_config_folder", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    return lambda *arguments: CliRunner().invoke(app, arguments)
+
+
+def write(path, entries):
+    path.write_text(json.dumps({"hf_vl_models": entries}), encoding="utf-8")
+    return path
+
+
+def test_table_fits_80_columns_and_breaks_no_builtin_name(run):
+    result = run()
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    first_words = {line.split()[0] for line in lines if line.strip()}
+    assert set(BUILTINS) <= first_words
+    four = next(line for line in lines if line.startswith("qwen3-vl-4b "))
+    assert four.split() == [
+        "qwen3-vl-4b",
+        "built-in",
+        "8.9",
+        "GB",
+        "4.5",
+        "6.3",
+        "10.4",
+        "not",
+        "downloaded",
+    ]
+    assert result.stderr == ""
+
+
+def test_json_is_one_object_a_line(run):
+    rows = [json.loads(line) for line in run("--json").stdout.splitlines()]
+    by_name = {row["name"]: row for row in rows}
+    assert set(BUILTINS) <= set(by_name)
+    assert by_name["qwen2.5-vl-7b"]["repo_id"] == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert by_name["qwen2.5-vl-7b"]["downloaded"] is False
+    assert set(by_name["qwen3-4b"]["vram_gb"]) == {"4bit", "8bit", "full"}
+
+
+def test_custom_entries_are_marked(run, tmp_path):
+    entry = {"repo_id": "Owner/Name", "default": True, "vram_requirement": {"4bit": 5}}
+    result = run("--models-file", str(write(tmp_path / "m.json", {"[b]mine": entry})))
+    line = next(line for line in result.stdout.splitlines() if line.startswith("[b]mine"))
+    assert line.split() == [
+        "[b]mine",
+        "(default)",
+        "custom",
+        "?",
+        "5.0*",
+        "?",
+        "?",
+        "not",
+        "downloaded",
+    ]
+
+
+def test_problem_is_shown_in_its_row(run, tmp_path):
+    write(tmp_path / "custom_models.json", {"mine": {"repo_id": "./gone"}})
+    assert "no such folder" in " ".join(run().stdout.split())
+
+
+def test_unknown_keys_warn_on_stderr(run, tmp_path):
+    write(tmp_path / "custom_models.json", {"mine": {"repo_id": "O/N", "colour": 1}})
+    result = run("--json")
+    assert "warning:" in result.stderr and "'colour' is not known" in result.stderr
+    assert all(json.loads(line) for line in result.stdout.splitlines())
+
+
+def test_malformed_file_is_our_error(run, tmp_path):
+    (tmp_path / "custom_models.json").write_text("[]", encoding="utf-8")
+    assert isinstance(run().exception, CustomModelsError)
+
+
+def test_missing_models_file_is_our_error(run):
+    assert isinstance(run("--models-file", "none.json").exception, CustomModelsError)

@@ -1,0 +1,225 @@
+"""Which model a name means, and which one runs when there is no name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qwencli.config import ModelSource, Quantization
+from qwencli.errors import (
+    CustomModelsError,
+    DownloadError,
+    ModelFileError,
+    ModelNotFoundError,
+    UsageError,
+)
+from qwencli.models.builtin import hub_config
+from qwencli.models.memory import estimate
+from qwencli.models.resolve import Places, default_model, recommended_model, resolve_model
+from qwencli.models.shapes import read_shape
+from tests.models.tiny import CONFIGS, write_model
+
+
+def custom_file(folder, **entries):
+    path = folder / "custom_models.json"
+    path.write_text(json.dumps({"hf_vl_models": entries}), encoding="utf-8")
+    return path
+
+
+def needed(alias, quantization=Quantization.NONE):
+    return estimate(read_shape(hub_config(alias)), quantization).total
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3-vl-4b",
+        "Qwen3-VL-4B",
+        "Qwen3-VL-4B-Instruct",
+        "Qwen/Qwen3-VL-4B-Instruct",
+        "qwen/qwen3-vl-4b-instruct",
+    ],
+)
+def test_builtin_by_alias_and_hub_id(places, name):
+    spec = resolve_model(name, places=places, offline=True)
+    assert (spec.name, spec.source) == ("qwen3-vl-4b", ModelSource.BUILTIN)
+    assert spec.repo_id == "Qwen/Qwen3-VL-4B-Instruct"
+    assert spec.hub_config == hub_config("qwen3-vl-4b")
+    assert spec.path is None
+
+
+def test_builtin_that_is_downloaded_has_its_folder(places, cache_model):
+    folder = cache_model("qwen3-vl-4b")
+    assert resolve_model("qwen3-vl-4b", places=places).path == folder
+
+
+@pytest.mark.parametrize("name", ["scenes", "Scenes"])
+def test_bundled(places, name):
+    spec = resolve_model(name, places=places)
+    assert (spec.name, spec.source, spec.path) == ("scenes", ModelSource.BUNDLED, places.bundled)
+    assert spec.hub_config == CONFIGS["qwen3_vl"]
+
+
+def test_bundled_that_is_not_installed(places, tmp_path):
+    with pytest.raises(ModelFileError, match="no such folder"):
+        resolve_model("scenes", places=replace(places, bundled=tmp_path / "absent"))
+
+
+def test_real_surroundings():
+    assert Places().bundled.parts[-3:] == ("qwencli", "bundled", "scenes")
+    assert Places().working_folder == Path.cwd()
+    assert "qwencli" in Places().config_folder.parts
+
+
+@pytest.mark.parametrize("name", ["./mine", "mine", "nested/mine"])
+def test_local_folder(places, name):
+    folder = write_model(places.working_folder / name)
+    spec = resolve_model(name, places=places)
+    assert (spec.source, spec.path, spec.repo_id) == (ModelSource.LOCAL, folder, None)
+    assert spec.hub_config == CONFIGS["qwen3_vl"]
+
+
+def test_absolute_folder(places, model_folder):
+    assert resolve_model(str(model_folder), places=places).path == model_folder
+
+
+def test_local_folder_that_is_not_there(places):
+    with pytest.raises(ModelNotFoundError, match=r"no folder .*absent"):
+        resolve_model("./absent", places=places)
+    with pytest.raises(ModelNotFoundError):
+        resolve_model("./a\0b", places=places)
+
+
+def test_local_folder_without_config(places):
+    (places.working_folder / "empty").mkdir()
+    for name in ("empty", "./empty"):
+        with pytest.raises(ModelFileError, match=r"no config\.json"):
+            resolve_model(name, places=places)
+
+
+def test_folder_that_only_looks_like_a_hub_id(places):
+    (places.working_folder / "Owner" / "Name").mkdir(parents=True)
+    assert resolve_model("Owner/Name", places=places).source is ModelSource.HUB
+
+
+def test_other_hub_id(places, cache_model):
+    spec = resolve_model("Owner/Name", places=places)
+    assert (spec.source, spec.repo_id, spec.path) == (ModelSource.HUB, "Owner/Name", None)
+    with pytest.raises(DownloadError, match="--offline"):
+        resolve_model("Owner/Name", places=places, offline=True)
+    folder = cache_model("Owner/Name")
+    spec = resolve_model("Owner/Name", places=places, offline=True)
+    assert (spec.path, spec.hub_config) == (folder, CONFIGS["qwen3_vl"])
+
+
+def test_custom_entry_in_any_case_and_over_a_builtin(places):
+    custom_file(
+        places.working_folder, **{"Mine": {"repo_id": "O/M"}, "qwen3-4b": {"repo_id": "O/Q"}}
+    )
+    assert resolve_model("mine", places=places).repo_id == "O/M"
+    assert resolve_model("qwen3-4b", places=places).repo_id == "O/Q"
+
+
+def test_custom_entry_of_a_folder(places):
+    folder = write_model(places.working_folder / "weights")
+    custom_file(places.working_folder, mine={"repo_id": "./weights"})
+    spec = resolve_model("mine", places=places)
+    assert (spec.path, spec.source) == (folder, ModelSource.CUSTOM)
+    assert spec.hub_config == CONFIGS["qwen3_vl"]
+
+
+def test_custom_entry_whose_folder_is_gone(places):
+    custom_file(places.working_folder, mine={"repo_id": "./weights"})
+    with pytest.raises(ModelFileError, match="no such folder"):
+        resolve_model("mine", places=places)
+
+
+def test_explicit_file_wins(places, tmp_path):
+    custom_file(places.working_folder, mine={"repo_id": "O/work"})
+    custom_file(places.config_folder, mine={"repo_id": "O/user"})
+    explicit = custom_file(tmp_path, mine={"repo_id": "O/explicit"})
+    assert resolve_model("mine", places=places).repo_id == "O/user"
+    assert resolve_model("mine", places=places, models_file=explicit).repo_id == "O/explicit"
+
+
+def test_malformed_file_stops_even_a_builtin(places):
+    (places.working_folder / "custom_models.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CustomModelsError):
+        resolve_model("qwen3-vl-4b", places=places)
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl-4", "qwen3vl-4b", "QWEN3-VL-4b "])
+def test_unknown_name_suggests_close_ones(places, name):
+    with pytest.raises(ModelNotFoundError, match="no model is called") as caught:
+        resolve_model(name, places=places)
+    assert "did you mean qwen3-vl-4b" in caught.value.hint
+
+
+def test_unknown_name_without_a_close_one(places):
+    with pytest.raises(ModelNotFoundError) as caught:
+        resolve_model("zzz\n", places=places)
+    assert caught.value.hint.startswith("`qwencli models` lists all")
+    assert "\n" not in caught.value.message
+
+
+def test_order_without_a_name(places, cache_model):
+    assert resolve_model(None, places=places).name == "scenes"
+    assert resolve_model("", places=places).name == "scenes"
+    cache_model("qwen3-vl-2b")
+    assert resolve_model(None, places=places).name == "qwen3-vl-2b"
+    custom_file(places.working_folder, mine={"repo_id": "O/M", "default": True})
+    assert resolve_model(None, places=places).name == "mine"
+    config = places.config_folder / "config.toml"
+    config.write_text('model = "qwen3-vl-8b"\n', encoding="utf-8")
+    assert resolve_model(None, places=places).name == "qwen3-vl-8b"
+    wished = replace(places, environ={"QWENCLI_MODEL": "qwen2-vl-2b"})
+    assert resolve_model(None, places=wished).name == "qwen2-vl-2b"
+    assert resolve_model("qwen3-4b", places=wished).name == "qwen3-4b"
+
+
+def test_wish_that_does_not_exist_says_where_it_is(places):
+    wished = replace(places, environ={"QWENCLI_MODEL": "qwen3-vl-4"})
+    with pytest.raises(ModelNotFoundError, match="QWENCLI_MODEL: no model is called 'qwen3-vl-4'"):
+        resolve_model(None, places=wished)
+    (places.config_folder / "config.toml").write_text("model = 'x'", encoding="utf-8")
+    with pytest.raises(ModelNotFoundError, match=r"config\.toml: no model is called 'x'"):
+        resolve_model(None, places=places)
+
+
+@pytest.mark.parametrize("text", ["model = ", "model = 3", "\xff", "x = " + "[" * 50_000])
+def test_malformed_config(places, text):
+    (places.config_folder / "config.toml").write_text(text, encoding="latin-1")
+    with pytest.raises(UsageError, match=r"config\.toml"):
+        resolve_model(None, places=places)
+
+
+def test_best_downloaded_model_that_fits(places, cache_model):
+    for alias in (
+        "qwen3-vl-8b",
+        "qwen3-vl-4b",
+        "qwen2.5-vl-3b",
+        "qwen3-32b",
+        "qwen3-vl-32b-thinking",
+    ):
+        cache_model(alias)
+
+    def chosen(free_bytes, **options):
+        custom = places.custom_models(None)
+        return default_model(custom, places, free_bytes=free_bytes, **options).name
+
+    assert chosen(10**12) == "qwen3-vl-8b"
+    assert chosen(needed("qwen3-vl-8b") - 1) == "qwen3-vl-4b"
+    assert chosen(needed("qwen3-vl-4b") - 1) == "qwen2.5-vl-3b"
+    assert chosen(needed("qwen3-vl-8b") - 1, quantization=Quantization.INT4) == "qwen3-vl-8b"
+    assert chosen(10**6) == "scenes"
+    assert chosen(None) == "qwen2.5-vl-3b", "the smallest, when the device is not known"
+
+
+def test_recommendation_fits_the_card():
+    assert recommended_model(24 * 10**9).name == "qwen3-vl-8b"
+    assert recommended_model(12 * 10**9).name == "qwen3-vl-4b"
+    assert recommended_model(12 * 10**9, Quantization.INT4).name == "qwen3-vl-8b"
+    assert recommended_model(10**9) is None
