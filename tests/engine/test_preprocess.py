@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,12 @@ QWEN2 = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
-FILES = {"qwen3_vl": QWEN3, "qwen3_vl_moe": QWEN3, "qwen2_5_vl": QWEN2, "qwen2_vl": QWEN2}
+FILES: dict[str, dict[str, Any]] = {
+    "qwen3_vl": QWEN3,
+    "qwen3_vl_moe": QWEN3,
+    "qwen2_5_vl": QWEN2,
+    "qwen2_vl": QWEN2,
+}
 
 
 def picture(width: int, height: int, seed: int = 0) -> ImagePart:
@@ -58,7 +65,7 @@ def folder_with(tmp_path: Path, values: object, name: str = "preprocessor_config
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    """The numpy and Pillow processor of transformers, without its package's slow model zoo."""
+    """The numpy and Pillow processor of transformers: it needs no torchvision."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     return Qwen2VLImageProcessorPil
@@ -84,7 +91,9 @@ def test_pixels_equal_the_references(
     config = ImageProcessorConfig.for_family(family).with_pixels(*bounds)
     parts = [picture(*size, seed) for seed, size in enumerate(sizes)]
     ours = preprocess_images(parts, config)
-    values = FILES[family] | {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    # A copy, because the reference writes the bounds into the object it is given.
+    values = copy.deepcopy(FILES[family])
+    values |= {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     theirs = reference(**values)([part.image for part in parts], return_tensors="np")
     assert ours.pixel_values.dtype == np.float32
     assert ours.pixel_values.flags.c_contiguous
@@ -103,8 +112,6 @@ def test_pixels_equal_the_references(
 def test_sizes_equal_the_references(
     reference: Any, height: int, width: int, factor: int, bounds: tuple[int, int]
 ) -> None:
-    import sys
-
     theirs = sys.modules[reference.__module__].smart_resize
     if max(height, width) > 200 * min(height, width):
         return
