@@ -84,7 +84,8 @@ ORDINARY = st.lists(
     st.one_of(
         st.sampled_from(
             ["Describe this image.", " ", "\n", "\n\n", "  \n ", "\t", "don't", "日本語", "🙂",
-             "e\u0301", "</think>\n\n", "<think>\nhm", "<", "|>", "12", "...", "!\n", "\u00a0", "(a)", "\r\n"]
+             "e\u0301", "</think>\n\n", "<think>\nhm", "<", "|>", "12", "...", "!\n",
+             "\u00a0", "(a)", "\r\n"]
         ),
         st.text(max_size=5),
     ),
