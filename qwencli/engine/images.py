@@ -247,9 +247,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         image = _grey_16_to_8(image, name)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        flat = Image.new("RGB", rgba.size, "white")
-        flat.paste(rgba, mask=rgba.getchannel("A"))
-        return flat
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 
 

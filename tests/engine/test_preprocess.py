@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import sys
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from qwencli.engine.images import open_image
 from qwencli.engine.preprocess import (
     VISION_FAMILIES,
     ImageProcessorConfig,
@@ -117,6 +119,19 @@ def test_sizes_equal_the_references(
         return
     args = {"factor": factor, "min_pixels": bounds[0], "max_pixels": bounds[1]}
     assert smart_resize(height, width, **args) == theirs(height, width, **args)
+
+
+def test_a_transparent_picture_equals_the_references(reference: Any) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 4), dtype=np.uint8)
+    clear = Image.fromarray(pixels)
+    file = io.BytesIO()
+    clear.save(file, "PNG")
+    config = ImageProcessorConfig.for_family("qwen3_vl").with_pixels(1024, None)
+    ours = preprocess_images([open_image(file.getvalue())], config)
+    processor = reference(**copy.deepcopy(FILES["qwen3_vl"]) | {"min_pixels": 1024})
+    flat = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+    theirs = processor([flat], return_tensors="np")
+    np.testing.assert_allclose(ours.pixel_values, theirs["pixel_values"], rtol=0, atol=2e-6)
 
 
 # --- without the reference --------------------------------------------------------------------
