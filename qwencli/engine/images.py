@@ -81,12 +81,12 @@ _SIGNATURES = (
     (re.compile(rb"\s*<(\?xml|svg)", re.IGNORECASE), "XML or SVG text"),
     (re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE), "an HTML page"),
 )
-# Formats that a separately installed plug-in teaches to Pillow: module, its registering call
-# (None: importing it is enough), the package to install.
+# Formats that a separately installed plug-in teaches to Pillow: Pillow's name for the format, the
+# plug-in's module, its registering call (None: importing it is enough), the package to install.
 _PLUGINS = {
-    "HEIC": ("pillow_heif", "register_heif_opener", "pillow-heif"),
-    "AVIF": ("pillow_avif", None, "pillow-avif-plugin"),
-    "JPEG XL": ("pillow_jxl", None, "pillow-jxl-plugin"),
+    "HEIC": ("HEIF", "pillow_heif", "register_heif_opener", "pillow-heif"),
+    "AVIF": ("AVIF", "pillow_avif", None, "pillow-avif-plugin"),
+    "JPEG XL": ("JXL", "pillow_jxl", None, "pillow-jxl-plugin"),
 }
 _USE_PICTURE = "give a picture file such as PNG, JPEG or WebP"
 _COPY_AGAIN = "copy or download the file again"
@@ -209,18 +209,26 @@ def _identify(file: BinaryIO, head: bytes, name: str) -> Image.Image:
             raise InputError(
                 f"{name} is not a picture: found {found or _text_or_data(head)}", _USE_PICTURE
             ) from error
-        module_name, register, package = _PLUGINS[found]
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError:
-            raise InputError(
-                f"{name} is {found}, which this installation cannot decode",
-                f"pip install {package}, or convert the picture to PNG or JPEG",
-            ) from error
-        if register:
-            getattr(module, register)()
-        file.seek(0)
-        return Image.open(file)
+        if not _learn(found, name):
+            raise InputError(f"{name}: damaged {found} file", _COPY_AGAIN) from error
+    return _identify(file, head, name)
+
+
+def _learn(kind: str, name: str) -> bool:
+    """Teach Pillow a format through its plug-in; False where Pillow knows it already."""
+    format_name, module_name, register, package = _PLUGINS[kind]
+    if format_name in Image.OPEN:
+        return False
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InputError(
+            f"{name} is {kind}, which this installation cannot decode",
+            f"pip install {package}, or convert the picture to PNG or JPEG",
+        ) from error
+    if register:
+        getattr(module, register)()
+    return format_name in Image.OPEN
 
 
 def _text_or_data(head: bytes) -> str:
@@ -239,9 +247,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         image = _grey_16_to_8(image, name)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        flat = Image.new("RGB", rgba.size, "white")
-        flat.paste(rgba, mask=rgba.getchannel("A"))
-        return flat
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 
 

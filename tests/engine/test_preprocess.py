@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from qwencli.engine.images import open_image
 from qwencli.engine.preprocess import (
     VISION_FAMILIES,
     ImageProcessorConfig,
@@ -40,7 +44,12 @@ QWEN2 = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
-FILES = {"qwen3_vl": QWEN3, "qwen3_vl_moe": QWEN3, "qwen2_5_vl": QWEN2, "qwen2_vl": QWEN2}
+FILES: dict[str, dict[str, Any]] = {
+    "qwen3_vl": QWEN3,
+    "qwen3_vl_moe": QWEN3,
+    "qwen2_5_vl": QWEN2,
+    "qwen2_vl": QWEN2,
+}
 
 
 def picture(width: int, height: int, seed: int = 0) -> ImagePart:
@@ -58,7 +67,7 @@ def folder_with(tmp_path: Path, values: object, name: str = "preprocessor_config
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    """The numpy and Pillow processor of transformers, without its package's slow model zoo."""
+    """The numpy and Pillow processor of transformers: it needs no torchvision."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     return Qwen2VLImageProcessorPil
@@ -84,7 +93,9 @@ def test_pixels_equal_the_references(
     config = ImageProcessorConfig.for_family(family).with_pixels(*bounds)
     parts = [picture(*size, seed) for seed, size in enumerate(sizes)]
     ours = preprocess_images(parts, config)
-    values = FILES[family] | {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    # A copy, because the reference writes the bounds into the object it is given.
+    values = copy.deepcopy(FILES[family])
+    values |= {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     theirs = reference(**values)([part.image for part in parts], return_tensors="np")
     assert ours.pixel_values.dtype == np.float32
     assert ours.pixel_values.flags.c_contiguous
@@ -103,13 +114,24 @@ def test_pixels_equal_the_references(
 def test_sizes_equal_the_references(
     reference: Any, height: int, width: int, factor: int, bounds: tuple[int, int]
 ) -> None:
-    import sys
-
     theirs = sys.modules[reference.__module__].smart_resize
     if max(height, width) > 200 * min(height, width):
         return
     args = {"factor": factor, "min_pixels": bounds[0], "max_pixels": bounds[1]}
     assert smart_resize(height, width, **args) == theirs(height, width, **args)
+
+
+def test_a_transparent_picture_equals_the_references(reference: Any) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 4), dtype=np.uint8)
+    clear = Image.fromarray(pixels)
+    file = io.BytesIO()
+    clear.save(file, "PNG")
+    config = ImageProcessorConfig.for_family("qwen3_vl").with_pixels(1024, None)
+    ours = preprocess_images([open_image(file.getvalue())], config)
+    processor = reference(**copy.deepcopy(FILES["qwen3_vl"]) | {"min_pixels": 1024})
+    flat = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+    theirs = processor([flat], return_tensors="np")
+    np.testing.assert_allclose(ours.pixel_values, theirs["pixel_values"], rtol=0, atol=2e-6)
 
 
 # --- without the reference --------------------------------------------------------------------
