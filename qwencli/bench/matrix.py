@@ -94,7 +94,9 @@ def check_values(axis: str, values: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
             raise UsageError(f"{flag} has an empty value", "separate values by single commas")
         if valid is not None and value not in valid:
-            raise UsageError(f"{flag} has no value {value!r}", f"give one or more of {', '.join(valid)}")
+            raise UsageError(
+                f"{flag} has no value {value!r}", f"give one or more of {', '.join(valid)}"
+            )
     if not values:
         raise UsageError(f"{flag} has no value", "name at least one")
     return tuple(dict.fromkeys(values))
@@ -132,7 +134,8 @@ def expand(matrix: Matrix, default_model: str, facts: DeviceFacts) -> list[Bench
         cells.append(replace(cell, skip_reason=skip_reason(cell, facts)))
     if not cells:
         raise BenchError(
-            f"matrix {matrix.name} has no cell left", "its exclusions contradict its axes; drop one of them"
+            f"matrix {matrix.name} has no cell left",
+            "its exclusions contradict its axes; drop one of them",
         )
     return cells
 

@@ -1,15 +1,15 @@
 """Reads a matrix: one of the built-in ones by name, or a TOML file.
 
-    [axes]                       # any of model, engine, quantization, attention, cache, load_mode
-    attention = ["sdpa", "eager"]
+[axes]                       # any of model, engine, quantization, attention, cache, load_mode
+attention = ["sdpa", "eager"]
 
-    [[exclude]]                  # drops the cells that match every line of the entry
-    attention = "eager"
-    cache = ["static", "static-compile"]
+[[exclude]]                  # drops the cells that match every line of the entry
+attention = "eager"
+cache = ["static", "static-compile"]
 
-    [run]                        # optional
-    runs = 5
-    max_new_tokens = 128
+[run]                        # optional
+runs = 5
+max_new_tokens = 128
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def _table(name: str, key: str, value: Any) -> Mapping[str, Any]:
 def _known(name: str, prefix: str, table: Mapping[str, Any], keys: tuple[str, ...]) -> None:
     for key in table:
         if key not in keys:
-            raise BenchError(f"matrix {name}: unknown key {prefix}{key}", f"known: {', '.join(keys)}")
+            raise BenchError(
+                f"matrix {name}: unknown key {prefix}{key}", f"known: {', '.join(keys)}"
+            )
 
 
 def _count(name: str, key: str, value: Any) -> int:

@@ -74,7 +74,10 @@ class RowFile:
         if whole == 0:
             self._write(header)
         elif content[: content.index(b"\n") + 1] != header:
-            raise BenchError(f"{self.path} has other columns", "it was written by another version; use a new --out")
+            raise BenchError(
+                f"{self.path} has other columns",
+                "it was written by another version; use a new --out",
+            )
 
     def append(self, rows: Iterable[Row]) -> None:
         """Write rows and hand them to the disk before returning."""

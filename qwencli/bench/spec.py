@@ -61,7 +61,9 @@ def loads(line: str) -> WorkerSpec:
     model = config.pop("model")
     model["source"] = ModelSource(model["source"])
     model["path"] = None if model["path"] is None else Path(model["path"])
-    modes = {key: _ENUMS[key](value) if key in _ENUMS else value for key, value in config.items()}
+    modes: dict[str, Any] = {
+        key: _ENUMS[key](value) if key in _ENUMS else value for key, value in config.items()
+    }
     return WorkerSpec(
         config=EngineConfig(model=ModelSpec(**model), **modes),
         load_mode=LoadMode(raw.pop("load_mode")),

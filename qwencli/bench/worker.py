@@ -20,8 +20,10 @@ from dataclasses import asdict
 from typing import Any
 
 from qwencli.bench import spec as wire
+from qwencli.bench.columns import RUNS
 from qwencli.bench.host import HostProbe
 from qwencli.bench.itl import run_latency
+from qwencli.bench.launch import end_with_the_campaign
 from qwencli.bench.spec import WorkerSpec
 from qwencli.config import EngineConfig, LoadMode, SamplingOptions
 from qwencli.engine.base import Engine, drain
@@ -94,9 +96,7 @@ def build_request(spec: WorkerSpec) -> GenerationRequest:
     )
 
 
-def measure(
-    engine: Engine, request: GenerationRequest, run: int, *, fresh: bool
-) -> dict[str, Any]:
+def measure(engine: Engine, request: GenerationRequest, run: int, *, fresh: bool) -> dict[str, Any]:
     """One run as a message: its row, its tokens, and its span on the shared clock (s).
 
     `load_s` stands only in the run that a load came before (`fresh`).
@@ -117,7 +117,13 @@ def measure(
         **(asdict(memory) if memory else {}),
         **host.row(),
     }
-    return {"type": "run", "start_s": start_s, "end_s": end_s, "row": row, "tokens": _tokens(result)}
+    return {
+        "type": "run",
+        "start_s": start_s,
+        "end_s": end_s,
+        "row": row,
+        "tokens": _tokens(result),
+    }
 
 
 def _result_columns(result: GenerationResult) -> dict[str, Any]:
@@ -125,7 +131,7 @@ def _result_columns(result: GenerationResult) -> dict[str, Any]:
         "num_prompt_tokens": result.num_prompt_tokens,
         "num_image_tokens": result.num_image_tokens,
         "num_new_tokens": result.num_new_tokens,
-        **asdict(result.timings),
+        **{name: value for name, value in asdict(result.timings).items() if name in RUNS},
         "ran_attention": result.ran.attention,
         "ran_quantization": result.ran.quantization,
         "ran_cache": result.ran.cache,
@@ -149,7 +155,7 @@ def main(make_engine: MakeEngine = create_engine) -> int:
     rows = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     spec = wire.loads(_read_line(0))
-    threading.Thread(target=_end_with_the_campaign, daemon=True).start()
+    threading.Thread(target=end_with_the_campaign, daemon=True).start()
 
     def emit(message: dict[str, Any]) -> None:
         rows.write(json.dumps(message) + "\n")
@@ -168,12 +174,6 @@ def _read_line(descriptor: int) -> str:
             break
         line += piece
     return line.decode()
-
-
-def _end_with_the_campaign() -> None:
-    while os.read(0, 1):
-        pass
-    os._exit(3)
 
 
 if __name__ == "__main__":

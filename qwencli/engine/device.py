@@ -109,7 +109,7 @@ def torch_facts() -> TorchFacts:
         version=torch.__version__,
         cuda_build=torch.version.cuda,
         hip_build=torch.version.hip,
-        cudnn_version=torch.backends.cudnn.version(),
+        cudnn_version=torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         arch_list=tuple(torch.cuda.get_arch_list()),
         devices=tuple(_cuda_device(index) for index in found),
         mps=torch.backends.mps.is_available(),
@@ -176,7 +176,8 @@ def _resolve(device: str, torch: TorchFacts) -> str:
         number = int(index) if index.isdecimal() else 0 if not index else -1
         if not 0 <= number < len(torch.devices):
             raise DeviceError(
-                f"--device {device}: there is no such device", f"give cuda:0 to cuda:{len(torch.devices) - 1}"
+                f"--device {device}: there is no such device",
+                f"give cuda:0 to cuda:{len(torch.devices) - 1}",
             )
         return f"cuda:{number}"
     if device == "cpu" or (device == "mps" and torch.mps):
@@ -188,12 +189,16 @@ def _flash_attn_blocker(cuda: CudaDevice | None) -> str | None:
     if cuda is None:
         return "flash_attention_2 needs a CUDA device"
     if cuda.capability < (8, 0):
-        return f"flash_attention_2 needs compute capability 8.0; {cuda.name} has {cuda.capability[0]}.{cuda.capability[1]}"
+        major, minor = cuda.capability
+        return f"flash_attention_2 needs compute capability 8.0; {cuda.name} has {major}.{minor}"
     if importlib.util.find_spec("flash_attn") is None:
         return "flash-attn is not installed (pip install 'qwencli[flash]')"
     try:
         importlib.import_module("flash_attn")
-    except (ImportError, OSError) as error:  # a wheel for another torch fails when its library loads
+    except (
+        ImportError,
+        OSError,
+    ) as error:  # a wheel for another torch fails when its library loads
         return f"flash-attn does not load: {error}"
     return None
 
