@@ -157,3 +157,27 @@ def _device_lines(environment: Mapping[str, Any]) -> list[str]:
         f"On {where} ({device['device']}{driver}), torch {versions['torch']}, "
         f"transformers {versions['transformers']}, seed {environment['seed']}."
     ]
+
+
+def planned_table(cells: Sequence[BenchCell]) -> RenderableType:
+    """The cells of a plan in the given order, the skipped ones dim and last."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    runs = [cell for cell in cells if not cell.skip_reason]
+    table = Table(title=f"{len(runs)} of {len(cells)} cells", box=SIMPLE_HEAD, title_justify="left")
+    table.add_column("#", justify="right")
+    table.add_column("cell", overflow="fold")
+    for number, cell in enumerate(runs, start=1):
+        table.add_row(str(number), cell_label(cell))
+    for cell in cells:
+        if cell.skip_reason:
+            table.add_row("-", cell_label(cell), style="dim")
+    by_reason: dict[str, int] = defaultdict(int)
+    for cell in cells:
+        if cell.skip_reason:
+            by_reason[cell.skip_reason] += 1
+    lines = (f"skipped: {reason} - {count} cells" for reason, count in by_reason.items())
+    return Group(table, *(Text(line, style="dim") for line in lines))
