@@ -179,5 +179,8 @@ def planned_table(cells: Sequence[BenchCell]) -> RenderableType:
     for cell in cells:
         if cell.skip_reason:
             by_reason[cell.skip_reason] += 1
-    lines = (f"skipped: {reason} - {count} cells" for reason, count in by_reason.items())
+    lines = (
+        f"skipped: {reason} - {count} cell{'s' * (count > 1)}"
+        for reason, count in by_reason.items()
+    )
     return Group(table, *(Text(line, style="dim") for line in lines))

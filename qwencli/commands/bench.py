@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ DEFAULT_MATRIX = "default"
 def name_bare_matrix(arguments: list[str]) -> list[str]:
     """Give a `--matrix` that has no value the default one, so that it may stand alone."""
     named: list[str] = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
         named.append(argument)
         if argument == "--matrix" and following.startswith("-"):
             named.append(DEFAULT_MATRIX)

@@ -131,7 +131,8 @@ def test_the_hint_lists_the_values_of_the_axis():
 
 
 def test_matrix_and_report_never_import_torch():
-    modules = "qwencli.bench.matrix, qwencli.bench.matrix_file, qwencli.bench.report, qwencli.bench.session"
+    names = ("matrix", "matrix_file", "prepare", "report", "session")
+    modules = ", ".join(f"qwencli.bench.{name}" for name in names)
     script = (
         f"import sys; sys.modules['torch'] = None; import {modules}; import qwencli.commands.bench"
     )

@@ -258,8 +258,8 @@ def start_session(tmp_path, make_plan):
     here = Path(__file__).parent
     script = textwrap.dedent(SESSION.format(root=str(here.parents[1]), here=str(here), seed=seed))
     process = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        encoding="utf-8",
+        [sys.executable, "-c", script], cwd=tmp_path, encoding="utf-8",
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while len(rows(tmp_path, "runs.csv")) < 7:  # 5 of steady, 2 of hang
