@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import qwencli
 from qwencli.engine.device import DeviceFacts, package_version
+from qwencli.engine.host import cpu_model, driver_facts
 
 PACKAGES = (
     "transformers", "accelerate", "bitsandbytes", "flash-attn", "triton", "tokenizers",
@@ -25,6 +25,7 @@ _WITHOUT_PATHS = ("CUDA_HOME", "CUDA_PATH", "TORCH_HOME")
 
 def environment(facts: DeviceFacts, arguments: Sequence[str], seed: int) -> dict[str, Any]:
     """Versions, device, processor, system, command line and seed of this campaign."""
+    driver = driver_facts() if facts.kind == "cuda" else None
     return {
         "versions": {
             "qwencli": qwencli.__version__,
@@ -33,7 +34,7 @@ def environment(facts: DeviceFacts, arguments: Sequence[str], seed: int) -> dict
             "cuda_build": facts.cuda_build,
             **{name: package_version(name) for name in PACKAGES},
         },
-        "device": {**asdict(facts), "driver": driver_version(facts)},
+        "device": {**asdict(facts), "driver": driver.version if driver else None},
         "cpu": {"model": cpu_model(), "logical_cores": os.cpu_count()},
         "os": {
             "system": platform.system(),
@@ -52,31 +53,3 @@ def environment(facts: DeviceFacts, arguments: Sequence[str], seed: int) -> dict
 
 def _without_home(text: str) -> str:
     return text.replace(str(Path.home()), "~")
-
-
-def cpu_model() -> str | None:
-    """The processor's name, as far as the system tells."""
-    path = Path("/proc/cpuinfo")
-    if sys.platform == "linux" and path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or None
-
-
-def driver_version(facts: DeviceFacts) -> str | None:
-    """Of the NVIDIA driver; None without a CUDA device or without NVML."""
-    if facts.kind != "cuda":
-        return None
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        try:
-            return str(pynvml.nvmlSystemGetDriverVersion())
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return None

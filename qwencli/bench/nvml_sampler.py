@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qwencli.bench.launch import end_with_the_campaign
+from qwencli.engine.host import open_nvml
 
 # Bits of nvmlDeviceGetCurrentClocksThrottleReasons (nvml.h, nvmlClocksEventReasons).
 THROTTLE_BITS: Mapping[int, str] = {
@@ -78,23 +79,30 @@ def _handles(nvml: Any, uuid: str | None) -> list[tuple[int, Any]]:
 def main(interval_s: float, uuid: str | None) -> int:
     """Sample every `interval_s` seconds until the campaign ends."""
     try:
-        import pynvml as nvml
+        import pynvml
     except ImportError as error:
-        print(json.dumps({"unavailable": f"nvidia-ml-py is not installed: {error}"}), flush=True)
+        _say({"unavailable": f"nvidia-ml-py is not installed: {error}"})
         return 0
     try:
-        nvml.nvmlInit()
-        handles = _handles(nvml, uuid)
-    except nvml.NVMLError as error:
-        print(json.dumps({"unavailable": f"NVML: {error}"}), flush=True)
-        return 0
+        with open_nvml() as nvml:
+            _sample_forever(nvml, _handles(nvml, uuid), interval_s)
+    except pynvml.NVMLError as error:
+        _say({"unavailable": f"NVML: {error}"})
+    return 0
+
+
+def _sample_forever(nvml: Any, handles: list[tuple[int, Any]], interval_s: float) -> None:
     threading.Thread(target=end_with_the_campaign, daemon=True).start()
     due = time.perf_counter()
     while True:
         for index, handle in handles:
-            print(json.dumps(read_sample(nvml, handle, index)), flush=True)
+            _say(read_sample(nvml, handle, index))
         due = max(due + interval_s, time.perf_counter())
         time.sleep(max(0.0, due - time.perf_counter()))
+
+
+def _say(message: Mapping[str, Any]) -> None:
+    print(json.dumps(message), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -238,6 +239,29 @@ def memory_stats(device: str) -> MemoryStats | None:
         fragmentation_percent=100.0 * split / reserved if reserved else None,
         num_alloc_retries=stats.get("num_alloc_retries", 0),
     )
+
+
+def run_small_work(device: str) -> float:
+    """Seconds for one matrix product and one attention on `device`, the first use included.
+
+    Proves that the wheel carries kernels for the device.
+
+    Raises:
+        RuntimeError: the device cannot run them ("no kernel image is available").
+    """
+    import torch
+
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    start = time.perf_counter()
+    with torch.inference_mode():
+        square = torch.ones(256, 256, dtype=dtype, device=device)
+        heads = torch.ones(1, 4, 64, 64, dtype=dtype, device=device)  # [B, H, S, D]
+        attended = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        total = float((square @ square).sum()) + float(attended.sum())
+    expected = 256.0**3 + heads.numel()
+    if abs(total - expected) > 0.01 * expected:
+        raise RuntimeError(f"the result is wrong: {total:g} instead of {expected:g}")
+    return time.perf_counter() - start
 
 
 def main(device: str) -> int:

@@ -106,7 +106,8 @@ def test_every_option_reaches_the_request(asked):
 
 def test_a_campaign_from_command_line_to_table(tmp_path):
     arguments = ["bench", "--attention", "sdpa,eager,flash_attention_2", "--cache", "dynamic",
-                 "--quantization", "none", "--runs", "1", "--max-new-tokens", "4", "--out", "c"]  # fmt: skip
+                 "--quantization", "none", "--runs", "1", "--max-new-tokens", "4",
+                 "--out", "c"]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "flash_attention_2 needs a CUDA device" in result.stdout
