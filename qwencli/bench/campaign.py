@@ -1,0 +1,163 @@
+"""A campaign's folder: created, added to run by run, resumed, and read back.
+
+    plan.json         what it does; a resumed campaign must be given the same
+    environment.json  on what
+    runs.csv, tokens.csv, gpu.csv   raw rows, on disk as they happen
+    logs/CELL.log     what each worker printed
+    cells.csv, report.md            made from the rows above, again whenever the campaign ends
+
+A run counts once its row is in runs.csv: its tokens are written before it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+from qwencli.bench import columns
+from qwencli.bench.matrix import BenchCell
+from qwencli.bench.plan import Plan, check_same
+from qwencli.bench.rowfile import RowFile, keep_rows, read_rows, replace_file
+from qwencli.bench.telemetry import Sample, run_columns
+from qwencli.errors import BenchError, OutputError
+
+PLAN, ENVIRONMENT = "plan.json", "environment.json"
+RUNS, TOKENS, GPU = "runs.csv", "tokens.csv", "gpu.csv"
+
+# A cell with a row of any other status is over, even though runs are missing.
+_GOING_ON = ("ok", "warmup")
+
+
+class Campaign:
+    """An open campaign; a context manager.
+
+    Args:
+        resume: go on in a folder that has one. Without it the folder must be new or empty.
+
+    Raises:
+        BenchError: the folder holds a campaign (or anything else) and `resume` is off; it holds
+            none and `resume` is on; its plan or environment differs.
+        OutputError: it cannot be written.
+    """
+
+    def __init__(
+        self, folder: Path, plan: Plan, environment: Mapping[str, Any], *, resume: bool
+    ) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.repaired = 0
+        document = plan.document()
+        if resume:
+            self._check_resumable(document, environment)
+        else:
+            self._create(document, environment)
+        self._done: dict[str, int] = {}
+        self._ended: set[str] = set()
+        self._read_back()
+
+    def _create(self, document: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        folder = self.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise BenchError(
+                    f"{folder} is not empty", "add --resume to go on with it, or give a new --out"
+                )
+            (folder / "logs").mkdir()
+        except OSError as error:
+            raise OutputError(
+                f"{folder} cannot be written: {error.strerror}", "choose another --out"
+            ) from error
+        write_json(folder / ENVIRONMENT, environment)
+        write_json(folder / PLAN, document)
+
+    def _check_resumable(self, document: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        check_same(read_json(self.folder / PLAN), document, self.folder)
+        saved = read_json(self.folder / ENVIRONMENT)
+        # The command line may differ (--resume); what the figures depend on may not.
+        for key in ("versions", "device", "os", "cpu"):
+            if saved.get(key) != environment[key]:
+                raise BenchError(
+                    f"{self.folder} cannot be resumed: its {key} changed", "give a new --out"
+                )
+
+    def _read_back(self) -> None:
+        runs = read_rows(self.folder / RUNS)
+        for row in runs:
+            if row["status"] == "ok":
+                self._done[row["cell_id"]] = max(int(row["run"]), self._done.get(row["cell_id"], 0))
+            elif row["status"] not in _GOING_ON:
+                self._ended.add(row["cell_id"])
+        # Rows of a run that a kill kept from being finished would be counted twice.
+        finished = {(row["cell_id"], row["run"]) for row in runs}
+        for name, names in ((TOKENS, columns.TOKENS), (GPU, columns.GPU)):
+            self.repaired += keep_rows(
+                self.folder / name, names, lambda row: (row["cell_id"], row["run"]) in finished
+            )
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._runs = stack.enter_context(RowFile(self.folder / RUNS, columns.RUNS))
+            self._tokens = stack.enter_context(RowFile(self.folder / TOKENS, columns.TOKENS))
+            self._gpu = stack.enter_context(RowFile(self.folder / GPU, columns.GPU))
+            self._files = stack.pop_all()
+        self.repaired += sum(f.repaired_lines for f in (self._runs, self._tokens, self._gpu))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._files.close()
+
+    def log_path(self, cell: BenchCell) -> Path:
+        return self.folder / "logs" / f"{cell.cell_id}.log"
+
+    def next_run(self, cell: BenchCell) -> int | None:
+        """Number of the first run still missing; None when the cell is over."""
+        done = self._done.get(cell.cell_id, 0)
+        over = cell.cell_id in self._ended or done >= self.plan.settings.runs
+        return None if over else done + 1
+
+    def add_run(
+        self,
+        cell: BenchCell,
+        message: Mapping[str, Any],
+        before: Sample | None,
+        within: Sequence[Sample],
+    ) -> None:
+        """Store a worker's "run" message with the sensor samples of its time."""
+        key = {"cell_id": cell.cell_id, "run": message["row"]["run"]}
+        self._tokens.append({**key, **token} for token in message["tokens"])
+        self._gpu.append({**key, **sample} for sample in within)
+        self._runs.append([{**key, **message["row"], **run_columns(before, within)}])
+
+    def add_end(self, cell: BenchCell, status: str, reason: str | None, run: int | None) -> None:
+        """Store why a cell is over early; `run` is the one that it cost, if any."""
+        self._runs.append(
+            [{"cell_id": cell.cell_id, "run": run, "status": status, "reason": reason}]
+        )
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    replace_file(path, (text + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that every campaign has.
+
+    Raises:
+        BenchError: there is no campaign, or the file is broken.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BenchError(
+            f"{path.parent} holds no campaign: {path.name}: {error.strerror}", "check the folder"
+        ) from error
+    except ValueError as error:
+        raise BenchError(f"{path} is broken: {error}", "start a new campaign") from error
+    if not isinstance(value, dict):
+        raise BenchError(f"{path} is broken: not a JSON object", "start a new campaign")
+    return value

@@ -1,0 +1,61 @@
+"""Starts the processes of a campaign with this interpreter, and lets them end with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from qwencli.engine.device import DeviceFacts
+from qwencli.errors import BenchError, DeviceError
+
+
+def python_command(module: str, *arguments: str) -> list[str]:
+    """The command that runs `module` with the same interpreter and import path as this process.
+
+    `-P` keeps files of the working folder from shadowing modules, unless this process itself
+    was started with the working folder on its path.
+    """
+    here = Path.cwd()
+    on_path = any(Path(entry or ".").resolve() == here for entry in sys.path)
+    return [sys.executable, *(() if on_path else ("-P",)), "-m", module, *arguments]
+
+
+def end_with_the_campaign() -> None:
+    """Body of a thread in each child: end the process when the campaign's end of stdin closes.
+
+    A campaign that is killed cannot say goodbye; without this its children would go on holding
+    the GPU.
+    """
+    while os.read(0, 1):
+        pass
+    os._exit(3)
+
+
+def read_device_facts(device: str) -> DeviceFacts:
+    """`DeviceFacts` from a process of its own, so that this one never imports torch.
+
+    Raises:
+        DeviceError: the device asked for is not there.
+        BenchError: torch does not load.
+    """
+    done = subprocess.run(
+        python_command("qwencli.engine.device", device),
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise BenchError(f"torch does not load: {last}", "`qwencli diagnose` says more")
+    answer = json.loads(lines[-1])  # libraries may print before it
+    if "error" in answer:
+        raise DeviceError(**answer["error"])
+    facts = answer["facts"]
+    capability = facts.pop("capability")
+    return DeviceFacts(**facts, capability=None if capability is None else tuple(capability))

@@ -1,0 +1,144 @@
+"""Which cells a campaign has: axes, exclusions, and the cells that cannot run here.
+
+Knows neither torch nor the engines; what this machine can do comes in as `DeviceFacts`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from qwencli.bench.rules import skip_reason
+from qwencli.config import Attention, Cache, EngineName, LoadMode, Quantization
+from qwencli.engine.device import DeviceFacts
+from qwencli.errors import BenchError, UsageError
+
+# Axis -> its values; None = free text (model names and folders).
+AXES: Mapping[str, type[StrEnum] | None] = {
+    "model": None,
+    "engine": EngineName,
+    "quantization": Quantization,
+    "attention": Attention,
+    "cache": Cache,
+    "load_mode": LoadMode,
+}
+
+# What an axis is when neither the matrix nor the command line names it. `model` has no entry:
+# the caller says which model runs when none is named.
+DEFAULT_AXES: Mapping[str, tuple[str, ...]] = {
+    "engine": (EngineName.TRANSFORMERS,),
+    "quantization": (Quantization.NONE,),
+    "attention": (Attention.SDPA,),
+    "cache": (Cache.DYNAMIC,),
+    "load_mode": (LoadMode.KEEP,),
+}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A sweep as written down.
+
+    Args:
+        name: for messages: a built-in's name, or the file.
+        axes: axis -> values in order; axes left out take DEFAULT_AXES.
+        exclude: each entry drops the cells that match all of its axes.
+        runs, max_new_tokens: of each cell, where the command line does not say.
+    """
+
+    name: str
+    axes: Mapping[str, tuple[str, ...]]
+    exclude: tuple[Mapping[str, tuple[str, ...]], ...] = ()
+    runs: int = 5
+    max_new_tokens: int = 128
+
+
+@dataclass(frozen=True)
+class BenchCell:
+    """One combination of modes. `skip_reason` says why it cannot run here, None = it can."""
+
+    model: str
+    engine: EngineName
+    quantization: Quantization
+    attention: Attention
+    cache: Cache
+    load_mode: LoadMode
+    skip_reason: str | None = None
+
+    def axes(self) -> dict[str, str]:
+        return {axis: str(getattr(self, axis)) for axis in AXES}
+
+    @property
+    def cell_id(self) -> str:
+        """A readable name that is safe in a file name, ended by a hash of the exact axes."""
+        axes = self.axes()
+        digest = hashlib.sha256(json.dumps(axes, sort_keys=True).encode()).hexdigest()[:6]
+        model = re.sub(r"[^a-z0-9.]+", "-", self.model.lower()).strip("-.")[-40:].lstrip("-.")
+        return "-".join([model or "model", *list(axes.values())[1:], digest])
+
+
+def check_values(axis: str, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the values without repeats.
+
+    Raises:
+        UsageError: a value the axis does not have, or no value at all.
+    """
+    flag = "--" + axis.replace("_", "-")
+    kinds = AXES[axis]
+    valid = None if kinds is None else [member.value for member in kinds]
+    for value in values:
+        if not value:
+            raise UsageError(f"{flag} has an empty value", "separate values by single commas")
+        if valid is not None and value not in valid:
+            raise UsageError(
+                f"{flag} has no value {value!r}", f"give one or more of {', '.join(valid)}"
+            )
+    if not values:
+        raise UsageError(f"{flag} has no value", "name at least one")
+    return tuple(dict.fromkeys(values))
+
+
+def override(matrix: Matrix, said: Mapping[str, str | None]) -> Matrix:
+    """Replace axes by the comma lists said on the command line (None = not said)."""
+    axes = dict(matrix.axes)
+    for axis, text in said.items():
+        if text is not None:
+            axes[axis] = check_values(axis, tuple(part.strip() for part in text.split(",")))
+    return replace(matrix, axes=axes)
+
+
+def expand(matrix: Matrix, default_model: str, facts: DeviceFacts) -> list[BenchCell]:
+    """All cells in the order of the axes, those that cannot run carrying their reason.
+
+    Raises:
+        BenchError: the exclusions leave nothing.
+    """
+    axes = {"model": (default_model,), **DEFAULT_AXES, **matrix.axes}
+    cells = []
+    for values in itertools.product(*(axes[axis] for axis in AXES)):
+        chosen = dict(zip(AXES, values, strict=True))
+        if any(_matches(chosen, rule) for rule in matrix.exclude):
+            continue
+        cell = BenchCell(
+            model=chosen["model"],
+            engine=EngineName(chosen["engine"]),
+            quantization=Quantization(chosen["quantization"]),
+            attention=Attention(chosen["attention"]),
+            cache=Cache(chosen["cache"]),
+            load_mode=LoadMode(chosen["load_mode"]),
+        )
+        cells.append(replace(cell, skip_reason=skip_reason(cell, facts)))
+    if not cells:
+        raise BenchError(
+            f"matrix {matrix.name} has no cell left",
+            "its exclusions contradict its axes; drop one of them",
+        )
+    return cells
+
+
+def _matches(chosen: Mapping[str, str], rule: Mapping[str, tuple[str, ...]]) -> bool:
+    return all(chosen[axis] in values for axis, values in rule.items())

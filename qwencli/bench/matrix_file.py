@@ -1,0 +1,107 @@
+"""Reads a matrix: one of the built-in ones by name, or a TOML file.
+
+[axes]                       # any of model, engine, quantization, attention, cache, load_mode
+attention = ["sdpa", "eager"]
+
+[[exclude]]                  # drops the cells that match every line of the entry
+attention = "eager"
+cache = ["static", "static-compile"]
+
+[run]                        # optional
+runs = 5
+max_new_tokens = 128
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwencli.bench.matrix import AXES, Matrix, check_values
+from qwencli.config import SAMPLING_BOUNDS
+from qwencli.errors import BenchError, UsageError
+
+BUILT_IN = Path(__file__).parent / "matrices"
+_RUN_LIMITS = {"runs": 10_000, "max_new_tokens": int(SAMPLING_BOUNDS["max_new_tokens"].high)}
+
+
+def names() -> list[str]:
+    """Names of the built-in matrices."""
+    return sorted(path.stem for path in BUILT_IN.glob("*.toml"))
+
+
+def load_matrix(name_or_file: str) -> Matrix:
+    """Read the matrix of this name, or of this file.
+
+    Raises:
+        UsageError: no such name.
+        BenchError: the file cannot be read or is malformed; names the file and the key.
+    """
+    if name_or_file in names():
+        return _parse(BUILT_IN / f"{name_or_file}.toml", name_or_file)
+    path = Path(name_or_file)
+    if path.suffix != ".toml" and not path.is_file():
+        raise UsageError(
+            f"--matrix has no built-in named {name_or_file!r}",
+            f"give one of {', '.join(names())}, or a .toml file",
+        )
+    return _parse(path, str(path))
+
+
+def _parse(path: Path, name: str) -> Matrix:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BenchError(f"matrix {name}: {error.strerror}", "check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BenchError(f"matrix {name} is not valid TOML: {error}", "correct the file") from error
+    _known(name, "", document, ("axes", "exclude", "run"))
+    run = _table(name, "run", document.get("run", {}))
+    _known(name, "run.", run, tuple(_RUN_LIMITS))
+    exclude = document.get("exclude", [])
+    if not isinstance(exclude, list) or not all(exclude):
+        raise BenchError(f"matrix {name}: exclude must be [[exclude]] tables that name an axis")
+    return Matrix(
+        name=name,
+        axes=_axes(name, "axes", document.get("axes", {})),
+        exclude=tuple(_axes(name, f"exclude[{i}]", entry) for i, entry in enumerate(exclude)),
+        **{key: _count(name, key, value) for key, value in run.items()},
+    )
+
+
+def _axes(name: str, key: str, value: Any) -> dict[str, tuple[str, ...]]:
+    table = _table(name, key, value)
+    _known(name, f"{key}.", table, tuple(AXES))
+    axes = {}
+    for axis, said in table.items():
+        values = [said] if isinstance(said, str) else said
+        if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
+            raise BenchError(f"matrix {name}: {key}.{axis} must be a string or a list of strings")
+        try:
+            axes[axis] = check_values(axis, tuple(values))
+        except UsageError as error:
+            raise BenchError(f"matrix {name}: {key}.{axis}: {error.message}", error.hint) from error
+    return axes
+
+
+def _table(name: str, key: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise BenchError(f"matrix {name}: {key} must be a table", f"write it as [{key}]")
+    return value
+
+
+def _known(name: str, prefix: str, table: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    for key in table:
+        if key not in keys:
+            raise BenchError(
+                f"matrix {name}: unknown key {prefix}{key}", f"known: {', '.join(keys)}"
+            )
+
+
+def _count(name: str, key: str, value: Any) -> int:
+    high = _RUN_LIMITS[key]
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+        raise BenchError(f"matrix {name}: run.{key} must be a whole number from 1 to {high}")
+    return value

@@ -1,0 +1,114 @@
+"""What a campaign will do: its cells, their order, and the work of each."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwencli.bench.matrix import BenchCell
+from qwencli.bench.spec import WorkerSpec
+from qwencli.config import DType, EngineConfig, LoadFormat, ModelSpec
+from qwencli.errors import BenchError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Work that is equal in all cells."""
+
+    runs: int
+    max_new_tokens: int
+    prompt: str
+    images: tuple[Path, ...]
+    seed: int
+    device: str
+    dtype: DType = DType.AUTO
+    load_format: LoadFormat = LoadFormat.AUTO
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cells in the order of the matrix; `models` has the spec of every model they name."""
+
+    cells: tuple[BenchCell, ...]
+    settings: Settings
+    models: Mapping[str, ModelSpec]
+
+    def order(self) -> list[BenchCell]:
+        """The cells as they will run: shuffled by the seed, so that no mode sits in one stretch
+        of time and takes all of a slow drift (heat, clocks, other load) on itself."""
+        cells = list(self.cells)
+        random.Random(self.settings.seed).shuffle(cells)
+        return cells
+
+    def worker_spec(self, cell: BenchCell, first_run: int) -> WorkerSpec:
+        settings = self.settings
+        model = self.models[cell.model]
+        return WorkerSpec(
+            config=EngineConfig(
+                model=model,
+                engine=cell.engine,
+                quantization=cell.quantization,
+                attention=cell.attention,
+                cache=cell.cache,
+                device=settings.device,
+                dtype=settings.dtype,
+                load_format=settings.load_format,
+            ),
+            load_mode=cell.load_mode,
+            first_run=first_run,
+            runs=settings.runs,
+            max_new_tokens=settings.max_new_tokens,
+            prompt=settings.prompt,
+            images=settings.images if takes_images(model) else (),
+        )
+
+    def document(self) -> dict[str, Any]:
+        """What `plan.json` holds; two campaigns with equal documents do the same work."""
+        settings = self.settings
+        return {
+            "format": FORMAT,
+            "seed": settings.seed,
+            "runs": settings.runs,
+            "max_new_tokens": settings.max_new_tokens,
+            "prompt": settings.prompt,
+            "images": [
+                {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+                for path in settings.images
+            ],
+            "device": settings.device,
+            "dtype": str(settings.dtype),
+            "load_format": str(settings.load_format),
+            "cells": [
+                {"cell_id": cell.cell_id, **cell.axes(), "skip_reason": cell.skip_reason}
+                for cell in self.cells
+            ],
+        }
+
+
+def takes_images(model: ModelSpec) -> bool:
+    """Whether the model has a vision tower; a model whose shapes are unknown is taken to."""
+    return model.hub_config is None or "vision_config" in model.hub_config
+
+
+def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    """Raise BenchError, naming the first difference, unless both describe the same work."""
+    hint = "repeat the options it was started with, or give a new --out"
+    for key in wanted:
+        if saved.get(key) == wanted[key]:
+            continue
+        if key == "cells":
+            ids = [{cell["cell_id"] for cell in plan["cells"]} for plan in (saved, wanted)]
+            what = (
+                f"has other cells ({len(ids[0] - ids[1])} gone, {len(ids[1] - ids[0])} new)"
+                if ids[0] != ids[1]
+                else "has other cells that cannot run here"
+            )
+        else:
+            what = f"has {key} {saved.get(key)!r}, not {wanted[key]!r}"
+        raise BenchError(f"{folder} cannot be resumed: it {what}", hint)

@@ -1,0 +1,153 @@
+"""A CSV file that rows are added to as they happen, and that a kill cannot spoil.
+
+Each `append` reaches the file as a whole or not at all: a failed write is cut off again, and a
+line torn by a kill is cut off when the file is next opened.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+from qwencli.errors import BenchError, OutputError
+
+Row = Mapping[str, Any]
+
+
+def format_value(value: Any) -> str:
+    """None is an empty field; floats keep nine decimals (ns for a time in s)."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return repr(round(value, 9))
+    # One record is one line: that is what makes a torn one recognisable.
+    return " ".join(str(value).splitlines()) if isinstance(value, str) else str(value)
+
+
+def _encode(columns: tuple[str, ...], rows: Iterable[Row]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for row in rows:
+        unknown = row.keys() - set(columns)
+        assert not unknown, f"not a column: {unknown}"
+        writer.writerow([format_value(row.get(column)) for column in columns])
+    return text.getvalue().encode()
+
+
+class RowFile:
+    """Open for appending; a context manager.
+
+    `repaired_lines` counts torn lines that opening has cut off (0 or 1).
+
+    Raises:
+        OutputError: the file cannot be opened or written.
+        BenchError: it exists with other columns.
+    """
+
+    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
+        self.path = path
+        self.columns = columns
+        self.repaired_lines = 0
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        try:
+            self._prepare()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _prepare(self) -> None:
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            self.repaired_lines = 1
+            self._file.truncate(whole)
+        self._end = whole
+        header = _encode(self.columns, [{column: column for column in self.columns}])
+        if whole == 0:
+            self._write(header)
+        elif content[: content.index(b"\n") + 1] != header:
+            raise BenchError(
+                f"{self.path} has other columns",
+                "it was written by another version; use a new --out",
+            )
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Write rows and hand them to the disk before returning."""
+        data = _encode(self.columns, rows)
+        if data:
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        try:
+            written = self._file.write(data)
+            if written != len(data):  # a full disk may take a part before it refuses
+                raise OSError(28, f"only {written} of {len(data)} bytes fit")
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with suppress(OSError):  # the next opening cuts off what this cannot
+                self._file.truncate(self._end)
+            raise _cannot_write(self.path, error) from error
+        self._end += len(data)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{path} cannot be written: {error.strerror or error}",
+        "free some space or choose another --out; rows already written are kept, --resume goes on",
+    )
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """All whole rows as strings; a torn last line is left out. [] when there is no file."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    text = content[: content.rfind(b"\n") + 1].decode()
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def write_rows(path: Path, columns: tuple[str, ...], rows: Iterable[Row]) -> None:
+    """Replace the file as a whole: it is the old one or the new one, never half of one."""
+    replace_file(path, _encode(columns, [{c: c for c in columns}, *rows]))
+
+
+def keep_rows(path: Path, columns: tuple[str, ...], wanted: Callable[[Row], bool]) -> int:
+    """Drop the rows that are not wanted; returns how many. The file is rewritten only then."""
+    rows = read_rows(path)
+    kept = [row for row in rows if wanted(row)]
+    if len(kept) < len(rows):
+        write_rows(path, columns, kept)
+    return len(rows) - len(kept)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write beside, then rename.
+
+    Raises:
+        OutputError: it cannot be written; the old file is untouched.
+    """
+    beside = path.with_name(path.name + ".new")
+    try:
+        beside.write_bytes(data)
+        beside.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise _cannot_write(path, error) from error

@@ -1,0 +1,65 @@
+"""Why a cell cannot run on this machine, as a table of small rules.
+
+Only what is certain without loading a model stands here. An engine that finds out more when
+it loads raises UnsupportedModeError, and the cell becomes a skipped row all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from qwencli.config import Attention, Cache, EngineName, Quantization
+from qwencli.engine.device import DeviceFacts
+
+if TYPE_CHECKING:
+    from qwencli.bench.matrix import BenchCell
+
+Rule = Callable[["BenchCell", DeviceFacts], str | None]
+
+ENGINES_HERE = (EngineName.TRANSFORMERS,)
+BITSANDBYTES = (Quantization.INT8, Quantization.INT4)
+
+
+def _engine(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    if cell.engine in ENGINES_HERE:
+        return None
+    return f"the {cell.engine} engine is not part of this version; transformers is"
+
+
+def _graph(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    if cell.cache is Cache.STATIC_GRAPH and cell.engine is EngineName.TRANSFORMERS:
+        return "static-graph needs the native engine; static-compile is the nearest here"
+    return None
+
+
+def _fp8(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    if cell.quantization is Quantization.FP8 and cell.engine is EngineName.TRANSFORMERS:
+        return "fp8 needs the native engine; 8bit is the nearest here"
+    return None
+
+
+def _flash(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    return facts.flash_attn_blocker if cell.attention is Attention.FLASH else None
+
+
+def _bitsandbytes(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    if cell.quantization not in BITSANDBYTES or cell.engine is not EngineName.TRANSFORMERS:
+        return None
+    if facts.bitsandbytes_version is None:
+        return f"{cell.quantization} needs bitsandbytes, which is not installed"
+    if cell.cache is Cache.STATIC_COMPILE:
+        return "transformers does not compile a bitsandbytes model; static is the nearest"
+    return None
+
+
+def _compile(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    return facts.compile_blocker if cell.cache is Cache.STATIC_COMPILE else None
+
+
+RULES: tuple[Rule, ...] = (_engine, _graph, _fp8, _flash, _bitsandbytes, _compile)
+
+
+def skip_reason(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    """The first reason why `cell` cannot run, or None."""
+    return next((reason for rule in RULES if (reason := rule(cell, facts))), None)

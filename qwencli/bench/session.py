@@ -1,0 +1,74 @@
+"""A campaign from plan to printed table: what `qwencli bench` does once its options are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwencli.bench.campaign import Campaign
+from qwencli.bench.environment import environment
+from qwencli.bench.plan import Plan
+from qwencli.bench.report import build_report
+from qwencli.bench.runner import RunnerOptions, run_campaign, worker_command
+from qwencli.bench.stats import CellRow
+from qwencli.bench.tables import planned_table, terminal_table
+from qwencli.bench.telemetry import sampler_command
+from qwencli.engine.device import DeviceFacts
+from qwencli.output import Sink
+
+INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+
+
+def show_cells(plan: Plan, sink: Sink) -> None:
+    """Print the cells in the order they would run, and those that would be skipped."""
+    sink.show(planned_table(plan.order()))
+
+
+def measure(
+    plan: Plan,
+    facts: DeviceFacts,
+    folder: Path,
+    arguments: Sequence[str],
+    sink: Sink,
+    *,
+    resume: bool,
+    timeout_s: float,
+    command: Sequence[str] = (),
+) -> int:
+    """Run the campaign, write its tables, print them; returns the exit code.
+
+    0 = every cell that can run here ran and its figures hold; 1 = some did not; 130 = Ctrl-C,
+    with the tables of what was finished.
+
+    Args:
+        command: the worker process; empty = the real one.
+    """
+    options = RunnerOptions(
+        command=command or worker_command(),
+        sampler=sampler_command(facts.uuid) if facts.kind == "cuda" else None,
+        timeout_s=timeout_s,
+    )
+    interrupted = False
+    about = environment(facts, arguments, plan.settings.seed)
+    with Campaign(folder, plan, about, resume=resume) as campaign:
+        sink.notice(f"campaign in {folder}")
+        if campaign.repaired:
+            sink.warn(f"cut off {campaign.repaired} rows of a run that was not finished")
+        try:
+            run_campaign(campaign, options, sink.notice)
+        except KeyboardInterrupt:
+            interrupted = True
+    rows = build_report(folder)
+    sink.show(terminal_table(rows))
+    if interrupted:
+        sink.warn(f"interrupted; go on with --resume --out {folder}")
+        return INTERRUPTED
+    return 0 if _holds(rows) else 1
+
+
+def _holds(rows: Sequence[CellRow]) -> bool:
+    """Whether something ran, nothing broke, and no verdict is FAIL."""
+    ran = [row for row in rows if row["status"] != "skipped"]
+    return bool(ran) and all(
+        row["status"] == "ok" and not (row["verdict"] or "").startswith("FAIL") for row in ran
+    )

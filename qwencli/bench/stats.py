@@ -1,0 +1,147 @@
+"""From raw rows to one row a cell: pure functions over what the CSV files hold.
+
+Nothing here is stored that the raw rows do not give again: cells.csv can always be rebuilt.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwencli.bench.itl import percentile
+
+# Identical runs that differ by more than this in decode speed are not a measurement to quote.
+UNSTABLE_RATIO = 1.1
+
+RawRow = Mapping[str, str]
+CellRow = dict[str, Any]
+
+# The modes whose requested and reported names are the same words.
+_SAME_NAMES = (("attention", "ran_attention"), ("cache", "ran_cache"))
+
+
+@dataclass(frozen=True)
+class CellData:
+    """All raw rows of one cell; `planned` is the number of runs asked for."""
+
+    axes: Mapping[str, str]
+    planned: int
+    rows: Sequence[RawRow]
+    itl_ms: Sequence[float]
+
+    @property
+    def measured(self) -> list[RawRow]:
+        return [row for row in self.rows if row["status"] == "ok"]
+
+    @property
+    def generated(self) -> list[RawRow]:
+        """Measured runs and warm-ups."""
+        return [row for row in self.rows if row["status"] in ("ok", "warmup")]
+
+    def numbers(self, column: str) -> list[float]:
+        return [float(row[column]) for row in self.measured if row[column]]
+
+
+def cell_rows(
+    plan: Mapping[str, Any], runs: Iterable[RawRow], tokens: Iterable[RawRow]
+) -> list[CellRow]:
+    """One row for each cell of the plan (its `plan.json`), in the plan's order."""
+    by_cell: dict[str, list[RawRow]] = defaultdict(list)
+    for row in runs:
+        by_cell[row["cell_id"]].append(row)
+    measured = {
+        (row["cell_id"], row["run"])
+        for rows in by_cell.values()
+        for row in rows
+        if row["status"] == "ok"
+    }
+    itl: dict[str, list[float]] = defaultdict(list)
+    for token in tokens:
+        if token["itl_ms"] and (token["cell_id"], token["run"]) in measured:
+            itl[token["cell_id"]].append(float(token["itl_ms"]))
+    return [
+        _cell_row(CellData(cell, plan["runs"], by_cell[cell["cell_id"]], itl[cell["cell_id"]]))
+        for cell in plan["cells"]
+    ]
+
+
+def _cell_row(data: CellData) -> CellRow:
+    status, reason = _status(data)
+    speeds = data.numbers("decode_tok_per_s")
+    ttft = data.numbers("ttft_s")
+    return {
+        **{key: value for key, value in data.axes.items() if key != "skip_reason"},
+        "status": status,
+        "reason": reason,
+        "runs": len(data.measured),
+        "decode_tok_per_s_median": statistics.median(speeds) if speeds else None,
+        "decode_tok_per_s_min": min(speeds, default=None),
+        "decode_tok_per_s_max": max(speeds, default=None),
+        "run_ratio_max_min": run_ratio(speeds),
+        "ttft_s_median": statistics.median(ttft) if ttft else None,
+        "itl_p50_ms": percentile(data.itl_ms, 50),
+        "itl_p90_ms": percentile(data.itl_ms, 90),
+        "itl_p99_ms": percentile(data.itl_ms, 99),
+        "itl_max_ms": max(data.itl_ms, default=None),
+        "peak_allocated_bytes": max(map(int, data.numbers("peak_allocated_bytes")), default=None),
+        "mbu_percent": None,
+        "exact_match_percent": None,
+        "verdict": verdict(data),
+    }
+
+
+def _status(data: CellData) -> tuple[str, str | None]:
+    for row in data.rows:
+        if row["status"] not in ("ok", "warmup"):
+            return row["status"], row["reason"]
+    if len(data.measured) < data.planned:
+        return "unfinished", "the campaign was interrupted; --resume goes on"
+    return "ok", None
+
+
+def run_ratio(speeds: Sequence[float]) -> float | None:
+    """Fastest over slowest run; None for fewer than two runs."""
+    return max(speeds) / min(speeds) if len(speeds) > 1 and min(speeds) > 0 else None
+
+
+def _text_changed(data: CellData) -> str | None:
+    if len({row["text_sha256"] for row in data.generated}) > 1:
+        return "FAIL: text changed between greedy runs"
+    return None
+
+
+def _unequal_work(data: CellData) -> str | None:
+    counts = sorted({int(row["num_new_tokens"]) for row in data.generated})
+    return f"FAIL: unequal work ({counts[0]} to {counts[-1]} tokens)" if len(counts) > 1 else None
+
+
+def _other_mode_ran(data: CellData) -> str | None:
+    for asked, ran in _SAME_NAMES:
+        others = {row[ran] for row in data.generated} - {data.axes[asked]}
+        if others and data.axes[asked] != "auto":
+            return f"FAIL: {asked} {min(others)} ran, not {data.axes[asked]}"
+    return None
+
+
+def _unstable(data: CellData) -> str | None:
+    ratio = run_ratio(data.numbers("decode_tok_per_s"))
+    return f"unstable: runs differ {ratio:.2f}x" if ratio and ratio > UNSTABLE_RATIO else None
+
+
+# In order of weight: the first that has something to say is the verdict.
+VERDICTS: tuple[Callable[[CellData], str | None], ...] = (
+    _text_changed,
+    _unequal_work,
+    _other_mode_ran,
+    _unstable,
+)
+
+
+def verdict(data: CellData) -> str | None:
+    """Whether the cell's figures can be quoted; None when there are none."""
+    if not data.measured:
+        return None
+    return next((said for rule in VERDICTS if (said := rule(data))), "ok")

@@ -1,0 +1,186 @@
+"""A campaign in words: labels, the terminal table, the Markdown report."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qwencli.bench.matrix import AXES, BenchCell
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+CellRow = Mapping[str, Any]
+
+# At 80 columns there is no room for the long name.
+_SHORT = {"flash_attention_2": "flash2"}
+_VALUE_COLUMNS = ("tok/s", "ratio", "TTFT", "p50", "p99", "peak", "verdict")
+
+
+def cell_label(cell: BenchCell) -> str:
+    return _shorten(cell.axes().values())
+
+
+def cell_summary(status: str, reason: str | None, speeds: Sequence[float]) -> str:
+    """One line on a cell that has just ended."""
+    parts = [] if status == "ok" else [f"{status}: {reason}" if reason else status]
+    if speeds:
+        spread = f" ({min(speeds):.1f} to {max(speeds):.1f})" if len(speeds) > 1 else ""
+        parts.append(f"{statistics.median(speeds):.1f} tok/s{spread}")
+    return ", ".join(parts) or "ok"
+
+
+def varying_axes(rows: Sequence[CellRow]) -> list[str]:
+    """The axes that tell these cells apart; quantization alone when there is one cell."""
+    axes = [axis for axis in AXES if len({row[axis] for row in rows}) > 1]
+    return axes or ["quantization"]
+
+
+def title(rows: Sequence[CellRow]) -> str:
+    """The axes that all cells share."""
+    shared = [axis for axis in AXES if axis not in varying_axes(rows)]
+    return ", ".join(f"{axis.replace('_', ' ')} {rows[0][axis]}" for axis in shared)
+
+
+def row_label(row: CellRow, axes: Sequence[str]) -> str:
+    return _shorten(str(row[axis]) for axis in axes)
+
+
+def _shorten(values: Iterable[str]) -> str:
+    return " ".join(_SHORT.get(value, value) for value in values)
+
+
+def row_values(row: CellRow) -> tuple[str, ...]:
+    """The cells of _VALUE_COLUMNS; "-" for what was not measured."""
+    state = row["status"] if row["status"] != "ok" else row["verdict"] or "no speed"
+    return (
+        _number(row["decode_tok_per_s_median"], ".1f"),
+        _number(row["run_ratio_max_min"], ".2f"),
+        _seconds(row["ttft_s_median"]),
+        _number(row["itl_p50_ms"], ".1f"),
+        _number(row["itl_p99_ms"], ".1f"),
+        _gigabytes(row["peak_allocated_bytes"]),
+        state.partition(":")[0],
+    )
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value * 1e3:.0f} ms" if value < 1 else f"{value:.1f} s"
+
+
+def _gigabytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e9:.2f} GB"
+
+
+def remarks(rows: Sequence[CellRow]) -> list[str]:
+    """What the table's last column had no room for: reasons by cell, equal ones together."""
+    axes = varying_axes(rows)
+    cells: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        said = row["verdict"] or ""
+        if row["status"] != "ok":
+            cells[f"{row['status']}: {row['reason']}"].append(row_label(row, axes))
+        if ":" in said:
+            cells[said].append(row_label(row, axes))
+    return [
+        f"{said} - {labels[0] if len(labels) == 1 else f'{len(labels)} cells'}"
+        for said, labels in cells.items()
+    ]
+
+
+def terminal_table(rows: Sequence[CellRow]) -> RenderableType:
+    """A table that fits 80 columns, fastest cell first, with the remarks under it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    axes = varying_axes(rows)
+    table = Table(
+        title=title(rows), box=SIMPLE_HEAD, padding=(0, 1), title_justify="left", expand=False
+    )
+    table.add_column(" ".join(axis.replace("_", " ") for axis in axes), overflow="fold")
+    for name in _VALUE_COLUMNS[:-1]:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(_VALUE_COLUMNS[-1], no_wrap=True)
+    for row in by_speed(rows):
+        table.add_row(row_label(row, axes), *row_values(row), style=_style(row))
+    return Group(table, *(Text(line, style="dim") for line in (UNITS, *remarks(rows))))
+
+
+UNITS = "tok/s: median of the runs; ratio: fastest/slowest run; p50, p99: ms between tokens"
+
+
+def _style(row: CellRow) -> str:
+    if row["status"] == "skipped":
+        return "dim"
+    bad = row["status"] not in ("ok", "unfinished") or (row["verdict"] or "").startswith("FAIL")
+    return "red" if bad else ""
+
+
+def by_speed(rows: Sequence[CellRow]) -> list[CellRow]:
+    """Fastest first; what has no speed last, in its own order."""
+    return sorted(rows, key=lambda row: -(row["decode_tok_per_s_median"] or 0.0))
+
+
+def markdown(rows: Sequence[CellRow], environment: Mapping[str, Any]) -> str:
+    """The campaign as a Markdown page."""
+    axes = varying_axes(rows)
+    head = [axis.replace("_", " ") for axis in axes] + list(_VALUE_COLUMNS)
+    body = [
+        [*(row[axis] for axis in axes), *row_values(row)[:-1], row["verdict"] or row["status"]]
+        for row in by_speed(rows)
+    ]
+    lines = ["# Benchmark", "", f"All cells: {title(rows)}.", "", *_device_lines(environment), ""]
+    lines += [_markdown_row(head), _markdown_row(["---"] * len(head)), *map(_markdown_row, body)]
+    lines += ["", f"{UNITS}.", "", *(f"- {remark}" for remark in remarks(rows))]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown_row(values: Sequence[str]) -> str:
+    return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
+
+
+def _device_lines(environment: Mapping[str, Any]) -> list[str]:
+    device, versions, cpu = (environment[key] for key in ("device", "versions", "cpu"))
+    where = device["name"] or cpu["model"] or "an unnamed processor"
+    driver = f", driver {device['driver']}" if device["driver"] else ""
+    return [
+        f"On {where} ({device['device']}{driver}), torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, seed {environment['seed']}."
+    ]
+
+
+def planned_table(cells: Sequence[BenchCell]) -> RenderableType:
+    """The cells of a plan in the given order, the skipped ones dim and last."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    runs = [cell for cell in cells if not cell.skip_reason]
+    table = Table(title=f"{len(runs)} of {len(cells)} cells", box=SIMPLE_HEAD, title_justify="left")
+    table.add_column("#", justify="right")
+    table.add_column("cell", overflow="fold")
+    for number, cell in enumerate(runs, start=1):
+        table.add_row(str(number), cell_label(cell))
+    for cell in cells:
+        if cell.skip_reason:
+            table.add_row("-", cell_label(cell), style="dim")
+    by_reason: dict[str, int] = defaultdict(int)
+    for cell in cells:
+        if cell.skip_reason:
+            by_reason[cell.skip_reason] += 1
+    lines = (
+        f"skipped: {reason} - {count} cell{'s' * (count > 1)}"
+        for reason, count in by_reason.items()
+    )
+    return Group(table, *(Text(line, style="dim") for line in lines))

@@ -1,0 +1,180 @@
+"""One process of a campaign: loads one cell's engine and measures its runs.
+
+It has no generation path of its own: it times the `Engine.stream` that `caption` uses.
+
+    stdin     one JSON line, the WorkerSpec; then held open. It closing means that the campaign
+              is gone, and the worker ends at once.
+    stdout    JSON lines: {"type": "run", ...} after each run, {"type": "end", ...} at the end
+    stderr    the log; whatever libraries print to stdout goes there as well
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from qwencli.bench import spec as wire
+from qwencli.bench.columns import RUNS
+from qwencli.bench.host import HostProbe
+from qwencli.bench.itl import run_latency
+from qwencli.bench.launch import end_with_the_campaign
+from qwencli.bench.spec import WorkerSpec
+from qwencli.config import EngineConfig, LoadMode, SamplingOptions
+from qwencli.engine.base import Engine, drain
+from qwencli.engine.device import memory_stats, reset_peak_memory
+from qwencli.engine.factory import create_engine
+from qwencli.errors import (
+    MissingDependencyError,
+    OutOfMemoryError,
+    QwenCliError,
+    UnsupportedModeError,
+)
+from qwencli.messages import GenerationRequest, ImagePart, user_message
+from qwencli.results import GenerationResult
+
+MakeEngine = Callable[[EngineConfig], Engine]
+Emit = Callable[[dict[str, Any]], None]
+
+# What an expected error means for the cell; the first class that fits. Others: "failed".
+_STATUS: tuple[tuple[type[QwenCliError], str], ...] = (
+    (UnsupportedModeError, "skipped"),
+    (MissingDependencyError, "skipped"),
+    (OutOfMemoryError, "oom"),
+)
+
+
+def run_cell(spec: WorkerSpec, emit: Emit, make_engine: MakeEngine = create_engine) -> None:
+    """Measure one cell; expected errors become its end, unexpected ones are raised."""
+    try:
+        for message in _measure_all(spec, make_engine):
+            emit(message)
+    except QwenCliError as error:
+        status = next((name for kind, name in _STATUS if isinstance(error, kind)), "failed")
+        reason = f"{error.message} ({error.hint})" if error.hint else error.message
+        emit({"type": "end", "status": status, "reason": reason})
+    except MemoryError:
+        emit({"type": "end", "status": "oom", "reason": "the host ran out of memory"})
+    else:
+        emit({"type": "end", "status": "ok", "reason": None})
+
+
+def _measure_all(spec: WorkerSpec, make_engine: MakeEngine) -> Iterator[dict[str, Any]]:
+    request = build_request(spec)
+    engine = make_engine(spec.config)
+    try:
+        engine.load()
+        fresh = True
+        # Run 0 pays for lazy start-up, is recorded, and counts in no statistic.
+        for run in (0, *range(spec.first_run, spec.runs + 1)):
+            if spec.load_mode is LoadMode.RELOAD and not fresh:
+                engine.close()
+                engine.load()
+                fresh = True
+            yield measure(engine, request, run, fresh=fresh)
+            fresh = False
+    finally:
+        engine.close()
+
+
+def build_request(spec: WorkerSpec) -> GenerationRequest:
+    """Greedy and exactly `max_new_tokens` long: every run of every cell does equal work."""
+    images: tuple[ImagePart, ...] = ()
+    if spec.images:
+        from qwencli.engine.images import open_image
+
+        images = tuple(open_image(path) for path in spec.images)
+    return GenerationRequest(
+        messages=(user_message(spec.prompt, images),),
+        sampling=SamplingOptions(do_sample=False, max_new_tokens=spec.max_new_tokens),
+        ignore_eos=True,
+    )
+
+
+def measure(engine: Engine, request: GenerationRequest, run: int, *, fresh: bool) -> dict[str, Any]:
+    """One run as a message: its row, its tokens, and its span on the shared clock (s).
+
+    `load_s` stands only in the run that a load came before (`fresh`).
+    """
+    device = engine.ran.device
+    reset_peak_memory(device)
+    start_s = time.perf_counter()
+    with HostProbe() as host:
+        result = drain(engine.stream(request))
+    end_s = time.perf_counter()
+    memory = memory_stats(device)
+    row = {
+        "run": run,
+        "status": "ok" if run else "warmup",
+        **_result_columns(result),
+        "load_s": engine.load_s if fresh else None,
+        **run_latency(result.itl_ms),
+        **(asdict(memory) if memory else {}),
+        **host.row(),
+    }
+    return {
+        "type": "run",
+        "start_s": start_s,
+        "end_s": end_s,
+        "row": row,
+        "tokens": _tokens(result),
+    }
+
+
+def _result_columns(result: GenerationResult) -> dict[str, Any]:
+    return {
+        "num_prompt_tokens": result.num_prompt_tokens,
+        "num_image_tokens": result.num_image_tokens,
+        "num_new_tokens": result.num_new_tokens,
+        **{name: value for name, value in asdict(result.timings).items() if name in RUNS},
+        "ran_attention": result.ran.attention,
+        "ran_quantization": result.ran.quantization,
+        "ran_cache": result.ran.cache,
+        "text_sha256": result.text_sha256,
+    }
+
+
+def _tokens(result: GenerationResult) -> list[dict[str, Any]]:
+    itl = (None, *result.itl_ms)
+    gpu = result.token_gpu_ms or (None,) * result.num_new_tokens
+    columns = zip(result.token_ids, result.token_t_s, itl, gpu, strict=True)
+    return [
+        {"token_index": index, "token_id": token, "t_s": t_s, "itl_ms": itl_ms, "gpu_ms": gpu_ms}
+        for index, (token, t_s, itl_ms, gpu_ms) in enumerate(columns)
+    ]
+
+
+def main(make_engine: MakeEngine = create_engine) -> int:
+    """Run as a process, speaking the protocol above."""
+    # Rows get a descriptor of their own; from here on everything else that prints goes to the log.
+    rows = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    spec = wire.loads(_read_line(0))
+    threading.Thread(target=end_with_the_campaign, daemon=True).start()
+
+    def emit(message: dict[str, Any]) -> None:
+        rows.write(json.dumps(message) + "\n")
+        rows.flush()
+
+    run_cell(spec, emit, make_engine)
+    return 0
+
+
+def _read_line(descriptor: int) -> str:
+    # Unbuffered: a thread that waits in sys.stdin at the end would hold up the interpreter.
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        piece = os.read(descriptor, 1 << 16)
+        if not piece:
+            break
+        line += piece
+    return line.decode()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""`qwencli bench`: measure speed over a matrix of modes."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from itertools import zip_longest
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from qwencli.config import DType, LoadFormat
+from qwencli.errors import UsageError
+from qwencli.output import Sink
+
+DEFAULT_MATRIX = "default"
+
+
+def name_bare_matrix(arguments: list[str]) -> list[str]:
+    """Give a `--matrix` that has no value the default one, so that it may stand alone."""
+    named: list[str] = []
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
+        named.append(argument)
+        if argument == "--matrix" and following.startswith("-"):
+            named.append(DEFAULT_MATRIX)
+    return named
+
+
+class _BenchGroup(TyperGroup):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, name_bare_matrix(args))
+
+
+app = typer.Typer(cls=_BenchGroup, invoke_without_command=True, no_args_is_help=False)
+
+Axis = Annotated[
+    str | None, typer.Option(metavar="LIST", help="Comma list; replaces the matrix's.")
+]
+
+
+@app.callback()
+def bench(
+    context: typer.Context,
+    matrix: Annotated[
+        str, typer.Option(metavar="[NAME|FILE]", help="default, quick, full, or a TOML file.")
+    ] = DEFAULT_MATRIX,
+    model: Axis = None,
+    engine: Axis = None,
+    quantization: Axis = None,
+    attention: Axis = None,
+    cache: Axis = None,
+    load_mode: Axis = None,
+    runs: Annotated[int | None, typer.Option(min=1, help="Measured runs of each cell.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of each run; the end token is ignored.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="What every run is asked.")] = "Describe this image.",
+    image: Annotated[
+        list[Path] | None, typer.Option(help="May be repeated. Default: a shipped example.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Default: campaigns/<UTC time>.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the campaign in --out.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the cells, run nothing.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the order of the cells.")] = 0,
+    load_format: Annotated[
+        LoadFormat, typer.Option(help="dummy: random weights.")
+    ] = LoadFormat.AUTO,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    dtype: Annotated[DType, typer.Option(help="Of weights that are not quantized.")] = DType.AUTO,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=1.0, help="Of one cell, loading included.")
+    ] = 1800.0,
+) -> None:
+    """Measure decode speed over quantization x attention x cache, each cell in a fresh process.
+
+    Rows are on disk as they happen (cells.csv, runs.csv, tokens.csv, gpu.csv).
+    """
+    if context.invoked_subcommand:
+        return
+    if resume and out is None:
+        raise UsageError("--resume needs --out DIR", "name the campaign's folder")
+    from qwencli.bench.prepare import BenchRequest, prepare
+    from qwencli.bench.session import measure, show_cells
+
+    axes = {
+        "model": model,
+        "engine": engine,
+        "quantization": quantization,
+        "attention": attention,
+        "cache": cache,
+        "load_mode": load_mode,
+    }
+    request = BenchRequest(
+        matrix=matrix,
+        axes=axes,
+        runs=runs,
+        max_new_tokens=max_new_tokens,
+        prompt=prompt,
+        images=tuple(image or ()),
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        load_format=load_format,
+    )
+    sink = context.find_object(Sink) or Sink()
+    with sink.status("reading the matrix and this machine"):
+        plan, facts = prepare(request)
+    if dry_run:
+        show_cells(plan, sink)
+        return
+    folder = out or Path("campaigns") / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    code = measure(plan, facts, folder, sys.argv[1:], sink, resume=resume, timeout_s=timeout)
+    raise typer.Exit(code)
+
+
+@app.command()
+def report(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A campaign's folder.")],
+) -> None:
+    """Rebuild cells.csv and report.md from a campaign's raw rows, and print the table."""
+    from qwencli.bench.report import build_report
+    from qwencli.bench.tables import terminal_table
+
+    rows = build_report(folder)
+    (context.find_object(Sink) or Sink()).show(terminal_table(rows))

@@ -1,0 +1,114 @@
+"""What this machine is without asking torch: processor, memory, NVIDIA driver."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def cpu_model() -> str | None:
+    """The processor's name, as far as the system tells."""
+    path = Path("/proc/cpuinfo")
+    if sys.platform == "linux" and path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or None
+
+
+def usable_cores() -> int:
+    """Logical cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes; `available` is what a new program can have, None where the system does not say."""
+
+    total_bytes: int
+    available_bytes: int | None
+
+
+def host_memory() -> HostMemory:
+    """Physical memory of this machine.
+
+    Raises:
+        OSError: the system does not tell.
+    """
+    if sys.platform == "win32":
+        return _windows_memory()
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    path = Path("/proc/meminfo")
+    if not path.is_file():  # macOS
+        return HostMemory(total, None)
+    lines = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines())
+    available = lines.get("MemAvailable")
+    return HostMemory(total, None if available is None else int(available.split()[0]) * 1024)
+
+
+def _windows_memory() -> HostMemory:
+    import ctypes
+
+    names = ("total", "free", "pagefile", "pagefile_free", "virtual", "virtual_free", "extended")
+
+    class Status(ctypes.Structure):  # MEMORYSTATUSEX of sysinfoapi.h
+        _fields_ = [
+            ("length", ctypes.c_ulong),
+            ("load", ctypes.c_ulong),
+            *((name, ctypes.c_ulonglong) for name in names),
+        ]
+
+    status: Any = Status(length=ctypes.sizeof(Status))
+    windll: Any = getattr(ctypes, "windll")  # noqa: B009 - exists on Windows alone
+    if not windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        raise OSError("GlobalMemoryStatusEx failed")
+    return HostMemory(int(status.total), int(status.free))
+
+
+@dataclass(frozen=True)
+class DriverFacts:
+    """What the NVIDIA driver says, whether or not torch can use it."""
+
+    version: str
+    gpus: tuple[str, ...]
+
+
+@contextmanager
+def open_nvml() -> Iterator[Any]:
+    """The initialised `pynvml` module.
+
+    Raises:
+        ImportError: nvidia-ml-py is not installed.
+        pynvml.NVMLError: there is no NVIDIA driver here, or it refuses.
+    """
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def driver_facts() -> DriverFacts | None:
+    """Driver version and GPU names; None where there is no NVIDIA driver or no nvidia-ml-py."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        with open_nvml() as nvml:
+            handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+            return DriverFacts(
+                version=str(nvml.nvmlSystemGetDriverVersion()),
+                gpus=tuple(str(nvml.nvmlDeviceGetName(handle)) for handle in handles),
+            )
+    except pynvml.NVMLError:
+        return None

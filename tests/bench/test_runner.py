@@ -1,0 +1,318 @@
+"""Whole campaigns over a fake engine in real processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from qwencli.bench import columns
+from qwencli.bench.campaign import Campaign
+from qwencli.bench.environment import environment
+from qwencli.bench.report import build_report
+from qwencli.bench.rowfile import read_rows
+from qwencli.bench.runner import RunnerOptions, run_campaign
+from qwencli.errors import BenchError, OutputError
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+
+
+@pytest.fixture
+def run(tmp_path, cpu, fake_worker):
+    """Run a plan in tmp_path/c; returns cells.csv's rows by model."""
+
+    def go(plan, *, resume=False, timeout_s=60.0, command=None):
+        about = environment(cpu, ["bench"], plan.settings.seed)
+        options = RunnerOptions(command or fake_worker, None, timeout_s)
+        with Campaign(tmp_path / "c", plan, about, resume=resume) as campaign:
+            run_campaign(campaign, options, lambda line: None)
+        return {row["model"]: row for row in build_report(tmp_path / "c")}
+
+    return go
+
+
+def rows(tmp_path, name):
+    return read_rows(tmp_path / "c" / name)
+
+
+def test_a_campaign_of_two_cells(run, tmp_path, make_plan):
+    cells = run(make_plan("steady-a", "steady-b", runs=3, tokens=6))
+    assert {row["status"] for row in cells.values()} == {"ok"}
+    assert all(row["runs"] == 3 for row in cells.values())
+    runs = rows(tmp_path, "runs.csv")
+    assert tuple(runs[0]) == columns.RUNS
+    assert [row["status"] for row in runs[:4]] == ["warmup", "ok", "ok", "ok"]
+    assert [row["run"] for row in runs[:4]] == ["0", "1", "2", "3"]
+    # What was not measured is empty, what was is not.
+    for row in runs:
+        assert row["num_new_tokens"] == "6"
+        assert (
+            row["vision_encode_s"] == row["peak_allocated_bytes"] == row["sm_clock_mhz_mean"] == ""
+        )
+        assert float(row["process_cpu_percent"]) >= 0.0
+        assert row["load_s"] == ("0.25" if row["run"] == "0" else "")
+    tokens = rows(tmp_path, "tokens.csv")
+    assert tuple(tokens[0]) == columns.TOKENS
+    assert len(tokens) == 2 * 4 * 6
+    assert tokens[0]["itl_ms"] == tokens[0]["gpu_ms"] == ""
+    assert float(tokens[1]["itl_ms"]) == pytest.approx(
+        1e3 * (float(tokens[1]["t_s"]) - float(tokens[0]["t_s"])), abs=1e-3
+    )
+    assert tuple(rows(tmp_path, "cells.csv")[0]) == columns.CELLS
+    assert (tmp_path / "c" / "gpu.csv").read_text().strip() == ",".join(columns.GPU)
+    about = json.loads((tmp_path / "c" / "environment.json").read_text(encoding="utf-8"))
+    assert about["versions"]["torch"] == "2.13.0+cpu"
+    assert "steady-a" in (tmp_path / "c" / "report.md").read_text(encoding="utf-8")
+
+
+def test_what_the_worker_prints_goes_to_its_log(run, tmp_path, make_plan):
+    plan = make_plan("steady")
+    run(plan)
+    log = tmp_path / "c" / "logs" / f"{plan.cells[0].cell_id}.log"
+    assert "fake engine loads" in log.read_text(encoding="utf-8")
+
+
+def test_reload_loads_before_every_run(run, tmp_path, make_plan):
+    plan = make_plan("steady", load_mode=("reload",))
+    run(plan)
+    log = (tmp_path / "c" / "logs" / f"{plan.cells[0].cell_id}.log").read_text(encoding="utf-8")
+    assert log.count("fake engine loads") == 3
+    assert [row["load_s"] for row in rows(tmp_path, "runs.csv")] == ["0.25"] * 3
+
+
+@pytest.mark.parametrize(
+    ("model", "status", "reason"),
+    [
+        ("oom", "oom", "the GPU has no memory left (use --quantization 4bit)"),
+        ("unsupported", "skipped", "this mode cannot run here (use sdpa instead)"),
+        ("broken", "crashed", "exit code 1: ZeroDivisionError: a bug in the engine"),
+    ],
+)
+def test_a_cell_that_fails_is_a_row_and_stops_nothing(
+    run, tmp_path, make_plan, model, status, reason
+):
+    cells = run(make_plan(model, "steady"))
+    assert (cells[model]["status"], cells[model]["reason"]) == (status, reason)
+    assert cells[model]["verdict"] is None
+    assert cells["steady"]["status"] == "ok"
+
+
+@posix
+def test_a_killed_worker_keeps_its_finished_runs(run, tmp_path, make_plan):
+    cells = run(make_plan("killed", "steady", runs=4))
+    assert cells["killed"]["status"] == "killed"
+    assert "SIGKILL" in cells["killed"]["reason"]
+    assert cells["killed"]["runs"] == 1
+    lost = [row for row in rows(tmp_path, "runs.csv") if row["status"] == "killed"]
+    assert [row["run"] for row in lost] == ["2"]
+    assert cells["steady"]["runs"] == 4
+
+
+def test_a_worker_that_hangs_is_ended(run, make_plan):
+    start = time.monotonic()
+    cells = run(make_plan("hang", runs=4), timeout_s=3.0)
+    assert time.monotonic() - start < 30
+    assert cells["hang"]["status"] == "timeout"
+    assert cells["hang"]["reason"].startswith("not done after 3 s")
+    assert cells["hang"]["runs"] == 1
+
+
+def test_a_worker_that_speaks_another_language(run, make_plan):
+    cells = run(make_plan("x"), command=[sys.executable, "-c", "print('hello')"])
+    assert cells["x"]["status"] == "crashed"
+    assert "no JSON" in cells["x"]["reason"]
+
+
+def test_verdicts(run, make_plan):
+    cells = run(make_plan("changing", "fallback", attention=("sdpa",)))
+    assert cells["changing"]["verdict"] == "FAIL: text changed between greedy runs"
+    assert cells["fallback"]["verdict"] == "FAIL: attention eager ran, not sdpa"
+
+
+def test_cells_that_cannot_run_are_rows_without_a_process(run, tmp_path, make_plan):
+    plan = make_plan("steady", attention=("flash_attention_2",))
+    cells = run(plan, command=["this program does not exist"])
+    assert cells["steady"]["status"] == "skipped"
+    assert cells["steady"]["reason"] == "flash_attention_2 needs a CUDA device"
+    assert [row["run"] for row in rows(tmp_path, "runs.csv")] == [""]
+
+
+def test_the_order_is_shuffled_by_the_seed(make_plan):
+    models = [f"m{number}" for number in range(12)]
+    orders = [[c.model for c in make_plan(*models, seed=seed).order()] for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(models) != orders[0]
+
+
+def test_a_folder_with_a_campaign_is_refused_without_resume(run, make_plan):
+    run(make_plan("steady"))
+    with pytest.raises(BenchError, match="not empty") as caught:
+        run(make_plan("steady"))
+    assert "--resume" in caught.value.hint
+
+
+def test_resume_needs_a_campaign(run, make_plan):
+    with pytest.raises(BenchError, match="holds no campaign"):
+        run(make_plan("steady"), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"runs": 3}, "runs 2, not 3"),
+        ({"seed": 5}, "seed 1, not 5"),
+        ({"cache": ("static",)}, "1 gone, 1 new"),
+    ],
+)
+def test_resume_refuses_another_plan(run, make_plan, other, said):
+    run(make_plan("steady"))
+    with pytest.raises(BenchError, match=said):
+        run(make_plan("steady", **other), resume=True)
+
+
+def test_resume_refuses_another_environment(tmp_path, run, make_plan, cpu):
+    plan = make_plan("steady")
+    run(plan)
+    other = environment(dataclasses.replace(cpu, torch_version="2.15.0"), ["bench"], 1)
+    with pytest.raises(BenchError, match="versions changed"):
+        Campaign(tmp_path / "c", plan, other, resume=True)
+
+
+def test_resume_skips_what_is_over(run, tmp_path, make_plan):
+    run(make_plan("steady", "oom"))
+    before = (tmp_path / "c" / "runs.csv").read_bytes()
+    run(make_plan("steady", "oom"), resume=True, command=["this program does not exist"])
+    assert (tmp_path / "c" / "runs.csv").read_bytes() == before
+
+
+def test_resume_after_a_kill_goes_on_with_the_run_that_was_lost(run, tmp_path, make_plan):
+    plan = make_plan("steady", runs=4)
+    run(plan)
+    runs_csv = tmp_path / "c" / "runs.csv"
+    content = runs_csv.read_bytes().split(b"\n")
+    # Header, warm-up and run 1 whole, run 2 torn; the tokens of runs 2 to 4 belong to no run now.
+    runs_csv.write_bytes(b"\n".join([*content[:3], content[3][:40]]))
+    with (tmp_path / "c" / "tokens.csv").open("ab") as tokens:
+        tokens.write(b"steady,9,0,1")
+    cells = run(plan, resume=True)
+    assert cells["steady"]["status"] == "ok"
+    assert [row["run"] for row in rows(tmp_path, "runs.csv")] == ["0", "1", "0", "2", "3", "4"]
+    counted = [
+        (row["run"], row["token_index"])
+        for row in rows(tmp_path, "tokens.csv")
+        if row["run"] != "0"
+    ]
+    assert len(counted) == len(set(counted)) == 4 * 5
+
+
+def test_an_unwritable_place_is_named(run, tmp_path, make_plan):
+    (tmp_path / "c").write_text("a file", encoding="utf-8")
+    with pytest.raises(OutputError, match="cannot be written"):
+        run(make_plan("steady"))
+
+
+def test_a_full_disk_ends_the_worker_and_keeps_finished_runs(
+    tmp_path, cpu, fake_worker, make_plan, monkeypatch
+):
+    plan = make_plan("steady", runs=4)
+    with Campaign(tmp_path / "c", plan, environment(cpu, [], 1), resume=False) as campaign:
+        write = campaign._runs._write
+
+        def full(data):
+            if data.startswith(b"steady") and data.split(b",")[1] == b"3":
+                raise OutputError("no room")
+            write(data)
+
+        monkeypatch.setattr(campaign._runs, "_write", full)
+        with pytest.raises(OutputError, match="no room"):
+            run_campaign(campaign, RunnerOptions(fake_worker, None, 60.0), lambda line: None)
+    assert [row["run"] for row in rows(tmp_path, "runs.csv")] == ["0", "1", "2"]
+
+
+SESSION = """
+    import sys
+    sys.path[:0] = [{root!r}, {here!r}]
+    import conftest
+    from pathlib import Path
+    from qwencli.bench.session import measure
+    from qwencli.output import Sink
+    plan = conftest.make_plan.__wrapped__()("steady", "hang", runs=4, seed={seed})
+    sys.exit(measure(plan, conftest.CPU, Path("c"), ["bench"], Sink(), resume=False, timeout_s=90.0,
+                     command=conftest.FAKE_WORKER))
+"""
+
+
+def start_session(tmp_path, make_plan):
+    """A campaign in a process of its own that gets stuck in the second run of its last cell."""
+    seed = next(
+        s for s in range(99) if make_plan("steady", "hang", seed=s).order()[-1].model == "hang"
+    )
+    here = Path(__file__).parent
+    script = textwrap.dedent(SESSION.format(root=str(here.parents[1]), here=str(here), seed=seed))
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, encoding="utf-8",
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while len(rows(tmp_path, "runs.csv")) < 7:  # 5 of steady, 2 of hang
+        assert time.monotonic() < deadline, process.communicate(timeout=1)
+        time.sleep(0.1)
+    return process
+
+
+def worker_pids(parent):
+    """Children of `parent`, by /proc where there is one."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent:
+            found.append(int(status.parent.name))
+    return found
+
+
+def gone(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@posix
+def test_ctrl_c_ends_the_worker_and_leaves_tables(tmp_path, make_plan):
+    process = start_session(tmp_path, make_plan)
+    workers = worker_pids(process.pid)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert "interrupted; go on with --resume --out c" in err
+    assert "Traceback" not in err
+    cells = {row["model"]: row for row in rows(tmp_path, "cells.csv")}
+    assert cells["steady"]["status"] == "ok"
+    assert (cells["hang"]["status"], cells["hang"]["runs"]) == ("unfinished", "1")
+    assert "unfinished" in out
+    assert all(gone(pid) for pid in workers)
+
+
+@posix
+def test_a_killed_campaign_takes_its_worker_along_and_keeps_its_rows(tmp_path, make_plan):
+    process = start_session(tmp_path, make_plan)
+    workers = worker_pids(process.pid)
+    process.kill()
+    process.communicate(timeout=30)
+    deadline = time.monotonic() + 10
+    while not all(gone(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert [row["status"] for row in rows(tmp_path, "runs.csv")].count("ok") == 5

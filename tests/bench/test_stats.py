@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwencli.bench.itl import percentile, run_latency
+from qwencli.bench.stats import cell_rows, run_ratio
+
+AXES = {
+    "cell_id": "c",
+    "model": "m",
+    "engine": "transformers",
+    "quantization": "none",
+    "attention": "sdpa",
+    "cache": "dynamic",
+    "load_mode": "keep",
+    "skip_reason": None,
+}
+RUN = {
+    "cell_id": "c",
+    "reason": "",
+    "num_new_tokens": "4",
+    "decode_tok_per_s": "10.0",
+    "ttft_s": "0.5",
+    "peak_allocated_bytes": "",
+    "ran_attention": "sdpa",
+    "ran_cache": "dynamic",
+    "text_sha256": "aa",
+}
+
+
+def runs(*changes):
+    """A warm-up and one run for each change."""
+    warm_up = {**RUN, "run": "0", "status": "warmup"}
+    return [
+        warm_up,
+        *({**RUN, "run": str(i), "status": "ok", **change} for i, change in enumerate(changes, 1)),
+    ]
+
+
+def cell(rows, tokens=(), **axes):
+    plan = {"runs": len(rows) - 1, "cells": [{**AXES, **axes}]}
+    (row,) = cell_rows(plan, rows, tokens)
+    return row
+
+
+def test_speeds_leave_the_warm_up_out():
+    rows = runs(
+        {"decode_tok_per_s": "10"}, {"decode_tok_per_s": "10.4"}, {"decode_tok_per_s": "9.9"}
+    )
+    rows[0]["decode_tok_per_s"] = "1"
+    row = cell(rows)
+    assert row["decode_tok_per_s_median"] == 10
+    assert (row["decode_tok_per_s_min"], row["decode_tok_per_s_max"]) == (9.9, 10.4)
+    assert row["run_ratio_max_min"] == pytest.approx(10.4 / 9.9)
+    assert row["verdict"] == "ok"
+
+
+def test_latencies_are_pooled_over_measured_runs():
+    tokens = [
+        {"cell_id": "c", "run": run, "itl_ms": itl}
+        for run, itl in [("0", "999"), ("1", ""), ("1", "1"), ("1", "2"), ("2", "3"), ("9", "999")]
+    ]
+    row = cell(runs({}, {}), tokens)
+    assert (row["itl_p50_ms"], row["itl_max_ms"]) == (2.0, 3.0)
+
+
+def test_what_was_not_measured_is_none():
+    row = cell(runs({"decode_tok_per_s": "", "ttft_s": ""}))
+    for column in ("decode_tok_per_s_median", "run_ratio_max_min", "itl_p99_ms", "ttft_s_median",
+                   "peak_allocated_bytes", "mbu_percent", "exact_match_percent"):  # fmt: skip
+        assert row[column] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "axes", "verdict"),
+    [
+        ([{}, {"text_sha256": "bb"}], {}, "FAIL: text changed between greedy runs"),
+        ([{}, {"num_new_tokens": "3"}], {}, "FAIL: unequal work (3 to 4 tokens)"),
+        ([{}], {"attention": "eager"}, "FAIL: attention sdpa ran, not eager"),
+        ([{}], {"cache": "static"}, "FAIL: cache dynamic ran, not static"),
+        ([{}], {"attention": "auto"}, "ok"),
+        ([{}, {"decode_tok_per_s": "11.2"}], {}, "unstable: runs differ 1.12x"),
+        ([{}, {"decode_tok_per_s": "10.9"}], {}, "ok"),
+    ],
+)
+def test_verdicts(changes, axes, verdict):
+    assert cell(runs(*changes), **axes)["verdict"] == verdict
+
+
+def test_the_first_run_of_the_process_must_give_the_same_text():
+    rows = runs({}, {})
+    rows[0]["text_sha256"] = "bb"
+    assert cell(rows)["verdict"] == "FAIL: text changed between greedy runs"
+
+
+def test_a_cell_without_rows_is_unfinished():
+    (row,) = cell_rows({"runs": 2, "cells": [AXES]}, [], [])
+    assert (row["status"], row["runs"], row["verdict"]) == ("unfinished", 0, None)
+
+
+@given(st.lists(st.floats(0.001, 1e6), min_size=1), st.floats(0, 100))
+def test_percentile_agrees_with_numpy(values, percent):
+    import numpy as np
+
+    assert percentile(values, percent) == pytest.approx(float(np.percentile(values, percent)))
+
+
+def test_stalls_are_tokens_above_three_medians():
+    assert run_latency([1.0, 1.0, 1.0, 1.0, 3.0, 3.1, 50.0])["stall_count"] == 2
+    assert run_latency([2.0])["stall_count"] == 0
+    assert set(run_latency([]).values()) == {None}
+
+
+def test_ratio_needs_two_runs():
+    assert run_ratio([3.0]) is None
+    assert run_ratio([3.0, 6.0]) == 2.0

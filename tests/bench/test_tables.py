@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from qwencli.bench.tables import cell_summary, markdown, planned_table, terminal_table
+
+CELL = {
+    "model": "scenes",
+    "engine": "transformers",
+    "quantization": "none",
+    "attention": "sdpa",
+    "cache": "dynamic",
+    "load_mode": "keep",
+    "status": "ok",
+    "reason": None,
+    "decode_tok_per_s_median": 123.456,
+    "run_ratio_max_min": 1.04,
+    "ttft_s_median": 0.0441,
+    "itl_p50_ms": 8.1,
+    "itl_p99_ms": 12.34,
+    "peak_allocated_bytes": 8_040_000_000,
+    "verdict": "ok",
+}
+NOTHING = dict.fromkeys(
+    ("decode_tok_per_s_median", "run_ratio_max_min", "ttft_s_median", "itl_p50_ms", "itl_p99_ms",
+     "peak_allocated_bytes", "verdict")
+)  # fmt: skip
+SKIPPED = {"status": "skipped", "reason": "flash_attention_2 needs a CUDA device", **NOTHING}
+ROWS = [
+    {**CELL, "attention": "flash_attention_2", "cache": "static-compile", **SKIPPED},
+    {**CELL, "attention": "flash_attention_2", **SKIPPED},
+    {**CELL, "cache": "static", "decode_tok_per_s_median": 30.0},
+    CELL,
+    {**CELL, "attention": "eager", "verdict": "FAIL: text changed between greedy runs"},
+    {
+        **CELL,
+        "attention": "eager",
+        "cache": "static",
+        **NOTHING,
+        "status": "oom",
+        "reason": "no memory",
+    },
+]
+ENVIRONMENT = {
+    "device": {"device": "cuda:0", "name": "NVIDIA GeForce RTX 5090", "driver": "580.1"},
+    "versions": {"torch": "2.11.0", "transformers": "5.17.0"},
+    "cpu": {"model": "a CPU"},
+    "seed": 3,
+}
+
+
+def render(renderable, width=80):
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def test_the_table_fits_80_columns_without_cutting_anything():
+    text = render(terminal_table(ROWS))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for said in ("123.5", "1.04", "44 ms", "8.1", "12.3", "8.04 GB", "FAIL", "skipped", "oom"):
+        assert said in text
+    assert "model scenes, engine transformers, quantization none, load mode keep" in text
+
+
+def test_every_axis_varying_still_fits():
+    other = {
+        "model": "qwen2.5-vl-72b-instruct", "engine": "native", "quantization": "4bit",
+        "attention": "eager", "cache": "static-compile", "load_mode": "reload",
+    }  # fmt: skip
+    text = render(terminal_table([CELL, {**CELL, **other, "ttft_s_median": 117.85}]))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert "117.8 s" in text
+
+
+def test_fastest_first_and_nothing_measured_last():
+    lines = render(terminal_table(ROWS)).splitlines()
+    order = [
+        next(i for i, line in enumerate(lines) if word in line)
+        for word in ("123.5", "30.0", "skipped")
+    ]
+    assert order == sorted(order)
+
+
+def test_reasons_stand_under_the_table_once():
+    text = " ".join(render(terminal_table(ROWS)).split())
+    assert text.count("flash_attention_2 needs a CUDA device - 2 cells") == 1
+    assert "FAIL: text changed between greedy runs - eager dynamic" in text
+    assert "oom: no memory - eager static" in text
+
+
+def test_markdown_has_all_cells_and_says_on_what():
+    page = markdown(ROWS, ENVIRONMENT)
+    assert "RTX 5090 (cuda:0, driver 580.1), torch 2.11.0" in page
+    assert page.count("\n| ") == len(ROWS) + 2
+    assert "| sdpa | dynamic | 123.5 | 1.04 | 44 ms | 8.1 | 12.3 | 8.04 GB | ok |" in page
+
+
+def test_a_plan_shows_order_and_skips(make_plan):
+    plan = make_plan("steady", attention=("sdpa", "eager", "flash_attention_2"))
+    text = render(planned_table(plan.order()))
+    assert "2 of 3 cells" in text
+    assert "skipped: flash_attention_2 needs a CUDA device - 1 cell" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("ok", None, [10.0, 12.0]), "11.0 tok/s (10.0 to 12.0)"),
+        (("oom", "no memory", []), "oom: no memory"),
+        (("timeout", "not done", [5.0]), "timeout: not done, 5.0 tok/s"),
+        (("ok", None, []), "ok"),
+    ],
+)
+def test_progress_lines(arguments, line):
+    assert cell_summary(*arguments) == line

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from qwencli.bench import columns
+from qwencli.bench.launch import python_command
+from qwencli.bench.nvml_sampler import read_sample, throttle_names
+from qwencli.bench.telemetry import Telemetry, run_columns
+
+FAKE_SAMPLER = """
+import json, time
+while True:
+    print(json.dumps({"t_s": time.perf_counter(), "gpu_index": 0, "sm_clock_mhz": 990}), flush=True)
+    time.sleep(0.01)
+"""
+
+
+def sample(**values):
+    names = ("sm_clock_mhz", "mem_clock_mhz", "power_w", "temperature_c", "throttle_reasons")
+    return {**dict.fromkeys(names), **values}
+
+
+def test_samples_are_joined_by_the_clock_both_processes_share():
+    with Telemetry([sys.executable, "-c", FAKE_SAMPLER]) as telemetry:
+        time.sleep(0.5)
+        start = time.perf_counter()
+        time.sleep(0.2)
+        end = time.perf_counter()
+        before, within = telemetry.take(start, end)
+        assert before is not None
+        assert before["t_s"] < start
+        assert 5 <= len(within) <= 21
+        assert all(start <= one["t_s"] <= end for one in within)
+        assert telemetry.take(start, end) == (None, [])
+
+
+def test_no_nvml_is_said_once_and_leaves_empty_columns():
+    script = 'print(\'{"unavailable": "NVML: no library"}\')'
+    with Telemetry([sys.executable, "-c", script]) as telemetry:
+        assert telemetry.take(0.0, time.perf_counter()) == (None, [])
+        assert telemetry.unavailable == "NVML: no library"
+    assert set(run_columns(None, []).values()) == {None}
+
+
+def test_no_gpu_starts_no_process():
+    with Telemetry(None) as telemetry:
+        assert telemetry.take(0.0, 1.0) == (None, [])
+
+
+def test_run_columns():
+    within = [
+        sample(sm_clock_mhz=1000, power_w=100.0, temperature_c=60, throttle_reasons="none"),
+        sample(
+            sm_clock_mhz=3000, power_w=300.0, temperature_c=64, throttle_reasons="sw_power_cap|idle"
+        ),
+    ]
+    row = run_columns(sample(sm_clock_mhz=390), within)
+    assert row == {
+        "sm_clock_mhz_before": 390,
+        "sm_clock_mhz_mean": 2000,
+        "sm_clock_mhz_min": 1000,
+        "mem_clock_mhz_mean": None,
+        "power_w_mean": 200.0,
+        "temperature_c_max": 64,
+        "throttle_reasons": "idle|sw_power_cap",
+    }
+    assert set(row) <= set(columns.RUNS)
+    assert run_columns(None, within[:1])["throttle_reasons"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("bits", "names"), [(0, "none"), (0x4, "sw_power_cap"), (0x48, "hw_slowdown|hw_thermal")]
+)
+def test_throttle_bits(bits, names):
+    assert throttle_names(bits) == names
+
+
+def test_a_sensor_the_device_does_not_have_is_none():
+    class NVMLError(Exception):
+        pass
+
+    def refuse(*_):
+        raise NVMLError
+
+    names = [
+        "ClockInfo",
+        "PerformanceState",
+        "PowerUsage",
+        "Temperature",
+        "UtilizationRates",
+        "MemoryInfo",
+        "CurrentClocksThrottleReasons",
+        "CurrPcieLinkGeneration",
+        "CurrPcieLinkWidth",
+    ]
+    nvml = SimpleNamespace(
+        NVMLError=NVMLError, NVML_CLOCK_SM=1, NVML_CLOCK_MEM=2, NVML_TEMPERATURE_GPU=0,
+        **{f"nvmlDeviceGet{name}": refuse for name in names},
+    )  # fmt: skip
+    nvml.nvmlDeviceGetPowerUsage = lambda handle: 123_400
+    reading = read_sample(nvml, None, 2)
+    assert reading["power_w"] == pytest.approx(123.4)
+    assert reading["gpu_index"] == 2
+    assert {key for key, value in reading.items() if value is None} == set(reading) - {
+        "t_s", "gpu_index", "power_w",
+    }  # fmt: skip
+    assert {"cell_id", "run", *reading} == set(columns.GPU)
+
+
+def test_commands_use_this_interpreter():
+    command = python_command("some.module", "x")
+    assert command[0] == sys.executable
+    assert command[-3:] == ["-m", "some.module", "x"]

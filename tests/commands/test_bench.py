@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from qwencli.bench import prepare, session
+from qwencli.commands import bench as command
+from qwencli.config import DType, LoadFormat, ModelSource, ModelSpec
+from qwencli.engine.device import DeviceFacts
+from qwencli.errors import BenchError, InputError, QwenCliError, UsageError
+
+CPU = DeviceFacts(
+    "cpu", None, None, None, None, "2.13.0+cpu", None, "0.50",
+    "flash_attention_2 needs a CUDA device", None,
+)  # fmt: skip
+FAKE_WORKER = [sys.executable, str(Path(__file__).parents[1] / "bench" / "fake_engine.py")]
+
+app = typer.Typer()
+app.add_typer(command.app, name="bench")
+
+
+@app.command()
+def other() -> None:
+    """A second command, as the real program has."""
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch, tmp_path):
+    """A CPU box with a text-only model called "steady" and any other name; no torch needed."""
+    registry = ModuleType("qwencli.models.resolve")
+    registry.resolve_model = lambda name, **_: ModelSpec(
+        name or "steady", ModelSource.LOCAL, hub_config={}
+    )
+    monkeypatch.setitem(sys.modules, "qwencli.models.resolve", registry)
+    monkeypatch.setattr(prepare, "read_device_facts", lambda device: CPU)
+    monkeypatch.setattr(session, "worker_command", lambda: FAKE_WORKER)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The request that the options were read into; nothing is prepared."""
+    seen = []
+
+    def stop(request):
+        seen.append(request)
+        raise BenchError("enough")
+
+    monkeypatch.setattr(prepare, "prepare", stop)
+
+    def ask(*arguments):
+        result = CliRunner().invoke(app, ["bench", *arguments])
+        assert isinstance(result.exception, BenchError), result.output
+        return seen[-1]
+
+    return ask
+
+
+def fails(*arguments):
+    """The error of a command that must not get as far as running anything."""
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert isinstance(result.exception, QwenCliError), result.output
+    return result.exception
+
+
+@pytest.mark.parametrize(
+    ("arguments", "matrix", "runs"),
+    [
+        ([], "default", None),
+        (["--matrix"], "default", None),
+        (["--matrix", "quick", "--runs", "2"], "quick", 2),
+        (["--matrix", "--runs", "2"], "default", 2),
+        (["--runs", "2", "--matrix"], "default", 2),
+        (["--matrix=full"], "full", None),
+        (["--matrix", "my.toml"], "my.toml", None),
+    ],
+)
+def test_matrix_may_stand_without_a_value(asked, arguments, matrix, runs):
+    request = asked(*arguments)
+    assert (request.matrix, request.runs) == (matrix, runs)
+
+
+def test_every_option_reaches_the_request(asked):
+    request = asked(
+        "--model", "a,b", "--engine", "transformers", "--quantization", "4bit",
+        "--attention", "sdpa", "--cache", "static", "--load-mode", "reload",
+        "--max-new-tokens", "7", "--prompt", "hi",
+        "--image", "x.png", "--image", "y.png", "--seed", "5", "--load-format", "dummy",
+        "--device", "cuda:1", "--dtype", "float16",
+    )  # fmt: skip
+    assert request.axes == {
+        "model": "a,b", "engine": "transformers", "quantization": "4bit", "attention": "sdpa",
+        "cache": "static", "load_mode": "reload",
+    }  # fmt: skip
+    assert request.images == (Path("x.png"), Path("y.png"))
+    assert (request.max_new_tokens, request.prompt, request.seed) == (7, "hi", 5)
+    assert (request.device, request.dtype, request.load_format) == (
+        "cuda:1", DType.FLOAT16, LoadFormat.DUMMY,
+    )  # fmt: skip
+
+
+def test_a_campaign_from_command_line_to_table(tmp_path):
+    arguments = ["bench", "--attention", "sdpa,eager,flash_attention_2", "--cache", "dynamic",
+                 "--quantization", "none", "--runs", "1", "--max-new-tokens", "4",
+                 "--out", "c"]  # fmt: skip
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "flash_attention_2 needs a CUDA device" in result.stdout
+    assert "campaign in c" in result.stderr
+    assert "[2/2]" in result.stderr
+    again = CliRunner().invoke(app, [*arguments, "--resume"])
+    assert again.exit_code == 0, again.output
+    assert again.stderr.count("already there") == 2
+    (tmp_path / "c" / "cells.csv").unlink()
+    rebuilt = CliRunner().invoke(app, ["bench", "report", "c"])
+    assert rebuilt.exit_code == 0
+    assert (tmp_path / "c" / "cells.csv").is_file()
+    assert rebuilt.stdout == result.stdout
+
+
+def test_the_default_folder_is_named_by_the_time():
+    result = CliRunner().invoke(app, ["bench", "--matrix", "quick", "--runs", "1"])
+    assert result.exit_code == 0, result.output
+    (folder,) = Path("campaigns").iterdir()
+    assert folder.name.endswith("Z")
+
+
+def test_a_cell_that_breaks_makes_the_exit_code_1():
+    result = CliRunner().invoke(
+        app, ["bench", "--matrix", "quick", "--model", "steady,oom", "--runs", "1", "--out", "c"]
+    )
+    assert result.exit_code == 1
+    assert "use --quantization 4bit" in " ".join(result.stdout.split())
+
+
+def test_nothing_that_can_run_makes_the_exit_code_1():
+    result = CliRunner().invoke(app, ["bench", "--engine", "native", "--out", "c"])
+    assert result.exit_code == 1
+    assert "native engine is not part of this version" in " ".join(result.stdout.split())
+
+
+def test_dry_run_writes_nothing():
+    result = CliRunner().invoke(app, ["bench", "--matrix", "--dry-run"])
+    assert result.exit_code == 0
+    assert "14 of 27 cells" in result.stdout
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "said"),
+    [
+        (["--attention", "fast"], UsageError, "no value 'fast'"),
+        (["--matrix", "fast"], UsageError, "no built-in named 'fast'"),
+        (["--resume"], UsageError, "--resume needs --out"),
+        (["--max-new-tokens", "0"], UsageError, "--max-new-tokens 0 is out of range"),
+        (["--prompt", " "], UsageError, "--prompt is empty"),
+        (["--image", "gone.png"], InputError, "gone.png: no such file"),
+        (["report", "gone"], BenchError, "holds no campaign"),
+    ],
+)
+def test_bad_input_is_one_typed_error(arguments, kind, said):
+    error = fails(*arguments)
+    assert type(error) is kind
+    assert said in error.message
+    assert error.hint
