@@ -158,6 +158,8 @@ def write_checkpoint(
 
     from qwencli.engine.reference.families import FAMILIES, build_config
 
+    # Its progress bar would end up in what the tests read as the program's own output.
+    transformers.logging.disable_progress_bar()
     folder.mkdir(parents=True)
     config = build_config(hub_config(family, overrides))
     torch.manual_seed(seed)

@@ -1,0 +1,208 @@
+"""`qwencli caption` end to end on a small random checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from qwencli.cli import run
+
+FIELDS = {
+    "image",
+    "caption",
+    "model",
+    "engine",
+    "quantization",
+    "attention",
+    "cache",
+    "num_prompt_tokens",
+    "num_image_tokens",
+    "num_new_tokens",
+    "finish_reason",
+    "timings",
+}
+TIMINGS = {
+    "load_s",
+    "preprocess_s",
+    "vision_encode_s",
+    "prefill_s",
+    "ttft_s",
+    "decode_s",
+    "e2e_s",
+    "decode_tok_per_s",
+}
+
+
+@pytest.fixture
+def caption(checkpoint):
+    """Runs the command on the CPU with a small model; returns its exit code."""
+
+    def call(*arguments, family="qwen3_vl"):
+        base = ["caption", "--model", str(checkpoint(family)), "--device", "cpu"]
+        return run([*base, "--engine", "transformers", "--max-new-tokens", "6", *arguments])
+
+    return call
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    paths = []
+    for name, size in [("one.png", (64, 64)), ("two words.jpg", (96, 64))]:
+        Image.radial_gradient("L").resize(size).convert("RGB").save(tmp_path / name)
+        paths.append(str(tmp_path / name))
+    return paths
+
+
+def test_the_answer_alone_is_on_stdout(caption, pictures, capsys):
+    assert caption(pictures[0]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip()
+    assert out.endswith("\n")
+    assert err == ""
+
+
+def test_several_pictures_are_told_apart_by_name(caption, pictures, capsys):
+    assert caption(*pictures) == 0
+    out = capsys.readouterr().out
+    for path in pictures:
+        assert f"{path}: " in out
+
+
+def test_json_has_the_fixed_fields(caption, pictures, capsys):
+    assert caption(*pictures, "--json") == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["image"] for record in records] == pictures
+    for record in records:
+        assert set(record) >= FIELDS
+        assert set(record["timings"]) == TIMINGS
+        assert record["num_image_tokens"] > 0
+        assert record["num_new_tokens"] <= 6
+
+
+def test_together_makes_one_request(caption, pictures, capsys):
+    assert caption(*pictures, "--together", "--json") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    record = json.loads(line)
+    assert record["image"] == pictures
+    assert record["num_image_tokens"] == 4 + 6
+
+
+def test_stats_go_to_stderr(caption, pictures, capsys):
+    assert caption(pictures[0], "--stats") == 0
+    err = capsys.readouterr().err
+    assert re.search(r"6 tokens at [\d.]+ tok/s .* TTFT \d+ ms .* float32 on cpu", err)
+
+
+def test_a_bad_picture_costs_its_own_answer_only(caption, pictures, tmp_path, capsys):
+    bad = tmp_path / "notes.png"
+    bad.write_text("not a picture", encoding="utf-8")
+    missing = str(tmp_path / "missing.png")
+    assert caption(str(bad), pictures[0], missing, pictures[1], "--json") == 1
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in out.splitlines()] == pictures
+    lines = err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("error: ")
+    assert "notes.png" in lines[0]
+    assert "missing.png" in lines[1]
+
+
+def test_a_picture_no_model_takes_leaves_the_others(caption, pictures, tmp_path, capsys):
+    Image.new("RGB", (1, 20000)).save(tmp_path / "thread.png")
+    assert caption(str(tmp_path / "thread.png"), pictures[0]) == 1
+    out, err = capsys.readouterr()
+    assert pictures[0] in out
+    assert "thread.png" in err
+    assert err.count("\n") == 1
+
+
+def test_nothing_is_loaded_when_no_picture_opens(caption, monkeypatch, capsys):
+    monkeypatch.setattr("qwencli.engine.factory.create_engine", lambda config: pytest.fail("load"))
+    assert caption("missing.png") == 1
+    assert "missing.png" in capsys.readouterr().err
+
+
+def test_presets_and_prompts_change_the_request(caption, pictures, capsys):
+    def tokens(*arguments):
+        assert caption(pictures[0], "--json", *arguments) == 0
+        return json.loads(capsys.readouterr().out)["num_prompt_tokens"]
+
+    plain = tokens()
+    assert tokens("--preset", "tags") > plain
+    assert tokens("--prompt", "x") < plain
+    assert tokens("--system", "Be brief.") > plain
+
+
+def test_pixels_bound_the_picture(caption, tmp_path, capsys):
+    Image.radial_gradient("L").convert("RGB").save(tmp_path / "big.png")
+
+    def image_tokens(*arguments):
+        assert caption(str(tmp_path / "big.png"), "--json", *arguments) == 0
+        return json.loads(capsys.readouterr().out)["num_image_tokens"]
+
+    assert image_tokens() == 64
+    assert image_tokens("--max-pixels", "16384") == 16
+    assert image_tokens("--min-pixels", "200000", "--max-pixels", "300000") > 64
+
+
+def test_a_text_model_refuses_pictures(caption, pictures, capsys):
+    assert caption(pictures[0], family="qwen3") == 1
+    assert "reads text only" in capsys.readouterr().err
+
+
+def test_sampling_flags_reach_the_engine(caption, pictures, capsys):
+    flags = ["--temperature", "1.5", "--top-k", "0", "--top-p", "1", "--seed"]
+
+    def text(seed):
+        assert caption(pictures[0], *flags, seed) == 0
+        return capsys.readouterr().out
+
+    assert text("1") == text("1")
+    assert text("1") != text("2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (["--device", "cuda"], 1, "--device cuda"),
+        (["--device", "tpu"], 1, "'tpu' is not a device"),
+        (["--cache", "static-compile"], 2, "transformers compiles on CUDA only"),
+        (["--cache", "static-graph"], 2, "static-graph cannot run"),
+        (["--attention", "flash_attention_2"], 2, "needs a CUDA GPU"),
+        (["--quantization", "fp8"], 2, "fp8 cannot run"),
+        (["--max-seq-len", "8"], 1, "holds 8"),
+    ],
+)
+def test_modes_that_cannot_run_say_so(caption, pictures, capsys, arguments, code, part):
+    assert caption(pictures[0], *arguments) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert part in err
+    assert err.count("\n") == 1
+
+
+def test_unknown_model_names_close_ones(pictures, capsys):
+    assert run(["caption", pictures[0], "--model", "qwen3-vl-4"]) == 1
+    assert "qwen3-vl-4b" in capsys.readouterr().err
+
+
+def test_dummy_weights_of_a_built_in_family(pictures, checkpoint, capsys, tmp_path):
+    folder = tmp_path / "shape"
+    folder.mkdir()
+    shape = (checkpoint("qwen2_5_vl") / "config.json").read_text(encoding="utf-8")
+    shape = shape.replace('"vocab_size": 320', '"vocab_size": 5000')
+    (folder / "config.json").write_text(shape, encoding="utf-8")
+    arguments = ["--load-format", "dummy", "--max-new-tokens", "4", "--device", "cpu", "--json"]
+    code = run(["caption", pictures[0], "--model", str(folder), *arguments])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert json.loads(out)["num_image_tokens"] > 0
+
+
+def test_offline_never_asks_the_hub(pictures, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert run(["caption", pictures[0], "--model", "Qwen/No-Such-Model", "--offline"]) == 1
+    assert "--offline" in capsys.readouterr().err

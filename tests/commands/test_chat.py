@@ -1,0 +1,173 @@
+"""`qwencli chat`: one-shot, piped and interactive, on a small random checkpoint."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from qwencli.cli import run
+from qwencli.commands.conversation import Conversation, _split_paths
+from qwencli.config import SamplingOptions
+from qwencli.engine.reference.engine import TransformersEngine
+from qwencli.errors import UsageError
+from qwencli.messages import ImagePart, TextPart
+from qwencli.output import Sink
+from tests.checkpoints import engine_config
+
+
+@pytest.fixture
+def picture_path(tmp_path):
+    path = tmp_path / "a picture.png"
+    Image.radial_gradient("L").resize((64, 64)).convert("RGB").save(path)
+    return path
+
+
+class Listening:
+    """Passes requests to an engine and remembers them."""
+
+    def __init__(self, engine):
+        self.engine, self.requests = engine, []
+
+    def stream(self, request):
+        self.requests.append(request)
+        return self.engine.stream(request)
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint):
+    with TransformersEngine(engine_config(checkpoint("qwen3_vl"))) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def talk(engine):
+    listening = Listening(engine)
+    sampling = SamplingOptions(do_sample=False, max_new_tokens=4)
+    conversation = Conversation(
+        listening, sampling, Sink(), system=None, json=False, stats=False, model="tiny"
+    )
+    conversation.heard = listening.requests
+    return conversation
+
+
+def converse(talk, *lines):
+    talk.converse(io.StringIO("".join(line + "\n" for line in lines)))
+
+
+def roles(request):
+    return [message.role for message in request.messages]
+
+
+def test_history_grows_turn_by_turn(talk, capsys):
+    converse(talk, "Describe", "", "left")
+    assert [roles(request) for request in talk.heard] == [
+        ["user"],
+        ["user", "assistant", "user"],
+    ]
+    assert talk.heard[1].messages[1].parts[0].text == capsys.readouterr().out.split("\n")[0]
+
+
+def test_image_is_sent_once_with_the_next_message(talk, picture_path):
+    converse(talk, f"/image {picture_path}", "Describe", "again")
+    first, second = talk.heard
+    assert [type(part) for part in first.messages[0].parts] == [ImagePart, TextPart]
+    assert len(list(second.images())) == 1
+    assert [type(part) for part in second.messages[-1].parts] == [TextPart]
+
+
+def test_clear_and_system_start_over(talk):
+    converse(talk, "one", "/clear", "two", "/system Be brief.", "three")
+    assert [roles(request) for request in talk.heard] == [["user"], ["user"], ["system", "user"]]
+
+
+def test_exit_leaves_and_what_follows_is_not_sent(talk):
+    converse(talk, "one", "/exit", "two")
+    assert len(talk.heard) == 1
+
+
+def test_mistakes_are_told_and_the_talk_goes_on(talk, capsys):
+    converse(talk, "/dance", "/image", "/image nowhere.png", "Describe")
+    err = capsys.readouterr().err.splitlines()
+    assert "/dance is not a command" in err[0]
+    assert "/image needs a path" in err[1]
+    assert "nowhere.png" in err[2]
+    assert len(talk.heard) == 1
+
+
+def test_help_lists_every_command(talk, capsys):
+    converse(talk, "/help")
+    err = capsys.readouterr().err
+    for name in ("/image", "/system", "/clear", "/help", "/exit", "Ctrl-C"):
+        assert name in err
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(talk, capsys, monkeypatch):
+    converse(talk, "one")
+    original = talk._engine.engine.stream
+
+    def interrupted(request):
+        stream = original(request)
+        yield next(stream)
+        stream.close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(talk._engine.engine, "stream", interrupted)
+    converse(talk, "two")
+    monkeypatch.undo()
+    converse(talk, "three")
+    assert "the conversation goes on" in capsys.readouterr().err
+    assert [m.parts[0].text for m in talk.heard[-1].messages if m.role == "user"] == [
+        "one",
+        "three",
+    ]
+
+
+def chat(checkpoint, *arguments, family="qwen3_vl"):
+    base = ["--model", str(checkpoint(family)), "--device", "cpu", "--engine", "transformers"]
+    return run(["chat", *arguments, *base, "--max-new-tokens", "4"])
+
+
+def test_one_shot_with_a_picture(checkpoint, picture_path, capsys):
+    assert chat(checkpoint, "Describe this.", "--image", str(picture_path), "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["num_image_tokens"] == 4
+    assert record["image"] == str(picture_path)
+
+
+def test_one_shot_with_a_text_model(checkpoint, capsys):
+    assert (
+        chat(
+            checkpoint,
+            "Describe",
+            family="qwen2",
+        )
+        == 0
+    )
+    out, err = capsys.readouterr()
+    assert out.strip()
+    assert err == ""
+
+
+def test_piped_lines_are_turns(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Describe\nleft\n"))
+    assert chat(checkpoint, "--json", family="qwen3") == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(records) == 2
+    assert records[1]["num_prompt_tokens"] > records[0]["num_prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("a.png b.png", 2), ("'a b.png' c.png", 2), ('"a b.png"', 1), (r"C:\pictures\a.png", 1)],
+)
+def test_paths_may_be_quoted(text, count):
+    assert len(_split_paths(text)) == count
+    assert all("'" not in str(path) and '"' not in str(path) for path in _split_paths(text))
+
+
+def test_an_open_quotation_is_told():
+    with pytest.raises(UsageError, match="quotation"):
+        _split_paths("'a b.png")
