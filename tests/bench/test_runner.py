@@ -186,6 +186,23 @@ def test_resume_refuses_another_environment(tmp_path, run, make_plan, cpu):
         Campaign(tmp_path / "c", plan, other, resume=True)
 
 
+def test_resume_on_the_same_gpu(tmp_path, make_plan, gpu):
+    plan = make_plan("steady")
+    about = environment(gpu, ["bench"], 1)
+    with Campaign(tmp_path / "c", plan, about, resume=False):
+        pass
+    assert Campaign(tmp_path / "c", plan, about, resume=True).next_run(plan.cells[0]) == 1
+
+
+def test_the_environment_names_no_one(monkeypatch, tmp_path, gpu):
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/someone"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/home/someone/cache")
+    about = json.dumps(environment(gpu, ["bench", "--model", "/home/someone/m"], 1))
+    assert "someone" not in about
+    assert "GPU-1" not in about
+    assert "~/m" in about
+
+
 def test_resume_skips_what_is_over(run, tmp_path, make_plan):
     run(make_plan("steady", "oom"))
     before = (tmp_path / "c" / "runs.csv").read_bytes()
