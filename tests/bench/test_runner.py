@@ -118,10 +118,10 @@ def test_a_killed_worker_keeps_its_finished_runs(run, tmp_path, make_plan):
 
 def test_a_worker_that_hangs_is_ended(run, make_plan):
     start = time.monotonic()
-    cells = run(make_plan("hang", runs=4), timeout_s=3.0)
+    cells = run(make_plan("hang", runs=4), timeout_s=8.0)
     assert time.monotonic() - start < 30
     assert cells["hang"]["status"] == "timeout"
-    assert cells["hang"]["reason"].startswith("not done after 3 s")
+    assert cells["hang"]["reason"].startswith("not done after 8 s")
     assert cells["hang"]["runs"] == 1
 
 
@@ -328,7 +328,7 @@ def test_a_killed_campaign_takes_its_worker_along_and_keeps_its_rows(tmp_path, m
     workers = worker_pids(process.pid)
     process.kill()
     process.communicate(timeout=30)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not all(gone(pid) for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
