@@ -77,6 +77,7 @@ class Campaign:
     def _check_resumable(self, document: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         check_same(read_json(self.folder / PLAN), document, self.folder)
         saved = read_json(self.folder / ENVIRONMENT)
+        environment = json.loads(json.dumps(environment))  # tuples become lists, as in the file
         # The command line may differ (--resume); what the figures depend on may not.
         for key in ("versions", "device", "os", "cpu"):
             if saved.get(key) != environment[key]:

@@ -34,7 +34,11 @@ def environment(facts: DeviceFacts, arguments: Sequence[str], seed: int) -> dict
             "cuda_build": facts.cuda_build,
             **{name: package_version(name) for name in PACKAGES},
         },
-        "device": {**asdict(facts), "driver": driver.version if driver else None},
+        "device": {
+            # The UUID names one card of one owner.
+            **{name: value for name, value in asdict(facts).items() if name != "uuid"},
+            "driver": driver.version if driver else None,
+        },
         "cpu": {"model": cpu_model(), "logical_cores": os.cpu_count()},
         "os": {
             "system": platform.system(),
@@ -42,7 +46,7 @@ def environment(facts: DeviceFacts, arguments: Sequence[str], seed: int) -> dict
             "machine": platform.machine(),
         },
         "variables": {
-            name: value
+            name: _without_home(value)
             for name, value in sorted(os.environ.items())
             if name.startswith(_PREFIXES) and name not in _WITHOUT_PATHS
         },

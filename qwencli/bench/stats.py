@@ -131,12 +131,18 @@ def _unstable(data: CellData) -> str | None:
     return f"unstable: runs differ {ratio:.2f}x" if ratio and ratio > UNSTABLE_RATIO else None
 
 
+def _incomplete(data: CellData) -> str | None:
+    done = len(data.measured)
+    return f"incomplete: {done} of {data.planned} runs" if done < data.planned else None
+
+
 # In order of weight: the first that has something to say is the verdict.
 VERDICTS: tuple[Callable[[CellData], str | None], ...] = (
     _text_changed,
     _unequal_work,
     _other_mode_ran,
     _unstable,
+    _incomplete,
 )
 
 

@@ -54,7 +54,6 @@ def _shorten(values: Iterable[str]) -> str:
 
 def row_values(row: CellRow) -> tuple[str, ...]:
     """The cells of _VALUE_COLUMNS; "-" for what was not measured."""
-    state = row["status"] if row["status"] != "ok" else row["verdict"] or "no speed"
     return (
         _number(row["decode_tok_per_s_median"], ".1f"),
         _number(row["run_ratio_max_min"], ".2f"),
@@ -62,8 +61,12 @@ def row_values(row: CellRow) -> tuple[str, ...]:
         _number(row["itl_p50_ms"], ".1f"),
         _number(row["itl_p99_ms"], ".1f"),
         _gigabytes(row["peak_allocated_bytes"]),
-        state.partition(":")[0],
+        _verdict(row).partition(":")[0],
     )
+
+
+def _verdict(row: CellRow) -> str:
+    return (row["verdict"] if row["status"] == "ok" else row["status"]) or "no speed"
 
 
 def _number(value: float | None, spec: str) -> str:
@@ -136,7 +139,7 @@ def markdown(rows: Sequence[CellRow], environment: Mapping[str, Any]) -> str:
     axes = varying_axes(rows)
     head = [axis.replace("_", " ") for axis in axes] + list(_VALUE_COLUMNS)
     body = [
-        [*(row[axis] for axis in axes), *row_values(row)[:-1], row["verdict"] or row["status"]]
+        [*(row[axis] for axis in axes), *row_values(row)[:-1], _verdict(row)]
         for row in by_speed(rows)
     ]
     lines = ["# Benchmark", "", f"All cells: {title(rows)}.", "", *_device_lines(environment), ""]

@@ -27,6 +27,7 @@ class Telemetry:
         self._samples: list[Sample] = []
         self._arrived = threading.Condition()
         self._alive = False
+        self._closing = False
         self.unavailable: str | None = None
 
     def __enter__(self) -> Self:
@@ -58,6 +59,8 @@ class Telemetry:
                 self._arrived.notify_all()
         with self._arrived:
             self._alive = False
+            if not self._closing and self.unavailable is None:
+                self.unavailable = "the sampler process ended by itself"
             self._arrived.notify_all()
 
     def take(self, start_s: float, end_s: float) -> tuple[Sample | None, list[Sample]]:
@@ -83,6 +86,7 @@ class Telemetry:
             return
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self._closing = True
         self._process.kill()
         self._process.wait()
         self._reader.join()

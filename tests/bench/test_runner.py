@@ -118,10 +118,10 @@ def test_a_killed_worker_keeps_its_finished_runs(run, tmp_path, make_plan):
 
 def test_a_worker_that_hangs_is_ended(run, make_plan):
     start = time.monotonic()
-    cells = run(make_plan("hang", runs=4), timeout_s=3.0)
+    cells = run(make_plan("hang", runs=4), timeout_s=8.0)
     assert time.monotonic() - start < 30
     assert cells["hang"]["status"] == "timeout"
-    assert cells["hang"]["reason"].startswith("not done after 3 s")
+    assert cells["hang"]["reason"].startswith("not done after 8 s")
     assert cells["hang"]["runs"] == 1
 
 
@@ -184,6 +184,23 @@ def test_resume_refuses_another_environment(tmp_path, run, make_plan, cpu):
     other = environment(dataclasses.replace(cpu, torch_version="2.15.0"), ["bench"], 1)
     with pytest.raises(BenchError, match="versions changed"):
         Campaign(tmp_path / "c", plan, other, resume=True)
+
+
+def test_resume_on_the_same_gpu(tmp_path, make_plan, gpu):
+    plan = make_plan("steady")
+    about = environment(gpu, ["bench"], 1)
+    with Campaign(tmp_path / "c", plan, about, resume=False):
+        pass
+    assert Campaign(tmp_path / "c", plan, about, resume=True).next_run(plan.cells[0]) == 1
+
+
+def test_the_environment_names_no_one(monkeypatch, tmp_path, gpu):
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/someone"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/home/someone/cache")
+    about = json.dumps(environment(gpu, ["bench", "--model", "/home/someone/m"], 1))
+    assert "someone" not in about
+    assert "GPU-1" not in about
+    assert "~/m" in about
 
 
 def test_resume_skips_what_is_over(run, tmp_path, make_plan):
@@ -311,7 +328,7 @@ def test_a_killed_campaign_takes_its_worker_along_and_keeps_its_rows(tmp_path, m
     workers = worker_pids(process.pid)
     process.kill()
     process.communicate(timeout=30)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not all(gone(pid) for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)

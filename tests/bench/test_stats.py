@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwencli.bench.itl import percentile, run_latency
@@ -95,12 +95,20 @@ def test_the_first_run_of_the_process_must_give_the_same_text():
     assert cell(rows)["verdict"] == "FAIL: text changed between greedy runs"
 
 
+def test_figures_of_a_cell_that_broke_are_marked_incomplete():
+    rows = [*runs({}, {}), {**RUN, "run": "3", "status": "killed", "reason": "by SIGKILL"}]
+    row = cell(rows)
+    assert (row["status"], row["reason"], row["runs"]) == ("killed", "by SIGKILL", 2)
+    assert row["verdict"] == "incomplete: 2 of 3 runs"
+
+
 def test_a_cell_without_rows_is_unfinished():
     (row,) = cell_rows({"runs": 2, "cells": [AXES]}, [], [])
     assert (row["status"], row["runs"], row["verdict"]) == ("unfinished", 0, None)
 
 
 @given(st.lists(st.floats(0.001, 1e6), min_size=1), st.floats(0, 100))
+@settings(deadline=None)
 def test_percentile_agrees_with_numpy(values, percent):
     import numpy as np
 

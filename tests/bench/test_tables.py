@@ -98,6 +98,7 @@ def test_markdown_has_all_cells_and_says_on_what():
     page = markdown(ROWS, ENVIRONMENT)
     assert "RTX 5090 (cuda:0, driver 580.1), torch 2.11.0" in page
     assert page.count("\n| ") == len(ROWS) + 2
+    assert "| eager | static | - | - | - | - | - | - | oom |" in page
     assert "| sdpa | dynamic | 123.5 | 1.04 | 44 ms | 8.1 | 12.3 | 8.04 GB | ok |" in page
 
 
