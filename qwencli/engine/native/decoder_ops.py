@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from qwencli.engine.native.attention import AttentionFunction, AttentionPlan
 from qwencli.engine.native.kv_cache import KVCache
+from qwencli.engine.native.rms_norm import RMSNorm
 from qwencli.engine.native.rope import CosSin, rotate
 
 Tensor = torch.Tensor
@@ -24,35 +25,38 @@ Tensor = torch.Tensor
 class Layer:
     """Weights of one decoder layer, fused, and the numbers its operations need.
 
+    Matrices are [in, out] views of the [out, in] weights, made once: a view costs a dispatch.
+
     Args:
-        qkv: [(H + 2 KVH) * D, hidden], rows of q, then k, then v. gate_up: [2 I, hidden].
-        qk_norm: [H + KVH, D], the norm of each query and key head; None = not normalised.
+        qkv: [hidden, (H + 2 KVH) * D], q then k then v. gate_up: [hidden, 2 I].
+        qk_norm: weight [H + KVH, D], the norms of the query and the key heads in one.
     """
 
     index: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    eps: float
-    attn_norm: Tensor
+    attn_norm: RMSNorm
     qkv: Tensor
     qkv_bias: Tensor | None
-    qk_norm: Tensor | None
+    qk_norm: RMSNorm | None
     o: Tensor
     o_bias: Tensor | None
-    mlp_norm: Tensor
+    mlp_norm: RMSNorm
     gate_up: Tensor
     down: Tensor
 
 
 @dataclass(frozen=True)
 class Step:
-    """What all layers of one forward pass share.
+    """What all layers of one forward pass share: B rows of S tokens each.
 
     Args:
         rope: cosine and signed sine, [B, S, 1, D] each. slots: int64 [S], where the new keys go.
     """
 
+    batch: int
+    length: int
     rope: CosSin
     slots: Tensor
     plan: AttentionPlan
@@ -61,50 +65,49 @@ class Step:
 
 
 def norm_qkv(hidden: Tensor, layer: Layer) -> Tensor:
-    """hidden [B, S, hidden] -> [B, S, (H + 2 KVH) * D]."""
-    x = F.rms_norm(hidden, (hidden.shape[-1],), layer.attn_norm, layer.eps)
-    return F.linear(x, layer.qkv, layer.qkv_bias)
+    """hidden [B * S, hidden] -> [B * S, (H + 2 KVH) * D]."""
+    x = layer.attn_norm(hidden)
+    if layer.qkv_bias is None:
+        return torch.mm(x, layer.qkv)
+    return torch.addmm(layer.qkv_bias, x, layer.qkv)
 
 
 def attend(qkv: Tensor, layer: Layer, step: Step) -> Tensor:
-    """Norm and rotate queries and keys, write the cache, attend: -> [B, S, H * D]."""
-    heads, kv_heads = layer.num_heads, layer.num_kv_heads
-    split = qkv.view(*qkv.shape[:-1], heads + 2 * kv_heads, layer.head_dim)
+    """Norm and rotate queries and keys, write the cache, attend: -> [B * S, H * D]."""
+    heads, kv_heads, dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
+    split = qkv.view(step.batch, step.length, heads + 2 * kv_heads, dim)
     qk = split.narrow(2, 0, heads + kv_heads)
-    if layer.qk_norm is not None:
-        # Queries and keys in one pass; their weights differ by head, so they come after it.
-        qk = F.rms_norm(qk, (layer.head_dim,), None, layer.eps) * layer.qk_norm
-    qk = rotate(qk, *step.rope)
+    normed = qk if layer.qk_norm is None else layer.qk_norm(qk)
+    # Rotated in place, so that keys and values stay side by side and are stored in one go.
+    rotate(normed, *step.rope, out=qk)
     keys, values = step.cache.write(
-        layer.index,
-        qk.narrow(2, heads, kv_heads),
-        split.narrow(2, heads + kv_heads, kv_heads),
-        step.slots,
-        step.plan.kv_len,
+        layer.index, split.narrow(2, heads, 2 * kv_heads), step.slots, step.plan.kv_len
     )
-    return step.attention(qk.narrow(2, 0, heads), keys, values, step.plan)
+    attended = step.attention(split.narrow(2, 0, heads), keys, values, step.plan)
+    return attended.view(-1, heads * dim)
 
 
 def o_residual(attended: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
-    """hidden + W_o attended, [B, S, hidden]."""
-    return hidden + F.linear(attended, layer.o, layer.o_bias)
+    """hidden + W_o attended, [B * S, hidden], in place: the sum is part of the product."""
+    hidden.addmm_(attended, layer.o)
+    return hidden if layer.o_bias is None else hidden.add_(layer.o_bias)
 
 
 def norm_gate_up(hidden: Tensor, layer: Layer) -> Tensor:
-    """SwiGLU of the normed hidden state: silu(gate) * up, [B, S, I]."""
-    x = F.rms_norm(hidden, (hidden.shape[-1],), layer.mlp_norm, layer.eps)
-    gate, up = F.linear(x, layer.gate_up).chunk(2, dim=-1)
-    return F.silu(gate) * up
+    """SwiGLU of the normed hidden state: silu(gate) * up, [B * S, I]."""
+    both = torch.mm(layer.mlp_norm(hidden), layer.gate_up)
+    gate, up = both.chunk(2, 1)
+    return F.silu(gate).mul_(up)
 
 
 def down_residual(activated: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
-    """hidden + W_down activated, [B, S, hidden]."""
-    return hidden + F.linear(activated, layer.down)
+    """hidden + W_down activated, [B * S, hidden], in place."""
+    return hidden.addmm_(activated, layer.down)
 
 
-def norm_head(hidden: Tensor, norm: Tensor, eps: float, head: Tensor) -> Tensor:
-    """Logits [..., V] of hidden states [..., hidden]."""
-    return F.linear(F.rms_norm(hidden, (hidden.shape[-1],), norm, eps), head)
+def norm_head(hidden: Tensor, norm: RMSNorm, head: Tensor) -> Tensor:
+    """Logits [N, V] of hidden states [N, hidden]; `head` is [hidden, V]."""
+    return torch.mm(norm(hidden), head)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class DecoderOps:
     o_residual: Callable[[Tensor, Layer, Tensor], Tensor] = o_residual
     norm_gate_up: Callable[[Tensor, Layer], Tensor] = norm_gate_up
     down_residual: Callable[[Tensor, Layer, Tensor], Tensor] = down_residual
-    norm_head: Callable[[Tensor, Tensor, float, Tensor], Tensor] = norm_head
+    norm_head: Callable[[Tensor, RMSNorm, Tensor], Tensor] = norm_head
 
 
 REFERENCE_OPS = DecoderOps()

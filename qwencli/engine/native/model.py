@@ -115,12 +115,12 @@ class QwenModel:
         """
         stop = inputs.length if stop is None else stop
         assert cache.length == start < stop <= inputs.length, "pieces follow each other"
-        hidden = self.decoder.embed(inputs.ids[:, start:stop])
+        hidden = self.decoder.embed(inputs.ids[:, start:stop].flatten())
         visual = inputs.visual_slice(start, stop)
         deepstack = None
         if visual is not None:
             places, embeds, deepstack = visual
-            hidden.flatten(0, 1).index_copy_(0, places, embeds)
+            hidden.index_copy_(0, places, embeds)
         plan = prompt_plan(
             start,
             stop - start,
@@ -130,6 +130,8 @@ class QwenModel:
             inputs.left_pads,
         )
         step = Step(
+            batch=inputs.batch,
+            length=stop - start,
             rope=self.rope.at(inputs.positions[:, :, start:stop]),
             slots=torch.arange(start, stop, device=self.device),
             plan=plan,
@@ -138,7 +140,7 @@ class QwenModel:
         )
         hidden = self.decoder.forward(hidden, step, deepstack)
         cache.length = stop
-        return self.decoder.logits(hidden[:, -1])
+        return self.decoder.logits(hidden[stop - start - 1 :: stop - start])
 
     def decode_step(
         self,
@@ -157,6 +159,5 @@ class QwenModel:
             tokens: int64 [B]. positions: int64 [B], rotary. slot: int64 [1], equal for all rows.
             plan: with a mask (`decode_mask`) unless kv_len is slot + 1 and no row is padded.
         """
-        hidden = self.decoder.embed(tokens.unsqueeze(1))
-        step = Step(self.rope.step(positions.unsqueeze(1)), slot, plan, cache, self._attention)
-        return self.decoder.logits(self.decoder.forward(hidden, step).squeeze(1))
+        step = Step(cache.batch, 1, self.rope.step(positions), slot, plan, cache, self._attention)
+        return self.decoder.logits(self.decoder.forward(self.decoder.embed(tokens), step))

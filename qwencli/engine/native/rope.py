@@ -8,6 +8,7 @@ Source: RoFormer (arXiv 2104.09864) in the half-split layout of the Qwen checkpo
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from qwencli.engine.native.shapes import RopeShape
 
@@ -35,6 +36,7 @@ class Rope:
         self._axis = axis_of_frequency(shape, head_dim).to(device)  # [D/2]
         places = torch.arange(num_positions, device=device)
         self.rows = torch.stack(self._angles(places[:, None].float() * self._inv_freq), dim=1)
+        self._flat_rows = self.rows.flatten(1)
 
     def at(self, positions: torch.Tensor) -> CosSin:
         """Cosine and signed sine [B, S, 1, D] for positions [3, B, S]."""
@@ -43,12 +45,13 @@ class Rope:
         return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
     def step(self, positions: torch.Tensor) -> CosSin:
-        """Cosine and signed sine [B, S, 1, D] for positions [B, S] that are equal on all axes.
+        """Cosine and signed sine [B, 1, 1, D] for positions [B] that are equal on all axes.
 
         One gather, no synchronisation; positions must be below the length of `rows`.
         """
-        cos, sin = torch.nn.functional.embedding(positions, self.rows.flatten(1)).chunk(2, dim=-1)
-        return cos.unsqueeze(-2), sin.unsqueeze(-2)
+        rows = F.embedding(positions, self._flat_rows)
+        cos, sin = rows.view(positions.shape[0], 2, 1, 1, -1).unbind(1)
+        return cos, sin
 
     def _angles(self, angles: torch.Tensor) -> CosSin:
         cos, sin = angles.cos(), angles.sin()
@@ -71,7 +74,11 @@ def axis_of_frequency(shape: RopeShape, head_dim: int) -> torch.Tensor:
     return torch.repeat_interleave(torch.arange(3), torch.tensor(shape.sections))
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate heads x [..., heads, D] by `cos` and the signed `sin`, which broadcast to it."""
-    halves = x.view(*x.shape[:-1], 2, -1).flip(-2).view(x.shape)
-    return torch.addcmul(x * cos, halves, sin)
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rotate heads x [..., heads, D] by `cos` and the signed `sin`, which broadcast to it.
+
+    `out` may be `x` itself.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, out=out)
