@@ -1,0 +1,103 @@
+"""The text decoder of every family: embedding, layers, head.
+
+It knows neither families (`shapes`), nor rotary positions (`rope`), nor what kind of cache it
+has, nor how an operation is computed (`DecoderOps`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from qwencli.engine.native.decoder_ops import REFERENCE_OPS, DecoderOps, Layer, Step
+from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.engine.native.shapes import TextShape
+from qwencli.engine.native.weights import Tensors
+
+
+@dataclass(frozen=True)
+class DeepStack:
+    """Features of the vision tower that the first layers add to the hidden state.
+
+    Args:
+        places: int64 [N], rows of the [B * S, hidden] state.
+        features: one [N, hidden] a layer, for the first layers in order.
+    """
+
+    places: torch.Tensor
+    features: Sequence[torch.Tensor]
+
+
+class Decoder:
+    """Weights [out, in] of one model on one device, and the forward pass over them."""
+
+    def __init__(self, shape: TextShape, weights: Tensors, ops: DecoderOps = REFERENCE_OPS) -> None:
+        self.shape = shape
+        self.ops = ops
+        self.layers = [_layer(shape, weights, index) for index in range(shape.num_layers)]
+        self._embed = weights["text.embed"]
+        self._norm = RMSNorm(weights["text.norm"], shape.rms_norm_eps)
+        self._head = (self._embed if shape.tied_head else weights["text.head"]).t()
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [N] -> hidden states [N, hidden]."""
+        return F.embedding(ids, self._embed)
+
+    def forward(
+        self, hidden: torch.Tensor, step: Step, deepstack: DeepStack | None = None
+    ) -> torch.Tensor:
+        """Run all layers on `hidden` [B * S, hidden], overwritten; the result is not normed.
+
+        Stores the keys and values of the S tokens of each row at `step.slots`.
+        """
+        ops = self.ops
+        for layer in self.layers:
+            attended = ops.attend(ops.norm_qkv(hidden, layer), layer, step)
+            hidden = ops.o_residual(attended, layer, hidden)
+            hidden = ops.down_residual(ops.norm_gate_up(hidden, layer), layer, hidden)
+            if deepstack is not None and layer.index < len(deepstack.features):
+                hidden.index_add_(0, deepstack.places, deepstack.features[layer.index])
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [N, hidden] of the last layer -> logits [N, V]."""
+        return self.ops.norm_head(hidden, self._norm, self._head)
+
+
+def _layer(shape: TextShape, weights: Tensors, index: int) -> Layer:
+    at = f"text.{index}."
+    qk_norm = None
+    if shape.qk_norm:
+        queries = weights[at + "q_norm"].expand(shape.num_heads, -1)
+        keys = weights[at + "k_norm"].expand(shape.num_kv_heads, -1)
+        qk_norm = RMSNorm(torch.cat((queries, keys)), shape.rms_norm_eps)
+    return Layer(
+        index=index,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        attn_norm=RMSNorm(weights[at + "attn_norm"], shape.rms_norm_eps),
+        qkv=_columns(weights, at + "qkv"),
+        qkv_bias=weights.get(at + "qkv_bias"),
+        qk_norm=qk_norm,
+        o=_columns(weights, at + "o"),
+        o_bias=weights.get(at + "o_bias"),
+        mlp_norm=RMSNorm(weights[at + "mlp_norm"], shape.rms_norm_eps),
+        gate_up=_columns(weights, at + "gate_up"),
+        down=_columns(weights, at + "down"),
+    )
+
+
+def _columns(weights: Tensors, name: str) -> torch.Tensor:
+    """The [in, out] view of a weight [out, in].
+
+    A matrix-vector product on the CPU in float32 is a quarter faster when the outputs of one
+    input lie in a row, so the weight is stored that way there (one at a time, in its own place).
+    """
+    weight = weights[name]
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        weights[name] = weight = weight.t().contiguous().t()
+    return weight.t()

@@ -1,0 +1,125 @@
+"""The six groups of operations that a decoder layer and the head consist of, in plain torch.
+
+They are the readable reference: a faster kernel replaces one field of `DecoderOps` and is held to
+it by a parity test. Each takes tensors and plain numbers only, allocates nothing but its result,
+never synchronises, and can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from qwencli.engine.native.attention import AttentionFunction, AttentionPlan
+from qwencli.engine.native.kv_cache import KVCache
+from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.engine.native.rope import CosSin, rotate
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one decoder layer, fused, and the numbers its operations need.
+
+    Matrices are [in, out] views of the [out, in] weights, made once: a view costs a dispatch.
+
+    Args:
+        qkv: [hidden, (H + 2 KVH) * D], q then k then v. gate_up: [hidden, 2 I].
+        qk_norm: weight [H + KVH, D], the norms of the query and the key heads in one.
+    """
+
+    index: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    attn_norm: RMSNorm
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    qk_norm: RMSNorm | None
+    o: Tensor
+    o_bias: Tensor | None
+    mlp_norm: RMSNorm
+    gate_up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers of one forward pass share: B rows of S tokens each.
+
+    Args:
+        rope: cosine and signed sine, [B, S, 1, D] each. slots: int64 [S], where the new keys go.
+    """
+
+    batch: int
+    length: int
+    rope: CosSin
+    slots: Tensor
+    plan: AttentionPlan
+    cache: KVCache
+    attention: AttentionFunction
+
+
+def norm_qkv(hidden: Tensor, layer: Layer) -> Tensor:
+    """hidden [B * S, hidden] -> [B * S, (H + 2 KVH) * D]."""
+    x = layer.attn_norm(hidden)
+    if layer.qkv_bias is None:
+        return torch.mm(x, layer.qkv)
+    return torch.addmm(layer.qkv_bias, x, layer.qkv)
+
+
+def attend(qkv: Tensor, layer: Layer, step: Step) -> Tensor:
+    """Norm and rotate queries and keys, write the cache, attend: -> [B * S, H * D]."""
+    heads, kv_heads, dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
+    split = qkv.view(step.batch, step.length, heads + 2 * kv_heads, dim)
+    qk = split.narrow(2, 0, heads + kv_heads)
+    normed = qk if layer.qk_norm is None else layer.qk_norm(qk)
+    # Rotated in place, so that keys and values stay side by side and are stored in one go.
+    rotate(normed, *step.rope, out=qk)
+    keys, values = step.cache.write(
+        layer.index, split.narrow(2, heads, 2 * kv_heads), step.slots, step.plan.kv_len
+    )
+    attended = step.attention(split.narrow(2, 0, heads), keys, values, step.plan)
+    return attended.view(-1, heads * dim)
+
+
+def o_residual(attended: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
+    """hidden + W_o attended, [B * S, hidden], in place: the sum is part of the product."""
+    hidden.addmm_(attended, layer.o)
+    return hidden if layer.o_bias is None else hidden.add_(layer.o_bias)
+
+
+def norm_gate_up(hidden: Tensor, layer: Layer) -> Tensor:
+    """SwiGLU of the normed hidden state: silu(gate) * up, [B * S, I]."""
+    both = torch.mm(layer.mlp_norm(hidden), layer.gate_up)
+    gate, up = both.chunk(2, 1)
+    return F.silu(gate).mul_(up)
+
+
+def down_residual(activated: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
+    """hidden + W_down activated, [B * S, hidden], in place."""
+    return hidden.addmm_(activated, layer.down)
+
+
+def norm_head(hidden: Tensor, norm: RMSNorm, head: Tensor) -> Tensor:
+    """Logits [N, V] of hidden states [N, hidden]; `head` is [hidden, V]."""
+    return torch.mm(norm(hidden), head)
+
+
+@dataclass(frozen=True)
+class DecoderOps:
+    """The operations a decoder runs; every field can be replaced alone."""
+
+    norm_qkv: Callable[[Tensor, Layer], Tensor] = norm_qkv
+    attend: Callable[[Tensor, Layer, Step], Tensor] = attend
+    o_residual: Callable[[Tensor, Layer, Tensor], Tensor] = o_residual
+    norm_gate_up: Callable[[Tensor, Layer], Tensor] = norm_gate_up
+    down_residual: Callable[[Tensor, Layer, Tensor], Tensor] = down_residual
+    norm_head: Callable[[Tensor, RMSNorm, Tensor], Tensor] = norm_head
+
+
+REFERENCE_OPS = DecoderOps()

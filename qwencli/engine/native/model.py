@@ -1,0 +1,163 @@
+"""A whole model on one device: encode images, prefill a prompt, decode one token.
+
+The generation half builds on three calls: `encode_images` -> `prefill` -> `decode_step`. It owns
+sampling, stopping, CUDA graphs and requests; this module owns none of them and reads nothing back
+from the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from qwencli.config import Attention
+from qwencli.engine.native import weights as loader
+from qwencli.engine.native.attention import ATTENTION, AttentionPlan, prompt_plan
+from qwencli.engine.native.decoder import Decoder
+from qwencli.engine.native.decoder_ops import REFERENCE_OPS, DecoderOps, Step
+from qwencli.engine.native.kv_cache import DynamicKVCache, KVCache, StaticKVCache
+from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs, prompt_inputs
+from qwencli.engine.native.rope import Rope
+from qwencli.engine.native.shapes import ModelShape
+from qwencli.engine.native.vision import VisionFeatures, VisionTower
+from qwencli.engine.native.vision_layout import Grid
+from qwencli.errors import InputError
+
+# Rotary positions can run ahead of the sequence (a video's seconds against its few tokens), so the
+# table of angles is longer than the cache.
+POSITIONS_PER_SLOT = 2
+
+
+class QwenModel:
+    """Any supported Qwen model, text or vision. Call everything under `torch.inference_mode()`.
+
+    Args:
+        max_seq_len: slots that a cache of this model can have at most.
+        attention: a concrete implementation, not `auto`.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        loaded: loader.LoadedWeights,
+        max_seq_len: int,
+        attention: Attention = Attention.SDPA,
+        ops: DecoderOps = REFERENCE_OPS,
+    ) -> None:
+        embed = loaded.tensors["text.embed"]
+        self.shape = shape
+        self.device, self.dtype = embed.device, embed.dtype
+        self.max_seq_len = max_seq_len
+        self.unused_tensors = loaded.unused
+        self.decoder = Decoder(shape.text, loaded.tensors, ops)
+        self.vision = VisionTower(shape.vision, loaded.tensors, attention) if shape.vision else None
+        positions = max_seq_len * (POSITIONS_PER_SLOT if shape.vision else 1)
+        self.rope = Rope(shape.text.rope, shape.text.head_dim, positions, self.dtype, self.device)
+        self._attention = ATTENTION[attention]
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        shape: ModelShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_seq_len: int,
+        attention: Attention = Attention.SDPA,
+    ) -> QwenModel:
+        """Load the checkpoint in `folder`. Raises ModelFileError, see `weights.load`."""
+        return cls(shape, loader.load(folder, shape, dtype, device), max_seq_len, attention)
+
+    def static_cache(self, batch: int = 1, max_seq_len: int | None = None) -> StaticKVCache:
+        """A cache of `max_seq_len` slots (default: the model's) for `batch` sequences."""
+        slots = self.max_seq_len if max_seq_len is None else max_seq_len
+        return StaticKVCache(self.shape.text, batch, slots, self.dtype, self.device)
+
+    def dynamic_cache(self, batch: int = 1) -> DynamicKVCache:
+        """A cache that grows."""
+        return DynamicKVCache(self.shape.text, batch)
+
+    def encode_images(self, patches: torch.Tensor, grids: Sequence[Grid]) -> VisionFeatures:
+        """Encode images or videos given as patches (see `VisionTower.encode`).
+
+        Raises:
+            InputError: a text model, or patches that do not match the grids.
+        """
+        if self.vision is None:
+            raise InputError(f"{self.shape.model_type} is a text model and takes no images")
+        return self.vision.encode(patches, grids)
+
+    def prepare(
+        self, prompts: Sequence[Prompt], features: VisionFeatures | None = None
+    ) -> PromptInputs:
+        """Lay out prompts with the features of all their images, in the order of their tokens.
+
+        Raises:
+            InputError: see `prompt_inputs`; also a prompt that leaves no slot for a new token.
+        """
+        inputs = prompt_inputs(self.shape, prompts, features, self.device)
+        if inputs.length >= self.max_seq_len:
+            raise InputError(
+                f"the prompt has {inputs.length} tokens, the cache holds {self.max_seq_len}",
+                f"use --max-seq-len {inputs.length + 1} or more, or smaller images",
+            )
+        return inputs
+
+    def prefill(
+        self, inputs: PromptInputs, cache: KVCache, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
+        """Run the prompt from slot `start` (whatever is before it is in `cache`) to `stop`.
+
+        Returns the logits [B, V] after the last token run; advances `cache.length` to `stop`.
+        Pieces (`start` or `stop` given) are for a batch of one.
+        """
+        stop = inputs.length if stop is None else stop
+        assert cache.length == start < stop <= inputs.length, "pieces follow each other"
+        hidden = self.decoder.embed(inputs.ids[:, start:stop].flatten())
+        visual = inputs.visual_slice(start, stop)
+        deepstack = None
+        if visual is not None:
+            places, embeds, deepstack = visual
+            hidden.index_copy_(0, places, embeds)
+        plan = prompt_plan(
+            start,
+            stop - start,
+            self.shape.text.num_kv_heads,
+            self.dtype,
+            self.device,
+            inputs.left_pads,
+        )
+        step = Step(
+            batch=inputs.batch,
+            length=stop - start,
+            rope=self.rope.at(inputs.positions[:, :, start:stop]),
+            slots=torch.arange(start, stop, device=self.device),
+            plan=plan,
+            cache=cache,
+            attention=self._attention,
+        )
+        hidden = self.decoder.forward(hidden, step, deepstack)
+        cache.length = stop
+        return self.decoder.logits(hidden[stop - start - 1 :: stop - start])
+
+    def decode_step(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slot: torch.Tensor,
+        cache: KVCache,
+        plan: AttentionPlan,
+    ) -> torch.Tensor:
+        """Logits [B, V] after one more token a row; the body of a CUDA graph.
+
+        Everything that changes from step to step is read from the device; the host decides only
+        `plan.kv_len` (a bucket that covers the slot), and `cache.length` is the caller's.
+
+        Args:
+            tokens: int64 [B]. positions: int64 [B], rotary. slot: int64 [1], equal for all rows.
+            plan: with a mask (`decode_mask`) unless kv_len is slot + 1 and no row is padded.
+        """
+        step = Step(cache.batch, 1, self.rope.step(positions), slot, plan, cache, self._attention)
+        return self.decoder.logits(self.decoder.forward(self.decoder.embed(tokens), step))

@@ -1,0 +1,135 @@
+"""A batch of prompts as tensors on the device: ids, positions, padding, image features.
+
+Everything the host has to know about a prompt (where its pictures are, how long it is, how far
+rotary positions have run ahead) is worked out here once, before the device is given any work.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qwencli.engine.native.decoder import DeepStack
+from qwencli.engine.native.positions import Visual, prompt_positions
+from qwencli.engine.native.shapes import ModelShape
+from qwencli.engine.native.vision import VisionFeatures
+from qwencli.errors import InputError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: its token ids, and its images and videos in the order of their tokens."""
+
+    ids: Sequence[int]
+    visuals: Sequence[Visual] = ()
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """A batch of prompts, padded on the left to one length S.
+
+    Args:
+        ids: int64 [B, S]. positions: int64 [3, B, S].
+        next_positions: int64 [B], rotary position of the first token after the prompt.
+        left_pads: int32 [B]; None where no row is padded.
+        places: rows of the flattened [B * S] that take image features, ascending; on the host.
+        features: of all images and videos in the order of `places`; None = no pictures.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    next_positions: torch.Tensor
+    left_pads: torch.Tensor | None
+    places: tuple[int, ...]
+    features: VisionFeatures | None
+
+    @property
+    def batch(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[1]
+
+    def visual_slice(
+        self, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor, DeepStack] | None:
+        """Image features of the slots from `start` to `stop`: their rows in the flattened
+        [B * (stop - start)] piece (on the device), the embeddings, and the DeepStack features.
+
+        A piece of a batch of one only, unless it is the whole prompt.
+        """
+        if self.features is None:
+            return None
+        assert self.batch == 1 or (start == 0 and stop == self.length), (
+            "batches are prefilled whole"
+        )
+        end = stop if self.batch == 1 else self.batch * self.length
+        first, last = bisect_left(self.places, start), bisect_left(self.places, end)
+        if first == last:
+            return None
+        embeds = self.features.embeds[first:last]
+        places = torch.tensor(self.places[first:last], device=embeds.device) - start
+        deepstack = DeepStack(places, [feature[first:last] for feature in self.features.deepstack])
+        return places, embeds, deepstack
+
+
+def join_features(parts: Sequence[VisionFeatures]) -> VisionFeatures:
+    """Put the features of several images in a row, in the order given."""
+    if len(parts) == 1:
+        return parts[0]
+    stacked = zip(*(part.deepstack for part in parts), strict=True)
+    return VisionFeatures(
+        torch.cat([part.embeds for part in parts]), tuple(torch.cat(layer) for layer in stacked)
+    )
+
+
+def prompt_inputs(
+    shape: ModelShape,
+    prompts: Sequence[Prompt],
+    features: VisionFeatures | None,
+    device: torch.device,
+) -> PromptInputs:
+    """Lay out `prompts` as one batch.
+
+    Raises:
+        InputError: an empty prompt, ids outside the vocabulary, image tokens that do not match the
+            images, or `features` of another size than the image tokens.
+    """
+    length = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.zeros(len(prompts), length, dtype=torch.int64)
+    positions = torch.zeros(3, len(prompts), length, dtype=torch.int64)
+    following: list[int] = []
+    places: list[int] = []
+    for row, prompt in enumerate(prompts):
+        if not prompt.ids:
+            raise InputError("the prompt is empty", "give at least one token")
+        if not 0 <= min(prompt.ids) <= max(prompt.ids) < shape.text.vocab_size:
+            raise InputError(
+                f"the prompt has token ids outside the vocabulary of {shape.text.vocab_size}",
+                "tokenizer and weights belong to different models",
+            )
+        laid = prompt_positions(shape, prompt.ids, prompt.visuals)
+        pad = length - len(prompt.ids)
+        ids[row, pad:] = torch.tensor(prompt.ids)
+        positions[:, row, pad:] = laid.positions
+        following.append(len(prompt.ids) + laid.delta)
+        places.extend((laid.visual_places + row * length + pad).tolist())
+    given = 0 if features is None else len(features.embeds)
+    if given != len(places):
+        raise InputError(
+            f"the prompt has {len(places)} image tokens, the images were encoded to {given}",
+            "give as many images as the prompt has places for",
+        )
+    pads = [length - len(prompt.ids) for prompt in prompts]
+    return PromptInputs(
+        ids=ids.to(device),
+        positions=positions.to(device),
+        next_positions=torch.tensor(following, device=device),
+        left_pads=torch.tensor(pads, dtype=torch.int32, device=device) if any(pads) else None,
+        places=tuple(places),
+        features=features,
+    )

@@ -1,0 +1,84 @@
+"""Rotary embedding of the text decoder: angles from positions, and the rotation itself.
+
+With halves x = [a, b] of a head, the rotated head is [a cos - b sin, b cos + a sin], which is
+x * cos + [b, a] * [-sin, sin]. The sign lives in the table, so the rotation is three kernels.
+Source: RoFormer (arXiv 2104.09864) in the half-split layout of the Qwen checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from qwencli.engine.native.shapes import RopeShape
+
+CosSin = tuple[torch.Tensor, torch.Tensor]
+
+
+class Rope:
+    """Angles of one model on one device.
+
+    `rows` [positions, 2, D] holds cosine and signed sine for equal positions on all axes, so that
+    a decode step is one gather. Prompts with pictures compute theirs from three axes.
+    """
+
+    def __init__(
+        self,
+        shape: RopeShape,
+        head_dim: int,
+        num_positions: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._dtype = dtype
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        self._inv_freq = (1.0 / shape.theta**exponent).to(device)  # [D/2]
+        self._axis = axis_of_frequency(shape, head_dim).to(device)  # [D/2]
+        places = torch.arange(num_positions, device=device)
+        self.rows = torch.stack(self._angles(places[:, None].float() * self._inv_freq), dim=1)
+        self._flat_rows = self.rows.flatten(1)
+
+    def at(self, positions: torch.Tensor) -> CosSin:
+        """Cosine and signed sine [B, S, 1, D] for positions [3, B, S]."""
+        by_frequency = positions.float()[self._axis]  # [D/2, B, S]
+        cos, sin = self._angles(by_frequency.movedim(0, -1) * self._inv_freq)
+        return cos.unsqueeze(-2), sin.unsqueeze(-2)
+
+    def step(self, positions: torch.Tensor) -> CosSin:
+        """Cosine and signed sine [B, 1, 1, D] for positions [B] that are equal on all axes.
+
+        One gather, no synchronisation; positions must be below the length of `rows`.
+        """
+        rows = F.embedding(positions, self._flat_rows)
+        cos, sin = rows.view(positions.shape[0], 2, 1, 1, -1).unbind(1)
+        return cos, sin
+
+    def _angles(self, angles: torch.Tensor) -> CosSin:
+        cos, sin = angles.cos(), angles.sin()
+        return (
+            torch.cat((cos, cos), dim=-1).to(self._dtype),
+            torch.cat((-sin, sin), dim=-1).to(self._dtype),
+        )
+
+
+def axis_of_frequency(shape: RopeShape, head_dim: int) -> torch.Tensor:
+    """Which axis (0 time, 1 row, 2 column) each of the head_dim / 2 frequencies follows."""
+    axis = torch.zeros(head_dim // 2, dtype=torch.int64)
+    if shape.sections is None:
+        return axis
+    _, rows, columns = shape.sections
+    if shape.interleaved:
+        axis[1 : 3 * rows : 3] = 1
+        axis[2 : 3 * columns : 3] = 2
+        return axis
+    return torch.repeat_interleave(torch.arange(3), torch.tensor(shape.sections))
+
+
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rotate heads x [..., heads, D] by `cos` and the signed `sin`, which broadcast to it.
+
+    `out` may be `x` itself.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, out=out)

@@ -1,0 +1,57 @@
+"""Attention of the vision tower: every patch of a segment sees its whole segment, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from qwencli.config import Attention
+from qwencli.engine.native.vision_layout import Run
+
+Tensor = torch.Tensor
+# q, k, v [segments, length, H, D] -> [segments, length, H, D]
+SegmentAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def attend_runs(
+    q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], attention: SegmentAttention
+) -> Tensor:
+    """Attend inside each segment: q, k, v [N, H, D] -> [N, H * D]. Segments of equal length that
+    follow each other are one batch, so one image is one call without a mask."""
+    sizes = [run.count * run.length for run in runs]
+    pieces = []
+    for run, *parts in zip(runs, *(x.split_with_sizes(sizes) for x in (q, k, v)), strict=True):
+        segments = (x.view(run.count, run.length, *x.shape[1:]) for x in parts)
+        pieces.append(attention(*segments).flatten(0, 1).flatten(1))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax(q k^T / sqrt(D)) v in plain operators: the reference of the others."""
+    scores = torch.einsum("slhd,smhd->shlm", q, k) * q.shape[-1] ** -0.5
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.einsum("shlm,smhd->slhd", weights, v)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's scaled_dot_product_attention, no mask."""
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    ).transpose(1, 2)
+
+
+def flash_attention_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The flash-attn package."""
+    from flash_attn import flash_attn_func
+
+    out: Tensor = flash_attn_func(q, k, v)
+    return out
+
+
+SEGMENT_ATTENTION: Mapping[Attention, SegmentAttention] = {
+    Attention.EAGER: eager,
+    Attention.SDPA: sdpa,
+    Attention.FLASH: flash_attention_2,
+}
