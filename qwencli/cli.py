@@ -14,6 +14,7 @@ from qwencli.commands import bench, caption, chat, diagnose, models
 from qwencli.errors import QwenCliError, UsageError
 from qwencli.output import Sink
 
+GLOBAL_FLAGS = ("--quiet", "-q", "--debug")
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 
 app = typer.Typer(
@@ -38,11 +39,15 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notices, no progress.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
-) -> None: ...
+) -> None:
+    context.obj = Sink(quiet=quiet)
 
 
 def main() -> None:
@@ -55,12 +60,13 @@ def run(arguments: list[str]) -> int:
 
     Everything that goes wrong ends here as one line on stderr; `--debug` lets it through.
     """
+    arguments = _global_flags_first(arguments) or ["--help"]
     if "--debug" in arguments:
-        return _exit_code(app(arguments or ["--help"], standalone_mode=False))
+        return _exit_code(app(arguments, standalone_mode=False))
     # Deprecation notes of libraries are ours to act on, not the user's.
     warnings.simplefilter("ignore")
     try:
-        return _exit_code(app(arguments or ["--help"], standalone_mode=False))
+        return _exit_code(app(arguments, standalone_mode=False))
     except QwenCliError as error:
         return _fail(error)
     except (KeyboardInterrupt, typer.Abort):
@@ -81,6 +87,13 @@ def run(arguments: list[str]) -> int:
                 "this is a fault of qwencli; run again with --debug and report the traceback",
             )
         )
+
+
+def _global_flags_first(arguments: list[str]) -> list[str]:
+    """Let the flags that every command has stand anywhere before a `--`."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    flags = [word for word in arguments[:end] if word in GLOBAL_FLAGS]
+    return flags + [word for word in arguments[:end] if word not in flags] + arguments[end:]
 
 
 def _exit_code(returned: object) -> int:

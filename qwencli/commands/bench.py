@@ -110,7 +110,7 @@ def bench(
         dtype=dtype,
         load_format=load_format,
     )
-    sink = context.find_object(Sink) or Sink()
+    sink = context.ensure_object(Sink)
     with sink.status("reading the matrix and this machine"):
         plan, facts = prepare(request)
     if dry_run:
@@ -131,4 +131,4 @@ def report(
     from qwencli.bench.tables import terminal_table
 
     rows = build_report(folder)
-    (context.find_object(Sink) or Sink()).show(terminal_table(rows))
+    context.ensure_object(Sink).show(terminal_table(rows))

@@ -33,6 +33,7 @@ Pictures = tuple[ImagePart, ...]
 
 @with_run_options
 def caption(
+    context: typer.Context,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to ask.")] = None,
     preset: Annotated[str | None, typer.Option(help=f"Ask for: {', '.join(PRESETS)}.")] = None,
@@ -44,7 +45,7 @@ def caption(
     run: RunOptions,
 ) -> None:
     """Describe images. The answer alone goes to stdout, everything else to stderr."""
-    sink = Sink(quiet=run.quiet)
+    sink = context.ensure_object(Sink)
     text = prompt_text(prompt, preset)
     sampling = run.sampling_options()
     spec = resolve_model(run.model, models_file=run.models_file, offline=run.offline)

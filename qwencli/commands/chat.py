@@ -21,6 +21,7 @@ from qwencli.output import Sink
 
 @with_run_options
 def chat(
+    context: typer.Context,
     prompt: Annotated[
         str | None, typer.Argument(help="Answer this once and leave; none = converse.")
     ] = None,
@@ -32,7 +33,7 @@ def chat(
     run: RunOptions,
 ) -> None:
     """Talk about pictures, or about anything with a text model. /help lists the commands."""
-    sink = Sink(quiet=run.quiet)
+    sink = context.ensure_object(Sink)
     sampling = run.sampling_options()
     spec = resolve_model(run.model, models_file=run.models_file, offline=run.offline)
     pictures = [open_picture(path) for path in image or []]

@@ -34,7 +34,7 @@ def diagnose(
     from qwencli.diagnostics.report import document, text, verdict
     from qwencli.diagnostics.table import run_check, select
 
-    sink = context.find_object(Sink) or Sink()
+    sink = context.ensure_object(Sink)
     checks = select(Level.QUICK if quick else Level.DEFAULT, _names(only), _names(skip))
     machine = LiveMachine()
     with sink.status("looking at this machine"):

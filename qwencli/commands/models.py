@@ -23,6 +23,7 @@ _LEGEND = (
 
 
 def models(
+    context: typer.Context,
     models_file: Annotated[
         Path | None,
         typer.Option("--models-file", help="A custom_models.json that wins over the others."),
@@ -33,7 +34,7 @@ def models(
     from qwencli.models.listing import list_models
     from qwencli.models.resolve import Places
 
-    sink, places = Sink(), Places()
+    sink, places = context.ensure_object(Sink), Places()
     custom = places.custom_models(models_file)
     for warning in custom.warnings:
         sink.warn(warning)

@@ -79,8 +79,6 @@ class RunOptions:
 
     json: Annotated[bool, _output("--json", text="One JSON object a line.")] = False
     stats: Annotated[bool, _output("--stats", text="Timings on stderr.")] = False
-    quiet: Annotated[bool, _output("--quiet", "-q", text="No notices.")] = False
-    debug: Annotated[bool, _output("--debug", text="Tracebacks for errors.")] = False
 
     def sampling_options(self) -> SamplingOptions:
         """Raises UsageError for a value out of range, or --greedy with a temperature."""
