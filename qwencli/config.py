@@ -100,6 +100,7 @@ class EngineConfig:
     """How to load and run one model. `auto` values are made concrete by the engine's resolver.
 
     Args:
+        cache: None = the engine's own choice.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         min_pixels, max_pixels: bounds on height x width after resizing; None = the model's own.
         max_seq_len: tokens (prompt and new) the cache must hold; None = what the request needs.
@@ -110,7 +111,7 @@ class EngineConfig:
     engine: EngineName = EngineName.TRANSFORMERS
     quantization: Quantization = Quantization.NONE
     attention: Attention = Attention.AUTO
-    cache: Cache = Cache.DYNAMIC
+    cache: Cache | None = None
     device: str = "auto"
     dtype: DType = DType.AUTO
     load_format: LoadFormat = LoadFormat.AUTO

@@ -50,7 +50,7 @@ class RunOptions:
     engine: Annotated[EngineName, _model(text="Who generates.")] = EngineName.TRANSFORMERS
     quantization: Annotated[Quantization, _model(text="Weight format.")] = Quantization.NONE
     attention: Annotated[Attention, _model(text="Attention kernel.")] = Attention.AUTO
-    cache: Annotated[Cache, _model(text="KV cache.")] = Cache.DYNAMIC
+    cache: Annotated[Cache | None, _model(text="KV cache; default: the engine's best.")] = None
     device: Annotated[str, _model(text="auto, cpu, cuda, cuda:N or mps.")] = "auto"
     dtype: Annotated[DType, _model(text="Dtype of unquantized weights.")] = DType.AUTO
     load_format: Annotated[LoadFormat, _model(text="dummy: random weights, true shape.")] = (

@@ -13,6 +13,10 @@ def create_engine(config: EngineConfig) -> Engine:
     Raises:
         UnsupportedModeError: this version does not have the engine asked for.
     """
+    if config.engine is EngineName.NATIVE:
+        from qwencli.engine.native.engine import NativeEngine
+
+        return NativeEngine(config)
     if config.engine is EngineName.TRANSFORMERS:
         from qwencli.engine.reference.engine import TransformersEngine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ class TransformersEngine(LocalEngine):
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config)
-        if config.cache not in CACHES:
+        super().__init__(replace(config, cache=config.cache or Cache.DYNAMIC))
+        if self.config.cache not in CACHES:
             raise UnsupportedModeError(
-                f"--cache {config.cache} cannot run on the transformers engine",
+                f"--cache {self.config.cache} cannot run on the transformers engine",
                 nearest=Cache.STATIC_COMPILE.value,
             )
         self._model: Any = None
@@ -52,7 +53,7 @@ class TransformersEngine(LocalEngine):
             engine=self.config.engine.value,
             quantization=scheme_of(model),
             attention=loading.effective_attention(model),
-            cache=self.config.cache.value,
+            cache=str(self.config.cache),
             device=plan.device,
             dtype=loading.effective_dtype(model),
         )

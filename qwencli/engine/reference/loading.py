@@ -97,6 +97,8 @@ def load_model(config: EngineConfig, plan: LoadPlan) -> Any:
         raise _load_error(config, plan, error) from error
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise _load_error(config, plan, error) from error
+    # generate() fills what a request leaves out from here; every request states all it wants.
+    model.generation_config = transformers.GenerationConfig()
     return model.eval()
 
 

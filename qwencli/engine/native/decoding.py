@@ -1,0 +1,89 @@
+"""The state of one sequence on the device, and one decode step over it.
+
+The step reads and writes fixed buffers and asks the host nothing, so it can run eagerly, compiled,
+or as a replayed CUDA graph with the same result. The host may enqueue steps ahead of what it has
+read: once a stop token has been chosen, further steps change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from qwencli.config import SamplingParams
+from qwencli.engine.native.attention import AttentionPlan, decode_mask
+from qwencli.engine.native.kv_cache import KVCache
+from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.sampler import Sampler, SamplerKind, kind_of
+
+
+class DecodeState:
+    """Buffers of one sequence.
+
+    `token` [1] is the last token chosen, `slot` [1] where its keys and values go, `position` [1]
+    its rotary position, `step` [1] how many tokens the request has chosen after it, `done` [1]
+    whether it ended the answer. All on the device; int64 but for `done`.
+    """
+
+    def __init__(self, model: QwenModel, cache: KVCache, max_seq_len: int) -> None:
+        device = model.device
+        self.model, self.cache = model, cache
+        self.kind = SamplerKind.GREEDY
+        self.sampler = Sampler(model.shape.text.vocab_size, max_seq_len, device)
+        self.token, self.slot, self.position, self.step = torch.zeros(
+            4, 1, dtype=torch.int64, device=device
+        ).unbind(0)
+        self.done = torch.zeros(1, dtype=torch.bool, device=device)
+        # One row a possible stop token; unused rows hold an id that no token has.
+        self.stop_ids = torch.full((MAX_STOP_TOKENS, 1), -1, dtype=torch.int64, device=device)
+        self.slots = torch.arange(max_seq_len, device=device)
+
+    def begin(
+        self,
+        sampling: SamplingParams,
+        prompt_ids: torch.Tensor,
+        stop_ids: Sequence[int],
+        next_position: torch.Tensor,
+    ) -> None:
+        """Set up for a request whose prompt [S] is about to be or has been prefilled.
+
+        Args:
+            next_position: int64 [1] on the device, rotary position after the prompt.
+        """
+        assert len(stop_ids) <= MAX_STOP_TOKENS, "Qwen models have two"
+        self.kind = kind_of(sampling)
+        self.sampler.begin(sampling, prompt_ids)
+        self.slot.fill_(len(prompt_ids))
+        self.position.copy_(next_position)
+        self.step.zero_()
+        self.done.zero_()
+        self.stop_ids.fill_(-1)
+        for row, stop_id in enumerate(stop_ids):
+            self.stop_ids[row] = stop_id
+
+    def choose_first(self, logits: torch.Tensor) -> None:
+        """Choose the first token from the prefill's logits [1, V]."""
+        self.token.copy_(self.sampler.sample(logits[0], self.step, self.kind))
+        self.done.copy_((self.token == self.stop_ids).any(dim=0))
+        self.step.add_(1)
+
+    def advance(self, kind: SamplerKind, plan: AttentionPlan) -> None:
+        """One step: feed `token`, choose the next one."""
+        logits = self.model.decode_step(self.token, self.position, self.slot, self.cache, plan)
+        chosen = self.sampler.sample(logits[0], self.step, kind)
+        self.token.copy_(torch.where(self.done, self.token, chosen))
+        going = (~self.done).to(torch.int64)
+        self.slot.add_(going)
+        self.position.add_(going)
+        self.step.add_(going)
+        self.done.logical_or_((self.token == self.stop_ids).any(dim=0))
+
+    def advance_masked(self, kind: SamplerKind, kv_len: int) -> None:
+        """One step that reads the first `kv_len` slots and hides those not yet written."""
+        mask = decode_mask(self.slots[:kv_len], self.slot, None, self.model.dtype)
+        lengths = (self.slot + 1).to(torch.int32)
+        self.advance(kind, AttentionPlan(kv_len, mask, lengths))
+
+
+MAX_STOP_TOKENS = 4

@@ -1,0 +1,128 @@
+"""The native engine: our own decoder and vision tower, decoding from replayed CUDA graphs."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import torch
+
+from qwencli.config import Cache, EngineConfig, LoadFormat, Quantization
+from qwencli.engine.answer import Answer
+from qwencli.engine.local import LocalEngine
+from qwencli.engine.native import weights
+from qwencli.engine.native.decoding import DecodeState
+from qwencli.engine.native.generating import Generation
+from qwencli.engine.native.memory_plan import MemoryPlan, plan_memory
+from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.quiet_host import freeze_what_is_loaded
+from qwencli.engine.native.shapes import ModelShape
+from qwencli.engine.native.steppers import STEPPERS
+from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
+from qwencli.engine.sources import ModelFiles
+from qwencli.errors import UnsupportedModeError
+from qwencli.results import GenerationChunk, RanModes
+
+
+class NativeEngine(LocalEngine):
+    """One model, its cache and its graphs.
+
+    Raises:
+        UnsupportedModeError: a mode this engine does not have, on creation.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        if config.quantization is not Quantization.NONE:
+            raise UnsupportedModeError(
+                f"--quantization {config.quantization} cannot run on the native engine yet",
+                "use --engine transformers for 8bit and 4bit",
+                nearest=Quantization.NONE.value,
+            )
+        self._generation: Generation | None = None
+        self._plan: MemoryPlan | None = None
+
+    @property
+    def max_seq_len(self) -> int:
+        assert self._plan is not None, "load() comes first"
+        return self._plan.max_seq_len
+
+    def _load(self, files: ModelFiles) -> RanModes:
+        device = resolve_device(self.config.device)
+        cache = self._cache_mode(device)
+        attention = resolve_attention(self.config.attention, device)
+        dtype = resolve_dtype(self.config.dtype, device, files.checkpoint_dtype)
+        self._plan = plan_memory(
+            files.hub_config,
+            self.config.model.name,
+            dtype=dtype,
+            model_limit=files.max_seq_len,
+            wanted=self.config.max_seq_len,
+            free_bytes=_free_bytes(device),
+        )
+        shape = ModelShape.from_hub_config(files.hub_config)
+        place, torch_dtype = torch.device(device), getattr(torch, dtype.value)
+        if self.config.load_format is LoadFormat.DUMMY:
+            loaded = weights.dummy(shape, torch_dtype, place)
+        else:
+            assert files.folder is not None, "weights come from a folder"
+            loaded = weights.load(files.folder, shape, torch_dtype, place)
+        ran = RanModes(
+            engine=self.config.engine.value,
+            quantization=Quantization.NONE.value,
+            attention=attention.value,
+            cache=cache.value,
+            device=device,
+            dtype=dtype.value,
+        )
+        # One slot more than anybody may ask for: graph capture needs a place to write.
+        slots = self._plan.max_seq_len + 1
+        with torch.inference_mode():
+            model = QwenModel(shape, loaded, slots, attention)
+            kv = model.dynamic_cache() if cache is Cache.DYNAMIC else model.static_cache()
+            state = DecodeState(model, kv, slots)
+            self._generation = Generation(model, state, STEPPERS[cache](state), ran)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        freeze_what_is_loaded()
+        return ran
+
+    def _cache_mode(self, device: str) -> Cache:
+        """The fastest mode of the device where the user named none."""
+        wanted = self.config.cache
+        if wanted is None:
+            return Cache.STATIC_GRAPH if device.startswith("cuda") else Cache.STATIC
+        if wanted is Cache.STATIC_GRAPH and not device.startswith("cuda"):
+            raise UnsupportedModeError(
+                f"--cache {wanted}: CUDA graphs need a CUDA device, and this runs on {device}",
+                nearest=Cache.STATIC.value,
+            )
+        return wanted
+
+    def _answer(self, answer: Answer) -> Iterator[GenerationChunk]:
+        assert self._generation is not None, "load() comes first"
+        yield from self._generation.chunks(answer, self.load_s)
+
+    def _release(self) -> None:
+        self._generation = None
+        if self.ran.cache == Cache.STATIC_COMPILE:
+            torch.compiler.reset()
+        gc.unfreeze()
+        self._free_cached()
+
+    def _recover(self) -> None:
+        assert self._generation is not None, "load() comes first"
+        self._generation.forget()
+        self._free_cached()
+
+    def _free_cached(self) -> None:
+        gc.collect()
+        if self.ran.device.startswith("cuda"):
+            torch.cuda.synchronize(self.ran.device)
+            torch.cuda.empty_cache()
+
+
+def _free_bytes(device: str) -> int | None:
+    if not device.startswith("cuda"):
+        return None
+    return torch.cuda.mem_get_info(device)[0]

@@ -1,0 +1,111 @@
+"""What a sequence of requests can share: keys and values of a common beginning, image features."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from qwencli.engine.native.kv_cache import KVCache
+from qwencli.engine.native.prompt_inputs import join_features
+from qwencli.engine.native.vision import VisionFeatures
+from qwencli.engine.preprocess import GridTHW
+from qwencli.engine.prompt import Prompt
+
+# One slot of the cache: a token id, or a picture's digest and the place inside the picture.
+Key = int | tuple[bytes, int]
+Encode = Callable[[int], VisionFeatures]
+
+KEPT_IMAGES = 32
+
+
+class CachedSequence:
+    """The keys and values in a cache, and which tokens they belong to."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self._keys: list[Key] = []
+
+    def reuse(self, keys: Sequence[Key]) -> int:
+        """Keep what the new prompt shares with the cache and return its length.
+
+        At least the last token is left to run, because its logits are wanted.
+        """
+        shared = 0
+        for old, new in zip(self._keys, keys[:-1], strict=False):
+            if old != new:
+                break
+            shared += 1
+        self.forget_after(shared)
+        return shared
+
+    def forget_after(self, length: int) -> None:
+        """At most the first `length` slots are valid from here on."""
+        del self._keys[length:]
+        self.cache.truncate(len(self._keys))
+
+    def remember(self, keys: Sequence[Key]) -> None:
+        """These slots are now written, from the first on."""
+        self._keys = list(keys)
+        self.cache.truncate(len(self._keys))
+
+
+class FeatureCache:
+    """Features of the last pictures, by content: a picture is encoded once per session."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[bytes, VisionFeatures] = OrderedDict()
+
+    def features(self, digests: Sequence[bytes], encode: Encode) -> VisionFeatures | None:
+        """Features of the pictures in order; `encode(index)` makes the missing ones."""
+        if not digests:
+            return None
+        parts = []
+        for index, digest in enumerate(digests):
+            if digest not in self._kept:
+                self._kept[digest] = encode(index)
+            self._kept.move_to_end(digest)
+            parts.append(self._kept[digest])
+        while len(self._kept) > KEPT_IMAGES:
+            self._kept.popitem(last=False)
+        return join_features(parts)
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+
+def digests_of(prompt: Prompt) -> list[bytes]:
+    """A digest for each picture: of its patches, and of their grid, which the patches lack."""
+    return [
+        hashlib.sha256(
+            repr(grid).encode() + prompt.pixel_values[first:last].tobytes()  # type: ignore[index]
+        ).digest()
+        for grid, (first, last) in zip(prompt.grid_thw, patch_ranges(prompt.grid_thw), strict=True)
+    ]
+
+
+def patch_ranges(grids: Sequence[GridTHW]) -> list[tuple[int, int]]:
+    """Rows of `pixel_values` that belong to each picture."""
+    ranges, start = [], 0
+    for frames, rows, columns in grids:
+        ranges.append((start, start + frames * rows * columns))
+        start = ranges[-1][1]
+    return ranges
+
+
+def keys_of(prompt: Prompt, digests: Sequence[bytes]) -> list[Key]:
+    """The prompt's slots as keys: equal keys mean equal keys and values in the cache."""
+    keys: list[Key] = []
+    picture = -1
+    inside = 0
+    previous = None
+    for token in prompt.input_ids:
+        if token == prompt.image_token_id:
+            if previous != token:
+                picture, inside = picture + 1, 0
+            keys.append((digests[picture], inside))
+            inside += 1
+        else:
+            keys.append(token)
+        previous = token
+    return keys

@@ -1,0 +1,122 @@
+"""Ways of running the decode step, one per cache mode.
+
+A stepper enqueues the step whose token sits at `slot`, a number the host knows because every
+step takes one slot. It never waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+
+from qwencli.config import Cache
+from qwencli.engine.native.attention import AttentionPlan
+from qwencli.engine.native.decoding import DecodeState
+from qwencli.engine.native.sampler import SamplerKind
+
+SMALLEST_BUCKET = 256
+
+
+class Stepper(Protocol):
+    def prepare(self, first_slot: int, last_slot: int) -> None:
+        """Do everything that the steps from `first_slot` to `last_slot` need beforehand."""
+
+    def run(self, slot: int) -> None: ...
+
+
+def bucket_for(slot: int, max_seq_len: int) -> int:
+    """Smallest length class that contains `slot`: four classes to each doubling.
+
+    Attention reads a whole class, so it reads at most a quarter more than is there.
+    """
+    octave = max(SMALLEST_BUCKET, 1 << max(slot.bit_length() - 1, 0))
+    grain = max(SMALLEST_BUCKET, octave // 4)
+    return min(max_seq_len, (slot // grain + 1) * grain)
+
+
+def buckets_between(first_slot: int, last_slot: int, max_seq_len: int) -> list[int]:
+    """The classes that the slots from first to last fall into, ascending."""
+    buckets = [bucket_for(first_slot, max_seq_len)]
+    while buckets[-1] <= last_slot:
+        buckets.append(bucket_for(buckets[-1], max_seq_len))
+    return buckets
+
+
+class EagerStepper:
+    """Operator by operator, over exactly the slots in use. `dynamic` and `static`."""
+
+    def __init__(self, state: DecodeState) -> None:
+        self._state = state
+
+    def prepare(self, first_slot: int, last_slot: int) -> None:
+        return
+
+    def run(self, slot: int) -> None:
+        self._state.advance(self._state.kind, AttentionPlan(slot + 1, None))
+
+
+class CompiledStepper:
+    """The step through torch.compile, one compilation per length class. `static-compile`."""
+
+    def __init__(self, state: DecodeState) -> None:
+        self._state = state
+        self._step: Callable[[SamplerKind, int], None] = torch.compile(
+            state.advance_masked, dynamic=False
+        )
+
+    def prepare(self, first_slot: int, last_slot: int) -> None:
+        return
+
+    def run(self, slot: int) -> None:
+        self._step(self._state.kind, bucket_for(slot, len(self._state.slots)))
+
+
+class GraphStepper:
+    """The step as a CUDA graph per length class and kind of sampling. `static-graph`.
+
+    Graphs share one memory pool: they never run at the same time, and nothing but the state's
+    buffers outlives a replay.
+    """
+
+    def __init__(self, state: DecodeState) -> None:
+        self._state = state
+        self._graphs: dict[tuple[SamplerKind, int], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def prepare(self, first_slot: int, last_slot: int) -> None:
+        """Capture the graphs that are missing. Overwrites the state: comes before `begin`."""
+        for bucket in buckets_between(first_slot, last_slot, len(self._state.slots)):
+            key = (self._state.kind, bucket)
+            if key not in self._graphs:
+                self._graphs[key] = self._capture(*key)
+
+    def run(self, slot: int) -> None:
+        bucket = bucket_for(slot, len(self._state.slots))
+        self._graphs[self._state.kind, bucket].replay()
+
+    def _capture(self, kind: SamplerKind, bucket: int) -> torch.cuda.CUDAGraph:
+        state = self._state
+        # What the warm-up writes must not land on keys and values that are in use.
+        state.slot.fill_(len(state.slots) - 1)
+        stream = torch.cuda.Stream(state.model.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # cuBLAS and the allocator set themselves up here and not in the graph.
+            for _ in range(2):
+                state.advance_masked(kind, bucket)
+                state.slot.fill_(len(state.slots) - 1)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            state.advance_masked(kind, bucket)
+        return graph
+
+
+STEPPERS: Mapping[Cache, Callable[[DecodeState], Stepper]] = {
+    Cache.DYNAMIC: EagerStepper,
+    Cache.STATIC: EagerStepper,
+    Cache.STATIC_COMPILE: CompiledStepper,
+    Cache.STATIC_GRAPH: GraphStepper,
+}

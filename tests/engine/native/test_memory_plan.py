@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+
+from qwencli.config import DType
+from qwencli.engine.native.memory_plan import DEFAULT_MAX_SEQ_LEN, plan_memory
+from qwencli.errors import OutOfMemoryError
+from qwencli.models.builtin import hub_config
+
+GIB = 2**30
+
+
+def plan(free_gib, wanted=None, name="qwen3-vl-4b"):
+    return plan_memory(
+        hub_config(name),
+        name,
+        dtype=DType.BFLOAT16,
+        model_limit=262144,
+        wanted=wanted,
+        free_bytes=None if free_gib is None else int(free_gib * GIB),
+    )
+
+
+def test_plenty_of_memory_gives_the_default_or_what_was_wanted():
+    assert plan(80).max_seq_len == DEFAULT_MAX_SEQ_LEN
+    assert plan(80, wanted=40_000).max_seq_len == 40_000
+    assert plan(None).max_seq_len == DEFAULT_MAX_SEQ_LEN
+
+
+def test_little_memory_shortens_the_sequences_until_they_fit():
+    tight = plan(10.5)
+    assert 1024 <= tight.max_seq_len < DEFAULT_MAX_SEQ_LEN
+    assert tight.total <= 10.5 * GIB
+    assert tight.max_seq_len % 256 == 0
+
+
+def test_a_wanted_length_that_does_not_fit_names_the_longest_that_does():
+    with pytest.raises(OutOfMemoryError, match=r"needs .* GiB \(weights 8\.3.*are free") as caught:
+        plan(12, wanted=100_000)
+    longest = int(caught.value.hint.split()[1])
+    assert plan(12, wanted=longest).max_seq_len == longest
+    with pytest.raises(OutOfMemoryError):
+        plan(12, wanted=longest + 256)
+
+
+@pytest.mark.parametrize(("free", "hint"), [(7.0, "8bit"), (5.2, "4bit"), (1.0, "smaller model")])
+def test_weights_that_do_not_fit_name_what_would(free, hint):
+    with pytest.raises(OutOfMemoryError) as caught:
+        plan(free)
+    assert hint in caught.value.hint

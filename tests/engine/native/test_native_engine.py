@@ -1,0 +1,220 @@
+"""The native engine against the transformers engine on small random checkpoints, on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwencli.config import Attention, Cache, EngineName, Quantization, SamplingOptions
+from qwencli.engine.native.engine import NativeEngine
+from qwencli.engine.reference.engine import TransformersEngine
+from qwencli.errors import InputError, OutOfMemoryError, UnsupportedModeError
+from qwencli.messages import GenerationRequest, text_message, user_message
+from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, picture
+
+GREEDY = SamplingOptions(do_sample=False, max_new_tokens=64)
+
+
+def ask(text="Describe this image.", images=(), sampling=GREEDY):
+    return GenerationRequest((user_message(text, tuple(images)),), sampling, ignore_eos=True)
+
+
+def native_config(folder, **settings):
+    return engine_config(folder, engine=EngineName.NATIVE, **settings)
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint):
+    with NativeEngine(native_config(checkpoint("qwen3_vl"))) as loaded:
+        yield loaded
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_same_tokens_as_transformers(checkpoint, family):
+    images = (picture(), picture(96, 64)) if family in VISION_FAMILIES else ()
+    request = ask(images=images)
+    with TransformersEngine(engine_config(checkpoint(family))) as reference:
+        expected = reference.generate(request)
+    with NativeEngine(native_config(checkpoint(family))) as loaded:
+        result = loaded.generate(request)
+    assert result.token_ids == expected.token_ids
+    assert result.num_image_tokens == expected.num_image_tokens
+    assert len(set(result.token_ids)) > 8, "a constant answer would prove little"
+
+
+@pytest.mark.parametrize("cache", [Cache.DYNAMIC, Cache.STATIC])
+@pytest.mark.parametrize("attention", [Attention.SDPA, Attention.EAGER])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "repetition_penalty": 1.3},
+        {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 5},
+        {"temperature": 1.5, "top_k": 0, "min_p": 0.02, "seed": 6},
+    ],
+)
+def test_modes_agree(checkpoint, engine, cache, attention, sampling):
+    request = ask(images=[picture()], sampling=SamplingOptions(max_new_tokens=24, **sampling))
+    expected = engine.generate(request)
+    config = native_config(checkpoint("qwen3_vl"), cache=cache, attention=attention)
+    with NativeEngine(config) as other:
+        assert other.generate(request).token_ids == expected.token_ids
+        assert (other.ran.cache, other.ran.attention) == (cache.value, attention.value)
+
+
+def test_repetition_penalty_as_transformers_applies_it(checkpoint, engine):
+    sampling = SamplingOptions(do_sample=False, max_new_tokens=24, repetition_penalty=1.3)
+    with TransformersEngine(engine_config(checkpoint("qwen3_vl"))) as reference:
+        expected = reference.generate(ask(sampling=sampling))
+    assert engine.generate(ask(sampling=sampling)).token_ids == expected.token_ids
+
+
+def chat_turns(engine, turns=3):
+    """Greedy turns of one chat with a picture in the first; returns the answers' tokens."""
+    messages = [user_message("Describe this image.", (picture(),))]
+    answers = []
+    for _ in range(turns):
+        result = engine.generate(
+            GenerationRequest(tuple(messages), SamplingOptions(do_sample=False, max_new_tokens=12))
+        )
+        answers.append((result.num_prompt_tokens, result.token_ids))
+        messages += [text_message("assistant", result.text), user_message("left")]
+    return answers
+
+
+@pytest.mark.parametrize("cache", [Cache.DYNAMIC, Cache.STATIC])
+def test_a_next_turn_prefills_only_what_is_new(checkpoint, monkeypatch, cache):
+    with NativeEngine(native_config(checkpoint("qwen3_vl"), cache=cache)) as loaded:
+        without_reuse = []
+        for number in range(1, 4):
+            loaded._generation.forget()
+            without_reuse = chat_turns(loaded, number)
+        loaded._generation.forget()
+        encoded, prefilled = [], []
+        model = loaded._generation._model
+        encode, prefill = model.encode_images, model.prefill
+        monkeypatch.setattr(
+            model, "encode_images", lambda *a, **k: encoded.append(1) or encode(*a, **k)
+        )
+
+        def counting(inputs, kv, start=0, stop=None):
+            prefilled.append(inputs.length - start)
+            return prefill(inputs, kv, start=start)
+
+        monkeypatch.setattr(model, "prefill", counting)
+        assert chat_turns(loaded) == without_reuse
+    assert len(encoded) == 1
+    prompts = [tokens for tokens, _ in without_reuse]
+    assert prefilled[0] == prompts[0]
+    assert all(new < 40 < total for new, total in zip(prefilled[1:], prompts[1:], strict=True))
+
+
+def test_another_picture_of_the_same_size_is_not_mistaken(engine):
+    from dataclasses import replace
+
+    dark = picture()
+    light = replace(dark, image=dark.image.point(lambda value: 255 - value))
+    first, second = ask(images=[dark]), ask(images=[light])
+    fresh = engine.generate(second).token_ids
+    assert engine.generate(first).token_ids != fresh
+    assert engine.generate(second).token_ids == fresh
+
+
+def test_a_cancelled_request_leaves_cache_and_engine_usable(engine):
+    expected = engine.generate(ask(images=[picture()])).token_ids
+    stream = engine.stream(ask(images=[picture()]))
+    for _ in range(5):
+        next(stream)
+    stream.close()
+    assert engine.generate(ask(images=[picture()])).token_ids == expected
+
+
+def test_a_failed_request_leaves_cache_and_engine_usable(engine, monkeypatch):
+    expected = engine.generate(ask()).token_ids
+    stepper = engine._generation._stepper
+
+    def broken(slot):
+        raise torch_out_of_memory()
+
+    monkeypatch.setattr(stepper, "run", broken)
+    with pytest.raises(OutOfMemoryError, match="answering a prompt"):
+        engine.generate(ask())
+    monkeypatch.undo()
+    assert engine.generate(ask()).token_ids == expected
+
+
+def torch_out_of_memory():
+    import torch
+
+    return torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_stop_token_ends_the_answer_early(engine, monkeypatch):
+    import dataclasses
+
+    free = engine.generate(ask())
+    stop = free.token_ids[5]
+    monkeypatch.setattr(engine, "_files", dataclasses.replace(engine.files, stop_token_ids=(stop,)))
+    stopped = engine.generate(GenerationRequest(ask().messages, GREEDY))
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
+
+
+def test_garbage_collection_is_off_while_decoding_and_on_afterwards(engine):
+    import gc
+
+    during = {gc.isenabled() for chunk in engine.stream(ask()) if chunk.result is None}
+    assert during == {False}
+    assert gc.isenabled()
+
+
+def test_one_hundred_pictures(engine):
+    result = engine.generate(
+        ask(images=[picture(32, 32)] * 100, sampling=SamplingOptions(max_new_tokens=2))
+    )
+    assert result.num_image_tokens == 100
+
+
+def test_prompt_longer_than_the_cache_is_refused(checkpoint):
+    with NativeEngine(native_config(checkpoint("qwen3"), max_seq_len=64)) as loaded:
+        with pytest.raises(InputError, match="holds 64"):
+            loaded.generate(ask())
+        short = SamplingOptions(do_sample=False, max_new_tokens=4)
+        assert loaded.generate(ask("a", sampling=short)).num_new_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "nearest"),
+    [
+        ({"quantization": Quantization.INT4}, "none"),
+        ({"cache": Cache.STATIC_GRAPH}, "static"),
+        ({"attention": Attention.FLASH}, "sdpa"),
+    ],
+)
+def test_modes_that_cannot_run_here_name_the_nearest(checkpoint, settings, nearest):
+    with pytest.raises(UnsupportedModeError) as caught:
+        NativeEngine(native_config(checkpoint("qwen3"), **settings)).load()
+    assert caught.value.nearest == nearest
+
+
+def test_timings_are_consistent(engine):
+    engine._generation.forget()
+    result = engine.generate(ask(images=[picture()]))
+    t = result.timings
+    assert list(result.token_t_s) == sorted(result.token_t_s)
+    assert t.decode_s == pytest.approx(result.token_t_s[-1] - result.token_t_s[0], rel=1e-6)
+    assert t.ttft_s >= t.preprocess_s + t.vision_encode_s + t.prefill_s
+    assert t.e2e_s >= t.ttft_s + t.decode_s
+
+
+def test_close_drops_the_model_and_load_brings_it_back(checkpoint):
+    import gc
+    import weakref
+
+    engine = NativeEngine(native_config(checkpoint("qwen3")))
+    first = engine.generate(ask())
+    weights = weakref.ref(engine._generation._model.decoder)
+    engine.close()
+    gc.collect()
+    assert weights() is None
+    assert engine.generate(ask()).token_ids == first.token_ids
+    engine.close()

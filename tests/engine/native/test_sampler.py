@@ -1,0 +1,110 @@
+"""The on-device sampler against distributions worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwencli.config import SamplingParams
+from qwencli.engine.native.sampler import Sampler, SamplerKind, kind_of
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+DRAWS = 4000
+
+
+def draw(sampling: SamplingParams, logits=LOGITS, seen=(), draws=DRAWS):
+    """Frequencies of `draws` independent draws from the same logits."""
+    sampler = Sampler(len(logits), draws, torch.device("cpu"))
+    params = SamplingParams(**{**vars(sampling), "max_new_tokens": draws})
+    counts = torch.zeros(len(logits))
+    sampler.begin(params, torch.tensor(seen, dtype=torch.int64))
+    for step in range(draws):
+        before = sampler.seen.clone()
+        token = sampler.sample(logits, torch.tensor([step]), kind_of(params))
+        sampler.seen.copy_(before)
+        counts[token] += 1
+    return counts
+
+
+def expected(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, logits=LOGITS):
+    """The distribution that transformers' warpers leave, in their order."""
+    scores = logits / temperature
+    if top_k:
+        scores = scores.masked_fill(scores < scores.topk(top_k).values[-1], -torch.inf)
+    probs = scores.softmax(-1)
+    order = probs.argsort(descending=True)
+    before = probs[order].cumsum(-1) - probs[order]
+    keep = torch.zeros(len(logits), dtype=torch.bool)
+    keep[order] = before < top_p
+    keep &= probs >= min_p * probs.max()
+    kept = probs * keep
+    return kept / kept.sum()
+
+
+# 99.9% points of chi-square for 1 to 5 degrees of freedom.
+CHI_SQUARE = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0},
+        {"top_k": 3},
+        {"top_p": 0.7},
+        {"min_p": 0.2},
+        {"temperature": 1.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1},
+    ],
+)
+def test_draws_follow_the_distribution(settings):
+    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 11}
+    counts = draw(SamplingParams(**{**neutral, **settings}))
+    wanted = expected(**settings) * DRAWS
+    possible = wanted > 0
+    assert counts[~possible].sum() == 0
+    statistic = ((counts - wanted)[possible] ** 2 / wanted[possible]).sum()
+    assert statistic < CHI_SQUARE[int(possible.sum()) - 1]
+
+
+def test_the_same_seed_draws_the_same_and_another_does_not():
+    def tokens(seed):
+        sampling = SamplingParams(top_k=0, top_p=1.0, seed=seed)
+        return draw(sampling, draws=200).tolist()
+
+    assert tokens(1) == tokens(1)
+    assert tokens(1) != tokens(2)
+
+
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}])
+def test_the_likeliest_token_always_stays(narrow):
+    open_filters = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 3}
+    counts = draw(SamplingParams(**{**open_filters, **narrow}), draws=100)
+    assert counts[0] == 100
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_scores():
+    sampler = Sampler(6, 4, torch.device("cpu"))
+    sampler.begin(SamplingParams(do_sample=False, repetition_penalty=2.0), torch.tensor([0, 4]))
+    assert sampler._penalised(LOGITS).tolist() == [1.0, 1.0, 0.5, 0.0, -2.0, -3.0]
+
+
+def test_a_chosen_token_counts_as_seen():
+    sampler = Sampler(6, 4, torch.device("cpu"))
+    sampler.begin(SamplingParams(do_sample=False, repetition_penalty=2.0), torch.tensor([5]))
+    logits = torch.tensor([2.0, 1.9, 0.0, 0.0, 0.0, 0.0])
+    step = torch.tensor([0])
+    chosen = [int(sampler.sample(logits, step, SamplerKind.GREEDY)) for _ in range(2)]
+    assert chosen == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kind"),
+    [
+        (SamplingParams(do_sample=False, top_k=5), SamplerKind.GREEDY),
+        (SamplingParams(top_k=5), SamplerKind.TOP_K),
+        (SamplingParams(top_k=0), SamplerKind.FULL),
+    ],
+)
+def test_kind_is_the_smallest_that_can_express_the_request(sampling, kind):
+    assert kind_of(sampling) is kind
