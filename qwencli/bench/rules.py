@@ -17,14 +17,24 @@ if TYPE_CHECKING:
 
 Rule = Callable[["BenchCell", DeviceFacts], str | None]
 
-ENGINES_HERE = (EngineName.TRANSFORMERS,)
+ENGINES_HERE = (EngineName.NATIVE, EngineName.TRANSFORMERS)
 BITSANDBYTES = (Quantization.INT8, Quantization.INT4)
 
 
 def _engine(cell: BenchCell, facts: DeviceFacts) -> str | None:
     if cell.engine in ENGINES_HERE:
         return None
-    return f"the {cell.engine} engine is not part of this version; transformers is"
+    return f"the {cell.engine} engine is not part of this version; native is"
+
+
+def _native(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    if cell.engine is not EngineName.NATIVE:
+        return None
+    if cell.quantization is not Quantization.NONE:
+        return f"the native engine has no {cell.quantization} weights yet; transformers has"
+    if cell.cache is Cache.STATIC_GRAPH and facts.kind != "cuda":
+        return "CUDA graphs need a CUDA device; static is the nearest here"
+    return None
 
 
 def _graph(cell: BenchCell, facts: DeviceFacts) -> str | None:
@@ -57,7 +67,7 @@ def _compile(cell: BenchCell, facts: DeviceFacts) -> str | None:
     return facts.compile_blocker if cell.cache is Cache.STATIC_COMPILE else None
 
 
-RULES: tuple[Rule, ...] = (_engine, _graph, _fp8, _flash, _bitsandbytes, _compile)
+RULES: tuple[Rule, ...] = (_engine, _native, _graph, _fp8, _flash, _bitsandbytes, _compile)
 
 
 def skip_reason(cell: BenchCell, facts: DeviceFacts) -> str | None:

@@ -72,7 +72,9 @@ def test_cell_id_is_readable_and_does_not_change(cpu):
 @pytest.mark.parametrize(
     ("axes", "reason"),
     [
-        ({"engine": "native"}, "native engine is not part"),
+        ({"engine": "remote"}, "remote engine is not part"),
+        ({"engine": "native", "cache": "static-graph"}, "need a CUDA device"),
+        ({"engine": "native", "quantization": "4bit"}, "has no 4bit weights yet"),
         ({"cache": "static-graph"}, "static-compile is the nearest"),
         ({"quantization": "fp8"}, "8bit is the nearest"),
         ({"attention": "flash_attention_2"}, "needs a CUDA device"),
