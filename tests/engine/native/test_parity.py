@@ -1,0 +1,111 @@
+"""The native model against `transformers`: random tiny models of every family, in float32."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qwencli.config import Attention
+from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.prompt_inputs import PromptInputs
+from tests.engine.native import reference, tiny
+from tests.engine.native.decoding import decode
+
+STEPS = 64
+TOLERANCE = 1e-4
+MAX_SEQ_LEN = 512
+
+# Derandomized: a pair of logits closer than float noise would otherwise fail a run now and then.
+parity = settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+def run_both(
+    config: dict[str, Any], rows: list[tiny.Row], attention: Attention, folder: Path
+) -> tuple[QwenModel, PromptInputs, torch.Tensor, list[torch.Tensor]]:
+    """Build both models; the reference generates. Returns its tokens [B, STEPS] and logits."""
+    theirs = reference.reference_model(config)
+    ours = reference.native_model(theirs, folder, MAX_SEQ_LEN, attention)
+    assert ours.unused_tensors == ()
+    vision = ours.shape.vision
+    patches = reference.pixels(rows, vision.patch_elements if vision else 0)
+    inputs = reference.native_inputs(ours, rows, patches)
+    kwargs = reference.reference_inputs(config["model_type"], inputs, rows, patches)
+    out = theirs.generate(
+        **kwargs,
+        max_new_tokens=STEPS,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return ours, inputs, out.sequences[:, inputs.length :], list(out.logits)
+
+
+def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    for step, (mine, expected) in enumerate(zip(ours, theirs, strict=True)):
+        torch.testing.assert_close(
+            mine, expected, atol=TOLERANCE, rtol=0, msg=lambda m, s=step: f"step {s}: {m}"
+        )
+        first, second = expected.topk(2).values.unbind(-1)
+        decided = first - second > 2 * TOLERANCE
+        assert torch.equal(mine.argmax(-1)[decided], expected.argmax(-1)[decided])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("attention", [Attention.SDPA, Attention.EAGER])
+@torch.inference_mode()
+def test_prompt_and_64_tokens_equal_the_reference(family: str, attention: Attention) -> None:
+    @parity
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        config = data.draw(tiny.configs(family))
+        rows = data.draw(tiny.batches(family))
+        with tempfile.TemporaryDirectory() as folder:
+            model, inputs, tokens, expected = run_both(config, rows, attention, Path(folder))
+        static = decode(model, inputs, model.static_cache(inputs.batch), tokens)
+        assert_same(static, expected)
+        dynamic = decode(model, inputs, model.dynamic_cache(inputs.batch), tokens)
+        for mine, same in zip(static, dynamic, strict=True):
+            torch.testing.assert_close(mine, same, atol=1e-5, rtol=0)
+
+    check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@torch.inference_mode()
+def test_several_images_encoded_together_equal_the_reference_tower(family: str) -> None:
+    @parity
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        config = data.draw(tiny.configs(family))
+        sides = st.integers(1, 6).map(lambda n: n * tiny.MERGE)
+        grid = st.tuples(st.integers(1, 2), sides, sides)
+        grids = data.draw(st.lists(grid, min_size=2, max_size=4))
+        theirs = reference.reference_model(config)
+        with tempfile.TemporaryDirectory() as folder:
+            model = reference.native_model(theirs, Path(folder), MAX_SEQ_LEN)
+        assert model.vision is not None
+        count = sum(t * h * w for t, h, w in grids)
+        patches = torch.randn(count, model.vision.shape.patch_elements)
+        expected = theirs.model.visual(patches, grid_thw=torch.tensor(grids))
+        # The second call runs from the kept layout.
+        for features in (model.encode_images(patches, grids), model.encode_images(patches, grids)):
+            torch.testing.assert_close(features.embeds, expected.pooler_output, atol=1e-5, rtol=1e-5)
+            layers = getattr(expected, "deepstack_features", None) or []
+            for mine, layer in zip(features.deepstack, layers, strict=True):
+                torch.testing.assert_close(mine, layer, atol=1e-5, rtol=1e-5)
+
+    check()

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from qwencli.engine.native.shapes import ModelShape, RopeShape
+from qwencli.errors import ModelFileError
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+VISION3: dict[str, Any] = {
+    "depth": 6,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 4,
+    "num_position_embeddings": 25,
+    "out_hidden_size": 256,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "deepstack_visual_indexes": [5, 1],
+}
+TOKENS = {
+    "image_token_id": 290,
+    "video_token_id": 291,
+    "vision_start_token_id": 292,
+    "vision_end_token_id": 293,
+}
+
+
+def qwen3_vl() -> dict[str, Any]:
+    rope = {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    return {
+        "model_type": "qwen3_vl",
+        "text_config": TEXT | {"head_dim": 128, "rope_scaling": rope, "rope_theta": 5e6},
+        "vision_config": dict(VISION3),
+        "tie_word_embeddings": True,
+        **TOKENS,
+    }
+
+
+def qwen2_5_vl() -> dict[str, Any]:
+    """The flat layout of the hub, with its own spellings."""
+    vision = {k: v for k, v in VISION3.items() if k not in ("deepstack_visual_indexes", "patch_size")}
+    return {
+        "model_type": "qwen2_5_vl",
+        **TEXT,
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+        "vision_config": vision
+        | {
+            "patch_size": 14,
+            "in_chans": 3,
+            "window_size": 112,
+            "fullatt_block_indexes": [5],
+            "tokens_per_second": 2,
+        },
+        **TOKENS,
+    }
+
+
+def test_qwen3_vl() -> None:
+    shape = ModelShape.from_hub_config(qwen3_vl())
+    text, vision = shape.text, shape.vision
+    assert vision is not None
+    assert (text.head_dim, text.qk_norm, text.qkv_bias, text.tied_head) == (128, True, False, True)
+    assert text.rope == RopeShape(5e6, (24, 20, 20), interleaved=True)
+    assert (vision.position_side, vision.deepstack_layers, vision.window_patches) == (5, (5, 1), None)
+    assert shape.split_video_frames
+    assert text.kv_bytes_per_token(2) == 2 * 4 * 2 * 128 * 2
+
+
+def test_flat_qwen2_5_vl() -> None:
+    shape = ModelShape.from_hub_config(qwen2_5_vl())
+    text, vision = shape.text, shape.vision
+    assert vision is not None
+    assert (text.head_dim, text.qk_norm, text.qkv_bias, text.o_bias) == (64, False, True, False)
+    assert not text.tied_head
+    assert text.rope == RopeShape(1e6, (8, 12, 12))
+    assert (vision.window_patches, vision.full_attention_layers) == (8, (5,))
+    assert (vision.in_channels, vision.gated_mlp, vision.norm) == (3, True, "rms")
+    assert shape.tokens_per_second == 2
+
+
+def test_qwen2_vl_takes_its_width_from_embed_dim_and_ratio() -> None:
+    config = qwen2_5_vl() | {"model_type": "qwen2_vl"}
+    config["vision_config"] = {
+        "depth": 2,
+        "embed_dim": 64,
+        "hidden_size": 256,
+        "mlp_ratio": 4,
+        "num_heads": 4,
+        "in_chans": 3,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    vision = ModelShape.from_hub_config(config).vision
+    assert vision is not None
+    assert (vision.hidden_size, vision.intermediate_size, vision.out_hidden_size) == (64, 256, 256)
+    assert vision.activation == "quick_gelu"
+
+
+def test_text_models_and_defaults() -> None:
+    qwen3 = ModelShape.from_hub_config({"model_type": "qwen3", **TEXT, "attention_bias": True})
+    assert qwen3.vision is None
+    assert (qwen3.text.head_dim, qwen3.text.qkv_bias, qwen3.text.o_bias) == (128, True, True)
+    assert qwen3.text.rope == RopeShape(10_000.0)
+    qwen2 = ModelShape.from_hub_config({"model_type": "qwen2", **TEXT, "num_key_value_heads": None})
+    assert (qwen2.text.head_dim, qwen2.text.num_kv_heads, qwen2.text.qkv_bias) == (64, 4, True)
+
+
+def test_rope_parameters_is_the_newer_spelling() -> None:
+    config = qwen3_vl()
+    scaling = config["text_config"].pop("rope_scaling")
+    config["text_config"]["rope_parameters"] = scaling | {"rope_theta": 7e6}
+    assert ModelShape.from_hub_config(config).text.rope.theta == 7e6
+
+
+@pytest.mark.parametrize("place", ["text_config", "root"])
+def test_either_place_ties_the_head(place: str) -> None:
+    config = qwen3_vl() | {"tie_word_embeddings": place == "root"}
+    config["text_config"]["tie_word_embeddings"] = place == "text_config"
+    assert ModelShape.from_hub_config(config).text.tied_head
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("model_type",), "llama", "model_type 'llama'"),
+        (("model_type",), None, "model_type None"),
+        (("model_type",), ["qwen3"], "model_type"),
+        (("text_config", "vocab_size"), None, "lacks 'vocab_size'"),
+        (("text_config", "hidden_size"), -1, "hidden_size is -1"),
+        (("text_config", "hidden_size"), "256", "hidden_size is '256'"),
+        (("text_config", "num_hidden_layers"), True, "num_hidden_layers is True"),
+        (("text_config", "num_key_value_heads"), 3, "4 attention heads do not divide by 3"),
+        (("text_config", "head_dim"), 127, "head_dim 127"),
+        (("text_config", "hidden_act"), "gelu", "hidden_act is 'gelu'"),
+        (("text_config", "rms_norm_eps"), float("nan"), "rms_norm_eps is nan"),
+        (("text_config", "rope_scaling", "rope_type"), "yarn", "'yarn' rotary scaling"),
+        (("text_config", "rope_scaling", "mrope_section"), [24, 20], "mrope_section"),
+        (("text_config", "rope_scaling", "mrope_section"), [24, 20, 21], "does not sum"),
+        (("text_config", "rope_scaling", "mrope_interleaved"), False, "mrope_interleaved"),
+        (("text_config",), 7, "'text_config' is not an object"),
+        (("vision_config",), None, "no object 'vision_config'"),
+        (("vision_config", "num_heads"), 3, "vision width 64 and 3 heads"),
+        (("vision_config", "num_heads"), 32, "vision width 64 and 32 heads"),
+        (("vision_config", "out_hidden_size"), 128, "ends in 128 values"),
+        (("vision_config", "num_position_embeddings"), 26, "26 is not a square"),
+        (("vision_config", "deepstack_visual_indexes"), [6], "deepstack_visual_indexes is [6]"),
+        (("vision_config", "deepstack_visual_indexes"), [1, 1], "deepstack_visual_indexes"),
+        (("vision_config", "deepstack_visual_indexes"), None, "deepstack_visual_indexes"),
+        (("vision_config", "deepstack_visual_indexes"), [0, 1, 2, 3, 4], "has 5 entries"),
+        (("vision_config", "hidden_act"), "relu", "hidden_act is 'relu'"),
+        (("image_token_id",), 300, "not below vocab_size 300"),
+        (("video_token_id",), None, "lacks 'video_token_id'"),
+    ],
+)
+def test_bad_values_are_named(path: tuple[str, ...], value: object, said: str) -> None:
+    config = copy.deepcopy(qwen3_vl())
+    place = config
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(ModelFileError) as caught:
+        ModelShape.from_hub_config(config)
+    assert said in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hidden_size", 254, "254 does not divide by 4 attention heads"),
+        ("use_sliding_window", True, "use_sliding_window"),
+    ],
+)
+def test_bad_values_of_the_older_families(key: str, value: object, said: str) -> None:
+    config = qwen2_5_vl() | {key: value, "max_window_layers": 2}
+    with pytest.raises(ModelFileError, match=said):
+        ModelShape.from_hub_config(config)
+
+
+def test_a_window_smaller_than_a_merged_token() -> None:
+    config = qwen2_5_vl()
+    config["vision_config"]["window_size"] = 27
+    with pytest.raises(ModelFileError, match="window_size 27"):
+        ModelShape.from_hub_config(config)

@@ -1,0 +1,132 @@
+"""Tiny random models of every family: their config.json contents, drawn by hypothesis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import strategies as st
+
+IMAGE, VIDEO, START, END = 290, 291, 292, 293
+VOCAB = 301
+FAMILIES = ("qwen3_vl", "qwen2_5_vl", "qwen2_vl", "qwen3", "qwen2")
+PATCH, MERGE, FRAMES = 4, 2, 2
+
+
+@st.composite
+def text_configs(draw: st.DrawFn, family: str) -> dict[str, Any]:
+    kv_heads = draw(st.sampled_from((1, 2, 3)))
+    heads = kv_heads * draw(st.sampled_from((1, 2, 3)))
+    head_dim = draw(st.sampled_from((64, 128) if heads < 6 else (64,)))
+    own_head_dim = family.startswith("qwen3")
+    config: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": draw(st.sampled_from((96, 160))) if own_head_dim else heads * head_dim,
+        "intermediate_size": draw(st.sampled_from((72, 136))),
+        "num_hidden_layers": draw(st.integers(2, 4)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": draw(st.sampled_from((1e-6, 1e-5))),
+    }
+    if own_head_dim:
+        config["head_dim"] = head_dim
+        config["attention_bias"] = draw(st.booleans())
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": draw(st.sampled_from((1e4, 5e6)))}
+    if family.endswith("vl"):
+        first = draw(st.sampled_from((8, 12)))
+        rest = head_dim // 2 - first
+        rope["mrope_section"] = [first, rest // 2, rest - rest // 2]
+        if family == "qwen3_vl":
+            rope["mrope_section"] = [head_dim // 2 - 2 * (head_dim // 6), *[head_dim // 6] * 2]
+            rope["mrope_interleaved"] = True
+    config["rope_parameters"] = rope
+    return config
+
+
+@st.composite
+def vision_configs(draw: st.DrawFn, family: str, text_hidden: int) -> dict[str, Any]:
+    heads = draw(st.sampled_from((1, 2, 3)))
+    width = heads * draw(st.sampled_from((16, 24)))
+    depth = draw(st.integers(2, 4))
+    config: dict[str, Any] = {
+        "depth": depth,
+        "num_heads": heads,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": FRAMES,
+        "in_channels": 3,
+    }
+    if family == "qwen2_vl":
+        return config | {"embed_dim": width, "hidden_size": text_hidden, "mlp_ratio": 2}
+    config |= {"hidden_size": width, "out_hidden_size": text_hidden, "intermediate_size": 2 * width + 4}
+    some_layers = st.lists(st.integers(0, depth - 1), unique=True, min_size=1, max_size=2)
+    if family == "qwen3_vl":
+        config["num_position_embeddings"] = draw(st.sampled_from((25, 64)))
+        config["deepstack_visual_indexes"] = sorted(draw(some_layers))
+    else:
+        config["window_size"] = draw(st.sampled_from((2, 3))) * PATCH * MERGE
+        config["fullatt_block_indexes"] = sorted(draw(some_layers))
+        config["tokens_per_second"] = draw(st.sampled_from((1, 2, 4)))
+    return config
+
+
+@st.composite
+def configs(draw: st.DrawFn, family: str) -> dict[str, Any]:
+    """Contents of a config.json."""
+    text = draw(text_configs(family))
+    tied = draw(st.booleans())
+    if not family.endswith("vl"):
+        return text | {"model_type": family, "tie_word_embeddings": tied}
+    return {
+        "model_type": family,
+        "text_config": text,
+        "vision_config": draw(vision_configs(family, text["hidden_size"])),
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+        "tie_word_embeddings": tied,
+    }
+
+
+@dataclass(frozen=True)
+class Picture:
+    grid: tuple[int, int, int]
+    video: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt: runs of text around pictures (one more run than pictures)."""
+
+    texts: tuple[tuple[int, ...], ...]
+    pictures: tuple[Picture, ...]
+
+    def ids(self, split_frames: bool) -> list[int]:
+        ids = list(self.texts[0])
+        for picture, text in zip(self.pictures, self.texts[1:], strict=True):
+            t, h, w = picture.grid
+            frames = t if picture.video and split_frames else 1
+            for frame in range(frames):
+                tokens = t * h * w // MERGE**2 // frames
+                ids += [7 + frame, START, *[VIDEO if picture.video else IMAGE] * tokens, END]
+            ids += text
+        return ids
+
+
+@st.composite
+def rows(draw: st.DrawFn, pictures: bool) -> Row:
+    sides = st.integers(1, 5).map(lambda n: n * MERGE)
+    found = []
+    for _ in range(draw(st.integers(0, 3)) if pictures else 0):
+        video = draw(st.booleans())
+        grid = (draw(st.integers(1, 3)) if video else 1, draw(sides), draw(sides))
+        found.append(Picture(grid, video, draw(st.sampled_from((1.0, 2.0, 3.0)))))
+    text = st.lists(st.integers(0, 280), min_size=1, max_size=9).map(tuple)
+    return Row(tuple(draw(text) for _ in range(len(found) + 1)), tuple(found))
+
+
+def batches(family: str) -> st.SearchStrategy[list[Row]]:
+    return st.lists(rows(family.endswith("vl")), min_size=1, max_size=4)
