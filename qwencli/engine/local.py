@@ -10,7 +10,7 @@ from typing import Self
 from qwencli.config import EngineConfig, SamplingParams, resolve_sampling
 from qwencli.engine.answer import Answer
 from qwencli.engine.base import drain
-from qwencli.engine.memory_errors import is_out_of_memory, out_of_memory_error
+from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error
 from qwencli.engine.prompt import Prompt
 from qwencli.engine.sources import ModelFiles, open_model
 from qwencli.errors import InputError, OutOfMemoryError

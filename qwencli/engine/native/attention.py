@@ -105,10 +105,14 @@ def eager(
     kv_heads = keys.shape[1]
     if length == 1:
         grouped = q.view(batch, kv_heads, -1, dim)
-        scores = torch.matmul(grouped, keys.transpose(-1, -2)) * dim**-0.5
-        if plan.mask is not None:
-            scores = scores + plan.mask
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        scores = torch.matmul(grouped, keys.transpose(-1, -2))
+        if plan.mask is None:
+            scores.mul_(dim**-0.5)
+        else:
+            scores = torch.add(plan.mask, scores, alpha=dim**-0.5)
+        # The kernel sums in float32 whatever it reads and writes, so this is what a softmax in
+        # float32 rounded back would give, in one launch.
+        weights = torch.softmax(scores, dim=-1)
         return torch.matmul(weights, values).view(batch, 1, heads * dim)
     rows, k, v = _heads_over_shared_keys(q, keys, values)
     scores = torch.matmul(rows, k.transpose(-1, -2)) * dim**-0.5

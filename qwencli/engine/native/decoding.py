@@ -31,9 +31,9 @@ class DecodeState:
         self.model, self.cache = model, cache
         self.kind = SamplerKind.GREEDY
         self.sampler = Sampler(model.shape.text.vocab_size, max_seq_len, device)
-        self.token, self.slot, self.position, self.step = torch.zeros(
-            4, 1, dtype=torch.int64, device=device
-        ).unbind(0)
+        self.token, self.slot, self.position, self.step = (
+            torch.zeros(1, dtype=torch.int64, device=device) for _ in range(4)
+        )
         self.done = torch.zeros(1, dtype=torch.bool, device=device)
         # One row a possible stop token; unused rows hold an id that no token has.
         self.stop_ids = torch.full((MAX_STOP_TOKENS, 1), -1, dtype=torch.int64, device=device)

@@ -9,6 +9,7 @@ import torch
 
 from qwencli.config import Cache, EngineConfig, LoadFormat, Quantization
 from qwencli.engine.answer import Answer
+from qwencli.engine.device_memory import release
 from qwencli.engine.local import LocalEngine
 from qwencli.engine.native import weights
 from qwencli.engine.native.decoding import DecodeState
@@ -108,18 +109,12 @@ class NativeEngine(LocalEngine):
         if self.ran.cache == Cache.STATIC_COMPILE:
             torch.compiler.reset()
         gc.unfreeze()
-        self._free_cached()
+        release(self.ran.device)
 
     def _recover(self) -> None:
         assert self._generation is not None, "load() comes first"
         self._generation.forget()
-        self._free_cached()
-
-    def _free_cached(self) -> None:
-        gc.collect()
-        if self.ran.device.startswith("cuda"):
-            torch.cuda.synchronize(self.ran.device)
-            torch.cuda.empty_cache()
+        release(self.ran.device)
 
 
 def _free_bytes(device: str) -> int | None:

@@ -30,7 +30,7 @@ class KVCache(Protocol):
 
 
 class StaticKVCache:
-    """One tensor for everything, [L, B, 2 * KVH, max_seq_len, D]: key heads, then value heads.
+    """One tensor a layer, [B, 2 * KVH, max_seq_len, D]: key heads, then value heads.
 
     Keys and values lie side by side, as the fused projection makes them, so that a layer stores
     both with one kernel. Heads lie outside slots because decode reads one head's slots in a row.
@@ -45,10 +45,12 @@ class StaticKVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        size = (shape.num_layers, batch, 2 * shape.num_kv_heads, max_seq_len, shape.head_dim)
-        self.tensor = torch.zeros(size, dtype=dtype, device=device)
-        # Views are made once and not at every layer of every step: each costs a dispatch.
-        self._layers = self.tensor.unbind(0)
+        size = (batch, 2 * shape.num_kv_heads, max_seq_len, shape.head_dim)
+        # Layers are tensors of their own, not views of one: torch.compile cannot write to views
+        # that share a base.
+        self._layers = [
+            torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.num_layers)
+        ]
         self._kv_heads = shape.num_kv_heads
         self._visible: list[KeysValues] = []
         self._visible_len = -1
@@ -65,8 +67,12 @@ class StaticKVCache:
         be below `max_seq_len`. `length` is the caller's to advance.
         """
         self._layers[layer].index_copy_(2, slots, keys_values.transpose(1, 2))
+        if torch.compiler.is_compiling():
+            return self._view(layer, kv_len)
+        # Elsewhere views are made once and not at every step: each costs a dispatch.
         if kv_len != self._visible_len:
-            self._show(kv_len)
+            self._visible = [self._view(index, kv_len) for index in range(len(self._layers))]
+            self._visible_len = kv_len
         return self._visible[layer]
 
     def truncate(self, length: int) -> None:
@@ -74,12 +80,11 @@ class StaticKVCache:
         assert 0 <= length <= self.max_seq_len, "the caller knows how much is in the cache"
         self.length = length
 
-    def _show(self, kv_len: int) -> None:
-        keys, values = self.tensor.narrow(3, 0, kv_len).split_with_sizes(
-            (self._kv_heads,) * 2, dim=2
+    def _view(self, layer: int, kv_len: int) -> KeysValues:
+        keys, values = (
+            self._layers[layer].narrow(2, 0, kv_len).split_with_sizes((self._kv_heads,) * 2, dim=1)
         )
-        self._visible = list(zip(keys.unbind(0), values.unbind(0), strict=True))
-        self._visible_len = kv_len
+        return keys, values
 
 
 class DynamicKVCache:

@@ -6,6 +6,7 @@ step takes one slot. It never waits for the device.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -84,6 +85,8 @@ class GraphStepper:
         self._state = state
         self._graphs: dict[tuple[SamplerKind, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        # cuBLAS keeps a workspace per stream for good, so one stream serves all captures.
+        self._stream = _capture_stream(state.model.device)
 
     def prepare(self, first_slot: int, last_slot: int) -> None:
         """Capture the graphs that are missing. Overwrites the state: comes before `begin`."""
@@ -100,7 +103,7 @@ class GraphStepper:
         state = self._state
         # What the warm-up writes must not land on keys and values that are in use.
         state.slot.fill_(len(state.slots) - 1)
-        stream = torch.cuda.Stream(state.model.device)  # type: ignore[no-untyped-call]
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # cuBLAS and the allocator set themselves up here and not in the graph.
@@ -112,6 +115,11 @@ class GraphStepper:
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             state.advance_masked(kind, bucket)
         return graph
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 STEPPERS: Mapping[Cache, Callable[[DecodeState], Stepper]] = {

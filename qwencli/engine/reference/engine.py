@@ -10,6 +10,7 @@ import torch
 
 from qwencli.config import Cache, EngineConfig
 from qwencli.engine.answer import Answer
+from qwencli.engine.device_memory import release
 from qwencli.engine.local import LocalEngine
 from qwencli.engine.reference import loading
 from qwencli.engine.reference.generating import Generation
@@ -44,7 +45,7 @@ class TransformersEngine(LocalEngine):
             loading.check_effective(self.config, plan, model)
         except UnsupportedModeError:
             del model
-            loading.release(plan.device)
+            release(plan.device)
             raise
         if plan.device.startswith("cuda"):
             torch.cuda.synchronize(plan.device)
@@ -66,7 +67,7 @@ class TransformersEngine(LocalEngine):
         if self.config.cache is Cache.STATIC_COMPILE:
             # Compiled graphs keep their own pool and references to the weights.
             torch.compiler.reset()
-        loading.release(self.ran.device)
+        release(self.ran.device)
 
     def _recover(self) -> None:
-        loading.release(self.ran.device)
+        release(self.ran.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from qwencli.config import Attention, Cache, DType, EngineConfig, LoadFormat, Quantization
-from qwencli.engine.memory_errors import is_out_of_memory, out_of_memory_error
+from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error
 from qwencli.engine.reference.families import build_config, family_of, skeleton
 from qwencli.engine.reference.quantizing import quantization_config, scheme_of, unfit_for_cpu
 from qwencli.engine.reference.random_weights import random_state_dict
@@ -155,13 +154,3 @@ def check_effective(config: EngineConfig, plan: LoadPlan, model: Any) -> None:
         raise UnsupportedModeError(
             f"--quantization {asked}: the loaded model has no quantized layer", nearest="none"
         )
-
-
-def release(device: str) -> None:
-    """Give freed device memory back, after the caller dropped its references."""
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-    elif device == "mps":
-        torch.mps.empty_cache()

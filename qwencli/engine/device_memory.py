@@ -1,4 +1,4 @@
-"""Recognises running out of memory in torch's many words for it, and says what to change."""
+"""Gives device memory back, and recognises running out of it in torch's many words for that."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ from qwencli.errors import OutOfMemoryError
 
 # torch reports host exhaustion as a plain RuntimeError; these are the phrases it uses.
 _HOST_PHRASES = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator", "bad alloc")
+
+
+def release(device: str) -> None:
+    """Return free memory of this process to the device; callers drop their references first."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        # cuBLAS holds a workspace for every stream it has seen, outside what empty_cache returns.
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+    elif device == "mps":
+        torch.mps.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
