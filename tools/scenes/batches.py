@@ -68,7 +68,7 @@ class DataPlan:
     tokenizer: Path
     seed: int = 0
     samples: int = 256
-    pil_share: float = 0.35
+    pil_share: float = 0.4
     easy_batches: int = 400
     fonts: tuple[str, ...] = ("",)
 

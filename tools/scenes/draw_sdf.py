@@ -40,30 +40,34 @@ def draw_batch(
         digit_style: [B] 0 or 1; digit_weight: [B] stroke width as a share of the digit's height.
     """
     width, height = size
-    extents = objects[:, :, 3].amax(0).tolist()
-    extent = float(numbers[:, 3].max()) * 1.2
-    chosen = [
-        [(objects[:, slot, 0] == index).nonzero().squeeze(1).to(device) for index in range(len(SHAPES))]
-        for slot in range(objects.shape[1])
-    ]
-    background, objects, numbers, softness, digit_style, digit_weight = (
-        tensor.to(device, non_blocking=True)
-        for tensor in (background, objects, numbers, softness, digit_style, digit_weight)
-    )
-    canvas = background[:, :, None, None].expand(-1, 3, height, width).clone()
-    for slot in range(objects.shape[1]):
-        rows = objects[:, slot]
-        window = _window(extents[slot] * 1.4, extents[slot] * 1.4, size)
-        px, py, index = _pixels(rows[:, 1], rows[:, 2], window, size)
-        inside = _coverage(_object_distance(rows, px, py, chosen[slot]), softness)
-        inside = inside * (rows[:, 0] >= 0)[:, None]
-        _blend(canvas, index, inside, rows[:, 5:8])
-    window = _window(3 * 0.75 * extent, extent, size)
-    px, py, index = _pixels(numbers[:, 1], numbers[:, 2], window, size)
-    distance = _number_distance(numbers, px, py, digit_style, digit_weight)
-    inside = _coverage(distance, softness) * (numbers[:, 0] >= 0)[:, None]
-    _blend(canvas, index, inside, numbers[:, 4:7])
-    return canvas.round_().clamp_(0, 255)
+    canvas = background.to(device)[:, :, None].repeat(1, 1, width * height)
+    ink = background.to(device)
+    softness_there = softness.to(device)
+    for shape, rows in _groups(objects, min(size)):
+        picked = objects.flatten(0, 1)[rows].to(device)
+        owner = (rows // objects.shape[1]).to(device)
+        window = _window(*[float(objects.flatten(0, 1)[rows, 3].max()) * 1.4] * 2, size)
+        px, py, index = _pixels(picked[:, 1], picked[:, 2], window, size)
+        inside = _coverage(_object_distance(shape, picked, px, py), softness_there[owner])
+        _add(canvas, owner, index, inside, picked[:, 5:8] - ink[owner])
+    rows = (numbers[:, 0] >= 0).nonzero().squeeze(1)
+    if len(rows):
+        extent = float(numbers[rows, 3].max()) * 1.2
+        picked, owner = numbers[rows].to(device), rows.to(device)
+        window = _window(3 * 0.75 * extent, extent, size)
+        px, py, index = _pixels(picked[:, 1], picked[:, 2], window, size)
+        style, weight = digit_style[rows].to(device), digit_weight[rows].to(device)
+        distance = _number_distance(picked, px, py, style, weight)
+        inside = _coverage(distance, softness_there[owner])
+        _add(canvas, owner, index, inside, picked[:, 4:7] - ink[owner])
+    return canvas.view(-1, 3, height, width).round_().clamp_(0, 255)
+
+
+def _groups(objects: Tensor, short: int) -> list[tuple[str, Tensor]]:
+    """Flat rows by shape and size class: each group shares one field and one window size."""
+    kinds, large = objects[..., 0].flatten(), objects[..., 3].flatten() > 0.22 * short
+    masks = [(s, (kinds == i) & (large == big)) for i, s in enumerate(SHAPES) for big in (0, 1)]
+    return [(s, m.nonzero().squeeze(1)) for s, m in masks if bool(m.any())]
 
 
 def _window(width: float, height: float, size: tuple[int, int]) -> tuple[int, int]:
@@ -90,24 +94,20 @@ def _coverage(distance: Tensor, softness: Tensor) -> Tensor:
     return (0.5 - distance / softness.clamp(min=1e-3)[:, None]).clamp(0, 1)
 
 
-def _blend(canvas: Tensor, index: Tensor, inside: Tensor, rgb: Tensor) -> None:
-    flat = canvas.flatten(2)
-    index = index[:, None].expand(-1, 3, -1)
-    old = flat.gather(2, index)
-    flat.scatter_(2, index, old + (rgb[:, :, None] - old) * inside[:, None])
+def _add(canvas: Tensor, owner: Tensor, index: Tensor, inside: Tensor, change: Tensor) -> None:
+    """canvas [B, 3, H*W] += inside * change. Things never overlap, so sums are blends."""
+    planes = (owner[:, None] * 3 + torch.arange(3, device=owner.device))[:, :, None]
+    where = planes * canvas.shape[2] + index[:, None]
+    canvas.view(-1).scatter_add_(0, where.flatten(), (inside[:, None] * change[..., None]).flatten())
 
 
-def _object_distance(rows: Tensor, px: Tensor, py: Tensor, chosen: list[Tensor]) -> Tensor:
-    """Signed distance in pixels [B, P]; each shape is evaluated for its own rows alone."""
+def _object_distance(shape: str, rows: Tensor, px: Tensor, py: Tensor) -> Tensor:
+    """Signed distance in pixels [N, P] of objects of one shape."""
     angle = -rows[:, 4] * (math.pi / 180)
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    scale = rows[:, 3].clamp(min=1)[:, None]
+    scale = rows[:, 3][:, None]
     ux, uy = (px * cos - py * sin) / scale, (px * sin + py * cos) / scale
-    detail = rows[:, 8][:, None]
-    distance = torch.ones_like(ux)
-    for shape, mine in zip(SHAPES, chosen, strict=True):
-        distance[mine] = _FIELDS[shape](ux[mine], uy[mine], detail[mine], scale[mine])
-    return distance * scale
+    return _FIELDS[shape](ux, uy, rows[:, 8][:, None], scale) * scale
 
 
 def _circle(x: Tensor, y: Tensor, detail: Tensor, scale: Tensor) -> Tensor:
@@ -167,10 +167,9 @@ _FIELDS = {
 
 @lru_cache(maxsize=4)
 def _stroke_table(device: torch.device) -> Tensor:
-    """[style, digit, segment, 4]; unused segments repeat the first."""
+    """[style, digit, segment, 4]; unused rows repeat the first segment."""
     rows = [
-        [(digit * MAX_SEGMENTS)[:MAX_SEGMENTS] if len(digit) < MAX_SEGMENTS else digit for digit in style]
-        for style in STROKES
+        [digit + [digit[0]] * (MAX_SEGMENTS - len(digit)) for digit in style] for style in STROKES
     ]
     return torch.tensor(rows, device=device)
 
@@ -178,28 +177,26 @@ def _stroke_table(device: torch.device) -> Tensor:
 def _number_distance(
     numbers: Tensor, px: Tensor, py: Tensor, style: Tensor, weight: Tensor
 ) -> Tensor:
-    """Distance to the nearest stroke of up to three digits, in pixels [B, P]."""
-    value = numbers[:, 0].clamp(min=0).long()
-    height = numbers[:, 3].clamp(min=1)
+    """Distance to the nearest stroke of up to three digits, in pixels [N, P]."""
+    value = numbers[:, 0].long()
+    height = numbers[:, 3]
     digits = 1 + (value >= 10).long() + (value >= 100).long()
-    advance = DIGIT_WIDTH + 0.12
     ux, uy = px / height[:, None], py / height[:, None] + 0.5
     nearest = torch.full_like(ux, 9.0)
     for place in range(3):
         power = (digits - 1 - place).clamp(min=0)
         digit = torch.div(value, 10**power, rounding_mode="floor") % 10
-        left = advance * (place - digits / 2) + 0.06
-        strokes = _stroke_table(px.device)[style.long(), digit]  # [B, S, 4]
-        x = ux - left[:, None]
-        field = torch.full_like(ux, 9.0)
-        for segment in range(MAX_SEGMENTS):
-            field = torch.minimum(field, _segment_distance(x, uy, strokes[:, segment]))
+        left = (DIGIT_WIDTH + 0.12) * (place - digits / 2) + 0.06
+        strokes = _stroke_table(px.device)[style.long(), digit]  # [N, S, 4]
+        field = _segment_distance(ux - left[:, None], uy, strokes)
         nearest = torch.where((place < digits)[:, None], torch.minimum(nearest, field), nearest)
     return (nearest - weight[:, None] / 2) * height[:, None]
 
 
-def _segment_distance(x: Tensor, y: Tensor, segment: Tensor) -> Tensor:
-    ax, ay, bx, by = (segment[:, i, None] for i in range(4))
+def _segment_distance(x: Tensor, y: Tensor, segments: Tensor) -> Tensor:
+    """Distance of points [N, P] to the nearest of the segments [N, S, 4]."""
+    ax, ay, bx, by = (segments[:, :, i, None] for i in range(4))  # [N, S, 1]
     dx, dy = bx - ax, by - ay
-    along = (((x - ax) * dx + (y - ay) * dy) / (dx**2 + dy**2).clamp(min=1e-6)).clamp(0, 1)
-    return torch.hypot(x - ax - along * dx, y - ay - along * dy)
+    fx, fy = x[:, None] - ax, y[:, None] - ay  # [N, S, P]
+    along = ((fx * dx + fy * dy) / (dx**2 + dy**2).clamp(min=1e-6)).clamp(0, 1)
+    return ((fx - along * dx) ** 2 + (fy - along * dy) ** 2).amin(1).sqrt()

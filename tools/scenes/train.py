@@ -51,6 +51,13 @@ class Trainer:
         self.modules = torch.nn.ModuleDict({"net": model, "heads": heads}).to(self.device)
         self.masters = [p.detach().float().clone() for p in self.modules.parameters()]
         self.modules.to(self.dtype)
+        self.parameters = [p for p in self.modules.parameters()]
+        self.gradients = [torch.zeros_like(m) for m in self.masters]
+        for parameter, master, gradient in zip(
+            self.parameters, self.masters, self.gradients, strict=True
+        ):
+            parameter.grad = torch.zeros_like(parameter)
+            master.grad = gradient
         self.average = [m.clone() for m in self.masters]
         matrices = [m for m in self.masters if m.ndim > 1]
         vectors = [m for m in self.masters if m.ndim <= 1]
@@ -88,24 +95,25 @@ class Trainer:
         ]
         return text, torch.stack(dense).mean()
 
-    def train_step(self, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
-        """One update; returns the two losses without waiting for the device."""
-        text, dense = self.losses(batch)
-        (text + DENSE_WEIGHT * dense).backward()
-        parameters = list(self.modules.parameters())
-        for master, parameter in zip(self.masters, parameters, strict=True):
-            missing = parameter.grad is None
-            master.grad = torch.zeros_like(master) if missing else parameter.grad.float()
-            parameter.grad = None
+    @torch.no_grad()
+    def _update(self, progress: float) -> None:
+        torch._foreach_copy_(self.gradients, [p.grad for p in self.parameters])
+        torch._foreach_zero_([p.grad for p in self.parameters])
         torch.nn.utils.clip_grad_norm_(self.masters, CLIP)
         warm = min(1.0, (self.step - self.first_step + 1) / WARM_UP_STEPS)
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
         self.optimizer.step()
         self.step += 1
-        torch._foreach_copy_([p.data for p in parameters], self.masters)
+        torch._foreach_copy_(self.parameters, self.masters)
         decay = min(EMA_DECAY, self.step / (self.step + 20))
         torch._foreach_lerp_(self.average, self.masters, 1 - decay)
+
+    def train_step(self, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+        """One update; returns the two losses without waiting for the device."""
+        text, dense = self.losses(batch)
+        (text + DENSE_WEIGHT * dense).backward()
+        self._update(progress)
         return text.detach(), dense.detach()
 
     def averaged(self) -> Qwen3VL:
@@ -138,7 +146,8 @@ class Trainer:
             torch._foreach_copy_(mine, saved)
         self.optimizer.load_state_dict(content["optimizer"])
         self.step = content["step"]
-        torch._foreach_copy_([p.data for p in self.modules.parameters()], self.masters)
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.masters)
 
 
 def quick_exact(model: Qwen3VL, items: list[HeldOut], device: torch.device) -> float:
