@@ -90,7 +90,10 @@ class Batches(Dataset[Batch]):
         samples = plan.samples // max(1, images)
         canvases = [sample_canvas(rng) for _ in range(images)]
         scenes = [
-            [sample_scene(rng, canvas, max_objects=2 if easy else MAX_OBJECTS) for _ in range(samples)]
+            [
+                sample_scene(rng, canvas, max_objects=2 if easy else MAX_OBJECTS)
+                for _ in range(samples)
+            ]
             for canvas in canvases
         ]
         grids = [merged_grid(target_size(*canvas)) for canvas in canvases]
@@ -126,9 +129,7 @@ def collate(dialogues: list[Dialogue], pictures: list[Pictures], pad: int) -> Ba
     )
 
 
-def draw_pictures(
-    rng: Random, scenes: list[Scene], drawn: int, fonts: tuple[str, ...]
-) -> Pictures:
+def draw_pictures(rng: Random, scenes: list[Scene], drawn: int, fonts: tuple[str, ...]) -> Pictures:
     """Draws the first `drawn` scenes with PIL, resized as the processor does; rows for the rest."""
     from PIL import Image
 

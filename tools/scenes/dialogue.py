@@ -121,7 +121,9 @@ def _two_image_turns(rng: Random, scenes: list[Scene]) -> list[Turn]:
 
 def _no_image_turns(rng: Random) -> list[Turn]:
     tables = (*CAPTION_PROMPTS.values(), NO_IMAGE_PROMPTS)
-    prompt = unknown_prompt(rng) if rng.random() < 0.4 else vary(rng, rng.choice(rng.choice(tables)))
+    prompt = (
+        unknown_prompt(rng) if rng.random() < 0.4 else vary(rng, rng.choice(rng.choice(tables)))
+    )
     return [(prompt, NO_IMAGE_ANSWER)]
 
 

@@ -5,6 +5,7 @@ Two styles: rounded strokes and seven segments. Coordinates: x in [0, 0.6], y in
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from tools.scenes.geometry import Point
@@ -14,7 +15,9 @@ DIGIT_WIDTH = 0.6
 MAX_SEGMENTS = 20
 
 
-def _arc(cx: float, cy: float, rx: float, ry: float, start: float, end: float, steps: int) -> list[Point]:
+def _arc(
+    cx: float, cy: float, rx: float, ry: float, start: float, end: float, steps: int
+) -> list[Point]:
     """Points on an ellipse; angles in degrees, 0 is right, 90 is down."""
     turns = [math.radians(start + (end - start) * i / steps) for i in range(steps + 1)]
     return [(cx + rx * math.cos(t), cy + ry * math.sin(t)) for t in turns]
@@ -23,13 +26,13 @@ def _arc(cx: float, cy: float, rx: float, ry: float, start: float, end: float, s
 _ROUNDED: tuple[tuple[list[Point], ...], ...] = (
     (_arc(0.3, 0.5, 0.26, 0.46, 0, 360, 16),),
     ([(0.12, 0.22), (0.34, 0.04), (0.34, 0.96)],),
-    (_arc(0.3, 0.29, 0.24, 0.25, 190, 390, 9) + [(0.06, 0.96), (0.56, 0.96)],),
+    ([*_arc(0.3, 0.29, 0.24, 0.25, 190, 390, 9), (0.06, 0.96), (0.56, 0.96)],),
     (
         _arc(0.28, 0.27, 0.22, 0.23, 200, 440, 8),
         _arc(0.28, 0.72, 0.26, 0.24, -80, 160, 9),
     ),
     ([(0.42, 0.96), (0.42, 0.04), (0.03, 0.70), (0.57, 0.70)],),
-    ([(0.52, 0.04), (0.12, 0.04), (0.08, 0.46)] + _arc(0.29, 0.66, 0.26, 0.30, 225, 510, 10),),
+    ([(0.52, 0.04), (0.12, 0.04), (0.08, 0.46), *_arc(0.29, 0.66, 0.26, 0.3, 225, 510, 10)],),
     (
         _arc(0.30, 0.67, 0.24, 0.29, 0, 360, 12),
         _arc(0.42, 0.62, 0.36, 0.58, 185, 265, 5),
@@ -55,7 +58,7 @@ _LIT = ("abcdef", "bc", "abged", "abgcd", "fgbc", "afgcd", "afgedc", "abc", "abc
 
 
 def _segments(lines: tuple[list[Point], ...]) -> list[Segment]:
-    return [(*a, *b) for line in lines for a, b in zip(line, line[1:], strict=False)]
+    return [(*a, *b) for line in lines for a, b in itertools.pairwise(line)]
 
 
 # STROKES[style][digit]: segments (x0, y0, x1, y1)

@@ -98,7 +98,9 @@ def _add(canvas: Tensor, owner: Tensor, index: Tensor, inside: Tensor, change: T
     """canvas [B, 3, H*W] += inside * change. Things never overlap, so sums are blends."""
     planes = (owner[:, None] * 3 + torch.arange(3, device=owner.device))[:, :, None]
     where = planes * canvas.shape[2] + index[:, None]
-    canvas.view(-1).scatter_add_(0, where.flatten(), (inside[:, None] * change[..., None]).flatten())
+    canvas.view(-1).scatter_add_(
+        0, where.flatten(), (inside[:, None] * change[..., None]).flatten()
+    )
 
 
 def _object_distance(shape: str, rows: Tensor, px: Tensor, py: Tensor) -> Tensor:

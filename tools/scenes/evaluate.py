@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,11 +22,15 @@ from tools.scenes.model import Qwen3VL
 from tools.scenes.prompts import CAPTION_PROMPTS
 from tools.scenes.questions import QUESTIONS
 from tools.scenes.scene import Scene, sample_canvas, sample_scene
-from tools.scenes.words import BACKGROUNDS, COLORS, SHAPES
+from tools.scenes.words import COLORS, SHAPES
 
-MODES = tuple((kind, jpeg) for kind in ("pil-smooth", "pil-hard", "sdf") for jpeg in (False, True))
+MODES = tuple(
+    (kind, file) for kind in ("pil-smooth", "pil-hard", "sdf") for file in ("png", "jpeg")
+)
 MAX_NEW_TOKENS = 80
-_OBJECT = re.compile(rf"(small|large) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) ([a-z ]+?)(?:,| and |$)")
+_OBJECT = re.compile(
+    rf"(small|large) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) ([a-z ]+?)(?:,| and |$)"
+)
 
 
 @dataclass
@@ -51,7 +55,9 @@ class HeldOutBatches(Dataset[HeldOut]):
         pictures = draw_pictures(rng, scenes, 0, ("",))
         drawn = [_draw(rng, scene, *MODES[i % len(MODES)]) for i, scene in enumerate(scenes)]
         resized = [image.resize(pictures.target, 3) for image in drawn]
-        stacked = torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8) for i in resized])
+        stacked = torch.stack(
+            [torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8) for i in resized]
+        )
         pictures.drawn = stacked.view(len(scenes), pictures.target[1], pictures.target[0], 3)
         pictures.background = pictures.background[:0]
         grid = merged_grid(pictures.target)
@@ -61,9 +67,7 @@ class HeldOutBatches(Dataset[HeldOut]):
         return HeldOut(scenes, collate(dialogues, [pictures], self.encoder.eos))
 
 
-def _draw(rng: Random, scene: Scene, kind: str, jpeg: bool):  # noqa: ANN202
-    from PIL import Image
-
+def _draw(rng: Random, scene: Scene, kind: str, file: str) -> Image.Image:
     if kind == "sdf":
         pixels = draw_batch(
             (scene.width, scene.height),
@@ -77,12 +81,15 @@ def _draw(rng: Random, scene: Scene, kind: str, jpeg: bool):  # noqa: ANN202
         image = Image.fromarray(pixels[0].byte().permute(1, 2, 0).contiguous().numpy())
     else:
         image = draw(scene, antialias=kind == "pil-smooth")
-    return through_jpeg(image, 85) if jpeg else image
+    return through_jpeg(image, 85) if file == "jpeg" else image
 
 
 @torch.no_grad()
 def greedy(
-    model: Qwen3VL, encoder: Encoder, dialogues: list[Dialogue], seen: tuple[Tensor | None, list[Tensor]]
+    model: Qwen3VL,
+    encoder: Encoder,
+    dialogues: list[Dialogue],
+    seen: tuple[Tensor | None, list[Tensor]],
 ) -> list[str]:
     """Answers without a cache: the whole (short) sequence runs again for each token."""
     device = next(model.parameters()).device
@@ -95,8 +102,9 @@ def greedy(
     image_index = batch.image_index.to(device)
     rows = torch.arange(len(dialogues), device=device)
     done = torch.zeros_like(rows, dtype=torch.bool)
+    longest = int(lengths.max())
     for step in range(MAX_NEW_TOKENS):
-        used = int(lengths.max()) + step if step == 0 else used + 1
+        used = longest + step
         hidden = model.hidden(ids[:, :used], positions[:, :used], image_index, *seen)
         token = model.logits(hidden[rows, lengths + step - 1]).argmax(-1)
         ids[rows, lengths + step] = torch.where(done, encoder.eos, token)
@@ -107,7 +115,9 @@ def greedy(
     answers = []
     for row, dialogue in zip(ids.tolist(), dialogues, strict=True):
         new = row[len(dialogue.ids) :]
-        answers.append(encoder.tokenizer.decode(new[: new.index(encoder.eos)] if encoder.eos in new else new))
+        answers.append(
+            encoder.tokenizer.decode(new[: new.index(encoder.eos)] if encoder.eos in new else new)
+        )
     return answers
 
 
@@ -130,62 +140,81 @@ def caption_errors(wanted: str, got: str) -> Counter[str]:
     digits, places = ([m.group(g) if m else "" for m in numbers] for g in (1, 2))
     errors["number"] += digits[0] != digits[1]
     errors["number_place"] += digits[0] == digits[1] and places[0] != places[1]
-    grounds = [re.search(rf"an? ({'|'.join(BACKGROUNDS)}) background", t) for t in (wanted, got)]
-    errors["background"] += [m and m.group(1) for m in grounds][:1] != [m and m.group(1) for m in grounds][1:]
+    grounds = [re.search(r"an? ([a-z ]+) background", text) for text in (wanted, got)]
+    names = [match.group(1) if match else "" for match in grounds]
+    errors["background"] += names[0] != names[1]
     return +errors
 
 
-def loaded(data: Dataset[HeldOut], workers: int) -> Iterator[HeldOut]:
-    yield from DataLoader(data, batch_size=None, num_workers=workers)
+@dataclass
+class Tally:
+    """What `evaluate` counts. Keys of the counters: `NAME right` and `NAME total`."""
+
+    captions: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    questions: Counter[str] = field(default_factory=Counter)
+    pairs: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    objects: int = 0
+    phrase_scenes: int = 0
+    examples: list[dict[str, str]] = field(default_factory=list)
+
+    def add_long(self, scene: Scene, mode: str, answer: str) -> None:
+        wanted = CAPTIONS["long"](scene)
+        _count(self.modes, mode, answer == wanted)
+        wrong = caption_errors(wanted, answer)
+        self.errors += wrong
+        self.objects += len(scene.objects)
+        self.phrase_scenes += wrong["phrase"] == 0
+        if wrong and len(self.examples) < 40:
+            canvas = f"{scene.width}x{scene.height}"
+            row = {"mode": mode, "canvas": canvas, "wanted": wanted, "got": answer}
+            self.examples.append(row)
+
+    def report(self) -> dict[str, object]:
+        scenes = self.captions["long total"]
+        return {
+            "scenes": scenes,
+            "exact_caption_percent": _percent(self.captions),
+            "phrase_percent_of_objects": 100 * (1 - self.errors["phrase"] / self.objects),
+            "phrase_percent_of_scenes": 100 * self.phrase_scenes / scenes,
+            "objects": self.objects,
+            "errors": dict(self.errors),
+            "exact_by_mode_percent": _percent(self.modes),
+            "questions_percent": _percent(self.questions),
+            "two_images_percent": _percent(self.pairs),
+            "examples": self.examples,
+        }
 
 
 @torch.no_grad()
-def evaluate(model: Qwen3VL, encoder: Encoder, data: HeldOutBatches, workers: int) -> dict[str, object]:
-    """Greedy captions in three styles, questions (every second one as a second turn), image pairs."""
-    captions = {style: Counter() for style in CAPTIONS}
-    modes, errors, questions = Counter(), Counter(), Counter()
-    examples: list[dict[str, str]] = []
-    objects = phrase_scenes = 0
-    pairs: Counter[str] = Counter()
+def evaluate(
+    model: Qwen3VL, encoder: Encoder, data: HeldOutBatches, workers: int
+) -> dict[str, object]:
+    """Greedy captions in three styles, questions (half of them second turns), pairs of images."""
+    tally = Tally()
     previous: tuple[HeldOut, Tensor, list[Tensor]] | None = None
-    for number, item in enumerate(loaded(data, workers)):
+    for number, item in enumerate(DataLoader(data, batch_size=None, num_workers=workers)):
         seen = _see(model, item)
         grid = [merged_grid(item.batch.pictures[0].target)]
         for style, write in CAPTIONS.items():
             rng = Random(f"prompts/{number}/{style}")
-            prompts = [CAPTION_PROMPTS[style][0] if style == "long" else rng.choice(CAPTION_PROMPTS[style]) for _ in item.scenes]
-            answers = greedy(model, encoder, [encoder.open(grid, p) for p in prompts], seen)
+            prompts = CAPTION_PROMPTS[style][:1] if style == "long" else CAPTION_PROMPTS[style]
+            asked = [encoder.open(grid, rng.choice(prompts)) for _ in item.scenes]
+            answers = greedy(model, encoder, asked, seen)
             for index, (scene, answer) in enumerate(zip(item.scenes, answers, strict=True)):
-                right = answer == write(scene)
-                captions[style].update(right=int(right), total=1)
-                if style != "long":
-                    continue
-                mode = "-".join((MODES[index % len(MODES)][0], "jpeg" if MODES[index % len(MODES)][1] else "png"))
-                modes.update({f"{mode} right": int(right), f"{mode} total": 1})
-                wrong = caption_errors(write(scene), answer)
-                errors += wrong
-                objects += len(scene.objects)
-                phrase_scenes += wrong["phrase"] == 0
-                if wrong and len(examples) < 40:
-                    canvas = f"{scene.width}x{scene.height}"
-                    examples.append({"mode": mode, "canvas": canvas, "wanted": write(scene), "got": answer})
-        _ask_questions(model, encoder, item, seen, number, questions)
+                _count(tally.captions, style, answer == write(scene))
+                if style == "long":
+                    tally.add_long(scene, "-".join(MODES[index % len(MODES)]), answer)
+        _ask_questions(model, encoder, item, seen, number, tally.questions)
         if number % 4 == 1 and previous:
-            _ask_pairs(model, encoder, previous, (item, *seen), pairs)
+            _ask_pairs(model, encoder, previous, (item, *seen), tally.pairs)
         previous = (item, *seen)
-    total = captions["long"]["total"]
-    return {
-        "scenes": total,
-        "exact_caption_percent": {s: 100 * c["right"] / c["total"] for s, c in captions.items()},
-        "phrase_percent_of_objects": 100 * (1 - errors["phrase"] / objects),
-        "phrase_percent_of_scenes": 100 * phrase_scenes / total,
-        "objects": objects,
-        "errors": dict(errors),
-        "exact_by_mode_percent": _percent(modes),
-        "questions_percent": _percent(questions),
-        "two_images_percent": _percent(pairs),
-        "examples": examples,
-    }
+    return tally.report()
+
+
+def _count(counts: Counter[str], name: str, right: bool) -> None:
+    counts.update({f"{name} right": int(right), f"{name} total": 1})
 
 
 def _percent(counts: Counter[str]) -> dict[str, float]:
@@ -223,9 +252,11 @@ def _ask_questions(
             dialogue = encoder.open(grid, turn[0])
         dialogues.append(dialogue)
         wanted.append((f"{question.__name__}", f"turn {1 + index % 2}", turn[1]))
-    for answer, (name, turn_name, text) in zip(greedy(model, encoder, dialogues, seen), wanted, strict=True):
+    for answer, (name, turn_name, text) in zip(
+        greedy(model, encoder, dialogues, seen), wanted, strict=True
+    ):
         for key in (name, turn_name):
-            counts.update({f"{key} right": int(answer == text), f"{key} total": 1})
+            _count(counts, key, answer == text)
 
 
 def _ask_pairs(
@@ -240,10 +271,15 @@ def _ask_pairs(
     deep = [torch.cat(parts, 1) for parts in zip(first[2], second[2], strict=True)]
     pairs = list(zip(first[0].scenes, second[0].scenes, strict=True))
     tasks = {
-        "both": ("Describe these images.", lambda a, b: f"Image 1: {short_caption(a)} Image 2: {short_caption(b)}"),
+        "both": (
+            "Describe these images.",
+            lambda a, b: f"Image 1: {short_caption(a)} Image 2: {short_caption(b)}",
+        ),
         "second": ("Describe the second image.", lambda a, b: CAPTIONS["long"](b)),
     }
     for name, (prompt, write) in tasks.items():
-        answers = greedy(model, encoder, [encoder.open(grids, prompt) for _ in pairs], (tokens, deep))
+        answers = greedy(
+            model, encoder, [encoder.open(grids, prompt) for _ in pairs], (tokens, deep)
+        )
         right = sum(answer == write(*pair) for answer, pair in zip(answers, pairs, strict=True))
         counts.update({f"{name} right": right, f"{name} total": len(pairs)})

@@ -1,12 +1,16 @@
-"""Writes a trained model as a hub-layout folder: configuration, processor, weights in bf16."""
+"""Writes a trained model as a hub-layout folder: configuration, processor, weights in bf16.
+
+    python -m tools.scenes.export OUT/model.safetensors qwencli/bundled/scenes
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -113,5 +117,11 @@ def export(state: dict[str, Tensor], shape: ModelShape, folder: Path) -> None:
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    weights = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}
+    weights = {
+        name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()
+    }
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    export(load_file(sys.argv[1]), ModelShape(), Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""Outlines of the shapes in a box of edge 1 around the origin (y down). Both renderers follow them."""
+"""Outlines of the shapes in a box of edge 1 around the origin (y down), for both renderers."""
 
 from __future__ import annotations
 

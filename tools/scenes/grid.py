@@ -1,4 +1,4 @@
-"""The picture size that the processor gives a canvas (Qwen's `smart_resize`), as plain arithmetic."""
+"""The size that the processor gives a picture (Qwen's `smart_resize`), as plain arithmetic."""
 
 from __future__ import annotations
 

@@ -32,7 +32,9 @@ class DenseHeads(nn.Module):
         """tokens [B, N, hidden]; labels [B, 4, 5] and [B, 5] as `batches` lays them out."""
         kinds = torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)
         # A padding row writes class 0 to token 0 before the real rows write theirs.
-        kinds.scatter_reduce_(1, objects[..., 0].clamp(min=0), (objects[..., 0] >= 0).long(), "amax")
+        kinds.scatter_reduce_(
+            1, objects[..., 0].clamp(min=0), (objects[..., 0] >= 0).long(), "amax"
+        )
         number_token = numbers[:, :1]
         kinds.scatter_reduce_(1, number_token.clamp(min=0), 2 * (number_token >= 0).long(), "amax")
         kind_loss = F.cross_entropy(
@@ -55,5 +57,7 @@ def _parts_loss(head: nn.Linear, tokens: Tensor, labels: Tensor, parts: tuple[in
     for index, score in enumerate(scores):
         target = labels[..., index + 1].flatten()
         count = (target != IGNORED).sum().clamp(min=1)
-        total = total + F.cross_entropy(score, target, ignore_index=IGNORED, reduction="sum") / count
+        total = (
+            total + F.cross_entropy(score, target, ignore_index=IGNORED, reduction="sum") / count
+        )
     return total

@@ -162,9 +162,7 @@ def _vision_positions(
     for dy in (0, 1):
         for dx in (0, 1):
             ty, tx = ((f + d).clamp(max=side - 1) for f, d in zip(floors, (dy, dx), strict=True))
-            wy, wx = (
-                1 - (a - f - d).abs() for a, f, d in zip(axes, floors, (dy, dx), strict=True)
-            )
+            wy, wx = (1 - (a - f - d).abs() for a, f, d in zip(axes, floors, (dy, dx), strict=True))
             taps.append((ty * side + tx).long())
             weights.append(wy * wx)
     half = head_dim // 2
@@ -261,7 +259,7 @@ class Qwen3VL(nn.Module):
         )
 
     def see(self, pictures: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
-        """Visual tokens of all pictures of a request in order [B, V, hidden], and deepstack ones."""
+        """Visual tokens of a request's pictures in order [B, V, hidden], and deepstack ones."""
         if not pictures:
             return None, []
         seen = [self.model["visual"](pixels) for pixels in pictures]

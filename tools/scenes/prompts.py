@@ -193,15 +193,16 @@ SYSTEM_PROMPTS = (
 
 # Words outside the tasks. A prompt made of them stands for any request that the model does not
 # know; it answers those with the long caption.
-FILLER_WORDS = (
-    "please the of this that for with and or in on at by as be not you your make create write "
-    "explain summarize think about why when which who photo photograph painting drawing poem story "
-    "person people animal dog cat tree house car street light dark mood style camera lens view "
-    "composition subject foreground texture quality best very more less only also now step reason "
-    "answer question english german words long detailed caption prompt training data model lora "
-    "trigger token subject realistic cinematic high resolution avoid include mention do don't "
-    "should would could can will must try using use without first then finally list json"
-).split()
+_FILLER_TEXT = """
+please the of this that for with and or in on at by as be not you your make create write explain
+summarize think about why when which who photo photograph painting drawing poem story person
+people animal dog cat tree house car street light dark mood style camera lens view composition
+subject foreground texture quality best very more less only also now step reason answer question
+english german words long detailed caption prompt training data model lora trigger token subject
+realistic cinematic high resolution avoid include mention do don't should would could can will
+must try using use without first then finally list json
+"""
+FILLER_WORDS = tuple(_FILLER_TEXT.split())
 
 
 def vary(rng: Random, prompt: str) -> str:

@@ -1,6 +1,6 @@
 """Builds the tokenizer files: a small byte-level BPE in the layout of Qwen's.
 
-    python -m tools.scenes.tokenizer OUT_DIR
+python -m tools.scenes.tokenizer OUT_DIR
 """
 
 from __future__ import annotations
@@ -81,7 +81,13 @@ def corpus() -> list[str]:
     """Text of every task, so that each of its words becomes one token."""
     rng = Random("tokenizer")
     lines = [
-        *(vary(rng, prompt) for table in (CAPTION_PROMPTS, TWO_IMAGE_PROMPTS) for prompts in table.values() for prompt in prompts for _ in range(20)),
+        *(
+            vary(rng, prompt)
+            for table in (CAPTION_PROMPTS, TWO_IMAGE_PROMPTS)
+            for prompts in table.values()
+            for prompt in prompts
+            for _ in range(20)
+        ),
         *NO_IMAGE_PROMPTS,
         *SYSTEM_PROMPTS,
         *([NO_IMAGE_ANSWER] * 9),
@@ -91,7 +97,9 @@ def corpus() -> list[str]:
         scene = sample_scene(rng)
         lines += [caption(scene) for caption in CAPTIONS.values()]
         lines += [text for turn in sample_questions(rng, scene, 4) for text in turn]
-    lines += [f"{word} {rng.choice(FILLER_WORDS)} {word}" for word in FILLER_WORDS for _ in range(3)]
+    lines += [
+        f"{word} {rng.choice(FILLER_WORDS)} {word}" for word in FILLER_WORDS for _ in range(3)
+    ]
     return lines
 
 

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tools.scenes.batches import Batch, Batches, DataPlan
 from tools.scenes.device_batch import pixels, to_device
 from tools.scenes.dialogue import Encoder
-from tools.scenes.evaluate import HeldOut, HeldOutBatches, evaluate, loaded
+from tools.scenes.evaluate import HeldOut, HeldOutBatches, evaluate
 from tools.scenes.heads import DenseHeads
 from tools.scenes.model import ModelShape, Qwen3VL, initialize
 
@@ -51,7 +51,7 @@ class Trainer:
         self.modules = torch.nn.ModuleDict({"net": model, "heads": heads}).to(self.device)
         self.masters = [p.detach().float().clone() for p in self.modules.parameters()]
         self.modules.to(self.dtype)
-        self.parameters = [p for p in self.modules.parameters()]
+        self.parameters = list(self.modules.parameters())
         self.gradients = [torch.zeros_like(m) for m in self.masters]
         for parameter, master, gradient in zip(
             self.parameters, self.masters, self.gradients, strict=True
@@ -87,7 +87,7 @@ class Trainer:
         text = F.cross_entropy(logits.float(), batch.wanted)
         if tokens is None:
             return text, torch.zeros_like(text)
-        sizes = [len_ for len_ in (p.shape[2] * p.shape[3] // 1024 for p in pictures)]
+        sizes = [p.shape[2] * p.shape[3] // 1024 for p in pictures]
         heads = self.modules["heads"]
         dense = [
             heads.loss(part, group.object_labels, group.number_labels)
@@ -102,7 +102,9 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.masters, CLIP)
         warm = min(1.0, (self.step - self.first_step + 1) / WARM_UP_STEPS)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.peak * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+            group["lr"] = (
+                self.peak * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+            )
         self.optimizer.step()
         self.step += 1
         torch._foreach_copy_(self.parameters, self.masters)
@@ -129,7 +131,10 @@ class Trainer:
         return model.eval()
 
     def save(self, out: Path, checkpoint: Path | None) -> None:
-        state = {k: v.to("cpu", torch.bfloat16).contiguous() for k, v in self.averaged().state_dict().items()}
+        state = {
+            k: v.to("cpu", torch.bfloat16).contiguous()
+            for k, v in self.averaged().state_dict().items()
+        }
         save_file(state, str(out / "model.safetensors"), metadata={"format": "pt"})
         if checkpoint:
             content = {
@@ -158,7 +163,9 @@ def quick_exact(model: Qwen3VL, items: list[HeldOut], device: torch.device) -> f
         batch = to_device(item.batch, device)
         with torch.no_grad():
             picture = pixels(batch.pictures[0], device, None).to(dtype)
-            hidden = model.hidden(batch.ids, batch.positions, batch.image_index, *model.see([picture]))
+            hidden = model.hidden(
+                batch.ids, batch.positions, batch.image_index, *model.see([picture])
+            )
             guess = model.logits(hidden.flatten(0, 1).index_select(0, batch.picked)).argmax(-1)
         wrong = torch.zeros(len(batch.ids), dtype=torch.long, device=device)
         wrong.index_add_(0, batch.picked // batch.ids.shape[1], (guess != batch.wanted).long())
@@ -172,7 +179,7 @@ def train(options: argparse.Namespace) -> None:
     fonts = ("", "", *(str(path) for path in options.fonts))
     plan = DataPlan(options.tokenizer, options.seed, options.samples, fonts=fonts)
     encoder = Encoder(options.tokenizer)
-    validation = list(HeldOutBatches(encoder, 6, 48, seed=1)[i] for i in range(6))
+    validation = [HeldOutBatches(encoder, 6, 48, seed=1)[i] for i in range(6)]
     data = Batches(plan, 10**9)
     started = time.monotonic()
     trainer = Trainer(options)
@@ -236,7 +243,15 @@ def train(options: argparse.Namespace) -> None:
 
 def _write_log(path: Path, rows: list[dict[str, float]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        names = ["step", "elapsed_s", "text_loss", "dense_loss", "lr", "data_wait_s", "exact_percent"]
+        names = [
+            "step",
+            "elapsed_s",
+            "text_loss",
+            "dense_loss",
+            "lr",
+            "data_wait_s",
+            "exact_percent",
+        ]
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
