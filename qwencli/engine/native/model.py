@@ -95,13 +95,21 @@ class QwenModel:
         """Lay out prompts with the features of all their images, in the order of their tokens.
 
         Raises:
-            InputError: see `prompt_inputs`; also a prompt that leaves no slot for a new token.
+            InputError: see `prompt_inputs`; also a prompt that leaves no slot for a new token, or
+                a video whose seconds outrun the rotary positions of a cache of this length.
         """
         inputs = prompt_inputs(self.shape, prompts, features, self.device)
         if inputs.length >= self.max_seq_len:
             raise InputError(
                 f"the prompt has {inputs.length} tokens, the cache holds {self.max_seq_len}",
                 f"use --max-seq-len {inputs.length + 1} or more, or smaller images",
+            )
+        reach = inputs.furthest_position + self.max_seq_len - inputs.length
+        if reach > len(self.rope.rows):
+            raise InputError(
+                f"the prompt's videos reach rotary position {inputs.furthest_position}; "
+                f"a cache of {self.max_seq_len} tokens has {len(self.rope.rows)}",
+                f"use --max-seq-len {reach} or a shorter video",
             )
         return inputs
 
