@@ -25,10 +25,6 @@ from qwencli.engine.native.vision import VisionFeatures, VisionTower
 from qwencli.engine.native.vision_layout import Grid
 from qwencli.errors import InputError
 
-# Rotary positions can run ahead of the sequence (a video's seconds against its few tokens), so the
-# table of angles is longer than the cache.
-POSITIONS_PER_SLOT = 2
-
 
 class QwenModel:
     """Any supported Qwen model, text or vision. Call everything under `torch.inference_mode()`.
@@ -53,8 +49,8 @@ class QwenModel:
         self.unused_tensors = loaded.unused
         self.decoder = Decoder(shape.text, loaded.tensors, ops)
         self.vision = VisionTower(shape.vision, loaded.tensors, attention) if shape.vision else None
-        positions = max_seq_len * (POSITIONS_PER_SLOT if shape.vision else 1)
-        self.rope = Rope(shape.text.rope, shape.text.head_dim, positions, self.dtype, self.device)
+        # A picture's larger side is never above its number of tokens: positions lag behind slots.
+        self.rope = Rope(shape.text.rope, shape.text.head_dim, max_seq_len, self.dtype, self.device)
         self._attention = ATTENTION[attention]
 
     @classmethod
@@ -95,21 +91,13 @@ class QwenModel:
         """Lay out prompts with the features of all their images, in the order of their tokens.
 
         Raises:
-            InputError: see `prompt_inputs`; also a prompt that leaves no slot for a new token, or
-                a video whose seconds outrun the rotary positions of a cache of this length.
+            InputError: see `prompt_inputs`; also a prompt that leaves no slot for a new token.
         """
         inputs = prompt_inputs(self.shape, prompts, features, self.device)
         if inputs.length >= self.max_seq_len:
             raise InputError(
                 f"the prompt has {inputs.length} tokens, the cache holds {self.max_seq_len}",
                 f"use --max-seq-len {inputs.length + 1} or more, or smaller images",
-            )
-        reach = inputs.furthest_position + self.max_seq_len - inputs.length
-        if reach > len(self.rope.rows):
-            raise InputError(
-                f"the prompt's videos reach rotary position {inputs.furthest_position}; "
-                f"a cache of {self.max_seq_len} tokens has {len(self.rope.rows)}",
-                f"use --max-seq-len {reach} or a shorter video",
             )
         return inputs
 

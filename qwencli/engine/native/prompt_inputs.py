@@ -34,7 +34,6 @@ class PromptInputs:
     Args:
         ids: int64 [B, S]. positions: int64 [3, B, S].
         next_positions: int64 [B], rotary position of the first token after the prompt.
-        furthest_position: the largest of `next_positions`, known to the host.
         left_pads: int32 [B]; None where no row is padded.
         places: rows of the flattened [B * S] that take image features, ascending; on the host.
         features: of all images and videos in the order of `places`; None = no pictures.
@@ -43,7 +42,6 @@ class PromptInputs:
     ids: torch.Tensor
     positions: torch.Tensor
     next_positions: torch.Tensor
-    furthest_position: int
     left_pads: torch.Tensor | None
     places: tuple[int, ...]
     features: VisionFeatures | None
@@ -131,7 +129,6 @@ def prompt_inputs(
         ids=ids.to(device),
         positions=positions.to(device),
         next_positions=torch.tensor(following, device=device),
-        furthest_position=max(following),
         left_pads=torch.tensor(pads, dtype=torch.int32, device=device) if any(pads) else None,
         places=tuple(places),
         features=features,

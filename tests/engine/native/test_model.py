@@ -19,7 +19,7 @@ from tests.engine.native.decoding import decode
 from tests.engine.native.test_shapes import TEXT, qwen2_5_vl, qwen3_vl
 
 CPU = torch.device("cpu")
-IMAGE, VIDEO = 290, 291
+IMAGE = 290
 GRIDS = [(1, 4, 6), (1, 2, 2)]
 IDS = [5, *[IMAGE] * 6, 6, 7, IMAGE, 8, 9]
 
@@ -166,17 +166,6 @@ def test_prompts_that_cannot_run_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=said):
         model.prepare(prompts)
-
-
-@torch.inference_mode()
-def test_a_video_that_outruns_the_rotary_positions_is_refused() -> None:
-    model = model_of(qwen2_5_vl())
-    assert model.vision is not None
-    features = model.encode_images(torch.zeros(12, model.vision.shape.patch_elements), [(3, 2, 2)])
-    long, short = (Visual((3, 2, 2), video=True, seconds_per_grid=s) for s in (100.0, 1.0))
-    model.prepare([Prompt([VIDEO] * 3, [short])], features)
-    with pytest.raises(InputError, match="reach rotary position 401"):
-        model.prepare([Prompt([VIDEO] * 3, [long])], features)
 
 
 @pytest.mark.parametrize(

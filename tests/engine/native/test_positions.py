@@ -51,7 +51,9 @@ def test_frames_are_spaced_by_real_time_in_qwen2_5(seconds: float, times: list[i
     # Two positions a second, rounded down.
     laid = prompt_positions(QWEN25, [VIDEO] * 3 + [1], [Visual((3, 2, 2), True, seconds)])
     assert laid.positions[0].tolist() == [*times, 1]
-    assert laid.delta == max(*times, 1) + 1 - 4
+    # The text goes on beside the frames, and what is generated goes on from the text.
+    assert laid.positions[:, -1].tolist() == [1, 1, 1]
+    assert laid.delta == 2 - 4
 
 
 def test_neighbouring_images_are_told_apart_by_their_grids() -> None:
