@@ -1,4 +1,4 @@
-"""Reads a hub config.json into the fields of `ModelShape`, one table row a family.
+"""Reads a hub config.json into the fields of `ModelShape`.
 
 Spellings differ between releases: text values nested under `text_config` or flat beside
 `vision_config`, rope values under `rope_parameters` or `rope_scaling` + `rope_theta`, channels as
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from qwencli.engine.native.config_values import (
@@ -20,88 +19,9 @@ from qwencli.engine.native.config_values import (
     positive_int,
     positive_int_of,
 )
-from qwencli.engine.native.shapes import Norm, RopeShape, TextShape, VisionShape
+from qwencli.engine.native.families import ACTIVATIONS, FAMILIES, VISION_FAMILIES, Family
+from qwencli.engine.native.shapes import RopeShape, TextShape, VisionShape
 from qwencli.errors import ModelFileError
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a model_type implies without saying so in its config.json."""
-
-    qk_norm: bool
-    rope_theta: float
-    default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    head_dim_key: bool = True
-    qkv_bias: bool | None = (
-        None  # None: the config's own attention_bias, which then covers o_proj too
-    )
-    sections: tuple[int, int, int] | None = None
-    interleaved: bool = False
-    vision: str | None = None
-    split_video_frames: bool = False
-
-
-FAMILIES: Mapping[str, Family] = {
-    "qwen3_vl": Family(
-        qk_norm=True,
-        rope_theta=500_000.0,
-        default_head_dim=128,
-        sections=(24, 20, 20),
-        interleaved=True,
-        vision="qwen3_vl",
-        split_video_frames=True,
-    ),
-    "qwen2_5_vl": Family(
-        qk_norm=False,
-        rope_theta=1_000_000.0,
-        head_dim_key=False,
-        qkv_bias=True,
-        sections=(16, 24, 24),
-        vision="qwen2_5_vl",
-    ),
-    "qwen2_vl": Family(
-        qk_norm=False,
-        rope_theta=1_000_000.0,
-        head_dim_key=False,
-        qkv_bias=True,
-        sections=(16, 24, 24),
-        vision="qwen2_vl",
-    ),
-    "qwen3": Family(qk_norm=True, rope_theta=10_000.0, default_head_dim=128),
-    "qwen2": Family(qk_norm=False, rope_theta=10_000.0, qkv_bias=True),
-}
-
-
-@dataclass(frozen=True)
-class VisionFamily:
-    """What a vision tower implies without saying so in its config.json."""
-
-    width_key: str
-    out_key: str
-    norm: Norm
-    default_activation: str
-    gated_mlp: bool = False
-    patch_bias: bool = False
-    learned_positions: bool = False
-    windows: bool = False
-
-
-VISION_FAMILIES: Mapping[str, VisionFamily] = {
-    "qwen3_vl": VisionFamily(
-        "hidden_size",
-        "out_hidden_size",
-        "layer",
-        "gelu_pytorch_tanh",
-        patch_bias=True,
-        learned_positions=True,
-    ),
-    "qwen2_5_vl": VisionFamily(
-        "hidden_size", "out_hidden_size", "rms", "silu", gated_mlp=True, windows=True
-    ),
-    "qwen2_vl": VisionFamily("embed_dim", "hidden_size", "layer", "quick_gelu"),
-}
-
-ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "quick_gelu": "quick_gelu"}
 
 
 def parse(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,7 +187,7 @@ def _vision(values: Mapping[str, Any], name: str) -> VisionShape:
         temporal_patch_size=positive_int(values, "temporal_patch_size", where),
         merge_size=merge,
         norm=family.norm,
-        activation=ACTIVATIONS[activation],  # type: ignore[arg-type]
+        activation=ACTIVATIONS[activation],
         gated_mlp=family.gated_mlp,
         patch_bias=family.patch_bias,
         names=name,

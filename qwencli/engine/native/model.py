@@ -25,10 +25,6 @@ from qwencli.engine.native.vision import VisionFeatures, VisionTower
 from qwencli.engine.native.vision_layout import Grid
 from qwencli.errors import InputError
 
-# Rotary positions can run ahead of the sequence (a video's seconds against its few tokens), so the
-# table of angles is longer than the cache.
-POSITIONS_PER_SLOT = 2
-
 
 class QwenModel:
     """Any supported Qwen model, text or vision. Call everything under `torch.inference_mode()`.
@@ -53,8 +49,8 @@ class QwenModel:
         self.unused_tensors = loaded.unused
         self.decoder = Decoder(shape.text, loaded.tensors, ops)
         self.vision = VisionTower(shape.vision, loaded.tensors, attention) if shape.vision else None
-        positions = max_seq_len * (POSITIONS_PER_SLOT if shape.vision else 1)
-        self.rope = Rope(shape.text.rope, shape.text.head_dim, positions, self.dtype, self.device)
+        # A picture's larger side is never above its number of tokens: positions lag behind slots.
+        self.rope = Rope(shape.text.rope, shape.text.head_dim, max_seq_len, self.dtype, self.device)
         self._attention = ATTENTION[attention]
 
     @classmethod

@@ -1,8 +1,8 @@
 """Rotary positions of a prompt: one axis for text, three (time, row, column) around pictures.
 
 Computed once per prompt on the host from the token ids and the grids, so that nothing has to be
-read back from the device. After the prompt all three axes advance together, at the distance
-`delta` from the place in the sequence.
+read back from the device. After the prompt all three axes advance together from its last token,
+at the distance `delta` (never above 0) from the place in the sequence.
 
 Source of the scheme: Qwen2-VL (arXiv 2409.12191, section 2.1, M-RoPE) and the rules that the
 reference implementation adds: Qwen2.5-VL spaces a video's frames by real time, Qwen3-VL writes
@@ -51,7 +51,7 @@ class PromptPositions:
 def prompt_positions(
     shape: ModelShape, ids: Sequence[int], visuals: Iterable[Visual]
 ) -> PromptPositions:
-    """Lay out one prompt (no padding). `visuals` come in the order of their tokens.
+    """Lay out one prompt of at least one token. `visuals` come in the order of their tokens.
 
     Raises:
         InputError: the image or video tokens in `ids` do not match `visuals`.
@@ -89,8 +89,8 @@ def prompt_positions(
         )
     pieces.append(torch.arange(position, position + len(ids) - place).expand(3, -1))
     positions = torch.cat(pieces, dim=1)
-    delta = int(positions.max()) + 1 - len(ids) if len(ids) else 0
-    return PromptPositions(positions, delta, places)
+    # From the last token on, not from the furthest frame: the reference's generate() does so.
+    return PromptPositions(positions, int(positions[:, -1].max()) + 1 - len(ids), places)
 
 
 def _split(shape: ModelShape, visuals: Iterable[Visual]) -> Iterator[Visual]:

@@ -49,7 +49,9 @@ def qwen3_vl() -> dict[str, Any]:
 
 def qwen2_5_vl() -> dict[str, Any]:
     """The flat layout of the hub, with its own spellings."""
-    vision = {k: v for k, v in VISION3.items() if k not in ("deepstack_visual_indexes", "patch_size")}
+    vision = {
+        k: v for k, v in VISION3.items() if k not in ("deepstack_visual_indexes", "patch_size")
+    }
     return {
         "model_type": "qwen2_5_vl",
         **TEXT,
@@ -73,7 +75,11 @@ def test_qwen3_vl() -> None:
     assert vision is not None
     assert (text.head_dim, text.qk_norm, text.qkv_bias, text.tied_head) == (128, True, False, True)
     assert text.rope == RopeShape(5e6, (24, 20, 20), interleaved=True)
-    assert (vision.position_side, vision.deepstack_layers, vision.window_patches) == (5, (5, 1), None)
+    assert (vision.position_side, vision.deepstack_layers, vision.window_patches) == (
+        5,
+        (5, 1),
+        None,
+    )
     assert shape.split_video_frames
     assert text.kv_bytes_per_token(2) == 2 * 4 * 2 * 128 * 2
 

@@ -22,7 +22,9 @@ NEW = {"text": "model.language_model.", "vision": "model.visual.", "root": ""}
 OLD = {"text": "model.", "vision": "visual.", "root": ""}
 
 
-def hub_tensors(shape: ModelShape, prefix: dict[str, str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def hub_tensors(
+    shape: ModelShape, prefix: dict[str, str], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """A checkpoint of random values under the names of the hub."""
     generator = torch.Generator().manual_seed(0)
     return {
@@ -32,7 +34,9 @@ def hub_tensors(shape: ModelShape, prefix: dict[str, str], dtype: torch.dtype) -
     }
 
 
-def expected(shape: ModelShape, prefix: dict[str, str], hub: dict[str, torch.Tensor]) -> weights.Tensors:
+def expected(
+    shape: ModelShape, prefix: dict[str, str], hub: dict[str, torch.Tensor]
+) -> weights.Tensors:
     return {
         spec.name: torch.cat([hub[prefix[p.section] + p.name].flatten(1) for p in spec.parts])
         if len(spec.shape) > 1
@@ -129,7 +133,9 @@ def test_a_wrong_shape_is_named_with_both_shapes(
 ) -> None:
     hub["model.language_model.norm.weight"] = torch.ones(255)
     save_file(hub, tmp_path / "model.safetensors")
-    with pytest.raises(ModelFileError, match=r"norm.weight is \[255\], config.json asks for \[256\]"):
+    with pytest.raises(
+        ModelFileError, match=r"norm.weight is \[255\], config.json asks for \[256\]"
+    ):
         weights.load(tmp_path, shape, torch.float32, CPU)
 
 
@@ -209,7 +215,10 @@ def test_no_weights_here(tmp_path: Path) -> None:
         ('{"weight_map": 3}', "cannot be read as a weight index"),
         ('{"weight_map": {"a": 3}}', "cannot be read as a weight index"),
         ('{"weight_map": {"a": "../b.safetensors"}}', "outside its folder"),
-        ('{"weight_map": {"a": "b.safetensors", "c": "d.safetensors"}}', "b.safetensors, d.safetensors"),
+        (
+            '{"weight_map": {"a": "b.safetensors", "c": "d.safetensors"}}',
+            "b.safetensors, d.safetensors",
+        ),
     ],
 )
 def test_a_broken_index(tmp_path: Path, text: str, said: str) -> None:
@@ -252,7 +261,9 @@ def test_a_broken_file(tmp_path: Path, content: bytes, said: str) -> None:
 
 def test_a_header_is_read_as_safetensors_wrote_it(tmp_path: Path) -> None:
     tensor = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
-    save_file({"a": tensor, "b": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"by": "us"})
+    save_file(
+        {"a": tensor, "b": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"by": "us"}
+    )
     found = stored_tensors(tmp_path)
     assert found.keys() == {"a", "b"}
     assert (found["a"].dtype, found["a"].shape) == ("BF16", (2, 3))

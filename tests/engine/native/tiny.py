@@ -59,7 +59,11 @@ def vision_configs(draw: st.DrawFn, family: str, text_hidden: int) -> dict[str, 
     }
     if family == "qwen2_vl":
         return config | {"embed_dim": width, "hidden_size": text_hidden, "mlp_ratio": 2}
-    config |= {"hidden_size": width, "out_hidden_size": text_hidden, "intermediate_size": 2 * width + 4}
+    config |= {
+        "hidden_size": width,
+        "out_hidden_size": text_hidden,
+        "intermediate_size": 2 * width + 4,
+    }
     some_layers = st.lists(st.integers(0, depth - 1), unique=True, min_size=1, max_size=2)
     if family == "qwen3_vl":
         config["num_position_embeddings"] = draw(st.sampled_from((25, 64)))
