@@ -139,9 +139,9 @@ def test_a_cell_that_breaks_makes_the_exit_code_1():
 
 
 def test_nothing_that_can_run_makes_the_exit_code_1():
-    result = CliRunner().invoke(app, ["bench", "--engine", "native", "--out", "c"])
+    result = CliRunner().invoke(app, ["bench", "--engine", "remote", "--out", "c"])
     assert result.exit_code == 1
-    assert "native engine is not part of this version" in " ".join(result.stdout.split())
+    assert "remote engine is not part of this version" in " ".join(result.stdout.split())
 
 
 def test_dry_run_writes_nothing():

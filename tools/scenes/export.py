@@ -1,6 +1,6 @@
 """Writes a trained model as a hub-layout folder: configuration, processor, weights in bf16.
 
-    python -m tools.scenes.export OUT/model.safetensors qwencli/bundled/scenes
+python -m tools.scenes.export OUT/model.safetensors qwencli/bundled/scenes
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class StaticKVCache:
         size = (batch, 2 * shape.num_kv_heads, max_seq_len, shape.head_dim)
         # Layers are tensors of their own, not views of one: torch.compile cannot write to views
         # that share a base.
-        self._layers = [
+        self.layers = [
             torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.num_layers)
         ]
         self._kv_heads = shape.num_kv_heads
@@ -66,12 +66,12 @@ class StaticKVCache:
         Returns views of the first `kv_len` slots. No allocation, no synchronisation; slots must
         be below `max_seq_len`. `length` is the caller's to advance.
         """
-        self._layers[layer].index_copy_(2, slots, keys_values.transpose(1, 2))
+        self.layers[layer].index_copy_(2, slots, keys_values.transpose(1, 2))
         if torch.compiler.is_compiling():
             return self._view(layer, kv_len)
         # Elsewhere views are made once and not at every step: each costs a dispatch.
         if kv_len != self._visible_len:
-            self._visible = [self._view(index, kv_len) for index in range(len(self._layers))]
+            self._visible = [self._view(index, kv_len) for index in range(len(self.layers))]
             self._visible_len = kv_len
         return self._visible[layer]
 
@@ -82,7 +82,7 @@ class StaticKVCache:
 
     def _view(self, layer: int, kv_len: int) -> KeysValues:
         keys, values = (
-            self._layers[layer].narrow(2, 0, kv_len).split_with_sizes((self._kv_heads,) * 2, dim=1)
+            self.layers[layer].narrow(2, 0, kv_len).split_with_sizes((self._kv_heads,) * 2, dim=1)
         )
         return keys, values
 

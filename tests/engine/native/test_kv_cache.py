@@ -47,9 +47,9 @@ def test_truncating_keeps_what_is_before(cache: KVCache) -> None:
 
 def test_the_static_cache_never_moves() -> None:
     cache = StaticKVCache(SHAPE, 2, 16, torch.float32, CPU)
-    address = cache.tensor.data_ptr()
+    address = cache.layers[0].data_ptr()
     keys, _ = cache.write(0, some(3), torch.arange(3), 3)
     again, values = cache.write(0, some(1), torch.tensor([3]), 8)
     assert keys.data_ptr() == again.data_ptr() == address
     assert values.shape == (2, SHAPE.num_kv_heads, 8, SHAPE.head_dim)
-    assert cache.tensor.nbytes == 2 * 16 * SHAPE.kv_bytes_per_token(4)
+    assert sum(layer.nbytes for layer in cache.layers) == 2 * 16 * SHAPE.kv_bytes_per_token(4)

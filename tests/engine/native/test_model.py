@@ -63,7 +63,7 @@ def test_two_pieces_equal_one_prefill(model: QwenModel, cache: KVCache, cut: int
     whole = model.prefill(inputs, model.static_cache())
     model.prefill(inputs, cache, 0, cut)
     pieces = model.prefill(inputs, cache, cut)
-    torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pieces, whole, atol=1e-4, rtol=0)
     assert cache.length == len(IDS)
 
 
@@ -74,7 +74,7 @@ def test_a_step_equals_the_prompt_that_holds_its_token(model: QwenModel, cache: 
     features = inputs.features
     longer = model.prepare([Prompt([*IDS, 42], [Visual(grid) for grid in GRIDS])], features)
     whole = model.prefill(longer, model.static_cache())
-    torch.testing.assert_close(step, whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(step, whole, atol=1e-4, rtol=0)
 
 
 @torch.inference_mode()
@@ -84,7 +84,7 @@ def test_a_cache_is_usable_after_rewinding(model: QwenModel, cache: KVCache) -> 
     first = decode(model, inputs, cache, tokens)
     cache.truncate(8)
     rest = model.prefill(inputs, cache, 8)
-    torch.testing.assert_close(rest, first[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rest, first[0], atol=1e-4, rtol=0)
     cache.truncate(0)
     for again, before in zip(decode(model, inputs, cache, tokens), first, strict=True):
         torch.testing.assert_close(again, before, atol=1e-6, rtol=1e-6)
@@ -94,7 +94,8 @@ def test_a_cache_is_usable_after_rewinding(model: QwenModel, cache: KVCache) -> 
 def test_a_bucket_with_a_mask_equals_the_exact_length(model: QwenModel) -> None:
     inputs = prompt(model)
     exact, bucket = model.static_cache(), model.static_cache()
-    bucket.tensor.fill_(9.0)  # what another request left behind
+    for layer in bucket.layers:
+        layer.fill_(9.0)  # what another request left behind
     model.prefill(inputs, exact)
     model.prefill(inputs, bucket)
     token, slot = torch.tensor([7]), torch.tensor([len(IDS)])
@@ -102,7 +103,7 @@ def test_a_bucket_with_a_mask_equals_the_exact_length(model: QwenModel) -> None:
     wide = model.decode_step(token, inputs.next_positions, slot, bucket, AttentionPlan(64, mask))
     plan = AttentionPlan(len(IDS) + 1, None)
     narrow = model.decode_step(token, inputs.next_positions, slot, exact, plan)
-    torch.testing.assert_close(wide, narrow, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(wide, narrow, atol=1e-4, rtol=0)
 
 
 @torch.inference_mode()
@@ -113,7 +114,7 @@ def test_padded_rows_answer_as_they_do_alone(model: QwenModel) -> None:
     for row, alone in enumerate(prompts):
         single = decode(model, model.prepare([alone]), model.static_cache(), tokens[row : row + 1])
         for batched, own in zip(together, single, strict=True):
-            torch.testing.assert_close(batched[row], own[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(batched[row], own[0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -136,7 +137,7 @@ def test_decoding_allocates_no_cache_and_leaves_the_inputs_alone(model: QwenMode
     inputs = prompt(model)
     cache = model.static_cache()
     model.prefill(inputs, cache)
-    address = cache.tensor.data_ptr()
+    address = [layer.data_ptr() for layer in cache.layers]
     token, positions, slot = (
         torch.tensor([7]),
         inputs.next_positions.clone(),
@@ -144,7 +145,7 @@ def test_decoding_allocates_no_cache_and_leaves_the_inputs_alone(model: QwenMode
     )
     for _ in range(3):
         model.decode_step(token, positions, slot, cache, AttentionPlan(len(IDS) + 1, None))
-    assert cache.tensor.data_ptr() == address
+    assert [layer.data_ptr() for layer in cache.layers] == address
     assert (token.item(), slot.item()) == (7, len(IDS))
     assert torch.equal(positions, inputs.next_positions)
 
