@@ -100,6 +100,7 @@ class EngineConfig:
     """How to load and run one model. `auto` values are made concrete by the engine's resolver.
 
     Args:
+        engine: None = native, or transformers for what native cannot run.
         cache: None = the engine's own choice.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         min_pixels, max_pixels: bounds on height x width after resizing; None = the model's own.
@@ -108,7 +109,7 @@ class EngineConfig:
     """
 
     model: ModelSpec
-    engine: EngineName = EngineName.TRANSFORMERS
+    engine: EngineName | None = None
     quantization: Quantization = Quantization.NONE
     attention: Attention = Attention.AUTO
     cache: Cache | None = None

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from qwencli.errors import QwenCliError
+from qwencli.errors import OutputError, QwenCliError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -29,9 +29,20 @@ class Sink:
         self.quiet = quiet
 
     def answer(self, text: str, *, end: str = "\n") -> None:
-        """Write a piece of the answer to stdout, at once."""
-        sys.stdout.write(text + end)
-        sys.stdout.flush()
+        """Write a piece of the answer to stdout, at once.
+
+        Raises:
+            OutputError: stdout cannot take it (a full disk behind a redirection).
+        """
+        try:
+            sys.stdout.write(text + end)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(
+                f"cannot write the answer: {error.strerror}", "free space, or write it elsewhere"
+            ) from error
 
     def json_line(self, value: Any) -> None:
         """Write one JSON object on a line of its own to stdout."""

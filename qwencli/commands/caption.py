@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwencli.commands.model_choice import announce_model, choose_model
 from qwencli.commands.options import RunOptions, with_run_options
 from qwencli.commands.reports import caption_record, stats_line
 from qwencli.commands.requests import (
-    announce_model,
     open_picture,
     running_engine,
     system_messages,
 )
 from qwencli.errors import InputError, OutOfMemoryError, QwenCliError
 from qwencli.messages import GenerationRequest, ImagePart, user_message
-from qwencli.models.resolve import resolve_model
 from qwencli.output import Sink
 from qwencli.presets import PRESETS, prompt_text
 
@@ -48,12 +47,12 @@ def caption(
     sink = context.ensure_object(Sink)
     text = prompt_text(prompt, preset)
     sampling = run.sampling_options()
-    spec = resolve_model(run.model, models_file=run.models_file, offline=run.offline)
+    spec = choose_model(run, sink)
     work = _Captions(sink, run, model=spec.name, several=len(images) > 1)
     jobs = work.opened([images] if together else [[path] for path in images])
     first = next(jobs, None)
     if first is not None:
-        announce_model(spec, sink)
+        announce_model(spec, run, sink)
         with running_engine(run.engine_config(spec), sink) as loaded:
             for pictures in itertools.chain([first], jobs):
                 messages = (*system_messages(system), user_message(text, pictures))

@@ -9,13 +9,12 @@ from typing import Annotated
 import typer
 
 from qwencli.commands.conversation import Conversation
+from qwencli.commands.model_choice import announce_model, choose_model
 from qwencli.commands.options import RunOptions, with_run_options
 from qwencli.commands.requests import (
-    announce_model,
     open_picture,
     running_engine,
 )
-from qwencli.models.resolve import resolve_model
 from qwencli.output import Sink
 
 
@@ -35,9 +34,9 @@ def chat(
     """Talk about pictures, or about anything with a text model. /help lists the commands."""
     sink = context.ensure_object(Sink)
     sampling = run.sampling_options()
-    spec = resolve_model(run.model, models_file=run.models_file, offline=run.offline)
+    spec = choose_model(run, sink)
     pictures = [open_picture(path) for path in image or []]
-    announce_model(spec, sink)
+    announce_model(spec, run, sink)
     with running_engine(run.engine_config(spec), sink) as loaded:
         talk = Conversation(
             loaded, sampling, sink, system=system, json=run.json, stats=run.stats, model=spec.name

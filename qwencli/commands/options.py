@@ -47,7 +47,9 @@ class RunOptions:
         str | None, _model("--model", "-m", text="Name, hub id or folder; see: qwencli models.")
     ] = None
     models_file: Annotated[Path | None, _model(text="A custom_models.json to read as well.")] = None
-    engine: Annotated[EngineName, _model(text="Who generates.")] = EngineName.TRANSFORMERS
+    engine: Annotated[
+        EngineName | None, _model(text="Default: native, or transformers where that must be.")
+    ] = None
     quantization: Annotated[Quantization, _model(text="Weight format.")] = Quantization.NONE
     attention: Annotated[Attention, _model(text="Attention kernel.")] = Attention.AUTO
     cache: Annotated[Cache | None, _model(text="KV cache; default: the engine's best.")] = None

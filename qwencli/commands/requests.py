@@ -8,22 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwencli.config import EngineConfig, ModelSource, ModelSpec
+from qwencli.config import EngineConfig, LoadFormat
 from qwencli.messages import ImagePart, Message, text_message
 from qwencli.output import Sink
 
 if TYPE_CHECKING:
     from qwencli.engine.base import Engine
-
-
-def announce_model(spec: ModelSpec, sink: Sink) -> None:
-    """Say on stderr what the bundled model is, and how to get one for photographs."""
-    if spec.source is ModelSource.BUNDLED:
-        sink.notice(
-            "note: using the bundled model 'scenes', which knows drawn scenes only "
-            "(shapes, colours, positions, numbers); for photographs use "
-            "--model qwen3-vl-4b (see: qwencli models)"
-        )
 
 
 @contextmanager
@@ -34,6 +24,11 @@ def running_engine(config: EngineConfig, sink: Sink) -> Iterator[Engine]:
     if config.offline:
         # Libraries below us read this; it is the only way to keep all of them off the network.
         os.environ["HF_HUB_OFFLINE"] = "1"
+    if config.model.path is None and config.load_format is LoadFormat.AUTO:
+        from qwencli.models.locate import locate
+
+        # Here and not in load(): the download's own progress bars need the terminal to themselves.
+        locate(config.model, offline=config.offline, allow_pickle=config.allow_pickle)
     with sink.status(f"loading {config.model.name}"):
         engine = create_engine(config)
         engine.load()

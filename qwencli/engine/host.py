@@ -97,6 +97,20 @@ def open_nvml() -> Iterator[Any]:
         pynvml.nvmlShutdown()
 
 
+def gpu_free_bytes() -> int | None:
+    """Free memory of the NVIDIA GPU that has most of it; None without one, or without a driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        with open_nvml() as nvml:
+            handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+            return max((int(nvml.nvmlDeviceGetMemoryInfo(h).free) for h in handles), default=None)
+    except pynvml.NVMLError:
+        return None
+
+
 def driver_facts() -> DriverFacts | None:
     """Driver version and GPU names; None where there is no NVIDIA driver or no nvidia-ml-py."""
     try:

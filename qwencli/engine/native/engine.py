@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from qwencli.config import Cache, EngineConfig, LoadFormat, Quantization
+from qwencli.config import Cache, EngineConfig, EngineName, LoadFormat, Quantization
 from qwencli.engine.answer import Answer
 from qwencli.engine.device_memory import release
 from qwencli.engine.local import LocalEngine
@@ -69,7 +69,7 @@ class NativeEngine(LocalEngine):
             assert files.folder is not None, "weights come from a folder"
             loaded = weights.load(files.folder, shape, torch_dtype, place)
         ran = RanModes(
-            engine=self.config.engine.value,
+            engine=EngineName.NATIVE.value,
             quantization=Quantization.NONE.value,
             attention=attention.value,
             cache=cache.value,

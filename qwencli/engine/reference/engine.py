@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qwencli.config import Cache, EngineConfig
+from qwencli.config import Cache, EngineConfig, EngineName
 from qwencli.engine.answer import Answer
 from qwencli.engine.device_memory import release
 from qwencli.engine.local import LocalEngine
@@ -51,7 +51,7 @@ class TransformersEngine(LocalEngine):
             torch.cuda.synchronize(plan.device)
         self._model = model
         return RanModes(
-            engine=self.config.engine.value,
+            engine=EngineName.TRANSFORMERS.value,
             quantization=scheme_of(model),
             attention=loading.effective_attention(model),
             cache=str(self.config.cache),

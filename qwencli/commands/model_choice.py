@@ -1,0 +1,76 @@
+"""Which model `caption` and `chat` run, and what the user is told and asked about it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from qwencli.commands.options import RunOptions
+from qwencli.config import LoadFormat, ModelSource, ModelSpec
+from qwencli.models.resolve import recommended_model, resolve_model
+from qwencli.output import Sink
+
+
+def choose_model(run: RunOptions, sink: Sink) -> ModelSpec:
+    """The model named, or the best one for this machine; see `qwencli.models.resolve`.
+
+    Where only the bundled model is left and a person sits before a machine with a GPU, they are
+    offered the download of a better one, with its size.
+
+    Raises:
+        ModelError, UsageError: as `resolve_model` does.
+    """
+    if run.model:
+        return resolve_model(run.model, models_file=run.models_file, offline=run.offline)
+    free_bytes, on_gpu = _free_bytes(run.device)
+    spec = resolve_model(
+        None, models_file=run.models_file, offline=run.offline, free_bytes=free_bytes
+    )
+    if spec.source is not ModelSource.BUNDLED or run.load_format is LoadFormat.DUMMY:
+        return spec
+    better = recommended_model(free_bytes) if on_gpu and _can_ask(run, sink) else None
+    return better if better and _wants(better) else spec
+
+
+def _free_bytes(device: str) -> tuple[int, bool]:
+    """Bytes a model may take on the device that `auto` or `device` means; whether it is a GPU."""
+    from qwencli.engine.host import gpu_free_bytes, host_memory
+
+    if device in ("auto", "") or device.startswith("cuda"):
+        free = gpu_free_bytes()
+        if free is not None:
+            return free, True
+    memory = host_memory()
+    # On a CPU weights become float32, twice what the estimates for a GPU count.
+    return (memory.available_bytes or memory.total_bytes) // 2, False
+
+
+def _can_ask(run: RunOptions, sink: Sink) -> bool:
+    terminal = sys.stdin.isatty() and sys.stderr.isatty()
+    return terminal and not (run.offline or sink.quiet or os.environ.get("HF_HUB_OFFLINE"))
+
+
+def _wants(better: ModelSpec) -> bool:
+    from qwencli.models.memory import weight_bytes
+    from qwencli.models.shapes import read_shape
+
+    assert better.hub_config is not None, "built-ins come with their configuration"
+    size = weight_bytes(read_shape(better.hub_config, better.name)) / 1e9
+    sys.stderr.write(
+        f"No model for photographs is on this machine. Download {better.name} ({size:.1f} GB) "
+        "from the Hugging Face hub now? [y/N] "
+    )
+    sys.stderr.flush()
+    return input().strip().lower() in ("y", "yes")
+
+
+def announce_model(spec: ModelSpec, run: RunOptions, sink: Sink) -> None:
+    """Say on stderr what the bundled model is, and what is about to be downloaded."""
+    if spec.source is ModelSource.BUNDLED:
+        sink.notice(
+            "note: using the bundled model 'scenes', which knows drawn scenes only "
+            "(shapes, colours, positions, numbers); for photographs use "
+            "--model qwen3-vl-4b (see: qwencli models)"
+        )
+    elif spec.path is None and run.load_format is LoadFormat.AUTO and not run.offline:
+        sink.notice(f"downloading {spec.repo_id} (kept in the Hugging Face cache)")

@@ -1,0 +1,106 @@
+"""Which model runs, and the offer to download one."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwencli.cli import run as run_cli
+from qwencli.commands import model_choice
+from qwencli.commands.options import RunOptions
+from qwencli.config import LoadFormat, ModelSource
+from qwencli.engine import host
+from qwencli.output import Sink
+
+
+class Terminal:
+    def __init__(self, real, answer="n"):
+        self.real, self.answer, self.written = real, answer, []
+
+    def isatty(self):
+        return True
+
+    def readline(self):
+        return self.answer + "\n"
+
+    def write(self, text):
+        self.written.append(text)
+
+    def flush(self):
+        pass
+
+
+@pytest.fixture
+def at_terminal(monkeypatch, tmp_path):
+    """A person before a terminal with a 24 GB GPU, and no model downloaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("QWENCLI_MODEL", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr("qwencli.models.resolve.find_cached", lambda *a, **k: None)
+    monkeypatch.setattr(host, "gpu_free_bytes", lambda: 24_000_000_000)
+    asked = []
+
+    def answer(text):
+        monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(1) or text)
+        terminal = Terminal(None)
+        monkeypatch.setattr("sys.stdin", Terminal(None, text))
+        monkeypatch.setattr("sys.stderr", terminal)
+        return terminal, asked
+
+    return answer
+
+
+def test_the_offer_names_model_and_size_and_yes_takes_it(at_terminal):
+    terminal, asked = at_terminal("y")
+    spec = model_choice.choose_model(RunOptions(), Sink())
+    assert asked
+    assert spec.source is ModelSource.BUILTIN
+    offer = "".join(terminal.written)
+    assert spec.name in offer
+    assert " GB) from the Hugging Face hub now? [y/N]" in offer
+
+
+@pytest.mark.parametrize("text", ["", "n", "no", "maybe"])
+def test_anything_but_yes_keeps_the_bundled_model(at_terminal, text):
+    at_terminal(text)
+    spec = model_choice.choose_model(RunOptions(), Sink())
+    assert spec.source is ModelSource.BUNDLED
+
+
+@pytest.mark.parametrize(
+    ("options", "quiet"),
+    [
+        (RunOptions(offline=True), False),
+        (RunOptions(device="cpu"), False),
+        (RunOptions(load_format=LoadFormat.DUMMY), False),
+        (RunOptions(model="scenes"), False),
+        (RunOptions(), True),
+    ],
+)
+def test_nobody_is_asked_where_an_offer_makes_no_sense(at_terminal, options, quiet):
+    _, asked = at_terminal("y")
+    spec = model_choice.choose_model(options, Sink(quiet=quiet))
+    assert spec.source is ModelSource.BUNDLED
+    assert not asked
+
+
+def test_a_pipe_is_never_asked(at_terminal, monkeypatch):
+    _, asked = at_terminal("y")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False)
+    assert model_choice.choose_model(RunOptions(), Sink()).source is ModelSource.BUNDLED
+    assert not asked
+
+
+def test_the_environment_names_the_model(monkeypatch, checkpoint, capsys):
+    monkeypatch.setenv("QWENCLI_MODEL", str(checkpoint("qwen3")))
+    assert run_cli(["chat", "Describe", "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    assert "scenes" not in capsys.readouterr().err
+
+
+def test_the_bundled_model_says_what_it_is(monkeypatch, capsys):
+    monkeypatch.setenv("QWENCLI_MODEL", "scenes")
+    arguments = ["chat", "Hello", "--max-new-tokens", "2", "--device", "cpu"]
+    assert run_cli(arguments) == 0
+    assert "knows drawn scenes only" in capsys.readouterr().err
+    assert run_cli([*arguments, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,78 @@
+"""The shipped model on the shipped pictures, through the command line and both engines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwencli.cli import run
+from qwencli.models.folder import check_folder
+from qwencli.models.locate import bundled_folder
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+EXPECTED = json.loads((EXAMPLES / "expected.json").read_text(encoding="utf-8"))
+MAX_BYTES = 14_000_000
+
+
+def ask(capsys, *arguments):
+    assert run([*arguments, "--model", "scenes", "--device", "cpu", "--quiet"]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_folder_is_complete_and_small():
+    check_folder(bundled_folder())
+    assert sum(path.stat().st_size for path in bundled_folder().iterdir()) <= MAX_BYTES
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_every_example_gets_its_exact_caption(capsys, engine):
+    names = list(EXPECTED["captions"])
+    paths = [str(EXAMPLES / name) for name in names]
+    out = ask(capsys, "caption", *paths, "--engine", engine, "--json")
+    captions = [json.loads(line)["caption"] for line in out.splitlines()]
+    assert dict(zip(names, captions, strict=True)) == EXPECTED["captions"]
+
+
+@pytest.mark.parametrize("answer", EXPECTED["answers"], ids=lambda answer: answer["prompt"])
+def test_questions_and_several_pictures(capsys, answer):
+    paths = [str(EXAMPLES / name) for name in answer["images"]]
+    out = ask(capsys, "caption", *paths, "--together", "--prompt", answer["prompt"])
+    assert out.strip() == answer["answer"]
+
+
+def test_presets_give_short_captions_and_tags(capsys):
+    scene = str(EXAMPLES / "scene.png")
+    answers = {item["prompt"]: item["answer"] for item in EXPECTED["answers"]}
+    assert (
+        ask(capsys, "caption", scene, "--preset", "short").strip()
+        == answers["Write a short caption."]
+    )
+    tags = answers["List tags for this image, separated by commas."]
+    assert ask(capsys, "caption", scene, "--preset", "tags").strip() == tags
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_quantized_weights_still_see_the_picture(capsys, quantization):
+    scene = str(EXAMPLES / "scene.png")
+    out = ask(capsys, "caption", scene, "--quantization", quantization, "--json")
+    record = json.loads(out)
+    assert record["engine"] == "transformers"
+    assert record["quantization"] == {"8bit": "bnb-int8", "4bit": "bnb-nf4"}[quantization]
+    assert "red circle" in record["caption"]
+
+
+def test_the_native_engine_is_the_default_where_it_can_run(capsys):
+    record = json.loads(ask(capsys, "caption", str(EXAMPLES / "scene.png"), "--json"))
+    assert (record["engine"], record["cache"]) == ("native", "static")
+
+
+def test_a_two_turn_chat(capsys, monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("What color is the circle?\nAnd the star?\n"))
+    scene = str(EXAMPLES / "scene.png")
+    first, second = ask(capsys, "chat", "--image", scene).splitlines()
+    assert "red" in first
+    assert "blue" in second
