@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from qwencli.config import Attention, Cache, EngineName, Quantization, SamplingOptions
@@ -105,7 +107,10 @@ def test_a_next_turn_prefills_only_what_is_new(checkpoint, monkeypatch, cache):
     assert len(encoded) == 1
     prompts = [tokens for tokens, _ in without_reuse]
     assert prefilled[0] == prompts[0]
-    assert all(new < 40 < total for new, total in zip(prefilled[1:], prompts[1:], strict=True))
+    # At least the whole earlier prompt is reused. The answer is too where its text tokenizes back
+    # to the tokens it was made of, which random bytes need not.
+    grown = [after - before for before, after in itertools.pairwise(prompts)]
+    assert all(new <= added for new, added in zip(prefilled[1:], grown, strict=True))
 
 
 def test_another_picture_of_the_same_size_is_not_mistaken(engine):
