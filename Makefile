@@ -9,12 +9,14 @@ check:
 	.venv/bin/mypy qwencli
 	.venv/bin/lint-imports
 	$(PYTHON) tools/docs/cli_reference.py --check
+	$(PYTHON) tools/docs/readme_tables.py --check
 
 test:
 	$(PYTHON) -m pytest
 
 docs:
 	$(PYTHON) tools/docs/cli_reference.py
+	$(PYTHON) tools/docs/readme_tables.py
 
 format:
 	.venv/bin/ruff check --fix .

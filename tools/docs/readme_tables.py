@@ -1,0 +1,106 @@
+"""Writes the tables of README.md from the files in results/; `--check` fails when they are stale.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of TABLES.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+RESULTS = ROOT / "results"
+H200_TRANSFORMERS = "2026-11-23-h200-transformers"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def source(folder: str) -> str:
+    """Where a campaign's figures come from: device, versions, model, work, folder."""
+    read = json.loads((RESULTS / folder / "environment.json").read_text(encoding="utf-8"))
+    plan = read["command_line"]
+    versions = read["versions"]
+    weights = ", random weights" if "dummy" in plan else ""
+    return (
+        f"{read['device']['name']}, {plan[plan.index('--model') + 1]}{weights}, "
+        f"{plan[plan.index('--max-new-tokens') + 1]} new tokens, {plan[plan.index('--runs') + 1]} "
+        f"runs a cell, batch 1, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, bitsandbytes {versions['bitsandbytes']}. "
+        f"From `results/{folder}/cells.csv`."
+    )
+
+
+def transformers_modes() -> str:
+    path = RESULTS / H200_TRANSFORMERS / "cells.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        cells = [cell for cell in csv.DictReader(file) if cell["status"] == "ok"]
+    cells.sort(key=lambda cell: -float(cell["decode_tok_per_s_median"]))
+    rows = [
+        [
+            cell["quantization"],
+            cell["attention"],
+            cell["cache"],
+            f"{float(cell['decode_tok_per_s_median']):.1f}",
+            f"{float(cell['decode_tok_per_s_min']):.1f}-{float(cell['decode_tok_per_s_max']):.1f}",
+            f"{1e3 * float(cell['ttft_s_median']):.0f}",
+            f"{float(cell['itl_p50_ms']):.1f}",
+            f"{float(cell['itl_p99_ms']):.1f}",
+            f"{float(cell['peak_allocated_bytes']) / 1e9:.1f}",
+        ]
+        for cell in cells
+    ]
+    header = ["quantization", "attention", "cache", "tok/s", "slowest-fastest run", "TTFT ms"]
+    header += ["ITL p50 ms", "p99 ms", "peak GB"]
+    return f"{markdown(header, rows)}\n\n{source(H200_TRANSFORMERS)}"
+
+
+def scenes_quality() -> str:
+    path = RESULTS / "scenes-training" / "evaluation.json.gz"
+    found: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+    exact = found["exact_caption_percent"]
+    rows = [
+        ["detailed caption, every word", f"{exact['long']:.1f}"],
+        ["short caption", f"{exact['short']:.1f}"],
+        ["tags", f"{exact['tags']:.1f}"],
+        ["colour and shape of each object", f"{found['phrase_percent_of_objects']:.1f}"],
+    ]
+    note = f"{found['scenes']} held-out scenes. From `results/scenes-training/evaluation.json.gz`."
+    return f"{markdown(['exactly right', '%'], rows)}\n\n{note}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "transformers-modes": transformers_modes,
+    "scenes-quality": scenes_quality,
+}
+
+
+def render(text: str) -> str:
+    def fill(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
+
+    pattern = r"(<!-- table: ([\w-]+) -->)\n.*?(<!-- end -->)"
+    return re.sub(pattern, fill, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    fresh = render(text)
+    if "--check" in sys.argv:
+        if fresh != text:
+            sys.exit("the tables of README.md are stale: run make docs")
+        return
+    README.write_text(fresh, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
