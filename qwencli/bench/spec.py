@@ -62,7 +62,8 @@ def loads(line: str) -> WorkerSpec:
     model["source"] = ModelSource(model["source"])
     model["path"] = None if model["path"] is None else Path(model["path"])
     modes: dict[str, Any] = {
-        key: _ENUMS[key](value) if key in _ENUMS else value for key, value in config.items()
+        key: _ENUMS[key](value) if key in _ENUMS and value is not None else value
+        for key, value in config.items()
     }
     return WorkerSpec(
         config=EngineConfig(model=ModelSpec(**model), **modes),
