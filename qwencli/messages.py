@@ -44,11 +44,13 @@ class GenerationRequest:
         messages: in order; the last one is normally the user's.
         sampling: what the user said; the engine fills in the model's own defaults.
         ignore_eos: produce exactly `max_new_tokens` tokens (equal work for measurements).
+        from_scratch: use nothing that earlier requests left behind (likewise).
     """
 
     messages: tuple[Message, ...]
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     ignore_eos: bool = False
+    from_scratch: bool = False
 
     def images(self) -> Iterator[ImagePart]:
         for message in self.messages:

@@ -7,7 +7,9 @@ A command builds a `Sink` once. `answer` and `json_line` write to stdout; `notic
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -79,6 +81,8 @@ class Sink:
 
     @staticmethod
     def _line(text: str) -> None:
+        if sys.stderr.isatty():
+            text = _wrapped(text, shutil.get_terminal_size().columns)
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
@@ -87,3 +91,13 @@ class Sink:
         from rich.console import Console
 
         return Console(stderr=stderr, highlight=False)
+
+
+def _wrapped(text: str, columns: int) -> str:
+    """Break lines that are too long between words; a terminal breaks inside them."""
+    return "\n".join(
+        textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False)
+        if len(line) > columns
+        else line
+        for line in text.split("\n")
+    )

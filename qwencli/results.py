@@ -7,7 +7,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Timings:
     """Seconds by phase. On CUDA the phases are GPU time between events in stream order.
 
     `ttft_s` runs from the request to the first token, preprocessing, vision and prefill included.
-    `decode_s` runs from the first token to the last. `vision_encode_s` is None without images.
+    `decode_s` runs from the first token to the last. `vision_encode_s` is None where the vision
+    tower did not run: without images, and where all of them were kept from earlier requests.
     `decode_tok_per_s` is None for fewer than two tokens.
     """
 

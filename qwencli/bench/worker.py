@@ -83,7 +83,11 @@ def _measure_all(spec: WorkerSpec, make_engine: MakeEngine) -> Iterator[dict[str
 
 
 def build_request(spec: WorkerSpec) -> GenerationRequest:
-    """Greedy and exactly `max_new_tokens` long: every run of every cell does equal work."""
+    """Greedy, exactly `max_new_tokens` long, and with vision and prefill done anew.
+
+    Every run of every cell does equal work: an engine that recognises the request of the run
+    before would answer from its cache, and TTFT would measure that.
+    """
     images: tuple[ImagePart, ...] = ()
     if spec.images:
         from qwencli.engine.images import open_image
@@ -93,6 +97,7 @@ def build_request(spec: WorkerSpec) -> GenerationRequest:
         messages=(user_message(spec.prompt, images),),
         sampling=SamplingOptions(do_sample=False, max_new_tokens=spec.max_new_tokens),
         ignore_eos=True,
+        from_scratch=True,
     )
 
 

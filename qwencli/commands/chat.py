@@ -44,5 +44,6 @@ def chat(
         talk.attach(*pictures)
         if prompt is not None:
             talk.ask(prompt)
-        else:
-            talk.converse(sys.stdin)
+        elif talk.converse(sys.stdin) and not sys.stdin.isatty():
+            # A person saw the error and went on; a script has only the exit code.
+            raise typer.Exit(1)

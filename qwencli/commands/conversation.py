@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from qwencli.engine.base import Engine
     from qwencli.results import GenerationResult
 
+PROMPT = "> "
 HELP = """\
 /image PATH...   attach pictures to the next message
 /system TEXT     set the system prompt and start over
@@ -58,8 +60,12 @@ class Conversation:
     def attach(self, *pictures: ImagePart) -> None:
         self._attached.extend(pictures)
 
-    def converse(self, stdin: TextIO) -> None:
-        """Read lines until the end of input or /exit; errors are shown and the talk goes on."""
+    def converse(self, stdin: TextIO) -> int:
+        """Read lines until the end of input or /exit; errors are shown and the talk goes on.
+
+        Returns how many lines failed.
+        """
+        failed = 0
         at_terminal = stdin.isatty()
         if at_terminal:
             _enable_line_editing()
@@ -69,11 +75,13 @@ class Conversation:
                 continue
             try:
                 if not self._handle(line.strip()):
-                    return
+                    break
             except KeyboardInterrupt:
                 self._sink.notice("\nstopped; the conversation goes on")
             except (InputError, OutOfMemoryError, UsageError) as error:
+                failed += 1
                 self._sink.error(error)
+        return failed
 
     def ask(self, text: str) -> GenerationResult:
         """Send `text` with the attached pictures, write the answer, and remember both.
@@ -106,8 +114,11 @@ class Conversation:
         if not at_terminal:
             return stdin.readline() or None
         try:
-            # input() writes its prompt to stdout; stdout carries answers alone.
-            sys.stderr.write("> ")
+            if sys.stdout.isatty():
+                # Line editing redraws the line, and erases a prompt that it did not write itself.
+                return input(PROMPT)
+            # input() would write its prompt to stdout, which carries answers alone.
+            sys.stderr.write(PROMPT)
             sys.stderr.flush()
             return input()
         except EOFError:
@@ -154,13 +165,25 @@ class Conversation:
 
 def _split_paths(text: str) -> list[Path]:
     """Paths separated by spaces; a path with spaces may be quoted, or stand alone unquoted."""
-    if Path(text).is_file():
-        return [Path(text)]
+    if _is_file(whole := _at_home(text)):
+        return [whole]
     try:
         # posix=False keeps Windows' backslashes; the quotes it leaves are taken off here.
-        return [Path(word.strip("'\"")) for word in shlex.split(text, posix=False)]
+        words = [word.strip("'\"") for word in shlex.split(text, posix=False)]
+        return [_at_home(word) for word in words]
     except ValueError as error:
         raise UsageError(f"/image: {error}".lower(), "close the quotation mark") from error
+
+
+def _at_home(path: str) -> Path:
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - the other raises for "~nobody"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than the system allows, for one
+        return False
 
 
 def _enable_line_editing() -> None:

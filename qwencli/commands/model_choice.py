@@ -61,7 +61,11 @@ def _wants(better: ModelSpec) -> bool:
         "from the Hugging Face hub now? [y/N] "
     )
     sys.stderr.flush()
-    return input().strip().lower() in ("y", "yes")
+    try:
+        return input().strip().lower() in ("y", "yes")
+    except EOFError:
+        sys.stderr.write("\n")
+        return False
 
 
 def announce_model(spec: ModelSpec, run: RunOptions, sink: Sink) -> None:

@@ -1,4 +1,4 @@
-"""What `caption` and `chat` do around an answer: announce the model, run the engine, open files."""
+"""What `caption` and `chat` do around an answer: run the engine, open files."""
 
 from __future__ import annotations
 
@@ -20,17 +20,21 @@ if TYPE_CHECKING:
 def running_engine(config: EngineConfig, sink: Sink) -> Iterator[Engine]:
     """An engine, loaded, closed at the end whatever happens."""
     from qwencli.engine.factory import create_engine
+    from qwencli.engine.resolve import resolve_device
 
     if config.offline:
         # Libraries below us read this; it is the only way to keep all of them off the network.
         os.environ["HF_HUB_OFFLINE"] = "1"
+    with sink.status(f"starting {config.model.name}"):
+        # Before a download: a mode that the engine does not have should not cost gigabytes first.
+        engine = create_engine(config)
+        resolve_device(config.device)
     if config.model.path is None and config.load_format is LoadFormat.AUTO:
         from qwencli.models.locate import locate
 
         # Here and not in load(): the download's own progress bars need the terminal to themselves.
         locate(config.model, offline=config.offline, allow_pickle=config.allow_pickle)
     with sink.status(f"loading {config.model.name}"):
-        engine = create_engine(config)
         engine.load()
     try:
         yield engine

@@ -19,7 +19,7 @@ class Clock:
     """
 
     def __init__(self, device: str) -> None:
-        self._cuda = device.startswith("cuda")
+        self._device, self._cuda = device, device.startswith("cuda")
         if self._cuda:
             # One wait per request ties the GPU's clock to the host's.
             torch.cuda.synchronize(device)
@@ -30,7 +30,8 @@ class Clock:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        # Of this device: a bare record() marks a stream of the current one, which is cuda:0.
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def seconds(self, earlier: Mark, later: Mark) -> float:

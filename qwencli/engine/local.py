@@ -10,8 +10,9 @@ from typing import Self
 from qwencli.config import EngineConfig, SamplingParams, resolve_sampling
 from qwencli.engine.answer import Answer
 from qwencli.engine.base import drain
-from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error
+from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
 from qwencli.engine.prompt import Prompt
+from qwencli.engine.resolve import resolve_device
 from qwencli.engine.sources import ModelFiles, open_model
 from qwencli.errors import InputError, OutOfMemoryError
 from qwencli.messages import GenerationRequest
@@ -38,6 +39,10 @@ class LocalEngine(ABC):
     @abstractmethod
     def _release(self) -> None:
         """Drop the model and give its memory back."""
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Drop what is kept from earlier requests to spare later ones work."""
 
     @abstractmethod
     def _recover(self) -> None:
@@ -71,9 +76,20 @@ class LocalEngine(ABC):
             return
         started = time.perf_counter()
         files = open_model(self.config)
-        self._ran = self._load(files)
-        self._files = files
-        self._load_s = time.perf_counter() - started
+        device = resolve_device(self.config.device)
+        try:
+            self._ran = self._load(files)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = out_of_memory_error(device, f"loading {self.config.model.name}", error)
+        else:
+            self._files = files
+            self._load_s = time.perf_counter() - started
+            return
+        # Outside the handler: until it ends, the traceback holds the tensors that must go.
+        release(device)
+        raise failure
 
     def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
         """Yield the answer token by token.
@@ -89,6 +105,8 @@ class LocalEngine(ABC):
             request.sampling, self.files.generation_defaults, ignore_eos=request.ignore_eos
         )
         self._check_length(prompt, sampling)
+        if request.from_scratch:
+            self._forget()
         try:
             yield from self._answer(Answer(self.files, prompt, sampling, started_s))
         except (RuntimeError, MemoryError) as error:

@@ -96,8 +96,10 @@ def _model_files(
     prompts: PromptBuilder,
     defaults: Mapping[str, Any],
 ) -> ModelFiles:
-    stop = defaults.get("eos_token_id", prompts.tokenizer.token_id(END_OF_TURN))
-    pad = defaults.get("pad_token_id", prompts.tokenizer.token_id(PAD))
+    stop, pad = defaults.get("eos_token_id"), defaults.get("pad_token_id")
+    # Files may state null, which means the same as leaving the key out.
+    stop = prompts.tokenizer.token_id(END_OF_TURN) if stop is None else stop
+    pad = prompts.tokenizer.token_id(PAD) if pad is None else pad
     return ModelFiles(
         folder=folder,
         hub_config=hub_config,

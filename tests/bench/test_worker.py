@@ -123,3 +123,7 @@ def test_host_probe_sees_cpu_time_and_collections():
     assert busy.row()["main_thread_cpu_percent"] > 4 * idle.row()["main_thread_cpu_percent"]
     assert set(busy.row()) <= set(columns.RUNS)
     assert not [callback for callback in gc.callbacks if "HostProbe" in repr(callback)]
+
+
+def test_no_run_may_use_what_an_earlier_one_left():
+    assert worker.build_request(make_spec()).from_scratch

@@ -171,3 +171,22 @@ def test_paths_may_be_quoted(text, count):
 def test_an_open_quotation_is_told():
     with pytest.raises(UsageError, match="quotation"):
         _split_paths("'a b.png")
+
+
+def test_a_failed_line_of_a_script_shows_in_the_exit_code(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("/nope\n"))
+    assert run(["chat", "--model", "scenes", "--device", "cpu"]) == 1
+    assert "/nope is not a command" in capsys.readouterr().err
+
+
+def test_a_path_longer_than_the_system_allows_does_not_end_the_talk(talk, capsys):
+    converse(talk, "/image " + "x" * 300, "/help")
+    error, *rest = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: xxx")
+    assert rest
+
+
+def test_home_is_expanded(picture_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(picture_path.parent))
+    monkeypatch.setenv("USERPROFILE", str(picture_path.parent))
+    assert _split_paths("~/a picture.png") == [picture_path]

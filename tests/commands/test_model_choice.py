@@ -104,3 +104,13 @@ def test_the_bundled_model_says_what_it_is(monkeypatch, capsys):
     assert "knows drawn scenes only" in capsys.readouterr().err
     assert run_cli([*arguments, "--quiet"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_end_of_input_at_the_offer_means_no(at_terminal, monkeypatch):
+    at_terminal("")
+
+    def ended():
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", ended)
+    assert model_choice.choose_model(RunOptions(), Sink()).source is ModelSource.BUNDLED

@@ -111,9 +111,12 @@ class NativeEngine(LocalEngine):
         gc.unfreeze()
         release(self.ran.device)
 
-    def _recover(self) -> None:
+    def _forget(self) -> None:
         assert self._generation is not None, "load() comes first"
         self._generation.forget()
+
+    def _recover(self) -> None:
+        self._forget()
         release(self.ran.device)
 
 

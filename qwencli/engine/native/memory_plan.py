@@ -20,7 +20,7 @@ from qwencli.models.shapes import ModelShape, read_shape
 # What `--max-seq-len` is when nobody says: long chats with pictures, at a few GB of cache at most.
 DEFAULT_MAX_SEQ_LEN = 16384
 SMALLEST_MAX_SEQ_LEN = 1024
-# The largest picture we plan for unless --max-pixels says otherwise: a megapixel.
+# The largest picture we plan for, whatever --max-pixels says: a megapixel.
 PLANNED_IMAGE_TOKENS = 1024
 
 

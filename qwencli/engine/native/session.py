@@ -16,7 +16,9 @@ from qwencli.engine.prompt import Prompt
 Key = int | tuple[bytes, int]
 Encode = Callable[[int], VisionFeatures]
 
-KEPT_IMAGES = 32
+# Image tokens whose features stay on the device for later requests: four megapixels, 80 MB for a
+# 4B model. A count of pictures would bound nothing, as one may have sixteen times as many.
+KEPT_IMAGE_TOKENS = 4096
 
 
 class CachedSequence:
@@ -51,7 +53,11 @@ class CachedSequence:
 
 
 class FeatureCache:
-    """Features of the last pictures, by content: a picture is encoded once per session."""
+    """Features of the last pictures, by content, so that a next turn does not encode them again.
+
+    All pictures of the last request stay, and of those before as many as `KEPT_IMAGE_TOKENS` has
+    room for.
+    """
 
     def __init__(self) -> None:
         self._kept: OrderedDict[bytes, VisionFeatures] = OrderedDict()
@@ -66,8 +72,10 @@ class FeatureCache:
                 self._kept[digest] = encode(index)
             self._kept.move_to_end(digest)
             parts.append(self._kept[digest])
-        while len(self._kept) > KEPT_IMAGES:
-            self._kept.popitem(last=False)
+        tokens = sum(len(kept.embeds) for kept in self._kept.values())
+        while tokens > KEPT_IMAGE_TOKENS and len(self._kept) > len(set(digests)):
+            _, dropped = self._kept.popitem(last=False)
+            tokens -= len(dropped.embeds)
         return join_features(parts)
 
     def clear(self) -> None:

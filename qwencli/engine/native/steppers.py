@@ -103,14 +103,14 @@ class GraphStepper:
         state = self._state
         # What the warm-up writes must not land on keys and values that are in use.
         state.slot.fill_(len(state.slots) - 1)
-        stream = self._stream
-        stream.wait_stream(torch.cuda.current_stream())
+        stream, current = self._stream, torch.cuda.current_stream(state.model.device)
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             # cuBLAS and the allocator set themselves up here and not in the graph.
             for _ in range(2):
                 state.advance_masked(kind, bucket)
                 state.slot.fill_(len(state.slots) - 1)
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             state.advance_masked(kind, bucket)

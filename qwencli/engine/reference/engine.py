@@ -69,5 +69,8 @@ class TransformersEngine(LocalEngine):
             torch.compiler.reset()
         release(self.ran.device)
 
+    def _forget(self) -> None:
+        return  # generate() keeps nothing from one call to the next
+
     def _recover(self) -> None:
         release(self.ran.device)

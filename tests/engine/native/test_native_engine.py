@@ -113,6 +113,39 @@ def test_a_next_turn_prefills_only_what_is_new(checkpoint, monkeypatch, cache):
     assert all(new <= added for new, added in zip(prefilled[1:], grown, strict=True))
 
 
+def test_a_request_from_scratch_repeats_vision_and_prefill(engine, monkeypatch):
+    from dataclasses import replace
+
+    request = ask(images=[picture()])
+    expected = engine.generate(request)
+    prefilled = []
+    model, prefill = engine._generation._model, engine._generation._model.prefill
+
+    def counting(inputs, kv, start=0, stop=None):
+        prefilled.append(inputs.length - start)
+        return prefill(inputs, kv, start=start)
+
+    monkeypatch.setattr(model, "prefill", counting)
+    assert engine.generate(request).timings.vision_encode_s is None
+    again = engine.generate(replace(request, from_scratch=True))
+    assert again.timings.vision_encode_s > 0
+    assert prefilled == [1, again.num_prompt_tokens]
+    assert again.token_ids == expected.token_ids
+
+
+def test_out_of_memory_while_loading_is_one_line(checkpoint, monkeypatch):
+    def exhausted(*_):
+        raise torch_out_of_memory()
+
+    engine = NativeEngine(native_config(checkpoint("qwen3")))
+    with monkeypatch.context() as patch:
+        patch.setattr("qwencli.engine.native.engine.weights.load", exhausted)
+        with pytest.raises(OutOfMemoryError, match="while loading"):
+            engine.load()
+    assert engine.generate(ask()).num_new_tokens == 64
+    engine.close()
+
+
 def test_another_picture_of_the_same_size_is_not_mistaken(engine):
     from dataclasses import replace
 
