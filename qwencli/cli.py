@@ -62,16 +62,15 @@ def run(arguments: list[str]) -> int:
     """
     arguments = _global_flags_first(arguments) or ["--help"]
     if "--debug" in arguments:
-        return _exit_code(app(arguments, standalone_mode=False))
+        return _finished(app(arguments, standalone_mode=False))
     # Deprecation notes of libraries are ours to act on, not the user's.
     warnings.simplefilter("ignore")
     try:
-        return _exit_code(app(arguments, standalone_mode=False))
+        return _finished(app(arguments, standalone_mode=False))
     except QwenCliError as error:
         return _fail(error)
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("interrupted\n")
-        return EXIT_INTERRUPTED
+        return _finished(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of the pipe has gone. Python's own flush at exit must not find it gone again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -96,7 +95,10 @@ def _global_flags_first(arguments: list[str]) -> list[str]:
     return flags + [word for word in arguments[:end] if word not in flags] + arguments[end:]
 
 
-def _exit_code(returned: object) -> int:
+def _finished(returned: object) -> int:
+    """The exit code for what the application returned; Typer makes Ctrl-C a return of 130."""
+    if returned == EXIT_INTERRUPTED:
+        sys.stderr.write("interrupted\n")
     return returned if isinstance(returned, int) else 0
 
 

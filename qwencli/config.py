@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from qwencli.errors import UsageError
+from qwencli.errors import ModelFileError, UsageError
 
 
 class EngineName(StrEnum):
@@ -197,6 +197,19 @@ def check_sampling(options: SamplingOptions) -> None:
             )
 
 
+def _check_model_defaults(model_defaults: Mapping[str, Any]) -> None:
+    for name in (*_SAMPLING_SWITCHES, "repetition_penalty"):
+        value, bound = model_defaults.get(name), SAMPLING_BOUNDS[name]
+        # A model's own top_k may exceed what we offer; nothing else has room beyond its range.
+        high = math.inf if name == "top_k" else bound.high
+        if value is None or (isinstance(value, int | float) and bound.low <= value <= high):
+            continue
+        raise ModelFileError(
+            f"generation_config.json: {name} is {value!r}",
+            f"correct it to a value from {bound.low:g} to {bound.high:g}",
+        )
+
+
 def resolve_sampling(
     options: SamplingOptions, model_defaults: Mapping[str, Any], *, ignore_eos: bool = False
 ) -> SamplingParams:
@@ -207,8 +220,10 @@ def resolve_sampling(
 
     Raises:
         UsageError: an option outside its range.
+        ModelFileError: a default of the model outside its range.
     """
     check_sampling(options)
+    _check_model_defaults(model_defaults)
     base = SamplingParams()
     said = {f.name: getattr(options, f.name) for f in fields(options)}
     merged: dict[str, Any] = {}

@@ -101,6 +101,19 @@ def test_errors_become_one_line(monkeypatch, capsys, error, code, line):
     assert capsys.readouterr().err == line
 
 
+def test_ctrl_c_is_one_line_and_exit_code_130():
+    done = python(
+        "import sys\n"
+        "from qwencli import cli\n"
+        "from qwencli.commands import caption\n"
+        "def interrupted(*arguments): raise KeyboardInterrupt\n"
+        "caption.choose_model = interrupted\n"
+        "sys.exit(cli.run(['caption', 'a.png']))"
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.strip() == "interrupted"
+
+
 def test_debug_lets_the_traceback_through(monkeypatch):
     monkeypatch.setattr(cli, "app", raising(DeviceError("no GPU")))
     with pytest.raises(DeviceError):

@@ -71,7 +71,7 @@ class _Captions:
 
     def opened(self, jobs: Sequence[Sequence[Path]]) -> Iterator[Pictures]:
         for number, paths in enumerate(jobs, start=1):
-            if self.several and sys.stderr.isatty():
+            if self.several and sys.stderr.isatty() and not sys.stdout.isatty():
                 self.sink.notice(f"[{number}/{len(jobs)}] {', '.join(str(path) for path in paths)}")
             try:
                 yield tuple(open_picture(path) for path in paths)
@@ -99,9 +99,10 @@ class _Captions:
             if not self.json:
                 self.sink.answer(self._prefix(names) + result.text)
             return result
-        self.sink.answer(self._prefix(names), end="")
+        prefix = self._prefix(names)
         for chunk in engine.stream(request):
-            self.sink.answer(chunk.text, end="")
+            self.sink.answer(prefix + chunk.text, end="")
+            prefix = ""
             if chunk.result is not None:
                 result = chunk.result
         self.sink.answer("")

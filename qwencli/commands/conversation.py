@@ -121,7 +121,7 @@ class Conversation:
             sys.stderr.write(PROMPT)
             sys.stderr.flush()
             return input()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             self._sink.notice("")
             return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -48,16 +49,32 @@ class RunOptions:
     ] = None
     models_file: Annotated[Path | None, _model(text="A custom_models.json to read as well.")] = None
     engine: Annotated[
-        EngineName | None, _model(text="Default: native, or transformers where that must be.")
+        EngineName | None,
+        _model(
+            metavar="NAME",
+            text="native or transformers. Default: native for unquantized weights.",
+        ),
     ] = None
-    quantization: Annotated[Quantization, _model(text="Weight format.")] = Quantization.NONE
-    attention: Annotated[Attention, _model(text="Attention kernel.")] = Attention.AUTO
-    cache: Annotated[Cache | None, _model(text="KV cache; default: the engine's best.")] = None
-    device: Annotated[str, _model(text="auto, cpu, cuda, cuda:N or mps.")] = "auto"
-    dtype: Annotated[DType, _model(text="Dtype of unquantized weights.")] = DType.AUTO
-    load_format: Annotated[LoadFormat, _model(text="dummy: random weights, true shape.")] = (
-        LoadFormat.AUTO
+    quantization: Annotated[
+        Quantization, _model(metavar="MODE", text="none, 8bit, 4bit or fp8.")
+    ] = Quantization.NONE
+    attention: Annotated[
+        Attention, _model(metavar="MODE", text="auto, sdpa, eager or flash_attention_2.")
+    ] = Attention.AUTO
+    cache: Annotated[
+        Cache | None,
+        _model(
+            metavar="MODE",
+            text="dynamic, static, static-compile or static-graph. Default: the best.",
+        ),
+    ] = None
+    device: Annotated[str, _model(metavar="NAME", text="auto, cpu, cuda, cuda:N or mps.")] = "auto"
+    dtype: Annotated[DType, _model(metavar="NAME", text="auto, bfloat16, float16 or float32.")] = (
+        DType.AUTO
     )
+    load_format: Annotated[
+        LoadFormat, _model(metavar="NAME", text="auto, or dummy: random weights of true shape.")
+    ] = LoadFormat.AUTO
     min_pixels: Annotated[
         int | None, _model(text="Smallest height x width of an image.", min=1)
     ] = None
@@ -111,6 +128,9 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapper(**given: Any) -> None:
         run = RunOptions(**{name: given.pop(name) for name in names})
+        if run.offline:
+            # The hub's library reads this when it is imported, which nothing has done yet.
+            os.environ["HF_HUB_OFFLINE"] = "1"
         command(**given, run=run)
 
     parameters = [p for name, p in own.parameters.items() if name != "run"] + shared

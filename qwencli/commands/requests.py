@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +21,6 @@ def running_engine(config: EngineConfig, sink: Sink) -> Iterator[Engine]:
     from qwencli.engine.factory import create_engine
     from qwencli.engine.resolve import resolve_device
 
-    if config.offline:
-        # Libraries below us read this; it is the only way to keep all of them off the network.
-        os.environ["HF_HUB_OFFLINE"] = "1"
     with sink.status(f"starting {config.model.name}"):
         # Before a download: a mode that the engine does not have should not cost gigabytes first.
         engine = create_engine(config)

@@ -153,7 +153,7 @@ VARIABLES = (
     Variable("TORCHDYNAMO_DISABLE", ("1",), "static-compile compiles nothing"),
     Variable("TORCH_COMPILE_DISABLE", ("1",), "static-compile compiles nothing"),
     Variable("NVIDIA_TF32_OVERRIDE", ("0",), "float32 products cannot use tensor cores"),
-    Variable("OMP_NUM_THREADS", ("1",), "the CPU computes on one core"),
+    Variable("OMP_NUM_THREADS", ("1",), "the CPU then computes on one core"),
     Variable("PYTORCH_CUDA_ALLOC_CONF", (), "changes the CUDA allocator"),
     Variable("PYTORCH_ALLOC_CONF", (), "changes the allocator"),
     Variable("CUDA_VISIBLE_DEVICES", (), "hides or reorders GPUs"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwencli.config import Attention, Cache, DType, Quantization
+from qwencli.config import Attention, Cache, DType, EngineName, Quantization
 from qwencli.diagnostics.machine import Machine
 
 # bf16 weights of the recommended 4B model and room for cache and vision, in bytes.
@@ -21,7 +21,8 @@ def recommend(machine: Machine) -> dict[str, str]:
             "dtype": DType.AUTO.value,
             "quantization": Quantization.NONE.value,
             "attention": Attention.SDPA.value,
-            "cache": Cache.DYNAMIC.value,
+            "engine": EngineName.NATIVE.value,
+            "cache": Cache.STATIC.value,
             "why": "no CUDA device: the small models are the usable ones",
         }
     device = max(torch.devices, key=lambda found: found.total_memory_bytes)
@@ -32,7 +33,8 @@ def recommend(machine: Machine) -> dict[str, str]:
         "dtype": (DType.BFLOAT16 if device.capability >= (8, 0) else DType.FLOAT16).value,
         "quantization": (Quantization.NONE if fits else Quantization.INT4).value,
         "attention": Attention.SDPA.value,
-        "cache": Cache.DYNAMIC.value,
+        "engine": (EngineName.NATIVE if fits else EngineName.TRANSFORMERS).value,
+        "cache": (Cache.STATIC_GRAPH if fits else Cache.DYNAMIC).value,
         "why": f"a 4B model {'fits' if fits else 'does not fit'} {memory} without quantization; "
         "`qwencli bench` measures the other modes",
     }

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qwencli.config import EngineConfig, EngineName, Quantization
+from qwencli.config import EngineConfig, EngineName, LoadFormat, Quantization
 from qwencli.engine.base import Engine
 from qwencli.errors import UnsupportedModeError
 
-NATIVE_FAMILIES = ("qwen3_vl", "qwen2_5_vl", "qwen2_vl", "qwen3", "qwen2")
-
 
 def default_engine(config: EngineConfig) -> EngineName:
-    """The engine for a configuration that names none.
+    """The engine for a configuration that names none: native where it can run the model.
 
-    Native runs unquantized safetensors of the families above. Everything else, and a model of
-    which nothing is known before its download, goes to transformers.
+    That is for unquantized safetensors of its families. A model of which nothing is known here
+    is downloaded to find out, as it has to be anyway.
+
+    Raises:
+        ModelFileError, DownloadError: the model's files are not usable, or not to be had.
     """
-    hub_config = config.model.hub_config or {}
+    from qwencli.engine.native.families import FAMILIES
+    from qwencli.models.folder import read_config
+    from qwencli.models.locate import locate
+
+    hub_config = config.model.hub_config
+    if hub_config is None and config.load_format is LoadFormat.AUTO:
+        folder = locate(config.model, offline=config.offline, allow_pickle=config.allow_pickle)
+        hub_config = read_config(folder)
+    hub_config = hub_config or {}
     native = (
-        hub_config.get("model_type") in NATIVE_FAMILIES
+        hub_config.get("model_type") in FAMILIES
         and "quantization_config" not in hub_config
         and config.quantization is Quantization.NONE
         and not config.allow_pickle

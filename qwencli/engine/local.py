@@ -14,7 +14,7 @@ from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, 
 from qwencli.engine.prompt import Prompt
 from qwencli.engine.resolve import resolve_device
 from qwencli.engine.sources import ModelFiles, open_model
-from qwencli.errors import InputError, OutOfMemoryError
+from qwencli.errors import InputError, OutOfMemoryError, UsageError
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk, GenerationResult, RanModes
 
@@ -76,6 +76,13 @@ class LocalEngine(ABC):
             return
         started = time.perf_counter()
         files = open_model(self.config)
+        wanted = self.config.max_seq_len
+        if wanted is not None and wanted > files.max_seq_len:
+            raise UsageError(
+                f"--max-seq-len {wanted}: {self.config.model.name} was made for "
+                f"{files.max_seq_len} tokens",
+                f"use {files.max_seq_len} or less",
+            )
         device = resolve_device(self.config.device)
         try:
             self._ran = self._load(files)
@@ -107,17 +114,22 @@ class LocalEngine(ABC):
         self._check_length(prompt, sampling)
         if request.from_scratch:
             self._forget()
-        try:
-            yield from self._answer(Answer(self.files, prompt, sampling, started_s))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            failure = self._out_of_memory(prompt, error)
-        else:
-            return
-        # Outside the handler: until it ends, the traceback holds the tensors that must go.
-        self._recover()
-        raise failure
+        # Memory that an earlier request left fragmented may be enough once it is given back, so a
+        # request that has produced nothing yet is tried once more.
+        for last_try in (False, True):
+            answer = Answer(self.files, prompt, sampling, started_s)
+            try:
+                yield from self._answer(answer)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = self._out_of_memory(prompt, error)
+            else:
+                return
+            # Outside the handler: until it ends, the traceback holds the tensors that must go.
+            self._recover()
+            if last_try or answer.token_ids:
+                raise failure
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
         return drain(self.stream(request))

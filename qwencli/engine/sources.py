@@ -17,6 +17,8 @@ from qwencli.models.locate import bundled_folder, locate
 
 # What every Qwen tokenizer ends a turn with, and pads with.
 END_OF_TURN, PAD = "<|im_end|>", "<|endoftext|>"
+# Qwen's models have two; engines may keep room for this many.
+MAX_STOP_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,18 @@ def _model_files(
     # Files may state null, which means the same as leaving the key out.
     stop = prompts.tokenizer.token_id(END_OF_TURN) if stop is None else stop
     pad = prompts.tokenizer.token_id(PAD) if pad is None else pad
+    stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
+    if len(stop_ids) > MAX_STOP_TOKENS:
+        raise ModelFileError(
+            f"{folder}: generation_config.json names {len(stop_ids)} stop tokens",
+            f"at most {MAX_STOP_TOKENS} can be used; shorten eos_token_id",
+        )
     return ModelFiles(
         folder=folder,
         hub_config=hub_config,
         prompts=prompts,
         generation_defaults=defaults,
-        stop_token_ids=tuple(stop) if isinstance(stop, list) else (stop,),
+        stop_token_ids=stop_ids,
         pad_token_id=pad,
         max_seq_len=_text_config(hub_config)["max_position_embeddings"],
     )

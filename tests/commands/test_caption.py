@@ -174,6 +174,7 @@ def test_sampling_flags_reach_the_engine(caption, pictures, capsys):
         (["--attention", "flash_attention_2"], 2, "needs a CUDA GPU"),
         (["--quantization", "fp8"], 2, "fp8 cannot run"),
         (["--max-seq-len", "8"], 1, "holds 8"),
+        (["--max-seq-len", "100000"], 2, "was made for 4096 tokens"),
     ],
 )
 def test_modes_that_cannot_run_say_so(caption, pictures, capsys, arguments, code, part):

@@ -16,6 +16,7 @@ from qwencli.engine.native.attention import AttentionPlan, decode_mask
 from qwencli.engine.native.kv_cache import KVCache
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import Sampler, SamplerKind, kind_of
+from qwencli.engine.sources import MAX_STOP_TOKENS
 
 
 class DecodeState:
@@ -51,7 +52,7 @@ class DecodeState:
         Args:
             next_position: int64 [1] on the device, rotary position after the prompt.
         """
-        assert len(stop_ids) <= MAX_STOP_TOKENS, "Qwen models have two"
+        assert len(stop_ids) <= MAX_STOP_TOKENS, "checked when the model's files are opened"
         self.kind = kind_of(sampling)
         self.sampler.begin(sampling, prompt_ids)
         self.slot.fill_(len(prompt_ids))
@@ -84,6 +85,3 @@ class DecodeState:
         mask = decode_mask(self.slots[:kv_len], self.slot, None, self.model.dtype)
         lengths = (self.slot + 1).to(torch.int32)
         self.advance(kind, AttentionPlan(kv_len, mask, lengths))
-
-
-MAX_STOP_TOKENS = 4

@@ -10,6 +10,7 @@ import torch
 from qwencli.config import Cache, EngineConfig, EngineName, LoadFormat, Quantization
 from qwencli.engine.answer import Answer
 from qwencli.engine.device_memory import release
+from qwencli.engine.host import host_memory
 from qwencli.engine.local import LocalEngine
 from qwencli.engine.native import weights
 from qwencli.engine.native.decoding import DecodeState
@@ -60,6 +61,7 @@ class NativeEngine(LocalEngine):
             model_limit=files.max_seq_len,
             wanted=self.config.max_seq_len,
             free_bytes=_free_bytes(device),
+            max_pixels=self.config.max_pixels,
         )
         shape = ModelShape.from_hub_config(files.hub_config)
         place, torch_dtype = torch.device(device), getattr(torch, dtype.value)
@@ -121,6 +123,6 @@ class NativeEngine(LocalEngine):
 
 
 def _free_bytes(device: str) -> int | None:
-    if not device.startswith("cuda"):
-        return None
-    return torch.cuda.mem_get_info(device)[0]
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return host_memory().available_bytes if device == "cpu" else None

@@ -85,6 +85,8 @@ class Generation:
         However the request ends, the cache afterwards holds what it is remembered to hold.
         """
         state = self._state
+        # First of all: captures that a request is the first to need are part of its prefill.
+        clock = Clock(self._ran.device)
         first_slot = len(answer.prompt.input_ids)
         steps = answer.sampling.max_new_tokens - 1
         digests = digests_of(answer.prompt)
@@ -92,7 +94,6 @@ class Generation:
         with torch.inference_mode():
             state.kind = kind_of(answer.sampling)
             self._stepper.prepare(first_slot, first_slot + steps)
-        clock = Clock(self._ran.device)
         try:
             vision = self._prefill(answer, keys, digests, clock)
             with quiet_host():

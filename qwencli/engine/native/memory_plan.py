@@ -20,8 +20,10 @@ from qwencli.models.shapes import ModelShape, read_shape
 # What `--max-seq-len` is when nobody says: long chats with pictures, at a few GB of cache at most.
 DEFAULT_MAX_SEQ_LEN = 16384
 SMALLEST_MAX_SEQ_LEN = 1024
-# The largest picture we plan for, whatever --max-pixels says: a megapixel.
-PLANNED_IMAGE_TOKENS = 1024
+# Text around the picture of a planned prompt.
+PROMPT_TOKENS = 1024
+# The largest picture we plan for unless --max-pixels says otherwise.
+PLANNED_PIXELS = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ def plan_memory(
     model_limit: int,
     wanted: int | None,
     free_bytes: int | None,
+    max_pixels: int | None = None,
 ) -> MemoryPlan:
     """The longest sequences up to `wanted` (None = our default) that fit beside the weights.
 
     Args:
         model_limit: tokens the model was made for.
         free_bytes: free memory of the device; None = not known, everything fits.
+        max_pixels: of the largest picture; None = a megapixel.
 
     Raises:
         OutOfMemoryError: the weights, or `wanted` tokens beside them, do not fit; with the
@@ -62,10 +66,12 @@ def plan_memory(
     weights = weight_bytes(shape) * scale
     target = min(model_limit, wanted or DEFAULT_MAX_SEQ_LEN)
 
+    image_tokens = _image_tokens(shape, max_pixels or PLANNED_PIXELS)
+
     def plan(tokens: int) -> MemoryPlan:
         peak = max(
-            vision_peak_bytes(shape, PLANNED_IMAGE_TOKENS),
-            prefill_peak_bytes(shape, min(tokens, 2 * PLANNED_IMAGE_TOKENS)),
+            vision_peak_bytes(shape, image_tokens),
+            prefill_peak_bytes(shape, min(tokens, PROMPT_TOKENS + image_tokens)),
         )
         return MemoryPlan(
             weights, kv_cache_bytes(shape, tokens) * scale, peak * scale, max_seq_len=tokens
@@ -78,6 +84,12 @@ def plan_memory(
     if wanted is None and longest >= smallest:
         return plan(longest)
     raise _does_not_fit(shape, name, plan(wanted or smallest), free_bytes, longest)
+
+
+def _image_tokens(shape: ModelShape, pixels: int) -> int:
+    if shape.vision is None:
+        return 0
+    return -(-pixels // (shape.vision.patch_size * shape.vision.spatial_merge_size) ** 2)
 
 
 def _longest(shape: ModelShape, fixed: int, free_bytes: int, scale: int) -> int:
@@ -102,7 +114,7 @@ def _does_not_fit(
             return OutOfMemoryError(
                 message, f"--engine transformers --quantization {quantization} fits"
             )
-    return OutOfMemoryError(message, "use a smaller model, or free memory on the GPU")
+    return OutOfMemoryError(message, "use a smaller model, or free memory on the device")
 
 
 def _gib(size: int) -> str:

@@ -110,6 +110,7 @@ class GraphStepper:
             for _ in range(2):
                 state.advance_masked(kind, bucket)
                 state.slot.fill_(len(state.slots) - 1)
+                state.step.zero_()
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from qwencli.config import Attention, Cache, DType, EngineConfig, LoadFormat, Quantization
-from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error
+from qwencli.engine.device_memory import is_out_of_memory
 from qwencli.engine.reference.families import build_config, family_of, skeleton
 from qwencli.engine.reference.quantizing import quantization_config, scheme_of, unfit_for_cpu
 from qwencli.engine.reference.random_weights import random_state_dict
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
 from qwencli.engine.sources import ModelFiles
-from qwencli.errors import ModelFileError, QwenCliError, UnsupportedModeError
+from qwencli.errors import ModelFileError, UnsupportedModeError
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,6 @@ def load_model(config: EngineConfig, plan: LoadPlan) -> Any:
 
     Raises:
         UnsupportedModeError, MissingDependencyError: the mode cannot run here.
-        OutOfMemoryError: the device is too small.
         ModelFileError: transformers could not make sense of the files.
     """
     import transformers
@@ -88,13 +87,9 @@ def load_model(config: EngineConfig, plan: LoadPlan) -> Any:
             keywords["use_safetensors"] = None if config.allow_pickle else True
             source = plan.folder
         model = model_class.from_pretrained(source, **keywords)
-    except QwenCliError:
-        raise
-    except (RuntimeError, MemoryError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
         if is_out_of_memory(error):
-            raise out_of_memory_error(plan.device, f"loading {config.model.name}", error) from error
-        raise _load_error(config, plan, error) from error
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise
         raise _load_error(config, plan, error) from error
     # generate() fills what a request leaves out from here; every request states all it wants.
     model.generation_config = transformers.GenerationConfig()

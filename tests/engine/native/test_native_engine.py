@@ -180,6 +180,22 @@ def test_a_failed_request_leaves_cache_and_engine_usable(engine, monkeypatch):
     assert engine.generate(ask()).token_ids == expected
 
 
+def test_a_request_that_finds_no_memory_is_tried_once_more(engine, monkeypatch):
+    expected = engine.generate(ask()).token_ids
+    model = engine._generation._model
+    prefill, tries = model.prefill, []
+
+    def tight(*arguments, **keywords):
+        tries.append(1)
+        if len(tries) == 1:
+            raise torch_out_of_memory()
+        return prefill(*arguments, **keywords)
+
+    monkeypatch.setattr(model, "prefill", tight)
+    assert engine.generate(ask()).token_ids == expected
+    assert len(tries) == 2
+
+
 def torch_out_of_memory():
     import torch
 

@@ -1,0 +1,65 @@
+"""Merging what a user says about sampling with a model's defaults and our own."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwencli.config import (
+    SAMPLING_BOUNDS,
+    SamplingOptions,
+    SamplingParams,
+    check_sampling,
+    resolve_sampling,
+)
+from qwencli.errors import ModelFileError, UsageError
+
+MODEL = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
+
+
+def test_the_user_wins_over_the_model_and_the_model_over_us():
+    params = resolve_sampling(SamplingOptions(top_k=5), MODEL)
+    assert (params.top_k, params.temperature, params.top_p) == (5, 0.7, 0.8)
+    assert params.min_p == SamplingParams().min_p
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "samples"),
+    [
+        ({}, {"do_sample": False}, False),
+        ({}, {}, True),
+        ({"temperature": 0.0}, MODEL, False),
+        ({"do_sample": False}, MODEL, False),
+        ({"temperature": 0.5}, {"do_sample": False}, True),
+        ({"top_p": 0.5}, {"do_sample": False}, True),
+        ({"seed": 3}, {"do_sample": False}, False),
+        ({"repetition_penalty": 1.2}, {"do_sample": False}, False),
+        ({"temperature": 0.5, "do_sample": False}, MODEL, False),
+        ({}, {"do_sample": True, "temperature": 0}, False),
+    ],
+)
+def test_when_a_request_samples(options, model, samples):
+    assert resolve_sampling(SamplingOptions(**options), model).do_sample is samples
+
+
+@given(
+    st.sampled_from(sorted(SAMPLING_BOUNDS)),
+    st.floats(allow_nan=True, allow_infinity=True) | st.integers(),
+)
+def test_every_value_is_in_range_or_an_error_that_names_the_flag(name, value):
+    bound = SAMPLING_BOUNDS[name]
+    options = SamplingOptions(**{name: value})
+    if bound.low <= value <= bound.high:
+        check_sampling(options)
+    else:
+        with pytest.raises(UsageError, match="--" + name.replace("_", "-")):
+            check_sampling(options)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("top_k", -1), ("temperature", 9), ("top_p", "high"), ("min_p", -0.1)]
+)
+def test_a_models_default_out_of_range_names_file_and_key(key, value):
+    with pytest.raises(ModelFileError, match=rf"generation_config\.json: {key} is"):
+        resolve_sampling(SamplingOptions(), {key: value})
