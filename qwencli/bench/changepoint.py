@@ -4,11 +4,14 @@ Binary segmentation (Vostrikova 1981) on ranks. The statistic of a split after k
 Pettitt's (1979, "A non-parametric approach to the change-point problem", Applied Statistics 28)
 U_k = 2 * (sum of the first k ranks) - k (n + 1), divided by sqrt(k (n - k)) so that a step near an
 end weighs as much as one in the middle (James, James and Siegmund 1987). Its distribution comes
-from permutations of the same ranks, so neither the noise's shape nor ties matter.
+from permutations of the same ranks, so neither the noise's shape nor ties matter. Ranks say that
+there is a step but not well where: it is put at the split of the values themselves that leaves the
+smallest absolute residuals around the medians of the two sides.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,8 +60,9 @@ def change_points(values: Sequence[float], *, alpha: float = ALPHA, seed: int = 
         start, end = open_stretches.pop()
         if end - start < 2 * MIN_SEGMENT:
             continue
-        split, p_value = _best_split(_ranks(values[start:end]), rng)
+        p_value = _p_value(_ranks(values[start:end]), rng)
         if p_value <= alpha:
+            split = _best_split(values[start:end])
             found[start + split] = p_value
             open_stretches += [(start, start + split), (start + split, end)]
     if not found:
@@ -81,20 +85,31 @@ def _ranks(values: Sequence[float]) -> Array:
     return mean_rank
 
 
-def _best_split(ranks: Array, rng: np.random.Generator) -> tuple[int, float]:
-    """The split with the largest statistic, and its p-value.
+def _p_value(ranks: Array, rng: np.random.Generator) -> float:
+    """Chance of a split as good as the best one among equal levels.
 
     p = (1 + as large by chance) / (1 + permutations), which never understates the true one
     (Davison and Hinkley 1997, "Bootstrap Methods and their Application", 4.2.5).
     """
     import numpy as np
 
-    observed = _statistics(ranks[np.newaxis])[0]
+    observed = _statistics(ranks[np.newaxis]).max()
     shuffled = rng.permuted(np.tile(ranks, (PERMUTATIONS, 1)), axis=1)
     by_chance = _statistics(shuffled).max(axis=1)
     # Sums of halves are exact, their quotients are not.
-    as_large = int((by_chance >= observed.max() * (1 - 1e-12)).sum())
-    return int(observed.argmax()) + MIN_SEGMENT, (1 + as_large) / (1 + PERMUTATIONS)
+    as_large = int((by_chance >= observed * (1 - 1e-12)).sum())
+    return (1 + as_large) / (1 + PERMUTATIONS)
+
+
+def _best_split(values: Sequence[float]) -> int:
+    splits = range(MIN_SEGMENT, len(values) - MIN_SEGMENT + 1)
+    return min(splits, key=lambda k: absolute_residual(values[:k]) + absolute_residual(values[k:]))
+
+
+def absolute_residual(values: Sequence[float]) -> float:
+    """Sum of the distances from the median, in the unit of `values` (not empty)."""
+    centre = statistics.median(values)
+    return math.fsum(abs(value - centre) for value in values)
 
 
 def _statistics(ranks: Array) -> Array:

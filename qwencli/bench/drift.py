@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Literal
 
-from qwencli.bench.changepoint import Step, change_points
+from qwencli.bench.changepoint import Step, absolute_residual, change_points
 from qwencli.bench.robust import robust_sigma
 
 ALPHA = 0.02
@@ -130,13 +130,8 @@ def stationarity(values: Sequence[float], *, seed: int = 0) -> Stationarity:
 
 def _step_residual(values: Sequence[float], steps: Sequence[Step]) -> float:
     edges = [0, *(step.index for step in steps), len(values)]
-    return sum(_around_median(values[a:b]) for a, b in pairwise(edges))
+    return sum(absolute_residual(values[a:b]) for a, b in pairwise(edges))
 
 
 def _drift_residual(values: Sequence[float], found: Drift) -> float:
-    return _around_median([value - found.slope * run for run, value in enumerate(values)])
-
-
-def _around_median(values: Sequence[float]) -> float:
-    centre = statistics.median(values)
-    return math.fsum(abs(value - centre) for value in values)
+    return absolute_residual([value - found.slope * run for run, value in enumerate(values)])

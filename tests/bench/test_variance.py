@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from qwencli.bench.variance import variance_components, variance_shares
 
-# Sokal and Rohlf, "Biometry", box 10.1: wings of mosquitoes, two measurements of four females from
-# each of three cages. Their components: 1.3016 within, 94.9273 between females, 17.7102 cages.
+# After the example in Sokal and Rohlf, "Biometry", box 10.1: wings of mosquitoes, two measurements
+# of each of four females from each of three cages.
 MOSQUITOES = [
     [[58.5, 59.5], [77.8, 80.9], [84.0, 83.6], [70.1, 68.3]],
     [[69.8, 69.8], [56.0, 54.5], [50.7, 49.3], [63.8, 65.8]],
@@ -31,18 +31,26 @@ def draw(rng, processes, runs, tokens, sigmas):
     return found
 
 
-def test_a_published_example():
+def test_a_balanced_example_by_the_textbook_table():
+    values = np.array(MOSQUITOES)  # [cages, females, measurements]
+    females, cages = values.mean(axis=2), values.mean(axis=(1, 2))
+    within = ((values - females[..., np.newaxis]) ** 2).sum() / 12
+    among_females = 2 * ((females - cages[:, np.newaxis]) ** 2).sum() / 9
+    among_cages = 8 * ((cages - values.mean()) ** 2).sum() / 2
+    assert (among_cages, among_females, within) == pytest.approx(
+        (332.838, 191.186, 1.302), abs=1e-3
+    )
     found = variance_components(MOSQUITOES)
-    assert found.within_run == pytest.approx(1.3016, abs=1e-3)
-    assert found.between_runs == pytest.approx(94.9273, abs=1e-3)
-    assert found.between_processes == pytest.approx(17.7102, abs=1e-3)
+    assert found.within_run == pytest.approx(within)
+    assert found.between_runs == pytest.approx((among_females - within) / 2)
+    assert found.between_processes == pytest.approx((among_cages - among_females) / 8)
 
 
-def test_shares_of_the_published_example():
+def test_shares_of_the_balanced_example():
     shares = variance_shares(MOSQUITOES)
-    assert shares.within_run == pytest.approx(0.0114, abs=1e-3)
-    assert shares.between_runs == pytest.approx(0.8331, abs=1e-3)
-    assert shares.between_processes == pytest.approx(0.1554, abs=1e-3)
+    assert shares.within_run == pytest.approx(0.0114, abs=1e-4)
+    assert shares.between_runs == pytest.approx(0.8332, abs=1e-4)
+    assert shares.between_processes == pytest.approx(0.1554, abs=1e-4)
 
 
 def test_unequal_numbers_recover_what_was_planted():
