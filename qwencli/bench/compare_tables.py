@@ -64,7 +64,9 @@ def _lines(found: Comparison) -> list[str]:
         + f"; within {found.threshold:.1%} counts as SAME",
     ]
     if any(cell.verdict is Verdict.AMBIGUOUS and cell.ratio for cell in found.cells):
-        lines.append("AMBIGUOUS: the interval crosses the edge of that band; more runs narrow it")
+        lines.append(
+            "AMBIGUOUS: the interval crosses an edge of that band; steadier runs narrow it"
+        )
     if found.forced:
         lines.append(f"not alike, compared by force: {'; '.join(found.forced)}")
     if found.changes:

@@ -145,7 +145,7 @@ def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="The campaign to compare with.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The campaign in question.")],
     threshold: Annotated[
-        float, typer.Option(metavar="PERCENT", help="Less than this counts as SAME.")
+        float, typer.Option(metavar="PERCENT", help="Percent that still counts as SAME.")
     ] = 1.0,
     fail_on: Annotated[
         FailOn | None,

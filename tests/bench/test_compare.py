@@ -98,6 +98,17 @@ def test_the_warm_up_counts_in_no_figure():
     assert (found.cells[0].a.speeds, found.cells[0].verdict) == (tuple(STEADY), Verdict.SAME)
 
 
+def test_an_unstable_cell_changes_only_where_no_runs_overlap():
+    # Runs in two stretches of time, as a busy machine gives them; medians 50 % apart.
+    calm, busy = [100.0] * 8 + [60.0, 61.0], [60.0] * 8 + [66.0, 67.0]
+    (found,) = compare(make_side({SDPA: calm}), make_side({SDPA: busy})).cells
+    assert found.verdict is Verdict.AMBIGUOUS
+    assert (found.ratio.low, found.ratio.high) == (0.6, 67 / 60)
+    assert found.remarks == ("unstable: the interval spans all runs",)
+    (found,) = compare(make_side({SDPA: calm}), make_side({SDPA: slower(busy, 20)})).cells
+    assert found.verdict is Verdict.SLOWER
+
+
 def test_a_wider_band_takes_more_as_the_same():
     a, b = make_side({SDPA: STEADY}), make_side({SDPA: slower(STEADY, 3)})
     assert compare(a, b).cells[0].verdict is Verdict.SLOWER

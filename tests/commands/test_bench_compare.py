@@ -97,7 +97,7 @@ def test_the_table_fits_80_columns_and_says_what_it_left_out(tmp_path):
     said = " ".join(text.split())
     for words in (
         "sdpa 100.0 100.0 +0.0%",
-        "AMBIGUOUS: the interval crosses",
+        "AMBIGUOUS: the interval crosses an edge",
         "1 SAME, 0 FASTER, 0 SLOWER, 1 AMBIGUOUS; within 1.0% counts as SAME",
         "changed: torch 2.11.0 -> 2.13.0",
         f"no figure in B: oom: no memory - {STATIC.cell_id}",
