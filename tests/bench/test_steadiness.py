@@ -59,3 +59,13 @@ def test_a_run_of_one_token_has_a_latency_of_none_and_costs_nothing():
     runs = [run(0, 1.0), run(1, 5.0), run(2, 5.0), run(3, 5.0)]
     (found,) = steadiness(runs, [token(1, 1.0), token(1, 3.0), token(2, "")])
     assert found.shares.within_run == 1.0
+
+
+def test_the_order_of_runs_is_judged_within_the_longest_process():
+    short = [run(0, 1.0), run(1, 50.0)]
+    long = [run(0, 90.0), *(run(i, 100.0) for i in range(2, 10))]
+    for runs in ([*short, *long], [*long, *short]):
+        (found,) = steadiness(runs, [])
+        assert found.processes == 2
+        assert [first.ratio for first in found.first_runs] == [0.9, 1.0]
+        assert found.stationarity.kind == "stationary"
