@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from datetime import UTC, datetime
+from enum import StrEnum
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
@@ -132,3 +133,39 @@ def report(
 
     rows = build_report(folder)
     context.ensure_object(Sink).show(terminal_table(rows))
+
+
+class FailOn(StrEnum):
+    SLOWER = "slower"
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    a: Annotated[Path, typer.Argument(metavar="A", help="The campaign to compare with.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The campaign in question.")],
+    threshold: Annotated[
+        float, typer.Option(metavar="PERCENT", help="Percent that still counts as SAME.")
+    ] = 1.0,
+    fail_on: Annotated[
+        FailOn | None,
+        typer.Option(help="Exit code 1 when a cell is slower or has lost its figure."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare unlike models, devices or work.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Say of each cell whether B is the SAME, FASTER, SLOWER or AMBIGUOUS (too noisy to tell)."""
+    from qwencli.bench.compare import compare as compare_sides
+    from qwencli.bench.compare_sides import read_side
+    from qwencli.bench.compare_tables import comparison_document, comparison_table
+
+    found = compare_sides(read_side(a), read_side(b), threshold=threshold / 100, force=force)
+    sink = context.ensure_object(Sink)
+    if json:
+        sink.json_line(comparison_document(found))
+    else:
+        sink.show(comparison_table(found))
+    if fail_on is FailOn.SLOWER and found.got_slower:
+        raise typer.Exit(1)

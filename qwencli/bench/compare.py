@@ -1,0 +1,195 @@
+"""Two campaigns cell by cell: SAME, FASTER, SLOWER or AMBIGUOUS.
+
+The 90 % interval of the ratio of median decode speeds (B over A) is held against a band of
+practical equivalence, 1 / (1 + threshold) to 1 + threshold. Wholly inside the band is SAME: that
+is the two one-sided tests at 5 % each (Schuirmann 1987, J. Pharmacokinetics and Biopharmaceutics
+15). Wholly above it is FASTER, wholly below SLOWER, and anything else AMBIGUOUS: too few or too
+noisy runs to say. "Not significantly different" alone is never SAME. With the default threshold of
+1 %, unchanged cells are SAME in 95 % of cases or more where runs scatter by a standard deviation of
+up to 0.25 % (5 runs), 0.4 % (10 runs) or 0.6 % (20 runs); by simulation, see the tests.
+
+Resampling takes runs for independent draws. Those of an unstable cell (see `stats`) are not: they
+move in stretches with whatever else the machine does, and two stretches differ by nothing but time.
+Its interval spans all pairs of runs instead, so it changes only where no run of A overlaps B's.
+
+A difference that comes with a process (memory layout, kernel selection) and not with a change
+counts as one: with one process a cell the two cannot be told apart.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from qwencli.bench.compare_sides import RAN, Side, SideCell, changes, unlike
+from qwencli.bench.matrix import AXES
+from qwencli.bench.robust import MIN_RUNS, Interval, ratio_interval
+from qwencli.bench.stats import UNSTABLE_RATIO, run_ratio
+from qwencli.errors import BenchError, UsageError
+
+THRESHOLD = 0.01
+CONFIDENCE = 0.90
+
+Pair = tuple[SideCell, SideCell]
+
+
+class Verdict(StrEnum):
+    SAME = "SAME"
+    FASTER = "FASTER"
+    SLOWER = "SLOWER"
+    AMBIGUOUS = "AMBIGUOUS"
+
+
+@dataclass(frozen=True)
+class CellComparison:
+    """One cell with figures on both sides; `ratio` is None where they allow no interval."""
+
+    a: SideCell
+    b: SideCell
+    verdict: Verdict
+    ratio: Interval | None
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All cells of two campaigns.
+
+    Args:
+        a, b: their names.
+        threshold: half the width of the band of equivalence, as a fraction.
+        no_figure: pairs of which one side or both have no speed.
+        forced: differences that would have refused the comparison.
+        changes: versions and drivers that differ.
+    """
+
+    a: str
+    b: str
+    threshold: float
+    cells: tuple[CellComparison, ...]
+    no_figure: tuple[Pair, ...]
+    only_in_a: tuple[SideCell, ...]
+    only_in_b: tuple[SideCell, ...]
+    forced: tuple[str, ...]
+    changes: tuple[str, ...]
+
+    @property
+    def lost(self) -> list[Pair]:
+        """Cells that had a speed in A and, though planned, have none in B."""
+        return [(a, b) for a, b in self.no_figure if a.speeds]
+
+    @property
+    def got_slower(self) -> bool:
+        """Whether a cell is SLOWER, or no longer gives a figure at all."""
+        return bool(self.lost) or any(cell.verdict is Verdict.SLOWER for cell in self.cells)
+
+
+def decide(ratio: Interval | None, threshold: float = THRESHOLD) -> Verdict:
+    """Hold the interval of B / A against the band of equivalence (see the module)."""
+    low, high = 1 / (1 + threshold), 1 + threshold
+    if ratio is None:
+        return Verdict.AMBIGUOUS
+    if low <= ratio.low and ratio.high <= high:
+        return Verdict.SAME
+    if ratio.low > high:
+        return Verdict.FASTER
+    return Verdict.SLOWER if ratio.high < low else Verdict.AMBIGUOUS
+
+
+def compare(a: Side, b: Side, *, threshold: float = THRESHOLD, force: bool = False) -> Comparison:
+    """Compare B with A.
+
+    Raises:
+        UsageError: the threshold is not above zero.
+        BenchError: model, device, CPU or work differ and `force` is off, or no cell is in both.
+    """
+    if not threshold > 0:
+        raise UsageError(
+            f"--threshold {threshold * 100:g} is not above zero", "give a percentage, such as 1"
+        )
+    pairs, only_a, only_b = match(a, b)
+    differences = unlike(a, b, pairs)
+    if differences and not force:
+        raise BenchError(
+            f"{a.name} and {b.name} are not alike: {'; '.join(differences)}",
+            "compare campaigns of the same model, machine and work, or add --force",
+        )
+    if not pairs:
+        raise BenchError(
+            f"{a.name} and {b.name} have no cell in common", "measure the same modes in both"
+        )
+    return Comparison(
+        a=a.name,
+        b=b.name,
+        threshold=threshold,
+        cells=tuple(_compare_cell(x, y, threshold) for x, y in pairs if x.speeds and y.speeds),
+        no_figure=tuple((x, y) for x, y in pairs if not (x.speeds and y.speeds)),
+        only_in_a=tuple(only_a),
+        only_in_b=tuple(only_b),
+        forced=tuple(differences),
+        changes=tuple(changes(a, b)),
+    )
+
+
+def match(a: Side, b: Side) -> tuple[list[Pair], list[SideCell], list[SideCell]]:
+    """Pairs in the order of A, and what is left on each side.
+
+    By cell_id, then by the axes; where each side has one model and they differ, by the other axes.
+    """
+    keys: list[Callable[[SideCell], Any]] = [lambda c: c.row["cell_id"], _axes(AXES)]
+    if len(a.models) == len(b.models) == 1 and a.models != b.models:
+        keys.append(_axes(axis for axis in AXES if axis != "model"))
+    partner: dict[str, SideCell] = {}
+    left, right = list(a.cells), list(b.cells)
+    for key in keys:
+        of_b = {key(cell): cell for cell in right}
+        partner |= {c.row["cell_id"]: of_b[key(c)] for c in left if key(c) in of_b}
+        taken = {cell.row["cell_id"] for cell in partner.values()}
+        left = [cell for cell in left if cell.row["cell_id"] not in partner]
+        right = [cell for cell in right if cell.row["cell_id"] not in taken]
+    pairs = [(c, partner[c.row["cell_id"]]) for c in a.cells if c.row["cell_id"] in partner]
+    return pairs, left, right
+
+
+def _axes(axes: Iterable[str]) -> Callable[[SideCell], Any]:
+    names = tuple(axes)
+    return lambda cell: tuple(cell.row[axis] for axis in names)
+
+
+def _compare_cell(a: SideCell, b: SideCell, threshold: float) -> CellComparison:
+    ratio = ratio_interval(a.speeds, b.speeds, confidence=CONFIDENCE)
+    unstable = any((run_ratio(side.speeds) or 1.0) > UNSTABLE_RATIO for side in (a, b))
+    if ratio and unstable:
+        ratio = replace(
+            ratio, low=min(b.speeds) / max(a.speeds), high=max(b.speeds) / min(a.speeds)
+        )
+    verdict = decide(ratio, threshold)
+    failed = [
+        f"{name} {cell.row['verdict']}"
+        for name, cell in (("A", a), ("B", b))
+        if (cell.row["verdict"] or "").startswith("FAIL")
+    ]
+    remarks = list(failed)
+    if failed:  # speeds of other work, or of another mode, than the cell is named for
+        verdict = Verdict.AMBIGUOUS
+    if ratio is None:
+        remarks.append(f"an interval needs {MIN_RUNS} runs on each side")
+    if ratio and unstable:
+        remarks.append("unstable: the interval spans all runs")
+    remarks += [
+        f"{column} {'/'.join(sorted(a.seen[column]))} -> {'/'.join(sorted(b.seen[column]))}"
+        for column in RAN
+        if a.seen[column] != b.seen[column]
+    ]
+    if a.seen["text_sha256"] != b.seen["text_sha256"]:
+        remarks.append("the text differs")
+    return CellComparison(a, b, verdict, ratio, tuple(remarks))
+
+
+def counts(cells: Sequence[CellComparison]) -> dict[str, int]:
+    """How many cells have each verdict, all four named."""
+    found = Counter(cell.verdict for cell in cells)
+    return {str(verdict): found[verdict] for verdict in Verdict}

@@ -1,0 +1,154 @@
+"""The two sides of a comparison: a campaign read back, and what keeps two from being comparable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwencli.bench.campaign import ENVIRONMENT, PLAN, RUNS, read_json
+from qwencli.bench.rowfile import read_rows
+from qwencli.bench.stats import CellRow, cell_rows
+from qwencli.errors import BenchError
+
+Document = Mapping[str, Any]
+
+WORK = ("num_prompt_tokens", "num_image_tokens", "num_new_tokens")
+RAN = ("ran_quantization", "ran_attention", "ran_cache")
+
+
+@dataclass(frozen=True)
+class SideCell:
+    """One cell: its row of cells.csv, and its measured runs in order (the warm-up is left out).
+
+    Args:
+        speeds: decode tokens per second of each run that has one.
+        seen: column -> the values it had, of WORK, RAN and text_sha256.
+    """
+
+    row: CellRow
+    speeds: tuple[float, ...]
+    seen: Mapping[str, frozenset[str]]
+
+
+@dataclass(frozen=True)
+class Side:
+    name: str
+    plan: Document
+    environment: Document
+    cells: tuple[SideCell, ...]
+
+    @property
+    def models(self) -> set[str]:
+        return {cell.row["model"] for cell in self.cells}
+
+
+def read_side(folder: Path) -> Side:
+    """Read a campaign from its raw rows.
+
+    Raises:
+        BenchError: the folder holds no campaign, or one of its files is broken.
+    """
+    plan, environment = read_json(folder / PLAN), read_json(folder / ENVIRONMENT)
+    try:
+        return side(str(folder), plan, environment, read_rows(folder / RUNS))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BenchError(
+            f"{folder}: {PLAN} or {RUNS} is broken ({type(error).__name__}: {error})",
+            "restore the files, or measure again",
+        ) from error
+
+
+def side(
+    name: str, plan: Document, environment: Document, runs: Sequence[Mapping[str, str]]
+) -> Side:
+    """Raises KeyError, TypeError or ValueError for documents that no campaign writes."""
+    measured: dict[str, list[Mapping[str, str]]] = {}
+    for row in runs:
+        if row["status"] == "ok":
+            measured.setdefault(row["cell_id"], []).append(row)
+    cells = []
+    for row in cell_rows(plan, runs, ()):
+        rows = measured.get(row["cell_id"], [])
+        speeds = [float(run["decode_tok_per_s"]) for run in rows if run["decode_tok_per_s"]]
+        if not all(math.isfinite(speed) and speed > 0 for speed in speeds):
+            raise ValueError(f"decode_tok_per_s of {row['cell_id']} is not a speed")
+        seen = {
+            column: frozenset(run[column] for run in rows)
+            for column in (*WORK, *RAN, "text_sha256")
+        }
+        cells.append(SideCell(row, tuple(speeds), seen))
+    return Side(name, plan, environment, tuple(cells))
+
+
+def _at(document: Document, *keys: str) -> Any:
+    value: Any = document
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _device(a: Side) -> str:
+    kind = str(_at(a.environment, "device", "device")).partition(":")[0]
+    return f"{_at(a.environment, 'device', 'name') or 'no GPU'} ({kind})"
+
+
+def _cpu(a: Side) -> str:
+    return (
+        f"{_at(a.environment, 'cpu', 'model')}, {_at(a.environment, 'cpu', 'logical_cores')} cores"
+    )
+
+
+def _images(a: Side) -> str:
+    images = a.plan.get("images") or ()
+    return ", ".join(f"{_at(i, 'name')} {str(_at(i, 'sha256'))[:8]}" for i in images) or "none"
+
+
+# What must be equal for a ratio of speeds to mean anything.
+_ALIKE: tuple[tuple[str, Callable[[Side], Any]], ...] = (
+    ("device", _device),
+    ("CPU", _cpu),
+    ("images", _images),
+    ("prompt", lambda a: a.plan.get("prompt")),
+    ("max_new_tokens", lambda a: a.plan.get("max_new_tokens")),
+    ("dtype", lambda a: a.plan.get("dtype")),
+    ("load_format", lambda a: a.plan.get("load_format")),
+)
+
+
+def unlike(a: Side, b: Side, pairs: Sequence[tuple[SideCell, SideCell]]) -> list[str]:
+    """Differences in model, hardware or work that forbid a comparison, one line each."""
+    found = []
+    if not a.models & b.models:
+        found.append(f"model: {_names(a.models)} against {_names(b.models)}")
+    for name, read in _ALIKE:
+        left, right = read(a), read(b)
+        if left != right:
+            found.append(f"{name}: {left} against {right}")
+    for column in WORK:
+        cells = [
+            (x.seen[column], y.seen[column])
+            for x, y in pairs
+            if x.speeds and y.speeds and x.seen[column] != y.seen[column]
+        ]
+        if cells:
+            left, right = (_names(values) for values in cells[0])
+            more = f" and {len(cells) - 1} more cells" if len(cells) > 1 else ""
+            found.append(f"{column}: {left} against {right}{more}")
+    return found
+
+
+def changes(a: Side, b: Side) -> list[str]:
+    """Versions and drivers that differ: possible causes, no obstacle."""
+    versions = [_at(one.environment, "versions") or {} for one in (a, b)]
+    names = dict.fromkeys([*versions[0], *versions[1]])
+    found = [(name, versions[0].get(name), versions[1].get(name)) for name in names]
+    for name, keys in (("driver", ("device", "driver")), ("system", ("os", "release"))):
+        found.append((name, _at(a.environment, *keys), _at(b.environment, *keys)))
+    return [f"{name} {old} -> {new}" for name, old, new in found if old != new]
+
+
+def _names(values: set[str] | frozenset[str]) -> str:
+    return "/".join(sorted(values))

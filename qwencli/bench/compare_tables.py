@@ -1,0 +1,144 @@
+"""A comparison in words: the terminal table and the JSON document."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from qwencli.bench.compare import CONFIDENCE, CellComparison, Comparison, Verdict, counts
+from qwencli.bench.compare_sides import SideCell
+from qwencli.bench.matrix import AXES
+from qwencli.bench.tables import row_label, title, varying_axes
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_STYLE = {Verdict.FASTER: "green", Verdict.SLOWER: "red", Verdict.AMBIGUOUS: "yellow"}
+
+
+def comparison_table(found: Comparison) -> RenderableType:
+    """A table that fits 80 columns, in A's order, with what cannot be compared under it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    lines = [Text(line, style="dim") for line in _lines(found)]
+    if not found.cells:
+        return Group(Text("no cell has figures on both sides"), *lines)
+    rows = [cell.a.row for cell in found.cells]
+    axes = varying_axes(rows)
+    table = Table(title=title(rows), box=SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table.add_column(" ".join(axis.replace("_", " ") for axis in axes), overflow="fold")
+    for name in ("A tok/s", "B tok/s", "B vs A", f"{CONFIDENCE:.0%} interval"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for cell in found.cells:
+        table.add_row(
+            row_label(cell.a.row, axes),
+            *(f"{statistics.median(side.speeds):.1f}" for side in (cell.a, cell.b)),
+            *_change(cell),
+            Text(str(cell.verdict), style=_STYLE.get(cell.verdict, "")),
+        )
+    return Group(table, *lines)
+
+
+def _change(cell: CellComparison) -> tuple[str, str]:
+    if cell.ratio is None:
+        return f"{_ratio(cell) - 1:+.1%}", "-"
+    interval = f"{(cell.ratio.low - 1) * 100:+.1f} to {cell.ratio.high - 1:+.1%}"
+    return f"{cell.ratio.estimate - 1:+.1%}", interval
+
+
+def _ratio(cell: CellComparison) -> float:
+    return statistics.median(cell.b.speeds) / statistics.median(cell.a.speeds)
+
+
+def _lines(found: Comparison) -> list[str]:
+    """What the table has no room for, equal remarks together."""
+    lines = [
+        f"A = {found.a}, B = {found.b}",
+        ", ".join(f"{count} {verdict}" for verdict, count in counts(found.cells).items())
+        + f"; within {found.threshold:.1%} counts as SAME",
+    ]
+    if any(cell.verdict is Verdict.AMBIGUOUS and cell.ratio for cell in found.cells):
+        lines.append(
+            "AMBIGUOUS: the interval crosses an edge of that band; steadier runs narrow it"
+        )
+    if found.forced:
+        lines.append(f"not alike, compared by force: {'; '.join(found.forced)}")
+    if found.changes:
+        lines.append(f"changed: {', '.join(found.changes)}")
+    return lines + _grouped(_remarks(found))
+
+
+def _remarks(found: Comparison) -> Iterable[tuple[str, str]]:
+    for cell in found.cells:
+        for remark in cell.remarks:
+            yield remark, cell.a.row["cell_id"]
+    for a, b in found.no_figure:
+        if a.speeds or b.speeds:
+            name, empty = ("B", b) if a.speeds else ("A", a)
+            yield f"no figure in {name}: {_why(empty)}", a.row["cell_id"]
+        else:
+            yield "no figure in A and B", a.row["cell_id"]
+    for name, cells in (("A", found.only_in_a), ("B", found.only_in_b)):
+        for alone in cells:
+            yield f"only in {name}", alone.row["cell_id"]
+
+
+def _grouped(remarks: Iterable[tuple[str, str]]) -> list[str]:
+    cells: dict[str, list[str]] = defaultdict(list)
+    for remark, cell_id in remarks:
+        cells[remark].append(cell_id)
+    return [
+        f"{remark} - {ids[0] if len(ids) == 1 else f'{len(ids)} cells'}"
+        for remark, ids in cells.items()
+    ]
+
+
+def _why(cell: SideCell) -> str:
+    status, reason = cell.row["status"], cell.row["reason"]
+    return f"{status}: {reason}" if reason else str(status)
+
+
+def comparison_document(found: Comparison) -> dict[str, Any]:
+    """The object of `bench compare --json`; ratios are B / A of median decode speeds."""
+    return {
+        "a": found.a,
+        "b": found.b,
+        "threshold_percent": round(found.threshold * 100, 9),
+        "confidence": CONFIDENCE,
+        "counts": counts(found.cells),
+        "cells": [_cell(cell) for cell in found.cells],
+        "no_figure": [
+            {"cell_id": a.row["cell_id"], "a": _figure(a), "b": _figure(b)}
+            for a, b in found.no_figure
+        ],
+        "only_in_a": [cell.row["cell_id"] for cell in found.only_in_a],
+        "only_in_b": [cell.row["cell_id"] for cell in found.only_in_b],
+        "forced": list(found.forced),
+        "changes": list(found.changes),
+    }
+
+
+def _figure(cell: SideCell) -> str:
+    return "measured" if cell.speeds else _why(cell)
+
+
+def _cell(cell: CellComparison) -> dict[str, Any]:
+    return {
+        "cell_id": cell.a.row["cell_id"],
+        **{axis: cell.a.row[axis] for axis in AXES},
+        "verdict": str(cell.verdict),
+        "ratio": _ratio(cell),
+        "ratio_low": cell.ratio.low if cell.ratio else None,
+        "ratio_high": cell.ratio.high if cell.ratio else None,
+        "a_decode_tok_per_s_median": statistics.median(cell.a.speeds),
+        "b_decode_tok_per_s_median": statistics.median(cell.b.speeds),
+        "a_runs": len(cell.a.speeds),
+        "b_runs": len(cell.b.speeds),
+        "remarks": list(cell.remarks),
+    }
