@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def cpu_model() -> str | None:
@@ -97,32 +99,37 @@ def open_nvml() -> Iterator[Any]:
         pynvml.nvmlShutdown()
 
 
-def gpu_free_bytes() -> int | None:
-    """Free memory of the NVIDIA GPU that has most of it; None without one, or without a driver."""
+def _from_driver(ask: Callable[[Any], T]) -> T | None:
+    """What the driver answers; None where there is no NVIDIA driver or no nvidia-ml-py."""
     try:
         import pynvml
     except ImportError:
         return None
     try:
         with open_nvml() as nvml:
-            handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
-            return max((int(nvml.nvmlDeviceGetMemoryInfo(h).free) for h in handles), default=None)
+            return ask(nvml)
     except pynvml.NVMLError:
         return None
+
+
+def _gpus(nvml: Any) -> list[Any]:
+    return [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+
+
+def gpu_free_bytes() -> int | None:
+    """Free memory of the NVIDIA GPU that has most of it; None without one, or without a driver."""
+    return _from_driver(
+        lambda nvml: max(
+            (int(nvml.nvmlDeviceGetMemoryInfo(gpu).free) for gpu in _gpus(nvml)), default=None
+        )
+    )
 
 
 def driver_facts() -> DriverFacts | None:
     """Driver version and GPU names; None where there is no NVIDIA driver or no nvidia-ml-py."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        with open_nvml() as nvml:
-            handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
-            return DriverFacts(
-                version=str(nvml.nvmlSystemGetDriverVersion()),
-                gpus=tuple(str(nvml.nvmlDeviceGetName(handle)) for handle in handles),
-            )
-    except pynvml.NVMLError:
-        return None
+    return _from_driver(
+        lambda nvml: DriverFacts(
+            version=str(nvml.nvmlSystemGetDriverVersion()),
+            gpus=tuple(str(nvml.nvmlDeviceGetName(gpu)) for gpu in _gpus(nvml)),
+        )
+    )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from qwencli.config import Attention, DType
-from qwencli.errors import DeviceError, MissingDependencyError, UnsupportedModeError
+from qwencli.engine.optional_packages import require
+from qwencli.errors import DeviceError, UnsupportedModeError
 
 
 def resolve_device(device: str) -> str:
@@ -99,20 +98,10 @@ def resolve_attention(attention: Attention, device: str) -> Attention:
                 f"--attention flash_attention_2 needs a CUDA GPU, and the model runs on {device}",
                 nearest=Attention.SDPA.value,
             )
-        _require_flash_attn()
-    return attention
-
-
-def _require_flash_attn() -> None:
-    if importlib.util.find_spec("flash_attn") is None:
-        raise MissingDependencyError(
-            "--attention flash_attention_2: the package flash-attn is not installed",
-            "pip install 'qwencli[flash]', or use --attention sdpa",
+        require(
+            "flash_attn",
+            "--attention flash_attention_2",
+            "pip install 'qwencli[flash]'",
+            "use --attention sdpa",
         )
-    try:
-        import flash_attn  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:
-        raise MissingDependencyError(
-            f"flash_attention_2: flash-attn does not load: {str(error).splitlines()[0]}",
-            "reinstall flash-attn for this torch build, or use --attention sdpa",
-        ) from error
+    return attention

@@ -97,7 +97,7 @@ def test_flash_attention_runs_or_says_what_is_missing(checkpoint):
         with TransformersEngine(config) as engine:
             assert engine.generate(ask([picture()])).ran.attention == "flash_attention_2"
     else:
-        with pytest.raises(MissingDependencyError, match="flash-attn is not installed"):
+        with pytest.raises(MissingDependencyError, match="package flash-attn is not installed"):
             TransformersEngine(config).load()
 
 

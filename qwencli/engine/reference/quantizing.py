@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from qwencli.config import Quantization
-from qwencli.errors import MissingDependencyError, UnsupportedModeError
+from qwencli.engine.optional_packages import require
+from qwencli.errors import UnsupportedModeError
 
 # bitsandbytes' 4-bit kernel for CPUs takes weights of whole tiles only: rows x columns.
 CPU_TILE = (32, 64)
@@ -36,7 +37,14 @@ def quantization_config(
             "--quantization fp8 cannot run on the transformers engine (bitsandbytes has no fp8)",
             nearest=Quantization.INT8.value,
         )
-    _require_bitsandbytes()
+    # It logs one line per layer and token where it casts; that it casts is in our results.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    require(
+        "bitsandbytes",
+        f"--quantization {quantization}",
+        "pip install -U bitsandbytes",
+        "use --quantization none",
+    )
     from transformers import BitsAndBytesConfig
 
     if quantization is Quantization.INT8:
@@ -59,18 +67,6 @@ def unfit_for_cpu(model: torch.nn.Module) -> list[str]:
         if isinstance(module, torch.nn.Linear)
         and (module.out_features % rows or module.in_features % columns)
     ]
-
-
-def _require_bitsandbytes() -> None:
-    # It logs one line per layer and token where it casts; that it casts is in our results.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        import bitsandbytes  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:
-        raise MissingDependencyError(
-            f"bitsandbytes does not load: {str(error).splitlines()[0]}",
-            "pip install -U bitsandbytes, or use --quantization none",
-        ) from error
 
 
 def scheme_of(model: torch.nn.Module) -> str:
