@@ -37,12 +37,12 @@ def points_per_run(total: int, runs: int) -> int:
 
 
 def cell_charts(takes: Sequence[Take], token_points: int, gpu_points: int) -> dict[str, Any]:
-    """Everything drawn when a cell is opened.
+    """Everything drawn when a cell is opened; `takes` is not empty.
 
     Args:
         token_points, gpu_points: the most points of one run.
     """
-    start = takes[0].start_s if takes else 0.0
+    start = takes[0].start_s
     itl = [value for take in takes if not take.warmup for value in take.itl_ms if value == value]
     return {
         "stall_factor": STALL_FACTOR,

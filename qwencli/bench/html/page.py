@@ -17,6 +17,7 @@ from typing import Any
 from qwencli.bench.html.charts import GPU_POINTS, TOKEN_POINTS, cell_charts, points_per_run
 from qwencli.bench.html.heatmap import heat_maps
 from qwencli.bench.html.sections import (
+    blank_section,
     cell_section,
     cells_table,
     environment_table,
@@ -58,9 +59,11 @@ def html_page(
     sections, data = [], []
     for place, row in enumerate(rows):
         label = row_label(row, axes)
+        if not takes[row["cell_id"]]:
+            sections.append(blank_section(place, row, label))
+            continue
         sections.append(cell_section(place, row, label, fastest, opened=row is widest))
-        charts = cell_charts(takes.get(row["cell_id"], []), *limits)
-        data.append(_script(f"charts-{place}", {"label": label, **charts}))
+        data.append(_script(f"charts-{place}", cell_charts(takes[row["cell_id"]], *limits)))
     return Template(_asset("page.html")).substitute(
         style=_asset("style.css"),
         script="\n".join(map(_asset, SCRIPTS)),

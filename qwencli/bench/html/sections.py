@@ -38,13 +38,13 @@ def header(plan: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
 
 
 def speed_range(row: CellRow, fastest: float) -> str:
-    """The runs' speeds as a bar from slowest to fastest with a mark at the median."""
+    """A bar as long as the fastest run: pale from the slowest run on, a mark at the median."""
     if not row["decode_tok_per_s_median"]:
         return ""
-    names = ("min", "median", "max")
-    low, middle, high = (row[f"decode_tok_per_s_{name}"] / fastest * 100 for name in names)
+    low, middle, high = (row[f"decode_tok_per_s_{name}"] for name in ("min", "median", "max"))
     return (
-        f'<i class="range" style="--low:{low:.2f}%;--mid:{middle:.2f}%;--high:{high:.2f}%"></i>'
+        f'<i class="range" style="--high:{high / fastest:.2%};--steady:{low / high:.2%};'
+        f'--mid:{middle / fastest:.2%}"></i>'
     )
 
 
@@ -80,26 +80,28 @@ COLUMNS = (
 
 
 def cells_table(rows: Sequence[CellRow], axes: Sequence[str]) -> str:
-    """One line a cell, fastest first; the headings sort. Columns nobody measured are left out."""
+    """One line a cell, fastest first, those without a speed last. The headings sort; empty columns are left out."""
     shown = [c for c in COLUMNS if any(row[c.name] is not None for row in rows)]
     places = {row["cell_id"]: place for place, row in enumerate(rows)}
     fastest = max((row["decode_tok_per_s_max"] or 0.0 for row in rows), default=0.0)
     heads = ["".join(_heading("cell", "", "text")), '<th scope="col">range</th>']
     heads += [_heading(column.head, column.unit, "number") for column in shown]
     heads.append(_heading("verdict", "", "text"))
-    lines = []
+    measured, blank = [], []
     for row in by_speed(rows):
         label = escape(row_label(row, axes))
         link = f'<a href="#cell-{places[row["cell_id"]]}">{label}</a>'
+        line = f'<tr class="{_mood(row)}"><th scope="row">{link}</th>'
+        verdict = escape(said(row))
+        if row["decode_tok_per_s_median"] is None:
+            blank.append(f'{line}<td class="verdict" colspan="{len(shown) + 2}">{verdict}</td></tr>')
+            continue
         numbers = "".join(f"<td>{column.text(row)}</td>" for column in shown)
-        lines.append(
-            f'<tr class="{_mood(row)}"><th scope="row">{link}</th>'
-            f"<td>{speed_range(row, fastest)}</td>{numbers}"
-            f'<td class="verdict">{escape(said(row))}</td></tr>'
-        )
+        bar = speed_range(row, fastest)
+        measured.append(f'{line}<td>{bar}</td>{numbers}<td class="verdict">{verdict}</td></tr>')
     return (
         f'<div class="wide"><table class="cells"><thead><tr>{"".join(heads)}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f"<tbody>{''.join(measured)}</tbody><tbody>{''.join(blank)}</tbody></table></div>"
     )
 
 
@@ -121,6 +123,14 @@ def _mood(row: CellRow) -> str:
     if row["status"] not in ("ok", "unfinished") or said(row).startswith("FAIL"):
         return "bad"
     return "good" if said(row) == "ok" else "doubt"
+
+
+def blank_section(place: int, row: CellRow, label: str) -> str:
+    """A cell of which there is nothing to draw."""
+    return (
+        f'<div id="cell-{place}" class="blank {_mood(row)}"><span class="name">{escape(label)}</span>'
+        f'<span class="verdict">{escape(said(row))}</span></div>'
+    )
 
 
 def cell_section(place: int, row: CellRow, label: str, fastest: float, *, opened: bool) -> str:

@@ -27,7 +27,7 @@ function distribution(host, { histogram, percentiles }) {
   for (const [name, value] of Object.entries(percentiles)) {
     const at = round(x(value));
     const line = taken[0] < at ? 0 : 1;
-    svg(root, "line", { stroke: "var(--doubt)", x1: at, x2: at, y1: 26 - 12 * line, y2: bottom });
+    svg(root, "line", { stroke: "var(--doubt)", x1: at, x2: at, y1: 26, y2: bottom });
     const before = at > width - 60;
     svg(root, "text", { class: "strong", x: before ? at - 3 : at + 3, y: 22 - 12 * line, "text-anchor": before ? "end" : "start" }, `${name} ${show(value)}`);
     taken[line] = at + 62;

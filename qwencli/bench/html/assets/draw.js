@@ -74,7 +74,7 @@ function logTicks(low, high) {
     return values;
   };
   const all = found(fine);
-  return all.length > 7 ? found(coarse) : all.length > 1 ? all : ticks(low, high, 3);
+  return all.length > 7 ? found(coarse) : all.length > 2 ? all : ticks(low, high, 4);
 }
 
 function linear([low, high], [from, to]) {

@@ -19,10 +19,6 @@ function drawCell(host) {
   const state = states.get(id);
   const { cell } = state;
   host.replaceChildren();
-  if (!cell.runs.length) {
-    html(host, "p", "whole lead", "No run of this cell has generated anything.");
-    return;
-  }
   liveTimeline(host, cell, state);
   distribution(host, cell);
   strip(host, cell.runs);

@@ -76,7 +76,7 @@ function bars(host, title, runs, parts) {
       from = to;
     }
     const cut = from > longest ? "› " : "";
-    svg(root, "text", { x: Math.min(x(from), width - 84) + 5, y: top + 11 }, cut + (from < 10 ? `${show(from * 1e3)} ms` : `${show(from)} s`));
+    svg(root, "text", { x: Math.min(x(from), width - 84) + 5, y: top + 11 }, cut + (from < 1 ? `${show(from * 1e3)} ms` : `${show(from)} s`));
   });
 }
 

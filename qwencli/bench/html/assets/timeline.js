@@ -2,6 +2,7 @@
 // The time between runs is cut out, so that a reload or a pause does not flatten the runs.
 
 const LEFT = 52, TOP = 18, PANEL = { itl: 190, clock: 64, power: 64 }, GAP = 22, CUT = 10;
+const FEW = 1500; // tokens that can be told apart, so that a line through them helps
 
 /** Where each run lies on the cut clock, in seconds; `cut` is the width of a gap. */
 function layOut(runs) {
@@ -39,16 +40,21 @@ function itlScale(places, range) {
 }
 
 function drawTokens(root, cell, places, x, y) {
-  const paths = { steady: "", stall: "" };
+  const paths = { steady: "", stall: "", joined: "" };
   for (const { run, from } of places) {
     const limit = cell.stall_factor * run.itl_p50_ms;
+    let pen = "M";
     run.itl_ms.forEach((itl, i) => {
       if (Number.isNaN(itl)) return;
-      const at = `M${round(x(from + run.t_s[i]))} ${round(y(itl))}`;
-      if (itl > limit) paths.stall += `${at}m-4 3l4 -7l4 7z`; else paths.steady += `${at}h.01`;
+      const at = `${round(x(from + run.t_s[i]))} ${round(y(itl))}`;
+      if (itl > limit) paths.stall += `M${at}m-4 3l4 -7l4 7z`; else paths.steady += `M${at}h.01`;
+      paths.joined += pen + at;
+      pen = "L";
     });
   }
-  svg(root, "path", { class: "dots", d: paths.steady, stroke: "var(--accent)", "stroke-width": 2.6 });
+  const few = places.reduce((sum, { run }) => sum + run.tokens, 0) < FEW;
+  if (few) svg(root, "path", { class: "line", d: paths.joined, stroke: "var(--accent)", opacity: 0.35 });
+  svg(root, "path", { class: "dots", d: paths.steady, stroke: "var(--accent)", "stroke-width": few ? 4 : 2.6 });
   svg(root, "path", { d: paths.stall, fill: "var(--bad)" });
 }
 
@@ -150,12 +156,12 @@ function timeline(host, cell, state) {
   drawTokens(layer(), cell, places, x, y);
   key(head, "var(--accent)", `token, ${unit}`);
   key(head, "var(--bad)", `▲ stall: over ${cell.stall_factor} × its run's median`);
-  if (sensors) drawSensors(root, layer, head, places, x, width);
+  if (sensors) drawSensors(root, layer, places, x, width);
   drawTimeAxis(root, places, x, view, width, bottom);
   return { box, head, root, x, places, total, bottom };
 }
 
-function drawSensors(root, layer, head, places, x, width) {
+function drawSensors(root, layer, places, x, width) {
   let top = TOP + PANEL.itl + GAP;
   for (const [name, size, colour, label] of [
     ["sm_clock_mhz", PANEL.clock, "var(--clock)", "SM clock, MHz"],
@@ -164,9 +170,9 @@ function drawSensors(root, layer, head, places, x, width) {
     const [low, high] = extent(places.flatMap(({ run }) => run.gpus.map((gpu) => gpu[name])));
     const room = Math.max((high - low) * 0.1, high * 0.02);
     const y = linear([Math.max(0, low - room), high + room], [top + size, top]);
-    yAxis(root, y, LEFT, width - 8, 2);
+    yAxis(root, y, LEFT, width - 8, 3);
+    svg(root, "text", { x: LEFT + 5, y: top + 8 }, label);
     drawSensor(layer(), places, x, y, name, colour);
-    key(head, colour, label);
     if (name === "sm_clock_mhz") drawThrottle(layer(), places, x, top - 7);
     top += size + GAP;
   }
