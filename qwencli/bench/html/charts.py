@@ -81,7 +81,7 @@ def _gpu(name: str, samples: GpuSamples, start: float, most: int) -> dict[str, A
 
 
 def throttled(samples: GpuSamples, start_s: float) -> list[tuple[float, float, str]]:
-    """Stretches (from, to, reasons) in which the GPU held its clock back, seconds from `start_s`."""
+    """Stretches (from, to, reasons) in which the GPU was throttled, in seconds from `start_s`."""
     stretches: list[tuple[float, float, str]] = []
     before = ""
     for time, reasons in zip(samples.t_s, samples.throttle_reasons, strict=True):

@@ -77,7 +77,11 @@ class _Notes:
 
 
 def _table(
-    name: Sequence[str], rows: Sequence[CellRow], places: Sequence[int], scale: _Scale, notes: _Notes
+    name: Sequence[str],
+    rows: Sequence[CellRow],
+    places: Sequence[int],
+    scale: _Scale,
+    notes: _Notes,
 ) -> str:
     by_modes = {
         (rows[place]["quantization"], rows[place]["attention"], rows[place]["cache"]): place
@@ -123,7 +127,9 @@ def _cell(place: int | None, rows: Sequence[CellRow], scale: _Scale, notes: _Not
     ratio = row["run_ratio_max_min"]
     verdict = row["verdict"] or ""
     doubtful = "" if verdict == "ok" else f' class="doubt" title="{escape(verdict)}"'
-    spread = f"<small{doubtful}>{'' if verdict == 'ok' else '⚠ '}{ratio:.2f}x</small>" if ratio else ""
+    spread = (
+        f"<small{doubtful}>{'' if verdict == 'ok' else '⚠ '}{ratio:.2f}x</small>" if ratio else ""
+    )
     return (
         f'<td class="heat-{scale.step(speed)}"><a href="#cell-{place}">'
         f"<b>{speed:.1f}</b>{mark}{spread}</a></td>"

@@ -94,7 +94,9 @@ def cells_table(rows: Sequence[CellRow], axes: Sequence[str]) -> str:
         line = f'<tr class="{_mood(row)}"><th scope="row">{link}</th>'
         verdict = escape(said(row))
         if row["decode_tok_per_s_median"] is None:
-            blank.append(f'{line}<td class="verdict" colspan="{len(shown) + 2}">{verdict}</td></tr>')
+            blank.append(
+                f'{line}<td class="verdict" colspan="{len(shown) + 2}">{verdict}</td></tr>'
+            )
             continue
         numbers = "".join(f"<td>{column.text(row)}</td>" for column in shown)
         bar = speed_range(row, fastest)

@@ -6,10 +6,12 @@ function distribution(host, { histogram, percentiles }) {
   const total = counts.reduce((sum, count) => sum + count, 0);
   const about = `Distribution of ${total} times between tokens, ${show(low_ms)} to ${show(high_ms)} ms`;
   const { head, root, width, height } = chart(host, "Distribution of ITL", 220, about);
-  key(head, "var(--accent)", "tokens, logarithmic, over ms, logarithmic");
+  key(head, "var(--accent)", "tokens over ms, log-log");
+  const named = Object.entries(percentiles).map(([name, value]) => `${name} ${show(value)}`);
+  key(head, "var(--doubt)", `${named.join(", ")} ms`);
   const bottom = height - 24;
   const x = logarithmic([low_ms, high_ms], [LEFT, width - 8]);
-  const y = logarithmic([0.6, Math.max(...counts) * 1.1], [bottom, 30]);
+  const y = logarithmic([0.6, Math.max(...counts) * 1.1], [bottom, 8]);
   yAxis(root, y, LEFT, width - 8, 4);
   const bar = (width - 8 - LEFT) / counts.length;
   const edge = (i) => low_ms * (high_ms / low_ms) ** (i / counts.length);
@@ -23,13 +25,8 @@ function distribution(host, { histogram, percentiles }) {
   for (const value of x.ticks()) {
     svg(root, "text", { x: x(value), y: bottom + 16, "text-anchor": "middle" }, String(value));
   }
-  let taken = [-Infinity, -Infinity];
-  for (const [name, value] of Object.entries(percentiles)) {
+  for (const value of Object.values(percentiles)) {
     const at = round(x(value));
-    const line = taken[0] < at ? 0 : 1;
-    svg(root, "line", { stroke: "var(--doubt)", x1: at, x2: at, y1: 26, y2: bottom });
-    const before = at > width - 60;
-    svg(root, "text", { class: "strong", x: before ? at - 3 : at + 3, y: 22 - 12 * line, "text-anchor": before ? "end" : "start" }, `${name} ${show(value)}`);
-    taken[line] = at + 62;
+    svg(root, "line", { stroke: "var(--doubt)", "stroke-width": 1.5, x1: at, x2: at, y1: 4, y2: bottom });
   }
 }

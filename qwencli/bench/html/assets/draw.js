@@ -28,8 +28,9 @@ function floats(text) {
 /** Three or four significant digits; "–" for what was not measured. */
 function show(value, digits = 3) {
   if (value === null || Number.isNaN(value)) return "–";
+  if (Number.isInteger(value)) return String(value);
   const size = Math.abs(value);
-  if (size >= 10 ** digits || value === 0) return value.toFixed(0);
+  if (size >= 10 ** digits) return value.toFixed(0);
   return value.toFixed(Math.max(0, digits - 1 - Math.floor(Math.log10(size))));
 }
 
@@ -132,6 +133,9 @@ function hideTip() {
 }
 
 function withTip(node, text) {
-  node.addEventListener("pointermove", (event) => showTip(event, text));
+  node.addEventListener("pointermove", (event) => {
+    event.stopPropagation(); // the timeline under it has a tip of its own
+    showTip(event, text);
+  });
   node.addEventListener("pointerleave", hideTip);
 }

@@ -39,7 +39,7 @@ function itlScale(places, range) {
   return [linear([0, high * 1.05], range), "ms"];
 }
 
-function drawTokens(root, cell, places, x, y) {
+function drawTokens(root, cell, places, x, y, share) {
   const paths = { steady: "", stall: "", joined: "" };
   for (const { run, from } of places) {
     const limit = cell.stall_factor * run.itl_p50_ms;
@@ -52,7 +52,7 @@ function drawTokens(root, cell, places, x, y) {
       pen = "L";
     });
   }
-  const few = places.reduce((sum, { run }) => sum + run.tokens, 0) < FEW;
+  const few = share * places.reduce((sum, { run }) => sum + run.tokens, 0) < FEW;
   if (few) svg(root, "path", { class: "line", d: paths.joined, stroke: "var(--accent)", opacity: 0.35 });
   svg(root, "path", { class: "dots", d: paths.steady, stroke: "var(--accent)", "stroke-width": few ? 4 : 2.6 });
   svg(root, "path", { d: paths.stall, fill: "var(--bad)" });
@@ -153,7 +153,7 @@ function timeline(host, cell, state) {
   drawRunBands(layer(), places, x, bottom);
   const [y, unit] = itlScale(places, [TOP + PANEL.itl, TOP]);
   yAxis(root, y, LEFT, width - 8, 4);
-  drawTokens(layer(), cell, places, x, y);
+  drawTokens(layer(), cell, places, x, y, (view[1] - view[0]) / total);
   key(head, "var(--accent)", `token, ${unit}`);
   key(head, "var(--bad)", `▲ stall: over ${cell.stall_factor} × its run's median`);
   if (sensors) drawSensors(root, layer, places, x, width);
@@ -171,9 +171,9 @@ function drawSensors(root, layer, places, x, width) {
     const room = Math.max((high - low) * 0.1, high * 0.02);
     const y = linear([Math.max(0, low - room), high + room], [top + size, top]);
     yAxis(root, y, LEFT, width - 8, 3);
-    svg(root, "text", { x: LEFT + 5, y: top + 8 }, label);
+    svg(root, "text", { x: LEFT + 5, y: top - 9 }, label);
     drawSensor(layer(), places, x, y, name, colour);
-    if (name === "sm_clock_mhz") drawThrottle(layer(), places, x, top - 7);
+    if (name === "sm_clock_mhz") drawThrottle(layer(), places, x, top - 6);
     top += size + GAP;
   }
 }

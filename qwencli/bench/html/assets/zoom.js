@@ -45,9 +45,7 @@ function followPointer({ root, x, places, total, bottom }, cell, state, redraw) 
     cursor.setAttribute("visibility", place ? "visible" : "hidden");
     cursor.setAttribute("x1", x(at));
     cursor.setAttribute("x2", x(at));
-    if (event.target.tagName !== "rect" || !event.target.onpointermove) {
-      if (place) showTip(event, describe(cell, place, at)); else hideTip();
-    }
+    if (place) showTip(event, describe(cell, place, at)); else hideTip();
     if (begun !== null) {
       brush.setAttribute("x", x(Math.min(begun, at)));
       brush.setAttribute("width", Math.abs(x(at) - x(begun)));
