@@ -124,13 +124,16 @@ def _cell(place: int | None, rows: Sequence[CellRow], scale: _Scale, notes: _Not
         mark = f"<sup>{notes.letter(said)}</sup>"
     if not speed:
         return f'<td class="none"><a href="#cell-{place}">{escape(status)}{mark}</a></td>'
-    ratio = row["run_ratio_max_min"]
-    verdict = row["verdict"] or ""
-    doubtful = "" if verdict == "ok" else f' class="doubt" title="{escape(verdict)}"'
-    spread = (
-        f"<small{doubtful}>{'' if verdict == 'ok' else '⚠ '}{ratio:.2f}x</small>" if ratio else ""
-    )
     return (
         f'<td class="heat-{scale.step(speed)}"><a href="#cell-{place}">'
-        f"<b>{speed:.1f}</b>{mark}{spread}</a></td>"
+        f"<b>{speed:.1f}</b>{mark}{_spread(row)}</a></td>"
     )
+
+
+def _spread(row: CellRow) -> str:
+    """The fastest run over the slowest, with a sign where the verdict has something to say."""
+    ratio, verdict = row["run_ratio_max_min"], row["verdict"]
+    figure = f"{ratio:.2f}x" if ratio else ""
+    if verdict == "ok":
+        return f"<small>{figure}</small>"
+    return f'<small title="{escape(verdict)}">⚠ {figure}</small>'

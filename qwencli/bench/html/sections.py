@@ -80,7 +80,7 @@ COLUMNS = (
 
 
 def cells_table(rows: Sequence[CellRow], axes: Sequence[str]) -> str:
-    """One line a cell, fastest first, those without a speed last. The headings sort; empty columns are left out."""
+    """One line a cell, fastest first, those without a speed last; empty columns left out."""
     shown = [c for c in COLUMNS if any(row[c.name] is not None for row in rows)]
     places = {row["cell_id"]: place for place, row in enumerate(rows)}
     fastest = max((row["decode_tok_per_s_max"] or 0.0 for row in rows), default=0.0)
@@ -130,7 +130,8 @@ def _mood(row: CellRow) -> str:
 def blank_section(place: int, row: CellRow, label: str) -> str:
     """A cell of which there is nothing to draw."""
     return (
-        f'<div id="cell-{place}" class="blank {_mood(row)}"><span class="name">{escape(label)}</span>'
+        f'<div id="cell-{place}" class="blank {_mood(row)}">'
+        f'<span class="name">{escape(label)}</span>'
         f'<span class="verdict">{escape(said(row))}</span></div>'
     )
 

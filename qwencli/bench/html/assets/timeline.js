@@ -93,7 +93,7 @@ function describe(cell, { run, from }, at) {
   const i = nearest(run.t_s, t);
   if (i >= 0) {
     const token = run.index ? run.index[i] : i;
-    const itl = Number.isNaN(run.itl_ms[i]) ? `TTFT ${show(run.ttft_s * 1e3)} ms` : `${show(run.itl_ms[i], 4)} ms`;
+    const itl = Number.isNaN(run.itl_ms[i]) ? `TTFT ${run.ttft_s === null ? "–" : show(run.ttft_s * 1e3)} ms` : `${show(run.itl_ms[i], 4)} ms`;
     lines.push(`token ${token}: ${itl}`);
   }
   for (const gpu of run.gpus) {
