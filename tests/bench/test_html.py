@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwencli.bench import columns
-from qwencli.bench.html.charts import BINS, histogram, points_per_run, throttled
+from qwencli.bench.html.charts import BINS, TOKEN_POINTS, histogram, points_per_run, throttled
 from qwencli.bench.html.packing import keep_extremes, pack_floats
 from qwencli.bench.html.page import ASSETS, SCRIPTS, html_page
 from qwencli.bench.html.takes import GpuSamples, takes_by_cell
@@ -262,11 +262,13 @@ def test_no_latency_no_histogram():
 def test_throttled_stretches_name_their_reasons():
     reasons = ["none", "power", "power", "heat", "", "heat"]
     samples = GpuSamples([10.0, 11.0, 12.0, 13.0, 14.0, 15.0], [], [], reasons)
-    assert throttled(samples, 10.0) == [(1, 2, "power"), (3, 3, "heat"), (5, 5, "heat")]
+    apart = [(1, 2, "power"), (3, 3, "heat"), (5, 5, "heat")]
+    assert throttled(samples, 10.0, 100) == apart
+    assert throttled(samples, 10.0, 5) == [(1, 3, "power heat"), (5, 5, "heat")]
 
 
 def test_points_are_shared_out_among_runs():
-    assert points_per_run(600_000, 2_100) >= 256
+    assert points_per_run(TOKEN_POINTS, 2_100) >= 256
     assert points_per_run(600_000, 3) == 2_000
     assert points_per_run(600_000, 10**6) == 16
 

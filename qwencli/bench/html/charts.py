@@ -10,9 +10,9 @@ from qwencli.bench.html.packing import keep_extremes, pack_floats
 from qwencli.bench.html.takes import GpuSamples, Take, number
 from qwencli.bench.itl import STALL_FACTOR, percentile
 
-# Points of the whole report. With these a report of 100 cells x 20 runs x 256 tokens is drawn
-# token by token, and no campaign, however long, makes a report of more than 15 MB.
-TOKEN_POINTS = 600_000
+# Points of the whole report. With these a report of 100 cells x 20 runs (and a warm-up each) x 256
+# tokens is drawn token by token, and runs of any length keep it below 15 MB.
+TOKEN_POINTS = 540_000
 GPU_POINTS = 200_000
 # More than this in one run is more than a screen has columns.
 RUN_POINTS = 2_000
@@ -76,19 +76,26 @@ def _gpu(name: str, samples: GpuSamples, start: float, most: int) -> dict[str, A
         "t_s": pack_floats([samples.t_s[i] - start for i in kept]),
         "sm_clock_mhz": pack_floats([samples.sm_clock_mhz[i] for i in kept]),
         "power_w": pack_floats([samples.power_w[i] for i in kept]),
-        "throttled": throttled(samples, start),
+        "throttled": throttled(samples, start, most),
     }
 
 
-def throttled(samples: GpuSamples, start_s: float) -> list[tuple[float, float, str]]:
-    """Stretches (from, to, reasons) in which the GPU was throttled, in seconds from `start_s`."""
+def throttled(samples: GpuSamples, start_s: float, most: int) -> list[tuple[float, float, str]]:
+    """Stretches (from, to, reasons) in which the GPU was throttled, in seconds from `start_s`.
+
+    Those that lie closer together than one part in `most` of the run are joined.
+    """
+    if not samples.t_s:
+        return []
+    gap_s = (samples.t_s[-1] - samples.t_s[0]) / most
     stretches: list[tuple[float, float, str]] = []
     before = ""
     for time, reasons in zip(samples.t_s, samples.throttle_reasons, strict=True):
         at = round(time - start_s, 4)
         if reasons not in UNTHROTTLED:
-            since = stretches.pop()[0] if reasons == before else at
-            stretches.append((since, at, reasons))
+            joined = stretches and (reasons == before or at - stretches[-1][1] <= gap_s)
+            since, _, said = stretches.pop() if joined else (at, at, reasons)
+            stretches.append((since, at, said if reasons in said else f"{said} {reasons}"))
         before = reasons
     return stretches
 

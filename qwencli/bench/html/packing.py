@@ -28,8 +28,8 @@ def keep_extremes(series: Sequence[Sequence[float]], most: int) -> list[int]:
     """Indices of the points to draw: all of them, or about `most` of them.
 
     The points are cut into stretches of equal length, and of each stretch the lowest and the
-    highest value of every series stay, and so do the first and the last point: a single stall
-    among a million tokens is never dropped, which taking every n-th point would do.
+    highest value of every series stay, and so do the first and the last point: the worst stall of
+    each stretch is drawn, which taking every n-th point would miss.
 
     Args:
         series: one or more series of one length; missing values are NaN.
