@@ -4,7 +4,7 @@
     environment.json  on what
     runs.csv, tokens.csv, gpu.csv   raw rows, on disk as they happen
     logs/CELL.log     what each worker printed
-    cells.csv, report.md            made from the rows above, again whenever the campaign ends
+    cells.csv, report.md, .html     made from the rows above, again whenever the campaign ends
 
 A run counts once its row is in runs.csv: its tokens are written before it.
 """

@@ -127,7 +127,7 @@ def report(
     context: typer.Context,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A campaign's folder.")],
 ) -> None:
-    """Rebuild cells.csv and report.md from a campaign's raw rows, and print the table."""
+    """Rebuild cells.csv, report.md and report.html from a campaign's raw rows; print the table."""
     from qwencli.bench.report import build_report
     from qwencli.bench.tables import terminal_table
 

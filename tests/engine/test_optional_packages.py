@@ -17,10 +17,9 @@ def test_a_package_that_imports_is_fine():
 
 
 def test_a_missing_package_names_the_mode_the_install_and_the_way_round():
-    with pytest.raises(
-        MissingDependencyError, match="--mode fast: .*no-such-thing is not"
-    ) as found:
+    with pytest.raises(MissingDependencyError) as found:
         need("no_such_thing")
+    assert str(found.value) == "--mode fast: the package no-such-thing is not installed"
     assert found.value.hint == "pip install it, or use --mode slow"
 
 
