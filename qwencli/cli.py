@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from qwencli import __version__
 from qwencli.commands import bench, caption, chat, diagnose, models
@@ -17,8 +18,18 @@ from qwencli.output import Sink
 GLOBAL_FLAGS = ("--quiet", "-q", "--debug")
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 
+
+class _Root(TyperGroup):
+    """Shows its own help as plain text: what rich would take to load doubles the time to see it."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.rich_markup_mode = None
+
+
 app = typer.Typer(
     name="qwencli",
+    cls=_Root,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

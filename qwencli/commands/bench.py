@@ -80,9 +80,9 @@ def bench(
         float, typer.Option(metavar="SECONDS", min=1.0, help="Of one cell, loading included.")
     ] = 1800.0,
 ) -> None:
-    """Measure decode speed over quantization x attention x cache, each cell in a fresh process.
+    """Measure speed over quantization x attention x cache.
 
-    Rows are on disk as they happen (cells.csv, runs.csv, tokens.csv, gpu.csv).
+    Each cell runs in a fresh process. Rows are on disk as they happen (cells.csv, runs.csv, tokens.csv, gpu.csv).
     """
     if context.invoked_subcommand:
         return

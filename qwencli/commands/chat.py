@@ -8,13 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qwencli.commands.conversation import Conversation
-from qwencli.commands.model_choice import announce_model, choose_model
 from qwencli.commands.options import RunOptions, with_run_options
-from qwencli.commands.requests import (
-    open_picture,
-    running_engine,
-)
 from qwencli.output import Sink
 
 
@@ -32,6 +26,11 @@ def chat(
     run: RunOptions,
 ) -> None:
     """Talk about pictures, or about anything with a text model. /help lists the commands."""
+    # Here and not above: `--help` needs none of it.
+    from qwencli.commands.conversation import Conversation
+    from qwencli.commands.model_choice import announce_model, choose_model
+    from qwencli.commands.requests import open_picture, running_engine
+
     sink = context.ensure_object(Sink)
     sampling = run.sampling_options()
     spec = choose_model(run, sink)

@@ -30,7 +30,7 @@ def models(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
-    """List the models that can be run, where they are and the memory they need."""
+    """List the models: where they are, and the memory they need."""
     from qwencli.models.listing import list_models
     from qwencli.models.resolve import Places
 

@@ -1,0 +1,76 @@
+"""Works through the pictures of `qwencli caption`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwencli.commands.options import RunOptions
+from qwencli.commands.reports import caption_record, stats_line
+from qwencli.commands.requests import open_picture
+from qwencli.errors import InputError, OutOfMemoryError, QwenCliError
+from qwencli.messages import GenerationRequest, ImagePart
+from qwencli.output import Sink
+
+if TYPE_CHECKING:
+    from qwencli.engine.base import Engine
+    from qwencli.results import GenerationResult
+
+Pictures = tuple[ImagePart, ...]
+
+
+class Captions:
+    """One that fails costs its own answer only; `failed` counts them."""
+
+    def __init__(self, sink: Sink, run: RunOptions, *, model: str, several: bool) -> None:
+        self.sink, self.json, self.stats = sink, run.json, run.stats
+        self.model, self.several = model, several
+        self.failed = 0
+
+    def opened(self, jobs: Sequence[Sequence[Path]]) -> Iterator[Pictures]:
+        for number, paths in enumerate(jobs, start=1):
+            if self.several and sys.stderr.isatty() and not sys.stdout.isatty():
+                self.sink.notice(f"[{number}/{len(jobs)}] {', '.join(str(path) for path in paths)}")
+            try:
+                yield tuple(open_picture(path) for path in paths)
+            except InputError as error:
+                self._report(error)
+
+    def answer(self, engine: Engine, request: GenerationRequest, pictures: Pictures) -> None:
+        names = [picture.name for picture in pictures]
+        try:
+            result = self._stream(engine, request, names)
+        except (InputError, OutOfMemoryError) as error:
+            self._report(error)
+            return
+        if self.json:
+            self.sink.json_line(caption_record(result, names, self.model))
+        if self.stats:
+            self.sink.notice(stats_line(result))
+
+    def _stream(
+        self, engine: Engine, request: GenerationRequest, names: list[str]
+    ) -> GenerationResult:
+        if self.json or not sys.stdout.isatty():
+            # A reader of a pipe gets whole answers: a failed one must not leave half a line.
+            result = engine.generate(request)
+            if not self.json:
+                self.sink.answer(self._prefix(names) + result.text)
+            return result
+        prefix = self._prefix(names)
+        for chunk in engine.stream(request):
+            self.sink.answer(prefix + chunk.text, end="")
+            prefix = ""
+            if chunk.result is not None:
+                result = chunk.result
+        self.sink.answer("")
+        return result
+
+    def _prefix(self, names: list[str]) -> str:
+        return f"{names[0]}: " if self.several and len(names) == 1 else ""
+
+    def _report(self, error: QwenCliError) -> None:
+        self.failed += 1
+        self.sink.error(error)
