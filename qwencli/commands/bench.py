@@ -82,7 +82,8 @@ def bench(
 ) -> None:
     """Measure speed over quantization x attention x cache.
 
-    Each cell runs in a fresh process. Rows are on disk as they happen (cells.csv, runs.csv, tokens.csv, gpu.csv).
+    Each cell runs in a fresh process. Rows are on disk as they happen
+    (cells.csv, runs.csv, tokens.csv, gpu.csv).
     """
     if context.invoked_subcommand:
         return
