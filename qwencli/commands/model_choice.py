@@ -52,7 +52,7 @@ def _can_ask(run: RunOptions, sink: Sink) -> bool:
 
 def _wants(better: ModelSpec) -> bool:
     from qwencli.models.memory import weight_bytes
-    from qwencli.models.shapes import read_shape
+    from qwencli.models.shape_reader import read_shape
 
     assert better.hub_config is not None, "built-ins come with their configuration"
     size = weight_bytes(read_shape(better.hub_config, better.name)) / 1e9

@@ -18,7 +18,7 @@ def default_engine(config: EngineConfig) -> EngineName:
     Raises:
         ModelFileError, DownloadError: the model's files are not usable, or not to be had.
     """
-    from qwencli.engine.native.families import FAMILIES
+    from qwencli.models.families import FAMILIES
     from qwencli.models.folder import read_config
     from qwencli.models.locate import locate
 

@@ -50,7 +50,7 @@ DECODERS: Mapping[str, Decoder] = {
     "qwen3-32b": Decoder(64, 5120, 64, 8, 128, 25600, 151936, False),
 }
 
-# Vision towers by field names of `shapes.VisionShape`; the output width is the decoder's.
+# Vision towers by the names of `families.VisionFamily.keys`; the output width is the decoder's.
 _TOWER = {"heads": 16, "temporal_patch_size": 2, "spatial_merge_size": 2}
 _TOWER_3 = {**_TOWER, "patch_size": 16, "num_position_embeddings": 2304}
 _TOWER_2_5 = {

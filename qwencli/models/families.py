@@ -23,23 +23,28 @@ class VisionFamily:
         defaults: values of transformers' config class, for files that leave keys out (the hub's
             Qwen2.5-VL-32B does). Keyed by our field name.
         norm_bias: LayerNorm (True) or RMSNorm (False) in the blocks.
+        activation: of the blocks' MLP, for files that state none.
         mlp: names of the block's linear layers, up-projections first, the down-projection last.
         patch_bias: whether the patch embedding has a bias.
         merger_norm: name of the merger's norm.
         merger_linears: names of the merger's two linear layers.
-        deepstack_prefix: where the extra mergers of DeepStack live; empty when there are none.
         config: constant entries of the hub's `vision_config`.
     """
 
     keys: Mapping[str, str]
     defaults: Mapping[str, Any]
     norm_bias: bool
+    activation: str
     mlp: tuple[str, ...]
     merger_norm: str
     merger_linears: tuple[str, str]
     patch_bias: bool = False
-    deepstack_prefix: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def gated_mlp(self) -> bool:
+        """Whether the block's MLP has two up-projections, one of them the other's gate."""
+        return len(self.mlp) == 3
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,14 @@ class Family:
         title: what people call it.
         architecture: the class name in config.json's `architectures`.
         nested: whether the hub's config.json has a `text_config` (else text keys are at the top).
-        qkv_bias: whether q, k and v projections have a bias.
+        qkv_bias: whether q, k and v projections have a bias; None = the config's own
+            `attention_bias`, which then covers the output projection too.
         qk_norm: whether q and k heads are normalised (one weight of `head_dim` each).
-        head_dim: default when config.json states none; None = hidden_size / num_attention_heads.
+        head_dim: default when config.json states none; None = always
+            hidden_size / num_attention_heads.
+        rope_theta: base of the rotary frequencies when config.json states none.
+        sections, interleaved: see `shapes.RopeShape`; of models with three position axes.
+        split_video_frames: see `shapes.ModelShape`.
         text_config: constant entries of the hub's text configuration.
         top_config: constant entries of the hub's config.json beside the text configuration.
     """
@@ -61,12 +71,16 @@ class Family:
     model_type: str
     title: str
     architecture: str
-    qkv_bias: bool
+    qkv_bias: bool | None
     qk_norm: bool
+    rope_theta: float
     text_config: Mapping[str, Any]
     top_config: Mapping[str, Any] = field(default_factory=dict)
     nested: bool = False
     head_dim: int | None = None
+    sections: tuple[int, int, int] | None = None
+    interleaved: bool = False
+    split_video_frames: bool = False
     vision: VisionFamily | None = None
 
 
@@ -110,8 +124,12 @@ _QWEN3_VL = Family(
     title="Qwen3-VL",
     architecture="Qwen3VLForConditionalGeneration",
     nested=True,
-    qkv_bias=False,
+    qkv_bias=None,
     qk_norm=True,
+    rope_theta=500_000.0,
+    sections=(24, 20, 20),
+    interleaved=True,
+    split_video_frames=True,
     head_dim=128,
     text_config={
         **_TEXT,
@@ -144,11 +162,11 @@ _QWEN3_VL = Family(
             "deepstack_indexes": (8, 16, 24),
         },
         norm_bias=True,
+        activation="gelu_pytorch_tanh",
         mlp=("linear_fc1", "linear_fc2"),
         merger_norm="norm",
         merger_linears=("linear_fc1", "linear_fc2"),
         patch_bias=True,
-        deepstack_prefix="deepstack_merger_list",
         config={
             "hidden_act": "gelu_pytorch_tanh",
             "in_channels": 3,
@@ -164,6 +182,8 @@ _QWEN2_5_VL = Family(
     architecture="Qwen2_5_VLForConditionalGeneration",
     qkv_bias=True,
     qk_norm=False,
+    rope_theta=1_000_000.0,
+    sections=(16, 24, 24),
     text_config={
         **_TEXT,
         **_NO_WINDOW,
@@ -190,6 +210,7 @@ _QWEN2_5_VL = Family(
             "full_attention_indexes": (7, 15, 23, 31),
         },
         norm_bias=False,
+        activation="silu",
         mlp=("gate_proj", "up_proj", "down_proj"),
         merger_norm="ln_q",
         merger_linears=("mlp.0", "mlp.2"),
@@ -208,6 +229,8 @@ _QWEN2_VL = Family(
     architecture="Qwen2VLForConditionalGeneration",
     qkv_bias=True,
     qk_norm=False,
+    rope_theta=1_000_000.0,
+    sections=(16, 24, 24),
     text_config={
         **_TEXT,
         **_NO_WINDOW,
@@ -234,6 +257,7 @@ _QWEN2_VL = Family(
             "mlp_ratio": 4,
         },
         norm_bias=True,
+        activation="quick_gelu",
         mlp=("fc1", "fc2"),
         merger_norm="ln_q",
         merger_linears=("mlp.0", "mlp.2"),
@@ -245,8 +269,9 @@ _QWEN3 = Family(
     model_type="qwen3",
     title="Qwen3",
     architecture="Qwen3ForCausalLM",
-    qkv_bias=False,
+    qkv_bias=None,
     qk_norm=True,
+    rope_theta=10_000.0,
     head_dim=128,
     text_config={
         **_TEXT,
@@ -265,6 +290,7 @@ _QWEN2 = Family(
     architecture="Qwen2ForCausalLM",
     qkv_bias=True,
     qk_norm=False,
+    rope_theta=10_000.0,
     text_config={
         **_TEXT,
         **_NO_WINDOW,

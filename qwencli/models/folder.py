@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.errors import ModelFileError
-from qwencli.models.safetensors_header import TensorInfo, read_header
-from qwencli.models.shapes import ModelShape, read_shape
+from qwencli.models.safetensors_header import StoredTensor, stored_tensors
+from qwencli.models.shape_reader import read_shape
+from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import canonical_name, expected_tensors, is_quantizable
 from qwencli.models.weights import find_weights, read_json_object, some
 
@@ -50,10 +51,8 @@ def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
     shape = read_shape(config, str(folder / "config.json"))
     weights = find_weights(folder, allow_pickle=allow_pickle)
     if not weights.pickled:
-        stored: dict[str, TensorInfo] = {}
-        for file in weights.files:
-            for name, info in read_header(file).tensors.items():
-                stored[canonical_name(name, shape)] = info
+        found = stored_tensors(weights.files)
+        stored = {canonical_name(name, shape): tensor for name, tensor in found.items()}
         _check_tensors(folder, shape, stored, quantized="quantization_config" in config)
     _require(folder, "tokenizer", _TOKENIZER)
     if shape.vision is not None:
@@ -77,7 +76,7 @@ def is_complete(folder: Path, *, allow_pickle: bool = False) -> bool:
 
 
 def _check_tensors(
-    folder: Path, shape: ModelShape, stored: Mapping[str, TensorInfo], *, quantized: bool
+    folder: Path, shape: ModelShape, stored: Mapping[str, StoredTensor], *, quantized: bool
 ) -> None:
     expected = expected_tensors(shape)
     if quantized:

@@ -19,7 +19,7 @@ from qwencli.models.folder import is_complete
 from qwencli.models.hub_cache import cached_repos
 from qwencli.models.memory import LISTED, estimate, weight_bytes
 from qwencli.models.resolve import Places, bundled_spec, with_local_files
-from qwencli.models.shapes import read_shape
+from qwencli.models.shape_reader import read_shape
 from qwencli.models.tensors import parameter_count
 from qwencli.models.weights import find_weights
 

@@ -66,7 +66,7 @@ def weight_bytes(shape: ModelShape, quantization: Quantization = Quantization.NO
 
 def kv_cache_bytes(shape: ModelShape, tokens: int, batch: int = 1) -> int:
     """Bytes of keys and values: 2 x layers x kv heads x head_dim for each token, bfloat16."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens * batch * _HALF
+    return shape.text.kv_bytes_per_token(_HALF) * tokens * batch
 
 
 def vision_peak_bytes(shape: ModelShape, image_tokens: int) -> int:
@@ -80,13 +80,13 @@ def vision_peak_bytes(shape: ModelShape, image_tokens: int) -> int:
     tower = shape.vision
     if tower is None:
         return 0
-    patches = image_tokens * tower.spatial_merge_size**2
-    attention = 6 * tower.hidden
+    patches = image_tokens * tower.merge_area
+    attention = 6 * tower.hidden_size
     # Gated towers (Qwen2.5-VL) hold two up-projections and their product.
-    ups = len(shape.family.vision.mlp) if shape.family.vision else 0
-    mlp = 2 * tower.hidden + ups * tower.intermediate
-    pixels = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2 * 4
-    features = image_tokens * tower.out_hidden * (1 + len(tower.deepstack_indexes)) * _HALF
+    ups = 3 if tower.gated_mlp else 2
+    mlp = 2 * tower.hidden_size + ups * tower.intermediate_size
+    pixels = tower.patch_elements * 4
+    features = image_tokens * tower.out_hidden_size * (1 + len(tower.deepstack_layers)) * _HALF
     return patches * (max(attention, mlp) * _HALF + pixels) + features
 
 
@@ -96,8 +96,9 @@ def prefill_peak_bytes(shape: ModelShape, tokens: int) -> int:
     A layer's MLP is the peak: residual, normed input, gate, up and their product. Sampling holds
     the last position's logits as bfloat16, float32, sorted, and the order (int64).
     """
-    layer = tokens * (2 * shape.hidden + 3 * shape.intermediate) * _HALF
-    return layer + shape.vocab * (_HALF + 4 + 4 + 8)
+    text = shape.text
+    layer = tokens * (2 * text.hidden_size + 3 * text.intermediate_size) * _HALF
+    return layer + text.vocab_size * (_HALF + 4 + 4 + 8)
 
 
 def estimate(

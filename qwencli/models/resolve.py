@@ -24,7 +24,7 @@ from qwencli.models.folder import read_config
 from qwencli.models.hub_cache import find_cached
 from qwencli.models.locate import BUNDLED_NAME, bundled_folder
 from qwencli.models.memory import estimate
-from qwencli.models.shapes import read_shape
+from qwencli.models.shape_reader import read_shape
 
 ENVIRONMENT_KEY = "QWENCLI_MODEL"
 CONFIG_FILE = "config.toml"

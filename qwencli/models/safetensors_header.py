@@ -1,4 +1,7 @@
-"""Reads the header of a safetensors file: names, dtypes, shapes, bytes. Never the weights.
+"""Reads the header of a safetensors file: names, dtypes, shapes, places. Never the weights.
+
+The data is read later, straight to where it belongs (`engine.native.weights`); a memory map would
+count every weight twice in the process's resident memory.
 
 The format (github.com/huggingface/safetensors, "Format"): 8 bytes little-endian header length,
 that many bytes of JSON {name: {dtype, shape, data_offsets}}, then the data. Offsets count from
@@ -8,7 +11,7 @@ the end of the header, cover the data without holes and end where the file ends.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -28,7 +31,8 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor: dtype as the format names it ("BF16"), shape, first byte and size in bytes."""
+    """One tensor: dtype as the format names it ("BF16"), shape, size in bytes, and the place of its
+    first byte, counted from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -46,9 +50,40 @@ class SafetensorsHeader:
     file_bytes: int
 
     @property
+    def data_start(self) -> int:
+        """Place in the file where the tensors' bytes begin."""
+        return self.file_bytes - self.data_bytes
+
+    @property
     def num_parameters(self) -> int:
         """Elements of all tensors; for packed (quantized) tensors, elements as stored."""
         return sum(prod(tensor.shape) for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint and where it lies: `start` is its first byte in `file`."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint's safetensors files, by name.
+
+    Raises:
+        ModelFileError: see `read_header`.
+    """
+    found = {}
+    for file in files:
+        header = read_header(file)
+        for name, info in header.tensors.items():
+            start = header.data_start + info.start
+            found[name] = StoredTensor(name, file, info.dtype, info.shape, start)
+    return found
 
 
 def read_header(path: Path) -> SafetensorsHeader:

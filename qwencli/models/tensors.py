@@ -6,10 +6,10 @@ tensors differently; `canonical_name` maps every layout seen on the hub to these
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import prod
 
-from qwencli.models.shapes import ModelShape, VisionShape
+from qwencli.models.shapes import ModelShape
+from qwencli.models.weight_specs import specs
 
 TensorShapes = dict[str, tuple[int, ...]]
 
@@ -26,7 +26,10 @@ _VISION_LAYOUTS = (
 
 def expected_tensors(shape: ModelShape) -> TensorShapes:
     """Name -> shape of every parameter; a tied `lm_head` is not listed, it is not stored."""
-    return dict(_all_tensors(shape))
+    prefix = {"text": "model.language_model." if shape.vision else "model."}
+    prefix |= {"vision": "model.visual.", "root": ""}
+    parts = (part for spec in specs(shape) for part in spec.parts)
+    return {prefix[part.section] + part.name: part.shape for part in parts}
 
 
 def parameter_count(shape: ModelShape) -> int:
@@ -53,78 +56,3 @@ def is_quantizable(name: str, size: tuple[int, ...]) -> bool:
     return len(size) == 2 and not name.endswith(
         ("embed_tokens.weight", "pos_embed.weight", "lm_head.weight")
     )
-
-
-def _all_tensors(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    decoder = "model.language_model" if shape.vision else "model"
-    if shape.vision:
-        yield from _vision_tensors(shape, shape.vision)
-    yield f"{decoder}.embed_tokens.weight", (shape.vocab, shape.hidden)
-    for layer in range(shape.layers):
-        yield from _layer_tensors(f"{decoder}.layers.{layer}", shape)
-    yield f"{decoder}.norm.weight", (shape.hidden,)
-    if not shape.tied:
-        yield "lm_head.weight", (shape.vocab, shape.hidden)
-
-
-def _layer_tensors(prefix: str, shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, width = shape.hidden, shape.heads * shape.head_dim
-    kv_width = shape.kv_heads * shape.head_dim
-    for name, out in (("q_proj", width), ("k_proj", kv_width), ("v_proj", kv_width)):
-        yield f"{prefix}.self_attn.{name}.weight", (out, hidden)
-        if shape.family.qkv_bias:
-            yield f"{prefix}.self_attn.{name}.bias", (out,)
-    yield f"{prefix}.self_attn.o_proj.weight", (hidden, width)
-    if shape.family.qk_norm:
-        yield f"{prefix}.self_attn.q_norm.weight", (shape.head_dim,)
-        yield f"{prefix}.self_attn.k_norm.weight", (shape.head_dim,)
-    yield f"{prefix}.mlp.gate_proj.weight", (shape.intermediate, hidden)
-    yield f"{prefix}.mlp.up_proj.weight", (shape.intermediate, hidden)
-    yield f"{prefix}.mlp.down_proj.weight", (hidden, shape.intermediate)
-    yield f"{prefix}.input_layernorm.weight", (hidden,)
-    yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-
-
-def _vision_tensors(shape: ModelShape, tower: VisionShape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    family = shape.family.vision
-    assert family is not None, "a shape with a tower belongs to a family with one"
-    root, hidden = "model.visual", tower.hidden
-    patch = (tower.in_channels, tower.temporal_patch_size, tower.patch_size, tower.patch_size)
-    yield f"{root}.patch_embed.proj.weight", (hidden, *patch)
-    if family.patch_bias:
-        yield f"{root}.patch_embed.proj.bias", (hidden,)
-    if tower.num_position_embeddings:
-        yield f"{root}.pos_embed.weight", (tower.num_position_embeddings, hidden)
-    for block in range(tower.depth):
-        at = f"{root}.blocks.{block}"
-        for norm in ("norm1", "norm2"):
-            yield from _norm(f"{at}.{norm}", hidden, bias=family.norm_bias)
-        yield from _linear(f"{at}.attn.qkv", 3 * hidden, hidden)
-        yield from _linear(f"{at}.attn.proj", hidden, hidden)
-        *ups, down = family.mlp
-        for up in ups:
-            yield from _linear(f"{at}.mlp.{up}", tower.intermediate, hidden)
-        yield from _linear(f"{at}.mlp.{down}", hidden, tower.intermediate)
-    merged = hidden * tower.spatial_merge_size**2
-    # DeepStack's mergers normalise after the patches are merged, the main one before.
-    mergers = [("merger", hidden)]
-    mergers += [
-        (f"{family.deepstack_prefix}.{i}", merged) for i in range(len(tower.deepstack_indexes))
-    ]
-    for name, norm_width in mergers:
-        first, second = family.merger_linears
-        at = f"{root}.{name}"
-        yield from _norm(f"{at}.{family.merger_norm}", norm_width, bias=family.norm_bias)
-        yield from _linear(f"{at}.{first}", merged, merged)
-        yield from _linear(f"{at}.{second}", tower.out_hidden, merged)
-
-
-def _linear(name: str, out: int, inside: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.weight", (out, inside)
-    yield f"{name}.bias", (out,)
-
-
-def _norm(name: str, width: int, *, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.weight", (width,)
-    if bias:
-        yield f"{name}.bias", (width,)

@@ -9,7 +9,7 @@ import transformers
 from qwencli.models.builtin import BUILTINS, find_builtin, hub_config
 from qwencli.models.catalog import DECODERS, ENTRIES, TOWERS
 from qwencli.models.families import FAMILIES
-from qwencli.models.shapes import read_shape
+from qwencli.models.shape_reader import read_shape
 from qwencli.models.tensors import expected_tensors, parameter_count
 
 # Billions of parameters as the hub ("Model size") or the model card states them; tied weights once.

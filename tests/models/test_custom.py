@@ -14,7 +14,7 @@ from qwencli.errors import CustomModelsError
 from qwencli.models.builtin import hub_config
 from qwencli.models.custom import as_folder, load_custom_models, parse_custom_models
 from qwencli.models.memory import LISTED, estimate
-from qwencli.models.shapes import read_shape
+from qwencli.models.shape_reader import read_shape
 
 FILE = Path("folder/custom_models.json")
 ENTRY = {

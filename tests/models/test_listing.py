@@ -6,7 +6,7 @@ import json
 
 from qwencli.models.builtin import BUILTINS
 from qwencli.models.listing import list_models
-from qwencli.models.shapes import read_shape
+from qwencli.models.shape_reader import read_shape
 from qwencli.models.tensors import parameter_count
 from tests.models.tiny import CONFIGS, write_model
 

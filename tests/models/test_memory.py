@@ -14,7 +14,7 @@ from qwencli.models.memory import (
     vision_peak_bytes,
     weight_bytes,
 )
-from qwencli.models.shapes import read_shape
+from qwencli.models.shape_reader import read_shape
 from qwencli.models.tensors import parameter_count
 
 
@@ -45,8 +45,8 @@ def test_smaller_modes_need_less(alias):
 
 def test_embeddings_and_head_stay_in_half_precision():
     shape = shape_of("qwen3-8b")
-    kept = 2 * 2 * shape.vocab * shape.hidden
-    linear = parameter_count(shape) - 2 * shape.vocab * shape.hidden
+    kept = 2 * 2 * shape.text.vocab_size * shape.text.hidden_size
+    linear = parameter_count(shape) - 2 * shape.text.vocab_size * shape.text.hidden_size
     assert weight_bytes(shape, Quantization.INT4) == pytest.approx(
         kept + linear * 0.5625, rel=0.001
     )

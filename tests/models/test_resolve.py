@@ -19,7 +19,7 @@ from qwencli.errors import (
 from qwencli.models.builtin import hub_config
 from qwencli.models.memory import estimate
 from qwencli.models.resolve import Places, default_model, recommended_model, resolve_model
-from qwencli.models.shapes import read_shape
+from qwencli.models.shape_reader import read_shape
 from tests.models.tiny import CONFIGS, write_model
 
 

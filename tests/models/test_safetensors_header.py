@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qwencli.errors import ModelFileError
-from qwencli.models.safetensors_header import TensorInfo, read_header
+from qwencli.models.safetensors_header import TensorInfo, read_header, stored_tensors
 
 
 def pack(header, data=b""):
@@ -49,6 +49,17 @@ def test_reads_what_the_library_writes(tmp_path):
     assert header.metadata == {"format": "pt"}
     assert (header.data_bytes, header.num_parameters) == (40 + 12, 23)
     assert header.file_bytes == path.stat().st_size
+
+
+def test_a_stored_tensor_lies_where_the_library_wrote_it(tmp_path):
+    tensor = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
+    save_file({"a": tensor}, tmp_path / "1.safetensors", metadata={"by": "us"})
+    save_file({"b": torch.ones(1)}, tmp_path / "2.safetensors")
+    found = stored_tensors([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
+    assert found.keys() == {"a", "b"}
+    assert (found["a"].dtype, found["a"].shape) == ("BF16", (2, 3))
+    raw = bytearray(found["a"].file.read_bytes()[found["a"].start :][:12])
+    assert torch.equal(torch.frombuffer(raw, dtype=torch.bfloat16).view(2, 3), tensor)
 
 
 def test_minimal_file(write):

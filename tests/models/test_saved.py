@@ -9,7 +9,7 @@ from qwencli.errors import ModelFileError
 from qwencli.models.builtin import hub_config
 from qwencli.models.folder import check_folder, read_config
 from qwencli.models.safetensors_header import read_header
-from qwencli.models.shapes import read_shape
+from qwencli.models.shape_reader import read_shape
 from qwencli.models.tensors import parameter_count
 
 TEXT = {
@@ -38,10 +38,13 @@ def tiny(alias):
     text |= {key: value for key, value in TEXT.items() if key in text}
     if "head_dim" in text:
         text["head_dim"] = 8
+    if text.get("rope_scaling"):
+        text["rope_scaling"] |= {"mrope_section": [2, 1, 1]}
     if "vision_config" in config:
         vision = config["vision_config"]
         vision |= {key: value for key, value in VISION.items() if key in vision}
         vision |= WIDTHS[config["model_type"]]
+        config |= {"image_token_id": 60, "video_token_id": 61}
     return config
 
 

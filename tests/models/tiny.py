@@ -5,21 +5,32 @@ from __future__ import annotations
 import json
 from math import prod
 
-from qwencli.models.shapes import read_shape
+from qwencli.models.shape_reader import read_shape
 from qwencli.models.tensors import expected_tensors
 
 TEXT = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "intermediate_size": 24,
     "vocab_size": 40,
+}
+TOKENS = {
+    "image_token_id": 30,
+    "video_token_id": 31,
+    "vision_start_token_id": 32,
+    "vision_end_token_id": 33,
 }
 CONFIGS = {
     "qwen3_vl": {
         "model_type": "qwen3_vl",
-        "text_config": {**TEXT, "head_dim": 8},
+        "text_config": {
+            **TEXT,
+            "head_dim": 16,
+            "rope_scaling": {"mrope_section": [4, 2, 2], "mrope_interleaved": True},
+        },
+        **TOKENS,
         "tie_word_embeddings": True,
         "vision_config": {
             "depth": 2,
@@ -35,6 +46,8 @@ CONFIGS = {
     "qwen2_5_vl": {
         "model_type": "qwen2_5_vl",
         **TEXT,
+        **TOKENS,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
         "tie_word_embeddings": False,
         "vision_config": {
             "depth": 2,
@@ -43,6 +56,7 @@ CONFIGS = {
             "intermediate_size": 12,
             "out_hidden_size": 16,
             "patch_size": 4,
+            "fullatt_block_indexes": [1],
         },
     },
     "qwen3": {"model_type": "qwen3", **TEXT, "head_dim": 8, "tie_word_embeddings": False},

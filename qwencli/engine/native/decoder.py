@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from qwencli.engine.native.decoder_ops import REFERENCE_OPS, DecoderOps, Layer, Step
 from qwencli.engine.native.rms_norm import RMSNorm
-from qwencli.engine.native.shapes import TextShape
 from qwencli.engine.native.weights import Tensors
+from qwencli.models.shapes import TextShape
 
 
 @dataclass(frozen=True)

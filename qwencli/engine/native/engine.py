@@ -18,11 +18,12 @@ from qwencli.engine.native.generating import Generation
 from qwencli.engine.native.memory_plan import MemoryPlan, plan_memory
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.quiet_host import freeze_what_is_loaded
-from qwencli.engine.native.shapes import ModelShape
 from qwencli.engine.native.steppers import STEPPERS
+from qwencli.engine.native.supported import check_supported
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
 from qwencli.engine.sources import ModelFiles
 from qwencli.errors import UnsupportedModeError
+from qwencli.models.shape_reader import read_shape
 from qwencli.results import GenerationChunk, RanModes
 
 
@@ -63,7 +64,8 @@ class NativeEngine(LocalEngine):
             free_bytes=_free_bytes(device),
             max_pixels=self.config.max_pixels,
         )
-        shape = ModelShape.from_hub_config(files.hub_config)
+        shape = read_shape(files.hub_config)
+        check_supported(shape)
         place, torch_dtype = torch.device(device), getattr(torch, dtype.value)
         if self.config.load_format is LoadFormat.DUMMY:
             loaded = weights.dummy(shape, torch_dtype, place)

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from qwencli.engine.native.shapes import TextShape
+from qwencli.models.shapes import TextShape
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 

@@ -15,7 +15,8 @@ from qwencli.models.memory import (
     vision_peak_bytes,
     weight_bytes,
 )
-from qwencli.models.shapes import ModelShape, read_shape
+from qwencli.models.shape_reader import read_shape
+from qwencli.models.shapes import ModelShape
 
 # What `--max-seq-len` is when nobody says: long chats with pictures, at a few GB of cache at most.
 DEFAULT_MAX_SEQ_LEN = 16384
@@ -89,7 +90,7 @@ def plan_memory(
 def _image_tokens(shape: ModelShape, pixels: int) -> int:
     if shape.vision is None:
         return 0
-    return -(-pixels // (shape.vision.patch_size * shape.vision.spatial_merge_size) ** 2)
+    return -(-pixels // (shape.vision.patch_size * shape.vision.merge_size) ** 2)
 
 
 def _longest(shape: ModelShape, fixed: int, free_bytes: int, scale: int) -> int:

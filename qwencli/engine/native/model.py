@@ -20,10 +20,10 @@ from qwencli.engine.native.decoder_ops import REFERENCE_OPS, DecoderOps, Step
 from qwencli.engine.native.kv_cache import DynamicKVCache, KVCache, StaticKVCache
 from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs, prompt_inputs
 from qwencli.engine.native.rope import Rope
-from qwencli.engine.native.shapes import ModelShape
 from qwencli.engine.native.vision import VisionFeatures, VisionTower
 from qwencli.engine.native.vision_layout import Grid
 from qwencli.errors import InputError
+from qwencli.models.shapes import ModelShape
 
 
 class QwenModel:

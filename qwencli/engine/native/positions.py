@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qwencli.engine.native.shapes import ModelShape
 from qwencli.errors import InputError
+from qwencli.models.shapes import ModelShape
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 
 from qwencli.engine.native.decoder import DeepStack
 from qwencli.engine.native.positions import Visual, prompt_positions
-from qwencli.engine.native.shapes import ModelShape
 from qwencli.engine.native.vision import VisionFeatures
 from qwencli.errors import InputError
+from qwencli.models.shapes import ModelShape
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from qwencli.engine.native.shapes import RopeShape
+from qwencli.models.shapes import RopeShape
 
 CosSin = tuple[torch.Tensor, torch.Tensor]
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 
 from qwencli.config import Attention
 from qwencli.engine.native.rope import CosSin, rotate
-from qwencli.engine.native.shapes import VisionShape
 from qwencli.engine.native.vision_attention import SEGMENT_ATTENTION, SegmentAttention, attend_runs
 from qwencli.engine.native.vision_layout import Grid, Run, VisionLayout, layout
 from qwencli.engine.native.weights import Tensors
 from qwencli.errors import InputError
+from qwencli.models.shapes import VisionShape
 
 Tensor = torch.Tensor
 EPS = 1e-6
@@ -28,7 +28,7 @@ ROPE_THETA = 10_000.0
 LAYOUTS_KEPT = 8
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }

@@ -13,7 +13,7 @@ from itertools import groupby
 
 import torch
 
-from qwencli.engine.native.shapes import VisionShape
+from qwencli.models.shapes import VisionShape
 
 Grid = tuple[int, int, int]
 

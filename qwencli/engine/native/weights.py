@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from qwencli.engine.native.safetensors_files import StoredTensor, stored_tensors
-from qwencli.engine.native.shapes import ModelShape
-from qwencli.engine.native.weight_specs import PREFIXES, PROBES, Part, Section, TensorSpec, specs
 from qwencli.errors import ModelFileError
+from qwencli.models.safetensors_header import StoredTensor, stored_tensors
+from qwencli.models.shapes import ModelShape
+from qwencli.models.weight_specs import PREFIXES, PROBES, Part, Section, TensorSpec, specs
+from qwencli.models.weights import find_weights
 
 Tensors = dict[str, torch.Tensor]
 
@@ -49,7 +50,7 @@ def load(
         ModelFileError: tensors that are missing, of another shape or an unknown type, not finite
             (all named), a tied head that contradicts the embedding, or an unreadable file.
     """
-    stored = stored_tensors(folder)
+    stored = stored_tensors(find_weights(folder).files)
     wanted = specs(shape)
     sources = _match(wanted, stored, folder)
     used = set(sources.values())

@@ -11,7 +11,7 @@ from qwencli.config import Attention
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.positions import Visual
 from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs, join_features
-from qwencli.engine.native.shapes import ModelShape
+from qwencli.models.shape_reader import read_shape
 from tests.engine.native.tiny import IMAGE, VIDEO, Row
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def native_model(
 ) -> QwenModel:
     """Save `reference` and load it into the native model."""
     reference.save_pretrained(folder)
-    shape = ModelShape.from_hub_config(reference.config.to_dict())
+    shape = read_shape(reference.config.to_dict())
     return QwenModel.load(folder, shape, torch.float32, CPU, max_seq_len, attention)
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from qwencli.engine.native.kv_cache import DynamicKVCache, KVCache, StaticKVCache
-from qwencli.engine.native.shapes import ModelShape
-from tests.engine.native.test_shapes import TEXT
+from qwencli.models.shape_reader import read_shape
+from tests.models.test_shape_reader import TEXT
 
-SHAPE = ModelShape.from_hub_config({"model_type": "qwen2", **TEXT}).text
+SHAPE = read_shape({"model_type": "qwen2", **TEXT}).text
 CPU = torch.device("cpu")
 
 

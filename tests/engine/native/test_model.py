@@ -13,10 +13,10 @@ from qwencli.engine.native.kv_cache import KVCache
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.positions import Visual
 from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs, join_features
-from qwencli.engine.native.shapes import ModelShape
 from qwencli.errors import InputError
+from qwencli.models.shape_reader import read_shape
 from tests.engine.native.decoding import decode
-from tests.engine.native.test_shapes import TEXT, qwen2_5_vl, qwen3_vl
+from tests.models.test_shape_reader import TEXT, qwen2_5_vl, qwen3_vl
 
 CPU = torch.device("cpu")
 IMAGE = 290
@@ -25,7 +25,7 @@ IDS = [5, *[IMAGE] * 6, 6, 7, IMAGE, 8, 9]
 
 
 def model_of(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> QwenModel:
-    shape = ModelShape.from_hub_config(config)
+    shape = read_shape(config)
     loaded = weights.dummy(shape, torch.float32, CPU)
     # Values of a size that makes attention and activations far from linear.
     scaled = {

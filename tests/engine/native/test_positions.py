@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwencli.engine.native.positions import Visual, prompt_positions
-from qwencli.engine.native.shapes import ModelShape
 from qwencli.errors import InputError
-from tests.engine.native.test_shapes import TEXT, qwen2_5_vl, qwen3_vl
+from qwencli.models.shape_reader import read_shape
+from tests.models.test_shape_reader import TEXT, qwen2_5_vl, qwen3_vl
 
-QWEN3 = ModelShape.from_hub_config(qwen3_vl())
-QWEN25 = ModelShape.from_hub_config(qwen2_5_vl())
-TEXT_ONLY = ModelShape.from_hub_config({"model_type": "qwen3", **TEXT})
+QWEN3 = read_shape(qwen3_vl())
+QWEN25 = read_shape(qwen2_5_vl())
+TEXT_ONLY = read_shape({"model_type": "qwen3", **TEXT})
 IMAGE, VIDEO = 290, 291
 
 

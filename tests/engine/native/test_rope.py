@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qwencli.engine.native.rope import Rope, axis_of_frequency, rotate
-from qwencli.engine.native.shapes import RopeShape
+from qwencli.models.shapes import RopeShape
 
 CPU = torch.device("cpu")
 

@@ -4,12 +4,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwencli.engine.native.shapes import ModelShape
 from qwencli.engine.native.vision_layout import Run, layout, runs
-from tests.engine.native.test_shapes import qwen2_5_vl, qwen3_vl
+from qwencli.models.shape_reader import read_shape
+from tests.models.test_shape_reader import qwen2_5_vl, qwen3_vl
 
-QWEN3 = ModelShape.from_hub_config(qwen3_vl()).vision
-QWEN25 = ModelShape.from_hub_config(qwen2_5_vl()).vision
+QWEN3 = read_shape(qwen3_vl()).vision
+QWEN25 = read_shape(qwen2_5_vl()).vision
 SIDE = st.integers(1, 12).map(lambda n: n * 2)
 GRIDS = st.lists(st.tuples(st.integers(1, 2), SIDE, SIDE), min_size=1, max_size=3)
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from qwencli.engine.native import weights
-from qwencli.engine.native.safetensors_files import stored_tensors
-from qwencli.engine.native.shapes import ModelShape
-from qwencli.engine.native.weight_specs import PREFIXES, specs
 from qwencli.errors import ModelFileError
-from tests.engine.native.test_shapes import qwen2_5_vl, qwen3_vl
+from qwencli.models.shape_reader import read_shape
+from qwencli.models.shapes import ModelShape
+from qwencli.models.weight_specs import PREFIXES, specs
+from tests.models.test_shape_reader import qwen2_5_vl, qwen3_vl
 
 CPU = torch.device("cpu")
 NEW = {"text": "model.language_model.", "vision": "model.visual.", "root": ""}
@@ -59,7 +58,7 @@ def save_sharded(folder: Path, hub: dict[str, torch.Tensor], shards: int) -> Non
 
 @pytest.fixture
 def shape() -> ModelShape:
-    return ModelShape.from_hub_config(qwen3_vl())
+    return read_shape(qwen3_vl())
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def hub(shape: ModelShape) -> dict[str, torch.Tensor]:
 def test_every_tensor_lands_in_its_rows(
     tmp_path: Path, config: dict[str, Any], prefix: dict[str, str], shards: int
 ) -> None:
-    shape = ModelShape.from_hub_config(config)
+    shape = read_shape(config)
     hub = hub_tensors(shape, prefix, torch.bfloat16)
     if shards == 1:
         save_file(hub, tmp_path / "model.safetensors")
@@ -107,12 +106,17 @@ def test_types_are_converted_as_torch_converts_them(
 
 def test_text_model_and_unused_tensors(tmp_path: Path) -> None:
     config = qwen3_vl()["text_config"] | {"model_type": "qwen3", "rope_scaling": None}
-    shape = ModelShape.from_hub_config(config)
+    shape = read_shape(config)
     hub = hub_tensors(shape, OLD, torch.float32)
     hub["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
     save_file(hub, tmp_path / "model.safetensors")
     loaded = weights.load(tmp_path, shape, torch.float32, CPU)
     assert loaded.unused == ("model.layers.0.self_attn.rotary_emb.inv_freq",)
+
+
+def test_no_weights_here(tmp_path: Path, shape: ModelShape) -> None:
+    with pytest.raises(ModelFileError, match="no weights"):
+        weights.load(tmp_path, shape, torch.float32, CPU)
 
 
 def test_all_missing_tensors_are_named(
@@ -197,75 +201,3 @@ def test_the_names_of_parts_are_unique(shape: ModelShape) -> None:
     parts = [part for spec in specs(shape) for part in spec.parts]
     assert len(set(parts)) == len(parts)
     assert set(PREFIXES) == {part.section for part in parts} | {"root"}
-
-
-# ---- broken files
-
-
-def test_no_weights_here(tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match="holds neither"):
-        stored_tensors(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("{", "cannot be read as a weight index"),
-        ("{}", "cannot be read as a weight index"),
-        ('{"weight_map": 3}', "cannot be read as a weight index"),
-        ('{"weight_map": {"a": 3}}', "cannot be read as a weight index"),
-        ('{"weight_map": {"a": "../b.safetensors"}}', "outside its folder"),
-        (
-            '{"weight_map": {"a": "b.safetensors", "c": "d.safetensors"}}',
-            "b.safetensors, d.safetensors",
-        ),
-    ],
-)
-def test_a_broken_index(tmp_path: Path, text: str, said: str) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ModelFileError, match=said):
-        stored_tensors(tmp_path)
-
-
-def header(entries: object) -> bytes:
-    text = json.dumps(entries).encode()
-    return struct.pack("<Q", len(text)) + text
-
-
-GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"", "not a safetensors file"),
-        (b"\x01\x00", "not a safetensors file"),
-        (struct.pack("<Q", 10**12), "not a safetensors file"),
-        (struct.pack("<Q", 4) + b"{{{{", "header cannot be read"),
-        (struct.pack("<Q", 4) + b"\xff\xfe\xff\xff", "header cannot be read"),
-        (header([1]), "header cannot be read"),
-        (header({"a": 3}), "header cannot be read"),
-        (header({"a": GOOD | {"shape": None}}), "header cannot be read"),
-        (header({"a": GOOD | {"data_offsets": [0]}}), "header cannot be read"),
-        (header({"a": GOOD | {"shape": [-2]}}), "makes no sense"),
-        (header({"a": GOOD | {"data_offsets": [8, 0]}}), "makes no sense"),
-        (header({"a": GOOD | {"shape": [3]}}) + bytes(8), "takes 8 bytes"),
-        (header({"a": GOOD}) + bytes(7), "is cut short"),
-    ],
-)
-def test_a_broken_file(tmp_path: Path, content: bytes, said: str) -> None:
-    (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ModelFileError, match=said):
-        stored_tensors(tmp_path)
-
-
-def test_a_header_is_read_as_safetensors_wrote_it(tmp_path: Path) -> None:
-    tensor = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
-    save_file(
-        {"a": tensor, "b": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"by": "us"}
-    )
-    found = stored_tensors(tmp_path)
-    assert found.keys() == {"a", "b"}
-    assert (found["a"].dtype, found["a"].shape) == ("BF16", (2, 3))
-    raw = (tmp_path / "model.safetensors").read_bytes()[found["a"].start :][:12]
-    assert torch.equal(torch.frombuffer(bytearray(raw), dtype=torch.bfloat16).view(2, 3), tensor)

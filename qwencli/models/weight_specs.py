@@ -1,8 +1,8 @@
 """Which tensors a model consists of, and where each comes from in a hub checkpoint.
 
-One table serves the loader, the dummy load and the memory plan: a `TensorSpec` is a tensor we
-keep, made of one or more tensors of the checkpoint stacked along the first dimension (q, k and v;
-gate and up). This module knows no torch and no files.
+One table serves the loader, the dummy load, the memory plan and the check of a folder: a
+`TensorSpec` is a tensor the native engine keeps, made of one or more tensors of the checkpoint
+stacked along the first dimension (q, k and v; gate and up).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from qwencli.engine.native.shapes import ModelShape, TextShape, VisionShape
+from qwencli.models.families import FAMILIES, VisionFamily
+from qwencli.models.shapes import ModelShape, TextShape, VisionShape
 
 Section = Literal["text", "vision", "root"]
 
@@ -122,26 +123,9 @@ def _text(s: TextShape) -> Iterator[TensorSpec]:
         yield _spec("text.head", "root", ("lm_head.weight", (s.vocab_size, s.hidden_size)))
 
 
-@dataclass(frozen=True)
-class VisionNames:
-    """How a family spells the parts whose names differ."""
-
-    mlp_in: tuple[str, ...]
-    mlp_out: str
-    merge_norm: str
-    merge_in: str
-    merge_out: str
-
-
-VISION_NAMES: dict[str, VisionNames] = {
-    "qwen3_vl": VisionNames(("linear_fc1",), "linear_fc2", "norm", "linear_fc1", "linear_fc2"),
-    "qwen2_5_vl": VisionNames(("gate_proj", "up_proj"), "down_proj", "ln_q", "mlp.0", "mlp.2"),
-    "qwen2_vl": VisionNames(("fc1",), "fc2", "ln_q", "mlp.0", "mlp.2"),
-}
-
-
 def _vision(s: VisionShape) -> Iterator[TensorSpec]:
-    names = VISION_NAMES[s.names]
+    names = FAMILIES[s.names].vision
+    assert names is not None, "a shape with a tower belongs to a family with one"
     conv = (s.hidden_size, s.in_channels, s.temporal_patch_size, s.patch_size, s.patch_size)
     yield _spec("vision.patch", "vision", ("patch_embed.proj.weight", conv))
     if s.patch_bias:
@@ -158,10 +142,10 @@ def _vision(s: VisionShape) -> Iterator[TensorSpec]:
         yield from _linear(at + "qkv", (hub + "attn.qkv",), 3 * s.hidden_size, s.hidden_size)
         yield from _linear(at + "proj", (hub + "attn.proj",), s.hidden_size, s.hidden_size)
         yield from _norm(s, at + "mlp_norm", hub + "norm2", s.hidden_size)
-        mlp_in = tuple(hub + "mlp." + name for name in names.mlp_in)
+        mlp_in = tuple(hub + "mlp." + name for name in names.mlp[:-1])
         yield from _linear(at + "mlp_in", mlp_in, s.intermediate_size, s.hidden_size)
         yield from _linear(
-            at + "mlp_out", (hub + "mlp." + names.mlp_out,), s.hidden_size, s.intermediate_size
+            at + "mlp_out", (hub + "mlp." + names.mlp[-1],), s.hidden_size, s.intermediate_size
         )
     merged = s.hidden_size * s.merge_area
     yield from _merger(s, names, "vision.merger", "merger.", s.hidden_size)
@@ -170,12 +154,12 @@ def _vision(s: VisionShape) -> Iterator[TensorSpec]:
 
 
 def _merger(
-    s: VisionShape, names: VisionNames, at: str, hub: str, norm_width: int
+    s: VisionShape, names: VisionFamily, at: str, hub: str, norm_width: int
 ) -> Iterator[TensorSpec]:
     merged = s.hidden_size * s.merge_area
-    yield from _norm(s, at + ".norm", hub + names.merge_norm, norm_width)
-    yield from _linear(at + ".in", (hub + names.merge_in,), merged, merged)
-    yield from _linear(at + ".out", (hub + names.merge_out,), s.out_hidden_size, merged)
+    yield from _norm(s, at + ".norm", hub + names.merger_norm, norm_width)
+    yield from _linear(at + ".in", (hub + names.merger_linears[0],), merged, merged)
+    yield from _linear(at + ".out", (hub + names.merger_linears[1],), s.out_hidden_size, merged)
 
 
 def _norm(s: VisionShape, at: str, hub: str, width: int) -> Iterator[TensorSpec]:

@@ -1,0 +1,73 @@
+"""Typed reads from the contents of a config.json; every refusal names the key and what it held."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+from qwencli.errors import ModelFileError
+
+# Far above any model, far below what would keep a check busy for minutes.
+MOST = 10**7
+MOST_LAYERS = 1000
+_AGAIN = "this config.json does not describe a complete model; download it again"
+
+
+def contradiction(where: str, message: str) -> ModelFileError:
+    """An error for values that exclude each other."""
+    return ModelFileError(f"{where} contradicts itself: {message}", _AGAIN)
+
+
+def refused(where: str, key: str, value: object, expected: str) -> ModelFileError:
+    """An error for one value; `None` reads as missing."""
+    said = "is missing" if value is None else f"is {value!r}"[:60]
+    return ModelFileError(f"{where}: {key} {said}, expected {expected}", _AGAIN)
+
+
+def child(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """The object under `key`."""
+    found = values.get(key)
+    if not isinstance(found, Mapping):
+        raise ModelFileError(f"{where}: {key} is missing or not an object", _AGAIN)
+    return cast("Mapping[str, Any]", found)
+
+
+def positive_int(
+    values: Mapping[str, Any], key: str, where: str, default: Any = None, most: int = MOST
+) -> int:
+    """A whole number from 1 to `most`; `default` where the key is absent or null."""
+    found = values.get(key)
+    return positive_int_of(default if found is None else found, key, where, most)
+
+
+def positive_int_of(value: object, key: str, where: str, most: int = MOST) -> int:
+    """`value` as a whole number from 1 to `most`."""
+    # `type(...) is int`: True is an integer to isinstance.
+    if type(value) is not int or not 1 <= value <= most:
+        raise refused(where, key, value, f"a whole number from 1 to {most}")
+    return value
+
+
+def number(values: Mapping[str, Any], key: str, where: str, default: float) -> float:
+    """A finite number above zero; `default` where the key is absent or null."""
+    found = values.get(key)
+    if found is None:
+        return default
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf:
+        raise refused(where, key, found, "a number above zero")
+    return float(found)
+
+
+def index_list(
+    values: Mapping[str, Any], key: str, where: str, depth: int, default: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Distinct layer numbers below `depth`, in the order given; `default` where absent or null."""
+    found = values.get(key)
+    found = default if found is None else found
+    if not isinstance(found, list | tuple) or not all(type(item) is int for item in found):
+        raise refused(where, key, found, "a list of whole numbers")
+    if not all(0 <= item < depth for item in found) or len(set(found)) != len(found):
+        expected = f"distinct layer numbers from 0 to {depth - 1}"
+        raise refused(where, key, list(found), expected)
+    return tuple(found)

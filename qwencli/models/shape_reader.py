@@ -1,0 +1,243 @@
+"""Reads a model's config.json into a `ModelShape`, whichever family wrote it.
+
+Spellings differ between releases: text values nested under `text_config` or flat beside
+`vision_config`, rope values under `rope_parameters` or `rope_scaling` + `rope_theta`, channels as
+`in_channels` or `in_chans`. All of them end in the same fields. What one engine cannot run (a
+rotary scaling, say) is that engine's to refuse; here only what no model can be is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from qwencli.errors import ModelFileError
+from qwencli.models.config_values import (
+    MOST_LAYERS,
+    child,
+    contradiction,
+    index_list,
+    number,
+    positive_int,
+    positive_int_of,
+    refused,
+)
+from qwencli.models.families import FAMILIES, Family, VisionFamily, supported
+from qwencli.models.shapes import ModelShape, RopeShape, TextShape, VisionShape
+
+_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def read_shape(config: Mapping[str, Any], where: str = "config.json") -> ModelShape:
+    """Sizes of the model that `config` (the contents of a config.json) describes.
+
+    Args:
+        where: the file, for the error line.
+
+    Raises:
+        ModelFileError: an unsupported `model_type`, a value that is missing or impossible, or
+            values that contradict each other; the message names the key.
+    """
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        said = (
+            f"model_type {model_type!r}"[:60] + " is not supported"
+            if model_type
+            else "no model_type"
+        )
+        raise ModelFileError(f"{where}: {said}", f"supported are: {supported()}")
+    text = _text(config, family, where)
+    if family.vision is None:
+        return ModelShape(family.model_type, text)
+    section = child(config, "vision_config", where)
+    place = f"{where}: vision_config"
+    vision = _vision(section, family.model_type, family.vision, place)
+    if vision.out_hidden_size != text.hidden_size:
+        raise contradiction(
+            where,
+            f"the vision tower ends in {vision.out_hidden_size} values, "
+            f"the text decoder works with {text.hidden_size}",
+        )
+    if len(vision.deepstack_layers) > text.num_layers:
+        raise contradiction(
+            where,
+            f"deepstack_visual_indexes has {len(vision.deepstack_layers)} entries, "
+            f"the text decoder has {text.num_layers} layers",
+        )
+    tokens = {key: positive_int(config, key, where, family.top_config[key]) for key in _TOKENS}
+    if max(tokens["image_token_id"], tokens["video_token_id"]) >= text.vocab_size:
+        raise contradiction(
+            where, f"image_token_id or video_token_id is not below vocab_size {text.vocab_size}"
+        )
+    seconds = (
+        None
+        if vision.window_patches is None
+        else number(section, "tokens_per_second", place, default=4.0)
+    )
+    return ModelShape(
+        family.model_type,
+        text,
+        vision,
+        **tokens,
+        split_video_frames=family.split_video_frames,
+        tokens_per_second=seconds,
+    )
+
+
+def _text(config: Mapping[str, Any], family: Family, where: str) -> TextShape:
+    values = config
+    if config.get("text_config") is not None:
+        values = child(config, "text_config", where)
+        where = f"{where}: text_config"
+    hidden = positive_int(values, "hidden_size", where)
+    heads = positive_int(values, "num_attention_heads", where)
+    kv_heads = positive_int(values, "num_key_value_heads", where, heads)
+    layers = positive_int(values, "num_hidden_layers", where, most=MOST_LAYERS)
+    if heads % kv_heads:
+        raise contradiction(
+            where, f"{heads} attention heads do not divide by {kv_heads} key/value heads"
+        )
+    head_dim = _head_dim(values, family, hidden, heads, where)
+    own_bias = bool(values.get("attention_bias", False))
+    return TextShape(
+        vocab_size=positive_int(values, "vocab_size", where),
+        hidden_size=hidden,
+        intermediate_size=positive_int(values, "intermediate_size", where),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=number(values, "rms_norm_eps", where, 1e-6),
+        qk_norm=family.qk_norm,
+        qkv_bias=own_bias if family.qkv_bias is None else family.qkv_bias,
+        o_bias=own_bias if family.qkv_bias is None else False,
+        # Releases differ in which of the two places carries the flag; either one ties the head.
+        tied_head=bool(config.get("tie_word_embeddings") or values.get("tie_word_embeddings")),
+        rope=_rope(values, family, head_dim, where),
+        max_position_embeddings=positive_int(values, "max_position_embeddings", where, 32768),
+        activation=str(values.get("hidden_act", "silu")),
+        sliding_window=_has_sliding_window(values, layers, where),
+    )
+
+
+def _head_dim(
+    values: Mapping[str, Any], family: Family, hidden: int, heads: int, where: str
+) -> int:
+    """Stated by the newer families, hidden_size / num_attention_heads in the older ones."""
+    if family.head_dim is None:
+        if hidden % heads:
+            raise contradiction(
+                where, f"hidden_size {hidden} does not divide by {heads} attention heads"
+            )
+        head_dim = hidden // heads
+    else:
+        head_dim = positive_int(values, "head_dim", where, family.head_dim)
+    if head_dim % 2:
+        raise contradiction(where, f"head_dim {head_dim} is odd, rotary positions need pairs")
+    return head_dim
+
+
+def _has_sliding_window(values: Mapping[str, Any], layers: int, where: str) -> bool:
+    """Whether a layer of the model sees a window only: those from `max_window_layers` on do."""
+    if not values.get("use_sliding_window"):
+        return False
+    return positive_int(values, "max_window_layers", where, layers) < layers
+
+
+def _rope(values: Mapping[str, Any], family: Family, head_dim: int, where: str) -> RopeShape:
+    # `rope_parameters` is the newer spelling and carries the base itself.
+    key = "rope_parameters" if values.get("rope_parameters") is not None else "rope_scaling"
+    rope = child(values, key, where) if values.get(key) is not None else {}
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
+    base = number(values, "rope_theta", where, family.rope_theta)
+    theta = number(rope, "rope_theta", f"{where}: {key}", base)
+    # "mrope" is the older name for what `sections` says.
+    scaling = "default" if kind == "mrope" else kind
+    if family.sections is None:
+        return RopeShape(theta, scaling=scaling)
+    sections = rope.get("mrope_section", family.sections)
+    place = f"{where}: {key}"
+    if not isinstance(sections, list | tuple) or len(sections) != 3:
+        raise refused(place, "mrope_section", sections, "three whole numbers")
+    t, h, w = (positive_int_of(value, "mrope_section", place) for value in sections)
+    if t + h + w != head_dim // 2:
+        raise contradiction(
+            where, f"mrope_section {[t, h, w]} does not sum to half of head_dim {head_dim}"
+        )
+    if bool(rope.get("mrope_interleaved", family.interleaved)) is not family.interleaved:
+        raise contradiction(
+            where, f"mrope_interleaved is {rope['mrope_interleaved']!r}, not as in this family"
+        )
+    return RopeShape(theta, (t, h, w), family.interleaved, scaling)
+
+
+def _vision(
+    values: Mapping[str, Any], model_type: str, family: VisionFamily, where: str
+) -> VisionShape:
+    def size(name: str, most: int | None = None) -> int:
+        limit = {} if most is None else {"most": most}
+        return positive_int(values, family.keys[name], where, family.defaults.get(name), **limit)
+
+    def indexes(name: str) -> tuple[int, ...]:
+        if name not in family.keys:
+            return ()
+        return index_list(values, family.keys[name], where, depth, family.defaults[name])
+
+    depth = size("depth", MOST_LAYERS)
+    width, heads = size("hidden"), size("heads")
+    # Rotary angles of rows and columns each take half of a head, in pairs.
+    if width % heads or (width // heads) % 4:
+        raise contradiction(
+            where, f"vision width {width} and {heads} heads give no head size divisible by 4"
+        )
+    patch, merge = size("patch_size"), size("spatial_merge_size")
+    channels = values.get("in_chans")
+    return VisionShape(
+        depth=depth,
+        hidden_size=width,
+        intermediate_size=_mlp_width(values, family, width, where),
+        num_heads=heads,
+        out_hidden_size=size("out_hidden"),
+        in_channels=positive_int(values, "in_channels", where, 3 if channels is None else channels),
+        patch_size=patch,
+        temporal_patch_size=size("temporal_patch_size"),
+        merge_size=merge,
+        norm="layer" if family.norm_bias else "rms",
+        activation=str(values.get("hidden_act", family.activation)),
+        gated_mlp=family.gated_mlp,
+        patch_bias=family.patch_bias,
+        names=model_type,
+        position_side=_position_side(size("num_position_embeddings"), where)
+        if "num_position_embeddings" in family.keys
+        else None,
+        deepstack_layers=indexes("deepstack_indexes"),
+        window_patches=_window_patches(size("window_size"), patch, merge, where)
+        if "window_size" in family.keys
+        else None,
+        full_attention_layers=indexes("full_attention_indexes"),
+    )
+
+
+def _mlp_width(values: Mapping[str, Any], family: VisionFamily, width: int, where: str) -> int:
+    if "mlp_ratio" in family.keys:
+        return int(width * number(values, "mlp_ratio", where, family.defaults["mlp_ratio"]))
+    return positive_int(values, "intermediate_size", where, family.defaults["intermediate"])
+
+
+def _position_side(count: int, where: str) -> int:
+    side = math.isqrt(count)
+    if side * side != count:
+        raise contradiction(where, f"num_position_embeddings {count} is not a square")
+    return side
+
+
+def _window_patches(pixels: int, patch: int, merge: int, where: str) -> int:
+    # The reference rounds down to whole merged tokens; less than one has no meaning.
+    side = pixels // merge // patch * merge
+    if side == 0:
+        raise contradiction(
+            where, f"window_size {pixels} is smaller than {merge} patches of {patch} pixels"
+        )
+    return side
