@@ -12,18 +12,10 @@ from PIL import Image
 
 from qwencli.config import EngineConfig, ModelSource, ModelSpec
 from qwencli.messages import ImagePart
+from tests.engine.tiny_folder import CONTROL, tiny_tokenizer, write_tiny_folder
 
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
-CORPUS = ["Describe this image.", "a red circle and a blue square on the left", "system user"]
+# More rows than the tokenizer has words, as published models have.
+VOCAB_SIZE = 432
 
 TEXT = {
     "hidden_size": 64,
@@ -106,11 +98,11 @@ VISION_FAMILIES = [family for family, config in CONFIGS.items() if "vision_confi
 
 
 def hub_config(family: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A config.json of the family, its token ids those of `write_tokenizer`.
+    """A config.json of the family, its token ids those of `tiny_folder`.
 
     `overrides` change the text model's part.
     """
-    ids = {token: number for number, token in enumerate(SPECIAL)}
+    ids = {token: tiny_tokenizer().token_to_id(token) for token in CONTROL}
     config = {
         **copy.deepcopy(CONFIGS[family]),
         "model_type": family,
@@ -126,27 +118,8 @@ def hub_config(family: str, overrides: Mapping[str, Any] | None = None) -> dict[
             "vision_end_token_id": ids["<|vision_end|>"],
         }
     target = config.get("text_config", config)
-    target |= {"vocab_size": 320, **(overrides or {})}
+    target |= {"vocab_size": VOCAB_SIZE, **(overrides or {})}
     return config
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer in Qwen's layout, a few merges large."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def write_checkpoint(
@@ -170,7 +143,7 @@ def write_checkpoint(
                 parameter.normal_(0.0, 0.2)
     model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(hub_config(family, overrides)), encoding="utf-8")
-    write_tokenizer(folder)
+    write_tiny_folder(folder)
     if family in VISION_FAMILIES:
         patch_size = CONFIGS[family]["vision_config"]["patch_size"]
         processor = {
@@ -182,8 +155,9 @@ def write_checkpoint(
             "image_std": [0.5, 0.5, 0.5],
         }
         (folder / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+    stop = [tiny_tokenizer().token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
     (folder / "generation_config.json").write_text(
-        json.dumps({"do_sample": False, "eos_token_id": [2, 0], "pad_token_id": 0}),
+        json.dumps({"do_sample": False, "eos_token_id": stop, "pad_token_id": stop[1]}),
         encoding="utf-8",
     )
     return folder

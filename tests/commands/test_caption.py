@@ -194,7 +194,7 @@ def test_dummy_weights_of_a_built_in_family(pictures, checkpoint, capsys, tmp_pa
     folder = tmp_path / "shape"
     folder.mkdir()
     shape = (checkpoint("qwen2_5_vl") / "config.json").read_text(encoding="utf-8")
-    shape = shape.replace('"vocab_size": 320', '"vocab_size": 5000')
+    shape = shape.replace('"vocab_size": 432', '"vocab_size": 5000')
     (folder / "config.json").write_text(shape, encoding="utf-8")
     arguments = ["--load-format", "dummy", "--max-new-tokens", "4", "--device", "cpu", "--json"]
     code = run(["caption", pictures[0], "--model", str(folder), *arguments])
