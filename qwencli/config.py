@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwencli.errors import ModelFileError, UsageError
 
@@ -68,6 +68,13 @@ class ModelSource(StrEnum):
     HUB = "hub"
 
 
+# The largest phone sensors give 199.8 megapixels.
+MAX_PIXELS = 200_000_000
+
+# "auto" = as many tokens as fit, up to the model's limit.
+SeqLen = int | Literal["auto"]
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """One model that can be asked for by name.
@@ -104,7 +111,8 @@ class EngineConfig:
         cache: None = the engine's own choice.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         min_pixels, max_pixels: bounds on height x width after resizing; None = the model's own.
-        max_seq_len: tokens (prompt and new) the cache must hold; None = what the request needs.
+        max_seq_len: tokens (prompt and new) the cache must hold; "auto" = as many as fit, up to
+            the model's limit; None = the engine's own choice.
         allow_pickle: load .bin/.pt weights, which can run code; off unless asked for.
     """
 
@@ -118,7 +126,7 @@ class EngineConfig:
     load_format: LoadFormat = LoadFormat.AUTO
     min_pixels: int | None = None
     max_pixels: int | None = None
-    max_seq_len: int | None = None
+    max_seq_len: SeqLen | None = None
     offline: bool = False
     allow_pickle: bool = False
 
@@ -135,6 +143,7 @@ class SamplingOptions:
     repetition_penalty: float | None = None
     max_new_tokens: int | None = None
     seed: int | None = None
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,7 @@ class SamplingParams:
     Args:
         top_k: 0 = off. top_p: 1.0 = off. min_p: 0.0 = off. repetition_penalty: 1.0 = off.
         seed: -1 = a new random one each request.
+        stop: texts that end the answer; neither they nor what follows is part of it.
         ignore_eos: generate exactly `max_new_tokens` (equal work for measurements).
     """
 
@@ -155,6 +165,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     max_new_tokens: int = 512
     seed: int = -1
+    stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 
 
@@ -181,8 +192,39 @@ SAMPLING_BOUNDS: Mapping[str, Bound] = {
 _SAMPLING_SWITCHES = ("temperature", "top_p", "top_k", "min_p")
 
 
+def parse_seq_len(text: str) -> SeqLen:
+    """A value of `--max-seq-len`: a whole number above zero, or "auto".
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text.lower() == "auto":
+        return "auto"
+    if text.isascii() and text.isdecimal() and int(text[:19]) > 0 and len(text) < 19:
+        return int(text)
+    raise UsageError(
+        f"--max-seq-len {text!r} is no length", "give a number of tokens from 1 on, or auto"
+    )
+
+
+def check_pixels(min_pixels: int | None, max_pixels: int | None) -> None:
+    """Raise UsageError for bounds that no picture can meet, whatever the model."""
+    for flag, value in (("--min-pixels", min_pixels), ("--max-pixels", max_pixels)):
+        if value is not None and not 1 <= value <= MAX_PIXELS:
+            raise UsageError(
+                f"{flag} {value} is out of range", f"give a value from 1 to {MAX_PIXELS}"
+            )
+    if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
+        raise UsageError(
+            f"--min-pixels {min_pixels} is more than --max-pixels {max_pixels}",
+            "give the smaller one as --min-pixels",
+        )
+
+
 def check_sampling(options: SamplingOptions) -> None:
     """Raise UsageError for the first option outside its range."""
+    if "" in options.stop:
+        raise UsageError("--stop is empty", "give the text that ends the answer")
     for name, bound in SAMPLING_BOUNDS.items():
         value = getattr(options, name)
         if value is None:

@@ -10,11 +10,12 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from qwencli.errors import OutputError, QwenCliError
+from qwencli.word_wrap import WordWrap
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -45,6 +46,28 @@ class Sink:
             raise OutputError(
                 f"cannot write the answer: {error.strerror}", "free space, or write it elsewhere"
             ) from error
+
+    @contextmanager
+    def stream(self) -> Iterator[Callable[[str], None]]:
+        """Yields what writes the pieces of one answer to stdout; its end ends the line.
+
+        At a terminal lines break between words, where the terminal itself would break inside
+        them; anywhere else the text stays as it is.
+
+        Raises:
+            OutputError: see `answer`.
+        """
+        if not sys.stdout.isatty():
+            yield lambda text: self.answer(text, end="")
+            self.answer("")
+            return
+        wrap = WordWrap(shutil.get_terminal_size().columns)
+        try:
+            yield lambda text: self.answer(wrap.push(text), end="")
+        except BaseException:
+            self.answer(wrap.finish(), end="")
+            raise
+        self.answer(wrap.finish())
 
     def json_line(self, value: Any) -> None:
         """Write one JSON object on a line of its own to stdout."""

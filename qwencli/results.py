@@ -52,7 +52,8 @@ class GenerationResult:
     """One finished answer.
 
     Args:
-        token_ids: generated tokens, the stop token included where one ended the answer.
+        token_ids: generated tokens, the stop token or those of the stop string included where
+            one ended the answer.
         token_t_s: when each token was ready, on the host's `time.perf_counter` clock.
         token_gpu_ms: GPU time from the previous token to this one (None off CUDA);
             the first entry is the time from the start of the prefill.

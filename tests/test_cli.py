@@ -62,7 +62,7 @@ def test_no_arguments_show_the_help(capsys):
         (["caption", "a.png", "--greedy", "--temperature", "1"], "exclude each other"),
         (["caption", "a.png", "--prompt", "x", "--preset", "tags"], "exclude each other"),
         (["caption", "a.png", "--preset", "poem"], "--preset 'poem' is unknown"),
-        (["caption", "a.png", "--max-pixels", "0"], "Invalid value for '--max-pixels'"),
+        (["caption", "a.png", "--max-pixels", "0"], "--max-pixels 0 is out of range"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments, part, capsys):

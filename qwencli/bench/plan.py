@@ -11,7 +11,7 @@ from typing import Any
 
 from qwencli.bench.matrix import BenchCell
 from qwencli.bench.spec import WorkerSpec
-from qwencli.config import DType, EngineConfig, LoadFormat, ModelSpec
+from qwencli.config import DType, EngineConfig, LoadFormat, ModelSpec, SeqLen
 from qwencli.errors import BenchError
 
 FORMAT = 1
@@ -29,6 +29,7 @@ class Settings:
     device: str
     dtype: DType = DType.AUTO
     load_format: LoadFormat = LoadFormat.AUTO
+    max_seq_len: SeqLen | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Plan:
                 device=settings.device,
                 dtype=settings.dtype,
                 load_format=settings.load_format,
+                max_seq_len=settings.max_seq_len,
             ),
             load_mode=cell.load_mode,
             first_run=first_run,
@@ -84,6 +86,7 @@ class Plan:
             "device": settings.device,
             "dtype": str(settings.dtype),
             "load_format": str(settings.load_format),
+            "max_seq_len": settings.max_seq_len,
             "cells": [
                 {"cell_id": cell.cell_id, **cell.axes(), "skip_reason": cell.skip_reason}
                 for cell in self.cells

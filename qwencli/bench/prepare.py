@@ -10,7 +10,7 @@ from qwencli.bench.launch import read_device_facts
 from qwencli.bench.matrix import AXES, expand, override
 from qwencli.bench.matrix_file import load_matrix
 from qwencli.bench.plan import Plan, Settings
-from qwencli.config import DType, LoadFormat, SamplingOptions, check_sampling
+from qwencli.config import DType, LoadFormat, SamplingOptions, SeqLen, check_sampling
 from qwencli.engine.device import DeviceFacts
 from qwencli.errors import InputError, UsageError
 
@@ -38,6 +38,7 @@ class BenchRequest:
     device: str
     dtype: DType
     load_format: LoadFormat
+    max_seq_len: SeqLen | None
 
 
 def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
@@ -74,5 +75,6 @@ def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
         device=facts.device,
         dtype=request.dtype,
         load_format=request.load_format,
+        max_seq_len=request.max_seq_len,
     )
     return Plan(cells=tuple(cells), settings=settings, models=models), facts

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from qwencli.config import DType, LoadFormat
+from qwencli.config import DType, LoadFormat, parse_seq_len
 from qwencli.errors import UsageError
 from qwencli.output import Sink
 
@@ -76,6 +76,10 @@ def bench(
     ] = LoadFormat.AUTO,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[DType, typer.Option(help="Of weights that are not quantized.")] = DType.AUTO,
+    max_seq_len: Annotated[
+        str | None,
+        typer.Option(metavar="N|auto", help="Most tokens of a request; auto: what fits."),
+    ] = None,
     timeout: Annotated[
         float, typer.Option(metavar="SECONDS", min=1.0, help="Of one cell, loading included.")
     ] = 1800.0,
@@ -111,6 +115,7 @@ def bench(
         device=device,
         dtype=dtype,
         load_format=load_format,
+        max_seq_len=None if max_seq_len is None else parse_seq_len(max_seq_len),
     )
     sink = context.ensure_object(Sink)
     with sink.status("reading the matrix and this machine"):

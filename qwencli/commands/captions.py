@@ -59,13 +59,12 @@ class Captions:
             if not self.json:
                 self.sink.answer(self._prefix(names) + result.text)
             return result
-        prefix = self._prefix(names)
-        for chunk in engine.stream(request):
-            self.sink.answer(prefix + chunk.text, end="")
-            prefix = ""
-            if chunk.result is not None:
-                result = chunk.result
-        self.sink.answer("")
+        with self.sink.stream() as write:
+            write(self._prefix(names))
+            for chunk in engine.stream(request):
+                write(chunk.text)
+                if chunk.result is not None:
+                    result = chunk.result
         return result
 
     def _prefix(self, names: list[str]) -> str:

@@ -101,13 +101,13 @@ class Conversation:
         return result
 
     def _stream(self, request: GenerationRequest) -> GenerationResult:
-        for chunk in self._engine.stream(request):
-            if not self._json:
-                self._sink.answer(chunk.text, end="")
-            if chunk.result is not None:
-                result = chunk.result
-        if not self._json:
-            self._sink.answer("")
+        if self._json:
+            return self._engine.generate(request)
+        with self._sink.stream() as write:
+            for chunk in self._engine.stream(request):
+                write(chunk.text)
+                if chunk.result is not None:
+                    result = chunk.result
         return result
 
     def _read(self, stdin: TextIO, at_terminal: bool) -> str | None:

@@ -26,7 +26,9 @@ from qwencli.config import (
     ModelSpec,
     Quantization,
     SamplingOptions,
+    check_pixels,
     check_sampling,
+    parse_seq_len,
 )
 from qwencli.errors import UsageError
 
@@ -75,13 +77,12 @@ class RunOptions:
     load_format: Annotated[
         LoadFormat, _model(metavar="NAME", text="auto, or dummy: random weights of true shape.")
     ] = LoadFormat.AUTO
-    min_pixels: Annotated[
-        int | None, _model(text="Smallest height x width of an image.", min=1)
+    min_pixels: Annotated[int | None, _model(text="Smallest height x width of an image.")] = None
+    max_pixels: Annotated[int | None, _model(text="Largest height x width of an image.")] = None
+    max_seq_len: Annotated[
+        str | None,
+        _model(metavar="N|auto", text="Most tokens of a request; auto: what fits."),
     ] = None
-    max_pixels: Annotated[int | None, _model(text="Largest height x width of an image.", min=1)] = (
-        None
-    )
-    max_seq_len: Annotated[int | None, _model(text="Most tokens, prompt and answer.", min=1)] = None
     offline: Annotated[bool, _model("--offline", text="Never touch the network.")] = False
     allow_pickle: Annotated[
         bool, _model("--allow-pickle", text="Load .bin weights, which can run code.")
@@ -95,22 +96,35 @@ class RunOptions:
     min_p: Annotated[float | None, _sampling(text="0 to 1; 0 = off.")] = None
     repetition_penalty: Annotated[float | None, _sampling(text="1 (off) to 2.")] = None
     seed: Annotated[int | None, _sampling(text="-1 = another every time.")] = None
+    stop: Annotated[
+        list[str] | None, _sampling(metavar="TEXT", text="End the answer before TEXT; repeatable.")
+    ] = None
 
     json: Annotated[bool, _output("--json", text="One JSON object a line.")] = False
     stats: Annotated[bool, _output("--stats", text="Timings on stderr.")] = False
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for what no model can do, before anything is opened."""
+        check_pixels(self.min_pixels, self.max_pixels)
+        if self.max_seq_len is not None:
+            parse_seq_len(self.max_seq_len)
 
     def sampling_options(self) -> SamplingOptions:
         """Raises UsageError for a value out of range, or --greedy with a temperature."""
         if self.greedy and self.temperature:
             raise UsageError("--greedy and --temperature exclude each other", "give one of them")
-        said = {f.name: getattr(self, f.name, None) for f in fields(SamplingOptions)}
-        options = SamplingOptions(**said | {"do_sample": False if self.greedy else None})
+        said: dict[str, Any] = {
+            f.name: getattr(self, f.name, None) for f in fields(SamplingOptions)
+        }
+        said |= {"do_sample": False if self.greedy else None, "stop": tuple(self.stop or ())}
+        options = SamplingOptions(**said)
         check_sampling(options)
         return options
 
     def engine_config(self, spec: ModelSpec) -> EngineConfig:
-        said = {f.name: getattr(self, f.name) for f in fields(EngineConfig)}
-        return EngineConfig(**said | {"model": spec})
+        said = {f.name: getattr(self, f.name) for f in fields(EngineConfig) if f.name != "model"}
+        length = None if self.max_seq_len is None else parse_seq_len(self.max_seq_len)
+        return EngineConfig(**said | {"model": spec, "max_seq_len": length})
 
 
 def with_run_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,9 +33,16 @@ def running_engine(config: EngineConfig, sink: Sink) -> Iterator[Engine]:
     with sink.status(f"loading {config.model.name}"):
         engine.load()
     try:
+        if config.max_seq_len == "auto":
+            sink.notice(f"--max-seq-len auto: {engine.max_seq_len}{_figures(engine.memory_plan)}")
         yield engine
     finally:
         engine.close()
+
+
+def _figures(plan: Mapping[str, int]) -> str:
+    parts = ", ".join(f"{use} {size / 2**30:.1f}" for use, size in plan.items())
+    return f" (GiB: {parts})" if parts else ""
 
 
 def system_messages(system: str | None) -> tuple[Message, ...]:

@@ -11,6 +11,7 @@ from qwencli.config import SamplingParams
 from qwencli.engine.clock import Clock, Mark
 from qwencli.engine.prompt import Prompt
 from qwencli.engine.sources import ModelFiles
+from qwencli.engine.tokenizer import StopStringBuffer
 from qwencli.results import FinishReason, GenerationChunk, GenerationResult, RanModes, Timings
 
 
@@ -30,20 +31,26 @@ class Answer:
     marks: list[Mark] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        stop = () if self.sampling.ignore_eos else self.files.stop_token_ids
-        self.stop_ids = frozenset(stop)
+        asked_to_stop = not self.sampling.ignore_eos
+        self.stop_ids = frozenset(self.files.stop_token_ids if asked_to_stop else ())
+        self._stops = StopStringBuffer(self.sampling.stop if asked_to_stop else ())
         self._detokenizer = self.files.detokenizer()
         self._text: list[str] = []
 
     @property
     def stopped(self) -> bool:
+        """Whether a stop token or a stop string has ended the answer."""
+        return self._at_stop_token or self._stops.stopped
+
+    @property
+    def _at_stop_token(self) -> bool:
         return bool(self.token_ids) and self.token_ids[-1] in self.stop_ids
 
     def add(self, token_id: int, mark: Mark) -> GenerationChunk:
         """Append a token; a stop token ends the answer and is not part of its text."""
         self.token_ids.append(token_id)
         self.marks.append(mark)
-        text = "" if self.stopped else self._detokenizer.push(token_id)
+        text = "" if self._at_stop_token else self._stops.push(self._detokenizer.push(token_id))
         self._text.append(text)
         return GenerationChunk(text, (token_id,))
 
@@ -55,7 +62,7 @@ class Answer:
         Args:
             vision: start and end of each run of the vision tower.
         """
-        tail = self._detokenizer.finish()
+        tail = self._stops.push(self._detokenizer.finish()) + self._stops.finish()
         self._text.append(tail)
         finish: FinishReason = "stop" if self.stopped else "length"
         step_s = [clock.seconds(a, b) for a, b in itertools.pairwise([clock.origin, *self.marks])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol, Self
 
 from qwencli.config import EngineConfig
@@ -13,7 +13,8 @@ from qwencli.results import GenerationChunk, GenerationResult, RanModes
 class Engine(Protocol):
     """Loads one model once and answers requests until closed. A context manager.
 
-    `ran` and `load_s` exist after `load`. `load` is idempotent; `close` frees device memory
+    `ran`, `load_s`, `max_seq_len` (most tokens of a request) and `memory_plan` (bytes by use, empty
+    where nothing is planned) exist after `load`. `load` is idempotent; `close` frees device memory
     without moving weights to the host; after `close`, `load` may be called again.
     Abandoning or closing the iterator of `stream` cancels the request; the engine stays usable.
     """
@@ -25,6 +26,12 @@ class Engine(Protocol):
 
     @property
     def load_s(self) -> float: ...
+
+    @property
+    def max_seq_len(self) -> int: ...
+
+    @property
+    def memory_plan(self) -> Mapping[str, int]: ...
 
     def load(self) -> None: ...
 

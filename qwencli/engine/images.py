@@ -24,12 +24,9 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from qwencli.config import MAX_PIXELS
 from qwencli.errors import InputError, OutOfMemoryError
 from qwencli.messages import ImagePart
-
-# The largest phone sensors give 199.8 megapixels; Pillow's own limits (89 to warn, 179 to refuse)
-# would turn those away.
-MAX_PIXELS = 200_000_000
 
 # What Pillow's decoders are known to raise on malformed files (its plug-ins parse with struct,
 # zlib and plain indexing). Anything else is a bug of ours and must stay visible.
@@ -95,6 +92,7 @@ _COPY_AGAIN = "copy or download the file again"
 class _StrictPillow:
     """While at least one picture is being decoded: whole files only, our pixel limit, no warnings.
 
+    Pillow's own limits (89 megapixels to warn, 179 to refuse) turn away what a phone can take.
     Pillow keeps these rules in module globals and Python keeps its warning filters in one, so
     they are set when the first decoder thread enters and put back when the last one leaves.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Self
 
 from qwencli.config import EngineConfig, SamplingParams, resolve_sampling
@@ -64,7 +64,14 @@ class LocalEngine(ABC):
 
     @property
     def max_seq_len(self) -> int:
-        return self.config.max_seq_len or self.files.max_seq_len
+        """Most tokens, prompt and answer, that a request may take."""
+        wanted = self.config.max_seq_len
+        return wanted if isinstance(wanted, int) else self.files.max_seq_len
+
+    @property
+    def memory_plan(self) -> Mapping[str, int]:
+        """Bytes by use as planned before the load; empty where nothing was planned."""
+        return {}
 
     def load(self) -> None:
         """Load the model unless it is loaded.
@@ -77,7 +84,7 @@ class LocalEngine(ABC):
         started = time.perf_counter()
         files = open_model(self.config)
         wanted = self.config.max_seq_len
-        if wanted is not None and wanted > files.max_seq_len:
+        if isinstance(wanted, int) and wanted > files.max_seq_len:
             raise UsageError(
                 f"--max-seq-len {wanted}: {self.config.model.name} was made for "
                 f"{files.max_seq_len} tokens",

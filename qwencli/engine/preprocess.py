@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from qwencli.engine.images import MAX_PIXELS
+from qwencli.config import MAX_PIXELS
 from qwencli.engine.json_file import read_json_object
 from qwencli.errors import InputError, ModelFileError, UsageError
 from qwencli.messages import ImagePart

@@ -86,8 +86,17 @@ def vision_peak_bytes(shape: ModelShape, image_tokens: int) -> int:
     ups = 3 if tower.gated_mlp else 2
     mlp = 2 * tower.hidden_size + ups * tower.intermediate_size
     pixels = tower.patch_elements * 4
-    features = image_tokens * tower.out_hidden_size * (1 + len(tower.deepstack_layers)) * _HALF
-    return patches * (max(attention, mlp) * _HALF + pixels) + features
+    return patches * (max(attention, mlp) * _HALF + pixels) + image_feature_bytes(
+        shape, image_tokens
+    )
+
+
+def image_feature_bytes(shape: ModelShape, image_tokens: int) -> int:
+    """Bytes of what the decoder takes from pictures, DeepStack's features included, bfloat16."""
+    tower = shape.vision
+    if tower is None:
+        return 0
+    return image_tokens * tower.out_hidden_size * (1 + len(tower.deepstack_layers)) * _HALF
 
 
 def prefill_peak_bytes(shape: ModelShape, tokens: int) -> int:

@@ -174,6 +174,15 @@ def test_sampling_flags_reach_the_engine(caption, pictures, capsys):
         (["--attention", "flash_attention_2"], 2, "needs a CUDA GPU"),
         (["--quantization", "fp8"], 2, "fp8 cannot run"),
         (["--max-seq-len", "8"], 1, "holds 8"),
+        (["--max-seq-len", "many"], 2, "--max-seq-len 'many' is no length"),
+        (["--max-seq-len", "0"], 2, "--max-seq-len '0' is no length"),
+        (["--max-seq-len", "-5"], 2, "--max-seq-len '-5' is no length"),
+        (["--max-seq-len", "9" * 30], 2, "is no length"),
+        (["--stop", ""], 2, "--stop is empty"),
+        (["--max-pixels", "0"], 2, "--max-pixels 0 is out of range"),
+        (["--max-pixels", str(10**12)], 2, "is out of range"),
+        (["--max-pixels", "10"], 2, "(one token of this model)"),
+        (["--min-pixels", "9000", "--max-pixels", "8000"], 2, "more than --max-pixels 8000"),
         (["--max-seq-len", "100000"], 2, "was made for 4096 tokens"),
     ],
 )
@@ -183,6 +192,19 @@ def test_modes_that_cannot_run_say_so(caption, pictures, capsys, arguments, code
     assert out == ""
     assert part in err
     assert err.count("\n") == 1
+
+
+def test_stop_strings_end_the_answer(caption, pictures, capsys):
+    assert caption(pictures[0], "--greedy") == 0
+    free = capsys.readouterr().out.rstrip("\n")
+    assert caption(pictures[0], "--greedy", "--stop", "not there", "--stop", free[2:4]) == 0
+    assert capsys.readouterr().out == free[: free.index(free[2:4])] + "\n"
+
+
+def test_auto_length_is_said_on_stderr(caption, pictures, capsys):
+    assert caption(pictures[0], "--engine", "native", "--max-seq-len", "auto") == 0
+    err = capsys.readouterr().err
+    assert "--max-seq-len auto: 4096 (GiB: weights 0.0, cache for 4096 tokens" in err
 
 
 def test_unknown_model_names_close_ones(pictures, capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -49,6 +49,11 @@ class NativeEngine(LocalEngine):
     def max_seq_len(self) -> int:
         assert self._plan is not None, "load() comes first"
         return self._plan.max_seq_len
+
+    @property
+    def memory_plan(self) -> Mapping[str, int]:
+        assert self._plan is not None, "load() comes first"
+        return self._plan.parts
 
     def _load(self, files: ModelFiles) -> RanModes:
         device = resolve_device(self.config.device)

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qwencli.config import DType, Quantization
+from qwencli.config import DType, Quantization, SeqLen
+from qwencli.engine.native.session import KEPT_IMAGE_TOKENS
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.memory import (
     RUNTIME_BYTES,
+    image_feature_bytes,
     kv_cache_bytes,
     prefill_peak_bytes,
     vision_peak_bytes,
@@ -29,16 +31,29 @@ PLANNED_PIXELS = 1024 * 1024
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by use, and the sequence length they allow."""
+    """Bytes by use, and the sequence length they allow.
+
+    `kept_images` are features of earlier pictures that a session holds on to.
+    """
 
     weights: int
     kv_cache: int
     activations: int
+    kept_images: int
     max_seq_len: int
 
     @property
+    def parts(self) -> dict[str, int]:
+        return {
+            "weights": self.weights,
+            f"cache for {self.max_seq_len} tokens": self.kv_cache,
+            "kept images": self.kept_images,
+            "working memory": self.activations + RUNTIME_BYTES,
+        }
+
+    @property
     def total(self) -> int:
-        return self.weights + self.kv_cache + self.activations + RUNTIME_BYTES
+        return sum(self.parts.values())
 
 
 def plan_memory(
@@ -47,14 +62,15 @@ def plan_memory(
     *,
     dtype: DType,
     model_limit: int,
-    wanted: int | None,
+    wanted: SeqLen | None,
     free_bytes: int | None,
     max_pixels: int | None = None,
 ) -> MemoryPlan:
-    """The longest sequences up to `wanted` (None = our default) that fit beside the weights.
+    """The longest sequences up to `wanted` that fit beside the weights.
 
     Args:
         model_limit: tokens the model was made for.
+        wanted: None = our default; "auto" = the model's limit, or what fits of it.
         free_bytes: free memory of the device; None = not known, everything fits.
         max_pixels: of the largest picture; None = a megapixel.
 
@@ -65,7 +81,8 @@ def plan_memory(
     shape = read_shape(hub_config, name)
     scale = 2 if dtype is DType.FLOAT32 else 1
     weights = weight_bytes(shape) * scale
-    target = min(model_limit, wanted or DEFAULT_MAX_SEQ_LEN)
+    longest_wanted = model_limit if wanted == "auto" else wanted or DEFAULT_MAX_SEQ_LEN
+    target = min(model_limit, longest_wanted)
 
     image_tokens = _image_tokens(shape, max_pixels or PLANNED_PIXELS)
 
@@ -75,16 +92,21 @@ def plan_memory(
             prefill_peak_bytes(shape, min(tokens, PROMPT_TOKENS + image_tokens)),
         )
         return MemoryPlan(
-            weights, kv_cache_bytes(shape, tokens) * scale, peak * scale, max_seq_len=tokens
+            weights=weights,
+            kv_cache=kv_cache_bytes(shape, tokens) * scale,
+            activations=peak * scale,
+            kept_images=image_feature_bytes(shape, KEPT_IMAGE_TOKENS) * scale,
+            max_seq_len=tokens,
         )
 
     if free_bytes is None or plan(target).total <= free_bytes:
         return plan(target)
     longest = _longest(shape, plan(target).total - plan(target).kv_cache, free_bytes, scale)
     smallest = min(target, SMALLEST_MAX_SEQ_LEN)
-    if wanted is None and longest >= smallest:
+    if not isinstance(wanted, int) and longest >= smallest:
         return plan(longest)
-    raise _does_not_fit(shape, name, plan(wanted or smallest), free_bytes, longest)
+    refused = plan(wanted if isinstance(wanted, int) else smallest)
+    raise _does_not_fit(shape, name, refused, free_bytes, longest)
 
 
 def _image_tokens(shape: ModelShape, pixels: int) -> int:
@@ -101,12 +123,8 @@ def _longest(shape: ModelShape, fixed: int, free_bytes: int, scale: int) -> int:
 def _does_not_fit(
     shape: ModelShape, name: str, plan: MemoryPlan, free_bytes: int, longest: int
 ) -> OutOfMemoryError:
-    working = plan.activations + RUNTIME_BYTES
-    message = (
-        f"{name} needs {_gib(plan.total)} GiB (weights {_gib(plan.weights)}, cache for "
-        f"{plan.max_seq_len} tokens {_gib(plan.kv_cache)}, working memory {_gib(working)}), and "
-        f"{_gib(free_bytes)} GiB are free"
-    )
+    parts = ", ".join(f"{use} {_gib(size)}" for use, size in plan.parts.items() if size)
+    message = f"{name} needs {_gib(plan.total)} GiB ({parts}), and {_gib(free_bytes)} GiB are free"
     if longest >= SMALLEST_MAX_SEQ_LEN:
         return OutOfMemoryError(message, f"--max-seq-len {longest} fits")
     others = plan.total - plan.weights

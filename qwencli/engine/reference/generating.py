@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -37,10 +38,12 @@ class Generation:
         answer = self._answer
         clock = Clock(self._ran.device)
         inputs = self._inputs()
-        with VisionSpan(self._model, clock) as vision:
-            tokens: Iterator[Token] = pulled(lambda push: self._generate(inputs, clock, push))
+        tokens: Generator[Token] = pulled(lambda push: self._generate(inputs, clock, push))
+        with VisionSpan(self._model, clock) as vision, closing(tokens):
             for token_id, mark in tokens:
                 yield answer.add(token_id, mark)
+                if answer.stopped:
+                    break
         self._check_cache()
         yield answer.finish(clock, vision.marks, self._ran, load_s)
 

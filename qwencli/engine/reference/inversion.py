@@ -7,7 +7,7 @@ them. A greenlet switches stacks inside the one thread instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TypeVar
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -15,7 +15,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 T = TypeVar("T")
 
 
-def pulled(push_all: Callable[[Callable[[T], None]], None]) -> Iterator[T]:
+def pulled(push_all: Callable[[Callable[[T], None]], None]) -> Generator[T]:
     """Yield every value that `push_all(push)` pushes, as it pushes it.
 
     Closing the generator early raises GreenletExit at the pending `push`, so that `push_all`

@@ -27,6 +27,24 @@ def test_plenty_of_memory_gives_the_default_or_what_was_wanted():
     assert plan(None).max_seq_len == DEFAULT_MAX_SEQ_LEN
 
 
+def test_auto_means_the_models_limit_or_what_fits_of_it():
+    assert plan(80, wanted="auto").max_seq_len == 262144
+    tight = plan(20, wanted="auto")
+    assert DEFAULT_MAX_SEQ_LEN < tight.max_seq_len < 262144
+    assert tight.total <= 20 * GIB < plan_of(tight.max_seq_len + 256)
+
+
+def plan_of(tokens):
+    return plan(None, wanted=tokens).total
+
+
+def test_features_of_kept_pictures_are_counted():
+    vision, text = plan(None), plan(None, name="qwen3-4b")
+    assert vision.kept_images == 4096 * 2560 * 4 * 2  # the embedding and three DeepStack layers
+    assert text.kept_images == 0
+    assert sum(vision.parts.values()) == vision.total
+
+
 def test_little_memory_shortens_the_sequences_until_they_fit():
     tight = plan(10.5)
     assert 1024 <= tight.max_seq_len < DEFAULT_MAX_SEQ_LEN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -14,6 +15,7 @@ from qwencli.messages import GenerationRequest, text_message, user_message
 from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, picture
 
 GREEDY = SamplingOptions(do_sample=False, max_new_tokens=64)
+LONG = SamplingOptions(do_sample=False, max_new_tokens=40)
 
 
 def ask(text="Describe this image.", images=(), sampling=GREEDY):
@@ -114,8 +116,6 @@ def test_a_next_turn_prefills_only_what_is_new(checkpoint, monkeypatch, cache):
 
 
 def test_a_request_from_scratch_repeats_vision_and_prefill(engine, monkeypatch):
-    from dataclasses import replace
-
     request = ask(images=[picture()])
     expected = engine.generate(request)
     prefilled = []
@@ -127,7 +127,7 @@ def test_a_request_from_scratch_repeats_vision_and_prefill(engine, monkeypatch):
 
     monkeypatch.setattr(model, "prefill", counting)
     assert engine.generate(request).timings.vision_encode_s is None
-    again = engine.generate(replace(request, from_scratch=True))
+    again = engine.generate(dataclasses.replace(request, from_scratch=True))
     assert again.timings.vision_encode_s > 0
     assert prefilled == [1, again.num_prompt_tokens]
     assert again.token_ids == expected.token_ids
@@ -147,10 +147,8 @@ def test_out_of_memory_while_loading_is_one_line(checkpoint, monkeypatch):
 
 
 def test_another_picture_of_the_same_size_is_not_mistaken(engine):
-    from dataclasses import replace
-
     dark = picture()
-    light = replace(dark, image=dark.image.point(lambda value: 255 - value))
+    light = dataclasses.replace(dark, image=dark.image.point(lambda value: 255 - value))
     first, second = ask(images=[dark]), ask(images=[light])
     fresh = engine.generate(second).token_ids
     assert engine.generate(first).token_ids != fresh
@@ -203,14 +201,37 @@ def torch_out_of_memory():
 
 
 def test_stop_token_ends_the_answer_early(engine, monkeypatch):
-    import dataclasses
-
     free = engine.generate(ask())
     stop = free.token_ids[5]
     monkeypatch.setattr(engine, "_files", dataclasses.replace(engine.files, stop_token_ids=(stop,)))
     stopped = engine.generate(GenerationRequest(ask().messages, GREEDY))
     assert stopped.finish_reason == "stop"
     assert stopped.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
+
+
+@pytest.mark.parametrize("engine_class", [NativeEngine, TransformersEngine])
+def test_stop_strings_end_the_answer_before_they_begin(checkpoint, engine_class):
+    name = EngineName.NATIVE if engine_class is NativeEngine else EngineName.TRANSFORMERS
+    with engine_class(engine_config(checkpoint("qwen3"), engine=name)) as loaded:
+
+        def answer(*stop):
+            sampling = dataclasses.replace(LONG, stop=stop)
+            return loaded.generate(GenerationRequest(ask().messages, sampling))
+
+        free = answer()
+        # From inside one token's text into the next one's, so that it spans tokens.
+        stop = free.text[10:16]
+        stopped = answer("not in there", stop)
+        assert stopped.text == free.text[: free.text.index(stop)]
+        assert stopped.finish_reason == "stop"
+        assert 1 < stopped.num_new_tokens < free.num_new_tokens
+        assert stopped.token_ids == free.token_ids[: stopped.num_new_tokens]
+        streamed = GenerationRequest(ask().messages, dataclasses.replace(LONG, stop=(stop,)))
+        pieces = [chunk.text for chunk in loaded.stream(streamed)]
+        assert "".join(pieces) == stopped.text
+        # What only looked like a beginning is given out in the end.
+        assert answer(free.text[-1] + "never").text == free.text
+        assert answer().token_ids == free.token_ids
 
 
 def test_garbage_collection_is_off_while_decoding_and_on_afterwards(engine):
