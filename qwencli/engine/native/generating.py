@@ -130,9 +130,10 @@ class Readback:
 
     def __init__(self, device: str, capacity: int) -> None:
         self._cuda = device.startswith("cuda")
-        self.run_ahead = RUN_AHEAD if self._cuda else 1
+        # A host that does the steps itself has nothing to run ahead of.
+        self.run_ahead = RUN_AHEAD if self._cuda else 0
         self._ids = torch.zeros(capacity, dtype=torch.int64, pin_memory=self._cuda)
-        self._rows = list(torch.split(self._ids, 1))
+        self._rows = list(torch.split(self._ids, 1)) if self._cuda else []
         self._marks: list[Mark] = []
 
     def begin(self) -> None:
@@ -140,7 +141,11 @@ class Readback:
 
     def store(self, token: torch.Tensor, clock: Clock) -> None:
         """Start copying `token` [1] to the host, and mark when it is there."""
-        self._rows[len(self._marks)].copy_(token, non_blocking=self._cuda)
+        index = len(self._marks)
+        if self._cuda:
+            self._rows[index].copy_(token, non_blocking=True)
+        else:
+            self._ids[index] = token
         self._marks.append(clock.mark())
 
     def read(self, index: int) -> tuple[int, Mark]:

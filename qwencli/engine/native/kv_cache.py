@@ -7,12 +7,11 @@ Neither knows about rotary positions; a `slot` is a place in the sequence, paddi
 
 from __future__ import annotations
 
-import math
 from typing import Protocol
 
-import numpy as np
 import torch
 
+from qwencli.engine.native.lazy_zeros import lazy_zeros
 from qwencli.models.shapes import TextShape
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -50,7 +49,7 @@ class StaticKVCache:
         size = (batch, 2 * shape.num_kv_heads, max_seq_len, shape.head_dim)
         # Layers are tensors of their own, not views of one: torch.compile cannot write to views
         # that share a base.
-        self.layers = [_zeros(size, dtype, device) for _ in range(shape.num_layers)]
+        self.layers = [lazy_zeros(size, dtype, device) for _ in range(shape.num_layers)]
         self._kv_heads = shape.num_kv_heads
         self._visible: list[KeysValues] = []
         self._visible_len = -1
@@ -85,17 +84,6 @@ class StaticKVCache:
             self.layers[layer].narrow(2, 0, kv_len).split_with_sizes((self._kv_heads,) * 2, dim=1)
         )
         return keys, values
-
-
-def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that cost no host memory until they are written to.
-
-    torch.zeros writes every page on the CPU; numpy asks the system for pages that are zero already.
-    """
-    if device.type != "cpu":
-        return torch.zeros(size, dtype=dtype, device=device)
-    raw = np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(size)
 
 
 class DynamicKVCache:

@@ -155,5 +155,8 @@ class QwenModel:
             tokens: int64 [B]. positions: int64 [B], rotary. slot: int64 [1], equal for all rows.
             plan: with a mask (`decode_mask`) unless kv_len is slot + 1 and no row is padded.
         """
+        # Positions never exceed slots. A compiled step cannot fill the table: its stepper did.
+        if not torch.compiler.is_compiling():
+            self.rope.reach(plan.kv_len)
         step = Step(cache.batch, 1, self.rope.step(positions), slot, plan, cache, self._attention)
         return self.decoder.logits(self.decoder.forward(self.decoder.embed(tokens), step))

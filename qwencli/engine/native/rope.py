@@ -10,7 +10,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from qwencli.engine.native.lazy_zeros import lazy_zeros
 from qwencli.models.shapes import RopeShape
+
+# Few enough that the angles on the way to the table stay small beside it.
+ROWS_AT_A_TIME = 1024
 
 CosSin = tuple[torch.Tensor, torch.Tensor]
 
@@ -19,7 +23,8 @@ class Rope:
     """Angles of one model on one device.
 
     `rows` [positions, 2, D] holds cosine and signed sine for equal positions on all axes, so that
-    a decode step is one gather. Prompts with pictures compute theirs from three axes.
+    a decode step is one gather. Prompts with pictures compute theirs from three axes. On the CPU
+    the rows are filled as far as requests get (`reach`): most are never looked at.
     """
 
     def __init__(
@@ -34,9 +39,20 @@ class Rope:
         exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         self._inv_freq = (1.0 / shape.theta**exponent).to(device)  # [D/2]
         self._axis = axis_of_frequency(shape, head_dim).to(device)  # [D/2]
-        places = torch.arange(num_positions, device=device)
-        self.rows = torch.stack(self._angles(places[:, None].float() * self._inv_freq), dim=1)
+        self.rows = lazy_zeros((num_positions, 2, head_dim), dtype, device)
         self._flat_rows = self.rows.flatten(1)
+        self._filled = 0
+        if device.type != "cpu":
+            self.reach(num_positions)
+
+    def reach(self, num_positions: int) -> None:
+        """Make sure that the rows of the first `num_positions` positions are filled."""
+        assert num_positions <= len(self.rows), "positions stay below the slots of the cache"
+        while self._filled < num_positions:
+            rows = self.rows[self._filled : self._filled + ROWS_AT_A_TIME]
+            places = torch.arange(self._filled, self._filled + len(rows), device=rows.device)
+            rows.copy_(torch.stack(self._angles(places[:, None].float() * self._inv_freq), dim=1))
+            self._filled += len(rows)
 
     def at(self, positions: torch.Tensor) -> CosSin:
         """Cosine and signed sine [B, S, 1, D] for positions [3, B, S]."""
@@ -47,7 +63,7 @@ class Rope:
     def step(self, positions: torch.Tensor) -> CosSin:
         """Cosine and signed sine [B, 1, 1, D] for positions [B] that are equal on all axes.
 
-        One gather, no synchronisation; positions must be below the length of `rows`.
+        One gather, no synchronisation; positions must be below what `reach` was asked for.
         """
         rows = F.embedding(positions, self._flat_rows)
         cos, sin = rows.view(positions.shape[0], 2, 1, 1, -1).unbind(1)

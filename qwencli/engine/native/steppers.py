@@ -68,7 +68,7 @@ class CompiledStepper:
         )
 
     def prepare(self, first_slot: int, last_slot: int) -> None:
-        return
+        self._state.model.rope.reach(bucket_for(last_slot, len(self._state.slots)))
 
     def run(self, slot: int) -> None:
         self._step(self._state.kind, bucket_for(slot, len(self._state.slots)))
