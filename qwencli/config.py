@@ -43,6 +43,14 @@ class Cache(StrEnum):
     STATIC_GRAPH = "static-graph"
 
 
+class Kernels(StrEnum):
+    """What computes a decode step of the native engine."""
+
+    AUTO = "auto"
+    TRITON = "triton"
+    TORCH = "torch"
+
+
 class LoadMode(StrEnum):
     KEEP = "keep"
     RELOAD = "reload"
@@ -121,6 +129,7 @@ class EngineConfig:
     quantization: Quantization = Quantization.NONE
     attention: Attention = Attention.AUTO
     cache: Cache | None = None
+    kernels: Kernels = Kernels.AUTO
     device: str = "auto"
     dtype: DType = DType.AUTO
     load_format: LoadFormat = LoadFormat.AUTO

@@ -16,6 +16,8 @@ class RanModes:
 
     Args:
         quantization: the concrete scheme: "none", "bnb-nf4", "bnb-int8", ...
+        attention: of decode steps; "triton" where it is part of our own kernels.
+        kernels: "triton" where decode steps run our fused kernels, else "torch".
         device: concrete, e.g. "cuda:0". dtype: of the weights that are not quantized.
     """
 
@@ -25,6 +27,7 @@ class RanModes:
     cache: str
     device: str
     dtype: str
+    kernels: str = "torch"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from qwencli.config import (
     DType,
     EngineConfig,
     EngineName,
+    Kernels,
     LoadFormat,
     LoadMode,
     ModelSource,
@@ -46,6 +47,7 @@ _ENUMS = {
     "attention": Attention,
     "cache": Cache,
     "dtype": DType,
+    "kernels": Kernels,
     "load_format": LoadFormat,
 }
 

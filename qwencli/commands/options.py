@@ -22,6 +22,7 @@ from qwencli.config import (
     DType,
     EngineConfig,
     EngineName,
+    Kernels,
     LoadFormat,
     ModelSpec,
     Quantization,
@@ -70,6 +71,10 @@ class RunOptions:
             text="dynamic, static, static-compile or static-graph. Default: the best.",
         ),
     ] = None
+    kernels: Annotated[
+        Kernels,
+        _model(metavar="NAME", text="auto, triton (fused, static-graph) or torch (operators)."),
+    ] = Kernels.AUTO
     device: Annotated[str, _model(metavar="NAME", text="auto, cpu, cuda, cuda:N or mps.")] = "auto"
     dtype: Annotated[DType, _model(metavar="NAME", text="auto, bfloat16, float16 or float32.")] = (
         DType.AUTO

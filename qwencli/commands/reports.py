@@ -18,6 +18,7 @@ def caption_record(result: GenerationResult, images: list[str], model: str) -> d
         "quantization": result.ran.quantization,
         "attention": result.ran.attention,
         "cache": result.ran.cache,
+        "kernels": result.ran.kernels,
         "device": result.ran.device,
         "dtype": result.ran.dtype,
         "num_prompt_tokens": result.num_prompt_tokens,
@@ -38,7 +39,7 @@ def stats_line(result: GenerationResult) -> str:
         f"({result.num_image_tokens} of images) | load {t.load_s:.2f} s, "
         f"preprocess {_ms(t.preprocess_s)}, {vision}prefill {_ms(t.prefill_s)}, "
         f"TTFT {_ms(t.ttft_s)} | {ran.engine}, {ran.quantization}, {ran.attention}, {ran.cache}, "
-        f"{ran.dtype} on {ran.device}"
+        f"{ran.kernels}, {ran.dtype} on {ran.device}"
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from qwencli.engine.native.decoder_ops import REFERENCE_OPS, DecoderOps, Layer, Step
+from qwencli.engine.native.decoder_ops import Choice, DecoderOps, Layer, Step
 from qwencli.engine.native.rms_norm import RMSNorm
 from qwencli.engine.native.weights import Tensors
 from qwencli.models.shapes import TextShape
@@ -32,12 +32,15 @@ class DeepStack:
 
 
 class Decoder:
-    """Weights [out, in] of one model on one device, and the forward pass over them."""
+    """Weights [out, in] of one model on one device, and the forward pass over them.
 
-    def __init__(self, shape: TextShape, weights: Tensors, ops: DecoderOps = REFERENCE_OPS) -> None:
+    Args:
+        by_rows: keep every weight as it is, for operations that read its rows.
+    """
+
+    def __init__(self, shape: TextShape, weights: Tensors, by_rows: bool = False) -> None:
         self.shape = shape
-        self.ops = ops
-        self.layers = [_layer(shape, weights, index) for index in range(shape.num_layers)]
+        self.layers = [_layer(shape, weights, i, by_rows) for i in range(shape.num_layers)]
         self._embed = weights["text.embed"]
         self._norm = RMSNorm(weights["text.norm"], shape.rms_norm_eps)
         self._head = (self._embed if shape.tied_head else weights["text.head"]).t()
@@ -53,7 +56,7 @@ class Decoder:
 
         Stores the keys and values of the S tokens of each row at `step.slots`.
         """
-        ops = self.ops
+        ops = step.ops
         for layer in self.layers:
             attended = ops.attend(ops.norm_qkv(hidden, layer), layer, step)
             hidden = ops.o_residual(attended, layer, hidden)
@@ -62,12 +65,17 @@ class Decoder:
                 hidden.index_add_(0, deepstack.places, deepstack.features[layer.index])
         return hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, ops: DecoderOps) -> torch.Tensor:
         """Hidden states [N, hidden] of the last layer -> logits [N, V]."""
-        return self.ops.norm_head(hidden, self._norm, self._head)
+        return ops.norm_head(hidden, self._norm, self._head)
+
+    def choose(self, hidden: torch.Tensor, ops: DecoderOps, choice: Choice) -> None:
+        """Hidden state [1, hidden] of the last layer -> the likeliest token, in `choice`."""
+        assert ops.choose is not None, "the caller looks whether these operations can"
+        ops.choose(hidden, self._norm, self._head, choice)
 
 
-def _layer(shape: TextShape, weights: Tensors, index: int) -> Layer:
+def _layer(shape: TextShape, weights: Tensors, index: int, by_rows: bool) -> Layer:
     at = f"text.{index}."
     qk_norm = None
     if shape.qk_norm:
@@ -80,24 +88,24 @@ def _layer(shape: TextShape, weights: Tensors, index: int) -> Layer:
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         attn_norm=RMSNorm(weights[at + "attn_norm"], shape.rms_norm_eps),
-        qkv=_columns(weights, at + "qkv"),
+        qkv=_columns(weights, at + "qkv", by_rows),
         qkv_bias=weights.get(at + "qkv_bias"),
         qk_norm=qk_norm,
-        o=_columns(weights, at + "o"),
+        o=_columns(weights, at + "o", by_rows),
         o_bias=weights.get(at + "o_bias"),
         mlp_norm=RMSNorm(weights[at + "mlp_norm"], shape.rms_norm_eps),
-        gate_up=_columns(weights, at + "gate_up"),
-        down=_columns(weights, at + "down"),
+        gate_up=_columns(weights, at + "gate_up", by_rows),
+        down=_columns(weights, at + "down", by_rows),
     )
 
 
-def _columns(weights: Tensors, name: str) -> torch.Tensor:
+def _columns(weights: Tensors, name: str, by_rows: bool) -> torch.Tensor:
     """The [in, out] view of a weight [out, in].
 
     A matrix-vector product on the CPU in float32 is a quarter faster when the outputs of one
     input lie in a row, so the weight is stored that way there (one at a time, in its own place).
     """
     weight = weights[name]
-    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+    if not by_rows and weight.device.type == "cpu" and weight.dtype == torch.float32:
         weights[name] = weight = weight.t().contiguous().t()
     return weight.t()

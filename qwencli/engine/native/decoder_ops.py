@@ -52,16 +52,40 @@ class Step:
     """What all layers of one forward pass share: B rows of S tokens each.
 
     Args:
-        rope: cosine and signed sine, [B, S, 1, D] each. slots: int64 [S], where the new keys go.
+        rope: cosine and signed sine, [B, S, 1, D] each; None where `ops` look them up by
+            `positions`. slots: int64 [S], where the new keys go.
+        ops: how the layers compute.
+        positions: int64 [B], rotary, of a decode step.
     """
 
     batch: int
     length: int
-    rope: CosSin
+    rope: CosSin | None
     slots: Tensor
     plan: AttentionPlan
     cache: KVCache
     attention: AttentionFunction
+    ops: DecoderOps
+    positions: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a greedy step reads and writes beside the logits, fixed buffers on the device.
+
+    Args:
+        token, slot, position, step: int64 [1]. done: bool [1]. See `DecodeState`.
+        stop_ids: int64 [n, 1], -1 where unused. seen: bool [V]. penalty: float32 [].
+    """
+
+    token: Tensor
+    slot: Tensor
+    position: Tensor
+    step: Tensor
+    done: Tensor
+    stop_ids: Tensor
+    seen: Tensor
+    penalty: Tensor
 
 
 def norm_qkv(hidden: Tensor, layer: Layer) -> Tensor:
@@ -78,6 +102,7 @@ def attend(qkv: Tensor, layer: Layer, step: Step) -> Tensor:
     split = qkv.view(step.batch, step.length, heads + 2 * kv_heads, dim)
     qk = split.narrow(2, 0, heads + kv_heads)
     normed = qk if layer.qk_norm is None else layer.qk_norm(qk)
+    assert step.rope is not None, "only operations of any length do without"
     # Rotated in place, so that keys and values stay side by side and are stored in one go.
     rotate(normed, *step.rope, out=qk)
     keys, values = step.cache.write(
@@ -112,7 +137,14 @@ def norm_head(hidden: Tensor, norm: RMSNorm, head: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DecoderOps:
-    """The operations a decoder runs; every field can be replaced alone."""
+    """The operations a decoder runs; every field can be replaced alone.
+
+    Args:
+        any_length: `attend` reads on the device how long the sequence is and needs no plan.
+        choose: the end of a greedy step in place of `norm_head` and the sampler: the likeliest
+            token becomes `choice.token`, and the rest of `choice` is ready for the next step.
+            Once `choice.done` is set a step changes nothing.
+    """
 
     norm_qkv: Callable[[Tensor, Layer], Tensor] = norm_qkv
     attend: Callable[[Tensor, Layer, Step], Tensor] = attend
@@ -120,6 +152,8 @@ class DecoderOps:
     norm_gate_up: Callable[[Tensor, Layer], Tensor] = norm_gate_up
     down_residual: Callable[[Tensor, Layer, Tensor], Tensor] = down_residual
     norm_head: Callable[[Tensor, RMSNorm, Tensor], Tensor] = norm_head
+    any_length: bool = False
+    choose: Callable[[Tensor, RMSNorm, Tensor, Choice], None] | None = None
 
 
 REFERENCE_OPS = DecoderOps()

@@ -13,6 +13,7 @@ import torch
 
 from qwencli.config import SamplingParams
 from qwencli.engine.native.attention import AttentionPlan, decode_mask
+from qwencli.engine.native.decoder_ops import Choice
 from qwencli.engine.native.kv_cache import KVCache
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import Sampler, SamplerKind, kind_of
@@ -39,6 +40,16 @@ class DecodeState:
         # One row a possible stop token; unused rows hold an id that no token has.
         self.stop_ids = torch.full((MAX_STOP_TOKENS, 1), -1, dtype=torch.int64, device=device)
         self.slots = torch.arange(max_seq_len, device=device)
+        self._choice = Choice(
+            token=self.token,
+            slot=self.slot,
+            position=self.position,
+            step=self.step,
+            done=self.done,
+            stop_ids=self.stop_ids,
+            seen=self.sampler.seen,
+            penalty=self.sampler.penalty,
+        )
 
     def begin(
         self,
@@ -71,7 +82,12 @@ class DecodeState:
 
     def advance(self, kind: SamplerKind, plan: AttentionPlan) -> None:
         """One step: feed `token`, choose the next one."""
-        logits = self.model.decode_step(self.token, self.position, self.slot, self.cache, plan)
+        model, ops = self.model, self.model.step_ops
+        hidden = model.decode_hidden(self.token, self.position, self.slot, self.cache, plan)
+        if kind is SamplerKind.GREEDY and ops.choose is not None:
+            model.decoder.choose(hidden, ops, self._choice)
+            return
+        logits = model.decoder.logits(hidden, ops)
         chosen = self.sampler.sample(logits[0], self.step, kind)
         self.token.copy_(torch.where(self.done, self.token, chosen))
         going = (~self.done).to(torch.int64)
@@ -82,6 +98,9 @@ class DecodeState:
 
     def advance_masked(self, kind: SamplerKind, kv_len: int) -> None:
         """One step that reads the first `kv_len` slots and hides those not yet written."""
+        if self.model.step_ops.any_length:
+            self.advance(kind, AttentionPlan(kv_len, None))
+            return
         mask = decode_mask(self.slots[:kv_len], self.slot, None, self.model.dtype)
         lengths = (self.slot + 1).to(torch.int32)
         self.advance(kind, AttentionPlan(kv_len, mask, lengths))

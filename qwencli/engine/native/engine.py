@@ -15,6 +15,7 @@ from qwencli.engine.local import LocalEngine
 from qwencli.engine.native import weights
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.generating import Generation
+from qwencli.engine.native.kernel_choice import fused_for, resolve_kernels
 from qwencli.engine.native.memory_plan import MemoryPlan, plan_memory
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.quiet_host import freeze_what_is_loaded
@@ -59,6 +60,7 @@ class NativeEngine(LocalEngine):
         device = resolve_device(self.config.device)
         cache = self._cache_mode(device)
         attention = resolve_attention(self.config.attention, device)
+        kernels = resolve_kernels(self.config.kernels, device, cache)
         dtype = resolve_dtype(self.config.dtype, device, files.checkpoint_dtype)
         self._plan = plan_memory(
             files.hub_config,
@@ -77,18 +79,20 @@ class NativeEngine(LocalEngine):
         else:
             assert files.folder is not None, "weights come from a folder"
             loaded = weights.load(files.folder, shape, torch_dtype, place)
-        ran = RanModes(
-            engine=EngineName.NATIVE.value,
-            quantization=Quantization.NONE.value,
-            attention=attention.value,
-            cache=cache.value,
-            device=device,
-            dtype=dtype.value,
-        )
         # One slot more than anybody may ask for: graph capture needs a place to write.
         slots = self._plan.max_seq_len + 1
         with torch.inference_mode():
-            model = QwenModel(shape, loaded, slots, attention)
+            fused = fused_for(kernels, self.config.attention)
+            model = QwenModel(shape, loaded, slots, attention, fused)
+            ran = RanModes(
+                engine=EngineName.NATIVE.value,
+                quantization=Quantization.NONE.value,
+                attention="triton" if model.step_ops.any_length else attention.value,
+                cache=cache.value,
+                device=device,
+                dtype=dtype.value,
+                kernels=kernels.value,
+            )
             kv = model.dynamic_cache() if cache is Cache.DYNAMIC else model.static_cache()
             state = DecodeState(model, kv, slots)
             self._generation = Generation(model, state, STEPPERS[cache](state), ran)

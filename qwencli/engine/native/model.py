@@ -7,7 +7,7 @@ from the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,11 @@ from qwencli.engine.native.rope import Rope
 from qwencli.engine.native.vision import VisionFeatures, VisionTower
 from qwencli.engine.native.vision_layout import Grid
 from qwencli.errors import InputError
-from qwencli.models.shapes import ModelShape
+from qwencli.models.shapes import ModelShape, TextShape
+
+
+# Shape, rotary rows, type and device -> operations of a decode step.
+Fused = Callable[[TextShape, torch.Tensor, torch.dtype, torch.device], DecoderOps]
 
 
 class QwenModel:
@@ -32,6 +36,8 @@ class QwenModel:
     Args:
         max_seq_len: slots that a cache of this model can have at most.
         attention: a concrete implementation, not `auto`.
+        fused: makes the operations of decode steps of one sequence; None = plain torch, as for
+            prompts.
     """
 
     def __init__(
@@ -40,18 +46,21 @@ class QwenModel:
         loaded: loader.LoadedWeights,
         max_seq_len: int,
         attention: Attention = Attention.SDPA,
-        ops: DecoderOps = REFERENCE_OPS,
+        fused: Fused | None = None,
     ) -> None:
         embed = loaded.tensors["text.embed"]
         self.shape = shape
         self.device, self.dtype = embed.device, embed.dtype
         self.max_seq_len = max_seq_len
         self.unused_tensors = loaded.unused
-        self.decoder = Decoder(shape.text, loaded.tensors, ops)
+        self.decoder = Decoder(shape.text, loaded.tensors, by_rows=fused is not None)
         self.vision = VisionTower(shape.vision, loaded.tensors, attention) if shape.vision else None
         # A picture's larger side is never above its number of tokens: positions lag behind slots.
         self.rope = Rope(shape.text.rope, shape.text.head_dim, max_seq_len, self.dtype, self.device)
         self._attention = ATTENTION[attention]
+        self.step_ops = REFERENCE_OPS
+        if fused is not None:
+            self.step_ops = fused(shape.text, self.rope.rows, self.dtype, self.device)
 
     @classmethod
     def load(
@@ -133,10 +142,11 @@ class QwenModel:
             plan=plan,
             cache=cache,
             attention=self._attention,
+            ops=REFERENCE_OPS,
         )
         hidden = self.decoder.forward(hidden, step, deepstack)
         cache.length = stop
-        return self.decoder.logits(hidden[stop - start - 1 :: stop - start])
+        return self.decoder.logits(hidden[stop - start - 1 :: stop - start], REFERENCE_OPS)
 
     def decode_step(
         self,
@@ -146,17 +156,41 @@ class QwenModel:
         cache: KVCache,
         plan: AttentionPlan,
     ) -> torch.Tensor:
-        """Logits [B, V] after one more token a row; the body of a CUDA graph.
+        """Logits [B, V] after one more token a row."""
+        hidden = self.decode_hidden(tokens, positions, slot, cache, plan)
+        return self.decoder.logits(hidden, self.step_ops)
+
+    def decode_hidden(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slot: torch.Tensor,
+        cache: KVCache,
+        plan: AttentionPlan,
+    ) -> torch.Tensor:
+        """Hidden states [B, hidden] of one more token a row; the body of a CUDA graph.
 
         Everything that changes from step to step is read from the device; the host decides only
         `plan.kv_len` (a bucket that covers the slot), and `cache.length` is the caller's.
 
         Args:
             tokens: int64 [B]. positions: int64 [B], rotary. slot: int64 [1], equal for all rows.
-            plan: with a mask (`decode_mask`) unless kv_len is slot + 1 and no row is padded.
+            plan: with a mask (`decode_mask`) unless kv_len is slot + 1 and no row is padded, or
+                `step_ops.any_length`.
         """
         # Positions never exceed slots. A compiled step cannot fill the table: its stepper did.
         if not torch.compiler.is_compiling():
             self.rope.reach(plan.kv_len)
-        step = Step(cache.batch, 1, self.rope.step(positions), slot, plan, cache, self._attention)
-        return self.decoder.logits(self.decoder.forward(self.decoder.embed(tokens), step))
+        ops = self.step_ops
+        step = Step(
+            batch=cache.batch,
+            length=1,
+            rope=None if ops.any_length else self.rope.step(positions),
+            slots=slot,
+            plan=plan,
+            cache=cache,
+            attention=self._attention,
+            ops=ops,
+            positions=positions,
+        )
+        return self.decoder.forward(self.decoder.embed(tokens), step)

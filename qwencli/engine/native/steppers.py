@@ -75,7 +75,8 @@ class CompiledStepper:
 
 
 class GraphStepper:
-    """The step as a CUDA graph per length class and kind of sampling. `static-graph`.
+    """The step as a CUDA graph per kind of sampling and, but for kernels that read the length on
+    the device, per length class. `static-graph`.
 
     Graphs share one memory pool: they never run at the same time, and nothing but the state's
     buffers outlives a replay.
@@ -90,14 +91,19 @@ class GraphStepper:
 
     def prepare(self, first_slot: int, last_slot: int) -> None:
         """Capture the graphs that are missing. Overwrites the state: comes before `begin`."""
-        for bucket in buckets_between(first_slot, last_slot, len(self._state.slots)):
+        for bucket in self._buckets(first_slot, last_slot):
             key = (self._state.kind, bucket)
             if key not in self._graphs:
                 self._graphs[key] = self._capture(*key)
 
     def run(self, slot: int) -> None:
-        bucket = bucket_for(slot, len(self._state.slots))
-        self._graphs[self._state.kind, bucket].replay()
+        self._graphs[self._state.kind, self._buckets(slot, slot)[0]].replay()
+
+    def _buckets(self, first_slot: int, last_slot: int) -> list[int]:
+        whole = len(self._state.slots)
+        if self._state.model.step_ops.any_length:
+            return [whole]
+        return buckets_between(first_slot, last_slot, whole)
 
     def _capture(self, kind: SamplerKind, bucket: int) -> torch.cuda.CUDAGraph:
         state = self._state

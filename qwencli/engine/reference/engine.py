@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qwencli.config import Cache, EngineConfig, EngineName
+from qwencli.config import Cache, EngineConfig, EngineName, Kernels
 from qwencli.engine.answer import Answer
 from qwencli.engine.device_memory import release
 from qwencli.engine.local import LocalEngine
@@ -35,6 +35,10 @@ class TransformersEngine(LocalEngine):
             raise UnsupportedModeError(
                 f"--cache {self.config.cache} cannot run on the transformers engine",
                 nearest=Cache.STATIC_COMPILE.value,
+            )
+        if self.config.kernels is Kernels.TRITON:
+            raise UnsupportedModeError(
+                "--kernels triton cannot run on the transformers engine", "use --engine native"
             )
         self._model: Any = None
 

@@ -1,0 +1,205 @@
+"""Attention of one new token over a static KV cache, from the raw projections to the result.
+
+One kernel norms and rotates queries and key, writes key and value into the cache, and attends.
+The sequence is cut into parts that run at once; the last program of a head to finish joins them
+(flash-decoding, Dao et al. 2023). How long the sequence is is read on the device, so one captured
+graph serves every length.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def norm_and_rotate(a, b, gain_a, gain_b, cos, sin, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """Halves [R, D / 2] of heads -> halves of the normed and rotated heads, float32."""
+    a = a.to(tl.float32)
+    b = b.to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
+        a *= scale * gain_a.to(tl.float32)
+        b *= scale * gain_b.to(tl.float32)
+    return a * cos - b * sin, b * cos + a * sin
+
+
+@triton.jit
+def decode_attention_kernel(
+    qkv_ptr,  # [B, (H + 2 KVH) * D]
+    q_gain_ptr,  # [D], weight of the queries' norm
+    k_gain_ptr,  # [D]
+    angles_ptr,  # [positions, 2, D]: cosine and signed sine, see native.rope
+    position_ptr,  # int64 [B]
+    cache_ptr,  # [B, 2 * KVH, max_seq_len, D]: keys, then values
+    slot_ptr,  # int64 [1]
+    out_ptr,  # [B, H * D]
+    acc_ptr,  # float32 [B * KVH, SPLITS, HEADS, D]
+    tops_ptr,  # float32 [B * KVH, SPLITS, HEADS]: largest score
+    totals_ptr,  # float32 [B * KVH, SPLITS, HEADS]: sum of weights
+    arrived_ptr,  # int32 [B * KVH], zero
+    max_seq_len,
+    eps,
+    KVH: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    NORM: tl.constexpr,
+    PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (b * KVH + kv head, part).
+
+    HEADS is GROUP rounded up to a power of two. Scores are in powers of two: exp2 is one
+    instruction.
+    """
+    HALF: tl.constexpr = D // 2
+    H: tl.constexpr = KVH * GROUP
+    ROWS: tl.constexpr = 16 if HEADS < 16 else HEADS  # what a matrix unit takes at least
+    pair = tl.program_id(0)
+    split = tl.program_id(1)
+    batch = pair // KVH
+    head = pair % KVH
+    low = tl.arange(0, HALF)[None, :]
+    full = tl.arange(0, D)[None, :]
+    slot = tl.load(slot_ptr).to(tl.int32)  # = number of slots before the new one
+    part = tl.cdiv(tl.cdiv(slot, SPLITS), BLOCK) * BLOCK
+    parts = tl.maximum(tl.cdiv(slot, tl.maximum(part, 1)), 1)
+    start = split * part
+    end = tl.minimum(start + part, slot)
+
+    # No earlier kernel of this step writes any of this: it is read before the wait.
+    k_ptr = cache_ptr + (batch * 2 * KVH + head).to(tl.int64) * max_seq_len * D
+    v_ptr = k_ptr + KVH * max_seq_len.to(tl.int64) * D
+    slots = start + tl.arange(0, BLOCK)
+    there = (slots < end)[:, None]
+    k_low = tl.load(k_ptr + slots[:, None] * D + low, mask=there, other=0.0)
+    k_high = tl.load(k_ptr + slots[:, None] * D + HALF + low, mask=there, other=0.0)
+    v = tl.load(v_ptr + slots[:, None] * D + full, mask=there, other=0.0)
+    angles_ptr += tl.load(position_ptr + batch) * 2 * D
+    cos = tl.load(angles_ptr + low).to(tl.float32)
+    sin = tl.load(angles_ptr + D + HALF + low).to(tl.float32)
+    if NORM:
+        q_gain_low = tl.load(q_gain_ptr + low)
+        q_gain_high = tl.load(q_gain_ptr + HALF + low)
+        k_gain_low = tl.load(k_gain_ptr + low)
+        k_gain_high = tl.load(k_gain_ptr + HALF + low)
+    else:
+        q_gain_low, q_gain_high = cos, cos
+        k_gain_low, k_gain_high = cos, cos
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    if split >= parts:
+        return
+
+    lanes = tl.arange(0, ROWS)
+    real = lanes < GROUP
+    qkv_ptr += batch * (H + 2 * KVH) * D
+    q_at = (head * GROUP + lanes)[:, None] * D + low
+    q_low = tl.load(qkv_ptr + q_at, mask=real[:, None], other=0.0)
+    q_high = tl.load(qkv_ptr + q_at + HALF, mask=real[:, None], other=0.0)
+    new_low = tl.load(qkv_ptr + (H + head) * D + low)
+    new_high = tl.load(qkv_ptr + (H + head) * D + HALF + low)
+    new_v = tl.load(qkv_ptr + (H + KVH + head) * D + full)
+    q_low, q_high = norm_and_rotate(
+        q_low, q_high, q_gain_low, q_gain_high, cos, sin, eps, D, NORM
+    )
+    scale: tl.constexpr = D**-0.5 * 1.4426950408889634
+    q_low *= scale
+    q_high *= scale
+
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, D), tl.float32)
+    if split == 0:
+        # The new token: its key and value go to the cache, and are the first that is looked at.
+        key_low, key_high = norm_and_rotate(
+            new_low, new_high, k_gain_low, k_gain_high, cos, sin, eps, D, NORM
+        )
+        key_low = key_low.to(k_low.dtype)
+        key_high = key_high.to(k_low.dtype)
+        place = slot.to(tl.int64) * D
+        tl.store(k_ptr + place + low, key_low)
+        tl.store(k_ptr + place + HALF + low, key_high)
+        tl.store(v_ptr + place + full, new_v)
+        top = tl.sum(q_low * key_low.to(tl.float32), axis=1)
+        top += tl.sum(q_high * key_high.to(tl.float32), axis=1)
+        total += 1.0
+        acc += new_v.to(tl.float32)
+
+    q_low = q_low.to(k_low.dtype)
+    q_high = q_high.to(k_low.dtype)
+    while start < end:
+        # The next block is read while this one is worked on.
+        start += BLOCK
+        slots = start + tl.arange(0, BLOCK)
+        there = (slots < end)[:, None]
+        at = slots.to(tl.int64)[:, None] * D
+        next_low = tl.load(k_ptr + at + low, mask=there, other=0.0)
+        next_high = tl.load(k_ptr + at + HALF + low, mask=there, other=0.0)
+        next_v = tl.load(v_ptr + at + full, mask=there, other=0.0)
+        scores = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
+        scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision=PRECISION)
+        scores = tl.where((slots - BLOCK < end)[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+        k_low, k_high, v = next_low, next_high, next_v
+
+    if parts == 1:
+        out_at = (batch * H + head * GROUP + lanes)[:, None] * D + full
+        tl.store(out_ptr + out_at, acc / total[:, None], mask=real[:, None])
+    else:
+        mine = (pair * SPLITS + split) * HEADS + lanes
+        tl.store(acc_ptr + mine[:, None] * D + full, acc, mask=real[:, None])
+        tl.store(tops_ptr + mine, top, mask=real)
+        tl.store(totals_ptr + mine, total, mask=real)
+        # Every thread's part is stored before one of them says so.
+        tl.debug_barrier()
+        if tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel") == parts - 1:
+            tl.store(arrived_ptr + pair, 0)  # for the next layer
+            group = tl.arange(0, HEADS)
+            joined = join_parts(
+                acc_ptr, tops_ptr, totals_ptr, pair, group, parts, D, HEADS, SPLITS
+            )
+            out_at = (batch * H + head * GROUP + group)[:, None] * D + full
+            tl.store(out_ptr + out_at, joined, mask=(group < GROUP)[:, None])
+
+
+@triton.jit
+def join_parts(
+    acc_ptr,
+    tops_ptr,
+    totals_ptr,
+    pair,
+    group,
+    parts,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """The softmax over all parts of one key head's query heads, [HEADS, D].
+
+    Reads past the first-level cache, which does not see what other programs wrote.
+    """
+    index = tl.arange(0, SPLITS)
+    at = (pair * SPLITS + index)[:, None] * HEADS + group[None, :]  # [SPLITS, HEADS]
+    there = (index < parts)[:, None]
+    tops = tl.load(tops_ptr + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+    totals = tl.load(totals_ptr + at, mask=there, other=0.0, cache_modifier=".cg")
+    rows = tl.load(
+        acc_ptr + at[:, :, None] * D + tl.arange(0, D)[None, None, :],
+        mask=there[:, :, None],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    factors = tl.exp2(tops - tl.max(tops, axis=0)[None, :])
+    total = tl.sum(totals * factors, axis=0)
+    return tl.sum(rows * factors[:, :, None], axis=0) / total[:, None]

@@ -1,0 +1,222 @@
+"""`DecoderOps` of one token of one sequence as five Triton kernels a layer.
+
+Each kernel is held to `REFERENCE_OPS` by a parity test. Results go to buffers that all layers
+share, so a step allocates nothing. Where the GPU can launch a kernel before the one in front has
+ended (compute capability 9.0 and later), every kernel here is launched so, and waits before it
+reads what others wrote.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+
+from qwencli.engine.kernels.attention import decode_attention_kernel
+from qwencli.engine.kernels.gemv import gemv_kernel
+from qwencli.engine.kernels.step import NOTHING_CHOSEN, choose_kernel
+from qwencli.engine.kernels.tiles import GemvTiles, attention_tiles, gemv_tiles
+from qwencli.engine.native.decoder_ops import Choice, DecoderOps, Layer, Step
+from qwencli.engine.native.kv_cache import StaticKVCache
+from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.models.shapes import TextShape
+
+Tensor = torch.Tensor
+
+SMALLEST_HEAD_DIM = 32  # half a head is an operand of a matrix unit
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What every launch on one device shares."""
+
+    num_processors: int
+    dependent: bool
+
+    @classmethod
+    def on(cls, device: torch.device) -> Launch:
+        if device.type != "cuda":  # Triton's interpreter
+            return cls(num_processors=2, dependent=False)
+        properties = torch.cuda.get_device_properties(device)
+        return cls(properties.multi_processor_count, dependent=properties.major >= 9)
+
+    def options(self, num_warps: int) -> dict[str, Any]:
+        dependent = {"launch_pdl": True} if self.dependent else {}
+        return {"PDL": self.dependent, "num_warps": num_warps, **dependent}
+
+
+class FusedOps:
+    """The kernels' buffers and launches.
+
+    Args:
+        angles: [positions, 2, D], `Rope.rows`.
+    """
+
+    def __init__(
+        self, shape: TextShape, angles: Tensor, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        def buffer(*size: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(size, dtype=of, device=device)
+
+        kv_heads, dim = shape.num_kv_heads, shape.head_dim
+        self._launch = Launch.on(device)
+        self._angles = angles
+        self._qkv = buffer(1, shape.q_size + 2 * shape.kv_size)
+        self._attended = buffer(1, shape.q_size)
+        self._activated = buffer(1, shape.intermediate_size)
+        self._logits = buffer(1, shape.vocab_size, of=torch.float32)
+        self._best = torch.full((1,), NOTHING_CHOSEN, dtype=torch.int64, device=device)
+        self._heads = triton.next_power_of_2(shape.group_size)
+        self._tiles = attention_tiles(kv_heads, self._launch.num_processors)
+        parts = (kv_heads, self._tiles.splits, self._heads)
+        self._sums = buffer(*parts, dim, of=torch.float32)
+        self._tops = buffer(*parts, of=torch.float32)
+        self._totals = buffer(*parts, of=torch.float32)
+        self._arrived = buffer(kv_heads, of=torch.int32)
+        # tl.dot would round float32 operands to TF32 otherwise.
+        self._precision = "ieee" if dtype == torch.float32 else "tf32"
+
+    def ops(self, own_attention: bool) -> DecoderOps:
+        """All kernels, or all but attention, which then stays with the step's own."""
+        fused = DecoderOps(
+            norm_qkv=self.norm_qkv,
+            o_residual=self.o_residual,
+            norm_gate_up=self.norm_gate_up,
+            down_residual=self.down_residual,
+            norm_head=self.norm_head,
+            choose=self.choose,
+        )
+        if not own_attention:
+            return fused
+        return replace(fused, attend=self.attend, any_length=True)
+
+    def norm_qkv(self, hidden: Tensor, layer: Layer) -> Tensor:
+        self._gemv(hidden, layer.qkv, self._qkv, norm=layer.attn_norm, bias=layer.qkv_bias)
+        return self._qkv
+
+    def attend(self, qkv: Tensor, layer: Layer, step: Step) -> Tensor:
+        assert isinstance(step.cache, StaticKVCache), "the kernel writes into the cache's tensors"
+        cache = step.cache.layers[layer.index]
+        norm = layer.qk_norm
+        gains = cache if norm is None else norm.weight
+        decode_attention_kernel[layer.num_kv_heads, self._tiles.splits](
+            qkv,
+            gains[0],
+            gains[0] if norm is None else gains[layer.num_heads],
+            self._angles,
+            step.positions,
+            cache,
+            step.slots,
+            self._attended,
+            self._sums,
+            self._tops,
+            self._totals,
+            self._arrived,
+            cache.shape[2],
+            0.0 if norm is None else norm.eps,
+            KVH=layer.num_kv_heads,
+            GROUP=layer.num_heads // layer.num_kv_heads,
+            D=layer.head_dim,
+            HEADS=self._heads,
+            BLOCK=self._tiles.block,
+            SPLITS=self._tiles.splits,
+            NORM=norm is not None,
+            PRECISION=self._precision,
+            **self._launch.options(self._tiles.num_warps),
+        )
+        return self._attended
+
+    def o_residual(self, attended: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
+        self._gemv(attended, layer.o, hidden, bias=layer.o_bias, add=True)
+        return hidden
+
+    def norm_gate_up(self, hidden: Tensor, layer: Layer) -> Tensor:
+        self._gemv(hidden, layer.gate_up, self._activated, norm=layer.mlp_norm, gated=True)
+        return self._activated
+
+    def down_residual(self, activated: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
+        self._gemv(activated, layer.down, hidden, add=True)
+        return hidden
+
+    def norm_head(self, hidden: Tensor, norm: RMSNorm, head: Tensor) -> Tensor:
+        """Logits [1, V], float32."""
+        self._gemv(hidden, head, self._logits, norm=norm)
+        return self._logits
+
+    def choose(self, hidden: Tensor, norm: RMSNorm, head: Tensor, choice: Choice) -> None:
+        self._gemv(hidden, head, self._logits, norm=norm, choice=choice)
+        choose_kernel[1,](
+            self._best,
+            choice.token,
+            choice.slot,
+            choice.position,
+            choice.step,
+            choice.done,
+            choice.stop_ids,
+            choice.seen,
+            STOPS=triton.next_power_of_2(choice.stop_ids.numel()),
+            NUM_STOPS=choice.stop_ids.numel(),
+            **self._launch.options(num_warps=1),
+        )
+
+    def _gemv(
+        self,
+        x: Tensor,
+        matrix: Tensor,
+        y: Tensor,
+        norm: RMSNorm | None = None,
+        bias: Tensor | None = None,
+        gated: bool = False,
+        add: bool = False,
+        choice: Choice | None = None,
+    ) -> None:
+        """`matrix` is the [in, out] view of a contiguous [out, in] weight."""
+        columns, rows = matrix.shape
+        assert matrix.stride() == (1, columns), "kernels read rows of the weight"
+        if gated:
+            rows //= 2
+        tiles: GemvTiles = gemv_tiles(columns, gated)
+        gemv_kernel[triton.cdiv(rows, tiles.rows),](
+            x,
+            x if norm is None else norm.weight,
+            matrix,
+            y if bias is None else bias,
+            y,
+            y if choice is None else choice.seen,
+            y if choice is None else choice.penalty,
+            self._best,
+            rows,
+            0.0 if norm is None else norm.eps,
+            K=columns,
+            BLOCK=tiles.block,
+            ROWS=tiles.rows,
+            WHOLE=rows % tiles.rows == 0,
+            NORM=norm is not None,
+            SWIGLU=gated,
+            BIAS=bias is not None,
+            ADD=add,
+            ARGMAX=choice is not None,
+            **self._launch.options(tiles.num_warps),
+        )
+
+
+def fused_ops(
+    shape: TextShape,
+    angles: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    own_attention: bool,
+) -> DecoderOps:
+    """The kernels for a model of `shape`; see `FusedOps`.
+
+    Args:
+        own_attention: whether attention is the kernel's too. It is not where half a head is no
+            power of two of 16 or more.
+    """
+    dim = shape.head_dim
+    fits = dim >= SMALLEST_HEAD_DIM and dim & (dim - 1) == 0
+    return FusedOps(shape, angles, dtype, device).ops(own_attention and fits)
+
+

@@ -1,0 +1,62 @@
+"""How a kernel cuts up its work: from the shape alone, so the same choice every time.
+
+The figures were the fastest of a search on one H200 over the matrices of a 4B model, each inside
+the whole decode step (results/2026-11-23-h200-kernels); rows differ by at most two percent around them. A
+program reads its rows with 16 bytes a thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BYTES_PER_THREAD = 16
+WARP = 32
+
+
+@dataclass(frozen=True)
+class GemvTiles:
+    """`rows` output rows a program, read `block` columns at a time by `num_warps` warps."""
+
+    block: int
+    rows: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """`splits` parts of a sequence at most, of a multiple of `block` slots."""
+
+    block: int
+    splits: int
+    num_warps: int
+
+
+# Columns of the matrix up to which a tile serves; the last row serves the rest.
+_BY_COLUMNS = (
+    (1024, GemvTiles(256, 2, 1)),
+    (2048, GemvTiles(512, 2, 2)),
+    (3072, GemvTiles(1024, 2, 4)),
+    (6144, GemvTiles(1024, 4, 4)),
+)
+_LONG_ROWS = GemvTiles(2048, 2, 8)
+# Two matrices are read at once, so a program takes one row of each.
+_GATED = GemvTiles(512, 1, 2)
+_GATED_LONG_ROWS = GemvTiles(1024, 1, 4)
+
+
+def gemv_tiles(columns: int, gated: bool = False) -> GemvTiles:
+    """Tiles of a matrix [rows, columns]; `gated` reads two such matrices."""
+    if gated:
+        return _GATED if columns <= 4096 else _GATED_LONG_ROWS
+    for most, tiles in _BY_COLUMNS:
+        if columns <= most:
+            return tiles
+    return _LONG_ROWS
+
+
+def attention_tiles(num_kv_heads: int, num_processors: int) -> AttentionTiles:
+    """Enough parts that every multiprocessor has about half a program: joining parts costs."""
+    splits = 1
+    while 2 * splits * num_kv_heads <= num_processors // 2 and splits < 32:
+        splits *= 2
+    return AttentionTiles(128, splits, 8)

@@ -1,0 +1,147 @@
+"""The fused kernels against the plain operators, through whole models, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qwencli.config import SamplingParams
+from qwencli.engine.kernels import fused_ops as fused_module
+from qwencli.engine.kernels.fused_ops import fused_ops
+from qwencli.engine.kernels.tiles import AttentionTiles, GemvTiles
+from qwencli.engine.native import weights
+from qwencli.engine.native.attention import AttentionPlan
+from qwencli.engine.native.decoding import DecodeState
+from qwencli.engine.native.model import Fused, QwenModel
+from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.models.shape_reader import read_shape
+from tests.engine.native.tiny import VOCAB, configs
+
+CPU = torch.device("cpu")
+SLOTS = 160
+OWN = functools.partial(fused_ops, own_attention=True)
+TORCH_ATTENTION = functools.partial(fused_ops, own_attention=False)
+
+
+@pytest.fixture(autouse=True)
+def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs: the interpreter takes milliseconds for each. Two parts, so that they join."""
+    monkeypatch.setattr(
+        fused_module, "gemv_tiles", lambda columns, gated=False: GemvTiles(64, 128, 1)
+    )
+    monkeypatch.setattr(fused_module, "attention_tiles", lambda *_: AttentionTiles(64, 2, 1))
+
+
+def model_of(config: dict[str, Any], fused: Fused | None) -> QwenModel:
+    shape = read_shape(config)
+    loaded = weights.dummy(shape, torch.float32, CPU)
+    scaled = {
+        name: t * 5 if t.std() > 0 and t.dim() > 1 else t + 0.1 * torch.arange(len(t)) / len(t)
+        for name, t in loaded.tensors.items()
+    }
+    return QwenModel(shape, weights.LoadedWeights(scaled, ()), SLOTS, fused=fused)
+
+
+def prompt_of(length: int) -> list[int]:
+    return [int(i) for i in torch.randint(0, VOCAB - 20, (length,), generator=_generator())]
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+@torch.inference_mode()
+def logits_of(model: QwenModel, length: int, steps: int) -> torch.Tensor:
+    """Logits [steps, V] of steps fed with fixed tokens after a prompt of `length`."""
+    inputs = model.prepare([Prompt(prompt_of(length), [])])
+    cache = model.static_cache()
+    model.prefill(inputs, cache)
+    positions = inputs.next_positions.clone()
+    rows = []
+    for step in range(steps):
+        plan = AttentionPlan(cache.length + 1, None)
+        slot = torch.tensor([cache.length])
+        rows.append(model.decode_step(torch.tensor([7 + step]), positions, slot, cache, plan)[0])
+        rows[-1] = rows[-1].clone()
+        cache.length += 1
+        positions += 1
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
+@settings(
+    max_examples=4,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_steps_give_the_logits_of_the_plain_operators(family: str, data: st.DataObject) -> None:
+    config = data.draw(configs(family))
+    length = data.draw(st.sampled_from((1, 2, 130)))
+    own = data.draw(st.booleans())
+    plain = logits_of(model_of(config, None), length, 3)
+    fused = logits_of(model_of(config, OWN if own else TORCH_ATTENTION), length, 3)
+    assert (plain - fused).abs().max() <= 1e-4 * plain.abs().max()
+
+
+@torch.inference_mode()
+def tokens_of(model: QwenModel, sampling: SamplingParams, stop_ids: list[int]) -> DecodeState:
+    inputs = model.prepare([Prompt(prompt_of(20), [])])
+    state = DecodeState(model, model.static_cache(), SLOTS)
+    state.begin(sampling, inputs.ids[0], stop_ids, inputs.next_positions)
+    state.choose_first(model.prefill(inputs, state.cache))
+    return state
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_tokens_positions_and_the_end_are_those_of_the_plain_operators(
+    penalty: float,
+) -> None:
+    from tests.models.test_shape_reader import TEXT
+
+    sampling = SamplingParams(
+        do_sample=False, repetition_penalty=penalty, max_new_tokens=40
+    )
+    states = [
+        tokens_of(model_of({"model_type": "qwen2", **TEXT}, fused), sampling, [])
+        for fused in (None, OWN)
+    ]
+    chosen: list[list[int]] = [[], []]
+    for step in range(24):
+        for own, state in zip(chosen, states, strict=True):
+            plan = AttentionPlan(20 + step + 1, None)
+            state.advance(state.kind, plan)
+            own.append(int(state.token))
+    assert chosen[0] == chosen[1]
+    plain, fused = states
+    for name in ("slot", "position", "step", "done"):
+        assert torch.equal(getattr(plain, name), getattr(fused, name)), name
+    assert torch.equal(plain.sampler.seen, fused.sampler.seen)
+
+    # Once a stop token has been chosen, further steps change nothing.
+    fused.stop_ids[0] = fused.token
+    fused.done.fill_(True)
+    before = [int(t) for t in (fused.token, fused.slot, fused.position, fused.step)]
+    fused.advance(fused.kind, AttentionPlan(SLOTS, None))
+    assert [int(t) for t in (fused.token, fused.slot, fused.position, fused.step)] == before
+
+
+@torch.inference_mode()
+def test_a_stop_token_ends_the_answer() -> None:
+    from tests.models.test_shape_reader import TEXT
+
+    sampling = SamplingParams(do_sample=False, max_new_tokens=40)
+    config = {"model_type": "qwen2", **TEXT}
+    state = tokens_of(model_of(config, OWN), sampling, [])
+    state.advance(state.kind, AttentionPlan(SLOTS, None))
+    second = int(state.token)
+    state = tokens_of(model_of(config, OWN), sampling, [250, second])
+    assert not bool(state.done)
+    state.advance(state.kind, AttentionPlan(SLOTS, None))
+    assert int(state.token) == second and bool(state.done)

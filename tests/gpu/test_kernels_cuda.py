@@ -1,0 +1,128 @@
+"""The fused decode kernels as compiled: equal results, no races, any length."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qwencli.config import Attention, DType, EngineName, Kernels, SamplingOptions
+from qwencli.engine.kernels import fused_ops as fused_module
+from qwencli.engine.kernels.fused_ops import Launch, fused_ops
+from qwencli.engine.native import weights
+from qwencli.engine.native.attention import AttentionPlan
+from qwencli.engine.native.engine import NativeEngine
+from qwencli.engine.native.model import QwenModel
+from qwencli.messages import GenerationRequest, user_message
+from qwencli.models.shape_reader import read_shape
+from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, picture
+
+CUDA = torch.device("cuda")
+
+
+def ask(images, tokens):
+    sampling = SamplingOptions(do_sample=False, max_new_tokens=tokens, repetition_penalty=1.1)
+    return GenerationRequest(
+        (user_message("Describe this image.", tuple(images)),), sampling, ignore_eos=True
+    )
+
+
+@pytest.mark.parametrize("attention", [Attention.AUTO, Attention.SDPA, Attention.EAGER])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_same_tokens_as_plain_operators_in_float32(checkpoint, family, attention):
+    images = (picture(),) if family in VISION_FAMILIES else ()
+    results = []
+    for kernels in (Kernels.TORCH, Kernels.TRITON):
+        config = engine_config(
+            checkpoint(family), engine=EngineName.NATIVE, device="cuda", dtype=DType.FLOAT32
+        )
+        with NativeEngine(replace(config, kernels=kernels, attention=attention)) as engine:
+            results.append(engine.generate(ask(images, 200)))
+    assert results[0].token_ids == results[1].token_ids
+    assert [r.ran.kernels for r in results] == ["torch", "triton"]
+    own = attention is Attention.AUTO
+    assert results[1].ran.attention == ("triton" if own else attention.value)
+
+
+def wide_model(fused, hidden=2560, layers=3):
+    """True widths of a 4B model, few layers and words."""
+    shape = read_shape(
+        {
+            "model_type": "qwen3",
+            "vocab_size": 4096,
+            "hidden_size": hidden,
+            "intermediate_size": 9728,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6},
+            "tie_word_embeddings": True,
+        }
+    )
+    loaded = weights.dummy(shape, torch.bfloat16, CUDA)
+    return QwenModel(shape, loaded, 9000, fused=fused)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("length", [0, 1, 127, 128, 700, 1025, 4000, 8990])
+def test_logits_are_as_near_to_float64_as_plain_operators_are(length):
+    logits = []
+    generator = torch.Generator(CUDA).manual_seed(1)
+    for fused in (None, functools.partial(fused_ops, own_attention=True)):
+        model = wide_model(fused)
+        cache = model.static_cache()
+        for layer in cache.layers:
+            layer.normal_(0, 0.5, generator=generator.manual_seed(1))
+        at = torch.tensor([length], device=CUDA)
+        plan = AttentionPlan(length + 1, None)
+        token = torch.tensor([77], device=CUDA)
+        logits.append(model.decode_step(token, at, at, cache, plan)[0].double())
+    plain, own = (row / row.norm() for row in logits)
+    assert not torch.isnan(own).any()
+    assert float((plain - own).norm()) < 0.03
+
+
+@torch.inference_mode()
+def test_overlapped_launches_give_the_same_bits_for_thousands_of_steps(monkeypatch):
+    """A kernel that reads before its turn would read the poison of the step before."""
+    if not Launch.on(CUDA).dependent:
+        pytest.skip("this GPU launches kernels one after the other")
+    apart = replace(Launch.on(CUDA), dependent=False)
+
+    def run(fused):
+        model = wide_model(fused)
+        cache = model.static_cache()
+        own = model.step_ops.norm_qkv.__self__
+        token = torch.tensor([5], device=CUDA)
+        slot = torch.tensor([600], device=CUDA)
+        plan = AttentionPlan(9001, None)
+        model.decode_step(token, slot, slot, cache, plan)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model.decode_step(token, slot, slot, cache, plan)
+            token.copy_(logits.argmax(-1))
+            slot.add_(1)
+            for buffer in (own._qkv, own._attended, own._activated, own._sums, own._tops):
+                buffer.fill_(float("nan"))
+        token.fill_(5)
+        slot.fill_(600)
+        for layer in cache.layers:
+            layer.zero_()
+        seen = []
+        for _ in range(3000):
+            graph.replay()
+            seen.append(token.clone())
+        return torch.cat(seen).tolist(), logits.clone()
+
+    fused = functools.partial(fused_ops, own_attention=True)
+    overlapped = run(fused)
+    monkeypatch.setattr(fused_module.Launch, "on", classmethod(lambda cls, device: apart))
+    serial = run(fused)
+    assert overlapped[0] == serial[0]
+    assert torch.equal(overlapped[1], serial[1])
+    assert len(set(serial[0])) > 10
