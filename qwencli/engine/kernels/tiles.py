@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BYTES_PER_THREAD = 16
-WARP = 32
+MOST_SPLITS = 32
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ def gemv_tiles(columns: int, gated: bool = False) -> GemvTiles:
 
 
 def attention_tiles(num_kv_heads: int, num_processors: int) -> AttentionTiles:
-    """Enough parts that every multiprocessor has about half a program: joining parts costs."""
+    """As many parts, a power of two, as give every multiprocessor at most two programs."""
     splits = 1
-    while 2 * splits * num_kv_heads <= num_processors // 2 and splits < 32:
+    while splits * num_kv_heads <= num_processors and splits < MOST_SPLITS:
         splits *= 2
-    return AttentionTiles(128, splits, 8)
+    return AttentionTiles(64, splits, 4)
