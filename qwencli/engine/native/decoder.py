@@ -38,13 +38,13 @@ class Decoder:
         self.shape = shape
         self.ops = ops
         self.layers = [_layer(shape, weights, index) for index in range(shape.num_layers)]
-        self._embed = weights["text.embed"]
-        self._norm = RMSNorm(weights["text.norm"], shape.rms_norm_eps)
-        self._head = (self._embed if shape.tied_head else weights["text.head"]).t()
+        self.embedding = weights["text.embed"]
+        self.norm = RMSNorm(weights["text.norm"], shape.rms_norm_eps)
+        self.head = (self.embedding if shape.tied_head else weights["text.head"]).t()
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [N] -> hidden states [N, hidden]."""
-        return F.embedding(ids, self._embed)
+        return F.embedding(ids, self.embedding)
 
     def forward(
         self, hidden: torch.Tensor, step: Step, deepstack: DeepStack | None = None
@@ -64,7 +64,7 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [N, hidden] of the last layer -> logits [N, V]."""
-        return self.ops.norm_head(hidden, self._norm, self._head)
+        return self.ops.norm_head(hidden, self.norm, self.head)
 
 
 def _layer(shape: TextShape, weights: Tensors, index: int) -> Layer:

@@ -13,6 +13,7 @@ import torch
 
 from qwencli.config import SamplingParams
 from qwencli.engine.native.attention import AttentionPlan, decode_mask
+from qwencli.engine.native.host_decoder import HostDecoder
 from qwencli.engine.native.kv_cache import KVCache
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import Sampler, SamplerKind, kind_of
@@ -79,6 +80,13 @@ class DecodeState:
         self.position.add_(going)
         self.step.add_(going)
         self.done.logical_or_((self.token == self.stop_ids).any(dim=0))
+
+    def advance_on_host(self, decoder: HostDecoder, slot: int) -> None:
+        """One step of a host that reads each token before it takes the next one."""
+        logits = decoder.logits(int(self.token), int(self.position), slot)
+        self.token.copy_(self.sampler.sample(logits, self.step, self.kind))
+        self.position.add_(1)
+        self.step.add_(1)
 
     def advance_masked(self, kind: SamplerKind, kv_len: int) -> None:
         """One step that reads the first `kv_len` slots and hides those not yet written."""

@@ -51,7 +51,8 @@ class QwenModel:
         self.vision = VisionTower(shape.vision, loaded.tensors, attention) if shape.vision else None
         # A picture's larger side is never above its number of tokens: positions lag behind slots.
         self.rope = Rope(shape.text.rope, shape.text.head_dim, max_seq_len, self.dtype, self.device)
-        self._attention = ATTENTION[attention]
+        self.attention = attention
+        self._attend = ATTENTION[attention]
 
     @classmethod
     def load(
@@ -132,7 +133,7 @@ class QwenModel:
             slots=torch.arange(start, stop, device=self.device),
             plan=plan,
             cache=cache,
-            attention=self._attention,
+            attention=self._attend,
         )
         hidden = self.decoder.forward(hidden, step, deepstack)
         cache.length = stop
@@ -158,5 +159,5 @@ class QwenModel:
         # Positions never exceed slots. A compiled step cannot fill the table: its stepper did.
         if not torch.compiler.is_compiling():
             self.rope.reach(plan.kv_len)
-        step = Step(cache.batch, 1, self.rope.step(positions), slot, plan, cache, self._attention)
+        step = Step(cache.batch, 1, self.rope.step(positions), slot, plan, cache, self._attend)
         return self.decoder.logits(self.decoder.forward(self.decoder.embed(tokens), step))
