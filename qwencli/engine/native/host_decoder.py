@@ -108,7 +108,7 @@ class HostDecoder:
         """Norm and rotate the query and key heads in place."""
         if self._qk_eps is not None:
             np.multiply(self._qk, self._qk, self._scratch)
-            np.add.reduce(self._scratch, 1, None, self._squares)
+            np.add.reduce(self._scratch, axis=1, out=self._squares)
             np.sqrt(np.add(self._squares, self._qk_eps, self._squares), self._squares)
         np.multiply(self._swapped, sin, self._turned)
         np.multiply(self._halves, cos, self._halves)
