@@ -84,7 +84,11 @@ class DecodeState:
     def advance_on_host(self, decoder: HostDecoder, slot: int) -> None:
         """One step of a host that reads each token before it takes the next one."""
         logits = decoder.logits(int(self.token), int(self.position), slot)
-        self.token.copy_(self.sampler.sample(logits, self.step, self.kind))
+        if self.kind is SamplerKind.ARGMAX:
+            # numpy's takes 10 us for a vocabulary of 150,000, torch's 300 on the CPU.
+            self.token.fill_(int(logits.numpy().argmax()))
+        else:
+            self.token.copy_(self.sampler.sample(logits, self.step, self.kind))
         self.position.add_(1)
         self.step.add_(1)
 
