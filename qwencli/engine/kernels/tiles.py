@@ -1,8 +1,8 @@
 """How a kernel cuts up its work: from the shape alone, so the same choice every time.
 
-The figures were the fastest of a search on one H200 over the matrices of a 4B model, each inside
-the whole decode step (results/2026-11-23-h200-kernels); rows differ by at most two percent around them. A
-program reads its rows with 16 bytes a thread.
+The figures are the fastest of a search on one H200 over the matrices of 2B, 4B and 8B models, each
+inside the whole decode step (results/2026-11-23-h200-kernels). Most others were within two
+percent. A thread reads 16 bytes of a row at a time.
 """
 
 from __future__ import annotations

@@ -41,13 +41,13 @@ class Decoder:
     def __init__(self, shape: TextShape, weights: Tensors, by_rows: bool = False) -> None:
         self.shape = shape
         self.layers = [_layer(shape, weights, i, by_rows) for i in range(shape.num_layers)]
-        self._embed = weights["text.embed"]
-        self._norm = RMSNorm(weights["text.norm"], shape.rms_norm_eps)
-        self._head = (self._embed if shape.tied_head else weights["text.head"]).t()
+        self.embedding = weights["text.embed"]
+        self.norm = RMSNorm(weights["text.norm"], shape.rms_norm_eps)
+        self.head = (self.embedding if shape.tied_head else weights["text.head"]).t()
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [N] -> hidden states [N, hidden]."""
-        return F.embedding(ids, self._embed)
+        return F.embedding(ids, self.embedding)
 
     def forward(
         self, hidden: torch.Tensor, step: Step, deepstack: DeepStack | None = None
@@ -67,12 +67,12 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor, ops: DecoderOps) -> torch.Tensor:
         """Hidden states [N, hidden] of the last layer -> logits [N, V]."""
-        return ops.norm_head(hidden, self._norm, self._head)
+        return ops.norm_head(hidden, self.norm, self.head)
 
     def choose(self, hidden: torch.Tensor, ops: DecoderOps, choice: Choice) -> None:
         """Hidden state [1, hidden] of the last layer -> the likeliest token, in `choice`."""
         assert ops.choose is not None, "the caller looks whether these operations can"
-        ops.choose(hidden, self._norm, self._head, choice)
+        ops.choose(hidden, self.norm, self.head, choice)
 
 
 def _layer(shape: TextShape, weights: Tensors, index: int, by_rows: bool) -> Layer:

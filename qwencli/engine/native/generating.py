@@ -130,22 +130,25 @@ class Readback:
 
     def __init__(self, device: str, capacity: int) -> None:
         self._cuda = device.startswith("cuda")
-        # A host that does the steps itself has nothing to run ahead of.
+        # A host that runs the steps itself has nothing to run ahead of.
         self.run_ahead = RUN_AHEAD if self._cuda else 0
-        self._ids = torch.zeros(capacity, dtype=torch.int64, pin_memory=self._cuda)
-        self._rows = list(torch.split(self._ids, 1)) if self._cuda else []
+        self._pinned: list[torch.Tensor] = []
+        if self._cuda:
+            ids = torch.zeros(capacity, dtype=torch.int64, pin_memory=True)
+            self._pinned = list(torch.split(ids, 1))
+        self._tokens: list[torch.Tensor | int] = []
         self._marks: list[Mark] = []
 
     def begin(self) -> None:
-        self._marks = []
+        self._tokens, self._marks = [], []
 
     def store(self, token: torch.Tensor, clock: Clock) -> None:
         """Start copying `token` [1] to the host, and mark when it is there."""
-        index = len(self._marks)
         if self._cuda:
-            self._rows[index].copy_(token, non_blocking=True)
+            row = self._pinned[len(self._tokens)]
+            self._tokens.append(row.copy_(token, non_blocking=True))
         else:
-            self._ids[index] = token
+            self._tokens.append(int(token))
         self._marks.append(clock.mark())
 
     def read(self, index: int) -> tuple[int, Mark]:
@@ -153,4 +156,4 @@ class Readback:
         mark = self._marks[index]
         if self._cuda:
             mark.synchronize()
-        return int(self._ids[index]), mark
+        return int(self._tokens[index]), mark

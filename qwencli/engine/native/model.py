@@ -25,7 +25,6 @@ from qwencli.engine.native.vision_layout import Grid
 from qwencli.errors import InputError
 from qwencli.models.shapes import ModelShape, TextShape
 
-
 # Shape, rotary rows, type and device -> operations of a decode step.
 Fused = Callable[[TextShape, torch.Tensor, torch.dtype, torch.device], DecoderOps]
 
@@ -57,7 +56,8 @@ class QwenModel:
         self.vision = VisionTower(shape.vision, loaded.tensors, attention) if shape.vision else None
         # A picture's larger side is never above its number of tokens: positions lag behind slots.
         self.rope = Rope(shape.text.rope, shape.text.head_dim, max_seq_len, self.dtype, self.device)
-        self._attention = ATTENTION[attention]
+        self.attention = attention
+        self._attend = ATTENTION[attention]
         self.step_ops = REFERENCE_OPS
         if fused is not None:
             self.step_ops = fused(shape.text, self.rope.rows, self.dtype, self.device)
@@ -141,7 +141,7 @@ class QwenModel:
             slots=torch.arange(start, stop, device=self.device),
             plan=plan,
             cache=cache,
-            attention=self._attention,
+            attention=self._attend,
             ops=REFERENCE_OPS,
         )
         hidden = self.decoder.forward(hidden, step, deepstack)
@@ -189,7 +189,7 @@ class QwenModel:
             slots=slot,
             plan=plan,
             cache=cache,
-            attention=self._attention,
+            attention=self._attend,
             ops=ops,
             positions=positions,
         )

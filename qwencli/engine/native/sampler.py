@@ -24,14 +24,19 @@ TOP_K_CANDIDATES = 256
 class SamplerKind(StrEnum):
     """What a graph must contain; a request needs the smallest kind that can express it."""
 
+    ARGMAX = "argmax"
     GREEDY = "greedy"
     TOP_K = "top-k"
     FULL = "full"
 
 
+LIKELIEST = (SamplerKind.ARGMAX, SamplerKind.GREEDY)
+
+
 def kind_of(sampling: SamplingParams) -> SamplerKind:
     if not sampling.do_sample:
-        return SamplerKind.GREEDY
+        penalised = sampling.repetition_penalty != 1.0
+        return SamplerKind.GREEDY if penalised else SamplerKind.ARGMAX
     return SamplerKind.TOP_K if 0 < sampling.top_k <= TOP_K_CANDIDATES else SamplerKind.FULL
 
 
@@ -74,6 +79,8 @@ class Sampler:
 
     def sample(self, logits: torch.Tensor, step: torch.Tensor, kind: SamplerKind) -> torch.Tensor:
         """Choose from `logits` [V] the token of `step` (int64 [1]) -> int64 [1]."""
+        if kind is SamplerKind.ARGMAX:
+            return logits.argmax(dim=-1, keepdim=True)
         scores = self._penalised(logits.float())
         if kind is SamplerKind.GREEDY:
             token = scores.argmax(dim=-1, keepdim=True)

@@ -15,6 +15,8 @@ import torch
 from qwencli.config import Cache
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.decoding import DecodeState
+from qwencli.engine.native.host_decoder import HostDecoder
+from qwencli.engine.native.kv_cache import StaticKVCache
 from qwencli.engine.native.sampler import SamplerKind
 
 SMALLEST_BUCKET = 256
@@ -56,6 +58,22 @@ class EagerStepper:
 
     def run(self, slot: int) -> None:
         self._state.advance(self._state.kind, AttentionPlan(slot + 1, None))
+
+
+class HostStepper:
+    """The step of `HostDecoder`, over exactly the slots in use. `static` in float32 on the CPU."""
+
+    def __init__(self, state: DecodeState) -> None:
+        model, cache = state.model, state.cache
+        assert isinstance(cache, StaticKVCache), "a growing cache has no views to keep"
+        self._state = state
+        self._decoder = HostDecoder(model.decoder, model.rope, cache, model.attention)
+
+    def prepare(self, first_slot: int, last_slot: int) -> None:
+        return
+
+    def run(self, slot: int) -> None:
+        self._state.advance_on_host(self._decoder, slot)
 
 
 class CompiledStepper:
@@ -129,9 +147,15 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
+def _static(state: DecodeState) -> Stepper:
+    device, dtype = state.model.device.type, state.model.dtype
+    on_host = device == "cpu" and dtype == torch.float32
+    return HostStepper(state) if on_host else EagerStepper(state)
+
+
 STEPPERS: Mapping[Cache, Callable[[DecodeState], Stepper]] = {
     Cache.DYNAMIC: EagerStepper,
-    Cache.STATIC: EagerStepper,
+    Cache.STATIC: _static,
     Cache.STATIC_COMPILE: CompiledStepper,
     Cache.STATIC_GRAPH: GraphStepper,
 }

@@ -101,7 +101,8 @@ def test_a_chosen_token_counts_as_seen():
 @pytest.mark.parametrize(
     ("sampling", "kind"),
     [
-        (SamplingParams(do_sample=False, top_k=5), SamplerKind.GREEDY),
+        (SamplingParams(do_sample=False, top_k=5), SamplerKind.ARGMAX),
+        (SamplingParams(do_sample=False, repetition_penalty=1.1), SamplerKind.GREEDY),
         (SamplingParams(top_k=5), SamplerKind.TOP_K),
         (SamplingParams(top_k=0), SamplerKind.FULL),
     ],

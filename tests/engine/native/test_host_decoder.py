@@ -1,0 +1,90 @@
+"""The CPU's own decode step against the reference operators, which it must equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwencli.config import Attention
+from qwencli.engine.native import weights
+from qwencli.engine.native.attention import AttentionPlan
+from qwencli.engine.native.host_attention import GRAIN
+from qwencli.engine.native.host_decoder import HostDecoder
+from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.models.shape_reader import read_shape
+from tests.engine.native import tiny
+
+CPU = torch.device("cpu")
+TOLERANCE = 1e-4
+MAX_SEQ_LEN = 3 * GRAIN + 5
+
+
+def random_model(config: dict[str, Any], attention: Attention) -> QwenModel:
+    """Every tensor random, norms and biases too."""
+    torch.manual_seed(0)
+    shape = read_shape(config)
+    loaded = weights.dummy(shape, torch.float32, CPU)
+    for tensor in loaded.tensors.values():
+        tensor.add_(torch.randn_like(tensor), alpha=0.1)
+    return QwenModel(shape, loaded, MAX_SEQ_LEN, attention)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
+@pytest.mark.parametrize("attention", [Attention.SDPA, Attention.EAGER])
+def test_steps_equal_the_reference(family: str, attention: Attention) -> None:
+    @settings(max_examples=3, deadline=None, derandomize=True, database=None)
+    @given(text=tiny.text_configs(family), tied=st.booleans())
+    @torch.inference_mode()
+    def check(text: dict[str, Any], tied: bool) -> None:
+        config = {**text, "model_type": family, "tie_word_embeddings": tied}
+        model = random_model(config, attention)
+        caches = [model.static_cache(), model.static_cache()]
+        host = HostDecoder(model.decoder, model.rope, caches[1], attention)
+        for layer in caches[1].layers:
+            layer.fill_(9.0)  # what another request left behind
+        # A long prompt, whose steps cross two lengths of views, and then a short one.
+        for length, steps in ((2 * GRAIN - 2, GRAIN + 4), (3, 4)):
+            inputs = model.prepare([Prompt(range(1, length + 1))])
+            for cache in caches:
+                cache.truncate(0)
+                model.prefill(inputs, cache)
+            for slot in range(length, length + steps):
+                token, position = slot * 7 % model.shape.text.vocab_size, slot - 1
+                expected = model.decode_step(
+                    torch.tensor([token]),
+                    torch.tensor([position]),
+                    torch.tensor([slot]),
+                    caches[0],
+                    AttentionPlan(slot + 1, None),
+                )
+                got = host.logits(token, position, slot)
+                torch.testing.assert_close(got, expected[0], atol=TOLERANCE, rtol=0)
+        written = [cache.layers[-1][:, :, : length + steps] for cache in caches]
+        torch.testing.assert_close(*written, atol=TOLERANCE, rtol=0)
+
+    check()
+
+
+@torch.inference_mode()
+def test_the_last_slot_of_the_cache_can_be_used() -> None:
+    config = {
+        "model_type": "qwen3",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "rope_theta": 1e4,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 512,
+    }
+    model = random_model(config, Attention.SDPA)
+    host = HostDecoder(model.decoder, model.rope, model.static_cache(), Attention.SDPA)
+    assert host.logits(1, MAX_SEQ_LEN - 1, MAX_SEQ_LEN - 1).isfinite().all()
