@@ -153,10 +153,10 @@ def test_ids_equal_the_references(
 
 def test_each_picture_takes_as_many_tokens_as_its_grid_says(tmp_path: Path) -> None:
     prompt = builder(tmp_path).build((user_message("Which is red?", (PICTURE, WIDE)),))
-    assert prompt.pixel_values is not None
+    assert prompt.inputs is not None
     per_picture = [t * rows * columns // 4 for t, rows, columns in prompt.grid_thw]
     assert prompt.num_image_tokens == sum(per_picture) == sum(prompt.mm_token_type_ids)
-    assert len(prompt.pixel_values) == 4 * prompt.num_image_tokens
+    assert sum(map(len, prompt.inputs.patches)) == 4 * prompt.num_image_tokens
     runs = "".join(map(str, prompt.mm_token_type_ids)).split("0")
     assert [len(run) for run in runs if run] == per_picture
     assert prompt.preprocess_s > 0
@@ -164,15 +164,15 @@ def test_each_picture_takes_as_many_tokens_as_its_grid_says(tmp_path: Path) -> N
 
 def test_pixels_are_normalised_once(tmp_path: Path) -> None:
     prompt = builder(tmp_path).build((user_message("", (PICTURE,)),))
-    assert prompt.pixel_values is not None
-    red = prompt.pixel_values.reshape(-1, 3, 2 * 16 * 16)
+    assert prompt.inputs is not None
+    red = prompt.inputs.patches[0].reshape(-1, 3, 2 * 16 * 16)
     np.testing.assert_array_equal(red[:, 0], 1.0)
     np.testing.assert_array_equal(red[:, 1:], -1.0)
 
 
 def test_text_alone_for_a_vision_model(tmp_path: Path) -> None:
     prompt = builder(tmp_path).build((text_message("user", "hello"),))
-    assert prompt.pixel_values is None
+    assert prompt.inputs is None
     assert prompt.grid_thw == ()
     assert prompt.num_image_tokens == 0
     assert set(prompt.mm_token_type_ids) == {0}
