@@ -91,6 +91,7 @@ class LocalEngine(ABC):
                 f"use {files.max_seq_len} or less",
             )
         device = resolve_device(self.config.device)
+        files = files.prepared_on(device)
         try:
             self._ran = self._load(files)
         except (RuntimeError, MemoryError) as error:
@@ -114,7 +115,7 @@ class LocalEngine(ABC):
         """
         self.load()
         started_s = time.perf_counter()
-        prompt = self.files.prompts.build(request.messages)
+        prompt = self._prompt(request)
         sampling = resolve_sampling(
             request.sampling, self.files.generation_defaults, ignore_eos=request.ignore_eos
         )
@@ -153,6 +154,22 @@ class LocalEngine(ABC):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _prompt(self, request: GenerationRequest) -> Prompt:
+        """The request's prompt; like the answer, tried once more where memory was short."""
+        for last_try in (False, True):
+            try:
+                return self.files.prompts.build(request.messages)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = out_of_memory_error(
+                    self.ran.device, "preparing the pictures", error, num_image_tokens=1
+                )
+            self._recover()
+            if last_try:
+                raise failure
+        raise AssertionError("the last try returns or raises")
 
     def _out_of_memory(self, prompt: Prompt, error: BaseException) -> OutOfMemoryError:
         doing = f"answering a prompt of {len(prompt.input_ids)} tokens"

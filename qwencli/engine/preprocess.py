@@ -243,7 +243,7 @@ def patchify_on_host(
     # [steps, patches, C, T, P * P]: filled step by step, so nothing is concatenated.
     out = np.empty((steps, count, 3, times, patch * patch), dtype=np.float32)
     scale, shift = scale_and_shift(config)
-    for step, shown in enumerate(_by_step(frames, times)):
+    for step, shown in enumerate(by_step(frames, times)):
         pixels = np.stack([np.asarray(_resized(frame, size)) for frame in shown])
         # The costly reordering is done on bytes, an eighth of the size of the result.
         blocks = pixels.reshape(len(shown), rows, merge, patch, columns, merge, patch, 3)
@@ -257,7 +257,8 @@ def patchify_on_host(
     return out.reshape(steps * count, -1)
 
 
-def _by_step(frames: Sequence[Image.Image], times: int) -> Iterator[Sequence[Image.Image]]:
+def by_step(frames: Sequence[Image.Image], times: int) -> Iterator[Sequence[Image.Image]]:
+    """The frames of each step of the time axis; the last may have fewer."""
     for first in range(0, len(frames), times):
         yield frames[first : first + times]
 
