@@ -107,7 +107,8 @@ def keys_of(prompt: Prompt, digests: Sequence[bytes]) -> list[Key]:
     places = iter(
         [(digest, n) for digest, count in zip(digests, counts, strict=True) for n in range(count)]
     )
+    # A prompt with too many image tokens is refused later, with the figures.
     return [
-        next(places) if kind else token
+        next(places, token) if kind else token
         for token, kind in zip(prompt.input_ids, prompt.mm_token_type_ids, strict=True)
     ]
