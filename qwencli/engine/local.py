@@ -183,5 +183,16 @@ class LocalEngine(ABC):
             raise InputError(
                 f"the prompt has {tokens} tokens ({prompt.num_image_tokens} of images) and {new} "
                 f"new ones are asked for, but {self.config.model.name} holds {self.max_seq_len}",
-                "lower --max-new-tokens or --max-pixels, or shorten the prompt",
+                self._what_fits(tokens, new),
             )
+
+    def _what_fits(self, tokens: int, new: int) -> str:
+        """The nearest settings with which a request that is too long would run."""
+        fitting = []
+        if tokens < self.max_seq_len:
+            fitting.append(f"--max-new-tokens {self.max_seq_len - tokens}")
+        if tokens + new <= self.files.max_seq_len:
+            fitting.append(f"--max-seq-len {tokens + new}")
+        if fitting:
+            return f"{' or '.join(fitting)} fits"
+        return "lower --max-pixels, send fewer pictures, or shorten the prompt"

@@ -71,6 +71,26 @@ def test_a_bad_request_is_one_error_and_the_next_is_served(live, name):
     assert live.generate(ask()).token_ids == expected
 
 
+def test_a_request_that_is_too_long_names_what_fits(live):
+    with pytest.raises(InputError) as caught:
+        live.generate(ask(max_new_tokens=600))
+    words = caught.value.hint.split()
+    assert (words[0], words[2], words[3], words[5]) == (
+        "--max-new-tokens",
+        "or",
+        "--max-seq-len",
+        "fits",
+    )
+    room, length = int(words[1]), int(words[4])
+    assert length == 600 - room + 600
+    assert live.generate(ask(max_new_tokens=room)).num_new_tokens <= room
+    with pytest.raises(InputError):
+        live.generate(ask(max_new_tokens=room + 1))
+    with pytest.raises(InputError, match="holds 600") as caught:
+        live.generate(ask("word " * 4000))
+    assert "shorten the prompt" in caught.value.hint
+
+
 @pytest.mark.parametrize("by", [-1, 2])
 def test_image_tokens_that_do_not_match_the_pictures(live, monkeypatch, by):
     expected = live.generate(ask()).token_ids
