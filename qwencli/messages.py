@@ -1,8 +1,7 @@
-"""A conversation as the engines take it: messages made of text and images."""
+"""A conversation as the engines take it: messages made of text, images and videos."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -27,7 +26,23 @@ class ImagePart:
     name: str
 
 
-Part = TextPart | ImagePart
+@dataclass(frozen=True)
+class VideoPart:
+    """Frames of a video, each as `ImagePart.image` and all of one size, in order.
+
+    Args:
+        times_s: when each frame is seen, from the video's beginning.
+        duration_s: of the whole video, above 0.
+    """
+
+    frames: tuple[Image, ...]
+    times_s: tuple[float, ...]
+    duration_s: float
+    name: str
+
+
+VisualPart = ImagePart | VideoPart
+Part = TextPart | VisualPart
 
 
 @dataclass(frozen=True)
@@ -52,16 +67,10 @@ class GenerationRequest:
     ignore_eos: bool = False
     from_scratch: bool = False
 
-    def images(self) -> Iterator[ImagePart]:
-        for message in self.messages:
-            for part in message.parts:
-                if isinstance(part, ImagePart):
-                    yield part
 
-
-def user_message(text: str, images: tuple[ImagePart, ...] = ()) -> Message:
-    """Images first, then the text: the order Qwen's models were trained on."""
-    return Message("user", (*images, TextPart(text)) if text else images)
+def user_message(text: str, visuals: tuple[VisualPart, ...] = ()) -> Message:
+    """Images and videos first, then the text: the order Qwen's models were trained on."""
+    return Message("user", (*visuals, TextPart(text)) if text else visuals)
 
 
 def text_message(role: Role, text: str) -> Message:

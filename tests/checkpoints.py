@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from qwencli.config import EngineConfig, ModelSource, ModelSpec
-from qwencli.messages import ImagePart
+from qwencli.messages import ImagePart, VideoPart
 from tests.engine.tiny_folder import CONTROL, tiny_tokenizer, write_tiny_folder
 
 # More rows than the tokenizer has words, as published models have.
@@ -172,3 +172,10 @@ def picture(width: int = 64, height: int = 64, name: str = "picture.png") -> Ima
     """A small picture with content, so that a model that looks at it can tell it from another."""
     image = Image.radial_gradient("L").resize((width, height)).convert("RGB")
     return ImagePart(image, name)
+
+
+def film(count: int = 5, width: int = 64, height: int = 64) -> VideoPart:
+    """A small video whose picture turns."""
+    still = picture(width, height).image
+    frames = tuple(still.rotate(20 * index) for index in range(count))
+    return VideoPart(frames, tuple(0.4 * i for i in range(count)), 0.4 * count, "film.gif")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qwencli.commands.options import RunOptions, with_run_options
+from qwencli.commands.options import Frames, RunOptions, with_run_options
 from qwencli.output import Sink
 from qwencli.presets import PRESETS, prompt_text
 
@@ -16,10 +16,11 @@ from qwencli.presets import PRESETS, prompt_text
 @with_run_options
 def caption(
     context: typer.Context,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image or video files.")],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to ask.")] = None,
     preset: Annotated[str | None, typer.Option(help=f"Ask for: {', '.join(PRESETS)}.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    frames: Frames = None,
     together: Annotated[
         bool, typer.Option("--together", help="All images in one request.")
     ] = False,
@@ -38,7 +39,7 @@ def caption(
     sampling = run.sampling_options()
     spec = choose_model(run, sink)
     work = Captions(sink, run, model=spec.name, several=len(images) > 1)
-    jobs = work.opened([images] if together else [[path] for path in images])
+    jobs = work.opened([images] if together else [[path] for path in images], frames)
     first = next(jobs, None)
     if first is not None:
         announce_model(spec, run, sink)

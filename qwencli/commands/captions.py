@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 from qwencli.commands.options import RunOptions
 from qwencli.commands.reports import caption_record, stats_line
-from qwencli.commands.requests import open_picture
-from qwencli.errors import InputError, OutOfMemoryError, QwenCliError
-from qwencli.messages import GenerationRequest, ImagePart
+from qwencli.commands.requests import open_visual
+from qwencli.errors import InputError, MissingDependencyError, OutOfMemoryError, QwenCliError
+from qwencli.messages import GenerationRequest, VisualPart
 from qwencli.output import Sink
 
 if TYPE_CHECKING:
     from qwencli.engine.base import Engine
     from qwencli.results import GenerationResult
 
-Pictures = tuple[ImagePart, ...]
+Pictures = tuple[VisualPart, ...]
 
 
 class Captions:
@@ -29,13 +29,13 @@ class Captions:
         self.model, self.several = model, several
         self.failed = 0
 
-    def opened(self, jobs: Sequence[Sequence[Path]]) -> Iterator[Pictures]:
+    def opened(self, jobs: Sequence[Sequence[Path]], frames: int | None) -> Iterator[Pictures]:
         for number, paths in enumerate(jobs, start=1):
             if self.several and sys.stderr.isatty() and not sys.stdout.isatty():
                 self.sink.notice(f"[{number}/{len(jobs)}] {', '.join(str(path) for path in paths)}")
             try:
-                yield tuple(open_picture(path) for path in paths)
-            except InputError as error:
+                yield tuple(open_visual(path, frames) for path in paths)
+            except (InputError, MissingDependencyError) as error:
                 self._report(error)
 
     def answer(self, engine: Engine, request: GenerationRequest, pictures: Pictures) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qwencli.commands.options import RunOptions, with_run_options
+from qwencli.commands.options import Frames, RunOptions, with_run_options
 from qwencli.output import Sink
 
 
@@ -19,8 +19,10 @@ def chat(
         str | None, typer.Argument(help="Answer this once and leave; none = converse.")
     ] = None,
     image: Annotated[
-        list[Path] | None, typer.Option("--image", "-i", help="Attach a picture; repeatable.")
+        list[Path] | None,
+        typer.Option("--image", "-i", help="Attach a picture or video."),
     ] = None,
+    frames: Frames = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     *,
     run: RunOptions,
@@ -29,16 +31,23 @@ def chat(
     # Here and not above: `--help` needs none of it.
     from qwencli.commands.conversation import Conversation
     from qwencli.commands.model_choice import announce_model, choose_model
-    from qwencli.commands.requests import open_picture, running_engine
+    from qwencli.commands.requests import open_visual, running_engine
 
     sink = context.ensure_object(Sink)
     sampling = run.sampling_options()
     spec = choose_model(run, sink)
-    pictures = [open_picture(path) for path in image or []]
+    pictures = [open_visual(path, frames) for path in image or []]
     announce_model(spec, run, sink)
     with running_engine(run.engine_config(spec), sink) as loaded:
         talk = Conversation(
-            loaded, sampling, sink, system=system, json=run.json, stats=run.stats, model=spec.name
+            loaded,
+            sampling,
+            sink,
+            system=system,
+            json=run.json,
+            stats=run.stats,
+            model=spec.name,
+            frames=frames,
         )
         talk.attach(*pictures)
         if prompt is not None:

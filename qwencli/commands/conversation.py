@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import sys
@@ -10,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from qwencli.commands.reports import caption_record, stats_line
-from qwencli.commands.requests import open_picture, system_messages
+from qwencli.commands.requests import open_picture, open_video, system_messages
 from qwencli.config import SamplingOptions
-from qwencli.errors import InputError, OutOfMemoryError, UsageError
-from qwencli.messages import GenerationRequest, ImagePart, Message, text_message, user_message
+from qwencli.errors import InputError, MissingDependencyError, OutOfMemoryError, UsageError
+from qwencli.messages import GenerationRequest, Message, VisualPart, text_message, user_message
 from qwencli.output import Sink
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 PROMPT = "> "
 HELP = """\
 /image PATH...   attach pictures to the next message
+/video PATH...   attach videos, animations or folders of frames
 /system TEXT     set the system prompt and start over
 /clear           start over; attached pictures are dropped
 /help            this list
@@ -43,13 +45,16 @@ class Conversation:
         json: bool,
         stats: bool,
         model: str,
+        frames: int | None = None,
     ) -> None:
         self._engine, self._sampling, self._sink = engine, sampling, sink
         self._system, self._json, self._stats, self._model = system, json, stats, model
+        self._frames = frames
         self._history: list[Message] = []
-        self._attached: list[ImagePart] = []
+        self._attached: list[VisualPart] = []
         self._commands: dict[str, Callable[[str], bool]] = {
-            "/image": self._image,
+            "/image": functools.partial(self._attach_files, "/image", open_picture),
+            "/video": functools.partial(self._attach_files, "/video", self._open_video),
             "/system": self._set_system,
             "/clear": self._clear,
             "/help": self._help,
@@ -57,7 +62,7 @@ class Conversation:
             "/quit": self._exit,
         }
 
-    def attach(self, *pictures: ImagePart) -> None:
+    def attach(self, *pictures: VisualPart) -> None:
         self._attached.extend(pictures)
 
     def converse(self, stdin: TextIO) -> int:
@@ -78,7 +83,7 @@ class Conversation:
                     break
             except KeyboardInterrupt:
                 self._sink.notice("\nstopped; the conversation goes on")
-            except (InputError, OutOfMemoryError, UsageError) as error:
+            except (InputError, MissingDependencyError, OutOfMemoryError, UsageError) as error:
                 failed += 1
                 self._sink.error(error)
         return failed
@@ -136,11 +141,14 @@ class Conversation:
             raise UsageError(f"{name} is not a command", "/help lists them")
         return command(rest.strip())
 
-    def _image(self, rest: str) -> bool:
+    def _open_video(self, path: Path) -> VisualPart:
+        return open_video(path, self._frames)
+
+    def _attach_files(self, name: str, opened: Callable[[Path], VisualPart], rest: str) -> bool:
         paths = _split_paths(rest)
         if not paths:
-            raise UsageError("/image needs a path", "/image picture.png")
-        self.attach(*[open_picture(path) for path in paths])
+            raise UsageError(f"{name} needs a path", f"{name} PATH")
+        self.attach(*[opened(path) for path in paths])
         names = ", ".join(picture.name for picture in self._attached)
         self._sink.notice(f"attached: {names}")
         return True
@@ -172,7 +180,7 @@ def _split_paths(text: str) -> list[Path]:
         words = [word.strip("'\"") for word in shlex.split(text, posix=False)]
         return [_at_home(word) for word in words]
     except ValueError as error:
-        raise UsageError(f"/image: {error}".lower(), "close the quotation mark") from error
+        raise UsageError(str(error).lower(), "close the quotation mark") from error
 
 
 def _at_home(path: str) -> Path:

@@ -43,6 +43,12 @@ _sampling = functools.partial(_option, "Sampling")
 _output = functools.partial(_option, "Output")
 
 
+Frames = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Frames of a video, also of a GIF or a folder.", min=1, max=768),
+]
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """What a user may say about the model, the sampling and the output of a run."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwencli.config import EngineConfig, LoadFormat
-from qwencli.messages import ImagePart, Message, text_message
+from qwencli.messages import ImagePart, Message, VideoPart, VisualPart, text_message
 from qwencli.output import Sink
 
 if TYPE_CHECKING:
@@ -54,3 +54,17 @@ def open_picture(path: Path) -> ImagePart:
     from qwencli.engine.images import open_image
 
     return open_image(path)
+
+
+def open_visual(path: Path, frames: int | None) -> VisualPart:
+    """A picture, or a video; see `engine.videos.open_visual`."""
+    from qwencli.engine import videos
+
+    return videos.open_visual(path, frames)
+
+
+def open_video(path: Path, frames: int | None) -> VideoPart:
+    """A video, an animation or a folder of frames; see `engine.videos.open_video`."""
+    from qwencli.engine import videos
+
+    return videos.open_video(path, frames)

@@ -21,9 +21,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwencli.engine.json_file import read_json_object
 from qwencli.errors import InputError, ModelFileError
-from qwencli.messages import ImagePart, Message, TextPart
+from qwencli.messages import Message, TextPart, VideoPart
 
 IMAGE_PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO_PLACEHOLDER = "<|vision_start|><|video_pad|><|vision_end|>"
 
 # Qwen's ChatML, for models that come without a template. Content is a string or a list of parts.
 _CHATML = (
@@ -32,6 +33,7 @@ _CHATML = (
     "{%- if message.content is string %}{{- message.content }}"
     "{%- else %}{%- for part in message.content %}"
     "{%- if part.type == 'image' %}{{- '" + IMAGE_PLACEHOLDER + "' }}"
+    "{%- elif part.type == 'video' %}{{- '" + VIDEO_PLACEHOLDER + "' }}"
     "{%- else %}{{- part.text }}{%- endif %}"
     "{%- endfor %}{%- endif %}"
     "{{- '<|im_end|>\\n' }}"
@@ -169,11 +171,12 @@ def _content(
         return [
             {"type": "text", "text": protect(part.text)}
             if isinstance(part, TextPart)
-            else {"type": "image"}
+            else {"type": "video" if isinstance(part, VideoPart) else "image"}
             for part in message.parts
         ]
-    assert not any(isinstance(part, ImagePart) for part in message.parts)
-    return protect("".join(part.text for part in message.parts if isinstance(part, TextPart)))
+    texts = [part.text for part in message.parts if isinstance(part, TextPart)]
+    assert len(texts) == len(message.parts), "a text model gets no pictures"
+    return protect("".join(texts))
 
 
 def _find(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:

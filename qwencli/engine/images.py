@@ -1,9 +1,9 @@
 """From a picture file of any kind to an RGB `ImagePart`, or to one clear `InputError`.
 
 Pictures are decoded completely here, so that a damaged file is found before a model sees half
-of it. Of an animation the first frame is taken. Colour profiles are not applied: neither does
-the reference. One damage stays invisible: a JPEG whose data ends early but which carries an
-end marker again (libjpeg fills the rest and Pillow does not pass its warning on).
+of it. Of an animation the first frame is taken (`videos` takes more). Colour profiles are not
+applied: neither does the reference. One damage stays invisible: a JPEG whose data ends early but
+which carries an end marker again (libjpeg fills the rest and Pillow does not pass its warning on).
 This module does not know what size a model wants; `preprocess` does.
 """
 
@@ -17,9 +17,10 @@ import struct
 import threading
 import warnings
 import zlib
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
@@ -128,6 +129,9 @@ class _StrictPillow:
 _strict_pillow = _StrictPillow()
 
 
+T = TypeVar("T")
+
+
 def open_image(source: Path | bytes, name: str | None = None) -> ImagePart:
     """Decode one picture.
 
@@ -142,15 +146,34 @@ def open_image(source: Path | bytes, name: str | None = None) -> ImagePart:
         InputError: not there, not readable, not a picture, damaged, or over `MAX_PIXELS`.
         OutOfMemoryError: the host cannot hold the decoded picture.
     """
+    return read_picture(
+        source, lambda image, called: ImagePart(to_rgb(image, called), called), name
+    )
+
+
+def read_picture(
+    source: Path | bytes, read: Callable[[Image.Image, str], T], name: str | None = None
+) -> T:
+    """What `read` makes of the opened, not yet decoded picture and its name.
+
+    Raises:
+        InputError, OutOfMemoryError: see `open_image`; also for what Pillow raises in `read`.
+    """
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), name or "the image data")
+        return _decode(io.BytesIO(source), name or "the image data", read)
     name = name or str(source)
-    with _open_file(source, name) as file:
+    with open_file(source, name) as file:
         # A pipe cannot seek, which Pillow needs.
-        return _decode(file if file.seekable() else io.BytesIO(file.read()), name)
+        return _decode(file if file.seekable() else io.BytesIO(file.read()), name, read)
 
 
-def _open_file(path: Path, name: str) -> BinaryIO:
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """The decoded picture, or the frame it stands at, as `open_image` describes it."""
+    image.load()
+    return _to_rgb(_upright(image), name)
+
+
+def open_file(path: Path, name: str) -> BinaryIO:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -169,7 +192,7 @@ def _open_file(path: Path, name: str) -> BinaryIO:
         raise InputError(f"{name} cannot be read: {reason}", "check the path") from error
 
 
-def _decode(file: BinaryIO, name: str) -> ImagePart:
+def _decode(file: BinaryIO, name: str, read: Callable[[Image.Image, str], T]) -> T:
     head = file.read(512)
     if not head:
         raise InputError(f"{name} is empty (0 bytes)", _COPY_AGAIN)
@@ -179,8 +202,7 @@ def _decode(file: BinaryIO, name: str) -> ImagePart:
             kind = image.format or kind
             if kind in _DRAWINGS:
                 raise InputError(f"{name} is a drawing ({kind}), not a picture", _USE_PICTURE)
-            image.load()
-            return ImagePart(_to_rgb(_upright(image), name), name)
+            return read(image, name)
     except _BOMBS as error:
         found = re.search(r"\d+", str(error))
         pixels = f"{int(found[0]) / 1e6:.0f} megapixels" if found else "too many pixels"

@@ -91,6 +91,7 @@ class LocalEngine(ABC):
                 f"use {files.max_seq_len} or less",
             )
         device = resolve_device(self.config.device)
+        files = files.prepared_on(device)
         try:
             self._ran = self._load(files)
         except (RuntimeError, MemoryError) as error:
@@ -114,7 +115,7 @@ class LocalEngine(ABC):
         """
         self.load()
         started_s = time.perf_counter()
-        prompt = self.files.prompts.build(request.messages)
+        prompt = self._prompt(request)
         sampling = resolve_sampling(
             request.sampling, self.files.generation_defaults, ignore_eos=request.ignore_eos
         )
@@ -154,6 +155,22 @@ class LocalEngine(ABC):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _prompt(self, request: GenerationRequest) -> Prompt:
+        """The request's prompt; like the answer, tried once more where memory was short."""
+        for last_try in (False, True):
+            try:
+                return self.files.prompts.build(request.messages)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = out_of_memory_error(
+                    self.ran.device, "preparing the pictures", error, num_image_tokens=1
+                )
+            self._recover()
+            if last_try:
+                raise failure
+        raise AssertionError("the last try returns or raises")
+
     def _out_of_memory(self, prompt: Prompt, error: BaseException) -> OutOfMemoryError:
         doing = f"answering a prompt of {len(prompt.input_ids)} tokens"
         return out_of_memory_error(
@@ -166,5 +183,16 @@ class LocalEngine(ABC):
             raise InputError(
                 f"the prompt has {tokens} tokens ({prompt.num_image_tokens} of images) and {new} "
                 f"new ones are asked for, but {self.config.model.name} holds {self.max_seq_len}",
-                "lower --max-new-tokens or --max-pixels, or shorten the prompt",
+                self._what_fits(tokens, new),
             )
+
+    def _what_fits(self, tokens: int, new: int) -> str:
+        """The nearest settings with which a request that is too long would run."""
+        fitting = []
+        if tokens < self.max_seq_len:
+            fitting.append(f"--max-new-tokens {self.max_seq_len - tokens}")
+        if tokens + new <= self.files.max_seq_len:
+            fitting.append(f"--max-seq-len {tokens + new}")
+        if fitting:
+            return f"{' or '.join(fitting)} fits"
+        return "lower --max-pixels, send fewer pictures, or shorten the prompt"

@@ -1,39 +1,42 @@
 """From a conversation to what a model is fed: token ids, patches and their grids.
 
 Both engines that hold a model themselves build their inputs here, so they are equal by
-construction. What runs: template -> ids -> pictures -> one pad token a picture becomes as many
-as the picture takes.
+construction. What runs: pictures -> template -> timestamps of videos -> ids -> one pad token a
+picture becomes as many as the picture takes.
 """
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from qwencli.engine.chat_template import ChatTemplate
+from qwencli.engine.chat_template import VIDEO_PLACEHOLDER, ChatTemplate
 from qwencli.engine.preprocess import (
-    VISION_FAMILIES,
     GridTHW,
-    ImageInputs,
-    ImageProcessorConfig,
-    preprocess_images,
+    Patchify,
+    Visual,
+    VisualInputs,
+    patchify_on_host,
+    preprocess,
 )
+from qwencli.engine.processor_config import VISION_FAMILIES, ImageProcessorConfig
 from qwencli.engine.tokenizer import Tokenizer
 from qwencli.errors import InputError, ModelFileError
-from qwencli.messages import ImagePart, Message, TextPart
+from qwencli.messages import Message, TextPart, VisualPart
 
 # Keys of config.json that give a control token's id to the model.
 _VISION_TOKENS = {
     "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
 }
+
+_VIDEO_PAD = "<|video_pad|>"
 
 
 @dataclass(frozen=True)
@@ -41,23 +44,37 @@ class Prompt:
     """One request, ready for a model. No batch dimension.
 
     Args:
-        pixel_values: float32 [num_patches, C * T * P * P]; None without pictures.
-        grid_thw: by picture: frames, rows and columns of patches.
+        inputs: its pictures and videos in the order of their tokens; None without any.
         preprocess_s: seconds that building this took.
-        image_token_id: the id a model replaces by a picture's embeddings; None for text models.
+        image_token_id, video_token_id: the ids a model replaces by embeddings; None for text
+            models.
     """
 
     input_ids: list[int]
-    pixel_values: npt.NDArray[np.float32] | None
-    grid_thw: tuple[GridTHW, ...]
-    num_image_tokens: int
+    inputs: VisualInputs | None
     preprocess_s: float
     image_token_id: int | None
+    video_token_id: int | None
+
+    @property
+    def visuals(self) -> tuple[Visual, ...]:
+        return self.inputs.visuals if self.inputs else ()
+
+    @property
+    def grid_thw(self) -> tuple[GridTHW, ...]:
+        """By picture or video: steps of time, rows and columns of patches."""
+        return tuple(visual.grid for visual in self.visuals)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of pictures and videos."""
+        return sum(self.inputs.num_tokens) if self.inputs else 0
 
     @property
     def mm_token_type_ids(self) -> list[int]:
-        """By token: 1 where a picture goes, 0 for text."""
-        return [int(id_ == self.image_token_id) for id_ in self.input_ids]
+        """By token: 1 where a picture goes, 2 where a video does, 0 for text."""
+        kinds = {self.image_token_id: 1, self.video_token_id: 2}
+        return [kinds.get(id_, 0) for id_ in self.input_ids]
 
 
 @dataclass(frozen=True)
@@ -67,12 +84,14 @@ class PromptBuilder:
     Args:
         processor: how the model wants pictures; None for a text model.
         model_ids: ids the model expects where they are not the tokenizer's own.
+        patchify: what resizes pictures and cuts them into patches.
     """
 
     tokenizer: Tokenizer
     template: ChatTemplate
     processor: ImageProcessorConfig | None
     model_ids: Mapping[int, int] = field(default_factory=dict)
+    patchify: Patchify = patchify_on_host
 
     @classmethod
     def from_folder(
@@ -134,7 +153,7 @@ class PromptBuilder:
         """
         start = time.perf_counter()
         parts = [part for message in messages for part in message.parts]
-        pictures = [part for part in parts if isinstance(part, ImagePart)]
+        pictures = [part for part in parts if not isinstance(part, TextPart)]
         texts = [part.text for part in parts if isinstance(part, TextPart)]
         if not messages:
             raise InputError("there is no message to answer", "give a prompt or a picture")
@@ -146,28 +165,29 @@ class PromptBuilder:
         for text in texts:
             _check_unicode(text)
 
-        ids = self._ids(messages, texts, thinking)
+        inputs = None
+        if pictures and self.processor is not None:
+            inputs = preprocess(pictures, self.processor, self.patchify)
+        ids = self._ids(messages, texts, thinking, inputs)
         if self.processor is None:
-            return Prompt(ids, None, (), 0, time.perf_counter() - start, None)
-        pad = self.tokenizer.token_id("<|image_pad|>")
-        if ids.count(pad) != len(pictures):
-            raise ModelFileError(
-                f"{self.template.source} makes {ids.count(pad)} places "
-                f"for {len(pictures)} pictures",
-                "download the model's files again",
-            )
-        inputs = preprocess_images(pictures, self.processor) if pictures else None
-        ids = self._expand(ids, pad, inputs)
+            return Prompt(ids, None, time.perf_counter() - start, None, None)
+        image, video = (self.tokenizer.token_id(token) for token in ("<|image_pad|>", _VIDEO_PAD))
+        self._check_places(ids, pictures, inputs, image, video)
         return Prompt(
-            input_ids=ids,
-            pixel_values=inputs.pixel_values if inputs else None,
-            grid_thw=inputs.grid_thw if inputs else (),
-            num_image_tokens=sum(inputs.num_tokens) if inputs else 0,
+            input_ids=self._expand(ids, (image, video), inputs),
+            inputs=inputs,
             preprocess_s=time.perf_counter() - start,
-            image_token_id=self.model_ids.get(pad, pad),
+            image_token_id=self.model_ids.get(image, image),
+            video_token_id=self.model_ids.get(video, video),
         )
 
-    def _ids(self, messages: tuple[Message, ...], texts: list[str], thinking: bool) -> list[int]:
+    def _ids(
+        self,
+        messages: tuple[Message, ...],
+        texts: list[str],
+        thinking: bool,
+        inputs: VisualInputs | None,
+    ) -> list[int]:
         guard = self.tokenizer.guard(texts)
         rendered = self.template.render(
             messages,
@@ -175,16 +195,66 @@ class PromptBuilder:
             thinking=thinking,
             protect=guard.protect,
         )
+        if inputs is not None and self.processor is not None and self.processor.video.timestamps:
+            rendered = _with_timestamps(rendered, inputs.visuals)
         return self.tokenizer.encode(rendered, guard)
 
-    def _expand(self, ids: list[int], pad: int, inputs: ImageInputs | None) -> list[int]:
-        """Repeat each picture's pad token as often as the picture has tokens."""
-        counts = iter(inputs.num_tokens if inputs else ())
+    def _places(self, visual: Visual, tokens: int) -> list[int]:
+        """How many tokens go into each of a visual's places in the prompt."""
+        assert self.processor is not None, "only vision models have pictures"
+        steps = visual.grid[0] if visual.video and self.processor.video.timestamps else 1
+        return [tokens // steps] * steps
+
+    def _check_places(
+        self,
+        ids: Sequence[int],
+        pictures: Sequence[VisualPart],
+        inputs: VisualInputs | None,
+        image: int,
+        video: int,
+    ) -> None:
+        """Raise ModelFileError unless the template gives each picture its place, in order."""
+        visuals = inputs.visuals if inputs else ()
+        wanted = [
+            video if visual.video else image for visual in visuals for _ in self._places(visual, 0)
+        ]
+        found = [id_ for id_ in ids if id_ in (image, video)]
+        if found != wanted:
+            # Timestamps have made a place for each step of a video, where there is a place at all.
+            raise ModelFileError(
+                f"{self.template.source} makes {len(found)} places for {len(pictures)} pictures"
+                if len(found) != len(wanted)
+                else f"{self.template.source} mixes up pictures and videos",
+                "download the model's files again",
+            )
+
+    def _expand(
+        self, ids: Sequence[int], pads: tuple[int, int], inputs: VisualInputs | None
+    ) -> list[int]:
+        """Repeat each place's pad token as often as it has tokens."""
+        shown = zip(inputs.visuals, inputs.num_tokens, strict=True) if inputs else ()
+        counts = iter([n for visual, tokens in shown for n in self._places(visual, tokens)])
         expanded: list[int] = []
         for id_ in ids:
-            times = next(counts) if id_ == pad else 1
+            times = next(counts) if id_ in pads else 1
             expanded.extend([self.model_ids.get(id_, id_)] * times)
         return expanded
+
+
+def _with_timestamps(rendered: str, visuals: Sequence[Visual]) -> str:
+    """Put in the place of each video one place a step of time, each after the time it is seen.
+
+    That is the layout Qwen3-VL was trained on (its processor's `replace_video_token`).
+    """
+    videos = iter([visual for visual in visuals if visual.video])
+
+    def steps(match: re.Match[str]) -> str:
+        video = next(videos, None)
+        if video is None:
+            return match[0]
+        return "".join(f"<{time_s:.1f} seconds>{VIDEO_PLACEHOLDER}" for time_s in video.times_s)
+
+    return re.sub(re.escape(VIDEO_PLACEHOLDER), steps, rendered)
 
 
 def _check_unicode(text: str) -> None:

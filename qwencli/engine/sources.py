@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,14 @@ class ModelFiles:
                 if part.get(key):
                     return str(part[key])
         return None
+
+    def prepared_on(self, device: str) -> ModelFiles:
+        """The same, preparing pictures on `device` where that is a GPU."""
+        if not device.startswith("cuda"):
+            return self
+        from qwencli.engine.device_patches import DevicePatches
+
+        return replace(self, prompts=replace(self.prompts, patchify=DevicePatches(device)))
 
     def detokenizer(self) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(self.prompts.tokenizer)

@@ -14,7 +14,7 @@ from qwencli.models.safetensors_header import StoredTensor, stored_tensors
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import canonical_name, expected_tensors, is_quantizable
-from qwencli.models.weights import find_weights, read_json_object, some
+from qwencli.models.weights import all_named, find_weights, read_json_object, some
 
 # Each inner tuple is one way to have what is needed; all its files must be there.
 _TOKENIZER = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -95,7 +95,7 @@ def _check_tensors(
     missing = [name for name in expected if name not in stored]
     if missing:
         raise ModelFileError(
-            f"{folder}: {_count(missing, 'tensor')} missing from the weights: {some(missing)}",
+            f"{folder}: {_count(missing, 'tensor')} missing from the weights: {all_named(missing)}",
             "the weights are incomplete or of another model; download the model again",
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _AGAIN = "download the model again"
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _NAMED = 3
 
 
@@ -109,6 +111,29 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelFileError(f"{path}: is not a JSON object", _AGAIN)
     return value
+
+
+def all_named(names: Sequence[str]) -> str:
+    """Every tensor's name, those that differ in one number alone as one: `layers.{0-3,7}.norm`."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        found = _NUMBER.search(name)
+        place = (name[: found.start()], name[found.end() :]) if found else (name, "")
+        numbers.setdefault(place, []).extend([int(found[0])] if found else [])
+    return ", ".join(before + _ranges(found) + after for (before, after), found in numbers.items())
+
+
+def _ranges(numbers: list[int]) -> str:
+    """ "" for none, "7" for one, "{0-3,7}" for more."""
+    if len(numbers) < 2:
+        return "".join(map(str, numbers))
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return "{" + ",".join(f"{a}-{b}" if a < b else str(a) for a, b in runs) + "}"
 
 
 def some(items: list[str], separator: str = ", ") -> str:

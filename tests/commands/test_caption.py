@@ -207,6 +207,37 @@ def test_auto_length_is_said_on_stderr(caption, pictures, capsys):
     assert "--max-seq-len auto: 4096 (GiB: weights 0.0, cache for 4096 tokens" in err
 
 
+def test_an_animation_is_a_picture_or_with_frames_a_video(caption, tmp_path, capsys):
+    first, *rest = [Image.radial_gradient("L").rotate(15 * i).resize((64, 64)) for i in range(6)]
+    path = tmp_path / "a.gif"
+    first.save(path, save_all=True, append_images=rest, duration=300)
+
+    def tokens(*arguments):
+        assert caption(str(path), "--json", "--max-pixels", "4096", *arguments) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert record["image"] == str(path)
+        return record["num_image_tokens"]
+
+    assert tokens("--frames", "6") == 3 * tokens()
+    assert tokens("--frames", "6", "--engine", "native") == 3 * tokens()
+
+
+def test_a_video_without_its_package_costs_its_own_answer_only(
+    caption, pictures, tmp_path, capsys, monkeypatch
+):
+    import importlib.util
+
+    (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x18ftypisom" + bytes(100))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "av" else found(name, *a)
+    )
+    assert caption(str(tmp_path / "a.mp4"), pictures[0]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith(pictures[0])
+    assert "a.mp4 is a video file: the package av is not installed" in err
+
+
 def test_unknown_model_names_close_ones(pictures, capsys):
     assert run(["caption", pictures[0], "--model", "qwen3-vl-4"]) == 1
     assert "qwen3-vl-4b" in capsys.readouterr().err

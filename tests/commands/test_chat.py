@@ -13,7 +13,7 @@ from qwencli.commands.conversation import Conversation, _split_paths
 from qwencli.config import SamplingOptions
 from qwencli.engine.reference.engine import TransformersEngine
 from qwencli.errors import UsageError
-from qwencli.messages import ImagePart, TextPart
+from qwencli.messages import ImagePart, TextPart, VideoPart
 from qwencli.output import Sink
 from tests.checkpoints import engine_config
 
@@ -57,6 +57,21 @@ def converse(talk, *lines):
     talk.converse(io.StringIO("".join(line + "\n" for line in lines)))
 
 
+def test_videos_are_attached_and_a_still_is_refused(talk, picture_path, capsys):
+    folder = picture_path.parent / "frames"
+    folder.mkdir()
+    for index in range(4):
+        Image.radial_gradient("L").rotate(9 * index).resize((32, 32)).save(folder / f"{index}.png")
+    converse(talk, f"/video {folder}", f'/video "{picture_path}"', "/video", "What happens?")
+    err = capsys.readouterr().err
+    assert f"attached: {folder}" in err
+    assert "is a single picture" in err
+    assert "/video needs a path" in err
+    [request] = talk.heard
+    assert [type(part) for part in request.messages[0].parts] == [VideoPart, TextPart]
+    assert len(request.messages[0].parts[0].frames) == 4
+
+
 def roles(request):
     return [message.role for message in request.messages]
 
@@ -74,7 +89,8 @@ def test_image_is_sent_once_with_the_next_message(talk, picture_path):
     converse(talk, f"/image {picture_path}", "Describe", "again")
     first, second = talk.heard
     assert [type(part) for part in first.messages[0].parts] == [ImagePart, TextPart]
-    assert len(list(second.images())) == 1
+    shown = [part for message in second.messages for part in message.parts]
+    assert sum(isinstance(part, ImagePart) for part in shown) == 1
     assert [type(part) for part in second.messages[-1].parts] == [TextPart]
 
 

@@ -17,13 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwencli.engine.images import open_image
-from qwencli.engine.preprocess import (
-    VISION_FAMILIES,
-    ImageProcessorConfig,
-    check_image,
-    preprocess_images,
-    smart_resize,
-)
+from qwencli.engine.preprocess import VisualInputs, check_visual, preprocess, smart_resize
+from qwencli.engine.processor_config import VISION_FAMILIES, ImageProcessorConfig
 from qwencli.errors import InputError, ModelFileError, UsageError
 from qwencli.messages import ImagePart
 
@@ -55,6 +50,10 @@ FILES: dict[str, dict[str, Any]] = {
 def picture(width: int, height: int, seed: int = 0) -> ImagePart:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return ImagePart(Image.fromarray(pixels), f"{width}x{height}.png")
+
+
+def patches(inputs: VisualInputs) -> np.ndarray[Any, Any]:
+    return np.concatenate(inputs.patches)
 
 
 def folder_with(tmp_path: Path, values: object, name: str = "preprocessor_config.json") -> Path:
@@ -92,16 +91,16 @@ def test_pixels_equal_the_references(
 ) -> None:
     config = ImageProcessorConfig.for_family(family).with_pixels(*bounds)
     parts = [picture(*size, seed) for seed, size in enumerate(sizes)]
-    ours = preprocess_images(parts, config)
+    ours = preprocess(parts, config)
     # A copy, because the reference writes the bounds into the object it is given.
     values = copy.deepcopy(FILES[family])
     values |= {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     theirs = reference(**values)([part.image for part in parts], return_tensors="np")
-    assert ours.pixel_values.dtype == np.float32
-    assert ours.pixel_values.flags.c_contiguous
+    assert patches(ours).dtype == np.float32
+    assert patches(ours).flags.c_contiguous
     np.testing.assert_array_equal(np.array(ours.grid_thw), theirs["image_grid_thw"])
     # Both resize with Pillow on bytes: what is left is rounding of the float arithmetic.
-    np.testing.assert_allclose(ours.pixel_values, theirs["pixel_values"], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(patches(ours), theirs["pixel_values"], rtol=0, atol=2e-6)
 
 
 @given(
@@ -127,11 +126,11 @@ def test_a_transparent_picture_equals_the_references(reference: Any) -> None:
     file = io.BytesIO()
     clear.save(file, "PNG")
     config = ImageProcessorConfig.for_family("qwen3_vl").with_pixels(1024, None)
-    ours = preprocess_images([open_image(file.getvalue())], config)
+    ours = preprocess([open_image(file.getvalue())], config)
     processor = reference(**copy.deepcopy(FILES["qwen3_vl"]) | {"min_pixels": 1024})
     flat = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
     theirs = processor([flat], return_tensors="np")
-    np.testing.assert_allclose(ours.pixel_values, theirs["pixel_values"], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(patches(ours), theirs["pixel_values"], rtol=0, atol=2e-6)
 
 
 # --- without the reference --------------------------------------------------------------------
@@ -168,13 +167,14 @@ def test_patches_are_in_block_order_with_the_channel_outside() -> None:
         max_pixels=10**6,
         image_mean=(0.0, 0.0, 0.0),
         image_std=(1.0, 1.0, 1.0),
+        video=ImageProcessorConfig.for_family("qwen2_vl").video,
         rescale_factor=1.0,
     )
     height, width = 8, 12
     y, x = np.mgrid[0:height, 0:width]
     pixels = np.stack([y * width + x, np.full_like(y, 101), np.full_like(y, 202)], axis=-1)
     part = ImagePart(Image.fromarray(pixels.astype(np.uint8)), "places")
-    inputs = preprocess_images([part], config)
+    inputs = preprocess([part], config)
     assert inputs.grid_thw == ((1, 4, 6),)
     assert inputs.num_tokens == (6,)
     expected = []
@@ -186,23 +186,24 @@ def test_patches_are_in_block_order_with_the_channel_outside() -> None:
                     patch = pixels[top : top + 2, left : left + 2]
                     frames = [patch[..., c].reshape(-1) for c in range(3) for _ in range(2)]
                     expected.append(np.concatenate(frames))
-    np.testing.assert_array_equal(inputs.pixel_values, np.array(expected, dtype=np.float32))
+    np.testing.assert_array_equal(patches(inputs), np.array(expected, dtype=np.float32))
 
 
 def test_one_pixel_is_fine() -> None:
-    inputs = preprocess_images([picture(1, 1)], ImageProcessorConfig.for_family("qwen3_vl"))
+    inputs = preprocess([picture(1, 1)], ImageProcessorConfig.for_family("qwen3_vl"))
     assert inputs.grid_thw == ((1, 16, 16),)
     assert inputs.num_tokens == (64,)
-    assert len(np.unique(inputs.pixel_values[:, :256])) == 1
+    assert len(np.unique(patches(inputs)[:, :256])) == 1
 
 
 def test_several_pictures_do_not_touch_each_other() -> None:
     config = ImageProcessorConfig.for_family("qwen2_vl")
     parts = [picture(70, 90), picture(200, 40), picture(56, 56)]
-    together = preprocess_images(parts, config)
-    alone = [preprocess_images([part], config) for part in parts]
+    together = preprocess(parts, config)
+    alone = [preprocess([part], config) for part in parts]
     np.testing.assert_array_equal(
-        together.pixel_values, np.concatenate([one.pixel_values for one in alone])
+        patches(together),
+        np.concatenate([patches(one) for one in alone]),
     )
     assert together.grid_thw == tuple(one.grid_thw[0] for one in alone)
     assert together.num_tokens == tuple(one.num_tokens[0] for one in alone)
@@ -212,15 +213,15 @@ def test_several_pictures_do_not_touch_each_other() -> None:
 def test_very_long_pictures_are_refused(size: tuple[int, int]) -> None:
     part = ImagePart(Image.new("RGB", size), "strip.png")
     with pytest.raises(InputError, match=rf"strip\.png is {size[0]}x{size[1]}.*200 times"):
-        check_image(part)
+        check_visual(part)
     with pytest.raises(InputError):
-        preprocess_images([part], ImageProcessorConfig.for_family("qwen3_vl"))
+        preprocess([part], ImageProcessorConfig.for_family("qwen3_vl"))
 
 
 def test_the_longest_allowed_picture_passes() -> None:
     part = ImagePart(Image.new("RGB", (2000, 10)), "strip.png")
-    check_image(part)
-    inputs = preprocess_images([part], ImageProcessorConfig.for_family("qwen3_vl"))
+    check_visual(part)
+    inputs = preprocess([part], ImageProcessorConfig.for_family("qwen3_vl"))
     assert inputs.grid_thw[0][1] >= 2
 
 
@@ -294,7 +295,7 @@ def test_user_bounds_override() -> None:
     assert config.with_pixels(None, None) == config
     assert config.with_pixels(None, 100_000).max_pixels == 100_000
     assert config.with_pixels(1024, 1024).min_pixels == 1024
-    inputs = preprocess_images([picture(500, 300)], config.with_pixels(1024, 1024))
+    inputs = preprocess([picture(500, 300)], config.with_pixels(1024, 1024))
     assert inputs.num_tokens == (1,)
 
 

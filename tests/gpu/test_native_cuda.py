@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from qwencli.config import Attention, Cache, DType, EngineName, SamplingOptions
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.reference.engine import TransformersEngine
 from qwencli.messages import GenerationRequest, text_message, user_message
-from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, picture
+from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, film, picture
 
 GREEDY = SamplingOptions(do_sample=False, max_new_tokens=64)
 
@@ -53,13 +55,37 @@ def test_graph_equals_other_modes(checkpoint, attention, cache, sampling):
         assert other.generate(request).token_ids == expected.token_ids
 
 
-def test_compiled_equals_graph(checkpoint):
+def test_compiled_equals_graph_greedy_and_with_a_seed(checkpoint):
+    seeded = SamplingOptions(temperature=1.0, top_k=20, top_p=0.9, seed=5, max_new_tokens=64)
     results = []
     for cache in (Cache.STATIC_GRAPH, Cache.STATIC_COMPILE):
         config = native_config(checkpoint("qwen3_vl"), cache=cache, dtype=DType.FLOAT32)
         with NativeEngine(config) as engine:
-            results.append(engine.generate(ask([picture()])).token_ids)
+            requests = (ask([picture()]), ask([picture()], seeded))
+            results.append([engine.generate(request).token_ids for request in requests])
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_videos_give_the_same_tokens_as_transformers(checkpoint, family):
+    shown = (picture(96, 64), film(5), film(2, 96, 40))
+    settings = {"min_pixels": 1024, "max_pixels": 4096, "dtype": DType.FLOAT32}
+    reference = engine_config(checkpoint(family), device="cuda", **settings)
+    with TransformersEngine(reference) as engine:
+        expected = engine.generate(ask(shown))
+    with NativeEngine(native_config(checkpoint(family), **settings)) as engine:
+        assert engine.generate(ask(shown)).token_ids == expected.token_ids
+
+
+def test_a_stop_string_ends_the_answer_and_the_cache_stays_usable(checkpoint):
+    with NativeEngine(native_config(checkpoint("qwen3_vl"))) as engine:
+        request = GenerationRequest(ask([picture()]).messages, GREEDY)
+        free = engine.generate(request)
+        stop = replace(GREEDY, stop=(free.text[10:16],))
+        stopped = engine.generate(replace(request, sampling=stop))
+        assert stopped.text == free.text[: free.text.index(stop.stop[0])]
+        assert stopped.num_new_tokens < free.num_new_tokens
+        assert engine.generate(request).token_ids == free.token_ids
 
 
 def test_answers_across_length_classes_equal_the_eager_ones(checkpoint):

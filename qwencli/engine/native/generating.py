@@ -10,7 +10,6 @@ from qwencli.engine.answer import Answer
 from qwencli.engine.clock import Clock, Mark
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.positions import Visual
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
 from qwencli.engine.native.quiet_host import quiet_host
 from qwencli.engine.native.sampler import kind_of
@@ -20,7 +19,6 @@ from qwencli.engine.native.session import (
     Key,
     digests_of,
     keys_of,
-    patch_ranges,
 )
 from qwencli.engine.native.steppers import Stepper
 from qwencli.engine.native.vision import VisionFeatures
@@ -58,20 +56,18 @@ class Generation:
         """Fill the cache with the prompt and choose the first token; returns vision's marks."""
         prompt, state = answer.prompt, self._state
         vision: list[tuple[Mark, Mark]] = []
-        visuals = [Visual(grid) for grid in prompt.grid_thw]
-        ranges = patch_ranges(prompt.grid_thw)
 
         def encode(index: int) -> VisionFeatures:
-            first, last = ranges[index]
-            pixels = torch.from_numpy(prompt.pixel_values[first:last])  # type: ignore[index]
+            assert prompt.inputs is not None, "only a prompt with pictures is asked for them"
             start = clock.mark()
-            patches = pixels.to(self._model.device, self._model.dtype)
+            patches = torch.as_tensor(prompt.inputs.patches[index])
+            patches = patches.to(self._model.device, self._model.dtype)
             features = self._model.encode_images(patches, [prompt.grid_thw[index]])
             vision.append((start, clock.mark()))
             return features
 
         features = self._features.features(digests, encode)
-        inputs = self._model.prepare([ModelPrompt(prompt.input_ids, visuals)], features)
+        inputs = self._model.prepare([ModelPrompt(prompt.input_ids, prompt.visuals)], features)
         stop_ids = sorted(answer.stop_ids)
         state.begin(answer.sampling, inputs.ids[0], stop_ids, inputs.next_positions)
         shared = self._sequence.reuse(keys)

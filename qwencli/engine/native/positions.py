@@ -16,26 +16,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from qwencli.engine.preprocess import Visual
 from qwencli.errors import InputError
 from qwencli.models.shapes import ModelShape
-
-
-@dataclass(frozen=True)
-class Visual:
-    """One picture or video of a prompt.
-
-    Args:
-        grid: patches as (time, rows, columns), before merging.
-        seconds_per_grid: seconds of video that one step of the time axis covers.
-    """
-
-    grid: tuple[int, int, int]
-    video: bool = False
-    seconds_per_grid: float = 1.0
-
-    def num_tokens(self, merge_size: int) -> int:
-        t, h, w = self.grid
-        return t * h * w // merge_size**2
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from qwencli.engine.native.decoder import DeepStack
-from qwencli.engine.native.positions import Visual, prompt_positions
+from qwencli.engine.native.positions import prompt_positions
 from qwencli.engine.native.vision import VisionFeatures
+from qwencli.engine.preprocess import Visual
 from qwencli.errors import InputError
 from qwencli.models.shapes import ModelShape
 

@@ -6,10 +6,12 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+from PIL.Image import Image
+
 from qwencli.engine.native.kv_cache import KVCache
 from qwencli.engine.native.prompt_inputs import join_features
 from qwencli.engine.native.vision import VisionFeatures
-from qwencli.engine.preprocess import GridTHW
+from qwencli.engine.preprocess import Visual
 from qwencli.engine.prompt import Prompt
 
 # One slot of the cache: a token id, or a picture's digest and the place inside the picture.
@@ -83,37 +85,30 @@ class FeatureCache:
 
 
 def digests_of(prompt: Prompt) -> list[bytes]:
-    """A digest for each picture: of its patches, and of their grid, which the patches lack."""
+    """A digest for each picture or video: of its frames, and of the grid they are cut into."""
+    if prompt.inputs is None:
+        return []
     return [
-        hashlib.sha256(
-            repr(grid).encode() + prompt.pixel_values[first:last].tobytes()  # type: ignore[index]
-        ).digest()
-        for grid, (first, last) in zip(prompt.grid_thw, patch_ranges(prompt.grid_thw), strict=True)
+        _digest(visual, frames)
+        for visual, frames in zip(prompt.inputs.visuals, prompt.inputs.frames, strict=True)
     ]
 
 
-def patch_ranges(grids: Sequence[GridTHW]) -> list[tuple[int, int]]:
-    """Rows of `pixel_values` that belong to each picture."""
-    ranges, start = [], 0
-    for frames, rows, columns in grids:
-        ranges.append((start, start + frames * rows * columns))
-        start = ranges[-1][1]
-    return ranges
+def _digest(visual: Visual, frames: Sequence[Image]) -> bytes:
+    digest = hashlib.sha256(repr((visual, frames[0].size)).encode())
+    for frame in frames:
+        digest.update(frame.tobytes())
+    return digest.digest()
 
 
 def keys_of(prompt: Prompt, digests: Sequence[bytes]) -> list[Key]:
     """The prompt's slots as keys: equal keys mean equal keys and values in the cache."""
-    keys: list[Key] = []
-    picture = -1
-    inside = 0
-    previous = None
-    for token in prompt.input_ids:
-        if token == prompt.image_token_id:
-            if previous != token:
-                picture, inside = picture + 1, 0
-            keys.append((digests[picture], inside))
-            inside += 1
-        else:
-            keys.append(token)
-        previous = token
-    return keys
+    counts = prompt.inputs.num_tokens if prompt.inputs else ()
+    places = iter(
+        [(digest, n) for digest, count in zip(digests, counts, strict=True) for n in range(count)]
+    )
+    # A prompt with too many image tokens is refused later, with the figures.
+    return [
+        next(places, token) if kind else token
+        for token, kind in zip(prompt.input_ids, prompt.mm_token_type_ids, strict=True)
+    ]

@@ -20,7 +20,7 @@ from qwencli.errors import ModelFileError
 from qwencli.models.safetensors_header import StoredTensor, stored_tensors
 from qwencli.models.shapes import ModelShape
 from qwencli.models.weight_specs import PREFIXES, PROBES, Part, Section, TensorSpec, specs
-from qwencli.models.weights import find_weights
+from qwencli.models.weights import all_named, find_weights
 
 Tensors = dict[str, torch.Tensor]
 
@@ -28,11 +28,13 @@ STAGING_BYTES = 64 * 2**20
 DUMMY_STD = 0.02
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _AGAIN = "download the model again"
+# Found in checkpoints and of no use: a tied head (checked), frequencies that follow from the base.
+_IDLE = ("lm_head.weight", "rotary_emb.inv_freq")
 
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """The tensors by the names of `weight_specs`, and what the checkpoint held beyond them."""
+    """The tensors by the names of `weight_specs`, and the idle ones the checkpoint has besides."""
 
     tensors: Tensors
     unused: tuple[str, ...]
@@ -47,14 +49,16 @@ def load(
     read of the weights on the device; a single synchronisation at the end).
 
     Raises:
-        ModelFileError: tensors that are missing, of another shape or an unknown type, not finite
-            (all named), a tied head that contradicts the embedding, or an unreadable file.
+        ModelFileError: tensors that are missing, not known, of another shape or an unknown type,
+            not finite (all named), a tied head that contradicts the embedding, or an unreadable
+            file.
     """
     stored = stored_tensors(find_weights(folder).files)
     wanted = specs(shape)
     sources = _match(wanted, stored, folder)
     used = set(sources.values())
     unused = tuple(sorted(name for name in stored if name not in used))
+    _check_extra(unused, folder)
     tensors = allocate(wanted, dtype, device)
     extremes: dict[str, torch.Tensor] = {}
     with _Reader(device) as reader:
@@ -133,6 +137,17 @@ def _prefix(section: Section, stored: dict[str, StoredTensor]) -> str:
         if prefix + PROBES[section] in stored:
             return prefix
     return PREFIXES[section][0]
+
+
+def _check_extra(unused: tuple[str, ...], folder: Path) -> None:
+    """Weights that a model has and we would not use make it another model."""
+    extra = [name for name in unused if not name.endswith(_IDLE)]
+    if extra:
+        raise ModelFileError(
+            f"{folder} has {len(extra)} tensors that config.json does not describe: "
+            f"{all_named(extra)}",
+            "they belong to different models; --engine transformers ignores such tensors",
+        )
 
 
 def _check_tied_head(stored: dict[str, StoredTensor], embed: torch.Tensor, reader: _Reader) -> None:

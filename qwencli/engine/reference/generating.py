@@ -12,6 +12,7 @@ import torch
 from qwencli.config import Cache
 from qwencli.engine.answer import Answer
 from qwencli.engine.clock import Clock, Mark
+from qwencli.engine.preprocess import VisualInputs
 from qwencli.engine.reference.inversion import pulled
 from qwencli.engine.reference.recorder import TokenRecorder, VisionSpan
 from qwencli.errors import UnsupportedModeError
@@ -74,11 +75,26 @@ class Generation:
         device, prompt = self._ran.device, self._answer.prompt
         input_ids = torch.tensor([prompt.input_ids], dtype=torch.int64, device=device)
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-        if prompt.pixel_values is not None:
-            pixels = torch.from_numpy(prompt.pixel_values)
-            inputs["pixel_values"] = pixels.to(device, getattr(torch, self._ran.dtype))
-            inputs["image_grid_thw"] = torch.tensor(prompt.grid_thw, device=device)
+        if prompt.inputs is not None:
+            inputs |= self._visual_inputs(prompt.inputs)
             inputs["mm_token_type_ids"] = torch.tensor([prompt.mm_token_type_ids], device=device)
+        return inputs
+
+    def _visual_inputs(self, shown: VisualInputs) -> dict[str, Any]:
+        device, dtype = self._ran.device, getattr(torch, self._ran.dtype)
+        inputs: dict[str, Any] = {}
+        for video, pixels, grids in (
+            (False, "pixel_values", "image_grid_thw"),
+            (True, "pixel_values_videos", "video_grid_thw"),
+        ):
+            chosen = [i for i, visual in enumerate(shown.visuals) if visual.video is video]
+            if chosen:
+                patches = [torch.as_tensor(shown.patches[i]).to(device, dtype) for i in chosen]
+                inputs[pixels] = torch.cat(patches)
+                inputs[grids] = torch.tensor([shown.grid_thw[i] for i in chosen], device=device)
+        seconds = [visual.seconds_per_grid for visual in shown.visuals if visual.video]
+        if seconds and self._model.config.model_type == "qwen2_5_vl":
+            inputs["second_per_grid_ts"] = seconds
         return inputs
 
     def _generation_config(self) -> Any:

@@ -9,8 +9,8 @@ import torch
 
 from qwencli.config import Attention
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.positions import Visual
 from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs, join_features
+from qwencli.engine.preprocess import Visual
 from qwencli.models.shape_reader import read_shape
 from tests.engine.native.tiny import IMAGE, VIDEO, Row
 

@@ -12,7 +12,7 @@ from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.reference.engine import TransformersEngine
 from qwencli.errors import InputError, OutOfMemoryError, UnsupportedModeError
 from qwencli.messages import GenerationRequest, text_message, user_message
-from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, picture
+from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, film, picture
 
 GREEDY = SamplingOptions(do_sample=False, max_new_tokens=64)
 LONG = SamplingOptions(do_sample=False, max_new_tokens=40)
@@ -63,6 +63,27 @@ def test_modes_agree(checkpoint, engine, cache, attention, sampling):
     with NativeEngine(config) as other:
         assert other.generate(request).token_ids == expected.token_ids
         assert (other.ran.cache, other.ran.attention) == (cache.value, attention.value)
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_videos_give_the_same_tokens_as_transformers(checkpoint, family):
+    shown = [picture(96, 64), film(5), film(2, 96, 40)]
+    # Small frames: the models' own bounds would make thousands of tokens.
+    bounds = {"min_pixels": 1024, "max_pixels": 4096}
+    with TransformersEngine(engine_config(checkpoint(family), **bounds)) as reference:
+        expected = reference.generate(ask(images=shown))
+    with NativeEngine(native_config(checkpoint(family), **bounds)) as native:
+        result = native.generate(ask(images=shown))
+        assert result.token_ids == expected.token_ids
+        assert result.num_image_tokens == expected.num_image_tokens > 0
+        still = native.generate(ask(images=shown[:1])).token_ids
+        assert still != result.token_ids
+        # From the features kept, and with the video's order changed.
+        assert native.generate(ask(images=shown)).token_ids == expected.token_ids
+        frames = tuple(reversed(shown[1].frames))
+        backwards = dataclasses.replace(shown[1], frames=frames)
+        other = native.generate(ask(images=[shown[0], backwards, shown[2]]))
+        assert other.token_ids != expected.token_ids
 
 
 def test_repetition_penalty_as_transformers_applies_it(checkpoint, engine):

@@ -12,15 +12,17 @@ LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 DRAWS = 4000
 
 
-def draw(sampling: SamplingParams, logits=LOGITS, seen=(), draws=DRAWS):
+def draw(sampling: SamplingParams, logits=LOGITS, seen=(), draws=DRAWS, device="cpu"):
     """Frequencies of `draws` independent draws from the same logits."""
-    sampler = Sampler(len(logits), draws, torch.device("cpu"))
+    place = torch.device(device)
+    sampler = Sampler(len(logits), draws, place)
     params = SamplingParams(**{**vars(sampling), "max_new_tokens": draws})
     counts = torch.zeros(len(logits))
-    sampler.begin(params, torch.tensor(seen, dtype=torch.int64))
+    sampler.begin(params, torch.tensor(seen, dtype=torch.int64, device=place))
+    logits = logits.to(place)
     for step in range(draws):
         before = sampler.seen.clone()
-        token = sampler.sample(logits, torch.tensor([step]), kind_of(params))
+        token = sampler.sample(logits, torch.tensor([step], device=place), kind_of(params))
         sampler.seen.copy_(before)
         counts[token] += 1
     return counts
@@ -45,26 +47,46 @@ def expected(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, logits=LOGITS):
 CHI_SQUARE = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52}
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"temperature": 0.5},
-        {"temperature": 2.0},
-        {"top_k": 3},
-        {"top_p": 0.7},
-        {"min_p": 0.2},
-        {"temperature": 1.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1},
-    ],
-)
-def test_draws_follow_the_distribution(settings):
-    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 11}
-    counts = draw(SamplingParams(**{**neutral, **settings}))
+SETTINGS = [
+    {},
+    {"temperature": 0.5},
+    {"temperature": 2.0},
+    {"top_k": 3},
+    {"top_p": 0.7},
+    {"min_p": 0.2},
+    {"temperature": 1.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1},
+]
+NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 11}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_distribution_is_the_one_transformers_leaves(settings):
+    from transformers.generation import logits_process as warpers
+
+    scores = LOGITS[None].clone()
+    for name, warper in (
+        ("temperature", warpers.TemperatureLogitsWarper),
+        ("top_k", warpers.TopKLogitsWarper),
+        ("top_p", warpers.TopPLogitsWarper),
+        ("min_p", warpers.MinPLogitsWarper),
+    ):
+        if name in settings:
+            scores = warper(settings[name])(None, scores)
+    torch.testing.assert_close(expected(**settings), scores[0].softmax(-1))
+
+
+def assert_follows_the_distribution(settings, device):
+    counts = draw(SamplingParams(**{**NEUTRAL, **settings}), device=device)
     wanted = expected(**settings) * DRAWS
     possible = wanted > 0
     assert counts[~possible].sum() == 0
     statistic = ((counts - wanted)[possible] ** 2 / wanted[possible]).sum()
     assert statistic < CHI_SQUARE[int(possible.sum()) - 1]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_draws_follow_the_distribution(settings):
+    assert_follows_the_distribution(settings, "cpu")
 
 
 def test_the_same_seed_draws_the_same_and_another_does_not():

@@ -119,6 +119,17 @@ def test_no_weights_here(tmp_path: Path, shape: ModelShape) -> None:
         weights.load(tmp_path, shape, torch.float32, CPU)
 
 
+def test_all_extra_tensors_are_named(
+    tmp_path: Path, shape: ModelShape, hub: dict[str, torch.Tensor]
+) -> None:
+    extra = {"model.visual.blocks.9.norm1.weight": torch.ones(64), "adapter": torch.ones(1)}
+    save_file(hub | extra, tmp_path / "model.safetensors")
+    with pytest.raises(ModelFileError) as caught:
+        weights.load(tmp_path, shape, torch.float32, CPU)
+    assert "2 tensors that config.json does not describe" in caught.value.message
+    assert all(name in caught.value.message for name in extra)
+
+
 def test_all_missing_tensors_are_named(
     tmp_path: Path, shape: ModelShape, hub: dict[str, torch.Tensor]
 ) -> None:

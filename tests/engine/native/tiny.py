@@ -13,11 +13,34 @@ FAMILIES = ("qwen3_vl", "qwen2_5_vl", "qwen2_vl", "qwen3", "qwen2")
 PATCH, MERGE, FRAMES = 4, 2, 2
 
 
+@dataclass(frozen=True)
+class Case:
+    """What is not left to chance: together the cases have each of these at least once.
+
+    Args:
+        groups: query heads to a key/value head. video: what the first picture is.
+    """
+
+    batch: int
+    kv_heads: int
+    groups: int
+    head_dim: int
+    tied: bool
+    video: bool
+
+
+CASES = (
+    Case(batch=1, kv_heads=1, groups=3, head_dim=128, tied=True, video=True),
+    Case(batch=2, kv_heads=2, groups=2, head_dim=64, tied=False, video=False),
+    Case(batch=3, kv_heads=3, groups=1, head_dim=128, tied=True, video=False),
+    Case(batch=4, kv_heads=1, groups=5, head_dim=64, tied=False, video=True),
+)
+
+
 @st.composite
-def text_configs(draw: st.DrawFn, family: str) -> dict[str, Any]:
-    kv_heads = draw(st.sampled_from((1, 2, 3)))
-    heads = kv_heads * draw(st.sampled_from((1, 2, 3)))
-    head_dim = draw(st.sampled_from((64, 128) if heads < 6 else (64,)))
+def text_configs(draw: st.DrawFn, family: str, case: Case) -> dict[str, Any]:
+    kv_heads, head_dim = case.kv_heads, case.head_dim
+    heads = kv_heads * case.groups
     own_head_dim = family.startswith("qwen3")
     config: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -76,10 +99,10 @@ def vision_configs(draw: st.DrawFn, family: str, text_hidden: int) -> dict[str, 
 
 
 @st.composite
-def configs(draw: st.DrawFn, family: str) -> dict[str, Any]:
+def configs(draw: st.DrawFn, family: str, case: Case) -> dict[str, Any]:
     """Contents of a config.json."""
-    text = draw(text_configs(family))
-    tied = draw(st.booleans())
+    text = draw(text_configs(family, case))
+    tied = case.tied
     if not family.endswith("vl"):
         return text | {"model_type": family, "tie_word_embeddings": tied}
     return {
@@ -121,16 +144,30 @@ class Row:
 
 
 @st.composite
-def rows(draw: st.DrawFn, pictures: bool) -> Row:
+def rows(draw: st.DrawFn, count: int, first_is_video: bool) -> Row:
+    """A prompt with `count` pictures and videos of different sizes."""
     sides = st.integers(1, 5).map(lambda n: n * MERGE)
-    found = []
-    for _ in range(draw(st.integers(0, 3)) if pictures else 0):
-        video = draw(st.booleans())
+    found: list[Picture] = []
+    for _ in range(count):
+        video = draw(st.booleans()) if found else first_is_video
         grid = (draw(st.integers(1, 3)) if video else 1, draw(sides), draw(sides))
         found.append(Picture(grid, video, draw(st.sampled_from((1.0, 2.0, 3.0)))))
     text = st.lists(st.integers(0, 280), min_size=1, max_size=9).map(tuple)
     return Row(tuple(draw(text) for _ in range(len(found) + 1)), tuple(found))
 
 
-def batches(family: str) -> st.SearchStrategy[list[Row]]:
-    return st.lists(rows(family.endswith("vl")), min_size=1, max_size=4)
+@st.composite
+def batches(draw: st.DrawFn, family: str, case: Case) -> list[Row]:
+    """`case.batch` prompts of different lengths, so that all but one are padded on the left.
+
+    With a vision family the first has two pictures, and the others none to three.
+    """
+    vision = family.endswith("vl")
+    drawn: list[Row] = []
+    for index in range(case.batch):
+        count = 2 if index == 0 else draw(st.integers(0, 3))
+        row = draw(rows(count if vision else 0, case.video))
+        while len(row.ids(False)) in {len(other.ids(False)) for other in drawn}:
+            row = Row((row.texts[0] + (5,), *row.texts[1:]), row.pictures)
+        drawn.append(row)
+    return drawn

@@ -47,7 +47,7 @@ def test_equal_to_plain_generate(engine):
     plain = engine._model.generate(
         input_ids=torch.tensor([prompt.input_ids]),
         attention_mask=torch.ones(1, len(prompt.input_ids), dtype=torch.int64),
-        pixel_values=torch.from_numpy(prompt.pixel_values),
+        pixel_values=torch.from_numpy(prompt.inputs.patches[0]),
         image_grid_thw=torch.tensor(prompt.grid_thw),
         mm_token_type_ids=torch.tensor([prompt.mm_token_type_ids]),
         max_new_tokens=12,
