@@ -36,3 +36,12 @@ GPU = (
     "power_w", "temperature_c", "utilization_percent", "memory_used_bytes",
     "throttle_reasons", "pcie_gen", "pcie_width",
 )  # fmt: skip
+
+HOST = (
+    "cell_id", "run", "t_s", "event", "span_ms", "tokens",
+    "main_cpu_ms", "process_cpu_ms", "other_python_ms", "runqueue_ms",
+    "voluntary_switches", "involuntary_switches", "minor_faults", "major_faults",
+    "system_busy_ms", "steal_ms", "device_allocs", "alloc_retries", "syncs",
+)  # fmt: skip
+
+PROBES = ("cell_id", "run", "pair", "watched_itl_ms", "bare_itl_ms")
