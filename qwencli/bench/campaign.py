@@ -5,7 +5,8 @@
     runs.csv, tokens.csv, gpu.csv, host.csv   raw rows, on disk as they happen
     logs/CELL.log     what each worker printed
     probes.csv        what measuring costs (`qwencli.bench.probe_overhead`)
-    cells.csv, report.md, .html     made from the rows above, again whenever the campaign ends
+    cells.csv, causes.csv, report.md, report.html
+                      made from the rows above, again whenever the campaign ends
 
 A run counts once its row is in runs.csv: its tokens are written before it.
 """

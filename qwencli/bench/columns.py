@@ -14,6 +14,8 @@ CELLS = (
     "run_ratio_max_min", "ttft_s_median",
     "itl_p50_ms", "itl_p90_ms", "itl_p99_ms", "itl_max_ms",
     "peak_allocated_bytes", "mbu_percent", "exact_match_percent", "verdict",
+    "gap_count", "gap_lost_percent", "gap_causes", "slow_run_causes",
+    "probe_overhead_percent", "probe_overhead_low_percent", "probe_overhead_high_percent",
 )  # fmt: skip
 
 RUNS = (
@@ -45,3 +47,8 @@ HOST = (
 )  # fmt: skip
 
 PROBES = ("cell_id", "run", "pair", "watched_itl_ms", "bare_itl_ms")
+
+CAUSES = (
+    "cell_id", "run", "scope", "token_index", "tokens", "t_s", "span_ms", "lost_ms",
+    "cause", "confidence", "evidence",
+)  # fmt: skip

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -101,8 +101,9 @@ def _compiling(spans: list[Span]) -> Iterator[None]:
     try:
         yield
     finally:
-        handler.remove_start_callback(start)
-        handler.remove_end_callback(end)
+        with suppress(ValueError):  # torch.compiler.reset() has dropped all callbacks
+            handler.remove_start_callback(start)
+            handler.remove_end_callback(end)
 
 
 @contextmanager

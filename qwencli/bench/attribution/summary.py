@@ -1,0 +1,128 @@
+"""Findings counted for each cell: the columns of cells.csv, and the same in words."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwencli.bench.attribution.causes import MEANINGS, Cause, Finding
+from qwencli.bench.attribution.records import RawRow
+from qwencli.bench.probe_overhead import Pair, overhead_percent
+
+CellRow = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How often a cause was found in a cell, and what it cost."""
+
+    cause: Cause
+    count: int
+    lost_ms: float
+
+
+def tallies(findings: Iterable[Finding]) -> list[Tally]:
+    """By what they cost, most first."""
+    counts: dict[Cause, list[float]] = defaultdict(list)
+    for finding in findings:
+        counts[finding.cause].append(finding.lost_ms)
+    found = [Tally(cause, len(lost), sum(lost)) for cause, lost in counts.items()]
+    return sorted(found, key=lambda tally: -tally.lost_ms)
+
+
+def write_tallies(found: Iterable[Tally]) -> str | None:
+    """As one field of a CSV file: `cause:count:lost_ms` joined by "|"; None for none."""
+    return "|".join(f"{t.cause}:{t.count}:{t.lost_ms:.3f}" for t in found) or None
+
+
+def read_tallies(text: str | None) -> list[Tally]:
+    """What `write_tallies` wrote."""
+    parts = [part.split(":") for part in (text or "").split("|") if part]
+    return [Tally(Cause(cause), int(count), float(lost)) for cause, count, lost in parts]
+
+
+def with_causes(
+    rows: Sequence[CellRow],
+    findings: Sequence[Finding],
+    runs: Iterable[RawRow],
+    probes: Iterable[RawRow],
+) -> list[dict[str, Any]]:
+    """The rows of cells.csv with the columns that attribution and the probes' A/B add."""
+    decode_s: dict[str, float] = defaultdict(float)
+    for run in runs:
+        if run["status"] == "ok" and run["decode_s"]:
+            decode_s[run["cell_id"]] += float(run["decode_s"])
+    pairs: dict[str, list[Pair]] = defaultdict(list)
+    for probe in probes:
+        pair = Pair(float(probe["watched_itl_ms"]), float(probe["bare_itl_ms"]))
+        pairs[probe["cell_id"]].append(pair)
+    by_cell: dict[str, list[Finding]] = defaultdict(list)
+    for finding in findings:
+        by_cell[finding.cell_id].append(finding)
+    return [
+        {
+            **row,
+            **_cause_columns(by_cell[row["cell_id"]], decode_s.get(row["cell_id"])),
+            **_probe_columns(pairs[row["cell_id"]]),
+        }
+        for row in rows
+    ]
+
+
+def _cause_columns(findings: Sequence[Finding], decode_s: float | None) -> dict[str, Any]:
+    if not decode_s:
+        return dict.fromkeys(
+            ("gap_count", "gap_lost_percent", "gap_causes", "slow_run_causes"), None
+        )
+    gaps = [finding for finding in findings if finding.scope == "gap"]
+    slow = [finding for finding in findings if finding.scope != "gap"]
+    return {
+        "gap_count": len(gaps),
+        "gap_lost_percent": sum(gap.lost_ms for gap in gaps) / decode_s / 10.0,
+        "gap_causes": write_tallies(tallies(gaps)),
+        "slow_run_causes": write_tallies(tallies(slow)),
+    }
+
+
+def _probe_columns(pairs: Sequence[Pair]) -> dict[str, float | None]:
+    found = overhead_percent(pairs)
+    return {
+        "probe_overhead_percent": found.estimate if found else None,
+        "probe_overhead_low_percent": found.low if found else None,
+        "probe_overhead_high_percent": found.high if found else None,
+    }
+
+
+def why(row: CellRow) -> list[str]:
+    """What slowed this cell, in sentences; [] where nothing did."""
+    lines = []
+    if row.get("gap_count"):
+        lost = row["gap_lost_percent"]
+        parts = [_part(tally) for tally in read_tallies(row["gap_causes"])]
+        plural = "s" * (row["gap_count"] > 1)
+        lines.append(f"{row['gap_count']} gap{plural}, {lost:.1f}% of decode: {'; '.join(parts)}")
+    for tally in read_tallies(row.get("slow_run_causes")):
+        lines.append(
+            f"{tally.count} slow phase{'s' * (tally.count > 1)} of runs, {tally.lost_ms:.0f} ms: "
+            f"{MEANINGS[tally.cause]} ({tally.cause})"
+        )
+    return lines
+
+
+def _part(tally: Tally) -> str:
+    return f"{tally.count} x {MEANINGS[tally.cause]} ({tally.cause}, {tally.lost_ms:.0f} ms)"
+
+
+def probe_line(rows: Sequence[CellRow]) -> str | None:
+    """What measuring cost, over all cells; None where it was not measured."""
+    known = [row for row in rows if row.get("probe_overhead_percent") is not None]
+    if not known:
+        return None
+    worst = max(known, key=lambda row: row["probe_overhead_percent"])
+    figures = (worst["probe_overhead_low_percent"], worst["probe_overhead_high_percent"])
+    return (
+        f"measuring adds {worst['probe_overhead_percent']:.1f}% to a token "
+        f"({figures[0]:.1f} to {figures[1]:.1f}%)" + (", in the worst cell" * (len(known) > 1))
+    )
