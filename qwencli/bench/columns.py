@@ -36,7 +36,7 @@ TOKENS = ("cell_id", "run", "token_index", "token_id", "t_s", "itl_ms", "gpu_ms"
 GPU = (
     "cell_id", "run", "t_s", "gpu_index", "sm_clock_mhz", "mem_clock_mhz", "pstate",
     "power_w", "temperature_c", "utilization_percent", "memory_used_bytes",
-    "throttle_reasons", "pcie_gen", "pcie_width",
+    "throttle_reasons", "pcie_gen", "pcie_width", "compute_processes",
 )  # fmt: skip
 
 HOST = (

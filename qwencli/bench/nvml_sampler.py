@@ -54,6 +54,7 @@ def sensors(nvml: Any) -> Mapping[str, Callable[[Any], Any]]:
         ),
         "pcie_gen": nvml.nvmlDeviceGetCurrPcieLinkGeneration,
         "pcie_width": nvml.nvmlDeviceGetCurrPcieLinkWidth,
+        "compute_processes": lambda h: len(nvml.nvmlDeviceGetComputeRunningProcesses(h)),
     }
 
 

@@ -104,11 +104,11 @@ class TokenProbe:
             if chunk.token_ids:
                 self.note()
             result = chunk.result
+            if result is not None and len(self._times) > 1:
+                # The counters after the last token, which come a few microseconds late.
+                self._read(self._times[-1])
+                self._count()
         assert result is not None, "a stream ends with the chunk that carries its result"
-        if len(self._times) > 1:
-            # The counters after the last token, which come a few microseconds late.
-            self._read(self._times[-1])
-            self._count()
         return result
 
     def resume(self) -> None:

@@ -76,7 +76,8 @@ def _measure_all(spec: WorkerSpec, make_engine: MakeEngine) -> Iterator[dict[str
         fresh = True
         # Run 0 pays for lazy start-up, is recorded, and counts in no statistic.
         for run in (0, *range(spec.first_run, spec.runs + 1)):
-            if spec.load_mode is LoadMode.RELOAD and not fresh:
+            reload = spec.load_mode is LoadMode.RELOAD or run in spec.reload_before
+            if reload and not fresh:
                 engine.close()
                 engine.load()
                 fresh = True

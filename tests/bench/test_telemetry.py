@@ -137,6 +137,7 @@ def test_a_sensor_the_device_does_not_have_is_none():
         "CurrentClocksThrottleReasons",
         "CurrPcieLinkGeneration",
         "CurrPcieLinkWidth",
+        "ComputeRunningProcesses",
     ]
     nvml = SimpleNamespace(
         NVMLError=NVMLError, NVML_CLOCK_SM=1, NVML_CLOCK_MEM=2, NVML_TEMPERATURE_GPU=0,

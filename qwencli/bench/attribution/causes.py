@@ -27,6 +27,7 @@ class Cause(StrEnum):
     UNKNOWN = "unknown"
 
 
+# Each completes "because ...".
 MEANINGS: Mapping[Cause, str] = {
     Cause.GC: "Python collected garbage",
     Cause.RECOMPILE: "torch compiled anew",
@@ -41,9 +42,9 @@ MEANINGS: Mapping[Cause, str] = {
     Cause.CLOCK: "the GPU ran at a lower clock",
     Cause.THERMAL_DRIFT: "the GPU grew warmer and slower from run to run",
     Cause.OTHER_GPU_PROCESS: "another program used the GPU",
-    Cause.IDLE_GAP: "nobody worked: the host slept or waited for something outside",
+    Cause.IDLE_GAP: "the host slept or waited for something outside",
     Cause.RELOAD: "the model had just been loaded",
-    Cause.UNKNOWN: "no sensor explains it",
+    Cause.UNKNOWN: "of what no sensor shows",
 }
 
 Scope = Literal["gap", "decode", "prefill"]

@@ -98,21 +98,25 @@ def _probe_columns(pairs: Sequence[Pair]) -> dict[str, float | None]:
 def why(row: CellRow) -> list[str]:
     """What slowed this cell, in sentences; [] where nothing did."""
     lines = []
-    if row.get("gap_count"):
-        lost = row["gap_lost_percent"]
-        parts = [_part(tally) for tally in read_tallies(row["gap_causes"])]
-        plural = "s" * (row["gap_count"] > 1)
-        lines.append(f"{row['gap_count']} gap{plural}, {lost:.1f}% of decode: {'; '.join(parts)}")
-    for tally in read_tallies(row.get("slow_run_causes")):
+    if gaps := read_tallies(row.get("gap_causes")):
+        total = sum(tally.lost_ms for tally in gaps)
+        parts = ", ".join(f"{t.cause} {100 * t.lost_ms / total:.0f}% ({t.count})" for t in gaps)
         lines.append(
-            f"{tally.count} slow phase{'s' * (tally.count > 1)} of runs, {tally.lost_ms:.0f} ms: "
-            f"{MEANINGS[tally.cause]} ({tally.cause})"
+            f"{_count(gaps, 'gap')} took {row['gap_lost_percent']:.1f}% of decode, most of it "
+            f"because {MEANINGS[gaps[0].cause]}: {parts}"
+        )
+    if slow := read_tallies(row.get("slow_run_causes")):
+        parts = ", ".join(f"{tally.cause} {tally.count}" for tally in slow)
+        lines.append(
+            f"{_count(slow, 'slow phase')} of runs, most of it because "
+            f"{MEANINGS[slow[0].cause]}: {parts}"
         )
     return lines
 
 
-def _part(tally: Tally) -> str:
-    return f"{tally.count} x {MEANINGS[tally.cause]} ({tally.cause}, {tally.lost_ms:.0f} ms)"
+def _count(found: Sequence[Tally], what: str) -> str:
+    count = sum(tally.count for tally in found)
+    return f"{count} {what}{'s' * (count > 1)}"
 
 
 def probe_line(rows: Sequence[CellRow]) -> str | None:

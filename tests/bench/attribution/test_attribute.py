@@ -117,6 +117,18 @@ def test_a_load_before_the_run_explains_its_late_first_token():
     assert (found.scope, found.run, found.cause) == ("prefill", str(RUN), Cause.RELOAD)
 
 
+def test_loads_that_slow_a_little_each_time_are_found_as_a_group():
+    cell = MadeCell()
+    for run in cell.itl:
+        late = 0.012 if run in (2, 4, 7) else 0.0
+        # 4 ms of noise in either direction
+        ttft = {"ttft_s": 0.06 + late + 0.004 * (-1) ** run}
+        cell.run_columns[run] = {**ttft, **({"load_s": 3.0} if late else {})}
+    found = cell.findings()
+    assert {one.cause for one in found} == {Cause.RELOAD}
+    assert {"2", "4"} <= {one.run for one in found} <= {"2", "4", "7"}
+
+
 def test_where_every_run_loads_a_load_explains_nothing():
     cell = MadeCell()
     for run in cell.itl:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwencli.bench.attribution.between import quiet_sigma
+from qwencli.bench.attribution.between import greater_p, quiet_sigma
 from qwencli.bench.attribution.gaps import FACTOR, JOIN, LEAST_MS, UsualToken, gaps, usual_token
 
 latencies = st.lists(st.floats(0.01, 1e4), min_size=1, max_size=60)
@@ -74,3 +74,16 @@ def test_slower_runs_do_not_widen_the_quiet_side(values, extra):
     assert quiet_sigma(slower) == pytest.approx(quiet_sigma(values), rel=1e-6, abs=1e-9) or (
         statistics.median(slower) != centre
     )
+
+
+def test_the_rank_sum_test_agrees_with_counting():
+    # All 70 orders of 4 and 4 are equally likely; one has all of the first four last.
+    assert greater_p([5, 6, 7, 8], [1, 2, 3, 4]) == pytest.approx(1 / 70, abs=0.005)
+    assert greater_p([1, 2, 3, 4], [5, 6, 7, 8]) > 0.98
+    assert greater_p([5, 6], [1, 2, 3, 4]) == 1.0
+
+
+@given(st.lists(st.integers(0, 9), min_size=3, max_size=8), st.randoms())
+def test_equal_groups_are_not_told_apart(values, random):
+    shuffled = random.sample(values, len(values))
+    assert greater_p(values, shuffled) > 0.4
