@@ -233,6 +233,7 @@ def inject(
         device=device,
         dtype=dtype,
         load_format=load_format,
+        max_seq_len=None,
     )
     injection = Injection(names=tuple(causes or ("ALL",)), trials=trials, seed=seed)
     folder = out or Path("campaigns") / f"inject-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qwencli.bench import worker
@@ -42,6 +42,14 @@ class DisturbedEngine:
     @property
     def load_s(self) -> float:
         return self._engine.load_s
+
+    @property
+    def max_seq_len(self) -> int:
+        return self._engine.max_seq_len
+
+    @property
+    def memory_plan(self) -> Mapping[str, int]:
+        return self._engine.memory_plan
 
     def load(self) -> None:
         self._engine.load()
