@@ -42,6 +42,6 @@ def build_report(folder: Path) -> list[CellRow]:
     write_rows(folder / CAUSES, columns.CAUSES, map(asdict, findings))
     write_rows(folder / "cells.csv", columns.CELLS, rows)
     replace_file(folder / "report.md", markdown(rows, environment).encode())
-    page = html_page(rows, plan, environment, runs, tokens, gpu)
+    page = html_page(rows, plan, environment, runs, tokens, gpu, findings)
     replace_file(folder / "report.html", page.encode())
     return rows
