@@ -45,6 +45,7 @@ def baseline(records: Sequence[RunRecord]) -> Baseline:
             sm_clock_mhz=_median(samples, "sm_clock_mhz"),
             pstate=_median(samples, "pstate"),
             temperature_c=_median(samples, "temperature_c"),
+            power_w=_median(samples, "power_w"),
             throttle=frozenset(
                 name
                 for name in reasons(samples)

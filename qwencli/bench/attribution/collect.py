@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from qwencli.bench.attribution.baseline import Baseline, counters, reasons
@@ -38,7 +39,6 @@ def observe(
         return sum(m.overlap_ms(start_s, end_s) for m in record.host if m.name == event)
 
     near = [s for s in record.gpu if start_s - NEAR_S <= s.end_s <= end_s + NEAR_S]
-    clocks = _column(near, "sm_clock_mhz")
     return Evidence(
         scope=scope,
         span_ms=1e3 * (end_s - start_s),
@@ -59,7 +59,8 @@ def observe(
         device_allocs=figures.get("device_allocs"),
         alloc_retries=figures.get("alloc_retries"),
         extra_syncs=beyond("syncs"),
-        sm_clock_mhz=sum(clocks) / len(clocks) if clocks else None,
+        sm_clock_mhz=_mean(near, "sm_clock_mhz"),
+        power_w=_mean(near, "power_w"),
         pstate=max(_column(near, "pstate"), default=None),
         temperature_c=max(_column(near, "temperature_c"), default=None),
         throttle=reasons(near),
@@ -108,3 +109,8 @@ def _sum(rows: Sequence[Numbers]) -> Numbers:
 
 def _column(samples: Sequence[Moment], name: str) -> list[float]:
     return [sample.figures[name] for sample in samples if name in sample.figures]
+
+
+def _mean(samples: Sequence[Moment], name: str) -> float | None:
+    values = _column(samples, name)
+    return statistics.fmean(values) if values else None

@@ -14,6 +14,7 @@ class Usual:
     sm_clock_mhz: float | None = None
     pstate: float | None = None
     temperature_c: float | None = None
+    power_w: float | None = None
     throttle: frozenset[str] = frozenset()
 
 
@@ -35,8 +36,8 @@ class Evidence:
         stops: times the process went on after a stop signal.
         device_allocs, alloc_retries: driver allocations and frees, and failed attempts.
         extra_syncs: waits for the device beyond what these tokens usually have.
-        sm_clock_mhz: mean over the stretch; `pstate` its highest number; `temperature_c` its
-            highest; `throttle` all reasons seen.
+        sm_clock_mhz, power_w: mean over the stretch; `pstate` its highest number;
+            `temperature_c` its highest; `throttle` all reasons seen.
         gpu_processes: programs with memory on the GPU, this one included.
         fresh_load: the model was loaded just before this run and not before others.
         warming: correlation of GPU temperature with the number of the run, where speed falls.
@@ -64,6 +65,7 @@ class Evidence:
     sm_clock_mhz: float | None = None
     pstate: float | None = None
     temperature_c: float | None = None
+    power_w: float | None = None
     throttle: frozenset[str] = frozenset()
     gpu_processes: float | None = None
     fresh_load: bool = False

@@ -22,8 +22,8 @@ LOWER_CLOCK = 0.97
 THROTTLING = frozenset(
     {"sw_power_cap", "hw_slowdown", "sw_thermal", "hw_thermal", "hw_power_brake"}
 )
-HEAT = frozenset({"sw_thermal", "hw_thermal"})
 WARMER_C = 3.0
+MORE_POWER = 1.1
 
 
 @dataclass(frozen=True)
@@ -152,15 +152,20 @@ def _thermal_drift(e: Evidence) -> tuple[float, str] | None:
 
 
 def _other_gpu_process(e: Evidence) -> tuple[float, str] | None:
-    """By exclusion: the host was neither late nor asleep, the clock is as usual."""
-    if not e.on_gpu or not e.gpu_processes or e.gpu_processes < 2 or _clock_share(e) > 0:
+    """By exclusion: the host was neither late nor asleep, the clock is as usual. And somebody else
+    is there, or the GPU draws more power for fewer tokens."""
+    if not e.on_gpu or _clock_share(e) > 0:
         return None
     if e.main_cpu_ms is not None and e.main_cpu_ms < 0.5 * e.span_ms:
         return None
-    return (
-        1.0,
-        f"{e.gpu_processes:.0f} programs on the GPU, the host waited for it; {_clock_figures(e)}",
-    )
+    signs = []
+    if e.gpu_processes and e.gpu_processes >= 2:
+        signs.append(f"{e.gpu_processes:.0f} programs on the GPU")
+    if e.power_w and e.usual.power_w and e.power_w >= MORE_POWER * e.usual.power_w:
+        signs.append(f"{e.power_w:.0f} W, usually {e.usual.power_w:.0f}")
+    if not signs:
+        return None
+    return 1.0, f"{', '.join(signs)}; the host waited for it; {_clock_figures(e)}"
 
 
 def _slept(e: Evidence) -> tuple[float, str] | None:

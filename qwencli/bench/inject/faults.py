@@ -33,6 +33,8 @@ MOMENTS = 3
 SHORTEST_S, LONGEST_S = 0.06, 0.12
 HEAP_OBJECTS = 300_000
 BEGIN_EARLY = 0.25  # of the run
+# One takes half a core in turns of 3 ms, which the steps already on their way to a GPU outlast.
+GPU_HOGS = 16
 # Ends by itself when this process is gone.
 _HOG = """
 import os, threading
@@ -159,6 +161,9 @@ class Stopped(MomentaryFault):
         self._pauser.close()
 
 
+_COUNTED = 2_000_000
+
+
 class HeldInterpreter(MomentaryFault):
     """A Python thread that computes inside one C call, which keeps the interpreter lock."""
 
@@ -166,8 +171,11 @@ class HeldInterpreter(MomentaryFault):
 
     def __init__(self, device: str) -> None:
         super().__init__(device)
-        self._wanted, self._free = threading.Event(), threading.Event()
+        self._wanted = threading.Event()
         self._seconds = 0.0
+        start = time.perf_counter()
+        sum(range(_COUNTED))
+        self._per_second = _COUNTED / (time.perf_counter() - start)
         self._held: list[Span] = []
         self._thread = threading.Thread(target=self._hold, daemon=True)
         self._thread.start()
@@ -188,8 +196,7 @@ class HeldInterpreter(MomentaryFault):
         while True:
             self._wanted.wait()
             start = time.perf_counter()
-            while time.perf_counter() < start + self._seconds:
-                sum(range(1_000_000))
+            sum(range(int(self._seconds * self._per_second)))
             self._held.append((start, time.perf_counter()))
             self._wanted.clear()
 
@@ -230,19 +237,24 @@ class BesideFault(Fault):
 
 
 class HogOnTheSameCore(BesideFault):
-    """Another process that computes on the core to which the main thread is tied meanwhile."""
+    """Other processes that compute on the core to which the main thread is tied meanwhile."""
 
     cause = Cause.PREEMPTION
 
     def __init__(self, device: str) -> None:
         super().__init__(device)
-        self._hog = subprocess.Popen([sys.executable, "-c", _HOG], stdin=subprocess.PIPE)
-        os.kill(self._hog.pid, signal.SIGSTOP)
+        count = GPU_HOGS if device.startswith("cuda") else 1
+        self._hogs = [
+            subprocess.Popen([sys.executable, "-c", _HOG], stdin=subprocess.PIPE)
+            for _ in range(count)
+        ]
+        self.halt()
 
     def disturb(self, chunks: Chunks, tokens: int, chance: random.Random) -> Iterator[Any]:
         cores = os.sched_getaffinity(0)
         core = {min(cores)}
-        os.sched_setaffinity(self._hog.pid, core)
+        for hog in self._hogs:
+            os.sched_setaffinity(hog.pid, core)
         os.sched_setaffinity(0, core)  # 0 = the calling thread alone
         try:
             yield from super().disturb(chunks, tokens, chance)
@@ -250,14 +262,17 @@ class HogOnTheSameCore(BesideFault):
             os.sched_setaffinity(0, cores)
 
     def go(self) -> None:
-        os.kill(self._hog.pid, signal.SIGCONT)
+        for hog in self._hogs:
+            os.kill(hog.pid, signal.SIGCONT)
 
     def halt(self) -> None:
-        os.kill(self._hog.pid, signal.SIGSTOP)
+        for hog in self._hogs:
+            os.kill(hog.pid, signal.SIGSTOP)
 
     def close(self) -> None:
-        self._hog.kill()
-        self._hog.communicate()
+        for hog in self._hogs:
+            hog.kill()
+            hog.communicate()
 
 
 class OtherGpuProgram(BesideFault):

@@ -81,7 +81,7 @@ GAPS = {
         sensors(sm_clock_mhz=1200, throttle_reasons="hw_slowdown", pstate=0),
     ],
     Cause.POWER_STATE: [sensors(sm_clock_mhz=1200, pstate=8)],
-    Cause.OTHER_GPU_PROCESS: [sensors(compute_processes=2)],
+    Cause.OTHER_GPU_PROCESS: [sensors(compute_processes=2), sensors(power_w=520.0)],
     Cause.UNKNOWN: [sensors()],
 }
 

@@ -34,8 +34,9 @@ def test_every_fault_is_made_recorded_and_counted(tmp_path, make_plan, cpu):
     assert {cause: len(rows) for cause, rows in spans.items()} == {
         "gc": 3, "gil": 3, "suspended": 3, "idle_gap": 3, "preemption": 1, "reload": 1,
     }  # fmt: skip
-    for cause in ("gc", "gil", "suspended", "idle_gap"):
+    for cause in ("gc", "suspended", "idle_gap"):
         assert all(float(row["span_ms"]) >= 55.0 for row in spans[cause])
+    assert all(float(row["span_ms"]) >= 20.0 for row in spans["gil"])
     runs = {row["run"]: row for row in read_rows(tmp_path / "c" / "runs.csv")}
     reloaded = spans["reload"][0]["run"]
     assert [run for run, row in runs.items() if row["load_s"]] == ["0", reloaded]
