@@ -142,9 +142,12 @@ class Campaign:
         self._host.append({**key, **row} for row in message["host"])
         self._runs.append([{**key, **message["row"], **run_columns(before, within)}])
 
-    def add_probes(self, cell: BenchCell, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Store what the probes cost this cell."""
-        self._probes.append({"cell_id": cell.cell_id, **row} for row in rows)
+    def add_probes(
+        self, cell: BenchCell, rows: Sequence[Mapping[str, Any]], *, sampled: bool
+    ) -> None:
+        """Store what the probes cost this cell; `sampled`: there is a sampler to switch."""
+        unsampled = {} if sampled else {"sampler": None}
+        self._probes.append({"cell_id": cell.cell_id, **row, **unsampled} for row in rows)
 
     def add_end(self, cell: BenchCell, status: str, reason: str | None, run: int | None) -> None:
         """Store why a cell is over early; `run` is the one that it cost, if any."""

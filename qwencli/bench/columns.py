@@ -16,6 +16,7 @@ CELLS = (
     "peak_allocated_bytes", "mbu_percent", "exact_match_percent", "verdict",
     "gap_count", "gap_lost_percent", "gap_causes", "slow_run_causes",
     "probe_overhead_percent", "probe_overhead_low_percent", "probe_overhead_high_percent",
+    "sampler_overhead_percent", "sampler_overhead_low_percent", "sampler_overhead_high_percent",
 )  # fmt: skip
 
 RUNS = (
@@ -46,7 +47,7 @@ HOST = (
     "system_busy_ms", "steal_ms", "device_allocs", "alloc_retries", "syncs",
 )  # fmt: skip
 
-PROBES = ("cell_id", "run", "pair", "watched_itl_ms", "bare_itl_ms")
+PROBES = ("cell_id", "run", "sampler", "pair", "watched_itl_ms", "bare_itl_ms")
 
 CAUSES = (
     "cell_id", "run", "scope", "token_index", "tokens", "t_s", "span_ms", "lost_ms",

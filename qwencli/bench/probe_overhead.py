@@ -1,7 +1,11 @@
-"""What the probes cost: in one run, stretches of tokens with them and without take turns.
+"""What the probes cost, from a few runs of each cell that count for nothing else.
 
-Neighbouring stretches are a few milliseconds apart, so that clocks, heat and other programs are the
-same for both; runs compared with runs would need hundreds to see one percent.
+The probes inside the process: in each of these runs, stretches of tokens with them and without take
+turns. Neighbouring stretches are a few milliseconds apart, so that clocks, heat and other programs
+are the same for both; runs compared with runs would need hundreds to see one percent.
+
+The sensor sampler beside it cannot be switched within milliseconds: it is on in every other of
+these runs, and their unwatched stretches are compared.
 """
 
 from __future__ import annotations
@@ -10,14 +14,16 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from qwencli.bench.robust import Interval, median_interval
+from qwencli.bench.robust import Interval, median_interval, ratio_interval
 from qwencli.bench.token_probe import TokenProbe
 from qwencli.results import GenerationChunk, GenerationResult
 
 # Tokens of one stretch. Their median hides a stall, and a run has enough of them.
 STRETCH = 8
-# Runs of each cell that are made for this alone, after the measured ones.
-RUNS = 3
+# Runs of each cell that are made for this alone, after the measured ones, and the time (s) after
+# which a slow cell makes no more.
+RUNS = 6
+BUDGET_S = 6.0
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,8 @@ class Pair:
     The mean takes out what grows with the context.
     """
 
-    watched_ms: float
-    bare_ms: float
+    watched_itl_ms: float
+    bare_itl_ms: float
 
 
 def drain_in_turns(probe: TokenProbe, chunks: Iterator[GenerationChunk]) -> GenerationResult:
@@ -68,4 +74,16 @@ def pairs(itl_ms: Sequence[float]) -> list[Pair]:
 
 def overhead_percent(found: Iterable[Pair]) -> Interval | None:
     """What watching adds to the time between tokens; None for fewer than three pairs."""
-    return median_interval([100.0 * (pair.watched_ms / pair.bare_ms - 1.0) for pair in found])
+    return median_interval(
+        [100.0 * (pair.watched_itl_ms / pair.bare_itl_ms - 1.0) for pair in found]
+    )
+
+
+def sampler_percent(on_ms: Sequence[float], off_ms: Sequence[float]) -> Interval | None:
+    """What the sampler adds to it, from unwatched tokens of runs with and without it (medians of
+    each run, ms); None for fewer than three runs of either kind."""
+    found = ratio_interval(off_ms, on_ms)
+    if found is None:
+        return None
+    low, middle, high = (100.0 * (x - 1.0) for x in (found.low, found.estimate, found.high))
+    return Interval(middle, low, high, found.confidence)

@@ -4,8 +4,9 @@ It has no generation path of its own: it times the `Engine.stream` that `caption
 
     stdin     one JSON line, the WorkerSpec; then held open. It closing means that the campaign
               is gone, and the worker ends at once.
-    stdout    JSON lines: {"type": "run", ...} after each run, {"type": "probes", ...} after the
-              last, {"type": "end", ...} at the end
+    stdout    JSON lines: {"type": "run", ...} after each run; then {"type": "sampler", ...} and
+              {"type": "probes", ...} around the runs that show what probes cost; {"type": "end",
+              ...} at the end
     stderr    the log; whatever libraries print to stdout goes there as well
 """
 
@@ -84,21 +85,29 @@ def _measure_all(spec: WorkerSpec, make_engine: MakeEngine) -> Iterator[dict[str
             yield measure(engine, request, run, probe, fresh=fresh)
             fresh = False
         if spec.max_new_tokens > 3 * probe_overhead.STRETCH:
-            yield {"type": "probes", "rows": list(_probe_rows(engine, request, probe))}
+            yield from _probe_messages(engine, request, probe)
     finally:
         engine.close()
 
 
-def _probe_rows(
+def _probe_messages(
     engine: Engine, request: GenerationRequest, probe: TokenProbe
 ) -> Iterator[dict[str, Any]]:
-    """Rows of probes.csv from runs that count for nothing else."""
+    """Ask for the sampler on and off in turns; after each run, its rows of probes.csv."""
+    end = time.perf_counter() + probe_overhead.BUDGET_S
     for run in range(1, probe_overhead.RUNS + 1):
+        sampler = "on" if run % 2 else "off"
+        yield {"type": "sampler", "on": sampler == "on"}
         with HostProbe(), probe:
             result = probe_overhead.drain_in_turns(probe, engine.stream(request))
-        for number, pair in enumerate(probe_overhead.pairs(result.itl_ms)):
-            figures = {"watched_itl_ms": pair.watched_ms, "bare_itl_ms": pair.bare_ms}
-            yield {"run": run, "pair": number, **figures}
+        rows = [
+            {"run": run, "sampler": sampler, "pair": number, **asdict(pair)}
+            for number, pair in enumerate(probe_overhead.pairs(result.itl_ms))
+        ]
+        yield {"type": "probes", "rows": rows}
+        if time.perf_counter() > end:
+            break
+    yield {"type": "sampler", "on": True}
 
 
 def build_request(spec: WorkerSpec) -> GenerationRequest:

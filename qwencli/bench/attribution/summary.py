@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 
 from qwencli.bench.attribution.causes import MEANINGS, Cause, Finding
 from qwencli.bench.attribution.records import RawRow
-from qwencli.bench.probe_overhead import Pair, overhead_percent
+from qwencli.bench.probe_overhead import Pair, overhead_percent, sampler_percent
+from qwencli.bench.robust import Interval
 
 CellRow = Mapping[str, Any]
 
@@ -54,10 +56,9 @@ def with_causes(
     for run in runs:
         if run["status"] == "ok" and run["decode_s"]:
             decode_s[run["cell_id"]] += float(run["decode_s"])
-    pairs: dict[str, list[Pair]] = defaultdict(list)
+    probed: dict[str, list[RawRow]] = defaultdict(list)
     for probe in probes:
-        pair = Pair(float(probe["watched_itl_ms"]), float(probe["bare_itl_ms"]))
-        pairs[probe["cell_id"]].append(pair)
+        probed[probe["cell_id"]].append(probe)
     by_cell: dict[str, list[Finding]] = defaultdict(list)
     for finding in findings:
         by_cell[finding.cell_id].append(finding)
@@ -65,7 +66,7 @@ def with_causes(
         {
             **row,
             **_cause_columns(by_cell[row["cell_id"]], decode_s.get(row["cell_id"])),
-            **_probe_columns(pairs[row["cell_id"]]),
+            **_probe_columns(probed[row["cell_id"]]),
         }
         for row in rows
     ]
@@ -86,12 +87,27 @@ def _cause_columns(findings: Sequence[Finding], decode_s: float | None) -> dict[
     }
 
 
-def _probe_columns(pairs: Sequence[Pair]) -> dict[str, float | None]:
-    found = overhead_percent(pairs)
+def _probe_columns(probes: Sequence[RawRow]) -> dict[str, float | None]:
+    found = overhead_percent(
+        Pair(float(row["watched_itl_ms"]), float(row["bare_itl_ms"])) for row in probes
+    )
+    by_run: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in probes:
+        by_run[row["sampler"], row["run"]].append(float(row["bare_itl_ms"]))
+    medians: dict[str, list[float]] = defaultdict(list)
+    for (sampler, _), values in by_run.items():
+        medians[sampler].append(statistics.median(values))
     return {
-        "probe_overhead_percent": found.estimate if found else None,
-        "probe_overhead_low_percent": found.low if found else None,
-        "probe_overhead_high_percent": found.high if found else None,
+        **_interval_columns("probe_overhead", found),
+        **_interval_columns("sampler_overhead", sampler_percent(medians["on"], medians["off"])),
+    }
+
+
+def _interval_columns(name: str, found: Interval | None) -> dict[str, float | None]:
+    return {
+        f"{name}_percent": found.estimate if found else None,
+        f"{name}_low_percent": found.low if found else None,
+        f"{name}_high_percent": found.high if found else None,
     }
 
 
@@ -119,14 +135,25 @@ def _count(found: Sequence[Tally], what: str) -> str:
     return f"{count} {what}{'s' * (count > 1)}"
 
 
+# What measures -> its columns in cells.csv, without their ends.
+_MEASURING = {"measuring": "probe_overhead", "the sensor sampler": "sampler_overhead"}
+
+
 def probe_line(rows: Sequence[CellRow]) -> str | None:
     """What measuring cost, over all cells; None where it was not measured."""
-    known = [row for row in rows if row.get("probe_overhead_percent") is not None]
-    if not known:
-        return None
-    worst = max(known, key=lambda row: row["probe_overhead_percent"])
-    figures = (worst["probe_overhead_low_percent"], worst["probe_overhead_high_percent"])
+    said = [
+        _worst(rows, who, name)
+        for who, name in _MEASURING.items()
+        if any(row.get(f"{name}_percent") is not None for row in rows)
+    ]
+    return "; ".join(said) or None
+
+
+def _worst(rows: Sequence[CellRow], who: str, name: str) -> str:
+    known = [row for row in rows if row.get(f"{name}_percent") is not None]
+    worst = max(known, key=lambda row: row[f"{name}_percent"])
+    low, high = worst[f"{name}_low_percent"], worst[f"{name}_high_percent"]
+    where = ", in the worst cell" * (len(known) > 1)
     return (
-        f"measuring adds {worst['probe_overhead_percent']:.1f}% to a token "
-        f"({figures[0]:.1f} to {figures[1]:.1f}%)" + (", in the worst cell" * (len(known) > 1))
+        f"{who} adds {worst[f'{name}_percent']:.1f}% to a token ({low:.1f} to {high:.1f}%){where}"
     )

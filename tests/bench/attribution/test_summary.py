@@ -53,16 +53,35 @@ def test_a_quiet_cell_has_zero_gaps_not_none():
     assert why(quiet) == []
 
 
+def probe(cell, run, sampler, watched, bare):
+    return {
+        "cell_id": cell, "run": str(run), "sampler": sampler,
+        "watched_itl_ms": str(watched), "bare_itl_ms": str(bare),
+    }  # fmt: skip
+
+
 def test_what_measuring_costs_is_said_of_the_worst_cell():
     probes = [
-        {"cell_id": cell, "watched_itl_ms": str(watched), "bare_itl_ms": "2.0"}
+        probe(cell, run, "", watched, 2.0)
         for cell, watched in (("a", 2.01), ("b", 2.03))
-        for _ in range(5)
+        for run in range(5)
     ]
     rows = with_causes(ROWS, [], RUNS, probes)
     assert rows[0]["probe_overhead_percent"] == pytest.approx(0.5)
+    assert rows[0]["sampler_overhead_percent"] is None
     assert probe_line(rows) == "measuring adds 1.5% to a token (1.5 to 1.5%), in the worst cell"
     assert probe_line(ROWS) is None
+
+
+def test_the_sampler_is_judged_by_runs_with_and_without_it():
+    probes = [
+        probe("a", run, "on" if run % 2 else "off", 2.05, 2.04 if run % 2 else 2.0)
+        for run in range(6)
+        for _ in range(4)
+    ]
+    (row, _) = with_causes(ROWS, [], RUNS, probes)
+    assert row["sampler_overhead_percent"] == pytest.approx(2.0)
+    assert "the sensor sampler adds 2.0% to a token" in probe_line([row])
 
 
 @given(st.lists(st.builds(finding, st.sampled_from(list(Cause)), st.floats(0, 1e6)), max_size=20))

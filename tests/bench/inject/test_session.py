@@ -46,6 +46,9 @@ def test_every_fault_is_made_recorded_and_counted(tmp_path, make_plan, cpu):
     assert found.events["suspended", "suspended"] >= 2
     assert found.events["gc", "gc"] >= 2
     assert found.runs.total() == len(planned)
+    probes = read_rows(tmp_path / "c" / "probes.csv")
+    assert {row["sampler"] for row in probes} == {""}  # there is none here to be switched
+    assert all(float(row["watched_itl_ms"]) > 1.0 for row in probes)
     rows = read_rows(tmp_path / "c" / "confusion.csv")
     assert sum(int(row["count"]) for row in rows if row["unit"] == "run") == len(planned)
     assert "| gc |" in (tmp_path / "c" / "confusion.md").read_text(encoding="utf-8")
