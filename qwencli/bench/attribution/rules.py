@@ -59,14 +59,16 @@ def _suspended(e: Evidence) -> tuple[float, str] | None:
 
 
 def _preempted(e: Evidence) -> tuple[float, str] | None:
+    """What the process's own other thread had of the processor was taken by nobody else."""
+    waited = max(0.0, (e.runqueue_ms or 0.0) - (e.other_python_ms or 0.0))
     taken = e.steal_ms or 0.0
-    said = f"{_ms(e.runqueue_ms)} runnable but waiting for a processor"
+    said = f"{_ms(waited)} runnable but waiting for a processor"
     if _taken_unseen(e) and (e.slept_ms or 0.0) > taken:
         taken = e.slept_ms or 0.0
         said += f", {_ms(taken)} away from it without having given it up"
     elif taken:
         said += f", {_ms(taken)} taken by the hypervisor"
-    return e.share((e.runqueue_ms or 0.0) + taken), said
+    return e.share(waited + taken), said
 
 
 def _taken_unseen(e: Evidence) -> bool:
@@ -88,7 +90,7 @@ def _gil(e: Evidence) -> tuple[float, str] | None:
     if e.other_python_ms is None or e.slept_ms is None:
         return None
     said = f"another Python thread ran {_ms(e.other_python_ms)} while the main one did not"
-    return e.share(min(e.other_python_ms, e.slept_ms)), said
+    return e.share(min(e.other_python_ms, e.slept_ms + (e.runqueue_ms or 0.0))), said
 
 
 def _allocator_retried(e: Evidence) -> tuple[float, str] | None:

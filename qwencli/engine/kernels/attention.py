@@ -105,9 +105,7 @@ def decode_attention_kernel(
     new_low = tl.load(qkv_ptr + (H + head) * D + low)
     new_high = tl.load(qkv_ptr + (H + head) * D + HALF + low)
     new_v = tl.load(qkv_ptr + (H + KVH + head) * D + full)
-    q_low, q_high = norm_and_rotate(
-        q_low, q_high, q_gain_low, q_gain_high, cos, sin, eps, D, NORM
-    )
+    q_low, q_high = norm_and_rotate(q_low, q_high, q_gain_low, q_gain_high, cos, sin, eps, D, NORM)
     scale: tl.constexpr = D**-0.5 * 1.4426950408889634
     q_low *= scale
     q_high *= scale
@@ -166,9 +164,7 @@ def decode_attention_kernel(
         if tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel") == parts - 1:
             tl.store(arrived_ptr + pair, 0)  # for the next layer
             group = tl.arange(0, HEADS)
-            joined = join_parts(
-                acc_ptr, tops_ptr, totals_ptr, pair, group, parts, D, HEADS, SPLITS
-            )
+            joined = join_parts(acc_ptr, tops_ptr, totals_ptr, pair, group, parts, D, HEADS, SPLITS)
             out_at = (batch * H + head * GROUP + group)[:, None] * D + full
             tl.store(out_ptr + out_at, joined, mask=(group < GROUP)[:, None])
 

@@ -218,5 +218,3 @@ def fused_ops(
     dim = shape.head_dim
     fits = dim >= SMALLEST_HEAD_DIM and dim & (dim - 1) == 0
     return FusedOps(shape, angles, dtype, device).ops(own_attention and fits)
-
-

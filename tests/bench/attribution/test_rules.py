@@ -76,6 +76,7 @@ CASES = [
     (Cause.PREEMPTION, IDLE_HOST, {"switches": 0.0}),
     (Cause.PREEMPTION, BLANK, {"main_cpu_ms": 102.0, "others_cpu_ms": 100.0}),
     (Cause.GIL, IDLE_HOST, {"other_python_ms": 98.0}),
+    (Cause.GIL, BLANK, {"other_python_ms": 98.0, "runqueue_ms": 97.0, "slept_ms": 1.0}),
     (Cause.IDLE_GAP, IDLE_HOST, {}),
     (Cause.ALLOCATOR, BLANK, {"device_allocs": 12.0, "main_cpu_ms": 99.0, "on_gpu": True}),
     (Cause.ALLOCATOR, BLANK, {"alloc_retries": 1.0, "main_cpu_ms": 99.0, "on_gpu": True}),

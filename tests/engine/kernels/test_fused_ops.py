@@ -105,9 +105,7 @@ def test_greedy_tokens_positions_and_the_end_are_those_of_the_plain_operators(
 ) -> None:
     from tests.models.test_shape_reader import TEXT
 
-    sampling = SamplingParams(
-        do_sample=False, repetition_penalty=penalty, max_new_tokens=40
-    )
+    sampling = SamplingParams(do_sample=False, repetition_penalty=penalty, max_new_tokens=40)
     states = [
         tokens_of(model_of({"model_type": "qwen2", **TEXT}, fused), sampling, [])
         for fused in (None, OWN)
