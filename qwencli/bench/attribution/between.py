@@ -8,9 +8,9 @@ The rule: the phase took longer than the median of the cell's runs by at least
 - a share of the median (`PHASES`), and
 - LEAST_MS.
 
-The first condition falls away for runs before which the model was loaded, where such runs are
-slower as a group than those that kept it (rank-sum test at ALPHA): each of them may then be within
-the noise, and is slow all the same.
+For runs before which the model was loaded LEAST_SHARE alone holds, where such runs are slower as a
+group than those that kept it (rank-sum test at ALPHA): each of them may be within the noise, and is
+slow all the same.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ LEAST_MS = 5.0
 MIN_GROUP = 3
 # Phase, column of runs.csv (s), least share. The first token's time also has the host's work on
 # the prompt in it, which varies more.
+LEAST_SHARE = 0.03
 PHASES: tuple[tuple[Scope, str, float], ...] = (
-    ("decode", "decode_s", 0.03),
+    ("decode", "decode_s", LEAST_SHARE),
     ("prefill", "ttft_s", 0.10),
 )
 
@@ -56,11 +57,11 @@ def slow_phases(records: Sequence[RunRecord]) -> list[SlowPhase]:
         times_ms = [1e3 * record.figures[column] for record in known]
         usual = statistics.median(times_ms)
         sigma = quiet_sigma(_without_trend(times_ms))
-        least = max(least_share * usual, LEAST_MS)
+        limit = max(least_share * usual, LEAST_MS, SIGMAS * sigma)
         loads_count = _loads_slow(known, times_ms)
         for record, time in zip(known, times_ms, strict=True):
             explained = loads_count and "load_s" in record.figures
-            if time - usual >= max(least, 0.0 if explained else SIGMAS * sigma):
+            if time - usual >= (LEAST_SHARE * usual if explained else limit):
                 found.append(SlowPhase(record, scope, time - usual))
     return found
 
