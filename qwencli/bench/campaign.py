@@ -2,9 +2,11 @@
 
     plan.json         what it does; a resumed campaign must be given the same
     environment.json  on what
-    runs.csv, tokens.csv, gpu.csv   raw rows, on disk as they happen
+    runs.csv, tokens.csv, gpu.csv, host.csv   raw rows, on disk as they happen
     logs/CELL.log     what each worker printed
-    cells.csv, report.md, .html     made from the rows above, again whenever the campaign ends
+    probes.csv        what measuring costs (`qwencli.bench.probe_overhead`)
+    cells.csv, causes.csv, report.md, report.html
+                      made from the rows above, again whenever the campaign ends
 
 A run counts once its row is in runs.csv: its tokens are written before it.
 """
@@ -25,7 +27,10 @@ from qwencli.bench.telemetry import Sample, run_columns
 from qwencli.errors import BenchError, OutputError
 
 PLAN, ENVIRONMENT = "plan.json", "environment.json"
-RUNS, TOKENS, GPU = "runs.csv", "tokens.csv", "gpu.csv"
+RUNS, TOKENS, GPU, HOST = "runs.csv", "tokens.csv", "gpu.csv", "host.csv"
+PROBES = "probes.csv"
+# The files whose rows belong to a run and count only once that run's row is written.
+_OF_RUNS = ((TOKENS, columns.TOKENS), (GPU, columns.GPU), (HOST, columns.HOST))
 
 # A cell with a row of any other status is over, even though runs are missing.
 _GOING_ON = ("ok", "warmup")
@@ -94,7 +99,7 @@ class Campaign:
                 self._ended.add(row["cell_id"])
         # Rows of a run that a kill kept from being finished would be counted twice.
         finished = {(row["cell_id"], row["run"]) for row in runs}
-        for name, names in ((TOKENS, columns.TOKENS), (GPU, columns.GPU)):
+        for name, names in _OF_RUNS:
             self.repaired += keep_rows(
                 self.folder / name, names, lambda row: (row["cell_id"], row["run"]) in finished
             )
@@ -102,10 +107,13 @@ class Campaign:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self._runs = stack.enter_context(RowFile(self.folder / RUNS, columns.RUNS))
-            self._tokens = stack.enter_context(RowFile(self.folder / TOKENS, columns.TOKENS))
-            self._gpu = stack.enter_context(RowFile(self.folder / GPU, columns.GPU))
+            self._tokens, self._gpu, self._host = (
+                stack.enter_context(RowFile(self.folder / name, names)) for name, names in _OF_RUNS
+            )
+            self._probes = stack.enter_context(RowFile(self.folder / PROBES, columns.PROBES))
             self._files = stack.pop_all()
-        self.repaired += sum(f.repaired_lines for f in (self._runs, self._tokens, self._gpu))
+        files = (self._runs, self._tokens, self._gpu, self._host, self._probes)
+        self.repaired += sum(file.repaired_lines for file in files)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -131,7 +139,15 @@ class Campaign:
         key = {"cell_id": cell.cell_id, "run": message["row"]["run"]}
         self._tokens.append({**key, **token} for token in message["tokens"])
         self._gpu.append({**key, **sample} for sample in within)
+        self._host.append({**key, **row} for row in message["host"])
         self._runs.append([{**key, **message["row"], **run_columns(before, within)}])
+
+    def add_probes(
+        self, cell: BenchCell, rows: Sequence[Mapping[str, Any]], *, sampled: bool
+    ) -> None:
+        """Store what the probes cost this cell; `sampled`: there is a sampler to switch."""
+        unsampled = {} if sampled else {"sampler": None}
+        self._probes.append({"cell_id": cell.cell_id, **row, **unsampled} for row in rows)
 
     def add_end(self, cell: BenchCell, status: str, reason: str | None, run: int | None) -> None:
         """Store why a cell is over early; `run` is the one that it cost, if any."""

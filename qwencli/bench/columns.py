@@ -14,6 +14,9 @@ CELLS = (
     "run_ratio_max_min", "ttft_s_median",
     "itl_p50_ms", "itl_p90_ms", "itl_p99_ms", "itl_max_ms",
     "peak_allocated_bytes", "mbu_percent", "exact_match_percent", "verdict",
+    "gap_count", "gap_lost_percent", "gap_causes", "slow_run_causes",
+    "probe_overhead_percent", "probe_overhead_low_percent", "probe_overhead_high_percent",
+    "sampler_overhead_percent", "sampler_overhead_low_percent", "sampler_overhead_high_percent",
 )  # fmt: skip
 
 RUNS = (
@@ -34,5 +37,19 @@ TOKENS = ("cell_id", "run", "token_index", "token_id", "t_s", "itl_ms", "gpu_ms"
 GPU = (
     "cell_id", "run", "t_s", "gpu_index", "sm_clock_mhz", "mem_clock_mhz", "pstate",
     "power_w", "temperature_c", "utilization_percent", "memory_used_bytes",
-    "throttle_reasons", "pcie_gen", "pcie_width",
+    "throttle_reasons", "pcie_gen", "pcie_width", "compute_processes",
+)  # fmt: skip
+
+HOST = (
+    "cell_id", "run", "t_s", "event", "span_ms", "tokens",
+    "main_cpu_ms", "process_cpu_ms", "other_python_ms", "runqueue_ms",
+    "voluntary_switches", "involuntary_switches", "minor_faults", "major_faults",
+    "system_busy_ms", "steal_ms", "device_allocs", "alloc_retries", "syncs",
+)  # fmt: skip
+
+PROBES = ("cell_id", "run", "sampler", "pair", "watched_itl_ms", "bare_itl_ms")
+
+CAUSES = (
+    "cell_id", "run", "scope", "token_index", "tokens", "t_s", "span_ms", "lost_ms",
+    "cause", "confidence", "evidence",
 )  # fmt: skip

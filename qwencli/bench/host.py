@@ -22,11 +22,12 @@ def _involuntary_switches() -> int | None:
 class HostProbe:
     """Measures the block it is around; `row()` afterwards gives the columns of runs.csv.
 
-    CPU percentages are of one core: a process with four busy threads shows 400.
+    CPU percentages are of one core: a process with four busy threads shows 400. `collections`
+    holds when each garbage collection began and ended, on `time.perf_counter`.
     """
 
     def __enter__(self) -> Self:
-        self._gc_ms = 0.0
+        self.collections: list[tuple[float, float]] = []
         self._gc_since: float | None = None
         gc.callbacks.append(self._on_gc)
         self._switches = _involuntary_switches()
@@ -42,7 +43,7 @@ class HostProbe:
         self._row = {
             "process_cpu_percent": 100.0 * (process - self._process) / wall,
             "main_thread_cpu_percent": 100.0 * (thread - self._thread) / wall,
-            "gc_pause_ms": self._gc_ms,
+            "gc_pause_ms": 1e3 * sum(end - start for start, end in self.collections),
             "involuntary_switches": (
                 None if switches is None or self._switches is None else switches - self._switches
             ),
@@ -55,5 +56,5 @@ class HostProbe:
         if phase == "start":
             self._gc_since = time.perf_counter()
         elif self._gc_since is not None:
-            self._gc_ms += (time.perf_counter() - self._gc_since) * 1e3
+            self.collections.append((self._gc_since, time.perf_counter()))
             self._gc_since = None

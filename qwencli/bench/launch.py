@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from qwencli.engine.device import DeviceFacts
@@ -23,14 +24,22 @@ def python_command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, *(() if on_path else ("-P",)), "-m", module, *arguments]
 
 
-def end_with_the_campaign() -> None:
+# What the campaign may say to a child while it runs.
+PAUSE, RESUME = b"-", b"+"
+
+
+def end_with_the_campaign(going: threading.Event | None = None) -> None:
     """Body of a thread in each child: end the process when the campaign's end of stdin closes.
 
     A campaign that is killed cannot say goodbye; without this its children would go on holding
     the GPU.
+
+    Args:
+        going: cleared by PAUSE and set by RESUME.
     """
-    while os.read(0, 1):
-        pass
+    while said := os.read(0, 1):
+        if going is not None:
+            (going.clear if said == PAUSE else going.set)()
     os._exit(3)
 
 

@@ -5,7 +5,8 @@ loop it is meant to observe.
 
     python -m qwencli.bench.nvml_sampler INTERVAL_S [UUID]
 
-Prints {"unavailable": reason} and ends when NVML cannot be used; ends when its stdin closes.
+Prints {"unavailable": reason} and ends when NVML cannot be used; is quiet from a "-" on its stdin
+until a "+"; ends when its stdin closes.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def sensors(nvml: Any) -> Mapping[str, Callable[[Any], Any]]:
         ),
         "pcie_gen": nvml.nvmlDeviceGetCurrPcieLinkGeneration,
         "pcie_width": nvml.nvmlDeviceGetCurrPcieLinkWidth,
+        "compute_processes": lambda h: len(nvml.nvmlDeviceGetComputeRunningProcesses(h)),
     }
 
 
@@ -92,9 +94,12 @@ def main(interval_s: float, uuid: str | None) -> int:
 
 
 def _sample_forever(nvml: Any, handles: list[tuple[int, Any]], interval_s: float) -> None:
-    threading.Thread(target=end_with_the_campaign, daemon=True).start()
+    going = threading.Event()
+    going.set()
+    threading.Thread(target=end_with_the_campaign, args=(going,), daemon=True).start()
     due = time.perf_counter()
     while True:
+        going.wait()
         for index, handle in handles:
             _say(read_sample(nvml, handle, index))
         due = max(due + interval_s, time.perf_counter())

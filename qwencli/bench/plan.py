@@ -19,7 +19,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Settings:
-    """Work that is equal in all cells."""
+    """Work that is equal in all cells; `reload_before` as in WorkerSpec."""
 
     runs: int
     max_new_tokens: int
@@ -30,6 +30,7 @@ class Settings:
     dtype: DType = DType.AUTO
     load_format: LoadFormat = LoadFormat.AUTO
     max_seq_len: SeqLen | None = None
+    reload_before: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Plan:
             max_new_tokens=settings.max_new_tokens,
             prompt=settings.prompt,
             images=settings.images if takes_images(model) else (),
+            reload_before=settings.reload_before,
         )
 
     def document(self) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class WorkerProcess:
         return self._process.pid
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """The worker's "run" messages as they come; `ending` is set when they are over."""
+        """The worker's messages but the "end"; `ending` is set when they are over."""
         self._send_spec()
         while (line := self._next_line()) is not None:
             try:

@@ -1,19 +1,33 @@
-"""Rebuilds a campaign's cells.csv, report.md and report.html from its raw rows."""
+"""Rebuilds a campaign's cells.csv, causes.csv, report.md and report.html from its raw rows."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from qwencli.bench import columns
-from qwencli.bench.campaign import ENVIRONMENT, GPU, PLAN, RUNS, TOKENS, read_json
+from qwencli.bench.attribution.attribute import attribute
+from qwencli.bench.attribution.summary import with_causes
+from qwencli.bench.campaign import (
+    ENVIRONMENT,
+    GPU,
+    HOST,
+    PLAN,
+    PROBES,
+    RUNS,
+    TOKENS,
+    read_json,
+)
 from qwencli.bench.html.page import html_page
 from qwencli.bench.rowfile import read_rows, replace_file, write_rows
 from qwencli.bench.stats import CellRow, cell_rows
 from qwencli.bench.tables import markdown
 
+CAUSES = "causes.csv"
+
 
 def build_report(folder: Path) -> list[CellRow]:
-    """Write cells.csv, report.md and report.html; returns the rows of cells.csv.
+    """Write cells.csv, causes.csv, report.md and report.html; returns the rows of cells.csv.
 
     Raises:
         BenchError: the folder holds no campaign.
@@ -22,9 +36,12 @@ def build_report(folder: Path) -> list[CellRow]:
     plan = read_json(folder / PLAN)
     environment = read_json(folder / ENVIRONMENT)
     runs, tokens = read_rows(folder / RUNS), read_rows(folder / TOKENS)
-    rows = cell_rows(plan, runs, tokens)
+    gpu, host = read_rows(folder / GPU), read_rows(folder / HOST)
+    findings = attribute(runs, tokens, host, gpu)
+    rows = with_causes(cell_rows(plan, runs, tokens), findings, runs, read_rows(folder / PROBES))
+    write_rows(folder / CAUSES, columns.CAUSES, map(asdict, findings))
     write_rows(folder / "cells.csv", columns.CELLS, rows)
     replace_file(folder / "report.md", markdown(rows, environment).encode())
-    page = html_page(rows, plan, environment, runs, tokens, read_rows(folder / GPU))
+    page = html_page(rows, plan, environment, runs, tokens, gpu, findings)
     replace_file(folder / "report.html", page.encode())
     return rows

@@ -74,6 +74,12 @@ def _run_cell(
     speeds: list[float] = []
     with WorkerProcess(options.command, spec, campaign.log_path(cell), options.timeout_s) as worker:
         for message in worker.messages():
+            if message["type"] == "sampler":
+                telemetry.switch(on=message["on"])
+                continue
+            if message["type"] == "probes":
+                campaign.add_probes(cell, message["rows"], sampled=options.sampler is not None)
+                continue
             before, within = telemetry.take(message["start_s"], message["end_s"])
             campaign.add_run(cell, message, before, within)
             run = message["row"]["run"]

@@ -29,6 +29,7 @@ class WorkerSpec:
 
     Args:
         first_run: 1 for a new cell; later where a resumed campaign already has runs.
+        reload_before: runs before which the model is loaded anew, whatever the load mode.
         runs: number of the last run; the warm-up is run 0 and comes first in any case.
     """
 
@@ -39,6 +40,7 @@ class WorkerSpec:
     max_new_tokens: int
     prompt: str
     images: tuple[Path, ...]
+    reload_before: tuple[int, ...] = ()
 
 
 _ENUMS = {
@@ -71,6 +73,7 @@ def loads(line: str) -> WorkerSpec:
         config=EngineConfig(model=ModelSpec(**model), **modes),
         load_mode=LoadMode(raw.pop("load_mode")),
         images=tuple(Path(image) for image in raw.pop("images")),
+        reload_before=tuple(raw.pop("reload_before")),
         **raw,
     )
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qwencli.bench.attribution.summary import probe_line, why
 from qwencli.bench.matrix import AXES, BenchCell
 
 if TYPE_CHECKING:
@@ -99,6 +100,14 @@ def remarks(rows: Sequence[CellRow]) -> list[str]:
     ]
 
 
+def why_lines(rows: Sequence[CellRow]) -> list[str]:
+    """What slowed each cell, fastest cell first, and what measuring cost."""
+    axes = varying_axes(rows)
+    lines = [f"{row_label(row, axes)}: {said}" for row in by_speed(rows) for said in why(row)]
+    probes = probe_line(rows)
+    return lines + ([probes] if probes else [])
+
+
 def terminal_table(rows: Sequence[CellRow]) -> RenderableType:
     """A table that fits 80 columns, fastest cell first, with the remarks under it."""
     from rich.box import SIMPLE_HEAD
@@ -116,7 +125,8 @@ def terminal_table(rows: Sequence[CellRow]) -> RenderableType:
     table.add_column(_VALUE_COLUMNS[-1], no_wrap=True)
     for row in by_speed(rows):
         table.add_row(row_label(row, axes), *row_values(row), style=_style(row))
-    return Group(table, *(Text(line, style="dim") for line in (UNITS, *remarks(rows))))
+    notes = [Text(line, style="dim") for line in (UNITS, *remarks(rows))]
+    return Group(table, *notes, *(Text(f"why: {line}") for line in why_lines(rows)))
 
 
 UNITS = "tok/s: median of the runs; ratio: fastest/slowest run; p50, p99: ms between tokens"
@@ -145,6 +155,8 @@ def markdown(rows: Sequence[CellRow], environment: Mapping[str, Any]) -> str:
     lines = ["# Benchmark", "", f"All cells: {title(rows)}.", "", *_device_lines(environment), ""]
     lines += [_markdown_row(head), _markdown_row(["---"] * len(head)), *map(_markdown_row, body)]
     lines += ["", f"{UNITS}.", "", *(f"- {remark}" for remark in remarks(rows))]
+    if slowed := why_lines(rows):
+        lines += ["", "## Why", "", *(f"- {line}" for line in slowed)]
     return "\n".join(lines).rstrip() + "\n"
 
 

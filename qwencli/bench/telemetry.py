@@ -7,9 +7,10 @@ import statistics
 import subprocess
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Self
 
-from qwencli.bench.launch import python_command
+from qwencli.bench.launch import PAUSE, RESUME, python_command
 
 INTERVAL_S = 0.05
 Sample = dict[str, Any]
@@ -62,6 +63,15 @@ class Telemetry:
             if not self._closing and self.unavailable is None:
                 self.unavailable = "the sampler process ended by itself"
             self._arrived.notify_all()
+
+    def switch(self, *, on: bool) -> None:
+        """Let the sampler sample, or be quiet."""
+        if self._command is None:
+            return
+        assert self._process.stdin is not None
+        with suppress(OSError):  # it has ended by itself, which the end of its samples tells
+            self._process.stdin.write(RESUME if on else PAUSE)
+            self._process.stdin.flush()
 
     def take(self, start_s: float, end_s: float) -> tuple[Sample | None, list[Sample]]:
         """The last sample before a run and the samples within it; older ones are forgotten.

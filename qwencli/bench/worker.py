@@ -4,7 +4,9 @@ It has no generation path of its own: it times the `Engine.stream` that `caption
 
     stdin     one JSON line, the WorkerSpec; then held open. It closing means that the campaign
               is gone, and the worker ends at once.
-    stdout    JSON lines: {"type": "run", ...} after each run, {"type": "end", ...} at the end
+    stdout    JSON lines: {"type": "run", ...} after each run; then {"type": "sampler", ...} and
+              {"type": "probes", ...} around the runs that show what probes cost; {"type": "end",
+              ...} at the end
     stderr    the log; whatever libraries print to stdout goes there as well
 """
 
@@ -19,14 +21,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+from qwencli.bench import probe_overhead
 from qwencli.bench import spec as wire
 from qwencli.bench.columns import RUNS
 from qwencli.bench.host import HostProbe
 from qwencli.bench.itl import run_latency
 from qwencli.bench.launch import end_with_the_campaign
 from qwencli.bench.spec import WorkerSpec
+from qwencli.bench.token_probe import TokenProbe
 from qwencli.config import EngineConfig, LoadMode, SamplingOptions
-from qwencli.engine.base import Engine, drain
+from qwencli.engine.base import Engine
 from qwencli.engine.device import memory_stats, reset_peak_memory
 from qwencli.engine.factory import create_engine
 from qwencli.errors import (
@@ -69,17 +73,41 @@ def _measure_all(spec: WorkerSpec, make_engine: MakeEngine) -> Iterator[dict[str
     engine = make_engine(spec.config)
     try:
         engine.load()
+        probe = TokenProbe(engine.ran.device)
         fresh = True
         # Run 0 pays for lazy start-up, is recorded, and counts in no statistic.
         for run in (0, *range(spec.first_run, spec.runs + 1)):
-            if spec.load_mode is LoadMode.RELOAD and not fresh:
+            reload = spec.load_mode is LoadMode.RELOAD or run in spec.reload_before
+            if reload and not fresh:
                 engine.close()
                 engine.load()
                 fresh = True
-            yield measure(engine, request, run, fresh=fresh)
+            yield measure(engine, request, run, probe, fresh=fresh)
             fresh = False
+        if spec.max_new_tokens > 3 * probe_overhead.STRETCH:
+            yield from _probe_messages(engine, request, probe)
     finally:
         engine.close()
+
+
+def _probe_messages(
+    engine: Engine, request: GenerationRequest, probe: TokenProbe
+) -> Iterator[dict[str, Any]]:
+    """Ask for the sampler on and off in turns; after each run, its rows of probes.csv."""
+    end = time.perf_counter() + probe_overhead.BUDGET_S
+    for run in range(1, probe_overhead.RUNS + 1):
+        sampler = "on" if run % 2 else "off"
+        yield {"type": "sampler", "on": sampler == "on"}
+        with HostProbe(), probe:
+            result = probe_overhead.drain_in_turns(probe, engine.stream(request))
+        rows = [
+            {"run": run, "sampler": sampler, "pair": number, **asdict(pair)}
+            for number, pair in enumerate(probe_overhead.pairs(result.itl_ms))
+        ]
+        yield {"type": "probes", "rows": rows}
+        if time.perf_counter() > end:
+            break
+    yield {"type": "sampler", "on": True}
 
 
 def build_request(spec: WorkerSpec) -> GenerationRequest:
@@ -101,16 +129,18 @@ def build_request(spec: WorkerSpec) -> GenerationRequest:
     )
 
 
-def measure(engine: Engine, request: GenerationRequest, run: int, *, fresh: bool) -> dict[str, Any]:
-    """One run as a message: its row, its tokens, and its span on the shared clock (s).
+def measure(
+    engine: Engine, request: GenerationRequest, run: int, probe: TokenProbe, *, fresh: bool
+) -> dict[str, Any]:
+    """One run as a message: its row, its tokens, what the host did, and its span on the clock (s).
 
     `load_s` stands only in the run that a load came before (`fresh`).
     """
     device = engine.ran.device
     reset_peak_memory(device)
     start_s = time.perf_counter()
-    with HostProbe() as host:
-        result = drain(engine.stream(request))
+    with HostProbe() as host, probe:
+        result = probe.drain(engine.stream(request))
     end_s = time.perf_counter()
     memory = memory_stats(device)
     row = {
@@ -128,6 +158,7 @@ def measure(engine: Engine, request: GenerationRequest, run: int, *, fresh: bool
         "end_s": end_s,
         "row": row,
         "tokens": _tokens(result),
+        "host": probe.rows(host.collections),
     }
 
 

@@ -175,3 +175,70 @@ def compare(
         sink.show(comparison_table(found))
     if fail_on is FailOn.SLOWER and found.got_slower:
         raise typer.Exit(1)
+
+
+@app.command()
+def inject(
+    context: typer.Context,
+    causes: Annotated[
+        list[str] | None, typer.Argument(metavar="[CAUSE]...", help="ALL, or some of them.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A name or a folder.")] = None,
+    engine: Annotated[str, typer.Option(help="native or transformers.")] = "native",
+    attention: Annotated[str, typer.Option(help="As in bench.")] = "sdpa",
+    cache: Annotated[
+        str, typer.Option(metavar="LIST", help="The first that can run here.")
+    ] = "static-graph,static",
+    trials: Annotated[int, typer.Option(min=1, help="Disturbed runs of each cause.")] = 20,
+    max_new_tokens: Annotated[int, typer.Option(min=32, help="Tokens of each run.")] = 192,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="May be repeated. Default: a shipped example.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Default: campaigns/inject-<UTC time>.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order and the places of the faults.")] = 0,
+    load_format: Annotated[
+        LoadFormat, typer.Option(help="dummy: random weights.")
+    ] = LoadFormat.AUTO,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    dtype: Annotated[DType, typer.Option(help="Of weights that are not quantized.")] = DType.AUTO,
+) -> None:
+    """Slow runs down on purpose and see whether attribution names the cause.
+
+    Writes a campaign with truth.csv (what was done, when), confusion.csv and confusion.md.
+    Exit code 1 where fewer than 90% of the disturbed runs are explained, or more than 2% of the
+    undisturbed runs of a quiet machine blamed.
+    """
+    from qwencli.bench.inject.confusion import holds, summary
+    from qwencli.bench.inject.session import Injection
+    from qwencli.bench.inject.session import inject as run_injection
+    from qwencli.bench.prepare import BenchRequest
+
+    request = BenchRequest(
+        matrix="quick",
+        axes={
+            "model": model,
+            "engine": engine,
+            "quantization": "none",
+            "attention": attention,
+            "cache": cache,
+            "load_mode": "keep",
+        },
+        runs=1,
+        max_new_tokens=max_new_tokens,
+        prompt="Describe this image.",
+        images=tuple(image or ()),
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        load_format=load_format,
+        max_seq_len=None,
+    )
+    injection = Injection(names=tuple(causes or ("ALL",)), trials=trials, seed=seed)
+    folder = out or Path("campaigns") / f"inject-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    sink = context.ensure_object(Sink)
+    found = run_injection(request, injection, folder, sys.argv[1:], sink)
+    for line in summary(found):
+        sink.show(line)
+    raise typer.Exit(0 if holds(found) else 1)

@@ -12,10 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwencli.bench import columns
-from qwencli.bench.html.charts import BINS, TOKEN_POINTS, histogram, points_per_run, throttled
+from qwencli.bench.attribution.causes import Cause, Finding
+from qwencli.bench.attribution.summary import with_causes
+from qwencli.bench.html.charts import (
+    BINS,
+    TOKEN_POINTS,
+    cell_charts,
+    histogram,
+    points_per_run,
+    throttled,
+)
 from qwencli.bench.html.packing import keep_extremes, pack_floats
 from qwencli.bench.html.page import ASSETS, SCRIPTS, html_page
-from qwencli.bench.html.takes import GpuSamples, takes_by_cell
+from qwencli.bench.html.takes import GpuSamples, Take, takes_by_cell
 from qwencli.bench.report import build_report
 from qwencli.bench.rowfile import write_rows
 from qwencli.errors import BenchError
@@ -302,6 +311,50 @@ def test_colours_are_told_apart_in_light_and_dark():
             assert contrast(step[theme], step[2 + theme]) >= 4.5, step
         shades = [_luminance(step[theme]) for step in steps]
         assert shades == sorted(shades, reverse=theme == 0)
+
+
+def found(made, row, scope, token_index=3):
+    end = float(made.tokens[token_index]["t_s"])
+    return Finding(
+        row["cell_id"], row["run"], scope, token_index, 1, end, 40.0, 30.0, Cause.GC, 0.9, "a <b>"
+    )
+
+
+def test_causes_are_drawn_under_the_tokens_of_their_run():
+    made = campaign(1, 2, 12)
+    run = made.runs[1]
+    findings = [found(made, run, "gap", 15), found(made, run, "decode", 23)]
+    page = Page(
+        html_page(made.rows, made.plan, ENVIRONMENT, made.runs, made.tokens, made.gpu, findings)
+    )
+    warm_up, first, second = page.data["charts-0"]["runs"]
+    assert warm_up["causes"] == second["causes"] == []
+    ((begin, end, cause, lost, confidence, evidence),) = first["causes"]
+    assert (cause, lost, confidence, evidence) == ("gc", 30.0, 0.9, "a <b>")
+    token = made.tokens[15]
+    assert token["run"] == run["run"]
+    assert end == pytest.approx(unpack(first["t_s"])[3], abs=1e-4)
+    assert end - begin == pytest.approx(0.04, abs=1e-4)
+    assert [one[2] for one in first["slow"]] == ["gc"]
+
+
+def test_of_too_many_gaps_those_that_cost_most_are_drawn():
+    take = Take(dict.fromkeys(columns.RUNS, ""))
+    take.findings = [
+        Finding("a", "1", "gap", n, 1, 10.0 - n, 5.0, float(n), Cause.GIL, 0.5, "")
+        for n in range(9)
+    ]
+    (run,) = cell_charts([take], 100, 100, 3)["runs"]
+    assert [one[3] for one in run["causes"]] == [8.0, 7.0, 6.0]
+
+
+def test_why_says_what_slowed_each_cell():
+    made = campaign(2, 2, 12)
+    rows = with_causes(made.rows, [found(made, made.runs[1], "gap")], made.runs, [])
+    text = html_page(rows, made.plan, ENVIRONMENT, made.runs, made.tokens, made.gpu)
+    assert "1 gap took" in text
+    assert "because Python collected garbage" in text
+    assert '<section id="why">' not in render(made)
 
 
 def test_the_report_is_rebuilt_from_the_files_alone(tmp_path):

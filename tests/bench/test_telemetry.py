@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -81,6 +82,28 @@ def test_the_sampler_process_reads_one_gpu_and_ends_with_its_parent(tmp_path):
     assert second["t_s"] - first["t_s"] >= 0.019
 
 
+def test_the_sampler_can_be_silenced_for_a_while(tmp_path):
+    (tmp_path / "pynvml.py").write_text(FAKE_NVML, encoding="utf-8")
+    root = str(Path(__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qwencli.bench.nvml_sampler", "0.02", "GPU-b"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
+    )  # fmt: skip
+    with process:
+        times = [json.loads(process.stdout.readline())["t_s"]]
+        process.stdin.write("-")
+        process.stdin.flush()
+        time.sleep(0.5)
+        process.stdin.write("+")
+        process.stdin.flush()
+        while times[-1] - times[0] < 0.5:
+            times.append(json.loads(process.stdout.readline())["t_s"])
+        process.stdin.close()
+        process.wait(timeout=20)
+    assert max(b - a for a, b in itertools.pairwise(times)) > 0.25
+
+
 def test_a_sampler_that_breaks_is_said():
     with Telemetry([sys.executable, "-c", "raise SystemExit(1)"]) as telemetry:
         assert telemetry.take(0.0, time.perf_counter()) == (None, [])
@@ -137,6 +160,7 @@ def test_a_sensor_the_device_does_not_have_is_none():
         "CurrentClocksThrottleReasons",
         "CurrPcieLinkGeneration",
         "CurrPcieLinkWidth",
+        "ComputeRunningProcesses",
     ]
     nvml = SimpleNamespace(
         NVMLError=NVMLError, NVML_CLOCK_SM=1, NVML_CLOCK_MEM=2, NVML_TEMPERATURE_GPU=0,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from qwencli.bench.attribution.causes import Finding
 from qwencli.bench.html.packing import keep_extremes, pack_floats
 from qwencli.bench.html.takes import GpuSamples, Take, number
 from qwencli.bench.itl import STALL_FACTOR, percentile
@@ -14,6 +15,8 @@ from qwencli.bench.itl import STALL_FACTOR, percentile
 # tokens is drawn token by token, and runs of any length keep it below 15 MB.
 TOKEN_POINTS = 540_000
 GPU_POINTS = 200_000
+# Gaps of the whole report whose causes are drawn; of more, those that cost most.
+CAUSE_MARKS = 20_000
 # More than this in one run is more than a screen has columns.
 RUN_POINTS = 2_000
 
@@ -36,11 +39,13 @@ def points_per_run(total: int, runs: int) -> int:
     return max(16, min(RUN_POINTS, total // max(1, runs)))
 
 
-def cell_charts(takes: Sequence[Take], token_points: int, gpu_points: int) -> dict[str, Any]:
+def cell_charts(
+    takes: Sequence[Take], token_points: int, gpu_points: int, cause_marks: int = RUN_POINTS
+) -> dict[str, Any]:
     """Everything drawn when a cell is opened; `takes` is not empty.
 
     Args:
-        token_points, gpu_points: the most points of one run.
+        token_points, gpu_points, cause_marks: the most points of one run.
     """
     start = takes[0].start_s
     itl = [value for take in takes if not take.warmup for value in take.itl_ms if value == value]
@@ -48,7 +53,14 @@ def cell_charts(takes: Sequence[Take], token_points: int, gpu_points: int) -> di
         "stall_factor": STALL_FACTOR,
         "histogram": histogram(itl),
         "percentiles": {f"p{p}": percentile(itl, p) for p in PERCENTILES if itl},
-        "runs": [_run(take, start, token_points, gpu_points) for take in takes],
+        "runs": [
+            {
+                **_run(take, start, token_points, gpu_points),
+                "causes": _causes(take, cause_marks),
+                "slow": [_cause(f, take.start_s) for f in take.findings if f.scope != "gap"],
+            }
+            for take in takes
+        ],
     }
 
 
@@ -67,6 +79,27 @@ def _run(take: Take, cell_start_s: float, token_points: int, gpu_points: int) ->
         "throttle_reasons": take.row["throttle_reasons"],
         **{name: number(take.row[name]) for name in RUN_NUMBERS},
     }
+
+
+def _causes(take: Take, most: int) -> list[list[Any]]:
+    """The gaps that cost most, in the order of time."""
+    gaps = [finding for finding in take.findings if finding.scope == "gap"]
+    kept = sorted(gaps, key=lambda finding: -finding.lost_ms)[:most]
+    kept.sort(key=lambda finding: finding.t_s)
+    return [_cause(finding, take.start_s) for finding in kept]
+
+
+def _cause(finding: Finding, start_s: float) -> list[Any]:
+    """From, to (s from the start of the run), cause, ms lost, confidence, evidence."""
+    end = finding.t_s - start_s
+    return [
+        round(end - finding.span_ms / 1e3, 5),
+        round(end, 5),
+        finding.cause.value,
+        round(finding.lost_ms, 2),
+        round(finding.confidence, 2),
+        finding.evidence,
+    ]
 
 
 def _gpu(name: str, samples: GpuSamples, start: float, most: int) -> dict[str, Any]:

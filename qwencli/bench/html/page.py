@@ -14,7 +14,14 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from qwencli.bench.html.charts import GPU_POINTS, TOKEN_POINTS, cell_charts, points_per_run
+from qwencli.bench.attribution.causes import Finding
+from qwencli.bench.html.charts import (
+    CAUSE_MARKS,
+    GPU_POINTS,
+    TOKEN_POINTS,
+    cell_charts,
+    points_per_run,
+)
 from qwencli.bench.html.heatmap import heat_maps
 from qwencli.bench.html.sections import (
     blank_section,
@@ -24,13 +31,22 @@ from qwencli.bench.html.sections import (
     header,
 )
 from qwencli.bench.html.takes import RawRow, takes_by_cell
+from qwencli.bench.html.why import why_section
 from qwencli.bench.tables import row_label, title, varying_axes
 
 CellRow = Mapping[str, Any]
 
 ASSETS = Path(__file__).with_name("assets")
 # In this order: each file uses only what stands before it.
-SCRIPTS = ("draw.js", "timeline.js", "zoom.js", "distribution.js", "runs.js", "page.js")
+SCRIPTS = (
+    "draw.js",
+    "causes.js",
+    "timeline.js",
+    "zoom.js",
+    "distribution.js",
+    "runs.js",
+    "page.js",
+)
 
 
 def html_page(
@@ -40,19 +56,21 @@ def html_page(
     runs: Iterable[RawRow],
     tokens: Iterable[RawRow],
     gpu: Iterable[RawRow],
+    findings: Sequence[Finding] = (),
 ) -> str:
     """The whole page.
 
     Args:
         rows: the rows of cells.csv, in its order.
         runs, tokens, gpu: the raw rows, as strings.
+        findings: the rows of causes.csv.
 
     Raises:
         BenchError: a raw row holds something else than a number where one belongs.
     """
-    takes = takes_by_cell(runs, tokens, gpu)
+    takes = takes_by_cell(runs, tokens, gpu, findings)
     count = sum(map(len, takes.values()))
-    limits = points_per_run(TOKEN_POINTS, count), points_per_run(GPU_POINTS, count)
+    limits = [points_per_run(most, count) for most in (TOKEN_POINTS, GPU_POINTS, CAUSE_MARKS)]
     axes = varying_axes(rows)
     fastest = max((row["decode_tok_per_s_max"] or 0.0 for row in rows), default=0.0)
     widest = max(rows, key=lambda row: row["run_ratio_max_min"] or 0.0)
@@ -71,6 +89,7 @@ def html_page(
         shared=escape(title(rows)),
         map=heat_maps(rows),
         table=cells_table(rows, axes),
+        why=why_section(rows, axes),
         cells="\n".join(sections),
         environment=environment_table(environment),
         data="\n".join(data),

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from qwencli.bench.attribution.causes import Finding
 from qwencli.bench.html.packing import MISSING
 from qwencli.errors import BenchError
 
@@ -36,6 +37,7 @@ class Take:
     t_s: list[float] = field(default_factory=list)
     itl_ms: list[float] = field(default_factory=list)
     gpus: dict[str, GpuSamples] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
 
     @property
     def warmup(self) -> bool:
@@ -66,7 +68,10 @@ def number(text: str) -> float | None:
 
 
 def takes_by_cell(
-    runs: Iterable[RawRow], tokens: Iterable[RawRow], gpu: Iterable[RawRow]
+    runs: Iterable[RawRow],
+    tokens: Iterable[RawRow],
+    gpu: Iterable[RawRow],
+    findings: Iterable[Finding] = (),
 ) -> dict[str, list[Take]]:
     """The runs that generated, of each cell, in the order in which they ran."""
     cells: dict[str, list[Take]] = defaultdict(list)
@@ -78,6 +83,9 @@ def takes_by_cell(
             by_run[row["cell_id"], row["run"]].append(take)
     _add_tokens(by_run, tokens)
     _add_samples(by_run, gpu)
+    for finding in findings:  # of measured runs alone, whose number is theirs alone
+        for take in by_run.get((finding.cell_id, finding.run), ()):
+            take.findings.append(finding)
     return cells
 
 

@@ -20,6 +20,7 @@ function drawCell(host) {
   const { cell } = state;
   host.replaceChildren();
   liveTimeline(host, cell, state);
+  slowRuns(host, cell.runs);
   distribution(host, cell);
   strip(host, cell.runs);
   phases(host, cell.runs);

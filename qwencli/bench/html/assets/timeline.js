@@ -140,7 +140,9 @@ function timeline(host, cell, state) {
   const measured = cell.runs.filter((run) => !run.warmup);
   const { places, total } = layOut(state.warmup || !measured.length ? cell.runs : measured);
   const sensors = places.some(({ run }) => run.gpus.length);
-  const bottom = TOP + PANEL.itl + (sensors ? 2 * GAP + PANEL.clock + PANEL.power : 0);
+  const lanes = causeLanes(places);
+  const marks = lanes.length ? GAP + lanes.length * LANE : 0;
+  const bottom = TOP + PANEL.itl + marks + (sensors ? 2 * GAP + PANEL.clock + PANEL.power : 0);
   const view = state.view || [0, total];
   const about = `Time between tokens of ${places.length} runs; the table of runs has the figures`;
   const { box, head, root, width } = chart(host, "Time between tokens (ITL)", bottom + 22, about);
@@ -156,13 +158,13 @@ function timeline(host, cell, state) {
   drawTokens(layer(), cell, places, x, y, (view[1] - view[0]) / total);
   key(head, "var(--accent)", `token, ${unit}`);
   key(head, "var(--bad)", `▲ stall: over ${cell.stall_factor} × its run's median`);
-  if (sensors) drawSensors(root, layer, places, x, width);
+  if (marks) drawCauses(root, layer, places, lanes, x, TOP + PANEL.itl + GAP);
+  if (sensors) drawSensors(root, layer, places, x, width, TOP + PANEL.itl + marks + GAP);
   drawTimeAxis(root, places, x, view, width, bottom);
   return { box, head, root, x, places, total, bottom };
 }
 
-function drawSensors(root, layer, places, x, width) {
-  let top = TOP + PANEL.itl + GAP;
+function drawSensors(root, layer, places, x, width, top) {
   for (const [name, size, colour, label] of [
     ["sm_clock_mhz", PANEL.clock, "var(--clock)", "SM clock, MHz"],
     ["power_w", PANEL.power, "var(--power)", "power, W"],

@@ -1,0 +1,116 @@
+"""Puts together what was observed during one slow stretch of one run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from qwencli.bench.attribution.baseline import Baseline, counters, reasons
+from qwencli.bench.attribution.causes import Scope
+from qwencli.bench.attribution.evidence import Evidence
+from qwencli.bench.attribution.records import Moment, Numbers, RunRecord
+
+# A sensor sample speaks for this long before and after itself: the sampler's interval.
+NEAR_S = 0.05
+# Signals are noted when the interpreter next runs, a little after the process does.
+LATE_S = 0.02
+# A gap that is most of a run has the whole decode as its evidence.
+WHOLE_RUN = 0.8
+
+
+def observe(
+    record: RunRecord,
+    usual: Baseline,
+    scope: Scope,
+    start_s: float,
+    end_s: float,
+    lost_ms: float,
+    tokens: int,
+) -> Evidence:
+    """Everything known about the time from `start_s` to `end_s`."""
+    host = _host_rows(record, scope, start_s, end_s)
+    ordinary = _ordinary(usual, scope, host)
+    figures = _sum([{**row.figures, **counters(row)} for row in host])
+
+    def beyond(name: str) -> float | None:
+        return None if name not in figures else max(0.0, figures[name] - ordinary.get(name, 0.0))
+
+    def spent(event: str) -> float:
+        return sum(m.overlap_ms(start_s, end_s) for m in record.host if m.name == event)
+
+    near = [s for s in record.gpu if start_s - NEAR_S <= s.end_s <= end_s + NEAR_S]
+    return Evidence(
+        scope=scope,
+        span_ms=1e3 * (end_s - start_s),
+        lost_ms=lost_ms,
+        tokens=tokens,
+        on_gpu=record.on_gpu,
+        main_cpu_ms=figures.get("main_cpu_ms"),
+        slept_ms=beyond("off_cpu_ms"),
+        switches=figures.get("voluntary_switches"),
+        other_python_ms=beyond("other_python_ms"),
+        runqueue_ms=beyond("runqueue_ms"),
+        steal_ms=beyond("steal_ms"),
+        others_cpu_ms=beyond("others_cpu_ms"),
+        gc_ms=spent("gc"),
+        compile_ms=spent("compile"),
+        capture_ms=spent("graph_capture"),
+        stops=sum(m.name == "stop" and start_s <= m.end_s <= end_s + LATE_S for m in record.host),
+        device_allocs=figures.get("device_allocs"),
+        alloc_retries=figures.get("alloc_retries"),
+        extra_syncs=beyond("syncs"),
+        sm_clock_mhz=_mean(near, "sm_clock_mhz"),
+        power_w=_mean(near, "power_w"),
+        pstate=max(_column(near, "pstate"), default=None),
+        temperature_c=max(_column(near, "temperature_c"), default=None),
+        throttle=reasons(near),
+        gpu_processes=max(_column(near, "compute_processes"), default=None),
+        fresh_load="load_s" in record.figures and usual.loads < 0.5,
+        warming=usual.warming,
+        usual=usual.gpu,
+    )
+
+
+def _host_rows(record: RunRecord, scope: Scope, start_s: float, end_s: float) -> list[Moment]:
+    """The rows whose counters speak for the stretch."""
+    decode = record.interval("decode")
+    if scope != "gap":
+        phase = record.interval(scope)
+        return [phase] if phase else []
+    rows = [m for m in record.host if m.name == "token" and m.overlap_ms(start_s, end_s) > 0]
+    if decode is None or (rows and end_s - start_s < WHOLE_RUN * (decode.end_s - decode.start_s)):
+        return rows
+    return [_part(decode, (end_s - start_s) / (decode.end_s - decode.start_s))]
+
+
+def _part(moment: Moment, share: float) -> Moment:
+    """As if all that happened had been spread evenly: what is left to say of tokens that were not
+    slow enough, one by one, to be looked at."""
+    figures = {name: value * min(1.0, share) for name, value in moment.figures.items()}
+    return Moment(moment.name, moment.start_s, moment.end_s, figures)
+
+
+def _ordinary(usual: Baseline, scope: Scope, host: Sequence[Moment]) -> Numbers:
+    """What the rows would have held on an ordinary day."""
+    if scope != "gap":
+        return usual.phases.get(scope, {})
+    decode = usual.phases.get("decode", {})
+    share = sum(row.figures.get("tokens", 0.0) for row in host) / max(1.0, usual.decode_tokens)
+    return {name: value * min(1.0, share) for name, value in decode.items()}
+
+
+def _sum(rows: Sequence[Numbers]) -> Numbers:
+    total: Numbers = {}
+    for row in rows:
+        for name, value in row.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def _column(samples: Sequence[Moment], name: str) -> list[float]:
+    return [sample.figures[name] for sample in samples if name in sample.figures]
+
+
+def _mean(samples: Sequence[Moment], name: str) -> float | None:
+    values = _column(samples, name)
+    return statistics.fmean(values) if values else None

@@ -1,0 +1,120 @@
+"""Raw rows of one campaign as one record for each measured run, numbers as numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from qwencli.errors import BenchError
+
+RawRow = Mapping[str, str]
+# A column that is empty is not in it.
+Numbers = dict[str, float]
+
+INTERVALS = ("prefill", "decode", "token")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A row of host.csv or gpu.csv; `end_s` on the campaign's clock, a sample has no length."""
+
+    name: str
+    start_s: float
+    end_s: float
+    figures: Numbers = field(default_factory=dict)
+
+    def overlap_ms(self, start_s: float, end_s: float) -> float:
+        return 1e3 * max(0.0, min(self.end_s, end_s) - max(self.start_s, start_s))
+
+
+@dataclass
+class RunRecord:
+    """One measured run. `t_s[i]` is when token i came, `itl_ms[i]` the time from it to the next."""
+
+    cell_id: str
+    run: str
+    figures: Numbers
+    on_gpu: bool = False
+    t_s: list[float] = field(default_factory=list)
+    itl_ms: list[float] = field(default_factory=list)
+    host: list[Moment] = field(default_factory=list)
+    gpu: list[Moment] = field(default_factory=list)
+
+    def interval(self, name: str) -> Moment | None:
+        return next((moment for moment in self.host if moment.name == name), None)
+
+
+def records_by_cell(
+    runs: Iterable[RawRow],
+    tokens: Iterable[RawRow],
+    host: Iterable[RawRow],
+    gpu: Iterable[RawRow],
+) -> dict[str, list[RunRecord]]:
+    """The measured runs of each cell, in the order in which they ran.
+
+    Raises:
+        BenchError: a row holds something else than a number where one belongs.
+    """
+    cells: dict[str, list[RunRecord]] = defaultdict(list)
+    by_run: dict[tuple[str, str], RunRecord] = {}
+    try:
+        for row in runs:
+            if row["status"] == "ok":
+                record = RunRecord(row["cell_id"], row["run"], numbers(row))
+                cells[record.cell_id].append(record)
+                by_run[record.cell_id, record.run] = record
+        for row in tokens:
+            if found := by_run.get((row["cell_id"], row["run"])):
+                _add_token(found, row)
+        for row in host:
+            if found := by_run.get((row["cell_id"], row["run"])):
+                end = float(row["t_s"])
+                start = end - float(row["span_ms"]) / 1e3
+                found.host.append(Moment(row["event"], start, end, numbers(row)))
+        for row in gpu:
+            if found := by_run.get((row["cell_id"], row["run"])):
+                _add_sample(found, row)
+    except ValueError as error:
+        raise BenchError(f"the campaign's rows are broken: {error}", "measure it again") from error
+    for record in by_run.values():
+        record.gpu = _busiest(record.gpu)
+    return cells
+
+
+def _add_token(record: RunRecord, row: RawRow) -> None:
+    record.t_s.append(float(row["t_s"]))
+    if row["itl_ms"]:
+        record.itl_ms.append(float(row["itl_ms"]))
+    record.on_gpu = record.on_gpu or bool(row["gpu_ms"])
+
+
+def _add_sample(record: RunRecord, row: RawRow) -> None:
+    at = float(row["t_s"])
+    figures = numbers(row)
+    for reason in filter(None, row["throttle_reasons"].split("|")):
+        figures[f"throttle:{reason}"] = 1.0
+    record.gpu.append(Moment(row["gpu_index"], at, at, figures))
+
+
+def numbers(row: RawRow) -> Numbers:
+    """The fields of a row that hold numbers."""
+    found: Numbers = {}
+    for name, text in row.items():
+        try:
+            found[name] = float(text)
+        except ValueError:
+            continue
+    return found
+
+
+def _busiest(samples: list[Moment]) -> list[Moment]:
+    """Those of the GPU that drew most power: with several, the others were not the run's."""
+    power: dict[str, list[float]] = defaultdict(list)
+    for sample in samples:
+        power[sample.name].append(sample.figures.get("power_w", 0.0))
+    if len(power) < 2:
+        return samples
+    name = max(power, key=lambda name: statistics.fmean(power[name]))
+    return [sample for sample in samples if sample.name == name]

@@ -1,0 +1,186 @@
+"""From rows as they are on disk to causes: recorded-like fixtures, the GPU's among them."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwencli.bench.attribution.attribute import attribute
+from qwencli.bench.attribution.causes import Cause
+from qwencli.errors import BenchError
+from tests.bench.attribution.made_cell import MadeCell
+
+RUN, TOKEN, LOST = 5, 40, 80.0
+
+
+def test_quiet_runs_have_no_findings():
+    assert MadeCell().findings() == []
+    assert MadeCell(1.0, on_gpu=False).findings() == []
+
+
+def gc(cell):
+    _, end = cell.slow(RUN, TOKEN, LOST)
+    cell.event(RUN, "gc", end - 0.001, 78.0)
+
+
+def compiling(cell):
+    _, end = cell.slow(RUN, TOKEN, LOST)
+    cell.event(RUN, "compile", end, 79.0)
+
+
+def capturing(cell):
+    _, end = cell.slow(RUN, TOKEN, LOST, device_allocs=3)
+    cell.event(RUN, "graph_capture", end, 79.0)
+
+
+def stopping(cell):
+    _, end = cell.slow(RUN, TOKEN, LOST, main_cpu_ms=3.0, voluntary_switches=1)
+    cell.event(RUN, "stop", end + 0.001, 0.0)
+
+
+def hogging(cell):
+    cell.slow(RUN, TOKEN, LOST, main_cpu_ms=3.0, runqueue_ms=LOST, involuntary_switches=2)
+
+
+def holding(cell):
+    cell.slow(RUN, TOKEN, LOST, main_cpu_ms=3.0, other_python_ms=LOST, voluntary_switches=9)
+
+
+def sleeping(cell):
+    cell.slow(RUN, TOKEN, LOST, main_cpu_ms=3.0, voluntary_switches=1)
+
+
+def allocating(cell):
+    cell.slow(RUN, TOKEN, LOST, device_allocs=24, alloc_retries=0)
+
+
+def retrying(cell):
+    cell.slow(RUN, TOKEN, LOST, device_allocs=2, alloc_retries=1)
+
+
+def sensors(**figures):
+    def disturb(cell):
+        for token in range(TOKEN, TOKEN + 20):
+            cell.slow(RUN, token, 4.0)
+        cell.gpu_moments.append((RUN, TOKEN, TOKEN + 19, figures))
+
+    return disturb
+
+
+GAPS = {
+    Cause.GC: [gc],
+    Cause.RECOMPILE: [compiling],
+    Cause.GRAPH_CAPTURE: [capturing],
+    Cause.SUSPENDED: [stopping],
+    Cause.PREEMPTION: [hogging],
+    Cause.GIL: [holding],
+    Cause.IDLE_GAP: [sleeping],
+    Cause.ALLOCATOR: [allocating, retrying],
+    Cause.CLOCK: [sensors(sm_clock_mhz=1200)],
+    Cause.THROTTLE: [
+        sensors(sm_clock_mhz=1200, throttle_reasons="sw_power_cap|hw_thermal"),
+        sensors(sm_clock_mhz=1200, throttle_reasons="hw_slowdown", pstate=0),
+    ],
+    Cause.POWER_STATE: [sensors(sm_clock_mhz=1200, pstate=8)],
+    Cause.OTHER_GPU_PROCESS: [sensors(compute_processes=2), sensors(power_w=520.0)],
+    Cause.UNKNOWN: [sensors()],
+}
+
+
+@pytest.mark.parametrize(
+    ("cause", "disturb"), [(cause, one) for cause, many in GAPS.items() for one in many]
+)
+def test_a_gap_is_given_its_cause(cause, disturb):
+    cell = MadeCell()
+    disturb(cell)
+    (gap,) = cell.findings("gap")
+    assert (gap.run, gap.token_index) == (str(RUN), TOKEN)
+    assert gap.cause is cause
+    assert gap.lost_ms == pytest.approx(80.0, rel=0.1)
+    # The run as a whole is slow for it, too.
+    (decode,) = cell.findings("decode")
+    assert decode.run == str(RUN)
+
+
+def test_waiting_for_the_device_at_every_token_is_seen_between_runs():
+    cell = MadeCell()
+    cell.itl[RUN] = [value * 1.2 for value in cell.itl[RUN]]
+    for run in cell.itl:
+        cell.phase_figures[run, "decode"] = {"syncs": 99.0 if run == RUN else 1.0}
+    (found,) = cell.findings()
+    assert (found.scope, found.run, found.cause) == ("decode", str(RUN), Cause.HOST_SYNC)
+
+
+def test_a_load_before_the_run_explains_its_late_first_token():
+    cell = MadeCell()
+    cell.run_columns[RUN] = {"ttft_s": 0.4, "load_s": 3.0}
+    (found,) = cell.findings()
+    assert (found.scope, found.run, found.cause) == ("prefill", str(RUN), Cause.RELOAD)
+
+
+def test_loads_that_slow_a_little_each_time_are_found_as_a_group():
+    cell = MadeCell()
+    for run in cell.itl:
+        late = 0.012 if run in (2, 4, 7) else 0.0
+        # 4 ms of noise in either direction
+        ttft = {"ttft_s": 0.06 + late + 0.004 * (-1) ** run}
+        cell.run_columns[run] = {**ttft, **({"load_s": 3.0} if late else {})}
+    found = cell.findings()
+    assert {one.cause for one in found} == {Cause.RELOAD}
+    assert {"2", "4"} <= {one.run for one in found} <= {"2", "4", "7"}
+
+
+def test_where_every_run_loads_a_load_explains_nothing():
+    cell = MadeCell()
+    for run in cell.itl:
+        cell.run_columns[run] = {"load_s": 3.0, **({"ttft_s": 0.4} if run == RUN else {})}
+    (found,) = cell.findings()
+    assert found.cause is Cause.UNKNOWN
+
+
+def test_runs_that_grow_slower_with_the_heat_drift():
+    cell = MadeCell()
+    for run in cell.itl:
+        clock = 2800 - 100 * run
+        cell.itl[run] = [3.0 * 2800 / clock] * len(cell.itl[run])
+        cell.gpu_figures[run] = {"temperature_c": 55 + 4 * run, "sm_clock_mhz": clock}
+        cell.run_columns[run] = {"temperature_c_max": 55 + 4 * run}
+    last = cell.findings("decode")[-1]
+    assert last.run == str(len(cell.itl))
+    assert last.cause is Cause.THERMAL_DRIFT
+
+
+def test_a_run_on_a_busy_machine_is_slow_though_it_never_waited():
+    cell = MadeCell(1.0, on_gpu=False)
+    cell.itl[RUN] = [value * 1.5 for value in cell.itl[RUN]]
+    for run, itl in cell.itl.items():
+        busy = 1.9 if run == RUN else 1.01
+        figures = {"system_busy_ms": busy * sum(itl), "process_cpu_ms": sum(itl)}
+        cell.phase_figures[run, "decode"] = figures
+    (found,) = cell.findings()
+    assert (found.scope, found.cause) == ("decode", Cause.PREEMPTION)
+    assert found.confidence <= 0.5
+
+
+def test_old_campaigns_without_host_rows_say_that_nothing_was_recorded():
+    cell = MadeCell()
+    cell.slow(RUN, TOKEN, LOST)
+    runs, tokens, _, _ = cell.rows()
+    found = attribute(runs, tokens, [], [])
+    assert {one.cause for one in found} == {Cause.UNKNOWN}
+    assert found[0].evidence == "nothing was recorded at that time"
+
+
+def test_broken_rows_are_one_clear_error():
+    runs, tokens, host, gpu = MadeCell().rows()
+    tokens[3]["t_s"] = "soon"
+    with pytest.raises(BenchError, match="broken"):
+        attribute(runs, tokens, host, gpu)
+
+
+def test_of_several_gpus_the_one_at_work_is_asked():
+    cell = MadeCell()
+    sensors(sm_clock_mhz=1200)(cell)
+    runs, tokens, host, gpu = cell.rows()
+    other = [{**row, "gpu_index": "1", "sm_clock_mhz": "300", "power_w": "20"} for row in gpu]
+    found = attribute(runs, tokens, host, [*gpu, *other])
+    assert {one.cause for one in found if one.scope == "gap"} == {Cause.CLOCK}

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+from qwencli.engine import disturbances
+from qwencli.engine.device_events import DeviceEvents, allocator_counts
+
+
+def test_churn_reaches_the_driver_and_leaves_nothing():
+    torch.cuda.empty_cache()
+    reserved = torch.cuda.memory_reserved()
+    before = allocator_counts("cuda:0")
+    disturbances.churn_allocator("cuda:0", 0.05, seed=1)
+    assert allocator_counts("cuda:0").device_allocs > before.device_allocs + 10
+    assert torch.cuda.memory_reserved() == reserved
+
+
+def test_captures_and_waits_are_what_the_probes_see():
+    with DeviceEvents("cuda:0") as events:
+        disturbances.capture_graphs("cuda:0", 0.01)
+        disturbances.synchronize("cuda:0")
+    assert "graph_capture" in {span.name for span in events.spans}
+    assert events.syncs >= 1
+
+
+def test_the_program_beside_obeys_and_ends():
+    command = [sys.executable, "-m", "qwencli.engine.disturbances"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout.readline().strip() == "ready"
+        program.stdin.write("go\nstop\n")
+        program.stdin.close()
+        assert program.wait(timeout=30) == 0
