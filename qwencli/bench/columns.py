@@ -17,6 +17,7 @@ CELLS = (
     "gap_count", "gap_lost_percent", "gap_causes", "slow_run_causes",
     "probe_overhead_percent", "probe_overhead_low_percent", "probe_overhead_high_percent",
     "sampler_overhead_percent", "sampler_overhead_low_percent", "sampler_overhead_high_percent",
+    "kernels",
 )  # fmt: skip
 
 RUNS = (
@@ -30,6 +31,7 @@ RUNS = (
     "fragmentation_percent", "num_alloc_retries",
     "process_cpu_percent", "main_thread_cpu_percent", "gc_pause_ms", "involuntary_switches",
     "ran_attention", "ran_quantization", "ran_cache", "text_sha256",
+    "ran_kernels",
 )  # fmt: skip
 
 TOKENS = ("cell_id", "run", "token_index", "token_id", "t_s", "itl_ms", "gpu_ms")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from qwencli.bench.rules import skip_reason
-from qwencli.config import Attention, Cache, EngineName, LoadMode, Quantization
+from qwencli.config import Attention, Cache, EngineName, Kernels, LoadMode, Quantization
 from qwencli.engine.device import DeviceFacts
 from qwencli.errors import BenchError, UsageError
 
@@ -26,6 +26,7 @@ AXES: Mapping[str, type[StrEnum] | None] = {
     "attention": Attention,
     "cache": Cache,
     "load_mode": LoadMode,
+    "kernels": Kernels,
 }
 
 # What an axis is when neither the matrix nor the command line names it. `model` has no entry:
@@ -36,6 +37,7 @@ DEFAULT_AXES: Mapping[str, tuple[str, ...]] = {
     "attention": (Attention.SDPA,),
     "cache": (Cache.DYNAMIC,),
     "load_mode": (LoadMode.KEEP,),
+    "kernels": (Kernels.AUTO,),
 }
 
 
@@ -67,6 +69,7 @@ class BenchCell:
     attention: Attention
     cache: Cache
     load_mode: LoadMode
+    kernels: Kernels = Kernels.AUTO
     skip_reason: str | None = None
 
     def axes(self) -> dict[str, str]:
@@ -76,6 +79,9 @@ class BenchCell:
     def cell_id(self) -> str:
         """A readable name that is safe in a file name, ended by a hash of the exact axes."""
         axes = self.axes()
+        if self.kernels is Kernels.AUTO:
+            # As before there was a choice, so that older campaigns compare with newer ones.
+            del axes["kernels"]
         digest = hashlib.sha256(json.dumps(axes, sort_keys=True).encode()).hexdigest()[:6]
         model = re.sub(r"[^a-z0-9.]+", "-", self.model.lower()).strip("-.")[-40:].lstrip("-.")
         return "-".join([model or "model", *list(axes.values())[1:], digest])
@@ -130,6 +136,7 @@ def expand(matrix: Matrix, default_model: str, facts: DeviceFacts) -> list[Bench
             attention=Attention(chosen["attention"]),
             cache=Cache(chosen["cache"]),
             load_mode=LoadMode(chosen["load_mode"]),
+            kernels=Kernels(chosen["kernels"]),
         )
         cells.append(replace(cell, skip_reason=skip_reason(cell, facts)))
     if not cells:

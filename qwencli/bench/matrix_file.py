@@ -1,6 +1,6 @@
 """Reads a matrix: one of the built-in ones by name, or a TOML file.
 
-[axes]                       # any of model, engine, quantization, attention, cache, load_mode
+[axes]                       # model, engine, quantization, attention, cache, load_mode, kernels
 attention = ["sdpa", "eager"]
 
 [[exclude]]                  # drops the cells that match every line of the entry

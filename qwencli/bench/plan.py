@@ -58,6 +58,7 @@ class Plan:
                 quantization=cell.quantization,
                 attention=cell.attention,
                 cache=cell.cache,
+                kernels=cell.kernels,
                 device=settings.device,
                 dtype=settings.dtype,
                 load_format=settings.load_format,

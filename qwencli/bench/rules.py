@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from qwencli.config import Attention, Cache, EngineName, Quantization
+from qwencli.config import Attention, Cache, EngineName, Kernels, Quantization
 from qwencli.engine.device import DeviceFacts
 
 if TYPE_CHECKING:
@@ -34,6 +34,14 @@ def _native(cell: BenchCell, facts: DeviceFacts) -> str | None:
         return f"the native engine has no {cell.quantization} weights yet; transformers has"
     if cell.cache is Cache.STATIC_GRAPH and facts.kind != "cuda":
         return "CUDA graphs need a CUDA device; static is the nearest here"
+    return None
+
+
+def _kernels(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    if cell.kernels is not Kernels.TRITON:
+        return None
+    if cell.engine is not EngineName.NATIVE or cell.cache is not Cache.STATIC_GRAPH:
+        return "triton kernels need the native engine and static-graph"
     return None
 
 
@@ -67,7 +75,16 @@ def _compile(cell: BenchCell, facts: DeviceFacts) -> str | None:
     return facts.compile_blocker if cell.cache is Cache.STATIC_COMPILE else None
 
 
-RULES: tuple[Rule, ...] = (_engine, _native, _graph, _fp8, _flash, _bitsandbytes, _compile)
+RULES: tuple[Rule, ...] = (
+    _engine,
+    _native,
+    _kernels,
+    _graph,
+    _fp8,
+    _flash,
+    _bitsandbytes,
+    _compile,
+)
 
 
 def skip_reason(cell: BenchCell, facts: DeviceFacts) -> str | None:

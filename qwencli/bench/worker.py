@@ -171,6 +171,7 @@ def _result_columns(result: GenerationResult) -> dict[str, Any]:
         "ran_attention": result.ran.attention,
         "ran_quantization": result.ran.quantization,
         "ran_cache": result.ran.cache,
+        "ran_kernels": result.ran.kernels,
         "text_sha256": result.text_sha256,
     }
 

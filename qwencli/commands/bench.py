@@ -53,6 +53,7 @@ def bench(
     attention: Axis = None,
     cache: Axis = None,
     load_mode: Axis = None,
+    kernels: Axis = None,
     runs: Annotated[int | None, typer.Option(min=1, help="Measured runs of each cell.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Tokens of each run; the end token is ignored.")
@@ -103,6 +104,7 @@ def bench(
         "attention": attention,
         "cache": cache,
         "load_mode": load_mode,
+        "kernels": kernels,
     }
     request = BenchRequest(
         matrix=matrix,

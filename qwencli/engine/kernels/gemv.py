@@ -18,7 +18,7 @@ def row_tiles(w_ptr, rows, N, K: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.co
     """Start reading `rows` of a matrix [N, K]: tiles [ROWS, BLOCK], the last one masked."""
     columns = tl.arange(0, BLOCK)[None, :]
     at = rows.to(tl.int64)[:, None] * K + columns
-    tiles = ()  # type: ignore[var-annotated]
+    tiles = ()
     for i in tl.static_range((K + BLOCK - 1) // BLOCK):
         if WHOLE and (i + 1) * BLOCK <= K:
             tile = tl.load(w_ptr + at + i * BLOCK, eviction_policy="evict_first")
@@ -27,7 +27,7 @@ def row_tiles(w_ptr, rows, N, K: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.co
             tile = tl.load(
                 w_ptr + at + i * BLOCK, mask=inside, other=0.0, eviction_policy="evict_first"
             )
-        tiles += (tile,)
+        tiles += (tile,)  # type: ignore[assignment]
     return tiles
 
 
@@ -35,13 +35,13 @@ def row_tiles(w_ptr, rows, N, K: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.co
 def vector_tiles(ptr, K: tl.constexpr, BLOCK: tl.constexpr):
     """Start reading a vector [K]: tiles [1, BLOCK]."""
     columns = tl.arange(0, BLOCK)[None, :]
-    tiles = ()  # type: ignore[var-annotated]
+    tiles = ()
     for i in tl.static_range((K + BLOCK - 1) // BLOCK):
         if (i + 1) * BLOCK <= K:
             tile = tl.load(ptr + i * BLOCK + columns)
         else:
             tile = tl.load(ptr + i * BLOCK + columns, mask=i * BLOCK + columns < K, other=0.0)
-        tiles += (tile,)
+        tiles += (tile,)  # type: ignore[assignment]
     return tiles
 
 
