@@ -38,10 +38,10 @@ def random_model(config: dict[str, Any], attention: Attention) -> QwenModel:
 @pytest.mark.parametrize("attention", [Attention.SDPA, Attention.EAGER])
 def test_steps_equal_the_reference(family: str, attention: Attention) -> None:
     @settings(max_examples=3, deadline=None, derandomize=True, database=None)
-    @given(text=tiny.text_configs(family), tied=st.booleans())
+    @given(case=st.sampled_from(tiny.CASES), data=st.data())
     @torch.inference_mode()
-    def check(text: dict[str, Any], tied: bool) -> None:
-        config = {**text, "model_type": family, "tie_word_embeddings": tied}
+    def check(case: tiny.Case, data: st.DataObject) -> None:
+        config = data.draw(tiny.configs(family, case))
         model = random_model(config, attention)
         caches = [model.static_cache(), model.static_cache()]
         host = HostDecoder(model.decoder, model.rope, caches[1], attention)
