@@ -3,12 +3,10 @@
 A small model's step is as long as its operators take to dispatch. Here every buffer and every
 view is made once, the host knows token, position and slot as plain numbers, and what works on one
 row of a few hundred values is numpy's, whose calls take a third of torch's. The matrices and the
-attention stay torch's. The arithmetic is that of `decoder_ops`, in another order:
+attention stay torch's. The arithmetic is that of `decoder_ops` with the norms' divisions last:
 
-    norm(x) W              = (x w) W / rms(x)
-    rotate(norm(x) w)      = (x (w cos) + swap(x) (swap(w) sin)) / rms(x)
-
-so the rotation of all layers' norm weights is worked out once a step.
+    norm(x) W         = (x w) W / rms(x)
+    rotate(norm(x) w) = rotate(x w) / rms(x)
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ class HostDecoder:
     ) -> None:
         shape = decoder.shape
         self._rope = rope
-        self._angles = rope.rows.numpy()  # [positions, 2, D]
+        self._angles = rope.rows.numpy().reshape(len(rope.rows), 2, 2, -1)  # [.., D / 2]
         self._embed = decoder.embedding.numpy()
         self._head = decoder.head
         self._norm = _Norm(decoder.norm)
@@ -57,15 +55,9 @@ class HostDecoder:
         self._swapped = self._halves[:, ::-1]
         self._turned = np.empty_like(self._halves)
         self._scratch = self._turned.reshape(-1, dim)
-        weights = np.stack([layer.qk_weight for layer in self._layers])  # [L, H + KVH, 2, D / 2]
-        swapped = np.ascontiguousarray(weights[:, :, ::-1])
-        self._qk_weights, self._swapped_weights = weights.reshape(-1, dim), swapped.reshape(-1, dim)
-        self._turns = np.empty((2, *weights.shape), np.float32)  # cosines, then sines
-        self._cos, self._sin = self._turns.reshape(2, -1, dim)
-        self._by_layer = list(zip(*self._turns, strict=True))
         self._squares = np.empty(heads + kv_heads, np.float32)
         self._rms = self._squares[:, None]
-        self._qk_eps = np.float32(dim * shape.rms_norm_eps) if shape.qk_norm else None
+        self._qk_eps = np.float32(dim * shape.rms_norm_eps)
 
         self._attend = HOST_ATTENTION[attention](cache, self._qkv, shape)
         self._rows = [layer.numpy()[0] for layer in cache.layers]  # [2 * KVH, max_seq_len, D]
@@ -80,9 +72,7 @@ class HostDecoder:
         """
         np.copyto(self._x, self._embed[token])
         self._rope.reach(position + 1)
-        cos, sin = self._angles[position]
-        np.multiply(self._qk_weights, cos, self._cos)
-        np.multiply(self._swapped_weights, sin, self._sin)
+        cos, sin = self._angles[position]  # [2, D / 2] each
         self._attend.look(slot)
         hidden, qkv, gate_up = self._hidden, self._qkv, self._gate_up
         for index, layer in enumerate(self._layers):
@@ -91,7 +81,7 @@ class HostDecoder:
                 torch.addmm(qkv, self._normed, layer.qkv, beta=0, alpha=scale, out=qkv)
             else:
                 torch.addmm(layer.qkv_bias, self._normed, layer.qkv, alpha=scale, out=qkv)
-            self._turn(*self._by_layer[index])
+            self._turn(layer.qk_weight, cos, sin)
             self._rows[index][:, slot] = self._kv
             hidden.addmm_(self._attend(index), layer.o)
             if layer.o_bias is not None:
@@ -104,16 +94,17 @@ class HostDecoder:
         torch.addmm(logits, self._normed, self._head, beta=0, alpha=scale, out=logits)
         return self._flat_logits
 
-    def _turn(self, cos: Array, sin: Array) -> None:
+    def _turn(self, weight: Array | None, cos: Array, sin: Array) -> None:
         """Norm and rotate the query and key heads in place."""
-        if self._qk_eps is not None:
+        if weight is not None:
             np.multiply(self._qk, self._qk, self._scratch)
             np.add.reduce(self._scratch, axis=1, out=self._squares)
             np.sqrt(np.add(self._squares, self._qk_eps, self._squares), self._squares)
+            np.multiply(self._qk, weight, self._qk)
         np.multiply(self._swapped, sin, self._turned)
         np.multiply(self._halves, cos, self._halves)
         np.add(self._halves, self._turned, self._halves)
-        if self._qk_eps is not None:
+        if weight is not None:
             np.divide(self._qk, self._rms, self._qk)
 
 
@@ -125,12 +116,10 @@ class _HostLayer:
         self.o, self.o_bias = layer.o, layer.o_bias
         self.gate_up, self.down = layer.gate_up, layer.down
         self.attn_norm, self.mlp_norm = _Norm(layer.attn_norm), _Norm(layer.mlp_norm)
-        size = (layer.num_heads + layer.num_kv_heads, 2, layer.head_dim // 2)
-        self.qk_weight = np.ones(size, np.float32)
+        self.qk_weight = None
         if layer.qk_norm is not None:
             # sqrt(D), because the heads are divided by the root of the sum and not of the mean.
-            self.qk_weight *= layer.qk_norm.weight.numpy().reshape(size)
-            self.qk_weight *= np.float32(math.sqrt(layer.head_dim))
+            self.qk_weight = layer.qk_norm.weight.numpy() * np.float32(layer.head_dim**0.5)
 
 
 class _Norm:
