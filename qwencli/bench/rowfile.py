@@ -7,6 +7,7 @@ line torn by a kill is cut off when the file is next opened.
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -115,10 +116,17 @@ def _cannot_write(path: Path, error: OSError) -> OutputError:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """All whole rows as strings; a torn last line is left out. [] when there is no file."""
-    if not path.exists():
+    """All whole rows as strings; a torn last line is left out. [] when there is no file.
+
+    A campaign that is kept may hold its larger files compressed, as NAME.csv.gz.
+    """
+    packed = path.with_name(path.name + ".gz")
+    if path.exists():
+        content = path.read_bytes()
+    elif packed.exists():
+        content = gzip.decompress(packed.read_bytes())
+    else:
         return []
-    content = path.read_bytes()
     text = content[: content.rfind(b"\n") + 1].decode()
     return list(csv.DictReader(io.StringIO(text)))
 

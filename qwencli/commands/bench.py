@@ -135,12 +135,21 @@ def report(
     context: typer.Context,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A campaign's folder.")],
 ) -> None:
-    """Rebuild cells.csv, report.md and report.html from a campaign's raw rows; print the table."""
+    """Rebuild a campaign's tables and reports from its raw rows; print the table.
+
+    Writes cells.csv, causes.csv, report.md and report.html, and the confusion matrix of an injected
+    campaign.
+    """
+    from qwencli.bench.inject.confusion import rebuilt, summary
     from qwencli.bench.report import build_report
     from qwencli.bench.tables import terminal_table
 
     rows = build_report(folder)
-    context.ensure_object(Sink).show(terminal_table(rows))
+    sink = context.ensure_object(Sink)
+    sink.show(terminal_table(rows))
+    if found := rebuilt(folder):
+        for line in summary(found):
+            sink.show(line)
 
 
 class FailOn(StrEnum):

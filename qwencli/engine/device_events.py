@@ -150,6 +150,8 @@ def _waiting(count: Callable[[], None]) -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message=f".*{_SYNC_WARNING}")
+        # What torch says of the mode itself, once a process.
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")
         warnings.showwarning = listen
         cuda.synchronize = watched
         cuda.set_sync_debug_mode("warn")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import subprocess
 import sys
 import textwrap
@@ -132,3 +133,12 @@ def test_a_real_limit_of_the_system_is_an_error_too(tmp_path):
     )  # fmt: skip
     assert "x.csv cannot be written" in done.stdout
     assert (tmp_path / "x.csv").read_bytes() == b"a,b\n0,bb\n1,bb\n2,bb\n"
+
+
+def test_a_compressed_file_is_read_where_there_is_no_plain_one(tmp_path):
+    path = tmp_path / "rows.csv"
+    packed = tmp_path / "rows.csv.gz"
+    packed.write_bytes(gzip.compress(b"a,b\n1,2\n3,"))
+    assert read_rows(path) == [{"a": "1", "b": "2"}]
+    path.write_bytes(b"a,b\n5,6\n")
+    assert read_rows(path) == [{"a": "5", "b": "6"}]

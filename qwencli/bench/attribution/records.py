@@ -13,7 +13,13 @@ RawRow = Mapping[str, str]
 # A column that is empty is not in it.
 Numbers = dict[str, float]
 
-INTERVALS = ("prefill", "decode", "token")
+# The columns that attribution looks at; to read all of a long campaign's would take seconds.
+_OF_RUN = ("ttft_s", "decode_s", "decode_tok_per_s", "load_s", "temperature_c_max")
+_OF_HOST = (
+    "tokens", "main_cpu_ms", "process_cpu_ms", "other_python_ms", "runqueue_ms",
+    "voluntary_switches", "system_busy_ms", "steal_ms", "device_allocs", "alloc_retries", "syncs",
+)  # fmt: skip
+_OF_GPU = ("sm_clock_mhz", "pstate", "power_w", "temperature_c", "compute_processes")
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def records_by_cell(
     try:
         for row in runs:
             if row["status"] == "ok":
-                record = RunRecord(row["cell_id"], row["run"], numbers(row))
+                record = RunRecord(row["cell_id"], row["run"], numbers(row, _OF_RUN))
                 cells[record.cell_id].append(record)
                 by_run[record.cell_id, record.run] = record
         for row in tokens:
@@ -72,7 +78,7 @@ def records_by_cell(
             if found := by_run.get((row["cell_id"], row["run"])):
                 end = float(row["t_s"])
                 start = end - float(row["span_ms"]) / 1e3
-                found.host.append(Moment(row["event"], start, end, numbers(row)))
+                found.host.append(Moment(row["event"], start, end, numbers(row, _OF_HOST)))
         for row in gpu:
             if found := by_run.get((row["cell_id"], row["run"])):
                 _add_sample(found, row)
@@ -92,21 +98,15 @@ def _add_token(record: RunRecord, row: RawRow) -> None:
 
 def _add_sample(record: RunRecord, row: RawRow) -> None:
     at = float(row["t_s"])
-    figures = numbers(row)
+    figures = numbers(row, _OF_GPU)
     for reason in filter(None, row["throttle_reasons"].split("|")):
         figures[f"throttle:{reason}"] = 1.0
     record.gpu.append(Moment(row["gpu_index"], at, at, figures))
 
 
-def numbers(row: RawRow) -> Numbers:
-    """The fields of a row that hold numbers."""
-    found: Numbers = {}
-    for name, text in row.items():
-        try:
-            found[name] = float(text)
-        except ValueError:
-            continue
-    return found
+def numbers(row: RawRow, names: Iterable[str]) -> Numbers:
+    """Of these columns, those that the file has and that are not empty."""
+    return {name: float(text) for name in names if (text := row.get(name))}
 
 
 def _busiest(samples: list[Moment]) -> list[Moment]:

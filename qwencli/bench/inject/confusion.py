@@ -73,6 +73,11 @@ def holds(found: Confusion) -> bool:
     return (accuracy is None or accuracy >= LEAST_ACCURACY) and (blamed or 0.0) <= MOST_BLAMED
 
 
+def rebuilt(folder: Path) -> Confusion | None:
+    """As `build_confusion`; None for an ordinary campaign."""
+    return build_confusion(folder) if read_rows(folder / FILE) else None
+
+
 def build_confusion(folder: Path) -> Confusion:
     """Write confusion.csv and confusion.md into a campaign that was injected."""
     found = confusion(*(read_rows(folder / name) for name in (FILE, CAUSES, RUNS, HOST)))

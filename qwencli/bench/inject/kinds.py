@@ -53,18 +53,23 @@ KINDS: Mapping[Cause, Kind] = {
 }
 
 
-def choose(names: Sequence[str], device: str) -> tuple[list[Cause], dict[Cause, str]]:
-    """The causes to inject, and those of ALL that cannot be made here with the reason.
-
-    Raises:
-        UsageError: a name that is no cause, or a cause named that cannot be injected here.
-    """
+def check_names(names: Sequence[str]) -> None:
+    """Raise UsageError for a name that is neither ALL nor a cause that can be injected at all."""
     valid = [cause.value for cause in KINDS]
     for name in names:
         if name != ALL and name not in valid:
             raise UsageError(
                 f"{name!r} cannot be injected", f"give {ALL} or one or more of {', '.join(valid)}"
             )
+
+
+def choose(names: Sequence[str], device: str) -> tuple[list[Cause], dict[Cause, str]]:
+    """The causes to inject, and those of ALL that cannot be made here with the reason.
+
+    Raises:
+        UsageError: a cause named that cannot be injected here.
+    """
+    check_names(names)
     blocked = {c: reason for c, kind in KINDS.items() if (reason := kind.blocker(device))}
     if ALL in names:
         return [cause for cause in KINDS if cause not in blocked], blocked

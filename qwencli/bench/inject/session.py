@@ -14,7 +14,7 @@ from qwencli.bench.attribution.causes import Cause
 from qwencli.bench.campaign import Campaign
 from qwencli.bench.environment import environment
 from qwencli.bench.inject.confusion import Confusion, build_confusion
-from qwencli.bench.inject.kinds import choose
+from qwencli.bench.inject.kinds import check_names, choose
 from qwencli.bench.inject.truth import FILE, NONE
 from qwencli.bench.launch import python_command
 from qwencli.bench.plan import Plan
@@ -66,6 +66,7 @@ def inject(
         UsageError: a cause that is none, or that cannot be injected here.
         BenchError: no cell can run here, or the folder is not new.
     """
+    check_names(injection.names)
     plan, facts = prepare(request)
     command = python_command("qwencli.bench.inject.worker")
     return measure(plan, facts, injection, folder, arguments, sink, command)

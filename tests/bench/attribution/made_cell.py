@@ -53,7 +53,7 @@ class MadeCell:
         for run, itl in self.itl.items():
             decode_s = sum(itl) / 1e3
             figures = {
-                "status": "ok", "ttft_s": TTFT_S, "decode_s": decode_s,
+                "status": "ok", "num_new_tokens": TOKENS, "ttft_s": TTFT_S, "decode_s": decode_s,
                 "e2e_s": TTFT_S + decode_s, "decode_tok_per_s": len(itl) / decode_s,
                 **self.run_columns[run],
             }  # fmt: skip
