@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Self
 
-from qwencli.bench.launch import python_command
+from qwencli.engine.child_process import python_command
 
 INTERVAL_S = 0.05
 Sample = dict[str, Any]
