@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from importlib import metadata
 from typing import Any, Self
 
@@ -69,7 +69,10 @@ class LiveMachine(Machine):
         }
 
     def __enter__(self) -> Self:
-        self.section("cpu")  # before our own work is part of its load
+        # Before our own work is part of what they show.
+        for name in ("cpu", "driver"):
+            with suppress(Exception):  # whoever asks for it again is told why
+                self.section(name)
         self._probes = self._stack.enter_context(ProbeProcess())
         return self
 
@@ -81,6 +84,9 @@ class LiveMachine(Machine):
             self._read[name] = self._readers[name]()
         return self._read[name]
 
+    def has_read(self, name: str) -> bool:
+        return name in self._read
+
     def probe(self, name: str) -> ProbeAnswer:
         if name not in self._answers:
             self._answers[name] = self._ask(name)
@@ -89,7 +95,6 @@ class LiveMachine(Machine):
     def _ask(self, name: str) -> ProbeAnswer:
         if name == "torch":
             return self._probes.ask(name, "", self.work)
-        # Programs on the GPU are listed before our own is one of them.
         gpu = self.gpu
         watch = ClockWatch(gpu.index) if gpu is not None and PROBES[name].settles else None
         work: Any = self._engine(self) if name == "engine" else self.work

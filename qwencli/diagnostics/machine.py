@@ -60,6 +60,10 @@ class Machine(ABC):
         """A section of SECTIONS; raises Unreadable."""
 
     @abstractmethod
+    def has_read(self, name: str) -> bool:
+        """Whether a check has asked for the section already."""
+
+    @abstractmethod
     def probe(self, name: str) -> ProbeAnswer:
         """How the probe of this name ended here; raises Unreadable where it must not run."""
 

@@ -13,12 +13,14 @@ from qwencli.engine.probes.table import PROBES
 from qwencli.engine.probes.wire import decode, dumps
 
 UNREADABLE = "unreadable"
+# Without these a replay would not know what its probes were about.
+_ALWAYS = ("model", "hub_config")
 
 
 def record(machine: Machine) -> dict[str, Any]:
     """Everything that checks have read of `machine`, as JSON can hold it.
 
-    Sections are read now if they were not; probes that nobody asked for are left out. The ids of
+    Nothing is read for it: sections and probes that no check asked for are not in it. The ids of
     cards, which name an owner, become numbers.
     """
     sections = {name: _section(machine, name) for name in SECTIONS}
@@ -32,6 +34,8 @@ def record(machine: Machine) -> dict[str, Any]:
 
 
 def _section(machine: Machine, name: str) -> Any:
+    if not machine.has_read(name) and name not in _ALWAYS:
+        return {UNREADABLE: "not asked"}
     try:
         return _plain(machine.section(name))
     except Exception as error:  # noqa: BLE001 - that it cannot be read is what a replay must show
@@ -65,6 +69,9 @@ class RecordedMachine(Machine):
         if isinstance(value, dict) and UNREADABLE in value:
             raise Unreadable(value[UNREADABLE])
         return decode(SECTIONS[name], value)
+
+    def has_read(self, name: str) -> bool:
+        return name in self._recorded
 
     def probe(self, name: str) -> ProbeAnswer:
         answer = self.answered(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qwencli.diagnostics.checks.device import NO_GPU
 from qwencli.diagnostics.finding import Confidence, Finding, failed, passed, skipped, warned
-from qwencli.diagnostics.machine import Machine, how_it_ended, value_of
+from qwencli.diagnostics.machine import Machine, Unreadable, how_it_ended, value_of
 from qwencli.engine.probes.answers import AttentionRun, FlashAttention, LinearRun
 from qwencli.engine.probes.ask import Outcome, ProbeAnswer
 
@@ -103,7 +103,10 @@ def bitsandbytes_runs(machine: Machine) -> Finding:
         return skipped("bitsandbytes is not installed")
     found = value_of(machine, "bitsandbytes")
     runs = {run.scheme: run for run in found.runs}
-    base = runs.pop("none").us
+    unquantized = runs.pop("none")
+    base = unquantized.us
+    if base is None:
+        raise Unreadable(f"an unquantized layer cannot run: {unquantized.error}")
     evidence = f"one token through {found.rows} x {found.columns}: " + "; ".join(
         [f"unquantized {base:.0f} us", *(_linear(run, base) for run in runs.values())]
     )

@@ -22,10 +22,15 @@ from qwencli.engine.probes.wire import decode, dumps
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Run one probe; whatever it raises is its answer."""
-    name = request["probe"]
+    name, device = request["probe"], request["device"]
     kind = EngineWork if name == "engine" else Work
     try:
-        value = PROBES[name].function()(request["device"], decode(kind, request["work"]))
+        if device.startswith("cuda"):
+            import torch
+
+            # Graphs, Triton and flash-attn work on the current device, whatever their tensors say.
+            torch.cuda.set_device(device)
+        value = PROBES[name].function()(device, decode(kind, request["work"]))
     except Exception as error:  # noqa: BLE001 - that it fails, and how, is what was asked
         return {"error": str(error).strip() or "no message", "kind": type(error).__name__}
     return {"value": value}

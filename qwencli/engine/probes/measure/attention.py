@@ -17,7 +17,7 @@ from qwencli.engine.probes.measure.kernel_names import (
     profile,
     short,
 )
-from qwencli.engine.probes.measure.timing import compute_dtype, seconds_per_call
+from qwencli.engine.probes.measure.timing import compute_dtype, seconds_per_call, still_works
 
 # A picture of 448 x 448 and a question; the cache a caption reaches; the patches of that picture.
 PREFILL_TOKENS, CACHED_TOKENS, PATCHES = 256, 1024, 784
@@ -51,15 +51,18 @@ def _run(device: str, phase: str, backend: str, attend: Callable[[], object]) ->
     try:
         us = seconds_per_call(device, attend, samples=3) * 1e6
     except RuntimeError as error:  # "No available kernel": the backend does not take this shape
+        if not still_works(device):
+            raise
         return AttentionRun(phase, backend, error=first_line(str(error)))
-    seen = profile(device, attend)
+    # A backend that was forced and ran is known without its kernels.
+    seen = profile(device, attend) if backend == "chosen" else None
     names = seen.names if seen else ()
     return AttentionRun(
         phase,
         backend,
         us,
         tuple(short(name) for name in attention_kernels(names) or names),
-        attention_family(names),
+        attention_family(names) if backend == "chosen" else backend,
     )
 
 

@@ -13,27 +13,35 @@ from qwencli.engine.clock import Clock
 SAMPLES = 7
 # Of one sample: long against the resolution of events and the wait at its end.
 SAMPLE_S = 0.02
+# Work that takes this long shows its time in a single call, and has no time for more.
+LONG_S = 0.2
 
 
 def seconds_per_call(device: str, work: Callable[[], object], samples: int = SAMPLES) -> float:
     """Median time of one call within a row of calls, its launch included."""
-    return statistics.median(_timed(device, work, calls_for(device, work), samples))
+    once = _warm_seconds(device, work)
+    if once >= LONG_S:
+        return once
+    return statistics.median(_timed(device, work, _calls(once), samples))
 
 
-def calls_for(device: str, work: Callable[[], object]) -> int:
-    """How many calls make a sample; runs `work` a few times, which also warms it up."""
-    for _ in range(3):
-        work()
+def _warm_seconds(device: str, work: Callable[[], object]) -> float:
+    """Time of a call after a first one, which pays for what is set up once."""
+    work()
     synchronize(device)
     start = time.perf_counter()
     work()
     synchronize(device)
-    return max(1, min(1000, round(SAMPLE_S / (time.perf_counter() - start))))
+    return time.perf_counter() - start
+
+
+def _calls(once_s: float) -> int:
+    return max(1, min(1000, round(SAMPLE_S / once_s)))
 
 
 def sustained(device: str, work: Callable[[], object], duration_s: float) -> float:
     """Fastest sample's time of one call while `work` keeps the device busy for `duration_s`."""
-    calls = calls_for(device, work)
+    calls = _calls(_warm_seconds(device, work))
     until = time.monotonic() + duration_s
     times: list[float] = []
     while not times or time.monotonic() < until:
@@ -54,6 +62,15 @@ def _timed(device: str, work: Callable[[], object], calls: int, samples: int) ->
 def synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+
+
+def still_works(device: str) -> bool:
+    """Whether the device survived the last error; many leave it unusable for this process."""
+    try:
+        synchronize(device)
+        return float(torch.ones(1, device=device)) == 1.0
+    except RuntimeError:
+        return False
 
 
 def compute_dtype(device: str) -> torch.dtype:
