@@ -253,12 +253,36 @@ def loading(data: CellRows) -> Said:
         )
 
 
+def bound(data: CellRows) -> Said:
+    said = data.cell.get("bound")
+    if said:
+        figures = {"GPU busy": "gpu_busy_percent", "bandwidth used": "mbu_percent"}
+        known = [
+            f"{what} {float(data.cell[name]):.0f}%"
+            for what, name in figures.items()
+            if data.cell.get(name)
+        ]
+        yield f"bound by: {said}", ", ".join(known) or "no figure"
+
+
+def causes(data: CellRows) -> Said:
+    """What attribution found: `cause:count:lost_ms` joined by "|"."""
+    for column, what in (("gap_causes", "late tokens"), ("slow_run_causes", "slow runs")):
+        found = [part.split(":") for part in data.cell.get(column, "").split("|") if part]
+        if found:
+            named = ", ".join(f"{cause.replace('_', ' ')} ({count})" for cause, count, _ in found)
+            lost = sum(float(milliseconds) for _, _, milliseconds in found)
+            yield f"causes of {what}: {named}", f"{lost:.0f} ms lost in all"
+
+
 CELL_RULES: tuple[Callable[[CellRows], Said], ...] = (
     speed,
     differing_runs,
     first_runs,
     levels,
     variance,
+    bound,
+    causes,
     stalls,
     tail,
     first_token,

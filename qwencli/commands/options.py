@@ -41,7 +41,7 @@ def _option(panel: str, *names: str, text: str, **settings: Any) -> Any:
 _model = functools.partial(_option, "Model")
 _sampling = functools.partial(_option, "Sampling")
 _output = functools.partial(_option, "Output")
-_MODES = ("engine", "quantization", "attention", "cache")
+_MODES = ("engine", "quantization", "attention", "cache", "kernels")
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,12 @@ class RunOptions:
         ),
     ] = None
     kernels: Annotated[
-        Kernels,
-        _model(metavar="NAME", text="auto, triton (fused, static-graph) or torch (operators)."),
-    ] = Kernels.AUTO
+        Kernels | None,
+        _model(
+            metavar="NAME",
+            text="auto, triton (fused, static-graph) or torch (operators). Default: auto.",
+        ),
+    ] = None
     device: Annotated[str, _model(metavar="NAME", text="auto, cpu, cuda, cuda:N or mps.")] = "auto"
     dtype: Annotated[DType, _model(metavar="NAME", text="auto, bfloat16, float16 or float32.")] = (
         DType.AUTO

@@ -1,8 +1,8 @@
 """Which settings to start with on this machine for one model, and what to expect of them.
 
 Memory comes from `qwencli.models.memory`. Speed is a roofline: a token takes at least the time to
-read its bytes (weights, keys and values) at the measured bandwidth. What the native engine's
-kernels add to that is known from one GPU (`launches`); elsewhere it is an estimate.
+read its bytes (weights, keys and values) at the measured bandwidth. What its kernels add comes from
+what a kernel costs in a graph here, for plain torch operators from another GPU (`launches`).
 """
 
 from __future__ import annotations
@@ -10,11 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qwencli.config import Attention, Cache, DType, EngineName, Quantization
-from qwencli.diagnostics.launches import kernel_ms_per_token, launches_per_token
+from qwencli.config import Attention, Cache, DType, EngineName, Kernels, Quantization
+from qwencli.diagnostics.launches import (
+    fused_kernels_per_token,
+    operators_ms_per_token,
+    operators_per_token,
+)
 from qwencli.diagnostics.machine import Machine, Unreadable
 from qwencli.diagnostics.work import image_tokens, token_bytes
+from qwencli.engine.device import CudaDevice
 from qwencli.engine.gpu_readings import GpuReading
+from qwencli.engine.probes.ask import Outcome
 from qwencli.models.memory import MemoryEstimate, estimate, kv_cache_bytes
 from qwencli.models.shapes import ModelShape
 
@@ -29,9 +35,11 @@ TYPICAL_CONTEXT = 512
 # Unquantized first: it is the fastest wherever it fits. 8-bit never: bitsandbytes' takes longer
 # than 4-bit in every mode (results/2026-11-23-h200-transformers/cells.csv).
 WAYS = (
-    (Quantization.NONE, EngineName.NATIVE, Cache.STATIC_GRAPH),
-    (Quantization.INT4, EngineName.TRANSFORMERS, Cache.DYNAMIC),
+    (Quantization.NONE, EngineName.NATIVE, Attention.AUTO, Cache.STATIC_GRAPH),
+    (Quantization.INT4, EngineName.TRANSFORMERS, Attention.SDPA, Cache.DYNAMIC),
 )
+# Smallest compute capability of the native engine's fused kernels.
+TRITON_SINCE = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class Advice:
     quantization: Quantization | None = None
     attention: Attention | None = None
     cache: Cache | None = None
+    kernels: Kernels | None = None
     max_seq_len: int | None = None
     max_pixels: int | None = None
     vram_bytes: int | None = None
@@ -62,7 +71,9 @@ class Advice:
 class _Fit:
     quantization: Quantization
     engine: EngineName
+    attention: Attention
     cache: Cache
+    kernels: Kernels
     max_seq_len: int
     max_pixels: int | None
     memory: MemoryEstimate
@@ -83,7 +94,7 @@ def advise(machine: Machine) -> Advice:
     windows = machine.system.name == "Windows" or machine.system.wsl is not None
     free = gpu.free_memory_bytes if gpu and gpu.free_memory_bytes else cuda.total_memory_bytes
     room = int(free * (FILL_ON_WINDOWS if windows else FILL))
-    fit = next(_fits(shape, room), None)
+    fit = next(_fits(shape, room, _kernels(machine, cuda)), None)
     if fit is None:
         return Advice(model, (_nothing_fits(shape, room, model),), device)
     limit, expected, speed = _speed(machine, gpu, shape, fit)
@@ -96,23 +107,24 @@ def advise(machine: Machine) -> Advice:
             f"{fit.memory.kv_cache / 1e9:.1f}, the rest while working)",
             *speed,
         ),
-        device,
-        DType.BFLOAT16 if cuda.capability >= (8, 0) else DType.FLOAT16,
-        fit.engine,
-        fit.quantization,
-        Attention.SDPA,
-        fit.cache,
-        fit.max_seq_len,
-        fit.max_pixels,
-        need,
-        limit,
-        expected,
+        device=device,
+        dtype=DType.BFLOAT16 if cuda.capability >= (8, 0) else DType.FLOAT16,
+        engine=fit.engine,
+        quantization=fit.quantization,
+        attention=fit.attention,
+        cache=fit.cache,
+        kernels=fit.kernels if fit.engine is EngineName.NATIVE else None,
+        max_seq_len=fit.max_seq_len,
+        max_pixels=fit.max_pixels,
+        vram_bytes=need,
+        limit_tok_per_s=limit,
+        expected_tok_per_s=expected,
     )
 
 
-def _fits(shape: ModelShape, room: int) -> Iterator[_Fit]:
+def _fits(shape: ModelShape, room: int, kernels: Kernels) -> Iterator[_Fit]:
     """What fits into `room` bytes, best first: the way before the length before the picture."""
-    for quantization, engine, cache in WAYS:
+    for quantization, engine, attention, cache in WAYS:
         for length in SEQUENCES:
             for pixels in PIXELS if shape.vision else (None,):
                 memory = estimate(
@@ -122,7 +134,9 @@ def _fits(shape: ModelShape, room: int) -> Iterator[_Fit]:
                     image_tokens=image_tokens(shape, pixels) if pixels else 0,
                 )
                 if memory.total <= room:
-                    yield _Fit(quantization, engine, cache, length, pixels, memory)
+                    yield _Fit(
+                        quantization, engine, attention, cache, kernels, length, pixels, memory
+                    )
 
 
 def _nothing_fits(shape: ModelShape, room: int, model: str) -> str:
@@ -154,13 +168,37 @@ def _speed(
     ]
     if fit.engine is not EngineName.NATIVE:
         return 1 / read_s, None, tuple(reasons)
-    kernels_ms = kernel_ms_per_token(machine.work.layers)
-    expected = 1 / (read_s + kernels_ms / 1e3)
-    reasons.append(
-        f"the rest of {launches_per_token(machine.work.layers):.0f} kernels adds about "
-        f"{kernels_ms:.1f} ms, as on an H200: about {expected:.0f} tok/s"
-    )
+    added_ms, why = _added_ms(machine, fit)
+    if added_ms is None:
+        return 1 / read_s, None, tuple(reasons)
+    expected = 1 / (read_s + added_ms / 1e3)
+    reasons.append(f"{why} {added_ms:.2f} ms: about {expected:.0f} tok/s")
     return 1 / read_s, expected, tuple(reasons)
+
+
+def _added_ms(machine: Machine, fit: _Fit) -> tuple[float | None, str]:
+    """What the kernels add to the time of reading, and why; None where it is not known here."""
+    layers = machine.work.layers
+    if fit.kernels is Kernels.TORCH:
+        return operators_ms_per_token(layers), (
+            f"its {operators_per_token(layers):.0f} kernels add, as on an H200, about"
+        )
+    launches = machine.measured("launch-rate")
+    if launches is None or launches.graph_us is None:
+        return None, ""
+    count = fused_kernels_per_token(layers)
+    return count * launches.graph_us / 1e3, (
+        f"{count} fused kernels at {launches.graph_us:.1f} us in a graph add"
+    )
+
+
+def _kernels(machine: Machine, cuda: CudaDevice) -> Kernels:
+    """Whether Triton can be counted on; where it was tried, whether it worked."""
+    tried = machine.answered("triton")
+    works = tried is None or tried.outcome is Outcome.OK
+    there = machine.version("triton") or machine.version("triton-windows")
+    fits = cuda.capability >= TRITON_SINCE
+    return Kernels.TRITON if there and works and fits else Kernels.TORCH
 
 
 def _without_gpu(machine: Machine, shape: ModelShape, model: str, device: str) -> Advice:
@@ -181,11 +219,11 @@ def _without_gpu(machine: Machine, shape: ModelShape, model: str, device: str) -
     return Advice(
         model,
         tuple(why),
-        device,
-        DType.AUTO,
-        EngineName.NATIVE,
-        Quantization.NONE,
-        Attention.SDPA,
-        Cache.STATIC,
+        device=device,
+        dtype=DType.AUTO,
+        engine=EngineName.NATIVE,
+        quantization=Quantization.NONE,
+        attention=Attention.AUTO,
+        cache=Cache.STATIC,
         limit_tok_per_s=limit,
     )

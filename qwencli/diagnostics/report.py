@@ -19,7 +19,8 @@ Result = tuple[Check, Finding]
 
 _STYLE = {Status.PASS: "green", Status.WARN: "yellow", Status.FAIL: "bold red", Status.SKIP: "dim"}
 _SETTINGS = (
-    "model", "device", "dtype", "engine", "quantization", "attention", "cache", "max_seq_len",
+    "model", "device", "dtype", "engine", "quantization", "attention", "cache", "kernels",
+    "max_seq_len",
     "max_pixels",
 )  # fmt: skip
 

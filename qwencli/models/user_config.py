@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwencli.config import Attention, Cache, EngineName, Quantization
+from qwencli.config import Attention, Cache, EngineName, Kernels, Quantization
 from qwencli.errors import OutputError, UsageError
 
 CONFIG_FILE = "config.toml"
@@ -30,6 +30,7 @@ SETTINGS: Mapping[str, Callable[[Any], Any]] = {
     "quantization": Quantization,
     "attention": Attention,
     "cache": Cache,
+    "kernels": Kernels,
     "max_seq_len": lambda value: _positive(value),
     "max_pixels": lambda value: _positive(value),
 }

@@ -81,6 +81,22 @@ def test_stalls_name_their_token():
     ) in lines
 
 
+def test_what_other_columns_say():
+    found = said(
+        cell(
+            eight(),
+            bound="host",
+            gpu_busy_percent="31.5",
+            mbu_percent="6.0",
+            gap_causes="gc:3:120.500|other_gpu_process:1:40.000",
+            slow_run_causes="",
+        )
+    )
+    assert "bound by: host (GPU busy 32%, bandwidth used 6%)" in found
+    assert "causes of late tokens: gc (3), other gpu process (1) (160 ms lost in all)" in found
+    assert not any("slow runs" in line for line in found)
+
+
 def test_who_waits_for_whom():
     def gpu(percent):
         return [

@@ -69,7 +69,7 @@ def test_the_recommendation_has_its_figures(run):
     found = json.loads(run("healthy-5090", "--json").stdout)["recommended"]
     assert found["model"] == "qwen3-vl-4b"
     assert (found["quantization"], found["attention"], found["cache"]) == (
-        "none", "sdpa", "static-graph",
+        "none", "auto", "static-graph",
     )  # fmt: skip
     assert found["vram_bytes"] > 8e9
     assert found["expected_tok_per_s"] < found["limit_tok_per_s"]

@@ -18,7 +18,7 @@ EXPECTED = {
     "5090-wsl2": {"gpu-memory": "warn", "memory-spill": "warn", "disk": "warn"},
     "5070ti-wheel-without-sm_120": {
         "arch-list": "fail", "device-works": "fail", "engine-run": "fail",
-        "packages": "warn", "known-bad": "warn", "triton-runs": "warn",
+        "packages": "warn", "known-bad": "warn", "triton-runs": "fail",
     },
     "old-driver": {"driver": "fail", "cuda-device": "fail", "engine-run": "fail"},
     "throttling-laptop": {

@@ -69,7 +69,7 @@ CASES = [
     ("bitsandbytes-runs", linear(relative_error=0.9), "fail", "error 0.900"),
     ("bitsandbytes-runs", linear(relative_error=float("nan")), "fail", "error nan"),
     ("patch-embedding", {"model": "qwen3-4b"}, "skip", ""),
-    ("triton-runs", ended("triton", "failed", "RuntimeError", "no C compiler"), "warn", "no C"),
+    ("triton-runs", ended("triton", "failed", "RuntimeError", "no C compiler"), "fail", "no C"),
     ("launch-rate", probe("launch-rate", value={"eager_us": 30.0}), "warn", "30.0 us"),
     ("bandwidth", probe("bandwidth", value={"read_bytes_per_s": 9e11}), "warn", "50% of the 1792"),
     ("pcie", load("host-link", pcie_gen=3), "warn", "PCIe 3 x16"),

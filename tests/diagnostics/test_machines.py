@@ -100,7 +100,7 @@ def test_the_healthy_box_is_told_its_limits():
     assert "90% of the 1792 GB/s" in found["bandwidth"].evidence
     assert "3.4 us a launch" in found["launch-rate"].evidence
     assert found["attention-kernels"].evidence.startswith("prefill: flash (pytorch_flash")
-    assert found["engine-run"].what.startswith("150.2 tok/s; bound by memory bandwidth")
+    assert found["engine-run"].what.startswith("178.2 tok/s; bound by memory bandwidth")
 
 
 def test_levels():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qwencli.diagnostics.checks.device import NO_GPU
-from qwencli.diagnostics.finding import Confidence, Finding, failed, passed, skipped, warned
+from qwencli.diagnostics.finding import Finding, failed, passed, skipped, warned
 from qwencli.diagnostics.machine import Machine, Unreadable, how_it_ended, value_of
 from qwencli.engine.probes.answers import AttentionRun, FlashAttention, LinearRun
 from qwencli.engine.probes.ask import Outcome, ProbeAnswer
@@ -166,9 +166,9 @@ def triton_runs(machine: Machine) -> Finding:
             "Triton compiles and runs",
             f"Triton {run.version}, first kernel after {run.compile_and_run_s:.1f} s",
         )
-    return warned(
-        "Triton cannot compile for this GPU: --cache static-compile will not work",
+    return failed(
+        "Triton cannot compile for this GPU: the native engine's fused kernels will not run",
         how_it_ended(answer),
-        "install a C compiler (gcc, or Visual Studio's build tools) and a Triton that fits torch",
-        Confidence.MEDIUM,
+        "use --kernels torch; or install a C compiler (gcc, or Visual Studio's build tools) and "
+        "the Triton that fits torch",
     )

@@ -111,7 +111,7 @@ FLASH_ATTN = Optional(
     ("flash-attn",), "--attention flash_attention_2", "pip install 'qwencli[flash]'", needed=False
 )
 TRITON = Optional(
-    ("triton", "triton-windows"), "--cache static-compile",
+    ("triton", "triton-windows"), "the native engine's fused kernels and --cache static-compile",
     "pip install triton (on Windows: pip install triton-windows)",
 )  # fmt: skip
 
@@ -127,7 +127,7 @@ def flash_attn(machine: Machine) -> Finding:
 
 
 def triton(machine: Machine) -> Finding:
-    """Compiled decoding needs Triton, which Windows does not get with torch."""
+    """The native engine's fused kernels need Triton, which Windows does not get with torch."""
     return _optional(machine, TRITON)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from qwencli.diagnostics.checks.device import NO_GPU
 from qwencli.diagnostics.finding import Confidence, Finding, passed, skipped, warned
-from qwencli.diagnostics.launches import launches_per_token
+from qwencli.diagnostics.launches import operators_per_token
 from qwencli.diagnostics.machine import Machine, value_of
 from qwencli.engine.probes.answers import Bandwidth, HostLink, LaunchRate
 
@@ -25,7 +25,7 @@ def launch_rate(machine: Machine) -> Finding:
     if not machine.torch.devices:
         return skipped(NO_GPU)
     rate: LaunchRate = value_of(machine, "launch-rate")
-    launches = launches_per_token(machine.work.layers)
+    launches = operators_per_token(machine.work.layers)
     bound = 1e6 / (launches * rate.eager_us)
     evidence = (
         f"{rate.eager_us:.1f} us a launch, {rate.round_trip_us:.0f} us to wait for a result: at "

@@ -164,3 +164,4 @@ class EngineRun:
     gpu_busy_ms: float | None
     kernels_per_token: float | None
     attention_kernels: tuple[str, ...]
+    kernels: str = "torch"

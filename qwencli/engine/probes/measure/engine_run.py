@@ -48,6 +48,7 @@ def engine_run(device: str, work: EngineWork) -> EngineRun:
         quantization=ran.quantization,
         attention=ran.attention,
         cache=ran.cache,
+        kernels=ran.kernels,
         load_s=load_s,
         ttft_ms=statistics.median(r.timings.ttft_s for r in results) * 1e3,
         tok_per_s=tuple(r.timings.decode_tok_per_s or 0.0 for r in results),
