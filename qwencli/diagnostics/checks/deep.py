@@ -29,9 +29,10 @@ def engine_run(machine: Machine) -> Finding:
         return failed("the engine cannot run", how_it_ended(answer), "act on its message")
     run: EngineRun = answer.value
     speed = statistics.median(run.tok_per_s)
+    modes = (run.engine, run.quantization, run.attention, run.cache, run.kernels)
+    runs = ", ".join(f"{tok:.1f}" for tok in run.tok_per_s)
     evidence = [
-        f"{run.engine}, {run.quantization}, {run.attention}, {run.cache}, {run.kernels}: "
-        f"{speed:.1f} tok/s (runs {', '.join(f'{tok:.1f}' for tok in run.tok_per_s)}), first token {run.ttft_ms:.0f} ms, "
+        f"{', '.join(modes)}: {speed:.1f} tok/s (runs {runs}), first token {run.ttft_ms:.0f} ms, "
         f"token p50 {run.itl_p50_ms:.2f} ms, p99 {run.itl_p99_ms:.2f} ms, load {run.load_s:.1f} s"
     ]
     if run.peak_allocated_bytes is not None:
