@@ -38,7 +38,7 @@ app = typer.Typer(
 app.command()(caption.caption)
 app.command()(chat.chat)
 app.add_typer(bench.app, name="bench")
-app.command()(diagnose.diagnose)
+app.add_typer(diagnose.app, name="diagnose")
 app.command()(models.models)
 
 

@@ -10,6 +10,15 @@ import pytest
 os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def no_user_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whoever runs the tests may have a config.toml of their own."""
+    from qwencli.models import user_config
+
+    folder = tmp_path / "user-config"
+    monkeypatch.setattr(user_config, "user_config_folder", lambda: folder)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`checkpoint(family)` -> folder of a small random model, written once a session."""

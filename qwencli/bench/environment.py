@@ -11,7 +11,7 @@ from typing import Any
 
 import qwencli
 from qwencli.engine.device import DeviceFacts, package_version
-from qwencli.engine.host import cpu_model, driver_facts
+from qwencli.engine.host import cpu_model, driver_version
 
 PACKAGES = (
     "transformers", "accelerate", "bitsandbytes", "flash-attn", "triton", "tokenizers",
@@ -25,7 +25,6 @@ _WITHOUT_PATHS = ("CUDA_HOME", "CUDA_PATH", "TORCH_HOME")
 
 def environment(facts: DeviceFacts, arguments: Sequence[str], seed: int) -> dict[str, Any]:
     """Versions, device, processor, system, command line and seed of this campaign."""
-    driver = driver_facts() if facts.kind == "cuda" else None
     return {
         "versions": {
             "qwencli": qwencli.__version__,
@@ -37,7 +36,7 @@ def environment(facts: DeviceFacts, arguments: Sequence[str], seed: int) -> dict
         "device": {
             # The UUID names one card of one owner.
             **{name: value for name, value in asdict(facts).items() if name != "uuid"},
-            "driver": driver.version if driver else None,
+            "driver": driver_version() if facts.kind == "cuda" else None,
         },
         "cpu": {"model": cpu_model(), "logical_cores": os.cpu_count()},
         "os": {

@@ -5,24 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import threading
-from pathlib import Path
 
+from qwencli.engine.child_process import python_command
 from qwencli.engine.device import DeviceFacts
 from qwencli.errors import BenchError, DeviceError
-
-
-def python_command(module: str, *arguments: str) -> list[str]:
-    """The command that runs `module` with the same interpreter and import path as this process.
-
-    `-P` keeps files of the working folder from shadowing modules, unless this process itself
-    was started with the working folder on its path.
-    """
-    here = Path.cwd()
-    on_path = any(Path(entry or ".").resolve() == here for entry in sys.path)
-    return [sys.executable, *(() if on_path else ("-P",)), "-m", module, *arguments]
-
 
 # What the campaign may say to a child while it runs.
 PAUSE, RESUME = b"-", b"+"

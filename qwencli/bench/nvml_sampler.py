@@ -19,25 +19,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qwencli.bench.launch import end_with_the_campaign
+from qwencli.engine.gpu_sensors import throttle_reasons
 from qwencli.engine.host import open_nvml
-
-# Bits of nvmlDeviceGetCurrentClocksThrottleReasons (nvml.h, nvmlClocksEventReasons).
-THROTTLE_BITS: Mapping[int, str] = {
-    0x1: "idle",
-    0x2: "application_clocks",
-    0x4: "sw_power_cap",
-    0x8: "hw_slowdown",
-    0x10: "sync_boost",
-    0x20: "sw_thermal",
-    0x40: "hw_thermal",
-    0x80: "hw_power_brake",
-    0x100: "display_clocks",
-}
 
 
 def throttle_names(bits: int) -> str:
     """Names joined by "|"; "none" when nothing holds the clock back."""
-    return "|".join(name for bit, name in THROTTLE_BITS.items() if bits & bit) or "none"
+    return "|".join(throttle_reasons(bits)) or "none"
 
 
 def sensors(nvml: Any) -> Mapping[str, Callable[[Any], Any]]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from qwencli.bench import spec as wire
 from qwencli.bench.campaign import Campaign
-from qwencli.bench.launch import python_command
 from qwencli.bench.matrix import BenchCell
 from qwencli.bench.process import Ending, WorkerProcess
 from qwencli.bench.tables import cell_label, cell_summary
 from qwencli.bench.telemetry import Telemetry
+from qwencli.engine.child_process import python_command
 
 Say = Callable[[str], None]
 

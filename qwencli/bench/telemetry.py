@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Self
 
-from qwencli.bench.launch import PAUSE, RESUME, python_command
+from qwencli.bench.launch import PAUSE, RESUME
+from qwencli.engine.child_process import python_command
 
 INTERVAL_S = 0.05
 Sample = dict[str, Any]

@@ -41,6 +41,7 @@ def _option(panel: str, *names: str, text: str, **settings: Any) -> Any:
 _model = functools.partial(_option, "Model")
 _sampling = functools.partial(_option, "Sampling")
 _output = functools.partial(_option, "Output")
+_MODES = ("engine", "quantization", "attention", "cache", "kernels")
 
 
 Frames = Annotated[
@@ -65,11 +66,12 @@ class RunOptions:
         ),
     ] = None
     quantization: Annotated[
-        Quantization, _model(metavar="MODE", text="none, 8bit, 4bit or fp8.")
-    ] = Quantization.NONE
+        Quantization | None, _model(metavar="MODE", text="none, 8bit, 4bit or fp8. Default: none.")
+    ] = None
     attention: Annotated[
-        Attention, _model(metavar="MODE", text="auto, sdpa, eager or flash_attention_2.")
-    ] = Attention.AUTO
+        Attention | None,
+        _model(metavar="MODE", text="auto, sdpa, eager or flash_attention_2. Default: auto."),
+    ] = None
     cache: Annotated[
         Cache | None,
         _model(
@@ -78,9 +80,12 @@ class RunOptions:
         ),
     ] = None
     kernels: Annotated[
-        Kernels,
-        _model(metavar="NAME", text="auto, triton (fused, static-graph) or torch (operators)."),
-    ] = Kernels.AUTO
+        Kernels | None,
+        _model(
+            metavar="NAME",
+            text="auto, triton (fused, static-graph) or torch (operators). Default: auto.",
+        ),
+    ] = None
     device: Annotated[str, _model(metavar="NAME", text="auto, cpu, cuda, cuda:N or mps.")] = "auto"
     dtype: Annotated[DType, _model(metavar="NAME", text="auto, bfloat16, float16 or float32.")] = (
         DType.AUTO
@@ -133,9 +138,25 @@ class RunOptions:
         return options
 
     def engine_config(self, spec: ModelSpec) -> EngineConfig:
-        said = {f.name: getattr(self, f.name) for f in fields(EngineConfig) if f.name != "model"}
-        length = None if self.max_seq_len is None else parse_seq_len(self.max_seq_len)
-        return EngineConfig(**said | {"model": spec, "max_seq_len": length})
+        """What the user said, over their config.toml, over our own defaults.
+
+        Raises:
+            UsageError: config.toml is malformed.
+        """
+        from qwencli.models.user_config import model_settings, user_config_folder
+
+        settings = model_settings(user_config_folder(), spec.name)
+        if self.device != "auto" or any(getattr(self, name) is not None for name in _MODES):
+            # They fit each other and the device they were chosen for: one that is said undoes all.
+            settings = {key: value for key, value in settings.items() if key not in _MODES}
+        said: dict[str, Any] = {
+            f.name: value
+            for f in fields(EngineConfig)
+            if (value := getattr(self, f.name)) is not None
+        }
+        if self.max_seq_len is not None:
+            said["max_seq_len"] = parse_seq_len(self.max_seq_len)
+        return EngineConfig(**settings | said | {"model": spec})
 
 
 def with_run_options(command: Callable[..., None]) -> Callable[..., None]:

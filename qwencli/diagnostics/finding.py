@@ -28,10 +28,12 @@ class Confidence(StrEnum):
 
 
 class Level(IntEnum):
-    """How much work a check may do: QUICK none on the device, DEFAULT a few seconds of it."""
+    """How much work a check may do: QUICK none on the device, DEFAULT seconds of it, DEEP a short
+    run of the real engine."""
 
     QUICK = 0
     DEFAULT = 1
+    DEEP = 2
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """One entry of the table; `run` reads the machine and never changes it."""
+    """One entry of the table; `run` reads the machine and never changes it. The first sentence of
+    its docstring says why it is looked at."""
 
     id: str
     group: str
     level: Level
     run: Callable[[Machine], Finding]
+
+    @property
+    def why(self) -> str:
+        return " ".join((self.run.__doc__ or "").split("\n\n")[0].split())
 
 
 def passed(what: str, evidence: str = "") -> Finding:

@@ -1,131 +1,164 @@
 """All that checks know of a machine, behind one object.
 
-`Machine` is what checks read. `LiveMachine` reads each fact when it is first asked for; a fact
-that cannot be read raises, and the check that wanted it becomes a SKIP. A recorded machine is
-any other object with these attributes.
+A `Machine` answers by section; `SECTIONS` says what each is. `LiveMachine` reads a section when it
+is first asked for, `RecordedMachine` replays what `record` wrote down. A section that cannot be
+read raises `Unreadable`, and the check that wanted it becomes a SKIP.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
-import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from functools import cached_property
-from importlib import metadata
-from pathlib import Path
-from typing import Protocol
+from typing import Any
 
-from qwencli.engine.device import TorchFacts, package_version, run_small_work, torch_facts
-from qwencli.engine.host import (
-    DriverFacts,
-    HostMemory,
-    cpu_model,
-    driver_facts,
-    host_memory,
-    usable_cores,
+from qwencli.diagnostics.facts import (
+    CacheFacts,
+    CpuFacts,
+    DiskSpeed,
+    Download,
+    EngineProcess,
+    HubFacts,
+    SystemFacts,
 )
+from qwencli.diagnostics.work import work_of
+from qwencli.engine.device import CudaDevice, TorchFacts
+from qwencli.engine.gpu_readings import DriverReading, GpuReading, LoadReading
+from qwencli.engine.host import HostMemory
+from qwencli.engine.probes.answers import Work
+from qwencli.engine.probes.ask import Outcome, ProbeAnswer
+from qwencli.models.shape_reader import read_shape
+from qwencli.models.shapes import ModelShape
+
+# Name -> type. What is None: no NVIDIA driver; processes that the system does not list.
+SECTIONS: Mapping[str, Any] = {
+    "system": SystemFacts,
+    "cpu": CpuFacts,
+    "memory": HostMemory,
+    "packages": Mapping[str, str | None],
+    "requirements": Mapping[str, str],
+    "variables": Mapping[str, str],
+    "driver": DriverReading,
+    "cache": CacheFacts,
+    "disk_speed": DiskSpeed,
+    "hub": HubFacts,
+    "downloads": tuple[Download, ...],
+    "engines": tuple[EngineProcess, ...],
+    "model": str,
+    "hub_config": Mapping[str, Any],
+}
 
 
-class Machine(Protocol):
+class Unreadable(Exception):
+    """Why a fact cannot be had; one line."""
+
+
+class Machine(ABC):
+    """What checks read."""
+
+    @abstractmethod
+    def section(self, name: str) -> Any:
+        """A section of SECTIONS; raises Unreadable."""
+
+    @abstractmethod
+    def has_read(self, name: str) -> bool:
+        """Whether a check has asked for the section already."""
+
+    @abstractmethod
+    def probe(self, name: str) -> ProbeAnswer:
+        """How the probe of this name ended here; raises Unreadable where it must not run."""
+
+    @abstractmethod
+    def answered(self, name: str) -> ProbeAnswer | None:
+        """The probe's answer if a check has already asked for it."""
+
+    @abstractmethod
+    def under_load(self, name: str) -> LoadReading | None:
+        """The GPU while that probe ran."""
+
     @property
-    def system(self) -> str:
-        """E.g. "Linux 6.8 x86_64"."""
+    def system(self) -> SystemFacts:
+        return self.section("system")  # type: ignore[no-any-return]
 
     @property
-    def python(self) -> tuple[int, int, int]: ...
-
-    @property
-    def torch(self) -> TorchFacts:
-        """Raises ImportError or OSError where torch does not load."""
-
-    @property
-    def driver(self) -> DriverFacts | None: ...
-
-    @property
-    def requirements(self) -> Mapping[str, str]:
-        """Distribution -> smallest version that qwencli's own metadata asks for; empty where
-        qwencli is not installed as a package."""
-
-    @property
-    def cpu(self) -> str | None: ...
-
-    @property
-    def cores(self) -> int: ...
-
-    @property
-    def memory(self) -> HostMemory: ...
-
-    @property
-    def variables(self) -> Mapping[str, str]: ...
-
-    @property
-    def cache_free_bytes(self) -> int:
-        """Free space where downloaded models go."""
-
-    def version(self, package: str) -> str | None:
-        """Installed version, None when it is not installed."""
-
-    def small_work(self, device: str) -> float:
-        """Seconds of a small matmul and attention on `device`; raises RuntimeError when the
-        device cannot run them."""
-
-
-class LiveMachine:
-    """This machine."""
-
-    @cached_property
-    def system(self) -> str:
-        return f"{platform.system()} {platform.release()} {platform.machine()}"
-
-    @property
-    def python(self) -> tuple[int, int, int]:
-        return sys.version_info[:3]
-
-    @cached_property
-    def torch(self) -> TorchFacts:
-        return torch_facts()
-
-    @cached_property
-    def driver(self) -> DriverFacts | None:
-        return driver_facts()
-
-    @cached_property
-    def requirements(self) -> Mapping[str, str]:
-        try:
-            asked = metadata.requires("qwencli") or []
-        except metadata.PackageNotFoundError:  # run from its source folder
-            return {}
-        plain = (line for line in asked if ";" not in line and ">=" in line)
-        return {name: least for name, _, least in (line.partition(">=") for line in plain)}
-
-    @cached_property
-    def cpu(self) -> str | None:
-        return cpu_model()
-
-    @cached_property
-    def cores(self) -> int:
-        return usable_cores()
-
-    @cached_property
-    def memory(self) -> HostMemory:
-        return host_memory()
+    def cpu(self) -> CpuFacts:
+        return self.section("cpu")  # type: ignore[no-any-return]
 
     @property
     def variables(self) -> Mapping[str, str]:
-        return os.environ
+        return self.section("variables")  # type: ignore[no-any-return]
 
-    @cached_property
-    def cache_free_bytes(self) -> int:
-        from huggingface_hub.constants import HF_HUB_CACHE
+    @property
+    def driver(self) -> DriverReading | None:
+        return self.section("driver")  # type: ignore[no-any-return]
 
-        folder = Path(HF_HUB_CACHE)
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        return shutil.disk_usage(existing).free
+    @property
+    def model(self) -> str:
+        """Name of the model that probes imitate and advice is about."""
+        return self.section("model")  # type: ignore[no-any-return]
+
+    @property
+    def shape(self) -> ModelShape:
+        return read_shape(self.section("hub_config"), self.model)
+
+    @property
+    def work(self) -> Work:
+        return work_of(self.shape)
 
     def version(self, package: str) -> str | None:
-        return package_version(package)
+        """Installed version, None when it is not installed."""
+        return self.section("packages").get(package)  # type: ignore[no-any-return]
 
-    def small_work(self, device: str) -> float:
-        return run_small_work(device)
+    @property
+    def torch(self) -> TorchFacts:
+        """Raises Unreadable where torch does not load."""
+        answer = self.probe("torch")
+        if answer.outcome is not Outcome.OK:
+            raise Unreadable("torch does not load")
+        return answer.value  # type: ignore[no-any-return]
+
+    @property
+    def cuda_device(self) -> CudaDevice | None:
+        """The device that a model would take: the one with most memory, the first of equals."""
+        return max(self.torch.devices, key=lambda found: found.total_memory_bytes, default=None)
+
+    @property
+    def device(self) -> str:
+        """Its name for torch; "mps" or "cpu" without one."""
+        found = self.cuda_device
+        if found is not None:
+            return f"cuda:{found.index}"
+        return "mps" if self.torch.mps else "cpu"
+
+    @property
+    def gpu(self) -> GpuReading | None:
+        """What NVML says of `cuda_device`, or of the first GPU where torch finds none."""
+        gpus = self.driver.gpus if self.driver else ()
+        try:
+            uuid = self.cuda_device.uuid if self.cuda_device else None
+        except Unreadable:
+            uuid = None
+        same = (gpu for gpu in gpus if uuid is not None and gpu.uuid == uuid)
+        return next(same, gpus[0] if gpus else None)
+
+    def measured(self, name: str) -> Any:
+        """The value of a probe that has been asked and has answered; else None."""
+        answer = self.answered(name)
+        return answer.value if answer is not None else None
+
+
+def value_of(machine: Machine, name: str) -> Any:
+    """The value of a probe that is asked now.
+
+    Raises:
+        Unreadable: it did not answer, and how.
+    """
+    answer = machine.probe(name)
+    if answer.outcome is not Outcome.OK:
+        raise Unreadable(how_it_ended(answer))
+    return answer.value
+
+
+def how_it_ended(answer: ProbeAnswer) -> str:
+    """One line on a probe that has no value."""
+    said = f": {answer.error}" if answer.error else ""
+    return f"{answer.outcome.value} ({answer.kind}){said}" if answer.kind else answer.outcome + said

@@ -1,12 +1,15 @@
-"""Findings as a document for programs and as text for people."""
+"""Findings as a document for programs, as text for people, and as a page for an issue."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from qwencli.diagnostics.advice import Advice
 from qwencli.diagnostics.finding import Check, Finding, Status
 
 if TYPE_CHECKING:
@@ -15,6 +18,11 @@ if TYPE_CHECKING:
 Result = tuple[Check, Finding]
 
 _STYLE = {Status.PASS: "green", Status.WARN: "yellow", Status.FAIL: "bold red", Status.SKIP: "dim"}
+_SETTINGS = (
+    "model", "device", "dtype", "engine", "quantization", "attention", "cache", "kernels",
+    "max_seq_len",
+    "max_pixels",
+)  # fmt: skip
 
 
 def verdict(results: Sequence[Result]) -> Status:
@@ -23,8 +31,10 @@ def verdict(results: Sequence[Result]) -> Status:
     return next((s for s in (Status.FAIL, Status.WARN) if s in statuses), Status.PASS)
 
 
-def document(results: Sequence[Result], recommended: Mapping[str, str]) -> dict[str, Any]:
-    """What `qwencli diagnose --json` prints."""
+def document(
+    results: Sequence[Result], advice: Advice, machine: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `qwencli diagnose --json` prints; `machine` is the record that the findings rest on."""
     counts = Counter(finding.status for _, finding in results)
     return {
         "summary": {
@@ -37,17 +47,19 @@ def document(results: Sequence[Result], recommended: Mapping[str, str]) -> dict[
                 "group": check.group,
                 "status": finding.status.value,
                 "what": finding.what,
+                "why": check.why,
                 "evidence": finding.evidence,
                 "fix": finding.fix,
                 "confidence": finding.confidence.value,
             }
             for check, finding in results
         ],
-        "recommended": dict(recommended),
+        "recommended": {**asdict(advice), "why": list(advice.why)},
+        "machine": dict(machine),
     }
 
 
-def text(results: Sequence[Result], recommended: Mapping[str, str]) -> RenderableType:
+def text(results: Sequence[Result], advice: Advice) -> RenderableType:
     """Findings by group, each with its evidence and fix; reads well without colour."""
     from rich.console import Group
     from rich.table import Table
@@ -63,9 +75,9 @@ def text(results: Sequence[Result], recommended: Mapping[str, str]) -> Renderabl
             label = Text(finding.status.value.upper(), style=_STYLE[finding.status])
             table.add_row(label, check.id, _body(finding))
         parts += [Text(group, style="bold"), table, Text()]
-    modes = ", ".join(f"{axis} {mode}" for axis, mode in recommended.items() if axis != "why")
-    parts += [Text("recommended", style="bold"), Text(modes), Text(recommended["why"], style="dim")]
-    return Group(*parts, Text(), Text(summary_line(results)))
+    parts += [Text("recommended", style="bold"), Text(settings_line(advice))]
+    parts += [Text(line, style="dim") for line in advice.why]
+    return Group(*parts, Text(), *map(Text, _to_do(results)), Text(summary_line(results)))
 
 
 def _body(finding: Finding) -> RenderableType:
@@ -74,12 +86,58 @@ def _body(finding: Finding) -> RenderableType:
     body = Text(finding.what, style="dim" if finding.status is Status.SKIP else "")
     if finding.evidence:
         body.append(f"\n{finding.evidence}", style="dim")
-    if finding.fix and finding.status in (Status.WARN, Status.FAIL):
-        body.append(f"\nfix: {finding.fix}")
+    if finding.status in (Status.WARN, Status.FAIL):
+        body.append(f"\nfix: {finding.fix} (confidence: {finding.confidence.value})")
     return body
+
+
+def settings_line(advice: Advice) -> str:
+    """Settings and expectations on one line."""
+    parts = [
+        f"{name} {value}" for name in _SETTINGS if (value := getattr(advice, name)) is not None
+    ]
+    if advice.vram_bytes is not None:
+        parts.append(f"{advice.vram_bytes / 1e9:.1f} GB VRAM")
+    if advice.expected_tok_per_s is not None:
+        parts.append(f"about {advice.expected_tok_per_s:.0f} tok/s")
+    elif advice.limit_tok_per_s is not None:
+        parts.append(f"at most {advice.limit_tok_per_s:.0f} tok/s")
+    return ", ".join(parts)
+
+
+def _to_do(results: Sequence[Result]) -> list[str]:
+    """What failed, once more at the end, where it is seen first."""
+    return [
+        f"{finding.status.value.upper()} {check.id}: {finding.what}"
+        for check, finding in results
+        if finding.status is Status.FAIL
+    ]
 
 
 def summary_line(results: Sequence[Result]) -> str:
     counts = Counter(finding.status for _, finding in results)
     parts = [f"{counts[status]} {status.value}" for status in Status if counts[status]]
     return f"{verdict(results).value.upper()}: {', '.join(parts)}"
+
+
+def markdown(
+    results: Sequence[Result], advice: Advice, machine: Mapping[str, Any], version: str
+) -> str:
+    """The page that `--report` writes, before it is redacted."""
+    lines = [f"# qwencli {version} diagnose: {summary_line(results)}", ""]
+    for status in (Status.FAIL, Status.WARN, Status.PASS, Status.SKIP):
+        found = [(check, finding) for check, finding in results if finding.status is status]
+        if not found:
+            continue
+        lines += [f"## {status.value.upper()}", ""]
+        for check, finding in found:
+            lines.append(f"- **{check.id}**: {finding.what}")
+            if finding.evidence:
+                lines.append(f"  - {finding.evidence}")
+            if finding.fix:
+                lines.append(f"  - fix ({finding.confidence.value}): {finding.fix}")
+        lines.append("")
+    lines += ["## Recommended", "", settings_line(advice), "", *(f"- {why}" for why in advice.why)]
+    record = json.dumps(dict(machine), indent=1)
+    lines += ["", "<details><summary>What was read</summary>", "", "```json", record, "```", ""]
+    return "\n".join([*lines, "</details>", ""])

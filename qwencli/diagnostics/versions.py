@@ -1,78 +1,47 @@
-"""Version numbers, and the combinations known to be bad.
-
-KNOWN_BAD is data: add an entry with the date and the source it was taken from.
-"""
+"""Version numbers, and conditions on them."""
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
-if TYPE_CHECKING:
-    from qwencli.diagnostics.machine import Machine
+Numbers = tuple[int, ...]
 
-# CUDA major of the torch build -> smallest major of the NVIDIA driver that runs it.
-# Source: NVIDIA, CUDA Compatibility, "Minor Version Compatibility", table 1 (December 2025).
-MINIMUM_DRIVER = {11: 450, 12: 525, 13: 580}
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "2.9.1+cu128" -> (2, 9, 1)."""
-    found = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(int(part) for part in found.group().split(".")) if found else ()
+_COMPARE: Mapping[str, Callable[[Numbers, Numbers], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    ">": operator.gt,
+    "<": operator.lt,
+}
 
 
-@dataclass(frozen=True)
-class KnownBad:
-    """A combination that runs, but badly.
+def numbers(version: str) -> Numbers:
+    """The leading numbers: "2.9.1+cu128" -> (2, 9, 1), "2.8.3.post1" -> (2, 8, 3, 1)."""
+    found = re.match(r"\d+(?:\.(?:post)?\d+)*", version)
+    return tuple(int(part) for part in re.findall(r"\d+", found.group())) if found else ()
 
-    Args:
-        noted: when the entry was last checked. source: where it is described.
+
+def meets(version: str, condition: str) -> bool:
+    """Whether a version meets all parts of a condition such as ">=2.9,<2.10".
+
+    Raises:
+        ValueError: the condition has no such form.
     """
-
-    id: str
-    what: str
-    fix: str
-    noted: str
-    source: str
-    present: Callable[[Machine], bool]
+    return all(_meets(numbers(version), part.strip()) for part in condition.split(","))
 
 
-def _slow_conv3d(machine: Machine) -> bool:
-    torch = machine.torch
-    return (
-        numbers(torch.version)[:2] == (2, 9)
-        and bool(torch.devices)
-        and torch.cudnn_version is not None
-        and torch.cudnn_version < 91500
-    )
+def _meets(version: Numbers, part: str) -> bool:
+    sign = next((sign for sign in _COMPARE if part.startswith(sign)), None)
+    if sign is None:
+        raise ValueError(f"{part!r} is no condition")
+    wanted = numbers(part.removeprefix(sign))
+    if sign == "==":
+        return version[: len(wanted)] == wanted
+    return _COMPARE[sign](version, wanted)
 
 
-def _old_bitsandbytes_on_blackwell(machine: Machine) -> bool:
-    version = machine.version("bitsandbytes")
-    blackwell = any(device.capability[0] == 12 for device in machine.torch.devices)
-    return blackwell and version is not None and numbers(version) < (0, 50)
-
-
-KNOWN_BAD = (
-    KnownBad(
-        id="torch-2.9-conv3d",
-        what="torch 2.9 with cuDNN before 9.15 runs bf16 conv3d without cuDNN: Qwen's patch "
-        "embedding was reported 10 to 20 times slower, and needs far more memory",
-        fix="install torch 2.10 or later",
-        noted="2026-11",
-        source="pytorch #166643, #174051",
-        present=_slow_conv3d,
-    ),
-    KnownBad(
-        id="bitsandbytes-before-0.50-on-sm_120",
-        what="bitsandbytes before 0.50 has no fused 4-bit kernels for RTX 50: 4bit is slower "
-        "there than no quantization",
-        fix="pip install 'bitsandbytes>=0.50'",
-        noted="2026-11",
-        source="reported of bitsandbytes 0.49 and 0.50.0; not measured here",
-        present=_old_bitsandbytes_on_blackwell,
-    ),
-)
+def cudnn_text(version: int) -> str:
+    """torch's number as people write it: 91501 -> "9.15.1"."""
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"

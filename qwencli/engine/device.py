@@ -25,14 +25,13 @@ SDPA_BACKENDS = ("flash", "mem_efficient", "cudnn", "math")
 
 @dataclass(frozen=True)
 class CudaDevice:
-    """One device as torch sees it; memory is None where the driver refuses to say."""
+    """One device as torch sees it."""
 
     index: int
     name: str
     capability: tuple[int, int]
     uuid: str | None
     total_memory_bytes: int
-    free_memory_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -126,17 +125,12 @@ def _cuda_device(index: int) -> CudaDevice:
 
     properties = torch.cuda.get_device_properties(index)
     uuid = getattr(properties, "uuid", None)
-    try:
-        free: int | None = torch.cuda.mem_get_info(index)[0]
-    except RuntimeError:  # the device is full or in exclusive use: the rest is still worth saying
-        free = None
     return CudaDevice(
         index=index,
         name=properties.name,
         capability=(properties.major, properties.minor),
         uuid=None if uuid is None else f"GPU-{uuid}",
         total_memory_bytes=properties.total_memory,
-        free_memory_bytes=free,
     )
 
 

@@ -74,14 +74,6 @@ def _windows_memory() -> HostMemory:
     return HostMemory(int(status.total), int(status.free))
 
 
-@dataclass(frozen=True)
-class DriverFacts:
-    """What the NVIDIA driver says, whether or not torch can use it."""
-
-    version: str
-    gpus: tuple[str, ...]
-
-
 @contextmanager
 def open_nvml() -> Iterator[Any]:
     """The initialised `pynvml` module.
@@ -125,11 +117,6 @@ def gpu_free_bytes() -> int | None:
     )
 
 
-def driver_facts() -> DriverFacts | None:
-    """Driver version and GPU names; None where there is no NVIDIA driver or no nvidia-ml-py."""
-    return _from_driver(
-        lambda nvml: DriverFacts(
-            version=str(nvml.nvmlSystemGetDriverVersion()),
-            gpus=tuple(str(nvml.nvmlDeviceGetName(gpu)) for gpu in _gpus(nvml)),
-        )
-    )
+def driver_version() -> str | None:
+    """None where there is no NVIDIA driver or no nvidia-ml-py."""
+    return _from_driver(lambda nvml: str(nvml.nvmlSystemGetDriverVersion()))

@@ -58,6 +58,36 @@ def cached_repos() -> Iterator[tuple[str, Path]]:
             yield repo_id, snapshot
 
 
+def unfinished_downloads() -> Iterator[tuple[str, int, bool]]:
+    """Every download that has not ended: (repo id, files begun, whether a process is at it)."""
+    root = cache_root()
+    for folder in sorted(root.glob(_PREFIX + "*")) if root.is_dir() else ():
+        begun = len(list(folder.glob("blobs/*.incomplete")))
+        if begun or (folder / UNFINISHED).exists():
+            locks = root.glob(f".locks/{folder.name}/*.lock")
+            repo_id = folder.name.removeprefix(_PREFIX).replace("--", "/", 1)
+            yield repo_id, begun, any(map(_is_held, locks))
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process holds this lock file; the file itself stays behind after every download.
+
+    False where the system does not lock as Unix does.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # gone meanwhile, or on a filesystem without locks
+        return False
+    return False
+
+
 def _snapshots(folder: Path) -> list[Path]:
     snapshots = folder / "snapshots"
     if not snapshots.is_dir():

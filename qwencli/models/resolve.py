@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import difflib
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwencli.config import ModelSource, ModelSpec, Quantization
-from qwencli.errors import DownloadError, ModelNotFoundError, UsageError
+from qwencli.errors import DownloadError, ModelNotFoundError
 from qwencli.models.builtin import BUILTINS, builtin_spec, find_builtin
 from qwencli.models.catalog import ENTRIES
 from qwencli.models.custom import HUB_ID, CustomModels, as_folder, load_custom_models
@@ -25,16 +24,9 @@ from qwencli.models.hub_cache import find_cached
 from qwencli.models.locate import BUNDLED_NAME, bundled_folder
 from qwencli.models.memory import estimate
 from qwencli.models.shape_reader import read_shape
+from qwencli.models.user_config import CONFIG_FILE, configured_model, user_config_folder
 
 ENVIRONMENT_KEY = "QWENCLI_MODEL"
-CONFIG_FILE = "config.toml"
-
-
-def user_config_folder() -> Path:
-    """The user's configuration folder as the platform has it; may not exist."""
-    from platformdirs import user_config_path
-
-    return user_config_path("qwencli", appauthor=False)
 
 
 @dataclass(frozen=True)
@@ -95,7 +87,7 @@ def default_model(
     """
     for origin, wished in (
         (ENVIRONMENT_KEY, places.environ.get(ENVIRONMENT_KEY)),
-        (str(places.config_folder / CONFIG_FILE), _configured_model(places.config_folder)),
+        (str(places.config_folder / CONFIG_FILE), configured_model(places.config_folder)),
     ):
         if wished:
             return _wished(origin, wished, custom, places)
@@ -210,16 +202,3 @@ def _candidates() -> list[ModelSpec]:
 def _needed(spec: ModelSpec, quantization: Quantization) -> int:
     assert spec.hub_config is not None, "built-ins come with their configuration"
     return estimate(read_shape(spec.hub_config, spec.name), quantization).total
-
-
-def _configured_model(config_folder: Path) -> str | None:
-    path = config_folder / CONFIG_FILE
-    if not path.is_file():
-        return None
-    try:
-        model = tomllib.loads(path.read_text(encoding="utf-8")).get("model")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: cannot be read as TOML ({error})", "correct the file") from error
-    if model is not None and not isinstance(model, str):
-        raise UsageError(f"{path}: model: expected a text, got {model!r}", "correct the file")
-    return model

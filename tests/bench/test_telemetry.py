@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from qwencli.bench import columns
-from qwencli.bench.launch import python_command
 from qwencli.bench.nvml_sampler import read_sample, throttle_names
 from qwencli.bench.telemetry import Telemetry, run_columns
+from qwencli.engine.child_process import python_command
 
 FAKE_SAMPLER = """
 import json, time

@@ -13,8 +13,8 @@ from qwencli.engine.device import CudaDevice, TorchFacts
 from qwencli.errors import BenchError, DeviceError
 
 CARDS = (
-    CudaDevice(0, "RTX 5090", (12, 0), "GPU-a", 32_000_000_000, 31_000_000_000),
-    CudaDevice(1, "GTX 1080", (6, 1), "GPU-b", 8_000_000_000, None),
+    CudaDevice(0, "RTX 5090", (12, 0), "GPU-a", 32_000_000_000),
+    CudaDevice(1, "GTX 1080", (6, 1), "GPU-b", 8_000_000_000),
 )
 CPU_TORCH = TorchFacts("2.13.0+cpu", None, None, None, (), (), False, {})
 CUDA_TORCH = dataclasses.replace(CPU_TORCH, version="2.11.0", cuda_build="13.0", devices=CARDS)

@@ -20,8 +20,8 @@ from typing import Any
 
 from qwencli.bench.attribution.causes import Cause
 from qwencli.bench.inject.pauser import Pauser
-from qwencli.bench.launch import python_command
 from qwencli.engine import disturbances
+from qwencli.engine.child_process import python_command
 from qwencli.results import GenerationChunk
 
 Chunks = Iterator[GenerationChunk]

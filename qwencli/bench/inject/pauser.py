@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from qwencli.bench.launch import python_command
+from qwencli.engine.child_process import python_command
 
 
 class Pauser:

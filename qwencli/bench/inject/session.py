@@ -16,12 +16,12 @@ from qwencli.bench.environment import environment
 from qwencli.bench.inject.confusion import Confusion, build_confusion
 from qwencli.bench.inject.kinds import check_names, choose
 from qwencli.bench.inject.truth import FILE, NONE
-from qwencli.bench.launch import python_command
 from qwencli.bench.plan import Plan
 from qwencli.bench.prepare import BenchRequest, prepare
 from qwencli.bench.report import build_report
 from qwencli.bench.runner import RunnerOptions, run_campaign
 from qwencli.bench.telemetry import sampler_command
+from qwencli.engine.child_process import python_command
 from qwencli.engine.device import DeviceFacts
 from qwencli.errors import BenchError
 from qwencli.output import Sink

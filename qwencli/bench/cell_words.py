@@ -1,0 +1,295 @@
+"""What the rows of one cell show, as a table of small rules: (sentence, figure)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from qwencli.bench.itl import STALL_FACTOR
+from qwencli.bench.stats import UNSTABLE_RATIO, run_ratio
+from qwencli.bench.steadiness import Steadiness
+
+Row = Mapping[str, str]
+Said = Iterator[tuple[str, str]]
+
+# A share of the first token, of a clock, of a run's time: below it is nothing to speak of.
+LONG_FIRST_TOKEN_SHARE = 0.2
+CLOCK_DROP_SHARE = 0.9
+GC_SHARE = 0.01
+ONE_CORE_PERCENT = 90.0
+IDLE_GPU_PERCENT = 70.0
+FRAGMENTED_PERCENT = 20.0
+# Runs whose clocks differ less than this were clocked alike.
+SAME_CLOCK_SHARE = 0.02
+SLOWING = ("hw_slowdown", "hw_thermal", "sw_thermal", "hw_power_brake", "sw_power_cap")
+
+
+@dataclass(frozen=True)
+class CellRows:
+    """All rows of one cell; `steady` is None where nothing was measured."""
+
+    cell: Row
+    runs: Sequence[Row]
+    tokens: Sequence[Row]
+    gpu: Sequence[Row]
+    steady: Steadiness | None
+
+    @property
+    def measured(self) -> list[Row]:
+        return [row for row in self.runs if row["status"] == "ok"]
+
+    def numbers(self, column: str) -> list[float]:
+        """Of the measured runs; runs without a figure are left out."""
+        return [float(row[column]) for row in self.measured if row.get(column)]
+
+    def median(self, column: str) -> float | None:
+        found = self.numbers(column)
+        return statistics.median(found) if found else None
+
+
+def speed(data: CellRows) -> Said:
+    speeds = data.numbers("decode_tok_per_s")
+    if not speeds:
+        return
+    share = data.cell.get("mbu_percent")
+    what = f"decodes {statistics.median(speeds):.1f} tok/s"
+    if share:
+        what += f", reading memory at {float(share):.0f}% of its bandwidth"
+    yield what, f"median of {len(speeds)} runs, {min(speeds):.1f} to {max(speeds):.1f}"
+
+
+def differing_runs(data: CellRows) -> Said:
+    speeds = data.numbers("decode_tok_per_s")
+    ratio = run_ratio(speeds)
+    if ratio is not None and ratio > UNSTABLE_RATIO:
+        yield (
+            f"identical runs differ {ratio:.2f}x, so no single figure may be quoted",
+            f"fastest {max(speeds):.1f}, slowest {min(speeds):.1f} tok/s",
+        )
+
+
+def first_runs(data: CellRows) -> Said:
+    for first in data.steady.first_runs if data.steady else ():
+        if first.differs:
+            name = "the warm-up" if first.run == 0 else f"run {first.run}"
+            yield f"{name} is not like the later runs", f"{first.ratio:.2f} of their median speed"
+
+
+def levels(data: CellRows) -> Said:
+    found = data.steady.stationarity if data.steady else None
+    if found is None:
+        return
+    for step in found.steps:
+        ratio = "unknown" if step.ratio is None else f"{step.ratio:.2f}x"
+        yield (
+            f"the speed changes for good before measured run {step.index + 1}",
+            f"{ratio}, p = {step.p_value:.3f}",
+        )
+    if found.kind == "drift" and found.drift is not None:
+        yield (
+            f"the speed {'rises' if found.drift.slope > 0 else 'falls'} from run to run",
+            f"{found.drift.slope:+.2f} tok/s a run, p = {found.drift.p_value:.3f}",
+        )
+
+
+def variance(data: CellRows) -> Said:
+    shares = data.steady.shares if data.steady else None
+    if shares is None:
+        return
+    named = {
+        "between processes": shares.between_processes,
+        "between runs of one process": shares.between_runs,
+        "within runs": shares.within_run,
+    }
+    known = {name: share for name, share in named.items() if share is not None}
+    if len(known) < 2:
+        return
+    largest = max(known, key=lambda name: known[name])
+    figure = ", ".join(f"{share:.0%} {name}" for name, share in known.items())
+    yield f"tokens differ in time mostly {largest}", figure
+
+
+def stalls(data: CellRows) -> Said:
+    counts = data.numbers("stall_count")
+    if not any(counts):
+        return
+    itl = [
+        (float(token["itl_ms"]), token)
+        for token in data.tokens
+        if token["itl_ms"] and token["run"] in {row["run"] for row in data.measured}
+    ]
+    if not itl:
+        return
+    worst, token = max(itl, key=lambda pair: pair[0])
+    middle = statistics.median(ms for ms, _ in itl)
+    yield (
+        f"{sum(counts):.0f} tokens stall in {sum(1 for count in counts if count)} of {len(counts)} "
+        f"runs (more than {STALL_FACTOR:g} times the run's median)",
+        f"worst {worst:.1f} ms, {worst / middle:.0f} times the median, token "
+        f"{token['token_index']} of run {token['run']}",
+    )
+
+
+def tail(data: CellRows) -> Said:
+    middle, late = data.median("itl_p50_ms"), data.median("itl_p99_ms")
+    if middle and late and late > STALL_FACTOR * middle and not any(data.numbers("stall_count")):
+        yield (
+            "one token in a hundred takes far longer than usual",
+            f"p50 {middle:.1f}, p99 {late:.1f} ms",
+        )
+
+
+def first_token(data: CellRows) -> Said:
+    wait, whole = data.median("ttft_s"), data.median("e2e_s")
+    if not wait or not whole or wait / whole < LONG_FIRST_TOKEN_SHARE:
+        return
+    phases = {
+        name: seconds
+        for name in ("preprocess", "vision_encode", "prefill")
+        if (seconds := data.median(f"{name}_s"))
+    }
+    longest = max(phases, key=lambda name: phases[name], default="")
+    yield (
+        f"the wait for the first token is {wait / whole:.0%} of the request"
+        + (f", most of it {longest}" if longest else ""),
+        f"first token {wait * 1e3:.0f} ms"
+        + "".join(f", {name} {seconds * 1e3:.0f}" for name, seconds in phases.items()),
+    )
+
+
+def clock(data: CellRows) -> Said:
+    means, speeds = data.numbers("sm_clock_mhz_mean"), data.numbers("decode_tok_per_s")
+    lowest = data.numbers("sm_clock_mhz_min")
+    if not means:
+        return
+    if lowest and min(lowest) < CLOCK_DROP_SHARE * statistics.median(means):
+        yield (
+            "the GPU's clock falls while it decodes",
+            f"mean {statistics.median(means):.0f}, lowest {min(lowest):.0f} MHz",
+        )
+    ratio = run_ratio(speeds)
+    if ratio is None or ratio <= UNSTABLE_RATIO or len(means) != len(speeds):
+        return
+    if max(means) - min(means) <= SAME_CLOCK_SHARE * max(means):
+        yield (
+            "the GPU's clock does not explain why runs differ: it was the same in all of them",
+            f"{min(means):.0f} to {max(means):.0f} MHz",
+        )
+    elif len(means) > 2 and abs(found := statistics.correlation(means, speeds)) > 0.8:
+        yield (
+            f"{'faster' if found > 0 else 'slower'} runs had the higher clock",
+            f"correlation {found:.2f} over {len(means)} runs",
+        )
+
+
+def throttling(data: CellRows) -> Said:
+    reasons = [set(row.get("throttle_reasons", "").split("|")) for row in data.measured]
+    held = [reason for reason in SLOWING if any(reason in run for run in reasons)]
+    if held:
+        runs = sum(bool(run & set(held)) for run in reasons)
+        hottest = data.numbers("temperature_c_max")
+        yield (
+            f"the driver held the clock back: {', '.join(held)}",
+            f"in {runs} of {len(reasons)} runs"
+            + (f", up to {max(hottest):.0f} C" if hottest else ""),
+        )
+
+
+def host(data: CellRows) -> Said:
+    thread = data.median("main_thread_cpu_percent")
+    runs = {row["run"] for row in data.measured}
+    samples = (row["utilization_percent"] for row in data.gpu if row["run"] in runs)
+    used = [float(percent) for percent in samples if percent]
+    busy = statistics.fmean(used) if used else None
+    if thread is not None and busy is not None:
+        if thread >= ONE_CORE_PERCENT and busy < IDLE_GPU_PERCENT:
+            yield (
+                "bound by one CPU core: it launches without pause while the GPU waits",
+                f"main thread {thread:.0f}% of a core, GPU busy {busy:.0f}% of the time",
+            )
+        elif thread < ONE_CORE_PERCENT and busy >= IDLE_GPU_PERCENT:
+            yield (
+                "the GPU is the one that works",
+                f"GPU busy {busy:.0f}%, main thread {thread:.0f}% of a core",
+            )
+    switches, whole = data.median("involuntary_switches"), data.median("e2e_s")
+    if switches is not None and whole and switches / whole > 100:
+        yield (
+            "other programs take the processor away while it decodes",
+            f"{switches / whole:.0f} involuntary switches a second",
+        )
+
+
+def garbage(data: CellRows) -> Said:
+    pauses, whole = data.median("gc_pause_ms"), data.median("e2e_s")
+    if pauses and whole and pauses / 1e3 > GC_SHARE * whole:
+        yield (
+            "Python's garbage collection interrupts runs",
+            f"{pauses:.0f} ms, {pauses / 1e3 / whole:.1%} of a run",
+        )
+
+
+def allocator(data: CellRows) -> Said:
+    retries, broken = data.numbers("num_alloc_retries"), data.numbers("fragmentation_percent")
+    if any(retries):
+        yield (
+            "GPU memory ran out and was collected in the middle of runs",
+            f"{max(retries):.0f} allocator retries",
+        )
+    if broken and max(broken) > FRAGMENTED_PERCENT:
+        yield (
+            "GPU memory is fragmented",
+            f"{max(broken):.0f}% of what is reserved is idle pieces",
+        )
+
+
+def loading(data: CellRows) -> Said:
+    loads = data.numbers("load_s")
+    if len(loads) > 1:
+        yield (
+            "every run loads the model anew",
+            f"{statistics.median(loads):.1f} s, {min(loads):.1f} to {max(loads):.1f}",
+        )
+
+
+def bound(data: CellRows) -> Said:
+    said = data.cell.get("bound")
+    if said:
+        figures = {"GPU busy": "gpu_busy_percent", "bandwidth used": "mbu_percent"}
+        known = [
+            f"{what} {float(data.cell[name]):.0f}%"
+            for what, name in figures.items()
+            if data.cell.get(name)
+        ]
+        yield f"bound by: {said}", ", ".join(known) or "no figure"
+
+
+def causes(data: CellRows) -> Said:
+    """What attribution found: `cause:count:lost_ms` joined by "|"."""
+    for column, what in (("gap_causes", "late tokens"), ("slow_run_causes", "slow runs")):
+        found = [part.split(":") for part in data.cell.get(column, "").split("|") if part]
+        if found:
+            named = ", ".join(f"{cause.replace('_', ' ')} ({count})" for cause, count, _ in found)
+            lost = sum(float(milliseconds) for _, _, milliseconds in found)
+            yield f"causes of {what}: {named}", f"{lost:.0f} ms lost in all"
+
+
+CELL_RULES: tuple[Callable[[CellRows], Said], ...] = (
+    speed,
+    differing_runs,
+    first_runs,
+    levels,
+    variance,
+    bound,
+    causes,
+    stalls,
+    tail,
+    first_token,
+    clock,
+    throttling,
+    host,
+    garbage,
+    allocator,
+    loading,
+)

@@ -1,0 +1,113 @@
+"""Reads the operating system: Windows, WSL, the GPU scheduler, the processor's clock policy."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from qwencli.diagnostics.facts import CpuFacts, SystemFacts
+from qwencli.engine.host import cpu_model, usable_cores
+
+_CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+_GRAPHICS_KEY = r"SYSTEM\CurrentControlSet\Control\GraphicsDrivers"
+_HAGS_ON, _HAGS_OFF = 2, 1
+# Windows' tool seen from inside WSL.
+_REG_FROM_WSL = Path("/mnt/c/Windows/System32/reg.exe")
+_TOOL_TIMEOUT_S = 5.0
+
+
+def read_system() -> SystemFacts:
+    wsl = wsl_version(platform.release()) if sys.platform == "linux" else None
+    return SystemFacts(
+        name=platform.system(),
+        release=platform.release(),
+        machine=platform.machine(),
+        python=sys.version_info[:3],
+        wsl=wsl,
+        hags=_hags(wsl),
+    )
+
+
+def wsl_version(kernel_release: str) -> int | None:
+    """WSL's generation by its kernel: "4.4.0-19041-Microsoft" is 1, "...-microsoft-standard-WSL2"
+    is 2; None for any other kernel."""
+    if "microsoft" not in kernel_release.lower():
+        return None
+    return 1 if kernel_release.endswith("-Microsoft") else 2
+
+
+def _hags(wsl: int | None) -> bool | None:
+    if sys.platform == "win32":
+        return _hags_from_registry()
+    return _hags_from_wsl() if wsl else None
+
+
+def _hags_from_registry() -> bool | None:
+    import winreg
+
+    registry: Any = winreg  # its contents exist on Windows alone
+    try:
+        with registry.OpenKey(registry.HKEY_LOCAL_MACHINE, _GRAPHICS_KEY) as key:
+            return hags_on(registry.QueryValueEx(key, "HwSchMode")[0])
+    except OSError:
+        return None
+
+
+def _hags_from_wsl() -> bool | None:
+    if not _REG_FROM_WSL.exists():
+        return None
+    said = _output([str(_REG_FROM_WSL), "query", rf"HKLM\{_GRAPHICS_KEY}", "/v", "HwSchMode"])
+    found = re.search(r"HwSchMode\s+REG_DWORD\s+(0x[0-9a-fA-F]+)", said or "")
+    return hags_on(int(found.group(1), 16)) if found else None
+
+
+def hags_on(mode: int) -> bool | None:
+    """What HwSchMode says; None for a value of which nothing is known."""
+    return {_HAGS_ON: True, _HAGS_OFF: False}.get(mode)
+
+
+def read_cpu() -> CpuFacts:
+    load = getattr(os, "getloadavg", None)
+    return CpuFacts(
+        model=cpu_model(),
+        cores=usable_cores(),
+        policy=_windows_plan() if sys.platform == "win32" else _line("scaling_governor"),
+        driver=_line("scaling_driver"),
+        preference=_line("energy_performance_preference"),
+        busy_cores=load()[0] if load else None,
+    )
+
+
+def _line(name: str) -> str | None:
+    path = _CPUFREQ / name
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
+
+
+def _windows_plan() -> str | None:
+    """E.g. "Power saver": the name in brackets that `powercfg` prints."""
+    found = re.search(r"\(([^)]+)\)\s*$", _output(["powercfg", "/getactivescheme"]) or "")
+    return found.group(1) if found else None
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_TOOL_TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout

@@ -1,0 +1,141 @@
+"""Every sentence about a campaign: said where its figures are, and only there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qwencli.bench import columns
+from qwencli.bench.cell_words import CELL_RULES, CellRows
+from qwencli.bench.explain import explain_campaign
+from qwencli.bench.rowfile import write_rows
+from qwencli.bench.steadiness import steadiness
+
+RESULTS = Path(__file__).parents[2] / "results"
+
+
+def run(number, **values):
+    row = dict.fromkeys(columns.RUNS, "")
+    row |= {"cell_id": "c", "run": str(number), "status": "ok" if number else "warmup"}
+    row |= {"decode_tok_per_s": "100.0", "e2e_s": "2.0", "ttft_s": "0.05"}
+    return row | {name: str(value) for name, value in values.items()}
+
+
+def cell(runs, tokens=(), gpu=(), **axes):
+    steady = steadiness(runs, tokens)
+    return CellRows({"cell_id": "c", **axes}, runs, tokens, gpu, steady[0] if steady else None)
+
+
+def said(data):
+    return [f"{what} ({figure})" for rule in CELL_RULES for what, figure in rule(data)]
+
+
+def eight(**values):
+    return [run(number, **values) for number in range(9)]
+
+
+def test_a_steady_cell_gets_its_speed_alone():
+    assert said(cell(eight())) == ["decodes 100.0 tok/s (median of 8 runs, 100.0 to 100.0)"]
+
+
+@pytest.mark.parametrize(
+    ("runs", "sentence"),
+    [
+        ([*eight()[:4], run(4, decode_tok_per_s=50)], "identical runs differ 2.00x"),
+        ([run(0, decode_tok_per_s=20), *eight()[1:]], "the warm-up is not like the later"),
+        ([run(n, decode_tok_per_s=100 if n < 7 else 60 + n / 100) for n in range(13)],
+         "the speed changes for good before measured run 7 (0.60x"),
+        ([run(n, decode_tok_per_s=100 + 3 * n) for n in range(13)], "the speed rises from run"),
+        (eight(ttft_s=1.0, vision_encode_s=0.8, prefill_s=0.1),
+         "the wait for the first token is 50% of the request, most of it vision_encode"),
+        (eight(sm_clock_mhz_mean=2000, sm_clock_mhz_min=900), "the GPU's clock falls while it"),
+        ([run(n, sm_clock_mhz_mean=1980, decode_tok_per_s=100 if n % 2 else 50) for n in range(9)],
+         "the GPU's clock does not explain why runs differ"),
+        ([run(n, sm_clock_mhz_mean=1000 + 100 * n, decode_tok_per_s=50 + 5 * n) for n in range(9)],
+         "faster runs had the higher clock (correlation 1.00 over 8 runs)"),
+        (eight(throttle_reasons="hw_thermal|idle", temperature_c_max=88),
+         "the driver held the clock back: hw_thermal (in 8 of 8 runs, up to 88 C)"),
+        (eight(involuntary_switches=1000), "other programs take the processor away"),
+        (eight(gc_pause_ms=150), "Python's garbage collection interrupts runs (150 ms, 7.5%"),
+        (eight(num_alloc_retries=2), "GPU memory ran out and was collected"),
+        (eight(fragmentation_percent=40), "GPU memory is fragmented (40%"),
+        (eight(load_s=4.5), "every run loads the model anew (4.5 s, 4.5 to 4.5)"),
+        (eight(itl_p50_ms=10, itl_p99_ms=40, stall_count=0), "one token in a hundred takes far"),
+    ],
+)  # fmt: skip
+def test_a_sentence_for_each_finding(runs, sentence):
+    assert any(line.startswith(sentence) for line in said(cell(runs))), said(cell(runs))
+
+
+def test_stalls_name_their_token():
+    tokens = [
+        {"cell_id": "c", "run": "1", "token_index": str(n), "itl_ms": "" if not n else "10.0"}
+        for n in range(20)
+    ]
+    tokens[2]["itl_ms"] = "470.0"
+    lines = said(cell([run(0), run(1, stall_count=1), run(2, stall_count=0)], tokens))
+    assert (
+        "1 tokens stall in 1 of 2 runs (more than 3 times the run's median) (worst 470.0 ms, 47 "
+        "times the median, token 2 of run 1)"
+    ) in lines
+
+
+def test_what_other_columns_say():
+    found = said(
+        cell(
+            eight(),
+            bound="host",
+            gpu_busy_percent="31.5",
+            mbu_percent="6.0",
+            gap_causes="gc:3:120.500|other_gpu_process:1:40.000",
+            slow_run_causes="",
+        )
+    )
+    assert "bound by: host (GPU busy 32%, bandwidth used 6%)" in found
+    assert "causes of late tokens: gc (3), other gpu process (1) (160 ms lost in all)" in found
+    assert not any("slow runs" in line for line in found)
+
+
+def test_who_waits_for_whom():
+    def gpu(percent):
+        return [
+            {"run": "1", "utilization_percent": percent},
+            {"run": "0", "utilization_percent": "1"},
+        ]
+
+    bound = said(cell(eight(main_thread_cpu_percent=99), gpu=gpu("25")))
+    assert any(line.startswith("bound by one CPU core") for line in bound)
+    busy = said(cell(eight(main_thread_cpu_percent=40), gpu=gpu("97")))
+    assert "the GPU is the one that works (GPU busy 97%, main thread 40% of a core)" in busy
+    assert len(said(cell(eight(main_thread_cpu_percent=99), gpu=gpu("")))) == 1
+
+
+@pytest.mark.parametrize("name", ["2026-11-23-h200-transformers", "2026-11-23-cpu-engines"])
+def test_committed_campaigns_are_explained(name):
+    found = explain_campaign(RESULTS / name)
+    assert found[0].cell is None
+    assert all(finding.what and finding.figure for finding in found)
+
+
+def test_the_effect_of_an_axis(tmp_path):
+    def row(quantization, cache, speed):
+        empty = dict.fromkeys(columns.CELLS)
+        return empty | {
+            "cell_id": f"{quantization}-{cache}", "model": "m", "engine": "native",
+            "quantization": quantization, "attention": "sdpa", "cache": cache, "load_mode": "keep",
+            "status": "ok", "decode_tok_per_s_median": speed,
+        }  # fmt: skip
+
+    rows = [row("none", "dynamic", 20.0), row("none", "static", 20.2),
+            row("4bit", "dynamic", 10.0), row("4bit", "static", 12.0)]  # fmt: skip
+    write_rows(tmp_path / "cells.csv", columns.CELLS, rows)
+    lines = [f"{f.what} ({f.figure})" for f in explain_campaign(tmp_path)]
+    assert lines == [
+        "the fastest cell (none static) decodes 2.0 times as fast as the slowest (4bit dynamic) "
+        "(20.2 and 10.0 tok/s)",
+        "quantization: 4bit is 1.83 times slower than none (ratio 0.55, 0.50 to 0.59 over 2 pairs "
+        "of cells)",
+        "cache: static is 1.10 times as fast as dynamic (ratio 1.10, 1.01 to 1.20 over 2 pairs of "
+        "cells)",
+    ]
