@@ -19,6 +19,9 @@ UNSTABLE_RATIO = 1.1
 RawRow = Mapping[str, str]
 CellRow = dict[str, Any]
 
+# Axes that older plans lack, with what they ran.
+NEWER_AXES = {"kernels": "auto"}
+
 # The modes whose requested and reported names are the same words.
 _SAME_NAMES = (("attention", "ran_attention"), ("cache", "ran_cache"))
 
@@ -64,7 +67,8 @@ def cell_rows(
             itl[token["cell_id"]].append(float(token["itl_ms"]))
     return [
         _cell_row(CellData(cell, plan["runs"], by_cell[cell["cell_id"]], itl[cell["cell_id"]]))
-        for cell in plan["cells"]
+        # Campaigns from before an axis existed ran its default.
+        for cell in ({**NEWER_AXES, **cell} for cell in plan["cells"])
     ]
 
 
