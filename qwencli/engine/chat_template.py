@@ -19,9 +19,9 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from qwencli.engine.json_file import read_json_object
 from qwencli.errors import InputError, ModelFileError
 from qwencli.messages import Message, TextPart, VideoPart
+from qwencli.models.json_file import read_json_object
 
 IMAGE_PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO_PLACEHOLDER = "<|vision_start|><|video_pad|><|vision_end|>"

@@ -8,7 +8,6 @@ depend on their order, so the same integers give the same bytes on any device. t
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -38,7 +37,7 @@ class DevicePatches:
         import torch
 
         self._device = torch.device(device)
-        self._taps = functools.lru_cache(_SIZES_KEPT)(self._make_taps)
+        self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def __call__(
         self, frames: Sequence[Image.Image], size: tuple[int, int], config: ImageProcessorConfig
@@ -86,8 +85,16 @@ class DevicePatches:
             total.addcmul_(pixels.index_select(axis, index).to(torch.int32), weight.view(along))
         return (total >> _PRECISION).clamp_(0, 255).to(torch.uint8)
 
-    def _make_taps(self, length: int, new_length: int) -> tuple[Tensor, Tensor]:
+    def _taps(self, length: int, new_length: int) -> tuple[Tensor, Tensor]:
         """Source places (int64) and weights (int32), both [taps, new_length], on the device."""
+        key = (length, new_length)
+        if key not in self._kept:
+            if len(self._kept) == _SIZES_KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = self._make_taps(length, new_length)
+        return self._kept[key]
+
+    def _make_taps(self, length: int, new_length: int) -> tuple[Tensor, Tensor]:
         import torch
 
         firsts, weights = bicubic_weights(length, new_length)

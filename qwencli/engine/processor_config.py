@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 
 from qwencli.config import MAX_PIXELS
-from qwencli.engine.json_file import read_json_object
 from qwencli.errors import ModelFileError, UsageError
+from qwencli.models.json_file import read_json_object
 
 Triple = tuple[float, float, float]
 

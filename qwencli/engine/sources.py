@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.config import EngineConfig, LoadFormat
-from qwencli.engine.json_file import read_json_object
 from qwencli.engine.prompt import PromptBuilder
 from qwencli.engine.tokenizer import IncrementalDetokenizer
 from qwencli.errors import ModelFileError
 from qwencli.models.folder import check_folder, read_config
+from qwencli.models.json_file import read_json_object
 from qwencli.models.locate import bundled_folder, locate
 
 # What every Qwen tokenizer ends a turn with, and pads with.

@@ -18,8 +18,8 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
-from qwencli.engine.json_file import read_json_object
 from qwencli.errors import ModelFileError
+from qwencli.models.json_file import read_json_object
 
 # Qwen's own pattern; a model with another one states it in tokenizer_config.json.
 _PRETOKENIZE = (

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 from qwencli.errors import DownloadError, ModelFileError
 from qwencli.models.folder import check_folder
 from qwencli.models.hub_cache import UNFINISHED, cache_root, is_partly_cached, repo_folder
+from qwencli.models.json_file import read_json_object
 from qwencli.models.shape_reader import read_shape
-from qwencli.models.weights import PICKLE_SUFFIXES, read_json_object
+from qwencli.models.weights import PICKLE_SUFFIXES
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.errors import ModelFileError
+from qwencli.models.json_file import read_json_object
 from qwencli.models.safetensors_header import StoredTensor, stored_tensors
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import canonical_name, expected_tensors, is_quantizable
-from qwencli.models.weights import all_named, find_weights, read_json_object, some
+from qwencli.models.weights import all_named, find_weights, some
 
 # Each inner tuple is one way to have what is needed; all its files must be there.
 _TOKENIZER = (("tokenizer.json",), ("vocab.json", "merges.txt"))

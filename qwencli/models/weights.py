@@ -6,14 +6,13 @@ pickle files, which are only accepted when asked for because loading one can run
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qwencli.errors import ModelFileError
+from qwencli.models.json_file import read_json_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -92,25 +91,6 @@ def _nothing(folder: Path) -> ModelFileError:
         f"{folder}: no weights (expected {SINGLE} or {INDEX})",
         f"{_AGAIN}, or use --load-format dummy to measure speed with random weights",
     )
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Contents of a JSON file that holds an object.
-
-    Raises:
-        ModelFileError: it cannot be read, is not JSON (with the line), or is not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = f"{path}: cannot be read ({error.strerror or error})"
-        raise ModelFileError(reason, "check that the file is there and readable") from error
-    except (ValueError, RecursionError) as error:
-        line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
-        raise ModelFileError(f"{path}: {line}is not JSON", _AGAIN) from error
-    if not isinstance(value, dict):
-        raise ModelFileError(f"{path}: is not a JSON object", _AGAIN)
-    return value
 
 
 def all_named(names: Sequence[str]) -> str:

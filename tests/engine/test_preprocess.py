@@ -269,7 +269,7 @@ def test_without_a_file_the_family_decides(tmp_path: Path) -> None:
         ({"rescale_factor": math.nan}, "rescale_factor"),
         ({"resample": 0}, "resample"),
         ({"do_normalize": False}, "do_normalize"),
-        ([1, 2], "list"),
+        ([1, 2], "not a JSON object"),
     ],
 )
 def test_a_value_that_cannot_be_names_file_and_key(
@@ -286,7 +286,7 @@ def test_a_value_that_cannot_be_names_file_and_key(
 def test_a_file_that_is_not_json(text: str, tmp_path: Path) -> None:
     path = tmp_path / "preprocessor_config.json"
     path.write_text(text, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(ModelFileError, match="not valid JSON"):
+    with pytest.raises(ModelFileError, match="is not JSON"):
         ImageProcessorConfig.from_files(tmp_path, "qwen3_vl")
 
 
