@@ -10,6 +10,7 @@ these runs, and their unwatched stretches are compared.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,21 +31,25 @@ BUDGET_S = 6.0
 class Pair:
     """A stretch that was watched and the mean of the two around it: median ms between tokens.
 
-    The mean takes out what grows with the context.
+    The mean takes out what grows with the context. A row of probes.csv.
     """
 
+    run: int
+    pair: int
     watched_itl_ms: float
     bare_itl_ms: float
 
 
-def drain_in_turns(probe: TokenProbe, chunks: Iterator[GenerationChunk]) -> GenerationResult:
+def drain_in_turns(
+    probe: TokenProbe, chunks: Iterator[GenerationChunk], run: int
+) -> GenerationResult:
     """Run a stream to its end with the probe looking at every other stretch of tokens."""
     result, token = None, 0
     for chunk in chunks:
         if chunk.token_ids:
-            if _watched(token):
+            if _watched(token, run):
                 probe.note()
-            elif _watched(token + 1):
+            elif _watched(token + 1, run):
                 probe.resume()
             token += 1
         result = chunk.result
@@ -52,11 +57,18 @@ def drain_in_turns(probe: TokenProbe, chunks: Iterator[GenerationChunk]) -> Gene
     return result
 
 
-def _watched(token: int) -> bool:
-    return token // STRETCH % 2 == 1
+def _watched(token: int, run: int) -> bool:
+    return (token // STRETCH + _turn(run)) % 2 == 1
 
 
-def pairs(itl_ms: Sequence[float]) -> list[Pair]:
+def _turn(run: int) -> int:
+    """Whether odd (0) or even (1) stretches are watched: kernels work in blocks of the context, so
+    that the two are not alike. Changes with pairs of runs, because the sampler changes with runs.
+    """
+    return run // 2 % 2
+
+
+def pairs(itl_ms: Sequence[float], run: int) -> list[Pair]:
     """Of a run that `drain_in_turns` made.
 
     Args:
@@ -66,17 +78,24 @@ def pairs(itl_ms: Sequence[float]) -> list[Pair]:
         statistics.median(itl_ms[at : at + STRETCH])
         for at in range(0, len(itl_ms) - STRETCH + 1, STRETCH)
     ]
+    watched = [at for at in range(1, len(medians) - 1) if _watched(at * STRETCH, run)]
     return [
-        Pair(medians[at], (medians[at - 1] + medians[at + 1]) / 2)
-        for at in range(1, len(medians) - 1, 2)
+        Pair(run, number, medians[at], (medians[at - 1] + medians[at + 1]) / 2)
+        for number, at in enumerate(watched)
     ]
 
 
 def overhead_percent(found: Iterable[Pair]) -> Interval | None:
-    """What watching adds to the time between tokens; None for fewer than three pairs."""
-    return median_interval(
-        [100.0 * (pair.watched_itl_ms / pair.bare_itl_ms - 1.0) for pair in found]
-    )
+    """What watching adds to the time between tokens; None for too few pairs.
+
+    Each pair is set against one of a run in which the other stretches were watched; the geometric
+    mean of the two is free of any difference between odd and even stretches.
+    """
+    turns: tuple[list[float], list[float]] = [], []
+    for pair in found:
+        turns[_turn(pair.run)].append(pair.watched_itl_ms / pair.bare_itl_ms)
+    both = [math.sqrt(a * b) for a, b in zip(*turns, strict=False)]
+    return median_interval([100.0 * (ratio - 1.0) for ratio in both])
 
 
 def sampler_percent(on_ms: Sequence[float], off_ms: Sequence[float]) -> Interval | None:

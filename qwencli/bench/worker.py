@@ -99,11 +99,9 @@ def _probe_messages(
         sampler = "on" if run % 2 else "off"
         yield {"type": "sampler", "on": sampler == "on"}
         with HostProbe(), probe:
-            result = probe_overhead.drain_in_turns(probe, engine.stream(request))
-        rows = [
-            {"run": run, "sampler": sampler, "pair": number, **asdict(pair)}
-            for number, pair in enumerate(probe_overhead.pairs(result.itl_ms))
-        ]
+            result = probe_overhead.drain_in_turns(probe, engine.stream(request), run)
+        found = probe_overhead.pairs(result.itl_ms, run)
+        rows = [{"sampler": sampler, **asdict(pair)} for pair in found]
         yield {"type": "probes", "rows": rows}
         if time.perf_counter() > end:
             break

@@ -39,6 +39,12 @@ app = typer.Typer(cls=_BenchGroup, invoke_without_command=True, no_args_is_help=
 Axis = Annotated[
     str | None, typer.Option(metavar="LIST", help="Comma list; replaces the matrix's.")
 ]
+Images = Annotated[
+    list[Path] | None, typer.Option(help="May be repeated. Default: a shipped example.")
+]
+Format = Annotated[LoadFormat, typer.Option(help="dummy: random weights.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[DType, typer.Option(help="Of weights that are not quantized.")]
 
 
 @app.callback()
@@ -59,9 +65,7 @@ def bench(
         int | None, typer.Option(help="Tokens of each run; the end token is ignored.")
     ] = None,
     prompt: Annotated[str, typer.Option(help="What every run is asked.")] = "Describe this image.",
-    image: Annotated[
-        list[Path] | None, typer.Option(help="May be repeated. Default: a shipped example.")
-    ] = None,
+    image: Images = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Default: campaigns/<UTC time>.")
     ] = None,
@@ -72,11 +76,9 @@ def bench(
         bool, typer.Option("--dry-run", help="Print the cells, run nothing.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the order of the cells.")] = 0,
-    load_format: Annotated[
-        LoadFormat, typer.Option(help="dummy: random weights.")
-    ] = LoadFormat.AUTO,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    dtype: Annotated[DType, typer.Option(help="Of weights that are not quantized.")] = DType.AUTO,
+    load_format: Format = LoadFormat.AUTO,
+    device: Device = "auto",
+    dtype: Dtype = DType.AUTO,
     max_seq_len: Annotated[
         str | None,
         typer.Option(metavar="N|auto", help="Most tokens of a request; auto: what fits."),
@@ -202,18 +204,14 @@ def inject(
     ] = "static-graph,static",
     trials: Annotated[int, typer.Option(min=1, help="Disturbed runs of each cause.")] = 20,
     max_new_tokens: Annotated[int, typer.Option(min=32, help="Tokens of each run.")] = 192,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="May be repeated. Default: a shipped example.")
-    ] = None,
+    image: Images = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Default: campaigns/inject-<UTC time>.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the order and the places of the faults.")] = 0,
-    load_format: Annotated[
-        LoadFormat, typer.Option(help="dummy: random weights.")
-    ] = LoadFormat.AUTO,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    dtype: Annotated[DType, typer.Option(help="Of weights that are not quantized.")] = DType.AUTO,
+    load_format: Format = LoadFormat.AUTO,
+    device: Device = "auto",
+    dtype: Dtype = DType.AUTO,
 ) -> None:
     """Slow runs down on purpose and see whether attribution names the cause.
 

@@ -65,7 +65,9 @@ def __getattr__(name):
 """
 
 
-def test_the_sampler_process_reads_one_gpu_and_ends_with_its_parent(tmp_path):
+@pytest.fixture
+def sampler(tmp_path):
+    """The sampler process on a fake NVML."""
     (tmp_path / "pynvml.py").write_text(FAKE_NVML, encoding="utf-8")
     root = str(Path(__file__).parents[2])
     process = subprocess.Popen(
@@ -74,33 +76,27 @@ def test_the_sampler_process_reads_one_gpu_and_ends_with_its_parent(tmp_path):
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
     )  # fmt: skip
     with process:
-        first, second = (json.loads(process.stdout.readline()) for _ in range(2))
-        process.stdin.close()
-        assert process.wait(timeout=20) == 3
+        yield process
+        process.kill()
+
+
+def test_the_sampler_process_reads_one_gpu_and_ends_with_its_parent(sampler):
+    first, second = (json.loads(sampler.stdout.readline()) for _ in range(2))
+    sampler.stdin.close()
+    assert sampler.wait(timeout=20) == 3
     assert (first["gpu_index"], first["sm_clock_mhz"], first["mem_clock_mhz"]) == (1, 1000, 2000)
     assert first["power_w"] is None
     assert second["t_s"] - first["t_s"] >= 0.019
 
 
-def test_the_sampler_can_be_silenced_for_a_while(tmp_path):
-    (tmp_path / "pynvml.py").write_text(FAKE_NVML, encoding="utf-8")
-    root = str(Path(__file__).parents[2])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qwencli.bench.nvml_sampler", "0.02", "GPU-b"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
-    )  # fmt: skip
-    with process:
-        times = [json.loads(process.stdout.readline())["t_s"]]
-        process.stdin.write("-")
-        process.stdin.flush()
-        time.sleep(0.5)
-        process.stdin.write("+")
-        process.stdin.flush()
-        while times[-1] - times[0] < 0.5:
-            times.append(json.loads(process.stdout.readline())["t_s"])
-        process.stdin.close()
-        process.wait(timeout=20)
+def test_the_sampler_can_be_silenced_for_a_while(sampler):
+    times = [json.loads(sampler.stdout.readline())["t_s"]]
+    for word, pause_s in (("-", 0.5), ("+", 0.0)):
+        sampler.stdin.write(word)
+        sampler.stdin.flush()
+        time.sleep(pause_s)
+    while times[-1] - times[0] < 0.5:
+        times.append(json.loads(sampler.stdout.readline())["t_s"])
     assert max(b - a for a, b in itertools.pairwise(times)) > 0.25
 
 

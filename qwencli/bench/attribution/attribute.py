@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from qwencli.bench.attribution.baseline import Baseline, baseline
-from qwencli.bench.attribution.between import slow_phases
-from qwencli.bench.attribution.causes import Finding, Scope
+from qwencli.bench.attribution.between import SlowPhase, slow_phases
+from qwencli.bench.attribution.causes import Finding, Stretch
 from qwencli.bench.attribution.collect import observe
-from qwencli.bench.attribution.gaps import gaps
+from qwencli.bench.attribution.gaps import UsualToken, gaps
 from qwencli.bench.attribution.records import RawRow, RunRecord, records_by_cell
 from qwencli.bench.attribution.rules import judge
 
@@ -30,63 +30,42 @@ def attribute(
 
 def _of_cell(records: Sequence[RunRecord]) -> list[Finding]:
     usual = baseline(records)
-    found = [finding for record in records for finding in _gaps(record, usual)]
-    for slow in slow_phases(records):
-        record = slow.record
-        if not record.t_s:
-            continue
-        start, end = _phase_time(record, slow.scope)
-        tokens = len(record.itl_ms) if slow.scope == "decode" else 1
-        found.append(
-            _finding(record, usual, slow.scope, start, end, slow.lost_ms, tokens, token=None)
-        )
-    return found
+    found = [
+        _finding(record, usual, gap) for record in records for gap in _gaps(record, usual.token)
+    ]
+    return found + [
+        _finding(slow.record, usual, _phase(slow))
+        for slow in slow_phases(records)
+        if slow.record.t_s
+    ]
 
 
-def _gaps(record: RunRecord, usual: Baseline) -> Iterator[Finding]:
-    if usual.token is None:
-        return
-    for gap in gaps(record.itl_ms, usual.token):
-        yield _finding(
-            record,
-            usual,
-            "gap",
-            record.t_s[gap.first - 1],
-            record.t_s[gap.last],
-            gap.lost_ms,
-            gap.last + 1 - gap.first,
-            token=gap.first,
-        )
+def _gaps(record: RunRecord, usual: UsualToken | None) -> Iterator[Stretch]:
+    for gap in gaps(record.itl_ms, usual) if usual else ():
+        start_s, end_s = record.t_s[gap.first - 1], record.t_s[gap.last]
+        tokens = gap.last + 1 - gap.first
+        yield Stretch("gap", start_s, end_s, gap.lost_ms, tokens, gap.first)
 
 
-def _phase_time(record: RunRecord, scope: Scope) -> tuple[float, float]:
+def _phase(slow: SlowPhase) -> Stretch:
+    record = slow.record
     first, last = record.t_s[0], record.t_s[-1]
-    if scope == "decode":
-        return first, last
-    return first - record.figures["ttft_s"], first
+    if slow.scope == "decode":
+        return Stretch("decode", first, last, slow.lost_ms, len(record.itl_ms))
+    return Stretch("prefill", first - record.figures["ttft_s"], first, slow.lost_ms, 1)
 
 
-def _finding(
-    record: RunRecord,
-    usual: Baseline,
-    scope: Scope,
-    start_s: float,
-    end_s: float,
-    lost_ms: float,
-    tokens: int,
-    *,
-    token: int | None,
-) -> Finding:
-    claim = judge(observe(record, usual, scope, start_s, end_s, lost_ms, tokens))
+def _finding(record: RunRecord, usual: Baseline, stretch: Stretch) -> Finding:
+    claim = judge(observe(record, usual, stretch))
     return Finding(
         cell_id=record.cell_id,
         run=record.run,
-        scope=scope,
-        token_index=token,
-        tokens=tokens,
-        t_s=end_s,
-        span_ms=1e3 * (end_s - start_s),
-        lost_ms=lost_ms,
+        scope=stretch.scope,
+        token_index=stretch.token_index,
+        tokens=stretch.tokens,
+        t_s=stretch.end_s,
+        span_ms=stretch.span_ms,
+        lost_ms=stretch.lost_ms,
         cause=claim.cause,
         confidence=claim.confidence,
         evidence=claim.evidence,

@@ -51,6 +51,22 @@ Scope = Literal["gap", "decode", "prefill"]
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """A time of one run that took longer than usual; for the words see `Finding`."""
+
+    scope: Scope
+    start_s: float
+    end_s: float
+    lost_ms: float
+    tokens: int
+    token_index: int | None = None
+
+    @property
+    def span_ms(self) -> float:
+        return 1e3 * (self.end_s - self.start_s)
+
+
+@dataclass(frozen=True)
 class Finding:
     """One row of causes.csv.
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from qwencli.bench.attribution.baseline import Baseline, counters, reasons
-from qwencli.bench.attribution.causes import Scope
+from qwencli.bench.attribution.causes import Scope, Stretch
 from qwencli.bench.attribution.evidence import Evidence
 from qwencli.bench.attribution.records import Moment, Numbers, RunRecord
 
@@ -18,18 +18,11 @@ LATE_S = 0.02
 WHOLE_RUN = 0.8
 
 
-def observe(
-    record: RunRecord,
-    usual: Baseline,
-    scope: Scope,
-    start_s: float,
-    end_s: float,
-    lost_ms: float,
-    tokens: int,
-) -> Evidence:
-    """Everything known about the time from `start_s` to `end_s`."""
-    host = _host_rows(record, scope, start_s, end_s)
-    ordinary = _ordinary(usual, scope, host)
+def observe(record: RunRecord, usual: Baseline, stretch: Stretch) -> Evidence:
+    """Everything known about that time."""
+    start_s, end_s = stretch.start_s, stretch.end_s
+    host = _host_rows(record, stretch)
+    ordinary = _ordinary(usual, stretch.scope, host)
     figures = _sum([{**row.figures, **counters(row)} for row in host])
 
     def beyond(name: str) -> float | None:
@@ -40,10 +33,10 @@ def observe(
 
     near = [s for s in record.gpu if start_s - NEAR_S <= s.end_s <= end_s + NEAR_S]
     return Evidence(
-        scope=scope,
-        span_ms=1e3 * (end_s - start_s),
-        lost_ms=lost_ms,
-        tokens=tokens,
+        scope=stretch.scope,
+        span_ms=stretch.span_ms,
+        lost_ms=stretch.lost_ms,
+        tokens=stretch.tokens,
         on_gpu=record.on_gpu,
         main_cpu_ms=figures.get("main_cpu_ms"),
         slept_ms=beyond("off_cpu_ms"),
@@ -71,11 +64,12 @@ def observe(
     )
 
 
-def _host_rows(record: RunRecord, scope: Scope, start_s: float, end_s: float) -> list[Moment]:
+def _host_rows(record: RunRecord, stretch: Stretch) -> list[Moment]:
     """The rows whose counters speak for the stretch."""
+    start_s, end_s = stretch.start_s, stretch.end_s
     decode = record.interval("decode")
-    if scope != "gap":
-        phase = record.interval(scope)
+    if stretch.scope != "gap":
+        phase = record.interval(stretch.scope)
         return [phase] if phase else []
     rows = [m for m in record.host if m.name == "token" and m.overlap_ms(start_s, end_s) > 0]
     if decode is None or (rows and end_s - start_s < WHOLE_RUN * (decode.end_s - decode.start_s)):

@@ -89,7 +89,8 @@ def _cause_columns(findings: Sequence[Finding], decode_s: float | None) -> dict[
 
 def _probe_columns(probes: Sequence[RawRow]) -> dict[str, float | None]:
     found = overhead_percent(
-        Pair(float(row["watched_itl_ms"]), float(row["bare_itl_ms"])) for row in probes
+        Pair(int(p["run"]), int(p["pair"]), float(p["watched_itl_ms"]), float(p["bare_itl_ms"]))
+        for p in probes
     )
     by_run: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in probes:

@@ -23,10 +23,8 @@ CSV, MARKDOWN = "confusion.csv", "confusion.md"
 COLUMNS = ("unit", "injected", "attributed", "count")
 # Causes without a moment of their own inside a decode.
 _WHOLE_RUN = (Cause.RELOAD.value, Cause.HOST_SYNC.value)
-# Of a run in which others had this much of one core, or the hypervisor any of it, nobody knows
-# whether it was undisturbed.
-BUSY_SHARE = 0.5
-
+# A run whose thread waited longer than this for a processor was disturbed, whoever did it.
+MOST_WAITING = 0.01
 LEAST_SHARE = 0.03
 LEAST_ACCURACY, MOST_BLAMED = 0.90, 0.02
 
@@ -37,8 +35,9 @@ Counts = Counter[tuple[str, str]]
 class Confusion:
     """(injected, attributed) -> how often; `runs` with the undisturbed ones, `events` without.
 
-    `quiet` are the undisturbed runs in which, as the system's own counters say, other programs had
-    less than BUSY_SHARE of a core and the hypervisor took nothing.
+    `quiet` are the runs left alone that nothing else disturbed either, as far as the kernel counts:
+    the thread waited for a processor for less than MOST_WAITING of each phase, and the hypervisor
+    took none.
     """
 
     runs: Counts
@@ -144,16 +143,19 @@ def _gap_at(findings: Sequence[RawRow], start_s: float, end_s: float) -> str:
 
 
 def _quiet(host: Iterable[RawRow]) -> set[str]:
-    """Runs whose phases were quiet by the system's counters; all where it keeps none."""
-    noisy, known = set(), set()
+    """Runs that the kernel let run; all where it keeps no account."""
+    known: set[str] = set()
+    held_up: set[str] = set()
     for row in host:
-        known.add(row["run"])
-        if row["event"] not in ("prefill", "decode") or not row["system_busy_ms"]:
-            continue
-        others = float(row["system_busy_ms"]) - float(row["process_cpu_ms"])
-        if float(row["steal_ms"]) > 0 or others > BUSY_SHARE * float(row["span_ms"]):
-            noisy.add(row["run"])
-    return known - noisy
+        if row["event"] in ("prefill", "decode"):
+            known.add(row["run"])
+            waited_ms = float(row["runqueue_ms"] or 0.0)
+            if (
+                waited_ms > MOST_WAITING * float(row["span_ms"])
+                or float(row["steal_ms"] or 0.0) > 0
+            ):
+                held_up.add(row["run"])
+    return known - held_up
 
 
 def markdown(found: Confusion) -> str:
@@ -176,7 +178,7 @@ def summary(found: Confusion) -> list[str]:
             found.blamed(found.runs),
             sum(n for pair, n in found.runs.items() if pair[0] == NONE),
         ),
-        "undisturbed runs blamed, those in which the machine was quiet": (
+        "undisturbed runs blamed, of those that the kernel let run": (
             found.blamed(found.quiet),
             found.quiet.total(),
         ),

@@ -55,7 +55,7 @@ def test_a_quiet_cell_has_zero_gaps_not_none():
 
 def probe(cell, run, sampler, watched, bare):
     return {
-        "cell_id": cell, "run": str(run), "sampler": sampler,
+        "cell_id": cell, "run": str(run), "pair": "0", "sampler": sampler,
         "watched_itl_ms": str(watched), "bare_itl_ms": str(bare),
     }  # fmt: skip
 
@@ -64,7 +64,7 @@ def test_what_measuring_costs_is_said_of_the_worst_cell():
     probes = [
         probe(cell, run, "", watched, 2.0)
         for cell, watched in (("a", 2.01), ("b", 2.03))
-        for run in range(5)
+        for run in range(8)
     ]
     rows = with_causes(ROWS, [], RUNS, probes)
     assert rows[0]["probe_overhead_percent"] == pytest.approx(0.5)

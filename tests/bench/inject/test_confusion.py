@@ -19,9 +19,9 @@ def finding(number, cause, lost_ms=50.0, scope="gap", t_s=1.0, span_ms=60.0):
     return texts({**row, "t_s": t_s, "span_ms": span_ms})
 
 
-def host(number, others_ms=0.0, steal_ms=0.0):
-    row = {"run": number, "event": "decode", "span_ms": 200.0, "process_cpu_ms": 200.0}
-    return texts({**row, "system_busy_ms": 200.0 + others_ms, "steal_ms": steal_ms})
+def host(number, waited_ms=0.0, steal_ms=0.0):
+    row = {"run": number, "event": "decode", "span_ms": 200.0}
+    return texts({**row, "runqueue_ms": waited_ms, "steal_ms": steal_ms})
 
 
 def count(truth, causes, runs, rows=()):
@@ -41,7 +41,7 @@ def test_what_was_done_is_counted_against_what_was_said():
         finding(3, "preemption"),
         finding(4, "reload", scope="prefill", lost_ms=20.0),
     ]
-    rows = [host(1), host(2), host(3, others_ms=150.0), host(4)]
+    rows = [host(1), host(2), host(3, waited_ms=15.0), host(4)]
     found = count(truth, causes, [run(n) for n in (1, 2, 3, 4)], rows)
     assert found.runs == {
         ("gc", "gc"): 1, (NONE, NONE): 1, (NONE, "preemption"): 1, ("reload", "reload"): 1,
