@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from qwencli.bench.attribution.causes import MEANINGS, Cause
 from qwencli.bench.itl import STALL_FACTOR
 from qwencli.bench.stats import UNSTABLE_RATIO, run_ratio
 from qwencli.bench.steadiness import Steadiness
@@ -27,13 +29,15 @@ SLOWING = ("hw_slowdown", "hw_thermal", "sw_thermal", "hw_power_brake", "sw_powe
 
 @dataclass(frozen=True)
 class CellRows:
-    """All rows of one cell; `steady` is None where nothing was measured."""
+    """All rows of one cell; `steady` is None where nothing was measured, `causes` is empty where
+    nothing was slow or a campaign has no causes.csv."""
 
     cell: Row
     runs: Sequence[Row]
     tokens: Sequence[Row]
     gpu: Sequence[Row]
     steady: Steadiness | None
+    causes: Sequence[Row] = ()
 
     @property
     def measured(self) -> list[Row]:
@@ -265,14 +269,29 @@ def bound(data: CellRows) -> Said:
         yield f"bound by: {said}", ", ".join(known) or "no figure"
 
 
+# What the rows of causes.csv are about, by their scope.
+_SCOPES = {"gap": "late tokens", "decode": "slow answers", "prefill": "slow prefills"}
+
+
 def causes(data: CellRows) -> Said:
-    """What attribution found: `cause:count:lost_ms` joined by "|"."""
-    for column, what in (("gap_causes", "late tokens"), ("slow_run_causes", "slow runs")):
-        found = [part.split(":") for part in data.cell.get(column, "").split("|") if part]
-        if found:
-            named = ", ".join(f"{cause.replace('_', ' ')} ({count})" for cause, count, _ in found)
-            lost = sum(float(milliseconds) for _, _, milliseconds in found)
-            yield f"causes of {what}: {named}", f"{lost:.0f} ms lost in all"
+    """What attribution found, each cause with its dearest case."""
+    for scope, what in _SCOPES.items():
+        found: dict[str, list[Row]] = defaultdict(list)
+        for row in data.causes:
+            if row["scope"] == scope:
+                found[row["cause"]].append(row)
+        for cause, rows in sorted(found.items(), key=lambda item: -_lost(item[1])):
+            worst = max(rows, key=lambda row: float(row["lost_ms"]))
+            token = f", token {worst['token_index']}" if worst["token_index"] else ""
+            yield (
+                f"{len(rows)} {what} because {MEANINGS[Cause(cause)]}",
+                f"{_lost(rows):.0f} ms lost; the worst {float(worst['lost_ms']):.0f} in run "
+                f"{worst['run']}{token}: {worst['evidence']}; confidence {worst['confidence']}",
+            )
+
+
+def _lost(rows: Sequence[Row]) -> float:
+    return sum(float(row["lost_ms"]) for row in rows)
 
 
 CELL_RULES: tuple[Callable[[CellRows], Said], ...] = (

@@ -24,7 +24,7 @@ from qwencli.errors import BenchError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-CELLS = "cells.csv"
+CELLS, CAUSES = "cells.csv", "causes.csv"
 # Below this two modes are as fast as each other, whatever the third digit says.
 SAME_SPEED = 0.03
 Row = Mapping[str, str]
@@ -47,6 +47,7 @@ class _Rows:
     runs: dict[str, list[Row]] = field(default_factory=lambda: defaultdict(list))
     tokens: dict[str, list[Row]] = field(default_factory=lambda: defaultdict(list))
     gpu: dict[str, list[Row]] = field(default_factory=lambda: defaultdict(list))
+    causes: dict[str, list[Row]] = field(default_factory=lambda: defaultdict(list))
 
 
 def explain_campaign(folder: Path) -> list[Explained]:
@@ -62,7 +63,12 @@ def explain_campaign(folder: Path) -> list[Explained]:
             "name a campaign's folder; `qwencli bench report` makes the file",
         )
     rows = _Rows(cells)
-    for name, kept in ((RUNS, rows.runs), (TOKENS, rows.tokens), (GPU, rows.gpu)):
+    for name, kept in (
+        (RUNS, rows.runs),
+        (TOKENS, rows.tokens),
+        (GPU, rows.gpu),
+        (CAUSES, rows.causes),
+    ):
         for row in read_rows(folder / name):
             kept[row["cell_id"]].append(row)
     whole = (said for rule in CAMPAIGN_RULES for said in rule(rows))
@@ -70,7 +76,7 @@ def explain_campaign(folder: Path) -> list[Explained]:
 
 
 def _of_cells(rows: _Rows) -> Iterator[Explained]:
-    axes = [axis for axis in AXES if len({cell[axis] for cell in rows.cells}) > 1]
+    axes = [axis for axis in AXES if len({cell.get(axis, "") for cell in rows.cells}) > 1]
     steady = {
         entry.cell_id: entry
         for cell in rows.cells
@@ -78,10 +84,17 @@ def _of_cells(rows: _Rows) -> Iterator[Explained]:
     }
     for cell in rows.cells:
         name = cell["cell_id"]
-        data = CellRows(cell, rows.runs[name], rows.tokens[name], rows.gpu[name], steady.get(name))
+        data = CellRows(
+            cell,
+            rows.runs[name],
+            rows.tokens[name],
+            rows.gpu[name],
+            steady.get(name),
+            rows.causes[name],
+        )
         if not data.measured:
             continue
-        label = " ".join(cell[axis] for axis in axes) or cell["model"]
+        label = " ".join(cell.get(axis, "") for axis in axes) or cell["model"]
         for rule in CELL_RULES:
             for what, figure in rule(data):
                 yield Explained(label, what, figure)
@@ -99,8 +112,8 @@ def _range(rows: _Rows) -> Iterator[tuple[str, str]]:
     speeds = _speeds(rows)
     if len(speeds) < 2:
         return
-    axes = [axis for axis in AXES if len({cell[axis] for cell in rows.cells}) > 1]
-    label = {cell["cell_id"]: " ".join(cell[axis] for axis in axes) for cell in rows.cells}
+    axes = [axis for axis in AXES if len({cell.get(axis, "") for cell in rows.cells}) > 1]
+    label = {cell["cell_id"]: " ".join(cell.get(axis, "") for axis in axes) for cell in rows.cells}
     fast, slow = max(speeds, key=lambda c: speeds[c]), min(speeds, key=lambda c: speeds[c])
     yield (
         f"the fastest cell ({label[fast]}) decodes {speeds[fast] / speeds[slow]:.1f} times as fast "
@@ -113,7 +126,7 @@ def _axis_effects(rows: _Rows) -> Iterator[tuple[str, str]]:
     """For each value of an axis the ratio to the first, over cells that differ in it alone."""
     speeds = _speeds(rows)
     by_axes = {
-        tuple(cell[axis] for axis in AXES): speeds[cell["cell_id"]]
+        tuple(cell.get(axis, "") for axis in AXES): speeds[cell["cell_id"]]
         for cell in rows.cells
         if cell["cell_id"] in speeds
     }

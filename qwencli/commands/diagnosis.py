@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwencli.commands.asking import at_terminal, says_yes
 from qwencli.config import EngineConfig, LoadFormat, ModelSource, ModelSpec
 from qwencli.errors import DeviceError, ModelFileError, OutputError, UsageError
 from qwencli.output import Sink
@@ -123,19 +124,9 @@ def apply_advice(advice: Advice, sink: Sink, *, default: bool, ask: bool) -> Non
         old.splitlines(), new.splitlines(), place, f"{place} (recommended)", lineterm="", n=1
     )
     sys.stderr.write("\n".join(lines) + "\n")
-    if ask and not _agreed():
+    if ask and not at_terminal():
+        raise UsageError("--apply asks before it writes, and nobody is there", "add --yes")
+    if ask and not says_yes("Write this?"):
         sink.notice("nothing was written")
         return
     sink.notice(f"wrote {write_config(folder, new)}")
-
-
-def _agreed() -> bool:
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise UsageError("--apply asks before it writes, and nobody is there", "add --yes")
-    sys.stderr.write("Write this? [y/N] ")
-    sys.stderr.flush()
-    try:
-        return input().strip().lower() in ("y", "yes")
-    except EOFError:
-        sys.stderr.write("\n")
-        return False

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 
+from qwencli.commands.asking import at_terminal, says_yes
 from qwencli.commands.options import RunOptions
 from qwencli.config import LoadFormat, ModelSource, ModelSpec
 from qwencli.models.resolve import recommended_model, resolve_model
@@ -46,8 +46,7 @@ def _free_bytes(device: str) -> tuple[int, bool]:
 
 
 def _can_ask(run: RunOptions, sink: Sink) -> bool:
-    terminal = sys.stdin.isatty() and sys.stderr.isatty()
-    return terminal and not (run.offline or sink.quiet or os.environ.get("HF_HUB_OFFLINE"))
+    return at_terminal() and not (run.offline or sink.quiet or os.environ.get("HF_HUB_OFFLINE"))
 
 
 def _wants(better: ModelSpec) -> bool:
@@ -56,16 +55,10 @@ def _wants(better: ModelSpec) -> bool:
 
     assert better.hub_config is not None, "built-ins come with their configuration"
     size = weight_bytes(read_shape(better.hub_config, better.name)) / 1e9
-    sys.stderr.write(
+    return says_yes(
         f"No model for photographs is on this machine. Download {better.name} ({size:.1f} GB) "
-        "from the Hugging Face hub now? [y/N] "
+        "from the Hugging Face hub now?"
     )
-    sys.stderr.flush()
-    try:
-        return input().strip().lower() in ("y", "yes")
-    except EOFError:
-        sys.stderr.write("\n")
-        return False
 
 
 def announce_model(spec: ModelSpec, run: RunOptions, sink: Sink) -> None:

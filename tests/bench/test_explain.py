@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -81,20 +82,24 @@ def test_stalls_name_their_token():
     ) in lines
 
 
-def test_what_other_columns_say():
-    found = said(
-        cell(
-            eight(),
-            bound="host",
-            gpu_busy_percent="31.5",
-            mbu_percent="6.0",
-            gap_causes="gc:3:120.500|other_gpu_process:1:40.000",
-            slow_run_causes="",
-        )
-    )
-    assert "bound by: host (GPU busy 32%, bandwidth used 6%)" in found
-    assert "causes of late tokens: gc (3), other gpu process (1) (160 ms lost in all)" in found
-    assert not any("slow runs" in line for line in found)
+def test_what_the_roofline_says():
+    bound = said(cell(eight(), bound="host", gpu_busy_percent="31.5", mbu_percent="6.0"))
+    assert "bound by: host (GPU busy 32%, bandwidth used 6%)" in bound
+
+
+def test_causes_come_with_their_dearest_case():
+    def cause(name, lost, **values):
+        row = {"scope": "gap", "cause": name, "lost_ms": str(lost), "run": "1", "token_index": "7"}
+        return row | {"evidence": "because of it", "confidence": "0.9"} | values
+
+    data = cell(eight())
+    rows = [cause("gc", 12), cause("clock", 300, scope="decode", token_index=""), cause("gc", 40)]
+    lines = said(dataclasses.replace(data, causes=rows))
+    assert (
+        "2 late tokens because Python collected garbage (52 ms lost; the worst 40 in run 1, token "
+        "7: because of it; confidence 0.9)"
+    ) in lines
+    assert any(line.startswith("1 slow answers because the GPU ran at a lower") for line in lines)
 
 
 def test_who_waits_for_whom():

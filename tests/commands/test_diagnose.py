@@ -161,7 +161,8 @@ def test_apply_does_not_choose_a_default_model_unasked(run, tmp_path):
 
 
 def test_apply_asks_and_a_no_writes_nothing(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(diagnosis, "_agreed", lambda: False)
+    monkeypatch.setattr(diagnosis, "at_terminal", lambda: True)
+    monkeypatch.setattr(diagnosis, "says_yes", lambda question: False)
     result = run("healthy-5090", "--apply")
     assert "nothing was written" in result.stderr
     assert not (tmp_path / "config").exists()
