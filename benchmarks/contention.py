@@ -68,10 +68,13 @@ def main() -> None:
     parser.add_argument("--load-format", type=LoadFormat, default=LoadFormat.AUTO)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--engine", type=EngineName, help="this one alone")
     options = parser.parse_args()
     base = EngineConfig(resolve_model(options.model), load_format=options.load_format)
     results = []
     for engine, cache in MODES:
+        if options.engine not in (None, engine):
+            continue
         tokens = options.tokens if engine is EngineName.NATIVE else max(options.tokens // 4, 16)
         results.append(measure(replace(base, engine=engine, cache=cache), options.runs, tokens))
         print(results[-1]["engine"], f"{results[-1]['slowdown_percent']:.1f}%", file=sys.stderr)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 # A thread that wants the interpreter lock back waits this long for another one to give it up.
 # Python's 5 ms is longer than a token takes.
-SWITCH_INTERVAL_S = 0.0005
+SWITCH_INTERVAL_S = 0.00005
 
 
 @contextmanager
