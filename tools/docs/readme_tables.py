@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 RESULTS = ROOT / "results"
 H200_TRANSFORMERS = "2026-11-23-h200-transformers"
+# The two engines at equal work, minutes apart: (folder, engine).
+H200_ENGINES = ("2026-11-23-h200-native", "2026-11-23-h200-native-beside")
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -25,26 +27,58 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def source(folder: str) -> str:
-    """Where a campaign's figures come from: device, versions, model, work, folder."""
-    read = json.loads((RESULTS / folder / "environment.json").read_text(encoding="utf-8"))
-    plan = read["command_line"]
+def source(*folders: str) -> str:
+    """Where campaigns' figures come from: device, versions, model, work, folders."""
+    read = json.loads((RESULTS / folders[0] / "environment.json").read_text(encoding="utf-8"))
+    said = read["command_line"]
+    plan = json.loads((RESULTS / folders[0] / "plan.json").read_text(encoding="utf-8"))
     versions = read["versions"]
-    weights = ", random weights" if "dummy" in plan else ""
+    weights = ", random weights" if "dummy" in said else ""
+    runs = " or ".join(
+        str(json.loads((RESULTS / folder / "plan.json").read_text(encoding="utf-8"))["runs"])
+        for folder in folders
+    )
     return (
-        f"{read['device']['name']}, {plan[plan.index('--model') + 1]}{weights}, "
-        f"{plan[plan.index('--max-new-tokens') + 1]} new tokens, {plan[plan.index('--runs') + 1]} "
+        f"{read['device']['name']}, {said[said.index('--model') + 1]}{weights}, "
+        f"{plan['max_new_tokens']} new tokens, {runs} "
         f"runs a cell, batch 1, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, bitsandbytes {versions['bitsandbytes']}. "
-        f"From `results/{folder}/cells.csv`."
+        f"From {' and '.join(f'`results/{folder}/cells.csv`' for folder in folders)}."
     )
 
 
-def transformers_modes() -> str:
-    path = RESULTS / H200_TRANSFORMERS / "cells.csv"
-    with path.open(encoding="utf-8", newline="") as file:
+def cells_of(folder: str) -> list[dict[str, str]]:
+    """The cells that ran, the fastest first."""
+    with (RESULTS / folder / "cells.csv").open(encoding="utf-8", newline="") as file:
         cells = [cell for cell in csv.DictReader(file) if cell["status"] == "ok"]
-    cells.sort(key=lambda cell: -float(cell["decode_tok_per_s_median"]))
+    return sorted(cells, key=lambda cell: -float(cell["decode_tok_per_s_median"]))
+
+
+def engines() -> str:
+    cells = [cell for folder in H200_ENGINES for cell in cells_of(folder)]
+    rows = [
+        [
+            cell["engine"],
+            cell["cache"],
+            {"native auto": "fused kernels", "native torch": "torch operators"}.get(
+                f"{cell['engine']} {cell['kernels']}", "its own"
+            ),
+            f"{float(cell['decode_tok_per_s_median']):.1f}",
+            f"{float(cell['decode_tok_per_s_min']):.1f}-{float(cell['decode_tok_per_s_max']):.1f}",
+            f"{float(cell['run_ratio_max_min']):.3f}",
+            f"{1e3 * float(cell['ttft_s_median']):.0f}",
+            f"{float(cell['itl_p50_ms']):.2f}",
+            f"{float(cell['itl_p99_ms']):.2f}",
+            f"{float(cell['itl_max_ms']):.2f}",
+        ]
+        for cell in cells
+    ]
+    header = ["engine", "cache", "operations", "tok/s", "slowest-fastest run", "ratio"]
+    header += ["TTFT ms", "ITL p50 ms", "p99 ms", "max ms"]
+    return f"{markdown(header, rows)}\n\n{source(*H200_ENGINES)}"
+
+
+def transformers_modes() -> str:
     rows = [
         [
             cell["quantization"],
@@ -57,7 +91,7 @@ def transformers_modes() -> str:
             f"{float(cell['itl_p99_ms']):.1f}",
             f"{float(cell['peak_allocated_bytes']) / 1e9:.1f}",
         ]
-        for cell in cells
+        for cell in cells_of(H200_TRANSFORMERS)
     ]
     header = ["quantization", "attention", "cache", "tok/s", "slowest-fastest run", "TTFT ms"]
     header += ["ITL p50 ms", "p99 ms", "peak GB"]
@@ -79,6 +113,7 @@ def scenes_quality() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "engines": engines,
     "transformers-modes": transformers_modes,
     "scenes-quality": scenes_quality,
 }

@@ -24,7 +24,7 @@ def draw(sampling: SamplingParams, logits=LOGITS, seen=(), draws=DRAWS, device="
         before = sampler.seen.clone()
         token = sampler.sample(logits, torch.tensor([step], device=place), kind_of(params))
         sampler.seen.copy_(before)
-        counts[token] += 1
+        counts[int(token)] += 1
     return counts
 
 

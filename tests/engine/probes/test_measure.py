@@ -117,3 +117,11 @@ def test_short_names():
     assert kernel_names.short(long) == "at::native::vectorized_elementwise_kernel"
     assert kernel_names.short("void (anonymous namespace)::softmax<1>(int)") == "softmax"
     assert kernel_names.short("nvjet_sm90_tst") == "nvjet_sm90_tst"
+
+
+@pytest.mark.parametrize(
+    ("spans", "length"),
+    [([], 0), ([(1, 3)], 2), ([(5, 6), (1, 3)], 3), ([(1, 4), (2, 3), (3, 6)], 5)],
+)
+def test_overlapping_kernels_keep_the_device_busy_once(spans, length):
+    assert kernel_names.covered(spans) == length

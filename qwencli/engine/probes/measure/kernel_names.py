@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from qwencli.engine.probes.measure.timing import synchronize
@@ -40,8 +41,20 @@ def profile(device: str, work: Callable[[], object]) -> Profile | None:
     return Profile(
         names=tuple(dict.fromkeys(event.name for event in kernels)),
         count=len(kernels),
-        busy_ms=sum(event.time_range.elapsed_us() for event in kernels) / 1e3,
+        busy_ms=covered([(e.time_range.start, e.time_range.end) for e in kernels]) / 1e3,
     )
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """How much of a line the spans (start, end) cover together.
+
+    Kernels that are launched before the one in front has ended overlap it.
+    """
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 # Word in a kernel's name -> the SDPA backend it belongs to; the first that fits. What attention
