@@ -1,6 +1,6 @@
 """What one `qwencli caption` costs with each engine, from the start of the process to its end.
 
-python benchmarks/one_shot.py IMAGE OUT.csv [--runs 5] [--device cpu] [--engines native,transformers]
+python benchmarks/one_shot.py IMAGE OUT.csv [--runs 5] [--device cpu] [--engines A,B]
 
 The engines take turns, after one call each that is not counted. A row a call: wall time, processor
 time and peak resident memory as the operating system reports them. The table at the end shows
