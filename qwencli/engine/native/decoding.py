@@ -98,14 +98,17 @@ class DecodeState:
         self.done.logical_or_((self.token == self.stop_ids).any(dim=0))
 
     def advance_on_host(self, decoder: HostDecoder, slot: int) -> None:
-        """One step of a host that reads each token before it takes the next one."""
-        logits = decoder.logits(int(self.token), int(self.position), slot)
+        """One step of a host that reads each token before it takes the next one.
+
+        `slot` and `position` stay where the answer began: the host counts by itself.
+        """
+        position = int(self.position) + slot - int(self.slot)
+        logits = decoder.logits(int(self.token), position, slot)
         if self.kind is SamplerKind.ARGMAX:
             # numpy's takes 10 us for a vocabulary of 150,000, torch's 300 on the CPU.
             self.token.fill_(int(logits.numpy().argmax()))
         else:
             self.token.copy_(self.sampler.sample(logits, self.step, self.kind))
-        self.position.add_(1)
         self.step.add_(1)
 
     def advance_masked(self, kind: SamplerKind, kv_len: int) -> None:

@@ -61,8 +61,11 @@ class HostDecoder:
 
         self._attend = HOST_ATTENTION[attention](cache, self._qkv, shape)
         self._rows = [layer.numpy()[0] for layer in cache.layers]  # [2 * KVH, max_seq_len, D]
-        gate_up = torch.empty(1, 2 * shape.intermediate_size)
-        self._gate_up, (self._gate, self._up) = gate_up, gate_up.chunk(2, 1)
+        self._gate_up = torch.empty(1, 2 * shape.intermediate_size)
+        self._gate = self._gate_up[:, : shape.intermediate_size]
+        self._silu_gate, self._up = np.split(self._gate_up.numpy(), 2, axis=1)
+        self._activated = torch.empty(1, shape.intermediate_size)
+        self._product = self._activated.numpy()
 
     def logits(self, token: int, position: int, slot: int) -> torch.Tensor:
         """Logits [V] after `token`, whose keys and values go to `slot`; overwritten next time.
@@ -88,7 +91,9 @@ class HostDecoder:
                 hidden.add_(layer.o_bias)
             scale = layer.mlp_norm(self._x, self._y)
             torch.addmm(gate_up, self._normed, layer.gate_up, beta=0, alpha=scale, out=gate_up)
-            hidden.addmm_(F.silu(self._gate).mul_(self._up), layer.down)
+            F.silu(self._gate, inplace=True)
+            np.multiply(self._silu_gate, self._up, self._product)
+            hidden.addmm_(self._activated, layer.down)
         scale = self._norm(self._x, self._y)
         logits = self._logits
         torch.addmm(logits, self._normed, self._head, beta=0, alpha=scale, out=logits)
