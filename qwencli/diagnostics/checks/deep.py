@@ -77,8 +77,8 @@ def _bound(machine: Machine, run: EngineRun) -> tuple[str, list[str], bool]:
         return "what bounds it is not known without a profiler", figures, False
     busy = run.gpu_busy_ms / run.itl_p50_ms
     figures.append(
-        f"the GPU works {run.gpu_busy_ms:.2f} ms of a token's {run.itl_p50_ms:.2f} in "
-        f"{run.kernels_per_token:.0f} kernels"
+        f"{run.kernels_per_token:.0f} kernels take {run.gpu_busy_ms:.2f} ms of a token's "
+        f"{run.itl_p50_ms:.2f}{' (they overlap)' if busy > 1 else ''}"
         + (f"; attention by {', '.join(run.attention_kernels)}" if run.attention_kernels else "")
     )
     if busy < LEAST_BUSY_SHARE:
