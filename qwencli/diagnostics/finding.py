@@ -42,8 +42,8 @@ class Finding:
 
     Args:
         what: the conclusion, one line.
-        evidence: the figures it rests on, one line.
-        fix: what to do about it; empty when there is nothing to do.
+        evidence: the figures it rests on; a line each where there are several things.
+        fix: what to do about it, likewise; empty when there is nothing to do.
     """
 
     status: Status

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -17,7 +19,7 @@ from qwencli.models.hub_cache import cache_root, unfinished_downloads
 
 _READ_BYTES = 64 << 20
 _BLOCK_BYTES = 4 << 20
-_HUB_TIMEOUT_S = 3.0
+_HUB_TIMEOUT_S = 4.0
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -47,18 +49,23 @@ def read_disk_speed() -> DiskSpeed:
     """Reads the start of the largest model file here; without one, a file written for this.
 
     Raises:
-        OSError: there is no file, and none can be written.
+        OSError: there is no file, and none can be written; or the system cannot be told to read
+            from the disk and not from its memory.
     """
+    if not hasattr(os, "posix_fadvise"):
+        raise OSError("this system does not let a program read past its memory")
     largest = _largest_file(cache_root())
     if largest is not None:
         return _timed_read(largest)
-    with tempfile.NamedTemporaryFile(dir=_existing(cache_root()), prefix=".qwencli-") as file:
+    with tempfile.TemporaryDirectory(dir=_existing(cache_root()), prefix=".qwencli-") as folder:
+        path = Path(folder) / "read"
         block = os.urandom(_BLOCK_BYTES)
-        for _ in range(_READ_BYTES // _BLOCK_BYTES):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        return _timed_read(Path(file.name))
+        with path.open("wb") as file:
+            for _ in range(_READ_BYTES // _BLOCK_BYTES):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        return _timed_read(path)
 
 
 def _largest_file(root: Path) -> Path | None:
@@ -68,10 +75,8 @@ def _largest_file(root: Path) -> Path | None:
 
 
 def _timed_read(path: Path) -> DiskSpeed:
-    advise = getattr(os, "posix_fadvise", None)
     with path.open("rb", buffering=0) as file:
-        if advise is not None:  # else what the system has in memory makes the figure too good
-            advise(file.fileno(), 0, _READ_BYTES, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, _READ_BYTES, os.POSIX_FADV_DONTNEED)
         done, start = 0, time.perf_counter()
         while done < _READ_BYTES and (block := file.read(_BLOCK_BYTES)):
             done += len(block)
@@ -82,11 +87,21 @@ def read_hub(variables: Mapping[str, str]) -> HubFacts:
     """Asks the hub for the shortest answer it has."""
     if any(variables.get(name, "") not in ("", "0") for name in _OFFLINE):
         return HubFacts(asked=False)
+    answers: queue.SimpleQueue[HubFacts] = queue.SimpleQueue()
+    # Looking up a name has no time limit of its own.
+    threading.Thread(target=lambda: answers.put(_ask_hub()), daemon=True).start()
+    try:
+        return answers.get(timeout=_HUB_TIMEOUT_S)
+    except queue.Empty:
+        return HubFacts(True, problem=f"no answer after {_HUB_TIMEOUT_S:g} s")
+
+
+def _ask_hub() -> HubFacts:
     from huggingface_hub import constants
 
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     start = time.perf_counter()
     try:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
         with urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_S):
             pass
     except urllib.error.HTTPError:

@@ -132,10 +132,9 @@ def markdown(
         lines += [f"## {status.value.upper()}", ""]
         for check, finding in found:
             lines.append(f"- **{check.id}**: {finding.what}")
-            if finding.evidence:
-                lines.append(f"  - {finding.evidence}")
-            if finding.fix:
-                lines.append(f"  - fix ({finding.confidence.value}): {finding.fix}")
+            lines += [f"  - {line}" for line in finding.evidence.splitlines()]
+            sure = finding.confidence.value
+            lines += [f"  - fix ({sure}): {line}" for line in finding.fix.splitlines()]
         lines.append("")
     lines += ["## Recommended", "", settings_line(advice), "", *(f"- {why}" for why in advice.why)]
     record = json.dumps(dict(machine), indent=1)

@@ -49,16 +49,16 @@ def test_the_wrong_wheel():
     assert found["arch-list"].evidence.startswith("device: sm_120; wheel: sm_50")
     assert found["arch-list"].fix.endswith("/cu128"), "its driver cannot run CUDA 13"
     assert "no kernel image" in found["device-works"].evidence
-    assert "Triton before 3.3" in found["known-bad"].what
+    assert "Triton before 3.3" in found["known-bad"].evidence
     assert found["bandwidth"].status is Status.SKIP
     assert "no kernel image" in found["bandwidth"].what
 
 
 def test_the_origins_box_learns_of_its_conv3d_and_its_bitsandbytes():
     found = findings(machine("origin"))
-    assert "torch-2.9-conv3d, noted 2026-11-23: https://github.com/pytorch/" in (
-        found["known-bad"].evidence
-    )
+    lines = found["known-bad"].evidence.splitlines()
+    assert lines[0].startswith("torch-2.9-conv3d (high, noted 2026-11-23): torch 2.9 with cuDNN")
+    assert "https://github.com/pytorch/pytorch/issues/168167" in lines[0]
     assert "bitsandbytes>=0.50" in found["known-bad"].fix
     assert "vol2col" in found["patch-embedding"].evidence
     assert "7067x" in found["patch-embedding"].evidence

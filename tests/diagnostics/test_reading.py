@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -63,6 +64,7 @@ def test_the_filesystem_of_a_folder(tmp_path):
     assert read_storage.filesystem_of(tmp_path, "") is None
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="it is not measured there")
 def test_disk_speed_reads_a_file_and_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(read_storage, "cache_root", lambda: tmp_path / "not" / "yet")
     monkeypatch.setattr(read_storage, "_READ_BYTES", 1 << 20)
@@ -81,6 +83,18 @@ def test_the_hub_is_not_asked_when_switched_off_and_its_silence_is_no_error(monk
 
     monkeypatch.setattr(read_storage.urllib.request, "urlopen", unreachable)
     assert read_storage.read_hub({}).problem == "Name or service not known"
+
+
+def test_a_name_server_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr(read_storage, "_ask_hub", lambda: threading.Event().wait())
+    monkeypatch.setattr(read_storage, "_HUB_TIMEOUT_S", 0.05)
+    assert read_storage.read_hub({}).problem == "no answer after 0.05 s"
+
+
+def test_a_disk_that_can_only_be_read_through_memory_is_not_measured(monkeypatch):
+    monkeypatch.delattr(read_storage.os, "posix_fadvise", raising=False)
+    with pytest.raises(OSError, match="past its memory"):
+        read_storage.read_disk_speed()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks there are not those of Unix")

@@ -82,8 +82,9 @@ def test_the_engine(machine):
     assert run.cache == "static-graph"
     assert min(run.tok_per_s) > 20
     assert run.kernels_per_token > 36
-    assert 0 < run.gpu_busy_ms < 1.2 * run.itl_p50_ms
-    assert run.attention_kernels
+    # Kernels that wait for each other on the device overlap.
+    assert 0 < run.gpu_busy_ms < 2 * run.itl_p50_ms
+    assert run.kernels in ("triton", "torch")
 
 
 def test_a_whole_look_can_be_recorded_and_replayed(machine):

@@ -37,7 +37,7 @@ def engine_run(machine: Machine) -> Finding:
     ]
     if run.peak_allocated_bytes is not None:
         evidence.append(f"peak {run.peak_allocated_bytes / 1e9:.2f} GB")
-    what, cause = _bound(machine, run)
+    what, cause, host_bound = _bound(machine, run)
     evidence += cause
     ratio = max(run.tok_per_s) / max(min(run.tok_per_s), 1e-9)
     if ratio > UNSTABLE_RATIO:
@@ -55,11 +55,17 @@ def engine_run(machine: Machine) -> Finding:
             "look at launch-rate, bandwidth, clocks and gpu-processes above",
             Confidence.MEDIUM,
         )
+    if host_bound:
+        return warned(
+            f"{speed:.1f} tok/s; {what}",
+            "; ".join(evidence),
+            "use --engine native --cache static-graph, where the model fits without quantization",
+        )
     return passed(f"{speed:.1f} tok/s; {what}", "; ".join(evidence))
 
 
-def _bound(machine: Machine, run: EngineRun) -> tuple[str, list[str]]:
-    """What bounds a decode step, and the figures that say so."""
+def _bound(machine: Machine, run: EngineRun) -> tuple[str, list[str], bool]:
+    """What bounds a decode step, the figures that say so, and whether it is the host."""
     figures: list[str] = []
     measured, share = machine.measured("bandwidth"), None
     if measured and run.quantization == Quantization.NONE and machine.device.startswith("cuda"):
@@ -68,15 +74,15 @@ def _bound(machine: Machine, run: EngineRun) -> tuple[str, list[str]]:
         share = size / (run.itl_p50_ms / 1e3) / measured.read_bytes_per_s
         figures.append(f"memory is read at {share:.0%} of the measured bandwidth")
     if run.gpu_busy_ms is None or run.kernels_per_token is None:
-        return "what bounds it is not known without a profiler", figures
+        return "what bounds it is not known without a profiler", figures, False
     busy = run.gpu_busy_ms / run.itl_p50_ms
     figures.append(
-        f"the GPU works {run.gpu_busy_ms:.2f} ms of a token's {run.itl_p50_ms:.2f} in "
-        f"{run.kernels_per_token:.0f} kernels"
+        f"{run.kernels_per_token:.0f} kernels take {run.gpu_busy_ms:.2f} ms of a token's "
+        f"{run.itl_p50_ms:.2f}{' (they overlap)' if busy > 1 else ''}"
         + (f"; attention by {', '.join(run.attention_kernels)}" if run.attention_kernels else "")
     )
     if busy < LEAST_BUSY_SHARE:
-        return f"bound by the host: the GPU waits {1 - busy:.0%} of the time", figures
+        return f"bound by the host: the GPU waits {1 - busy:.0%} of the time", figures, True
     if share is not None and share >= BANDWIDTH_BOUND_SHARE:
-        return "bound by memory bandwidth, as it should be", figures
-    return "bound by its kernels: the GPU is busy, but not with reading weights", figures
+        return "bound by memory bandwidth, as it should be", figures, False
+    return "bound by its kernels: the GPU is busy, but not with reading weights", figures, False

@@ -85,9 +85,12 @@ def known_bad_versions(machine: Machine) -> Finding:
         )
     least_sure = min(hits, key=lambda row: ("low", "medium", "high").index(row.confidence))
     return warned(
-        "; ".join(row.what for row in hits),
-        "; ".join(f"{row.id}, noted {row.noted}: {row.sources[0]}" for row in hits),
-        "; ".join(dict.fromkeys(row.fix for row in hits)),
+        hits[0].what if len(hits) == 1 else f"{len(hits)} known-bad combinations of versions",
+        "\n".join(
+            f"{row.id} ({row.confidence}, noted {row.noted}): {row.what}: {row.sources[0]}"
+            for row in hits
+        ),
+        "\n".join(dict.fromkeys(row.fix for row in hits)),
         least_sure.confidence,
     )
 
