@@ -3,6 +3,8 @@
     plan.json         what it does; a resumed campaign must be given the same
     environment.json  on what
     runs.csv, tokens.csv, gpu.csv, host.csv   raw rows, on disk as they happen
+    roofline.csv, quality.csv       what was measured after a cell's runs, likewise
+    reference.csv                   what the answers of models are compared with, likewise
     logs/CELL.log     what each worker printed
     probes.csv        what measuring costs (`qwencli.bench.probe_overhead`)
     cells.csv, causes.csv, report.md, report.html
@@ -19,10 +21,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from qwencli.bench import columns
+from qwencli.bench import columns, stopping
 from qwencli.bench.matrix import BenchCell
 from qwencli.bench.plan import Plan, check_same
 from qwencli.bench.rowfile import RowFile, keep_rows, read_rows, replace_file
+from qwencli.bench.stopping import Progress
 from qwencli.bench.telemetry import Sample, run_columns
 from qwencli.errors import BenchError, OutputError
 
@@ -31,6 +34,9 @@ RUNS, TOKENS, GPU, HOST = "runs.csv", "tokens.csv", "gpu.csv", "host.csv"
 PROBES = "probes.csv"
 # The files whose rows belong to a run and count only once that run's row is written.
 _OF_RUNS = ((TOKENS, columns.TOKENS), (GPU, columns.GPU), (HOST, columns.HOST))
+# Measured once a cell, after its runs: file -> columns.
+BESIDE = {"roofline": columns.ROOFLINE, "quality": columns.QUALITY}
+REFERENCE = "reference.csv"
 
 # A cell with a row of any other status is over, even though runs are missing.
 _GOING_ON = ("ok", "warmup")
@@ -59,7 +65,7 @@ class Campaign:
             self._check_resumable(document, environment)
         else:
             self._create(document, environment)
-        self._done: dict[str, int] = {}
+        self._progress: dict[str, Progress] = {}
         self._ended: set[str] = set()
         self._read_back()
 
@@ -93,16 +99,20 @@ class Campaign:
     def _read_back(self) -> None:
         runs = read_rows(self.folder / RUNS)
         for row in runs:
-            if row["status"] == "ok":
-                self._done[row["cell_id"]] = max(int(row["run"]), self._done.get(row["cell_id"], 0))
-            elif row["status"] not in _GOING_ON:
-                self._ended.add(row["cell_id"])
+            self._note(row)
         # Rows of a run that a kill kept from being finished would be counted twice.
         finished = {(row["cell_id"], row["run"]) for row in runs}
         for name, names in _OF_RUNS:
             self.repaired += keep_rows(
                 self.folder / name, names, lambda row: (row["cell_id"], row["run"]) in finished
             )
+
+        self._references = {row["model"] for row in read_rows(self.folder / REFERENCE)}
+        self._has_beside = {
+            (row["cell_id"], name)
+            for name in BESIDE
+            for row in read_rows(beside_path(self.folder, name))
+        }
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -111,8 +121,16 @@ class Campaign:
                 stack.enter_context(RowFile(self.folder / name, names)) for name, names in _OF_RUNS
             )
             self._probes = stack.enter_context(RowFile(self.folder / PROBES, columns.PROBES))
+            self._beside = {
+                name: stack.enter_context(RowFile(beside_path(self.folder, name), names))
+                for name, names in BESIDE.items()
+            }
+            self._reference = stack.enter_context(
+                RowFile(self.folder / REFERENCE, columns.REFERENCE)
+            )
             self._files = stack.pop_all()
-        files = (self._runs, self._tokens, self._gpu, self._host, self._probes)
+        of_runs = (self._runs, self._tokens, self._gpu, self._host)
+        files = (*of_runs, self._probes, self._reference, *self._beside.values())
         self.repaired += sum(file.repaired_lines for file in files)
         return self
 
@@ -122,11 +140,23 @@ class Campaign:
     def log_path(self, cell: BenchCell) -> Path:
         return self.folder / "logs" / f"{cell.cell_id}.log"
 
-    def next_run(self, cell: BenchCell) -> int | None:
-        """Number of the first run still missing; None when the cell is over."""
-        done = self._done.get(cell.cell_id, 0)
-        over = cell.cell_id in self._ended or done >= self.plan.settings.runs
-        return None if over else done + 1
+    def progress(self, cell: BenchCell) -> Progress:
+        """What the cell has so far."""
+        return self._progress.get(cell.cell_id, Progress())
+
+    def next_turn(self, cell: BenchCell) -> int | None:
+        """Number of the first process that the cell still needs; None when it is over."""
+        if cell.cell_id in self._ended:
+            return None
+        return stopping.next_turn(self.plan.settings.stop, self.progress(cell))
+
+    def _note(self, row: Mapping[str, Any]) -> Progress:
+        cell_id = row["cell_id"]
+        if row["status"] not in _GOING_ON:
+            self._ended.add(cell_id)
+        progress = self._progress.get(cell_id, Progress()).plus(row)
+        self._progress[cell_id] = progress
+        return progress
 
     def add_run(
         self,
@@ -140,7 +170,34 @@ class Campaign:
         self._tokens.append({**key, **token} for token in message["tokens"])
         self._gpu.append({**key, **sample} for sample in within)
         self._host.append({**key, **row} for row in message["host"])
-        self._runs.append([{**key, **message["row"], **run_columns(before, within)}])
+        row = {**key, **message["row"], **run_columns(before, within)}
+        # Noted first for the number of its process; a row that cannot be written ends the campaign.
+        process = len(self._note(row).process_runs)
+        self._runs.append([{**row, "process": process}])
+
+    def add_beside(self, cell: BenchCell, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Store what a worker measured after the cell's runs."""
+        process = len(self.progress(cell).process_runs)
+        key = {"cell_id": cell.cell_id, "process": process}
+        self._beside[name].append({**key, **row} for row in rows)
+        self._has_beside.add((cell.cell_id, name))
+
+    def add_reference(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Store the reference of model `name`, as a whole or not at all."""
+        self._reference.append(rows)
+        self._references.add(name)
+
+    def reference(self, name: str) -> Path | None:
+        """The file with the reference of model `name`, where there is one."""
+        return self.folder / REFERENCE if name in self._references else None
+
+    def has_beside(self, cell: BenchCell, name: str) -> bool:
+        return (cell.cell_id, name) in self._has_beside
+
+    def turn_made(self, cell: BenchCell, turn: int) -> bool:
+        """Whether the cell has all runs of its first `turn` processes."""
+        rule = self.plan.settings.stop
+        return stopping.turn_over(rule, turn, self.progress(cell)) is not None
 
     def add_probes(
         self, cell: BenchCell, rows: Sequence[Mapping[str, Any]], *, sampled: bool
@@ -151,9 +208,13 @@ class Campaign:
 
     def add_end(self, cell: BenchCell, status: str, reason: str | None, run: int | None) -> None:
         """Store why a cell is over early; `run` is the one that it cost, if any."""
-        self._runs.append(
-            [{"cell_id": cell.cell_id, "run": run, "status": status, "reason": reason}]
-        )
+        row = {"cell_id": cell.cell_id, "run": run, "status": status, "reason": reason}
+        self._note(row)
+        self._runs.append([row])
+
+
+def beside_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.csv"
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

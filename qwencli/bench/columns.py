@@ -18,6 +18,15 @@ CELLS = (
     "probe_overhead_percent", "probe_overhead_low_percent", "probe_overhead_high_percent",
     "sampler_overhead_percent", "sampler_overhead_low_percent", "sampler_overhead_high_percent",
     "kernels",
+    "processes", "stop_reason", "noise_percent",
+    "decode_tok_per_s_low", "decode_tok_per_s_high", "decode_tok_per_s_mad",
+    "warm_up_ratio", "first_run_ratio", "level", "level_change_percent",
+    "variance_within_run_percent", "variance_between_runs_percent",
+    "variance_between_processes_percent",
+    "bytes_per_token", "read_bandwidth_bytes_per_s", "launch_rate_per_s",
+    "graph_launch_rate_per_s", "launches_per_token", "kernels_per_token", "gpu_busy_percent",
+    "bound",
+    "mean_kl", "quality_samples",
 )  # fmt: skip
 
 RUNS = (
@@ -32,6 +41,7 @@ RUNS = (
     "process_cpu_percent", "main_thread_cpu_percent", "gc_pause_ms", "involuntary_switches",
     "ran_attention", "ran_quantization", "ran_cache", "text_sha256",
     "ran_kernels",
+    "process",
 )  # fmt: skip
 
 TOKENS = ("cell_id", "run", "token_index", "token_id", "t_s", "itl_ms", "gpu_ms")
@@ -55,3 +65,23 @@ CAUSES = (
     "cell_id", "run", "scope", "token_index", "tokens", "t_s", "span_ms", "lost_ms",
     "cause", "confidence", "evidence",
 )  # fmt: skip
+
+# One row a cell, measured after its runs by the process that made them. Bandwidth and rates are
+# those of the machine (see `engine.limits`), the rest is what the cell asks of it.
+ROOFLINE = (
+    "cell_id", "process", "reason",
+    "read_bandwidth_bytes_per_s", "launch_rate_per_s", "graph_launch_rate_per_s",
+    "bytes_per_token", "context_tokens",
+    "launches_per_token", "kernels_per_token", "gpu_busy_ms_per_token",
+)  # fmt: skip
+
+# One row a sample, taken after the timed runs: a held-out picture with the answer and whether it
+# is exactly right, or a passage with the divergence from the unquantized reference.
+QUALITY = (
+    "cell_id", "process", "reason", "sample", "exact", "expected", "answer",
+    "positions", "mean_kl",
+)  # fmt: skip
+
+# The unquantized reference of each model that is not the bundled one: its likeliest tokens after
+# each token of the passages (see `divergence`).
+REFERENCE = ("model", "passage", "position", "token_id", "log_prob")

@@ -137,11 +137,16 @@ def compare(a: Side, b: Side, *, threshold: float = THRESHOLD, force: bool = Fal
 def match(a: Side, b: Side) -> tuple[list[Pair], list[SideCell], list[SideCell]]:
     """Pairs in the order of A, and what is left on each side.
 
-    By cell_id, then by the axes; where each side has one model and they differ, by the other axes.
+    By cell_id, then by the axes, then without those that set the sides apart as a whole: each side
+    has one model, or one engine, and not the same. Another engine has attention and cache of its
+    own, which are left out likewise.
     """
     keys: list[Callable[[SideCell], Any]] = [lambda c: c.row["cell_id"], _axes(AXES)]
-    if len(a.models) == len(b.models) == 1 and a.models != b.models:
-        keys.append(_axes(axis for axis in AXES if axis != "model"))
+    apart = {axis for axis in ("model", "engine") if _sets_apart(axis, a, b)}
+    if "engine" in apart:
+        apart |= {axis for axis in ("attention", "cache") if _sets_apart(axis, a, b)}
+    if apart:
+        keys.append(_axes(axis for axis in AXES if axis not in apart))
     partner: dict[str, SideCell] = {}
     left, right = list(a.cells), list(b.cells)
     for key in keys:
@@ -152,6 +157,11 @@ def match(a: Side, b: Side) -> tuple[list[Pair], list[SideCell], list[SideCell]]
         right = [cell for cell in right if cell.row["cell_id"] not in taken]
     pairs = [(c, partner[c.row["cell_id"]]) for c in a.cells if c.row["cell_id"] in partner]
     return pairs, left, right
+
+
+def _sets_apart(axis: str, a: Side, b: Side) -> bool:
+    values = [{cell.row[axis] for cell in side.cells} for side in (a, b)]
+    return all(len(value) == 1 for value in values) and values[0] != values[1]
 
 
 def _axes(axes: Iterable[str]) -> Callable[[SideCell], Any]:

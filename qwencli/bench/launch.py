@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import threading
+from typing import Any
 
+from qwencli.bench.predict import MachineSpeed
 from qwencli.engine.child_process import python_command
 from qwencli.engine.device import DeviceFacts
 from qwencli.errors import BenchError, DeviceError
@@ -37,8 +39,28 @@ def read_device_facts(device: str) -> DeviceFacts:
         DeviceError: the device asked for is not there.
         BenchError: torch does not load.
     """
+    answer = _ask("qwencli.engine.device", device)
+    if "error" in answer:
+        raise DeviceError(**answer["error"])
+    facts = answer["facts"]
+    capability = facts.pop("capability")
+    return DeviceFacts(**facts, capability=None if capability is None else tuple(capability))
+
+
+def read_machine_speed(device: str) -> MachineSpeed:
+    """What a process of its own measures on a concrete device.
+
+    Raises:
+        BenchError: torch does not load.
+    """
+    answer = _ask("qwencli.engine.limits", device)
+    return MachineSpeed(**answer)
+
+
+def _ask(module: str, device: str) -> dict[str, Any]:
+    """The last line that `module` prints, as JSON."""
     done = subprocess.run(
-        python_command("qwencli.engine.device", device),
+        python_command(module, device),
         capture_output=True,
         encoding="utf-8",
         errors="replace",
@@ -49,9 +71,5 @@ def read_device_facts(device: str) -> DeviceFacts:
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise BenchError(f"torch does not load: {last}", "`qwencli diagnose` says more")
-    answer = json.loads(lines[-1])  # libraries may print before it
-    if "error" in answer:
-        raise DeviceError(**answer["error"])
-    facts = answer["facts"]
-    capability = facts.pop("capability")
-    return DeviceFacts(**facts, capability=None if capability is None else tuple(capability))
+    answer: dict[str, Any] = json.loads(lines[-1])  # libraries may print before it
+    return answer

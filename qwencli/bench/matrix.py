@@ -9,10 +9,12 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 
+from qwencli.bench.repetition import Wanted
 from qwencli.bench.rules import skip_reason
 from qwencli.config import Attention, Cache, EngineName, Kernels, LoadMode, Quantization
 from qwencli.engine.device import DeviceFacts
@@ -32,7 +34,7 @@ AXES: Mapping[str, type[StrEnum] | None] = {
 # What an axis is when neither the matrix nor the command line names it. `model` has no entry:
 # the caller says which model runs when none is named.
 DEFAULT_AXES: Mapping[str, tuple[str, ...]] = {
-    "engine": (EngineName.TRANSFORMERS,),
+    "engine": (EngineName.NATIVE,),
     "quantization": (Quantization.NONE,),
     "attention": (Attention.SDPA,),
     "cache": (Cache.DYNAMIC,),
@@ -49,14 +51,17 @@ class Matrix:
         name: for messages: a built-in's name, or the file.
         axes: axis -> values in order; axes left out take DEFAULT_AXES.
         exclude: each entry drops the cells that match all of its axes.
-        runs, max_new_tokens: of each cell, where the command line does not say.
+        repetition, max_new_tokens, prompt, images: of each cell, where the command line does not
+            say; a prompt of None and no images are the tool's own.
     """
 
     name: str
     axes: Mapping[str, tuple[str, ...]]
     exclude: tuple[Mapping[str, tuple[str, ...]], ...] = ()
-    runs: int = 5
+    repetition: Wanted = field(default_factory=Wanted)
     max_new_tokens: int = 128
+    prompt: str | None = None
+    images: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,13 +113,31 @@ def check_values(axis: str, values: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def override(matrix: Matrix, said: Mapping[str, str | None]) -> Matrix:
-    """Replace axes by the comma lists said on the command line (None = not said)."""
+def override(matrix: Matrix, said: Mapping[str, str | None], exclude: Sequence[str] = ()) -> Matrix:
+    """Replace axes by the comma lists said on the command line (None = not said), and add its
+    exclusions, each a comma list of AXIS=VALUE; an axis named twice has either value.
+
+    Raises:
+        UsageError: an unknown axis or value.
+    """
     axes = dict(matrix.axes)
     for axis, text in said.items():
         if text is not None:
             axes[axis] = check_values(axis, tuple(part.strip() for part in text.split(",")))
-    return replace(matrix, axes=axes)
+    return replace(matrix, axes=axes, exclude=(*matrix.exclude, *map(_read_exclusion, exclude)))
+
+
+def _read_exclusion(text: str) -> Mapping[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for part in text.split(","):
+        axis, equals, value = (piece.strip() for piece in part.partition("="))
+        axis = axis.replace("-", "_")
+        if not equals or axis not in AXES:
+            raise UsageError(
+                f"--exclude has {part.strip()!r}", f"write AXIS=VALUE; axes: {', '.join(AXES)}"
+            )
+        found[axis] = (*found.get(axis, ()), *check_values(axis, (value,)))
+    return found
 
 
 def expand(matrix: Matrix, default_model: str, facts: DeviceFacts) -> list[BenchCell]:

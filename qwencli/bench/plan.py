@@ -9,9 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwencli.bench import stopping
+from qwencli.bench.divergence import wants_reference
 from qwencli.bench.matrix import BenchCell
 from qwencli.bench.spec import WorkerSpec
-from qwencli.config import DType, EngineConfig, LoadFormat, ModelSpec, SeqLen
+from qwencli.bench.stopping import Progress, StopRule
+from qwencli.config import (
+    Attention,
+    Cache,
+    DType,
+    EngineConfig,
+    EngineName,
+    LoadFormat,
+    LoadMode,
+    ModelSpec,
+    SeqLen,
+)
 from qwencli.errors import BenchError
 
 FORMAT = 1
@@ -21,7 +34,7 @@ FORMAT = 1
 class Settings:
     """Work that is equal in all cells; `reload_before` as in WorkerSpec."""
 
-    runs: int
+    stop: StopRule
     max_new_tokens: int
     prompt: str
     images: tuple[Path, ...]
@@ -31,6 +44,7 @@ class Settings:
     load_format: LoadFormat = LoadFormat.AUTO
     max_seq_len: SeqLen | None = None
     reload_before: tuple[int, ...] = ()
+    quality_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,14 +55,17 @@ class Plan:
     settings: Settings
     models: Mapping[str, ModelSpec]
 
-    def order(self) -> list[BenchCell]:
+    def order(self, turn: int = 1) -> list[BenchCell]:
         """The cells as they will run: shuffled by the seed, so that no mode sits in one stretch
-        of time and takes all of a slow drift (heat, clocks, other load) on itself."""
+        of time and takes all of a slow drift (heat, clocks, other load) on itself. With several
+        processes a cell, each turn gives every cell one, in an order of its own."""
         cells = list(self.cells)
-        random.Random(self.settings.seed).shuffle(cells)
+        seed = self.settings.seed
+        random.Random(seed if turn == 1 else f"{seed}/{turn}").shuffle(cells)
         return cells
 
-    def worker_spec(self, cell: BenchCell, first_run: int) -> WorkerSpec:
+    def worker_spec(self, cell: BenchCell, turn: int, progress: Progress) -> WorkerSpec:
+        """What process `turn` of the cell is told, after what the cell has already."""
         settings = self.settings
         model = self.models[cell.model]
         return WorkerSpec(
@@ -65,12 +82,40 @@ class Plan:
                 max_seq_len=settings.max_seq_len,
             ),
             load_mode=cell.load_mode,
-            first_run=first_run,
-            runs=settings.runs,
+            turn=settings.stop.turn(turn),
+            progress=progress,
             max_new_tokens=settings.max_new_tokens,
             prompt=settings.prompt,
             images=settings.images if takes_images(model) else (),
+            quality_samples=settings.quality_samples,
             reload_before=settings.reload_before,
+        )
+
+    def reference_spec(self, name: str) -> WorkerSpec:
+        """What the process is told that reads the unquantized reference of model `name`."""
+        settings = self.settings
+        return WorkerSpec(
+            config=EngineConfig(
+                model=self.models[name],
+                engine=EngineName.TRANSFORMERS,
+                attention=Attention.SDPA,
+                cache=Cache.DYNAMIC,
+                device=settings.device,
+                dtype=settings.dtype,
+            ),
+            load_mode=LoadMode.KEEP,
+            turn=settings.stop.turn(1),
+            progress=Progress(),
+            max_new_tokens=settings.max_new_tokens,
+            prompt=settings.prompt,
+            images=(),
+            purpose="reference",
+        )
+
+    def wants_reference(self, name: str) -> bool:
+        settings = self.settings
+        return bool(settings.quality_samples) and wants_reference(
+            self.models[name], settings.load_format
         )
 
     def document(self) -> dict[str, Any]:
@@ -79,7 +124,8 @@ class Plan:
         return {
             "format": FORMAT,
             "seed": settings.seed,
-            "runs": settings.runs,
+            "runs": settings.stop.max_runs,
+            "stop": stopping.document(settings.stop),
             "max_new_tokens": settings.max_new_tokens,
             "prompt": settings.prompt,
             "images": [
@@ -90,6 +136,7 @@ class Plan:
             "dtype": str(settings.dtype),
             "load_format": str(settings.load_format),
             "max_seq_len": settings.max_seq_len,
+            "quality_samples": settings.quality_samples,
             "cells": [
                 {"cell_id": cell.cell_id, **cell.axes(), "skip_reason": cell.skip_reason}
                 for cell in self.cells

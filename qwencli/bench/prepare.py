@@ -10,12 +10,10 @@ from qwencli.bench.launch import read_device_facts
 from qwencli.bench.matrix import AXES, expand, override
 from qwencli.bench.matrix_file import load_matrix
 from qwencli.bench.plan import Plan, Settings
+from qwencli.bench.repetition import Wanted, stop_rule
+from qwencli.bench.work import EXAMPLE_IMAGE, find_image, prompt_or_default
 from qwencli.config import DType, LoadFormat, SamplingOptions, SeqLen, check_sampling
 from qwencli.engine.device import DeviceFacts
-from qwencli.errors import InputError, UsageError
-
-# A red circle and a blue square: something to look at for every model there is.
-EXAMPLE_IMAGE = Path(__file__).parent / "assets" / "scene.png"
 
 
 @dataclass(frozen=True)
@@ -24,21 +22,24 @@ class BenchRequest:
 
     Args:
         axes: axis -> comma list that replaces the matrix's own; None = not said.
-        runs, max_new_tokens: None = what the matrix says.
-        images: empty = EXAMPLE_IMAGE.
+        exclude: each a comma list of AXIS=VALUE, beyond the matrix's own exclusions.
+        repetition, max_new_tokens, prompt: None = what the matrix says.
+        images: names or files; empty = what the matrix says, or EXAMPLE_IMAGE.
     """
 
     matrix: str
     axes: Mapping[str, str | None]
-    runs: int | None
+    exclude: tuple[str, ...]
+    repetition: Wanted
     max_new_tokens: int | None
-    prompt: str
-    images: tuple[Path, ...]
+    prompt: str | None
+    images: tuple[str, ...]
     seed: int
     device: str
     dtype: DType
     load_format: LoadFormat
     max_seq_len: SeqLen | None
+    quality_samples: int
 
 
 def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
@@ -54,12 +55,9 @@ def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
 
     assert request.axes.keys() <= AXES.keys()
     check_sampling(SamplingOptions(max_new_tokens=request.max_new_tokens))
-    if not request.prompt.strip():
-        raise UsageError("--prompt is empty", "say what the model is to do")
-    for image in request.images:
-        if not image.is_file():
-            raise InputError(f"{image}: no such file", "check the path given to --image")
-    matrix = override(load_matrix(request.matrix), request.axes)
+    images = tuple(find_image(image, Path.cwd()) for image in request.images)
+    matrix = override(load_matrix(request.matrix), request.axes, request.exclude)
+    stop = stop_rule(request.repetition.over(matrix.repetition))
     default_model = None if "model" in matrix.axes else resolve_model(None)
     models = {name: resolve_model(name) for name in matrix.axes.get("model", ())}
     if default_model:
@@ -67,14 +65,15 @@ def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
     facts = read_device_facts(request.device)
     cells = expand(matrix, default_model.name if default_model else "", facts)
     settings = Settings(
-        runs=request.runs or matrix.runs,
+        stop=stop,
         max_new_tokens=request.max_new_tokens or matrix.max_new_tokens,
-        prompt=request.prompt,
-        images=tuple(image.resolve() for image in request.images) or (EXAMPLE_IMAGE,),
+        prompt=prompt_or_default(request.prompt, matrix.prompt),
+        images=images or matrix.images or (EXAMPLE_IMAGE,),
         seed=request.seed,
         device=facts.device,
         dtype=request.dtype,
         load_format=request.load_format,
         max_seq_len=request.max_seq_len,
+        quality_samples=request.quality_samples,
     )
     return Plan(cells=tuple(cells), settings=settings, models=models), facts

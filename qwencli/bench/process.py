@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -73,7 +74,7 @@ class WorkerProcess:
         return self._process.pid
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """The worker's messages but the "end"; `ending` is set when they are over."""
+        """The worker's messages as they come, but for the end, which `ending` has afterwards."""
         self._send_spec()
         while (line := self._next_line()) is not None:
             try:
@@ -156,7 +157,8 @@ class WorkerProcess:
             self._kill()
         process.wait()
         self._reader.join()
-        process.stdin.close()
+        with suppress(OSError):  # it died before it had read its spec, which is still to be flushed
+            process.stdin.close()
         process.stdout.close()
 
     def _kill(self) -> None:

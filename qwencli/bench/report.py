@@ -9,6 +9,7 @@ from qwencli.bench import columns
 from qwencli.bench.attribution.attribute import attribute
 from qwencli.bench.attribution.summary import with_causes
 from qwencli.bench.campaign import (
+    BESIDE,
     ENVIRONMENT,
     GPU,
     HOST,
@@ -16,12 +17,13 @@ from qwencli.bench.campaign import (
     PROBES,
     RUNS,
     TOKENS,
+    beside_path,
     read_json,
 )
 from qwencli.bench.html.page import html_page
+from qwencli.bench.markdown import markdown
 from qwencli.bench.rowfile import read_rows, replace_file, write_rows
 from qwencli.bench.stats import CellRow, cell_rows
-from qwencli.bench.tables import markdown
 
 CAUSES = "causes.csv"
 
@@ -37,8 +39,10 @@ def build_report(folder: Path) -> list[CellRow]:
     environment = read_json(folder / ENVIRONMENT)
     runs, tokens = read_rows(folder / RUNS), read_rows(folder / TOKENS)
     gpu, host = read_rows(folder / GPU), read_rows(folder / HOST)
+    beside = {name: read_rows(beside_path(folder, name)) for name in BESIDE}
+    cells = cell_rows(plan, runs, tokens, **beside)
     findings = attribute(runs, tokens, host, gpu)
-    rows = with_causes(cell_rows(plan, runs, tokens), findings, runs, read_rows(folder / PROBES))
+    rows = with_causes(cells, findings, runs, read_rows(folder / PROBES))
     write_rows(folder / CAUSES, columns.CAUSES, map(asdict, findings))
     write_rows(folder / "cells.csv", columns.CELLS, rows)
     replace_file(folder / "report.md", markdown(rows, environment).encode())

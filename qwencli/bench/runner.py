@@ -1,19 +1,23 @@
-"""Runs a campaign: one fresh process a cell, in shuffled order, every row on disk at once."""
+"""Runs a campaign: fresh processes for each cell, in shuffled order, every row on disk at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qwencli.bench import spec as wire
 from qwencli.bench.campaign import Campaign
+from qwencli.bench.cooldown import NO_PAUSE, Cooldown, cool_down
 from qwencli.bench.matrix import BenchCell
+from qwencli.bench.plan import Plan
 from qwencli.bench.process import Ending, WorkerProcess
 from qwencli.bench.tables import cell_label, cell_summary
 from qwencli.bench.telemetry import Telemetry
 from qwencli.engine.child_process import python_command
 
 Say = Callable[[str], None]
+
+_GOES_ON = ("ok", "skipped")
 
 
 def worker_command() -> list[str]:
@@ -27,53 +31,123 @@ class RunnerOptions:
     Args:
         command: the worker process.
         sampler: the GPU sampler process; None = no telemetry.
-        timeout_s: wall time of one cell, loading included.
+        timeout_s: wall time of one process, loading included.
+        cooldown: before each process but the first.
+        continue_on_error: a cell that fails is a row and the others run; off, the campaign ends
+            after that row, and can be resumed.
     """
 
     command: Sequence[str]
     sampler: Sequence[str] | None
     timeout_s: float
+    cooldown: Cooldown = NO_PAUSE
+    continue_on_error: bool = True
 
 
 def run_campaign(campaign: Campaign, options: RunnerOptions, say: Say) -> None:
-    """Run all cells that are not over yet; `say` gets a line of progress for each.
+    """Run all cells that are not over yet; `say` gets a line of progress for each process.
 
-    A cell that fails is a row and never stops the others. KeyboardInterrupt ends the worker and
-    leaves every finished run on disk.
+    KeyboardInterrupt ends the worker and leaves every finished run on disk.
 
     Raises:
         OutputError: rows cannot be written any more.
     """
-    for cell in campaign.plan.cells:
-        if cell.skip_reason and campaign.next_run(cell):
+    plan = campaign.plan
+    for cell in plan.cells:
+        if cell.skip_reason and campaign.next_turn(cell):
             campaign.add_end(cell, "skipped", cell.skip_reason, None)
-    order = [cell for cell in campaign.plan.order() if not cell.skip_reason]
     with Telemetry(options.sampler) as telemetry:
-        for number, cell in enumerate(order, start=1):
-            first_run = campaign.next_run(cell)
-            label = f"[{number}/{len(order)}] {cell_label(cell)}"
-            if first_run is None:
-                say(f"{label}: already there")
+        started = _make_references(campaign, options, say)
+        for place in _places(plan):
+            if not place.wanted(campaign):
+                say(f"{place.label}: already there")
                 continue
-            say(label)
-            ending, speeds = _run_cell(campaign, cell, first_run, options, telemetry)
+            if started:
+                cool_down(options.cooldown, telemetry.temperature_c)
+            started = True
+            say(place.label)
+            ending, speeds = _run_process(campaign, place.cell, place.turn, options, telemetry)
             say(f"    {cell_summary(ending.status, ending.reason, speeds)}")
+            if ending.status not in _GOES_ON and not options.continue_on_error:
+                say("    ended here: --no-continue-on-error; go on with --resume")
+                break
     if telemetry.unavailable:
         say(f"no GPU telemetry: {telemetry.unavailable}")
 
 
-def _run_cell(
+def _make_references(campaign: Campaign, options: RunnerOptions, say: Say) -> bool:
+    """Read the unquantized reference of each model that wants one; returns whether any was.
+
+    One that cannot be made costs its cells the figure, and nothing else.
+    """
+    plan = campaign.plan
+    open_cells = [c for c in plan.cells if not c.skip_reason and campaign.next_turn(c)]
+    names = dict.fromkeys(cell.model for cell in open_cells)
+    wanted = [n for n in names if plan.wants_reference(n) and campaign.reference(n) is None]
+    for name in wanted:
+        say(f"reference of {name}, for the divergence of its cells")
+        log = campaign.folder / "logs" / "reference.log"
+        spec = wire.dumps(plan.reference_spec(name))
+        with WorkerProcess(options.command, spec, log, options.timeout_s) as worker:
+            for message in worker.messages():
+                campaign.add_reference(name, message["rows"])
+            ending = worker.ending
+        if ending.status != "ok":
+            say(f"    none: {ending.status}: {ending.reason}")
+    return bool(wanted)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One process in the campaign's order."""
+
+    cell: BenchCell
+    turn: int
+    label: str
+
+    def wanted(self, campaign: Campaign) -> bool:
+        turn = campaign.next_turn(self.cell)
+        return turn is not None and turn <= self.turn
+
+
+def _places(plan: Plan) -> list[_Place]:
+    turns = plan.settings.stop.processes
+    order = [
+        (cell, turn)
+        for turn in range(1, turns + 1)
+        for cell in plan.order(turn)
+        if not cell.skip_reason
+    ]
+    of_turns = f", process {{}} of {turns}" if turns > 1 else ""
+    return [
+        _Place(cell, turn, f"[{n}/{len(order)}] {cell_label(cell)}{of_turns.format(turn)}")
+        for n, (cell, turn) in enumerate(order, start=1)
+    ]
+
+
+def _run_process(
     campaign: Campaign,
     cell: BenchCell,
-    first_run: int,
+    turn: int,
     options: RunnerOptions,
     telemetry: Telemetry,
 ) -> tuple[Ending, list[float]]:
-    spec = wire.dumps(campaign.plan.worker_spec(cell, first_run))
+    work = campaign.plan.worker_spec(cell, turn, campaign.progress(cell))
+    checked = campaign.has_beside(cell, "quality")
+    work = replace(
+        work,
+        roofline=not campaign.has_beside(cell, "roofline"),
+        quality_samples=0 if checked else work.quality_samples,
+        reference=None if checked else campaign.reference(cell.model),
+    )
+    spec = wire.dumps(work)
     lost = 0  # the run being made now: the warm-up comes first
     speeds: list[float] = []
     with WorkerProcess(options.command, spec, campaign.log_path(cell), options.timeout_s) as worker:
         for message in worker.messages():
+            if message["type"] == "rows":
+                campaign.add_beside(cell, message["file"], message["rows"])
+                continue
             if message["type"] == "sampler":
                 telemetry.switch(on=message["on"])
                 continue
@@ -82,11 +156,13 @@ def _run_cell(
                 continue
             before, within = telemetry.take(message["start_s"], message["end_s"])
             campaign.add_run(cell, message, before, within)
-            run = message["row"]["run"]
-            lost = run + 1 if run else first_run
-            if run and message["row"]["decode_tok_per_s"]:
+            lost = campaign.progress(cell).runs + 1
+            if message["row"]["run"] and message["row"]["decode_tok_per_s"]:
                 speeds.append(message["row"]["decode_tok_per_s"])
         ending = worker.ending
+        if ending.status != "ok" and campaign.turn_made(cell, turn):
+            # What went wrong came after the runs: they are measured and stand.
+            return Ending("ok", f"after its runs: {ending.status}: {ending.reason}"), speeds
         if ending.status != "ok":
             skipped = ending.status == "skipped"
             campaign.add_end(cell, ending.status, ending.reason, None if skipped else lost)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from qwencli.bench.campaign import Campaign
+from qwencli.bench.cooldown import NO_PAUSE, Cooldown
 from qwencli.bench.environment import environment
+from qwencli.bench.launch import read_machine_speed
 from qwencli.bench.plan import Plan
+from qwencli.bench.planned import planned_table
+from qwencli.bench.predict import predict
 from qwencli.bench.report import build_report
 from qwencli.bench.runner import RunnerOptions, run_campaign, worker_command
 from qwencli.bench.stats import CellRow
-from qwencli.bench.tables import planned_table, terminal_table
+from qwencli.bench.tables import terminal_table
 from qwencli.bench.telemetry import sampler_command
 from qwencli.engine.device import DeviceFacts
 from qwencli.output import Sink
@@ -19,9 +24,28 @@ from qwencli.output import Sink
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 
+@dataclass(frozen=True)
+class How:
+    """How the cells are run, as against what they do (see `RunnerOptions`)."""
+
+    resume: bool
+    timeout_s: float
+    cooldown: Cooldown = NO_PAUSE
+    continue_on_error: bool = True
+
+
 def show_cells(plan: Plan, sink: Sink) -> None:
-    """Print the cells in the order they would run, and those that would be skipped."""
-    sink.show(planned_table(plan.order()))
+    """Print the cells in the order they would run with what each will cost, and the skipped ones.
+
+    Raises:
+        BenchError: torch does not load.
+    """
+    with sink.status("measuring this machine"):
+        speed = read_machine_speed(plan.settings.device)
+    runs = [cell for cell in plan.cells if not cell.skip_reason]
+    sink.show(
+        planned_table(plan.order(), {cell.cell_id: predict(plan, cell, speed) for cell in runs})
+    )
 
 
 def measure(
@@ -30,9 +54,7 @@ def measure(
     folder: Path,
     arguments: Sequence[str],
     sink: Sink,
-    *,
-    resume: bool,
-    timeout_s: float,
+    how: How,
     command: Sequence[str] = (),
 ) -> int:
     """Run the campaign, write its tables, print them; returns the exit code.
@@ -46,11 +68,13 @@ def measure(
     options = RunnerOptions(
         command=command or worker_command(),
         sampler=sampler_command(facts.uuid) if facts.kind == "cuda" else None,
-        timeout_s=timeout_s,
+        timeout_s=how.timeout_s,
+        cooldown=how.cooldown,
+        continue_on_error=how.continue_on_error,
     )
     interrupted = False
     about = environment(facts, arguments, plan.settings.seed)
-    with Campaign(folder, plan, about, resume=resume) as campaign:
+    with Campaign(folder, plan, about, resume=how.resume) as campaign:
         sink.notice(f"campaign in {folder}")
         if campaign.repaired:
             sink.warn(f"cut off {campaign.repaired} rows of a run that was not finished")

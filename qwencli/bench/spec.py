@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from qwencli.bench.stopping import Progress, TurnRule
 from qwencli.config import (
     Attention,
     Cache,
@@ -28,19 +29,29 @@ class WorkerSpec:
     """One cell's work for one process.
 
     Args:
-        first_run: 1 for a new cell; later where a resumed campaign already has runs.
+        turn: when this process has made enough runs.
+        progress: what earlier processes of the cell have made; runs are numbered on from there,
+            and the warm-up is run 0 and comes first in any case.
         reload_before: runs before which the model is loaded anew, whatever the load mode.
-        runs: number of the last run; the warm-up is run 0 and comes first in any case.
+        roofline: whether to measure, after the runs, what the machine can do at best, and what
+            the probes cost.
+        quality_samples: how many answers to check after the runs; 0 = none.
+        reference: file with the reference of this model, None = there is none to diverge from.
+        purpose: "reference" makes that file's rows instead of any run.
     """
 
     config: EngineConfig
     load_mode: LoadMode
-    first_run: int
-    runs: int
+    turn: TurnRule
+    progress: Progress
     max_new_tokens: int
     prompt: str
     images: tuple[Path, ...]
     reload_before: tuple[int, ...] = ()
+    roofline: bool = True
+    quality_samples: int = 0
+    reference: Path | None = None
+    purpose: Literal["runs", "reference"] = "runs"
 
 
 _ENUMS = {
@@ -61,7 +72,8 @@ def dumps(spec: WorkerSpec) -> str:
 
 def loads(line: str) -> WorkerSpec:
     raw: dict[str, Any] = json.loads(line)
-    config = raw.pop("config")
+    config, progress = raw.pop("config"), raw.pop("progress")
+    reference = raw.pop("reference")
     model = config.pop("model")
     model["source"] = ModelSource(model["source"])
     model["path"] = None if model["path"] is None else Path(model["path"])
@@ -74,6 +86,11 @@ def loads(line: str) -> WorkerSpec:
         load_mode=LoadMode(raw.pop("load_mode")),
         images=tuple(Path(image) for image in raw.pop("images")),
         reload_before=tuple(raw.pop("reload_before")),
+        turn=TurnRule(**raw.pop("turn")),
+        progress=Progress(
+            tuple(progress["speeds"]), progress["spent_s"], tuple(progress["process_runs"])
+        ),
+        reference=None if reference is None else Path(reference),
         **raw,
     )
 

@@ -9,9 +9,22 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from qwencli.bench.itl import percentile
+from qwencli.bench.quality import quality_columns
+from qwencli.bench.roofline import roofline_columns, with_best_limits
+from qwencli.bench.steadiness import Steadiness, level_change, steadiness, steadiness_columns
+from qwencli.bench.stopping import (
+    Progress,
+    StopReason,
+    StopRule,
+    noise_percent,
+    progress_of,
+    rule_of,
+    stop_reason,
+)
 
 # Identical runs that differ by more than this in decode speed are not a measurement to quote.
 UNSTABLE_RATIO = 1.1
@@ -28,12 +41,15 @@ _SAME_NAMES = (("attention", "ran_attention"), ("cache", "ran_cache"))
 
 @dataclass(frozen=True)
 class CellData:
-    """All raw rows of one cell; `planned` is the number of runs asked for."""
+    """All raw rows of one cell; `stop` is the number of runs asked for."""
 
     axes: Mapping[str, str]
-    planned: int
+    stop: StopRule
     rows: Sequence[RawRow]
     itl_ms: Sequence[float]
+    roofline: RawRow | None = None
+    steady: Steadiness | None = None
+    quality: Sequence[RawRow] = ()
 
     @property
     def measured(self) -> list[RawRow]:
@@ -44,14 +60,30 @@ class CellData:
         """Measured runs and warm-ups."""
         return [row for row in self.rows if row["status"] in ("ok", "warmup")]
 
+    @cached_property
+    def progress(self) -> Progress:
+        return progress_of(self.rows)
+
+    @cached_property
+    def stopped(self) -> StopReason | None:
+        return stop_reason(self.stop, self.progress)
+
     def numbers(self, column: str) -> list[float]:
         return [float(row[column]) for row in self.measured if row[column]]
 
 
 def cell_rows(
-    plan: Mapping[str, Any], runs: Iterable[RawRow], tokens: Iterable[RawRow]
+    plan: Mapping[str, Any],
+    runs: Sequence[RawRow],
+    tokens: Sequence[RawRow],
+    roofline: Iterable[RawRow] = (),
+    quality: Iterable[RawRow] = (),
 ) -> list[CellRow]:
-    """One row for each cell of the plan (its `plan.json`), in the plan's order."""
+    """One row for each cell of the plan (its `plan.json`), in the plan's order.
+
+    Args:
+        runs, tokens, roofline, quality: rows of the files of these names.
+    """
     by_cell: dict[str, list[RawRow]] = defaultdict(list)
     for row in runs:
         by_cell[row["cell_id"]].append(row)
@@ -65,10 +97,27 @@ def cell_rows(
     for token in tokens:
         if token["itl_ms"] and (token["cell_id"], token["run"]) in measured:
             itl[token["cell_id"]].append(float(token["itl_ms"]))
+    stop = rule_of(plan)
+    limits = with_best_limits(roofline)
+    answers: dict[str, list[RawRow]] = defaultdict(list)
+    for row in quality:
+        answers[row["cell_id"]].append(row)
+    steady = {found.cell_id: found for found in steadiness(runs, tokens)}
     return [
-        _cell_row(CellData(cell, plan["runs"], by_cell[cell["cell_id"]], itl[cell["cell_id"]]))
+        _cell_row(
+            CellData(
+                cell,
+                stop,
+                by_cell[cell_id],
+                itl[cell_id],
+                limits.get(cell_id),
+                steady.get(cell_id),
+                answers[cell_id],
+            )
+        )
         # Campaigns from before an axis existed ran its default.
         for cell in ({**NEWER_AXES, **cell} for cell in plan["cells"])
+        if (cell_id := cell["cell_id"])
     ]
 
 
@@ -76,24 +125,30 @@ def _cell_row(data: CellData) -> CellRow:
     status, reason = _status(data)
     speeds = data.numbers("decode_tok_per_s")
     ttft = data.numbers("ttft_s")
+    median = statistics.median(speeds) if speeds else None
+    itl_p50_ms = percentile(data.itl_ms, 50)
     return {
         **{key: value for key, value in data.axes.items() if key != "skip_reason"},
         "status": status,
         "reason": reason,
         "runs": len(data.measured),
-        "decode_tok_per_s_median": statistics.median(speeds) if speeds else None,
+        "decode_tok_per_s_median": median,
         "decode_tok_per_s_min": min(speeds, default=None),
         "decode_tok_per_s_max": max(speeds, default=None),
         "run_ratio_max_min": run_ratio(speeds),
         "ttft_s_median": statistics.median(ttft) if ttft else None,
-        "itl_p50_ms": percentile(data.itl_ms, 50),
+        "itl_p50_ms": itl_p50_ms,
         "itl_p90_ms": percentile(data.itl_ms, 90),
         "itl_p99_ms": percentile(data.itl_ms, 99),
         "itl_max_ms": max(data.itl_ms, default=None),
         "peak_allocated_bytes": max(map(int, data.numbers("peak_allocated_bytes")), default=None),
-        "mbu_percent": None,
-        "exact_match_percent": None,
         "verdict": verdict(data),
+        "processes": sum(runs > 0 for runs in data.progress.process_runs),
+        "stop_reason": data.stopped,
+        "noise_percent": noise_percent(speeds),
+        **steadiness_columns(data.steady),
+        **quality_columns(data.quality),
+        **roofline_columns(data.roofline, median, itl_p50_ms),
     }
 
 
@@ -101,7 +156,7 @@ def _status(data: CellData) -> tuple[str, str | None]:
     for row in data.rows:
         if row["status"] not in ("ok", "warmup"):
             return row["status"], row["reason"]
-    if len(data.measured) < data.planned:
+    if data.stopped is None:
         return "unfinished", "the campaign was interrupted; --resume goes on"
     return "ok", None
 
@@ -135,9 +190,15 @@ def _unstable(data: CellData) -> str | None:
     return f"unstable: runs differ {ratio:.2f}x" if ratio and ratio > UNSTABLE_RATIO else None
 
 
+def _moved(data: CellData) -> str | None:
+    moved = level_change(data.steady) if data.steady else None
+    return f"unstable: {moved}" if moved else None
+
+
 def _incomplete(data: CellData) -> str | None:
-    done = len(data.measured)
-    return f"incomplete: {done} of {data.planned} runs" if done < data.planned else None
+    if data.stopped is not None:
+        return None
+    return f"incomplete: {len(data.measured)} of {data.stop.min_runs} runs"
 
 
 # In order of weight: the first that has something to say is the verdict.
@@ -146,6 +207,7 @@ VERDICTS: tuple[Callable[[CellData], str | None], ...] = (
     _unequal_work,
     _other_mode_ran,
     _unstable,
+    _moved,
     _incomplete,
 )
 

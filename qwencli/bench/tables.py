@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwencli.bench.attribution.summary import probe_line, why
+from qwencli.bench.detail_tables import DETAILS, DetailTable
 from qwencli.bench.matrix import AXES, BenchCell
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ CellRow = Mapping[str, Any]
 
 # At 80 columns there is no room for the long name.
 _SHORT = {"flash_attention_2": "flash2"}
-_VALUE_COLUMNS = ("tok/s", "ratio", "TTFT", "p50", "p99", "peak", "verdict")
+VALUE_COLUMNS = ("tok/s", "ratio", "TTFT", "p50", "p99", "peak", "verdict")
 
 
 def cell_label(cell: BenchCell) -> str:
@@ -27,6 +28,8 @@ def cell_label(cell: BenchCell) -> str:
 def cell_summary(status: str, reason: str | None, speeds: Sequence[float]) -> str:
     """One line on a cell that has just ended."""
     parts = [] if status == "ok" else [f"{status}: {reason}" if reason else status]
+    if status == "ok" and reason:
+        parts.append(reason)
     if speeds:
         spread = f" ({min(speeds):.1f} to {max(speeds):.1f})" if len(speeds) > 1 else ""
         parts.append(f"{statistics.median(speeds):.1f} tok/s{spread}")
@@ -54,19 +57,29 @@ def _shorten(values: Iterable[str]) -> str:
 
 
 def row_values(row: CellRow) -> tuple[str, ...]:
-    """The cells of _VALUE_COLUMNS; "-" for what was not measured."""
+    """The cells of VALUE_COLUMNS; "-" for what was not measured."""
     return (
-        _number(row["decode_tok_per_s_median"], ".1f"),
+        speed_text(row),
         _number(row["run_ratio_max_min"], ".2f"),
         _seconds(row["ttft_s_median"]),
         _number(row["itl_p50_ms"], ".1f"),
         _number(row["itl_p99_ms"], ".1f"),
         _gigabytes(row["peak_allocated_bytes"]),
-        _verdict(row).partition(":")[0],
+        verdict_text(row).partition(":")[0],
     )
 
 
-def _verdict(row: CellRow) -> str:
+def speed_text(row: CellRow) -> str:
+    """The median; where that is not to be quoted, the range that the runs span."""
+    speed = row["decode_tok_per_s_median"]
+    if speed is None or not str(row["verdict"]).startswith("unstable"):
+        return _number(speed, ".1f")
+    low, high = row["decode_tok_per_s_min"], row["decode_tok_per_s_max"]
+    spec = ".0f" if high >= 100 else ".1f"
+    return f"{low:{spec}}-{high:{spec}}"
+
+
+def verdict_text(row: CellRow) -> str:
     return (row["verdict"] if row["status"] == "ok" else row["status"]) or "no speed"
 
 
@@ -119,17 +132,44 @@ def terminal_table(rows: Sequence[CellRow]) -> RenderableType:
     table = Table(
         title=title(rows), box=SIMPLE_HEAD, padding=(0, 1), title_justify="left", expand=False
     )
-    table.add_column(" ".join(axis.replace("_", " ") for axis in axes), overflow="fold")
-    for name in _VALUE_COLUMNS[:-1]:
+    table.add_column(_axes_head(axes), overflow="fold")
+    for name in VALUE_COLUMNS[:-1]:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column(_VALUE_COLUMNS[-1], no_wrap=True)
+    table.add_column(VALUE_COLUMNS[-1], no_wrap=True)
     for row in by_speed(rows):
         table.add_row(row_label(row, axes), *row_values(row), style=_style(row))
     notes = [Text(line, style="dim") for line in (UNITS, *remarks(rows))]
-    return Group(table, *notes, *(Text(f"why: {line}") for line in why_lines(rows)))
+    whys = [Text(f"why: {line}") for line in why_lines(rows)]
+    details = [_detail_table(detail, rows, axes) for detail in DETAILS if detail.shown(rows)]
+    return Group(table, *notes, *whys, *details)
 
 
-UNITS = "tok/s: median of the runs; ratio: fastest/slowest run; p50, p99: ms between tokens"
+def _detail_table(
+    detail: DetailTable, rows: Sequence[CellRow], axes: Sequence[str]
+) -> RenderableType:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"\n{detail.title}", box=SIMPLE_HEAD, padding=(0, 1), title_justify="left")
+    table.add_column(_axes_head(axes), overflow="fold")
+    shown = detail.shown(rows)
+    for column in shown:
+        table.add_column(column.head, justify="right", overflow="fold")
+    for row in by_speed(detail.rows(rows)):
+        table.add_row(row_label(row, axes), *(column.show(row) for column in shown))
+    return Group(table, Text(detail.note, style="dim"))
+
+
+def _axes_head(axes: Sequence[str]) -> str:
+    return " ".join(axis.replace("_", " ") for axis in axes)
+
+
+UNITS = (
+    "tok/s: median of the runs, or what they span where it is unstable; ratio: fastest/slowest "
+    "run; p50, p99: ms between tokens"
+)
 
 
 def _style(row: CellRow) -> str:
@@ -142,60 +182,3 @@ def _style(row: CellRow) -> str:
 def by_speed(rows: Sequence[CellRow]) -> list[CellRow]:
     """Fastest first; what has no speed last, in its own order."""
     return sorted(rows, key=lambda row: -(row["decode_tok_per_s_median"] or 0.0))
-
-
-def markdown(rows: Sequence[CellRow], environment: Mapping[str, Any]) -> str:
-    """The campaign as a Markdown page."""
-    axes = varying_axes(rows)
-    head = [axis.replace("_", " ") for axis in axes] + list(_VALUE_COLUMNS)
-    body = [
-        [*(row[axis] for axis in axes), *row_values(row)[:-1], _verdict(row)]
-        for row in by_speed(rows)
-    ]
-    lines = ["# Benchmark", "", f"All cells: {title(rows)}.", "", *_device_lines(environment), ""]
-    lines += [_markdown_row(head), _markdown_row(["---"] * len(head)), *map(_markdown_row, body)]
-    lines += ["", f"{UNITS}.", "", *(f"- {remark}" for remark in remarks(rows))]
-    if slowed := why_lines(rows):
-        lines += ["", "## Why", "", *(f"- {line}" for line in slowed)]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _markdown_row(values: Sequence[str]) -> str:
-    return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
-
-
-def _device_lines(environment: Mapping[str, Any]) -> list[str]:
-    device, versions, cpu = (environment[key] for key in ("device", "versions", "cpu"))
-    where = device["name"] or cpu["model"] or "an unnamed processor"
-    driver = f", driver {device['driver']}" if device["driver"] else ""
-    return [
-        f"On {where} ({device['device']}{driver}), torch {versions['torch']}, "
-        f"transformers {versions['transformers']}, seed {environment['seed']}."
-    ]
-
-
-def planned_table(cells: Sequence[BenchCell]) -> RenderableType:
-    """The cells of a plan in the given order, the skipped ones dim and last."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    runs = [cell for cell in cells if not cell.skip_reason]
-    table = Table(title=f"{len(runs)} of {len(cells)} cells", box=SIMPLE_HEAD, title_justify="left")
-    table.add_column("#", justify="right")
-    table.add_column("cell", overflow="fold")
-    for number, cell in enumerate(runs, start=1):
-        table.add_row(str(number), cell_label(cell))
-    for cell in cells:
-        if cell.skip_reason:
-            table.add_row("-", cell_label(cell), style="dim")
-    by_reason: dict[str, int] = defaultdict(int)
-    for cell in cells:
-        if cell.skip_reason:
-            by_reason[cell.skip_reason] += 1
-    lines = (
-        f"skipped: {reason} - {count} cell{'s' * (count > 1)}"
-        for reason, count in by_reason.items()
-    )
-    return Group(table, *(Text(line, style="dim") for line in lines))

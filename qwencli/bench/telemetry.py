@@ -92,6 +92,17 @@ class Telemetry:
         within = [sample for sample in samples if start_s <= sample["t_s"] <= end_s]
         return (before[-1] if before else None), within
 
+    def temperature_c(self) -> float | None:
+        """The latest reading of the hottest GPU; None where nothing can be read."""
+        with self._arrived:
+            latest = self._samples[-1]["t_s"] if self._samples else None
+            hot = [
+                sample["temperature_c"]
+                for sample in self._samples
+                if sample["t_s"] == latest and sample["temperature_c"] is not None
+            ]
+        return max(hot, default=None) if self._alive else None
+
     def __exit__(self, *exc: object) -> None:
         if self._command is None:
             return

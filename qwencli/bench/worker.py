@@ -5,8 +5,8 @@ It has no generation path of its own: it times the `Engine.stream` that `caption
     stdin     one JSON line, the WorkerSpec; then held open. It closing means that the campaign
               is gone, and the worker ends at once.
     stdout    JSON lines: {"type": "run", ...} after each run; then {"type": "sampler", ...} and
-              {"type": "probes", ...} around the runs that show what probes cost; {"type": "end",
-              ...} at the end
+              {"type": "probes", ...} around the runs that show what probes cost, and
+              {"type": "rows", ...} for what else is measured beside; {"type": "end", ...}
     stderr    the log; whatever libraries print to stdout goes there as well
 """
 
@@ -23,6 +23,7 @@ from typing import Any
 
 from qwencli.bench import probe_overhead
 from qwencli.bench import spec as wire
+from qwencli.bench.beside import Beside, measure_beside
 from qwencli.bench.columns import RUNS
 from qwencli.bench.host import HostProbe
 from qwencli.bench.itl import run_latency
@@ -53,10 +54,15 @@ _STATUS: tuple[tuple[type[QwenCliError], str], ...] = (
 )
 
 
-def run_cell(spec: WorkerSpec, emit: Emit, make_engine: MakeEngine = create_engine) -> None:
+def run_cell(
+    spec: WorkerSpec,
+    emit: Emit,
+    make_engine: MakeEngine = create_engine,
+    beside: Beside = measure_beside,
+) -> None:
     """Measure one cell; expected errors become its end, unexpected ones are raised."""
     try:
-        for message in _measure_all(spec, make_engine):
+        for message in _measure_all(spec, make_engine, beside):
             emit(message)
     except QwenCliError as error:
         status = next((name for kind, name in _STATUS if isinstance(error, kind)), "failed")
@@ -68,24 +74,33 @@ def run_cell(spec: WorkerSpec, emit: Emit, make_engine: MakeEngine = create_engi
         emit({"type": "end", "status": "ok", "reason": None})
 
 
-def _measure_all(spec: WorkerSpec, make_engine: MakeEngine) -> Iterator[dict[str, Any]]:
+def _measure_all(
+    spec: WorkerSpec, make_engine: MakeEngine, beside: Beside
+) -> Iterator[dict[str, Any]]:
     request = build_request(spec)
     engine = make_engine(spec.config)
     try:
         engine.load()
+        if spec.purpose == "reference":
+            yield from beside(engine, spec, request, {})
+            return
         probe = TokenProbe(engine.ran.device)
-        fresh = True
         # Run 0 pays for lazy start-up, is recorded, and counts in no statistic.
-        for run in (0, *range(spec.first_run, spec.runs + 1)):
+        message = measure(engine, request, 0, probe, fresh=True)
+        yield message
+        progress = spec.progress.plus(message["row"])
+        while spec.turn.reached(progress, progress.process_runs[-1]) is None:
+            run = progress.runs + 1
             reload = spec.load_mode is LoadMode.RELOAD or run in spec.reload_before
-            if reload and not fresh:
+            if reload:
                 engine.close()
                 engine.load()
-                fresh = True
-            yield measure(engine, request, run, probe, fresh=fresh)
-            fresh = False
-        if spec.max_new_tokens > 3 * probe_overhead.STRETCH:
+            message = measure(engine, request, run, probe, fresh=reload)
+            yield message
+            progress = progress.plus(message["row"])
+        if spec.roofline and spec.max_new_tokens > 3 * probe_overhead.STRETCH:
             yield from _probe_messages(engine, request, probe)
+        yield from beside(engine, spec, request, message["row"])
     finally:
         engine.close()
 
@@ -184,7 +199,7 @@ def _tokens(result: GenerationResult) -> list[dict[str, Any]]:
     ]
 
 
-def main(make_engine: MakeEngine = create_engine) -> int:
+def main(make_engine: MakeEngine = create_engine, beside: Beside = measure_beside) -> int:
     """Run as a process, speaking the protocol above."""
     # Rows get a descriptor of their own; from here on everything else that prints goes to the log.
     rows = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -196,7 +211,7 @@ def main(make_engine: MakeEngine = create_engine) -> int:
         rows.write(json.dumps(message) + "\n")
         rows.flush()
 
-    run_cell(spec, emit, make_engine)
+    run_cell(spec, emit, make_engine, beside)
     return 0
 
 

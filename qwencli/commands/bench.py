@@ -40,7 +40,8 @@ Axis = Annotated[
     str | None, typer.Option(metavar="LIST", help="Comma list; replaces the matrix's.")
 ]
 Images = Annotated[
-    list[Path] | None, typer.Option(help="May be repeated. Default: a shipped example.")
+    list[str] | None,
+    typer.Option(metavar="NAME|FILE", help="Repeatable. Default: a shipped example."),
 ]
 Format = Annotated[LoadFormat, typer.Option(help="dummy: random weights.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
@@ -60,11 +61,30 @@ def bench(
     cache: Axis = None,
     load_mode: Axis = None,
     kernels: Axis = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="AXIS=VALUE,...", help="Drop the cells that match; repeatable."),
+    ] = None,
     runs: Annotated[int | None, typer.Option(min=1, help="Measured runs of each cell.")] = None,
+    max_noise: Annotated[
+        float | None,
+        typer.Option(metavar="PERCENT", help="Repeat until the median is known this well."),
+    ] = None,
+    min_runs: Annotated[int | None, typer.Option(min=1, help="With --max-noise.")] = None,
+    max_runs: Annotated[int | None, typer.Option(min=1, help="With --max-noise.")] = None,
+    max_time: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", min=1.0, help="Of one cell; with --max-noise."),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Spread each cell's runs over so many.")
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Tokens of each run; the end token is ignored.")
     ] = None,
-    prompt: Annotated[str, typer.Option(help="What every run is asked.")] = "Describe this image.",
+    prompt: Annotated[str | None, typer.Option(help="What every run is asked.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A prompt by its name.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A prompt from a text file.")] = None,
     image: Images = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Default: campaigns/<UTC time>.")
@@ -83,21 +103,37 @@ def bench(
         str | None,
         typer.Option(metavar="N|auto", help="Most tokens of a request; auto: what fits."),
     ] = None,
+    quality: Annotated[
+        bool, typer.Option(help="After the timed runs, check whether the answers are right.")
+    ] = True,
+    quality_samples: Annotated[
+        int, typer.Option(min=1, max=96, help="Answers of each cell to check.")
+    ] = 24,
     timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=1.0, help="Of one cell, loading included.")
+        float, typer.Option(metavar="SECONDS", min=1.0, help="Of one process, loading included.")
     ] = 1800.0,
+    cooldown: Annotated[
+        str,
+        typer.Option(metavar="SECONDS", help="Pause before each process; settle: until cool."),
+    ] = "0",
+    continue_on_error: Annotated[
+        bool, typer.Option(help="A cell that fails is a row, and the others run all the same.")
+    ] = True,
 ) -> None:
     """Measure speed over quantization x attention x cache.
 
-    Each cell runs in a fresh process. Rows are on disk as they happen
+    Each cell runs in fresh processes. Rows are on disk as they happen
     (cells.csv, runs.csv, tokens.csv, gpu.csv).
     """
     if context.invoked_subcommand:
         return
     if resume and out is None:
         raise UsageError("--resume needs --out DIR", "name the campaign's folder")
+    from qwencli.bench.cooldown import read_cooldown
     from qwencli.bench.prepare import BenchRequest, prepare
-    from qwencli.bench.session import measure, show_cells
+    from qwencli.bench.repetition import Wanted
+    from qwencli.bench.session import How, measure, show_cells
+    from qwencli.bench.work import read_prompt
 
     axes = {
         "model": model,
@@ -111,16 +147,19 @@ def bench(
     request = BenchRequest(
         matrix=matrix,
         axes=axes,
-        runs=runs,
+        exclude=tuple(exclude or ()),
+        repetition=Wanted(runs, max_noise, min_runs, max_runs, max_time, processes),
         max_new_tokens=max_new_tokens,
-        prompt=prompt,
+        prompt=read_prompt(prompt=prompt, preset=preset, prompt_file=prompt_file),
         images=tuple(image or ()),
         seed=seed,
         device=device,
         dtype=dtype,
         load_format=load_format,
         max_seq_len=None if max_seq_len is None else parse_seq_len(max_seq_len),
+        quality_samples=quality_samples if quality else 0,
     )
+    how = How(resume, timeout, read_cooldown(cooldown), continue_on_error)
     sink = context.ensure_object(Sink)
     with sink.status("reading the matrix and this machine"):
         plan, facts = prepare(request)
@@ -128,7 +167,7 @@ def bench(
         show_cells(plan, sink)
         return
     folder = out or Path("campaigns") / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    code = measure(plan, facts, folder, sys.argv[1:], sink, resume=resume, timeout_s=timeout)
+    code = measure(plan, facts, folder, sys.argv[1:], sink, how)
     raise typer.Exit(code)
 
 
@@ -223,6 +262,7 @@ def inject(
     from qwencli.bench.inject.session import Injection
     from qwencli.bench.inject.session import inject as run_injection
     from qwencli.bench.prepare import BenchRequest
+    from qwencli.bench.repetition import Wanted
 
     request = BenchRequest(
         matrix="quick",
@@ -234,15 +274,17 @@ def inject(
             "cache": cache,
             "load_mode": "keep",
         },
-        runs=1,
+        exclude=(),
+        repetition=Wanted(),
         max_new_tokens=max_new_tokens,
-        prompt="Describe this image.",
+        prompt=None,
         images=tuple(image or ()),
         seed=seed,
         device=device,
         dtype=dtype,
         load_format=load_format,
         max_seq_len=None,
+        quality_samples=0,
     )
     injection = Injection(names=tuple(causes or ("ALL",)), trials=trials, seed=seed)
     folder = out or Path("campaigns") / f"inject-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Self
 
 from qwencli.config import EngineConfig, SamplingParams, resolve_sampling
 from qwencli.engine.answer import Answer
@@ -17,6 +17,11 @@ from qwencli.engine.sources import ModelFiles, open_model
 from qwencli.errors import InputError, OutOfMemoryError, UsageError
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk, GenerationResult, RanModes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
 
 
 class LocalEngine(ABC):
@@ -35,6 +40,10 @@ class LocalEngine(ABC):
     @abstractmethod
     def _answer(self, answer: Answer) -> Iterator[GenerationChunk]:
         """Generate; the last chunk is `answer.finish(...)`."""
+
+    @abstractmethod
+    def _logits(self, token_ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Logits [V] after each token of a text."""
 
     @abstractmethod
     def _release(self) -> None:
@@ -141,6 +150,16 @@ class LocalEngine(ABC):
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
         return drain(self.stream(request))
+
+    def log_probs(self, text: str, most_tokens: int) -> Iterator[npt.NDArray[np.float32]]:
+        """Log-probabilities [V] of the next token after each of the text's first tokens.
+
+        The text is read as it is, without a chat template; nothing is generated.
+        """
+        self.load()
+        ids = self.files.prompts.tokenizer.encode(text)[:most_tokens]
+        for logits in self._logits(ids):
+            yield logits.float().log_softmax(-1).cpu().numpy()
 
     def close(self) -> None:
         """Free the device memory; nothing is moved to the host on the way."""

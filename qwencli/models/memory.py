@@ -27,6 +27,7 @@ RUNTIME_BYTES = 600_000_000
 
 _HALF = 2  # bytes of a bfloat16
 _NF4_BLOCK = 64
+NF4_BYTES_PER_WEIGHT = 1 / 2 + 4 / _NF4_BLOCK
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 
 from qwencli.bench.matrix import Matrix, expand
 from qwencli.bench.plan import Plan, Settings
+from qwencli.bench.stopping import StopRule
 from qwencli.config import ModelSource, ModelSpec
 from qwencli.engine.device import DeviceFacts
 
@@ -60,10 +61,15 @@ def make_plan() -> MakePlan:
     """A plan over fake models: `make_plan("steady", "oom", runs=2, load_mode=("keep",))`."""
 
     def make(
-        *models: str, runs: int = 2, tokens: int = 5, seed: int = 1, **axes: tuple[str, ...]
+        *models: str,
+        runs: int = 2,
+        tokens: int = 5,
+        seed: int = 1,
+        stop: StopRule | None = None,
+        **axes: tuple[str, ...],
     ) -> Plan:
         matrix = Matrix("test", {"model": models, **axes})
-        settings = Settings(runs, tokens, "Say something.", (), seed, "cpu")
+        settings = Settings(stop or StopRule(runs, runs), tokens, "Say something.", (), seed, "cpu")
         specs = {name: ModelSpec(name, ModelSource.LOCAL, hub_config={}) for name in models}
         return Plan(tuple(expand(matrix, models[0], CPU)), settings, specs)
 

@@ -103,5 +103,29 @@ class FakeEngine:
         self.close()
 
 
+def fake_beside(engine, spec, request, last):
+    """What would be measured after the runs; a real engine's needs torch."""
+    if spec.purpose == "reference":
+        assert engine.behaviour != "odd", "no reference of this one"
+        row = {"model": spec.config.model.name, "passage": 0, "position": 0}
+        yield {
+            "type": "rows",
+            "file": "reference",
+            "rows": [{**row, "token_id": 1, "log_prob": -0.5}],
+        }
+        return
+    if spec.reference is not None:
+        row = {"sample": "passage-0", "positions": 2, "mean_kl": 0.25}
+        yield {"type": "rows", "file": "quality", "rows": [row]}
+    if engine.behaviour == "late":
+        raise ZeroDivisionError("after the runs")
+    row = {"read_bandwidth_bytes_per_s": 1e9, "bytes_per_token": 1e6, "context_tokens": 9.5}
+    if spec.quality_samples:
+        right = [{"sample": "a", "exact": 1}, {"sample": "b", "exact": 0}]
+        yield {"type": "rows", "file": "quality", "rows": right}
+    if spec.roofline:
+        yield {"type": "rows", "file": "roofline", "rows": [row]}
+
+
 if __name__ == "__main__":
-    sys.exit(worker.main(FakeEngine))
+    sys.exit(worker.main(FakeEngine, fake_beside))

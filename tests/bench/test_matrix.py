@@ -13,6 +13,7 @@ from qwencli.bench.matrix import AXES, Matrix, check_values, expand, override
 from qwencli.engine.device import DeviceFacts
 from qwencli.errors import BenchError, UsageError
 
+TRANSFORMERS = {"engine": "transformers"}
 NO_FACTS = DeviceFacts("cpu", None, None, None, None, "2.13", None, None, "no flash", "no compiler")
 
 values = {
@@ -65,7 +66,7 @@ def test_cell_ids_are_unique_stable_and_safe_as_file_names(axes):
 
 
 def test_cell_id_is_readable_and_does_not_change(cpu):
-    (cell,) = expand(Matrix("m", {}), "scenes", cpu)
+    (cell,) = expand(Matrix("m", {"engine": ("transformers",)}), "scenes", cpu)
     assert cell.cell_id == "scenes-transformers-none-sdpa-dynamic-keep-bd2d7d"
 
 
@@ -75,10 +76,13 @@ def test_cell_id_is_readable_and_does_not_change(cpu):
         ({"engine": "remote"}, "remote engine is not part"),
         ({"engine": "native", "cache": "static-graph"}, "need a CUDA device"),
         ({"engine": "native", "quantization": "4bit"}, "has no 4bit weights yet"),
-        ({"cache": "static-graph"}, "static-compile is the nearest"),
-        ({"quantization": "fp8"}, "8bit is the nearest"),
+        ({**TRANSFORMERS, "cache": "static-graph"}, "static-compile is the nearest"),
+        ({**TRANSFORMERS, "quantization": "fp8"}, "8bit is the nearest"),
         ({"attention": "flash_attention_2"}, "needs a CUDA device"),
-        ({"quantization": "4bit", "cache": "static-compile"}, "does not compile a bitsandbytes"),
+        (
+            {**TRANSFORMERS, "quantization": "4bit", "cache": "static-compile"},
+            "does not compile a bitsandbytes",
+        ),
     ],
 )
 def test_cells_that_cannot_run_name_the_reason(axes, reason, cpu):
@@ -88,7 +92,11 @@ def test_cells_that_cannot_run_name_the_reason(axes, reason, cpu):
 
 def test_what_is_missing_on_the_machine_skips_cells(gpu):
     poor = replace(gpu, bitsandbytes_version=None, compile_blocker="no Triton")
-    axes = {"quantization": ("none", "8bit", "4bit"), "cache": ("dynamic", "static-compile")}
+    axes = {
+        "engine": ("transformers",),
+        "quantization": ("none", "8bit", "4bit"),
+        "cache": ("dynamic", "static-compile"),
+    }
     reasons = {
         c.cell_id.split("-", 2)[2]: c.skip_reason for c in expand(Matrix("m", axes), "x", poor)
     }
@@ -125,6 +133,30 @@ def test_command_line_replaces_axes_of_the_matrix():
 def test_wrong_values_are_named(axis, text, message):
     with pytest.raises(UsageError, match=message) as caught:
         override(Matrix("m", {}), {axis: text})
+    assert caught.value.hint
+
+
+def test_exclusions_of_the_command_line_come_on_top(cpu):
+    axes = {"attention": ("sdpa", "eager"), "cache": ("dynamic", "static")}
+    matrix = Matrix("m", axes, ({"attention": ("sdpa",), "cache": ("static",)},))
+    said = ["attention=eager, cache=static,cache=dynamic", "load-mode=reload"]
+    (cell,) = expand(override(matrix, {}, said), "scenes", cpu)
+    assert (cell.attention, cell.cache) == ("sdpa", "dynamic")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("eager", "--exclude has 'eager'"),
+        ("speed=fast", "--exclude has 'speed=fast'"),
+        ("attention=sdp", "--attention has no value 'sdp'"),
+        ("attention=", "--attention has an empty value"),
+        ("", "--exclude has ''"),
+    ],
+)
+def test_wrong_exclusions_are_named(text, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        override(Matrix("m", {}), {}, [text])
     assert caught.value.hint
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from qwencli.bench.matrix import expand
 from qwencli.bench.matrix_file import load_matrix, names
+from qwencli.bench.repetition import Wanted
 from qwencli.errors import BenchError, UsageError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "benchmarks").glob("*.toml"))
@@ -20,15 +21,15 @@ def test_built_in_matrices_are_there_and_expand(name, cpu):
 
 def test_default_sweeps_quantization_attention_and_cache(gpu):
     cells = expand(load_matrix("default"), "scenes", gpu)
-    assert len(cells) == 27
-    assert {cell.skip_reason for cell in cells} == {
-        None,
-        "transformers does not compile a bitsandbytes model; static is the nearest",
-    }
+    assert len(cells) == 3 * (4 + 3) * 4
+    running = [cell for cell in cells if cell.skip_reason is None]
+    assert {cell.engine for cell in running} == {"native", "transformers"}
+    assert all(cell.skip_reason is None or cell.skip_reason.strip() for cell in cells)
 
 
 def test_quick_has_few_cells_on_a_cpu(cpu):
-    assert len([c for c in expand(load_matrix("quick"), "scenes", cpu) if not c.skip_reason]) == 3
+    cells = [c for c in expand(load_matrix("quick"), "scenes", cpu) if not c.skip_reason]
+    assert [c.engine for c in cells] == ["native"] * 3 + ["transformers"] * 3
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -41,11 +42,17 @@ def test_a_file_with_everything(tmp_path, cpu):
     path.write_text(
         '[axes]\nmodel = ["a", "b"]\ncache = "static"\n'
         '[[exclude]]\nmodel = "b"\nload_mode = ["keep"]\n'
-        "[run]\nruns = 2\nmax_new_tokens = 9\n",
+        "[run]\nmax_noise = 1\nmin_runs = 3\nmax_runs = 9\nmax_time = 60\nprocesses = 2\n"
+        'max_new_tokens = 9\nprompt_file = "prompt.txt"\nimages = ["scene", "mine.png"]\n',
         encoding="utf-8",
     )
+    (tmp_path / "prompt.txt").write_text("What is it?\n", encoding="utf-8")
+    (tmp_path / "mine.png").write_bytes(b"")
     matrix = load_matrix(str(path))
-    assert (matrix.runs, matrix.max_new_tokens) == (2, 9)
+    assert matrix.max_new_tokens == 9
+    assert matrix.repetition == Wanted(None, 1.0, 3, 9, 60.0, 2)
+    assert matrix.prompt == "What is it?"
+    assert [image.name for image in matrix.images] == ["scene.png", "mine.png"]
     assert [cell.model for cell in expand(matrix, "", cpu)] == ["a"]
 
 
@@ -66,6 +73,13 @@ def test_a_file_with_everything(tmp_path, cpu):
         ("[run]\nruns = true", "run.runs must be a whole number"),
         ("[run]\nmax_new_tokens = 99999", "run.max_new_tokens must be .* to 8192"),
         ("[run]\nspeed = 1", "unknown key run.speed"),
+        ("[run]\nmax_noise = 0", "run.max_noise must be a number above zero"),
+        ("[run]\nprompt = 1", "run.prompt must be text"),
+        ("[run]\nprompt = 'a'\npreset = 'tags'", "--prompt and --preset exclude each other"),
+        ("[run]\npreset = 'x'", "--preset 'x' is unknown"),
+        ("[run]\nprompt_file = 'gone.txt'", "gone.txt: cannot be read"),
+        ("[run]\nimages = 'scene'", "run.images must be a list"),
+        ("[run]\nimages = ['gone.png']", "gone.png: no such file"),
     ],
 )
 def test_malformed_files_name_file_and_key(tmp_path, text, said):

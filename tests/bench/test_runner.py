@@ -20,6 +20,7 @@ from qwencli.bench.environment import environment
 from qwencli.bench.report import build_report
 from qwencli.bench.rowfile import read_rows
 from qwencli.bench.runner import RunnerOptions, run_campaign
+from qwencli.bench.stopping import StopRule
 from qwencli.errors import BenchError, OutputError
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
@@ -29,11 +30,11 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
 def run(tmp_path, cpu, fake_worker):
     """Run a plan in tmp_path/c; returns cells.csv's rows by model."""
 
-    def go(plan, *, resume=False, timeout_s=60.0, command=None):
+    def go(plan, *, resume=False, timeout_s=60.0, command=None, say=lambda _: None, **how):
         about = environment(cpu, ["bench"], plan.settings.seed)
-        options = RunnerOptions(command or fake_worker, None, timeout_s)
+        options = RunnerOptions(command or fake_worker, None, timeout_s, **how)
         with Campaign(tmp_path / "c", plan, about, resume=resume) as campaign:
-            run_campaign(campaign, options, lambda line: None)
+            run_campaign(campaign, options, say)
         return {row["model"]: row for row in build_report(tmp_path / "c")}
 
     return go
@@ -71,6 +72,103 @@ def test_a_campaign_of_two_cells(run, tmp_path, make_plan):
     about = json.loads((tmp_path / "c" / "environment.json").read_text(encoding="utf-8"))
     assert about["versions"]["torch"] == "2.13.0+cpu"
     assert "steady-a" in (tmp_path / "c" / "report.md").read_text(encoding="utf-8")
+
+
+def test_several_processes_share_the_runs_of_a_cell(run, tmp_path, make_plan):
+    plan = make_plan("steady-a", "steady-b", stop=StopRule(5, 5, processes=2), seed=3)
+    cells = run(plan)
+    for row in cells.values():
+        assert (row["runs"], row["processes"], row["stop_reason"]) == (5, 2, "runs")
+    runs = rows(tmp_path, "runs.csv")
+    first = [row for row in runs if row["cell_id"] == runs[0]["cell_id"]]
+    assert [(row["process"], row["run"]) for row in first] == [
+        ("1", "0"), ("1", "1"), ("1", "2"), ("1", "3"), ("2", "0"), ("2", "4"), ("2", "5"),
+    ]  # fmt: skip
+    # In turns: both cells have had a process before either gets its second.
+    assert [row["process"] for row in runs] == ["1"] * 8 + ["2"] * 6
+
+
+def test_a_cell_repeats_until_it_is_steady_enough(run, tmp_path, make_plan):
+    stop = StopRule(3, 6, max_noise=200.0)
+    assert run(make_plan("steady", stop=stop))["steady"]["stop_reason"] == "max-noise"
+    assert [row["run"] for row in rows(tmp_path, "runs.csv")] == ["0", "1", "2", "3"]
+
+
+def test_a_cell_that_does_not_get_steady_stops_at_the_most_runs(run, make_plan):
+    row = run(make_plan("steady", stop=StopRule(3, 6, max_noise=1e-9, processes=2)))["steady"]
+    assert (row["runs"], row["stop_reason"], row["status"]) == (6, "max-runs", "ok")
+    assert row["noise_percent"] > 1e-9
+
+
+def test_a_cell_stops_when_its_time_is_spent(run, make_plan):
+    stop = StopRule(3, 500, max_noise=1e-9, max_time_s=0.3)  # the load alone took 0.25 s
+    row = run(make_plan("steady", stop=stop))["steady"]
+    assert row["stop_reason"] == "max-time"
+    assert 3 <= row["runs"] < 100
+
+
+def test_the_campaign_can_end_with_the_first_cell_that_fails(run, tmp_path, make_plan):
+    plan = make_plan("oom", "steady", seed=next(s for s in range(9) if _first(make_plan, s)))
+    cells = run(plan, continue_on_error=False)
+    assert (cells["oom"]["status"], cells["steady"]["status"]) == ("oom", "unfinished")
+    cells = run(plan, resume=True, continue_on_error=False)
+    assert (cells["oom"]["status"], cells["steady"]["status"]) == ("oom", "ok")
+
+
+def _first(make_plan, seed):
+    return make_plan("oom", "steady", seed=seed).order()[0].model == "oom"
+
+
+def test_a_resumed_cell_with_several_processes_makes_no_run_twice(run, tmp_path, make_plan):
+    plan = make_plan("steady", stop=StopRule(4, 4, processes=2))
+    run(plan)
+    runs_csv = tmp_path / "c" / "runs.csv"
+    lines = runs_csv.read_bytes().splitlines(keepends=True)
+    runs_csv.write_bytes(b"".join(lines[:3]))  # header, warm-up, run 1: killed in the first process
+    row = run(plan, resume=True)["steady"]
+    assert (row["runs"], row["status"]) == (4, "ok")
+    assert [(r["process"], r["run"]) for r in rows(tmp_path, "runs.csv")] == [
+        ("1", "0"), ("1", "1"), ("2", "0"), ("2", "2"), ("3", "0"), ("3", "3"), ("3", "4"),
+    ]  # fmt: skip
+
+
+def test_what_is_measured_after_the_runs_is_stored_once(run, tmp_path, make_plan):
+    row = run(make_plan("steady", stop=StopRule(4, 4, processes=2)))["steady"]
+    (limits,) = rows(tmp_path, "roofline.csv")
+    assert (limits["process"], limits["bytes_per_token"]) == ("1", "1000000.0")
+    assert row["mbu_percent"] == pytest.approx(row["decode_tok_per_s_median"] / 10)
+
+
+def test_answers_are_checked_once_a_cell(run, tmp_path, make_plan):
+    plan = make_plan("steady", stop=StopRule(2, 2, processes=2))
+    settings = dataclasses.replace(plan.settings, quality_samples=2)
+    row = run(dataclasses.replace(plan, settings=settings))["steady"]
+    assert (row["exact_match_percent"], row["quality_samples"]) == (50.0, 2)
+    assert [r["sample"] for r in rows(tmp_path, "quality.csv")] == ["passage-0", "a", "b"]
+
+
+def test_other_models_are_held_against_a_reference_of_their_own(run, tmp_path, make_plan):
+    plan = make_plan("steady-a", "odd", attention=("sdpa", "eager"))
+    plan = dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, quality_samples=4))
+    said = []
+    cells = run(plan, say=said.append)
+    assert [line for line in said if line.startswith("reference of")] == [
+        "reference of steady-a, for the divergence of its cells",
+        "reference of odd, for the divergence of its cells",
+    ]
+    assert any("no reference of this one" in line for line in said)
+    assert {row["model"] for row in rows(tmp_path, "reference.csv")} == {"steady-a"}
+    assert (cells["steady-a"]["mean_kl"], cells["odd"]["mean_kl"]) == (0.25, None)
+    assert cells["odd"]["status"] == "ok"
+    before = (tmp_path / "c" / "reference.csv").read_bytes()
+    run(plan, resume=True, command=["this program does not exist"])
+    assert (tmp_path / "c" / "reference.csv").read_bytes() == before
+
+
+def test_a_process_that_breaks_after_its_runs_costs_none_of_them(run, tmp_path, make_plan):
+    row = run(make_plan("late", runs=3))["late"]
+    assert (row["status"], row["runs"], row["verdict"] is None) == ("ok", 3, False)
+    assert row["mbu_percent"] is None
 
 
 def test_what_the_worker_prints_goes_to_its_log(run, tmp_path, make_plan):
@@ -191,7 +289,7 @@ def test_resume_on_the_same_gpu(tmp_path, make_plan, gpu):
     about = environment(gpu, ["bench"], 1)
     with Campaign(tmp_path / "c", plan, about, resume=False):
         pass
-    assert Campaign(tmp_path / "c", plan, about, resume=True).next_run(plan.cells[0]) == 1
+    assert Campaign(tmp_path / "c", plan, about, resume=True).next_turn(plan.cells[0]) == 1
 
 
 def test_the_environment_names_no_one(monkeypatch, tmp_path, gpu):
@@ -259,10 +357,10 @@ SESSION = """
     sys.path[:0] = [{root!r}, {here!r}]
     import conftest
     from pathlib import Path
-    from qwencli.bench.session import measure
+    from qwencli.bench.session import How, measure
     from qwencli.output import Sink
     plan = conftest.make_plan.__wrapped__()("steady", "hang", runs=4, seed={seed})
-    sys.exit(measure(plan, conftest.CPU, Path("c"), ["bench"], Sink(), resume=False, timeout_s=90.0,
+    sys.exit(measure(plan, conftest.CPU, Path("c"), ["bench"], Sink(), How(False, 90.0),
                      command=conftest.FAKE_WORKER))
 """
 

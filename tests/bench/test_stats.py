@@ -124,3 +124,61 @@ def test_stalls_are_tokens_above_three_medians():
 def test_ratio_needs_two_runs():
     assert run_ratio([3.0]) is None
     assert run_ratio([3.0, 6.0]) == 2.0
+
+
+def speeds(*values):
+    return runs(*({"decode_tok_per_s": str(value)} for value in values))
+
+
+def test_a_step_within_a_process_is_a_warning_and_a_steady_cell_has_none():
+    wobble = [0.0, 0.05, -0.05, 0.02, -0.03, 0.04, -0.01, 0.03]
+    steady = cell(speeds(*(100 + w for w in wobble * 2)))
+    assert (steady["verdict"], steady["level"]) == ("ok", "stationary")
+    assert steady["level_change_percent"] is None
+    stepped = cell(speeds(*(100 + w for w in wobble), *(95 + w for w in wobble)))
+    assert stepped["verdict"] == "unstable: speed stepped by -5.0% at run 9"
+    assert stepped["level_change_percent"] == pytest.approx(-5, abs=0.1)
+
+
+def test_a_drift_is_a_warning_and_a_tiny_one_is_not():
+    drifting = cell(speeds(*(100 - 0.4 * run for run in range(12))))
+    assert drifting["verdict"].startswith("unstable: speed drifted by -4.")
+    tiny = cell(speeds(*(100 - 0.01 * run for run in range(12))))
+    assert (tiny["verdict"], tiny["level"]) == ("ok", "drift")
+
+
+def test_the_first_runs_stand_apart():
+    rows = speeds(90, 100, 100.1, 99.9, 100, 100.2, 99.8)
+    rows[0]["decode_tok_per_s"] = "20"
+    row = cell(rows)
+    assert row["warm_up_ratio"] == pytest.approx(0.2)
+    assert row["first_run_ratio"] == pytest.approx(0.9)
+    rows[0]["decode_tok_per_s"] = rows[1]["decode_tok_per_s"] = "100"
+    row = cell(rows)
+    assert row["warm_up_ratio"] is row["first_run_ratio"] is None
+
+
+def test_shares_of_variance_sum_to_the_whole():
+    rows = [*runs({}, {}), {**RUN, "run": "0", "status": "warmup"}]
+    rows += [{**RUN, "run": run, "status": "ok"} for run in ("3", "4")]
+    tokens = [
+        {"cell_id": "c", "run": run, "itl_ms": str(itl + step)}
+        for run, itl in (("1", 10), ("2", 12), ("3", 30), ("4", 31))
+        for step in (0.0, 0.1, 0.2)
+    ]
+    row = cell(rows, tokens)
+    shares = [
+        row[f"variance_{level}_percent"]
+        for level in ("within_run", "between_runs", "between_processes")
+    ]
+    assert sum(shares) == pytest.approx(100)
+    assert shares[2] > 90
+
+
+def test_an_interrupted_adaptive_cell_is_unfinished():
+    stop = {"min_runs": 3, "max_noise_percent": 1e-9, "max_time_s": None, "processes": 1}
+    plan = {"runs": 9, "stop": stop, "cells": [AXES]}
+    (row,) = cell_rows(plan, speeds(9, 10, 11), [])
+    assert (row["status"], row["stop_reason"]) == ("unfinished", None)
+    assert row["verdict"].startswith("unstable")
+    assert row["noise_percent"] == pytest.approx(10)

@@ -5,7 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
-from qwencli.bench.tables import cell_summary, markdown, planned_table, terminal_table
+from qwencli.bench.markdown import markdown
+from qwencli.bench.planned import planned_table
+from qwencli.bench.predict import Prediction
+from qwencli.bench.tables import cell_summary, speed_text, terminal_table
 
 CELL = {
     "model": "scenes",
@@ -104,8 +107,13 @@ def test_markdown_has_all_cells_and_says_on_what():
 
 def test_a_plan_shows_order_and_skips(make_plan):
     plan = make_plan("steady", attention=("sdpa", "eager", "flash_attention_2"))
-    text = render(planned_table(plan.order()))
+    ran = [cell.cell_id for cell in plan.cells if not cell.skip_reason]
+    known, unknown = Prediction(321.4, 3725.0, 8_100_000_000), Prediction(None, None, None)
+    text = render(planned_table(plan.order(), dict(zip(ran, (known, unknown), strict=True))))
     assert "2 of 3 cells" in text
+    for said in ("321", "1 h 02 min", "8.1 GB", "all together about 1 h 02 min", "predicted:"):
+        assert said in text
+    assert max(map(len, text.splitlines())) <= 80
     assert "skipped: flash_attention_2 needs a CUDA device - 1 cell" in text
 
 
@@ -120,3 +128,51 @@ def test_a_plan_shows_order_and_skips(make_plan):
 )
 def test_progress_lines(arguments, line):
     assert cell_summary(*arguments) == line
+
+
+def test_an_unstable_cell_shows_what_its_runs_span():
+    row = {**CELL, "decode_tok_per_s_min": 33.04, "decode_tok_per_s_max": 41.2}
+    assert speed_text(row) == "123.5"
+    assert speed_text({**row, "verdict": "unstable: runs differ 1.25x"}) == "33.0-41.2"
+    wide = {**row, "decode_tok_per_s_max": 410.0, "verdict": "unstable: speed drifted"}
+    assert speed_text(wide) == "33-410"
+
+
+STEADY = {
+    "noise_percent": 0.42,
+    "variance_within_run_percent": 80.0,
+    "variance_between_runs_percent": 15.0,
+    "variance_between_processes_percent": 5.0,
+    "warm_up_ratio": 0.21,
+    "first_run_ratio": None,
+    "level": "step",
+    "level_change_percent": -5.04,
+    "stop_reason": "max-noise",
+    "bytes_per_token": 8.04e9,
+    "read_bandwidth_bytes_per_s": 4.36e12,
+    "mbu_percent": 58.1,
+    "launches_per_token": 443.0,
+    "gpu_busy_percent": 91.0,
+    "bound": "kernels",
+    "exact_match_percent": 95.8,
+    "mean_kl": 0.0123,
+}
+
+
+def test_details_fit_80_columns_and_leave_out_what_nobody_has():
+    text = render(terminal_table([{**CELL, **STEADY}, {**CELL, "cache": "static", **STEADY}]))
+    assert max(map(len, text.splitlines())) <= 80
+    for said in ("±", "0.4 %", "80 %", "0.21x", "-5.0", "max-noise", "8,040"):
+        assert said in text
+    for said in ("58 %", "443", "kernels", "96 %", "0.012"):
+        assert said in text
+    assert "How" not in render(terminal_table([CELL]))
+    only = render(terminal_table([{**CELL, "noise_percent": 1.0}]))
+    assert "stopped by" not in only
+
+
+def test_details_in_markdown():
+    text = markdown([{**CELL, **STEADY}], ENVIRONMENT)
+    assert "## How steady" in text
+    assert "| none | 8,040 | 4360 | 58 % | 443 | 91 % | kernels | 96 % | 0.012 |" in text
+    assert "##" not in markdown([CELL], ENVIRONMENT).replace("# Benchmark", "")

@@ -11,6 +11,7 @@ from qwencli.bench import columns, spec, worker
 from qwencli.bench.host import HostProbe
 from qwencli.bench.plan import takes_images
 from qwencli.bench.spec import WorkerSpec
+from qwencli.bench.stopping import Progress, StopRule
 from qwencli.config import (
     Cache,
     DType,
@@ -28,8 +29,8 @@ def make_spec(model="steady", **changes):
     fields = {
         "config": EngineConfig(ModelSpec(model, ModelSource.LOCAL)),
         "load_mode": LoadMode.KEEP,
-        "first_run": 1,
-        "runs": 2,
+        "turn": StopRule(2, 2).turn(1),
+        "progress": Progress(),
         "max_new_tokens": 4,
         "prompt": "Say something.",
         "images": (),
@@ -45,7 +46,7 @@ def run(work):
         engines.append(FakeEngine(config))
         return engines[-1]
 
-    worker.run_cell(work, messages.append, make)
+    worker.run_cell(work, messages.append, make, lambda *_: iter(()))
     return messages, engines[0]
 
 
@@ -74,7 +75,9 @@ def test_runs_are_numbered_and_only_columns_are_sent():
 
 
 def test_a_resumed_cell_starts_with_a_warm_up_and_the_missing_run():
-    messages, _ = run(make_spec(first_run=3, runs=4))
+    messages, _ = run(
+        make_spec(turn=StopRule(4, 4).turn(1), progress=Progress((9.0, 9.5), 1.0, (2,)))
+    )
     assert [m["row"]["run"] for m in messages[:-1]] == [0, 3, 4]
 
 

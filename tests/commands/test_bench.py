@@ -9,6 +9,8 @@ import typer
 from typer.testing import CliRunner
 
 from qwencli.bench import prepare, session
+from qwencli.bench.predict import MachineSpeed
+from qwencli.bench.repetition import Wanted
 from qwencli.commands import bench as command
 from qwencli.config import DType, LoadFormat, ModelSource, ModelSpec
 from qwencli.engine.device import DeviceFacts
@@ -38,6 +40,7 @@ def machine(monkeypatch, tmp_path):
     )
     monkeypatch.setitem(sys.modules, "qwencli.models.resolve", registry)
     monkeypatch.setattr(prepare, "read_device_facts", lambda device: CPU)
+    monkeypatch.setattr(session, "read_machine_speed", lambda _: MachineSpeed(1e10, 1e5, 2.0))
     monkeypatch.setattr(session, "worker_command", lambda: FAKE_WORKER)
     monkeypatch.chdir(tmp_path)
 
@@ -82,7 +85,7 @@ def fails(*arguments):
 )
 def test_matrix_may_stand_without_a_value(asked, arguments, matrix, runs):
     request = asked(*arguments)
-    assert (request.matrix, request.runs) == (matrix, runs)
+    assert (request.matrix, request.repetition) == (matrix, Wanted(runs))
 
 
 def test_every_option_reaches_the_request(asked):
@@ -91,13 +94,17 @@ def test_every_option_reaches_the_request(asked):
         "--attention", "sdpa", "--cache", "static", "--load-mode", "reload",
         "--max-new-tokens", "7", "--prompt", "hi",
         "--image", "x.png", "--image", "y.png", "--seed", "5", "--load-format", "dummy",
-        "--device", "cuda:1", "--dtype", "float16",
+        "--device", "cuda:1", "--dtype", "float16", "--exclude", "cache=static",
+        "--max-noise", "2", "--min-runs", "4", "--max-runs", "8", "--max-time", "9",
+        "--processes", "3",
     )  # fmt: skip
     assert request.axes == {
         "model": "a,b", "engine": "transformers", "quantization": "4bit", "attention": "sdpa",
-        "cache": "static", "load_mode": "reload",
+        "cache": "static", "load_mode": "reload", "kernels": None,
     }  # fmt: skip
-    assert request.images == (Path("x.png"), Path("y.png"))
+    assert request.images == ("x.png", "y.png")
+    assert request.repetition == Wanted(None, 2.0, 4, 8, 9.0, 3)
+    assert request.exclude == ("cache=static",)
     assert (request.max_new_tokens, request.prompt, request.seed) == (7, "hi", 5)
     assert (request.device, request.dtype, request.load_format) == (
         "cuda:1", DType.FLOAT16, LoadFormat.DUMMY,
@@ -106,8 +113,8 @@ def test_every_option_reaches_the_request(asked):
 
 def test_a_campaign_from_command_line_to_table(tmp_path):
     arguments = ["bench", "--attention", "sdpa,eager,flash_attention_2", "--cache", "dynamic",
-                 "--quantization", "none", "--runs", "1", "--max-new-tokens", "4",
-                 "--out", "c"]  # fmt: skip
+                 "--engine", "transformers", "--quantization", "none", "--runs", "1",
+                 "--max-new-tokens", "4", "--out", "c"]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "flash_attention_2 needs a CUDA device" in result.stdout
@@ -147,7 +154,7 @@ def test_nothing_that_can_run_makes_the_exit_code_1():
 def test_dry_run_writes_nothing():
     result = CliRunner().invoke(app, ["bench", "--matrix", "--dry-run"])
     assert result.exit_code == 0
-    assert "14 of 27 cells" in result.stdout
+    assert "23 of 84 cells" in result.stdout
     assert list(Path.cwd().iterdir()) == []
 
 
@@ -160,6 +167,15 @@ def test_dry_run_writes_nothing():
         (["--max-new-tokens", "0"], UsageError, "--max-new-tokens 0 is out of range"),
         (["--prompt", " "], UsageError, "--prompt is empty"),
         (["--image", "gone.png"], InputError, "gone.png: no such file"),
+        (["--prompt-file", "gone.txt"], InputError, "gone.txt: cannot be read"),
+        (["--prompt", "a", "--preset", "tags"], UsageError, "--prompt and --preset exclude"),
+        (["--exclude", "cache"], UsageError, "--exclude has 'cache'"),
+        (["--exclude", "engine=native,engine=transformers"], BenchError, "no cell left"),
+        (["--max-runs", "9"], UsageError, "--max-runs goes with --max-noise"),
+        (["--runs", "9", "--max-noise", "1"], UsageError, "exclude each other"),
+        (["--processes", "9"], UsageError, "only 5 runs to spread"),
+        (["--cooldown", "long"], UsageError, "--cooldown 'long' is not a pause"),
+        (["--cooldown", "nan"], UsageError, "--cooldown 'nan' is not a pause"),
         (["report", "gone"], BenchError, "holds no campaign"),
     ],
 )

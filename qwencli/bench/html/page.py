@@ -22,6 +22,7 @@ from qwencli.bench.html.charts import (
     cell_charts,
     points_per_run,
 )
+from qwencli.bench.html.details import detail_sections
 from qwencli.bench.html.heatmap import heat_maps
 from qwencli.bench.html.sections import (
     blank_section,
@@ -90,6 +91,7 @@ def html_page(
         map=heat_maps(rows),
         table=cells_table(rows, axes),
         why=why_section(rows, axes),
+        details=detail_sections(rows, axes),
         cells="\n".join(sections),
         environment=environment_table(environment),
         data="\n".join(data),

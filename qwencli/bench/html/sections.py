@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from qwencli.bench.tables import by_speed, row_label
+from qwencli.bench.stopping import repetition, rule_of
+from qwencli.bench.tables import by_speed, row_label, speed_text
 
 CellRow = Mapping[str, Any]
 
@@ -22,7 +23,7 @@ def header(plan: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
         ("driver", device["driver"]),
         ("processor", f"{cpu['model'] or 'unnamed'}, {cpu['logical_cores']} threads"),
         *((name, versions.get(name)) for name in ("qwencli", "torch", "transformers", "triton")),
-        ("work", f"{plan['runs']} runs of {plan['max_new_tokens']} tokens"),
+        ("work", f"{repetition(rule_of(plan))} of {plan['max_new_tokens']} tokens"),
         ("prompt", f"“{plan['prompt']}”"),
         ("images", ", ".join(image["name"] for image in plan["images"]) or "none"),
         ("weights", plan["load_format"]),
@@ -63,8 +64,9 @@ class Column:
         return "–" if value is None else format(value * self.scale, self.spec)
 
 
+SPEED = Column("speed", "tok/s", "decode_tok_per_s_median", ".1f")
 COLUMNS = (
-    Column("speed", "tok/s", "decode_tok_per_s_median", ".1f"),
+    SPEED,
     Column("slowest", "tok/s", "decode_tok_per_s_min", ".1f"),
     Column("fastest", "tok/s", "decode_tok_per_s_max", ".1f"),
     Column("ratio", "max/min", "run_ratio_max_min", ".2f"),
@@ -74,8 +76,6 @@ COLUMNS = (
     Column("p99", "ms", "itl_p99_ms", ".2f"),
     Column("max", "ms", "itl_max_ms", ".1f"),
     Column("peak", "GB", "peak_allocated_bytes", ".2f", 1e-9),
-    Column("MBU", "%", "mbu_percent", ".0f"),
-    Column("exact", "%", "exact_match_percent", ".1f"),
 )
 
 
@@ -98,7 +98,10 @@ def cells_table(rows: Sequence[CellRow], axes: Sequence[str]) -> str:
                 f'{line}<td class="verdict" colspan="{len(shown) + 2}">{verdict}</td></tr>'
             )
             continue
-        numbers = "".join(f"<td>{column.text(row)}</td>" for column in shown)
+        numbers = "".join(
+            f"<td>{speed_text(row) if column is SPEED else column.text(row)}</td>"
+            for column in shown
+        )
         bar = speed_range(row, fastest)
         measured.append(f'{line}<td>{bar}</td>{numbers}<td class="verdict">{verdict}</td></tr>')
     return (
@@ -138,8 +141,8 @@ def blank_section(place: int, row: CellRow, label: str) -> str:
 
 def cell_section(place: int, row: CellRow, label: str, fastest: float, *, opened: bool) -> str:
     """The heading of one cell; its charts are drawn into it when it is opened."""
-    speed = row["decode_tok_per_s_median"]
-    figure = f"<b>{speed:.1f}</b> tok/s" if speed else "–"
+    known = row["decode_tok_per_s_median"]
+    figure = f"<b>{speed_text(row)}</b> tok/s" if known else "–"
     return (
         f'<details id="cell-{place}" class="cell {_mood(row)}"{" open" * opened}><summary>'
         f'<span class="name">{escape(label)}</span>{speed_range(row, fastest)}'

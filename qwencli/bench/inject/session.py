@@ -20,6 +20,7 @@ from qwencli.bench.plan import Plan
 from qwencli.bench.prepare import BenchRequest, prepare
 from qwencli.bench.report import build_report
 from qwencli.bench.runner import RunnerOptions, run_campaign
+from qwencli.bench.stopping import StopRule
 from qwencli.bench.telemetry import sampler_command
 from qwencli.engine.child_process import python_command
 from qwencli.engine.device import DeviceFacts
@@ -111,5 +112,6 @@ def _one_cell(plan: Plan, planned: Sequence[str]) -> Plan:
     if cell is None:
         raise BenchError(f"no cell can run here: {plan.cells[0].skip_reason}")
     reloads = tuple(run for run, name in enumerate(planned, 1) if name == Cause.RELOAD)
-    settings = replace(plan.settings, runs=len(planned), reload_before=reloads)
+    stop = StopRule(len(planned), len(planned))
+    settings = replace(plan.settings, stop=stop, reload_before=reloads)
     return replace(plan, cells=(cell,), settings=settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -116,6 +116,10 @@ class NativeEngine(LocalEngine):
     def _answer(self, answer: Answer) -> Iterator[GenerationChunk]:
         assert self._generation is not None, "load() comes first"
         yield from self._generation.chunks(answer, self.load_s)
+
+    def _logits(self, token_ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        assert self._generation is not None, "load() comes first"
+        yield from self._generation.step_logits(token_ids)
 
     def _release(self) -> None:
         self._generation = None

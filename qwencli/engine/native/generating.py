@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from qwencli.config import Cache
 from qwencli.engine.answer import Answer
 from qwencli.engine.clock import Clock, Mark
+from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
@@ -48,6 +50,20 @@ class Generation:
         """Drop everything kept from earlier requests."""
         self._sequence.forget_after(0)
         self._features.clear()
+
+    @torch.inference_mode()
+    def step_logits(self, token_ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Logits [V] after each token of a text: the first is a prompt, each further one a decode
+        step as the model decodes, fused where it is. In a cache of its own."""
+        model = self._model
+        dynamic = self._ran.cache == Cache.DYNAMIC
+        cache = model.dynamic_cache() if dynamic else model.static_cache(1, len(token_ids) + 1)
+        first, *rest = token_ids
+        yield model.prefill(model.prepare([ModelPrompt([first])]), cache)[0]
+        for slot, token in enumerate(rest, start=1):
+            at = torch.tensor([slot], device=model.device)
+            one = torch.tensor([token], device=model.device)
+            yield model.decode_step(one, at, at, cache, AttentionPlan(slot + 1, None))[0]
 
     @torch.inference_mode()
     def _prefill(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,6 +65,11 @@ class TransformersEngine(LocalEngine):
 
     def _answer(self, answer: Answer) -> Iterator[GenerationChunk]:
         yield from Generation(self._model, answer, self.ran).chunks(self.load_s)
+
+    @torch.inference_mode()
+    def _logits(self, token_ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        ids = torch.tensor([token_ids], device=self.ran.device)
+        yield from self._model(input_ids=ids, use_cache=False).logits[0]
 
     def _release(self) -> None:
         self._model = None

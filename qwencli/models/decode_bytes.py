@@ -1,0 +1,50 @@
+"""Bytes that decoding one token has to read: the numerator of MBU. Knows no device, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+
+from qwencli.models.memory import NF4_BYTES_PER_WEIGHT
+from qwencli.models.shapes import ModelShape
+from qwencli.models.tensors import expected_tensors, is_quantizable
+
+# Scheme, as engines report it -> bytes of a quantized matrix of [rows, columns]. Sources as in
+# `memory.weight_bytes`.
+_QUANTIZED: Mapping[str, Callable[[int, int], float]] = {
+    "bnb-nf4": lambda rows, columns: rows * columns * NF4_BYTES_PER_WEIGHT,
+    "bnb-int8": lambda rows, columns: rows * columns + 4 * rows,
+}
+
+
+def decode_bytes(
+    shape: ModelShape, scheme: str, value_bytes: int, context_tokens: float
+) -> float | None:
+    """Bytes read for one token of one sequence.
+
+    Every weight of the decoder and the output head once, one row of the embedding, and the keys
+    and values of `context_tokens`. What a kernel reads beyond that (a whole static cache, weights
+    unpacked to memory) is waste and not in it: MBU is to fall for it.
+
+    Args:
+        scheme: as `RanModes.quantization` says. value_bytes: of what is not quantized, and of the
+            cache.
+
+    Returns:
+        None for a scheme whose storage is not known here.
+    """
+    quantized = _QUANTIZED.get(scheme)
+    if scheme != "none" and quantized is None:
+        return None
+    total = float(shape.text.hidden_size * value_bytes)
+    for name, size in expected_tensors(shape).items():
+        looked_up = name.endswith("embed_tokens.weight") and not shape.text.tied_head
+        if ".visual." in name or looked_up:
+            continue
+        if quantized is not None and is_quantizable(name, size):
+            total += quantized(*size)
+        else:
+            total += prod(size) * value_bytes
+    text = shape.text
+    cache = 2 * text.num_layers * text.num_kv_heads * text.head_dim * value_bytes
+    return total + cache * context_tokens
