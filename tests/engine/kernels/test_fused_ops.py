@@ -73,6 +73,8 @@ def logits_of(model: QwenModel, length: int, steps: int) -> torch.Tensor:
     return torch.stack(rows)
 
 
+# Heads that only fill a group up to a power of two have no weights; what they give is not stored.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
 @pytest.mark.parametrize("family", ["qwen3", "qwen2"])
 @settings(
     max_examples=2,
