@@ -78,6 +78,8 @@ class ModelSource(StrEnum):
 
 # The largest phone sensors give 199.8 megapixels.
 MAX_PIXELS = 200_000_000
+# Frames of a video: the most Qwen's own processors take.
+MAX_FRAMES = 768
 
 # "auto" = as many tokens as fit, up to the model's limit.
 SeqLen = int | Literal["auto"]

@@ -17,6 +17,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from qwencli.config import (
+    MAX_FRAMES,
     Attention,
     Cache,
     DType,
@@ -46,7 +47,9 @@ _MODES = ("engine", "quantization", "attention", "cache", "kernels")
 
 Frames = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Frames of a video, also of a GIF or a folder.", min=1, max=768),
+    typer.Option(
+        metavar="N", help="Frames of a video, also of a GIF or a folder.", min=1, max=MAX_FRAMES
+    ),
 ]
 
 

@@ -22,8 +22,6 @@ from qwencli.messages import ImagePart, VideoPart, VisualPart
 # Where nobody says how many frames: as many a second as Qwen's own processors take, in bounds.
 FRAMES_PER_SECOND = 2.0
 FEWEST_FRAMES, MOST_FRAMES = 4, 64
-# The most that may be asked for, which is the most Qwen's processors take.
-MAX_FRAMES = 768
 # Decoded frames are held in memory, three bytes a pixel.
 MAX_VIDEO_PIXELS = 10**9
 # What a frame of an animation takes that states no time; browsers do the same.
