@@ -180,9 +180,15 @@ class ForeignCampaign:
 
 
 def measure(folder: Path, work: Work, runs: Callable[[], Iterable[Run]]) -> None:
-    """Write a campaign of what `runs` gives (a warm-up first) and print its table."""
+    """Write a campaign of what `runs` gives (a warm-up first) and print its table.
+
+    An engine that is not there, or refuses, leaves no folder.
+    """
+    coming = iter(runs())
+    warm_up = next(coming)
     with ForeignCampaign(folder, work) as campaign:
-        for run in runs():
+        campaign.add(warm_up)
+        for run in coming:
             campaign.add(run)
     Sink().show(terminal_table(build_report(folder)))
 

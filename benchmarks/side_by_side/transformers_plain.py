@@ -45,6 +45,11 @@ def _runs(name: str, work: Work) -> Iterator[Run]:
         processor: Any = AutoProcessor.from_pretrained(name)
         dtype = torch.float32 if device == "cpu" else "auto"
         model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device)
+    except ImportError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise MissingDependencyError(
+            f"transformers cannot load it: {lines[0]}", "pip install torchvision"
+        ) from error
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise ModelNotFoundError(f"{name}: {first}", "check --model") from error

@@ -431,3 +431,53 @@ def test_a_killed_campaign_takes_its_worker_along_and_keeps_its_rows(tmp_path, m
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert [row["status"] for row in rows(tmp_path, "runs.csv")].count("ok") == 5
+
+
+@posix
+def test_kills_at_any_moment_lose_no_finished_run(tmp_path, make_plan):
+    """The campaign is killed again and again, each time a moment later, and resumed."""
+    here = Path(__file__).parent
+    plan = """
+    import sys
+    sys.path[:0] = [{root!r}, {here!r}]
+    import conftest
+    from pathlib import Path
+    from qwencli.bench.session import How, measure
+    from qwencli.bench.stopping import StopRule
+    from qwencli.output import Sink
+    plan = conftest.make_plan.__wrapped__()("steady", tokens=20, stop=StopRule(24, 24, processes=2))
+    resume = Path("c", "plan.json").exists()
+    sys.exit(measure(plan, conftest.CPU, Path("c"), ["bench"], Sink(), How(resume, 90.0),
+                     command=conftest.FAKE_WORKER))
+"""
+    script = textwrap.dedent(plan.format(root=str(here.parents[1]), here=str(here)))
+    done: list[list[str]] = []
+    for kill in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], cwd=tmp_path,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8",
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while (
+            kill < 3
+            and process.poll() is None
+            and len(finished(tmp_path)) <= len(done[-1] if done else [])
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        if kill < 3:
+            time.sleep(0.03 * kill)
+            process.kill()
+        _, err = process.communicate(timeout=90)
+        runs = finished(tmp_path)
+        assert runs[: len(done[-1]) if done else 0] == (done[-1] if done else []), err
+        done.append(runs)
+    assert done[-1] == [str(number) for number in range(1, 25)], err
+    (cell,) = rows(tmp_path, "cells.csv")
+    assert (cell["status"], cell["runs"]) == ("ok", "24")
+    tokens = [(r["run"], r["token_index"]) for r in rows(tmp_path, "tokens.csv") if r["run"] != "0"]
+    assert len(tokens) == len(set(tokens)) == 24 * 20
+
+
+def finished(tmp_path):
+    return [row["run"] for row in rows(tmp_path, "runs.csv") if row["status"] == "ok"]

@@ -105,6 +105,7 @@ def test_an_endpoint_becomes_a_campaign_that_can_be_compared(url, tmp_path, caps
 def test_an_endpoint_that_fails_is_one_error(url, tmp_path, served, said):
     with pytest.raises(BenchError, match=said):
         endpoint(url, tmp_path / "c", served)
+    assert not (tmp_path / "c").exists()
 
 
 def test_an_endpoint_that_is_not_there(tmp_path):
