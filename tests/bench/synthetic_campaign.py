@@ -16,6 +16,7 @@ MODES = {
     "attention": ("sdpa", "eager", "flash_attention_2"),
     "cache": ("dynamic", "static", "static-compile", "static-graph"),
     "load_mode": ("keep", "reload"),
+    "kernels": ("auto",),
     "model": ("qwen3-vl-4b", "qwen2.5-vl-7b"),
 }
 ENVIRONMENT = {
