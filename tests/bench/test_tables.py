@@ -17,6 +17,7 @@ CELL = {
     "attention": "sdpa",
     "cache": "dynamic",
     "load_mode": "keep",
+    "kernels": "auto",
     "status": "ok",
     "reason": None,
     "decode_tok_per_s_median": 123.456,
