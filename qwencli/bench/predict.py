@@ -51,9 +51,13 @@ START_FACTOR = {EngineName.NATIVE: 1.3, EngineName.TRANSFORMERS: 2.5}
 PROMPT_TOKENS = 64
 # What engines call the scheme of each mode; modes without an entry have no prediction.
 _SCHEMES = {
-    Quantization.NONE: "none",
-    Quantization.INT8: "bnb-int8",
-    Quantization.INT4: "bnb-nf4",
+    (EngineName.TRANSFORMERS, Quantization.NONE): "none",
+    (EngineName.TRANSFORMERS, Quantization.INT8): "bnb-int8",
+    (EngineName.TRANSFORMERS, Quantization.INT4): "bnb-nf4",
+    (EngineName.NATIVE, Quantization.NONE): "none",
+    (EngineName.NATIVE, Quantization.INT8): "int8",
+    (EngineName.NATIVE, Quantization.FP8): "fp8-e4m3",
+    (EngineName.NATIVE, Quantization.INT4): "int4-g128",
 }
 
 
@@ -80,7 +84,7 @@ def predict(plan: Plan, cell: BenchCell, speed: MachineSpeed) -> Prediction:
     """By the formula above; memory is the model's, by `models.memory`, for one request."""
     shape = _shape(plan.models[cell.model])
     launches = LAUNCHES.get(cell.engine, {}).get(cell.cache)
-    scheme = _SCHEMES.get(cell.quantization)
+    scheme = _SCHEMES.get((cell.engine, cell.quantization))
     if shape is None or launches is None or scheme is None:
         return Prediction(None, None, None)
     settings = plan.settings

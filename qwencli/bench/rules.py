@@ -30,8 +30,6 @@ def _engine(cell: BenchCell, facts: DeviceFacts) -> str | None:
 def _native(cell: BenchCell, facts: DeviceFacts) -> str | None:
     if cell.engine is not EngineName.NATIVE:
         return None
-    if cell.quantization is not Quantization.NONE:
-        return f"the native engine has no {cell.quantization} weights yet; transformers has"
     if cell.cache is Cache.STATIC_GRAPH and facts.kind != "cuda":
         return "CUDA graphs need a CUDA device; static is the nearest here"
     return None

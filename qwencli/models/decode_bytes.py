@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import prod
 
-from qwencli.models.memory import NF4_BYTES_PER_WEIGHT
+from qwencli.config import Quantization
+from qwencli.models.memory import NF4_BYTES_PER_WEIGHT, native_matrix_bytes
 from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import expected_tensors, is_quantizable
 
@@ -14,6 +15,12 @@ from qwencli.models.tensors import expected_tensors, is_quantizable
 _QUANTIZED: Mapping[str, Callable[[int, int], float]] = {
     "bnb-nf4": lambda rows, columns: rows * columns * NF4_BYTES_PER_WEIGHT,
     "bnb-int8": lambda rows, columns: rows * columns + 4 * rows,
+}
+# Those of the native engine, which quantizes the head too.
+_NATIVE = {
+    "int8": Quantization.INT8,
+    "fp8-e4m3": Quantization.FP8,
+    "int4-g128": Quantization.INT4,
 }
 
 
@@ -33,15 +40,18 @@ def decode_bytes(
     Returns:
         None for a scheme whose storage is not known here.
     """
-    quantized = _QUANTIZED.get(scheme)
-    if scheme != "none" and quantized is None:
+    quantized, native = _QUANTIZED.get(scheme), _NATIVE.get(scheme)
+    if scheme != "none" and quantized is None and native is None:
         return None
     total = float(shape.text.hidden_size * value_bytes)
     for name, size in expected_tensors(shape).items():
         looked_up = name.endswith("embed_tokens.weight") and not shape.text.tied_head
         if ".visual." in name or looked_up:
             continue
-        if quantized is not None and is_quantizable(name, size):
+        head = name.endswith(("lm_head.weight", "embed_tokens.weight"))
+        if native is not None and len(size) == 2:
+            total += native_matrix_bytes(native, head, *size)
+        elif quantized is not None and is_quantizable(name, size):
             total += quantized(*size)
         else:
             total += prod(size) * value_bytes

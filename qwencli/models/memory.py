@@ -65,6 +65,41 @@ def weight_bytes(shape: ModelShape, quantization: Quantization = Quantization.NO
     return total
 
 
+def native_weight_bytes(shape: ModelShape, quantization: Quantization, value_bytes: int) -> int:
+    """Bytes of the weights as the native engine keeps them (`engine.native.quantized`).
+
+    8bit and fp8: a byte, and a float32 scale for each output row. 4bit: half a byte and two
+    float16 for each group of 128, and the head at 8 bits. A tied embedding is kept as it is, for
+    looking up, beside the quantized head.
+
+    Args:
+        value_bytes: of a value that is not quantized.
+    """
+    total = 0
+    for name, size in expected_tensors(shape).items():
+        count = prod(size)
+        head = name == "lm_head.weight"
+        if quantization is Quantization.NONE or not (head or _in_decoder(name, size)):
+            total += count * value_bytes
+        else:
+            total += native_matrix_bytes(quantization, head, *size)
+    if quantization is not Quantization.NONE and shape.text.tied_head:
+        text = shape.text
+        total += native_matrix_bytes(quantization, True, text.vocab_size, text.hidden_size)
+    return total
+
+
+def native_matrix_bytes(quantization: Quantization, head: bool, rows: int, columns: int) -> int:
+    """Bytes of one quantized matrix [rows, columns] of the native engine."""
+    if quantization is Quantization.INT4 and not head:
+        return rows * columns // 2 + 4 * rows * -(-columns // 128)
+    return rows * columns + 4 * rows
+
+
+def _in_decoder(name: str, size: tuple[int, ...]) -> bool:
+    return len(size) == 2 and ".visual." not in name and not name.endswith("embed_tokens.weight")
+
+
 def kv_cache_bytes(shape: ModelShape, tokens: int, batch: int = 1) -> int:
     """Bytes of keys and values: 2 x layers x kv heads x head_dim for each token, bfloat16."""
     return shape.text.kv_bytes_per_token(_HALF) * tokens * batch

@@ -75,7 +75,6 @@ def test_cell_id_is_readable_and_does_not_change(cpu):
     [
         ({"engine": "remote"}, "remote engine is not part"),
         ({"engine": "native", "cache": "static-graph"}, "need a CUDA device"),
-        ({"engine": "native", "quantization": "4bit"}, "has no 4bit weights yet"),
         ({**TRANSFORMERS, "cache": "static-graph"}, "static-compile is the nearest"),
         ({**TRANSFORMERS, "quantization": "fp8"}, "8bit is the nearest"),
         ({"attention": "flash_attention_2"}, "needs a CUDA device"),

@@ -14,6 +14,7 @@ from qwencli.config import (
     EngineConfig,
     EngineName,
     Kernels,
+    Quantization,
     SamplingOptions,
 )
 from qwencli.engine.kernels import fused_ops as fused_module
@@ -63,6 +64,19 @@ def test_the_bundled_model_says_the_same_in_kernels_of_our_own():
             results.append(engine.generate(ask((picture(),), 100)))
     assert results[0].token_ids == results[1].token_ids
     assert results[1].ran.attention == "triton"
+
+
+@pytest.mark.parametrize("quantization", [Quantization.INT8, Quantization.FP8, Quantization.INT4])
+def test_quantized_kernels_say_what_the_matrices_read_back_say(quantization):
+    results = []
+    for kernels in (Kernels.TORCH, Kernels.TRITON):
+        config = EngineConfig(
+            resolve_model("scenes"), device="cuda", dtype=DType.FLOAT32, quantization=quantization
+        )
+        with NativeEngine(replace(config, kernels=kernels)) as engine:
+            results.append(engine.generate(ask((picture(),), 60)))
+    assert results[0].token_ids == results[1].token_ids
+    assert results[0].ran.quantization == results[1].ran.quantization != "none"
 
 
 def wide_model(fused, hidden=2560, layers=3):

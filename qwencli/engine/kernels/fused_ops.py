@@ -16,10 +16,12 @@ import triton
 
 from qwencli.engine.kernels.attention import decode_attention_kernel
 from qwencli.engine.kernels.gemv import gemv_kernel
+from qwencli.engine.kernels.gemv_int4 import gemv_int4_kernel
 from qwencli.engine.kernels.step import NOTHING_CHOSEN, choose_kernel
-from qwencli.engine.kernels.tiles import GemvTiles, attention_tiles, gemv_tiles
-from qwencli.engine.native.decoder_ops import Choice, DecoderOps, Layer, Step
+from qwencli.engine.kernels.tiles import attention_tiles, gemv_tiles, int4_tiles
+from qwencli.engine.native.decoder_ops import Choice, DecoderOps, Layer, Matrix, Step, dense
 from qwencli.engine.native.kv_cache import StaticKVCache
+from qwencli.engine.native.quantized import NIBBLES, Quantized
 from qwencli.engine.native.rms_norm import RMSNorm
 from qwencli.models.shapes import TextShape
 
@@ -140,12 +142,12 @@ class FusedOps:
         self._gemv(activated, layer.down, hidden, add=True)
         return hidden
 
-    def norm_head(self, hidden: Tensor, norm: RMSNorm, head: Tensor) -> Tensor:
+    def norm_head(self, hidden: Tensor, norm: RMSNorm, head: Matrix) -> Tensor:
         """Logits [1, V], float32."""
         self._gemv(hidden, head, self._logits, norm=norm)
         return self._logits
 
-    def choose(self, hidden: Tensor, norm: RMSNorm, head: Tensor, choice: Choice) -> None:
+    def choose(self, hidden: Tensor, norm: RMSNorm, head: Matrix, choice: Choice) -> None:
         self._gemv(hidden, head, self._logits, norm=norm, choice=choice)
         choose_kernel[1,](
             self._best,
@@ -164,7 +166,7 @@ class FusedOps:
     def _gemv(
         self,
         x: Tensor,
-        matrix: Tensor,
+        matrix: Matrix,
         y: Tensor,
         norm: RMSNorm | None = None,
         bias: Tensor | None = None,
@@ -172,16 +174,15 @@ class FusedOps:
         add: bool = False,
         choice: Choice | None = None,
     ) -> None:
-        """`matrix` is the [in, out] view of a contiguous [out, in] weight."""
-        columns, rows = matrix.shape
-        assert matrix.stride() == (1, columns), "kernels read rows of the weight"
-        if gated:
-            rows //= 2
-        tiles: GemvTiles = gemv_tiles(columns, gated)
-        gemv_kernel[triton.cdiv(rows, tiles.rows),](
-            x,
-            x if norm is None else norm.weight,
-            matrix,
+        """`matrix` is quantized, or the [in, out] view of a contiguous [out, in] weight."""
+        quantized = matrix if isinstance(matrix, Quantized) else None
+        if quantized is None:
+            columns, rows = dense(matrix, x).shape
+            assert dense(matrix, x).stride() == (1, columns), "kernels read rows of the weight"
+        else:
+            columns, rows = quantized.columns, quantized.rows
+        rows = rows // 2 if gated else rows
+        ends = (
             y if bias is None else bias,
             y,
             y if choice is None else choice.seen,
@@ -189,17 +190,34 @@ class FusedOps:
             self._best,
             rows,
             0.0 if norm is None else norm.eps,
-            K=columns,
-            BLOCK=tiles.block,
-            ROWS=tiles.rows,
-            WHOLE=rows % tiles.rows == 0,
-            NORM=norm is not None,
-            SWIGLU=gated,
-            BIAS=bias is not None,
-            ADD=add,
-            ARGMAX=choice is not None,
-            **self._launch.options(tiles.num_warps),
         )
+        gain = x if norm is None else norm.weight
+        modes = {
+            "K": columns,
+            "NORM": norm is not None,
+            "SWIGLU": gated,
+            "BIAS": bias is not None,
+            "ADD": add,
+            "ARGMAX": choice is not None,
+        }
+        if quantized is not None and quantized.zero is not None:
+            data, scale, group = quantized.data, quantized.scale, quantized.group
+            tiles = int4_tiles(data.shape[1], group // NIBBLES, gated)
+            gemv_int4_kernel[triton.cdiv(rows, tiles.rows),](
+                x, gain, data, scale, quantized.zero, *ends,
+                G=group, BLOCK=tiles.block, ROWS=tiles.rows,
+                **modes, **self._launch.options(tiles.num_warps),
+            )  # fmt: skip
+            return
+        data = quantized.data if quantized is not None else dense(matrix, x)
+        scale = x if quantized is None else quantized.scale
+        tiles = gemv_tiles(columns, gated, 1 if quantized else 2)
+        gemv_kernel[triton.cdiv(rows, tiles.rows),](
+            x, gain, data, scale, *ends,
+            BLOCK=tiles.block, ROWS=tiles.rows, WHOLE=rows % tiles.rows == 0,
+            SCALED=quantized is not None,
+            **modes, **self._launch.options(tiles.num_warps),
+        )  # fmt: skip
 
 
 def fused_ops(

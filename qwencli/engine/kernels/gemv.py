@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qwencli.engine.kernels.epilogue import offer_best
+
 
 @triton.jit
 def row_tiles(w_ptr, rows, N, K: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
@@ -46,17 +48,11 @@ def vector_tiles(ptr, K: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def ordered_bits(x):
-    """int32 that sorts as the float32 `x` does."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
 def gemv_kernel(
     x_ptr,  # [K]
     gain_ptr,  # [K], weight of the RMS norm of x
-    w_ptr,  # [N, K], or [2 N, K] for SWIGLU
+    w_ptr,  # [N, K], or [2 N, K] for SWIGLU; a float type, or int8 or fp8 with a scale a row
+    scale_ptr,  # float32 [N], or [2 N]
     bias_ptr,  # [N]
     y_ptr,  # [N]
     seen_ptr,  # bool [N]
@@ -73,13 +69,13 @@ def gemv_kernel(
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
     ARGMAX: tl.constexpr,
+    SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y = epilogue(W norm(x)).
 
     NORM: x is normed with `gain`. SWIGLU: y = silu(W[:N] x) * (W[N:] x). BIAS: added. ADD: the
-    result is added to y. ARGMAX: y is not written; `best` becomes the largest of
-    ordered_bits(penalised y) << 32 | (2^32 - 1 - row), so the first of equal rows wins.
+    result is added to y. ARGMAX: y is not written; the rows are offered to `best`.
     """
     TILES: tl.constexpr = (K + BLOCK - 1) // BLOCK
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -90,6 +86,10 @@ def gemv_kernel(
         up = row_tiles(up_ptr, rows, N, K, BLOCK, WHOLE)
     if NORM:
         gains = vector_tiles(gain_ptr, K, BLOCK)
+    if SCALED:
+        row_scale = tl.load(scale_ptr + rows, mask=inside, other=0.0)
+        if SWIGLU:
+            up_scale = tl.load(scale_ptr + N + rows, mask=inside, other=0.0)
     if BIAS:
         bias = tl.load(bias_ptr + rows, mask=inside, other=0.0)
     if PDL:
@@ -115,19 +115,18 @@ def gemv_kernel(
     if NORM:
         scale = tl.rsqrt(tl.sum(squares) / K + eps)
     y = tl.sum(sums, axis=1) * scale
+    up_y = tl.sum(up_sums, axis=1) * scale
+    if SCALED:
+        y *= row_scale
+        if SWIGLU:
+            up_y *= up_scale
     if SWIGLU:
-        y = y * tl.sigmoid(y) * (tl.sum(up_sums, axis=1) * scale)
+        y = y * tl.sigmoid(y) * up_y
     if BIAS:
         y += bias.to(tl.float32)
     if ADD:
         y += before.to(tl.float32)
     if ARGMAX:
-        penalty = tl.load(penalty_ptr)
-        y = tl.where(seen, tl.where(y < 0, y * penalty, y / penalty), y)
-        key = (ordered_bits(y).to(tl.int64) << 32) | (0xFFFFFFFF - rows.to(tl.int64))
-        mine = tl.max(tl.where(inside, key, -0x8000000000000000), axis=0)
-        # Most programs see a larger one and leave the address that all share alone.
-        if mine > tl.load(best_ptr, volatile=True):
-            tl.atomic_max(best_ptr, mine, sem="relaxed")
+        offer_best(y, seen, rows, inside, penalty_ptr, best_ptr)
     else:
         tl.store(y_ptr + rows, y, mask=inside)

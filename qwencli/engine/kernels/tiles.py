@@ -7,7 +7,7 @@ percent. A thread reads 16 bytes of a row at a time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MOST_SPLITS = 32
 
@@ -43,14 +43,26 @@ _GATED = GemvTiles(512, 1, 2)
 _GATED_LONG_ROWS = GemvTiles(1024, 1, 4)
 
 
-def gemv_tiles(columns: int, gated: bool = False) -> GemvTiles:
-    """Tiles of a matrix [rows, columns]; `gated` reads two such matrices."""
+def gemv_tiles(columns: int, gated: bool = False, itemsize: int = 2) -> GemvTiles:
+    """Tiles of a matrix [rows, columns]; `gated` reads two such matrices.
+
+    Rows of as many bytes are cut alike, whatever the size of an item.
+    """
+    if itemsize == 1:
+        tiles = gemv_tiles(-(-columns // 2), gated)
+        return replace(tiles, block=2 * tiles.block)
     if gated:
         return _GATED if columns <= 4096 else _GATED_LONG_ROWS
     for most, tiles in _BY_COLUMNS:
         if columns <= most:
             return tiles
     return _LONG_ROWS
+
+
+def int4_tiles(words: int, group_words: int, gated: bool = False) -> GemvTiles:
+    """Tiles of a matrix of `words` a row; a block is whole groups."""
+    tiles = gemv_tiles(2 * words, gated)
+    return replace(tiles, block=max(tiles.block // 2, group_words))
 
 
 def attention_tiles(num_kv_heads: int, num_processors: int) -> AttentionTiles:

@@ -6,15 +6,16 @@ has, nor how an operation is computed (`DecoderOps`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from qwencli.engine.native.decoder_ops import Choice, DecoderOps, Layer, Step
+from qwencli.engine.native.decoder_ops import Choice, DecoderOps, Layer, Matrix, Step
+from qwencli.engine.native.quantized import Quantized
 from qwencli.engine.native.rms_norm import RMSNorm
-from qwencli.engine.native.weights import Tensors
+from qwencli.engine.native.weights import HEAD, Tensors
 from qwencli.models.shapes import TextShape
 
 
@@ -35,15 +36,23 @@ class Decoder:
     """Weights [out, in] of one model on one device, and the forward pass over them.
 
     Args:
+        matrices: those of the weights that are quantized.
         by_rows: keep every weight as it is, for operations that read its rows.
     """
 
-    def __init__(self, shape: TextShape, weights: Tensors, by_rows: bool = False) -> None:
+    def __init__(
+        self,
+        shape: TextShape,
+        weights: Tensors,
+        matrices: Mapping[str, Quantized] | None = None,
+        by_rows: bool = False,
+    ) -> None:
         self.shape = shape
-        self.layers = [_layer(shape, weights, i, by_rows) for i in range(shape.num_layers)]
+        pick = _Matrices(weights, matrices or {}, by_rows)
+        self.layers = [_layer(shape, weights, i, pick) for i in range(shape.num_layers)]
         self.embedding = weights["text.embed"]
         self.norm = RMSNorm(weights["text.norm"], shape.rms_norm_eps)
-        self.head = (self.embedding if shape.tied_head else weights["text.head"]).t()
+        self.head = pick.head()
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [N] -> hidden states [N, hidden]."""
@@ -75,7 +84,7 @@ class Decoder:
         ops.choose(hidden, self.norm, self.head, choice)
 
 
-def _layer(shape: TextShape, weights: Tensors, index: int, by_rows: bool) -> Layer:
+def _layer(shape: TextShape, weights: Tensors, index: int, pick: _Matrices) -> Layer:
     at = f"text.{index}."
     qk_norm = None
     if shape.qk_norm:
@@ -88,24 +97,41 @@ def _layer(shape: TextShape, weights: Tensors, index: int, by_rows: bool) -> Lay
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         attn_norm=RMSNorm(weights[at + "attn_norm"], shape.rms_norm_eps),
-        qkv=_columns(weights, at + "qkv", by_rows),
+        qkv=pick.columns(at + "qkv"),
         qkv_bias=weights.get(at + "qkv_bias"),
         qk_norm=qk_norm,
-        o=_columns(weights, at + "o", by_rows),
+        o=pick.columns(at + "o"),
         o_bias=weights.get(at + "o_bias"),
         mlp_norm=RMSNorm(weights[at + "mlp_norm"], shape.rms_norm_eps),
-        gate_up=_columns(weights, at + "gate_up", by_rows),
-        down=_columns(weights, at + "down", by_rows),
+        gate_up=pick.columns(at + "gate_up"),
+        down=pick.columns(at + "down"),
     )
 
 
-def _columns(weights: Tensors, name: str, by_rows: bool) -> torch.Tensor:
-    """The [in, out] view of a weight [out, in].
+@dataclass(frozen=True)
+class _Matrices:
+    """Picks each matrix in the form that the operations want."""
 
-    A matrix-vector product on the CPU in float32 is a quarter faster when the outputs of one
-    input lie in a row, so the weight is stored that way there (one at a time, in its own place).
-    """
-    weight = weights[name]
-    if not by_rows and weight.device.type == "cpu" and weight.dtype == torch.float32:
-        weights[name] = weight = weight.t().contiguous().t()
-    return weight.t()
+    weights: Tensors
+    quantized: Mapping[str, Quantized]
+    by_rows: bool
+
+    def columns(self, name: str) -> Matrix:
+        """The quantized matrix of this name, or else the [in, out] view of a weight [out, in].
+
+        A matrix-vector product on the CPU in float32 is a quarter faster when the outputs of one
+        input lie in a row, so the weight is stored that way there (one at a time, in its own
+        place).
+        """
+        if name in self.quantized:
+            return self.quantized[name]
+        weight = self.weights[name]
+        if not self.by_rows and weight.device.type == "cpu" and weight.dtype == torch.float32:
+            self.weights[name] = weight = weight.t().contiguous().t()
+        return weight.t()
+
+    def head(self) -> Matrix:
+        """The head, which is the embedding where the checkpoint has none of its own."""
+        if HEAD in self.quantized:
+            return self.quantized[HEAD]
+        return self.weights.get(HEAD, self.weights["text.embed"]).t()

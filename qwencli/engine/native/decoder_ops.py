@@ -15,17 +15,20 @@ import torch.nn.functional as F
 
 from qwencli.engine.native.attention import AttentionFunction, AttentionPlan
 from qwencli.engine.native.kv_cache import KVCache
+from qwencli.engine.native.quantized import Quantized
 from qwencli.engine.native.rms_norm import RMSNorm
 from qwencli.engine.native.rope import CosSin, rotate
 
 Tensor = torch.Tensor
+Matrix = Tensor | Quantized
 
 
 @dataclass(frozen=True)
 class Layer:
     """Weights of one decoder layer, fused, and the numbers its operations need.
 
-    Matrices are [in, out] views of the [out, in] weights, made once: a view costs a dispatch.
+    Matrices are [in, out] views of the [out, in] weights, made once (a view costs a dispatch), or
+    quantized.
 
     Args:
         qkv: [hidden, (H + 2 KVH) * D], q then k then v. gate_up: [hidden, 2 I].
@@ -37,14 +40,14 @@ class Layer:
     num_kv_heads: int
     head_dim: int
     attn_norm: RMSNorm
-    qkv: Tensor
+    qkv: Matrix
     qkv_bias: Tensor | None
     qk_norm: RMSNorm | None
-    o: Tensor
+    o: Matrix
     o_bias: Tensor | None
     mlp_norm: RMSNorm
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,17 @@ class Choice:
     penalty: Tensor
 
 
+def dense(matrix: Matrix, like: Tensor) -> Tensor:
+    """The matrix [in, out] in the type of `like`."""
+    return matrix if isinstance(matrix, torch.Tensor) else matrix.dequantize(like.dtype).t()
+
+
 def norm_qkv(hidden: Tensor, layer: Layer) -> Tensor:
     """hidden [B * S, hidden] -> [B * S, (H + 2 KVH) * D]."""
     x = layer.attn_norm(hidden)
     if layer.qkv_bias is None:
-        return torch.mm(x, layer.qkv)
-    return torch.addmm(layer.qkv_bias, x, layer.qkv)
+        return torch.mm(x, dense(layer.qkv, x))
+    return torch.addmm(layer.qkv_bias, x, dense(layer.qkv, x))
 
 
 def attend(qkv: Tensor, layer: Layer, step: Step) -> Tensor:
@@ -114,25 +122,25 @@ def attend(qkv: Tensor, layer: Layer, step: Step) -> Tensor:
 
 def o_residual(attended: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
     """hidden + W_o attended, [B * S, hidden], in place: the sum is part of the product."""
-    hidden.addmm_(attended, layer.o)
+    hidden.addmm_(attended, dense(layer.o, hidden))
     return hidden if layer.o_bias is None else hidden.add_(layer.o_bias)
 
 
 def norm_gate_up(hidden: Tensor, layer: Layer) -> Tensor:
     """SwiGLU of the normed hidden state: silu(gate) * up, [B * S, I]."""
-    both = torch.mm(layer.mlp_norm(hidden), layer.gate_up)
+    both = torch.mm(layer.mlp_norm(hidden), dense(layer.gate_up, hidden))
     gate, up = both.chunk(2, 1)
     return F.silu(gate).mul_(up)
 
 
 def down_residual(activated: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
     """hidden + W_down activated, [B * S, hidden], in place."""
-    return hidden.addmm_(activated, layer.down)
+    return hidden.addmm_(activated, dense(layer.down, hidden))
 
 
-def norm_head(hidden: Tensor, norm: RMSNorm, head: Tensor) -> Tensor:
+def norm_head(hidden: Tensor, norm: RMSNorm, head: Matrix) -> Tensor:
     """Logits [N, V] of hidden states [N, hidden]; `head` is [hidden, V]."""
-    return torch.mm(norm(hidden), head)
+    return torch.mm(norm(hidden), dense(head, hidden))
 
 
 @dataclass(frozen=True)
@@ -151,9 +159,9 @@ class DecoderOps:
     o_residual: Callable[[Tensor, Layer, Tensor], Tensor] = o_residual
     norm_gate_up: Callable[[Tensor, Layer], Tensor] = norm_gate_up
     down_residual: Callable[[Tensor, Layer, Tensor], Tensor] = down_residual
-    norm_head: Callable[[Tensor, RMSNorm, Tensor], Tensor] = norm_head
+    norm_head: Callable[[Tensor, RMSNorm, Matrix], Tensor] = norm_head
     any_length: bool = False
-    choose: Callable[[Tensor, RMSNorm, Tensor, Choice], None] | None = None
+    choose: Callable[[Tensor, RMSNorm, Matrix, Choice], None] | None = None
 
 
 REFERENCE_OPS = DecoderOps()

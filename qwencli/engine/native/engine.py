@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from qwencli.config import Cache, EngineConfig, EngineName, LoadFormat, Quantization
+from qwencli.config import Cache, EngineConfig, EngineName, LoadFormat
 from qwencli.engine.answer import Answer
 from qwencli.engine.device_memory import release
 from qwencli.engine.host import host_memory
@@ -37,12 +37,6 @@ class NativeEngine(LocalEngine):
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
-        if config.quantization is not Quantization.NONE:
-            raise UnsupportedModeError(
-                f"--quantization {config.quantization} cannot run on the native engine yet",
-                "use --engine transformers for 8bit and 4bit",
-                nearest=Quantization.NONE.value,
-            )
         self._generation: Generation | None = None
         self._plan: MemoryPlan | None = None
 
@@ -70,15 +64,16 @@ class NativeEngine(LocalEngine):
             wanted=self.config.max_seq_len,
             free_bytes=_free_bytes(device),
             max_pixels=self.config.max_pixels,
+            quantization=self.config.quantization,
         )
         shape = read_shape(files.hub_config)
         check_supported(shape)
         place, torch_dtype = torch.device(device), getattr(torch, dtype.value)
         if self.config.load_format is LoadFormat.DUMMY:
-            loaded = weights.dummy(shape, torch_dtype, place)
+            loaded = weights.dummy(shape, torch_dtype, place, self.config.quantization)
         else:
             assert files.folder is not None, "weights come from a folder"
-            loaded = weights.load(files.folder, shape, torch_dtype, place)
+            loaded = weights.load(files.folder, shape, torch_dtype, place, self.config.quantization)
         # One slot more than anybody may ask for: graph capture needs a place to write.
         slots = self._plan.max_seq_len + 1
         with torch.inference_mode():
@@ -86,7 +81,7 @@ class NativeEngine(LocalEngine):
             model = QwenModel(shape, loaded, slots, attention, fused)
             ran = RanModes(
                 engine=EngineName.NATIVE.value,
-                quantization=Quantization.NONE.value,
+                quantization=loaded.scheme,
                 attention="triton" if model.step_ops.any_length else attention.value,
                 cache=cache.value,
                 device=device,

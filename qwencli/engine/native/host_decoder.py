@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from qwencli.config import Attention
 from qwencli.engine.native.decoder import Decoder
-from qwencli.engine.native.decoder_ops import Layer
+from qwencli.engine.native.decoder_ops import Layer, Matrix
 from qwencli.engine.native.host_attention import HOST_ATTENTION
 from qwencli.engine.native.kv_cache import StaticKVCache
 from qwencli.engine.native.rms_norm import RMSNorm
@@ -38,7 +38,7 @@ class HostDecoder:
         self._rope = rope
         self._angles = rope.rows.numpy().reshape(len(rope.rows), 2, 2, -1)  # [.., D / 2]
         self._embed = decoder.embedding.numpy()
-        self._head = decoder.head
+        self._head = _plain(decoder.head)
         self._norm = _Norm(decoder.norm)
         self._hidden = torch.empty(1, shape.hidden_size)
         self._normed = torch.empty(1, shape.hidden_size)
@@ -113,13 +113,18 @@ class HostDecoder:
             np.divide(self._qk, self._rms, self._qk)
 
 
+def _plain(matrix: Matrix) -> torch.Tensor:
+    assert isinstance(matrix, torch.Tensor), "quantized models take the reference operators"
+    return matrix
+
+
 class _HostLayer:
     """One layer's matrices, and its norms as numpy has them."""
 
     def __init__(self, layer: Layer) -> None:
-        self.qkv, self.qkv_bias = layer.qkv, layer.qkv_bias
-        self.o, self.o_bias = layer.o, layer.o_bias
-        self.gate_up, self.down = layer.gate_up, layer.down
+        self.qkv, self.qkv_bias = _plain(layer.qkv), layer.qkv_bias
+        self.o, self.o_bias = _plain(layer.o), layer.o_bias
+        self.gate_up, self.down = _plain(layer.gate_up), _plain(layer.down)
         self.attn_norm, self.mlp_norm = _Norm(layer.attn_norm), _Norm(layer.mlp_norm)
         self.qk_weight = None
         if layer.qk_norm is not None:

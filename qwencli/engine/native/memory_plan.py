@@ -13,6 +13,7 @@ from qwencli.models.memory import (
     RUNTIME_BYTES,
     image_feature_bytes,
     kv_cache_bytes,
+    native_weight_bytes,
     prefill_peak_bytes,
     vision_peak_bytes,
     weight_bytes,
@@ -65,6 +66,7 @@ def plan_memory(
     wanted: SeqLen | None,
     free_bytes: int | None,
     max_pixels: int | None = None,
+    quantization: Quantization = Quantization.NONE,
 ) -> MemoryPlan:
     """The longest sequences up to `wanted` that fit beside the weights.
 
@@ -80,7 +82,7 @@ def plan_memory(
     """
     shape = read_shape(hub_config, name)
     scale = 2 if dtype is DType.FLOAT32 else 1
-    weights = weight_bytes(shape) * scale
+    weights = native_weight_bytes(shape, quantization, 2 * scale)
     longest_wanted = model_limit if wanted == "auto" else wanted or DEFAULT_MAX_SEQ_LEN
     target = min(model_limit, longest_wanted)
 

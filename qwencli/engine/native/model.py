@@ -52,7 +52,10 @@ class QwenModel:
         self.device, self.dtype = embed.device, embed.dtype
         self.max_seq_len = max_seq_len
         self.unused_tensors = loaded.unused
-        self.decoder = Decoder(shape.text, loaded.tensors, by_rows=fused is not None)
+        self.decoder = Decoder(
+            shape.text, loaded.tensors, loaded.matrices, by_rows=fused is not None
+        )
+        self.quantized = bool(loaded.matrices)
         self.vision = VisionTower(shape.vision, loaded.tensors, attention) if shape.vision else None
         # A picture's larger side is never above its number of tokens: positions lag behind slots.
         self.rope = Rope(shape.text.rope, shape.text.head_dim, max_seq_len, self.dtype, self.device)

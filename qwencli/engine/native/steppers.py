@@ -149,7 +149,7 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _static(state: DecodeState) -> Stepper:
     device, dtype = state.model.device.type, state.model.dtype
-    on_host = device == "cpu" and dtype == torch.float32
+    on_host = device == "cpu" and dtype == torch.float32 and not state.model.quantized
     return HostStepper(state) if on_host else EagerStepper(state)
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import io
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from qwencli.config import Quantization
+from qwencli.engine.native.quantized import SCHEMES, Quantized, quantize
 from qwencli.errors import ModelFileError
 from qwencli.models.safetensors_header import StoredTensor, stored_tensors
 from qwencli.models.shapes import ModelShape
@@ -23,27 +25,46 @@ from qwencli.models.weight_specs import PREFIXES, PROBES, Part, Section, TensorS
 from qwencli.models.weights import all_named, find_weights
 
 Tensors = dict[str, torch.Tensor]
+Matrices = dict[str, Quantized]
 
 STAGING_BYTES = 64 * 2**20
 DUMMY_STD = 0.02
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _AGAIN = "download the model again"
 # Found in checkpoints and of no use: a tied head (checked), frequencies that follow from the base.
+HEAD = "text.head"
+_DECODER_MATRICES = ("qkv", "o", "gate_up", "down")
 _IDLE = ("lm_head.weight", "rotary_emb.inv_freq")
 
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """The tensors by the names of `weight_specs`, and the idle ones the checkpoint has besides."""
+    """The tensors by the names of `weight_specs`, and the idle ones the checkpoint has besides.
+
+    `matrices` has those that were quantized, in place of the tensors of their names.
+    """
 
     tensors: Tensors
     unused: tuple[str, ...]
+    matrices: Matrices = field(default_factory=dict)
+
+    @property
+    def scheme(self) -> str:
+        """How the decoder's matrices are stored, as results report it; "none" = unquantized."""
+        inside = {matrix.label for name, matrix in self.matrices.items() if name != HEAD}
+        return "+".join(sorted(inside)) or "none"
 
 
 def load(
-    folder: Path, shape: ModelShape, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization = Quantization.NONE,
 ) -> LoadedWeights:
     """Load the checkpoint in `folder` as `dtype` on `device`.
+
+    A matrix that is to be quantized is so before the next one is read.
 
     Each tensor is checked for NaN and infinity with one reduction after it is in place (one more
     read of the weights on the device; a single synchronisation at the end).
@@ -59,46 +80,73 @@ def load(
     used = set(sources.values())
     unused = tuple(sorted(name for name in stored if name not in used))
     _check_extra(unused, folder)
-    tensors = allocate(wanted, dtype, device)
+    kept = _Kept(shape, quantization)
     extremes: dict[str, torch.Tensor] = {}
     with _Reader(device) as reader:
         for spec in wanted:
             row = 0
+            tensor = torch.empty(spec.shape, dtype=dtype, device=device)
             for part in spec.parts:
                 source = stored[sources[part]]
-                rows = tensors[spec.name][row : row + part.shape[0]]
+                rows = tensor[row : row + part.shape[0]]
                 reader.read(source, rows.view(-1))
                 low, high = rows.aminmax()  # both carry a NaN through
                 extremes[source.name] = torch.stack((low, high)).float()
                 row += part.shape[0]
+            kept.keep(spec.name, tensor)
         if shape.text.tied_head:
-            _check_tied_head(stored, tensors["text.embed"], reader)
+            _check_tied_head(stored, kept.tensors["text.embed"], reader)
     _check_finite(extremes, dtype)
-    return LoadedWeights(tensors, unused)
+    return kept.weights(unused)
 
 
-def dummy(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> LoadedWeights:
+def dummy(
+    shape: ModelShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization = Quantization.NONE,
+) -> LoadedWeights:
     """Fill every tensor: norms with ones, the rest with normal values of deviation `DUMMY_STD`.
 
     The values depend on the tensor's name and the kind of device alone.
     """
-    wanted = specs(shape)
-    tensors = allocate(wanted, dtype, device)
+    kept = _Kept(shape, quantization)
     generator = torch.Generator(device)
-    for spec in wanted:
-        tensor = tensors[spec.name]
+    for spec in specs(shape):
+        tensor = torch.empty(spec.shape, dtype=dtype, device=device)
         if spec.fill == "normal":
             tensor.normal_(
                 0.0, DUMMY_STD, generator=generator.manual_seed(zlib.crc32(spec.name.encode()))
             )
         else:
             tensor.fill_(1.0 if spec.fill == "ones" else 0.0)
-    return LoadedWeights(tensors, ())
+        kept.keep(spec.name, tensor)
+    return kept.weights(())
 
 
-def allocate(wanted: tuple[TensorSpec, ...], dtype: torch.dtype, device: torch.device) -> Tensors:
-    """Reserve every tensor, contents undefined."""
-    return {spec.name: torch.empty(spec.shape, dtype=dtype, device=device) for spec in wanted}
+class _Kept:
+    """What has been read so far, the decoder's matrices and its head quantized as asked for."""
+
+    def __init__(self, shape: ModelShape, quantization: Quantization) -> None:
+        self.tensors: Tensors = {}
+        self._matrices: Matrices = {}
+        self._tied = shape.text.tied_head
+        self._schemes = SCHEMES.get(quantization)
+
+    def keep(self, name: str, tensor: torch.Tensor) -> None:
+        part = name.rpartition(".")[2]
+        if self._schemes and name.startswith("text.") and part in _DECODER_MATRICES:
+            self._matrices[name] = quantize(tensor, self._schemes[0])
+        elif self._schemes and name == HEAD:
+            self._matrices[name] = quantize(tensor, self._schemes[1])
+        else:
+            self.tensors[name] = tensor
+
+    def weights(self, unused: tuple[str, ...]) -> LoadedWeights:
+        if self._schemes and self._tied:
+            # Rows of the embedding are looked up as they are; the head reads a copy of fewer bits.
+            self._matrices[HEAD] = quantize(self.tensors["text.embed"], self._schemes[1])
+        return LoadedWeights(self.tensors, unused, self._matrices)
 
 
 def _match(

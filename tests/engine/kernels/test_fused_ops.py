@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwencli.config import SamplingParams
+from qwencli.config import Quantization, SamplingParams
 from qwencli.engine.kernels import fused_ops as fused_module
 from qwencli.engine.kernels.fused_ops import fused_ops
 from qwencli.engine.kernels.tiles import AttentionTiles, GemvTiles
@@ -32,19 +33,23 @@ TORCH_ATTENTION = functools.partial(fused_ops, own_attention=False)
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs: the interpreter takes milliseconds for each. Two parts, so that they join."""
     monkeypatch.setattr(
-        fused_module, "gemv_tiles", lambda columns, gated=False: GemvTiles(64, 128, 1)
+        fused_module, "gemv_tiles", lambda columns, gated=False, itemsize=2: GemvTiles(64, 128, 1)
     )
+    monkeypatch.setattr(fused_module, "int4_tiles", lambda *_: GemvTiles(16, 128, 1))
     monkeypatch.setattr(fused_module, "attention_tiles", lambda *_: AttentionTiles(64, 2, 1))
 
 
-def model_of(config: dict[str, Any], fused: Fused | None) -> QwenModel:
+def model_of(
+    config: dict[str, Any], fused: Fused | None, quantization: Quantization = Quantization.NONE
+) -> QwenModel:
     shape = read_shape(config)
-    loaded = weights.dummy(shape, torch.float32, CPU)
+    loaded = weights.dummy(shape, torch.float32, CPU, quantization)
     scaled = {
         name: t * 5 if t.std() > 0 and t.dim() > 1 else t + 0.1 * torch.arange(len(t)) / len(t)
         for name, t in loaded.tensors.items()
     }
-    return QwenModel(shape, weights.LoadedWeights(scaled, ()), SLOTS, fused=fused)
+    matrices = {name: replace(m, scale=m.scale * 5) for name, m in loaded.matrices.items()}
+    return QwenModel(shape, weights.LoadedWeights(scaled, (), matrices), SLOTS, fused=fused)
 
 
 def prompt_of(length: int) -> list[int]:
@@ -89,6 +94,32 @@ def test_steps_give_the_logits_of_the_plain_operators(family: str, data: st.Data
     plain = logits_of(model_of(config, None), length, 3)
     fused = logits_of(model_of(config, OWN if own else TORCH_ATTENTION), length, 3)
     assert (plain - fused).abs().max() <= 1e-4 * plain.abs().max()
+
+
+# 192 columns are groups of 64, 96 of 32, and 72 are none at all.
+@pytest.mark.parametrize("quantization", [q for q in Quantization if q is not Quantization.NONE])
+def test_quantized_steps_give_the_logits_of_the_matrices_read_back(
+    quantization: Quantization,
+) -> None:
+    config = {
+        "model_type": "qwen3",
+        "vocab_size": VOCAB,
+        "hidden_size": 192,
+        "intermediate_size": 96 if quantization is Quantization.INT4 else 72,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "rope_theta": 1e4,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }
+    plain = logits_of(model_of(config, None, quantization), 5, 2)
+    fused = logits_of(model_of(config, OWN, quantization), 5, 2)
+    # The upper value of a pair of int4 carries a trace of the lower one.
+    most = 1e-3 if quantization is Quantization.INT4 else 1e-4
+    assert (plain - fused).abs().max() <= most * plain.abs().max()
 
 
 @torch.inference_mode()

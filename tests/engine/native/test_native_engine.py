@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from qwencli.config import Attention, Cache, EngineName, Quantization, SamplingOptions
+from qwencli.config import Attention, Cache, EngineName, SamplingOptions
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.reference.engine import TransformersEngine
 from qwencli.errors import InputError, OutOfMemoryError, UnsupportedModeError
@@ -281,7 +281,6 @@ def test_prompt_longer_than_the_cache_is_refused(checkpoint):
 @pytest.mark.parametrize(
     ("settings", "nearest"),
     [
-        ({"quantization": Quantization.INT4}, "none"),
         ({"cache": Cache.STATIC_GRAPH}, "static"),
         ({"attention": Attention.FLASH}, "sdpa"),
     ],

@@ -1,0 +1,90 @@
+"""Weights of fewer bits: packing, errors, whole models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwencli.config import EngineConfig, Quantization, SamplingOptions
+from qwencli.engine.images import open_image
+from qwencli.engine.native.engine import NativeEngine
+from qwencli.engine.native.quantized import GROUPS, Quantized, Scheme, pack, quantize, unpack
+from qwencli.messages import GenerationRequest, user_message
+from qwencli.models.resolve import resolve_model
+
+SCENE = Path(__file__).parents[3] / "examples" / "scene.png"
+
+
+@given(st.integers(1, 5), st.integers(1, 3), st.sampled_from(GROUPS), st.integers(0, 99))
+def test_packing_loses_nothing(rows: int, groups: int, group: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    size = (rows, groups * group)
+    values = torch.randint(0, 16, size, dtype=torch.int32, generator=generator)
+    packed = pack(values, group)
+    assert packed.shape == (rows, groups * group // 8)
+    assert torch.equal(unpack(packed, group), values)
+
+
+def error_of(matrix: Quantized, weight: torch.Tensor) -> float:
+    return float((matrix.dequantize(torch.float32) - weight).norm() / weight.norm())
+
+
+# Relative errors of normal values: a step of 2 / 254 or 2 / 15 of the range over sqrt(12), and
+# three bits of mantissa; a little above what theory gives for these sizes.
+@pytest.mark.parametrize(
+    ("scheme", "low", "high"),
+    [(Scheme.INT8, 0.005, 0.01), (Scheme.FP8, 0.02, 0.035), (Scheme.INT4, 0.07, 0.11)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_errors_are_those_of_the_bits(
+    scheme: Scheme, low: float, high: float, dtype: torch.dtype
+) -> None:
+    weight = torch.randn(96, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert low < error_of(quantize(weight, scheme), weight.float()) < high
+
+
+def test_shrinking_a_range_beats_keeping_its_outliers() -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(2))
+    weight[:, ::64] *= 4
+    grouped = weight.view(64, -1, 128)
+    low, high = grouped.amin(2, keepdim=True), grouped.amax(2, keepdim=True)
+    step = (high - low) / 15
+    plain = ((grouped - low) / step).round() * step + low
+    kept = float((plain - grouped).norm() / grouped.norm())
+    assert error_of(quantize(weight, Scheme.INT4), weight) < kept
+
+
+def test_rows_of_zeros_stay_zeros() -> None:
+    for scheme in Scheme:
+        matrix = quantize(torch.zeros(3, 128), scheme)
+        assert not matrix.dequantize(torch.float32).any()
+
+
+def test_a_row_that_no_group_divides_becomes_int8_and_says_so() -> None:
+    matrix = quantize(torch.randn(4, 72), Scheme.INT4)
+    assert matrix.label == "int8"
+    assert quantize(torch.randn(4, 96), Scheme.INT4).label == "int4-g32"
+
+
+@pytest.mark.parametrize(
+    ("mode", "scheme"),
+    [
+        (Quantization.INT8, "int8"),
+        (Quantization.FP8, "fp8-e4m3"),
+        (Quantization.INT4, "int4-g128"),
+    ],
+)
+def test_the_bundled_model_still_sees(mode: Quantization, scheme: str) -> None:
+    config = EngineConfig(resolve_model("scenes"), device="cpu", quantization=mode)
+    request = GenerationRequest(
+        (user_message("Describe this image.", (open_image(SCENE),)),),
+        SamplingOptions(do_sample=False, max_new_tokens=40),
+    )
+    with NativeEngine(config) as engine:
+        result = engine.generate(request)
+    assert result.ran.quantization == scheme
+    assert "large red circle" in result.text and "small blue star" in result.text
