@@ -175,7 +175,10 @@ def picture(width: int = 64, height: int = 64, name: str = "picture.png") -> Ima
 
 
 def film(count: int = 5, width: int = 64, height: int = 64) -> VideoPart:
-    """A small video whose picture turns."""
+    """A small video whose picture turns.
+
+    A frame a second: transformers 5.17 rounds the seconds of a pair of frames down to whole ones.
+    """
     still = picture(width, height).image
     frames = tuple(still.rotate(20 * index) for index in range(count))
-    return VideoPart(frames, tuple(0.4 * i for i in range(count)), 0.4 * count, "film.gif")
+    return VideoPart(frames, tuple(map(float, range(count))), float(count), "film.gif")

@@ -154,7 +154,7 @@ def test_nothing_that_can_run_makes_the_exit_code_1():
 def test_dry_run_writes_nothing():
     result = CliRunner().invoke(app, ["bench", "--matrix", "--dry-run"])
     assert result.exit_code == 0
-    assert "23 of 84 cells" in result.stdout
+    assert "41 of 84 cells" in result.stdout
     assert list(Path.cwd().iterdir()) == []
 
 

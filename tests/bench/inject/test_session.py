@@ -56,7 +56,7 @@ def test_every_fault_is_made_recorded_and_counted(tmp_path, make_plan, cpu):
 
 
 def test_no_cell_that_can_run_is_said(make_plan, cpu, tmp_path):
-    plan = make_plan("busy", quantization=("8bit",), engine=("native",))
+    plan = make_plan("busy", cache=("static-graph",), engine=("transformers",))
     with pytest.raises(BenchError, match="no cell can run here"):
         measure(plan, cpu, Injection((ALL,), 1, 0), tmp_path / "c", [], Sink(quiet=True), WORKER)
 
