@@ -17,7 +17,7 @@ import triton
 
 from qwencli.engine.kernels.attention import decode_attention_kernel
 from qwencli.engine.kernels.gemv import gemv_kernel
-from qwencli.engine.kernels.gemv_int4 import gemv_int4_kernel
+from qwencli.engine.kernels.gemv_quantized import BLOCK_WORDS, gemv_quantized_kernel, pieces
 from qwencli.engine.kernels.step import NOTHING_CHOSEN, choose_kernel
 from qwencli.engine.kernels.tiles import (
     GemvTiles,
@@ -28,29 +28,46 @@ from qwencli.engine.kernels.tiles import (
 )
 from qwencli.engine.native.decoder_ops import Choice, DecoderOps, Layer, Matrix, Step, dense
 from qwencli.engine.native.kv_cache import StaticKVCache
-from qwencli.engine.native.quantized import NIBBLES, Quantized
+from qwencli.engine.native.quantized import Quantized, Scheme
 from qwencli.engine.native.rms_norm import RMSNorm
 from qwencli.models.shapes import TextShape
 
 Tensor = torch.Tensor
 TileChoice = Callable[[MatrixKind], GemvTiles]
 
+# Bits of a weight, and how it is read.
+BLOCKS = {
+    Scheme.INT8: (8, Storage.INT8),
+    Scheme.FP8: (8, Storage.FP8),
+    Scheme.INT4: (4, Storage.INT4),
+}
+
 SMALLEST_HEAD_DIM = 32  # half a head is an operand of a matrix unit
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What every launch on one device shares."""
+    """What every launch on one device shares.
+
+    Args:
+        dependent: whether a kernel can be launched before the one in front has ended.
+        fp8: whether instructions convert e4m3.
+    """
 
     num_processors: int
     dependent: bool
+    fp8: bool
 
     @classmethod
     def on(cls, device: torch.device) -> Launch:
         if device.type != "cuda":  # Triton's interpreter
-            return cls(num_processors=2, dependent=False)
+            return cls(num_processors=2, dependent=False, fp8=False)
         properties = torch.cuda.get_device_properties(device)
-        return cls(properties.multi_processor_count, dependent=properties.major >= 9)
+        return cls(
+            properties.multi_processor_count,
+            dependent=properties.major >= 9,
+            fp8=(properties.major, properties.minor) >= (8, 9),
+        )
 
     def options(self, num_warps: int) -> dict[str, Any]:
         dependent = {"launch_pdl": True} if self.dependent else {}
@@ -215,12 +232,16 @@ class FusedOps:
             "ADD": add,
             "ARGMAX": choice is not None,
         }
-        if quantized is not None and quantized.zero is not None:
-            group = quantized.group
-            tiles = self._tiles_of(MatrixKind(rows, columns, Storage.NIBBLES, gated, group))
-            gemv_int4_kernel[triton.cdiv(rows, tiles.rows),](
-                x, gain, quantized.data, quantized.scale, quantized.zero, *ends,
-                G=group, BLOCK=tiles.block // NIBBLES, ROWS=tiles.rows,
+        if quantized is not None and in_blocks(quantized):
+            bits, storage = BLOCKS[quantized.scheme]
+            grouped, fp8 = quantized.zero is not None, quantized.scheme is Scheme.FP8
+            tiles = self._tiles_of(MatrixKind(rows, columns, storage, gated))
+            gemv_quantized_kernel[triton.cdiv(rows, tiles.rows),](
+                x, gain, quantized.data.view(torch.int32), quantized.scale,
+                quantized.zero if grouped else quantized.scale, *ends,
+                BITS=bits, FP8=fp8, G=quantized.group, GROUPED=grouped,
+                PIECES=pieces(columns, bits, tiles.block), ROWS=tiles.rows,
+                ASM=self._launch.fp8 if fp8 else x.is_cuda,
                 **modes, **self._launch.options(tiles.num_warps),
             )  # fmt: skip
             return
@@ -234,6 +255,12 @@ class FusedOps:
             SCALED=quantized is not None,
             **modes, **self._launch.options(tiles.num_warps),
         )  # fmt: skip
+
+
+def in_blocks(matrix: Quantized) -> bool:
+    """Whether the kernel that rounds the vector in blocks can serve `matrix`."""
+    bits, _ = BLOCKS.get(matrix.scheme, (0, None))
+    return bits > 0 and matrix.columns % (BLOCK_WORDS * 32 // bits) == 0
 
 
 def fused_ops(

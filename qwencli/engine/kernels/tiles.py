@@ -27,7 +27,9 @@ class Storage(StrEnum):
 
     FLOAT = "float"
     BYTES = "bytes"
-    NIBBLES = "nibbles"
+    INT8 = "int8"
+    FP8 = "fp8"
+    INT4 = "int4"
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,12 @@ class MatrixKind:
 
     Args:
         rows, columns: of the result and of the vector; `gated` reads two such matrices.
-        group: columns that share a scale and have to be in one block; 1 where none do.
     """
 
     rows: int
     columns: int
     storage: Storage = Storage.FLOAT
     gated: bool = False
-    group: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,22 @@ _LONG_ROWS = GemvTiles(2048, 2, 8)
 # Two matrices are read at once, so a program takes one row of each.
 _GATED = GemvTiles(512, 1, 2)
 _GATED_LONG_ROWS = GemvTiles(1024, 1, 4)
-_BITS = {Storage.FLOAT: 16, Storage.BYTES: 8, Storage.NIBBLES: 4}
+_BITS = {Storage.FLOAT: 16, Storage.BYTES: 8}
+# Rounding the vector costs each program more than a row does.
+_IN_BLOCKS = GemvTiles(2048, 8, 4)
 
 
 def default_tiles(matrix: MatrixKind) -> GemvTiles:
     """Rows of as many bytes are cut alike, whatever the size of an item."""
-    bits = _BITS[matrix.storage]
+    bits = _BITS.get(matrix.storage)
+    if bits is None:
+        return _IN_BLOCKS
     columns = -(-matrix.columns * bits // 16)
     if matrix.gated:
         tiles = _GATED if columns <= 4096 else _GATED_LONG_ROWS
     else:
         tiles = next((tiles for most, tiles in _BY_COLUMNS if columns <= most), _LONG_ROWS)
-    return replace(tiles, block=max(16 * tiles.block // bits, matrix.group))
+    return replace(tiles, block=16 * tiles.block // bits)
 
 
 def attention_tiles(num_kv_heads: int, num_processors: int) -> AttentionTiles:
