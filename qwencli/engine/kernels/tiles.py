@@ -2,7 +2,8 @@
 
 The figures are the fastest of a search on one H200 over the matrices of 2B, 4B and 8B models, each
 inside the whole decode step (results/2026-11-23-h200-kernels). Most others were within two
-percent. A thread reads 16 bytes of a row at a time.
+percent. A thread reads 16 bytes of a row at a time. Those for several tokens come from what the
+compiler makes of them: the widest that leave room for two programs a multiprocessor.
 """
 
 from __future__ import annotations
@@ -75,8 +76,22 @@ _GATED_LONG_ROWS = GemvTiles(1024, 1, 4)
 _BITS = {Storage.FLOAT: 16, Storage.BYTES: 8, Storage.NIBBLES: 4}
 
 
+# For 2 to 8 tokens, by (storage, gated); of int4 a warp takes a group.
+_SEVERAL = {
+    (Storage.FLOAT, False): GemvTiles(512, 16, 8),
+    (Storage.FLOAT, True): GemvTiles(256, 16, 8),
+    (Storage.BYTES, False): GemvTiles(512, 16, 8),
+    (Storage.BYTES, True): GemvTiles(512, 16, 8),
+    (Storage.NIBBLES, False): GemvTiles(1024, 16, 8),
+    (Storage.NIBBLES, True): GemvTiles(512, 16, 4),
+}
+
+
 def default_tiles(matrix: MatrixKind) -> GemvTiles:
     """Rows of as many bytes are cut alike, whatever the size of an item."""
+    if matrix.tokens > 1:
+        tiles = _SEVERAL[matrix.storage, matrix.gated]
+        return tiles if matrix.group == 1 else replace(tiles, block=tiles.num_warps * matrix.group)
     bits = _BITS[matrix.storage]
     columns = -(-matrix.columns * bits // 16)
     if matrix.gated:
