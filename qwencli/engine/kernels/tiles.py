@@ -2,7 +2,8 @@
 
 The figures are the fastest of a search on one H200 over the matrices of 2B, 4B and 8B models, each
 inside the whole decode step (results/2026-11-23-h200-kernels). Most others were within two
-percent. A thread reads 16 bytes of a row at a time.
+percent. A thread reads 16 bytes of a row at a time. Those for several tokens come from what the
+compiler makes of them: the widest that leave room for two programs a multiprocessor.
 """
 
 from __future__ import annotations
@@ -38,12 +39,16 @@ class MatrixKind:
 
     Args:
         rows, columns: of the result and of the vector; `gated` reads two such matrices.
+        group: columns that share a scale and have to be in one block; 1 where none do.
+        tokens: vectors that the matrix is applied to at once.
     """
 
     rows: int
     columns: int
     storage: Storage = Storage.FLOAT
     gated: bool = False
+    group: int = 1
+    tokens: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ class AttentionTiles:
     block: int
     splits: int
     num_warps: int
+
+    def warps_for(self, lanes: int) -> int:
+        """More queries than the rows of one matrix instruction are shared among more warps."""
+        return self.num_warps if lanes <= 16 else 2 * self.num_warps
 
 
 # At 16 bits a column. Columns up to which a tile serves; the last one serves the rest.
@@ -71,8 +80,22 @@ _BITS = {Storage.FLOAT: 16, Storage.BYTES: 8}
 _IN_BLOCKS = GemvTiles(2048, 8, 4)
 
 
+# For 2 to 8 tokens, by (storage, gated); of int4 a warp takes a group.
+_SEVERAL = {
+    (Storage.FLOAT, False): GemvTiles(512, 16, 8),
+    (Storage.FLOAT, True): GemvTiles(256, 16, 8),
+    (Storage.BYTES, False): GemvTiles(512, 16, 8),
+    (Storage.BYTES, True): GemvTiles(512, 16, 8),
+    (Storage.INT4, False): GemvTiles(1024, 16, 8),
+    (Storage.INT4, True): GemvTiles(512, 16, 4),
+}
+
+
 def default_tiles(matrix: MatrixKind) -> GemvTiles:
     """Rows of as many bytes are cut alike, whatever the size of an item."""
+    if matrix.tokens > 1:
+        tiles = _SEVERAL[matrix.storage, matrix.gated]
+        return tiles if matrix.group == 1 else replace(tiles, block=tiles.num_warps * matrix.group)
     bits = _BITS.get(matrix.storage)
     if bits is None:
         return _IN_BLOCKS

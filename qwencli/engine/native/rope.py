@@ -61,12 +61,12 @@ class Rope:
         return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
     def step(self, positions: torch.Tensor) -> CosSin:
-        """Cosine and signed sine [B, 1, 1, D] for positions [B] that are equal on all axes.
+        """Cosine and signed sine [B, S, 1, D] for positions [B, S] that are equal on all axes.
 
         One gather, no synchronisation; positions must be below what `reach` was asked for.
         """
         rows = F.embedding(positions, self._flat_rows)
-        cos, sin = rows.view(positions.shape[0], 2, 1, 1, -1).unbind(1)
+        cos, sin = rows.view(*positions.shape, 2, 1, -1).unbind(2)
         return cos, sin
 
     def _angles(self, angles: torch.Tensor) -> CosSin:
