@@ -17,9 +17,10 @@ from qwencli.engine.native import weights as loader
 from qwencli.engine.native.attention import ATTENTION, AttentionPlan, prompt_plan
 from qwencli.engine.native.decoder import Decoder
 from qwencli.engine.native.decoder_ops import REFERENCE_OPS, DecoderOps, Step
+from qwencli.engine.native.flash_decode import can_flash_decode
 from qwencli.engine.native.kv_cache import DynamicKVCache, KVCache, StaticKVCache
 from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs, prompt_inputs
-from qwencli.engine.native.rope import Rope
+from qwencli.engine.native.rope import CosSin, Rope
 from qwencli.engine.native.vision import VisionFeatures, VisionTower
 from qwencli.engine.native.vision_layout import Grid
 from qwencli.errors import InputError
@@ -61,6 +62,9 @@ class QwenModel:
         self.rope = Rope(shape.text.rope, shape.text.head_dim, max_seq_len, self.dtype, self.device)
         self.attention = attention
         self._attend = ATTENTION[attention]
+        self.flash_decode = attention is Attention.SDPA and can_flash_decode(
+            shape.text, self.dtype, self.device
+        )
         self.step_ops = REFERENCE_OPS
         if fused is not None:
             self.step_ops = fused(shape.text, self.rope.rows, self.dtype, self.device)
@@ -140,7 +144,7 @@ class QwenModel:
         step = Step(
             batch=inputs.batch,
             length=stop - start,
-            rope=self.rope.at(inputs.positions[:, :, start:stop]),
+            rope=[self.rope.at(inputs.positions[:, :, start:stop])] * len(self.decoder.layers),
             slots=torch.arange(start, stop, device=self.device),
             plan=plan,
             cache=cache,
@@ -188,12 +192,19 @@ class QwenModel:
         step = Step(
             batch=cache.batch,
             length=1,
-            rope=None if ops.any_length else self.rope.step(positions),
+            rope=None if ops.any_length else self._step_rope(positions),
             slots=slot,
             plan=plan,
             cache=cache,
             attention=self._attend,
             ops=ops,
             positions=positions,
+            gained=self.decoder.head_gains is not None,
         )
         return self.decoder.forward(self.decoder.embed(tokens), step)
+
+    def _step_rope(self, positions: torch.Tensor) -> Sequence[CosSin]:
+        gains = self.decoder.head_gains
+        if gains is None:
+            return [self.rope.step(positions)] * len(self.decoder.layers)
+        return self.rope.step_by_layer(positions, gains)
