@@ -8,6 +8,7 @@ reads what others wrote.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,13 @@ from qwencli.engine.kernels.attention import decode_attention_kernel
 from qwencli.engine.kernels.gemv import gemv_kernel
 from qwencli.engine.kernels.gemv_int4 import gemv_int4_kernel
 from qwencli.engine.kernels.step import NOTHING_CHOSEN, choose_kernel
-from qwencli.engine.kernels.tiles import attention_tiles, gemv_tiles, int4_tiles
+from qwencli.engine.kernels.tiles import (
+    GemvTiles,
+    MatrixKind,
+    Storage,
+    attention_tiles,
+    default_tiles,
+)
 from qwencli.engine.native.decoder_ops import Choice, DecoderOps, Layer, Matrix, Step, dense
 from qwencli.engine.native.kv_cache import StaticKVCache
 from qwencli.engine.native.quantized import NIBBLES, Quantized
@@ -26,6 +33,7 @@ from qwencli.engine.native.rms_norm import RMSNorm
 from qwencli.models.shapes import TextShape
 
 Tensor = torch.Tensor
+TileChoice = Callable[[MatrixKind], GemvTiles]
 
 SMALLEST_HEAD_DIM = 32  # half a head is an operand of a matrix unit
 
@@ -54,10 +62,16 @@ class FusedOps:
 
     Args:
         angles: [positions, 2, D], `Rope.rows`.
+        tiles_of: how each kind of matrix is cut up.
     """
 
     def __init__(
-        self, shape: TextShape, angles: Tensor, dtype: torch.dtype, device: torch.device
+        self,
+        shape: TextShape,
+        angles: Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+        tiles_of: TileChoice = default_tiles,
     ) -> None:
         def buffer(*size: int, of: torch.dtype = dtype) -> Tensor:
             return torch.zeros(size, dtype=of, device=device)
@@ -65,6 +79,7 @@ class FusedOps:
         kv_heads, dim = shape.num_kv_heads, shape.head_dim
         self._launch = Launch.on(device)
         self._angles = angles
+        self._tiles_of = tiles_of
         self._qkv = buffer(1, shape.q_size + 2 * shape.kv_size)
         self._attended = buffer(1, shape.q_size)
         self._activated = buffer(1, shape.intermediate_size)
@@ -201,17 +216,18 @@ class FusedOps:
             "ARGMAX": choice is not None,
         }
         if quantized is not None and quantized.zero is not None:
-            data, scale, group = quantized.data, quantized.scale, quantized.group
-            tiles = int4_tiles(data.shape[1], group // NIBBLES, gated)
+            group = quantized.group
+            tiles = self._tiles_of(MatrixKind(rows, columns, Storage.NIBBLES, gated, group))
             gemv_int4_kernel[triton.cdiv(rows, tiles.rows),](
-                x, gain, data, scale, quantized.zero, *ends,
-                G=group, BLOCK=tiles.block, ROWS=tiles.rows,
+                x, gain, quantized.data, quantized.scale, quantized.zero, *ends,
+                G=group, BLOCK=tiles.block // NIBBLES, ROWS=tiles.rows,
                 **modes, **self._launch.options(tiles.num_warps),
             )  # fmt: skip
             return
         data = quantized.data if quantized is not None else dense(matrix, x)
         scale = x if quantized is None else quantized.scale
-        tiles = gemv_tiles(columns, gated, 1 if quantized else 2)
+        storage = Storage.BYTES if quantized else Storage.FLOAT
+        tiles = self._tiles_of(MatrixKind(rows, columns, storage, gated))
         gemv_kernel[triton.cdiv(rows, tiles.rows),](
             x, gain, data, scale, *ends,
             BLOCK=tiles.block, ROWS=tiles.rows, WHOLE=rows % tiles.rows == 0,
@@ -226,6 +242,7 @@ def fused_ops(
     dtype: torch.dtype,
     device: torch.device,
     own_attention: bool,
+    tiles_of: TileChoice = default_tiles,
 ) -> DecoderOps:
     """The kernels for a model of `shape`; see `FusedOps`.
 
@@ -235,4 +252,4 @@ def fused_ops(
     """
     dim = shape.head_dim
     fits = dim >= SMALLEST_HEAD_DIM and dim & (dim - 1) == 0
-    return FusedOps(shape, angles, dtype, device).ops(own_attention and fits)
+    return FusedOps(shape, angles, dtype, device, tiles_of).ops(own_attention and fits)

@@ -8,6 +8,7 @@ percent. A thread reads 16 bytes of a row at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 MOST_SPLITS = 32
 
@@ -21,6 +22,30 @@ class GemvTiles:
     num_warps: int
 
 
+class Storage(StrEnum):
+    """How a kernel reads a matrix."""
+
+    FLOAT = "float"
+    BYTES = "bytes"
+    NIBBLES = "nibbles"
+
+
+@dataclass(frozen=True)
+class MatrixKind:
+    """What the best tiles of a matrix depend on.
+
+    Args:
+        rows, columns: of the result and of the vector; `gated` reads two such matrices.
+        group: columns that share a scale and have to be in one block; 1 where none do.
+    """
+
+    rows: int
+    columns: int
+    storage: Storage = Storage.FLOAT
+    gated: bool = False
+    group: int = 1
+
+
 @dataclass(frozen=True)
 class AttentionTiles:
     """`splits` parts of a sequence at most, of a multiple of `block` slots."""
@@ -30,7 +55,7 @@ class AttentionTiles:
     num_warps: int
 
 
-# Columns of the matrix up to which a tile serves; the last row serves the rest.
+# At 16 bits a column. Columns up to which a tile serves; the last one serves the rest.
 _BY_COLUMNS = (
     (1024, GemvTiles(256, 2, 1)),
     (2048, GemvTiles(512, 2, 2)),
@@ -41,28 +66,18 @@ _LONG_ROWS = GemvTiles(2048, 2, 8)
 # Two matrices are read at once, so a program takes one row of each.
 _GATED = GemvTiles(512, 1, 2)
 _GATED_LONG_ROWS = GemvTiles(1024, 1, 4)
+_BITS = {Storage.FLOAT: 16, Storage.BYTES: 8, Storage.NIBBLES: 4}
 
 
-def gemv_tiles(columns: int, gated: bool = False, itemsize: int = 2) -> GemvTiles:
-    """Tiles of a matrix [rows, columns]; `gated` reads two such matrices.
-
-    Rows of as many bytes are cut alike, whatever the size of an item.
-    """
-    if itemsize == 1:
-        tiles = gemv_tiles(-(-columns // 2), gated)
-        return replace(tiles, block=2 * tiles.block)
-    if gated:
-        return _GATED if columns <= 4096 else _GATED_LONG_ROWS
-    for most, tiles in _BY_COLUMNS:
-        if columns <= most:
-            return tiles
-    return _LONG_ROWS
-
-
-def int4_tiles(words: int, group_words: int, gated: bool = False) -> GemvTiles:
-    """Tiles of a matrix of `words` a row; a block is whole groups."""
-    tiles = gemv_tiles(2 * words, gated)
-    return replace(tiles, block=max(tiles.block // 2, group_words))
+def default_tiles(matrix: MatrixKind) -> GemvTiles:
+    """Rows of as many bytes are cut alike, whatever the size of an item."""
+    bits = _BITS[matrix.storage]
+    columns = -(-matrix.columns * bits // 16)
+    if matrix.gated:
+        tiles = _GATED if columns <= 4096 else _GATED_LONG_ROWS
+    else:
+        tiles = next((tiles for most, tiles in _BY_COLUMNS if columns <= most), _LONG_ROWS)
+    return replace(tiles, block=max(16 * tiles.block // bits, matrix.group))
 
 
 def attention_tiles(num_kv_heads: int, num_processors: int) -> AttentionTiles:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qwencli.config import Quantization, SamplingParams
 from qwencli.engine.kernels import fused_ops as fused_module
 from qwencli.engine.kernels.fused_ops import fused_ops
-from qwencli.engine.kernels.tiles import AttentionTiles, GemvTiles
+from qwencli.engine.kernels.tiles import AttentionTiles, GemvTiles, MatrixKind, Storage
 from qwencli.engine.native import weights
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.decoding import DecodeState
@@ -25,17 +25,20 @@ from tests.engine.native.tiny import CASES, VOCAB, configs
 
 CPU = torch.device("cpu")
 SLOTS = 160
-OWN = functools.partial(fused_ops, own_attention=True)
-TORCH_ATTENTION = functools.partial(fused_ops, own_attention=False)
+
+
+def wide_tiles(matrix: MatrixKind) -> GemvTiles:
+    """Few programs: the interpreter takes milliseconds for each."""
+    return GemvTiles(128 if matrix.storage is Storage.NIBBLES else 64, 128, 1)
+
+
+OWN = functools.partial(fused_ops, own_attention=True, tiles_of=wide_tiles)
+TORCH_ATTENTION = functools.partial(fused_ops, own_attention=False, tiles_of=wide_tiles)
 
 
 @pytest.fixture(autouse=True)
-def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few programs: the interpreter takes milliseconds for each. Two parts, so that they join."""
-    monkeypatch.setattr(
-        fused_module, "gemv_tiles", lambda columns, gated=False, itemsize=2: GemvTiles(64, 128, 1)
-    )
-    monkeypatch.setattr(fused_module, "int4_tiles", lambda *_: GemvTiles(16, 128, 1))
+def two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parts of a sequence, so that they join."""
     monkeypatch.setattr(fused_module, "attention_tiles", lambda *_: AttentionTiles(64, 2, 1))
 
 
