@@ -10,18 +10,15 @@ from qwencli.engine.native.attention import AttentionPlan, eager, sdpa
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.flash_decode import Spans, can_flash_decode
 from qwencli.messages import GenerationRequest, user_message
-from qwencli.models.shape_reader import read_shape
 from tests.checkpoints import engine_config, picture
-from tests.models.test_shape_reader import TEXT
 
 CUDA = torch.device("cuda")
 MODERN = torch.cuda.get_device_capability() >= (8, 0)
 
 
 def test_every_gpu_since_ampere_has_it_in_half_precision_alone():
-    shape = read_shape({"model_type": "qwen3", **TEXT}).text
-    assert can_flash_decode(shape, torch.bfloat16, CUDA) == MODERN
-    assert not can_flash_decode(shape, torch.float32, CUDA)
+    assert can_flash_decode(32, 8, 128, torch.bfloat16, CUDA) == MODERN
+    assert not can_flash_decode(32, 8, 128, torch.float32, CUDA)
 
 
 @pytest.mark.skipif(not MODERN, reason="flash attention needs compute capability 8.0")

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
-from qwencli.models.shapes import TextShape
-
 forward = torch.ops.aten._flash_attention_forward
 
 
@@ -35,14 +33,16 @@ class Spans:
         return cls(query, torch.zeros_like(query))
 
 
-def can_flash_decode(shape: TextShape, dtype: torch.dtype, device: torch.device) -> bool:
+def can_flash_decode(
+    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> bool:
     """Whether torch has that kernel for this device, type and shape of heads."""
     if device.type != "cuda" or torch.version.cuda is None:
         return False
-    q = torch.empty(1, shape.num_heads, 1, shape.head_dim, dtype=dtype, device=device)
-    k = torch.empty(1, shape.num_kv_heads, 1, shape.head_dim, dtype=dtype, device=device)
+    q = torch.empty(1, num_heads, 1, head_dim, dtype=dtype, device=device)
+    k = torch.empty(1, num_kv_heads, 1, head_dim, dtype=dtype, device=device)
     # The kernel pads no heads; what calls it in torch does.
-    whole = shape.head_dim % 8 == 0
+    whole = head_dim % 8 == 0
     return whole and can_use_flash_attention(SDPAParams(q, k, k, None, 0.0, False, True))
 
 

@@ -19,7 +19,9 @@ from qwencli.engine.native.decoder import Decoder
 from qwencli.engine.native.decoder_ops import REFERENCE_OPS, DecoderOps, Step
 from qwencli.engine.native.flash_decode import can_flash_decode
 from qwencli.engine.native.kv_cache import DynamicKVCache, KVCache, StaticKVCache
+from qwencli.engine.native.kv_quantized import QuantizedKVCache
 from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs, prompt_inputs
+from qwencli.engine.native.quantized import Scheme
 from qwencli.engine.native.rope import CosSin, Rope
 from qwencli.engine.native.vision import VisionFeatures, VisionTower
 from qwencli.engine.native.vision_layout import Grid
@@ -38,6 +40,7 @@ class QwenModel:
         attention: a concrete implementation, not `auto`.
         fused: makes the operations of decode steps of one sequence; None = plain torch, as for
             prompts.
+        kv: how static caches quantize keys and values; None = not.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class QwenModel:
         max_seq_len: int,
         attention: Attention = Attention.SDPA,
         fused: Fused | None = None,
+        kv: Scheme | None = None,
     ) -> None:
         embed = loaded.tensors["text.embed"]
         self.shape = shape
@@ -61,9 +65,11 @@ class QwenModel:
         # A picture's larger side is never above its number of tokens: positions lag behind slots.
         self.rope = Rope(shape.text.rope, shape.text.head_dim, max_seq_len, self.dtype, self.device)
         self.attention = attention
+        self._kv = kv
         self._attend = ATTENTION[attention]
+        text = shape.text
         self.flash_decode = attention is Attention.SDPA and can_flash_decode(
-            shape.text, self.dtype, self.device
+            text.num_heads, text.num_kv_heads, text.head_dim, self.dtype, self.device
         )
         self.step_ops = REFERENCE_OPS
         if fused is not None:
@@ -85,7 +91,10 @@ class QwenModel:
     def static_cache(self, batch: int = 1, max_seq_len: int | None = None) -> StaticKVCache:
         """A cache of `max_seq_len` slots (default: the model's) for `batch` sequences."""
         slots = self.max_seq_len if max_seq_len is None else max_seq_len
-        return StaticKVCache(self.shape.text, batch, slots, self.dtype, self.device)
+        text, dtype, device = self.shape.text, self.dtype, self.device
+        if self._kv is None:
+            return StaticKVCache(text, batch, slots, dtype, device)
+        return QuantizedKVCache(text, batch, slots, dtype, device, self._kv)
 
     def dynamic_cache(self, batch: int = 1) -> DynamicKVCache:
         """A cache that grows."""
