@@ -104,10 +104,10 @@ class MeasuredStep:
     def without(self, name: str) -> None:
         """Leave one group of kernels out; "" = none."""
         stand_ins: dict[str, Callable[..., Any]] = {
-            "norm_qkv": lambda hidden, layer: self.own._qkv,
-            "attend": lambda qkv, layer, step: self.own._attended,
+            "norm_qkv": lambda hidden, layer: self.own._qkv[:1],
+            "attend": lambda qkv, layer, step: self.own._attended[:1],
             "o_residual": lambda attended, layer, hidden: hidden,
-            "norm_gate_up": lambda hidden, layer: self.own._activated,
+            "norm_gate_up": lambda hidden, layer: self.own._activated[:1],
             "down_residual": lambda activated, layer, hidden: hidden,
             "choose": _choose_nothing,
         }

@@ -1,9 +1,13 @@
-"""Attention of one new token over a static KV cache, from the raw projections to the result.
+"""Attention of the newest tokens over a static KV cache, from the raw projections to the result.
 
-One kernel norms and rotates queries and key, writes key and value into the cache, and attends.
+One kernel norms and rotates queries and keys, writes keys and values into the cache, and attends.
 The sequence is cut into parts that run at once; the last program of a head to finish joins them
 (flash-decoding, Dao et al. 2023). How long the sequence is is read on the device, so one captured
 graph serves every length.
+
+A sequence takes 1 to 8 new tokens a step, in consecutive slots, each seeing itself and those before
+it. The queries of all of them that share a key head are the rows of one matrix: more tokens read
+the cache no more often.
 """
 
 from __future__ import annotations
@@ -27,17 +31,17 @@ def norm_and_rotate(a, b, gain_a, gain_b, cos, sin, eps, D: tl.constexpr, NORM: 
 
 @triton.jit
 def decode_attention_kernel(
-    qkv_ptr,  # [B, (H + 2 KVH) * D]
+    qkv_ptr,  # [B * TOKENS, (H + 2 KVH) * D]
     q_gain_ptr,  # [D], weight of the queries' norm
     k_gain_ptr,  # [D]
     angles_ptr,  # [positions, 2, D]: cosine and signed sine, see native.rope
-    position_ptr,  # int64 [B]
+    position_ptr,  # int64 [B], of the first new token
     cache_ptr,  # [B, 2 * KVH, max_seq_len, D]: keys, then values
-    slot_ptr,  # int64 [1]
-    out_ptr,  # [B, H * D]
-    acc_ptr,  # float32 [B * KVH, SPLITS, HEADS, D]
-    tops_ptr,  # float32 [B * KVH, SPLITS, HEADS]: largest score
-    totals_ptr,  # float32 [B * KVH, SPLITS, HEADS]: sum of weights
+    slot_ptr,  # int64 [1], of the first new token
+    out_ptr,  # [B * TOKENS, H * D]
+    acc_ptr,  # float32 [B * KVH, SPLITS, LANES, D]
+    tops_ptr,  # float32 [B * KVH, SPLITS, LANES]: largest score
+    totals_ptr,  # float32 [B * KVH, SPLITS, LANES]: sum of weights
     arrived_ptr,  # int32 [B * KVH], zero
     max_seq_len,
     eps,
@@ -45,6 +49,8 @@ def decode_attention_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     NORM: tl.constexpr,
@@ -53,19 +59,20 @@ def decode_attention_kernel(
 ):
     """Program (b * KVH + kv head, part).
 
-    HEADS is GROUP rounded up to a power of two. Scores are in powers of two: exp2 is one
-    instruction.
+    HEADS is GROUP rounded up to a power of two, LANES is HEADS * TOKENS rounded up to one: lane
+    t * HEADS + g is query head g of token t. Scores are in powers of two: exp2 is one instruction.
     """
     HALF: tl.constexpr = D // 2
     H: tl.constexpr = KVH * GROUP
-    ROWS: tl.constexpr = 16 if HEADS < 16 else HEADS  # what a matrix unit takes at least
+    WIDTH: tl.constexpr = (H + 2 * KVH) * D
+    ROWS: tl.constexpr = 16 if LANES < 16 else LANES  # what a matrix unit takes at least
     pair = tl.program_id(0)
     split = tl.program_id(1)
     batch = pair // KVH
     head = pair % KVH
     low = tl.arange(0, HALF)[None, :]
     full = tl.arange(0, D)[None, :]
-    slot = tl.load(slot_ptr).to(tl.int32)  # = number of slots before the new one
+    slot = tl.load(slot_ptr).to(tl.int32)  # = number of slots before the new ones
     part = tl.cdiv(tl.cdiv(slot, SPLITS), BLOCK) * BLOCK
     parts = tl.maximum(tl.cdiv(slot, tl.maximum(part, 1)), 1)
     start = split * part
@@ -80,8 +87,13 @@ def decode_attention_kernel(
     k_high = tl.load(k_ptr + slots[:, None] * D + HALF + low, mask=there, other=0.0)
     v = tl.load(v_ptr + slots[:, None] * D + full, mask=there, other=0.0)
     angles_ptr += tl.load(position_ptr + batch) * 2 * D
-    cos = tl.load(angles_ptr + low).to(tl.float32)
-    sin = tl.load(angles_ptr + D + HALF + low).to(tl.float32)
+    if TOKENS == 1:
+        turn = low
+    else:
+        token = tl.arange(0, ROWS) // HEADS
+        turn = tl.minimum(token, TOKENS - 1)[:, None] * 2 * D + low
+    cos = tl.load(angles_ptr + turn).to(tl.float32)
+    sin = tl.load(angles_ptr + D + HALF + turn).to(tl.float32)
     if NORM:
         q_gain_low = tl.load(q_gain_ptr + low)
         q_gain_high = tl.load(q_gain_ptr + HALF + low)
@@ -97,37 +109,51 @@ def decode_attention_kernel(
         return
 
     lanes = tl.arange(0, ROWS)
-    real = lanes < GROUP
-    qkv_ptr += batch * (H + 2 * KVH) * D
-    q_at = (head * GROUP + lanes)[:, None] * D + low
+    if TOKENS == 1:
+        real = lanes < GROUP
+        qkv_ptr += batch * WIDTH
+        q_at = (head * GROUP + lanes)[:, None] * D + low
+    else:
+        real = (token < TOKENS) & (lanes % HEADS < GROUP)
+        qkv_ptr += batch * TOKENS * WIDTH
+        q_at = token[:, None] * WIDTH + (head * GROUP + lanes % HEADS)[:, None] * D + low
     q_low = tl.load(qkv_ptr + q_at, mask=real[:, None], other=0.0)
     q_high = tl.load(qkv_ptr + q_at + HALF, mask=real[:, None], other=0.0)
-    new_low = tl.load(qkv_ptr + (H + head) * D + low)
-    new_high = tl.load(qkv_ptr + (H + head) * D + HALF + low)
-    new_v = tl.load(qkv_ptr + (H + KVH + head) * D + full)
+    if TOKENS == 1:
+        new_low = tl.load(qkv_ptr + (H + head) * D + low)
+        new_high = tl.load(qkv_ptr + (H + head) * D + HALF + low)
+        new_v = tl.load(qkv_ptr + (H + KVH + head) * D + full)
     q_low, q_high = norm_and_rotate(q_low, q_high, q_gain_low, q_gain_high, cos, sin, eps, D, NORM)
     scale: tl.constexpr = D**-0.5 * 1.4426950408889634
     q_low *= scale
     q_high *= scale
 
+    # The new tokens: their keys and values go to the cache, and are the first that are looked at.
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, D), tl.float32)
     if split == 0:
-        # The new token: its key and value go to the cache, and are the first that is looked at.
-        key_low, key_high = norm_and_rotate(
-            new_low, new_high, k_gain_low, k_gain_high, cos, sin, eps, D, NORM
-        )
-        key_low = key_low.to(k_low.dtype)
-        key_high = key_high.to(k_low.dtype)
-        place = slot.to(tl.int64) * D
-        tl.store(k_ptr + place + low, key_low)
-        tl.store(k_ptr + place + HALF + low, key_high)
-        tl.store(v_ptr + place + full, new_v)
-        top = tl.sum(q_low * key_low.to(tl.float32), axis=1)
-        top += tl.sum(q_high * key_high.to(tl.float32), axis=1)
-        total += 1.0
-        acc += new_v.to(tl.float32)
+        if TOKENS == 1:
+            key_low, key_high = norm_and_rotate(
+                new_low, new_high, k_gain_low, k_gain_high, cos, sin, eps, D, NORM
+            )
+            key_low = key_low.to(k_low.dtype)
+            key_high = key_high.to(k_low.dtype)
+            place = slot.to(tl.int64) * D
+            tl.store(k_ptr + place + low, key_low)
+            tl.store(k_ptr + place + HALF + low, key_high)
+            tl.store(v_ptr + place + full, new_v)
+            top = tl.sum(q_low * key_low.to(tl.float32), axis=1)
+            top += tl.sum(q_high * key_high.to(tl.float32), axis=1)
+            total += 1.0
+            acc += new_v.to(tl.float32)
+        else:
+            k_gains = (k_gain_low, k_gain_high)
+            top, total, acc = look_at_new(
+                q_low.to(k_low.dtype), q_high.to(k_low.dtype), token, qkv_ptr + (H + head) * D,
+                angles_ptr, k_gains, k_ptr + slot.to(tl.int64) * D, v_ptr + slot.to(tl.int64) * D,
+                eps, KVH, D, TOKENS, WIDTH, NORM, PRECISION,
+            )  # fmt: skip
 
     q_low = q_low.to(k_low.dtype)
     q_high = q_high.to(k_low.dtype)
@@ -152,10 +178,14 @@ def decode_attention_kernel(
         k_low, k_high, v = next_low, next_high, next_v
 
     if parts == 1:
-        out_at = (batch * H + head * GROUP + lanes)[:, None] * D + full
+        if TOKENS == 1:
+            out_at = (batch * H + head * GROUP + lanes)[:, None] * D + full
+        else:
+            row = (batch * TOKENS + token) * H + head * GROUP + lanes % HEADS
+            out_at = row[:, None] * D + full
         tl.store(out_ptr + out_at, acc / total[:, None], mask=real[:, None])
     else:
-        mine = (pair * SPLITS + split) * HEADS + lanes
+        mine = (pair * SPLITS + split) * LANES + lanes
         tl.store(acc_ptr + mine[:, None] * D + full, acc, mask=real[:, None])
         tl.store(tops_ptr + mine, top, mask=real)
         tl.store(totals_ptr + mine, total, mask=real)
@@ -164,9 +194,67 @@ def decode_attention_kernel(
         if tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel") == parts - 1:
             tl.store(arrived_ptr + pair, 0)  # for the next layer
             group = tl.arange(0, HEADS)
-            joined = join_parts(acc_ptr, tops_ptr, totals_ptr, pair, group, parts, D, HEADS, SPLITS)
-            out_at = (batch * H + head * GROUP + group)[:, None] * D + full
-            tl.store(out_ptr + out_at, joined, mask=(group < GROUP)[:, None])
+            # One token at a time: its parts fill the registers.
+            for i in range(TOKENS):
+                lane = i * HEADS + group
+                joined = join_parts(
+                    acc_ptr, tops_ptr, totals_ptr, pair, lane, parts, D, LANES, SPLITS
+                )
+                out_at = ((batch * TOKENS + i) * H + head * GROUP + group)[:, None] * D + full
+                tl.store(out_ptr + out_at, joined, mask=(group < GROUP)[:, None])
+
+
+@triton.jit
+def look_at_new(
+    q_low,  # [ROWS, D / 2]
+    q_high,
+    token,  # [ROWS], whose query it is
+    new_ptr,  # this head's key of the first new token in qkv
+    angles_ptr,  # of the first new token
+    k_gains,
+    k_ptr,  # the slots that the new tokens take
+    v_ptr,
+    eps,
+    KVH: tl.constexpr,
+    D: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Store the keys and values of several new tokens, and let each see itself and those before.
+
+    Returns the largest scores, the sums of weights [ROWS] and the weighted values [ROWS, D].
+    """
+    HALF: tl.constexpr = D // 2
+    low = tl.arange(0, HALF)[None, :]
+    full = tl.arange(0, D)[None, :]
+    fresh = tl.arange(0, 16)  # the least that a matrix unit takes
+    new = (fresh < TOKENS)[:, None]
+    turn = tl.minimum(fresh, TOKENS - 1)[:, None] * 2 * D + low
+    cos = tl.load(angles_ptr + turn).to(tl.float32)
+    sin = tl.load(angles_ptr + D + HALF + turn).to(tl.float32)
+    new_ptr += fresh[:, None] * WIDTH
+    key_low = tl.load(new_ptr + low, mask=new, other=0.0)
+    key_high = tl.load(new_ptr + HALF + low, mask=new, other=0.0)
+    values = tl.load(new_ptr + KVH * D + full, mask=new, other=0.0)
+    key_low, key_high = norm_and_rotate(
+        key_low, key_high, k_gains[0], k_gains[1], cos, sin, eps, D, NORM
+    )
+    key_low = key_low.to(q_low.dtype)
+    key_high = key_high.to(q_low.dtype)
+    tl.store(k_ptr + fresh[:, None] * D + low, key_low, mask=new)
+    tl.store(k_ptr + fresh[:, None] * D + HALF + low, key_high, mask=new)
+    tl.store(v_ptr + fresh[:, None] * D + full, values, mask=new)
+    scores = tl.dot(q_low, tl.trans(key_low), input_precision=PRECISION)
+    scores = tl.dot(q_high, tl.trans(key_high), scores, input_precision=PRECISION)
+    seen = (fresh[None, :] <= token[:, None]) & (fresh < TOKENS)[None, :]
+    scores = tl.where(seen, scores, float("-inf"))
+    top = tl.max(scores, axis=1)
+    weights = tl.exp2(scores - top[:, None])
+    values = values.to(q_low.dtype)
+    acc = tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+    return top, tl.sum(weights, axis=1), acc
 
 
 @triton.jit
@@ -175,18 +263,18 @@ def join_parts(
     tops_ptr,
     totals_ptr,
     pair,
-    group,
+    lane,
     parts,
     D: tl.constexpr,
-    HEADS: tl.constexpr,
+    LANES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """The softmax over all parts of one key head's query heads, [HEADS, D].
+    """The softmax over all parts of the queries at `lane` [HEADS] of the first part, [HEADS, D].
 
     Reads past the first-level cache, which does not see what other programs wrote.
     """
     index = tl.arange(0, SPLITS)
-    at = (pair * SPLITS + index)[:, None] * HEADS + group[None, :]  # [SPLITS, HEADS]
+    at = (pair * SPLITS + index)[:, None] * LANES + lane[None, :]  # [SPLITS, HEADS]
     there = (index < parts)[:, None]
     tops = tl.load(tops_ptr + at, mask=there, other=float("-inf"), cache_modifier=".cg")
     totals = tl.load(totals_ptr + at, mask=there, other=0.0, cache_modifier=".cg")

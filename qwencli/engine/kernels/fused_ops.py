@@ -1,7 +1,9 @@
-"""`DecoderOps` of one token of one sequence as five Triton kernels a layer.
+"""`DecoderOps` of a decode step as five Triton kernels a layer.
 
-Each kernel is held to `REFERENCE_OPS` by a parity test. Results go to buffers that all layers
-share, so a step allocates nothing. Where the GPU can launch a kernel before the one in front has
+A step has up to `MOST_ROWS` rows: several tokens of one sequence, one token each of several
+sequences of equal length, or both; each weight is read once for all of them. Each kernel is held
+to `REFERENCE_OPS` by a parity test. Results go to buffers that all layers share, so a step
+allocates nothing. Where the GPU can launch a kernel before the one in front has
 ended (compute capability 9.0 and later), every kernel here is launched so, and waits before it
 reads what others wrote.
 """
@@ -36,6 +38,7 @@ Tensor = torch.Tensor
 TileChoice = Callable[[MatrixKind], GemvTiles]
 
 SMALLEST_HEAD_DIM = 32  # half a head is an operand of a matrix unit
+MOST_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,18 @@ class FusedOps:
         self._launch = Launch.on(device)
         self._angles = angles
         self._tiles_of = tiles_of
-        self._qkv = buffer(1, shape.q_size + 2 * shape.kv_size)
-        self._attended = buffer(1, shape.q_size)
-        self._activated = buffer(1, shape.intermediate_size)
-        self._logits = buffer(1, shape.vocab_size, of=torch.float32)
-        self._best = torch.full((1,), NOTHING_CHOSEN, dtype=torch.int64, device=device)
+        self._qkv = buffer(MOST_ROWS, shape.q_size + 2 * shape.kv_size)
+        self._attended = buffer(MOST_ROWS, shape.q_size)
+        self._activated = buffer(MOST_ROWS, shape.intermediate_size)
+        self._logits = buffer(MOST_ROWS, shape.vocab_size, of=torch.float32)
+        self._best = torch.full((MOST_ROWS,), NOTHING_CHOSEN, dtype=torch.int64, device=device)
         self._heads = triton.next_power_of_2(shape.group_size)
         self._tiles = attention_tiles(kv_heads, self._launch.num_processors)
-        parts = (kv_heads, self._tiles.splits, self._heads)
-        self._sums = buffer(*parts, dim, of=torch.float32)
-        self._tops = buffer(*parts, of=torch.float32)
-        self._totals = buffer(*parts, of=torch.float32)
-        self._arrived = buffer(kv_heads, of=torch.int32)
+        parts = MOST_ROWS * kv_heads * self._tiles.splits * self._heads
+        self._sums = buffer(parts, dim, of=torch.float32)
+        self._tops = buffer(parts, of=torch.float32)
+        self._totals = buffer(parts, of=torch.float32)
+        self._arrived = buffer(MOST_ROWS * kv_heads, of=torch.int32)
         # tl.dot would round float32 operands to TF32 otherwise.
         self._precision = "ieee" if dtype == torch.float32 else "tf32"
 
@@ -110,15 +113,18 @@ class FusedOps:
         return replace(fused, attend=self.attend, any_length=True)
 
     def norm_qkv(self, hidden: Tensor, layer: Layer) -> Tensor:
-        self._gemv(hidden, layer.qkv, self._qkv, norm=layer.attn_norm, bias=layer.qkv_bias)
-        return self._qkv
+        qkv = self._qkv[: len(hidden)]
+        self._gemv(hidden, layer.qkv, qkv, norm=layer.attn_norm, bias=layer.qkv_bias)
+        return qkv
 
     def attend(self, qkv: Tensor, layer: Layer, step: Step) -> Tensor:
         assert isinstance(step.cache, StaticKVCache), "the kernel writes into the cache's tensors"
         cache = step.cache.layers[layer.index]
         norm = layer.qk_norm
         gains = cache if norm is None else norm.weight
-        decode_attention_kernel[layer.num_kv_heads, self._tiles.splits](
+        lanes = self._heads * triton.next_power_of_2(step.length)
+        attended = self._attended[: len(qkv)]
+        decode_attention_kernel[step.batch * layer.num_kv_heads, self._tiles.splits](
             qkv,
             gains[0],
             gains[0] if norm is None else gains[layer.num_heads],
@@ -126,7 +132,7 @@ class FusedOps:
             step.positions,
             cache,
             step.slots,
-            self._attended,
+            attended,
             self._sums,
             self._tops,
             self._totals,
@@ -137,30 +143,34 @@ class FusedOps:
             GROUP=layer.num_heads // layer.num_kv_heads,
             D=layer.head_dim,
             HEADS=self._heads,
+            TOKENS=step.length,
+            LANES=lanes,
             BLOCK=self._tiles.block,
             SPLITS=self._tiles.splits,
             NORM=norm is not None,
             PRECISION=self._precision,
-            **self._launch.options(self._tiles.num_warps),
+            **self._launch.options(self._tiles.warps_for(lanes)),
         )
-        return self._attended
+        return attended
 
     def o_residual(self, attended: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
         self._gemv(attended, layer.o, hidden, bias=layer.o_bias, add=True)
         return hidden
 
     def norm_gate_up(self, hidden: Tensor, layer: Layer) -> Tensor:
-        self._gemv(hidden, layer.gate_up, self._activated, norm=layer.mlp_norm, gated=True)
-        return self._activated
+        activated = self._activated[: len(hidden)]
+        self._gemv(hidden, layer.gate_up, activated, norm=layer.mlp_norm, gated=True)
+        return activated
 
     def down_residual(self, activated: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
         self._gemv(activated, layer.down, hidden, add=True)
         return hidden
 
     def norm_head(self, hidden: Tensor, norm: RMSNorm, head: Matrix) -> Tensor:
-        """Logits [1, V], float32."""
-        self._gemv(hidden, head, self._logits, norm=norm)
-        return self._logits
+        """Logits [N, V], float32."""
+        logits = self._logits[: len(hidden)]
+        self._gemv(hidden, head, logits, norm=norm)
+        return logits
 
     def choose(self, hidden: Tensor, norm: RMSNorm, head: Matrix, choice: Choice) -> None:
         self._gemv(hidden, head, self._logits, norm=norm, choice=choice)
@@ -202,6 +212,7 @@ class FusedOps:
             y,
             y if choice is None else choice.seen,
             y if choice is None else choice.penalty,
+            y if choice is None else choice.token,
             self._best,
             rows,
             0.0 if norm is None else norm.eps,
@@ -219,7 +230,7 @@ class FusedOps:
             group = quantized.group
             tiles = self._tiles_of(MatrixKind(rows, columns, Storage.NIBBLES, gated, group))
             gemv_int4_kernel[triton.cdiv(rows, tiles.rows),](
-                x, gain, quantized.data, quantized.scale, quantized.zero, *ends,
+                x, gain, quantized.data, quantized.scale, quantized.zero, *ends[:4], *ends[5:],
                 G=group, BLOCK=tiles.block // NIBBLES, ROWS=tiles.rows,
                 **modes, **self._launch.options(tiles.num_warps),
             )  # fmt: skip
@@ -229,7 +240,7 @@ class FusedOps:
         storage = Storage.BYTES if quantized else Storage.FLOAT
         tiles = self._tiles_of(MatrixKind(rows, columns, storage, gated))
         gemv_kernel[triton.cdiv(rows, tiles.rows),](
-            x, gain, data, scale, *ends,
+            x, gain, data, scale, *ends, TOKENS=len(x),
             BLOCK=tiles.block, ROWS=tiles.rows, WHOLE=rows % tiles.rows == 0,
             SCALED=quantized is not None,
             **modes, **self._launch.options(tiles.num_warps),

@@ -37,6 +37,7 @@ class MatrixKind:
     Args:
         rows, columns: of the result and of the vector; `gated` reads two such matrices.
         group: columns that share a scale and have to be in one block; 1 where none do.
+        tokens: vectors that the matrix is applied to at once.
     """
 
     rows: int
@@ -44,6 +45,7 @@ class MatrixKind:
     storage: Storage = Storage.FLOAT
     gated: bool = False
     group: int = 1
+    tokens: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class AttentionTiles:
     block: int
     splits: int
     num_warps: int
+
+    def warps_for(self, lanes: int) -> int:
+        """More queries than the rows of one matrix instruction are shared among more warps."""
+        return self.num_warps if lanes <= 16 else 2 * self.num_warps
 
 
 # At 16 bits a column. Columns up to which a tile serves; the last one serves the rest.

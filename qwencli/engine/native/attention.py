@@ -88,16 +88,18 @@ def prompt_plan(
 def decode_mask(
     slots: torch.Tensor, slot: torch.Tensor, left_pads: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Mask [B, 1, 1, kv_len] of one query a row, from positions on the device alone.
+    """Mask [1, 1, S, kv_len] of S queries, or [B, 1, 1, kv_len] of one query in each of B padded
+    rows, from positions on the device alone.
 
     Args:
         slots: 0, 1, ... kv_len - 1 (int64 [kv_len]), made once; its length is the bucket.
-        slot: the query's own slot, int64 [1]; the slots after it are hidden.
-        left_pads: int32 [B], or None.
+        slot: the queries' own slots, int64 [S]; the slots after each are hidden from it.
+        left_pads: int32 [B], with one query; or None.
     """
-    hidden = slots > slot
-    hidden = hidden[None] if left_pads is None else hidden | (slots < left_pads[:, None])
-    return (hidden.to(dtype) * hidden_score(dtype))[:, None, None]
+    hidden = slots > slot[:, None]
+    mask = hidden if left_pads is None else hidden | (slots < left_pads[:, None])
+    mask = mask.to(dtype) * hidden_score(dtype)
+    return mask[None, None] if left_pads is None else mask[:, None, None]
 
 
 def eager(

@@ -172,7 +172,7 @@ class QwenModel:
         cache: KVCache,
         plan: AttentionPlan,
     ) -> torch.Tensor:
-        """Logits [B, V] after one more token a row."""
+        """Logits [B * S, V] after S more tokens a row; see `decode_hidden`."""
         hidden = self.decode_hidden(tokens, positions, slot, cache, plan)
         return self.decoder.logits(hidden, self.step_ops)
 
@@ -184,25 +184,32 @@ class QwenModel:
         cache: KVCache,
         plan: AttentionPlan,
     ) -> torch.Tensor:
-        """Hidden states [B, hidden] of one more token a row; the body of a CUDA graph.
+        """Hidden states [B * S, hidden] of S more tokens a row; the body of a CUDA graph.
 
         Everything that changes from step to step is read from the device; the host decides only
-        `plan.kv_len` (a bucket that covers the slot), and `cache.length` is the caller's.
+        `plan.kv_len` (a bucket that covers the slots), and `cache.length` is the caller's.
 
         Args:
-            tokens: int64 [B]. positions: int64 [B], rotary. slot: int64 [1], equal for all rows.
-            plan: with a mask (`decode_mask`) unless kv_len is slot + 1 and no row is padded, or
-                `step_ops.any_length`.
+            tokens: int64 [B * S], the S of a row side by side.
+            positions: int64 [B], rotary position of the first token of each row.
+            slot: int64 [1], of the first token, equal for all rows.
+            plan: with a mask (`decode_mask`) unless S is 1, kv_len is slot + 1 and no row is
+                padded, or `step_ops.any_length`.
         """
         # Positions never exceed slots. A compiled step cannot fill the table: its stepper did.
         if not torch.compiler.is_compiling():
             self.rope.reach(plan.kv_len)
         ops = self.step_ops
+        length = len(tokens) // cache.batch
+        places, slots = positions[:, None], slot
+        if length > 1:
+            ahead = torch.arange(length, device=self.device)
+            places, slots = places + ahead, slot + ahead
         step = Step(
             batch=cache.batch,
-            length=1,
-            rope=None if ops.any_length else self._step_rope(positions),
-            slots=slot,
+            length=length,
+            rope=None if ops.any_length else self._step_rope(places),
+            slots=slots,
             plan=plan,
             cache=cache,
             attention=self._attend,

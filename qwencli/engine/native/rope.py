@@ -63,7 +63,7 @@ class Rope:
         return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
     def step(self, positions: torch.Tensor) -> CosSin:
-        """Cosine and signed sine [B, 1, 1, D] for positions [B] that are equal on all axes.
+        """Cosine and signed sine [B, S, 1, D] for positions [B, S] that are equal on all axes.
 
         One gather, no synchronisation; positions must be below what `reach` was asked for.
         """
@@ -71,7 +71,7 @@ class Rope:
         return cos, sin
 
     def step_by_layer(self, positions: torch.Tensor, gains: torch.Tensor) -> Sequence[CosSin]:
-        """Those of `step` times what each layer's heads are multiplied with, [B, 1, heads, D].
+        """Those of `step` times what each layer's heads are multiplied with, [B, S, heads, D].
 
         Args:
             gains: `gains_of_halves`, [2, layers, heads, D].
@@ -80,9 +80,9 @@ class Rope:
         return list(zip(cos.unbind(), sin.unbind(), strict=True))
 
     def _step_rows(self, positions: torch.Tensor) -> torch.Tensor:
-        """[2, B, 1, 1, D]."""
+        """[2, B, S, 1, D]."""
         rows = F.embedding(positions, self._flat_rows)
-        return rows.view(positions.shape[0], 2, 1, 1, -1).transpose(0, 1)
+        return rows.view(*positions.shape, 2, 1, -1).movedim(2, 0)
 
     def _angles(self, angles: torch.Tensor) -> CosSin:
         cos, sin = angles.cos(), angles.sin()

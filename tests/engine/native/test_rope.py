@@ -36,5 +36,7 @@ def test_a_step_gathers_what_three_equal_axes_compute() -> None:
     rope = Rope(RopeShape(1e4, (12, 10, 10), interleaved=True), 64, 100, torch.float32, CPU)
     rope.reach(100)
     positions = torch.tensor([0, 7, 99])
-    for mine, full in zip(rope.step(positions), rope.at(positions.expand(3, 1, 3)), strict=True):
+    for mine, full in zip(
+        rope.step(positions[:, None]), rope.at(positions.expand(3, 1, 3)), strict=True
+    ):
         assert torch.equal(mine[:, 0], full[0])

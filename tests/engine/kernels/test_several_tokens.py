@@ -1,0 +1,96 @@
+"""Steps of several tokens, and of several sequences: the kernels against the plain operators and
+both against the same tokens one at a time. In Triton's interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qwencli.engine.kernels import fused_ops as fused_module
+from qwencli.engine.kernels.tiles import AttentionTiles
+from qwencli.engine.native.attention import AttentionPlan, decode_mask
+from qwencli.engine.native.model import Fused, QwenModel
+from qwencli.engine.native.prompt_inputs import Prompt
+from tests.engine.kernels.test_fused_ops import OWN, TORCH_ATTENTION, model_of, prompt_of
+
+MOST = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parts of a sequence, so that they join."""
+    monkeypatch.setattr(fused_module, "attention_tiles", lambda *_: AttentionTiles(64, 2, 1))
+
+
+def config(heads: int, kv_heads: int, dim: int, hidden: int = 96) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3",
+        "vocab_size": 301,
+        "hidden_size": hidden,
+        "intermediate_size": 72,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": dim,
+        "rope_theta": 1e4,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+    }
+
+
+@torch.inference_mode()
+def logits_of(
+    model: QwenModel, prompts: list[list[int]], tokens: list[list[int]], size: int
+) -> torch.Tensor:
+    """Logits [B, S, V] of `tokens` fed `size` at a time after prompts of equal length."""
+    inputs = model.prepare([Prompt(prompt) for prompt in prompts])
+    cache = model.static_cache(len(prompts))
+    model.prefill(inputs, cache)
+    positions = inputs.next_positions.clone()
+    rows = []
+    for start in range(0, len(tokens[0]), size):
+        fed = torch.tensor([row[start : start + size] for row in tokens])
+        slots = torch.arange(cache.length, cache.length + fed.shape[1])
+        cache.length += fed.shape[1]
+        mask = decode_mask(torch.arange(cache.length), slots, None, torch.float32)
+        plan = AttentionPlan(cache.length, mask)
+        logits = model.decode_step(fed.flatten(), positions, slots[:1], cache, plan)
+        rows.append(logits.view(*fed.shape, -1).clone())
+        positions += fed.shape[1]
+    return torch.cat(rows, dim=1)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+# Lanes that only fill up to a power of two have no weights; what they give is not stored.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (3, 1, 32), (5, 1, 128)])
+def test_several_tokens_give_the_logits_of_one_at_a_time(
+    heads: int, kv_heads: int, dim: int, size: int
+) -> None:
+    shape = config(heads, kv_heads, dim)
+    prompt = prompt_of(2 if heads == 3 else 70)
+    tokens = [[7, 7, 250, 3, 3, 3, 17, 60, 7]]
+    one = logits_of(model_of(shape, None), [prompt], tokens, 1)
+    plain = logits_of(model_of(shape, None), [prompt], tokens, size)
+    own = logits_of(model_of(shape, OWN), [prompt], tokens, size)
+    assert relative(plain, one) < MOST
+    assert relative(own, one) < MOST
+
+
+@pytest.mark.parametrize("fused", [OWN, TORCH_ATTENTION])
+def test_a_batch_is_read_with_the_same_kernels(fused: Fused) -> None:
+    shape = config(4, 2, 64)
+    prompts = [prompt_of(70), prompt_of(71)[1:], prompt_of(72)[2:]]
+    tokens = [[7, 8], [9, 10], [11, 12]]
+    plain = logits_of(model_of(shape, None), prompts, tokens, 1)
+    own = logits_of(model_of(shape, fused), prompts, tokens, 1)
+    assert relative(own, plain) < MOST
+    assert relative(plain[1:], plain[:-1]) > 0.1
