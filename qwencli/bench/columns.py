@@ -27,6 +27,7 @@ CELLS = (
     "graph_launch_rate_per_s", "launches_per_token", "kernels_per_token", "gpu_busy_percent",
     "bound",
     "mean_kl", "quality_samples",
+    "kv_dtype",
 )  # fmt: skip
 
 RUNS = (
@@ -42,6 +43,7 @@ RUNS = (
     "ran_attention", "ran_quantization", "ran_cache", "text_sha256",
     "ran_kernels",
     "process",
+    "ran_kv_dtype",
 )  # fmt: skip
 
 TOKENS = ("cell_id", "run", "token_index", "token_id", "t_s", "itl_ms", "gpu_ms")

@@ -16,6 +16,7 @@ from qwencli.config import (
     EngineConfig,
     EngineName,
     Kernels,
+    KVDType,
     LoadFormat,
     LoadMode,
     ModelSource,
@@ -61,6 +62,7 @@ _ENUMS = {
     "cache": Cache,
     "dtype": DType,
     "kernels": Kernels,
+    "kv_dtype": KVDType,
     "load_format": LoadFormat,
 }
 

@@ -15,6 +15,7 @@ from qwencli.config import SamplingParams
 from qwencli.engine.native import drafting
 from qwencli.engine.native.attention import AttentionPlan, decode_mask
 from qwencli.engine.native.decoder_ops import Choice
+from qwencli.engine.native.flash_decode import Spans
 from qwencli.engine.native.host_decoder import HostDecoder
 from qwencli.engine.native.kv_cache import KVCache
 from qwencli.engine.native.model import QwenModel
@@ -49,6 +50,8 @@ class DecodeState:
         self.stop_ids = torch.full((MAX_STOP_TOKENS, 1), -1, dtype=torch.int64, device=device)
         self.slots = torch.arange(max_seq_len, device=device)
         self.drafts = drafting.empty_drafts(max_seq_len, device) if with_drafts else None
+        self._spans = Spans.on(device)
+        self._lengths = self._spans.slots[1:]
         self._choice = Choice(
             token=self.token,
             slot=self.slot,
@@ -163,6 +166,10 @@ class DecodeState:
         if self.model.step_ops.any_length:
             self.advance(kind, AttentionPlan(kv_len, None))
             return
+        self._lengths.copy_(self.slot + 1)
+        # Compiled, attention is one of the operators that torch may fuse.
+        if self.model.flash_decode and not torch.compiler.is_compiling():
+            self.advance(kind, AttentionPlan(kv_len, None, self._lengths, spans=self._spans))
+            return
         mask = decode_mask(self.slots[:kv_len], self.slot, None, self.model.dtype)
-        lengths = (self.slot + 1).to(torch.int32)
-        self.advance(kind, AttentionPlan(kv_len, mask, lengths))
+        self.advance(kind, AttentionPlan(kv_len, mask, self._lengths))
