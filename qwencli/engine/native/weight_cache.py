@@ -51,7 +51,9 @@ class CachedMatrices:
             if source is not None:
                 parts[part] = reader.as_stored(source)
                 self._sums[source.name] = byte_sum(parts[part])
-        return Quantized(Scheme(self._schemes[name]), **parts)
+        return Quantized(
+            Scheme(self._schemes[name]), parts["data"], parts["scale"], parts.get("zero")
+        )
 
     def verify(self) -> None:
         """Raises DamagedCache unless every byte that was read adds up to what was written."""

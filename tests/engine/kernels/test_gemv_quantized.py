@@ -141,9 +141,8 @@ def test_matrices_of_ready_made_checkpoints(tmp_path: Path, name: str) -> None:
     length = (x.double().square().mean() + 1e-6).rsqrt()
     order = slice(None) if matrix.order is None else matrix.order.long()
     vector = torch.empty_like(x[0])
-    vector[order] = rounded(
-        (x[0] * norm.weight)[order], EIGHT_BITS.get(matrix.scheme, matrix.scheme)
-    )
+    scheme = EIGHT_BITS.get(matrix.scheme, matrix.scheme)
+    vector[order] = rounded((x[0] * norm.weight)[order], scheme)
 
     def gated(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
         gate, up = (rows @ vector.double() * length).chunk(2)

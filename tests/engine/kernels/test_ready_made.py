@@ -48,5 +48,5 @@ def test_kernels_give_the_logits_of_the_matrices_read_back(tmp_path: Path, name:
         packed=packed_format({"quantization_config": config}),
     )
     plain, fused = logits_of(loaded, None), logits_of(loaded, OWN)
-    # The kernels round the vector to 8 bits, which costs what 8 bits cost.
-    assert (plain - fused).norm() <= 0.02 * plain.norm()
+    # Every product rounds its vector to 8 bits, and random weights pass that on undamped.
+    assert (plain - fused).norm() <= 0.05 * plain.norm()
