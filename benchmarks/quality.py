@@ -32,6 +32,7 @@ from qwencli.engine.answer import Answer
 from qwencli.engine.factory import create_engine
 from qwencli.engine.local import LocalEngine
 from qwencli.engine.native import weights
+from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.decoder_ops import Matrix
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
@@ -66,37 +67,42 @@ def request(item: HeldOutItem) -> GenerationRequest:
 
 def caption_log_probs(engine: LocalEngine, item: HeldOutItem) -> torch.Tensor:
     """Log-probabilities [tokens, V] of every token of the right caption, and of its end."""
-    asked = engine._prompt(request(item))
+    prompt = engine._prompt(request(item))
     caption = engine.files.prompts.tokenizer.encode(item.caption)
-    prompt = replace(asked, input_ids=[*asked.input_ids, *caption])
-    start = len(asked.input_ids) - 1
     read = _native_logits if isinstance(engine, NativeEngine) else _transformers_logits
     with torch.inference_mode():
-        return read(engine, prompt, start).float().log_softmax(-1).cpu()
+        return read(engine, prompt, caption).float().log_softmax(-1).cpu()
 
 
-def _native_logits(engine: Any, prompt: Prompt, start: int) -> torch.Tensor:
+def _native_logits(engine: Any, prompt: Prompt, caption: list[int]) -> torch.Tensor:
+    """The caption token by token, as the engine decodes."""
     model = engine._generation._model
     assert prompt.inputs is not None, "scenes are pictures"
     patches = torch.as_tensor(prompt.inputs.patches[0]).to(model.device, model.dtype)
     features = model.encode_images(patches, [prompt.grid_thw[0]])
     inputs = model.prepare([ModelPrompt(prompt.input_ids, prompt.visuals)], features)
-    cache = model.static_cache(1, inputs.length)
-    rows = [model.prefill(inputs, cache, stop=start + 1)]
-    for slot in range(start + 1, inputs.length):
-        rows.append(model.prefill(inputs, cache, start=slot, stop=slot + 1))
-    return torch.cat(rows)
+    cache = model.static_cache(1, inputs.length + len(caption))
+    rows = [model.prefill(inputs, cache).clone()]
+    position = inputs.next_positions.clone()
+    for slot, token in enumerate(caption, start=inputs.length):
+        fed, at = (torch.tensor([value], device=model.device) for value in (token, slot))
+        rows.append(
+            model.decode_step(fed, position, at, cache, AttentionPlan(slot + 1, None)).clone()
+        )
+        position += 1
+    return torch.cat([row.float() for row in rows])
 
 
-def _transformers_logits(engine: Any, prompt: Prompt, start: int) -> torch.Tensor:
+def _transformers_logits(engine: Any, prompt: Prompt, caption: list[int]) -> torch.Tensor:
     from qwencli.config import resolve_sampling
     from qwencli.engine.reference.generating import Generation
 
     sampling = resolve_sampling(SamplingOptions(), engine.files.generation_defaults)
-    answer = Answer(engine.files, prompt, sampling, 0.0)
+    whole = replace(prompt, input_ids=[*prompt.input_ids, *caption])
+    answer = Answer(engine.files, whole, sampling, 0.0)
     inputs = Generation(engine._model, answer, engine.ran)._inputs()
-    logits: torch.Tensor = engine._model(**inputs, use_cache=False).logits[0, start:]
-    return logits
+    logits: torch.Tensor = engine._model(**inputs, use_cache=False).logits[0]
+    return logits[len(prompt.input_ids) - 1 :]
 
 
 def write_nf4(folder: Path) -> ModelSpec:

@@ -7,8 +7,9 @@ where one instruction multiplies and adds four values (dp4a, compute capability 
 for fp8 weights to float16, of which it takes two. Each program rounds the vector for itself, while
 the weights it asked for are on their way.
 
-nf4 and fp4 are int8 too once looked up: the table's 16 values, rounded to int8 (0.3% off for nf4), lie in four registers, of which three byte permutations take four values at a time
-(as llama.cpp does it for its IQ4_NL).
+nf4 and fp4 are int8 too once looked up: the table's 16 values, rounded to int8 (0.3% off for nf4),
+lie in four registers, of which three byte permutations take four values at a time (as llama.cpp does
+it for its IQ4_NL).
 """
 
 from __future__ import annotations
