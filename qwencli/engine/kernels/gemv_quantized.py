@@ -8,8 +8,8 @@ for fp8 weights to float16, of which it takes two. Each program rounds the vecto
 the weights it asked for are on their way.
 
 nf4 and fp4 are int8 too once looked up: the table's 16 values, rounded to int8 (0.3% off for nf4),
-lie in four registers, of which three byte permutations take four values at a time (as llama.cpp does
-it for its IQ4_NL).
+lie in four registers, of which three byte permutations take four values at a time (as llama.cpp
+does it for its IQ4_NL).
 """
 
 from __future__ import annotations
@@ -340,16 +340,18 @@ def gemv_quantized_kernel(
         step = step[None, :]
         sums = products(w[i], low, high, codes, BITS, FP8, ASM) * step
         if GROUPED:
-            if zero_ptr is not None:
-                sums -= zeros[i].to(tl.float32) * total
-            sums = scales[i].to(tl.float32) * sums
+            if zero_ptr is None:
+                sums *= scales[i].to(tl.float32)
+            else:
+                sums = scales[i].to(tl.float32) * (sums - zeros[i].to(tl.float32) * total)
         y += tl.sum(sums, axis=1)
         if SWIGLU:
             sums = products(up[i], low, high, codes, BITS, FP8, ASM) * step
             if GROUPED:
-                if zero_ptr is not None:
-                    sums -= up_zeros[i].to(tl.float32) * total
-                sums = up_scales[i].to(tl.float32) * sums
+                if zero_ptr is None:
+                    sums *= up_scales[i].to(tl.float32)
+                else:
+                    sums = up_scales[i].to(tl.float32) * (sums - up_zeros[i].to(tl.float32) * total)
             up_y += tl.sum(sums, axis=1)
     norm = 1.0
     if NORM:
