@@ -52,6 +52,8 @@ BLOCKS = {
     Scheme.INT8: (8, Storage.INT8),
     Scheme.FP8: (8, Storage.FP8),
     Scheme.INT4: (4, Storage.INT4),
+    Scheme.NF4: (4, Storage.INT4),
+    Scheme.FP4: (4, Storage.INT4),
 }
 
 SMALLEST_HEAD_DIM = 32  # half a head is an operand of a matrix unit
@@ -286,12 +288,15 @@ class FusedOps:
         }
         if quantized is not None and in_blocks(quantized):
             bits, storage = BLOCKS[quantized.scheme]
-            grouped, fp8 = quantized.zero is not None, quantized.scheme is Scheme.FP8
+            grouped, fp8 = quantized.grouped, quantized.scheme is Scheme.FP8
+            table = quantized.table
             tiles = self._tiles_of(MatrixKind(rows, columns, storage, gated))
             gemv_quantized_kernel[triton.cdiv(rows, tiles.rows),](
                 x, gain, quantized.data.view(torch.int32), quantized.scale,
-                quantized.zero if grouped else quantized.scale, *ends,
+                quantized.zero if grouped else quantized.scale,
+                None if table is None else table.codes, quantized.order, *ends,
                 BITS=bits, FP8=fp8, G=quantized.group, GROUPED=grouped,
+                STEP=1.0 if table is None else table.step,
                 PIECES=pieces(columns, bits, tiles.block), ROWS=tiles.rows,
                 ASM=self._launch.fp8 if fp8 else x.is_cuda,
                 **modes, **self._launch.options(tiles.num_warps),

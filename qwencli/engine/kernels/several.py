@@ -12,7 +12,7 @@ import triton
 from qwencli.engine.kernels.gemm import gemm_kernel
 from qwencli.engine.kernels.tiles import GemvTiles, MatrixKind, Storage
 from qwencli.engine.native.decoder_ops import Choice, Matrix, dense
-from qwencli.engine.native.quantized import Quantized
+from qwencli.engine.native.quantized import Quantized, Scheme
 from qwencli.engine.native.rms_norm import RMSNorm
 
 Tensor = torch.Tensor
@@ -56,6 +56,8 @@ class SeveralProducts:
 
     def __call__(self, x: Tensor, matrix: Matrix, y: Tensor, around: Epilogue) -> None:
         """y [S, rows] = epilogue(matrix norm(x)), x [S, columns]."""
+        if isinstance(matrix, Quantized) and not is_read(matrix):
+            matrix = dense(matrix, x)
         quantized = matrix if isinstance(matrix, Quantized) else None
         weight = dense(matrix, x).t() if quantized is None else quantized.data
         assert weight.is_contiguous(), "kernels read rows of the weight"
@@ -98,3 +100,12 @@ class SeveralProducts:
             PRECISION=self._precision,
             **self._options(tiles.num_warps),
         )
+
+
+def is_read(matrix: Quantized) -> bool:
+    """Whether `gemm_kernel` reads `matrix` as it is stored; others are read back whole first.
+
+    Those are kinds that ready-made checkpoints have: groups of bytes, tables, columns reordered.
+    """
+    grouped_bytes = matrix.grouped and matrix.scheme is not Scheme.INT4
+    return matrix.table is None and matrix.order is None and not grouped_bytes
