@@ -56,6 +56,10 @@ class AttentionTiles:
     splits: int
     num_warps: int
 
+    def block_for(self, quantized: bool) -> int:
+        """Values that are converted are in registers twice: more of them spill."""
+        return self.block // 2 if quantized else self.block
+
     def warps_for(self, lanes: int) -> int:
         """More queries than the rows of one matrix instruction are shared among more warps."""
         return self.num_warps if lanes <= 16 else 2 * self.num_warps
