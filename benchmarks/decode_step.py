@@ -48,10 +48,11 @@ REPLAYS, ROUNDS = 40, 5
 SEARCH_REPLAYS, SEARCH_ROUNDS = 20, 4
 SLACK = 64
 # A thread's share of a program's weights: fewer leave the memory idle, more spill.
-REGISTERS = range(4, 97)
+FEWEST_REGISTERS, MOST_REGISTERS = 4, 96
 # Tiles that this GPU's registers or shared memory cannot hold are left out of a search.
 UNFIT = (OutOfResources, PTXASError)
-BITS = {Storage.FLOAT: 16, Storage.BYTES: 8, Storage.NIBBLES: 4}
+IN_BLOCKS = (Storage.INT8, Storage.FP8, Storage.INT4)
+BITS = {Storage.FLOAT: 16, Storage.BYTES: 8, Storage.INT8: 8, Storage.FP8: 8, Storage.INT4: 4}
 
 
 class Tiles:
@@ -182,18 +183,28 @@ def roofline(step: MeasuredStep, context: int, bandwidth: float) -> dict[str, An
 
 
 def candidates(matrix: MatrixKind) -> Iterator[GemvTiles]:
-    """Tiles of which each thread reads 16 or 32 bytes of a row at a time."""
-    row_bytes = matrix.columns * BITS[matrix.storage] // 8
+    """Tiles of which each thread reads 16 bytes of a row at a time, or 32."""
+    bits = BITS[matrix.storage]
+    row_bytes = matrix.columns * bits // 8
     streams = 2 if matrix.gated else 1
-    for rows, warps, wide in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2)):
-        block = warps * 32 * 16 * wide
-        held = streams * rows * max(row_bytes, block) / (warps * 32 * 4)
+    in_blocks = matrix.storage in IN_BLOCKS
+    choice = itertools.product(
+        (4, 8, 16, 32) if in_blocks else (1, 2, 4, 8),
+        (1, 2, 4, 8),
+        (0.5, 1) if in_blocks else (1, 2),
+    )
+    for rows, warps, wide in choice:
+        block = int(warps * 32 * 16 * wide)
+        # What is left over of a row is cut up further, or read in vain.
+        row = row_bytes if in_blocks else max(row_bytes, block)
+        held = streams * rows * row / (warps * 32 * 4)
         if (
-            REGISTERS.start <= held < REGISTERS.stop
-            and block < 2 * row_bytes
-            and matrix.rows // rows >= 128
+            not FEWEST_REGISTERS <= held <= MOST_REGISTERS
+            or block > 2 * row_bytes
+            or matrix.rows // rows < 64
         ):
-            yield GemvTiles(max(block * 8 // BITS[matrix.storage], matrix.group), rows, warps)
+            continue
+        yield GemvTiles(block * 8 // bits, rows, warps)
 
 
 def compile_all(model: str, quantization: Quantization, tiles: list[GemvTiles]) -> float:

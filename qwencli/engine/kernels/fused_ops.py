@@ -19,8 +19,9 @@ import triton
 
 from qwencli.engine.kernels.attention import decode_attention_kernel
 from qwencli.engine.kernels.gemv import gemv_kernel
-from qwencli.engine.kernels.gemv_int4 import gemv_int4_kernel
-from qwencli.engine.kernels.step import NOTHING_CHOSEN, choose_kernel
+from qwencli.engine.kernels.gemv_quantized import BLOCK_WORDS, gemv_quantized_kernel, pieces
+from qwencli.engine.kernels.several import Epilogue, SeveralProducts
+from qwencli.engine.kernels.step import NOTHING_CHOSEN, accept_kernel, choose_kernel
 from qwencli.engine.kernels.tiles import (
     GemvTiles,
     MatrixKind,
@@ -28,33 +29,59 @@ from qwencli.engine.kernels.tiles import (
     attention_tiles,
     default_tiles,
 )
-from qwencli.engine.native.decoder_ops import Choice, DecoderOps, Layer, Matrix, Step, dense
+from qwencli.engine.native.decoder_ops import (
+    Choice,
+    DecoderOps,
+    Drafts,
+    Layer,
+    Matrix,
+    Step,
+    dense,
+)
+from qwencli.engine.native.drafting import LONGEST_NGRAM, MOST_FED
 from qwencli.engine.native.kv_cache import StaticKVCache
 from qwencli.engine.native.kv_quantized import QuantizedKVCache
-from qwencli.engine.native.quantized import LARGEST, NIBBLES, Quantized
+from qwencli.engine.native.quantized import LARGEST, Quantized, Scheme
 from qwencli.engine.native.rms_norm import RMSNorm
 from qwencli.models.shapes import TextShape
 
 Tensor = torch.Tensor
 TileChoice = Callable[[MatrixKind], GemvTiles]
 
+# Bits of a weight, and how it is read.
+BLOCKS = {
+    Scheme.INT8: (8, Storage.INT8),
+    Scheme.FP8: (8, Storage.FP8),
+    Scheme.INT4: (4, Storage.INT4),
+}
+
 SMALLEST_HEAD_DIM = 32  # half a head is an operand of a matrix unit
-MOST_ROWS = 8
+MOST_ROWS = MOST_FED
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What every launch on one device shares."""
+    """What every launch on one device shares.
+
+    Args:
+        dependent: whether a kernel can be launched before the one in front has ended.
+        fp8: whether instructions convert e4m3.
+    """
 
     num_processors: int
     dependent: bool
+    fp8: bool
 
     @classmethod
     def on(cls, device: torch.device) -> Launch:
         if device.type != "cuda":  # Triton's interpreter
-            return cls(num_processors=2, dependent=False)
+            return cls(num_processors=2, dependent=False, fp8=False)
         properties = torch.cuda.get_device_properties(device)
-        return cls(properties.multi_processor_count, dependent=properties.major >= 9)
+        return cls(
+            properties.multi_processor_count,
+            dependent=properties.major >= 9,
+            fp8=(properties.major, properties.minor) >= (8, 9),
+        )
 
     def options(self, num_warps: int) -> dict[str, Any]:
         dependent = {"launch_pdl": True} if self.dependent else {}
@@ -98,6 +125,7 @@ class FusedOps:
         self._arrived = buffer(MOST_ROWS * kv_heads, of=torch.int32)
         # tl.dot would round float32 operands to TF32 otherwise.
         self._precision = "ieee" if dtype == torch.float32 else "tf32"
+        self._several = SeveralProducts(self._best, tiles_of, self._launch.options, self._precision)
 
     def ops(self, own_attention: bool) -> DecoderOps:
         """All kernels, or all but attention, which then stays with the step's own."""
@@ -108,6 +136,7 @@ class FusedOps:
             down_residual=self.down_residual,
             norm_head=self.norm_head,
             choose=self.choose,
+            choose_several=self.choose_several,
         )
         if not own_attention:
             return fused
@@ -194,6 +223,32 @@ class FusedOps:
             **self._launch.options(num_warps=1),
         )
 
+    def choose_several(
+        self, hidden: Tensor, norm: RMSNorm, head: Matrix, choice: Choice, drafts: Drafts
+    ) -> None:
+        logits = self._logits[: len(hidden)]
+        self._gemv(hidden, head, logits, norm=norm, choice=choice, fed=drafts.fed)
+        accept_kernel[1,](
+            self._best,
+            choice.token,
+            choice.slot,
+            choice.position,
+            choice.step,
+            choice.done,
+            choice.stop_ids,
+            choice.seen,
+            drafts.fed,
+            drafts.ids,
+            drafts.last_slot,
+            drafts.record,
+            SIZE=len(hidden),
+            STOPS=triton.next_power_of_2(choice.stop_ids.numel()),
+            NUM_STOPS=choice.stop_ids.numel(),
+            NGRAM=LONGEST_NGRAM,
+            BLOCK=2048,
+            **self._launch.options(num_warps=8),
+        )
+
     def _gemv(
         self,
         x: Tensor,
@@ -204,8 +259,12 @@ class FusedOps:
         gated: bool = False,
         add: bool = False,
         choice: Choice | None = None,
+        fed: Tensor | None = None,
     ) -> None:
         """`matrix` is quantized, or the [in, out] view of a contiguous [out, in] weight."""
+        if len(x) > 1:
+            self._several(x, matrix, y, Epilogue(norm, bias, gated, add, choice, fed))
+            return
         quantized = matrix if isinstance(matrix, Quantized) else None
         if quantized is None:
             columns, rows = dense(matrix, x).shape
@@ -218,7 +277,6 @@ class FusedOps:
             y,
             y if choice is None else choice.seen,
             y if choice is None else choice.penalty,
-            y if choice is None else choice.token,
             self._best,
             rows,
             0.0 if norm is None else norm.eps,
@@ -232,12 +290,16 @@ class FusedOps:
             "ADD": add,
             "ARGMAX": choice is not None,
         }
-        if quantized is not None and quantized.zero is not None:
-            group = quantized.group
-            tiles = self._tiles_of(MatrixKind(rows, columns, Storage.NIBBLES, gated, group))
-            gemv_int4_kernel[triton.cdiv(rows, tiles.rows),](
-                x, gain, quantized.data, quantized.scale, quantized.zero, *ends[:4], *ends[5:],
-                G=group, BLOCK=tiles.block // NIBBLES, ROWS=tiles.rows,
+        if quantized is not None and in_blocks(quantized):
+            bits, storage = BLOCKS[quantized.scheme]
+            grouped, fp8 = quantized.zero is not None, quantized.scheme is Scheme.FP8
+            tiles = self._tiles_of(MatrixKind(rows, columns, storage, gated))
+            gemv_quantized_kernel[triton.cdiv(rows, tiles.rows),](
+                x, gain, quantized.data.view(torch.int32), quantized.scale,
+                quantized.zero if grouped else quantized.scale, *ends,
+                BITS=bits, FP8=fp8, G=quantized.group, GROUPED=grouped,
+                PIECES=pieces(columns, bits, tiles.block), ROWS=tiles.rows,
+                ASM=self._launch.fp8 if fp8 else x.is_cuda,
                 **modes, **self._launch.options(tiles.num_warps),
             )  # fmt: skip
             return
@@ -246,11 +308,17 @@ class FusedOps:
         storage = Storage.BYTES if quantized else Storage.FLOAT
         tiles = self._tiles_of(MatrixKind(rows, columns, storage, gated))
         gemv_kernel[triton.cdiv(rows, tiles.rows),](
-            x, gain, data, scale, *ends, TOKENS=len(x),
+            x, gain, data, scale, *ends,
             BLOCK=tiles.block, ROWS=tiles.rows, WHOLE=rows % tiles.rows == 0,
             SCALED=quantized is not None,
             **modes, **self._launch.options(tiles.num_warps),
         )  # fmt: skip
+
+
+def in_blocks(matrix: Quantized) -> bool:
+    """Whether the kernel that rounds the vector in blocks can serve `matrix`."""
+    bits, _ = BLOCKS.get(matrix.scheme, (0, None))
+    return bits > 0 and matrix.columns % (BLOCK_WORDS * 32 // bits) == 0
 
 
 def fused_ops(

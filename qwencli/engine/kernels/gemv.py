@@ -1,9 +1,9 @@
 """Matrix-vector products of a decode step, with the operations around them in the same kernel.
 
-A program owns `ROWS` output rows and reads them whole, once for up to 8 vectors. Its first rows are
-on their way before it waits for the kernel in front of it (programmatic dependent launch), because
-weights are never written: so the memory stays busy across the boundary between two kernels. After
-the wait it may read what earlier kernels wrote.
+A program owns `ROWS` output rows at a time and reads them whole. Its first rows are on their way
+before it waits for the kernel in front of it (programmatic dependent launch), because weights are
+never written: so the memory stays busy across the boundary between two kernels. After the wait it
+may read what earlier kernels wrote.
 """
 
 from __future__ import annotations
@@ -34,97 +34,35 @@ def row_tiles(w_ptr, rows, N, K: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.co
 
 
 @triton.jit
-def vector_tile(ptr, i: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Start reading tile `i` of a vector [K]: [1, BLOCK]."""
-    columns = tl.arange(0, BLOCK)[None, :]
-    if (i + 1) * BLOCK <= K:
-        tile = tl.load(ptr + i * BLOCK + columns)
-    else:
-        tile = tl.load(ptr + i * BLOCK + columns, mask=i * BLOCK + columns < K, other=0.0)
-    return tile
-
-
-@triton.jit
 def vector_tiles(ptr, K: tl.constexpr, BLOCK: tl.constexpr):
     """Start reading a vector [K]: tiles [1, BLOCK]."""
+    columns = tl.arange(0, BLOCK)[None, :]
     tiles = ()
     for i in tl.static_range((K + BLOCK - 1) // BLOCK):
-        tiles += (vector_tile(ptr, i, K, BLOCK),)  # type: ignore[assignment]
+        if (i + 1) * BLOCK <= K:
+            tile = tl.load(ptr + i * BLOCK + columns)
+        else:
+            tile = tl.load(ptr + i * BLOCK + columns, mask=i * BLOCK + columns < K, other=0.0)
+        tiles += (tile,)  # type: ignore[assignment]
     return tiles
 
 
 @triton.jit
-def fold(tile, PACK: tl.constexpr):
-    """Sums of PACK neighbours, which one thread holds: [R, C] -> [R, C / PACK]."""
-    if PACK == 1:
-        return tile
-    shape: tl.constexpr = (tile.shape[0], tile.shape[1] // PACK, PACK)
-    return tl.sum(tl.reshape(tile, shape), axis=2)
-
-
-@triton.jit
-def dots(w, up, gains, xs, x_ptr, K: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
-    """Products of the rows in tiles `w`, and in `up` unless empty, with vectors [TOKENS, K].
-
-    A single vector comes as tiles `xs`, of more there are too many to be held at once.
-
-    Returns for each vector the sums of both, still spread over columns, and of its squares where
-    `gains` norm it. Of several vectors a thread adds up what it holds of a tile at once: a sum for
-    each place of a tile and each vector would not fit the registers.
-    """
-    ROWS: tl.constexpr = w[0].shape[0]
-    # A thread reads 16 bytes of a row at a time.
-    PACK: tl.constexpr = 1 if TOKENS == 1 else 128 // w[0].dtype.primitive_bitwidth
-    sums = ()
-    up_sums = ()
-    squares = ()
-    for _ in tl.static_range(TOKENS):
-        sums += (tl.zeros((ROWS, BLOCK // PACK), tl.float32),)  # type: ignore[assignment]
-        up_sums += (tl.zeros((ROWS, BLOCK // PACK), tl.float32),)  # type: ignore[assignment]
-        squares += (tl.zeros((1, BLOCK // PACK), tl.float32),)  # type: ignore[assignment]
-    for i in tl.static_range((K + BLOCK - 1) // BLOCK):
-        new_sums = ()
-        new_up_sums = ()
-        new_squares = ()
-        for token in tl.static_range(TOKENS):
-            if TOKENS == 1:
-                x = xs[i].to(tl.float32)
-            else:
-                x = vector_tile(x_ptr + token * K, i, K, BLOCK).to(tl.float32)
-            square = squares[token]  # type: ignore[var-annotated]
-            up_sum = up_sums[token]  # type: ignore[var-annotated]
-            if len(gains) > 0:
-                square += fold(x * x, PACK)
-                x *= gains[i].to(tl.float32)
-            new_squares += (square,)  # type: ignore[assignment]
-            new_sums += (sums[token] + fold(w[i].to(tl.float32) * x, PACK),)  # type: ignore[assignment]
-            if len(up) > 0:
-                up_sum += fold(up[i].to(tl.float32) * x, PACK)
-            new_up_sums += (up_sum,)  # type: ignore[assignment]
-        sums = new_sums
-        up_sums = new_up_sums
-        squares = new_squares
-    return sums, up_sums, squares
-
-
-@triton.jit
 def gemv_kernel(
-    x_ptr,  # [TOKENS, K]
+    x_ptr,  # [K]
     gain_ptr,  # [K], weight of the RMS norm of x
     w_ptr,  # [N, K], or [2 N, K] for SWIGLU; a float type, or int8 or fp8 with a scale a row
     scale_ptr,  # float32 [N], or [2 N]
     bias_ptr,  # [N]
-    y_ptr,  # [TOKENS, N]
+    y_ptr,  # [N]
     seen_ptr,  # bool [N]
     penalty_ptr,  # float32 []
-    fed_ptr,  # int64 [TOKENS], the tokens of this step
-    best_ptr,  # int64 [TOKENS]
+    best_ptr,  # int64 []
     N,
     eps,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
     WHOLE: tl.constexpr,
     NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
@@ -134,20 +72,18 @@ def gemv_kernel(
     SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y = epilogue(W norm(x)) of each vector x.
+    """y = epilogue(W norm(x)).
 
     NORM: x is normed with `gain`. SWIGLU: y = silu(W[:N] x) * (W[N:] x). BIAS: added. ADD: the
-    result is added to y. ARGMAX: y is not written; the rows are offered to `best`, where a token
-    fed counts as seen for its own vector and those after it.
+    result is added to y. ARGMAX: y is not written; the rows are offered to `best`.
     """
+    TILES: tl.constexpr = (K + BLOCK - 1) // BLOCK
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < N
     w = row_tiles(w_ptr, rows, N, K, BLOCK, WHOLE)
-    up = ()
     if SWIGLU:
         up_ptr = w_ptr + N.to(tl.int64) * K
         up = row_tiles(up_ptr, rows, N, K, BLOCK, WHOLE)
-    gains = ()
     if NORM:
         gains = vector_tiles(gain_ptr, K, BLOCK)
     if SCALED:
@@ -159,35 +95,38 @@ def gemv_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    xs = ()
-    if TOKENS == 1:
-        xs = vector_tiles(x_ptr, K, BLOCK)
-    before = ()
+    xs = vector_tiles(x_ptr, K, BLOCK)
     if ADD:
-        for token in tl.static_range(TOKENS):
-            before += (tl.load(y_ptr + token * N + rows, mask=inside, other=0.0),)  # type: ignore[assignment]
+        before = tl.load(y_ptr + rows, mask=inside, other=0.0)
     if ARGMAX:
         seen = tl.load(seen_ptr + rows, mask=inside, other=0) != 0
-    sums, up_sums, squares = dots(w, up, gains, xs, x_ptr, K, BLOCK, TOKENS)
-    for token in tl.static_range(TOKENS):
-        scale = 1.0
+    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    up_sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    squares = tl.zeros((1, BLOCK), tl.float32)
+    for i in tl.static_range(TILES):
+        x = xs[i].to(tl.float32)
         if NORM:
-            scale = tl.rsqrt(tl.sum(squares[token]) / K + eps)
-        y = tl.sum(sums[token], axis=1) * scale
-        up_y = tl.sum(up_sums[token], axis=1) * scale
-        if SCALED:
-            y *= row_scale
-            if SWIGLU:
-                up_y *= up_scale
+            squares += x * x
+            x *= gains[i].to(tl.float32)
+        sums += w[i].to(tl.float32) * x
         if SWIGLU:
-            y = y * tl.sigmoid(y) * up_y
-        if BIAS:
-            y += bias.to(tl.float32)
-        if ADD:
-            y += before[token].to(tl.float32)
-        if ARGMAX:
-            if token > 0:
-                seen |= rows == tl.load(fed_ptr + token)
-            offer_best(y, seen, rows, inside, penalty_ptr, best_ptr + token)
-        else:
-            tl.store(y_ptr + token * N + rows, y, mask=inside)
+            up_sums += up[i].to(tl.float32) * x
+    scale = 1.0
+    if NORM:
+        scale = tl.rsqrt(tl.sum(squares) / K + eps)
+    y = tl.sum(sums, axis=1) * scale
+    up_y = tl.sum(up_sums, axis=1) * scale
+    if SCALED:
+        y *= row_scale
+        if SWIGLU:
+            up_y *= up_scale
+    if SWIGLU:
+        y = y * tl.sigmoid(y) * up_y
+    if BIAS:
+        y += bias.to(tl.float32)
+    if ADD:
+        y += before.to(tl.float32)
+    if ARGMAX:
+        offer_best(y, seen, rows, inside, penalty_ptr, best_ptr)
+    else:
+        tl.store(y_ptr + rows, y, mask=inside)

@@ -2,7 +2,8 @@
 
 The figures are the fastest of a search on one H200 over the matrices of 2B, 4B and 8B models, each
 inside the whole decode step (results/2026-11-23-h200-kernels). Most others were within two
-percent. A thread reads 16 bytes of a row at a time.
+percent. A thread reads 16 bytes of a row at a time. Those for several tokens come from what the
+compiler makes of them: the widest that leave room for two programs a multiprocessor.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class Storage(StrEnum):
 
     FLOAT = "float"
     BYTES = "bytes"
-    NIBBLES = "nibbles"
+    INT8 = "int8"
+    FP8 = "fp8"
+    INT4 = "int4"
 
 
 @dataclass(frozen=True)
@@ -76,18 +79,36 @@ _LONG_ROWS = GemvTiles(2048, 2, 8)
 # Two matrices are read at once, so a program takes one row of each.
 _GATED = GemvTiles(512, 1, 2)
 _GATED_LONG_ROWS = GemvTiles(1024, 1, 4)
-_BITS = {Storage.FLOAT: 16, Storage.BYTES: 8, Storage.NIBBLES: 4}
+_BITS = {Storage.FLOAT: 16, Storage.BYTES: 8}
+# Rounding the vector costs each program more than a row does.
+_IN_BLOCKS = GemvTiles(2048, 8, 4)
+
+
+# For 2 to 8 tokens, by (storage, gated); of int4 a warp takes a group.
+_SEVERAL = {
+    (Storage.FLOAT, False): GemvTiles(512, 16, 8),
+    (Storage.FLOAT, True): GemvTiles(256, 16, 8),
+    (Storage.BYTES, False): GemvTiles(512, 16, 8),
+    (Storage.BYTES, True): GemvTiles(512, 16, 8),
+    (Storage.INT4, False): GemvTiles(1024, 16, 8),
+    (Storage.INT4, True): GemvTiles(512, 16, 4),
+}
 
 
 def default_tiles(matrix: MatrixKind) -> GemvTiles:
     """Rows of as many bytes are cut alike, whatever the size of an item."""
-    bits = _BITS[matrix.storage]
+    if matrix.tokens > 1:
+        tiles = _SEVERAL[matrix.storage, matrix.gated]
+        return tiles if matrix.group == 1 else replace(tiles, block=tiles.num_warps * matrix.group)
+    bits = _BITS.get(matrix.storage)
+    if bits is None:
+        return _IN_BLOCKS
     columns = -(-matrix.columns * bits // 16)
     if matrix.gated:
         tiles = _GATED if columns <= 4096 else _GATED_LONG_ROWS
     else:
         tiles = next((tiles for most, tiles in _BY_COLUMNS if columns <= most), _LONG_ROWS)
-    return replace(tiles, block=max(16 * tiles.block // bits, matrix.group))
+    return replace(tiles, block=16 * tiles.block // bits)
 
 
 def attention_tiles(num_kv_heads: int, num_processors: int) -> AttentionTiles:

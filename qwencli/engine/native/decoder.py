@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from qwencli.engine.native.decoder_ops import Choice, DecoderOps, Layer, Matrix, Step
+from qwencli.engine.native.decoder_ops import Choice, DecoderOps, Drafts, Layer, Matrix, Step
 from qwencli.engine.native.quantized import Quantized
 from qwencli.engine.native.rms_norm import RMSNorm
 from qwencli.engine.native.rope import gains_of_halves
@@ -86,6 +86,13 @@ class Decoder:
         """Hidden state [1, hidden] of the last layer -> the likeliest token, in `choice`."""
         assert ops.choose is not None, "the caller looks whether these operations can"
         ops.choose(hidden, self.norm, self.head, choice)
+
+    def choose_several(
+        self, hidden: torch.Tensor, ops: DecoderOps, choice: Choice, drafts: Drafts
+    ) -> None:
+        """Hidden states [S, hidden] of the tokens fed -> those chosen, in `choice`."""
+        assert ops.choose_several is not None, "the caller looks whether these operations can"
+        ops.choose_several(hidden, self.norm, self.head, choice, drafts)
 
 
 def _layer(shape: TextShape, weights: Tensors, index: int, pick: _Matrices) -> Layer:

@@ -93,6 +93,24 @@ class Choice:
     penalty: Tensor
 
 
+@dataclass(frozen=True)
+class Drafts:
+    """What a step that checks drafted tokens reads and writes beside `Choice`, on the device.
+
+    Args:
+        fed: int64 [MOST_FED + 1], the last token chosen and the drafts of those after it.
+        ids: int32 [max_seq_len], the tokens of prompt and answer by slot.
+        last_slot: int64 [1], the slot of the last token that the request may choose.
+        record: int64 [2 + MOST_FED], of the last step: how many tokens it chose (0 once the answer
+            has ended), how many of its drafts in a row were right, and its tokens.
+    """
+
+    fed: Tensor
+    ids: Tensor
+    last_slot: Tensor
+    record: Tensor
+
+
 def dense(matrix: Matrix, like: Tensor) -> Tensor:
     """The matrix [in, out] in the type of `like`."""
     return matrix if isinstance(matrix, torch.Tensor) else matrix.dequantize(like.dtype).t()
@@ -156,6 +174,8 @@ class DecoderOps:
         choose: the end of a greedy step in place of `norm_head` and the sampler: the likeliest
             token becomes `choice.token`, and the rest of `choice` is ready for the next step.
             Once `choice.done` is set a step changes nothing.
+        choose_several: the end of a greedy step of the tokens at the front of `drafts.fed`: those
+            it chooses, and what is drafted for the next one. As `drafting.accept` and `draft`.
     """
 
     norm_qkv: Callable[[Tensor, Layer], Tensor] = norm_qkv
@@ -166,6 +186,7 @@ class DecoderOps:
     norm_head: Callable[[Tensor, RMSNorm, Matrix], Tensor] = norm_head
     any_length: bool = False
     choose: Callable[[Tensor, RMSNorm, Matrix, Choice], None] | None = None
+    choose_several: Callable[[Tensor, RMSNorm, Matrix, Choice, Drafts], None] | None = None
 
 
 REFERENCE_OPS = DecoderOps()

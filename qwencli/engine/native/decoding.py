@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from qwencli.config import SamplingParams
+from qwencli.engine.native import drafting
 from qwencli.engine.native.attention import AttentionPlan, decode_mask
 from qwencli.engine.native.decoder_ops import Choice
 from qwencli.engine.native.flash_decode import Spans
@@ -28,9 +29,15 @@ class DecodeState:
     `token` [1] is the last token chosen, `slot` [1] where its keys and values go, `position` [1]
     its rotary position, `step` [1] how many tokens the request has chosen after it, `done` [1]
     whether it ended the answer. All on the device; int64 but for `done`.
+
+    Args:
+        max_seq_len: slots of the cache.
+        with_drafts: whether steps may check drafted tokens too (`verify`).
     """
 
-    def __init__(self, model: QwenModel, cache: KVCache, max_seq_len: int) -> None:
+    def __init__(
+        self, model: QwenModel, cache: KVCache, max_seq_len: int, with_drafts: bool = False
+    ) -> None:
         device = model.device
         self.model, self.cache = model, cache
         self.kind = SamplerKind.GREEDY
@@ -44,6 +51,7 @@ class DecodeState:
         self.slots = torch.arange(max_seq_len, device=device)
         self._spans = Spans.on(device)
         self._lengths = self._spans.slots[1:]
+        self.drafts = drafting.empty_drafts(max_seq_len, device) if with_drafts else None
         self._choice = Choice(
             token=self.token,
             slot=self.slot,
@@ -77,12 +85,17 @@ class DecodeState:
         self.stop_ids.fill_(-1)
         for row, stop_id in enumerate(stop_ids):
             self.stop_ids[row] = stop_id
+        if self.drafts is not None:
+            drafting.begin(self.drafts, prompt_ids, sampling.max_new_tokens)
 
     def choose_first(self, logits: torch.Tensor) -> None:
         """Choose the first token from the prefill's logits [1, V]."""
         self.token.copy_(self.sampler.sample(logits[0], self.step, self.kind))
         self.done.copy_((self.token == self.stop_ids).any(dim=0))
         self.step.add_(1)
+        if self.drafts is not None:
+            self.drafts.fed[:1].copy_(self.token)
+            self.drafts.ids.index_copy_(0, self.slot, self.token.to(torch.int32))
 
     def advance(self, kind: SamplerKind, plan: AttentionPlan) -> None:
         """One step: feed `token`, choose the next one."""
@@ -113,6 +126,40 @@ class DecodeState:
         else:
             self.token.copy_(self.sampler.sample(logits, self.step, self.kind))
         self.step.add_(1)
+
+    def verify(self, kind: SamplerKind, size: int, plan: AttentionPlan) -> None:
+        """One greedy step of `size` tokens: feed the last token and drafts behind it, choose one to
+        `size` tokens, draft the next ones. `drafts.record` says what came of it."""
+        assert self.drafts is not None and kind in LIKELIEST, "the caller knows what it has"
+        model, ops = self.model, self.model.step_ops
+        fed = self.drafts.fed[:size]
+        hidden = model.decode_hidden(fed, self.position, self.slot, self.cache, plan)
+        if ops.choose_several is not None:
+            model.decoder.choose_several(hidden, ops, self._choice, self.drafts)
+            return
+        self._accept(model.decoder.logits(hidden, ops), kind, plan.kv_len)
+
+    def verify_on_host(self, decoder: HostDecoder, slot: int) -> None:
+        """`verify` of one token by a host that reads each step before it takes the next one."""
+        assert self.drafts is not None, "the caller knows what it has"
+        logits = decoder.logits(int(self.token), int(self.position), slot)
+        self._accept(logits[None], self.kind, slot + 2)
+
+    def _accept(self, logits: torch.Tensor, kind: SamplerKind, kv_len: int) -> None:
+        assert self.drafts is not None, "callers looked"
+        chosen = self.sampler.likeliest(logits, self.drafts.fed[: len(logits)], kind)
+        drafting.accept(chosen, self._choice, self.drafts)
+        drafting.draft(self._choice, self.drafts, kv_len)
+
+    def verify_masked(self, kind: SamplerKind, size: int, kv_len: int) -> None:
+        """`verify` over the first `kv_len` slots, at least one more than the step can take."""
+        if self.model.step_ops.any_length:
+            self.verify(kind, size, AttentionPlan(kv_len, None))
+            return
+        own = self.slot + torch.arange(size, device=self.model.device)
+        mask = decode_mask(self.slots[:kv_len], own, None, self.model.dtype)
+        lengths = (self.slot + size).to(torch.int32)
+        self.verify(kind, size, AttentionPlan(kv_len, mask, lengths))
 
     def advance_masked(self, kind: SamplerKind, kv_len: int) -> None:
         """One step that reads the first `kv_len` slots and hides those not yet written."""

@@ -202,7 +202,7 @@ class QwenModel:
         ops = self.step_ops
         length = len(tokens) // cache.batch
         places, slots = positions[:, None], slot
-        if length > 1:
+        if length > 1 and not ops.any_length:
             ahead = torch.arange(length, device=self.device)
             places, slots = places + ahead, slot + ahead
         step = Step(

@@ -10,6 +10,7 @@ This module knows neither kernels nor which matrices of a model are worth it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -88,7 +89,7 @@ class Quantized:
         """The matrix [rows, columns] that the kernels compute with, rounded to `dtype`."""
         if self.zero is None:
             return (self.data.float() * self.scale[:, None]).to(dtype)
-        q = unpack(self.data, self.group).view(self.rows, -1, self.group).float()
+        q = unpack(self.data).view(self.rows, -1, self.group).float()
         values = (q - self.zero.float()[..., None]) * self.scale.float()[..., None]
         return values.view(self.rows, -1).to(dtype)
 
@@ -149,24 +150,24 @@ def _int4(w: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, step, scale), torch.where(better, offset, zero)
     q = (grouped / scale + zero).round_().clamp_(0, INT4_MAX).to(torch.int32)
-    return pack(q.view(len(w), -1), group), scale[..., 0].half(), zero[..., 0].half()
+    return pack(q.view(len(w), -1)), scale[..., 0].half(), zero[..., 0].half()
 
 
-def pack(q: Tensor, group: int) -> Tensor:
+def pack(q: Tensor) -> Tensor:
     """Values 0 to 15, int32 [rows, columns] -> int32 [rows, columns / 8].
 
-    Word t of a group of g columns holds columns t, t + g / 8, t + 2 g / 8, ... in its nibbles from
-    the lowest on, so that neighbouring words need neighbouring inputs.
+    Byte i of a word has column i of its eight in the low half, and column i + 4 in the high one:
+    masked once and shifted once, a word is eight int8 in order.
     """
-    nibbles = q.view(len(q), -1, NIBBLES, group // NIBBLES)
-    packed = torch.zeros_like(nibbles[:, :, 0])
-    for place in range(NIBBLES):
-        packed |= nibbles[:, :, place] << (4 * place)
-    return packed.view(len(q), -1)
+    columns = q.view(len(q), -1, 2, 4)
+    packed = torch.zeros_like(columns[:, :, 0, 0])
+    for half, place in itertools.product(range(2), range(4)):
+        packed |= columns[:, :, half, place] << (8 * place + 4 * half)
+    return packed
 
 
-def unpack(data: Tensor, group: int) -> Tensor:
+def unpack(data: Tensor) -> Tensor:
     """The inverse of `pack`."""
-    words = data.view(len(data), -1, 1, group // NIBBLES)
-    places = torch.arange(NIBBLES, device=data.device, dtype=torch.int32)[:, None] * 4
-    return ((words >> places) & INT4_MAX).view(len(data), -1)
+    shifts = [8 * place + 4 * half for half in range(2) for place in range(4)]
+    places = torch.tensor(shifts, device=data.device, dtype=torch.int32)
+    return ((data[..., None] >> places) & INT4_MAX).view(len(data), -1)

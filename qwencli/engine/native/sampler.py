@@ -81,7 +81,7 @@ class Sampler:
         """Choose from `logits` [V] the token of `step` (int64 [1]) -> int64 [1]."""
         if kind is SamplerKind.ARGMAX:
             return logits.argmax(dim=-1, keepdim=True)
-        scores = self._penalised(logits.float())
+        scores = self._penalised(logits.float(), self.seen)
         if kind is SamplerKind.GREEDY:
             token = scores.argmax(dim=-1, keepdim=True)
         else:
@@ -89,11 +89,23 @@ class Sampler:
         self.seen.index_copy_(0, token, self._true)
         return token
 
-    def _penalised(self, scores: torch.Tensor) -> torch.Tensor:
+    def likeliest(self, logits: torch.Tensor, fed: torch.Tensor, kind: SamplerKind) -> torch.Tensor:
+        """The likeliest token after each of `fed` [S], from logits [S, V] -> int64 [S].
+
+        Each of `fed` counts as seen from its own row on; none is remembered as seen.
+        """
+        if kind is SamplerKind.ARGMAX:
+            return logits.argmax(dim=-1)
+        seen = self.seen.repeat(len(fed), 1)
+        for row in range(1, len(fed)):
+            seen[row:].index_fill_(1, fed[row : row + 1], True)
+        return self._penalised(logits.float(), seen).argmax(dim=-1)
+
+    def _penalised(self, scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """Scores of seen tokens divided by the penalty where positive, multiplied where negative
         (Keskar et al. 2019, CTRL, section 4.1, with the sign rule transformers uses)."""
         lowered = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
-        return torch.where(self.seen, lowered, scores)
+        return torch.where(seen, lowered, scores)
 
     def _draw(self, scores: torch.Tensor, step: torch.Tensor, kind: SamplerKind) -> torch.Tensor:
         candidates = self.vocab_size

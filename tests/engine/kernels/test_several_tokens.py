@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from qwencli.config import Quantization
 from qwencli.engine.kernels import fused_ops as fused_module
 from qwencli.engine.kernels.tiles import AttentionTiles
 from qwencli.engine.native.attention import AttentionPlan, decode_mask
@@ -94,3 +95,12 @@ def test_a_batch_is_read_with_the_same_kernels(fused: Fused) -> None:
     own = logits_of(model_of(shape, fused), prompts, tokens, 1)
     assert relative(own, plain) < MOST
     assert relative(plain[1:], plain[:-1]) > 0.1
+
+
+@pytest.mark.parametrize("quantization", [q for q in Quantization if q is not Quantization.NONE])
+def test_several_tokens_through_quantized_matrices(quantization: Quantization) -> None:
+    shape = config(4, 2, 32, hidden=192)
+    tokens = [[7, 8, 9, 10]]
+    plain = logits_of(model_of(shape, None, quantization), [prompt_of(5)], tokens, 1)
+    own = logits_of(model_of(shape, OWN, quantization), [prompt_of(5)], tokens, 4)
+    assert relative(own, plain) < MOST

@@ -12,21 +12,26 @@ from hypothesis import strategies as st
 from qwencli.config import EngineConfig, Quantization, SamplingOptions
 from qwencli.engine.images import open_image
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.engine.native.quantized import GROUPS, Quantized, Scheme, pack, quantize, unpack
+from qwencli.engine.native.quantized import Quantized, Scheme, pack, quantize, unpack
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
 
 SCENE = Path(__file__).parents[3] / "examples" / "scene.png"
 
 
-@given(st.integers(1, 5), st.integers(1, 3), st.sampled_from(GROUPS), st.integers(0, 99))
-def test_packing_loses_nothing(rows: int, groups: int, group: int, seed: int) -> None:
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 99))
+def test_packing_loses_nothing(rows: int, words: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    size = (rows, groups * group)
-    values = torch.randint(0, 16, size, dtype=torch.int32, generator=generator)
-    packed = pack(values, group)
-    assert packed.shape == (rows, groups * group // 8)
-    assert torch.equal(unpack(packed, group), values)
+    values = torch.randint(0, 16, (rows, 8 * words), dtype=torch.int32, generator=generator)
+    packed = pack(values)
+    assert packed.shape == (rows, words)
+    assert torch.equal(unpack(packed), values)
+
+
+def test_a_word_masked_and_shifted_is_its_eight_values_in_order() -> None:
+    word = pack(torch.arange(8, dtype=torch.int32)[None])
+    low, high = word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F
+    assert torch.cat((low, high), 1).view(torch.int8).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
 
 
 def error_of(matrix: Quantized, weight: torch.Tensor) -> float:

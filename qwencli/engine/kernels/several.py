@@ -1,0 +1,100 @@
+"""Launches `gemm_kernel`: matrix products of a step of several tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from qwencli.engine.kernels.gemm import gemm_kernel
+from qwencli.engine.kernels.tiles import GemvTiles, MatrixKind, Storage
+from qwencli.engine.native.decoder_ops import Choice, Matrix, dense
+from qwencli.engine.native.quantized import Quantized
+from qwencli.engine.native.rms_norm import RMSNorm
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens around a product, as `gemm_kernel` calls it.
+
+    Args:
+        choice, fed: of the head, where the likeliest row of each token is looked for; `fed` are
+            the tokens of the step.
+    """
+
+    norm: RMSNorm | None = None
+    bias: Tensor | None = None
+    gated: bool = False
+    add: bool = False
+    choice: Choice | None = None
+    fed: Tensor | None = None
+
+
+class SeveralProducts:
+    """Products of matrices with 2 to 8 vectors.
+
+    Args:
+        best: int64 [8], where the keys of the likeliest rows go.
+        options: launch options for a number of warps.
+        precision: of float32 operands.
+    """
+
+    def __init__(
+        self,
+        best: Tensor,
+        tiles_of: Callable[[MatrixKind], GemvTiles],
+        options: Callable[[int], Mapping[str, Any]],
+        precision: str,
+    ) -> None:
+        self._best, self._tiles_of = best, tiles_of
+        self._options, self._precision = options, precision
+
+    def __call__(self, x: Tensor, matrix: Matrix, y: Tensor, around: Epilogue) -> None:
+        """y [S, rows] = epilogue(matrix norm(x)), x [S, columns]."""
+        quantized = matrix if isinstance(matrix, Quantized) else None
+        weight = dense(matrix, x).t() if quantized is None else quantized.data
+        assert weight.is_contiguous(), "kernels read rows of the weight"
+        rows, columns = weight.shape if quantized is None else (quantized.rows, quantized.columns)
+        zero = None if quantized is None else quantized.zero
+        norm, choice = around.norm, around.choice
+        rows = rows // 2 if around.gated else rows
+        storage = Storage.FLOAT if quantized is None else Storage.BYTES
+        group = 1
+        if quantized is not None and zero is not None:
+            storage, group = Storage.INT4, quantized.group
+        tiles = self._tiles_of(MatrixKind(rows, columns, storage, around.gated, group, len(x)))
+        parts = tiles.num_warps if zero is None else tiles.block // group
+        gemm_kernel[triton.cdiv(rows, tiles.rows),](
+            x,
+            x if norm is None else norm.weight,
+            weight,
+            x if quantized is None else quantized.scale,
+            x if zero is None else zero,
+            y if around.bias is None else around.bias,
+            y,
+            y if choice is None else choice.seen,
+            y if choice is None else choice.penalty,
+            y if around.fed is None else around.fed,
+            self._best,
+            rows,
+            0.0 if norm is None else norm.eps,
+            K=columns,
+            PARTS=parts,
+            PART=tiles.block // parts,
+            ROWS=tiles.rows,
+            TOKENS=len(x),
+            NORM=norm is not None,
+            SWIGLU=around.gated,
+            BIAS=around.bias is not None,
+            ADD=around.add,
+            ARGMAX=choice is not None,
+            SCALED=storage is Storage.BYTES,
+            NIBBLES=storage is Storage.INT4,
+            PRECISION=self._precision,
+            **self._options(tiles.num_warps),
+        )

@@ -1,0 +1,100 @@
+"""Products of quantized weights against float64, the vector rounded as the kernel rounds it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwencli.engine.kernels.fused_ops import FusedOps
+from qwencli.engine.kernels.gemv_quantized import BLOCK_WORDS, pieces
+from qwencli.engine.kernels.tiles import GemvTiles
+from qwencli.engine.native.quantized import Quantized, Scheme, quantize
+from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.models.shape_reader import read_shape
+from tests.models.test_shape_reader import TEXT
+
+CPU = torch.device("cpu")
+BITS = {Scheme.INT8: 8, Scheme.FP8: 8, Scheme.INT4: 4}
+
+
+@given(st.integers(1, 400), st.sampled_from((4, 8)), st.sampled_from((512, 2048, 4096)))
+def test_pieces_are_every_block_once(blocks: int, bits: int, most: int) -> None:
+    columns = blocks * BLOCK_WORDS * 32 // bits
+    cut = pieces(columns, bits, most)
+    assert [i for first, count in cut for i in range(first, first + count)] == list(range(blocks))
+    assert all(count & (count - 1) == 0 for _, count in cut)
+
+
+def rounded(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """`x` [K] with every block rounded to 127 steps of its largest value; for fp8 to float16."""
+    blocks = x.view(-1, BLOCK_WORDS * 32 // BITS[scheme])
+    largest = blocks.abs().amax(1, keepdim=True).clamp(min=1e-30)
+    if scheme is Scheme.FP8:
+        return ((blocks / largest).half() * largest).view(-1)
+    return ((blocks / largest * 127).round() * largest / 127).view(-1)
+
+
+def ops() -> FusedOps:
+    shape = read_shape({"model_type": "qwen2", **TEXT}).text
+    angles = torch.zeros(1, 2, shape.head_dim)
+    return FusedOps(shape, angles, torch.float32, CPU, lambda _: GemvTiles(512, 32, 1))
+
+
+def values(*size: int) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size)))
+
+
+def dense(matrix: Quantized) -> torch.Tensor:
+    """What the integers stand for, float64 [rows, columns]."""
+    return matrix.dequantize(torch.float64)
+
+
+@pytest.mark.parametrize("scheme", BITS)
+@pytest.mark.parametrize(("rows", "columns"), [(40, 224), (64, 1376), (7, 64)])
+def test_the_product_of_a_normed_vector(scheme: Scheme, rows: int, columns: int) -> None:
+    matrix, x, y = quantize(values(rows, columns), scheme), values(1, columns), torch.zeros(1, rows)
+    norm = RMSNorm(1 + 0.1 * values(columns), 1e-6)
+    bias = values(rows)
+    ops()._gemv(x, matrix, y, norm=norm, bias=bias)
+    length = (x.double().square().mean() + 1e-6).rsqrt()
+    vector = rounded(x[0] * norm.weight, scheme).double() * length
+    assert torch.allclose(y[0].double(), dense(matrix) @ vector + bias, rtol=1e-4, atol=1e-4)
+    # Rounding costs what 8 bits cost.
+    exact = dense(matrix) @ (x[0] * norm.weight).double() * length + bias
+    assert (y[0] - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("scheme", BITS)
+def test_gate_up_and_residual(scheme: Scheme) -> None:
+    x = values(1, 352)
+    vector = rounded(x[0], scheme).double()
+    both, y = quantize(values(80, 352), scheme), torch.zeros(1, 40)
+    ops()._gemv(x, both, y, gated=True)
+    gate, up = (dense(both) @ vector).chunk(2)
+    wanted = torch.nn.functional.silu(gate) * up
+    assert torch.allclose(y[0].double(), wanted, rtol=1e-4, atol=1e-4)
+    matrix, y = quantize(values(40, 352), scheme), values(1, 40)
+    wanted = y[0] + dense(matrix) @ vector
+    ops()._gemv(x, matrix, y, add=True)
+    assert torch.allclose(y[0].double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_vector_of_zeros_gives_zeros() -> None:
+    matrix, y = quantize(values(32, 64), Scheme.INT8), torch.ones(1, 32)
+    ops()._gemv(torch.zeros(1, 64), matrix, y)
+    assert torch.equal(y, torch.zeros(1, 32))
+
+
+def test_scales_of_a_half_type_and_a_matrix_without_groups() -> None:
+    """As ready-made checkpoints have them."""
+    matrix = quantize(values(32, 64), Scheme.INT8)
+    matrix = replace(matrix, scale=matrix.scale.half())
+    x, y = values(1, 64), torch.zeros(1, 32)
+    ops()._gemv(x, matrix, y)
+    assert torch.allclose(
+        y[0].double(), dense(matrix) @ rounded(x[0], Scheme.INT8).double(), rtol=1e-4, atol=1e-4
+    )
