@@ -60,7 +60,8 @@ class AttentionTiles:
     num_warps: int
 
     def block_for(self, quantized: bool) -> int:
-        """Values that are converted are in registers twice: more of them spill."""
+        """A quantized cache's blocks are half as long: whole ones spill registers (compiled for
+        compute capability 8.0 to 12.0 by Triton 3.6.0)."""
         return self.block // 2 if quantized else self.block
 
     def warps_for(self, lanes: int) -> int:
