@@ -37,9 +37,9 @@ def device_work(device: str, work: Callable[[], object]) -> DeviceWork | None:
         return None
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(
-        activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True
-    ) as recorded:
+    activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU]
+    # Newer versions warn of events that are dropped without acc_events.
+    with profile(activities=activities, acc_events=True) as recorded:
         work()
         synchronize(device)
     return count_work(recorded.events() or ())

@@ -49,9 +49,9 @@ class DecodeState:
         # One row a possible stop token; unused rows hold an id that no token has.
         self.stop_ids = torch.full((MAX_STOP_TOKENS, 1), -1, dtype=torch.int64, device=device)
         self.slots = torch.arange(max_seq_len, device=device)
+        self.drafts = drafting.empty_drafts(max_seq_len, device) if with_drafts else None
         self._spans = Spans.on(device)
         self._lengths = self._spans.slots[1:]
-        self.drafts = drafting.empty_drafts(max_seq_len, device) if with_drafts else None
         self._choice = Choice(
             token=self.token,
             slot=self.slot,
