@@ -96,14 +96,25 @@ def rows(document: Mapping[str, Any], serial: float) -> Iterator[list[str]]:
                 ]
                 limit = reachable / step["bytes"]
                 yield [
-                    gpu.name, row["model"], row["quantization"], str(step["context"]),
+                    gpu.name, row["model"], row["quantization"], row.get("kv_dtype", "auto"),
+                    str(step["context"]),
                     f"**{speeds[1]:.0f}**", f"{speeds[0]:.0f}-{speeds[2]:.0f}", f"{limit:.0f}",
                     f"{step['tok_per_s']:.0f}",
                 ]  # fmt: skip
 
 
 def render(documents: Sequence[Mapping[str, Any]], source: str, serial: float) -> str:
-    header = ["GPU", "model", "quantization", "context", "tok/s", "range", "limit", "on the H200"]
+    header = [
+        "GPU",
+        "model",
+        "quantization",
+        "keys, values",
+        "context",
+        "tok/s",
+        "range",
+        "limit",
+        "on the H200",
+    ]
     found = sorted(
         (row for document in documents for row in rows(document, serial)),
         key=lambda row: [gpu.name for gpu in PREDICTED].index(row[0]),
