@@ -92,7 +92,9 @@ class QuantizedKVCache(StaticKVCache):
         data, scale = quantize_rows(keys_values.float(), self.scheme)
         self._bytes[layer].index_copy_(2, slots, data.view(torch.int8).transpose(1, 2))
         self.scales[layer].index_copy_(2, slots, scale.transpose(1, 2))
-        seen = self.layers[layer].narrow(2, 0, kv_len).to(self._dtype)
+        # From the bytes just written: torch.compile does not see that `layers` are the same memory.
+        stored = self._bytes[layer].narrow(2, 0, kv_len).view(_STORED[self.scheme])
+        seen = stored.to(self._dtype)
         seen.mul_(self.scales[layer].narrow(2, 0, kv_len).unsqueeze(-1))
         keys, values = seen.chunk(2, dim=1)
         return keys, values

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -161,3 +163,21 @@ def test_bytes_are_those_of_the_tensors():
     plain, small = (decode_bytes(SHAPE, "none", 2, 1000, kv) for kv in ("bfloat16", "int8"))
     saved = 1000 * (native_kv_bytes(SHAPE, False, 2) - native_kv_bytes(SHAPE, True, 2))
     assert plain - small == saved
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_compiled_step_sees_what_it_has_just_written(scheme: Scheme) -> None:
+    cache = QuantizedKVCache(SHAPE.text, 1, 8, torch.float32, CPU, scheme)
+    new = torch.randn(1, 1, 2 * SHAPE.text.num_kv_heads, SHAPE.text.head_dim)
+
+    @functools.partial(torch.compile, backend="aot_eager", dynamic=False)
+    def seen(slot: torch.Tensor) -> torch.Tensor:
+        keys, values = cache.write(0, new, slot, 8)
+        return torch.cat((keys, values), 1)
+
+    try:
+        compiled = seen(torch.tensor([3]))
+    finally:
+        torch.compiler.reset()
+    assert torch.equal(compiled, torch.cat(cache.write(0, new, torch.tensor([3]), 8), 1))
+    assert (compiled[:, :, 3] - new[0, 0]).abs().max() < 0.2
