@@ -29,7 +29,7 @@ NIBBLES = 8  # of one int32
 SHRINKS = tuple(1 - 0.05 * step for step in range(8))
 # Rows that are worked on at a time: in float32 a vocabulary's matrix takes gigabytes.
 ROWS_AT_A_TIME = 4096
-INT8_MAX, INT4_MAX, FP8_MAX = 127, 15, 448.0
+INT4_MAX = 15
 
 
 class Scheme(StrEnum):
@@ -54,6 +54,10 @@ _PLACES = {
 STEPS_TRIED = 1024
 # What a label leaves out: bitsandbytes has no other block by default.
 TABLE_GROUP = 64
+# Of one value, before its row's scale.
+LARGEST: Mapping[Scheme, int] = {Scheme.INT8: 127, Scheme.FP8: 448}
+# Rows of zeros have to divide by something.
+_SMALLEST_ROW = 1e-30
 
 # What a mode makes of the decoder's matrices, and of the output head: at 4 bits a head loses most
 # and saves least.
@@ -214,12 +218,11 @@ def _part(w: Tensor, scheme: Scheme, group: int | None) -> tuple[Tensor, Tensor,
 def quantize_rows(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Rows [..., n] in float32 -> int8 or fp8 of the same shape, and float32 scales [...]."""
     assert scheme is not Scheme.INT4, "its groups have zeros"
-    largest = w.abs().amax(dim=-1).clamp(min=torch.finfo(torch.float32).tiny * FP8_MAX)
+    scale = w.abs().amax(dim=-1).clamp(min=_SMALLEST_ROW) / LARGEST[scheme]
+    scaled = w / scale[..., None]
     if scheme is Scheme.INT8:
-        scale = largest / INT8_MAX
-        return (w / scale[..., None]).round().to(torch.int8), scale
-    scale = largest / FP8_MAX
-    return (w / scale[..., None]).to(torch.float8_e4m3fn), scale
+        return scaled.round().to(torch.int8), scale
+    return scaled.to(torch.float8_e4m3fn), scale
 
 
 def _int4(w: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
