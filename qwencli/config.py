@@ -81,8 +81,13 @@ MAX_PIXELS = 200_000_000
 # Frames of a video: the most Qwen's own processors take.
 MAX_FRAMES = 768
 
+# Tokens that a step may check beside the one it would choose anyway.
+MOST_DRAFTS = 7
+
 # "auto" = as many tokens as fit, up to the model's limit.
 SeqLen = int | Literal["auto"]
+# Tokens to draft for each step; 0 = none, "auto" = as many as pay at the moment.
+Speculate = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ class EngineConfig:
         min_pixels, max_pixels: bounds on height x width after resizing; None = the model's own.
         max_seq_len: tokens (prompt and new) the cache must hold; "auto" = as many as fit, up to
             the model's limit; None = the engine's own choice.
+        speculate: tokens drafted from earlier text for each greedy step.
         allow_pickle: load .bin/.pt weights, which can run code; off unless asked for.
     """
 
@@ -138,6 +144,7 @@ class EngineConfig:
     min_pixels: int | None = None
     max_pixels: int | None = None
     max_seq_len: SeqLen | None = None
+    speculate: Speculate = 0
     offline: bool = False
     allow_pickle: bool = False
 
@@ -216,6 +223,29 @@ def parse_seq_len(text: str) -> SeqLen:
     raise UsageError(
         f"--max-seq-len {text!r} is no length", "give a number of tokens from 1 on, or auto"
     )
+
+
+def parse_speculate(text: str) -> Speculate:
+    """A value of `--speculate`: off, auto, or a number of tokens.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text.lower() == "auto":
+        return "auto"
+    if text.lower() == "off":
+        return 0
+    if text in {str(number) for number in range(1, MOST_DRAFTS + 1)}:
+        return int(text)
+    raise UsageError(
+        f"--speculate {text!r} is no number of tokens",
+        f"give off, auto, or how many tokens to draft for each step, from 1 to {MOST_DRAFTS}",
+    )
+
+
+def speculate_name(speculate: Speculate) -> str:
+    """As `--speculate` takes it."""
+    return str(speculate or "off")
 
 
 def check_pixels(min_pixels: int | None, max_pixels: int | None) -> None:

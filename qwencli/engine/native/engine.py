@@ -7,20 +7,23 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from qwencli.config import Cache, EngineConfig, EngineName, LoadFormat
+from qwencli.config import Cache, EngineConfig, EngineName, LoadFormat, speculate_name
 from qwencli.engine.answer import Answer
 from qwencli.engine.device_memory import release
 from qwencli.engine.host import host_memory
 from qwencli.engine.local import LocalEngine
 from qwencli.engine.native import weights
 from qwencli.engine.native.decoding import DecodeState
+from qwencli.engine.native.drafting import MOST_FED
 from qwencli.engine.native.generating import Generation
 from qwencli.engine.native.kernel_choice import fused_for, resolve_kernels
 from qwencli.engine.native.memory_plan import MemoryPlan, plan_memory
 from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.paces import Speculator
 from qwencli.engine.native.quiet_host import freeze_what_is_loaded
 from qwencli.engine.native.steppers import STEPPERS
 from qwencli.engine.native.supported import check_supported
+from qwencli.engine.native.verifying import VERIFIERS, WHY_NOT
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
 from qwencli.engine.sources import ModelFiles
 from qwencli.errors import UnsupportedModeError
@@ -53,6 +56,11 @@ class NativeEngine(LocalEngine):
     def _load(self, files: ModelFiles) -> RanModes:
         device = resolve_device(self.config.device)
         cache = self._cache_mode(device)
+        if self.config.speculate != 0 and cache in WHY_NOT:
+            raise UnsupportedModeError(
+                f"--speculate {self.config.speculate} with --cache {cache}: {WHY_NOT[cache]}",
+                nearest=f"--cache {Cache.STATIC}",
+            )
         attention = resolve_attention(self.config.attention, device)
         kernels = resolve_kernels(self.config.kernels, device, cache)
         dtype = resolve_dtype(self.config.dtype, device, files.checkpoint_dtype)
@@ -74,8 +82,9 @@ class NativeEngine(LocalEngine):
         else:
             assert files.folder is not None, "weights come from a folder"
             loaded = weights.load(files.folder, shape, torch_dtype, place, self.config.quantization)
-        # One slot more than anybody may ask for: graph capture needs a place to write.
-        slots = self._plan.max_seq_len + 1
+        # More slots than anybody may ask for: graph capture needs a place to write, and so do
+        # drafts that turn out wrong.
+        slots = self._plan.max_seq_len + 1 + (MOST_FED if self.config.speculate else 0)
         with torch.inference_mode():
             fused = fused_for(kernels, self.config.attention)
             model = QwenModel(shape, loaded, slots, attention, fused)
@@ -87,10 +96,13 @@ class NativeEngine(LocalEngine):
                 device=device,
                 dtype=dtype.value,
                 kernels=kernels.value,
+                speculate=speculate_name(self.config.speculate),
             )
             kv = model.dynamic_cache() if cache is Cache.DYNAMIC else model.static_cache()
-            state = DecodeState(model, kv, slots)
-            self._generation = Generation(model, state, STEPPERS[cache](state), ran)
+            state = DecodeState(model, kv, slots, with_drafts=self.config.speculate != 0)
+            self._generation = Generation(
+                model, state, STEPPERS[cache](state), ran, self._speculator(state, cache)
+            )
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
         freeze_what_is_loaded()
@@ -107,6 +119,11 @@ class NativeEngine(LocalEngine):
                 nearest=Cache.STATIC.value,
             )
         return wanted
+
+    def _speculator(self, state: DecodeState, cache: Cache) -> Speculator | None:
+        if self.config.speculate == 0:
+            return None
+        return Speculator(VERIFIERS[cache](state), state, self.config.speculate)
 
     def _answer(self, answer: Answer) -> Iterator[GenerationChunk]:
         assert self._generation is not None, "load() comes first"
