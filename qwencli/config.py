@@ -51,6 +51,20 @@ class Kernels(StrEnum):
     TORCH = "torch"
 
 
+class Speculate(StrEnum):
+    """Tokens drafted for each greedy step; auto = as many as pay at the moment, or none."""
+
+    OFF = "off"
+    AUTO = "auto"
+    ONE = "1"
+    TWO = "2"
+    THREE = "3"
+    FOUR = "4"
+    FIVE = "5"
+    SIX = "6"
+    SEVEN = "7"
+
+
 class LoadMode(StrEnum):
     KEEP = "keep"
     RELOAD = "reload"
@@ -81,13 +95,8 @@ MAX_PIXELS = 200_000_000
 # Frames of a video: the most Qwen's own processors take.
 MAX_FRAMES = 768
 
-# Tokens that a step may check beside the one it would choose anyway.
-MOST_DRAFTS = 7
-
 # "auto" = as many tokens as fit, up to the model's limit.
 SeqLen = int | Literal["auto"]
-# Tokens to draft for each step; 0 = none, "auto" = as many as pay at the moment.
-Speculate = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,7 @@ class EngineConfig:
     min_pixels: int | None = None
     max_pixels: int | None = None
     max_seq_len: SeqLen | None = None
-    speculate: Speculate = 0
+    speculate: Speculate = Speculate.OFF
     offline: bool = False
     allow_pickle: bool = False
 
@@ -223,29 +232,6 @@ def parse_seq_len(text: str) -> SeqLen:
     raise UsageError(
         f"--max-seq-len {text!r} is no length", "give a number of tokens from 1 on, or auto"
     )
-
-
-def parse_speculate(text: str) -> Speculate:
-    """A value of `--speculate`: off, auto, or a number of tokens.
-
-    Raises:
-        UsageError: anything else.
-    """
-    if text.lower() == "auto":
-        return "auto"
-    if text.lower() == "off":
-        return 0
-    if text in {str(number) for number in range(1, MOST_DRAFTS + 1)}:
-        return int(text)
-    raise UsageError(
-        f"--speculate {text!r} is no number of tokens",
-        f"give off, auto, or how many tokens to draft for each step, from 1 to {MOST_DRAFTS}",
-    )
-
-
-def speculate_name(speculate: Speculate) -> str:
-    """As `--speculate` takes it."""
-    return str(speculate or "off")
 
 
 def check_pixels(min_pixels: int | None, max_pixels: int | None) -> None:

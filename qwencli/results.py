@@ -40,9 +40,10 @@ class Speculation:
     Args:
         num_drafted: tokens that steps checked beside the one they would have chosen anyway.
         num_accepted: those of them that became part of the answer.
-        net_gain: the time that plain steps would have taken, over the time taken: below 1 it cost
-            more than it gave. A plain step's time is measured on the same engine. None where no
-            plain step ran.
+        net_gain: the time that plain steps would have taken over the time that these steps take:
+            below 1 speculation cost more than it gave. Both by what steps of each size take at
+            least on this engine, so that what else disturbed this answer does not count. None
+            where no plain step ran.
     """
 
     num_drafted: int

@@ -27,6 +27,7 @@ CELLS = (
     "graph_launch_rate_per_s", "launches_per_token", "kernels_per_token", "gpu_busy_percent",
     "bound",
     "mean_kl", "quality_samples",
+    "speculate", "accept_percent_median", "speculation_gain_median",
 )  # fmt: skip
 
 RUNS = (
@@ -42,6 +43,7 @@ RUNS = (
     "ran_attention", "ran_quantization", "ran_cache", "text_sha256",
     "ran_kernels",
     "process",
+    "ran_speculate", "num_drafted", "num_accepted", "accept_percent", "speculation_gain",
 )  # fmt: skip
 
 TOKENS = ("cell_id", "run", "token_index", "token_id", "t_s", "itl_ms", "gpu_ms")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qwencli.bench.repetition import Wanted
 from qwencli.bench.rules import skip_reason
-from qwencli.config import Attention, Cache, EngineName, Kernels, LoadMode, Quantization
+from qwencli.config import Attention, Cache, EngineName, Kernels, LoadMode, Quantization, Speculate
 from qwencli.engine.device import DeviceFacts
 from qwencli.errors import BenchError, UsageError
 
@@ -29,6 +29,7 @@ AXES: Mapping[str, type[StrEnum] | None] = {
     "cache": Cache,
     "load_mode": LoadMode,
     "kernels": Kernels,
+    "speculate": Speculate,
 }
 
 # What an axis is when neither the matrix nor the command line names it. `model` has no entry:
@@ -40,6 +41,7 @@ DEFAULT_AXES: Mapping[str, tuple[str, ...]] = {
     "cache": (Cache.DYNAMIC,),
     "load_mode": (LoadMode.KEEP,),
     "kernels": (Kernels.AUTO,),
+    "speculate": (Speculate.OFF,),
 }
 
 
@@ -75,6 +77,7 @@ class BenchCell:
     cache: Cache
     load_mode: LoadMode
     kernels: Kernels = Kernels.AUTO
+    speculate: Speculate = Speculate.OFF
     skip_reason: str | None = None
 
     def axes(self) -> dict[str, str]:
@@ -84,9 +87,10 @@ class BenchCell:
     def cell_id(self) -> str:
         """A readable name that is safe in a file name, ended by a hash of the exact axes."""
         axes = self.axes()
-        if self.kernels is Kernels.AUTO:
+        for axis in ("kernels", "speculate"):
             # As before there was a choice, so that older campaigns compare with newer ones.
-            del axes["kernels"]
+            if axes[axis] == DEFAULT_AXES[axis][0]:
+                del axes[axis]
         digest = hashlib.sha256(json.dumps(axes, sort_keys=True).encode()).hexdigest()[:6]
         model = re.sub(r"[^a-z0-9.]+", "-", self.model.lower()).strip("-.")[-40:].lstrip("-.")
         return "-".join([model or "model", *list(axes.values())[1:], digest])
@@ -160,6 +164,7 @@ def expand(matrix: Matrix, default_model: str, facts: DeviceFacts) -> list[Bench
             cache=Cache(chosen["cache"]),
             load_mode=LoadMode(chosen["load_mode"]),
             kernels=Kernels(chosen["kernels"]),
+            speculate=Speculate(chosen["speculate"]),
         )
         cells.append(replace(cell, skip_reason=skip_reason(cell, facts)))
     if not cells:

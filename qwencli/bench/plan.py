@@ -76,6 +76,7 @@ class Plan:
                 attention=cell.attention,
                 cache=cell.cache,
                 kernels=cell.kernels,
+                speculate=cell.speculate,
                 device=settings.device,
                 dtype=settings.dtype,
                 load_format=settings.load_format,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from qwencli.config import Attention, Cache, EngineName, Kernels, Quantization
+from qwencli.config import Attention, Cache, EngineName, Kernels, Quantization, Speculate
 from qwencli.engine.device import DeviceFacts
 
 if TYPE_CHECKING:
@@ -40,6 +40,16 @@ def _kernels(cell: BenchCell, facts: DeviceFacts) -> str | None:
         return None
     if cell.engine is not EngineName.NATIVE or cell.cache is not Cache.STATIC_GRAPH:
         return "triton kernels need the native engine and static-graph"
+    return None
+
+
+def _speculate(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    if cell.speculate is Speculate.OFF:
+        return None
+    if cell.engine is not EngineName.NATIVE:
+        return "drafted tokens need the native engine"
+    if cell.cache in (Cache.DYNAMIC, Cache.STATIC_COMPILE):
+        return f"{cell.cache} cannot check drafted tokens; static is the nearest"
     return None
 
 
@@ -77,6 +87,7 @@ RULES: tuple[Rule, ...] = (
     _engine,
     _native,
     _kernels,
+    _speculate,
     _graph,
     _fp8,
     _flash,

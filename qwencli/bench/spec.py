@@ -21,6 +21,7 @@ from qwencli.config import (
     ModelSource,
     ModelSpec,
     Quantization,
+    Speculate,
 )
 
 
@@ -61,6 +62,7 @@ _ENUMS = {
     "cache": Cache,
     "dtype": DType,
     "kernels": Kernels,
+    "speculate": Speculate,
     "load_format": LoadFormat,
 }
 

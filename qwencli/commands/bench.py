@@ -61,6 +61,7 @@ def bench(
     cache: Axis = None,
     load_mode: Axis = None,
     kernels: Axis = None,
+    speculate: Axis = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(metavar="AXIS=VALUE,...", help="Drop the cells that match; repeatable."),
@@ -143,6 +144,7 @@ def bench(
         "cache": cache,
         "load_mode": load_mode,
         "kernels": kernels,
+        "speculate": speculate,
     }
     request = BenchRequest(
         matrix=matrix,

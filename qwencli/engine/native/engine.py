@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from qwencli.config import Cache, EngineConfig, EngineName, LoadFormat, speculate_name
+from qwencli.config import Cache, EngineConfig, EngineName, LoadFormat, Speculate
 from qwencli.engine.answer import Answer
 from qwencli.engine.device_memory import release
 from qwencli.engine.host import host_memory
@@ -56,7 +56,7 @@ class NativeEngine(LocalEngine):
     def _load(self, files: ModelFiles) -> RanModes:
         device = resolve_device(self.config.device)
         cache = self._cache_mode(device)
-        if self.config.speculate != 0 and cache in WHY_NOT:
+        if self.config.speculate is not Speculate.OFF and cache in WHY_NOT:
             raise UnsupportedModeError(
                 f"--speculate {self.config.speculate} with --cache {cache}: {WHY_NOT[cache]}",
                 nearest=f"--cache {Cache.STATIC}",
@@ -84,7 +84,8 @@ class NativeEngine(LocalEngine):
             loaded = weights.load(files.folder, shape, torch_dtype, place, self.config.quantization)
         # More slots than anybody may ask for: graph capture needs a place to write, and so do
         # drafts that turn out wrong.
-        slots = self._plan.max_seq_len + 1 + (MOST_FED if self.config.speculate else 0)
+        drafting = self.config.speculate is not Speculate.OFF
+        slots = self._plan.max_seq_len + 1 + (MOST_FED if drafting else 0)
         with torch.inference_mode():
             fused = fused_for(kernels, self.config.attention)
             model = QwenModel(shape, loaded, slots, attention, fused)
@@ -96,10 +97,10 @@ class NativeEngine(LocalEngine):
                 device=device,
                 dtype=dtype.value,
                 kernels=kernels.value,
-                speculate=speculate_name(self.config.speculate),
+                speculate=self.config.speculate.value,
             )
             kv = model.dynamic_cache() if cache is Cache.DYNAMIC else model.static_cache()
-            state = DecodeState(model, kv, slots, with_drafts=self.config.speculate != 0)
+            state = DecodeState(model, kv, slots, with_drafts=drafting)
             self._generation = Generation(
                 model, state, STEPPERS[cache](state), ran, self._speculator(state, cache)
             )
@@ -121,7 +122,7 @@ class NativeEngine(LocalEngine):
         return wanted
 
     def _speculator(self, state: DecodeState, cache: Cache) -> Speculator | None:
-        if self.config.speculate == 0:
+        if self.config.speculate is Speculate.OFF:
             return None
         return Speculator(VERIFIERS[cache](state), state, self.config.speculate)
 

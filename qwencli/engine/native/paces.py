@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -100,14 +99,14 @@ class Speculator:
     """Makes the paces of an engine's greedy requests.
 
     Args:
-        speculate: drafts of each step, or "auto".
+        speculate: drafts of each step, or auto.
     """
 
     def __init__(self, verifier: Verifier, state: DecodeState, speculate: Speculate) -> None:
-        assert speculate != 0, "off has no speculator"
+        assert speculate is not Speculate.OFF, "off has no speculator"
         self._verifier, self._state = verifier, state
-        self._adaptive = speculate == "auto"
-        self._sizes: Sequence[int] = AUTO_SIZES if speculate == "auto" else (1, 1 + speculate)
+        self._adaptive = speculate is Speculate.AUTO
+        self._sizes = AUTO_SIZES if self._adaptive else (1, 1 + int(speculate))
         self._costs = StepCosts()
 
     def pace(self) -> SpeculatingPace:

@@ -10,7 +10,7 @@ itself is noticed without paying for it. Knows neither models nor devices.
 
 from __future__ import annotations
 
-import statistics
+from collections import Counter
 from collections.abc import Sequence
 
 from qwencli.results import Speculation
@@ -19,29 +19,28 @@ from qwencli.results import Speculation
 FORGET = 0.9
 # Before anything is known: one draft in three is right.
 PRIOR_HITS, PRIOR_DRAFTS = 1.0, 3.0
-# Steps of a size that are timed. After these its cost stays, so that equal requests take equal
-# turns; the first ones are often slow.
+# Steps after which the cost of a size is known: the first ones are often slow.
 TIMED_STEPS = 8
 
 
 class StepCosts:
-    """Seconds a step takes by its size; lives as long as the engine."""
+    """Seconds that a step takes by its size, undisturbed: the least of those timed. Lives as long
+    as the engine."""
 
     def __init__(self) -> None:
-        self._timed: dict[int, list[float]] = {}
+        self._least: dict[int, float] = {}
+        self._timed: Counter[int] = Counter()
 
     def add(self, size: int, seconds: float) -> None:
-        timed = self._timed.setdefault(size, [])
-        if len(timed) < TIMED_STEPS:
-            timed.append(seconds)
+        self._least[size] = min(seconds, self._least.get(size, seconds))
+        self._timed[size] += 1
 
     def known(self, size: int) -> bool:
-        return len(self._timed.get(size, ())) >= TIMED_STEPS
+        return self._timed[size] >= TIMED_STEPS
 
     def seconds(self, size: int) -> float | None:
         """None for a size that has not run."""
-        timed = self._timed.get(size)
-        return statistics.median(timed) if timed else None
+        return self._least.get(size)
 
 
 class Sizes:
@@ -57,8 +56,8 @@ class Sizes:
         assert sizes[0] == 1, "a plain step is what the others are measured by"
         self.all, self._adaptive, self._costs = sizes, adaptive, costs
         self._hits, self._tried = PRIOR_HITS, PRIOR_DRAFTS
-        self._drafted = self._accepted = self._tokens = 0
-        self._seconds = 0.0
+        self._steps: Counter[int] = Counter()
+        self._tokens = 0
 
     def next(self) -> int:
         plain = self._costs.seconds(1)
@@ -69,8 +68,9 @@ class Sizes:
         rates: dict[int, float] = {}
         cost = plain
         for size in self.all:
-            # Of a size that has not run the cost of the next smaller one is a lower bound.
-            cost = self._costs.seconds(size) or cost
+            # A step costs no less than a smaller one: good enough to try a size that is not known.
+            if self._costs.known(size):
+                cost = self._costs.seconds(size) or cost
             rates[size] = self._expected(size) / cost
         return max(self.all, key=lambda size: (rates[size], -size))
 
@@ -85,17 +85,19 @@ class Sizes:
         checked = max(size - 1, 1)
         self._hits = FORGET * self._hits + hits
         self._tried = FORGET * self._tried + min(hits + 1, checked)
-        self._drafted += size - 1
-        self._accepted += taken - 1
+        self._steps[size] += 1
         self._tokens += taken
-        self._seconds += seconds
 
     def result(self) -> Speculation:
         plain = self._costs.seconds(1)
+        drafted = sum((size - 1) * steps for size, steps in self._steps.items())
         gain = None
-        if plain is not None and self._seconds > 0:
-            gain = self._tokens * plain / self._seconds
-        return Speculation(self._drafted, self._accepted, gain)
+        if plain is not None:
+            seconds = sum(
+                steps * (self._costs.seconds(size) or plain) for size, steps in self._steps.items()
+            )
+            gain = self._tokens * plain / seconds if seconds > 0 else None
+        return Speculation(drafted, self._tokens - self._steps.total(), gain)
 
     def _expected(self, size: int) -> float:
         """Tokens of a step of `size`."""

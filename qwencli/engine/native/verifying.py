@@ -21,7 +21,6 @@ from qwencli.engine.native.steppers import (
     decodes_on_host,
 )
 
-
 WHY_NOT: Mapping[Cache, str] = {
     Cache.DYNAMIC: "a cache that grows cannot take back the keys and values of wrong drafts",
     Cache.STATIC_COMPILE: "a compiled step would be compiled again for every number of tokens",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qwencli.config import Cache, EngineConfig, EngineName, Kernels
+from qwencli.config import Cache, EngineConfig, EngineName, Kernels, Speculate
 from qwencli.engine.answer import Answer
 from qwencli.engine.device_memory import release
 from qwencli.engine.local import LocalEngine
@@ -39,6 +39,11 @@ class TransformersEngine(LocalEngine):
         if self.config.kernels is Kernels.TRITON:
             raise UnsupportedModeError(
                 "--kernels triton cannot run on the transformers engine", "use --engine native"
+            )
+        if self.config.speculate is not Speculate.OFF:
+            raise UnsupportedModeError(
+                f"--speculate {self.config.speculate} cannot run on the transformers engine",
+                "use --engine native",
             )
         self._model: Any = None
 

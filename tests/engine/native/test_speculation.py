@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
-from qwencli.config import Attention, Cache, DType, Quantization, SamplingOptions
+from qwencli.config import Attention, Cache, DType, Quantization, SamplingOptions, Speculate
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.speculation import TIMED_STEPS
 from qwencli.errors import UnsupportedModeError
@@ -31,7 +32,9 @@ def engines(checkpoint):
     with NativeEngine(native_config(folder)) as plain:
 
         def speculating(speculate, **settings):
-            return NativeEngine(native_config(folder, speculate=speculate, **settings))
+            return NativeEngine(
+                native_config(folder, speculate=Speculate(str(speculate)), **settings)
+            )
 
         yield plain, speculating
 
@@ -42,7 +45,7 @@ def test_same_tokens_as_plain_steps(checkpoint, family, speculate):
     request = ask(images=(picture(),) if family in VISION_FAMILIES else ())
     with NativeEngine(native_config(checkpoint(family))) as plain:
         expected = plain.generate(request)
-    config = native_config(checkpoint(family), speculate=speculate)
+    config = native_config(checkpoint(family), speculate=Speculate(str(speculate)))
     with NativeEngine(config) as loaded:
         for _ in range(2):
             result = loaded.generate(request)
@@ -80,9 +83,9 @@ def test_every_number_of_drafts_with_and_without_a_penalty(engines, speculate, p
 def test_other_ways_to_compute_a_step(checkpoint, settings):
     request = ask()
     results = []
-    for speculate in (0, 4):
+    for speculate in ("off", "4"):
         with NativeEngine(
-            native_config(checkpoint("qwen3"), speculate=speculate, **settings)
+            native_config(checkpoint("qwen3"), speculate=Speculate(str(speculate)), **settings)
         ) as loaded:
             results.append(loaded.generate(request))
     assert results[0].token_ids == results[1].token_ids
@@ -160,12 +163,14 @@ def test_times_are_shared_among_tokens_that_came_together(engines):
         loaded.generate(ask())
         result = loaded.generate(ask())
     itl = result.itl_ms
-    assert all(a < b for a, b in zip(result.token_t_s, result.token_t_s[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(result.token_t_s))
     assert sum(itl) / 1e3 == pytest.approx(result.timings.decode_s, rel=1e-3)
-    assert any(abs(a - b) < 1e-9 * max(itl) for a, b in zip(itl, itl[1:], strict=False))
+    assert any(abs(a - b) < 1e-9 * max(itl) for a, b in itertools.pairwise(itl))
 
 
 @pytest.mark.parametrize("cache", [Cache.DYNAMIC, Cache.STATIC_COMPILE])
 def test_caches_that_cannot_are_refused(checkpoint, cache):
     with pytest.raises(UnsupportedModeError, match="--speculate auto with --cache"):
-        NativeEngine(native_config(checkpoint("qwen3"), speculate="auto", cache=cache)).load()
+        NativeEngine(
+            native_config(checkpoint("qwen3"), speculate=Speculate.AUTO, cache=cache)
+        ).load()

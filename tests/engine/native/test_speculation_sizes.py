@@ -13,7 +13,9 @@ from qwencli.engine.native.speculation import TIMED_STEPS, Sizes, StepCosts
 SIZES = (1, 2, 4, 8)
 
 
-def run(sizes: Sizes, chance: float, cost: dict[int, float], steps: int, seed: int = 1) -> list[int]:
+def run(
+    sizes: Sizes, chance: float, cost: dict[int, float], steps: int, seed: int = 1
+) -> list[int]:
     """Sizes taken by steps whose drafts are right with `chance`."""
     generator = random.Random(seed)
     taken = []
@@ -31,7 +33,7 @@ def run(sizes: Sizes, chance: float, cost: dict[int, float], steps: int, seed: i
 
 def test_the_first_steps_of_an_engine_are_plain_and_give_the_measure() -> None:
     costs = StepCosts()
-    cost = {size: 1.0 for size in SIZES}
+    cost = dict.fromkeys(SIZES, 1.0)
     assert run(Sizes(SIZES, True, costs), 1.0, cost, 12)[:TIMED_STEPS] == [1] * TIMED_STEPS
     assert run(Sizes(SIZES, True, costs), 1.0, cost, 12)[-1] == 8
     assert run(Sizes((1, 4), False, StepCosts()), 0.0, cost, 12) == [1] * TIMED_STEPS + [4] * 4
@@ -58,12 +60,15 @@ def test_text_that_begins_to_repeat_is_noticed_and_given_up_again() -> None:
 def test_speculation_costs_little_where_it_does_not_pay(
     chance: float, more: tuple[float, float, float], seed: int
 ) -> None:
-    """However steps cost and drafts turn out, the tokens a second stay near plain steps'."""
+    """However steps cost and drafts turn out, tokens a second stay near those of plain steps once
+    it is known what steps cost."""
     cost = {1: 1.0, 2: 1 + more[0], 4: 1 + sum(more[:2]), 8: 1 + sum(more)}
-    sizes = Sizes(SIZES, True, StepCosts())
+    costs = StepCosts()
+    run(Sizes(SIZES, True, costs), 1.0, cost, 100)
+    sizes = Sizes(SIZES, True, costs)
     run(sizes, chance, cost, 600, seed)
     gain = sizes.result().net_gain
-    assert gain is not None and gain > 0.85
+    assert gain is not None and gain > 0.9
 
 
 @pytest.mark.parametrize(("size", "hits", "taken"), [(4, 3, 4), (4, 0, 1), (1, 1, 1)])
