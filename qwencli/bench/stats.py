@@ -25,6 +25,7 @@ from qwencli.bench.stopping import (
     rule_of,
     stop_reason,
 )
+from qwencli.config import Speculate
 
 # Identical runs that differ by more than this in decode speed are not a measurement to quote.
 UNSTABLE_RATIO = 1.1
@@ -33,7 +34,7 @@ RawRow = Mapping[str, str]
 CellRow = dict[str, Any]
 
 # Axes that older plans lack, with what they ran.
-NEWER_AXES = {"kernels": "auto", "speculate": "off"}
+NEWER_AXES = {"kernels": "auto", "speculate": Speculate.OFF}
 
 # The modes whose requested and reported names are the same words.
 _SAME_NAMES = (("attention", "ran_attention"), ("cache", "ran_cache"))
@@ -151,7 +152,12 @@ def _cell_row(data: CellData) -> CellRow:
         "speculation_gain_median": _median(data.numbers("speculation_gain")),
         **steadiness_columns(data.steady),
         **quality_columns(data.quality),
-        **roofline_columns(data.roofline, median, itl_p50_ms),
+        # Tokens of one step share its reading of the weights, so their rate says nothing of that.
+        **(
+            roofline_columns(data.roofline, median, itl_p50_ms)
+            if data.axes["speculate"] == Speculate.OFF
+            else roofline_columns(data.roofline, None, None)
+        ),
     }
 
 
