@@ -51,6 +51,14 @@ class Kernels(StrEnum):
     TORCH = "torch"
 
 
+class KVDType(StrEnum):
+    """How the native engine stores keys and values; auto: as the model computes them."""
+
+    AUTO = "auto"
+    INT8 = "int8"
+    FP8 = "fp8"
+
+
 class Speculate(StrEnum):
     """Tokens drafted for each greedy step; auto = as many as pay at the moment, or none."""
 
@@ -147,6 +155,7 @@ class EngineConfig:
     attention: Attention = Attention.AUTO
     cache: Cache | None = None
     kernels: Kernels = Kernels.AUTO
+    kv_dtype: KVDType = KVDType.AUTO
     device: str = "auto"
     dtype: DType = DType.AUTO
     load_format: LoadFormat = LoadFormat.AUTO

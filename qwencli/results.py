@@ -19,6 +19,8 @@ class RanModes:
         attention: of decode steps; "triton" where it is part of our own kernels.
         kernels: "triton" where decode steps run our fused kernels, else "torch".
         device: concrete, e.g. "cuda:0". dtype: of the weights that are not quantized.
+        kv_dtype: of stored keys and values: "bfloat16", "int8", "fp8-e4m3", ...; None where an
+            engine does not say.
         speculate: "auto" or how many tokens each step drafted; "off", and why where it was asked
             for.
     """
@@ -30,6 +32,7 @@ class RanModes:
     device: str
     dtype: str
     kernels: str = "torch"
+    kv_dtype: str | None = None
     speculate: str = "off"
 
 

@@ -70,15 +70,16 @@ def roofline_row(
     engine: Engine, spec: WorkerSpec, request: GenerationRequest, last: Mapping[str, Any]
 ) -> Row:
     """One row of roofline.csv."""
-    from qwencli.engine.limits import device_work, launch_rate, read_bandwidth
+    from qwencli.engine.device_work import device_work
+    from qwencli.engine.limits import launch_times, read_bandwidth
     from qwencli.models.decode_bytes import decode_bytes
     from qwencli.models.shape_reader import read_shape
 
     ran = engine.ran
     context = last["num_prompt_tokens"] + last["num_new_tokens"] / 2
     shape = read_shape(_hub_config(spec.config.model))
-    read = decode_bytes(shape, ran.quantization, _VALUE_BYTES[ran.dtype], context)
-    rate = launch_rate(ran.device)
+    read = decode_bytes(shape, ran.quantization, _VALUE_BYTES[ran.dtype], context, ran.kv_dtype)
+    times = launch_times(ran.device)
     few, more = (
         device_work(ran.device, partial(_answer, engine, request, tokens))
         for tokens in COUNTED_TOKENS
@@ -86,8 +87,8 @@ def roofline_row(
     steps = COUNTED_TOKENS[1] - COUNTED_TOKENS[0]
     row: Row = {
         "read_bandwidth_bytes_per_s": read_bandwidth(ran.device, int(read or 1 << 28)),
-        "launch_rate_per_s": rate.eager,
-        "graph_launch_rate_per_s": rate.graph,
+        "launch_rate_per_s": 1 / min(times.eager),
+        "graph_launch_rate_per_s": 1 / min(times.graph) if times.graph else None,
         "bytes_per_token": read,
         "context_tokens": context,
     }

@@ -27,6 +27,7 @@ CELLS = (
     "graph_launch_rate_per_s", "launches_per_token", "kernels_per_token", "gpu_busy_percent",
     "bound",
     "mean_kl", "quality_samples",
+    "kv_dtype",
     "speculate", "accept_percent_median", "speculation_gain_median",
 )  # fmt: skip
 
@@ -43,6 +44,7 @@ RUNS = (
     "ran_attention", "ran_quantization", "ran_cache", "text_sha256",
     "ran_kernels",
     "process",
+    "ran_kv_dtype",
     "ran_speculate", "num_drafted", "num_accepted", "accept_percent", "speculation_gain",
 )  # fmt: skip
 

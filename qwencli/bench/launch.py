@@ -53,7 +53,7 @@ def read_machine_speed(device: str) -> MachineSpeed:
     Raises:
         BenchError: torch does not load.
     """
-    answer = _ask("qwencli.engine.limits", device)
+    answer = _ask("qwencli.engine.machine_speed", device)
     return MachineSpeed(**answer)
 
 

@@ -16,7 +16,16 @@ from pathlib import Path
 
 from qwencli.bench.repetition import Wanted
 from qwencli.bench.rules import skip_reason
-from qwencli.config import Attention, Cache, EngineName, Kernels, LoadMode, Quantization, Speculate
+from qwencli.config import (
+    Attention,
+    Cache,
+    EngineName,
+    Kernels,
+    KVDType,
+    LoadMode,
+    Quantization,
+    Speculate,
+)
 from qwencli.engine.device import DeviceFacts
 from qwencli.errors import BenchError, UsageError
 
@@ -29,6 +38,7 @@ AXES: Mapping[str, type[StrEnum] | None] = {
     "cache": Cache,
     "load_mode": LoadMode,
     "kernels": Kernels,
+    "kv_dtype": KVDType,
     "speculate": Speculate,
 }
 
@@ -41,7 +51,14 @@ DEFAULT_AXES: Mapping[str, tuple[str, ...]] = {
     "cache": (Cache.DYNAMIC,),
     "load_mode": (LoadMode.KEEP,),
     "kernels": (Kernels.AUTO,),
+    "kv_dtype": (KVDType.AUTO,),
     "speculate": (Speculate.OFF,),
+}
+# Axes that older plans lack, with what they ran.
+NEWER_AXES: Mapping[str, str] = {
+    "kernels": Kernels.AUTO,
+    "kv_dtype": KVDType.AUTO,
+    "speculate": Speculate.OFF,
 }
 
 
@@ -77,6 +94,7 @@ class BenchCell:
     cache: Cache
     load_mode: LoadMode
     kernels: Kernels = Kernels.AUTO
+    kv_dtype: KVDType = KVDType.AUTO
     speculate: Speculate = Speculate.OFF
     skip_reason: str | None = None
 
@@ -86,11 +104,8 @@ class BenchCell:
     @property
     def cell_id(self) -> str:
         """A readable name that is safe in a file name, ended by a hash of the exact axes."""
-        axes = self.axes()
-        for axis in ("kernels", "speculate"):
-            # As before there was a choice, so that older campaigns compare with newer ones.
-            if axes[axis] == DEFAULT_AXES[axis][0]:
-                del axes[axis]
+        # As before there was a choice, so that older campaigns compare with newer ones.
+        axes = {axis: value for axis, value in self.axes().items() if NEWER_AXES.get(axis) != value}
         digest = hashlib.sha256(json.dumps(axes, sort_keys=True).encode()).hexdigest()[:6]
         model = re.sub(r"[^a-z0-9.]+", "-", self.model.lower()).strip("-.")[-40:].lstrip("-.")
         return "-".join([model or "model", *list(axes.values())[1:], digest])
@@ -164,6 +179,7 @@ def expand(matrix: Matrix, default_model: str, facts: DeviceFacts) -> list[Bench
             cache=Cache(chosen["cache"]),
             load_mode=LoadMode(chosen["load_mode"]),
             kernels=Kernels(chosen["kernels"]),
+            kv_dtype=KVDType(chosen["kv_dtype"]),
             speculate=Speculate(chosen["speculate"]),
         )
         cells.append(replace(cell, skip_reason=skip_reason(cell, facts)))

@@ -76,6 +76,7 @@ class Plan:
                 attention=cell.attention,
                 cache=cell.cache,
                 kernels=cell.kernels,
+                kv_dtype=cell.kv_dtype,
                 speculate=cell.speculate,
                 device=settings.device,
                 dtype=settings.dtype,

@@ -63,8 +63,8 @@ _SCHEMES = {
 
 @dataclass(frozen=True)
 class MachineSpeed:
-    """Of this machine, as `python -m qwencli.engine.limits` measured it; `start_s` is how long
-    that process took to load torch."""
+    """Of this machine, as `python -m qwencli.engine.machine_speed` measured it; `start_s` is how
+    long that process took to load torch."""
 
     read_bandwidth: float
     launch_rate: float

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from qwencli.config import Attention, Cache, EngineName, Kernels, Quantization, Speculate
+from qwencli.config import Attention, Cache, EngineName, Kernels, KVDType, Quantization, Speculate
 from qwencli.engine.device import DeviceFacts
 
 if TYPE_CHECKING:
@@ -40,6 +40,14 @@ def _kernels(cell: BenchCell, facts: DeviceFacts) -> str | None:
         return None
     if cell.engine is not EngineName.NATIVE or cell.cache is not Cache.STATIC_GRAPH:
         return "triton kernels need the native engine and static-graph"
+    return None
+
+
+def _kv_dtype(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    if cell.kv_dtype is KVDType.AUTO:
+        return None
+    if cell.engine is not EngineName.NATIVE or cell.cache is Cache.DYNAMIC:
+        return f"{cell.kv_dtype} keys and values need the native engine and a static cache"
     return None
 
 
@@ -87,6 +95,7 @@ RULES: tuple[Rule, ...] = (
     _engine,
     _native,
     _kernels,
+    _kv_dtype,
     _speculate,
     _graph,
     _fp8,

@@ -16,6 +16,7 @@ from qwencli.config import (
     EngineConfig,
     EngineName,
     Kernels,
+    KVDType,
     LoadFormat,
     LoadMode,
     ModelSource,
@@ -62,6 +63,7 @@ _ENUMS = {
     "cache": Cache,
     "dtype": DType,
     "kernels": Kernels,
+    "kv_dtype": KVDType,
     "speculate": Speculate,
     "load_format": LoadFormat,
 }

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from qwencli.bench.itl import percentile
+from qwencli.bench.matrix import NEWER_AXES
 from qwencli.bench.quality import quality_columns
 from qwencli.bench.roofline import roofline_columns, with_best_limits
 from qwencli.bench.steadiness import Steadiness, level_change, steadiness, steadiness_columns
@@ -32,9 +33,6 @@ UNSTABLE_RATIO = 1.1
 
 RawRow = Mapping[str, str]
 CellRow = dict[str, Any]
-
-# Axes that older plans lack, with what they ran.
-NEWER_AXES = {"kernels": "auto", "speculate": Speculate.OFF}
 
 # The modes whose requested and reported names are the same words.
 _SAME_NAMES = (("attention", "ran_attention"), ("cache", "ran_cache"))

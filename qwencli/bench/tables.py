@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwencli.bench.attribution.summary import probe_line, why
 from qwencli.bench.detail_tables import DETAILS, DetailTable
-from qwencli.bench.matrix import AXES, BenchCell
+from qwencli.bench.matrix import AXES, NEWER_AXES, BenchCell
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,7 +22,8 @@ VALUE_COLUMNS = ("tok/s", "ratio", "TTFT", "p50", "p99", "peak", "verdict")
 
 
 def cell_label(cell: BenchCell) -> str:
-    return _shorten(cell.axes().values())
+    """Its axes, but for those that few campaigns vary where nobody did."""
+    return _shorten(value for axis, value in cell.axes().items() if NEWER_AXES.get(axis) != value)
 
 
 def cell_summary(status: str, reason: str | None, speeds: Sequence[float]) -> str:

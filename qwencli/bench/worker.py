@@ -185,6 +185,7 @@ def _result_columns(result: GenerationResult) -> dict[str, Any]:
         "ran_quantization": result.ran.quantization,
         "ran_cache": result.ran.cache,
         "ran_kernels": result.ran.kernels,
+        "ran_kv_dtype": result.ran.kv_dtype,
         "ran_speculate": result.ran.speculate,
         **_speculation_columns(result.speculation),
         "text_sha256": result.text_sha256,

@@ -61,6 +61,7 @@ def bench(
     cache: Axis = None,
     load_mode: Axis = None,
     kernels: Axis = None,
+    kv_dtype: Axis = None,
     speculate: Axis = None,
     exclude: Annotated[
         list[str] | None,
@@ -144,6 +145,7 @@ def bench(
         "cache": cache,
         "load_mode": load_mode,
         "kernels": kernels,
+        "kv_dtype": kv_dtype,
         "speculate": speculate,
     }
     request = BenchRequest(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,10 +69,11 @@ def engine_work(spec: ModelSpec, load_format: LoadFormat | None) -> Callable[[Ma
 
 
 def settings(advice: Advice) -> dict[str, Any]:
-    """The advice by the names of config.toml's settings."""
+    """The advice by the names of config.toml's settings; left out what it has no opinion on."""
     from qwencli.models.user_config import SETTINGS
 
-    return {name: getattr(advice, name) for name in SETTINGS}
+    advised = {field.name for field in fields(advice)}
+    return {name: getattr(advice, name) for name in SETTINGS if name in advised}
 
 
 def write_report(

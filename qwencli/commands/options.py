@@ -24,6 +24,7 @@ from qwencli.config import (
     EngineConfig,
     EngineName,
     Kernels,
+    KVDType,
     LoadFormat,
     ModelSpec,
     Quantization,
@@ -43,7 +44,7 @@ def _option(panel: str, *names: str, text: str, **settings: Any) -> Any:
 _model = functools.partial(_option, "Model")
 _sampling = functools.partial(_option, "Sampling")
 _output = functools.partial(_option, "Output")
-_MODES = ("engine", "quantization", "attention", "cache", "kernels")
+_MODES = ("engine", "quantization", "attention", "cache", "kernels", "kv_dtype")
 
 
 Frames = Annotated[
@@ -88,6 +89,13 @@ class RunOptions:
         _model(
             metavar="NAME",
             text="auto, triton (fused, static-graph) or torch (operators). Default: auto.",
+        ),
+    ] = None
+    kv_dtype: Annotated[
+        KVDType | None,
+        _model(
+            metavar="TYPE",
+            text="Stored keys and values: auto, int8 or fp8 (half the memory). Default: auto.",
         ),
     ] = None
     device: Annotated[str, _model(metavar="NAME", text="auto, cpu, cuda, cuda:N or mps.")] = "auto"

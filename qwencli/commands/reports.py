@@ -19,6 +19,7 @@ def caption_record(result: GenerationResult, images: list[str], model: str) -> d
         "attention": result.ran.attention,
         "cache": result.ran.cache,
         "kernels": result.ran.kernels,
+        "kv_dtype": result.ran.kv_dtype,
         "device": result.ran.device,
         "dtype": result.ran.dtype,
         "num_prompt_tokens": result.num_prompt_tokens,
@@ -41,6 +42,7 @@ def speculation_record(speculation: Speculation | None) -> dict[str, Any] | None
 def stats_line(result: GenerationResult) -> str:
     """One line: tokens, speed, phases, and the modes that ran."""
     t, ran = result.timings, result.ran
+    kv = "" if ran.kv_dtype in (None, ran.dtype) else f"{ran.kv_dtype} keys and values, "
     speed = "-" if t.decode_tok_per_s is None else f"{t.decode_tok_per_s:.1f} tok/s"
     vision = "" if t.vision_encode_s is None else f"vision {_ms(t.vision_encode_s)}, "
     return (
@@ -48,7 +50,7 @@ def stats_line(result: GenerationResult) -> str:
         f"({result.num_image_tokens} of images) | load {t.load_s:.2f} s, "
         f"preprocess {_ms(t.preprocess_s)}, {vision}prefill {_ms(t.prefill_s)}, "
         f"TTFT {_ms(t.ttft_s)} | {ran.engine}, {ran.quantization}, {ran.attention}, {ran.cache}, "
-        f"{ran.kernels}, {ran.dtype} on {ran.device}{_speculation(result)}"
+        f"{ran.kernels}, {kv}{ran.dtype} on {ran.device}{_speculation(result)}"
     )
 
 

@@ -6,7 +6,11 @@ from collections.abc import Callable, Mapping
 from math import prod
 
 from qwencli.config import Quantization
-from qwencli.models.memory import NF4_BYTES_PER_WEIGHT, native_matrix_bytes
+from qwencli.models.memory import (
+    NF4_BYTES_PER_WEIGHT,
+    native_kv_bytes,
+    native_matrix_bytes,
+)
 from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import expected_tensors, is_quantizable
 
@@ -22,10 +26,15 @@ _NATIVE = {
     "fp8-e4m3": Quantization.FP8,
     "int4-g128": Quantization.INT4,
 }
+_QUANTIZED_KV = ("int8", "fp8-e4m3")
 
 
 def decode_bytes(
-    shape: ModelShape, scheme: str, value_bytes: int, context_tokens: float
+    shape: ModelShape,
+    scheme: str,
+    value_bytes: int,
+    context_tokens: float,
+    kv_dtype: str | None = None,
 ) -> float | None:
     """Bytes read for one token of one sequence.
 
@@ -34,8 +43,8 @@ def decode_bytes(
     unpacked to memory) is waste and not in it: MBU is to fall for it.
 
     Args:
-        scheme: as `RanModes.quantization` says. value_bytes: of what is not quantized, and of the
-            cache.
+        scheme: as `RanModes.quantization` says. value_bytes: of what is not quantized.
+        kv_dtype: as `RanModes.kv_dtype` says.
 
     Returns:
         None for a scheme whose storage is not known here.
@@ -55,6 +64,5 @@ def decode_bytes(
             total += quantized(*size)
         else:
             total += prod(size) * value_bytes
-    text = shape.text
-    cache = 2 * text.num_layers * text.num_kv_heads * text.head_dim * value_bytes
+    cache = native_kv_bytes(shape, kv_dtype in _QUANTIZED_KV, value_bytes)
     return total + cache * context_tokens

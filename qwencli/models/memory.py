@@ -105,6 +105,20 @@ def kv_cache_bytes(shape: ModelShape, tokens: int, batch: int = 1) -> int:
     return shape.text.kv_bytes_per_token(_HALF) * tokens * batch
 
 
+def native_kv_bytes(shape: ModelShape, quantized: bool, value_bytes: int) -> int:
+    """Bytes of one token's keys and values in a static cache of the native engine.
+
+    Quantized: a byte a value, and a float32 scale for each head's key and value.
+
+    Args:
+        value_bytes: of a value where they are not quantized.
+    """
+    text = shape.text
+    if not quantized:
+        return text.kv_bytes_per_token(value_bytes)
+    return 2 * text.num_layers * text.num_kv_heads * (text.head_dim + 4)
+
+
 def vision_peak_bytes(shape: ModelShape, image_tokens: int) -> int:
     """Peak bytes of encoding an image of `image_tokens` tokens (after merging), bfloat16.
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwencli.config import Attention, Cache, EngineName, Kernels, Quantization
+from qwencli.config import Attention, Cache, EngineName, Kernels, KVDType, Quantization
 from qwencli.errors import OutputError, UsageError
 
 CONFIG_FILE = "config.toml"
@@ -31,6 +31,7 @@ SETTINGS: Mapping[str, Callable[[Any], Any]] = {
     "attention": Attention,
     "cache": Cache,
     "kernels": Kernels,
+    "kv_dtype": KVDType,
     "max_seq_len": lambda value: _positive(value),
     "max_pixels": lambda value: _positive(value),
 }

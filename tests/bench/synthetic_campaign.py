@@ -17,6 +17,7 @@ MODES = {
     "cache": ("dynamic", "static", "static-compile", "static-graph"),
     "load_mode": ("keep", "reload"),
     "kernels": ("auto",),
+    "kv_dtype": ("auto",),
     "speculate": ("off",),
     "model": ("qwen3-vl-4b", "qwen2.5-vl-7b"),
 }

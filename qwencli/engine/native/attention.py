@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from qwencli.config import Attention
+from qwencli.engine.native.flash_decode import Spans, flash_decode
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class AttentionPlan:
             flash_attention_2 need S == kv_len or S == 1 for that.
         lengths: slots in use after this step, int32 [B] on the device.
         left_pads: slots of padding at the front, int32 [B] on the device; None = none.
+        spans: a single query and what it sees, for torch's flash attention; no mask is needed.
     """
 
     kv_len: int
     mask: torch.Tensor | None
     lengths: torch.Tensor | None = None
     left_pads: torch.Tensor | None = None
+    spans: Spans | None = None
 
 
 # q [B, S, H, D], keys and values [B, KVH, kv_len, D], plan -> [B, S, H * D]
@@ -126,7 +129,9 @@ def eager(
 def sdpa(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: AttentionPlan
 ) -> torch.Tensor:
-    """torch's scaled_dot_product_attention."""
+    """torch's scaled_dot_product_attention, or its flash kernel where the plan is made for that."""
+    if plan.spans is not None:
+        return flash_decode(q, keys, values, plan.spans)
     batch, length, heads, dim = q.shape
     if length == 1:
         grouped = q.view(batch, keys.shape[1], -1, dim)

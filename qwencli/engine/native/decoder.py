@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from qwencli.engine.native.decoder_ops import Choice, DecoderOps, Drafts, Layer, Matrix, Step
 from qwencli.engine.native.quantized import Quantized
 from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.engine.native.rope import gains_of_halves
 from qwencli.engine.native.weights import HEAD, Tensors
 from qwencli.models.shapes import TextShape
 
@@ -53,6 +54,9 @@ class Decoder:
         self.embedding = weights["text.embed"]
         self.norm = RMSNorm(weights["text.norm"], shape.rms_norm_eps)
         self.head = pick.head()
+        # Of all layers' query and key heads, [2, layers, heads, D]; None without such norms.
+        norms = [layer.qk_norm.gain for layer in self.layers if layer.qk_norm is not None]
+        self.head_gains = gains_of_halves(torch.stack(norms)) if norms else None
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [N] -> hidden states [N, hidden]."""

@@ -7,7 +7,7 @@ never synchronises, and can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,21 +55,23 @@ class Step:
     """What all layers of one forward pass share: B rows of S tokens each.
 
     Args:
-        rope: cosine and signed sine, [B, S, 1, D] each; None where `ops` look them up by
-            `positions`. slots: int64 [S], where the new keys go.
+        rope: cosine and signed sine of each layer, [B, S, 1 or heads, D] each; None where `ops`
+            look them up by `positions`. slots: int64 [S], where the new keys go.
         ops: how the layers compute.
         positions: int64 [B], rotary, of a decode step.
+        gained: `rope` has the gains of the heads' norms in it: one kernel a layer less.
     """
 
     batch: int
     length: int
-    rope: CosSin | None
+    rope: Sequence[CosSin] | None
     slots: Tensor
     plan: AttentionPlan
     cache: KVCache
     attention: AttentionFunction
     ops: DecoderOps
     positions: Tensor | None = None
+    gained: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,12 @@ def attend(qkv: Tensor, layer: Layer, step: Step) -> Tensor:
     heads, kv_heads, dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
     split = qkv.view(step.batch, step.length, heads + 2 * kv_heads, dim)
     qk = split.narrow(2, 0, heads + kv_heads)
-    normed = qk if layer.qk_norm is None else layer.qk_norm(qk)
+    normed = qk
+    if layer.qk_norm is not None:
+        normed = layer.qk_norm.direction(qk) if step.gained else layer.qk_norm(qk)
     assert step.rope is not None, "only operations of any length do without"
     # Rotated in place, so that keys and values stay side by side and are stored in one go.
-    rotate(normed, *step.rope, out=qk)
+    rotate(normed, *step.rope[layer.index], out=qk)
     keys, values = step.cache.write(
         layer.index, split.narrow(2, heads, 2 * kv_heads), step.slots, step.plan.kv_len
     )

@@ -17,6 +17,7 @@ from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.drafting import MOST_FED
 from qwencli.engine.native.generating import Generation
 from qwencli.engine.native.kernel_choice import fused_for, resolve_kernels
+from qwencli.engine.native.kv_quantized import resolve_kv
 from qwencli.engine.native.memory_plan import MemoryPlan, plan_memory
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.paces import Speculator
@@ -63,6 +64,7 @@ class NativeEngine(LocalEngine):
             )
         attention = resolve_attention(self.config.attention, device)
         kernels = resolve_kernels(self.config.kernels, device, cache)
+        kv = resolve_kv(self.config.kv_dtype, cache)
         dtype = resolve_dtype(self.config.dtype, device, files.checkpoint_dtype)
         self._plan = plan_memory(
             files.hub_config,
@@ -73,6 +75,7 @@ class NativeEngine(LocalEngine):
             free_bytes=_free_bytes(device),
             max_pixels=self.config.max_pixels,
             quantization=self.config.quantization,
+            kv_dtype=self.config.kv_dtype,
         )
         shape = read_shape(files.hub_config)
         check_supported(shape)
@@ -88,7 +91,7 @@ class NativeEngine(LocalEngine):
         slots = self._plan.max_seq_len + 1 + (MOST_FED if drafting else 0)
         with torch.inference_mode():
             fused = fused_for(kernels, self.config.attention)
-            model = QwenModel(shape, loaded, slots, attention, fused)
+            model = QwenModel(shape, loaded, slots, attention, fused, kv)
             ran = RanModes(
                 engine=EngineName.NATIVE.value,
                 quantization=loaded.scheme,
@@ -97,10 +100,11 @@ class NativeEngine(LocalEngine):
                 device=device,
                 dtype=dtype.value,
                 kernels=kernels.value,
+                kv_dtype=dtype.value if kv is None else kv.value,
                 speculate=self.config.speculate.value,
             )
-            kv = model.dynamic_cache() if cache is Cache.DYNAMIC else model.static_cache()
-            state = DecodeState(model, kv, slots, with_drafts=drafting)
+            store = model.dynamic_cache() if cache is Cache.DYNAMIC else model.static_cache()
+            state = DecodeState(model, store, slots, with_drafts=drafting)
             self._generation = Generation(
                 model, state, STEPPERS[cache](state), ran, self._speculator(state, cache)
             )

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qwencli.config import DType, Quantization, SeqLen
+from qwencli.config import DType, KVDType, Quantization, SeqLen
 from qwencli.engine.native.session import KEPT_IMAGE_TOKENS
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.memory import (
     RUNTIME_BYTES,
     image_feature_bytes,
-    kv_cache_bytes,
+    native_kv_bytes,
     native_weight_bytes,
     prefill_peak_bytes,
     vision_peak_bytes,
@@ -67,6 +67,7 @@ def plan_memory(
     free_bytes: int | None,
     max_pixels: int | None = None,
     quantization: Quantization = Quantization.NONE,
+    kv_dtype: KVDType = KVDType.AUTO,
 ) -> MemoryPlan:
     """The longest sequences up to `wanted` that fit beside the weights.
 
@@ -87,6 +88,11 @@ def plan_memory(
     target = min(model_limit, longest_wanted)
 
     image_tokens = _image_tokens(shape, max_pixels or PLANNED_PIXELS)
+    quantized_kv = kv_dtype is not KVDType.AUTO
+    token_bytes = native_kv_bytes(shape, quantized_kv, 2 * scale)
+    # Prompts read one layer of a quantized cache back.
+    if quantized_kv:
+        token_bytes += -(-shape.text.kv_bytes_per_token(2 * scale) // shape.text.num_layers)
 
     def plan(tokens: int) -> MemoryPlan:
         peak = max(
@@ -95,7 +101,7 @@ def plan_memory(
         )
         return MemoryPlan(
             weights=weights,
-            kv_cache=kv_cache_bytes(shape, tokens) * scale,
+            kv_cache=token_bytes * tokens,
             activations=peak * scale,
             kept_images=image_feature_bytes(shape, KEPT_IMAGE_TOKENS) * scale,
             max_seq_len=tokens,
@@ -103,7 +109,9 @@ def plan_memory(
 
     if free_bytes is None or plan(target).total <= free_bytes:
         return plan(target)
-    longest = _longest(shape, plan(target).total - plan(target).kv_cache, free_bytes, scale)
+    fixed = plan(target).total - plan(target).kv_cache
+    # In steps of 256.
+    longest = max(0, (free_bytes - fixed) // (256 * token_bytes) * 256)
     smallest = min(target, SMALLEST_MAX_SEQ_LEN)
     if not isinstance(wanted, int) and longest >= smallest:
         return plan(longest)
@@ -115,11 +123,6 @@ def _image_tokens(shape: ModelShape, pixels: int) -> int:
     if shape.vision is None:
         return 0
     return -(-pixels // (shape.vision.patch_size * shape.vision.merge_size) ** 2)
-
-
-def _longest(shape: ModelShape, fixed: int, free_bytes: int, scale: int) -> int:
-    """Most tokens whose keys and values fit beside `fixed`, in steps of 256."""
-    return max(0, (free_bytes - fixed) // (kv_cache_bytes(shape, 256) * scale) * 256)
 
 
 def _does_not_fit(

@@ -17,9 +17,12 @@ from qwencli.engine.native import weights as loader
 from qwencli.engine.native.attention import ATTENTION, AttentionPlan, prompt_plan
 from qwencli.engine.native.decoder import Decoder
 from qwencli.engine.native.decoder_ops import REFERENCE_OPS, DecoderOps, Step
+from qwencli.engine.native.flash_decode import can_flash_decode
 from qwencli.engine.native.kv_cache import DynamicKVCache, KVCache, StaticKVCache
+from qwencli.engine.native.kv_quantized import QuantizedKVCache
 from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs, prompt_inputs
-from qwencli.engine.native.rope import Rope
+from qwencli.engine.native.quantized import Scheme
+from qwencli.engine.native.rope import CosSin, Rope
 from qwencli.engine.native.vision import VisionFeatures, VisionTower
 from qwencli.engine.native.vision_layout import Grid
 from qwencli.errors import InputError
@@ -37,6 +40,7 @@ class QwenModel:
         attention: a concrete implementation, not `auto`.
         fused: makes the operations of decode steps of one sequence; None = plain torch, as for
             prompts.
+        kv: how static caches quantize keys and values; None = not.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class QwenModel:
         max_seq_len: int,
         attention: Attention = Attention.SDPA,
         fused: Fused | None = None,
+        kv: Scheme | None = None,
     ) -> None:
         embed = loaded.tensors["text.embed"]
         self.shape = shape
@@ -60,7 +65,12 @@ class QwenModel:
         # A picture's larger side is never above its number of tokens: positions lag behind slots.
         self.rope = Rope(shape.text.rope, shape.text.head_dim, max_seq_len, self.dtype, self.device)
         self.attention = attention
+        self._kv = kv
         self._attend = ATTENTION[attention]
+        text = shape.text
+        self.flash_decode = attention is Attention.SDPA and can_flash_decode(
+            text.num_heads, text.num_kv_heads, text.head_dim, self.dtype, self.device
+        )
         self.step_ops = REFERENCE_OPS
         if fused is not None:
             self.step_ops = fused(shape.text, self.rope.rows, self.dtype, self.device)
@@ -81,7 +91,10 @@ class QwenModel:
     def static_cache(self, batch: int = 1, max_seq_len: int | None = None) -> StaticKVCache:
         """A cache of `max_seq_len` slots (default: the model's) for `batch` sequences."""
         slots = self.max_seq_len if max_seq_len is None else max_seq_len
-        return StaticKVCache(self.shape.text, batch, slots, self.dtype, self.device)
+        text, dtype, device = self.shape.text, self.dtype, self.device
+        if self._kv is None:
+            return StaticKVCache(text, batch, slots, dtype, device)
+        return QuantizedKVCache(text, batch, slots, dtype, device, self._kv)
 
     def dynamic_cache(self, batch: int = 1) -> DynamicKVCache:
         """A cache that grows."""
@@ -140,7 +153,7 @@ class QwenModel:
         step = Step(
             batch=inputs.batch,
             length=stop - start,
-            rope=self.rope.at(inputs.positions[:, :, start:stop]),
+            rope=[self.rope.at(inputs.positions[:, :, start:stop])] * len(self.decoder.layers),
             slots=torch.arange(start, stop, device=self.device),
             plan=plan,
             cache=cache,
@@ -195,12 +208,19 @@ class QwenModel:
         step = Step(
             batch=cache.batch,
             length=length,
-            rope=None if ops.any_length else self.rope.step(places),
+            rope=None if ops.any_length else self._step_rope(places),
             slots=slots,
             plan=plan,
             cache=cache,
             attention=self._attend,
             ops=ops,
             positions=positions,
+            gained=self.decoder.head_gains is not None,
         )
         return self.decoder.forward(self.decoder.embed(tokens), step)
+
+    def _step_rope(self, positions: torch.Tensor) -> Sequence[CosSin]:
+        gains = self.decoder.head_gains
+        if gains is None:
+            return [self.rope.step(positions)] * len(self.decoder.layers)
+        return self.rope.step_by_layer(positions, gains)

@@ -116,12 +116,19 @@ def _part(w: Tensor, scheme: Scheme, group: int | None) -> tuple[Tensor, Tensor,
     if scheme is Scheme.INT4:
         assert group is not None, "the caller looked"
         return _int4(w, group)
-    largest = w.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    data, scale = quantize_rows(w, scheme)
+    return data, scale, scale
+
+
+def quantize_rows(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Rows [..., n] in float32 -> int8 or fp8 of the same shape, and float32 scales [...]."""
+    assert scheme is not Scheme.INT4, "its groups have zeros"
+    largest = w.abs().amax(dim=-1).clamp(min=torch.finfo(torch.float32).tiny * FP8_MAX)
     if scheme is Scheme.INT8:
         scale = largest / INT8_MAX
-        return (w / scale[:, None]).round().to(torch.int8), scale, scale
+        return (w / scale[..., None]).round().to(torch.int8), scale
     scale = largest / FP8_MAX
-    return (w / scale[:, None]).to(torch.float8_e4m3fn), scale, scale
+    return (w / scale[..., None]).to(torch.float8_e4m3fn), scale
 
 
 def _int4(w: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:

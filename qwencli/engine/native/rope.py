@@ -7,6 +7,8 @@ Source: RoFormer (arXiv 2104.09864) in the half-split layout of the Qwen checkpo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -65,9 +67,22 @@ class Rope:
 
         One gather, no synchronisation; positions must be below what `reach` was asked for.
         """
-        rows = F.embedding(positions, self._flat_rows)
-        cos, sin = rows.view(*positions.shape, 2, 1, -1).unbind(2)
+        cos, sin = self._step_rows(positions)
         return cos, sin
+
+    def step_by_layer(self, positions: torch.Tensor, gains: torch.Tensor) -> Sequence[CosSin]:
+        """Those of `step` times what each layer's heads are multiplied with, [B, S, heads, D].
+
+        Args:
+            gains: `gains_of_halves`, [2, layers, heads, D].
+        """
+        cos, sin = self._step_rows(positions).unsqueeze(1) * gains[:, :, None, None]
+        return list(zip(cos.unbind(), sin.unbind(), strict=True))
+
+    def _step_rows(self, positions: torch.Tensor) -> torch.Tensor:
+        """[2, B, S, 1, D]."""
+        rows = F.embedding(positions, self._flat_rows)
+        return rows.view(*positions.shape, 2, 1, -1).movedim(2, 0)
 
     def _angles(self, angles: torch.Tensor) -> CosSin:
         cos, sin = angles.cos(), angles.sin()
@@ -88,6 +103,15 @@ def axis_of_frequency(shape: RopeShape, head_dim: int) -> torch.Tensor:
         axis[2 : 3 * columns : 3] = 2
         return axis
     return torch.repeat_interleave(torch.arange(3), torch.tensor(shape.sections))
+
+
+def gains_of_halves(gains: torch.Tensor) -> torch.Tensor:
+    """Gains [..., D] of heads -> [2, ..., D]: for the cosines, and for the sines.
+
+    rotate(x * gain, cos, sin) is rotate(x, cos * first, sin * second), because the sines meet the
+    head's other half.
+    """
+    return torch.stack((gains, gains.roll(gains.shape[-1] // 2, -1)))
 
 
 def rotate(

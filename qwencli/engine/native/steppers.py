@@ -17,6 +17,7 @@ from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.host_decoder import HostDecoder
 from qwencli.engine.native.kv_cache import StaticKVCache
+from qwencli.engine.native.kv_quantized import QuantizedKVCache
 from qwencli.engine.native.sampler import SamplerKind
 
 SMALLEST_BUCKET = 256
@@ -61,7 +62,8 @@ class EagerStepper:
 
 
 class HostStepper:
-    """The step of `HostDecoder`, over exactly the slots in use. `static` in float32 on the CPU."""
+    """The step of `HostDecoder`, over exactly the slots in use. `static` in float32 on the CPU,
+    where neither weights nor cache are quantized."""
 
     def __init__(self, state: DecodeState) -> None:
         model, cache = state.model, state.cache
@@ -166,7 +168,8 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 def decodes_on_host(state: DecodeState) -> bool:
     """Whether `HostDecoder` can run the model."""
     device, dtype = state.model.device.type, state.model.dtype
-    return device == "cpu" and dtype == torch.float32 and not state.model.quantized
+    plain = not state.model.quantized and not isinstance(state.cache, QuantizedKVCache)
+    return device == "cpu" and dtype == torch.float32 and plain
 
 
 def _static(state: DecodeState) -> Stepper:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qwencli.config import Cache, EngineConfig, EngineName, Kernels, Speculate
+from qwencli.config import Cache, EngineConfig, EngineName, Kernels, KVDType, Speculate
 from qwencli.engine.answer import Answer
 from qwencli.engine.device_memory import release
 from qwencli.engine.local import LocalEngine
@@ -40,6 +40,11 @@ class TransformersEngine(LocalEngine):
             raise UnsupportedModeError(
                 "--kernels triton cannot run on the transformers engine", "use --engine native"
             )
+        if self.config.kv_dtype is not KVDType.AUTO:
+            raise UnsupportedModeError(
+                f"--kv-dtype {self.config.kv_dtype} cannot run on the transformers engine",
+                "use --engine native",
+            )
         if self.config.speculate is not Speculate.OFF:
             raise UnsupportedModeError(
                 f"--speculate {self.config.speculate} cannot run on the transformers engine",
@@ -59,13 +64,15 @@ class TransformersEngine(LocalEngine):
         if plan.device.startswith("cuda"):
             torch.cuda.synchronize(plan.device)
         self._model = model
+        dtype = loading.effective_dtype(model)
         return RanModes(
             engine=EngineName.TRANSFORMERS.value,
             quantization=scheme_of(model),
             attention=loading.effective_attention(model),
             cache=str(self.config.cache),
             device=plan.device,
-            dtype=loading.effective_dtype(model),
+            dtype=dtype,
+            kv_dtype=dtype,
         )
 
     def _answer(self, answer: Answer) -> Iterator[GenerationChunk]:

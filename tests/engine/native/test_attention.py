@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwencli.config import Attention
+from qwencli.engine.native import flash_decode
 from qwencli.engine.native.attention import (
     ATTENTION,
     AttentionPlan,
@@ -131,3 +132,44 @@ def test_flash_attention_is_called_as_its_documentation_says(
     torch.testing.assert_close(flash(q, k, v, plan)[1, 1:], plain(q, k, v, 0, [0, 1])[1, 1:])
     step = AttentionPlan(3, None, lengths=torch.tensor([2, 2]), left_pads=pads)
     torch.testing.assert_close(flash(q[:, :1], k, v, step), plain(q[:, :1], k, v, 1, [0, 1]))
+
+
+def flash_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cum_seq_q: torch.Tensor,
+    cum_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+) -> tuple[torch.Tensor, ...]:
+    """torch's kernel for packed sequences, from its definition: q [N, H, D], k, v [M, KVH, D]."""
+    assert cum_seq_q.dtype == cum_seq_k.dtype == torch.int32 and not dropout_p and not is_causal
+    out = torch.zeros_like(q)
+    for (q0, q1), (k0, k1) in zip(
+        cum_seq_q.unfold(0, 2, 1).tolist(), cum_seq_k.unfold(0, 2, 1).tolist(), strict=True
+    ):
+        assert q1 - q0 <= max_q and k1 - k0 <= max_k
+        keys, values = (x[k0:k1].transpose(0, 1)[None] for x in (k, v))
+        row = plain(q[None, q0:q1], keys, values, k1 - k0 - 1, [0])
+        out[q0:q1] = row.view(q1 - q0, *q.shape[1:])
+    return out, torch.empty(0)
+
+
+def test_flash_decoding_sees_the_slots_that_the_device_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flash_decode, "forward", flash_forward)
+    data = SimpleNamespace(draw=lambda strategy: 3)
+    q, k, v = draw_case(data, 1, 1, 9)  # type: ignore[arg-type]
+    spans = flash_decode.Spans.on(CPU)
+    spans.slots[1] = 6  # the slots after it are another request's
+    got = ATTENTION[Attention.SDPA](q, k, v, AttentionPlan(10, None, spans=spans))
+    torch.testing.assert_close(got, plain(q, k, v, 5, [0]), atol=1e-5, rtol=1e-5)
+
+
+def test_only_a_gpu_has_torchs_flash_attention() -> None:
+    assert not flash_decode.can_flash_decode(32, 8, 128, torch.bfloat16, CPU)

@@ -7,7 +7,15 @@ import itertools
 
 import pytest
 
-from qwencli.config import Attention, Cache, DType, Quantization, SamplingOptions, Speculate
+from qwencli.config import (
+    Attention,
+    Cache,
+    DType,
+    KVDType,
+    Quantization,
+    SamplingOptions,
+    Speculate,
+)
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.speculation import TIMED_STEPS
 from qwencli.errors import UnsupportedModeError
@@ -78,6 +86,7 @@ def test_every_number_of_drafts_with_and_without_a_penalty(engines, speculate, p
         {"attention": Attention.EAGER},
         {"dtype": DType.BFLOAT16},
         {"quantization": Quantization.INT8},
+        {"kv_dtype": KVDType.INT8},
     ],
 )
 def test_other_ways_to_compute_a_step(checkpoint, settings):

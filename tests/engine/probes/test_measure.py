@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwencli.config import EngineConfig
+from qwencli.engine import limits, timing
 from qwencli.engine.probes.answers import EngineWork, Work
 from qwencli.engine.probes.measure import (
     attention,
@@ -15,7 +16,6 @@ from qwencli.engine.probes.measure import (
     launch_rate,
     linears,
     patches,
-    timing,
 )
 from qwencli.models.resolve import resolve_model
 
@@ -30,7 +30,7 @@ WORK = Work(
 def short(monkeypatch):
     monkeypatch.setattr(timing, "SAMPLE_S", 0.0005)
     monkeypatch.setattr(bandwidth, "DURATION_S", 0.01)
-    monkeypatch.setattr(bandwidth, "BYTES_ON_CPU", 1 << 22)
+    monkeypatch.setattr(limits, "LARGEST_BUFFER_ON_CPU", 1 << 22)
     monkeypatch.setattr(linears, "CACHE_BYTES", 1)
     monkeypatch.setattr(attention, "PREFILL_TOKENS", 8)
     monkeypatch.setattr(attention, "CACHED_TOKENS", 16)
@@ -117,11 +117,3 @@ def test_short_names():
     assert kernel_names.short(long) == "at::native::vectorized_elementwise_kernel"
     assert kernel_names.short("void (anonymous namespace)::softmax<1>(int)") == "softmax"
     assert kernel_names.short("nvjet_sm90_tst") == "nvjet_sm90_tst"
-
-
-@pytest.mark.parametrize(
-    ("spans", "length"),
-    [([], 0), ([(1, 3)], 2), ([(5, 6), (1, 3)], 3), ([(1, 4), (2, 3), (3, 6)], 5)],
-)
-def test_overlapping_kernels_keep_the_device_busy_once(spans, length):
-    assert kernel_names.covered(spans) == length

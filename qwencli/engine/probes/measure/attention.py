@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 
+from qwencli.engine.device_work import device_work
 from qwencli.engine.native import vision_attention
 from qwencli.engine.native.attention import AttentionPlan, decode_mask, sdpa
+from qwencli.engine.native.flash_decode import Spans, can_flash_decode
 from qwencli.engine.probes.answers import AttentionRun, AttentionRuns, Work
 from qwencli.engine.probes.ask import first_line
 from qwencli.engine.probes.measure.kernel_names import (
     attention_family,
     attention_kernels,
-    profile,
     short,
 )
-from qwencli.engine.probes.measure.timing import compute_dtype, seconds_per_call, still_works
+from qwencli.engine.timing import compute_dtype, seconds_per_call, still_works
 
 # A picture of 448 x 448 and a question; the cache a caption reaches; the patches of that picture.
 PREFILL_TOKENS, CACHED_TOKENS, PATCHES = 256, 1024, 784
@@ -38,8 +39,9 @@ def attention(device: str, work: Work) -> AttentionRuns:
 def _runs(device: str, work: Work) -> Iterator[AttentionRun]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    for phase, attend in _phases(device, work).items():
+    for phase, attend in _phases(device, work, chosen=True).items():
         yield _run(device, phase, "chosen", attend)
+    for phase, attend in _phases(device, work, chosen=False).items():
         for name, member in _BACKENDS.items():
             backend = getattr(SDPBackend, member, None)
             if backend is not None:
@@ -55,7 +57,7 @@ def _run(device: str, phase: str, backend: str, attend: Callable[[], object]) ->
             raise
         return AttentionRun(phase, backend, error=first_line(str(error)))
     # A backend that was forced and ran is known without its kernels.
-    seen = profile(device, attend) if backend == "chosen" else None
+    seen = device_work(device, attend) if backend == "chosen" else None
     names = seen.names if seen else ()
     return AttentionRun(
         phase,
@@ -66,8 +68,13 @@ def _run(device: str, phase: str, backend: str, attend: Callable[[], object]) ->
     )
 
 
-def _phases(device: str, work: Work) -> dict[str, Callable[[], object]]:
-    """The calls that the native engine makes, on random values."""
+def _phases(device: str, work: Work, *, chosen: bool) -> dict[str, Callable[[], object]]:
+    """The calls that the native engine makes without kernels of its own, on random values.
+
+    Args:
+        chosen: False makes them all `scaled_dot_product_attention`, which a backend can be forced
+            on.
+    """
     dtype = compute_dtype(device)
 
     def random(*size: int) -> torch.Tensor:
@@ -78,12 +85,17 @@ def _phases(device: str, work: Work) -> dict[str, Callable[[], object]]:
     token = random(1, 1, work.heads, work.head_dim)
     first_keys, first_values = (x[:, :, :PREFILL_TOKENS] for x in (keys, values))
     slots = torch.arange(CACHED_TOKENS, device=device)
-    mask = decode_mask(slots, slots[-2:-1], None, dtype)
+    plan = AttentionPlan(CACHED_TOKENS, decode_mask(slots, slots[-2:-1], None, dtype))
+    heads = (work.heads, work.kv_heads, work.head_dim)
+    if chosen and can_flash_decode(*heads, dtype, keys.device):
+        spans = Spans.on(keys.device)
+        spans.slots[1] = CACHED_TOKENS - 1
+        plan = AttentionPlan(CACHED_TOKENS, None, spans=spans)
     phases: dict[str, Callable[[], object]] = {
         "prefill": lambda: sdpa(
             prompt, first_keys, first_values, AttentionPlan(PREFILL_TOKENS, None)
         ),
-        "decode": lambda: sdpa(token, keys, values, AttentionPlan(CACHED_TOKENS, mask)),
+        "decode": lambda: sdpa(token, keys, values, plan),
     }
     if work.vision_heads and work.vision_head_dim:
         patches: Any = [

@@ -8,14 +8,10 @@ from typing import Any
 from qwencli.config import SamplingOptions
 from qwencli.engine.base import Engine, drain
 from qwencli.engine.device import memory_stats, reset_peak_memory
+from qwencli.engine.device_work import DeviceWork, device_work
 from qwencli.engine.factory import create_engine
 from qwencli.engine.probes.answers import EngineRun, EngineWork
-from qwencli.engine.probes.measure.kernel_names import (
-    Profile,
-    attention_kernels,
-    profile,
-    short,
-)
+from qwencli.engine.probes.measure.kernel_names import attention_kernels, short
 from qwencli.messages import GenerationRequest, ImagePart, user_message
 
 PICTURE_SIZE = 448
@@ -40,7 +36,7 @@ def engine_run(device: str, work: EngineWork) -> EngineRun:
         profiles = [_profile(engine, _request(work, tokens)) for tokens in PROFILED_TOKENS]
         ran, load_s = engine.ran, engine.load_s
     # What the two answers differ by are their decode steps: prompt and vision are equal.
-    short_one, seen = profiles
+    few, more = profiles
     steps = PROFILED_TOKENS[1] - PROFILED_TOKENS[0]
     itl = sorted(ms for result in results for ms in result.itl_ms)
     return EngineRun(
@@ -55,16 +51,16 @@ def engine_run(device: str, work: EngineWork) -> EngineRun:
         itl_p50_ms=statistics.median(itl),
         itl_p99_ms=itl[min(len(itl) - 1, round(0.99 * (len(itl) - 1)))],
         peak_allocated_bytes=memory.peak_allocated_bytes if memory else None,
-        gpu_busy_ms=(seen.busy_ms - short_one.busy_ms) / steps if seen and short_one else None,
-        kernels_per_token=(seen.count - short_one.count) / steps if seen and short_one else None,
-        attention_kernels=tuple(dict.fromkeys(map(short, attention_kernels(seen.names))))
-        if seen
+        gpu_busy_ms=(more.busy_ms - few.busy_ms) / steps if more and few else None,
+        kernels_per_token=(more.kernels - few.kernels) / steps if more and few else None,
+        attention_kernels=tuple(dict.fromkeys(map(short, attention_kernels(more.names))))
+        if more
         else (),
     )
 
 
-def _profile(engine: Engine, request: GenerationRequest) -> Profile | None:
-    return profile(engine.ran.device, lambda: drain(engine.stream(request)))
+def _profile(engine: Engine, request: GenerationRequest) -> DeviceWork | None:
+    return device_work(engine.ran.device, lambda: drain(engine.stream(request)))
 
 
 def _request(work: EngineWork, new_tokens: int | None = None) -> GenerationRequest:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from qwencli.engine.probes.answers import FlashAttention, Work
-from qwencli.engine.probes.measure.timing import compute_dtype, seconds_per_call
+from qwencli.engine.timing import compute_dtype, seconds_per_call
 
 TOKENS = 1024
 

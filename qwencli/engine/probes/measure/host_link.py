@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qwencli.engine.probes.answers import HostLink, Work
-from qwencli.engine.probes.measure.timing import sustained
+from qwencli.engine.timing import sustained
 
 BYTES = 1 << 27
 # Long enough for a link that saves power to train up to its full speed.

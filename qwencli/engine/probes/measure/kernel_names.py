@@ -1,61 +1,6 @@
-"""Which kernels a piece of work really ran, by the profiler's account."""
+"""Which kernels belong to which kind of attention, by their names."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-
-from qwencli.engine.probes.measure.timing import synchronize
-
-_NOT_KERNELS = ("Memcpy", "Memset")
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Names in the order of first use, how many ran, and how long the device was at it (ms)."""
-
-    names: tuple[str, ...]
-    count: int
-    busy_ms: float
-
-
-def profile(device: str, work: Callable[[], object]) -> Profile | None:
-    """What ran on the device during `work`; None where the profiler sees nothing there."""
-    from torch.autograd import DeviceType  # type: ignore[attr-defined]
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
-
-    if not device.startswith("cuda"):
-        return None
-    with torch_profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
-        work()
-        synchronize(device)
-    kernels = [
-        event
-        for event in recorded.events() or ()
-        if event.device_type == DeviceType.CUDA and not event.name.startswith(_NOT_KERNELS)
-    ]
-    if not kernels:
-        return None
-    return Profile(
-        names=tuple(dict.fromkeys(event.name for event in kernels)),
-        count=len(kernels),
-        busy_ms=covered([(e.time_range.start, e.time_range.end) for e in kernels]) / 1e3,
-    )
-
-
-def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """How much of a line the spans (start, end) cover together.
-
-    Kernels that are launched before the one in front has ended overlap it.
-    """
-    total, reached = 0.0, -math.inf
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
-
 
 # Word in a kernel's name -> the SDPA backend it belongs to; the first that fits. What attention
 # leaves behind besides (copies of masks, conversions) matches none.

@@ -10,7 +10,7 @@ import torch
 
 from qwencli.engine.probes.answers import LinearRun, LinearRuns, Work
 from qwencli.engine.probes.ask import first_line
-from qwencli.engine.probes.measure.timing import compute_dtype, seconds_per_call, still_works
+from qwencli.engine.timing import compute_dtype, seconds_per_call, still_works
 
 # More copies than a cache holds even at 4 bit, used in turn: decoding finds no weight there either.
 CACHE_BYTES = 200 << 20

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from qwencli.engine.device_work import device_work
 from qwencli.engine.probes.answers import PatchEmbedding, Work
-from qwencli.engine.probes.measure.kernel_names import profile, short
-from qwencli.engine.probes.measure.timing import compute_dtype, seconds_per_call
+from qwencli.engine.probes.measure.kernel_names import short
+from qwencli.engine.timing import compute_dtype, seconds_per_call
 
 # A picture of 448 x 448. A slow convolution takes 10 to 100 ms for that, which is long enough.
 PATCHES = 784
@@ -35,6 +36,6 @@ def patch_embedding(device: str, work: Work) -> PatchEmbedding:
 
         conv3d_s = seconds_per_call(device, convolve, samples=3)
         linear_s = seconds_per_call(device, lambda: F.linear(flat, matrix), samples=3)
-        seen = profile(device, convolve)
+        seen = device_work(device, convolve)
     names = tuple(short(name) for name in seen.names) if seen else ()
     return PatchEmbedding(PATCHES, conv3d_s * 1e3, linear_s * 1e3, names)

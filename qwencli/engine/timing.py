@@ -22,7 +22,7 @@ def seconds_per_call(device: str, work: Callable[[], object], samples: int = SAM
     once = _warm_seconds(device, work)
     if once >= LONG_S:
         return once
-    return statistics.median(_timed(device, work, _calls(once), samples))
+    return statistics.median(samples_s(device, work, _calls(once), samples))
 
 
 def _warm_seconds(device: str, work: Callable[[], object]) -> float:
@@ -45,11 +45,12 @@ def sustained(device: str, work: Callable[[], object], duration_s: float) -> flo
     until = time.monotonic() + duration_s
     times: list[float] = []
     while not times or time.monotonic() < until:
-        times += _timed(device, work, calls, 1)
+        times += samples_s(device, work, calls, 1)
     return min(times)
 
 
-def _timed(device: str, work: Callable[[], object], calls: int, samples: int) -> Iterator[float]:
+def samples_s(device: str, work: Callable[[], object], calls: int, samples: int) -> Iterator[float]:
+    """Time of one call in each of `samples` rows of `calls` calls."""
     for _ in range(samples):
         clock = Clock(device)
         for _ in range(calls):
