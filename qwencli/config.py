@@ -59,6 +59,20 @@ class KVDType(StrEnum):
     FP8 = "fp8"
 
 
+class Speculate(StrEnum):
+    """Tokens drafted for each greedy step; auto = as many as pay at the moment, or none."""
+
+    OFF = "off"
+    AUTO = "auto"
+    ONE = "1"
+    TWO = "2"
+    THREE = "3"
+    FOUR = "4"
+    FIVE = "5"
+    SIX = "6"
+    SEVEN = "7"
+
+
 class LoadMode(StrEnum):
     KEEP = "keep"
     RELOAD = "reload"
@@ -131,6 +145,7 @@ class EngineConfig:
         min_pixels, max_pixels: bounds on height x width after resizing; None = the model's own.
         max_seq_len: tokens (prompt and new) the cache must hold; "auto" = as many as fit, up to
             the model's limit; None = the engine's own choice.
+        speculate: tokens drafted from earlier text for each greedy step.
         allow_pickle: load .bin/.pt weights, which can run code; off unless asked for.
     """
 
@@ -147,6 +162,7 @@ class EngineConfig:
     min_pixels: int | None = None
     max_pixels: int | None = None
     max_seq_len: SeqLen | None = None
+    speculate: Speculate = Speculate.OFF
     offline: bool = False
     allow_pickle: bool = False
 

@@ -21,6 +21,8 @@ class RanModes:
         device: concrete, e.g. "cuda:0". dtype: of the weights that are not quantized.
         kv_dtype: of stored keys and values: "bfloat16", "int8", "fp8-e4m3", ...; None where an
             engine does not say.
+        speculate: "auto" or how many tokens each step drafted; "off", and why where it was asked
+            for.
     """
 
     engine: str
@@ -31,6 +33,30 @@ class RanModes:
     dtype: str
     kernels: str = "torch"
     kv_dtype: str | None = None
+    speculate: str = "off"
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """What drafted tokens did for one answer.
+
+    Args:
+        num_drafted: tokens that steps checked beside the one they would have chosen anyway.
+        num_accepted: those of them that became part of the answer.
+        net_gain: the time that plain steps would have taken over the time that these steps take:
+            below 1 speculation cost more than it gave. Both by what steps of each size take at
+            least on this engine, so that what else disturbed this answer does not count. None
+            where no plain step ran.
+    """
+
+    num_drafted: int
+    num_accepted: int
+    net_gain: float | None
+
+    @property
+    def accept_percent(self) -> float | None:
+        """None where nothing was drafted."""
+        return 100 * self.num_accepted / self.num_drafted if self.num_drafted else None
 
 
 @dataclass(frozen=True)
@@ -63,6 +89,10 @@ class GenerationResult:
         token_t_s: when each token was ready, on the host's `time.perf_counter` clock.
         token_gpu_ms: GPU time from the previous token to this one (None off CUDA);
             the first entry is the time from the start of the prefill.
+        speculation: None where nothing was drafted.
+
+    Tokens that one step chose together share its time in equal parts, in both lists: what counts
+    is how long a token took, and all of them are ready when the step ends.
     """
 
     text: str
@@ -74,6 +104,7 @@ class GenerationResult:
     ran: RanModes
     token_t_s: tuple[float, ...]
     token_gpu_ms: tuple[float, ...] | None
+    speculation: Speculation | None = None
 
     @property
     def num_new_tokens(self) -> int:

@@ -28,6 +28,7 @@ CELLS = (
     "bound",
     "mean_kl", "quality_samples",
     "kv_dtype",
+    "speculate", "accept_percent_median", "speculation_gain_median",
 )  # fmt: skip
 
 RUNS = (
@@ -44,6 +45,7 @@ RUNS = (
     "ran_kernels",
     "process",
     "ran_kv_dtype",
+    "ran_speculate", "num_drafted", "num_accepted", "accept_percent", "speculation_gain",
 )  # fmt: skip
 
 TOKENS = ("cell_id", "run", "token_index", "token_id", "t_s", "itl_ms", "gpu_ms")

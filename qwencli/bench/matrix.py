@@ -16,7 +16,16 @@ from pathlib import Path
 
 from qwencli.bench.repetition import Wanted
 from qwencli.bench.rules import skip_reason
-from qwencli.config import Attention, Cache, EngineName, Kernels, KVDType, LoadMode, Quantization
+from qwencli.config import (
+    Attention,
+    Cache,
+    EngineName,
+    Kernels,
+    KVDType,
+    LoadMode,
+    Quantization,
+    Speculate,
+)
 from qwencli.engine.device import DeviceFacts
 from qwencli.errors import BenchError, UsageError
 
@@ -30,6 +39,7 @@ AXES: Mapping[str, type[StrEnum] | None] = {
     "load_mode": LoadMode,
     "kernels": Kernels,
     "kv_dtype": KVDType,
+    "speculate": Speculate,
 }
 
 # What an axis is when neither the matrix nor the command line names it. `model` has no entry:
@@ -42,9 +52,14 @@ DEFAULT_AXES: Mapping[str, tuple[str, ...]] = {
     "load_mode": (LoadMode.KEEP,),
     "kernels": (Kernels.AUTO,),
     "kv_dtype": (KVDType.AUTO,),
+    "speculate": (Speculate.OFF,),
 }
 # Axes that older plans lack, with what they ran.
-NEWER_AXES: Mapping[str, str] = {"kernels": Kernels.AUTO, "kv_dtype": KVDType.AUTO}
+NEWER_AXES: Mapping[str, str] = {
+    "kernels": Kernels.AUTO,
+    "kv_dtype": KVDType.AUTO,
+    "speculate": Speculate.OFF,
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,7 @@ class BenchCell:
     load_mode: LoadMode
     kernels: Kernels = Kernels.AUTO
     kv_dtype: KVDType = KVDType.AUTO
+    speculate: Speculate = Speculate.OFF
     skip_reason: str | None = None
 
     def axes(self) -> dict[str, str]:
@@ -164,6 +180,7 @@ def expand(matrix: Matrix, default_model: str, facts: DeviceFacts) -> list[Bench
             load_mode=LoadMode(chosen["load_mode"]),
             kernels=Kernels(chosen["kernels"]),
             kv_dtype=KVDType(chosen["kv_dtype"]),
+            speculate=Speculate(chosen["speculate"]),
         )
         cells.append(replace(cell, skip_reason=skip_reason(cell, facts)))
     if not cells:

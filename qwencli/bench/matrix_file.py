@@ -1,7 +1,7 @@
 """Reads a matrix: one of the built-in ones by name, or a TOML file.
 
 [axes]                       # model, engine, quantization, attention, cache, load_mode, kernels,
-                             # kv_dtype
+                             # kv_dtype, speculate
 attention = ["sdpa", "eager"]
 
 [[exclude]]                  # drops the cells that match every line of the entry

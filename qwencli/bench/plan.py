@@ -77,6 +77,7 @@ class Plan:
                 cache=cell.cache,
                 kernels=cell.kernels,
                 kv_dtype=cell.kv_dtype,
+                speculate=cell.speculate,
                 device=settings.device,
                 dtype=settings.dtype,
                 load_format=settings.load_format,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from qwencli.config import Attention, Cache, EngineName, Kernels, KVDType, Quantization
+from qwencli.config import Attention, Cache, EngineName, Kernels, KVDType, Quantization, Speculate
 from qwencli.engine.device import DeviceFacts
 
 if TYPE_CHECKING:
@@ -51,6 +51,16 @@ def _kv_dtype(cell: BenchCell, facts: DeviceFacts) -> str | None:
     return None
 
 
+def _speculate(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    if cell.speculate is Speculate.OFF:
+        return None
+    if cell.engine is not EngineName.NATIVE:
+        return "drafted tokens need the native engine"
+    if cell.cache in (Cache.DYNAMIC, Cache.STATIC_COMPILE):
+        return f"{cell.cache} cannot check drafted tokens; static is the nearest"
+    return None
+
+
 def _graph(cell: BenchCell, facts: DeviceFacts) -> str | None:
     if cell.cache is Cache.STATIC_GRAPH and cell.engine is EngineName.TRANSFORMERS:
         return "static-graph needs the native engine; static-compile is the nearest here"
@@ -86,6 +96,7 @@ RULES: tuple[Rule, ...] = (
     _native,
     _kernels,
     _kv_dtype,
+    _speculate,
     _graph,
     _fp8,
     _flash,

@@ -22,6 +22,7 @@ from qwencli.config import (
     ModelSource,
     ModelSpec,
     Quantization,
+    Speculate,
 )
 
 
@@ -63,6 +64,7 @@ _ENUMS = {
     "dtype": DType,
     "kernels": Kernels,
     "kv_dtype": KVDType,
+    "speculate": Speculate,
     "load_format": LoadFormat,
 }
 

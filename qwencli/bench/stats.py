@@ -26,6 +26,7 @@ from qwencli.bench.stopping import (
     rule_of,
     stop_reason,
 )
+from qwencli.config import Speculate
 
 # Identical runs that differ by more than this in decode speed are not a measurement to quote.
 UNSTABLE_RATIO = 1.1
@@ -67,7 +68,8 @@ class CellData:
         return stop_reason(self.stop, self.progress)
 
     def numbers(self, column: str) -> list[float]:
-        return [float(row[column]) for row in self.measured if row[column]]
+        # Campaigns from before a column existed lack it.
+        return [float(row[column]) for row in self.measured if row.get(column)]
 
 
 def cell_rows(
@@ -123,7 +125,7 @@ def _cell_row(data: CellData) -> CellRow:
     status, reason = _status(data)
     speeds = data.numbers("decode_tok_per_s")
     ttft = data.numbers("ttft_s")
-    median = statistics.median(speeds) if speeds else None
+    median = _median(speeds)
     itl_p50_ms = percentile(data.itl_ms, 50)
     return {
         **{key: value for key, value in data.axes.items() if key != "skip_reason"},
@@ -134,7 +136,7 @@ def _cell_row(data: CellData) -> CellRow:
         "decode_tok_per_s_min": min(speeds, default=None),
         "decode_tok_per_s_max": max(speeds, default=None),
         "run_ratio_max_min": run_ratio(speeds),
-        "ttft_s_median": statistics.median(ttft) if ttft else None,
+        "ttft_s_median": _median(ttft),
         "itl_p50_ms": itl_p50_ms,
         "itl_p90_ms": percentile(data.itl_ms, 90),
         "itl_p99_ms": percentile(data.itl_ms, 99),
@@ -144,10 +146,21 @@ def _cell_row(data: CellData) -> CellRow:
         "processes": sum(runs > 0 for runs in data.progress.process_runs),
         "stop_reason": data.stopped,
         "noise_percent": noise_percent(speeds),
+        "accept_percent_median": _median(data.numbers("accept_percent")),
+        "speculation_gain_median": _median(data.numbers("speculation_gain")),
         **steadiness_columns(data.steady),
         **quality_columns(data.quality),
-        **roofline_columns(data.roofline, median, itl_p50_ms),
+        # Tokens of one step share its reading of the weights, so their rate says nothing of that.
+        **(
+            roofline_columns(data.roofline, median, itl_p50_ms)
+            if data.axes["speculate"] == Speculate.OFF
+            else roofline_columns(data.roofline, None, None)
+        ),
     }
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _status(data: CellData) -> tuple[str, str | None]:

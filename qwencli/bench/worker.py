@@ -41,7 +41,7 @@ from qwencli.errors import (
     UnsupportedModeError,
 )
 from qwencli.messages import GenerationRequest, ImagePart, user_message
-from qwencli.results import GenerationResult
+from qwencli.results import GenerationResult, Speculation
 
 MakeEngine = Callable[[EngineConfig], Engine]
 Emit = Callable[[dict[str, Any]], None]
@@ -186,7 +186,20 @@ def _result_columns(result: GenerationResult) -> dict[str, Any]:
         "ran_cache": result.ran.cache,
         "ran_kernels": result.ran.kernels,
         "ran_kv_dtype": result.ran.kv_dtype,
+        "ran_speculate": result.ran.speculate,
+        **_speculation_columns(result.speculation),
         "text_sha256": result.text_sha256,
+    }
+
+
+def _speculation_columns(speculation: Speculation | None) -> dict[str, Any]:
+    if speculation is None:
+        return {}
+    return {
+        "num_drafted": speculation.num_drafted,
+        "num_accepted": speculation.num_accepted,
+        "accept_percent": speculation.accept_percent,
+        "speculation_gain": speculation.net_gain,
     }
 
 

@@ -62,6 +62,7 @@ def bench(
     load_mode: Axis = None,
     kernels: Axis = None,
     kv_dtype: Axis = None,
+    speculate: Axis = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(metavar="AXIS=VALUE,...", help="Drop the cells that match; repeatable."),
@@ -145,6 +146,7 @@ def bench(
         "load_mode": load_mode,
         "kernels": kernels,
         "kv_dtype": kv_dtype,
+        "speculate": speculate,
     }
     request = BenchRequest(
         matrix=matrix,

@@ -29,6 +29,7 @@ from qwencli.config import (
     ModelSpec,
     Quantization,
     SamplingOptions,
+    Speculate,
     check_pixels,
     check_sampling,
     parse_seq_len,
@@ -109,6 +110,13 @@ class RunOptions:
     max_seq_len: Annotated[
         str | None,
         _model(metavar="N|auto", text="Most tokens of a request; auto: what fits."),
+    ] = None
+    speculate: Annotated[
+        Speculate | None,
+        _model(
+            metavar="off|auto|N",
+            text="Draft N tokens (1 to 7) from earlier text for each greedy step. Default: off.",
+        ),
     ] = None
     offline: Annotated[bool, _model("--offline", text="Never touch the network.")] = False
     allow_pickle: Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from qwencli.results import GenerationResult
+from qwencli.results import GenerationResult, Speculation
 
 
 def caption_record(result: GenerationResult, images: list[str], model: str) -> dict[str, Any]:
@@ -27,7 +27,16 @@ def caption_record(result: GenerationResult, images: list[str], model: str) -> d
         "num_new_tokens": result.num_new_tokens,
         "finish_reason": result.finish_reason,
         "timings": asdict(result.timings),
+        "speculate": result.ran.speculate,
+        "speculation": speculation_record(result.speculation),
     }
+
+
+def speculation_record(speculation: Speculation | None) -> dict[str, Any] | None:
+    """The object `speculation` of `--json`; None where nothing was drafted."""
+    if speculation is None:
+        return None
+    return {**asdict(speculation), "accept_percent": speculation.accept_percent}
 
 
 def stats_line(result: GenerationResult) -> str:
@@ -41,8 +50,16 @@ def stats_line(result: GenerationResult) -> str:
         f"({result.num_image_tokens} of images) | load {t.load_s:.2f} s, "
         f"preprocess {_ms(t.preprocess_s)}, {vision}prefill {_ms(t.prefill_s)}, "
         f"TTFT {_ms(t.ttft_s)} | {ran.engine}, {ran.quantization}, {ran.attention}, {ran.cache}, "
-        f"{ran.kernels}, {kv}{ran.dtype} on {ran.device}"
+        f"{ran.kernels}, {kv}{ran.dtype} on {ran.device}{_speculation(result)}"
     )
+
+
+def _speculation(result: GenerationResult) -> str:
+    found = result.speculation
+    if found is None:
+        return ""
+    gain = "-" if found.net_gain is None else f"{found.net_gain:.2f}"
+    return f" | {found.num_accepted} of {found.num_drafted} drafts accepted, gain {gain}"
 
 
 def _ms(seconds: float) -> str:

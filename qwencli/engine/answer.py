@@ -12,7 +12,14 @@ from qwencli.engine.clock import Clock, Mark
 from qwencli.engine.prompt import Prompt
 from qwencli.engine.sources import ModelFiles
 from qwencli.engine.tokenizer import StopStringBuffer
-from qwencli.results import FinishReason, GenerationChunk, GenerationResult, RanModes, Timings
+from qwencli.results import (
+    FinishReason,
+    GenerationChunk,
+    GenerationResult,
+    RanModes,
+    Speculation,
+    Timings,
+)
 
 
 @dataclass
@@ -47,7 +54,10 @@ class Answer:
         return bool(self.token_ids) and self.token_ids[-1] in self.stop_ids
 
     def add(self, token_id: int, mark: Mark) -> GenerationChunk:
-        """Append a token; a stop token ends the answer and is not part of its text."""
+        """Append a token; a stop token ends the answer and is not part of its text.
+
+        Tokens that were chosen together come with the same mark.
+        """
         self.token_ids.append(token_id)
         self.marks.append(mark)
         text = "" if self._at_stop_token else self._stops.push(self._detokenizer.push(token_id))
@@ -55,7 +65,12 @@ class Answer:
         return GenerationChunk(text, (token_id,))
 
     def finish(
-        self, clock: Clock, vision: Sequence[tuple[Mark, Mark]], ran: RanModes, load_s: float
+        self,
+        clock: Clock,
+        vision: Sequence[tuple[Mark, Mark]],
+        ran: RanModes,
+        load_s: float,
+        speculation: Speculation | None = None,
     ) -> GenerationChunk:
         """The last chunk, with the result. The device must have passed every mark.
 
@@ -65,8 +80,7 @@ class Answer:
         tail = self._stops.push(self._detokenizer.finish()) + self._stops.finish()
         self._text.append(tail)
         finish: FinishReason = "stop" if self.stopped else "length"
-        step_s = [clock.seconds(a, b) for a, b in itertools.pairwise([clock.origin, *self.marks])]
-        token_t_s = tuple(clock.host_s(mark) for mark in self.marks)
+        step_s, token_t_s = self._times(clock)
         result = GenerationResult(
             text="".join(self._text),
             token_ids=tuple(self.token_ids),
@@ -75,10 +89,26 @@ class Answer:
             num_image_tokens=self.prompt.num_image_tokens,
             timings=self._timings(clock, vision, step_s, token_t_s[0], load_s),
             ran=ran,
-            token_t_s=token_t_s,
+            token_t_s=tuple(token_t_s),
             token_gpu_ms=tuple(s * 1e3 for s in step_s) if ran.device.startswith("cuda") else None,
+            speculation=speculation,
         )
         return GenerationChunk(tail, (), result)
+
+    def _times(self, clock: Clock) -> tuple[list[float], list[float]]:
+        """Seconds of each token from the one before, and when it was ready."""
+        step_s: list[float] = []
+        ready_s: list[float] = []
+        before = clock.origin
+        for _, group in itertools.groupby(self.marks, key=id):
+            marks = list(group)
+            seconds = clock.seconds(before, marks[-1])
+            end = clock.host_s(marks[-1])
+            for left in reversed(range(len(marks))):
+                step_s.append(seconds / len(marks))
+                ready_s.append(end - left * seconds / len(marks))
+            before = marks[-1]
+        return step_s, ready_s
 
     def _timings(
         self,

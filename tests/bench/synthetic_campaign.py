@@ -18,6 +18,7 @@ MODES = {
     "load_mode": ("keep", "reload"),
     "kernels": ("auto",),
     "kv_dtype": ("auto",),
+    "speculate": ("off",),
     "model": ("qwen3-vl-4b", "qwen2.5-vl-7b"),
 }
 ENVIRONMENT = {

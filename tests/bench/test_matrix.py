@@ -78,6 +78,8 @@ def test_cell_id_is_readable_and_does_not_change(cpu):
         ({**TRANSFORMERS, "cache": "static-graph"}, "static-compile is the nearest"),
         ({**TRANSFORMERS, "quantization": "fp8"}, "8bit is the nearest"),
         ({"attention": "flash_attention_2"}, "needs a CUDA device"),
+        ({**TRANSFORMERS, "speculate": "auto"}, "drafted tokens need the native engine"),
+        ({"engine": "native", "speculate": "3"}, "dynamic cannot check drafted tokens"),
         (
             {**TRANSFORMERS, "quantization": "4bit", "cache": "static-compile"},
             "does not compile a bitsandbytes",

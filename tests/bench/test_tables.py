@@ -19,6 +19,7 @@ CELL = {
     "load_mode": "keep",
     "kernels": "auto",
     "kv_dtype": "auto",
+    "speculate": "off",
     "status": "ok",
     "reason": None,
     "decode_tok_per_s_median": 123.456,
@@ -76,7 +77,7 @@ def test_every_axis_varying_still_fits():
     other = {
         "model": "qwen2.5-vl-72b-instruct", "engine": "native", "quantization": "4bit",
         "attention": "eager", "cache": "static-compile", "load_mode": "reload",
-        "kernels": "torch", "kv_dtype": "int8",
+        "kernels": "torch", "kv_dtype": "int8", "speculate": "auto",
     }  # fmt: skip
     text = render(terminal_table([CELL, {**CELL, **other, "ttft_s_median": 117.85}]))
     assert max(map(len, text.splitlines())) <= 80

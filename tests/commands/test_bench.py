@@ -101,7 +101,7 @@ def test_every_option_reaches_the_request(asked):
     assert request.axes == {
         "model": "a,b", "engine": "transformers", "quantization": "4bit", "attention": "sdpa",
         "cache": "static", "load_mode": "reload", "kernels": None,
-        "kv_dtype": None,
+        "kv_dtype": None, "speculate": None,
     }  # fmt: skip
     assert request.images == ("x.png", "y.png")
     assert request.repetition == Wanted(None, 2.0, 4, 8, 9.0, 3)

@@ -260,3 +260,40 @@ def test_offline_never_asks_the_hub(pictures, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert run(["caption", pictures[0], "--model", "Qwen/No-Such-Model", "--offline"]) == 1
     assert "--offline" in capsys.readouterr().err
+
+
+def test_json_says_what_drafted_tokens_did(caption, pictures, capsys):
+    arguments = ("--engine", "native", "--greedy", "--max-new-tokens", "40", "--json")
+    records = []
+    for speculate in ("off", "3"):
+        assert caption(pictures[0], *arguments, "--speculate", speculate) == 0
+        records.append(json.loads(capsys.readouterr().out))
+    plain, drafted = records
+    assert drafted["caption"] == plain["caption"]
+    assert (plain["speculate"], plain["speculation"]) == ("off", None)
+    assert drafted["speculate"] == "3"
+    found = drafted["speculation"]
+    assert set(found) == {"num_drafted", "num_accepted", "net_gain", "accept_percent"}
+    assert found["num_drafted"] > 0 and found["net_gain"] > 0
+
+
+def test_the_statistics_line_says_what_drafted_tokens_did(caption, pictures, capsys):
+    arguments = ("--engine", "native", "--greedy", "--max-new-tokens", "40", "--stats")
+    assert caption(pictures[0], *arguments, "--speculate", "auto") == 0
+    assert re.search(r"\d+ of \d+ drafts accepted, gain [\d.]+", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--speculate", "auto"), "--speculate auto cannot run on the transformers engine"),
+        (("--engine", "native", "--speculate", "2", "--cache", "dynamic"), "--cache dynamic"),
+        (("--speculate", "9"), "--speculate"),
+    ],
+)
+def test_where_nothing_can_be_drafted_one_line_says_why(
+    caption, pictures, capsys, arguments, message
+):
+    assert caption(pictures[0], *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error

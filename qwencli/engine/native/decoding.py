@@ -153,23 +153,23 @@ class DecodeState:
 
     def verify_masked(self, kind: SamplerKind, size: int, kv_len: int) -> None:
         """`verify` over the first `kv_len` slots, at least one more than the step can take."""
-        if self.model.step_ops.any_length:
-            self.verify(kind, size, AttentionPlan(kv_len, None))
-            return
-        own = self.slot + torch.arange(size, device=self.model.device)
-        mask = decode_mask(self.slots[:kv_len], own, None, self.model.dtype)
-        lengths = (self.slot + size).to(torch.int32)
-        self.verify(kind, size, AttentionPlan(kv_len, mask, lengths))
+        self.verify(kind, size, self._plan(size, kv_len))
 
     def advance_masked(self, kind: SamplerKind, kv_len: int) -> None:
         """One step that reads the first `kv_len` slots and hides those not yet written."""
-        if self.model.step_ops.any_length:
-            self.advance(kind, AttentionPlan(kv_len, None))
-            return
-        self._lengths.copy_(self.slot + 1)
+        self.advance(kind, self._plan(1, kv_len))
+
+    def _plan(self, size: int, kv_len: int) -> AttentionPlan:
+        """What `size` tokens from `slot` on see of the first `kv_len` slots."""
+        model = self.model
+        if model.step_ops.any_length:
+            return AttentionPlan(kv_len, None)
+        self._lengths.copy_(self.slot + size)
         # Compiled, attention is one of the operators that torch may fuse.
-        if self.model.flash_decode and not torch.compiler.is_compiling():
-            self.advance(kind, AttentionPlan(kv_len, None, self._lengths, spans=self._spans))
-            return
-        mask = decode_mask(self.slots[:kv_len], self.slot, None, self.model.dtype)
-        self.advance(kind, AttentionPlan(kv_len, mask, self._lengths))
+        if size == 1 and model.flash_decode and not torch.compiler.is_compiling():
+            return AttentionPlan(kv_len, None, self._lengths, spans=self._spans)
+        own = self.slot
+        if size > 1:
+            own = own + torch.arange(size, device=model.device)
+        mask = decode_mask(self.slots[:kv_len], own, None, model.dtype)
+        return AttentionPlan(kv_len, mask, self._lengths)

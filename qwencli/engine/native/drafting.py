@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import torch
 
+from qwencli.config import Speculate
 from qwencli.engine.native.decoder_ops import Choice, Drafts
 
 Tensor = torch.Tensor
 
-# Tokens of a step at most: one that is known, and seven drafts.
-MOST_FED = 8
+# Tokens of a step at most: one that is known, and the drafts.
+MOST_FED = 1 + int(Speculate.SEVEN)
 # Tokens at the end that are looked for; the longest match counts, and of those the last.
 LONGEST_NGRAM = 3
 

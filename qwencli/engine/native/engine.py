@@ -7,21 +7,32 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from qwencli.config import Cache, DType, EngineConfig, EngineName, LoadFormat, Quantization
+from qwencli.config import (
+    Cache,
+    DType,
+    EngineConfig,
+    EngineName,
+    LoadFormat,
+    Quantization,
+    Speculate,
+)
 from qwencli.engine.answer import Answer
 from qwencli.engine.device_memory import release
 from qwencli.engine.host import host_memory
 from qwencli.engine.local import LocalEngine
 from qwencli.engine.native import weights
 from qwencli.engine.native.decoding import DecodeState
+from qwencli.engine.native.drafting import MOST_FED
 from qwencli.engine.native.generating import Generation
 from qwencli.engine.native.kernel_choice import fused_for, resolve_kernels
 from qwencli.engine.native.kv_quantized import resolve_kv
 from qwencli.engine.native.memory_plan import MemoryPlan, plan_memory
 from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.paces import Speculator
 from qwencli.engine.native.quiet_host import freeze_what_is_loaded
 from qwencli.engine.native.steppers import STEPPERS
 from qwencli.engine.native.supported import check_supported
+from qwencli.engine.native.verifying import VERIFIERS, WHY_NOT
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
 from qwencli.engine.sources import ModelFiles
 from qwencli.errors import UnsupportedModeError
@@ -59,6 +70,11 @@ class NativeEngine(LocalEngine):
     def _load(self, files: ModelFiles) -> RanModes:
         device = resolve_device(self.config.device)
         cache = self._cache_mode(device)
+        if self.config.speculate is not Speculate.OFF and cache in WHY_NOT:
+            raise UnsupportedModeError(
+                f"--speculate {self.config.speculate} with --cache {cache}: {WHY_NOT[cache]}",
+                nearest=f"--cache {Cache.STATIC}",
+            )
         attention = resolve_attention(self.config.attention, device)
         kernels = resolve_kernels(self.config.kernels, device, cache)
         kv = resolve_kv(self.config.kv_dtype, cache, kernels, device)
@@ -87,8 +103,10 @@ class NativeEngine(LocalEngine):
             kept = None if mode is Quantization.NONE else cache_file(files.folder, mode, dtype)
             loaded = weights.load(files.folder, shape, torch_dtype, place, mode, packed, kept)
         self._warnings = () if loaded.warning is None else (loaded.warning,)
-        # One slot more than anybody may ask for: graph capture needs a place to write.
-        slots = self._plan.max_seq_len + 1
+        # More slots than anybody may ask for: graph capture needs a place to write, and so do
+        # drafts that turn out wrong.
+        drafting = self.config.speculate is not Speculate.OFF
+        slots = self._plan.max_seq_len + 1 + (MOST_FED if drafting else 0)
         with torch.inference_mode():
             fused = fused_for(kernels, self.config.attention)
             model = QwenModel(shape, loaded, slots, attention, fused, kv)
@@ -101,10 +119,13 @@ class NativeEngine(LocalEngine):
                 dtype=dtype.value,
                 kernels=kernels.value,
                 kv_dtype=dtype.value if kv is None else kv.value,
+                speculate=self.config.speculate.value,
             )
             store = model.dynamic_cache() if cache is Cache.DYNAMIC else model.static_cache()
-            state = DecodeState(model, store, slots)
-            self._generation = Generation(model, state, STEPPERS[cache](state), ran)
+            state = DecodeState(model, store, slots, with_drafts=drafting)
+            self._generation = Generation(
+                model, state, STEPPERS[cache](state), ran, self._speculator(state, cache)
+            )
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
         freeze_what_is_loaded()
@@ -134,6 +155,11 @@ class NativeEngine(LocalEngine):
                 nearest=Cache.STATIC.value,
             )
         return wanted
+
+    def _speculator(self, state: DecodeState, cache: Cache) -> Speculator | None:
+        if self.config.speculate is Speculate.OFF:
+            return None
+        return Speculator(VERIFIERS[cache](state), state, self.config.speculate)
 
     def _answer(self, answer: Answer) -> Iterator[GenerationChunk]:
         assert self._generation is not None, "load() comes first"

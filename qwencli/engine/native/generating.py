@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
-from qwencli.config import Cache
+from qwencli.config import Cache, SamplingParams
 from qwencli.engine.answer import Answer
 from qwencli.engine.clock import Clock, Mark
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.paces import Pace, PlainPace, Speculator
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
 from qwencli.engine.native.quiet_host import quiet_host
-from qwencli.engine.native.sampler import kind_of
+from qwencli.engine.native.sampler import LIKELIEST, kind_of
 from qwencli.engine.native.session import (
     CachedSequence,
     FeatureCache,
@@ -32,7 +34,11 @@ RUN_AHEAD = 8
 
 
 class Generation:
-    """Answers requests with one model, its caches and its stepper; lives as long as they do."""
+    """Answers requests with one model, its caches and its stepper; lives as long as they do.
+
+    Args:
+        speculator: answers greedy requests in the stepper's place; None = no speculation.
+    """
 
     def __init__(
         self,
@@ -40,11 +46,14 @@ class Generation:
         state: DecodeState,
         stepper: Stepper,
         ran: RanModes,
+        speculator: Speculator | None = None,
     ) -> None:
         self._model, self._state, self._stepper, self._ran = model, state, stepper, ran
+        self._speculator = speculator
         self._sequence = CachedSequence(state.cache)
         self._features = FeatureCache()
-        self._readback = Readback(ran.device, len(state.slots))
+        width = 1 if state.drafts is None else len(state.drafts.record)
+        self._readback = Readback(ran.device, len(state.slots), width)
 
     def forget(self) -> None:
         """Drop everything kept from earlier requests."""
@@ -105,11 +114,12 @@ class Generation:
         keys = keys_of(answer.prompt, digests)
         with torch.inference_mode():
             state.kind = kind_of(answer.sampling)
-            self._stepper.prepare(first_slot, first_slot + steps)
+            pace, ran = self._pace(answer.sampling)
+            pace.begin(clock, first_slot, first_slot + steps)
         try:
             vision = self._prefill(answer, keys, digests, clock)
             with quiet_host():
-                for token_id, mark in self._decode(clock, first_slot, steps):
+                for token_id, mark in self._decode(clock, pace, steps):
                     yield answer.add(token_id, mark)
                     if answer.stopped:
                         break
@@ -119,53 +129,79 @@ class Generation:
             raise
         # The last token has not been fed, so its slot is not written.
         self._sequence.remember([*keys, *answer.token_ids[:-1]])
-        yield answer.finish(clock, vision, self._ran, load_s)
+        yield answer.finish(clock, vision, ran, load_s, pace.result())
 
-    def _decode(self, clock: Clock, first_slot: int, steps: int) -> Iterator[tuple[int, Mark]]:
-        """The first token and those of `steps` steps, as the host gets to read them."""
+    def _pace(self, sampling: SamplingParams) -> tuple[Pace, RanModes]:
+        """How this request takes its steps, and the modes that are then true."""
+        if self._speculator is None:
+            return PlainPace(self._stepper, self._state), self._ran
+        if kind_of(sampling) not in LIKELIEST:
+            # A drawn token is not known to be right before it is drawn.
+            ran = replace(self._ran, speculate="off: sampling")
+            return PlainPace(self._stepper, self._state), ran
+        return self._speculator.pace(), self._ran
+
+    def _decode(self, clock: Clock, pace: Pace, steps: int) -> Iterator[tuple[int, Mark]]:
+        """The first token and `steps` more, as the host gets to read them.
+
+        Tokens that one step chose come with the same mark.
+        """
         readback = self._readback
         readback.begin()
         with torch.inference_mode():
             readback.store(self._state.token, clock)
-        enqueued = 0
-        for delivered in range(steps + 1):
+        # Every step gives a token at least.
+        unread, given, read = 1, 0, 0
+        while given <= steps:
             with torch.inference_mode():
-                while enqueued < min(steps, delivered + readback.run_ahead):
-                    self._stepper.run(first_slot + enqueued)
-                    readback.store(self._state.token, clock)
-                    enqueued += 1
-            yield readback.read(delivered)
+                while unread <= readback.run_ahead and given + unread <= steps:
+                    readback.store(pace.step(), clock)
+                    unread += 1
+            values, mark = readback.read(read)
+            unread, read = unread - 1, read + 1
+            if read > 1:
+                values = pace.tokens(values, readback.mark(read - 2), mark)
+            for token in values:
+                yield token, mark
+                given += 1
 
 
 class Readback:
-    """Token ids on their way from the device to the host."""
+    """What steps have chosen, on its way from the device to the host.
 
-    def __init__(self, device: str, capacity: int) -> None:
+    Args:
+        capacity: steps of a request at most. width: numbers of a step at most.
+    """
+
+    def __init__(self, device: str, capacity: int, width: int) -> None:
         self._cuda = device.startswith("cuda")
         # A host that runs the steps itself has nothing to run ahead of.
         self.run_ahead = RUN_AHEAD if self._cuda else 0
         self._pinned: list[torch.Tensor] = []
         if self._cuda:
-            ids = torch.zeros(capacity, dtype=torch.int64, pin_memory=True)
-            self._pinned = list(torch.split(ids, 1))
-        self._tokens: list[torch.Tensor | int] = []
+            ids = torch.zeros(capacity, width, dtype=torch.int64, pin_memory=True)
+            self._pinned = list(ids)
+        self._stored: list[torch.Tensor | list[int]] = []
         self._marks: list[Mark] = []
 
     def begin(self) -> None:
-        self._tokens, self._marks = [], []
+        self._stored, self._marks = [], []
 
-    def store(self, token: torch.Tensor, clock: Clock) -> None:
-        """Start copying `token` [1] to the host, and mark when it is there."""
+    def store(self, values: torch.Tensor, clock: Clock) -> None:
+        """Start copying `values` [up to width] to the host, and mark when they are there."""
         if self._cuda:
-            row = self._pinned[len(self._tokens)]
-            self._tokens.append(row.copy_(token, non_blocking=True))
+            row = self._pinned[len(self._stored)][: len(values)]
+            self._stored.append(row.copy_(values, non_blocking=True))
         else:
-            self._tokens.append(int(token))
+            self._stored.append(values.tolist())
         self._marks.append(clock.mark())
 
-    def read(self, index: int) -> tuple[int, Mark]:
-        """Wait until token `index` is on the host; returns it and its mark."""
-        mark = self._marks[index]
+    def mark(self, index: int) -> Mark:
+        return self._marks[index]
+
+    def read(self, index: int) -> tuple[list[int], Mark]:
+        """Wait until what was stored as number `index` is on the host; returns it and its mark."""
+        mark, stored = self._marks[index], self._stored[index]
         if self._cuda:
             mark.synchronize()
-        return int(self._tokens[index]), mark
+        return stored if isinstance(stored, list) else stored.tolist(), mark

@@ -94,30 +94,64 @@ class CompiledStepper:
         self._step(self._state.kind, bucket_for(slot, len(self._state.slots)))
 
 
-class GraphStepper:
-    """The step as a CUDA graph per kind of sampling and, but for kernels that read the length on
-    the device, per length class. `static-graph`.
-
-    Graphs share one memory pool: they never run at the same time, and nothing but the state's
-    buffers outlives a replay.
+class GraphPool:
+    """CUDA graphs of steps by key. They share one memory pool: they never run at the same time,
+    and nothing but the state's buffers outlives a replay.
     """
 
     def __init__(self, state: DecodeState) -> None:
         self._state = state
-        self._graphs: dict[tuple[SamplerKind, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         # cuBLAS keeps a workspace per stream for good, so one stream serves all captures.
         self._stream = _capture_stream(state.model.device)
 
+    def capture(self, key: tuple[object, ...], step: Callable[[], None], size: int = 1) -> None:
+        """Capture `step`, which takes up to `size` slots, unless that is done. Overwrites the
+        state."""
+        if key in self._graphs:
+            return
+        state = self._state
+        # What the warm-up writes must not land on keys and values that are in use, and once the
+        # answer has ended steps stay where they are.
+        state.slot.fill_(len(state.slots) - size)
+        state.done.fill_(True)
+        stream, current = self._stream, torch.cuda.current_stream(state.model.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            # cuBLAS and the allocator set themselves up here and not in the graph.
+            for _ in range(2):
+                step()
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            step()
+        self._graphs[key] = graph
+
+    def replay(self, key: tuple[object, ...]) -> None:
+        self._graphs[key].replay()
+
+
+class GraphStepper:
+    """The step as a CUDA graph per kind of sampling and, but for kernels that read the length on
+    the device, per length class. `static-graph`.
+    """
+
+    def __init__(self, state: DecodeState) -> None:
+        self._state = state
+        self._graphs = GraphPool(state)
+
     def prepare(self, first_slot: int, last_slot: int) -> None:
         """Capture the graphs that are missing. Overwrites the state: comes before `begin`."""
+        kind = self._state.kind
         for bucket in self._buckets(first_slot, last_slot):
-            key = (self._state.kind, bucket)
-            if key not in self._graphs:
-                self._graphs[key] = self._capture(*key)
+            self._graphs.capture((kind, bucket), self._step(kind, bucket))
 
     def run(self, slot: int) -> None:
-        self._graphs[self._state.kind, self._buckets(slot, slot)[0]].replay()
+        self._graphs.replay((self._state.kind, self._buckets(slot, slot)[0]))
+
+    def _step(self, kind: SamplerKind, bucket: int) -> Callable[[], None]:
+        return lambda: self._state.advance_masked(kind, bucket)
 
     def _buckets(self, first_slot: int, last_slot: int) -> list[int]:
         whole = len(self._state.slots)
@@ -125,35 +159,21 @@ class GraphStepper:
             return [whole]
         return buckets_between(first_slot, last_slot, whole)
 
-    def _capture(self, kind: SamplerKind, bucket: int) -> torch.cuda.CUDAGraph:
-        state = self._state
-        # What the warm-up writes must not land on keys and values that are in use.
-        state.slot.fill_(len(state.slots) - 1)
-        stream, current = self._stream, torch.cuda.current_stream(state.model.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            # cuBLAS and the allocator set themselves up here and not in the graph.
-            for _ in range(2):
-                state.advance_masked(kind, bucket)
-                state.slot.fill_(len(state.slots) - 1)
-                state.step.zero_()
-        current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            state.advance_masked(kind, bucket)
-        return graph
-
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def _static(state: DecodeState) -> Stepper:
+def decodes_on_host(state: DecodeState) -> bool:
+    """Whether `HostDecoder` can run the model."""
     device, dtype = state.model.device.type, state.model.dtype
     plain = not state.model.quantized and not isinstance(state.cache, QuantizedKVCache)
-    on_host = device == "cpu" and dtype == torch.float32 and plain
-    return HostStepper(state) if on_host else EagerStepper(state)
+    return device == "cpu" and dtype == torch.float32 and plain
+
+
+def _static(state: DecodeState) -> Stepper:
+    return HostStepper(state) if decodes_on_host(state) else EagerStepper(state)
 
 
 STEPPERS: Mapping[Cache, Callable[[DecodeState], Stepper]] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qwencli.config import Cache, EngineConfig, EngineName, Kernels, KVDType
+from qwencli.config import Cache, EngineConfig, EngineName, Kernels, KVDType, Speculate
 from qwencli.engine.answer import Answer
 from qwencli.engine.device_memory import release
 from qwencli.engine.local import LocalEngine
@@ -43,6 +43,11 @@ class TransformersEngine(LocalEngine):
         if self.config.kv_dtype is not KVDType.AUTO:
             raise UnsupportedModeError(
                 f"--kv-dtype {self.config.kv_dtype} cannot run on the transformers engine",
+                "use --engine native",
+            )
+        if self.config.speculate is not Speculate.OFF:
+            raise UnsupportedModeError(
+                f"--speculate {self.config.speculate} cannot run on the transformers engine",
                 "use --engine native",
             )
         self._model: Any = None

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from qwencli.config import Quantization
+from qwencli.config import Quantization, SamplingParams
 from qwencli.engine.kernels import fused_ops as fused_module
 from qwencli.engine.kernels.tiles import AttentionTiles
 from qwencli.engine.native.attention import AttentionPlan, decode_mask
+from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.model import Fused, QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
-from tests.engine.kernels.test_fused_ops import OWN, TORCH_ATTENTION, model_of, prompt_of
+from qwencli.engine.native.sampler import SamplerKind
+from tests.engine.kernels.test_fused_ops import OWN, SLOTS, TORCH_ATTENTION, model_of, prompt_of
 
 MOST = 1e-4
 
@@ -104,3 +106,32 @@ def test_several_tokens_through_quantized_matrices(quantization: Quantization) -
     plain = logits_of(model_of(shape, None, quantization), [prompt_of(5)], tokens, 1)
     own = logits_of(model_of(shape, OWN, quantization), [prompt_of(5)], tokens, 4)
     assert relative(own, plain) < MOST
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("fused", [OWN, TORCH_ATTENTION])
+def test_checked_steps_choose_and_draft_what_the_plain_operators_do(
+    fused: Fused, penalty: float
+) -> None:
+    prompt = [5, 6, 7, 5, 6, 7, 5, 6]
+    sampling = SamplingParams(do_sample=False, repetition_penalty=penalty, max_new_tokens=25)
+    states = []
+    for ops in (None, fused):
+        model = model_of(config(4, 2, 64), ops)
+        inputs = model.prepare([Prompt(prompt)])
+        state = DecodeState(model, model.static_cache(), SLOTS, with_drafts=True)
+        state.begin(sampling, inputs.ids[0], [], inputs.next_positions)
+        state.kind = SamplerKind.GREEDY
+        state.choose_first(model.prefill(inputs, state.cache))
+        states.append(state)
+    plain, own = states
+    for size in (1, 4, 8, 2, 5, 8, 8, 8):
+        for state in states:
+            state.verify_masked(state.kind, size, len(prompt) + 40)
+        assert plain.drafts is not None and own.drafts is not None
+        assert torch.equal(plain.drafts.record[: 2 + size], own.drafts.record[: 2 + size])
+        assert torch.equal(plain.drafts.fed, own.drafts.fed)
+        for name in ("token", "slot", "position", "step", "done"):
+            assert torch.equal(getattr(plain, name), getattr(own, name)), name
+        assert torch.equal(plain.sampler.seen, own.sampler.seen)

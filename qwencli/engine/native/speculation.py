@@ -1,0 +1,105 @@
+"""How many tokens the next step should check, so that speculation pays or stays away.
+
+With a chance p that a draft is right, a step of n tokens gives (1 - p^n) / (1 - p) of them on
+average (Leviathan et al. 2023, arXiv 2211.17192, equation 1). What a step of n tokens costs is
+measured as steps run. The size with the most tokens a second is taken, and 1 is a plain step.
+
+Plain steps draft as well and see whether the first draft was right, so a text that begins to repeat
+itself is noticed without paying for it. Knows neither models nor devices.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from qwencli.results import Speculation
+
+# What older drafts count for after each step: the last dozen or so say what the text is like.
+FORGET = 0.9
+# Before anything is known: one draft in three is right.
+PRIOR_HITS, PRIOR_DRAFTS = 1.0, 3.0
+# Steps after which the cost of a size is known: the first ones are often slow.
+TIMED_STEPS = 8
+
+
+class StepCosts:
+    """Seconds that a step takes by its size, undisturbed: the least of those timed. Lives as long
+    as the engine."""
+
+    def __init__(self) -> None:
+        self._least: dict[int, float] = {}
+        self._timed: Counter[int] = Counter()
+
+    def add(self, size: int, seconds: float) -> None:
+        self._least[size] = min(seconds, self._least.get(size, seconds))
+        self._timed[size] += 1
+
+    def known(self, size: int) -> bool:
+        return self._timed[size] >= TIMED_STEPS
+
+    def seconds(self, size: int) -> float | None:
+        """None for a size that has not run."""
+        return self._least.get(size)
+
+
+class Sizes:
+    """Chooses the sizes of one request's steps and counts what came of them.
+
+    Args:
+        sizes: that steps may have, ascending from 1. With two of them the larger is always taken
+            once it is known what plain steps cost.
+        adaptive: whether a size has to pay.
+    """
+
+    def __init__(self, sizes: Sequence[int], adaptive: bool, costs: StepCosts) -> None:
+        assert sizes[0] == 1, "a plain step is what the others are measured by"
+        self.all, self._adaptive, self._costs = sizes, adaptive, costs
+        self._hits, self._tried = PRIOR_HITS, PRIOR_DRAFTS
+        self._steps: Counter[int] = Counter()
+        self._tokens = 0
+
+    def next(self) -> int:
+        plain = self._costs.seconds(1)
+        if plain is None or not self._costs.known(1):
+            return 1
+        if not self._adaptive:
+            return self.all[-1]
+        rates: dict[int, float] = {}
+        cost = plain
+        for size in self.all:
+            # A step costs no less than a smaller one: good enough to try a size that is not known.
+            if self._costs.known(size):
+                cost = self._costs.seconds(size) or cost
+            rates[size] = self._expected(size) / cost
+        return max(self.all, key=lambda size: (rates[size], -size))
+
+    def learn(self, size: int, hits: int, taken: int, seconds: float) -> None:
+        """A step of `size` tokens took `seconds`.
+
+        Args:
+            hits: drafts in a row that were right; a plain step looks at one.
+            taken: tokens that it gave the answer.
+        """
+        self._costs.add(size, seconds)
+        checked = max(size - 1, 1)
+        self._hits = FORGET * self._hits + hits
+        self._tried = FORGET * self._tried + min(hits + 1, checked)
+        self._steps[size] += 1
+        self._tokens += taken
+
+    def result(self) -> Speculation:
+        plain = self._costs.seconds(1)
+        drafted = sum((size - 1) * steps for size, steps in self._steps.items())
+        gain = None
+        if plain is not None:
+            seconds = sum(
+                steps * (self._costs.seconds(size) or plain) for size, steps in self._steps.items()
+            )
+            gain = self._tokens * plain / seconds if seconds > 0 else None
+        return Speculation(drafted, self._tokens - self._steps.total(), gain)
+
+    def _expected(self, size: int) -> float:
+        """Tokens of a step of `size`."""
+        right = min(self._hits / self._tried, 1.0)
+        return float(sum(right**n for n in range(size)))

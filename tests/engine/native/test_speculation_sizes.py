@@ -1,0 +1,82 @@
+"""How many tokens a step checks, as drafts turn out right or wrong and steps cost more or less."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwencli.engine.native.speculation import TIMED_STEPS, Sizes, StepCosts
+
+SIZES = (1, 2, 4, 8)
+
+
+def run(
+    sizes: Sizes, chance: float, cost: dict[int, float], steps: int, seed: int = 1
+) -> list[int]:
+    """Sizes taken by steps whose drafts are right with `chance`."""
+    generator = random.Random(seed)
+    taken = []
+    for _ in range(steps):
+        size = sizes.next()
+        checked = max(size - 1, 1)
+        hits = 0
+        while hits < checked and generator.random() < chance:
+            hits += 1
+        tokens = 1 + hits if size > 1 else 1
+        sizes.learn(size, hits, tokens, cost[size])
+        taken.append(size)
+    return taken
+
+
+def test_the_first_steps_of_an_engine_are_plain_and_give_the_measure() -> None:
+    costs = StepCosts()
+    cost = dict.fromkeys(SIZES, 1.0)
+    assert run(Sizes(SIZES, True, costs), 1.0, cost, 12)[:TIMED_STEPS] == [1] * TIMED_STEPS
+    assert run(Sizes(SIZES, True, costs), 1.0, cost, 12)[-1] == 8
+    assert run(Sizes((1, 4), False, StepCosts()), 0.0, cost, 12) == [1] * TIMED_STEPS + [4] * 4
+
+
+def test_text_that_never_repeats_gets_plain_steps() -> None:
+    cost = {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.6}
+    sizes = Sizes(SIZES, True, StepCosts())
+    taken = run(sizes, 0.0, cost, 400)
+    assert taken[100:] == [1] * 300
+    gain = sizes.result().net_gain
+    assert gain is not None and gain > 0.95
+
+
+def test_text_that_begins_to_repeat_is_noticed_and_given_up_again() -> None:
+    cost = {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.6}
+    sizes = Sizes(SIZES, True, StepCosts())
+    run(sizes, 0.0, cost, 100)
+    assert 8 in run(sizes, 1.0, cost, 30)
+    assert run(sizes, 0.0, cost, 60)[-1] == 1
+
+
+@given(st.floats(0, 1), st.tuples(*[st.floats(0, 3)] * 3), st.integers(0, 99))
+def test_speculation_costs_little_where_it_does_not_pay(
+    chance: float, more: tuple[float, float, float], seed: int
+) -> None:
+    """However steps cost and drafts turn out, tokens a second stay near those of plain steps once
+    it is known what steps cost."""
+    cost = {1: 1.0, 2: 1 + more[0], 4: 1 + sum(more[:2]), 8: 1 + sum(more)}
+    costs = StepCosts()
+    run(Sizes(SIZES, True, costs), 1.0, cost, 100)
+    sizes = Sizes(SIZES, True, costs)
+    run(sizes, chance, cost, 600, seed)
+    gain = sizes.result().net_gain
+    assert gain is not None and gain > 0.9
+
+
+@pytest.mark.parametrize(("size", "hits", "taken"), [(4, 3, 4), (4, 0, 1), (1, 1, 1)])
+def test_what_is_counted(size: int, hits: int, taken: int) -> None:
+    sizes = Sizes(SIZES, True, StepCosts())
+    sizes.learn(1, 0, 1, 2.0)
+    sizes.learn(size, hits, taken, 2.0)
+    result = sizes.result()
+    assert (result.num_drafted, result.num_accepted) == (size - 1, taken - 1)
+    assert result.net_gain == pytest.approx((1 + taken) / 2)
+    assert (result.accept_percent is None) == (size == 1)
