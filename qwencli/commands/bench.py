@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from qwencli.commands.bench_study import study
 from qwencli.config import DType, LoadFormat, parse_seq_len
 from qwencli.errors import UsageError
 from qwencli.output import Sink
@@ -35,6 +36,7 @@ class _BenchGroup(TyperGroup):
 
 
 app = typer.Typer(cls=_BenchGroup, invoke_without_command=True, no_args_is_help=False)
+app.command()(study)
 
 Axis = Annotated[
     str | None, typer.Option(metavar="LIST", help="Comma list; replaces the matrix's.")

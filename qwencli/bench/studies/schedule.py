@@ -1,0 +1,150 @@
+"""From claims to processes: which arms can share one, and which run is made under what.
+
+Arms that need the same engine, loaded in the same way, share a process, and arms of equal
+condition share their runs: the plain engine is measured once for all claims. Within a process each
+round has every condition once, in an order of its own, so that a drift takes all of them alike.
+Conditions that need another load for a stretch of runs come last, in stretches, and the plain
+engine once more after them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qwencli.bench.matrix import BenchCell
+from qwencli.bench.rules import skip_reason
+from qwencli.bench.studies.claim_file import HELD, Arm, Study
+from qwencli.bench.studies.conditions import CONDITIONS, PLAIN, Load, why_not
+from qwencli.bench.studies.needs import blocker
+from qwencli.config import Attention, Cache, EngineName, LoadMode, Quantization
+from qwencli.engine.device import DeviceFacts
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a study.
+
+    Args:
+        name: of its folder.
+        environment: variables set before anything is imported.
+        held: max_new_tokens, images and load_format, where they are not the campaign's.
+        runs: condition of each run from run 1 on.
+        claims: those that look at it.
+    """
+
+    name: str
+    cell: BenchCell
+    environment: Mapping[str, str]
+    held: Mapping[str, Any]
+    runs: tuple[str, ...]
+    claims: tuple[str, ...]
+
+    def count(self, load: Load) -> int:
+        return sum(CONDITIONS[name].load is load for name in self.runs)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an arm is measured, or why nowhere."""
+
+    process: str
+    condition: str
+    blocked: str | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All processes, those first that most claims look at, and the place of each arm of each study;
+    `blocked` has the claims that cannot run here at all."""
+
+    processes: tuple[Process, ...]
+    places: Mapping[tuple[str, str], Place]
+    blocked: Mapping[str, str]
+
+
+def lay_out(
+    studies: Sequence[Study], model: str, facts: DeviceFacts, runs: int, seed: int
+) -> Layout:
+    """Decide what runs where.
+
+    Args:
+        model: name of the model for arms that name none.
+        runs: of each condition in each process.
+    """
+    blocked = {s.claim: why for s in studies if (why := blocker(s.needs, facts))}
+    places: dict[tuple[str, str], Place] = {}
+    found: dict[str, Process] = {}
+    for study in studies:
+        for name, arm in study.arms.items():
+            process = _process_of(arm, model, facts)
+            why = blocked.get(study.claim) or process.cell.skip_reason
+            why = why or why_not(arm.condition, process.cell.engine, facts)
+            places[study.claim, name] = Place(process.name, arm.condition, why)
+            if why:
+                continue
+            known = found.get(process.name, process)
+            found[process.name] = replace(
+                known,
+                runs=tuple(dict.fromkeys((*known.runs, arm.condition))),
+                claims=tuple(dict.fromkeys((*known.claims, study.claim))),
+            )
+    processes = [
+        replace(process, runs=_rounds(process.runs, runs, f"{seed} {process.name}"))
+        for process in found.values()
+    ]
+    random.Random(seed).shuffle(processes)
+    processes.sort(key=lambda process: -len(process.claims))  # stable: the shuffle breaks ties
+    return Layout(tuple(processes), places, blocked)
+
+
+def _process_of(arm: Arm, model: str, facts: DeviceFacts) -> Process:
+    """The process of one arm, with no runs yet; its cell carries why it cannot run here."""
+    held = arm.held
+    cell = BenchCell(
+        model=held["model"] or model,
+        engine=EngineName(held["engine"]),
+        quantization=Quantization(held["quantization"]),
+        attention=Attention(held["attention"]),
+        cache=_nearest_cache(held, facts),
+        load_mode=LoadMode.KEEP,
+    )
+    own = {key: held[key] for key in ("load_format", "max_new_tokens", "images")}
+    own = {key: value for key, value in own.items() if value != HELD[key]}
+    marks = [f"{key.replace('_', '-')}-{value}" for key, value in own.items()]
+    # What names a model of its own names how it is loaded; that alone makes no other process.
+    marks = [mark for mark in marks if not mark.startswith("load-format")]
+    marks += [name.lower().replace("_", "-") for name in arm.environment]
+    name = "-".join([cell.cell_id, *marks])
+    cell = replace(cell, skip_reason=skip_reason(cell, facts))
+    return Process(name, cell, arm.environment, own, (), ())
+
+
+def _nearest_cache(held: Mapping[str, Any], facts: DeviceFacts) -> Cache:
+    """The native engine's own choice of cache on this device, where its fastest is asked for."""
+    cache = Cache(held["cache"])
+    if held["engine"] == EngineName.NATIVE and cache is Cache.STATIC_GRAPH:
+        return cache if facts.kind == "cuda" else Cache.STATIC
+    return cache
+
+
+def _rounds(conditions: Sequence[str], runs: int, seed: str) -> tuple[str, ...]:
+    chance = random.Random(seed)
+    by_load: dict[Load, list[str]] = {load: [] for load in Load}
+    for name in conditions:
+        by_load[CONDITIONS[name].load].append(name)
+    order: list[str] = []
+    for _ in range(runs):
+        for load in (Load.KEPT, Load.EACH):
+            names = list(by_load[load])
+            chance.shuffle(names)
+            order += names
+    stretches = list(by_load[Load.ONCE])
+    chance.shuffle(stretches)
+    for name in stretches:
+        order += [name] * runs
+    if stretches and PLAIN in conditions:
+        order += [PLAIN] * runs
+    return tuple(order)
