@@ -29,6 +29,7 @@ _SPLIT_COUNT = 256
 _MATRIX, _MATMULS, _HEADS, _HEAD_DIM = 4096, 20, 16, 128
 SDPA_OPERATOR = "aten::_scaled_dot_product_"
 _MATH = "attention_math"
+WATCHED_PASSES = 3
 
 
 @contextmanager
@@ -54,13 +55,30 @@ def sdpa_backend(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def counted_sdpa_calls() -> Iterator[Counter[str]]:
-    """Counts which backend's operator ran, as torch's profiler saw it; filled at the end."""
+def counted_sdpa_calls(engine: Engine) -> Iterator[Counter[str]]:
+    """Counts which backend's operator ran, as torch's profiler saw it; filled at the end.
+
+    It sees the first WATCHED_PASSES passes, prompt included: the profiler keeps every operator.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     calls: Counter[str] = Counter()
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    profiler = profile(activities=[ProfilerActivity.CPU])
+    passes = 0
+
+    def before(module: Any, inputs: Any) -> None:
+        if passes == 0:
+            profiler.start()
+
+    def after(module: Any, inputs: Any, output: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes == WATCHED_PASSES:
+            profiler.stop()
+
+    with _hooked(engine, before, after):
         yield calls
+    assert passes >= WATCHED_PASSES, "every run of a study has more tokens"
     for event in profiler.key_averages():
         if event.key.startswith(SDPA_OPERATOR):
             calls[event.key.removeprefix(SDPA_OPERATOR)] += event.count
@@ -160,7 +178,6 @@ def timed_first_forward(engine: Engine) -> Iterator[list[float]]:
     Both on `time.perf_counter`; [] until it has.
     """
     times: list[float] = []
-    model = cast("TransformersEngine", engine).model
 
     def before(module: Any, inputs: Any) -> None:
         if not times:
@@ -170,9 +187,17 @@ def timed_first_forward(engine: Engine) -> Iterator[list[float]]:
         if len(times) == 1:
             times.append(time.perf_counter())
 
+    with _hooked(engine, before, after):
+        yield times
+
+
+@contextmanager
+def _hooked(engine: Engine, before: Any, after: Any) -> Iterator[None]:
+    """Call both around each pass of the transformers model."""
+    model = cast("TransformersEngine", engine).model
     handles = (model.register_forward_pre_hook(before), model.register_forward_hook(after))
     try:
-        yield times
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -20,6 +20,7 @@ arm = "name"
 against = "plain"            # another arm, or a number
 expect = "below"             # above, below, same
 by = 1.1                     # above, below: the least factor; same: the most
+needs = ["cuda"]             # optional, of this test alone
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Test:
     expect: str
     by: float
     statistic: Statistic = "median"
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,10 @@ def read(path: Path) -> Study:
         arms = {
             name: _arm(path, name, table, held) for name, table in document.pop("arms", {}).items()
         }
-        tests = tuple(Test(**table) for table in document.pop("tests", ()))
+        tests = tuple(
+            Test(**{**table, "needs": tuple(table.get("needs", ()))})
+            for table in document.pop("tests", ())
+        )
         document.pop("hold", None)
         for key in ("needs", "about"):
             document[key] = tuple(document.get(key, ()))
@@ -145,7 +150,8 @@ def _known(
 
 def _check(path: Path, study: Study) -> None:
     """Names that stand for something else have to exist."""
-    wrong = [f"needs {name!r}" for name in (*study.needs, *study.about) if name not in NEEDS]
+    needs = (*study.needs, *study.about, *(name for test in study.tests for name in test.needs))
+    wrong = [f"needs {name!r}" for name in needs if name not in NEEDS]
     wrong += [
         f"condition {arm.condition!r}"
         for arm in study.arms.values()

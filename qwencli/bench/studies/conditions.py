@@ -51,7 +51,7 @@ Loading = Callable[[Engine], AbstractContextManager[None]]
 
 class Load(Enum):
     """When the model is loaded for a condition: not for its sake, before each of its runs, or once
-    for a stretch of them, after which it has to be loaded as it was."""
+    for a stretch of them."""
 
     KEPT = "kept"
     EACH = "each"
@@ -67,6 +67,7 @@ class Condition:
         needs: names of `needs.NEEDS`.
         engines: those it can be applied to.
         extra_s: what a run takes longer for its sake, to plan by.
+        alters: the load leaves another model, which other conditions must not find.
     """
 
     around: Around = lambda at: nullcontext()
@@ -75,6 +76,7 @@ class Condition:
     needs: tuple[str, ...] = ()
     engines: tuple[EngineName, ...] = (EngineName.TRANSFORMERS,)
     extra_s: float = 0.0
+    alters: bool = False
 
     def blocker(self, engine: EngineName) -> str | None:
         return None if engine in self.engines else f"it is not made for the {engine} engine"
@@ -118,7 +120,7 @@ def _after_answer(at: Situation) -> Iterator[None]:
 
 @contextmanager
 def _watched_sdpa(at: Situation) -> Iterator[None]:
-    with interventions.counted_sdpa_calls() as calls:
+    with interventions.counted_sdpa_calls(at.engine) as calls:
         yield
     at.observed["sdpa_calls"] = " ".join(f"{name}:{n}" for name, n in sorted(calls.items()))
     at.observed["sdpa_math_percent"] = interventions.math_percent(calls)
@@ -164,8 +166,8 @@ CONDITIONS: Mapping[str, Condition] = {
         lambda at: interventions.fragmented(at.device), needs=("cuda",), engines=_ANY
     ),
     "sdpa-math": Condition(lambda at: interventions.sdpa_backend("MATH")),
-    "watched-sdpa": Condition(_watched_sdpa, extra_s=3.0),
-    "watched-sdpa-emptied": Condition(_watched_sdpa_emptied, extra_s=3.0),
+    "watched-sdpa": Condition(_watched_sdpa, extra_s=1.0),
+    "watched-sdpa-emptied": Condition(_watched_sdpa_emptied, extra_s=1.0),
     "linear-patches": Condition(lambda at: interventions.linear_patch_embedding(at.engine)),
     "timed-first-forward": Condition(_timed_first_forward),
     "slow-processor": Condition(_slow_processor),
@@ -176,20 +178,24 @@ CONDITIONS: Mapping[str, Condition] = {
     ),
     "reload-matmul": Condition(_after_matmul, load=Load.EACH, engines=_ANY),
     "reload-answer": Condition(_after_answer, load=Load.EACH, engines=_ANY),
-    "load-fp32-host": Condition(loading=_loaded(through_host=True), load=Load.EACH),
-    "device-map-auto": Condition(loading=_loaded(load={"device_map": "auto"}), load=Load.ONCE),
+    "load-fp32-host": Condition(loading=_loaded(through_host=True), load=Load.EACH, alters=True),
+    "device-map-auto": Condition(
+        loading=_loaded(load={"device_map": "auto"}), load=Load.ONCE, alters=True
+    ),
     "bnb-threshold": Condition(
-        loading=_loaded(quantization={"llm_int8_threshold": 6.0}), load=Load.ONCE
+        loading=_loaded(quantization={"llm_int8_threshold": 6.0}), load=Load.ONCE, alters=True
     ),
     "bnb-8bit-compute-dtype": Condition(
         loading=_loaded(quantization={"bnb_8bit_compute_dtype": "bfloat16"}),
         load=Load.ONCE,
+        alters=True,
     ),
     "bnb-defaults": Condition(
         loading=_loaded(
             quantization={"bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "float32"}
         ),
         load=Load.ONCE,
+        alters=True,
     ),
 }
 

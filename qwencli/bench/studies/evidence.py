@@ -15,7 +15,14 @@ from qwencli.bench.studies.claim_file import Study, choose
 from qwencli.bench.studies.metrics import value
 from qwencli.bench.studies.schedule import Place
 from qwencli.bench.studies.session import STUDY, process_folder
-from qwencli.bench.studies.verdicts import ClaimVerdict, Side, conclude, judge
+from qwencli.bench.studies.verdicts import (
+    ClaimVerdict,
+    Finding,
+    Side,
+    Verdict,
+    conclude,
+    judge,
+)
 from qwencli.bench.studies.worker import FAILED, OBSERVED
 
 Row = dict[str, str]
@@ -36,6 +43,9 @@ class Evidence:
         self.places = {
             (row["claim"], row["arm"]): Place(row["process"], row["condition"], row["blocked"])
             for row in self.document["places"]
+        }
+        self._blocked_tests = {
+            (row["claim"], row["part"]): row["why"] for row in self.document["blocked_tests"]
         }
         self._runs: dict[str, dict[str, list[Row]]] = {}
         self._failures: dict[tuple[str, str], str] = {}
@@ -87,7 +97,10 @@ class Evidence:
     def _verdict(self, study: Study) -> ClaimVerdict:
         about = self.document["about"].get(study.claim)
         findings = []
-        for test in study.tests:
+        for part, test in enumerate(study.tests, start=1):
+            if why := self._blocked_tests.get((study.claim, part)):
+                findings.append(Finding(test, Verdict.CANNOT_RUN, why))
+                continue
             against: Side | float = (
                 self.side(study, test.against, test.metric)
                 if isinstance(test.against, str)

@@ -140,7 +140,8 @@ def _rounds(conditions: Sequence[str], runs: int, seed: str) -> tuple[str, ...]:
         for load in (Load.KEPT, Load.EACH):
             names = list(by_load[load])
             chance.shuffle(names)
-            order += names
+            # Those that leave another model first: the load after them is wanted in any case.
+            order += sorted(names, key=lambda name: not CONDITIONS[name].alters)
     stretches = list(by_load[Load.ONCE])
     chance.shuffle(stretches)
     for name in stretches:

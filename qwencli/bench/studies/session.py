@@ -93,6 +93,12 @@ class PreparedStudy:
                 for study in self.studies
                 if (why := blocker(study.about, self.facts))
             },
+            "blocked_tests": [
+                {"claim": study.claim, "part": part, "why": why}
+                for study in self.studies
+                for part, test in enumerate(study.tests, start=1)
+                if (why := blocker(test.needs, self.facts))
+            ],
             "processes": [
                 {"name": p.name, "runs": list(p.runs), "environment": dict(p.environment)}
                 for p in self.layout.processes

@@ -11,7 +11,8 @@ interval over runs (`bench.robust`), turned so that the claim wants it above 1.
                    refuted: it lies outside; else not reproduced here
 
 What is about other hardware or versions than these is never refuted here, only not reproduced; nor
-is a spread, because a few runs bound it from below alone. A claim is supported where all of its tests that could run are, and refuted where one of them is.
+is a spread, because a few runs bound it from below alone. A claim is supported where all of its
+tests that could run are, and refuted where one of them is.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from qwencli.bench.robust import (
 )
 from qwencli.bench.studies.claim_file import Study, Test
 
-MORE_RUNS = "with more runs the spread can only grow"
+MORE_RUNS = "more runs can only spread further"
 
 # Values of one arm for one metric.
 Values = Sequence[float]
@@ -99,7 +100,7 @@ def judge(test: Test, side: Side, against: Side | float, about: str | None) -> F
         return replace(measured, reason=_too_few(values, other))
     verdict, reason = _decide(test, interval)
     if verdict is Verdict.REFUTED and (about or test.statistic == "spread"):
-        verdict, reason = Verdict.NOT_REPRODUCED, f"{reason}; {about or MORE_RUNS}"
+        verdict, reason = Verdict.NOT_REPRODUCED, f"{reason}; no refutation: {about or MORE_RUNS}"
     return replace(measured, verdict=verdict, reason=reason, effect=interval)
 
 

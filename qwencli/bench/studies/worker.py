@@ -85,7 +85,7 @@ class StudiedEngine:
 
     def _enter(self, name: str) -> bool:
         condition = CONDITIONS[name]
-        loaded = name if condition.load is Load.ONCE else PLAIN
+        loaded = name if condition.alters else PLAIN
         fresh = condition.load is Load.EACH or loaded != self._loaded_for
         if fresh:
             self._loaded_for = None  # until it is
