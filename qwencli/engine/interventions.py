@@ -66,17 +66,14 @@ def counted_sdpa_calls(engine: Engine) -> Iterator[Counter[str]]:
     profiler = profile(activities=[ProfilerActivity.CPU])
     passes = 0
 
-    def before(module: Any, inputs: Any) -> None:
-        if passes == 0:
-            profiler.start()
-
     def after(module: Any, inputs: Any, output: Any) -> None:
         nonlocal passes
         passes += 1
         if passes == WATCHED_PASSES:
             profiler.stop()
 
-    with _hooked(engine, before, after):
+    profiler.start()
+    with _hooked(engine, None, after):
         yield calls
     assert passes >= WATCHED_PASSES, "every run of a study has more tokens"
     for event in profiler.key_averages():
@@ -193,9 +190,11 @@ def timed_first_forward(engine: Engine) -> Iterator[list[float]]:
 
 @contextmanager
 def _hooked(engine: Engine, before: Any, after: Any) -> Iterator[None]:
-    """Call both around each pass of the transformers model."""
+    """Call them (None: nothing) around each pass of the transformers model."""
     model = cast("TransformersEngine", engine).model
-    handles = (model.register_forward_pre_hook(before), model.register_forward_hook(after))
+    handles = [model.register_forward_hook(after)]
+    if before is not None:
+        handles.append(model.register_forward_pre_hook(before))
     try:
         yield
     finally:
