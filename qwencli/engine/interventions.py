@@ -23,9 +23,8 @@ GIB = 1 << 30
 _MIB = 1 << 20
 # More than the 1 GB between reserved and allocated memory that is blamed for slow tokens.
 GAP_BYTES = 4 * GIB
-# Beyond which the allocator takes a block of its own from the driver and splits no larger one.
-_SPLIT_BYTES = 16 * _MIB
-_SPLIT_COUNT = 256
+# The allocator cuts pieces of this size out of blocks of 20 MiB.
+_PIECE_BYTES, _PIECES = 4 * _MIB, 256
 _MATRIX, _MATMULS, _HEADS, _HEAD_DIM = 4096, 20, 16, 128
 SDPA_OPERATOR = "aten::_scaled_dot_product_"
 _MATH = "attention_math"
@@ -114,10 +113,7 @@ def fragmented(device: str) -> Iterator[None]:
     """The allocator holds large blocks of which every other piece is in use."""
     import torch
 
-    pieces = [
-        torch.empty(_SPLIT_BYTES // 4, dtype=torch.uint8, device=device)
-        for _ in range(_SPLIT_COUNT)
-    ]
+    pieces = [torch.empty(_PIECE_BYTES, dtype=torch.uint8, device=device) for _ in range(_PIECES)]
     del pieces[::2]
     try:
         yield

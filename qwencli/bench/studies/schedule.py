@@ -32,6 +32,7 @@ class Process:
         environment: variables set before anything is imported.
         held: max_new_tokens, images and load_format, where they are not the campaign's.
         runs: condition of each run from run 1 on.
+        rounds: the round of each run, from 1; 0 = in a stretch of runs after the rounds.
         claims: those that look at it.
     """
 
@@ -40,6 +41,7 @@ class Process:
     environment: Mapping[str, str]
     held: Mapping[str, Any]
     runs: tuple[str, ...]
+    rounds: tuple[int, ...]
     claims: tuple[str, ...]
 
     def count(self, load: Load) -> int:
@@ -91,10 +93,11 @@ def lay_out(
                 runs=tuple(dict.fromkeys((*known.runs, arm.condition))),
                 claims=tuple(dict.fromkeys((*known.claims, study.claim))),
             )
-    processes = [
-        replace(process, runs=_rounds(process.runs, runs, f"{seed} {process.name}"))
-        for process in found.values()
-    ]
+    processes = []
+    for process in found.values():
+        order = _order(process.runs, runs, f"{seed} {process.name}")
+        names, numbers = zip(*order, strict=True)
+        processes.append(replace(process, runs=names, rounds=numbers))
     random.Random(seed).shuffle(processes)
     processes.sort(key=lambda process: -len(process.claims))  # stable: the shuffle breaks ties
     return Layout(tuple(processes), places, blocked)
@@ -119,7 +122,7 @@ def _process_of(arm: Arm, model: str, facts: DeviceFacts) -> Process:
     marks += [name.lower().replace("_", "-") for name in arm.environment]
     name = "-".join([cell.cell_id, *marks])
     cell = replace(cell, skip_reason=skip_reason(cell, facts))
-    return Process(name, cell, arm.environment, own, (), ())
+    return Process(name, cell, arm.environment, own, (), (), ())
 
 
 def _nearest_cache(held: Mapping[str, Any], facts: DeviceFacts) -> Cache:
@@ -130,22 +133,24 @@ def _nearest_cache(held: Mapping[str, Any], facts: DeviceFacts) -> Cache:
     return cache
 
 
-def _rounds(conditions: Sequence[str], runs: int, seed: str) -> tuple[str, ...]:
+def _order(conditions: Sequence[str], runs: int, seed: str) -> list[tuple[str, int]]:
+    """Condition and round of each run."""
     chance = random.Random(seed)
     by_load: dict[Load, list[str]] = {load: [] for load in Load}
     for name in conditions:
         by_load[CONDITIONS[name].load].append(name)
-    order: list[str] = []
-    for _ in range(runs):
+    order: list[tuple[str, int]] = []
+    for number in range(1, runs + 1):
         for load in (Load.KEPT, Load.EACH):
             names = list(by_load[load])
             chance.shuffle(names)
             # Those that leave another model first: the load after them is wanted in any case.
-            order += sorted(names, key=lambda name: not CONDITIONS[name].alters)
+            names.sort(key=lambda name: not CONDITIONS[name].alters)
+            order += [(name, number) for name in names]
     stretches = list(by_load[Load.ONCE])
     chance.shuffle(stretches)
-    for name in stretches:
-        order += [name] * runs
     if stretches and PLAIN in conditions:
-        order += [PLAIN] * runs
-    return tuple(order)
+        stretches.append(PLAIN)
+    for name in stretches:
+        order += [(name, 0)] * runs
+    return order

@@ -261,7 +261,11 @@ def _run_process(
     )
     there = (own / "plan.json").exists()
     with Campaign(own, study.plan(process), about, resume=there) as campaign:
-        schedule = {"runs": list(process.runs), "environment": dict(process.environment)}
+        schedule = {
+            "runs": list(process.runs),
+            "rounds": list(process.rounds),
+            "environment": dict(process.environment),
+        }
         write_json(own / SCHEDULE, schedule)
         run_campaign(campaign, options, sink.notice)
     build_report(own)

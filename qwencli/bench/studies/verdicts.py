@@ -86,6 +86,8 @@ def judge(test: Test, side: Side, against: Side | float, about: str | None) -> F
     if blocked:
         return Finding(test, Verdict.CANNOT_RUN, blocked)
     values = side.values
+    if not values or (other and not other.values):
+        return Finding(test, Verdict.CANNOT_RUN, f"{test.metric} is not to be had here")
     measured = Finding(
         test,
         Verdict.CANNOT_RUN,
