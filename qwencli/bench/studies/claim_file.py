@@ -62,7 +62,9 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Test:
+class Trial:
+    """One test of a claim: what is looked at, and the rule that decides."""
+
     says: str
     metric: str
     arm: str
@@ -81,7 +83,7 @@ class Study:
     title: str
     expected: str
     arms: Mapping[str, Arm]
-    tests: tuple[Test, ...]
+    tests: tuple[Trial, ...]
     needs: tuple[str, ...] = ()
     about: tuple[str, ...] = ()
 
@@ -119,7 +121,7 @@ def read(path: Path) -> Study:
             name: _arm(path, name, table, held) for name, table in document.pop("arms", {}).items()
         }
         tests = tuple(
-            Test(**{**table, "needs": tuple(table.get("needs", ()))})
+            Trial(**{**table, "needs": tuple(table.get("needs", ()))})
             for table in document.pop("tests", ())
         )
         document.pop("hold", None)

@@ -12,7 +12,7 @@ from typing import Any
 from qwencli.bench.campaign import ENVIRONMENT, PLAN, RUNS, read_json
 from qwencli.bench.rowfile import read_rows
 from qwencli.bench.studies.blocks import without_rounds
-from qwencli.bench.studies.claim_file import Study, Test, choose
+from qwencli.bench.studies.claim_file import Study, Trial, choose
 from qwencli.bench.studies.metrics import value
 from qwencli.bench.studies.schedule import Place
 from qwencli.bench.studies.session import FORMAT, STUDY, process_folder
@@ -132,7 +132,7 @@ class Evidence:
             return Side(blocked=why)
         return Side([found for row in rows if (found := value(metric, row)) is not None])
 
-    def pair(self, study: Study, test: Test) -> tuple[Side, Side | float]:
+    def pair(self, study: Study, test: Trial) -> tuple[Side, Side | float]:
         """Both sides of a test, as they are to be compared."""
         side = self.side(study, test.arm, test.metric)
         if not isinstance(test.against, str):

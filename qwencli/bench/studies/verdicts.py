@@ -29,7 +29,7 @@ from qwencli.bench.robust import (
     ratio_interval,
     spread_interval,
 )
-from qwencli.bench.studies.claim_file import Study, Test
+from qwencli.bench.studies.claim_file import Study, Trial
 
 MORE_RUNS = "more runs can only spread further"
 
@@ -57,7 +57,7 @@ class Finding:
     """The outcome of one test; `effect` as the claim wants it (above 1 = as claimed), `value` and
     `against_value` the statistics of the two sides."""
 
-    test: Test
+    test: Trial
     verdict: Verdict
     reason: str
     effect: Interval | None = None
@@ -75,7 +75,7 @@ class ClaimVerdict:
     findings: tuple[Finding, ...]
 
 
-def judge(test: Test, side: Side, against: Side | float, about: str | None) -> Finding:
+def judge(test: Trial, side: Side, against: Side | float, about: str | None) -> Finding:
     """Apply the test's rule.
 
     Args:
@@ -113,7 +113,7 @@ def _too_few(values: Values, other: Side | None) -> str:
     return f"{least} runs with this figure, {MIN_RUNS} are needed"
 
 
-def _effect(test: Test, values: Values, against: Side | float) -> Interval | None:
+def _effect(test: Trial, values: Values, against: Side | float) -> Interval | None:
     if isinstance(against, Side):
         found = ratio_interval(against.values, values, statistic=test.statistic)
     else:
@@ -127,7 +127,7 @@ def _effect(test: Test, values: Values, against: Side | float) -> Interval | Non
     return Interval(1 / found.estimate, 1 / found.high, 1 / found.low)
 
 
-def _decide(test: Test, effect: Interval) -> tuple[Verdict, str]:
+def _decide(test: Trial, effect: Interval) -> tuple[Verdict, str]:
     by = test.by
     if test.expect == "same":
         if 1 / by <= effect.low and effect.high <= by:
