@@ -29,8 +29,10 @@ ORIGIN_MODES: Mapping[tuple[str, str], float] = {
     ("4bit", "sdpa"): 5.0,
     ("4bit", "eager"): 12.7,
 }
-# Fastest over slowest of identical runs with a load before each, there.
-ORIGIN_RATIO = 2.76
+# Identical runs with a load before each (tok/s), and the first tokens of a later series (s), there.
+ORIGIN_RUNS = (3.30, 7.60, 2.75, 5.29)
+ORIGIN_STALLS_S = (8.7, 9.8, 14.1, 63.6, 47.2, 49.3)
+ORIGIN_RATIO = 2.76  # fastest over slowest
 RELOAD = "reload"
 # Conditions that only look, or that are no way to run a model, explain no slow run.
 _NO_FACTOR = (PLAIN, "watched-sdpa", "watched-sdpa-emptied", "timed-first-forward",
@@ -59,22 +61,23 @@ def speeds(rows: Sequence[Row]) -> list[float]:
 
 
 def mode_table(evidence: Evidence) -> Table:
-    """Speed by mode, dynamic cache, model kept: the origin's first table."""
-    rows = []
-    measured = {}
+    """Speed by mode, model kept: the origin's first table, and the native engine below it."""
+    measured: dict[tuple[str, str, str], Sequence[Row]] = {}
     for name in evidence.processes():
         axes = evidence.axes(name)
-        if axes["engine"] == "transformers" and axes["cache"] == "dynamic":
-            key = (axes["quantization"], axes["attention"])
-            if evidence.is_usual(name) and evidence.runs(name, PLAIN):
-                measured[key] = evidence.runs(name, PLAIN)
+        usual = axes["engine"] == "native" or axes["cache"] == "dynamic"
+        if usual and evidence.is_usual(name) and (rows := evidence.in_rounds(name, PLAIN)):
+            measured[axes["engine"], axes["quantization"], axes["attention"]] = rows
+    body = []
     for (quantization, attention), origin in ORIGIN_MODES.items():
-        found = measured.pop((quantization, attention), None)
-        rows.append([quantization, attention, f"{origin:.1f}", *_speed_cells(found)])
-    for (quantization, attention), found in measured.items():
-        rows.append([quantization, attention, "-", *_speed_cells(found)])
-    head = ["quantization", "attention", "origin tok/s", "here tok/s", "slowest-fastest", "n"]
-    return head, rows
+        found = measured.pop(("transformers", quantization, attention), None)
+        row = ["transformers", quantization, attention, f"{origin:.1f}", *_speed_cells(found)]
+        body.append(row)
+    for axes_of, rows in sorted(measured.items(), reverse=True):
+        body.append([*axes_of, "-", *_speed_cells(rows)])
+    head = ["engine", "quantization", "attention", "origin tok/s", "here tok/s",
+            "slowest-fastest", "n"]  # fmt: skip
+    return head, body
 
 
 def _speed_cells(rows: Sequence[Row] | None) -> list[str]:
@@ -145,7 +148,10 @@ def steadiness_table(evidence: Evidence) -> Table:
     """Both engines by what was to be reached: spread, first stalls, reload against keep."""
     head = ["engine", "model", "n", "tok/s", "fastest over slowest", "worst TTFT over median",
             "decode tok/s against keep"]  # fmt: skip
-    body = []
+    stall = max(ORIGIN_STALLS_S) / statistics.median(ORIGIN_STALLS_S)
+    middle = f"{statistics.median(ORIGIN_RUNS):.4g}"
+    origin = ["origin's transformers", RELOAD, str(len(ORIGIN_RUNS)), middle]
+    body = [[*origin, f"{max(ORIGIN_RUNS) / min(ORIGIN_RUNS):.3f}", f"{stall:.3f}", "-"]]
     kept: dict[str, float] = {}
     for engine, mode, rows in series(evidence):
         ttft = [float(row["ttft_s"]) for row in rows]

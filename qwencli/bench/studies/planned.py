@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qwencli.bench.planned import duration
 from qwencli.bench.predict import MachineSpeed, predict
-from qwencli.bench.studies.conditions import CONDITIONS, Load
+from qwencli.bench.studies.conditions import CONDITIONS
 from qwencli.bench.studies.schedule import Process
 from qwencli.bench.studies.session import PreparedStudy
 from qwencli.config import Cache
@@ -34,14 +34,9 @@ def predicted_s(study: PreparedStudy, process: Process, speed: MachineSpeed) -> 
     runs = len(process.runs)
     answers_s = (runs + 1) * plan.settings.max_new_tokens / found.tok_per_s
     load_s = max(0.0, found.seconds - answers_s - speed.start_s)
-    loads = process.count(Load.EACH) + len({n for n in process.runs if _once(n)})
     extra_s = sum(CONDITIONS[name].extra_s for name in process.runs) + PROMPT_S * runs
     compiling = COMPILE_S if process.cell.cache is Cache.STATIC_COMPILE else 0.0
-    return found.seconds + loads * load_s + extra_s + compiling
-
-
-def _once(name: str) -> bool:
-    return CONDITIONS[name].load is Load.ONCE
+    return found.seconds + (process.loads - 1) * load_s + extra_s + compiling
 
 
 def planned_study(study: PreparedStudy, seconds: Mapping[str, float | None]) -> RenderableType:
@@ -65,7 +60,7 @@ def planned_study(study: PreparedStudy, seconds: Mapping[str, float | None]) -> 
             process.name,
             " ".join(process.claims),
             str(len(process.runs)),
-            str(1 + process.count(Load.EACH) + len({n for n in process.runs if _once(n)})),
+            str(process.loads),
             duration(took),
         )
     total = duration(sum(took for took in seconds.values() if took is not None))

@@ -3,8 +3,8 @@
 Arms that need the same engine, loaded in the same way, share a process, and arms of equal
 condition share their runs: the plain engine is measured once for all claims. Within a process each
 round has every condition once, in an order of its own, so that a drift takes all of them alike.
-Conditions that need another load for a stretch of runs come last, in stretches, and the plain
-engine once more after them.
+Conditions that need another load for a stretch of runs come last, in stretches with the plain
+engine as one of them, there and back.
 """
 
 from __future__ import annotations
@@ -44,8 +44,15 @@ class Process:
     rounds: tuple[int, ...]
     claims: tuple[str, ...]
 
-    def count(self, load: Load) -> int:
-        return sum(CONDITIONS[name].load is load for name in self.runs)
+    @property
+    def loads(self) -> int:
+        """How often the model is loaded, the first time included."""
+        loads, loaded = 1, PLAIN
+        for name in self.runs:
+            wanted = name if CONDITIONS[name].alters else PLAIN
+            loads += CONDITIONS[name].load is Load.EACH or wanted != loaded
+            loaded = wanted
+        return loads
 
 
 @dataclass(frozen=True)
@@ -151,6 +158,8 @@ def _order(conditions: Sequence[str], runs: int, seed: str) -> list[tuple[str, i
     chance.shuffle(stretches)
     if stretches and PLAIN in conditions:
         stretches.append(PLAIN)
-    for name in stretches:
-        order += [(name, 0)] * runs
+    # There and back, so that what drifts evenly weighs on all of them alike.
+    first, second = runs - runs // 2, runs // 2
+    order += [(name, 0) for name in stretches for _ in range(first)]
+    order += [(name, 0) for name in reversed(stretches) for _ in range(second)]
     return order

@@ -73,3 +73,13 @@ def test_what_cannot_run_has_no_process_and_a_reason(cpu):
     assert layout.processes == ()
     assert set(layout.blocked) == {"C12", "C20", "C25"}
     assert all(place.blocked for place in layout.places.values())
+
+
+def test_stretches_go_there_and_back(cpu):
+    layout = lay_out(choose(["C22"]), "scenes", cpu, 5, 0)
+    process = process_with(layout, "C22", "nf4_threshold")
+    after = [name for name, n in zip(process.runs, process.rounds, strict=True) if not n]
+    there, back = after[: 3 * 3], after[3 * 3 :]
+    assert [there[i] for i in (0, 3, 6)] == [back[i] for i in (4, 2, 0)]
+    assert all(after.count(name) == 5 for name in set(after))
+    assert process.loads == 1 + 5 - (process.runs[5] == PLAIN)
