@@ -79,8 +79,9 @@ def study(
         load_format=load_format,
         device=device,
         dtype=dtype,
-        runs=runs or (session.QUICK_RUNS if quick else session.RUNS),
-        max_new_tokens=max_new_tokens or (session.QUICK_TOKENS if quick else session.TOKENS),
+        runs=runs or (session.QUICK_RUNS if quick else session.DEFAULT_RUNS),
+        max_new_tokens=max_new_tokens
+        or (session.QUICK_TOKENS if quick else session.DEFAULT_TOKENS),
         seed=seed,
         max_time_s=max_time,
         timeout_s=timeout,

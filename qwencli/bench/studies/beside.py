@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from qwencli.engine.host import resident_bytes
+
 # Ends by itself when this process is gone.
 _HOG = """
 import os, threading
@@ -74,16 +76,15 @@ def one_core() -> Iterator[None]:
 class PeakMemory:
     """Most resident memory of this process while the block runs, above what it began with.
 
-    `growth_bytes` is filled at the end; it is looked at every 5 ms, so shorter peaks are missed.
+    `growth_bytes` is filled at the end, unless the system does not tell; it is looked at every
+    5 ms, so shorter peaks are missed.
     """
 
-    growth_bytes = 0
+    growth_bytes: int | None = None
 
     def __enter__(self) -> PeakMemory:
-        import psutil  # comes with accelerate
-
-        self._process = psutil.Process()
-        self._began = self._most = self._process.memory_info().rss
+        self._began = resident_bytes()
+        self._most = self._began or 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -91,10 +92,10 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._over.is_set():
-            self._most = max(self._most, self._process.memory_info().rss)
+            self._most = max(self._most, resident_bytes() or 0)
             time.sleep(_POLL_S)
 
     def __exit__(self, *exc: object) -> None:
         self._over.set()
         self._thread.join()
-        self.growth_bytes = self._most - self._began
+        self.growth_bytes = None if self._began is None else self._most - self._began

@@ -66,15 +66,16 @@ def mode_table(evidence: Evidence) -> Table:
     for name in evidence.processes():
         axes = evidence.axes(name)
         usual = axes["engine"] == "native" or axes["cache"] == "dynamic"
-        if usual and evidence.is_usual(name) and (rows := evidence.in_rounds(name, PLAIN)):
-            measured[axes["engine"], axes["quantization"], axes["attention"]] = rows
+        if usual and evidence.is_usual(name) and evidence.in_rounds(name, PLAIN):
+            key = (axes["engine"], axes["quantization"], axes["attention"])
+            measured[key] = evidence.in_rounds(name, PLAIN)
     body = []
     for (quantization, attention), origin in ORIGIN_MODES.items():
-        found = measured.pop(("transformers", quantization, attention), None)
-        row = ["transformers", quantization, attention, f"{origin:.1f}", *_speed_cells(found)]
+        rows_of = measured.pop(("transformers", quantization, attention), None)
+        row = ["transformers", quantization, attention, f"{origin:.1f}", *_speed_cells(rows_of)]
         body.append(row)
-    for axes_of, rows in sorted(measured.items(), reverse=True):
-        body.append([*axes_of, "-", *_speed_cells(rows)])
+    for axes_of, found in sorted(measured.items(), reverse=True):
+        body.append([*axes_of, "-", *_speed_cells(found)])
     head = ["engine", "quantization", "attention", "origin tok/s", "here tok/s",
             "slowest-fastest", "n"]  # fmt: skip
     return head, body

@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwencli.bench.campaign import ENVIRONMENT, Campaign, read_json, write_json
+from qwencli.bench.campaign import ENVIRONMENT, RUNS, Campaign, read_json, write_json
 from qwencli.bench.environment import environment
 from qwencli.bench.launch import read_machine_speed
 from qwencli.bench.plan import Plan, Settings
 from qwencli.bench.report import build_report
+from qwencli.bench.rowfile import read_rows
 from qwencli.bench.runner import RunnerOptions, run_campaign
 from qwencli.bench.stopping import StopRule
 from qwencli.bench.studies.claim_file import Study
@@ -35,7 +36,7 @@ from qwencli.output import Sink
 from qwencli.presets import DEFAULT_PROMPT
 
 STUDY, PROCESSES = "study.json", "processes"
-RUNS, TOKENS = 5, 48
+DEFAULT_RUNS, DEFAULT_TOKENS = 5, 48
 QUICK_RUNS, QUICK_TOKENS = 3, 16
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 FORMAT = 1
@@ -197,7 +198,8 @@ def run_and_report(
 ) -> int:
     """Run, write verdicts and report, print them; returns the exit code.
 
-    0 = every claim has a verdict; 130 = Ctrl-C, with the verdicts of what was finished.
+    0 = every process that can run here ran to its end; 1 = one did not, or --max-time came first;
+    130 = Ctrl-C, with the verdicts of what was finished.
     """
     from qwencli.bench.studies.report import build_study_report, terminal_table
 
@@ -206,7 +208,14 @@ def run_and_report(
     sink.notice(f"study in {folder}")
     if interrupted:
         sink.warn(f"interrupted; go on with --resume --out {folder}")
-    return INTERRUPTED if interrupted else 0
+        return INTERRUPTED
+    return 0 if all(_is_done(folder, process) for process in study.layout.processes) else 1
+
+
+def _is_done(folder: Path, process: Process) -> bool:
+    rows = read_rows(process_folder(folder, process.name) / RUNS)
+    skipped = any(row["status"] == "skipped" for row in rows)
+    return skipped or sum(row["status"] == "ok" for row in rows) == len(process.runs)
 
 
 def process_folder(folder: Path, name: str) -> Path:
