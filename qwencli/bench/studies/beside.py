@@ -21,17 +21,19 @@ while True:
     pass
 """
 _POLL_S = 0.005
+# Long enough to be seen in any run; without an end a run of a launch-bound engine could take minutes.
+COMPUTING_S = 3.0
 
 
 @contextmanager
 def python_thread() -> Iterator[None]:
-    """A second Python thread in this process computes without pause."""
+    """A second Python thread in this process computes without pause, COMPUTING_S at most."""
     going = True
 
     def compute() -> None:
-        number = 0
-        while going:
-            number += 1
+        end = time.perf_counter() + COMPUTING_S
+        while going and time.perf_counter() < end:
+            pass
 
     thread = threading.Thread(target=compute, daemon=True)
     thread.start()
