@@ -21,7 +21,7 @@ while True:
     pass
 """
 _POLL_S = 0.005
-# Long enough to be seen in any run; without an end a run of a launch-bound engine could take minutes.
+# Long enough to be seen in any run; without an end a launch-bound run could take minutes.
 COMPUTING_S = 3.0
 
 

@@ -141,6 +141,6 @@ def test_the_archive_holds_rows_and_reports_redacted(prepare, tmp_path):
     with zipfile.ZipFile(archive) as packed:
         names = packed.namelist()
         assert "s/verdicts.csv" in names
-        assert sum(name.endswith("/runs.csv") for name in names) == 1
+        assert sum(name.endswith("/runs.csv") for name in names) == 2
         assert not any(name.endswith((".log", ".html")) for name in names)
         assert b"C09" not in b"".join(packed.read(name) for name in names)
