@@ -16,13 +16,16 @@ from qwencli.bench.predict import MachineSpeed, predict
 from qwencli.bench.studies.conditions import CONDITIONS
 from qwencli.bench.studies.schedule import Process
 from qwencli.bench.studies.session import PreparedStudy
-from qwencli.config import Cache
+from qwencli.config import Cache, LoadFormat
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 # Seconds beside what `predict` counts: compiling once, and reading a prompt in each run.
 COMPILE_S, PROMPT_S = 50.0, 0.1
+# How much faster than from a disk random weights are there: what the loads of
+# results/2026-11-23-h200-transformers leave after importing transformers.
+RANDOM_FACTOR = 2.5
 
 
 def predicted_s(study: PreparedStudy, process: Process, speed: MachineSpeed) -> float | None:
@@ -34,6 +37,8 @@ def predicted_s(study: PreparedStudy, process: Process, speed: MachineSpeed) -> 
     runs = len(process.runs)
     answers_s = (runs + 1) * plan.settings.max_new_tokens / found.tok_per_s
     load_s = max(0.0, found.seconds - answers_s - speed.start_s)
+    if plan.settings.load_format is LoadFormat.DUMMY:
+        load_s /= RANDOM_FACTOR
     extra_s = sum(CONDITIONS[name].extra_s for name in process.runs) + PROMPT_S * runs
     compiling = COMPILE_S if process.cell.cache is Cache.STATIC_COMPILE else 0.0
     return found.seconds + (process.loads - 1) * load_s + extra_s + compiling

@@ -66,7 +66,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """All processes, those first that most claims look at, and the place of each arm of each study;
+    """All processes in the order they run, and the place of each arm of each study;
     `blocked` has the claims that cannot run here at all."""
 
     processes: tuple[Process, ...]
@@ -106,8 +106,14 @@ def lay_out(
         names, numbers = zip(*order, strict=True)
         processes.append(replace(process, runs=names, rounds=numbers))
     random.Random(seed).shuffle(processes)
-    processes.sort(key=lambda process: -len(process.claims))  # stable: the shuffle breaks ties
+    processes.sort(key=_place_in_order)  # stable: the shuffle breaks ties
     return Layout(tuple(processes), places, blocked)
+
+
+def _place_in_order(process: Process) -> tuple[int, bool, int]:
+    """Most claims first, then the shortest: what --max-time cuts off should settle least."""
+    compiles = process.cell.cache is Cache.STATIC_COMPILE
+    return -len(process.claims), compiles, process.loads + len(process.runs)
 
 
 def _process_of(arm: Arm, model: str, facts: DeviceFacts) -> Process:
