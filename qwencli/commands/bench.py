@@ -178,13 +178,21 @@ def bench(
 @app.command()
 def report(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A campaign's folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Of a campaign or a study.")],
 ) -> None:
-    """Rebuild a campaign's tables and reports from its raw rows; print the table.
+    """Rebuild the tables and reports of a campaign or a study from its raw rows; print the table.
 
     Writes cells.csv, causes.csv, report.md and report.html, and the confusion matrix of an injected
-    campaign.
+    campaign; verdicts.csv and report.md of a study.
     """
+    from qwencli.bench.studies.session import STUDY
+
+    if (folder / STUDY).exists():
+        from qwencli.bench.studies import report as study_report
+
+        verdicts = study_report.build_study_report(folder)
+        context.ensure_object(Sink).show(study_report.terminal_table(verdicts))
+        return
     from qwencli.bench.inject.confusion import rebuilt, summary
     from qwencli.bench.report import build_report
     from qwencli.bench.tables import terminal_table

@@ -60,3 +60,13 @@ def test_mistakes_are_one_line(arguments, says):
     result = invoke(*arguments)
     assert result.exit_code != 0
     assert says in str(result.exception) or says in result.output
+
+
+def test_verdicts_are_made_again_from_the_rows(tmp_path):
+    folder = tmp_path / "s"
+    assert invoke("C12", *SMALL, "--out", str(folder)).exit_code == 0
+    (folder / "verdicts.csv").unlink()
+    result = CliRunner().invoke(app, ["bench", "report", str(folder)])
+    assert result.exit_code == 0, result.output
+    assert "cannot run here" in result.stdout
+    assert (folder / "verdicts.csv").is_file()
