@@ -60,6 +60,7 @@ def study(
     One factor varies at a time, in turns within one process where that is possible. Verdicts:
     supported, refuted, not reproduced here, cannot run here. Writes verdicts.csv and report.md.
     """
+    from qwencli.bench.studies import prepared as plan
     from qwencli.bench.studies import session
     from qwencli.bench.studies.claim_file import choose
     from qwencli.bench.studies.listing import claims_table
@@ -74,20 +75,19 @@ def study(
     studies = choose(named)
     from qwencli.bench.launch import read_device_facts
 
-    request = session.StudyRequest(
+    request = plan.StudyRequest(
         model=model,
         load_format=load_format,
         device=device,
         dtype=dtype,
-        runs=runs or (session.QUICK_RUNS if quick else session.DEFAULT_RUNS),
-        max_new_tokens=max_new_tokens
-        or (session.QUICK_TOKENS if quick else session.DEFAULT_TOKENS),
+        runs=runs or (plan.QUICK_RUNS if quick else plan.DEFAULT_RUNS),
+        max_new_tokens=max_new_tokens or (plan.QUICK_TOKENS if quick else plan.DEFAULT_TOKENS),
         seed=seed,
         max_time_s=max_time,
         timeout_s=timeout,
     )
     with sink.status("reading the claims and this machine"):
-        prepared = session.prepare_study(studies, request, read_device_facts(device))
+        prepared = plan.prepare_study(studies, request, read_device_facts(device))
     if dry_run:
         session.show_plan(prepared, sink)
         return

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from qwencli.bench.planned import duration
 from qwencli.bench.predict import MachineSpeed, predict
 from qwencli.bench.studies.conditions import CONDITIONS
+from qwencli.bench.studies.prepared import PreparedStudy
 from qwencli.bench.studies.schedule import Process
-from qwencli.bench.studies.session import PreparedStudy
 from qwencli.config import Cache, LoadFormat
 
 if TYPE_CHECKING:
