@@ -11,6 +11,7 @@ check:
 	$(PYTHON) tools/docs/cli_reference.py --check
 	$(PYTHON) tools/docs/readme_tables.py --check
 	$(PYTHON) tools/docs/predictions.py --check
+	$(PYTHON) tools/docs/findings.py --check
 
 test:
 	$(PYTHON) -m pytest
@@ -19,6 +20,7 @@ docs:
 	$(PYTHON) tools/docs/cli_reference.py
 	$(PYTHON) tools/docs/readme_tables.py
 	$(PYTHON) tools/docs/predictions.py
+	$(PYTHON) tools/docs/findings.py
 
 format:
 	.venv/bin/ruff check --fix .
