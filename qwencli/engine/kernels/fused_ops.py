@@ -292,7 +292,7 @@ class FusedOps:
             "ADD": add,
             "ARGMAX": choice is not None,
         }
-        if quantized is not None and in_blocks(quantized):
+        if quantized is not None and self._in_blocks(quantized):
             bits, storage = BLOCKS[quantized.scheme]
             grouped, fp8 = quantized.grouped, quantized.scheme is Scheme.FP8
             table = quantized.table
@@ -319,11 +319,16 @@ class FusedOps:
             **modes, **self._launch.options(tiles.num_warps),
         )  # fmt: skip
 
+    def _in_blocks(self, matrix: Quantized) -> bool:
+        """Whether the kernel that rounds the vector in blocks serves `matrix`.
 
-def in_blocks(matrix: Quantized) -> bool:
-    """Whether the kernel that rounds the vector in blocks can serve `matrix`."""
-    bits, _ = BLOCKS.get(matrix.scheme, (0, None))
-    return bits > 0 and matrix.columns % (BLOCK_WORDS * 32 // bits) == 0
+        Not fp8 with a scale a row, where the GPU converts it: no faster in float16 than in float32
+        (docs/experiments.md).
+        """
+        if matrix.scheme is Scheme.FP8 and not matrix.grouped and self._launch.fp8:
+            return False
+        bits, _ = BLOCKS.get(matrix.scheme, (0, None))
+        return bits > 0 and matrix.columns % (BLOCK_WORDS * 32 // bits) == 0
 
 
 def fused_ops(
