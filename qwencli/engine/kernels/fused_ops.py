@@ -19,8 +19,8 @@ import triton
 
 from qwencli.engine.kernels.attention import decode_attention_kernel
 from qwencli.engine.kernels.gemv import gemv_kernel
-from qwencli.engine.kernels.gemv_quantized import BLOCK_WORDS, gemv_quantized_kernel, pieces
-from qwencli.engine.kernels.several import Epilogue, SeveralProducts
+from qwencli.engine.kernels.gemv_quantized import gemv_quantized_kernel, pieces
+from qwencli.engine.kernels.several import BLOCKS, Epilogue, SeveralProducts, in_blocks
 from qwencli.engine.kernels.step import NOTHING_CHOSEN, accept_kernel, choose_kernel
 from qwencli.engine.kernels.tiles import (
     GemvTiles,
@@ -46,13 +46,6 @@ from qwencli.models.shapes import TextShape
 
 Tensor = torch.Tensor
 TileChoice = Callable[[MatrixKind], GemvTiles]
-
-# Bits of a weight, and how it is read.
-BLOCKS = {
-    Scheme.INT8: (8, Storage.INT8),
-    Scheme.FP8: (8, Storage.FP8),
-    Scheme.INT4: (4, Storage.INT4),
-}
 
 SMALLEST_HEAD_DIM = 32  # half a head is an operand of a matrix unit
 MOST_ROWS = MOST_FED
@@ -307,12 +300,6 @@ class FusedOps:
             SCALED=quantized is not None,
             **modes, **self._launch.options(tiles.num_warps),
         )  # fmt: skip
-
-
-def in_blocks(matrix: Quantized) -> bool:
-    """Whether the kernel that rounds the vector in blocks can serve `matrix`."""
-    bits, _ = BLOCKS.get(matrix.scheme, (0, None))
-    return bits > 0 and matrix.columns % (BLOCK_WORDS * 32 // bits) == 0
 
 
 def fused_ops(

@@ -39,7 +39,6 @@ class MatrixKind:
 
     Args:
         rows, columns: of the result and of the vector; `gated` reads two such matrices.
-        group: columns that share a scale and have to be in one block; 1 where none do.
         tokens: vectors that the matrix is applied to at once.
     """
 
@@ -47,7 +46,6 @@ class MatrixKind:
     columns: int
     storage: Storage = Storage.FLOAT
     gated: bool = False
-    group: int = 1
     tokens: int = 1
 
 
@@ -80,22 +78,20 @@ _BITS = {Storage.FLOAT: 16, Storage.BYTES: 8}
 _IN_BLOCKS = GemvTiles(2048, 8, 4)
 
 
-# For 2 to 8 tokens, by (storage, gated); of int4 a warp takes a group.
+# For 2 to 8 tokens, by storage: of a matrix, and of two that are read at once.
 _SEVERAL = {
-    (Storage.FLOAT, False): GemvTiles(512, 16, 8),
-    (Storage.FLOAT, True): GemvTiles(256, 16, 8),
-    (Storage.BYTES, False): GemvTiles(512, 16, 8),
-    (Storage.BYTES, True): GemvTiles(512, 16, 8),
-    (Storage.INT4, False): GemvTiles(1024, 16, 8),
-    (Storage.INT4, True): GemvTiles(512, 16, 4),
+    Storage.FLOAT: (GemvTiles(512, 16, 8), GemvTiles(256, 16, 8)),
+    Storage.BYTES: (GemvTiles(512, 16, 8), GemvTiles(512, 16, 8)),
+    Storage.INT8: (GemvTiles(512, 16, 8), GemvTiles(512, 16, 8)),
+    Storage.FP8: (GemvTiles(512, 16, 8), GemvTiles(512, 16, 8)),
+    Storage.INT4: (GemvTiles(1024, 16, 8), GemvTiles(512, 16, 8)),
 }
 
 
 def default_tiles(matrix: MatrixKind) -> GemvTiles:
     """Rows of as many bytes are cut alike, whatever the size of an item."""
     if matrix.tokens > 1:
-        tiles = _SEVERAL[matrix.storage, matrix.gated]
-        return tiles if matrix.group == 1 else replace(tiles, block=tiles.num_warps * matrix.group)
+        return _SEVERAL[matrix.storage][matrix.gated]
     bits = _BITS.get(matrix.storage)
     if bits is None:
         return _IN_BLOCKS
