@@ -19,8 +19,8 @@ import triton
 
 from qwencli.engine.kernels.attention import decode_attention_kernel
 from qwencli.engine.kernels.gemv import gemv_kernel
-from qwencli.engine.kernels.gemv_quantized import BLOCK_WORDS, gemv_quantized_kernel, pieces
-from qwencli.engine.kernels.several import Epilogue, SeveralProducts
+from qwencli.engine.kernels.gemv_quantized import gemv_quantized_kernel, pieces
+from qwencli.engine.kernels.several import BLOCKS, Epilogue, SeveralProducts, in_blocks
 from qwencli.engine.kernels.step import NOTHING_CHOSEN, accept_kernel, choose_kernel
 from qwencli.engine.kernels.tiles import (
     GemvTiles,
@@ -47,15 +47,6 @@ from qwencli.models.shapes import TextShape
 
 Tensor = torch.Tensor
 TileChoice = Callable[[MatrixKind], GemvTiles]
-
-# Bits of a weight, and how it is read.
-BLOCKS = {
-    Scheme.INT8: (8, Storage.INT8),
-    Scheme.FP8: (8, Storage.FP8),
-    Scheme.INT4: (4, Storage.INT4),
-    Scheme.NF4: (4, Storage.INT4),
-    Scheme.FP4: (4, Storage.INT4),
-}
 
 SMALLEST_HEAD_DIM = 32  # half a head is an operand of a matrix unit
 MOST_ROWS = MOST_FED
@@ -127,7 +118,9 @@ class FusedOps:
         self._arrived = buffer(MOST_ROWS * kv_heads, of=torch.int32)
         # tl.dot would round float32 operands to TF32 otherwise.
         self._precision = "ieee" if dtype == torch.float32 else "tf32"
-        self._several = SeveralProducts(self._best, tiles_of, self._launch.options, self._precision)
+        self._several = SeveralProducts(
+            self._best, tiles_of, self._launch.options, self._precision, self._launch.fp8
+        )
 
     def ops(self, own_attention: bool) -> DecoderOps:
         """All kernels, or all but attention, which then stays with the step's own."""
@@ -292,7 +285,7 @@ class FusedOps:
             "ADD": add,
             "ARGMAX": choice is not None,
         }
-        if quantized is not None and self._in_blocks(quantized):
+        if quantized is not None and in_blocks(quantized, self._launch.fp8):
             bits, storage = BLOCKS[quantized.scheme]
             grouped, fp8 = quantized.grouped, quantized.scheme is Scheme.FP8
             table = quantized.table
@@ -318,17 +311,6 @@ class FusedOps:
             SCALED=quantized is not None,
             **modes, **self._launch.options(tiles.num_warps),
         )  # fmt: skip
-
-    def _in_blocks(self, matrix: Quantized) -> bool:
-        """Whether the kernel that rounds the vector in blocks serves `matrix`.
-
-        Not fp8 with a scale a row, where the GPU converts it: no faster in float16 than in float32
-        (docs/experiments.md).
-        """
-        if matrix.scheme is Scheme.FP8 and not matrix.grouped and self._launch.fp8:
-            return False
-        bits, _ = BLOCKS.get(matrix.scheme, (0, None))
-        return bits > 0 and matrix.columns % (BLOCK_WORDS * 32 // bits) == 0
 
 
 def fused_ops(

@@ -6,7 +6,10 @@ ROWS rows of the result. A tile of its weights is cut into PARTS along the colum
 warp at least, whose products are added up at the end. While one tile is worked on the next is read;
 the first one is on its way before the wait for the kernel in front (programmatic dependent launch).
 
-Vectors are normed and rounded before they are multiplied, as the plain operators do it.
+Vectors are rounded as the kernels for one vector round them, so that a token checked is the token
+that would have been chosen: for float weights to the type they have, after their norm; for
+quantized ones in blocks with a scale each, of the same columns and to the same steps, which are
+PART columns here.
 """
 
 from __future__ import annotations
@@ -31,23 +34,34 @@ def weight_tile(
 
 
 @triton.jit
-def group_tile(ptr, start, rows, N, GROUPS: tl.constexpr, PARTS: tl.constexpr):
-    """Start reading float16 [N, GROUPS]: [PARTS, ROWS, 1]."""
-    group = start + tl.arange(0, PARTS)[:, None, None]
+def group_tile(
+    ptr,
+    start,
+    rows,
+    N,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Start reading what belongs to each part's group of G columns, float16 [N, K / G]:
+    [PARTS, ROWS, 1]."""
+    GROUPS: tl.constexpr = K // G
+    group = (start + tl.arange(0, PARTS)[:, None, None] * PART) // G
     there = (rows < N)[None, :, None] & (group < GROUPS)
     return tl.load(ptr + rows[None, :, None] * GROUPS + group, mask=there, other=0.0)
 
 
 @triton.jit
 def unpacked(words, PARTS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """int32 words of groups -> 128 + q of each column, bfloat16 [PARTS, ROWS, 8 * WORDS].
+    """int32 words of groups -> 1024 + q of each column, float16 [PARTS, ROWS, 8 * WORDS].
 
-    Four bits under the exponent of 128 in bfloat16 read 128 + q.
+    Four bits under the exponent of 1024 in float16 read 1024 + q.
     """
     nibbles = ()
     for place in tl.static_range(8):
-        q = ((words >> (4 * place)) & 15) | 0x4300
-        nibbles += (q.to(tl.int16).to(tl.bfloat16, bitcast=True),)  # type: ignore[assignment]
+        q = ((words >> (4 * place)) & 15) | 0x6400
+        nibbles += (q.to(tl.int16).to(tl.float16, bitcast=True),)  # type: ignore[assignment]
     quads = tl.join(
         tl.join(tl.join(nibbles[0], nibbles[4]), tl.join(nibbles[2], nibbles[6])),  # type: ignore[misc]
         tl.join(tl.join(nibbles[1], nibbles[5]), tl.join(nibbles[3], nibbles[7])),  # type: ignore[misc]
@@ -74,7 +88,7 @@ def gemm_kernel(
     x_ptr,  # [TOKENS, K]
     gain_ptr,  # [K], weight of the RMS norm of x
     w_ptr,  # [N, K], or [2 N, K] for SWIGLU; int32 [.., K / 8] for int4
-    scale_ptr,  # float32 [N] or [2 N]; int4: float16 [.., K / PART]
+    scale_ptr,  # float32 [N] or [2 N]; int4: float16 [.., K / G]
     zero_ptr,  # int4: float16, as scale
     bias_ptr,  # [N]
     y_ptr,  # [TOKENS, N]
@@ -95,19 +109,21 @@ def gemm_kernel(
     ADD: tl.constexpr,
     ARGMAX: tl.constexpr,
     SCALED: tl.constexpr,
-    NIBBLES: tl.constexpr,
+    BITS: tl.constexpr,
+    FP8: tl.constexpr,
+    G: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """As `gemv_kernel` for each vector; PART columns are a group of int4.
+    """As `gemv_kernel` for each vector. BITS: of weights whose vectors are rounded in blocks, else
+    0; int4 has groups of G columns.
 
     A token fed counts as seen for its own vector and those after it.
     """
     BLOCK: tl.constexpr = PARTS * PART
-    PACKED: tl.constexpr = 8 if NIBBLES else 1  # columns of an item
+    PACKED: tl.constexpr = 8 if BITS == 4 else 1  # columns of an item
     WIDTH: tl.constexpr = K // PACKED
     ITEMS: tl.constexpr = PART // PACKED
-    GROUPS: tl.constexpr = K // PART
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tokens = tl.arange(0, 8)  # what a matrix unit takes at least
     up_ptr = w_ptr + N.to(tl.int64) * WIDTH
@@ -132,22 +148,26 @@ def gemm_kernel(
         x = tl.load(x_ptr + tokens[None, None, :] * K + columns, mask=there, other=0.0)
         if NORM:
             gain = tl.load(gain_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
-            x = (x.to(tl.float32) * norms[None, None, :] * gain).to(x.dtype)
-        if NIBBLES:
-            ones = tl.sum(x.to(tl.float32), axis=1)[:, None, :]
-            acc += group_dots(
-                w, x, ones, scale_ptr, zero_ptr, start, rows, N, GROUPS, PARTS, PART, PRECISION
-            )
-            if SWIGLU:
-                far = N.to(tl.int64) * GROUPS
-                up_acc += group_dots(
-                    up, x, ones, scale_ptr + far, zero_ptr + far, start, rows, N,
-                    GROUPS, PARTS, PART, PRECISION,
-                )  # fmt: skip
-        else:
+        if BITS == 0:
+            if NORM:
+                x = (x.to(tl.float32) * norms[None, None, :] * gain).to(x.dtype)
             acc = tl.dot(w.to(x.dtype), x, acc, input_precision=PRECISION)
             if SWIGLU:
                 up_acc = tl.dot(up.to(x.dtype), x, up_acc, input_precision=PRECISION)
+        else:
+            wide = x.to(tl.float32)
+            if NORM:
+                wide *= gain
+            q, step = in_steps(wide, FP8)
+            acc += quantized_dots(
+                w, q, step, scale_ptr, zero_ptr, start, rows, N, K, BITS, G, PARTS, PART
+            )
+            if SWIGLU:
+                far = N.to(tl.int64) * (K // G)
+                up_acc += quantized_dots(
+                    up, q, step, scale_ptr + far, zero_ptr + far, start, rows, N,
+                    K, BITS, G, PARTS, PART,
+                )  # fmt: skip
         w = next_w
         if SWIGLU:
             up = next_up
@@ -155,6 +175,9 @@ def gemm_kernel(
     inside = rows < N
     y = tl.sum(acc, axis=0)  # [ROWS, 8]
     up_y = tl.sum(up_acc, axis=0)
+    if NORM and BITS > 0:
+        y *= norms[None, :]
+        up_y *= norms[None, :]
     if SCALED:
         y *= tl.load(scale_ptr + rows, mask=inside, other=0.0)[:, None]
         if SWIGLU:
@@ -185,22 +208,44 @@ def gemm_kernel(
 
 
 @triton.jit
-def group_dots(
-    words,
-    x,
-    ones,
+def in_steps(x, FP8: tl.constexpr):
+    """Vectors [PARTS, PART, 8], float32, in steps of a part's largest value: the rounded numbers of
+    steps, and the steps [PARTS, 1, 8]. See `gemv_quantized.packed`."""
+    step = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-30)[:, None, :]
+    x *= 1.0 / step
+    if not FP8:
+        # Adding 1.5 * 2^23 rounds to an integer, in the lowest bits of the result.
+        x = ((x * 127.0 + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.float32)
+        step /= 127.0
+    return x.to(tl.float16), step
+
+
+@triton.jit
+def quantized_dots(
+    w,
+    q,
+    step,
     scale_ptr,
     zero_ptr,
     start,
     rows,
     N,
-    GROUPS: tl.constexpr,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    G: tl.constexpr,
     PARTS: tl.constexpr,
     PART: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Products of int4 groups with x [PARTS, PART, 8], whose sums over a group are `ones`."""
-    w = unpacked(words, PARTS, rows.shape[0], PART // 8).to(x.dtype)
-    scale = group_tile(scale_ptr, start // PART, rows, N, GROUPS, PARTS).to(tl.float32)
-    zero = group_tile(zero_ptr, start // PART, rows, N, GROUPS, PARTS).to(tl.float32)
-    return scale * (tl.dot(w, x, input_precision=PRECISION) - (128.0 + zero) * ones)
+    """Products of a tile of weights with vectors in steps: [PARTS, ROWS, 8].
+
+    Integers of 11 bits are exact in float16, and so are the sums of a part in float32.
+    """
+    if BITS == 8:
+        products = tl.dot(w.to(q.dtype), q)
+    else:
+        total = tl.sum(q.to(tl.float32), axis=1)[:, None, :]
+        sums = tl.dot(unpacked(w, PARTS, rows.shape[0], PART // 8), q) - 1024.0 * total
+        scale = group_tile(scale_ptr, start, rows, N, K, G, PARTS, PART).to(tl.float32)
+        zero = group_tile(zero_ptr, start, rows, N, K, G, PARTS, PART).to(tl.float32)
+        products = scale * (sums - zero * total)
+    return products * step

@@ -10,12 +10,19 @@ import torch
 import triton
 
 from qwencli.engine.kernels.gemm import gemm_kernel
+from qwencli.engine.kernels.gemv_quantized import BLOCK_WORDS
 from qwencli.engine.kernels.tiles import GemvTiles, MatrixKind, Storage
 from qwencli.engine.native.decoder_ops import Choice, Matrix, dense
 from qwencli.engine.native.quantized import Quantized, Scheme
 from qwencli.engine.native.rms_norm import RMSNorm
 
 Tensor = torch.Tensor
+# Bits of a weight, and how it is read.
+BLOCKS = {
+    Scheme.INT8: (8, Storage.INT8),
+    Scheme.FP8: (8, Storage.FP8),
+    Scheme.INT4: (4, Storage.INT4),
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class SeveralProducts:
         best: int64 [8], where the keys of the likeliest rows go.
         options: launch options for a number of warps.
         precision: of float32 operands.
+        converts_fp8: whether the GPU has instructions for it.
     """
 
     def __init__(
@@ -50,9 +58,11 @@ class SeveralProducts:
         tiles_of: Callable[[MatrixKind], GemvTiles],
         options: Callable[[int], Mapping[str, Any]],
         precision: str,
+        converts_fp8: bool,
     ) -> None:
         self._best, self._tiles_of = best, tiles_of
         self._options, self._precision = options, precision
+        self._converts_fp8 = converts_fp8
 
     def __call__(self, x: Tensor, matrix: Matrix, y: Tensor, around: Epilogue) -> None:
         """y [S, rows] = epilogue(matrix norm(x)), x [S, columns]."""
@@ -65,12 +75,11 @@ class SeveralProducts:
         zero = None if quantized is None else quantized.zero
         norm, choice = around.norm, around.choice
         rows = rows // 2 if around.gated else rows
-        storage = Storage.FLOAT if quantized is None else Storage.BYTES
-        group = 1
-        if quantized is not None and zero is not None:
-            storage, group = Storage.INT4, quantized.group
-        tiles = self._tiles_of(MatrixKind(rows, columns, storage, around.gated, group, len(x)))
-        parts = tiles.num_warps if zero is None else tiles.block // group
+        bits, storage = 0, Storage.FLOAT if quantized is None else Storage.BYTES
+        if quantized is not None and in_blocks(quantized, self._converts_fp8):
+            bits, storage = BLOCKS[quantized.scheme]
+        tiles = self._tiles_of(MatrixKind(rows, columns, storage, around.gated, tokens=len(x)))
+        part = BLOCK_WORDS * 32 // bits if bits else tiles.block // tiles.num_warps
         gemm_kernel[triton.cdiv(rows, tiles.rows),](
             x,
             x if norm is None else norm.weight,
@@ -86,8 +95,8 @@ class SeveralProducts:
             rows,
             0.0 if norm is None else norm.eps,
             K=columns,
-            PARTS=parts,
-            PART=tiles.block // parts,
+            PARTS=tiles.block // part,
+            PART=part,
             ROWS=tiles.rows,
             TOKENS=len(x),
             NORM=norm is not None,
@@ -95,11 +104,25 @@ class SeveralProducts:
             BIAS=around.bias is not None,
             ADD=around.add,
             ARGMAX=choice is not None,
-            SCALED=storage is Storage.BYTES,
-            NIBBLES=storage is Storage.INT4,
+            SCALED=quantized is not None and zero is None,
+            BITS=bits,
+            FP8=quantized is not None and quantized.scheme is Scheme.FP8,
+            G=columns if quantized is None else quantized.group,
             PRECISION=self._precision,
             **self._options(tiles.num_warps),
         )
+
+
+def in_blocks(matrix: Quantized, converts_fp8: bool) -> bool:
+    """Whether the kernels that round the vector in blocks serve `matrix`.
+
+    Not fp8 with a scale a row, where the GPU converts it: float16 products were slower than float32
+    ones (docs/experiments.md).
+    """
+    if matrix.scheme is Scheme.FP8 and not matrix.grouped and converts_fp8:
+        return False
+    bits, _ = BLOCKS.get(matrix.scheme, (0, None))
+    return bits > 0 and matrix.columns % (BLOCK_WORDS * 32 // bits) == 0
 
 
 def is_read(matrix: Quantized) -> bool:

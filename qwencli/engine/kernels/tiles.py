@@ -9,7 +9,7 @@ compiler makes of them: the widest that leave room for two programs a multiproce
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 MOST_SPLITS = 32
@@ -40,7 +40,6 @@ class MatrixKind:
 
     Args:
         rows, columns: of the result and of the vector; `gated` reads two such matrices.
-        group: columns that share a scale and have to be in one block; 1 where none do.
         tokens: vectors that the matrix is applied to at once.
     """
 
@@ -48,7 +47,6 @@ class MatrixKind:
     columns: int
     storage: Storage = Storage.FLOAT
     gated: bool = False
-    group: int = 1
     tokens: int = 1
 
 
@@ -115,22 +113,20 @@ _OF_MANY_ROWS: Mapping[Storage, GemvTiles] = {
     Storage.INT4: GemvTiles(512, 4, 1),
 }
 
-# For 2 to 8 tokens, by (storage, gated); of int4 a warp takes a group.
+# For 2 to 8 tokens, by storage: of a matrix, and of two that are read at once.
 _SEVERAL = {
-    (Storage.FLOAT, False): GemvTiles(512, 16, 8),
-    (Storage.FLOAT, True): GemvTiles(256, 16, 8),
-    (Storage.BYTES, False): GemvTiles(512, 16, 8),
-    (Storage.BYTES, True): GemvTiles(512, 16, 8),
-    (Storage.INT4, False): GemvTiles(1024, 16, 8),
-    (Storage.INT4, True): GemvTiles(512, 16, 4),
+    Storage.FLOAT: (GemvTiles(512, 16, 8), GemvTiles(256, 16, 8)),
+    Storage.BYTES: (GemvTiles(512, 16, 8), GemvTiles(512, 16, 8)),
+    Storage.INT8: (GemvTiles(512, 16, 8), GemvTiles(512, 16, 8)),
+    Storage.FP8: (GemvTiles(512, 16, 8), GemvTiles(512, 16, 8)),
+    Storage.INT4: (GemvTiles(1024, 16, 8), GemvTiles(512, 16, 8)),
 }
 
 
 def default_tiles(matrix: MatrixKind) -> GemvTiles:
     """What the search found for the nearest shape."""
     if matrix.tokens > 1:
-        tiles = _SEVERAL[matrix.storage, matrix.gated]
-        return tiles if matrix.group == 1 else replace(tiles, block=tiles.num_warps * matrix.group)
+        return _SEVERAL[matrix.storage][matrix.gated]
     if matrix.rows >= _MANY_ROWS and matrix.storage in _OF_MANY_ROWS:
         return _OF_MANY_ROWS[matrix.storage]
     by_columns = _BY_COLUMNS[matrix.storage, matrix.gated]

@@ -29,7 +29,7 @@ SLOTS = 160
 
 def wide_tiles(matrix: MatrixKind) -> GemvTiles:
     """Few programs: the interpreter takes milliseconds for each."""
-    return GemvTiles(max(64, matrix.group), 128, 1)
+    return GemvTiles(64, 128, 1)
 
 
 OWN = functools.partial(fused_ops, own_attention=True, tiles_of=wide_tiles)
