@@ -69,10 +69,6 @@ class StudiedEngine:
     def memory_plan(self) -> Mapping[str, int]:
         return self._engine.memory_plan
 
-    @property
-    def load_warnings(self) -> tuple[str, ...]:
-        return self._engine.load_warnings
-
     def load(self) -> None:
         self._engine.load()
 
