@@ -10,6 +10,8 @@ check:
 	.venv/bin/lint-imports
 	$(PYTHON) tools/docs/cli_reference.py --check
 	$(PYTHON) tools/docs/readme_tables.py --check
+	$(PYTHON) tools/docs/predictions.py --check
+	$(PYTHON) tools/docs/findings.py --check
 
 test:
 	$(PYTHON) -m pytest
@@ -17,6 +19,8 @@ test:
 docs:
 	$(PYTHON) tools/docs/cli_reference.py
 	$(PYTHON) tools/docs/readme_tables.py
+	$(PYTHON) tools/docs/predictions.py
+	$(PYTHON) tools/docs/findings.py
 
 format:
 	.venv/bin/ruff check --fix .

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from qwencli.config import Quantization
+from qwencli.config import KVDType, Quantization
 from qwencli.engine.kernels.fused_ops import FusedOps, TileChoice, fused_ops
 from qwencli.engine.kernels.tiles import GemvTiles, MatrixKind, Storage, default_tiles
 from qwencli.engine.limits import LARGEST_BUFFER, read_bandwidth
@@ -37,8 +37,10 @@ from qwencli.engine.native import weights
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.decoder_ops import Choice, DecoderOps, Layer, Matrix
 from qwencli.engine.native.decoding import DecodeState
+from qwencli.engine.native.kv_quantized import KV_SCHEMES
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import SamplerKind
+from qwencli.models.memory import native_kv_bytes
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
@@ -77,11 +79,16 @@ class MeasuredStep:
     """A model of random weights, and the time of its decode step."""
 
     def __init__(
-        self, shape: ModelShape, quantization: Quantization, slots: int, tiles_of: TileChoice
+        self,
+        shape: ModelShape,
+        quantization: Quantization,
+        slots: int,
+        tiles_of: TileChoice,
+        kv_dtype: KVDType = KVDType.AUTO,
     ) -> None:
         loaded = weights.dummy(shape, torch.bfloat16, CUDA, quantization)
         fused = functools.partial(fused_ops, own_attention=True, tiles_of=tiles_of)
-        self.model = QwenModel(shape, loaded, slots, fused=fused)
+        self.model = QwenModel(shape, loaded, slots, fused=fused, kv=KV_SCHEMES[kv_dtype])
         self.state = DecodeState(self.model, self.model.static_cache(), slots)
         self.kernels: DecoderOps = self.model.step_ops
         self.own: FusedOps = self.kernels.norm_qkv.__self__  # type: ignore[attr-defined]
@@ -149,7 +156,7 @@ def roofline(step: MeasuredStep, context: int, bandwidth: float) -> dict[str, An
     decoder = step.model.decoder
     layer: Layer = decoder.layers[0]
     layers = len(decoder.layers)
-    kv = step.model.shape.text.kv_bytes_per_token(2) * context
+    kv = native_kv_bytes(step.model.shape, step.model.kv is not None, 2) * context
     read = {
         "norm_qkv": layers * bytes_of(layer.qkv),
         "attend": kv,
@@ -269,6 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="qwen3-vl-4b")
     parser.add_argument("--quantization", default="none,8bit,fp8,4bit")
+    parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--context", default="512")
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--out", required=True)
@@ -276,12 +284,13 @@ def main() -> None:
     contexts = [int(context) for context in options.context.split(",")]
     bandwidth = read_bandwidth("cuda", LARGEST_BUFFER)
     rows = []
-    for name, mode in itertools.product(options.model.split(","), options.quantization.split(",")):
+    axes = (options.model, options.quantization, options.kv_dtype)
+    for name, mode, kv in itertools.product(*(axis.split(",") for axis in axes)):
         tiles, quantization = Tiles(), Quantization(mode)
         with torch.inference_mode():
             slots = max(contexts) + 2 * REPLAYS + SLACK
-            step = MeasuredStep(text_shape(name), quantization, slots, tiles)
-            row: dict[str, Any] = {"model": name, "quantization": mode}
+            step = MeasuredStep(text_shape(name), quantization, slots, tiles, KVDType(kv))
+            row: dict[str, Any] = {"model": name, "quantization": mode, "kv_dtype": kv}
             row["default"] = [roofline(step, context, bandwidth) for context in contexts]
             print(json.dumps(row), file=sys.stderr)
             if options.search:

@@ -23,7 +23,7 @@ from qwencli.engine.native import kv_quantized, weights
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
-from qwencli.engine.native.quantized import FP8_MAX, Scheme, quantize_rows
+from qwencli.engine.native.quantized import LARGEST, Scheme, quantize_rows
 from qwencli.engine.sources import ModelFiles, open_model
 from qwencli.messages import ImagePart, user_message
 from qwencli.models.resolve import resolve_model
@@ -36,7 +36,9 @@ MAX_SEQ_LEN = 1024
 
 def unscaled(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """`quantize_rows` for fp8 as it would be without scales."""
-    return w.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), torch.ones_like(w[..., 0])
+    return w.clamp(-LARGEST[scheme], LARGEST[scheme]).to(torch.float8_e4m3fn), torch.ones_like(
+        w[..., 0]
+    )
 
 
 # Kind of cache -> its scheme, and how rows are cut down.

@@ -19,6 +19,15 @@ def no_user_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(user_config, "user_config_folder", lambda: folder)
 
 
+@pytest.fixture(autouse=True)
+def no_user_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tests leave nothing in the user's cache, and find nothing there."""
+    from qwencli.models import quantized_cache
+
+    folder = tmp_path / "user-cache"
+    monkeypatch.setattr(quantized_cache, "cache_root", lambda: folder)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`checkpoint(family)` -> folder of a small random model, written once a session."""

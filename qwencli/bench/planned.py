@@ -44,14 +44,14 @@ def planned_table(
             str(number),
             cell_label(cell),
             "-" if predicted.tok_per_s is None else f"{predicted.tok_per_s:.3g}",
-            _duration(predicted.seconds),
+            duration(predicted.seconds),
             "-" if predicted.memory_bytes is None else f"{predicted.memory_bytes / 1e9:.1f} GB",
         )
     for cell in cells:
         if cell.skip_reason:
             table.add_row("-", cell_label(cell), style="dim")
     known = [p.seconds for p in predictions.values() if p.seconds is not None]
-    lines = [f"all together about {_duration(sum(known))}", FORMULA] if known else []
+    lines = [f"all together about {duration(sum(known))}", FORMULA] if known else []
     counts = Counter(cell.skip_reason for cell in cells if cell.skip_reason)
     lines += [
         f"skipped: {reason} - {count} cell{'s' * (count > 1)}" for reason, count in counts.items()
@@ -59,7 +59,7 @@ def planned_table(
     return Group(table, *(Text(line, style="dim") for line in lines))
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     minutes, rest = divmod(round(seconds), 60)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     Medians = NDArray[np.float64]
+
+Statistic = Literal["median", "spread"]
 
 # Makes the MAD of normal values an estimate of their standard deviation: 1 / Phi^-1(3/4)
 # (Rousseeuw and Croux 1993, "Alternatives to the median absolute deviation", JASA 88).
@@ -59,9 +61,7 @@ def median_interval(
     """
     if len(values) < MIN_RUNS:
         return None
-    return _interval(
-        statistics.median(values), _resampled_medians(values, seed=seed, stream=0), confidence
-    )
+    return _interval(statistics.median(values), _resampled(values, "median", seed, 0), confidence)
 
 
 def ratio_interval(
@@ -70,8 +70,9 @@ def ratio_interval(
     *,
     confidence: float = CONFIDENCE,
     seed: int = 0,
+    statistic: Statistic = "median",
 ) -> Interval | None:
-    """Interval of median(other) / median(base), the two resampled independently.
+    """Interval of median(other) / median(base), resampled independently, or of their spreads.
 
     None where either has fewer than three values or a value that is not above zero. Percentile
     bootstrap as in `median_interval`; for 3 runs against 3 it covers 90 % at the most, whatever
@@ -81,19 +82,40 @@ def ratio_interval(
     """
     if min(len(base), len(other)) < MIN_RUNS or min(*base, *other) <= 0:
         return None
-    ratios = _resampled_medians(other, seed=seed, stream=1) / _resampled_medians(
-        base, seed=seed, stream=0
-    )
-    return _interval(statistics.median(other) / statistics.median(base), ratios, confidence)
+    below, above = (_resampled(side, statistic, seed, n) for n, side in enumerate((base, other)))
+    estimate = describe(other, statistic) / describe(base, statistic)
+    return _interval(estimate, above / below, confidence)
 
 
-def _resampled_medians(values: Sequence[float], *, seed: int, stream: int) -> Medians:
+def spread_interval(
+    values: Sequence[float], *, confidence: float = CONFIDENCE, seed: int = 0
+) -> Interval | None:
+    """Interval of the largest over the smallest of values above zero; None for fewer than three.
+
+    Percentile bootstrap. A resample never reaches beyond the sample, so the interval ends at the
+    spread that was seen: it bounds from below how far runs can differ, never from above.
+    """
+    if len(values) < MIN_RUNS or min(values) <= 0:
+        return None
+    return _interval(describe(values, "spread"), _resampled(values, "spread", seed, 0), confidence)
+
+
+def describe(values: Sequence[float], statistic: Statistic) -> float:
+    """The median, or the largest over the smallest (of values above zero)."""
+    return statistics.median(values) if statistic == "median" else max(values) / min(values)
+
+
+def _resampled(values: Sequence[float], statistic: Statistic, seed: int, stream: int) -> Medians:
     import numpy as np
 
     # [RESAMPLES, n]; the stream keeps the two sides of a ratio independent.
     rng = np.random.default_rng([seed, stream])
     picks = rng.integers(0, len(values), size=(RESAMPLES, len(values)))
-    medians: Medians = np.median(np.asarray(values, dtype=float)[picks], axis=1)
+    samples = np.asarray(values, dtype=float)[picks]
+    if statistic == "spread":
+        spreads: Medians = samples.max(axis=1) / samples.min(axis=1)
+        return spreads
+    medians: Medians = np.median(samples, axis=1)
     return medians
 
 

@@ -35,6 +35,7 @@ class RunnerOptions:
         cooldown: before each process but the first.
         continue_on_error: a cell that fails is a row and the others run; off, the campaign ends
             after that row, and can be resumed.
+        beside: measure limits and quality after the runs.
     """
 
     command: Sequence[str]
@@ -42,6 +43,7 @@ class RunnerOptions:
     timeout_s: float
     cooldown: Cooldown = NO_PAUSE
     continue_on_error: bool = True
+    beside: bool = True
 
 
 def run_campaign(campaign: Campaign, options: RunnerOptions, say: Say) -> None:
@@ -136,7 +138,7 @@ def _run_process(
     checked = campaign.has_beside(cell, "quality")
     work = replace(
         work,
-        roofline=not campaign.has_beside(cell, "roofline"),
+        roofline=options.beside and not campaign.has_beside(cell, "roofline"),
         quality_samples=0 if checked else work.quality_samples,
         reference=None if checked else campaign.reference(cell.model),
     )

@@ -45,6 +45,8 @@ from qwencli.results import GenerationResult, Speculation
 
 MakeEngine = Callable[[EngineConfig], Engine]
 Emit = Callable[[dict[str, Any]], None]
+# Called with the number of each run before it is measured; whether it loaded the model anew.
+Prepare = Callable[[int], bool]
 
 # What an expected error means for the cell; the first class that fits. Others: "failed".
 _STATUS: tuple[tuple[type[QwenCliError], str], ...] = (
@@ -59,10 +61,11 @@ def run_cell(
     emit: Emit,
     make_engine: MakeEngine = create_engine,
     beside: Beside = measure_beside,
+    prepare: Prepare = lambda run: False,
 ) -> None:
     """Measure one cell; expected errors become its end, unexpected ones are raised."""
     try:
-        for message in _measure_all(spec, make_engine, beside):
+        for message in _measure_all(spec, make_engine, beside, prepare):
             emit(message)
     except QwenCliError as error:
         status = next((name for kind, name in _STATUS if isinstance(error, kind)), "failed")
@@ -75,7 +78,7 @@ def run_cell(
 
 
 def _measure_all(
-    spec: WorkerSpec, make_engine: MakeEngine, beside: Beside
+    spec: WorkerSpec, make_engine: MakeEngine, beside: Beside, prepare: Prepare
 ) -> Iterator[dict[str, Any]]:
     request = build_request(spec)
     engine = make_engine(spec.config)
@@ -95,7 +98,8 @@ def _measure_all(
             if reload:
                 engine.close()
                 engine.load()
-            message = measure(engine, request, run, probe, fresh=reload)
+            fresh = prepare(run) or reload
+            message = measure(engine, request, run, probe, fresh=fresh)
             yield message
             progress = progress.plus(message["row"])
         if spec.roofline and spec.max_new_tokens > 3 * probe_overhead.STRETCH:
@@ -213,7 +217,11 @@ def _tokens(result: GenerationResult) -> list[dict[str, Any]]:
     ]
 
 
-def main(make_engine: MakeEngine = create_engine, beside: Beside = measure_beside) -> int:
+def main(
+    make_engine: MakeEngine = create_engine,
+    beside: Beside = measure_beside,
+    prepare: Prepare = lambda run: False,
+) -> int:
     """Run as a process, speaking the protocol above."""
     # Rows get a descriptor of their own; from here on everything else that prints goes to the log.
     rows = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -225,7 +233,7 @@ def main(make_engine: MakeEngine = create_engine, beside: Beside = measure_besid
         rows.write(json.dumps(message) + "\n")
         rows.flush()
 
-    run_cell(spec, emit, make_engine, beside)
+    run_cell(spec, emit, make_engine, beside, prepare)
     return 0
 
 

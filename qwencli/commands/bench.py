@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from qwencli.commands.bench_study import study
 from qwencli.config import DType, LoadFormat, parse_seq_len
 from qwencli.errors import UsageError
 from qwencli.output import Sink
@@ -35,6 +36,7 @@ class _BenchGroup(TyperGroup):
 
 
 app = typer.Typer(cls=_BenchGroup, invoke_without_command=True, no_args_is_help=False)
+app.command()(study)
 
 Axis = Annotated[
     str | None, typer.Option(metavar="LIST", help="Comma list; replaces the matrix's.")
@@ -178,13 +180,21 @@ def bench(
 @app.command()
 def report(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A campaign's folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Of a campaign or a study.")],
 ) -> None:
-    """Rebuild a campaign's tables and reports from its raw rows; print the table.
+    """Rebuild the tables and reports of a campaign or a study from its raw rows; print the table.
 
     Writes cells.csv, causes.csv, report.md and report.html, and the confusion matrix of an injected
-    campaign.
+    campaign; verdicts.csv and report.md of a study.
     """
+    from qwencli.bench.studies.session import STUDY
+
+    if (folder / STUDY).exists():
+        from qwencli.bench.studies import report as study_report
+
+        verdicts = study_report.build_study_report(folder)
+        context.ensure_object(Sink).show(study_report.terminal_table(verdicts))
+        return
     from qwencli.bench.inject.confusion import rebuilt, summary
     from qwencli.bench.report import build_report
     from qwencli.bench.tables import terminal_table

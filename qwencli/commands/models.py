@@ -62,7 +62,8 @@ def _table(rows: list[ModelRow]) -> Table:
         vram = [_vram(row, mode) for mode in _MODES]
         mark = " (default)" if row.default else ""
         # Text, not str: names and paths may hold what rich reads as markup.
-        cells = (row.name + mark, row.kind, size, *vram, _where(row))
+        kept = f", {_size(row.kept_bytes)} of quantized weights kept" if row.kept_bytes else ""
+        cells = (row.name + mark, row.kind, size, *vram, _where(row) + kept)
         table.add_row(*(Text(cell) for cell in cells), style=None if row.downloaded else "dim")
     return table
 

@@ -33,6 +33,8 @@ def running_engine(config: EngineConfig, sink: Sink) -> Iterator[Engine]:
     with sink.status(f"loading {config.model.name}"):
         engine.load()
     try:
+        for warning in engine.load_warnings:
+            sink.warn(warning)
         if config.max_seq_len == "auto":
             sink.notice(f"--max-seq-len auto: {engine.max_seq_len}{_figures(engine.memory_plan)}")
         yield engine

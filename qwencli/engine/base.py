@@ -13,9 +13,10 @@ from qwencli.results import GenerationChunk, GenerationResult, RanModes
 class Engine(Protocol):
     """Loads one model once and answers requests until closed. A context manager.
 
-    `ran`, `load_s`, `max_seq_len` (most tokens of a request) and `memory_plan` (bytes by use, empty
-    where nothing is planned) exist after `load`. `load` is idempotent; `close` frees device memory
-    without moving weights to the host; after `close`, `load` may be called again.
+    `ran`, `load_s`, `max_seq_len` (most tokens of a request), `memory_plan` (bytes by use, empty
+    where nothing is planned) and `load_warnings` (a line each) exist after `load`. `load` is
+    idempotent; `close` frees device memory without moving weights to the host; after `close`,
+    `load` may be called again.
     Abandoning or closing the iterator of `stream` cancels the request; the engine stays usable.
     """
 
@@ -32,6 +33,9 @@ class Engine(Protocol):
 
     @property
     def memory_plan(self) -> Mapping[str, int]: ...
+
+    @property
+    def load_warnings(self) -> tuple[str, ...]: ...
 
     def load(self) -> None: ...
 

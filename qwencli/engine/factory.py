@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from qwencli.config import EngineConfig, EngineName, LoadFormat, Quantization
 from qwencli.engine.base import Engine
-from qwencli.errors import UnsupportedModeError
+from qwencli.errors import ModelFileError, UnsupportedModeError
 
 
 def default_engine(config: EngineConfig) -> EngineName:
     """The engine for a configuration that names none: native where it can run the model.
 
-    That is for unquantized safetensors of its families. A model of which nothing is known here
-    is downloaded to find out, as it has to be anyway.
+    That is for safetensors of its families, unquantized or quantized in a way it reads. A model of
+    which nothing is known here is downloaded to find out, as it has to be anyway.
 
     Raises:
         ModelFileError, DownloadError: the model's files are not usable, or not to be had.
@@ -29,11 +31,22 @@ def default_engine(config: EngineConfig) -> EngineName:
     hub_config = hub_config or {}
     native = (
         hub_config.get("model_type") in FAMILIES
-        and "quantization_config" not in hub_config
+        and _is_read(hub_config)
         and config.quantization is Quantization.NONE
         and not config.allow_pickle
     )
     return EngineName.NATIVE if native else EngineName.TRANSFORMERS
+
+
+def _is_read(hub_config: Mapping[str, Any]) -> bool:
+    """Whether the native engine reads the weights that this config.json describes."""
+    from qwencli.models.packing import packed_format
+
+    try:
+        packed_format(hub_config)
+    except ModelFileError:
+        return False
+    return True
 
 
 def create_engine(config: EngineConfig) -> Engine:

@@ -55,6 +55,18 @@ def host_memory() -> HostMemory:
     return HostMemory(total, None if available is None else int(available.split()[0]) * 1024)
 
 
+def resident_bytes() -> int | None:
+    """Memory of this process that lies in RAM now; None where the system does not say."""
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    try:
+        import psutil  # comes with accelerate
+    except ImportError:
+        return None
+    return int(psutil.Process().memory_info().rss)
+
+
 def _windows_memory() -> HostMemory:
     import ctypes
 

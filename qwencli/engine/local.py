@@ -32,6 +32,7 @@ class LocalEngine(ABC):
         self._files: ModelFiles | None = None
         self._ran: RanModes | None = None
         self._load_s = 0.0
+        self._warnings: tuple[str, ...] = ()
 
     @abstractmethod
     def _load(self, files: ModelFiles) -> RanModes:
@@ -81,6 +82,11 @@ class LocalEngine(ABC):
     def memory_plan(self) -> Mapping[str, int]:
         """Bytes by use as planned before the load; empty where nothing was planned."""
         return {}
+
+    @property
+    def load_warnings(self) -> tuple[str, ...]:
+        """What did not go well while loading, though the model is there; a line each."""
+        return self._warnings
 
     def load(self) -> None:
         """Load the model unless it is loaded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from math import prod
 
@@ -27,6 +28,9 @@ _NATIVE = {
     "int4-g128": Quantization.INT4,
 }
 _QUANTIZED_KV = ("int8", "fp8-e4m3")
+# Ready-made checkpoints in the native engine, whose heads are as they came: unquantized in all but
+# a few. Then a byte or half a byte, and scales (int4: and zeros, of two bytes each) of groups.
+_READY_MADE = re.compile(r"(?:awq|gptq|ct|hf|fbgemm)-(int4|int8|fp8-e4m3)(?:-g(\d+))?")
 
 
 def decode_bytes(
@@ -49,7 +53,7 @@ def decode_bytes(
     Returns:
         None for a scheme whose storage is not known here.
     """
-    quantized, native = _QUANTIZED.get(scheme), _NATIVE.get(scheme)
+    quantized, native = _QUANTIZED.get(scheme) or _ready_made(scheme), _NATIVE.get(scheme)
     if scheme != "none" and quantized is None and native is None:
         return None
     total = float(shape.text.hidden_size * value_bytes)
@@ -66,3 +70,16 @@ def decode_bytes(
             total += prod(size) * value_bytes
     cache = native_kv_bytes(shape, kv_dtype in _QUANTIZED_KV, value_bytes)
     return total + cache * context_tokens
+
+
+def _ready_made(scheme: str) -> Callable[[int, int], float] | None:
+    match = _READY_MADE.fullmatch(scheme)
+    if match is None:
+        return None
+    value_bytes = 0.5 if match[1] == "int4" else 1.0
+
+    def matrix_bytes(rows: int, columns: int) -> float:
+        groups = columns // int(match[2]) if match[2] else 1
+        return rows * columns * value_bytes + 4 * rows * groups
+
+    return matrix_bytes

@@ -6,7 +6,7 @@ Looks at folders and headers on this machine; never the network.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,19 @@ from qwencli.models.catalog import ENTRIES
 from qwencli.models.custom import CustomModels
 from qwencli.models.folder import is_complete
 from qwencli.models.hub_cache import cached_repos
-from qwencli.models.memory import LISTED, estimate, weight_bytes
+from qwencli.models.memory import (
+    LISTED,
+    estimate,
+    packed_layers,
+    packed_weight_bytes,
+    weight_bytes,
+)
+from qwencli.models.packing import packed_format
+from qwencli.models.quantized_cache import cached_bytes
 from qwencli.models.resolve import Places, bundled_spec, with_local_files
+from qwencli.models.safetensors_header import stored_tensors
 from qwencli.models.shape_reader import read_shape
+from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import parameter_count
 from qwencli.models.weights import find_weights
 
@@ -43,6 +53,7 @@ class ModelRow:
         vram_gb: GB (1e9 bytes) by "4bit", "8bit", "full"; a mode without a figure is missing.
         vram_stated: the modes whose figure the entry states, rather than we estimate.
         problem: why it cannot be used, when that is known already.
+        kept_bytes: of its quantized weights in the user's cache.
     """
 
     name: str
@@ -56,6 +67,7 @@ class ModelRow:
     vram_gb: dict[str, float] = field(default_factory=dict)
     vram_stated: tuple[str, ...] = ()
     problem: str | None = None
+    kept_bytes: int = 0
 
 
 def list_models(custom: CustomModels, places: Places) -> list[ModelRow]:
@@ -102,6 +114,7 @@ def _row(spec: ModelSpec) -> ModelRow:
         vram_gb={**found.get("vram_gb", {}), **stated},
         vram_stated=tuple(stated),
         problem=problem,
+        kept_bytes=cached_bytes(spec.path) if spec.path else 0,
     )
 
 
@@ -114,13 +127,32 @@ def _sizes(spec: ModelSpec) -> dict[str, Any]:
         "size_bytes": weight_bytes(shape) if weights is None else weights,
         "num_parameters": parameter_count(shape),
     }
-    # A checkpoint that is quantized already has one size, which its shape alone does not tell.
-    if not spec.quantized and "quantization_config" not in spec.hub_config:
+    # A checkpoint that is quantized already has one size, which its files tell.
+    if "quantization_config" in spec.hub_config:
+        found["vram_gb"] = _packed_vram(spec, shape)
+    elif not spec.quantized:
         found["vram_gb"] = {
             mode: round(estimate(shape, quantization).total / 1e9, 2)
             for mode, quantization in LISTED.items()
         }
     return found
+
+
+def _packed_vram(spec: ModelSpec, shape: ModelShape) -> dict[str, float]:
+    """In the column of its bits; nothing where the files are not here or not read by us."""
+    assert spec.hub_config is not None, "the caller looked"
+    try:
+        packed = packed_format(spec.hub_config)
+        stored = stored_tensors(find_weights(spec.path).files) if spec.path else {}
+    except ModelFileError:
+        return {}
+    layers = {} if packed is None else packed_layers(shape, packed, stored)
+    if packed is None or not layers:
+        return {}
+    weights = packed_weight_bytes(shape, packed, stored, value_bytes=2)
+    total = replace(estimate(shape), weights=weights).total
+    least = min(layer.packing.bits or layer.bits for layer in layers.values())
+    return {"4bit" if least == 4 else "8bit": round(total / 1e9, 2)}
 
 
 def _config_place(spec: ModelSpec) -> str:

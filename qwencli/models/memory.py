@@ -6,12 +6,15 @@ All figures are bytes. Each part is a function of its own so that later planning
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
 from qwencli.config import Quantization
+from qwencli.models.packing import PackedFormat, PackedLayer, packed_layer
+from qwencli.models.safetensors_header import StoredTensor
 from qwencli.models.shapes import ModelShape
-from qwencli.models.tensors import expected_tensors, is_quantizable
+from qwencli.models.tensors import canonical_name, expected_tensors, is_quantizable
 
 # The three columns of a listing and of `vram_requirement`, smallest first.
 LISTED: dict[str, Quantization] = {
@@ -87,6 +90,37 @@ def native_weight_bytes(shape: ModelShape, quantization: Quantization, value_byt
         text = shape.text
         total += native_matrix_bytes(quantization, True, text.vocab_size, text.hidden_size)
     return total
+
+
+def packed_weight_bytes(
+    shape: ModelShape, packed: PackedFormat, stored: Mapping[str, StoredTensor], value_bytes: int
+) -> int:
+    """Bytes of a ready-made quantized checkpoint as the native engine keeps it.
+
+    The decoder's matrices and the head stay packed; the rest is unpacked to `value_bytes` a value.
+    """
+    layers = packed_layers(shape, packed, stored)
+    return sum(
+        layers[name].loaded_bytes
+        if name in layers and ".visual." not in name
+        else prod(size) * value_bytes
+        for name, size in expected_tensors(shape).items()
+    )
+
+
+def packed_layers(
+    shape: ModelShape, packed: PackedFormat, stored: Mapping[str, StoredTensor]
+) -> dict[str, PackedLayer]:
+    """The layers that a checkpoint stores packed, by the names of `expected_tensors`."""
+
+    def found() -> Iterator[tuple[str, PackedLayer]]:
+        named = {canonical_name(name, shape): tensor for name, tensor in stored.items()}
+        for name, size in expected_tensors(shape).items():
+            layer = packed_layer(name, size, named, packed)
+            if layer is not None and not layer.missing:
+                yield name, layer
+
+    return dict(found())
 
 
 def native_matrix_bytes(quantization: Quantization, head: bool, rows: int, columns: int) -> int:

@@ -36,5 +36,17 @@ def test_quantized_weights_by_hand():
     assert saved == linears - 4 * rows
 
 
+def test_ready_made_checkpoints_by_hand():
+    shape = read_shape(hub_config("qwen3-vl-4b"))
+    linears = 36 * (6144 * 2560 + 2560 * 4096 + 3 * 9728 * 2560)
+    plain = decode_bytes(shape, "none", 2, 0)
+    assert plain - decode_bytes(shape, "awq-int4-g128", 2, 0) == linears * (2 - 0.5 - 4 / 128)
+    assert plain - decode_bytes(shape, "gptq-int4-g32", 2, 0) == linears * (2 - 0.5 - 4 / 32)
+    assert plain - decode_bytes(shape, "hf-fp8-e4m3-g128", 2, 0) == linears * (2 - 1 - 4 / 128)
+    rows = 36 * (6144 + 2560 + 2 * 9728 + 2560)
+    assert plain - decode_bytes(shape, "ct-int8", 2, 0) == linears - 4 * rows
+    assert decode_bytes(shape, "awq-int4-g128+none", 2, 0) is None
+
+
 def test_an_unknown_scheme_has_no_figure():
     assert decode_bytes(read_shape(hub_config("qwen3-vl-4b")), "gptq", 2, 0) is None

@@ -14,6 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import findings
+
+from qwencli.bench.studies import origin_tables
+from qwencli.bench.studies.evidence import Evidence
+from qwencli.bench.studies.origin_tables import Table
+
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 RESULTS = ROOT / "results"
@@ -112,7 +118,24 @@ def scenes_quality() -> str:
     return f"{markdown(['exactly right', '%'], rows)}\n\n{note}"
 
 
+def factors_plot() -> str:
+    """What each factor costs, of the first study: a GPU's where there is one."""
+    evidence = findings.studies()[0]
+    path = f"docs/findings/effects-{evidence.folder.name}.svg"
+    return f"![time with each factor over time without it]({path})\n\n{findings.source(evidence)}"
+
+
+def of_study(table: Callable[[Evidence], Table]) -> str:
+    """A table of the first study."""
+    evidence = findings.studies()[0]
+    head, rows = table(evidence)
+    return f"{markdown(list(head), rows)}\n\n{findings.source(evidence)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "factors": factors_plot,
+    "origin-modes": lambda: of_study(origin_tables.mode_table),
+    "steadiness": lambda: of_study(origin_tables.steadiness_table),
     "engines": engines,
     "transformers-modes": transformers_modes,
     "scenes-quality": scenes_quality,

@@ -8,9 +8,9 @@ The rule: the phase took longer than the median of the cell's runs by at least
 - a share of the median (`PHASES`), and
 - LEAST_MS.
 
-For runs before which the model was loaded LEAST_SHARE alone holds, where such runs are slower as a
-group than those that kept it (rank-sum test at ALPHA): each of them may be within the noise, and is
-slow all the same.
+For marked runs (before which the model was loaded, or that waited for the device with every token)
+LEAST_SHARE alone holds, where such runs are slower as a group than the others (rank-sum test at
+ALPHA): each of them may be within the noise, and is slow all the same.
 """
 
 from __future__ import annotations
@@ -58,20 +58,33 @@ def slow_phases(records: Sequence[RunRecord]) -> list[SlowPhase]:
         usual = statistics.median(times_ms)
         sigma = quiet_sigma(_without_trend(times_ms))
         limit = max(least_share * usual, LEAST_MS, SIGMAS * sigma)
-        loads_count = _loads_slow(known, times_ms)
-        for record, time in zip(known, times_ms, strict=True):
-            explained = loads_count and "load_s" in record.figures
+        marked = _slow_marks(known, times_ms)
+        for run, (record, time) in enumerate(zip(known, times_ms, strict=True)):
+            explained = run in marked
             if time - usual >= (LEAST_SHARE * usual if explained else limit):
                 found.append(SlowPhase(record, scope, time - usual))
     return found
 
 
-def _loads_slow(records: Sequence[RunRecord], times_ms: Sequence[float]) -> bool:
-    fresh: list[float] = []
-    kept: list[float] = []
-    for record, time in zip(records, times_ms, strict=True):
-        (fresh if "load_s" in record.figures else kept).append(time)
-    return greater_p(fresh, kept) <= ALPHA
+def _slow_marks(records: Sequence[RunRecord], times_ms: Sequence[float]) -> set[int]:
+    """Runs with a mark whose bearers are slower as a group."""
+    found: set[int] = set()
+    for mark in (_loaded, _synced):
+        marked = {run for run, record in enumerate(records) if mark(record)}
+        bearers = [times_ms[run] for run in marked]
+        others = [time for run, time in enumerate(times_ms) if run not in marked]
+        if greater_p(bearers, others) <= ALPHA:
+            found |= marked
+    return found
+
+
+def _loaded(record: RunRecord) -> bool:
+    return "load_s" in record.figures
+
+
+def _synced(record: RunRecord) -> bool:
+    decode = record.interval("decode")
+    return decode is not None and decode.figures.get("syncs", 0.0) >= 0.5 * len(record.itl_ms) > 0
 
 
 def greater_p(values: Sequence[float], others: Sequence[float]) -> float:

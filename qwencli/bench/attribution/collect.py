@@ -41,7 +41,7 @@ def observe(record: RunRecord, usual: Baseline, stretch: Stretch) -> Evidence:
         main_cpu_ms=figures.get("main_cpu_ms"),
         slept_ms=beyond("off_cpu_ms"),
         switches=figures.get("voluntary_switches"),
-        other_python_ms=beyond("other_python_ms"),
+        other_python_ms=_other_python(record, stretch.scope, figures, beyond("other_python_ms")),
         runqueue_ms=beyond("runqueue_ms"),
         steal_ms=beyond("steal_ms"),
         others_cpu_ms=beyond("others_cpu_ms"),
@@ -75,6 +75,29 @@ def _host_rows(record: RunRecord, stretch: Stretch) -> list[Moment]:
     if decode is None or (rows and end_s - start_s < WHOLE_RUN * (decode.end_s - decode.start_s)):
         return rows
     return [_part(decode, (end_s - start_s) / (decode.end_s - decode.start_s))]
+
+
+def _other_python(
+    record: RunRecord, scope: Scope, figures: Numbers, seen_ms: float | None
+) -> float | None:
+    """Time of other Python threads, with what a token's row missed of it.
+
+    The kernel tells of a thread that is running what it had when it was last switched, and makes
+    up for it in a later row; its process' time is exact. So the time of other threads counts as
+    far as the whole decode says that it was Python's and no other row can have had it.
+    """
+    decode = record.interval("decode")
+    if scope != "gap" or seen_ms is None or decode is None:
+        return seen_ms
+    rows = [m.figures for m in record.host if m.name == "token"]
+    placed_ms = sum(min(row.get("other_python_ms", 0.0), _threads_ms(row)) for row in rows)
+    missed_ms = max(0.0, decode.figures.get("other_python_ms", 0.0) - placed_ms)
+    return max(seen_ms, min(_threads_ms(figures), seen_ms + missed_ms))
+
+
+def _threads_ms(figures: Numbers) -> float:
+    """Processor time of all threads but the main one."""
+    return figures.get("process_cpu_ms", 0.0) - figures.get("main_cpu_ms", 0.0)
 
 
 def _part(moment: Moment, share: float) -> Moment:

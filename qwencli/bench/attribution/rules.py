@@ -154,9 +154,10 @@ def _thermal_drift(e: Evidence) -> tuple[float, str] | None:
 
 
 def _other_gpu_process(e: Evidence) -> tuple[float, str] | None:
-    """By exclusion: the host was neither late nor asleep, the clock is as usual. And somebody else
-    is there, or the GPU draws more power for fewer tokens."""
-    if not e.on_gpu or _clock_share(e) > 0:
+    """By exclusion: the host was neither late nor asleep, and the clock explains little. And
+    somebody else is there, or the GPU draws more power for fewer tokens."""
+    unexplained = 1.0 - _clock_share(e)
+    if not e.on_gpu or unexplained < 0.5:
         return None
     if e.main_cpu_ms is not None and e.main_cpu_ms < 0.5 * e.span_ms:
         return None
@@ -167,7 +168,7 @@ def _other_gpu_process(e: Evidence) -> tuple[float, str] | None:
         signs.append(f"{e.power_w:.0f} W, usually {e.usual.power_w:.0f}")
     if not signs:
         return None
-    return 1.0, f"{', '.join(signs)}; the host waited for it; {_clock_figures(e)}"
+    return unexplained, f"{', '.join(signs)}; the host waited for it; {_clock_figures(e)}"
 
 
 def _slept(e: Evidence) -> tuple[float, str] | None:

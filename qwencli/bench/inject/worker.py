@@ -48,6 +48,10 @@ class DisturbedEngine:
         return self._engine.max_seq_len
 
     @property
+    def load_warnings(self) -> tuple[str, ...]:
+        return self._engine.load_warnings
+
+    @property
     def memory_plan(self) -> Mapping[str, int]:
         return self._engine.memory_plan
 

@@ -36,7 +36,8 @@ def decode_attention_kernel(
     k_gain_ptr,  # [D]
     angles_ptr,  # [positions, 2, D]: cosine and signed sine, see native.rope
     position_ptr,  # int64 [B], of the first new token
-    cache_ptr,  # [B, 2 * KVH, max_seq_len, D]: keys, then values
+    cache_ptr,  # [B, 2 * KVH, max_seq_len, D]: keys, then values; the type of qkv, or int8 or fp8
+    scales_ptr,  # float32 [B, 2 * KVH, max_seq_len], of int8 and fp8
     slot_ptr,  # int64 [1], of the first new token
     out_ptr,  # [B * TOKENS, H * D]
     acc_ptr,  # float32 [B * KVH, SPLITS, LANES, D]
@@ -54,10 +55,15 @@ def decode_attention_kernel(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     NORM: tl.constexpr,
+    KV_MAX: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Program (b * KVH + kv head, part).
+
+    KV_MAX is the largest value that a quantized cache stores (see `native.kv_quantized`), 0 where
+    it is not quantized. A slot's scales are multiplied with its scores and its weights: what is
+    read needs no arithmetic but the conversion.
 
     HEADS is GROUP rounded up to a power of two, LANES is HEADS * TOKENS rounded up to one: lane
     t * HEADS + g is query head g of token t. Scores are in powers of two: exp2 is one instruction.
@@ -66,6 +72,7 @@ def decode_attention_kernel(
     H: tl.constexpr = KVH * GROUP
     WIDTH: tl.constexpr = (H + 2 * KVH) * D
     ROWS: tl.constexpr = 16 if LANES < 16 else LANES  # what a matrix unit takes at least
+    TYPE: tl.constexpr = qkv_ptr.dtype.element_ty
     pair = tl.program_id(0)
     split = tl.program_id(1)
     batch = pair // KVH
@@ -86,6 +93,11 @@ def decode_attention_kernel(
     k_low = tl.load(k_ptr + slots[:, None] * D + low, mask=there, other=0.0)
     k_high = tl.load(k_ptr + slots[:, None] * D + HALF + low, mask=there, other=0.0)
     v = tl.load(v_ptr + slots[:, None] * D + full, mask=there, other=0.0)
+    k_scales_ptr = scales_ptr + (batch * 2 * KVH + head).to(tl.int64) * max_seq_len
+    v_scales_ptr = k_scales_ptr + KVH * max_seq_len.to(tl.int64)
+    if KV_MAX > 0:
+        k_scale = tl.load(k_scales_ptr + slots, mask=slots < end, other=0.0)
+        v_scale = tl.load(v_scales_ptr + slots, mask=slots < end, other=0.0)
     angles_ptr += tl.load(position_ptr + batch) * 2 * D
     if TOKENS == 1:
         turn = low
@@ -137,12 +149,10 @@ def decode_attention_kernel(
             key_low, key_high = norm_and_rotate(
                 new_low, new_high, k_gain_low, k_gain_high, cos, sin, eps, D, NORM
             )
-            key_low = key_low.to(k_low.dtype)
-            key_high = key_high.to(k_low.dtype)
-            place = slot.to(tl.int64) * D
-            tl.store(k_ptr + place + low, key_low)
-            tl.store(k_ptr + place + HALF + low, key_high)
-            tl.store(v_ptr + place + full, new_v)
+            key_low, key_high, new_v = store_new(
+                key_low.to(TYPE), key_high.to(TYPE), new_v, tl.arange(0, 1), slot,
+                k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, 1, D, KV_MAX,
+            )  # fmt: skip
             top = tl.sum(q_low * key_low.to(tl.float32), axis=1)
             top += tl.sum(q_high * key_high.to(tl.float32), axis=1)
             total += 1.0
@@ -150,13 +160,13 @@ def decode_attention_kernel(
         else:
             k_gains = (k_gain_low, k_gain_high)
             top, total, acc = look_at_new(
-                q_low.to(k_low.dtype), q_high.to(k_low.dtype), token, qkv_ptr + (H + head) * D,
-                angles_ptr, k_gains, k_ptr + slot.to(tl.int64) * D, v_ptr + slot.to(tl.int64) * D,
-                eps, KVH, D, TOKENS, WIDTH, NORM, PRECISION,
+                q_low.to(TYPE), q_high.to(TYPE), token, qkv_ptr + (H + head) * D,
+                angles_ptr, k_gains, slot, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr,
+                eps, KVH, D, TOKENS, WIDTH, NORM, KV_MAX, PRECISION,
             )  # fmt: skip
 
-    q_low = q_low.to(k_low.dtype)
-    q_high = q_high.to(k_low.dtype)
+    q_low = q_low.to(TYPE)
+    q_high = q_high.to(TYPE)
     while start < end:
         # The next block is read while this one is worked on.
         start += BLOCK
@@ -166,14 +176,20 @@ def decode_attention_kernel(
         next_low = tl.load(k_ptr + at + low, mask=there, other=0.0)
         next_high = tl.load(k_ptr + at + HALF + low, mask=there, other=0.0)
         next_v = tl.load(v_ptr + at + full, mask=there, other=0.0)
-        scores = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
-        scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision=PRECISION)
+        scores = tl.dot(q_low, tl.trans(k_low.to(TYPE)), input_precision=PRECISION)
+        scores = tl.dot(q_high, tl.trans(k_high.to(TYPE)), scores, input_precision=PRECISION)
+        if KV_MAX > 0:
+            scores *= k_scale[None, :]
         scores = tl.where((slots - BLOCK < end)[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, axis=1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        if KV_MAX > 0:
+            weights *= v_scale[None, :]
+            k_scale = tl.load(k_scales_ptr + slots, mask=slots < end, other=0.0)
+            v_scale = tl.load(v_scales_ptr + slots, mask=slots < end, other=0.0)
+        acc = tl.dot(weights.to(TYPE), v.to(TYPE), acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
         k_low, k_high, v = next_low, next_high, next_v
 
@@ -212,14 +228,18 @@ def look_at_new(
     new_ptr,  # this head's key of the first new token in qkv
     angles_ptr,  # of the first new token
     k_gains,
-    k_ptr,  # the slots that the new tokens take
+    slot,  # of the first new token
+    k_ptr,  # this head's slots
     v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     eps,
     KVH: tl.constexpr,
     D: tl.constexpr,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
     NORM: tl.constexpr,
+    KV_MAX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Store the keys and values of several new tokens, and let each see itself and those before.
@@ -241,11 +261,10 @@ def look_at_new(
     key_low, key_high = norm_and_rotate(
         key_low, key_high, k_gains[0], k_gains[1], cos, sin, eps, D, NORM
     )
-    key_low = key_low.to(q_low.dtype)
-    key_high = key_high.to(q_low.dtype)
-    tl.store(k_ptr + fresh[:, None] * D + low, key_low, mask=new)
-    tl.store(k_ptr + fresh[:, None] * D + HALF + low, key_high, mask=new)
-    tl.store(v_ptr + fresh[:, None] * D + full, values, mask=new)
+    key_low, key_high, values = store_new(
+        key_low.to(q_low.dtype), key_high.to(q_low.dtype), values, fresh, slot,
+        k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, TOKENS, D, KV_MAX,
+    )  # fmt: skip
     scores = tl.dot(q_low, tl.trans(key_low), input_precision=PRECISION)
     scores = tl.dot(q_high, tl.trans(key_high), scores, input_precision=PRECISION)
     seen = (fresh[None, :] <= token[:, None]) & (fresh < TOKENS)[None, :]
@@ -255,6 +274,80 @@ def look_at_new(
     values = values.to(q_low.dtype)
     acc = tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
     return top, tl.sum(weights, axis=1), acc
+
+
+@triton.jit
+def store_new(
+    key_low,  # [R, D / 2], of the type that is computed with
+    key_high,
+    values,  # [R, D]
+    fresh,  # [R], 0, 1, ...; those from TOKENS on are nobody's
+    slot,  # of the first
+    k_ptr,
+    v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    TOKENS: tl.constexpr,
+    D: tl.constexpr,
+    KV_MAX: tl.constexpr,
+):
+    """Store new keys and values from `slot` on; returns them as those who attend later see them."""
+    STORED: tl.constexpr = k_ptr.dtype.element_ty
+    low = tl.arange(0, D // 2)[None, :]
+    full = tl.arange(0, D)[None, :]
+    new = fresh < TOKENS
+    places = slot.to(tl.int64) + fresh
+    at = places[:, None] * D
+    stored_low, stored_high, stored_values = key_low, key_high, values
+    if KV_MAX > 0:
+        largest = tl.maximum(tl.max(tl.abs(key_low), axis=1), tl.max(tl.abs(key_high), axis=1))
+        k_scale = row_scale(largest, KV_MAX)
+        v_scale = row_scale(tl.max(tl.abs(values), axis=1), KV_MAX)
+        stored_low = cut_down(key_low, k_scale, STORED)
+        stored_high = cut_down(key_high, k_scale, STORED)
+        stored_values = cut_down(values, v_scale, STORED)
+        tl.store(k_scales_ptr + places, k_scale, mask=new)
+        tl.store(v_scales_ptr + places, v_scale, mask=new)
+        key_low = (stored_low.to(tl.float32) * k_scale[:, None]).to(key_low.dtype)
+        key_high = (stored_high.to(tl.float32) * k_scale[:, None]).to(key_low.dtype)
+        values = (stored_values.to(tl.float32) * v_scale[:, None]).to(key_low.dtype)
+    tl.store(k_ptr + at + low, stored_low, mask=new[:, None])
+    tl.store(k_ptr + at + D // 2 + low, stored_high, mask=new[:, None])
+    tl.store(v_ptr + at + full, stored_values, mask=new[:, None])
+    return key_low, key_high, values
+
+
+@triton.jit
+def row_scale(largest, KV_MAX: tl.constexpr):
+    """Scales of rows with these largest magnitudes; a row of zeros gets one that divides."""
+    return tl.maximum(largest.to(tl.float32), 1e-30) / KV_MAX
+
+
+@triton.jit
+def cut_down(x, scale, STORED: tl.constexpr):
+    """Rows x [R, n] over their scales [R], rounded to the nearest value that is stored."""
+    y = x.to(tl.float32) / scale[:, None]
+    if STORED.is_int8():
+        y = nearest_multiple(y, 1.0)
+    else:
+        # Rounded to three bits after the point, and near zero to multiples of 2^-9, so that the
+        # conversion is exact: Triton's interpreter, for one, rounds 127 to 64.
+        bits = y.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        y = tl.where(
+            tl.abs(y) < 0.015625,
+            nearest_multiple(y, 0.001953125),
+            bits.to(tl.float32, bitcast=True),
+        )
+    return y.to(STORED)
+
+
+@triton.jit
+def nearest_multiple(y, STEP: tl.constexpr):
+    """y rounded to the nearest multiple of a power of two, ties to even."""
+    # Where float32 values are STEP apart; 1.5 leaves room on both sides.
+    FAR: tl.constexpr = 1.5 * 8388608.0 * STEP
+    return (y + FAR) - FAR
 
 
 @triton.jit

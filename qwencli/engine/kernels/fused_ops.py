@@ -40,7 +40,8 @@ from qwencli.engine.native.decoder_ops import (
 )
 from qwencli.engine.native.drafting import LONGEST_NGRAM, MOST_FED
 from qwencli.engine.native.kv_cache import StaticKVCache
-from qwencli.engine.native.quantized import Quantized, Scheme
+from qwencli.engine.native.kv_quantized import QuantizedKVCache
+from qwencli.engine.native.quantized import LARGEST, Quantized, Scheme
 from qwencli.engine.native.rms_norm import RMSNorm
 from qwencli.models.shapes import TextShape
 
@@ -141,9 +142,12 @@ class FusedOps:
 
     def attend(self, qkv: Tensor, layer: Layer, step: Step) -> Tensor:
         assert isinstance(step.cache, StaticKVCache), "the kernel writes into the cache's tensors"
-        cache = step.cache.layers[layer.index]
+        cache = scales = step.cache.layers[layer.index]
+        kv_max = 0
+        if isinstance(step.cache, QuantizedKVCache):
+            scales, kv_max = step.cache.scales[layer.index], LARGEST[step.cache.scheme]
         norm = layer.qk_norm
-        gains = cache if norm is None else norm.weight
+        gains = qkv if norm is None else norm.weight
         lanes = self._heads * triton.next_power_of_2(step.length)
         attended = self._attended[: len(qkv)]
         decode_attention_kernel[step.batch * layer.num_kv_heads, self._tiles.splits](
@@ -153,6 +157,7 @@ class FusedOps:
             self._angles,
             step.positions,
             cache,
+            scales,
             step.slots,
             attended,
             self._sums,
@@ -167,9 +172,10 @@ class FusedOps:
             HEADS=self._heads,
             TOKENS=step.length,
             LANES=lanes,
-            BLOCK=self._tiles.block,
+            BLOCK=self._tiles.block_for(kv_max > 0),
             SPLITS=self._tiles.splits,
             NORM=norm is not None,
+            KV_MAX=kv_max,
             PRECISION=self._precision,
             **self._launch.options(self._tiles.warps_for(lanes)),
         )
@@ -279,12 +285,15 @@ class FusedOps:
         }
         if quantized is not None and in_blocks(quantized):
             bits, storage = BLOCKS[quantized.scheme]
-            grouped, fp8 = quantized.zero is not None, quantized.scheme is Scheme.FP8
+            grouped, fp8 = quantized.grouped, quantized.scheme is Scheme.FP8
+            table = quantized.table
             tiles = self._tiles_of(MatrixKind(rows, columns, storage, gated))
             gemv_quantized_kernel[triton.cdiv(rows, tiles.rows),](
                 x, gain, quantized.data.view(torch.int32), quantized.scale,
-                quantized.zero if grouped else quantized.scale, *ends,
+                quantized.zero if grouped else quantized.scale,
+                None if table is None else table.codes, quantized.order, *ends,
                 BITS=bits, FP8=fp8, G=quantized.group, GROUPED=grouped,
+                STEP=1.0 if table is None else table.step,
                 PIECES=pieces(columns, bits, tiles.block), ROWS=tiles.rows,
                 ASM=self._launch.fp8 if fp8 else x.is_cuda,
                 **modes, **self._launch.options(tiles.num_warps),

@@ -22,6 +22,8 @@ BLOCKS = {
     Scheme.INT8: (8, Storage.INT8),
     Scheme.FP8: (8, Storage.FP8),
     Scheme.INT4: (4, Storage.INT4),
+    Scheme.NF4: (4, Storage.INT4),
+    Scheme.FP4: (4, Storage.INT4),
 }
 
 
@@ -63,6 +65,8 @@ class SeveralProducts:
 
     def __call__(self, x: Tensor, matrix: Matrix, y: Tensor, around: Epilogue) -> None:
         """y [S, rows] = epilogue(matrix norm(x)), x [S, columns]."""
+        if isinstance(matrix, Quantized) and not is_read(matrix):
+            matrix = dense(matrix, x)
         quantized = matrix if isinstance(matrix, Quantized) else None
         weight = dense(matrix, x).t() if quantized is None else quantized.data
         assert weight.is_contiguous(), "kernels read rows of the weight"
@@ -112,3 +116,12 @@ def in_blocks(matrix: Quantized) -> bool:
     """Whether the kernel that rounds the vector in blocks can serve `matrix`."""
     bits, _ = BLOCKS.get(matrix.scheme, (0, None))
     return bits > 0 and matrix.columns % (BLOCK_WORDS * 32 // bits) == 0
+
+
+def is_read(matrix: Quantized) -> bool:
+    """Whether `gemm_kernel` reads `matrix` as it is stored; others are read back whole first.
+
+    Those are kinds that ready-made checkpoints have: groups of bytes, tables, columns reordered.
+    """
+    grouped_bytes = matrix.grouped and matrix.scheme is not Scheme.INT4
+    return matrix.table is None and matrix.order is None and not grouped_bytes

@@ -57,6 +57,11 @@ class AttentionTiles:
     splits: int
     num_warps: int
 
+    def block_for(self, quantized: bool) -> int:
+        """A quantized cache's blocks are half as long: whole ones spill registers (compiled for
+        compute capability 8.0 to 12.0 by Triton 3.6.0)."""
+        return self.block // 2 if quantized else self.block
+
     def warps_for(self, lanes: int) -> int:
         """More queries than the rows of one matrix instruction are shared among more warps."""
         return self.num_warps if lanes <= 16 else 2 * self.num_warps

@@ -7,7 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from qwencli.config import Cache, EngineConfig, EngineName, LoadFormat, Speculate
+from qwencli.config import (
+    Cache,
+    DType,
+    EngineConfig,
+    EngineName,
+    LoadFormat,
+    Quantization,
+    Speculate,
+)
 from qwencli.engine.answer import Answer
 from qwencli.engine.device_memory import release
 from qwencli.engine.host import host_memory
@@ -28,7 +36,12 @@ from qwencli.engine.native.verifying import VERIFIERS, WHY_NOT
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
 from qwencli.engine.sources import ModelFiles
 from qwencli.errors import UnsupportedModeError
+from qwencli.models.memory import packed_weight_bytes
+from qwencli.models.packing import PackedFormat, packed_format
+from qwencli.models.quantized_cache import cache_file
+from qwencli.models.safetensors_header import stored_tensors
 from qwencli.models.shape_reader import read_shape
+from qwencli.models.weights import find_weights
 from qwencli.results import GenerationChunk, RanModes
 
 
@@ -64,8 +77,9 @@ class NativeEngine(LocalEngine):
             )
         attention = resolve_attention(self.config.attention, device)
         kernels = resolve_kernels(self.config.kernels, device, cache)
-        kv = resolve_kv(self.config.kv_dtype, cache)
+        kv = resolve_kv(self.config.kv_dtype, cache, kernels, device)
         dtype = resolve_dtype(self.config.dtype, device, files.checkpoint_dtype)
+        packed = self._packed(files)
         self._plan = plan_memory(
             files.hub_config,
             self.config.model.name,
@@ -76,6 +90,7 @@ class NativeEngine(LocalEngine):
             max_pixels=self.config.max_pixels,
             quantization=self.config.quantization,
             kv_dtype=self.config.kv_dtype,
+            checkpoint_weights=_checkpoint_weights(files, packed, dtype),
         )
         shape = read_shape(files.hub_config)
         check_supported(shape)
@@ -84,7 +99,10 @@ class NativeEngine(LocalEngine):
             loaded = weights.dummy(shape, torch_dtype, place, self.config.quantization)
         else:
             assert files.folder is not None, "weights come from a folder"
-            loaded = weights.load(files.folder, shape, torch_dtype, place, self.config.quantization)
+            mode = self.config.quantization
+            kept = None if mode is Quantization.NONE else cache_file(files.folder, mode, dtype)
+            loaded = weights.load(files.folder, shape, torch_dtype, place, mode, packed, kept)
+        self._warnings = () if loaded.warning is None else (loaded.warning,)
         # More slots than anybody may ask for: graph capture needs a place to write, and so do
         # drafts that turn out wrong.
         drafting = self.config.speculate is not Speculate.OFF
@@ -112,6 +130,19 @@ class NativeEngine(LocalEngine):
             torch.cuda.synchronize(device)
         freeze_what_is_loaded()
         return ran
+
+    def _packed(self, files: ModelFiles) -> PackedFormat | None:
+        """How the checkpoint is quantized already. Random weights never are."""
+        if self.config.load_format is LoadFormat.DUMMY:
+            return None
+        packed = packed_format(files.hub_config, self.config.model.name)
+        if packed is not None and self.config.quantization is not Quantization.NONE:
+            raise UnsupportedModeError(
+                f"--quantization {self.config.quantization}: {self.config.model.name} is a "
+                "checkpoint that is quantized already",
+                nearest=Quantization.NONE.value,
+            )
+        return packed
 
     def _cache_mode(self, device: str) -> Cache:
         """The fastest mode of the device where the user named none."""
@@ -152,6 +183,14 @@ class NativeEngine(LocalEngine):
     def _recover(self) -> None:
         self._forget()
         release(self.ran.device)
+
+
+def _checkpoint_weights(files: ModelFiles, packed: PackedFormat | None, dtype: DType) -> int | None:
+    if packed is None or files.folder is None:
+        return None
+    stored = stored_tensors(find_weights(files.folder).files)
+    value_bytes = 4 if dtype is DType.FLOAT32 else 2
+    return packed_weight_bytes(read_shape(files.hub_config), packed, stored, value_bytes)
 
 
 def _free_bytes(device: str) -> int | None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from qwencli.config import Cache, KVDType
+from qwencli.config import Cache, Kernels, KVDType
 from qwencli.engine.native.kv_cache import KeysValues, StaticKVCache
 from qwencli.engine.native.lazy_zeros import lazy_zeros
 from qwencli.engine.native.quantized import Scheme, quantize_rows
@@ -26,17 +26,33 @@ KV_SCHEMES: Mapping[KVDType, Scheme | None] = {
 _STORED = {Scheme.INT8: torch.int8, Scheme.FP8: torch.float8_e4m3fn}
 
 
-def resolve_kv(wanted: KVDType, cache: Cache) -> Scheme | None:
+# Triton's kernels convert fp8 with an instruction that GPUs have from here on.
+_FP8_CAPABILITY = (8, 9)
+
+
+def resolve_kv(wanted: KVDType, cache: Cache, kernels: Kernels, device: str) -> Scheme | None:
     """How keys and values are quantized; None = not.
 
+    Args:
+        kernels, device: concrete ones.
+
     Raises:
-        UnsupportedModeError: the cache mode stores them as the model computes them.
+        UnsupportedModeError: the cache mode stores them as the model computes them, or the
+            kernels cannot read them on this GPU.
     """
     if wanted is not KVDType.AUTO and cache is Cache.DYNAMIC:
         raise UnsupportedModeError(
             f"--kv-dtype {wanted}: the dynamic cache keeps keys and values as they are computed",
             nearest=f"--cache {Cache.STATIC}",
         )
+    if wanted is KVDType.FP8 and kernels is Kernels.TRITON:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _FP8_CAPABILITY:
+            raise UnsupportedModeError(
+                "--kv-dtype fp8: the kernels read it from compute capability 8.9 on, and the GPU "
+                f"{device} has {'.'.join(map(str, capability))}",
+                nearest=f"--kv-dtype {KVDType.INT8}",
+            )
     return KV_SCHEMES[wanted]
 
 
@@ -76,7 +92,9 @@ class QuantizedKVCache(StaticKVCache):
         data, scale = quantize_rows(keys_values.float(), self.scheme)
         self._bytes[layer].index_copy_(2, slots, data.view(torch.int8).transpose(1, 2))
         self.scales[layer].index_copy_(2, slots, scale.transpose(1, 2))
-        seen = self.layers[layer].narrow(2, 0, kv_len).to(self._dtype)
+        # From the bytes just written: torch.compile does not see that `layers` are the same memory.
+        stored = self._bytes[layer].narrow(2, 0, kv_len).view(_STORED[self.scheme])
+        seen = stored.to(self._dtype)
         seen.mul_(self.scales[layer].narrow(2, 0, kv_len).unsqueeze(-1))
         keys, values = seen.chunk(2, dim=1)
         return keys, values

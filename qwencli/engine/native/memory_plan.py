@@ -68,6 +68,7 @@ def plan_memory(
     max_pixels: int | None = None,
     quantization: Quantization = Quantization.NONE,
     kv_dtype: KVDType = KVDType.AUTO,
+    checkpoint_weights: int | None = None,
 ) -> MemoryPlan:
     """The longest sequences up to `wanted` that fit beside the weights.
 
@@ -76,6 +77,7 @@ def plan_memory(
         wanted: None = our default; "auto" = the model's limit, or what fits of it.
         free_bytes: free memory of the device; None = not known, everything fits.
         max_pixels: of the largest picture; None = a megapixel.
+        checkpoint_weights: bytes of the weights where the checkpoint is quantized already.
 
     Raises:
         OutOfMemoryError: the weights, or `wanted` tokens beside them, do not fit; with the
@@ -83,7 +85,9 @@ def plan_memory(
     """
     shape = read_shape(hub_config, name)
     scale = 2 if dtype is DType.FLOAT32 else 1
-    weights = native_weight_bytes(shape, quantization, 2 * scale)
+    weights = checkpoint_weights
+    if weights is None:
+        weights = native_weight_bytes(shape, quantization, 2 * scale)
     longest_wanted = model_limit if wanted == "auto" else wanted or DEFAULT_MAX_SEQ_LEN
     target = min(model_limit, longest_wanted)
 

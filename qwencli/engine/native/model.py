@@ -65,7 +65,7 @@ class QwenModel:
         # A picture's larger side is never above its number of tokens: positions lag behind slots.
         self.rope = Rope(shape.text.rope, shape.text.head_dim, max_seq_len, self.dtype, self.device)
         self.attention = attention
-        self._kv = kv
+        self.kv = kv
         self._attend = ATTENTION[attention]
         text = shape.text
         self.flash_decode = attention is Attention.SDPA and can_flash_decode(
@@ -92,9 +92,9 @@ class QwenModel:
         """A cache of `max_seq_len` slots (default: the model's) for `batch` sequences."""
         slots = self.max_seq_len if max_seq_len is None else max_seq_len
         text, dtype, device = self.shape.text, self.dtype, self.device
-        if self._kv is None:
+        if self.kv is None:
             return StaticKVCache(text, batch, slots, dtype, device)
-        return QuantizedKVCache(text, batch, slots, dtype, device, self._kv)
+        return QuantizedKVCache(text, batch, slots, dtype, device, self.kv)
 
     def dynamic_cache(self, batch: int = 1) -> DynamicKVCache:
         """A cache that grows."""

@@ -1,18 +1,21 @@
 """Weights of fewer bits: how a matrix is cut down, packed, and read back.
 
-int8, fp8   one scale a row: w = scale * q.
+int8, fp8   one scale a row: w = scale * q. In ready-made checkpoints also a scale for each group
+            of columns, and for int8 a zero: w = scale * (q - zero).
 int4        asymmetric groups along the columns: w = scale * (q - zero), q from 0 to 15. A group's
             range is shrunk to the one of `SHRINKS` that leaves the smallest squared error, which
             is what outliers cost (Nagel et al. 2021, arXiv 2106.08295, section 3.1).
+nf4, fp4    groups along the columns, and a table of 16 values for all: w = scale * table[q]
+            (QLoRA, arXiv 2305.14314, section 3). Ready-made checkpoints only.
 
-This module knows neither kernels nor which matrices of a model are worth it.
+This module knows neither kernels nor which matrices of a model are worth it, nor how others pack
+theirs (`unpacking`).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -26,14 +29,35 @@ NIBBLES = 8  # of one int32
 SHRINKS = tuple(1 - 0.05 * step for step in range(8))
 # Rows that are worked on at a time: in float32 a vocabulary's matrix takes gigabytes.
 ROWS_AT_A_TIME = 4096
-INT8_MAX, INT4_MAX, FP8_MAX = 127, 15, 448.0
+INT4_MAX = 15
 
 
 class Scheme(StrEnum):
     INT8 = "int8"
     FP8 = "fp8-e4m3"
     INT4 = "int4"
+    NF4 = "nf4"
+    FP4 = "fp4"
 
+
+IN_NIBBLES = (Scheme.INT4, Scheme.NF4, Scheme.FP4)
+IN_TABLES = (Scheme.NF4, Scheme.FP4)
+# Which bit of a word each of its eight columns begins at. int4: byte i has column i in its low half
+# and column i + 4 in the high one, so that masked once and shifted once a word is eight int8 in
+# order. Tables: in order, as the instruction that looks four of them up takes them.
+_IN_ORDER = tuple(range(0, 32, 4))
+_PLACES = {
+    Scheme.INT4: (0, 8, 16, 24, 4, 12, 20, 28),
+    Scheme.NF4: _IN_ORDER,
+    Scheme.FP4: _IN_ORDER,
+}
+STEPS_TRIED = 1024
+# What a label leaves out: bitsandbytes has no other block by default.
+TABLE_GROUP = 64
+# Of one value, before its row's scale.
+LARGEST: Mapping[Scheme, int] = {Scheme.INT8: 127, Scheme.FP8: 448}
+# Rows of zeros have to divide by something.
+_SMALLEST_ROW = 1e-30
 
 # What a mode makes of the decoder's matrices, and of the output head: at 4 bits a head loses most
 # and saves least.
@@ -45,18 +69,41 @@ SCHEMES: Mapping[Quantization, tuple[Scheme, Scheme]] = {
 
 
 @dataclass(frozen=True)
+class Table:
+    """What 4-bit values stand for.
+
+    Args:
+        values: float32 [16]. codes: int32 [4], the values as int8 in units of `step`, four a word,
+            the first in the lowest byte; for kernels that multiply integers.
+    """
+
+    values: Tensor
+    codes: Tensor
+    step: float
+
+    def to(self, device: torch.device) -> Table:
+        return replace(self, values=self.values.to(device), codes=self.codes.to(device))
+
+
+@dataclass(frozen=True)
 class Quantized:
     """A matrix [rows, columns].
 
     Args:
-        data: int8 or float8_e4m3fn [rows, columns]; int4: int32 [rows, columns / 8], see `pack`.
-        scale: float32 [rows]; int4: float16 [rows, groups]. zero: int4: float16 [rows, groups].
+        data: int8 or float8_e4m3fn [rows, columns]; int4, nf4, fp4: int32 [rows, columns / 8],
+            see `pack`.
+        scale: of a float type, [rows], or [rows, groups].
+        zero: float16 [rows, groups]; int4 always has one, int8 may.
+        table: of nf4 and fp4.
+        order: int32 [columns]; column i of `data` is column order[i] of the matrix. None = i.
     """
 
     scheme: Scheme
     data: Tensor
     scale: Tensor
     zero: Tensor | None = None
+    table: Table | None = None
+    order: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -64,29 +111,77 @@ class Quantized:
 
     @property
     def columns(self) -> int:
-        return self.data.shape[1] * (NIBBLES if self.scheme is Scheme.INT4 else 1)
+        return self.data.shape[1] * (NIBBLES if self.scheme in IN_NIBBLES else 1)
+
+    @property
+    def grouped(self) -> bool:
+        return self.scale.dim() == 2
 
     @property
     def group(self) -> int:
         """Columns that share a scale."""
-        return self.columns if self.scale.dim() == 1 else self.columns // self.scale.shape[1]
+        return self.columns // self.scale.shape[1] if self.grouped else self.columns
 
     @property
     def label(self) -> str:
         """For results: the scheme, and the group where there is one."""
-        return f"{self.scheme}-g{self.group}" if self.zero is not None else str(self.scheme)
+        usual = self.scheme in IN_TABLES and self.group == TABLE_GROUP
+        return f"{self.scheme}-g{self.group}" if self.grouped and not usual else str(self.scheme)
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Every tensor of it by the name of its field."""
+        found = {name: getattr(self, name) for name in ("data", "scale", "zero", "order")}
+        if self.table is not None:
+            found["table"] = self.table.values
+        return {name: part for name, part in found.items() if part is not None}
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.data, self.scale, self.zero) if t is not None)
+        return sum(part.nbytes for part in self.parts.values())
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrix [rows, columns] that the kernels compute with, rounded to `dtype`."""
-        if self.zero is None:
-            return (self.data.float() * self.scale[:, None]).to(dtype)
-        q = unpack(self.data).view(self.rows, -1, self.group).float()
-        values = (q - self.zero.float()[..., None]) * self.scale.float()[..., None]
-        return values.view(self.rows, -1).to(dtype)
+        if not self.grouped:
+            return self._in_order((self.data.float() * self.scale.float()[:, None]).to(dtype))
+        nibbles = self.scheme in IN_NIBBLES
+        q = unpack(self.data, self.scheme) if nibbles else self.data
+        if self.table is None:
+            values = q.view(self.rows, -1, self.group).float()
+        else:
+            values = self.table.values[q.view(self.rows, -1, self.group)]
+        if self.zero is not None:
+            values = values - self.zero.float()[..., None]
+        values = values * self.scale.float()[..., None]
+        return self._in_order(values.view(self.rows, -1).to(dtype))
+
+    def _in_order(self, values: Tensor) -> Tensor:
+        if self.order is None:
+            return values
+        return torch.empty_like(values).index_copy_(1, self.order.long(), values)
+
+
+def stack(parts: Sequence[Quantized]) -> Quantized | None:
+    """Matrices of equal columns as one, their rows in turn; None where they are not of one kind."""
+    first = parts[0]
+    kinds = {(p.scheme, p.scale.shape[1:], p.scale.dtype, frozenset(p.parts)) for p in parts}
+    shared = (
+        torch.equal(first.parts[name], part.parts[name])
+        for part in parts[1:]
+        for name in ("table", "order")
+        if name in first.parts and name in part.parts
+    )
+    if len(kinds) > 1 or not all(shared):
+        return None
+    if len(parts) == 1:
+        return first
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return replace(
+        first,
+        data=torch.cat([part.data for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero=torch.cat(zeros) if zeros else None,
+    )
 
 
 def group_of(columns: int) -> int | None:
@@ -123,12 +218,11 @@ def _part(w: Tensor, scheme: Scheme, group: int | None) -> tuple[Tensor, Tensor,
 def quantize_rows(w: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Rows [..., n] in float32 -> int8 or fp8 of the same shape, and float32 scales [...]."""
     assert scheme is not Scheme.INT4, "its groups have zeros"
-    largest = w.abs().amax(dim=-1).clamp(min=torch.finfo(torch.float32).tiny * FP8_MAX)
+    scale = w.abs().amax(dim=-1).clamp(min=_SMALLEST_ROW) / LARGEST[scheme]
+    scaled = w / scale[..., None]
     if scheme is Scheme.INT8:
-        scale = largest / INT8_MAX
-        return (w / scale[..., None]).round().to(torch.int8), scale
-    scale = largest / FP8_MAX
-    return (w / scale[..., None]).to(torch.float8_e4m3fn), scale
+        return scaled.round().to(torch.int8), scale
+    return scaled.to(torch.float8_e4m3fn), scale
 
 
 def _int4(w: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,21 +243,29 @@ def _int4(w: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     return pack(q.view(len(w), -1)), scale[..., 0].half(), zero[..., 0].half()
 
 
-def pack(q: Tensor) -> Tensor:
+def pack(q: Tensor, scheme: Scheme = Scheme.INT4) -> Tensor:
     """Values 0 to 15, int32 [rows, columns] -> int32 [rows, columns / 8].
 
-    Byte i of a word has column i of its eight in the low half, and column i + 4 in the high one:
-    masked once and shifted once, a word is eight int8 in order.
+    Column i of a word's eight is at bit `_PLACES[scheme][i]`.
     """
-    columns = q.view(len(q), -1, 2, 4)
-    packed = torch.zeros_like(columns[:, :, 0, 0])
-    for half, place in itertools.product(range(2), range(4)):
-        packed |= columns[:, :, half, place] << (8 * place + 4 * half)
+    columns = q.view(len(q), -1, NIBBLES)
+    packed = torch.zeros_like(columns[:, :, 0])
+    for column, place in enumerate(_PLACES[scheme]):
+        packed |= columns[:, :, column] << place
     return packed
 
 
-def unpack(data: Tensor) -> Tensor:
+def unpack(data: Tensor, scheme: Scheme = Scheme.INT4) -> Tensor:
     """The inverse of `pack`."""
-    shifts = [8 * place + 4 * half for half in range(2) for place in range(4)]
-    places = torch.tensor(shifts, device=data.device, dtype=torch.int32)
+    places = torch.tensor(_PLACES[scheme], device=data.device, dtype=torch.int32)
     return ((data[..., None] >> places) & INT4_MAX).view(len(data), -1)
+
+
+def table_of(values: Tensor) -> Table:
+    """The table of 16 float values, with the int8 steps that are nearest to it."""
+    values = values.float().cpu()
+    most = 127 / float(values.abs().max().clamp(min=1e-30))
+    finest = torch.linspace(most / 2, most, STEPS_TRIED)[:, None]
+    steps = 1 / finest[((values * finest).round() / finest - values).square().sum(1).argmin()]
+    codes = (values / steps).round().to(torch.int8)
+    return Table(values, codes.view(torch.int32), float(steps))

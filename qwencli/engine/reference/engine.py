@@ -13,6 +13,7 @@ from qwencli.engine.answer import Answer
 from qwencli.engine.device_memory import release
 from qwencli.engine.local import LocalEngine
 from qwencli.engine.reference import loading
+from qwencli.engine.reference.changes import AS_IS, Changes
 from qwencli.engine.reference.generating import Generation
 from qwencli.engine.reference.quantizing import scheme_of
 from qwencli.engine.sources import ModelFiles
@@ -51,10 +52,17 @@ class TransformersEngine(LocalEngine):
                 "use --engine native",
             )
         self._model: Any = None
+        self.changes: Changes = AS_IS
+
+    @property
+    def model(self) -> Any:
+        """The loaded transformers model."""
+        assert self._model is not None, "load() comes first"
+        return self._model
 
     def _load(self, files: ModelFiles) -> RanModes:
         plan = loading.plan_load(self.config, files)
-        model = loading.load_model(self.config, plan)
+        model = loading.load_model(self.config, plan, self.changes)
         try:
             loading.check_effective(self.config, plan, model)
         except UnsupportedModeError:
@@ -76,7 +84,8 @@ class TransformersEngine(LocalEngine):
         )
 
     def _answer(self, answer: Answer) -> Iterator[GenerationChunk]:
-        yield from Generation(self._model, answer, self.ran).chunks(self.load_s)
+        generation = Generation(self._model, answer, self.ran, self.changes)
+        yield from generation.chunks(self.load_s)
 
     @torch.inference_mode()
     def _logits(self, token_ids: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -84,6 +93,8 @@ class TransformersEngine(LocalEngine):
         yield from self._model(input_ids=ids, use_cache=False).logits[0]
 
     def _release(self) -> None:
+        if self.changes.release_through_host:
+            self._model.to("cpu")
         self._model = None
         if self.config.cache is Cache.STATIC_COMPILE:
             # Compiled graphs keep their own pool and references to the weights.

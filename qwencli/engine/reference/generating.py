@@ -13,6 +13,7 @@ from qwencli.config import Cache
 from qwencli.engine.answer import Answer
 from qwencli.engine.clock import Clock, Mark
 from qwencli.engine.preprocess import VisualInputs
+from qwencli.engine.reference.changes import AS_IS, Changes
 from qwencli.engine.reference.inversion import pulled
 from qwencli.engine.reference.recorder import TokenRecorder, VisionSpan
 from qwencli.errors import UnsupportedModeError
@@ -31,8 +32,9 @@ _CACHE_SETTINGS: dict[Cache, dict[str, Any]] = {
 class Generation:
     """One call of `generate()` for one answer."""
 
-    def __init__(self, model: Any, answer: Answer, ran: RanModes) -> None:
+    def __init__(self, model: Any, answer: Answer, ran: RanModes, changes: Changes = AS_IS) -> None:
         self._model, self._answer, self._ran = model, answer, ran
+        self._changes = changes
 
     def chunks(self, load_s: float) -> Iterator[GenerationChunk]:
         """Yield each token's text as it becomes known, and the result with the last chunk."""
@@ -48,7 +50,6 @@ class Generation:
         self._check_cache()
         yield answer.finish(clock, vision.marks, self._ran, load_s)
 
-    @torch.inference_mode()
     def _generate(
         self, inputs: dict[str, Any], clock: Clock, push: Callable[[Token], None]
     ) -> None:
@@ -62,11 +63,13 @@ class Generation:
             capacity=sampling.max_new_tokens + 1,
             deliver=lambda token_id, mark: push((token_id, mark)),
         )
-        self._model.generate(
-            **inputs,
-            generation_config=self._generation_config(),
-            stopping_criteria=StoppingCriteriaList([recorder]),
-        )
+        without_grad = torch.no_grad() if self._changes.no_grad else torch.inference_mode()
+        with without_grad:
+            self._model.generate(
+                **inputs,
+                generation_config=self._generation_config(),
+                stopping_criteria=StoppingCriteriaList([recorder]),
+            )
         if self._ran.device.startswith("cuda"):
             torch.cuda.synchronize(self._ran.device)
         recorder.flush()
@@ -117,7 +120,7 @@ class Generation:
                 "top_k": sampling.top_k,
                 "min_p": sampling.min_p or None,
             }
-        return GenerationConfig(**settings)
+        return GenerationConfig(**settings | dict(self._changes.generate))
 
     def _check_cache(self) -> None:
         """`generate()` skips compilation without a word where it cannot compile; we do not."""

@@ -11,6 +11,7 @@ import torch
 
 from qwencli.config import Attention, Cache, DType, EngineConfig, LoadFormat, Quantization
 from qwencli.engine.device_memory import is_out_of_memory
+from qwencli.engine.reference.changes import AS_IS, Changes
 from qwencli.engine.reference.families import build_config, family_of, skeleton
 from qwencli.engine.reference.quantizing import quantization_config, scheme_of, unfit_for_cpu
 from qwencli.engine.reference.random_weights import random_state_dict
@@ -50,7 +51,7 @@ def plan_load(config: EngineConfig, files: ModelFiles) -> LoadPlan:
     )
 
 
-def load_model(config: EngineConfig, plan: LoadPlan) -> Any:
+def load_model(config: EngineConfig, plan: LoadPlan, changes: Changes = AS_IS) -> Any:
     """Weights straight onto the device in their final dtype, ready for `generate`.
 
     Raises:
@@ -72,9 +73,15 @@ def load_model(config: EngineConfig, plan: LoadPlan) -> Any:
         # to every module even when one GPU holds it all.
         "device_map": {"": plan.device},
         "quantization_config": quantization_config(
-            config.quantization, torch_dtype, _kept_modules(config, plan, model_class)
+            config.quantization,
+            torch_dtype,
+            _kept_modules(config, plan, model_class),
+            changes.quantization,
         ),
+        **changes.load,
     }
+    if changes.through_host:
+        keywords |= {"dtype": torch.float32, "device_map": {"": "cpu"}}
     try:
         if config.load_format is LoadFormat.DUMMY:
             keywords["config"] = build_config(plan.hub_config)
@@ -91,6 +98,8 @@ def load_model(config: EngineConfig, plan: LoadPlan) -> Any:
         if is_out_of_memory(error):
             raise
         raise _load_error(config, plan, error) from error
+    if changes.through_host:
+        model = model.to(plan.device, torch_dtype)
     # generate() fills what a request leaves out from here; every request states all it wants.
     model.generation_config = transformers.GenerationConfig()
     return model.eval()

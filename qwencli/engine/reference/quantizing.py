@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ CPU_TILE = (32, 64)
 
 
 def quantization_config(
-    quantization: Quantization, compute_dtype: torch.dtype, keep: list[str] | None = None
+    quantization: Quantization,
+    compute_dtype: torch.dtype,
+    keep: list[str] | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> Any | None:
     """The transformers quantization config for a mode, or None for unquantized weights.
 
@@ -25,6 +29,7 @@ def quantization_config(
 
     Args:
         keep: modules of 4-bit models to leave unquantized; None = the output head.
+        changes: keywords of an experiment that replace ours.
 
     Raises:
         UnsupportedModeError: fp8, which bitsandbytes does not have.
@@ -48,14 +53,16 @@ def quantization_config(
     from transformers import BitsAndBytesConfig
 
     if quantization is Quantization.INT8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_use_double_quant=False,
-        llm_int8_skip_modules=keep,
-    )
+        settings: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": 6.0}
+    else:
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": compute_dtype,
+            "bnb_4bit_use_double_quant": False,
+            "llm_int8_skip_modules": keep,
+        }
+    return BitsAndBytesConfig(**settings | dict(changes or {}))
 
 
 def unfit_for_cpu(model: torch.nn.Module) -> list[str]:

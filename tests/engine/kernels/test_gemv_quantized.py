@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +13,20 @@ from hypothesis import strategies as st
 from qwencli.engine.kernels.fused_ops import FusedOps
 from qwencli.engine.kernels.gemv_quantized import BLOCK_WORDS, pieces
 from qwencli.engine.kernels.tiles import GemvTiles
-from qwencli.engine.native.quantized import Quantized, Scheme, quantize
+from qwencli.engine.native import weights
+from qwencli.engine.native.quantized import Quantized, Scheme, quantize, table_of
 from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.models.packing import packed_format
 from qwencli.models.shape_reader import read_shape
+from tests.engine.native.packed_formats import FORMATS, NF4
+from tests.engine.native.test_ready_made import TEXT as READY_MADE_TEXT
+from tests.engine.native.test_ready_made import tensors_of, write
 from tests.models.test_shape_reader import TEXT
 
 CPU = torch.device("cpu")
 BITS = {Scheme.INT8: 8, Scheme.FP8: 8, Scheme.INT4: 4}
+# The vector is rounded for tables as for int4.
+EIGHT_BITS = {Scheme.NF4: Scheme.INT4}
 
 
 @given(st.integers(1, 400), st.sampled_from((4, 8)), st.sampled_from((512, 2048, 4096)))
@@ -98,3 +106,56 @@ def test_scales_of_a_half_type_and_a_matrix_without_groups() -> None:
     assert torch.allclose(
         y[0].double(), dense(matrix) @ rounded(x[0], Scheme.INT8).double(), rtol=1e-4, atol=1e-4
     )
+
+
+def stored_values(matrix: Quantized) -> torch.Tensor:
+    """As `dense`, a table's values rounded to its int8 steps."""
+    if matrix.table is None:
+        return dense(matrix)
+    codes = matrix.table.codes.view(torch.int8).double() * matrix.table.step
+    return dense(replace(matrix, table=replace(matrix.table, values=codes.float())))
+
+
+# Groups with zeros and without, tables, columns in an order of their own, each type of scales.
+READY_MADE = (
+    "awq g64", "gptq desc_act", "gptq 8", "gptq 8 sym desc_act", "ct int4", "ct int8 asym",
+    "fp8 blocks", "bnb nf4",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READY_MADE)
+def test_matrices_of_ready_made_checkpoints(tmp_path: Path, name: str) -> None:
+    config, writer, arguments, _ = FORMATS[name]
+    packed, _ = tensors_of(READY_MADE_TEXT, writer, arguments)
+    loaded = weights.load(
+        write(tmp_path, packed),
+        read_shape(READY_MADE_TEXT),
+        torch.float32,
+        CPU,
+        packed=packed_format({"quantization_config": config}),
+    )
+    matrix = loaded.matrices["text.0.gate_up"]
+    x, y = values(1, matrix.columns), torch.zeros(1, matrix.rows // 2)
+    norm = RMSNorm(1 + 0.1 * values(matrix.columns), 1e-6)
+    ops()._gemv(x, matrix, y, norm=norm, gated=True)
+    length = (x.double().square().mean() + 1e-6).rsqrt()
+    order = slice(None) if matrix.order is None else matrix.order.long()
+    vector = torch.empty_like(x[0])
+    scheme = EIGHT_BITS.get(matrix.scheme, matrix.scheme)
+    vector[order] = rounded((x[0] * norm.weight)[order], scheme)
+
+    def gated(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        gate, up = (rows @ vector.double() * length).chunk(2)
+        return torch.nn.functional.silu(gate) * up
+
+    wanted = gated(stored_values(matrix), vector)
+    assert torch.allclose(y[0].double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    exact = gated(dense(matrix), x[0] * norm.weight)
+    assert (y[0] - exact).norm() < 0.02 * exact.norm()
+
+
+def test_the_steps_of_a_table_are_near_its_values() -> None:
+    table = table_of(torch.tensor(NF4))
+    off = table.codes.view(torch.int8).float() * table.step - table.values
+    assert off.norm() < 0.004 * table.values.norm()
+    assert off.abs().max() < 0.5 * table.step + 1e-6

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwencli.config import Attention, Cache, DType, EngineName, KVDType, SamplingOptions
+from qwencli.config import Attention, Cache, DType, EngineName, Kernels, KVDType, SamplingOptions
 from qwencli.engine.native import weights
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.engine import NativeEngine
@@ -126,7 +128,21 @@ def test_modes_that_cannot_say_so_and_name_one_that_can(checkpoint):
     assert "--cache static" in caught.value.hint
     with pytest.raises(UnsupportedModeError, match="--kv-dtype fp8 cannot run"):
         TransformersEngine(engine_config(checkpoint("qwen3_vl"), kv_dtype=KVDType.FP8))
-    assert resolve_kv(KVDType.AUTO, Cache.DYNAMIC) is None
+    assert resolve_kv(KVDType.AUTO, Cache.DYNAMIC, Kernels.TORCH, "cpu") is None
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 0)])
+def test_fp8_in_kernels_needs_the_instruction(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    modes = (Cache.STATIC_GRAPH, Kernels.TRITON, "cuda:0")
+    assert resolve_kv(KVDType.INT8, *modes) is Scheme.INT8
+    assert resolve_kv(KVDType.FP8, modes[0], Kernels.TORCH, "cuda:0") is Scheme.FP8
+    if capability >= (8, 9):
+        assert resolve_kv(KVDType.FP8, *modes) is Scheme.FP8
+        return
+    with pytest.raises(UnsupportedModeError, match=r"8\.9 on, and .* cuda:0 has 8\.0") as caught:
+        resolve_kv(KVDType.FP8, *modes)
+    assert "--kv-dtype int8" in caught.value.hint
 
 
 @pytest.mark.parametrize("kv", [KVDType.INT8, KVDType.FP8])
@@ -147,3 +163,21 @@ def test_bytes_are_those_of_the_tensors():
     plain, small = (decode_bytes(SHAPE, "none", 2, 1000, kv) for kv in ("bfloat16", "int8"))
     saved = 1000 * (native_kv_bytes(SHAPE, False, 2) - native_kv_bytes(SHAPE, True, 2))
     assert plain - small == saved
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_compiled_step_sees_what_it_has_just_written(scheme: Scheme) -> None:
+    cache = QuantizedKVCache(SHAPE.text, 1, 8, torch.float32, CPU, scheme)
+    new = torch.randn(1, 1, 2 * SHAPE.text.num_kv_heads, SHAPE.text.head_dim)
+
+    @functools.partial(torch.compile, backend="aot_eager", dynamic=False)
+    def seen(slot: torch.Tensor) -> torch.Tensor:
+        keys, values = cache.write(0, new, slot, 8)
+        return torch.cat((keys, values), 1)
+
+    try:
+        compiled = seen(torch.tensor([3]))
+    finally:
+        torch.compiler.reset()
+    assert torch.equal(compiled, torch.cat(cache.write(0, new, torch.tensor([3]), 8), 1))
+    assert (compiled[:, :, 3] - new[0, 0]).abs().max() < 0.2

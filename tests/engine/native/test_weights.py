@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qwencli.engine.native import weights
+from qwencli.engine.native import reader, weights
 from qwencli.errors import ModelFileError
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
@@ -96,7 +96,7 @@ def test_types_are_converted_as_torch_converts_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Small, and no multiple of a row, so that tensors need several pieces.
-    monkeypatch.setattr(weights, "STAGING_BYTES", 1000 * 4)
+    monkeypatch.setattr(reader, "STAGING_BYTES", 1000 * 4)
     hub = hub_tensors(shape, NEW, stored)
     save_file(hub, tmp_path / "model.safetensors")
     loaded = weights.load(tmp_path, shape, wanted, CPU)

@@ -1,0 +1,103 @@
+"""What competes with a run from beside it: another Python thread, another process on its core."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from qwencli.engine.host import resident_bytes
+
+# Ends by itself when this process is gone.
+_HOG = """
+import os, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(0)), daemon=True).start()
+print(flush=True)
+while True:
+    pass
+"""
+_POLL_S = 0.005
+# Long enough to be seen in any run; without an end a launch-bound run could take minutes.
+COMPUTING_S = 3.0
+
+
+@contextmanager
+def python_thread() -> Iterator[None]:
+    """A second Python thread in this process computes without pause, COMPUTING_S at most."""
+    going = True
+
+    def compute() -> None:
+        end = time.perf_counter() + COMPUTING_S
+        while going and time.perf_counter() < end:
+            pass
+
+    thread = threading.Thread(target=compute, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        going = False
+        thread.join()
+
+
+@contextmanager
+def shared_core() -> Iterator[None]:
+    """The main thread is tied to one core, of which another process wants half."""
+    cores = os.sched_getaffinity(0)
+    core = {min(cores)}
+    hog = subprocess.Popen(
+        [sys.executable, "-c", _HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert hog.stdout is not None
+        hog.stdout.readline()
+        os.sched_setaffinity(hog.pid, core)
+        os.sched_setaffinity(0, core)  # 0 = the calling thread alone
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+        hog.kill()
+        hog.communicate()
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """The main thread is tied to one core and has it to itself."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+class PeakMemory:
+    """Most resident memory of this process while the block runs, above what it began with.
+
+    `growth_bytes` is filled at the end, unless the system does not tell; it is looked at every
+    5 ms, so shorter peaks are missed.
+    """
+
+    growth_bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        self._began = resident_bytes()
+        self._most = self._began or 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._over.is_set():
+            self._most = max(self._most, resident_bytes() or 0)
+            time.sleep(_POLL_S)
+
+    def __exit__(self, *exc: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self.growth_bytes = None if self._began is None else self._most - self._began

@@ -1,0 +1,54 @@
+"""What loaded weights have to be: finite, and no other than config.json says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from qwencli.engine.native.checkpoint import prefix_of
+from qwencli.engine.native.reader import AGAIN, FLOATS, Reader
+from qwencli.errors import ModelFileError
+from qwencli.models.safetensors_header import StoredTensor
+from qwencli.models.weight_specs import PROBES
+
+
+def check_tied_head(
+    stored: Mapping[str, StoredTensor], embed: torch.Tensor, reader: Reader
+) -> None:
+    """Some checkpoints carry the head although it is tied; it must then be the embedding."""
+    head = stored.get(prefix_of("root", stored) + PROBES["root"])
+    if head is None:
+        return
+    same = head.shape == tuple(embed.shape) and head.dtype in FLOATS
+    if same:
+        copy = torch.empty_like(embed)
+        reader.read(head, copy.view(-1))
+        same = torch.equal(copy, embed)
+    if not same:
+        raise ModelFileError(
+            f"config.json ties the head to the embedding, but {head.name} holds other values",
+            "set tie_word_embeddings to false in config.json, or download the model again",
+        )
+
+
+def check_zero(biases: tuple[StoredTensor, ...], reader: Reader) -> None:
+    """Biases of no use to the model may be left out only if they are zero."""
+    others = [bias.name for bias in biases if reader.as_stored(bias).any()]
+    if others:
+        raise ModelFileError(
+            f"{', '.join(others)}: biases that config.json does not describe and that are not zero",
+            "weights and config.json belong to different models",
+        )
+
+
+def check_finite(extremes: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Raise for every tensor whose extremes [2] are not numbers. Waits for the device once."""
+    finite = torch.stack(list(extremes.values())).isfinite().all(dim=1).tolist()
+    broken = [name for name, good in zip(extremes, finite, strict=True) if not good]
+    if broken:
+        hint = "use --dtype bfloat16 or float32 if the values exceed float16, else " + AGAIN
+        raise ModelFileError(
+            f"weights with NaN or infinity: {', '.join(broken)}",
+            hint if dtype == torch.float16 else AGAIN,
+        )

@@ -1,0 +1,77 @@
+"""The kernels on weights of ready-made checkpoints: equal to the matrices read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwencli.engine.native import weights
+from qwencli.engine.native.attention import AttentionPlan
+from qwencli.engine.native.model import Fused, QwenModel
+from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.models.packing import packed_format
+from qwencli.models.shape_reader import read_shape
+from tests.engine.kernels import test_several_tokens as several
+from tests.engine.kernels.test_fused_ops import CPU, OWN, SLOTS
+from tests.engine.native.packed_formats import FORMATS
+from tests.engine.native.test_ready_made import TEXT, tensors_of, write
+
+# One of each way through the kernels: zeros or none, groups or rows, a table, columns in an order
+# of their own, each type of scales.
+NAMES = (
+    "awq g64", "gptq desc_act", "gptq 8", "gptq 8 sym desc_act", "ct int4", "ct int8 asym",
+    "ct fp8", "fp8 blocks", "bnb nf4", "bnb int8",
+)  # fmt: skip
+
+
+@torch.inference_mode()
+def logits_of(loaded: weights.LoadedWeights, fused: Fused | None) -> torch.Tensor:
+    model = QwenModel(read_shape(TEXT), loaded, SLOTS, fused=fused)
+    inputs = model.prepare([Prompt([5, 9, 33, 70, 2, 41], [])])
+    cache = model.static_cache()
+    model.prefill(inputs, cache)
+    plan = AttentionPlan(cache.length + 1, None)
+    slot = torch.tensor([cache.length])
+    return model.decode_step(torch.tensor([7]), inputs.next_positions, slot, cache, plan)[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_give_the_logits_of_the_matrices_read_back(tmp_path: Path, name: str) -> None:
+    config, writer, arguments, _ = FORMATS[name]
+    packed, _ = tensors_of(TEXT, writer, arguments)
+    loaded = weights.load(
+        write(tmp_path, packed),
+        read_shape(TEXT),
+        torch.float32,
+        CPU,
+        packed=packed_format({"quantization_config": config}),
+    )
+    plain, fused = logits_of(loaded, None), logits_of(loaded, OWN)
+    # Every product rounds its vector to 8 bits, and random weights pass that on undamped.
+    assert (plain - fused).norm() <= 0.05 * plain.norm()
+
+
+@pytest.mark.parametrize("name", ["awq g64", "gptq desc_act", "gptq 8", "fp8 blocks", "bnb nf4"])
+def test_steps_of_several_tokens_give_what_those_of_one_give_or_the_plain_operators(
+    tmp_path: Path, name: str
+) -> None:
+    """Kinds that their kernel does not read as stored are read back, and not rounded at all."""
+    config, writer, arguments, _ = FORMATS[name]
+    packed, _ = tensors_of(TEXT, writer, arguments)
+    loaded = weights.load(
+        write(tmp_path, packed),
+        read_shape(TEXT),
+        torch.float32,
+        CPU,
+        packed=packed_format({"quantization_config": config}),
+    )
+    as_stored = name == "awq g64"
+    expected, found = (
+        several.logits_of(
+            QwenModel(read_shape(TEXT), loaded, SLOTS, fused=ops), [[5, 9, 33]], [[7, 70, 2]], size
+        )
+        for ops, size in ((OWN, 1) if as_stored else (None, 3), (OWN, 3))
+    )
+    assert several.relative(found, expected) <= 1e-4

@@ -1,0 +1,228 @@
+"""Writes docs/findings.md and its plots from the studies in results/; `--check` fails when stale.
+
+Every figure on the page comes from a study's rows. The study of a GPU stands before that of a CPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from plots import effects_plot, runs_plot
+
+from qwencli.bench.studies import origin_tables
+from qwencli.bench.studies.claim_file import ALL, Study, choose
+from qwencli.bench.studies.evidence import Evidence
+from qwencli.bench.studies.report import effect_words
+from qwencli.bench.studies.session import STUDY
+from qwencli.bench.studies.verdicts import ClaimVerdict, Verdict
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results"
+PAGE = ROOT / "docs" / "findings.md"
+PLOTS = ROOT / "docs" / "findings"
+
+Found = list[tuple[Evidence, dict[str, ClaimVerdict]]]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
+                     for line in lines)  # fmt: skip
+
+
+def studies() -> list[Evidence]:
+    """All studies in results/, those of a GPU first, the newest of each kind first."""
+    found = [Evidence(path.parent) for path in sorted(RESULTS.glob(f"*/{STUDY}"), reverse=True)]
+    return sorted(found, key=lambda evidence: evidence.environment["device"]["name"] is None)
+
+
+def machine(evidence: Evidence) -> str:
+    """The machine of a study, in a few words."""
+    device = evidence.environment["device"]
+    return str(device["name"] or f"{evidence.environment['cpu']['model']} (CPU)")
+
+
+def source(evidence: Evidence) -> str:
+    """Where a study's figures come from."""
+    document, versions = evidence.document, evidence.environment["versions"]
+    weights = ", random weights" if document["load_format"] == "dummy" else ""
+    return (
+        f"{machine(evidence)}, {document['model']}{weights}, {document['max_new_tokens']} new "
+        f"tokens, {document['runs']} rounds, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}. From `results/{evidence.folder.name}/`."
+    )
+
+
+def settled(claim: str, found: Found) -> tuple[Evidence, ClaimVerdict] | None:
+    """The first study in which the claim could run."""
+    for evidence, verdicts in found:
+        if claim in verdicts and verdicts[claim].verdict is not Verdict.CANNOT_RUN:
+            return evidence, verdicts[claim]
+    return None
+
+
+def _verdict_lines(study: Study, found: Found) -> list[str]:
+    """The row of a claim, and one for each of its tests."""
+    on = [
+        f"{verdicts[study.claim].verdict} ({machine(evidence)})"
+        for evidence, verdicts in found
+        if study.claim in verdicts
+    ]
+    best = settled(study.claim, found)
+    claim = next((v[study.claim] for _, v in found if study.claim in v), None)
+    claim = best[1] if best else claim
+    if claim is None:
+        return [f"- **{study.claim}** {study.title}: not measured yet."]
+    lines = [f"- **{study.claim}** {study.title}: **{claim.verdict}**. {_sentence(claim)}"]
+    if len({verdict.split(" (")[0] for verdict in on}) > 1:
+        lines[0] += f" By machine: {'; '.join(on)}."
+    for finding in claim.findings:
+        words = effect_words(finding)
+        said = finding.reason if words == "-" else f"{words}"
+        lines.append(f"    - {finding.test.says}: {finding.verdict} - {said}")
+    return lines
+
+
+def _sentence(claim: ClaimVerdict) -> str:
+    text = claim.reason[:1].upper() + claim.reason[1:]
+    return text if text.endswith(".") else f"{text}."
+
+
+def _ranking(evidence: Evidence) -> list[str]:
+    ranked = origin_tables.factors(evidence)
+    certain = [factor for factor in ranked if factor.slowdown.low > 1]
+    enough = [f for f in certain if f.slowdown.estimate >= origin_tables.ORIGIN_RATIO]
+    names = ", ".join(f"`{f.name}` ({f.slowdown.estimate:.2f}x, {f.engine})" for f in certain)
+    alone = ", ".join(f"`{factor.name}`" for factor in enough)
+    return [
+        f"On {machine(evidence)}: {len(certain)} of {len(ranked)} factors make `generate()` "
+        f"slower beyond their noise: {names or 'none'}. "
+        + (f"Enough for 2.76 times alone: {alone}." if enough else "None is 2.76 times alone."),
+        "",
+        f"![effects](findings/effects-{evidence.folder.name}.svg)",
+        "",
+        markdown(*origin_tables.factor_table(evidence)),
+        "",
+        "A share of 100% is the origin's whole ratio, on a logarithmic scale; shares of factors "
+        f"that act together add up. {source(evidence)}",
+    ]
+
+
+_TABLES: tuple[tuple[str, Callable[[Evidence], Any]], ...] = (
+    ("Speed by mode", origin_tables.mode_table),
+    ("Steadiness of both engines", origin_tables.steadiness_table),
+    ("Run after run", origin_tables.run_table),
+    ("The first token and the others", origin_tables.stall_table),
+)
+
+
+def page(found: Found) -> str:
+    """The whole of docs/findings.md."""
+    claims = choose([ALL])
+    lines = [
+        "# Findings",
+        "",
+        "What became of the measurements and claims that this project started from: a node pack "
+        "whose identical runs differed 2.76 times on an RTX 5090, and whose cause was never found. "
+        "This page is made by `tools/docs/findings.py` from the studies in `results/`; how they "
+        "are made and by which rules they decide stands in [bench](bench.md).",
+        "",
+        "## What makes identical runs differ",
+        "",
+    ]
+    for evidence, _ in found:
+        lines += [*_ranking(evidence), ""]
+    lines += ["## The claims", ""]
+    best = [settled(study.claim, found) for study in claims]
+    counts = [one[1].verdict if one else Verdict.CANNOT_RUN for one in best]
+    tally = {verdict: sum(verdict is one for one in counts) for verdict in Verdict}
+    lines += [
+        f"{', '.join(f'{n} {verdict}' for verdict, n in tally.items())}.",
+        "",
+        "The verdict is that of the first machine in the list above on which the claim could run. "
+        "An effect above 1 is as claimed; intervals are 95 %; n counts runs.",
+        "",
+    ]
+    for study in claims:
+        lines += _verdict_lines(study, found)
+    lines += ["", *_missing(claims, found)]
+    lines += ["## The origin's tables, made again", ""]
+    for evidence, _ in found:
+        lines += [f"### {machine(evidence)}", "", source(evidence), ""]
+        lines += [f"![runs](findings/runs-{evidence.folder.name}.svg)", ""]
+        for title, table in _TABLES:
+            lines += [f"#### {title}", "", markdown(*table(evidence)), ""]
+    lines += [
+        "tok/s is tokens over the time of the whole `generate()`, as in the origin; the first "
+        "stall is the time to the first token; MHz before is the last reading before a run, "
+        "during the mean within it. Runs of a series were made in turns with other conditions."
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _missing(claims: Sequence[Study], found: Found) -> list[str]:
+    """What other hardware has to settle, with the command."""
+    open_claims = [
+        study for study in claims if _is_open(study, found) or not settled(study.claim, found)
+    ]
+    if not open_claims:
+        return []
+    names = ",".join(study.claim for study in open_claims)
+    lines = ["## What other machines have to settle", ""]
+    for study in open_claims:
+        why = [*study.needs, *study.about]
+        lines.append(f"- {study.claim}: needs {', '.join(why) or 'to be run'}")
+    return [
+        *lines,
+        "",
+        "On a machine that has it, this writes one redacted archive to send back:",
+        "",
+        f"    qwencli bench study --claims {names} --model qwen3-vl-4b --load-format dummy --share",
+        "",
+    ]
+
+
+def _is_open(study: Study, found: Found) -> bool:
+    """Whether no machine yet was one that the claim is about."""
+    looked = [evidence for evidence, verdicts in found if study.claim in verdicts]
+    return all(study.claim in evidence.document["about"] for evidence in looked)
+
+
+def files() -> dict[Path, str]:
+    """What is to be written where."""
+    found: Found = [
+        (evidence, {claim.study.claim: claim for claim in evidence.verdicts()})
+        for evidence in studies()
+    ]
+    written = {PAGE: page(found)}
+    for evidence, _ in found:
+        name = evidence.folder.name
+        written[PLOTS / f"effects-{name}.svg"] = effects_plot(evidence)
+        written[PLOTS / f"runs-{name}.svg"] = runs_plot(evidence)
+    return written
+
+
+def main() -> None:
+    fresh = files()
+    stale = [
+        path
+        for path, text in fresh.items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+    unknown = [path for path in PLOTS.glob("*.svg") if path not in fresh]
+    if "--check" in sys.argv:
+        if stale or unknown:
+            sys.exit(f"{(stale or unknown)[0].relative_to(ROOT)} is stale: run make docs")
+        return
+    PLOTS.mkdir(exist_ok=True)
+    for path in stale:
+        path.write_text(fresh[path], encoding="utf-8")
+    for path in unknown:
+        path.unlink()
+
+
+if __name__ == "__main__":
+    main()
