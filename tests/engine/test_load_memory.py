@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ SCRIPT = """
 import sys, threading, time
 from pathlib import Path
 import torch
-from qwencli.config import EngineName
+from qwencli.config import EngineName, Quantization
 from qwencli.engine.factory import create_engine
 from tests.checkpoints import engine_config
 
@@ -21,7 +22,12 @@ def anonymous_bytes():
             return int(line.split()[1]) * 1024
 
 def engine(folder):
-    return create_engine(engine_config(Path(folder), engine=EngineName(sys.argv[3])))
+    mode = Quantization(sys.argv[4])
+    config = engine_config(Path(folder), engine=EngineName(sys.argv[3]), quantization=mode)
+    return create_engine(config)
+
+from qwencli.models import quantized_cache
+quantized_cache.cache_root = lambda: Path(sys.argv[5])
 
 # A load of another model first: libraries and pools take their own memory once.
 engine(sys.argv[2]).load()
@@ -52,7 +58,7 @@ def test_peak_of_a_load_is_one_copy(tmp_path, checkpoint, engine):
     large = {"hidden_size": 1024, "num_hidden_layers": 4, "intermediate_size": 4096}
     folder = write_checkpoint(tmp_path / "large", "qwen3", overrides=large)
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, folder, checkpoint("qwen3"), engine],
+        [sys.executable, "-c", SCRIPT, folder, checkpoint("qwen3"), engine, "none", tmp_path],
         capture_output=True,
         text=True,
         check=True,
@@ -60,3 +66,24 @@ def test_peak_of_a_load_is_one_copy(tmp_path, checkpoint, engine):
     # float32 on the CPU from a bfloat16 file; a second copy would make this 1.5 or more.
     one_copy = 2 * (folder / "model.safetensors").stat().st_size
     assert int(done.stdout.split()[-1]) < 1.25 * one_copy
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_a_load_that_quantizes_holds_one_matrix_beside_the_small_ones(tmp_path, checkpoint):
+    from tests.checkpoints import write_checkpoint
+
+    large = {"hidden_size": 1024, "num_hidden_layers": 12, "intermediate_size": 4096}
+    folder = write_checkpoint(tmp_path / "large", "qwen3", overrides=large)
+    whole = 2 * (folder / "model.safetensors").stat().st_size
+    command = [sys.executable, "-c", SCRIPT, folder, checkpoint("qwen3"), "native", "4bit"]
+    # Large blocks of their own, or the C library's heap keeps holes that no tensor is in.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    peaks = []
+    for _ in ("quantizes and writes", "reads back"):
+        done = subprocess.run(
+            [*command, tmp_path], capture_output=True, text=True, check=True, env=environment
+        )
+        peaks.append(int(done.stdout))
+    # The first holds a matrix of float32 and what quantizing some rows of it takes.
+    assert peaks[0] < 0.4 * whole
+    assert peaks[1] < 0.25 * whole

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 RESULTS = ROOT / "results"
 H200_TRANSFORMERS = "2026-11-23-h200-transformers"
+QUALITY = "2026-11-24-quality-cpu"
 # The two engines at equal work, minutes apart: (folder, engine).
 H200_ENGINES = ("2026-11-23-h200-native", "2026-11-23-h200-native-beside")
 
@@ -132,6 +133,32 @@ def of_study(table: Callable[[Evidence], Table]) -> str:
     return f"{markdown(list(head), rows)}\n\n{findings.source(evidence)}"
 
 
+def quantization_quality() -> str:
+    with (RESULTS / QUALITY / "quality.csv").open(encoding="utf-8", newline="") as file:
+        modes = list(csv.DictReader(file))
+    rows = [
+        [
+            mode["engine"],
+            mode["scheme"],
+            f"{float(mode['exact_percent']):.1f}",
+            f"{float(mode['lost_points']):.1f}",
+            f"{float(mode['mean_kl']):.1e}",
+            f"{float(mode['same_token_percent']):.2f}",
+            f"{float(mode['weight_error_percent']):.2f}" if mode["weight_error_percent"] else "",
+        ]
+        for mode in modes
+    ]
+    header = ["engine", "scheme", "exact captions %", "points lost", "KL a token"]
+    header += ["same likeliest token %", "weight error %"]
+    about = json.loads((RESULTS / QUALITY / "environment.json").read_text(encoding="utf-8"))
+    note = (
+        f"{modes[0]['scenes']} scenes; KL in nats over {modes[0]['kl_tokens']} tokens, from native "
+        f"without quantization; {about['device']}, torch {about['torch']}. From "
+        f"`results/{QUALITY}/quality.csv`."
+    )
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "factors": factors_plot,
     "origin-modes": lambda: of_study(origin_tables.mode_table),
@@ -139,6 +166,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "engines": engines,
     "transformers-modes": transformers_modes,
     "scenes-quality": scenes_quality,
+    "quantization-quality": quantization_quality,
 }
 
 

@@ -118,7 +118,9 @@ class FusedOps:
         self._arrived = buffer(MOST_ROWS * kv_heads, of=torch.int32)
         # tl.dot would round float32 operands to TF32 otherwise.
         self._precision = "ieee" if dtype == torch.float32 else "tf32"
-        self._several = SeveralProducts(self._best, tiles_of, self._launch.options, self._precision)
+        self._several = SeveralProducts(
+            self._best, tiles_of, self._launch.options, self._precision, self._launch.fp8
+        )
 
     def ops(self, own_attention: bool) -> DecoderOps:
         """All kernels, or all but attention, which then stays with the step's own."""
@@ -283,7 +285,7 @@ class FusedOps:
             "ADD": add,
             "ARGMAX": choice is not None,
         }
-        if quantized is not None and in_blocks(quantized):
+        if quantized is not None and in_blocks(quantized, self._launch.fp8):
             bits, storage = BLOCKS[quantized.scheme]
             grouped, fp8 = quantized.grouped, quantized.scheme is Scheme.FP8
             table = quantized.table

@@ -51,6 +51,7 @@ class SeveralProducts:
         best: int64 [8], where the keys of the likeliest rows go.
         options: launch options for a number of warps.
         precision: of float32 operands.
+        converts_fp8: see `in_blocks`.
     """
 
     def __init__(
@@ -59,9 +60,11 @@ class SeveralProducts:
         tiles_of: Callable[[MatrixKind], GemvTiles],
         options: Callable[[int], Mapping[str, Any]],
         precision: str,
+        converts_fp8: bool,
     ) -> None:
         self._best, self._tiles_of = best, tiles_of
         self._options, self._precision = options, precision
+        self._converts_fp8 = converts_fp8
 
     def __call__(self, x: Tensor, matrix: Matrix, y: Tensor, around: Epilogue) -> None:
         """y [S, rows] = epilogue(matrix norm(x)), x [S, columns]."""
@@ -75,7 +78,7 @@ class SeveralProducts:
         norm, choice = around.norm, around.choice
         rows = rows // 2 if around.gated else rows
         bits, storage = 0, Storage.FLOAT if quantized is None else Storage.BYTES
-        if quantized is not None and in_blocks(quantized):
+        if quantized is not None and in_blocks(quantized, self._converts_fp8):
             bits, storage = BLOCKS[quantized.scheme]
         tiles = self._tiles_of(MatrixKind(rows, columns, storage, around.gated, tokens=len(x)))
         part = BLOCK_WORDS * 32 // bits if bits else tiles.block // tiles.num_warps
@@ -112,8 +115,14 @@ class SeveralProducts:
         )
 
 
-def in_blocks(matrix: Quantized) -> bool:
-    """Whether the kernel that rounds the vector in blocks can serve `matrix`."""
+def in_blocks(matrix: Quantized, converts_fp8: bool) -> bool:
+    """Whether products with `matrix` round the vector in blocks.
+
+    Not with fp8 with a scale a row, where the GPU converts it: no faster in float16 than in float32
+    (docs/experiments.md).
+    """
+    if matrix.scheme is Scheme.FP8 and not matrix.grouped and converts_fp8:
+        return False
     bits, _ = BLOCKS.get(matrix.scheme, (0, None))
     return bits > 0 and matrix.columns % (BLOCK_WORDS * 32 // bits) == 0
 

@@ -8,7 +8,8 @@ compiler makes of them: the widest that leave room for two programs a multiproce
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 
 MOST_SPLITS = 32
@@ -67,21 +68,50 @@ class AttentionTiles:
         return self.num_warps if lanes <= 16 else 2 * self.num_warps
 
 
-# At 16 bits a column. Columns up to which a tile serves; the last one serves the rest.
-_BY_COLUMNS = (
-    (1024, GemvTiles(256, 2, 1)),
-    (2048, GemvTiles(512, 2, 2)),
-    (3072, GemvTiles(1024, 2, 4)),
-    (6144, GemvTiles(1024, 4, 4)),
-)
-_LONG_ROWS = GemvTiles(2048, 2, 8)
-# Two matrices are read at once, so a program takes one row of each.
-_GATED = GemvTiles(512, 1, 2)
-_GATED_LONG_ROWS = GemvTiles(1024, 1, 4)
-_BITS = {Storage.FLOAT: 16, Storage.BYTES: 8}
-# Rounding the vector costs each program more than a row does.
-_IN_BLOCKS = GemvTiles(2048, 8, 4)
-
+ANY = 1 << 30
+# By (storage, gated): columns up to which a tile serves. A gated matrix is two that are read at
+# once. `BYTES` are 8 bits whose products are float32; INT8, FP8 and INT4 round the vector in
+# blocks, which costs a program more than a row does.
+_BY_COLUMNS: Mapping[tuple[Storage, bool], tuple[tuple[int, GemvTiles], ...]] = {
+    (Storage.FLOAT, False): (
+        (1024, GemvTiles(256, 2, 1)),
+        (2048, GemvTiles(512, 2, 2)),
+        (3072, GemvTiles(1024, 2, 4)),
+        (4096, GemvTiles(1024, 4, 4)),
+        (6144, GemvTiles(2048, 8, 8)),
+        (ANY, GemvTiles(2048, 2, 8)),
+    ),
+    (Storage.FLOAT, True): (
+        (2048, GemvTiles(1024, 4, 4)),
+        (4096, GemvTiles(512, 1, 2)),
+        (ANY, GemvTiles(1024, 1, 4)),
+    ),
+    (Storage.BYTES, False): (
+        (1024, GemvTiles(512, 2, 1)),
+        (3072, GemvTiles(1024, 4, 2)),
+        (6144, GemvTiles(2048, 4, 4)),
+        (ANY, GemvTiles(2048, 2, 4)),
+    ),
+    (Storage.BYTES, True): ((4096, GemvTiles(512, 1, 1)), (ANY, GemvTiles(1024, 1, 2))),
+    (Storage.INT8, False): ((3072, GemvTiles(2048, 16, 4)), (ANY, GemvTiles(4096, 4, 8))),
+    (Storage.INT8, True): ((ANY, GemvTiles(2048, 4, 4)),),
+    (Storage.FP8, False): ((3072, GemvTiles(512, 4, 1)), (ANY, GemvTiles(2048, 8, 8))),
+    (Storage.FP8, True): ((ANY, GemvTiles(2048, 4, 4)),),
+    (Storage.INT4, False): (
+        (3072, GemvTiles(512, 4, 1)),
+        (6144, GemvTiles(4096, 16, 8)),
+        (ANY, GemvTiles(2048, 8, 4)),
+    ),
+    (Storage.INT4, True): ((ANY, GemvTiles(512, 4, 1)),),
+}
+# A vocabulary's matrix has rows enough for small programs.
+_MANY_ROWS = 1 << 16
+_OF_MANY_ROWS: Mapping[Storage, GemvTiles] = {
+    Storage.BYTES: GemvTiles(512, 2, 1),
+    Storage.INT8: GemvTiles(512, 4, 1),
+    Storage.FP8: GemvTiles(512, 4, 1),
+    Storage.INT4: GemvTiles(512, 4, 1),
+}
 
 # For 2 to 8 tokens, by storage: of a matrix, and of two that are read at once.
 _SEVERAL = {
@@ -94,18 +124,13 @@ _SEVERAL = {
 
 
 def default_tiles(matrix: MatrixKind) -> GemvTiles:
-    """Rows of as many bytes are cut alike, whatever the size of an item."""
+    """What the search found for the nearest shape."""
     if matrix.tokens > 1:
         return _SEVERAL[matrix.storage][matrix.gated]
-    bits = _BITS.get(matrix.storage)
-    if bits is None:
-        return _IN_BLOCKS
-    columns = -(-matrix.columns * bits // 16)
-    if matrix.gated:
-        tiles = _GATED if columns <= 4096 else _GATED_LONG_ROWS
-    else:
-        tiles = next((tiles for most, tiles in _BY_COLUMNS if columns <= most), _LONG_ROWS)
-    return replace(tiles, block=16 * tiles.block // bits)
+    if matrix.rows >= _MANY_ROWS and matrix.storage in _OF_MANY_ROWS:
+        return _OF_MANY_ROWS[matrix.storage]
+    by_columns = _BY_COLUMNS[matrix.storage, matrix.gated]
+    return next(tiles for most, tiles in by_columns if matrix.columns <= most)
 
 
 def attention_tiles(num_kv_heads: int, num_processors: int) -> AttentionTiles:

@@ -197,14 +197,28 @@ def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
     group = group_of(weight.shape[1])
     if scheme is Scheme.INT4 and group is None:
         scheme = Scheme.INT8
-    parts = [_part(rows.float(), scheme, group) for rows in torch.split(weight, ROWS_AT_A_TIME)]
-    data, scale, zero = zip(*parts, strict=True)
-    return Quantized(
-        scheme,
-        torch.cat(data),
-        torch.cat(scale),
-        torch.cat(zero) if scheme is Scheme.INT4 else None,
-    )
+    # What stays is allocated before what does not, so that a heap can give the rest back.
+    whole = _empty(weight, scheme, group)
+    for start in range(0, len(weight), ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        data, scale, zero = _part(weight[rows].float(), scheme, group)
+        whole.data[rows] = data
+        whole.scale[rows] = scale
+        if whole.zero is not None:
+            whole.zero[rows] = zero
+    return whole
+
+
+def _empty(weight: Tensor, scheme: Scheme, group: int | None) -> Quantized:
+    (rows, columns), device = weight.shape, weight.device
+    if scheme is Scheme.INT4:
+        assert group is not None, "the caller looked"
+        data = torch.empty(rows, columns // NIBBLES, dtype=torch.int32, device=device)
+        scale = torch.empty(rows, columns // group, dtype=torch.float16, device=device)
+        return Quantized(scheme, data, scale, torch.empty_like(scale))
+    dtype = torch.int8 if scheme is Scheme.INT8 else torch.float8_e4m3fn
+    data = torch.empty(rows, columns, dtype=dtype, device=device)
+    return Quantized(scheme, data, torch.empty(rows, device=device))
 
 
 def _part(w: Tensor, scheme: Scheme, group: int | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,7 +38,7 @@ class CachedMatrices:
 
     def __init__(self, stored: dict[str, StoredTensor], sums: dict[str, int], schemes: Any) -> None:
         self._stored, self._wanted, self._schemes = stored, sums, schemes
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, int] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._schemes
@@ -57,10 +57,7 @@ class CachedMatrices:
 
     def verify(self) -> None:
         """Raises DamagedCache unless every byte that was read adds up to what was written."""
-        names = list(self._sums)
-        if names and torch.stack([self._sums[n] for n in names]).tolist() != [
-            self._wanted[name] for name in names
-        ]:
+        if any(found != self._wanted[name] for name, found in self._sums.items()):
             raise DamagedCache
 
 
@@ -106,7 +103,7 @@ class CacheWriter:
         self._temporary = file.with_name(f".{file.name}.{os.getpid()}")
         self._room = _ENTRY_BYTES * (1 + len(_PARTS) * matrices)
         self._entries: dict[str, dict[str, Any]] = {}
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, int] = {}
         self._schemes: dict[str, str] = {}
         self._position = 0
         self._stream: BinaryIO | None = None
@@ -134,12 +131,10 @@ class CacheWriter:
         if stream is None:
             return
         try:
-            names = list(self._sums)
-            sums = torch.stack([self._sums[name] for name in names]).tolist() if names else []
             metadata = {
                 "fingerprint": self._fingerprint,
                 "schemes": json.dumps(self._schemes),
-                "sums": json.dumps(dict(zip(names, sums, strict=True))),
+                "sums": json.dumps(self._sums),
             }
             header = json.dumps({"__metadata__": metadata, **self._entries}).encode()
             assert len(header) <= self._room, "an entry is shorter than _ENTRY_BYTES"
@@ -219,9 +214,11 @@ def _verified(loaded: Loaded, cached: CachedMatrices) -> Loaded:
     return loaded
 
 
-def byte_sum(tensor: torch.Tensor) -> torch.Tensor:
+def byte_sum(tensor: torch.Tensor) -> int:
     """The sum of a tensor's words of eight bytes modulo 2^64, or of its bytes where it has no whole
-    ones: int64 on its device."""
+    ones. A number and no tensor: on the CPU a small tensor that stays would keep the heap from
+    giving back what was in use below it.
+    """
     raw = tensor.contiguous().view(-1).view(torch.uint8)
     words = raw.view(torch.int64) if raw.numel() % 8 == 0 else raw
-    return words.sum(dtype=torch.int64)
+    return int(words.sum(dtype=torch.int64))

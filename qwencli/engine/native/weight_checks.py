@@ -12,6 +12,9 @@ from qwencli.errors import ModelFileError
 from qwencli.models.safetensors_header import StoredTensor
 from qwencli.models.weight_specs import PROBES
 
+# The least and the largest value of a tensor: numbers, or on its device [2].
+Extremes = torch.Tensor | list[float]
+
 
 def check_tied_head(
     stored: Mapping[str, StoredTensor], embed: torch.Tensor, reader: Reader
@@ -42,9 +45,10 @@ def check_zero(biases: tuple[StoredTensor, ...], reader: Reader) -> None:
         )
 
 
-def check_finite(extremes: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+def check_finite(extremes: Mapping[str, Extremes], dtype: torch.dtype) -> None:
     """Raise for every tensor whose extremes [2] are not numbers. Waits for the device once."""
-    finite = torch.stack(list(extremes.values())).isfinite().all(dim=1).tolist()
+    rows = [torch.as_tensor(pair) for pair in extremes.values()]
+    finite = torch.stack(rows).isfinite().all(dim=1).tolist()
     broken = [name for name, good in zip(extremes, finite, strict=True) if not good]
     if broken:
         hint = "use --dtype bfloat16 or float32 if the values exceed float16, else " + AGAIN

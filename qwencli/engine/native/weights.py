@@ -20,7 +20,7 @@ from qwencli.engine.native.quantized import SCHEMES, Quantized, Scheme, quantize
 from qwencli.engine.native.reader import Reader
 from qwencli.engine.native.unpacking import read_packed
 from qwencli.engine.native.weight_cache import CachedMatrices, CacheWriter, through_cache
-from qwencli.engine.native.weight_checks import check_finite, check_tied_head, check_zero
+from qwencli.engine.native.weight_checks import Extremes, check_finite, check_tied_head, check_zero
 from qwencli.models.packing import PackedFormat, PackedLayer
 from qwencli.models.quantized_cache import fingerprint
 from qwencli.models.safetensors_header import stored_tensors
@@ -155,7 +155,7 @@ class _Loading:
         device: torch.device,
         zero_offset: int,
     ) -> None:
-        self.extremes: dict[str, torch.Tensor] = {}
+        self.extremes: dict[str, Extremes] = {}
         self._sources = found.sources
         self._reader = reader
         self._dtype, self._device = dtype, device
@@ -200,7 +200,10 @@ class _Loading:
 
     def _note(self, name: str, values: torch.Tensor) -> None:
         low, high = values.aminmax()  # both carry a NaN through
-        self.extremes[name] = torch.stack((low, high)).float()
+        both = torch.stack((low, high)).float()
+        # On the CPU numbers: small tensors that stay keep the heap from giving back what was in use
+        # below them. On a GPU numbers would be waited for one by one.
+        self.extremes[name] = both.tolist() if both.device.type == "cpu" else both
 
 
 class _Kept:
