@@ -64,7 +64,7 @@ def test_shrinking_a_range_beats_keeping_its_outliers() -> None:
 
 
 def test_rows_of_zeros_stay_zeros() -> None:
-    for scheme in Scheme:
+    for scheme in (Scheme.INT8, Scheme.FP8, Scheme.INT4):
         matrix = quantize(torch.zeros(3, 128), scheme)
         assert not matrix.dequantize(torch.float32).any()
 
