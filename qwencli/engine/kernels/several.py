@@ -22,6 +22,8 @@ BLOCKS = {
     Scheme.INT8: (8, Storage.INT8),
     Scheme.FP8: (8, Storage.FP8),
     Scheme.INT4: (4, Storage.INT4),
+    Scheme.NF4: (4, Storage.INT4),
+    Scheme.FP4: (4, Storage.INT4),
 }
 
 
@@ -49,7 +51,7 @@ class SeveralProducts:
         best: int64 [8], where the keys of the likeliest rows go.
         options: launch options for a number of warps.
         precision: of float32 operands.
-        converts_fp8: whether the GPU has instructions for it.
+        converts_fp8: see `in_blocks`.
     """
 
     def __init__(
@@ -114,10 +116,10 @@ class SeveralProducts:
 
 
 def in_blocks(matrix: Quantized, converts_fp8: bool) -> bool:
-    """Whether the kernels that round the vector in blocks serve `matrix`.
+    """Whether products with `matrix` round the vector in blocks.
 
-    Not fp8 with a scale a row, where the GPU converts it: float16 products were slower than float32
-    ones (docs/experiments.md).
+    Not with fp8 with a scale a row, where the GPU converts it: no faster in float16 than in float32
+    (docs/experiments.md).
     """
     if matrix.scheme is Scheme.FP8 and not matrix.grouped and converts_fp8:
         return False

@@ -108,7 +108,7 @@ def test_the_likeliest_token_always_stays(narrow):
 def test_repetition_penalty_divides_positive_and_multiplies_negative_scores():
     sampler = Sampler(6, 4, torch.device("cpu"))
     sampler.begin(SamplingParams(do_sample=False, repetition_penalty=2.0), torch.tensor([0, 4]))
-    assert sampler._penalised(LOGITS).tolist() == [1.0, 1.0, 0.5, 0.0, -2.0, -3.0]
+    assert sampler._penalised(LOGITS, sampler.seen).tolist() == [1.0, 1.0, 0.5, 0.0, -2.0, -3.0]
 
 
 def test_a_chosen_token_counts_as_seen():
@@ -131,3 +131,13 @@ def test_a_chosen_token_counts_as_seen():
 )
 def test_kind_is_the_smallest_that_can_express_the_request(sampling, kind):
     assert kind_of(sampling) is kind
+
+
+def test_each_of_several_tokens_counts_as_seen_from_its_own_row_on():
+    logits = torch.tensor([[5.0, 4.9, 4.8, 4.0]]).repeat(3, 1)
+    sampler = Sampler(4, 8, torch.device("cpu"))
+    sampler.begin(SamplingParams(do_sample=False, repetition_penalty=1.5), torch.tensor([3]))
+    fed = torch.tensor([3, 0, 1])
+    assert sampler.likeliest(logits, fed, SamplerKind.GREEDY).tolist() == [0, 1, 2]
+    assert sampler.likeliest(logits, fed, SamplerKind.ARGMAX).tolist() == [0, 0, 0]
+    assert sampler.seen.tolist() == [False, False, False, True]
