@@ -62,10 +62,6 @@ class StudiedEngine:
         return self._engine.max_seq_len
 
     @property
-    def load_warnings(self) -> tuple[str, ...]:
-        return self._engine.load_warnings
-
-    @property
     def memory_plan(self) -> Mapping[str, int]:
         return self._engine.memory_plan
 

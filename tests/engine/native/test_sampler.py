@@ -108,7 +108,7 @@ def test_the_likeliest_token_always_stays(narrow):
 def test_repetition_penalty_divides_positive_and_multiplies_negative_scores():
     sampler = Sampler(6, 4, torch.device("cpu"))
     sampler.begin(SamplingParams(do_sample=False, repetition_penalty=2.0), torch.tensor([0, 4]))
-    assert sampler._penalised(LOGITS).tolist() == [1.0, 1.0, 0.5, 0.0, -2.0, -3.0]
+    assert sampler._penalised(LOGITS, sampler.seen).tolist() == [1.0, 1.0, 0.5, 0.0, -2.0, -3.0]
 
 
 def test_a_chosen_token_counts_as_seen():
