@@ -62,12 +62,12 @@ class StudiedEngine:
         return self._engine.max_seq_len
 
     @property
-    def load_warnings(self) -> tuple[str, ...]:
-        return self._engine.load_warnings
-
-    @property
     def memory_plan(self) -> Mapping[str, int]:
         return self._engine.memory_plan
+
+    @property
+    def load_warnings(self) -> tuple[str, ...]:
+        return self._engine.load_warnings
 
     def load(self) -> None:
         self._engine.load()
