@@ -31,22 +31,24 @@ def default_engine(config: EngineConfig) -> EngineName:
     hub_config = hub_config or {}
     native = (
         hub_config.get("model_type") in FAMILIES
-        and _is_read(hub_config)
+        and _is_read(hub_config, config.device)
         and config.quantization is Quantization.NONE
         and not config.allow_pickle
     )
     return EngineName.NATIVE if native else EngineName.TRANSFORMERS
 
 
-def _is_read(hub_config: Mapping[str, Any]) -> bool:
-    """Whether the native engine reads the weights that this config.json describes."""
+def _is_read(hub_config: Mapping[str, Any], device: str) -> bool:
+    """Whether the native engine reads the weights that this config.json describes.
+
+    Ready-made quantized ones by default on the CPU alone: on a GPU some formats are not yet right.
+    """
     from qwencli.models.packing import packed_format
 
     try:
-        packed_format(hub_config)
+        return packed_format(hub_config) is None or device == "cpu"
     except ModelFileError:
         return False
-    return True
 
 
 def create_engine(config: EngineConfig) -> Engine:
