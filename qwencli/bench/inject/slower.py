@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from qwencli.bench import worker
-from qwencli.bench.inject.around import EngineAround
+from qwencli.bench.engine_around import EngineAround
 from qwencli.config import EngineConfig
 from qwencli.engine import disturbances
 from qwencli.engine.base import Engine

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qwencli.bench import worker
 from qwencli.bench.attribution.causes import Cause
-from qwencli.bench.inject.around import EngineAround
+from qwencli.bench.engine_around import EngineAround
 from qwencli.bench.inject.faults import Fault
 from qwencli.bench.inject.kinds import KINDS
 from qwencli.bench.inject.truth import COLUMNS, NONE, rows_of
