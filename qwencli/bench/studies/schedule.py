@@ -130,8 +130,11 @@ def part_of(processes: Sequence[Process], part: int, parts: int) -> list[Process
 
 
 def _place_in_order(process: Process) -> tuple[int, bool, int]:
-    """Most claims first, then the shortest: what --max-time cuts off should settle least."""
-    compiles = process.cell.cache is Cache.STATIC_COMPILE
+    """Most claims first, then the shortest: what --max-time cuts off should settle least.
+
+    What compiles comes last: a model, or all kernels of a process whose variables ask for that.
+    """
+    compiles = process.cell.cache is Cache.STATIC_COMPILE or bool(process.environment)
     return -len(process.claims), compiles, process.loads + len(process.runs)
 
 
