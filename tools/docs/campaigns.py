@@ -49,11 +49,10 @@ def series(folder: Path) -> Iterator[Series]:
 def source(folder: Path) -> str:
     """Where its figures come from."""
     about, plan = document(folder, ENVIRONMENT), document(folder, PLAN)
-    versions, stop = about["versions"], plan["stop"]
-    runs = "-".join(str(n) for n in dict.fromkeys((stop["min_runs"], stop["max_runs"])))
+    versions = about["versions"]
     weights = ", random weights" if plan["load_format"] == "dummy" else ""
     return (
         f"{about['device']['name']}, {plan['cells'][0]['model']}{weights}, "
-        f"{plan['max_new_tokens']} new tokens, {runs} runs a cell, torch {versions['torch']}, "
+        f"{plan['max_new_tokens']} new tokens, up to {plan['runs']} runs a cell, torch {versions['torch']}, "
         f"transformers {versions['transformers']}. From `results/{folder.name}/`."
     )
