@@ -53,6 +53,6 @@ def source(folder: Path) -> str:
     weights = ", random weights" if plan["load_format"] == "dummy" else ""
     return (
         f"{about['device']['name']}, {plan['cells'][0]['model']}{weights}, "
-        f"{plan['max_new_tokens']} new tokens, up to {plan['runs']} runs a cell, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}. From `results/{folder.name}/`."
+        f"{plan['max_new_tokens']} new tokens, up to {plan['runs']} runs a cell, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}. From `results/{folder.name}/`."
     )
