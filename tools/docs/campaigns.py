@@ -54,5 +54,6 @@ def source(folder: Path) -> str:
     return (
         f"{about['device']['name']}, {plan['cells'][0]['model']}{weights}, "
         f"{plan['max_new_tokens']} new tokens, up to {plan['runs']} runs a cell, "
-        f"torch {versions['torch']}, transformers {versions['transformers']}. From `results/{folder.name}/`."
+        f"torch {versions['torch']}, transformers {versions['transformers']}. "
+        f"From `results/{folder.name}/`."
     )
