@@ -51,9 +51,11 @@ SEARCH_REPLAYS, SEARCH_ROUNDS = 20, 4
 SLACK = 64
 # A thread's share of a program's weights: fewer leave the memory idle, more spill.
 FEWEST_REGISTERS, MOST_REGISTERS = 4, 96
+# Lanes that share a row's words, and rows from which a matrix has programs enough of a row each.
+FEWEST_LANES, FEW_ROWS = 8, 4096
 # Tiles that this GPU's registers or shared memory cannot hold are left out of a search.
 UNFIT = (OutOfResources, PTXASError)
-IN_BLOCKS = (Storage.INT8, Storage.FP8, Storage.INT4)
+IN_WORDS = (Storage.INT8, Storage.FP8, Storage.INT4)
 BITS = {Storage.FLOAT: 16, Storage.BYTES: 8, Storage.INT8: 8, Storage.FP8: 8, Storage.INT4: 4}
 
 
@@ -194,17 +196,20 @@ def candidates(matrix: MatrixKind) -> Iterator[GemvTiles]:
     bits = BITS[matrix.storage]
     row_bytes = matrix.columns * bits // 8
     streams = 2 if matrix.gated else 1
-    in_blocks = matrix.storage in IN_BLOCKS
-    choice = itertools.product(
-        (4, 8, 16, 32) if in_blocks else (1, 2, 4, 8),
-        (1, 2, 4, 8),
-        (0.5, 1) if in_blocks else (1, 2),
-    )
-    for rows, warps, wide in choice:
+    in_words = matrix.storage in IN_WORDS
+    # A program that hands its rows over makes whole blocks of them.
+    rows_of_one = (8, 16, 4) if matrix.storage is not Storage.INT4 else (8, 16)
+    if in_words and matrix.rows > FEW_ROWS:
+        rows_of_one = (*rows_of_one, 2, 1)
+    for rows, warps, wide in itertools.product(
+        rows_of_one if in_words else (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2)
+    ):
         block = int(warps * 32 * 16 * wide)
-        # What is left over of a row is cut up further, or read in vain.
-        row = row_bytes if in_blocks else max(row_bytes, block)
-        held = streams * rows * row / (warps * 32 * 4)
+        if in_words:
+            block //= rows  # of each row: a thread's words are of one row
+        if block < 16 * FEWEST_LANES:
+            continue
+        held = streams * rows * -(-row_bytes // block) * block / (warps * 32 * 4)
         if (
             not FEWEST_REGISTERS <= held <= MOST_REGISTERS
             or block > 2 * row_bytes

@@ -93,24 +93,20 @@ _BY_COLUMNS: Mapping[tuple[Storage, bool], tuple[tuple[int, GemvTiles], ...]] = 
         (ANY, GemvTiles(2048, 2, 4)),
     ),
     (Storage.BYTES, True): ((4096, GemvTiles(512, 1, 1)), (ANY, GemvTiles(1024, 1, 2))),
-    (Storage.INT8, False): ((3072, GemvTiles(2048, 16, 4)), (ANY, GemvTiles(4096, 4, 8))),
-    (Storage.INT8, True): ((ANY, GemvTiles(2048, 4, 4)),),
-    (Storage.FP8, False): ((3072, GemvTiles(512, 4, 1)), (ANY, GemvTiles(2048, 8, 8))),
-    (Storage.FP8, True): ((ANY, GemvTiles(2048, 4, 4)),),
-    (Storage.INT4, False): (
-        (3072, GemvTiles(512, 4, 1)),
-        (6144, GemvTiles(4096, 16, 8)),
-        (ANY, GemvTiles(2048, 8, 4)),
-    ),
-    (Storage.INT4, True): ((ANY, GemvTiles(512, 4, 1)),),
+    (Storage.INT8, False): ((6144, GemvTiles(512, 8, 8)), (ANY, GemvTiles(1024, 8, 16))),
+    (Storage.INT8, True): ((ANY, GemvTiles(512, 8, 8)),),
+    (Storage.FP8, False): ((6144, GemvTiles(512, 8, 8)), (ANY, GemvTiles(1024, 8, 16))),
+    (Storage.FP8, True): ((ANY, GemvTiles(512, 8, 8)),),
+    (Storage.INT4, False): ((3072, GemvTiles(512, 8, 4)), (ANY, GemvTiles(1024, 8, 8))),
+    (Storage.INT4, True): ((ANY, GemvTiles(512, 8, 4)),),
 }
 # A vocabulary's matrix has rows enough for small programs.
 _MANY_ROWS = 1 << 16
 _OF_MANY_ROWS: Mapping[Storage, GemvTiles] = {
     Storage.BYTES: GemvTiles(512, 2, 1),
-    Storage.INT8: GemvTiles(512, 4, 1),
-    Storage.FP8: GemvTiles(512, 4, 1),
-    Storage.INT4: GemvTiles(512, 4, 1),
+    Storage.INT8: GemvTiles(512, 4, 4),
+    Storage.FP8: GemvTiles(512, 4, 4),
+    Storage.INT4: GemvTiles(512, 8, 4),
 }
 
 # For 2 to 8 tokens, by storage: of a matrix, and of two that are read at once.
