@@ -35,3 +35,15 @@ def test_the_program_beside_obeys_and_ends():
         program.stdin.write("go\nstop\n")
         program.stdin.close()
         assert program.wait(timeout=30) == 0
+
+
+def test_the_device_waits_for_as_long_as_asked_and_the_host_does_not():
+    wait = disturbances.waiting("cuda:0", 0.0005)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(40):
+        wait()
+    end.record()
+    assert not end.query()
+    end.synchronize()
+    assert 0.8 * 20.0 < start.elapsed_time(end) < 1.3 * 20.0
