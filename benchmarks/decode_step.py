@@ -32,6 +32,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from qwencli.config import KVDType, Quantization
 from qwencli.engine.kernels.fused_ops import FusedOps, TileChoice, fused_ops
 from qwencli.engine.kernels.tiles import GemvTiles, MatrixKind, Storage, default_tiles
+from qwencli.engine.kernels.vectors import Reader
 from qwencli.engine.limits import LARGEST_BUFFER, read_bandwidth
 from qwencli.engine.native import weights
 from qwencli.engine.native.attention import AttentionPlan
@@ -51,6 +52,8 @@ SEARCH_REPLAYS, SEARCH_ROUNDS = 20, 4
 SLACK = 64
 # A thread's share of a program's weights: fewer leave the memory idle, more spill.
 FEWEST_REGISTERS, MOST_REGISTERS = 4, 96
+# Rows of a program that is left out.
+SHARE_ROWS = 8
 # Lanes that share a row's words, and rows from which a matrix has programs enough of a row each.
 FEWEST_LANES, FEW_ROWS = 8, 4096
 # Tiles that this GPU's registers or shared memory cannot hold are left out of a search.
@@ -113,12 +116,26 @@ class MeasuredStep:
 
     def without(self, name: str) -> None:
         """Leave one group of kernels out; "" = none."""
+        own = self.own
+
+        def residual(x: torch.Tensor, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
+            after = (
+                Reader(layer.mlp_norm, layer.gate_up)
+                if name == "o_residual"
+                else Reader(layer.next_norm, layer.next_matrix)
+            )
+            return _pretend(own, hidden, after)
+
         stand_ins: dict[str, Callable[..., Any]] = {
-            "norm_qkv": lambda hidden, layer: self.own._qkv[:1],
-            "attend": lambda qkv, layer, step: self.own._attended[:1],
-            "o_residual": lambda attended, layer, hidden: hidden,
-            "norm_gate_up": lambda hidden, layer: self.own._activated[:1],
-            "down_residual": lambda activated, layer, hidden: hidden,
+            "norm_qkv": lambda hidden, layer: own._qkv[:1],
+            "attend": lambda qkv, layer, step: _pretend(
+                own, own._attended[:1], Reader(None, layer.o)
+            ),
+            "o_residual": residual,
+            "norm_gate_up": lambda hidden, layer: _pretend(
+                own, own._activated[:1], Reader(None, layer.down)
+            ),
+            "down_residual": residual,
             "choose": _choose_nothing,
         }
         changed = {name: stand_ins[name]} if name else {}
@@ -141,6 +158,12 @@ class MeasuredStep:
         with torch.cuda.graph(graph, stream=stream):
             self.state.advance(SamplerKind.GREEDY, plan)
         return graph
+
+
+def _pretend(own: FusedOps, x: torch.Tensor, reader: Reader) -> torch.Tensor:
+    """`x` as if a kernel had handed it over: whoever reads it finds what was there before."""
+    own._vectors.handed(x, own._vectors.offer(reader, SHARE_ROWS, x.shape[1] // SHARE_ROWS))
+    return x
 
 
 def _choose_nothing(hidden: torch.Tensor, norm: object, head: Matrix, choice: Choice) -> None:
