@@ -79,15 +79,17 @@ def draft(choice: Choice, drafts: Drafts, kv_len: int) -> None:
     matches, the last token does.
 
     Args:
-        kv_len: above `choice.slot`; ids that are looked at.
+        kv_len: ids that are searched. Above `choice.slot`, but while a graph is captured: then the
+            slot is anywhere in the cache, and what is drafted is of no use.
     """
-    ids, slot = drafts.ids[:kv_len], choice.slot
+    ids, slot = drafts.ids, choice.slot
+    searched = ids[:kv_len]
     places = torch.arange(kv_len, device=ids.device)
     matches = places < slot
     length = torch.zeros_like(places)
     for back in range(LONGEST_NGRAM):
         last = ids.gather(0, (slot - back).clamp(min=0))
-        matches = matches & (ids.roll(back) == last) & (places >= back)
+        matches = matches & (searched.roll(back) == last) & (places >= back)
         length += matches
     best = torch.where(length > 0, length * kv_len + places, -1).amax(0, keepdim=True)
     start = torch.where(best < 0, slot, best % kv_len + 1)

@@ -270,9 +270,10 @@ def pack(q: Tensor, scheme: Scheme = Scheme.INT4) -> Tensor:
 
 
 def unpack(data: Tensor, scheme: Scheme = Scheme.INT4) -> Tensor:
-    """The inverse of `pack`."""
-    places = torch.tensor(_PLACES[scheme], device=data.device, dtype=torch.int32)
-    return ((data[..., None] >> places) & INT4_MAX).view(len(data), -1)
+    """The inverse of `pack`. Places are numbers: a tensor of them would be copied from the host,
+    which a CUDA graph cannot hold."""
+    columns = [(data >> place) & INT4_MAX for place in _PLACES[scheme]]
+    return torch.stack(columns, dim=-1).view(len(data), -1)
 
 
 def table_of(values: Tensor) -> Table:

@@ -1,0 +1,213 @@
+"""CUDA graphs can hold the steps, and their capture disturbs nothing: checked without a GPU.
+
+Tensors on the device "meta" have no values. So a step on them asks for none, and what is on the
+host stands out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qwencli.config import Attention, Quantization, SamplingParams
+from qwencli.engine.native import steppers, weights
+from qwencli.engine.native.decoding import DecodeState
+from qwencli.engine.native.drafting import MOST_FED
+from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.quantized import Quantized, Scheme
+from qwencli.engine.native.sampler import LIKELIEST, SamplerKind
+from qwencli.engine.native.steppers import GraphPool
+from qwencli.engine.native.verifying import EagerVerifier, GraphVerifier
+from qwencli.models.packing import packed_format
+from qwencli.models.shape_reader import read_shape
+from tests.checkpoints import CONFIGS, hub_config
+from tests.engine.native.packed_formats import FORMATS
+from tests.engine.native.test_ready_made import TEXT, tensors_of, write
+
+CPU = torch.device("cpu")
+SLOTS = 600  # more than two length classes
+aten = torch.ops.aten
+# What waits for the device, or copies from or to memory of the host.
+WAITING = {
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.masked_select.default,
+    aten.nonzero.default,
+    aten.repeat_interleave.Tensor,
+}
+
+# What makes its values on the host.
+OF_THE_HOST = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
+
+
+class Calls(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in OF_THE_HOST, f"{func} copies from the host"
+        return func(*args, **(kwargs or {}))
+
+
+class Captured(TorchDispatchMode):
+    """Fails where an operator cannot be part of a graph of the device "meta"."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        assert func not in WAITING, f"{func} waits for the host"
+        if func in (aten.index.Tensor, aten.index_put_.default):
+            masks = [index for index in args[1] if index is not None and index.dtype == torch.bool]
+            assert not masks, f"{func} by a mask waits for the number of its values"
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+        # Operators take numbers as tensors of the host, which become arguments of a kernel.
+        homes = {t.device.type for t in tensors if t.dim() > 0 or func is aten._to_copy.default}
+        assert homes <= {"meta"}, f"{func} on {homes}"
+        return result
+
+
+def without_values(loaded: weights.LoadedWeights) -> weights.LoadedWeights:
+    """The same layouts."""
+
+    def moved(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        size, stride = tensor.shape, tensor.stride()
+        return torch.empty_strided(size, stride, dtype=tensor.dtype, device="meta")
+
+    def matrix(known: Quantized) -> Quantized:
+        table = known.table and replace(
+            known.table, values=moved(known.table.values), codes=moved(known.table.codes)
+        )
+        parts = {name: moved(getattr(known, name)) for name in ("data", "scale", "zero", "order")}
+        return replace(known, **parts, table=table)
+
+    return replace(
+        loaded,
+        tensors={name: moved(t) for name, t in loaded.tensors.items()},
+        matrices={name: matrix(m) for name, m in loaded.matrices.items()},
+    )
+
+
+def run_as_captured(config: dict[str, Any], loaded: weights.LoadedWeights, **modes: Any) -> None:
+    """Every kind of step of a model.
+
+    Not in inference mode: there operators that consist of others are seen as one.
+    """
+    with torch.no_grad():
+        model = QwenModel(read_shape(config), without_values(loaded), SLOTS, **modes)
+        state = DecodeState(model, model.static_cache(), SLOTS, with_drafts=True)
+        with Calls(), Captured():
+            for kind in SamplerKind:
+                state.advance_masked(kind, 256)
+            for kind in LIKELIEST:
+                for size in (1, 2, MOST_FED):
+                    state.verify_masked(kind, size, 256)
+
+
+@pytest.mark.parametrize("attention", [Attention.EAGER, Attention.SDPA])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_steps_of_every_family_wait_for_nothing(family: str, attention: Attention) -> None:
+    config = hub_config(family)
+    run_as_captured(
+        config, weights.dummy(read_shape(config), torch.float16, CPU), attention=attention
+    )
+
+
+@pytest.mark.parametrize("kv", [None, Scheme.INT8, Scheme.FP8])
+@pytest.mark.parametrize("quantization", Quantization)
+def test_steps_with_fewer_bits_wait_for_nothing(quantization: Any, kv: Scheme | None) -> None:
+    run_as_captured(TEXT, weights.dummy(read_shape(TEXT), torch.float32, CPU, quantization), kv=kv)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_steps_of_ready_made_checkpoints_wait_for_nothing(tmp_path: Path, name: str) -> None:
+    said, writer, arguments, _ = FORMATS[name]
+    packed, _ = tensors_of(TEXT, writer, arguments)
+    read = packed_format({"quantization_config": said})
+    folder = write(tmp_path / "model", packed)
+    run_as_captured(TEXT, weights.load(folder, read_shape(TEXT), torch.float32, CPU, packed=read))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda t: t.argmax().item(),
+        lambda t: t[t > 0],
+        lambda t: t + torch.tensor([1.0], device=t.device),
+        lambda t: t.index_select(0, torch.arange(2)),
+        lambda t: t.cpu(),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_noticed(step: Callable[[torch.Tensor], Any]) -> None:
+    values = torch.empty(4, device="meta")
+    with Calls(), Captured(), pytest.raises((AssertionError, RuntimeError)):
+        step(values)
+
+
+class _Stream:
+    def __init__(self, device: object = None) -> None: ...
+
+    def wait_stream(self, other: object) -> None: ...
+
+
+@pytest.fixture
+def graphs_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph runs its step when it is captured and again when it is replayed."""
+
+    @contextlib.contextmanager
+    def inside(*args: object, **settings: object) -> Iterator[None]:
+        yield
+
+    steps: dict[tuple[object, ...], Callable[[], None]] = {}
+    captured = GraphPool.capture
+
+    def capture(pool: GraphPool, key: Any, step: Callable[[], None], size: int = 1) -> None:
+        captured(pool, key, step, size)
+        steps[key] = step
+
+    monkeypatch.setattr(GraphPool, "capture", capture)
+    monkeypatch.setattr(GraphPool, "replay", lambda pool, key: steps[key]())
+    monkeypatch.setattr(steppers, "_capture_stream", _Stream)
+    for name, stand_in in {
+        "CUDAGraph": object, "current_stream": _Stream, "graph": inside,
+        "graph_pool_handle": object, "stream": inside,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+@pytest.mark.usefixtures("graphs_of_the_host")
+@torch.inference_mode()
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_captured_steps_choose_what_others_choose_and_spare_what_is_kept(penalty: float) -> None:
+    """Graphs are captured with the slot at the cache's end, far beyond a short length class."""
+    model = QwenModel(read_shape(TEXT), weights.dummy(read_shape(TEXT), torch.float32, CPU), SLOTS)
+    sampling = SamplingParams(do_sample=False, max_new_tokens=200, repetition_penalty=penalty)
+    prompt = torch.arange(40) % 7
+    records = []
+    for make in (EagerVerifier, GraphVerifier):
+        state = DecodeState(model, model.static_cache(), SLOTS, with_drafts=True)
+        for layer in state.cache.layers:
+            layer[:, :, : len(prompt)].normal_(generator=torch.Generator().manual_seed(1))
+        kept = [layer[:, :, : len(prompt)].clone() for layer in state.cache.layers]
+        verifier = make(state)
+        state.begin(sampling, prompt, [], torch.tensor([len(prompt)]))
+        verifier.prepare(len(prompt), len(prompt) + 199, (1, 4, MOST_FED))
+        assert all(
+            torch.equal(layer[:, :, : len(prompt)], old)
+            for layer, old in zip(state.cache.layers, kept, strict=True)
+        )
+        state.begin(sampling, prompt, [], torch.tensor([len(prompt)]))
+        rows, slot = [], len(prompt)
+        for size in (1, 1, 4, MOST_FED, MOST_FED, 4) * 6:
+            verifier.run(slot, size)
+            rows.append(state.drafts.record[: 2 + size].tolist())
+            slot = int(state.slot)
+        records.append(rows)
+    assert records[0] == records[1]
+    assert max(count for count, *_ in records[0]) > 1, "a text without a right draft proves little"
