@@ -10,6 +10,7 @@ from qwencli.engine.device_events import DeviceEvents, allocator_counts
 
 
 def test_churn_reaches_the_driver_and_leaves_nothing():
+    torch.zeros(1, device="cuda")  # before, there is no allocator to ask
     torch.cuda.empty_cache()
     reserved = torch.cuda.memory_reserved()
     before = allocator_counts("cuda:0")
@@ -19,6 +20,7 @@ def test_churn_reaches_the_driver_and_leaves_nothing():
 
 
 def test_captures_and_waits_are_what_the_probes_see():
+    torch.zeros(1, device="cuda")  # what is not initialized is not watched
     with DeviceEvents("cuda:0") as events:
         disturbances.capture_graphs("cuda:0", 0.01)
         disturbances.synchronize("cuda:0")
