@@ -58,7 +58,9 @@ def test_same_tokens_as_plain_steps_in_float32(checkpoint, family, kernels, pena
                 assert result.token_ids == expected.token_ids, speculate
         assert result.speculation is not None and result.speculation.net_gain is not None
         assert result.ran.speculate == speculate.value
-        assert penalty > 1.0 or result.speculation.num_accepted > 0
+        # Auto drafts where that pays, which random texts seldom let it.
+        adaptive = speculate is Speculate.AUTO
+        assert adaptive or penalty > 1.0 or result.speculation.num_accepted > 0
 
 
 def test_the_eager_cache_reads_slots_that_the_host_does_not_know_yet(checkpoint):
