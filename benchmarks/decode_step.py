@@ -32,6 +32,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from qwencli.config import KVDType, Quantization
 from qwencli.engine.kernels.fused_ops import FusedOps, TileChoice, fused_ops
 from qwencli.engine.kernels.tiles import GemvTiles, MatrixKind, Storage, default_tiles
+from qwencli.engine.kernels.vectors import Reader
 from qwencli.engine.limits import LARGEST_BUFFER, read_bandwidth
 from qwencli.engine.native import weights
 from qwencli.engine.native.attention import AttentionPlan
@@ -51,9 +52,13 @@ SEARCH_REPLAYS, SEARCH_ROUNDS = 20, 4
 SLACK = 64
 # A thread's share of a program's weights: fewer leave the memory idle, more spill.
 FEWEST_REGISTERS, MOST_REGISTERS = 4, 96
+# Rows of a program that is left out.
+SHARE_ROWS = 8
+# Lanes that share a row's words, and rows from which a matrix has programs enough of a row each.
+FEWEST_LANES, FEW_ROWS = 8, 4096
 # Tiles that this GPU's registers or shared memory cannot hold are left out of a search.
 UNFIT = (OutOfResources, PTXASError)
-IN_BLOCKS = (Storage.INT8, Storage.FP8, Storage.INT4)
+IN_WORDS = (Storage.INT8, Storage.FP8, Storage.INT4)
 BITS = {Storage.FLOAT: 16, Storage.BYTES: 8, Storage.INT8: 8, Storage.FP8: 8, Storage.INT4: 4}
 
 
@@ -111,12 +116,26 @@ class MeasuredStep:
 
     def without(self, name: str) -> None:
         """Leave one group of kernels out; "" = none."""
+        own = self.own
+
+        def residual(x: torch.Tensor, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
+            after = (
+                Reader(layer.mlp_norm, layer.gate_up)
+                if name == "o_residual"
+                else Reader(layer.next_norm, layer.next_matrix)
+            )
+            return _pretend(own, hidden, after)
+
         stand_ins: dict[str, Callable[..., Any]] = {
-            "norm_qkv": lambda hidden, layer: self.own._qkv[:1],
-            "attend": lambda qkv, layer, step: self.own._attended[:1],
-            "o_residual": lambda attended, layer, hidden: hidden,
-            "norm_gate_up": lambda hidden, layer: self.own._activated[:1],
-            "down_residual": lambda activated, layer, hidden: hidden,
+            "norm_qkv": lambda hidden, layer: own._qkv[:1],
+            "attend": lambda qkv, layer, step: _pretend(
+                own, own._attended[:1], Reader(None, layer.o)
+            ),
+            "o_residual": residual,
+            "norm_gate_up": lambda hidden, layer: _pretend(
+                own, own._activated[:1], Reader(None, layer.down)
+            ),
+            "down_residual": residual,
             "choose": _choose_nothing,
         }
         changed = {name: stand_ins[name]} if name else {}
@@ -139,6 +158,12 @@ class MeasuredStep:
         with torch.cuda.graph(graph, stream=stream):
             self.state.advance(SamplerKind.GREEDY, plan)
         return graph
+
+
+def _pretend(own: FusedOps, x: torch.Tensor, reader: Reader) -> torch.Tensor:
+    """`x` as if a kernel had handed it over: whoever reads it finds what was there before."""
+    own._vectors.handed(x, own._vectors.offer(reader, SHARE_ROWS, x.shape[1] // SHARE_ROWS))
+    return x
 
 
 def _choose_nothing(hidden: torch.Tensor, norm: object, head: Matrix, choice: Choice) -> None:
@@ -194,17 +219,20 @@ def candidates(matrix: MatrixKind) -> Iterator[GemvTiles]:
     bits = BITS[matrix.storage]
     row_bytes = matrix.columns * bits // 8
     streams = 2 if matrix.gated else 1
-    in_blocks = matrix.storage in IN_BLOCKS
-    choice = itertools.product(
-        (4, 8, 16, 32) if in_blocks else (1, 2, 4, 8),
-        (1, 2, 4, 8),
-        (0.5, 1) if in_blocks else (1, 2),
-    )
-    for rows, warps, wide in choice:
+    in_words = matrix.storage in IN_WORDS
+    # A program that hands its rows over makes whole blocks of them.
+    rows_of_one = (8, 16, 4) if matrix.storage is not Storage.INT4 else (8, 16)
+    if in_words and matrix.rows > FEW_ROWS:
+        rows_of_one = (*rows_of_one, 2, 1)
+    for rows, warps, wide in itertools.product(
+        rows_of_one if in_words else (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2)
+    ):
         block = int(warps * 32 * 16 * wide)
-        # What is left over of a row is cut up further, or read in vain.
-        row = row_bytes if in_blocks else max(row_bytes, block)
-        held = streams * rows * row / (warps * 32 * 4)
+        if in_words:
+            block //= rows  # of each row: a thread's words are of one row
+        if block < 16 * FEWEST_LANES:
+            continue
+        held = streams * rows * -(-row_bytes // block) * block / (warps * 32 * 4)
         if (
             not FEWEST_REGISTERS <= held <= MOST_REGISTERS
             or block > 2 * row_bytes

@@ -35,7 +35,7 @@ class RunnerOptions:
         cooldown: before each process but the first.
         continue_on_error: a cell that fails is a row and the others run; off, the campaign ends
             after that row, and can be resumed.
-        beside: measure limits and quality after the runs.
+        beside: measure limits, and what probes cost, after the runs.
     """
 
     command: Sequence[str]

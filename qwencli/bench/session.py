@@ -18,6 +18,7 @@ from qwencli.bench.runner import RunnerOptions, run_campaign, worker_command
 from qwencli.bench.stats import CellRow
 from qwencli.bench.tables import terminal_table
 from qwencli.bench.telemetry import sampler_command
+from qwencli.engine.child_process import python_command
 from qwencli.engine.device import DeviceFacts
 from qwencli.output import Sink
 
@@ -26,12 +27,19 @@ INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 @dataclass(frozen=True)
 class How:
-    """How the cells are run, as against what they do (see `RunnerOptions`)."""
+    """How the cells are run, as against what they do (see `RunnerOptions`).
+
+    Args:
+        limits: measure limits and what probes cost after the runs of each cell.
+        planted_percent: make every token so much slower on purpose; None = not.
+    """
 
     resume: bool
     timeout_s: float
     cooldown: Cooldown = NO_PAUSE
     continue_on_error: bool = True
+    limits: bool = True
+    planted_percent: float | None = None
 
 
 def show_cells(plan: Plan, sink: Sink) -> None:
@@ -66,11 +74,12 @@ def measure(
         command: the worker process; empty = the real one.
     """
     options = RunnerOptions(
-        command=command or worker_command(),
+        command=command or _worker(how.planted_percent),
         sampler=sampler_command(facts.uuid) if facts.kind == "cuda" else None,
         timeout_s=how.timeout_s,
         cooldown=how.cooldown,
         continue_on_error=how.continue_on_error,
+        beside=how.limits,
     )
     interrupted = False
     about = environment(facts, arguments, plan.settings.seed)
@@ -88,6 +97,12 @@ def measure(
         sink.warn(f"interrupted; go on with --resume --out {folder}")
         return INTERRUPTED
     return 0 if _holds(rows) else 1
+
+
+def _worker(planted_percent: float | None) -> list[str]:
+    if planted_percent is None:
+        return worker_command()
+    return python_command("qwencli.bench.inject.slower", str(planted_percent))
 
 
 def _holds(rows: Sequence[CellRow]) -> bool:

@@ -130,9 +130,11 @@ def terminal_table(rows: Sequence[CellRow]) -> RenderableType:
     from rich.text import Text
 
     axes = varying_axes(rows)
+    # Every column of padding is one less for the axes, whose words would be cut at 80.
     table = Table(
-        title=title(rows), box=SIMPLE_HEAD, padding=(0, 1), title_justify="left", expand=False
-    )
+        title=title(rows), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+        title_justify="left",
+    )  # fmt: skip
     table.add_column(_axes_head(axes), overflow="fold")
     for name in VALUE_COLUMNS[:-1]:
         table.add_column(name, justify="right", no_wrap=True)
@@ -153,7 +155,10 @@ def _detail_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"\n{detail.title}", box=SIMPLE_HEAD, padding=(0, 1), title_justify="left")
+    table = Table(
+        title=f"\n{detail.title}", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+        title_justify="left",
+    )  # fmt: skip
     table.add_column(_axes_head(axes), overflow="fold")
     shown = detail.shown(rows)
     for column in shown:

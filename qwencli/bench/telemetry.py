@@ -27,6 +27,7 @@ class Telemetry:
     def __init__(self, command: Sequence[str] | None) -> None:
         self._command = command
         self._samples: list[Sample] = []
+        self._latest_taken: Sample | None = None
         self._arrived = threading.Condition()
         self._alive = False
         self._closing = False
@@ -77,7 +78,8 @@ class Telemetry:
     def take(self, start_s: float, end_s: float) -> tuple[Sample | None, list[Sample]]:
         """The last sample before a run and the samples within it; older ones are forgotten.
 
-        Waits for the first sample after the run, at most half a second.
+        Runs may follow each other more closely than samples: then the last one before a run is of
+        the run before. Waits for the first sample after the run, at most half a second.
         """
         with self._arrived:
             self._arrived.wait_for(
@@ -86,11 +88,13 @@ class Telemetry:
                 ),
                 timeout=0.5,
             )
-            samples = self._samples
-            self._samples = [sample for sample in samples if sample["t_s"] > end_s]
-        before = [sample for sample in samples if sample["t_s"] < start_s]
-        within = [sample for sample in samples if start_s <= sample["t_s"] <= end_s]
-        return (before[-1] if before else None), within
+            samples = [sample for sample in self._samples if sample["t_s"] <= end_s]
+            self._samples = self._samples[len(samples) :]
+        earlier = [sample for sample in samples if sample["t_s"] < start_s]
+        within = samples[len(earlier) :]
+        before = earlier[-1] if earlier else self._latest_taken
+        self._latest_taken = samples[-1] if samples else self._latest_taken
+        return before, within
 
     def temperature_c(self) -> float | None:
         """The latest reading of the hottest GPU; None where nothing can be read."""

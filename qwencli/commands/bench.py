@@ -113,6 +113,15 @@ def bench(
     quality_samples: Annotated[
         int, typer.Option(min=1, max=96, help="Answers of each cell to check.")
     ] = 24,
+    limits: Annotated[
+        bool, typer.Option(help="After them, measure this machine's limits and what probes cost.")
+    ] = True,
+    plant: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PERCENT", min=0.0, help="Make tokens so much slower on purpose, for compare."
+        ),
+    ] = None,
     timeout: Annotated[
         float, typer.Option(metavar="SECONDS", min=1.0, help="Of one process, loading included.")
     ] = 1800.0,
@@ -165,7 +174,9 @@ def bench(
         max_seq_len=None if max_seq_len is None else parse_seq_len(max_seq_len),
         quality_samples=quality_samples if quality else 0,
     )
-    how = How(resume, timeout, read_cooldown(cooldown), continue_on_error)
+    how = How(
+        resume, timeout, read_cooldown(cooldown), continue_on_error, limits, planted_percent=plant
+    )
     sink = context.ensure_object(Sink)
     with sink.status("reading the matrix and this machine"):
         plan, facts = prepare(request)

@@ -44,6 +44,9 @@ def study(
         Path | None, typer.Option(metavar="DIR", help="Default: campaigns/study-<UTC time>.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the one in --out.")] = False,
+    part: Annotated[
+        str, typer.Option(metavar="I/N", help="Deal the processes out to N GPUs; make part I.")
+    ] = "1/1",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the processes, run nothing.")
     ] = False,
@@ -75,6 +78,7 @@ def study(
     studies = choose(named)
     from qwencli.bench.launch import read_device_facts
 
+    number, parts = _read_part(part)
     request = plan.StudyRequest(
         model=model,
         load_format=load_format,
@@ -85,6 +89,8 @@ def study(
         seed=seed,
         max_time_s=max_time,
         timeout_s=timeout,
+        part=number,
+        parts=parts,
     )
     with sink.status("reading the claims and this machine"):
         prepared = plan.prepare_study(studies, request, read_device_facts(device))
@@ -100,3 +106,10 @@ def study(
         owner = this_owner()
         sink.notice(f"to send: {pack(folder, lambda text: redact(text, owner))}")
     raise typer.Exit(code)
+
+
+def _read_part(text: str) -> tuple[int, int]:
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise UsageError(f"--part {text}: not a part of a whole", "give 1/2 and 2/2, say")
+    return int(number), int(parts)

@@ -19,9 +19,9 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"\beyJ[\w-]{8,}\.[\w-]+\.[\w-]+", "<token>"),
     (r"\bAKIA[0-9A-Z]{12,}", "<token>"),
     (r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{6,}", r"\1 <token>"),
-    # A number is a setting (max_new_tokens: 256), not a secret.
+    # A number is a setting (max_new_tokens: 256), not a secret; nor is what JSON has for nothing.
     (
-        rf"(?i)\b(\w*{_SECRET_NAME}\w*[\"']?\s*[=:]\s*[\"']?)(?!\d+\b)[^\s\"',;<]+",
+        rf"(?i)\b(\w*{_SECRET_NAME}\w*[\"']?\s*[=:]\s*[\"']?)(?!(?:\d+|null|true|false)\b)[^\s\"',;<]+",
         r"\1<secret>",
     ),
     (r"(\w+://)[^\s/@:]+:[^\s/@]+@", r"\1<credentials>@"),

@@ -14,11 +14,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 _SOURCE = "def work(x):\n" + "".join(f"    x = x * {i}.5 + {i}\n" for i in range(1, 25))
 _MIB = 1 << 20
 _MATRIX = 8192
+# Cycles of the kernel that tells how long one takes: some 20 ms.
+_SPUN = 40_000_000
+
+# Makes the device, or the host where that computes, do nothing for a while; returns at once on a
+# GPU.
+Wait = Callable[[], None]
 
 
 def compile_for(seconds: float) -> None:
@@ -78,6 +84,34 @@ def synchronize(device: str) -> None:
     import torch
 
     torch.cuda.synchronize(device)
+
+
+def waiting(device: str, seconds: float) -> Wait:
+    """What takes the device so long, with the GPU's clock as it is now."""
+    if not device.startswith("cuda"):
+        return lambda: _spin(seconds)
+    import torch
+
+    place, cuda = torch.device(device), cast("Any", torch.cuda)
+    with cuda.device(place):
+        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        start.record()
+        cuda._sleep(_SPUN)
+        end.record()
+        end.synchronize()
+    cycles = round(_SPUN * seconds / (start.elapsed_time(end) / 1e3))
+
+    def wait() -> None:
+        with cuda.device(place):
+            cuda._sleep(cycles)
+
+    return wait
+
+
+def _spin(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
 
 
 def _keep_gpu_busy(going: threading.Event) -> None:

@@ -62,7 +62,8 @@ def counted_sdpa_calls(engine: Engine) -> Iterator[Counter[str]]:
     from torch.profiler import ProfilerActivity, profile
 
     calls: Counter[str] = Counter()
-    profiler = profile(activities=[ProfilerActivity.CPU])
+    # Newer versions warn of events that are dropped without acc_events.
+    profiler = profile(activities=[ProfilerActivity.CPU], acc_events=True)
     passes = 0
 
     def after(module: Any, inputs: Any, output: Any) -> None:

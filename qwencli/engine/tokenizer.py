@@ -9,6 +9,7 @@ are encoded as one string, as the reference does, so ordinary conversations get 
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ class ContentGuard:
     def __init__(self, special: Iterable[str], contents: Sequence[str]) -> None:
         used = set().union(*map(set, contents))
         # Unicode's noncharacters first: they mean nothing in any text.
-        candidates = (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0x10FFFE))
+        candidates = itertools.chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0x10FFFE))
         self.mark = next(chr(code) for code in candidates if chr(code) not in used)
         starts = sorted({spelling[:2] for spelling in special if len(spelling) > 1})
         self._starts = re.compile(

@@ -52,6 +52,8 @@ def test_the_plan_is_shown_without_running(tmp_path, monkeypatch):
     [
         (["C99"], "'C99' is no claim"),
         ([], "no claim is named"),
+        (["C03", "--part", "3/2"], "not a part of a whole"),
+        (["C03", "--part", "half"], "not a part of a whole"),
         (["C03", "--resume"], "--resume needs --out"),
         (["C03", "--model", "no-such-model"], "no-such-model"),
     ],

@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parent / "machines"
 EXPECTED = {
     "healthy-5090": {},
     "h200": {},
+    "h100-recorded": {},
     "5090-windows-wddm": {"hags": "warn", "triton": "warn"},
     "5090-wsl2": {"gpu-memory": "warn", "memory-spill": "warn", "disk": "warn"},
     "5070ti-wheel-without-sm_120": {

@@ -54,6 +54,7 @@ def test_windows_paths():
         "results/2026-11-23-h200-transformers/cells.csv",
         "and/or 9728 x 2560: unquantized 33 us",
         "PASS cuda-device 1 CUDA device",
+        '{"kernels_per_token": null, "us_per_token": 12.5, "has_token": false}',
     ],
 )
 def test_what_a_reader_needs_stays(text):

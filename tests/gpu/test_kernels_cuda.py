@@ -20,6 +20,7 @@ from qwencli.config import (
 )
 from qwencli.engine.kernels import fused_ops as fused_module
 from qwencli.engine.kernels.fused_ops import FusedOps, Launch, fused_ops
+from qwencli.engine.kernels.vectors import Reader
 from qwencli.engine.native import weights
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.engine import NativeEngine
@@ -29,8 +30,7 @@ from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
 from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, picture
-from tests.engine.kernels.test_gemv_quantized import BITS as SCHEME_BITS
-from tests.engine.kernels.test_gemv_quantized import rounded
+from tests.engine.kernels.test_gemv_quantized import MADE, rounded
 
 CUDA = torch.device("cuda")
 
@@ -94,7 +94,7 @@ def test_quantized_kernels_are_near_to_the_matrices_read_back(quantization):
 @pytest.mark.parametrize(
     ("rows", "columns"), [(6144, 2560), (2560, 9728), (1111, 4864), (896, 896)]
 )
-@pytest.mark.parametrize("scheme", SCHEME_BITS)
+@pytest.mark.parametrize("scheme", MADE)
 def test_quantized_products_are_those_of_the_rounded_vector(scheme, rows, columns, dtype):
     generator = torch.Generator(CUDA).manual_seed(4)
     weight = torch.randn(rows, columns, device=CUDA, generator=generator)
@@ -102,14 +102,14 @@ def test_quantized_products_are_those_of_the_rounded_vector(scheme, rows, column
     matrix, y = quantize(weight, scheme), torch.zeros(1, rows, device=CUDA)
     shape = wide_shape().text
     own = FusedOps(shape, torch.zeros(1, 2, 128, device=CUDA), dtype, CUDA)
-    own._gemv(x, matrix, y)
+    own._gemv(x, Reader(None, matrix), y)
     exact = matrix.dequantize(torch.float64) @ rounded(x[0].float(), scheme).double()
     # Few bits of mantissa make ties, which the two may round apart.
     most = 1e-5 if dtype is torch.float32 and scheme is not Scheme.FP8 else 5e-3
     assert float((y[0] - exact).norm() / exact.norm()) < most
     gated = torch.zeros(1, rows // 2, device=CUDA)
     even = replace(matrix, data=matrix.data[: rows // 2 * 2], scale=matrix.scale[: rows // 2 * 2])
-    own._gemv(x, even, gated, gated=True)
+    own._gemv(x, Reader(None, even), gated, gated=True)
     gate, up = exact[: rows // 2 * 2].chunk(2)
     wanted = torch.nn.functional.silu(gate) * up
     assert float((gated[0] - wanted).norm() / wanted.norm()) < 2 * most

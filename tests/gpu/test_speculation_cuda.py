@@ -58,9 +58,9 @@ def test_same_tokens_as_plain_steps_in_float32(checkpoint, family, kernels, pena
                 assert result.token_ids == expected.token_ids, speculate
         assert result.speculation is not None and result.speculation.net_gain is not None
         assert result.ran.speculate == speculate.value
-        # Auto drafts where that pays, which random texts seldom let it.
-        adaptive = speculate is Speculate.AUTO
-        assert adaptive or penalty > 1.0 or result.speculation.num_accepted > 0
+        # Where drafts do not pay, `auto` may stop before one was right.
+        drafts = speculate is not Speculate.AUTO and penalty == 1.0
+        assert not drafts or result.speculation.num_accepted > 0
 
 
 def test_the_eager_cache_reads_slots_that_the_host_does_not_know_yet(checkpoint):

@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import campaigns
 from plots import effects_plot, runs_plot
 
 from qwencli.bench.studies import origin_tables
 from qwencli.bench.studies.claim_file import ALL, Study, choose
 from qwencli.bench.studies.evidence import Evidence
+from qwencli.bench.studies.origin_tables import series
 from qwencli.bench.studies.report import effect_words
 from qwencli.bench.studies.session import STUDY
 from qwencli.bench.studies.verdicts import ClaimVerdict, Verdict
@@ -113,8 +115,8 @@ def _ranking(evidence: Evidence) -> list[str]:
 
 _TABLES: tuple[tuple[str, Callable[[Evidence], Any]], ...] = (
     ("Speed by mode", origin_tables.mode_table),
-    ("Steadiness of both engines", origin_tables.steadiness_table),
-    ("Run after run", origin_tables.run_table),
+    ("Steadiness of both engines", lambda e: origin_tables.steadiness_table(series(e))),
+    ("Run after run", lambda e: origin_tables.run_table(series(e))),
     ("The first token and the others", origin_tables.stall_table),
 )
 
@@ -155,12 +157,26 @@ def page(found: Found) -> str:
         lines += [f"![runs](findings/runs-{evidence.folder.name}.svg)", ""]
         for title, table in _TABLES:
             lines += [f"#### {title}", "", markdown(*table(evidence)), ""]
+    lines += _more_runs()
     lines += [
         "tok/s is tokens over the time of the whole `generate()`, as in the origin; the first "
         "stall is the time to the first token; MHz before is the last reading before a run, "
         "during the mean within it. Runs of a series were made in turns with other conditions."
     ]
     return "\n".join(lines) + "\n"
+
+
+def _more_runs() -> list[str]:
+    """Both engines in the campaign that has more runs of them, where there is one of a GPU."""
+    folder = campaigns.newest_of_gpu("engines")
+    if folder is None:
+        return []
+    steady = origin_tables.steadiness_table(campaigns.series(folder))
+    runs = origin_tables.run_table(campaigns.series(folder))
+    return [
+        "### Both engines, more runs", "", campaigns.source(folder), "",
+        "#### Steadiness", "", markdown(*steady), "", "#### Run after run", "", markdown(*runs), "",
+    ]  # fmt: skip
 
 
 def _missing(claims: Sequence[Study], found: Found) -> list[str]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import campaigns
 import findings
 
 from qwencli.bench.studies import origin_tables
@@ -22,7 +23,7 @@ from qwencli.bench.studies.origin_tables import Table
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-RESULTS = ROOT / "results"
+RESULTS = campaigns.RESULTS
 H200_TRANSFORMERS = "2026-11-23-h200-transformers"
 QUALITY = "2026-11-24-quality-cpu"
 # The two engines at equal work, minutes apart: (folder, engine).
@@ -41,14 +42,9 @@ def source(*folders: str) -> str:
     plan = json.loads((RESULTS / folders[0] / "plan.json").read_text(encoding="utf-8"))
     versions = read["versions"]
     weights = ", random weights" if "dummy" in said else ""
-    runs = " or ".join(
-        str(json.loads((RESULTS / folder / "plan.json").read_text(encoding="utf-8"))["runs"])
-        for folder in folders
-    )
     return (
         f"{read['device']['name']}, {said[said.index('--model') + 1]}{weights}, "
-        f"{plan['max_new_tokens']} new tokens, {runs} "
-        f"runs a cell, batch 1, torch {versions['torch']}, transformers "
+        f"{plan['max_new_tokens']} new tokens, batch 1, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, bitsandbytes {versions['bitsandbytes']}. "
         f"From {' and '.join(f'`results/{folder}/cells.csv`' for folder in folders)}."
     )
@@ -61,15 +57,24 @@ def cells_of(folder: str) -> list[dict[str, str]]:
     return sorted(cells, key=lambda cell: -float(cell["decode_tok_per_s_median"]))
 
 
+def engine_folders() -> tuple[str, ...]:
+    """The newest campaign of a GPU with both engines in it; else the two beside each other."""
+    newest = campaigns.newest_of_gpu("engines")
+    return H200_ENGINES if newest is None else (newest.name,)
+
+
 def engines() -> str:
-    cells = [cell for folder in H200_ENGINES for cell in cells_of(folder)]
+    folders = engine_folders()
     rows = [
         [
             cell["engine"],
+            cell["quantization"],
             cell["cache"],
             {"native auto": "fused kernels", "native torch": "torch operators"}.get(
                 f"{cell['engine']} {cell['kernels']}", "its own"
             ),
+            cell["load_mode"],
+            cell["runs"],
             f"{float(cell['decode_tok_per_s_median']):.1f}",
             f"{float(cell['decode_tok_per_s_min']):.1f}-{float(cell['decode_tok_per_s_max']):.1f}",
             f"{float(cell['run_ratio_max_min']):.3f}",
@@ -78,11 +83,17 @@ def engines() -> str:
             f"{float(cell['itl_p99_ms']):.2f}",
             f"{float(cell['itl_max_ms']):.2f}",
         ]
-        for cell in cells
+        for folder in folders
+        for cell in cells_of(folder)
     ]
-    header = ["engine", "cache", "operations", "tok/s", "slowest-fastest run", "ratio"]
-    header += ["TTFT ms", "ITL p50 ms", "p99 ms", "max ms"]
-    return f"{markdown(header, rows)}\n\n{source(*H200_ENGINES)}"
+    header = ["engine", "weights", "cache", "operations", "model", "runs", "tok/s"]
+    header += ["slowest-fastest run", "ratio", "TTFT ms", "ITL p50 ms", "p99 ms", "max ms"]
+    how = (
+        "All cells in one campaign, in shuffled order."
+        if len(folders) == 1
+        else "The two folders were measured minutes apart, not interleaved."
+    )
+    return f"{markdown(header, rows)}\n\n{source(*folders)} {how}"
 
 
 def transformers_modes() -> str:
@@ -91,6 +102,7 @@ def transformers_modes() -> str:
             cell["quantization"],
             cell["attention"],
             cell["cache"],
+            cell["runs"],
             f"{float(cell['decode_tok_per_s_median']):.1f}",
             f"{float(cell['decode_tok_per_s_min']):.1f}-{float(cell['decode_tok_per_s_max']):.1f}",
             f"{1e3 * float(cell['ttft_s_median']):.0f}",
@@ -100,7 +112,15 @@ def transformers_modes() -> str:
         ]
         for cell in cells_of(H200_TRANSFORMERS)
     ]
-    header = ["quantization", "attention", "cache", "tok/s", "slowest-fastest run", "TTFT ms"]
+    header = [
+        "quantization",
+        "attention",
+        "cache",
+        "runs",
+        "tok/s",
+        "slowest-fastest run",
+        "TTFT ms",
+    ]
     header += ["ITL p50 ms", "p99 ms", "peak GB"]
     return f"{markdown(header, rows)}\n\n{source(H200_TRANSFORMERS)}"
 
@@ -162,7 +182,9 @@ def quantization_quality() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "factors": factors_plot,
     "origin-modes": lambda: of_study(origin_tables.mode_table),
-    "steadiness": lambda: of_study(origin_tables.steadiness_table),
+    "steadiness": lambda: of_study(
+        lambda e: origin_tables.steadiness_table(origin_tables.series(e))
+    ),
     "engines": engines,
     "transformers-modes": transformers_modes,
     "scenes-quality": scenes_quality,

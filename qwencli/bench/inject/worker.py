@@ -10,53 +10,34 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qwencli.bench import worker
 from qwencli.bench.attribution.causes import Cause
+from qwencli.bench.engine_around import EngineAround
 from qwencli.bench.inject.faults import Fault
 from qwencli.bench.inject.kinds import KINDS
 from qwencli.bench.inject.truth import COLUMNS, NONE, rows_of
 from qwencli.bench.rowfile import RowFile
 from qwencli.config import EngineConfig
-from qwencli.engine.base import Engine, drain
+from qwencli.engine.base import Engine
 from qwencli.engine.factory import create_engine
 from qwencli.messages import GenerationRequest
-from qwencli.results import GenerationChunk, GenerationResult, RanModes
+from qwencli.results import GenerationChunk
 
 
-class DisturbedEngine:
+class DisturbedEngine(EngineAround):
     """An `Engine` whose runs are disturbed by schedule; run 0 and what follows the last are not."""
 
     def __init__(self, engine: Engine, schedule: Sequence[str], seed: int, truth: RowFile) -> None:
-        self.config = engine.config
-        self._engine, self._schedule, self._truth = engine, schedule, truth
+        super().__init__(engine)
+        self._schedule, self._truth = schedule, truth
         self._seed, self._run = seed, 0
         self._faults: dict[str, Fault] = {}
 
-    @property
-    def ran(self) -> RanModes:
-        return self._engine.ran
-
-    @property
-    def load_s(self) -> float:
-        return self._engine.load_s
-
-    @property
-    def max_seq_len(self) -> int:
-        return self._engine.max_seq_len
-
-    @property
-    def load_warnings(self) -> tuple[str, ...]:
-        return self._engine.load_warnings
-
-    @property
-    def memory_plan(self) -> Mapping[str, int]:
-        return self._engine.memory_plan
-
     def load(self) -> None:
-        self._engine.load()
+        super().load()
         # All at once: starting one later would disturb the runs around it.
         for name in sorted(set(self._schedule) - {NONE, *self._faults}):
             self._faults[name] = KINDS[Cause(name)].make(self.ran.device)
@@ -77,19 +58,6 @@ class DisturbedEngine:
         chance = random.Random(f"{self._seed} {run}")
         yield from fault.disturb(self._engine.stream(request), tokens, chance)
         self._truth.append(rows_of(run, name, fault.spans))
-
-    def generate(self, request: GenerationRequest) -> GenerationResult:
-        return drain(self.stream(request))
-
-    def close(self) -> None:
-        self._engine.close()
-
-    def __enter__(self) -> DisturbedEngine:
-        self.load()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def end(self) -> None:
         """Close the faults."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qwencli.bench.robust import Interval, ratio_interval
@@ -19,6 +19,8 @@ from qwencli.bench.studies.evidence import Evidence, Row
 from qwencli.bench.studies.metrics import value
 
 Table = tuple[Sequence[str], list[list[str]]]
+# Engine, load mode, and the runs of both in their order.
+Series = tuple[str, str, Sequence[Row]]
 SPEED = "generate_tok_per_s"
 # (quantization, attention) -> tok/s in the origin's notes: an RTX 5090, Qwen3-VL-4B, torch 2.9.1.
 ORIGIN_MODES: Mapping[tuple[str, str], float] = {
@@ -89,8 +91,8 @@ def _speed_cells(rows: Sequence[Row] | None) -> list[str]:
     return [f"{middle:.4g}", f"{min(found):.4g}-{max(found):.4g}", str(len(found))]
 
 
-def series(evidence: Evidence) -> Iterator[tuple[str, str, list[Row]]]:
-    """Engine, load mode and runs in their order, of each engine that was also loaded anew."""
+def series(evidence: Evidence) -> Iterator[Series]:
+    """Of each engine that was also loaded anew; without the stretches after the rounds."""
     for name in evidence.processes():
         if not evidence.runs(name, RELOAD):
             continue
@@ -100,11 +102,11 @@ def series(evidence: Evidence) -> Iterator[tuple[str, str, list[Row]]]:
                 yield engine, mode, rows
 
 
-def run_table(evidence: Evidence) -> Table:
+def run_table(found: Iterable[Series]) -> Table:
     """Run after run, kept and loaded anew, with the clock before and during: the second table."""
     head = ["engine", "model", "run", "tok/s", "s", "tokens", "load s", "MHz before", "MHz during"]
     body = []
-    for engine, mode, rows in series(evidence):
+    for engine, mode, rows in found:
         for row in rows:
             seconds = float(row["e2e_s"]) - float(row["preprocess_s"])
             body.append(
@@ -145,7 +147,7 @@ def stall_table(evidence: Evidence) -> Table:
     return head, body
 
 
-def steadiness_table(evidence: Evidence) -> Table:
+def steadiness_table(found: Iterable[Series]) -> Table:
     """Both engines by what was to be reached: spread, first stalls, reload against keep."""
     head = ["engine", "model", "n", "tok/s", "fastest over slowest", "worst TTFT over median",
             "decode tok/s against keep"]  # fmt: skip
@@ -154,18 +156,18 @@ def steadiness_table(evidence: Evidence) -> Table:
     origin = ["origin's transformers", RELOAD, str(len(ORIGIN_RUNS)), middle]
     body = [[*origin, f"{max(ORIGIN_RUNS) / min(ORIGIN_RUNS):.3f}", f"{stall:.3f}", "-"]]
     kept: dict[str, float] = {}
-    for engine, mode, rows in series(evidence):
+    for engine, mode, rows in found:
         ttft = [float(row["ttft_s"]) for row in rows]
         decode = statistics.median(float(row["decode_tok_per_s"]) for row in rows)
         kept.setdefault(engine, decode)
-        found = speeds(rows)
+        whole = speeds(rows)
         body.append(
             [
                 engine,
                 mode,
                 str(len(rows)),
-                f"{statistics.median(found):.4g}",
-                f"{run_ratio(found) or math.nan:.3f}",
+                f"{statistics.median(whole):.4g}",
+                f"{run_ratio(whole) or math.nan:.3f}",
                 f"{max(ttft) / statistics.median(ttft):.3f}",
                 f"{100 * (decode / kept[engine] - 1):+.1f}%",
             ]

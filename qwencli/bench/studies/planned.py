@@ -51,7 +51,7 @@ def planned_study(study: PreparedStudy, seconds: Mapping[str, float | None]) -> 
     from rich.table import Table
     from rich.text import Text
 
-    processes = study.layout.processes
+    processes = study.processes
     table = Table(title=f"{len(processes)} processes", box=SIMPLE_HEAD, title_justify="left")
     table.add_column("#", justify="right")
     for name in ("process", "claims"):

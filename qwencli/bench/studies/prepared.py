@@ -10,7 +10,7 @@ from qwencli.bench.plan import Plan, Settings
 from qwencli.bench.stopping import StopRule
 from qwencli.bench.studies.claim_file import Study
 from qwencli.bench.studies.needs import blocker
-from qwencli.bench.studies.schedule import Layout, Process, lay_out
+from qwencli.bench.studies.schedule import Layout, Process, lay_out, part_of
 from qwencli.bench.work import EXAMPLE_IMAGE
 from qwencli.config import DType, LoadFormat, ModelSpec
 from qwencli.engine.device import DeviceFacts
@@ -28,6 +28,7 @@ class StudyRequest:
     Args:
         runs: of each condition in each process.
         max_time_s: no process begins after it; None = no limit.
+        part, parts: make only this part, from 1, of all processes dealt out to so many.
     """
 
     model: str | None
@@ -39,6 +40,8 @@ class StudyRequest:
     seed: int
     max_time_s: float | None = None
     timeout_s: float = 1800.0
+    part: int = 1
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class PreparedStudy:
     layout: Layout
     models: dict[str, ModelSpec]
     facts: DeviceFacts
+
+    @property
+    def processes(self) -> list[Process]:
+        """Those that this study makes: of its part."""
+        return part_of(self.layout.processes, self.request.part, self.request.parts)
 
     def document(self) -> dict[str, Any]:
         """study.json; two studies with equal documents do the same work."""

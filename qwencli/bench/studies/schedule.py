@@ -54,6 +54,11 @@ class Process:
             loaded = wanted
         return loads
 
+    @property
+    def weight(self) -> int:
+        """About how long it takes, in runs: a load, and with it the start, takes five."""
+        return 5 * self.loads + len(self.runs)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -110,9 +115,26 @@ def lay_out(
     return Layout(tuple(processes), places, blocked)
 
 
+def part_of(processes: Sequence[Process], part: int, parts: int) -> list[Process]:
+    """Part number `part`, from 1, of all processes dealt out to `parts` GPUs, about equally long.
+
+    In their order; the same processes are dealt out alike everywhere.
+    """
+    dealt: list[list[str]] = [[] for _ in range(parts)]
+    spent = [0] * parts
+    for process in sorted(processes, key=lambda process: -process.weight):
+        lightest = spent.index(min(spent))
+        dealt[lightest].append(process.name)
+        spent[lightest] += process.weight
+    return [process for process in processes if process.name in dealt[part - 1]]
+
+
 def _place_in_order(process: Process) -> tuple[int, bool, int]:
-    """Most claims first, then the shortest: what --max-time cuts off should settle least."""
-    compiles = process.cell.cache is Cache.STATIC_COMPILE
+    """Most claims first, then the shortest: what --max-time cuts off should settle least.
+
+    What compiles comes last: a model, or all kernels of a process whose variables ask for that.
+    """
+    compiles = process.cell.cache is Cache.STATIC_COMPILE or bool(process.environment)
     return -len(process.claims), compiles, process.loads + len(process.runs)
 
 

@@ -4,6 +4,9 @@ study.json             claims, seed, runs and the plan of every process
 environment.json       on what
 processes/NAME/        a campaign as `bench` writes it, with schedule.json and conditions.csv
 verdicts.csv, report.md   made from the rows of the processes, again at every end
+
+Parts of a study that were made on several GPUs or at several times become one by putting what is in
+their `processes` together.
 """
 
 from __future__ import annotations
@@ -53,12 +56,12 @@ def run_study(
     began = time.monotonic()
     limit = study.request.max_time_s
     try:
-        for number, process in enumerate(study.layout.processes, start=1):
+        for number, process in enumerate(study.processes, start=1):
             if limit is not None and time.monotonic() - began > limit:
                 sink.warn(f"--max-time is spent; --resume --out {folder} goes on")
                 break
             sink.notice(
-                f"process {number} of {len(study.layout.processes)}, "
+                f"process {number} of {len(study.processes)}, "
                 f"{len(process.runs)} runs for {', '.join(process.claims)}"
             )
             _run_process(study, process, folder, arguments, command, sink)
@@ -77,8 +80,8 @@ def show_plan(study: PreparedStudy, sink: Sink) -> None:
 
     with sink.status("measuring this machine"):
         speed = read_machine_speed(study.facts.device)
-    processes = study.layout.processes
-    sink.show(planned_study(study, {p.name: predicted_s(study, p, speed) for p in processes}))
+    seconds = {p.name: predicted_s(study, p, speed) for p in study.processes}
+    sink.show(planned_study(study, seconds))
 
 
 def run_and_report(
@@ -97,7 +100,7 @@ def run_and_report(
     if interrupted:
         sink.warn(f"interrupted; go on with --resume --out {folder}")
         return INTERRUPTED
-    return 0 if all(_is_done(folder, process) for process in study.layout.processes) else 1
+    return 0 if all(_is_done(folder, process) for process in study.processes) else 1
 
 
 def _is_done(folder: Path, process: Process) -> bool:

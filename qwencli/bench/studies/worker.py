@@ -14,32 +14,33 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from qwencli.bench import worker
+from qwencli.bench.engine_around import EngineAround
 from qwencli.bench.rowfile import RowFile
 from qwencli.bench.studies.beside import PeakMemory
 from qwencli.bench.studies.conditions import CONDITIONS, PLAIN, Load, Situation
 from qwencli.config import EngineConfig
-from qwencli.engine.base import Engine, drain
+from qwencli.engine.base import Engine
 from qwencli.engine.factory import create_engine
 from qwencli.messages import GenerationRequest
-from qwencli.results import GenerationChunk, GenerationResult, RanModes
+from qwencli.results import GenerationChunk
 
 SCHEDULE, OBSERVED = "schedule.json", "conditions.csv"
 COLUMNS = ("run", "condition", "observation", "value")
 FAILED = "failed"
 
 
-class StudiedEngine:
+class StudiedEngine(EngineAround):
     """An `Engine` that `prepare` puts under the condition of each run before it is measured."""
 
     def __init__(self, engine: Engine, schedule: Sequence[str], rows: RowFile) -> None:
-        self.config = engine.config
-        self._engine, self._schedule, self._rows = engine, schedule, rows
+        super().__init__(engine)
+        self._schedule, self._rows = schedule, rows
         self._loaded_for: str | None = PLAIN
         self._request: GenerationRequest | None = None
         self._held = ExitStack()
@@ -48,29 +49,6 @@ class StudiedEngine:
         self._observed: dict[str, Any] = {}
         self._seen: dict[str, Any] = {}
         self._failed: dict[str, str] = {}
-
-    @property
-    def ran(self) -> RanModes:
-        return self._engine.ran
-
-    @property
-    def load_s(self) -> float:
-        return self._engine.load_s
-
-    @property
-    def max_seq_len(self) -> int:
-        return self._engine.max_seq_len
-
-    @property
-    def memory_plan(self) -> Mapping[str, int]:
-        return self._engine.memory_plan
-
-    @property
-    def load_warnings(self) -> tuple[str, ...]:
-        return self._engine.load_warnings
-
-    def load(self) -> None:
-        self._engine.load()
 
     def prepare(self, run: int) -> bool:
         """End the condition of the run before and begin this one's; whether the model was loaded
@@ -140,19 +118,9 @@ class StudiedEngine:
             self._loaded_for = PLAIN
         yield from self._engine.stream(request)
 
-    def generate(self, request: GenerationRequest) -> GenerationResult:
-        return drain(self.stream(request))
-
     def close(self) -> None:
         self._leave()
-        self._engine.close()
-
-    def __enter__(self) -> StudiedEngine:
-        self.load()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+        super().close()
 
 
 def main(arguments: Sequence[str], make_engine: worker.MakeEngine = create_engine) -> int:

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qwencli.engine.kernels.handover import hand_over
+
 
 @triton.jit
 def norm_and_rotate(a, b, gain_a, gain_b, cos, sin, eps, D: tl.constexpr, NORM: tl.constexpr):
@@ -44,6 +46,8 @@ def decode_attention_kernel(
     tops_ptr,  # float32 [B * KVH, SPLITS, LANES]: largest score
     totals_ptr,  # float32 [B * KVH, SPLITS, LANES]: sum of weights
     arrived_ptr,  # int32 [B * KVH], zero
+    values_ptr,  # see `handover`
+    steps_ptr,
     max_seq_len,
     eps,
     KVH: tl.constexpr,
@@ -56,10 +60,12 @@ def decode_attention_kernel(
     SPLITS: tl.constexpr,
     NORM: tl.constexpr,
     KV_MAX: tl.constexpr,
+    FORM: tl.constexpr,
+    SPAN: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (b * KVH + kv head, part).
+    """Program (b * KVH + kv head, part). FORM: of one token, see `handover`.
 
     KV_MAX is the largest value that a quantized cache stores (see `native.kv_quantized`), 0 where
     it is not quantized. A slot's scales are multiplied with its scores and its weights: what is
@@ -200,6 +206,18 @@ def decode_attention_kernel(
             row = (batch * TOKENS + token) * H + head * GROUP + lanes % HEADS
             out_at = row[:, None] * D + full
         tl.store(out_ptr + out_at, acc / total[:, None], mask=real[:, None])
+        if FORM > 0:
+            hand_over_heads(
+                acc / total[:, None],
+                out_at,
+                real,
+                out_ptr,
+                values_ptr,
+                steps_ptr,
+                H * D,
+                FORM,
+                SPAN,
+            )
     else:
         mine = (pair * SPLITS + split) * LANES + lanes
         tl.store(acc_ptr + mine[:, None] * D + full, acc, mask=real[:, None])
@@ -218,6 +236,33 @@ def decode_attention_kernel(
                 )
                 out_at = ((batch * TOKENS + i) * H + head * GROUP + group)[:, None] * D + full
                 tl.store(out_ptr + out_at, joined, mask=(group < GROUP)[:, None])
+                if FORM > 0:
+                    hand_over_heads(
+                        joined, out_at, group < GROUP, out_ptr, values_ptr, steps_ptr, H * D,
+                        FORM, SPAN,
+                    )  # fmt: skip
+
+
+@triton.jit
+def hand_over_heads(
+    heads,  # float32 [R, D]
+    columns,  # [R, D]
+    real,  # [R]
+    out_ptr,
+    values_ptr,
+    steps_ptr,
+    K,
+    FORM: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Hand over heads as those who read them would see them stored."""
+    SIZE: tl.constexpr = heads.shape[0] * heads.shape[1]
+    x = heads.to(out_ptr.dtype.element_ty).to(tl.float32)
+    inside = tl.broadcast_to(real[:, None], heads.shape)
+    hand_over(
+        tl.reshape(x, (SIZE,)), tl.reshape(columns, (SIZE,)), tl.reshape(inside, (SIZE,)),
+        values_ptr, steps_ptr, K, FORM, SPAN,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qwencli.engine.kernels.handover import hand_over
+
 
 @triton.jit
 def ordered_bits(x):
@@ -26,3 +28,68 @@ def offer_best(y, seen, rows, inside, penalty_ptr, best_ptr):
     # Most programs see a larger one and leave the address that all share alone.
     if mine > tl.load(best_ptr, volatile=True):
         tl.atomic_max(best_ptr, mine, sem="relaxed")
+
+
+@triton.jit
+def constants_of_rows(rows, inside, bias_ptr, next_gain_ptr):
+    """What the rows' ends need and no kernel writes: bias, and the next norm's gain (if any)."""
+    bias = tl.zeros(rows.shape, tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.full(rows.shape, 1.0, tl.float32)
+    if next_gain_ptr is not None:
+        gain = tl.load(next_gain_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+    return bias, gain
+
+
+@triton.jit
+def state_of_rows(rows, inside, y_ptr, seen_ptr, ADD: tl.constexpr, ARGMAX: tl.constexpr):
+    """What the rows' ends need and kernels write: the residual, and what was seen (if asked)."""
+    before = tl.zeros(rows.shape, tl.float32)
+    if ADD:
+        before = tl.load(y_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+    seen = inside
+    if ARGMAX:
+        seen = tl.load(seen_ptr + rows, mask=inside, other=0) != 0
+    return before, seen
+
+
+@triton.jit
+def finish_rows(
+    y,  # float32 [ROWS]
+    up_y,  # float32 [ROWS], of SWIGLU
+    rows,
+    inside,
+    constants,
+    state,
+    y_ptr,
+    penalty_ptr,
+    best_ptr,
+    values_ptr,
+    steps_ptr,
+    squares_ptr,
+    N,
+    SWIGLU: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    FORM: tl.constexpr,
+    SPAN: tl.constexpr,
+    SQUARES: tl.constexpr,
+):
+    """SWIGLU: silu(y) * up_y. Bias and residual are added. ARGMAX: the rows are offered to `best`;
+    else stored, and handed over in FORM unless that is 0. SQUARES: with the gain and for a norm."""
+    bias, gain = constants
+    before, seen = state
+    if SWIGLU:
+        y = y * tl.sigmoid(y) * up_y
+    y += bias + before
+    if ARGMAX:
+        offer_best(y, seen, rows, inside, penalty_ptr, best_ptr)
+    else:
+        y = tl.where(inside, y, 0.0).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + rows, y, mask=inside)
+        if FORM > 0:
+            y = y.to(tl.float32)
+            if SQUARES:
+                tl.store(squares_ptr + tl.program_id(0), tl.sum(y * y))
+                y *= gain
+            hand_over(y, rows, inside, values_ptr, steps_ptr, N, FORM, SPAN)

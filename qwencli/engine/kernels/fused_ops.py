@@ -19,8 +19,9 @@ import triton
 
 from qwencli.engine.kernels.attention import decode_attention_kernel
 from qwencli.engine.kernels.gemv import gemv_kernel
-from qwencli.engine.kernels.gemv_quantized import gemv_quantized_kernel, pieces
-from qwencli.engine.kernels.several import BLOCKS, Epilogue, SeveralProducts, in_blocks
+from qwencli.engine.kernels.gemv_quantized import gemv_quantized_kernel
+from qwencli.engine.kernels.handover import Form
+from qwencli.engine.kernels.several import Epilogue, SeveralProducts
 from qwencli.engine.kernels.step import NOTHING_CHOSEN, accept_kernel, choose_kernel
 from qwencli.engine.kernels.tiles import (
     GemvTiles,
@@ -29,6 +30,7 @@ from qwencli.engine.kernels.tiles import (
     attention_tiles,
     default_tiles,
 )
+from qwencli.engine.kernels.vectors import BLOCK_WORDS, Reader, Vectors, in_words
 from qwencli.engine.native.decoder_ops import (
     Choice,
     DecoderOps,
@@ -119,9 +121,9 @@ class FusedOps:
         self._arrived = buffer(MOST_ROWS * kv_heads, of=torch.int32)
         # tl.dot would round float32 operands to TF32 otherwise.
         self._precision = "ieee" if exact else "tf32"
-        self._several = SeveralProducts(
-            self._best, tiles_of, self._launch.options, self._precision, self._launch.fp8
-        )
+        longest = max(shape.hidden_size, shape.q_size, shape.intermediate_size)
+        self._vectors = Vectors(longest, device, self._launch.options)
+        self._several = SeveralProducts(self._best, tiles_of, self._launch.options, self._precision)
 
     def ops(self, own_attention: bool) -> DecoderOps:
         """All kernels, or all but attention, which then stays with the step's own."""
@@ -140,7 +142,7 @@ class FusedOps:
 
     def norm_qkv(self, hidden: Tensor, layer: Layer) -> Tensor:
         qkv = self._qkv[: len(hidden)]
-        self._gemv(hidden, layer.qkv, qkv, norm=layer.attn_norm, bias=layer.qkv_bias)
+        self._gemv(hidden, Reader(layer.attn_norm, layer.qkv), qkv, bias=layer.qkv_bias)
         return qkv
 
     def attend(self, qkv: Tensor, layer: Layer, step: Step) -> Tensor:
@@ -153,6 +155,8 @@ class FusedOps:
         gains = qkv if norm is None else norm.weight
         lanes = self._heads * triton.next_power_of_2(step.length)
         attended = self._attended[: len(qkv)]
+        reader = Reader(None, layer.o) if len(qkv) == 1 else None
+        handed = self._vectors.offer(reader, layer.head_dim, 0)
         decode_attention_kernel[step.batch * layer.num_kv_heads, self._tiles.splits](
             qkv,
             gains[0],
@@ -167,6 +171,8 @@ class FusedOps:
             self._tops,
             self._totals,
             self._arrived,
+            handed.values,
+            handed.steps,
             cache.shape[2],
             0.0 if norm is None else norm.eps,
             KVH=layer.num_kv_heads,
@@ -180,31 +186,39 @@ class FusedOps:
             NORM=norm is not None,
             KV_MAX=kv_max,
             PRECISION=self._precision,
+            FORM=int(handed.form),
+            SPAN=handed.span,
             **self._launch.options(self._tiles.warps_for(lanes)),
         )
+        self._vectors.handed(attended, handed)
         return attended
 
     def o_residual(self, attended: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
-        self._gemv(attended, layer.o, hidden, bias=layer.o_bias, add=True)
+        after = Reader(layer.mlp_norm, layer.gate_up)
+        self._gemv(
+            attended, Reader(None, layer.o), hidden, after=after, bias=layer.o_bias, add=True
+        )
         return hidden
 
     def norm_gate_up(self, hidden: Tensor, layer: Layer) -> Tensor:
         activated = self._activated[: len(hidden)]
-        self._gemv(hidden, layer.gate_up, activated, norm=layer.mlp_norm, gated=True)
+        reader, after = Reader(layer.mlp_norm, layer.gate_up), Reader(None, layer.down)
+        self._gemv(hidden, reader, activated, after=after, gated=True)
         return activated
 
     def down_residual(self, activated: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
-        self._gemv(activated, layer.down, hidden, add=True)
+        after = Reader(layer.next_norm, layer.next_matrix)
+        self._gemv(activated, Reader(None, layer.down), hidden, after=after, add=True)
         return hidden
 
     def norm_head(self, hidden: Tensor, norm: RMSNorm, head: Matrix) -> Tensor:
         """Logits [N, V], float32."""
         logits = self._logits[: len(hidden)]
-        self._gemv(hidden, head, logits, norm=norm)
+        self._gemv(hidden, Reader(norm, head), logits)
         return logits
 
     def choose(self, hidden: Tensor, norm: RMSNorm, head: Matrix, choice: Choice) -> None:
-        self._gemv(hidden, head, self._logits, norm=norm, choice=choice)
+        self._gemv(hidden, Reader(norm, head), self._logits, choice=choice)
         choose_kernel[1,](
             self._best,
             choice.token,
@@ -223,7 +237,7 @@ class FusedOps:
         self, hidden: Tensor, norm: RMSNorm, head: Matrix, choice: Choice, drafts: Drafts
     ) -> None:
         logits = self._logits[: len(hidden)]
-        self._gemv(hidden, head, logits, norm=norm, choice=choice, fed=drafts.fed)
+        self._gemv(hidden, Reader(norm, head), logits, choice=choice, fed=drafts.fed)
         accept_kernel[1,](
             self._best,
             choice.token,
@@ -248,70 +262,78 @@ class FusedOps:
     def _gemv(
         self,
         x: Tensor,
-        matrix: Matrix,
+        reader: Reader,
         y: Tensor,
-        norm: RMSNorm | None = None,
+        after: Reader | None = None,
         bias: Tensor | None = None,
         gated: bool = False,
         add: bool = False,
         choice: Choice | None = None,
         fed: Tensor | None = None,
     ) -> None:
-        """`matrix` is quantized, or the [in, out] view of a contiguous [out, in] weight."""
+        """y = the product of `reader`, whose matrix is quantized or the [in, out] view of a
+        contiguous [out, in] weight, with `x`; `after` reads y."""
+        matrix, norm = reader.matrix, reader.norm
         if len(x) > 1:
             self._several(x, matrix, y, Epilogue(norm, bias, gated, add, choice, fed))
             return
         quantized = matrix if isinstance(matrix, Quantized) else None
-        if quantized is None:
-            columns, rows = dense(matrix, x).shape
-            assert dense(matrix, x).stride() == (1, columns), "kernels read rows of the weight"
-        else:
-            columns, rows = quantized.columns, quantized.rows
+        way = in_words(matrix)
+        data = dense(matrix, x).t() if quantized is None else quantized.data
+        assert data.is_contiguous(), "kernels read rows of the weight"
+        rows, columns = data.shape if quantized is None else (quantized.rows, quantized.columns)
         rows = rows // 2 if gated else rows
+        if way is not None:
+            storage = way.storage
+        else:
+            storage = Storage.FLOAT if quantized is None else Storage.BYTES
+        tiles = self._tiles_of(MatrixKind(rows, columns, storage, gated))
+        programs = triton.cdiv(rows, tiles.rows)
+        vector = self._vectors.read(x, reader)
+        handed = self._vectors.offer(after, tiles.rows, programs)
         ends = (
-            y if bias is None else bias,
+            bias,
             y,
             y if choice is None else choice.seen,
             y if choice is None else choice.penalty,
             self._best,
+            None if handed.norm is None else handed.norm.weight,
+            handed.values,
+            handed.steps,
+            handed.squares,
             rows,
             0.0 if norm is None else norm.eps,
         )
-        gain = x if norm is None else norm.weight
         modes = {
             "K": columns,
-            "NORM": norm is not None,
+            "ROWS": tiles.rows,
+            "SHARES": vector.shares,
             "SWIGLU": gated,
-            "BIAS": bias is not None,
             "ADD": add,
             "ARGMAX": choice is not None,
+            "FORM": int(handed.form),
+            "SPAN": handed.span,
+            **self._launch.options(tiles.num_warps),
         }
-        if quantized is not None and in_blocks(quantized, self._launch.fp8):
-            bits, storage = BLOCKS[quantized.scheme]
-            grouped, fp8 = quantized.grouped, quantized.scheme is Scheme.FP8
-            table = quantized.table
-            tiles = self._tiles_of(MatrixKind(rows, columns, storage, gated))
-            gemv_quantized_kernel[triton.cdiv(rows, tiles.rows),](
-                x, gain, quantized.data.view(torch.int32), quantized.scale,
-                quantized.zero if grouped else quantized.scale,
-                None if table is None else table.codes, quantized.order, *ends,
-                BITS=bits, FP8=fp8, G=quantized.group, GROUPED=grouped,
-                STEP=1.0 if table is None else table.step,
-                PIECES=pieces(columns, bits, tiles.block), ROWS=tiles.rows,
-                ASM=self._launch.fp8 if fp8 else x.is_cuda,
-                **modes, **self._launch.options(tiles.num_warps),
+        if quantized is not None and way is not None:
+            table, fp8 = quantized.table, quantized.scheme is Scheme.FP8
+            gemv_quantized_kernel[programs,](
+                vector.values.view(torch.int32), vector.steps, vector.squares,
+                data.view(torch.int32), quantized.scale,
+                quantized.zero if quantized.grouped else None,
+                None if table is None else table.codes, *ends,
+                BITS=way.bits, FP8=fp8, G=quantized.group, GROUPED=quantized.grouped,
+                TABLE_STEP=1.0 if table is None else table.step,
+                COUNT=max(tiles.block * way.bits // (BLOCK_WORDS * 32), 1),
+                ASM=self._launch.fp8 if fp8 else x.is_cuda, **modes,
             )  # fmt: skip
-            return
-        data = quantized.data if quantized is not None else dense(matrix, x)
-        scale = x if quantized is None else quantized.scale
-        storage = Storage.BYTES if quantized else Storage.FLOAT
-        tiles = self._tiles_of(MatrixKind(rows, columns, storage, gated))
-        gemv_kernel[triton.cdiv(rows, tiles.rows),](
-            x, gain, data, scale, *ends,
-            BLOCK=tiles.block, ROWS=tiles.rows, WHOLE=rows % tiles.rows == 0,
-            SCALED=quantized is not None,
-            **modes, **self._launch.options(tiles.num_warps),
-        )  # fmt: skip
+        else:
+            gemv_kernel[programs,](
+                x if vector.form is Form.NONE else vector.values.view(torch.float32),
+                vector.squares, data, None if quantized is None else quantized.scale, *ends,
+                BLOCK=tiles.block, WHOLE=rows % tiles.rows == 0, **modes,
+            )  # fmt: skip
+        self._vectors.handed(y, handed)
 
 
 def fused_ops(

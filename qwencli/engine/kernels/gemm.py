@@ -6,10 +6,10 @@ ROWS rows of the result. A tile of its weights is cut into PARTS along the colum
 warp at least, whose products are added up at the end. While one tile is worked on the next is read;
 the first one is on its way before the wait for the kernel in front (programmatic dependent launch).
 
-Vectors are rounded as the kernels for one vector round them, so that a token checked is the token
-that would have been chosen: for float weights to the type they have, after their norm; for
-quantized ones in blocks with a scale each, of the same columns and to the same steps, which are
-PART columns here.
+Vectors are rounded as those handed over one at a time are (`handover`), so that a token checked is
+the token that would have been chosen: for float weights to the type they have, after their norm;
+for quantized ones in blocks of SPAN columns, to the same steps. What is rounded is then multiplied
+in float16, in units of each part's largest value.
 """
 
 from __future__ import annotations
@@ -111,12 +111,13 @@ def gemm_kernel(
     SCALED: tl.constexpr,
     BITS: tl.constexpr,
     FP8: tl.constexpr,
+    SPAN: tl.constexpr,
     G: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """As `gemv_kernel` for each vector. BITS: of weights whose vectors are rounded in blocks, else
-    0; int4 has groups of G columns.
+    """As `gemv_kernel` for each vector. BITS: of weights whose vectors are rounded in blocks, of
+    SPAN columns, else 0; int4 has groups of G columns.
 
     A token fed counts as seen for its own vector and those after it.
     """
@@ -158,7 +159,7 @@ def gemm_kernel(
             wide = x.to(tl.float32)
             if NORM:
                 wide *= gain
-            q, step = in_steps(wide, FP8)
+            q, step = in_steps(wide, FP8, SPAN)
             acc += quantized_dots(
                 w, q, step, scale_ptr, zero_ptr, start, rows, N, K, BITS, G, PARTS, PART
             )
@@ -208,16 +209,23 @@ def gemm_kernel(
 
 
 @triton.jit
-def in_steps(x, FP8: tl.constexpr):
-    """Vectors [PARTS, PART, 8], float32, in steps of a part's largest value: the rounded numbers of
-    steps, and the steps [PARTS, 1, 8]. See `gemv_quantized.packed`."""
-    step = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-30)[:, None, :]
-    x *= 1.0 / step
-    if not FP8:
+def in_steps(x, FP8: tl.constexpr, SPAN: tl.constexpr):
+    """Vectors [PARTS, PART, 8], float32, rounded as `hand_over` rounds them: in units of a part's
+    largest value, float16, and those units [PARTS, 1, 8]."""
+    PARTS: tl.constexpr = x.shape[0]
+    PART: tl.constexpr = x.shape[1]
+    unit = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-30)[:, None, :]
+    x = tl.reshape(x, (PARTS, PART // SPAN, SPAN, 8))
+    largest = tl.maximum(tl.max(tl.abs(x), axis=2), 1e-30)[:, :, None, :]
+    x *= 1.0 / largest
+    if FP8:
+        x = x.to(tl.float16).to(tl.float32) * largest
+    else:
         # Adding 1.5 * 2^23 rounds to an integer, in the lowest bits of the result.
-        x = ((x * 127.0 + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.float32)
-        step /= 127.0
-    return x.to(tl.float16), step
+        q = (x * 127.0 + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+        x = q.to(tl.float32) * (largest * (1.0 / 127.0))
+    x = tl.reshape(x, (PARTS, PART, 8)) * (1.0 / unit)
+    return x.to(tl.float16), unit
 
 
 @triton.jit
@@ -236,10 +244,7 @@ def quantized_dots(
     PARTS: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Products of a tile of weights with vectors in steps: [PARTS, ROWS, 8].
-
-    Integers of 11 bits are exact in float16, and so are the sums of a part in float32.
-    """
+    """Products of a tile of weights with vectors in units of `step`: [PARTS, ROWS, 8]."""
     if BITS == 8:
         products = tl.dot(w.to(q.dtype), q)
     else:

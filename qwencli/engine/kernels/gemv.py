@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwencli.engine.kernels.epilogue import offer_best
+from qwencli.engine.kernels.epilogue import constants_of_rows, finish_rows, state_of_rows
+from qwencli.engine.kernels.handover import norm_factor
 
 
 @triton.jit
@@ -49,84 +50,71 @@ def vector_tiles(ptr, K: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def gemv_kernel(
-    x_ptr,  # [K]
-    gain_ptr,  # [K], weight of the RMS norm of x
+    x_ptr,  # [K]; with SHARES float32, the gain of its norm in it
+    squares_ptr,  # float32 [SHARES]
     w_ptr,  # [N, K], or [2 N, K] for SWIGLU; a float type, or int8 or fp8 with a scale a row
-    scale_ptr,  # float32 [N], or [2 N]
-    bias_ptr,  # [N]
+    scale_ptr,  # float32 [N], or [2 N]; None = no scales
+    bias_ptr,  # [N]; None = no bias
     y_ptr,  # [N]
     seen_ptr,  # bool [N]
     penalty_ptr,  # float32 []
     best_ptr,  # int64 []
+    next_gain_ptr,  # [N], of the norm of what reads the result; None = no norm
+    values_ptr,
+    steps_ptr,
+    next_squares_ptr,  # float32 [programs]
     N,
     eps,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     WHOLE: tl.constexpr,
-    NORM: tl.constexpr,
+    SHARES: tl.constexpr,
     SWIGLU: tl.constexpr,
-    BIAS: tl.constexpr,
     ADD: tl.constexpr,
     ARGMAX: tl.constexpr,
-    SCALED: tl.constexpr,
+    FORM: tl.constexpr,
+    SPAN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y = epilogue(W norm(x)).
+    """y = epilogue(W x), see `finish_rows`.
 
-    NORM: x is normed with `gain`. SWIGLU: y = silu(W[:N] x) * (W[N:] x). BIAS: added. ADD: the
-    result is added to y. ARGMAX: y is not written; the rows are offered to `best`.
+    SHARES: programs that handed over x and the squares that norm it, 0 = no norm. SWIGLU:
+    y = silu(W[:N] x) * (W[N:] x). ADD: the result is added to y. FORM: see `handover`.
     """
-    TILES: tl.constexpr = (K + BLOCK - 1) // BLOCK
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < N
     w = row_tiles(w_ptr, rows, N, K, BLOCK, WHOLE)
     if SWIGLU:
-        up_ptr = w_ptr + N.to(tl.int64) * K
-        up = row_tiles(up_ptr, rows, N, K, BLOCK, WHOLE)
-    if NORM:
-        gains = vector_tiles(gain_ptr, K, BLOCK)
-    if SCALED:
+        up = row_tiles(w_ptr + N.to(tl.int64) * K, rows, N, K, BLOCK, WHOLE)
+    if scale_ptr is not None:
         row_scale = tl.load(scale_ptr + rows, mask=inside, other=0.0)
         if SWIGLU:
             up_scale = tl.load(scale_ptr + N + rows, mask=inside, other=0.0)
-    if BIAS:
-        bias = tl.load(bias_ptr + rows, mask=inside, other=0.0)
+    constants = constants_of_rows(rows, inside, bias_ptr, next_gain_ptr)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     xs = vector_tiles(x_ptr, K, BLOCK)
-    if ADD:
-        before = tl.load(y_ptr + rows, mask=inside, other=0.0)
-    if ARGMAX:
-        seen = tl.load(seen_ptr + rows, mask=inside, other=0) != 0
+    norm = 1.0
+    if SHARES > 0:
+        norm = norm_factor(squares_ptr, K, eps, SHARES)
+    state = state_of_rows(rows, inside, y_ptr, seen_ptr, ADD, ARGMAX)
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
     up_sums = tl.zeros((ROWS, BLOCK), tl.float32)
-    squares = tl.zeros((1, BLOCK), tl.float32)
-    for i in tl.static_range(TILES):
+    for i in tl.static_range((K + BLOCK - 1) // BLOCK):
         x = xs[i].to(tl.float32)
-        if NORM:
-            squares += x * x
-            x *= gains[i].to(tl.float32)
         sums += w[i].to(tl.float32) * x
         if SWIGLU:
             up_sums += up[i].to(tl.float32) * x
-    scale = 1.0
-    if NORM:
-        scale = tl.rsqrt(tl.sum(squares) / K + eps)
-    y = tl.sum(sums, axis=1) * scale
-    up_y = tl.sum(up_sums, axis=1) * scale
-    if SCALED:
+    y = tl.sum(sums, axis=1) * norm
+    up_y = tl.sum(up_sums, axis=1) * norm
+    if scale_ptr is not None:
         y *= row_scale
         if SWIGLU:
             up_y *= up_scale
-    if SWIGLU:
-        y = y * tl.sigmoid(y) * up_y
-    if BIAS:
-        y += bias.to(tl.float32)
-    if ADD:
-        y += before.to(tl.float32)
-    if ARGMAX:
-        offer_best(y, seen, rows, inside, penalty_ptr, best_ptr)
-    else:
-        tl.store(y_ptr + rows, y, mask=inside)
+    finish_rows(
+        y, up_y, rows, inside, constants, state, y_ptr, penalty_ptr, best_ptr,
+        values_ptr, steps_ptr, next_squares_ptr, N, SWIGLU, ARGMAX, FORM, SPAN,
+        next_gain_ptr is not None,
+    )  # fmt: skip

@@ -1,11 +1,9 @@
 """Matrix-vector products of int8, int4 and fp8 weights.
 
 At 8 bits and less a product is bound by instructions before it is bound by the memory, if every
-weight is turned into a float32 first. So the vector is rounded to what can be multiplied several
-values at a time, in blocks of a scale each (as the Q8_0 and Q8_1 blocks of llama.cpp are): to int8,
-where one instruction multiplies and adds four values (dp4a, compute capability 6.1 and later), or
-for fp8 weights to float16, of which it takes two. Each program rounds the vector for itself, while
-the weights it asked for are on their way.
+weight is turned into a float32 first. So the vector comes in steps of what can be multiplied
+several values at a time (`handover`): int8, where one instruction multiplies and adds four values
+(dp4a, compute capability 6.1 and later), or for fp8 weights float16, of which it takes two.
 
 nf4 and fp4 are int8 too once looked up: the table's 16 values, rounded to int8 (0.3% off for nf4),
 lie in four registers, of which three byte permutations take four values at a time (as llama.cpp
@@ -18,22 +16,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwencli.engine.kernels.epilogue import offer_best
+from qwencli.engine.kernels.epilogue import constants_of_rows, finish_rows, state_of_rows
+from qwencli.engine.kernels.handover import norm_factor
 
 BLOCK_WORDS = 4  # of int32: what a thread reads at once
-
-
-def pieces(columns: int, bits: int, block: int) -> tuple[tuple[int, int], ...]:
-    """A row's blocks as (first, count) with counts of powers of two, `block` columns at most."""
-    per_block = BLOCK_WORDS * 32 // bits
-    most, there = block // per_block, columns // per_block
-    cut = [(i * most, most) for i in range(there // most)]
-    size = most // 2
-    while size:
-        if there & size:
-            cut.append((there // (2 * size) * 2 * size, size))
-        size //= 2
-    return tuple(cut)
 
 
 @triton.jit
@@ -146,120 +132,114 @@ def to_float(x):
 
 
 @triton.jit
-def word_blocks(w_ptr, rows, N, PIECES: tl.constexpr, WORDS: tl.constexpr):
-    """Start reading rows of int32 [N, WORDS]: a tile [ROWS, count, 4] a piece."""
+def word_tiles(w_ptr, first, N, WORDS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):
+    """Start reading ROWS rows from `first` on of int32 [N, WORDS]: tiles [ROWS * TILE], row by row.
+
+    One axis leaves the compiler one way to share a tile among threads: four words each, in order.
+    So what belongs to the words, loaded likewise, is where it is needed.
+    """
+    flat = tl.arange(0, ROWS * TILE)
+    row = first + flat // TILE
     tiles = ()
-    for i in tl.static_range(len(PIECES)):
-        blocks = PIECES[i][0] + tl.arange(0, PIECES[i][1])
-        words = blocks[:, None] * 4 + tl.arange(0, 4)[None, :]
-        at = rows.to(tl.int64)[:, None, None] * WORDS + words[None, :, :]
-        there = (rows < N)[:, None, None]
-        tile = tl.load(w_ptr + at, mask=there, other=0, eviction_policy="evict_first")
-        tiles += (tile,)  # type: ignore[assignment]
+    for i in tl.static_range((WORDS + TILE - 1) // TILE):
+        word = i * TILE + flat % TILE
+        there = (row < N) & (word < WORDS)
+        at = row.to(tl.int64) * WORDS + word
+        tiles += (tl.load(w_ptr + at, mask=there, other=0, eviction_policy="evict_first"),)  # type: ignore[assignment]
     return tiles
 
 
 @triton.jit
-def group_values(ptr, rows, N, PIECES: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr):
-    """Start reading what belongs to the groups of blocks, SPAN blocks each: [ROWS, count]."""
-    tiles = ()
-    for i in tl.static_range(len(PIECES)):
-        groups = (PIECES[i][0] + tl.arange(0, PIECES[i][1])) // SPAN
-        at = rows[:, None] * GROUPS + groups[None, :]
-        tiles += (tl.load(ptr + at, mask=(rows < N)[:, None], other=0.0),)  # type: ignore[assignment]
-    return tiles
-
-
-@triton.jit
-def scaled(
-    x_ptr,
-    gain_ptr,
-    order_ptr,
-    FIRST: tl.constexpr,
+def group_tiles(
+    ptr,
+    first,
+    N,
+    GROUPS: tl.constexpr,
+    SPAN: tl.constexpr,
     COUNT: tl.constexpr,
-    C: tl.constexpr,
-    NORM: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Blocks of the vector, of C columns: their values at most 1 [COUNT, C], what those stand for
-    [COUNT], and the sum of the squares."""
-    at = (FIRST + tl.arange(0, COUNT))[:, None] * C + tl.arange(0, C)[None, :]
-    if order_ptr is not None:
-        at = tl.load(order_ptr + at)
-    x = tl.load(x_ptr + at).to(tl.float32)
-    squares = 0.0
-    if NORM:
-        squares = tl.sum(x * x)
-        x *= tl.load(gain_ptr + at).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-30)
-    return x * (1.0 / largest)[:, None], largest, squares
+    """Start reading what belongs to the groups of blocks, SPAN blocks each: [ROWS * COUNT]."""
+    flat = tl.arange(0, ROWS * COUNT)
+    row = first + flat // COUNT
+    tiles = ()
+    for i in tl.static_range((GROUPS * SPAN + COUNT - 1) // COUNT):
+        group = (i * COUNT + flat % COUNT) // SPAN
+        there = (row < N) & (group < GROUPS)
+        tiles += (tl.load(ptr + row * GROUPS + group, mask=there, other=0.0),)  # type: ignore[assignment]
+    return tiles
 
 
 @triton.jit
-def packed(x, BITS: tl.constexpr, FP8: tl.constexpr):
-    """Rounded blocks [COUNT, C] as words that meet a word of weights, [COUNT, 4] twice, and their
-    sums [COUNT] in steps.
-
-    fp8: two float16 a word, the first two and the last two columns. int4: four int8, the low and
-    the high halves of the bytes. int8: only the first is of use.
-    """
-    COUNT: tl.constexpr = x.shape[0]
-    C: tl.constexpr = x.shape[1]
-    if FP8:
-        bits = x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        bits = bits << (16 * (tl.arange(0, C) % 2))[None, :]
-        low, high = tl.split(tl.sum(tl.reshape(bits, (COUNT, 4, 2, 2)), axis=3))
-        sums = tl.sum(x, axis=1)
-    else:
-        # Adding 1.5 * 2^23 rounds to an integer, in the lowest bits of the result.
-        q = (x * 127.0 + 12582912.0).to(tl.int32, bitcast=True)
-        bits = (q & 0xFF) << (8 * (tl.arange(0, C) % 4))[None, :]
-        if BITS == 8:
-            low = tl.sum(tl.reshape(bits, (COUNT, 4, 4)), axis=2)
-            high = low
-        else:
-            low, high = tl.split(tl.sum(tl.reshape(bits, (COUNT, 4, 2, 4)), axis=3))
-        sums = tl.sum(q - 0x4B400000, axis=1).to(tl.float32)
-    return low, high, sums
+def of_words(blocks):
+    """Values of blocks [n] as those of their four words, float32 [4 * n]."""
+    COUNT: tl.constexpr = blocks.shape[0]
+    spread = tl.broadcast_to(blocks.to(tl.float32)[:, None], (COUNT, 4))
+    return tl.reshape(spread, (4 * COUNT,))
 
 
 @triton.jit
-def products(w, low, high, codes, BITS: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr):
-    """Blocks of weights times the packed vector: [ROWS, COUNT], in steps of both.
-
-    `codes`: of a table, else None.
-    """
-    low = tl.broadcast_to(low[None, :, :], w.shape)
-    high = tl.broadcast_to(high[None, :, :], w.shape)
-    if FP8:
-        result = tl.sum(dot4_fp8(w, low, high, ASM), axis=2)
+def vector_words(x_ptr, i, WORDS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):
+    """Words i * TILE on of [WORDS] for every row, [ROWS * TILE]; 0 behind their end."""
+    word = i * TILE + tl.arange(0, ROWS * TILE) % TILE
+    if WORDS % TILE == 0:
+        x = tl.load(x_ptr + word)
     else:
-        sums = tl.zeros_like(w)
+        x = tl.load(x_ptr + word, mask=word < WORDS, other=0)
+    return x
+
+
+@triton.jit
+def products(w, low, high, step, codes, BITS: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr):
+    """Words of weights times the vector's columns there, float32.
+
+    low, high: what meets the low and the high half of a word; int8 has low alone. `codes`: of a
+    table, else None.
+    """
+    if FP8:
+        sums = dot4_fp8(w, low, high, ASM)
+    else:
+        q = tl.zeros_like(w)
         if BITS == 8:
-            sums = dot4(w, low, sums, ASM)
+            q = dot4(w, low, q, ASM)
         elif codes is not None:
-            sums = dot4(looked_up(w, codes, ASM), low, sums, ASM)
-            sums = dot4(looked_up(w >> 16, codes, ASM), high, sums, ASM)
+            q = dot4(looked_up(w, codes, ASM), low, q, ASM)
+            q = dot4(looked_up(w >> 16, codes, ASM), high, q, ASM)
         else:
-            sums = dot4(w & 0x0F0F0F0F, low, sums, ASM)
-            sums = dot4((w >> 4) & 0x0F0F0F0F, high, sums, ASM)
-        result = to_float(tl.sum(sums, axis=2))
-    return result
+            q = dot4(w & 0x0F0F0F0F, low, q, ASM)
+            q = dot4((w >> 4) & 0x0F0F0F0F, high, q, ASM)
+        sums = to_float(q)
+    return sums * step
+
+
+@triton.jit
+def vector_sums(low, high, step, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Sums of the vector's columns at each word. Zeros are of int8 and int4 alone."""
+    ones = tl.full(low.shape, 0x01010101, tl.int32)
+    q = dot4(ones, low, tl.zeros_like(low), ASM)
+    if BITS == 4:
+        q = dot4(ones, high, q, ASM)
+    return to_float(q) * step
 
 
 @triton.jit
 def gemv_quantized_kernel(
-    x_ptr,  # [K]
-    gain_ptr,  # [K], weight of the RMS norm of x
-    w_ptr,  # int32 [N, K * BITS / 32], or [2 N, ...] for SWIGLU
+    x_ptr,  # int32, `handover`'s values of [K]
+    step_ptr,  # float32 [WORDS], its steps
+    squares_ptr,  # float32 [SHARES]
+    w_ptr,  # int32 [N, WORDS], or [2 N, ...] for SWIGLU
     scale_ptr,  # [N], or with GROUPED [N, K / G], or of 2 N
     zero_ptr,  # with GROUPED: as scale; None = no zeros
     codes_ptr,  # int32 [4], of a table; None = values are what they are
-    order_ptr,  # int32 [K], which column of the matrix each is; None = in order
-    bias_ptr,  # [N]
+    bias_ptr,  # [N]; None = no bias
     y_ptr,  # [N]
     seen_ptr,  # bool [N]
     penalty_ptr,  # float32 []
     best_ptr,  # int64 []
+    next_gain_ptr,  # [N], of the norm of what reads the result; None = no norm
+    values_ptr,
+    next_steps_ptr,
+    next_squares_ptr,  # float32 [programs]
     N,
     eps,
     K: tl.constexpr,
@@ -267,41 +247,45 @@ def gemv_quantized_kernel(
     FP8: tl.constexpr,
     G: tl.constexpr,
     GROUPED: tl.constexpr,
-    STEP: tl.constexpr,
-    PIECES: tl.constexpr,
+    TABLE_STEP: tl.constexpr,
+    COUNT: tl.constexpr,
     ROWS: tl.constexpr,
-    NORM: tl.constexpr,
+    SHARES: tl.constexpr,
     SWIGLU: tl.constexpr,
-    BIAS: tl.constexpr,
     ADD: tl.constexpr,
     ARGMAX: tl.constexpr,
+    FORM: tl.constexpr,
+    SPAN: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """As `gemv_kernel`, of weights of BITS; PIECES are `pieces` of a row.
+    """As `gemv_kernel`, of weights of BITS in words, WORDS of them a row, COUNT blocks of four
+    words at a time.
 
     ASM: with instructions that Triton's language does not have.
 
     GROUPED: G columns of a row share a scale and perhaps a zero. Otherwise rows have a scale each.
-    STEP: what a table's codes count.
+    TABLE_STEP: what a table's codes count.
     """
     WORDS: tl.constexpr = K * BITS // 32
+    TILE: tl.constexpr = 4 * COUNT
     GROUPS: tl.constexpr = K // G
-    SPAN: tl.constexpr = G * BITS // 128  # blocks of a group
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    BLOCKS: tl.constexpr = G * BITS // 128  # of a group
+    first = tl.program_id(0) * ROWS
+    rows = first + tl.arange(0, ROWS)
     inside = rows < N
-    w = word_blocks(w_ptr, rows, N, PIECES, WORDS)
+    w = word_tiles(w_ptr, first, N, WORDS, TILE, ROWS)
     if SWIGLU:
-        up = word_blocks(w_ptr + N.to(tl.int64) * WORDS, rows, N, PIECES, WORDS)
+        up = word_tiles(w_ptr + N.to(tl.int64) * WORDS, first, N, WORDS, TILE, ROWS)
     if GROUPED:
-        scales = group_values(scale_ptr, rows, N, PIECES, GROUPS, SPAN)
+        scales = group_tiles(scale_ptr, first, N, GROUPS, BLOCKS, COUNT, ROWS)
         if zero_ptr is not None:
-            zeros = group_values(zero_ptr, rows, N, PIECES, GROUPS, SPAN)
+            zeros = group_tiles(zero_ptr, first, N, GROUPS, BLOCKS, COUNT, ROWS)
         if SWIGLU:
             far = N * GROUPS
-            up_scales = group_values(scale_ptr + far, rows, N, PIECES, GROUPS, SPAN)
+            up_scales = group_tiles(scale_ptr + far, first, N, GROUPS, BLOCKS, COUNT, ROWS)
             if zero_ptr is not None:
-                up_zeros = group_values(zero_ptr + far, rows, N, PIECES, GROUPS, SPAN)
+                up_zeros = group_tiles(zero_ptr + far, first, N, GROUPS, BLOCKS, COUNT, ROWS)
     else:
         row_scale = tl.load(scale_ptr + rows, mask=inside, other=0.0)
         if SWIGLU:
@@ -314,61 +298,44 @@ def gemv_quantized_kernel(
             tl.load(codes_ptr + 2),
             tl.load(codes_ptr + 3),
         )
-    if BIAS:
-        bias = tl.load(bias_ptr + rows, mask=inside, other=0.0)
+    constants = constants_of_rows(rows, inside, bias_ptr, next_gain_ptr)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    if ADD:
-        before = tl.load(y_ptr + rows, mask=inside, other=0.0)
-    if ARGMAX:
-        seen = tl.load(seen_ptr + rows, mask=inside, other=0) != 0
-    y = tl.zeros((ROWS,), tl.float32)
-    up_y = tl.zeros((ROWS,), tl.float32)
-    squares = 0.0
-    for i in tl.static_range(len(PIECES)):
-        x, step, square = scaled(
-            x_ptr, gain_ptr, order_ptr, PIECES[i][0], PIECES[i][1], 128 // BITS, NORM
-        )
-        squares += square
-        low, high, total = packed(x, BITS, FP8)
-        if not FP8:
-            step /= 127.0
-        if codes_ptr is not None:
-            step *= STEP
-        total = (total * step)[None, :]
-        step = step[None, :]
-        sums = products(w[i], low, high, codes, BITS, FP8, ASM) * step
-        if GROUPED:
-            if zero_ptr is None:
-                sums *= scales[i].to(tl.float32)
-            else:
-                sums = scales[i].to(tl.float32) * (sums - zeros[i].to(tl.float32) * total)
-        y += tl.sum(sums, axis=1)
-        if SWIGLU:
-            sums = products(up[i], low, high, codes, BITS, FP8, ASM) * step
-            if GROUPED:
-                if zero_ptr is None:
-                    sums *= up_scales[i].to(tl.float32)
-                else:
-                    sums = up_scales[i].to(tl.float32) * (sums - up_zeros[i].to(tl.float32) * total)
-            up_y += tl.sum(sums, axis=1)
     norm = 1.0
-    if NORM:
-        norm = tl.rsqrt(squares / K + eps)
-    y *= norm
-    up_y *= norm
+    if SHARES > 0:
+        norm = norm_factor(squares_ptr, K, eps, SHARES)
+    state = state_of_rows(rows, inside, y_ptr, seen_ptr, ADD, ARGMAX)
+    sums = tl.zeros((ROWS * TILE,), tl.float32)
+    up_sums = tl.zeros((ROWS * TILE,), tl.float32)
+    for i in tl.static_range((WORDS + TILE - 1) // TILE):
+        low = vector_words(x_ptr, i, WORDS, TILE, ROWS)
+        high = low
+        if BITS == 4 or FP8:
+            high = vector_words(x_ptr + WORDS, i, WORDS, TILE, ROWS)
+        step = vector_words(step_ptr, i, WORDS, TILE, ROWS)
+        part = products(w[i], low, high, step, codes, BITS, FP8, ASM)
+        if zero_ptr is not None:
+            total = vector_sums(low, high, step, BITS, ASM)
+            part -= of_words(zeros[i]) * total
+        if GROUPED:
+            part *= of_words(scales[i])
+        sums += part
+        if SWIGLU:
+            part = products(up[i], low, high, step, codes, BITS, FP8, ASM)
+            if zero_ptr is not None:
+                part -= of_words(up_zeros[i]) * total
+            if GROUPED:
+                part *= of_words(up_scales[i])
+            up_sums += part
+    y = tl.sum(tl.reshape(sums, (ROWS, TILE)), axis=1) * (norm * TABLE_STEP)
+    up_y = tl.sum(tl.reshape(up_sums, (ROWS, TILE)), axis=1) * (norm * TABLE_STEP)
     if not GROUPED:
         y *= row_scale
         if SWIGLU:
             up_y *= up_scale
-    if SWIGLU:
-        y = y * tl.sigmoid(y) * up_y
-    if BIAS:
-        y += bias.to(tl.float32)
-    if ADD:
-        y += before.to(tl.float32)
-    if ARGMAX:
-        offer_best(y, seen, rows, inside, penalty_ptr, best_ptr)
-    else:
-        tl.store(y_ptr + rows, y, mask=inside)
+    finish_rows(
+        y, up_y, rows, inside, constants, state, y_ptr, penalty_ptr, best_ptr,
+        values_ptr, next_steps_ptr, next_squares_ptr, N, SWIGLU, ARGMAX, FORM, SPAN,
+        next_gain_ptr is not None,
+    )  # fmt: skip

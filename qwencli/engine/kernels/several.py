@@ -10,21 +10,14 @@ import torch
 import triton
 
 from qwencli.engine.kernels.gemm import gemm_kernel
-from qwencli.engine.kernels.gemv_quantized import BLOCK_WORDS
+from qwencli.engine.kernels.handover import SPANS
 from qwencli.engine.kernels.tiles import GemvTiles, MatrixKind, Storage
+from qwencli.engine.kernels.vectors import BLOCK_WORDS, in_words
 from qwencli.engine.native.decoder_ops import Choice, Matrix, dense
 from qwencli.engine.native.quantized import Quantized, Scheme
 from qwencli.engine.native.rms_norm import RMSNorm
 
 Tensor = torch.Tensor
-# Bits of a weight, and how it is read.
-BLOCKS = {
-    Scheme.INT8: (8, Storage.INT8),
-    Scheme.FP8: (8, Storage.FP8),
-    Scheme.INT4: (4, Storage.INT4),
-    Scheme.NF4: (4, Storage.INT4),
-    Scheme.FP4: (4, Storage.INT4),
-}
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,6 @@ class SeveralProducts:
         best: int64 [8], where the keys of the likeliest rows go.
         options: launch options for a number of warps.
         precision: of float32 operands.
-        converts_fp8: see `in_blocks`.
     """
 
     def __init__(
@@ -60,11 +52,9 @@ class SeveralProducts:
         tiles_of: Callable[[MatrixKind], GemvTiles],
         options: Callable[[int], Mapping[str, Any]],
         precision: str,
-        converts_fp8: bool,
     ) -> None:
         self._best, self._tiles_of = best, tiles_of
         self._options, self._precision = options, precision
-        self._converts_fp8 = converts_fp8
 
     def __call__(self, x: Tensor, matrix: Matrix, y: Tensor, around: Epilogue) -> None:
         """y [S, rows] = epilogue(matrix norm(x)), x [S, columns]."""
@@ -78,8 +68,9 @@ class SeveralProducts:
         norm, choice = around.norm, around.choice
         rows = rows // 2 if around.gated else rows
         bits, storage = 0, Storage.FLOAT if quantized is None else Storage.BYTES
-        if quantized is not None and in_blocks(quantized, self._converts_fp8):
-            bits, storage = BLOCKS[quantized.scheme]
+        way = in_words(matrix)
+        if way is not None:
+            bits, storage = way.bits, way.storage
         tiles = self._tiles_of(MatrixKind(rows, columns, storage, around.gated, tokens=len(x)))
         part = BLOCK_WORDS * 32 // bits if bits else tiles.block // tiles.num_warps
         gemm_kernel[triton.cdiv(rows, tiles.rows),](
@@ -109,22 +100,11 @@ class SeveralProducts:
             SCALED=quantized is not None and zero is None,
             BITS=bits,
             FP8=quantized is not None and quantized.scheme is Scheme.FP8,
+            SPAN=1 if way is None else SPANS[way.form],
             G=columns if quantized is None else quantized.group,
             PRECISION=self._precision,
             **self._options(tiles.num_warps),
         )
-
-
-def in_blocks(matrix: Quantized, converts_fp8: bool) -> bool:
-    """Whether products with `matrix` round the vector in blocks.
-
-    Not with fp8 with a scale a row, where the GPU converts it: no faster in float16 than in float32
-    (docs/experiments.md).
-    """
-    if matrix.scheme is Scheme.FP8 and not matrix.grouped and converts_fp8:
-        return False
-    bits, _ = BLOCKS.get(matrix.scheme, (0, None))
-    return bits > 0 and matrix.columns % (BLOCK_WORDS * 32 // bits) == 0
 
 
 def is_read(matrix: Quantized) -> bool:

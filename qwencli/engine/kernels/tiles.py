@@ -1,8 +1,9 @@
 """How a kernel cuts up its work: from the shape alone, so the same choice every time.
 
-The figures are the fastest of a search on one H200 over the matrices of 2B, 4B and 8B models, each
-inside the whole decode step (results/2026-11-23-h200-kernels). Most others were within two
-percent. A thread reads 16 bytes of a row at a time. Those for several tokens come from what the
+The figures are the fastest of searches, each inside the whole decode step: for float weights over
+the matrices of 2B, 4B and 8B models on one H200 (results/2026-11-23-h200-kernels), for int8, int4
+and fp8 over those of a 4B model on one H100 (results/2026-11-25-h100-step). Most others were within
+two percent. A thread reads 16 bytes of a row at a time. Those for several tokens come from what the
 compiler makes of them: the widest that leave room for two programs a multiprocessor.
 """
 
@@ -95,24 +96,32 @@ _BY_COLUMNS: Mapping[tuple[Storage, bool], tuple[tuple[int, GemvTiles], ...]] = 
         (ANY, GemvTiles(2048, 2, 4)),
     ),
     (Storage.BYTES, True): ((4096, GemvTiles(512, 1, 1)), (ANY, GemvTiles(1024, 1, 2))),
-    (Storage.INT8, False): ((3072, GemvTiles(2048, 16, 4)), (ANY, GemvTiles(4096, 4, 8))),
-    (Storage.INT8, True): ((ANY, GemvTiles(2048, 4, 4)),),
-    (Storage.FP8, False): ((3072, GemvTiles(512, 4, 1)), (ANY, GemvTiles(2048, 8, 8))),
-    (Storage.FP8, True): ((ANY, GemvTiles(2048, 4, 4)),),
-    (Storage.INT4, False): (
-        (3072, GemvTiles(512, 4, 1)),
-        (6144, GemvTiles(4096, 16, 8)),
-        (ANY, GemvTiles(2048, 8, 4)),
+    (Storage.INT8, False): (
+        (3072, GemvTiles(512, 16, 8)),
+        (6144, GemvTiles(512, 8, 4)),
+        (ANY, GemvTiles(1024, 16, 16)),
     ),
-    (Storage.INT4, True): ((ANY, GemvTiles(512, 4, 1)),),
+    (Storage.INT8, True): ((ANY, GemvTiles(256, 16, 8)),),
+    (Storage.FP8, False): (
+        (3072, GemvTiles(256, 16, 4)),
+        (6144, GemvTiles(512, 16, 8)),
+        (ANY, GemvTiles(512, 4, 4)),
+    ),
+    (Storage.FP8, True): ((ANY, GemvTiles(512, 4, 2)),),
+    (Storage.INT4, False): (
+        (3072, GemvTiles(512, 8, 4)),
+        (6144, GemvTiles(1024, 16, 8)),
+        (ANY, GemvTiles(1024, 8, 4)),
+    ),
+    (Storage.INT4, True): ((ANY, GemvTiles(512, 8, 4)),),
 }
 # A vocabulary's matrix has rows enough for small programs.
 _MANY_ROWS = 1 << 16
 _OF_MANY_ROWS: Mapping[Storage, GemvTiles] = {
     Storage.BYTES: GemvTiles(512, 2, 1),
-    Storage.INT8: GemvTiles(512, 4, 1),
-    Storage.FP8: GemvTiles(512, 4, 1),
-    Storage.INT4: GemvTiles(512, 4, 1),
+    Storage.INT8: GemvTiles(512, 8, 4),
+    Storage.FP8: GemvTiles(512, 8, 8),
+    Storage.INT4: GemvTiles(512, 8, 4),
 }
 
 # For 2 to 8 tokens, by storage: of a matrix, and of two that are read at once.

@@ -50,10 +50,10 @@ class Decoder:
     ) -> None:
         self.shape = shape
         pick = _Matrices(weights, matrices or {}, by_rows)
-        self.layers = [_layer(shape, weights, i, pick) for i in range(shape.num_layers)]
         self.embedding = weights["text.embed"]
         self.norm = RMSNorm(weights["text.norm"], shape.rms_norm_eps)
         self.head = pick.head()
+        self.layers = _layers(shape, weights, pick, self.norm, self.head)
         # Of all layers' query and key heads, [2, layers, heads, D]; None without such norms.
         norms = [layer.qk_norm.gain for layer in self.layers if layer.qk_norm is not None]
         self.head_gains = gains_of_halves(torch.stack(norms)) if norms else None
@@ -95,7 +95,26 @@ class Decoder:
         ops.choose_several(hidden, self.norm, self.head, choice, drafts)
 
 
-def _layer(shape: TextShape, weights: Tensors, index: int, pick: _Matrices) -> Layer:
+def _layers(
+    shape: TextShape, weights: Tensors, pick: _Matrices, norm: RMSNorm, head: Matrix
+) -> list[Layer]:
+    """All layers; `norm` and `head` read the last one's result."""
+    layers: list[Layer] = []
+    for index in reversed(range(shape.num_layers)):
+        layer = _layer(shape, weights, index, pick, norm, head)
+        layers.insert(0, layer)
+        norm, head = layer.attn_norm, layer.qkv
+    return layers
+
+
+def _layer(
+    shape: TextShape,
+    weights: Tensors,
+    index: int,
+    pick: _Matrices,
+    next_norm: RMSNorm,
+    next_matrix: Matrix,
+) -> Layer:
     at = f"text.{index}."
     qk_norm = None
     if shape.qk_norm:
@@ -116,6 +135,8 @@ def _layer(shape: TextShape, weights: Tensors, index: int, pick: _Matrices) -> L
         mlp_norm=RMSNorm(weights[at + "mlp_norm"], shape.rms_norm_eps),
         gate_up=pick.columns(at + "gate_up"),
         down=pick.columns(at + "down"),
+        next_norm=next_norm,
+        next_matrix=next_matrix,
     )
 
 

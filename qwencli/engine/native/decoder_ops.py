@@ -33,6 +33,7 @@ class Layer:
     Args:
         qkv: [hidden, (H + 2 KVH) * D], q then k then v. gate_up: [hidden, 2 I].
         qk_norm: weight [H + KVH, D], the norms of the query and the key heads in one.
+        next_norm, next_matrix: what reads the layer's result, of the next layer or the head.
     """
 
     index: int
@@ -48,6 +49,8 @@ class Layer:
     mlp_norm: RMSNorm
     gate_up: Matrix
     down: Matrix
+    next_norm: RMSNorm
+    next_matrix: Matrix
 
 
 @dataclass(frozen=True)

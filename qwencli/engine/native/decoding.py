@@ -125,7 +125,7 @@ class DecodeState:
             self.token.fill_(int(logits.numpy().argmax()))
         else:
             self.token.copy_(self.sampler.sample(logits, self.step, self.kind))
-        self.step.add_(1)
+            self.step.add_(1)  # nothing but draws reads it
 
     def verify(self, kind: SamplerKind, size: int, plan: AttentionPlan) -> None:
         """One greedy step of `size` tokens: feed the last token and drafts behind it, choose one to

@@ -27,10 +27,11 @@ ROPE_THETA = 10_000.0
 # pictures of one size share theirs.
 LAYOUTS_KEPT = 8
 
+# In place: what goes in is the widest thing of a block.
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu_pytorch_tanh": lambda x: torch.ops.aten.gelu_(x, approximate="tanh"),
+    "silu": lambda x: F.silu(x, inplace=True),
+    "quick_gelu": lambda x: x.mul_(torch.sigmoid(1.702 * x)),
 }
 
 
@@ -55,7 +56,10 @@ class _Prepared:
 
 
 class VisionTower:
-    """Weights of one model's tower on one device, and the forward pass over them."""
+    """Weights of one model's tower on one device, and the forward pass over them.
+
+    Matrices may be of a shorter type than the rest: each is converted when it is multiplied by.
+    """
 
     def __init__(self, shape: VisionShape, weights: Tensors, attention: Attention) -> None:
         self.shape = shape
@@ -64,6 +68,7 @@ class VisionTower:
             for name, t in weights.items()
             if name.startswith("vision.")
         }
+        self._dtype = self._w["merger.norm"].dtype
         self._attention: SegmentAttention = SEGMENT_ATTENTION[attention]
         self._activation = ACTIVATIONS[shape.activation]
         self._prepared: dict[tuple[Grid, ...], _Prepared] = {}
@@ -81,8 +86,8 @@ class VisionTower:
         """
         self._check(patches, grids)
         ready = self._prepare(tuple(grids))
-        weight = self._w["patch"]
-        hidden = F.linear(patches.to(weight.dtype), weight, self._w.get("patch_bias"))
+        weight = self._w["patch"].to(self._dtype)
+        hidden = F.linear(patches.to(self._dtype), weight, self._w.get("patch_bias"))
         if ready.positions is not None:
             hidden = hidden + ready.positions
         if ready.order is not None:
@@ -153,27 +158,34 @@ class VisionTower:
         # Rotated in float32 as the reference does: angles are too coarse in bfloat16.
         q, k = rotate(qkv[:, :2].float(), *ready.rope).to(x.dtype).unbind(1)
         attended = attend_runs(q, k, qkv[:, 2], segments, self._attention)
-        hidden = hidden + self._linear(at + "proj", attended)
+        hidden = self._linear(at + "proj", attended).add_(hidden)
         x = self._linear(at + "mlp_in", self._norm(at + "mlp_norm", hidden))
         if self.shape.gated_mlp:
             gate, up = x.chunk(2, dim=-1)
-            x = self._activation(gate) * up
+            x = self._activation(gate).mul_(up)
         else:
             x = self._activation(x)
-        return hidden + self._linear(at + "mlp_out", x)
+        return self._linear(at + "mlp_out", x).add_(hidden)
 
     def _merge(self, at: str, hidden: Tensor, norm_merged: bool) -> Tensor:
         """Join the patches of each merged token: [N, hidden] -> [N / merge area, text hidden]."""
         width = self.shape.hidden_size * self.shape.merge_area
         x = hidden.view(-1, width) if norm_merged else hidden
         x = self._norm(at + ".norm", x).view(-1, width)
-        return self._linear(at + ".out", F.gelu(self._linear(at + ".in", x)))
+        return self._linear(at + ".out", _gelu(self._linear(at + ".in", x)))
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, self._w[name], self._w[name + "_bias"])
+        return F.linear(x, self._w[name].to(x.dtype), self._w[name + "_bias"])
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         weight = self._w[name]
         if self.shape.norm == "rms":
             return F.rms_norm(x, weight.shape, weight, EPS)
         return F.layer_norm(x, weight.shape, weight, self._w[name + "_bias"], EPS)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """GELU in place, of the transposed view: oneDNN does not take that, and a process that uses it
+    for nothing else, as in float32, would need 4 MB more of its code."""
+    torch.ops.aten.gelu_(x.t())
+    return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -47,9 +48,12 @@ def check_zero(biases: tuple[StoredTensor, ...], reader: Reader) -> None:
 
 def check_finite(extremes: Mapping[str, Extremes], dtype: torch.dtype) -> None:
     """Raise for every tensor whose extremes [2] are not numbers. Waits for the device once."""
-    rows = [torch.as_tensor(pair) for pair in extremes.values()]
-    finite = torch.stack(rows).isfinite().all(dim=1).tolist()
-    broken = [name for name, good in zip(extremes, finite, strict=True) if not good]
+    pairs = dict(extremes)
+    waiting = [name for name, pair in pairs.items() if isinstance(pair, torch.Tensor)]
+    if waiting:
+        together = torch.stack([torch.as_tensor(pairs[name]) for name in waiting])
+        pairs.update(zip(waiting, together.tolist(), strict=True))
+    broken = [name for name, (low, high) in pairs.items() if not math.isfinite(low - high)]
     if broken:
         hint = "use --dtype bfloat16 or float32 if the values exceed float16, else " + AGAIN
         raise ModelFileError(

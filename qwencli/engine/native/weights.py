@@ -9,6 +9,7 @@ quantized here may be kept on disk for the next load (`weight_cache`).
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,13 +18,13 @@ import torch
 from qwencli.config import Quantization
 from qwencli.engine.native.checkpoint import Checkpoint, find_sources
 from qwencli.engine.native.quantized import SCHEMES, Quantized, Scheme, quantize, stack
-from qwencli.engine.native.reader import Reader
+from qwencli.engine.native.reader import FLOATS, Reader
 from qwencli.engine.native.unpacking import read_packed
 from qwencli.engine.native.weight_cache import CachedMatrices, CacheWriter, through_cache
 from qwencli.engine.native.weight_checks import Extremes, check_finite, check_tied_head, check_zero
 from qwencli.models.packing import PackedFormat, PackedLayer
 from qwencli.models.quantized_cache import fingerprint
-from qwencli.models.safetensors_header import stored_tensors
+from qwencli.models.safetensors_header import StoredTensor, stored_tensors
 from qwencli.models.shapes import ModelShape
 from qwencli.models.weight_specs import TensorSpec, specs
 from qwencli.models.weights import find_weights
@@ -33,6 +34,7 @@ Matrices = dict[str, Quantized]
 
 DUMMY_STD = 0.02
 HEAD = "text.head"
+TOWER_POSITIONS = "vision.positions"
 _DECODER_MATRICES = ("qkv", "o", "gate_up", "down")
 
 
@@ -63,6 +65,11 @@ class LoadedWeights:
 def is_decoder_matrix(name: str) -> bool:
     """Whether this tensor of `weight_specs` is a matrix of a decoder's layer."""
     return name.startswith("text.") and name.rpartition(".")[2] in _DECODER_MATRICES
+
+
+def is_tower_matrix(spec: TensorSpec) -> bool:
+    """Whether the vision tower multiplies by this tensor."""
+    return len(spec.shape) == 2 and spec.name.startswith("vision.") and spec.name != TOWER_POSITIONS
 
 
 def load(
@@ -172,7 +179,7 @@ class _Loading:
             if whole is not None:
                 return whole
             del matrices, alike
-        tensor = torch.empty(spec.shape, dtype=self._dtype, device=self._device)
+        tensor = torch.empty(spec.shape, dtype=self._dtype_of(spec, sources), device=self._device)
         row = 0
         for part, source in zip(spec.parts, sources, strict=True):
             rows = tensor[row : row + part.shape[0]]
@@ -187,6 +194,20 @@ class _Loading:
             row += part.shape[0]
         return tensor
 
+    def _dtype_of(
+        self, spec: TensorSpec, sources: Sequence[StoredTensor | PackedLayer]
+    ) -> torch.dtype:
+        """The wanted type; of a tower's matrices for the CPU in float32, that of the file.
+
+        The tower runs once a picture and converts each matrix when it comes to it, which costs
+        hardly any time and saves half of its memory.
+        """
+        if (self._device.type, self._dtype) == ("cpu", torch.float32) and is_tower_matrix(spec):
+            stored = {source.dtype for source in sources if isinstance(source, StoredTensor)}
+            if len(stored) == 1 and not any(isinstance(s, PackedLayer) for s in sources):
+                return FLOATS[stored.pop()]
+        return self._dtype
+
     def _matrix(self, layer: PackedLayer) -> Quantized | torch.Tensor:
         matrix = read_packed(layer, self._reader, self._zero_offset)
         if isinstance(matrix, torch.Tensor):
@@ -200,10 +221,12 @@ class _Loading:
 
     def _note(self, name: str, values: torch.Tensor) -> None:
         low, high = values.aminmax()  # both carry a NaN through
-        both = torch.stack((low, high)).float()
         # On the CPU numbers: small tensors that stay keep the heap from giving back what was in use
         # below them. On a GPU numbers would be waited for one by one.
-        self.extremes[name] = both.tolist() if both.device.type == "cpu" else both
+        if low.device.type == "cpu":
+            self.extremes[name] = [float(low), float(high)]
+        else:
+            self.extremes[name] = torch.stack((low, high)).float()
 
 
 class _Kept:

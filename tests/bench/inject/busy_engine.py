@@ -1,4 +1,8 @@
-"""An engine that computes for every token and gives it at once; as a script, an inject worker."""
+"""An engine that computes for every token and gives it at once.
+
+As a script a worker: with one argument the ordinary one ("plain") or one that is so many percent
+slower, with three the one that injects.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from qwencli.bench.inject import worker
+from qwencli.bench import worker as plain
+from qwencli.bench.inject import slower, worker
 from qwencli.results import GenerationChunk, GenerationResult, Timings
 from tests.bench.fake_engine import FakeEngine
 
@@ -40,4 +45,10 @@ class BusyEngine(FakeEngine):
 
 
 if __name__ == "__main__":
-    sys.exit(worker.main(sys.argv[1:], BusyEngine))
+    match sys.argv[1:]:
+        case ["plain"]:
+            sys.exit(plain.main(BusyEngine))
+        case [percent]:
+            sys.exit(slower.main([percent], BusyEngine))
+        case arguments:
+            sys.exit(worker.main(arguments, BusyEngine))

@@ -93,7 +93,7 @@ def test_speed_by_mode_stands_beside_the_origins(evidence):
 
 
 def test_run_after_run_with_the_clock_before_and_during(evidence):
-    table = origin_tables.run_table(evidence)
+    table = origin_tables.run_table(origin_tables.series(evidence))
     assert column(table, "tok/s", engine="transformers", model="reload") == ["20", "10", "20"]
     assert column(table, "load s", engine="transformers", model="keep") == ["-"] * 3
     assert set(column(table, "MHz before")) == {"990"}
@@ -107,7 +107,7 @@ def test_the_first_token_of_a_process_is_there_too(evidence):
 
 
 def test_steadiness_of_both_engines_below_the_origins(evidence):
-    table = origin_tables.steadiness_table(evidence)
+    table = origin_tables.steadiness_table(origin_tables.series(evidence))
     ratio = "fastest over slowest"
     assert column(table, ratio) == ["2.764", "1.105", "2.000", "1.000", "1.000"]
     assert column(table, "worst TTFT over median", engine="native")[0] == "2.000"

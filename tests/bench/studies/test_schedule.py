@@ -9,7 +9,7 @@ import pytest
 
 from qwencli.bench.studies.claim_file import ALL, choose
 from qwencli.bench.studies.conditions import CONDITIONS, PLAIN, Load
-from qwencli.bench.studies.schedule import lay_out
+from qwencli.bench.studies.schedule import lay_out, part_of
 
 RUNS = 4
 
@@ -83,3 +83,14 @@ def test_stretches_go_there_and_back(cpu):
     assert [there[i] for i in (0, 3, 6)] == [back[i] for i in (4, 2, 0)]
     assert all(after.count(name) == 5 for name in set(after))
     assert process.loads == 1 + 5 - (process.runs[5] == PLAIN)
+
+
+def test_every_process_is_in_one_part_and_parts_are_about_equally_long(h200):
+    processes = lay_out(choose([ALL]), "qwen3-vl-4b", h200, 3, 0).processes
+    parts = [part_of(processes, part, 2) for part in (1, 2)]
+    assert sorted(p.name for part in parts for p in part) == sorted(p.name for p in processes)
+    weights = [sum(process.weight for process in part) for part in parts]
+    assert max(weights) < 1.5 * min(weights)
+    assert part_of(processes, 1, 1) == list(processes)
+    # One GPU more than there are processes has nothing to do.
+    assert part_of(processes, len(processes) + 1, len(processes) + 1) == []

@@ -110,6 +110,21 @@ def test_no_process_begins_after_max_time(prepare, tmp_path):
     assert (claim.verdict, claim.reason) == (Verdict.CANNOT_RUN, "not measured")
 
 
+def test_parts_put_together_are_the_whole(prepare, tmp_path):
+    whole = prepare(("C06", "C09"))
+    parts = [prepare(("C06", "C09"), part=part, parts=2) for part in (1, 2)]
+    for number, part in enumerate(parts):
+        folder = tmp_path / str(number)
+        go(part, folder)
+        assert Evidence(folder).processes() == [process.name for process in part.processes]
+        assert len(part.processes) == 1
+    (other,) = parts[1].processes
+    process_folder(tmp_path / "1", other.name).rename(process_folder(tmp_path / "0", other.name))
+    evidence = Evidence(tmp_path / "0")
+    assert evidence.processes() == [process.name for process in whole.layout.processes]
+    assert all(evidence.runs(process, "python-thread") for process in evidence.processes())
+
+
 def test_a_folder_that_is_taken_or_another_study_is_refused(prepare, tmp_path):
     folder = tmp_path / "s"
     study = prepare(("C12",))

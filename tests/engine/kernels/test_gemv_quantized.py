@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from qwencli.engine.kernels.fused_ops import FusedOps
-from qwencli.engine.kernels.gemv_quantized import BLOCK_WORDS, pieces
+from qwencli.engine.kernels.handover import SPANS
 from qwencli.engine.kernels.tiles import GemvTiles
+from qwencli.engine.kernels.vectors import IN_WORDS, Reader
 from qwencli.engine.native import weights
 from qwencli.engine.native.quantized import Quantized, Scheme, quantize, table_of
 from qwencli.engine.native.rms_norm import RMSNorm
@@ -24,22 +23,13 @@ from tests.engine.native.test_ready_made import tensors_of, write
 from tests.models.test_shape_reader import TEXT
 
 CPU = torch.device("cpu")
-BITS = {Scheme.INT8: 8, Scheme.FP8: 8, Scheme.INT4: 4}
-# The vector is rounded for tables as for int4.
-EIGHT_BITS = {Scheme.NF4: Scheme.INT4}
-
-
-@given(st.integers(1, 400), st.sampled_from((4, 8)), st.sampled_from((512, 2048, 4096)))
-def test_pieces_are_every_block_once(blocks: int, bits: int, most: int) -> None:
-    columns = blocks * BLOCK_WORDS * 32 // bits
-    cut = pieces(columns, bits, most)
-    assert [i for first, count in cut for i in range(first, first + count)] == list(range(blocks))
-    assert all(count & (count - 1) == 0 for _, count in cut)
+LONGEST = 1376
+MADE = (Scheme.INT8, Scheme.FP8, Scheme.INT4)
 
 
 def rounded(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """`x` [K] with every block rounded to 127 steps of its largest value; for fp8 to float16."""
-    blocks = x.view(-1, BLOCK_WORDS * 32 // BITS[scheme])
+    blocks = x.view(-1, SPANS[IN_WORDS[scheme].form])
     largest = blocks.abs().amax(1, keepdim=True).clamp(min=1e-30)
     if scheme is Scheme.FP8:
         return ((blocks / largest).half() * largest).view(-1)
@@ -47,7 +37,7 @@ def rounded(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 
 def ops() -> FusedOps:
-    shape = read_shape({"model_type": "qwen2", **TEXT}).text
+    shape = read_shape({"model_type": "qwen2", **TEXT, "intermediate_size": LONGEST}).text
     angles = torch.zeros(1, 2, shape.head_dim)
     return FusedOps(shape, angles, torch.float32, CPU, lambda _: GemvTiles(512, 32, 1))
 
@@ -61,13 +51,13 @@ def dense(matrix: Quantized) -> torch.Tensor:
     return matrix.dequantize(torch.float64)
 
 
-@pytest.mark.parametrize("scheme", BITS)
+@pytest.mark.parametrize("scheme", MADE)
 @pytest.mark.parametrize(("rows", "columns"), [(40, 224), (64, 1376), (7, 64)])
 def test_the_product_of_a_normed_vector(scheme: Scheme, rows: int, columns: int) -> None:
     matrix, x, y = quantize(values(rows, columns), scheme), values(1, columns), torch.zeros(1, rows)
     norm = RMSNorm(1 + 0.1 * values(columns), 1e-6)
     bias = values(rows)
-    ops()._gemv(x, matrix, y, norm=norm, bias=bias)
+    ops()._gemv(x, Reader(norm, matrix), y, bias=bias)
     length = (x.double().square().mean() + 1e-6).rsqrt()
     vector = rounded(x[0] * norm.weight, scheme).double() * length
     assert torch.allclose(y[0].double(), dense(matrix) @ vector + bias, rtol=1e-4, atol=1e-4)
@@ -76,24 +66,24 @@ def test_the_product_of_a_normed_vector(scheme: Scheme, rows: int, columns: int)
     assert (y[0] - exact).norm() < 0.02 * exact.norm()
 
 
-@pytest.mark.parametrize("scheme", BITS)
+@pytest.mark.parametrize("scheme", MADE)
 def test_gate_up_and_residual(scheme: Scheme) -> None:
     x = values(1, 352)
     vector = rounded(x[0], scheme).double()
     both, y = quantize(values(80, 352), scheme), torch.zeros(1, 40)
-    ops()._gemv(x, both, y, gated=True)
+    ops()._gemv(x, Reader(None, both), y, gated=True)
     gate, up = (dense(both) @ vector).chunk(2)
     wanted = torch.nn.functional.silu(gate) * up
     assert torch.allclose(y[0].double(), wanted, rtol=1e-4, atol=1e-4)
     matrix, y = quantize(values(40, 352), scheme), values(1, 40)
     wanted = y[0] + dense(matrix) @ vector
-    ops()._gemv(x, matrix, y, add=True)
+    ops()._gemv(x, Reader(None, matrix), y, add=True)
     assert torch.allclose(y[0].double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_vector_of_zeros_gives_zeros() -> None:
     matrix, y = quantize(values(32, 64), Scheme.INT8), torch.ones(1, 32)
-    ops()._gemv(torch.zeros(1, 64), matrix, y)
+    ops()._gemv(torch.zeros(1, 64), Reader(None, matrix), y)
     assert torch.equal(y, torch.zeros(1, 32))
 
 
@@ -102,7 +92,7 @@ def test_scales_of_a_half_type_and_a_matrix_without_groups() -> None:
     matrix = quantize(values(32, 64), Scheme.INT8)
     matrix = replace(matrix, scale=matrix.scale.half())
     x, y = values(1, 64), torch.zeros(1, 32)
-    ops()._gemv(x, matrix, y)
+    ops()._gemv(x, Reader(None, matrix), y)
     assert torch.allclose(
         y[0].double(), dense(matrix) @ rounded(x[0], Scheme.INT8).double(), rtol=1e-4, atol=1e-4
     )
@@ -137,12 +127,11 @@ def test_matrices_of_ready_made_checkpoints(tmp_path: Path, name: str) -> None:
     matrix = loaded.matrices["text.0.gate_up"]
     x, y = values(1, matrix.columns), torch.zeros(1, matrix.rows // 2)
     norm = RMSNorm(1 + 0.1 * values(matrix.columns), 1e-6)
-    ops()._gemv(x, matrix, y, norm=norm, gated=True)
+    ops()._gemv(x, Reader(norm, matrix), y, gated=True)
     length = (x.double().square().mean() + 1e-6).rsqrt()
     order = slice(None) if matrix.order is None else matrix.order.long()
     vector = torch.empty_like(x[0])
-    scheme = EIGHT_BITS.get(matrix.scheme, matrix.scheme)
-    vector[order] = rounded((x[0] * norm.weight)[order], scheme)
+    vector[order] = rounded((x[0] * norm.weight)[order], matrix.scheme)
 
     def gated(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
         gate, up = (rows @ vector.double() * length).chunk(2)

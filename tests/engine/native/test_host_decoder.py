@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from qwencli.config import Attention
-from qwencli.engine.native import weights
+from qwencli.engine.native import host_attention, host_products, weights
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.host_attention import GRAIN
 from qwencli.engine.native.host_decoder import HostDecoder
@@ -21,6 +21,19 @@ from tests.engine.native import tiny
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4
 MAX_SEQ_LEN = 3 * GRAIN + 5
+ONE_KV_HEAD: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "rope_theta": 1e4,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+}
 
 
 def random_model(config: dict[str, Any], attention: Attention) -> QwenModel:
@@ -33,6 +46,15 @@ def random_model(config: dict[str, Any], attention: Attention) -> QwenModel:
     return QwenModel(shape, loaded, MAX_SEQ_LEN, attention)
 
 
+@pytest.fixture(params=["one core", "teams"])
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything counts as small, or nothing does, whatever the machine."""
+    monkeypatch.setattr(host_products, "_teams_are_quick", lambda: False)
+    for module in (host_products, host_attention):
+        monkeypatch.setattr(module, "ONE_CORE_VALUES", 2**30 if request.param == "one core" else 0)
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("family", ["qwen3", "qwen2"])
 @pytest.mark.parametrize("case", tiny.CASES, ids=lambda case: f"groups of {case.groups}")
 @pytest.mark.parametrize("attention", [Attention.SDPA, Attention.EAGER])
@@ -70,20 +92,35 @@ def test_steps_equal_the_reference(family: str, attention: Attention, case: tiny
 
 
 @torch.inference_mode()
+def test_attention_changes_hands_where_the_context_gets_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The step before the change, the first after it, and one of a shorter context again."""
+    monkeypatch.setattr(host_attention, "ONE_CORE_VALUES", 2 * 64 * 8)  # eight slots
+    model = random_model(ONE_KV_HEAD, Attention.SDPA)
+    caches = [model.static_cache(), model.static_cache()]
+    host = HostDecoder(model.decoder, model.rope, caches[1], Attention.SDPA)
+    for slot in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 7):
+        at = torch.tensor([slot])
+        expected = model.decode_step(at, at, at, caches[0], AttentionPlan(slot + 1, None))
+        torch.testing.assert_close(
+            host.logits(slot, slot, slot), expected[0], atol=TOLERANCE, rtol=0
+        )
+
+
+@torch.inference_mode()
+def test_attention_stands_scores_that_no_exponential_holds() -> None:
+    model = random_model({**ONE_KV_HEAD, "model_type": "qwen2"}, Attention.SDPA)
+    for layer in model.decoder.layers:
+        assert isinstance(layer.qkv, torch.Tensor)
+        layer.qkv.mul_(30.0)  # scores of several hundred
+    host = HostDecoder(model.decoder, model.rope, model.static_cache(), Attention.SDPA)
+    for slot in range(4):
+        assert host.logits(slot, slot, slot).isfinite().all()
+
+
+@torch.inference_mode()
 def test_the_last_slot_of_the_cache_can_be_used() -> None:
-    config = {
-        "model_type": "qwen3",
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 64,
-        "rope_theta": 1e4,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 512,
-    }
-    model = random_model(config, Attention.SDPA)
+    model = random_model(ONE_KV_HEAD, Attention.SDPA)
     host = HostDecoder(model.decoder, model.rope, model.static_cache(), Attention.SDPA)
     assert host.logits(1, MAX_SEQ_LEN - 1, MAX_SEQ_LEN - 1).isfinite().all()

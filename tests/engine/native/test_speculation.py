@@ -174,7 +174,8 @@ def test_times_are_shared_among_tokens_that_came_together(engines):
     itl = result.itl_ms
     assert all(a < b for a, b in itertools.pairwise(result.token_t_s))
     assert sum(itl) / 1e3 == pytest.approx(result.timings.decode_s, rel=1e-3)
-    assert any(abs(a - b) < 1e-9 * max(itl) for a, b in itertools.pairwise(itl))
+    # Clocks count seconds since the start of the machine: differences keep six digits or so.
+    assert any(abs(a - b) < 1e-5 * max(itl) for a, b in itertools.pairwise(itl))
 
 
 @pytest.mark.parametrize("cache", [Cache.DYNAMIC, Cache.STATIC_COMPILE])

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qwencli.config import Attention
 from qwencli.engine.native import reader, weights
+from qwencli.engine.native.vision import VisionTower
 from qwencli.errors import ModelFileError
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
@@ -17,6 +19,12 @@ from qwencli.models.weight_specs import PREFIXES, specs
 from tests.models.test_shape_reader import qwen2_5_vl, qwen3_vl
 
 CPU = torch.device("cpu")
+TOWER_MATRICES = {
+    spec.name
+    for spec in specs(read_shape(qwen3_vl()))
+    if spec.name.endswith((".patch", ".qkv", ".proj", ".mlp_in", ".mlp_out", ".in", ".out"))
+    and spec.name.startswith("vision.")
+}
 NEW = {"text": "model.language_model.", "vision": "model.visual.", "root": ""}
 OLD = {"text": "model.", "vision": "visual.", "root": ""}
 
@@ -102,6 +110,29 @@ def test_types_are_converted_as_torch_converts_them(
     loaded = weights.load(tmp_path, shape, wanted, CPU)
     for name, tensor in expected(shape, NEW, hub).items():
         assert torch.equal(loaded.tensors[name], tensor.to(wanted)), name
+        kept = wanted == torch.float32 and name in TOWER_MATRICES
+        assert loaded.tensors[name].dtype == (stored if kept else wanted), name
+
+
+@torch.inference_mode()
+def test_matrices_of_a_shorter_type_change_nothing_in_the_tower(
+    tmp_path: Path, shape: ModelShape
+) -> None:
+    hub = hub_tensors(shape, NEW, torch.bfloat16)
+    save_file(hub, tmp_path / "model.safetensors")
+    short = weights.load(tmp_path, shape, torch.float32, CPU).tensors
+    whole = {name: tensor.float() for name, tensor in short.items()}
+    assert shape.vision is not None
+    grid = (1, 2 * shape.vision.merge_size, 2 * shape.vision.merge_size)
+    patches = torch.randn(grid[1] * grid[2], shape.vision.patch_elements)
+    features = [
+        VisionTower(shape.vision, tensors, Attention.SDPA).encode(patches, [grid])
+        for tensors in (short, whole)
+    ]
+    assert torch.equal(features[0].embeds, features[1].embeds)
+    assert features[0].embeds.dtype == torch.float32
+    for pair in zip(features[0].deepstack, features[1].deepstack, strict=True):
+        assert torch.equal(*pair)
 
 
 def test_text_model_and_unused_tensors(tmp_path: Path) -> None:

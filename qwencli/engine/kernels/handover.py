@@ -1,0 +1,128 @@
+"""Vectors handed from one kernel to the next in the form that its matrix multiplies.
+
+What a product needs of its vector is the same for all its programs: the gain of the norm in it, and
+rounded to what can be multiplied several values at a time. Done by every program again, between the
+wait for the kernel in front and the product, it took longer than the product. So the kernel that
+makes a vector hands it over ready: its values in one of the forms below, and for a norm the sums of
+the squares of each program's share, which are all that is left to add up.
+
+form    values                                  a step for every   what reads them
+FLOATS  float32 x * gain                        -                  float products
+BYTES   int8, x * gain in steps                 4 columns          int8 weights
+HALVES  int8 likewise, in halves                8 columns          4-bit weights
+FLOAT16 float16, in halves, x * gain in steps   4 columns          fp8 weights with groups
+
+A step belongs to a word of weights: it is a block's largest value over 127, or that value where
+what is in steps is a float16. (llama.cpp's Q8_1 has such blocks, of 32.) "In halves": the first
+half of each block's values, of all blocks, lies before the second halves, so that a thread reads
+what meets the low and the high half of its words as words in a row.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+class Form(IntEnum):
+    NONE = 0
+    FLOATS = 1
+    BYTES = 2
+    HALVES = 3
+    FLOAT16 = 4
+
+
+# Columns of a block: those of a word of weights.
+SPANS = {Form.FLOATS: 1, Form.BYTES: 4, Form.HALVES: 8, Form.FLOAT16: 4}
+
+FLOATS = tl.constexpr(int(Form.FLOATS))
+BYTES = tl.constexpr(int(Form.BYTES))
+HALVES = tl.constexpr(int(Form.HALVES))
+FLOAT16 = tl.constexpr(int(Form.FLOAT16))
+
+
+@triton.jit
+def hand_over(
+    x,  # float32 [M], with the gain in it
+    columns,  # int32 [M], in order in every block
+    inside,  # bool [M], equal in every block
+    values_ptr,  # [K], of the form's type
+    steps_ptr,  # float32 [K / SPAN]
+    K,
+    FORM: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Store a share of a vector in the form that the next matrix reads."""
+    if FORM == FLOATS:
+        tl.store(values_ptr.to(tl.pointer_type(tl.float32)) + columns, x, mask=inside)
+    else:
+        COUNT: tl.constexpr = x.shape[0] // SPAN
+        x = tl.reshape(x, (COUNT, SPAN))
+        columns = tl.reshape(columns, (COUNT, SPAN))
+        inside = tl.reshape(inside, (COUNT, SPAN))
+        largest = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-30)
+        x *= (1.0 / largest)[:, None]
+        at = columns
+        if FORM != BYTES:
+            HALF: tl.constexpr = SPAN // 2
+            at = (columns // HALF % 2) * (K // 2) + columns // SPAN * HALF + columns % HALF
+        if FORM == FLOAT16:
+            step = largest
+            values_ptr = values_ptr.to(tl.pointer_type(tl.float16))
+            tl.store(values_ptr + at, x.to(tl.float16), mask=inside)
+        else:
+            step = largest * (1.0 / 127.0)
+            # Adding 1.5 * 2^23 rounds to an integer, in the lowest bits of the result.
+            q = (x * 127.0 + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+            tl.store(values_ptr + at, q.to(tl.int8), mask=inside)
+        # One lane of a block stores its step.
+        block = columns // SPAN
+        first = inside & (columns % SPAN == 0)
+        tl.store(steps_ptr + block, tl.broadcast_to(step[:, None], (COUNT, SPAN)), mask=first)
+
+
+@triton.jit
+def norm_factor(squares_ptr, K, eps, SHARES: tl.constexpr):
+    """What the RMS norm multiplies a vector [K] with, from the squares of SHARES programs."""
+    # No wider than a warp, so that adding up stays within one.
+    squares = tl.zeros((32,), tl.float32)
+    for i in tl.static_range((SHARES + 31) // 32):
+        share = i * 32 + tl.arange(0, 32)
+        squares += tl.load(squares_ptr + share, mask=share < SHARES, other=0.0)
+    return tl.rsqrt(tl.sum(squares) / K + eps)
+
+
+@triton.jit
+def hand_over_kernel(
+    x_ptr,  # [K]
+    gain_ptr,  # [K]; None = no norm
+    order_ptr,  # int32 [K], which column of the matrix each is; None = in order
+    values_ptr,
+    steps_ptr,
+    squares_ptr,  # float32 [programs]
+    K,
+    FORM: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Hand over a vector that no kernel of ours made, or that the next matrix wants in an order of
+    its own."""
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < K
+    at = columns
+    if order_ptr is not None:
+        at = tl.load(order_ptr + columns, mask=inside, other=0)
+    if gain_ptr is not None:
+        gain = tl.load(gain_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if gain_ptr is not None:
+        tl.store(squares_ptr + tl.program_id(0), tl.sum(x * x))
+        x *= gain
+    hand_over(x, columns, inside, values_ptr, steps_ptr, K, FORM, SPAN)

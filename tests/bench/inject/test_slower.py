@@ -1,0 +1,74 @@
+"""A planted slowdown: nothing in the first run, its share of the token time in all others."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwencli.bench.inject.slower import SlowedEngine
+from qwencli.bench.rowfile import read_rows
+from qwencli.bench.session import How, measure
+from qwencli.config import EngineConfig, ModelSource, ModelSpec, SamplingOptions
+from qwencli.engine import disturbances
+from qwencli.messages import GenerationRequest, user_message
+from qwencli.output import Sink
+from tests.bench.inject.busy_engine import BusyEngine
+
+MODEL = ModelSpec("busy", ModelSource.LOCAL, hub_config={})
+
+
+@pytest.fixture
+def request_of_40():
+    return GenerationRequest(
+        messages=(user_message("Say something.", ()),),
+        sampling=SamplingOptions(max_new_tokens=40),
+        ignore_eos=True,
+    )
+
+
+def test_each_token_but_those_of_the_first_run_takes_so_much_longer(request_of_40, monkeypatch):
+    asked, waits = [], []
+
+    def waiting(device, seconds):
+        asked.append((device, seconds))
+        return lambda: waits.append(seconds)
+
+    monkeypatch.setattr(disturbances, "waiting", waiting)
+    with SlowedEngine(BusyEngine(EngineConfig(model=MODEL)), percent=3.0) as engine:
+        first = engine.generate(request_of_40)
+        assert not waits
+        usual_s = statistics.median(first.itl_ms) / 1e3
+        assert asked == [("cpu", pytest.approx(0.03 * usual_s))]
+        engine.generate(request_of_40)
+        assert len(waits) == 40
+        engine.generate(request_of_40)
+        assert (len(waits), len(asked)) == (80, 1)
+
+
+def test_the_host_waits_for_as_long_as_asked():
+    import time
+
+    wait = disturbances.waiting("cpu", 0.005)
+    start = time.perf_counter()
+    for _ in range(10):
+        wait()
+    assert 0.05 <= time.perf_counter() - start < 0.5
+
+
+def test_a_campaign_with_a_slowdown_is_slower_and_measures_no_limits(make_plan, cpu, tmp_path):
+    speeds = {}
+    worker = str(Path(__file__).with_name("busy_engine.py"))
+    for name, extra in (("plain", ["plain"]), ("planted", ["100"])):
+        command = [sys.executable, worker, *extra]
+        how = How(resume=False, timeout_s=60.0, limits=False)
+        folder = tmp_path / name
+        plan = make_plan("busy", runs=3, tokens=60)
+        assert measure(plan, cpu, folder, [], Sink(quiet=True), how, command) == 0
+        rows = [row for row in read_rows(folder / "runs.csv") if row["status"] == "ok"]
+        speeds[name] = max(float(row["decode_tok_per_s"]) for row in rows)
+        assert read_rows(folder / "probes.csv") == read_rows(folder / "roofline.csv") == []
+    # Twice the time for each token; a busy machine may slow either side further.
+    assert 1.4 < speeds["plain"] / speeds["planted"] < 3.0
