@@ -16,7 +16,8 @@ class RanModes:
 
     Args:
         quantization: the concrete scheme: "none", "bnb-nf4", "bnb-int8", ...
-        attention: of decode steps; "triton" where it is part of our own kernels.
+        attention: of decode steps; "triton" where it is part of our own kernels, "numpy+sdpa" where
+            short contexts on the CPU are numpy's and long ones torch's.
         kernels: "triton" where decode steps run our fused kernels, else "torch".
         device: concrete, e.g. "cuda:0". dtype: of the weights that are not quantized.
         kv_dtype: of stored keys and values: "bfloat16", "int8", "fp8-e4m3", ...; None where an

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from qwencli.config import (
+    Attention,
     Cache,
     DType,
     EngineConfig,
@@ -30,7 +31,7 @@ from qwencli.engine.native.memory_plan import MemoryPlan, plan_memory
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.paces import Speculator
 from qwencli.engine.native.quiet_host import freeze_what_is_loaded
-from qwencli.engine.native.steppers import STEPPERS
+from qwencli.engine.native.steppers import STEPPERS, decodes_on_host
 from qwencli.engine.native.supported import check_supported
 from qwencli.engine.native.verifying import VERIFIERS, WHY_NOT
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
@@ -109,11 +110,14 @@ class NativeEngine(LocalEngine):
         slots = self._plan.max_seq_len + 1 + (MOST_FED if drafting else 0)
         with torch.inference_mode():
             fused = fused_for(kernels, self.config.attention)
-            model = QwenModel(shape, loaded, slots, attention, fused, kv)
+            left_to_us = self.config.attention is Attention.AUTO
+            model = QwenModel(shape, loaded, slots, attention, fused, kv, left_to_us)
+            store = model.dynamic_cache() if cache is Cache.DYNAMIC else model.static_cache()
+            state = DecodeState(model, store, slots, with_drafts=drafting)
             ran = RanModes(
                 engine=EngineName.NATIVE.value,
                 quantization=loaded.scheme,
-                attention="triton" if model.step_ops.any_length else attention.value,
+                attention=_decode_attention(state, cache),
                 cache=cache.value,
                 device=device,
                 dtype=dtype.value,
@@ -121,8 +125,6 @@ class NativeEngine(LocalEngine):
                 kv_dtype=dtype.value if kv is None else kv.value,
                 speculate=self.config.speculate.value,
             )
-            store = model.dynamic_cache() if cache is Cache.DYNAMIC else model.static_cache()
-            state = DecodeState(model, store, slots, with_drafts=drafting)
             self._generation = Generation(
                 model, state, STEPPERS[cache](state), ran, self._speculator(state, cache)
             )
@@ -191,6 +193,15 @@ def _checkpoint_weights(files: ModelFiles, packed: PackedFormat | None, dtype: D
     stored = stored_tensors(find_weights(files.folder).files)
     value_bytes = 4 if dtype is DType.FLOAT32 else 2
     return packed_weight_bytes(read_shape(files.hub_config), packed, stored, value_bytes)
+
+
+def _decode_attention(state: DecodeState, cache: Cache) -> str:
+    """What attends in decode steps, as results report it."""
+    model = state.model
+    if model.step_ops.any_length:
+        return "triton"
+    numpy = model.any_attention and cache is Cache.STATIC and decodes_on_host(state)
+    return f"numpy+{model.attention}" if numpy else model.attention.value
 
 
 def _free_bytes(device: str) -> int | None:

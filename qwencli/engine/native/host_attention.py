@@ -1,8 +1,8 @@
 """Attention of one query over a cache on the CPU, through views that are seldom made anew.
 
-The implementations compute softmax(q k^T) v for all heads at once; queries come scaled. Short
-contexts are numpy's, for the reasons of `host_products`. Long ones are torch's: those see the cache
-in lengths of whole `GRAIN`s, and a mask hides the slots not yet written.
+The implementations compute softmax(q k^T) v for all heads at once; queries come scaled. torch's see
+the cache in lengths of whole `GRAIN`s, and a mask hides the slots not yet written. numpy's is for
+short contexts, for the reasons of `host_products`, where the user has not named another one.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ _LONG: Mapping[Attention, Callable[[StaticKVCache, Tensor, Tensor, TextShape], O
 
 
 class HostAttention:
-    """Chooses by length between one core and torch's `attention`."""
+    """torch's `attention`, and numpy in short contexts where `with_numpy` lets it."""
 
     def __init__(
         self,
@@ -159,10 +159,12 @@ class HostAttention:
         query: Tensor,
         attended: Tensor,
         shape: TextShape,
+        with_numpy: bool,
     ) -> None:
         self._short = TwoProducts(cache, query, attended, shape)
         self._long = _LONG[attention](cache, query, attended, shape)
-        self._short_slots = ONE_CORE_VALUES // (2 * shape.num_kv_heads * shape.head_dim)
+        slot_values = 2 * shape.num_kv_heads * shape.head_dim
+        self._short_slots = ONE_CORE_VALUES // slot_values if with_numpy else 0
 
     def look(self, slot: int) -> OneQuery:
         """What attends to the slots up to `slot`."""

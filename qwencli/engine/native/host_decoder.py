@@ -32,10 +32,19 @@ Array = np.ndarray
 
 
 class HostDecoder:
-    """Runs `decoder` over `cache`, both of one sequence. Call under `torch.inference_mode()`."""
+    """Runs `decoder` over `cache`, both of one sequence. Call under `torch.inference_mode()`.
+
+    Args:
+        attention: that of torch. with_numpy: whether short contexts may have numpy's.
+    """
 
     def __init__(
-        self, decoder: Decoder, rope: Rope, cache: StaticKVCache, attention: Attention
+        self,
+        decoder: Decoder,
+        rope: Rope,
+        cache: StaticKVCache,
+        attention: Attention,
+        with_numpy: bool,
     ) -> None:
         shape = decoder.shape
         self._rope = rope
@@ -65,7 +74,7 @@ class HostDecoder:
         self._scale = np.float32(dim**-0.5)
 
         query = rows.qkv[:, : shape.q_size]
-        self._attention = HostAttention(attention, cache, query, rows.attended, shape)
+        self._attention = HostAttention(attention, cache, query, rows.attended, shape, with_numpy)
         self._slots = [layer.numpy()[0] for layer in cache.layers]  # [2 * KVH, max_seq_len, D]
         self._gate = rows.gate_up[:, : shape.intermediate_size]
         self._silu_gate, self._up = np.split(rows.gate_up.numpy()[0], 2)

@@ -41,6 +41,7 @@ class QwenModel:
         fused: makes the operations of decode steps of one sequence; None = plain torch, as for
             prompts.
         kv: how static caches quantize keys and values; None = not.
+        any_attention: whether decode steps may attend in another way where that is faster.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class QwenModel:
         attention: Attention = Attention.SDPA,
         fused: Fused | None = None,
         kv: Scheme | None = None,
+        any_attention: bool = False,
     ) -> None:
         embed = loaded.tensors["text.embed"]
         self.shape = shape
@@ -64,7 +66,7 @@ class QwenModel:
         self.vision = VisionTower(shape.vision, loaded.tensors, attention) if shape.vision else None
         # A picture's larger side is never above its number of tokens: positions lag behind slots.
         self.rope = Rope(shape.text.rope, shape.text.head_dim, max_seq_len, self.dtype, self.device)
-        self.attention = attention
+        self.attention, self.any_attention = attention, any_attention
         self.kv = kv
         self._attend = ATTENTION[attention]
         text = shape.text

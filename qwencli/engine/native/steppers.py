@@ -69,7 +69,9 @@ class HostStepper:
         model, cache = state.model, state.cache
         assert isinstance(cache, StaticKVCache), "a growing cache has no views to keep"
         self._state = state
-        self._decoder = HostDecoder(model.decoder, model.rope, cache, model.attention)
+        self._decoder = HostDecoder(
+            model.decoder, model.rope, cache, model.attention, model.any_attention
+        )
 
     def prepare(self, first_slot: int, last_slot: int) -> None:
         return

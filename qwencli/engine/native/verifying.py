@@ -58,7 +58,9 @@ class HostVerifier(EagerVerifier):
         super().__init__(state)
         model, cache = state.model, state.cache
         assert isinstance(cache, StaticKVCache), "a growing cache has no views to keep"
-        self._decoder = HostDecoder(model.decoder, model.rope, cache, model.attention)
+        self._decoder = HostDecoder(
+            model.decoder, model.rope, cache, model.attention, model.any_attention
+        )
 
     def run(self, slot: int, size: int) -> None:
         if size == 1:

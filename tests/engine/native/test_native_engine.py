@@ -7,8 +7,9 @@ import itertools
 
 import pytest
 
-from qwencli.config import Attention, Cache, EngineName, SamplingOptions
+from qwencli.config import Attention, Cache, DType, EngineName, SamplingOptions
 from qwencli.engine.native.engine import NativeEngine
+from qwencli.engine.native.host_attention import TwoProducts
 from qwencli.engine.reference.engine import TransformersEngine
 from qwencli.errors import InputError, OutOfMemoryError, UnsupportedModeError
 from qwencli.messages import GenerationRequest, text_message, user_message
@@ -43,6 +44,31 @@ def test_same_tokens_as_transformers(checkpoint, family):
     assert result.token_ids == expected.token_ids
     assert result.num_image_tokens == expected.num_image_tokens
     assert len(set(result.token_ids)) > 8, "a constant answer would prove little"
+
+
+@pytest.mark.parametrize(
+    ("asked", "ran"),
+    [
+        ({}, "numpy+sdpa"),
+        ({"cache": Cache.DYNAMIC}, "sdpa"),
+        ({"attention": Attention.SDPA}, "sdpa"),
+        ({"attention": Attention.EAGER}, "eager"),
+        ({"dtype": DType.BFLOAT16}, "sdpa"),
+    ],
+    ids=str,
+)
+def test_attention_is_named_as_it_ran(checkpoint, monkeypatch, asked, ran):
+    """numpy attends where the attention was left to the engine, and nowhere else."""
+    calls = []
+    monkeypatch.setattr(
+        TwoProducts,
+        "__call__",
+        lambda self, index, call=TwoProducts.__call__: (calls.append(index), call(self, index)),
+    )
+    with NativeEngine(native_config(checkpoint("qwen3"), **asked)) as loaded:
+        result = loaded.generate(ask())
+    assert result.ran.attention == ran
+    assert bool(calls) == ("numpy" in ran)
 
 
 @pytest.mark.parametrize("cache", [Cache.DYNAMIC, Cache.STATIC])

@@ -1,0 +1,80 @@
+"""Writes new keys and values into the cache, rounded where it is quantized."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def store_new(
+    key_low,  # [R, D / 2], of the type that is computed with
+    key_high,
+    values,  # [R, D]
+    fresh,  # [R], 0, 1, ...; those from TOKENS on are nobody's
+    slot,  # of the first
+    k_ptr,
+    v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    TOKENS: tl.constexpr,
+    D: tl.constexpr,
+    KV_MAX: tl.constexpr,
+):
+    """Store new keys and values from `slot` on; returns them as those who attend later see them."""
+    STORED: tl.constexpr = k_ptr.dtype.element_ty
+    low = tl.arange(0, D // 2)[None, :]
+    full = tl.arange(0, D)[None, :]
+    new = fresh < TOKENS
+    places = slot.to(tl.int64) + fresh
+    at = places[:, None] * D
+    stored_low, stored_high, stored_values = key_low, key_high, values
+    if KV_MAX > 0:
+        largest = tl.maximum(tl.max(tl.abs(key_low), axis=1), tl.max(tl.abs(key_high), axis=1))
+        k_scale = row_scale(largest, KV_MAX)
+        v_scale = row_scale(tl.max(tl.abs(values), axis=1), KV_MAX)
+        stored_low = cut_down(key_low, k_scale, STORED)
+        stored_high = cut_down(key_high, k_scale, STORED)
+        stored_values = cut_down(values, v_scale, STORED)
+        tl.store(k_scales_ptr + places, k_scale, mask=new)
+        tl.store(v_scales_ptr + places, v_scale, mask=new)
+        key_low = (stored_low.to(tl.float32) * k_scale[:, None]).to(key_low.dtype)
+        key_high = (stored_high.to(tl.float32) * k_scale[:, None]).to(key_low.dtype)
+        values = (stored_values.to(tl.float32) * v_scale[:, None]).to(key_low.dtype)
+    tl.store(k_ptr + at + low, stored_low, mask=new[:, None])
+    tl.store(k_ptr + at + D // 2 + low, stored_high, mask=new[:, None])
+    tl.store(v_ptr + at + full, stored_values, mask=new[:, None])
+    return key_low, key_high, values
+
+
+@triton.jit
+def row_scale(largest, KV_MAX: tl.constexpr):
+    """Scales of rows with these largest magnitudes; a row of zeros gets one that divides."""
+    return tl.maximum(largest.to(tl.float32), 1e-30) / KV_MAX
+
+
+@triton.jit
+def cut_down(x, scale, STORED: tl.constexpr):
+    """Rows x [R, n] over their scales [R], rounded to the nearest value that is stored."""
+    y = x.to(tl.float32) / scale[:, None]
+    if STORED.is_int8():
+        y = nearest_multiple(y, 1.0)
+    else:
+        # Rounded to three bits after the point, and near zero to multiples of 2^-9, so that the
+        # conversion is exact: Triton's interpreter, for one, rounds 127 to 64.
+        bits = y.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        y = tl.where(
+            tl.abs(y) < 0.015625,
+            nearest_multiple(y, 0.001953125),
+            bits.to(tl.float32, bitcast=True),
+        )
+    return y.to(STORED)
+
+
+@triton.jit
+def nearest_multiple(y, STEP: tl.constexpr):
+    """y rounded to the nearest multiple of a power of two, ties to even."""
+    # Where float32 values are STEP apart; 1.5 leaves room on both sides.
+    FAR: tl.constexpr = 1.5 * 8388608.0 * STEP
+    return (y + FAR) - FAR
