@@ -112,14 +112,15 @@ class FusedOps:
         self._logits = buffer(MOST_ROWS, shape.vocab_size, of=torch.float32)
         self._best = torch.full((MOST_ROWS,), NOTHING_CHOSEN, dtype=torch.int64, device=device)
         self._heads = triton.next_power_of_2(shape.group_size)
-        self._tiles = attention_tiles(kv_heads, self._launch.num_processors)
+        exact = dtype == torch.float32
+        self._tiles = attention_tiles(kv_heads, self._launch.num_processors, exact)
         parts = MOST_ROWS * kv_heads * self._tiles.splits * self._heads
         self._sums = buffer(parts, dim, of=torch.float32)
         self._tops = buffer(parts, of=torch.float32)
         self._totals = buffer(parts, of=torch.float32)
         self._arrived = buffer(MOST_ROWS * kv_heads, of=torch.int32)
         # tl.dot would round float32 operands to TF32 otherwise.
-        self._precision = "ieee" if dtype == torch.float32 else "tf32"
+        self._precision = "ieee" if exact else "tf32"
         longest = max(shape.hidden_size, shape.q_size, shape.intermediate_size)
         self._vectors = Vectors(longest, device, self._launch.options)
         self._several = SeveralProducts(self._best, tiles_of, self._launch.options, self._precision)

@@ -62,13 +62,15 @@ class AttentionTiles:
     def block_for(self, quantized: bool) -> int:
         """A quantized cache's blocks are half as long: whole ones spill registers (compiled for
         compute capability 8.0 to 12.0 by Triton 3.6.0)."""
-        return self.block // 2 if quantized else self.block
+        return max(self.block // 2, _SHORTEST_BLOCK) if quantized else self.block
 
     def warps_for(self, lanes: int) -> int:
         """More queries than the rows of one matrix instruction are shared among more warps."""
         return self.num_warps if lanes <= 16 else 2 * self.num_warps
 
 
+# What a product of matrices has to add up at least.
+_SHORTEST_BLOCK = 16
 ANY = 1 << 30
 # By (storage, gated): columns up to which a tile serves. A gated matrix is two that are read at
 # once. `BYTES` are 8 bits whose products are float32; INT8, FP8 and INT4 round the vector in
@@ -142,9 +144,15 @@ def default_tiles(matrix: MatrixKind) -> GemvTiles:
     return next(tiles for most, tiles in by_columns if matrix.columns <= most)
 
 
-def attention_tiles(num_kv_heads: int, num_processors: int) -> AttentionTiles:
-    """As many parts, a power of two, as give every multiprocessor at most two programs."""
+def attention_tiles(num_kv_heads: int, num_processors: int, exact: bool) -> AttentionTiles:
+    """As many parts, a power of two, as give every multiprocessor at most two programs.
+
+    Args:
+        exact: whether products are of float32, without matrix units. Their operands lie whole in
+            registers: for one token and heads of 128, blocks of 64 slots spill 5,760 bytes a
+            thread, these none (compiled for compute capability 9.0 by Triton 3.6.0).
+    """
     splits = 1
     while splits * num_kv_heads <= num_processors and splits < MOST_SPLITS:
         splits *= 2
-    return AttentionTiles(64, splits, 4)
+    return AttentionTiles(_SHORTEST_BLOCK, splits, 8) if exact else AttentionTiles(64, splits, 4)

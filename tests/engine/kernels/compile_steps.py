@@ -1,0 +1,108 @@
+"""Compiles the kernels of decode steps for compute capability 9.0, which needs no GPU.
+
+A program of its own, because Triton decides when it is imported whether it interprets. Prints a
+JSON line a kernel: its name, the type it computes with, tokens of the step, and the bytes that a
+thread keeps in memory because its registers are full.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction
+from triton.runtime.driver import driver
+
+from qwencli.engine import kernels
+from qwencli.engine.kernels import fused_ops
+from qwencli.engine.native import weights
+from qwencli.engine.native.decoding import DecodeState
+from qwencli.engine.native.model import QwenModel
+from qwencli.models.shape_reader import read_shape
+
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+# An H100 or H200: processors, launches that overlap, instructions for fp8.
+HOPPER = fused_ops.Launch(132, True, True)
+CPU = torch.device("cpu")
+
+
+class Compiled:
+    """Stands in for a kernel: compiles what would be launched."""
+
+    def __init__(self, kernel: JITFunction[Any], about: dict[str, Any]) -> None:
+        self._kernel, self._about = kernel, about
+        self._seen: set[str] = set()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **settings: Any) -> None:
+            compiled = self._kernel.warmup(*arguments, grid=grid, **settings)
+            if compiled.hash not in self._seen:
+                self._seen.add(compiled.hash)
+                spilled = {"kernel": self._kernel.fn.__name__, "spilled": stack_of(compiled)}
+                print(json.dumps(self._about | spilled))
+
+        return launch
+
+
+def stack_of(compiled: Any) -> int:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(CUOBJDUMP), "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+)", said)
+    assert found is not None, said
+    return int(found[1])
+
+
+def pretend_a_gpu() -> None:
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device=None: 0,
+        )
+    )
+    fused_ops.Launch.on = classmethod(lambda cls, device: HOPPER)  # type: ignore[method-assign,assignment]
+
+
+def record(about: dict[str, Any]) -> None:
+    """Put a stand-in wherever a module of ours launches a kernel."""
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        names = vars(importlib.import_module(module.name))
+        for name, value in list(names.items()):
+            if name.endswith("_kernel") and isinstance(value, JITFunction):
+                names[name] = Compiled(value, about)
+
+
+def main(config: dict[str, Any]) -> None:
+    pretend_a_gpu()
+    about: dict[str, Any] = {}
+    record(about)
+    shape = read_shape(config)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = weights.dummy(shape, dtype, CPU)
+        own = functools.partial(fused_ops.fused_ops, own_attention=True)
+        with torch.inference_mode():
+            model = QwenModel(shape, loaded, 64, fused=own)
+            state = DecodeState(model, model.static_cache(), 64, with_drafts=True)
+            for tokens in (1, 2, 8):
+                about |= {"dtype": str(dtype), "tokens": tokens}
+                state.verify_masked(state.kind, tokens, 64)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
