@@ -3,7 +3,8 @@
     python benchmarks/contention.py --model qwen3-vl-4b --load-format dummy > contention.json
 
 Answers equal requests in turns, with and without a thread that spins in Python, and prints one
-JSON object: every run's decode tok/s and the slowdown of the medians, for each engine.
+JSON object for each engine: every run's decode tok/s and seconds in all, and the slowdown of the
+medians of both.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import json
 import statistics
 import sys
 import threading
+from collections.abc import Iterable
 from dataclasses import replace
 
+from qwencli.bench.work import EXAMPLE_IMAGE
 from qwencli.config import Cache, EngineConfig, EngineName, LoadFormat, SamplingOptions
 from qwencli.engine.factory import create_engine
+from qwencli.engine.images import open_image
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
+from qwencli.results import GenerationResult
 
 MODES = [
     (EngineName.NATIVE, None),
@@ -35,19 +40,22 @@ def spin(stop: threading.Event) -> None:
 def measure(config: EngineConfig, runs: int, tokens: int) -> dict[str, object]:
     sampling = SamplingOptions(do_sample=False, max_new_tokens=tokens)
     request = GenerationRequest(
-        (user_message("Describe a lighthouse at dusk. " * 40),), sampling, ignore_eos=True
+        (user_message("Describe a lighthouse at dusk. " * 40, (open_image(EXAMPLE_IMAGE),)),),
+        sampling,
+        ignore_eos=True,
+        from_scratch=True,
     )
-    alone: list[float] = []
-    beside: list[float] = []
+    alone: list[GenerationResult] = []
+    beside: list[GenerationResult] = []
     with create_engine(config) as engine:
         engine.generate(request)
         for _ in range(runs):
-            alone.append(engine.generate(request).timings.decode_tok_per_s or 0.0)
+            alone.append(engine.generate(request))
             stop = threading.Event()
             thread = threading.Thread(target=spin, args=(stop,))
             thread.start()
             try:
-                beside.append(engine.generate(request).timings.decode_tok_per_s or 0.0)
+                beside.append(engine.generate(request))
             finally:
                 stop.set()
                 thread.join()
@@ -56,10 +64,25 @@ def measure(config: EngineConfig, runs: int, tokens: int) -> dict[str, object]:
         "engine": ran.engine,
         "cache": ran.cache,
         "device": ran.device,
-        "alone_tok_per_s": alone,
-        "beside_tok_per_s": beside,
-        "slowdown_percent": 100 * (1 - statistics.median(beside) / statistics.median(alone)),
+        "alone_tok_per_s": [decode_speed(result) for result in alone],
+        "beside_tok_per_s": [decode_speed(result) for result in beside],
+        "slowdown_percent": lost_percent(map(decode_speed, alone), map(decode_speed, beside)),
+        "alone_e2e_s": [result.timings.e2e_s for result in alone],
+        "beside_e2e_s": [result.timings.e2e_s for result in beside],
+        "whole_slowdown_percent": lost_percent(map(whole_speed, alone), map(whole_speed, beside)),
     }
+
+
+def decode_speed(result: GenerationResult) -> float:
+    return result.timings.decode_tok_per_s or 0.0
+
+
+def whole_speed(result: GenerationResult) -> float:
+    return 1 / result.timings.e2e_s
+
+
+def lost_percent(alone: Iterable[float], beside: Iterable[float]) -> float:
+    return 100 * (1 - statistics.median(beside) / statistics.median(alone))
 
 
 def main() -> None:
@@ -77,7 +100,8 @@ def main() -> None:
             continue
         tokens = options.tokens if engine is EngineName.NATIVE else max(options.tokens // 4, 16)
         results.append(measure(replace(base, engine=engine, cache=cache), options.runs, tokens))
-        print(results[-1]["engine"], f"{results[-1]['slowdown_percent']:.1f}%", file=sys.stderr)
+        lost = [f"{results[-1][of]:.1f}%" for of in ("slowdown_percent", "whole_slowdown_percent")]
+        print(results[-1]["engine"], *lost, file=sys.stderr)
     print(json.dumps({"python": sys.version.split()[0], "results": results}, indent=1))
 
 

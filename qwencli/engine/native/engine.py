@@ -30,13 +30,14 @@ from qwencli.engine.native.kv_quantized import resolve_kv
 from qwencli.engine.native.memory_plan import MemoryPlan, plan_memory
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.paces import Speculator
-from qwencli.engine.native.quiet_host import freeze_what_is_loaded
+from qwencli.engine.native.quiet_host import freeze_what_is_loaded, quiet_host
 from qwencli.engine.native.steppers import STEPPERS, decodes_on_host
 from qwencli.engine.native.supported import check_supported
 from qwencli.engine.native.verifying import VERIFIERS, WHY_NOT
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
 from qwencli.engine.sources import ModelFiles
 from qwencli.errors import UnsupportedModeError
+from qwencli.messages import GenerationRequest
 from qwencli.models.memory import packed_weight_bytes
 from qwencli.models.packing import PackedFormat, packed_format
 from qwencli.models.quantized_cache import cache_file
@@ -67,6 +68,13 @@ class NativeEngine(LocalEngine):
     def memory_plan(self) -> Mapping[str, int]:
         assert self._plan is not None, "load() comes first"
         return self._plan.parts
+
+    def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
+        self.load()
+        # From the first picture on: every operation of a prompt's pass takes the interpreter lock
+        # back, hundreds of turns before the first token.
+        with quiet_host():
+            yield from super().stream(request)
 
     def _load(self, files: ModelFiles) -> RanModes:
         device = resolve_device(self.config.device)

@@ -15,7 +15,6 @@ from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.paces import Pace, PlainPace, Speculator
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
-from qwencli.engine.native.quiet_host import quiet_host
 from qwencli.engine.native.sampler import LIKELIEST, kind_of
 from qwencli.engine.native.session import (
     CachedSequence,
@@ -118,11 +117,10 @@ class Generation:
             pace.begin(clock, first_slot, first_slot + steps)
         try:
             vision = self._prefill(answer, keys, digests, clock)
-            with quiet_host():
-                for token_id, mark in self._decode(clock, pace, steps):
-                    yield answer.add(token_id, mark)
-                    if answer.stopped:
-                        break
+            for token_id, mark in self._decode(clock, pace, steps):
+                yield answer.add(token_id, mark)
+                if answer.stopped:
+                    break
         except BaseException:
             # Steps that are still running write into slots after the prompt only.
             self._sequence.forget_after(first_slot)

@@ -1,4 +1,4 @@
-"""Keeps the interpreter from interrupting a decode loop."""
+"""Keeps the interpreter from interrupting a request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def quiet_host() -> Iterator[None]:
     """No garbage collection inside the block, and quick turns at the interpreter lock.
 
     A full collection walks every object of every library loaded, 100 ms and more in the middle of
-    an answer. Reference counting still frees what the loop drops.
+    an answer. Reference counting still frees what is dropped.
     """
     collecting, interval = gc.isenabled(), sys.getswitchinterval()
     gc.disable()

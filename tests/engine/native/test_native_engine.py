@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
+import sys
 
 import pytest
 
 from qwencli.config import Attention, Cache, DType, EngineName, SamplingOptions
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.host_attention import TwoProducts
+from qwencli.engine.native.quiet_host import SWITCH_INTERVAL_S
 from qwencli.engine.reference.engine import TransformersEngine
 from qwencli.errors import InputError, OutOfMemoryError, UnsupportedModeError
 from qwencli.messages import GenerationRequest, text_message, user_message
@@ -282,11 +285,32 @@ def test_stop_strings_end_the_answer_before_they_begin(checkpoint, engine_class)
 
 
 def test_garbage_collection_is_off_while_decoding_and_on_afterwards(engine):
-    import gc
-
     during = {gc.isenabled() for chunk in engine.stream(ask()) if chunk.result is None}
     assert during == {False}
     assert gc.isenabled()
+
+
+def test_the_host_is_quiet_from_the_first_picture_on(engine, monkeypatch):
+    """Another Python thread is not waited for 5 ms at a time before the first token either."""
+    seen = []
+    model = engine._generation._model
+
+    def watched(pass_of):
+        def pass_(*args, **kwargs):
+            seen.append((sys.getswitchinterval(), gc.isenabled()))
+            return pass_of(*args, **kwargs)
+
+        return pass_
+
+    monkeypatch.setattr(model, "encode_images", watched(model.encode_images))
+    monkeypatch.setattr(model, "prefill", watched(model.prefill))
+    monkeypatch.setattr(engine, "_prompt", watched(engine._prompt))
+    before = sys.getswitchinterval()
+    engine.generate(dataclasses.replace(ask(images=[picture()]), from_scratch=True))
+    assert len(seen) == 3
+    assert all(interval == pytest.approx(SWITCH_INTERVAL_S) for interval, _ in seen)
+    assert not any(collecting for _, collecting in seen)
+    assert sys.getswitchinterval() == before
 
 
 def test_one_hundred_pictures(engine):
@@ -328,7 +352,6 @@ def test_timings_are_consistent(engine):
 
 
 def test_close_drops_the_model_and_load_brings_it_back(checkpoint):
-    import gc
     import weakref
 
     engine = NativeEngine(native_config(checkpoint("qwen3")))
