@@ -15,7 +15,8 @@ class RanModes:
     """The modes that really ran, read back from the loaded model, never copied from the request.
 
     Args:
-        quantization: the concrete scheme: "none", "bnb-nf4", "bnb-int8", ...
+        quantization: the concrete scheme: "none", "bnb-nf4", "int8", ...; "int8-w8a8" where decode
+            steps round the vectors too, see `models.scheme_labels`.
         attention: of decode steps; "triton" where it is part of our own kernels, "numpy+sdpa" where
             short contexts on the CPU are numpy's and long ones torch's.
         kernels: "triton" where decode steps run our fused kernels, else "torch".

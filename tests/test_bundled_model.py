@@ -53,13 +53,22 @@ def test_presets_give_short_captions_and_tags(capsys):
     assert ask(capsys, "caption", scene, "--preset", "tags").strip() == tags
 
 
-@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
-def test_quantized_weights_still_see_the_picture(capsys, quantization):
+@pytest.mark.parametrize(
+    ("engine", "quantization", "scheme"),
+    [
+        ("native", "8bit", "int8"),
+        ("native", "4bit", "int4-g128"),
+        ("native", "fp8", "fp8-e4m3"),
+        ("transformers", "8bit", "bnb-int8"),
+        ("transformers", "4bit", "bnb-nf4"),
+    ],
+)
+def test_quantized_weights_still_see_the_picture(capsys, engine, quantization, scheme):
+    named = () if engine == "native" else ("--engine", engine)
     scene = str(EXAMPLES / "scene.png")
-    out = ask(capsys, "caption", scene, "--quantization", quantization, "--json")
+    out = ask(capsys, "caption", scene, *named, "--quantization", quantization, "--json")
     record = json.loads(out)
-    assert record["engine"] == "transformers"
-    assert record["quantization"] == {"8bit": "bnb-int8", "4bit": "bnb-nf4"}[quantization]
+    assert (record["engine"], record["quantization"]) == (engine, scheme)
     assert "red circle" in record["caption"]
 
 

@@ -24,11 +24,12 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from qwencli.bench.compare_sides import RAN, Side, SideCell, changes, unlike
+from qwencli.bench.compare_sides import KERNELS, RAN, Side, SideCell, changes, unlike
 from qwencli.bench.matrix import AXES
 from qwencli.bench.robust import MIN_RUNS, Interval, ratio_interval
 from qwencli.bench.stats import UNSTABLE_RATIO, run_ratio
 from qwencli.errors import BenchError, UsageError
+from qwencli.models.scheme_labels import stored_label
 
 THRESHOLD = 0.01
 CONFIDENCE = 0.90
@@ -192,11 +193,26 @@ def _compare_cell(a: SideCell, b: SideCell, threshold: float) -> CellComparison:
     remarks += [
         f"{column} {'/'.join(sorted(a.seen[column]))} -> {'/'.join(sorted(b.seen[column]))}"
         for column in RAN
-        if a.seen[column] != b.seen[column]
+        if _ran(a, b, column) != _ran(b, a, column)
     ]
     if a.seen["text_sha256"] != b.seen["text_sha256"]:
         remarks.append("the text differs")
     return CellComparison(a, b, verdict, ratio, tuple(remarks))
+
+
+def _ran(cell: SideCell, other: SideCell, column: str) -> frozenset[str]:
+    """What ran, as far as both sides' labels tell.
+
+    Labels from before vectors were part of them say only how the weights are stored: those of
+    fused kernels on quantized weights without an ending (`models.scheme_labels`).
+    """
+    values = cell.seen[column]
+    sides = (cell, other)
+    if column != "ran_quantization" or any(side.seen[KERNELS] != {"triton"} for side in sides):
+        return values
+    stored = [frozenset(map(stored_label, side.seen[column])) for side in sides]
+    older = any(side.seen[column] == labels for side, labels in zip(sides, stored, strict=True))
+    return stored[0] if older else values
 
 
 def counts(cells: Sequence[CellComparison]) -> dict[str, int]:

@@ -17,6 +17,7 @@ Document = Mapping[str, Any]
 
 WORK = ("num_prompt_tokens", "num_image_tokens", "num_new_tokens")
 RAN = ("ran_quantization", "ran_attention", "ran_cache")
+KERNELS = "ran_kernels"
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class SideCell:
 
     Args:
         speeds: decode tokens per second of each run that has one.
-        seen: column -> the values it had, of WORK, RAN and text_sha256.
+        seen: column -> the values it had, of WORK, RAN, KERNELS and text_sha256.
     """
 
     row: CellRow
@@ -79,6 +80,7 @@ def side(
             column: frozenset(run[column] for run in rows)
             for column in (*WORK, *RAN, "text_sha256")
         }
+        seen[KERNELS] = frozenset(run.get(KERNELS, "") for run in rows)  # not in the oldest
         cells.append(SideCell(row, tuple(speeds), seen))
     return Side(name, plan, environment, tuple(cells))
 

@@ -95,7 +95,13 @@ def predict(plan: Plan, cell: BenchCell, speed: MachineSpeed) -> Prediction:
     assert read is not None, "every scheme of the table is known"
     launched = shape.text.num_layers * launches * _LAUNCH_FACTOR.get(cell.quantization, 1.0)
     token_s = read / speed.read_bandwidth + launched / speed.launch_rate
-    memory = estimate(shape, cell.quantization, context_tokens=context, image_tokens=image_tokens)
+    memory = estimate(
+        shape,
+        cell.quantization,
+        engine=cell.engine,
+        context_tokens=context,
+        image_tokens=image_tokens,
+    )
     scale = 2 if wide else 1
     stop = settings.stop
     runs = stop.min_runs + stop.processes

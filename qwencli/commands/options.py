@@ -67,7 +67,7 @@ class RunOptions:
         EngineName | None,
         _model(
             metavar="NAME",
-            text="native or transformers. Default: native for unquantized weights.",
+            text="native or transformers. Default: native where it reads the weights.",
         ),
     ] = None
     quantization: Annotated[

@@ -32,12 +32,10 @@ SEQUENCES = (16384, 8192, 4096, 2048)
 PIXELS = (1024 * 1024, 724 * 724, 512 * 512, 384 * 384)
 # A caption's middle: 230 tokens of prompt and picture, a few hundred of answer.
 TYPICAL_CONTEXT = 512
-# Unquantized first: it is the fastest wherever it fits. 8-bit never: bitsandbytes' takes longer
-# than 4-bit in every mode (results/2026-11-23-h200-transformers/cells.csv).
-WAYS = (
-    (Quantization.NONE, EngineName.NATIVE, Attention.AUTO, Cache.STATIC_GRAPH),
-    (Quantization.INT4, EngineName.TRANSFORMERS, Attention.SDPA, Cache.DYNAMIC),
-)
+# The most exact first: what is rounded is rounded to make it fit, or because the user says so.
+# Speed would turn the order round (results/2026-11-25-h100-engines: 331, 584 and 846 tok/s), and
+# quality hardly tells them apart (results/2026-11-24-quality-cpu: 0.0, 0.0 and 0.2 points lost).
+WAYS = (Quantization.NONE, Quantization.INT8, Quantization.INT4)
 # Smallest compute capability of the native engine's fused kernels.
 TRITON_SINCE = (8, 0)
 
@@ -70,9 +68,6 @@ class Advice:
 @dataclass(frozen=True)
 class _Fit:
     quantization: Quantization
-    engine: EngineName
-    attention: Attention
-    cache: Cache
     kernels: Kernels
     max_seq_len: int
     max_pixels: int | None
@@ -109,11 +104,11 @@ def advise(machine: Machine) -> Advice:
         ),
         device=device,
         dtype=DType.BFLOAT16 if cuda.capability >= (8, 0) else DType.FLOAT16,
-        engine=fit.engine,
+        engine=EngineName.NATIVE,
         quantization=fit.quantization,
-        attention=fit.attention,
-        cache=fit.cache,
-        kernels=fit.kernels if fit.engine is EngineName.NATIVE else None,
+        attention=Attention.AUTO,
+        cache=Cache.STATIC_GRAPH,
+        kernels=fit.kernels,
         max_seq_len=fit.max_seq_len,
         max_pixels=fit.max_pixels,
         vram_bytes=need,
@@ -124,7 +119,7 @@ def advise(machine: Machine) -> Advice:
 
 def _fits(shape: ModelShape, room: int, kernels: Kernels) -> Iterator[_Fit]:
     """What fits into `room` bytes, best first: the way before the length before the picture."""
-    for quantization, engine, attention, cache in WAYS:
+    for quantization in WAYS:
         for length in SEQUENCES:
             for pixels in PIXELS if shape.vision else (None,):
                 memory = estimate(
@@ -134,9 +129,7 @@ def _fits(shape: ModelShape, room: int, kernels: Kernels) -> Iterator[_Fit]:
                     image_tokens=image_tokens(shape, pixels) if pixels else 0,
                 )
                 if memory.total <= room:
-                    yield _Fit(
-                        quantization, engine, attention, cache, kernels, length, pixels, memory
-                    )
+                    yield _Fit(quantization, kernels, length, pixels, memory)
 
 
 def _nothing_fits(shape: ModelShape, room: int, model: str) -> str:
@@ -166,8 +159,6 @@ def _speed(
         f"({'measured' if measured else 'what clock and bus width promise'}): "
         f"{read_s * 1e3:.2f} ms, at most {1 / read_s:.0f} tok/s"
     ]
-    if fit.engine is not EngineName.NATIVE:
-        return 1 / read_s, None, tuple(reasons)
     added_ms, why = _added_ms(machine, fit)
     if added_ms is None:
         return 1 / read_s, None, tuple(reasons)
@@ -179,6 +170,8 @@ def _speed(
 def _added_ms(machine: Machine, fit: _Fit) -> tuple[float | None, str]:
     """What the kernels add to the time of reading, and why; None where it is not known here."""
     layers = machine.work.layers
+    if fit.kernels is Kernels.TORCH and fit.quantization is not Quantization.NONE:
+        return None, ""  # they read each matrix back first, which was not measured on a GPU
     if fit.kernels is Kernels.TORCH:
         return operators_ms_per_token(layers), (
             f"its {operators_per_token(layers):.0f} kernels add, as on an H200, about"

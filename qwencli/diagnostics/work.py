@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from qwencli.config import Quantization
 from qwencli.engine.probes.answers import Work
-from qwencli.models.memory import weight_bytes
+from qwencli.models.memory import native_weight_bytes
 from qwencli.models.shapes import ModelShape
 
 
@@ -30,13 +30,15 @@ def work_of(shape: ModelShape) -> Work:
 
 
 def token_bytes(shape: ModelShape, quantization: Quantization = Quantization.NONE) -> int:
-    """Bytes of weights that one decode step reads: the decoder and the head.
+    """Bytes of weights that one decode step of the native engine reads: the decoder and the head.
 
-    Of the embedding a step reads one row, unless the head is tied to it and reads all of it.
+    Of the embedding a step reads one row, unless the head is tied to it and reads all of it; a
+    quantized head is a copy of its own.
     """
     text = shape.text
-    unread = 0 if text.tied_head else 2 * text.vocab_size * text.hidden_size
-    return weight_bytes(replace(shape, vision=None), quantization) - unread
+    read = text.tied_head and quantization is Quantization.NONE
+    unread = 0 if read else 2 * text.vocab_size * text.hidden_size
+    return native_weight_bytes(replace(shape, vision=None), quantization, 2) - unread
 
 
 def image_tokens(shape: ModelShape, pixels: int) -> int:

@@ -14,8 +14,10 @@ from qwencli.errors import ModelFileError, UnsupportedModeError
 def default_engine(config: EngineConfig) -> EngineName:
     """The engine for a configuration that names none: native where it can run the model.
 
-    That is for safetensors of its families, unquantized or quantized in a way it reads. A model of
-    which nothing is known here is downloaded to find out, as it has to be anyway.
+    That is for safetensors of its families, unquantized, quantized in a way it reads, or to be
+    quantized while loading, which it does in every mode. A model of which nothing is known here is
+    downloaded to find out, as it has to be anyway. A checkpoint that is quantized already and is
+    to be quantized again is native's too: that engine says why it cannot be.
 
     Raises:
         ModelFileError, DownloadError: the model's files are not usable, or not to be had.
@@ -31,8 +33,7 @@ def default_engine(config: EngineConfig) -> EngineName:
     hub_config = hub_config or {}
     native = (
         hub_config.get("model_type") in FAMILIES
-        and _is_read(hub_config, config.device)
-        and config.quantization is Quantization.NONE
+        and (config.quantization is not Quantization.NONE or _is_read(hub_config, config.device))
         and not config.allow_pickle
     )
     return EngineName.NATIVE if native else EngineName.TRANSFORMERS

@@ -12,6 +12,7 @@ from qwencli.models.memory import (
     native_kv_bytes,
     native_matrix_bytes,
 )
+from qwencli.models.scheme_labels import stored_label
 from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import expected_tensors, is_quantizable
 
@@ -53,6 +54,7 @@ def decode_bytes(
     Returns:
         None for a scheme whose storage is not known here.
     """
+    scheme = stored_label(scheme)
     quantized, native = _QUANTIZED.get(scheme) or _ready_made(scheme), _NATIVE.get(scheme)
     if scheme != "none" and quantized is None and native is None:
         return None

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from qwencli.config import Quantization
+from qwencli.config import EngineName, Quantization
 from qwencli.models.packing import PackedFormat, PackedLayer, packed_layer
 from qwencli.models.safetensors_header import StoredTensor
 from qwencli.models.shapes import ModelShape
@@ -48,7 +48,7 @@ class MemoryEstimate:
 
 
 def weight_bytes(shape: ModelShape, quantization: Quantization = Quantization.NONE) -> int:
-    """Bytes of the loaded weights; what is not quantized stays bfloat16.
+    """Bytes of the weights as the transformers engine loads them; the rest stays bfloat16.
 
     4bit: bitsandbytes NF4 without double quantization, half a byte and a float32 absmax for each
     block of 64 (QLoRA, arXiv 2305.14314, section 3). 8bit: LLM.int8(), a byte and a float32
@@ -198,13 +198,17 @@ def estimate(
     shape: ModelShape,
     quantization: Quantization = Quantization.NONE,
     *,
+    engine: EngineName = EngineName.NATIVE,
     context_tokens: int = DEFAULT_CONTEXT_TOKENS,
     image_tokens: int = DEFAULT_IMAGE_TOKENS,
 ) -> MemoryEstimate:
     """Device memory for one request of `context_tokens` (prompt, image and new tokens)."""
     peak = max(vision_peak_bytes(shape, image_tokens), prefill_peak_bytes(shape, context_tokens))
+    native = engine is EngineName.NATIVE
     return MemoryEstimate(
-        weights=weight_bytes(shape, quantization),
+        weights=native_weight_bytes(shape, quantization, _HALF)
+        if native
+        else weight_bytes(shape, quantization),
         kv_cache=kv_cache_bytes(shape, context_tokens),
         activations=peak,
         runtime=RUNTIME_BYTES,

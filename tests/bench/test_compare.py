@@ -229,6 +229,24 @@ def test_another_text_and_another_scheme_are_remarked():
     assert found.remarks == ("ran_quantization none -> int8", "the text differs")
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "kernels", "remarked"),
+    [
+        ("int8", "int8-w8a8", "triton", False),  # labels did not tell yet
+        ("int8-w8a8", "int8", "triton", False),
+        ("int4-g128", "int8-w8a8", "triton", True),
+        ("none", "int8-w8a8", "triton", True),
+        ("int8-w8a8", "fp8-e4m3-w8a16", "triton", True),
+        ("int8", "int8-w8a8", "torch", True),  # operators, which round no vector
+    ],
+)
+def test_labels_from_before_they_told_of_vectors(before, after, kernels, remarked):
+    one = make_side({SDPA: STEADY}, ran_quantization=before, ran_kernels=kernels)
+    other = make_side({SDPA: STEADY}, ran_quantization=after, ran_kernels="triton")
+    (found,) = compare(one, other).cells
+    assert found.remarks == ((f"ran_quantization {before} -> {after}",) if remarked else ())
+
+
 def test_a_campaign_is_read_from_its_folder(tmp_path):
     side = read_side(write_campaign(tmp_path / "a", {SDPA: STEADY, EAGER: "oom"}))
     assert [one.speeds for one in side.cells] == [tuple(STEADY), ()]

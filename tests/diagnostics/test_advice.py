@@ -72,9 +72,25 @@ def test_what_needs_memory_shrinks_before_the_weights_are_quantized():
     assert roomy.quantization is tight.quantization is Quantization.NONE
     assert tight.max_seq_len < roomy.max_seq_len
     assert tight.vram_bytes < 11e9
-    small = advise(with_free(8))
-    assert (small.quantization, small.engine) == (Quantization.INT4, EngineName.TRANSFORMERS)
-    assert small.expected_tok_per_s is None
+    small, smallest = advise(with_free(8)), advise(with_free(5.5))
+    assert (small.quantization, small.engine) == (Quantization.INT8, EngineName.NATIVE)
+    assert (smallest.quantization, smallest.engine) == (Quantization.INT4, EngineName.NATIVE)
+    assert small.expected_tok_per_s < smallest.expected_tok_per_s
+
+
+def test_fewer_bits_without_fused_kernels_are_not_promised_a_speed():
+    advice = advise(with_free(8, packages={"triton": None}))
+    assert (advice.quantization, advice.kernels) == (Quantization.INT8, Kernels.TORCH)
+    assert advice.limit_tok_per_s is not None
+    assert advice.expected_tok_per_s is None
+
+
+@pytest.mark.parametrize(
+    ("model", "mode", "gigabytes"),
+    [("qwen3-vl-4b", "4bit", 2.32), ("qwen3-vl-4b", "8bit", 4.03), ("qwen3-vl-8b", "4bit", 4.31)],
+)
+def test_a_token_of_fewer_bits_reads_the_quantized_head(model, mode, gigabytes):
+    assert round(token_bytes(shape(model), Quantization(mode)) / 1e9, 2) == gigabytes
 
 
 @pytest.mark.parametrize("free", [3.5, 4, 5, 6, 8, 10, 12, 24, 32])

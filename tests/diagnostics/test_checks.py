@@ -58,7 +58,7 @@ CASES = [
     ("python", {"system": {"python": [3, 10, 1]}}, "fail", "Linux"),
     ("packages", {"packages": {"bitsandbytes": None}}, "fail", "bitsandbytes"),
     ("packages", {"requirements": None}, "skip", ""),
-    ("bitsandbytes", {"packages": {"bitsandbytes": None}}, "warn", "4bit"),
+    ("bitsandbytes", {"packages": {"bitsandbytes": None}}, "skip", ""),
     ("triton", {"packages": {"triton": None, "triton-windows": "3.6"}}, "pass", ""),
     ("sdpa-backends", probe("torch", value={"sdpa_backends": OFF}), "warn", "math on"),
     ("attention-kernels", chosen("math"), "warn", "decode, flash: no mask, please"),

@@ -44,6 +44,16 @@ def test_a_record_of_a_replay_is_the_same_machine(name):
     assert findings(again) == before
 
 
+def test_gpus_of_one_kind_are_named_once():
+    evidence = findings(machine("h100-recorded"))["driver"].evidence
+    assert evidence.startswith("2x NVIDIA H100 80GB HBM3; up to CUDA 13.0")
+    mixed = machine("h100-recorded")._recorded["driver"]["gpus"]
+    other = machine(
+        "h100-recorded", driver={"gpus": [mixed[0], {**mixed[1], "name": "NVIDIA T400"}]}
+    )
+    assert findings(other)["driver"].evidence.startswith("NVIDIA H100 80GB HBM3, NVIDIA T400; ")
+
+
 def test_the_wrong_wheel():
     found = findings(machine("5070ti-wheel-without-sm_120"))
     assert found["arch-list"].evidence.startswith("device: sm_120; wheel: sm_50")

@@ -48,5 +48,19 @@ def test_ready_made_checkpoints_by_hand():
     assert decode_bytes(shape, "awq-int4-g128+none", 2, 0) is None
 
 
+@pytest.mark.parametrize(
+    ("label", "stored"),
+    [
+        ("int8-w8a8", "int8"),
+        ("fp8-e4m3-w8a16", "fp8-e4m3"),
+        ("int4-g128-w4a8", "int4-g128"),
+        ("awq-int4-g128-w4a8", "awq-int4-g128"),
+    ],
+)
+def test_rounded_vectors_change_no_weight(label, stored):
+    shape = read_shape(hub_config("qwen3-vl-4b"))
+    assert decode_bytes(shape, label, 2, 100) == decode_bytes(shape, stored, 2, 100)
+
+
 def test_an_unknown_scheme_has_no_figure():
     assert decode_bytes(read_shape(hub_config("qwen3-vl-4b")), "gptq", 2, 0) is None

@@ -1,30 +1,30 @@
-"""Writes docs/predictions.md: decode speed on GPUs that nobody here has, from a measured one.
+"""Writes docs/predictions.md: where the time of a decode step goes on the GPU that was measured,
+and from that the decode speed on GPUs that nobody here has.
 
 `--check` fails when the page is stale. There is no page while there is no result of
-`benchmarks/decode_step.py` in results/*-decode-step/.
+`benchmarks/decode_step.py` (`step_results`).
 
-    token = bytes / read bandwidth + beyond
+    token = bytes / (share x vendor's bandwidth) + beyond + launches x serial
 
-`beyond` is what the measured step takes that is not reading: kernels that wait for the one in
-front, the last programs' tail, attention's own arithmetic. It is taken to be as much on the other
-GPU; the page shows what half and twice as much would give. Read bandwidth is the same share of the
-vendor's figure on both.
+share: of the vendor's bandwidth that the measured GPU reads. beyond: what the measured step takes
+that is not reading: kernels that wait for the one in front, the last programs' tail, arithmetic; as
+much on the other GPU. serial: what a kernel costs more where none starts before the one in front
+has ended; 0 elsewhere.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from step_results import VENDOR, Step, newest_steps, steps_of, vendor_bandwidth
 
 ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "docs" / "predictions.md"
-PATTERN = "*-decode-step/*.json"
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,29 @@ class Gpu:
     overlaps: bool
 
 
-# NVIDIA's data sheets: H200 SXM; GeForce RTX 5090 (512 bits at 28 Gbit/s); RTX 4090 (384 at 21).
-MEASURED = Gpu("NVIDIA H200", 4.8e12, 141 * 10**9, overlaps=True)
+# NVIDIA's data sheets: GeForce RTX 5090 (512 bits at 28 Gbit/s); RTX 4090 (384 at 21).
 PREDICTED = (
     Gpu("GeForce RTX 5090", 1.792e12, 32 * 2**30, overlaps=True),
     Gpu("GeForce RTX 4090", 1.008e12, 24 * 2**30, overlaps=False),
 )
+# A card that was measured too, to try the formula on: unquantized weights, whose products are those
+# of then; the others have other kernels since.
+TRIED = Gpu("NVIDIA H200", VENDOR["NVIDIA H200"], 141 * 10**9, overlaps=True)
+TRIED_ON = "2026-11-24-h200-step-search"
+TRIED_FILES = ("2b.json", "4b-chosen.json")
 # A step of 182 kernels, in ms: "best" with overlapping launches, "no pdl" without.
 OVERLAP = Path("results/2026-11-23-h200-kernels/probe_4b.txt")
 OVERLAP_KERNELS = 182
-# The range that the page shows.
+# The range that the page shows: this much of what is beyond reading.
 LESS, MORE = 0.5, 2.0
+KERNELS = {
+    "norm_qkv": "norm, QKV",
+    "attend": "attention",
+    "o_residual": "O, residual",
+    "norm_gate_up": "norm, gate/up, SwiGLU",
+    "down_residual": "down, residual",
+    "choose": "head, choice",
+}
 
 
 def serial_us(root: Path) -> float:
@@ -60,97 +72,175 @@ def serial_us(root: Path) -> float:
     return 1e3 * (without - best) / OVERLAP_KERNELS
 
 
-def token_us(
-    step: Mapping[str, Any],
-    from_bytes_per_s: float,
-    to_bytes_per_s: float,
-    extra_us: float = 0.0,
-    factor: float = 1.0,
-) -> float:
-    """Time of a step of `benchmarks/decode_step.py` on a GPU of another read bandwidth.
+def shares(root: Path) -> tuple[float, float]:
+    """The smallest and the largest share of a vendor's bandwidth that any step result here read."""
+    files = sorted((root / "results").glob("*-step*/*.json"))
+    found = [step.share for file in files for step in steps_of(file)]
+    return min(found), max(found)
+
+
+def token_us(step: Step, bytes_per_s: float, serial: float = 0.0, factor: float = 1.0) -> float:
+    """Time of a measured step on a GPU of another read bandwidth.
 
     Args:
-        step: one entry of "default" or "searched". extra_us: of each launch.
-        factor: of everything but reading.
+        serial: of each launch. factor: of everything but reading.
     """
-    beyond_us = statistics.median(step["step_us"]) - step["bytes"] / from_bytes_per_s * 1e6
-    launches = sum(part["launches"] for part in step["parts"].values())
-    reading_us = step["bytes"] / to_bytes_per_s * 1e6
-    return reading_us + factor * (max(0.0, beyond_us) + launches * extra_us)
+    size = step.figures["bytes"]
+    beyond_us = statistics.median(step.figures["step_us"]) - size / step.bandwidth * 1e6
+    return size / bytes_per_s * 1e6 + factor * max(0.0, beyond_us) + step.launches * serial
 
 
-def rows(document: Mapping[str, Any], serial: float) -> Iterator[list[str]]:
+def speeds(
+    step: Step, gpu: Gpu, serial: float, spread: tuple[float, float]
+) -> tuple[float, float, float]:
+    """Tokens a second: expected, least, most."""
+    extra = 0.0 if gpu.overlaps else serial
+    ways = ((step.share, 1.0), (spread[0], MORE), (spread[1], LESS))
+    expected, least, most = (
+        1e6 / token_us(step, share * gpu.bytes_per_s, extra, factor) for share, factor in ways
+    )
+    return expected, least, most
+
+
+def predictions(
+    steps: Sequence[Step], serial: float, spread: tuple[float, float]
+) -> Iterator[list[str]]:
     """A row a GPU, model, mode and context; what does not fit is left out."""
-    measured = document["read_bandwidth_bytes_per_s"]
-    share = measured / MEASURED.bytes_per_s
     for gpu in PREDICTED:
-        reachable = share * gpu.bytes_per_s
-        extra_us = 0.0 if gpu.overlaps else serial
-        for row in document["rows"]:
-            for step in row.get("searched", row["default"]):
-                if step["bytes"] > 0.9 * gpu.memory_bytes:
+        for step in steps:
+            size = step.figures["bytes"]
+            if size > 0.9 * gpu.memory_bytes:
+                continue
+            expected, least, most = speeds(step, gpu, serial, spread)
+            yield [
+                gpu.name, step.model, step.weights, str(step.context), f"**{expected:.0f}**",
+                f"{least:.0f}-{most:.0f}", f"{gpu.bytes_per_s / size:.0f}",
+                f"{step.figures['tok_per_s']:.0f}",
+            ]  # fmt: skip
+
+
+def accounting(steps: Sequence[Step]) -> Iterator[list[str]]:
+    """A row a kernel of each step, and one for the whole step."""
+    for step in steps:
+        name = [step.model, step.weights, str(step.context)]
+        for kernel, part in step.figures["parts"].items():
+            yield [
+                *name, KERNELS[kernel], str(part["launches"]), f"{part['bytes'] / 1e6:.1f}",
+                f"{part['us']:.0f}", f"{part['percent_of_bandwidth']:.0f}",
+            ]  # fmt: skip
+        yield [
+            *name, "**whole step**", str(step.launches),
+            f"{step.figures['bytes'] / 1e6:.1f}",
+            f"{statistics.median(step.figures['step_us']):.0f}",
+            f"{step.figures['percent_of_limit']:.0f}",
+        ]  # fmt: skip
+
+
+def tried(
+    root: Path, steps: Sequence[Step], serial: float, spread: tuple[float, float]
+) -> Iterator[list[str]]:
+    """Steps that were measured on TRIED too: what the formula says of them, and what came out."""
+    for name in TRIED_FILES:
+        for there in steps_of(root / "results" / TRIED_ON / name):
+            for step in steps:
+                alike = (step.model, step.context) == (there.model, there.context)
+                if not alike or {step.weights, there.weights} != {"none"}:
                     continue
-                speeds = [
-                    1e6 / token_us(step, measured, reachable, extra_us, factor)
-                    for factor in (MORE, 1.0, LESS)
-                ]
-                limit = reachable / step["bytes"]
+                expected, least, most = speeds(step, TRIED, serial, spread)
                 yield [
-                    gpu.name, row["model"], row["quantization"], row.get("kv_dtype", "auto"),
-                    str(step["context"]),
-                    f"**{speeds[1]:.0f}**", f"{speeds[0]:.0f}-{speeds[2]:.0f}", f"{limit:.0f}",
-                    f"{step['tok_per_s']:.0f}",
+                    step.model, str(step.context), f"{expected:.0f}", f"{least:.0f}-{most:.0f}",
+                    f"{there.figures['tok_per_s']:.0f}",
                 ]  # fmt: skip
 
 
-def render(documents: Sequence[Mapping[str, Any]], source: str, serial: float) -> str:
-    header = [
-        "GPU",
-        "model",
-        "quantization",
-        "keys, values",
-        "context",
-        "tok/s",
-        "range",
-        "limit",
-        "on the H200",
+def table(header: str, rows: Iterator[list[str]]) -> str:
+    names = header.split("; ")
+    return "\n".join("| " + " | ".join(row) + " |" for row in (names, ["---"] * len(names), *rows))
+
+
+def missing(steps: Sequence[Step]) -> str:
+    """Models and modes without a row, in words."""
+    models = dict.fromkeys(step.model for step in steps)
+    there = {(step.model, step.quantization) for step in steps}
+    gone = [
+        f"{m} {q}" for m in models for q in ("none", "8bit", "fp8", "4bit") if (m, q) not in there
     ]
-    found = sorted(
-        (row for document in documents for row in rows(document, serial)),
-        key=lambda row: [gpu.name for gpu in PREDICTED].index(row[0]),
-    )
-    lines = [header, ["---"] * len(header), *found]
-    shares = [d["read_bandwidth_bytes_per_s"] / MEASURED.bytes_per_s for d in documents]
-    bandwidths = ", ".join(f"{gpu.name} {gpu.bytes_per_s / 1e9:.0f} GB/s" for gpu in PREDICTED)
-    return f"""# Predicted decode speed on other GPUs
-
-**Predictions, not measurements.** Nobody has run these. Generated by
-`python tools/docs/predictions.py` from `{source}`,
-which was measured on an {documents[0]["gpu"]} (the last column).
-
-Native engine, one sequence, greedy, fused kernels in a CUDA graph. A token takes its bytes over the
-read bandwidth, plus what the measured step takes beyond reading. The range has half and twice as
-much beyond; the limit has nothing. Read bandwidth is {max(shares):.0%} of the vendor's figure, as
-measured on the H200 ({bandwidths} by their vendor).
-The RTX 4090 cannot start a kernel before the one in front has ended, which cost {serial:.1f} us a
-kernel on the H200 (`{OVERLAP.as_posix()}`) and is added.
-
-Not in it: tiles that suit these GPUs better or worse, caches that hold part of a small model,
-clocks and power limits.
-
-{chr(10).join("| " + " | ".join(line) + " |" for line in lines)}
-"""
+    return f"Not measured, so not predicted: {', '.join(gone)}." if gone else ""
 
 
 def page(root: Path) -> str | None:
-    """The page, from the newest folder of results; None where there is none."""
-    files = sorted((root / "results").glob(PATTERN))
-    newest = [file for file in files if file.parent == files[-1].parent]
-    if not newest:
+    """The page; None where there is no result."""
+    steps = newest_steps(root / "results")
+    if not steps:
         return None
-    documents = [json.loads(file.read_text(encoding="utf-8")) for file in newest]
-    source = newest[0].parent.relative_to(root).as_posix()
-    return render(documents, source, serial_us(root))
+    serial, spread = serial_us(root), shares(root)
+    measured = steps[0].gpu
+    folders = ", ".join(f"`results/{name}/`" for name in sorted({step.folder for step in steps}))
+    card = measured.split()[1]
+    read = [step.bandwidth for step in steps]
+    of_card, share = vendor_bandwidth(measured) / 1e9, statistics.median(s.share for s in steps)
+    vendors = ", ".join(f"{gpu.name} {gpu.bytes_per_s / 1e9:.0f} GB/s" for gpu in PREDICTED)
+    predicted = table(
+        "GPU; model; weights; context; predicted tok/s; range; vendor's limit; "
+        f"measured on the {card}",
+        predictions(steps, serial, spread),
+    )
+    against = table(
+        "model; context; predicted tok/s; range; measured tok/s",
+        tried(root, steps, serial, spread),
+    )
+    kernels = table(
+        f"model; weights; context; kernel; launches; MB; us on the {card}; % of read bandwidth",
+        accounting(steps),
+    )
+    return f"""# Where a decode step's time goes, and predicted speed on other GPUs
+
+Generated by `python tools/docs/predictions.py` from {folders}, measured by
+`benchmarks/decode_step.py` on an {measured}.
+One sequence, greedy, random weights, fused kernels in one CUDA graph; the step alone, without the
+host.
+
+## Predictions for other GPUs
+
+**These are predictions, not measurements: the tool has not run on these GPUs.** The last column
+alone was measured.
+
+{predicted}
+
+{missing(steps)}
+
+    token = bytes / (share x vendor's bandwidth) + beyond + launches x serial
+
+- **bytes** of a token: the column of the whole step in the table below.
+- **Vendor's bandwidth**: {vendors}; {card} {of_card:.0f} GB/s,
+  by their data sheets.
+- **share** of it that can be read: {share:.1%}, as on the {card}
+  ({min(read) / 1e12:.2f} to {max(read) / 1e12:.2f} TB/s in the processes that timed the steps).
+- **beyond**: what the measured step takes that is not reading: waits between kernels, arithmetic.
+  Taken to be as much elsewhere, whatever the other GPU's processors.
+- **serial**: the RTX 4090 cannot start a kernel before the one in front has ended, which cost
+  {serial:.1f} us a kernel on an H200 (`{OVERLAP.as_posix()}`); 0 for the RTX 5090.
+- **Range**: from twice as much beyond and a share of {spread[0]:.0%} to half as much and
+  {spread[1]:.0%}, the smallest and the largest share in any step result here.
+- **Vendor's limit**: nothing but reading, at all of the vendor's bandwidth.
+
+Not in it: tiles that suit these GPUs better or worse, caches that hold part of a small model,
+clocks and power limits, the host.
+
+The same formula on a GPU that was measured, unquantized weights on the {TRIED.name}
+(`results/{TRIED_ON}/`, with that day's kernels):
+
+{against}
+
+## Accounting
+
+What a kernel takes is what the step takes less without it. Kernels overlap, so the parts do not
+add up to the whole, and one that hides behind its neighbour can seem to read faster than the memory
+does. Bytes are weights, keys and values. Shares are of the bandwidth measured in the same process;
+launches are those of one token.
+
+{kernels}
+"""
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ def engine_run(machine: Machine) -> Finding:
         return warned(
             f"{speed:.1f} tok/s; {what}",
             "; ".join(evidence),
-            "use --engine native --cache static-graph, where the model fits without quantization",
+            "use --engine native --cache static-graph",
         )
     return passed(f"{speed:.1f} tok/s; {what}", "; ".join(evidence))
 

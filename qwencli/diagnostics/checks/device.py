@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from qwencli.diagnostics.finding import Confidence, Finding, failed, passed, skipped, warned
 from qwencli.diagnostics.machine import Machine, Unreadable, how_it_ended
 from qwencli.diagnostics.versions import numbers
 from qwencli.engine.device import CudaDevice
+from qwencli.engine.gpu_readings import GpuReading
 from qwencli.engine.probes.ask import Outcome
 
 # CUDA major of the torch build -> smallest major of the NVIDIA driver that runs it.
@@ -37,7 +41,7 @@ def driver(machine: Machine) -> Finding:
         )
     version = found.version or ""
     what = f"NVIDIA driver {version}"
-    evidence = ", ".join(gpu.name for gpu in found.gpus) + f"; up to CUDA {found.cuda}"
+    evidence = f"{_names(found.gpus)}; up to CUDA {found.cuda}"
     try:
         build = machine.torch.cuda_build
     except Unreadable:
@@ -70,7 +74,7 @@ def cuda_device(machine: Machine) -> Finding:
             "with an NVIDIA GPU: install its driver"
             + ("" if torch.cuda_build else f", then {get_cuda_torch(machine)}"),
         )
-    gpus = ", ".join(gpu.name for gpu in found.gpus)
+    gpus = _names(found.gpus)
     hidden = machine.variables.get("CUDA_VISIBLE_DEVICES")
     if torch.cuda_build is None:
         return failed(
@@ -90,6 +94,12 @@ def cuda_device(machine: Machine) -> Finding:
         f"{gpus}; driver {found.version}; torch {torch.version}",
         'run: python -c "import torch; torch.cuda.init()" and act on its message',
     )
+
+
+def _names(gpus: Sequence[GpuReading]) -> str:
+    """Each kind of GPU once, with how many there are of it: "2x NVIDIA H100 80GB HBM3"."""
+    counts = Counter(gpu.name for gpu in gpus)
+    return ", ".join(name if count == 1 else f"{count}x {name}" for name, count in counts.items())
 
 
 def arch_list(machine: Machine) -> Finding:

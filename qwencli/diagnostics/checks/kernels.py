@@ -117,7 +117,7 @@ def bitsandbytes_runs(machine: Machine) -> Finding:
         if run.relative_error is None or not run.relative_error <= MOST_ERROR[scheme]:
             return failed(f"{NAMES[scheme]} weights compute wrongly here", evidence, upgrade)
     slower = [NAMES[scheme] for scheme, run in runs.items() if run.us and run.us > base]
-    what = "4-bit and 8-bit weights run"
+    what = "4-bit and 8-bit weights of bitsandbytes run"
     if slower:
         what += f"; {' and '.join(slower)} save memory, not time"
     return passed(what, evidence)

@@ -108,7 +108,11 @@ class Optional:
 
 
 BITSANDBYTES = Optional(
-    ("bitsandbytes",), "--quantization 4bit and 8bit", "pip install bitsandbytes", cuda_only=False
+    ("bitsandbytes",),
+    "4-bit and 8-bit weights of --engine transformers",
+    "pip install bitsandbytes",
+    cuda_only=False,
+    needed=False,
 )
 FLASH_ATTN = Optional(
     ("flash-attn",), "--attention flash_attention_2", "pip install 'qwencli[flash]'", needed=False

@@ -30,7 +30,7 @@ from qwencli.engine.kernels.tiles import (
     attention_tiles,
     default_tiles,
 )
-from qwencli.engine.kernels.vectors import BLOCK_WORDS, Reader, Vectors, in_words
+from qwencli.engine.kernels.vectors import BLOCK_WORDS, Reader, Vectors, in_words, vector_bits
 from qwencli.engine.native.decoder_ops import (
     Choice,
     DecoderOps,
@@ -135,6 +135,7 @@ class FusedOps:
             norm_head=self.norm_head,
             choose=self.choose,
             choose_several=self.choose_several,
+            vector_bits=vector_bits,
         )
         if not own_attention:
             return fused

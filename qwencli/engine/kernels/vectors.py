@@ -18,6 +18,8 @@ from qwencli.engine.native.rms_norm import RMSNorm
 Tensor = torch.Tensor
 
 BLOCK_WORDS = 4  # int32 of a row that a thread reads at once
+# What is left of a value; forms that are not here keep float32.
+FORM_BITS = {Form.BYTES: 8, Form.HALVES: 8, Form.FLOAT16: 16}
 # Columns and warps of a program that hands over a whole vector.
 SHARE, SHARE_WARPS = 256, 2
 
@@ -48,6 +50,12 @@ def in_words(matrix: Matrix) -> InWords | None:
     if way is None or matrix.columns % (BLOCK_WORDS * 32 // way.bits):
         return None
     return way
+
+
+def vector_bits(matrix: Quantized) -> int | None:
+    """Bits to which a vector is rounded for products with `matrix`; None = not at all."""
+    way = in_words(matrix)
+    return None if way is None else FORM_BITS[way.form]
 
 
 @dataclass(frozen=True)

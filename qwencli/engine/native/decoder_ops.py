@@ -168,6 +168,11 @@ def norm_head(hidden: Tensor, norm: RMSNorm, head: Matrix) -> Tensor:
     return torch.mm(norm(hidden), dense(head, hidden))
 
 
+def vector_bits(matrix: Quantized) -> int | None:
+    """None: vectors are multiplied in the type they have."""
+    return None
+
+
 @dataclass(frozen=True)
 class DecoderOps:
     """The operations a decoder runs; every field can be replaced alone.
@@ -179,6 +184,7 @@ class DecoderOps:
             Once `choice.done` is set a step changes nothing.
         choose_several: the end of a greedy step of the tokens at the front of `drafts.fed`: those
             it chooses, and what is drafted for the next one. As `drafting.accept` and `draft`.
+        vector_bits: bits to which products with this matrix round their vector; None = not at all.
     """
 
     norm_qkv: Callable[[Tensor, Layer], Tensor] = norm_qkv
@@ -190,6 +196,7 @@ class DecoderOps:
     any_length: bool = False
     choose: Callable[[Tensor, RMSNorm, Matrix, Choice], None] | None = None
     choose_several: Callable[[Tensor, RMSNorm, Matrix, Choice, Drafts], None] | None = None
+    vector_bits: Callable[[Quantized], int | None] = vector_bits
 
 
 REFERENCE_OPS = DecoderOps()

@@ -124,7 +124,7 @@ class NativeEngine(LocalEngine):
             state = DecodeState(model, store, slots, with_drafts=drafting)
             ran = RanModes(
                 engine=EngineName.NATIVE.value,
-                quantization=loaded.scheme,
+                quantization=loaded.ran_scheme(model.step_ops.vector_bits),
                 attention=_decode_attention(state, cache),
                 cache=cache.value,
                 device=device,

@@ -16,7 +16,6 @@ from qwencli.models.memory import (
     native_weight_bytes,
     prefill_peak_bytes,
     vision_peak_bytes,
-    weight_bytes,
 )
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
@@ -120,7 +119,12 @@ def plan_memory(
     if not isinstance(wanted, int) and longest >= smallest:
         return plan(longest)
     refused = plan(wanted if isinstance(wanted, int) else smallest)
-    raise _does_not_fit(shape, name, refused, free_bytes, longest)
+    smaller = {
+        mode: native_weight_bytes(shape, mode, 2 * scale)
+        for mode in (Quantization.INT8, Quantization.INT4)
+        if checkpoint_weights is None
+    }
+    raise _does_not_fit(name, refused, free_bytes, longest, smaller)
 
 
 def _image_tokens(shape: ModelShape, pixels: int) -> int:
@@ -130,18 +134,20 @@ def _image_tokens(shape: ModelShape, pixels: int) -> int:
 
 
 def _does_not_fit(
-    shape: ModelShape, name: str, plan: MemoryPlan, free_bytes: int, longest: int
+    name: str,
+    plan: MemoryPlan,
+    free_bytes: int,
+    longest: int,
+    smaller: Mapping[Quantization, int],
 ) -> OutOfMemoryError:
     parts = ", ".join(f"{use} {_gib(size)}" for use, size in plan.parts.items() if size)
     message = f"{name} needs {_gib(plan.total)} GiB ({parts}), and {_gib(free_bytes)} GiB are free"
     if longest >= SMALLEST_MAX_SEQ_LEN:
         return OutOfMemoryError(message, f"--max-seq-len {longest} fits")
     others = plan.total - plan.weights
-    for quantization in (Quantization.INT8, Quantization.INT4):
-        if weight_bytes(shape, quantization) + others <= free_bytes:
-            return OutOfMemoryError(
-                message, f"--engine transformers --quantization {quantization} fits"
-            )
+    for quantization, weights in smaller.items():
+        if weights < plan.weights and weights + others <= free_bytes:
+            return OutOfMemoryError(message, f"--quantization {quantization} fits")
     return OutOfMemoryError(message, "use a smaller model, or free memory on the device")
 
 

@@ -114,6 +114,11 @@ class Quantized:
         return self.data.shape[1] * (NIBBLES if self.scheme in IN_NIBBLES else 1)
 
     @property
+    def bits(self) -> int:
+        """Of a value."""
+        return 4 if self.scheme in IN_NIBBLES else 8
+
+    @property
     def grouped(self) -> bool:
         return self.scale.dim() == 2
 

@@ -9,7 +9,7 @@ quantized here may be kept on disk for the next load (`weight_cache`).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from qwencli.engine.native.weight_checks import Extremes, check_finite, check_ti
 from qwencli.models.packing import PackedFormat, PackedLayer
 from qwencli.models.quantized_cache import fingerprint
 from qwencli.models.safetensors_header import StoredTensor, stored_tensors
+from qwencli.models.scheme_labels import with_vector_bits
 from qwencli.models.shapes import ModelShape
 from qwencli.models.weight_specs import TensorSpec, specs
 from qwencli.models.weights import find_weights
@@ -54,8 +55,20 @@ class LoadedWeights:
 
     @property
     def scheme(self) -> str:
-        """How the decoder's matrices are stored, as results report it; "none" = unquantized."""
-        kinds = {matrix.label for name, matrix in self.matrices.items() if name != HEAD}
+        """How the decoder's matrices are stored; "none" = unquantized."""
+        return self.ran_scheme(lambda matrix: None)
+
+    def ran_scheme(self, vector_bits: Callable[[Quantized], int | None]) -> str:
+        """`scheme` and what decode steps round, as results report it (`models.scheme_labels`).
+
+        Args:
+            vector_bits: as in `DecoderOps`.
+        """
+        kinds = {
+            with_vector_bits(matrix.label, matrix.bits, vector_bits(matrix))
+            for name, matrix in self.matrices.items()
+            if name != HEAD
+        }
         if kinds and any(is_decoder_matrix(name) for name in self.tensors):
             kinds.add("none")
         label = "+".join(sorted(kinds)) or "none"

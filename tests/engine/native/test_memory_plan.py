@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwencli.config import DType
+from qwencli.config import DType, Quantization
 from qwencli.engine.native.memory_plan import DEFAULT_MAX_SEQ_LEN, plan_memory
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.builtin import hub_config
@@ -10,7 +10,7 @@ from qwencli.models.builtin import hub_config
 GIB = 2**30
 
 
-def plan(free_gib, wanted=None, name="qwen3-vl-4b"):
+def plan(free_gib, wanted=None, name="qwen3-vl-4b", **weights):
     return plan_memory(
         hub_config(name),
         name,
@@ -18,6 +18,7 @@ def plan(free_gib, wanted=None, name="qwen3-vl-4b"):
         model_limit=262144,
         wanted=wanted,
         free_bytes=None if free_gib is None else int(free_gib * GIB),
+        **weights,
     )
 
 
@@ -61,8 +62,23 @@ def test_a_wanted_length_that_does_not_fit_names_the_longest_that_does():
         plan(12, wanted=longest + 256)
 
 
-@pytest.mark.parametrize(("free", "hint"), [(7.0, "8bit"), (5.2, "4bit"), (1.0, "smaller model")])
-def test_weights_that_do_not_fit_name_what_would(free, hint):
+@pytest.mark.parametrize(("free", "hint"), [(7.5, "8bit"), (5.5, "4bit")])
+def test_weights_that_do_not_fit_name_the_mode_that_would(free, hint):
     with pytest.raises(OutOfMemoryError) as caught:
         plan(free)
-    assert hint in caught.value.hint
+    assert caught.value.hint == f"--quantization {hint} fits"
+    assert plan(free, quantization=Quantization(hint)).total <= free * GIB
+
+
+@pytest.mark.parametrize(
+    ("free", "weights"),
+    [
+        (1.0, {}),
+        (5.5, {"quantization": Quantization.INT4, "name": "qwen3-vl-8b"}),
+        (5.5, {"checkpoint_weights": 7 * GIB}),  # quantized already
+    ],
+)
+def test_where_no_mode_helps_a_smaller_model_would(free, weights):
+    with pytest.raises(OutOfMemoryError) as caught:
+        plan(free, **weights)
+    assert "smaller model" in caught.value.hint

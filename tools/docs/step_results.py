@@ -1,0 +1,101 @@
+"""Reads what `benchmarks/decode_step.py` measured: results/DATE-CARD-step/*.json.
+
+The newest folder says which card is shown. What it lacks comes from older folders of the same card;
+of two files in a folder, the one that searched no tiles tells how the engine runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PATTERN = "*-step/*.json"
+# NVIDIA's data sheets, SXM modules: bytes a second.
+VENDOR = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.8e12}
+Key = tuple[str, str, str, int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decode step as measured.
+
+    Args:
+        figures: one entry of "default" or "searched" in the file.
+        bandwidth: bytes a second that this card read, in the same process.
+    """
+
+    model: str
+    quantization: str
+    kv_dtype: str
+    gpu: str
+    folder: str
+    bandwidth: float
+    figures: Mapping[str, Any]
+
+    @property
+    def context(self) -> int:
+        return int(self.figures["context"])
+
+    @property
+    def launches(self) -> int:
+        """Of one token."""
+        return sum(part["launches"] for part in self.figures["parts"].values())
+
+    @property
+    def weights(self) -> str:
+        kv = "" if self.kv_dtype == "auto" else f", keys and values {self.kv_dtype}"
+        return f"{self.quantization}{kv}"
+
+    @property
+    def share(self) -> float:
+        """Of the vendor's bandwidth."""
+        return self.bandwidth / vendor_bandwidth(self.gpu)
+
+
+def vendor_bandwidth(gpu: str) -> float:
+    """Bytes a second. Exits for a card that VENDOR does not have."""
+    if gpu not in VENDOR:
+        sys.exit(f"{gpu}: put its vendor's bandwidth into step_results.VENDOR")
+    return VENDOR[gpu]
+
+
+def steps_of(file: Path) -> list[Step]:
+    """Every step of one file, those with searched tiles where it has them."""
+    document = json.loads(file.read_text(encoding="utf-8"))
+    return [
+        Step(
+            row["model"],
+            row["quantization"],
+            row.get("kv_dtype", "auto"),
+            document["gpu"],
+            file.parent.name,
+            document["read_bandwidth_bytes_per_s"],
+            figures,
+        )
+        for row in document["rows"]
+        for figures in row.get("searched", row["default"])
+    ]
+
+
+def newest_steps(results: Path) -> list[Step]:
+    """The newest step of each model, mode and context on the newest card; in the order of models,
+    modes and contexts. Empty where there is no result."""
+
+    def age(file: Path) -> tuple[str, bool, str]:
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        return file.parent.name, all("search" not in row for row in rows), file.name
+
+    files = sorted(results.glob(PATTERN), key=age)
+    found: dict[Key, Step] = {}
+    for step in (step for file in files for step in steps_of(file)):
+        found[step.model, step.quantization, step.kv_dtype, step.context] = step
+    newest = steps_of(files[-1])[0].gpu if files else ""
+    modes = ("none", "8bit", "fp8", "4bit")
+    return sorted(
+        (step for step in found.values() if step.gpu == newest),
+        key=lambda s: (s.model, modes.index(s.quantization), s.kv_dtype, s.context),
+    )
