@@ -31,6 +31,7 @@ from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
 from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, picture
 from tests.engine.kernels.test_gemv_quantized import MADE, rounded
+from tests.engine.kernels.test_read_back import DTYPES, KINDS, assert_same_bits, drawn
 
 CUDA = torch.device("cuda")
 
@@ -113,6 +114,18 @@ def test_quantized_products_are_those_of_the_rounded_vector(scheme, rows, column
     gate, up = exact[: rows // 2 * 2].chunk(2)
     wanted = torch.nn.functional.silu(gate) * up
     assert float((gated[0] - wanted).norm() / wanted.norm()) < 2 * most
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(1111, 4864), (19456, 2560), (37, 128)])
+@pytest.mark.parametrize("name", KINDS)
+def test_matrices_read_back_have_the_bits_of_plain_operators(name, rows, columns, dtype):
+    assert_same_bits(drawn(KINDS[name], rows, columns, "cuda"), dtype)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_rows_of_odd_length_are_read_back(name):
+    assert_same_bits(drawn(KINDS[name], 777, 1001, "cuda"), torch.bfloat16)
 
 
 def wide_shape(hidden=2560, layers=3):
