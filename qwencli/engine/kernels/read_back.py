@@ -23,12 +23,81 @@ TURNS = 4
 
 
 @triton.jit
+def place_of(chunk, K: tl.constexpr):
+    """Row (int64) and first column of chunks; the last chunk of a row may end behind it."""
+    PER_ROW: tl.constexpr = (K + 7) // 8
+    return (chunk // PER_ROW).to(tl.int64), chunk % PER_ROW * 8
+
+
+@triton.jit
+def in_row(chunk, N, K: tl.constexpr):
+    """Which columns of chunks there are: [n, 1], or [n, 8] where rows end within a chunk."""
+    PER_ROW: tl.constexpr = (K + 7) // 8
+    inside = (chunk < N * PER_ROW)[:, None]
+    if K % 8 != 0:
+        columns = (chunk % PER_ROW * 8)[:, None] + tl.arange(0, 8)[None, :]
+        inside = inside & (columns < K)
+    return inside
+
+
+@triton.jit
+def packed_chunks(
+    ptr, first, N, K: tl.constexpr, NIBBLES: tl.constexpr, STEP: tl.constexpr, TURNS: tl.constexpr
+):
+    """Start reading chunks from `first` on: int8 [n, 8], or int32 [n] of NIBBLES, for each turn."""
+    tiles = ()
+    for turn in tl.static_range(TURNS):
+        chunk = first + turn * STEP
+        at = chunk
+        inside = chunk < N * (K // 8)
+        if not NIBBLES:
+            row, start = place_of(chunk, K)
+            at = (row * K + start)[:, None] + tl.arange(0, 8)[None, :]
+            inside = in_row(chunk, N, K)
+        tiles += (tl.load(ptr + at, mask=inside, other=0, eviction_policy="evict_first"),)  # type: ignore[assignment]
+    return tiles
+
+
+@triton.jit
+def of_groups(
+    ptr, first, N, K: tl.constexpr, G: tl.constexpr, STEP: tl.constexpr, TURNS: tl.constexpr
+):
+    """Start reading what belongs to the groups of chunks, of any float type: [n] for each turn."""
+    GROUPS: tl.constexpr = K // G
+    tiles = ()
+    for turn in tl.static_range(TURNS):
+        row, start = place_of(first + turn * STEP, K)
+        tiles += (tl.load(ptr + row * GROUPS + start // G, mask=row < N, other=0.0),)  # type: ignore[assignment]
+    return tiles
+
+
+@triton.jit
+def floats_of(packed, table_ptr, NIBBLES: tl.constexpr, FP8: tl.constexpr):
+    """What the integers of chunks stand for before zero and scale, float32 [n, 8].
+
+    FP8: times 2^-8, as its four bits of exponent are put in the place of float16's five.
+    """
+    if FP8:
+        bits = packed.to(tl.int32)
+        values = half(((bits & 0x80) << 8) | ((bits & 0x7F) << 7))
+    elif NIBBLES:
+        column = tl.arange(0, 8)[None, :]
+        if table_ptr is None:
+            values = to_float((packed[:, None] >> ((column & 3) * 8 + (column >> 2) * 4)) & 15)
+        else:
+            values = tl.load(table_ptr + ((packed[:, None] >> (4 * column)) & 15))
+    else:
+        values = to_float(packed.to(tl.int32))
+    return values
+
+
+@triton.jit
 def read_back_kernel(
-    data_ptr,  # int8 [N, K], fp8 as its bits; NIBBLES: int32 [N, K / 8]
+    data_ptr,  # int8 [N, K], fp8 as its bits; NIBBLES: int32 [N, K / 8], see `quantized.pack`
     scale_ptr,  # [N, K / G]
     zero_ptr,  # as scale; None = no zeros
     table_ptr,  # float32 [16]; None = values are what they are
-    order_ptr,  # int32 [K], where the columns go; None = where they are
+    order_ptr,  # int32 [K], where columns go; None = they stay
     out_ptr,  # [N, K]
     N,
     K: tl.constexpr,
@@ -38,74 +107,27 @@ def read_back_kernel(
     CHUNKS: tl.constexpr,
     TURNS: tl.constexpr,
 ):
-    """TURNS times CHUNKS chunks of eight columns, of all rows one after the other."""
-    PER_ROW: tl.constexpr = (K + 7) // 8
-    GROUPS: tl.constexpr = K // G
+    """CHUNKS chunks of eight columns, TURNS times; chunks are counted along the rows."""
     first = tl.program_id(0) * (CHUNKS * TURNS) + tl.arange(0, CHUNKS)
-    within = tl.arange(0, 8)[None, :]
-    packed = ()
-    scales = ()
-    zeros = ()
-    # All reads first: a write between them would be waited for, as it could be what is read next.
+    # All reads first: behind a write they would wait for it, as it could be what they read.
+    packed = packed_chunks(data_ptr, first, N, K, NIBBLES, CHUNKS, TURNS)
+    scales = of_groups(scale_ptr, first, N, K, G, CHUNKS, TURNS)
+    if zero_ptr is not None:
+        zeros = of_groups(zero_ptr, first, N, K, G, CHUNKS, TURNS)
     for turn in tl.static_range(TURNS):
         chunk = first + turn * CHUNKS
-        there = chunk < N * PER_ROW
-        row = (chunk // PER_ROW).to(tl.int64)
-        start = chunk % PER_ROW * 8
-        group = row * GROUPS + start // G
-        if NIBBLES:
-            at = chunk
-            inside = there
-        else:
-            at = (row * K + start)[:, None] + within
-            inside = in_row(there, start, K)
-        packed += (tl.load(data_ptr + at, mask=inside, other=0, eviction_policy="evict_first"),)  # type: ignore[assignment]
-        scales += (tl.load(scale_ptr + group, mask=there, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+        inside = in_row(chunk, N, K)
+        values = floats_of(packed[turn], table_ptr, NIBBLES, FP8)
         if zero_ptr is not None:
-            zeros += (tl.load(zero_ptr + group, mask=there, other=0.0).to(tl.float32),)  # type: ignore[assignment]
-    for turn in tl.static_range(TURNS):
-        chunk = first + turn * CHUNKS
-        row = (chunk // PER_ROW).to(tl.int64)
-        start = chunk % PER_ROW * 8
-        inside = in_row(chunk < N * PER_ROW, start, K)
-        scale = scales[turn]
-        if FP8:
-            # With four bits of exponent in the place of float16's five, values are 2^8 too small.
-            bits = packed[turn].to(tl.int32)
-            values = half(((bits & 0x80) << 8) | ((bits & 0x7F) << 7))
-            scale *= 256.0
-        elif NIBBLES:
-            values = of_nibbles(packed[turn][:, None], within, table_ptr)
-        else:
-            values = to_float(packed[turn].to(tl.int32))
-        if zero_ptr is not None:
-            values -= zeros[turn][:, None]
-        values *= scale[:, None]
-        columns = start[:, None] + within
+            values -= zeros[turn].to(tl.float32)[:, None]
+        # 2^8 changes no digit of the scale, so none of the product.
+        values *= (scales[turn].to(tl.float32) * (256.0 if FP8 else 1.0))[:, None]
+        row, start = place_of(chunk, K)
+        columns = start[:, None] + tl.arange(0, 8)[None, :]
         if order_ptr is not None:
             columns = tl.load(order_ptr + columns, mask=inside, other=0)
         at = (row * K)[:, None] + columns
         tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def in_row(there, start, K: tl.constexpr):
-    """Which columns of chunks are inside their rows: [n, 1], or [n, 8] where rows end within one."""
-    inside = there[:, None]
-    if K % 8 != 0:
-        inside = inside & (start[:, None] + tl.arange(0, 8)[None, :] < K)
-    return inside
-
-
-@triton.jit
-def of_nibbles(words, within, table_ptr):
-    """The columns `within` [1, 8] of int32 words [n, 1], float32; see `quantized.pack`."""
-    if table_ptr is None:
-        q = (words >> ((within & 3) * 8 + (within >> 2) * 4)) & 15
-        values = to_float(q)
-    else:
-        values = tl.load(table_ptr + ((words >> (4 * within)) & 15))
-    return values
 
 
 def read_back(matrix: Quantized, dtype: torch.dtype) -> torch.Tensor:
