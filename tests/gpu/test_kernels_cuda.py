@@ -31,7 +31,8 @@ from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
 from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, picture
 from tests.engine.kernels.test_gemv_quantized import MADE, rounded
-from tests.engine.kernels.test_read_back import DTYPES, KINDS, assert_same_bits, drawn
+from tests.engine.kernels.test_read_back import DTYPES, assert_same_bits
+from tests.engine.native.drawn_matrices import KINDS, drawn
 
 CUDA = torch.device("cuda")
 
