@@ -25,6 +25,7 @@ from qwencli.engine.native import weights
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.native.quantized import Scheme, quantize
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
@@ -153,6 +154,23 @@ def wide_model(fused, quantization=Quantization.NONE):
     shape = wide_shape()
     loaded = weights.dummy(shape, torch.bfloat16, CUDA, quantization)
     return QwenModel(shape, loaded, 9000, fused=fused)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("quantization", QUANTIZED)
+def test_a_prompt_takes_no_more_memory_than_one_matrix_read_back(quantization):
+    model = wide_model(functools.partial(fused_ops, own_attention=True), quantization)
+    cache = model.static_cache()
+    inputs = model.prepare([Prompt([5, 6, 7, 8])])
+    model.prefill(inputs, cache)  # compiles, and cuBLAS takes its workspace
+    cache.length = 0
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model.prefill(inputs, cache)
+    torch.cuda.synchronize()
+    gate_up = 2 * 9728 * 2560 * 2
+    assert gate_up <= torch.cuda.max_memory_allocated() - before < 1.1 * gate_up
 
 
 @torch.inference_mode()
