@@ -194,6 +194,16 @@ def prefill_peak_bytes(shape: ModelShape, tokens: int) -> int:
     return layer + text.vocab_size * (_HALF + 4 + 4 + 8)
 
 
+def read_back_bytes(shape: ModelShape) -> int:
+    """Bytes of the largest quantized matrix that a prompt of the native engine has in bfloat16:
+    gate and up of a layer in one, or queries, keys and values. One is there at a time, and the head
+    never whole.
+    """
+    text = shape.text
+    rows = max(2 * text.intermediate_size, text.q_size + 2 * text.kv_size)
+    return rows * text.hidden_size * _HALF
+
+
 def estimate(
     shape: ModelShape,
     quantization: Quantization = Quantization.NONE,

@@ -25,12 +25,15 @@ from qwencli.engine.native import weights
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.native.quantized import Scheme, quantize
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
 from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, picture
 from tests.engine.kernels.test_gemv_quantized import MADE, rounded
+from tests.engine.kernels.test_read_back import DTYPES, assert_same_bits
+from tests.engine.native.drawn_matrices import KINDS, drawn
 
 CUDA = torch.device("cuda")
 
@@ -115,6 +118,18 @@ def test_quantized_products_are_those_of_the_rounded_vector(scheme, rows, column
     assert float((gated[0] - wanted).norm() / wanted.norm()) < 2 * most
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(1111, 4864), (19456, 2560), (37, 128)])
+@pytest.mark.parametrize("name", KINDS)
+def test_matrices_read_back_have_the_bits_of_plain_operators(name, rows, columns, dtype):
+    assert_same_bits(drawn(KINDS[name], rows, columns, "cuda"), dtype)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_rows_of_odd_length_are_read_back(name):
+    assert_same_bits(drawn(KINDS[name], 777, 1001, "cuda"), torch.bfloat16)
+
+
 def wide_shape(hidden=2560, layers=3):
     """True widths of a 4B model, few layers and words."""
     return read_shape(
@@ -139,6 +154,23 @@ def wide_model(fused, quantization=Quantization.NONE):
     shape = wide_shape()
     loaded = weights.dummy(shape, torch.bfloat16, CUDA, quantization)
     return QwenModel(shape, loaded, 9000, fused=fused)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("quantization", QUANTIZED)
+def test_a_prompt_takes_no_more_memory_than_one_matrix_read_back(quantization):
+    model = wide_model(functools.partial(fused_ops, own_attention=True), quantization)
+    cache = model.static_cache()
+    inputs = model.prepare([Prompt([5, 6, 7, 8])])
+    model.prefill(inputs, cache)  # compiles, and cuBLAS takes its workspace
+    cache.length = 0
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model.prefill(inputs, cache)
+    torch.cuda.synchronize()
+    gate_up = 2 * 9728 * 2560 * 2
+    assert gate_up <= torch.cuda.max_memory_allocated() - before < 1.1 * gate_up
 
 
 @torch.inference_mode()

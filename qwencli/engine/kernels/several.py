@@ -11,6 +11,7 @@ import triton
 
 from qwencli.engine.kernels.gemm import gemm_kernel
 from qwencli.engine.kernels.handover import SPANS
+from qwencli.engine.kernels.read_back import read_back
 from qwencli.engine.kernels.tiles import GemvTiles, MatrixKind, Storage
 from qwencli.engine.kernels.vectors import BLOCK_WORDS, in_words
 from qwencli.engine.native.decoder_ops import Choice, Matrix, dense
@@ -58,8 +59,9 @@ class SeveralProducts:
 
     def __call__(self, x: Tensor, matrix: Matrix, y: Tensor, around: Epilogue) -> None:
         """y [S, rows] = epilogue(matrix norm(x)), x [S, columns]."""
+        launch = self._options
         if isinstance(matrix, Quantized) and not is_read(matrix):
-            matrix = dense(matrix, x)
+            matrix, launch = read_back(matrix, x.dtype).t(), self._in_turn
         quantized = matrix if isinstance(matrix, Quantized) else None
         weight = dense(matrix, x).t() if quantized is None else quantized.data
         assert weight.is_contiguous(), "kernels read rows of the weight"
@@ -103,8 +105,14 @@ class SeveralProducts:
             SPAN=1 if way is None else SPANS[way.form],
             G=columns if quantized is None else quantized.group,
             PRECISION=self._precision,
-            **self._options(tiles.num_warps),
+            **launch(tiles.num_warps),
         )
+
+    def _in_turn(self, num_warps: int) -> Mapping[str, Any]:
+        """Where the kernel in front writes the weights, of which some are read before the wait."""
+        options = {**self._options(num_warps), "PDL": False}
+        options.pop("launch_pdl", None)
+        return options
 
 
 def is_read(matrix: Quantized) -> bool:

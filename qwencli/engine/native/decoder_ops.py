@@ -7,6 +7,7 @@ never synchronises, and can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from qwencli.engine.native.rope import CosSin, rotate
 
 Tensor = torch.Tensor
 Matrix = Tensor | Quantized
+# A quantized matrix and a type -> the matrix [rows, columns] in it.
+ReadBack = Callable[[Quantized, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
@@ -114,17 +117,17 @@ class Drafts:
     record: Tensor
 
 
-def dense(matrix: Matrix, like: Tensor) -> Tensor:
+def dense(matrix: Matrix, like: Tensor, read: ReadBack = Quantized.dequantize) -> Tensor:
     """The matrix [in, out] in the type of `like`."""
-    return matrix if isinstance(matrix, torch.Tensor) else matrix.dequantize(like.dtype).t()
+    return matrix if isinstance(matrix, torch.Tensor) else read(matrix, like.dtype).t()
 
 
-def norm_qkv(hidden: Tensor, layer: Layer) -> Tensor:
+def norm_qkv(hidden: Tensor, layer: Layer, read: ReadBack = Quantized.dequantize) -> Tensor:
     """hidden [B * S, hidden] -> [B * S, (H + 2 KVH) * D]."""
     x = layer.attn_norm(hidden)
     if layer.qkv_bias is None:
-        return torch.mm(x, dense(layer.qkv, x))
-    return torch.addmm(layer.qkv_bias, x, dense(layer.qkv, x))
+        return torch.mm(x, dense(layer.qkv, x, read))
+    return torch.addmm(layer.qkv_bias, x, dense(layer.qkv, x, read))
 
 
 def attend(qkv: Tensor, layer: Layer, step: Step) -> Tensor:
@@ -145,27 +148,40 @@ def attend(qkv: Tensor, layer: Layer, step: Step) -> Tensor:
     return attended.view(-1, heads * dim)
 
 
-def o_residual(attended: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
+def o_residual(
+    attended: Tensor, layer: Layer, hidden: Tensor, read: ReadBack = Quantized.dequantize
+) -> Tensor:
     """hidden + W_o attended, [B * S, hidden], in place: the sum is part of the product."""
-    hidden.addmm_(attended, dense(layer.o, hidden))
+    hidden.addmm_(attended, dense(layer.o, hidden, read))
     return hidden if layer.o_bias is None else hidden.add_(layer.o_bias)
 
 
-def norm_gate_up(hidden: Tensor, layer: Layer) -> Tensor:
+def norm_gate_up(hidden: Tensor, layer: Layer, read: ReadBack = Quantized.dequantize) -> Tensor:
     """SwiGLU of the normed hidden state: silu(gate) * up, [B * S, I]."""
-    both = torch.mm(layer.mlp_norm(hidden), dense(layer.gate_up, hidden))
+    both = torch.mm(layer.mlp_norm(hidden), dense(layer.gate_up, hidden, read))
     gate, up = both.chunk(2, 1)
     return F.silu(gate).mul_(up)
 
 
-def down_residual(activated: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
+def down_residual(
+    activated: Tensor, layer: Layer, hidden: Tensor, read: ReadBack = Quantized.dequantize
+) -> Tensor:
     """hidden + W_down activated, [B * S, hidden], in place."""
-    return hidden.addmm_(activated, dense(layer.down, hidden))
+    return hidden.addmm_(activated, dense(layer.down, hidden, read))
 
 
-def norm_head(hidden: Tensor, norm: RMSNorm, head: Matrix) -> Tensor:
-    """Logits [N, V] of hidden states [N, hidden]; `head` is [hidden, V]."""
-    return torch.mm(norm(hidden), dense(head, hidden))
+def norm_head(
+    hidden: Tensor, norm: RMSNorm, head: Matrix, read: ReadBack = Quantized.dequantize
+) -> Tensor:
+    """Logits [N, V] of hidden states [N, hidden]; `head` is [hidden, V].
+
+    The largest matrix of all, so a quantized one is never there whole.
+    """
+    x = norm(hidden)
+    if isinstance(head, torch.Tensor):
+        return torch.mm(x, head)
+    parts = [torch.mm(x, dense(head.part(rows), x, read)) for rows in head.pieces()]
+    return torch.cat(parts, 1)
 
 
 def vector_bits(matrix: Quantized) -> int | None:
@@ -185,6 +201,8 @@ class DecoderOps:
         choose_several: the end of a greedy step of the tokens at the front of `drafts.fed`: those
             it chooses, and what is drafted for the next one. As `drafting.accept` and `draft`.
         vector_bits: bits to which products with this matrix round their vector; None = not at all.
+        read_back: how products with more rows than a step has read quantized matrices.
+        most_rows: up to which `norm_head` does without a head read back; 0 = never.
     """
 
     norm_qkv: Callable[[Tensor, Layer], Tensor] = norm_qkv
@@ -197,6 +215,32 @@ class DecoderOps:
     choose: Callable[[Tensor, RMSNorm, Matrix, Choice], None] | None = None
     choose_several: Callable[[Tensor, RMSNorm, Matrix, Choice, Drafts], None] | None = None
     vector_bits: Callable[[Quantized], int | None] = vector_bits
+    read_back: ReadBack = Quantized.dequantize
+    most_rows: int = 0
 
 
 REFERENCE_OPS = DecoderOps()
+
+
+def prompt_ops(step: DecoderOps) -> DecoderOps:
+    """Operations on prompts in a model whose steps are `step`: plain torch, with the matrices read
+    back as `step` does it.
+
+    A quantized head is an exception: few rows of a prompt's end go through the steps' own. The
+    first token is then chosen from the logits that a step would give there, whose vector is rounded
+    as in every step, and not from those of the head read back.
+    """
+
+    def head(hidden: Tensor, norm: RMSNorm, matrix: Matrix) -> Tensor:
+        if isinstance(matrix, torch.Tensor) or len(hidden) > step.most_rows:
+            return norm_head(hidden, norm, matrix, step.read_back)
+        # Copies, as rows may lie apart, and as the next step overwrites its logits.
+        return step.norm_head(hidden.clone(), norm, matrix).clone()
+
+    return DecoderOps(
+        norm_qkv=functools.partial(norm_qkv, read=step.read_back),
+        o_residual=functools.partial(o_residual, read=step.read_back),
+        norm_gate_up=functools.partial(norm_gate_up, read=step.read_back),
+        down_residual=functools.partial(down_residual, read=step.read_back),
+        norm_head=head,
+    )

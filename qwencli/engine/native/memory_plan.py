@@ -15,6 +15,7 @@ from qwencli.models.memory import (
     native_kv_bytes,
     native_weight_bytes,
     prefill_peak_bytes,
+    read_back_bytes,
     vision_peak_bytes,
 )
 from qwencli.models.shape_reader import read_shape
@@ -89,6 +90,8 @@ def plan_memory(
         weights = native_weight_bytes(shape, quantization, 2 * scale)
     longest_wanted = model_limit if wanted == "auto" else wanted or DEFAULT_MAX_SEQ_LEN
     target = min(model_limit, longest_wanted)
+    quantized = quantization is not Quantization.NONE or checkpoint_weights is not None
+    read_back = read_back_bytes(shape) if quantized else 0
 
     image_tokens = _image_tokens(shape, max_pixels or PLANNED_PIXELS)
     quantized_kv = kv_dtype is not KVDType.AUTO
@@ -100,7 +103,7 @@ def plan_memory(
     def plan(tokens: int) -> MemoryPlan:
         peak = max(
             vision_peak_bytes(shape, image_tokens),
-            prefill_peak_bytes(shape, min(tokens, PROMPT_TOKENS + image_tokens)),
+            prefill_peak_bytes(shape, min(tokens, PROMPT_TOKENS + image_tokens)) + read_back,
         )
         return MemoryPlan(
             weights=weights,

@@ -16,7 +16,7 @@ from qwencli.config import Attention
 from qwencli.engine.native import weights as loader
 from qwencli.engine.native.attention import ATTENTION, AttentionPlan, prompt_plan
 from qwencli.engine.native.decoder import Decoder
-from qwencli.engine.native.decoder_ops import REFERENCE_OPS, DecoderOps, Step
+from qwencli.engine.native.decoder_ops import REFERENCE_OPS, DecoderOps, Step, prompt_ops
 from qwencli.engine.native.flash_decode import can_flash_decode
 from qwencli.engine.native.kv_cache import DynamicKVCache, KVCache, StaticKVCache
 from qwencli.engine.native.kv_quantized import QuantizedKVCache
@@ -76,6 +76,7 @@ class QwenModel:
         self.step_ops = REFERENCE_OPS
         if fused is not None:
             self.step_ops = fused(shape.text, self.rope.rows, self.dtype, self.device)
+        self.prompt_ops = prompt_ops(self.step_ops)
 
     @classmethod
     def load(
@@ -133,7 +134,8 @@ class QwenModel:
     ) -> torch.Tensor:
         """Run the prompt from slot `start` (whatever is before it is in `cache`) to `stop`.
 
-        Returns the logits [B, V] after the last token run; advances `cache.length` to `stop`.
+        Returns the logits [B, V] after the last token run; advances `cache.length` to `stop`. Of a
+        quantized head they are those of a decode step, see `prompt_ops`.
         Pieces (`start` or `stop` given) are for a batch of one.
         """
         stop = inputs.length if stop is None else stop
@@ -160,11 +162,11 @@ class QwenModel:
             plan=plan,
             cache=cache,
             attention=self._attend,
-            ops=REFERENCE_OPS,
+            ops=self.prompt_ops,
         )
         hidden = self.decoder.forward(hidden, step, deepstack)
         cache.length = stop
-        return self.decoder.logits(hidden[stop - start - 1 :: stop - start], REFERENCE_OPS)
+        return self.decoder.logits(hidden[stop - start - 1 :: stop - start], self.prompt_ops)
 
     def decode_step(
         self,

@@ -29,6 +29,8 @@ NIBBLES = 8  # of one int32
 SHRINKS = tuple(1 - 0.05 * step for step in range(8))
 # Rows that are worked on at a time: in float32 a vocabulary's matrix takes gigabytes.
 ROWS_AT_A_TIME = 4096
+# Values that are read back at a time: 16 MB in float32, which caches hold, and enough for a GPU.
+VALUES_AT_A_TIME = 2**22
 INT4_MAX = 15
 
 
@@ -50,6 +52,14 @@ _PLACES = {
     Scheme.INT4: (0, 8, 16, 24, 4, 12, 20, 28),
     Scheme.NF4: _IN_ORDER,
     Scheme.FP4: _IN_ORDER,
+}
+# Which of a word's columns are in the low halves of its bytes, and in the high ones: the same told
+# the other way round.
+_IN_TURNS = (slice(0, NIBBLES, 2), slice(1, NIBBLES, 2))
+_HALVES = {
+    Scheme.INT4: (slice(0, 4), slice(4, NIBBLES)),
+    Scheme.NF4: _IN_TURNS,
+    Scheme.FP4: _IN_TURNS,
 }
 STEPS_TRIED = 1024
 # What a label leaves out: bitsandbytes has no other block by default.
@@ -146,24 +156,44 @@ class Quantized:
         return sum(part.nbytes for part in self.parts.values())
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The matrix [rows, columns] that the kernels compute with, rounded to `dtype`."""
-        if not self.grouped:
-            return self._in_order((self.data.float() * self.scale.float()[:, None]).to(dtype))
-        nibbles = self.scheme in IN_NIBBLES
-        q = unpack(self.data, self.scheme) if nibbles else self.data
-        if self.table is None:
-            values = q.view(self.rows, -1, self.group).float()
-        else:
-            values = self.table.values[q.view(self.rows, -1, self.group)]
-        if self.zero is not None:
-            values = values - self.zero.float()[..., None]
-        values = values * self.scale.float()[..., None]
-        return self._in_order(values.view(self.rows, -1).to(dtype))
+        """The matrix [rows, columns] that the kernels compute with: float32, rounded to `dtype`.
 
-    def _in_order(self, values: Tensor) -> Tensor:
-        if self.order is None:
-            return values
-        return torch.empty_like(values).index_copy_(1, self.order.long(), values)
+        `VALUES_AT_A_TIME` of it are float32, unless that is the type.
+        """
+        out = torch.empty(self.rows, self.columns, dtype=dtype, device=self.data.device)
+        for rows in self.pieces():
+            self._read(rows, out[rows])
+        return out
+
+    def pieces(self) -> list[slice]:
+        """Its rows, as many at a time as may be float32."""
+        # A compiler has no use for pieces: it computes a value where it is read.
+        whole = torch.compiler.is_compiling()
+        step = self.rows if whole else max(1, VALUES_AT_A_TIME // self.columns)
+        return [slice(start, start + step) for start in range(0, self.rows, step)]
+
+    def part(self, rows: slice) -> Quantized:
+        """Some of its rows as a matrix; nothing is copied."""
+        zero = None if self.zero is None else self.zero[rows]
+        return replace(self, data=self.data[rows], scale=self.scale[rows], zero=zero)
+
+    def _read(self, rows: slice, out: Tensor) -> None:
+        data = self.data[rows]
+        q = unpack(data, self.scheme) if self.scheme in IN_NIBBLES else data
+        if self.table is not None:
+            values = self.table.values.index_select(0, q.view(-1).int()).view(q.shape)
+        elif self.order is None and out.dtype is torch.float32:
+            values = out.copy_(q)
+        else:
+            values = q.float()
+        groups = values.view(len(q), -1, self.group)
+        if self.zero is not None:
+            groups -= self.zero[rows].float()[..., None]
+        groups *= self.scale[rows].float().view(len(q), -1, 1)
+        if self.order is not None:
+            out.index_copy_(1, self.order.long(), values.to(out.dtype))
+        elif values is not out:
+            out.copy_(values)
 
 
 def stack(parts: Sequence[Quantized]) -> Quantized | None:
@@ -268,17 +298,20 @@ def pack(q: Tensor, scheme: Scheme = Scheme.INT4) -> Tensor:
     Column i of a word's eight is at bit `_PLACES[scheme][i]`.
     """
     columns = q.view(len(q), -1, NIBBLES)
-    packed = torch.zeros_like(columns[:, :, 0])
+    packed = torch.zeros(columns.shape[:2], dtype=q.dtype, device=q.device)
     for column, place in enumerate(_PLACES[scheme]):
         packed |= columns[:, :, column] << place
     return packed
 
 
 def unpack(data: Tensor, scheme: Scheme = Scheme.INT4) -> Tensor:
-    """The inverse of `pack`. Places are numbers: a tensor of them would be copied from the host,
-    which a CUDA graph cannot hold."""
-    columns = [(data >> place) & INT4_MAX for place in _PLACES[scheme]]
-    return torch.stack(columns, dim=-1).view(len(data), -1)
+    """The inverse of `pack`: uint8 [rows, columns]."""
+    raw = data.view(torch.uint8).view(len(data), -1, 4)
+    columns = torch.empty(len(data), raw.shape[1], NIBBLES, dtype=torch.uint8, device=data.device)
+    low, high = _HALVES[scheme]
+    columns[..., low] = raw & INT4_MAX
+    columns[..., high] = raw >> 4
+    return columns.view(len(data), -1)
 
 
 def table_of(values: Tensor) -> Table:

@@ -10,11 +10,11 @@ from qwencli.models.builtin import hub_config
 GIB = 2**30
 
 
-def plan(free_gib, wanted=None, name="qwen3-vl-4b", **weights):
+def plan(free_gib, wanted=None, name="qwen3-vl-4b", dtype=DType.BFLOAT16, **weights):
     return plan_memory(
         hub_config(name),
         name,
-        dtype=DType.BFLOAT16,
+        dtype=dtype,
         model_limit=262144,
         wanted=wanted,
         free_bytes=None if free_gib is None else int(free_gib * GIB),
@@ -44,6 +44,19 @@ def test_features_of_kept_pictures_are_counted():
     assert vision.kept_images == 4096 * 2560 * 4 * 2  # the embedding and three DeepStack layers
     assert text.kept_images == 0
     assert sum(vision.parts.values()) == vision.total
+
+
+@pytest.mark.parametrize("dtype", [DType.BFLOAT16, DType.FLOAT32])
+@pytest.mark.parametrize("name", ["qwen3-4b", "qwen3-vl-4b"])
+def test_the_largest_matrix_that_a_prompt_reads_back_is_counted(name, dtype):
+    plain = plan(None, name=name, dtype=dtype).activations
+    gate_up = 2 * 9728 * 2560 * (2 if dtype is DType.BFLOAT16 else 4)
+    for weights in (
+        {"quantization": Quantization.INT4},
+        {"quantization": Quantization.FP8},
+        {"checkpoint_weights": 3 * GIB},
+    ):
+        assert plan(None, name=name, dtype=dtype, **weights).activations == plain + gate_up
 
 
 def test_little_memory_shortens_the_sequences_until_they_fit():

@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 
 from qwencli.config import EngineConfig, Quantization, SamplingOptions
 from qwencli.engine.images import open_image
+from qwencli.engine.native import quantized
+from qwencli.engine.native.decoder_ops import norm_head
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.quantized import LARGEST, Quantized, Scheme, pack, quantize, unpack
+from qwencli.engine.native.rms_norm import RMSNorm
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
+from tests.engine.native.drawn_matrices import KINDS, drawn
 
 SCENE = Path(__file__).parents[3] / "examples" / "scene.png"
 
@@ -25,7 +29,7 @@ def test_packing_loses_nothing(rows: int, words: int, seed: int) -> None:
     values = torch.randint(0, 16, (rows, 8 * words), dtype=torch.int32, generator=generator)
     packed = pack(values)
     assert packed.shape == (rows, words)
-    assert torch.equal(unpack(packed), values)
+    assert torch.equal(unpack(packed).int(), values)
 
 
 def test_a_word_masked_and_shifted_is_its_eight_values_in_order() -> None:
@@ -36,6 +40,39 @@ def test_a_word_masked_and_shifted_is_its_eight_values_in_order() -> None:
 
 def error_of(matrix: Quantized, weight: torch.Tensor) -> float:
     return float((matrix.dequantize(torch.float32) - weight).norm() / weight.norm())
+
+
+def in_doubles(matrix: Quantized) -> torch.Tensor:
+    """The matrix by the definition of its scheme, float64."""
+    nibbles = matrix.scheme in quantized.IN_NIBBLES
+    q = unpack(matrix.data, matrix.scheme) if nibbles else matrix.data
+    values = q.double() if matrix.table is None else matrix.table.values.double()[q.long()]
+    scale = matrix.scale.double().view(matrix.rows, -1).repeat_interleave(matrix.group, 1)
+    if matrix.zero is not None:
+        values = values - matrix.zero.double().repeat_interleave(matrix.group, 1)
+    stored = values * scale
+    if matrix.order is None:
+        return stored
+    return torch.empty_like(stored).index_copy_(1, matrix.order.long(), stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_matrix_read_back_in_pieces_is_what_it_stands_for(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = drawn(KINDS[name], 13, 256)
+    whole = matrix.dequantize(dtype)
+    monkeypatch.setattr(quantized, "VALUES_AT_A_TIME", 5 * 256)
+    assert [piece.stop for piece in matrix.pieces()] == [5, 10, 15]
+    assert torch.equal(matrix.dequantize(dtype), whole)
+    part = matrix.part(slice(3, 9))
+    assert torch.equal(part.dequantize(dtype), whole[3:9])
+    rounding = 2**-23 if dtype is torch.float32 else 2**-8
+    wanted = in_doubles(matrix)
+    # Zeros are subtracted in float32 too.
+    slack = 1e-6 * float(wanted.abs().max())
+    assert torch.all((whole.double() - wanted).abs() <= rounding * wanted.abs() + slack)
 
 
 # Relative errors of normal values: a step of 2 / 254 or 2 / 15 of the range over sqrt(12), and
@@ -50,6 +87,23 @@ def test_errors_are_those_of_the_bits(
 ) -> None:
     weight = torch.randn(96, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
     assert low < error_of(quantize(weight, scheme), weight.float()) < high
+
+
+def test_a_head_is_multiplied_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole it would be the largest thing in memory."""
+    head = drawn(KINDS["int8"], 301, 64)
+    norm = RMSNorm(torch.ones(64), 1e-6)
+    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
+    wanted = norm(hidden) @ head.dequantize(torch.float32).t()
+    monkeypatch.setattr(quantized, "VALUES_AT_A_TIME", 40 * 64)
+    sizes = []
+
+    def noted(matrix: Quantized, dtype: torch.dtype) -> torch.Tensor:
+        sizes.append(matrix.rows)
+        return matrix.dequantize(dtype)
+
+    assert torch.allclose(norm_head(hidden, norm, head, noted), wanted, rtol=1e-5, atol=1e-5)
+    assert sizes == [40] * 7 + [21]
 
 
 def test_shrinking_a_range_beats_keeping_its_outliers() -> None:
