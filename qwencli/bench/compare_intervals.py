@@ -45,7 +45,7 @@ CONTRADICTED = 6.0
 # Five processes a side: by chance alone all of one kind on A and of the other on B in 2 of 1024.
 ENOUGH = 8
 # From here on one far run can be told from the rest.
-_MIN_RUNS_TO_DROP = 5
+_MIN_RUNS_TO_DROP = 8
 
 Processes = Sequence[Sequence[float]]
 
