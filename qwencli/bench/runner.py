@@ -64,6 +64,7 @@ def run_campaign(campaign: Campaign, options: RunnerOptions, say: Say) -> None:
             if started:
                 cool_down(options.cooldown, telemetry.temperature_c)
             started = True
+            say(place.label)
             status = _run_place(campaign, place, options, telemetry, say)
             if status not in _GOES_ON and not options.continue_on_error:
                 say("    ended here: --no-continue-on-error; go on with --resume")
@@ -99,6 +100,7 @@ def run_in_turns(
                 break
             for campaign in order:
                 if place.wanted(campaign):
+                    say(f"{place.label}, {campaign.folder.name}")
                     _run_place(campaign, place, options, telemetry, say)
             order.reverse()
 
@@ -112,8 +114,7 @@ def _add_skipped(campaign: Campaign) -> None:
 def _run_place(
     campaign: Campaign, place: _Place, options: RunnerOptions, telemetry: Telemetry, say: Say
 ) -> str:
-    """Run one process, with a line before and one after; returns how it ended."""
-    say(place.label)
+    """Run one process and say how it ended; returns its status."""
     ending, speeds = _run_process(campaign, place.cell, place.turn, options, telemetry)
     say(f"    {cell_summary(ending.status, ending.reason, speeds)}")
     return ending.status
