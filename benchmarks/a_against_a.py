@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -132,7 +133,7 @@ def _run(
         timeout_s=1800.0,
         beside=False,
     )
-    about = environment(facts, [Path(__file__).name], plan.settings.seed)
+    about = environment(facts, [Path(__file__).name, *sys.argv[1:]], plan.settings.seed)
     with ExitStack() as stack:
         campaigns = [
             stack.enter_context(Campaign(out / name, plan, about, resume=False)) for name in names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,11 @@ class SideCell:
     @property
     def speeds(self) -> tuple[float, ...]:
         return tuple(speed for process in self.processes for speed in process)
+
+    @property
+    def level(self) -> float:
+        """Geometric mean of the processes' medians: what a comparison compares. Needs a speed."""
+        return statistics.geometric_mean(map(statistics.median, self.processes))
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def comparison_table(found: Comparison) -> RenderableType:
     for cell in found.cells:
         table.add_row(
             row_label(cell.a.row, axes),
-            *(f"{statistics.median(side.speeds):.1f}" for side in (cell.a, cell.b)),
+            *(f"{side.level:.1f}" for side in (cell.a, cell.b)),
             *_change(cell),
             Text(str(cell.verdict), style=_STYLE.get(cell.verdict, "")),
         )
@@ -54,9 +54,7 @@ def _change(cell: CellComparison) -> tuple[str, str]:
 
 
 def _ratio(cell: CellComparison) -> float:
-    if cell.ratio is not None:
-        return cell.ratio.same.estimate
-    return statistics.median(cell.b.speeds) / statistics.median(cell.a.speeds)
+    return cell.b.level / cell.a.level
 
 
 def _lines(found: Comparison) -> list[str]:
