@@ -1,19 +1,20 @@
 """Two campaigns cell by cell: SAME, FASTER, SLOWER or AMBIGUOUS.
 
-The 90 % interval of the ratio of median decode speeds (B over A) is held against a band of
-practical equivalence, 1 / (1 + threshold) to 1 + threshold. Wholly inside the band is SAME: that
-is the two one-sided tests at 5 % each (Schuirmann 1987, J. Pharmacokinetics and Biopharmaceutics
-15). Wholly above it is FASTER, wholly below SLOWER, and anything else AMBIGUOUS: too few or too
-noisy runs to say. "Not significantly different" alone is never SAME. With the default threshold of
-1 %, unchanged cells are SAME in 95 % of cases or more where runs scatter by a standard deviation of
-up to 0.25 % (5 runs), 0.4 % (10 runs) or 0.6 % (20 runs); by simulation, see the tests.
+The ratio of decode speeds (B over A) is held against a band of practical equivalence,
+1 / (1 + threshold) to 1 + threshold. Its 90 % interval wholly inside the band is SAME: that is the
+two one-sided tests at 5 % each (Schuirmann 1987, J. Pharmacokinetics and Biopharmaceutics 15). Its
+99 % interval wholly above it is FASTER, wholly below SLOWER: a change that is none is the worst
+answer, so it needs more certainty. Anything else is AMBIGUOUS: too few processes, or too noisy, to
+say. "Not significantly different" alone is never SAME. What the intervals are made of, and what
+they take for granted, stands in `compare_intervals`.
 
-Resampling takes runs for independent draws. Those of an unstable cell (see `stats`) are not: they
-move in stretches with whatever else the machine does, and two stretches differ by nothing but time.
-Its interval spans all pairs of runs instead, so it changes only where no run of A overlaps B's.
+By simulation (see the tests): unchanged cells come out FASTER or SLOWER in 1 % or less where
+processes scatter as they do on busy CPUs. On a GPU whose processes scatter by 0.1 % they are SAME
+in 95 % or more, and cells that are 3 % slower SLOWER in 95 % or more, one process a side and ten
+runs of up to 0.3 % scatter. With processes that scatter by 0.3 % this takes five a side.
 
-A difference that comes with a process (memory layout, kernel selection) and not with a change
-counts as one: with one process a cell the two cannot be told apart.
+Between the runs of an unstable cell (see `stats`) the machine moved. Its intervals span all pairs
+of runs besides, so it changes only where no run of A overlaps B's.
 """
 
 from __future__ import annotations
@@ -24,15 +25,23 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from qwencli.bench.compare_sides import KERNELS, RAN, Side, SideCell, changes, unlike
+from qwencli.bench.compare_intervals import Intervals, ratio_intervals
+from qwencli.bench.compare_sides import (
+    KERNELS,
+    RAN,
+    Side,
+    SideCell,
+    changes,
+    device_kind,
+    unlike,
+)
 from qwencli.bench.matrix import AXES
-from qwencli.bench.robust import MIN_RUNS, Interval, ratio_interval
+from qwencli.bench.robust import MIN_RUNS, Interval
 from qwencli.bench.stats import UNSTABLE_RATIO, run_ratio
 from qwencli.errors import BenchError, UsageError
 from qwencli.models.scheme_labels import stored_label
 
 THRESHOLD = 0.01
-CONFIDENCE = 0.90
 
 Pair = tuple[SideCell, SideCell]
 
@@ -51,7 +60,7 @@ class CellComparison:
     a: SideCell
     b: SideCell
     verdict: Verdict
-    ratio: Interval | None
+    ratio: Intervals | None
     remarks: tuple[str, ...]
 
 
@@ -88,16 +97,16 @@ class Comparison:
         return bool(self.lost) or any(cell.verdict is Verdict.SLOWER for cell in self.cells)
 
 
-def decide(ratio: Interval | None, threshold: float = THRESHOLD) -> Verdict:
-    """Hold the interval of B / A against the band of equivalence (see the module)."""
+def decide(ratio: Intervals | None, threshold: float = THRESHOLD) -> Verdict:
+    """Hold the intervals of B / A against the band of equivalence (see the module)."""
     low, high = 1 / (1 + threshold), 1 + threshold
     if ratio is None:
         return Verdict.AMBIGUOUS
-    if low <= ratio.low and ratio.high <= high:
+    if low <= ratio.same.low and ratio.same.high <= high:
         return Verdict.SAME
-    if ratio.low > high:
+    if ratio.change.low > high:
         return Verdict.FASTER
-    return Verdict.SLOWER if ratio.high < low else Verdict.AMBIGUOUS
+    return Verdict.SLOWER if ratio.change.high < low else Verdict.AMBIGUOUS
 
 
 def compare(a: Side, b: Side, *, threshold: float = THRESHOLD, force: bool = False) -> Comparison:
@@ -122,11 +131,14 @@ def compare(a: Side, b: Side, *, threshold: float = THRESHOLD, force: bool = Fal
         raise BenchError(
             f"{a.name} and {b.name} have no cell in common", "measure the same modes in both"
         )
+    gpu = all(device_kind(one) == "cuda" for one in (a, b))
     return Comparison(
         a=a.name,
         b=b.name,
         threshold=threshold,
-        cells=tuple(_compare_cell(x, y, threshold) for x, y in pairs if x.speeds and y.speeds),
+        cells=tuple(
+            _compare_cell(x, y, threshold, gpu=gpu) for x, y in pairs if x.speeds and y.speeds
+        ),
         no_figure=tuple((x, y) for x, y in pairs if not (x.speeds and y.speeds)),
         only_in_a=tuple(only_a),
         only_in_b=tuple(only_b),
@@ -170,12 +182,13 @@ def _axes(axes: Iterable[str]) -> Callable[[SideCell], Any]:
     return lambda cell: tuple(cell.row[axis] for axis in names)
 
 
-def _compare_cell(a: SideCell, b: SideCell, threshold: float) -> CellComparison:
-    ratio = ratio_interval(a.speeds, b.speeds, confidence=CONFIDENCE)
+def _compare_cell(a: SideCell, b: SideCell, threshold: float, *, gpu: bool) -> CellComparison:
+    ratio = ratio_intervals(a.processes, b.processes, gpu=gpu)
     unstable = any((run_ratio(side.speeds) or 1.0) > UNSTABLE_RATIO for side in (a, b))
     if ratio and unstable:
+        low, high = min(b.speeds) / max(a.speeds), max(b.speeds) / min(a.speeds)
         ratio = replace(
-            ratio, low=min(b.speeds) / max(a.speeds), high=max(b.speeds) / min(a.speeds)
+            ratio, same=_spanning(ratio.same, low, high), change=_spanning(ratio.change, low, high)
         )
     verdict = decide(ratio, threshold)
     failed = [
@@ -213,6 +226,10 @@ def _ran(cell: SideCell, other: SideCell, column: str) -> frozenset[str]:
     stored = [frozenset(map(stored_label, side.seen[column])) for side in sides]
     older = any(side.seen[column] == labels for side, labels in zip(sides, stored, strict=True))
     return stored[0] if older else values
+
+
+def _spanning(interval: Interval, low: float, high: float) -> Interval:
+    return replace(interval, low=min(interval.low, low), high=max(interval.high, high))
 
 
 def counts(cells: Sequence[CellComparison]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from qwencli.bench.campaign import ENVIRONMENT, PLAN, RUNS, read_json
 from qwencli.bench.rowfile import read_rows
 from qwencli.bench.stats import CellRow, cell_rows
+from qwencli.bench.steadiness import by_process, has_speed
 from qwencli.errors import BenchError
 
 Document = Mapping[str, Any]
@@ -25,13 +27,22 @@ class SideCell:
     """One cell: its row of cells.csv, and its measured runs in order (the warm-up is left out).
 
     Args:
-        speeds: decode tokens per second of each run that has one.
+        processes: decode tokens per second of each run that has one, by the process that made it.
         seen: column -> the values it had, of WORK, RAN, KERNELS and text_sha256.
     """
 
     row: CellRow
-    speeds: tuple[float, ...]
+    processes: tuple[tuple[float, ...], ...]
     seen: Mapping[str, frozenset[str]]
+
+    @property
+    def speeds(self) -> tuple[float, ...]:
+        return tuple(speed for process in self.processes for speed in process)
+
+    @property
+    def level(self) -> float:
+        """Geometric mean of the processes' medians: what a comparison compares. Needs a speed."""
+        return statistics.geometric_mean(map(statistics.median, self.processes))
 
 
 @dataclass(frozen=True)
@@ -66,23 +77,29 @@ def side(
     name: str, plan: Document, environment: Document, runs: Sequence[Mapping[str, str]]
 ) -> Side:
     """Raises KeyError, TypeError or ValueError for documents that no campaign writes."""
-    measured: dict[str, list[Mapping[str, str]]] = {}
+    of_cell: dict[str, list[Mapping[str, str]]] = {}
     for row in runs:
-        if row["status"] == "ok":
-            measured.setdefault(row["cell_id"], []).append(row)
+        of_cell.setdefault(row["cell_id"], []).append(row)
     cells = []
     for row in cell_rows(plan, runs, ()):
-        rows = measured.get(row["cell_id"], [])
-        speeds = [float(run["decode_tok_per_s"]) for run in rows if run["decode_tok_per_s"]]
-        if not all(math.isfinite(speed) and speed > 0 for speed in speeds):
-            raise ValueError(f"decode_tok_per_s of {row['cell_id']} is not a speed")
+        rows = of_cell.get(row["cell_id"], [])
+        speeds = [tuple(map(_speed, filter(has_speed, process))) for process in by_process(rows)]
         seen = {
-            column: frozenset(run[column] for run in rows)
+            column: frozenset(run[column] for run in rows if run["status"] == "ok")
             for column in (*WORK, *RAN, "text_sha256")
         }
-        seen[KERNELS] = frozenset(run.get(KERNELS, "") for run in rows)  # not in the oldest
-        cells.append(SideCell(row, tuple(speeds), seen))
+        seen[KERNELS] = frozenset(  # not in the oldest
+            run.get(KERNELS, "") for run in rows if run["status"] == "ok"
+        )
+        cells.append(SideCell(row, tuple(process for process in speeds if process), seen))
     return Side(name, plan, environment, tuple(cells))
+
+
+def _speed(run: Mapping[str, str]) -> float:
+    speed = float(run["decode_tok_per_s"])
+    if not (math.isfinite(speed) and speed > 0):
+        raise ValueError(f"decode_tok_per_s of {run['cell_id']} is not a speed")
+    return speed
 
 
 def _at(document: Document, *keys: str) -> Any:
@@ -92,9 +109,13 @@ def _at(document: Document, *keys: str) -> Any:
     return value
 
 
+def device_kind(a: Side) -> str:
+    """cuda, cpu, mps; "None" where the campaign does not say."""
+    return str(_at(a.environment, "device", "device")).partition(":")[0]
+
+
 def _device(a: Side) -> str:
-    kind = str(_at(a.environment, "device", "device")).partition(":")[0]
-    return f"{_at(a.environment, 'device', 'name') or 'no GPU'} ({kind})"
+    return f"{_at(a.environment, 'device', 'name') or 'no GPU'} ({device_kind(a)})"
 
 
 def _cpu(a: Side) -> str:

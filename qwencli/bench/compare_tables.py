@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from qwencli.bench.compare import CONFIDENCE, CellComparison, Comparison, Verdict, counts
+from qwencli.bench.compare import CellComparison, Comparison, Verdict, counts
+from qwencli.bench.compare_intervals import CHANGE_CONFIDENCE, SAME_CONFIDENCE
 from qwencli.bench.compare_sides import SideCell
 from qwencli.bench.matrix import AXES
 from qwencli.bench.tables import row_label, title, varying_axes
@@ -32,13 +33,13 @@ def comparison_table(found: Comparison) -> RenderableType:
     axes = varying_axes(rows)
     table = Table(title=title(rows), box=SIMPLE_HEAD, pad_edge=False, title_justify="left")
     table.add_column(" ".join(axis.replace("_", " ") for axis in axes), overflow="fold")
-    for name in ("A tok/s", "B tok/s", "B vs A", f"{CONFIDENCE:.0%} interval"):
+    for name in ("A tok/s", "B tok/s", "B vs A", f"{SAME_CONFIDENCE:.0%} interval"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for cell in found.cells:
         table.add_row(
             row_label(cell.a.row, axes),
-            *(f"{statistics.median(side.speeds):.1f}" for side in (cell.a, cell.b)),
+            *(f"{side.level:.1f}" for side in (cell.a, cell.b)),
             *_change(cell),
             Text(str(cell.verdict), style=_STYLE.get(cell.verdict, "")),
         )
@@ -48,12 +49,12 @@ def comparison_table(found: Comparison) -> RenderableType:
 def _change(cell: CellComparison) -> tuple[str, str]:
     if cell.ratio is None:
         return f"{_ratio(cell) - 1:+.1%}", "-"
-    interval = f"{(cell.ratio.low - 1) * 100:+.1f} to {cell.ratio.high - 1:+.1%}"
-    return f"{cell.ratio.estimate - 1:+.1%}", interval
+    same = cell.ratio.same
+    return f"{same.estimate - 1:+.1%}", f"{(same.low - 1) * 100:+.1f} to {same.high - 1:+.1%}"
 
 
 def _ratio(cell: CellComparison) -> float:
-    return statistics.median(cell.b.speeds) / statistics.median(cell.a.speeds)
+    return cell.b.level / cell.a.level
 
 
 def _lines(found: Comparison) -> list[str]:
@@ -65,7 +66,13 @@ def _lines(found: Comparison) -> list[str]:
     ]
     if any(cell.verdict is Verdict.AMBIGUOUS and cell.ratio for cell in found.cells):
         lines.append(
-            "AMBIGUOUS: the interval crosses an edge of that band; steadier runs narrow it"
+            "AMBIGUOUS: the interval crosses an edge of that band, or does so at "
+            f"{CHANGE_CONFIDENCE:.0%}, which a change needs; more processes narrow it"
+        )
+    if few := sum(cell.ratio is not None and cell.ratio.few for cell in found.cells):
+        lines.append(
+            f"{few} with one process a side: what processes differ by is taken from other "
+            "campaigns; --processes 3 or more shows it"
         )
     if found.forced:
         lines.append(f"not alike, compared by force: {'; '.join(found.forced)}")
@@ -105,12 +112,13 @@ def _why(cell: SideCell) -> str:
 
 
 def comparison_document(found: Comparison) -> dict[str, Any]:
-    """The object of `bench compare --json`; ratios are B / A of median decode speeds."""
+    """The object of `bench compare --json`; ratios are B / A of decode speeds."""
     return {
         "a": found.a,
         "b": found.b,
         "threshold_percent": round(found.threshold * 100, 9),
-        "confidence": CONFIDENCE,
+        "confidence": SAME_CONFIDENCE,
+        "change_confidence": CHANGE_CONFIDENCE,
         "counts": counts(found.cells),
         "cells": [_cell(cell) for cell in found.cells],
         "no_figure": [
@@ -129,16 +137,21 @@ def _figure(cell: SideCell) -> str:
 
 
 def _cell(cell: CellComparison) -> dict[str, Any]:
+    same, change = (cell.ratio.same, cell.ratio.change) if cell.ratio else (None, None)
     return {
         "cell_id": cell.a.row["cell_id"],
         **{axis: cell.a.row[axis] for axis in AXES},
         "verdict": str(cell.verdict),
         "ratio": _ratio(cell),
-        "ratio_low": cell.ratio.low if cell.ratio else None,
-        "ratio_high": cell.ratio.high if cell.ratio else None,
+        "ratio_low": same.low if same else None,
+        "ratio_high": same.high if same else None,
+        "change_low": change.low if change else None,
+        "change_high": change.high if change else None,
         "a_decode_tok_per_s_median": statistics.median(cell.a.speeds),
         "b_decode_tok_per_s_median": statistics.median(cell.b.speeds),
         "a_runs": len(cell.a.speeds),
         "b_runs": len(cell.b.speeds),
+        "a_processes": len(cell.a.processes),
+        "b_processes": len(cell.b.processes),
         "remarks": list(cell.remarks),
     }

@@ -54,13 +54,10 @@ def run_campaign(campaign: Campaign, options: RunnerOptions, say: Say) -> None:
     Raises:
         OutputError: rows cannot be written any more.
     """
-    plan = campaign.plan
-    for cell in plan.cells:
-        if cell.skip_reason and campaign.next_turn(cell):
-            campaign.add_end(cell, "skipped", cell.skip_reason, None)
+    _add_skipped(campaign)
     with Telemetry(options.sampler) as telemetry:
         started = _make_references(campaign, options, say)
-        for place in _places(plan):
+        for place in _places(campaign.plan):
             if not place.wanted(campaign):
                 say(f"{place.label}: already there")
                 continue
@@ -68,13 +65,59 @@ def run_campaign(campaign: Campaign, options: RunnerOptions, say: Say) -> None:
                 cool_down(options.cooldown, telemetry.temperature_c)
             started = True
             say(place.label)
-            ending, speeds = _run_process(campaign, place.cell, place.turn, options, telemetry)
-            say(f"    {cell_summary(ending.status, ending.reason, speeds)}")
-            if ending.status not in _GOES_ON and not options.continue_on_error:
+            status = _run_place(campaign, place, options, telemetry, say)
+            if status not in _GOES_ON and not options.continue_on_error:
                 say("    ended here: --no-continue-on-error; go on with --resume")
                 break
     if telemetry.unavailable:
         say(f"no GPU telemetry: {telemetry.unavailable}")
+
+
+def run_in_turns(
+    campaigns: Sequence[Campaign],
+    options: RunnerOptions,
+    say: Say,
+    go_on: Callable[[], bool] = lambda: True,
+) -> None:
+    """Run campaigns of one plan process by process in turns, so that all meet the same machine.
+
+    Who begins changes with every process, there and back (a b, b a, ...): a steady drift of the
+    machine then takes as much from one as from the other.
+
+    Args:
+        go_on: asked before each round of processes; once False, no more begin.
+
+    Raises:
+        OutputError: as `run_campaign`.
+    """
+    for campaign in campaigns:
+        _add_skipped(campaign)
+    order = list(campaigns)
+    with Telemetry(options.sampler) as telemetry:
+        for place in _places(campaigns[0].plan):
+            if not go_on():
+                say(f"{place.label}: no time left")
+                break
+            for campaign in order:
+                if place.wanted(campaign):
+                    say(f"{place.label}, {campaign.folder.name}")
+                    _run_place(campaign, place, options, telemetry, say)
+            order.reverse()
+
+
+def _add_skipped(campaign: Campaign) -> None:
+    for cell in campaign.plan.cells:
+        if cell.skip_reason and campaign.next_turn(cell):
+            campaign.add_end(cell, "skipped", cell.skip_reason, None)
+
+
+def _run_place(
+    campaign: Campaign, place: _Place, options: RunnerOptions, telemetry: Telemetry, say: Say
+) -> str:
+    """Run one process and say how it ended; returns its status."""
+    ending, speeds = _run_process(campaign, place.cell, place.turn, options, telemetry)
+    say(f"    {cell_summary(ending.status, ending.reason, speeds)}")
+    return ending.status
 
 
 def _make_references(campaign: Campaign, options: RunnerOptions, say: Say) -> bool:

@@ -74,7 +74,7 @@ def measure(
         command: the worker process; empty = the real one.
     """
     options = RunnerOptions(
-        command=command or _worker(how.planted_percent),
+        command=command or worker(how.planted_percent),
         sampler=sampler_command(facts.uuid) if facts.kind == "cuda" else None,
         timeout_s=how.timeout_s,
         cooldown=how.cooldown,
@@ -99,7 +99,8 @@ def measure(
     return 0 if _holds(rows) else 1
 
 
-def _worker(planted_percent: float | None) -> list[str]:
+def worker(planted_percent: float | None) -> list[str]:
+    """The command of a worker process, one that slows tokens down on purpose if asked to."""
     if planted_percent is None:
         return worker_command()
     return python_command("qwencli.bench.inject.slower", str(planted_percent))

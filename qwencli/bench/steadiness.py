@@ -125,7 +125,7 @@ def _of_cell(
     longest = max(processes, key=lambda process: len(_speeds(process)))
     in_order = _speeds(longest)
     nested = [
-        [itl[cell_id, row["run"]] for row in process if _measured(row)] for process in processes
+        [itl[cell_id, row["run"]] for row in process if has_speed(row)] for process in processes
     ]
     return Steadiness(
         cell_id=cell_id,
@@ -140,12 +140,13 @@ def _of_cell(
     )
 
 
-def _measured(row: RawRow) -> bool:
+def has_speed(row: RawRow) -> bool:
+    """Whether it is a measured run that has a decode speed; a warm-up has none that counts."""
     return row["status"] == "ok" and bool(row["decode_tok_per_s"])
 
 
 def _speeds(process: Iterable[RawRow]) -> list[float]:
-    return [float(row["decode_tok_per_s"]) for row in process if _measured(row)]
+    return [float(row["decode_tok_per_s"]) for row in process if has_speed(row)]
 
 
 def _warm_up(process: Sequence[RawRow]) -> float | None:

@@ -37,7 +37,10 @@ def cell(model="steady", attention=Attention.SDPA, cache=Cache.DYNAMIC):
 
 
 def documents(speeds, environment=(), plan=(), **run):
-    """Plan, environment and run rows; `speeds` maps cells to their runs, or to a status."""
+    """Plan, environment and run rows.
+
+    `speeds` maps cells to their runs, to lists of them by process, or to a status.
+    """
     runs = []
     for one, values in speeds.items():
         common = {
@@ -48,11 +51,13 @@ def documents(speeds, environment=(), plan=(), **run):
         if isinstance(values, str):
             runs.append({"cell_id": one.cell_id, "status": values, "reason": "no memory"})
             continue
-        runs.append({**common, "run": 0, "status": "warmup", "decode_tok_per_s": 1.0})
-        runs += [
-            {**common, "run": i, "status": "ok", "decode_tok_per_s": value}
-            for i, value in enumerate(values, 1)
-        ]
+        number = 0
+        for process in values if isinstance(values[0], list) else [values]:
+            runs.append({**common, "run": 0, "status": "warmup", "decode_tok_per_s": 1.0})
+            for value in process:
+                number += 1
+                row = {"run": number, "status": "ok", "decode_tok_per_s": value}
+                runs.append({**common, **row})
     cells = [{"cell_id": one.cell_id, **one.axes(), "skip_reason": None} for one in speeds]
     count = max((len(v) for v in speeds.values() if not isinstance(v, str)), default=1)
     return (

@@ -56,6 +56,8 @@ def test_json_has_every_cell_with_its_interval():
     assert (slow["attention"], slow["verdict"]) == ("eager", "SLOWER")
     assert slow["ratio"] == pytest.approx(0.97)
     assert slow["ratio_low"] <= slow["ratio"] <= slow["ratio_high"]
+    assert slow["change_low"] < slow["ratio_low"] < slow["ratio_high"] < slow["change_high"]
+    assert (slow["a_processes"], found["change_confidence"]) == (1, 0.99)
     assert (slow["a_runs"], slow["b_decode_tok_per_s_median"]) == (5, pytest.approx(97.0))
 
 
@@ -98,6 +100,7 @@ def test_the_table_fits_80_columns_and_says_what_it_left_out(tmp_path):
     for words in (
         "sdpa 100.0 100.0 +0.0%",
         "AMBIGUOUS: the interval crosses an edge",
+        "2 with one process a side",
         "1 SAME, 0 FASTER, 0 SLOWER, 1 AMBIGUOUS; within 1.0% counts as SAME",
         "changed: torch 2.11.0 -> 2.13.0",
         f"no figure in B: oom: no memory - {STATIC.cell_id}",
