@@ -21,6 +21,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from benchmarks.measured_step import MeasuredStep, Tiles, text_shape
 from qwencli.config import Quantization
+from qwencli.engine.kernels.gemm_quantized import chunk_columns
 from qwencli.engine.kernels.tiles import GemvTiles, MatrixKind, Storage, default_tiles
 
 SEARCH_REPLAYS, SEARCH_ROUNDS = 20, 4
@@ -30,14 +31,11 @@ FEWEST_REGISTERS, MOST_REGISTERS = 4, 96
 FEWEST_LANES, FEW_ROWS = 8, 4096
 # Tiles that this GPU's registers or shared memory cannot hold are left out of a search.
 UNFIT = (OutOfResources, PTXASError)
-# For several tokens a tile is kept twice, and its products beside it.
-MOST_OF_A_TILE = 32
-FEWEST_PROGRAMS = 64
+# For several tokens: the vectors lie beside a tile. Columns that a matrix unit adds up at once.
+LEAST_OF_A_TILE, MOST_OF_A_TILE = 8, 32
+LEAST_OF_A_WARP = 16
 IN_WORDS = (Storage.INT8, Storage.FP8, Storage.INT4)
 BITS = {Storage.FLOAT: 16, Storage.BYTES: 8, Storage.INT8: 8, Storage.FP8: 8, Storage.INT4: 4}
-
-# Columns that a matrix unit adds up at once, or that are rounded together.
-PART_COLUMNS = {kind: 32 if kind is Storage.INT4 else 16 for kind in Storage}
 
 
 def candidates(matrix: MatrixKind) -> Iterator[GemvTiles]:
@@ -73,15 +71,20 @@ def of_one_token(matrix: MatrixKind) -> Iterator[GemvTiles]:
 
 
 def of_several_tokens(matrix: MatrixKind) -> Iterator[GemvTiles]:
-    """Rows that a matrix unit takes, or twice as many; each warp has a part of the columns at
-    least, and no part begins behind the end of a row."""
+    """Rows that a matrix unit takes, of float weights also twice as many; each warp has columns
+    enough for its lanes."""
     bits = BITS[matrix.storage]
     streams = 2 if matrix.gated else 1
-    for rows, warps, block in itertools.product((16, 32), (2, 4, 8), (128, 256, 512, 1024)):
+    lanes = chunk_columns(bits) if matrix.storage in IN_WORDS else LEAST_OF_A_WARP
+    rows_of_one = (16,) if matrix.storage in IN_WORDS else (16, 32)
+    for rows, warps, block in itertools.product(
+        rows_of_one, (4, 8, 16), (128, 256, 512, 1024, 2048)
+    ):
         held = streams * rows * block * bits / (8 * warps * 32 * 4)
-        if not FEWEST_REGISTERS <= held <= MOST_OF_A_TILE or block > matrix.columns:
-            continue
-        if block // PART_COLUMNS[matrix.storage] < warps or matrix.rows // rows < FEWEST_PROGRAMS:
+        if (
+            not LEAST_OF_A_TILE <= held <= MOST_OF_A_TILE
+            or not lanes * warps <= block <= matrix.columns
+        ):
             continue
         yield GemvTiles(block, rows, warps)
 

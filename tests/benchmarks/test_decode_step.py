@@ -12,7 +12,7 @@ if sys.platform != "linux":
 
 from benchmarks import decode_step
 from benchmarks.measured_step import MeasuredStep, Tiles
-from benchmarks.step_search import PART_COLUMNS, candidates
+from benchmarks.step_search import BITS, IN_WORDS, candidates
 from qwencli.config import Quantization
 from qwencli.engine.kernels.tiles import MatrixKind, Storage, default_tiles
 from qwencli.models.shape_reader import read_shape
@@ -61,7 +61,7 @@ def test_the_ratio_is_to_the_step_of_one_token(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("storage", [s for s in Storage if s is not Storage.BYTES])
 @pytest.mark.parametrize(("rows", "columns", "gated"), MATRICES)
-def test_candidates_for_several_tokens_give_every_warp_a_part(
+def test_candidates_for_several_tokens_give_every_lane_columns(
     storage: Storage, rows: int, columns: int, gated: bool
 ) -> None:
     kind = MatrixKind(rows, columns, storage, gated, tokens=4)
@@ -69,5 +69,6 @@ def test_candidates_for_several_tokens_give_every_warp_a_part(
     assert default_tiles(kind) in found
     assert 4 <= len(found) <= 24
     for tiles in found:
-        assert tiles.block // PART_COLUMNS[storage] >= tiles.num_warps
+        columns_of_a_warp = tiles.block // tiles.num_warps
+        assert columns_of_a_warp >= (512 // BITS[storage] if storage in IN_WORDS else 16)
         assert tiles.block <= columns

@@ -23,6 +23,9 @@ from qwencli.engine.kernels.epilogue import store_several
 LANE_BYTES = 16
 LANES = 4  # that share a chunk of a row
 ROWS = 16  # of a program: what a matrix instruction takes
+# Whether a lane's columns of an instruction are four in a row to the compiler, as they are to that
+# of Triton 3.6, or two pairs, as to 3.9's. Either is right; the other one moves them among lanes.
+FOURS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
 
 
 def chunk_columns(bits: int) -> int:
@@ -178,7 +181,10 @@ def operand(
     w = tl.join(as_float16(low, BITS, FP8), as_float16(high, BITS, FP8))
     w = tl.reshape(w, (DEPTH, WARPS, 8, 4, PARTS, RUN * STEPS, 2, 2, 2))
     # chunk, warp, row, lane, part, step, turn, half, eight -> part of a warp, row, column
-    w = tl.permute(w, (0, 4, 1, 8, 2, 5, 3, 6, 7))
+    if FOURS:
+        w = tl.permute(w, (0, 4, 1, 8, 2, 5, 3, 6, 7))
+    else:
+        w = tl.permute(w, (0, 4, 1, 8, 2, 5, 6, 3, 7))
     return tl.reshape(w, (DEPTH * PARTS * WARPS, 16, RUN * STEPS * 16))
 
 
@@ -201,7 +207,10 @@ def vectors(
         second = tl.join(second, tl.load(at + 768, mask=there, other=0.0))
     x = tl.reshape(tl.join(first, second), (DEPTH, WARPS, 8, 4, 2, 2, 2, PARTS, PAIRS // PARTS))
     # chunk, warp, vector, lane, step of a pair, turn, half, part, pair -> part, column, vector
-    x = tl.permute(x, (0, 7, 1, 8, 4, 3, 5, 6, 2))
+    if FOURS:
+        x = tl.permute(x, (0, 7, 1, 8, 4, 3, 5, 6, 2))
+    else:
+        x = tl.permute(x, (0, 7, 1, 8, 4, 5, 3, 6, 2))
     return tl.reshape(x, (DEPTH * PARTS * WARPS, PAIRS // PARTS * 32, 8))
 
 
@@ -251,10 +260,7 @@ def quantized_dots(
 ):  # fmt: skip
     """Products of a tile of 16 rows with 8 vectors: [WARPS, 16, 8]."""
     w = operand(low, high, BITS, FP8, DEPTH, WARPS, RUN)
-    if FP8:
-        products = tl.dot(w, x) * unit
-    else:
-        products = tl.dot(w, x, starts) * unit
+    products = (tl.dot(w, x) if FP8 else tl.dot(w, x, starts)) * unit
     if BITS == 4:
         zero = of_groups(zero_ptr, chunk, rows, N, K, G, DEPTH, WARPS, RUN)
         scale = of_groups(scale_ptr, chunk, rows, N, K, G, DEPTH, WARPS, RUN)
