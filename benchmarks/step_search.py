@@ -21,7 +21,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from benchmarks.measured_step import MeasuredStep, Tiles, text_shape
 from qwencli.config import Quantization
-from qwencli.engine.kernels.gemm_quantized import chunk_columns
+from qwencli.engine.kernels.rounding import chunk_columns
 from qwencli.engine.kernels.tiles import GemvTiles, MatrixKind, Storage, default_tiles
 
 SEARCH_REPLAYS, SEARCH_ROUNDS = 20, 4

@@ -7,9 +7,8 @@ warp at least, whose products are added up at the end. While one tile is worked 
 the first one is on its way before the wait for the kernel in front (programmatic dependent launch).
 
 Vectors are rounded as those handed over one at a time are (`handover`), so that a token checked is
-the token that would have been chosen: for float weights to the type they have, after their norm;
-for quantized ones in blocks of SPAN columns, to the same steps. What is rounded is then multiplied
-in float16, in units of each part's largest value.
+the token that would have been chosen: to the type they have, after their norm. Weights that are
+multiplied in words have a kernel of their own (`gemm_quantized`).
 """
 
 from __future__ import annotations
@@ -100,7 +99,6 @@ def gemm_kernel(
         x = tl.load(x_ptr + tokens[None, None, :] * K + columns, mask=there, other=0.0)
         if NORM:
             gain = tl.load(gain_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
-        if NORM:
             x = (x.to(tl.float32) * norms[None, None, :] * gain).to(x.dtype)
         acc = tl.dot(w.to(x.dtype), x, acc, input_precision=PRECISION)
         if SWIGLU:

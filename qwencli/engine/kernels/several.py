@@ -10,14 +10,9 @@ import torch
 import triton
 
 from qwencli.engine.kernels.gemm import gemm_kernel
-from qwencli.engine.kernels.gemm_quantized import (
-    ROWS,
-    chunk_columns,
-    gemm_quantized_kernel,
-    round_kernel,
-    words_in_a_row,
-)
+from qwencli.engine.kernels.gemm_quantized import ROWS, gemm_quantized_kernel
 from qwencli.engine.kernels.handover import SPANS
+from qwencli.engine.kernels.rounding import chunk_columns, round_kernel, words_in_a_row
 from qwencli.engine.kernels.tiles import GemvTiles, MatrixKind, Storage
 from qwencli.engine.kernels.vectors import InWords, in_words
 from qwencli.engine.native.decoder_ops import Choice, Matrix, dense
@@ -89,7 +84,7 @@ class SeveralProducts:
         kind = MatrixKind(rows, columns, way.storage, around.gated, tokens=len(x))
         tiles = self._tiles_of(kind)
         chunk = chunk_columns(way.bits)
-        run = words_in_a_row(matrix.group, columns) if way.bits == 4 else 4
+        run = words_in_a_row(matrix.group, columns)
         fp8 = matrix.scheme is Scheme.FP8
         round_kernel[triton.cdiv(columns, chunk), len(x)](
             x,
