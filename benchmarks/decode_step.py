@@ -105,10 +105,11 @@ def main() -> None:
                 rows.append(row)
                 row["default"] = [roofline(step, at, bandwidth, tokens) for at in contexts]
                 print(json.dumps(row), file=sys.stderr)
+                save(Path(options.out), bandwidth, rows)
                 if options.search:
                     row["search"] = search(step, tiles, contexts[0], tokens, name, quantization)
                     row["searched"] = [roofline(step, at, bandwidth, tokens) for at in contexts]
-                save(Path(options.out), bandwidth, rows)
+                    save(Path(options.out), bandwidth, rows)
             del step
         torch.cuda.empty_cache()
 

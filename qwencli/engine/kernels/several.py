@@ -66,6 +66,10 @@ class SeveralProducts:
         rounded = torch.zeros(8 * (longest + 128), dtype=torch.float16, device=best.device)
         self._rounded = (rounded, floats(), floats(), floats())
 
+    def buffers(self) -> tuple[Tensor, ...]:
+        """For tests that poison what a step must not read."""
+        return self._rounded
+
     def __call__(self, x: Tensor, matrix: Matrix, y: Tensor, around: Epilogue) -> None:
         """y [S, rows] = epilogue(matrix norm(x)), x [S, columns]."""
         if isinstance(matrix, Quantized) and not is_read(matrix):
