@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +14,13 @@ import torch
 if sys.platform != "linux":
     pytest.skip("Triton has wheels for Linux alone", allow_module_level=True)
 
-from benchmarks import decode_step
+from benchmarks import decode_step, step_search
 from benchmarks.measured_step import MeasuredStep, Tiles
 from benchmarks.step_search import BITS, IN_WORDS, candidates
-from qwencli.config import Quantization
+from qwencli.config import KVDType, Quantization
 from qwencli.engine.kernels.tiles import MatrixKind, Storage, default_tiles
 from qwencli.models.shape_reader import read_shape
+from qwencli.models.shapes import ModelShape
 from tests.engine.kernels.test_several_tokens import config
 
 CPU = torch.device("cpu")
@@ -72,3 +77,48 @@ def test_candidates_for_several_tokens_give_every_lane_columns(
         columns_of_a_warp = tiles.block // tiles.num_warps
         assert columns_of_a_warp >= (512 // BITS[storage] if storage in IN_WORDS else 16)
         assert tiles.block <= columns
+
+
+def test_a_run_keeps_every_number_of_tokens_and_the_best_tiles(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On the CPU, with a stopwatch that likes programs of 4 warps."""
+    tiles_of: list[Tiles] = []
+
+    def step(
+        shape: ModelShape, quantization: Quantization, slots: int, tiles: Tiles, kv: KVDType
+    ) -> MeasuredStep:
+        tiles_of.append(tiles)
+        return MeasuredStep(shape, quantization, slots, tiles, kv, CPU)
+
+    def us(self: MeasuredStep, context: int, tokens: int = 1, *_: int) -> list[float]:
+        kinds = [kind for kind in tiles_of[-1].asked if kind.tokens == tokens]
+        if not kinds:
+            self.begin(context)
+            self.run(tokens)
+            return us(self, context, tokens)
+        off = sum(abs(tiles_of[-1](kind).num_warps - 4) for kind in kinds)
+        return [off + (1.0 if self.model.step_ops == self.kernels else 0.5)]
+
+    wide = config(4, 2, 64) | {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+    }
+    pool = functools.partial(ThreadPoolExecutor, max_workers=1)
+    monkeypatch.setattr(decode_step, "text_shape", lambda name: read_shape(wide))
+    monkeypatch.setattr(decode_step, "read_bandwidth", lambda *_: 1e9)
+    monkeypatch.setattr(decode_step, "MeasuredStep", step)
+    monkeypatch.setattr(MeasuredStep, "us", us)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(step_search, "compile_all", lambda *_: 0.0)
+    monkeypatch.setattr(step_search, "ProcessPoolExecutor", lambda workers, mp_context: pool())
+    out = tmp_path / "step.json"
+    command = "decode_step --quantization 8bit --tokens 1,4 --context 20 --search --out"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(out)])
+    decode_step.main()
+    one, four = json.loads(out.read_text())["rows"]
+    assert (one["tokens"], four["tokens"]) == (1, 4)
+    assert four["default"][0]["step_us"][0] > four["searched"][0]["step_us"][0] == 1
+    assert {found["best"]["num_warps"] for found in four["search"]} == {4}
+    assert {found["matrix"]["tokens"] for found in four["search"]} == {4}
