@@ -93,3 +93,40 @@ def finish_rows(
                 tl.store(squares_ptr + tl.program_id(0), tl.sum(y * y))
                 y *= gain
             hand_over(y, rows, inside, values_ptr, steps_ptr, N, FORM, SPAN)
+
+
+@triton.jit
+def store_several(
+    y, up_y, rows, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr, best_ptr,
+    TOKENS: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    ARGMAX: tl.constexpr,
+):  # fmt: skip
+    """The end of products with several vectors, [ROWS, 8]: store them, or look for the best.
+
+    A token fed counts as seen for its own vector and those after it.
+    """
+    tokens = tl.arange(0, 8)
+    inside = rows < N
+    if SWIGLU:
+        y = y * tl.sigmoid(y) * up_y
+    if BIAS:
+        y += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
+    at = tokens[None, :] * N + rows[:, None]
+    there = inside[:, None] & (tokens < TOKENS)[None, :]
+    if ADD:
+        y += tl.load(y_ptr + at, mask=there, other=0.0).to(tl.float32)
+    if ARGMAX:
+        seen = (tl.load(seen_ptr + rows, mask=inside, other=0) != 0)[:, None]
+        seen = seen | (tokens < 0)[None, :]
+        for i in tl.static_range(1, TOKENS):
+            seen |= (rows == tl.load(fed_ptr + i))[:, None] & (tokens >= i)[None, :]
+        penalty = tl.load(penalty_ptr)
+        y = tl.where(seen, tl.where(y < 0, y * penalty, y / penalty), y)
+        key = (ordered_bits(y).to(tl.int64) << 32) | (0xFFFFFFFF - rows.to(tl.int64))[:, None]
+        mine = tl.max(tl.where(there, key, -0x8000000000000000), axis=0)
+        # Most programs see larger ones and leave the addresses that all share alone.
+        real = tokens < TOKENS
+        known = tl.load(best_ptr + tokens, mask=real, other=0, volatile=True)
+        tl.atomic_max(best_ptr + tokens, mine, mask=real & (mine > known), sem="relaxed")
+    else:
+        tl.store(y_ptr + at, y, mask=there)

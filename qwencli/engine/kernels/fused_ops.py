@@ -124,7 +124,9 @@ class FusedOps:
         self._precision = "ieee" if exact else "tf32"
         longest = max(shape.hidden_size, shape.q_size, shape.intermediate_size)
         self._vectors = Vectors(longest, device, self._launch.options)
-        self._several = SeveralProducts(self._best, tiles_of, self._launch.options, self._precision)
+        self._several = SeveralProducts(
+            self._best, longest, tiles_of, self._launch.options, self._precision
+        )
 
     def ops(self, own_attention: bool) -> DecoderOps:
         """All kernels, or all but attention, which then stays with the step's own."""

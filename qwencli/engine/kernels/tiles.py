@@ -124,23 +124,29 @@ _OF_MANY_ROWS: Mapping[Storage, GemvTiles] = {
     Storage.INT4: GemvTiles(512, 8, 4),
 }
 
-# For 2 to 8 tokens, by storage: of a matrix, and of two that are read at once.
-_SEVERAL = {
-    Storage.FLOAT: (GemvTiles(512, 16, 8), GemvTiles(256, 16, 8)),
-    Storage.BYTES: (GemvTiles(512, 16, 8), GemvTiles(512, 16, 8)),
-    Storage.INT8: (GemvTiles(512, 16, 8), GemvTiles(512, 16, 8)),
-    Storage.FP8: (GemvTiles(512, 16, 8), GemvTiles(512, 16, 8)),
-    Storage.INT4: (GemvTiles(1024, 16, 8), GemvTiles(512, 16, 8)),
+# For 2 to 8 tokens, likewise: 16 rows are what a matrix instruction takes. Two programs at least
+# have to fit in the registers of a multiprocessor, or a matrix of few rows is read in two rounds.
+_SEVERAL: Mapping[tuple[Storage, bool], tuple[tuple[int, GemvTiles], ...]] = {
+    (Storage.FLOAT, False): ((ANY, GemvTiles(512, 16, 8)),),
+    (Storage.FLOAT, True): ((ANY, GemvTiles(256, 16, 8)),),
+    (Storage.BYTES, False): ((ANY, GemvTiles(512, 16, 8)),),
+    (Storage.BYTES, True): ((ANY, GemvTiles(512, 16, 8)),),
+    (Storage.INT8, False): ((3072, GemvTiles(512, 16, 8)), (ANY, GemvTiles(1024, 16, 16))),
+    (Storage.INT8, True): ((ANY, GemvTiles(256, 16, 4)),),
+    (Storage.FP8, False): ((3072, GemvTiles(512, 16, 8)), (ANY, GemvTiles(1024, 16, 16))),
+    (Storage.FP8, True): ((ANY, GemvTiles(256, 16, 4)),),
+    (Storage.INT4, False): ((ANY, GemvTiles(1024, 16, 8)),),
+    (Storage.INT4, True): ((ANY, GemvTiles(512, 16, 4)),),
 }
 
 
 def default_tiles(matrix: MatrixKind) -> GemvTiles:
     """What the search found for the nearest shape."""
-    if matrix.tokens > 1:
-        return _SEVERAL[matrix.storage][matrix.gated]
-    if matrix.rows >= _MANY_ROWS and matrix.storage in _OF_MANY_ROWS:
+    many = matrix.rows >= _MANY_ROWS and matrix.storage in _OF_MANY_ROWS
+    if many and matrix.tokens == 1:
         return _OF_MANY_ROWS[matrix.storage]
-    by_columns = _BY_COLUMNS[matrix.storage, matrix.gated]
+    tiles_by_columns = _BY_COLUMNS if matrix.tokens == 1 else _SEVERAL
+    by_columns = tiles_by_columns[matrix.storage, matrix.gated]
     return next(tiles for most, tiles in by_columns if matrix.columns <= most)
 
 

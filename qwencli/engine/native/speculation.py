@@ -10,7 +10,7 @@ itself is noticed without paying for it. Knows neither models nor devices.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 
 from qwencli.results import Speculation
@@ -21,26 +21,25 @@ FORGET = 0.9
 PRIOR_HITS, PRIOR_DRAFTS = 1.0, 3.0
 # Steps after which the cost of a size is known: the first ones are often slow.
 TIMED_STEPS = 8
+RECENT = 2 * TIMED_STEPS
 
 
 class StepCosts:
-    """Seconds that a step takes by its size, undisturbed: the least of those timed. Lives as long
-    as the engine."""
+    """Seconds that a step takes by its size, undisturbed: the least of the last `RECENT` ones, as
+    steps cost more the longer the text is. Lives as long as the engine."""
 
     def __init__(self) -> None:
-        self._least: dict[int, float] = {}
-        self._timed: Counter[int] = Counter()
+        self._recent: dict[int, deque[float]] = {}
 
     def add(self, size: int, seconds: float) -> None:
-        self._least[size] = min(seconds, self._least.get(size, seconds))
-        self._timed[size] += 1
+        self._recent.setdefault(size, deque(maxlen=RECENT)).append(seconds)
 
     def known(self, size: int) -> bool:
-        return self._timed[size] >= TIMED_STEPS
+        return len(self._recent.get(size, ())) >= TIMED_STEPS
 
     def seconds(self, size: int) -> float | None:
         """None for a size that has not run."""
-        return self._least.get(size)
+        return min(self._recent[size]) if size in self._recent else None
 
 
 class Sizes:

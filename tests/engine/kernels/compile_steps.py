@@ -1,8 +1,9 @@
 """Compiles the kernels of decode steps for compute capability 9.0, which needs no GPU.
 
 A program of its own, because Triton decides when it is imported whether it interprets. Prints a
-JSON line a kernel: its name, the type it computes with, tokens of the step, and the bytes that a
-thread keeps in memory because its registers are full.
+JSON line a kernel: its name, the type it computes with, how the weights are quantized, tokens of
+the step, the bytes that a thread keeps in memory because its registers are full, and how often
+threads hand each other operands of matrix instructions.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 from triton.runtime.driver import driver
 
+from qwencli.config import Quantization
 from qwencli.engine import kernels
 from qwencli.engine.kernels import fused_ops
 from qwencli.engine.native import weights
@@ -51,8 +53,12 @@ class Compiled:
             compiled = self._kernel.warmup(*arguments, grid=grid, **settings)
             if compiled.hash not in self._seen:
                 self._seen.add(compiled.hash)
-                spilled = {"kernel": self._kernel.fn.__name__, "spilled": stack_of(compiled)}
-                print(json.dumps(self._about | spilled))
+                found = {
+                    "kernel": self._kernel.fn.__name__,
+                    "spilled": stack_of(compiled),
+                    "exchanges": exchanges_of(compiled.asm["ptx"]),
+                }
+                print(json.dumps(self._about | found))
 
         return launch
 
@@ -66,6 +72,13 @@ def stack_of(compiled: Any) -> int:
     found = re.search(r"STACK:(\d+)", said)
     assert found is not None, said
     return int(found[1])
+
+
+def exchanges_of(ptx: str) -> int:
+    """Through shared memory or from lane to lane, in loops that multiply matrices."""
+    blocks = re.split(r"^\$L__BB\w+:|\bbra\b", ptx, flags=re.MULTILINE)
+    multiplying = (block for block in blocks if "mma.sync" in block)
+    return sum(len(re.findall(r"\b(?:shfl|bar)\.sync|\.shared\b", b)) for b in multiplying)
 
 
 def pretend_a_gpu() -> None:
@@ -93,14 +106,16 @@ def main(config: dict[str, Any]) -> None:
     about: dict[str, Any] = {}
     record(about)
     shape = read_shape(config)
-    for dtype in (torch.float32, torch.bfloat16):
-        loaded = weights.dummy(shape, dtype, CPU)
+    plain = ((dtype, Quantization.NONE) for dtype in (torch.float32, torch.bfloat16))
+    quantized = (Quantization.INT8, Quantization.FP8, Quantization.INT4)
+    for dtype, quantization in (*plain, *((torch.bfloat16, kind) for kind in quantized)):
+        loaded = weights.dummy(shape, dtype, CPU, quantization)
         own = functools.partial(fused_ops.fused_ops, own_attention=True)
         with torch.inference_mode():
             model = QwenModel(shape, loaded, 64, fused=own)
             state = DecodeState(model, model.static_cache(), 64, with_drafts=True)
             for tokens in (1, 2, 8):
-                about |= {"dtype": str(dtype), "tokens": tokens}
+                about |= {"dtype": str(dtype), "quantization": quantization, "tokens": tokens}
                 state.verify_masked(state.kind, tokens, 64)
 
 

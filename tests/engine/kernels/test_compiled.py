@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.engine.native.test_ready_made import TEXT
 
-# Heads as large as published models have, six queries a key.
+# Heads as large as published models have, six queries a key; rows longer than one tile.
 WIDE = TEXT | {
-    "hidden_size": 1024,
+    "hidden_size": 1280,
     "intermediate_size": 3072,
     "num_hidden_layers": 1,
     "num_attention_heads": 12,
@@ -21,16 +24,37 @@ WIDE = TEXT | {
 MOST_SPILLED = 1024
 
 
-def test_no_kernel_keeps_kilobytes_in_memory_that_belong_in_registers(tmp_path: Path) -> None:
-    """Attention in float32 once kept five, and with heads of 128 gave wrong results on a GPU."""
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What `compile_steps` says of every kernel."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "tests.engine.kernels.compile_steps", json.dumps(WIDE)]
     root = Path(__file__).parents[3]
     ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    found = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert {"decode_attention_kernel", "gemv_kernel", "gemm_kernel", "accept_kernel"} <= {
-        kernel["kernel"] for kernel in found
-    }
-    assert [kernel for kernel in found if kernel["spilled"] > MOST_SPILLED] == []
+    return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+def test_no_kernel_keeps_kilobytes_in_memory_that_belong_in_registers(
+    compiled: list[dict[str, Any]],
+) -> None:
+    """Attention in float32 once kept five, and with heads of 128 gave wrong results on a GPU."""
+    assert {
+        "decode_attention_kernel",
+        "gemv_kernel",
+        "gemm_kernel",
+        "gemm_quantized_kernel",
+        "accept_kernel",
+    } <= {kernel["kernel"] for kernel in compiled}
+    assert [kernel for kernel in compiled if kernel["spilled"] > MOST_SPILLED] == []
+
+
+def test_operands_of_quantized_products_are_loaded_where_they_are_multiplied(
+    compiled: list[dict[str, Any]],
+) -> None:
+    products = [kernel for kernel in compiled if kernel["kernel"] == "gemm_quantized_kernel"]
+    assert {kernel["quantization"] for kernel in products} == {"8bit", "fp8", "4bit"}
+    assert [kernel for kernel in products if kernel["exchanges"]] == []
+    others = [k for k in compiled if k["kernel"] == "gemm_kernel" and "bfloat16" in k["dtype"]]
+    assert all(kernel["exchanges"] for kernel in others), "the count sees exchanges"

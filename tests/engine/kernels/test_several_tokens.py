@@ -10,13 +10,14 @@ import torch
 
 from qwencli.config import Quantization, SamplingParams
 from qwencli.engine.kernels import fused_ops as fused_module
-from qwencli.engine.kernels.tiles import AttentionTiles
+from qwencli.engine.kernels.tiles import AttentionTiles, GemvTiles
 from qwencli.engine.kernels.vectors import Reader
 from qwencli.engine.native.attention import AttentionPlan, decode_mask
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.model import Fused, QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.native.quantized import Scheme, quantize
+from qwencli.engine.native.rms_norm import RMSNorm
 from qwencli.engine.native.sampler import SamplerKind
 from tests.engine.kernels.test_fused_ops import OWN, SLOTS, TORCH_ATTENTION, model_of, prompt_of
 from tests.engine.kernels.test_gemv_quantized import MADE, ops, rounded, values
@@ -142,7 +143,7 @@ def test_checked_steps_choose_and_draft_what_the_plain_operators_do(
 
 
 @pytest.mark.parametrize("scheme", MADE)
-@pytest.mark.parametrize("columns", [64, 224, 1376])
+@pytest.mark.parametrize("columns", [64, 224, 640, 1376])
 def test_several_vectors_are_rounded_as_a_single_one_is(scheme: Scheme, columns: int) -> None:
     """So that a token checked is the token that a plain step would have chosen."""
     matrix = quantize(values(40, columns), scheme)
@@ -151,3 +152,38 @@ def test_several_vectors_are_rounded_as_a_single_one_is(scheme: Scheme, columns:
     ops()._gemv(x, Reader(None, matrix), y)
     steps = torch.stack([rounded(row, scheme) for row in x]).double()
     assert relative(y.double(), steps @ matrix.dequantize(torch.float64).t()) < 3e-4
+
+
+@pytest.mark.parametrize("scheme", MADE)
+@pytest.mark.parametrize(("block", "warps"), [(256, 4), (512, 2), (1024, 2)])
+def test_however_the_columns_are_shared_the_product_is_the_same(
+    scheme: Scheme, block: int, warps: int
+) -> None:
+    """More chunks than a row has included, and rows that fill no program."""
+    matrix, x = quantize(values(24, 1376), scheme), values(5, 1376)
+    norm = RMSNorm(1 + 0.1 * values(1376), 1e-6)
+    expected = torch.zeros(5, 24)
+    ops()._gemv(x, Reader(norm, matrix), expected)
+    own = ops()
+    own._several._tiles_of = lambda _: GemvTiles(block, 16, warps)
+    y = torch.zeros(5, 24)
+    own._gemv(x, Reader(norm, matrix), y)
+    assert relative(y, expected) < 1e-5
+    one = torch.zeros(1, 24)
+    own._gemv(x[3:4], Reader(norm, matrix), one)
+    assert relative(y[3:4], one) < 3e-4
+
+
+@pytest.mark.parametrize("scheme", MADE)
+def test_vectors_of_any_size_keep_their_small_values(scheme: Scheme) -> None:
+    """float16 holds neither end: each chunk is in units of its largest value."""
+    matrix, x = quantize(values(16, 640), scheme), values(2, 640)
+    x[:, :128] *= 1e6
+    x[:, 128:] *= 1e-6
+    x[0, :128] = 0
+    y = torch.zeros(2, 16)
+    ops()._gemv(x, Reader(None, matrix), y)
+    steps = torch.stack([rounded(row, scheme) for row in x]).double()
+    expected = steps @ matrix.dequantize(torch.float64).t()
+    for row in range(2):
+        assert relative(y[row].double(), expected[row]) < 3e-4

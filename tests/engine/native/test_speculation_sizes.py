@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwencli.engine.native.speculation import TIMED_STEPS, Sizes, StepCosts
+from qwencli.engine.native.speculation import RECENT, TIMED_STEPS, Sizes, StepCosts
 
 SIZES = (1, 2, 4, 8)
 
@@ -54,6 +54,15 @@ def test_text_that_begins_to_repeat_is_noticed_and_given_up_again() -> None:
     run(sizes, 0.0, cost, 100)
     assert 8 in run(sizes, 1.0, cost, 30)
     assert run(sizes, 0.0, cost, 60)[-1] == 1
+
+
+def test_what_steps_cost_is_measured_where_the_text_is_now() -> None:
+    """Else a long text's longer steps are held against a short one's plain steps."""
+    costs = StepCosts()
+    for _ in range(RECENT):
+        costs.add(1, 1.0)
+    taken = run(Sizes(SIZES, True, costs), 0.5, {1: 2.0, 2: 2.1, 4: 2.2, 8: 3.2}, 400)
+    assert sum(size > 1 for size in taken[100:]) > 150
 
 
 @given(st.floats(0, 1), st.tuples(*[st.floats(0, 3)] * 3), st.integers(0, 99))

@@ -1,0 +1,109 @@
+"""2 to 8 vectors made ready for `gemm_quantized_kernel`, once for all its programs.
+
+Each is rounded to the steps that a single vector is rounded to (`handover`), so that a token
+checked is the token that would have been chosen. What is rounded becomes float16, in units of the
+largest value of its part of a chunk, and lies as the lanes of a matrix instruction take it.
+
+A chunk is what the 4 lanes of a row of weights read at once, 16 bytes each: 64 columns of 8 bits,
+128 of 4. A part is as much of it as shares a group's scale: all of it, or 64 columns, or 32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LANE_BYTES = 16
+LANES = 4  # that share a chunk of a row
+
+
+def chunk_columns(bits: int) -> int:
+    return LANES * LANE_BYTES * 8 // bits
+
+
+def words_in_a_row(group: int, columns: int) -> int:
+    """Words of 4 bits that a lane takes in a row: a chunk may not end one group and begin another
+    within one instruction."""
+    if group == columns or group % 128 == 0:
+        return 4
+    return 2 if group % 64 == 0 else 1
+
+
+@triton.jit
+def round_kernel(
+    x_ptr,  # [TOKENS, K]
+    gain_ptr,  # [K], or None
+    values_ptr,  # float16 [chunks, steps, 8, 4, 4], `steps` instructions of 16 columns a chunk
+    units_ptr,  # float32 [chunks * PARTS, 8], PARTS of a chunk with a unit each
+    starts_ptr,  # float32, as units
+    squares_ptr,  # float32 [programs, 8]
+    K,
+    BITS: tl.constexpr,
+    FP8: tl.constexpr,
+    SPAN: tl.constexpr,
+    RUN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Round one chunk of one vector to steps of SPAN columns, in units of each part's largest."""
+    chunk = tl.program_id(0)
+    token = tl.program_id(1)
+    OF_WORD: tl.constexpr = 32 // BITS
+    PARTS: tl.constexpr = 4 // RUN
+    COLUMNS: tl.constexpr = 16 * OF_WORD
+    at = tl.arange(0, COLUMNS)
+    columns = chunk * COLUMNS + at
+    inside = columns < K
+    if gain_ptr is not None:
+        gain = tl.load(gain_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    x = tl.load(x_ptr + token * K + columns, mask=inside, other=0.0).to(tl.float32)
+    if gain_ptr is not None:
+        tl.store(squares_ptr + chunk * 8 + token, tl.sum(x * x))
+        x *= gain
+    blocks = tl.reshape(x, (COLUMNS // SPAN, SPAN))
+    largest = tl.maximum(tl.max(tl.abs(blocks), axis=1), 1e-30)[:, None]
+    blocks *= 1.0 / largest
+    if FP8:
+        blocks = blocks.to(tl.float16).to(tl.float32) * largest
+    else:
+        # Adding 1.5 * 2^23 rounds to an integer, in the lowest bits of the result.
+        q = (blocks * 127.0 + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+        blocks = q.to(tl.float32) * (largest * (1.0 / 127.0))
+    parts = tl.reshape(blocks, (PARTS, COLUMNS // PARTS))
+    unit = tl.maximum(tl.max(tl.abs(parts), axis=1), 1e-30)
+    units = (parts * (1.0 / unit)[:, None]).to(tl.float16)
+    total = tl.sum(units.to(tl.float32), axis=1)
+    part = (chunk * PARTS + tl.arange(0, PARTS)) * 8 + token
+    # fp8 is read as float16 with an exponent that is 8 too small.
+    tl.store(units_ptr + part, unit * 256.0 if FP8 else unit)
+    start = total * (-1152.0 if BITS == 8 else -1024.0)
+    tl.store(starts_ptr + part, start)
+    # Where the thread takes each from that multiplies it.
+    word = at // OF_WORD
+    lane = word // RUN % 4
+    word = word // (4 * RUN) * RUN + word % RUN
+    place = at % OF_WORD
+    if BITS == 8:
+        step = word
+        turn = place % 2 * 2 + place // 2
+    else:
+        nibble = place % 4 * 2 + place // 4
+        pair = nibble % 4
+        step = word * 2 + pair // 2
+        turn = pair % 2 * 2 + nibble // 4
+    to = ((step // 2 * 8 + token) * 4 + lane) * 8 + step % 2 * 4 + turn
+    tl.store(values_ptr + chunk * (COLUMNS * 8) + to, tl.reshape(units, (COLUMNS,)))
+
+
+@triton.jit
+def shared_norms(squares_ptr, eps, K: tl.constexpr, SHARES: tl.constexpr):
+    """What the RMS norm multiplies each of 8 vectors with, from SHARES sums of squares: [8]."""
+    squares = tl.zeros((32, 8), tl.float32)
+    for i in tl.static_range((SHARES + 31) // 32):
+        share = i * 32 + tl.arange(0, 32)[:, None]
+        at = squares_ptr + share * 8 + tl.arange(0, 8)[None, :]
+        squares += tl.load(at, mask=share < SHARES, other=0.0)
+    return tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
