@@ -118,7 +118,9 @@ def _bnb_int8(layer: PackedLayer, parts: Parts, _: int) -> Quantized:
     expect(layer, parts, "SCB", layer.shape[:1])
     if int(parts.get("weight_format", torch.zeros(()))):
         raise unreadable(layer, "is not stored row by row", "save it again with transformers")
-    return Quantized(Scheme.INT8, parts["weight"], parts["SCB"].float() / INT8_MAX)
+    largest = parts["SCB"].float()
+    # By a tensor: a GPU multiplies by the inverse of a number, which is not always the same.
+    return Quantized(Scheme.INT8, parts["weight"], largest / torch.full_like(largest, INT8_MAX))
 
 
 def _fp8(layer: PackedLayer, parts: Parts, _: int) -> Quantized | Tensor:
