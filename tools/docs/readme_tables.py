@@ -10,7 +10,7 @@ import gzip
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from qwencli.bench.studies.origin_tables import Table
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 RESULTS = campaigns.RESULTS
-H200_TRANSFORMERS = "2026-11-23-h200-transformers"
-QUALITY = "2026-11-24-quality-cpu"
+# Plain operators on the CPU round the weights alone; the kernels of a GPU round vectors too.
+QUALITY = ("2026-11-24-quality-cpu", "2026-11-25-h100-quality")
 # The two engines at equal work, minutes apart: (folder, engine).
 H200_ENGINES = ("2026-11-23-h200-native", "2026-11-23-h200-native-beside")
 
@@ -63,12 +63,13 @@ def engine_folders() -> tuple[str, ...]:
     return H200_ENGINES if newest is None else (newest.name,)
 
 
-def engines() -> str:
-    folders = engine_folders()
+def speed_table(folders: Sequence[str]) -> str:
+    """The cells that ran of campaigns of both engines, the fastest first."""
     rows = [
         [
             cell["engine"],
             cell["quantization"],
+            cell["attention"],
             cell["cache"],
             {"native auto": "fused kernels", "native torch": "torch operators"}.get(
                 f"{cell['engine']} {cell['kernels']}", "its own"
@@ -82,47 +83,31 @@ def engines() -> str:
             f"{float(cell['itl_p50_ms']):.2f}",
             f"{float(cell['itl_p99_ms']):.2f}",
             f"{float(cell['itl_max_ms']):.2f}",
+            f"{float(cell['peak_allocated_bytes']) / 1e9:.1f}",
         ]
         for folder in folders
         for cell in cells_of(folder)
     ]
-    header = ["engine", "weights", "cache", "operations", "model", "runs", "tok/s"]
+    header = ["engine", "weights", "attention", "cache", "operations", "model", "runs", "tok/s"]
     header += ["slowest-fastest run", "ratio", "TTFT ms", "ITL p50 ms", "p99 ms", "max ms"]
+    return f"{markdown([*header, 'peak GB'], rows)}\n\n{source(*folders)}"
+
+
+def engines() -> str:
+    folders = engine_folders()
     how = (
         "All cells in one campaign, in shuffled order."
         if len(folders) == 1
         else "The two folders were measured minutes apart, not interleaved."
     )
-    return f"{markdown(header, rows)}\n\n{source(*folders)} {how}"
+    return f"{speed_table(folders)} {how}"
 
 
-def transformers_modes() -> str:
-    rows = [
-        [
-            cell["quantization"],
-            cell["attention"],
-            cell["cache"],
-            cell["runs"],
-            f"{float(cell['decode_tok_per_s_median']):.1f}",
-            f"{float(cell['decode_tok_per_s_min']):.1f}-{float(cell['decode_tok_per_s_max']):.1f}",
-            f"{1e3 * float(cell['ttft_s_median']):.0f}",
-            f"{float(cell['itl_p50_ms']):.1f}",
-            f"{float(cell['itl_p99_ms']):.1f}",
-            f"{float(cell['peak_allocated_bytes']) / 1e9:.1f}",
-        ]
-        for cell in cells_of(H200_TRANSFORMERS)
-    ]
-    header = [
-        "quantization",
-        "attention",
-        "cache",
-        "runs",
-        "tok/s",
-        "slowest-fastest run",
-        "TTFT ms",
-    ]
-    header += ["ITL p50 ms", "p99 ms", "peak GB"]
-    return f"{markdown(header, rows)}\n\n{source(H200_TRANSFORMERS)}"
+def newest_speed_table(kind: str) -> str:
+    """Of the newest campaign of a GPU whose folder ends in `-kind`."""
+    folder = campaigns.newest_of_gpu(kind)
+    assert folder is not None, f"results/ has a campaign *-{kind}"
+    return speed_table([folder.name])
 
 
 def scenes_quality() -> str:
@@ -154,28 +139,34 @@ def of_study(table: Callable[[Evidence], Table]) -> str:
 
 
 def quantization_quality() -> str:
-    with (RESULTS / QUALITY / "quality.csv").open(encoding="utf-8", newline="") as file:
-        modes = list(csv.DictReader(file))
-    rows = [
-        [
-            mode["engine"],
-            mode["scheme"],
-            f"{float(mode['exact_percent']):.1f}",
-            f"{float(mode['lost_points']):.1f}",
-            f"{float(mode['mean_kl']):.1e}",
-            f"{float(mode['same_token_percent']):.2f}",
-            f"{float(mode['weight_error_percent']):.2f}" if mode["weight_error_percent"] else "",
+    rows, notes = [], []
+    for folder in QUALITY:
+        about = json.loads((RESULTS / folder / "environment.json").read_text(encoding="utf-8"))
+        with (RESULTS / folder / "quality.csv").open(encoding="utf-8", newline="") as file:
+            modes = list(csv.DictReader(file))
+        rows += [
+            [
+                about["device"],
+                mode["engine"],
+                mode["scheme"],
+                f"{float(mode['exact_percent']):.1f}",
+                f"{float(mode['lost_points']):.1f}",
+                f"{float(mode['mean_kl']):.1e}",
+                f"{float(mode['same_token_percent']):.2f}",
+                f"{float(mode['weight_error_percent']):.2f}"
+                if mode["weight_error_percent"]
+                else "",
+            ]
+            for mode in modes
         ]
-        for mode in modes
-    ]
-    header = ["engine", "scheme", "exact captions %", "points lost", "KL a token"]
+        notes.append(
+            f"{about['device']}: {modes[0]['scenes']} scenes, KL in nats over "
+            f"{modes[0]['kl_tokens']} tokens, torch {about['torch']}, "
+            f"`results/{folder}/quality.csv`"
+        )
+    header = ["device", "engine", "scheme", "exact captions %", "points lost", "KL a token"]
     header += ["same likeliest token %", "weight error %"]
-    about = json.loads((RESULTS / QUALITY / "environment.json").read_text(encoding="utf-8"))
-    note = (
-        f"{modes[0]['scenes']} scenes; KL in nats over {modes[0]['kl_tokens']} tokens, from native "
-        f"without quantization; {about['device']}, torch {about['torch']}. From "
-        f"`results/{QUALITY}/quality.csv`."
-    )
+    note = f"Each against native without quantization on the same device. {'; '.join(notes)}."
     return f"{markdown(header, rows)}\n\n{note}"
 
 
@@ -186,7 +177,8 @@ TABLES: dict[str, Callable[[], str]] = {
         lambda e: origin_tables.steadiness_table(origin_tables.series(e))
     ),
     "engines": engines,
-    "transformers-modes": transformers_modes,
+    "context-512": lambda: newest_speed_table("context-512"),
+    "modes": lambda: newest_speed_table("modes"),
     "scenes-quality": scenes_quality,
     "quantization-quality": quantization_quality,
 }
