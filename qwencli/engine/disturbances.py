@@ -95,6 +95,8 @@ def waiting(device: str, seconds: float) -> Wait:
     place, cuda = torch.device(device), cast("Any", torch.cuda)
     with cuda.device(place):
         start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        # The first call loads the kernel, which would be taken for its time.
+        cuda._sleep(1)
         start.record()
         cuda._sleep(_SPUN)
         end.record()

@@ -33,23 +33,21 @@ def default_engine(config: EngineConfig) -> EngineName:
     hub_config = hub_config or {}
     native = (
         hub_config.get("model_type") in FAMILIES
-        and (config.quantization is not Quantization.NONE or _is_read(hub_config, config.device))
+        and (config.quantization is not Quantization.NONE or _is_read(hub_config))
         and not config.allow_pickle
     )
     return EngineName.NATIVE if native else EngineName.TRANSFORMERS
 
 
-def _is_read(hub_config: Mapping[str, Any], device: str) -> bool:
-    """Whether the native engine reads the weights that this config.json describes.
-
-    Ready-made quantized ones by default on the CPU alone: on a GPU some formats are not yet right.
-    """
+def _is_read(hub_config: Mapping[str, Any]) -> bool:
+    """Whether the native engine reads the weights that this config.json describes."""
     from qwencli.models.packing import packed_format
 
     try:
-        return packed_format(hub_config) is None or device == "cpu"
+        packed_format(hub_config)
     except ModelFileError:
         return False
+    return True
 
 
 def create_engine(config: EngineConfig) -> Engine:

@@ -55,8 +55,9 @@ def test_what_native_cannot_read_stays_with_transformers(mode: Quantization) -> 
     ("said", "device", "engine"),
     [
         (AWQ, "cpu", EngineName.NATIVE),
-        (AWQ, "cuda", EngineName.TRANSFORMERS),
+        (AWQ, "cuda", EngineName.NATIVE),
         (OTHER, "cpu", EngineName.TRANSFORMERS),
+        (OTHER, "cuda", EngineName.TRANSFORMERS),
     ],
 )
 def test_ready_made_checkpoints(said: dict[str, Any], device: str, engine: EngineName) -> None:
