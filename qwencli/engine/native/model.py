@@ -153,6 +153,7 @@ class QwenModel:
             self.dtype,
             self.device,
             inputs.left_pads,
+            self.flash_decode,
         )
         step = Step(
             batch=inputs.batch,
