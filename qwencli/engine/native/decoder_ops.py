@@ -18,7 +18,7 @@ from qwencli.engine.native.attention import AttentionFunction, AttentionPlan
 from qwencli.engine.native.kv_cache import KeysValues, KVCache
 from qwencli.engine.native.quantized import Quantized
 from qwencli.engine.native.rms_norm import RMSNorm
-from qwencli.engine.native.rope import CosSin, rotate
+from qwencli.engine.native.rope import CosSin, TurnHeads, rotate, turn_heads
 
 Tensor = torch.Tensor
 Matrix = Tensor | Quantized
@@ -212,7 +212,7 @@ class DecoderOps:
             it chooses, and what is drafted for the next one. As `drafting.accept` and `draft`.
         vector_bits: bits to which products with this matrix round their vector; None = not at all.
         read_back: how products with more rows than a step has read quantized matrices.
-        place_heads: how prompts do what is in front of attention.
+        place_heads: how prompts do what is in front of attention. turn_heads: and vision towers.
         most_rows: up to which `norm_head` does without a head read back; 0 = never.
     """
 
@@ -228,6 +228,7 @@ class DecoderOps:
     vector_bits: Callable[[Quantized], int | None] = vector_bits
     read_back: ReadBack = Quantized.dequantize
     place_heads: PlaceHeads = place_heads
+    turn_heads: TurnHeads = turn_heads
     most_rows: int = 0
 
 

@@ -11,6 +11,8 @@ from typing import Any, cast
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwencli.engine.kernels.heads import TOKENS, Heads, PromptHeads
 from qwencli.engine.native.attention import AttentionPlan
@@ -21,7 +23,9 @@ from qwencli.engine.native.quantized import Scheme
 from qwencli.engine.native.rms_norm import RMSNorm
 from qwencli.engine.native.rope import CosSin, rotate
 from qwencli.models.shapes import TextShape
+from tests.engine.kernels.test_fused_ops import OWN, model_of
 from tests.engine.native.drawn_matrices import KINDS
+from tests.engine.native.tiny import CASES, configs
 
 CPU = torch.device("cpu")
 SLOTS = 128
@@ -101,6 +105,21 @@ def test_heads_without_a_cache_turn_where_they_are_and_others_stay() -> None:
     Heads()(split, rope, turned=4)
     assert (split[:, :, :4] - rotate(before[:, :, :4], *rope)).abs().max() <= 1e-6
     assert torch.equal(split[:, :, 4:], before[:, :, 4:])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@settings(max_examples=2, deadline=None)
+@given(data=st.data())
+def test_pictures_are_encoded_as_with_plain_operators(family: str, data: st.DataObject) -> None:
+    config = data.draw(configs(family, CASES[1]))
+    plain, own = model_of(config, None), model_of(config, OWN)
+    assert plain.shape.vision is not None
+    patches = drawn(96, plain.shape.vision.patch_elements)
+    expected, got = (m.encode_images(patches, [(1, 12, 8)]) for m in (plain, own))
+    pairs = zip((expected.embeds, *expected.deepstack), (got.embeds, *got.deepstack), strict=True)
+    for theirs, ours in pairs:
+        assert (theirs - ours).abs().max() <= 1e-4 * theirs.abs().max()
 
 
 def test_launches_that_are_repeated_pass_what_triton_itself_would() -> None:
