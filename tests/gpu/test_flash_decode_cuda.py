@@ -1,4 +1,5 @@
-"""torch's flash attention for one query: what it computes, and that one graph serves a bucket."""
+"""torch's flash attention for one query and for prompts: what it computes, and that one graph
+serves a bucket."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from qwencli.config import Attention, Cache, EngineName, Kernels, SamplingOptions
-from qwencli.engine.native.attention import AttentionPlan, eager, sdpa
+from qwencli.engine.native.attention import AttentionPlan, eager, prompt_plan, sdpa
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.flash_decode import Spans, can_flash_decode
 from qwencli.messages import GenerationRequest, user_message
@@ -51,6 +52,28 @@ def test_it_sees_the_slots_in_use_in_a_replayed_graph(heads, length):
     error, theirs = ((x.double() - exact).norm() / exact.norm() for x in (out, half))
     assert out.shape == exact.shape
     assert float(error) <= max(1.5 * float(theirs), 4e-3)
+
+
+@pytest.mark.skipif(not MODERN, reason="flash attention needs compute capability 8.0")
+@torch.inference_mode()
+@pytest.mark.parametrize("heads", [(32, 8), (16, 16), (7, 1)])
+@pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 300), (129, 64), (500, 1), (3, 1021)])
+def test_a_prompt_behind_a_prefix_sees_what_is_before_it(heads, start, length):
+    num_heads, kv_heads = heads
+    generator = torch.Generator(CUDA).manual_seed(3)
+    cache = torch.randn(
+        2, 2 * kv_heads, 2048, 128, device=CUDA, dtype=torch.bfloat16, generator=generator
+    )
+    keys, values = cache.narrow(2, 0, start + length).chunk(2, 1)
+    qkv = torch.randn(
+        2, length, num_heads + 8, 128, device=CUDA, dtype=torch.bfloat16, generator=generator
+    )
+    q = qkv.narrow(2, 0, num_heads)
+    out = sdpa(q, keys, values, prompt_plan(start, length, kv_heads, q.dtype, CUDA, flash=True))
+    masked = prompt_plan(start, length, kv_heads, torch.float64, CUDA)
+    exact = eager(q.double(), keys.double(), values.double(), masked)
+    assert out.shape == exact.shape
+    assert float((out - exact).norm() / exact.norm()) <= 4e-3
 
 
 @pytest.mark.skipif(not MODERN, reason="flash attention needs compute capability 8.0")

@@ -21,6 +21,7 @@ from qwencli.engine.kernels.attention import decode_attention_kernel
 from qwencli.engine.kernels.gemv import gemv_kernel
 from qwencli.engine.kernels.gemv_quantized import gemv_quantized_kernel
 from qwencli.engine.kernels.handover import Form
+from qwencli.engine.kernels.heads import Heads, PromptHeads
 from qwencli.engine.kernels.read_back import read_back
 from qwencli.engine.kernels.several import Epilogue, SeveralProducts
 from qwencli.engine.kernels.step import NOTHING_CHOSEN, accept_kernel, choose_kernel
@@ -140,6 +141,8 @@ class FusedOps:
             choose_several=self.choose_several,
             vector_bits=vector_bits,
             read_back=read_back,
+            place_heads=PromptHeads(),
+            turn_heads=Heads(),
             most_rows=MOST_ROWS,
         )
         if not own_attention:

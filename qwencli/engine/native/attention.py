@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from qwencli.config import Attention
-from qwencli.engine.native.flash_decode import Spans, flash_decode
+from qwencli.engine.native.flash_decode import Spans, flash_decode, flash_prompt
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,11 @@ class AttentionPlan:
         mask: added to the scores: [B, 1, 1, kv_len] where the step has one query a row, else
             [B * KVH, 1, S, kv_len] (or 1 in front). None: each query sees its own slot and all
             before it, the queries being the last S slots; implementations other than
-            flash_attention_2 need S == kv_len or S == 1 for that.
+            flash_attention_2 need S == kv_len or S == 1 for that, or `flash`.
         lengths: slots in use after this step, int32 [B] on the device.
         left_pads: slots of padding at the front, int32 [B] on the device; None = none.
         spans: a single query and what it sees, for torch's flash attention; no mask is needed.
+        flash: whether sdpa is torch's flash attention; with no mask.
     """
 
     kv_len: int
@@ -38,6 +39,7 @@ class AttentionPlan:
     lengths: torch.Tensor | None = None
     left_pads: torch.Tensor | None = None
     spans: Spans | None = None
+    flash: bool = False
 
 
 # q [B, S, H, D], keys and values [B, KVH, kv_len, D], plan -> [B, S, H * D]
@@ -62,15 +64,17 @@ def prompt_plan(
     dtype: torch.dtype,
     device: torch.device,
     left_pads: torch.Tensor | None = None,
+    flash: bool = False,
 ) -> AttentionPlan:
     """Plan of `length` queries at the slots from `start` on, everything before them in the cache.
 
     Args:
         left_pads: int32 [B] on the device: slots of padding at the front of each row.
+        flash: whether torch's flash attention runs here, see `can_flash_decode`.
     """
     kv_len = start + length
-    if left_pads is None and (start == 0 or length == 1):
-        return AttentionPlan(kv_len, None)
+    if left_pads is None and (start == 0 or length == 1 or flash):
+        return AttentionPlan(kv_len, None, flash=flash)
     slots = torch.arange(kv_len, device=device)
     if left_pads is None:
         visible = (slots <= slots[start:, None])[None, None]  # [1, 1, S, kv_len]
@@ -132,6 +136,8 @@ def sdpa(
     """torch's scaled_dot_product_attention, or its flash kernel where the plan is made for that."""
     if plan.spans is not None:
         return flash_decode(q, keys, values, plan.spans)
+    if plan.flash:
+        return flash_prompt(q, keys, values)
     batch, length, heads, dim = q.shape
     if length == 1:
         grouped = q.view(batch, keys.shape[1], -1, dim)

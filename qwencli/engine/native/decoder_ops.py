@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from qwencli.engine.native.attention import AttentionFunction, AttentionPlan
-from qwencli.engine.native.kv_cache import KVCache
+from qwencli.engine.native.kv_cache import KeysValues, KVCache
 from qwencli.engine.native.quantized import Quantized
 from qwencli.engine.native.rms_norm import RMSNorm
-from qwencli.engine.native.rope import CosSin, rotate
+from qwencli.engine.native.rope import CosSin, TurnHeads, rotate, turn_heads
 
 Tensor = torch.Tensor
 Matrix = Tensor | Quantized
@@ -117,6 +117,10 @@ class Drafts:
     record: Tensor
 
 
+# Heads of all tokens [B, S, H + 2 KVH, D], see `place_heads`.
+PlaceHeads = Callable[[Tensor, Layer, Step], KeysValues]
+
+
 def dense(matrix: Matrix, like: Tensor, read: ReadBack = Quantized.dequantize) -> Tensor:
     """The matrix [in, out] in the type of `like`."""
     return matrix if isinstance(matrix, torch.Tensor) else read(matrix, like.dtype).t()
@@ -130,10 +134,10 @@ def norm_qkv(hidden: Tensor, layer: Layer, read: ReadBack = Quantized.dequantize
     return torch.addmm(layer.qkv_bias, x, dense(layer.qkv, x, read))
 
 
-def attend(qkv: Tensor, layer: Layer, step: Step) -> Tensor:
-    """Norm and rotate queries and keys, write the cache, attend: -> [B * S, H * D]."""
-    heads, kv_heads, dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
-    split = qkv.view(step.batch, step.length, heads + 2 * kv_heads, dim)
+def place_heads(split: Tensor, layer: Layer, step: Step) -> KeysValues:
+    """Norm and rotate the queries and keys of `split` [B, S, H + 2 KVH, D], write the cache;
+    queries stay in `split`, keys and values are those to attend to."""
+    heads, kv_heads = layer.num_heads, layer.num_kv_heads
     qk = split.narrow(2, 0, heads + kv_heads)
     normed = qk
     if layer.qk_norm is not None:
@@ -141,9 +145,15 @@ def attend(qkv: Tensor, layer: Layer, step: Step) -> Tensor:
     assert step.rope is not None, "only operations of any length do without"
     # Rotated in place, so that keys and values stay side by side and are stored in one go.
     rotate(normed, *step.rope[layer.index], out=qk)
-    keys, values = step.cache.write(
-        layer.index, split.narrow(2, heads, 2 * kv_heads), step.slots, step.plan.kv_len
-    )
+    fresh = split.narrow(2, heads, 2 * kv_heads)
+    return step.cache.write(layer.index, fresh, step.slots, step.plan.kv_len)
+
+
+def attend(qkv: Tensor, layer: Layer, step: Step, place: PlaceHeads = place_heads) -> Tensor:
+    """Norm and rotate queries and keys, write the cache, attend: -> [B * S, H * D]."""
+    heads, dim = layer.num_heads, layer.head_dim
+    split = qkv.view(step.batch, step.length, heads + 2 * layer.num_kv_heads, dim)
+    keys, values = place(split, layer, step)
     attended = step.attention(split.narrow(2, 0, heads), keys, values, step.plan)
     return attended.view(-1, heads * dim)
 
@@ -202,6 +212,7 @@ class DecoderOps:
             it chooses, and what is drafted for the next one. As `drafting.accept` and `draft`.
         vector_bits: bits to which products with this matrix round their vector; None = not at all.
         read_back: how products with more rows than a step has read quantized matrices.
+        place_heads: how prompts do what is in front of attention. turn_heads: and vision towers.
         most_rows: up to which `norm_head` does without a head read back; 0 = never.
     """
 
@@ -216,6 +227,8 @@ class DecoderOps:
     choose_several: Callable[[Tensor, RMSNorm, Matrix, Choice, Drafts], None] | None = None
     vector_bits: Callable[[Quantized], int | None] = vector_bits
     read_back: ReadBack = Quantized.dequantize
+    place_heads: PlaceHeads = place_heads
+    turn_heads: TurnHeads = turn_heads
     most_rows: int = 0
 
 
@@ -224,7 +237,7 @@ REFERENCE_OPS = DecoderOps()
 
 def prompt_ops(step: DecoderOps) -> DecoderOps:
     """Operations on prompts in a model whose steps are `step`: plain torch, with the matrices read
-    back as `step` does it.
+    back and the heads placed as `step` does it.
 
     A quantized head is an exception: few rows of a prompt's end go through the steps' own. The
     first token is then chosen from the logits that a step would give there, whose vector is rounded
@@ -238,6 +251,7 @@ def prompt_ops(step: DecoderOps) -> DecoderOps:
         return step.norm_head(hidden.clone(), norm, matrix).clone()
 
     return DecoderOps(
+        attend=functools.partial(attend, place=step.place_heads),
         norm_qkv=functools.partial(norm_qkv, read=step.read_back),
         o_residual=functools.partial(o_residual, read=step.read_back),
         norm_gate_up=functools.partial(norm_gate_up, read=step.read_back),

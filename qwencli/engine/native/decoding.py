@@ -20,6 +20,7 @@ from qwencli.engine.native.host_decoder import HostDecoder
 from qwencli.engine.native.kv_cache import KVCache
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import LIKELIEST, Sampler, SamplerKind, kind_of
+from qwencli.engine.native.upload import upload
 from qwencli.engine.sources import MAX_STOP_TOKENS
 
 
@@ -82,9 +83,9 @@ class DecodeState:
         self.position.copy_(next_position)
         self.step.zero_()
         self.done.zero_()
-        self.stop_ids.fill_(-1)
-        for row, stop_id in enumerate(stop_ids):
-            self.stop_ids[row] = stop_id
+        padded = [*stop_ids, *[-1] * (MAX_STOP_TOKENS - len(stop_ids))]
+        (ids,) = upload([torch.tensor(padded)[:, None]], self.stop_ids.device)
+        self.stop_ids.copy_(ids)
         if self.drafts is not None:
             drafting.begin(self.drafts, prompt_ids, sampling.max_new_tokens)
 

@@ -1,9 +1,13 @@
-"""torch's own flash attention for one query, over as many slots as the device says.
+"""torch's own flash attention by its name: for one query over as many slots as the device says,
+and for prompts.
 
 `scaled_dot_product_attention` with a mask runs kernels that do not split one query's keys among
 the processors (18.8 us a layer on an H200, results/2026-11-23-h200-native-first-look). The same
 library's kernel for sequences of unequal length does, and needs no mask. It runs in half precision
 from compute capability 8.0 on.
+
+Called so for a prompt it takes queries and keys as they lie and knows groups of heads: nothing is
+copied, and no mask is needed behind a reused prefix.
 """
 
 from __future__ import annotations
@@ -67,3 +71,22 @@ def flash_decode(
         False,
     )[0]
     return out.view(1, 1, -1)
+
+
+def flash_prompt(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """q [B, S, H, D] in the last S of the slots of keys and values [B, KVH, kv_len, D], each seeing
+    its own slot and all before it -> [B, S, H * D]."""
+    # Its causal rule aligns the last query with the last key.
+    out: torch.Tensor = forward(
+        q,
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        None,
+        None,
+        q.shape[1],
+        keys.shape[2],
+        0.0,
+        True,
+        False,
+    )[0]
+    return out.flatten(2)

@@ -66,6 +66,10 @@ class StaticKVCache:
         be below `max_seq_len`. `length` is the caller's to advance.
         """
         self.layers[layer].index_copy_(2, slots, keys_values.transpose(1, 2))
+        return self.visible(layer, kv_len)
+
+    def visible(self, layer: int, kv_len: int) -> KeysValues:
+        """Views of the first `kv_len` slots."""
         if torch.compiler.is_compiling():
             return self._view(layer, kv_len)
         # Elsewhere views are made once and not at every step: each costs a dispatch.

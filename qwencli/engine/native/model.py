@@ -63,7 +63,6 @@ class QwenModel:
             shape.text, loaded.tensors, loaded.matrices, by_rows=fused is not None
         )
         self.quantized = bool(loaded.matrices)
-        self.vision = VisionTower(shape.vision, loaded.tensors, attention) if shape.vision else None
         # A picture's larger side is never above its number of tokens: positions lag behind slots.
         self.rope = Rope(shape.text.rope, shape.text.head_dim, max_seq_len, self.dtype, self.device)
         self.attention, self.any_attention = attention, any_attention
@@ -77,6 +76,10 @@ class QwenModel:
         if fused is not None:
             self.step_ops = fused(shape.text, self.rope.rows, self.dtype, self.device)
         self.prompt_ops = prompt_ops(self.step_ops)
+        self.vision = None
+        if shape.vision is not None:
+            turn = self.step_ops.turn_heads
+            self.vision = VisionTower(shape.vision, loaded.tensors, attention, turn)
 
     @classmethod
     def load(
@@ -153,6 +156,7 @@ class QwenModel:
             self.dtype,
             self.device,
             inputs.left_pads,
+            self.flash_decode,
         )
         step = Step(
             batch=inputs.batch,

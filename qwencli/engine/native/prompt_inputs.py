@@ -14,6 +14,7 @@ import torch
 
 from qwencli.engine.native.decoder import DeepStack
 from qwencli.engine.native.positions import prompt_positions
+from qwencli.engine.native.upload import upload
 from qwencli.engine.native.vision import VisionFeatures
 from qwencli.engine.preprocess import Visual
 from qwencli.errors import InputError
@@ -37,6 +38,7 @@ class PromptInputs:
         next_positions: int64 [B], rotary position of the first token after the prompt.
         left_pads: int32 [B]; None where no row is padded.
         places: rows of the flattened [B * S] that take image features, ascending; on the host.
+        rows: the same on the device, int64.
         features: of all images and videos in the order of `places`; None = no pictures.
     """
 
@@ -45,6 +47,7 @@ class PromptInputs:
     next_positions: torch.Tensor
     left_pads: torch.Tensor | None
     places: tuple[int, ...]
+    rows: torch.Tensor
     features: VisionFeatures | None
 
     @property
@@ -73,7 +76,7 @@ class PromptInputs:
         if first == last:
             return None
         embeds = self.features.embeds[first:last]
-        places = torch.tensor(self.places[first:last], device=embeds.device) - start
+        places = self.rows[first:last] - start
         deepstack = DeepStack(places, [feature[first:last] for feature in self.features.deepstack])
         return places, embeds, deepstack
 
@@ -126,11 +129,15 @@ def prompt_inputs(
             "give as many images as the prompt has places for",
         )
     pads = [length - len(prompt.ids) for prompt in prompts]
+    host = [ids, positions, *(torch.tensor(some) for some in (following, pads))]
+    host.append(torch.tensor(places, dtype=torch.int64))
+    sent = upload(host, device)
     return PromptInputs(
-        ids=ids.to(device),
-        positions=positions.to(device),
-        next_positions=torch.tensor(following, device=device),
-        left_pads=torch.tensor(pads, dtype=torch.int32, device=device) if any(pads) else None,
+        ids=sent[0],
+        positions=sent[1],
+        next_positions=sent[2],
+        left_pads=sent[3].to(torch.int32) if any(pads) else None,
         places=tuple(places),
+        rows=sent[4],
         features=features,
     )

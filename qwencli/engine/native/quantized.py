@@ -95,9 +95,9 @@ class Table:
         return replace(self, values=self.values.to(device), codes=self.codes.to(device))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quantized:
-    """A matrix [rows, columns].
+    """A matrix [rows, columns]; equal to itself alone.
 
     Args:
         data: int8 or float8_e4m3fn [rows, columns]; int4, nf4, fp4: int32 [rows, columns / 8],

@@ -7,7 +7,7 @@ Source: RoFormer (arXiv 2104.09864) in the half-split layout of the Qwen checkpo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from qwencli.models.shapes import RopeShape
 ROWS_AT_A_TIME = 1024
 
 CosSin = tuple[torch.Tensor, torch.Tensor]
+# See `turn_heads`.
+TurnHeads = Callable[[torch.Tensor, CosSin, int], None]
 
 
 class Rope:
@@ -122,3 +124,17 @@ def rotate(
     `out` may be `x` itself.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, out=out)
+
+
+def turn_heads(split: torch.Tensor, rope: CosSin, turned: int) -> None:
+    """Rotate the first `turned` heads of `split` [B, S, heads, D] in place, in float32 as the
+    reference does for pictures: angles are too coarse in bfloat16.
+
+    Args:
+        rope: float32, [B, S, 1, D].
+    """
+    heads = split.narrow(2, 0, turned)
+    if heads.dtype is torch.float32:
+        rotate(heads, *rope, out=heads)
+    else:
+        heads.copy_(rotate(heads.float(), *rope))

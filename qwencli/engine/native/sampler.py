@@ -16,6 +16,7 @@ from enum import StrEnum
 import torch
 
 from qwencli.config import SamplingParams
+from qwencli.engine.native.upload import upload
 
 # `--top-k` ends at 200; a partial sort of this many candidates serves every top-k request.
 TOP_K_CANDIDATES = 256
@@ -75,7 +76,8 @@ class Sampler:
             seed = secrets.randbits(32) if sampling.seed < 0 else sampling.seed
             generator = torch.Generator().manual_seed(seed)
             drawn = torch.rand(sampling.max_new_tokens, generator=generator)
-            self.uniforms[: len(drawn)].copy_(drawn)
+            (sent,) = upload([drawn], self.uniforms.device)
+            self.uniforms[: len(drawn)].copy_(sent)
 
     def sample(self, logits: torch.Tensor, step: torch.Tensor, kind: SamplerKind) -> torch.Tensor:
         """Choose from `logits` [V] the token of `step` (int64 [1]) -> int64 [1]."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from qwencli.config import Attention
-from qwencli.engine.native.rope import CosSin, rotate
+from qwencli.engine.native.rope import CosSin, TurnHeads, turn_heads
 from qwencli.engine.native.vision_attention import SEGMENT_ATTENTION, SegmentAttention, attend_runs
 from qwencli.engine.native.vision_layout import Grid, Run, VisionLayout, layout
 from qwencli.engine.native.weights import Tensors
@@ -59,10 +59,20 @@ class VisionTower:
     """Weights of one model's tower on one device, and the forward pass over them.
 
     Matrices may be of a shorter type than the rest: each is converted when it is multiplied by.
+
+    Args:
+        turn: turns queries and keys in place.
     """
 
-    def __init__(self, shape: VisionShape, weights: Tensors, attention: Attention) -> None:
+    def __init__(
+        self,
+        shape: VisionShape,
+        weights: Tensors,
+        attention: Attention,
+        turn: TurnHeads = turn_heads,
+    ) -> None:
         self.shape = shape
+        self._turn = turn
         self._w = {
             name.removeprefix("vision."): t
             for name, t in weights.items()
@@ -139,7 +149,7 @@ class VisionTower:
         return _Prepared(plan, self._angles(plan.coordinates.to(device)), positions, order, back)
 
     def _angles(self, coordinates: Tensor) -> CosSin:
-        """Cosine and signed sine [N, 1, 1, D] in float32; half of a head turns with the row, half
+        """Cosine and signed sine [1, N, 1, D] in float32; half of a head turns with the row, half
         with the column."""
         half = self.shape.head_dim // 2
         exponent = torch.arange(0, half, 2, dtype=torch.float32, device=coordinates.device) / half
@@ -147,17 +157,17 @@ class VisionTower:
             1
         )  # [N, D/2]
         cos, sin = angles.cos(), angles.sin()
-        return torch.cat((cos, cos), -1)[:, None, None], torch.cat((-sin, sin), -1)[:, None, None]
+        return torch.cat((cos, cos), -1)[None, :, None], torch.cat((-sin, sin), -1)[None, :, None]
 
     def _block(self, index: int, hidden: Tensor, ready: _Prepared) -> Tensor:
         at = f"{index}."
         full = not ready.layout.windows or index in self.shape.full_attention_layers
         segments: tuple[Run, ...] = ready.layout.frames if full else ready.layout.windows
         x = self._linear(at + "qkv", self._norm(at + "attn_norm", hidden))
-        qkv = x.view(-1, 3, self.shape.num_heads, self.shape.head_dim)
-        # Rotated in float32 as the reference does: angles are too coarse in bfloat16.
-        q, k = rotate(qkv[:, :2].float(), *ready.rope).to(x.dtype).unbind(1)
-        attended = attend_runs(q, k, qkv[:, 2], segments, self._attention)
+        heads = self.shape.num_heads
+        qkv = x.view(1, -1, 3 * heads, self.shape.head_dim)
+        self._turn(qkv, ready.rope, 2 * heads)
+        attended = attend_runs(qkv[0], segments, self._attention)
         hidden = self._linear(at + "proj", attended).add_(hidden)
         x = self._linear(at + "mlp_in", self._norm(at + "mlp_norm", hidden))
         if self.shape.gated_mlp:
@@ -175,7 +185,10 @@ class VisionTower:
         return self._linear(at + ".out", _gelu(self._linear(at + ".in", x)))
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, self._w[name].to(x.dtype), self._w[name + "_bias"])
+        weight = self._w[name]
+        if weight.dtype is not x.dtype:
+            weight = weight.to(x.dtype)
+        return F.linear(x, weight, self._w[name + "_bias"])
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         weight = self._w[name]

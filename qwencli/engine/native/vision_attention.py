@@ -15,16 +15,18 @@ Tensor = torch.Tensor
 SegmentAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def attend_runs(
-    q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], attention: SegmentAttention
-) -> Tensor:
-    """Attend inside each segment: q, k, v [N, H, D] -> [N, H * D]. Segments of equal length that
-    follow each other are one batch, so one image is one call without a mask."""
+def attend_runs(qkv: Tensor, runs: Sequence[Run], attention: SegmentAttention) -> Tensor:
+    """Attend inside each segment: heads of q, k and v [N, 3 * H, D] -> [N, H * D].
+
+    Segments of equal length that follow each other are one batch, so one image is one call without
+    a mask.
+    """
+    heads, dim = qkv.shape[1] // 3, qkv.shape[2]
     sizes = [run.count * run.length for run in runs]
     pieces = []
-    for run, *parts in zip(runs, *(x.split_with_sizes(sizes) for x in (q, k, v)), strict=True):
-        segments = (x.view(run.count, run.length, *x.shape[1:]) for x in parts)
-        pieces.append(attention(*segments).flatten(0, 1).flatten(1))
+    for run, piece in zip(runs, qkv.split_with_sizes(sizes), strict=True):
+        segments = piece.view(run.count, run.length, 3, heads, dim).unbind(2)
+        pieces.append(attention(*segments).reshape(-1, heads * dim))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 

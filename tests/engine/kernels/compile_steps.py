@@ -1,9 +1,9 @@
-"""Compiles the kernels of decode steps for compute capability 9.0, which needs no GPU.
+"""Compiles the kernels of decode steps and prompts for compute capability 9.0; needs no GPU.
 
 A program of its own, because Triton decides when it is imported whether it interprets. Prints a
 JSON line a kernel: its name, the type it computes with, how the weights are quantized, tokens of
-the step, the bytes that a thread keeps in memory because its registers are full, and how often
-threads hand each other operands of matrix instructions.
+the step or prompt, the bytes that a thread keeps in memory because its registers are full, and how
+often threads hand each other operands of matrix instructions.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from qwencli.engine.kernels import fused_ops
 from qwencli.engine.native import weights
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.models.shape_reader import read_shape
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -117,6 +118,8 @@ def main(config: dict[str, Any]) -> None:
             for tokens in (1, 2, 8):
                 about |= {"dtype": str(dtype), "quantization": quantization, "tokens": tokens}
                 state.verify_masked(state.kind, tokens, 64)
+            about |= {"tokens": 40}
+            model.prefill(model.prepare([Prompt([1] * 40)]), model.static_cache())
 
 
 if __name__ == "__main__":

@@ -65,6 +65,37 @@ def test_prompts_follow_the_definition(name: Attention, data: st.DataObject) -> 
         torch.testing.assert_close(got[row, pad:], expected[row, pad:], atol=1e-5, rtol=1e-5)
 
 
+def lower_right(*arguments: Any) -> tuple[torch.Tensor]:
+    """torch's flash attention as its signature and its causal rule are."""
+    q, k, v, *spans, queries, keys, dropout, causal, debug = arguments
+    assert spans == [None, None] and (queries, keys) == (q.shape[1], k.shape[1])
+    assert (dropout, causal, debug) == (0.0, True, False)
+    start = keys - queries
+    heads = (x.transpose(1, 2) for x in (k, v))
+    return (plain(q, *heads, start, [0] * len(q)).view(q.shape),)
+
+
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_flash_attention_needs_no_mask_behind_a_prefix(data: st.DataObject) -> None:
+    batch, length = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 5))
+    start = data.draw(st.integers(0, 4))
+    q, k, v = draw_case(data, batch, length, start)
+    plan = prompt_plan(start, length, k.shape[1], torch.float32, CPU, flash=True)
+    assert plan.mask is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash_decode, "forward", lower_right)
+        got = ATTENTION[Attention.SDPA](q, k, v, plan)
+    expected = plain(q, k, v, start, [0] * batch)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_flash_attention_is_not_for_padded_rows() -> None:
+    pads = torch.tensor([0, 1], dtype=torch.int32)
+    plan = prompt_plan(0, 3, 1, torch.float32, CPU, pads, flash=True)
+    assert plan.mask is not None and not plan.flash
+
+
 @pytest.mark.parametrize("name", [Attention.EAGER, Attention.SDPA])
 @settings(deadline=None, max_examples=30)
 @given(data=st.data())
