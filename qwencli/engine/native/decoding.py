@@ -89,6 +89,12 @@ class DecodeState:
         if self.drafts is not None:
             drafting.begin(self.drafts, prompt_ids, sampling.max_new_tokens)
 
+    def park(self, size: int) -> None:
+        """Make steps of up to `size` slots harmless: what they write must not land on keys and
+        values that are in use, and once the answer has ended steps stay where they are."""
+        self.slot.fill_(len(self.slots) - size)
+        self.done.fill_(True)
+
     def choose_first(self, logits: torch.Tensor) -> None:
         """Choose the first token from the prefill's logits [1, V]."""
         self.token.copy_(self.sampler.sample(logits[0], self.step, self.kind))

@@ -30,6 +30,7 @@ from qwencli.engine.native.kv_quantized import resolve_kv
 from qwencli.engine.native.memory_plan import MemoryPlan, plan_memory
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.paces import Speculator
+from qwencli.engine.native.prompt_graphs import PromptGraphs
 from qwencli.engine.native.quiet_host import freeze_what_is_loaded, quiet_host
 from qwencli.engine.native.steppers import STEPPERS, decodes_on_host
 from qwencli.engine.native.supported import check_supported
@@ -100,6 +101,7 @@ class NativeEngine(LocalEngine):
             quantization=self.config.quantization,
             kv_dtype=self.config.kv_dtype,
             checkpoint_weights=_checkpoint_weights(files, packed, dtype),
+            prompt_graphs=cache is Cache.STATIC_GRAPH,
         )
         shape = read_shape(files.hub_config)
         check_supported(shape)
@@ -134,7 +136,12 @@ class NativeEngine(LocalEngine):
                 speculate=self.config.speculate.value,
             )
             self._generation = Generation(
-                model, state, STEPPERS[cache](state), ran, self._speculator(state, cache)
+                model,
+                state,
+                STEPPERS[cache](state),
+                ran,
+                self._speculator(state, cache),
+                PromptGraphs(model, store, slots) if cache is Cache.STATIC_GRAPH else None,
             )
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)

@@ -14,6 +14,7 @@ from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.paces import Pace, PlainPace, Speculator
+from qwencli.engine.native.prompt_graphs import PromptRunner
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
 from qwencli.engine.native.sampler import LIKELIEST, kind_of
 from qwencli.engine.native.session import (
@@ -37,6 +38,7 @@ class Generation:
 
     Args:
         speculator: answers greedy requests in the stepper's place; None = no speculation.
+        prompts: runs pictures and prompts; None = the model, operator by operator.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Generation:
         stepper: Stepper,
         ran: RanModes,
         speculator: Speculator | None = None,
+        prompts: PromptRunner | None = None,
     ) -> None:
         self._model, self._state, self._stepper, self._ran = model, state, stepper, ran
+        self._prompts: PromptRunner = model if prompts is None else prompts
         self._speculator = speculator
         self._sequence = CachedSequence(state.cache)
         self._features = FeatureCache()
@@ -86,7 +90,7 @@ class Generation:
             start = clock.mark()
             patches = torch.as_tensor(prompt.inputs.patches[index])
             patches = patches.to(self._model.device, self._model.dtype)
-            features = self._model.encode_images(patches, [prompt.grid_thw[index]])
+            features = self._prompts.encode_images(patches, [prompt.grid_thw[index]])
             vision.append((start, clock.mark()))
             return features
 
@@ -95,7 +99,7 @@ class Generation:
         stop_ids = sorted(answer.stop_ids)
         state.begin(answer.sampling, inputs.ids[0], stop_ids, inputs.next_positions)
         shared = self._sequence.reuse(keys)
-        state.choose_first(self._model.prefill(inputs, state.cache, start=shared))
+        state.choose_first(self._prompts.prefill(inputs, state.cache, start=shared))
         self._sequence.remember(keys)
         return vision
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwencli.config import DType, KVDType, Quantization, SeqLen
+from qwencli.engine.native.prompt_graphs import LONGEST, MOST_PATCHES
 from qwencli.engine.native.session import KEPT_IMAGE_TOKENS
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.memory import (
@@ -34,13 +35,15 @@ PLANNED_PIXELS = 1024 * 1024
 class MemoryPlan:
     """Bytes by use, and the sequence length they allow.
 
-    `kept_images` are features of earlier pictures that a session holds on to.
+    `kept_images` are features of earlier pictures that a session holds on to, `graphs` what CUDA
+    graphs of prompts and pictures work in, which is theirs alone.
     """
 
     weights: int
     kv_cache: int
     activations: int
     kept_images: int
+    graphs: int
     max_seq_len: int
 
     @property
@@ -49,7 +52,7 @@ class MemoryPlan:
             "weights": self.weights,
             f"cache for {self.max_seq_len} tokens": self.kv_cache,
             "kept images": self.kept_images,
-            "working memory": self.activations + RUNTIME_BYTES,
+            "working memory": self.activations + self.graphs + RUNTIME_BYTES,
         }
 
     @property
@@ -69,6 +72,7 @@ def plan_memory(
     quantization: Quantization = Quantization.NONE,
     kv_dtype: KVDType = KVDType.AUTO,
     checkpoint_weights: int | None = None,
+    prompt_graphs: bool = False,
 ) -> MemoryPlan:
     """The longest sequences up to `wanted` that fit beside the weights.
 
@@ -78,6 +82,7 @@ def plan_memory(
         free_bytes: free memory of the device; None = not known, everything fits.
         max_pixels: of the largest picture; None = a megapixel.
         checkpoint_weights: bytes of the weights where the checkpoint is quantized already.
+        prompt_graphs: whether prompts and pictures run as CUDA graphs.
 
     Raises:
         OutOfMemoryError: the weights, or `wanted` tokens beside them, do not fit; with the
@@ -110,6 +115,7 @@ def plan_memory(
             kv_cache=token_bytes * tokens,
             activations=peak * scale,
             kept_images=image_feature_bytes(shape, KEPT_IMAGE_TOKENS) * scale,
+            graphs=_graph_bytes(shape, tokens, read_back) * scale if prompt_graphs else 0,
             max_seq_len=tokens,
         )
 
@@ -128,6 +134,13 @@ def plan_memory(
         if checkpoint_weights is None
     }
     raise _does_not_fit(name, refused, free_bytes, longest, smaller)
+
+
+def _graph_bytes(shape: ModelShape, tokens: int, read_back: int) -> int:
+    """Of the largest graphs, bfloat16; they share their memory."""
+    patches = MOST_PATCHES // shape.vision.merge_area if shape.vision else 0
+    prompt = prefill_peak_bytes(shape, min(tokens, LONGEST)) + read_back
+    return max(prompt, vision_peak_bytes(shape, patches))
 
 
 def _image_tokens(shape: ModelShape, pixels: int) -> int:

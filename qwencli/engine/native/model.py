@@ -15,7 +15,7 @@ import torch
 from qwencli.config import Attention
 from qwencli.engine.native import weights as loader
 from qwencli.engine.native.attention import ATTENTION, AttentionPlan, prompt_plan
-from qwencli.engine.native.decoder import Decoder
+from qwencli.engine.native.decoder import Decoder, DeepStack
 from qwencli.engine.native.decoder_ops import REFERENCE_OPS, DecoderOps, Step, prompt_ops
 from qwencli.engine.native.flash_decode import can_flash_decode
 from qwencli.engine.native.kv_cache import DynamicKVCache, KVCache, StaticKVCache
@@ -158,19 +158,41 @@ class QwenModel:
             inputs.left_pads,
             self.flash_decode,
         )
+        rope = self.rope.at(inputs.positions[:, :, start:stop])
+        slots = torch.arange(start, stop, device=self.device)
+        hidden = self.prompt_hidden(hidden, rope, slots, plan, cache, deepstack)
+        cache.length = stop
+        return self.prompt_logits(hidden[stop - start - 1 :: stop - start])
+
+    def prompt_hidden(
+        self,
+        hidden: torch.Tensor,
+        rope: CosSin,
+        slots: torch.Tensor,
+        plan: AttentionPlan,
+        cache: KVCache,
+        deepstack: DeepStack | None,
+    ) -> torch.Tensor:
+        """All layers over a prompt's hidden states [B * S, hidden], overwritten.
+
+        Args:
+            rope: `Rope.at` of its positions. slots: int64 [S], where its keys and values go.
+        """
         step = Step(
-            batch=inputs.batch,
-            length=stop - start,
-            rope=[self.rope.at(inputs.positions[:, :, start:stop])] * len(self.decoder.layers),
-            slots=torch.arange(start, stop, device=self.device),
+            batch=cache.batch,
+            length=len(slots),
+            rope=[rope] * len(self.decoder.layers),
+            slots=slots,
             plan=plan,
             cache=cache,
             attention=self._attend,
             ops=self.prompt_ops,
         )
-        hidden = self.decoder.forward(hidden, step, deepstack)
-        cache.length = stop
-        return self.decoder.logits(hidden[stop - start - 1 :: stop - start], self.prompt_ops)
+        return self.decoder.forward(hidden, step, deepstack)
+
+    def prompt_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] of hidden states [B, hidden] after the layers."""
+        return self.decoder.logits(hidden, self.prompt_ops)
 
     def decode_step(
         self,

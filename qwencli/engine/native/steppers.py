@@ -6,7 +6,6 @@ step takes one slot. It never waits for the device.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -15,6 +14,7 @@ import torch
 from qwencli.config import Cache
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.decoding import DecodeState
+from qwencli.engine.native.graph_pool import GraphPool
 from qwencli.engine.native.host_decoder import HostDecoder
 from qwencli.engine.native.kv_cache import StaticKVCache
 from qwencli.engine.native.kv_quantized import QuantizedKVCache
@@ -96,44 +96,6 @@ class CompiledStepper:
         self._step(self._state.kind, bucket_for(slot, len(self._state.slots)))
 
 
-class GraphPool:
-    """CUDA graphs of steps by key. They share one memory pool: they never run at the same time,
-    and nothing but the state's buffers outlives a replay.
-    """
-
-    def __init__(self, state: DecodeState) -> None:
-        self._state = state
-        self._graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        # cuBLAS keeps a workspace per stream for good, so one stream serves all captures.
-        self._stream = _capture_stream(state.model.device)
-
-    def capture(self, key: tuple[object, ...], step: Callable[[], None], size: int = 1) -> None:
-        """Capture `step`, which takes up to `size` slots, unless that is done. Overwrites the
-        state."""
-        if key in self._graphs:
-            return
-        state = self._state
-        # What the warm-up writes must not land on keys and values that are in use, and once the
-        # answer has ended steps stay where they are.
-        state.slot.fill_(len(state.slots) - size)
-        state.done.fill_(True)
-        stream, current = self._stream, torch.cuda.current_stream(state.model.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            # cuBLAS and the allocator set themselves up here and not in the graph.
-            for _ in range(2):
-                step()
-        current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            step()
-        self._graphs[key] = graph
-
-    def replay(self, key: tuple[object, ...]) -> None:
-        self._graphs[key].replay()
-
-
 class GraphStepper:
     """The step as a CUDA graph per kind of sampling and, but for kernels that read the length on
     the device, per length class. `static-graph`.
@@ -141,13 +103,15 @@ class GraphStepper:
 
     def __init__(self, state: DecodeState) -> None:
         self._state = state
-        self._graphs = GraphPool(state)
+        self._graphs = GraphPool(state.model.device)
 
     def prepare(self, first_slot: int, last_slot: int) -> None:
         """Capture the graphs that are missing. Overwrites the state: comes before `begin`."""
         kind = self._state.kind
         for bucket in self._buckets(first_slot, last_slot):
-            self._graphs.capture((kind, bucket), self._step(kind, bucket))
+            if (kind, bucket) not in self._graphs:
+                self._state.park(1)
+                self._graphs.capture((kind, bucket), self._step(kind, bucket))
 
     def run(self, slot: int) -> None:
         self._graphs.replay((self._state.kind, self._buckets(slot, slot)[0]))
@@ -160,11 +124,6 @@ class GraphStepper:
         if self._state.model.step_ops.any_length:
             return [whole]
         return buckets_between(first_slot, last_slot, whole)
-
-
-@functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def decodes_on_host(state: DecodeState) -> bool:

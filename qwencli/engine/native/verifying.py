@@ -11,15 +11,11 @@ from typing import Protocol
 
 from qwencli.config import Cache
 from qwencli.engine.native.decoding import DecodeState
+from qwencli.engine.native.graph_pool import GraphPool
 from qwencli.engine.native.host_decoder import HostDecoder
 from qwencli.engine.native.kv_cache import StaticKVCache
 from qwencli.engine.native.sampler import SamplerKind
-from qwencli.engine.native.steppers import (
-    GraphPool,
-    bucket_for,
-    buckets_between,
-    decodes_on_host,
-)
+from qwencli.engine.native.steppers import bucket_for, buckets_between, decodes_on_host
 
 WHY_NOT: Mapping[Cache, str] = {
     Cache.DYNAMIC: "a cache that grows cannot take back the keys and values of wrong drafts",
@@ -75,7 +71,7 @@ class GraphVerifier:
 
     def __init__(self, state: DecodeState) -> None:
         self._state = state
-        self._graphs = GraphPool(state)
+        self._graphs = GraphPool(state.model.device)
 
     def prepare(self, first_slot: int, last_slot: int, sizes: Sequence[int]) -> None:
         state, whole = self._state, len(self._state.slots)
@@ -85,8 +81,10 @@ class GraphVerifier:
                 buckets = buckets_between(first_slot + size, last_slot + size, whole)
             for bucket in buckets:
                 key = (state.kind, size, bucket)
-                # One slot more than it feeds: that of the token it chooses.
-                self._graphs.capture(key, self._step(*key), size + 1)
+                if key not in self._graphs:
+                    # One slot more than it feeds: that of the token it chooses.
+                    state.park(size + 1)
+                    self._graphs.capture(key, self._step(*key))
 
     def run(self, slot: int, size: int) -> None:
         state, bucket = self._state, len(self._state.slots)

@@ -45,7 +45,7 @@ class VisionFeatures:
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class PreparedGrids:
     """A layout on the device."""
 
     layout: VisionLayout
@@ -81,7 +81,7 @@ class VisionTower:
         self._dtype = self._w["merger.norm"].dtype
         self._attention: SegmentAttention = SEGMENT_ATTENTION[attention]
         self._activation = ACTIVATIONS[shape.activation]
-        self._prepared: dict[tuple[Grid, ...], _Prepared] = {}
+        self._prepared: dict[tuple[Grid, ...], PreparedGrids] = {}
 
     def encode(self, patches: Tensor, grids: Sequence[Grid]) -> VisionFeatures:
         """Encode images and videos.
@@ -94,8 +94,15 @@ class VisionTower:
         Raises:
             InputError: a grid that does not divide into merged tokens, or does not match `patches`.
         """
+        return self.run(patches, self.prepare(patches, grids))
+
+    def prepare(self, patches: Tensor, grids: Sequence[Grid]) -> PreparedGrids:
+        """What `run` needs to know of pictures besides their patches. Raises as `encode`."""
         self._check(patches, grids)
-        ready = self._prepare(tuple(grids))
+        return self._prepare(tuple(grids))
+
+    def run(self, patches: Tensor, ready: PreparedGrids) -> VisionFeatures:
+        """The tower itself: asks the host nothing, and can be captured in a CUDA graph."""
         weight = self._w["patch"].to(self._dtype)
         hidden = F.linear(patches.to(self._dtype), weight, self._w.get("patch_bias"))
         if ready.positions is not None:
@@ -128,7 +135,7 @@ class VisionTower:
                 "resize the image with the model's own preprocessing",
             )
 
-    def _prepare(self, grids: tuple[Grid, ...]) -> _Prepared:
+    def _prepare(self, grids: tuple[Grid, ...]) -> PreparedGrids:
         found = self._prepared.pop(grids, None)
         if found is None:
             found = self._build(layout(self.shape, grids))
@@ -137,7 +144,7 @@ class VisionTower:
             del self._prepared[next(iter(self._prepared))]
         return found
 
-    def _build(self, plan: VisionLayout) -> _Prepared:
+    def _build(self, plan: VisionLayout) -> PreparedGrids:
         device = self._w["patch"].device
         positions = None
         if plan.taps is not None and plan.tap_weights is not None:
@@ -146,7 +153,9 @@ class VisionTower:
             positions = mixed.to(rows.dtype)
         order = plan.order.to(device) if plan.order is not None else None
         back = order.argsort() if order is not None else None
-        return _Prepared(plan, self._angles(plan.coordinates.to(device)), positions, order, back)
+        return PreparedGrids(
+            plan, self._angles(plan.coordinates.to(device)), positions, order, back
+        )
 
     def _angles(self, coordinates: Tensor) -> CosSin:
         """Cosine and signed sine [1, N, 1, D] in float32; half of a head turns with the row, half
@@ -159,7 +168,7 @@ class VisionTower:
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), -1)[None, :, None], torch.cat((-sin, sin), -1)[None, :, None]
 
-    def _block(self, index: int, hidden: Tensor, ready: _Prepared) -> Tensor:
+    def _block(self, index: int, hidden: Tensor, ready: PreparedGrids) -> Tensor:
         at = f"{index}."
         full = not ready.layout.windows or index in self.shape.full_attention_layers
         segments: tuple[Run, ...] = ready.layout.frames if full else ready.layout.windows

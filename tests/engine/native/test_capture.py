@@ -6,8 +6,7 @@ host stands out.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwencli.config import Attention, Quantization, SamplingParams
-from qwencli.engine.native import steppers, weights
+from qwencli.engine.native import weights
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.drafting import MOST_FED
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.quantized import Quantized, Scheme
 from qwencli.engine.native.sampler import LIKELIEST, SamplerKind
-from qwencli.engine.native.steppers import GraphPool
 from qwencli.engine.native.verifying import EagerVerifier, GraphVerifier
 from qwencli.models.packing import packed_format
 from qwencli.models.shape_reader import read_shape
 from tests.checkpoints import CONFIGS, hub_config
+from tests.engine.native.host_graphs import run_graphs_on_the_host
 from tests.engine.native.packed_formats import FORMATS
 from tests.engine.native.test_ready_made import TEXT, tensors_of, write
 
@@ -150,35 +149,9 @@ def test_what_a_graph_cannot_hold_is_noticed(step: Callable[[torch.Tensor], Any]
         step(values)
 
 
-class _Stream:
-    def __init__(self, device: object = None) -> None: ...
-
-    def wait_stream(self, other: object) -> None: ...
-
-
 @pytest.fixture
 def graphs_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph runs its step when it is captured and again when it is replayed."""
-
-    @contextlib.contextmanager
-    def inside(*args: object, **settings: object) -> Iterator[None]:
-        yield
-
-    steps: dict[tuple[object, ...], Callable[[], None]] = {}
-    captured = GraphPool.capture
-
-    def capture(pool: GraphPool, key: Any, step: Callable[[], None], size: int = 1) -> None:
-        captured(pool, key, step, size)
-        steps[key] = step
-
-    monkeypatch.setattr(GraphPool, "capture", capture)
-    monkeypatch.setattr(GraphPool, "replay", lambda pool, key: steps[key]())
-    monkeypatch.setattr(steppers, "_capture_stream", _Stream)
-    for name, stand_in in {
-        "CUDAGraph": object, "current_stream": _Stream, "graph": inside,
-        "graph_pool_handle": object, "stream": inside,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, stand_in)
+    run_graphs_on_the_host(monkeypatch)
 
 
 @pytest.mark.usefixtures("graphs_of_the_host")

@@ -95,3 +95,12 @@ def test_where_no_mode_helps_a_smaller_model_would(free, weights):
     with pytest.raises(OutOfMemoryError) as caught:
         plan(free, **weights)
     assert "smaller model" in caught.value.hint
+
+
+def test_graphs_of_prompts_have_memory_of_their_own():
+    plain, graphs = plan(80), plan(80, prompt_graphs=True)
+    assert plain.graphs == 0
+    assert 0.05 * GIB < graphs.graphs < 0.5 * GIB
+    assert graphs.total == plain.total + graphs.graphs
+    quantized = plan(80, prompt_graphs=True, quantization=Quantization.INT4)
+    assert quantized.graphs > graphs.graphs, "a matrix read back is in it"

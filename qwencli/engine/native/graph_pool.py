@@ -1,0 +1,48 @@
+"""CUDA graphs by key, in one pool of memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+
+import torch
+
+
+class GraphPool:
+    """They share their memory: they never run at the same time, and what a replay leaves is used
+    before the next one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        # cuBLAS keeps a workspace per stream for good, so one stream serves all captures.
+        self._stream = _capture_stream(device)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._graphs
+
+    def capture(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Capture `work`, which is run before that: nothing may be in use that it writes to."""
+        stream, current = self._stream, torch.cuda.current_stream(self._device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            # cuBLAS and the allocator set themselves up here and not in the graph.
+            for _ in range(2):
+                work()
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            work()
+        self._graphs[key] = graph
+
+    def replay(self, key: Hashable) -> None:
+        self._graphs[key].replay()
+
+    def drop(self, key: Hashable) -> None:
+        del self._graphs[key]
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

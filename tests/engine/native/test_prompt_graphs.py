@@ -1,0 +1,200 @@
+"""Prompts and pictures as graphs give what the model gives operator by operator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwencli.config import EngineName, Quantization, SamplingOptions
+from qwencli.engine.native import weights
+from qwencli.engine.native.engine import NativeEngine
+from qwencli.engine.native.graph_pool import GraphPool
+from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.prompt_graphs import CLASS, GRIDS_KEPT, LONGEST, PromptGraphs
+from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.quantized import Scheme
+from qwencli.messages import GenerationRequest, text_message, user_message
+from qwencli.models.shape_reader import read_shape
+from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, film, hub_config, picture
+from tests.engine.native.host_graphs import run_graphs_on_the_host
+from tests.engine.native.test_capture import Calls, Captured, without_values
+from tests.engine.native.test_ready_made import TEXT
+
+CPU = torch.device("cpu")
+SLOTS = 1500
+
+
+@pytest.fixture(autouse=True)
+def graphs_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_graphs_on_the_host(monkeypatch)
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The keys of graphs in the order in which they are captured."""
+    keys: list[object] = []
+    capture = GraphPool.capture
+    monkeypatch.setattr(
+        GraphPool, "capture", lambda pool, key, work: (keys.append(key), capture(pool, key, work))
+    )
+    return keys
+
+
+def ask(*images: object, text: str = "Describe it.", new: int = 24) -> GenerationRequest:
+    sampling = SamplingOptions(do_sample=False, max_new_tokens=new)
+    return GenerationRequest(
+        (user_message(text, images),), sampling, ignore_eos=True, from_scratch=True
+    )
+
+
+def graphed(engine: NativeEngine) -> PromptGraphs:
+    """Let an engine run its prompts as graphs, as `static-graph` does."""
+    engine.load()
+    generation = engine._generation
+    state = generation._state
+    generation._prompts = PromptGraphs(generation._model, state.cache, len(state.slots))
+    return generation._prompts
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_requests_in_turns_get_the_same_tokens(checkpoint, family, captured):
+    """Longer and shorter ones, so that what an earlier one left lies behind a later one."""
+    pictures = family in VISION_FAMILIES
+    requests = [
+        ask(text="Describe it. " * 30),
+        ask(text="Once."),
+        *([ask(picture(), picture(96, 64)), ask(picture(64, 96), text="")] if pictures else []),
+        *([ask(film())] if pictures else []),
+        ask(text="Describe it. " * 30),
+    ]
+    requests += requests[::-1]
+    with NativeEngine(engine_config(checkpoint(family), engine=EngineName.NATIVE)) as engine:
+        expected = [engine.generate(request).token_ids for request in requests]
+        graphed(engine)
+        found = [engine.generate(request).token_ids for request in requests]
+    assert found == expected
+    assert len(captured) == len(set(captured)) > 1
+
+
+def test_a_next_turn_goes_on_from_a_prompt_that_was_a_graph(checkpoint):
+    with NativeEngine(engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE)) as engine:
+
+        def talk() -> list[object]:
+            messages = [user_message("What is it?", (picture(),))]
+            answers = []
+            for _ in range(3):
+                sampling = SamplingOptions(do_sample=False, max_new_tokens=9)
+                result = engine.generate(GenerationRequest(tuple(messages), sampling))
+                answers.append(result.token_ids)
+                messages += [text_message("assistant", result.text), user_message("And then?")]
+            return answers
+
+        expected = talk()
+        graphed(engine)
+        engine._generation.forget()
+        assert talk() == expected
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("quantization", Quantization)
+@pytest.mark.parametrize("kv", [None, Scheme.INT8])
+def test_logits_and_cache_of_every_length(captured, quantization, kv):
+    shape = read_shape(TEXT)
+    loaded = weights.dummy(shape, torch.float32, CPU, quantization)
+    model = QwenModel(shape, loaded, SLOTS, kv=kv)
+    cache, plain = model.static_cache(), model.static_cache()
+    graphs = PromptGraphs(model, cache, SLOTS)
+    lengths = (CLASS + 1, 1, CLASS - 1, CLASS, LONGEST, LONGEST + 1, 3)
+    for length in lengths:
+        inputs = model.prepare([Prompt([(7 * i) % 89 for i in range(length)])])
+        cache.length = plain.length = 0
+        found, expected = graphs.prefill(inputs, cache), model.prefill(inputs, plain)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert cache.length == length
+        for mine, theirs in zip(cache.layers, plain.layers, strict=True):
+            close = (mine[:, :, :length].float() - theirs[:, :, :length].float()).abs().max()
+            assert close <= (1.0 if kv else 1e-4)  # a value on the edge of two steps
+            assert mine.float().isfinite().all()
+    classes = [-(-length // CLASS) * CLASS for length in lengths if length <= LONGEST]
+    assert captured == [(size, False) for size in dict.fromkeys(classes)]
+
+
+@torch.inference_mode()
+def test_rows_behind_a_prompt_do_not_grow_from_one_replay_to_the_next():
+    shape = read_shape(TEXT)
+    model = QwenModel(shape, weights.dummy(shape, torch.float32, CPU), SLOTS)
+    cache = model.static_cache()
+    graphs = PromptGraphs(model, cache, SLOTS)
+    inputs = model.prepare([Prompt([3, 5])])
+    left = []
+    for _ in range(3):
+        cache.length = 0
+        graphs.prefill(inputs, cache)
+        left.append([layer[:, :, :CLASS].clone() for layer in cache.layers])
+    assert all(torch.equal(a, b) for a, b in zip(left[0], left[-1], strict=True))
+
+
+def test_sizes_of_pictures_that_were_not_seen_for_long_are_captured_again(checkpoint, captured):
+    sizes = [(32 * (1 + i % 4), 32 * (1 + i // 4)) for i in range(GRIDS_KEPT + 2)]
+    requests = [ask(picture(*size), new=4) for size in (*sizes, *sizes[-3:], sizes[0])]
+    with NativeEngine(engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE)) as engine:
+        expected = [engine.generate(request).token_ids for request in requests]
+        graphs = graphed(engine)
+        assert [engine.generate(request).token_ids for request in requests] == expected
+        kept = dict(graphs._pictures)
+    grids = [key for key in captured if not isinstance(key[0], int)]
+    assert len(grids) == len(sizes) + 1
+    assert grids[0] == grids[-1]
+    assert len(kept) == GRIDS_KEPT
+
+
+def test_features_of_one_picture_stay_when_the_next_is_encoded(checkpoint):
+    """They are kept for later turns, and a graph writes to the same place every time."""
+    with NativeEngine(engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE)) as engine:
+        graphs = graphed(engine)
+        model = engine._generation._model
+        grid, size = (1, 4, 4), (16, model.shape.vision.patch_elements)
+        with torch.inference_mode():
+            first = graphs.encode_images(torch.ones(size), [grid])
+            before = [t.clone() for t in (first.embeds, *first.deepstack)]
+            second = graphs.encode_images(-torch.ones(size), [grid])
+            expected = model.encode_images(-torch.ones(size), [grid])
+    assert all(
+        torch.equal(a, b) for a, b in zip((first.embeds, *first.deepstack), before, strict=True)
+    )
+    assert torch.equal(second.embeds, expected.embeds)
+    assert not torch.equal(first.embeds, second.embeds)
+
+
+def test_a_request_that_failed_in_the_middle_of_a_prompt_harms_no_later_one(
+    checkpoint, monkeypatch
+):
+    with NativeEngine(engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE)) as engine:
+        expected = engine.generate(ask(picture())).token_ids
+        graphs = graphed(engine)
+        with monkeypatch.context() as patch:
+            patch.setattr(graphs._graphs, "replay", lambda key: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                engine.generate(ask(picture()))
+        assert engine.generate(ask(picture())).token_ids == expected
+
+
+@pytest.mark.parametrize("quantization", Quantization)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_graph_can_hold_the_passes(family, quantization):
+    """Not in inference mode: there operators that consist of others are seen as one."""
+    shape = read_shape(hub_config(family))
+    loaded = without_values(weights.dummy(shape, torch.float16, CPU, quantization))
+    with torch.no_grad():
+        model = QwenModel(shape, loaded, SLOTS)
+        graphs = PromptGraphs(model, model.static_cache(), SLOTS)
+        layers = bool(shape.vision and shape.vision.deepstack_layers)
+        with Calls(), Captured():
+            graphs._pass(2 * CLASS, False)
+            graphs._pass(2 * CLASS, layers)
+        if model.vision is not None:
+            elements = model.vision.shape.patch_elements
+            patches = torch.empty(16 + 24, elements, dtype=model.dtype, device="meta")
+            ready = model.vision.prepare(patches, [(1, 4, 4), (1, 4, 6)])
+            with Calls(), Captured():
+                model.vision.run(patches, ready)
