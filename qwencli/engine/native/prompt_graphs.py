@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 
 from qwencli.config import Attention
-from qwencli.engine.native.attention import AttentionPlan
+from qwencli.engine.native.attention import AttentionPlan, prompt_plan
 from qwencli.engine.native.decoder import DeepStack
 from qwencli.engine.native.graph_pool import GraphPool
 from qwencli.engine.native.kv_cache import KVCache
@@ -129,12 +129,17 @@ class PromptGraphs:
             self._hidden[:size].clone(),
             (cos[None, :size], sin[None, :size]),
             slots,
-            AttentionPlan(size, None),
+            self._plan(size),
             self._cache,
             DeepStack(slots, features) if deepstack else None,
         )
         logits = model.prompt_logits(hidden.index_select(0, self._last))
         self._logits[size, deepstack] = logits
+
+    def _plan(self, size: int) -> AttentionPlan:
+        model = self._model
+        heads, flash = model.shape.text.num_kv_heads, model.flash_decode
+        return prompt_plan(0, size, heads, model.dtype, model.device, flash=flash)
 
     def encode_images(self, patches: Tensor, grids: Sequence[Grid]) -> VisionFeatures:
         """As `QwenModel.encode_images`."""
