@@ -26,9 +26,12 @@ MOST = 1e-4
 
 
 @pytest.fixture(autouse=True)
-def two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two parts of a sequence, so that they join."""
-    monkeypatch.setattr(fused_module, "attention_tiles", lambda *_: AttentionTiles(64, 2, 1))
+def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More parts of a sequence than join at once; eight tokens of five heads are four crowds."""
+    tiles = AttentionTiles(16, 8, 1)
+    monkeypatch.setattr(fused_module, "attention_tiles", lambda *_: tiles)
+    assert tiles.parts_at_once(lanes=16, head_dim=64, splits=8) < tiles.splits_for(crowds=1)
+    assert tiles.tokens_each(heads=8, tokens=8) == 2
 
 
 def config(heads: int, kv_heads: int, dim: int, hidden: int = 96) -> dict[str, Any]:
