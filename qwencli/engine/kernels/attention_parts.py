@@ -51,24 +51,24 @@ def add_parts(
 ):
     """`top`, `total` and `acc` with AT_ONCE more parts.
 
-    Lanes are the first axis: the compiler deals it to the warps, so that the parts of a lane meet
-    in one thread. With parts first, threads met through shared memory. Reads past the first-level
-    cache, which does not see what other programs wrote.
+    The results of a part are read as one row: that is how the compiler deals the parts of a place
+    to one thread. As axes of their own, parts are dealt to different warps, and meet through shared
+    memory. Reads past the first-level cache, which does not see what other programs wrote.
     """
-    part = first + tl.arange(0, AT_ONCE)[None, :]
-    at = part * LANES + tl.arange(0, LANES)[:, None]
+    part = first + tl.arange(0, AT_ONCE)[:, None]
     there = part < parts
+    at = part * LANES + tl.arange(0, LANES)[None, :]
     tops = tl.load(tops_ptr + at, mask=there, other=float("-inf"), cache_modifier=".cg")
     totals = tl.load(totals_ptr + at, mask=there, other=0.0, cache_modifier=".cg")
     rows = tl.load(
-        acc_ptr + at[:, :, None] * D + tl.arange(0, D)[None, None, :],
-        mask=there[:, :, None],
+        acc_ptr + part * LANES * D + tl.arange(0, LANES * D)[None, :],
+        mask=there,
         other=0.0,
         cache_modifier=".cg",
     )
-    new_top = tl.maximum(top, tl.max(tops, axis=1))
-    factors = tl.exp2(tops - new_top[:, None])
+    new_top = tl.maximum(top, tl.max(tops, axis=0))
+    factors = tl.exp2(tops - new_top[None, :])
     shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(totals * factors, axis=1)
-    acc = acc * shrink[:, None] + tl.sum(rows * factors[:, :, None], axis=1)
-    return new_top, total, acc
+    total = total * shrink + tl.sum(totals * factors, axis=0)
+    rows = tl.reshape(rows, (AT_ONCE, LANES, D)) * factors[:, :, None]
+    return new_top, total, acc * shrink[:, None] + tl.sum(rows, axis=0)

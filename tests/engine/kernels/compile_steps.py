@@ -2,8 +2,9 @@
 
 A program of its own, because Triton decides when it is imported whether it interprets. Prints a
 JSON line a kernel: its name, the type it computes with, how the weights are quantized, tokens of
-the step, the bytes that a thread keeps in memory because its registers are full, and how often
-threads hand each other operands of matrix instructions.
+the step, the bytes that a thread keeps in memory because its registers are full, how often threads
+hand each other operands of matrix instructions, and, where programs count who is the last, what
+they hand each other to join their results.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 # An H100 or H200: processors, launches that overlap, instructions for fp8.
 HOPPER = fused_ops.Launch(132, True, True)
 CPU = torch.device("cpu")
+EXCHANGE = re.compile(r"\b(?:shfl|bar)\.sync|\.shared\b")
 
 
 class Compiled:
@@ -57,6 +59,7 @@ class Compiled:
                     "kernel": self._kernel.fn.__name__,
                     "spilled": stack_of(compiled),
                     "exchanges": exchanges_of(compiled.asm["ptx"]),
+                    "joining": joining_of(compiled.asm["ptx"]),
                 }
                 print(json.dumps(self._about | found))
 
@@ -78,7 +81,12 @@ def exchanges_of(ptx: str) -> int:
     """Through shared memory or from lane to lane, in loops that multiply matrices."""
     blocks = re.split(r"^\$L__BB\w+:|\bbra\b", ptx, flags=re.MULTILINE)
     multiplying = (block for block in blocks if "mma.sync" in block)
-    return sum(len(re.findall(r"\b(?:shfl|bar)\.sync|\.shared\b", b)) for b in multiplying)
+    return sum(len(EXCHANGE.findall(block)) for block in multiplying)
+
+
+def joining_of(ptx: str) -> int:
+    """Likewise, in the code of the program that arrives last."""
+    return len(EXCHANGE.findall(ptx.partition("atom.global")[2]))
 
 
 def pretend_a_gpu() -> None:
