@@ -238,8 +238,9 @@ def decode_attention_kernel(
         if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == parts - 1:
             tl.store(arrived_ptr, 0)  # for the next layer
             joined = join_parts(
-                acc_ptr + first * D, tops_ptr + first, totals_ptr + first, parts, D, LANES, SPLITS, AT_ONCE
-            )
+                acc_ptr + first * D, tops_ptr + first, totals_ptr + first, parts,
+                D, LANES, SPLITS, AT_ONCE,
+            )  # fmt: skip
             query = tl.arange(0, LANES)
             asker = crowd * EACH + query // HEADS
             asked = (asker < TOKENS) & (query % HEADS < GROUP)
