@@ -149,6 +149,17 @@ def decode_attention_kernel(
         new_low = tl.load(qkv_ptr + (H + head) * D + low)
         new_high = tl.load(qkv_ptr + (H + head) * D + HALF + low)
         new_v = tl.load(qkv_ptr + (H + KVH + head) * D + full)
+    else:
+        # On their way while queries are worked on.
+        fresh = tl.arange(0, 16)  # the least that a matrix unit takes
+        new = (fresh < tl.where(split == 0, TOKENS, 0))[:, None]
+        new_ptr = qkv_ptr + (H + head) * D + fresh[:, None] * WIDTH
+        new_low = tl.load(new_ptr + low, mask=new, other=0.0)
+        new_high = tl.load(new_ptr + HALF + low, mask=new, other=0.0)
+        new_v = tl.load(new_ptr + KVH * D + full, mask=new, other=0.0)
+        new_angles_ptr = angles_ptr + fresh[:, None] * 2 * D + low
+        new_cos = tl.load(new_angles_ptr, mask=new, other=0.0).to(tl.float32)
+        new_sin = tl.load(new_angles_ptr + D + HALF, mask=new, other=0.0).to(tl.float32)
     q_low, q_high = norm_and_rotate(q_low, q_high, q_gain_low, q_gain_high, cos, sin, eps, D, NORM)
     scale: tl.constexpr = D**-0.5 * 1.4426950408889634
     q_low *= scale
@@ -172,12 +183,17 @@ def decode_attention_kernel(
             total += 1.0
             acc += new_v.to(tl.float32)
         else:
-            k_gains = (k_gain_low, k_gain_high)
-            top, total, acc = look_at_new(
-                q_low.to(TYPE), q_high.to(TYPE), token, qkv_ptr + (H + head) * D,
-                angles_ptr, k_gains, slot, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, crowd == 0,
-                eps, KVH, D, TOKENS, WIDTH, NORM, KV_MAX, PRECISION,
+            key_low, key_high = norm_and_rotate(
+                new_low, new_high, k_gain_low, k_gain_high, new_cos, new_sin, eps, D, NORM
+            )
+            key_low, key_high, new_v = store_new(
+                key_low.to(TYPE), key_high.to(TYPE), new_v, fresh, slot, k_ptr, v_ptr,
+                k_scales_ptr, v_scales_ptr, tl.where(crowd == 0, TOKENS, 0), D, KV_MAX,
             )  # fmt: skip
+            seen = (fresh[None, :] <= token[:, None]) & (fresh < TOKENS)[None, :]
+            top, total, acc = look_at_new(
+                q_low.to(TYPE), q_high.to(TYPE), key_low, key_high, new_v, seen, PRECISION
+            )
 
     q_low = q_low.to(TYPE)
     q_high = q_high.to(TYPE)
@@ -279,51 +295,18 @@ def hand_over_heads(
 def look_at_new(
     q_low,  # [ROWS, D / 2]
     q_high,
-    token,  # [ROWS], whose query it is
-    new_ptr,  # this head's key of the first new token in qkv
-    angles_ptr,  # of the first new token
-    k_gains,
-    slot,  # of the first new token
-    k_ptr,  # this head's slots
-    v_ptr,
-    k_scales_ptr,
-    v_scales_ptr,
-    stores,  # whether this program is the one that stores them
-    eps,
-    KVH: tl.constexpr,
-    D: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    NORM: tl.constexpr,
-    KV_MAX: tl.constexpr,
+    key_low,  # [16, D / 2], of the new tokens
+    key_high,
+    values,  # [16, D]
+    seen,  # [ROWS, 16], which of them a query may see: one at least, or its results are NaN
     PRECISION: tl.constexpr,
 ):
-    """Store the keys and values of several new tokens, and let queries see theirs and those before.
+    """What queries see of the new tokens, of which a matrix unit takes all at once.
 
     Returns the largest scores, the sums of weights [ROWS] and the weighted values [ROWS, D].
     """
-    HALF: tl.constexpr = D // 2
-    low = tl.arange(0, HALF)[None, :]
-    full = tl.arange(0, D)[None, :]
-    fresh = tl.arange(0, 16)  # the least that a matrix unit takes
-    new = (fresh < TOKENS)[:, None]
-    turn = tl.minimum(fresh, TOKENS - 1)[:, None] * 2 * D + low
-    cos = tl.load(angles_ptr + turn).to(tl.float32)
-    sin = tl.load(angles_ptr + D + HALF + turn).to(tl.float32)
-    new_ptr += fresh[:, None] * WIDTH
-    key_low = tl.load(new_ptr + low, mask=new, other=0.0)
-    key_high = tl.load(new_ptr + HALF + low, mask=new, other=0.0)
-    values = tl.load(new_ptr + KVH * D + full, mask=new, other=0.0)
-    key_low, key_high = norm_and_rotate(
-        key_low, key_high, k_gains[0], k_gains[1], cos, sin, eps, D, NORM
-    )
-    key_low, key_high, values = store_new(
-        key_low.to(q_low.dtype), key_high.to(q_low.dtype), values, fresh, slot,
-        k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, tl.where(stores, TOKENS, 0), D, KV_MAX,
-    )  # fmt: skip
     scores = tl.dot(q_low, tl.trans(key_low), input_precision=PRECISION)
     scores = tl.dot(q_high, tl.trans(key_high), scores, input_precision=PRECISION)
-    seen = (fresh[None, :] <= token[:, None]) & (fresh < TOKENS)[None, :]
     scores = tl.where(seen, scores, float("-inf"))
     top = tl.max(scores, axis=1)
     weights = tl.exp2(scores - top[:, None])
