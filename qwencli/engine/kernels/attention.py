@@ -6,8 +6,9 @@ The sequence is cut into parts that run at once; the last program of a head to f
 graph serves every length.
 
 A sequence takes 1 to 8 new tokens a step, in consecutive slots, each seeing itself and those before
-it. The queries of all of them that share a key head are the rows of one matrix: more tokens read
-the cache no more often.
+it. The queries of tokens that share a key head are the rows of one matrix, as many as a matrix
+instruction takes: the cache is read once for them. Further tokens are further programs' work, at
+the same time, which find what they read in the second-level cache.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qwencli.engine.kernels.attention_parts import join_parts
 from qwencli.engine.kernels.handover import hand_over
 from qwencli.engine.kernels.kv_store import store_new
 
@@ -43,10 +45,10 @@ def decode_attention_kernel(
     scales_ptr,  # float32 [B, 2 * KVH, max_seq_len], of int8 and fp8
     slot_ptr,  # int64 [1], of the first new token
     out_ptr,  # [B * TOKENS, H * D]
-    acc_ptr,  # float32 [B * KVH, SPLITS, LANES, D]
-    tops_ptr,  # float32 [B * KVH, SPLITS, LANES]: largest score
-    totals_ptr,  # float32 [B * KVH, SPLITS, LANES]: sum of weights
-    arrived_ptr,  # int32 [B * KVH], zero
+    acc_ptr,  # float32 [B * KVH * CROWDS, SPLITS, LANES, D]
+    tops_ptr,  # float32 [B * KVH * CROWDS, SPLITS, LANES]: largest score
+    totals_ptr,  # float32 [B * KVH * CROWDS, SPLITS, LANES]: sum of weights
+    arrived_ptr,  # int32 [B * KVH * CROWDS], zero
     values_ptr,  # see `handover`
     steps_ptr,
     max_seq_len,
@@ -56,31 +58,36 @@ def decode_attention_kernel(
     D: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
-    LANES: tl.constexpr,
+    EACH: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     NORM: tl.constexpr,
     KV_MAX: tl.constexpr,
     FORM: tl.constexpr,
     SPAN: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (b * KVH + kv head, part). FORM: of one token, see `handover`.
+    """Program ((b * KVH + kv head) * CROWDS + crowd, part). FORM: of one token, see `handover`.
 
     KV_MAX is the largest value that a quantized cache stores (see `native.kv_quantized`), 0 where
     it is not quantized. A slot's scales are multiplied with its scores and its weights: what is
     read needs no arithmetic but the conversion.
 
-    HEADS is GROUP rounded up to a power of two, LANES is HEADS * TOKENS rounded up to one: lane
-    t * HEADS + g is query head g of token t. Scores are in powers of two: exp2 is one instruction.
+    A crowd is EACH tokens, a power of two; the last one may have fewer. HEADS is GROUP rounded up
+    to a power of two, LANES is HEADS * EACH: lane t * HEADS + g is query head g of a crowd's token
+    t. Scores are in powers of two: exp2 is one instruction.
     """
+    CROWDS: tl.constexpr = (TOKENS + EACH - 1) // EACH
+    LANES: tl.constexpr = HEADS * EACH
     HALF: tl.constexpr = D // 2
     H: tl.constexpr = KVH * GROUP
     WIDTH: tl.constexpr = (H + 2 * KVH) * D
     ROWS: tl.constexpr = 16 if LANES < 16 else LANES  # what a matrix unit takes at least
     TYPE: tl.constexpr = qkv_ptr.dtype.element_ty
-    pair = tl.program_id(0)
+    crowd = tl.program_id(0) % CROWDS
+    pair = tl.program_id(0) // CROWDS
     split = tl.program_id(1)
     batch = pair // KVH
     head = pair % KVH
@@ -109,7 +116,7 @@ def decode_attention_kernel(
     if TOKENS == 1:
         turn = low
     else:
-        token = tl.arange(0, ROWS) // HEADS
+        token = crowd * EACH + tl.arange(0, ROWS) // HEADS
         turn = tl.minimum(token, TOKENS - 1)[:, None] * 2 * D + low
     cos = tl.load(angles_ptr + turn).to(tl.float32)
     sin = tl.load(angles_ptr + D + HALF + turn).to(tl.float32)
@@ -133,7 +140,7 @@ def decode_attention_kernel(
         qkv_ptr += batch * WIDTH
         q_at = (head * GROUP + lanes)[:, None] * D + low
     else:
-        real = (token < TOKENS) & (lanes % HEADS < GROUP)
+        real = (lanes < LANES) & (token < TOKENS) & (lanes % HEADS < GROUP)
         qkv_ptr += batch * TOKENS * WIDTH
         q_at = token[:, None] * WIDTH + (head * GROUP + lanes % HEADS)[:, None] * D + low
     q_low = tl.load(qkv_ptr + q_at, mask=real[:, None], other=0.0)
@@ -142,6 +149,17 @@ def decode_attention_kernel(
         new_low = tl.load(qkv_ptr + (H + head) * D + low)
         new_high = tl.load(qkv_ptr + (H + head) * D + HALF + low)
         new_v = tl.load(qkv_ptr + (H + KVH + head) * D + full)
+    else:
+        # On their way while queries are worked on.
+        fresh = tl.arange(0, 16)  # the least that a matrix unit takes
+        new = (fresh < tl.where(split == 0, TOKENS, 0))[:, None]
+        new_ptr = qkv_ptr + (H + head) * D + fresh[:, None] * WIDTH
+        new_low = tl.load(new_ptr + low, mask=new, other=0.0)
+        new_high = tl.load(new_ptr + HALF + low, mask=new, other=0.0)
+        new_v = tl.load(new_ptr + KVH * D + full, mask=new, other=0.0)
+        new_angles_ptr = angles_ptr + fresh[:, None] * 2 * D + low
+        new_cos = tl.load(new_angles_ptr, mask=new, other=0.0).to(tl.float32)
+        new_sin = tl.load(new_angles_ptr + D + HALF, mask=new, other=0.0).to(tl.float32)
     q_low, q_high = norm_and_rotate(q_low, q_high, q_gain_low, q_gain_high, cos, sin, eps, D, NORM)
     scale: tl.constexpr = D**-0.5 * 1.4426950408889634
     q_low *= scale
@@ -165,12 +183,17 @@ def decode_attention_kernel(
             total += 1.0
             acc += new_v.to(tl.float32)
         else:
-            k_gains = (k_gain_low, k_gain_high)
-            top, total, acc = look_at_new(
-                q_low.to(TYPE), q_high.to(TYPE), token, qkv_ptr + (H + head) * D,
-                angles_ptr, k_gains, slot, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr,
-                eps, KVH, D, TOKENS, WIDTH, NORM, KV_MAX, PRECISION,
+            key_low, key_high = norm_and_rotate(
+                new_low, new_high, k_gain_low, k_gain_high, new_cos, new_sin, eps, D, NORM
+            )
+            key_low, key_high, new_v = store_new(
+                key_low.to(TYPE), key_high.to(TYPE), new_v, fresh, slot, k_ptr, v_ptr,
+                k_scales_ptr, v_scales_ptr, tl.where(crowd == 0, TOKENS, 0), D, KV_MAX,
             )  # fmt: skip
+            seen = (fresh[None, :] <= token[:, None]) & (fresh < TOKENS)[None, :]
+            top, total, acc = look_at_new(
+                q_low.to(TYPE), q_high.to(TYPE), key_low, key_high, new_v, seen, PRECISION
+            )
 
     q_low = q_low.to(TYPE)
     q_high = q_high.to(TYPE)
@@ -220,28 +243,30 @@ def decode_attention_kernel(
                 SPAN,
             )
     else:
-        mine = (pair * SPLITS + split) * LANES + lanes
+        first = tl.program_id(0) * SPLITS * LANES
+        mine = first + split * LANES + lanes
         tl.store(acc_ptr + mine[:, None] * D + full, acc, mask=real[:, None])
         tl.store(tops_ptr + mine, top, mask=real)
         tl.store(totals_ptr + mine, total, mask=real)
         # Every thread's part is stored before one of them says so.
         tl.debug_barrier()
-        if tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel") == parts - 1:
-            tl.store(arrived_ptr + pair, 0)  # for the next layer
-            group = tl.arange(0, HEADS)
-            # One token at a time: its parts fill the registers.
-            for i in range(TOKENS):
-                lane = i * HEADS + group
-                joined = join_parts(
-                    acc_ptr, tops_ptr, totals_ptr, pair, lane, parts, D, LANES, SPLITS
+        arrived_ptr += tl.program_id(0)
+        if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == parts - 1:
+            tl.store(arrived_ptr, 0)  # for the next layer
+            joined = join_parts(
+                acc_ptr + first * D, tops_ptr + first, totals_ptr + first, parts,
+                D, LANES, SPLITS, AT_ONCE,
+            )  # fmt: skip
+            query = tl.arange(0, LANES)
+            asker = crowd * EACH + query // HEADS
+            asked = (asker < TOKENS) & (query % HEADS < GROUP)
+            out_row = (batch * TOKENS + asker) * H + head * GROUP + query % HEADS
+            place = out_row[:, None] * D + full
+            tl.store(out_ptr + place, joined, mask=asked[:, None])
+            if FORM > 0:
+                hand_over_heads(
+                    joined, place, asked, out_ptr, values_ptr, steps_ptr, H * D, FORM, SPAN
                 )
-                out_at = ((batch * TOKENS + i) * H + head * GROUP + group)[:, None] * D + full
-                tl.store(out_ptr + out_at, joined, mask=(group < GROUP)[:, None])
-                if FORM > 0:
-                    hand_over_heads(
-                        joined, out_at, group < GROUP, out_ptr, values_ptr, steps_ptr, H * D,
-                        FORM, SPAN,
-                    )  # fmt: skip
 
 
 @triton.jit
@@ -270,85 +295,21 @@ def hand_over_heads(
 def look_at_new(
     q_low,  # [ROWS, D / 2]
     q_high,
-    token,  # [ROWS], whose query it is
-    new_ptr,  # this head's key of the first new token in qkv
-    angles_ptr,  # of the first new token
-    k_gains,
-    slot,  # of the first new token
-    k_ptr,  # this head's slots
-    v_ptr,
-    k_scales_ptr,
-    v_scales_ptr,
-    eps,
-    KVH: tl.constexpr,
-    D: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    NORM: tl.constexpr,
-    KV_MAX: tl.constexpr,
+    key_low,  # [16, D / 2], of the new tokens
+    key_high,
+    values,  # [16, D]
+    seen,  # [ROWS, 16], which of them a query may see: one at least, or its results are NaN
     PRECISION: tl.constexpr,
 ):
-    """Store the keys and values of several new tokens, and let each see itself and those before.
+    """What queries see of the new tokens, of which a matrix unit takes all at once.
 
     Returns the largest scores, the sums of weights [ROWS] and the weighted values [ROWS, D].
     """
-    HALF: tl.constexpr = D // 2
-    low = tl.arange(0, HALF)[None, :]
-    full = tl.arange(0, D)[None, :]
-    fresh = tl.arange(0, 16)  # the least that a matrix unit takes
-    new = (fresh < TOKENS)[:, None]
-    turn = tl.minimum(fresh, TOKENS - 1)[:, None] * 2 * D + low
-    cos = tl.load(angles_ptr + turn).to(tl.float32)
-    sin = tl.load(angles_ptr + D + HALF + turn).to(tl.float32)
-    new_ptr += fresh[:, None] * WIDTH
-    key_low = tl.load(new_ptr + low, mask=new, other=0.0)
-    key_high = tl.load(new_ptr + HALF + low, mask=new, other=0.0)
-    values = tl.load(new_ptr + KVH * D + full, mask=new, other=0.0)
-    key_low, key_high = norm_and_rotate(
-        key_low, key_high, k_gains[0], k_gains[1], cos, sin, eps, D, NORM
-    )
-    key_low, key_high, values = store_new(
-        key_low.to(q_low.dtype), key_high.to(q_low.dtype), values, fresh, slot,
-        k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, TOKENS, D, KV_MAX,
-    )  # fmt: skip
     scores = tl.dot(q_low, tl.trans(key_low), input_precision=PRECISION)
     scores = tl.dot(q_high, tl.trans(key_high), scores, input_precision=PRECISION)
-    seen = (fresh[None, :] <= token[:, None]) & (fresh < TOKENS)[None, :]
     scores = tl.where(seen, scores, float("-inf"))
     top = tl.max(scores, axis=1)
     weights = tl.exp2(scores - top[:, None])
     values = values.to(q_low.dtype)
     acc = tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
     return top, tl.sum(weights, axis=1), acc
-
-
-@triton.jit
-def join_parts(
-    acc_ptr,
-    tops_ptr,
-    totals_ptr,
-    pair,
-    lane,
-    parts,
-    D: tl.constexpr,
-    LANES: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """The softmax over all parts of the queries at `lane` [HEADS] of the first part, [HEADS, D].
-
-    Reads past the first-level cache, which does not see what other programs wrote.
-    """
-    index = tl.arange(0, SPLITS)
-    at = (pair * SPLITS + index)[:, None] * LANES + lane[None, :]  # [SPLITS, HEADS]
-    there = (index < parts)[:, None]
-    tops = tl.load(tops_ptr + at, mask=there, other=float("-inf"), cache_modifier=".cg")
-    totals = tl.load(totals_ptr + at, mask=there, other=0.0, cache_modifier=".cg")
-    rows = tl.load(
-        acc_ptr + at[:, :, None] * D + tl.arange(0, D)[None, None, :],
-        mask=there[:, :, None],
-        other=0.0,
-        cache_modifier=".cg",
-    )
-    factors = tl.exp2(tops - tl.max(tops, axis=0)[None, :])
-    total = tl.sum(totals * factors, axis=0)
-    return tl.sum(rows * factors[:, :, None], axis=0) / total[:, None]

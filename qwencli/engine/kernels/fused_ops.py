@@ -162,11 +162,13 @@ class FusedOps:
             scales, kv_max = step.cache.scales[layer.index], LARGEST[step.cache.scheme]
         norm = layer.qk_norm
         gains = qkv if norm is None else norm.weight
-        lanes = self._heads * triton.next_power_of_2(step.length)
+        tiles, each = self._tiles, self._tiles.tokens_each(self._heads, step.length)
+        crowds, lanes = triton.cdiv(step.length, each), self._heads * each
+        splits = tiles.splits_for(crowds)
         attended = self._attended[: len(qkv)]
         reader = Reader(None, layer.o) if len(qkv) == 1 else None
         handed = self._vectors.offer(reader, layer.head_dim, 0)
-        decode_attention_kernel[step.batch * layer.num_kv_heads, self._tiles.splits](
+        decode_attention_kernel[step.batch * layer.num_kv_heads * crowds, splits](
             qkv,
             gains[0],
             gains[0] if norm is None else gains[layer.num_heads],
@@ -189,15 +191,16 @@ class FusedOps:
             D=layer.head_dim,
             HEADS=self._heads,
             TOKENS=step.length,
-            LANES=lanes,
-            BLOCK=self._tiles.block_for(kv_max > 0),
-            SPLITS=self._tiles.splits,
+            EACH=each,
+            BLOCK=tiles.block_for(kv_max > 0),
+            SPLITS=splits,
             NORM=norm is not None,
             KV_MAX=kv_max,
             PRECISION=self._precision,
             FORM=int(handed.form),
             SPAN=handed.span,
-            **self._launch.options(self._tiles.warps_for(lanes)),
+            AT_ONCE=tiles.parts_at_once(lanes, layer.head_dim, splits),
+            **self._launch.options(tiles.warps_for(lanes)),
         )
         self._vectors.handed(attended, handed)
         return attended

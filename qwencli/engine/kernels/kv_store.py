@@ -11,13 +11,13 @@ def store_new(
     key_low,  # [R, D / 2], of the type that is computed with
     key_high,
     values,  # [R, D]
-    fresh,  # [R], 0, 1, ...; those from TOKENS on are nobody's
+    fresh,  # [R], 0, 1, ...; those from `count` on are not stored
     slot,  # of the first
     k_ptr,
     v_ptr,
     k_scales_ptr,
     v_scales_ptr,
-    TOKENS: tl.constexpr,
+    count,
     D: tl.constexpr,
     KV_MAX: tl.constexpr,
 ):
@@ -25,7 +25,7 @@ def store_new(
     STORED: tl.constexpr = k_ptr.dtype.element_ty
     low = tl.arange(0, D // 2)[None, :]
     full = tl.arange(0, D)[None, :]
-    new = fresh < TOKENS
+    new = fresh < count
     places = slot.to(tl.int64) + fresh
     at = places[:, None] * D
     stored_low, stored_high, stored_values = key_low, key_high, values

@@ -53,7 +53,11 @@ class MatrixKind:
 
 @dataclass(frozen=True)
 class AttentionTiles:
-    """`splits` parts of a sequence at most, of a multiple of `block` slots."""
+    """`splits` parts of a sequence at most, of a multiple of `block` slots.
+
+    Lanes are queries that one program answers: those of the heads that share a key head, of one or
+    more tokens.
+    """
 
     block: int
     splits: int
@@ -64,13 +68,34 @@ class AttentionTiles:
         compute capability 8.0 to 12.0 by Triton 3.6.0)."""
         return max(self.block // 2, _SHORTEST_BLOCK) if quantized else self.block
 
+    def tokens_each(self, heads: int, tokens: int) -> int:
+        """How many of a sequence's new tokens one program takes, a power of two.
+
+        As many as fill the rows of a matrix instruction: programs of twice the rows need twice the
+        warps for their registers, so that a multiprocessor holds one, and one joins all parts.
+        """
+        return min(max(_ROWS // heads, 1), 1 << (tokens - 1).bit_length())
+
+    def splits_for(self, crowds: int) -> int:
+        """Programs that share the tokens of a sequence leave room for fewer parts of it."""
+        return max(self.splits >> (crowds - 1).bit_length(), 1)
+
     def warps_for(self, lanes: int) -> int:
         """More queries than the rows of one matrix instruction are shared among more warps."""
-        return self.num_warps if lanes <= 16 else 2 * self.num_warps
+        return self.num_warps if lanes <= _ROWS else 2 * self.num_warps
+
+    def parts_at_once(self, lanes: int, head_dim: int, splits: int) -> int:
+        """How many parts' results are joined at a time: as many as leave registers free."""
+        values = self.warps_for(lanes) * 32 * _MOST_VALUES
+        return min(max(values // (lanes * head_dim), 1), splits)
 
 
-# What a product of matrices has to add up at least.
+# What a product of matrices has to add up at least, and the rows that its instruction takes.
 _SHORTEST_BLOCK = 16
+_ROWS = 16
+# Results of parts that a thread joins at a time. Twice as many spill (compiled for compute
+# capability 8.0 to 12.0 by Triton 3.6.0).
+_MOST_VALUES = 128
 ANY = 1 << 30
 # By (storage, gated): columns up to which a tile serves. A gated matrix is two that are read at
 # once. `BYTES` are 8 bits whose products are float32; INT8, FP8 and INT4 round the vector in

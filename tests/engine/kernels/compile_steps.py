@@ -1,9 +1,10 @@
 """Compiles the kernels of decode steps and prompts for compute capability 9.0; needs no GPU.
 
 A program of its own, because Triton decides when it is imported whether it interprets. Prints a
-JSON line a kernel: its name, the type it computes with, how the weights are quantized, tokens of
-the step or prompt, the bytes that a thread keeps in memory because its registers are full, and how
-often threads hand each other operands of matrix instructions.
+JSON line a kernel: its name, the type it computes with, how weights and cache are quantized, tokens
+of the step or prompt, the bytes that a thread keeps in memory because its registers are full, how often
+threads hand each other operands of matrix instructions, and, where programs count who is the last,
+how often they do so to join their results.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ from qwencli.engine.native import weights
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.quantized import Scheme
 from qwencli.models.shape_reader import read_shape
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 # An H100 or H200: processors, launches that overlap, instructions for fp8.
 HOPPER = fused_ops.Launch(132, True, True)
 CPU = torch.device("cpu")
+EXCHANGE = re.compile(r"\b(?:shfl|bar)\.sync|\.shared\b")
 
 
 class Compiled:
@@ -58,6 +61,7 @@ class Compiled:
                     "kernel": self._kernel.fn.__name__,
                     "spilled": stack_of(compiled),
                     "exchanges": exchanges_of(compiled.asm["ptx"]),
+                    "joining": joining_of(compiled.asm["ptx"]),
                 }
                 print(json.dumps(self._about | found))
 
@@ -79,7 +83,12 @@ def exchanges_of(ptx: str) -> int:
     """Through shared memory or from lane to lane, in loops that multiply matrices."""
     blocks = re.split(r"^\$L__BB\w+:|\bbra\b", ptx, flags=re.MULTILINE)
     multiplying = (block for block in blocks if "mma.sync" in block)
-    return sum(len(re.findall(r"\b(?:shfl|bar)\.sync|\.shared\b", b)) for b in multiplying)
+    return sum(len(EXCHANGE.findall(block)) for block in multiplying)
+
+
+def joining_of(ptx: str) -> int:
+    """Likewise, in the code of the program that arrives last."""
+    return len(EXCHANGE.findall(ptx.partition("atom.global")[2]))
 
 
 def pretend_a_gpu() -> None:
@@ -107,16 +116,22 @@ def main(config: dict[str, Any]) -> None:
     about: dict[str, Any] = {}
     record(about)
     shape = read_shape(config)
-    plain = ((dtype, Quantization.NONE) for dtype in (torch.float32, torch.bfloat16))
+    half, none = torch.bfloat16, Quantization.NONE
     quantized = (Quantization.INT8, Quantization.FP8, Quantization.INT4)
-    for dtype, quantization in (*plain, *((torch.bfloat16, kind) for kind in quantized)):
+    for dtype, quantization, kv in (
+        (torch.float32, none, None),
+        (half, none, None),
+        *((half, kind, None) for kind in quantized),
+        *((half, none, kind) for kind in (Scheme.INT8, Scheme.FP8)),
+    ):
         loaded = weights.dummy(shape, dtype, CPU, quantization)
         own = functools.partial(fused_ops.fused_ops, own_attention=True)
         with torch.inference_mode():
-            model = QwenModel(shape, loaded, 64, fused=own)
+            model = QwenModel(shape, loaded, 64, fused=own, kv=kv)
             state = DecodeState(model, model.static_cache(), 64, with_drafts=True)
             for tokens in (1, 2, 8):
-                about |= {"dtype": str(dtype), "quantization": quantization, "tokens": tokens}
+                about |= {"dtype": str(dtype), "quantization": quantization, "kv": kv}
+                about |= {"tokens": tokens}
                 state.verify_masked(state.kind, tokens, 64)
             about |= {"tokens": 40}
             model.prefill(model.prepare([Prompt([1] * 40)]), model.static_cache())

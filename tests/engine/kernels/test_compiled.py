@@ -22,6 +22,8 @@ WIDE = TEXT | {
     "head_dim": 128,
 }
 MOST_SPILLED = 1024
+MOST_JOINING = 64
+KV = (None, "int8", "fp8-e4m3")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,21 @@ def test_no_kernel_keeps_kilobytes_in_memory_that_belong_in_registers(
         "read_back_kernel",
     } <= {kernel["kernel"] for kernel in compiled}
     assert [kernel for kernel in compiled if kernel["spilled"] > MOST_SPILLED] == []
+
+
+def test_attention_keeps_everything_in_registers(compiled: list[dict[str, Any]]) -> None:
+    """Of one and of several tokens, over plain and quantized caches: joining parts once spilled."""
+    attention = [kernel for kernel in compiled if kernel["kernel"] == "decode_attention_kernel"]
+    seen = {(k["dtype"], k["kv"], k["tokens"]) for k in attention}
+    caches = [("torch.float32", None), *(("torch.bfloat16", kv) for kv in KV)]
+    assert {(*cache, tokens) for cache in caches for tokens in (2, 8)} <= seen
+    assert [kernel for kernel in attention if kernel["spilled"]] == []
+
+
+def test_parts_of_attention_are_joined_within_threads(compiled: list[dict[str, Any]]) -> None:
+    """Where the parts of a place are dealt to several threads, they meet through shared memory."""
+    attention = [kernel for kernel in compiled if kernel["kernel"] == "decode_attention_kernel"]
+    assert all(0 < kernel["joining"] <= MOST_JOINING for kernel in attention)
 
 
 def test_operands_of_quantized_products_are_loaded_where_they_are_multiplied(

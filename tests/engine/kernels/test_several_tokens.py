@@ -23,12 +23,19 @@ from tests.engine.kernels.test_fused_ops import OWN, SLOTS, TORCH_ATTENTION, mod
 from tests.engine.kernels.test_gemv_quantized import MADE, ops, rounded, values
 
 MOST = 1e-4
+# Lanes that only fill up to a power of two have no weights; what they give is not stored.
+WITH_IDLE_LANES = pytest.mark.filterwarnings(
+    "ignore:invalid value encountered in divide:RuntimeWarning"
+)
 
 
 @pytest.fixture(autouse=True)
-def two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two parts of a sequence, so that they join."""
-    monkeypatch.setattr(fused_module, "attention_tiles", lambda *_: AttentionTiles(64, 2, 1))
+def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More parts of a sequence than join at once; eight tokens of five heads are four crowds."""
+    tiles = AttentionTiles(16, 8, 1)
+    monkeypatch.setattr(fused_module, "attention_tiles", lambda *_: tiles)
+    assert tiles.parts_at_once(lanes=16, head_dim=64, splits=8) < tiles.splits_for(crowds=1)
+    assert tiles.tokens_each(heads=8, tokens=8) == 2
 
 
 def config(heads: int, kv_heads: int, dim: int, hidden: int = 96) -> dict[str, Any]:
@@ -75,8 +82,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-# Lanes that only fill up to a power of two have no weights; what they give is not stored.
-@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
+@WITH_IDLE_LANES
 @pytest.mark.parametrize("size", [2, 3, 5, 8])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (3, 1, 32), (5, 1, 128)])
 def test_several_tokens_give_the_logits_of_one_at_a_time(
@@ -113,6 +119,7 @@ def test_several_tokens_through_quantized_matrices(quantization: Quantization) -
     assert relative(own, one) < (1e-3 if quantization is Quantization.FP8 else 0.02)
 
 
+@WITH_IDLE_LANES
 @torch.inference_mode()
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 @pytest.mark.parametrize("fused", [OWN, TORCH_ATTENTION])
