@@ -2,9 +2,9 @@
 
 A program of its own, because Triton decides when it is imported whether it interprets. Prints a
 JSON line a kernel: its name, the type it computes with, how weights and cache are quantized, tokens
-of the step or prompt, the bytes that a thread keeps in memory because its registers are full, how often
-threads hand each other operands of matrix instructions, and, where programs count who is the last,
-how often they do so to join their results.
+of the step or prompt, the bytes that a thread keeps in memory because its registers are full, how
+often threads hand each other operands of matrix instructions, and, where programs count who is the
+last, how often they do so to join their results.
 """
 
 from __future__ import annotations
