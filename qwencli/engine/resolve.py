@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qwencli.config import Attention, DType
+from qwencli.engine.architectures import has_code
 from qwencli.engine.optional_packages import require
 from qwencli.errors import DeviceError, UnsupportedModeError
 
@@ -11,13 +12,14 @@ def resolve_device(device: str) -> str:
     """ "auto" -> the first CUDA device, else Apple's MPS, else the CPU; others are checked.
 
     Raises:
-        DeviceError: the device is unknown, or not usable on this machine.
+        DeviceError: the device is unknown, not usable on this machine, or one that this torch
+            carries no code for.
     """
     import torch
 
     if device == "auto":
         if torch.cuda.is_available():
-            return "cuda:0"
+            return _cuda_device(0)
         return "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = device.partition(":")
     if kind == "cpu" and not index:
@@ -47,6 +49,16 @@ def _cuda_device(index: int) -> str:
         raise DeviceError(
             f"--device cuda:{index}: there are only {count} CUDA devices",
             f"use cuda:0 to cuda:{count - 1}",
+        )
+    archs, capability = torch.cuda.get_arch_list(), torch.cuda.get_device_capability(index)
+    # AMD's architectures have other names.
+    if torch.version.cuda and archs and not has_code(capability, archs):
+        name, digits = torch.cuda.get_device_name(index), "{}{}".format(*capability)
+        raise DeviceError(
+            f"--device cuda:{index}: torch {torch.__version__} has no code for {name} "
+            f"(sm_{digits}), only for {' '.join(archs)}",
+            "install a torch built for this GPU (qwencli diagnose has the command), or use "
+            "--device cpu",
         )
     return f"cuda:{index}"
 

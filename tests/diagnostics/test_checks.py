@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from qwencli.diagnostics.checks.device import has_code
 from qwencli.diagnostics.finding import Check, Level, Status
 from qwencli.diagnostics.machine import Unreadable
 from qwencli.diagnostics.table import CHECKS, run_check, select
 from qwencli.diagnostics.versions import cudnn_text, meets, numbers
-from qwencli.engine.device import CudaDevice
 from qwencli.errors import UsageError
 from tests.diagnostics.replay import machine, recorded
 
@@ -180,26 +178,6 @@ def test_a_check_that_raises_is_a_skip_with_the_reason(error):
 def test_a_section_that_cannot_be_read_is_a_skip():
     box = machine("healthy-5090", memory={"unreadable": "OSError: no /proc"})
     assert run_check(BY_ID["ram"], box).what == "cannot be checked: OSError: no /proc"
-
-
-@pytest.mark.parametrize(
-    ("capability", "archs", "runs"),
-    [
-        ((8, 9), ("sm_80", "sm_86"), True),  # code runs on a later minor version
-        ((8, 0), ("sm_86",), False),  # but not on an earlier one
-        ((12, 0), ("sm_90",), False),
-        ((12, 0), ("sm_90", "compute_90"), True),  # PTX is compiled for what is newer
-        ((7, 5), ("compute_80",), False),
-        ((9, 0), ("sm_90a",), True),
-        ((12, 0), ("sm_90a",), False),
-        ((12, 1), ("sm_120f",), True),
-        ((10, 3), ("sm_100",), True),
-        ((12, 0), ("gfx942", "sm_x"), False),
-    ],
-)
-def test_which_code_runs_on_which_device(capability, archs, runs):
-    device = CudaDevice(0, "a GPU", capability, None, 1)
-    assert has_code(device, archs) is runs
 
 
 def test_ids_are_unique_and_no_group_is_called_like_a_check():

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from qwencli.diagnostics.finding import Confidence, Finding, failed, passed, skipped, warned
 from qwencli.diagnostics.machine import Machine, Unreadable, how_it_ended
 from qwencli.diagnostics.versions import numbers
+from qwencli.engine.architectures import has_code
 from qwencli.engine.device import CudaDevice
 from qwencli.engine.gpu_readings import GpuReading
 from qwencli.engine.probes.ask import Outcome
@@ -109,7 +110,7 @@ def arch_list(machine: Machine) -> Finding:
         return skipped(NO_GPU)
     evidence = f"wheel: {' '.join(torch.arch_list)}"
     for device in torch.devices:
-        if not has_code(device, torch.arch_list):
+        if not has_code(device.capability, torch.arch_list):
             return failed(
                 f"this torch has no kernels for {device.name}",
                 f"device: sm_{_digits(device)}; {evidence}",
@@ -120,27 +121,6 @@ def arch_list(machine: Machine) -> Finding:
 
 def _digits(device: CudaDevice) -> str:
     return "{}{}".format(*device.capability)
-
-
-def has_code(device: CudaDevice, archs: tuple[str, ...]) -> bool:
-    """Machine code runs on its own major version from its own minor on; PTX (compute_NN) on
-    anything later. Source: CUDA C++ Programming Guide, "Application Compatibility". An "a" suffix
-    ties code to that one device, an "f" suffix to its family."""
-    for arch in archs:
-        kind, _, number = arch.partition("_")
-        suffix = number[-1:] if not number.isdecimal() else ""
-        digits = number.removesuffix(suffix)
-        if suffix not in ("", "a", "f") or not digits.isdecimal() or len(digits) < 2:
-            continue
-        capability = (int(digits[:-1]), int(digits[-1]))
-        if suffix == "a":
-            if capability == device.capability:
-                return True
-            continue
-        same_major = capability[0] == device.capability[0]
-        if capability <= device.capability and (same_major or (kind == "compute" and not suffix)):
-            return True
-    return False
 
 
 def device_works(machine: Machine) -> Finding:
