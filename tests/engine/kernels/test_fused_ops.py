@@ -99,25 +99,29 @@ def test_steps_give_the_logits_of_the_plain_operators(family: str, data: st.Data
     assert (plain - fused).abs().max() <= 1e-4 * plain.abs().max()
 
 
+NARROW: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": VOCAB,
+    "hidden_size": 192,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rope_theta": 1e4,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+
+
 # 192 columns are groups of 64, 96 of 32, and 72 are neither groups nor blocks of a vector.
 @pytest.mark.parametrize("quantization", [q for q in Quantization if q is not Quantization.NONE])
 def test_quantized_steps_give_the_logits_of_the_matrices_read_back(
     quantization: Quantization,
 ) -> None:
-    config = {
-        "model_type": "qwen3",
-        "vocab_size": VOCAB,
-        "hidden_size": 192,
-        "intermediate_size": 96 if quantization is Quantization.INT4 else 72,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "rope_theta": 1e4,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-    }
+    narrow = 96 if quantization is Quantization.INT4 else 72
+    config = NARROW | {"intermediate_size": narrow}
     plain = logits_of(model_of(config, None, quantization), 5, 2)
     fused = logits_of(model_of(config, OWN, quantization), 5, 2)
     # The kernels round the vector as well: to float16 for fp8, else to 8 bits.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -14,23 +13,9 @@ from qwencli.engine.native.decoder_ops import place_heads, prompt_ops
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.native.quantized import Quantized
-from tests.engine.kernels.test_fused_ops import OWN, model_of, prompt_of
+from tests.engine.kernels.test_fused_ops import NARROW, OWN, model_of, prompt_of
 
 MODES = [mode for mode in Quantization if mode is not Quantization.NONE]
-CONFIG: dict[str, Any] = {
-    "model_type": "qwen3",
-    "vocab_size": 301,
-    "hidden_size": 192,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "rope_theta": 1e4,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-}
 
 
 def prefilled(model: QwenModel, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,8 +31,8 @@ def test_a_prompt_computes_with_the_matrices_that_plain_operators_read_back(
     mode: Quantization,
 ) -> None:
     prompts = [prompt_of(9), prompt_of(10)[1:]]
-    plain_logits, plain = prefilled(model_of(CONFIG, None, mode), prompts)
-    model = model_of(CONFIG, OWN, mode)
+    plain_logits, plain = prefilled(model_of(NARROW, None, mode), prompts)
+    model = model_of(NARROW, OWN, mode)
     # The heads' kernel rounds elsewhere: see test_heads.
     model.prompt_ops = prompt_ops(replace(model.step_ops, place_heads=place_heads))
     own_logits, own = prefilled(model, prompts)
@@ -61,7 +46,7 @@ def test_a_prompt_computes_with_the_matrices_that_plain_operators_read_back(
 @torch.inference_mode()
 @pytest.mark.parametrize("mode", MODES)
 def test_a_prompts_logits_are_those_of_a_steps_head(mode: Quantization) -> None:
-    model = model_of(CONFIG, OWN, mode)
+    model = model_of(NARROW, OWN, mode)
     norm, head = model.decoder.norm, model.decoder.head
     # Rows that lie apart, as the last ones of several prompts do.
     hidden = torch.randn(6, 192, generator=torch.Generator().manual_seed(3))[::3]
@@ -80,7 +65,7 @@ def test_a_prompts_logits_are_those_of_a_steps_head(mode: Quantization) -> None:
 def test_a_quantized_head_is_read_back_for_more_rows_than_a_step_has(
     rows: int, is_read: bool
 ) -> None:
-    model = model_of(CONFIG, OWN, Quantization.INT8)
+    model = model_of(NARROW, OWN, Quantization.INT8)
     sizes: list[int] = []
 
     def noted(matrix: Quantized, dtype: torch.dtype) -> torch.Tensor:

@@ -26,6 +26,19 @@ NAMES = (
 )  # fmt: skip
 
 
+def loaded_from(folder: Path, name: str) -> weights.LoadedWeights:
+    """A checkpoint in one of FORMATS, written to `folder` and loaded."""
+    config, writer, arguments, _ = FORMATS[name]
+    packed, _ = tensors_of(TEXT, writer, arguments)
+    return weights.load(
+        write(folder, packed),
+        read_shape(TEXT),
+        torch.float32,
+        CPU,
+        packed=packed_format({"quantization_config": config}),
+    )
+
+
 @torch.inference_mode()
 def logits_of(loaded: weights.LoadedWeights, fused: Fused | None) -> torch.Tensor:
     model = QwenModel(read_shape(TEXT), loaded, SLOTS, fused=fused)
@@ -39,15 +52,7 @@ def logits_of(loaded: weights.LoadedWeights, fused: Fused | None) -> torch.Tenso
 
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels_give_the_logits_of_the_matrices_read_back(tmp_path: Path, name: str) -> None:
-    config, writer, arguments, _ = FORMATS[name]
-    packed, _ = tensors_of(TEXT, writer, arguments)
-    loaded = weights.load(
-        write(tmp_path, packed),
-        read_shape(TEXT),
-        torch.float32,
-        CPU,
-        packed=packed_format({"quantization_config": config}),
-    )
+    loaded = loaded_from(tmp_path, name)
     plain, fused = logits_of(loaded, None), logits_of(loaded, OWN)
     # Every product rounds its vector to 8 bits, and random weights pass that on undamped.
     assert (plain - fused).norm() <= 0.05 * plain.norm()
@@ -58,15 +63,7 @@ def test_steps_of_several_tokens_give_what_those_of_one_give_or_the_plain_operat
     tmp_path: Path, name: str
 ) -> None:
     """Kinds that their kernel does not read as stored are read back, and not rounded at all."""
-    config, writer, arguments, _ = FORMATS[name]
-    packed, _ = tensors_of(TEXT, writer, arguments)
-    loaded = weights.load(
-        write(tmp_path, packed),
-        read_shape(TEXT),
-        torch.float32,
-        CPU,
-        packed=packed_format({"quantization_config": config}),
-    )
+    loaded = loaded_from(tmp_path, name)
     as_stored = name == "awq g64"
     expected, found = (
         several.logits_of(

@@ -9,18 +9,15 @@ import torch
 
 from qwencli.config import EngineConfig, LoadFormat, Quantization
 from qwencli.engine.kernels.vectors import Reader, vector_bits
-from qwencli.engine.native import weights
 from qwencli.engine.native.decoder_ops import REFERENCE_OPS
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.quantized import Scheme, quantize
 from qwencli.engine.native.rms_norm import RMSNorm
-from qwencli.models.packing import packed_format
 from qwencli.models.resolve import resolve_model
-from qwencli.models.shape_reader import read_shape
 from tests.engine.kernels.test_fused_ops import OWN
-from tests.engine.kernels.test_gemv_quantized import CPU, dense, ops, values
+from tests.engine.kernels.test_gemv_quantized import dense, ops, values
+from tests.engine.kernels.test_ready_made import loaded_from
 from tests.engine.native.packed_formats import FORMATS
-from tests.engine.native.test_ready_made import TEXT, tensors_of, write
 
 
 @pytest.mark.parametrize(
@@ -74,14 +71,6 @@ def test_the_engine_reports_what_its_operations_round(
     ("name", "label"), [("awq g64", "awq-int4-g64-w4a8"), ("bnb nf4", "bnb-nf4-w4a8")]
 )
 def test_ready_made_checkpoints_are_rounded_alike(tmp_path: Path, name: str, label: str) -> None:
-    config, writer, arguments, stored = FORMATS[name]
-    packed, _ = tensors_of(TEXT, writer, arguments)
-    loaded = weights.load(
-        write(tmp_path, packed),
-        read_shape(TEXT),
-        torch.float32,
-        CPU,
-        packed=packed_format({"quantization_config": config}),
-    )
-    assert loaded.ran_scheme(REFERENCE_OPS.vector_bits) == stored
+    loaded = loaded_from(tmp_path, name)
+    assert loaded.ran_scheme(REFERENCE_OPS.vector_bits) == FORMATS[name][-1]
     assert loaded.ran_scheme(vector_bits) == label
