@@ -38,6 +38,7 @@ class DevicePatches:
 
         self._device = torch.device(device)
         self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._scales: dict[ImageProcessorConfig, tuple[Tensor, Tensor]] = {}
 
     def __call__(
         self, frames: Sequence[Image.Image], size: tuple[int, int], config: ImageProcessorConfig
@@ -48,10 +49,7 @@ class DevicePatches:
         rows, columns = size[0] // config.factor, size[1] // config.factor
         count, steps = rows * columns * merge**2, max(1, len(frames) // times)
         out = torch.empty(steps, count, 3, times, patch**2, device=self._device)
-        scale, shift = (
-            torch.from_numpy(value)[:, :, None].to(self._device)
-            for value in scale_and_shift(config)
-        )
+        scale, shift = self._scale_and_shift(config)
         for step, shown in enumerate(by_step(frames, times)):
             pixels = torch.from_numpy(np.stack([np.asarray(frame) for frame in shown]))
             pixels = self._resized(pixels.to(self._device), size)
@@ -62,6 +60,19 @@ class DevicePatches:
             # So that the time of preprocessing is its own and not the next phase's.
             torch.cuda.synchronize(self._device)
         return out.view(steps * count, -1)
+
+    def _scale_and_shift(self, config: ImageProcessorConfig) -> tuple[Tensor, Tensor]:
+        """float32 [C, 1, 1] on the device: copied once, as the first copies after a pause are
+        what takes longest about a small picture."""
+        import torch
+
+        if config not in self._scales:
+            scale, shift = (
+                torch.from_numpy(value)[:, :, None].to(self._device)
+                for value in scale_and_shift(config)
+            )
+            self._scales[config] = scale, shift
+        return self._scales[config]
 
     def _resized(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
         """uint8 [F, H, W, C] -> the same with `size`, along the axes in Pillow's order."""

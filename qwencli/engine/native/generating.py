@@ -96,10 +96,12 @@ class Generation:
 
         features = self._features.features(digests, encode)
         inputs = self._model.prepare([ModelPrompt(prompt.input_ids, prompt.visuals)], features)
+        shared = self._sequence.reuse(keys)
+        logits = self._prompts.prefill(inputs, state.cache, start=shared)
+        # While the device works on the prompt.
         stop_ids = sorted(answer.stop_ids)
         state.begin(answer.sampling, inputs.ids[0], stop_ids, inputs.next_positions)
-        shared = self._sequence.reuse(keys)
-        state.choose_first(self._prompts.prefill(inputs, state.cache, start=shared))
+        state.choose_first(logits)
         self._sequence.remember(keys)
         return vision
 
