@@ -1,5 +1,5 @@
 """torch's own flash attention by its name: for one query over as many slots as the device says,
-and for prompts.
+for prompts, and for pictures of which the device knows the sizes.
 
 `scaled_dot_product_attention` with a mask runs kernels that do not split one query's keys among
 the processors (18.8 us a layer on an H200, results/2026-11-23-h200-native-first-look). The same
@@ -90,3 +90,15 @@ def flash_prompt(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> t
         False,
     )[0]
     return out.flatten(2)
+
+
+def flash_segments(qkv: torch.Tensor, offsets: torch.Tensor, longest: int) -> torch.Tensor:
+    """Heads of q, k and v [N, 3 * H, D], each patch over the whole of its segment -> [N, H * D].
+
+    Args:
+        offsets: int32 [segments + 1] on the device, where each begins; the last is N.
+        longest: patches of the longest segment at most.
+    """
+    q, k, v = qkv.view(len(qkv), 3, -1, qkv.shape[2]).unbind(1)
+    out: torch.Tensor = forward(q, k, v, offsets, offsets, longest, longest, 0.0, False, False)[0]
+    return out.flatten(1)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwencli.config import DType, KVDType, Quantization, SeqLen
-from qwencli.engine.native.prompt_graphs import LONGEST, MOST_PATCHES
+from qwencli.engine.native.picture_graphs import MOST_PATCHES
+from qwencli.engine.native.prompt_graphs import LONGEST
 from qwencli.engine.native.session import KEPT_IMAGE_TOKENS
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.memory import (

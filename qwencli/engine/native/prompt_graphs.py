@@ -5,7 +5,7 @@ the host needs to ask for them, so the first token waits for the host: for its s
 programs on its core, and for every other Python thread at each operation. As a graph the whole pass
 is asked for at once. A graph has one size, so a prompt is filled up at its end to a length class;
 nothing before the end sees what is behind it, and what that leaves in the cache is overwritten
-before it is read, as slots behind the last one in use always are.
+before it is read, as slots behind the last one in use always are. Pictures: `picture_graphs`.
 
 What is long, starts within a cached sequence, or is a batch is run operator by operator; there the
 GPU is what takes the time, or it is rare.
@@ -14,7 +14,6 @@ GPU is what takes the time, or it is rare.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -25,18 +24,17 @@ from qwencli.engine.native.decoder import DeepStack
 from qwencli.engine.native.graph_pool import GraphPool
 from qwencli.engine.native.kv_cache import KVCache
 from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.picture_graphs import MOST_PATCHES, PictureGraphs
 from qwencli.engine.native.prompt_inputs import PromptInputs
-from qwencli.engine.native.vision import PreparedGrids, VisionFeatures
+from qwencli.engine.native.vision import VisionFeatures
 from qwencli.engine.native.vision_layout import Grid
 
 Tensor = torch.Tensor
 
-# Beyond these the GPU takes longer than the host.
-LONGEST, MOST_PATCHES = 1024, 2048
+# Beyond it the GPU takes longer than the host.
+LONGEST = 1024
 # Half a class is computed for nothing on average.
 CLASS = 64
-# Sizes of pictures whose graphs are kept.
-GRIDS_KEPT = 8
 
 
 class PromptRunner(Protocol):
@@ -47,22 +45,8 @@ class PromptRunner(Protocol):
     def prefill(self, inputs: PromptInputs, cache: KVCache, start: int = 0) -> Tensor: ...
 
 
-@dataclass
-class _Pictures:
-    """Of pictures of one size.
-
-    Args:
-        ready: what the graph reads besides its patches; here so that it stays in memory.
-        features: what a replay leaves.
-    """
-
-    patches: Tensor
-    ready: PreparedGrids
-    features: VisionFeatures
-
-
 class PromptGraphs:
-    """Runs prompts of `model` into `cache`, a graph for each length class and size of pictures.
+    """Runs prompts of `model` into `cache`, a graph for each length class.
 
     Graphs are captured when they are needed first. Every replay overwrites what the one before it
     returned, but for features, which are copies.
@@ -85,8 +69,11 @@ class PromptGraphs:
         self._slots = torch.arange(self._longest, device=device)
         self._last = torch.zeros(1, dtype=torch.int64, device=device)
         self._logits: dict[tuple[int, bool], Tensor] = {}
-        self._pictures: dict[tuple[Grid, ...], _Pictures] = {}
         self._graphs = GraphPool(device)
+        self._pictures: PictureGraphs | None = None
+        tower, plain = model.vision, model.attention is Attention.SDPA
+        if tower is not None and plain and PictureGraphs.can_run(tower, dtype, device):
+            self._pictures = PictureGraphs(tower, self._graphs, dtype)
 
     def prefill(self, inputs: PromptInputs, cache: KVCache, start: int = 0) -> Tensor:
         """As `QwenModel.prefill`."""
@@ -143,28 +130,6 @@ class PromptGraphs:
 
     def encode_images(self, patches: Tensor, grids: Sequence[Grid]) -> VisionFeatures:
         """As `QwenModel.encode_images`."""
-        tower, key = self._model.vision, tuple(grids)
-        if tower is None or not self._able or not 0 < len(patches) <= MOST_PATCHES:
+        if self._pictures is None or len(patches) > MOST_PATCHES:
             return self._model.encode_images(patches, grids)
-        if key not in self._pictures:
-            ready = tower.prepare(patches, grids)
-            taken = patches.clone()
-            self._pictures[key] = _Pictures(taken, ready, VisionFeatures(taken, ()))
-            self._graphs.capture(key, lambda: self._encode(key))
-        # Last in, so that the first is the one not used for longest.
-        picture = self._pictures[key] = self._pictures.pop(key)
-        picture.patches.copy_(patches)
-        self._graphs.replay(key)
-        if len(self._pictures) > GRIDS_KEPT:
-            dropped = next(iter(self._pictures))
-            del self._pictures[dropped]
-            self._graphs.drop(dropped)
-        features = picture.features
-        return VisionFeatures(
-            features.embeds.clone(), tuple(feature.clone() for feature in features.deepstack)
-        )
-
-    def _encode(self, key: tuple[Grid, ...]) -> None:
-        picture = self._pictures[key]
-        assert self._model.vision is not None, "callers looked"
-        picture.features = self._model.vision.run(picture.patches, picture.ready)
+        return self._pictures.encode(patches, grids)

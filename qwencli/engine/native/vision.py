@@ -14,7 +14,12 @@ import torch.nn.functional as F
 
 from qwencli.config import Attention
 from qwencli.engine.native.rope import CosSin, TurnHeads, turn_heads
-from qwencli.engine.native.vision_attention import SEGMENT_ATTENTION, SegmentAttention, attend_runs
+from qwencli.engine.native.vision_attention import (
+    SEGMENT_ATTENTION,
+    Offsets,
+    SegmentAttention,
+    attend,
+)
 from qwencli.engine.native.vision_layout import Grid, Run, VisionLayout, layout
 from qwencli.engine.native.weights import Tensors
 from qwencli.errors import InputError
@@ -46,9 +51,14 @@ class VisionFeatures:
 
 @dataclass(frozen=True)
 class PreparedGrids:
-    """A layout on the device."""
+    """A layout on the device; see `VisionLayout`.
 
-    layout: VisionLayout
+    Args:
+        back: the inverse of `order`.
+    """
+
+    frames: tuple[Run, ...] | Offsets
+    windows: tuple[Run, ...] | Offsets
     rope: CosSin
     positions: Tensor | None
     order: Tensor | None
@@ -153,9 +163,8 @@ class VisionTower:
             positions = mixed.to(rows.dtype)
         order = plan.order.to(device) if plan.order is not None else None
         back = order.argsort() if order is not None else None
-        return PreparedGrids(
-            plan, self._angles(plan.coordinates.to(device)), positions, order, back
-        )
+        angles = self._angles(plan.coordinates.to(device))
+        return PreparedGrids(plan.frames, plan.windows, angles, positions, order, back)
 
     def _angles(self, coordinates: Tensor) -> CosSin:
         """Cosine and signed sine [1, N, 1, D] in float32; half of a head turns with the row, half
@@ -170,13 +179,13 @@ class VisionTower:
 
     def _block(self, index: int, hidden: Tensor, ready: PreparedGrids) -> Tensor:
         at = f"{index}."
-        full = not ready.layout.windows or index in self.shape.full_attention_layers
-        segments: tuple[Run, ...] = ready.layout.frames if full else ready.layout.windows
+        full = not ready.windows or index in self.shape.full_attention_layers
+        segments = ready.frames if full else ready.windows
         x = self._linear(at + "qkv", self._norm(at + "attn_norm", hidden))
         heads = self.shape.num_heads
         qkv = x.view(1, -1, 3 * heads, self.shape.head_dim)
         self._turn(qkv, ready.rope, 2 * heads)
-        attended = attend_runs(qkv[0], segments, self._attention)
+        attended = attend(qkv[0], segments, self._attention)
         hidden = self._linear(at + "proj", attended).add_(hidden)
         x = self._linear(at + "mlp_in", self._norm(at + "mlp_norm", hidden))
         if self.shape.gated_mlp:

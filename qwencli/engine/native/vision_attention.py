@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from qwencli.config import Attention
+from qwencli.engine.native.flash_decode import flash_segments
 from qwencli.engine.native.vision_layout import Run
 
 Tensor = torch.Tensor
@@ -15,12 +17,28 @@ Tensor = torch.Tensor
 SegmentAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def attend_runs(qkv: Tensor, runs: Sequence[Run], attention: SegmentAttention) -> Tensor:
-    """Attend inside each segment: heads of q, k and v [N, 3 * H, D] -> [N, H * D].
+@dataclass(frozen=True)
+class Offsets:
+    """Segments of which the host knows no more than that none has over `longest` patches.
 
-    Segments of equal length that follow each other are one batch, so one image is one call without
-    a mask.
+    Args:
+        starts: int32 [segments + 1] on the device, the last is the number of patches.
     """
+
+    starts: Tensor
+    longest: int
+
+
+def attend(qkv: Tensor, segments: Sequence[Run] | Offsets, attention: SegmentAttention) -> Tensor:
+    """Attend inside each segment: heads of q, k and v [N, 3 * H, D] -> [N, H * D]."""
+    if isinstance(segments, Offsets):
+        return flash_segments(qkv, segments.starts, segments.longest)
+    return attend_runs(qkv, segments, attention)
+
+
+def attend_runs(qkv: Tensor, runs: Sequence[Run], attention: SegmentAttention) -> Tensor:
+    """Segments of equal length that follow each other are one batch, so one image is one call
+    without a mask."""
     heads, dim = qkv.shape[1] // 3, qkv.shape[2]
     sizes = [run.count * run.length for run in runs]
     pieces = []

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from qwencli.engine.native import graph_pool
+from qwencli.engine.native import flash_decode, graph_pool, picture_graphs
 from qwencli.engine.native.graph_pool import GraphPool
 
 
@@ -26,6 +27,27 @@ class _Graph:
         self.work()
 
 
+def flash_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, *rest: object
+) -> tuple[torch.Tensor]:
+    """torch's flash attention of segments, [N, H, D] each, by its definition."""
+    if q.is_meta:
+        return (torch.empty_like(q),)
+    key_starts, longest, longest_key = rest[:3]
+    assert starts is key_starts
+    assert longest == longest_key
+    lengths = starts.diff().tolist()
+    assert starts[0] == 0
+    assert starts[-1] == len(q)
+    assert all(0 <= length <= longest for length in lengths)
+    pieces = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in some))[0].transpose(0, 1)
+        for some in zip(*(x.split_with_sizes(lengths) for x in (q, k, v)), strict=True)
+        if len(some[0])
+    ]
+    return (torch.cat(pieces),)
+
+
 def run_graphs_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
     def inside(*args: object, **settings: object) -> Iterator[None]:
@@ -38,6 +60,8 @@ def run_graphs_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
         pool._graphs[key].work = work  # type: ignore[attr-defined]
 
     monkeypatch.setattr(GraphPool, "capture", capture)
+    monkeypatch.setattr(flash_decode, "forward", flash_forward)
+    monkeypatch.setattr(picture_graphs, "can_flash_decode", lambda *about: True)
     monkeypatch.setattr(graph_pool, "_capture_stream", _Stream)
     for name, stand_in in {
         "CUDAGraph": _Graph, "current_stream": _Stream, "graph": inside,

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from qwencli.config import EngineName, Quantization, SamplingOptions
-from qwencli.engine.native import weights
+from qwencli.engine.native import picture_graphs, weights
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.graph_pool import GraphPool
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_graphs import CLASS, GRIDS_KEPT, LONGEST, PromptGraphs
+from qwencli.engine.native.picture_graphs import Size
+from qwencli.engine.native.prompt_graphs import CLASS, LONGEST, PromptGraphs
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.native.quantized import Scheme
 from qwencli.messages import GenerationRequest, text_message, user_message
@@ -134,18 +135,51 @@ def test_rows_behind_a_prompt_do_not_grow_from_one_replay_to_the_next():
     assert all(torch.equal(a, b) for a, b in zip(left[0], left[-1], strict=True))
 
 
-def test_sizes_of_pictures_that_were_not_seen_for_long_are_captured_again(checkpoint, captured):
-    sizes = [(32 * (1 + i % 4), 32 * (1 + i // 4)) for i in range(GRIDS_KEPT + 2)]
-    requests = [ask(picture(*size), new=4) for size in (*sizes, *sizes[-3:], sizes[0])]
+def sizes_of(captured: list[object]) -> list[Size]:
+    return [key for key in captured if isinstance(key, Size)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_pictures_of_one_class_share_a_graph(checkpoint, family, captured):
+    """Also videos and several at once, in turns with smaller ones; features are those of the tower
+    itself."""
+    asked = [
+        [(1, 6, 10)], [(1, 10, 6)], [(1, 2, 2)], [(1, 8, 4), (1, 4, 4)], [(2, 6, 6)],
+        [(1, 16, 16)], [(1, 6, 10)], [(3, 2, 2), (1, 10, 8)], [(1, 2, 2)] * 5,
+    ]  # fmt: skip
+    with NativeEngine(engine_config(checkpoint(family), engine=EngineName.NATIVE)) as engine:
+        graphs, model = graphed(engine), engine._generation._model
+        for seed, grids in enumerate(asked):
+            count = sum(t * h * w for t, h, w in grids)
+            torch.manual_seed(seed)
+            patches = torch.randn(count, model.vision.shape.patch_elements)
+            found, expected = (of.encode_images(patches, grids) for of in (graphs, model))
+            for mine, theirs in zip(
+                (found.embeds, *found.deepstack), (expected.embeds, *expected.deepstack),
+                strict=True,
+            ):  # fmt: skip
+                torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    sizes = sizes_of(captured)
+    assert len(sizes) == len(set(sizes)) < len(asked)
+    assert {size.patches for size in sizes} == {128, 256}
+
+
+def test_graphs_that_were_not_used_for_long_are_captured_again(checkpoint, captured, monkeypatch):
+    monkeypatch.setattr(picture_graphs, "GRAPHS_KEPT", 2)
+    monkeypatch.setattr(picture_graphs, "CLASS", 16)
+    squares = (32, 96, 192, 96, 32)
+    requests = [ask(picture(side, side), new=4) for side in squares]
     with NativeEngine(engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE)) as engine:
         expected = [engine.generate(request).token_ids for request in requests]
         graphs = graphed(engine)
         assert [engine.generate(request).token_ids for request in requests] == expected
-        kept = dict(graphs._pictures)
-    grids = [key for key in captured if not isinstance(key[0], int)]
-    assert len(grids) == len(sizes) + 1
-    assert grids[0] == grids[-1]
-    assert len(kept) == GRIDS_KEPT
+        kept = list(graphs._pictures._features)
+    sizes = sizes_of(captured)
+    assert len(sizes) == 4
+    assert sizes[0] == sizes[-1]
+    assert kept == [sizes[1], sizes[0]]
+    assert set(graphs._graphs._graphs) >= set(kept)
 
 
 def test_features_of_one_picture_stay_when_the_next_is_encoded(checkpoint):
@@ -195,6 +229,10 @@ def test_a_graph_can_hold_the_passes(family, quantization):
         if model.vision is not None:
             elements = model.vision.shape.patch_elements
             patches = torch.empty(16 + 24, elements, dtype=model.dtype, device="meta")
-            ready = model.vision.prepare(patches, [(1, 4, 4), (1, 4, 6)])
+            grids = [(1, 4, 4), (1, 4, 6)]
+            ready = model.vision.prepare(patches, grids)
+            pictures = graphs._pictures
+            pictures.encode(patches, grids)
             with Calls(), Captured():
                 model.vision.run(patches, ready)
+                pictures._pass(next(iter(pictures._features)))
