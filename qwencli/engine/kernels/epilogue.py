@@ -97,19 +97,17 @@ def finish_rows(
 
 @triton.jit
 def store_several(
-    y, up_y, rows, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr, best_ptr,
-    TOKENS: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    ARGMAX: tl.constexpr,
+    y, rows, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr, best_ptr, squares_ptr,
+    TOKENS: tl.constexpr, ADD: tl.constexpr, ARGMAX: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
     """The end of products with several vectors, [ROWS, 8]: store them, or look for the best.
 
-    A token fed counts as seen for its own vector and those after it.
+    A token fed counts as seen for its own vector and those after it. SQUARES: those of this
+    program's rows are stored for a norm, [programs, 8].
     """
     tokens = tl.arange(0, 8)
     inside = rows < N
-    if SWIGLU:
-        y = y * tl.sigmoid(y) * up_y
-    if BIAS:
+    if bias_ptr is not None:
         y += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
     at = tokens[None, :] * N + rows[:, None]
     there = inside[:, None] & (tokens < TOKENS)[None, :]
@@ -129,4 +127,8 @@ def store_several(
         known = tl.load(best_ptr + tokens, mask=real, other=0, volatile=True)
         tl.atomic_max(best_ptr + tokens, mine, mask=real & (mine > known), sem="relaxed")
     else:
+        y = tl.where(there, y, 0.0).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + at, y, mask=there)
+        if SQUARES:
+            y = y.to(tl.float32)
+            tl.store(squares_ptr + tl.program_id(0) * 8 + tokens, tl.sum(y * y, axis=0))

@@ -14,15 +14,21 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 MOST_SPLITS = 32
+MOST_SHARING = 4  # programs that share the columns of a product with several vectors
 
 
 @dataclass(frozen=True)
 class GemvTiles:
-    """`rows` output rows a program, read `block` columns at a time by `num_warps` warps."""
+    """`rows` output rows a program, read `block` columns at a time by `num_warps` warps.
+
+    Args:
+        splits: programs that share the columns, of products with several vectors.
+    """
 
     block: int
     rows: int
     num_warps: int
+    splits: int = 1
 
 
 class Storage(StrEnum):
