@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwencli.engine.kernels.epilogue import store_several
+from qwencli.engine.kernels.epilogue import state_of_several, store_several
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def gemm_kernel(
             up_y *= tl.load(scale_ptr + N + rows, mask=inside, other=0.0)[:, None]
     if SWIGLU:
         y = y * tl.sigmoid(y) * up_y
-    store_several(
-        y, rows, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr, best_ptr, y_ptr,
-        TOKENS, ADD, ARGMAX, False,
-    )  # fmt: skip
+    state = state_of_several(
+        rows, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr, TOKENS, ADD, ARGMAX
+    )
+    store_several(y, state, rows, N, y_ptr, best_ptr, y_ptr, TOKENS, ARGMAX, False)

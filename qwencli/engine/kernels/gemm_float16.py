@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qwencli.engine.kernels.gemm import row_scales
-from qwencli.engine.kernels.joining import finish_several
+from qwencli.engine.kernels.joining import begin_several, finish_several
 from qwencli.engine.kernels.operands import FOURS, row_words
 from qwencli.engine.kernels.rounding import shared_norms
 
@@ -113,7 +113,7 @@ def gemm_float16_kernel(
     WIDTH: tl.constexpr = K // 2
     TILE: tl.constexpr = DEPTH * WARPS
     CHUNKS: tl.constexpr = (K + 31) // 32
-    EACH: tl.constexpr = (CHUNKS + SPLITS * TILE - 1) // (SPLITS * TILE) * TILE
+    EACH: tl.constexpr = (CHUNKS + SPLITS - 1) // SPLITS
     first = tl.program_id(0) // SPLITS * 16
     begin = tl.program_id(0) % SPLITS * EACH
     end = tl.minimum(begin + EACH, CHUNKS)
@@ -134,6 +134,9 @@ def gemm_float16_kernel(
             factors = row_scales(x_ptr.to(tl.pointer_type(TYPE)), eps, K, WARPS * 128, TOKENS)
         else:
             factors = shared_norms(norm_squares_ptr, eps, K, SHARES)
+    state = begin_several(
+        first, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr, TOKENS, ADD, ARGMAX, SPLITS, FORM
+    )
     acc = tl.zeros((WARPS, 16, 8), tl.float32)
     up_acc = tl.zeros((WARPS, 16, 8), tl.float32)
     for chunk in tl.range(begin, end, TILE, num_stages=1):
@@ -158,7 +161,7 @@ def gemm_float16_kernel(
         words = next_words
 
     finish_several(
-        tl.sum(acc, axis=0), tl.sum(up_acc, axis=0), first, N, bias_ptr, y_ptr, seen_ptr,
-        penalty_ptr, fed_ptr, best_ptr, sums_ptr, arrived_ptr, next_gain_ptr, values_ptr,
-        units_ptr, starts_ptr, squares_ptr, TOKENS, SWIGLU, ADD, ARGMAX, SPLITS, FORM, RUN,
+        tl.sum(acc, axis=0), tl.sum(up_acc, axis=0), state, first, N, bias_ptr, y_ptr, best_ptr,
+        sums_ptr, arrived_ptr, next_gain_ptr, values_ptr, units_ptr, starts_ptr, squares_ptr,
+        TOKENS, SWIGLU, ADD, ARGMAX, SPLITS, FORM, RUN,
     )  # fmt: skip

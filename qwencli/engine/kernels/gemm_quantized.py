@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwencli.engine.kernels.joining import finish_several
+from qwencli.engine.kernels.joining import begin_several, finish_several
 from qwencli.engine.kernels.operands import (
     group_values,
     of_groups,
@@ -95,7 +95,7 @@ def gemm_quantized_kernel(
     COLUMNS: tl.constexpr = 512 // BITS
     CHUNKS: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
     TILE: tl.constexpr = DEPTH * WARPS
-    EACH: tl.constexpr = (CHUNKS + SPLITS * TILE - 1) // (SPLITS * TILE) * TILE
+    EACH: tl.constexpr = (CHUNKS + SPLITS - 1) // SPLITS
     first = tl.program_id(0) // SPLITS * 16
     begin = tl.program_id(0) % SPLITS * EACH
     end = tl.minimum(begin + EACH, CHUNKS)
@@ -113,12 +113,23 @@ def gemm_quantized_kernel(
             far = N.to(tl.int64) * (K // G)
             up_scale = group_values(scale_ptr + far, begin, end, first, N, K, G, DEPTH, WARPS, RUN)
             up_zero = group_values(zero_ptr + far, begin, end, first, N, K, G, DEPTH, WARPS, RUN)
+    else:
+        rows = first + tl.arange(0, 16)
+        row_scale = tl.load(scale_ptr + rows, mask=rows < N, other=0.0)
+        if SWIGLU:
+            up_row_scale = tl.load(scale_ptr + N + rows, mask=rows < N, other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     words = vector_words(x_values_ptr, begin, end, BITS, DEPTH, WARPS)
     unit = part_values(x_units_ptr, begin, end, DEPTH, WARPS, RUN)
     starts = part_values(x_starts_ptr, begin, end, DEPTH, WARPS, RUN)
+    norms = tl.full((1, 8), 1.0, tl.float32)
+    if SHARES > 0:
+        norms = shared_norms(x_squares_ptr, eps, K, SHARES)[None, :]
+    state = begin_several(
+        first, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr, TOKENS, ADD, ARGMAX, SPLITS, FORM
+    )
     acc = tl.zeros((WARPS, 16, 8), tl.float32)
     up_acc = tl.zeros((WARPS, 16, 8), tl.float32)
     for chunk in tl.range(begin, end, TILE, num_stages=1):
@@ -155,20 +166,14 @@ def gemm_quantized_kernel(
                 up_scale, up_zero = next_up_scale, next_up_zero
         words, unit, starts = next_words, next_unit, next_starts
 
-    rows = first + tl.arange(0, 16)
-    inside = rows < N
-    y = tl.sum(acc, axis=0)  # [16, 8]
-    up_y = tl.sum(up_acc, axis=0)
-    if SHARES > 0:
-        norms = shared_norms(x_squares_ptr, eps, K, SHARES)[None, :]
-        y *= norms
-        up_y *= norms
+    y = tl.sum(acc, axis=0) * norms  # [16, 8]
+    up_y = tl.sum(up_acc, axis=0) * norms
     if BITS == 8:
-        y *= tl.load(scale_ptr + rows, mask=inside, other=0.0)[:, None]
+        y *= row_scale[:, None]
         if SWIGLU:
-            up_y *= tl.load(scale_ptr + N + rows, mask=inside, other=0.0)[:, None]
+            up_y *= up_row_scale[:, None]
     finish_several(
-        y, up_y, first, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr, best_ptr, sums_ptr,
-        arrived_ptr, next_gain_ptr, values_ptr, units_ptr, starts_ptr, squares_ptr,
+        y, up_y, state, first, N, bias_ptr, y_ptr, best_ptr, sums_ptr, arrived_ptr,
+        next_gain_ptr, values_ptr, units_ptr, starts_ptr, squares_ptr,
         TOKENS, SWIGLU, ADD, ARGMAX, SPLITS, FORM, NEXT_RUN,
     )  # fmt: skip

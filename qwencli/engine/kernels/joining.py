@@ -11,22 +11,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qwencli.engine.kernels.epilogue import store_several
+from qwencli.engine.kernels.epilogue import state_of_several, store_several
 from qwencli.engine.kernels.handover import FLOATS, HALVES
 from qwencli.engine.kernels.rounding import round_chunks
+
+
+@triton.jit
+def begin_several(
+    first, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr, TOKENS: tl.constexpr,
+    ADD: tl.constexpr, ARGMAX: tl.constexpr, SPLITS: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """What `finish_several` needs of what other kernels wrote, on its way during the products. Who
+    joins others' sums reads it then, of all rows."""
+    ALONE: tl.constexpr = SPLITS == 1 and FORM <= FLOATS
+    rows = first + tl.arange(0, 16)
+    return state_of_several(
+        rows, N, bias_ptr if ALONE else None, y_ptr, seen_ptr, penalty_ptr, fed_ptr,
+        TOKENS, ADD and ALONE, ARGMAX,
+    )  # fmt: skip
 
 
 @triton.jit
 def finish_several(
     y,  # float32 [16, 8], of this program's columns
     up_y,  # likewise, of SWIGLU, whose columns nobody shares
+    state,  # see `begin_several`
     first,  # row
     N,
     bias_ptr,
     y_ptr,
-    seen_ptr,
-    penalty_ptr,
-    fed_ptr,
     best_ptr,
     sums_ptr,  # float32 [SPLITS, 8, N]
     arrived_ptr,  # int32 [chunks], zero
@@ -51,8 +64,8 @@ def finish_several(
         y = y * tl.sigmoid(y) * up_y
     if SPLITS == 1 and FORM <= FLOATS:
         store_several(
-            y, first + tl.arange(0, 16), N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr,
-            best_ptr, squares_ptr, TOKENS, ADD, ARGMAX, FORM == FLOATS,
+            y, state, first + tl.arange(0, 16), N, y_ptr, best_ptr, squares_ptr,
+            TOKENS, ARGMAX, FORM == FLOATS,
         )  # fmt: skip
     else:
         CHUNK: tl.constexpr = 16 if FORM <= FLOATS else (128 if FORM == HALVES else 64)
