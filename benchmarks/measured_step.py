@@ -41,6 +41,13 @@ class Tiles:
         self.asked[matrix] = None
         return self.chosen.get(matrix, default_tiles(matrix))
 
+    def reuse(self, tokens: int) -> bool:
+        """Take for `tokens` what was chosen for another number of several, if there was one."""
+        before = {kind: tiles for kind, tiles in self.chosen.items() if kind.tokens > 1}
+        for kind, tiles in before.items():
+            self.chosen[replace(kind, tokens=tokens)] = tiles
+        return bool(before)
+
 
 def text_shape(model: str) -> ModelShape:
     config = resolve_model(model).hub_config
