@@ -73,38 +73,63 @@ def finish_several(
         mine = first + tl.arange(0, 16)
         at = (tl.program_id(0) % SPLITS * 8 + tokens)[None, :] * N + mine[:, None]
         tl.store(sums_ptr + at, y, mask=(mine < N)[:, None] & (tokens < TOKENS)[None, :])
+        chunk = first // CHUNK
+        constants = ends_of_chunk(
+            chunk, N, bias_ptr, y_ptr, next_gain_ptr, CHUNK, TOKENS, ADD, FORM
+        )
         # Every thread's sums are stored before one of them says so.
         tl.debug_barrier()
-        chunk = first // CHUNK
         programs = tl.cdiv(tl.minimum(N - chunk * CHUNK, CHUNK), 16) * SPLITS
         if tl.atomic_add(arrived_ptr + chunk, 1, sem="acq_rel") == programs - 1:
             tl.store(arrived_ptr + chunk, 0)  # for the next product
-            end_of_chunk(
-                chunk, N, bias_ptr, y_ptr, sums_ptr, next_gain_ptr, values_ptr, units_ptr,
-                starts_ptr, squares_ptr, CHUNK, TOKENS, ADD, SPLITS, FORM, RUN,
+            end_chunk(
+                constants, chunk, N, bias_ptr, y_ptr, sums_ptr, next_gain_ptr, values_ptr,
+                units_ptr, starts_ptr, squares_ptr, CHUNK, TOKENS, ADD, SPLITS, FORM, RUN,
             )  # fmt: skip
 
 
 @triton.jit
-def end_of_chunk(
-    chunk, N, bias_ptr, y_ptr, sums_ptr, next_gain_ptr, values_ptr, units_ptr, starts_ptr,
-    squares_ptr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, ADD: tl.constexpr,
+def ends_of_chunk(
+    chunk, N, bias_ptr, y_ptr, next_gain_ptr, CHUNK: tl.constexpr, TOKENS: tl.constexpr,
+    ADD: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """Residual, bias and the next norm's gain, [8, CHUNK] (if any): every program reads them while
+    it waits for its sums to be stored, though only the last will need them."""
+    tokens = tl.arange(0, 8)
+    rows = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = rows < N
+    before, bias, gain = 0.0, 0.0, 1.0
+    if ADD:
+        there = (tokens < TOKENS)[:, None] & inside[None, :]
+        at = tokens[:, None] * N + rows[None, :]
+        before = tl.load(y_ptr + at, mask=there, other=0.0, cache_modifier=".cg")
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + rows, mask=inside, other=0.0)[None, :]
+    if next_gain_ptr is not None and FORM > FLOATS:
+        gain = tl.load(next_gain_ptr + rows, mask=inside, other=0.0)[None, :]
+    return before, bias, gain
+
+
+@triton.jit
+def end_chunk(
+    constants, chunk, N, bias_ptr, y_ptr, sums_ptr, next_gain_ptr, values_ptr, units_ptr,
+    starts_ptr, squares_ptr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, ADD: tl.constexpr,
     SPLITS: tl.constexpr, FORM: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Add up the sums of CHUNK rows; reads past the first-level cache, which does not see what
     other programs wrote."""
+    before, bias, gain = constants
     tokens = tl.arange(0, 8)
     rows = chunk * CHUNK + tl.arange(0, CHUNK)
-    inside = rows < N
-    there = (tokens < TOKENS)[:, None] & inside[None, :]
+    there = (tokens < TOKENS)[:, None] & (rows < N)[None, :]
     at = tokens[:, None] * N + rows[None, :]
     y = tl.load(sums_ptr + at, mask=there, other=0.0, cache_modifier=".cg")
     for split in tl.static_range(1, SPLITS):
         y += tl.load(sums_ptr + split * 8 * N + at, mask=there, other=0.0, cache_modifier=".cg")
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)[None, :]
+        y += bias.to(tl.float32)
     if ADD:
-        y += tl.load(y_ptr + at, mask=there, other=0.0).to(tl.float32)
+        y += before.to(tl.float32)
     y = tl.where(there, y, 0.0).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + at, y, mask=there)
     y = y.to(tl.float32)
@@ -112,7 +137,7 @@ def end_of_chunk(
         tl.store(squares_ptr + chunk * 8 + tokens, tl.sum(y * y, axis=1))
     if FORM > FLOATS:
         if next_gain_ptr is not None:
-            y *= tl.load(next_gain_ptr + rows, mask=inside, other=0.0).to(tl.float32)[None, :]
+            y *= gain.to(tl.float32)
         round_chunks(
             y, tl.full((8,), 0, tl.int32) + chunk, tokens, tokens < TOKENS,
             values_ptr, units_ptr, starts_ptr, FORM, RUN,
