@@ -156,7 +156,7 @@ _OF_MANY_ROWS: Mapping[Storage, GemvTiles] = {
 }
 
 # For 2 to 8 tokens, likewise: 16 rows are what a matrix instruction takes. From what the compiler
-# makes of them (Triton 3.6.0, compute capability 9.0): all programs of a 4B model's matrices fit on
+# makes of them (Triton 3.6.0, compute capability 9.0): nearly all programs of a 4B layer fit on
 # 132 multiprocessors at once, and have as many bytes on their way as their memory needs.
 _SEVERAL: Mapping[tuple[Storage, bool], GemvTiles] = {
     (Storage.FLOAT, False): GemvTiles(512, 16, 8),
@@ -173,15 +173,16 @@ _SEVERAL: Mapping[tuple[Storage, bool], GemvTiles] = {
 # A matrix of so few rows has too few programs of 16. Where they end their rows together anyway
 # (`joining`), more of them share the columns; others have more of them on the way.
 FEW_ROWS = 4096
+# Of rows this short each program reads its whole share before the wait for the kernel in front.
+_IN_ONE_TURN = (
+    (3072, GemvTiles(1024, 16, 8, splits=2)),
+    (6144, GemvTiles(1024, 16, 8, splits=4)),
+)
 _SEVERAL_OF_FEW_ROWS: Mapping[Storage, tuple[tuple[int, GemvTiles], ...]] = {
     Storage.FLOAT: ((ANY, GemvTiles(1024, 16, 8)),),
-    Storage.INT8: ((ANY, GemvTiles(512, 16, 4, splits=4)),),
-    Storage.FP8: ((ANY, GemvTiles(512, 16, 4, splits=4)),),
-    Storage.INT4: (
-        (3072, GemvTiles(1024, 16, 8, splits=2)),
-        (6144, GemvTiles(1024, 16, 8, splits=4)),
-        (ANY, GemvTiles(1024, 16, 8, splits=2)),
-    ),
+    Storage.INT8: (*_IN_ONE_TURN, (ANY, GemvTiles(512, 16, 4, splits=4))),
+    Storage.FP8: (*_IN_ONE_TURN, (ANY, GemvTiles(512, 16, 4, splits=4))),
+    Storage.INT4: (*_IN_ONE_TURN, (ANY, GemvTiles(1024, 16, 8, splits=2))),
 }
 
 
