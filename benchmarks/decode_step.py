@@ -7,7 +7,8 @@ The step is the engine's own, greedy, with random weights, as one CUDA graph; of
 one that checks drafts. What a kernel costs is what the step takes less without it: kernels overlap,
 so the parts need not add up to the whole. `tok_per_s` are steps a second: how many tokens a step of
 several gives depends on the text. `--search` compiles the candidates for every matrix in parallel
-and times each inside the whole step, the others being the best so far.
+and times each inside the whole step, the others being the best so far; several tokens after
+several others take their tiles.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def main() -> None:
                 print(json.dumps(row), file=sys.stderr)
                 save(Path(options.out), bandwidth, rows)
                 if options.search:
-                    row["search"] = search(step, tiles, contexts[0], tokens, name, quantization)
+                    if tokens == 1 or not tiles.reuse(tokens):
+                        row["search"] = search(step, tiles, contexts[0], tokens, name, quantization)
                     row["searched"] = [roofline(step, at, bandwidth, tokens) for at in contexts]
                     save(Path(options.out), bandwidth, rows)
             del step

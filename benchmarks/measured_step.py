@@ -41,6 +41,13 @@ class Tiles:
         self.asked[matrix] = None
         return self.chosen.get(matrix, default_tiles(matrix))
 
+    def reuse(self, tokens: int) -> bool:
+        """Take for `tokens` what was chosen for another number of several, if there was one."""
+        before = {kind: tiles for kind, tiles in self.chosen.items() if kind.tokens > 1}
+        for kind, tiles in before.items():
+            self.chosen[replace(kind, tokens=tokens)] = tiles
+        return bool(before)
+
 
 def text_shape(model: str) -> ModelShape:
     config = resolve_model(model).hub_config
@@ -150,6 +157,8 @@ def _pretend(own: FusedOps, x: torch.Tensor, reader: Reader) -> torch.Tensor:
     """`x` as if a kernel had handed it over: whoever reads it finds what was there before."""
     if len(x) == 1:
         own._vectors.handed(x, own._vectors.offer(reader, SHARE_ROWS, x.shape[1] // SHARE_ROWS))
+    else:
+        own._several.ready.handed(x, own._several.ready.offer(reader, x))
     return x
 
 

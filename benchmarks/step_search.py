@@ -21,19 +21,18 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from benchmarks.measured_step import MeasuredStep, Tiles, text_shape
 from qwencli.config import Quantization
-from qwencli.engine.kernels.rounding import chunk_columns
-from qwencli.engine.kernels.tiles import GemvTiles, MatrixKind, Storage, default_tiles
+from qwencli.engine.kernels.tiles import FEW_ROWS, GemvTiles, MatrixKind, Storage, default_tiles
 
 SEARCH_REPLAYS, SEARCH_ROUNDS = 20, 4
 # A thread's share of a program's weights: fewer leave the memory idle, more spill.
 FEWEST_REGISTERS, MOST_REGISTERS = 4, 96
-# Lanes that share a row's words, and rows from which a matrix has programs enough of a row each.
-FEWEST_LANES, FEW_ROWS = 8, 4096
+# Lanes that share a row's words. A matrix of more than FEW_ROWS has programs enough of a row each.
+FEWEST_LANES = 8
 # Tiles that this GPU's registers or shared memory cannot hold are left out of a search.
 UNFIT = (OutOfResources, PTXASError)
-# For several tokens: the vectors lie beside a tile. Columns that a matrix unit adds up at once.
-LEAST_OF_A_TILE, MOST_OF_A_TILE = 8, 32
-LEAST_OF_A_WARP = 16
+# For several tokens: 4 lanes read 16 bytes of a row each, of two rows a thread. The vectors lie
+# beside a tile.
+REGISTERS_OF_A_CHUNK, MOST_OF_A_TILE = 8, 32
 IN_WORDS = (Storage.INT8, Storage.FP8, Storage.INT4)
 BITS = {Storage.FLOAT: 16, Storage.BYTES: 8, Storage.INT8: 8, Storage.FP8: 8, Storage.INT4: 4}
 
@@ -71,22 +70,20 @@ def of_one_token(matrix: MatrixKind) -> Iterator[GemvTiles]:
 
 
 def of_several_tokens(matrix: MatrixKind) -> Iterator[GemvTiles]:
-    """Rows that a matrix unit takes, of float weights also twice as many; each warp has columns
-    enough for its lanes."""
+    """Rows that a matrix unit takes; each warp has one chunk of columns or more. A matrix of few
+    rows is shared by more programs, or by more warps."""
     bits = BITS[matrix.storage]
     streams = 2 if matrix.gated else 1
-    lanes = chunk_columns(bits) if matrix.storage in IN_WORDS else LEAST_OF_A_WARP
-    rows_of_one = (16,) if matrix.storage in IN_WORDS else (16, 32)
-    for rows, warps, block in itertools.product(
-        rows_of_one, (4, 8, 16), (128, 256, 512, 1024, 2048)
-    ):
-        held = streams * rows * block * bits / (8 * warps * 32 * 4)
-        if (
-            not LEAST_OF_A_TILE <= held <= MOST_OF_A_TILE
-            or not lanes * warps <= block <= matrix.columns
-        ):
+    few = matrix.rows <= FEW_ROWS and not matrix.gated
+    shared = itertools.product((4, 8), (1, 2, 4)) if few else itertools.product((2, 4, 8, 16), (1,))
+    for (warps, splits), depth in itertools.product(shared, (1, 2, 4)):
+        block = depth * warps * (512 // bits)
+        if streams * depth * REGISTERS_OF_A_CHUNK > MOST_OF_A_TILE:
             continue
-        yield GemvTiles(block, rows, warps)
+        if few and splits == depth == 1:  # too little on its way
+            continue
+        if block * splits <= matrix.columns:
+            yield GemvTiles(block, 16, warps, splits)
 
 
 def compile_all(

@@ -21,14 +21,19 @@ from qwencli.config import (
     Speculate,
 )
 from qwencli.engine.kernels import fused_ops as fused_module
-from qwencli.engine.kernels.fused_ops import Launch, fused_ops
+from qwencli.engine.kernels.fused_ops import FusedOps, Launch, fused_ops
+from qwencli.engine.kernels.tiles import default_tiles
+from qwencli.engine.kernels.vectors import Reader
 from qwencli.engine.native.attention import AttentionPlan, decode_mask
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.engine import NativeEngine
+from qwencli.engine.native.quantized import quantize
+from qwencli.engine.native.rms_norm import RMSNorm
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
 from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, picture
-from tests.gpu.test_kernels_cuda import wide_model
+from tests.engine.kernels.test_gemv_quantized import MADE, rounded
+from tests.gpu.test_kernels_cuda import wide_model, wide_shape
 
 CUDA = torch.device("cuda")
 OWN = functools.partial(fused_ops, own_attention=True)
@@ -204,3 +209,49 @@ def test_steps_of_a_request_are_replayed_and_not_captured(checkpoint, kernels):
     assert first[0].token_ids == again.token_ids
     assert again.token_gpu_ms is not None
     assert all(a < b for a, b in itertools.pairwise(again.token_t_s))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("scheme", [*MADE, None])
+def test_products_of_several_vectors_and_what_they_hand_on(scheme, splits):
+    """Columns shared by several programs included; the same bits every time."""
+    generator = torch.Generator(CUDA).manual_seed(5)
+
+    def made(*size):
+        return torch.randn(size, device=CUDA, generator=generator).to(torch.bfloat16)
+
+    def matrix_of(weight):
+        return weight.t() if scheme is None else quantize(weight.float(), scheme)
+
+    def product(x, matrix):
+        if scheme is None:
+            return x.double() @ matrix.double()
+        vectors = torch.stack([rounded(row.float(), scheme) for row in x]).double()
+        return vectors @ matrix.dequantize(torch.float64).t()
+
+    shape = wide_shape().text
+    hidden, columns = shape.hidden_size, shape.intermediate_size
+    own = FusedOps(
+        shape,
+        torch.zeros(1, 2, 128, device=CUDA),
+        torch.bfloat16,
+        CUDA,
+        lambda kind: replace(default_tiles(kind), splits=splits),
+    )
+    matrix, following = matrix_of(made(hidden, columns)), matrix_of(made(512, hidden))
+    norm = RMSNorm(1 + 0.1 * made(hidden), 1e-6)
+    x, start = made(5, columns), made(5, hidden)
+    wanted = product(x, matrix) + start.double()
+    found = []
+    for _ in range(20):
+        y, z = start.clone(), torch.zeros(5, 512, device=CUDA, dtype=torch.bfloat16)
+        own._gemv(x, Reader(None, matrix), y, after=Reader(norm, following), add=True)
+        own._gemv(y, Reader(norm, following), z)
+        found.append((y, z))
+    assert all(torch.equal(y, found[0][0]) and torch.equal(z, found[0][1]) for y, z in found)
+    y, z = found[0]
+    assert float((y - wanted).norm() / wanted.norm()) < 5e-3
+    length = (y.double().square().mean(1, keepdim=True) + 1e-6).rsqrt()
+    after = product(y.float() * norm.weight.float(), following) * length
+    assert float((z - after).norm() / after.norm()) < 5e-3

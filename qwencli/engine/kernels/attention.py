@@ -18,8 +18,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qwencli.engine.kernels.attention_parts import join_parts
-from qwencli.engine.kernels.handover import hand_over
+from qwencli.engine.kernels.handover import HALVES, hand_over
 from qwencli.engine.kernels.kv_store import store_new
+from qwencli.engine.kernels.rounding import round_chunks
 
 
 @triton.jit
@@ -49,8 +50,10 @@ def decode_attention_kernel(
     tops_ptr,  # float32 [B * KVH * CROWDS, SPLITS, LANES]: largest score
     totals_ptr,  # float32 [B * KVH * CROWDS, SPLITS, LANES]: sum of weights
     arrived_ptr,  # int32 [B * KVH * CROWDS], zero
-    values_ptr,  # see `handover`
+    values_ptr,  # of one token see `handover`, of several `round_kernel`
     steps_ptr,
+    units_ptr,
+    starts_ptr,
     max_seq_len,
     eps,
     KVH: tl.constexpr,
@@ -65,11 +68,13 @@ def decode_attention_kernel(
     KV_MAX: tl.constexpr,
     FORM: tl.constexpr,
     SPAN: tl.constexpr,
+    RUN: tl.constexpr,
     AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program ((b * KVH + kv head) * CROWDS + crowd, part). FORM: of one token, see `handover`.
+    """Program ((b * KVH + kv head) * CROWDS + crowd, part). FORM: what the next product wants of
+    the result, see `handover`; RUN: see `words_in_a_row`.
 
     KV_MAX is the largest value that a quantized cache stores (see `native.kv_quantized`), 0 where
     it is not quantized. A slot's scales are multiplied with its scores and its weights: what is
@@ -231,17 +236,23 @@ def decode_attention_kernel(
             out_at = row[:, None] * D + full
         tl.store(out_ptr + out_at, acc / total[:, None], mask=real[:, None])
         if FORM > 0:
-            hand_over_heads(
-                acc / total[:, None],
-                out_at,
-                real,
-                out_ptr,
-                values_ptr,
-                steps_ptr,
-                H * D,
-                FORM,
-                SPAN,
-            )
+            if TOKENS == 1:
+                hand_over_heads(
+                    acc / total[:, None],
+                    out_at,
+                    real,
+                    out_ptr,
+                    values_ptr,
+                    steps_ptr,
+                    H * D,
+                    FORM,
+                    SPAN,
+                )
+            else:
+                round_heads(
+                    acc / total[:, None], head * GROUP + lanes % HEADS, batch * TOKENS + token,
+                    real, out_ptr, values_ptr, units_ptr, starts_ptr, FORM, RUN,
+                )  # fmt: skip
     else:
         first = tl.program_id(0) * SPLITS * LANES
         mine = first + split * LANES + lanes
@@ -264,9 +275,15 @@ def decode_attention_kernel(
             place = out_row[:, None] * D + full
             tl.store(out_ptr + place, joined, mask=asked[:, None])
             if FORM > 0:
-                hand_over_heads(
-                    joined, place, asked, out_ptr, values_ptr, steps_ptr, H * D, FORM, SPAN
-                )
+                if TOKENS == 1:
+                    hand_over_heads(
+                        joined, place, asked, out_ptr, values_ptr, steps_ptr, H * D, FORM, SPAN
+                    )
+                else:
+                    round_heads(
+                        joined, head * GROUP + query % HEADS, batch * TOKENS + asker, asked,
+                        out_ptr, values_ptr, units_ptr, starts_ptr, FORM, RUN,
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -288,6 +305,34 @@ def hand_over_heads(
     hand_over(
         tl.reshape(x, (SIZE,)), tl.reshape(columns, (SIZE,)), tl.reshape(inside, (SIZE,)),
         values_ptr, steps_ptr, K, FORM, SPAN,
+    )  # fmt: skip
+
+
+@triton.jit
+def round_heads(
+    heads,  # float32 [R, D]
+    head,  # [R], which each is
+    row,  # [R], and of which vector
+    real,  # [R]
+    out_ptr,
+    values_ptr,
+    units_ptr,
+    starts_ptr,
+    FORM: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """Round heads of several tokens as those who read them would see them stored."""
+    COLUMNS: tl.constexpr = 128 if FORM == HALVES else 64
+    EACH: tl.constexpr = heads.shape[1] // COLUMNS  # chunks of a head
+    COUNT: tl.constexpr = heads.shape[0] * EACH
+    heads = tl.where(real[:, None], heads, 0.0)  # lanes that only fill up have no weights
+    x = tl.reshape(heads.to(out_ptr.dtype.element_ty).to(tl.float32), (COUNT, COLUMNS))
+    chunk = head[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    row = tl.broadcast_to(row[:, None], chunk.shape)
+    real = tl.broadcast_to(real[:, None], chunk.shape)
+    round_chunks(
+        x, tl.reshape(chunk, (COUNT,)), tl.reshape(row, (COUNT,)), tl.reshape(real, (COUNT,)),
+        values_ptr, units_ptr, starts_ptr, FORM, RUN,
     )  # fmt: skip
 
 

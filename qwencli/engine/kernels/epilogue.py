@@ -96,31 +96,49 @@ def finish_rows(
 
 
 @triton.jit
-def store_several(
-    y, up_y, rows, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr, best_ptr,
-    TOKENS: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    ARGMAX: tl.constexpr,
+def state_of_several(
+    rows, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr,
+    TOKENS: tl.constexpr, ADD: tl.constexpr, ARGMAX: tl.constexpr,
 ):  # fmt: skip
-    """The end of products with several vectors, [ROWS, 8]: store them, or look for the best.
+    """What `store_several` needs, to be read before the products: bias and residual [ROWS, 8],
+    what was seen (likewise) and its penalty.
 
     A token fed counts as seen for its own vector and those after it.
     """
     tokens = tl.arange(0, 8)
     inside = rows < N
-    if SWIGLU:
-        y = y * tl.sigmoid(y) * up_y
-    if BIAS:
-        y += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
-    at = tokens[None, :] * N + rows[:, None]
-    there = inside[:, None] & (tokens < TOKENS)[None, :]
+    before = tl.zeros((rows.shape[0], 8), tl.float32)
+    if bias_ptr is not None:
+        before += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
     if ADD:
-        y += tl.load(y_ptr + at, mask=there, other=0.0).to(tl.float32)
+        there = inside[:, None] & (tokens < TOKENS)[None, :]
+        at = tokens[None, :] * N + rows[:, None]
+        before += tl.load(y_ptr + at, mask=there, other=0.0).to(tl.float32)
+    seen = before == 0.0
+    penalty = 1.0
     if ARGMAX:
+        penalty = tl.load(penalty_ptr)
         seen = (tl.load(seen_ptr + rows, mask=inside, other=0) != 0)[:, None]
         seen = seen | (tokens < 0)[None, :]
         for i in tl.static_range(1, TOKENS):
             seen |= (rows == tl.load(fed_ptr + i))[:, None] & (tokens >= i)[None, :]
-        penalty = tl.load(penalty_ptr)
+    return before, seen, penalty
+
+
+@triton.jit
+def store_several(
+    y, state, rows, N, y_ptr, best_ptr, squares_ptr,
+    TOKENS: tl.constexpr, ARGMAX: tl.constexpr, SQUARES: tl.constexpr,
+):  # fmt: skip
+    """The end of products with several vectors, [ROWS, 8]: store them, or look for the best.
+
+    SQUARES: those of this program's rows are stored for a norm, [programs, 8].
+    """
+    before, seen, penalty = state
+    tokens = tl.arange(0, 8)
+    there = (rows < N)[:, None] & (tokens < TOKENS)[None, :]
+    y += before
+    if ARGMAX:
         y = tl.where(seen, tl.where(y < 0, y * penalty, y / penalty), y)
         key = (ordered_bits(y).to(tl.int64) << 32) | (0xFFFFFFFF - rows.to(tl.int64))[:, None]
         mine = tl.max(tl.where(there, key, -0x8000000000000000), axis=0)
@@ -129,4 +147,8 @@ def store_several(
         known = tl.load(best_ptr + tokens, mask=real, other=0, volatile=True)
         tl.atomic_max(best_ptr + tokens, mine, mask=real & (mine > known), sem="relaxed")
     else:
-        tl.store(y_ptr + at, y, mask=there)
+        y = tl.where(there, y, 0.0).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + tokens[None, :] * N + rows[:, None], y, mask=there)
+        if SQUARES:
+            y = y.to(tl.float32)
+            tl.store(squares_ptr + tl.program_id(0) * 8 + tokens, tl.sum(y * y, axis=0))

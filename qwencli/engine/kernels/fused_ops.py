@@ -166,8 +166,11 @@ class FusedOps:
         crowds, lanes = triton.cdiv(step.length, each), self._heads * each
         splits = tiles.splits_for(crowds)
         attended = self._attended[: len(qkv)]
-        reader = Reader(None, layer.o) if len(qkv) == 1 else None
-        handed = self._vectors.offer(reader, layer.head_dim, 0)
+        one, reader = len(qkv) == 1, Reader(None, layer.o)
+        handed = self._vectors.offer(reader if one else None, layer.head_dim, 0)
+        several = self._several.ready
+        ready = several.offer_heads(reader if step.length > 1 else None, attended, layer.head_dim)
+        values, units, starts, _ = ready.buffers
         decode_attention_kernel[step.batch * layer.num_kv_heads * crowds, splits](
             qkv,
             gains[0],
@@ -182,8 +185,10 @@ class FusedOps:
             self._tops,
             self._totals,
             self._arrived,
-            handed.values,
+            handed.values if one else values,
             handed.steps,
+            units,
+            starts,
             cache.shape[2],
             0.0 if norm is None else norm.eps,
             KVH=layer.num_kv_heads,
@@ -197,12 +202,16 @@ class FusedOps:
             NORM=norm is not None,
             KV_MAX=kv_max,
             PRECISION=self._precision,
-            FORM=int(handed.form),
+            FORM=int(handed.form if one else ready.wanted.form),
             SPAN=handed.span,
+            RUN=ready.wanted.run,
             AT_ONCE=tiles.parts_at_once(lanes, layer.head_dim, splits),
             **self._launch.options(tiles.warps_for(lanes)),
         )
-        self._vectors.handed(attended, handed)
+        if one:
+            self._vectors.handed(attended, handed)
+        else:
+            several.handed(attended, ready)
         return attended
 
     def o_residual(self, attended: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
@@ -287,7 +296,7 @@ class FusedOps:
         contiguous [out, in] weight, with `x`; `after` reads y."""
         matrix, norm = reader.matrix, reader.norm
         if len(x) > 1:
-            self._several(x, matrix, y, Epilogue(norm, bias, gated, add, choice, fed))
+            self._several(x, matrix, y, Epilogue(norm, bias, gated, add, choice, fed, after))
             return
         quantized = matrix if isinstance(matrix, Quantized) else None
         way = in_words(matrix)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwencli.engine.kernels.epilogue import store_several
+from qwencli.engine.kernels.epilogue import state_of_several, store_several
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def gemm_kernel(
     gain_ptr,  # [K], weight of the RMS norm of x
     w_ptr,  # [N, K], or [2 N, K] for SWIGLU
     scale_ptr,  # float32 [N] or [2 N], where SCALED
-    bias_ptr,  # [N]
+    bias_ptr,  # [N], or None
     y_ptr,  # [TOKENS, N]
     seen_ptr,  # bool [N]
     penalty_ptr,  # float32 []
@@ -66,7 +66,6 @@ def gemm_kernel(
     TOKENS: tl.constexpr,
     NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
-    BIAS: tl.constexpr,
     ADD: tl.constexpr,
     ARGMAX: tl.constexpr,
     SCALED: tl.constexpr,
@@ -114,7 +113,9 @@ def gemm_kernel(
         y *= tl.load(scale_ptr + rows, mask=inside, other=0.0)[:, None]
         if SWIGLU:
             up_y *= tl.load(scale_ptr + N + rows, mask=inside, other=0.0)[:, None]
-    store_several(
-        y, up_y, rows, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr, best_ptr,
-        TOKENS, SWIGLU, BIAS, ADD, ARGMAX,
-    )  # fmt: skip
+    if SWIGLU:
+        y = y * tl.sigmoid(y) * up_y
+    state = state_of_several(
+        rows, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr, TOKENS, ADD, ARGMAX
+    )
+    store_several(y, state, rows, N, y_ptr, best_ptr, y_ptr, TOKENS, ARGMAX, False)

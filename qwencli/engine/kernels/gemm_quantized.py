@@ -1,8 +1,9 @@
 """Products of quantized matrices with 2 to 8 vectors, on matrix units.
 
 A program owns 16 rows, and each of its warps chunks of columns of its own (`rounding`), whose
-products are added up at the end. While one tile is worked on the next is on its way; the first one
-is before the wait for the kernel in front (programmatic dependent launch).
+products are added up at the end, with those of the programs that share the rows (`joining`). While
+one tile is worked on the next is on its way, with its groups' scales; the first one is before the
+wait for the kernel in front (programmatic dependent launch).
 
 Weights become float16 two at a time: their bits under an exponent, so that int8 reads 1152 + q and
 int4 1024 + q. What that is too much is where the sum starts from. fp8 reads as float16 with an
@@ -15,8 +16,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwencli.engine.kernels.epilogue import store_several
-from qwencli.engine.kernels.operands import of_groups, of_parts, operand, row_words, vectors
+from qwencli.engine.kernels.joining import begin_several, finish_several
+from qwencli.engine.kernels.operands import (
+    group_values,
+    of_groups,
+    of_parts,
+    operand,
+    part_values,
+    row_words,
+    vector_words,
+    vectors,
+)
 from qwencli.engine.kernels.rounding import shared_norms
 
 ROWS = 16  # of a program: what a matrix instruction takes
@@ -24,109 +34,146 @@ ROWS = 16  # of a program: what a matrix instruction takes
 
 @triton.jit
 def quantized_dots(
-    low, high, x, unit, starts, scale_ptr, zero_ptr, chunk, rows, N, K: tl.constexpr,
-    BITS: tl.constexpr, FP8: tl.constexpr, G: tl.constexpr, DEPTH: tl.constexpr,
-    WARPS: tl.constexpr, RUN: tl.constexpr,
+    low, high, x, unit, starts, scale, zero, BITS: tl.constexpr, FP8: tl.constexpr,
+    DEPTH: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Products of a tile of 16 rows with 8 vectors: [WARPS, 16, 8]."""
+    ALL: tl.constexpr = DEPTH * 4 // RUN * WARPS
     w = operand(low, high, BITS, FP8, DEPTH, WARPS, RUN)
+    unit = of_parts(unit, ALL)
+    starts = of_parts(starts, ALL)
     products = (tl.dot(w, x) if FP8 else tl.dot(w, x, starts)) * unit
     if BITS == 4:
-        zero = of_groups(zero_ptr, chunk, rows, N, K, G, DEPTH, WARPS, RUN)
-        scale = of_groups(scale_ptr, chunk, rows, N, K, G, DEPTH, WARPS, RUN)
-        products = scale * (products + zero * (starts * unit * (1.0 / 1024.0)))
+        sums = starts * unit * (1.0 / 1024.0)
+        products = of_groups(scale, ALL) * (products + of_groups(zero, ALL) * sums)
     return tl.sum(tl.reshape(products, (DEPTH * 4 // RUN, WARPS, 16, 8)), axis=0)
 
 
 @triton.jit
 def gemm_quantized_kernel(
-    values_ptr,  # what `round_kernel` made of the vectors: these three
-    units_ptr,
-    starts_ptr,
-    squares_ptr,
+    x_values_ptr,  # the vectors, rounded: these four as in `round_kernel`, two values an int32
+    x_units_ptr,
+    x_starts_ptr,
+    x_squares_ptr,  # [SHARES, 8]
     w_ptr,  # int32 [N, K * BITS / 32], or [2 N, ..] for SWIGLU
     scale_ptr,  # float32 [N] or [2 N]; int4: float16 [.., K / G]
     zero_ptr,  # int4: float16, as scale
-    bias_ptr,  # [N]
+    bias_ptr,  # [N], or None
     y_ptr,  # [TOKENS, N]
     seen_ptr,  # bool [N]
     penalty_ptr,  # float32 []
     fed_ptr,  # int64 [TOKENS], the tokens of this step
     best_ptr,  # int64 [TOKENS]
+    sums_ptr,  # these as in `finish_several`
+    arrived_ptr,
+    next_gain_ptr,
+    values_ptr,
+    units_ptr,
+    starts_ptr,
+    squares_ptr,
     N,
     eps,
     K: tl.constexpr,
     DEPTH: tl.constexpr,
     WARPS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SHARES: tl.constexpr,
     TOKENS: tl.constexpr,
-    NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
-    BIAS: tl.constexpr,
     ADD: tl.constexpr,
     ARGMAX: tl.constexpr,
+    FORM: tl.constexpr,
+    NEXT_RUN: tl.constexpr,
     BITS: tl.constexpr,
     FP8: tl.constexpr,
     RUN: tl.constexpr,
     G: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """As `gemm_kernel`, 16 rows a program. DEPTH: chunks that a warp reads at once."""
+    """As `gemm_float16_kernel`. SHARES is 0 without a norm."""
     WIDTH: tl.constexpr = K * BITS // 32
     COLUMNS: tl.constexpr = 512 // BITS
     CHUNKS: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
     TILE: tl.constexpr = DEPTH * WARPS
-    first = tl.program_id(0) * 16
+    EACH: tl.constexpr = (CHUNKS + SPLITS - 1) // SPLITS
+    first = tl.program_id(0) // SPLITS * 16
+    begin = tl.program_id(0) % SPLITS * EACH
+    end = tl.minimum(begin + EACH, CHUNKS)
     up_ptr = w_ptr + N.to(tl.int64) * WIDTH
-    low = row_words(w_ptr, 0, first, N, WIDTH, TILE, RUN)
-    high = row_words(w_ptr, 0, first + 8, N, WIDTH, TILE, RUN)
+    low = row_words(w_ptr, begin, end, first, N, WIDTH, TILE, RUN)
+    high = row_words(w_ptr, begin, end, first + 8, N, WIDTH, TILE, RUN)
     if SWIGLU:
-        up_low = row_words(up_ptr, 0, first, N, WIDTH, TILE, RUN)
-        up_high = row_words(up_ptr, 0, first + 8, N, WIDTH, TILE, RUN)
+        up_low = row_words(up_ptr, begin, end, first, N, WIDTH, TILE, RUN)
+        up_high = row_words(up_ptr, begin, end, first + 8, N, WIDTH, TILE, RUN)
+    scale, zero, up_scale, up_zero = 0.0, 0.0, 0.0, 0.0  # of int8 and fp8: at the end
+    if BITS == 4:
+        scale = group_values(scale_ptr, begin, end, first, N, K, G, DEPTH, WARPS, RUN)
+        zero = group_values(zero_ptr, begin, end, first, N, K, G, DEPTH, WARPS, RUN)
+        if SWIGLU:
+            far = N.to(tl.int64) * (K // G)
+            up_scale = group_values(scale_ptr + far, begin, end, first, N, K, G, DEPTH, WARPS, RUN)
+            up_zero = group_values(zero_ptr + far, begin, end, first, N, K, G, DEPTH, WARPS, RUN)
+    else:
+        rows = first + tl.arange(0, 16)
+        row_scale = tl.load(scale_ptr + rows, mask=rows < N, other=0.0)
+        if SWIGLU:
+            up_row_scale = tl.load(scale_ptr + N + rows, mask=rows < N, other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    x = vectors(values_ptr, 0, CHUNKS, BITS, DEPTH, WARPS, RUN)
-    unit = of_parts(units_ptr, 0, CHUNKS, DEPTH, WARPS, RUN)
-    starts = of_parts(starts_ptr, 0, CHUNKS, DEPTH, WARPS, RUN)
+    words = vector_words(x_values_ptr, begin, end, BITS, DEPTH, WARPS)
+    unit = part_values(x_units_ptr, begin, end, DEPTH, WARPS, RUN)
+    starts = part_values(x_starts_ptr, begin, end, DEPTH, WARPS, RUN)
+    norms = tl.full((1, 8), 1.0, tl.float32)
+    if SHARES > 0:
+        norms = shared_norms(x_squares_ptr, eps, K, SHARES)[None, :]
+    state = begin_several(
+        first, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr, TOKENS, ADD, ARGMAX, SPLITS, FORM
+    )
     acc = tl.zeros((WARPS, 16, 8), tl.float32)
     up_acc = tl.zeros((WARPS, 16, 8), tl.float32)
-    for chunk in tl.range(0, CHUNKS, TILE, num_stages=1):
-        after = (chunk + TILE) * 16
-        next_low = row_words(w_ptr, after, first, N, WIDTH, TILE, RUN)
-        next_high = row_words(w_ptr, after, first + 8, N, WIDTH, TILE, RUN)
+    for chunk in tl.range(begin, end, TILE, num_stages=1):
+        after = chunk + TILE
+        next_low = row_words(w_ptr, after, end, first, N, WIDTH, TILE, RUN)
+        next_high = row_words(w_ptr, after, end, first + 8, N, WIDTH, TILE, RUN)
         if SWIGLU:
-            next_up_low = row_words(up_ptr, after, first, N, WIDTH, TILE, RUN)
-            next_up_high = row_words(up_ptr, after, first + 8, N, WIDTH, TILE, RUN)
-        next_x = vectors(values_ptr, chunk + TILE, CHUNKS, BITS, DEPTH, WARPS, RUN)
-        next_unit = of_parts(units_ptr, chunk + TILE, CHUNKS, DEPTH, WARPS, RUN)
-        next_starts = of_parts(starts_ptr, chunk + TILE, CHUNKS, DEPTH, WARPS, RUN)
-        acc += quantized_dots(
-            low, high, x, unit, starts, scale_ptr, zero_ptr, chunk, first, N,
-            K, BITS, FP8, G, DEPTH, WARPS, RUN,
-        )  # fmt: skip
+            next_up_low = row_words(up_ptr, after, end, first, N, WIDTH, TILE, RUN)
+            next_up_high = row_words(up_ptr, after, end, first + 8, N, WIDTH, TILE, RUN)
+        if BITS == 4:
+            next_scale = group_values(scale_ptr, after, end, first, N, K, G, DEPTH, WARPS, RUN)
+            next_zero = group_values(zero_ptr, after, end, first, N, K, G, DEPTH, WARPS, RUN)
+            if SWIGLU:
+                next_up_scale = group_values(
+                    scale_ptr + far, after, end, first, N, K, G, DEPTH, WARPS, RUN
+                )
+                next_up_zero = group_values(
+                    zero_ptr + far, after, end, first, N, K, G, DEPTH, WARPS, RUN
+                )
+        next_words = vector_words(x_values_ptr, after, end, BITS, DEPTH, WARPS)
+        next_unit = part_values(x_units_ptr, after, end, DEPTH, WARPS, RUN)
+        next_starts = part_values(x_starts_ptr, after, end, DEPTH, WARPS, RUN)
+        x = vectors(words, BITS, DEPTH, WARPS, RUN)
+        acc += quantized_dots(low, high, x, unit, starts, scale, zero, BITS, FP8, DEPTH, WARPS, RUN)
         low, high = next_low, next_high
+        if BITS == 4:
+            scale, zero = next_scale, next_zero
         if SWIGLU:
-            far = N.to(tl.int64) * (K // G)
             up_acc += quantized_dots(
-                up_low, up_high, x, unit, starts, scale_ptr + far, zero_ptr + far, chunk, first, N,
-                K, BITS, FP8, G, DEPTH, WARPS, RUN,
-            )  # fmt: skip
+                up_low, up_high, x, unit, starts, up_scale, up_zero, BITS, FP8, DEPTH, WARPS, RUN
+            )
             up_low, up_high = next_up_low, next_up_high
-        x, unit, starts = next_x, next_unit, next_starts
+            if BITS == 4:
+                up_scale, up_zero = next_up_scale, next_up_zero
+        words, unit, starts = next_words, next_unit, next_starts
 
-    rows = first + tl.arange(0, 16)
-    inside = rows < N
-    y = tl.sum(acc, axis=0)  # [16, 8]
-    up_y = tl.sum(up_acc, axis=0)
-    if NORM:
-        norms = shared_norms(squares_ptr, eps, K, CHUNKS)[None, :]
-        y *= norms
-        up_y *= norms
+    y = tl.sum(acc, axis=0) * norms  # [16, 8]
+    up_y = tl.sum(up_acc, axis=0) * norms
     if BITS == 8:
-        y *= tl.load(scale_ptr + rows, mask=inside, other=0.0)[:, None]
+        y *= row_scale[:, None]
         if SWIGLU:
-            up_y *= tl.load(scale_ptr + N + rows, mask=inside, other=0.0)[:, None]
-    store_several(
-        y, up_y, rows, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr, best_ptr,
-        TOKENS, SWIGLU, BIAS, ADD, ARGMAX,
+            up_y *= up_row_scale[:, None]
+    finish_several(
+        y, up_y, state, first, N, bias_ptr, y_ptr, best_ptr, sums_ptr, arrived_ptr,
+        next_gain_ptr, values_ptr, units_ptr, starts_ptr, squares_ptr,
+        TOKENS, SWIGLU, ADD, ARGMAX, SPLITS, FORM, NEXT_RUN,
     )  # fmt: skip

@@ -19,22 +19,24 @@ FOURS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 @triton.jit
 def row_words(
     w_ptr,
-    start,
+    chunk,
+    end,
     rows,
     N,
     WIDTH: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    TILE: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """Start reading words of 8 `rows` of int32 [N, WIDTH]: [CHUNKS * 8 * 4 * 4], by chunk, row,
-    lane and word."""
-    i = tl.arange(0, CHUNKS * 128)
+    """Start reading TILE chunks, up to `end`, of 8 `rows` of int32 [N, WIDTH]:
+    [TILE * 8 * 4 * 4], by chunk, row, lane and word."""
+    i = tl.arange(0, TILE * 128)
     column = i % 16  # in order, where a lane takes all its words in a row
     if RUN < 4:
         column = i % 4 // RUN * (4 * RUN) + i // 4 % 4 * RUN + i % RUN
-    column += start + i // 128 * 16
+    of = chunk + i // 128
+    column += of * 16
     row = rows + i // 16 % 8
-    there = (row < N) & (column < WIDTH)
+    there = (row < N) & (column < WIDTH) & (of < end)
     return tl.load(
         w_ptr + row.to(tl.int64) * WIDTH + column,
         mask=there,
@@ -53,16 +55,20 @@ def both_halves(pairs):
 
 @triton.jit
 def as_float16(words, BITS: tl.constexpr, FP8: tl.constexpr):
-    """int32 [M] -> float16 [M, steps of a word, 2, 2] that stand for its weights, see above; fp8
-    for 2^-8 of them."""
+    """int32 [M] -> float16 [M, steps of a word, 2, 2] that stand for its weights, see
+    `gemm_quantized`; fp8 for 2^-8 of them."""
+    # Grids have one axis. An exponent that the compiler does not know to be a constant lies in a
+    # register, where one instruction masks a word and joins it: it takes one constant, not two.
+    zero = tl.program_id(2)
     if BITS == 4:
+        exponent = 0x64006400 + zero
         first = tl.join(
-            both_halves((words & 0x000F000F) | 0x64006400),
-            both_halves(((words >> 8) & 0x000F000F) | 0x64006400),
+            both_halves((words & 0x000F000F) | exponent),
+            both_halves(((words >> 8) & 0x000F000F) | exponent),
         )
         second = tl.join(
-            both_halves(((words >> 4) & 0x000F000F) | 0x64006400),
-            both_halves(((words >> 12) & 0x000F000F) | 0x64006400),
+            both_halves(((words >> 4) & 0x000F000F) | exponent),
+            both_halves(((words >> 12) & 0x000F000F) | exponent),
         )
         # [M, half, step, turn] -> [M, step, turn, half]
         weights = tl.permute(tl.join(first, second), (0, 2, 3, 1))
@@ -71,8 +77,9 @@ def as_float16(words, BITS: tl.constexpr, FP8: tl.constexpr):
             even = ((words << 8) & -0x7FFF8000) | ((words << 7) & 0x3F803F80)
             odd = (words & -0x7FFF8000) | ((words >> 1) & 0x3F803F80)
         else:
-            even = (words & 0x00FF00FF) ^ 0x64806480
-            odd = ((words >> 8) & 0x00FF00FF) ^ 0x64806480
+            exponent = 0x64806480 + zero
+            even = (words & 0x00FF00FF) ^ exponent
+            odd = ((words >> 8) & 0x00FF00FF) ^ exponent
         pairs = tl.join(both_halves(even), both_halves(odd))  # [M, half, turn]
         weights = tl.permute(pairs, (0, 2, 1))[:, None, :, :]
     return weights
@@ -97,54 +104,63 @@ def operand(
 
 
 @triton.jit
-def vectors(
-    values_ptr, chunk, CHUNKS: tl.constexpr, BITS: tl.constexpr, DEPTH: tl.constexpr,
-    WARPS: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
-    """The other operand of the chunks from `chunk` on: [DEPTH * PARTS * WARPS, columns, 8]."""
+def vector_words(
+    values_ptr, chunk, end, BITS: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr
+):
+    """Start reading the vectors' values (`round_kernel`, two in an int32) of the chunks from
+    `chunk` on: [DEPTH * WARPS * 8 * 4 * 2 * 2, ...], by chunk, vector, lane, step of a pair and
+    turn, and by the pairs of instructions of a chunk."""
+    PAIRS: tl.constexpr = 16 // BITS
+    i = tl.arange(0, DEPTH * WARPS * 128)
+    at = values_ptr + (chunk + i // 128) * (PAIRS * 128) + i % 128
+    there = chunk + i // 128 < end
+    first = tl.load(at, mask=there, other=0)
+    second = tl.load(at + 128, mask=there, other=0)
+    if PAIRS == 4:
+        first = tl.join(first, tl.load(at + 256, mask=there, other=0))
+        second = tl.join(second, tl.load(at + 384, mask=there, other=0))
+    return tl.join(first, second)
+
+
+@triton.jit
+def vectors(words, BITS: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr):
+    """The other operand: [DEPTH * PARTS * WARPS, columns, 8]."""
     PAIRS: tl.constexpr = 16 // BITS  # of instructions a chunk
     PARTS: tl.constexpr = 4 // RUN
-    i = tl.arange(0, DEPTH * WARPS * 256)
-    at = values_ptr + (chunk + i // 256) * (PAIRS * 256) + i % 256
-    there = chunk + i // 256 < CHUNKS
-    first = tl.load(at, mask=there, other=0.0)
-    second = tl.load(at + 256, mask=there, other=0.0)
-    if PAIRS == 4:
-        third = tl.load(at + 512, mask=there, other=0.0)
-        first = tl.join(first, third)
-        second = tl.join(second, tl.load(at + 768, mask=there, other=0.0))
-    x = tl.reshape(tl.join(first, second), (DEPTH, WARPS, 8, 4, 2, 2, 2, PARTS, PAIRS // PARTS))
-    # chunk, warp, vector, lane, step of a pair, turn, half, part, pair -> part, column, vector
+    x = tl.reshape(both_halves(words), (DEPTH, WARPS, 8, 4, 2, 2, PARTS, PAIRS // PARTS, 2))
+    # chunk, warp, vector, lane, step of a pair, turn, part, pair, half -> part, column, vector
     if FOURS:
-        x = tl.permute(x, (0, 7, 1, 8, 4, 3, 5, 6, 2))
+        x = tl.permute(x, (0, 6, 1, 7, 4, 3, 5, 8, 2))
     else:
-        x = tl.permute(x, (0, 7, 1, 8, 4, 5, 3, 6, 2))
+        x = tl.permute(x, (0, 6, 1, 7, 4, 5, 3, 8, 2))
     return tl.reshape(x, (DEPTH * PARTS * WARPS, PAIRS // PARTS * 32, 8))
 
 
 @triton.jit
-def of_parts(ptr, chunk, CHUNKS: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
-             RUN: tl.constexpr):  # fmt: skip
-    """What each part has for each vector, as the products of a matrix instruction lie."""
+def part_values(ptr, chunk, end, DEPTH: tl.constexpr, WARPS: tl.constexpr, RUN: tl.constexpr):
+    """Start reading what each part has for each vector, as the products of a matrix instruction
+    lie: [DEPTH * PARTS * WARPS * 32, 2], by part and lane, of two vectors."""
     PARTS: tl.constexpr = 4 // RUN
     i = tl.arange(0, DEPTH * PARTS * WARPS * 32)
     part = i // 32
     of = chunk + part // (PARTS * WARPS) * WARPS + part % WARPS
     at = ptr + (of * PARTS + part // WARPS % PARTS) * 8 + i % 4 * 2
-    pair = tl.join(
-        tl.load(at, mask=of < CHUNKS, other=0.0), tl.load(at + 1, mask=of < CHUNKS, other=0.0)
-    )
-    pair = tl.reshape(pair, (DEPTH * PARTS * WARPS, 1, 8, 8))
-    pair = tl.broadcast_to(pair, (DEPTH * PARTS * WARPS, 2, 8, 8))
-    return tl.reshape(pair, (DEPTH * PARTS * WARPS, 16, 8))
+    return tl.join(tl.load(at, mask=of < end, other=0.0), tl.load(at + 1, mask=of < end, other=0.0))
 
 
 @triton.jit
-def of_groups(
-    ptr, chunk, rows, N, K: tl.constexpr, G: tl.constexpr, DEPTH: tl.constexpr,
+def of_parts(pair, ALL: tl.constexpr):
+    """`part_values` for all rows of the products: [ALL, 16, 8], ALL parts of all warps."""
+    pair = tl.broadcast_to(tl.reshape(pair, (ALL, 1, 8, 8)), (ALL, 2, 8, 8))
+    return tl.reshape(pair, (ALL, 16, 8))
+
+
+@triton.jit
+def group_values(
+    ptr, chunk, end, rows, N, K: tl.constexpr, G: tl.constexpr, DEPTH: tl.constexpr,
     WARPS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """What belongs to each part's group of G columns, float16 [N, K / G], likewise."""
+    """Likewise what belongs to each part's group of G columns, float16 [N, K / G], of two rows."""
     PARTS: tl.constexpr = 4 // RUN
     GROUPS: tl.constexpr = K // G
     i = tl.arange(0, DEPTH * PARTS * WARPS * 32)
@@ -153,8 +169,14 @@ def of_groups(
     group = (of * 128 + part // WARPS % PARTS * (RUN * 32)) // G
     row = rows + i // 4 % 8
     at = ptr + row * GROUPS + group
-    low = tl.load(at, mask=(row < N) & (group < GROUPS), other=0.0)
-    high = tl.load(at + 8 * GROUPS, mask=(row + 8 < N) & (group < GROUPS), other=0.0)
-    both = tl.reshape(tl.join(low, high), (DEPTH * PARTS * WARPS, 8, 4, 1, 2))
-    both = tl.permute(tl.broadcast_to(both, (DEPTH * PARTS * WARPS, 8, 4, 2, 2)), (0, 4, 1, 2, 3))
-    return tl.reshape(both, (DEPTH * PARTS * WARPS, 16, 8)).to(tl.float32)
+    there = (of < end) & (group < GROUPS)
+    low = tl.load(at, mask=(row < N) & there, other=0.0)
+    return tl.join(low, tl.load(at + 8 * GROUPS, mask=(row + 8 < N) & there, other=0.0))
+
+
+@triton.jit
+def of_groups(pair, ALL: tl.constexpr):
+    """`group_values` for all vectors: float32 [ALL, 16, 8]."""
+    both = tl.reshape(pair, (ALL, 8, 4, 1, 2))
+    both = tl.permute(tl.broadcast_to(both, (ALL, 8, 4, 2, 2)), (0, 4, 1, 2, 3))
+    return tl.reshape(both, (ALL, 16, 8)).to(tl.float32)

@@ -1,5 +1,6 @@
 """2 to 8 vectors made ready for `gemm_quantized_kernel`, once for all its programs.
 
+The kernel that makes them does so (`joining`, `attention`), or one of its own.
 Each is rounded to the steps that a single vector is rounded to (`handover`), so that a token
 checked is the token that would have been chosen. What is rounded becomes float16, in units of the
 largest value of its part of a chunk, and lies as the lanes of a matrix instruction take it.
@@ -13,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from qwencli.engine.kernels.handover import FLOAT16, HALVES
 
 LANE_BYTES = 16
 LANES = 4  # that share a chunk of a row
@@ -31,6 +34,61 @@ def words_in_a_row(group: int, columns: int) -> int:
 
 
 @triton.jit
+def round_chunks(
+    x,  # float32 [R, COLUMNS of a chunk], with the gain in it
+    chunk,  # int32 [R], which chunk of its vector each row is
+    token,  # int32 [R], and of which vector
+    real,  # bool [R]
+    values_ptr,  # these three as in `round_kernel`
+    units_ptr,
+    starts_ptr,
+    FORM: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """Round chunks to the steps of FORM (`handover`), in units of each part's largest value."""
+    BITS: tl.constexpr = 4 if FORM == HALVES else 8
+    SPAN: tl.constexpr = 32 // BITS  # columns of a word, which share a step
+    PARTS: tl.constexpr = 4 // RUN
+    R: tl.constexpr = x.shape[0]
+    COLUMNS: tl.constexpr = x.shape[1]
+    blocks = tl.reshape(x, (R, COLUMNS // SPAN, SPAN))
+    largest = tl.maximum(tl.max(tl.abs(blocks), axis=2), 1e-30)[:, :, None]
+    blocks *= 1.0 / largest
+    if FORM == FLOAT16:
+        blocks = blocks.to(tl.float16).to(tl.float32) * largest
+    else:
+        # Adding 1.5 * 2^23 rounds to an integer, in the lowest bits of the result.
+        q = (blocks * 127.0 + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+        blocks = q.to(tl.float32) * (largest * (1.0 / 127.0))
+    parts = tl.reshape(blocks, (R, PARTS, COLUMNS // PARTS))
+    unit = tl.maximum(tl.max(tl.abs(parts), axis=2), 1e-30)  # [R, PARTS]
+    units = (parts * (1.0 / unit)[:, :, None]).to(tl.float16)
+    total = tl.sum(units.to(tl.float32), axis=2)
+    part = (chunk[:, None] * PARTS + tl.arange(0, PARTS)[None, :]) * 8 + token[:, None]
+    # fp8 is read as float16 with an exponent that is 8 too small.
+    tl.store(units_ptr + part, unit * 256.0 if FORM == FLOAT16 else unit, mask=real[:, None])
+    start = total * (-1152.0 if BITS == 8 else -1024.0)
+    tl.store(starts_ptr + part, start, mask=real[:, None])
+    # Where the thread takes each from that multiplies it.
+    at = tl.arange(0, COLUMNS)
+    word = at // SPAN
+    lane = word // RUN % 4
+    word = word // (4 * RUN) * RUN + word % RUN
+    place = at % SPAN
+    if BITS == 8:
+        step = word
+        turn = place % 2 * 2 + place // 2
+    else:
+        nibble = place % 4 * 2 + place // 4
+        pair = nibble % 4
+        step = word * 2 + pair // 2
+        turn = pair % 2 * 2 + nibble // 4
+    to = (step // 2 * 32 + lane) * 8 + step % 2 * 4 + turn
+    to = chunk[:, None] * (COLUMNS * 8) + token[:, None] * 32 + to[None, :]
+    tl.store(values_ptr + to, tl.reshape(units, (R, COLUMNS)), mask=real[:, None])
+
+
+@triton.jit
 def round_kernel(
     x_ptr,  # [TOKENS, K]
     gain_ptr,  # [K], or None
@@ -39,20 +97,15 @@ def round_kernel(
     starts_ptr,  # float32, as units
     squares_ptr,  # float32 [programs, 8]
     K,
-    BITS: tl.constexpr,
-    FP8: tl.constexpr,
-    SPAN: tl.constexpr,
+    FORM: tl.constexpr,
     RUN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Round one chunk of one vector to steps of SPAN columns, in units of each part's largest."""
+    """Round a chunk of a vector that no kernel in front has rounded."""
     chunk = tl.program_id(0)
     token = tl.program_id(1)
-    OF_WORD: tl.constexpr = 32 // BITS
-    PARTS: tl.constexpr = 4 // RUN
-    COLUMNS: tl.constexpr = 16 * OF_WORD
-    at = tl.arange(0, COLUMNS)
-    columns = chunk * COLUMNS + at
+    COLUMNS: tl.constexpr = 128 if FORM == HALVES else 64
+    columns = chunk * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < K
     if gain_ptr is not None:
         gain = tl.load(gain_ptr + columns, mask=inside, other=0.0).to(tl.float32)
@@ -63,39 +116,10 @@ def round_kernel(
     if gain_ptr is not None:
         tl.store(squares_ptr + chunk * 8 + token, tl.sum(x * x))
         x *= gain
-    blocks = tl.reshape(x, (COLUMNS // SPAN, SPAN))
-    largest = tl.maximum(tl.max(tl.abs(blocks), axis=1), 1e-30)[:, None]
-    blocks *= 1.0 / largest
-    if FP8:
-        blocks = blocks.to(tl.float16).to(tl.float32) * largest
-    else:
-        # Adding 1.5 * 2^23 rounds to an integer, in the lowest bits of the result.
-        q = (blocks * 127.0 + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-        blocks = q.to(tl.float32) * (largest * (1.0 / 127.0))
-    parts = tl.reshape(blocks, (PARTS, COLUMNS // PARTS))
-    unit = tl.maximum(tl.max(tl.abs(parts), axis=1), 1e-30)
-    units = (parts * (1.0 / unit)[:, None]).to(tl.float16)
-    total = tl.sum(units.to(tl.float32), axis=1)
-    part = (chunk * PARTS + tl.arange(0, PARTS)) * 8 + token
-    # fp8 is read as float16 with an exponent that is 8 too small.
-    tl.store(units_ptr + part, unit * 256.0 if FP8 else unit)
-    start = total * (-1152.0 if BITS == 8 else -1024.0)
-    tl.store(starts_ptr + part, start)
-    # Where the thread takes each from that multiplies it.
-    word = at // OF_WORD
-    lane = word // RUN % 4
-    word = word // (4 * RUN) * RUN + word % RUN
-    place = at % OF_WORD
-    if BITS == 8:
-        step = word
-        turn = place % 2 * 2 + place // 2
-    else:
-        nibble = place % 4 * 2 + place // 4
-        pair = nibble % 4
-        step = word * 2 + pair // 2
-        turn = pair % 2 * 2 + nibble // 4
-    to = ((step // 2 * 8 + token) * 4 + lane) * 8 + step % 2 * 4 + turn
-    tl.store(values_ptr + chunk * (COLUMNS * 8) + to, tl.reshape(units, (COLUMNS,)))
+    one = tl.arange(0, 1)
+    round_chunks(
+        x[None, :], one + chunk, one + token, one == 0, values_ptr, units_ptr, starts_ptr, FORM, RUN
+    )
 
 
 @triton.jit

@@ -4,7 +4,7 @@ The figures are the fastest of searches, each inside the whole decode step: for 
 the matrices of 2B, 4B and 8B models on one H200 (results/2026-11-23-h200-kernels), for int8, int4
 and fp8 over those of a 4B model on one H100 (results/2026-11-25-h100-step). Most others were within
 two percent. A thread reads 16 bytes of a row at a time. Those for several tokens come from what the
-compiler makes of them: the widest that leave room for two programs a multiprocessor.
+compiler makes of them, not from a search.
 """
 
 from __future__ import annotations
@@ -14,15 +14,21 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 MOST_SPLITS = 32
+MOST_SHARING = 4  # programs that share the columns of a product with several vectors
 
 
 @dataclass(frozen=True)
 class GemvTiles:
-    """`rows` output rows a program, read `block` columns at a time by `num_warps` warps."""
+    """`rows` output rows a program, read `block` columns at a time by `num_warps` warps.
+
+    Args:
+        splits: programs that share the columns, of products with several vectors.
+    """
 
     block: int
     rows: int
     num_warps: int
+    splits: int = 1
 
 
 class Storage(StrEnum):
@@ -149,29 +155,51 @@ _OF_MANY_ROWS: Mapping[Storage, GemvTiles] = {
     Storage.INT4: GemvTiles(512, 8, 4),
 }
 
-# For 2 to 8 tokens, likewise: 16 rows are what a matrix instruction takes. Two programs at least
-# have to fit in the registers of a multiprocessor, or a matrix of few rows is read in two rounds.
-_SEVERAL: Mapping[tuple[Storage, bool], tuple[tuple[int, GemvTiles], ...]] = {
-    (Storage.FLOAT, False): ((ANY, GemvTiles(512, 16, 8)),),
-    (Storage.FLOAT, True): ((ANY, GemvTiles(256, 16, 8)),),
-    (Storage.BYTES, False): ((ANY, GemvTiles(512, 16, 8)),),
-    (Storage.BYTES, True): ((ANY, GemvTiles(512, 16, 8)),),
-    (Storage.INT8, False): ((3072, GemvTiles(512, 16, 8)), (ANY, GemvTiles(1024, 16, 16))),
-    (Storage.INT8, True): ((ANY, GemvTiles(256, 16, 4)),),
-    (Storage.FP8, False): ((3072, GemvTiles(512, 16, 8)), (ANY, GemvTiles(1024, 16, 16))),
-    (Storage.FP8, True): ((ANY, GemvTiles(256, 16, 4)),),
-    (Storage.INT4, False): ((ANY, GemvTiles(1024, 16, 8)),),
-    (Storage.INT4, True): ((ANY, GemvTiles(512, 16, 4)),),
+# For 2 to 8 tokens, likewise: 16 rows are what a matrix instruction takes. From what the compiler
+# makes of them (Triton 3.6.0, compute capability 9.0): nearly all programs of a 4B layer fit on
+# 132 multiprocessors at once, and have as many bytes on their way as their memory needs.
+_SEVERAL: Mapping[tuple[Storage, bool], GemvTiles] = {
+    (Storage.FLOAT, False): GemvTiles(512, 16, 8),
+    (Storage.FLOAT, True): GemvTiles(256, 16, 4),
+    (Storage.BYTES, False): GemvTiles(512, 16, 8),
+    (Storage.BYTES, True): GemvTiles(512, 16, 8),
+    (Storage.INT8, False): GemvTiles(512, 16, 8),
+    (Storage.INT8, True): GemvTiles(256, 16, 4),
+    (Storage.FP8, False): GemvTiles(512, 16, 8),
+    (Storage.FP8, True): GemvTiles(256, 16, 4),
+    (Storage.INT4, False): GemvTiles(1024, 16, 8),
+    (Storage.INT4, True): GemvTiles(512, 16, 4),
+}
+# A matrix of so few rows has too few programs of 16. Where they end their rows together anyway
+# (`joining`), more of them share the columns; others have more of them on the way.
+FEW_ROWS = 4096
+# Of rows this short each program reads its whole share before the wait for the kernel in front.
+_IN_ONE_TURN = (
+    (3072, GemvTiles(1024, 16, 8, splits=2)),
+    (6144, GemvTiles(1024, 16, 8, splits=4)),
+)
+_SEVERAL_OF_FEW_ROWS: Mapping[Storage, tuple[tuple[int, GemvTiles], ...]] = {
+    Storage.FLOAT: ((ANY, GemvTiles(1024, 16, 8)),),
+    Storage.INT8: (*_IN_ONE_TURN, (ANY, GemvTiles(512, 16, 4, splits=4))),
+    Storage.FP8: (*_IN_ONE_TURN, (ANY, GemvTiles(512, 16, 4, splits=4))),
+    Storage.INT4: (*_IN_ONE_TURN, (ANY, GemvTiles(1024, 16, 8, splits=2))),
 }
 
 
 def default_tiles(matrix: MatrixKind) -> GemvTiles:
     """What the search found for the nearest shape."""
-    many = matrix.rows >= _MANY_ROWS and matrix.storage in _OF_MANY_ROWS
-    if many and matrix.tokens == 1:
+    if matrix.tokens > 1:
+        return _tiles_of_several(matrix)
+    if matrix.rows >= _MANY_ROWS and matrix.storage in _OF_MANY_ROWS:
         return _OF_MANY_ROWS[matrix.storage]
-    tiles_by_columns = _BY_COLUMNS if matrix.tokens == 1 else _SEVERAL
-    by_columns = tiles_by_columns[matrix.storage, matrix.gated]
+    by_columns = _BY_COLUMNS[matrix.storage, matrix.gated]
+    return next(tiles for most, tiles in by_columns if matrix.columns <= most)
+
+
+def _tiles_of_several(matrix: MatrixKind) -> GemvTiles:
+    by_columns = _SEVERAL_OF_FEW_ROWS.get(matrix.storage)
+    if by_columns is None or matrix.gated or matrix.rows > FEW_ROWS:
+        return _SEVERAL[matrix.storage, matrix.gated]
     return next(tiles for most, tiles in by_columns if matrix.columns <= most)
 
 

@@ -42,6 +42,8 @@ CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 # An H100 or H200: processors, launches that overlap, instructions for fp8.
 HOPPER = fused_ops.Launch(132, True, True)
 CPU = torch.device("cpu")
+LOOP = re.compile(r"^(\$L__BB\w+):(.*?)\bbra(?:\.uni)?\s+\1;", re.MULTILINE | re.DOTALL)
+PRODUCT = "mma.sync"
 EXCHANGE = re.compile(r"\b(?:shfl|bar)\.sync|\.shared\b")
 
 
@@ -80,10 +82,12 @@ def stack_of(compiled: Any) -> int:
 
 
 def exchanges_of(ptx: str) -> int:
-    """Through shared memory or from lane to lane, in loops that multiply matrices."""
-    blocks = re.split(r"^\$L__BB\w+:|\bbra\b", ptx, flags=re.MULTILINE)
-    multiplying = (block for block in blocks if "mma.sync" in block)
-    return sum(len(EXCHANGE.findall(block)) for block in multiplying)
+    """Through shared memory or from lane to lane, in loops that multiply matrices; where the
+    compiler left none, from the first product to the last."""
+    found = [body for _, body in LOOP.findall(ptx) if PRODUCT in body]
+    if not found and PRODUCT in ptx:
+        found = [ptx[ptx.index(PRODUCT) : ptx.rindex(PRODUCT)]]
+    return sum(len(EXCHANGE.findall(text)) for text in found)
 
 
 def joining_of(ptx: str) -> int:

@@ -36,10 +36,10 @@ def rounded(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return ((blocks / largest * 127).round() * largest / 127).view(-1)
 
 
-def ops() -> FusedOps:
+def ops(dtype: torch.dtype = torch.float32) -> FusedOps:
     shape = read_shape({"model_type": "qwen2", **TEXT, "intermediate_size": LONGEST}).text
     angles = torch.zeros(1, 2, shape.head_dim)
-    return FusedOps(shape, angles, torch.float32, CPU, lambda _: GemvTiles(512, 32, 1))
+    return FusedOps(shape, angles, dtype, CPU, lambda _: GemvTiles(512, 32, 1))
 
 
 def values(*size: int) -> torch.Tensor:

@@ -3,6 +3,7 @@ both against the same tokens one at a time. In Triton's interpreter."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 from qwencli.config import Quantization, SamplingParams
 from qwencli.engine.kernels import fused_ops as fused_module
-from qwencli.engine.kernels.tiles import AttentionTiles, GemvTiles
+from qwencli.engine.kernels import ready as ready_module
+from qwencli.engine.kernels.fused_ops import fused_ops
+from qwencli.engine.kernels.tiles import AttentionTiles, GemvTiles, MatrixKind
 from qwencli.engine.kernels.vectors import Reader
 from qwencli.engine.native.attention import AttentionPlan, decode_mask
 from qwencli.engine.native.decoding import DecodeState
@@ -36,6 +39,10 @@ def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_module, "attention_tiles", lambda *_: tiles)
     assert tiles.parts_at_once(lanes=16, head_dim=64, splits=8) < tiles.splits_for(crowds=1)
     assert tiles.tokens_each(heads=8, tokens=8) == 2
+
+
+def two_share(matrix: MatrixKind) -> GemvTiles:
+    return GemvTiles(128, 128 if matrix.tokens == 1 else 16, 1, splits=2)
 
 
 def config(heads: int, kv_heads: int, dim: int, hidden: int = 96) -> dict[str, Any]:
@@ -117,6 +124,97 @@ def test_several_tokens_through_quantized_matrices(quantization: Quantization) -
     own = logits_of(model_of(shape, OWN, quantization), [prompt_of(5)], tokens, 4)
     # What is rounded is multiplied in float16: now and then a later value meets the next step.
     assert relative(own, one) < (1e-3 if quantization is Quantization.FP8 else 0.02)
+
+
+class Counted:
+    """Stands in for a kernel and counts its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.launches += 1
+        return self.kernel[grid]
+
+
+@WITH_IDLE_LANES
+@pytest.mark.parametrize("quantization", [q for q in Quantization if q is not Quantization.NONE])
+def test_kernels_hand_each_other_rounded_vectors(
+    quantization: Quantization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the first product of a step find their vectors ready: heads and rows that several
+    programs make included."""
+    counted = Counted(ready_module.round_kernel)
+    monkeypatch.setattr(ready_module, "round_kernel", counted)
+    shape = config(2, 1, 128, hidden=192) | {"intermediate_size": 96}
+    shared = functools.partial(fused_ops, own_attention=True, tiles_of=two_share)
+    tokens = [[7, 8, 9]]
+    one = logits_of(model_of(shape, OWN, quantization), [prompt_of(33)], tokens, 1)
+    assert counted.launches == 0
+    own = logits_of(model_of(shape, shared, quantization), [prompt_of(33)], tokens, 2)
+    assert counted.launches == 1  # the second step has one token
+    assert relative(own, one) < (1e-3 if quantization is Quantization.FP8 else 0.02)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("scheme", [*MADE, None])
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_programs_that_share_columns_add_up_the_same_every_time(
+    scheme: Scheme | None, splits: int
+) -> None:
+    """And leave their counters as they found them, for the next product and the next replay."""
+    own = ops(torch.float16 if scheme is None else torch.float32)
+    own._several._tiles_of = lambda _: GemvTiles(128, 16, 2, splits)
+    x, weight, start = values(5, 640), values(40, 640), values(5, 40)
+    after = Reader(RMSNorm(1 + 0.1 * values(40), 1e-6), values(40, 8))
+    matrix: Any = weight.half().t() if scheme is None else quantize(weight, scheme)
+    if scheme is None:
+        x, start = x.half(), start.half()
+        after = Reader(RMSNorm(after.norm.weight.half(), 1e-6), after.matrix.half())
+    expected = torch.zeros_like(start)
+    alone = ops(x.dtype)
+    alone._several._tiles_of = lambda _: GemvTiles(128, 16, 2)
+    alone._gemv(x, Reader(None, matrix), expected)
+    found = []
+    for _ in range(2):
+        for buffer in own._several.buffers():
+            buffer.fill_(float("nan"))
+        y = start.clone()
+        own._gemv(x, Reader(None, matrix), y, after=after, add=True)
+        found.append(y)
+    assert torch.equal(found[0], found[1])
+    assert not own._several._arrived.any()
+    assert relative(found[0], expected + start) < (2e-3 if scheme is None else 1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("rows", "columns"), [(40, 200), (7, 64), (72, 416)])
+@pytest.mark.parametrize("size", [2, 8])
+def test_products_of_16_bit_floats(rows: int, columns: int, size: int) -> None:
+    """Bias, residual, gate and norm, by the squares that the kernel in front left or without."""
+    half = torch.float16
+    own = ops(half)
+    own._several._tiles_of = lambda _: GemvTiles(128, 16, 2)
+    x, weight = values(size, columns).half(), 0.1 * values(2 * rows, columns).half()
+    norm = RMSNorm(1 + 0.1 * values(columns).half(), 1e-6)
+    reader = Reader(norm, weight.t())
+    before = Reader(None, torch.eye(columns, dtype=half).t())
+    for handed in (False, True):
+        normed_x = x
+        if handed:
+            normed_x = torch.zeros_like(x)
+            own._gemv(x, before, normed_x, after=reader)
+            assert torch.equal(normed_x, x)
+        vectors = norm(normed_x).double()
+        y = torch.zeros(size, rows, dtype=half)
+        own._gemv(normed_x, reader, y, gated=True)
+        gate, up = (vectors @ weight.double().t()).chunk(2, dim=1)
+        wanted = torch.nn.functional.silu(gate) * up
+        assert relative(y.double(), wanted) < 2e-3
+        y, bias = values(size, rows).half(), values(rows).half()
+        wanted = vectors @ weight[:rows].double().t() + bias.double() + y.double()
+        own._gemv(normed_x, Reader(norm, weight[:rows].t()), y, bias=bias, add=True)
+        assert relative(y.double(), wanted) < 2e-3
 
 
 @WITH_IDLE_LANES
