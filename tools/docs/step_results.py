@@ -64,7 +64,7 @@ def vendor_bandwidth(gpu: str) -> float:
 
 
 def steps_of(file: Path) -> list[Step]:
-    """Every step of one file, those with searched tiles where it has them."""
+    """Every step of one token in a file, those with searched tiles where it has them."""
     document = json.loads(file.read_text(encoding="utf-8"))
     return [
         Step(
@@ -77,6 +77,7 @@ def steps_of(file: Path) -> list[Step]:
             figures,
         )
         for row in document["rows"]
+        if row.get("tokens", 1) == 1
         for figures in row.get("searched", row["default"])
     ]
 
@@ -93,7 +94,7 @@ def newest_steps(results: Path) -> list[Step]:
     found: dict[Key, Step] = {}
     for step in (step for file in files for step in steps_of(file)):
         found[step.model, step.quantization, step.kv_dtype, step.context] = step
-    newest = steps_of(files[-1])[0].gpu if files else ""
+    newest = next((step.gpu for file in reversed(files) for step in steps_of(file)), "")
     modes = ("none", "8bit", "fp8", "4bit")
     return sorted(
         (step for step in found.values() if step.gpu == newest),

@@ -3,8 +3,8 @@
 The figures are the fastest of searches, each inside the whole decode step: for float weights over
 the matrices of 2B, 4B and 8B models on one H200 (results/2026-11-23-h200-kernels), for int8, int4
 and fp8 over those of a 4B model on one H100 (results/2026-11-25-h100-step). Most others were within
-two percent. A thread reads 16 bytes of a row at a time. Those for several tokens come from what the
-compiler makes of them, not from a search.
+two percent. A thread reads 16 bytes of a row at a time. Those for several tokens are of 4 tokens
+and a 4B model on one H100 (results/2026-11-25-h100-tiles-step); shorter rows were not searched.
 """
 
 from __future__ import annotations
@@ -155,34 +155,36 @@ _OF_MANY_ROWS: Mapping[Storage, GemvTiles] = {
     Storage.INT4: GemvTiles(512, 8, 4),
 }
 
-# For 2 to 8 tokens, likewise: 16 rows are what a matrix instruction takes. From what the compiler
-# makes of them (Triton 3.6.0, compute capability 9.0): nearly all programs of a 4B layer fit on
-# 132 multiprocessors at once, and have as many bytes on their way as their memory needs.
+# For 2 to 8 tokens, likewise: 16 rows are what a matrix instruction takes.
 _SEVERAL: Mapping[tuple[Storage, bool], GemvTiles] = {
-    (Storage.FLOAT, False): GemvTiles(512, 16, 8),
+    (Storage.FLOAT, False): GemvTiles(256, 16, 4),
     (Storage.FLOAT, True): GemvTiles(256, 16, 4),
     (Storage.BYTES, False): GemvTiles(512, 16, 8),
     (Storage.BYTES, True): GemvTiles(512, 16, 8),
-    (Storage.INT8, False): GemvTiles(512, 16, 8),
+    (Storage.INT8, False): GemvTiles(512, 16, 4),
     (Storage.INT8, True): GemvTiles(256, 16, 4),
-    (Storage.FP8, False): GemvTiles(512, 16, 8),
+    (Storage.FP8, False): GemvTiles(512, 16, 4),
     (Storage.FP8, True): GemvTiles(256, 16, 4),
-    (Storage.INT4, False): GemvTiles(1024, 16, 8),
+    (Storage.INT4, False): GemvTiles(1024, 16, 4),
     (Storage.INT4, True): GemvTiles(512, 16, 4),
 }
 # A matrix of so few rows has too few programs of 16. Where they end their rows together anyway
 # (`joining`), more of them share the columns; others have more of them on the way.
 FEW_ROWS = 4096
 # Of rows this short each program reads its whole share before the wait for the kernel in front.
-_IN_ONE_TURN = (
-    (3072, GemvTiles(1024, 16, 8, splits=2)),
-    (6144, GemvTiles(1024, 16, 8, splits=4)),
+_BYTES_IN_ONE_TURN = (
+    (3072, GemvTiles(1024, 16, 4, splits=2)),
+    (6144, GemvTiles(1024, 16, 4, splits=4)),
 )
 _SEVERAL_OF_FEW_ROWS: Mapping[Storage, tuple[tuple[int, GemvTiles], ...]] = {
     Storage.FLOAT: ((ANY, GemvTiles(1024, 16, 8)),),
-    Storage.INT8: (*_IN_ONE_TURN, (ANY, GemvTiles(512, 16, 4, splits=4))),
-    Storage.FP8: (*_IN_ONE_TURN, (ANY, GemvTiles(512, 16, 4, splits=4))),
-    Storage.INT4: (*_IN_ONE_TURN, (ANY, GemvTiles(1024, 16, 8, splits=2))),
+    Storage.INT8: (*_BYTES_IN_ONE_TURN, (ANY, GemvTiles(512, 16, 4, splits=4))),
+    Storage.FP8: (*_BYTES_IN_ONE_TURN, (ANY, GemvTiles(512, 16, 4, splits=4))),
+    Storage.INT4: (
+        (3072, GemvTiles(1024, 16, 4, splits=2)),
+        (6144, GemvTiles(512, 16, 4, splits=4)),
+        (ANY, GemvTiles(1024, 16, 8, splits=2)),
+    ),
 }
 
 
