@@ -15,7 +15,6 @@ from qwencli.config import (
     EngineName,
     Kernels,
     KVDType,
-    SamplingOptions,
 )
 from qwencli.engine.kernels.fused_ops import fused_ops
 from qwencli.engine.native import weights
@@ -24,9 +23,9 @@ from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.quantized import Scheme
 from qwencli.errors import UnsupportedModeError
-from qwencli.messages import GenerationRequest, text_message, user_message
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
+from tests.chatting import answers_of_turns
 from tests.checkpoints import picture
 from tests.gpu.test_kernels_cuda import ask
 from tests.models.test_shape_reader import TEXT
@@ -67,21 +66,9 @@ def test_other_caches_say_the_same(kv, cache):
 @pytest.mark.parametrize("kv", KINDS)
 def test_a_next_turn_reads_the_prefix_that_steps_have_written(kv):
     """The kernel's bytes and those of the prompt's operators are interchangeable."""
-    greedy = SamplingOptions(do_sample=False, max_new_tokens=32)
     with engine(kv, dtype=DType.FLOAT32) as loaded:
-
-        def turns(forget):
-            messages = [user_message("Describe this image.", (picture(),))]
-            answers = []
-            for _ in range(3):
-                if forget:
-                    loaded._generation.forget()
-                result = loaded.generate(GenerationRequest(tuple(messages), greedy))
-                answers.append(result.token_ids)
-                messages += [text_message("assistant", result.text), user_message("And now?")]
-            return answers
-
-        assert turns(forget=False) == turns(forget=True)
+        reused, anew = (answers_of_turns(loaded, 32, forget=forget) for forget in (False, True))
+    assert reused == anew
 
 
 @torch.inference_mode()

@@ -10,7 +10,8 @@ import torch
 from qwencli.config import Attention, Cache, DType, EngineName, SamplingOptions
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.reference.engine import TransformersEngine
-from qwencli.messages import GenerationRequest, text_message, user_message
+from qwencli.messages import GenerationRequest, user_message
+from tests.chatting import answers_of_turns
 from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, film, picture
 
 GREEDY = SamplingOptions(do_sample=False, max_new_tokens=64)
@@ -110,19 +111,8 @@ def test_requests_of_all_kinds_in_turn_do_not_disturb_each_other(checkpoint):
 def test_chat_turns_reuse_the_cache_with_equal_answers(checkpoint):
     config = native_config(checkpoint("qwen3_vl"), dtype=DType.FLOAT32)
     with NativeEngine(config) as engine:
-
-        def turns(forget):
-            messages = [user_message("Describe this image.", (picture(),))]
-            answers = []
-            for _ in range(3):
-                if forget:
-                    engine._generation.forget()
-                result = engine.generate(GenerationRequest(tuple(messages), GREEDY))
-                answers.append(result.token_ids)
-                messages += [text_message("assistant", result.text), user_message("left")]
-            return answers
-
-        assert turns(forget=False) == turns(forget=True)
+        reused, anew = (answers_of_turns(engine, 64, forget=forget) for forget in (False, True))
+    assert reused == anew
 
 
 def test_decoding_allocates_nothing(checkpoint):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwencli.config import Attention, Cache, DType, EngineName, Kernels, KVDType, SamplingOptions
+from qwencli.config import Attention, Cache, DType, EngineName, Kernels, KVDType
 from qwencli.engine.native import weights
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.engine import NativeEngine
@@ -20,12 +20,12 @@ from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.native.quantized import Scheme, quantize_rows
 from qwencli.engine.reference.engine import TransformersEngine
 from qwencli.errors import UnsupportedModeError
-from qwencli.messages import GenerationRequest, text_message, user_message
 from qwencli.models.builtin import hub_config
 from qwencli.models.decode_bytes import decode_bytes
 from qwencli.models.memory import native_kv_bytes
 from qwencli.models.shape_reader import read_shape
-from tests.checkpoints import engine_config, picture
+from tests.chatting import answers_of_turns
+from tests.checkpoints import engine_config
 from tests.models.test_shape_reader import TEXT
 
 CPU = torch.device("cpu")
@@ -104,22 +104,10 @@ def native(folder, **wanted):
 @pytest.mark.parametrize("attention", [Attention.SDPA, Attention.EAGER])
 @pytest.mark.parametrize("kv", [KVDType.INT8, KVDType.FP8])
 def test_a_chat_reuses_its_prefix_with_equal_answers(checkpoint, kv, attention):
-    greedy = SamplingOptions(do_sample=False, max_new_tokens=24)
     with native(checkpoint("qwen3_vl"), kv_dtype=kv, attention=attention) as engine:
         assert engine.ran.kv_dtype == {"int8": "int8", "fp8": "fp8-e4m3"}[kv]
-
-        def turns(forget):
-            messages = [user_message("Describe this image.", (picture(),))]
-            answers = []
-            for _ in range(3):
-                if forget:
-                    engine._generation.forget()
-                result = engine.generate(GenerationRequest(tuple(messages), greedy))
-                answers.append(result.token_ids)
-                messages += [text_message("assistant", result.text), user_message("left")]
-            return answers
-
-        assert turns(forget=False) == turns(forget=True)
+        reused, anew = (answers_of_turns(engine, 24, forget=forget) for forget in (False, True))
+    assert reused == anew
 
 
 def test_modes_that_cannot_say_so_and_name_one_that_can(checkpoint):

@@ -14,8 +14,9 @@ from qwencli.engine.native.picture_graphs import Size
 from qwencli.engine.native.prompt_graphs import CLASS, LONGEST, PromptGraphs
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.native.quantized import Scheme
-from qwencli.messages import GenerationRequest, text_message, user_message
+from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.shape_reader import read_shape
+from tests.chatting import answers_of_turns
 from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, film, hub_config, picture
 from tests.engine.native.host_graphs import run_graphs_on_the_host
 from tests.engine.native.test_capture import Calls, Captured, without_values
@@ -79,21 +80,10 @@ def test_requests_in_turns_get_the_same_tokens(checkpoint, family, captured):
 
 def test_a_next_turn_goes_on_from_a_prompt_that_was_a_graph(checkpoint):
     with NativeEngine(engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE)) as engine:
-
-        def talk() -> list[object]:
-            messages = [user_message("What is it?", (picture(),))]
-            answers = []
-            for _ in range(3):
-                sampling = SamplingOptions(do_sample=False, max_new_tokens=9)
-                result = engine.generate(GenerationRequest(tuple(messages), sampling))
-                answers.append(result.token_ids)
-                messages += [text_message("assistant", result.text), user_message("And then?")]
-            return answers
-
-        expected = talk()
+        expected = answers_of_turns(engine, 9, forget=False)
         graphed(engine)
         engine._generation.forget()
-        assert talk() == expected
+        assert answers_of_turns(engine, 9, forget=False) == expected
 
 
 @torch.inference_mode()
