@@ -40,7 +40,8 @@ class GraphPool:
         self._graphs[key].replay()
 
     def drop(self, key: Hashable) -> None:
-        del self._graphs[key]
+        """Free a graph; one whose capture failed is not there."""
+        self._graphs.pop(key, None)
 
 
 @functools.cache

@@ -172,6 +172,26 @@ def test_graphs_that_were_not_used_for_long_are_captured_again(checkpoint, captu
     assert set(graphs._graphs._graphs) >= set(kept)
 
 
+def test_a_capture_that_failed_is_made_again_and_can_be_dropped(checkpoint, monkeypatch):
+    monkeypatch.setattr(picture_graphs, "GRAPHS_KEPT", 1)
+    monkeypatch.setattr(picture_graphs, "CLASS", 16)
+    small, large = ask(picture(32, 32), new=4), ask(picture(96, 96), new=4)
+    with NativeEngine(engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE)) as engine:
+        expected = [engine.generate(request).token_ids for request in (small, large)]
+        graphed(engine)
+        for request, answer in zip((small, large), expected, strict=True):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.cuda, "graph", lambda *args, **settings: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    engine.generate(request)
+            assert engine.generate(request).token_ids == answer
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "graph", lambda *args, **settings: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                engine.generate(small)
+        assert engine.generate(large).token_ids == expected[1]
+
+
 def test_features_of_one_picture_stay_when_the_next_is_encoded(checkpoint):
     """They are kept for later turns, and a graph writes to the same place every time."""
     with NativeEngine(engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE)) as engine:
