@@ -42,11 +42,11 @@ PREDICTED = (
     Gpu("GeForce RTX 5090", 1.792e12, 32 * 2**30, overlaps=True),
     Gpu("GeForce RTX 4090", 1.008e12, 24 * 2**30, overlaps=False),
 )
-# A card that was measured too, to try the formula on: unquantized weights, whose products are those
-# of then; the others have other kernels since.
-TRIED = Gpu("NVIDIA H200", VENDOR["NVIDIA H200"], 141 * 10**9, overlaps=True)
-TRIED_ON = "2026-11-24-h200-step-search"
-TRIED_FILES = ("2b.json", "4b-chosen.json")
+# Measured cards, to try the formula on one with the steps of another.
+MEASURED = (
+    Gpu("NVIDIA H200", VENDOR["NVIDIA H200"], 141 * 10**9, overlaps=True),
+    Gpu("NVIDIA H100 80GB HBM3", VENDOR["NVIDIA H100 80GB HBM3"], 80 * 10**9, overlaps=True),
+)
 # A step of 182 kernels, in ms: "best" with overlapping launches, "no pdl" without.
 OVERLAP = Path("results/2026-11-23-h200-kernels/probe_4b.txt")
 OVERLAP_KERNELS = 182
@@ -139,18 +139,19 @@ def accounting(steps: Sequence[Step]) -> Iterator[list[str]]:
 def tried(
     root: Path, steps: Sequence[Step], serial: float, spread: tuple[float, float]
 ) -> Iterator[list[str]]:
-    """Steps that were measured on TRIED too: what the formula says of them, and what came out."""
-    for name in TRIED_FILES:
-        for there in steps_of(root / "results" / TRIED_ON / name):
-            for step in steps:
-                alike = (step.model, step.context) == (there.model, there.context)
-                if not alike or {step.weights, there.weights} != {"none"}:
-                    continue
-                expected, least, most = speeds(step, TRIED, serial, spread)
-                yield [
-                    step.model, str(step.context), f"{expected:.0f}", f"{least:.0f}-{most:.0f}",
-                    f"{there.figures['tok_per_s']:.0f}",
-                ]  # fmt: skip
+    """Steps that were measured on another card too: what the formula says, and what came out."""
+    for gpu in MEASURED:
+        elsewhere = {step.key: step for step in newest_steps(root / "results", gpu.name)}
+        for step in steps:
+            there = elsewhere.get(step.key)
+            if there is None or step.gpu == gpu.name:
+                continue
+            expected, least, most = speeds(step, gpu, serial, spread)
+            yield [
+                gpu.name, step.model, step.weights, str(step.context), f"{expected:.0f}",
+                f"{least:.0f}-{most:.0f}", f"{there.figures['tok_per_s']:.0f}",
+                f"`results/{there.folder}/`",
+            ]  # fmt: skip
 
 
 def table(header: str, rows: Iterator[list[str]]) -> str:
@@ -186,7 +187,7 @@ def page(root: Path) -> str | None:
         predictions(steps, serial, spread),
     )
     against = table(
-        "model; context; predicted tok/s; range; measured tok/s",
+        "GPU; model; weights; context; predicted tok/s; range; measured tok/s; where",
         tried(root, steps, serial, spread),
     )
     kernels = table(
@@ -225,8 +226,7 @@ alone was measured.
 Not in it: tiles that suit these GPUs better or worse, caches that hold part of a small model,
 clocks and power limits, the host.
 
-The same formula on a GPU that was measured, unquantized weights on the {TRIED.name}
-(`results/{TRIED_ON}/`, with that day's kernels):
+The same formula, from the same steps, for a GPU that was measured (with that day's kernels):
 
 {against}
 

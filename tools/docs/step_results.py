@@ -41,6 +41,11 @@ class Step:
         return int(self.figures["context"])
 
     @property
+    def key(self) -> Key:
+        """What makes two steps comparable."""
+        return self.model, self.quantization, self.kv_dtype, self.context
+
+    @property
     def launches(self) -> int:
         """Of one token."""
         return sum(part["launches"] for part in self.figures["parts"].values())
@@ -82,21 +87,20 @@ def steps_of(file: Path) -> list[Step]:
     ]
 
 
-def newest_steps(results: Path) -> list[Step]:
-    """The newest step of each model, mode and context on the newest card; in the order of models,
-    modes and contexts. Empty where there is no result."""
+def newest_steps(results: Path, gpu: str = "") -> list[Step]:
+    """The newest step of each model, mode and context on a card, the newest one where none is
+    named; in the order of models, modes and contexts. Empty where there is no result."""
 
     def age(file: Path) -> tuple[str, bool, str]:
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
         return file.parent.name, all("search" not in row for row in rows), file.name
 
-    files = sorted(results.glob(PATTERN), key=age)
-    found: dict[Key, Step] = {}
-    for step in (step for file in files for step in steps_of(file)):
-        found[step.model, step.quantization, step.kv_dtype, step.context] = step
-    newest = next((step.gpu for file in reversed(files) for step in steps_of(file)), "")
+    steps = [step for file in sorted(results.glob(PATTERN), key=age) for step in steps_of(file)]
+    if not gpu and steps:
+        gpu = steps[-1].gpu
+    found = {step.key: step for step in steps if step.gpu == gpu}
     modes = ("none", "8bit", "fp8", "4bit")
     return sorted(
-        (step for step in found.values() if step.gpu == newest),
+        found.values(),
         key=lambda s: (s.model, modes.index(s.quantization), s.kv_dtype, s.context),
     )
