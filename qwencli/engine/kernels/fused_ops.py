@@ -124,7 +124,7 @@ class FusedOps:
         # tl.dot would round float32 operands to TF32 otherwise.
         self._precision = "ieee" if exact else "tf32"
         longest = max(shape.hidden_size, shape.q_size, shape.intermediate_size)
-        self._vectors = Vectors(longest, device, self._launch.options)
+        self._vectors = Vectors(longest, dtype, device, self._launch.options)
         self._several = SeveralProducts(
             self._best, longest, tiles_of, self._launch.options, self._precision
         )
@@ -350,7 +350,7 @@ class FusedOps:
             )  # fmt: skip
         else:
             gemv_kernel[programs,](
-                x if vector.form is Form.NONE else vector.values.view(torch.float32),
+                x if vector.form is Form.NONE else vector.values,
                 vector.squares, data, None if quantized is None else quantized.scale, *ends,
                 BLOCK=tiles.block, WHOLE=rows % tiles.rows == 0, **modes,
             )  # fmt: skip

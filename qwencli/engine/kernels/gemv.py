@@ -50,7 +50,7 @@ def vector_tiles(ptr, K: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def gemv_kernel(
-    x_ptr,  # [K]; with SHARES float32, the gain of its norm in it
+    x_ptr,  # [K]; with SHARES the gain of its norm in it
     squares_ptr,  # float32 [SHARES]
     w_ptr,  # [N, K], or [2 N, K] for SWIGLU; a float type, or int8 or fp8 with a scale a row
     scale_ptr,  # float32 [N], or [2 N]; None = no scales

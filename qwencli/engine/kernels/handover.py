@@ -7,7 +7,7 @@ makes a vector hands it over ready: its values in one of the forms below, and fo
 the squares of each program's share, which are all that is left to add up.
 
 form    values                                  a step for every   what reads them
-FLOATS  float32 x * gain                        -                  float products
+FLOATS  x * gain, bfloat16 or float32           -                  float products
 BYTES   int8, x * gain in steps                 4 columns          int8 weights
 HALVES  int8 likewise, in halves                8 columns          4-bit weights
 FLOAT16 float16, in halves, x * gain in steps   4 columns          fp8 weights with groups
@@ -16,6 +16,9 @@ A step belongs to a word of weights: it is a block's largest value over 127, or 
 what is in steps is a float16. (llama.cpp's Q8_1 has such blocks, of 32.) "In halves": the first
 half of each block's values, of all blocks, lies before the second halves, so that a thread reads
 what meets the low and the high half of its words as words in a row.
+
+FLOATS are of the weights' own type where that has float32's range: threads then hold of a vector
+what they hold of a row, and no weight has to change threads to meet its column.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ def hand_over(
 ):
     """Store a share of a vector in the form that the next matrix reads."""
     if FORM == FLOATS:
-        tl.store(values_ptr.to(tl.pointer_type(tl.float32)) + columns, x, mask=inside)
+        tl.store(values_ptr + columns, x.to(values_ptr.dtype.element_ty), mask=inside)
     else:
         COUNT: tl.constexpr = x.shape[0] // SPAN
         x = tl.reshape(x, (COUNT, SPAN))
@@ -87,10 +90,12 @@ def hand_over(
 @triton.jit
 def norm_factor(squares_ptr, K, eps, SHARES: tl.constexpr):
     """What the RMS norm multiplies a vector [K] with, from the squares of SHARES programs."""
-    # No wider than a warp, so that adding up stays within one.
-    squares = tl.zeros((32,), tl.float32)
-    for i in tl.static_range((SHARES + 31) // 32):
-        share = i * 32 + tl.arange(0, 32)
+    # Few are added up by each warp for itself, without a barrier; of many that would be more to
+    # read than the weights are.
+    AT_ONCE: tl.constexpr = 32 if SHARES <= 256 else 512
+    squares = tl.zeros((AT_ONCE,), tl.float32)
+    for i in tl.static_range((SHARES + AT_ONCE - 1) // AT_ONCE):
+        share = i * AT_ONCE + tl.arange(0, AT_ONCE)
         squares += tl.load(squares_ptr + share, mask=share < SHARES, other=0.0)
     return tl.rsqrt(tl.sum(squares) / K + eps)
 

@@ -113,6 +113,7 @@ _BY_COLUMNS: Mapping[tuple[Storage, bool], tuple[tuple[int, GemvTiles], ...]] = 
         (3072, GemvTiles(1024, 2, 4)),
         (4096, GemvTiles(1024, 4, 4)),
         (6144, GemvTiles(2048, 8, 8)),
+        (10240, GemvTiles(2048, 4, 8)),
         (ANY, GemvTiles(2048, 2, 8)),
     ),
     (Storage.FLOAT, True): (
@@ -146,13 +147,15 @@ _BY_COLUMNS: Mapping[tuple[Storage, bool], tuple[tuple[int, GemvTiles], ...]] = 
     ),
     (Storage.INT4, True): ((ANY, GemvTiles(512, 8, 4)),),
 }
-# A vocabulary's matrix has rows enough for small programs.
+# A vocabulary's matrix has rows enough for small programs; one of a single warp adds up its rows
+# without a barrier.
 _MANY_ROWS = 1 << 16
-_OF_MANY_ROWS: Mapping[Storage, GemvTiles] = {
-    Storage.BYTES: GemvTiles(512, 2, 1),
-    Storage.INT8: GemvTiles(512, 8, 4),
-    Storage.FP8: GemvTiles(512, 8, 8),
-    Storage.INT4: GemvTiles(512, 8, 4),
+_OF_MANY_ROWS: Mapping[Storage, tuple[tuple[int, GemvTiles], ...]] = {
+    Storage.FLOAT: ((3072, GemvTiles(512, 2, 1)),),
+    Storage.BYTES: ((ANY, GemvTiles(512, 2, 1)),),
+    Storage.INT8: ((ANY, GemvTiles(512, 8, 4)),),
+    Storage.FP8: ((ANY, GemvTiles(512, 8, 8)),),
+    Storage.INT4: ((ANY, GemvTiles(512, 8, 4)),),
 }
 
 # For 2 to 8 tokens, likewise: 16 rows are what a matrix instruction takes.
@@ -192,9 +195,9 @@ def default_tiles(matrix: MatrixKind) -> GemvTiles:
     """What the search found for the nearest shape."""
     if matrix.tokens > 1:
         return _tiles_of_several(matrix)
-    if matrix.rows >= _MANY_ROWS and matrix.storage in _OF_MANY_ROWS:
-        return _OF_MANY_ROWS[matrix.storage]
     by_columns = _BY_COLUMNS[matrix.storage, matrix.gated]
+    if matrix.rows >= _MANY_ROWS:
+        by_columns = (*_OF_MANY_ROWS[matrix.storage], *by_columns)
     return next(tiles for most, tiles in by_columns if matrix.columns <= most)
 
 

@@ -71,7 +71,8 @@ class Handed:
     """A vector as a kernel handed it over, or is about to.
 
     Args:
-        values: int8, room for the longest vector in its widest form. steps, squares: float32.
+        values: room for the longest vector, of the form's type where that is FLOATS, else int8.
+        steps, squares: float32.
         norm: whose gain is in it, and shares: programs that wrote squares; None and 0 without one.
     """
 
@@ -92,12 +93,14 @@ class Vectors:
 
     Args:
         longest: columns of the longest vector.
+        dtype: of the model.
         options: launch options for a number of warps.
     """
 
     def __init__(
         self,
         longest: int,
+        dtype: torch.dtype,
         device: torch.device,
         options: Callable[[int], Mapping[str, Any]],
     ) -> None:
@@ -108,6 +111,8 @@ class Vectors:
             return torch.zeros(4 * longest, dtype=torch.int8, device=device), floats(), floats()
 
         self._buffers = (buffers(), buffers())
+        # The gain of a norm can take a float16 out of its range.
+        self._floats = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         self._turn = 0
         self._options = options
         self._latest: tuple[Tensor, Handed] | None = None
@@ -137,7 +142,10 @@ class Vectors:
 
     def _vector(self, form: Form, norm: RMSNorm | None, programs: int) -> Handed:
         shares = 0 if norm is None else programs
-        return Handed(form, *self._buffers[1 - self._turn], norm, shares)
+        values, steps, squares = self._buffers[1 - self._turn]
+        if form is Form.FLOATS:
+            values = values.view(self._floats)
+        return Handed(form, values, steps, squares, norm, shares)
 
     def handed(self, x: Tensor, vector: Handed) -> None:
         """The kernel that makes `x` has been launched, and hands over `vector`."""
