@@ -69,10 +69,20 @@ class AttentionTiles:
     splits: int
     num_warps: int
 
-    def block_for(self, quantized: bool) -> int:
-        """A quantized cache's blocks are half as long: whole ones spill registers (compiled for
-        compute capability 8.0 to 12.0 by Triton 3.6.0)."""
-        return max(self.block // 2, _SHORTEST_BLOCK) if quantized else self.block
+    def block_for(self, quantized: bool, exact: bool, lanes: int) -> int:
+        """How many slots a program reads at once.
+
+        Quantized caches are read as they are multiplied (`cache_operands`), in whole instructions
+        of every warp, and twice the slots are the same bytes. Queries that fill the rows of an
+        instruction leave registers for half of that, and so do products without matrix units
+        (compiled for compute capability 8.0 to 12.0 by Triton 3.6.0).
+        """
+        if not quantized:
+            return self.block
+        if exact:
+            return max(self.block // 2, _SHORTEST_BLOCK)
+        block = 2 * self.block if lanes <= _ROWS // 2 else self.block
+        return max(block, _SHORTEST_BLOCK * self.warps_for(lanes))
 
     def tokens_each(self, heads: int, tokens: int) -> int:
         """How many of a sequence's new tokens one program takes, a power of two.
