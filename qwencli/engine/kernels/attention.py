@@ -77,6 +77,7 @@ def decode_attention_kernel(
     RUN: tl.constexpr,
     AT_ONCE: tl.constexpr,
     WARPS: tl.constexpr,
+    IN_WORDS: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -85,7 +86,7 @@ def decode_attention_kernel(
 
     KV_MAX is the largest value that a quantized cache stores (see `native.kv_quantized`), 0 where
     it is not quantized. A slot's scales are multiplied with its scores and its weights: what is
-    read needs no arithmetic but the conversion.
+    read needs no arithmetic but the conversion. IN_WORDS: it is read as `cache_operands` does.
 
     A crowd is EACH tokens, a power of two; the last one may have fewer. HEADS is GROUP rounded up
     to a power of two, LANES is HEADS * EACH: lane t * HEADS + g is query head g of a crowd's token
@@ -97,9 +98,8 @@ def decode_attention_kernel(
     H: tl.constexpr = KVH * GROUP
     WIDTH: tl.constexpr = (H + 2 * KVH) * D
     TYPE: tl.constexpr = qkv_ptr.dtype.element_ty
-    IN_BYTES: tl.constexpr = KV_MAX > 0 and not TYPE.is_fp32()
     # What a matrix unit takes at least: of the operand whose rows queries are, or columns.
-    LEAST: tl.constexpr = 8 if IN_BYTES and TOKENS == 1 else 16
+    LEAST: tl.constexpr = 8 if IN_WORDS and TOKENS == 1 else 16
     ROWS: tl.constexpr = LEAST if LANES < LEAST else LANES
     crowd = tl.program_id(0) % CROWDS
     pair = tl.program_id(0) // CROWDS
@@ -119,11 +119,11 @@ def decode_attention_kernel(
     v_ptr = k_ptr + KVH * max_seq_len.to(tl.int64) * D
     k_scales_ptr = scales_ptr + (batch * 2 * KVH + head).to(tl.int64) * max_seq_len
     v_scales_ptr = k_scales_ptr + KVH * max_seq_len.to(tl.int64)
-    if IN_BYTES:
+    if IN_WORDS:
         k_words = key_words(k_ptr, start, end, D, BLOCK, WARPS)
         v_words = value_words(v_ptr, start, end, D, BLOCK, WARPS)
-        k_scale = slot_scales(k_scales_ptr, start, end, BLOCK, WARPS)
-        v_scale = slot_scales(v_scales_ptr, start, end, BLOCK, WARPS)
+        k_scale = slot_scales(k_scales_ptr, start, end, BLOCK)
+        v_scale = slot_scales(v_scales_ptr, start, end, BLOCK)
     else:
         slots = start + tl.arange(0, BLOCK)
         there = (slots < end)[:, None]
@@ -216,7 +216,7 @@ def decode_attention_kernel(
                 q_low.to(TYPE), q_high.to(TYPE), key_low, key_high, new_v, seen, PRECISION
             )
 
-    if IN_BYTES:
+    if IN_WORDS:
         top, total, acc = attend_cached(
             q_low, q_high, k_words, v_words, k_scale, v_scale, k_ptr, v_ptr, k_scales_ptr,
             v_scales_ptr, start, end, top, total, acc, KV_MAX == FP8_MAX, BLOCK, WARPS,

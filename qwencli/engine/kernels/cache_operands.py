@@ -9,14 +9,14 @@ keys     rows of slots: the 4 lanes of a row read it together. Queries are the c
 values   transposed, rows of the head: a lane reads its columns of 2 * TURNS slots, and a pair of
          float16 is one column of two of them. Weights are the columns: these alone change lanes.
 
-Slot 4 * (2 lane + half) + turn of a warp (with 4 turns) is row 8 * turn + 2 lane + half of the
-scores, so that a lane reads the scales of its rows at once.
+Slot TURNS * (2 lane + half) + turn of a warp is row 8 * turn + 2 lane + half of the scores: what a
+lane reads of the turns lies side by side, under one address.
 
-What stands for a byte is 1152 + q of int8, and 2^-8 of an fp8. 1152 times the sum of the queries is
-where scores start from; of the weights it is taken off the result. Float16 has three bits more than
-bfloat16 and less range: queries, which come scaled by the root of D, have to stay below 65504.
-Weights have their value's scale in them, and their unit is their largest over 2^10: what float16
-rounds to nothing is 2^-34 of that.
+What stands for a byte is 1152 + q of int8, and 2^-8 of an fp8. -1152 times the sum of the queries
+is where scores start from; that of the weights is taken off the result. Float16 has three bits more
+than bfloat16 and less range: queries, divided by the root of D, have to stay below 45,000, where
+products of bfloat16 would be no use either. Weights have their value's scale in them, and are in
+units of about 2^-10 of the largest so far: what float16 rounds to nothing is 2^-34 of that.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from qwencli.engine.kernels.operands import FOURS, as_float16
 # Scores that are not there: finite, so that a warp without slots has no difference of infinities.
 LOWEST = tl.constexpr(-1e30)
 ROOM = tl.constexpr(10.0)
+LOGARITHM = tl.constexpr(2.0**-23)
+BIAS = tl.constexpr(127.0)
 OFFSET = tl.constexpr(1152.0)
 
 
@@ -67,22 +69,18 @@ def value_words(v_ptr, start, end, D: tl.constexpr, BLOCK: tl.constexpr, WARPS: 
 
 
 @triton.jit
-def slot_scales(ptr, start, end, BLOCK: tl.constexpr, WARPS: tl.constexpr):
-    """Likewise what belongs to the rows of the scores: [M], by warp, slot of a turn, lane, turn."""
-    TURNS: tl.constexpr = BLOCK // (8 * WARPS)
-    i = tl.arange(0, BLOCK * 4)
-    slot = start + i // (4 * TURNS) * TURNS + i % TURNS
+def slot_scales(ptr, start, end, BLOCK: tl.constexpr):
+    """Likewise the scales: [BLOCK], a slot's in one lane."""
+    slot = start + tl.arange(0, BLOCK)
     return tl.load(ptr + slot, mask=slot < end, other=1.0)
 
 
 @triton.jit
-def of_slots(scales, ROWS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr):
-    """`slot_scales` for all queries: [WARPS, 8 * TURNS, ROWS]."""
-    TURNS: tl.constexpr = BLOCK // (8 * WARPS)
-    each = tl.permute(tl.reshape(scales, (WARPS, 8, 4, TURNS)), (0, 3, 1, 2))
-    each = tl.reshape(each, (WARPS, 8 * TURNS, 1, 4, 1))
-    each = tl.broadcast_to(each, (WARPS, 8 * TURNS, ROWS // 8, 4, 2))
-    return tl.reshape(each, (WARPS, 8 * TURNS, ROWS))
+def of_slots(scales, WARPS: tl.constexpr):
+    """`slot_scales` in the order of the scores, by way of shared memory: [WARPS, slots, 1]."""
+    TURNS: tl.constexpr = scales.shape[0] // (8 * WARPS)
+    each = tl.permute(tl.reshape(scales, (WARPS, 8, TURNS)), (0, 2, 1))
+    return tl.reshape(each, (WARPS, 8 * TURNS))[:, :, None]
 
 
 @triton.jit
@@ -213,18 +211,20 @@ def attend_cached(
         # The next block is read while this one is worked on.
         next_k = key_words(k_ptr, start, end, D, BLOCK, WARPS)
         next_v = value_words(v_ptr, start, end, D, BLOCK, WARPS)
-        next_k_scale = slot_scales(k_scales_ptr, start, end, BLOCK, WARPS)
-        next_v_scale = slot_scales(v_scales_ptr, start, end, BLOCK, WARPS)
+        next_k_scale = slot_scales(k_scales_ptr, start, end, BLOCK)
+        next_v_scale = slot_scales(v_scales_ptr, start, end, BLOCK)
         zero = known_after_reads(tops)
         scores = tl.dot(keys_operand(k_words, zero, FP8, D, BLOCK, WARPS), q, starts)
-        scores *= of_slots(k_scale * UNIT, ROWS, BLOCK, WARPS)
+        scores *= of_slots(k_scale, WARPS) * UNIT
+        of_values = of_slots(v_scale, WARPS)
         scores = tl.where(there, scores, float("-inf"))
-        scaled = scores + of_slots(tl.log2(v_scale), ROWS, BLOCK, WARPS)
-        new_tops = tl.maximum(tops, tl.max(scaled, axis=1) - ROOM)
+        # The bits of a float are its logarithm to within a tenth, but for a factor and a bias.
+        scaled = scores + of_values.to(tl.int32, bitcast=True).to(tl.float32) * LOGARITHM
+        new_tops = tl.maximum(tops, tl.max(scaled, axis=1) - (BIAS + ROOM))
         weights = tl.exp2(scores - new_tops[:, None, :])
         shrink = tl.exp2(tops - new_tops)[:, None, :]
         totals = totals * shrink + sums_of_turns(weights)
-        w = (weights * of_slots(v_scale, ROWS, BLOCK, WARPS)).to(tl.float16)
+        w = (weights * of_values).to(tl.float16)
         if not FP8:
             sums = sums * shrink + sums_of_turns(w.to(tl.float32))
         v = values_operand(v_words, zero, FP8, D, BLOCK, WARPS)

@@ -166,6 +166,10 @@ class FusedOps:
         tiles, each = self._tiles, self._tiles.tokens_each(self._heads, step.length)
         crowds, lanes = triton.cdiv(step.length, each), self._heads * each
         splits = tiles.splits_for(crowds)
+        words = kv_max > 0 and not self._exact and tiles.fits_words(lanes)
+        block = tiles.block_for(kv_max > 0)
+        if words:
+            block = tiles.block_in_words(lanes, layer.head_dim)
         attended = self._attended[: len(qkv)]
         one, reader = len(qkv) == 1, Reader(None, layer.o)
         handed = self._vectors.offer(reader if one else None, layer.head_dim, 0)
@@ -198,7 +202,8 @@ class FusedOps:
             HEADS=self._heads,
             TOKENS=step.length,
             EACH=each,
-            BLOCK=tiles.block_for(kv_max > 0, self._exact, lanes),
+            BLOCK=block,
+            IN_WORDS=words,
             SPLITS=splits,
             NORM=norm is not None,
             KV_MAX=kv_max,

@@ -69,20 +69,21 @@ class AttentionTiles:
     splits: int
     num_warps: int
 
-    def block_for(self, quantized: bool, exact: bool, lanes: int) -> int:
-        """How many slots a program reads at once.
+    def block_for(self, quantized: bool) -> int:
+        """A quantized cache's blocks are half as long where each value is converted by itself:
+        whole ones spill registers (compiled for compute capability 8.0 to 12.0 by Triton 3.6.0)."""
+        return max(self.block // 2, _SHORTEST_BLOCK) if quantized else self.block
 
-        Quantized caches are read as they are multiplied (`cache_operands`), in whole instructions
-        of every warp, and twice the slots are the same bytes. Queries that fill the rows of an
-        instruction leave registers for half of that, and so do products without matrix units
-        (compiled for compute capability 8.0 to 12.0 by Triton 3.6.0).
-        """
-        if not quantized:
-            return self.block
-        if exact:
-            return max(self.block // 2, _SHORTEST_BLOCK)
-        block = 2 * self.block if lanes <= _ROWS // 2 else self.block
-        return max(block, _SHORTEST_BLOCK * self.warps_for(lanes))
+    def fits_words(self, lanes: int) -> bool:
+        """Whether registers hold a quantized cache as it is multiplied, see `cache_operands`."""
+        return lanes <= _ROWS
+
+    def block_in_words(self, lanes: int, head_dim: int) -> int:
+        """Then twice the slots are as many bytes. They fit beside queries that take half the rows
+        of an instruction, if heads are no larger than most models'. Each warp has two instructions'
+        slots at least."""
+        roomy = lanes <= _ROWS // 2 and head_dim <= 128
+        return max(2 * self.block if roomy else self.block, _SHORTEST_BLOCK * self.warps_for(lanes))
 
     def tokens_each(self, heads: int, tokens: int) -> int:
         """How many of a sequence's new tokens one program takes, a power of two.
