@@ -14,9 +14,9 @@ lane reads of the turns lies side by side, under one address.
 
 What stands for a byte is 1152 + q of int8, and 2^-8 of an fp8. -1152 times the sum of the queries
 is where scores start from; that of the weights is taken off the result. Float16 has three bits more
-than bfloat16 and less range: queries, divided by the root of D, have to stay below 45,000, where
-products of bfloat16 would be no use either. Weights have their value's scale in them, and are in
-units of about 2^-10 of the largest so far: what float16 rounds to nothing is 2^-34 of that.
+than bfloat16 and less range: queries, divided by the root of D, have to stay below 45,000. Weights
+have their value's scale in them, and are in units of about 2^-10 of the largest so far: what
+float16 rounds to nothing is 2^-34 of that.
 """
 
 from __future__ import annotations
@@ -218,7 +218,8 @@ def attend_cached(
         scores *= of_slots(k_scale, WARPS) * UNIT
         of_values = of_slots(v_scale, WARPS)
         scores = tl.where(there, scores, float("-inf"))
-        # The bits of a float are its logarithm to within a tenth, but for a factor and a bias.
+        # The bits of a float are its logarithm to within a tenth, but for a factor and a bias: that
+        # is enough for a unit.
         scaled = scores + of_values.to(tl.int32, bitcast=True).to(tl.float32) * LOGARITHM
         new_tops = tl.maximum(tops, tl.max(scaled, axis=1) - (BIAS + ROOM))
         weights = tl.exp2(scores - new_tops[:, None, :])
