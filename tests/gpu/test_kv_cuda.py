@@ -22,7 +22,6 @@ from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.quantized import Scheme
-from qwencli.errors import UnsupportedModeError
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
 from tests.chatting import answers_of_turns
@@ -31,8 +30,7 @@ from tests.gpu.test_kernels_cuda import ask
 from tests.models.test_shape_reader import TEXT
 
 CUDA = torch.device("cuda")
-HAS_FP8 = torch.cuda.get_device_capability() >= (8, 9)
-KINDS = [KVDType.INT8, *([KVDType.FP8] if HAS_FP8 else [])]
+KINDS = [KVDType.INT8, KVDType.FP8]
 SCHEMES = {KVDType.INT8: Scheme.INT8, KVDType.FP8: Scheme.FP8}
 
 
@@ -95,9 +93,3 @@ def test_logits_in_bfloat16_are_near_those_of_the_plain_operators(kv, length):
     assert not torch.isnan(own).any()
     # Three bits of mantissa: where an e4m3 is rounded apart it is an eighth of its value apart.
     assert float((plain - own).norm()) < 0.04
-
-
-@pytest.mark.skipif(HAS_FP8, reason="this GPU converts fp8 in its kernels")
-def test_an_older_gpu_names_int8():
-    with pytest.raises(UnsupportedModeError, match=r"from compute capability 8\.9 on"):
-        engine(KVDType.FP8, Kernels.TRITON).load()

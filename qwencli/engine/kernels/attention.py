@@ -18,8 +18,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qwencli.engine.kernels.attention_parts import join_parts
+from qwencli.engine.kernels.cache_operands import (
+    attend_cached,
+    key_words,
+    slot_scales,
+    value_words,
+)
 from qwencli.engine.kernels.handover import HALVES, hand_over
-from qwencli.engine.kernels.kv_store import store_new
+from qwencli.engine.kernels.kv_store import FP8_MAX, as_float32, store_new
 from qwencli.engine.kernels.rounding import round_chunks
 
 
@@ -42,7 +48,7 @@ def decode_attention_kernel(
     k_gain_ptr,  # [D]
     angles_ptr,  # [positions, 2, D]: cosine and signed sine, see native.rope
     position_ptr,  # int64 [B], of the first new token
-    cache_ptr,  # [B, 2 * KVH, max_seq_len, D]: keys, then values; the type of qkv, or int8 or fp8
+    cache_ptr,  # [B, 2 * KVH, max_seq_len, D]: keys, then values; the type of qkv, or bytes
     scales_ptr,  # float32 [B, 2 * KVH, max_seq_len], of int8 and fp8
     slot_ptr,  # int64 [1], of the first new token
     out_ptr,  # [B * TOKENS, H * D]
@@ -70,6 +76,8 @@ def decode_attention_kernel(
     SPAN: tl.constexpr,
     RUN: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    WARPS: tl.constexpr,
+    IN_WORDS: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -78,7 +86,7 @@ def decode_attention_kernel(
 
     KV_MAX is the largest value that a quantized cache stores (see `native.kv_quantized`), 0 where
     it is not quantized. A slot's scales are multiplied with its scores and its weights: what is
-    read needs no arithmetic but the conversion.
+    read needs no arithmetic but the conversion. IN_WORDS: it is read as `cache_operands` does.
 
     A crowd is EACH tokens, a power of two; the last one may have fewer. HEADS is GROUP rounded up
     to a power of two, LANES is HEADS * EACH: lane t * HEADS + g is query head g of a crowd's token
@@ -89,8 +97,10 @@ def decode_attention_kernel(
     HALF: tl.constexpr = D // 2
     H: tl.constexpr = KVH * GROUP
     WIDTH: tl.constexpr = (H + 2 * KVH) * D
-    ROWS: tl.constexpr = 16 if LANES < 16 else LANES  # what a matrix unit takes at least
     TYPE: tl.constexpr = qkv_ptr.dtype.element_ty
+    # What a matrix unit takes at least: of the operand whose rows queries are, or columns.
+    LEAST: tl.constexpr = 8 if IN_WORDS and TOKENS == 1 else 16
+    ROWS: tl.constexpr = LEAST if LANES < LEAST else LANES
     crowd = tl.program_id(0) % CROWDS
     pair = tl.program_id(0) // CROWDS
     split = tl.program_id(1)
@@ -107,16 +117,22 @@ def decode_attention_kernel(
     # No earlier kernel of this step writes any of this: it is read before the wait.
     k_ptr = cache_ptr + (batch * 2 * KVH + head).to(tl.int64) * max_seq_len * D
     v_ptr = k_ptr + KVH * max_seq_len.to(tl.int64) * D
-    slots = start + tl.arange(0, BLOCK)
-    there = (slots < end)[:, None]
-    k_low = tl.load(k_ptr + slots[:, None] * D + low, mask=there, other=0.0)
-    k_high = tl.load(k_ptr + slots[:, None] * D + HALF + low, mask=there, other=0.0)
-    v = tl.load(v_ptr + slots[:, None] * D + full, mask=there, other=0.0)
     k_scales_ptr = scales_ptr + (batch * 2 * KVH + head).to(tl.int64) * max_seq_len
     v_scales_ptr = k_scales_ptr + KVH * max_seq_len.to(tl.int64)
-    if KV_MAX > 0:
-        k_scale = tl.load(k_scales_ptr + slots, mask=slots < end, other=0.0)
-        v_scale = tl.load(v_scales_ptr + slots, mask=slots < end, other=0.0)
+    if IN_WORDS:
+        k_words = key_words(k_ptr, start, end, D, BLOCK, WARPS)
+        v_words = value_words(v_ptr, start, end, D, BLOCK, WARPS)
+        k_scale = slot_scales(k_scales_ptr, start, end, BLOCK)
+        v_scale = slot_scales(v_scales_ptr, start, end, BLOCK)
+    else:
+        slots = start + tl.arange(0, BLOCK)
+        there = (slots < end)[:, None]
+        k_low = tl.load(k_ptr + slots[:, None] * D + low, mask=there, other=0.0)
+        k_high = tl.load(k_ptr + slots[:, None] * D + HALF + low, mask=there, other=0.0)
+        v = tl.load(v_ptr + slots[:, None] * D + full, mask=there, other=0.0)
+        if KV_MAX > 0:
+            k_scale = tl.load(k_scales_ptr + slots, mask=slots < end, other=0.0)
+            v_scale = tl.load(v_scales_ptr + slots, mask=slots < end, other=0.0)
     angles_ptr += tl.load(position_ptr + batch) * 2 * D
     if TOKENS == 1:
         turn = low
@@ -200,33 +216,44 @@ def decode_attention_kernel(
                 q_low.to(TYPE), q_high.to(TYPE), key_low, key_high, new_v, seen, PRECISION
             )
 
-    q_low = q_low.to(TYPE)
-    q_high = q_high.to(TYPE)
-    while start < end:
-        # The next block is read while this one is worked on.
-        start += BLOCK
-        slots = start + tl.arange(0, BLOCK)
-        there = (slots < end)[:, None]
-        at = slots.to(tl.int64)[:, None] * D
-        next_low = tl.load(k_ptr + at + low, mask=there, other=0.0)
-        next_high = tl.load(k_ptr + at + HALF + low, mask=there, other=0.0)
-        next_v = tl.load(v_ptr + at + full, mask=there, other=0.0)
-        scores = tl.dot(q_low, tl.trans(k_low.to(TYPE)), input_precision=PRECISION)
-        scores = tl.dot(q_high, tl.trans(k_high.to(TYPE)), scores, input_precision=PRECISION)
-        if KV_MAX > 0:
-            scores *= k_scale[None, :]
-        scores = tl.where((slots - BLOCK < end)[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, axis=1)
-        if KV_MAX > 0:
-            weights *= v_scale[None, :]
-            k_scale = tl.load(k_scales_ptr + slots, mask=slots < end, other=0.0)
-            v_scale = tl.load(v_scales_ptr + slots, mask=slots < end, other=0.0)
-        acc = tl.dot(weights.to(TYPE), v.to(TYPE), acc * shrink[:, None], input_precision=PRECISION)
-        top = new_top
-        k_low, k_high, v = next_low, next_high, next_v
+    if IN_WORDS:
+        top, total, acc = attend_cached(
+            q_low, q_high, k_words, v_words, k_scale, v_scale, k_ptr, v_ptr, k_scales_ptr,
+            v_scales_ptr, start, end, top, total, acc, KV_MAX == FP8_MAX, BLOCK, WARPS,
+        )  # fmt: skip
+    else:
+        q_low = q_low.to(TYPE)
+        q_high = q_high.to(TYPE)
+        while start < end:
+            # The next block is read while this one is worked on.
+            start += BLOCK
+            slots = start + tl.arange(0, BLOCK)
+            there = (slots < end)[:, None]
+            at = slots.to(tl.int64)[:, None] * D
+            next_low = tl.load(k_ptr + at + low, mask=there, other=0.0)
+            next_high = tl.load(k_ptr + at + HALF + low, mask=there, other=0.0)
+            next_v = tl.load(v_ptr + at + full, mask=there, other=0.0)
+            if KV_MAX > 0:
+                k_low, k_high = as_float32(k_low, KV_MAX), as_float32(k_high, KV_MAX)
+                v = as_float32(v, KV_MAX)
+            scores = tl.dot(q_low, tl.trans(k_low.to(TYPE)), input_precision=PRECISION)
+            scores = tl.dot(q_high, tl.trans(k_high.to(TYPE)), scores, input_precision=PRECISION)
+            if KV_MAX > 0:
+                scores *= k_scale[None, :]
+            scores = tl.where((slots - BLOCK < end)[None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.sum(weights, axis=1)
+            if KV_MAX > 0:
+                weights *= v_scale[None, :]
+                k_scale = tl.load(k_scales_ptr + slots, mask=slots < end, other=0.0)
+                v_scale = tl.load(v_scales_ptr + slots, mask=slots < end, other=0.0)
+            acc = tl.dot(
+                weights.to(TYPE), v.to(TYPE), acc * shrink[:, None], input_precision=PRECISION
+            )
+            top = new_top
+            k_low, k_high, v = next_low, next_high, next_v
 
     if parts == 1:
         if TOKENS == 1:

@@ -114,15 +114,15 @@ class FusedOps:
         self._logits = buffer(MOST_ROWS, shape.vocab_size, of=torch.float32)
         self._best = torch.full((MOST_ROWS,), NOTHING_CHOSEN, dtype=torch.int64, device=device)
         self._heads = triton.next_power_of_2(shape.group_size)
-        exact = dtype == torch.float32
-        self._tiles = attention_tiles(kv_heads, self._launch.num_processors, exact)
+        self._exact = dtype == torch.float32
+        self._tiles = attention_tiles(kv_heads, self._launch.num_processors, self._exact)
         parts = MOST_ROWS * kv_heads * self._tiles.splits * self._heads
         self._sums = buffer(parts, dim, of=torch.float32)
         self._tops = buffer(parts, of=torch.float32)
         self._totals = buffer(parts, of=torch.float32)
         self._arrived = buffer(MOST_ROWS * kv_heads, of=torch.int32)
         # tl.dot would round float32 operands to TF32 otherwise.
-        self._precision = "ieee" if exact else "tf32"
+        self._precision = "ieee" if self._exact else "tf32"
         longest = max(shape.hidden_size, shape.q_size, shape.intermediate_size)
         self._vectors = Vectors(longest, dtype, device, self._launch.options)
         self._several = SeveralProducts(
@@ -160,11 +160,16 @@ class FusedOps:
         kv_max = 0
         if isinstance(step.cache, QuantizedKVCache):
             scales, kv_max = step.cache.scales[layer.index], LARGEST[step.cache.scheme]
+            cache = cache.view(torch.int8)
         norm = layer.qk_norm
         gains = qkv if norm is None else norm.weight
         tiles, each = self._tiles, self._tiles.tokens_each(self._heads, step.length)
         crowds, lanes = triton.cdiv(step.length, each), self._heads * each
         splits = tiles.splits_for(crowds)
+        words = kv_max > 0 and not self._exact and tiles.fits_words(lanes)
+        block = tiles.block_for(kv_max > 0)
+        if words:
+            block = tiles.block_in_words(lanes, layer.head_dim)
         attended = self._attended[: len(qkv)]
         one, reader = len(qkv) == 1, Reader(None, layer.o)
         handed = self._vectors.offer(reader if one else None, layer.head_dim, 0)
@@ -197,7 +202,8 @@ class FusedOps:
             HEADS=self._heads,
             TOKENS=step.length,
             EACH=each,
-            BLOCK=tiles.block_for(kv_max > 0),
+            BLOCK=block,
+            IN_WORDS=words,
             SPLITS=splits,
             NORM=norm is not None,
             KV_MAX=kv_max,
@@ -206,6 +212,7 @@ class FusedOps:
             SPAN=handed.span,
             RUN=ready.wanted.run,
             AT_ONCE=tiles.parts_at_once(lanes, layer.head_dim, splits),
+            WARPS=tiles.warps_for(lanes),
             **self._launch.options(tiles.warps_for(lanes)),
         )
         if one:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+FP8_MAX = tl.constexpr(448)  # of e4m3; int8's is 127
+
 
 @triton.jit
 def store_new(
@@ -22,7 +24,6 @@ def store_new(
     KV_MAX: tl.constexpr,
 ):
     """Store new keys and values from `slot` on; returns them as those who attend later see them."""
-    STORED: tl.constexpr = k_ptr.dtype.element_ty
     low = tl.arange(0, D // 2)[None, :]
     full = tl.arange(0, D)[None, :]
     new = fresh < count
@@ -33,14 +34,17 @@ def store_new(
         largest = tl.maximum(tl.max(tl.abs(key_low), axis=1), tl.max(tl.abs(key_high), axis=1))
         k_scale = row_scale(largest, KV_MAX)
         v_scale = row_scale(tl.max(tl.abs(values), axis=1), KV_MAX)
-        stored_low = cut_down(key_low, k_scale, STORED)
-        stored_high = cut_down(key_high, k_scale, STORED)
-        stored_values = cut_down(values, v_scale, STORED)
+        low_steps = cut_down(key_low, k_scale, KV_MAX)
+        high_steps = cut_down(key_high, k_scale, KV_MAX)
+        value_steps = cut_down(values, v_scale, KV_MAX)
+        stored_low = as_bytes(low_steps, KV_MAX)
+        stored_high = as_bytes(high_steps, KV_MAX)
+        stored_values = as_bytes(value_steps, KV_MAX)
         tl.store(k_scales_ptr + places, k_scale, mask=new)
         tl.store(v_scales_ptr + places, v_scale, mask=new)
-        key_low = (stored_low.to(tl.float32) * k_scale[:, None]).to(key_low.dtype)
-        key_high = (stored_high.to(tl.float32) * k_scale[:, None]).to(key_low.dtype)
-        values = (stored_values.to(tl.float32) * v_scale[:, None]).to(key_low.dtype)
+        key_low = (low_steps * k_scale[:, None]).to(key_low.dtype)
+        key_high = (high_steps * k_scale[:, None]).to(key_low.dtype)
+        values = (value_steps * v_scale[:, None]).to(key_low.dtype)
     tl.store(k_ptr + at + low, stored_low, mask=new[:, None])
     tl.store(k_ptr + at + D // 2 + low, stored_high, mask=new[:, None])
     tl.store(v_ptr + at + full, stored_values, mask=new[:, None])
@@ -54,14 +58,11 @@ def row_scale(largest, KV_MAX: tl.constexpr):
 
 
 @triton.jit
-def cut_down(x, scale, STORED: tl.constexpr):
-    """Rows x [R, n] over their scales [R], rounded to the nearest value that is stored."""
+def cut_down(x, scale, KV_MAX: tl.constexpr):
+    """Rows x [R, n] over their scales [R], float32 rounded to the nearest value that is stored."""
     y = x.to(tl.float32) / scale[:, None]
-    if STORED.is_int8():
-        y = nearest_multiple(y, 1.0)
-    else:
-        # Rounded to three bits after the point, and near zero to multiples of 2^-9, so that the
-        # conversion is exact: Triton's interpreter, for one, rounds 127 to 64.
+    if KV_MAX == FP8_MAX:
+        # To three bits after the point, and near zero to multiples of 2^-9.
         bits = y.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
         y = tl.where(
@@ -69,7 +70,32 @@ def cut_down(x, scale, STORED: tl.constexpr):
             nearest_multiple(y, 0.001953125),
             bits.to(tl.float32, bitcast=True),
         )
-    return y.to(STORED)
+    else:
+        y = nearest_multiple(y, 1.0)
+    return y
+
+
+# e4m3 has float16's bits with fewer of them: of 2^-8 of a value, the exponent is the same. So
+# neither way needs an instruction of its own, which GPUs before compute capability 8.9 have not.
+
+
+@triton.jit
+def as_bytes(y, KV_MAX: tl.constexpr):
+    """Values that can be stored exactly, as int8."""
+    if KV_MAX == FP8_MAX:
+        bits = (y * 0.00390625).to(tl.float16).to(tl.int16, bitcast=True)
+        y = ((bits >> 8) & 0x80) | ((bits >> 7) & 0x7F)
+    return y.to(tl.int8)
+
+
+@triton.jit
+def as_float32(stored, KV_MAX: tl.constexpr):
+    """What bytes of a quantized cache stand for, before their scales; others as float32."""
+    if KV_MAX == FP8_MAX:
+        bits = stored.to(tl.int16)
+        halves = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        stored = halves.to(tl.float32) * 256.0
+    return stored.to(tl.float32)
 
 
 @triton.jit

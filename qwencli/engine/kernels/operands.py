@@ -54,12 +54,13 @@ def both_halves(pairs):
 
 
 @triton.jit
-def as_float16(words, BITS: tl.constexpr, FP8: tl.constexpr):
+def as_float16(words, zero, BITS: tl.constexpr, FP8: tl.constexpr):
     """int32 [M] -> float16 [M, steps of a word, 2, 2] that stand for its weights, see
-    `gemm_quantized`; fp8 for 2^-8 of them."""
-    # Grids have one axis. An exponent that the compiler does not know to be a constant lies in a
-    # register, where one instruction masks a word and joins it: it takes one constant, not two.
-    zero = tl.program_id(2)
+    `gemm_quantized`; fp8 for 2^-8 of them.
+
+    `zero` is one that the compiler does not know: an exponent that is no constant lies in a
+    register, where one instruction masks a word and joins it, which takes one constant, not two.
+    """
     if BITS == 4:
         exponent = 0x64006400 + zero
         first = tl.join(
@@ -74,8 +75,9 @@ def as_float16(words, BITS: tl.constexpr, FP8: tl.constexpr):
         weights = tl.permute(tl.join(first, second), (0, 2, 3, 1))
     else:
         if FP8:
-            even = ((words << 8) & -0x7FFF8000) | ((words << 7) & 0x3F803F80)
-            odd = (words & -0x7FFF8000) | ((words >> 1) & 0x3F803F80)
+            signs = zero - 0x7FFF8000
+            even = ((words << 8) & signs) | ((words << 7) & 0x3F803F80)
+            odd = (words & signs) | ((words >> 1) & 0x3F803F80)
         else:
             exponent = 0x64806480 + zero
             even = (words & 0x00FF00FF) ^ exponent
@@ -93,7 +95,8 @@ def operand(
     """Words of 8 rows and of the 8 after them -> float16 [DEPTH * PARTS * WARPS, 16, columns]."""
     STEPS: tl.constexpr = 8 // BITS  # of a word
     PARTS: tl.constexpr = 4 // RUN
-    w = tl.join(as_float16(low, BITS, FP8), as_float16(high, BITS, FP8))
+    zero = tl.program_id(2)  # grids have one axis
+    w = tl.join(as_float16(low, zero, BITS, FP8), as_float16(high, zero, BITS, FP8))
     w = tl.reshape(w, (DEPTH, WARPS, 8, 4, PARTS, RUN * STEPS, 2, 2, 2))
     # chunk, warp, row, lane, part, step, turn, half, eight -> part of a warp, row, column
     if FOURS:

@@ -70,9 +70,20 @@ class AttentionTiles:
     num_warps: int
 
     def block_for(self, quantized: bool) -> int:
-        """A quantized cache's blocks are half as long: whole ones spill registers (compiled for
-        compute capability 8.0 to 12.0 by Triton 3.6.0)."""
+        """A quantized cache's blocks are half as long where each value is converted by itself:
+        whole ones spill registers (compiled for compute capability 8.0 to 12.0 by Triton 3.6.0)."""
         return max(self.block // 2, _SHORTEST_BLOCK) if quantized else self.block
+
+    def fits_words(self, lanes: int) -> bool:
+        """Whether registers hold a quantized cache as it is multiplied, see `cache_operands`."""
+        return lanes <= _ROWS
+
+    def block_in_words(self, lanes: int, head_dim: int) -> int:
+        """Then twice the slots are as many bytes. They fit beside queries that take half the rows
+        of an instruction, if heads are no larger than most models'. Each warp has two instructions'
+        slots at least."""
+        roomy = lanes <= _ROWS // 2 and head_dim <= 128
+        return max(2 * self.block if roomy else self.block, _SHORTEST_BLOCK * self.warps_for(lanes))
 
     def tokens_each(self, heads: int, tokens: int) -> int:
         """How many of a sequence's new tokens one program takes, a power of two.

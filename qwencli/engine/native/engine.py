@@ -87,7 +87,7 @@ class NativeEngine(LocalEngine):
             )
         attention = resolve_attention(self.config.attention, device)
         kernels = resolve_kernels(self.config.kernels, device, cache)
-        kv = resolve_kv(self.config.kv_dtype, cache, kernels, device)
+        kv = resolve_kv(self.config.kv_dtype, cache)
         dtype = resolve_dtype(self.config.dtype, device, files.checkpoint_dtype)
         packed = self._packed(files)
         self._plan = plan_memory(

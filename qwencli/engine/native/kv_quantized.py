@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from qwencli.config import Cache, Kernels, KVDType
+from qwencli.config import Cache, KVDType
 from qwencli.engine.native.kv_cache import KeysValues, StaticKVCache
 from qwencli.engine.native.lazy_zeros import lazy_zeros
 from qwencli.engine.native.quantized import Scheme, quantize_rows
@@ -26,33 +26,17 @@ KV_SCHEMES: Mapping[KVDType, Scheme | None] = {
 _STORED = {Scheme.INT8: torch.int8, Scheme.FP8: torch.float8_e4m3fn}
 
 
-# Triton's kernels convert fp8 with an instruction that GPUs have from here on.
-_FP8_CAPABILITY = (8, 9)
-
-
-def resolve_kv(wanted: KVDType, cache: Cache, kernels: Kernels, device: str) -> Scheme | None:
+def resolve_kv(wanted: KVDType, cache: Cache) -> Scheme | None:
     """How keys and values are quantized; None = not.
 
-    Args:
-        kernels, device: concrete ones.
-
     Raises:
-        UnsupportedModeError: the cache mode stores them as the model computes them, or the
-            kernels cannot read them on this GPU.
+        UnsupportedModeError: the cache mode stores them as the model computes them.
     """
     if wanted is not KVDType.AUTO and cache is Cache.DYNAMIC:
         raise UnsupportedModeError(
             f"--kv-dtype {wanted}: the dynamic cache keeps keys and values as they are computed",
             nearest=f"--cache {Cache.STATIC}",
         )
-    if wanted is KVDType.FP8 and kernels is Kernels.TRITON:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < _FP8_CAPABILITY:
-            raise UnsupportedModeError(
-                "--kv-dtype fp8: the kernels read it from compute capability 8.9 on, and the GPU "
-                f"{device} has {'.'.join(map(str, capability))}",
-                nearest=f"--kv-dtype {KVDType.INT8}",
-            )
     return KV_SCHEMES[wanted]
 
 

@@ -25,6 +25,7 @@ MOST_SPILLED = 1024
 MOST_JOINING = 64
 # Where the result is rounded for the next product: the largest values are looked for among lanes.
 MOST_JOINING_AND_ROUNDING = 128
+MOST_EXCHANGED_OF_CACHES = 48
 KV = (None, "int8", "fp8-e4m3")
 
 
@@ -86,3 +87,5 @@ def test_operands_of_products_are_loaded_where_they_are_multiplied(
     attention = [k for k in compiled if k["kernel"] == "decode_attention_kernel"]
     halves = [k for k in attention if "bfloat16" in k["dtype"]]
     assert all(kernel["exchanges"] for kernel in halves), "the count sees exchanges"
+    # Weights change lanes, scales and largest scores go around; keys and values do not.
+    assert [k for k in halves if k["kv"] and k["exchanges"] > MOST_EXCHANGED_OF_CACHES] == []

@@ -31,3 +31,13 @@ def test_one_token_is_joined_in_one_go_and_split_as_far_as_processors_go() -> No
     assert tiles.tokens_each(heads=4, tokens=1) == 1
     assert tiles.splits_for(crowds=1) == tiles.splits == 32
     assert tiles.parts_at_once(lanes=4, head_dim=128, splits=32) == 32
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 8, 16])
+@pytest.mark.parametrize("head_dim", [32, 128, 256])
+def test_every_warp_has_whole_instructions_of_a_quantized_cache(lanes: int, head_dim: int) -> None:
+    tiles = attention_tiles(num_kv_heads=8, num_processors=132, exact=False)
+    assert tiles.fits_words(lanes) and not tiles.fits_words(32)
+    block = tiles.block_in_words(lanes, head_dim)
+    assert block % (16 * tiles.warps_for(lanes)) == 0
+    assert block == (128 if lanes <= 8 and head_dim <= 128 else 64)

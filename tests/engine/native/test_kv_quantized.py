@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwencli.config import Attention, Cache, DType, EngineName, Kernels, KVDType
+from qwencli.config import Attention, Cache, DType, EngineName, KVDType
 from qwencli.engine.native import weights
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.engine import NativeEngine
@@ -116,21 +116,7 @@ def test_modes_that_cannot_say_so_and_name_one_that_can(checkpoint):
     assert "--cache static" in caught.value.hint
     with pytest.raises(UnsupportedModeError, match="--kv-dtype fp8 cannot run"):
         TransformersEngine(engine_config(checkpoint("qwen3_vl"), kv_dtype=KVDType.FP8))
-    assert resolve_kv(KVDType.AUTO, Cache.DYNAMIC, Kernels.TORCH, "cpu") is None
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 0)])
-def test_fp8_in_kernels_needs_the_instruction(monkeypatch, capability):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    modes = (Cache.STATIC_GRAPH, Kernels.TRITON, "cuda:0")
-    assert resolve_kv(KVDType.INT8, *modes) is Scheme.INT8
-    assert resolve_kv(KVDType.FP8, modes[0], Kernels.TORCH, "cuda:0") is Scheme.FP8
-    if capability >= (8, 9):
-        assert resolve_kv(KVDType.FP8, *modes) is Scheme.FP8
-        return
-    with pytest.raises(UnsupportedModeError, match=r"8\.9 on, and .* cuda:0 has 8\.0") as caught:
-        resolve_kv(KVDType.FP8, *modes)
-    assert "--kv-dtype int8" in caught.value.hint
+    assert resolve_kv(KVDType.AUTO, Cache.DYNAMIC) is None
 
 
 @pytest.mark.parametrize("kv", [KVDType.INT8, KVDType.FP8])
