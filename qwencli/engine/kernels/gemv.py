@@ -98,7 +98,7 @@ def gemv_kernel(
     xs = vector_tiles(x_ptr, K, BLOCK)
     norm = 1.0
     if SHARES > 0:
-        norm = norm_factor(squares_ptr, K, eps, SHARES)
+        norm = norm_factor(squares_ptr, K, eps, SHARES, AT_ONCE=512 if SHARES > 256 else 32)
     state = state_of_rows(rows, inside, y_ptr, seen_ptr, ADD, ARGMAX)
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
     up_sums = tl.zeros((ROWS, BLOCK), tl.float32)

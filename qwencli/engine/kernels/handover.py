@@ -88,11 +88,12 @@ def hand_over(
 
 
 @triton.jit
-def norm_factor(squares_ptr, K, eps, SHARES: tl.constexpr):
-    """What the RMS norm multiplies a vector [K] with, from the squares of SHARES programs."""
-    # Few are added up by each warp for itself, without a barrier; of many that would be more to
-    # read than the weights are.
-    AT_ONCE: tl.constexpr = 32 if SHARES <= 256 else 512
+def norm_factor(squares_ptr, K, eps, SHARES: tl.constexpr, AT_ONCE: tl.constexpr = 32):
+    """What the RMS norm multiplies a vector [K] with, from the squares of SHARES programs.
+
+    AT_ONCE: up to 32, a warp's width, each warp adds up all of them for itself, without a barrier;
+    of many shares that can be more to read than the weights are.
+    """
     squares = tl.zeros((AT_ONCE,), tl.float32)
     for i in tl.static_range((SHARES + AT_ONCE - 1) // AT_ONCE):
         share = i * AT_ONCE + tl.arange(0, AT_ONCE)
