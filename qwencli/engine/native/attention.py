@@ -2,7 +2,7 @@
 
 A plan is built once per step and shared by all layers. Grouped-query attention never expands the
 keys and values: a decode step treats the heads of a group as rows of one query matrix, a prompt
-passes them as heads over a key with stride 0, or to a kernel that knows groups.
+passes them as a batch over keys with stride 0, or to a kernel that knows groups.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class AttentionPlan:
     Args:
         kv_len: slots that attention reads; those at its end may be hidden by the mask.
         mask: added to the scores: [B, 1, 1, kv_len] where the step has one query a row, else
-            [B * KVH, 1, S, kv_len] (or 1 in front). None: each query sees its own slot and all
+            [1, B * KVH, S, kv_len] (or 1 for the heads). None: each query sees its own slot and all
             before it, the queries being the last S slots; implementations other than
             flash_attention_2 need S == kv_len or S == 1 for that, or `flash`.
         lengths: slots in use after this step, int32 [B] on the device.
@@ -82,7 +82,7 @@ def prompt_plan(
         visible = (slots <= slots[start:, None]) & (slots >= left_pads[:, None, None])
         visible = visible.unsqueeze(1)  # [B, 1, S, kv_len]
         if length > 1:
-            visible = visible.repeat_interleave(num_kv_heads, dim=0)
+            visible = visible.repeat_interleave(num_kv_heads, dim=0).transpose(0, 1)
     mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(
         ~visible, hidden_score(dtype)
     )
@@ -178,25 +178,27 @@ ATTENTION: Mapping[Attention, AttentionFunction] = {
 def _heads_over_shared_keys(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q [B * KVH, G, S, D] over keys and values [B * KVH, G (stride 0), kv_len, D]."""
+    """q [G, B * KVH, S, D] over keys and values [G (stride 0), B * KVH, kv_len, D].
+
+    The group comes first, as a batch: torch's memory-efficient kernel takes keys with stride 0
+    between heads for a sign that a single query is left, and gives the last one the mask of the
+    first where only one is left of its last block (`num_queries == 1 && k_strideH == 0` in
+    mem_eff_attention/kernel_forward.h).
+    """
     batch, length, heads, dim = q.shape
     kv_heads, kv_len = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
-    rows = q.view(batch, length, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
-    rows = rows.reshape(batch * kv_heads, group, length, dim)
-    size = (batch * kv_heads, group, kv_len, dim)
-    return (
-        rows,
-        keys.flatten(0, 1).unsqueeze(1).expand(size),
-        values.flatten(0, 1).unsqueeze(1).expand(size),
-    )
+    rows = q.view(batch, length, kv_heads, group, dim).permute(3, 0, 2, 1, 4)
+    rows = rows.reshape(group, batch * kv_heads, length, dim)
+    size = (group, batch * kv_heads, kv_len, dim)
+    return rows, keys.flatten(0, 1).expand(size), values.flatten(0, 1).expand(size)
 
 
 def _join_heads(out: torch.Tensor, batch: int) -> torch.Tensor:
-    """[B * KVH, G, S, D] -> [B, S, H * D]."""
-    length = out.shape[2]
-    out = out.view(batch, -1, *out.shape[1:])  # [B, KVH, G, S, D]
-    return out.permute(0, 3, 1, 2, 4).reshape(batch, length, -1)
+    """[G, B * KVH, S, D] -> [B, S, H * D]."""
+    group, _, length, dim = out.shape
+    out = out.reshape(group, batch, -1, length, dim)  # [G, B, KVH, S, D]
+    return out.permute(1, 3, 2, 0, 4).reshape(batch, length, -1)
 
 
 def _causal(length: int, like: torch.Tensor) -> torch.Tensor:
