@@ -1,10 +1,11 @@
 """How a kernel cuts up its work: from the shape alone, so the same choice every time.
 
 The figures are the fastest of searches, each inside the whole decode step: for float weights over
-the matrices of 2B, 4B and 8B models on one H200 (results/2026-11-23-h200-kernels), for int8, int4
-and fp8 over those of a 4B model on one H100 (results/2026-11-25-h100-step). Most others were within
-two percent. A thread reads 16 bytes of a row at a time. Those for several tokens are of 4 tokens
-and a 4B model on one H100 (results/2026-11-25-h100-tiles-step); shorter rows were not searched.
+the matrices of 2B, 4B and 8B models on one H200 (results/2026-11-23-h200-kernels, those of 2B and
+4B again in results/2026-11-27-h200-typed-step), for int8, int4 and fp8 over those of a 4B model on
+one H100 (results/2026-11-25-h100-step). Most others were within two percent. A thread reads 16
+bytes of a row at a time. Those for several tokens are of 4 tokens and a 4B model on one H100
+(results/2026-11-25-h100-tiles-step); shorter rows were not searched.
 """
 
 from __future__ import annotations
