@@ -17,8 +17,9 @@ from qwencli.results import Speculation
 
 # What older drafts count for after each step: the last dozen or so say what the text is like.
 FORGET = 0.9
-# Before anything is known: one draft in three is right.
-PRIOR_HITS, PRIOR_DRAFTS = 1.0, 3.0
+# Before anything is known: few drafts are right. Plain steps find out for nothing; steps of several
+# tokens that were on their way before the first outcome was read would not be for nothing.
+PRIOR_HITS, PRIOR_DRAFTS = 0.5, 4.0
 # Steps after which the cost of a size is known: the first ones are often slow.
 TIMED_STEPS = 8
 RECENT = 2 * TIMED_STEPS

@@ -48,6 +48,18 @@ def test_text_that_never_repeats_gets_plain_steps() -> None:
     assert gain is not None and gain > 0.95
 
 
+def test_a_request_begins_plain_until_drafts_have_been_right() -> None:
+    """The host is steps ahead of the first outcome: what those would lose is lost every time."""
+    cost = {1: 1.0, 2: 1.18, 4: 1.21, 8: 1.24}
+    costs = StepCosts()
+    for size in SIZES:
+        for _ in range(TIMED_STEPS):
+            costs.add(size, cost[size])
+    sizes = Sizes(SIZES, True, costs)
+    assert [sizes.next() for _ in range(8)] == [1] * 8
+    assert 8 in run(sizes, 1.0, cost, 8)
+
+
 def test_text_that_begins_to_repeat_is_noticed_and_given_up_again() -> None:
     cost = {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.6}
     sizes = Sizes(SIZES, True, StepCosts())
