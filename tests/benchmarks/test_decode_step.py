@@ -30,7 +30,8 @@ MATRICES = ((6144, 2560, False), (2560, 9728, False), (9728, 2560, True), (15193
 
 
 def step_of(quantization: Quantization, tiles: Tiles) -> MeasuredStep:
-    return MeasuredStep(read_shape(config(4, 2, 32)), quantization, 64, tiles, device=CPU)
+    shape = read_shape(config(4, 2, 32) | {"num_hidden_layers": 1})
+    return MeasuredStep(shape, quantization, 64, tiles, device=CPU)
 
 
 @torch.inference_mode()
