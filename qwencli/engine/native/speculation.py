@@ -17,9 +17,11 @@ from qwencli.results import Speculation
 
 # What older drafts count for after each step: the last dozen or so say what the text is like.
 FORGET = 0.9
-# Before anything is known: few drafts are right. Plain steps find out for nothing; steps of several
-# tokens that were on their way before the first outcome was read would not be for nothing.
+# Added to what was seen: few drafts are right until several were. Plain steps find out for nothing,
+# while each false alarm costs the steps that were on their way before its outcome was read.
 PRIOR_HITS, PRIOR_DRAFTS = 0.5, 4.0
+# Plain steps that one of several tokens is taken to cost until it is known. Measured: 1.13 to 1.64.
+GUESSED_COST = 1.5
 # Steps after which the cost of a size is known: the first ones are often slow.
 TIMED_STEPS = 8
 RECENT = 2 * TIMED_STEPS
@@ -55,7 +57,7 @@ class Sizes:
     def __init__(self, sizes: Sequence[int], adaptive: bool, costs: StepCosts) -> None:
         assert sizes[0] == 1, "a plain step is what the others are measured by"
         self.all, self._adaptive, self._costs = sizes, adaptive, costs
-        self._hits, self._tried = PRIOR_HITS, PRIOR_DRAFTS
+        self._hits = self._tried = 0.0
         self._steps: Counter[int] = Counter()
         self._tokens = 0
 
@@ -65,10 +67,10 @@ class Sizes:
             return 1
         if not self._adaptive:
             return self.all[-1]
-        rates: dict[int, float] = {}
-        cost = plain
-        for size in self.all:
-            # A step costs no less than a smaller one: good enough to try a size that is not known.
+        rates = {1: 1 / plain}
+        cost = GUESSED_COST * plain
+        for size in self.all[1:]:
+            # A step costs about as much as a smaller one: good enough to try one that is not known.
             if self._costs.known(size):
                 cost = self._costs.seconds(size) or cost
             rates[size] = self._expected(size) / cost
@@ -101,5 +103,5 @@ class Sizes:
 
     def _expected(self, size: int) -> float:
         """Tokens of a step of `size`."""
-        right = min(self._hits / self._tried, 1.0)
+        right = min((self._hits + PRIOR_HITS) / (self._tried + PRIOR_DRAFTS), 1.0)
         return float(sum(right**n for n in range(size)))

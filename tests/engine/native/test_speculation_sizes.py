@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 
 import pytest
 from hypothesis import given
@@ -14,13 +15,16 @@ SIZES = (1, 2, 4, 8)
 
 
 def run(
-    sizes: Sizes, chance: float, cost: dict[int, float], steps: int, seed: int = 1
+    sizes: Sizes, chance: float, cost: dict[int, float], steps: int, seed: int = 1, ahead: int = 1
 ) -> list[int]:
-    """Sizes taken by steps whose drafts are right with `chance`."""
+    """Sizes taken by steps whose drafts are right with `chance`, `ahead` of them on their way."""
     generator = random.Random(seed)
-    taken = []
+    taken: list[int] = []
+    unread: deque[int] = deque()
     for _ in range(steps):
-        size = sizes.next()
+        while len(unread) < ahead:
+            unread.append(sizes.next())
+        size = unread.popleft()
         checked = max(size - 1, 1)
         hits = 0
         while hits < checked and generator.random() < chance:
@@ -58,6 +62,20 @@ def test_a_request_begins_plain_until_drafts_have_been_right() -> None:
     sizes = Sizes(SIZES, True, costs)
     assert [sizes.next() for _ in range(8)] == [1] * 8
     assert 8 in run(sizes, 1.0, cost, 8)
+
+
+def test_a_draft_that_is_right_now_and_then_costs_next_to_nothing() -> None:
+    """With eight steps on their way, from an engine's first request on. What 4B steps cost."""
+    cost = {1: 1.0, 2: 1.25, 4: 1.41, 8: 1.5}
+    costs = StepCosts()
+    for seed in range(40):
+        sizes = Sizes(SIZES, True, costs)
+        run(sizes, 0.03, cost, 256, seed, ahead=8)
+        gain = sizes.result().net_gain
+        assert gain is not None and gain > 0.99
+    sizes = Sizes(SIZES, True, costs)
+    run(sizes, 0.8, cost, 256, ahead=8)
+    assert (sizes.result().net_gain or 0) > 2
 
 
 def test_text_that_begins_to_repeat_is_noticed_and_given_up_again() -> None:
