@@ -14,7 +14,7 @@ check:
 	$(PYTHON) tools/docs/findings.py --check
 
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 docs:
 	$(PYTHON) tools/docs/cli_reference.py

@@ -8,6 +8,9 @@ import pytest
 
 # Our kernels run on the CPU here, in Triton's interpreter; it looks once, when it is imported.
 os.environ["TRITON_INTERPRET"] = "1"
+# Of tests that run beside others: threads that wait for each other's turn take many times as long.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
