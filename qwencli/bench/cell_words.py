@@ -21,6 +21,7 @@ CLOCK_DROP_SHARE = 0.9
 GC_SHARE = 0.01
 ONE_CORE_PERCENT = 90.0
 IDLE_GPU_PERCENT = 70.0
+DRIVER_MEAN_S = 1.0
 FRAGMENTED_PERCENT = 20.0
 # Runs whose clocks differ less than this were clocked alike.
 SAME_CLOCK_SHARE = 0.02
@@ -201,17 +202,15 @@ def throttling(data: CellRows) -> Said:
 
 
 def host(data: CellRows) -> Said:
-    thread = data.median("main_thread_cpu_percent")
-    runs = {row["run"] for row in data.measured}
-    samples = (row["utilization_percent"] for row in data.gpu if row["run"] in runs)
-    used = [float(percent) for percent in samples if percent]
-    busy = statistics.fmean(used) if used else None
-    if thread is not None and busy is not None:
+    threads, busy = data.numbers("main_thread_cpu_percent"), _gpu_busy_percent(data)
+    if threads and busy is not None:
+        thread = statistics.median(threads)
         if thread >= ONE_CORE_PERCENT and busy < IDLE_GPU_PERCENT:
             yield (
                 "bound by one CPU core: it launches without pause while the GPU waits",
                 f"main thread {thread:.0f}% of a core, GPU busy {busy:.0f}% of the time",
             )
+            yield from _unlike_times(data, min(threads))
         elif thread < ONE_CORE_PERCENT and busy >= IDLE_GPU_PERCENT:
             yield (
                 "the GPU is the one that works",
@@ -222,6 +221,33 @@ def host(data: CellRows) -> Said:
         yield (
             "other programs take the processor away while it decodes",
             f"{switches / whole:.0f} involuntary switches a second",
+        )
+
+
+def _gpu_busy_percent(data: CellRows) -> float | None:
+    """Between tokens, as measured, or else what the driver says, which is a mean over up to a
+    second: of no use for shorter requests."""
+    if measured := data.cell.get("gpu_busy_percent"):
+        return float(measured)
+    runs = {row["run"] for row in data.measured}
+    samples = (row["utilization_percent"] for row in data.gpu if row["run"] in runs)
+    used = [float(percent) for percent in samples if percent]
+    long_enough = (data.median("e2e_s") or 0.0) >= DRIVER_MEAN_S
+    return statistics.fmean(used) if used and long_enough else None
+
+
+def _unlike_times(data: CellRows, thread: float) -> Said:
+    """Of runs that differ although their host never waited.
+
+    Args:
+        thread: share of a core that the main thread had in the run where it had least, percent.
+    """
+    decodes, ratio = data.numbers("decode_s"), run_ratio(data.numbers("decode_tok_per_s"))
+    if decodes and ratio is not None and ratio > UNSTABLE_RATIO and thread >= ONE_CORE_PERCENT:
+        yield (
+            "runs differ because that core takes longer for the same work in some than in others",
+            f"{min(decodes):.2f} to {max(decodes):.2f} s a decode, main thread at least "
+            f"{thread:.0f}% of a core in each",
         )
 
 

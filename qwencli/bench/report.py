@@ -41,7 +41,8 @@ def build_report(folder: Path) -> list[CellRow]:
     gpu, host = read_rows(folder / GPU), read_rows(folder / HOST)
     beside = {name: read_rows(beside_path(folder, name)) for name in BESIDE}
     cells = cell_rows(plan, runs, tokens, **beside)
-    findings = attribute(runs, tokens, host, gpu)
+    busy = {cell["cell_id"]: cell["gpu_busy_percent"] for cell in cells}
+    findings = attribute(runs, tokens, host, gpu, busy)
     rows = with_causes(cells, findings, runs, read_rows(folder / PROBES))
     write_rows(folder / CAUSES, columns.CAUSES, map(asdict, findings))
     write_rows(folder / "cells.csv", columns.CELLS, rows)

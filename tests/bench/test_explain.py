@@ -114,6 +114,32 @@ def test_who_waits_for_whom():
     busy = said(cell(eight(main_thread_cpu_percent=40), gpu=gpu("97")))
     assert "the GPU is the one that works (GPU busy 97%, main thread 40% of a core)" in busy
     assert len(said(cell(eight(main_thread_cpu_percent=99), gpu=gpu("")))) == 1
+    # What was measured counts for more than what the driver says, which of short requests is old.
+    spinning = eight(main_thread_cpu_percent=100)
+    measured = said(cell(spinning, gpu=gpu("25"), gpu_busy_percent="99"))
+    assert not any("one CPU core" in line for line in measured)
+    short = said(cell(eight(main_thread_cpu_percent=100, e2e_s=0.1), gpu=gpu("25")))
+    assert not any("one CPU core" in line for line in short)
+
+
+def test_runs_that_differ_with_the_processor():
+    """Where the host never waits, and the GPU does, nothing else is left."""
+
+    def runs(**values):
+        return [
+            run(n, decode_tok_per_s=27 if n % 2 else 16, decode_s=1.1 if n % 2 else 1.9, **values)
+            for n in range(9)
+        ]
+
+    sentence = "runs differ because that core takes longer for the same work in some"
+    lines = said(cell(runs(main_thread_cpu_percent=100), gpu_busy_percent="20"))
+    assert any(line.startswith(sentence) and "1.10 to 1.90 s" in line for line in lines)
+    for other in (
+        cell(runs(main_thread_cpu_percent=60), gpu_busy_percent="20"),
+        cell(runs(main_thread_cpu_percent=100), gpu_busy_percent="99"),
+        cell(eight(main_thread_cpu_percent=100, decode_s=1.1), gpu_busy_percent="20"),
+    ):
+        assert not any(line.startswith(sentence) for line in said(other))
 
 
 @pytest.mark.parametrize("name", ["2026-11-23-h200-transformers", "2026-11-23-cpu-engines"])

@@ -5,6 +5,7 @@ Every figure on the page comes from a study's rows. The study of a GPU stands be
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import campaigns
 from plots import effects_plot, runs_plot
 
+from qwencli.bench.explain import explain_campaign
+from qwencli.bench.stats import UNSTABLE_RATIO
 from qwencli.bench.studies import origin_tables
 from qwencli.bench.studies.claim_file import ALL, Study, choose
 from qwencli.bench.studies.evidence import Evidence
@@ -25,6 +28,9 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 PAGE = ROOT / "docs" / "findings.md"
 PLOTS = ROOT / "docs" / "findings"
+
+# As `explain` begins where the runs of a cell are far apart.
+DIFFER = re.compile("identical runs differ")
 
 Found = list[tuple[Evidence, dict[str, ClaimVerdict]]]
 
@@ -89,7 +95,10 @@ def _verdict_lines(study: Study, found: Found) -> list[str]:
 
 
 def _sentence(claim: ClaimVerdict) -> str:
-    text = claim.reason[:1].upper() + claim.reason[1:]
+    # What begins with a name keeps it: device_map, vLLM.
+    first = claim.reason.split(maxsplit=1)[0].rstrip(",:")
+    plain = first.isalpha() and first.islower()
+    text = claim.reason[:1].upper() + claim.reason[1:] if plain else claim.reason
     return text if text.endswith(".") else f"{text}."
 
 
@@ -137,6 +146,7 @@ def page(found: Found) -> str:
     ]
     for evidence, _ in found:
         lines += [*_ranking(evidence), ""]
+    lines += _undisturbed()
     lines += ["## The claims", ""]
     best = [settled(study.claim, found) for study in claims]
     counts = [one[1].verdict if one else Verdict.CANNOT_RUN for one in best]
@@ -177,6 +187,30 @@ def _more_runs() -> list[str]:
         "### Both engines, more runs", "", campaigns.source(folder), "",
         "#### Steadiness", "", markdown(*steady), "", "#### Run after run", "", markdown(*runs), "",
     ]  # fmt: skip
+
+
+def _undisturbed() -> list[str]:
+    """What is said of modes whose runs differ although nothing was done to them."""
+    folder = campaigns.newest_of_gpu("modes")
+    if folder is None:
+        return []
+    said: dict[str, list[str]] = {}
+    for one in explain_campaign(folder):
+        if one.cell is not None:
+            said.setdefault(one.cell, []).append(f"{one.what} ({one.figure})")
+    apart = {cell: words for cell, words in said.items() if any(map(DIFFER.match, words))}
+    lines = [
+        "### With nothing done to them",
+        "",
+        f"{len(apart)} of {len(said)} modes in one campaign have runs that differ more than "
+        f"{UNSTABLE_RATIO:g} times. What `qwencli diagnose explain` says of each:",
+        "",
+        *(f"- **{cell}**: {'; '.join(words)}" for cell, words in apart.items()),
+        "",
+        campaigns.source(folder),
+        "",
+    ]
+    return lines
 
 
 def _missing(claims: Sequence[Study], found: Found) -> list[str]:

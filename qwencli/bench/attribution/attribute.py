@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from qwencli.bench.attribution.baseline import Baseline, baseline
 from qwencli.bench.attribution.between import SlowPhase, slow_phases
@@ -18,23 +18,34 @@ def attribute(
     tokens: Iterable[RawRow],
     host: Iterable[RawRow],
     gpu: Iterable[RawRow],
+    device_busy_percent: Mapping[str, float | None] | None = None,
 ) -> list[Finding]:
     """The rows of causes.csv, from those of the other files, cell by cell in their order.
+
+    Args:
+        device_busy_percent: cell -> how much of the time its device works, where measured.
 
     Raises:
         BenchError: a raw row holds something else than a number where one belongs.
     """
     cells = records_by_cell(runs, tokens, host, gpu)
-    return [finding for records in cells.values() for finding in _of_cell(records)]
+    busy = device_busy_percent or {}
+    return [
+        finding
+        for cell_id, records in cells.items()
+        for finding in _of_cell(records, busy.get(cell_id))
+    ]
 
 
-def _of_cell(records: Sequence[RunRecord]) -> list[Finding]:
+def _of_cell(records: Sequence[RunRecord], busy: float | None) -> list[Finding]:
     usual = baseline(records)
     found = [
-        _finding(record, usual, gap) for record in records for gap in _gaps(record, usual.token)
+        _finding(record, usual, gap, busy)
+        for record in records
+        for gap in _gaps(record, usual.token)
     ]
     return found + [
-        _finding(slow.record, usual, _phase(slow))
+        _finding(slow.record, usual, _phase(slow), busy)
         for slow in slow_phases(records)
         if slow.record.t_s
     ]
@@ -55,8 +66,8 @@ def _phase(slow: SlowPhase) -> Stretch:
     return Stretch("prefill", first - record.figures["ttft_s"], first, slow.lost_ms, 1)
 
 
-def _finding(record: RunRecord, usual: Baseline, stretch: Stretch) -> Finding:
-    claim = judge(observe(record, usual, stretch))
+def _finding(record: RunRecord, usual: Baseline, stretch: Stretch, busy: float | None) -> Finding:
+    claim = judge(observe(record, usual, stretch, busy))
     return Finding(
         cell_id=record.cell_id,
         run=record.run,

@@ -12,7 +12,10 @@ from qwencli.bench.attribution.records import Moment, Numbers, RunRecord
 from qwencli.bench.drift import ALPHA, drift
 
 # Counters of host.csv of which a phase of a run has a usual amount.
-COUNTERS = ("runqueue_ms", "steal_ms", "other_python_ms", "others_cpu_ms", "off_cpu_ms", "syncs")
+COUNTERS = (
+    "main_cpu_ms", "runqueue_ms", "steal_ms", "other_python_ms", "others_cpu_ms", "off_cpu_ms",
+    "syncs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,16 @@ def counters(moment: Moment) -> Numbers:
     if "main_cpu_ms" in figures:
         slept = span_ms - figures["main_cpu_ms"] - figures.get("runqueue_ms", 0.0)
         found["off_cpu_ms"] = max(0.0, slept)
+    if "steal_ms" in found and "system_busy_ms" in figures:
+        found["steal_ms"] *= _part_of_one(span_ms, figures["system_busy_ms"] + found["steal_ms"])
     if "system_busy_ms" in figures and "process_cpu_ms" in figures:
         found["others_cpu_ms"] = max(0.0, figures["system_busy_ms"] - figures["process_cpu_ms"])
     return found
+
+
+def _part_of_one(span_ms: float, wanted_ms: float) -> float:
+    """What one program that always wants to run has of all the processor time that was wanted."""
+    return min(1.0, span_ms / wanted_ms) if wanted_ms > 0 else 1.0
 
 
 def reasons(samples: Iterable[Moment]) -> frozenset[str]:

@@ -23,6 +23,7 @@ class Cause(StrEnum):
     THERMAL_DRIFT = "thermal_drift"
     OTHER_GPU_PROCESS = "other_gpu_process"
     IDLE_GAP = "idle_gap"
+    PROCESSOR = "processor"
     RELOAD = "reload"
     UNKNOWN = "unknown"
 
@@ -43,6 +44,7 @@ MEANINGS: Mapping[Cause, str] = {
     Cause.THERMAL_DRIFT: "the GPU grew warmer and slower from run to run",
     Cause.OTHER_GPU_PROCESS: "another program used the GPU",
     Cause.IDLE_GAP: "the host slept or waited for something outside",
+    Cause.PROCESSOR: "the host's processor was slower at the same work",
     Cause.RELOAD: "the model had just been loaded",
     Cause.UNKNOWN: "of what no sensor shows",
 }

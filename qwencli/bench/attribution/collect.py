@@ -12,14 +12,23 @@ from qwencli.bench.attribution.records import Moment, Numbers, RunRecord
 
 # A sensor sample speaks for this long before and after itself: the sampler's interval.
 NEAR_S = 0.05
+# The driver's share of busy time is a mean over up to so long.
+DRIVER_MEAN_S = 1.0
 # Signals are noted when the interpreter next runs, a little after the process does.
 LATE_S = 0.02
 # A gap that is most of a run has the whole decode as its evidence.
 WHOLE_RUN = 0.8
 
 
-def observe(record: RunRecord, usual: Baseline, stretch: Stretch) -> Evidence:
-    """Everything known about that time."""
+def observe(
+    record: RunRecord, usual: Baseline, stretch: Stretch, device_busy_percent: float | None
+) -> Evidence:
+    """Everything known about that time.
+
+    Args:
+        device_busy_percent: measured for the whole cell; None = not, and then the driver's word
+            counts for stretches that are long enough.
+    """
     start_s, end_s = stretch.start_s, stretch.end_s
     host = _host_rows(record, stretch)
     ordinary = _ordinary(usual, stretch.scope, host)
@@ -32,6 +41,8 @@ def observe(record: RunRecord, usual: Baseline, stretch: Stretch) -> Evidence:
         return sum(m.overlap_ms(start_s, end_s) for m in record.host if m.name == event)
 
     near = [s for s in record.gpu if start_s - NEAR_S <= s.end_s <= end_s + NEAR_S]
+    if device_busy_percent is None and end_s - start_s >= DRIVER_MEAN_S:
+        device_busy_percent = _mean(near, "utilization_percent")
     return Evidence(
         scope=stretch.scope,
         span_ms=stretch.span_ms,
@@ -39,6 +50,7 @@ def observe(record: RunRecord, usual: Baseline, stretch: Stretch) -> Evidence:
         tokens=stretch.tokens,
         on_gpu=record.on_gpu,
         main_cpu_ms=figures.get("main_cpu_ms"),
+        extra_cpu_ms=beyond("main_cpu_ms"),
         slept_ms=beyond("off_cpu_ms"),
         switches=figures.get("voluntary_switches"),
         other_python_ms=_other_python(record, stretch.scope, figures, beyond("other_python_ms")),
@@ -59,9 +71,18 @@ def observe(record: RunRecord, usual: Baseline, stretch: Stretch) -> Evidence:
         throttle=reasons(near),
         gpu_processes=max(_column(near, "compute_processes"), default=None),
         fresh_load="load_s" in record.figures and usual.loads < 0.5,
+        device_busy_percent=device_busy_percent,
+        spread=_spread(record, usual, stretch),
         warming=usual.warming,
         usual=usual.gpu,
     )
+
+
+def _spread(record: RunRecord, usual: Baseline, stretch: Stretch) -> float:
+    if stretch.scope != "decode" or usual.token is None or stretch.lost_ms <= 0:
+        return 0.0
+    slower_ms = statistics.median(record.itl_ms) - usual.token.ms
+    return min(1.0, max(0.0, slower_ms * len(record.itl_ms) / stretch.lost_ms))
 
 
 def _host_rows(record: RunRecord, stretch: Stretch) -> list[Moment]:
@@ -103,8 +124,10 @@ def _threads_ms(figures: Numbers) -> float:
 def _part(moment: Moment, share: float) -> Moment:
     """As if all that happened had been spread evenly: what is left to say of tokens that were not
     slow enough, one by one, to be looked at."""
-    figures = {name: value * min(1.0, share) for name, value in moment.figures.items()}
-    return Moment(moment.name, moment.start_s, moment.end_s, figures)
+    share = min(1.0, share)
+    start_s = moment.end_s - share * (moment.end_s - moment.start_s)
+    figures = {name: value * share for name, value in moment.figures.items()}
+    return Moment(moment.name, start_s, moment.end_s, figures)
 
 
 def _ordinary(usual: Baseline, scope: Scope, host: Sequence[Moment]) -> Numbers:

@@ -29,8 +29,9 @@ class Evidence:
         switches: times a thread of this process gave its processor up by itself.
         other_python_ms: processor time of this process's other Python threads.
         runqueue_ms: runnable, but waiting for a processor (the thread that waited longest).
-        steal_ms: processors taken by the hypervisor, all together.
-        others_cpu_ms: processor time of all other programs. This and the three above: beyond what
+        steal_ms: what the hypervisor took of the processors, one program's part of it.
+        extra_cpu_ms: processor time of the main thread beyond what is usual.
+        others_cpu_ms: processor time of all other programs. This and the four above: beyond what
             is usual for this phase or for so many tokens.
         gc_ms, compile_ms, capture_ms: the part of the stretch spent so.
         stops: times the process went on after a stop signal.
@@ -40,6 +41,8 @@ class Evidence:
             `temperature_c` its highest; `throttle` all reasons seen.
         gpu_processes: programs with memory on the GPU, this one included.
         fresh_load: the model was loaded just before this run and not before others.
+        device_busy_percent: how much of the time the device works, in this cell or at this time.
+        spread: how much of what was lost lies in the run's typical token, 0 to 1.
         warming: correlation of GPU temperature with the number of the run, where speed falls.
     """
 
@@ -49,6 +52,7 @@ class Evidence:
     tokens: int
     on_gpu: bool = False
     main_cpu_ms: float | None = None
+    extra_cpu_ms: float | None = None
     slept_ms: float | None = None
     switches: float | None = None
     other_python_ms: float | None = None
@@ -69,6 +73,8 @@ class Evidence:
     throttle: frozenset[str] = frozenset()
     gpu_processes: float | None = None
     fresh_load: bool = False
+    device_busy_percent: float | None = None
+    spread: float = 0.0
     warming: float | None = None
     usual: Usual = Usual()
 

@@ -19,7 +19,10 @@ _OF_HOST = (
     "tokens", "main_cpu_ms", "process_cpu_ms", "other_python_ms", "runqueue_ms",
     "voluntary_switches", "system_busy_ms", "steal_ms", "device_allocs", "alloc_retries", "syncs",
 )  # fmt: skip
-_OF_GPU = ("sm_clock_mhz", "pstate", "power_w", "temperature_c", "compute_processes")
+_OF_GPU = (
+    "sm_clock_mhz", "pstate", "power_w", "temperature_c", "compute_processes",
+    "utilization_percent",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from qwencli.bench.attribution.causes import Cause
 from qwencli.bench.attribution.evidence import Evidence
+from qwencli.bench.roofline import GPU_BUSY
 
 FLOOR = 0.35
 # A clock this much lower than usual counts as lower; governors move it by less all the time.
@@ -177,6 +178,20 @@ def _slept(e: Evidence) -> tuple[float, str] | None:
     return e.share(e.slept_ms), f"{_ms(e.slept_ms)} in which the main thread slept"
 
 
+def _slower_processor(e: Evidence) -> tuple[float, str] | None:
+    """By exclusion: the main thread needed more processor time for the same work while the device
+    waited for it. Evenly over the run: what takes time in one place leaves a sign there."""
+    if e.device_busy_percent is None or e.main_cpu_ms is None or e.extra_cpu_ms is None:
+        return None
+    if e.device_busy_percent >= GPU_BUSY:
+        return None
+    said = (
+        f"the main thread ran {_ms(e.main_cpu_ms)}, usually {_ms(e.main_cpu_ms - e.extra_cpu_ms)}; "
+        f"the device worked {e.device_busy_percent:.0f}% of the time"
+    )
+    return min(e.share(e.extra_cpu_ms), e.spread), said
+
+
 def _reloaded(e: Evidence) -> tuple[float, str] | None:
     if e.scope == "gap" or not e.fresh_load:
         return None
@@ -201,6 +216,7 @@ RULES: tuple[tuple[Judge, Cause, float], ...] = (
     (_synchronised, Cause.HOST_SYNC, 0.70),
     (_other_gpu_process, Cause.OTHER_GPU_PROCESS, 0.60),
     (_slept, Cause.IDLE_GAP, 0.60),
+    (_slower_processor, Cause.PROCESSOR, 0.55),
     (_contended, Cause.PREEMPTION, 0.50),
 )
 

@@ -110,6 +110,54 @@ def test_waiting_for_the_device_at_every_token_is_seen_between_runs():
     assert (found.scope, found.run, found.cause) == ("decode", str(RUN), Cause.HOST_SYNC)
 
 
+def test_a_run_whose_host_took_longer_for_the_same_work():
+    """Where the device waits for the host. Where the host waits for the device its thread spins,
+    and its time says nothing."""
+    cell = MadeCell()
+    cell.itl[RUN] = [value * 1.3 for value in cell.itl[RUN]]
+    (found,) = cell.findings(device_busy_percent=20.0)
+    assert (found.scope, found.run, found.cause) == ("decode", str(RUN), Cause.PROCESSOR)
+    assert found.evidence.startswith("the main thread ran 38")
+    (found,) = cell.findings(device_busy_percent=95.0)
+    assert found.cause is Cause.UNKNOWN
+    (found,) = cell.findings()
+    assert found.cause is Cause.UNKNOWN
+
+
+def test_where_nothing_was_measured_the_driver_knows_of_long_runs():
+    for itl_ms, cause in ((30.0, Cause.PROCESSOR), (3.0, Cause.UNKNOWN)):
+        cell = MadeCell(itl_ms)
+        cell.itl[RUN] = [value * 1.3 for value in cell.itl[RUN]]
+        cell.gpu_figures = {run: {"utilization_percent": 20} for run in cell.itl}
+        (found,) = cell.findings()
+        assert found.cause is cause
+
+
+def test_one_late_token_is_not_the_processors_doing():
+    cell = MadeCell()
+    cell.slow(RUN, TOKEN, LOST)
+    assert {found.cause for found in cell.findings(device_busy_percent=20.0)} == {Cause.UNKNOWN}
+
+
+@pytest.mark.parametrize(("processors", "cause"), [(1, Cause.PREEMPTION), (20, Cause.UNKNOWN)])
+def test_of_what_the_hypervisor_takes_a_program_has_its_part(processors, cause):
+    """On a machine where twenty run, what it took is seldom one program's."""
+    cell = MadeCell()
+    stolen = {"steal_ms": LOST, "system_busy_ms": 3.0 + (processors - 1) * LOST}
+    cell.slow(RUN, TOKEN, LOST, main_cpu_ms=LOST if processors > 1 else 3.0, **stolen)
+    (gap,) = cell.findings("gap")
+    assert gap.cause is cause
+
+
+def test_a_gap_that_nobody_looked_at_has_its_part_of_the_decode_as_evidence():
+    """And no time slept but what the whole decode slept."""
+    cell = MadeCell()
+    for token in range(TOKEN, TOKEN + 6):
+        cell.itl[RUN][token - 1] += 5.0
+    (gap,) = cell.findings("gap")
+    assert gap.cause is Cause.UNKNOWN
+
+
 def test_a_load_before_the_run_explains_its_late_first_token():
     cell = MadeCell()
     cell.run_columns[RUN] = {"ttft_s": 0.4, "load_s": 3.0}
