@@ -199,7 +199,7 @@ def _undisturbed() -> list[str]:
         if one.cell is not None:
             said.setdefault(one.cell, []).append(f"{one.what} ({one.figure})")
     apart = {cell: words for cell, words in said.items() if any(map(DIFFER.match, words))}
-    lines = [
+    return [
         "### With nothing done to them",
         "",
         f"{len(apart)} of {len(said)} modes in one campaign have runs that differ more than "
@@ -210,7 +210,6 @@ def _undisturbed() -> list[str]:
         campaigns.source(folder),
         "",
     ]
-    return lines
 
 
 def _missing(claims: Sequence[Study], found: Found) -> list[str]:
