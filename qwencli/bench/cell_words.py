@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qwencli.bench.attribution.causes import MEANINGS, Cause
+from qwencli.bench.attribution.summary import ONE_CORE_PERCENT, unlike_times
 from qwencli.bench.itl import STALL_FACTOR
 from qwencli.bench.stats import UNSTABLE_RATIO, run_ratio
 from qwencli.bench.steadiness import Steadiness
@@ -19,7 +20,6 @@ Said = Iterator[tuple[str, str]]
 LONG_FIRST_TOKEN_SHARE = 0.2
 CLOCK_DROP_SHARE = 0.9
 GC_SHARE = 0.01
-ONE_CORE_PERCENT = 90.0
 IDLE_GPU_PERCENT = 70.0
 DRIVER_MEAN_S = 1.0
 FRAGMENTED_PERCENT = 20.0
@@ -202,20 +202,20 @@ def throttling(data: CellRows) -> Said:
 
 
 def host(data: CellRows) -> Said:
-    threads, busy = data.numbers("main_thread_cpu_percent"), _gpu_busy_percent(data)
-    if threads and busy is not None:
-        thread = statistics.median(threads)
+    thread, busy = data.median("main_thread_cpu_percent"), _gpu_busy_percent(data)
+    if thread is not None and busy is not None:
         if thread >= ONE_CORE_PERCENT and busy < IDLE_GPU_PERCENT:
             yield (
                 "bound by one CPU core: it launches without pause while the GPU waits",
                 f"main thread {thread:.0f}% of a core, GPU busy {busy:.0f}% of the time",
             )
-            yield from _unlike_times(data, min(threads))
         elif thread < ONE_CORE_PERCENT and busy >= IDLE_GPU_PERCENT:
             yield (
                 "the GPU is the one that works",
                 f"GPU busy {busy:.0f}%, main thread {thread:.0f}% of a core",
             )
+    if found := unlike_times(data.cell):
+        yield found
     switches, whole = data.median("involuntary_switches"), data.median("e2e_s")
     if switches is not None and whole and switches / whole > 100:
         yield (
@@ -234,21 +234,6 @@ def _gpu_busy_percent(data: CellRows) -> float | None:
     used = [float(percent) for percent in samples if percent]
     long_enough = (data.median("e2e_s") or 0.0) >= DRIVER_MEAN_S
     return statistics.fmean(used) if used and long_enough else None
-
-
-def _unlike_times(data: CellRows, thread: float) -> Said:
-    """Of runs that differ although their host never waited.
-
-    Args:
-        thread: share of a core that the main thread had in the run where it had least, percent.
-    """
-    decodes, ratio = data.numbers("decode_s"), run_ratio(data.numbers("decode_tok_per_s"))
-    if decodes and ratio is not None and ratio > UNSTABLE_RATIO and thread >= ONE_CORE_PERCENT:
-        yield (
-            "runs differ because that core takes longer for the same work in some than in others",
-            f"{min(decodes):.2f} to {max(decodes):.2f} s a decode, main thread at least "
-            f"{thread:.0f}% of a core in each",
-        )
 
 
 def garbage(data: CellRows) -> Said:

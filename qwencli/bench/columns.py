@@ -29,6 +29,7 @@ CELLS = (
     "mean_kl", "quality_samples",
     "kv_dtype",
     "speculate", "accept_percent_median", "speculation_gain_median",
+    "main_thread_cpu_percent_min",
 )  # fmt: skip
 
 RUNS = (

@@ -148,6 +148,7 @@ def _cell_row(data: CellData) -> CellRow:
         "noise_percent": noise_percent(speeds),
         "accept_percent_median": _median(data.numbers("accept_percent")),
         "speculation_gain_median": _median(data.numbers("speculation_gain")),
+        "main_thread_cpu_percent_min": min(data.numbers("main_thread_cpu_percent"), default=None),
         **steadiness_columns(data.steady),
         **quality_columns(data.quality),
         # Tokens of one step share its reading of the weights, so their rate says nothing of that.

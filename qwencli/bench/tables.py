@@ -117,7 +117,14 @@ def remarks(rows: Sequence[CellRow]) -> list[str]:
 def why_lines(rows: Sequence[CellRow]) -> list[str]:
     """What slowed each cell, fastest cell first, and what measuring cost."""
     axes = varying_axes(rows)
-    lines = [f"{row_label(row, axes)}: {said}" for row in by_speed(rows) for said in why(row)]
+    cells: dict[str, list[str]] = defaultdict(list)
+    for row in by_speed(rows):
+        for said in why(row):
+            cells[said].append(row_label(row, axes))
+    lines = [
+        f"{labels[0] if len(labels) == 1 else f'{len(labels)} cells'}: {said}"
+        for said, labels in cells.items()
+    ]
     probes = probe_line(rows)
     return lines + ([probes] if probes else [])
 

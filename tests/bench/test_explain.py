@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwencli.bench import columns
+from qwencli.bench.attribution.summary import why
 from qwencli.bench.cell_words import CELL_RULES, CellRows
 from qwencli.bench.explain import explain_campaign
 from qwencli.bench.rowfile import write_rows
@@ -125,21 +126,19 @@ def test_who_waits_for_whom():
 def test_runs_that_differ_with_the_processor():
     """Where the host never waits, and the GPU does, nothing else is left."""
 
-    def runs(**values):
-        return [
-            run(n, decode_tok_per_s=27 if n % 2 else 16, decode_s=1.1 if n % 2 else 1.9, **values)
-            for n in range(9)
-        ]
+    def row(thread="99.8", busy="20.0", ratio="1.4"):
+        return {
+            "main_thread_cpu_percent_min": thread, "gpu_busy_percent": busy,
+            "run_ratio_max_min": ratio,
+        }  # fmt: skip
 
-    sentence = "runs differ because that core takes longer for the same work in some"
-    lines = said(cell(runs(main_thread_cpu_percent=100), gpu_busy_percent="20"))
-    assert any(line.startswith(sentence) and "1.10 to 1.90 s" in line for line in lines)
-    for other in (
-        cell(runs(main_thread_cpu_percent=60), gpu_busy_percent="20"),
-        cell(runs(main_thread_cpu_percent=100), gpu_busy_percent="99"),
-        cell(eight(main_thread_cpu_percent=100, decode_s=1.1), gpu_busy_percent="20"),
-    ):
-        assert not any(line.startswith(sentence) for line in said(other))
+    sentence = "runs differ because the core that launches takes longer for the same work in some"
+    figures = "main thread at least 100% of a core in each, GPU busy 20% of the time"
+    assert f"{sentence} ({figures})" in said(cell(eight(), **row()))
+    (short,) = why(row())
+    assert short.startswith(sentence)
+    for other in (row(thread="60"), row(busy="99"), row(ratio="1.02"), row(thread=None), {}):
+        assert why(other) == []
 
 
 @pytest.mark.parametrize("name", ["2026-11-23-h200-transformers", "2026-11-23-cpu-engines"])

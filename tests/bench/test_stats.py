@@ -57,6 +57,12 @@ def test_speeds_leave_the_warm_up_out():
     assert row["verdict"] == "ok"
 
 
+def test_the_thread_that_waited_most_counts_where_it_is_known():
+    rows = runs({"main_thread_cpu_percent": "99.5"}, {"main_thread_cpu_percent": "62"}, {})
+    assert cell(rows)["main_thread_cpu_percent_min"] == 62
+    assert cell(runs({}))["main_thread_cpu_percent_min"] is None
+
+
 def test_latencies_are_pooled_over_measured_runs():
     tokens = [
         {"cell_id": "c", "run": run, "itl_ms": itl}

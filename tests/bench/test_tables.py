@@ -8,7 +8,7 @@ from rich.console import Console
 from qwencli.bench.markdown import markdown
 from qwencli.bench.planned import planned_table
 from qwencli.bench.predict import Prediction
-from qwencli.bench.tables import cell_summary, speed_text, terminal_table
+from qwencli.bench.tables import cell_summary, speed_text, terminal_table, why_lines
 
 CELL = {
     "model": "scenes",
@@ -180,3 +180,12 @@ def test_details_in_markdown():
     assert "## How steady" in text
     assert "| none | 8,040 | 4360 | 58 % | 443 | 91 % | kernels | 96 % | 0.012 |" in text
     assert "##" not in markdown([CELL], ENVIRONMENT).replace("# Benchmark", "")
+
+
+def test_what_slowed_several_cells_alike_is_said_once():
+    slow = {**CELL, "run_ratio_max_min": 1.4, "gpu_busy_percent": 20.0}
+    slow |= {"main_thread_cpu_percent_min": 99.9, "verdict": "unstable: runs differ 1.40x"}
+    rows = [slow, {**slow, "cache": "static"}, {**CELL, "attention": "eager"}]
+    (line,) = why_lines(rows)
+    assert line.startswith("2 cells: runs differ because the core that launches")
+    assert why_lines(rows[1:])[0].startswith("sdpa static: runs differ")

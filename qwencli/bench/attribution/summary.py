@@ -12,8 +12,12 @@ from qwencli.bench.attribution.causes import MEANINGS, Cause, Finding
 from qwencli.bench.attribution.records import RawRow
 from qwencli.bench.probe_overhead import Pair, overhead_percent, sampler_percent
 from qwencli.bench.robust import Interval
+from qwencli.bench.roofline import GPU_BUSY
+from qwencli.bench.stats import UNSTABLE_RATIO
 
 CellRow = Mapping[str, Any]
+# A thread that has this much of a core has never waited for long.
+ONE_CORE_PERCENT = 90.0
 
 
 @dataclass(frozen=True)
@@ -112,9 +116,24 @@ def _interval_columns(name: str, found: Interval | None) -> dict[str, float | No
     }
 
 
+def unlike_times(row: CellRow) -> tuple[str, str] | None:
+    """Why the runs of a cell differ whose host never waited while its device did: sentence and
+    figures; None where that is not so, or not known."""
+    names = ("main_thread_cpu_percent_min", "gpu_busy_percent", "run_ratio_max_min")
+    thread, busy, ratio = (float(row.get(name) or "nan") for name in names)
+    if not (thread >= ONE_CORE_PERCENT and busy < GPU_BUSY and ratio > UNSTABLE_RATIO):
+        return None
+    return (
+        "runs differ because the core that launches takes longer for the same work in some",
+        f"main thread at least {thread:.0f}% of a core in each, GPU busy {busy:.0f}% of the time",
+    )
+
+
 def why(row: CellRow) -> list[str]:
     """What slowed this cell, in sentences; [] where nothing did."""
     lines = []
+    if found := unlike_times(row):
+        lines.append(f"{found[0]}; it was never idle, and the GPU was most of the time")
     if gaps := read_tallies(row.get("gap_causes")):
         total = sum(tally.lost_ms for tally in gaps)
         parts = ", ".join(f"{t.cause} {100 * t.lost_ms / total:.0f}% ({t.count})" for t in gaps)
