@@ -42,9 +42,14 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def studies() -> list[Evidence]:
-    """All studies in results/, those of a GPU first, the newest of each kind first."""
-    found = [Evidence(path.parent) for path in sorted(RESULTS.glob(f"*/{STUDY}"), reverse=True)]
-    return sorted(found, key=lambda evidence: evidence.environment["device"]["name"] is None)
+    """The newest study of each kind of GPU in results/, the newest first, then that of a CPU."""
+    newest: dict[str | None, Evidence] = {}
+    for path in sorted(RESULTS.glob(f"*/{STUDY}"), reverse=True):
+        evidence = Evidence(path.parent)
+        newest.setdefault(evidence.environment["device"]["name"], evidence)
+    return sorted(
+        newest.values(), key=lambda evidence: evidence.environment["device"]["name"] is None
+    )
 
 
 def machine(evidence: Evidence) -> str:
