@@ -62,6 +62,7 @@ HOST = (
     "main_cpu_ms", "process_cpu_ms", "other_python_ms", "runqueue_ms",
     "voluntary_switches", "involuntary_switches", "minor_faults", "major_faults",
     "system_busy_ms", "steal_ms", "device_allocs", "alloc_retries", "syncs",
+    "core_mhz",
 )  # fmt: skip
 
 PROBES = ("cell_id", "run", "sampler", "pair", "watched_itl_ms", "bare_itl_ms")

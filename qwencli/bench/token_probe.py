@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Self
 
+from qwencli.bench.core_clock import CoreClock
 from qwencli.bench.thread_times import (
     Reading,
     RunQueue,
@@ -57,6 +58,7 @@ class _Reading(NamedTuple):
     process_ns: int
     waits: Reading
     usage: Any
+    core_mhz: float | None
     syncs: int | None
 
 
@@ -78,6 +80,7 @@ class TokenProbe:
         self._device = device
         self._limit_s = float("inf")
         self._usage = _usage_reader()
+        self._clock = CoreClock()
 
     def __enter__(self) -> Self:
         self._stops: list[float] = []
@@ -87,6 +90,7 @@ class TokenProbe:
         self._counts: dict[int, _Counts] = {}
         with ExitStack() as stack:
             self._queue = stack.enter_context(RunQueue())
+            stack.enter_context(self._clock)
             self._events = stack.enter_context(DeviceEvents(self._device))
             stack.enter_context(_noting_stops(self._stops))
             self._stack = stack.pop_all()
@@ -142,6 +146,7 @@ class TokenProbe:
                 time.process_time_ns(),
                 self._queue.read(),
                 self._usage(),
+                self._clock.read_mhz(),
                 self._events.syncs,
             )
         )
@@ -184,8 +189,10 @@ class TokenProbe:
                 "major_faults": b.usage.ru_majflt - a.usage.ru_majflt,
             }
         )
+        clocks = [r.core_mhz for r in self._readings[first + 1 : last + 1] if r.core_mhz]
         return {
             **_event(event, a.t_s, b.t_s),
+            "core_mhz": statistics.fmean(clocks) if clocks else None,
             "tokens": b.token - a.token,
             "main_cpu_ms": (b.main_ns - a.main_ns) / 1e6,
             "process_cpu_ms": (b.process_ns - a.process_ns) / 1e6,

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from qwencli.bench import columns
+from qwencli.bench.core_clock import CoreClock
 from qwencli.bench.host import HostProbe
 from qwencli.bench.thread_times import system_times, waited_ms
 from qwencli.bench.token_probe import LEARNING, TokenProbe
@@ -52,6 +53,14 @@ def spin(seconds):
     end = time.thread_time() + seconds
     while time.thread_time() < end:
         pass
+
+
+def test_rows_tell_the_mean_clock_of_the_core(monkeypatch):
+    clocks = iter([9000.0, 4000.0, *[2000.0] * 40])
+    monkeypatch.setattr(CoreClock, "read_mhz", lambda clock: next(clocks))
+    rows = watch()
+    assert [row["core_mhz"] for row in named(rows, "prefill")] == [4000.0]
+    assert [row["core_mhz"] for row in named(rows, "decode")] == [2000.0]
 
 
 def test_a_run_has_a_row_for_each_phase_in_columns_of_the_file():

@@ -42,6 +42,7 @@ class Baseline:
 def baseline(records: Sequence[RunRecord]) -> Baseline:
     """Of the measured runs of one cell (not empty)."""
     samples = [sample for record in records for sample in record.gpu]
+    decodes = [moment for record in records if (moment := record.interval("decode"))]
     return Baseline(
         token=usual_token(record.itl_ms for record in records),
         gpu=Usual(
@@ -49,6 +50,7 @@ def baseline(records: Sequence[RunRecord]) -> Baseline:
             pstate=_median(samples, "pstate"),
             temperature_c=_median(samples, "temperature_c"),
             power_w=_median(samples, "power_w"),
+            core_mhz=_median(decodes, "core_mhz"),
             throttle=frozenset(
                 name
                 for name in reasons(samples)

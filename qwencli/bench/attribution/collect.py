@@ -69,6 +69,7 @@ def observe(
         pstate=max(_column(near, "pstate"), default=None),
         temperature_c=max(_column(near, "temperature_c"), default=None),
         throttle=reasons(near),
+        core_mhz=_mean(host, "core_mhz"),
         gpu_processes=max(_column(near, "compute_processes"), default=None),
         fresh_load="load_s" in record.figures and usual.loads < 0.5,
         device_busy_percent=device_busy_percent,

@@ -16,6 +16,7 @@ class Usual:
     temperature_c: float | None = None
     power_w: float | None = None
     throttle: frozenset[str] = frozenset()
+    core_mhz: float | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Evidence:
         extra_syncs: waits for the device beyond what these tokens usually have.
         sm_clock_mhz, power_w: mean over the stretch; `pstate` its highest number;
             `temperature_c` its highest; `throttle` all reasons seen.
+        core_mhz: clock of the processor core that the main thread ran on, mean.
         gpu_processes: programs with memory on the GPU, this one included.
         fresh_load: the model was loaded just before this run and not before others.
         device_busy_percent: how much of the time the device works, in this cell or at this time.
@@ -71,6 +73,7 @@ class Evidence:
     temperature_c: float | None = None
     power_w: float | None = None
     throttle: frozenset[str] = frozenset()
+    core_mhz: float | None = None
     gpu_processes: float | None = None
     fresh_load: bool = False
     device_busy_percent: float | None = None

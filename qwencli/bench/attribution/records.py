@@ -18,6 +18,7 @@ _OF_RUN = ("ttft_s", "decode_s", "decode_tok_per_s", "load_s", "temperature_c_ma
 _OF_HOST = (
     "tokens", "main_cpu_ms", "process_cpu_ms", "other_python_ms", "runqueue_ms",
     "voluntary_switches", "system_busy_ms", "steal_ms", "device_allocs", "alloc_retries", "syncs",
+    "core_mhz",
 )  # fmt: skip
 _OF_GPU = (
     "sm_clock_mhz", "pstate", "power_w", "temperature_c", "compute_processes",

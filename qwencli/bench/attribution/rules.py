@@ -178,6 +178,16 @@ def _slept(e: Evidence) -> tuple[float, str] | None:
     return e.share(e.slept_ms), f"{_ms(e.slept_ms)} in which the main thread slept"
 
 
+def _lower_core_clock(e: Evidence) -> tuple[float, str] | None:
+    clock, usual = e.core_mhz, e.usual.core_mhz
+    if e.device_busy_percent is None or e.device_busy_percent >= GPU_BUSY or not e.main_cpu_ms:
+        return None
+    if not clock or not usual or clock >= LOWER_CLOCK * usual:
+        return None
+    said = f"the main thread's core at {clock:.0f} MHz, usually {usual:.0f}; the device waited"
+    return e.share(e.main_cpu_ms * (1.0 - clock / usual)), said
+
+
 def _slower_processor(e: Evidence) -> tuple[float, str] | None:
     """By exclusion: the main thread needed more processor time for the same work while the device
     waited for it. Evenly over the run: what takes time in one place leaves a sign there."""
@@ -213,6 +223,7 @@ RULES: tuple[tuple[Judge, Cause, float], ...] = (
     (_throttled, Cause.THROTTLE, 0.85),
     (_power_state, Cause.POWER_STATE, 0.82),
     (_lower_clock, Cause.CLOCK, 0.75),
+    (_lower_core_clock, Cause.PROCESSOR, 0.75),
     (_synchronised, Cause.HOST_SYNC, 0.70),
     (_other_gpu_process, Cause.OTHER_GPU_PROCESS, 0.60),
     (_slept, Cause.IDLE_GAP, 0.60),

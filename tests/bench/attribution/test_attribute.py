@@ -124,6 +124,16 @@ def test_a_run_whose_host_took_longer_for_the_same_work():
     assert found.cause is Cause.UNKNOWN
 
 
+def test_a_core_at_a_lower_clock_is_told_by_its_clock():
+    cell = MadeCell()
+    cell.itl[RUN] = [value * 1.6 for value in cell.itl[RUN]]
+    for run in cell.itl:
+        cell.phase_figures[run, "decode"] = {"core_mhz": 3250.0 if run == RUN else 5200.0}
+    (found,) = cell.findings(device_busy_percent=20.0)
+    assert (found.cause, found.confidence) == (Cause.PROCESSOR, pytest.approx(0.75))
+    assert found.evidence.startswith("the main thread's core at 3250 MHz, usually 5200")
+
+
 def test_where_nothing_was_measured_the_driver_knows_of_long_runs():
     for itl_ms, cause in ((30.0, Cause.PROCESSOR), (3.0, Cause.UNKNOWN)):
         cell = MadeCell(itl_ms)

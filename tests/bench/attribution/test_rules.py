@@ -29,7 +29,8 @@ evidences = st.builds(
     sm_clock_mhz=st.none() | st.floats(0, 3000), pstate=st.none() | st.floats(0, 12),
     temperature_c=st.none() | st.floats(20, 95),
     throttle=st.frozensets(st.sampled_from(["sw_power_cap", "hw_thermal", "idle"])),
-    extra_cpu_ms=ms, device_busy_percent=count, spread=st.floats(0, 1),
+    core_mhz=st.none() | st.floats(0, 6000), extra_cpu_ms=ms,
+    device_busy_percent=count, spread=st.floats(0, 1),
     gpu_processes=count, fresh_load=st.booleans(), warming=st.none() | st.floats(-1, 1),
     usual=st.builds(
         Usual, st.none() | st.floats(0, 3000), st.none() | st.floats(0, 12),
@@ -79,6 +80,14 @@ CASES = [
     (Cause.GIL, IDLE_HOST, {"other_python_ms": 98.0}),
     (Cause.GIL, BLANK, {"other_python_ms": 98.0, "runqueue_ms": 97.0, "slept_ms": 1.0}),
     (Cause.IDLE_GAP, IDLE_HOST, {}),
+    (
+        Cause.PROCESSOR,
+        BLANK,
+        {
+            "span_ms": 200.0, "main_cpu_ms": 200.0, "device_busy_percent": 20.0,
+            "core_mhz": 2100.0, "usual": Usual(core_mhz=5400.0),
+        },
+    ),
     (
         Cause.PROCESSOR,
         BLANK,
