@@ -27,7 +27,7 @@ from pathlib import Path
 
 from qwencli.engine.gpu_sensors import read_driver
 
-STEPS = Path(__file__).with_suffix(".toml")
+STEPS = Path(__file__).parent / "steps" / "gpu.toml"
 # A campaign that ran to its end, with a cell that broke or whose figures do not hold.
 ENDED = (0, 1)
 # By Ctrl-C, which the terminal sends to all programs at once.
