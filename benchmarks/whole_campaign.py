@@ -46,8 +46,8 @@ class Step:
         words = [word.replace("{out}", str(folder)) for word in shlex.split(self.command)]
         program, *rest = words
         found = [sys.executable] if program == "python" else [sys.executable, "-m", program]
-        resume = ["--resume"] * (program == "qwencli" and folder.exists())
-        return [*found, *rest, *resume]
+        begun = folder.is_dir() and any(folder.iterdir())
+        return [*found, *rest, *(["--resume"] if begun and program == "qwencli" else [])]
 
 
 def read_steps(path: Path, only: Collection[str]) -> list[Step]:

@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from qwencli.bench.attribution.causes import MEANINGS, Cause
 from qwencli.bench.attribution.summary import ONE_CORE_PERCENT, unlike_times
 from qwencli.bench.itl import STALL_FACTOR
+from qwencli.bench.roofline import DRIVER_MEAN_S, GPU_BUSY
 from qwencli.bench.stats import UNSTABLE_RATIO, run_ratio
 from qwencli.bench.steadiness import Steadiness
+
+# How the sentence about runs that are far apart begins.
+DIFFER = "identical runs differ"
 
 Row = Mapping[str, str]
 Said = Iterator[tuple[str, str]]
@@ -20,8 +24,6 @@ Said = Iterator[tuple[str, str]]
 LONG_FIRST_TOKEN_SHARE = 0.2
 CLOCK_DROP_SHARE = 0.9
 GC_SHARE = 0.01
-IDLE_GPU_PERCENT = 70.0
-DRIVER_MEAN_S = 1.0
 FRAGMENTED_PERCENT = 20.0
 # Runs whose clocks differ less than this were clocked alike.
 SAME_CLOCK_SHARE = 0.02
@@ -69,7 +71,7 @@ def differing_runs(data: CellRows) -> Said:
     ratio = run_ratio(speeds)
     if ratio is not None and ratio > UNSTABLE_RATIO:
         yield (
-            f"identical runs differ {ratio:.2f}x, so no single figure may be quoted",
+            f"{DIFFER} {ratio:.2f}x, so no single figure may be quoted",
             f"fastest {max(speeds):.1f}, slowest {min(speeds):.1f} tok/s",
         )
 
@@ -204,12 +206,12 @@ def throttling(data: CellRows) -> Said:
 def host(data: CellRows) -> Said:
     thread, busy = data.median("main_thread_cpu_percent"), _gpu_busy_percent(data)
     if thread is not None and busy is not None:
-        if thread >= ONE_CORE_PERCENT and busy < IDLE_GPU_PERCENT:
+        if thread >= ONE_CORE_PERCENT and busy < GPU_BUSY:
             yield (
                 "bound by one CPU core: it launches without pause while the GPU waits",
                 f"main thread {thread:.0f}% of a core, GPU busy {busy:.0f}% of the time",
             )
-        elif thread < ONE_CORE_PERCENT and busy >= IDLE_GPU_PERCENT:
+        elif thread < ONE_CORE_PERCENT and busy >= GPU_BUSY:
             yield (
                 "the GPU is the one that works",
                 f"GPU busy {busy:.0f}%, main thread {thread:.0f}% of a core",

@@ -21,6 +21,8 @@ RawRow = Mapping[str, str]
 
 BANDWIDTH_BOUND = 60.0
 GPU_BUSY = 70.0
+# What the driver calls the GPU's share of busy time is a mean over up to so long.
+DRIVER_MEAN_S = 1.0
 
 _COPIED = (
     "bytes_per_token", "read_bandwidth_bytes_per_s", "launch_rate_per_s",

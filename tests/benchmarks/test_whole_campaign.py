@@ -47,6 +47,8 @@ def test_a_campaign_goes_on_in_its_folder(tmp_path):
     first = step.arguments(tmp_path)
     assert first == [sys.executable, "-m", "qwencli", "bench", "--out", str(tmp_path / "modes")]
     (tmp_path / "modes").mkdir()
+    assert step.arguments(tmp_path) == first
+    (tmp_path / "modes" / "plan.json").touch()
     assert step.arguments(tmp_path) == [*first, "--resume"]
 
 

@@ -5,7 +5,6 @@ Every figure on the page comes from a study's rows. The study of a GPU stands be
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import campaigns
 from plots import effects_plot, runs_plot
 
+from qwencli.bench.cell_words import DIFFER
 from qwencli.bench.explain import explain_campaign
 from qwencli.bench.stats import UNSTABLE_RATIO
 from qwencli.bench.studies import origin_tables
@@ -28,9 +28,6 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 PAGE = ROOT / "docs" / "findings.md"
 PLOTS = ROOT / "docs" / "findings"
-
-# As `explain` begins where the runs of a cell are far apart.
-DIFFER = re.compile("identical runs differ")
 
 Found = list[tuple[Evidence, dict[str, ClaimVerdict]]]
 
@@ -203,7 +200,9 @@ def _undisturbed() -> list[str]:
     for one in explain_campaign(folder):
         if one.cell is not None:
             said.setdefault(one.cell, []).append(f"{one.what} ({one.figure})")
-    apart = {cell: words for cell, words in said.items() if any(map(DIFFER.match, words))}
+    apart = {
+        cell: words for cell, words in said.items() if any(w.startswith(DIFFER) for w in words)
+    }
     return [
         "### With nothing done to them",
         "",

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from qwencli.bench.attribution.baseline import Baseline, counters, reasons
 from qwencli.bench.attribution.causes import Scope, Stretch
 from qwencli.bench.attribution.evidence import Evidence
-from qwencli.bench.attribution.records import Moment, Numbers, RunRecord
+from qwencli.bench.attribution.records import MEANS, Moment, Numbers, RunRecord
+from qwencli.bench.roofline import DRIVER_MEAN_S
 
 # A sensor sample speaks for this long before and after itself: the sampler's interval.
 NEAR_S = 0.05
-# The driver's share of busy time is a mean over up to so long.
-DRIVER_MEAN_S = 1.0
 # Signals are noted when the interpreter next runs, a little after the process does.
 LATE_S = 0.02
 # A gap that is most of a run has the whole decode as its evidence.
@@ -127,7 +126,9 @@ def _part(moment: Moment, share: float) -> Moment:
     slow enough, one by one, to be looked at."""
     share = min(1.0, share)
     start_s = moment.end_s - share * (moment.end_s - moment.start_s)
-    figures = {name: value * share for name, value in moment.figures.items()}
+    figures = {
+        name: value if name in MEANS else value * share for name, value in moment.figures.items()
+    }
     return Moment(moment.name, start_s, moment.end_s, figures)
 
 

@@ -20,6 +20,8 @@ _OF_HOST = (
     "voluntary_switches", "system_busy_ms", "steal_ms", "device_allocs", "alloc_retries", "syncs",
     "core_mhz",
 )  # fmt: skip
+# Of these, what is no amount that adds up over time.
+MEANS = frozenset({"core_mhz"})
 _OF_GPU = (
     "sm_clock_mhz", "pstate", "power_w", "temperature_c", "compute_processes",
     "utilization_percent",

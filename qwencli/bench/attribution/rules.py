@@ -178,9 +178,14 @@ def _slept(e: Evidence) -> tuple[float, str] | None:
     return e.share(e.slept_ms), f"{_ms(e.slept_ms)} in which the main thread slept"
 
 
+def _device_waited(e: Evidence) -> bool:
+    return e.device_busy_percent is not None and e.device_busy_percent < GPU_BUSY
+
+
 def _lower_core_clock(e: Evidence) -> tuple[float, str] | None:
+    """What is usual is known of decoding."""
     clock, usual = e.core_mhz, e.usual.core_mhz
-    if e.device_busy_percent is None or e.device_busy_percent >= GPU_BUSY or not e.main_cpu_ms:
+    if e.scope == "prefill" or not _device_waited(e) or not e.main_cpu_ms:
         return None
     if not clock or not usual or clock >= LOWER_CLOCK * usual:
         return None
@@ -191,9 +196,7 @@ def _lower_core_clock(e: Evidence) -> tuple[float, str] | None:
 def _slower_processor(e: Evidence) -> tuple[float, str] | None:
     """By exclusion: the main thread needed more processor time for the same work while the device
     waited for it. Evenly over the run: what takes time in one place leaves a sign there."""
-    if e.device_busy_percent is None or e.main_cpu_ms is None or e.extra_cpu_ms is None:
-        return None
-    if e.device_busy_percent >= GPU_BUSY:
+    if not _device_waited(e) or e.main_cpu_ms is None or e.extra_cpu_ms is None:
         return None
     said = (
         f"the main thread ran {_ms(e.main_cpu_ms)}, usually {_ms(e.main_cpu_ms - e.extra_cpu_ms)}; "

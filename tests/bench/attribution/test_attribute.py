@@ -134,6 +134,16 @@ def test_a_core_at_a_lower_clock_is_told_by_its_clock():
     assert found.evidence.startswith("the main thread's core at 3250 MHz, usually 5200")
 
 
+def test_a_part_of_a_decode_has_its_clock_whole():
+    cell = MadeCell()
+    for token in range(TOKEN, TOKEN + 6):
+        cell.itl[RUN][token - 1] += 5.0
+    for run in cell.itl:
+        cell.phase_figures[run, "decode"] = {"core_mhz": 5200.0}
+    (gap,) = cell.findings("gap", device_busy_percent=20.0)
+    assert gap.cause is Cause.UNKNOWN
+
+
 def test_where_nothing_was_measured_the_driver_knows_of_long_runs():
     for itl_ms, cause in ((30.0, Cause.PROCESSOR), (3.0, Cause.UNKNOWN)):
         cell = MadeCell(itl_ms)
