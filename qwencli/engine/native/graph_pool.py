@@ -27,9 +27,9 @@ class GraphPool:
         stream, current = self._stream, torch.cuda.current_stream(self._device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            # cuBLAS and the allocator set themselves up here and not in the graph.
-            for _ in range(2):
-                work()
+            # Kernels are loaded and cuBLAS sets itself up here and not in the graph. Once is enough
+            # for both, and a model that was just loaded waits for it before its first token.
+            work()
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):

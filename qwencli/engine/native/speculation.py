@@ -5,7 +5,10 @@ average (Leviathan et al. 2023, arXiv 2211.17192, equation 1). What a step of n 
 measured as steps run. The size with the most tokens a second is taken, and 1 is a plain step.
 
 Plain steps draft as well and see whether the first draft was right, so a text that begins to repeat
-itself is noticed without paying for it. Knows neither models nor devices.
+itself is noticed without paying for it. But a host that is steps ahead of what it has read finds
+out late that it no longer does. So what such steps may lose is little at first and grows by what
+they win, as a sender's window does (slow start: Jacobson 1988, "Congestion avoidance and control").
+Knows neither models nor devices.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ from collections.abc import Sequence
 
 from qwencli.results import Speculation
 
-# What older drafts count for after each step: the last dozen or so say what the text is like.
-FORGET = 0.9
-# Added to what was seen: few drafts are right until several were. Plain steps find out for nothing,
-# while each false alarm costs the steps that were on their way before its outcome was read.
-PRIOR_HITS, PRIOR_DRAFTS = 0.5, 4.0
+# What older drafts count for after each step: the last few say what the text is like.
+FORGET = 0.85
+# Added to what was seen: few drafts are right until several were.
+PRIOR_HITS, PRIOR_DRAFTS = 0.4, 3.0
+# What finding out may lose, in the time of plain steps: one step of several tokens, and half a
+# percent of the answer. What such steps have won may be lost again, up to a limit.
+STAKE, STAKE_A_TOKEN, MOST_STAKED = 0.7, 0.005, 16.0
 # Plain steps that one of several tokens is taken to cost until it is known. Measured: 1.13 to 1.64.
 GUESSED_COST = 1.5
 # Steps after which the cost of a size is known: the first ones are often slow.
@@ -45,6 +50,36 @@ class StepCosts:
         return min(self._recent[size]) if size in self._recent else None
 
 
+class Stake:
+    """What steps of several tokens may lose, in the time of plain steps: a little to begin with and
+    for each token of the answer, and what they win."""
+
+    def __init__(self) -> None:
+        self._left = STAKE
+        # The prices of those on their way: lost, until it is read what they gave.
+        self._unread: deque[float] = deque()
+
+    def covers(self, price: float) -> bool:
+        """Whether one more may be tried that takes so much longer than a plain step; if so it is
+        on its way."""
+        covered = sum(self._unread) + price <= self._left
+        if covered:
+            self._unread.append(price)
+        return covered
+
+    def answered(self, tokens: int) -> None:
+        self._add(STAKE_A_TOKEN * tokens)
+
+    def settle(self, won: float) -> None:
+        """The next one has been read, which won so much, or lost it."""
+        self._unread.popleft()
+        self._add(won)
+
+    def _add(self, change: float) -> None:
+        # Not below nothing: one whose price was not known may have lost more.
+        self._left = min(max(self._left + change, 0.0), MOST_STAKED)
+
+
 class Sizes:
     """Chooses the sizes of one request's steps and counts what came of them.
 
@@ -58,6 +93,7 @@ class Sizes:
         assert sizes[0] == 1, "a plain step is what the others are measured by"
         self.all, self._adaptive, self._costs = sizes, adaptive, costs
         self._hits = self._tried = 0.0
+        self._stake = Stake()
         self._steps: Counter[int] = Counter()
         self._tokens = 0
 
@@ -74,7 +110,8 @@ class Sizes:
             if self._costs.known(size):
                 cost = self._costs.seconds(size) or cost
             rates[size] = self._expected(size) / cost
-        return max(self.all, key=lambda size: (rates[size], -size))
+        best = max(self.all, key=lambda size: (rates[size], -size))
+        return best if best > 1 and self._stake.covers(self._price(best, plain)) else 1
 
     def learn(self, size: int, hits: int, taken: int, seconds: float) -> None:
         """A step of `size` tokens took `seconds`.
@@ -89,6 +126,10 @@ class Sizes:
         self._tried = FORGET * self._tried + min(hits + 1, checked)
         self._steps[size] += 1
         self._tokens += taken
+        self._stake.answered(taken)
+        if self._adaptive and size > 1:
+            plain = self._costs.seconds(1) or seconds
+            self._stake.settle(taken - 1 - self._price(size, plain))
 
     def result(self) -> Speculation:
         plain = self._costs.seconds(1)
@@ -100,6 +141,10 @@ class Sizes:
             )
             gain = self._tokens * plain / seconds if seconds > 0 else None
         return Speculation(drafted, self._tokens - self._steps.total(), gain)
+
+    def _price(self, size: int, plain: float) -> float:
+        """What one of `size` > 1 takes longer than a plain one, in the time of plain steps."""
+        return (self._costs.seconds(size) or GUESSED_COST * plain) / plain - 1
 
     def _expected(self, size: int) -> float:
         """Tokens of a step of `size`."""
