@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from qwencli.bench.attribution.causes import MEANINGS, Cause
 from qwencli.bench.attribution.summary import ONE_CORE_PERCENT, unlike_times
+from qwencli.bench.host_pace import LONGER_WORK
 from qwencli.bench.itl import STALL_FACTOR
 from qwencli.bench.roofline import DRIVER_MEAN_S, GPU_BUSY
 from qwencli.bench.stats import UNSTABLE_RATIO, run_ratio
@@ -190,6 +191,36 @@ def clock(data: CellRows) -> Said:
         )
 
 
+# Fixed work of runs.csv, and what it says of a host where it took longer.
+_PACES = {
+    "core_loop_us": ("loop", "the core they ran on was slower"),
+    "memory_walk_us": ("walk through memory", "others used the caches and memory that cores share"),
+}
+QUARTERS = 4
+
+
+def pace(data: CellRows) -> Said:
+    """Whether runs were slow when the host was. Quarters are compared, since the work is done after
+    a run, and what slows a run may end within it."""
+    ratio = run_ratio(data.numbers("decode_tok_per_s"))
+    if ratio is None or ratio <= UNSTABLE_RATIO:
+        return
+    for column, (work, slower) in _PACES.items():
+        runs = [row for row in data.measured if row.get(column)]
+        by_speed = sorted(runs, key=lambda row: float(row["decode_tok_per_s"]))
+        took = [float(row[column]) for row in by_speed]
+        quarter = len(took) // QUARTERS
+        if quarter < 2:
+            continue
+        slowest, fastest = statistics.median(took[:quarter]), statistics.median(took[-quarter:])
+        if slowest >= LONGER_WORK * fastest:
+            yield (
+                f"slow runs came while {slower}",
+                f"a fixed {work} took {slowest:.3g} us after the slowest quarter of the runs, "
+                f"{fastest:.3g} after the fastest",
+            )
+
+
 def throttling(data: CellRows) -> Said:
     reasons = [set(row.get("throttle_reasons", "").split("|")) for row in data.measured]
     held = [reason for reason in SLOWING if any(reason in run for run in reasons)]
@@ -319,6 +350,7 @@ CELL_RULES: tuple[Callable[[CellRows], Said], ...] = (
     tail,
     first_token,
     clock,
+    pace,
     throttling,
     host,
     garbage,

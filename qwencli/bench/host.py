@@ -1,6 +1,7 @@
-"""What one run cost the host: CPU share, garbage collection, preemption.
+"""What one run cost the host: CPU share, garbage collection, preemption; and how fast the host was.
 
-Cheap enough to leave on: two clock readings at each end and one callback a collection.
+Cheap enough to leave on: two clock readings at each end, one callback a collection, and a
+millisecond after the run.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import gc
 import importlib
 import time
 from typing import Any, Self
+
+from qwencli.bench.host_pace import read_pace
 
 
 def _involuntary_switches() -> int | None:
@@ -47,6 +50,7 @@ class HostProbe:
             "involuntary_switches": (
                 None if switches is None or self._switches is None else switches - self._switches
             ),
+            **read_pace()._asdict(),
         }
 
     def row(self) -> dict[str, float | int | None]:

@@ -56,6 +56,12 @@ def test_a_steady_cell_gets_its_speed_alone():
          "the GPU's clock does not explain why runs differ"),
         ([run(n, sm_clock_mhz_mean=1000 + 100 * n, decode_tok_per_s=50 + 5 * n) for n in range(9)],
          "faster runs had the higher clock (correlation 1.00 over 8 runs)"),
+        ([run(n, memory_walk_us=200 + 40 * n, core_loop_us=4 + n % 2, decode_tok_per_s=100 - 5 * n)
+          for n in range(9)],
+         "slow runs came while others used the caches and memory that cores share (a fixed walk "
+         "through memory took 500 us after the slowest quarter of the runs, 260 after the"),
+        ([run(n, core_loop_us=4 + n, decode_tok_per_s=400 / (4 + n)) for n in range(9)],
+         "slow runs came while the core they ran on was slower (a fixed loop took 11.5 us after "),
         (eight(throttle_reasons="hw_thermal|idle", temperature_c_max=88),
          "the driver held the clock back: hw_thermal (in 8 of 8 runs, up to 88 C)"),
         (eight(involuntary_switches=1000), "other programs take the processor away"),
@@ -68,6 +74,29 @@ def test_a_steady_cell_gets_its_speed_alone():
 )  # fmt: skip
 def test_a_sentence_for_each_finding(runs, sentence):
     assert any(line.startswith(sentence) for line in said(cell(runs))), said(cell(runs))
+
+
+def test_a_host_that_was_as_fast_or_whose_runs_differ_otherwise_gets_no_sentence():
+    alike = [run(n, memory_walk_us=200 + n, decode_tok_per_s=100 - 5 * n) for n in range(9)]
+    apart = [run(n, memory_walk_us=200 + 40 * n, decode_tok_per_s=50 + 50 * (n % 2))
+             for n in range(9)]  # fmt: skip
+    few = [run(n, memory_walk_us=200 + 90 * n, decode_tok_per_s=100 - 9 * n) for n in range(5)]
+    for runs in (alike, apart, few):
+        assert not any("slow runs came" in line for line in said(cell(runs)))
+
+
+SHARED = "slow runs came while others used the caches and memory that cores share"
+
+
+def test_neighbours_that_used_the_memory_are_named_from_the_rows_alone():
+    """Recorded beside one process that copied memory, or computed, in turns of 5 s."""
+    recorded = RESULTS / "2026-11-28-cpu-neighbours"
+    beside = explain_campaign(recorded / "copying")
+    assert [found.cell for found in beside if found.what == SHARED] == ["native", "transformers"]
+    for name in ("quiet", "computing"):
+        others = explain_campaign(recorded / name)
+        assert not any("slow runs came" in found.what for found in others)
+        assert not any("a fixed walk" in found.figure for found in others)
 
 
 def test_stalls_name_their_token():

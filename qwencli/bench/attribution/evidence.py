@@ -17,6 +17,8 @@ class Usual:
     power_w: float | None = None
     throttle: frozenset[str] = frozenset()
     core_mhz: float | None = None
+    core_loop_us: float | None = None
+    memory_walk_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Evidence:
         sm_clock_mhz, power_w: mean over the stretch; `pstate` its highest number;
             `temperature_c` its highest; `throttle` all reasons seen.
         core_mhz: clock of the processor core that the main thread ran on, mean.
+        core_loop_us, memory_walk_us: fixed work on that core before or after the run, the longer
+            (`host_pace`).
         gpu_processes: programs with memory on the GPU, this one included.
         fresh_load: the model was loaded just before this run and not before others.
         device_busy_percent: how much of the time the device works, in this cell or at this time.
@@ -74,6 +78,8 @@ class Evidence:
     power_w: float | None = None
     throttle: frozenset[str] = frozenset()
     core_mhz: float | None = None
+    core_loop_us: float | None = None
+    memory_walk_us: float | None = None
     gpu_processes: float | None = None
     fresh_load: bool = False
     device_busy_percent: float | None = None

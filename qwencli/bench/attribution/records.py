@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,10 @@ RawRow = Mapping[str, str]
 Numbers = dict[str, float]
 
 # The columns that attribution looks at; to read all of a long campaign's would take seconds.
-_OF_RUN = ("ttft_s", "decode_s", "decode_tok_per_s", "load_s", "temperature_c_max")
+_OF_RUN = (
+    "ttft_s", "decode_s", "decode_tok_per_s", "load_s", "temperature_c_max",
+    "core_loop_us", "memory_walk_us",
+)  # fmt: skip
 _OF_HOST = (
     "tokens", "main_cpu_ms", "process_cpu_ms", "other_python_ms", "runqueue_ms",
     "voluntary_switches", "system_busy_ms", "steal_ms", "device_allocs", "alloc_retries", "syncs",
@@ -43,7 +47,8 @@ class Moment:
 
 @dataclass
 class RunRecord:
-    """One measured run. `t_s[i]` is when token i came, `itl_ms[i]` the time from it to the next."""
+    """One measured run. `t_s[i]` is when token i came, `itl_ms[i]` the time from it to the next;
+    `before` are the figures of the run before it in its cell."""
 
     cell_id: str
     run: str
@@ -53,6 +58,7 @@ class RunRecord:
     itl_ms: list[float] = field(default_factory=list)
     host: list[Moment] = field(default_factory=list)
     gpu: list[Moment] = field(default_factory=list)
+    before: Numbers = field(default_factory=dict)
 
     def interval(self, name: str) -> Moment | None:
         return next((moment for moment in self.host if moment.name == name), None)
@@ -92,6 +98,9 @@ def records_by_cell(
         raise BenchError(f"the campaign's rows are broken: {error}", "measure it again") from error
     for record in by_run.values():
         record.gpu = _busiest(record.gpu)
+    for in_order in cells.values():
+        for earlier, later in itertools.pairwise(in_order):
+            later.before = earlier.figures
     return cells
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from qwencli.bench.attribution.causes import Cause
 from qwencli.bench.attribution.evidence import Evidence
+from qwencli.bench.host_pace import LONGER_WORK
 from qwencli.bench.roofline import GPU_BUSY
 
 FLOOR = 0.35
@@ -182,15 +183,59 @@ def _device_waited(e: Evidence) -> bool:
     return e.device_busy_percent is not None and e.device_busy_percent < GPU_BUSY
 
 
+def _host_bound(e: Evidence) -> bool:
+    return _device_waited(e) or not e.on_gpu
+
+
 def _lower_core_clock(e: Evidence) -> tuple[float, str] | None:
     """What is usual is known of decoding."""
     clock, usual = e.core_mhz, e.usual.core_mhz
-    if e.scope == "prefill" or not _device_waited(e) or not e.main_cpu_ms:
+    if e.scope == "prefill" or not _host_bound(e) or not e.main_cpu_ms:
         return None
     if not clock or not usual or clock >= LOWER_CLOCK * usual:
         return None
-    said = f"the main thread's core at {clock:.0f} MHz, usually {usual:.0f}; the device waited"
+    said = f"the main thread's core at {clock:.0f} MHz, usually {usual:.0f}; {_host_figures(e)}"
     return e.share(e.main_cpu_ms * (1.0 - clock / usual)), said
+
+
+def _slower_core(e: Evidence) -> tuple[float, str] | None:
+    longer = _times_longer(e.core_loop_us, e.usual.core_loop_us)
+    if longer is None or not _host_bound(e) or not e.main_cpu_ms:
+        return None
+    said = f"a fixed loop on its core took {longer:.2f} times as long as usual; {_host_figures(e)}"
+    return _evenly(e, e.main_cpu_ms * (1.0 - 1.0 / longer)), said
+
+
+def _slower_memory(e: Evidence) -> tuple[float, str] | None:
+    """How much a run loses to slower caches depends on what it does: as much as it ran longer."""
+    longer = _times_longer(e.memory_walk_us, e.usual.memory_walk_us)
+    if longer is None or not _host_bound(e) or e.extra_cpu_ms is None:
+        return None
+    said = (
+        "others used the caches and memory that cores share: a fixed walk there took "
+        f"{longer:.2f} times as long as usual; {_host_figures(e)}"
+    )
+    return _evenly(e, e.extra_cpu_ms), said
+
+
+def _times_longer(took: float | None, usual: float | None) -> float | None:
+    """None where it is not known, or no longer than it may be on a quiet host."""
+    if not took or not usual or took < LONGER_WORK * usual:
+        return None
+    return took / usual
+
+
+def _evenly(e: Evidence, part_ms: float) -> float:
+    """The share of what lies evenly over a run: what lies in one place leaves another sign."""
+    return min(e.share(part_ms), e.spread) if e.scope == "decode" else e.share(part_ms)
+
+
+def _host_figures(e: Evidence) -> str:
+    ran = f"the main thread ran {_ms(e.main_cpu_ms)}"
+    if e.extra_cpu_ms is not None and e.main_cpu_ms is not None:
+        ran += f", usually {_ms(e.main_cpu_ms - e.extra_cpu_ms)}"
+    busy = e.device_busy_percent
+    return ran if busy is None else f"{ran}; the device worked {busy:.0f}% of the time"
 
 
 def _slower_processor(e: Evidence) -> tuple[float, str] | None:
@@ -198,11 +243,7 @@ def _slower_processor(e: Evidence) -> tuple[float, str] | None:
     waited for it. Evenly over the run: what takes time in one place leaves a sign there."""
     if not _device_waited(e) or e.main_cpu_ms is None or e.extra_cpu_ms is None:
         return None
-    said = (
-        f"the main thread ran {_ms(e.main_cpu_ms)}, usually {_ms(e.main_cpu_ms - e.extra_cpu_ms)}; "
-        f"the device worked {e.device_busy_percent:.0f}% of the time"
-    )
-    return min(e.share(e.extra_cpu_ms), e.spread), said
+    return min(e.share(e.extra_cpu_ms), e.spread), _host_figures(e)
 
 
 def _reloaded(e: Evidence) -> tuple[float, str] | None:
@@ -227,6 +268,8 @@ RULES: tuple[tuple[Judge, Cause, float], ...] = (
     (_power_state, Cause.POWER_STATE, 0.82),
     (_lower_clock, Cause.CLOCK, 0.75),
     (_lower_core_clock, Cause.PROCESSOR, 0.75),
+    (_slower_core, Cause.PROCESSOR, 0.74),
+    (_slower_memory, Cause.PROCESSOR, 0.73),
     (_synchronised, Cause.HOST_SYNC, 0.70),
     (_other_gpu_process, Cause.OTHER_GPU_PROCESS, 0.60),
     (_slept, Cause.IDLE_GAP, 0.60),

@@ -1,4 +1,5 @@
-"""What competes with a run from beside it: another Python thread, another process on its core."""
+"""What competes with a run from beside it: another Python thread, another process on its core,
+others that use the memory."""
 
 from __future__ import annotations
 
@@ -8,18 +9,29 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from qwencli.engine.host import resident_bytes
 
 # Ends by itself when this process is gone.
-_HOG = """
+_BESIDE = """
 import os, threading
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(0)), daemon=True).start()
+"""
+COMPUTING = f"""{_BESIDE}
 print(flush=True)
 while True:
     pass
 """
+# Copies more than any cache holds, in pieces small enough to go through the caches.
+COPYING = f"""{_BESIDE}
+source, target = memoryview(bytearray(b"x") * (1 << 26)), memoryview(bytearray(1 << 26))
+print(flush=True)
+while True:
+    for at in range(0, 1 << 26, 1 << 19):
+        target[at : at + (1 << 19)] = source[at : at + (1 << 19)]
+"""
+MOST_NEIGHBOURS = 8
 _POLL_S = 0.005
 # Long enough to be seen in any run; without an end a launch-bound run could take minutes.
 COMPUTING_S = 3.0
@@ -49,19 +61,38 @@ def shared_core() -> Iterator[None]:
     """The main thread is tied to one core, of which another process wants half."""
     cores = os.sched_getaffinity(0)
     core = {min(cores)}
-    hog = subprocess.Popen(
-        [sys.executable, "-c", _HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    with programs(COMPUTING, 1) as (hog,):
+        try:
+            os.sched_setaffinity(hog.pid, core)
+            os.sched_setaffinity(0, core)  # 0 = the calling thread alone
+            yield
+        finally:
+            os.sched_setaffinity(0, cores)
+
+
+def neighbours(program: str) -> AbstractContextManager[list[subprocess.Popen[bytes]]]:
+    """Other processes run COPYING or COMPUTING without pause: as many as there are other
+    processors, up to MOST_NEIGHBOURS."""
+    return programs(program, min(MOST_NEIGHBOURS, max((os.cpu_count() or 1) - 1, 1)))
+
+
+@contextmanager
+def programs(program: str, count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """So many processes of a Python program that prints a line when it is ready."""
+    processes: list[subprocess.Popen[bytes]] = []
     try:
-        assert hog.stdout is not None
-        hog.stdout.readline()
-        os.sched_setaffinity(hog.pid, core)
-        os.sched_setaffinity(0, core)  # 0 = the calling thread alone
-        yield
+        for _ in range(count):
+            command = [sys.executable, "-c", program]
+            pipe = subprocess.PIPE
+            processes.append(subprocess.Popen(command, stdin=pipe, stdout=pipe))
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        yield processes
     finally:
-        os.sched_setaffinity(0, cores)
-        hog.kill()
-        hog.communicate()
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 @contextmanager

@@ -157,6 +157,9 @@ CONDITIONS: Mapping[str, Condition] = {
     "python-thread": Condition(lambda at: beside.python_thread(), engines=_ANY),
     "one-core": Condition(lambda at: beside.one_core(), needs=("affinity",), engines=_ANY),
     "shared-core": Condition(lambda at: beside.shared_core(), needs=("affinity",), engines=_ANY),
+    "memory-neighbours": Condition(
+        lambda at: beside.neighbours(beside.COPYING), needs=("cuda",), engines=_ANY, extra_s=0.5
+    ),
     "idle": Condition(_idle, engines=_ANY, extra_s=IDLE_S),
     "empty-cache": Condition(_emptied, needs=("cuda",), engines=_ANY),
     "reserved-gap": Condition(

@@ -134,6 +134,20 @@ def test_a_core_at_a_lower_clock_is_told_by_its_clock():
     assert found.evidence.startswith("the main thread's core at 3250 MHz, usually 5200")
 
 
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_run_beside_programs_that_use_the_memory(on_gpu):
+    """Told by fixed work after it; a device that waits is wanted where there is one."""
+    cell = MadeCell(on_gpu=on_gpu)
+    cell.itl[RUN] = [value * 1.9 for value in cell.itl[RUN]]
+    for run, columns_of in cell.run_columns.items():
+        columns_of["core_loop_us"] = 4.4
+        columns_of["memory_walk_us"] = 282.0 if run == RUN else 191.0
+    (found,) = cell.findings(device_busy_percent=20.0 if on_gpu else None)
+    assert (found.scope, found.run, found.cause) == ("decode", str(RUN), Cause.PROCESSOR)
+    assert found.evidence.startswith("others used the caches and memory that cores share: a fixed ")
+    assert "walk there took 1.48 times as long as usual; the main thread ran 56" in found.evidence
+
+
 def test_a_part_of_a_decode_has_its_clock_whole():
     cell = MadeCell()
     for token in range(TOKEN, TOKEN + 6):

@@ -32,9 +32,12 @@ evidences = st.builds(
     core_mhz=st.none() | st.floats(0, 6000), extra_cpu_ms=ms,
     device_busy_percent=count, spread=st.floats(0, 1),
     gpu_processes=count, fresh_load=st.booleans(), warming=st.none() | st.floats(-1, 1),
+    core_loop_us=st.none() | st.floats(0, 50), memory_walk_us=st.none() | st.floats(0, 5000),
     usual=st.builds(
         Usual, st.none() | st.floats(0, 3000), st.none() | st.floats(0, 12),
-        st.none() | st.floats(20, 95), st.frozensets(st.sampled_from(["sw_power_cap", "idle"])),
+        st.none() | st.floats(20, 95), st.none() | st.floats(0, 600),
+        st.frozensets(st.sampled_from(["sw_power_cap", "idle"])), st.none() | st.floats(0, 6000),
+        st.none() | st.floats(0, 50), st.none() | st.floats(0, 5000),
     ),
 )  # fmt: skip
 
@@ -91,6 +94,22 @@ CASES = [
     (
         Cause.PROCESSOR,
         BLANK,
+        {
+            "scope": "decode", "span_ms": 200.0, "main_cpu_ms": 200.0, "spread": 1.0,
+            "core_loop_us": 8.0, "usual": Usual(core_loop_us=4.0),
+        },
+    ),
+    (
+        Cause.PROCESSOR,
+        BLANK,
+        {
+            "scope": "decode", "main_cpu_ms": 200.0, "extra_cpu_ms": 99.0, "spread": 1.0,
+            "memory_walk_us": 300.0, "usual": Usual(memory_walk_us=200.0),
+        },
+    ),
+    (
+        Cause.PROCESSOR,
+        BLANK,
         {"device_busy_percent": 20.0, "spread": 1.0, "main_cpu_ms": 103.0, "extra_cpu_ms": 99.0},
     ),
     (Cause.ALLOCATOR, BLANK, {"device_allocs": 12.0, "main_cpu_ms": 99.0, "on_gpu": True}),
@@ -118,6 +137,27 @@ def test_each_cause_by_its_own_sign(cause, base, changes):
     claim = judge(replace(base, **changes))
     assert claim.cause is cause
     assert claim.confidence >= FLOOR
+
+
+SLOW_MEMORY = replace(
+    BLANK, scope="decode", main_cpu_ms=200.0, extra_cpu_ms=99.0, spread=1.0,
+    memory_walk_us=300.0, usual=Usual(memory_walk_us=200.0),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"on_gpu": True},  # nobody knows who waited for whom
+        {"on_gpu": True, "device_busy_percent": 95.0},  # the host waited
+        {"spread": 0.1},  # a few tokens were late, and not all of them
+        {"memory_walk_us": 220.0}, {"memory_walk_us": None}, {"usual": Usual()},
+        {"extra_cpu_ms": 9.0},
+    ],
+)  # fmt: skip
+def test_where_slower_memory_is_no_cause(changes):
+    assert judge(SLOW_MEMORY).cause is Cause.PROCESSOR
+    assert judge(replace(SLOW_MEMORY, **changes)).cause is Cause.UNKNOWN
 
 
 def test_a_sign_that_explains_little_is_not_a_cause():

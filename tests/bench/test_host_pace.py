@@ -1,0 +1,50 @@
+"""Fixed work tells how fast a host is: the same each time, and done when a run has ended."""
+
+from __future__ import annotations
+
+import itertools
+
+from qwencli.bench import columns, host, host_pace
+from qwencli.bench.host import HostProbe
+from qwencli.bench.host_pace import Pace, read_pace
+
+
+def test_a_run_has_both_figures():
+    with HostProbe() as probe:
+        pass
+    row = probe.row()
+    assert set(row) <= set(columns.RUNS)
+    assert set(Pace._fields) <= set(row)
+    assert 0 < row["core_loop_us"] < row["memory_walk_us"]
+
+
+def test_it_is_measured_after_the_run_and_no_part_of_it(monkeypatch):
+    clock = itertools.count(100.0)
+
+    def measure():
+        assert next(clock) == 102.0, "both ends of the run have been looked at"
+        return Pace(4.0, 200.0)
+
+    monkeypatch.setattr(host.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(host, "read_pace", measure)
+    with HostProbe() as probe:
+        pass
+    assert probe.row()["core_loop_us"] == 4.0
+
+
+def test_an_interrupt_within_it_counts_for_nothing(monkeypatch):
+    loops, walks = iter([9e6, 4000, 5000, 4500, 8e7]), iter([300_000, 9e9, 200_000])
+    monkeypatch.setattr(host_pace, "_loop_ns", lambda: next(loops))
+    monkeypatch.setattr(host_pace, "_walk_ns", lambda objects: next(walks))
+    assert read_pace() == Pace(4.0, 200.0)
+
+
+def test_each_walk_is_over_objects_of_its_own_in_no_order_of_theirs():
+    """Else the second would find what the first has fetched, and the first what lies ahead."""
+    walks = host_pace._places()
+    places = [[id(number) for number in walk] for walk in walks]
+    assert len({place for walk in places for place in walk}) == sum(map(len, walks))
+    for walk in places:
+        ahead = sum(0 < after - before <= 64 for before, after in itertools.pairwise(walk))
+        assert ahead < len(walk) / 100
+    assert read_pace() and host_pace._places() is walks

@@ -1,0 +1,32 @@
+"""The command runs to its end, with neighbours in turns."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+from benchmarks import neighbours
+from qwencli.bench.studies import beside
+
+
+@pytest.mark.parametrize(
+    ("kind", "program"), [("copying", beside.COPYING), ("computing", beside.COMPUTING)]
+)
+def test_turns_beside_a_command_whose_exit_code_counts(monkeypatch, kind, program):
+    turns = []
+
+    @contextmanager
+    def made_up(what):
+        turns.append(what)
+        yield
+        turns.append("ended")
+
+    wait = "import time; time.sleep(1.0); raise SystemExit(3)"
+    monkeypatch.setattr(beside, "neighbours", made_up)
+    arguments = ["--kind", kind, "--seconds", "0.2", "--", sys.executable, "-c", wait]
+    monkeypatch.setattr(sys, "argv", ["neighbours", *arguments])
+    assert neighbours.main() == 3
+    assert turns[:2] == [program, "ended"]
+    assert turns.count(program) == turns.count("ended")
