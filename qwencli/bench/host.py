@@ -1,7 +1,6 @@
-"""What one run cost the host: CPU share, garbage collection, preemption; and how fast the host was.
+"""What one run cost the host: CPU share, garbage collection, preemption.
 
-Cheap enough to leave on: two clock readings at each end, one callback a collection, and a
-millisecond after the run.
+Cheap enough to leave on: two clock readings at each end and one callback a collection.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ import gc
 import importlib
 import time
 from typing import Any, Self
-
-from qwencli.bench.host_pace import read_pace
 
 
 def _involuntary_switches() -> int | None:
@@ -50,7 +47,6 @@ class HostProbe:
             "involuntary_switches": (
                 None if switches is None or self._switches is None else switches - self._switches
             ),
-            **read_pace()._asdict(),
         }
 
     def row(self) -> dict[str, float | int | None]:

@@ -2,6 +2,8 @@
 
 A token costs one look at the clock; clocks and counters are read every few tokens and after one
 that took long, and what costs more after such a one only. `probe_overhead` measures the sum.
+How fast the host is (`host_pace`) is measured when the run has ended, and within it where tokens
+take so long that it does not matter.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Self
 
 from qwencli.bench.core_clock import CoreClock
+from qwencli.bench.host_pace import Pace, read_pace
 from qwencli.bench.thread_times import (
     Reading,
     RunQueue,
@@ -36,6 +39,9 @@ LEAST_EXCESS_S = 0.001
 LEARNING = 5
 # A slow token's row reaches back to the reading before, so at most this many tokens.
 READ_EVERY = 16
+# Tokens that take so long have the host's pace measured between them, so often: a quarter of a
+# millisecond in a tenth of a second.
+LONG_TOKEN_S, PACE_EVERY_S = 0.01, 0.1
 
 Row = dict[str, Any]
 
@@ -73,7 +79,7 @@ class _Counts(NamedTuple):
 class TokenProbe:
     """Watches the runs of one engine, one at a time: `with probe: result = probe.drain(stream)`.
 
-    `rows(collections)` then gives the run's rows of host.csv.
+    `rows(collections)` then gives the run's rows of host.csv, `pace()` its columns of runs.csv.
     """
 
     def __init__(self, device: str) -> None:
@@ -81,6 +87,7 @@ class TokenProbe:
         self._limit_s = float("inf")
         self._usage = _usage_reader()
         self._clock = CoreClock()
+        read_pace()  # makes what it walks over, which takes a while
 
     def __enter__(self) -> Self:
         self._stops: list[float] = []
@@ -88,6 +95,8 @@ class TokenProbe:
         self._readings: list[_Reading] = []
         self._slow: list[int] = []
         self._counts: dict[int, _Counts] = {}
+        self._paces: list[Pace] = []
+        self._paced_s = 0.0
         with ExitStack() as stack:
             self._queue = stack.enter_context(RunQueue())
             stack.enter_context(self._clock)
@@ -100,6 +109,7 @@ class TokenProbe:
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
+        self._paces.append(read_pace())
 
     def drain(self, chunks: Iterator[GenerationChunk]) -> GenerationResult:
         """Run a stream to its end and return its result."""
@@ -136,6 +146,9 @@ class TokenProbe:
             self._read(now)
         if token == LEARNING and self._limit_s == float("inf"):
             self._limit_s = _slow_s(times)
+        if token > 1 and now - times[-2] > LONG_TOKEN_S and now - self._paced_s > PACE_EVERY_S:
+            self._paces.append(read_pace())
+            self._paced_s = now
 
     def _read(self, now: float) -> None:
         self._readings.append(
@@ -155,6 +168,11 @@ class TokenProbe:
         self._counts[len(self._readings) - 1] = _Counts(
             other_python_ms(), system_times(), allocator_counts(self._device)
         )
+
+    def pace(self) -> dict[str, float]:
+        """Of the run: means of what was measured within it and at its end."""
+        means = Pace(*(statistics.fmean(values) for values in zip(*self._paces, strict=True)))
+        return means._asdict()
 
     def rows(self, collections: Sequence[tuple[float, float]]) -> list[Row]:
         """Rows of host.csv in the order of time, for a run that has ended.

@@ -168,6 +168,7 @@ def measure(
         **run_latency(result.itl_ms),
         **(asdict(memory) if memory else {}),
         **host.row(),
+        **probe.pace(),
     }
     return {
         "type": "run",

@@ -9,9 +9,10 @@ import time
 
 import pytest
 
-from qwencli.bench import columns
+from qwencli.bench import columns, token_probe
 from qwencli.bench.core_clock import CoreClock
 from qwencli.bench.host import HostProbe
+from qwencli.bench.host_pace import Pace
 from qwencli.bench.thread_times import system_times, waited_ms
 from qwencli.bench.token_probe import LEARNING, TokenProbe
 from qwencli.results import GenerationChunk, GenerationResult, RanModes, Timings
@@ -61,6 +62,31 @@ def test_rows_tell_the_mean_clock_of_the_core(monkeypatch):
     rows = watch()
     assert [row["core_mhz"] for row in named(rows, "prefill")] == [4000.0]
     assert [row["core_mhz"] for row in named(rows, "decode")] == [2000.0]
+
+
+@pytest.mark.parametrize(("token_s", "within"), [(0.02, [2, 8, 14, 20, 26]), (0.009, [])])
+def test_the_hosts_pace_is_measured_at_the_end_and_between_long_tokens(
+    monkeypatch, token_s, within
+):
+    at, taken = {"s": 1000.0, "token": 0}, []
+
+    def measure():
+        taken.append(at["token"])
+        return Pace(float(at["token"]), 200.0)
+
+    monkeypatch.setattr(token_probe, "read_pace", measure)
+    monkeypatch.setattr(time, "perf_counter", lambda: at["s"])
+    probe = TokenProbe("cpu")
+    taken.clear()  # what the first walk needs has been made
+    with probe:
+        for _ in range(30):
+            at["token"] += 1
+            at["s"] += token_s
+            probe.note()
+    assert taken == [*within, 30]
+    assert probe.pace() == {
+        "core_loop_us": pytest.approx(sum(taken) / len(taken)), "memory_walk_us": 200.0,
+    }  # fmt: skip
 
 
 def test_a_run_has_a_row_for_each_phase_in_columns_of_the_file():

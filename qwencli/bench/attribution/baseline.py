@@ -51,8 +51,8 @@ def baseline(records: Sequence[RunRecord]) -> Baseline:
             temperature_c=_median(samples, "temperature_c"),
             power_w=_median(samples, "power_w"),
             core_mhz=_median(decodes, "core_mhz"),
-            core_loop_us=_usual_run(records, "core_loop_us"),
-            memory_walk_us=_usual_run(records, "memory_walk_us"),
+            core_loop_us=_median(records, "core_loop_us"),
+            memory_walk_us=_median(records, "memory_walk_us"),
             throttle=frozenset(
                 name
                 for name in reasons(samples)
@@ -104,13 +104,8 @@ def _phase(records: Sequence[RunRecord], name: str) -> Numbers:
     }
 
 
-def _median(samples: Sequence[Moment], column: str) -> float | None:
+def _median(samples: Sequence[Moment] | Sequence[RunRecord], column: str) -> float | None:
     values = [sample.figures[column] for sample in samples if column in sample.figures]
-    return statistics.median(values) if values else None
-
-
-def _usual_run(records: Sequence[RunRecord], column: str) -> float | None:
-    values = [record.figures[column] for record in records if column in record.figures]
     return statistics.median(values) if values else None
 
 

@@ -69,8 +69,8 @@ def observe(
         temperature_c=max(_column(near, "temperature_c"), default=None),
         throttle=reasons(near),
         core_mhz=_mean(host, "core_mhz"),
-        core_loop_us=_around(record, "core_loop_us"),
-        memory_walk_us=_around(record, "memory_walk_us"),
+        core_loop_us=record.figures.get("core_loop_us"),
+        memory_walk_us=record.figures.get("memory_walk_us"),
         gpu_processes=max(_column(near, "compute_processes"), default=None),
         fresh_load="load_s" in record.figures and usual.loads < 0.5,
         device_busy_percent=device_busy_percent,
@@ -78,13 +78,6 @@ def observe(
         warming=usual.warming,
         usual=usual.gpu,
     )
-
-
-def _around(record: RunRecord, column: str) -> float | None:
-    """The longer of what was measured before and after a run: what disturbs it may have begun or
-    ended within."""
-    found = [figures[column] for figures in (record.before, record.figures) if column in figures]
-    return max(found, default=None)
 
 
 def _spread(record: RunRecord, usual: Baseline, stretch: Stretch) -> float:

@@ -43,7 +43,7 @@ class Evidence:
         sm_clock_mhz, power_w: mean over the stretch; `pstate` its highest number;
             `temperature_c` its highest; `throttle` all reasons seen.
         core_mhz: clock of the processor core that the main thread ran on, mean.
-        core_loop_us, memory_walk_us: fixed work on that core before or after the run, the longer
+        core_loop_us, memory_walk_us: fixed work on that core within the run or right after it
             (`host_pace`).
         gpu_processes: programs with memory on the GPU, this one included.
         fresh_load: the model was loaded just before this run and not before others.

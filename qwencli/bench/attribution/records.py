@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -47,8 +46,7 @@ class Moment:
 
 @dataclass
 class RunRecord:
-    """One measured run. `t_s[i]` is when token i came, `itl_ms[i]` the time from it to the next;
-    `before` are the figures of the run before it in its cell."""
+    """One measured run. `t_s[i]` is when token i came, `itl_ms[i]` the time from it to the next."""
 
     cell_id: str
     run: str
@@ -58,7 +56,6 @@ class RunRecord:
     itl_ms: list[float] = field(default_factory=list)
     host: list[Moment] = field(default_factory=list)
     gpu: list[Moment] = field(default_factory=list)
-    before: Numbers = field(default_factory=dict)
 
     def interval(self, name: str) -> Moment | None:
         return next((moment for moment in self.host if moment.name == name), None)
@@ -98,9 +95,6 @@ def records_by_cell(
         raise BenchError(f"the campaign's rows are broken: {error}", "measure it again") from error
     for record in by_run.values():
         record.gpu = _busiest(record.gpu)
-    for in_order in cells.values():
-        for earlier, later in itertools.pairwise(in_order):
-            later.before = earlier.figures
     return cells
 
 

@@ -103,15 +103,9 @@ class Sizes:
             return 1
         if not self._adaptive:
             return self.all[-1]
-        rates = {1: 1 / plain}
-        cost = GUESSED_COST * plain
-        for size in self.all[1:]:
-            # A step costs about as much as a smaller one: good enough to try one that is not known.
-            if self._costs.known(size):
-                cost = self._costs.seconds(size) or cost
-            rates[size] = self._expected(size) / cost
-        best = max(self.all, key=lambda size: (rates[size], -size))
-        return best if best > 1 and self._stake.covers(self._price(best, plain)) else 1
+        costs = self._in_plain_steps(plain)
+        best = max(self.all, key=lambda size: (self._expected(size) / costs[size], -size))
+        return best if best > 1 and self._stake.covers(costs[best] - 1) else 1
 
     def learn(self, size: int, hits: int, taken: int, seconds: float) -> None:
         """A step of `size` tokens took `seconds`.
@@ -129,7 +123,7 @@ class Sizes:
         self._stake.answered(taken)
         if self._adaptive and size > 1:
             plain = self._costs.seconds(1) or seconds
-            self._stake.settle(taken - 1 - self._price(size, plain))
+            self._stake.settle(taken - self._in_plain_steps(plain)[size])
 
     def result(self) -> Speculation:
         plain = self._costs.seconds(1)
@@ -142,9 +136,16 @@ class Sizes:
             gain = self._tokens * plain / seconds if seconds > 0 else None
         return Speculation(drafted, self._tokens - self._steps.total(), gain)
 
-    def _price(self, size: int, plain: float) -> float:
-        """What one of `size` > 1 takes longer than a plain one, in the time of plain steps."""
-        return (self._costs.seconds(size) or GUESSED_COST * plain) / plain - 1
+    def _in_plain_steps(self, plain: float) -> dict[int, float]:
+        """What a step of each size costs, in plain ones of `plain` seconds."""
+        costs = {1: 1.0}
+        cost = GUESSED_COST
+        for size in self.all[1:]:
+            # A step costs about as much as a smaller one: good enough to try one that is not known.
+            if self._costs.known(size):
+                cost = (self._costs.seconds(size) or 0.0) / plain
+            costs[size] = cost
+        return costs
 
     def _expected(self, size: int) -> float:
         """Tokens of a step of `size`."""

@@ -138,6 +138,24 @@ def test_what_is_lost_at_most(
     assert plain / answer(text, cost) <= most + 1e-6
 
 
+def test_one_slow_step_is_not_taken_for_what_steps_cost() -> None:
+    """The first of a size may be: then text that repeats is drafted for all the same."""
+    costs = StepCosts()
+    for _ in range(TIMED_STEPS):
+        costs.add(1, 1.0)
+    sizes = Sizes(SIZES, True, costs)
+    taken = []
+    for _ in range(120):
+        size = sizes.next()
+        first = size > 1 and not any(other > 1 for other in taken)
+        if first:
+            sizes.learn(size, 0, 1, 20.0)
+        else:
+            sizes.learn(size, max(size - 1, 1), size, 1.0 if size == 1 else 1.3)
+        taken.append(size)
+    assert sum(size > 1 for size in taken) > 20
+
+
 def test_costs_that_are_not_known_yet_lose_little() -> None:
     """An engine's first requests, of drafts that are right now and then."""
     generator = random.Random(2)
