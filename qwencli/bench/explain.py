@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwencli.bench.campaign import GPU, RUNS, TOKENS
-from qwencli.bench.cell_words import CELL_RULES, CellRows
+from qwencli.bench.cell_rows import CellRows
+from qwencli.bench.cell_words import CELL_RULES
 from qwencli.bench.matrix import AXES
 from qwencli.bench.rowfile import read_rows
 from qwencli.bench.steadiness import steadiness

@@ -9,7 +9,8 @@ import pytest
 
 from qwencli.bench import columns
 from qwencli.bench.attribution.summary import why
-from qwencli.bench.cell_words import CELL_RULES, CellRows
+from qwencli.bench.cell_rows import CellRows
+from qwencli.bench.cell_words import CELL_RULES
 from qwencli.bench.explain import explain_campaign
 from qwencli.bench.rowfile import write_rows
 from qwencli.bench.steadiness import steadiness
