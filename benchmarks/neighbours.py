@@ -13,9 +13,10 @@ import subprocess
 import sys
 from contextlib import nullcontext
 
+from qwencli.bench import hogs
 from qwencli.bench.studies import beside
 
-KINDS = {"copying": beside.COPYING, "computing": beside.COMPUTING}
+KINDS = {"copying": hogs.COPYING, "computing": hogs.COMPUTING}
 
 
 def main() -> int:
@@ -24,7 +25,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each turn")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args()
-    process = subprocess.Popen(options.command)
+    if not options.seconds > 0:
+        parser.error("--seconds: give more than 0")
+    try:
+        process = subprocess.Popen(options.command)
+    except OSError as error:
+        parser.error(f"{options.command[0]} cannot be run: {error.strerror}")
     accompanied = False
     try:
         while True:

@@ -166,7 +166,8 @@ def causes(data: CellRows) -> Said:
             yield (
                 f"{len(rows)} {what} because {MEANINGS[Cause(cause)]}",
                 f"{_lost(rows):.0f} ms lost; the worst {float(worst['lost_ms']):.0f} in run "
-                f"{worst['run']}{token}: {worst['evidence']}; confidence {worst['confidence']}",
+                f"{worst['run']}{token}: {worst['evidence']}; confidence "
+                f"{float(worst['confidence']):.2g}",
             )
 
 

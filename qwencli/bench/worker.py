@@ -117,7 +117,7 @@ def _probe_messages(
     for run in range(1, probe_overhead.RUNS + 1):
         sampler = "on" if run % 2 else "off"
         yield {"type": "sampler", "on": sampler == "on"}
-        with HostProbe(), probe:
+        with probe, HostProbe():
             result = probe_overhead.drain_in_turns(probe, engine.stream(request), run)
         found = probe_overhead.pairs(result.itl_ms, run)
         rows = [{"sampler": sampler, **asdict(pair)} for pair in found]
@@ -156,7 +156,8 @@ def measure(
     device = engine.ran.device
     reset_peak_memory(device)
     start_s = time.perf_counter()
-    with HostProbe() as host, probe:
+    # The probe outside: what it measures of the host when the run has ended is no part of it.
+    with probe, HostProbe() as host:
         result = probe.drain(engine.stream(request))
     end_s = time.perf_counter()
     memory = memory_stats(device)

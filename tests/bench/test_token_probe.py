@@ -37,7 +37,7 @@ def tokens(count, disturb=None, at=20):
 
 def watch(disturb=None, count=30, probe=None):
     probe = probe or TokenProbe("cpu")
-    with HostProbe() as host, probe:
+    with probe, HostProbe() as host:
         probe.drain(tokens(count, disturb))
     return probe.rows(host.collections)
 

@@ -7,8 +7,9 @@ from types import MappingProxyType
 
 import pytest
 
-from qwencli.bench import columns, spec, worker
+from qwencli.bench import columns, spec, token_probe, worker
 from qwencli.bench.host import HostProbe
+from qwencli.bench.host_pace import Pace
 from qwencli.bench.plan import takes_images
 from qwencli.bench.spec import WorkerSpec
 from qwencli.bench.stopping import Progress, StopRule
@@ -112,6 +113,19 @@ def test_unexpected_errors_are_not_hidden():
 )
 def test_text_models_get_no_image(hub_config, wanted):
     assert takes_images(ModelSpec("m", ModelSource.LOCAL, hub_config=hub_config)) is wanted
+
+
+def test_the_hosts_pace_is_measured_when_a_run_has_ended(monkeypatch):
+    within = []
+
+    def measure():
+        within.append(any("HostProbe" in repr(callback) for callback in gc.callbacks))
+        return Pace(4.0, 200.0)
+
+    monkeypatch.setattr(token_probe, "read_pace", measure)
+    messages, _ = run(make_spec())
+    assert [m["row"]["memory_walk_us"] for m in messages[:-1]] == [200.0] * 3
+    assert within and not any(within)
 
 
 def test_host_probe_sees_cpu_time_and_collections():

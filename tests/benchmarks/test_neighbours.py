@@ -8,11 +8,12 @@ from contextlib import contextmanager
 import pytest
 
 from benchmarks import neighbours
+from qwencli.bench import hogs
 from qwencli.bench.studies import beside
 
 
 @pytest.mark.parametrize(
-    ("kind", "program"), [("copying", beside.COPYING), ("computing", beside.COMPUTING)]
+    ("kind", "program"), [("copying", hogs.COPYING), ("computing", hogs.COMPUTING)]
 )
 def test_turns_beside_a_command_whose_exit_code_counts(monkeypatch, kind, program):
     turns = []
@@ -30,3 +31,18 @@ def test_turns_beside_a_command_whose_exit_code_counts(monkeypatch, kind, progra
     assert neighbours.main() == 3
     assert turns[:2] == [program, "ended"]
     assert turns.count(program) == turns.count("ended")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--seconds", "0", "--", "true"], "--seconds: give more than 0"),
+        (["--", "no-such-program"], "no-such-program cannot be run: No such file or directory"),
+    ],
+)
+def test_bad_input_gets_one_line(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(sys, "argv", ["neighbours", "--kind", "copying", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        neighbours.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qwencli.bench.attribution.causes import Cause
+from qwencli.bench.hogs import COMPUTING
 from qwencli.bench.inject.pauser import Pauser
 from qwencli.engine import disturbances
 from qwencli.engine.child_process import python_command
@@ -35,13 +36,6 @@ HEAP_OBJECTS = 300_000
 BEGIN_EARLY = 0.25  # of the run
 # One takes half a core in turns of 3 ms, which the steps already on their way to a GPU outlast.
 GPU_HOGS = 16
-# Ends by itself when this process is gone.
-_HOG = """
-import os, threading
-threading.Thread(target=lambda: (os.read(0, 1), os._exit(0)), daemon=True).start()
-while True:
-    pass
-"""
 
 
 class Fault(ABC):
@@ -245,7 +239,11 @@ class HogOnTheSameCore(BesideFault):
         super().__init__(device)
         count = GPU_HOGS if device.startswith("cuda") else 1
         self._hogs = [
-            subprocess.Popen([sys.executable, "-c", _HOG], stdin=subprocess.PIPE)
+            subprocess.Popen(
+                [sys.executable, "-c", COMPUTING],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+            )
             for _ in range(count)
         ]
         self.halt()

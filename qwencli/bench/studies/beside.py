@@ -11,26 +11,9 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+from qwencli.bench.hogs import COMPUTING
 from qwencli.engine.host import resident_bytes
 
-# Ends by itself when this process is gone.
-_BESIDE = """
-import os, threading
-threading.Thread(target=lambda: (os.read(0, 1), os._exit(0)), daemon=True).start()
-"""
-COMPUTING = f"""{_BESIDE}
-print(flush=True)
-while True:
-    pass
-"""
-# Copies more than any cache holds, in pieces small enough to go through the caches.
-COPYING = f"""{_BESIDE}
-source, target = memoryview(bytearray(b"x") * (1 << 26)), memoryview(bytearray(1 << 26))
-print(flush=True)
-while True:
-    for at in range(0, 1 << 26, 1 << 19):
-        target[at : at + (1 << 19)] = source[at : at + (1 << 19)]
-"""
 MOST_NEIGHBOURS = 8
 _POLL_S = 0.005
 # Long enough to be seen in any run; without an end a launch-bound run could take minutes.
@@ -71,14 +54,14 @@ def shared_core() -> Iterator[None]:
 
 
 def neighbours(program: str) -> AbstractContextManager[list[subprocess.Popen[bytes]]]:
-    """Other processes run COPYING or COMPUTING without pause: as many as there are other
-    processors, up to MOST_NEIGHBOURS."""
+    """Other processes run one of `hogs`: as many as there are other processors, up to
+    MOST_NEIGHBOURS."""
     return programs(program, min(MOST_NEIGHBOURS, max((os.cpu_count() or 1) - 1, 1)))
 
 
 @contextmanager
 def programs(program: str, count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """So many processes of a Python program that prints a line when it is ready."""
+    """So many processes of one of `hogs`, ready."""
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(count):

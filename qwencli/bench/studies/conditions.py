@@ -14,6 +14,7 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
+from qwencli.bench.hogs import COPYING
 from qwencli.bench.studies import beside
 from qwencli.config import EngineName
 from qwencli.engine import interventions
@@ -158,7 +159,7 @@ CONDITIONS: Mapping[str, Condition] = {
     "one-core": Condition(lambda at: beside.one_core(), needs=("affinity",), engines=_ANY),
     "shared-core": Condition(lambda at: beside.shared_core(), needs=("affinity",), engines=_ANY),
     "memory-neighbours": Condition(
-        lambda at: beside.neighbours(beside.COPYING), needs=("cuda",), engines=_ANY, extra_s=0.5
+        lambda at: beside.neighbours(COPYING), needs=("cuda",), engines=_ANY, extra_s=0.5
     ),
     "idle": Condition(_idle, engines=_ANY, extra_s=IDLE_S),
     "empty-cache": Condition(_emptied, needs=("cuda",), engines=_ANY),

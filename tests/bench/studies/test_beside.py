@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from qwencli.bench import hogs
 from qwencli.bench.studies import beside
 
 
@@ -26,7 +27,7 @@ def started(monkeypatch):
 
 def test_neighbours_copy_memory_while_the_block_runs(started, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    with beside.neighbours(beside.COPYING):
+    with beside.neighbours(hogs.COPYING):
         assert [process.poll() for process in started] == [None, None]
     assert all(process.poll() is not None for process in started)
 
