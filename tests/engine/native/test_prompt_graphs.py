@@ -206,7 +206,8 @@ def test_features_of_one_picture_stay_when_the_next_is_encoded(checkpoint):
     assert all(
         torch.equal(a, b) for a, b in zip((first.embeds, *first.deepstack), before, strict=True)
     )
-    assert torch.equal(second.embeds, expected.embeds)
+    # Another place in memory may round a sum in another order.
+    torch.testing.assert_close(second.embeds, expected.embeds)
     assert not torch.equal(first.embeds, second.embeds)
 
 
