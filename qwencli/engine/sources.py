@@ -106,16 +106,19 @@ def _model_files(
     prompts: PromptBuilder,
     defaults: Mapping[str, Any],
 ) -> ModelFiles:
-    stop, pad = defaults.get("eos_token_id"), defaults.get("pad_token_id")
-    # Files may state null, which means the same as leaving the key out.
-    stop = prompts.tokenizer.token_id(END_OF_TURN) if stop is None else stop
-    pad = prompts.tokenizer.token_id(PAD) if pad is None else pad
-    stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
+    stop_ids = _token_ids(defaults, "eos_token_id", folder)
+    # The templates end each turn with this token. Files of base models and of many fine-tunes
+    # name only the end of a text; an answer would run on into turns of its own invention.
+    if not stop_ids or prompts.tokenizer.has_token(END_OF_TURN):
+        stop_ids = tuple(dict.fromkeys((*stop_ids, prompts.tokenizer.token_id(END_OF_TURN))))
     if len(stop_ids) > MAX_STOP_TOKENS:
         raise ModelFileError(
-            f"{folder}: generation_config.json names {len(stop_ids)} stop tokens",
+            f"{folder}: generation_config.json names {len(stop_ids)} stop tokens, "
+            f"with {END_OF_TURN}",
             f"at most {MAX_STOP_TOKENS} can be used; shorten eos_token_id",
         )
+    pads = _token_ids(defaults, "pad_token_id", folder)
+    pad = pads[0] if pads else prompts.tokenizer.token_id(PAD)
     return ModelFiles(
         folder=folder,
         hub_config=hub_config,
@@ -125,6 +128,24 @@ def _model_files(
         pad_token_id=pad,
         max_seq_len=_text_config(hub_config)["max_position_embeddings"],
     )
+
+
+def _token_ids(defaults: Mapping[str, Any], key: str, folder: Path | None) -> tuple[int, ...]:
+    """One id or a list of them; none where the key is left out or null.
+
+    Raises:
+        ModelFileError: anything else.
+    """
+    value = defaults.get(key)
+    if value is None:
+        return ()
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in ids):
+        raise ModelFileError(
+            f"{folder}: generation_config.json: {key} is no token id and no list of them",
+            "give whole numbers from 0 up, as in the tokenizer's files",
+        )
+    return tuple(ids)
 
 
 def _text_config(hub_config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -111,6 +111,10 @@ class Tokenizer:
         _add_missing(fast, config.get("added_tokens_decoder") or {}, config_path)
         return cls(fast, path)
 
+    def has_token(self, token: str) -> bool:
+        """Whether the vocabulary has a token of exactly this spelling."""
+        return self._fast.token_to_id(token) is not None
+
     def token_id(self, token: str) -> int:
         """The id of a token by its exact spelling.
 
