@@ -18,7 +18,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ModelFileError: it cannot be read, is not JSON (with the line), or is not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        # utf-8-sig: editors on Windows put a byte order mark in front.
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         reason = f"{path}: cannot be read ({error.strerror or error})"
         raise ModelFileError(reason, "check that the file is there and readable") from error

@@ -70,3 +70,17 @@ def test_more_stop_tokens_than_there_is_room_for(opened: Opened) -> None:
     assert len(opened({"eos_token_id": others[: MAX_STOP_TOKENS - 1]}).stop_token_ids) == 8
     with pytest.raises(ModelFileError, match="names 9 stop tokens"):
         opened({"eos_token_id": others[:MAX_STOP_TOKENS]})
+
+
+def test_a_byte_order_mark_in_front_of_a_models_json(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("qwen3_vl"), folder)
+    before = open_model(engine_config(folder))
+    for name in ("config.json", "generation_config.json", "preprocessor_config.json"):
+        path = folder / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    after = open_model(engine_config(folder))
+    assert after.hub_config == before.hub_config
+    assert after.generation_defaults == before.generation_defaults
