@@ -184,7 +184,8 @@ def _find(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:
-            return path.read_text(encoding="utf-8"), str(path)
+            # utf-8-sig: a byte order mark would become a part of every prompt.
+            return path.read_text(encoding="utf-8-sig"), str(path)
         except (OSError, ValueError) as error:
             raise _broken(str(path), str(error)) from error
     path = folder / "chat_template.json"

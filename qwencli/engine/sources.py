@@ -113,8 +113,8 @@ def _model_files(
         stop_ids = tuple(dict.fromkeys((*stop_ids, prompts.tokenizer.token_id(END_OF_TURN))))
     if len(stop_ids) > MAX_STOP_TOKENS:
         raise ModelFileError(
-            f"{folder}: generation_config.json names {len(stop_ids)} stop tokens, "
-            f"with {END_OF_TURN}",
+            f"{folder}: {len(stop_ids)} tokens would end an answer, those of eos_token_id in "
+            f"generation_config.json and {END_OF_TURN}",
             f"at most {MAX_STOP_TOKENS} can be used; shorten eos_token_id",
         )
     pads = _token_ids(defaults, "pad_token_id", folder)
@@ -140,7 +140,8 @@ def _token_ids(defaults: Mapping[str, Any], key: str, folder: Path | None) -> tu
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in ids):
+    # `type`, not isinstance: true and false are no ids. The bound is that of the tokenizers.
+    if not all(type(each) is int and 0 <= each < 2**32 for each in ids):
         raise ModelFileError(
             f"{folder}: generation_config.json: {key} is no token id and no list of them",
             "give whole numbers from 0 up, as in the tokenizer's files",

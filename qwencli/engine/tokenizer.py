@@ -104,7 +104,8 @@ class Tokenizer:
             if path == pieces[0]:
                 fast = _build(*pieces, config.get("pretokenize_regex") or _PRETOKENIZE)
             else:
-                fast = FastTokenizer.from_file(str(path))
+                # Not from_file, which refuses a byte order mark.
+                fast = FastTokenizer.from_str(path.read_text(encoding="utf-8-sig"))
         # The Rust library raises Exception itself, no subclass, for every kind of broken file.
         except Exception as error:
             raise ModelFileError(f"{path} cannot be read: {error}", _DOWNLOAD) from error

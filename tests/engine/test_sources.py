@@ -1,4 +1,4 @@
-"""What a model's files say about the tokens that end an answer."""
+"""What a model's files say: which tokens end an answer, and byte order marks in front of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from qwencli.engine.sources import MAX_STOP_TOKENS, ModelFiles, open_model
 from qwencli.errors import ModelFileError
+from qwencli.messages import text_message
 from tests.checkpoints import engine_config
 from tests.engine.tiny_folder import tiny_tokenizer
 
@@ -59,7 +60,7 @@ def test_without_generation_config(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("key", ["eos_token_id", "pad_token_id"])
-@pytest.mark.parametrize("value", ["<|im_end|>", 1.5, True, -1, {"id": 1}, [1, "2"], [[1]]])
+@pytest.mark.parametrize("value", ["<|im_end|>", 1.5, True, -1, 2**64, {"id": 1}, [1, "2"], [[1]]])
 def test_a_token_id_of_a_wrong_type(opened: Opened, key: str, value: Any) -> None:
     with pytest.raises(ModelFileError, match=f"generation_config.json: {key} is no token id"):
         opened({key: value})
@@ -68,19 +69,32 @@ def test_a_token_id_of_a_wrong_type(opened: Opened, key: str, value: Any) -> Non
 def test_more_stop_tokens_than_there_is_room_for(opened: Opened) -> None:
     others = [id_ for id_ in range(IM_END + 2 * MAX_STOP_TOKENS) if id_ != IM_END]
     assert len(opened({"eos_token_id": others[: MAX_STOP_TOKENS - 1]}).stop_token_ids) == 8
-    with pytest.raises(ModelFileError, match="names 9 stop tokens"):
+    with pytest.raises(ModelFileError, match="9 tokens would end an answer"):
         opened({"eos_token_id": others[:MAX_STOP_TOKENS]})
 
 
-def test_a_byte_order_mark_in_front_of_a_models_json(
-    checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_vocabulary_without_the_end_of_a_turn(opened: Opened, tmp_path: Path) -> None:
+    for path in (tmp_path / "model").glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace("<|im_end|>", "<|turn_end|>"), encoding="utf-8")
+    assert opened({"eos_token_id": END_OF_TEXT}).stop_token_ids == (END_OF_TEXT,)
+    with pytest.raises(ModelFileError, match=r"has no token <\|im_end\|>"):
+        opened({})
+
+
+def test_byte_order_marks_change_nothing(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(checkpoint("qwen3_vl"), folder)
+    template = "{% for message in messages %}{{ message.content }}<|im_end|>{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     before = open_model(engine_config(folder))
-    for name in ("config.json", "generation_config.json", "preprocessor_config.json"):
-        path = folder / name
+    marked = [*folder.glob("*.json"), *folder.glob("*.jinja")]
+    assert len(marked) >= 5
+    for path in marked:
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     after = open_model(engine_config(folder))
     assert after.hub_config == before.hub_config
     assert after.generation_defaults == before.generation_defaults
+    messages = (text_message("user", "A red circle."),)
+    ids = [files.prompts.build(messages).input_ids for files in (before, after)]
+    assert list(ids[0]) == list(ids[1])
