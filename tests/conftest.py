@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Machines that run the tests are shared: how long an example takes says nothing about the code.
+settings.register_profile("shared", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 # Our kernels run on the CPU here, in Triton's interpreter; it looks once, when it is imported.
 os.environ["TRITON_INTERPRET"] = "1"

@@ -84,7 +84,7 @@ def test_a_step_from_zero_has_no_ratio():
 
 
 @given(st.lists(st.integers(1, 50), min_size=4, max_size=30), st.integers(1, 1000))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_steps_do_not_depend_on_the_unit(values, factor):
     plain, scaled = (change_points(series) for series in (values, [v * factor for v in values]))
     assert [(s.index, s.p_value) for s in plain] == [(s.index, s.p_value) for s in scaled]

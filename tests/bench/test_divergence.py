@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwencli.bench.columns import QUALITY, REFERENCE
@@ -30,7 +30,6 @@ def normal(values):
 
 
 @given(weights, weights, st.integers(1, 6))
-@settings(deadline=None)
 def test_it_is_a_lower_bound_that_is_exact_when_all_tokens_are_kept(a, b, kept):
     p, q = normal(a), normal(b)
     exact = math.fsum(math.exp(x) * (x - y) for x, y in zip(p, q, strict=True))
@@ -41,7 +40,6 @@ def test_it_is_a_lower_bound_that_is_exact_when_all_tokens_are_kept(a, b, kept):
 
 
 @given(weights)
-@settings(deadline=None)
 def test_a_model_does_not_diverge_from_itself(a):
     p = normal(a)
     assert divergence({0: p[0], 1: p[1]}, p) == pytest.approx(0.0, abs=1e-9)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwencli.bench.drift import (
@@ -36,7 +36,6 @@ def test_no_trend_at_all(values):
 
 
 @given(st.lists(st.integers(0, 100), min_size=6, max_size=25), st.sampled_from([0.25, 2.0, 1024.0]))
-@settings(deadline=None)
 def test_drift_scales_and_reverses(values, factor):
     found = drift([float(value) for value in values])
     scaled = drift([value * factor for value in values])

@@ -8,7 +8,7 @@ import struct
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwencli.bench import columns
@@ -239,7 +239,6 @@ def test_a_run_too_long_to_draw_keeps_its_stall():
 @given(
     st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), min_size=1, max_size=300), st.integers(4, 64)
 )
-@settings(deadline=None)
 def test_extremes_survive_decimation(values, most):
     kept = keep_extremes([values], most)
     assert kept == sorted(set(kept))
@@ -256,7 +255,6 @@ def test_packed_floats_come_back_exactly(values):
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=200))
-@settings(deadline=None)
 def test_every_latency_is_in_the_histogram_once(values):
     counted = histogram(values)
     assert sum(counted["counts"]) == len(values)

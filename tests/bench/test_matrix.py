@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwencli.bench.matrix import AXES, Matrix, check_values, expand, override
@@ -32,7 +32,6 @@ excludes = st.lists(axes_said.filter(bool), max_size=2).map(tuple)
 
 
 @given(axes_said, excludes)
-@settings(deadline=None)
 def test_expansion_is_the_product_without_the_excluded(axes, exclude):
     matrix = Matrix("m", axes, exclude)
     whole = expand(replace(matrix, exclude=()), "default-model", NO_FACTS)
@@ -53,7 +52,6 @@ def test_expansion_is_the_product_without_the_excluded(axes, exclude):
 
 
 @given(axes_said)
-@settings(deadline=None)
 def test_cell_ids_are_unique_stable_and_safe_as_file_names(axes):
     cells = expand(Matrix("m", axes), "default-model", NO_FACTS)
     ids = [cell.cell_id for cell in cells]

@@ -36,7 +36,7 @@ def test_every_other_stretch_is_watched():
     assert other.calls == [*["note"] * STRETCH, *one, "resume"]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(bare=st.floats(0.5, 50), added=st.floats(0, 0.2), drift=st.floats(-1e-3, 1e-3))
 def test_an_added_cost_is_found_whatever_grows_with_the_context(bare, added, drift):
     def itl(token, run):

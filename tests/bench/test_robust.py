@@ -24,7 +24,7 @@ def test_robust_sigma_is_the_standard_deviation_of_normal_values_and_ignores_out
 
 
 @given(SPEEDS, st.floats(0.01, 100.0))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_intervals_scale_with_the_values(values, factor):
     scaled = [value * factor for value in values]
     plain, large = median_interval(values), median_interval(scaled)
@@ -35,7 +35,7 @@ def test_intervals_scale_with_the_values(values, factor):
 
 
 @given(SPEEDS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_an_interval_holds_its_estimate_and_stays_within_the_values(values):
     interval = median_interval(values)
     slack = 1e-9 * max(values)

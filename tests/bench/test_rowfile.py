@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwencli.bench.rowfile import RowFile, keep_rows, read_rows, replace_file, write_rows
@@ -22,7 +22,6 @@ rows = st.lists(st.fixed_dictionaries({"a": texts, "b": texts}), max_size=5)
 
 
 @given(rows, rows)
-@settings(deadline=None)
 def test_what_is_appended_is_read_back(tmp_path_factory, first, second):
     path = tmp_path_factory.mktemp("rows") / "x.csv"
     for part in (first, second):
@@ -32,7 +31,6 @@ def test_what_is_appended_is_read_back(tmp_path_factory, first, second):
 
 
 @given(rows, st.data())
-@settings(deadline=None)
 def test_a_kill_at_any_byte_loses_at_most_the_row_being_written(tmp_path_factory, written, data):
     path = tmp_path_factory.mktemp("rows") / "x.csv"
     with RowFile(path, COLUMNS) as file:

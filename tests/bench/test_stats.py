@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwencli.bench.itl import percentile, run_latency
@@ -114,7 +114,6 @@ def test_a_cell_without_rows_is_unfinished():
 
 
 @given(st.lists(st.floats(0.001, 1e6), min_size=1), st.floats(0, 100))
-@settings(deadline=None)
 def test_percentile_agrees_with_numpy(values, percent):
     import numpy as np
 

@@ -46,7 +46,7 @@ def test_a_fixed_number_is_spread_evenly(runs, processes):
 
 
 @given(st.integers(3, 9), st.integers(0, 20), st.floats(0.1, 20), st.integers(1, 3), st.randoms())
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_an_adaptive_cell_keeps_its_bounds_and_names_what_stopped_it(
     least, more, noise, processes, chance
 ):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwencli.bench.variance import variance_components, variance_shares
@@ -102,7 +102,6 @@ NESTED = st.lists(st.lists(TOKENS, min_size=1, max_size=5), min_size=1, max_size
 
 
 @given(NESTED, st.sampled_from([0.5, 4.0, 1000.0]))
-@settings(deadline=None)
 def test_shares_sum_to_one_and_do_not_depend_on_the_unit(processes, factor):
     shares = variance_shares(processes)
     scaled = variance_shares([[[v * factor for v in run] for run in p] for p in processes])

@@ -40,7 +40,7 @@ BLOCKS = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
 @given(st.sampled_from(["qwen3_vl", "qwen2_vl"]), SIDE, SIDE, BLOCKS, st.sampled_from([1, 2, 4]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_equal_to_the_host(
     family: str, width: int, height: int, blocks: tuple[int, int], frames: int
 ) -> None:

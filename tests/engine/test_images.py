@@ -309,7 +309,7 @@ def test_a_truncated_file_is_refused_though_another_library_allowed_them(
     edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
     keep=st.floats(0, 1),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_damaged_bytes_raise_nothing_but_input_errors(
     kind: str, edits: list[tuple[float, int]], keep: float
 ) -> None:

@@ -83,9 +83,7 @@ def reference() -> Any:
     ),
     bounds=st.sampled_from([(None, None), (4096, 20_000), (40_000, 90_000)]),
 )
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_pixels_equal_the_references(
     reference: Any, family: str, sizes: list[tuple[int, int]], bounds: tuple[int | None, int | None]
 ) -> None:

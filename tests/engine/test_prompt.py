@@ -141,7 +141,7 @@ def collapsed(prompt: Prompt) -> list[int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_ids_equal_the_references(
     builders: dict[str, PromptBuilder], reference: Any, family: str, data: st.DataObject
 ) -> None:

@@ -127,7 +127,7 @@ NAMES = st.text(
     name=NAMES,
     default=st.booleans(),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_name_and_any_neighbours(tmp_path_factory, models, name, default):
     import json
 

@@ -10,7 +10,7 @@ from qwencli.engine.native.drafting import LONGEST_NGRAM, MOST_FED
 from tests.engine.native.test_drafting import Case, buffers, cases, check, hits_of
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_the_kernel_accepts_and_drafts_the_same(case: Case) -> None:
     choice, drafts = buffers(case)

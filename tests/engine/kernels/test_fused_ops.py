@@ -86,7 +86,6 @@ def logits_of(model: QwenModel, length: int, steps: int) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["qwen3", "qwen2"])
 @settings(
     max_examples=2,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())

@@ -109,7 +109,7 @@ def test_heads_without_a_cache_turn_where_they_are_and_others_stay() -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_pictures_are_encoded_as_with_plain_operators(family: str, data: st.DataObject) -> None:
     config = data.draw(configs(family, CASES[1]))

@@ -48,7 +48,7 @@ def draw_case(data: st.DataObject, batch: int, length: int, start: int) -> list[
 
 
 @pytest.mark.parametrize("name", [Attention.EAGER, Attention.SDPA])
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_prompts_follow_the_definition(name: Attention, data: st.DataObject) -> None:
     batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
@@ -66,7 +66,7 @@ def test_prompts_follow_the_definition(name: Attention, data: st.DataObject) -> 
         torch.testing.assert_close(got[row, pad:], expected[row, pad:], atol=1e-5, rtol=1e-5)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_no_keys_have_stride_0_between_heads(data: st.DataObject) -> None:
     """torch's memory-efficient kernel takes that for a single query, of which one may be left of
@@ -99,7 +99,7 @@ def lower_right(*arguments: Any) -> tuple[torch.Tensor]:
     return (plain(q, *heads, start, [0] * len(q)).view(q.shape),)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_flash_attention_needs_no_mask_behind_a_prefix(data: st.DataObject) -> None:
     batch, length = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 5))
@@ -121,7 +121,7 @@ def test_flash_attention_is_not_for_padded_rows() -> None:
 
 
 @pytest.mark.parametrize("name", [Attention.EAGER, Attention.SDPA])
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_a_step_over_a_longer_bucket_sees_its_own_slots_only(
     name: Attention, data: st.DataObject

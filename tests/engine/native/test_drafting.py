@@ -115,7 +115,7 @@ def hits_of(case: Case) -> int:
     return hits
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(cases())
 def test_what_is_accepted_and_drafted(case: Case) -> None:
     choice, drafts = buffers(case)

@@ -59,7 +59,7 @@ def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("case", tiny.CASES, ids=lambda case: f"groups of {case.groups}")
 @pytest.mark.parametrize("attention", [Attention.SDPA, Attention.EAGER])
 def test_steps_equal_the_reference(family: str, attention: Attention, case: tiny.Case) -> None:
-    @settings(max_examples=1, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=1, derandomize=True, database=None)
     @given(config=tiny.configs(family, case))
     @torch.inference_mode()
     def check(config: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ SCHEMES = [Scheme.INT8, Scheme.FP8]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(size=st.floats(1e-6, 1e4), seed=st.integers(0, 99), outlier=st.sampled_from([1.0, 50.0]))
 def test_rows_come_back_as_near_as_their_type_allows(
     scheme: Scheme, size: float, seed: int, outlier: float

@@ -24,7 +24,6 @@ MAX_SEQ_LEN = 512
 # Derandomized: a pair of logits closer than float noise would otherwise fail a run now and then.
 parity = settings(
     max_examples=2,
-    deadline=None,
     derandomize=True,
     database=None,
     phases=[Phase.generate],
