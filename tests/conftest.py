@@ -6,11 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 # Machines that run the tests are shared: how long an example takes says nothing about the code.
-settings.register_profile("shared", suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("shared")
+# Those of `tests/gpu` do without hypothesis.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("shared", deadline=None, suppress_health_check=slow)
+    settings.load_profile("shared")
 
 # Our kernels run on the CPU here, in Triton's interpreter; it looks once, when it is imported.
 os.environ["TRITON_INTERPRET"] = "1"
