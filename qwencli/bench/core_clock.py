@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -44,7 +45,7 @@ class CoreClock:
 
     def read_mhz(self) -> float | None:
         """The clock of this moment's core; None where it is not known."""
-        if self._core is None:
+        if sys.platform == "win32" or self._core is None:
             return None
         core = self._core()
         try:

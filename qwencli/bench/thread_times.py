@@ -8,6 +8,7 @@ runnable but waiting for one, and the number of times it was put on one
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
@@ -45,6 +46,8 @@ class RunQueue:
         return self
 
     def read(self) -> Reading:
+        if sys.platform == "win32":  # no schedstat: there are no files either
+            return ()
         try:
             return tuple([os.pread(file, 64, 0) for file in self._files])
         except OSError:  # a thread that ended takes its file with it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -76,7 +77,8 @@ def _largest_file(root: Path) -> Path | None:
 
 def _timed_read(path: Path) -> DiskSpeed:
     with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, _READ_BYTES, os.POSIX_FADV_DONTNEED)
+        if sys.platform == "linux":
+            os.posix_fadvise(file.fileno(), 0, _READ_BYTES, os.POSIX_FADV_DONTNEED)
         done, start = 0, time.perf_counter()
         while done < _READ_BYTES and (block := file.read(_BLOCK_BYTES)):
             done += len(block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
 import sys
@@ -59,7 +60,7 @@ def resident_bytes() -> int | None:
     """Memory of this process that lies in RAM now; None where the system does not say."""
     statm = Path("/proc/self/statm")
     if statm.is_file():
-        return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(statm.read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
     try:
         import psutil  # comes with accelerate
     except ImportError:

@@ -6,6 +6,7 @@ commit, `snapshots/COMMIT/` holds its files; a file appears there only once it i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,10 +75,10 @@ def _is_held(lock: Path) -> bool:
 
     False where the system does not lock as Unix does.
     """
-    try:
-        import fcntl
-    except ImportError:
+    if sys.platform == "win32":
         return False
+    import fcntl
+
     try:
         with lock.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -42,6 +42,8 @@ def python_thread() -> Iterator[None]:
 @contextmanager
 def shared_core() -> Iterator[None]:
     """The main thread is tied to one core, of which another process wants half."""
+    if sys.platform != "linux":
+        raise NotImplementedError("`needs` looks before this is called")
     cores = os.sched_getaffinity(0)
     core = {min(cores)}
     with programs(COMPUTING, 1) as (hog,):
@@ -81,6 +83,8 @@ def programs(program: str, count: int) -> Iterator[list[subprocess.Popen[bytes]]
 @contextmanager
 def one_core() -> Iterator[None]:
     """The main thread is tied to one core and has it to itself."""
+    if sys.platform != "linux":
+        raise NotImplementedError("`needs` looks before this is called")
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 
 from qwencli.engine.device import DeviceFacts
@@ -21,7 +21,7 @@ def _flash_attn(facts: DeviceFacts) -> str | None:
 
 
 def _affinity(facts: DeviceFacts) -> str | None:
-    return None if hasattr(os, "sched_setaffinity") else "this system ties no thread to a core"
+    return None if sys.platform == "linux" else "this system ties no thread to a core"
 
 
 def _sm_120(facts: DeviceFacts) -> str | None:
