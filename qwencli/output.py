@@ -69,6 +69,32 @@ class Sink:
             raise
         self.answer(wrap.finish())
 
+    @contextmanager
+    def thoughts(self) -> Iterator[Callable[[str], None]]:
+        """Yields what shows the pieces of a model's thoughts, dimmed, to somebody at a terminal.
+
+        They are no part of the answer: with stdout or stderr elsewhere nothing is written.
+        """
+        if self.quiet or not (sys.stdout.isatty() and sys.stderr.isatty()):
+            yield lambda text: None
+            return
+        console = self._console(stderr=True)
+        wrap = WordWrap(console.width)
+        shown = False
+
+        def write(text: str) -> None:
+            nonlocal shown
+            shown = shown or bool(text)
+            console.out(text, style="dim", end="", highlight=False)
+            sys.stderr.flush()
+
+        try:
+            yield lambda text: write(wrap.push(text))
+        finally:
+            write(wrap.finish())
+            if shown:
+                console.out("\n")
+
     def json_line(self, value: Any) -> None:
         """Write one JSON object on a line of its own to stdout."""
         self.answer(json.dumps(value, ensure_ascii=False))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,16 @@ class GenerationResult:
     """One finished answer.
 
     Args:
-        token_ids: generated tokens, the stop token or those of the stop string included where
-            one ended the answer.
+        text: the answer alone.
+        thoughts: what the model thought before it answered; None where it did not.
+        token_ids: generated tokens, those of the thoughts too, and the stop token or those of the
+            stop string where one ended the answer.
         token_t_s: when each token was ready, on the host's `time.perf_counter` clock.
         token_gpu_ms: GPU time from the previous token to this one (None off CUDA);
             the first entry is the time from the start of the prefill.
         speculation: None where nothing was drafted.
+        image_sizes, resized_sizes: (width, height) of each picture or video frame of the request,
+            in order: as it came, and as the model saw it.
 
     Tokens that one step chose together share its time in equal parts, in both lists: what counts
     is how long a token took, and all of them are ready when the step ends.
@@ -107,6 +112,9 @@ class GenerationResult:
     token_t_s: tuple[float, ...]
     token_gpu_ms: tuple[float, ...] | None
     speculation: Speculation | None = None
+    thoughts: str | None = None
+    image_sizes: tuple[Size, ...] = ()
+    resized_sizes: tuple[Size, ...] = ()
 
     @property
     def num_new_tokens(self) -> int:
@@ -120,17 +128,20 @@ class GenerationResult:
 
     @property
     def text_sha256(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        """Of all that was said, thoughts included: equal for equal work."""
+        return hashlib.sha256(((self.thoughts or "") + self.text).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class GenerationChunk:
     """A piece of the answer as it is produced.
 
-    `text` may be empty (a token that ends inside a character). The last chunk of a stream
-    carries `result`; it is None on all others.
+    `text` is a piece of the answer and may be empty (a token that ends inside a character);
+    `thoughts` is a piece of what the model thinks before it. The last chunk of a stream carries
+    `result`; it is None on all others.
     """
 
     text: str
     token_ids: tuple[int, ...]
     result: GenerationResult | None = None
+    thoughts: str = ""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwencli.commands.options import RunOptions
-from qwencli.commands.reports import caption_record, stats_line
+from qwencli.commands.reports import caption_record, failure_record, shortfall, stats_line
 from qwencli.commands.requests import open_visual
 from qwencli.errors import InputError, MissingDependencyError, OutOfMemoryError, QwenCliError
 from qwencli.messages import GenerationRequest, VisualPart
@@ -36,17 +36,20 @@ class Captions:
             try:
                 yield tuple(open_visual(path, frames) for path in paths)
             except (InputError, MissingDependencyError) as error:
-                self._report(error)
+                self._report(error, [str(path) for path in paths])
 
     def answer(self, engine: Engine, request: GenerationRequest, pictures: Pictures) -> None:
         names = [picture.name for picture in pictures]
         try:
             result = self._stream(engine, request, names)
         except (InputError, OutOfMemoryError) as error:
-            self._report(error)
+            self._report(error, names)
             return
         if self.json:
             self.sink.json_line(caption_record(result, names, self.model))
+        missing = shortfall(result)
+        if missing is not None:
+            self.sink.notice(f"note: {', '.join(names)}: {missing}")
         if self.stats:
             self.sink.notice(stats_line(result))
 
@@ -70,6 +73,8 @@ class Captions:
     def _prefix(self, names: list[str]) -> str:
         return f"{names[0]}: " if self.several and len(names) == 1 else ""
 
-    def _report(self, error: QwenCliError) -> None:
+    def _report(self, error: QwenCliError, names: list[str]) -> None:
         self.failed += 1
         self.sink.error(error)
+        if self.json:
+            self.sink.json_line(failure_record(error, names, self.model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import shlex
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from qwencli.commands.reports import caption_record, stats_line
+from qwencli.commands.reports import caption_record, shortfall, stats_line
 from qwencli.commands.requests import open_picture, open_video, system_messages
 from qwencli.config import SamplingOptions
 from qwencli.errors import InputError, MissingDependencyError, OutOfMemoryError, UsageError
@@ -101,6 +102,9 @@ class Conversation:
         self._attached.clear()
         if self._json:
             self._sink.json_line(caption_record(result, pictures, self._model))
+        missing = shortfall(result)
+        if missing is not None:
+            self._sink.notice(f"note: {missing}")
         if self._stats:
             self._sink.notice(stats_line(result))
         return result
@@ -108,8 +112,16 @@ class Conversation:
     def _stream(self, request: GenerationRequest) -> GenerationResult:
         if self._json:
             return self._engine.generate(request)
+        chunks = self._engine.stream(request)
+        first = []
+        with self._sink.thoughts() as think:
+            for chunk in chunks:
+                think(chunk.thoughts)
+                if chunk.text or chunk.result is not None:
+                    first = [chunk]
+                    break
         with self._sink.stream() as write:
-            for chunk in self._engine.stream(request):
+            for chunk in itertools.chain(first, chunks):
                 write(chunk.text)
                 if chunk.result is not None:
                     result = chunk.result

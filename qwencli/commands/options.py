@@ -29,6 +29,7 @@ from qwencli.config import (
     ModelSpec,
     Quantization,
     SamplingOptions,
+    SamplingParams,
     Speculate,
     check_pixels,
     check_sampling,
@@ -44,6 +45,14 @@ def _option(panel: str, *names: str, text: str, **settings: Any) -> Any:
 _model = functools.partial(_option, "Model")
 _sampling = functools.partial(_option, "Sampling")
 _output = functools.partial(_option, "Output")
+SAMPLING = SamplingParams()
+
+
+def _else(value: float) -> str:
+    """The default where the model's generation_config.json states none."""
+    return f"Default: the model's, else {value:g}."
+
+
 _MODES = ("engine", "quantization", "attention", "cache", "kernels", "kv_dtype")
 
 
@@ -123,14 +132,31 @@ class RunOptions:
         bool, _model("--allow-pickle", text="Load .bin weights, which can run code.")
     ] = False
 
-    max_new_tokens: Annotated[int | None, _sampling(text="Longest answer, in tokens.")] = None
-    greedy: Annotated[bool, _sampling("--greedy", text="Always the likeliest token.")] = False
-    temperature: Annotated[float | None, _sampling(text="0 (greedy) to 2.")] = None
-    top_p: Annotated[float | None, _sampling(text="0 to 1; 1 = off.")] = None
-    top_k: Annotated[int | None, _sampling(text="0 to 200; 0 = off.")] = None
-    min_p: Annotated[float | None, _sampling(text="0 to 1; 0 = off.")] = None
-    repetition_penalty: Annotated[float | None, _sampling(text="1 (off) to 2.")] = None
-    seed: Annotated[int | None, _sampling(text="-1 = another every time.")] = None
+    max_new_tokens: Annotated[
+        int | None,
+        _sampling(text=f"Longest answer, in tokens. Default: {SAMPLING.max_new_tokens}."),
+    ] = None
+    greedy: Annotated[
+        bool, _sampling("--greedy", text="Always the likeliest token. Default: as the model says.")
+    ] = False
+    temperature: Annotated[
+        float | None, _sampling(text=f"0 (greedy) to 2. {_else(SAMPLING.temperature)}")
+    ] = None
+    top_p: Annotated[float | None, _sampling(text=f"0 to 1; 1 = off. {_else(SAMPLING.top_p)}")] = (
+        None
+    )
+    top_k: Annotated[int | None, _sampling(text=f"0 to 200; 0 = off. {_else(SAMPLING.top_k)}")] = (
+        None
+    )
+    min_p: Annotated[float | None, _sampling(text=f"0 to 1; 0 = off. {_else(SAMPLING.min_p)}")] = (
+        None
+    )
+    repetition_penalty: Annotated[
+        float | None, _sampling(text=f"1 (off) to 2. {_else(SAMPLING.repetition_penalty)}")
+    ] = None
+    seed: Annotated[
+        int | None, _sampling(text=f"-1 = another every time. Default: {SAMPLING.seed}.")
+    ] = None
     stop: Annotated[
         list[str] | None, _sampling(metavar="TEXT", text="End the answer before TEXT; repeatable.")
     ] = None

@@ -5,14 +5,26 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from qwencli.errors import QwenCliError
 from qwencli.results import GenerationResult, Speculation
 
 
 def caption_record(result: GenerationResult, images: list[str], model: str) -> dict[str, Any]:
-    """The object of `caption --json`. `image` is a list only when several went into one request."""
+    """The object of `caption --json`.
+
+    `image` and its sizes ([width, height], as it came and as the model saw it) are lists only when
+    several went into one request.
+    """
+    several = len(images) != 1
+    # In a chat the request has the pictures of earlier turns too.
+    sizes = [list(size) for size in result.image_sizes[-len(images) :]] if images else []
+    resized = [list(size) for size in result.resized_sizes[-len(images) :]] if images else []
     return {
-        "image": images[0] if len(images) == 1 else images,
+        "image": images if several else images[0],
+        "image_size": sizes if several else sizes[0],
+        "resized_size": resized if several else resized[0],
         "caption": result.text,
+        "thoughts": result.thoughts,
         "model": model,
         "engine": result.ran.engine,
         "quantization": result.ran.quantization,
@@ -32,6 +44,28 @@ def caption_record(result: GenerationResult, images: list[str], model: str) -> d
     }
 
 
+def failure_record(error: QwenCliError, images: list[str], model: str) -> dict[str, Any]:
+    """The object of `caption --json` for what could not be captioned."""
+    return {
+        "image": images if len(images) != 1 else images[0],
+        "caption": None,
+        "error": error.message,
+        "hint": error.hint,
+        "model": model,
+    }
+
+
+def shortfall(result: GenerationResult) -> str | None:
+    """What is missing of an answer and how to get it; None where it is whole."""
+    if result.finish_reason == "length":
+        thinking = result.thoughts is not None and not result.text
+        what = "thinking took all" if thinking else "the answer is cut off after"
+        return f"{what} {result.num_new_tokens} new tokens (raise --max-new-tokens)"
+    if result.thoughts is not None and not result.text:
+        return "the model thought and gave no answer (try another prompt)"
+    return None
+
+
 def speculation_record(speculation: Speculation | None) -> dict[str, Any] | None:
     """The object `speculation` of `--json`; None where nothing was drafted."""
     if speculation is None:
@@ -44,9 +78,10 @@ def stats_line(result: GenerationResult) -> str:
     t, ran = result.timings, result.ran
     kv = "" if ran.kv_dtype in (None, ran.dtype) else f"{ran.kv_dtype} keys and values, "
     speed = "-" if t.decode_tok_per_s is None else f"{t.decode_tok_per_s:.1f} tok/s"
+    cut = " (cut off)" if result.finish_reason == "length" else ""
     vision = "" if t.vision_encode_s is None else f"vision {_ms(t.vision_encode_s)}, "
     return (
-        f"{result.num_new_tokens} tokens at {speed} | prompt {result.num_prompt_tokens} "
+        f"{result.num_new_tokens} tokens{cut} at {speed} | prompt {result.num_prompt_tokens} "
         f"({result.num_image_tokens} of images) | load {t.load_s:.2f} s, "
         f"preprocess {_ms(t.preprocess_s)}, {vision}prefill {_ms(t.prefill_s)}, "
         f"TTFT {_ms(t.ttft_s)} | {ran.engine}, {ran.quantization}, {ran.attention}, {ran.cache}, "

@@ -11,7 +11,7 @@ from qwencli.config import SamplingParams
 from qwencli.engine.clock import Clock, Mark
 from qwencli.engine.prompt import Prompt
 from qwencli.engine.sources import ModelFiles
-from qwencli.engine.tokenizer import StopStringBuffer
+from qwencli.engine.tokenizer import THOUGHT_END, StopStringBuffer, ThoughtSplitter
 from qwencli.results import (
     FinishReason,
     GenerationChunk,
@@ -42,6 +42,8 @@ class Answer:
         self.stop_ids = frozenset(self.files.stop_token_ids if asked_to_stop else ())
         self._stops = StopStringBuffer(self.sampling.stop if asked_to_stop else ())
         self._detokenizer = self.files.detokenizer()
+        self._splitter = ThoughtSplitter(inside=self.prompt.opens_thought)
+        self._thoughts: list[str] = []
         self._text: list[str] = []
 
     @property
@@ -60,9 +62,13 @@ class Answer:
         """
         self.token_ids.append(token_id)
         self.marks.append(mark)
-        text = "" if self._at_stop_token else self._stops.push(self._detokenizer.push(token_id))
+        if self._at_stop_token:
+            return GenerationChunk("", (token_id,))
+        thoughts, text = self._splitter.push(self._detokenizer.push(token_id))
+        text = self._stops.push(text)
+        self._thoughts.append(thoughts)
         self._text.append(text)
-        return GenerationChunk(text, (token_id,))
+        return GenerationChunk(text, (token_id,), thoughts=thoughts)
 
     def finish(
         self,
@@ -77,12 +83,17 @@ class Answer:
         Args:
             vision: start and end of each run of the vision tower.
         """
-        tail = self._stops.push(self._detokenizer.finish()) + self._stops.finish()
+        thoughts, tail = self._splitter.push(self._detokenizer.finish())
+        more_thoughts, rest = self._splitter.finish()
+        thoughts += more_thoughts
+        tail = self._stops.push(tail + rest) + self._stops.finish()
+        self._thoughts.append(thoughts)
         self._text.append(tail)
+        all_thoughts, text = self._said()
         finish: FinishReason = "stop" if self.stopped else "length"
         step_s, token_t_s = self._times(clock)
         result = GenerationResult(
-            text="".join(self._text),
+            text=text,
             token_ids=tuple(self.token_ids),
             finish_reason=finish,
             num_prompt_tokens=len(self.prompt.input_ids),
@@ -92,8 +103,21 @@ class Answer:
             token_t_s=tuple(token_t_s),
             token_gpu_ms=tuple(s * 1e3 for s in step_s) if ran.device.startswith("cuda") else None,
             speculation=speculation,
+            thoughts=all_thoughts or None,
+            image_sizes=self.prompt.image_sizes,
+            resized_sizes=self.prompt.resized_sizes,
         )
-        return GenerationChunk(tail, (), result)
+        return GenerationChunk(tail, (), result, thoughts)
+
+    def _said(self) -> tuple[str, str]:
+        """(thoughts, answer), whole."""
+        thoughts, text = "".join(self._thoughts).strip(), "".join(self._text)
+        if self.files.prompts.tokenizer.has_token(THOUGHT_END):
+            # A template that opens no thought for a model that thinks all the same.
+            missed, found, after = text.rpartition(THOUGHT_END)
+            if found:
+                return "\n".join(filter(None, (thoughts, missed.strip()))), after.lstrip()
+        return thoughts, text
 
     def _times(self, clock: Clock) -> tuple[list[float], list[float]]:
         """Seconds of each token from the one before, and when it was ready."""

@@ -24,9 +24,10 @@ from qwencli.engine.preprocess import (
     preprocess,
 )
 from qwencli.engine.processor_config import VISION_FAMILIES, ImageProcessorConfig
-from qwencli.engine.tokenizer import Tokenizer
+from qwencli.engine.tokenizer import THOUGHT, ContentGuard, Tokenizer
 from qwencli.errors import InputError, ModelFileError
 from qwencli.messages import Message, TextPart, VisualPart
+from qwencli.results import Size
 
 # Keys of config.json that give a control token's id to the model.
 _VISION_TOKENS = {
@@ -48,6 +49,8 @@ class Prompt:
         preprocess_s: seconds that building this took.
         image_token_id, video_token_id: the ids a model replaces by embeddings; None for text
             models.
+        opens_thought: whether it ends in a `<think>`, which the model goes on from.
+        patch_size: side of a patch in pixels; None for text models.
     """
 
     input_ids: list[int]
@@ -55,6 +58,19 @@ class Prompt:
     preprocess_s: float
     image_token_id: int | None
     video_token_id: int | None
+    opens_thought: bool = False
+    patch_size: int | None = None
+
+    @property
+    def image_sizes(self) -> tuple[Size, ...]:
+        """(width, height) of each picture or video frame before it is resized."""
+        return tuple(shown[0].size for shown in self.inputs.frames) if self.inputs else ()
+
+    @property
+    def resized_sizes(self) -> tuple[Size, ...]:
+        """(width, height) of each picture or video frame as the model sees it."""
+        side = self.patch_size or 0
+        return tuple((columns * side, rows * side) for _, rows, columns in self.grid_thw)
 
     @property
     def visuals(self) -> tuple[Visual, ...]:
@@ -168,9 +184,13 @@ class PromptBuilder:
         inputs = None
         if pictures and self.processor is not None:
             inputs = preprocess(pictures, self.processor, self.patchify)
-        ids = self._ids(messages, texts, thinking, inputs)
+        guard = self.tokenizer.guard(texts)
+        rendered = self._rendered(messages, guard, thinking, inputs)
+        ids = self.tokenizer.encode(rendered, guard)
+        opens_thought = rendered.rstrip().endswith(THOUGHT)
         if self.processor is None:
-            return Prompt(ids, None, time.perf_counter() - start, None, None)
+            seconds = time.perf_counter() - start
+            return Prompt(ids, None, seconds, None, None, opens_thought=opens_thought)
         image, video = (self.tokenizer.token_id(token) for token in ("<|image_pad|>", _VIDEO_PAD))
         self._check_places(ids, pictures, inputs, image, video)
         return Prompt(
@@ -179,16 +199,17 @@ class PromptBuilder:
             preprocess_s=time.perf_counter() - start,
             image_token_id=self.model_ids.get(image, image),
             video_token_id=self.model_ids.get(video, video),
+            opens_thought=opens_thought,
+            patch_size=self.processor.patch_size,
         )
 
-    def _ids(
+    def _rendered(
         self,
         messages: tuple[Message, ...],
-        texts: list[str],
+        guard: ContentGuard,
         thinking: bool,
         inputs: VisualInputs | None,
-    ) -> list[int]:
-        guard = self.tokenizer.guard(texts)
+    ) -> str:
         rendered = self.template.render(
             messages,
             as_parts=self.processor is not None,
@@ -197,7 +218,7 @@ class PromptBuilder:
         )
         if inputs is not None and self.processor is not None and self.processor.video.timestamps:
             rendered = _with_timestamps(rendered, inputs.visuals)
-        return self.tokenizer.encode(rendered, guard)
+        return rendered
 
     def _places(self, visual: Visual, tokens: int) -> list[int]:
         """How many tokens go into each of a visual's places in the prompt."""

@@ -28,6 +28,8 @@ _PRETOKENIZE = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _DOWNLOAD = "download the model's files again"
+# What Qwen's models put around their thoughts.
+THOUGHT, THOUGHT_END = "<think>", "</think>"
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -78,7 +80,11 @@ class Tokenizer:
         self._source = source or Path("tokenizer.json")
         added = fast.get_added_tokens_decoder()
         self._special_ids = {token.content: id_ for id_, token in added.items() if token.special}
-        self._skipped = frozenset(self._special_ids.values())
+        # The ends of thoughts are special in some models, and needed in the text all the same.
+        tags = (THOUGHT, THOUGHT_END)
+        self._skipped = frozenset(
+            id_ for token, id_ in self._special_ids.items() if token not in tags
+        )
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._bytes: dict[int, bytes] = {}
@@ -230,6 +236,56 @@ class IncrementalDetokenizer:
     def finish(self) -> str:
         """What is left when no token follows: U+FFFD for an unfinished character, or nothing."""
         return self._utf8.decode(b"", final=True)
+
+
+class ThoughtSplitter:
+    """Tells what a model thinks, between `<think>` and `</think>`, from its answer.
+
+    Thoughts stand before the answer: a tag further on is a part of it. Text that may be the
+    beginning of a tag is held back until that is decided, so the outcome does not depend on how
+    the stream is cut into pieces.
+
+    Args:
+        inside: the prompt ends in a `<think>`, so that thoughts come first.
+    """
+
+    def __init__(self, *, inside: bool) -> None:
+        self._inside, self._answering, self._thought = inside, False, inside
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str]:
+        """(thoughts, answer) that are decided now."""
+        if self._answering:
+            return "", text
+        self._held += text
+        thoughts = ""
+        while True:
+            if self._inside:
+                before, closed, after = self._held.partition(THOUGHT_END)
+                if not closed:
+                    cut = len(before) - _overlap(before, THOUGHT_END)
+                    self._held = before[cut:]
+                    return thoughts + before[:cut], ""
+                thoughts += before
+                self._inside, self._held = False, after
+            start = self._held.lstrip()
+            if start.startswith(THOUGHT):
+                self._inside = self._thought = True
+                self._held = start[len(THOUGHT) :]
+            elif THOUGHT.startswith(start):
+                return thoughts, ""
+            else:
+                self._answering = True
+                return thoughts, self._take()
+
+    def finish(self) -> tuple[str, str]:
+        """What was held back when the text ends."""
+        return (self._take(), "") if self._inside else ("", self._take())
+
+    def _take(self) -> str:
+        held, self._held = self._held, ""
+        # Between thoughts and answer stand empty lines, which belong to neither.
+        return held.lstrip() if self._thought and not self._inside else held
 
 
 class StopStringBuffer:

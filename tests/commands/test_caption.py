@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 from PIL import Image
 
 from qwencli.cli import run
+from qwencli.engine.chat_template import _CHATML as CHATML
+from tests.engine.tiny_folder import tiny_tokenizer
 
 FIELDS = {
     "image",
@@ -48,6 +51,42 @@ def caption(checkpoint):
 
 
 @pytest.fixture
+def thinking(checkpoint, tmp_path):
+    """Runs the command with a model whose template may open a thought; returns its exit code."""
+
+    def call(*arguments, opens=True):
+        folder = tmp_path / f"thinking-{opens}"
+        if not folder.exists():
+            shutil.copytree(checkpoint("qwen3_vl"), folder)
+            template = CHATML
+            if opens:
+                template = template.replace("assistant\\n", "assistant\\n<think>\\n")
+                assert template != CHATML
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        return run(["caption", "--model", str(folder), "--device", "cpu", *arguments])
+
+    return call
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """`says(text)`: whatever the weights, models choose the tokens of this text and end."""
+    from qwencli.engine.answer import Answer
+
+    def script(text):
+        fast = tiny_tokenizer()
+        ids = [*fast.encode(text).ids, fast.token_to_id("<|im_end|>")]
+        add = Answer.add
+
+        def scripted(answer, token_id, mark):
+            return add(answer, ids[len(answer.token_ids)], mark)
+
+        monkeypatch.setattr(Answer, "add", scripted)
+
+    return script
+
+
+@pytest.fixture
 def pictures(tmp_path):
     paths = []
     for name, size in [("one.png", (64, 64)), ("two words.jpg", (96, 64))]:
@@ -57,7 +96,7 @@ def pictures(tmp_path):
 
 
 def test_the_answer_alone_is_on_stdout(caption, pictures, capsys):
-    assert caption(pictures[0]) == 0
+    assert caption(pictures[0], "--quiet") == 0
     out, err = capsys.readouterr()
     assert out.strip()
     assert out.endswith("\n")
@@ -93,7 +132,7 @@ def test_together_makes_one_request(caption, pictures, capsys):
 def test_stats_go_to_stderr(caption, pictures, capsys):
     assert caption(pictures[0], "--stats") == 0
     err = capsys.readouterr().err
-    assert re.search(r"6 tokens at [\d.]+ tok/s .* TTFT \d+ ms .* float32 on cpu", err)
+    assert re.search(r"6 tokens \(cut off\) at [\d.]+ tok/s .* TTFT \d+ ms .* float32 on cpu", err)
 
 
 def test_a_bad_picture_costs_its_own_answer_only(caption, pictures, tmp_path, capsys):
@@ -102,8 +141,11 @@ def test_a_bad_picture_costs_its_own_answer_only(caption, pictures, tmp_path, ca
     missing = str(tmp_path / "missing.png")
     assert caption(str(bad), pictures[0], missing, pictures[1], "--json") == 1
     out, err = capsys.readouterr()
-    assert [json.loads(line)["image"] for line in out.splitlines()] == pictures
-    lines = err.splitlines()
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [record["image"] for record in records] == [str(bad), pictures[0], missing, pictures[1]]
+    assert [record["caption"] is None for record in records] == [True, False, True, False]
+    assert "notes.png" in records[0]["error"] and records[0]["model"] == records[1]["model"]
+    lines = [line for line in err.splitlines() if not line.startswith("note: ")]
     assert len(lines) == 2
     assert lines[0].startswith("error: ")
     assert "notes.png" in lines[0]
@@ -112,7 +154,7 @@ def test_a_bad_picture_costs_its_own_answer_only(caption, pictures, tmp_path, ca
 
 def test_a_picture_no_model_takes_leaves_the_others(caption, pictures, tmp_path, capsys):
     Image.new("RGB", (1, 20000)).save(tmp_path / "thread.png")
-    assert caption(str(tmp_path / "thread.png"), pictures[0]) == 1
+    assert caption(str(tmp_path / "thread.png"), pictures[0], "--quiet") == 1
     out, err = capsys.readouterr()
     assert pictures[0] in out
     assert "thread.png" in err
@@ -297,3 +339,83 @@ def test_where_nothing_can_be_drafted_one_line_says_why(
     assert caption(pictures[0], *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_a_picture_that_fails_in_the_engine_is_an_object_too(caption, pictures, tmp_path, capsys):
+    thread = str(tmp_path / "thread.png")
+    Image.new("RGB", (1, 20000)).save(thread)
+    assert caption(thread, pictures[0], "--together", "--json") == 1
+    (record,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert record["image"] == [thread, pictures[0]]
+    assert record["caption"] is None and "thread.png" in record["error"]
+
+
+def test_json_has_the_sizes_that_map_boxes_back(caption, tmp_path, capsys):
+    path = str(tmp_path / "wide.png")
+    Image.radial_gradient("L").resize((100, 70)).convert("RGB").save(path)
+    assert caption(path, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["image_size"] == [100, 70]
+    assert record["resized_size"] == [96, 64]
+    assert record["num_image_tokens"] == 96 * 64 // 32**2
+    assert caption(path, path, "--together", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["image_size"] == [[100, 70]] * 2
+    assert record["resized_size"] == [[96, 64]] * 2
+
+
+def test_a_caption_that_is_cut_off_says_so(caption, pictures, says, capsys):
+    says("A red circle on the left")
+    assert caption(pictures[0], "--stats") == 0
+    err = capsys.readouterr().err
+    assert f"note: {pictures[0]}: the answer is cut off after 6 new tokens" in err
+    assert "--max-new-tokens" in err and "6 tokens (cut off) at" in err
+    assert caption(pictures[0], "--stats", "--max-new-tokens", "99") == 0
+    err = capsys.readouterr().err
+    assert "note: " not in err and "cut off" not in err
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+@pytest.mark.parametrize(
+    ("opens", "said"),
+    [
+        (True, "Hm, I see it.\n</think>\n\nA circle."),
+        (False, "<think>\nHm, I see it.\n</think>\n\nA circle."),
+        (False, "Hm, I see it.\n</think>\n\nA circle."),
+    ],
+)
+def test_thoughts_are_no_part_of_a_caption(thinking, pictures, says, capsys, engine, opens, said):
+    says(said)
+    arguments = (pictures[0], "--engine", engine, "--max-new-tokens", "99")
+    assert thinking(*arguments, opens=opens) == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == ("A circle.\n", "")
+    assert thinking(*arguments, "--json", opens=opens) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["caption"], record["thoughts"]) == ("A circle.", "Hm, I see it.")
+
+
+def test_a_thought_that_takes_all_tokens_leaves_no_caption(thinking, pictures, says, capsys):
+    says("Hm, I see it, and I see it, and I see it.")
+    assert thinking(pictures[0], "--max-new-tokens", "4", "--json") == 0
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert record["caption"] == "" and record["thoughts"].startswith("Hm, ")
+    assert "thinking took all 4 new tokens" in err and "--max-new-tokens" in err
+
+
+def test_a_stop_string_looks_at_the_answer_alone(thinking, pictures, says, capsys):
+    says("one. two.</think>three. four.")
+    assert thinking(pictures[0], "--max-new-tokens", "99", "--stop", ".") == 0
+    assert capsys.readouterr().out == "three\n"
+
+
+def test_help_has_the_defaults_of_sampling(capsys):
+    from qwencli.config import SamplingParams
+
+    assert run(["caption", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    base = SamplingParams()
+    assert f"Default: {base.max_new_tokens}." in text
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        assert f"Default: the model's, else {getattr(base, name):g}." in text

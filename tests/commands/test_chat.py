@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -15,6 +17,7 @@ from qwencli.engine.reference.engine import TransformersEngine
 from qwencli.errors import UsageError
 from qwencli.messages import ImagePart, TextPart, VideoPart
 from qwencli.output import Sink
+from qwencli.results import GenerationChunk
 from tests.checkpoints import engine_config
 
 
@@ -158,6 +161,7 @@ def test_one_shot_with_a_text_model(checkpoint, capsys):
         chat(
             checkpoint,
             "Describe",
+            "--quiet",
             family="qwen2",
         )
         == 0
@@ -206,3 +210,38 @@ def test_home_is_expanded(picture_path, monkeypatch):
     monkeypatch.setenv("HOME", str(picture_path.parent))
     monkeypatch.setenv("USERPROFILE", str(picture_path.parent))
     assert _split_paths("~/a picture.png") == [picture_path]
+
+
+class Thinking:
+    """An engine that thinks before it answers."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def stream(self, request):
+        *_, last = self.engine.stream(request)
+        result = replace(last.result, text="A circle.", thoughts="I see it.", finish_reason="stop")
+        yield GenerationChunk("", (1,), thoughts="I see")
+        yield GenerationChunk("", (2,), thoughts=" it.\n")
+        yield GenerationChunk("A cir", (3,))
+        yield GenerationChunk("cle.", (), result)
+
+
+@pytest.mark.parametrize("stderr_is_terminal", [True, False])
+def test_thoughts_are_shown_dimmed_and_not_remembered(
+    engine, capsys, monkeypatch, stderr_is_terminal
+):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: stderr_is_terminal)
+    talk = Conversation(
+        Thinking(engine), SamplingOptions(), Sink(), system=None, json=False, stats=False, model="m"
+    )
+    assert talk.ask("What is it?").text == "A circle."
+    out, err = capsys.readouterr()
+    assert out == "A circle.\n"
+    if stderr_is_terminal:
+        assert err.startswith("\x1b[2m") and re.sub(r"\x1b\[\d+m", "", err) == "I see it.\n\n\n"
+    else:
+        assert err == ""
+    assert talk._history[-1].parts[0].text == "A circle."

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from qwencli.engine.chat_template import _CHATML as CHATML
 from qwencli.engine.prompt import Prompt, PromptBuilder
 from qwencli.errors import InputError, ModelFileError, UsageError
 from qwencli.messages import (
@@ -353,3 +354,24 @@ def test_none_of_this_imports_torch_or_transformers() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("end", "opens"),
+    [("<think>\\n", True), ("<think>\\n\\n</think>\\n\\n", False), ("", False)],
+)
+def test_a_template_may_open_a_thought(tmp_path: Path, end: str, opens: bool) -> None:
+    template = CHATML.replace("assistant\\n", "assistant\\n" + end)
+    assert template != CHATML or not end
+    write_tiny_folder(tmp_path, template=template)
+    built = PromptBuilder.from_folder(tmp_path, family="qwen3", min_pixels=None, max_pixels=None)
+    assert built.build((text_message("user", "<think>"),)).opens_thought is opens
+
+
+def test_sizes_before_and_after_resizing(tmp_path: Path) -> None:
+    prompt = builder(tmp_path).build((user_message("", (PICTURE, WIDE)),))
+    assert prompt.image_sizes == (PICTURE.image.size, WIDE.image.size)
+    for (width, height), (_, rows, columns) in zip(
+        prompt.resized_sizes, prompt.grid_thw, strict=True
+    ):
+        assert (height, width) == (rows * 16, columns * 16)

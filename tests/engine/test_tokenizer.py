@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qwencli.engine.tokenizer import (
     IncrementalDetokenizer,
     StopStringBuffer,
+    ThoughtSplitter,
     Tokenizer,
 )
 from qwencli.errors import ModelFileError
@@ -262,3 +263,54 @@ def test_only_what_may_become_a_stop_string_is_held_back() -> None:
     buffer = StopStringBuffer(["###"])
     assert [buffer.push(piece) for piece in ("a#", "b", "##", "#c", "d")] == ["a", "#b", "", "", ""]
     assert buffer.stopped
+
+
+# --- thoughts ---------------------------------------------------------------------------------
+
+
+def split(text: str, *, inside: bool, cut: int) -> tuple[str, str]:
+    splitter = ThoughtSplitter(inside=inside)
+    pieces = [splitter.push(text[at : at + cut]) for at in range(0, len(text), cut)]
+    thoughts, answers = zip(*pieces, splitter.finish(), strict=True)
+    return "".join(thoughts), "".join(answers)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("inside", "text", "expected"),
+    [
+        (True, "Hm, red.\n</think>\n\nA circle.", ("Hm, red.\n", "A circle.")),
+        (True, "</think>\n\nA circle.", ("", "A circle.")),
+        (True, "never ends </thin", ("never ends </thin", "")),
+        (False, "<think>\nHm.</think>\nA circle.", ("\nHm.", "A circle.")),
+        (False, "\n <think>Hm.</think>A circle.", ("Hm.", "A circle.")),
+        (False, "<think>a</think> <think>b</think> c", ("ab", "c")),
+        (True, "<think>a</think>b", ("<think>a", "b")),
+        (False, " A circle.\n", ("", " A circle.\n")),
+        (False, "It says <think> there.", ("", "It says <think> there.")),
+        (False, "<thin", ("", "<thin")),
+        (False, " \n", ("", " \n")),
+        (True, "x</think> \n", ("x", "")),
+        (False, "", ("", "")),
+    ],
+)
+def test_thoughts_stand_apart_however_the_text_is_cut(
+    inside: bool, text: str, expected: tuple[str, str], cut: int
+) -> None:
+    assert split(text, inside=inside, cut=cut) == expected
+
+
+TAGGED = st.lists(st.sampled_from(["<think>", "</think>", "<", "think>", " ", "\n", "a", "b"]))
+
+
+@given(TAGGED.map("".join), st.booleans(), st.integers(1, 5))
+def test_how_the_text_is_cut_changes_no_thought(text: str, inside: bool, cut: int) -> None:
+    assert split(text, inside=inside, cut=cut) == split(text, inside=inside, cut=1000)
+
+
+def test_the_tags_of_thoughts_are_text_where_a_model_has_them_as_control_tokens() -> None:
+    fast = tiny_tokenizer()
+    fast.add_special_tokens(["<think>", "</think>"])
+    special = Tokenizer(fast)
+    ids = special.encode("<think>a</think>")
+    assert special.decode(ids) == "<think>a</think>"
