@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from qwencli.bench.attribution.causes import MEANINGS, Cause
+from qwencli.bench.attribution.whole_cell import over_limits
 from qwencli.bench.cell_rows import CellRows, Row, Said
 from qwencli.bench.itl import STALL_FACTOR
 from qwencli.bench.machine_words import MACHINE_RULES
@@ -39,11 +40,26 @@ def differing_runs(data: CellRows) -> Said:
         )
 
 
+def disturbed(data: CellRows) -> Said:
+    """What slowed the whole cell down, each with its limit."""
+    for over in over_limits(data.cell):
+        yield (
+            f"{over.words}, so its figure may not be quoted",
+            f"{over.percent:.1f}%, the limit is {over.limit.percent:g}%",
+        )
+
+
 def first_runs(data: CellRows) -> Said:
     for first in data.steady.first_runs if data.steady else ():
         if first.differs:
             name = "the warm-up" if first.run == 0 else f"run {first.run}"
-            yield f"{name} is not like the later runs", f"{first.ratio:.2f} of their median speed"
+            # A machine that was taken away after the first run makes that one look odd.
+            said = (
+                f"{name} is slower than the later runs"
+                if first.ratio < 1
+                else f"the later runs are slower than {name}"
+            )
+            yield said, f"{name} at {first.ratio:.2f} of their median speed"
 
 
 def levels(data: CellRows) -> Said:
@@ -177,6 +193,7 @@ def _lost(rows: Sequence[Row]) -> float:
 
 CELL_RULES: tuple[Callable[[CellRows], Said], ...] = (
     speed,
+    disturbed,
     differing_runs,
     first_runs,
     levels,

@@ -30,6 +30,9 @@ CELLS = (
     "kv_dtype",
     "speculate", "accept_percent_median", "speculation_gain_median",
     "main_thread_cpu_percent_min",
+    "throttled_percent", "waited_percent", "helper_waited_percent", "stolen_percent",
+    "paged_percent", "other_gpu_percent", "clock_held_percent", "core_slow_percent",
+    "others_cpu_percent",
 )  # fmt: skip
 
 RUNS = (
@@ -55,7 +58,7 @@ TOKENS = ("cell_id", "run", "token_index", "token_id", "t_s", "itl_ms", "gpu_ms"
 GPU = (
     "cell_id", "run", "t_s", "gpu_index", "sm_clock_mhz", "mem_clock_mhz", "pstate",
     "power_w", "temperature_c", "utilization_percent", "memory_used_bytes",
-    "throttle_reasons", "pcie_gen", "pcie_width", "compute_processes",
+    "throttle_reasons", "pcie_gen", "pcie_width", "compute_processes", "other_sm_percent",
 )  # fmt: skip
 
 HOST = (
@@ -64,6 +67,8 @@ HOST = (
     "voluntary_switches", "involuntary_switches", "minor_faults", "major_faults",
     "system_busy_ms", "steal_ms", "device_allocs", "alloc_retries", "syncs",
     "core_mhz",
+    "main_runqueue_ms", "helper_runqueue_ms", "helper_cpu_ms",
+    "throttled_ms", "cpu_pressure_ms", "memory_pressure_ms", "io_pressure_ms",
 )  # fmt: skip
 
 PROBES = ("cell_id", "run", "sampler", "pair", "watched_itl_ms", "bare_itl_ms")

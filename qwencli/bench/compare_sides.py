@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwencli.bench.campaign import ENVIRONMENT, PLAN, RUNS, read_json
+from qwencli.bench.attribution.whole_cell import machine_of
+from qwencli.bench.campaign import ENVIRONMENT, GPU, HOST, PLAN, RUNS, read_json
 from qwencli.bench.rowfile import read_rows
 from qwencli.bench.stats import CellRow, cell_rows
 from qwencli.bench.steadiness import by_process, has_speed
@@ -65,7 +66,8 @@ def read_side(folder: Path) -> Side:
     """
     plan, environment = read_json(folder / PLAN), read_json(folder / ENVIRONMENT)
     try:
-        return side(str(folder), plan, environment, read_rows(folder / RUNS))
+        runs, host, gpu = (read_rows(folder / name) for name in (RUNS, HOST, GPU))
+        return side(str(folder), plan, environment, runs, host, gpu)
     except (KeyError, TypeError, ValueError) as error:
         raise BenchError(
             f"{folder}: {PLAN} or {RUNS} is broken ({type(error).__name__}: {error})",
@@ -74,14 +76,20 @@ def read_side(folder: Path) -> Side:
 
 
 def side(
-    name: str, plan: Document, environment: Document, runs: Sequence[Mapping[str, str]]
+    name: str,
+    plan: Document,
+    environment: Document,
+    runs: Sequence[Mapping[str, str]],
+    host: Sequence[Mapping[str, str]] = (),
+    gpu: Sequence[Mapping[str, str]] = (),
 ) -> Side:
     """Raises KeyError, TypeError or ValueError for documents that no campaign writes."""
     of_cell: dict[str, list[Mapping[str, str]]] = {}
     for row in runs:
         of_cell.setdefault(row["cell_id"], []).append(row)
     cells = []
-    for row in cell_rows(plan, runs, ()):
+    machine = machine_of(environment)
+    for row in cell_rows(plan, runs, (), host=host, gpu=gpu, machine=machine):
         rows = of_cell.get(row["cell_id"], [])
         speeds = [tuple(map(_speed, filter(has_speed, process))) for process in by_process(rows)]
         seen = {

@@ -47,7 +47,50 @@ def sensors(nvml: Any) -> Mapping[str, Callable[[Any], Any]]:
     }
 
 
-def read_sample(nvml: Any, handle: Any, index: int) -> dict[str, Any]:
+# NVML_ERROR_NOT_FOUND: no program has used the GPU since the last time.
+NOT_FOUND = 6
+
+
+class OtherPrograms:
+    """What programs beside the busiest one had of a GPU: `other_sm_percent` of gpu.csv.
+
+    A program that merely holds memory has none. Who is who is not known: a container sees other
+    process numbers than the driver. The driver's own samples are rarer than ours, so its last word
+    holds for HOLD_S.
+    """
+
+    HOLD_S = 1.0
+
+    def __init__(self, nvml: Any) -> None:
+        self._nvml = nvml
+        # A wrapper older than the function does not have it.
+        self._ask = getattr(nvml, "nvmlDeviceGetProcessUtilization", None)
+        self._since_us = 0
+        self._last: tuple[float, float] | None = None
+
+    def percent(self, handle: Any, now_s: float) -> float | None:
+        """None where the driver does not tell."""
+        if self._ask is None:
+            return None
+        try:
+            samples = self._ask(handle, self._since_us)
+        except self._nvml.NVMLError as error:
+            if getattr(error, "value", None) != NOT_FOUND:
+                return None
+            samples = []
+        new = [sample for sample in samples if sample.timeStamp > self._since_us]
+        if new:
+            self._since_us = max(sample.timeStamp for sample in new)
+            used: dict[int, float] = {}
+            for sample in new:
+                used[sample.pid] = max(used.get(sample.pid, 0.0), float(sample.smUtil))
+            self._last = now_s, sum(used.values()) - max(used.values())
+        if self._last is None or now_s - self._last[0] > self.HOLD_S:
+            return 0.0
+        return self._last[1]
+
+
+def read_sample(nvml: Any, handle: Any, index: int, others: OtherPrograms) -> dict[str, Any]:
     """One reading of all sensors; what this device does not offer is None."""
     sample: dict[str, Any] = {"t_s": time.perf_counter(), "gpu_index": index}
     for column, read in sensors(nvml).items():
@@ -55,6 +98,7 @@ def read_sample(nvml: Any, handle: Any, index: int) -> dict[str, Any]:
             sample[column] = read(handle)
         except nvml.NVMLError:
             sample[column] = None
+    sample["other_sm_percent"] = others.percent(handle, sample["t_s"])
     return sample
 
 
@@ -86,10 +130,11 @@ def _sample_forever(nvml: Any, handles: list[tuple[int, Any]], interval_s: float
     going.set()
     threading.Thread(target=end_with_the_campaign, args=(going,), daemon=True).start()
     due = time.perf_counter()
+    others = {index: OtherPrograms(nvml) for index, _ in handles}
     while True:
         going.wait()
         for index, handle in handles:
-            _say(read_sample(nvml, handle, index))
+            _say(read_sample(nvml, handle, index, others[index]))
         due = max(due + interval_s, time.perf_counter())
         time.sleep(max(0.0, due - time.perf_counter()))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from qwencli.bench import columns
 from qwencli.bench.attribution.attribute import attribute
 from qwencli.bench.attribution.summary import with_causes
+from qwencli.bench.attribution.whole_cell import machine_of
 from qwencli.bench.campaign import (
     BESIDE,
     ENVIRONMENT,
@@ -40,9 +41,11 @@ def build_report(folder: Path) -> list[CellRow]:
     runs, tokens = read_rows(folder / RUNS), read_rows(folder / TOKENS)
     gpu, host = read_rows(folder / GPU), read_rows(folder / HOST)
     beside = {name: read_rows(beside_path(folder, name)) for name in BESIDE}
-    cells = cell_rows(plan, runs, tokens, **beside)
+    machine = machine_of(environment)
+    cells = cell_rows(plan, runs, tokens, **beside, host=host, gpu=gpu, machine=machine)
     busy = {cell["cell_id"]: cell["gpu_busy_percent"] for cell in cells}
-    findings = attribute(runs, tokens, host, gpu, busy)
+    disturbed = {cell["cell_id"]: cell for cell in cells}
+    findings = attribute(runs, tokens, host, gpu, busy, disturbed)
     rows = with_causes(cells, findings, runs, read_rows(folder / PROBES))
     write_rows(folder / CAUSES, columns.CAUSES, map(asdict, findings))
     write_rows(folder / "cells.csv", columns.CELLS, rows)

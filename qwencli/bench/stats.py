@@ -8,10 +8,13 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from qwencli.bench.attribution import whole_cell
+from qwencli.bench.attribution.records import records_by_cell
+from qwencli.bench.attribution.whole_cell import UNKNOWN_MACHINE, Machine
 from qwencli.bench.itl import percentile
 from qwencli.bench.matrix import NEWER_AXES
 from qwencli.bench.quality import quality_columns
@@ -30,6 +33,8 @@ from qwencli.config import Speculate
 
 # Identical runs that differ by more than this in decode speed are not a measurement to quote.
 UNSTABLE_RATIO = 1.1
+# How verdicts begin whose figure is not to be quoted, although its runs did equal work.
+NOT_QUOTABLE, UNSTABLE = "not quotable", "unstable"
 
 RawRow = Mapping[str, str]
 CellRow = dict[str, Any]
@@ -40,7 +45,8 @@ _SAME_NAMES = (("attention", "ran_attention"), ("cache", "ran_cache"))
 
 @dataclass(frozen=True)
 class CellData:
-    """All raw rows of one cell; `stop` is the number of runs asked for."""
+    """All raw rows of one cell; `stop` is the number of runs asked for, `disturbed` what
+    `whole_cell` measured of it."""
 
     axes: Mapping[str, str]
     stop: StopRule
@@ -49,6 +55,7 @@ class CellData:
     roofline: RawRow | None = None
     steady: Steadiness | None = None
     quality: Sequence[RawRow] = ()
+    disturbed: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def measured(self) -> list[RawRow]:
@@ -78,11 +85,17 @@ def cell_rows(
     tokens: Sequence[RawRow],
     roofline: Iterable[RawRow] = (),
     quality: Iterable[RawRow] = (),
+    host: Iterable[RawRow] = (),
+    gpu: Iterable[RawRow] = (),
+    machine: Machine = UNKNOWN_MACHINE,
 ) -> list[CellRow]:
     """One row for each cell of the plan (its `plan.json`), in the plan's order.
 
     Args:
-        runs, tokens, roofline, quality: rows of the files of these names.
+        runs, tokens, roofline, quality, host, gpu: rows of the files of these names.
+
+    Raises:
+        BenchError: a raw row holds something else than a number where one belongs.
     """
     by_cell: dict[str, list[RawRow]] = defaultdict(list)
     for row in runs:
@@ -103,6 +116,12 @@ def cell_rows(
     for row in quality:
         answers[row["cell_id"]].append(row)
     steady = {found.cell_id: found for found in steadiness(runs, tokens)}
+    busy = {
+        cell_id: roofline_columns(row, None, percentile(itl[cell_id], 50))["gpu_busy_percent"]
+        for cell_id, row in limits.items()
+    }
+    records = records_by_cell(runs, (), host, gpu)
+    disturbed = whole_cell.percentages(records, busy, machine)
     return [
         _cell_row(
             CellData(
@@ -113,6 +132,7 @@ def cell_rows(
                 limits.get(cell_id),
                 steady.get(cell_id),
                 answers[cell_id],
+                disturbed.get(cell_id, {}),
             )
         )
         # Campaigns from before an axis existed ran its default.
@@ -149,6 +169,7 @@ def _cell_row(data: CellData) -> CellRow:
         "accept_percent_median": _median(data.numbers("accept_percent")),
         "speculation_gain_median": _median(data.numbers("speculation_gain")),
         "main_thread_cpu_percent_min": min(data.numbers("main_thread_cpu_percent"), default=None),
+        **{column: data.disturbed.get(column) for column in whole_cell.COLUMNS},
         **steadiness_columns(data.steady),
         **quality_columns(data.quality),
         # Tokens of one step share its reading of the weights, so their rate says nothing of that.
@@ -197,14 +218,19 @@ def _other_mode_ran(data: CellData) -> str | None:
     return None
 
 
+def _disturbed(data: CellData) -> str | None:
+    over = whole_cell.over_limits(data.disturbed)
+    return f"{NOT_QUOTABLE}: {over[0].words}" if over else None
+
+
 def _unstable(data: CellData) -> str | None:
     ratio = run_ratio(data.numbers("decode_tok_per_s"))
-    return f"unstable: runs differ {ratio:.2f}x" if ratio and ratio > UNSTABLE_RATIO else None
+    return f"{UNSTABLE}: runs differ {ratio:.2f}x" if ratio and ratio > UNSTABLE_RATIO else None
 
 
 def _moved(data: CellData) -> str | None:
     moved = level_change(data.steady) if data.steady else None
-    return f"unstable: {moved}" if moved else None
+    return f"{UNSTABLE}: {moved}" if moved else None
 
 
 def _incomplete(data: CellData) -> str | None:
@@ -218,6 +244,7 @@ VERDICTS: tuple[Callable[[CellData], str | None], ...] = (
     _text_changed,
     _unequal_work,
     _other_mode_ran,
+    _disturbed,
     _unstable,
     _moved,
     _incomplete,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qwencli.bench.attribution.summary import probe_line, why
 from qwencli.bench.detail_tables import DETAILS, DetailTable
 from qwencli.bench.matrix import AXES, NEWER_AXES, BenchCell
+from qwencli.bench.stats import NOT_QUOTABLE, UNSTABLE
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -73,7 +74,7 @@ def row_values(row: CellRow) -> tuple[str, ...]:
 def speed_text(row: CellRow) -> str:
     """The median; where that is not to be quoted, the range that the runs span."""
     speed = row["decode_tok_per_s_median"]
-    if speed is None or not str(row["verdict"]).startswith("unstable"):
+    if speed is None or not str(row["verdict"]).startswith((NOT_QUOTABLE, UNSTABLE)):
         return _number(speed, ".1f")
     low, high = row["decode_tok_per_s_min"], row["decode_tok_per_s_max"]
     spec = ".0f" if high >= 100 else ".1f"
@@ -180,8 +181,8 @@ def _axes_head(axes: Sequence[str]) -> str:
 
 
 UNITS = (
-    "tok/s: median of the runs, or what they span where it is unstable; ratio: fastest/slowest "
-    "run; p50, p99: ms between tokens"
+    "tok/s: median of the runs, or what they span where none is to be quoted; ratio: "
+    "fastest/slowest run; p50, p99: ms between tokens"
 )
 
 

@@ -14,11 +14,13 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _TASKS = Path("/proc/self/task")
 _STAT = Path("/proc/stat")
-# Threads that one reading looks at: 0.8 us each.
-MOST_THREADS = 4
+# Threads that one reading looks at: 0.8 us each. A pool as wide as a large machine has parts that
+# wait alike, of which these are the busiest.
+MOST_THREADS = 16
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
 _IDLE, _IOWAIT, _STEAL = 3, 4, 7  # fields of the "cpu" line of /proc/stat
 
@@ -28,8 +30,8 @@ Reading = tuple[bytes, ...]
 class RunQueue:
     """Waits of the main thread and of the busiest others; a context manager.
 
-    A reading is raw text, so that parsing stays out of what is measured; () where the system does
-    not tell.
+    A reading is raw text, the main thread's first, so that parsing stays out of what is measured;
+    () where the system does not tell.
     """
 
     def __init__(self) -> None:
@@ -39,8 +41,8 @@ class RunQueue:
         main = threading.main_thread().native_id
         others = sorted(_times(), key=lambda times: -times.ran_ns)
         wanted = [main, *(times.thread for times in others if times.thread != main)]
-        with suppress(OSError):
-            for thread in wanted[:MOST_THREADS]:
+        for thread in wanted[:MOST_THREADS]:
+            with suppress(OSError):  # it has ended meanwhile
                 path = _TASKS / str(thread) / "schedstat"
                 self._files += (os.open(path, os.O_RDONLY),)
         return self
@@ -51,7 +53,7 @@ class RunQueue:
         try:
             return tuple([os.pread(file, 64, 0) for file in self._files])
         except OSError:  # a thread that ended takes its file with it
-            return ()
+            return tuple(map(_text, self._files))
 
     def __exit__(self, *exc: object) -> None:
         for file in self._files:
@@ -59,12 +61,37 @@ class RunQueue:
         self._files = ()
 
 
-def waited_ms(earlier: Reading, later: Reading) -> float | None:
-    """The longest wait among the threads; None unless both readings are of the same threads."""
+def _text(file: int) -> bytes:
+    with suppress(OSError):
+        return os.pread(file, 64, 0)
+    return b""
+
+
+class Waits(NamedTuple):
+    """Between two readings, in ms. Runnable, but waiting for a processor: the main thread, and of
+    the other threads (torch's helpers) the one that waited longest; and what these others ran."""
+
+    main_ms: float
+    helper_ms: float
+    helper_cpu_ms: float
+
+
+def waits(earlier: Reading, later: Reading) -> Waits | None:
+    """None unless both readings are of the same threads and the main one's is there."""
     if not earlier or len(earlier) != len(later):
         return None
-    pairs = zip(earlier, later, strict=True)
-    return max(int(after.split()[1]) - int(before.split()[1]) for before, after in pairs) / 1e6
+    pairs = [
+        (tuple(map(int, before.split()[:2])), tuple(map(int, after.split()[:2])))
+        if before and after
+        else ((0, 0), (0, 0))
+        for before, after in zip(earlier, later, strict=True)
+    ]
+    (main, *others) = [((b[0] - a[0]) / 1e6, (b[1] - a[1]) / 1e6) for a, b in pairs]
+    return Waits(
+        main_ms=main[1],
+        helper_ms=max((waited for _, waited in others), default=0.0),
+        helper_cpu_ms=sum(ran for ran, _ in others),
+    )
 
 
 @dataclass(frozen=True)

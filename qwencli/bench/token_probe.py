@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Self
 
+from qwencli.bench import cgroup_stats
+from qwencli.bench.cgroup_stats import CgroupStats
 from qwencli.bench.core_clock import CoreClock
 from qwencli.bench.host_pace import Pace, read_pace
 from qwencli.bench.thread_times import (
@@ -26,7 +28,7 @@ from qwencli.bench.thread_times import (
     SystemTimes,
     other_python_ms,
     system_times,
-    waited_ms,
+    waits,
 )
 from qwencli.engine.device_events import AllocatorCounts, DeviceEvents, allocator_counts
 from qwencli.results import GenerationChunk, GenerationResult
@@ -74,6 +76,7 @@ class _Counts(NamedTuple):
     other_python_ms: float | None
     system: SystemTimes | None
     allocator: AllocatorCounts | None
+    cgroup: cgroup_stats.Reading
 
 
 class TokenProbe:
@@ -99,6 +102,7 @@ class TokenProbe:
         self._paced_s = 0.0
         with ExitStack() as stack:
             self._queue = stack.enter_context(RunQueue())
+            self._cgroup = stack.enter_context(CgroupStats())
             stack.enter_context(self._clock)
             self._events = stack.enter_context(DeviceEvents(self._device))
             stack.enter_context(_noting_stops(self._stops))
@@ -166,7 +170,10 @@ class TokenProbe:
 
     def _count(self) -> None:
         self._counts[len(self._readings) - 1] = _Counts(
-            other_python_ms(), system_times(), allocator_counts(self._device)
+            other_python_ms(),
+            system_times(),
+            allocator_counts(self._device),
+            self._cgroup.read(),
         )
 
     def pace(self) -> dict[str, float]:
@@ -214,7 +221,7 @@ class TokenProbe:
             "tokens": b.token - a.token,
             "main_cpu_ms": (b.main_ns - a.main_ns) / 1e6,
             "process_cpu_ms": (b.process_ns - a.process_ns) / 1e6,
-            "runqueue_ms": waited_ms(a.waits, b.waits),
+            **_waits(a.waits, b.waits),
             "syncs": None if a.syncs is None or b.syncs is None else b.syncs - a.syncs,
             **usage,
             **self._counted(first, last),
@@ -233,7 +240,19 @@ class TokenProbe:
         if after.allocator and before.allocator:
             row["device_allocs"] = after.allocator.device_allocs - before.allocator.device_allocs
             row["alloc_retries"] = after.allocator.alloc_retries - before.allocator.alloc_retries
-        return row
+        return {**row, **self._cgroup.stalls(before.cgroup, after.cgroup)._asdict()}
+
+
+def _waits(earlier: Reading, later: Reading) -> Row:
+    found = waits(earlier, later)
+    if found is None:
+        return {}
+    return {
+        "runqueue_ms": max(found.main_ms, found.helper_ms),
+        "main_runqueue_ms": found.main_ms,
+        "helper_runqueue_ms": found.helper_ms,
+        "helper_cpu_ms": found.helper_cpu_ms,
+    }
 
 
 def _slow_s(times: Sequence[float]) -> float:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from qwencli.bench import columns
-from qwencli.bench.nvml_sampler import read_sample, throttle_names
+from qwencli.bench.nvml_sampler import OtherPrograms, read_sample, throttle_names
 from qwencli.bench.telemetry import Telemetry, run_columns
 from qwencli.engine.child_process import python_command
 
@@ -101,6 +101,35 @@ def test_the_sampler_can_be_silenced_for_a_while(sampler):
     assert max(b - a for a, b in itertools.pairwise(times)) > 0.25
 
 
+def test_what_other_programs_compute_is_all_but_the_busiest():
+    class NVMLError(Exception):
+        def __init__(self, value):
+            self.value = value
+
+    answers = iter(
+        [
+            [SimpleNamespace(timeStamp=10, pid=1, smUtil=3)],
+            [
+                SimpleNamespace(timeStamp=20, pid=1, smUtil=60),
+                SimpleNamespace(timeStamp=21, pid=2, smUtil=35),
+            ],
+            NVMLError(6),
+            NVMLError(6),
+            NVMLError(3),
+        ]
+    )
+
+    def ask(handle, since):
+        answer = next(answers)
+        if isinstance(answer, NVMLError):
+            raise answer
+        return answer
+
+    nvml = SimpleNamespace(NVMLError=NVMLError, nvmlDeviceGetProcessUtilization=ask)
+    others = OtherPrograms(nvml)
+    assert [others.percent(None, at) for at in (0.0, 1.0, 1.5, 9.0, 9.1)] == [0, 35, 35, 0, None]
+
+
 def test_a_sampler_that_breaks_is_said():
     with Telemetry([sys.executable, "-c", "raise SystemExit(1)"]) as telemetry:
         assert telemetry.take(0.0, time.perf_counter()) == (None, [])
@@ -164,7 +193,7 @@ def test_a_sensor_the_device_does_not_have_is_none():
         **{f"nvmlDeviceGet{name}": refuse for name in names},
     )  # fmt: skip
     nvml.nvmlDeviceGetPowerUsage = lambda handle: 123_400
-    reading = read_sample(nvml, None, 2)
+    reading = read_sample(nvml, None, 2, OtherPrograms(nvml))
     assert reading["power_w"] == pytest.approx(123.4)
     assert reading["gpu_index"] == 2
     assert {key for key, value in reading.items() if value is None} == set(reading) - {

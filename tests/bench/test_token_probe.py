@@ -13,7 +13,7 @@ from qwencli.bench import columns, token_probe
 from qwencli.bench.core_clock import CoreClock
 from qwencli.bench.host import HostProbe
 from qwencli.bench.host_pace import Pace
-from qwencli.bench.thread_times import system_times, waited_ms
+from qwencli.bench.thread_times import Waits, system_times, waits
 from qwencli.bench.token_probe import LEARNING, TokenProbe
 from qwencli.results import GenerationChunk, GenerationResult, RanModes, Timings
 
@@ -161,11 +161,26 @@ def test_one_token_has_no_decode():
     assert len(named(rows, "prefill")) == 1
 
 
-def test_waits_are_of_the_thread_that_waited_longest():
-    earlier, later = (b"5 1000000 1", b"7 0 1"), (b"6 3000000 2", b"9 500000 2")
-    assert waited_ms(earlier, later) == 2.0
-    assert waited_ms((), ()) is None
-    assert waited_ms(earlier, later[:1]) is None
+def test_waits_of_the_main_thread_and_of_its_helpers_are_told_apart():
+    earlier = (b"5 1000000 1", b"7000000 0 1", b"1 0 1")
+    later = (b"6 3000000 2", b"9000000 500000 2", b"1 4000000 9")
+    assert waits(earlier, later) == Waits(main_ms=2.0, helper_ms=4.0, helper_cpu_ms=2.0)
+    assert waits(earlier[:1], later[:1]) == Waits(2.0, 0.0, 0.0)
+    assert waits((), ()) is None
+    assert waits(earlier, later[:1]) is None
+
+
+def test_a_thread_that_ended_costs_its_own_figures_alone():
+    earlier, later = (b"5 1000000 1", b"7 0 1"), (b"6 3000000 2", b"")
+    assert waits(earlier, later) == Waits(2.0, 0.0, 0.0)
+
+
+@linux
+def test_rows_tell_waits_of_helpers_and_limits_of_the_control_group():
+    decode = named(watch(), "decode")[0]
+    for name in ("runqueue_ms", "main_runqueue_ms", "helper_runqueue_ms", "helper_cpu_ms"):
+        assert decode[name] >= 0.0
+    assert {"throttled_ms", "cpu_pressure_ms", "memory_pressure_ms"} <= decode.keys()
 
 
 @linux

@@ -1,8 +1,10 @@
-"""From raw rows to findings: every gap and every slow phase of a run with its cause."""
+"""From raw rows to findings: every gap, every slow phase of a run and every cell that was slowed
+down as a whole, with its cause."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from qwencli.bench.attribution.baseline import Baseline, baseline
 from qwencli.bench.attribution.between import SlowPhase, slow_phases
@@ -11,6 +13,7 @@ from qwencli.bench.attribution.collect import observe
 from qwencli.bench.attribution.gaps import UsualToken, gaps
 from qwencli.bench.attribution.records import RawRow, RunRecord, records_by_cell
 from qwencli.bench.attribution.rules import judge
+from qwencli.bench.attribution.whole_cell import over_limits
 
 
 def attribute(
@@ -19,22 +22,46 @@ def attribute(
     host: Iterable[RawRow],
     gpu: Iterable[RawRow],
     device_busy_percent: Mapping[str, float | None] | None = None,
+    disturbed: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Finding]:
     """The rows of causes.csv, from those of the other files, cell by cell in their order.
 
     Args:
         device_busy_percent: cell -> how much of the time its device works, where measured.
+        disturbed: cell -> its percentages, as `whole_cell` has them.
 
     Raises:
         BenchError: a raw row holds something else than a number where one belongs.
     """
     cells = records_by_cell(runs, tokens, host, gpu)
-    busy = device_busy_percent or {}
+    busy, percentages = device_busy_percent or {}, disturbed or {}
     return [
         finding
         for cell_id, records in cells.items()
-        for finding in _of_cell(records, busy.get(cell_id))
+        for finding in (
+            *_whole(records, percentages.get(cell_id, {})),
+            *_of_cell(records, busy.get(cell_id)),
+        )
     ]
+
+
+def _whole(records: Sequence[RunRecord], percentages: Mapping[str, Any]) -> Iterator[Finding]:
+    decodes = [decode for record in records if (decode := record.interval("decode"))]
+    for over in over_limits(percentages) if decodes else ():
+        span_ms = sum(decode.span_ms for decode in decodes)
+        yield Finding(
+            cell_id=records[0].cell_id,
+            run="",
+            scope="cell",
+            token_index=None,
+            tokens=sum(len(record.itl_ms) for record in records),
+            t_s=max(decode.end_s for decode in decodes),
+            span_ms=span_ms,
+            lost_ms=span_ms * over.percent / 100,
+            cause=over.limit.cause,
+            confidence=over.limit.trust,
+            evidence=f"{over.words}; the limit is {over.limit.percent:g}%",
+        )
 
 
 def _of_cell(records: Sequence[RunRecord], busy: float | None) -> list[Finding]:

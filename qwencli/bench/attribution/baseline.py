@@ -13,8 +13,8 @@ from qwencli.bench.drift import ALPHA, drift
 
 # Counters of host.csv of which a phase of a run has a usual amount.
 COUNTERS = (
-    "main_cpu_ms", "runqueue_ms", "steal_ms", "other_python_ms", "others_cpu_ms", "off_cpu_ms",
-    "syncs",
+    "main_cpu_ms", "runqueue_ms", "helper_runqueue_ms", "throttled_ms", "steal_ms",
+    "other_python_ms", "others_cpu_ms", "off_cpu_ms", "syncs",
 )  # fmt: skip
 
 
@@ -69,9 +69,11 @@ def baseline(records: Sequence[RunRecord]) -> Baseline:
 def counters(moment: Moment) -> Numbers:
     """The counters of a phase or of a slow token's row that have been measured."""
     found = {name: moment.figures[name] for name in COUNTERS if name in moment.figures}
-    span_ms, figures = 1e3 * (moment.end_s - moment.start_s), moment.figures
+    span_ms, figures = moment.span_ms, moment.figures
+    if "main_runqueue_ms" in figures:  # runqueue_ms is the longest of all threads
+        found["runqueue_ms"] = figures["main_runqueue_ms"]
     if "main_cpu_ms" in figures:
-        slept = span_ms - figures["main_cpu_ms"] - figures.get("runqueue_ms", 0.0)
+        slept = span_ms - figures["main_cpu_ms"] - found.get("runqueue_ms", 0.0)
         found["off_cpu_ms"] = max(0.0, slept)
     if "steal_ms" in found and "system_busy_ms" in figures:
         found["steal_ms"] *= _part_of_one(span_ms, figures["system_busy_ms"] + found["steal_ms"])

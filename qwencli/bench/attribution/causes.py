@@ -14,6 +14,9 @@ class Cause(StrEnum):
     GRAPH_CAPTURE = "graph_capture"
     SUSPENDED = "suspended"
     PREEMPTION = "preemption"
+    HELPER_PREEMPTED = "helper_preempted"
+    CGROUP_THROTTLED = "cgroup_throttled"
+    PAGE_FAULTS = "page_faults"
     GIL = "gil"
     ALLOCATOR = "allocator"
     HOST_SYNC = "host_sync"
@@ -35,6 +38,9 @@ MEANINGS: Mapping[Cause, str] = {
     Cause.GRAPH_CAPTURE: "a CUDA graph was captured",
     Cause.SUSPENDED: "the process was stopped and went on later",
     Cause.PREEMPTION: "other programs, or the hypervisor, had the processor",
+    Cause.HELPER_PREEMPTED: "other programs had the processor of a helper thread",
+    Cause.CGROUP_THROTTLED: "a limit of this control group (docker --cpus) took the processor",
+    Cause.PAGE_FAULTS: "memory had to be read back from disk",
     Cause.GIL: "another Python thread held the interpreter",
     Cause.ALLOCATOR: "torch asked the driver for memory or gave it back",
     Cause.HOST_SYNC: "the host waited for the device more often than usual",
@@ -49,7 +55,13 @@ MEANINGS: Mapping[Cause, str] = {
     Cause.UNKNOWN: "of what no sensor shows",
 }
 
-Scope = Literal["gap", "decode", "prefill"]
+# Reasons with which the driver holds clocks back against heat, power or a fault. "idle" and
+# "application_clocks" are choices, not troubles.
+THROTTLING = frozenset(
+    {"sw_power_cap", "hw_slowdown", "sw_thermal", "hw_thermal", "hw_power_brake"}
+)
+
+Scope = Literal["gap", "decode", "prefill", "cell"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,9 @@ class Finding:
 
     Args:
         scope: "gap" = tokens of one run against the cell's usual token; "decode" and "prefill" =
-            that phase of one run against the cell's other runs.
+            that phase of one run against the cell's other runs; "cell" = all decodes of the cell,
+            against a fixed limit.
+        run: "" where it is the whole cell.
         token_index: of the first slow token; None unless it is a gap.
         t_s, span_ms: end and length of the time in question.
         lost_ms: how much longer than usual it took.

@@ -36,6 +36,10 @@ def observe(
     def beyond(name: str) -> float | None:
         return None if name not in figures else max(0.0, figures[name] - ordinary.get(name, 0.0))
 
+    def waited(name: str) -> float | None:
+        """A gap is late against a token that waited for nothing, however usual waits are here."""
+        return figures.get(name) if stretch.scope == "gap" else beyond(name)
+
     def spent(event: str) -> float:
         return sum(m.overlap_ms(start_s, end_s) for m in record.host if m.name == event)
 
@@ -53,8 +57,11 @@ def observe(
         slept_ms=beyond("off_cpu_ms"),
         switches=figures.get("voluntary_switches"),
         other_python_ms=_other_python(record, stretch.scope, figures, beyond("other_python_ms")),
-        runqueue_ms=beyond("runqueue_ms"),
-        steal_ms=beyond("steal_ms"),
+        runqueue_ms=waited("runqueue_ms"),
+        helper_ms=waited("helper_runqueue_ms"),
+        throttled_ms=waited("throttled_ms"),
+        major_faults=figures.get("major_faults"),
+        steal_ms=waited("steal_ms"),
         others_cpu_ms=beyond("others_cpu_ms"),
         gc_ms=spent("gc"),
         compile_ms=spent("compile"),

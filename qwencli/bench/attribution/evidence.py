@@ -31,11 +31,15 @@ class Evidence:
         slept_ms: the main thread neither ran nor waited for a processor, beyond what is usual.
         switches: times a thread of this process gave its processor up by itself.
         other_python_ms: processor time of this process's other Python threads.
-        runqueue_ms: runnable, but waiting for a processor (the thread that waited longest).
+        runqueue_ms: the main thread was runnable, but waiting for a processor (before threads were
+            told apart: the thread that waited longest); `helper_ms` likewise, of the other threads
+            the one that waited longest.
+        throttled_ms: what a processor limit of the control group took, over all processors.
         steal_ms: what the hypervisor took of the processors, one program's part of it.
         extra_cpu_ms: processor time of the main thread beyond what is usual.
-        others_cpu_ms: processor time of all other programs. This and the four above: beyond what
-            is usual for this phase or for so many tokens.
+        others_cpu_ms: processor time of all other programs. This and the seven above: beyond what
+            is usual for this phase or for so many tokens; the waits of a gap are all of them.
+        major_faults: pages that had to come from disk.
         gc_ms, compile_ms, capture_ms: the part of the stretch spent so.
         stops: times the process went on after a stop signal.
         device_allocs, alloc_retries: driver allocations and frees, and failed attempts.
@@ -63,6 +67,9 @@ class Evidence:
     switches: float | None = None
     other_python_ms: float | None = None
     runqueue_ms: float | None = None
+    helper_ms: float | None = None
+    throttled_ms: float | None = None
+    major_faults: float | None = None
     steal_ms: float | None = None
     others_cpu_ms: float | None = None
     gc_ms: float = 0.0

@@ -21,13 +21,13 @@ _OF_RUN = (
 _OF_HOST = (
     "tokens", "main_cpu_ms", "process_cpu_ms", "other_python_ms", "runqueue_ms",
     "voluntary_switches", "system_busy_ms", "steal_ms", "device_allocs", "alloc_retries", "syncs",
-    "core_mhz",
+    "core_mhz", "main_runqueue_ms", "helper_runqueue_ms", "throttled_ms", "major_faults",
 )  # fmt: skip
 # Of these, what is no amount that adds up over time.
 MEANS = frozenset({"core_mhz"})
 _OF_GPU = (
     "sm_clock_mhz", "pstate", "power_w", "temperature_c", "compute_processes",
-    "utilization_percent",
+    "utilization_percent", "other_sm_percent",
 )  # fmt: skip
 
 
@@ -39,6 +39,10 @@ class Moment:
     start_s: float
     end_s: float
     figures: Numbers = field(default_factory=dict)
+
+    @property
+    def span_ms(self) -> float:
+        return 1e3 * (self.end_s - self.start_s)
 
     def overlap_ms(self, start_s: float, end_s: float) -> float:
         return 1e3 * max(0.0, min(self.end_s, end_s) - max(self.start_s, start_s))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qwencli.bench.attribution.causes import Cause
+from qwencli.bench.attribution.causes import THROTTLING, Cause
 from qwencli.bench.attribution.evidence import Evidence
 from qwencli.bench.host_pace import LONGER_WORK
 from qwencli.bench.roofline import GPU_BUSY
@@ -19,11 +19,6 @@ from qwencli.bench.roofline import GPU_BUSY
 FLOOR = 0.35
 # A clock this much lower than usual counts as lower; governors move it by less all the time.
 LOWER_CLOCK = 0.97
-# Reasons with which the driver holds clocks back against heat, power or a fault. "idle" and
-# "application_clocks" are choices, not troubles.
-THROTTLING = frozenset(
-    {"sw_power_cap", "hw_slowdown", "sw_thermal", "hw_thermal", "hw_power_brake"}
-)
 WARMER_C = 3.0
 MORE_POWER = 1.1
 
@@ -60,16 +55,49 @@ def _suspended(e: Evidence) -> tuple[float, str] | None:
     return e.share(e.slept_ms), f"stopped {e.stops} times, {_ms(e.slept_ms)} without running"
 
 
+def _waits(e: Evidence) -> tuple[float, float, float]:
+    """What the main thread and the helper that waited longest waited for a processor, and what of
+    that a limit of the control group took (ms). What the process's own other Python thread had of
+    the processor was taken by nobody else; a GPU's work waits for no helper."""
+    main = max(0.0, (e.runqueue_ms or 0.0) - (e.other_python_ms or 0.0))
+    helper = 0.0 if e.on_gpu else max(0.0, (e.helper_ms or 0.0) - (e.other_python_ms or 0.0))
+    return main, helper, min(e.throttled_ms or 0.0, max(main, helper))
+
+
+def _cgroup_throttled(e: Evidence) -> tuple[float, str] | None:
+    *_, throttled = _waits(e)
+    return e.share(throttled), f"{_ms(throttled)} taken by a limit of this control group"
+
+
+def _helper_preempted(e: Evidence) -> tuple[float, str] | None:
+    """All threads of a product wait for the one that has no processor."""
+    main, helper, throttled = _waits(e)
+    if helper <= main:
+        return None
+    said = (
+        f"{_ms(helper)} in which a helper thread waited for a processor, the main one {_ms(main)}"
+    )
+    return e.share(main + helper - throttled), said
+
+
+def _paged(e: Evidence) -> tuple[float, str] | None:
+    if not e.major_faults or e.major_faults < 1:
+        return None
+    said = f"{e.major_faults:.0f} pages came from disk, {_ms(e.slept_ms)} without running"
+    return e.share(e.slept_ms), said
+
+
 def _preempted(e: Evidence) -> tuple[float, str] | None:
-    """What the process's own other thread had of the processor was taken by nobody else."""
-    waited = max(0.0, (e.runqueue_ms or 0.0) - (e.other_python_ms or 0.0))
-    taken = e.steal_ms or 0.0
+    waited, helper, throttled = _waits(e)
+    if helper > waited:
+        return None
+    taken = (e.steal_ms or 0.0) + helper - throttled
     said = f"{_ms(waited)} runnable but waiting for a processor"
     if _taken_unseen(e) and (e.slept_ms or 0.0) > taken:
         taken = e.slept_ms or 0.0
         said += f", {_ms(taken)} away from it without having given it up"
-    elif taken:
-        said += f", {_ms(taken)} taken by the hypervisor"
+    elif e.steal_ms:
+        said += f", {_ms(e.steal_ms)} taken by the hypervisor"
     return e.share(waited + taken), said
 
 
@@ -259,7 +287,10 @@ RULES: tuple[tuple[Judge, Cause, float], ...] = (
     (_suspended, Cause.SUSPENDED, 0.95),
     (_graph_capture, Cause.GRAPH_CAPTURE, 0.94),
     (_reloaded, Cause.RELOAD, 0.96),
+    (_cgroup_throttled, Cause.CGROUP_THROTTLED, 0.94),
+    (_paged, Cause.PAGE_FAULTS, 0.85),
     (_preempted, Cause.PREEMPTION, 0.93),
+    (_helper_preempted, Cause.HELPER_PREEMPTED, 0.93),
     (_gil, Cause.GIL, 0.90),
     (_allocator_retried, Cause.ALLOCATOR, 0.90),
     (_allocated, Cause.ALLOCATOR, 0.80),
@@ -295,4 +326,5 @@ def _what_is_known(e: Evidence) -> str:
     if e.main_cpu_ms is None:
         return "nothing was recorded at that time"
     waited = f", {_ms(e.runqueue_ms)} waiting for a processor" if e.runqueue_ms is not None else ""
-    return f"main thread {_ms(e.main_cpu_ms)} on a processor{waited}; no other sign"
+    helper = f", a helper {_ms(e.helper_ms)}" if e.helper_ms else ""
+    return f"main thread {_ms(e.main_cpu_ms)} on a processor{waited}{helper}; no other sign"

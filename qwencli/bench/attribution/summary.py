@@ -10,6 +10,7 @@ from typing import Any
 
 from qwencli.bench.attribution.causes import MEANINGS, Cause, Finding
 from qwencli.bench.attribution.records import RawRow
+from qwencli.bench.attribution.whole_cell import over_limits
 from qwencli.bench.probe_overhead import Pair, overhead_percent, sampler_percent
 from qwencli.bench.robust import Interval
 from qwencli.bench.roofline import GPU_BUSY
@@ -82,7 +83,7 @@ def _cause_columns(findings: Sequence[Finding], decode_s: float | None) -> dict[
             ("gap_count", "gap_lost_percent", "gap_causes", "slow_run_causes"), None
         )
     gaps = [finding for finding in findings if finding.scope == "gap"]
-    slow = [finding for finding in findings if finding.scope != "gap"]
+    slow = [finding for finding in findings if finding.scope in ("decode", "prefill")]
     return {
         "gap_count": len(gaps),
         "gap_lost_percent": sum(gap.lost_ms for gap in gaps) / decode_s / 10.0,
@@ -132,6 +133,11 @@ def unlike_times(row: CellRow) -> tuple[str, str] | None:
 def why(row: CellRow) -> list[str]:
     """What slowed this cell, in sentences; [] where nothing did."""
     lines = []
+    if over := over_limits(row):
+        lines.append(
+            f"not to be quoted: {'; '.join(one.words for one in over)} (limits: "
+            f"{', '.join(f'{one.limit.percent:g}%' for one in over)})"
+        )
     if found := unlike_times(row):
         lines.append(f"{found[0]}; it was never idle, and the GPU was most of the time")
     if gaps := read_tallies(row.get("gap_causes")):

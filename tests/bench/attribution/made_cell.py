@@ -90,8 +90,8 @@ class MadeCell:
                     figures |= other if at - 0.02 <= self.token_s(run, last) else {}
             yield _row(columns.GPU, run, t_s=at, **figures)
 
-    def findings(self, scope=None, device_busy_percent=None):
-        found = attribute(*self.rows(), {CELL: device_busy_percent})
+    def findings(self, scope=None, device_busy_percent=None, disturbed=None):
+        found = attribute(*self.rows(), {CELL: device_busy_percent}, {CELL: disturbed or {}})
         return [one for one in found if scope in (None, one.scope)]
 
 

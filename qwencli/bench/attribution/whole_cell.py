@@ -1,0 +1,288 @@
+"""What slowed a whole cell down, judged without looking at what is usual in it.
+
+A disturbance that lasts as long as the cell is what is usual there, so that no rule which compares
+runs with each other can see it. Here each kind of it is measured in percent of decode and held
+against a fixed limit. Above the limit the cell's figure is not to be quoted.
+
+A percentage is the one of the middle half of the runs, by that percentage: the figure that a cell
+shows is a median, which a quarter of disturbed runs on either side leaves where it is. How the
+limits were found: docs/bench.md, "When a figure is not one to quote".
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from qwencli.bench.attribution.baseline import counters
+from qwencli.bench.attribution.causes import THROTTLING, Cause
+from qwencli.bench.attribution.records import Moment, RunRecord
+from qwencli.bench.roofline import GPU_BUSY
+
+# The kernel counts what the hypervisor takes in ticks of 10 ms: fewer say nothing.
+LEAST_STEAL_MS = 50.0
+
+
+@dataclass(frozen=True)
+class Limit:
+    """`percent` of decode that a cell may lose to one cause.
+
+    Args:
+        column: of cells.csv.
+        trust: how far such a sign can be trusted, 0 to 1.
+        head: of the column in the tables; `words` completes "12% of decode".
+    """
+
+    cause: Cause
+    column: str
+    percent: float
+    trust: float
+    head: str
+    words: str
+
+
+# Each limit lies at least twice above what quiet machines show, and far below what a disturbance
+# on purpose does. In order of how directly the figure says what was lost.
+LIMITS = (
+    Limit(Cause.CGROUP_THROTTLED, "throttled_percent", 5.0, 0.95, "throttled",
+          "was taken by a limit of this control group (cpu.max, docker --cpus)"),
+    Limit(Cause.PREEMPTION, "waited_percent", 5.0, 0.95, "waited",
+          "waited for a processor"),
+    Limit(Cause.HELPER_PREEMPTED, "helper_waited_percent", 5.0, 0.9, "helpers",
+          "had a helper thread waiting for a processor"),
+    Limit(Cause.PREEMPTION, "stolen_percent", 5.0, 0.8, "stolen",
+          "was taken by the hypervisor"),
+    Limit(Cause.PAGE_FAULTS, "paged_percent", 5.0, 0.8, "paged",
+          "waited for pages from disk"),
+    Limit(Cause.OTHER_GPU_PROCESS, "other_gpu_percent", 5.0, 0.8, "GPU shared",
+          "went to another program on the GPU"),
+    Limit(Cause.THROTTLE, "clock_held_percent", 3.0, 0.8, "clock",
+          "was lost to a clock held back against heat or power"),
+    Limit(Cause.PROCESSOR, "core_slow_percent", 20.0, 0.7, "core",
+          "was lost to a core slower than this campaign's quickest"),
+    Limit(Cause.PREEMPTION, "others_cpu_percent", 10.0, 0.6, "others",
+          "of this machine's processors went to other programs"),
+)  # fmt: skip
+COLUMNS = tuple(limit.column for limit in LIMITS)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What of a campaign's machine the limits depend on; `cores` None = not known."""
+
+    on_gpu: bool
+    cores: int | None
+
+
+UNKNOWN_MACHINE = Machine(on_gpu=False, cores=None)
+
+
+def machine_of(environment: Mapping[str, Any]) -> Machine:
+    """As environment.json has it."""
+    device, cpu = (environment.get(name) or {} for name in ("device", "cpu"))
+    kind = str(device.get("device")).partition(":")[0]
+    return Machine(kind not in ("cpu", "None"), cpu.get("logical_cores"))
+
+
+class Pace(NamedTuple):
+    """What the quickest cell of the campaign shows: its core, and the highest clock of the GPU."""
+
+    core_loop_us: float | None = None
+    sm_clock_mhz: float | None = None
+
+
+@dataclass(frozen=True)
+class Over:
+    """A limit that a cell is above."""
+
+    limit: Limit
+    percent: float
+
+    @property
+    def words(self) -> str:
+        """ "51% of decode waited for a processor" """
+        subject = "" if self.limit.words.startswith("of") else " of decode"
+        return f"{self.percent:.0f}%{subject} {self.limit.words}"
+
+
+def over_limits(row: Mapping[str, Any]) -> list[Over]:
+    """The limits that a cell is above, what cost it most first.
+
+    Args:
+        row: of cells.csv, or any mapping with some of COLUMNS; numbers or their text.
+    """
+    found = [
+        Over(limit, float(value))
+        for limit in LIMITS
+        if (value := row.get(limit.column)) not in (None, "") and float(value) > limit.percent
+    ]
+    # What other programs had is the weakest sign: it says nothing of what that cost.
+    return sorted(found, key=lambda one: (one.limit is LIMITS[-1], -one.percent))
+
+
+def percentages(
+    cells: Mapping[str, Sequence[RunRecord]],
+    device_busy_percent: Mapping[str, float | None],
+    machine: Machine,
+) -> dict[str, dict[str, float | None]]:
+    """Cell -> COLUMNS; None = not measured here.
+
+    Args:
+        cells: the measured runs of each.
+        device_busy_percent: how much of the time a cell's device works, where measured.
+    """
+    pace = _pace(cells.values())
+    return {
+        cell: _of_cell(records, pace, device_busy_percent.get(cell), machine)
+        for cell, records in cells.items()
+    }
+
+
+def _pace(cells: Iterable[Sequence[RunRecord]]) -> Pace:
+    cells = list(cells)
+    loops = [loop for records in cells if (loop := _median(records, "core_loop_us"))]
+    clocks = [
+        clock
+        for records in cells
+        for record in records
+        for sample in record.gpu
+        if (clock := sample.figures.get("sm_clock_mhz"))
+    ]
+    return Pace(min(loops, default=None), max(clocks, default=None))
+
+
+def _of_cell(
+    records: Sequence[RunRecord], pace: Pace, busy: float | None, machine: Machine
+) -> dict[str, float | None]:
+    decodes = [(record, decode) for record in records if (decode := record.interval("decode"))]
+    on_gpu, cores = machine.on_gpu, machine.cores
+
+    def middle(part_ms: Callable[[RunRecord, Moment], float | None]) -> float | None:
+        return middle_percent(
+            [
+                (part, decode.span_ms)
+                for record, decode in decodes
+                if (part := part_ms(record, decode)) is not None and decode.span_ms > 0
+            ]
+        )
+
+    found = {
+        "throttled_percent": middle(_throttled_ms),
+        "waited_percent": middle(_waited_ms),
+        # A GPU's work does not wait for the pools of its host.
+        "helper_waited_percent": None if on_gpu else middle(_helper_waited_ms),
+        "stolen_percent": _stolen_percent([decode for _, decode in decodes]),
+        "paged_percent": middle(_paged_ms),
+        "other_gpu_percent": middle(_other_gpu_ms),
+        "clock_held_percent": middle(lambda run, decode: _held_ms(run, decode, pace)),
+        "core_slow_percent": (
+            None
+            if on_gpu and (busy is None or busy >= GPU_BUSY)
+            else middle(lambda run, decode: _slow_core_ms(run, decode, pace))
+        ),
+        "others_cpu_percent": None if on_gpu or not cores else _per(cores, middle(_others_ms)),
+    }
+    # Threads that waited in turns can have waited longer than there was time.
+    return {name: None if share is None else min(100.0, share) for name, share in found.items()}
+
+
+def middle_percent(parts: Sequence[tuple[float, float]]) -> float | None:
+    """What the parts are of their spans, in percent, over the middle half of the pairs by that."""
+    ordered = sorted(parts, key=lambda pair: pair[0] / pair[1])
+    cut = len(ordered) // 4
+    kept = ordered[cut : len(ordered) - cut]
+    if not kept:
+        return None
+    return 100 * sum(part for part, _ in kept) / sum(span for _, span in kept)
+
+
+def _throttled_ms(run: RunRecord, decode: Moment) -> float | None:
+    """No more than a thread waited: the limit's own count is over all processors."""
+    figures = decode.figures
+    if "throttled_ms" not in figures:
+        return None
+    waited = max(figures.get("runqueue_ms", decode.span_ms), 0.0)
+    return min(figures["throttled_ms"], waited)
+
+
+def _waited_ms(run: RunRecord, decode: Moment) -> float | None:
+    """The main thread's wait; campaigns from before threads were told apart have the longest."""
+    figures = decode.figures
+    waited = figures.get("main_runqueue_ms", figures.get("runqueue_ms"))
+    if waited is None:
+        return None
+    # What the process's own other Python thread had was taken by nobody else.
+    own = figures.get("other_python_ms", 0.0)
+    return max(0.0, waited - (_throttled_ms(run, decode) or 0.0) - own)
+
+
+def _helper_waited_ms(run: RunRecord, decode: Moment) -> float | None:
+    waited = decode.figures.get("helper_runqueue_ms")
+    return None if waited is None else max(0.0, waited - (_throttled_ms(run, decode) or 0.0))
+
+
+def _stolen_percent(decodes: Sequence[Moment]) -> float | None:
+    """Over all runs, since a single one has too few ticks."""
+    stolen = [ms for decode in decodes if (ms := counters(decode).get("steal_ms")) is not None]
+    if not stolen:
+        return None
+    total = sum(decode.span_ms for decode in decodes)
+    return 100 * sum(stolen) / total if sum(stolen) >= LEAST_STEAL_MS and total else 0.0
+
+
+def _paged_ms(run: RunRecord, decode: Moment) -> float | None:
+    """The main thread slept and pages came from disk."""
+    faults = decode.figures.get("major_faults")
+    if faults is None:
+        return None
+    return counters(decode).get("off_cpu_ms") if faults else 0.0
+
+
+def _other_gpu_ms(run: RunRecord, decode: Moment) -> float | None:
+    known = [s.figures["other_sm_percent"] for s in _samples(run, decode, "other_sm_percent")]
+    return decode.span_ms * statistics.fmean(known) / 100 if known else None
+
+
+def _held_ms(run: RunRecord, decode: Moment, pace: Pace) -> float | None:
+    """The time that a lower clock costs while the driver holds it back, if time goes with its
+    inverse."""
+    samples = _samples(run, decode, "sm_clock_mhz")
+    if not samples or not pace.sm_clock_mhz:
+        return None
+    lost = [
+        1 - sample.figures["sm_clock_mhz"] / pace.sm_clock_mhz
+        if any(f"throttle:{reason}" in sample.figures for reason in THROTTLING)
+        else 0.0
+        for sample in samples
+    ]
+    return decode.span_ms * statistics.fmean(lost)
+
+
+def _samples(run: RunRecord, decode: Moment, column: str) -> list[Moment]:
+    return [
+        sample
+        for sample in run.gpu
+        if decode.start_s <= sample.end_s <= decode.end_s and column in sample.figures
+    ]
+
+
+def _slow_core_ms(run: RunRecord, decode: Moment, pace: Pace) -> float | None:
+    loop, ran = run.figures.get("core_loop_us"), decode.figures.get("main_cpu_ms")
+    if not loop or ran is None or not pace.core_loop_us:
+        return None
+    return max(0.0, ran * (1 - pace.core_loop_us / loop))
+
+
+def _others_ms(run: RunRecord, decode: Moment) -> float | None:
+    return counters(decode).get("others_cpu_ms")
+
+
+def _per(cores: int, percent: float | None) -> float | None:
+    return None if percent is None else percent / cores
+
+
+def _median(records: Sequence[RunRecord], column: str) -> float | None:
+    values = [record.figures[column] for record in records if column in record.figures]
+    return statistics.median(values) if values else None
