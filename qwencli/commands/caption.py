@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -40,12 +39,15 @@ def caption(
     spec = choose_model(run, sink)
     work = Captions(sink, run, model=spec.name, several=len(images) > 1)
     jobs = work.opened([images] if together else [[path] for path in images], frames)
-    first = next(jobs, None)
-    if first is not None:
+    pictures = next(jobs, None)
+    if pictures is not None:
         announce_model(spec, run, sink)
         with running_engine(run.engine_config(spec), sink) as loaded:
-            for pictures in itertools.chain([first], jobs):
+            while pictures is not None:
                 messages = (*system_messages(system), user_message(text, pictures))
                 work.answer(loaded, GenerationRequest(messages, sampling), pictures)
+                # Large pictures are not held while the next ones are decoded.
+                del messages, pictures
+                pictures = next(jobs, None)
     if work.failed:
         raise typer.Exit(1)

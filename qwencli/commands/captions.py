@@ -33,10 +33,14 @@ class Captions:
         for number, paths in enumerate(jobs, start=1):
             if self.several and sys.stderr.isatty() and not sys.stdout.isatty():
                 self.sink.notice(f"[{number}/{len(jobs)}] {', '.join(str(path) for path in paths)}")
+            pictures: Pictures = ()
             try:
-                yield tuple(open_visual(path, frames) for path in paths)
+                for path in paths:
+                    pictures += (open_visual(path, frames, pictures),)
             except (InputError, MissingDependencyError) as error:
                 self._report(error, [str(path) for path in paths])
+                continue
+            yield pictures
 
     def answer(self, engine: Engine, request: GenerationRequest, pictures: Pictures) -> None:
         names = [picture.name for picture in pictures]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,22 +51,35 @@ def system_messages(system: str | None) -> tuple[Message, ...]:
     return (text_message("system", system),) if system else ()
 
 
-def open_picture(path: Path) -> ImagePart:
-    """Raises InputError naming the file when it is not a usable picture."""
+def open_picture(path: Path, beside: Sequence[VisualPart] = ()) -> ImagePart:
+    """Raises InputError naming the file when it is not a usable picture.
+
+    Args:
+        beside: see `open_visual`.
+    """
     from qwencli.engine.images import open_image
+    from qwencli.engine.videos import decoded_bytes
 
-    return open_image(path)
+    return open_image(path, held_bytes=decoded_bytes(beside))
 
 
-def open_visual(path: Path, frames: int | None) -> VisualPart:
-    """A picture, or a video; see `engine.videos.open_visual`."""
+def open_visual(path: Path, frames: int | None, beside: Sequence[VisualPart] = ()) -> VisualPart:
+    """A picture, or a video; see `engine.videos.open_visual`.
+
+    Args:
+        beside: what the same request shows already; memory is bounded for all of it together.
+    """
     from qwencli.engine import videos
 
-    return videos.open_visual(path, frames)
+    return videos.open_visual(path, frames, beside)
 
 
-def open_video(path: Path, frames: int | None) -> VideoPart:
-    """A video, an animation or a folder of frames; see `engine.videos.open_video`."""
+def open_video(path: Path, frames: int | None, beside: Sequence[VisualPart] = ()) -> VideoPart:
+    """A video, an animation or a folder of frames; see `engine.videos.open_video`.
+
+    Args:
+        beside: see `open_visual`.
+    """
     from qwencli.engine import videos
 
-    return videos.open_video(path, frames)
+    return videos.open_video(path, frames, beside)

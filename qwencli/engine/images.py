@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from qwencli.config import MAX_PIXELS
 from qwencli.errors import InputError, OutOfMemoryError
@@ -48,9 +48,34 @@ _DECODE_ERRORS = (
 )
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
-# Pillow opens these by running another program or the system's renderer; a caption needs neither.
-_DRAWINGS = frozenset({"EPS", "WMF"})
+# What is opened but not decoded. Pillow runs another program or the system's renderer for the
+# drawings; a caption needs neither. The pictures in an ICNS state no size before they are decoded.
+_NOT_PICTURES = {"EPS": "a drawing", "WMF": "a drawing", "ICNS": "a set of icons"}
 
+# What decoding one picture, and making it upright RGB, may take. With what a program that has
+# loaded a small model holds it stays below 2 GB.
+MAX_DECODE_BYTES = 1_600_000_000
+# Bytes a pixel takes at the most while it is decoded and made RGB (measured with Pillow 13): four
+# in the decoded picture, four in the result, and what a decoder holds beside them.
+_BYTES_A_PIXEL = {
+    "WEBP": 24, "AVIF": 16, "JPEG2000": 32, "HEIF": 20, "JXL": 20, "ICO": 12, "PSD": 12,
+}  # fmt: skip
+_BYTES_A_PIXEL_ELSE, _BYTES_A_PIXEL_PROGRESSIVE = 8, 12
+# First bytes -> the largest file. Some decoders hold a whole file twice; in others one piece of
+# text may be as long as the file. Elsewhere pixels stand as they are and take much room.
+_MAX_FILE_BYTES = (
+    (re.compile(rb"RIFF....WEBP|....ftyp(avi|he|mi|ms)", re.DOTALL), 2**28),
+    (re.compile(rb"\x89PNG|\xff\xd8|GIF8|8BPS|\xff\x0a|\xff\x4f\xff\x51|\0\0\0\x0c"), 2**29),
+    (re.compile(rb""), 2**31),
+)
+# A picture's rows are found through a pointer each, in the decoded picture and in the result.
+_BYTES_A_ROW = 16
+# Text and colour profiles of a PNG, decompressed; screenshots and Photoshop's carry megabytes.
+_MAX_PNG_TEXT_BYTES = 2**26
+# Rows that are converted at a time hold about so many pixels.
+_BAND_PIXELS = 2**22
+
+# EXIF orientation -> the turn that undoes it.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -60,6 +85,23 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Turns after which the first row is the last row or column; and turns that make rows columns.
+_LAST_FIRST = frozenset(
+    {
+        Image.Transpose.ROTATE_180,
+        Image.Transpose.FLIP_TOP_BOTTOM,
+        Image.Transpose.ROTATE_270,
+        Image.Transpose.TRANSVERSE,
+    }
+)
+_SIDEWAYS = frozenset(
+    {
+        Image.Transpose.TRANSPOSE,
+        Image.Transpose.ROTATE_270,
+        Image.Transpose.TRANSVERSE,
+        Image.Transpose.ROTATE_90,
+    }
+)
 
 # First bytes -> what such a file is called; asked only after Pillow could not tell.
 _SIGNATURES = (
@@ -93,7 +135,8 @@ _COPY_AGAIN = "copy or download the file again"
 class _StrictPillow:
     """While at least one picture is being decoded: whole files only, our pixel limit, no warnings.
 
-    Pillow's own limits (89 megapixels to warn, 179 to refuse) turn away what a phone can take.
+    Pillow's own limits (89 megapixels to warn, 179 to refuse; one megabyte of text in a PNG) turn
+    away what a phone can take, and screenshots.
     Pillow keeps these rules in module globals and Python keeps its warning filters in one, so
     they are set when the first decoder thread enters and put back when the last one leaves.
     """
@@ -109,12 +152,14 @@ class _StrictPillow:
             if self._users > 1:
                 return
             undo = self._undo
-            undo.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-            undo.callback(
-                setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", ImageFile.LOAD_TRUNCATED_IMAGES
-            )
-            Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-            ImageFile.LOAD_TRUNCATED_IMAGES = False
+            for module, rule, value in (
+                (Image, "MAX_IMAGE_PIXELS", MAX_PIXELS),
+                (ImageFile, "LOAD_TRUNCATED_IMAGES", False),
+                (PngImagePlugin, "MAX_TEXT_CHUNK", _MAX_PNG_TEXT_BYTES),
+                (PngImagePlugin, "MAX_TEXT_MEMORY", _MAX_PNG_TEXT_BYTES),
+            ):
+                undo.callback(setattr, module, rule, getattr(module, rule))
+                setattr(module, rule, value)
             undo.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", module=r"PIL\.")
             warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -132,7 +177,7 @@ _strict_pillow = _StrictPillow()
 T = TypeVar("T")
 
 
-def open_image(source: Path | bytes, name: str | None = None) -> ImagePart:
+def open_image(source: Path | bytes, name: str | None = None, held_bytes: int = 0) -> ImagePart:
     """Decode one picture.
 
     The result is upright (EXIF orientation applied), mode RGB, 8 bits a channel: transparency is
@@ -141,13 +186,15 @@ def open_image(source: Path | bytes, name: str | None = None) -> ImagePart:
     Args:
         source: a file, or the bytes of one.
         name: what errors call it; the path by default.
+        held_bytes: see `to_rgb`.
 
     Raises:
-        InputError: not there, not readable, not a picture, damaged, or over `MAX_PIXELS`.
+        InputError: not there, not readable, not a picture, damaged, over `MAX_PIXELS` or over
+            `MAX_DECODE_BYTES`.
         OutOfMemoryError: the host cannot hold the decoded picture.
     """
     return read_picture(
-        source, lambda image, called: ImagePart(to_rgb(image, called), called), name
+        source, lambda image, called: ImagePart(to_rgb(image, called, held_bytes), called), name
     )
 
 
@@ -167,10 +214,45 @@ def read_picture(
         return _decode(file if file.seekable() else io.BytesIO(file.read()), name, read)
 
 
-def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """The decoded picture, or the frame it stands at, as `open_image` describes it."""
+def to_rgb(image: Image.Image, name: str, held_bytes: int = 0) -> Image.Image:
+    """The picture, or the frame it stands at, as `open_image` describes it; always a new one.
+
+    Args:
+        held_bytes: what decoded pictures take that are kept beside this one.
+
+    Raises:
+        InputError: it would take too much memory, or its pixels are no 8 or 16 bit colours.
+    """
+    check_decoded_size(image, name, held_bytes)
     image.load()
-    return _to_rgb(_upright(image), name)
+    # An icon may hold a picture larger than it says.
+    check_decoded_size(image, name, held_bytes)
+    return _to_rgb(image, _turn(image), name)
+
+
+def check_decoded_size(image: Image.Image, name: str, held_bytes: int = 0) -> None:
+    """Raise InputError where decoding `image` takes more than `MAX_DECODE_BYTES` leaves."""
+    each: float = _BYTES_A_PIXEL.get(image.format or "", _BYTES_A_PIXEL_ELSE)
+    if image.info.get("progressive"):
+        each = _BYTES_A_PIXEL_PROGRESSIVE
+    each += _BYTES_A_ROW / max(image.width, 1)
+    pixels = image.width * image.height
+    if pixels * each > MAX_DECODE_BYTES:
+        kind = f" for {image.format} of this shape"
+        raise _too_large(name, pixels, int(MAX_DECODE_BYTES / each), kind)
+    if pixels * each + held_bytes > MAX_DECODE_BYTES:
+        raise InputError(
+            f"{name} has {pixels / 1e6:.0f} megapixels, more than the memory for the pictures of "
+            f"one request has left ({MAX_DECODE_BYTES / 1e9:.1f} GB in all)",
+            "give fewer pictures or frames at a time, or scale them down",
+        )
+
+
+def _too_large(name: str, pixels: int, most: int, kind: str = "") -> InputError:
+    return InputError(
+        f"{name} declares {pixels / 1e6:.0f} megapixels, the limit{kind} is {most / 1e6:.0f}",
+        "scale the picture down, or leave it out if you do not know where it comes from",
+    )
 
 
 def open_file(path: Path, name: str) -> BinaryIO:
@@ -196,26 +278,37 @@ def _decode(file: BinaryIO, name: str, read: Callable[[Image.Image, str], T]) ->
     head = file.read(512)
     if not head:
         raise InputError(f"{name} is empty (0 bytes)", _COPY_AGAIN)
+    size = file.seek(0, io.SEEK_END)
+    most = next(most for magic, most in _MAX_FILE_BYTES if magic.match(head))
+    if size > most:
+        raise InputError(
+            f"{name} is a file of {size / 2**20:.0f} MB, the limit for its kind is {most >> 20}",
+            _USE_PICTURE,
+        )
     kind = "picture"
     try:
         with _strict_pillow, _identify(file, head, name) as image:
             kind = image.format or kind
-            if kind in _DRAWINGS:
-                raise InputError(f"{name} is a drawing ({kind}), not a picture", _USE_PICTURE)
+            if kind in _NOT_PICTURES:
+                raise InputError(
+                    f"{name} is {_NOT_PICTURES[kind]} ({kind}), not a picture", _USE_PICTURE
+                )
             return read(image, name)
     except _BOMBS as error:
         found = re.search(r"\d+", str(error))
-        pixels = f"{int(found[0]) / 1e6:.0f} megapixels" if found else "too many pixels"
-        raise InputError(
-            f"{name} declares {pixels}, the limit is {MAX_PIXELS // 10**6}",
-            "scale the picture down, or leave it out if you do not know where it comes from",
-        ) from error
+        assert found is not None, "Pillow says how many"
+        raise _too_large(name, int(found[0]), MAX_PIXELS) from error
     except MemoryError as error:
         raise OutOfMemoryError(
             f"not enough memory to decode {name}", "scale the picture down or free some memory"
         ) from error
     except _DECODE_ERRORS as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if "MAX_TEXT" in reason:
+            raise InputError(
+                f"{name} carries more than {_MAX_PNG_TEXT_BYTES >> 20} MB of text or profile",
+                "save the picture without its metadata",
+            ) from error
         raise InputError(f"{name}: damaged {kind} file ({reason})", _COPY_AGAIN) from error
 
 
@@ -260,7 +353,34 @@ def _text_or_data(head: bytes) -> str:
     return "text" if is_text else "data of an unknown kind"
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the picture upright by its EXIF orientation; a damaged block says nothing."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except _DECODE_ERRORS:
+        return None
+    return _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+
+
+def _to_rgb(image: Image.Image, turn: Image.Transpose | None, name: str) -> Image.Image:
+    """A new RGB picture, made some rows at a time: no other copy of the whole is held."""
+    width, height = image.size
+    rows = max(1, _BAND_PIXELS // width)
+    if rows >= height:
+        rgb = _rgb(image, name)
+        return rgb if turn is None else rgb.transpose(turn)
+    upright = Image.new("RGB", (height, width) if turn in _SIDEWAYS else (width, height))
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        band = _rgb(image.crop((0, top, width, bottom)), name)
+        if turn is not None:
+            band = band.transpose(turn)
+        first = height - bottom if turn in _LAST_FIRST else top
+        upright.paste(band, (first, 0) if turn in _SIDEWAYS else (0, first))
+    return upright
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F":
         raise InputError(f"{name} has floating-point pixels", "convert it to 8 bits a channel")
     if image.mode.startswith("I"):
@@ -280,13 +400,3 @@ def _grey_16_to_8(image: Image.Image, name: str) -> Image.Image:
             f"{name} has pixel values from {low} to {high}", "convert it to 8 or 16 bits a channel"
         )
     return Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn the picture as its EXIF orientation says; a damaged EXIF block says nothing."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except _DECODE_ERRORS:
-        return image
-    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)

@@ -6,6 +6,7 @@ which needs the optional package `av` (FFmpeg). Frames are taken evenly over the
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +15,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qwencli.engine.images import open_file, open_image, read_picture, to_rgb
+from qwencli.engine.images import (
+    MAX_DECODE_BYTES,
+    check_decoded_size,
+    open_file,
+    open_image,
+    read_picture,
+    to_rgb,
+)
 from qwencli.engine.optional_packages import require
 from qwencli.errors import InputError
 from qwencli.messages import ImagePart, VideoPart, VisualPart
@@ -22,8 +30,11 @@ from qwencli.messages import ImagePart, VideoPart, VisualPart
 # Where nobody says how many frames: as many a second as Qwen's own processors take, in bounds.
 FRAMES_PER_SECOND = 2.0
 FEWEST_FRAMES, MOST_FRAMES = 4, 64
-# Decoded frames are held in memory, three bytes a pixel.
-MAX_VIDEO_PIXELS = 10**9
+# Decoded frames are held in memory, so many bytes a pixel.
+_BYTES_A_PIXEL = 4
+MAX_VIDEO_PIXELS = 300_000_000
+# To take frames out of an animation all before them are decoded, at about 50 megapixels a second.
+MAX_ANIMATION_PIXELS = 400_000_000
 # What a frame of an animation takes that states no time; browsers do the same.
 _FRAME_S = 0.1
 
@@ -34,32 +45,54 @@ _VIDEO_FILE = re.compile(
 )
 
 
-def open_visual(path: Path, frames: int | None = None) -> VisualPart:
+def open_visual(
+    path: Path, frames: int | None = None, beside: Sequence[VisualPart] = ()
+) -> VisualPart:
     """A video file as a video, with `frames` an animation or a folder of frames too, and anything
     else as a picture.
+
+    Args:
+        beside: what is shown in the same request: all of it is held in memory together.
 
     Raises:
         InputError, MissingDependencyError: see `open_video` and `open_image`.
     """
     wanted = frames is not None and (path.is_dir() or _is_animation(path))
-    return open_video(path, frames) if wanted or _is_video_file(path) else open_image(path)
+    if wanted or _is_video_file(path):
+        return open_video(path, frames, beside)
+    return open_image(path, held_bytes=decoded_bytes(beside))
 
 
-def open_video(path: Path, frames: int | None = None) -> VideoPart:
+def open_video(
+    path: Path, frames: int | None = None, beside: Sequence[VisualPart] = ()
+) -> VideoPart:
     """Decode `frames` frames, evenly spaced from the first to the last, or all if there are fewer.
 
     Args:
-        frames: None = `FRAMES_PER_SECOND`, but no fewer than 4 and no more than 64.
+        frames: None = `FRAMES_PER_SECOND`, but no fewer than 4 and no more than 64, nor more than
+            `MAX_VIDEO_PIXELS` hold.
+        beside: see `open_visual`.
 
     Raises:
         InputError: not there, not readable, not a video, damaged, or over `MAX_VIDEO_PIXELS`.
         MissingDependencyError: a video file, and `av` is not installed.
     """
+    held_bytes = decoded_bytes(beside)
     if path.is_dir():
-        return _from_folder(path, frames)
+        return _from_folder(path, frames, held_bytes)
     if _is_video_file(path):
-        return _from_file(path, frames)
-    return read_picture(path, lambda image, name: _from_animation(image, name, frames))
+        return _from_file(path, frames, held_bytes)
+    return read_picture(path, lambda image, name: _from_animation(image, name, frames, held_bytes))
+
+
+def decoded_bytes(visuals: Sequence[VisualPart]) -> int:
+    """What the pictures and frames of `visuals` take in memory, as Pillow holds them."""
+    images = [
+        image
+        for part in visuals
+        for image in ((part.image,) if isinstance(part, ImagePart) else part.frames)
+    ]
+    return sum(image.width * image.height * _BYTES_A_PIXEL for image in images)
 
 
 def even_indices(total: int, count: int) -> list[int]:
@@ -70,9 +103,15 @@ def even_indices(total: int, count: int) -> list[int]:
     return [int(i) for i in np.linspace(0, total - 1, min(count, total)).round()]
 
 
-def _count(total: int, duration_s: float, wanted: int | None) -> int:
-    own = min(max(round(duration_s * FRAMES_PER_SECOND), FEWEST_FRAMES), MOST_FRAMES)
+def _count(total: int, duration_s: float, wanted: int | None, most: int = MOST_FRAMES) -> int:
+    own = min(max(round(duration_s * FRAMES_PER_SECOND), FEWEST_FRAMES), MOST_FRAMES, most)
     return min(total, own if wanted is None else wanted)
+
+
+def _room(size: tuple[int, int], held_bytes: int) -> int:
+    """How many frames of this size memory is meant to hold; see `_check_size`."""
+    most = min(MAX_VIDEO_PIXELS, (MAX_DECODE_BYTES - held_bytes) // _BYTES_A_PIXEL)
+    return most // max(size[0] * size[1], 1)
 
 
 def _is_video_file(path: Path) -> bool:
@@ -90,16 +129,18 @@ def _is_animation(path: Path) -> bool:
     return path.is_file() and read_picture(path, lambda image, _: getattr(image, "n_frames", 1) > 1)
 
 
-def _check_size(name: str, size: tuple[int, int], count: int) -> None:
-    if size[0] * size[1] * count > MAX_VIDEO_PIXELS:
+def _check_size(name: str, size: tuple[int, int], count: int, held_bytes: int) -> None:
+    """Raise InputError where `count` frames of `size` are too many beside what is held."""
+    if count > (room := _room(size, held_bytes)):
         raise InputError(
             f"{name}: {count} frames of {size[0]}x{size[1]} are more than "
-            f"{MAX_VIDEO_PIXELS // 10**6} megapixels",
-            "lower --frames, or scale the video down",
+            f"{MAX_VIDEO_PIXELS // 10**6} megapixels"
+            + (" with what else the request shows" if held_bytes else ""),
+            f"give --frames {room}, or scale the video down" if room else "scale the video down",
         )
 
 
-def _from_folder(folder: Path, wanted: int | None) -> VideoPart:
+def _from_folder(folder: Path, wanted: int | None, held_bytes: int) -> VideoPart:
     known = Image.registered_extensions()
     files = sorted(
         (path for path in folder.iterdir() if path.suffix.lower() in known), key=_natural
@@ -107,24 +148,40 @@ def _from_folder(folder: Path, wanted: int | None) -> VideoPart:
     if not files:
         raise InputError(f"{folder} holds no pictures", "give a folder with the frames of a video")
     duration_s = len(files) / FRAMES_PER_SECOND
-    chosen = even_indices(len(files), _count(len(files), duration_s, wanted))
-    shown: list[ImagePart] = []
+    size = read_picture(files[0], lambda image, _: image.size)
+    most = max(_room(size, held_bytes), 1)
+    chosen = even_indices(len(files), _count(len(files), duration_s, wanted, most))
+    _check_size(str(folder), size, len(chosen), held_bytes)
+    shown: list[Image.Image] = []
     for index in chosen:
-        part = open_image(files[index])
-        _check_size(str(folder), part.image.size, len(chosen))
-        if shown and part.image.size != shown[0].image.size:
-            sizes = " and ".join(f"{w}x{h}" for w, h in (shown[0].image.size, part.image.size))
-            raise InputError(
-                f"{part.name}: the frames of a video are of one size, these are {sizes}",
-                "give a folder with the frames of one video alone",
-            )
-        shown.append(part)
+        read = functools.partial(_frame, shown, len(chosen), held_bytes)
+        shown.append(read_picture(files[index], read))
     return VideoPart(
-        frames=tuple(part.image for part in shown),
+        frames=tuple(shown),
         times_s=tuple(index / FRAMES_PER_SECOND for index in chosen),
         duration_s=duration_s,
         name=str(folder),
     )
+
+
+def _frame(
+    before: Sequence[Image.Image], count: int, held_bytes: int, image: Image.Image, name: str
+) -> Image.Image:
+    """One of `count` frames of a folder, after those `before`."""
+    _check_size(name, image.size, count, held_bytes)
+    frame = to_rgb(image, name, held_bytes + _others_bytes(image.size, count))
+    if before and frame.size != before[0].size:
+        sizes = " and ".join(f"{w}x{h}" for w, h in (before[0].size, frame.size))
+        raise InputError(
+            f"{name}: the frames of a video are of one size, these are {sizes}",
+            "give a folder with the frames of one video alone",
+        )
+    return frame
+
+
+def _others_bytes(size: tuple[int, int], count: int) -> int:
+    """What all but one of `count` frames take."""
+    return (count - 1) * size[0] * size[1] * _BYTES_A_PIXEL
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -133,27 +190,45 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
 
 
-def _from_animation(image: Image.Image, name: str, wanted: int | None) -> VideoPart:
+def _from_animation(
+    image: Image.Image, name: str, wanted: int | None, held_bytes: int
+) -> VideoPart:
     total = getattr(image, "n_frames", 1)
     if total < 2:
         raise InputError(f"{name} is a single picture, not a video", "show it as a picture")
     begins, now_s = [], 0.0
     # Its times stand in the frames: one pass to read them, one for the chosen frames.
     for index in range(total):
+        _check_work(name, image.size, total)
         image.seek(index)
+        # A frame may be larger than the canvas that the header states.
+        _check_work(name, image.size, total)
+        check_decoded_size(image, name, held_bytes + _others_bytes(image.size, 3))
         image.load()
         begins.append(now_s)
         now_s += image.info.get("duration", 0) / 1e3 or _FRAME_S
-    chosen = even_indices(total, _count(total, now_s, wanted))
-    _check_size(name, image.size, len(chosen))
+    most = max(_room(image.size, held_bytes), 1)
+    chosen = even_indices(total, _count(total, now_s, wanted, most))
+    _check_size(name, image.size, len(chosen), held_bytes)
+    # Decoders keep the frame before, and what it covers, too.
+    held_bytes += _others_bytes(image.size, len(chosen) + 2)
     frames = []
     for index in chosen:
         image.seek(index)
-        frames.append(to_rgb(image, name))
+        frames.append(to_rgb(image, name, held_bytes))
     return VideoPart(tuple(frames), tuple(begins[index] for index in chosen), now_s, name)
 
 
-def _from_file(path: Path, wanted: int | None) -> VideoPart:
+def _check_work(name: str, size: tuple[int, int], total: int) -> None:
+    if size[0] * size[1] * total > MAX_ANIMATION_PIXELS:
+        raise InputError(
+            f"{name}: an animation of {total} frames of {size[0]}x{size[1]} is more than "
+            f"{MAX_ANIMATION_PIXELS // 10**6} megapixels",
+            "scale it down, or make a video file of it",
+        )
+
+
+def _from_file(path: Path, wanted: int | None, held_bytes: int) -> VideoPart:
     require(
         "av",
         f"{path} is a video file",
@@ -167,8 +242,10 @@ def _from_file(path: Path, wanted: int | None) -> VideoPart:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or stream.guessed_rate or 24)
-            chosen = even_indices(total, _count(total, total / rate, wanted))
-            _check_size(str(path), (stream.width, stream.height), len(chosen))
+            size = stream.width, stream.height
+            most = max(_room(size, held_bytes), 1)
+            chosen = even_indices(total, _count(total, total / rate, wanted, most))
+            _check_size(str(path), size, len(chosen), held_bytes)
             frames, times_s = _decoded(container.decode(stream), chosen, rate)
     except av.FFmpegError as error:
         reason = error.strerror or type(error).__name__

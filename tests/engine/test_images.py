@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 import struct
+import subprocess
 import sys
 import threading
 import types
@@ -22,15 +22,10 @@ from PIL import Image, ImageFile
 from qwencli.engine import images
 from qwencli.engine.images import open_image
 from qwencli.errors import InputError, OutOfMemoryError
+from tests.media_corpus import encoded, gif, png, png_chunk
 
 Image.init()  # all formats, so that the tests can ask which there are
 RED, BLUE = (255, 0, 0), (0, 0, 255)
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def photo(width: int = 61, height: int = 43) -> Image.Image:
@@ -323,22 +318,143 @@ def test_damaged_bytes_raise_nothing_but_input_errors(
     assert part.image.mode == "RGB"
 
 
-def png(width: int, height: int, raw: bytes, *, bits: int = 8, colour: int = 0) -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    pixels = chunk(b"IDAT", zlib.compress(raw))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize("size", [(20_000, 10_001), (60_000, 60_000)])
 def test_a_decompression_bomb_is_refused_before_decoding(size: tuple[int, int]) -> None:
     # The pixels are not even there: only the header may be read.
     error = refusal(png(*size, b"\0"), "bomb.png")
     assert f"{size[0] * size[1] / 1e6:.0f} megapixels, the limit is 200" in error.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        ("WEBP", (8200, 8200)),
+        ("JPEG2000", (7200, 7200)),
+        ("AVIF", (10_100, 10_100)),
+        ("PNG", (1, 90_000_000)),
+    ],
+)
+def test_what_takes_more_memory_a_pixel_has_a_lower_limit(
+    kind: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sizes are claimed once the header is read; nothing may be decoded."""
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow was built without {kind}")
+    identify = images._identify
+
+    def claimed(*args: object) -> Image.Image:
+        image = identify(*args)  # type: ignore[arg-type]
+        image._size = size
+        return image
+
+    monkeypatch.setattr(images, "_identify", claimed)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    message = refusal(encoded(photo(), kind), "bomb").message
+    assert f"the limit for {kind} of this shape is" in message
+
+
+MEASURE = """
+import pathlib, resource, sys
+from qwencli.engine.images import open_image
+def peak():
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+folder = pathlib.Path(sys.argv[1])
+open_image(folder / "small")
+before = peak()
+open_image(folder / "large")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the resource module is POSIX")
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("PNG", "RGBA", {}),
+        ("PNG", "RGB", {"orientation": 6}),
+        ("JPEG", "RGB", {"progressive": True, "subsampling": 0}),
+        ("JPEG", "CMYK", {}),
+        ("WEBP", "RGBA", {"lossless": True}),
+        ("AVIF", "RGBA", {"speed": 10}),
+        ("JPEG2000", "RGBA", {}),
+        ("TIFF", "RGBA", {"compression": "tiff_deflate"}),
+        ("GIF", "P", {"transparency": 0}),
+    ],
+)
+def test_decoding_takes_no_more_memory_than_the_limits_reckon_with(
+    kind: str, mode: str, options: dict[str, object], tmp_path: Path
+) -> None:
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow was built without {kind}")
+    options = dict(options)
+    if (orientation := options.pop("orientation", None)) is not None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options["exif"] = exif
+    for name, side in (("small", 16), ("large", 3200)):
+        (tmp_path / name).write_bytes(encoded(Image.new(mode, (side, side)), kind, **options))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    each = images._BYTES_A_PIXEL.get(kind, images._BYTES_A_PIXEL_ELSE)
+    if options.get("progressive"):
+        each = images._BYTES_A_PIXEL_PROGRESSIVE
+    # Rows that are being converted are held beside the two pictures.
+    band = 12 * images._BAND_PIXELS
+    assert int(done.stdout) < each * 3200 * 3200 + band
+
+
+def test_pictures_of_one_request_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(photo(), "PNG")
+    assert open_image(data, held_bytes=images.MAX_DECODE_BYTES // 2).image.size == (61, 43)
+    with pytest.raises(InputError, match="photo has 0 megapixels, more than the memory for"):
+        open_image(data, "photo", held_bytes=images.MAX_DECODE_BYTES)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "I;16", "CMYK"])
+def test_rows_converted_at_a_time_give_the_same_picture(
+    mode: str, turn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = photo(37, 23).convert(mode) if mode != "I;16" else Image.new(mode, (37, 23), 9000)
+    image.getexif()[0x0112] = turn
+    whole = images.to_rgb(image, "whole")
+    monkeypatch.setattr(images, "_BAND_PIXELS", 150)
+    in_bands = images.to_rgb(image, "bands")
+    assert in_bands.size == whole.size
+    assert in_bands.tobytes() == whole.tobytes()
+
+
+def test_a_large_first_frame_of_an_animation_is_a_picture_like_others() -> None:
+    """Its pixels are missing, which is found before the memory is filled."""
+    assert "damaged GIF" in refusal(gif((10_000, 10_000), [(10_000, 10_000)] * 8)).message
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt", b"iCCP"])
+def test_long_text_and_profiles_in_a_png_are_no_damage(kind: bytes) -> None:
+    """Photoshop and some screenshot programs write megabytes of them."""
+
+    def labelled(length: int) -> bytes:
+        body = b"x" * length
+        packed = zlib.compress(body)
+        bodies = {b"tEXt": b"a\0" + body, b"zTXt": b"a\0\0" + packed,
+                  b"iTXt": b"a\0\1\0\0\0" + packed, b"iCCP": b"a\0\0" + packed}  # fmt: skip
+        return png(1, 1, b"\0\x80", extra=png_chunk(kind, bodies[kind]))
+
+    assert open_image(labelled(5_000_000)).image.getpixel((0, 0)) == (128, 128, 128)
+    if kind != b"iCCP":
+        return
+    assert "more than 64 MB of text" in refusal(labelled(70_000_000), "a.png").message
+
+
+def test_a_file_is_not_read_whole_however_long_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "long.webp"
+    path.write_bytes(encoded(photo(), "WEBP"))
+    with path.open("r+b") as file:
+        file.truncate(2**28 + 1)
+    assert "is a file of 256 MB, the limit for its kind is 256" in refusal(path).message
 
 
 def test_the_limit_lets_the_largest_cameras_through() -> None:

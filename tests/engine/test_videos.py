@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
 
 from qwencli.engine import videos
 from qwencli.engine.videos import even_indices, open_video, open_visual
 from qwencli.errors import InputError, MissingDependencyError
 from qwencli.messages import ImagePart, VideoPart
+from tests.media_corpus import gif
 
 SIZE = (48, 32)
 
@@ -177,6 +179,41 @@ def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(InputError, match="12 frames of 48x32 are more than"):
             open_video(path, 12)
         assert len(open_video(path, 10).frames) == 10
+
+
+@pytest.mark.parametrize("frames", [2, 3, 8])
+@pytest.mark.parametrize("canvas", [(10_000, 10_000), (10, 10)])
+def test_a_small_animation_of_huge_frames_is_refused_undecoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, canvas: tuple[int, int], frames: int
+) -> None:
+    path = tmp_path / "bomb.gif"
+    path.write_bytes(gif(canvas, [canvas, *[(10_000, 10_000)] * 8]))
+    loaded = set()
+    load = GifImageFile.load
+    monkeypatch.setattr(GifImageFile, "load", lambda self: loaded.add(self.size) or load(self))
+    with pytest.raises(InputError, match=r"9 frames of 10000x10000 is more than 400 megapixels"):
+        open_visual(path, frames)
+    assert (10_000, 10_000) not in loaded
+
+
+def test_where_nobody_says_how_many_frames_fit_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(videos, "MAX_VIDEO_PIXELS", 3 * SIZE[0] * SIZE[1])
+    for name, write in WRITERS.items():
+        assert len(open_video(write(tmp_path / name)).frames) == 3
+
+
+def test_what_a_request_shows_already_leaves_less_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_animation(tmp_path / "a.gif")
+    held = [open_video(path, 12), open_visual(path)]
+    assert videos.decoded_bytes(held) == 13 * SIZE[0] * SIZE[1] * 4
+    monkeypatch.setattr(videos, "MAX_DECODE_BYTES", 16 * SIZE[0] * SIZE[1] * 4)
+    assert len(open_video(path, 3, held).frames) == 3
+    with pytest.raises(InputError, match=r"4 frames of 48x32 are more than .* the request shows"):
+        open_video(path, 4, held)
 
 
 def test_without_the_package_the_error_says_what_to_install(
