@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import codecs
 import itertools
+import os
 import re
-from collections.abc import Iterable, Sequence
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,49 @@ def _byte_of_char() -> dict[str, int]:
 
 
 _BYTE_OF_CHAR = _byte_of_char()
+_STDERR, _STDERR_HELD = 2, threading.Lock()
+
+
+@contextmanager
+def _model_file_error(saying: str) -> Iterator[None]:
+    """Whatever the Rust library fails with in here becomes a ModelFileError that begins so.
+
+    It raises Exception itself, no subclass, for broken files, and panics where files are valid
+    and make no sense: a BaseException, after some lines that it writes to stderr by itself.
+    """
+    try:
+        with _panics_unheard():
+            yield
+    except BaseException as error:
+        if isinstance(error, ModelFileError | MemoryError) or not (
+            isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        ):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelFileError(f"{saying}: {reason}", _DOWNLOAD) from error
+
+
+@contextmanager
+def _panics_unheard() -> Iterator[None]:
+    """Keeps what arrives on stderr meanwhile, and writes it there unless the block fails."""
+    with _STDERR_HELD, tempfile.TemporaryFile() as kept:
+        try:
+            stderr = os.dup(_STDERR)
+        except OSError:  # closed
+            yield
+            return
+        try:
+            os.dup2(kept.fileno(), _STDERR)
+            try:
+                yield
+            finally:
+                os.dup2(stderr, _STDERR)
+            kept.seek(0)
+            if heard := kept.read():
+                with suppress(OSError):
+                    os.write(stderr, heard)
+        finally:
+            os.close(stderr)
 
 
 class ContentGuard:
@@ -76,10 +123,15 @@ class Tokenizer:
     def __init__(self, fast: FastTokenizer, source: Path | None = None) -> None:
         # Control tokens are found here, not there, because only part of a text may hold them.
         fast.encode_special_tokens = True
+        # Some files carry settings of a training run; a prompt is never cut or filled up.
+        fast.no_truncation()
+        fast.no_padding()
         self._fast = fast
         self._source = source or Path("tokenizer.json")
         added = fast.get_added_tokens_decoder()
-        self._special_ids = {token.content: id_ for id_, token in added.items() if token.special}
+        self._special_ids = {
+            token.content: id_ for id_, token in added.items() if token.special and token.content
+        }
         # The ends of thoughts are special in some models, and needed in the text all the same.
         tags = (THOUGHT, THOUGHT_END)
         self._skipped = frozenset(
@@ -106,16 +158,14 @@ class Tokenizer:
                 raise ModelFileError(
                     f"{folder} has neither tokenizer.json nor vocab.json with merges.txt", _DOWNLOAD
                 )
-        try:
+        with _model_file_error(f"{path} cannot be read"):
             if path == pieces[0]:
                 fast = _build(*pieces, config.get("pretokenize_regex") or _PRETOKENIZE)
             else:
                 # Not from_file, which refuses a byte order mark.
                 fast = FastTokenizer.from_str(path.read_text(encoding="utf-8-sig"))
-        # The Rust library raises Exception itself, no subclass, for every kind of broken file.
-        except Exception as error:
-            raise ModelFileError(f"{path} cannot be read: {error}", _DOWNLOAD) from error
-        _add_missing(fast, config.get("added_tokens_decoder") or {}, config_path)
+        with _model_file_error(f"{config_path} cannot be read"):
+            _add_missing(fast, config.get("added_tokens_decoder") or {}, config_path)
         return cls(fast, path)
 
     def has_token(self, token: str) -> bool:
@@ -141,14 +191,18 @@ class Tokenizer:
         """Ids of `text`, its control tokens recognised, except in what `guard` has protected.
 
         Added tokens that control nothing (`<think>`, `<tool_call>`) are recognised everywhere.
+
+        Raises:
+            ModelFileError: the model's rules fail on this text.
         """
         ids: list[int] = []
         end = 0
-        for match in self._specials.finditer(text):
-            self._extend(ids, text[end : match.start()], guard)
-            ids.append(self._special_ids[match[0]])
-            end = match.end()
-        self._extend(ids, text[end:], guard)
+        with _model_file_error(f"{self._source} cannot split this text into tokens"):
+            for match in self._specials.finditer(text):
+                self._extend(ids, text[end : match.start()], guard)
+                ids.append(self._special_ids[match[0]])
+                end = match.end()
+            self._extend(ids, text[end:], guard)
         return ids
 
     def _extend(self, ids: list[int], plain: str, guard: ContentGuard | None) -> None:

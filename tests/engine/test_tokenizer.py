@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from qwencli.engine.tokenizer import (
     IncrementalDetokenizer,
     StopStringBuffer,
     ThoughtSplitter,
     Tokenizer,
+    _panics_unheard,
 )
 from qwencli.errors import ModelFileError
 from tests.engine.tiny_folder import (
@@ -314,3 +317,84 @@ def test_the_tags_of_thoughts_are_text_where_a_model_has_them_as_control_tokens(
     special = Tokenizer(fast)
     ids = special.encode("<think>a</think>")
     assert special.decode(ids) == "<think>a</think>"
+
+
+# --- rules that make no sense -----------------------------------------------------------------
+
+
+def strange(folder: Path, change: dict[str, object]) -> Path:
+    write_tiny_folder(folder)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, **change}), encoding="utf-8")
+    return folder
+
+
+def regex(pattern: str) -> dict[str, object]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def model(**change: object) -> dict[str, object]:
+    return {"model": {**json.loads(tiny_tokenizer_json())["model"], **change}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pre_tokenizer": regex("(a+)+$")},
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": "x*"}, "content": "x"}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        model(continuing_subword_prefix="####################"),
+        model(vocab={}, merges=[["a", "b"]]),
+        {"pre_tokenizer": regex("(")},
+    ],
+)
+def test_a_panic_of_the_library_is_one_error(
+    change: dict[str, object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = strange(tmp_path, change)
+    with pytest.raises(ModelFileError) as caught:
+        Tokenizer.from_folder(folder).encode("a" * 40 + "!")
+    assert "tokenizer.json" in caught.value.message and "\n" not in caught.value.message
+    assert capfd.readouterr().err == ""
+
+
+def test_what_others_write_to_stderr_meanwhile_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    with _panics_unheard():
+        os.write(2, b"a warning\n")
+    assert capfd.readouterr().err == "a warning\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {
+            "padding": {
+                "strategy": {"Fixed": 10**9},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "x",
+            }
+        },
+        {
+            "truncation": {
+                "direction": "Right",
+                "max_length": 1,
+                "strategy": "LongestFirst",
+                "stride": 5,
+            }
+        },
+    ],
+)
+def test_prompts_are_not_cut_or_filled_up(change: dict[str, object], tmp_path: Path) -> None:
+    text = "a small blue star"
+    assert Tokenizer.from_folder(strange(tmp_path, change)).encode(text) == TOKENIZER.encode(text)
+
+
+def test_a_control_token_without_a_spelling_is_nowhere() -> None:
+    fast = tiny_tokenizer()
+    fast.add_special_tokens([AddedToken("", special=True)])
+    assert Tokenizer(fast).encode("a star") == TOKENIZER.encode("a star")
