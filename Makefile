@@ -9,6 +9,7 @@ check:
 	.venv/bin/mypy qwencli
 	.venv/bin/lint-imports
 	$(PYTHON) tools/docs/cli_reference.py --check
+	$(PYTHON) tools/docs/experiments_index.py --check
 	$(PYTHON) tools/docs/readme_tables.py --check
 	$(PYTHON) tools/docs/predictions.py --check
 	$(PYTHON) tools/docs/findings.py --check
@@ -18,6 +19,7 @@ test:
 
 docs:
 	$(PYTHON) tools/docs/cli_reference.py
+	$(PYTHON) tools/docs/experiments_index.py
 	$(PYTHON) tools/docs/readme_tables.py
 	$(PYTHON) tools/docs/predictions.py
 	$(PYTHON) tools/docs/findings.py
