@@ -22,24 +22,29 @@ from pathlib import Path
 from typing import Any, Self
 
 from qwencli.bench import columns, stopping
+from qwencli.bench.campaign_files import (
+    ENVIRONMENT,
+    GENERATED,
+    GPU,
+    HOST,
+    PLAN,
+    PROBES,
+    REFERENCE,
+    RUNS,
+    TOKENS,
+    StoredCampaign,
+)
 from qwencli.bench.matrix import BenchCell
 from qwencli.bench.plan import Plan, check_same
-from qwencli.bench.rowfile import RowFile, keep_rows, read_rows, replace_file
+from qwencli.bench.rowfile import RowFile, keep_rows, replace_file
 from qwencli.bench.stopping import Progress
 from qwencli.bench.telemetry import Sample, run_columns
 from qwencli.errors import BenchError, OutputError
 
-PLAN, ENVIRONMENT = "plan.json", "environment.json"
-RUNS, TOKENS, GPU, HOST = "runs.csv", "tokens.csv", "gpu.csv", "host.csv"
-PROBES = "probes.csv"
 # The files whose rows belong to a run and count only once that run's row is written.
 _OF_RUNS = ((TOKENS, columns.TOKENS), (GPU, columns.GPU), (HOST, columns.HOST))
 # Measured once a cell, after its runs: file -> columns.
 BESIDE = {"roofline": columns.ROOFLINE, "quality": columns.QUALITY}
-REFERENCE = "reference.csv"
-
-# A cell with a row of any other status is over, even though runs are missing.
-_GOING_ON = ("ok", "warmup")
 
 
 class Campaign:
@@ -86,8 +91,9 @@ class Campaign:
         write_json(folder / PLAN, document)
 
     def _check_resumable(self, document: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        check_same(read_json(self.folder / PLAN), document, self.folder)
-        saved = read_json(self.folder / ENVIRONMENT)
+        stored = StoredCampaign(self.folder)
+        check_same(stored.plan, document, self.folder)
+        saved = stored.environment
         environment = json.loads(json.dumps(environment))  # tuples become lists, as in the file
         # The command line may differ (--resume); what the figures depend on may not.
         for key in ("versions", "device", "os", "cpu"):
@@ -97,7 +103,8 @@ class Campaign:
                 )
 
     def _read_back(self) -> None:
-        runs = read_rows(self.folder / RUNS)
+        stored = StoredCampaign(self.folder)
+        runs = stored.rows(RUNS)
         for row in runs:
             self._note(row)
         # Rows of a run that a kill kept from being finished would be counted twice.
@@ -107,11 +114,9 @@ class Campaign:
                 self.folder / name, names, lambda row: (row["cell_id"], row["run"]) in finished
             )
 
-        self._references = {row["model"] for row in read_rows(self.folder / REFERENCE)}
+        self._references = {row["model"] for row in stored.rows(REFERENCE)}
         self._has_beside = {
-            (row["cell_id"], name)
-            for name in BESIDE
-            for row in read_rows(beside_path(self.folder, name))
+            (row["cell_id"], name) for name in BESIDE for row in stored.rows(f"{name}.csv")
         }
 
     def __enter__(self) -> Self:
@@ -152,7 +157,7 @@ class Campaign:
 
     def _note(self, row: Mapping[str, Any]) -> Progress:
         cell_id = row["cell_id"]
-        if row["status"] not in _GOING_ON:
+        if row["status"] not in GENERATED:  # over, even though runs are missing
             self._ended.add(cell_id)
         progress = self._progress.get(cell_id, Progress()).plus(row)
         self._progress[cell_id] = progress
@@ -220,22 +225,3 @@ def beside_path(folder: Path, name: str) -> Path:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False)
     replace_file(path, (text + "\n").encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that every campaign has.
-
-    Raises:
-        BenchError: there is no campaign, or the file is broken.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BenchError(
-            f"{path.parent} holds no campaign: {path.name}: {error.strerror}", "check the folder"
-        ) from error
-    except ValueError as error:
-        raise BenchError(f"{path} is broken: {error}", "start a new campaign") from error
-    if not isinstance(value, dict):
-        raise BenchError(f"{path} is broken: not a JSON object", "start a new campaign")
-    return value

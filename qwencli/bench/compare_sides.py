@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.bench.attribution.whole_cell import machine_of
-from qwencli.bench.campaign import ENVIRONMENT, GPU, HOST, PLAN, RUNS, read_json
-from qwencli.bench.rowfile import read_rows
+from qwencli.bench.campaign_files import GPU, HOST, RUNS, StoredCampaign
 from qwencli.bench.stats import CellRow, cell_rows
 from qwencli.bench.steadiness import by_process, has_speed
-from qwencli.errors import BenchError
 
 Document = Mapping[str, Any]
 
@@ -64,15 +61,9 @@ def read_side(folder: Path) -> Side:
     Raises:
         BenchError: the folder holds no campaign, or one of its files is broken.
     """
-    plan, environment = read_json(folder / PLAN), read_json(folder / ENVIRONMENT)
-    try:
-        runs, host, gpu = (read_rows(folder / name) for name in (RUNS, HOST, GPU))
-        return side(str(folder), plan, environment, runs, host, gpu)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BenchError(
-            f"{folder}: {PLAN} or {RUNS} is broken ({type(error).__name__}: {error})",
-            "restore the files, or measure again",
-        ) from error
+    stored = StoredCampaign(folder)
+    rows = (stored.rows(name) for name in (RUNS, HOST, GPU))
+    return side(str(folder), stored.plan, stored.environment, *rows)
 
 
 def side(
@@ -83,7 +74,7 @@ def side(
     host: Sequence[Mapping[str, str]] = (),
     gpu: Sequence[Mapping[str, str]] = (),
 ) -> Side:
-    """Raises KeyError, TypeError or ValueError for documents that no campaign writes."""
+    """From what `StoredCampaign` has read."""
     of_cell: dict[str, list[Mapping[str, str]]] = {}
     for row in runs:
         of_cell.setdefault(row["cell_id"], []).append(row)
@@ -91,7 +82,10 @@ def side(
     machine = machine_of(environment)
     for row in cell_rows(plan, runs, (), host=host, gpu=gpu, machine=machine):
         rows = of_cell.get(row["cell_id"], [])
-        speeds = [tuple(map(_speed, filter(has_speed, process))) for process in by_process(rows)]
+        speeds = [
+            tuple(float(run["decode_tok_per_s"]) for run in process if has_speed(run))
+            for process in by_process(rows)
+        ]
         seen = {
             column: frozenset(run[column] for run in rows if run["status"] == "ok")
             for column in (*WORK, *RAN, "text_sha256")
@@ -101,13 +95,6 @@ def side(
         )
         cells.append(SideCell(row, tuple(process for process in speeds if process), seen))
     return Side(name, plan, environment, tuple(cells))
-
-
-def _speed(run: Mapping[str, str]) -> float:
-    speed = float(run["decode_tok_per_s"])
-    if not (math.isfinite(speed) and speed > 0):
-        raise ValueError(f"decode_tok_per_s of {run['cell_id']} is not a speed")
-    return speed
 
 
 def _at(document: Document, *keys: str) -> Any:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwencli.bench.rowfile import read_rows
+from qwencli.bench.campaign_files import REFERENCE, read_file
 from qwencli.config import LoadFormat, ModelSource, ModelSpec
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def divergence_rows(engine: LocalEngine, reference: Path, model: str) -> Iterato
 def read_reference(file: Path, model: str) -> dict[tuple[int, int], dict[int, float]]:
     """(passage, position) -> the likeliest tokens."""
     found: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)
-    for row in read_rows(file):
+    for row in read_file(file.parent, REFERENCE):
         if row["model"] == model:
             place = int(row["passage"]), int(row["position"])
             found[place][int(row["token_id"])] = float(row["log_prob"])

@@ -14,18 +14,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwencli.bench.campaign import GPU, RUNS, TOKENS
+from qwencli.bench.campaign_files import CAUSES, CELLS, GPU, RUNS, TOKENS, read_file
 from qwencli.bench.cell_rows import CellRows
 from qwencli.bench.cell_words import CELL_RULES
 from qwencli.bench.matrix import AXES
-from qwencli.bench.rowfile import read_rows
 from qwencli.bench.steadiness import steadiness
 from qwencli.errors import BenchError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-CELLS, CAUSES = "cells.csv", "causes.csv"
 # Below this two modes are as fast as each other, whatever the third digit says.
 SAME_SPEED = 0.03
 Row = Mapping[str, str]
@@ -55,9 +53,9 @@ def explain_campaign(folder: Path) -> list[Explained]:
     """The findings, those of the whole campaign first.
 
     Raises:
-        BenchError: the folder has no cells.csv with rows.
+        BenchError: the folder has no cells.csv with rows, or a file is broken.
     """
-    cells: list[Row] = list(read_rows(folder / CELLS))
+    cells: list[Row] = list(read_file(folder, CELLS))
     if not cells:
         raise BenchError(
             f"{folder} holds no {CELLS}",
@@ -70,7 +68,7 @@ def explain_campaign(folder: Path) -> list[Explained]:
         (GPU, rows.gpu),
         (CAUSES, rows.causes),
     ):
-        for row in read_rows(folder / name):
+        for row in read_file(folder, name):
             kept[row["cell_id"]].append(row)
     whole = (said for rule in CAMPAIGN_RULES for said in rule(rows))
     return [Explained(None, *said) for said in whole] + list(_of_cells(rows))

@@ -9,46 +9,44 @@ from qwencli.bench import columns
 from qwencli.bench.attribution.attribute import attribute
 from qwencli.bench.attribution.summary import with_causes
 from qwencli.bench.attribution.whole_cell import machine_of
-from qwencli.bench.campaign import (
-    BESIDE,
-    ENVIRONMENT,
+from qwencli.bench.campaign_files import (
+    CAUSES,
+    CELLS,
     GPU,
     HOST,
-    PLAN,
     PROBES,
+    QUALITY,
+    ROOFLINE,
     RUNS,
     TOKENS,
-    beside_path,
-    read_json,
+    StoredCampaign,
 )
 from qwencli.bench.html.page import html_page
 from qwencli.bench.markdown import markdown
-from qwencli.bench.rowfile import read_rows, replace_file, write_rows
+from qwencli.bench.rowfile import replace_file, write_rows
 from qwencli.bench.stats import CellRow, cell_rows
-
-CAUSES = "causes.csv"
 
 
 def build_report(folder: Path) -> list[CellRow]:
     """Write cells.csv, causes.csv, report.md and report.html; returns the rows of cells.csv.
 
     Raises:
-        BenchError: the folder holds no campaign.
+        BenchError: the folder holds no campaign, or a file of it is broken.
         OutputError: a file cannot be written.
     """
-    plan = read_json(folder / PLAN)
-    environment = read_json(folder / ENVIRONMENT)
-    runs, tokens = read_rows(folder / RUNS), read_rows(folder / TOKENS)
-    gpu, host = read_rows(folder / GPU), read_rows(folder / HOST)
-    beside = {name: read_rows(beside_path(folder, name)) for name in BESIDE}
+    stored = StoredCampaign(folder)
+    plan, environment = stored.plan, stored.environment
+    runs, tokens, gpu, host, probes, roofline, quality = (
+        stored.rows(name) for name in (RUNS, TOKENS, GPU, HOST, PROBES, ROOFLINE, QUALITY)
+    )
     machine = machine_of(environment)
-    cells = cell_rows(plan, runs, tokens, **beside, host=host, gpu=gpu, machine=machine)
+    cells = cell_rows(plan, runs, tokens, roofline, quality, host, gpu, machine)
     busy = {cell["cell_id"]: cell["gpu_busy_percent"] for cell in cells}
     disturbed = {cell["cell_id"]: cell for cell in cells}
     findings = attribute(runs, tokens, host, gpu, busy, disturbed)
-    rows = with_causes(cells, findings, runs, read_rows(folder / PROBES))
+    rows = with_causes(cells, findings, runs, probes)
     write_rows(folder / CAUSES, columns.CAUSES, map(asdict, findings))
-    write_rows(folder / "cells.csv", columns.CELLS, rows)
+    write_rows(folder / CELLS, columns.CELLS, rows)
     replace_file(folder / "report.md", markdown(rows, environment).encode())
     page = html_page(rows, plan, environment, runs, tokens, gpu, findings)
     replace_file(folder / "report.html", page.encode())

@@ -10,8 +10,10 @@ import csv
 import gzip
 import io
 import os
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,10 +77,7 @@ class RowFile:
         if whole == 0:
             self._write(header)
         elif content[: content.index(b"\n") + 1] != header:
-            raise BenchError(
-                f"{self.path} has other columns",
-                "it was written by another version; use a new --out",
-            )
+            raise _other_columns(self.path)
 
     def append(self, rows: Iterable[Row]) -> None:
         """Write rows and hand them to the disk before returning."""
@@ -115,20 +114,74 @@ def _cannot_write(path: Path, error: OSError) -> OutputError:
     )
 
 
+@dataclass(frozen=True)
+class Table:
+    """A CSV file as it was read: `header` is empty where there is no file; `lines` has the line of
+    each row, the header's being 1."""
+
+    path: Path
+    header: tuple[str, ...]
+    rows: list[dict[str, str]]
+    lines: Sequence[int]
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """All whole rows as strings; a torn last line is left out. [] when there is no file.
+    """The rows of `read_table`."""
+    return read_table(path).rows
+
+
+def read_table(path: Path) -> Table:
+    """All whole rows as strings; a torn last line is left out. No rows when there is no file.
 
     A campaign that is kept may hold its larger files compressed, as NAME.csv.gz.
+
+    Raises:
+        BenchError: it cannot be read, is no UTF-8 or no CSV, or a line has not one field a column.
     """
     packed = path.with_name(path.name + ".gz")
-    if path.exists():
-        content = path.read_bytes()
-    elif packed.exists():
-        content = gzip.decompress(packed.read_bytes())
-    else:
-        return []
-    text = content[: content.rfind(b"\n") + 1].decode()
-    return list(csv.DictReader(io.StringIO(text)))
+    try:
+        if path.exists():
+            content = path.read_bytes()
+        elif packed.exists():
+            path, content = packed, gzip.decompress(packed.read_bytes())
+        else:
+            return Table(path, (), [], ())
+        text = content[: content.rfind(b"\n") + 1].decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise _broken(path, f"line {line} is not UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise _broken(path, getattr(error, "strerror", None) or str(error)) from error
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows, lines = [], []
+    header: tuple[str, ...] = ()
+    try:
+        for fields in reader:
+            if not fields:
+                continue
+            if not header:
+                header = tuple(fields)
+                continue
+            if len(fields) != len(header):
+                wrong = f"has {len(fields)} fields, not {len(header)}"
+                raise _broken(path, f"line {reader.line_num} {wrong}")
+            rows.append(dict(zip(header, fields, strict=True)))
+            lines.append(reader.line_num)
+    except csv.Error as error:
+        raise _broken(path, f"line {reader.line_num}: {error}") from error
+    if len(set(header)) < len(header):
+        raise _broken(path, "line 1 names a column twice")
+    return Table(path, header, rows, lines)
+
+
+def _other_columns(path: Path) -> BenchError:
+    return BenchError(
+        f"{path} has other columns", "it was written by another version; use a new --out"
+    )
+
+
+def _broken(path: Path, why: str) -> BenchError:
+    return BenchError(f"{path} is broken: {why}", "restore the file, or measure again")
 
 
 def write_rows(path: Path, columns: tuple[str, ...], rows: Iterable[Row]) -> None:
@@ -137,8 +190,15 @@ def write_rows(path: Path, columns: tuple[str, ...], rows: Iterable[Row]) -> Non
 
 
 def keep_rows(path: Path, columns: tuple[str, ...], wanted: Callable[[Row], bool]) -> int:
-    """Drop the rows that are not wanted; returns how many. The file is rewritten only then."""
-    rows = read_rows(path)
+    """Drop the rows that are not wanted; returns how many. The file is rewritten only then.
+
+    Raises:
+        BenchError: it is broken, or has other columns.
+    """
+    table = read_table(path)
+    if table.header and table.header != columns:
+        raise _other_columns(path)
+    rows = table.rows
     kept = [row for row in rows if wanted(row)]
     if len(kept) < len(rows):
         write_rows(path, columns, kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, get_args
 
 
 class Cause(StrEnum):
@@ -62,6 +62,7 @@ THROTTLING = frozenset(
 )
 
 Scope = Literal["gap", "decode", "prefill", "cell"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 @dataclass(frozen=True)

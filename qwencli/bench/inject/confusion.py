@@ -14,10 +14,9 @@ from pathlib import Path
 
 from qwencli.bench.attribution.causes import Cause
 from qwencli.bench.attribution.records import RawRow
-from qwencli.bench.campaign import HOST, RUNS
-from qwencli.bench.inject.truth import FILE, NONE
-from qwencli.bench.report import CAUSES
-from qwencli.bench.rowfile import read_rows, replace_file, write_rows
+from qwencli.bench.campaign_files import CAUSES, HOST, RUNS, read_file
+from qwencli.bench.inject.truth import NONE, read_truth
+from qwencli.bench.rowfile import replace_file, write_rows
 
 CSV, MARKDOWN = "confusion.csv", "confusion.md"
 COLUMNS = ("unit", "injected", "attributed", "count")
@@ -74,12 +73,14 @@ def holds(found: Confusion) -> bool:
 
 def rebuilt(folder: Path) -> Confusion | None:
     """As `build_confusion`; None for an ordinary campaign."""
-    return build_confusion(folder) if read_rows(folder / FILE) else None
+    return build_confusion(folder) if read_truth(folder) else None
 
 
 def build_confusion(folder: Path) -> Confusion:
     """Write confusion.csv and confusion.md into a campaign that was injected."""
-    found = confusion(*(read_rows(folder / name) for name in (FILE, CAUSES, RUNS, HOST)))
+    found = confusion(
+        read_truth(folder), *(read_file(folder, name) for name in (CAUSES, RUNS, HOST))
+    )
     rows = [
         {"unit": unit, "injected": injected, "attributed": attributed, "count": count}
         for unit, counts in (("run", found.runs), ("event", found.events), ("quiet", found.quiet))
@@ -124,8 +125,9 @@ def verdict(findings: Sequence[RawRow], run: RawRow) -> str:
     """What a run suffered from, by the findings about it."""
     shares: dict[str, float] = defaultdict(float)
     for row in findings:
-        phase_s = run["ttft_s"] if row["scope"] == "prefill" else run["decode_s"]
-        shares[row["cause"]] += float(row["lost_ms"]) / (1e3 * float(phase_s))
+        phase_s = float(run["ttft_s" if row["scope"] == "prefill" else "decode_s"] or 0.0)
+        if phase_s:
+            shares[row["cause"]] += float(row["lost_ms"]) / (1e3 * phase_s)
     if max(shares.values(), default=0.0) < LEAST_SHARE:
         return NONE
     return max(shares, key=lambda cause: shares[cause])

@@ -9,8 +9,23 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from qwencli.bench.campaign import ENVIRONMENT, PLAN, RUNS, read_json
-from qwencli.bench.rowfile import read_rows
+from qwencli.bench.campaign_files import (
+    ENVIRONMENT,
+    HINT,
+    PLAN,
+    RUNS,
+    Rule,
+    check_document,
+    check_table,
+    is_count,
+    is_filled_list,
+    is_list,
+    is_name,
+    is_object,
+    read_file,
+    read_json,
+)
+from qwencli.bench.rowfile import read_table
 from qwencli.bench.studies.blocks import without_rounds
 from qwencli.bench.studies.claim_file import Study, Trial, choose
 from qwencli.bench.studies.metrics import value
@@ -25,12 +40,52 @@ from qwencli.bench.studies.verdicts import (
     conclude,
     judge,
 )
-from qwencli.bench.studies.worker import FAILED, OBSERVED, SCHEDULE
+from qwencli.bench.studies.worker import COLUMNS, FAILED, OBSERVED, SCHEDULE
 from qwencli.errors import BenchError
 
 Row = dict[str, str]
 # What rows have beside the columns: the round of the run, STRETCH after the rounds.
 ROUND, STRETCH = "round", "0"
+
+
+def _is_round(value: Any) -> bool:
+    return value == 0 or is_count(value)
+
+
+_STUDY_RULES: tuple[Rule, ...] = (
+    ("claims", is_filled_list, "a list of claims"),
+    ("claims[]", is_name, "a name"),
+    ("model", is_name, "a name"),
+    ("max_new_tokens", is_count, "a whole number from 1"),
+    ("places", is_list, "a list"),
+    ("places[]", is_object, "an object"),
+    *((f"places[].{key}", is_name, "a name") for key in ("claim", "arm", "process", "condition")),
+    ("places[].blocked", lambda value: value is None or isinstance(value, str), "a text or null"),
+    ("blocked", is_object, "an object"),
+    ("about", is_object, "an object"),
+    ("blocked_tests", is_list, "a list"),
+    ("blocked_tests[]", is_object, "an object"),
+    *((f"blocked_tests[].{key}", is_name, "a name") for key in ("claim", "why")),
+    ("blocked_tests[].part", is_count, "a whole number from 1"),
+    ("processes", is_list, "a list"),
+    ("processes[]", is_object, "an object"),
+    ("processes[].name", is_name, "a name"),
+    ("processes[].environment", is_object, "an object"),
+)
+_PLAN_RULES: tuple[Rule, ...] = (
+    ("cells", is_filled_list, "a list of cells"),
+    ("cells[]", is_object, "an object"),
+    *(
+        (f"cells[].{axis}", is_name, "a name")
+        for axis in ("model", "engine", "quantization", "attention", "cache")
+    ),
+    ("max_new_tokens", is_count, "a whole number from 1"),
+    ("images", is_list, "a list"),
+)
+_SCHEDULE_RULES: tuple[Rule, ...] = (
+    ("rounds", is_list, "a list"),
+    ("rounds[]", _is_round, "a whole number from 0"),
+)
 
 
 class Evidence:
@@ -48,6 +103,7 @@ class Evidence:
             raise BenchError(
                 f"{folder / STUDY} was written by another version", "run the study again"
             )
+        check_document(folder / STUDY, self.document, _STUDY_RULES)
         self.studies = choose(self.document["claims"])
         self.places = {
             (row["claim"], row["arm"]): Place(row["process"], row["condition"], row["blocked"])
@@ -66,12 +122,17 @@ class Evidence:
 
     def axes(self, process: str) -> dict[str, str]:
         """The modes of a process, by axis."""
-        plan = read_json(process_folder(self.folder, process) / PLAN)
-        return dict(plan["cells"][0])
+        return dict(self._plan(process)["cells"][0])
+
+    def _plan(self, process: str) -> dict[str, Any]:
+        path = process_folder(self.folder, process) / PLAN
+        plan = read_json(path)
+        check_document(path, plan, _PLAN_RULES)
+        return plan
 
     def is_usual(self, process: str) -> bool:
         """Whether it ran the study's own model and work, with no variables set."""
-        plan = read_json(process_folder(self.folder, process) / PLAN)
+        plan = self._plan(process)
         planned = next(p for p in self.document["processes"] if p["name"] == process)
         return (
             plan["cells"][0]["model"] == self.document["model"]
@@ -96,24 +157,36 @@ class Evidence:
 
     def warm_ups(self, process: str) -> list[Row]:
         """The first run of the process, or of each, where it was resumed."""
-        rows = read_rows(process_folder(self.folder, process) / RUNS)
+        rows = read_file(process_folder(self.folder, process), RUNS)
         return [row for row in rows if row["status"] == "warmup"]
 
     def _read(self, process: str) -> dict[str, list[Row]]:
         own = process_folder(self.folder, process)
         observed: dict[str, Row] = defaultdict(dict)
         condition_of: dict[str, str] = {}
-        for row in read_rows(own / OBSERVED):
+        table = read_table(own / OBSERVED)
+        check_table(table, COLUMNS, len(COLUMNS), ("run", "condition"))
+        for row in table.rows:
             condition_of[row["run"]] = row["condition"]
             observed[row["run"]][row["observation"]] = row["value"]
         found: dict[str, list[Row]] = defaultdict(list)
-        rounds = read_json(own / SCHEDULE)["rounds"] if (own / SCHEDULE).exists() else []
-        for row in read_rows(own / RUNS):
+        schedule: dict[str, Any] = {"rounds": []}
+        if (own / SCHEDULE).exists():
+            schedule = read_json(own / SCHEDULE)
+            check_document(own / SCHEDULE, schedule, _SCHEDULE_RULES)
+        rounds = schedule["rounds"]
+        for row in read_file(own, RUNS):
             if row["status"] not in ("ok", "warmup"):
                 self._failures[process, ""] = f"{row['status']}: {row['reason']}"
             seen = observed.get(row["run"], {})
             if row["status"] != "ok" or row["run"] not in condition_of:
                 continue
+            if not 1 <= int(row["run"]) <= len(rounds):
+                raise BenchError(
+                    f"{own / SCHEDULE} is broken: rounds has {len(rounds)} runs, {RUNS} a run "
+                    f"{row['run']}",
+                    HINT,
+                )
             condition = condition_of[row["run"]]
             if FAILED in seen:
                 self._failures[process, condition] = seen[FAILED]
@@ -123,7 +196,9 @@ class Evidence:
 
     def side(self, study: Study, arm: str, metric: str) -> Side:
         """An arm in a metric."""
-        place = self.places[study.claim, arm]
+        place = self.places.get((study.claim, arm))
+        if place is None:
+            return Side(blocked=f"this study was run before the claim had the arm {arm}")
         if place.blocked:
             return Side(blocked=place.blocked)
         rows = self.runs(place.process, place.condition)
@@ -139,8 +214,10 @@ class Evidence:
         if not isinstance(test.against, str):
             return side, float(test.against)
         against = self.side(study, test.against, test.metric)
+        if side.blocked or against.blocked:
+            return side, against
         a, b = (self.places[study.claim, arm] for arm in (test.arm, test.against))
-        if side.blocked or against.blocked or a.process != b.process:
+        if a.process != b.process:
             return side, against
         adjusted = test.statistic == "median"
         values = self.alike(a.process, a.condition, b.condition, test.metric, adjusted=adjusted)

@@ -15,11 +15,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwencli.bench.campaign import ENVIRONMENT, RUNS, Campaign, read_json, write_json
+from qwencli.bench.campaign import Campaign, write_json
+from qwencli.bench.campaign_files import ENVIRONMENT, RUNS, read_file, read_json
 from qwencli.bench.environment import environment
 from qwencli.bench.launch import read_machine_speed
 from qwencli.bench.report import build_report
-from qwencli.bench.rowfile import read_rows
 from qwencli.bench.runner import RunnerOptions, run_campaign
 from qwencli.bench.studies.prepared import PreparedStudy
 from qwencli.bench.studies.schedule import Process
@@ -104,7 +104,7 @@ def run_and_report(
 
 
 def _is_done(folder: Path, process: Process) -> bool:
-    rows = read_rows(process_folder(folder, process.name) / RUNS)
+    rows = read_file(process_folder(folder, process.name), RUNS)
     skipped = any(row["status"] == "skipped" for row in rows)
     return skipped or sum(row["status"] == "ok" for row in rows) == len(process.runs)
 
