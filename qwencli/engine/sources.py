@@ -11,7 +11,7 @@ from qwencli.config import EngineConfig, LoadFormat
 from qwencli.engine.prompt import PromptBuilder
 from qwencli.engine.tokenizer import IncrementalDetokenizer
 from qwencli.errors import ModelFileError
-from qwencli.models.folder import check_folder, read_config
+from qwencli.models.folder import check_folder
 from qwencli.models.json_file import read_json_object
 from qwencli.models.locate import bundled_folder, locate
 
@@ -70,8 +70,7 @@ def open_model(config: EngineConfig) -> ModelFiles:
         return _open_dummy(config)
     spec = config.model
     folder = locate(spec, offline=config.offline, allow_pickle=config.allow_pickle)
-    check_folder(folder, allow_pickle=config.allow_pickle)
-    hub_config = read_config(folder)
+    hub_config = check_folder(folder, allow_pickle=config.allow_pickle)
     prompts = PromptBuilder.from_folder(
         folder,
         family=hub_config["model_type"],

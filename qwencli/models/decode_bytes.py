@@ -31,7 +31,9 @@ _NATIVE = {
 _QUANTIZED_KV = ("int8", "fp8-e4m3")
 # Ready-made checkpoints in the native engine, whose heads are as they came: unquantized in all but
 # a few. Then a byte or half a byte, and scales (int4: and zeros, of two bytes each) of groups.
-_READY_MADE = re.compile(r"(?:awq|gptq|ct|hf|fbgemm)-(int4|int8|fp8-e4m3)(?:-g(\d+))?")
+_READY_MADE = re.compile(
+    r"(?:awq|gptq|ct|hf|fbgemm|modelopt|scaled)-(int4|int8|fp8-e4m3)(?:-g(\d+))?"
+)
 
 
 def decode_bytes(

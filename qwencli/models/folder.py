@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.errors import ModelFileError
+from qwencli.models.checkpoint import as_stored, check_layout, find_sources, missing_error
 from qwencli.models.json_file import read_json_object
+from qwencli.models.packing import format_of
 from qwencli.models.safetensors_header import StoredTensor, stored_tensors
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
-from qwencli.models.tensors import canonical_name, expected_tensors, is_quantizable
-from qwencli.models.weights import all_named, find_weights, some
+from qwencli.models.tensors import HEAD, canonical_tensors, expected_tensors, is_quantizable
+from qwencli.models.weights import find_weights
 
 # Each inner tuple is one way to have what is needed; all its files must be there.
 _TOKENIZER = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _PROCESSOR = (("preprocessor_config.json",), ("processor_config.json",))
-_FLOATS = ("BF16", "F16", "F32")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -39,11 +40,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json_object(path)
 
 
-def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
+def check_folder(folder: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
     """Raise if this folder cannot be loaded as one of our models.
 
     Pickle weights, when allowed, are only checked for presence: their contents cannot be read
     without running them.
+
+    Returns:
+        Contents of config.json, with the head tied as the weights have it.
 
     Raises:
         ModelFileError: naming the file or tensor at fault; see the tests for each case.
@@ -52,12 +56,11 @@ def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
     shape = read_shape(config, str(folder / "config.json"))
     weights = find_weights(folder, allow_pickle=allow_pickle)
     if not weights.pickled:
-        found = stored_tensors(weights.files)
-        stored = {canonical_name(name, shape): tensor for name, tensor in found.items()}
-        _check_tensors(folder, shape, stored, quantized="quantization_config" in config)
+        shape = _check_tensors(folder, config, shape, stored_tensors(weights.files))
     _require(folder, "tokenizer", _TOKENIZER)
     if shape.vision is not None:
         _require(folder, "image processor", _PROCESSOR)
+    return {**config, "tie_word_embeddings": shape.text.tied_head}
 
 
 def is_complete(folder: Path, *, allow_pickle: bool = False) -> bool:
@@ -77,30 +80,29 @@ def is_complete(folder: Path, *, allow_pickle: bool = False) -> bool:
 
 
 def _check_tensors(
-    folder: Path, shape: ModelShape, stored: Mapping[str, StoredTensor], *, quantized: bool
-) -> None:
-    expected = expected_tensors(shape)
-    if quantized:
-        # Quantized linear layers are packed under names of their scheme; the rest is as usual.
-        expected = {k: v for k, v in expected.items() if not is_quantizable(k, v)}
-        if any(name.startswith("lm_head.") for name in stored):
-            expected.pop("lm_head.weight", None)
-    wrong = [
-        f"{name} is {_dims(stored[name].shape)}, config.json asks for {_dims(size)}"
-        for name, size in expected.items()
-        if name in stored and stored[name].dtype in _FLOATS and stored[name].shape != size
-    ]
-    if wrong:
-        raise ModelFileError(
-            f"{folder}: {_count(wrong, 'tensor')} of the wrong shape: {some(wrong, '; ')}",
-            "config.json and the weights are of different models; download both again",
-        )
-    missing = [name for name in expected if name not in stored]
+    folder: Path, config: Mapping[str, Any], shape: ModelShape, stored: Mapping[str, StoredTensor]
+) -> ModelShape:
+    try:
+        packed = format_of(config, stored)
+    except ModelFileError:
+        return _check_unpacked(folder, shape, stored)
+    return find_sources(shape, stored, packed, folder).shape
+
+
+def _check_unpacked(
+    folder: Path, shape: ModelShape, stored: Mapping[str, StoredTensor]
+) -> ModelShape:
+    """Of a scheme that is not read here: the tensors that no scheme packs."""
+    check_layout(folder, stored)
+    found = canonical_tensors(stored, shape)
+    shape = as_stored(shape, found)
+    expected = {k: v for k, v in expected_tensors(shape).items() if not is_quantizable(k, v)}
+    if any(name.startswith("lm_head.") for name in found):
+        expected.pop(HEAD, None)
+    missing = [name for name in expected if name not in found]
     if missing:
-        raise ModelFileError(
-            f"{folder}: {_count(missing, 'tensor')} missing from the weights: {all_named(missing)}",
-            "the weights are incomplete or of another model; download the model again",
-        )
+        raise missing_error(folder, missing)
+    return shape
 
 
 def _require(folder: Path, what: str, ways: Iterable[tuple[str, ...]]) -> None:
@@ -109,11 +111,3 @@ def _require(folder: Path, what: str, ways: Iterable[tuple[str, ...]]) -> None:
         raise ModelFileError(
             f"{folder}: no {what} ({names})", "copy these files from the original model"
         )
-
-
-def _dims(shape: tuple[int, ...]) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"
-
-
-def _count(items: list[str], noun: str) -> str:
-    return f"{len(items)} {noun}" + ("s" if len(items) > 1 else "")

@@ -6,15 +6,17 @@ exceptions in config.json (`modules_to_not_convert`, `ignore`, `llm_int8_skip_mo
 patterns every tool matches a little differently. What the packed values mean is
 `engine.native.unpacking`'s.
 
-Sources: AutoAWQ awq/utils/packing_utils.py and awq/modules/linear/gemm.py; AutoGPTQ
-auto_gptq/nn_modules/qlinear/qlinear_cuda.py; compressed-tensors pack_quantized and
-naive_quantized compressors; transformers integrations finegrained_fp8.py and fbgemm_fp8.py;
-bitsandbytes `QuantState.as_dict` and `Linear8bitLt._save_to_state_dict`.
+Sources: NVIDIA ModelOpt modelopt/torch/export/quant_utils.py (weight = fp8 x weight_scale); ComfyUI
+comfy/ops.py `scaled_fp8_ops` (weight = fp8 x scale_weight); AutoAWQ awq/utils/packing_utils.py and
+awq/modules/linear/gemm.py; AutoGPTQ auto_gptq/nn_modules/qlinear/qlinear_cuda.py;
+compressed-tensors pack_quantized and naive_quantized compressors; transformers integrations
+finegrained_fp8.py and fbgemm_fp8.py; bitsandbytes `QuantState.as_dict` and
+`Linear8bitLt._save_to_state_dict`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -24,7 +26,7 @@ from qwencli.models.safetensors_header import StoredTensor
 
 Stored = Mapping[str, StoredTensor]
 
-_UNPACKED = ("BF16", "F16", "F32")
+UNPACKED = ("BF16", "F16", "F32")
 # A group of the engine's own layouts: longer ones are cut, shorter ones than the last refused.
 GROUPS = (128, 64, 32)
 _OTHER_ENGINE = "use another version of the model, or try --engine transformers"
@@ -71,8 +73,11 @@ _FP8 = Packing(
 _FBGEMM = Packing(
     "fp8", "weight", ("F8_E4M3",), ("weight_scale",), ("input_scale",), "weight_scale", 4, 8
 )
+_COMFY = Packing(
+    "fp8", "weight", ("F8_E4M3",), ("scale_weight",), ("scale_input",), "scale_weight", 4, 8
+)
 _BNB4 = Packing(
-    "bnb-4bit", "weight", ("U8", "I8", *_UNPACKED), ("weight.absmax", "weight.quant_map"),
+    "bnb-4bit", "weight", ("U8", "I8", *UNPACKED), ("weight.absmax", "weight.quant_map"),
     ("weight.nested_", "weight.quant_state."), "weight.absmax", 4, 4,
 )  # fmt: skip
 _BNB8 = Packing("bnb-int8", "weight", ("I8",), ("SCB",), ("weight_format",), "SCB", 4, 8)
@@ -100,7 +105,27 @@ _METHODS: Mapping[str, PackedFormat] = {
     "fp8": PackedFormat("hf", (_FP8, _FBGEMM)),
     "fbgemm_fp8": PackedFormat("fbgemm", (_FBGEMM,)),
     "bitsandbytes": PackedFormat("bnb", (_BNB4, _BNB8)),
+    "modelopt": PackedFormat("modelopt", (_FBGEMM,)),
 }
+# Weights that config.json says nothing about, and that their names and types tell completely.
+_UNSAID = (_FBGEMM, _FP8, _COMFY, _CT_INT8, _BNB8, _BNB4)
+UNSAID = "scaled"
+# Endings that only one kind of scheme has -> how an error calls it, the most telling first.
+_SCHEMES: Sequence[tuple[str, str]] = (
+    ("weight_scale_2", "NVFP4"),
+    ("weight_global_scale", "NVFP4"),
+    ("pre_quant_scale", "ModelOpt's AWQ"),
+    ("weight_packed", "compressed-tensors"),
+    ("qweight", "GPTQ or AWQ"),
+    ("absmax", "bitsandbytes 4-bit"),
+    ("SCB", "bitsandbytes int8"),
+    ("scale_weight", "scaled fp8"),
+    ("weight_scale_inv", "fp8 in blocks"),
+    ("weight_scale", "fp8 or int8 with scales"),
+    ("input_scale", "fp8 or int8 with scales"),
+    ("_scales", "MXFP4"),
+    ("scales", "weights in groups with scales"),
+)
 # method -> key -> values that are read. A key that is missing has the first.
 _READ: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "awq": {"bits": (4,), "version": ("gemm",)},
@@ -111,6 +136,7 @@ _READ: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
             "mixed-precision",
         )
     },
+    "modelopt": {"quant_algo": ("fp8", "fp8_per_channel_per_token", "fp8_pb_wo")},
 }  # fmt: skip
 # The same, as other releases of the tools spell it.
 _SPELLINGS: Mapping[str, tuple[str, ...]] = {
@@ -126,12 +152,14 @@ def packed_format(config: Mapping[str, Any], where: str = "config.json") -> Pack
     Raises:
         ModelFileError: a method, bits or a variant that is not read here, named.
     """
-    said = _section(config)
+    said = quantization_section(config)
     if said is None:
         return None
     method = said.get("quant_method")
     if method is None and any(said.get(key) for key in ("load_in_4bit", "load_in_8bit")):
         method = "bitsandbytes"
+    if str(method).startswith("modelopt") or (method is None and said.get("quant_algo")):
+        method = "modelopt"
     found = _METHODS.get(str(method))
     if found is None:
         raise ModelFileError(
@@ -151,7 +179,39 @@ def packed_format(config: Mapping[str, Any], where: str = "config.json") -> Pack
     return found
 
 
-def _section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def format_of(
+    config: Mapping[str, Any], stored: Stored, where: str = "config.json"
+) -> PackedFormat | None:
+    """The format of a checkpoint, told by its tensors where its config.json names none.
+
+    Raises:
+        ModelFileError: as `packed_format`.
+    """
+    said = packed_format(config, where)
+    if said is not None or quantization_section(config) is not None:
+        return said
+    endings = {name.rpartition(".")[2] for name in stored} | {
+        ".".join(name.split(".")[-2:]) for name in stored
+    }
+    types = {tensor.dtype for tensor in stored.values()}
+    packings = tuple(
+        packing
+        for packing in _UNSAID
+        if endings.issuperset(packing.others) and not types.isdisjoint(packing.types)
+    )
+    return PackedFormat(UNSAID, packings) if packings else None
+
+
+def scheme_named_by(names: Iterable[str]) -> str | None:
+    """What the endings of a checkpoint's tensors tell about how it is quantized."""
+    names = list(names)
+    return next(
+        (title for ending, title in _SCHEMES if any(name.endswith(ending) for name in names)), None
+    )
+
+
+def quantization_section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The `quantization_config` of a config.json, in either of its places."""
     for part in (config, config.get("text_config")):
         if isinstance(part, Mapping) and isinstance(part.get("quantization_config"), Mapping):
             section: Mapping[str, Any] = part["quantization_config"]
@@ -188,6 +248,8 @@ class PackedLayer:
             return values + 4 * rows
         else:
             in_columns = scale.shape[0] if self.packing.main == "qweight" else scale.shape[-1]
+            if len(scale.shape) == 4:
+                in_columns = scale.shape[2]
             group = -(-columns // in_columns)
             groups = rows * -(-columns // min(group, GROUPS[0]))
         return values + groups * self.packing.group_bytes
@@ -212,7 +274,7 @@ def packed_layer(
         for packing in packed.packings
         if (main := stored.get(f"{layer}.{packing.main}")) and main.dtype in packing.types
     ]
-    plain = weight in stored and stored[weight].dtype in _UNPACKED
+    plain = weight in stored and stored[weight].dtype in UNPACKED
     if plain:
         # bitsandbytes can store its bytes under a float type; its scales tell.
         fitting = [p for p in fitting if f"{layer}.{p.others[0]}" in stored]

@@ -70,6 +70,10 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
 
+    @property
+    def size_bytes(self) -> int:
+        return prod(self.shape) * _DTYPE_BITS[self.dtype] // 8
+
 
 def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint's safetensors files, by name.

@@ -113,13 +113,18 @@ def _text(config: Mapping[str, Any], family: Family, where: str) -> TextShape:
         qk_norm=family.qk_norm,
         qkv_bias=own_bias if family.qkv_bias is None else family.qkv_bias,
         o_bias=own_bias if family.qkv_bias is None else False,
-        # Releases differ in which of the two places carries the flag; either one ties the head.
-        tied_head=bool(config.get("tie_word_embeddings") or values.get("tie_word_embeddings")),
+        tied_head=_tied_head(config, values),
         rope=_rope(values, family, head_dim, where),
         max_position_embeddings=positive_int(values, "max_position_embeddings", where, 32768),
         activation=str(values.get("hidden_act", "silu")),
         sliding_window=_has_sliding_window(values, layers, where),
     )
+
+
+def _tied_head(config: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
+    """The top level decides; transformers 4 wrote the flag into the text section alone."""
+    said = config.get("tie_word_embeddings")
+    return bool(text.get("tie_word_embeddings") if said is None else said)
 
 
 def _head_dim(

@@ -1,35 +1,43 @@
 """The tensors a checkpoint of a given shape holds: names and shapes, without loading anything.
 
 Names are those of transformers 5's state dict. Hub files of older families name the same
-tensors differently; `canonical_name` maps every layout seen on the hub to these names.
+tensors differently; `canonical_name` maps every layout that transformers reads to these names.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from math import prod
 
+from qwencli.models.safetensors_header import StoredTensor
 from qwencli.models.shapes import ModelShape
-from qwencli.models.weight_specs import specs
+from qwencli.models.weight_specs import PREFIXES, Part, Section, specs
 
 TensorShapes = dict[str, tuple[int, ...]]
 
-# (prefix in the file, canonical prefix); the first that fits is used. Vision models only.
-_VISION_LAYOUTS = (
-    ("model.language_model.", "model.language_model."),
-    ("model.visual.", "model.visual."),
-    ("visual.", "model.visual."),
-    ("language_model.lm_head.", "lm_head."),
-    ("language_model.model.", "model.language_model."),
-    ("model.", "model.language_model."),
-)
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 def expected_tensors(shape: ModelShape) -> TensorShapes:
     """Name -> shape of every parameter; a tied `lm_head` is not listed, it is not stored."""
-    prefix = {"text": "model.language_model." if shape.vision else "model."}
-    prefix |= {"vision": "model.visual.", "root": ""}
     parts = (part for spec in specs(shape) for part in spec.parts)
-    return {prefix[part.section] + part.name: part.shape for part in parts}
+    return {part_name(part, shape): part.shape for part in parts}
+
+
+def part_name(part: Part, shape: ModelShape) -> str:
+    """Name of a part in the state dict."""
+    return _prefix(part.section, shape) + part.name
+
+
+def embedding_name(shape: ModelShape) -> str:
+    return _prefix("text", shape) + EMBEDDING
+
+
+def _prefix(section: Section, shape: ModelShape) -> str:
+    if section == "text":
+        return "model.language_model." if shape.vision else "model."
+    return "model.visual." if section == "vision" else ""
 
 
 def parameter_count(shape: ModelShape) -> int:
@@ -37,14 +45,45 @@ def parameter_count(shape: ModelShape) -> int:
     return sum(prod(size) for size in expected_tensors(shape).values())
 
 
+def renamings(shape: ModelShape) -> dict[str, str]:
+    """Pattern of what a name begins with in a file -> what it begins with in the state dict.
+
+    At most one changes a name, and none changes a name of the state dict.
+    """
+    return {
+        "^" + pattern: _prefix(section, shape)
+        for section, pattern in PREFIXES.items()
+        if section != "vision" or shape.vision is not None
+    }
+
+
 def canonical_name(name: str, shape: ModelShape) -> str:
     """The state-dict name of a tensor that a file calls `name`."""
-    if shape.vision is None:
-        return name
-    for stored, canonical in _VISION_LAYOUTS:
-        if name.startswith(stored):
-            return canonical + name.removeprefix(stored)
+    for pattern, prefix in renamings(shape).items():
+        renamed, count = re.subn(pattern, prefix, name, count=1)
+        if count:
+            return renamed
     return name
+
+
+def canonical_tensors(
+    stored: Mapping[str, StoredTensor], shape: ModelShape
+) -> dict[str, StoredTensor]:
+    """A checkpoint's tensors by their names in the state dict.
+
+    Of two that would have one name, the one that is called so keeps it; the other stays as it is.
+    Where the one of an embedding and a head that are tied is stored, it is found as the embedding.
+    """
+    names = {name: canonical_name(name, shape) for name in stored}
+    found = {name: stored[name] for name, known in names.items() if name == known}
+    for name, known in names.items():
+        if name != known:
+            found[name if known in found else known] = stored[name]
+    if shape.text.tied_head and HEAD in found:
+        found.setdefault(embedding_name(shape), found[HEAD])
+        if found[embedding_name(shape)] is found[HEAD]:
+            del found[HEAD]
+    return found
 
 
 def is_quantizable(name: str, size: tuple[int, ...]) -> bool:

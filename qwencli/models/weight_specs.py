@@ -17,17 +17,12 @@ from qwencli.models.shapes import ModelShape, TextShape, VisionShape
 
 Section = Literal["text", "vision", "root"]
 
-# Prefixes of a section's names in the checkpoints that exist, newest first.
-PREFIXES: dict[Section, tuple[str, ...]] = {
-    "text": ("model.language_model.", "model.", "language_model.model.", ""),
-    "vision": ("model.visual.", "visual."),
-    "root": ("", "language_model."),
-}
-# A tensor that every checkpoint with the section has; its prefix is the section's prefix.
-PROBES: dict[Section, str] = {
-    "text": "embed_tokens.weight",
-    "vision": "patch_embed.proj.weight",
-    "root": "lm_head.weight",
+# Patterns of what stands before a section's names in the checkpoints that exist: a whole model or
+# its base alone, saved from a class that wraps them once more or not.
+PREFIXES: dict[Section, str] = {
+    "text": r"(?:(?:model|language_model)\.)*(?=(?:embed_tokens|layers|norm)\.)",
+    "vision": r"(?:model\.)*visual\.",
+    "root": r"(?:(?:model|language_model)\.)*(?=lm_head\.)",
 }
 
 

@@ -23,6 +23,7 @@ _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _AGAIN = "download the model again"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _NAMED = 3
+_LONGEST_LINE, _LONGEST_NAME = 700, 100
 
 
 @dataclass(frozen=True)
@@ -94,21 +95,39 @@ def _nothing(folder: Path) -> ModelFileError:
 
 
 def all_named(names: Sequence[str]) -> str:
-    """Every tensor's name, those that differ in one number alone as one: `layers.{0-3,7}.norm`."""
+    """Every tensor's name, those that differ in one number alone as one: `layers.{0-3,7}.norm`.
+
+    Where that is long still, those of numbered layers are one: `model.layers.{0-3}.* (44)`, and of
+    those the first few are named.
+    """
     numbers: dict[tuple[str, str], list[int]] = {}
+    layers: dict[str, list[int]] = {}
     for name in names:
         found = _NUMBER.search(name)
         place = (name[: found.start()], name[found.end() :]) if found else (name, "")
         numbers.setdefault(place, []).extend([int(found[0])] if found else [])
-    return ", ".join(before + _ranges(found) + after for (before, after), found in numbers.items())
+        layers.setdefault(place[0], []).extend([int(found[0])] if found else [])
+    line = ", ".join(before + _ranges(found) + after for (before, after), found in numbers.items())
+    if len(line) <= _LONGEST_LINE:
+        return line
+    return some(
+        [
+            f"{_cut(before)}{_ranges(found)}.* ({len(found)})" if found else _cut(before)
+            for before, found in layers.items()
+        ]
+    )
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "..."
 
 
 def _ranges(numbers: list[int]) -> str:
-    """ "" for none, "7" for one, "{0-3,7}" for more."""
-    if len(numbers) < 2:
-        return "".join(map(str, numbers))
+    """ "" for none, "7" for one, "{0-3,7}" for more. Equal numbers count once."""
+    if len(set(numbers)) < 2:
+        return "".join(map(str, numbers[:1]))
     runs: list[list[int]] = []
-    for number in sorted(numbers):
+    for number in sorted(set(numbers)):
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
         else:

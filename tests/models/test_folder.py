@@ -200,7 +200,8 @@ def test_untied_model_needs_its_head(tmp_path):
 
 
 def test_quantized_checkpoint_is_checked_where_it_can_be(tmp_path):
-    config = {**CONFIGS["qwen3"], "quantization_config": {"quant_method": "bitsandbytes"}}
+    """Of a scheme that is read here every tensor is; `tests/models/test_checkpoint.py`."""
+    config = {**CONFIGS["qwen3"], "quantization_config": {"quant_method": "hqq"}}
     packed = {
         name.replace(".weight", ".packed") if len(size) == 2 and "proj" in name else name: size
         for name, size in tensors_of("qwen3").items()

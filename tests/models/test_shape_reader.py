@@ -132,11 +132,16 @@ def test_rope_parameters_is_the_newer_spelling() -> None:
     assert read_shape(config).text.rope.theta == 7e6
 
 
-@pytest.mark.parametrize("place", ["text_config", "root"])
-def test_either_place_ties_the_head(place: str) -> None:
-    config = qwen3_vl() | {"tie_word_embeddings": place == "root"}
-    config["text_config"]["tie_word_embeddings"] = place == "text_config"
-    assert read_shape(config).text.tied_head
+@pytest.mark.parametrize("text", [True, False, None])
+@pytest.mark.parametrize("top", [True, False, None])
+def test_the_top_level_ties_the_head_and_the_text_section_where_it_is_silent(
+    top: bool | None, text: bool | None
+) -> None:
+    config = qwen3_vl()
+    for section, value in ((config, top), (config["text_config"], text)):
+        section.pop("tie_word_embeddings", None)
+        section |= {} if value is None else {"tie_word_embeddings": value}
+    assert read_shape(config).text.tied_head is bool(text if top is None else top)
 
 
 @pytest.mark.parametrize(

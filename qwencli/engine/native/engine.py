@@ -40,7 +40,7 @@ from qwencli.engine.sources import ModelFiles
 from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest
 from qwencli.models.memory import packed_weight_bytes
-from qwencli.models.packing import PackedFormat, packed_format
+from qwencli.models.packing import PackedFormat, format_of
 from qwencli.models.quantized_cache import cache_file
 from qwencli.models.safetensors_header import stored_tensors
 from qwencli.models.shape_reader import read_shape
@@ -152,7 +152,9 @@ class NativeEngine(LocalEngine):
         """How the checkpoint is quantized already. Random weights never are."""
         if self.config.load_format is LoadFormat.DUMMY:
             return None
-        packed = packed_format(files.hub_config, self.config.model.name)
+        assert files.folder is not None, "weights come from a folder"
+        stored = stored_tensors(find_weights(files.folder).files)
+        packed = format_of(files.hub_config, stored, self.config.model.name)
         if packed is not None and self.config.quantization is not Quantization.NONE:
             raise UnsupportedModeError(
                 f"--quantization {self.config.quantization}: {self.config.model.name} is a "

@@ -124,10 +124,15 @@ def _bnb_int8(layer: PackedLayer, parts: Parts, _: int) -> Quantized:
 
 
 def _fp8(layer: PackedLayer, parts: Parts, _: int) -> Quantized | Tensor:
-    """weight e4m3 [rows, columns], and scales of the whole, of rows, or of blocks of both."""
+    """weight e4m3 [rows, columns], and scales of the whole, of rows, or of blocks of both.
+
+    ModelOpt writes those of blocks as [rows, 1, columns, 1].
+    """
     rows, columns = layer.shape
     expect(layer, parts, "weight", layer.shape)
     scales = parts[layer.packing.scale].float()
+    if scales.dim() == 4 and scales.shape[1] == scales.shape[3] == 1:
+        scales = scales[:, 0, :, 0]
     if tuple(scales.shape) in ((), (1,), (rows,), (rows, 1)):
         return Quantized(Scheme.FP8, parts["weight"], scales.reshape(-1).expand(rows).contiguous())
     if scales.dim() != 2:

@@ -1,4 +1,4 @@
-"""What loaded weights have to be: finite, and no other than config.json says."""
+"""What loaded values have to be: finite, and zero where the model has no use for them."""
 
 from __future__ import annotations
 
@@ -7,33 +7,12 @@ from collections.abc import Mapping
 
 import torch
 
-from qwencli.engine.native.checkpoint import prefix_of
-from qwencli.engine.native.reader import AGAIN, FLOATS, Reader
+from qwencli.engine.native.reader import AGAIN, Reader
 from qwencli.errors import ModelFileError
 from qwencli.models.safetensors_header import StoredTensor
-from qwencli.models.weight_specs import PROBES
 
 # The least and the largest value of a tensor: numbers, or on its device [2].
 Extremes = torch.Tensor | list[float]
-
-
-def check_tied_head(
-    stored: Mapping[str, StoredTensor], embed: torch.Tensor, reader: Reader
-) -> None:
-    """Some checkpoints carry the head although it is tied; it must then be the embedding."""
-    head = stored.get(prefix_of("root", stored) + PROBES["root"])
-    if head is None:
-        return
-    same = head.shape == tuple(embed.shape) and head.dtype in FLOATS
-    if same:
-        copy = torch.empty_like(embed)
-        reader.read(head, copy.view(-1))
-        same = torch.equal(copy, embed)
-    if not same:
-        raise ModelFileError(
-            f"config.json ties the head to the embedding, but {head.name} holds other values",
-            "set tie_word_embeddings to false in config.json, or download the model again",
-        )
 
 
 def check_zero(biases: tuple[StoredTensor, ...], reader: Reader) -> None:

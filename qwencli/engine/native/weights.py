@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from qwencli.config import Quantization
-from qwencli.engine.native.checkpoint import Checkpoint, find_sources
 from qwencli.engine.native.quantized import SCHEMES, Quantized, Scheme, quantize, stack
 from qwencli.engine.native.reader import FLOATS, Reader
 from qwencli.engine.native.unpacking import read_packed
 from qwencli.engine.native.weight_cache import CachedMatrices, CacheWriter, through_cache
-from qwencli.engine.native.weight_checks import Extremes, check_finite, check_tied_head, check_zero
+from qwencli.engine.native.weight_checks import Extremes, check_finite, check_zero
+from qwencli.models.checkpoint import Checkpoint, find_sources
 from qwencli.models.packing import PackedFormat, PackedLayer
 from qwencli.models.quantized_cache import fingerprint
 from qwencli.models.safetensors_header import StoredTensor, stored_tensors
@@ -108,12 +108,11 @@ def load(
 
     Raises:
         ModelFileError: tensors that are missing, not known, of another shape or an unknown type,
-            not finite (all named), a tied head that contradicts the embedding, or an unreadable
-            file.
+            not finite (all named), or an unreadable file.
     """
 
     def once(cached: CachedMatrices | None, writer: CacheWriter | None) -> LoadedWeights:
-        kept = _Kept(shape, quantization, "" if packed is None else packed.label, writer)
+        kept = _Kept(found.shape, quantization, "" if packed is None else packed.label, writer)
         with Reader(device) as reader:
             loading = _Loading(found, reader, dtype, device, packed.zero_offset if packed else 0)
             for spec in wanted:
@@ -121,18 +120,16 @@ def load(
                     kept.keep(spec.name, cached.read(spec.name, reader))
                 else:
                     kept.keep(spec.name, loading.tensor(spec))
-            if shape.text.tied_head:
-                check_tied_head(stored, kept.tensors["text.embed"], reader)
-                if cached is not None:
-                    kept.keep(HEAD, cached.read(HEAD, reader))
+            if found.shape.text.tied_head and cached is not None:
+                kept.keep(HEAD, cached.read(HEAD, reader))
             check_zero(found.zero_biases, reader)
         check_finite(loading.extremes, dtype)
         return kept.weights(found.unused)
 
     files = find_weights(folder).files
     stored = stored_tensors(files)
-    wanted = specs(shape)
-    found = find_sources(wanted, stored, packed, folder)
+    found = find_sources(shape, stored, packed, folder)
+    wanted = specs(found.shape)
     if cache_file is None:
         return once(None, None)
     names = {HEAD, *(spec.name for spec in wanted if is_decoder_matrix(spec.name))}

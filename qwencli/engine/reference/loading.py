@@ -18,6 +18,12 @@ from qwencli.engine.reference.random_weights import random_state_dict
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
 from qwencli.engine.sources import ModelFiles
 from qwencli.errors import ModelFileError, UnsupportedModeError
+from qwencli.models.checkpoint import check_layout, extra_error, is_idle, missing_error
+from qwencli.models.packing import UNPACKED, quantization_section, scheme_named_by
+from qwencli.models.safetensors_header import stored_tensors
+from qwencli.models.shape_reader import read_shape
+from qwencli.models.tensors import renamings
+from qwencli.models.weights import all_named, find_weights, some
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,11 @@ def load_model(config: EngineConfig, plan: LoadPlan, changes: Changes = AS_IS) -
     }
     if changes.through_host:
         keywords |= {"dtype": torch.float32, "device_map": {"": "cpu"}}
+    if config.load_format is not LoadFormat.DUMMY and plan.folder is not None:
+        _check_scheme(plan.folder, plan.hub_config)
     try:
+        keywords["config"] = build_config(plan.hub_config)
         if config.load_format is LoadFormat.DUMMY:
-            keywords["config"] = build_config(plan.hub_config)
             keywords["state_dict"] = random_state_dict(
                 model_class, keywords["config"], torch_dtype, torch.device(plan.device)
             )
@@ -92,12 +100,17 @@ def load_model(config: EngineConfig, plan: LoadPlan, changes: Changes = AS_IS) -
         else:
             keywords["local_files_only"] = True
             keywords["use_safetensors"] = None if config.allow_pickle else True
+            keywords["key_mapping"] = renamings(read_shape(plan.hub_config))
+            # It would raise without naming the tensors; `_check_loaded` names them.
+            keywords["ignore_mismatched_sizes"] = True
             source = plan.folder
-        model = model_class.from_pretrained(source, **keywords)
+        model, loaded = model_class.from_pretrained(source, output_loading_info=True, **keywords)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
         if is_out_of_memory(error):
             raise
         raise _load_error(config, plan, error) from error
+    if source is not None:
+        _check_loaded(source, loaded)
     if changes.through_host:
         model = model.to(plan.device, torch_dtype)
     # generate() fills what a request leaves out from here; every request states all it wants.
@@ -109,6 +122,56 @@ def _kept_modules(config: EngineConfig, plan: LoadPlan, model_class: Any) -> lis
     if config.quantization is not Quantization.INT4 or plan.device != "cpu":
         return None
     return unfit_for_cpu(skeleton(model_class, build_config(plan.hub_config)))
+
+
+def _check_scheme(folder: Path, hub_config: Mapping[str, Any]) -> None:
+    """Raise ModelFileError where transformers would read packed weights as if they were plain."""
+    weights = find_weights(folder, allow_pickle=True)
+    section = quantization_section(hub_config)
+    if weights.pickled or (section and _is_known(section)):
+        return
+    stored = stored_tensors(weights.files)
+    packed = [name for name, tensor in stored.items() if tensor.dtype not in UNPACKED]
+    packed = [name for name in packed if not is_idle(name)]
+    if packed:
+        method = f"quant_method {section.get('quant_method')!r}, " if section else ""
+        scheme = scheme_named_by(stored) or "no scales"
+        raise ModelFileError(
+            f"{folder}: {method}{scheme}: transformers does not know how to read "
+            f"{all_named(packed)}",
+            "use --engine native, which reads fp8 and int8 with their scales, or another version "
+            "of the model",
+        )
+
+
+def _is_known(section: Mapping[str, Any]) -> bool:
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    try:
+        return bool(AutoHfQuantizer.supports_quant_method(dict(section)))
+    except (ValueError, TypeError):
+        return False  # no method, or one that is no name
+
+
+def _check_loaded(folder: Path, info: Mapping[str, Any]) -> None:
+    """Raise ModelFileError where not every tensor went where it belongs.
+
+    Args:
+        info: what `from_pretrained` says it could not place.
+    """
+    misfits = sorted(info["mismatched_keys"])
+    if misfits:
+        shown = [f"{name} is {list(is_)}, not {list(wanted)}" for name, is_, wanted in misfits]
+        raise ModelFileError(
+            f"{folder}: {len(misfits)} of the tensors have the wrong shape: {some(shown, '; ')}",
+            "config.json and the weights are of different models; download both again",
+        )
+    extra = sorted(name for name in info["unexpected_keys"] if not is_idle(name))
+    check_layout(folder, extra)
+    if info["missing_keys"]:
+        raise missing_error(folder, sorted(info["missing_keys"]))
+    if extra:
+        raise extra_error(folder, extra)
 
 
 def _load_error(config: EngineConfig, plan: LoadPlan, error: Exception) -> ModelFileError:

@@ -176,7 +176,7 @@ def test_all_missing_scales_are_named(tmp_path: Path) -> None:
     packed, _ = tensors_of(TEXT, gptq, {})
     tensors = {n: t for n, t in packed.items() if not n.endswith("mlp.up_proj.scales")}
     del tensors["model.layers.1.self_attn.o_proj.qzeros"]
-    with pytest.raises(ModelFileError, match="lacks 3 tensors") as caught:
+    with pytest.raises(ModelFileError, match="3 tensors missing") as caught:
         load(tmp_path, tensors, GPTQ)
     assert r"layers.{0-1}.mlp.up_proj.scales" in caught.value.message
     assert "layers.1.self_attn.o_proj.qzeros" in caught.value.message
