@@ -71,6 +71,9 @@ def run(arguments: list[str]) -> int:
 
     Everything that goes wrong ends here as one line on stderr; `--debug` lets it through.
     """
+    # Threads of torch that wait for each other sleep meanwhile (`engine.cpu_threads`). Read when
+    # torch is loaded, here or in a process of ours.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = _global_flags_first(arguments) or ["--help"]
     if "--debug" in arguments:
         return _finished(app(arguments, standalone_mode=False))

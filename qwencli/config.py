@@ -147,6 +147,7 @@ class EngineConfig:
             the model's limit; None = the engine's own choice.
         speculate: tokens drafted from earlier text for each greedy step.
         allow_pickle: load .bin/.pt weights, which can run code; off unless asked for.
+        threads: that compute where the CPU is the device; None = as many as pay.
     """
 
     model: ModelSpec
@@ -165,6 +166,7 @@ class EngineConfig:
     speculate: Speculate = Speculate.OFF
     offline: bool = False
     allow_pickle: bool = False
+    threads: int | None = None
 
 
 @dataclass(frozen=True)

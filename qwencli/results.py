@@ -24,6 +24,7 @@ class RanModes:
         device: concrete, e.g. "cuda:0". dtype: of the weights that are not quantized.
         kv_dtype: of stored keys and values: "bfloat16", "int8", "fp8-e4m3", ...; None where an
             engine does not say.
+        threads: that compute where the CPU is the device; None elsewhere.
         speculate: "auto" or how many tokens each step drafted; "off", and why where it was asked
             for.
     """
@@ -37,6 +38,7 @@ class RanModes:
     kernels: str = "torch"
     kv_dtype: str | None = None
     speculate: str = "off"
+    threads: int | None = None
 
 
 @dataclass(frozen=True)

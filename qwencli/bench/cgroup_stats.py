@@ -11,12 +11,12 @@ none, those of the whole system do.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple, Self
 
-_PROC = Path("/proc")
+from qwencli.engine.cgroups import PROC, cpu_groups
+
 PRESSURES = ("cpu", "memory", "io")
 # The names of the same counter in the two versions, and what makes milliseconds of it.
 _THROTTLED_MS = {b"throttled_usec": 1e-3, b"throttled_time": 1e-6}
@@ -36,13 +36,13 @@ class Stalls(NamedTuple):
 class CgroupStats:
     """Reads them; a context manager. A reading is raw text, parsed by `stalls` afterwards."""
 
-    def __init__(self, proc: Path = _PROC) -> None:
+    def __init__(self, proc: Path = PROC) -> None:
         self._proc = proc
         self._files: tuple[int, ...] = ()
         self._limits = 0
 
     def __enter__(self) -> Self:
-        groups = list(_groups(self._proc))
+        groups = list(cpu_groups(self._proc))
         limits = [path for group in groups if (path := group / "cpu.stat").is_file()]
         self._files = tuple(file for path in limits if (file := _opened(path)) is not None)
         self._limits = len(self._files)
@@ -76,34 +76,6 @@ class CgroupStats:
             for a, b in zip(earlier[at:], later[at:], strict=True)
         ]  # fmt: skip
         return Stalls(max(throttled, default=None), *pressures)
-
-
-def _groups(proc: Path) -> Iterator[Path]:
-    """Folders of the groups with a processor limit that this process is in, its own first."""
-    try:
-        memberships = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
-        mounts = (proc / "self" / "mountinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    # Hierarchy, controllers, path: version 2 has no controllers.
-    groups = {c: path for _, c, path in (line.split(":", 2) for line in memberships)}
-    for line in mounts:
-        fields, _, kind = line.partition(" - ")
-        root, point = fields.split()[3:5]
-        name, _, options = kind.split()[:3]
-        if name == "cgroup2":
-            path = groups.get("")
-        elif name == "cgroup" and "cpu" in options.split(","):
-            path = next((p for c, p in groups.items() if "cpu" in c.split(",")), None)
-        else:
-            continue
-        if path is None:
-            continue
-        # A container's mount begins at its own group.
-        inside = PurePosixPath(path)
-        below = inside.relative_to(root) if inside.is_relative_to(root) else PurePosixPath()
-        for part in (below, *below.parents) if below.parts else (below,):
-            yield Path(point) / part
 
 
 def _opened(path: Path) -> int | None:

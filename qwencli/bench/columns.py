@@ -51,6 +51,7 @@ RUNS = (
     "ran_kv_dtype",
     "ran_speculate", "num_drafted", "num_accepted", "accept_percent", "speculation_gain",
     "core_loop_us", "memory_walk_us",
+    "ran_threads",
 )  # fmt: skip
 
 TOKENS = ("cell_id", "run", "token_index", "token_id", "t_s", "itl_ms", "gpu_ms")

@@ -45,6 +45,7 @@ class Settings:
     max_seq_len: SeqLen | None = None
     reload_before: tuple[int, ...] = ()
     quality_samples: int = 0
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Plan:
                 dtype=settings.dtype,
                 load_format=settings.load_format,
                 max_seq_len=settings.max_seq_len,
+                threads=settings.threads,
             ),
             load_mode=cell.load_mode,
             turn=settings.stop.turn(turn),
@@ -139,6 +141,7 @@ class Plan:
             "load_format": str(settings.load_format),
             "max_seq_len": settings.max_seq_len,
             "quality_samples": settings.quality_samples,
+            "threads": settings.threads,
             "cells": [
                 {"cell_id": cell.cell_id, **cell.axes(), "skip_reason": cell.skip_reason}
                 for cell in self.cells

@@ -40,6 +40,7 @@ class BenchRequest:
     load_format: LoadFormat
     max_seq_len: SeqLen | None
     quality_samples: int
+    threads: int | None = None
 
 
 def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
@@ -75,5 +76,6 @@ def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
         load_format=request.load_format,
         max_seq_len=request.max_seq_len,
         quality_samples=request.quality_samples,
+        threads=request.threads,
     )
     return Plan(cells=tuple(cells), settings=settings, models=models), facts

@@ -193,6 +193,7 @@ def _result_columns(result: GenerationResult) -> dict[str, Any]:
         "ran_kernels": result.ran.kernels,
         "ran_kv_dtype": result.ran.kv_dtype,
         "ran_speculate": result.ran.speculate,
+        "ran_threads": result.ran.threads,
         **_speculation_columns(result.speculation),
         "text_sha256": result.text_sha256,
     }

@@ -107,6 +107,12 @@ def bench(
         str | None,
         typer.Option(metavar="N|auto", help="Most tokens of a request; auto: what fits."),
     ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Of the CPU, where it computes. Default: as many as pay."
+        ),
+    ] = None,
     quality: Annotated[
         bool, typer.Option(help="After the timed runs, check whether the answers are right.")
     ] = True,
@@ -173,6 +179,7 @@ def bench(
         load_format=load_format,
         max_seq_len=None if max_seq_len is None else parse_seq_len(max_seq_len),
         quality_samples=quality_samples if quality else 0,
+        threads=threads,
     )
     how = How(
         resume, timeout, read_cooldown(cooldown), continue_on_error, limits, planted_percent=plant

@@ -127,6 +127,10 @@ class RunOptions:
             text="Draft N tokens (1 to 7) from earlier text for each greedy step. Default: off.",
         ),
     ] = None
+    threads: Annotated[
+        int | None,
+        _model(metavar="N", min=1, text="Of the CPU, where it computes. Default: as many as pay."),
+    ] = None
     offline: Annotated[bool, _model("--offline", text="Never touch the network.")] = False
     allow_pickle: Annotated[
         bool, _model("--allow-pickle", text="Load .bin weights, which can run code.")

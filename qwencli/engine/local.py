@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 from qwencli.config import EngineConfig, SamplingParams, resolve_sampling
 from qwencli.engine.answer import Answer
 from qwencli.engine.base import drain
+from qwencli.engine.cpu_threads import computing_with, threads_for
 from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
 from qwencli.engine.prompt import Prompt
 from qwencli.engine.resolve import resolve_device
@@ -33,6 +34,8 @@ class LocalEngine(ABC):
         self._ran: RanModes | None = None
         self._load_s = 0.0
         self._warnings: tuple[str, ...] = ()
+        # Of the CPU, where that is the device.
+        self._threads: int | None = None
 
     @abstractmethod
     def _load(self, files: ModelFiles) -> RanModes:
@@ -107,8 +110,11 @@ class LocalEngine(ABC):
             )
         device = resolve_device(self.config.device)
         files = files.prepared_on(device)
+        if device == "cpu":
+            self._threads = threads_for(files.hub_config, self.config.threads)
         try:
-            self._ran = self._load(files)
+            with computing_with(self._threads):
+                self._ran = self._load(files)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -129,6 +135,10 @@ class LocalEngine(ABC):
             OutOfMemoryError: the request does not fit the device; the engine stays usable.
         """
         self.load()
+        with computing_with(self._threads):
+            yield from self._stream(request)
+
+    def _stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
         started_s = time.perf_counter()
         prompt = self._prompt(request)
         sampling = resolve_sampling(
@@ -164,8 +174,9 @@ class LocalEngine(ABC):
         """
         self.load()
         ids = self.files.prompts.tokenizer.encode(text)[:most_tokens]
-        for logits in self._logits(ids):
-            yield logits.float().log_softmax(-1).cpu().numpy()
+        with computing_with(self._threads):
+            for logits in self._logits(ids):
+                yield logits.float().log_softmax(-1).cpu().numpy()
 
     def close(self) -> None:
         """Free the device memory; nothing is moved to the host on the way."""

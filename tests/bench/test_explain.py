@@ -47,7 +47,7 @@ def test_a_steady_cell_gets_its_speed_alone():
     [
         ([*eight()[:4], run(4, decode_tok_per_s=50)], "identical runs differ 2.00x"),
         ([run(0, decode_tok_per_s=20), *eight()[1:]], "the warm-up is slower than the later runs"),
-        ([run(0, decode_tok_per_s=400), *eight()[1:]], "the later runs are slower than the warm-up"),
+        ([run(0, decode_tok_per_s=400), *eight()[1:]], "the later runs are slower than the"),
         ([run(n, decode_tok_per_s=100 if n < 7 else 60 + n / 100) for n in range(13)],
          "the speed changes for good before measured run 7 (0.60x"),
         ([run(n, decode_tok_per_s=100 + 3 * n) for n in range(13)], "the speed rises from run"),

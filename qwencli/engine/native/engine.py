@@ -134,6 +134,7 @@ class NativeEngine(LocalEngine):
                 kernels=kernels.value,
                 kv_dtype=dtype.value if kv is None else kv.value,
                 speculate=self.config.speculate.value,
+                threads=self._threads,
             )
             self._generation = Generation(
                 model,

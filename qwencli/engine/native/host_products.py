@@ -84,8 +84,12 @@ def product(
     return OneCore(x, weight, bias, out) if alone else Team(x, weight, bias, out)
 
 
-@functools.cache
 def _teams_are_quick() -> bool:
+    return torch.get_num_threads() > 1 and _has_intels_mkl()
+
+
+@functools.cache
+def _has_intels_mkl() -> bool:
     intel = "intel" in (cpu_model() or "").lower()
     has_mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    return intel and has_mkl and torch.get_num_threads() > 1
+    return intel and has_mkl

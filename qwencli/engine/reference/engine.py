@@ -81,6 +81,7 @@ class TransformersEngine(LocalEngine):
             device=plan.device,
             dtype=dtype,
             kv_dtype=dtype,
+            threads=self._threads,
         )
 
     def _answer(self, answer: Answer) -> Iterator[GenerationChunk]:
