@@ -71,9 +71,10 @@ def run(arguments: list[str]) -> int:
 
     Everything that goes wrong ends here as one line on stderr; `--debug` lets it through.
     """
-    # Threads of torch that wait for each other sleep meanwhile (`engine.cpu_threads`). Read when
-    # torch is loaded, here or in a process of ours.
+    # Threads of torch that wait for each other sleep meanwhile (`engine.cpu_threads`), and numpy
+    # computes on one core (`host_products`). Read when these are loaded, here or in our processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = _global_flags_first(arguments) or ["--help"]
     if "--debug" in arguments:
         return _finished(app(arguments, standalone_mode=False))
