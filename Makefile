@@ -13,6 +13,7 @@ check:
 	$(PYTHON) tools/docs/readme_tables.py --check
 	$(PYTHON) tools/docs/predictions.py --check
 	$(PYTHON) tools/docs/findings.py --check
+	$(PYTHON) tools/docs/results_index.py --check
 
 test:
 	$(PYTHON) -m pytest -n 2 --dist worksteal
@@ -23,6 +24,7 @@ docs:
 	$(PYTHON) tools/docs/readme_tables.py
 	$(PYTHON) tools/docs/predictions.py
 	$(PYTHON) tools/docs/findings.py
+	$(PYTHON) tools/docs/results_index.py
 
 format:
 	.venv/bin/ruff check --fix .

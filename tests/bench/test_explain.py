@@ -172,7 +172,7 @@ def test_runs_that_differ_with_the_processor():
         assert why(other) == []
 
 
-@pytest.mark.parametrize("name", ["2026-11-23-h200-transformers", "2026-11-23-cpu-engines"])
+@pytest.mark.parametrize("name", ["2026-11-28-h200x2-engines", "2026-11-28-cpu-neighbours/quiet"])
 def test_committed_campaigns_are_explained(name):
     found = explain_campaign(RESULTS / name)
     assert found[0].cell is None
