@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -12,11 +13,13 @@ from typer.core import TyperGroup
 
 from qwencli import __version__
 from qwencli.commands import bench, caption, chat, diagnose, models
-from qwencli.errors import QwenCliError, UsageError
-from qwencli.output import Sink
+from qwencli.errors import OutputError, QwenCliError, UsageError
+from qwencli.output import Sink, let_go_of_streams, ready_streams
 
 GLOBAL_FLAGS = ("--quiet", "-q", "--debug")
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
+# Full, over a quota, closed, or a device that fails.
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF, errno.EIO)
 
 
 class _Root(TyperGroup):
@@ -44,7 +47,7 @@ app.command()(models.models)
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        sys.stdout.write(f"qwencli {__version__}\n")
+        Sink().answer(f"qwencli {__version__}")
         raise typer.Exit
 
 
@@ -71,6 +74,14 @@ def run(arguments: list[str]) -> int:
 
     Everything that goes wrong ends here as one line on stderr; `--debug` lets it through.
     """
+    ready_streams()
+    try:
+        return _run(arguments)
+    finally:
+        let_go_of_streams()
+
+
+def _run(arguments: list[str]) -> int:
     # Threads of torch that wait for each other sleep meanwhile (`engine.cpu_threads`), and numpy
     # computes on one core (`host_products`). Read when these are loaded, here or in our processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -86,21 +97,31 @@ def run(arguments: list[str]) -> int:
         return _fail(error)
     except (KeyboardInterrupt, typer.Abort):
         return _finished(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of the pipe has gone. Python's own flush at exit must not find it gone again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of the pipe has gone
         return EXIT_FAILURE
+    except OSError as error:
+        # Help is written by libraries, not by the sink.
+        if error.errno not in _CANNOT_WRITE:
+            return _fault(error)
+        where = f" {error.filename}" if error.filename else ""
+        return _fail(
+            OutputError(f"cannot write{where}: {error.strerror}", "free space, or write elsewhere")
+        )
     except Exception as error:  # noqa: BLE001 - the one boundary between the program and a person
         usage = getattr(error, "format_message", None)
         if usage is not None:
             return _fail(UsageError(str(usage()).rstrip("."), "see --help"))
-        line = (str(error).strip() or "no message").splitlines()[0]
-        return _fail(
-            QwenCliError(
-                f"{type(error).__name__}: {line}",
-                "this is a fault of qwencli; run again with --debug and report the traceback",
-            )
+        return _fault(error)
+
+
+def _fault(error: Exception) -> int:
+    line = (str(error).strip() or "no message").splitlines()[0]
+    return _fail(
+        QwenCliError(
+            f"{type(error).__name__}: {line}",
+            "this is a fault of qwencli; run again with --debug and report the traceback",
         )
+    )
 
 
 def _global_flags_first(arguments: list[str]) -> list[str]:
@@ -113,7 +134,7 @@ def _global_flags_first(arguments: list[str]) -> list[str]:
 def _finished(returned: object) -> int:
     """The exit code for what the application returned; Typer makes Ctrl-C a return of 130."""
     if returned == EXIT_INTERRUPTED:
-        sys.stderr.write("interrupted\n")
+        Sink().notice("interrupted")
     return returned if isinstance(returned, int) else 0
 
 

@@ -2,23 +2,58 @@
 
 A command builds a `Sink` once. `answer` and `json_line` write to stdout; `notice`, `warn`,
 `status` and `table` write to stderr unless the table is itself the answer (`show`).
+
+Whatever is written may quote what strangers wrote: names of files and models, templates, answers.
+So all of it passes here through `visible`, and nothing that rich renders is read as markup.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from qwencli.errors import OutputError, QwenCliError
 from qwencli.word_wrap import WordWrap
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+# What a terminal obeys instead of showing, what turns the reading order round, and what no
+# encoding has. A tab is harmless.
+_CONTROL = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+_UNSAFE_IN_TEXT = re.compile(f"[{_CONTROL}]")
+_UNSAFE_IN_LINE = re.compile(f"[{_CONTROL}\n]")
+
+
+def visible(text: str, *, several_lines: bool = False) -> str:
+    """The text with control characters written out (`\\x1b`), so that a terminal shows them.
+
+    Args:
+        several_lines: line feeds stay what they are.
+    """
+    if several_lines:
+        return _UNSAFE_IN_TEXT.sub(_escape, text.replace("\r\n", "\n"))
+    return _UNSAFE_IN_LINE.sub(_escape, text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    char = found.group()
+    if "\udc80" <= char <= "\udcff":  # a byte of a name that is not UTF-8
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode("ascii")
+
+
+def _escape_for_json(found: re.Match[str]) -> str:
+    return f"\\u{ord(found.group()):04x}"
 
 
 class Sink:
@@ -37,15 +72,9 @@ class Sink:
         Raises:
             OutputError: stdout cannot take it (a full disk behind a redirection).
         """
-        try:
-            sys.stdout.write(text + end)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise OutputError(
-                f"cannot write the answer: {error.strerror}", "free space, or write it elsewhere"
-            ) from error
+        with _stdout() as stdout:
+            stdout.write(visible(text, several_lines=True) + end)
+            stdout.flush()
 
     @contextmanager
     def stream(self) -> Iterator[Callable[[str], None]]:
@@ -85,39 +114,56 @@ class Sink:
         def write(text: str) -> None:
             nonlocal shown
             shown = shown or bool(text)
-            console.out(text, style="dim", end="", highlight=False)
-            sys.stderr.flush()
+            with suppress(OSError):
+                plain = visible(text, several_lines=True)
+                console.out(plain, style="dim", end="", highlight=False)
+                sys.stderr.flush()
 
         try:
             yield lambda text: write(wrap.push(text))
         finally:
             write(wrap.finish())
             if shown:
-                console.out("\n")
+                write("\n\n")
 
     def json_line(self, value: Any) -> None:
         """Write one JSON object on a line of its own to stdout."""
-        self.answer(json.dumps(value, ensure_ascii=False))
+        line = json.dumps(value, ensure_ascii=False)
+        self.answer(_UNSAFE_IN_LINE.sub(_escape_for_json, line))
 
     def show(self, renderable: RenderableType) -> None:
-        """Render a table or text that is the command's answer, to stdout."""
-        self._console(stderr=False).print(renderable)
+        """Render a table or text that is the command's answer, to stdout.
+
+        Raises:
+            OutputError: see `answer`.
+        """
+        with _stdout():
+            self._console(stderr=False).print(_Visible(renderable))
 
     def table(self, renderable: RenderableType) -> None:
         """Render something that accompanies the answer, to stderr."""
         if not self.quiet:
-            self._console(stderr=True).print(renderable)
+            with suppress(OSError):
+                self._console(stderr=True).print(_Visible(renderable))
 
-    def notice(self, text: str) -> None:
+    def notice(self, *lines: str) -> None:
         if not self.quiet:
-            self._line(text)
+            self._lines(*lines)
+
+    def report(self, *lines: str) -> None:
+        """Write what was asked for beside the answer (`--stats`): quiet does not silence it."""
+        self._lines(*lines)
 
     def warn(self, text: str) -> None:
-        self._line(f"warning: {text}")
+        self._lines(f"warning: {text}")
 
     def error(self, error: QwenCliError) -> None:
         """Write an error as its one line: what is wrong and where, then what to do."""
-        self._line(f"error: {error.message}" + (f" ({error.hint})" if error.hint else ""))
+        self._lines(f"error: {error.message}" + (f" ({error.hint})" if error.hint else ""))
+
+    def prompt(self, text: str) -> None:
+        """Write a question, or the sign that a line is awaited; even when quiet."""
+        _to_stderr(visible(text))
 
     @contextmanager
     def status(self, text: str) -> Iterator[None]:
@@ -125,21 +171,96 @@ class Sink:
         if self.quiet or not sys.stderr.isatty():
             yield
             return
-        with self._console(stderr=True).status(text):
+        from rich.text import Text
+
+        with self._console(stderr=True).status(Text(visible(text))):
             yield
 
     @staticmethod
-    def _line(text: str) -> None:
-        if sys.stderr.isatty():
-            text = _wrapped(text, shutil.get_terminal_size().columns)
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+    def _lines(*lines: str) -> None:
+        for line in map(visible, lines):
+            if sys.stderr.isatty():
+                line = _wrapped(line, shutil.get_terminal_size().columns)
+            _to_stderr(line + "\n")
 
     @staticmethod
     def _console(*, stderr: bool) -> Console:
         from rich.console import Console
 
-        return Console(stderr=stderr, highlight=False)
+        return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+class _Visible:
+    """A renderable whose text passes through `visible`, colours and layout as they are."""
+
+    def __init__(self, renderable: RenderableType) -> None:
+        self._renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        from rich.segment import Segment
+
+        for segment in console.render(self._renderable, options):
+            text = visible(segment.text, several_lines=True)
+            yield segment if segment.control else Segment(text, segment.style)
+
+
+@contextmanager
+def _stdout() -> Iterator[TextIO]:
+    """Raises OutputError where stdout cannot take what is written (full, closed)."""
+    try:
+        yield sys.stdout
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the answer: {error.strerror}", "free space, or write it elsewhere"
+        ) from error
+
+
+def _to_stderr(text: str) -> None:
+    """Where stderr takes nothing, nobody can be told so; the answer is still wanted."""
+    with suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def ready_streams() -> None:
+    """Make stdin, stdout and stderr usable, however this process was started.
+
+    A closed one is opened, so that no other file gets its number: stdin is at its end, stderr
+    goes nowhere, and stdout refuses what is written to it. Bytes and characters that an encoding
+    does not have are kept or written out, and never an error of the stream.
+    """
+    # In this order: the system gives the lowest free number.
+    if sys.stdin is None:
+        sys.stdin = _opened_on_nothing(os.O_RDONLY, "r")
+    if sys.stdout is None:
+        sys.stdout = _opened_on_nothing(os.O_RDONLY, "w")
+    if sys.stderr is None:
+        sys.stderr = _opened_on_nothing(os.O_WRONLY, "w")
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def _opened_on_nothing(flags: int, mode: Literal["r", "w"]) -> TextIO:
+    descriptor = os.open(os.devnull, flags)
+    os.set_inheritable(descriptor, True)
+    return open(descriptor, mode, encoding="utf-8")  # noqa: PTH123 - a descriptor
+
+
+def let_go_of_streams() -> None:
+    """Drop what stdout and stderr have refused, which Python would try again at its exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _wrapped(text: str, columns: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -130,3 +131,55 @@ def test_a_closed_pipe_is_no_traceback():
     )
     assert done.stdout == "{" or done.stdout == "["
     assert done.stderr == ""
+
+
+COMMANDS = ("--version", "--help", "caption --help", "bench --help", "models", "diagnose --quick")
+
+
+def started(command, redirected, tmp_path):
+    """One command line in a shell, its streams redirected; what still arrives is in files."""
+    out, err = tmp_path / "out", tmp_path / "err"
+    line = f"{sys.executable} -m qwencli {command} {redirected}"
+    with out.open("w") as stdout, err.open("w") as stderr:
+        done = subprocess.run(
+            line, shell=True, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, check=False
+        )
+    return done.returncode, out.read_text(), err.read_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell redirects")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_answer_that_cannot_be_written_is_one_line(command, tmp_path):
+    for redirected in (">&-", ">/dev/full" if sys.platform == "linux" else ">&-"):
+        code, out, err = started(command, redirected, tmp_path)
+        assert (code, out) == (1, "")
+        assert err.startswith("error: cannot write")
+        assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell redirects")
+@pytest.mark.parametrize("redirected", ["<&-", "2>&-", "<&- 2>&-", "2>/dev/full"])
+def test_the_answer_comes_without_the_other_streams(redirected, tmp_path):
+    if "full" in redirected and sys.platform != "linux":
+        pytest.skip("no /dev/full")
+    code, out, err = started("models --json", redirected, tmp_path)
+    assert (code, err) == (0, "")
+    assert out.startswith("{")
+    assert started("caption nowhere.png", redirected, tmp_path)[0] == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell redirects")
+def test_nothing_is_left_to_say_with_all_streams_closed(tmp_path):
+    assert started("models", "<&- >&- 2>&-", tmp_path) == (1, "", "")
+
+
+def test_an_encoding_that_lacks_a_character_is_no_error():
+    done = subprocess.run(
+        [sys.executable, "-m", "qwencli", "caption", "\N{ROCKET}.png"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert rb"\U0001f680.png" in done.stderr
+    assert b"Traceback" not in done.stderr

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
+import os
 import random
+import unicodedata
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.table import Table
 
-from qwencli.output import Sink, _wrapped
+from qwencli.errors import QwenCliError
+from qwencli.output import Sink, _wrapped, visible
 from qwencli.word_wrap import WordWrap
 
 
@@ -70,3 +79,91 @@ def test_a_stopped_answer_shows_what_had_arrived(capsys, monkeypatch):
         write("half a wo")
         raise KeyboardInterrupt
     assert capsys.readouterr().out == "half a wo"
+
+
+HOSTILE = "a\x1b]0;title\x07\x1b[2J\rb\x9b31m\u202ec\nerror: forged"
+
+
+def controls(text):
+    return [
+        char for char in text if unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t"
+    ]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda sink: sink.notice(HOSTILE),
+        lambda sink: sink.warn(HOSTILE),
+        lambda sink: sink.report(HOSTILE),
+        lambda sink: sink.prompt(HOSTILE),
+        lambda sink: sink.error(QwenCliError(HOSTILE, HOSTILE)),
+    ],
+)
+def test_what_is_quoted_in_a_line_stays_in_that_line(write, capsys):
+    write(Sink())
+    err = capsys.readouterr().err
+    assert not controls(err)
+    assert err.count("\n") <= 1
+    assert r"a\x1b]0;title\x07\x1b[2J\rb\x9b31m\u202ec\nerror: forged" in err
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_answer_cannot_steer_the_terminal(terminal, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    with Sink().stream() as write:
+        for char in HOSTILE:
+            write(char)
+    out = capsys.readouterr().out
+    assert not controls(out)
+    assert out.count("\n") == 2
+
+
+def test_thoughts_cannot_steer_the_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with Sink().thoughts() as think:
+        think(HOSTILE)
+    assert "\x1b]" not in capsys.readouterr().err
+
+
+@given(st.text(st.characters(), max_size=40))
+def test_json_is_one_line_of_plain_characters_and_loses_nothing(text):
+    stdout = io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+        Sink().json_line({"caption": text})
+    written = stdout.getvalue()
+    assert not controls(written)
+    assert written.count("\n") == 1
+    assert json.loads(written) == {"caption": text}
+
+
+@given(st.text(st.characters(), max_size=40))
+def test_visible_text_is_plain_and_readable_text_stays(text):
+    assert not controls(visible(text))
+    assert "\n" not in visible(text)
+    assert visible(visible(text)) == visible(text)
+    assert visible("Grüße, 日本語 👩‍🚀 \t") == "Grüße, 日本語 👩‍🚀 \t"
+
+
+def test_a_byte_that_is_not_utf_8_is_shown_as_that_byte():
+    assert visible(os.fsdecode(b"a\xff.png")) == r"a\xff.png"
+
+
+@pytest.mark.parametrize("show", ["show", "table"])
+def test_tables_show_names_as_they_are(show, capsys):
+    table = Table(title="[v1] :smile:")
+    table.add_column("[/x]")
+    table.add_row("[red]m[/red] \x1b[2J")
+    getattr(Sink(), show)(table)
+    out = "".join(capsys.readouterr())
+    for part in ("[v1] :smile:", "[/x]", r"[red]m[/red] \x1b[2J"):
+        assert part in out
+    assert not controls(out)
+
+
+def test_a_status_shows_names_as_they_are(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with Sink().status("loading [/x]\x1b]0;t\x07"):
+        pass
+    assert "\x1b]0;" not in capsys.readouterr().err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from qwencli.output import Sink
+
 
 def at_terminal() -> bool:
     """Whether somebody is there to read a question and to answer it."""
@@ -12,10 +14,10 @@ def at_terminal() -> bool:
 
 def says_yes(question: str) -> bool:
     """The answer to a question on stderr; anything but a yes, and no answer, is a no."""
-    sys.stderr.write(f"{question} [y/N] ")
-    sys.stderr.flush()
+    sink = Sink()
+    sink.prompt(f"{question} [y/N] ")
     try:
         return input().strip().lower() in ("y", "yes")
     except EOFError:
-        sys.stderr.write("\n")
+        sink.notice("")
         return False

@@ -12,7 +12,7 @@ from qwencli.commands.reports import caption_record, failure_record, shortfall, 
 from qwencli.commands.requests import open_visual
 from qwencli.errors import InputError, MissingDependencyError, OutOfMemoryError, QwenCliError
 from qwencli.messages import GenerationRequest, VisualPart
-from qwencli.output import Sink
+from qwencli.output import Sink, visible
 
 if TYPE_CHECKING:
     from qwencli.engine.base import Engine
@@ -55,7 +55,7 @@ class Captions:
         if missing is not None:
             self.sink.notice(f"note: {', '.join(names)}: {missing}")
         if self.stats:
-            self.sink.notice(stats_line(result))
+            self.sink.report(stats_line(result))
 
     def _stream(
         self, engine: Engine, request: GenerationRequest, names: list[str]
@@ -75,7 +75,7 @@ class Captions:
         return result
 
     def _prefix(self, names: list[str]) -> str:
-        return f"{names[0]}: " if self.several and len(names) == 1 else ""
+        return f"{visible(names[0])}: " if self.several and len(names) == 1 else ""
 
     def _report(self, error: QwenCliError, names: list[str]) -> None:
         self.failed += 1

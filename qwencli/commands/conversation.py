@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from qwencli.results import GenerationResult
 
 PROMPT = "> "
+# Of a line that is piped in: far beyond any context, and bounded.
+MOST_CHARS = 4 << 20
 HELP = """\
 /image PATH...   attach pictures to the next message
 /video PATH...   attach videos, animations or folders of frames
@@ -83,7 +85,7 @@ class Conversation:
                 if not self._handle(line.strip()):
                     break
             except KeyboardInterrupt:
-                self._sink.notice("\nstopped; the conversation goes on")
+                self._sink.notice("", "stopped; the conversation goes on")
             except (InputError, MissingDependencyError, OutOfMemoryError, UsageError) as error:
                 failed += 1
                 self._sink.error(error)
@@ -106,7 +108,7 @@ class Conversation:
         if missing is not None:
             self._sink.notice(f"note: {missing}")
         if self._stats:
-            self._sink.notice(stats_line(result))
+            self._sink.report(stats_line(result))
         return result
 
     def _stream(self, request: GenerationRequest) -> GenerationResult:
@@ -129,14 +131,13 @@ class Conversation:
 
     def _read(self, stdin: TextIO, at_terminal: bool) -> str | None:
         if not at_terminal:
-            return stdin.readline() or None
+            return _piped_line(stdin)
         try:
             if sys.stdout.isatty():
                 # Line editing redraws the line, and erases a prompt that it did not write itself.
                 return input(PROMPT)
             # input() would write its prompt to stdout, which carries answers alone.
-            sys.stderr.write(PROMPT)
-            sys.stderr.flush()
+            self._sink.prompt(PROMPT)
             return input()
         except (EOFError, KeyboardInterrupt):
             self._sink.notice("")
@@ -176,11 +177,22 @@ class Conversation:
         return True
 
     def _help(self, rest: str) -> bool:
-        self._sink.notice(HELP)
+        self._sink.notice(*HELP.splitlines())
         return True
 
     def _exit(self, rest: str) -> bool:
         return False
+
+
+def _piped_line(stdin: TextIO) -> str | None:
+    """Raises InputError: stdin cannot be read, or has no end of a line."""
+    try:
+        line = stdin.readline(MOST_CHARS + 1)
+    except OSError as error:
+        raise InputError(f"stdin cannot be read: {error.strerror}", "check the pipe") from error
+    if len(line) > MOST_CHARS:
+        raise InputError(f"a line of stdin is longer than {MOST_CHARS} characters", "shorten it")
+    return line.removeprefix("\ufeff") or None
 
 
 def _split_paths(text: str) -> list[Path]:

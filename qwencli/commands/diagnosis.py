@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -125,7 +124,7 @@ def apply_advice(advice: Advice, sink: Sink, *, default: bool, ask: bool) -> Non
     lines = difflib.unified_diff(
         old.splitlines(), new.splitlines(), place, f"{place} (recommended)", lineterm="", n=1
     )
-    sys.stderr.write("\n".join(lines) + "\n")
+    sink.report(*lines)
     if ask and not at_terminal():
         raise UsageError("--apply asks before it writes, and nobody is there", "add --yes")
     if ask and not says_yes("Write this?"):

@@ -14,7 +14,7 @@ from qwencli.cli import run
 from qwencli.commands.conversation import Conversation, _split_paths
 from qwencli.config import SamplingOptions
 from qwencli.engine.reference.engine import TransformersEngine
-from qwencli.errors import UsageError
+from qwencli.errors import InputError, UsageError
 from qwencli.messages import ImagePart, TextPart, VideoPart
 from qwencli.output import Sink
 from qwencli.results import GenerationChunk
@@ -245,3 +245,41 @@ def test_thoughts_are_shown_dimmed_and_not_remembered(
     else:
         assert err == ""
     assert talk._history[-1].parts[0].text == "A circle."
+
+
+@pytest.mark.parametrize("arguments", [["chat", "Hi"], ["caption", "examples/four_objects.png"]])
+def test_statistics_that_are_asked_for_come_when_quiet_too(arguments, capsys):
+    asked = [*arguments, "--model", "scenes", "--device", "cpu", "--max-new-tokens", "2"]
+    assert run([*asked, "--quiet", "--stats"]) == 0
+    assert capsys.readouterr().err.startswith("2 tokens (cut off) at ")
+
+
+def piped(data: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(data), "utf-8", errors="surrogateescape")
+
+
+def test_a_line_that_is_not_utf_8_costs_that_line_alone(talk, capsys):
+    assert talk.converse(piped(b"\xef\xbb\xbfone\n\xff\xfe\x00\n/image \xff.png\nthree\n")) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "not valid Unicode" in errors[0]
+    assert errors[1].startswith(r"error: \xff.png: no such file")
+    assert talk.heard[0].messages[-1].parts[0].text == "one"
+    assert talk.heard[-1].messages[-1].parts[0].text == "three"
+
+
+def test_a_line_without_end_ends_the_talk_in_bounded_memory(talk):
+    class Endless(io.StringIO):
+        def readline(self, size=-1):
+            return "x" * size
+
+    with pytest.raises(InputError, match="longer than"):
+        talk.converse(Endless())
+
+
+def test_a_stdin_that_cannot_be_read_is_named(talk):
+    class Unreadable(io.StringIO):
+        def readline(self, size=-1):
+            raise OSError(9, "Bad file descriptor")
+
+    with pytest.raises(InputError, match="stdin cannot be read"):
+        talk.converse(Unreadable())
