@@ -72,6 +72,7 @@ class Campaign:
             self._create(document, environment)
         self._progress: dict[str, Progress] = {}
         self._ended: set[str] = set()
+        self._tried_references: set[str] = set()
         self._read_back()
 
     def _create(self, document: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
@@ -118,6 +119,12 @@ class Campaign:
         self._has_beside = {
             (row["cell_id"], name) for name in BESIDE for row in stored.rows(f"{name}.csv")
         }
+        # Limits are measured after the probes' A/B: without them that was cut off.
+        self.repaired += keep_rows(
+            self.folder / PROBES,
+            columns.PROBES,
+            lambda row: (row["cell_id"], "roofline") in self._has_beside,
+        )
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -192,12 +199,38 @@ class Campaign:
         self._reference.append(rows)
         self._references.add(name)
 
+    def reference_tried(self, name: str) -> None:
+        """Note that no further try will give the reference of model `name`, if it is not there."""
+        self._tried_references.add(name)
+
+    def was_reference_tried(self, name: str) -> bool:
+        return name in self._tried_references
+
     def reference(self, name: str) -> Path | None:
         """The file with the reference of model `name`, where there is one."""
         return self.folder / REFERENCE if name in self._references else None
 
     def has_beside(self, cell: BenchCell, name: str) -> bool:
         return (cell.cell_id, name) in self._has_beside
+
+    def missing_beside(self, cell: BenchCell, *, limits: bool) -> list[str]:
+        """What of BESIDE was asked for and is not there, of a cell whose runs did not fail.
+
+        Args:
+            limits: whether the machine's limits, and what probes cost, were asked for.
+        """
+        if cell.cell_id in self._ended or cell.skip_reason:
+            return []
+        asked = {"roofline": limits, "quality": self.plan.wants_quality(cell.model)}
+        return [name for name in BESIDE if asked[name] and not self.has_beside(cell, name)]
+
+    def cut_off(self, *, limits: bool) -> list[BenchCell]:
+        """Cells with all their runs that lack something of what was to be measured after them."""
+        return [
+            cell
+            for cell in self.plan.cells
+            if self.next_turn(cell) is None and self.missing_beside(cell, limits=limits)
+        ]
 
     def turn_made(self, cell: BenchCell, turn: int) -> bool:
         """Whether the cell has all runs of its first `turn` processes."""

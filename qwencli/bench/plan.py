@@ -12,6 +12,7 @@ from typing import Any
 from qwencli.bench import stopping
 from qwencli.bench.divergence import wants_reference
 from qwencli.bench.matrix import BenchCell
+from qwencli.bench.quality import captions_fit
 from qwencli.bench.spec import WorkerSpec
 from qwencli.bench.stopping import Progress, StopRule
 from qwencli.config import (
@@ -121,6 +122,12 @@ class Plan:
         return bool(settings.quality_samples) and wants_reference(
             self.models[name], settings.load_format
         )
+
+    def wants_quality(self, name: str) -> bool:
+        """Whether answers of model `name` are to be checked, and can be."""
+        settings = self.settings
+        captions = captions_fit(self.models[name], settings.load_format)
+        return self.wants_reference(name) or (bool(settings.quality_samples) and captions)
 
     def document(self) -> dict[str, Any]:
         """What `plan.json` holds; two campaigns with equal documents do the same work."""

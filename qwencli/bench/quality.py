@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qwencli.bench.heldout import MAX_NEW_TOKENS, PROMPT, heldout
-from qwencli.config import LoadFormat, ModelSource, SamplingOptions
+from qwencli.config import LoadFormat, ModelSource, ModelSpec, SamplingOptions
 from qwencli.engine.base import Engine
 from qwencli.messages import GenerationRequest, user_message
 
@@ -18,10 +18,14 @@ RawRow = Mapping[str, str]
 MOST_S = 20.0
 
 
-def has_captions(engine: Engine) -> bool:
+def captions_fit(model: ModelSpec, load_format: LoadFormat) -> bool:
     """Whether the model is the one that the held-out captions are those of."""
-    config = engine.config
-    return config.model.source is ModelSource.BUNDLED and config.load_format is LoadFormat.AUTO
+    return model.source is ModelSource.BUNDLED and load_format is LoadFormat.AUTO
+
+
+def has_captions(engine: Engine) -> bool:
+    """The same of an engine's model."""
+    return captions_fit(engine.config.model, engine.config.load_format)
 
 
 def caption_rows(engine: Engine, samples: int) -> Iterator[Row]:

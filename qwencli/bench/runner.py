@@ -18,6 +18,8 @@ from qwencli.engine.child_process import python_command
 Say = Callable[[str], None]
 
 _GOES_ON = ("ok", "skipped")
+# Ended from outside: what was being measured can be had another time.
+_TRY_AGAIN = ("killed", "timeout")
 
 
 def worker_command() -> list[str]:
@@ -58,7 +60,7 @@ def run_campaign(campaign: Campaign, options: RunnerOptions, say: Say) -> None:
     with Telemetry(options.sampler) as telemetry:
         started = _make_references(campaign, options, say)
         for place in _places(campaign.plan):
-            if not place.wanted(campaign):
+            if not place.wanted(campaign, options):
                 say(f"{place.label}: already there")
                 continue
             if started:
@@ -99,7 +101,7 @@ def run_in_turns(
                 say(f"{place.label}: no time left")
                 break
             for campaign in order:
-                if place.wanted(campaign):
+                if place.wanted(campaign, options):
                     say(f"{place.label}, {campaign.folder.name}")
                     _run_place(campaign, place, options, telemetry, say)
             order.reverse()
@@ -126,7 +128,12 @@ def _make_references(campaign: Campaign, options: RunnerOptions, say: Say) -> bo
     One that cannot be made costs its cells the figure, and nothing else.
     """
     plan = campaign.plan
-    open_cells = [c for c in plan.cells if not c.skip_reason and campaign.next_turn(c)]
+    open_cells = [
+        cell
+        for cell in plan.cells
+        if not cell.skip_reason
+        and (campaign.next_turn(cell) or "quality" in campaign.missing_beside(cell, limits=False))
+    ]
     names = dict.fromkeys(cell.model for cell in open_cells)
     wanted = [n for n in names if plan.wants_reference(n) and campaign.reference(n) is None]
     for name in wanted:
@@ -139,6 +146,8 @@ def _make_references(campaign: Campaign, options: RunnerOptions, say: Say) -> bo
             ending = worker.ending
         if ending.status != "ok":
             say(f"    none: {ending.status}: {ending.reason}")
+        if ending.status not in _TRY_AGAIN:
+            campaign.reference_tried(name)
     return bool(wanted)
 
 
@@ -150,9 +159,12 @@ class _Place:
     turn: int
     label: str
 
-    def wanted(self, campaign: Campaign) -> bool:
+    def wanted(self, campaign: Campaign, options: RunnerOptions) -> bool:
         turn = campaign.next_turn(self.cell)
-        return turn is not None and turn <= self.turn
+        if turn is None:  # all runs are there; what follows them may not be
+            missing = campaign.missing_beside(self.cell, limits=options.beside)
+            return self.turn == campaign.plan.settings.stop.processes and bool(missing)
+        return turn <= self.turn
 
 
 def _places(plan: Plan) -> list[_Place]:
@@ -184,6 +196,7 @@ def _run_process(
         roofline=options.beside and not campaign.has_beside(cell, "roofline"),
         quality_samples=0 if checked else work.quality_samples,
         reference=None if checked else campaign.reference(cell.model),
+        purpose="beside" if campaign.next_turn(cell) is None else "runs",
     )
     spec = wire.dumps(work)
     lost = 0  # the run being made now: the warm-up comes first
@@ -205,10 +218,30 @@ def _run_process(
             if message["row"]["run"] and message["row"]["decode_tok_per_s"]:
                 speeds.append(message["row"]["decode_tok_per_s"])
         ending = worker.ending
-        if ending.status != "ok" and campaign.turn_made(cell, turn):
+        made = campaign.turn_made(cell, turn)
+        if made:
+            _note_missing(campaign, cell, options, ending)
+        if ending.status != "ok" and made:
             # What went wrong came after the runs: they are measured and stand.
             return Ending("ok", f"after its runs: {ending.status}: {ending.reason}"), speeds
         if ending.status != "ok":
             skipped = ending.status == "skipped"
             campaign.add_end(cell, ending.status, ending.reason, None if skipped else lost)
     return ending, speeds
+
+
+def _note_missing(
+    campaign: Campaign, cell: BenchCell, options: RunnerOptions, ending: Ending
+) -> None:
+    """Store why what was to be measured after the runs is not there, so that it is not tried for
+    ever; unless the worker was ended from outside, which another try may not be."""
+    if ending.status in _TRY_AGAIN:
+        return
+    model = cell.model
+    for name in campaign.missing_beside(cell, limits=options.beside):
+        reason = ending.reason
+        if name == "quality" and campaign.plan.wants_reference(model):
+            if campaign.reference(model) is None and not campaign.was_reference_tried(model):
+                continue
+            reason = reason or "there is no reference of the model"
+        campaign.add_beside(cell, name, [{"reason": reason or "the worker gave no figures"}])

@@ -67,8 +67,8 @@ def measure(
 ) -> int:
     """Run the campaign, write its tables, print them; returns the exit code.
 
-    0 = every cell that can run here ran and its figures hold; 1 = some did not; 130 = Ctrl-C,
-    with the tables of what was finished.
+    0 = every cell that can run here ran, its figures hold, and what was to be measured after its
+    runs was; 1 = some did not; 130 = Ctrl-C, with the tables of what was finished.
 
     Args:
         command: the worker process; empty = the real one.
@@ -96,7 +96,12 @@ def measure(
     if interrupted:
         sink.warn(f"interrupted; go on with --resume --out {folder}")
         return INTERRUPTED
-    return 0 if _holds(rows) else 1
+    if cut_off := campaign.cut_off(limits=how.limits):
+        what = f"{len(cut_off)} cell{'s' * (len(cut_off) > 1)}"
+        sink.warn(
+            f"{what} lack what is measured after the runs; go on with --resume --out {folder}"
+        )
+    return 0 if _holds(rows) and not cut_off else 1
 
 
 def worker(planted_percent: float | None) -> list[str]:

@@ -90,9 +90,11 @@ def _measure_all(
         probe = TokenProbe(engine.ran.device)
         # Run 0 pays for lazy start-up, is recorded, and counts in no statistic.
         message = measure(engine, request, 0, probe, fresh=True)
-        yield message
+        runs_left = spec.purpose == "runs"
+        if runs_left:
+            yield message
         progress = spec.progress.plus(message["row"])
-        while spec.turn.reached(progress, progress.process_runs[-1]) is None:
+        while runs_left and spec.turn.reached(progress, progress.process_runs[-1]) is None:
             run = progress.runs + 1
             reload = spec.load_mode is LoadMode.RELOAD or run in spec.reload_before
             if reload:

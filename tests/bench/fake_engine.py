@@ -114,6 +114,9 @@ def fake_beside(engine, spec, request, last):
             "rows": [{**row, "token_id": 1, "log_prob": -0.5}],
         }
         return
+    if engine.behaviour == "slain" and not Path("slain-once").exists():
+        Path("slain-once").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
     if spec.reference is not None:
         row = {"sample": "passage-0", "positions": 2, "mean_kl": 0.25}
         yield {"type": "rows", "file": "quality", "rows": [row]}

@@ -171,6 +171,64 @@ def test_a_process_that_breaks_after_its_runs_costs_none_of_them(run, tmp_path, 
     assert row["mbu_percent"] is None
 
 
+def with_quality(plan, samples=2):
+    settings = dataclasses.replace(plan.settings, quality_samples=samples)
+    return dataclasses.replace(plan, settings=settings)
+
+
+@posix
+def test_what_a_killed_worker_did_not_measure_after_its_runs_is_resumed(
+    run, tmp_path, make_plan, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    plan = with_quality(make_plan("slain", runs=3))
+    said = []
+    row = run(plan, say=said.append)["slain"]
+    assert any("after its runs: killed" in line for line in said)
+    assert (row["status"], row["runs"], row["mbu_percent"]) == ("ok", 3, None)
+    before = (tmp_path / "c" / "runs.csv").read_bytes()
+    row = run(plan, resume=True)["slain"]
+    assert row["mbu_percent"] is not None
+    assert (row["exact_match_percent"], row["mean_kl"]) == (50.0, 0.25)
+    assert (tmp_path / "c" / "runs.csv").read_bytes() == before  # and no run was made
+    said.clear()
+    run(plan, resume=True, say=said.append, command=["this program does not exist"])
+    assert all("already there" in line for line in said)
+
+
+@pytest.mark.parametrize("name", ["roofline", "quality"])
+def test_a_stop_after_the_last_run_loses_nothing_for_good(run, tmp_path, make_plan, name):
+    plan = with_quality(make_plan("steady-a", "steady-b", stop=StopRule(4, 4, processes=2)))
+    run(plan)
+    whole = {file: rows(tmp_path, f"{file}.csv") for file in ("runs", "roofline", "quality")}
+    path = tmp_path / "c" / f"{name}.csv"
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    run(plan, resume=True)
+    again = {file: rows(tmp_path, f"{file}.csv") for file in whole}
+    assert again["runs"] == whole["runs"]
+    assert all(len(again[file]) == len(whole[file]) for file in whole)
+
+
+def test_probes_that_were_cut_off_are_measured_again(run, tmp_path, make_plan):
+    plan = make_plan("steady")
+    run(plan)
+    probes, roofline = tmp_path / "c" / "probes.csv", tmp_path / "c" / "roofline.csv"
+    roofline.write_bytes(roofline.read_bytes().splitlines(keepends=True)[0])
+    with probes.open("a", encoding="utf-8") as file:
+        file.write(f"{plan.cells[0].cell_id},1,on,0,5.1,5.0\n")
+    run(plan, resume=True)
+    assert rows(tmp_path, "probes.csv") == []  # too few tokens for any
+    assert len(rows(tmp_path, "roofline.csv")) == 1
+
+
+def test_what_breaks_after_the_runs_is_tried_once_and_told(run, tmp_path, make_plan):
+    plan = with_quality(make_plan("late"))
+    run(plan)
+    (limits,) = rows(tmp_path, "roofline.csv")
+    assert "exit code 1: ZeroDivisionError" in limits["reason"]
+    run(plan, resume=True, command=["this program does not exist"])
+
+
 def test_what_the_worker_prints_goes_to_its_log(run, tmp_path, make_plan):
     plan = make_plan("steady")
     run(plan)
