@@ -1,18 +1,23 @@
-"""Writes docs/findings.md and its plots from the studies in results/; `--check` fails when stale.
+"""Writes docs/findings.md, its plots and its tables from the studies in results/; `--check` fails
+when one is stale.
 
-Every figure on the page comes from a study's rows. The study of a GPU stands before that of a CPU.
+The page has the verdicts; what they rest on is in docs/findings/*.csv, a table each. Every figure
+comes from a study's rows. The study of a GPU stands before that of a CPU.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import campaigns
 from plots import effects_plot, runs_plot
 
+from qwencli.bench.campaign import ENVIRONMENT
 from qwencli.bench.cell_words import DIFFER
 from qwencli.bench.explain import explain_campaign
 from qwencli.bench.stats import UNSTABLE_RATIO
@@ -74,142 +79,209 @@ def settled(claim: str, found: Found) -> tuple[Evidence, ClaimVerdict] | None:
     return None
 
 
-def _verdict_lines(study: Study, found: Found) -> list[str]:
-    """The row of a claim, and one for each of its tests."""
-    on = [
-        f"{verdicts[study.claim].verdict} ({machine(evidence)})"
-        for evidence, verdicts in found
-        if study.claim in verdicts
-    ]
+def _claim_row(study: Study, found: Found) -> list[str]:
+    """A claim's verdict, the test that has most to do with it, and what other machines say."""
     best = settled(study.claim, found)
-    claim = next((v[study.claim] for _, v in found if study.claim in v), None)
-    claim = best[1] if best else claim
-    if claim is None:
-        return [f"- **{study.claim}** {study.title}: not measured yet."]
-    lines = [f"- **{study.claim}** {study.title}: **{claim.verdict}**. {_sentence(claim)}"]
-    if len({verdict.split(" (")[0] for verdict in on}) > 1:
-        lines[0] += f" By machine: {'; '.join(on)}."
-    for finding in claim.findings:
-        words = effect_words(finding)
-        said = finding.reason if words == "-" else f"{words}"
-        lines.append(f"    - {finding.test.says}: {finding.verdict} - {said}")
-    return lines
+    if best is None:
+        looked = next((v[study.claim] for _, v in found if study.claim in v), None)
+        reason = _short(looked.reason) if looked else "not measured yet"
+        return [study.claim, study.title, f"**{Verdict.CANNOT_RUN}**", reason, "-"]
+    evidence, claim = best
+    others = [
+        f"{verdicts[study.claim].verdict} ({_card(other)})"
+        for other, verdicts in found
+        if study.claim in verdicts
+        and verdicts[study.claim].verdict not in (claim.verdict, Verdict.CANNOT_RUN)
+    ]
+    decisive = next((f for f in claim.findings if f.verdict is claim.verdict), claim.findings[0])
+    effect = decisive.effect
+    measured = (
+        f"{decisive.test.says}: {effect.estimate:.3g} ({effect.low:.3g} to {effect.high:.3g})"
+        if effect
+        else decisive.reason
+    )
+    verdict = f"**{claim.verdict}** ({_card(evidence)})"
+    return [study.claim, study.title, verdict, measured, "; ".join(others) or "-"]
 
 
-def _sentence(claim: ClaimVerdict) -> str:
-    # What begins with a name keeps it: device_map, vLLM.
-    first = claim.reason.split(maxsplit=1)[0].rstrip(",:")
-    plain = first.isalpha() and first.islower()
-    text = claim.reason[:1].upper() + claim.reason[1:] if plain else claim.reason
-    return text if text.endswith(".") else f"{text}."
+def _short(reason: str) -> str:
+    """A reason without the advice in brackets that an error may end in."""
+    return reason.split(" (")[0]
 
 
-def _ranking(evidence: Evidence) -> list[str]:
+def _card(evidence: Evidence) -> str:
+    """A machine in one word."""
+    name = evidence.environment["device"]["name"]
+    return str(name).removeprefix("NVIDIA ").split()[0] if name else "CPU"
+
+
+def _ranking(evidence: Evidence) -> str:
     ranked = origin_tables.factors(evidence)
     certain = [factor for factor in ranked if factor.slowdown.low > 1]
     enough = [f for f in certain if f.slowdown.estimate >= origin_tables.ORIGIN_RATIO]
-    names = ", ".join(f"`{f.name}` ({f.slowdown.estimate:.2f}x, {f.engine})" for f in certain)
-    alone = ", ".join(f"`{factor.name}`" for factor in enough)
-    return [
-        f"On {machine(evidence)}: {len(certain)} of {len(ranked)} factors make `generate()` "
+    names = ", ".join(f"`{f.name}` {f.slowdown.estimate:.2f}x ({f.engine})" for f in certain)
+    alone = ", ".join(f"`{factor.name}` ({factor.engine})" for factor in enough)
+    return (
+        f"- **{machine(evidence)}**: {len(certain)} of {len(ranked)} factors make `generate()` "
         f"slower beyond their noise: {names or 'none'}. "
-        + (f"Enough for 2.76 times alone: {alone}." if enough else "None is 2.76 times alone."),
-        "",
-        f"![effects](findings/effects-{evidence.folder.name}.svg)",
-        "",
-        markdown(*origin_tables.factor_table(evidence)),
-        "",
-        "A share of 100% is the origin's whole ratio, on a logarithmic scale; shares of factors "
-        f"that act together add up. {source(evidence)}",
-    ]
+        + (f"Enough for 2.76 times alone: {alone}." if enough else "None is 2.76 times alone.")
+    )
 
 
-_TABLES: tuple[tuple[str, Callable[[Evidence], Any]], ...] = (
-    ("Speed by mode", origin_tables.mode_table),
-    ("Steadiness of both engines", lambda e: origin_tables.steadiness_table(series(e))),
-    ("Run after run", lambda e: origin_tables.run_table(series(e))),
-    ("The first token and the others", origin_tables.stall_table),
-)
+def details(found: Found) -> dict[Path, str]:
+    """The tables behind the page, a CSV each, with a column for the machine."""
+    tables: dict[str, list[list[str]]] = {}
+
+    def add(name: str, where: str, table: origin_tables.Table) -> None:
+        head, rows = table
+        file = tables.setdefault(name, [["machine", *head]])
+        file += [[where, *row] for row in rows]
+
+    for evidence, verdicts in found:
+        where = machine(evidence)
+        add("factors", where, origin_tables.factor_table(evidence))
+        add("claims", where, _test_table(verdicts))
+        add("modes", where, origin_tables.mode_table(evidence))
+        add("steadiness", where, origin_tables.steadiness_table(series(evidence)))
+        add("runs", where, origin_tables.run_table(series(evidence)))
+        add("first-tokens", where, origin_tables.stall_table(evidence))
+    folder = campaigns.newest_of_gpu("engines")
+    if folder is not None:
+        more = f"{_gpu(folder)}, {folder.name}"
+        add("steadiness", more, origin_tables.steadiness_table(campaigns.series(folder)))
+        add("runs", more, origin_tables.run_table(campaigns.series(folder)))
+    folder = campaigns.newest_of_gpu("modes")
+    if folder is not None:
+        said = [[cell, *words] for cell, lines in _explained(folder).items() for words in lines]
+        add("explained-modes", _gpu(folder), (["cell", "finding", "figure"], said))
+    return {PLOTS / f"{name}.csv": _csv(rows) for name, rows in tables.items()}
+
+
+def _csv(rows: Sequence[Sequence[str]]) -> str:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    return file.getvalue()
+
+
+def _gpu(folder: Path) -> str:
+    return str(campaigns.document(folder, ENVIRONMENT)["device"]["name"])
+
+
+def _test_table(verdicts: dict[str, ClaimVerdict]) -> origin_tables.Table:
+    """A row a claim, and one for each of its tests."""
+    rows = []
+    for name, claim in verdicts.items():
+        rows.append([name, claim.study.title, claim.verdict, claim.reason, ""])
+        for finding in claim.findings:
+            said = effect_words(finding)
+            row = [name, finding.test.says, finding.verdict, finding.reason]
+            rows.append([*row, "" if said == "-" else said])
+    return ["claim", "says", "verdict", "reason", "measured"], rows
+
+
+def _explained(folder: Path) -> dict[str, list[list[str]]]:
+    """What `qwencli diagnose explain` says of each cell of a campaign: finding and figure."""
+    said: dict[str, list[list[str]]] = {}
+    for one in explain_campaign(folder):
+        if one.cell is not None:
+            said.setdefault(one.cell, []).append([one.what, one.figure])
+    return said
 
 
 def page(found: Found) -> str:
     """The whole of docs/findings.md."""
     claims = choose([ALL])
+    best = [settled(study.claim, found) for study in claims]
+    counts = [one[1].verdict if one else Verdict.CANNOT_RUN for one in best]
+    tally = {verdict: sum(verdict is one for one in counts) for verdict in Verdict}
+    first = found[0][0]
+    head = ["claim", "what it says", "verdict", "effect (95 % interval)", "other machines"]
     lines = [
         "# Findings",
         "",
         "What became of the measurements and claims that this project started from: a node pack "
         "whose identical runs differed 2.76 times on an RTX 5090, and whose cause was never found. "
-        "This page is made by `tools/docs/findings.py` from the studies in `results/`; how they "
-        "are made and by which rules they decide stands in [bench](bench.md).",
+        "Generated by `python tools/docs/findings.py` from the studies in "
+        "[results](../results/README.md); the rules are in [bench](bench.md#studies).",
         "",
         "## What makes identical runs differ",
         "",
-    ]
-    for evidence, _ in found:
-        lines += [*_ranking(evidence), ""]
-    lines += _undisturbed()
-    lines += ["## The claims", ""]
-    best = [settled(study.claim, found) for study in claims]
-    counts = [one[1].verdict if one else Verdict.CANNOT_RUN for one in best]
-    tally = {verdict: sum(verdict is one for one in counts) for verdict in Verdict}
-    lines += [
-        f"{', '.join(f'{n} {verdict}' for verdict, n in tally.items())}.",
+        *(_ranking(evidence) for evidence, _ in found),
         "",
-        "The verdict is that of the first machine in the list above on which the claim could run. "
-        "An effect above 1 is as claimed; intervals are 95 %; n counts runs.",
+        f"![time with each factor over time without it](findings/effects-{first.folder.name}.svg)",
         "",
-    ]
-    for study in claims:
-        lines += _verdict_lines(study, found)
-    lines += ["", *_missing(claims, found)]
-    lines += ["## The origin's tables, made again", ""]
-    for evidence, _ in found:
-        lines += [f"### {machine(evidence)}", "", source(evidence), ""]
-        lines += [f"![runs](findings/runs-{evidence.folder.name}.svg)", ""]
-        for title, table in _TABLES:
-            lines += [f"#### {title}", "", markdown(*table(evidence)), ""]
-    lines += _more_runs()
-    lines += [
-        "tok/s is tokens over the time of the whole `generate()`, as in the origin; the first "
-        "stall is the time to the first token; MHz before is the last reading before a run, "
-        "during the mean within it. Runs of a series were made in turns with other conditions."
+        source(first),
+        "",
+        *_undisturbed(),
+        "## The claims",
+        "",
+        f"{', '.join(f'{n} {verdict}' for verdict, n in tally.items())}. The verdict is that of "
+        "the first machine on which a claim could run. An effect above 1 is as claimed, and stands "
+        "for the test that decided.",
+        "",
+        markdown(head, [_claim_row(study, found) for study in claims]),
+        "",
+        *_missing(claims, found),
+        "## The origin's tables, made again",
+        "",
+        markdown(*origin_tables.mode_table(first)),
+        "",
+        markdown(*origin_tables.steadiness_table(series(first))),
+        "",
+        f"{source(first)} tok/s is tokens over the time of the whole `generate()`, as in the "
+        "origin; runs of a series were made in turns with other conditions.",
+        "",
+        "## Details",
+        "",
+        *_listed(found),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _more_runs() -> list[str]:
-    """Both engines in the campaign that has more runs of them, where there is one of a GPU."""
+def _listed(found: Found) -> list[str]:
+    """Links to what the page leaves out, all machines in each file."""
+    about = {
+        "claims": "every test of every claim, with its values",
+        "factors": "what each factor costs",
+        "modes": "speed by mode, beside the origin's",
+        "steadiness": "both engines, kept and loaded anew",
+        "runs": "run after run, with the clock before and during it",
+        "first-tokens": "the first token and the others, run by run",
+        "explained-modes": "what `qwencli diagnose explain` says of each mode",
+    }
+    lines = [f"- [{name}.csv](findings/{name}.csv): {what}" for name, what in about.items()]
+    for evidence, _ in found:
+        name = evidence.folder.name
+        lines.append(
+            f"- {machine(evidence)}: [effects](findings/effects-{name}.svg), "
+            f"[runs](findings/runs-{name}.svg), `results/{name}/` ({evidence.document['runs']} "
+            "rounds)"
+        )
     folder = campaigns.newest_of_gpu("engines")
-    if folder is None:
-        return []
-    steady = origin_tables.steadiness_table(campaigns.series(folder))
-    runs = origin_tables.run_table(campaigns.series(folder))
-    return [
-        "### Both engines, more runs", "", campaigns.source(folder), "",
-        "#### Steadiness", "", markdown(*steady), "", "#### Run after run", "", markdown(*runs), "",
-    ]  # fmt: skip
+    if folder is not None:
+        lines.append(f"- More runs of both engines: {campaigns.source(folder)}")
+    return lines
 
 
 def _undisturbed() -> list[str]:
-    """What is said of modes whose runs differ although nothing was done to them."""
+    """Modes whose runs differ although nothing was done to them, and what is said of most."""
     folder = campaigns.newest_of_gpu("modes")
     if folder is None:
         return []
-    said: dict[str, list[str]] = {}
-    for one in explain_campaign(folder):
-        if one.cell is not None:
-            said.setdefault(one.cell, []).append(f"{one.what} ({one.figure})")
-    apart = {
-        cell: words for cell, words in said.items() if any(w.startswith(DIFFER) for w in words)
-    }
+    said = _explained(folder)
+    apart = {c: lines for c, lines in said.items() if any(w.startswith(DIFFER) for w, _ in lines)}
+    common = Counter(
+        what for lines in apart.values() for what in {w for w, _ in lines} if "because" in what
+    )
+    engines = sorted({cell.split()[0] for cell in apart})
     return [
         "### With nothing done to them",
         "",
         f"{len(apart)} of {len(said)} modes in one campaign have runs that differ more than "
-        f"{UNSTABLE_RATIO:g} times. What `qwencli diagnose explain` says of each:",
+        f"{UNSTABLE_RATIO:g} times, all of them of {' and '.join(engines)}. "
+        "What `qwencli diagnose explain` finds in them:",
         "",
-        *(f"- **{cell}**: {'; '.join(words)}" for cell, words in apart.items()),
+        *(f"- {what}: {n} of {len(apart)}" for what, n in common.items() if 2 * n > len(apart)),
         "",
         campaigns.source(folder),
         "",
@@ -224,12 +296,13 @@ def _missing(claims: Sequence[Study], found: Found) -> list[str]:
     if not open_claims:
         return []
     names = ",".join(study.claim for study in open_claims)
-    lines = ["## What other machines have to settle", ""]
-    for study in open_claims:
-        why = [*study.needs, *study.about]
-        lines.append(f"- {study.claim}: needs {', '.join(why) or 'to be run'}")
     return [
-        *lines,
+        "## What other machines have to settle",
+        "",
+        *(
+            f"- {study.claim}: needs {', '.join([*study.needs, *study.about]) or 'to be run'}"
+            for study in open_claims
+        ),
         "",
         "On a machine that has it, this writes one redacted archive to send back:",
         "",
@@ -250,7 +323,7 @@ def files() -> dict[Path, str]:
         (evidence, {claim.study.claim: claim for claim in evidence.verdicts()})
         for evidence in studies()
     ]
-    written = {PAGE: page(found)}
+    written = {PAGE: page(found), **details(found)}
     for evidence, _ in found:
         name = evidence.folder.name
         written[PLOTS / f"effects-{name}.svg"] = effects_plot(evidence)
@@ -265,7 +338,7 @@ def main() -> None:
         for path, text in fresh.items()
         if not path.exists() or path.read_text(encoding="utf-8") != text
     ]
-    unknown = [path for path in PLOTS.glob("*.svg") if path not in fresh]
+    unknown = [path for path in PLOTS.iterdir() if path not in fresh]
     if "--check" in sys.argv:
         if stale or unknown:
             sys.exit(f"{(stale or unknown)[0].relative_to(ROOT)} is stale: run make docs")
