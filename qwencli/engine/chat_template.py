@@ -1,7 +1,7 @@
 """A model's chat template: from a conversation to the text the model was trained on.
 
-Templates are programs that come with a model, so they run in jinja2's sandbox, set up as the
-reference sets it up. This module knows nothing of tokens.
+Templates are programs that come with a model, so they run in a sandbox with bounds
+(`bounded_jinja`), set up as the reference sets jinja2's up. This module knows nothing of tokens.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import jinja2
 import jinja2.ext
 from jinja2 import nodes
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from qwencli.engine.bounded_jinja import BoundedEnvironment
 from qwencli.errors import InputError, ModelFileError
 from qwencli.messages import Message, TextPart, VideoPart
 from qwencli.models.json_file import read_json_object
@@ -40,6 +40,8 @@ _CHATML = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
+MOST_INDENT = 16
+MOST_SAID_CHARS = 300
 _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 # What a template's own expressions raise when they meet a value they were not written for.
 _TEMPLATE_ERRORS = (
@@ -47,7 +49,9 @@ _TEMPLATE_ERRORS = (
     ArithmeticError,
     AttributeError,
     LookupError,
+    MemoryError,
     RecursionError,
+    SyntaxError,
     TypeError,
     ValueError,
 )
@@ -74,6 +78,8 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _tojson(value: Any, indent: int | None = None, **options: Any) -> str:
     # jinja2's own filter escapes <, > and & for HTML.
+    if indent is not None and not 0 <= indent <= MOST_INDENT:
+        raise ValueError(f"tojson with indent={indent}")
     return json.dumps(value, ensure_ascii=False, indent=indent, **options)
 
 
@@ -81,13 +87,13 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_Generation, jinja2.ext.loopcontrols],
     )
-    environment.filters["tojson"] = _tojson
+    environment.add_filter("tojson", _tojson)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
@@ -102,6 +108,7 @@ class ChatTemplate:
         named_tokens: `eos_token` and the like, which some templates write out.
     """
 
+    environment: BoundedEnvironment
     template: jinja2.Template
     source: str
     named_tokens: Mapping[str, str]
@@ -117,10 +124,13 @@ class ChatTemplate:
         config = read_json_object(config_path) if config_path.is_file() else {}
         named = {key: text for key in _NAMED_TOKENS if (text := _spelling(config.get(key)))}
         text, source = _find(folder, config)
+        environment = _environment()
         try:
-            return cls(_environment().from_string(text), source, named)
+            return cls(environment, environment.compiled(text), source, named)
         except jinja2.TemplateSyntaxError as error:
             raise _broken(source, f"line {error.lineno}: {error.message}") from error
+        except _TEMPLATE_ERRORS as error:
+            raise _broken(source, str(error) or type(error).__name__) from error
 
     def render(
         self,
@@ -147,7 +157,9 @@ class ChatTemplate:
             for message in messages
         ]
         try:
-            return self.template.render(
+            return self.environment.render(
+                self.template,
+                sum(len(str(message)) for message in chat),
                 messages=chat,
                 tools=None,
                 documents=None,
@@ -157,7 +169,7 @@ class ChatTemplate:
             )
         except _Refusal as error:
             raise InputError(
-                f"the model's chat template refuses this conversation: {error.message}",
+                f"the model's chat template refuses this conversation: {_line(error.message)}",
                 "change the order or the roles of the messages",
             ) from error
         except _TEMPLATE_ERRORS as error:
@@ -216,7 +228,11 @@ def _spelling(token: object) -> str | None:
 
 
 def _broken(source: str, reason: str) -> ModelFileError:
-    reason = reason.strip().partition("\n")[0]
     return ModelFileError(
-        f"{source}: broken chat template ({reason})", "download the model's files again"
+        f"{source}: broken chat template ({_line(reason)})", "download the model's files again"
     )
+
+
+def _line(text: object) -> str:
+    """The first line of what a template or a library says, not longer than a reader takes."""
+    return str(text).strip().partition("\n")[0][:MOST_SAID_CHARS]
