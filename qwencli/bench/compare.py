@@ -13,8 +13,13 @@ processes scatter as they do on busy CPUs. On a GPU whose processes scatter by 0
 in 95 % or more, and cells that are 3 % slower SLOWER in 95 % or more, one process a side and ten
 runs of up to 0.3 % scatter. With processes that scatter by 0.3 % this takes five a side.
 
-Between the runs of an unstable cell (see `stats`) the machine moved. Its intervals span all pairs
-of runs besides, so it changes only where no run of A overlaps B's.
+Where the machine moved between the runs of a cell, so that the middle half of them differs as an
+unstable cell's do (see `stats`), its intervals span all pairs of that half besides: it changes only
+where none of A's overlaps B's. A quarter of far runs at either end costs nothing.
+
+A side whose figure is not to be quoted, because the machine was not its own (`whole_cell`), is
+never FASTER or SLOWER. Only sides that took turns (`bench compare --run`) and met the same may be:
+they are judged by paired differences and ranks (`paired_ranks`).
 """
 
 from __future__ import annotations
@@ -25,7 +30,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from qwencli.bench.compare_intervals import Intervals, ratio_intervals
+from qwencli.bench.attribution.whole_cell import over_limits
+from qwencli.bench.compare_intervals import Intervals, paired_intervals, ratio_intervals
 from qwencli.bench.compare_sides import (
     KERNELS,
     RAN,
@@ -33,6 +39,7 @@ from qwencli.bench.compare_sides import (
     SideCell,
     changes,
     device_kind,
+    took_turns,
     unlike,
 )
 from qwencli.bench.matrix import AXES
@@ -131,13 +138,16 @@ def compare(a: Side, b: Side, *, threshold: float = THRESHOLD, force: bool = Fal
         raise BenchError(
             f"{a.name} and {b.name} have no cell in common", "measure the same modes in both"
         )
+    in_turns = took_turns(a, b)
     gpu = all(device_kind(one) == "cuda" for one in (a, b))
     return Comparison(
         a=a.name,
         b=b.name,
         threshold=threshold,
         cells=tuple(
-            _compare_cell(x, y, threshold, gpu=gpu) for x, y in pairs if x.speeds and y.speeds
+            _compare_cell(x, y, threshold, gpu=gpu, in_turns=in_turns)
+            for x, y in pairs
+            if x.speeds and y.speeds
         ),
         no_figure=tuple((x, y) for x, y in pairs if not (x.speeds and y.speeds)),
         only_in_a=tuple(only_a),
@@ -182,11 +192,16 @@ def _axes(axes: Iterable[str]) -> Callable[[SideCell], Any]:
     return lambda cell: tuple(cell.row[axis] for axis in names)
 
 
-def _compare_cell(a: SideCell, b: SideCell, threshold: float, *, gpu: bool) -> CellComparison:
-    ratio = ratio_intervals(a.processes, b.processes, gpu=gpu)
-    unstable = any((run_ratio(side.speeds) or 1.0) > UNSTABLE_RATIO for side in (a, b))
+def _compare_cell(
+    a: SideCell, b: SideCell, threshold: float, *, gpu: bool, in_turns: bool
+) -> CellComparison:
+    paired = paired_intervals(a.processes, b.processes) if in_turns else None
+    ratio = paired or ratio_intervals(a.processes, b.processes, gpu=gpu)
+    middles = [_middle_half(side.speeds) for side in (a, b)]
+    unstable = not paired and any((run_ratio(m) or 1.0) > UNSTABLE_RATIO for m in middles)
     if ratio and unstable:
-        low, high = min(b.speeds) / max(a.speeds), max(b.speeds) / min(a.speeds)
+        of_a, of_b = middles
+        low, high = min(of_b) / max(of_a), max(of_b) / min(of_a)
         ratio = replace(
             ratio, same=_spanning(ratio.same, low, high), change=_spanning(ratio.change, low, high)
         )
@@ -197,12 +212,19 @@ def _compare_cell(a: SideCell, b: SideCell, threshold: float, *, gpu: bool) -> C
         if (cell.row["verdict"] or "").startswith("FAIL")
     ]
     remarks = list(failed)
+    busy = {name: over for name, cell in (("A", a), ("B", b)) if (over := over_limits(cell.row))}
+    if busy and verdict in (Verdict.FASTER, Verdict.SLOWER) and not (paired and len(busy) == 2):
+        verdict = Verdict.AMBIGUOUS
+    remarks += [
+        f"the {'GPU' if over[0].limit.of_gpu else 'host'} was busy in {name}: {over[0].words}"
+        for name, over in busy.items()
+    ]
     if failed:  # speeds of other work, or of another mode, than the cell is named for
         verdict = Verdict.AMBIGUOUS
     if ratio is None:
         remarks.append(f"an interval needs {MIN_RUNS} runs on each side")
     if ratio and unstable:
-        remarks.append("unstable: the interval spans all runs")
+        remarks.append("unstable: the interval spans half of the runs")
     remarks += [
         f"{column} {'/'.join(sorted(a.seen[column]))} -> {'/'.join(sorted(b.seen[column]))}"
         for column in RAN
@@ -226,6 +248,11 @@ def _ran(cell: SideCell, other: SideCell, column: str) -> frozenset[str]:
     stored = [frozenset(map(stored_label, side.seen[column])) for side in sides]
     older = any(side.seen[column] == labels for side, labels in zip(sides, stored, strict=True))
     return stored[0] if older else values
+
+
+def _middle_half(speeds: Sequence[float]) -> list[float]:
+    cut = len(speeds) // 4
+    return sorted(speeds)[cut : len(speeds) - cut]
 
 
 def _spanning(interval: Interval, low: float, high: float) -> Interval:

@@ -32,6 +32,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwencli.bench.drift import OUTLIER_Z
+from qwencli.bench.paired_ranks import MIN_PAIRS, paired_interval
 from qwencli.bench.robust import MIN_RUNS, Interval, robust_sigma
 from qwencli.bench.student import t_quantile
 
@@ -81,6 +82,21 @@ class Intervals:
     change: Interval
     few: bool
     restless: bool
+
+
+def paired_intervals(a: Processes, b: Processes) -> Intervals | None:
+    """Intervals of B / A of sides that took turns, process by process (`paired_ranks`); None for
+    fewer pairs than MIN_PAIRS.
+
+    Args:
+        a, b: as in `ratio_intervals`, in the order of time.
+    """
+    pairs = min(len(a), len(b))
+    if pairs < MIN_PAIRS:
+        return None
+    medians = [[statistics.median(process) for process in side[:pairs]] for side in (a, b)]
+    same, change = (paired_interval(*medians, c) for c in (SAME_CONFIDENCE, CHANGE_CONFIDENCE))
+    return Intervals(same, change, few=False, restless=False)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ Document = Mapping[str, Any]
 WORK = ("num_prompt_tokens", "num_image_tokens", "num_new_tokens")
 RAN = ("ran_quantization", "ran_attention", "ran_cache")
 KERNELS = "ran_kernels"
+# In environment.json of sides that took turns: the name of their pair.
+IN_TURNS = "in_turns"
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,12 @@ def _at(document: Document, *keys: str) -> Any:
 def device_kind(a: Side) -> str:
     """cuda, cpu, mps; "None" where the campaign does not say."""
     return str(_at(a.environment, "device", "device")).partition(":")[0]
+
+
+def took_turns(a: Side, b: Side) -> bool:
+    """Whether their processes alternated (`compare_run`)."""
+    pair = _at(a.environment, IN_TURNS)
+    return pair is not None and pair == _at(b.environment, IN_TURNS)
 
 
 def _device(a: Side) -> str:

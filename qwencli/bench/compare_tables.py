@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from qwencli.bench.attribution.whole_cell import over_limits
 from qwencli.bench.compare import CellComparison, Comparison, Verdict, counts
 from qwencli.bench.compare_intervals import CHANGE_CONFIDENCE, SAME_CONFIDENCE
 from qwencli.bench.compare_sides import SideCell
@@ -68,6 +69,11 @@ def _lines(found: Comparison) -> list[str]:
         lines.append(
             "AMBIGUOUS: the interval crosses an edge of that band, or does so at "
             f"{CHANGE_CONFIDENCE:.0%}, which a change needs; more processes narrow it"
+        )
+    if any(over_limits(side.row) for cell in found.cells for side in (cell.a, cell.b)):
+        lines.append(
+            "a side on a busy machine is never FASTER or SLOWER; measure it on a quiet one, or "
+            "both in turns: bench compare --run"
         )
     if few := sum(cell.ratio is not None and cell.ratio.few for cell in found.cells):
         lines.append(

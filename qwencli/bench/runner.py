@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from qwencli.bench import spec as wire
 from qwencli.bench.campaign import Campaign
@@ -81,7 +82,9 @@ def run_in_turns(
     say: Say,
     go_on: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Run campaigns of one plan process by process in turns, so that all meet the same machine.
+    """Run campaigns process by process in turns, so that all meet the same machine.
+
+    Their plans are the same, or have matching cells in the same places and one seed.
 
     Who begins changes with every process, there and back (a b, b a, ...): a steady drift of the
     machine then takes as much from one as from the other.
@@ -96,12 +99,14 @@ def run_in_turns(
         _add_skipped(campaign)
     order = list(campaigns)
     with Telemetry(options.sampler) as telemetry:
-        for place in _places(campaigns[0].plan):
+        for places in zip_longest(*(_places(campaign.plan) for campaign in campaigns)):
+            of_campaign = dict(zip(campaigns, places, strict=True))
             if not go_on():
-                say(f"{place.label}: no time left")
+                say(f"{next(filter(None, places)).label}: no time left")
                 break
             for campaign in order:
-                if place.wanted(campaign, options):
+                place = of_campaign[campaign]
+                if place and place.wanted(campaign, options):
                     say(f"{place.label}, {campaign.folder.name}")
                     _run_place(campaign, place, options, telemetry, say)
             order.reverse()

@@ -234,6 +234,25 @@ def compare(
     context: typer.Context,
     a: Annotated[Path, typer.Argument(metavar="A", help="The campaign to compare with.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The campaign in question.")],
+    run: Annotated[
+        bool,
+        typer.Option(
+            "--run", help="A and B are matrices (names or TOML files): measure them in turns first."
+        ),
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=5, max=100, help="With --run: of each cell. Default: 10.")
+    ] = None,
+    runs: Annotated[
+        int | None, typer.Option(min=5, help="With --run: of each cell. Default: 5 a process.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="With --run. Default: campaigns/compare-<UTC time>."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="With --run: replaces the matrices'.")] = None,
+    load_format: Format = LoadFormat.AUTO,
+    device: Device = "auto",
     threshold: Annotated[
         float, typer.Option(metavar="PERCENT", help="Percent that still counts as SAME.")
     ] = 1.0,
@@ -246,7 +265,37 @@ def compare(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Say of each cell whether B is the SAME, FASTER, SLOWER or AMBIGUOUS (too noisy to tell)."""
+    """Say of each cell whether B is the SAME, FASTER, SLOWER or AMBIGUOUS (too noisy to tell).
+
+    With --run processes of A and B alternate, and neighbours are compared: on a busy machine too.
+    """
+    if run:
+        from qwencli.bench.compare_run import run_sides
+        from qwencli.bench.prepare import BenchRequest
+        from qwencli.bench.repetition import Wanted
+
+        request = BenchRequest(
+            matrix="",
+            axes={"model": model},
+            exclude=(),
+            repetition=Wanted(runs=runs, processes=processes),
+            max_new_tokens=None,
+            prompt=None,
+            images=(),
+            seed=0,
+            device=device,
+            dtype=DType.AUTO,
+            load_format=load_format,
+            max_seq_len=None,
+            quality_samples=0,
+        )
+        folder = out or Path("campaigns") / f"compare-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        matrices = str(a), str(b)
+        a, b = run_sides(request, matrices, folder, sys.argv[1:], context.ensure_object(Sink))
+    elif processes or runs or out or model:
+        raise UsageError(
+            "--processes, --runs, --out and --model go with --run", "add --run, or leave them out"
+        )
     from qwencli.bench.compare import compare as compare_sides
     from qwencli.bench.compare_sides import read_side
     from qwencli.bench.compare_tables import comparison_document, comparison_table

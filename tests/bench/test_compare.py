@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -80,15 +81,53 @@ def test_the_warm_up_counts_in_no_figure():
 
 def test_an_unstable_cell_changes_only_where_no_runs_overlap():
     # Runs in two stretches of time, as a busy machine gives them; medians 50 % apart.
-    calm, busy = [100.0] * 8 + [60.0, 61.0], [60.0] * 8 + [66.0, 67.0]
+    calm, busy = [100.0] * 6 + [60.0] * 4, [60.0] * 6 + [67.0] * 4
     (found,) = compare(make_side({SDPA: calm}), make_side({SDPA: busy})).cells
     assert found.verdict is Verdict.AMBIGUOUS
     assert found.ratio.change.low <= found.ratio.same.low <= 0.6
     assert found.ratio.change.high >= found.ratio.same.high >= 67 / 60
-    assert found.remarks == ("unstable: the interval spans all runs",)
+    assert found.remarks == ("unstable: the interval spans half of the runs",)
     slow = [value / 10 for value in busy]
     (found,) = compare(make_side({SDPA: calm}), make_side({SDPA: slow})).cells
     assert found.verdict is Verdict.SLOWER
+
+
+def test_a_few_slow_runs_cost_power_and_not_the_verdict():
+    steady, hiccups = [STEADY] * 5, [[*STEADY[:-1], 9.0]] * 5
+    (found,) = compare(make_side({SDPA: steady}), make_side({SDPA: hiccups})).cells
+    assert not any(remark.startswith("unstable") for remark in found.remarks)
+    assert found.ratio.same.low > 0.95
+
+
+def busy_side(speeds, percent, **changes):
+    side = make_side(speeds, **changes)
+    cells = [replace(cell, row={**cell.row, "waited_percent": percent}) for cell in side.cells]
+    return replace(side, cells=tuple(cells))
+
+
+@pytest.mark.parametrize("busy", ["A", "B", "AB"])
+def test_a_side_on_a_busy_machine_is_never_faster_or_slower(busy):
+    quick, slow = {SDPA: [STEADY] * 5}, {SDPA: [slower(STEADY, 90)] * 5}
+    a, b = busy_side(quick, 51.0 * ("A" in busy)), busy_side(slow, 51.0 * ("B" in busy))
+    (found,) = compare(a, b).cells
+    assert found.verdict is Verdict.AMBIGUOUS
+    said = [f"the host was busy in {name}: 51% of decode waited for a processor" for name in busy]
+    assert [remark for remark in found.remarks if "busy" in remark] == said
+    assert compare(busy_side(quick, 4.0), busy_side(slow, 4.0)).cells[0].verdict is Verdict.SLOWER
+
+
+def test_sides_that_took_turns_are_judged_by_pairs():
+    levels = [1.0, 0.3, 0.9, 0.25, 1.1, 0.8, 0.3, 1.0, 0.5, 1.0]
+    before = {SDPA: [[100 * level] * 3 for level in levels]}
+    after = {SDPA: [[94 * level] * 3 for level in levels]}
+    turns = {"environment": {"in_turns": "x"}}
+    (found,) = compare(busy_side(before, 40.0, **turns), busy_side(after, 40.0, **turns)).cells
+    assert (found.verdict, found.ratio.same.estimate) == (Verdict.SLOWER, pytest.approx(0.94))
+    # One side alone was busy: what they differ by may be that.
+    (found,) = compare(busy_side(before, 40.0, **turns), busy_side(after, 0.0, **turns)).cells
+    assert found.verdict is Verdict.AMBIGUOUS
+    (found,) = compare(make_side(before), make_side(after, **turns)).cells
+    assert found.verdict is Verdict.AMBIGUOUS
 
 
 def test_processes_are_told_apart_by_their_warm_ups():

@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import groupby
 from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import a_against_a
+from qwencli.bench import compare_run
 from qwencli.bench.campaign import Campaign
+from qwencli.bench.compare import compare
+from qwencli.bench.compare_sides import read_side
 from qwencli.bench.environment import environment
+from qwencli.bench.prepare import BenchRequest
+from qwencli.bench.repetition import Wanted, stop_rule
 from qwencli.bench.rowfile import read_rows
 from qwencli.bench.runner import RunnerOptions, run_in_turns
 from qwencli.bench.stopping import StopRule
+from qwencli.config import DType, LoadFormat
+from qwencli.errors import BenchError
+from qwencli.output import Sink
 
 
 @pytest.fixture
@@ -50,6 +59,31 @@ def test_campaigns_take_turns_there_and_back(tmp_path, cpu, fake_worker, make_pl
     for name in ("a", "b"):
         runs = [row["run"] for row in read_rows(tmp_path / name / "runs.csv")]
         assert sorted(runs) == sorted(["0", "1", "2", "0", "3", "4"] * 2)
+
+
+def test_two_matrices_take_turns_and_are_compared(
+    tmp_path, cpu, fake_worker, make_plan, monkeypatch
+):
+    plans = {"A": make_plan("steady-a"), "B": make_plan("steady-b")}
+
+    def prepare(request):
+        plan = plans[request.matrix]
+        rule = stop_rule(request.repetition)
+        return replace(plan, settings=replace(plan.settings, stop=rule)), cpu
+
+    monkeypatch.setattr(compare_run, "prepare", prepare)
+    request = BenchRequest(
+        "", {}, (), Wanted(runs=10, processes=5), None, None, (), 0, "cpu",
+        DType.AUTO, LoadFormat.AUTO, None, 0,
+    )  # fmt: skip
+    out = tmp_path / "out"
+    a, b = compare_run.run_sides(request, ("A", "B"), out, [], Sink(quiet=True), fake_worker)
+    (cell,) = compare(read_side(a), read_side(b), force=True).cells
+    assert len(cell.a.processes) == len(cell.b.processes) == 5
+    assert not cell.ratio.few
+    plans["B"] = make_plan("steady-b", "steady-c")
+    with pytest.raises(BenchError, match="1 cells of A can run here and 2 of B"):
+        compare_run.run_sides(request, ("A", "B"), tmp_path / "no", [], Sink(quiet=True))
 
 
 def test_no_round_begins_once_it_may_not_go_on(tmp_path, cpu, fake_worker, make_plan, order):

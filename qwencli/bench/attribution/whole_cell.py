@@ -42,6 +42,10 @@ class Limit:
     head: str
     words: str
 
+    @property
+    def of_gpu(self) -> bool:
+        return self.cause in (Cause.OTHER_GPU_PROCESS, Cause.THROTTLE)
+
 
 # Each limit lies at least twice above what quiet machines show, and far below what a disturbance
 # on purpose does. In order of how directly the figure says what was lost.
