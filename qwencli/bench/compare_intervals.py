@@ -94,8 +94,8 @@ def paired_intervals(a: Processes, b: Processes) -> Intervals | None:
     pairs = min(len(a), len(b))
     if pairs < MIN_PAIRS:
         return None
-    medians = [[statistics.median(process) for process in side[:pairs]] for side in (a, b)]
-    same, change = (paired_interval(*medians, c) for c in (SAME_CONFIDENCE, CHANGE_CONFIDENCE))
+    of_a, of_b = ([statistics.median(process) for process in side[:pairs]] for side in (a, b))
+    same, change = (paired_interval(of_a, of_b, c) for c in (SAME_CONFIDENCE, CHANGE_CONFIDENCE))
     return Intervals(same, change, few=False, restless=False)
 
 
