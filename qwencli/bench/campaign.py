@@ -16,6 +16,7 @@ A run counts once its row is in runs.csv: its tokens are written before it.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,6 +35,7 @@ from qwencli.bench.campaign_files import (
     TOKENS,
     StoredCampaign,
 )
+from qwencli.bench.folder_lock import LOCK, FolderLock
 from qwencli.bench.matrix import BenchCell
 from qwencli.bench.plan import Plan, check_same
 from qwencli.bench.rowfile import RowFile, keep_rows, replace_file
@@ -43,6 +45,9 @@ from qwencli.errors import BenchError, OutputError
 
 # The files whose rows belong to a run and count only once that run's row is written.
 _OF_RUNS = ((TOKENS, columns.TOKENS), (GPU, columns.GPU), (HOST, columns.HOST))
+WARM_UP = "0"
+# A process needs longer than that from its start to its warm-up.
+_APART_S = 0.5
 # Measured once a cell, after its runs: file -> columns.
 BESIDE = {"roofline": columns.ROOFLINE, "quality": columns.QUALITY}
 
@@ -56,6 +61,7 @@ class Campaign:
     Raises:
         BenchError: the folder holds a campaign (or anything else) and `resume` is off; it holds
             none and `resume` is on; its plan or environment differs.
+        BenchError: another process writes to it; says which.
         OutputError: it cannot be written.
     """
 
@@ -66,6 +72,22 @@ class Campaign:
         self.plan = plan
         self.repaired = 0
         document = plan.document()
+        if not resume:
+            self._make_folder()
+        elif not (folder / PLAN).exists():
+            raise BenchError(
+                f"{folder} holds no campaign", "check the folder, or leave out --resume"
+            )
+        self._lock = FolderLock(folder)
+        try:
+            self._open(document, environment, resume=resume)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(
+        self, document: Mapping[str, Any], environment: Mapping[str, Any], *, resume: bool
+    ) -> None:
         if resume:
             self._check_resumable(document, environment)
         else:
@@ -75,15 +97,27 @@ class Campaign:
         self._tried_references: set[str] = set()
         self._read_back()
 
-    def _create(self, document: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    def _make_folder(self) -> None:
         folder = self.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
+            if any(path.name != LOCK for path in folder.iterdir()):
                 raise BenchError(
                     f"{folder} is not empty", "add --resume to go on with it, or give a new --out"
                 )
+        except OSError as error:
+            raise OutputError(
+                f"{folder} cannot be written: {error.strerror}", "choose another --out"
+            ) from error
+
+    def _create(self, document: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        folder = self.folder
+        try:
             (folder / "logs").mkdir()
+        except FileExistsError:  # another campaign was quicker, and is over already
+            raise BenchError(
+                f"{folder} is not empty", "add --resume to go on with it, or give a new --out"
+            ) from None
         except OSError as error:
             raise OutputError(
                 f"{folder} cannot be written: {error.strerror}", "choose another --out"
@@ -109,11 +143,11 @@ class Campaign:
         for row in runs:
             self._note(row)
         # Rows of a run that a kill kept from being finished would be counted twice.
-        finished = {(row["cell_id"], row["run"]) for row in runs}
+        finished = _Finished(runs)
         for name, names in _OF_RUNS:
-            self.repaired += keep_rows(
-                self.folder / name, names, lambda row: (row["cell_id"], row["run"]) in finished
-            )
+            stored.rows(name)  # checked, before any of it is believed
+            wanted = finished.token if name == TOKENS else finished.sample
+            self.repaired += keep_rows(self.folder / name, names, wanted)
 
         self._references = {row["model"] for row in stored.rows(REFERENCE)}
         self._has_beside = {
@@ -128,6 +162,7 @@ class Campaign:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
+            stack.callback(self._lock.release)
             self._runs = stack.enter_context(RowFile(self.folder / RUNS, columns.RUNS))
             self._tokens, self._gpu, self._host = (
                 stack.enter_context(RowFile(self.folder / name, names)) for name, names in _OF_RUNS
@@ -249,6 +284,50 @@ class Campaign:
         row = {"cell_id": cell.cell_id, "run": run, "status": status, "reason": reason}
         self._note(row)
         self._runs.append([row])
+
+
+class _Finished:
+    """Tells the rows of finished runs from those of a run that a kill kept from being finished.
+
+    Every process of a cell warms up as run 0: of the warm-ups in tokens.csv (each begins with token
+    0) as many are finished as runs.csv has. Rows of other files are told apart by the times of
+    those, so tokens are to be asked about first, in their order.
+    """
+
+    def __init__(self, runs: Sequence[Mapping[str, str]]) -> None:
+        self._runs = {(row["cell_id"], row["run"]) for row in runs}
+        self._ttft_s: dict[str, list[float]] = defaultdict(list)
+        for row in runs:
+            if row["status"] == "warmup":
+                self._ttft_s[row["cell_id"]].append(float(row["ttft_s"] or 0.0))
+        self._spans: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        self._cut_off: set[str] = set()
+
+    def token(self, row: Mapping[str, str]) -> bool:
+        cell_id, run = row["cell_id"], row["run"]
+        if (cell_id, run) not in self._runs:
+            return False
+        if run != WARM_UP:
+            return True
+        spans, ttft_s, at = self._spans[cell_id], self._ttft_s[cell_id], float(row["t_s"])
+        if row["token_index"] == "0":
+            if len(spans) == len(ttft_s):
+                self._cut_off.add(cell_id)
+            else:
+                spans.append((at - ttft_s[len(spans)], at))
+        if cell_id in self._cut_off:
+            return False
+        if spans:
+            spans[-1] = (spans[-1][0], at)
+        return True
+
+    def sample(self, row: Mapping[str, str]) -> bool:
+        """Of gpu.csv or host.csv."""
+        cell_id, run, at = row["cell_id"], row["run"], float(row["t_s"])
+        if run != WARM_UP or cell_id not in self._cut_off:
+            return (cell_id, run) in self._runs
+        spans = self._spans[cell_id]
+        return any(start - _APART_S < at < end + _APART_S for start, end in spans)
 
 
 def beside_path(folder: Path, name: str) -> Path:

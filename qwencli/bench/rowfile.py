@@ -82,8 +82,21 @@ class RowFile:
     def append(self, rows: Iterable[Row]) -> None:
         """Write rows and hand them to the disk before returning."""
         data = _encode(self.columns, rows)
+        self._check_there()
         if data:
             self._write(data)
+
+    def _check_there(self) -> None:
+        """Raise OutputError where rows would go to a file that nobody finds again."""
+        try:
+            there = os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except OSError:
+            there = False
+        if not there:
+            raise OutputError(
+                f"{self.path} is gone: the folder was deleted, moved or replaced meanwhile",
+                "measure again, and leave the folder alone until the campaign has ended",
+            )
 
     def _write(self, data: bytes) -> None:
         try:

@@ -91,7 +91,7 @@ def measure(
             run_campaign(campaign, options, sink.notice)
         except KeyboardInterrupt:
             interrupted = True
-    rows = build_report(folder)
+        rows = build_report(folder)
     sink.show(terminal_table(rows))
     if interrupted:
         sink.warn(f"interrupted; go on with --resume --out {folder}")

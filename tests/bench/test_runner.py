@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from qwencli.bench import columns
 from qwencli.bench.campaign import Campaign
 from qwencli.bench.environment import environment
 from qwencli.bench.report import build_report
-from qwencli.bench.rowfile import read_rows
+from qwencli.bench.rowfile import read_rows, write_rows
 from qwencli.bench.runner import RunnerOptions, run_campaign
 from qwencli.bench.stopping import StopRule
 from qwencli.errors import BenchError, OutputError
@@ -384,6 +385,119 @@ def test_resume_after_a_kill_goes_on_with_the_run_that_was_lost(run, tmp_path, m
         if row["run"] != "0"
     ]
     assert len(counted) == len(set(counted)) == 4 * 5
+
+
+def test_a_second_warm_up_that_a_kill_cut_off_is_dropped(run, tmp_path, make_plan, cpu):
+    plan = make_plan("steady", runs=4)
+    run(plan)
+    cell = plan.cells[0].cell_id
+    files = {name: tmp_path / "c" / f"{name}.csv" for name in ("runs", "tokens", "host", "gpu")}
+    lines = files["runs"].read_bytes().splitlines(keepends=True)
+    files["runs"].write_bytes(b"".join(lines[:2]))  # killed after the first warm-up
+    # A second process warmed up, and the campaign was killed before that was written down.
+    for name in ("tokens", "host"):
+        first = [row for row in rows(tmp_path, f"{name}.csv") if row["run"] == "0"]
+        again = [{**row, "t_s": f"{float(row['t_s']) + 60:.9f}"} for row in first]
+        known = columns.TOKENS if name == "tokens" else columns.HOST
+        write_rows(files[name], known, [*first, *again])
+    sample = {"cell_id": cell, "run": "0", "gpu_index": "0"}
+    last = float(rows(tmp_path, "tokens.csv")[0]["t_s"])
+    both = [{**sample, "t_s": last - 0.001}, {**sample, "t_s": last + 59.9}]
+    write_rows(files["gpu"], columns.GPU, both)
+    about = environment(cpu, ["bench"], 1)
+    campaign = Campaign(tmp_path / "c", plan, about, resume=True)
+    with campaign:
+        assert [row["token_index"] for row in rows(tmp_path, "tokens.csv")] == list("01234")
+        times = [float(row["t_s"]) for row in rows(tmp_path, "host.csv")]
+        assert times
+        assert max(times) < last + 30
+        assert len(rows(tmp_path, "gpu.csv")) == 1
+    assert campaign.repaired
+    run(plan, resume=True)
+    warm = [row for row in rows(tmp_path, "tokens.csv") if row["run"] == "0"]
+    assert len(warm) == 2 * 5
+
+
+def test_one_process_at_a_time_writes_to_a_campaign(run, tmp_path, make_plan, cpu):
+    plan = make_plan("steady")
+    about = environment(cpu, ["bench"], 1)
+    with Campaign(tmp_path / "c", plan, about, resume=False):
+        with pytest.raises(BenchError, match=f"is being written by process {os.getpid()}, since"):
+            Campaign(tmp_path / "c", plan, about, resume=True)
+        with pytest.raises(BenchError, match="not empty"):
+            Campaign(tmp_path / "c", plan, about, resume=False)
+    assert not (tmp_path / "c" / "writer.lock").exists()
+    assert run(plan, resume=True)["steady"]["runs"] == 2
+
+
+def test_what_a_killed_writer_leaves_refuses_nobody(run, tmp_path, make_plan):
+    script = f"""
+        import sys, time
+        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+        from pathlib import Path
+        from qwencli.bench.folder_lock import FolderLock
+        lock = FolderLock(Path({str(tmp_path / "c")!r}))
+        print("held", flush=True)
+        time.sleep(60)
+    """
+    plan = make_plan("steady")
+    run(plan)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BenchError, match=f"by process {holder.pid}, since"):
+            run(plan, resume=True)
+        holder.kill()
+    assert (tmp_path / "c" / "writer.lock").exists()
+    run(plan, resume=True)
+    assert not (tmp_path / "c" / "writer.lock").exists()
+
+
+@posix
+def test_a_folder_that_is_deleted_ends_the_campaign_at_once(tmp_path, make_plan, cpu, fake_worker):
+    plan = make_plan("steady", "steady-b", "steady-c", runs=3)
+    about = environment(cpu, ["bench"], 1)
+    said = []
+
+    def say(line):
+        said.append(line)
+        if len(said) == 2:  # the first cell has ended
+            shutil.rmtree(tmp_path / "c")
+
+    with (
+        pytest.raises(OutputError, match=r"is gone|cannot be written"),
+        Campaign(tmp_path / "c", plan, about, resume=False) as campaign,
+    ):
+        run_campaign(campaign, RunnerOptions(fake_worker, None, 60.0), say)
+    assert len(said) == 3
+
+
+@posix
+@pytest.mark.parametrize("what", ["deleted", "moved"])
+def test_a_folder_that_goes_within_a_process_is_noticed_with_its_next_run(
+    tmp_path, make_plan, cpu, fake_worker, monkeypatch, what
+):
+    plan = make_plan("steady", runs=40)
+    about = environment(cpu, ["bench"], 1)
+    folder, noted = tmp_path / "c", []
+    with (
+        pytest.raises(OutputError, match=r"runs.csv|tokens.csv") as caught,
+        Campaign(folder, plan, about, resume=False) as campaign,
+    ):
+        note = campaign._note
+
+        def going(row):
+            noted.append(row)
+            if len(noted) == 2:
+                shutil.rmtree(folder) if what == "deleted" else folder.rename(tmp_path / "d")
+            return note(row)
+
+        monkeypatch.setattr(campaign, "_note", going)
+        run_campaign(campaign, RunnerOptions(fake_worker, None, 60.0), lambda line: None)
+    assert "is gone" in caught.value.message
+    assert len(noted) == 2
 
 
 def test_an_unwritable_place_is_named(run, tmp_path, make_plan):
