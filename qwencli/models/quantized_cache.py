@@ -7,15 +7,21 @@ file instead of adding one. The file says in its header what it was made of (`fi
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from secrets import token_hex
+from typing import BinaryIO
 
 from qwencli.config import Quantization
 from qwencli.errors import ModelFileError
 
 # Counted up whenever the same weights would be quantized or stored otherwise than before.
-LAYOUT = 1
+LAYOUT = 2
 _LENGTH_BYTES = 8
+# Of each weight file's values: pieces of this size, spread evenly.
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def cache_root() -> Path:
@@ -42,7 +48,11 @@ def cached_bytes(model: Path) -> int:
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """Of the weight files by their sizes, times and headers, and of how they are quantized here.
+    """Of the weight files, and of how they are quantized here.
+
+    Of each file its size, the times of its last change, its header and samples of its values. The
+    time of the last change to the file itself (ctime) cannot be set back, as that of its content
+    (mtime) can; where a system has none, samples tell other weights.
 
     Raises:
         ModelFileError: a file cannot be read.
@@ -54,11 +64,54 @@ def fingerprint(files: Iterable[Path]) -> str:
             with file.open("rb") as stream:
                 length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
                 header = stream.read(min(length, found.st_size))
+                digest.update(header)
+                for part in range(_SAMPLES):
+                    stream.seek(found.st_size * part // _SAMPLES)
+                    digest.update(stream.read(_SAMPLE_BYTES))
         except OSError as error:
             raise ModelFileError(
                 f"{file}: cannot be read ({error.strerror or error})",
                 "check the file's permissions",
             ) from error
-        digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}".encode())
-        digest.update(header)
+        times = f"{found.st_mtime_ns} {found.st_ctime_ns}"
+        digest.update(f"{file.name} {found.st_size} {times}".encode())
     return digest.hexdigest()
+
+
+def temporary_file(file: Path) -> Path:
+    """A name beside `file` for what is being written; `remove_leftovers` knows it."""
+    return file.with_name(f".{file.name}.{os.getpid()}-{token_hex(4)}")
+
+
+def claim(stream: BinaryIO) -> None:
+    """Mark a temporary file as in use for as long as it is open.
+
+    Where a system or a file system has no such locks, an open file cannot be deleted (Windows), or
+    `remove_leftovers` takes none for a leftover.
+    """
+    _lock(stream)
+
+
+def remove_leftovers() -> None:
+    """Delete what writers that were killed left behind, in all models' folders."""
+    for path in cache_root().glob("*/.*.safetensors.*"):
+        try:
+            with path.open("rb") as stream:
+                left = _lock(stream)
+            if left:
+                path.unlink()
+        except OSError:
+            continue  # in use, gone already, or not ours to delete
+
+
+def _lock(stream: BinaryIO) -> bool:
+    """Whether nobody else had the file locked; it is now, until it is closed."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,16 +1,18 @@
 """Keeps quantized matrices on disk, so that only the first load quantizes.
 
 The file is a safetensors file that is written matrix by matrix while the model loads: room for the
-header is left free, and the header is written last, with a sum over the bytes of each tensor. It
-gets its name when it is whole. What cannot be kept (a full disk) is a warning; what is there but
-damaged, outdated or of another layout is written anew.
+header is left free, and the header is written last, with a checksum of each tensor's bytes and a
+digest of the header itself. It gets its name when it is whole. What cannot be kept (a full disk) is
+a warning; what is there but damaged, outdated or of another layout is written anew, and what killed
+writers left is deleted.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -19,6 +21,7 @@ import torch
 from qwencli.engine.native.quantized import Quantized, Scheme
 from qwencli.engine.native.reader import DTYPES, Reader
 from qwencli.errors import ModelFileError
+from qwencli.models.quantized_cache import claim, remove_leftovers, temporary_file
 from qwencli.models.safetensors_header import StoredTensor, read_header
 
 Loaded = TypeVar("Loaded")
@@ -27,6 +30,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Of a tensor's entry in the header; what is left over is filled with spaces, as the format allows.
 _ENTRY_BYTES = 320
 _PARTS = ("data", "scale", "zero")
+# Of `checksum`.
+_ROW_BYTES = 8 * 4096
 
 
 class DamagedCache(Exception):
@@ -36,9 +41,9 @@ class DamagedCache(Exception):
 class CachedMatrices:
     """The matrices in a file of this cache; `verify` after the last one has been read."""
 
-    def __init__(self, stored: dict[str, StoredTensor], sums: dict[str, int], schemes: Any) -> None:
+    def __init__(self, stored: dict[str, StoredTensor], sums: dict[str, str], schemes: Any) -> None:
         self._stored, self._wanted, self._schemes = stored, sums, schemes
-        self._sums: dict[str, int] = {}
+        self._sums: dict[str, str] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._schemes
@@ -50,13 +55,13 @@ class CachedMatrices:
             source = self._stored.get(f"{name}.{part}")
             if source is not None:
                 parts[part] = reader.as_stored(source)
-                self._sums[source.name] = byte_sum(parts[part])
+                self._sums[source.name] = checksum(parts[part])
         return Quantized(
             Scheme(self._schemes[name]), parts["data"], parts["scale"], parts.get("zero")
         )
 
     def verify(self) -> None:
-        """Raises DamagedCache unless every byte that was read adds up to what was written."""
+        """Raises DamagedCache unless every byte that was read is what was written."""
         if any(found != self._wanted[name] for name, found in self._sums.items()):
             raise DamagedCache
 
@@ -68,7 +73,12 @@ def open_cache(file: Path, fingerprint: str, names: Collection[str]) -> CachedMa
         header = read_header(file)
     except ModelFileError:
         return None
-    if header.metadata.get("fingerprint") != fingerprint:
+    said = dict(header.metadata)
+    entries = {
+        name: [info.dtype, list(info.shape), [info.start, info.start + info.size_bytes]]
+        for name, info in header.tensors.items()
+    }
+    if said.pop("digest", None) != _digest(said, entries) or said["fingerprint"] != fingerprint:
         return None
     try:
         sums = json.loads(header.metadata["sums"])
@@ -83,6 +93,12 @@ def open_cache(file: Path, fingerprint: str, names: Collection[str]) -> CachedMa
     if not whole or set(schemes) != set(names) or set(sums) != set(stored):
         return None
     return CachedMatrices(stored, sums, schemes)
+
+
+def _digest(metadata: Mapping[str, str], entries: Mapping[str, list[Any]]) -> str:
+    """Of all that a header says: `metadata`, and each tensor's type, shape and place."""
+    said = json.dumps([metadata, entries], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _schemes(metadata: Any) -> dict[str, str]:
@@ -100,16 +116,17 @@ class CacheWriter:
     def __init__(self, file: Path, fingerprint: str, matrices: int) -> None:
         self.warning: str | None = None
         self._file, self._fingerprint = file, fingerprint
-        self._temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        self._temporary = temporary_file(file)
         self._room = _ENTRY_BYTES * (1 + len(_PARTS) * matrices)
         self._entries: dict[str, dict[str, Any]] = {}
-        self._sums: dict[str, int] = {}
+        self._sums: dict[str, str] = {}
         self._schemes: dict[str, str] = {}
         self._position = 0
         self._stream: BinaryIO | None = None
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = self._temporary.open("wb")
+            self._stream = self._temporary.open("xb")
+            claim(self._stream)
             self._stream.seek(8 + self._room)
         except OSError as error:
             self._give_up(error)
@@ -136,6 +153,8 @@ class CacheWriter:
                 "schemes": json.dumps(self._schemes),
                 "sums": json.dumps(self._sums),
             }
+            entries = {name: list(entry.values()) for name, entry in self._entries.items()}
+            metadata["digest"] = _digest(metadata, entries)
             header = json.dumps({"__metadata__": metadata, **self._entries}).encode()
             assert len(header) <= self._room, "an entry is shorter than _ENTRY_BYTES"
             stream.seek(0)
@@ -156,7 +175,7 @@ class CacheWriter:
 
     def _append(self, name: str, tensor: torch.Tensor) -> None:
         assert self._stream is not None, "the caller looked"
-        self._sums[name] = byte_sum(tensor)
+        self._sums[name] = checksum(tensor)
         host = tensor.cpu().contiguous()
         end = self._position + host.nbytes
         self._entries[name] = {
@@ -193,6 +212,7 @@ def through_cache(
     Returns:
         Beside it why nothing was kept, or None.
     """
+    remove_leftovers()
     cached = open_cache(file, fingerprint, names)
     if cached is not None:
         try:
@@ -214,11 +234,18 @@ def _verified(loaded: Loaded, cached: CachedMatrices) -> Loaded:
     return loaded
 
 
-def byte_sum(tensor: torch.Tensor) -> int:
-    """The sum of a tensor's words of eight bytes modulo 2^64, or of its bytes where it has no whole
-    ones. A number and no tensor: on the CPU a small tensor that stays would keep the heap from
-    giving back what was in use below it.
+def checksum(tensor: torch.Tensor) -> str:
+    """Of a tensor's bytes and their order, the same on every device.
+
+    The bytes are a table of words of eight bytes. Its sums over rows and over columns take little
+    longer than one sum of all, and a word that changes, or changes its place, changes some of them.
+    A digest of these sums, in order, is what is returned. Text and no tensor: on the CPU a small
+    tensor that stays would keep the heap from giving back what was in use below it.
     """
     raw = tensor.contiguous().view(-1).view(torch.uint8)
-    words = raw.view(torch.int64) if raw.numel() % 8 == 0 else raw
-    return int(words.sum(dtype=torch.int64))
+    whole = raw.numel() // _ROW_BYTES * _ROW_BYTES
+    table = raw[:whole].view(torch.int64).view(-1, _ROW_BYTES // 8)
+    digest = hashlib.sha256()
+    for part in (table.sum(1), table.sum(0), raw[whole:]):
+        digest.update(memoryview(part.cpu().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()[:16]

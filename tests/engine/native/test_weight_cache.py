@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from qwencli.config import DType, Quantization
@@ -84,6 +88,35 @@ def flip(file: Path, at: int) -> None:
     file.write_bytes(content)
 
 
+def replace(file: Path, old: bytes, new: bytes) -> None:
+    content = file.read_bytes()
+    assert old in content and len(old) == len(new)
+    file.write_bytes(content.replace(old, new))
+
+
+def turn_a_shape(file: Path) -> None:
+    content = file.read_bytes()
+    found = re.search(rb'"shape": \[(\d+), (?!\1)(\d+)\]', content)
+    assert found
+    replace(file, found[0], b'"shape": [%s, %s]' % (found[2], found[1]))
+
+
+def swap_names(file: Path, one: bytes, other: bytes) -> None:
+    content = file.read_bytes()
+    assert one in content and other in content
+    content = content.replace(one, b"?" * len(one)).replace(other, one)
+    file.write_bytes(content.replace(b"?" * len(one), other))
+
+
+def swap_words(file: Path, one: int, other: int) -> None:
+    content = bytearray(file.read_bytes())
+    words = [bytes(content[at : at + 8 or None]) for at in (one, other)]
+    assert words[0] != words[1]
+    for at, word in zip((one, other), reversed(words), strict=True):
+        content[at : at + 8 or None] = word
+    file.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -92,12 +125,19 @@ def flip(file: Path, at: int) -> None:
         lambda file: flip(file, 30),
         lambda file: file.write_bytes(file.read_bytes()[:-5]),
         lambda file: file.write_bytes(b""),
-        lambda file: file.write_bytes(
-            file.read_bytes().replace(b'text.0.o\\": \\"int4', b'text.0.o\\": \\"int9')
-        ),
+        lambda file: replace(file, b'text.0.o\\": \\"int4', b'text.0.o\\": \\"int9'),
+        lambda file: turn_a_shape(file),
+        lambda file: replace(file, b'"text.0.o.data"', b'"text.9.o.data"'),
+        lambda file: swap_names(file, b'"text.0.o.data"', b'"text.1.o.data"'),
+        lambda file: swap_words(file, -800, -8),
+        lambda file: swap_words(file, -40_000, -80_000),
+        lambda file: swap_words(file, -800, -800 - 8 * 4096),
     ],
-    ids=["a value", "the last byte", "the header", "cut short", "empty", "another scheme"],
-)
+    ids=[
+        "a value", "the last byte", "the header", "cut short", "empty", "another scheme",
+        "another shape", "another name", "two names", "two words", "two far words", "words of rows",
+    ],
+)  # fmt: skip
 def test_a_damaged_file_is_written_anew(folder: Path, spoil: Any, quantizing: list[int]) -> None:
     first = load(folder)
     file = cache_file(folder, Quantization.INT4, DType.FLOAT32)
@@ -122,6 +162,66 @@ def test_an_outdated_file_is_written_anew(
     assert len(quantizing) == 2 * 17
     load(folder)
     assert len(quantizing) == 2 * 17
+
+
+def test_other_weights_of_equal_size_and_time_are_noticed(
+    folder: Path, quantizing: list[int]
+) -> None:
+    load(folder)
+    file = folder / "model.safetensors"
+    times = file.stat()
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    load(folder)
+    assert len(quantizing) == 2 * 17
+
+
+def test_other_weights_are_told_by_their_values_where_times_tell_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    content = b"\x10" + bytes(7) + b"{}" + bytes(100_000)
+    found = set()
+    for filler in (0, 1):
+        file.write_bytes(content.replace(bytes(1000), bytes([filler]) * 1000))
+        with mock.patch.object(Path, "stat", return_value=os.stat_result([0] * 6 + [9] * 4)):
+            found.add(quantized_cache.fingerprint([file]))
+    assert len(found) == 2
+
+
+def test_what_killed_writers_left_is_deleted_and_what_is_being_written_is_not(
+    folder: Path,
+) -> None:
+    place = cache_file(folder, Quantization.INT4, DType.FLOAT32).parent
+    other = place.parent / "another-0123456789abcdef"
+    for each in (place, other):
+        each.mkdir(parents=True)
+        (each / ".4bit-float32.safetensors.1234").write_bytes(bytes(10))
+    running = weight_cache.CacheWriter(other / "8bit-float32.safetensors", "", 1)
+    load(folder)
+    assert [path.name for path in place.iterdir()] == ["4bit-float32.safetensors"]
+    assert len(list(other.iterdir())) == 1
+    running.abandon()
+    assert list(other.iterdir()) == []
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 3 * 4096 + 5),
+    st.tuples(st.integers(0), st.integers(0)),
+    st.sampled_from([torch.int8, torch.float16, torch.int32]),
+)
+def test_a_checksum_tells_any_two_words_that_changed_places(
+    count: int, places: tuple[int, int], dtype: torch.dtype
+) -> None:
+    values = torch.randint(0, 100, (8 * count + 3,), generator=torch.Generator().manual_seed(count))
+    tensor = values.to(dtype)
+    one, other = (place % len(tensor) for place in places)
+    swapped = tensor.clone()
+    swapped[[one, other]] = tensor[[other, one]]
+    same = torch.equal(tensor, swapped)
+    assert (weight_cache.checksum(tensor) == weight_cache.checksum(swapped)) is same
 
 
 def test_a_full_disk_is_a_warning(
