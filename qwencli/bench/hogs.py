@@ -15,6 +15,21 @@ print(flush=True)
 while True:
     pass
 """
+# Computes after a "+" on its standard input and waits after a "-". It is never stopped by a signal:
+# a process that is stopped would not see its input close, and stay for ever.
+COMPUTING_WHEN_TOLD = """
+import os, select
+print(flush=True)
+going = False
+while True:
+    if not going or select.select([0], [], [], 0)[0]:
+        said = os.read(0, 1)
+        if not said:
+            break
+        going = said == b"+"
+    for _ in range(5000 * going):
+        pass
+"""
 # Copies more than any cache holds, in pieces small enough to go through the caches.
 COPYING = f"""{_BEGIN}
 source, target = memoryview(bytearray(b"x") * (1 << 26)), memoryview(bytearray(1 << 26))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qwencli.bench.attribution.causes import Cause
-from qwencli.bench.hogs import COMPUTING
+from qwencli.bench.hogs import COMPUTING_WHEN_TOLD
 from qwencli.bench.inject.pauser import Pauser
 from qwencli.engine import disturbances
 from qwencli.engine.child_process import python_command
@@ -240,13 +239,16 @@ class HogOnTheSameCore(BesideFault):
         count = GPU_HOGS if device.startswith("cuda") else 1
         self._hogs = [
             subprocess.Popen(
-                [sys.executable, "-c", COMPUTING],
+                [sys.executable, "-c", COMPUTING_WHEN_TOLD],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                bufsize=0,
             )
             for _ in range(count)
         ]
-        self.halt()
+        for hog in self._hogs:
+            assert hog.stdout is not None
+            hog.stdout.readline()
 
     def disturb(self, chunks: Chunks, tokens: int, chance: random.Random) -> Iterator[Any]:
         cores = os.sched_getaffinity(0)
@@ -260,12 +262,15 @@ class HogOnTheSameCore(BesideFault):
             os.sched_setaffinity(0, cores)
 
     def go(self) -> None:
-        for hog in self._hogs:
-            os.kill(hog.pid, signal.SIGCONT)
+        self._say(b"+")
 
     def halt(self) -> None:
+        self._say(b"-")
+
+    def _say(self, word: bytes) -> None:
         for hog in self._hogs:
-            os.kill(hog.pid, signal.SIGSTOP)
+            assert hog.stdin is not None
+            hog.stdin.write(word)
 
     def close(self) -> None:
         for hog in self._hogs:

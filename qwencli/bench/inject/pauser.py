@@ -4,6 +4,11 @@
 
 Reads seconds from stdin, a line each; stops PID for so long and prints when it did and when it let
 it go on.
+
+    python -m qwencli.bench.inject.pauser PID guard
+
+Lets PID go on once its stdin closes without a word: when a pauser has been killed meanwhile.
+Signals that a process can answer do not end a pauser; nothing may leave PID stopped.
 """
 
 from __future__ import annotations
@@ -13,8 +18,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 from qwencli.engine.child_process import python_command
+
+_ANSWERED = (signal.SIGTERM, signal.SIGINT, *filter(None, (getattr(signal, "SIGHUP", None),)))
 
 
 class Pauser:
@@ -49,16 +57,33 @@ class Pauser:
 
 
 def main(pid: int) -> int:
-    for line in sys.stdin:
-        start = time.perf_counter()
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            time.sleep(float(line))
-        finally:
+    """Pause `pid` as stdin says, until that closes."""
+    for name in _ANSWERED:
+        signal.signal(name, signal.SIG_IGN)
+    command = python_command("qwencli.bench.inject.pauser", str(pid), "guard")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0) as guard:
+        assert guard.stdin is not None
+        for line in sys.stdin:
+            start = time.perf_counter()
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                time.sleep(float(line))
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            print(start, time.perf_counter(), flush=True)
+        guard.stdin.write(b"over")
+    return 0
+
+
+def watch(pid: int) -> int:
+    """Let `pid` go on when the pauser has gone without having said that it is over."""
+    for name in _ANSWERED:
+        signal.signal(name, signal.SIG_IGN)
+    if not sys.stdin.buffer.read():
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-        print(start, time.perf_counter(), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit((watch if sys.argv[2:] else main)(int(sys.argv[1])))
