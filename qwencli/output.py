@@ -129,7 +129,9 @@ class Sink:
     def json_line(self, value: Any) -> None:
         """Write one JSON object on a line of its own to stdout."""
         line = json.dumps(value, ensure_ascii=False)
-        self.answer(_UNSAFE_IN_LINE.sub(_escape_for_json, line))
+        line = _UNSAFE_IN_LINE.sub(_escape_for_json, line)
+        # JSON has an escape of its own for what the encoding lacks; stdout's is none of JSON.
+        self.answer(line if _encodable(line) else json.dumps(value))
 
     def show(self, renderable: RenderableType) -> None:
         """Render a table or text that is the command's answer, to stdout.
@@ -261,6 +263,15 @@ def let_go_of_streams() -> None:
         except OSError:
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _encodable(text: str) -> bool:
+    """Whether stdout's encoding has every character; on Windows a redirected one lacks most."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _wrapped(text: str, columns: int) -> str:

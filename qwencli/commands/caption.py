@@ -15,7 +15,11 @@ from qwencli.presets import PRESETS, prompt_text
 @with_run_options
 def caption(
     context: typer.Context,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image or video files.")],
+    images: Annotated[
+        list[Path],
+        # Typer would refuse all of them for one that cannot be read.
+        typer.Argument(metavar="IMAGE...", help="Image or video files.", readable=False),
+    ],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to ask.")] = None,
     preset: Annotated[str | None, typer.Option(help=f"Ask for: {', '.join(PRESETS)}.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,

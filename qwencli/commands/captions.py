@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from qwencli.commands.options import RunOptions
 from qwencli.commands.reports import caption_record, failure_record, shortfall, stats_line
-from qwencli.commands.requests import open_visual
-from qwencli.errors import InputError, MissingDependencyError, OutOfMemoryError, QwenCliError
+from qwencli.commands.requests import OPENING_ERRORS, open_visual
+from qwencli.errors import InputError, OutOfMemoryError, QwenCliError
 from qwencli.messages import GenerationRequest, VisualPart
 from qwencli.output import Sink, visible
 
@@ -34,13 +34,15 @@ class Captions:
             if self.several and sys.stderr.isatty() and not sys.stdout.isatty():
                 self.sink.notice(f"[{number}/{len(jobs)}] {', '.join(str(path) for path in paths)}")
             pictures: Pictures = ()
-            try:
-                for path in paths:
+            for path in paths:
+                try:
                     pictures += (open_visual(path, frames, pictures),)
-            except (InputError, MissingDependencyError) as error:
-                self._report(error, [str(path) for path in paths])
-                continue
-            yield pictures
+                except OPENING_ERRORS as error:
+                    self._report(error, [str(path)])
+            if 0 < len(pictures) < len(paths):
+                self.sink.notice(f"note: {len(pictures)} of {len(paths)} images are shown")
+            if pictures:
+                yield pictures
 
     def answer(self, engine: Engine, request: GenerationRequest, pictures: Pictures) -> None:
         names = [picture.name for picture in pictures]

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from qwencli.commands.options import Frames, RunOptions, with_run_options
+from qwencli.messages import VisualPart
 from qwencli.output import Sink
 
 
@@ -20,7 +21,7 @@ def chat(
     ] = None,
     image: Annotated[
         list[Path] | None,
-        typer.Option("--image", "-i", help="Attach a picture or video."),
+        typer.Option("--image", "-i", help="Attach a picture or video.", readable=False),
     ] = None,
     frames: Frames = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
@@ -31,12 +32,22 @@ def chat(
     # Here and not above: `--help` needs none of it.
     from qwencli.commands.conversation import Conversation
     from qwencli.commands.model_choice import announce_model, choose_model
-    from qwencli.commands.requests import open_visual, running_engine
+    from qwencli.commands.requests import OPENING_ERRORS, open_visual, running_engine
 
     sink = context.ensure_object(Sink)
     sampling = run.sampling_options()
     spec = choose_model(run, sink)
-    pictures = [open_visual(path, frames) for path in image or []]
+    pictures: list[VisualPart] = []
+    failed = False
+    for path in image or []:
+        try:
+            pictures.append(open_visual(path, frames, pictures))
+        except OPENING_ERRORS as error:
+            failed = True
+            sink.error(error)
+    if failed and prompt is not None and not pictures:
+        # An answer about a picture that the model never saw would be invented.
+        raise typer.Exit(1)
     announce_model(spec, run, sink)
     with running_engine(run.engine_config(spec), sink) as loaded:
         talk = Conversation(
@@ -52,6 +63,9 @@ def chat(
         talk.attach(*pictures)
         if prompt is not None:
             talk.ask(prompt)
-        elif talk.converse(sys.stdin) and not sys.stdin.isatty():
+        else:
+            failed = bool(talk.converse(sys.stdin)) or failed
             # A person saw the error and went on; a script has only the exit code.
-            raise typer.Exit(1)
+            failed = failed and not sys.stdin.isatty()
+    if failed:
+        raise typer.Exit(1)

@@ -12,10 +12,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from qwencli.commands.reports import caption_record, shortfall, stats_line
-from qwencli.commands.requests import open_picture, open_video, system_messages
+from qwencli.commands.requests import (
+    OPENING_ERRORS,
+    open_picture,
+    open_video,
+    system_messages,
+)
 from qwencli.config import SamplingOptions
-from qwencli.errors import InputError, MissingDependencyError, OutOfMemoryError, UsageError
-from qwencli.messages import GenerationRequest, Message, VisualPart, text_message, user_message
+from qwencli.errors import (
+    InputError,
+    MissingDependencyError,
+    OutOfMemoryError,
+    QwenCliError,
+    UsageError,
+)
+from qwencli.messages import (
+    GenerationRequest,
+    Message,
+    TextPart,
+    VisualPart,
+    text_message,
+    user_message,
+)
 from qwencli.output import Sink
 
 if TYPE_CHECKING:
@@ -56,7 +74,7 @@ class Conversation:
         self._history: list[Message] = []
         self._attached: list[VisualPart] = []
         self._commands: dict[str, Callable[[str], bool]] = {
-            "/image": functools.partial(self._attach_files, "/image", open_picture),
+            "/image": functools.partial(self._attach_files, "/image", self._open_picture),
             "/video": functools.partial(self._attach_files, "/video", self._open_video),
             "/system": self._set_system,
             "/clear": self._clear,
@@ -154,16 +172,34 @@ class Conversation:
             raise UsageError(f"{name} is not a command", "/help lists them")
         return command(rest.strip())
 
+    def _shown(self) -> list[VisualPart]:
+        """Every picture and video of the conversation; all are held."""
+        parts = [part for message in self._history for part in message.parts]
+        return [part for part in parts if not isinstance(part, TextPart)] + self._attached
+
+    def _open_picture(self, path: Path) -> VisualPart:
+        return open_picture(path, self._shown())
+
     def _open_video(self, path: Path) -> VisualPart:
-        return open_video(path, self._frames)
+        return open_video(path, self._frames, self._shown())
 
     def _attach_files(self, name: str, opened: Callable[[Path], VisualPart], rest: str) -> bool:
         paths = _split_paths(rest)
         if not paths:
             raise UsageError(f"{name} needs a path", f"{name} PATH")
-        self.attach(*[opened(path) for path in paths])
-        names = ", ".join(picture.name for picture in self._attached)
-        self._sink.notice(f"attached: {names}")
+        failures: list[QwenCliError] = []
+        for path in paths:
+            try:
+                self.attach(opened(path))
+            except OPENING_ERRORS as error:
+                failures.append(error)
+        for failure in failures[:-1]:
+            self._sink.error(failure)
+        if self._attached:
+            names = ", ".join(picture.name for picture in self._attached)
+            self._sink.notice(f"attached: {names}")
+        if failures:
+            raise failures[-1]
         return True
 
     def _set_system(self, rest: str) -> bool:

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwencli.config import EngineConfig, LoadFormat
+from qwencli.errors import InputError, MissingDependencyError, OutOfMemoryError
 from qwencli.messages import ImagePart, Message, VideoPart, VisualPart, text_message
 from qwencli.output import Sink
+
+# What opening a picture or video may raise: it costs that one, and the others are done.
+OPENING_ERRORS = (InputError, MissingDependencyError, OutOfMemoryError)
 
 if TYPE_CHECKING:
     from qwencli.engine.base import Engine

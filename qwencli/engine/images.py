@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import re
+import select
 import stat
 import struct
 import threading
+import time
 import warnings
 import zlib
 from collections.abc import Callable
@@ -26,12 +29,13 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from qwencli.config import MAX_PIXELS
+from qwencli.engine.containers import video_kind
 from qwencli.errors import InputError, OutOfMemoryError
 from qwencli.messages import ImagePart
 
 # What Pillow's decoders are known to raise on malformed files (its plug-ins parse with struct,
 # zlib and plain indexing). Anything else is a bug of ours and must stay visible.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -68,6 +72,9 @@ _MAX_FILE_BYTES = (
     (re.compile(rb"\x89PNG|\xff\xd8|GIF8|8BPS|\xff\x0a|\xff\x4f\xff\x51|\0\0\0\x0c"), 2**29),
     (re.compile(rb""), 2**31),
 )
+# A pipe's picture is held whole. It must have begun after so many seconds, and come this fast.
+_MAX_PIPE_BYTES = 2**28
+_PIPE_WAIT_S, _PIPE_BYTES_PER_S = 8.0, 100_000.0
 # A picture's rows are found through a pointer each, in the decoded picture and in the result.
 _BYTES_A_ROW = 16
 # Text and colour profiles of a PNG, decompressed; screenshots and Photoshop's carry megabytes.
@@ -114,7 +121,6 @@ _SIGNATURES = (
     (re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL), "HEIC"),
     (re.compile(rb"....ftypavi[fs]", re.DOTALL), "AVIF"),
     (re.compile(rb"\xff\x0a|\x00\x00\x00\x0cJXL "), "JPEG XL"),
-    (re.compile(rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL), "a video"),
     (re.compile(rb"%PDF"), "a PDF document"),
     (re.compile(rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!"), "an archive"),
     (re.compile(rb"version https://git-lfs"), "a Git LFS pointer instead of the file itself"),
@@ -128,6 +134,14 @@ _PLUGINS = {
     "AVIF": ("AVIF", "pillow_avif", None, "pillow-avif-plugin"),
     "JPEG XL": ("JXL", "pillow_jxl", None, "pillow-jxl-plugin"),
 }
+# Names of what a folder of frames is made of. Pillow lists more: films, documents and drawings, of
+# which it knows the first bytes only.
+PICTURE_SUFFIXES = frozenset({
+    ".apng", ".avif", ".avifs", ".bmp", ".dds", ".dib", ".gif", ".heic", ".heics", ".heif", ".hif",
+    ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".jxl",
+    ".pam", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".ras", ".sgi", ".tga",
+    ".tif", ".tiff", ".webp",
+})  # fmt: skip
 _USE_PICTURE = "give a picture file such as PNG, JPEG or WebP"
 _COPY_AGAIN = "copy or download the file again"
 
@@ -207,11 +221,10 @@ def read_picture(
         InputError, OutOfMemoryError: see `open_image`; also for what Pillow raises in `read`.
     """
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), name or "the image data", read)
+        return decode(io.BytesIO(source), name or "the image data", read)
     name = name or str(source)
     with open_file(source, name) as file:
-        # A pipe cannot seek, which Pillow needs.
-        return _decode(file if file.seekable() else io.BytesIO(file.read()), name, read)
+        return decode(file, name, read)
 
 
 def to_rgb(image: Image.Image, name: str, held_bytes: int = 0) -> Image.Image:
@@ -256,35 +269,74 @@ def _too_large(name: str, pixels: int, most: int, kind: str = "") -> InputError:
 
 
 def open_file(path: Path, name: str) -> BinaryIO:
+    """A file, or all that comes through a pipe, to be read from any place on.
+
+    Raises:
+        InputError: not there, not readable, neither a file nor a pipe, or a pipe without an end.
+    """
     try:
         mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise InputError(f"{name} is a folder, not a picture", "name the picture files in it")
-        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-            raise InputError(f"{name} is a device, not a picture file", _USE_PICTURE)
-        return path.open("rb")
-    except FileNotFoundError as error:
-        raise InputError(f"{name}: no such file", "check the path") from error
-    except PermissionError as error:
-        raise InputError(
-            f"{name} cannot be read: permission denied", "change the file's permissions"
-        ) from error
+        if stat.S_ISFIFO(mode):
+            return io.BytesIO(_read_pipe(path, name))
+        if stat.S_ISREG(mode):
+            return path.open("rb")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{name} cannot be read: {reason}", "check the path") from error
+        raise read_error(error, name) from error
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{name} is a folder, not a picture", "name the picture files in it")
+    raise InputError(f"{name} is a device, not a picture file", _USE_PICTURE)
 
 
-def _decode(file: BinaryIO, name: str, read: Callable[[Image.Image, str], T]) -> T:
-    head = file.read(512)
-    if not head:
-        raise InputError(f"{name} is empty (0 bytes)", _COPY_AGAIN)
-    size = file.seek(0, io.SEEK_END)
-    most = next(most for magic, most in _MAX_FILE_BYTES if magic.match(head))
-    if size > most:
-        raise InputError(
-            f"{name} is a file of {size / 2**20:.0f} MB, the limit for its kind is {most >> 20}",
-            _USE_PICTURE,
+def read_error(error: OSError | ValueError, name: str) -> InputError:
+    """What the system says about a file that cannot be opened or read, for the user."""
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{name}: no such file", "check the path")
+    if isinstance(error, PermissionError):
+        return InputError(
+            f"{name} cannot be read: permission denied", "change the file's permissions"
         )
+    reason = getattr(error, "strerror", None) or error
+    return InputError(
+        f"{name} cannot be read: {reason}", "check the path and the disk or network it is on"
+    )
+
+
+def _read_pipe(path: Path, name: str) -> bytes:
+    """All that comes through a pipe, which must not take for ever.
+
+    A pipe that nobody writes to, or that gives a byte now and then, would never let go.
+    """
+    started_s = time.monotonic()
+    data = bytearray()
+    # Without this flag opening it would wait for a writer.
+    pipe = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        while len(data) <= _MAX_PIPE_BYTES:
+            until_s = started_s + _PIPE_WAIT_S + len(data) / _PIPE_BYTES_PER_S
+            left_s = max(until_s - time.monotonic(), 0)
+            if left_s == 0 or not select.select([pipe], [], [], left_s)[0]:
+                raise InputError(
+                    f"{name}: nothing more comes through this pipe, and it does not end",
+                    "write the picture to a file first",
+                )
+            piece = os.read(pipe, 2**20)
+            if not piece:
+                return bytes(data)
+            data += piece
+    finally:
+        os.close(pipe)
+    raise InputError(
+        f"{name}: more than {_MAX_PIPE_BYTES >> 20} MB come through this pipe",
+        "write the picture to a file first",
+    )
+
+
+def decode(file: BinaryIO, name: str, read: Callable[[Image.Image, str], T]) -> T:
+    """What `read` makes of the picture in an open file; see `read_picture`."""
+    try:
+        head = _checked_head(file, name)
+    except OSError as error:
+        raise read_error(error, name) from error
     kind = "picture"
     try:
         with _strict_pillow, _identify(file, head, name) as image:
@@ -302,7 +354,10 @@ def _decode(file: BinaryIO, name: str, read: Callable[[Image.Image, str], T]) ->
         raise OutOfMemoryError(
             f"not enough memory to decode {name}", "scale the picture down or free some memory"
         ) from error
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
+        # Pillow's own errors have no number; those of the system do.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise read_error(error, name) from error
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if "MAX_TEXT" in reason:
             raise InputError(
@@ -312,12 +367,28 @@ def _decode(file: BinaryIO, name: str, read: Callable[[Image.Image, str], T]) ->
         raise InputError(f"{name}: damaged {kind} file ({reason})", _COPY_AGAIN) from error
 
 
+def _checked_head(file: BinaryIO, name: str) -> bytes:
+    """The first bytes of a file that is not empty and not too long."""
+    head = file.read(512)
+    if not head:
+        raise InputError(f"{name} is empty (0 bytes)", _COPY_AGAIN)
+    size = file.seek(0, io.SEEK_END)
+    most = next(most for magic, most in _MAX_FILE_BYTES if magic.match(head))
+    if size > most:
+        raise InputError(
+            f"{name} is a file of {size / 2**20:.0f} MB, the limit for its kind is {most >> 20}",
+            _USE_PICTURE,
+        )
+    return head
+
+
 def _identify(file: BinaryIO, head: bytes, name: str) -> Image.Image:
     file.seek(0)
     try:
         return Image.open(file)
     except UnidentifiedImageError as error:
         found = next((what for magic, what in _SIGNATURES if magic.match(head)), None)
+        found = found or ("a video" if video_kind(head) else None)
         if found not in _PLUGINS:
             raise InputError(
                 f"{name} is not a picture: found {found or _text_or_data(head)}", _USE_PICTURE
@@ -357,7 +428,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
     """What makes the picture upright by its EXIF orientation; a damaged block says nothing."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         return None
     return _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
 

@@ -8,24 +8,31 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+import stat
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from qwencli.engine.containers import is_cut_off, video_kind
 from qwencli.engine.images import (
+    DECODE_ERRORS,
     MAX_DECODE_BYTES,
+    PICTURE_SUFFIXES,
     check_decoded_size,
+    decode,
     open_file,
-    open_image,
+    read_error,
     read_picture,
     to_rgb,
 )
 from qwencli.engine.optional_packages import require
-from qwencli.errors import InputError
+from qwencli.errors import InputError, OutOfMemoryError
 from qwencli.messages import ImagePart, VideoPart, VisualPart
+
+Part = TypeVar("Part", bound=VisualPart)
 
 # Where nobody says how many frames: as many a second as Qwen's own processors take, in bounds.
 FRAMES_PER_SECOND = 2.0
@@ -38,11 +45,13 @@ MAX_ANIMATION_PIXELS = 400_000_000
 # What a frame of an animation takes that states no time; browsers do the same.
 _FRAME_S = 0.1
 
-_VIDEO_FILE = re.compile(
-    rb"....ftyp(?!heic|heix|heim|heis|hevc|hevx|mif1|msf1|avi[fs])"
-    rb"|\x1aE\xdf\xa3|RIFF....AVI |FLV\x01|\x00\x00\x01\xba|OggS|\x30\x26\xb2\x75\x8e\x66\xcf\x11",
-    re.DOTALL,
-)
+# Formats of one file with many pictures in which they are moments of one scene. Elsewhere they are
+# pages, layers, sizes, or a photograph and what the camera made of it.
+_ANIMATED = frozenset({"AVIF", "FLI", "GIF", "JXL", "PNG", "WEBP"})
+# A video file's frames: the largest, and bytes a pixel that FFmpeg holds of those it refers to.
+MAX_FRAME_PIXELS = 36_000_000
+_DECODER_BYTES_A_PIXEL = 16
+_COPY_AGAIN = "copy or download the file again"
 
 
 def open_visual(
@@ -57,10 +66,16 @@ def open_visual(
     Raises:
         InputError, MissingDependencyError: see `open_video` and `open_image`.
     """
-    wanted = frames is not None and (path.is_dir() or _is_animation(path))
-    if wanted or _is_video_file(path):
-        return open_video(path, frames, beside)
-    return open_image(path, held_bytes=decoded_bytes(beside))
+    held_bytes = decoded_bytes(beside)
+    if frames is not None and _is_folder(path):
+        return _from_folder(path, frames, held_bytes)
+
+    def read(image: Image.Image, name: str) -> VisualPart:
+        if frames is not None and _is_animation(image):
+            return _from_animation(image, name, frames, held_bytes)
+        return ImagePart(to_rgb(image, name, held_bytes), name)
+
+    return _from_any_file(path, frames, held_bytes, read)
 
 
 def open_video(
@@ -78,11 +93,42 @@ def open_video(
         MissingDependencyError: a video file, and `av` is not installed.
     """
     held_bytes = decoded_bytes(beside)
-    if path.is_dir():
+    if _is_folder(path):
         return _from_folder(path, frames, held_bytes)
-    if _is_video_file(path):
-        return _from_file(path, frames, held_bytes)
-    return read_picture(path, lambda image, name: _from_animation(image, name, frames, held_bytes))
+
+    def read(image: Image.Image, name: str) -> VideoPart:
+        if not _is_animation(image):
+            raise InputError(f"{name} is a single picture, not a video", "show it as a picture")
+        return _from_animation(image, name, frames, held_bytes)
+
+    return _from_any_file(path, frames, held_bytes, read)
+
+
+def _from_any_file(
+    path: Path, frames: int | None, held_bytes: int, read: Callable[[Image.Image, str], Part]
+) -> Part | VideoPart:
+    """A video file as a video, anything else as `read` makes it of the opened picture."""
+    name = str(path)
+    try:
+        # One opening of the file: it may be gone at the next, and a pipe is read once only.
+        with open_file(path, name) as file:
+            kind = _video_kind(file, name)
+            if kind is not None:
+                return _from_video_file(file, name, kind, frames, held_bytes)
+            return decode(file, name, read)
+    except MemoryError as error:
+        raise OutOfMemoryError(
+            f"not enough memory to decode {name}", "lower --frames, or free some memory"
+        ) from error
+
+
+def _video_kind(file: BinaryIO, name: str) -> str | None:
+    try:
+        kind = video_kind(file.read(512))
+        file.seek(0)
+    except OSError as error:
+        raise read_error(error, name) from error
+    return kind
 
 
 def decoded_bytes(visuals: Sequence[VisualPart]) -> int:
@@ -114,19 +160,15 @@ def _room(size: tuple[int, int], held_bytes: int) -> int:
     return most // max(size[0] * size[1], 1)
 
 
-def _is_video_file(path: Path) -> bool:
-    # A pipe can be read once only; a picture may come through one, a video not.
-    if not path.is_file():
-        return False
-    with open_file(path, str(path)) as file:
-        head = file.read(512)
-    # MPEG transport streams have no signature but a byte that starts each packet of 188.
-    packets = len(head) > 376 and head[0] == head[188] == head[376] == 0x47
-    return packets or _VIDEO_FILE.match(head) is not None
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False  # opening it as a file will tell why
 
 
-def _is_animation(path: Path) -> bool:
-    return path.is_file() and read_picture(path, lambda image, _: getattr(image, "n_frames", 1) > 1)
+def _is_animation(image: Image.Image) -> bool:
+    return image.format in _ANIMATED and getattr(image, "is_animated", False)
 
 
 def _check_size(name: str, size: tuple[int, int], count: int, held_bytes: int) -> None:
@@ -141,10 +183,18 @@ def _check_size(name: str, size: tuple[int, int], count: int, held_bytes: int) -
 
 
 def _from_folder(folder: Path, wanted: int | None, held_bytes: int) -> VideoPart:
-    known = Image.registered_extensions()
-    files = sorted(
-        (path for path in folder.iterdir() if path.suffix.lower() in known), key=_natural
-    )
+    try:
+        files = sorted(
+            # macOS leaves ._NAME beside files that it copies; they are no pictures.
+            (
+                path
+                for path in folder.iterdir()
+                if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
+            ),
+            key=_natural,
+        )
+    except OSError as error:
+        raise read_error(error, str(folder)) from error
     if not files:
         raise InputError(f"{folder} holds no pictures", "give a folder with the frames of a video")
     duration_s = len(files) / FRAMES_PER_SECOND
@@ -193,9 +243,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 def _from_animation(
     image: Image.Image, name: str, wanted: int | None, held_bytes: int
 ) -> VideoPart:
-    total = getattr(image, "n_frames", 1)
-    if total < 2:
-        raise InputError(f"{name} is a single picture, not a video", "show it as a picture")
+    total: int = image.n_frames  # type: ignore[attr-defined]
     begins, now_s = [], 0.0
     # Its times stand in the frames: one pass to read them, one for the chosen frames.
     for index in range(total):
@@ -228,52 +276,91 @@ def _check_work(name: str, size: tuple[int, int], total: int) -> None:
         )
 
 
-def _from_file(path: Path, wanted: int | None, held_bytes: int) -> VideoPart:
+def _from_video_file(
+    file: BinaryIO, name: str, kind: str, wanted: int | None, held_bytes: int
+) -> VideoPart:
     require(
         "av",
-        f"{path} is a video file",
+        f"{name} is a video file",
         "pip install 'qwencli[video]'",
         "give an animated GIF or WebP, or a folder of frames with --frames",
     )
     import av
 
+    # FFmpeg gets the opened file: in a name it would see addresses and lists of other files.
     try:
-        total = _packets(path)
-        with av.open(str(path)) as container:
+        if is_cut_off(file, kind):
+            raise _ends_early(name)
+        total = _packets(file, name, kind)
+        with _container(file, kind) as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or stream.guessed_rate or 24)
             size = stream.width, stream.height
+            if not 0 < size[0] * size[1] <= MAX_FRAME_PIXELS:
+                raise InputError(
+                    f"{name} has frames of {size[0]}x{size[1]}, the limit is "
+                    f"{MAX_FRAME_PIXELS // 10**6} megapixels",
+                    "scale the video down",
+                )
+            held_bytes += size[0] * size[1] * _DECODER_BYTES_A_PIXEL
             most = max(_room(size, held_bytes), 1)
             chosen = even_indices(total, _count(total, total / rate, wanted, most))
-            _check_size(str(path), size, len(chosen), held_bytes)
-            frames, times_s = _decoded(container.decode(stream), chosen, rate)
-    except av.FFmpegError as error:
-        reason = error.strerror or type(error).__name__
-        raise InputError(
-            f"{path}: damaged video file ({reason})", "copy or download the file again"
-        ) from error
+            _check_size(name, size, len(chosen), held_bytes)
+            # The header may state less than the frames turn out to have.
+            stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+            frames, times_s = _decoded(container.decode(stream), chosen, rate, size)
+    except (av.FFmpegError, *DECODE_ERRORS) as error:
+        if isinstance(error, MemoryError):
+            raise
+        if isinstance(error, OSError) and not isinstance(error, av.FFmpegError):
+            raise read_error(error, name) from error
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise InputError(f"{name}: damaged video file ({reason})", _COPY_AGAIN) from error
     if not frames:
-        raise InputError(f"{path}: no frame can be decoded", "copy or download the file again")
-    return VideoPart(tuple(frames), tuple(times_s), total / rate, str(path))
+        raise InputError(f"{name}: no frame can be decoded", _COPY_AGAIN)
+    return VideoPart(tuple(frames), tuple(times_s), total / rate, name)
 
 
-def _packets(path: Path) -> int:
-    """Frames of a file, which its header need not know, counted without decoding them."""
+def _container(file: BinaryIO, kind: str) -> Any:
     import av
 
-    with av.open(str(path)) as container:
+    file.seek(0)
+    # Titles in some other encoding than UTF-8 are nothing to fail for.
+    return av.open(file, format=kind, metadata_errors="replace")
+
+
+def _ends_early(name: str) -> InputError:
+    return InputError(
+        f"{name}: damaged video file (it ends early)",
+        f"{_COPY_AGAIN}, or make a whole one of what is there: ffmpeg -i FILE -c copy NEW",
+    )
+
+
+def _packets(file: BinaryIO, name: str, kind: str) -> int:
+    """Frames of a file, which its header need not know, counted without decoding them."""
+    with _container(file, kind) as container:
         if not container.streams.video:
-            raise InputError(f"{path} has no picture track", "give a video")
-        total = sum(1 for packet in container.demux(container.streams.video[0]) if packet.size)
+            raise InputError(f"{name} has no picture track", "give a video")
+        shown = container.streams.video[0]
+        total, end_s = 0, 0.0
+        for packet in container.demux():
+            total += packet.stream is shown and packet.size > 0
+            if packet.pts is not None and packet.time_base:
+                end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if kind == "flv" and container.duration and total:
+            # A cut between two of its parts shows in the length that the header states alone.
+            stated_s = container.duration / 1e6
+            if end_s < stated_s - max(0.5, stated_s / 20):
+                raise _ends_early(name)
     if not total:
-        raise InputError(f"{path} has no frames", "copy or download the file again")
+        raise InputError(f"{name} has no frames", _COPY_AGAIN)
     return total
 
 
 def _decoded(
-    decoded: Iterable[Any], chosen: Sequence[int], rate: float
+    decoded: Iterable[Any], chosen: Sequence[int], rate: float, size: tuple[int, int]
 ) -> tuple[list[Image.Image], list[float]]:
-    """The chosen frames upright, and when each is seen, from the first on."""
+    """The chosen frames upright and of one size, and when each is seen, from the first on."""
     frames: list[Image.Image] = []
     times_s: list[float] = []
     first_s = None
@@ -282,8 +369,9 @@ def _decoded(
         time_s = index / rate if frame.time is None else float(frame.time)
         first_s = time_s if first_s is None else first_s
         if index in wanted:
+            # A stream may change its size on the way; the first one is kept, as players do.
+            image = frame.to_image(width=size[0], height=size[1])
             # Phones store a turn of the picture beside it, counterclockwise in degrees.
-            image = frame.to_image()
             frames.append(image.rotate(frame.rotation, expand=True) if frame.rotation else image)
             times_s.append(time_s - first_s)
         if index >= chosen[-1]:

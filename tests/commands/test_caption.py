@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
+import weakref
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -280,6 +283,86 @@ def test_a_video_without_its_package_costs_its_own_answer_only(
     out, err = capsys.readouterr()
     assert out.startswith(pictures[0])
     assert "a.mp4 is a video file: the package av is not installed" in err
+
+
+@pytest.mark.parametrize("kind", ["missing", "damaged", "long name", "unreadable", "memory"])
+@pytest.mark.parametrize("together", [False, True])
+def test_one_that_cannot_be_opened_never_costs_the_others(
+    caption, pictures, tmp_path, capsys, monkeypatch, kind, together
+):
+    bad = tmp_path / ("b" * 300 if kind == "long name" else "bad.png")
+    if kind in ("damaged", "unreadable", "memory"):
+        bad.write_bytes(b"\x89PNG\r\n\x1a\n")
+    if kind == "unreadable":
+        monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(bad))
+    if kind == "memory":
+
+        def full(path, name):
+            if path == bad:
+                raise MemoryError
+            return path.open("rb")
+
+        monkeypatch.setattr("qwencli.engine.videos.open_file", full)
+    arguments = [str(bad), pictures[0], str(bad), pictures[1], "--json"]
+    assert caption(*arguments, *(["--together"] if together else [])) == 1
+    out, err = capsys.readouterr()
+    records = [json.loads(line) for line in out.splitlines()]
+    answered = [record["image"] for record in records if record["caption"] is not None]
+    assert answered == ([pictures] if together else pictures)
+    assert [record["image"] for record in records if record["caption"] is None] == [str(bad)] * 2
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert [str(bad) in line for line in errors] == [True] * 2
+    assert ("note: 2 of 4 images are shown" in err) == together
+
+
+def test_nothing_is_asked_together_where_nothing_opens(caption, capsys):
+    assert caption("a.png", "b.png", "--together") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("no such file") == err.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"), [("cp1252", "\U0001f600.png"), ("utf-8", "\udce9.png")]
+)
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_name_that_stdout_cannot_encode(
+    caption, pictures, tmp_path, monkeypatch, encoding, name, form
+):
+    try:
+        Path(pictures[0]).rename(tmp_path / name)
+    except (OSError, UnicodeError):
+        pytest.skip("this file system has no such names")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", stdout)
+    arguments = [str(tmp_path / name), pictures[1]] + (["--json"] if form == "json" else [])
+    assert caption(*arguments) == 0
+    first, second = stdout.buffer.getvalue().decode(encoding).splitlines()
+    if form == "json":
+        assert json.loads(first)["image"] == str(tmp_path / name)
+        assert json.loads(second)["image"] == pictures[1]
+    else:
+        escaped = "\\xe9.png" if encoding == "utf-8" else "\\U0001f600.png"
+        assert first.startswith(f"{tmp_path / escaped}: ")
+
+
+def test_a_large_picture_is_not_held_while_the_next_is_opened(caption, pictures, monkeypatch):
+    from qwencli.engine import videos
+
+    opened = []
+    open_visual = videos.open_visual
+
+    def watched(*arguments):
+        assert all(shown() is None for shown in opened)
+        part = open_visual(*arguments)
+        opened.append(weakref.ref(part.image))
+        return part
+
+    monkeypatch.setattr(videos, "open_visual", watched)
+    for engine in ("native", "transformers"):
+        opened.clear()
+        assert caption(*pictures, *pictures, "--engine", engine) == 0
+        assert len(opened) == 4
 
 
 def test_unknown_model_names_close_ones(pictures, capsys):

@@ -75,6 +75,41 @@ def test_videos_are_attached_and_a_still_is_refused(talk, picture_path, capsys):
     assert len(request.messages[0].parts[0].frames) == 4
 
 
+def test_of_several_pictures_the_good_ones_are_attached(talk, picture_path, capsys):
+    converse(talk, f'/image missing.png "{picture_path}" a.gif', "What is it?")
+    err = capsys.readouterr().err
+    assert "missing.png: no such file" in err
+    assert "a.gif: no such file" in err
+    assert f"attached: {picture_path}" in err
+    [request] = talk.heard
+    assert [type(part) for part in request.messages[0].parts] == [ImagePart, TextPart]
+
+
+def test_pictures_of_a_conversation_share_the_memory(talk, picture_path, capsys, monkeypatch):
+    monkeypatch.setattr("qwencli.engine.images.MAX_DECODE_BYTES", 64 * 64 * 11)
+    converse(talk, f"/image {picture_path}", "What is it?", f"/image {picture_path}", "And now?")
+    assert "more than the memory for the pictures of one request" in capsys.readouterr().err
+    assert len(talk.heard) == 2
+
+
+@pytest.mark.parametrize("form", ["prompt", "lines"])
+def test_a_bad_picture_does_not_end_a_chat(checkpoint, picture_path, capsys, monkeypatch, form):
+    base = ["chat", "--model", str(checkpoint("qwen3_vl")), "--device", "cpu", "--quiet"]
+    arguments = [*base, "--max-new-tokens", "4", "--json", "-i", "no.png", "-i", str(picture_path)]
+    if form == "lines":
+        monkeypatch.setattr("sys.stdin", io.StringIO("What is it?\n"))
+    assert run(arguments + (["What is it?"] if form == "prompt" else [])) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["image"] == str(picture_path)
+    assert err == "error: no.png: no such file (check the path)\n"
+
+
+def test_nothing_is_asked_about_a_picture_that_does_not_open(checkpoint, capsys):
+    base = ["chat", "--model", str(checkpoint("qwen3_vl")), "--device", "cpu", "--quiet"]
+    assert run([*base, "-i", "no.png", "What is it?"]) == 1
+    assert capsys.readouterr().out == ""
+
+
 def roles(request):
     return [message.role for message in request.messages]
 

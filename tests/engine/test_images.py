@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import subprocess
 import sys
 import threading
+import time
 import types
 import warnings
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -22,7 +26,7 @@ from PIL import Image, ImageFile
 from qwencli.engine import images
 from qwencli.engine.images import open_image
 from qwencli.errors import InputError, OutOfMemoryError
-from tests.media_corpus import encoded, gif, png, png_chunk
+from tests.media_corpus import encoded, failing_file, gif, png, png_chunk
 
 Image.init()  # all formats, so that the tests can ask which there are
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -160,6 +164,55 @@ def test_a_pipe_is_read(tmp_path: Path) -> None:
     writer.join()
 
 
+def through_pipe(tmp_path: Path, write: Callable[[BinaryIO], None]) -> Path:
+    """A pipe that `write` writes to until nobody reads any more."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def writer() -> None:
+        with contextlib.suppress(BrokenPipeError), pipe.open("wb", buffering=0) as file:
+            write(file)
+
+    threading.Thread(target=writer, daemon=True).start()
+    return pipe
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name are POSIX")
+def test_a_pipe_without_an_end_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(file: BinaryIO) -> None:
+        file.write(encoded(photo(), "PNG"))
+        while True:
+            file.write(bytes(2**16))
+
+    monkeypatch.setattr(images, "_MAX_PIPE_BYTES", 2**20)
+    pipe = through_pipe(tmp_path, endless)
+    assert refusal(pipe).message == f"{pipe}: more than 1 MB come through this pipe"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name are POSIX")
+@pytest.mark.parametrize("behaviour", ["no writer", "silent", "slow"])
+def test_a_pipe_that_gives_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str
+) -> None:
+    done = threading.Event()
+
+    def write(file: BinaryIO) -> None:
+        file.write(encoded(photo(), "PNG"))
+        while behaviour == "slow" and not done.wait(0.01):
+            file.write(b"\0")
+        done.wait(20)
+
+    monkeypatch.setattr(images, "_PIPE_WAIT_S", 0.3)
+    if behaviour == "no writer":
+        os.mkfifo(tmp_path / "pipe")
+    else:
+        through_pipe(tmp_path, write)
+    started_s = time.monotonic()
+    assert "nothing more comes through this pipe" in refusal(tmp_path / "pipe").message
+    assert time.monotonic() - started_s < 10
+    done.set()
+
+
 # --- refusals -----------------------------------------------------------------------------
 
 
@@ -198,6 +251,27 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Path, "open", denied)
     assert "permission denied" in refusal(path).message
+
+
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    assert "cannot be read: " in refusal(tmp_path / ("a" * 300 + ".png")).message
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_a_disk_that_fails_is_no_damage_of_the_picture(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(data := encoded(photo(), kind))
+    for readings in range(10**4):
+        monkeypatch.setattr(Path, "open", lambda self, mode, r=readings: failing_file(data, r))
+        try:
+            open_image(path)
+        except InputError as error:
+            assert error.message == f"{path} cannot be read: Input/output error"
+        else:
+            break
+    assert 2 < readings < 10**4 - 1
 
 
 @pytest.mark.parametrize(

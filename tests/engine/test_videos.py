@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import io
 import sys
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 
 from qwencli.engine import videos
+from qwencli.engine.containers import is_cut_off
 from qwencli.engine.videos import even_indices, open_video, open_visual
 from qwencli.errors import InputError, MissingDependencyError
 from qwencli.messages import ImagePart, VideoPart
-from tests.media_corpus import gif
+from tests.media_corpus import FILMS, encoded, failing_file, film, gif, psd
 
 SIZE = (48, 32)
+film = functools.cache(film)
 
 
 def frame(index: int, size: tuple[int, int] = SIZE) -> Image.Image:
@@ -179,6 +185,153 @@ def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(InputError, match="12 frames of 48x32 are more than"):
             open_video(path, 12)
         assert len(open_video(path, 10).frames) == 10
+
+
+@pytest.mark.parametrize("name", FILMS)
+def test_every_kind_of_film_is_a_video_however_many_frames(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(film(name))
+    for frames in (None, 1, 5):
+        video = open_visual(tmp_path / name, frames)
+        assert isinstance(video, VideoPart)
+        assert len(video.frames) == (frames or 4)
+        assert {shown.size for shown in video.frames} == {SIZE}
+
+
+@pytest.mark.parametrize("name", FILMS)
+def test_a_film_that_ends_early_is_not_a_shorter_film(tmp_path: Path, name: str) -> None:
+    data = film(name)
+    for end in (len(data) * 9 // 10, len(data) * 2 // 3):
+        (tmp_path / name).write_bytes(data[: end | 1])
+        with pytest.raises(InputError, match="damaged video file"):
+            open_visual(tmp_path / name)
+
+
+def test_a_film_cut_between_two_parts_shows_in_the_length_it_states(tmp_path: Path) -> None:
+    data = film("film.flv", 100)
+    tag = data.rindex(b"\x09", 0, len(data) * 2 // 3)
+    ends = [end for end in range(tag, 13, -1) if not is_cut_off(io.BytesIO(data[:end]), "flv")]
+    (tmp_path / "a.flv").write_bytes(data[: ends[0]])
+    with pytest.raises(InputError, match="ends early"):
+        open_visual(tmp_path / "a.flv")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names that Windows does not allow")
+@pytest.mark.parametrize(
+    "name", ["10:30.mp4", "concat:a|b", "http:x", "pipe:0", "data:,x.mp4", "-i.mp4", "a%03d.mp4"]
+)
+def test_a_name_is_a_name_and_no_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").write_bytes(film("film.ts", 3))
+    (tmp_path / "b").write_bytes(film("film.ts", 3))
+    with pytest.raises(InputError, match="no such file"):
+        open_video(Path(name))
+    Path(name).write_bytes(film("film.mp4"))
+    assert len(open_video(Path(name), 5).frames) == 5
+
+
+@pytest.mark.parametrize("kind", ["MPO", "TIFF", "PSD", "ICO"])
+def test_pages_and_layers_are_no_moments(tmp_path: Path, kind: str) -> None:
+    first, second = frame(2), frame(9)
+    path = tmp_path / "many"
+    if kind == "PSD":
+        pytest.importorskip("PIL.PsdImagePlugin")
+        path.write_bytes(psd(frame(2)))
+    elif kind == "ICO":
+        first.save(path, kind, sizes=[(16, 16), (32, 32)])
+    else:
+        first.save(path, kind, save_all=True, append_images=[second])
+    assert isinstance(open_visual(path, 2), ImagePart)
+    with pytest.raises(InputError, match="is a single picture, not a video"):
+        open_video(path, 2)
+
+
+def test_a_folder_of_frames_leaves_out_what_is_no_picture(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "frames", 3)
+    for name in ("._frame1.png", ".hidden.png", "a.pdf", "a.mpg", "a.eps", "a.h5", "Thumbs.db"):
+        (folder / name).write_bytes(b"x")
+    assert greys(open_video(folder, 9)) == [0, 1, 2]
+    (folder / "frame3.HEIC").write_bytes(encoded(frame(3), "PNG"))
+    assert greys(open_video(folder, 9)) == [0, 1, 2, 3]
+
+
+def test_a_damaged_frame_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "frames", 3)
+    (folder / "frame1.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"frame1\.png is empty"):
+        open_visual(folder, 3)
+
+
+def test_a_stream_that_changes_its_size_keeps_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "a.ts"
+    path.write_bytes(film("film.ts", 8) + film("film.ts", 8, size=(96, 64)))
+    video = open_video(path, 16)
+    assert {shown.size for shown in video.frames} == {SIZE}
+
+
+def test_huge_frames_of_a_film_are_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.mkv").write_bytes(film("film.mkv"))
+    monkeypatch.setattr(videos, "MAX_FRAME_PIXELS", SIZE[0] * SIZE[1] - 1)
+    with pytest.raises(InputError, match="has frames of 48x32, the limit is 0 megapixels"):
+        open_visual(tmp_path / "a.mkv")
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.mp4", "a.mkv", "a.avi"])
+def test_a_disk_that_cannot_be_read_is_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = WRITERS[name](tmp_path / name, 4)
+    data, said = path.read_bytes(), 0
+    for readings in (0, 1, 2, 3, 5, 8, 13, 21, 34):
+        monkeypatch.setattr(Path, "open", lambda self, mode, r=readings: failing_file(data, r))
+        try:
+            open_visual(path, 3)
+        except InputError as error:
+            assert error.message == f"{path} cannot be read: Input/output error"
+            said += 1
+    assert said >= 5
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(InputError, match="cannot be read: permission denied"):
+        open_visual(tmp_path, 3)
+
+
+@pytest.mark.parametrize("frames", [None, 4])
+@pytest.mark.parametrize("path", ["a" * 300 + ".png", "a\0b.png", "no/such/folder.mp4"])
+def test_a_path_that_cannot_exist(path: str, frames: int | None) -> None:
+    with pytest.raises(InputError):
+        open_visual(Path(path), frames)
+
+
+@given(
+    name=st.sampled_from(sorted(FILMS)),
+    edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
+    keep=st.floats(0.1, 1),
+)
+@settings(max_examples=120, deadline=None)
+def test_a_damaged_film_is_a_film_or_one_clear_error(
+    tmp_path_factory: pytest.TempPathFactory, name: str, edits: list[tuple[float, int]], keep: float
+) -> None:
+    data = bytearray(film(name))
+    for place, value in edits:
+        # Mostly in the headers, which stand first.
+        data[int(place**4 * len(data))] = value
+    path = tmp_path_factory.mktemp("damaged") / name
+    path.write_bytes(data[: int(keep * len(data)) + 1] if keep < 0.5 else data)
+    try:
+        video = open_visual(path, 3)
+    except InputError as error:
+        assert error.hint and "\n" not in error.message
+    else:
+        assert {shown.mode for shown in getattr(video, "frames", ())} <= {"RGB"}
 
 
 @pytest.mark.parametrize("frames", [2, 3, 8])
