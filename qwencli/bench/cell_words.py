@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from qwencli.bench.attribution.causes import MEANINGS, Cause
 from qwencli.bench.attribution.whole_cell import over_limits
 from qwencli.bench.cell_rows import CellRows, Row, Said
-from qwencli.bench.itl import STALL_FACTOR
+from qwencli.bench.itl import FACTOR, run_limit_ms
 from qwencli.bench.machine_words import MACHINE_RULES
 from qwencli.bench.stats import UNSTABLE_RATIO, run_ratio
 
@@ -97,29 +97,32 @@ def variance(data: CellRows) -> Said:
 
 
 def stalls(data: CellRows) -> Said:
-    counts = data.numbers("stall_count")
-    if not any(counts):
+    by_run: dict[str, list[tuple[float, Row]]] = {row["run"]: [] for row in data.measured}
+    for token in data.tokens:
+        if token["itl_ms"] and token["run"] in by_run:
+            by_run[token["run"]].append((float(token["itl_ms"]), token))
+    found: list[tuple[float, float, Row]] = []  # times its run's median, ms, token
+    runs = 0
+    for tokens in filter(None, by_run.values()):
+        itl = [ms for ms, _ in tokens]
+        limit, middle = run_limit_ms(itl), statistics.median(itl)
+        slow = [(ms / middle, ms, token) for ms, token in tokens if ms >= limit]
+        found += slow
+        runs += bool(slow)
+    if not found:
         return
-    itl = [
-        (float(token["itl_ms"]), token)
-        for token in data.tokens
-        if token["itl_ms"] and token["run"] in {row["run"] for row in data.measured}
-    ]
-    if not itl:
-        return
-    worst, token = max(itl, key=lambda pair: pair[0])
-    middle = statistics.median(ms for ms, _ in itl)
+    times, worst, token = max(found, key=lambda one: one[0])
     yield (
-        f"{sum(counts):.0f} tokens stall in {sum(1 for count in counts if count)} of {len(counts)} "
-        f"runs (more than {STALL_FACTOR:g} times the run's median)",
-        f"worst {worst:.1f} ms, {worst / middle:.0f} times the median, token "
-        f"{token['token_index']} of run {token['run']}",
+        f"{len(found)} token{'s' * (len(found) > 1)} stall{'s' * (len(found) == 1)} in {runs} of "
+        f"{len(by_run)} runs ({FACTOR:g} times the run's median or more, and far beyond its noise)",
+        f"worst {worst:.1f} ms, {times:.1f} times the median, token {token['token_index']} of run "
+        f"{token['run']}",
     )
 
 
 def tail(data: CellRows) -> Said:
     middle, late = data.median("itl_p50_ms"), data.median("itl_p99_ms")
-    if middle and late and late > STALL_FACTOR * middle and not any(data.numbers("stall_count")):
+    if middle and late and late >= FACTOR * middle and not any(stalls(data)):
         yield (
             "one token in a hundred takes far longer than usual",
             f"p50 {middle:.1f}, p99 {late:.1f} ms",

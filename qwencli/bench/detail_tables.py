@@ -15,6 +15,8 @@ CellRow = Mapping[str, Any]
 Show = Callable[[CellRow], str]
 
 NOTHING = "-"
+# Percent of decode: less than this is as good as none.
+LEAST_TAKEN = 0.1
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ def _figure(name: str, spec: str, scale: float = 1.0, unit: str = "") -> Show:
         return NOTHING if value is None else format(value * scale, spec) + unit
 
     return show
+
+
+def _taken(name: str) -> Show:
+    """A percentage that is worth a place."""
+    show = _figure(name, ".1f")
+    return lambda row: NOTHING if (row.get(name) or 0.0) < LEAST_TAKEN else show(row)
 
 
 def _share(level: str) -> Show:
@@ -106,7 +114,7 @@ QUIET = DetailTable(
     "What the machine took, in percent of decode",
     "beyond the limit in brackets a figure is not to be quoted; others: share of all processors",
     tuple(
-        Detail(f"{limit.head} ({limit.percent:g})", _figure(limit.column, ".1f"))
+        Detail(f"{limit.head} ({limit.percent:g})", _taken(limit.column))
         for limit in whole_cell.LIMITS
     ),
 )

@@ -180,9 +180,9 @@ def rule_of(plan: Mapping[str, Any]) -> StopRule:
     )
 
 
-def repetition(rule: StopRule) -> str:
-    """In words: "5 runs", or what ends an adaptive cell."""
-    words = f"{rule.max_runs} run{'s' * (rule.max_runs > 1)}"
+def repetition(rule: StopRule, tokens: int) -> str:
+    """In words: "5 runs of 128 tokens", and what ends an adaptive cell."""
+    words = f"{rule.max_runs} run{'s' * (rule.max_runs > 1)} of {tokens} tokens"
     if rule.max_noise is not None:
-        words = f"{rule.min_runs} to {words}, until within {rule.max_noise:g} %"
+        words = f"{rule.min_runs} to {words}, until the speed is known within {rule.max_noise:g} %,"
     return f"{words} in {rule.processes} processes" if rule.processes > 1 else words

@@ -110,9 +110,15 @@ def remarks(rows: Sequence[CellRow]) -> list[str]:
         if ":" in said:
             cells[said].append(row_label(row, axes))
     return [
-        f"{said} - {labels[0] if len(labels) == 1 else f'{len(labels)} cells'}"
-        for said, labels in cells.items()
+        f"{said}{' - ' * (len(rows) > 1)}{_where(labels, rows)}" for said, labels in cells.items()
     ]
+
+
+def _where(labels: Sequence[str], rows: Sequence[CellRow]) -> str:
+    """Which cells of all; "" where there is one alone."""
+    if len(rows) == 1:
+        return ""
+    return labels[0] if len(labels) == 1 else f"{len(labels)} cells"
 
 
 def why_lines(rows: Sequence[CellRow]) -> list[str]:
@@ -123,8 +129,7 @@ def why_lines(rows: Sequence[CellRow]) -> list[str]:
         for said in why(row):
             cells[said].append(row_label(row, axes))
     lines = [
-        f"{labels[0] if len(labels) == 1 else f'{len(labels)} cells'}: {said}"
-        for said, labels in cells.items()
+        f"{_where(labels, rows)}{': ' * (len(rows) > 1)}{said}" for said, labels in cells.items()
     ]
     probes = probe_line(rows)
     return lines + ([probes] if probes else [])

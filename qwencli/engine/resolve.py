@@ -47,8 +47,10 @@ def _cuda_device(index: int) -> str:
     count = torch.cuda.device_count()
     if index >= count:
         raise DeviceError(
-            f"--device cuda:{index}: there are only {count} CUDA devices",
-            f"use cuda:0 to cuda:{count - 1}",
+            f"--device cuda:{index}: there is only one CUDA device"
+            if count == 1
+            else f"--device cuda:{index}: there are only {count} CUDA devices",
+            "use cuda:0" if count == 1 else f"use cuda:0 to cuda:{count - 1}",
         )
     archs, capability = torch.cuda.get_arch_list(), torch.cuda.get_device_capability(index)
     # AMD's architectures have other names.

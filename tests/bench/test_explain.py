@@ -109,8 +109,8 @@ def test_stalls_name_their_token():
     tokens[2]["itl_ms"] = "470.0"
     lines = said(cell([run(0), run(1, stall_count=1), run(2, stall_count=0)], tokens))
     assert (
-        "1 tokens stall in 1 of 2 runs (more than 3 times the run's median) (worst 470.0 ms, 47 "
-        "times the median, token 2 of run 1)"
+        "1 token stalls in 1 of 2 runs (2 times the run's median or more, and far beyond its "
+        "noise) (worst 470.0 ms, 47.0 times the median, token 2 of run 1)"
     ) in lines
 
 

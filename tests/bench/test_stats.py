@@ -120,8 +120,10 @@ def test_percentile_agrees_with_numpy(values, percent):
     assert percentile(values, percent) == pytest.approx(float(np.percentile(values, percent)))
 
 
-def test_stalls_are_tokens_above_three_medians():
-    assert run_latency([1.0, 1.0, 1.0, 1.0, 3.0, 3.1, 50.0])["stall_count"] == 2
+def test_stalls_are_slow_by_the_rule_that_gives_tokens_a_cause():
+    assert run_latency([1.0, 1.0, 1.0, 1.0, 2.4, 2.5, 50.0])["stall_count"] == 2
+    restless = [5.0, 9.0, 4.0, 8.0, 5.0, 9.0, 13.0]
+    assert run_latency(restless)["stall_count"] == 0
     assert run_latency([2.0])["stall_count"] == 0
     assert set(run_latency([]).values()) == {None}
 

@@ -121,9 +121,9 @@ def test_plans_from_before_there_was_a_rule():
 
 
 def test_the_rule_in_words():
-    assert repetition(StopRule(1, 1)) == "1 run"
-    assert repetition(StopRule(3, 9, 1.5, None, 3)) == (
-        "3 to 9 runs, until within 1.5 % in 3 processes"
+    assert repetition(StopRule(1, 1), 8) == "1 run of 8 tokens"
+    assert repetition(StopRule(3, 9, 1.5, None, 3), 8) == (
+        "3 to 9 runs of 8 tokens, until the speed is known within 1.5 %, in 3 processes"
     )
 
 

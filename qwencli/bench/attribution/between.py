@@ -8,6 +8,10 @@ The rule: the phase took longer than the median of the cell's runs by at least
 - a share of the median (`PHASES`), and
 - LEAST_MS.
 
+Where a quarter of the decodes or more took RESTLESS_RATIO times as long as the quickest, the median
+is of no level; the quicker half stands for all then, and a decode is slow from RESTLESS_RATIO times
+the median of that half on.
+
 For marked runs (before which the model was loaded, or that waited for the device with every token)
 LEAST_SHARE alone holds, where such runs are slower as a group than the others (rank-sum test at
 ALPHA): each of them may be within the noise, and is slow all the same.
@@ -21,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwencli.bench.attribution.causes import Scope
-from qwencli.bench.attribution.records import RunRecord
+from qwencli.bench.attribution.records import RESTLESS_RATIO, RunRecord, quicker
 from qwencli.bench.drift import ALPHA, drift
 from qwencli.bench.robust import MAD_TO_SIGMA
 
@@ -55,9 +59,13 @@ def slow_phases(records: Sequence[RunRecord]) -> list[SlowPhase]:
         if len(known) < MIN_RUNS:
             continue
         times_ms = [1e3 * record.figures[column] for record in known]
-        usual = statistics.median(times_ms)
-        sigma = quiet_sigma(_without_trend(times_ms))
-        limit = max(least_share * usual, LEAST_MS, SIGMAS * sigma)
+        quick = quicker(known, column) if scope == "decode" else known
+        usual = statistics.median(1e3 * record.figures[column] for record in quick)
+        if len(quick) < len(known):
+            limit = max((RESTLESS_RATIO - 1) * usual, LEAST_MS)
+        else:
+            sigma = quiet_sigma(_without_trend(times_ms))
+            limit = max(least_share * usual, LEAST_MS, SIGMAS * sigma)
         marked = _slow_marks(known, times_ms)
         for run, (record, time) in enumerate(zip(known, times_ms, strict=True)):
             explained = run in marked

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qwencli.bench.attribution.baseline import Baseline, counters, reasons
 from qwencli.bench.attribution.causes import Scope, Stretch
 from qwencli.bench.attribution.evidence import Evidence
-from qwencli.bench.attribution.records import MEANS, Moment, Numbers, RunRecord
+from qwencli.bench.attribution.records import Moment, Numbers, RunRecord
 from qwencli.bench.roofline import DRIVER_MEAN_S
 
 # A sensor sample speaks for this long before and after itself: the sampler's interval.
@@ -99,12 +99,13 @@ def _host_rows(record: RunRecord, stretch: Stretch) -> list[Moment]:
     start_s, end_s = stretch.start_s, stretch.end_s
     decode = record.interval("decode")
     if stretch.scope != "gap":
-        phase = record.interval(stretch.scope)
+        phase = record.phase(stretch.scope)
         return [phase] if phase else []
     rows = [m for m in record.host if m.name == "token" and m.overlap_ms(start_s, end_s) > 0]
     if decode is None or (rows and end_s - start_s < WHOLE_RUN * (decode.end_s - decode.start_s)):
         return rows
-    return [_part(decode, (end_s - start_s) / (decode.end_s - decode.start_s))]
+    # What is left to say of tokens that were not slow enough, one by one, to be looked at.
+    return [decode.part((end_s - start_s) / (decode.end_s - decode.start_s))]
 
 
 def _other_python(
@@ -128,17 +129,6 @@ def _other_python(
 def _threads_ms(figures: Numbers) -> float:
     """Processor time of all threads but the main one."""
     return figures.get("process_cpu_ms", 0.0) - figures.get("main_cpu_ms", 0.0)
-
-
-def _part(moment: Moment, share: float) -> Moment:
-    """As if all that happened had been spread evenly: what is left to say of tokens that were not
-    slow enough, one by one, to be looked at."""
-    share = min(1.0, share)
-    start_s = moment.end_s - share * (moment.end_s - moment.start_s)
-    figures = {
-        name: value if name in MEANS else value * share for name, value in moment.figures.items()
-    }
-    return Moment(moment.name, start_s, moment.end_s, figures)
 
 
 def _ordinary(usual: Baseline, scope: Scope, host: Sequence[Moment]) -> Numbers:

@@ -1,15 +1,8 @@
 """Which tokens of a run are a gap.
 
-The rule: a token is slow when it took at least
-
-- FACTOR times the cell's usual token, and
-- SIGMAS robust standard deviations more than that, and
-- LEAST_MS more than that,
-
-where usual is the median over the cell's runs of each run's median, and the deviation likewise the
-median of the runs' MADs. The first condition is what a user notices, the second keeps a cell that
-is restless all the time from being all gaps, the third keeps timer noise of very short tokens out.
-Slow tokens with at most JOIN others between them are one gap.
+The rule is that of `itl`, where usual is the median over the cell's runs of each run's median, and
+the deviation likewise the median of the runs' MADs. Slow tokens with at most JOIN others between
+them are one gap.
 """
 
 from __future__ import annotations
@@ -18,11 +11,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from qwencli.bench.itl import slow_limit_ms
 from qwencli.bench.robust import robust_sigma
 
-FACTOR = 2.0
-SIGMAS = 8.0
-LEAST_MS = 1.5
 JOIN = 3
 
 
@@ -54,7 +45,7 @@ def usual_token(runs: Iterable[Sequence[float]]) -> UsualToken | None:
         return None
     ms = statistics.median(statistics.median(itl) for itl in known)
     sigma = statistics.median(robust_sigma(itl) for itl in known)
-    return UsualToken(ms, max(FACTOR * ms, ms + SIGMAS * sigma, ms + LEAST_MS))
+    return UsualToken(ms, slow_limit_ms(ms, sigma))
 
 
 def gaps(itl_ms: Sequence[float], usual: UsualToken) -> list[Gap]:

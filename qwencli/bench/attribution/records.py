@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qwencli.errors import BenchError
@@ -23,6 +23,8 @@ _OF_HOST = (
     "voluntary_switches", "system_busy_ms", "steal_ms", "device_allocs", "alloc_retries", "syncs",
     "core_mhz", "main_runqueue_ms", "helper_runqueue_ms", "throttled_ms", "major_faults",
 )  # fmt: skip
+# Phase -> how long it took, in runs.csv.
+_SECONDS = {"prefill": "ttft_s", "decode": "decode_s"}
 # Of these, what is no amount that adds up over time.
 MEANS = frozenset({"core_mhz"})
 _OF_GPU = (
@@ -44,6 +46,15 @@ class Moment:
     def span_ms(self) -> float:
         return 1e3 * (self.end_s - self.start_s)
 
+    def part(self, share: float) -> Moment:
+        """As if all that happened had been spread evenly."""
+        share = min(1.0, share)
+        start_s = self.end_s - share * (self.end_s - self.start_s)
+        figures = {
+            name: value if name in MEANS else value * share for name, value in self.figures.items()
+        }
+        return Moment(self.name, start_s, self.end_s, figures)
+
     def overlap_ms(self, start_s: float, end_s: float) -> float:
         return 1e3 * max(0.0, min(self.end_s, end_s) - max(self.start_s, start_s))
 
@@ -63,6 +74,16 @@ class RunRecord:
 
     def interval(self, name: str) -> Moment | None:
         return next((moment for moment in self.host if moment.name == name), None)
+
+    def phase(self, name: str) -> Moment | None:
+        """The row of a phase, with no more in it than the phase itself took.
+
+        A row of the first token ends when the host sees it, which may be some tokens later.
+        """
+        row, took_s = self.interval(name), self.figures.get(_SECONDS[name])
+        if row is None or took_s is None or row.span_ms <= 1e3 * took_s:
+            return row
+        return row.part(1e3 * took_s / row.span_ms)
 
 
 def records_by_cell(
@@ -131,3 +152,25 @@ def _busiest(samples: list[Moment]) -> list[Moment]:
         return samples
     name = max(power, key=lambda name: statistics.fmean(power[name]))
     return [sample for sample in samples if sample.name == name]
+
+
+# Runs that differ by more than this have no level of their own (`stats.UNSTABLE_RATIO`).
+RESTLESS_RATIO = 1.1
+
+
+def quicker(records: Sequence[RunRecord], column: str) -> Sequence[RunRecord]:
+    """All of a cell's runs, or the half that took least, where a quarter or more took
+    RESTLESS_RATIO times as long: a disturbance of half of the runs is in their median.
+
+    Args:
+        column: a time of runs.csv.
+    """
+    known = sorted(
+        (record for record in records if record.figures.get(column)),
+        key=lambda record: record.figures[column],
+    )
+    upper = known[-(len(known) // 4 + 1)].figures[column] if known else 0.0
+    if len(known) < 2 or upper <= RESTLESS_RATIO * known[0].figures[column]:
+        return records
+    half = {id(record) for record in known[: (len(known) + 1) // 2]}
+    return [record for record in records if id(record) in half]

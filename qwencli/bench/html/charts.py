@@ -9,7 +9,7 @@ from typing import Any
 from qwencli.bench.attribution.causes import Finding
 from qwencli.bench.html.packing import keep_extremes, pack_floats
 from qwencli.bench.html.takes import GpuSamples, Take, number
-from qwencli.bench.itl import STALL_FACTOR, percentile
+from qwencli.bench.itl import percentile, run_limit_ms
 
 # Points of the whole report. With these a report of 100 cells x 20 runs (and a warm-up each) x 256
 # tokens is drawn token by token, and runs of any length keep it below 15 MB.
@@ -50,7 +50,6 @@ def cell_charts(
     start = takes[0].start_s
     itl = [value for take in takes if not take.warmup for value in take.itl_ms if value == value]
     return {
-        "stall_factor": STALL_FACTOR,
         "histogram": histogram(itl),
         "percentiles": {f"p{p}": percentile(itl, p) for p in PERCENTILES if itl},
         "runs": [
@@ -66,6 +65,7 @@ def cell_charts(
 
 def _run(take: Take, cell_start_s: float, token_points: int, gpu_points: int) -> dict[str, Any]:
     start = take.start_s
+    known = [value for value in take.itl_ms if value == value]
     kept = keep_extremes([take.itl_ms], token_points) if take.itl_ms else []
     return {
         "run": take.row["run"],
@@ -77,6 +77,7 @@ def _run(take: Take, cell_start_s: float, token_points: int, gpu_points: int) ->
         "itl_ms": pack_floats([take.itl_ms[i] for i in kept]),
         "gpus": [_gpu(name, gpu, start, gpu_points) for name, gpu in sorted(take.gpus.items())],
         "throttle_reasons": take.row["throttle_reasons"],
+        "stall_ms": run_limit_ms(known) if known else None,
         **{name: number(take.row[name]) for name in RUN_NUMBERS},
     }
 

@@ -23,7 +23,7 @@ def header(plan: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
         ("driver", device["driver"]),
         ("processor", f"{cpu['model'] or 'unnamed'}, {cpu['logical_cores']} threads"),
         *((name, versions.get(name)) for name in ("qwencli", "torch", "transformers", "triton")),
-        ("work", f"{repetition(rule_of(plan))} of {plan['max_new_tokens']} tokens"),
+        ("work", repetition(rule_of(plan), plan["max_new_tokens"])),
         ("prompt", f"“{plan['prompt']}”"),
         ("images", ", ".join(image["name"] for image in plan["images"]) or "none"),
         ("weights", plan["load_format"]),

@@ -16,8 +16,9 @@ def why_section(rows: Sequence[CellRow], axes: Sequence[str]) -> str:
     """A line or two for each cell that was slowed, fastest cell first; "" where there is nothing
     to say at all."""
     places = {row["cell_id"]: place for place, row in enumerate(rows)}
+    names = {row["cell_id"]: row_label(row, axes) if len(rows) > 1 else "this cell" for row in rows}
     lines = [
-        f'<li><a href="#cell-{places[row["cell_id"]]}">{escape(row_label(row, axes))}</a>: '
+        f'<li><a href="#cell-{places[row["cell_id"]]}">{escape(names[row["cell_id"]])}</a>: '
         f"{escape(said)}</li>"
         for row in by_speed(rows)
         for said in why(row)

@@ -133,7 +133,9 @@ def terminal_table(found: Sequence[ClaimVerdict]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, title=f"{len(found)} claims", title_justify="left")
+    table = Table(
+        box=SIMPLE_HEAD, title=f"{len(found)} claim{'s' * (len(found) != 1)}", title_justify="left"
+    )
     for name in ("claim", "verdict", "why"):
         table.add_column(name, overflow="fold")
     for claim in found:

@@ -7,7 +7,7 @@ import pytest
 from qwencli.bench.attribution.attribute import attribute
 from qwencli.bench.attribution.causes import Cause
 from qwencli.errors import BenchError
-from tests.bench.attribution.made_cell import MadeCell
+from tests.bench.attribution.made_cell import TTFT_S, MadeCell
 
 RUN, TOKEN, LOST = 5, 40, 80.0
 
@@ -209,6 +209,29 @@ def test_loads_that_slow_a_little_each_time_are_found_as_a_group():
     found = cell.findings()
     assert {one.cause for one in found} == {Cause.RELOAD}
     assert {"2", "4"} <= {one.run for one in found} <= {"2", "4", "7"}
+
+
+def test_half_of_the_runs_may_be_slow():
+    """As on an H200 whose host took the core away for runs 3 and 4 of four."""
+    cell = MadeCell()
+    for run in (3, 4, 6, 8):
+        cell.itl[run] = [1.3 * ms for ms in cell.itl[run]]
+        span = sum(cell.itl[run])
+        cell.phase_figures[run, "decode"] = {"main_cpu_ms": span}
+    found = cell.findings("decode", device_busy_percent=40.0)
+    assert {one.run: one.cause for one in found} == dict.fromkeys("3468", Cause.PROCESSOR)
+
+
+def test_a_prefill_has_no_more_of_the_host_than_it_took():
+    cell = MadeCell()
+    for run in cell.itl:
+        cell.run_columns[run] = {"ttft_s": 0.093 if run == RUN else TTFT_S}
+        # The host saw the first token some tokens late.
+        late = 0.148 if run == RUN else 0.06
+        end = cell.start_s(run) + 0.02
+        cell.event(run, "prefill", end, 1e3 * late, main_cpu_ms=1e3 * late, tokens=1)
+    (found,) = cell.findings("prefill", device_busy_percent=40.0)
+    assert "main thread 93 ms on a processor" in found.evidence
 
 
 def test_where_every_run_loads_a_load_explains_nothing():

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwencli.bench.attribution.between import greater_p, quiet_sigma
-from qwencli.bench.attribution.gaps import FACTOR, JOIN, LEAST_MS, UsualToken, gaps, usual_token
+from qwencli.bench.attribution.gaps import JOIN, UsualToken, gaps, usual_token
+from qwencli.bench.itl import FACTOR, LEAST_MS
 
 latencies = st.lists(st.floats(0.01, 1e4), min_size=1, max_size=60)
 

@@ -42,12 +42,12 @@ function itlScale(places, range) {
 function drawTokens(root, cell, places, x, y, share) {
   const paths = { steady: "", stall: "", joined: "" };
   for (const { run, from } of places) {
-    const limit = cell.stall_factor * run.itl_p50_ms;
+    const limit = run.stall_ms ?? Infinity;
     let pen = "M";
     run.itl_ms.forEach((itl, i) => {
       if (Number.isNaN(itl)) return;
       const at = `${round(x(from + run.t_s[i]))} ${round(y(itl))}`;
-      if (itl > limit) paths.stall += `M${at}m-4 3l4 -7l4 7z`; else paths.steady += `M${at}h.01`;
+      if (itl >= limit) paths.stall += `M${at}m-4 3l4 -7l4 7z`; else paths.steady += `M${at}h.01`;
       paths.joined += pen + at;
       pen = "L";
     });
@@ -157,7 +157,7 @@ function timeline(host, cell, state) {
   yAxis(root, y, LEFT, width - 8, 4);
   drawTokens(layer(), cell, places, x, y, (view[1] - view[0]) / total);
   key(head, "var(--accent)", `token, ${unit}`);
-  key(head, "var(--bad)", `▲ stall: over ${cell.stall_factor} × its run's median`);
+  key(head, "var(--bad)", "▲ stall: far slower than its run's tokens");
   if (marks) drawCauses(root, layer, places, lanes, x, TOP + PANEL.itl + GAP);
   if (sensors) drawSensors(root, layer, places, x, width, TOP + PANEL.itl + marks + GAP);
   drawTimeAxis(root, places, x, view, width, bottom);
