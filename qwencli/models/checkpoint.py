@@ -31,10 +31,10 @@ Source = StoredTensor | PackedLayer
 
 AGAIN = "download the model again"
 _OTHERS = "config.json and the weights are of different models; download both again"
-# Found in checkpoints and of no use: a head that is the embedding (compared), what follows from the
-# shape, scales for caches of fewer bits, the mark of ComfyUI's scaled files.
+# Found in checkpoints and of no use: what follows from the shape, scales for caches of fewer bits,
+# the mark of ComfyUI's scaled files.
 _IDLE = re.compile(
-    r"(lm_head\.weight|rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|\.position_ids|\.[kv]_scale"
+    r"(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|\.position_ids|\.[kv]_scale"
     r"|^scaled_fp8)$"
 )
 _COMPARED_BYTES = 16 * 2**20
@@ -139,6 +139,8 @@ def find_sources(
     zero = [tensor for name, tensor in found.items() if name in biases and tensor.name not in used]
     unused = sorted(stored.keys() - used)
     idle = {bias.name for bias in zero}
+    if shape.text.tied_head and HEAD in found:
+        idle.add(found[HEAD].name)  # it is the embedding
     extra = [name for name in unused if name not in idle and not is_idle(name)]
     if extra:
         raise extra_error(folder, extra)

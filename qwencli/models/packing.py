@@ -29,7 +29,8 @@ Stored = Mapping[str, StoredTensor]
 UNPACKED = ("BF16", "F16", "F32")
 # A group of the engine's own layouts: longer ones are cut, shorter ones than the last refused.
 GROUPS = (128, 64, 32)
-_OTHER_ENGINE = "use another version of the model, or try --engine transformers"
+_OTHER_VERSION = "use another version of the model"
+_OTHER_ENGINE = f"{_OTHER_VERSION}, or try --engine transformers"
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def packed_format(config: Mapping[str, Any], where: str = "config.json") -> Pack
     found = _METHODS.get(str(method))
     if found is None:
         raise ModelFileError(
-            f"{where}: quant_method {method!r} is not read by the native engine",
+            f"{where}: quant_method {method!r:.60} is not read by the native engine",
             f"it reads {', '.join(_METHODS)}; {_OTHER_ENGINE}",
         )
     for key, values in _READ.get(str(method), {}).items():
@@ -171,8 +172,10 @@ def packed_format(config: Mapping[str, Any], where: str = "config.json") -> Pack
         value = value.lower() if isinstance(value, str) else value
         if value not in values:
             raise ModelFileError(
-                f"{where}: {method} with {key} {value!r} is not read by the native engine",
-                f"it reads {', '.join(map(str, values))}; {_OTHER_ENGINE}",
+                f"{where}: {method} with {key} {value!r:.60} is not read by the native engine",
+                f"it reads {', '.join(map(str, values))}; "
+                # transformers does not read any of these.
+                + (_OTHER_VERSION if method == "modelopt" else _OTHER_ENGINE),
             )
         if value == "gptq_v2":
             return PackedFormat(found.label, found.packings)

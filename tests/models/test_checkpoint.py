@@ -207,6 +207,12 @@ def test_only_a_head_that_is_not_the_embedding_unties_it(tmp_path: Path) -> None
     assert check_folder(folder)["tie_word_embeddings"] is False
 
 
+def test_a_second_head_is_refused(tmp_path: Path) -> None:
+    tensors = sizes_of("qwen3") | {"model.lm_head.weight": (40, 16)}
+    error = refused(write_model(tmp_path, "qwen3", tensors=tensors))
+    assert "config.json does not describe: model.lm_head.weight" in error.message
+
+
 def test_of_a_tied_pair_the_head_alone_is_enough(tmp_path: Path) -> None:
     tensors = renamed(r"^model\.language_model\.embed_tokens\.", "lm_head.")
     assert check_folder(write_model(tmp_path, tensors=tensors))["tie_word_embeddings"] is True

@@ -10,6 +10,7 @@ import torch
 from qwencli.engine.native.reader import AGAIN, Reader
 from qwencli.errors import ModelFileError
 from qwencli.models.safetensors_header import StoredTensor
+from qwencli.models.weights import all_named
 
 # The least and the largest value of a tensor: numbers, or on its device [2].
 Extremes = torch.Tensor | list[float]
@@ -20,7 +21,7 @@ def check_zero(biases: tuple[StoredTensor, ...], reader: Reader) -> None:
     others = [bias.name for bias in biases if reader.as_stored(bias).any()]
     if others:
         raise ModelFileError(
-            f"{', '.join(others)}: biases that config.json does not describe and that are not zero",
+            f"{all_named(others)}: biases that config.json does not describe and that are not zero",
             "weights and config.json belong to different models",
         )
 
@@ -36,6 +37,6 @@ def check_finite(extremes: Mapping[str, Extremes], dtype: torch.dtype) -> None:
     if broken:
         hint = "use --dtype bfloat16 or float32 if the values exceed float16, else " + AGAIN
         raise ModelFileError(
-            f"weights with NaN or infinity: {', '.join(broken)}",
+            f"weights with NaN or infinity: {all_named(broken)}",
             hint if dtype == torch.float16 else AGAIN,
         )

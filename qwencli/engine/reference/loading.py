@@ -19,8 +19,8 @@ from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dt
 from qwencli.engine.sources import ModelFiles
 from qwencli.errors import ModelFileError, UnsupportedModeError
 from qwencli.models.checkpoint import check_layout, extra_error, is_idle, missing_error
-from qwencli.models.packing import UNPACKED, quantization_section, scheme_named_by
-from qwencli.models.safetensors_header import stored_tensors
+from qwencli.models.packing import UNPACKED, format_of, quantization_section, scheme_named_by
+from qwencli.models.safetensors_header import StoredTensor, stored_tensors
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.tensors import renamings
 from qwencli.models.weights import all_named, find_weights, some
@@ -139,9 +139,17 @@ def _check_scheme(folder: Path, hub_config: Mapping[str, Any]) -> None:
         raise ModelFileError(
             f"{folder}: {method}{scheme}: transformers does not know how to read "
             f"{all_named(packed)}",
-            "use --engine native, which reads fp8 and int8 with their scales, or another version "
-            "of the model",
+            "use --engine native, which reads them"
+            if _is_native(hub_config, stored)
+            else "use another version of the model",
         )
+
+
+def _is_native(hub_config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> bool:
+    try:
+        return format_of(hub_config, stored) is not None
+    except ModelFileError:
+        return False
 
 
 def _is_known(section: Mapping[str, Any]) -> bool:
@@ -179,7 +187,9 @@ def _load_error(config: EngineConfig, plan: LoadPlan, error: Exception) -> Model
     where = plan.folder or config.model.name
     return ModelFileError(
         f"{where}: transformers cannot load this model: {detail}",
-        "check the folder's config.json and weights, or download the model again",
+        "install the package it asks for, or use another version of the model"
+        if isinstance(error, ImportError)
+        else "check the folder's config.json and weights, or download the model again",
     )
 
 

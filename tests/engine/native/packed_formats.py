@@ -12,7 +12,8 @@ ct      compressed-tensors, pack_quantized `pack_to_int32`: signed values plus h
         the first in the lowest bits; zeros of groups packed along the rows. naive_quantized:
         values as they are beside weight_scale and weight_zero_point.
 fp8     transformers finegrained_fp8.py: e4m3 times weight_scale_inv of 128 x 128 blocks;
-        fbgemm_fp8.py: weight_scale of rows.
+        fbgemm_fp8.py: weight_scale of rows. ModelOpt, export/quant_utils.py: weight_scale of the
+        whole, of rows, or [rows, 1, columns, 1] of blocks. ComfyUI, ops.py: scale_weight.
 bnb     bitsandbytes functional.py `quantize_4bit` and `QuantState.as_dict`: the first of two values
         in the upper half of a byte, absmax of blocks of 64, themselves quantized in blocks of 256
         around their mean; modules.py `Linear8bitLt`: SCB, the largest magnitude of a row.
@@ -142,20 +143,31 @@ def fp8_values(rows: int, columns: int, seed: int) -> Tensor:
     return values.clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
-def fp8_rows(rows: int, columns: int, seed: int, *, shape: tuple[int, ...] | None = None) -> Layer:
+def fp8_rows(
+    rows: int,
+    columns: int,
+    seed: int,
+    *,
+    shape: tuple[int, ...] | None = None,
+    name: str = "weight_scale",
+) -> Layer:
     q = fp8_values(rows, columns, seed)
     scales = torch.linspace(1e-3, 2e-3, rows)
-    scales = scales[:1] if shape == (1,) else scales
-    shaped = scales.view(shape or (rows, 1)).clone()
-    return {"weight": q, "weight_scale": shaped}, q.float() * scales[:, None]
+    scales = scales[:1] if shape in ((1,), ()) else scales
+    shaped = scales.view((rows, 1) if shape is None else shape).clone()
+    return {"weight": q, name: shaped}, q.float() * scales[:, None]
 
 
-def fp8_blocks(rows: int, columns: int, seed: int, *, side: int = 128) -> Layer:
+def fp8_blocks(
+    rows: int, columns: int, seed: int, *, side: int = 128, modelopt: bool = False
+) -> Layer:
     q = fp8_values(rows, columns, seed)
     size = (-(-rows // side), -(-columns // side))
     scales = torch.rand(size, generator=torch.Generator().manual_seed(seed)) * 1e-3 + 1e-3
     scales = scales.bfloat16()
     wide = scales.float().repeat_interleave(side, 0)[:rows].repeat_interleave(side, 1)[:, :columns]
+    if modelopt:
+        return {"weight": q, "weight_scale": scales[:, None, :, None]}, q.float() * wide
     return {"weight": q, "weight_scale_inv": scales}, q.float() * wide
 
 

@@ -18,11 +18,20 @@ from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.errors import ModelFileError
 from qwencli.models.folder import check_folder
 from qwencli.models.memory import packed_weight_bytes
-from qwencli.models.packing import packed_format
+from qwencli.models.packing import format_of, packed_format
 from qwencli.models.safetensors_header import stored_tensors
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.weight_specs import specs
-from tests.engine.native.packed_formats import BNB, FORMATS, GPTQ, bnb_nf4, fp8_blocks, gptq
+from tests.engine.native.packed_formats import (
+    BNB,
+    FORMATS,
+    GPTQ,
+    bnb_nf4,
+    ct_int8,
+    fp8_blocks,
+    fp8_rows,
+    gptq,
+)
 
 CPU = torch.device("cpu")
 TEXT = {
@@ -245,3 +254,44 @@ def test_a_folder_with_a_packed_head_is_complete(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     check_folder(tmp_path)
+
+
+SCALED = {
+    "modelopt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_rows, {"shape": ()}),
+    "modelopt of older releases": ({"quant_algo": "FP8"}, fp8_rows, {"shape": (1,)}),
+    "modelopt rows": (
+        {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+        fp8_rows,
+        {},
+    ),
+    "modelopt blocks": (
+        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
+        fp8_blocks,
+        {"modelopt": True},
+    ),
+    "unsaid": (None, fp8_rows, {"shape": ()}),
+    "unsaid blocks": (None, fp8_blocks, {}),
+    "unsaid int8": (None, ct_int8, {}),
+    "unsaid bnb": (None, bnb_nf4, {}),
+    "comfy": (None, fp8_rows, {"shape": (), "name": "scale_weight"}),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scales_are_read_whether_config_json_says_so_or_not(tmp_path: Path, name: str) -> None:
+    config, writer, arguments = SCALED[name]
+    packed, plain = tensors_of(TEXT, writer, arguments)
+    shape = read_shape(TEXT)
+    stored = stored_tensors([write(tmp_path / "packed", packed) / "model.safetensors"])
+    found = format_of({} if config is None else {"quantization_config": config}, stored)
+    assert found is not None
+    loaded = weights.load(tmp_path / "packed", shape, torch.float32, CPU, packed=found)
+    assert loaded.scheme.startswith("scaled-" if config is None else "modelopt-")
+    wanted = logits_of(weights.load(write(tmp_path / "plain", plain), shape, torch.float32, CPU))
+    got = logits_of(loaded)
+    assert torch.equal(got.argmax(-1), wanted.argmax(-1))
+    assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    kept = sum(m.nbytes for m in loaded.matrices.values())
+    kept += sum(t.nbytes for t in loaded.tensors.values())
+    planned = packed_weight_bytes(shape, found, stored, value_bytes=4)
+    assert planned == pytest.approx(kept, rel=0.06)

@@ -207,3 +207,26 @@ def test_bitsandbytes_while_loading_loses_nothing(checkpoint: Callable[[str], Pa
         )
         with create_engine(config) as loaded:
             loaded.load()
+
+
+@pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=str)
+def test_what_bitsandbytes_saved_is_whole_to_both_engines(
+    checkpoint: Callable[[str], Path], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    import transformers
+
+    source = checkpoint("qwen3")
+    folder = Path(shutil.copytree(source, tmp_path / "m"))
+    (folder / "model.safetensors").unlink()
+    quantization = transformers.BitsAndBytesConfig(**settings)
+    transformers.AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=quantization, dtype=torch.float32, device_map={"": "cpu"}
+    ).save_pretrained(folder)
+    for engine in ENGINES:
+        assert len(answer(folder, engine, "qwen3")) == 8
+    tensors = load_file(folder / "model.safetensors")
+    gone = next(name for name in tensors if name.endswith("q_proj.weight"))
+    save_file({k: t for k, t in tensors.items() if k != gone}, folder / "model.safetensors")
+    for engine in ENGINES:
+        assert "layers.0.self_attn.q_proj" in refused(folder, engine).message
