@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _CONTROL = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 _UNSAFE_IN_TEXT = re.compile(f"[{_CONTROL}]")
 _UNSAFE_IN_LINE = re.compile(f"[{_CONTROL}\n]")
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")
 
 
 def visible(text: str, *, several_lines: bool = False) -> str:
@@ -43,6 +44,12 @@ def visible(text: str, *, several_lines: bool = False) -> str:
     if several_lines:
         return _UNSAFE_IN_TEXT.sub(_escape, text.replace("\r\n", "\n"))
     return _UNSAFE_IN_LINE.sub(_escape, text)
+
+
+def markdown_page(lines: Iterable[str]) -> str:
+    """Lines as one Markdown page; what they quote opens no tag, no link and no line of its own."""
+    plain = (_TAG.sub("&lt;", visible(line)).replace("](", "]\\(") for line in lines)
+    return "\n".join(plain).rstrip() + "\n"
 
 
 def _escape(found: re.Match[str]) -> str:

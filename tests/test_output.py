@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.table import Table
 
 from qwencli.errors import QwenCliError
-from qwencli.output import Sink, _wrapped, visible
+from qwencli.output import Sink, _wrapped, markdown_page, visible
 from qwencli.word_wrap import WordWrap
 
 
@@ -167,3 +167,8 @@ def test_a_status_shows_names_as_they_are(capsys, monkeypatch):
     with Sink().status("loading [/x]\x1b]0;t\x07"):
         pass
     assert "\x1b]0;" not in capsys.readouterr().err
+
+
+def test_what_a_markdown_page_quotes_opens_no_tag_link_or_line():
+    page = markdown_page(["# Page", "- <script>x</script> a < b\n# forged", "![x](http://e.x/a)"])
+    assert page == ("# Page\n- &lt;script>x&lt;/script> a < b\\n# forged\n![x]\\(http://e.x/a)\n")

@@ -17,6 +17,7 @@ from qwencli.bench.tables import (
     verdict_text,
     why_lines,
 )
+from qwencli.output import markdown_page
 
 CellRow = Mapping[str, Any]
 
@@ -36,7 +37,7 @@ def markdown(rows: Sequence[CellRow], environment: Mapping[str, Any]) -> str:
         lines += ["", "## Why", "", *(f"- {line}" for line in slowed)]
     for detail in DETAILS:
         lines += _markdown_details(detail, rows, axes)
-    return "\n".join(lines).rstrip() + "\n"
+    return markdown_page(lines)
 
 
 def _markdown_details(

@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +22,10 @@ from qwencli.errors import BenchError, OutputError
 
 Row = Mapping[str, Any]
 
+# What a spreadsheet would compute when it opens the file: it is kept behind an apostrophe, which
+# reading takes off again. A number is none.
+_FORMULA = re.compile(r"'*(?:[=@\t]|[+-](?!(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?$|$))", re.IGNORECASE)
+
 
 def format_value(value: Any) -> str:
     """None is an empty field; floats keep nine decimals (ns for a time in s)."""
@@ -28,8 +33,11 @@ def format_value(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return repr(round(value, 9))
+    if not isinstance(value, str):
+        return str(value)
     # One record is one line: that is what makes a torn one recognisable.
-    return " ".join(str(value).splitlines()) if isinstance(value, str) else str(value)
+    text = " ".join(str(value).splitlines())
+    return f"'{text}" if _FORMULA.match(text) else text
 
 
 def _encode(columns: tuple[str, ...], rows: Iterable[Row]) -> bytes:
@@ -178,13 +186,17 @@ def read_table(path: Path) -> Table:
             if len(fields) != len(header):
                 wrong = f"has {len(fields)} fields, not {len(header)}"
                 raise _broken(path, f"line {reader.line_num} {wrong}")
-            rows.append(dict(zip(header, fields, strict=True)))
+            rows.append(dict(zip(header, map(_as_written, fields), strict=True)))
             lines.append(reader.line_num)
     except csv.Error as error:
         raise _broken(path, f"line {reader.line_num}: {error}") from error
     if len(set(header)) < len(header):
         raise _broken(path, "line 1 names a column twice")
     return Table(path, header, rows, lines)
+
+
+def _as_written(field: str) -> str:
+    return field[1:] if field.startswith("'") and _FORMULA.match(field) else field
 
 
 def _other_columns(path: Path) -> BenchError:

@@ -3,45 +3,105 @@
 from __future__ import annotations
 
 import getpass
+import ipaddress
 import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
-_SECRET_NAME = r"(?:token|secret|passw(?:or)?d|api[_-]?key|access[_-]?key|authorization)"
-_OCTET = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
+_SECRET_NAME = (
+    r"(?:secret|passw(?:or)?d|passphrase|pwd|(?:api|access|private|account|signing|secret)[_-]?key"
+    r"|authorization|credentials?|cookie|connection[_-]?string)"
+)
 _NOT_IN_WORD = r"(?<![\w/\\.-])"
+# How keys begin that services hand out; what follows is at least eight characters.
+_KEY_STARTS = (
+    r"hf[-_]|api_org_|sk[-_]|rk_|pk_(?:live|test)_|whsec_|gh[oprsu]_|github_pat_|gl(?:pat|rt|dt|ft|soat|sa)[-_]"
+    r"|xox[abeprs][-_.]|xapp-|AIza|ya29\.|GOCSPX-|npm_|pypi-|dckr_(?:pat|oat)_|gsk_|r8_|nvapi-"
+    r"|wandb_v\d_|rpa_|xai-|pplx-|tvly-|fw_|shp(?:at|ca|pa|ss)_|dop_v1_|doo_v1_|lin_api_|sq0(?:atp|csp)-"
+    r"|SG\.|key-|tskey-|hv[sb]\.|ATATT3|ATCTT3|ATBB|ntn_|secret_|AGE-SECRET-KEY-|sbp_|dapi|EAA[A-Z]"
+)
+_SERIAL_NAME = (
+    r"(?:\w*serial(?:[ _-]?(?:numbers?|num|nr|no))?\.?|s/n|(?:asset|service)[ _-]?tag"
+    r"|(?:machine|boot|system|board|chassis|product|disk|hardware)[ _-]?(?:uu)?id)"
+)
+_TO_QUOTE = r"(?:\\?[\"'])"
 
 # Pattern -> what stands there instead; the order matters.
 RULES: tuple[tuple[str, str], ...] = (
-    (r"\b(?:hf|sk|ghp|gho|ghs|glpat|xox[abp])[-_][A-Za-z0-9_-]{8,}", "<token>"),
-    (r"\bgithub_pat_\w{8,}", "<token>"),
+    (r"(?s)-----BEGIN [A-Z0-9 ]+-----(?:(?!-----BEGIN).)*?-----END [A-Z0-9 ]+-----", "<key>"),
+    # One that was cut off before its end.
+    (r"-----BEGIN [A-Z0-9 ]+-----(?:\s|\\[nr]|[\w-]+: [^\n]*\n|[A-Za-z0-9+/=]{8,})*", "<key>"),
+    (r"\b(?:ssh-(?:rsa|dss|ed25519)|ecdsa-sha2-\S+|sk-ssh-\S+) AAAA\S+(?: \S+@\S+)?", "<key>"),
+    (rf"(?<![A-Za-z0-9])(?:{_KEY_STARTS})[A-Za-z0-9_.~+/=-]{{8,}}", "<token>"),
     (r"\beyJ[\w-]{8,}\.[\w-]+\.[\w-]+", "<token>"),
-    (r"\bAKIA[0-9A-Z]{12,}", "<token>"),
-    (r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{6,}", r"\1 <token>"),
+    (r"\b(?:AKIA|ASIA|ABIA|ACCA|AROA|AIDA|AGPA|ANPA)[0-9A-Z]{12,}", "<token>"),
+    (r"\b(?:AC|SK)[0-9a-f]{32}\b", "<token>"),
+    (r"\b\d{8,10}:AA[\w-]{30,}", "<token>"),
+    (r"(?i)\b(bearer|basic|digest)\s+[\w.~+/=-]{6,}", r"\1 <token>"),
+    # Of an option, its value; of a name, what it is set to, with the spaces inside its quotes.
+    (rf"(?i)(--?[\w-]*(?:{_SECRET_NAME}|token)[ ]+)(?![-<])\S+", r"\1<secret>"),
+    (
+        rf"(?i)\b(\w*(?:{_SECRET_NAME}|token)\w*{_TO_QUOTE}?\s*[=:]\s*)(\\?[\"'])(?!<)[^\"'\n]+(\\?[\"'])",
+        r"\1\2<secret>\3",
+    ),
     # A number is a setting (max_new_tokens: 256), not a secret; nor is what JSON has for nothing.
     (
-        rf"(?i)\b(\w*{_SECRET_NAME}\w*[\"']?\s*[=:]\s*[\"']?)(?!(?:\d+|null|true|false)\b)[^\s\"',;<]+",
+        rf"(?i)\b(\w*{_SECRET_NAME}\w*{_TO_QUOTE}?\s*[=:]\s*{_TO_QUOTE}?)(?!(?:null|true|false)\b)[^\s\"',;<]+",
         r"\1<secret>",
     ),
-    (r"(\w+://)[^\s/@:]+:[^\s/@]+@", r"\1<credentials>@"),
+    (
+        rf"(?i)\b(\w*token\w*{_TO_QUOTE}?\s*[=:]\s*{_TO_QUOTE}?)(?!(?:\d+|\d*\.\d+|null|true|false)\b)[^\s\"',;<\[{{]+",
+        r"\1<secret>",
+    ),
+    (r"(\w+://)[^\s/@:]*:[^\s/@]+@", r"\1<credentials>@"),
     (r"\b[\w.+-]+@[\w-]+\.[\w.-]+\b", "<address>"),
     (r"\b(?:GPU|MIG)-[0-9a-fA-F]{8}-[0-9a-fA-F-]{20,}", "<uuid>"),
-    (r"\b(?:[0-9A-Fa-f]{2}[:-]){5}[0-9A-Fa-f]{2}\b", "<mac>"),
-    (r"\b(?:[0-9a-fA-F]{1,4}:){4,7}[0-9a-fA-F]{1,4}\b", "<ip>"),
+    (r"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b", "<uuid>"),
     (
-        r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.])",
-        "<ip>",
+        rf"(?i)(?<!\w)({_SERIAL_NAME}{_TO_QUOTE}?(?:\s*[:=#]\s*|\s+(?=\S*\d)){_TO_QUOTE}?)(?!(?:null|true|false|none)\b)[A-Z0-9][\w./-]{{3,}}",
+        r"\1<serial>",
     ),
+    (r"\b(?:[0-9A-Fa-f]{2}[:-]){5}[0-9A-Fa-f]{2}\b(?![:-])", "<mac>"),
+    (r"\b(?:[0-9A-Fa-f]{4}\.){2}[0-9A-Fa-f]{4}\b", "<mac>"),
 )
-# Addresses of the web are public as they are; folders of this machine are not. Of a path the last
-# part stays: it says which file, and not whose.
+_IPV6 = re.compile(
+    r"(?<![\w:.])(?P<address>(?:[0-9A-Fa-f]{0,4}:){2,7}(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{0,4}))"
+    r"(?:%[\w-]+)?(?![\w:])"
+)
+_IPV4 = re.compile(
+    r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w]|\.\d)"
+)
+# Folders of this machine are private, and so are stores and hosts of a house; other addresses of
+# the web are public as they are. Of a path the last part stays: it says which file, and not whose.
+# A name may hold spaces and apostrophes. It ends in neither, so that "/usr/lib and /usr/bin" are
+# two paths; behind a quotation mark all of it is the path.
+_PART = r"(?:[^/\\\s\"':*?<>|,;()]|'(?=\w))"
+_INSIDE = rf"(?:{_PART}|,? |[()]){{0,255}}"
+_FOLDER = rf"(?:{_PART}(?:{_INSIDE}{_PART})?\)?)"
+_PERSON = r"(?:home|Users|Documents and Settings)"
+# A person's folder at the end of a path: words that begin in capitals belong to it.
+_PERSON_LAST = rf"(?>{_PART}+(?: [A-Z]{_PART}*)*)(?!(?:{_INSIDE}{_PART})?\)?[\\/])"
+_START = r"(?:~[\w.-]*|(?:\\\\\?\\)?[A-Za-z]:)?"
+# "at 5 GB/s" is no folder.
+_SLASH = r"/+(?!s(?:[\s,;.)]|$))"
 _PLACES = re.compile(
-    r"(?P<url>\b(?:https?|hf)://[^\s\"'<>]+)"
-    r"|(?P<unc>\\\\[^\\\s\"']+(?:\\[^\\\s\"']+)+)"
-    rf"|{_NOT_IN_WORD}(?P<windows>[A-Za-z]:[\\/](?:[^\\/\s\"':*?<>|]+[\\/])*[^\\/\s\"':*?<>|]*)"
-    rf"|{_NOT_IN_WORD}(?P<posix>~?/(?:[^/\s\"':,;()]+/)+[^/\s\"':,;()]*)"
+    r"(?P<url>\b[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+)"
+    rf"|(?P<mark>\\?\"|\\?')(?P<quoted>(?:~[\w.-]*[\\/]|[A-Za-z]:[\\/]|/|\\\\)"
+    r"(?:(?! /|: )[^\"'\n]|'(?=\w))*)(?=(?P=mark))"
+    rf"|{_NOT_IN_WORD}(?P<person>{_START}[\\/]+(?:{_FOLDER}[\\/]+)*?{_PERSON}[\\/]+{_PERSON_LAST})"
+    rf"|{_NOT_IN_WORD}(?P<windows>(?:\\\\\?\\)?[A-Za-z]:[\\/]+(?:{_FOLDER}[\\/]+)*{_PART}*)"
+    rf"|(?P<unc>\\\\[^\\\s\"']+\\+(?:{_FOLDER}\\+)*{_PART}*)"
+    rf"|{_NOT_IN_WORD}(?P<posix>~[\w.-]*/(?:{_FOLDER}/+)*{_PART}*|//?(?:{_FOLDER}{_SLASH})+{_PART}*)"
 )
+_BUCKETS = re.compile(
+    r"(?i)(?:^|\.)(?:s3[\w.-]*\.amazonaws\.com(?:\.cn)?|storage(?:\.cloud)?\.google(?:apis)?\.com"
+    r"|(?:blob|dfs|file)\.core\.windows\.net|r2\.cloudflarestorage\.com|r2\.dev"
+    r"|digitaloceanspaces\.com|backblazeb2\.com|aliyuncs\.com|myqcloud\.com|wasabisys\.com)$"
+)
+_HOUSE = re.compile(r"(?i)^[\w-]+$|\.(?:local|lan|internal|intranet|home|corp|localdomain|arpa)$")
+_PUBLIC_SCHEMES = ("http", "https", "hf")
 
 
 @dataclass(frozen=True)
@@ -65,9 +125,10 @@ def redact(text: str, owner: Owner) -> str:
     """The text without names, hosts, folders, addresses and secrets."""
     for pattern, instead in RULES:
         text = re.sub(pattern, instead, text)
+    text = _IPV4.sub("<ip>", _IPV6.sub(_ipv6, text))
     for home in {owner.home, owner.home.replace("\\", "/"), owner.home.replace("\\", "\\\\")}:
         if len(home) > 1:
-            text = text.replace(home, "~")
+            text = re.sub(rf"(?i){re.escape(home)}(?!\w)", "~", text)
     text = _PLACES.sub(_shorter, text)
     for name, instead in _names(owner):
         whole_word = rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])"
@@ -75,15 +136,50 @@ def redact(text: str, owner: Owner) -> str:
     return text
 
 
+def _ipv6(found: re.Match[str]) -> str:
+    try:
+        ipaddress.IPv6Address(found["address"])
+    except ValueError:  # a time, a place on a bus
+        return found.group()
+    return "<ip>" if re.search(r"[0-9A-Fa-f]", found["address"]) else found.group()
+
+
 def _shorter(found: re.Match[str]) -> str:
     if found["url"]:
+        return _shorter_url(found["url"])
+    if found["person"]:
+        return "<path>/<user>"
+    path = found["quoted"] or found.group()
+    parts = re.split(r"[\\/]+", path.rstrip("\\/"))
+    folder = parts[-2] if len(parts) > 1 else ""
+    last = "<user>" if re.fullmatch(_PERSON, folder) else parts[-1]
+    if path in ("/", "~"):
         return found.group()
-    last = re.split(r"[\\/]", found.group().rstrip("\\/"))[-1]
-    return f"<path>/{last}"
+    return f"{found['mark'] or ''}<path>/{last}"
+
+
+def _shorter_url(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    place, last = rest.partition("/")[0], rest.rstrip("/").rpartition("/")[2].partition("?")[0]
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:  # half an address
+        host = place
+    if scheme.lower() not in _PUBLIC_SCHEMES or _BUCKETS.search(host):
+        inside = "/" in rest.rstrip("/")
+        return f"{scheme}://<place>" + (f"/{last}" if inside else "")
+    # What follows the question mark may be a signature.
+    shown = re.sub(r"\?[^\s#]*", "?<query>", rest) if "=" in rest.partition("?")[2] else rest
+    if scheme.lower() != "hf" and _HOUSE.search(host) and host != "localhost":
+        shown = shown.replace(place, re.sub(r"^[^:]*", "<host>", place.rpartition("@")[2]), 1)
+    return f"{scheme}://{shown}"
 
 
 def _names(owner: Owner) -> list[tuple[str, str]]:
     """Longest first, so that no name is cut apart by a shorter one."""
     first_label = owner.host.partition(".")[0]
-    names = [(owner.host, "<host>"), (first_label, "<host>"), (owner.user, "<user>")]
+    # The folder may have the whole name where the account has its first word.
+    folder = re.split(r"[\\/]", owner.home)[-1]
+    people = [(name, "<user>") for name in (owner.user, folder)]
+    names = [(owner.host, "<host>"), (first_label, "<host>"), *people]
     return sorted((pair for pair in names if len(pair[0]) > 1), key=lambda pair: -len(pair[0]))

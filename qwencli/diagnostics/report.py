@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwencli.diagnostics.advice import Advice
 from qwencli.diagnostics.finding import Check, Finding, Status
+from qwencli.output import markdown_page
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -138,5 +139,5 @@ def markdown(
         lines.append("")
     lines += ["## Recommended", "", settings_line(advice), "", *(f"- {why}" for why in advice.why)]
     record = json.dumps(dict(machine), indent=1)
-    lines += ["", "<details><summary>What was read</summary>", "", "```json", record, "```", ""]
-    return "\n".join([*lines, "</details>", ""])
+    read = ["", "<details><summary>What was read</summary>", "", "```json", record, "```", ""]
+    return markdown_page(lines) + "\n".join([*read, "</details>", ""])

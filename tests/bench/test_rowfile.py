@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwencli.bench.rowfile import RowFile, keep_rows, read_rows, replace_file, write_rows
+from qwencli.bench.rowfile import (
+    RowFile,
+    format_value,
+    keep_rows,
+    read_rows,
+    replace_file,
+    write_rows,
+)
 from qwencli.errors import BenchError, OutputError
 
 COLUMNS = ("a", "b")
@@ -140,3 +147,21 @@ def test_a_compressed_file_is_read_where_there_is_no_plain_one(tmp_path):
     assert read_rows(path) == [{"a": "1", "b": "2"}]
     path.write_bytes(b"a,b\n5,6\n")
     assert read_rows(path) == [{"a": "5", "b": "6"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [("=cmd()", "'=cmd()"), ("+1+cmd()", "'+1+cmd()"), ("@SUM(1)", "'@SUM(1)"), ("-x", "'-x"),
+     ("\t=x", "'\t=x"), ("'=x", "''=x"), ("-1.5e-3", "-1.5e-3"), ("-", "-"), ("a=b", "a=b"),
+     ("'quoted'", "'quoted'")],
+)  # fmt: skip
+def test_no_field_starts_a_formula(text, written):
+    assert format_value(text) == written
+
+
+@given(st.one_of(st.text(), st.text("'=+-@\t1.e5", max_size=6)))
+def test_a_field_is_read_back_as_it_was(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("rows") / "x.csv"
+    line = " ".join(text.splitlines())
+    write_rows(path, ("a", "b"), [{"a": text, "b": 1}])
+    assert read_rows(path) == [{"a": line, "b": "1"}]

@@ -17,6 +17,7 @@ from qwencli.bench.attribution.records import RawRow
 from qwencli.bench.campaign_files import CAUSES, HOST, RUNS, read_file
 from qwencli.bench.inject.truth import NONE, read_truth
 from qwencli.bench.rowfile import replace_file, write_rows
+from qwencli.output import markdown_page
 
 CSV, MARKDOWN = "confusion.csv", "confusion.md"
 COLUMNS = ("unit", "injected", "attributed", "count")
@@ -167,7 +168,7 @@ def markdown(found: Confusion) -> str:
     for name, counts in (("Runs", found.runs), ("Single disturbances", found.events)):
         if counts:
             lines += ["", f"## {name}", "", *_matrix(counts)]
-    return "\n".join(lines) + "\n"
+    return markdown_page(lines)
 
 
 def summary(found: Confusion) -> list[str]:

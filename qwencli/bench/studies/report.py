@@ -10,6 +10,7 @@ from qwencli.bench.rowfile import replace_file, write_rows
 from qwencli.bench.studies.evidence import Evidence
 from qwencli.bench.studies.metrics import WORDS
 from qwencli.bench.studies.verdicts import ClaimVerdict, Finding, Verdict
+from qwencli.output import markdown_page
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -118,7 +119,7 @@ def markdown(evidence: Evidence, found: Sequence[ClaimVerdict]) -> str:
         )
         for finding in claim.findings:
             lines.append(f"| - {finding.test.says} | {finding.verdict} | {_measured(finding)} |")
-    return "\n".join(line.replace("\n", " ") for line in lines) + "\n"
+    return markdown_page(line.replace("\n", " ") for line in lines)
 
 
 def _measured(finding: Finding) -> str:
