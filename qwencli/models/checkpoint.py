@@ -131,7 +131,7 @@ def find_sources(
     missing = [name for name in plain.values() if name not in found]
     missing += [name for layer in layers.values() for name in layer.missing]
     if missing:
-        raise missing_error(folder, missing)
+        raise missing_error(folder, missing, found.keys() - names.values() if not packed else ())
     _check_plain({part: found[name] for part, name in plain.items()}, stored, folder)
     used = {found[name].name for name in plain.values()}
     used |= {tensor.name for layer in layers.values() for tensor in layer.tensors.values()}
@@ -179,8 +179,22 @@ def as_stored(shape: ModelShape, found: Mapping[str, StoredTensor]) -> ModelShap
     return replace(shape, text=replace(shape.text, tied_head=False)) if own else shape
 
 
-def missing_error(folder: Path, missing: Sequence[str]) -> ModelFileError:
-    """For tensors that the weights lack."""
+def missing_error(
+    folder: Path, missing: Sequence[str], others: Iterable[str] = ()
+) -> ModelFileError:
+    """For tensors that the weights lack.
+
+    Args:
+        others: tensors that are there and not known, which may tell why.
+    """
+    scheme = scheme_named_by(others)
+    if scheme:
+        return ModelFileError(
+            f"{folder}: {_count(missing, 'tensor')} missing from the weights: "
+            f"{all_named(missing)}; there are tensors of {scheme} instead, which the "
+            "quantization_config of config.json does not describe",
+            "use a version of the model whose config.json is its own",
+        )
     hint = f"the weights are incomplete or of another model; {AGAIN}"
     if list(missing) == [HEAD]:
         hint = (

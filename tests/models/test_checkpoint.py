@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwencli.errors import ModelFileError
 from qwencli.models.folder import check_folder
@@ -195,6 +198,49 @@ def test_scales_that_would_not_be_used_are_named(
     error = refused(write(tmp_path, tensors, CONFIGS["qwen3"]))
     assert named in error.message and "_proj" in error.message
     assert "transformers" not in error.hint
+
+
+@pytest.mark.parametrize(
+    ("endings", "named"),
+    [
+        (("qweight", "qzeros", "scales"), "GPTQ or AWQ"),
+        (("weight_packed", "weight_scale"), "compressed-tensors"),
+    ],
+)
+def test_packed_layers_that_config_json_says_nothing_about_are_named(
+    tmp_path: Path, endings: tuple[str, ...], named: str
+) -> None:
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, size in sizes_of("qwen3").items():
+        packed = [name.removesuffix("weight") + ending for ending in endings]
+        tensors |= dict.fromkeys(packed if "_proj." in name else [name], ("BF16", size))
+    error = refused(write(tmp_path, tensors, CONFIGS["qwen3"]))
+    assert "14 tensors missing" in error.message and named in error.message
+    assert "download" not in error.hint
+
+
+@settings(max_examples=80)
+@given(st.data())
+def test_no_checkpoint_with_one_tensor_out_of_place_passes(data: st.DataObject) -> None:
+    family = data.draw(st.sampled_from(list(CONFIGS)))
+    tensors = {name: ("BF16", size) for name, size in sizes_of(family).items()}
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    other = data.draw(st.text("abcdefgh._0123456789", min_size=1, max_size=30).map("x".__add__))
+    dtype, size = tensors[name]
+    how = data.draw(st.sampled_from(["gone", "renamed", "beside", "twice", "type", "shape"]))
+    if how in ("gone", "renamed", "type", "shape"):
+        del tensors[name]
+    if how in ("renamed", "beside"):
+        tensors[other] = (dtype, size)
+    elif how == "twice":
+        tensors[name.replace("model.", "model.model.", 1) + "_scale"] = ("F32", (1,))
+    elif how == "type":
+        tensors[name] = (data.draw(st.sampled_from(["F8_E4M3", "U8", "I8", "U32"])), size)
+    elif how == "shape":
+        tensors[name] = (dtype, data.draw(st.sampled_from([(*size[::-1], 1), size[1:], (7,)])))
+    with tempfile.TemporaryDirectory() as folder:
+        error = refused(write(Path(folder), tensors, CONFIGS[family]))
+    assert name in error.message or other in error.message or "_scale" in error.message
 
 
 def test_only_a_head_that_is_not_the_embedding_unties_it(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def _check_loaded(folder: Path, info: Mapping[str, Any]) -> None:
     extra = sorted(name for name in info["unexpected_keys"] if not is_idle(name))
     check_layout(folder, extra)
     if info["missing_keys"]:
-        raise missing_error(folder, sorted(info["missing_keys"]))
+        raise missing_error(folder, sorted(info["missing_keys"]), extra)
     if extra:
         raise extra_error(folder, extra)
 
