@@ -12,13 +12,13 @@ checks after the runs are not in it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qwencli.bench.matrix import BenchCell
 from qwencli.bench.plan import Plan
-from qwencli.config import Cache, DType, EngineName, LoadMode, ModelSpec, Quantization
+from qwencli.config import Cache, DType, EngineName, KVDType, LoadMode, ModelSpec, Quantization
 from qwencli.errors import ModelFileError
 from qwencli.models.decode_bytes import decode_bytes
 from qwencli.models.memory import DEFAULT_IMAGE_TOKENS, RUNTIME_BYTES, estimate
@@ -41,6 +41,9 @@ LAUNCHES: Mapping[EngineName, Mapping[Cache, int]] = {
         Cache.STATIC_COMPILE: 30,
     },
 }
+# The native engine on a CPU, unquantized: its static steps are numpy's calls where torch's are
+# counted (16 to 37 and 47 to 78 in seven campaigns under results/ from 2026-11-23 on).
+HOST_LAUNCHES = {Cache.STATIC: 24, Cache.DYNAMIC: 60}
 # bitsandbytes' layers launch that much more (8.9 tok/s of 8bit beside 28 unquantized on the H200).
 _LAUNCH_FACTOR = {Quantization.INT8: 3.0, Quantization.INT4: 1.2}
 # A local solid-state disk, or the page cache.
@@ -63,12 +66,23 @@ _SCHEMES = {
 
 @dataclass(frozen=True)
 class MachineSpeed:
-    """Of this machine, as `python -m qwencli.engine.machine_speed` measured it; `start_s` is how
-    long that process took to load torch."""
+    """Of this machine, as `python -m qwencli.engine.machine_speed` measured it.
+
+    Args:
+        read_bandwidth: of a buffer beyond any cache; by_size: of smaller ones, ascending.
+        start_s: how long that process took to load torch.
+    """
 
     read_bandwidth: float
     launch_rate: float
     start_s: float
+    by_size: Sequence[tuple[int, float]] = ()
+
+    def bandwidth(self, read_bytes: float) -> float:
+        """Of reading so much over and over: of the smallest buffer measured that is no smaller, as
+        what fits into caches is read faster."""
+        fitting = (rate for size, rate in self.by_size if size >= read_bytes)
+        return next(fitting, self.read_bandwidth)
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,7 @@ class Prediction:
 def predict(plan: Plan, cell: BenchCell, speed: MachineSpeed) -> Prediction:
     """By the formula above; memory is the model's, by `models.memory`, for one request."""
     shape = _shape(plan.models[cell.model])
-    launches = LAUNCHES.get(cell.engine, {}).get(cell.cache)
+    launches = _launches(plan, cell)
     scheme = _SCHEMES.get((cell.engine, cell.quantization))
     if shape is None or launches is None or scheme is None:
         return Prediction(None, None, None)
@@ -94,7 +108,7 @@ def predict(plan: Plan, cell: BenchCell, speed: MachineSpeed) -> Prediction:
     read = decode_bytes(shape, scheme, 4 if wide else 2, context)
     assert read is not None, "every scheme of the table is known"
     launched = shape.text.num_layers * launches * _LAUNCH_FACTOR.get(cell.quantization, 1.0)
-    token_s = read / speed.read_bandwidth + launched / speed.launch_rate
+    token_s = read / speed.bandwidth(read) + launched / speed.launch_rate
     memory = estimate(
         shape,
         cell.quantization,
@@ -113,6 +127,14 @@ def predict(plan: Plan, cell: BenchCell, speed: MachineSpeed) -> Prediction:
         seconds=start_s + load_s + runs * settings.max_new_tokens * token_s,
         memory_bytes=scale * (memory.total - RUNTIME_BYTES) + RUNTIME_BYTES,
     )
+
+
+def _launches(plan: Plan, cell: BenchCell) -> int | None:
+    if cell.engine is EngineName.NATIVE and plan.settings.device == "cpu":
+        plain = cell.quantization is Quantization.NONE and cell.kv_dtype is KVDType.AUTO
+        if plain and cell.cache in HOST_LAUNCHES:
+            return HOST_LAUNCHES[cell.cache]
+    return LAUNCHES.get(cell.engine, {}).get(cell.cache)
 
 
 def _shape(model: ModelSpec) -> ModelShape | None:

@@ -149,7 +149,7 @@ def _speed(
     """(limit, expectation, reasons); None where nothing is known of the bandwidth."""
     measured = machine.measured("bandwidth")
     vendor = gpu.vendor_bytes_per_s if gpu else None
-    rate = measured.read_bytes_per_s if measured else vendor
+    rate = (measured.token_bytes_per_s or measured.read_bytes_per_s) if measured else vendor
     if rate is None:
         return None, None, ()
     size = token_bytes(shape, fit.quantization) + kv_cache_bytes(shape, TYPICAL_CONTEXT)
@@ -205,10 +205,9 @@ def _without_gpu(machine: Machine, shape: ModelShape, model: str, device: str) -
     measured = machine.measured("bandwidth")
     limit = None
     if measured:
-        limit = measured.read_bytes_per_s / (2 * token_bytes(shape))
-        why.append(
-            f"memory reads {measured.read_bytes_per_s / 1e9:.1f} GB/s: at most {limit:.1f} tok/s"
-        )
+        rate = measured.token_bytes_per_s or measured.read_bytes_per_s
+        limit = rate / (2 * token_bytes(shape))
+        why.append(f"what a token reads comes at {rate / 1e9:.1f} GB/s: at most {limit:.1f} tok/s")
     return Advice(
         model,
         tuple(why),

@@ -15,10 +15,14 @@ def main(device: str) -> int:
     import torch  # noqa: F401  part of the start of every worker
 
     start_s = time.perf_counter() - start
-    from qwencli.engine.limits import LARGEST_BUFFER, launch_times, read_bandwidth
+    from qwencli.engine.limits import LARGEST_BUFFER, SMALLEST_BUFFER, launch_times, read_bandwidth
 
+    # Powers of eight: 4 MB, which caches hold, to what none does.
+    sizes = [SMALLEST_BUFFER << shift for shift in (0, 3, 6)]
+    by_size = [(size, read_bandwidth(device, size)) for size in sizes]
     answer = {
         "read_bandwidth": read_bandwidth(device, LARGEST_BUFFER),
+        "by_size": by_size,
         "launch_rate": 1 / min(launch_times(device).eager),
         "start_s": start_s,
     }

@@ -11,6 +11,7 @@ from qwencli.bench.predict import MachineSpeed, predict
 from qwencli.bench.stopping import StopRule
 from qwencli.config import ModelSource, ModelSpec
 from qwencli.models.builtin import hub_config
+from qwencli.models.locate import bundled_folder
 
 H200 = MachineSpeed(read_bandwidth=4.3e12, launch_rate=2.0e5, start_s=5.0)
 
@@ -44,6 +45,38 @@ def predicted(gpu):
 )
 def test_predictions_are_within_a_factor_of_two_of_what_was_measured(predicted, axes, measured):
     assert measured / 2 < predicted(**axes).tok_per_s < measured * 2
+
+
+# Of results/2026-11-25-cpu-engines-before and 2026-11-23-cpu-engines-2: launches, and the bandwidth
+# of what a token of the bundled model reads, which a cache holds; memory itself is slower.
+EPYC = MachineSpeed(12e9, 1 / 1.60e-6, 3.0, ((1 << 22, 90e9), (1 << 25, 87e9), (1 << 28, 12e9)))
+OLDER = MachineSpeed(9e9, 1 / 2.23e-6, 5.0, ((1 << 22, 60e9), (1 << 25, 52e9), (1 << 28, 9e9)))
+
+
+@pytest.mark.parametrize(
+    ("speed", "axes", "measured"),
+    [
+        (EPYC, {"engine": "native", "cache": "static"}, 3737),
+        (EPYC, {"engine": "native", "cache": "dynamic"}, 2326),
+        (EPYC, {"engine": "transformers", "cache": "dynamic"}, 869),
+        (OLDER, {"engine": "native", "cache": "static"}, 1903),
+        (OLDER, {"engine": "native", "cache": "dynamic"}, 1256),
+        (OLDER, {"engine": "transformers", "cache": "static"}, 446),
+    ],
+)
+def test_a_model_that_a_cache_holds_is_predicted_within_a_factor_of_two(cpu, speed, axes, measured):
+    (cell,) = expand(Matrix("m", {axis: (value,) for axis, value in axes.items()}), "scenes", cpu)
+    settings = Settings(StopRule(5, 5), 128, "Hi", (), 0, "cpu")
+    model = ModelSpec("scenes", ModelSource.BUNDLED, None, bundled_folder(), None)
+    found = predict(Plan((cell,), settings, {"scenes": model}), cell, speed)
+    assert measured / 2 < found.tok_per_s < measured * 2
+
+
+def test_the_bandwidth_is_that_of_what_a_token_reads():
+    assert EPYC.bandwidth(1 << 20) == EPYC.bandwidth(1 << 22) == 90e9
+    assert EPYC.bandwidth((1 << 22) + 1) == 87e9
+    assert EPYC.bandwidth(1 << 30) == 12e9
+    assert H200.bandwidth(1 << 20) == 4.3e12
 
 
 def test_time_is_starts_loads_and_runs(predicted):

@@ -51,7 +51,8 @@ def bandwidth(machine: Machine) -> Finding:
     found: Bandwidth = value_of(machine, "bandwidth")
     gpu = machine.gpu if machine.torch.devices else None
     vendor = gpu.vendor_bytes_per_s if gpu else None
-    limit = found.read_bytes_per_s / machine.work.decoder_bytes
+    rate = found.token_bytes_per_s or found.read_bytes_per_s
+    limit = rate / machine.work.decoder_bytes
     evidence = (
         f"read {found.read_bytes_per_s / 1e9:.0f} GB/s ({found.read_by}), copy "
         f"{found.copy_bytes_per_s / 1e9:.0f} GB/s"

@@ -50,11 +50,13 @@ class SmallWork:
 @dataclass(frozen=True)
 class Bandwidth:
     """Bytes a second of device memory: the best of some ways to read, and of a copy (read and
-    written bytes counted)."""
+    written bytes counted). `token_bytes_per_s`: of reading over and over as much as one token
+    does, which may fit into a processor's caches."""
 
     read_bytes_per_s: float
     read_by: str
     copy_bytes_per_s: float
+    token_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True)
