@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwencli.bench.launch import read_device_facts
@@ -12,8 +12,9 @@ from qwencli.bench.matrix_file import load_matrix
 from qwencli.bench.plan import Plan, Settings
 from qwencli.bench.repetition import Wanted, stop_rule
 from qwencli.bench.work import EXAMPLE_IMAGE, find_image, prompt_or_default
-from qwencli.config import DType, LoadFormat, SamplingOptions, SeqLen, check_sampling
+from qwencli.config import DType, LoadFormat, ModelSpec, SamplingOptions, SeqLen, check_sampling
 from qwencli.engine.device import DeviceFacts
+from qwencli.errors import ModelFileError
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
     Raises:
         UsageError, BenchError: the matrix, an axis or an option is wrong.
         InputError: an image is not there.
-        ModelError: a model of the matrix is unknown.
+        ModelError: a model of the matrix is unknown, or none can be loaded by any engine.
         DeviceError: the device is not there.
     """
     from qwencli.models.resolve import resolve_model
@@ -63,8 +64,12 @@ def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
     models = {name: resolve_model(name) for name in matrix.axes.get("model", ())}
     if default_model:
         models[default_model.name] = default_model
+    unusable = _unusable(models, request.load_format)
     facts = read_device_facts(request.device)
-    cells = expand(matrix, default_model.name if default_model else "", facts)
+    cells = [
+        replace(cell, skip_reason=cell.skip_reason or unusable.get(cell.model))
+        for cell in expand(matrix, default_model.name if default_model else "", facts)
+    ]
     settings = Settings(
         stop=stop,
         max_new_tokens=request.max_new_tokens or matrix.max_new_tokens,
@@ -79,3 +84,22 @@ def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
         threads=request.threads,
     )
     return Plan(cells=tuple(cells), settings=settings, models=models), facts
+
+
+def _unusable(models: Mapping[str, ModelSpec], load_format: LoadFormat) -> dict[str, str]:
+    """Why models cannot be loaded, by name: found here once, not by every cell's process.
+
+    Raises:
+        ModelFileError: none can.
+    """
+    from qwencli.models.locate import check_model
+
+    found: dict[str, ModelFileError] = {}
+    for name, spec in models.items():
+        try:
+            check_model(spec, load_format)
+        except ModelFileError as error:
+            found[name] = error
+    if found and len(found) == len(models):
+        raise next(iter(found.values()))
+    return {name: f"{error.message} ({error.hint})" for name, error in found.items()}

@@ -18,6 +18,7 @@ from qwencli.bench.runner import RunnerOptions, run_campaign, worker_command
 from qwencli.bench.stats import CellRow
 from qwencli.bench.tables import terminal_table
 from qwencli.bench.telemetry import sampler_command
+from qwencli.config import LoadFormat
 from qwencli.engine.child_process import python_command
 from qwencli.engine.device import DeviceFacts
 from qwencli.output import Sink
@@ -81,6 +82,7 @@ def measure(
         continue_on_error=how.continue_on_error,
         beside=how.limits,
     )
+    _fetch_models(plan, sink)
     interrupted = False
     about = environment(facts, arguments, plan.settings.seed)
     with Campaign(folder, plan, about, resume=how.resume) as campaign:
@@ -102,6 +104,25 @@ def measure(
             f"{what} lack what is measured after the runs; go on with --resume --out {folder}"
         )
     return 0 if _holds(rows) and not cut_off else 1
+
+
+def _fetch_models(plan: Plan, sink: Sink) -> None:
+    """Download what is not on this machine yet: here once, not in the first process of each cell.
+
+    Raises:
+        ModelError: a model is not to be had, or no engine could load it.
+    """
+    from qwencli.models.hub_cache import find_cached
+    from qwencli.models.locate import check_model, locate
+
+    if plan.settings.load_format is LoadFormat.DUMMY:
+        return
+    for name in dict.fromkeys(cell.model for cell in plan.cells if not cell.skip_reason):
+        spec = plan.models[name]
+        if spec.path is None and spec.repo_id and find_cached(spec.repo_id) is None:
+            sink.notice(f"downloading {name}")
+            locate(spec)
+            check_model(spec, plan.settings.load_format)
 
 
 def worker(planted_percent: float | None) -> list[str]:

@@ -13,7 +13,7 @@ from qwencli.engine.tokenizer import IncrementalDetokenizer
 from qwencli.errors import ModelFileError
 from qwencli.models.folder import check_folder
 from qwencli.models.json_file import read_json_object
-from qwencli.models.locate import bundled_folder, locate
+from qwencli.models.locate import bundled_folder, dummy_config, locate
 
 # What every Qwen tokenizer ends a turn with, and pads with.
 END_OF_TURN, PAD = "<|im_end|>", "<|endoftext|>"
@@ -84,12 +84,7 @@ def open_model(config: EngineConfig) -> ModelFiles:
 
 def _open_dummy(config: EngineConfig) -> ModelFiles:
     """Weights and pictures as in the model named, the text side of the bundled model."""
-    hub_config = config.model.hub_config
-    if hub_config is None:
-        raise ModelFileError(
-            f"--load-format dummy: the shape of {config.model.name} is not known here",
-            "name a built-in model (see: qwencli models) or a folder with its config.json",
-        )
+    hub_config = dummy_config(config.model)
     prompts = PromptBuilder.dummy(
         bundled_folder(),
         hub_config=hub_config,

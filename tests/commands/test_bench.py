@@ -14,7 +14,14 @@ from qwencli.bench.repetition import Wanted
 from qwencli.commands import bench as command
 from qwencli.config import DType, LoadFormat, ModelSource, ModelSpec
 from qwencli.engine.device import DeviceFacts
-from qwencli.errors import BenchError, InputError, QwenCliError, UsageError
+from qwencli.errors import (
+    BenchError,
+    DownloadError,
+    InputError,
+    ModelFileError,
+    QwenCliError,
+    UsageError,
+)
 
 CPU = DeviceFacts(
     "cpu", None, None, None, None, "2.13.0+cpu", None, "0.50",
@@ -150,6 +157,59 @@ def test_nothing_that_can_run_makes_the_exit_code_1():
     result = CliRunner().invoke(app, ["bench", "--engine", "remote", "--out", "c"])
     assert result.exit_code == 1
     assert "remote engine is not part of this version" in " ".join(result.stdout.split())
+
+
+@pytest.fixture
+def llama(tmp_path, monkeypatch):
+    """The name of a model that no engine knows; all others are known."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    registry = sys.modules["qwencli.models.resolve"]
+    known = registry.resolve_model
+    monkeypatch.setattr(
+        registry,
+        "resolve_model",
+        lambda name, **_: (
+            ModelSpec(name, ModelSource.LOCAL, path=folder) if name == "llama" else known(name)
+        ),
+    )
+    return "llama"
+
+
+def test_a_model_that_no_engine_knows_is_found_before_anything_is_measured(llama):
+    for more in ([], ["--dry-run"], ["--resume", "--out", "c"]):
+        error = fails("--model", llama, *more)
+        assert type(error) is ModelFileError
+        assert "model_type 'llama' is not supported" in error.message
+    assert error.hint
+    assert [path.name for path in Path.cwd().iterdir()] == ["llama"]
+
+
+def test_beside_models_that_can_run_it_costs_its_cells_alone(llama):
+    arguments = ["--matrix", "quick", "--runs", "1", "--max-new-tokens", "4", "--out", "c"]
+    result = CliRunner().invoke(app, ["bench", "--model", f"steady,{llama}", *arguments])
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("llama") == 0  # no process was begun for it
+    said = " ".join(result.stdout.split())
+    assert said.count("model_type 'llama' is not supported") == 1
+    assert "6 cells" in said
+
+
+def test_a_model_that_cannot_be_downloaded_is_found_once(monkeypatch):
+    def fail(spec):
+        raise DownloadError(f"{spec.repo_id} is not to be had", "check the network")
+
+    monkeypatch.setattr("qwencli.models.locate.locate", fail)
+    registry = sys.modules["qwencli.models.resolve"]
+    monkeypatch.setattr(
+        registry,
+        "resolve_model",
+        lambda name, **_: ModelSpec("far", ModelSource.HUB, repo_id="nobody/nothing"),
+    )
+    error = fails("--matrix", "quick", "--out", "c")
+    assert "nobody/nothing is not to be had" in error.message
+    assert not Path("c").exists()
 
 
 def test_dry_run_writes_nothing():

@@ -116,11 +116,13 @@ def prepare_study(
     """Resolve models and lay the processes out.
 
     Raises:
-        ModelError: a model is unknown.
+        ModelError: a model is unknown, or no engine could load the study's own.
     """
+    from qwencli.models.locate import check_model
     from qwencli.models.resolve import resolve_model
 
     main = resolve_model(request.model)
+    check_model(main, request.load_format)
     layout = lay_out(studies, main.name, facts, request.runs, request.seed)
     models = {main.name: main}
     for process in layout.processes:
