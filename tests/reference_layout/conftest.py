@@ -1,3 +1,9 @@
+"""A published model's own files (config.json, tokenizer, chat template, processor; no weights) with
+random weights of true width, through both engines, in about 8 GB of memory:
+
+    QWENCLI_REFERENCE_LAYOUT=FOLDER python -m pytest tests/reference_layout
+"""
+
 from __future__ import annotations
 
 import os

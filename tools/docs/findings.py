@@ -33,6 +33,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 PAGE = ROOT / "docs" / "findings.md"
 PLOTS = ROOT / "docs" / "findings"
+# The machine of the origin's own rows.
+ORIGIN = "RTX 5090"
 
 Found = list[tuple[Evidence, dict[str, ClaimVerdict]]]
 
@@ -135,7 +137,11 @@ def details(found: Found) -> dict[Path, str]:
     def add(name: str, where: str, table: origin_tables.Table) -> None:
         head, rows = table
         file = tables.setdefault(name, [["machine", *head]])
-        file += [[where, *row] for row in rows]
+        for row in rows:
+            origin = row[0].startswith("origin")  # stands in the table of every machine
+            made = [ORIGIN if origin else where, *row]
+            if not (origin and made in file):
+                file.append(made)
 
     for evidence, verdicts in found:
         where = machine(evidence)

@@ -1,4 +1,5 @@
-"""Writes the tables of README.md from the files in results/; `--check` fails when they are stale.
+"""Writes the tables and the picture of README.md and of the pages below from the files in results/;
+`--check` fails when they are stale.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of TABLES.
 """
@@ -10,24 +11,23 @@ import gzip
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import campaigns
 import findings
-
-from qwencli.bench.studies import origin_tables
-from qwencli.bench.studies.evidence import Evidence
-from qwencli.bench.studies.origin_tables import Table
+import predictions
+from plots import speed_plot
+from step_results import newest_steps
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measurements.md", ROOT / "docs" / "scenes.md")
+PICTURE = ROOT / "docs" / "images" / "speed.svg"
+EXAMPLE = ROOT / "examples" / "scene.png"
 RESULTS = campaigns.RESULTS
 # Plain operators on the CPU round the weights alone; the kernels of a GPU round vectors too.
 QUALITY = ("2026-11-24-quality-cpu", "2026-11-25-h100-quality")
-# The two engines at equal work, minutes apart: (folder, engine).
-H200_ENGINES = ("2026-11-23-h200-native", "2026-11-23-h200-native-beside")
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -35,18 +35,18 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def source(*folders: str) -> str:
-    """Where campaigns' figures come from: device, versions, model, work, folders."""
-    read = json.loads((RESULTS / folders[0] / "environment.json").read_text(encoding="utf-8"))
+def source(folder: str) -> str:
+    """Where a campaign's figures come from: device, versions, model, work, folder."""
+    read = json.loads((RESULTS / folder / "environment.json").read_text(encoding="utf-8"))
     said = read["command_line"]
-    plan = json.loads((RESULTS / folders[0] / "plan.json").read_text(encoding="utf-8"))
+    plan = json.loads((RESULTS / folder / "plan.json").read_text(encoding="utf-8"))
     versions = read["versions"]
     weights = ", random weights" if "dummy" in said else ""
     return (
         f"{read['device']['name']}, {said[said.index('--model') + 1]}{weights}, "
         f"{plan['max_new_tokens']} new tokens, batch 1, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, bitsandbytes {versions['bitsandbytes']}. "
-        f"From {' and '.join(f'`results/{folder}/cells.csv`' for folder in folders)}."
+        f"From `results/{folder}/cells.csv`."
     )
 
 
@@ -57,23 +57,21 @@ def cells_of(folder: str) -> list[dict[str, str]]:
     return sorted(cells, key=lambda cell: -float(cell["decode_tok_per_s_median"]))
 
 
-def engine_folders() -> tuple[str, ...]:
-    """The newest campaign of a GPU with both engines in it; else the two beside each other."""
-    newest = campaigns.newest_of_gpu("engines")
-    return H200_ENGINES if newest is None else (newest.name,)
+def kernels(cell: dict[str, str]) -> str:
+    """What computes a decode step."""
+    ours = {"native auto": "fused", "native torch": "torch operators"}
+    return ours.get(f"{cell['engine']} {cell['kernels']}", "its own")
 
 
-def speed_table(folders: Sequence[str]) -> str:
-    """The cells that ran of campaigns of both engines, the fastest first."""
+def speed_table(folder: str) -> str:
+    """The cells that ran of a campaign of both engines, the fastest first."""
     rows = [
         [
             cell["engine"],
             cell["quantization"],
             cell["attention"],
             cell["cache"],
-            {"native auto": "fused kernels", "native torch": "torch operators"}.get(
-                f"{cell['engine']} {cell['kernels']}", "its own"
-            ),
+            kernels(cell),
             cell["load_mode"],
             cell["runs"],
             f"{float(cell['decode_tok_per_s_median']):.1f}",
@@ -85,29 +83,80 @@ def speed_table(folders: Sequence[str]) -> str:
             f"{float(cell['itl_max_ms']):.2f}",
             f"{float(cell['peak_allocated_bytes']) / 1e9:.1f}",
         ]
-        for folder in folders
         for cell in cells_of(folder)
     ]
-    header = ["engine", "weights", "attention", "cache", "operations", "model", "runs", "tok/s"]
+    header = ["engine", "weights", "attention", "cache", "kernels", "load", "runs", "tok/s"]
     header += ["slowest-fastest run", "ratio", "TTFT ms", "ITL p50 ms", "p99 ms", "max ms"]
-    return f"{markdown([*header, 'peak GB'], rows)}\n\n{source(*folders)}"
+    return f"{markdown([*header, 'peak GB'], rows)}\n\n{source(folder)}"
 
 
-def engines() -> str:
-    folders = engine_folders()
-    how = (
-        "All cells in one campaign, in shuffled order."
-        if len(folders) == 1
-        else "The two folders were measured minutes apart, not interleaved."
-    )
-    return f"{speed_table(folders)} {how}"
-
-
-def newest_speed_table(kind: str) -> str:
-    """Of the newest campaign of a GPU whose folder ends in `-kind`."""
+def newest(kind: str) -> str:
+    """The folder's name of the newest campaign of a GPU that ends in `-kind`."""
     folder = campaigns.newest_of_gpu(kind)
     assert folder is not None, f"results/ has a campaign *-{kind}"
-    return speed_table([folder.name])
+    return folder.name
+
+
+def short_speed_table() -> str:
+    """The same of the campaign that the picture shows, with the columns that a user asks for."""
+    folder = newest("context-512")
+    rows = [
+        [
+            cell["engine"],
+            cell["quantization"],
+            cell["cache"],
+            kernels(cell),
+            cell["runs"],
+            f"{float(cell['decode_tok_per_s_median']):.0f}",
+            f"{float(cell['run_ratio_max_min']):.3f}",
+            f"{1e3 * float(cell['ttft_s_median']):.0f}",
+            f"{float(cell['itl_p99_ms']):.2f}",
+            f"{float(cell['peak_allocated_bytes']) / 1e9:.1f}",
+        ]
+        for cell in cells_of(folder)
+    ]
+    header = ["engine", "weights", "cache", "kernels", "runs", "tok/s", "fastest / slowest run"]
+    header += ["first token, ms", "99% of tokens within, ms", "peak GB"]
+    return f"{markdown(header, rows)}\n\n{source(folder)}"
+
+
+def picture() -> str:
+    """A caption, and a bar for each way to run one model on one GPU."""
+    folder = newest("context-512")
+    cells = [cell for cell in cells_of(folder) if kernels(cell) != "torch operators"]
+    names = {"none": "bf16", "8bit": "8-bit", "4bit": "4-bit", "fp8": "fp8"}
+    bars = [
+        (
+            {"native": "qwencli"}.get(cell["engine"], cell["engine"])
+            + f", {names[cell['quantization']]}"
+            + (", compiled" if cell["cache"] == "static-compile" else ""),
+            float(cell["decode_tok_per_s_median"]),
+            cell["engine"] == "native",
+        )
+        for cell in reversed(cells)
+    ]
+    expected = json.loads((EXAMPLE.parent / "expected.json").read_text(encoding="utf-8"))
+    caption = expected["captions"][EXAMPLE.name]
+    return speed_plot(EXAMPLE.read_bytes(), caption, bars, source(folder).split(" From ")[0])
+
+
+def your_gpu() -> str:
+    """Predicted speeds by GPU, model and weights, with their range."""
+    steps = [s for s in newest_steps(RESULTS) if s.context == 512 and s.kv_dtype == "auto"]
+    serial, spread = predictions.serial_us(ROOT), predictions.shares(ROOT)
+    modes = {"none": "bf16", "8bit": "8bit", "fp8": "fp8", "4bit": "4bit"}
+    rows = []
+    for gpu in predictions.PREDICTED:
+        for model in dict.fromkeys(step.model for step in steps):
+            of_model = {step.quantization: step for step in steps if step.model == model}
+            figures = []
+            for mode in modes:
+                expected, least, most = predictions.speeds(of_model[mode], gpu, serial, spread)
+                figures.append(f"{expected:.0f} ({least:.0f}-{most:.0f})")
+            rows.append([gpu.name.removeprefix("GeForce "), model, *figures])
+    folders = ", ".join(sorted({f"`results/{step.folder}/`" for step in steps}))
+    note = f"Predicted tok/s (range) at a context of 512, from steps on an H200 in {folders}."
+    return f"{markdown(['GPU', 'model', *modes.values()], rows)}\n\n{note}"
 
 
 def scenes_quality() -> str:
@@ -129,13 +178,6 @@ def factors_plot() -> str:
     evidence = findings.studies()[0]
     path = f"docs/findings/effects-{evidence.folder.name}.svg"
     return f"![time with each factor over time without it]({path})\n\n{findings.source(evidence)}"
-
-
-def of_study(table: Callable[[Evidence], Table]) -> str:
-    """A table of the first study."""
-    evidence = findings.studies()[0]
-    head, rows = table(evidence)
-    return f"{markdown(list(head), rows)}\n\n{findings.source(evidence)}"
 
 
 def quantization_quality() -> str:
@@ -172,13 +214,11 @@ def quantization_quality() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "factors": factors_plot,
-    "origin-modes": lambda: of_study(origin_tables.mode_table),
-    "steadiness": lambda: of_study(
-        lambda e: origin_tables.steadiness_table(origin_tables.series(e))
-    ),
-    "engines": engines,
-    "context-512": lambda: newest_speed_table("context-512"),
-    "modes": lambda: newest_speed_table("modes"),
+    "speed": short_speed_table,
+    "your-gpu": your_gpu,
+    "engines": lambda: speed_table(newest("engines")),
+    "context-512": lambda: speed_table(newest("context-512")),
+    "modes": lambda: speed_table(newest("modes")),
     "scenes-quality": scenes_quality,
     "quantization-quality": quantization_quality,
 }
@@ -192,14 +232,19 @@ def render(text: str) -> str:
     return re.sub(pattern, fill, text, flags=re.DOTALL)
 
 
+def files() -> dict[Path, str]:
+    """What is to be written where."""
+    pages = {page: render(page.read_text(encoding="utf-8")) for page in PAGES}
+    return {**pages, PICTURE: picture()}
+
+
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    fresh = render(text)
-    if "--check" in sys.argv:
-        if fresh != text:
-            sys.exit("the tables of README.md are stale: run make docs")
-        return
-    README.write_text(fresh, encoding="utf-8")
+    for path, fresh in files().items():
+        if path.exists() and path.read_text(encoding="utf-8") == fresh:
+            continue
+        if "--check" in sys.argv:
+            sys.exit(f"{path.relative_to(ROOT)} is stale: run make docs")
+        path.write_text(fresh, encoding="utf-8")
 
 
 if __name__ == "__main__":
