@@ -87,13 +87,13 @@ def question(name: str, found: list[Experiment]) -> Experiment | None:
 
 
 def named_in(cited: list[Path]) -> str:
-    """Documents as links; code, which moves more often, in one word."""
+    """Documents as links; code, which changes more often, only where no document names it."""
     pages = [
         f"[{path.stem}](../{path.relative_to(ROOT).as_posix()})"
         for path in sorted(cited)
         if path.suffix == ".md"
     ]
-    return ", ".join([*pages, *(["code"] if len(pages) < len(cited) else [])])
+    return ", ".join(pages) or "code"
 
 
 def row(folder: Path, cited: list[Path], found: list[Experiment]) -> tuple[str, str]:
