@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import logging
 import os
 import re
 import select
@@ -20,8 +21,8 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -32,6 +33,9 @@ from qwencli.config import MAX_PIXELS
 from qwencli.engine.containers import video_kind
 from qwencli.errors import InputError, OutOfMemoryError
 from qwencli.messages import ImagePart
+
+# Pillow's remarks on a file would reach stderr where nobody listens to its log.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # What Pillow's decoders are known to raise on malformed files (its plug-ins parse with struct,
 # zlib and plain indexing). Anything else is a bug of ours and must stay visible.
@@ -345,7 +349,8 @@ def decode(file: BinaryIO, name: str, read: Callable[[Image.Image, str], T]) -> 
                 raise InputError(
                     f"{name} is {_NOT_PICTURES[kind]} ({kind}), not a picture", _USE_PICTURE
                 )
-            return read(image, name)
+            with _silent_libtiff(kind):
+                return read(image, name)
     except _BOMBS as error:
         found = re.search(r"\d+", str(error))
         assert found is not None, "Pillow says how many"
@@ -365,6 +370,29 @@ def decode(file: BinaryIO, name: str, read: Callable[[Image.Image, str], T]) -> 
                 "save the picture without its metadata",
             ) from error
         raise InputError(f"{name}: damaged {kind} file ({reason})", _COPY_AGAIN) from error
+
+
+@contextmanager
+def _silent_libtiff(kind: str) -> Iterator[None]:
+    """While a TIFF is decoded: what libtiff writes to stderr itself is dropped.
+
+    A line for each thing that it finds wrong; what matters Pillow raises too.
+    """
+    if kind != "TIFF":
+        yield
+        return
+    try:
+        stderr, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # no stderr, no lines
+        yield
+        return
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nothing)
 
 
 def _checked_head(file: BinaryIO, name: str) -> bytes:

@@ -6,7 +6,9 @@ which needs the optional package `av` (FFmpeg). Frames are taken evenly over the
 
 from __future__ import annotations
 
+import errno
 import functools
+import io
 import re
 import stat
 from collections.abc import Callable, Iterable, Sequence
@@ -287,21 +289,27 @@ def _from_video_file(
     )
     import av
 
-    # FFmpeg gets the opened file: in a name it would see addresses and lists of other files.
+    watched = _WatchedFile(file)
     try:
         if is_cut_off(file, kind):
             raise _ends_early(name)
-        total = _packets(file, name, kind)
-        with _container(file, kind) as container:
+        total = _packets(watched, name, kind)
+        with _container(watched, kind) as container:
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise InputError(
+                    f"{name}: there is no decoder for its pictures", "convert it to H.264 in MP4"
+                )
             rate = float(stream.average_rate or stream.guessed_rate or 24)
             size = stream.width, stream.height
-            if not 0 < size[0] * size[1] <= MAX_FRAME_PIXELS:
+            if size[0] * size[1] > MAX_FRAME_PIXELS:
                 raise InputError(
                     f"{name} has frames of {size[0]}x{size[1]}, the limit is "
                     f"{MAX_FRAME_PIXELS // 10**6} megapixels",
                     "scale the video down",
                 )
+            if min(size) <= 0:
+                raise InputError(f"{name}: damaged video file (no size is stated)", _COPY_AGAIN)
             held_bytes += size[0] * size[1] * _DECODER_BYTES_A_PIXEL
             most = max(_room(size, held_bytes), 1)
             chosen = even_indices(total, _count(total, total / rate, wanted, most))
@@ -310,18 +318,55 @@ def _from_video_file(
             stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
             frames, times_s = _decoded(container.decode(stream), chosen, rate, size)
     except (av.FFmpegError, *DECODE_ERRORS) as error:
-        if isinstance(error, MemoryError):
+        # FFmpeg's own is raised for what a damaged header claims.
+        if isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError):
             raise
-        if isinstance(error, OSError) and not isinstance(error, av.FFmpegError):
-            raise read_error(error, name) from error
+        failure = watched.error
+        if failure is None and isinstance(error, OSError) and not isinstance(error, av.FFmpegError):
+            failure = error
+        if failure is not None:
+            raise read_error(failure, name) from error
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise InputError(f"{name}: damaged video file ({reason})", _COPY_AGAIN) from error
+    if watched.error is not None:
+        raise read_error(watched.error, name)
     if not frames:
         raise InputError(f"{name}: no frame can be decoded", _COPY_AGAIN)
     return VideoPart(tuple(frames), tuple(times_s), total / rate, name)
 
 
-def _container(file: BinaryIO, kind: str) -> Any:
+class _WatchedFile:
+    """An opened file for FFmpeg: in a name it would see addresses, and lists of other files.
+
+    What reading raises does not come back through FFmpeg, so it is kept in `error`.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def read(self, size: int) -> bytes:
+        try:
+            return self._file.read(size)
+        except OSError as error:
+            self.error = error
+            return b""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except (ValueError, OverflowError):
+            return -1  # a place that a damaged file made up
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                self.error = error
+            return -1
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def _container(file: _WatchedFile, kind: str) -> Any:
     import av
 
     file.seek(0)
@@ -336,7 +381,7 @@ def _ends_early(name: str) -> InputError:
     )
 
 
-def _packets(file: BinaryIO, name: str, kind: str) -> int:
+def _packets(file: _WatchedFile, name: str, kind: str) -> int:
     """Frames of a file, which its header need not know, counted without decoding them."""
     with _container(file, kind) as container:
         if not container.streams.video:

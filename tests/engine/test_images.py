@@ -363,6 +363,26 @@ def test_no_cut_file_gives_a_part_of_a_picture(kind: str) -> None:
     assert refused > 100
 
 
+def test_pillows_log_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    data = encoded(photo(), "TIFF")
+    samples = data.index(struct.pack("<HHIH", 277, 3, 1, 3))
+    refusal(data[: samples + 8] + struct.pack("<H", 999) + data[samples + 10 :])
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate", "jpeg", "group4"])
+def test_libtiff_writes_nothing_of_its_own(
+    compression: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    image = photo().convert("1") if compression == "group4" else photo()
+    data = encoded(image, "TIFF", compression=compression)
+    for place in range(8, len(data), max(1, len(data) // 60)):
+        with contextlib.suppress(InputError):
+            open_image(data[:place] + b"\xff\0\xff" + data[place + 3 :])
+    os.write(2, b"still open")
+    assert capfd.readouterr().err == "still open"
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_a_truncated_file_is_refused_though_another_library_allowed_them(
     kind: str, monkeypatch: pytest.MonkeyPatch

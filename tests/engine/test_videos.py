@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import io
@@ -293,6 +294,22 @@ def test_a_disk_that_cannot_be_read_is_said_so(
             assert error.message == f"{path} cannot be read: Input/output error"
             said += 1
     assert said >= 5
+
+
+@pytest.mark.parametrize("name", FILMS)
+def test_ffmpeg_writes_nothing_of_its_own(
+    tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """PyAV writes a traceback where a damaged film makes it read at a place that cannot be."""
+    for seed in range(40):
+        noise = np.random.default_rng(seed)
+        data = bytearray(film(name))
+        for place in noise.integers(0, 600, 6):
+            data[place] = noise.integers(0, 256)
+        (tmp_path / name).write_bytes(data)
+        with contextlib.suppress(InputError):
+            open_visual(tmp_path / name)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
