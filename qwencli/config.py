@@ -228,6 +228,9 @@ SAMPLING_BOUNDS: Mapping[str, Bound] = {
 
 # Said by a user, each of these asks for sampling; the others mean something in greedy too.
 _SAMPLING_SWITCHES = ("temperature", "top_p", "top_k", "min_p")
+# What a model's files may state. Not the longest answer: hub files limit it by total length or a
+# default of 20, and neither is what a user means.
+_MODEL_DEFAULTS = (*_SAMPLING_SWITCHES, "repetition_penalty", "do_sample")
 
 
 def parse_seq_len(text: str) -> SeqLen:
@@ -278,14 +281,21 @@ def check_sampling(options: SamplingOptions) -> None:
 
 
 def _check_model_defaults(model_defaults: Mapping[str, Any]) -> None:
+    if not isinstance(model_defaults.get("do_sample"), bool | None):
+        raise ModelFileError(
+            f"generation_config.json: do_sample is {model_defaults['do_sample']!r:.60}",
+            "correct it to true or false",
+        )
     for name in (*_SAMPLING_SWITCHES, "repetition_penalty"):
         value, bound = model_defaults.get(name), SAMPLING_BOUNDS[name]
         # A model's own top_k may exceed what we offer; nothing else has room beyond its range.
         high = math.inf if name == "top_k" else bound.high
-        if value is None or (isinstance(value, int | float) and bound.low <= value <= high):
+        types = (int,) if bound.integer else (int, float)
+        # `type`, not isinstance: true and false are no numbers.
+        if value is None or (type(value) in types and bound.low <= value <= high):
             continue
         raise ModelFileError(
-            f"generation_config.json: {name} is {value!r}",
+            f"generation_config.json: {name} is {value!r:.60}",
             f"correct it to a value from {bound.low:g} to {bound.high:g}",
         )
 
@@ -308,12 +318,9 @@ def resolve_sampling(
     said = {f.name: getattr(options, f.name) for f in fields(options)}
     merged: dict[str, Any] = {}
     for name in said:
-        fallback = model_defaults.get(name)
+        fallback = model_defaults.get(name) if name in _MODEL_DEFAULTS else None
         default = getattr(base, name) if fallback is None else fallback
         merged[name] = default if said[name] is None else said[name]
-    # Hub files limit the answer by total length or a default of 20; neither is what a user means.
-    if said["max_new_tokens"] is None:
-        merged["max_new_tokens"] = base.max_new_tokens
     if said["do_sample"] is None:
         if said["temperature"] == 0:
             merged["do_sample"] = False

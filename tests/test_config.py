@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,3 +65,27 @@ def test_every_value_is_in_range_or_an_error_that_names_the_flag(name, value):
 def test_a_models_default_out_of_range_names_file_and_key(key, value):
     with pytest.raises(ModelFileError, match=rf"generation_config\.json: {key} is"):
         resolve_sampling(SamplingOptions(), {key: value})
+
+
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        {"do_sample": "yes"},
+        {"do_sample": 1},
+        {"top_k": 2.5},
+        {"top_k": True},
+        {"temperature": "1"},
+        {"temperature": 10**400},
+        {"top_p": [1]},
+        {"repetition_penalty": {}},
+    ],
+)
+def test_a_models_default_of_another_type_is_named(defaults: dict[str, Any]) -> None:
+    with pytest.raises(ModelFileError, match=next(iter(defaults))) as caught:
+        resolve_sampling(SamplingOptions(), defaults)
+    assert len(caught.value.message) < 200
+
+
+def test_a_model_does_not_state_seed_stops_or_length() -> None:
+    defaults = {"seed": "x", "stop": 5, "max_new_tokens": "y"}
+    assert resolve_sampling(SamplingOptions(), defaults) == SamplingParams()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +11,11 @@ from PIL import Image
 
 from qwencli.config import MAX_PIXELS
 from qwencli.errors import ModelFileError, UsageError
+from qwencli.models.config_values import shortened
 from qwencli.models.json_file import read_json_object
 
+# Of max_pixels in a model's files: no picture and no video has as many.
+MOST_BOUND = 2**53
 Triple = tuple[float, float, float]
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -201,8 +203,10 @@ def _bounds(
         # The older name wins where a file has both, as it does in the reference.
         stated = (values.get(key), size.get(edge), size.get(key))
         value = next((v for v in stated if v is not None), getattr(default, key))
-        if not _is_count(value):
-            raise _bad_value(path, key, value, _COUNT[1])
+        # A small picture is enlarged up to the lower bound, so that one is bound by memory.
+        most = MAX_PIXELS if key == "min_pixels" else MOST_BOUND
+        if not _is_count(value, most):
+            raise _bad_value(path, key, value, f"a whole number from 1 to {most}")
         found[key] = value
     if found["min_pixels"] > found["max_pixels"]:
         raise _bad_value(path, "min_pixels", found["min_pixels"], f"at most {found['max_pixels']}")
@@ -211,28 +215,35 @@ def _bounds(
 
 def _bad_value(path: Path, key: str, value: object, expected: str) -> ModelFileError:
     return ModelFileError(
-        f"{path}: {key} is {value!r}, expected {expected}", "download the model's files again"
+        f"{path}: {key} is {shortened(value)}, expected {expected}",
+        "download the model's files again",
     )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: object, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_count(value: object, most: int = MOST_BOUND) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
 
 
-def _is_triple(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
+def _is_triple(value: object, low: float, high: float) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(_is_number(each, low, high) for each in value)
+    )
 
 
-_COUNT = (_is_count, "a whole number above 0")
+# Far beyond what any model has; beyond these nothing sensible is left to compute with.
+_MOST_SIDE = 1024
+_COUNT = (lambda value: _is_count(value, _MOST_SIDE), f"a whole number from 1 to {_MOST_SIDE}")
 _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "patch_size": _COUNT,
     "temporal_patch_size": _COUNT,
     "merge_size": _COUNT,
-    "image_mean": (_is_triple, "three numbers"),
-    "image_std": (lambda std: _is_triple(std) and min(std) > 0, "three numbers above 0"),
-    "rescale_factor": (_is_number, "a number"),
+    "image_mean": (lambda mean: _is_triple(mean, -1e4, 1e4), "three numbers"),
+    "image_std": (lambda std: _is_triple(std, 1e-4, 1e4), "three numbers above 0"),
+    "rescale_factor": (lambda factor: _is_number(factor, 1e-6, 1e3), "a number above 0"),
 }

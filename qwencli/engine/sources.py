@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.config import EngineConfig, LoadFormat
+from qwencli.engine.processor_config import ImageProcessorConfig
 from qwencli.engine.prompt import PromptBuilder
-from qwencli.engine.tokenizer import IncrementalDetokenizer
+from qwencli.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from qwencli.errors import ModelFileError
 from qwencli.models.folder import check_folder
 from qwencli.models.json_file import read_json_object
 from qwencli.models.locate import bundled_folder, dummy_config, locate
+from qwencli.models.shape_reader import read_shape
+from qwencli.models.shapes import ModelShape, VisionShape
 
 # What every Qwen tokenizer ends a turn with, and pads with.
 END_OF_TURN, PAD = "<|im_end|>", "<|endoftext|>"
@@ -71,15 +74,51 @@ def open_model(config: EngineConfig) -> ModelFiles:
     spec = config.model
     folder = locate(spec, offline=config.offline, allow_pickle=config.allow_pickle)
     hub_config = check_folder(folder, allow_pickle=config.allow_pickle)
+    shape = read_shape(hub_config, str(folder / "config.json"))
     prompts = PromptBuilder.from_folder(
         folder,
-        family=hub_config["model_type"],
+        family=shape.model_type,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
     )
+    _check_patches(folder, prompts.processor, shape.vision)
+    if shape.vision is not None:
+        _check_token_ids(folder, prompts.tokenizer, shape)
     generation = folder / "generation_config.json"
     defaults = read_json_object(generation) if generation.is_file() else {}
     return _model_files(folder, hub_config, prompts, defaults)
+
+
+def _check_patches(
+    folder: Path, processor: ImageProcessorConfig | None, tower: VisionShape | None
+) -> None:
+    """Raise ModelFileError where pictures are cut into other patches than the model takes."""
+    if processor is None or tower is None:
+        return
+    for key, cut, taken in (
+        ("patch_size", processor.patch_size, tower.patch_size),
+        ("temporal_patch_size", processor.temporal_patch_size, tower.temporal_patch_size),
+        ("merge_size", processor.merge_size, tower.merge_size),
+    ):
+        if cut != taken:
+            raise ModelFileError(
+                f"{folder}: {key} is {cut} in preprocessor_config.json and {taken} in config.json",
+                "download the model's files again",
+            )
+
+
+def _check_token_ids(folder: Path, tokenizer: Tokenizer, shape: ModelShape) -> None:
+    """Raise ModelFileError where the model looks for pictures at other tokens than the prompt's."""
+    for key, token, wanted in (
+        ("image_token_id", "<|image_pad|>", shape.image_token_id),
+        ("video_token_id", "<|video_pad|>", shape.video_token_id),
+    ):
+        if tokenizer.token_id(token) != wanted:
+            raise ModelFileError(
+                f"{folder}: {key} is {wanted} in config.json, "
+                f"the tokenizer has {tokenizer.token_id(token)} for {token}",
+                "download the model's files again",
+            )
 
 
 def _open_dummy(config: EngineConfig) -> ModelFiles:
@@ -120,7 +159,7 @@ def _model_files(
         generation_defaults=defaults,
         stop_token_ids=stop_ids,
         pad_token_id=pad,
-        max_seq_len=_text_config(hub_config)["max_position_embeddings"],
+        max_seq_len=read_shape(hub_config).text.max_position_embeddings,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -11,7 +10,15 @@ from qwencli.errors import ModelFileError
 # Far above any model, far below what would keep a check busy for minutes.
 MOST = 10**7
 MOST_LAYERS = 1000
+LEAST_NUMBER, MOST_NUMBER = 1e-30, 1e30
+MOST_SHOWN_CHARS = 60
 _AGAIN = "this config.json does not describe a complete model; download it again"
+
+
+def shortened(value: object) -> str:
+    """A value as an error line shows it."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN_CHARS else text[:MOST_SHOWN_CHARS] + "..."
 
 
 def contradiction(where: str, message: str) -> ModelFileError:
@@ -21,7 +28,7 @@ def contradiction(where: str, message: str) -> ModelFileError:
 
 def refused(where: str, key: str, value: object, expected: str) -> ModelFileError:
     """An error for one value; `None` reads as missing."""
-    said = "is missing" if value is None else f"is {value!r}"[:60]
+    said = "is missing" if value is None else f"is {shortened(value)}"
     return ModelFileError(f"{where}: {key} {said}, expected {expected}", _AGAIN)
 
 
@@ -50,11 +57,15 @@ def positive_int_of(value: object, key: str, where: str, most: int = MOST) -> in
 
 
 def number(values: Mapping[str, Any], key: str, where: str, default: float) -> float:
-    """A finite number above zero; `default` where the key is absent or null."""
+    """A number above zero that floats can hold; `default` where the key is absent or null."""
     found = values.get(key)
     if found is None:
         return default
-    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf:
+    if (
+        isinstance(found, bool)
+        or not isinstance(found, int | float)
+        or not LEAST_NUMBER <= found <= MOST_NUMBER
+    ):
         raise refused(where, key, found, "a number above zero")
     return float(found)
 

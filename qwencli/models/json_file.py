@@ -8,6 +8,8 @@ from typing import Any
 
 from qwencli.errors import ModelFileError
 
+# The largest that models come with, weight indexes, have a few.
+MOST_BYTES = 100_000_000
 _AGAIN = "download the model's files again"
 
 
@@ -18,6 +20,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ModelFileError: it cannot be read, is not JSON (with the line), or is not an object.
     """
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ModelFileError(
+                f"{path}: is {path.stat().st_size / 1e6:.0f} MB, too large for a configuration",
+                _AGAIN,
+            )
         # utf-8-sig: editors on Windows put a byte order mark in front.
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

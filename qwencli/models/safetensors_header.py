@@ -188,5 +188,11 @@ def _length_error(path: Path, actual: int, expected: int, least: str) -> ModelFi
 
 
 def _again(path: Path) -> str:
+    target = path.resolve()
     # In the hub cache `path` is a link; only without the file behind it does a download start anew.
-    return f"delete {path.resolve()} and download or copy the file again"
+    folder = path.parent.resolve()
+    cached = target.parent.name == "blobs" and target.parent.parent in folder.parents
+    if target == folder / path.name or cached:
+        return f"delete {target} and download or copy the file again"
+    # Elsewhere a link may lead to what is somebody else's, or to anything at all.
+    return f"{path} is a link to {target}: put the right file in its place"

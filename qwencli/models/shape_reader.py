@@ -24,7 +24,7 @@ from qwencli.models.config_values import (
     refused,
 )
 from qwencli.models.families import FAMILIES, Family, VisionFamily, supported
-from qwencli.models.shapes import ModelShape, RopeShape, TextShape, VisionShape
+from qwencli.models.shapes import ModelShape, RopeShape, TextShape, VisionShape, YarnShape
 
 _TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
@@ -160,8 +160,14 @@ def _rope(values: Mapping[str, Any], family: Family, head_dim: int, where: str) 
     theta = number(rope, "rope_theta", f"{where}: {key}", base)
     # "mrope" is the older name for what `sections` says.
     scaling = "default" if kind == "mrope" else kind
+    yarn = None
+    if scaling == "yarn":
+        if theta <= 1:
+            raise refused(where, "rope_theta", theta, "a number above 1")
+        positions = positive_int(values, "max_position_embeddings", where, 32768)
+        yarn = _yarn(values, rope, positions, f"{where}: {key}")
     if family.sections is None:
-        return RopeShape(theta, scaling=scaling)
+        return RopeShape(theta, scaling=scaling, yarn=yarn)
     sections = rope.get("mrope_section", family.sections)
     place = f"{where}: {key}"
     if not isinstance(sections, list | tuple) or len(sections) != 3:
@@ -175,7 +181,31 @@ def _rope(values: Mapping[str, Any], family: Family, head_dim: int, where: str) 
         raise contradiction(
             where, f"mrope_interleaved is {rope['mrope_interleaved']!r}, not as in this family"
         )
-    return RopeShape(theta, (t, h, w), family.interleaved, scaling)
+    return RopeShape(theta, (t, h, w), family.interleaved, scaling, yarn)
+
+
+def _yarn(
+    values: Mapping[str, Any], rope: Mapping[str, Any], positions: int, where: str
+) -> YarnShape:
+    """As transformers reads it (`_compute_yarn_parameters`)."""
+    key = "original_max_position_embeddings"
+    stated = values.get(key)
+    original = positive_int(rope if stated is None else values, key, where, positions)
+    factor = number(rope, "factor", where, positions / original)
+
+    def scale(key: str) -> float:
+        return 0.1 * number(rope, key, where, 1.0) * math.log(factor) + 1 if factor > 1 else 1.0
+
+    both = rope.get("mscale") and rope.get("mscale_all_dim")
+    attention = scale("mscale") / scale("mscale_all_dim") if both else scale("")
+    return YarnShape(
+        factor=factor,
+        original_positions=original,
+        attention_factor=number(rope, "attention_factor", where, attention),
+        beta_fast=number(rope, "beta_fast", where, 32.0),
+        beta_slow=number(rope, "beta_slow", where, 1.0),
+        truncate=bool(rope.get("truncate", True)),
+    )
 
 
 def _vision(

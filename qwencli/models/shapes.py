@@ -13,6 +13,26 @@ Norm = Literal["layer", "rms"]
 
 
 @dataclass(frozen=True)
+class YarnShape:
+    """YaRN (arXiv 2309.00071): frequencies stretched for texts longer than in training.
+
+    Frequencies that turn more than `beta_fast` times within `original_positions` stay, those that
+    turn less than `beta_slow` times are divided by `factor`, those between by something between.
+
+    Args:
+        attention_factor: what cosines and sines are multiplied by.
+        truncate: whether the bounds between these are whole frequencies.
+    """
+
+    factor: float
+    original_positions: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
 class RopeShape:
     """Rotary embedding of the text decoder.
 
@@ -22,12 +42,14 @@ class RopeShape:
         interleaved: whether the axes alternate (THWTHW...TT, Qwen3-VL) or come in blocks.
         scaling: how frequencies are stretched for long texts, as config.json calls it;
             "default" = not at all.
+        yarn: how, where that is "yarn".
     """
 
     theta: float
     sections: tuple[int, int, int] | None = None
     interleaved: bool = False
     scaling: str = "default"
+    yarn: YarnShape | None = None
 
 
 @dataclass(frozen=True)

@@ -98,3 +98,87 @@ def test_byte_order_marks_change_nothing(checkpoint: Callable[[str], Path], tmp_
     messages = (text_message("user", "A red circle."),)
     ids = [files.prompts.build(messages).input_ids for files in (before, after)]
     assert list(ids[0]) == list(ids[1])
+
+
+def change(folder: Path, name: str, **values: Any) -> None:
+    path = folder / name
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**content, **values}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("preprocessor_config.json", {"merge_size": 10**12}, "merge_size is 1000000000000"),
+        ("preprocessor_config.json", {"merge_size": 4}, "merge_size is 4 in preprocessor_config"),
+        ("preprocessor_config.json", {"patch_size": 14}, "patch_size is 14 in preprocessor"),
+        ("preprocessor_config.json", {"temporal_patch_size": 1}, "temporal_patch_size is 1"),
+        ("preprocessor_config.json", {"patch_size": True}, "patch_size is True"),
+        ("preprocessor_config.json", {"min_pixels": 10**12, "max_pixels": 10**13}, "min_pixels"),
+        ("preprocessor_config.json", {"max_pixels": 10**400}, "max_pixels is 1000"),
+        ("preprocessor_config.json", {"image_mean": [10**400, 0, 0]}, "image_mean"),
+        ("preprocessor_config.json", {"image_std": [1e-300] * 3}, "image_std"),
+        ("preprocessor_config.json", {"rescale_factor": 1e300}, "rescale_factor"),
+        ("config.json", {"model_type": ["qwen3_vl"]}, "model_type"),
+        ("config.json", {"model_type": 5}, "model_type"),
+        ("config.json", {"model_type": {"a": 1}}, "model_type"),
+        ("config.json", {"image_token_id": 1}, "image_token_id is 1 in config.json"),
+        ("config.json", {"text_config": "x"}, "text_config"),
+        ("config.json", {"vision_config": []}, "vision_config"),
+    ],
+)
+def test_values_that_cannot_be_are_one_short_line(
+    checkpoint: Callable[[str], Path], tmp_path: Path, name: str, values: dict[str, Any], said: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("qwen3_vl"), folder)
+    change(folder, name, **values)
+    with pytest.raises(ModelFileError) as caught:
+        open_model(engine_config(folder))
+    assert said in caught.value.message and name in caught.value.message
+    assert "\n" not in caught.value.message and len(caught.value.message) < 500
+
+
+@pytest.mark.parametrize(
+    "values", [{"rms_norm_eps": 10**400}, {"rope_theta": 10**400}, {"rms_norm_eps": float("nan")}]
+)
+def test_numbers_that_no_float_holds(
+    checkpoint: Callable[[str], Path], tmp_path: Path, values: dict[str, Any]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("qwen3"), folder)
+    change(folder, "config.json", **values)
+    with pytest.raises(ModelFileError, match=next(iter(values))):
+        open_model(engine_config(folder))
+
+
+def test_a_length_that_is_left_out_is_the_usual_one(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("qwen3"), folder)
+    change(folder, "config.json", max_position_embeddings=None)
+    assert open_model(engine_config(folder)).max_seq_len == 32768
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"a": ' + "1" * 5000 + "}"])
+def test_json_that_nests_or_counts_too_far(
+    checkpoint: Callable[[str], Path], tmp_path: Path, name: str, text: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("qwen3"), folder)
+    (folder / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ModelFileError, match=f"{name}: .*is not JSON"):
+        open_model(engine_config(folder))
+
+
+def test_a_configuration_of_gigabytes_is_not_read(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("qwen3"), folder)
+    with (folder / "config.json").open("wb") as file:
+        file.truncate(20 * 2**30)
+    with pytest.raises(ModelFileError, match="too large for a configuration"):
+        open_model(engine_config(folder))

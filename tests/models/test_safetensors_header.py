@@ -158,3 +158,20 @@ def test_no_bytes_lead_to_another_error(tmp_path_factory, content):
         return
     assert header.file_bytes == len(content)
     assert sum(info.size_bytes for info in header.tensors.values()) == header.data_bytes
+
+
+def test_nobody_is_told_to_delete_what_is_outside_the_model_folder(tmp_path):
+    other, folder = tmp_path / "other" / "precious.txt", tmp_path / "model"
+    other.parent.mkdir()
+    folder.mkdir()
+    other.write_text("not weights at all, and not ours", encoding="utf-8")
+    link = folder / "model.safetensors"
+    link.symlink_to(other)
+    with pytest.raises(ModelFileError) as caught:
+        stored_tensors([link])
+    assert "delete /" not in caught.value.hint and str(other) in caught.value.hint
+    link.unlink()
+    link.write_text("not weights at all, but here", encoding="utf-8")
+    with pytest.raises(ModelFileError) as caught:
+        stored_tensors([link])
+    assert f"delete {link}" in caught.value.hint

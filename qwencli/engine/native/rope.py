@@ -7,6 +7,7 @@ Source: RoFormer (arXiv 2104.09864) in the half-split layout of the Qwen checkpo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,8 +41,8 @@ class Rope:
         device: torch.device,
     ) -> None:
         self._dtype = dtype
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        self._inv_freq = (1.0 / shape.theta**exponent).to(device)  # [D/2]
+        self._inv_freq = inverse_frequencies(shape, head_dim).to(device)  # [D/2]
+        self._scale = shape.yarn.attention_factor if shape.yarn else 1.0
         self._axis = axis_of_frequency(shape, head_dim).to(device)  # [D/2]
         self.rows = lazy_zeros((num_positions, 2, head_dim), dtype, device)
         self._flat_rows = self.rows.flatten(1)
@@ -88,10 +89,36 @@ class Rope:
 
     def _angles(self, angles: torch.Tensor) -> CosSin:
         cos, sin = angles.cos(), angles.sin()
+        if self._scale != 1.0:
+            cos, sin = cos * self._scale, sin * self._scale
         return (
             torch.cat((cos, cos), dim=-1).to(self._dtype),
             torch.cat((-sin, sin), dim=-1).to(self._dtype),
         )
+
+
+def inverse_frequencies(shape: RopeShape, head_dim: int) -> torch.Tensor:
+    """Radians that each of the head_dim / 2 frequencies turns by from one position to the next."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    as_trained = 1.0 / shape.theta**exponent
+    if shape.yarn is None:
+        return as_trained
+    yarn = shape.yarn
+
+    def frequency(turns: float) -> float:
+        """The frequency, as an index, that turns so often within the original positions."""
+        wavelength = yarn.original_positions / (turns * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(shape.theta))
+
+    low, high = frequency(yarn.beta_fast), frequency(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low if high != low else 0.001
+    stretched = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    as_stretched = 1.0 / (yarn.factor * shape.theta**exponent)
+    kept = 1 - stretched
+    return as_stretched * (1 - kept) + as_trained * kept
 
 
 def axis_of_frequency(shape: RopeShape, head_dim: int) -> torch.Tensor:

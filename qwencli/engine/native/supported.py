@@ -11,7 +11,7 @@ def check_supported(shape: ModelShape) -> None:
     """Raise ModelFileError for the first thing in `shape` that only the other engine can run."""
     text, vision = shape.text, shape.vision
     obstacles = {
-        f"{text.rope.scaling!r} rotary scaling": text.rope.scaling != "default",
+        f"{text.rope.scaling!r} rotary scaling": text.rope.scaling not in ("default", "yarn"),
         "a sliding window": text.sliding_window,
         f"hidden_act {text.activation!r} in the text decoder": text.activation != "silu",
     }

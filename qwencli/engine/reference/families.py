@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,4 +53,12 @@ def build_config(hub_config: Mapping[str, Any]) -> Any:
     import transformers
 
     family = family_of(hub_config["model_type"])
-    return getattr(transformers, family.config_class).from_dict(dict(hub_config))
+    try:
+        return getattr(transformers, family.config_class).from_dict(copy.deepcopy(dict(hub_config)))
+    # Its checks raise what they like, and what has no check raises what happens to come of it.
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ModelFileError(
+            f"config.json cannot be read by transformers: {' '.join(lines)[:300]}",
+            "download the model's files again",
+        ) from error

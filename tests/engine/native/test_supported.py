@@ -17,7 +17,7 @@ def test_every_family_as_published_is_supported() -> None:
     ("path", "value", "said"),
     [
         (("text_config", "hidden_act"), "gelu", "hidden_act 'gelu' in the text decoder"),
-        (("text_config", "rope_scaling", "rope_type"), "yarn", "'yarn' rotary scaling"),
+        (("text_config", "rope_scaling", "rope_type"), "linear", "'linear' rotary scaling"),
         (("vision_config", "hidden_act"), "relu", "hidden_act 'relu' in the vision tower"),
     ],
 )
