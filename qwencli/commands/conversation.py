@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from qwencli.commands.reports import caption_record, shortfall, stats_line
 from qwencli.commands.requests import (
     OPENING_ERRORS,
+    local_path,
     open_picture,
     open_video,
+    open_visual,
     system_messages,
 )
 from qwencli.config import SamplingOptions
@@ -34,7 +37,7 @@ from qwencli.messages import (
     text_message,
     user_message,
 )
-from qwencli.output import Sink
+from qwencli.output import Sink, visible
 
 if TYPE_CHECKING:
     from qwencli.engine.base import Engine
@@ -44,13 +47,18 @@ PROMPT = "> "
 # Of a line that is piped in: far beyond any context, and bounded.
 MOST_CHARS = 4 << 20
 HELP = """\
-/image PATH...   attach pictures to the next message
+/image PATH...   attach pictures to the next message; so does dropping a file
 /video PATH...   attach videos, animations or folders of frames
 /system TEXT     set the system prompt and start over
 /clear           start over; attached pictures are dropped
 /help            this list
 /exit            leave (also Ctrl-D)
-Ctrl-C stops an answer and keeps the conversation; at the prompt it leaves."""
+Text that is pasted is one message, however many lines it has.
+Ctrl-C stops an answer and keeps the conversation; at the prompt it drops
+what is typed, and leaves when pressed again."""
+PASTE_START, PASTE_END = "\x1b[200~", "\x1b[201~"
+# Lines of a paste follow one another at once; a person's do not.
+PASTE_GAP_S = 0.03
 
 
 class Conversation:
@@ -73,6 +81,8 @@ class Conversation:
         self._frames = frames
         self._history: list[Message] = []
         self._attached: list[VisualPart] = []
+        self._interrupted = False
+        self._unread: list[str] = []
         self._commands: dict[str, Callable[[str], bool]] = {
             "/image": functools.partial(self._attach_files, "/image", self._open_picture),
             "/video": functools.partial(self._attach_files, "/video", self._open_video),
@@ -150,27 +160,61 @@ class Conversation:
     def _read(self, stdin: TextIO, at_terminal: bool) -> str | None:
         if not at_terminal:
             return _piped_line(stdin)
+        if self._unread:
+            return self._unread.pop(0)
         try:
-            if sys.stdout.isatty():
-                # Line editing redraws the line, and erases a prompt that it did not write itself.
-                return input(PROMPT)
-            # input() would write its prompt to stdout, which carries answers alone.
-            self._sink.prompt(PROMPT)
-            return input()
-        except (EOFError, KeyboardInterrupt):
+            text = self._typed(stdin)
+        except EOFError:
             self._sink.notice("")
             return None
+        except KeyboardInterrupt:
+            if self._interrupted:
+                self._sink.notice("")
+                return None
+            self._interrupted = True
+            self._sink.notice("", "Ctrl-C again leaves, and so does Ctrl-D")
+            return ""
+        self._interrupted = False
+        return text
+
+    def _typed(self, stdin: TextIO) -> str:
+        """What is typed up to Enter, or pasted: all of its lines."""
+        typed_ahead = _more_waits(stdin, 0.0)
+        if sys.stdout.isatty():
+            # Line editing redraws the line, and erases a prompt that it did not write itself.
+            text = input(PROMPT)
+        else:
+            # input() would write its prompt to stdout, which carries answers alone.
+            self._sink.prompt(PROMPT)
+            text = input()
+        if PASTE_START in text:
+            while PASTE_END not in text:
+                text += "\n" + input()
+            return text.replace(PASTE_START, "").replace(PASTE_END, "")
+        # Lines typed during an answer are messages of their own.
+        while not typed_ahead and _more_waits(stdin, PASTE_GAP_S):
+            line = input()
+            if line.partition(" ")[0] in self._commands:
+                self._unread.append(line)
+                break
+            text += "\n" + line
+        return text
 
     def _handle(self, line: str) -> bool:
         """Run one line; False means leave."""
-        if not line.startswith("/"):
+        name, *rest = line.split(maxsplit=1)
+        if command := self._commands.get(name):
+            return command(*rest or [""])
+        files, text = _dropped(line)
+        if files and (line.startswith("/") or not text):
+            self._attach(files, self._open_visual)
+            if text:
+                self.ask(text)
+        elif line.startswith("/"):
+            raise UsageError(f"{visible(name)} is not a command, nor a file", "/help lists them")
+        else:
             self.ask(line)
-            return True
-        name, _, rest = line.partition(" ")
-        command = self._commands.get(name)
-        if command is None:
-            raise UsageError(f"{name} is not a command", "/help lists them")
-        return command(rest.strip())
+        return True
 
     def _shown(self) -> list[VisualPart]:
         """Every picture and video of the conversation; all are held."""
@@ -180,6 +224,9 @@ class Conversation:
     def _open_picture(self, path: Path) -> VisualPart:
         return open_picture(path, self._shown())
 
+    def _open_visual(self, path: Path) -> VisualPart:
+        return open_visual(path, self._frames, self._shown())
+
     def _open_video(self, path: Path) -> VisualPart:
         return open_video(path, self._frames, self._shown())
 
@@ -187,6 +234,10 @@ class Conversation:
         paths = _split_paths(rest)
         if not paths:
             raise UsageError(f"{name} needs a path", f"{name} PATH")
+        self._attach(paths, opened)
+        return True
+
+    def _attach(self, paths: Sequence[Path], opened: Callable[[Path], VisualPart]) -> None:
         failures: list[QwenCliError] = []
         for path in paths:
             try:
@@ -200,7 +251,6 @@ class Conversation:
             self._sink.notice(f"attached: {names}")
         if failures:
             raise failures[-1]
-        return True
 
     def _set_system(self, rest: str) -> bool:
         self._system = rest or None
@@ -232,26 +282,72 @@ def _piped_line(stdin: TextIO) -> str | None:
 
 
 def _split_paths(text: str) -> list[Path]:
-    """Paths separated by spaces; a path with spaces may be quoted, or stand alone unquoted."""
-    if _is_file(whole := _at_home(text)):
+    """Paths separated by spaces.
+
+    One with spaces may be quoted, have backslashes before them, or stand alone as it is; terminals
+    and file managers write a dropped file in one of these ways, or as a `file://` address.
+    """
+    if text and _exists(whole := _as_path(text)):
         return [whole]
     try:
         # posix=False keeps Windows' backslashes; the quotes it leaves are taken off here.
-        words = [word.strip("'\"") for word in shlex.split(text, posix=False)]
-        return [_at_home(word) for word in words]
+        as_windows = [word.strip("'\"") for word in shlex.split(text, posix=False)]
+        as_posix = shlex.split(text)
     except ValueError as error:
         raise UsageError(str(error).lower(), "close the quotation mark") from error
+    readings = [[_as_path(word) for word in words] for words in (as_posix, as_windows)]
+    if os.name == "nt" or re.search(r"(?:^|[\s'\"])(?:[A-Za-z]:\\|\\\\)", text):
+        readings.reverse()
+    return next((paths for paths in readings if all(map(_exists, paths))), readings[0])
 
 
-def _at_home(path: str) -> Path:
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - the other raises for "~nobody"
+def _dropped(line: str) -> tuple[list[Path], str]:
+    """The files that a line begins with, as a terminal writes those dropped on it, and the rest.
+
+    Their paths are absolute: a word that happens to be the name of a file here is a word.
+    """
+    whole = _as_path(line)
+    if whole.is_absolute() and _exists(whole):
+        return [whole], ""
+    files: list[Path] = []
+    while word := re.match(r"('[^']+'|\"[^\"]+\"|(?:\\.|[^\s\\'\"]|\\)+)(?:\s+|$)", line):
+        try:
+            paths = _split_paths(word[1])
+        except UsageError:
+            break
+        if not all(path.is_absolute() and _exists(path) for path in paths):
+            break
+        files += paths
+        line = line[word.end() :]
+    return files, line
 
 
-def _is_file(path: Path) -> bool:
+def _as_path(word: str) -> Path:
+    path = Path(os.path.expanduser(word))  # noqa: PTH111 - the other raises for "~nobody"
     try:
-        return path.is_file()
-    except OSError:  # a name longer than the system allows, for one
+        return local_path(path)
+    except (InputError, OSError):  # told when it is opened
+        return path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name longer than the system allows, or with a null
         return False
+
+
+def _more_waits(stdin: TextIO, seconds: float) -> bool:
+    """Whether a line is there to be read, now or within `seconds`."""
+    if sys.platform == "win32":
+        import msvcrt
+        import time
+
+        time.sleep(seconds)
+        return msvcrt.kbhit()
+    import select
+
+    return bool(select.select([stdin], [], [], seconds)[0])
 
 
 def _enable_line_editing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,29 @@ def system_messages(system: str | None) -> tuple[Message, ...]:
     return (text_message("system", system),) if system else ()
 
 
+# A letter alone is a drive of Windows.
+_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/{1,3}(?P<rest>.*)", re.DOTALL)
+
+
+def local_path(path: Path) -> Path:
+    """The file that `path` names, which may be a `file://` address as file managers give it.
+
+    Raises InputError for an address of the web.
+    """
+    found = _ADDRESS.fullmatch(path.as_posix())
+    if found is None or path.exists():
+        return path
+    if found["scheme"].lower() == "file":
+        from urllib.request import url2pathname
+
+        return Path(url2pathname("/" + found["rest"].removeprefix("localhost/")))
+    # A path has one slash where the address had two.
+    raise InputError(
+        f"{found['scheme']}://{found['rest']}: an address of the web is not opened",
+        "download the file and give its path",
+    )
+
+
 def open_picture(path: Path, beside: Sequence[VisualPart] = ()) -> ImagePart:
     """Raises InputError naming the file when it is not a usable picture.
 
@@ -64,7 +88,7 @@ def open_picture(path: Path, beside: Sequence[VisualPart] = ()) -> ImagePart:
     from qwencli.engine.images import open_image
     from qwencli.engine.videos import decoded_bytes
 
-    return open_image(path, held_bytes=decoded_bytes(beside))
+    return open_image(local_path(path), held_bytes=decoded_bytes(beside))
 
 
 def open_visual(path: Path, frames: int | None, beside: Sequence[VisualPart] = ()) -> VisualPart:
@@ -75,7 +99,7 @@ def open_visual(path: Path, frames: int | None, beside: Sequence[VisualPart] = (
     """
     from qwencli.engine import videos
 
-    return videos.open_visual(path, frames, beside)
+    return videos.open_visual(local_path(path), frames, beside)
 
 
 def open_video(path: Path, frames: int | None, beside: Sequence[VisualPart] = ()) -> VideoPart:
@@ -86,4 +110,4 @@ def open_video(path: Path, frames: int | None, beside: Sequence[VisualPart] = ()
     """
     from qwencli.engine import videos
 
-    return videos.open_video(path, frames, beside)
+    return videos.open_video(local_path(path), frames, beside)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import select
+import signal
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -318,3 +324,102 @@ def test_a_stdin_that_cannot_be_read_is_named(talk):
 
     with pytest.raises(InputError, match="stdin cannot be read"):
         talk.converse(Unreadable())
+
+
+AT_A_TERMINAL = """
+import os, sys
+from qwencli.commands.conversation import Conversation
+from qwencli.config import SamplingOptions
+from qwencli.output import Sink
+
+class Told(Conversation):
+    def ask(self, text):
+        sys.stderr.write(f"ASKED {text!r}\\n")
+
+Told(None, SamplingOptions(), Sink(), system=None, json=False, stats=False, model="m").converse(
+    sys.stdin)
+sys.stderr.write("LEFT\\n")
+"""
+
+
+def typed(*keys: bytes, redirected: bool = False) -> list[str]:
+    """What a chat at a terminal makes of keys that come in bursts; the prompt is awaited first."""
+    pty = pytest.importorskip("pty")
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ["TERM"] = "xterm"
+        if redirected:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.execv(sys.executable, [sys.executable, "-c", AT_A_TERMINAL])
+    said = b""
+
+    def wait_for_prompt(number: int) -> None:
+        nonlocal said
+        end = time.monotonic() + 30
+        while said.count(b"> ") < number and b"LEFT" not in said and time.monotonic() < end:
+            if select.select([terminal], [], [], 0.05)[0]:
+                try:
+                    said += os.read(terminal, 65536)
+                except OSError:  # the child has left
+                    return
+
+    wait_for_prompt(1)
+    for burst in keys:
+        shown = said.count(b"> ")
+        os.write(terminal, burst)
+        wait_for_prompt(shown + 1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(terminal)
+    return re.findall(r"(?:ASKED .*|LEFT)(?=\r)", said.decode())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of POSIX")
+@pytest.mark.parametrize("redirected", [False, True])
+@pytest.mark.parametrize("burst", [b"\x1b[200~one\rtwo\rthree\x1b[201~\r", b"one\rtwo\rthree\r"])
+def test_a_pasted_text_is_one_message(burst, redirected):
+    assert typed(burst, redirected=redirected) == [r"ASKED 'one\ntwo\nthree'"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of POSIX")
+@pytest.mark.parametrize("redirected", [False, True])
+def test_ctrl_c_drops_what_is_typed_and_leaves_when_pressed_again(redirected):
+    keys = (b"half typed\x03", b"next\r", b"\x03", b"\x03")
+    assert typed(*keys, redirected=redirected) == ["ASKED 'next'", "LEFT"]
+
+
+def test_dropped_files_are_attached_in_every_way_they_are_written(talk, picture_path, capsys):
+    path = str(picture_path)
+    ways = [path, path.replace(" ", "\\ "), f"'{path}'", f'"{path}" ', picture_path.as_uri()]
+    converse(talk, *ways, "/image " + picture_path.as_uri(), "Describe")
+    [request] = talk.heard
+    assert [type(part) for part in request.messages[0].parts] == [ImagePart] * 6 + [TextPart]
+    assert capsys.readouterr().err.splitlines()[0] == f"attached: {path}"
+
+
+def test_a_dropped_file_may_be_followed_by_the_question(talk, picture_path):
+    converse(talk, str(picture_path).replace(" ", "\\ ") + " What's in it?")
+    [request] = talk.heard
+    assert [type(part) for part in request.messages[0].parts] == [ImagePart, TextPart]
+    assert request.messages[0].parts[1].text == "What's in it?"
+
+
+def test_a_word_that_is_the_name_of_a_file_here_is_a_word(talk, picture_path, monkeypatch):
+    monkeypatch.chdir(picture_path.parent)
+    converse(talk, picture_path.name)
+    assert [type(part) for part in talk.heard[0].messages[0].parts] == [TextPart]
+
+
+def test_spaces_of_a_path_may_have_backslashes(picture_path, monkeypatch):
+    monkeypatch.chdir(picture_path.parent)
+    (picture_path.parent / "b.png").write_bytes(b"")
+    assert _split_paths(r"a\ picture.png b.png") == [Path("a picture.png"), Path("b.png")]
+    assert _split_paths(r"not\ here.png") == [Path("not here.png")]
+
+
+@pytest.mark.parametrize("command", ["/image", "/video"])
+def test_an_address_of_the_web_is_shown_as_it_was_given(talk, command, capsys):
+    converse(talk, f"{command} https://example.org/a.png")
+    assert "error: https://example.org/a.png: an address of the web" in capsys.readouterr().err
+    assert run(["caption", "https://example.org/a.png", "--model", "scenes"]) == 1
+    assert "error: https://example.org/a.png: an address of the web" in capsys.readouterr().err
