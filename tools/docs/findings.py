@@ -27,7 +27,7 @@ from qwencli.bench.studies.evidence import Evidence
 from qwencli.bench.studies.origin_tables import series
 from qwencli.bench.studies.report import effect_words
 from qwencli.bench.studies.session import STUDY
-from qwencli.bench.studies.verdicts import ClaimVerdict, Verdict
+from qwencli.bench.studies.verdicts import ClaimVerdict, Finding, Verdict
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
@@ -96,14 +96,19 @@ def _claim_row(study: Study, found: Found) -> list[str]:
         and verdicts[study.claim].verdict not in (claim.verdict, Verdict.CANNOT_RUN)
     ]
     decisive = next((f for f in claim.findings if f.verdict is claim.verdict), claim.findings[0])
-    effect = decisive.effect
-    measured = (
-        f"{decisive.test.says}: {effect.estimate:.3g} ({effect.low:.3g} to {effect.high:.3g})"
-        if effect
-        else decisive.reason
+    apart = [f for f in claim.findings if f.verdict is not claim.verdict and f.effect]
+    measured = "; ".join(
+        [_effect(decisive), *(f"{other.verdict}: {_effect(other)}" for other in apart)]
     )
     verdict = f"**{claim.verdict}** ({_card(evidence)})"
     return [study.claim, study.title, verdict, measured, "; ".join(others) or "-"]
+
+
+def _effect(finding: Finding) -> str:
+    effect = finding.effect
+    if effect is None:
+        return finding.reason
+    return f"{finding.test.says}: {effect.estimate:.3g} ({effect.low:.3g} to {effect.high:.3g})"
 
 
 def _short(reason: str) -> str:
@@ -222,8 +227,8 @@ def page(found: Found) -> str:
         "## The claims",
         "",
         f"{', '.join(f'{n} {verdict}' for verdict, n in tally.items())}. The verdict is that of "
-        "the first machine on which a claim could run. An effect above 1 is as claimed, and stands "
-        "for the test that decided.",
+        "the first machine on which a claim could run. An effect above 1 is as claimed; shown are "
+        "the test that decided, and those that came out otherwise.",
         "",
         markdown(head, [_claim_row(study, found) for study in claims]),
         "",
