@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from qwencli.bench.repetition import Wanted
-from qwencli.bench.rules import skip_reason
+from qwencli.bench.rules import skip_reason, work_of
 from qwencli.config import (
     Attention,
     Cache,
@@ -160,13 +160,15 @@ def _read_exclusion(text: str) -> Mapping[str, tuple[str, ...]]:
 
 
 def expand(matrix: Matrix, default_model: str, facts: DeviceFacts) -> list[BenchCell]:
-    """All cells in the order of the axes, those that cannot run carrying their reason.
+    """All cells in the order of the axes, those that cannot run carrying their reason, and so do
+    those that differ in nothing from an earlier one: they are run once.
 
     Raises:
         BenchError: the exclusions leave nothing.
     """
     axes = {"model": (default_model,), **DEFAULT_AXES, **matrix.axes}
-    cells = []
+    cells: list[BenchCell] = []
+    seen: dict[tuple[str, ...], BenchCell] = {}
     for values in itertools.product(*(axes[axis] for axis in AXES)):
         chosen = dict(zip(AXES, values, strict=True))
         if any(_matches(chosen, rule) for rule in matrix.exclude):
@@ -182,13 +184,23 @@ def expand(matrix: Matrix, default_model: str, facts: DeviceFacts) -> list[Bench
             kv_dtype=KVDType(chosen["kv_dtype"]),
             speculate=Speculate(chosen["speculate"]),
         )
-        cells.append(replace(cell, skip_reason=skip_reason(cell, facts)))
+        reason = skip_reason(cell, facts)
+        if reason is None:
+            first = seen.setdefault(work_of(cell, facts), cell)
+            reason = None if first is cell else _same_as(first, cell)
+        cells.append(replace(cell, skip_reason=reason))
     if not cells:
         raise BenchError(
             f"matrix {matrix.name} has no cell left",
             "its exclusions contradict its axes; drop one of them",
         )
     return cells
+
+
+def _same_as(first: BenchCell, cell: BenchCell) -> str:
+    others = cell.axes()
+    differing = [f"{a} {v}" for a, v in first.axes().items() if others[a] != v]
+    return f"the same work here as {', '.join(differing).replace('_', ' ')}, which is measured"
 
 
 def _matches(chosen: Mapping[str, str], rule: Mapping[str, tuple[str, ...]]) -> bool:

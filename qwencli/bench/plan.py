@@ -51,11 +51,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """Cells in the order of the matrix; `models` has the spec of every model they name."""
+    """Cells in the order of the matrix; `models` has the spec of every model they name. `notice`
+    says what was chosen that nobody named."""
 
     cells: tuple[BenchCell, ...]
     settings: Settings
     models: Mapping[str, ModelSpec]
+    notice: str | None = None
 
     def order(self, turn: int = 1) -> list[BenchCell]:
         """The cells as they will run: shuffled by the seed, so that no mode sits in one stretch

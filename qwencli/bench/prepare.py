@@ -12,9 +12,20 @@ from qwencli.bench.matrix_file import load_matrix
 from qwencli.bench.plan import Plan, Settings
 from qwencli.bench.repetition import Wanted, stop_rule
 from qwencli.bench.work import EXAMPLE_IMAGE, find_image, prompt_or_default
-from qwencli.config import DType, LoadFormat, ModelSpec, SamplingOptions, SeqLen, check_sampling
+from qwencli.config import (
+    DType,
+    LoadFormat,
+    ModelSource,
+    ModelSpec,
+    SamplingOptions,
+    SeqLen,
+    check_sampling,
+)
 from qwencli.engine.device import DeviceFacts
 from qwencli.errors import ModelFileError
+
+# Of a GPU's memory: what a model that nobody named may take.
+FILL = 0.9
 
 
 @dataclass(frozen=True)
@@ -62,10 +73,18 @@ def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
     stop = stop_rule(request.repetition.over(matrix.repetition))
     default_model = None if "model" in matrix.axes else resolve_model(None)
     models = {name: resolve_model(name) for name in matrix.axes.get("model", ())}
+    facts = read_device_facts(request.device)
+    load_format, quality_samples, notice = request.load_format, request.quality_samples, None
+    if default_model and (worth := _worth_measuring(default_model, facts, load_format)):
+        notice = (
+            f"no model is downloaded: measuring {worth.name}, the largest that fits, with random "
+            f"weights of its true shape (not {default_model.name}, which is too small to tell "
+            "anything of a GPU); --model names another"
+        )
+        default_model, load_format, quality_samples = worth, LoadFormat.DUMMY, 0
     if default_model:
         models[default_model.name] = default_model
-    unusable = _unusable(models, request.load_format)
-    facts = read_device_facts(request.device)
+    unusable = _unusable(models, load_format)
     cells = [
         replace(cell, skip_reason=cell.skip_reason or unusable.get(cell.model))
         for cell in expand(matrix, default_model.name if default_model else "", facts)
@@ -78,12 +97,31 @@ def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
         seed=request.seed,
         device=facts.device,
         dtype=request.dtype,
-        load_format=request.load_format,
+        load_format=load_format,
         max_seq_len=request.max_seq_len,
-        quality_samples=request.quality_samples,
+        quality_samples=quality_samples,
         threads=request.threads,
     )
-    return Plan(cells=tuple(cells), settings=settings, models=models), facts
+    return Plan(cells=tuple(cells), settings=settings, models=models, notice=notice), facts
+
+
+def _worth_measuring(
+    default: ModelSpec, facts: DeviceFacts, load_format: LoadFormat
+) -> ModelSpec | None:
+    """The model to measure on a GPU instead of the bundled one that nobody named; None elsewhere.
+
+    What speed a few million parameters have says nothing of a GPU.
+    """
+    if (
+        default.source is not ModelSource.BUNDLED
+        or facts.kind != "cuda"
+        or facts.total_memory_bytes is None
+        or load_format is not LoadFormat.AUTO
+    ):
+        return None
+    from qwencli.models.resolve import names_a_model, recommended_model
+
+    return None if names_a_model() else recommended_model(int(FILL * facts.total_memory_bytes))
 
 
 def _unusable(models: Mapping[str, ModelSpec], load_format: LoadFormat) -> dict[str, str]:

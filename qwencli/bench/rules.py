@@ -105,6 +105,23 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+def work_of(cell: BenchCell, facts: DeviceFacts) -> tuple[str, ...]:
+    """The cell's axes with every choice that is left to the engine made as it makes it here: two
+    cells with equal work differ in nothing but their names (`engine.resolve`, `kernel_choice`)."""
+    axes = cell.axes()
+    native, on_gpu = cell.engine is EngineName.NATIVE, facts.kind == "cuda"
+    own_kernels = native and on_gpu and cell.cache is Cache.STATIC_GRAPH
+    if not own_kernels and cell.kernels is Kernels.AUTO:
+        axes["kernels"] = Kernels.TORCH
+    may_choose = native and (
+        (own_kernels and cell.kernels is not Kernels.TORCH)
+        or (not on_gpu and cell.cache is Cache.STATIC)
+    )
+    if cell.attention is Attention.AUTO and not may_choose:
+        axes["attention"] = Attention.SDPA
+    return tuple(axes.values())
+
+
 def skip_reason(cell: BenchCell, facts: DeviceFacts) -> str | None:
     """The first reason why `cell` cannot run, or None."""
     return next((reason for rule in RULES if (reason := rule(cell, facts))), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -11,6 +12,7 @@ from qwencli.bench.campaign import Campaign
 from qwencli.bench.cooldown import NO_PAUSE, Cooldown, cool_down
 from qwencli.bench.matrix import BenchCell
 from qwencli.bench.plan import Plan
+from qwencli.bench.planned import duration
 from qwencli.bench.process import Ending, WorkerProcess
 from qwencli.bench.tables import cell_label, cell_summary
 from qwencli.bench.telemetry import Telemetry
@@ -60,14 +62,17 @@ def run_campaign(campaign: Campaign, options: RunnerOptions, say: Say) -> None:
     _add_skipped(campaign)
     with Telemetry(options.sampler) as telemetry:
         started = _make_references(campaign, options, say)
-        for place in _places(campaign.plan):
+        places = _places(campaign.plan)
+        began, made = time.monotonic(), 0
+        for number, place in enumerate(places):
             if not place.wanted(campaign, options):
                 say(f"{place.label}: already there")
                 continue
             if started:
                 cool_down(options.cooldown, telemetry.temperature_c)
             started = True
-            say(place.label)
+            say(place.label + _time_left(time.monotonic() - began, made, places[number:]))
+            made += 1
             status = _run_place(campaign, place, options, telemetry, say)
             if status not in _GOES_ON and not options.continue_on_error:
                 say("    ended here: --no-continue-on-error; go on with --resume")
@@ -110,6 +115,12 @@ def run_in_turns(
                     say(f"{place.label}, {campaign.folder.name}")
                     _run_place(campaign, place, options, telemetry, say)
             order.reverse()
+
+
+def _time_left(spent_s: float, made: int, left: Sequence[_Place]) -> str:
+    """ ", about 12 min left" by what the processes so far took; "" below a minute or before any."""
+    seconds = spent_s / made * len(left) if made else 0.0
+    return f", about {duration(seconds)} left" if seconds >= 60 else ""
 
 
 def _add_skipped(campaign: Campaign) -> None:

@@ -11,7 +11,7 @@ from qwencli.bench.cooldown import NO_PAUSE, Cooldown
 from qwencli.bench.environment import environment
 from qwencli.bench.launch import read_machine_speed
 from qwencli.bench.plan import Plan
-from qwencli.bench.planned import planned_table
+from qwencli.bench.planned import duration, planned_table
 from qwencli.bench.predict import predict
 from qwencli.bench.report import build_report
 from qwencli.bench.runner import RunnerOptions, run_campaign, worker_command
@@ -49,6 +49,8 @@ def show_cells(plan: Plan, sink: Sink) -> None:
     Raises:
         BenchError: torch does not load.
     """
+    if plan.notice:
+        sink.notice(plan.notice)
     with sink.status("measuring this machine"):
         speed = read_machine_speed(plan.settings.device)
     runs = [cell for cell in plan.cells if not cell.skip_reason]
@@ -86,7 +88,10 @@ def measure(
     interrupted = False
     about = environment(facts, arguments, plan.settings.seed)
     with Campaign(folder, plan, about, resume=how.resume) as campaign:
+        if plan.notice:
+            sink.notice(plan.notice)
         sink.notice(f"campaign in {folder}")
+        _say_how_long(plan, sink)
         if campaign.repaired:
             sink.warn(f"cut off {campaign.repaired} rows of a run that was not finished")
         try:
@@ -123,6 +128,27 @@ def _fetch_models(plan: Plan, sink: Sink) -> None:
             sink.notice(f"downloading {name}")
             locate(spec)
             check_model(spec, plan.settings.load_format)
+
+
+# Predicted time from which it is said before the campaign starts.
+LONG_S = 300.0
+# No process ends sooner: campaigns of few are not worth a prediction, which takes seconds itself.
+LEAST_PROCESS_S = 5.0
+
+
+def _say_how_long(plan: Plan, sink: Sink) -> None:
+    able = [cell for cell in plan.cells if not cell.skip_reason]
+    processes = len(able) * plan.settings.stop.processes
+    if processes * LEAST_PROCESS_S < LONG_S / 5:
+        return
+    speed = read_machine_speed(plan.settings.device)
+    seconds = sum(predict(plan, cell, speed).seconds or LEAST_PROCESS_S for cell in able)
+    if seconds > LONG_S:
+        sink.notice(
+            f"about {duration(seconds)} for {len(able)} cells; less with --matrix quick, fewer "
+            "values of an axis (--quantization none), --exclude or --runs; --dry-run shows each "
+            "cell. Ctrl-C keeps what is done, --resume goes on"
+        )
 
 
 def worker(planted_percent: float | None) -> list[str]:

@@ -54,7 +54,8 @@ Dtype = Annotated[DType, typer.Option(help="Of weights that are not quantized.")
 def bench(
     context: typer.Context,
     matrix: Annotated[
-        str, typer.Option(metavar="[NAME|FILE]", help="default, quick, full, or a TOML file.")
+        str,
+        typer.Option(metavar="[NAME|FILE]", help="default, quick, full, origin, or a TOML file."),
     ] = DEFAULT_MATRIX,
     model: Axis = None,
     engine: Axis = None,

@@ -101,6 +101,17 @@ def default_model(
     return fitting[0] if fitting else bundled_spec(places)
 
 
+def names_a_model(places: Places | None = None) -> bool:
+    """Whether the user named a model for when none is named: in QWENCLI_MODEL, config.toml or
+    custom_models.json."""
+    places = places or Places()
+    return bool(
+        places.environ.get(ENVIRONMENT_KEY)
+        or configured_model(places.config_folder)
+        or places.custom_models(None).default
+    )
+
+
 def recommended_model(
     free_bytes: int, quantization: Quantization = Quantization.NONE
 ) -> ModelSpec | None:

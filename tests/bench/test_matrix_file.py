@@ -100,7 +100,7 @@ def test_bytes_that_are_no_text(tmp_path):
 def test_unknown_name_lists_the_names():
     with pytest.raises(UsageError, match="no built-in named 'fast'") as caught:
         load_matrix("fast")
-    assert "default, full, quick" in caught.value.hint
+    assert "default, full, origin, quick" in caught.value.hint
 
 
 def test_missing_file():

@@ -95,6 +95,8 @@ def measure(
     )
     about = environment(facts, arguments, plan.settings.seed)
     with Campaign(folder, plan, about, resume=False) as campaign:
+        if plan.notice:
+            sink.notice(plan.notice)
         sink.notice(f"{len(planned)} runs, {planned.count(NONE)} of them undisturbed, in {folder}")
         run_campaign(campaign, options, sink.notice)
     (row,) = build_report(folder)
