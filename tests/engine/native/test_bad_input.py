@@ -156,7 +156,7 @@ EXTRA = "model.language_model.layers.2.mlp.up_proj.weight"
 SPOILED = {
     "unknown model_type": (top("model_type", "llama"), ["model_type 'llama'", "not supported"]),
     "missing tensors": (drop(UP, NORM), ["2 tensors missing", UP, NORM]),
-    "extra tensors": (put(EXTRA, torch.ones(2, 2)), ["1 tensors", EXTRA, "does not describe"]),
+    "extra tensors": (put(EXTRA, torch.ones(2, 2)), ["1 tensor", EXTRA, "does not describe"]),
     "NaN weights": (fill(UP, float("nan")), ["NaN or infinity", UP]),
     "infinite weights": (fill(NORM, float("inf")), ["NaN or infinity", NORM]),
     "fewer layers than the weights": (text("num_hidden_layers", 1), ["does not describe", UP]),
