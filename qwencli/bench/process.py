@@ -137,10 +137,13 @@ class WorkerProcess:
 
     def _last_words(self) -> str:
         """The last line of the log: for a Python error that is the exception itself."""
-        with self.log.open("rb") as log:
-            log.seek(0, os.SEEK_END)
-            log.seek(max(0, log.tell() - 4096))
-            lines = log.read().decode(errors="replace").split("\n")
+        try:
+            with self.log.open("rb") as log:
+                log.seek(0, os.SEEK_END)
+                log.seek(max(0, log.tell() - 4096))
+                lines = log.read().decode(errors="replace").split("\n")
+        except OSError:  # the folder was deleted meanwhile
+            return ""
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f": {last[-300:]}" if last else ""
 

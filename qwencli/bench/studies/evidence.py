@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.bench.campaign_files import (
-    ENVIRONMENT,
     HINT,
     PLAN,
     RUNS,
@@ -98,7 +97,6 @@ class Evidence:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.document: dict[str, Any] = read_json(folder / STUDY)
-        self.environment: dict[str, Any] = read_json(folder / ENVIRONMENT)
         if self.document.get("format") != FORMAT:
             raise BenchError(
                 f"{folder / STUDY} was written by another version", "run the study again"

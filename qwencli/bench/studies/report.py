@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwencli.bench.campaign_files import Rule, check_document, is_count, read_environment
 from qwencli.bench.rowfile import replace_file, write_rows
 from qwencli.bench.studies.evidence import Evidence
 from qwencli.bench.studies.metrics import WORDS
+from qwencli.bench.studies.session import STUDY
 from qwencli.bench.studies.verdicts import ClaimVerdict, Finding, Verdict
 from qwencli.output import markdown_page
 
@@ -23,6 +25,11 @@ COLUMNS = (
     "arm", "against", "value", "against_value", "effect", "effect_low", "effect_high",
     "n", "n_against", "evidence", "evidence_against",
 )  # fmt: skip
+# What the page says of study.json beside what verdicts need (see `evidence`).
+_RULES: tuple[Rule, ...] = (
+    ("runs", is_count, "a whole number from 1"),
+    ("seed", lambda value: isinstance(value, int), "a whole number"),
+)
 STYLES = {
     Verdict.SUPPORTED: "green",
     Verdict.REFUTED: "red",
@@ -99,9 +106,10 @@ def effect_words(finding: Finding) -> str:
 
 def markdown(evidence: Evidence, found: Sequence[ClaimVerdict]) -> str:
     """The study as a Markdown page."""
-    device, versions = evidence.environment["device"], evidence.environment["versions"]
-    document = evidence.document
-    where = device["name"] or evidence.environment["cpu"]["model"] or "an unnamed processor"
+    environment, document = read_environment(evidence.folder), evidence.document
+    check_document(evidence.folder / STUDY, document, _RULES)
+    device, versions = environment["device"], environment["versions"]
+    where = device["name"] or environment["cpu"]["model"] or "an unnamed processor"
     lines = [
         "# Study",
         "",
