@@ -42,7 +42,8 @@ _COMPARED_BYTES = 16 * 2**20
 # Names that only files of another layout have -> what such a file is, and what to do.
 _LAYOUTS: Sequence[tuple[str, str, str]] = (
     (
-        r"\.lora_[AB]\.|\.base_layer\.|^base_model\.model\.",
+        r"(^|\.)(lora|lokr|hada|oft|ia3|dora)_|\.(base_layer|modules_to_save|original_module)\."
+        r"|^base_model\.model\.",
         "the weights of a PEFT model or adapter that is not merged",
         "merge it first (PEFT: merge_and_unload(), then save_pretrained()) and give that folder",
     ),
@@ -57,8 +58,8 @@ _LAYOUTS: Sequence[tuple[str, str, str]] = (
         "save the model inside it: model._orig_mod.save_pretrained()",
     ),
     (
-        r"^module\.",
-        "weights saved from inside DDP or DeepSpeed, every name begins with 'module.'",
+        r"(^|\.)(_forward_)?module\.",
+        "weights saved from inside DDP or DeepSpeed, under names with 'module.'",
         "save the model inside it: model.module.save_pretrained()",
     ),
     (

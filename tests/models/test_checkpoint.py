@@ -92,6 +92,9 @@ def test_two_tensors_for_one_place_are_refused(tmp_path: Path) -> None:
     ("old", "new", "what", "advice"),
     [
         (r"^", "module.", "DDP", "model.module.save_pretrained"),
+        (r"^model\.", "model.module.", "DDP", "model.module.save_pretrained"),
+        (r"^", "_forward_module.", "DeepSpeed", "save_pretrained"),
+        (r"^model\.(.*)\.q_proj\.", r"\1.q_proj.modules_to_save.default.", "PEFT", "merge"),
         (r"^", "_orig_mod.", "torch.compile", "_orig_mod.save_pretrained"),
         (r"^", "base_model.model.", "PEFT", "merge"),
         (r"(q_proj)\.weight", r"\1.base_layer.weight", "PEFT", "merge"),
