@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from qwencli.cli import run
 from qwencli.errors import DownloadError, ModelFileError, QwenCliError
@@ -201,6 +202,11 @@ def test_a_working_folder_that_was_deleted(
     assert "scenes" in capsys.readouterr().out
     assert run(["caption", "missing.png", "--model", "scenes"]) == 1
     assert "missing.png" in capsys.readouterr().err
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    assert run(["caption", str(picture), "--model", "scenes", "--quiet"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "working folder" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("home", ["", None])
@@ -212,3 +218,28 @@ def test_without_a_home(
         monkeypatch.setenv("HOME", home)
     assert run(["models"]) == 0
     assert "scenes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model_type", [["qwen3"], {"a": 1}, 5, None, True, "qwen9"])
+@pytest.mark.parametrize("command", [["caption"], ["models"]])
+def test_a_model_type_that_is_none(
+    checkpoint: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_type: object,
+    command: list[str],
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("qwen3"), folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    monkeypatch.chdir(tmp_path)
+    if command == ["models"]:
+        assert run(command) == 0
+        return
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    assert run([*command, str(picture), "--model", str(folder)]) == 1
+    err = capsys.readouterr().err
+    assert "model_type" in err and "fault of qwencli" not in err and err.count("\n") == 1
