@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Self
 
 from qwencli.engine.base import Engine, drain
+from qwencli.engine.many_requests import ManyRequests
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk, GenerationResult, RanModes
 
 
-class EngineAround:
+class EngineAround(ManyRequests):
     """An `Engine` that answers as the one inside does; subclasses disturb it."""
 
     def __init__(self, engine: Engine) -> None:

@@ -77,11 +77,13 @@ class Answer:
         ran: RanModes,
         load_s: float,
         speculation: Speculation | None = None,
+        began: Mark | None = None,
     ) -> GenerationChunk:
         """The last chunk, with the result. The device must have passed every mark.
 
         Args:
             vision: start and end of each run of the vision tower.
+            began: when the device began with this answer; None = where the clock did.
         """
         thoughts, tail = self._splitter.push(self._detokenizer.finish())
         more_thoughts, rest = self._splitter.finish()
@@ -91,7 +93,7 @@ class Answer:
         self._text.append(tail)
         all_thoughts, text = self._said()
         finish: FinishReason = "stop" if self.stopped else "length"
-        step_s, token_t_s = self._times(clock)
+        step_s, token_t_s = self._times(clock, clock.origin if began is None else began)
         result = GenerationResult(
             text=text,
             token_ids=tuple(self.token_ids),
@@ -119,11 +121,10 @@ class Answer:
                 return "\n".join(filter(None, (thoughts, missed.strip()))), after.lstrip()
         return thoughts, text
 
-    def _times(self, clock: Clock) -> tuple[list[float], list[float]]:
+    def _times(self, clock: Clock, before: Mark) -> tuple[list[float], list[float]]:
         """Seconds of each token from the one before, and when it was ready."""
         step_s: list[float] = []
         ready_s: list[float] = []
-        before = clock.origin
         for _, group in itertools.groupby(self.marks, key=id):
             marks = list(group)
             seconds = clock.seconds(before, marks[-1])

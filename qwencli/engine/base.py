@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Protocol, Self
 
 from qwencli.config import EngineConfig
+from qwencli.engine.request import RequestId, StepOutput
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk, GenerationResult, RanModes
 
@@ -18,6 +19,11 @@ class Engine(Protocol):
     idempotent; `close` frees device memory without moving weights to the host; after `close`,
     `load` may be called again.
     Abandoning or closing the iterator of `stream` cancels the request; the engine stays usable.
+
+    Many requests at once: `add` takes one, `step` runs a step of those that run and returns what
+    it gave, until `has_unfinished` is False; `client.generate_many` does that. `add` refuses
+    nothing: what is wrong with a request is its `StepOutput`. `max_rows` is how many run at once,
+    1 for an engine that answers one after the other. `abort` may come at any time.
     """
 
     config: EngineConfig
@@ -42,6 +48,18 @@ class Engine(Protocol):
     def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]: ...
 
     def generate(self, request: GenerationRequest) -> GenerationResult: ...
+
+    @property
+    def max_rows(self) -> int: ...
+
+    @property
+    def has_unfinished(self) -> bool: ...
+
+    def add(self, request: GenerationRequest) -> RequestId: ...
+
+    def step(self) -> list[StepOutput]: ...
+
+    def abort(self, request: RequestId) -> None: ...
 
     def close(self) -> None: ...
 

@@ -9,6 +9,7 @@ depend on their order, so the same integers give the same bytes on any device. t
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,8 @@ _PILLOW = int(PIL.__version__.partition(".")[0])
 
 
 class DevicePatches:
-    """Calls make float32 tensors on `device`, done when they return."""
+    """Calls make float32 tensors on `device`, done when they return; one at a time, whichever
+    threads they come from."""
 
     def __init__(self, device: str) -> None:
         import torch
@@ -39,8 +41,15 @@ class DevicePatches:
         self._device = torch.device(device)
         self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._scales: dict[ImageProcessorConfig, tuple[Tensor, Tensor]] = {}
+        self._turn = threading.Lock()
 
     def __call__(
+        self, frames: Sequence[Image.Image], size: tuple[int, int], config: ImageProcessorConfig
+    ) -> Tensor:
+        with self._turn:
+            return self._patches(frames, size, config)
+
+    def _patches(
         self, frames: Sequence[Image.Image], size: tuple[int, int], config: ImageProcessorConfig
     ) -> Tensor:
         import torch
@@ -58,7 +67,7 @@ class DevicePatches:
             out[step] = patches * scale - shift
         if self._device.type == "cuda":
             # So that the time of preprocessing is its own and not the next phase's.
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         return out.view(steps * count, -1)
 
     def _scale_and_shift(self, config: ImageProcessorConfig) -> tuple[Tensor, Tensor]:

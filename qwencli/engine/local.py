@@ -12,6 +12,7 @@ from qwencli.engine.answer import Answer
 from qwencli.engine.base import drain
 from qwencli.engine.cpu_threads import computing_with, threads_for
 from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
+from qwencli.engine.many_requests import ManyRequests
 from qwencli.engine.prompt import Prompt
 from qwencli.engine.resolve import resolve_device
 from qwencli.engine.sources import ModelFiles, open_model
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class LocalEngine(ABC):
+class LocalEngine(ManyRequests, ABC):
     """Implements `Engine`; a subclass loads the weights, answers a prompt and frees the memory."""
 
     def __init__(self, config: EngineConfig) -> None:
@@ -141,9 +142,7 @@ class LocalEngine(ABC):
     def _stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
         started_s = time.perf_counter()
         prompt = self._prompt(request)
-        sampling = resolve_sampling(
-            request.sampling, self.files.generation_defaults, ignore_eos=request.ignore_eos
-        )
+        sampling = self._sampling(request)
         self._check_length(prompt, sampling)
         if request.from_scratch:
             self._forget()
@@ -181,6 +180,7 @@ class LocalEngine(ABC):
     def close(self) -> None:
         """Free the device memory; nothing is moved to the host on the way."""
         if self._files is not None:
+            self._close_queue()
             self._files = None
             self._release()
 
@@ -190,6 +190,11 @@ class LocalEngine(ABC):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _sampling(self, request: GenerationRequest) -> SamplingParams:
+        return resolve_sampling(
+            request.sampling, self.files.generation_defaults, ignore_eos=request.ignore_eos
+        )
 
     def _prompt(self, request: GenerationRequest) -> Prompt:
         """The request's prompt; like the answer, tried once more where memory was short."""

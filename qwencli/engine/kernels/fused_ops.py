@@ -22,9 +22,11 @@ from qwencli.engine.kernels.gemv import gemv_kernel
 from qwencli.engine.kernels.gemv_quantized import gemv_quantized_kernel
 from qwencli.engine.kernels.handover import Form
 from qwencli.engine.kernels.heads import Heads, PromptHeads
+from qwencli.engine.kernels.paged_attention import PagedAttention
 from qwencli.engine.kernels.read_back import read_back
 from qwencli.engine.kernels.several import Epilogue, SeveralProducts
 from qwencli.engine.kernels.step import NOTHING_CHOSEN, accept_kernel, choose_kernel
+from qwencli.engine.kernels.swiglu import swiglu
 from qwencli.engine.kernels.tiles import (
     GemvTiles,
     MatrixKind,
@@ -143,11 +145,18 @@ class FusedOps:
             read_back=read_back,
             place_heads=PromptHeads(),
             turn_heads=Heads(),
+            swiglu=swiglu,
             most_rows=MOST_ROWS,
         )
         if not own_attention:
             return fused
-        return replace(fused, attend=self.attend, any_length=True)
+        return replace(
+            fused,
+            attend=self.attend,
+            any_length=True,
+            paged_attention=PagedAttention(self._launch.num_processors),
+            paged_reads_lengths=True,
+        )
 
     def norm_qkv(self, hidden: Tensor, layer: Layer) -> Tensor:
         qkv = self._qkv[: len(hidden)]

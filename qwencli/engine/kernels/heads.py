@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qwencli.engine.cache.paged_kv import PagedKVCache
 from qwencli.engine.kernels.attention import norm_and_rotate
 from qwencli.engine.kernels.repeated import Run, launch
 from qwencli.engine.native.decoder_ops import Layer, Step
@@ -32,8 +33,8 @@ def heads_kernel(
     cos_ptr,  # [B * S, D]
     sin_ptr,  # [B * S, D], signed, see native.rope
     gain_ptr,  # [TURNED, D], weights of the heads' norms; None = no norm
-    cache_ptr,  # [B, 2 * KVH, room, D]; None = everything stays
-    slot_ptr,  # int64 [S], where each token's keys and values go; None without a cache
+    cache_ptr,  # [B, 2 * KVH, room, D], or [slots, 2 * KVH, D]; None = everything stays
+    slot_ptr,  # int64 [S] or [B * S], where each token's keys and values go; None without a cache
     rows,  # B * S
     length,  # S
     width,
@@ -43,12 +44,14 @@ def heads_kernel(
     KVH: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
+    PAGED: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     """Program (TOKENS tokens, head). HALF is D / 2 rounded up to a power of two.
 
     With a cache the last KVH heads that turn are keys and go there, with the KVH values behind
-    them; everything else stays in its place.
+    them; everything else stays in its place. PAGED: the cache is the second kind, and keys stay in
+    their place too.
     """
     row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
@@ -70,13 +73,18 @@ def heads_kernel(
             low, high, gain_low, gain_high, cos, sin, eps, D, gain_ptr is not None
         )
         low, high = new_low.to(low.dtype), new_high.to(high.dtype)
-    if head < TURNED - KVH:
+    stays = TURNED if PAGED else TURNED - KVH
+    if head < stays:
         tl.store(low_ptr, low, mask=inside)
         tl.store(low_ptr + D // 2, high, mask=inside)
-    elif cache_ptr is not None:
-        slot = tl.load(slot_ptr + row % length, mask=row < rows, other=0)
-        place = (row // length).to(tl.int64) * (2 * KVH) + head - (TURNED - KVH)
-        at = cache_ptr + (place * room + slot)[:, None] * D + column
+    if cache_ptr is not None and head >= TURNED - KVH:
+        own = head - (TURNED - KVH)
+        if PAGED:
+            place = tl.load(slot_ptr + row, mask=row < rows, other=0) * (2 * KVH) + own
+        else:
+            slot = tl.load(slot_ptr + row % length, mask=row < rows, other=0)
+            place = ((row // length).to(tl.int64) * (2 * KVH) + own) * room + slot
+        at = cache_ptr + place[:, None] * D + column
         tl.store(at, low, mask=inside)
         tl.store(at + D // 2, high, mask=inside)
 
@@ -103,15 +111,18 @@ class Heads:
             rope: cosine and signed sine, [B, S, 1, D].
             turned: heads that turn. gains: [turned, D], of their norms; None = they have none.
             cache: [B, 2 * KVH, max_seq_len, D], gets the last KVH turned heads and as many
-                behind them, at `slots` [S].
+                behind them, at `slots` [S]. Or a pool of pages [slots, 2 * KVH, D], at `slots`
+                [B * S]; then all heads that turn stay in their place as well.
         """
         batch, length, _, dim = split.shape
         kv_heads = room = 0
+        paged = cache is not None and cache.dim() == 3
         if cache is not None:
-            kv_heads, room = cache.shape[1] // 2, cache.shape[2]
+            kv_heads, room = cache.shape[1] // 2, 0 if paged else cache.shape[2]
         rows, width = batch * length, split.stride(1)
         arguments = (split, *rope, gains, cache, slots, rows, length, width, room, eps)
-        alike = (rows, length, width, room, dim, turned, kv_heads, gains is None, rope[0].dtype)
+        norms = gains is not None
+        alike = (rows, length, width, room, dim, turned, kv_heads, norms, rope[0].dtype, paged)
         if self._latest is not None and self._latest[0] == alike:
             self._latest[1](*arguments)
             return
@@ -121,6 +132,7 @@ class Heads:
             "KVH": kv_heads,
             "D": dim,
             "HALF": triton.next_power_of_2(dim // 2),
+            "PAGED": paged,
             "TOKENS": TOKENS,
         }
         grid = (triton.cdiv(rows, TOKENS), turned + kv_heads, 1)
@@ -143,6 +155,9 @@ class PromptHeads:
         if isinstance(cache, StaticKVCache) and not isinstance(cache, QuantizedKVCache):
             self._heads(split, rope, turned, gains, eps, cache.layers[layer.index], step.slots)
             return cache.visible(layer.index, kv_len)
+        if isinstance(cache, PagedKVCache):
+            self._heads(split, rope, turned, gains, eps, cache.layers[layer.index], step.slots)
+            return cache.own(split.narrow(2, layer.num_heads, 2 * layer.num_kv_heads))
         self._heads(split, rope, turned, gains, eps)
         fresh = split.narrow(2, layer.num_heads, 2 * layer.num_kv_heads)
         return cache.write(layer.index, fresh, step.slots, kv_len)

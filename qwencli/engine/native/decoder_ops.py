@@ -9,11 +9,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
+from qwencli.engine.cache.paged_kv import (
+    DecodePages,
+    PackedPrompts,
+    PagedKVCache,
+    paged_attention,
+    prompt_attention,
+)
 from qwencli.engine.native.attention import AttentionFunction, AttentionPlan
 from qwencli.engine.native.kv_cache import KeysValues, KVCache
 from qwencli.engine.native.quantized import Quantized
@@ -62,10 +69,11 @@ class Step:
 
     Args:
         rope: cosine and signed sine of each layer, [B, S, 1 or heads, D] each; None where `ops`
-            look them up by `positions`. slots: int64 [S], where the new keys go.
+            look them up by `positions`. slots: int64 [S], where the new keys go; [B * S] in pages.
         ops: how the layers compute.
         positions: int64 [B], rotary, of a decode step.
         gained: `rope` has the gains of the heads' norms in it: one kernel a layer less.
+        pages: what rows see of a pool of pages; None where each row has a cache of its own.
     """
 
     batch: int
@@ -78,6 +86,7 @@ class Step:
     ops: DecoderOps
     positions: Tensor | None = None
     gained: bool = False
+    pages: DecodePages | PackedPrompts | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,8 @@ class Drafts:
     record: Tensor
 
 
+# See `paged_attention`.
+PagedAttention = Callable[[Tensor, Tensor, DecodePages], Tensor]
 # Heads of all tokens [B, S, H + 2 KVH, D], see `place_heads`.
 PlaceHeads = Callable[[Tensor, Layer, Step], KeysValues]
 
@@ -158,6 +169,24 @@ def attend(qkv: Tensor, layer: Layer, step: Step, place: PlaceHeads = place_head
     return attended.view(-1, heads * dim)
 
 
+def attend_pages(
+    qkv: Tensor,
+    layer: Layer,
+    step: Step,
+    place: PlaceHeads = place_heads,
+    decode: PagedAttention = paged_attention,
+) -> Tensor:
+    """`attend` of rows that share a pool of pages: one token each, or prompts side by side."""
+    assert isinstance(step.cache, PagedKVCache), "pages come with their pool"
+    split = qkv.view(step.batch, step.length, -1, layer.head_dim)
+    place(split, layer, step)
+    pool = step.cache.layers[layer.index]
+    if isinstance(step.pages, PackedPrompts):
+        return prompt_attention(split[0], pool, step.pages)
+    assert step.pages is not None, "a step over pages says which"
+    return decode(split[:, 0, : layer.num_heads], pool, step.pages)
+
+
 def o_residual(
     attended: Tensor, layer: Layer, hidden: Tensor, read: ReadBack = Quantized.dequantize
 ) -> Tensor:
@@ -166,11 +195,20 @@ def o_residual(
     return hidden if layer.o_bias is None else hidden.add_(layer.o_bias)
 
 
-def norm_gate_up(hidden: Tensor, layer: Layer, read: ReadBack = Quantized.dequantize) -> Tensor:
-    """SwiGLU of the normed hidden state: silu(gate) * up, [B * S, I]."""
-    both = torch.mm(layer.mlp_norm(hidden), dense(layer.gate_up, hidden, read))
+def swiglu(both: Tensor) -> Tensor:
+    """silu(gate) * up of [N, 2 I], gate in front of up."""
     gate, up = both.chunk(2, 1)
     return F.silu(gate).mul_(up)
+
+
+def norm_gate_up(
+    hidden: Tensor,
+    layer: Layer,
+    read: ReadBack = Quantized.dequantize,
+    activate: Callable[[Tensor], Tensor] = swiglu,
+) -> Tensor:
+    """SwiGLU of the normed hidden state: silu(gate) * up, [B * S, I]."""
+    return activate(torch.mm(layer.mlp_norm(hidden), dense(layer.gate_up, hidden, read)))
 
 
 def down_residual(
@@ -213,6 +251,9 @@ class DecoderOps:
         vector_bits: bits to which products with this matrix round their vector; None = not at all.
         read_back: how products with more rows than a step has read quantized matrices.
         place_heads: how prompts do what is in front of attention. turn_heads: and vision towers.
+        paged_attention: how one token of each row attends over a pool of pages;
+            `paged_reads_lengths`: and reads on the device how long each row is.
+        swiglu: how many rows that share a pool of pages are activated.
         most_rows: up to which `norm_head` does without a head read back; 0 = never.
     """
 
@@ -229,6 +270,9 @@ class DecoderOps:
     read_back: ReadBack = Quantized.dequantize
     place_heads: PlaceHeads = place_heads
     turn_heads: TurnHeads = turn_heads
+    paged_attention: PagedAttention = paged_attention
+    paged_reads_lengths: bool = False
+    swiglu: Callable[[Tensor], Tensor] = swiglu
     most_rows: int = 0
 
 
@@ -258,3 +302,17 @@ def prompt_ops(step: DecoderOps) -> DecoderOps:
         down_residual=functools.partial(down_residual, read=step.read_back),
         norm_head=head,
     )
+
+
+def paged_ops(step: DecoderOps, few: bool) -> DecoderOps:
+    """Operations over a pool of pages in a model whose lone steps are `step`.
+
+    Args:
+        few: of steps of up to `step.most_rows` rows, which run the lone step's own products. More
+            rows, and prompts, run those of prompts, which are matrices times matrices.
+    """
+    attend = functools.partial(attend_pages, place=step.place_heads, decode=step.paged_attention)
+    if few:
+        return replace(step, attend=attend)
+    gate_up = functools.partial(norm_gate_up, read=step.read_back, activate=step.swiglu)
+    return replace(prompt_ops(step), attend=attend, norm_gate_up=gate_up)

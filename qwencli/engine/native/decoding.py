@@ -60,7 +60,7 @@ class DecodeState:
             step=self.step,
             done=self.done,
             stop_ids=self.stop_ids,
-            seen=self.sampler.seen,
+            seen=self.sampler.seen[0],
             penalty=self.sampler.penalty,
         )
 
@@ -97,7 +97,7 @@ class DecodeState:
 
     def choose_first(self, logits: torch.Tensor) -> None:
         """Choose the first token from the prefill's logits [1, V]."""
-        self.token.copy_(self.sampler.sample(logits[0], self.step, self.kind))
+        self.token.copy_(self.sampler.sample(logits, self.step, self.kind))
         self.done.copy_((self.token == self.stop_ids).any(dim=0))
         self.step.add_(1)
         if self.drafts is not None:
@@ -112,7 +112,7 @@ class DecodeState:
             model.decoder.choose(hidden, ops, self._choice)
             return
         logits = model.decoder.logits(hidden, ops)
-        chosen = self.sampler.sample(logits[0], self.step, kind)
+        chosen = self.sampler.sample(logits, self.step, kind)
         self.token.copy_(torch.where(self.done, self.token, chosen))
         going = (~self.done).to(torch.int64)
         self.slot.add_(going)
@@ -131,7 +131,7 @@ class DecodeState:
             # numpy's takes 10 us for a vocabulary of 150,000, torch's 300 on the CPU.
             self.token.fill_(int(logits.numpy().argmax()))
         else:
-            self.token.copy_(self.sampler.sample(logits, self.step, self.kind))
+            self.token.copy_(self.sampler.sample(logits[None], self.step, self.kind))
             self.step.add_(1)  # nothing but draws reads it
 
     def verify(self, kind: SamplerKind, size: int, plan: AttentionPlan) -> None:

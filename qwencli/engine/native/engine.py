@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -13,21 +14,26 @@ from qwencli.config import (
     DType,
     EngineConfig,
     EngineName,
+    KVDType,
     LoadFormat,
     Quantization,
+    SamplingParams,
     Speculate,
 )
 from qwencli.engine.answer import Answer
+from qwencli.engine.cache.page_pool import PagePool
 from qwencli.engine.device_memory import release
+from qwencli.engine.engine_core import EngineCore
 from qwencli.engine.host import host_memory
 from qwencli.engine.local import LocalEngine
+from qwencli.engine.many_requests import RequestQueue
 from qwencli.engine.native import weights
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.drafting import MOST_FED
 from qwencli.engine.native.generating import Generation
 from qwencli.engine.native.kernel_choice import fused_for, resolve_kernels
 from qwencli.engine.native.kv_quantized import resolve_kv
-from qwencli.engine.native.memory_plan import MemoryPlan, plan_memory
+from qwencli.engine.native.memory_plan import BATCH_LIMITS, MemoryPlan, plan_memory, plan_pages
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.paces import Speculator
 from qwencli.engine.native.prompt_graphs import PromptGraphs
@@ -35,7 +41,10 @@ from qwencli.engine.native.quiet_host import freeze_what_is_loaded, quiet_host
 from qwencli.engine.native.steppers import STEPPERS, decodes_on_host
 from qwencli.engine.native.supported import check_supported
 from qwencli.engine.native.verifying import VERIFIERS, WHY_NOT
+from qwencli.engine.prompt import Prompt
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
+from qwencli.engine.runner import ModelRunner
+from qwencli.engine.scheduler import Scheduler
 from qwencli.engine.sources import ModelFiles
 from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest
@@ -58,6 +67,7 @@ class NativeEngine(LocalEngine):
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
         self._generation: Generation | None = None
+        self._model: QwenModel | None = None
         self._plan: MemoryPlan | None = None
 
     @property
@@ -136,6 +146,7 @@ class NativeEngine(LocalEngine):
                 speculate=self.config.speculate.value,
                 threads=self._threads,
             )
+            self._model = model
             self._generation = Generation(
                 model,
                 state,
@@ -190,11 +201,46 @@ class NativeEngine(LocalEngine):
         yield from self._generation.step_logits(token_ids)
 
     def _release(self) -> None:
-        self._generation = None
+        self._generation = self._model = None
         if self.ran.cache == Cache.STATIC_COMPILE:
             torch.compiler.reset()
         gc.unfreeze()
         release(self.ran.device)
+
+    def _make_queue(self) -> RequestQueue:
+        """Rows that run together, where the modes of this engine are those that rows have."""
+        cache, config = Cache(self.ran.cache), self.config
+        batches = (
+            cache in (Cache.STATIC, Cache.STATIC_GRAPH)
+            and config.kv_dtype is KVDType.AUTO
+            and config.speculate is Speculate.OFF
+            and config.attention in (Attention.AUTO, Attention.SDPA)
+        )
+        if not batches:
+            return super()._make_queue()
+        model = self._model
+        assert model is not None, "load() comes first"
+        cuda = model.device.type == "cuda"
+        limits = BATCH_LIMITS["cuda" if cuda else "cpu"]
+        with torch.inference_mode():
+            free = _free_bytes(self.ran.device)
+            pages = plan_pages(model.shape, limits, self.max_seq_len, model.dtype.itemsize, free)
+            runner = ModelRunner(
+                model, pages, limits.max_rows, self.max_seq_len, cache is Cache.STATIC_GRAPH
+            )
+        return EngineCore(
+            self.files,
+            runner,
+            Scheduler(limits, PagePool(pages)),
+            replace(self.ran, attention="triton" if runner.reads_lengths else "sdpa"),
+            self.load_s,
+            self._prepared,
+        )
+
+    def _prepared(self, request: GenerationRequest) -> tuple[Prompt, SamplingParams]:
+        prompt, sampling = self.files.prompts.build(request.messages), self._sampling(request)
+        self._check_length(prompt, sampling)
+        return prompt, sampling
 
     def _forget(self) -> None:
         assert self._generation is not None, "load() comes first"

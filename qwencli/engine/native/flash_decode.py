@@ -102,3 +102,25 @@ def flash_segments(qkv: torch.Tensor, offsets: torch.Tensor, longest: int) -> to
     q, k, v = qkv.view(len(qkv), 3, -1, qkv.shape[2]).unbind(1)
     out: torch.Tensor = forward(q, k, v, offsets, offsets, longest, longest, 0.0, False, False)[0]
     return out.flatten(1)
+
+
+def flash_varlen(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    longest: int,
+    longest_keys: int,
+) -> torch.Tensor:
+    """q [N, H, D] of several sequences side by side over their keys and values [M, KVH, D], each
+    query seeing its own slot and all before it -> [N, H * D].
+
+    Args:
+        starts, key_starts: int32 [sequences + 1] on the device, where each begins.
+        longest, longest_keys: tokens of the longest sequence at most.
+    """
+    out: torch.Tensor = forward(
+        q, keys, values, starts, key_starts, longest, longest_keys, 0.0, True, False
+    )[0]
+    return out.flatten(1)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwencli.config import DType, KVDType, Quantization, SeqLen
+from qwencli.engine.cache.page_pool import PAGE_SIZE, pages_for
 from qwencli.engine.native.picture_graphs import MOST_PATCHES
 from qwencli.engine.native.prompt_graphs import LONGEST
 from qwencli.engine.native.session import KEPT_IMAGE_TOKENS
+from qwencli.engine.scheduler import Limits
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.memory import (
     RUNTIME_BYTES,
@@ -30,6 +32,18 @@ SMALLEST_MAX_SEQ_LEN = 1024
 PROMPT_TOKENS = 1024
 # The largest picture we plan for unless --max-pixels says otherwise.
 PLANNED_PIXELS = 1024 * 1024
+
+
+# Rows that run at once and prompt tokens of a step, by device. So many tokens keep running rows
+# waiting for 20 ms on an H200.
+BATCH_LIMITS = {
+    "cuda": Limits(max_rows=256, max_prefill_tokens=2048, max_prompts=64),
+    "cpu": Limits(max_rows=16, max_prefill_tokens=512, max_prompts=8),
+}
+# Tokens that a row of a batch has room for on average, where memory does not say less.
+BATCH_ROW_TOKENS = 1024
+# Of what is free, for what nobody counts.
+POOL_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -135,6 +149,23 @@ def plan_memory(
         if checkpoint_weights is None
     }
     raise _does_not_fit(name, refused, free_bytes, longest, smaller)
+
+
+def plan_pages(
+    shape: ModelShape, limits: Limits, max_seq_len: int, value_bytes: int, free_bytes: int | None
+) -> int:
+    """Pages of the pool of a batch: for all rows, or at least one of `max_seq_len` tokens; fewer
+    where no more than `free_bytes` are left beside the weights. At least one beside page 0."""
+    scale = value_bytes / 2
+    wanted = pages_for(max(limits.max_rows * BATCH_ROW_TOKENS, max_seq_len)) + 1
+    if free_bytes is None:
+        return wanted
+    tokens = limits.max_prefill_tokens
+    working = scale * max(prefill_peak_bytes(shape, tokens), vision_peak_bytes(shape, tokens))
+    # In float32, and once more as the sampler's.
+    working += 8 * limits.max_rows * shape.text.vocab_size
+    page_bytes = PAGE_SIZE * shape.text.kv_bytes_per_token(value_bytes)
+    return max(2, min(wanted, int((free_bytes - working) * POOL_SHARE) // page_bytes))
 
 
 def _graph_bytes(shape: ModelShape, tokens: int, read_back: int) -> int:

@@ -13,10 +13,17 @@ from pathlib import Path
 import torch
 
 from qwencli.config import Attention
+from qwencli.engine.cache.paged_kv import DecodePages, PackedPrompts, PagedKVCache
 from qwencli.engine.native import weights as loader
 from qwencli.engine.native.attention import ATTENTION, AttentionPlan, prompt_plan
 from qwencli.engine.native.decoder import Decoder, DeepStack
-from qwencli.engine.native.decoder_ops import REFERENCE_OPS, DecoderOps, Step, prompt_ops
+from qwencli.engine.native.decoder_ops import (
+    REFERENCE_OPS,
+    DecoderOps,
+    Step,
+    paged_ops,
+    prompt_ops,
+)
 from qwencli.engine.native.flash_decode import can_flash_decode
 from qwencli.engine.native.kv_cache import DynamicKVCache, KVCache, StaticKVCache
 from qwencli.engine.native.kv_quantized import QuantizedKVCache
@@ -76,6 +83,8 @@ class QwenModel:
         if fused is not None:
             self.step_ops = fused(shape.text, self.rope.rows, self.dtype, self.device)
         self.prompt_ops = prompt_ops(self.step_ops)
+        self._few_rows_ops = paged_ops(self.step_ops, few=True)
+        self._many_rows_ops = paged_ops(self.step_ops, few=False)
         self.vision = None
         if shape.vision is not None:
             turn = self.step_ops.turn_heads
@@ -181,7 +190,7 @@ class QwenModel:
         step = Step(
             batch=cache.batch,
             length=len(slots),
-            rope=[rope] * len(self.decoder.layers),
+            rope=[rope] * self._num_layers,
             slots=slots,
             plan=plan,
             cache=cache,
@@ -249,8 +258,82 @@ class QwenModel:
         )
         return self.decoder.forward(self.decoder.embed(tokens), step)
 
+    def paged_cache(self, num_pages: int) -> PagedKVCache:
+        """A pool of pages for any number of sequences."""
+        return PagedKVCache(self.shape.text, num_pages, self.dtype, self.device)
+
+    def prefill_packed(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        cache: PagedKVCache,
+        packed: PackedPrompts,
+        deepstack: DeepStack | None,
+    ) -> torch.Tensor:
+        """All layers over prompts, or parts of them, side by side: hidden states [N, hidden],
+        overwritten.
+
+        Args:
+            positions: int64 [3, N], rotary. slots: int64 [N], the pool's, where keys and values go.
+        """
+        rope = self.rope.at(positions[:, None])
+        step = Step(
+            batch=1,
+            length=len(hidden),
+            rope=[rope] * self._num_layers,
+            slots=slots,
+            plan=AttentionPlan(0, None),
+            cache=cache,
+            attention=self._attend,
+            ops=self._many_rows_ops,
+            pages=packed,
+        )
+        return self.decoder.forward(hidden, step, deepstack)
+
+    def decode_rows(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        cache: PagedKVCache,
+        pages: DecodePages,
+    ) -> torch.Tensor:
+        """Logits [B, V] after one more token of each of B rows; the body of a CUDA graph.
+
+        Args:
+            tokens, positions: int64 [B]. slots: int64 [B], the pool's.
+        """
+        few = len(tokens) <= self.step_ops.most_rows
+        ops = self._few_rows_ops if few else self._many_rows_ops
+        gained = self.step_ops is REFERENCE_OPS and self.decoder.head_gains is not None
+        places = positions[:, None]
+        rope = self._step_rope(places) if gained else [self._rows_of(places)] * self._num_layers
+        step = Step(
+            batch=len(tokens),
+            length=1,
+            rope=rope,
+            slots=slots,
+            plan=AttentionPlan(0, None),
+            cache=cache,
+            attention=self._attend,
+            ops=ops,
+            gained=gained,
+            pages=pages,
+        )
+        hidden = self.decoder.forward(self.decoder.embed(tokens), step)
+        return self.decoder.logits(hidden, ops)
+
+    def _rows_of(self, places: torch.Tensor) -> CosSin:
+        cos, sin = self.rope.step(places)
+        return cos.contiguous(), sin.contiguous()
+
+    @property
+    def _num_layers(self) -> int:
+        return len(self.decoder.layers)
+
     def _step_rope(self, positions: torch.Tensor) -> Sequence[CosSin]:
         gains = self.decoder.head_gains
         if gains is None:
-            return [self.rope.step(positions)] * len(self.decoder.layers)
+            return [self.rope.step(positions)] * self._num_layers
         return self.rope.step_by_layer(positions, gains)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from qwencli.engine.native.decoder import DeepStack
-from qwencli.engine.native.positions import prompt_positions
+from qwencli.engine.native.positions import PromptPositions, prompt_positions
 from qwencli.engine.native.upload import upload
 from qwencli.engine.native.vision import VisionFeatures
 from qwencli.engine.preprocess import Visual
@@ -91,6 +91,23 @@ def join_features(parts: Sequence[VisionFeatures]) -> VisionFeatures:
     )
 
 
+def lay_out(shape: ModelShape, prompt: Prompt) -> PromptPositions:
+    """Where a prompt's tokens and pictures are.
+
+    Raises:
+        InputError: an empty prompt, ids outside the vocabulary, image tokens that do not match the
+            images.
+    """
+    if not prompt.ids:
+        raise InputError("the prompt is empty", "give at least one token")
+    if not 0 <= min(prompt.ids) <= max(prompt.ids) < shape.text.vocab_size:
+        raise InputError(
+            f"the prompt has token ids outside the vocabulary of {shape.text.vocab_size}",
+            "tokenizer and weights belong to different models",
+        )
+    return prompt_positions(shape, prompt.ids, prompt.visuals)
+
+
 def prompt_inputs(
     shape: ModelShape,
     prompts: Sequence[Prompt],
@@ -109,14 +126,7 @@ def prompt_inputs(
     following: list[int] = []
     places: list[int] = []
     for row, prompt in enumerate(prompts):
-        if not prompt.ids:
-            raise InputError("the prompt is empty", "give at least one token")
-        if not 0 <= min(prompt.ids) <= max(prompt.ids) < shape.text.vocab_size:
-            raise InputError(
-                f"the prompt has token ids outside the vocabulary of {shape.text.vocab_size}",
-                "tokenizer and weights belong to different models",
-            )
-        laid = prompt_positions(shape, prompt.ids, prompt.visuals)
+        laid = lay_out(shape, prompt)
         pad = length - len(prompt.ids)
         ids[row, pad:] = torch.tensor(prompt.ids)
         positions[:, row, pad:] = laid.positions

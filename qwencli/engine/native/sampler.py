@@ -3,6 +3,7 @@
 Every setting is a tensor, so one captured graph serves all settings of its kind, and the random
 numbers of a request are drawn before it starts: one uniform per token, from a CPU generator, so
 that a seed gives the same text in every cache mode and on every device with the same logits.
+Settings are a row a sequence: rows of one step may differ in all of them.
 
 The order is the one `generate()` of transformers applies: repetition penalty, temperature, top-k,
 top-p, min-p, and one draw from what is left.
@@ -10,7 +11,9 @@ top-p, min-p, and one draw from what is left.
 
 from __future__ import annotations
 
+import copy
 import secrets
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
 import torch
@@ -41,58 +44,106 @@ def kind_of(sampling: SamplingParams) -> SamplerKind:
     return SamplerKind.TOP_K if 0 < sampling.top_k <= TOP_K_CANDIDATES else SamplerKind.FULL
 
 
+def widest_kind(kinds: Iterable[SamplerKind]) -> SamplerKind:
+    """The smallest kind that can express requests of all of `kinds`."""
+    return max(kinds, key=list(SamplerKind).index)
+
+
 class Sampler:
-    """Sampling state of one sequence in fixed buffers.
+    """Sampling state of R sequences in fixed buffers, a row each.
 
     Args:
         vocab_size: V, rows of the output head.
         max_steps: most tokens one request may generate.
+        rows: R.
     """
 
-    def __init__(self, vocab_size: int, max_steps: int, device: torch.device) -> None:
-        def scalar(dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros((), dtype=dtype, device=device)
-
+    def __init__(
+        self, vocab_size: int, max_steps: int, device: torch.device, rows: int = 1
+    ) -> None:
         self.vocab_size = vocab_size
-        self.temperature = scalar(torch.float32)
-        self.top_p = scalar(torch.float32)
-        self.min_p = scalar(torch.float32)
-        self.penalty = scalar(torch.float32)
-        self.top_k = scalar(torch.int64)
-        self.uniforms = torch.zeros(max_steps, device=device)  # [max_steps]
-        self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # [V]
-        self._true = torch.ones(1, dtype=torch.bool, device=device)
+        # One table, so that rows that begin together are set up in one copy: [R, 5].
+        self.settings = torch.zeros(rows, 5, device=device)
+        self.temperature, self.top_p, self.min_p, self.penalty, self.top_k = self.settings.unbind(1)
+        self.uniforms = torch.zeros(rows, max_steps, device=device)  # [R, max_steps]
+        self.seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)  # [R, V]
+
+    def narrow(self, first: int, count: int) -> Sampler:
+        """The same state of `count` rows from `first` on, in the same memory."""
+        part = copy.copy(self)
+        for name in _BY_ROW:
+            setattr(part, name, getattr(self, name).narrow(0, first, count))
+        return part
 
     def begin(self, sampling: SamplingParams, prompt_ids: torch.Tensor) -> None:
-        """Set up for a request. `prompt_ids` [S] count as seen by the repetition penalty."""
-        self.temperature.fill_(sampling.temperature)
-        self.top_p.fill_(sampling.top_p)
-        self.min_p.fill_(sampling.min_p)
-        self.penalty.fill_(sampling.repetition_penalty)
-        self.top_k.fill_(sampling.top_k or self.vocab_size)
-        self.seen.zero_()
-        self.seen[prompt_ids.clamp(max=self.vocab_size - 1)] = True
+        """Set up the first row. `prompt_ids` [S] count as seen by the repetition penalty."""
+        self.settings[0].copy_(self._settings(sampling))
+        self._mark_seen(0, prompt_ids)
+        self._set_uniforms(0, sampling)
+
+    def begin_rows(
+        self,
+        rows: Sequence[int],
+        samplings: Sequence[SamplingParams],
+        prompt_ids: Sequence[torch.Tensor],
+    ) -> None:
+        """Set up some rows, each as `begin` does."""
+        table = [self._settings(sampling) for sampling in samplings]
+        (sent,) = upload([torch.stack(table)], self.settings.device)
+        (places,) = upload([torch.tensor(rows)], self.settings.device)
+        self.settings.index_copy_(0, places, sent)
+        for row, sampling, ids in zip(rows, samplings, prompt_ids, strict=True):
+            # Without a penalty it is read for nothing.
+            if sampling.repetition_penalty != 1.0:
+                self._mark_seen(row, ids)
+            self._set_uniforms(row, sampling)
+
+    def move(self, sources: torch.Tensor, places: torch.Tensor) -> None:
+        """Copy rows `sources` (int64 on the device) to `places`, where nothing runs."""
+        for state in (self.settings, self.uniforms, self.seen):
+            state.index_copy_(0, places, state.index_select(0, sources))
+
+    def _settings(self, sampling: SamplingParams) -> torch.Tensor:
+        top_k = sampling.top_k or self.vocab_size
+        if not sampling.do_sample:
+            # Beside rows that draw, a row that does not is one that has a single candidate.
+            top_k = 1
+        settings = (
+            sampling.temperature if sampling.do_sample else 1.0,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.repetition_penalty,
+            top_k,
+        )
+        return torch.tensor(settings, dtype=torch.float32)
+
+    def _mark_seen(self, row: int, prompt_ids: torch.Tensor) -> None:
+        seen = self.seen[row]
+        seen.zero_()
+        seen[prompt_ids.clamp(max=self.vocab_size - 1)] = True
+
+    def _set_uniforms(self, row: int, sampling: SamplingParams) -> None:
         if sampling.do_sample:
             seed = secrets.randbits(32) if sampling.seed < 0 else sampling.seed
             generator = torch.Generator().manual_seed(seed)
             drawn = torch.rand(sampling.max_new_tokens, generator=generator)
             (sent,) = upload([drawn], self.uniforms.device)
-            self.uniforms[: len(drawn)].copy_(sent)
+            self.uniforms[row, : len(sent)].copy_(sent)
 
     def sample(self, logits: torch.Tensor, step: torch.Tensor, kind: SamplerKind) -> torch.Tensor:
-        """Choose from `logits` [V] the token of `step` (int64 [1]) -> int64 [1]."""
+        """Choose from `logits` [R, V] the token of each row's `step` (int64 [R]) -> int64 [R]."""
         if kind is SamplerKind.ARGMAX:
-            return logits.argmax(dim=-1, keepdim=True)
+            return logits.argmax(dim=-1)
         scores = self._penalised(logits.float(), self.seen)
         if kind is SamplerKind.GREEDY:
-            token = scores.argmax(dim=-1, keepdim=True)
+            token = scores.argmax(dim=-1)
         else:
             token = self._draw(scores, step, kind)
-        self.seen.index_copy_(0, token, self._true)
+        self.seen.scatter_(1, token[:, None], True)
         return token
 
     def likeliest(self, logits: torch.Tensor, fed: torch.Tensor, kind: SamplerKind) -> torch.Tensor:
-        """The likeliest token after each of `fed` [S], from logits [S, V] -> int64 [S].
+        """The likeliest token after each of `fed` [S], from logits [S, V] -> int64 [S]. Of one row.
 
         Each of `fed` counts as seen from its own row on; none is remembered as seen.
         """
@@ -106,24 +157,33 @@ class Sampler:
     def _penalised(self, scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """Scores of seen tokens divided by the penalty where positive, multiplied where negative
         (Keskar et al. 2019, CTRL, section 4.1, with the sign rule transformers uses)."""
-        lowered = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
+        penalty = self.penalty[:, None]
+        lowered = torch.where(scores < 0, scores * penalty, scores / penalty)
         return torch.where(seen, lowered, scores)
 
     def _draw(self, scores: torch.Tensor, step: torch.Tensor, kind: SamplerKind) -> torch.Tensor:
         candidates = self.vocab_size
         if kind is SamplerKind.TOP_K:
             candidates = min(TOP_K_CANDIDATES, candidates)
-        ranked, ids = torch.topk(scores / self.temperature, candidates)  # descending [C]
+        # Descending, [R, C].
+        ranked, ids = torch.topk(scores / self.temperature[:, None], candidates)
         rank = torch.arange(candidates, device=scores.device)
-        ranked = ranked.masked_fill(rank >= self.top_k, float("-inf"))
+        ranked = ranked.masked_fill(rank >= self.top_k[:, None], float("-inf"))
         probs = ranked.softmax(dim=-1)
         before = probs.cumsum(dim=-1) - probs
-        keep = (before < self.top_p) & (probs >= self.min_p * probs[:1])
+        keep = (before < self.top_p[:, None]) & (probs >= self.min_p[:, None] * probs[:, :1])
         # The likeliest token always stays, also for --top-p 0.
         keep = keep | (rank == 0)
         cumulative = (probs * keep).cumsum(dim=-1)
-        target = self.uniforms.gather(0, step) * cumulative[-1:]
+        target = self.uniforms.gather(1, step[:, None]) * cumulative[:, -1:]
         # Rounding may leave the target at the very top; the last kept rank is the answer then.
         pick = (cumulative <= target).sum(dim=-1, keepdim=True)
         last_kept = keep.sum(dim=-1, keepdim=True) - 1
-        return ids.gather(0, torch.minimum(pick, last_kept))
+        token = ids.gather(1, torch.minimum(pick, last_kept)).squeeze(1)
+        if len(self.top_k) == 1:
+            return token
+        # Of equal scores a row that does not draw takes the one it would take alone.
+        return torch.where(self.top_k == 1, scores.argmax(dim=-1), token)
+
+
+_BY_ROW = ("settings", "temperature", "top_p", "min_p", "penalty", "top_k", "uniforms", "seen")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwencli.config import SamplingParams
-from qwencli.engine.native.sampler import Sampler, SamplerKind, kind_of
+from qwencli.engine.native.sampler import Sampler, SamplerKind, kind_of, widest_kind
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 DRAWS = 4000
@@ -22,7 +22,7 @@ def draw(sampling: SamplingParams, logits=LOGITS, seen=(), draws=DRAWS, device="
     logits = logits.to(place)
     for step in range(draws):
         before = sampler.seen.clone()
-        token = sampler.sample(logits, torch.tensor([step], device=place), kind_of(params))
+        token = sampler.sample(logits[None], torch.tensor([step], device=place), kind_of(params))
         sampler.seen.copy_(before)
         counts[int(token)] += 1
     return counts
@@ -108,7 +108,7 @@ def test_the_likeliest_token_always_stays(narrow):
 def test_repetition_penalty_divides_positive_and_multiplies_negative_scores():
     sampler = Sampler(6, 4, torch.device("cpu"))
     sampler.begin(SamplingParams(do_sample=False, repetition_penalty=2.0), torch.tensor([0, 4]))
-    assert sampler._penalised(LOGITS, sampler.seen).tolist() == [1.0, 1.0, 0.5, 0.0, -2.0, -3.0]
+    assert sampler._penalised(LOGITS, sampler.seen).tolist() == [[1.0, 1.0, 0.5, 0.0, -2.0, -3.0]]
 
 
 def test_a_chosen_token_counts_as_seen():
@@ -116,7 +116,7 @@ def test_a_chosen_token_counts_as_seen():
     sampler.begin(SamplingParams(do_sample=False, repetition_penalty=2.0), torch.tensor([5]))
     logits = torch.tensor([2.0, 1.9, 0.0, 0.0, 0.0, 0.0])
     step = torch.tensor([0])
-    chosen = [int(sampler.sample(logits, step, SamplerKind.GREEDY)) for _ in range(2)]
+    chosen = [int(sampler.sample(logits[None], step, SamplerKind.GREEDY)) for _ in range(2)]
     assert chosen == [0, 1]
 
 
@@ -140,4 +140,31 @@ def test_each_of_several_tokens_counts_as_seen_from_its_own_row_on():
     fed = torch.tensor([3, 0, 1])
     assert sampler.likeliest(logits, fed, SamplerKind.GREEDY).tolist() == [0, 1, 2]
     assert sampler.likeliest(logits, fed, SamplerKind.ARGMAX).tolist() == [0, 0, 0]
-    assert sampler.seen.tolist() == [False, False, False, True]
+    assert sampler.seen.tolist() == [[False, False, False, True]]
+
+
+def test_rows_with_different_settings_choose_what_each_would_choose_alone():
+    generator = torch.Generator().manual_seed(3)
+    settings = [
+        SamplingParams(do_sample=False, max_new_tokens=8),
+        SamplingParams(do_sample=False, repetition_penalty=1.5, max_new_tokens=8),
+        SamplingParams(**{**NEUTRAL, "top_k": 3, "seed": 4, "max_new_tokens": 8}),
+        SamplingParams(**{**NEUTRAL, "temperature": 1.7, "min_p": 0.1, "max_new_tokens": 8}),
+    ]
+    together = Sampler(12, 8, torch.device("cpu"), rows=len(settings))
+    alone = [Sampler(12, 8, torch.device("cpu")) for _ in settings]
+    prompt = torch.tensor([1, 5])
+    together.begin_rows(range(len(settings)), settings, [prompt] * len(settings))
+    for sampler, sampling in zip(alone, settings, strict=True):
+        sampler.begin(sampling, prompt)
+    kind = widest_kind(kind_of(sampling) for sampling in settings)
+    assert kind is SamplerKind.FULL
+    for step in range(8):
+        logits = torch.randn(len(settings), 12, generator=generator)
+        # Equal scores: what does not draw takes the first of them, as it does alone.
+        logits[0, 3] = logits[0, 7] = 9.0
+        at = torch.tensor([step])
+        chosen = together.sample(logits, at.expand(len(settings)), kind).tolist()
+        for row, (sampler, sampling) in enumerate(zip(alone, settings, strict=True)):
+            assert chosen[row] == int(sampler.sample(logits[row : row + 1], at, kind_of(sampling)))
+    assert torch.equal(together.narrow(1, 1).seen, alone[1].seen)

@@ -1,0 +1,293 @@
+"""Many requests in flight: prepares prompts, schedules, runs steps, hands out what they gave.
+
+A step is enqueued before the one in front of it is read, so the device works while the host makes
+text of tokens and chooses who runs next. What fails, fails alone: a prompt that cannot be prepared,
+one that does not fit, an answer that cannot be put into words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from qwencli.config import SamplingParams
+from qwencli.engine.answer import Answer
+from qwencli.engine.cache.page_pool import PAGE_SIZE
+from qwencli.engine.clock import Clock, Mark
+from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
+from qwencli.engine.native.quiet_host import quiet_host
+from qwencli.engine.prompt import Prompt
+from qwencli.engine.request import Batch, PromptChunk, RequestId, Sequence, StepOutput
+from qwencli.engine.runner import ModelRunner, RunnerPrompt, TokenCopy
+from qwencli.engine.scheduler import Scheduler
+from qwencli.engine.sources import ModelFiles
+from qwencli.errors import InputError, OutOfMemoryError, QwenCliError
+from qwencli.messages import GenerationRequest
+from qwencli.results import RanModes
+
+# Threads that read, resize and tokenize for the steps to come; more would wait for the interpreter.
+MOST_PREPARERS = 8
+# What a device that is short of memory is given at least.
+FEWEST_PREFILL_TOKENS = 256
+
+
+@dataclass
+class _Prepared:
+    """A request whose prompt is ready to run."""
+
+    answer: Answer
+    prompt: RunnerPrompt
+
+
+@dataclass
+class _Active:
+    """A request that the scheduler knows.
+
+    Args:
+        began: when the device began with it.
+    """
+
+    sequence: Sequence
+    answer: Answer
+    prompt: RunnerPrompt
+    began: Mark = None
+    vision: tuple[tuple[Mark, Mark], ...] = ()
+
+
+@dataclass
+class _Step:
+    """A step on its way: what to read when it is through."""
+
+    copies: list[TokenCopy] = field(default_factory=list)
+
+
+class EngineCore:
+    """Implements `add`, `step`, `abort` and `has_unfinished` of an engine that runs batches.
+
+    Args:
+        prepare: a request -> its prompt and settings; runs in threads. Raises what is wrong with
+            the request.
+    """
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        ran: RanModes,
+        load_s: float,
+        prepare: Callable[[GenerationRequest], tuple[Prompt, SamplingParams]],
+    ) -> None:
+        self._files, self._runner, self._scheduler = files, runner, scheduler
+        self._ran, self._load_s, self._prepare = ran, load_s, prepare
+        self._ids = itertools.count()
+        self._preparing: OrderedDict[RequestId, Future[_Prepared]] = OrderedDict()
+        self._active: dict[RequestId, _Active] = {}
+        self._failed: list[StepOutput] = []
+        self._step: _Step | None = None
+        self._clock: Clock | None = None
+        count = min(MOST_PREPARERS, max(1, (os.cpu_count() or 1) - 1))
+        self._threads = ThreadPoolExecutor(
+            count, thread_name_prefix="prepare", initializer=_own_stream, initargs=(ran.device,)
+        )
+
+    def add(self, request: GenerationRequest) -> RequestId:
+        """Take a request; everything that is wrong with it comes back from `step`."""
+        number = next(self._ids)
+        arrived_s = time.perf_counter()
+        self._preparing[number] = self._threads.submit(self._prepared, request, arrived_s)
+        return number
+
+    @property
+    def max_rows(self) -> int:
+        return self._scheduler.limits.max_rows
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._preparing or self._active or self._failed)
+
+    def abort(self, request: RequestId) -> None:
+        """Forget a request; nothing more comes of it. An id that is over already is fine."""
+        future = self._preparing.pop(request, None)
+        if future is not None:
+            future.cancel()
+        active = self._active.pop(request, None)
+        if active is not None:
+            self._scheduler.finish(active.sequence)
+        self._failed = [output for output in self._failed if output.request != request]
+
+    def step(self) -> list[StepOutput]:
+        """Enqueue a step, read the one in front; returns what that gave."""
+        # Hundreds of operations take the interpreter lock back, from threads that prepare prompts.
+        with quiet_host():
+            return self._run_ahead()
+
+    def _run_ahead(self) -> list[StepOutput]:
+        self._take_prepared()
+        batch = self._scheduler.schedule()
+        step = None if batch is None else self._run(batch)
+        outputs, self._failed = self._failed, []
+        if self._step is not None:
+            outputs += self._read(self._step)
+        self._step = step
+        if step is None and not outputs and self._preparing:
+            wait(list(self._preparing.values()), return_when=FIRST_COMPLETED)
+        return outputs
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _prepared(self, request: GenerationRequest, arrived_s: float) -> _Prepared:
+        prompt, sampling = self._prepare(request)
+        answer = Answer(self._files, prompt, sampling, arrived_s)
+        laid_out = self._runner.prepare(prompt, sampling, sorted(answer.stop_ids))
+        if prompt.inputs is not None:
+            # What the runner has it needs once; an answer lives longer.
+            answer.prompt = replace(prompt, inputs=replace(prompt.inputs, patches=(), frames=()))
+        return _Prepared(answer, laid_out)
+
+    def _take_prepared(self) -> None:
+        """Hand prompts that are ready to the scheduler, in the order they came."""
+        for request in [number for number, future in self._preparing.items() if future.done()]:
+            future = self._preparing.pop(request)
+            error = future.exception()
+            if error is not None:
+                self._failed.append(StepOutput(request, error=self._typed(error)))
+                continue
+            ready = future.result()
+            sequence = Sequence(
+                request, len(ready.prompt.ids), ready.prompt.sampling.max_new_tokens
+            )
+            if not self._scheduler.fits(sequence.max_tokens):
+                self._failed.append(StepOutput(request, error=self._too_long(sequence)))
+                continue
+            self._active[request] = _Active(sequence, ready.answer, ready.prompt)
+            self._scheduler.add(sequence)
+
+    def _run(self, batch: Batch) -> _Step:
+        if self._clock is None:
+            self._clock = Clock(self._ran.device)
+        step = _Step()
+        self._runner.rearrange(batch.moves, batch.released)
+        if batch.prefill:
+            self._prefill(batch.prefill, self._clock, step)
+        decode = [each for each in batch.decode if each.row is not None]
+        if decode:
+            prompts = [self._active[each.request].prompt for each in decode]
+            waiting = len(self._scheduler.waiting) + len(self._preparing)
+            step.copies.append(self._runner.decode(decode, prompts, waiting, self._clock))
+        return step
+
+    def _prefill(self, chunks: tuple[PromptChunk, ...], clock: Clock, step: _Step) -> None:
+        """Run prompts; where memory does not suffice, fewer of them, and one that does not fit
+        even alone fails."""
+        active = [self._active[chunk.sequence.request] for chunk in chunks]
+        start = clock.mark()
+        for each in active:
+            each.began = start if each.began is None else each.began
+        try:
+            copy = self._runner.prefill(chunks, [each.prompt for each in active], clock)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            tokens = sum(chunk.stop - chunk.start for chunk in chunks)
+            failure = out_of_memory_error(
+                self._ran.device,
+                f"running {tokens} tokens of prompts",
+                error,
+                num_image_tokens=max(each.answer.prompt.num_image_tokens for each in active),
+            )
+        else:
+            if copy is not None:
+                step.copies.append(copy)
+                for each in active:
+                    each.vision = copy.vision
+            return
+        # Outside the handler: until it ends, the traceback holds the tensors that must go.
+        release(self._ran.device)
+        self._back_off(active, tokens, failure)
+
+    def _back_off(self, active: list[_Active], tokens: int, failure: OutOfMemoryError) -> None:
+        """Run less at a time from now on; what cannot be cut any further fails."""
+        scheduler = self._scheduler
+        if len(active) > 1:
+            scheduler.limits = replace(scheduler.limits, max_prompts=len(active) // 2)
+        elif tokens > FEWEST_PREFILL_TOKENS:
+            fewer = max(tokens // 2, FEWEST_PREFILL_TOKENS)
+            scheduler.limits = replace(scheduler.limits, max_prefill_tokens=fewer)
+        else:
+            self._fail(active[0], failure)
+            return
+        for each in reversed(active):
+            scheduler.requeue(each.sequence)
+
+    def _read(self, step: _Step) -> list[StepOutput]:
+        outputs: list[StepOutput] = []
+        for copy in step.copies:
+            for sequence, token in zip(copy.sequences, copy.read(), strict=True):
+                active = self._active.get(sequence.request)
+                if active is not None:  # else it ended before, and this step ran it in vain
+                    with self._failing_alone(active, outputs):
+                        outputs += self._take(active, token, copy.mark)
+        return outputs
+
+    def _take(self, active: _Active, token: int, mark: Mark) -> list[StepOutput]:
+        """Add a token to its answer, and end the answer where that is the last one."""
+        answer, request = active.answer, active.sequence.request
+        outputs = [StepOutput(request, answer.add(token, mark))]
+        if answer.stopped or len(answer.token_ids) == answer.sampling.max_new_tokens:
+            assert self._clock is not None, "steps have run"
+            last = answer.finish(
+                self._clock, active.vision, self._ran, self._load_s, began=active.began
+            )
+            outputs.append(StepOutput(request, last))
+            self._forget(active)
+        return outputs
+
+    @contextlib.contextmanager
+    def _failing_alone(self, active: _Active, outputs: list[StepOutput]) -> Iterator[None]:
+        try:
+            yield
+        except QwenCliError as error:
+            outputs.append(StepOutput(active.sequence.request, error=error))
+            self._forget(active)
+
+    def _fail(self, active: _Active, error: QwenCliError) -> None:
+        self._failed.append(StepOutput(active.sequence.request, error=error))
+        self._forget(active)
+
+    def _forget(self, active: _Active) -> None:
+        del self._active[active.sequence.request]
+        self._scheduler.finish(active.sequence)
+
+    def _typed(self, error: BaseException) -> QwenCliError:
+        """What went wrong with one request; anything else is a fault of this program."""
+        if isinstance(error, QwenCliError):
+            return error
+        if is_out_of_memory(error):
+            return out_of_memory_error(
+                self._ran.device, "preparing the pictures", error, num_image_tokens=1
+            )
+        raise error
+
+    def _too_long(self, sequence: Sequence) -> InputError:
+        pool = self._scheduler.pool.capacity * PAGE_SIZE
+        return InputError(
+            f"the prompt has {sequence.num_prompt_tokens} tokens and {sequence.max_new_tokens} new "
+            f"ones are asked for, but the cache has room for {pool}",
+            "lower --max-new-tokens or --max-pixels, or free memory on the device",
+        )
+
+
+def _own_stream(device: str) -> None:
+    """Pictures are prepared beside the steps, not behind them."""
+    if device.startswith("cuda"):
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]

@@ -1,0 +1,86 @@
+"""What the scheduler knows of a request: its lengths, its row and its pages. No tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qwencli.errors import QwenCliError
+from qwencli.results import GenerationChunk
+
+RequestId = int
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step gave one request: a piece of its answer, or the error that ended it.
+
+    A request is over with the output that carries a result or an error; none follows.
+    """
+
+    request: RequestId
+    chunk: GenerationChunk | None = None
+    error: QwenCliError | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.error is not None or (self.chunk is not None and self.chunk.result is not None)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request as it is scheduled.
+
+    Args:
+        num_prompt_tokens, max_new_tokens: at least 1 each.
+        row: its place in the decode state, and `pages` its part of the KV pool, by page of its
+            tokens; none while it waits.
+        num_computed: prompt tokens whose keys and values are in the pool, or on the way there.
+        num_scheduled: new tokens that steps were scheduled for.
+    """
+
+    request: RequestId
+    num_prompt_tokens: int
+    max_new_tokens: int
+    row: int | None = None
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_scheduled: int = 0
+
+    @property
+    def max_tokens(self) -> int:
+        """Slots that prompt and answer take together; the last token is never fed."""
+        return self.num_prompt_tokens + self.max_new_tokens - 1
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.num_computed == self.num_prompt_tokens
+
+
+@dataclass(frozen=True)
+class PromptChunk:
+    """Tokens `start` to `stop` of a prompt, run in one step."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.stop == self.sequence.num_prompt_tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The work of one step.
+
+    Args:
+        moves: rows that change their place first of all, (from, to).
+        prefill: prompts, or parts of them; the last part of one gives its first token.
+        decode: sequences that take one more token afterwards, those just prefilled among them.
+        released: rows that must forget what they ran before, after the moves.
+    """
+
+    moves: tuple[tuple[int, int], ...]
+    prefill: tuple[PromptChunk, ...]
+    decode: tuple[Sequence, ...]
+    released: tuple[int, ...]

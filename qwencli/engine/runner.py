@@ -1,0 +1,488 @@
+"""Runs batches on the device: prompts side by side, then one token of every running row.
+
+The state of a row lives on the device and a step asks the host nothing, so steps of all row counts
+can be CUDA graphs and the host can enqueue a step before it has read the one in front. A graph
+serves a bucket of rows; rows that nothing uses run along, writing to a page that nothing reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from qwencli.config import SamplingParams
+from qwencli.engine.cache.page_pool import PAGE_SIZE, SCRATCH_PAGE, pages_for
+from qwencli.engine.cache.paged_kv import DecodePages, PackedPrompts, decode_slots
+from qwencli.engine.clock import Clock, Mark
+from qwencli.engine.native.decoder import DeepStack
+from qwencli.engine.native.graph_pool import GraphPool
+from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.positions import PromptPositions
+from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
+from qwencli.engine.native.prompt_inputs import join_features, lay_out
+from qwencli.engine.native.sampler import Sampler, SamplerKind, kind_of, widest_kind
+from qwencli.engine.native.upload import upload
+from qwencli.engine.native.vision import VisionFeatures
+from qwencli.engine.prompt import Prompt
+from qwencli.engine.request import PromptChunk
+from qwencli.engine.request import Sequence as ScheduledSequence
+from qwencli.engine.sources import MAX_STOP_TOKENS
+from qwencli.errors import InputError
+
+Tensor = torch.Tensor
+
+# Rows that a step is made for. A bucket is at most a third more than what the one below it holds,
+# from 16 on: in products on matrix units the rows in between cost next to nothing.
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# Making a graph takes as long as some tens of steps: one for more rows will do meanwhile.
+WIDEST_STAND_IN = 4
+
+
+@dataclass
+class RunnerPrompt:
+    """A request's prompt as the runner needs it, on the host but for pictures.
+
+    Args:
+        ids: int64 [S]. patches: of each picture or video, dropped once they are encoded.
+        features: of all of them, from the first chunk on.
+    """
+
+    ids: Tensor
+    layout: PromptPositions
+    grids: Sequence[tuple[int, int, int]]
+    patches: Sequence[Tensor]
+    sampling: SamplingParams
+    stop_ids: Sequence[int]
+    features: VisionFeatures | None = None
+
+    @property
+    def next_position(self) -> int:
+        return len(self.ids) + self.layout.delta
+
+
+@dataclass
+class TokenCopy:
+    """Tokens of some rows on their way to the host, and when they are there."""
+
+    sequences: tuple[ScheduledSequence, ...]
+    rows: tuple[int, ...]
+    tokens: Tensor | list[int]
+    mark: Mark
+    vision: tuple[tuple[Mark, Mark], ...] = ()
+
+    def read(self) -> list[int]:
+        """One token for each of `sequences`; waits for them."""
+        if isinstance(self.tokens, list):
+            values = self.tokens
+        else:
+            self.mark.synchronize()
+            values = self.tokens.tolist()
+        return [values[row] for row in self.rows]
+
+
+class RowState:
+    """Buffers of R rows on the device.
+
+    `token` is the last token chosen, `slot` its place in its sequence, `position` its rotary
+    position, `step` how many tokens the row has chosen and `limit` how many it may, int64 [R] all;
+    `done` [R] whether it is over. `stop_ids` int64 [R, MAX_STOP_TOKENS], -1 where unused. `tables`
+    int32 [R, pages]: the pages of each row.
+    """
+
+    def __init__(
+        self, rows: int, pages: int, vocab_size: int, max_steps: int, device: torch.device
+    ) -> None:
+        def column() -> Tensor:
+            return torch.zeros(rows, dtype=torch.int64, device=device)
+
+        self.token, self.slot, self.position, self.step, self.limit = (column() for _ in range(5))
+        self.done = torch.ones(rows, dtype=torch.bool, device=device)
+        self.stop_ids = torch.full((rows, MAX_STOP_TOKENS), -1, dtype=torch.int64, device=device)
+        self.tables = torch.full((rows, pages), SCRATCH_PAGE, dtype=torch.int32, device=device)
+        self.sampler = Sampler(vocab_size, max_steps, device, rows)
+
+    def begin(
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[RunnerPrompt],
+        pages: Sequence[Sequence[int]],
+        ids: Sequence[Tensor],
+    ) -> Tensor:
+        """Set up rows whose prompts were just run; returns them on the device.
+
+        Args:
+            ids: each prompt's tokens, on the device where there is a repetition penalty.
+        """
+        table = torch.full((len(rows), 4 + MAX_STOP_TOKENS), -1)
+        width = max(len(each) for each in pages)
+        page_table = torch.full((len(rows), width), SCRATCH_PAGE)
+        for line, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+            limit = prompt.sampling.max_new_tokens
+            table[line, :4] = torch.tensor([row, len(prompt.ids), prompt.next_position, limit])
+            table[line, 4 : 4 + len(prompt.stop_ids)] = torch.tensor(prompt.stop_ids)
+            page_table[line, : len(pages[line])] = torch.tensor(pages[line])
+        sent, sent_pages = upload([table, page_table], self.slot.device)
+        places, slot, position, limits = sent[:, :4].unbind(1)
+        self.slot.index_copy_(0, places, slot)
+        self.position.index_copy_(0, places, position)
+        self.limit.index_copy_(0, places, limits)
+        self.step.index_fill_(0, places, 0)
+        self.stop_ids.index_copy_(0, places, sent[:, 4:])
+        self.tables.index_fill_(0, places, SCRATCH_PAGE)
+        self.tables[:, :width].index_copy_(0, places, sent_pages.to(torch.int32))
+        self.sampler.begin_rows(rows, [prompt.sampling for prompt in prompts], ids)
+        return places
+
+    def choose_first(
+        self, logits: Tensor, rows: Sequence[int], places: Tensor, kinds: Sequence[SamplerKind]
+    ) -> None:
+        """Choose the first tokens of rows from the prompts' logits [n, V]."""
+        if widest_kind(kinds) is SamplerKind.ARGMAX:
+            chosen = logits.argmax(dim=-1)
+        else:
+            chosen = torch.cat(
+                [
+                    self.sampler.narrow(row, 1).sample(
+                        logits[line : line + 1], self.step[row : row + 1], kinds[line]
+                    )
+                    for line, row in enumerate(rows)
+                ]
+            )
+        self.token.index_copy_(0, places, chosen)
+        ended = (chosen[:, None] == self.stop_ids.index_select(0, places)).any(dim=1)
+        self.step.index_fill_(0, places, 1)
+        self.done.index_copy_(0, places, ended | (self.limit.index_select(0, places) <= 1))
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Make rows harmless whose pages belong to others from now on."""
+        (places,) = upload([torch.tensor(rows)], self.slot.device)
+        self.tables.index_fill_(0, places, SCRATCH_PAGE)
+        self.slot.index_fill_(0, places, 0)
+        self.position.index_fill_(0, places, 0)
+        self.done.index_fill_(0, places, True)
+
+    def move(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy rows to others, (from, to)."""
+        sources, places = upload(
+            [torch.tensor(side) for side in zip(*moves, strict=True)], self.slot.device
+        )
+        for state in (
+            self.token,
+            self.slot,
+            self.position,
+            self.step,
+            self.limit,
+            self.done,
+            self.stop_ids,
+            self.tables,
+        ):
+            state.index_copy_(0, places, state.index_select(0, sources))
+        self.sampler.move(sources, places)
+
+    def advance(self, logits: Tensor, kind: SamplerKind) -> None:
+        """Choose the next token of the first rows from logits [n, V]; rows that are over stay."""
+        count = len(logits)
+        token, done, step = self.token[:count], self.done[:count], self.step[:count]
+        chosen = self.sampler.narrow(0, count).sample(logits, step, kind)
+        token.copy_(torch.where(done, token, chosen))
+        going = (~done).to(torch.int64)
+        for counter in (self.slot, self.position, self.step):
+            counter[:count].add_(going)
+        stopped = (token[:, None] == self.stop_ids[:count]).any(dim=1)
+        done.logical_or_(stopped | (step >= self.limit[:count]))
+
+
+@dataclass
+class _Packed:
+    """The tensors of some prompt chunks side by side, on the device."""
+
+    ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    places: Tensor
+    prompts: PackedPrompts
+    features: VisionFeatures | None
+    last: Tensor = field(repr=False)
+
+
+class ModelRunner:
+    """One model with a pool of pages and the state of its rows.
+
+    Args:
+        graphs: whether steps run as CUDA graphs.
+    """
+
+    def __init__(
+        self, model: QwenModel, num_pages: int, max_rows: int, max_seq_len: int, graphs: bool
+    ) -> None:
+        self.model, self.max_rows = model, max_rows
+        self.cache = model.paged_cache(num_pages)
+        vocab_size = model.shape.text.vocab_size
+        self._pages = pages_for(max_seq_len)
+        self.state = RowState(max_rows, self._pages, vocab_size, max_seq_len, model.device)
+        self._graphs = GraphPool(model.device) if graphs else None
+        self._captured: list[tuple[SamplerKind, int, int]] = []
+        model.rope.reach(max_seq_len)
+
+    def prepare(
+        self, prompt: Prompt, sampling: SamplingParams, stop_ids: Sequence[int]
+    ) -> RunnerPrompt:
+        """Lay a prompt out on the host.
+
+        Raises:
+            InputError: see `lay_out`; also pictures for a text model.
+        """
+        layout = lay_out(self.model.shape, ModelPrompt(prompt.input_ids, prompt.visuals))
+        expected = prompt.num_image_tokens
+        if len(layout.visual_places) != expected:
+            raise InputError(
+                f"the prompt has {len(layout.visual_places)} image tokens, its pictures {expected}",
+                "give as many images as the prompt has places for",
+            )
+        patches = prompt.inputs.patches if prompt.inputs else ()
+        return RunnerPrompt(
+            ids=torch.tensor(prompt.input_ids),
+            layout=layout,
+            grids=prompt.grid_thw,
+            patches=[torch.as_tensor(each) for each in patches],
+            sampling=sampling,
+            stop_ids=stop_ids,
+        )
+
+    @torch.inference_mode()
+    def rearrange(self, moves: Sequence[tuple[int, int]], released: Sequence[int]) -> None:
+        if moves:
+            self.state.move(moves)
+        if released:
+            self.state.release(released)
+
+    @torch.inference_mode()
+    def prefill(
+        self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt], clock: Clock
+    ) -> TokenCopy | None:
+        """Run chunks of prompts; returns the first tokens of those that are through, if any."""
+        vision = self._encode(chunks, prompts, clock)
+        packed = self._pack(chunks, prompts)
+        decoder = self.model.decoder
+        hidden = decoder.embed(packed.ids)
+        deepstack = None
+        if packed.features is not None:
+            hidden.index_copy_(0, packed.places, packed.features.embeds)
+            deepstack = DeepStack(packed.places, packed.features.deepstack)
+        hidden = self.model.prefill_packed(
+            hidden, packed.positions, packed.slots, self.cache, packed.prompts, deepstack
+        )
+        through = [index for index, chunk in enumerate(chunks) if chunk.is_last]
+        if not through:
+            return None
+        logits = self.model.prompt_logits(hidden.index_select(0, packed.last))
+        sequences = [chunks[index].sequence for index in through]
+        rows = [_row(sequence) for sequence in sequences]
+        begun = [prompts[index] for index in through]
+        pages = [sequence.pages for sequence in sequences]
+        ids = [
+            prompt.ids.to(self.model.device) if _penalised(prompt) else prompt.ids
+            for prompt in begun
+        ]
+        places = self.state.begin(rows, begun, pages, ids)
+        kinds = [kind_of(prompt.sampling) for prompt in begun]
+        self.state.choose_first(logits, rows, places, kinds)
+        for prompt in begun:
+            prompt.features = None
+        return self._copy(sequences, max(rows) + 1, clock, vision)
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        sequences: Sequence[ScheduledSequence],
+        prompts: Sequence[RunnerPrompt],
+        waiting: int,
+        clock: Clock,
+    ) -> TokenCopy:
+        """One token of each of `sequences`.
+
+        Args:
+            waiting: requests that are about to join: a graph that is made now is made for them too.
+        """
+        kind = widest_kind(kind_of(prompt.sampling) for prompt in prompts)
+        rows = max(_row(sequence) for sequence in sequences) + 1
+        longest = max(
+            sequence.num_prompt_tokens + sequence.num_scheduled - 1 for sequence in sequences
+        )
+        self._step(kind, rows, longest, waiting)
+        return self._copy(sequences, rows, clock, ())
+
+    def _step(self, kind: SamplerKind, rows: int, longest: int, waiting: int) -> None:
+        if self._graphs is None:
+            self._advance(kind, rows, longest)
+            return
+        # A kernel reads lengths on the device; operators read a bucket of slots.
+        reach = self._pages * PAGE_SIZE
+        if not self.reads_lengths:
+            reach = min(reach, 1 << max(longest - 1, 255).bit_length())
+        key = self._graph_for(kind, rows, reach, waiting)
+        if key not in self._graphs:
+            # It runs what it captures, and rows must not take that step twice: all are over
+            # meanwhile, and what was written for them is written again.
+            done, seen = self.state.done, self.state.sampler.seen
+            kept = done.clone(), seen.clone()
+            done.fill_(True)
+            self._graphs.capture(key, lambda: self._advance(*key))
+            done.copy_(kept[0])
+            seen.copy_(kept[1])
+            self._captured.append(key)
+        self._graphs.replay(key)
+
+    @property
+    def reads_lengths(self) -> bool:
+        """Whether attention of steps is a kernel's, which knows of lengths what the device does."""
+        return self.model.step_ops.paged_reads_lengths
+
+    def _graph_for(
+        self, kind: SamplerKind, rows: int, reach: int, waiting: int
+    ) -> tuple[SamplerKind, int, int]:
+        able = [
+            key
+            for key in self._captured
+            if key[0] is kind and key[1] >= rows and key[2] >= reach and key[2] <= 2 * reach
+        ]
+        found = min(able, key=lambda key: key[1:], default=None)
+        if found is not None and found[1] <= max(WIDEST_STAND_IN * rows, rows + waiting):
+            return found
+        wanted = min(rows + waiting, self.max_rows)
+        bucket = next((size for size in ROW_BUCKETS if size >= wanted), self.max_rows)
+        return kind, min(bucket, self.max_rows), reach
+
+    def _advance(self, kind: SamplerKind, rows: int, longest: int) -> None:
+        state = self.state
+        slot, tables = state.slot[:rows], state.tables[:rows]
+        pages = DecodePages(tables, (slot + 1).to(torch.int32), longest)
+        logits = self.model.decode_rows(
+            state.token[:rows],
+            state.position[:rows],
+            decode_slots(tables, slot),
+            self.cache,
+            pages,
+        )
+        state.advance(logits, kind)
+
+    def _encode(
+        self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt], clock: Clock
+    ) -> tuple[tuple[Mark, Mark], ...]:
+        """Encode the pictures of all prompts that begin, together; returns when that ran."""
+        new = [
+            prompt
+            for chunk, prompt in zip(chunks, prompts, strict=True)
+            if prompt.patches and prompt.features is None
+        ]
+        if not new:
+            return ()
+        start = clock.mark()
+        device, dtype = self.model.device, self.model.dtype
+        own = [each for prompt in new for each in prompt.patches]
+        for each in own:
+            if each.is_cuda:  # made on another stream, whose memory it goes back to
+                each.record_stream(torch.cuda.current_stream(device))
+        patches = [each.to(device, dtype) for each in own]
+        grids = [grid for prompt in new for grid in prompt.grids]
+        features = self.model.encode_images(torch.cat(patches), grids)
+        sizes = [len(prompt.layout.visual_places) for prompt in new]
+        layers = [features.embeds, *features.deepstack]
+        parts = zip(*(layer.split_with_sizes(sizes) for layer in layers), strict=True)
+        for prompt, (embeds, *deepstack) in zip(new, parts, strict=True):
+            prompt.features = VisionFeatures(embeds, tuple(deepstack))
+            prompt.patches = ()
+        return ((start, clock.mark()),)
+
+    def _pack(self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt]) -> _Packed:
+        ids, positions, slots, places, seen = [], [], [], [], []
+        features: list[VisionFeatures] = []
+        starts, context_starts, last = [0], [0], []
+        behind = any(chunk.start > 0 for chunk in chunks)
+        for chunk, prompt in zip(chunks, prompts, strict=True):
+            start, stop, first = chunk.start, chunk.stop, starts[-1]
+            own = _slots_of(chunk.sequence.pages, stop)
+            ids.append(prompt.ids[start:stop])
+            positions.append(prompt.layout.positions[:, start:stop])
+            slots.append(own[start:])
+            if behind:
+                seen.append(own)
+            visual = prompt.layout.visual_places
+            low, high = torch.searchsorted(visual, torch.tensor([start, stop])).tolist()
+            if high > low:
+                assert prompt.features is not None, "encoded with the first chunk"
+                places.append(visual[low:high] - start + first)
+                features.append(_part(prompt.features, low, high))
+            starts.append(first + stop - start)
+            context_starts.append(context_starts[-1] + stop)
+            if chunk.is_last:
+                last.append(starts[-1] - 1)
+        none = torch.zeros(0, dtype=torch.int64)
+        host = [
+            torch.cat(ids),
+            torch.cat(positions, 1),
+            torch.cat(slots),
+            torch.cat(places) if places else none,
+            torch.cat(seen) if seen else none,
+            torch.tensor(starts),
+            torch.tensor(context_starts),
+            torch.tensor(last, dtype=torch.int64),
+        ]
+        sent = upload(host, self.model.device)
+        return _Packed(
+            ids=sent[0],
+            positions=sent[1],
+            slots=sent[2],
+            places=sent[3],
+            prompts=PackedPrompts(
+                lengths=[chunk.stop - chunk.start for chunk in chunks],
+                contexts=[chunk.start for chunk in chunks],
+                starts=sent[5].to(torch.int32),
+                context_starts=sent[6].to(torch.int32),
+                slots=sent[4] if behind else None,
+                flash=self.model.flash_decode,
+            ),
+            features=join_features(features) if features else None,
+            last=sent[7],
+        )
+
+    def _copy(
+        self,
+        sequences: Sequence[ScheduledSequence],
+        rows: int,
+        clock: Clock,
+        vision: tuple[tuple[Mark, Mark], ...],
+    ) -> TokenCopy:
+        """Start copying the rows' last tokens to the host."""
+        tokens: Tensor | list[int]
+        if self.model.device.type == "cuda":
+            pinned = torch.empty(rows, dtype=torch.int64, pin_memory=True)
+            tokens = pinned.copy_(self.state.token[:rows], non_blocking=True)
+        else:
+            tokens = self.state.token[:rows].tolist()
+        places = tuple(_row(sequence) for sequence in sequences)
+        return TokenCopy(tuple(sequences), places, tokens, clock.mark(), vision)
+
+
+def _row(sequence: ScheduledSequence) -> int:
+    assert sequence.row is not None, "only sequences that run are given to the runner"
+    return sequence.row
+
+
+def _penalised(prompt: RunnerPrompt) -> bool:
+    return prompt.sampling.repetition_penalty != 1.0
+
+
+def _slots_of(pages: Sequence[int], count: int) -> Tensor:
+    """The pool's slots of the first `count` tokens of a sequence, int64."""
+    offsets = torch.arange(PAGE_SIZE)
+    used = torch.tensor(pages[: pages_for(count)])
+    return (used[:, None] * PAGE_SIZE + offsets).flatten()[:count]
+
+
+def _part(features: VisionFeatures, low: int, high: int) -> VisionFeatures:
+    return VisionFeatures(
+        features.embeds[low:high], tuple(layer[low:high] for layer in features.deepstack)
+    )

@@ -1,0 +1,161 @@
+"""Which sequences run in the next step: waiting -> prefilling -> running -> finished.
+
+A step runs prompts of at most `max_prefill_tokens` tokens and then one token of every running row,
+so a running row waits for no more than that many prompt tokens, however long prompts are. Requests
+start in the order they came: one whose pages are not free yet is not overtaken by a smaller one.
+A sequence gets the pages of its whole answer when it starts, so nothing that runs ever has to be
+stopped for want of a page; a pool that is full makes requests wait.
+
+The host knows when a row has taken all tokens it may take. That a stop token ended an answer it
+learns later, from what it reads; the row idles until then.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from qwencli.engine.cache.page_pool import PagePool, pages_for
+from qwencli.engine.request import Batch, PromptChunk, RequestId, Sequence
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one step may hold.
+
+    Args:
+        max_rows: sequences that run at once.
+        max_prefill_tokens: prompt tokens of one step.
+        max_prompts: prompts of one step.
+    """
+
+    max_rows: int
+    max_prefill_tokens: int
+    max_prompts: int
+
+
+class Scheduler:
+    """Holds every sequence from `add` until `finish`."""
+
+    def __init__(self, limits: Limits, pool: PagePool) -> None:
+        self.limits, self.pool = limits, pool
+        self.waiting: deque[Sequence] = deque()
+        self._prefilling: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._rows: list[Sequence | None] = [None] * limits.max_rows
+        self._released: set[int] = set()
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.waiting or self._prefilling or self._running)
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """Sequences that have a row, prefilled or not."""
+        return (*self._running, *self._prefilling)
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether the whole pool could hold a sequence of this many tokens."""
+        return pages_for(num_tokens) <= self.pool.capacity
+
+    def add(self, sequence: Sequence) -> None:
+        assert self.fits(sequence.max_tokens), "the caller refuses what can never start"
+        self.waiting.append(sequence)
+
+    def schedule(self) -> Batch | None:
+        """The next step; None if nothing can be done but wait for what is being read."""
+        moves = self._compact()
+        self._admit()
+        prefill = self._chunks()
+        decode = tuple(each for each in self._running if each.num_scheduled < each.max_new_tokens)
+        if not prefill and not decode:
+            return None
+        for sequence in decode:
+            sequence.num_scheduled += 1
+        # A row taken again forgets as well: the steps until its prompt is through run it idle.
+        released = tuple(sorted(self._released - {place for _, place in moves}))
+        self._released.clear()
+        return Batch(moves, prefill, decode, released)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, at whatever stage it is; its row and pages are free from the next
+        step on."""
+        for holder in (self._running, self._prefilling, self.waiting):
+            if sequence in holder:
+                holder.remove(sequence)
+        if sequence.row is not None:
+            self._rows[sequence.row] = None
+            self._released.add(sequence.row)
+            sequence.row = None
+        self.pool.free(sequence.pages)
+        sequence.pages = []
+
+    def requeue(self, sequence: Sequence) -> None:
+        """Put a sequence whose prefill failed back in front of those that wait."""
+        self.finish(sequence)
+        sequence.num_computed = sequence.num_scheduled = 0
+        self.waiting.appendleft(sequence)
+
+    def find(self, request: RequestId) -> Sequence | None:
+        for sequence in (*self.running, *self.waiting):
+            if sequence.request == request:
+                return sequence
+        return None
+
+    def _admit(self) -> None:
+        """Give waiting sequences a row and pages, in order, as far as this step's tokens go."""
+        tokens = sum(each.num_prompt_tokens - each.num_computed for each in self._prefilling)
+        while (
+            self.waiting
+            and None in self._rows
+            and tokens < self.limits.max_prefill_tokens
+            and len(self._prefilling) < self.limits.max_prompts
+        ):
+            first = self.waiting[0]
+            # A prompt is cut only if it would be cut in a step of its own too.
+            whole = first.num_prompt_tokens <= self.limits.max_prefill_tokens - tokens
+            if self._prefilling and not whole:
+                return
+            pages = self.pool.allocate(pages_for(first.max_tokens))
+            if pages is None:
+                return
+            self.waiting.popleft()
+            first.pages = pages
+            first.row = self._rows.index(None)
+            self._rows[first.row] = first
+            self._prefilling.append(first)
+            tokens += first.num_prompt_tokens
+
+    def _chunks(self) -> tuple[PromptChunk, ...]:
+        left = self.limits.max_prefill_tokens
+        chunks: list[PromptChunk] = []
+        for sequence in tuple(self._prefilling):
+            stop = min(sequence.num_prompt_tokens, sequence.num_computed + left)
+            if stop == sequence.num_computed:
+                break
+            chunks.append(PromptChunk(sequence, sequence.num_computed, stop))
+            left -= stop - sequence.num_computed
+            sequence.num_computed = stop
+            if sequence.is_prefilled:
+                sequence.num_scheduled = 1
+                self._prefilling.remove(sequence)
+                self._running.append(sequence)
+        return tuple(chunks)
+
+    def _compact(self) -> tuple[tuple[int, int], ...]:
+        """Move the last rows to free places in front, once half of the rows in use are idle: a step
+        runs all rows up to the last one."""
+        taken = [row for row, sequence in enumerate(self._rows) if sequence is not None]
+        if not taken or 2 * len(taken) > taken[-1] + 1:
+            return ()
+        moves = []
+        places = [row for row in range(len(taken)) if self._rows[row] is None]
+        for place, row in zip(places, reversed(taken), strict=False):
+            sequence = self._rows[row]
+            if row < len(taken) or sequence is None:
+                break
+            self._rows[place], self._rows[row] = sequence, None
+            sequence.row = place
+            self._released.add(row)
+            moves.append((row, place))
+        return tuple(moves)

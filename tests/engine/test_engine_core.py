@@ -1,0 +1,234 @@
+"""Many requests at once on the CPU: each answer is the one its request gets alone."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qwencli.config import Attention, EngineName, SamplingOptions, Speculate
+from qwencli.engine.client import generate_many
+from qwencli.engine.native import engine as native_engine
+from qwencli.engine.native.engine import NativeEngine
+from qwencli.engine.reference.engine import TransformersEngine
+from qwencli.engine.scheduler import Limits
+from qwencli.errors import InputError, OutOfMemoryError
+from qwencli.messages import GenerationRequest, user_message
+from tests.checkpoints import engine_config, film, picture
+
+# Few rows and tokens, so that requests wait, prompts are cut and rows are used again.
+NARROW = Limits(max_rows=3, max_prefill_tokens=24, max_prompts=2)
+
+
+def native_config(folder, **settings):
+    return engine_config(folder, engine=EngineName.NATIVE, **settings)
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint):
+    with NativeEngine(native_config(checkpoint("qwen3_vl"))) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def limited(engine, monkeypatch):
+    """The engine with a queue of its own, of `NARROW` rows."""
+    monkeypatch.setitem(native_engine.BATCH_LIMITS, "cpu", NARROW)
+    engine._close_queue()
+    yield engine
+    engine._close_queue()
+
+
+def ask(text="Describe this.", images=(), ignore_eos=True, **sampling):
+    settings = {"do_sample": False, "max_new_tokens": 6, **sampling}
+    message = user_message(text, tuple(images))
+    return GenerationRequest((message,), SamplingOptions(**settings), ignore_eos=ignore_eos)
+
+
+def mixed() -> list[GenerationRequest]:
+    return [
+        ask("A", max_new_tokens=1),
+        ask("How many? " * 12, max_new_tokens=9),
+        ask(images=[picture()], max_new_tokens=14),
+        ask(images=[picture(96, 64), picture(64, 64)], max_new_tokens=3),
+        ask(images=[film()], max_new_tokens=5),
+        ask("B", repetition_penalty=1.4, max_new_tokens=12),
+        ask("C", do_sample=None, temperature=1.0, top_k=20, seed=3, max_new_tokens=12),
+        ask("D", do_sample=None, temperature=1.4, top_k=0, min_p=0.05, seed=4, max_new_tokens=8),
+        ask("E", ignore_eos=False, max_new_tokens=20),
+        ask("F" * 40, max_new_tokens=2),
+    ]
+
+
+def pages_are_all_free(engine) -> bool:
+    pool = engine._queue._scheduler.pool
+    return pool.num_free == pool.capacity
+
+
+def test_each_answer_of_a_mix_is_the_one_its_request_gets_alone(limited):
+    requests = mixed()
+    alone = [limited.generate(request) for request in requests]
+    together = list(generate_many(limited, requests))
+    for one, other in zip(alone, together, strict=True):
+        assert other.token_ids == one.token_ids
+        assert (other.text, other.finish_reason) == (one.text, one.finish_reason)
+        assert other.num_prompt_tokens == one.num_prompt_tokens
+        assert len(other.token_t_s) == len(other.token_ids)
+        assert other.timings.prefill_s > 0 and other.timings.e2e_s >= other.timings.ttft_s > 0
+    assert together[2].timings.vision_encode_s > 0
+    assert together[0].timings.vision_encode_s is None
+    assert pages_are_all_free(limited) and not limited.has_unfinished
+    assert limited.max_rows == 3
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3", "qwen2"])
+def test_other_families(checkpoint, monkeypatch, family):
+    monkeypatch.setitem(native_engine.BATCH_LIMITS, "cpu", NARROW)
+    images = [picture(96, 64)] if family == "qwen2_5_vl" else []
+    requests = [ask("What? " * n, images=images, max_new_tokens=2 + n) for n in range(1, 6)]
+    with NativeEngine(native_config(checkpoint(family))) as loaded:
+        alone = [loaded.generate(request) for request in requests]
+        together = list(generate_many(loaded, requests))
+    assert [each.token_ids for each in together] == [each.token_ids for each in alone]
+
+
+def test_requests_are_taken_as_there_is_room(limited, monkeypatch):
+    monkeypatch.setattr("qwencli.engine.client.REQUESTS_AHEAD", 2)
+    taken = itertools.count()
+    asked = 0
+
+    def source():
+        nonlocal asked
+        for number in range(30):
+            asked = next(taken) + 1
+            yield ask(f"Number {number}", max_new_tokens=2)
+
+    results = generate_many(limited, source())
+    next(results)
+    assert asked <= 2 * (3 + 2)
+    assert len(list(results)) == 29
+
+
+def test_a_request_that_fails_fails_alone(limited, monkeypatch):
+    good = ask("Well?", max_new_tokens=4)
+    expected = limited.generate(good).token_ids
+    too_long = ask("Too long", max_new_tokens=8192)
+    bad_picture = ask(images=[picture(8000, 8)])
+    broken = ask("Broken", max_new_tokens=5)
+    taking = native_engine.EngineCore._take
+
+    def take(self, active, token, mark):
+        if active.answer.sampling.max_new_tokens == 5 and len(active.answer.token_ids) == 2:
+            raise InputError("simulated", "in the middle of decoding")
+        return taking(self, active, token, mark)
+
+    monkeypatch.setattr(native_engine.EngineCore, "_take", take)
+    results = list(generate_many(limited, [good, too_long, bad_picture, broken, good]))
+    assert [each.token_ids for each in (results[0], results[4])] == [expected, expected]
+    assert all(isinstance(each, InputError) for each in results[1:4])
+    assert "8192" in str(results[1]) and "times" in str(results[2])
+    assert pages_are_all_free(limited)
+
+
+def test_a_request_larger_than_the_pool_is_refused(engine, monkeypatch):
+    monkeypatch.setattr(native_engine, "plan_pages", lambda *args: 2)
+    engine._close_queue()
+    small, large = ask("S", max_new_tokens=3), ask("L", max_new_tokens=200)
+    results = list(generate_many(engine, [small, large, small]))
+    engine._close_queue()
+    assert isinstance(results[1], InputError) and "room for 64" in str(results[1])
+    assert results[0].token_ids == results[2].token_ids == engine.generate(small).token_ids
+
+
+def test_where_memory_is_short_fewer_prompts_run_at_a_time(limited, monkeypatch):
+    requests = [ask(f"Number {n} " * 8, max_new_tokens=3) for n in range(5)]
+    expected = [limited.generate(request).token_ids for request in requests]
+    limited._requests()._scheduler.limits = replace(NARROW, max_prefill_tokens=400)
+    running = native_engine.ModelRunner.prefill
+
+    def short_of_memory(self, chunks, prompts, clock):
+        if len(chunks) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        return running(self, chunks, prompts, clock)
+
+    monkeypatch.setattr(native_engine.ModelRunner, "prefill", short_of_memory)
+    assert [each.token_ids for each in generate_many(limited, requests)] == expected
+    assert limited._queue._scheduler.limits.max_prompts == 1
+
+
+def test_a_prompt_that_does_not_fit_the_memory_fails_alone(limited, monkeypatch):
+    running = native_engine.ModelRunner.prefill
+
+    def short_of_memory(self, chunks, prompts, clock):
+        if any(len(prompt.ids) > 60 for prompt in prompts):
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        return running(self, chunks, prompts, clock)
+
+    monkeypatch.setattr(native_engine.ModelRunner, "prefill", short_of_memory)
+    small, large = ask("S", max_new_tokens=4), ask("L" * 400, max_new_tokens=4)
+    results = list(generate_many(limited, [small, large, small]))
+    assert isinstance(results[1], OutOfMemoryError)
+    assert results[0].token_ids == results[2].token_ids
+    assert pages_are_all_free(limited)
+
+
+def test_what_is_aborted_gives_nothing_more(limited):
+    expected = limited.generate(ask("Keep", max_new_tokens=8)).token_ids
+    numbers = [limited.add(ask(text, max_new_tokens=8)) for text in ("Keep", "X", "Y", "Z")]
+    outputs = []
+    for _ in range(4):
+        outputs += limited.step()
+    for number in (*numbers[1:], *numbers[1:], 999):
+        limited.abort(number)
+    while limited.has_unfinished:
+        later = limited.step()
+        assert {each.request for each in later} <= {numbers[0]}
+        outputs += later
+    kept = [each for each in outputs if each.request == numbers[0]]
+    assert kept[-1].chunk.result.token_ids == expected
+    assert sum(each.finished for each in kept) == 1
+    limited.step()
+    assert pages_are_all_free(limited)
+
+
+def test_closing_the_results_aborts_the_rest(limited):
+    results = generate_many(limited, [ask(f"{n}", max_new_tokens=20) for n in range(9)])
+    next(results)
+    results.close()
+    assert not limited.has_unfinished
+    limited.step()
+    assert pages_are_all_free(limited)
+
+
+def test_a_lone_stream_beside_a_batch(limited):
+    request = ask("Alone", max_new_tokens=12)
+    expected = limited.generate(request).token_ids
+    results = generate_many(limited, [ask(f"{n}", max_new_tokens=9) for n in range(4)])
+    first = next(results)
+    assert limited.generate(request).token_ids == expected
+    assert len([first, *results]) == 4
+
+
+@pytest.mark.parametrize(
+    "settings", [{"speculate": Speculate.AUTO}, {"attention": Attention.EAGER}]
+)
+def test_modes_without_batches_answer_one_after_the_other(checkpoint, settings):
+    requests = [ask("One", max_new_tokens=3), ask("Two", max_new_tokens=8192), ask("Three")]
+    with NativeEngine(native_config(checkpoint("qwen3"), **settings)) as loaded:
+        assert loaded.max_rows == 1
+        results = list(generate_many(loaded, requests))
+        assert isinstance(results[1], InputError)
+        for request, result in zip(requests[::2], results[::2], strict=True):
+            assert result.token_ids == loaded.generate(request).token_ids
+
+
+def test_the_transformers_engine_speaks_the_same_protocol(checkpoint):
+    requests = [ask("One", max_new_tokens=3), ask("Two", max_new_tokens=2)]
+    with TransformersEngine(engine_config(checkpoint("qwen3"))) as loaded:
+        number = loaded.add(requests[1])
+        loaded.abort(number)
+        results = list(generate_many(loaded, requests))
+        assert [len(each.token_ids) for each in results] == [3, 2]
+        assert not loaded.has_unfinished
