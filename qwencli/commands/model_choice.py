@@ -22,7 +22,7 @@ def choose_model(run: RunOptions, sink: Sink) -> ModelSpec:
     """
     if run.model:
         return resolve_model(run.model, models_file=run.models_file, offline=run.offline)
-    free_bytes, on_gpu = _free_bytes(run.device)
+    free_bytes, on_gpu = free_bytes_on(run.device)
     spec = resolve_model(
         None, models_file=run.models_file, offline=run.offline, free_bytes=free_bytes
     )
@@ -32,7 +32,7 @@ def choose_model(run: RunOptions, sink: Sink) -> ModelSpec:
     return better if better and _wants(better) else spec
 
 
-def _free_bytes(device: str) -> tuple[int, bool]:
+def free_bytes_on(device: str) -> tuple[int, bool]:
     """Bytes a model may take on the device that `auto` or `device` means; whether it is a GPU."""
     from qwencli.engine.host import gpu_free_bytes, host_memory
 

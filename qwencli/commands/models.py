@@ -8,18 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwencli.output import Sink
+from qwencli.output import Sink, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from qwencli.models.listing import ModelRow
 
-_MODES = ("4bit", "8bit", "full")
-_LEGEND = (
-    "VRAM: GB for the weights, 4096 tokens and a one-megapixel image; "
-    "* as stated in custom_models.json, otherwise estimated."
-)
+_MODES = ("4bit", "8bit", "fp8", "full")
 
 
 def models(
@@ -30,7 +26,8 @@ def models(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
-    """List the models: where they are, and the memory they need."""
+    """List the models: where they are, the memory they need, and what fits this machine."""
+    from qwencli.commands.model_choice import free_bytes_on
     from qwencli.models.listing import list_models
     from qwencli.models.resolve import Places
 
@@ -38,33 +35,48 @@ def models(
     custom = places.custom_models(models_file)
     for warning in custom.warnings:
         sink.warn(warning)
-    rows = list_models(custom, places)
+    free_bytes, on_gpu = free_bytes_on("auto")
+    rows = list_models(custom, places, free_bytes)
     if as_json:
         for row in rows:
             sink.json_line(asdict(row))
         return
-    sink.show(_table(rows))
+    sink.show(_table(rows, _legend(free_bytes, on_gpu)))
 
 
-def _table(rows: list[ModelRow]) -> Table:
+def _legend(free_bytes: int, on_gpu: bool) -> str:
+    of = "VRAM that is free" if on_gpu else "memory (half of what is free)"
+    return (
+        "GB for the weights, 4096 tokens and a one-megapixel image; * as stated in "
+        f"custom_models.json, otherwise estimated. Fits: the largest mode within the "
+        f"{free_bytes / 1e9:.1f} GB of {of} here."
+    )
+
+
+def _table(rows: list[ModelRow], legend: str) -> Table:
     from rich.table import Table
     from rich.text import Text
 
     # No lines between columns: with them the longest built-in name does not fit in 80 columns.
-    table = Table(box=None, padding=(0, 2, 0, 0), caption=_LEGEND, caption_justify="left")
+    table = Table(
+        box=None, padding=(0, 1, 0, 0), pad_edge=False, caption=legend, caption_justify="left"
+    )
     table.add_column("Model", overflow="fold")
     table.add_column("Kind", no_wrap=True)
-    for heading in ("Size", *_MODES):
+    for heading in ("Size", *_MODES, "Fits"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("Where", overflow="fold")
     for row in rows:
         size = "?" if row.size_bytes is None else _size(row.size_bytes)
         vram = [_vram(row, mode) for mode in _MODES]
+        fits = row.fits[-1] if row.fits else "no" if row.vram_gb else "?"
         mark = " (default)" if row.default else ""
         # Text, not str: names and paths may hold what rich reads as markup.
         kept = f", {_size(row.kept_bytes)} of quantized weights kept" if row.kept_bytes else ""
-        cells = (row.name + mark, row.kind, size, *vram, _where(row) + kept)
-        table.add_row(*(Text(cell) for cell in cells), style=None if row.downloaded else "dim")
+        cells = (row.name + mark, row.kind, size, *vram, fits, _where(row) + kept)
+        table.add_row(
+            *(Text(visible(cell)) for cell in cells), style=None if row.downloaded else "dim"
+        )
     return table
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
-from qwencli.config import ModelSource, ModelSpec
+from qwencli.config import ModelSource, ModelSpec, Quantization
 from qwencli.errors import ModelFileError
 from qwencli.models.builtin import builtin_spec
 from qwencli.models.catalog import ENTRIES
@@ -33,6 +34,13 @@ from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import parameter_count
 from qwencli.models.weights import find_weights
 
+# The columns of the list, smallest first.
+SHOWN: dict[str, Quantization] = {
+    "4bit": LISTED["4bit"],
+    "8bit": LISTED["8bit"],
+    "fp8": Quantization.FP8,
+    "full": LISTED["full"],
+}
 _KINDS = {
     ModelSource.BUILTIN: "built-in",
     ModelSource.BUNDLED: "bundled",
@@ -50,7 +58,8 @@ class ModelRow:
         path: the folder with its files; None when they are not on this machine.
         size_bytes: weights on disk, or to be downloaded (bfloat16); None when not known.
         num_parameters: from its shape; None when not known before a download.
-        vram_gb: GB (1e9 bytes) by "4bit", "8bit", "full"; a mode without a figure is missing.
+        vram_gb: GB (1e9 bytes) by the modes of SHOWN; a mode without a figure is missing.
+        fits: the modes whose figure is within what is free on this machine.
         vram_stated: the modes whose figure the entry states, rather than we estimate.
         problem: why it cannot be used, when that is known already.
         kept_bytes: of its quantized weights in the user's cache.
@@ -66,16 +75,22 @@ class ModelRow:
     num_parameters: int | None = None
     vram_gb: dict[str, float] = field(default_factory=dict)
     vram_stated: tuple[str, ...] = ()
+    fits: tuple[str, ...] = ()
     problem: str | None = None
     kept_bytes: int = 0
 
 
-def list_models(custom: CustomModels, places: Places) -> list[ModelRow]:
+def list_models(
+    custom: CustomModels, places: Places, free_bytes: int | None = None
+) -> list[ModelRow]:
     """Bundled, custom, local, built-in and otherwise downloaded models, each once, in this order.
 
     Local models are the complete model folders directly in the working folder.
+
+    Args:
+        free_bytes: what a model may take on this machine; None when not known, and nothing fits.
     """
-    return [_row(spec) for spec in _specs(custom, places)]
+    return [_row(spec, free_bytes or 0) for spec in _specs(custom, places)]
 
 
 def _specs(custom: CustomModels, places: Places) -> Iterator[ModelSpec]:
@@ -93,7 +108,7 @@ def _specs(custom: CustomModels, places: Places) -> Iterator[ModelSpec]:
             yield ModelSpec(repo_id, ModelSource.HUB, repo_id=repo_id, path=path)
 
 
-def _row(spec: ModelSpec) -> ModelRow:
+def _row(spec: ModelSpec, free_bytes: int) -> ModelRow:
     found: dict[str, Any] = {}
     problem = None
     try:
@@ -102,6 +117,7 @@ def _row(spec: ModelSpec) -> ModelRow:
     except ModelFileError as error:
         problem = error.message
     stated = {mode: spec.vram_requirement[mode] for mode in LISTED if mode in spec.vram_requirement}
+    vram_gb = {**found.get("vram_gb", {}), **stated}
     return ModelRow(
         name=spec.name,
         kind=_KINDS[spec.source],
@@ -111,8 +127,9 @@ def _row(spec: ModelSpec) -> ModelRow:
         default=spec.default,
         size_bytes=found.get("size_bytes"),
         num_parameters=found.get("num_parameters"),
-        vram_gb={**found.get("vram_gb", {}), **stated},
+        vram_gb=vram_gb,
         vram_stated=tuple(stated),
+        fits=tuple(mode for mode in SHOWN if vram_gb.get(mode, inf) * 1e9 <= free_bytes),
         problem=problem,
         kept_bytes=cached_bytes(spec.path) if spec.path else 0,
     )
@@ -133,7 +150,7 @@ def _sizes(spec: ModelSpec) -> dict[str, Any]:
     elif not spec.quantized:
         found["vram_gb"] = {
             mode: round(estimate(shape, quantization).total / 1e9, 2)
-            for mode, quantization in LISTED.items()
+            for mode, quantization in SHOWN.items()
         }
     return found
 
@@ -152,7 +169,9 @@ def _packed_vram(spec: ModelSpec, shape: ModelShape) -> dict[str, float]:
     weights = packed_weight_bytes(shape, packed, stored, value_bytes=2)
     total = replace(estimate(shape), weights=weights).total
     least = min(layer.packing.bits or layer.bits for layer in layers.values())
-    return {"4bit" if least == 4 else "8bit": round(total / 1e9, 2)}
+    is_fp8 = any(kind.startswith("F8") for layer in layers.values() for kind in layer.packing.types)
+    mode = "4bit" if least == 4 else "fp8" if is_fp8 else "8bit"
+    return {mode: round(total / 1e9, 2)}
 
 
 def _config_place(spec: ModelSpec) -> str:

@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from qwencli.commands.models import models
+from qwencli.engine import host
 from qwencli.errors import CustomModelsError
 from qwencli.models import resolve
 from qwencli.models.builtin import BUILTINS
@@ -24,6 +25,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(resolve, "user_config_folder", lambda: tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(host, "gpu_free_bytes", lambda: 8_000_000_000)
     return lambda *arguments: CliRunner().invoke(app, arguments)
 
 
@@ -47,7 +49,9 @@ def test_table_fits_80_columns_and_breaks_no_builtin_name(run):
         "GB",
         "5.4",
         "7.1",
+        "7.1",
         "10.4",
+        "fp8",
         "not",
         "downloaded",
     ]
@@ -60,7 +64,7 @@ def test_json_is_one_object_a_line(run):
     assert set(BUILTINS) <= set(by_name)
     assert by_name["qwen2.5-vl-7b"]["repo_id"] == "Qwen/Qwen2.5-VL-7B-Instruct"
     assert by_name["qwen2.5-vl-7b"]["downloaded"] is False
-    assert set(by_name["qwen3-4b"]["vram_gb"]) == {"4bit", "8bit", "full"}
+    assert set(by_name["qwen3-4b"]["vram_gb"]) == {"4bit", "8bit", "fp8", "full"}
 
 
 def test_custom_entries_are_marked(run, tmp_path):
@@ -75,6 +79,8 @@ def test_custom_entries_are_marked(run, tmp_path):
         "5.0*",
         "?",
         "?",
+        "?",
+        "4bit",
         "not",
         "downloaded",
     ]
@@ -99,3 +105,21 @@ def test_malformed_file_is_our_error(run, tmp_path):
 
 def test_missing_models_file_is_our_error(run):
     assert isinstance(run("--models-file", "none.json").exception, CustomModelsError)
+
+
+def test_what_fits_this_machine_is_marked(run):
+    by_name = {row["name"]: row for row in map(json.loads, run("--json").stdout.splitlines())}
+    assert by_name["qwen3-vl-2b"]["fits"] == ["4bit", "8bit", "fp8", "full"]
+    assert by_name["qwen3-vl-4b"]["fits"] == ["4bit", "8bit", "fp8"]
+    assert by_name["qwen3-vl-32b"]["fits"] == []
+    shown = {line.split()[0]: line for line in run().stdout.splitlines() if line.strip()}
+    assert " full not downloaded" in shown["qwen3-vl-2b"]
+    assert " no not downloaded" in shown["qwen3-vl-32b"]
+    assert "8.0 GB of VRAM" in " ".join(run().stdout.split())
+
+
+def test_a_name_with_a_line_feed_forges_no_row(run, tmp_path):
+    file = write(tmp_path / "m.json", {"a\nerror: forged\x1b[2J": {"repo_id": "Owner/Name"}})
+    result = run("--models-file", str(file))
+    assert not [line for line in result.stdout.splitlines() if line.startswith("error:")]
+    assert "\x1b" not in result.stdout
