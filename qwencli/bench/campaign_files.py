@@ -71,8 +71,8 @@ _WHOLE = frozenset(
         "positions", "passage", "position",
     }
 )  # fmt: skip
-# Speeds: one of zero is none.
-_SPEEDS = re.compile(r"decode_tok_per_s(_median|_min|_max)?")
+# What others are divided by.
+_ABOVE_ZERO = re.compile(r"decode_tok_per_s(_median|_min|_max)?|(watched|bare)_itl_ms")
 # Numbers that may lie below zero; prefill_s is what other phases leave of the first token's time.
 _SIGNED = re.compile(
     r"prefill_s|temperature_c|log_prob|speculation_gain|overhead|level_change_percent"
@@ -238,7 +238,7 @@ def _is_amount(text: str) -> bool:
     return value == 0 or _LEAST <= value <= _MOST
 
 
-def _is_speed(text: str) -> bool:
+def _is_above_zero(text: str) -> bool:
     return not text or (_is_amount(text) and float(text) > 0)
 
 
@@ -267,7 +267,7 @@ _KINDS: Mapping[Callable[[str], bool], tuple[str, Callable[[Sequence[str]], bool
     _is_word: ("a word", lambda values: True),
     _is_whole: ("a whole number from 0", _are_whole),
     _is_amount: ("a number from 0", _are_amounts),
-    _is_speed: ("a number above 0", lambda values: False),
+    _is_above_zero: ("a number above 0", lambda values: False),
     _is_signed: ("a number", lambda values: False),
 }
 
@@ -277,8 +277,8 @@ def _kind_of(name: str) -> Callable[[str], bool]:
         return _is_word
     if name in _WHOLE:
         return _is_whole
-    if _SPEEDS.fullmatch(name):
-        return _is_speed
+    if _ABOVE_ZERO.fullmatch(name):
+        return _is_above_zero
     return _is_signed if _SIGNED.search(name) else _is_amount
 
 

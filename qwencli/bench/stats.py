@@ -16,7 +16,7 @@ from qwencli.bench.attribution import whole_cell
 from qwencli.bench.attribution.records import records_by_cell
 from qwencli.bench.attribution.whole_cell import UNKNOWN_MACHINE, Machine
 from qwencli.bench.itl import percentile
-from qwencli.bench.matrix import NEWER_AXES
+from qwencli.bench.matrix import AXES, NEWER_AXES
 from qwencli.bench.quality import quality_columns
 from qwencli.bench.roofline import roofline_columns, with_best_limits
 from qwencli.bench.steadiness import Steadiness, level_change, steadiness, steadiness_columns
@@ -148,7 +148,7 @@ def _cell_row(data: CellData) -> CellRow:
     median = _median(speeds)
     itl_p50_ms = percentile(data.itl_ms, 50)
     return {
-        **{key: value for key, value in data.axes.items() if key != "skip_reason"},
+        **{key: data.axes[key] for key in ("cell_id", *AXES) if key in data.axes},
         "status": status,
         "reason": reason,
         "runs": len(data.measured),

@@ -22,7 +22,8 @@ from qwencli.bench.tables import terminal_table
 from qwencli.errors import BenchError, QwenCliError
 from tests.bench.broken_campaigns import mutate, write_campaign
 
-CONSOLE = Console(width=80, file=io.StringIO())
+# As the sink of the commands has it.
+CONSOLE = Console(width=80, file=io.StringIO(), markup=False, emoji=False, highlight=False)
 
 
 def report(folder, whole):
@@ -101,6 +102,7 @@ def test_no_broken_campaign_is_a_fault(made, tmp_path, part):
         ("gpu.csv", "sm_clock_mhz,", "clock,", "line 1 has no column sm_clock_mhz"),
         ("quality.csv", ",1,b,", ",yes,b,", "column exact: 'yes' is not a whole number"),
         ("probes.csv", ",on,", ",up,", "line 3, column sampler: 'up' is not one of on, off"),
+        ("probes.csv", ",5.1,5.0", ",5.1,0", "column bare_itl_ms: '0' is not a number above 0"),
         ("truth.csv", "2,gc,", "2,magic,", "column cause: 'magic' is not one of none"),
         ("plan.json", '"runs": 6', '"runs": "6"', 'runs: "6" is not a whole number'),
         ("plan.json", '"runs": 6', f'"runs": {10**400}', "is not a whole number from 1"),
@@ -128,3 +130,12 @@ def test_what_is_broken_is_named(made, tmp_path, file, old, new, said):
     assert str(folder / file) in caught.value.message
     assert said in caught.value.message
     assert caught.value.hint
+
+
+def test_an_axis_of_a_newer_version_is_passed_over(made, tmp_path):
+    folder = tmp_path / "c"
+    shutil.copytree(made, folder)
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    plan["cells"] = [{**cell, "sharding": "none"} for cell in plan["cells"]]
+    (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    assert len(build_report(folder)) == 3
