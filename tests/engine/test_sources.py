@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from qwencli.config import SamplingOptions, resolve_sampling
 from qwencli.engine.sources import MAX_STOP_TOKENS, ModelFiles, open_model
-from qwencli.errors import ModelFileError
+from qwencli.errors import ModelFileError, QwenCliError
 from qwencli.messages import text_message
 from tests.checkpoints import engine_config
 from tests.engine.tiny_folder import tiny_tokenizer
@@ -182,3 +186,38 @@ def test_a_configuration_of_gigabytes_is_not_read(
         file.truncate(20 * 2**30)
     with pytest.raises(ModelFileError, match="too large for a configuration"):
         open_model(engine_config(folder))
+
+
+FILES = ("config.json", "preprocessor_config.json", "generation_config.json", "chat_template.json")
+STRANGE = st.sampled_from(
+    [None, True, 0, -1, 1.5, 10**12, 10**400, float("nan"), float("inf"), "", "x", [], [[1]], {}]
+)
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every (object or list, key) within a JSON value."""
+    pairs = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
+    nested = [each for _, each in pairs if isinstance(each, dict | list)]
+    return [(value, key) for key, _ in pairs] + [p for each in nested for p in places(each)]
+
+
+@given(st.data())
+@settings(max_examples=40)
+def test_whatever_stands_in_a_models_json_is_read_or_refused(
+    checkpoint: Callable[[str], Path], data: st.DataObject
+) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        shutil.copytree(checkpoint("qwen3_vl"), folder)
+        path = folder / data.draw(st.sampled_from(FILES))
+        content: dict[str, Any] = {"do_sample": True, "top_k": 5, "chat_template": "x"}
+        if path.exists():
+            content |= json.loads(path.read_text(encoding="utf-8"))
+        place, key = data.draw(st.sampled_from(places(content)))
+        place[key] = data.draw(STRANGE)
+        path.write_text(json.dumps(content), encoding="utf-8")
+        try:
+            files = open_model(engine_config(folder))
+            resolve_sampling(SamplingOptions(), files.generation_defaults)
+        except QwenCliError as error:
+            assert "\n" not in error.message and len(error.message) < 700
