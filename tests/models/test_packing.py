@@ -20,7 +20,7 @@ MATRICES = 2 * (512 * 128 + 128 * 256 + 3 * 128 * 256)
 
 @pytest.mark.parametrize(
     ("name", "column", "value_bytes"),
-    [("awq g128", "4bit", 0.5 + 4 / 128), ("fp8 blocks", "8bit", 1 + 4 / 128)],
+    [("awq g128", "4bit", 0.5 + 4 / 128), ("fp8 blocks", "fp8", 1 + 4 / 128)],
 )
 def test_a_ready_made_checkpoint_has_one_size(places, name, column, value_bytes):
     config, writer, arguments, _ = FORMATS[name]
