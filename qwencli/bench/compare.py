@@ -81,6 +81,7 @@ class Comparison:
         no_figure: pairs of which one side or both have no speed.
         forced: differences that would have refused the comparison.
         changes: versions and drivers that differ.
+        in_turns: their processes alternated.
     """
 
     a: str
@@ -92,6 +93,7 @@ class Comparison:
     only_in_b: tuple[SideCell, ...]
     forced: tuple[str, ...]
     changes: tuple[str, ...]
+    in_turns: bool = False
 
     @property
     def lost(self) -> list[Pair]:
@@ -154,6 +156,7 @@ def compare(a: Side, b: Side, *, threshold: float = THRESHOLD, force: bool = Fal
         only_in_b=tuple(only_b),
         forced=tuple(differences),
         changes=tuple(changes(a, b)),
+        in_turns=in_turns,
     )
 
 

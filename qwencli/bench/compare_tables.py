@@ -70,7 +70,8 @@ def _lines(found: Comparison) -> list[str]:
             "AMBIGUOUS: the interval crosses an edge of that band, or does so at "
             f"{CHANGE_CONFIDENCE:.0%}, which a change needs; more processes narrow it"
         )
-    if any(over_limits(side.row) for cell in found.cells for side in (cell.a, cell.b)):
+    busy = any(over_limits(side.row) for cell in found.cells for side in (cell.a, cell.b))
+    if busy and not found.in_turns:
         lines.append(
             "a side on a busy machine is never FASTER or SLOWER; measure it on a quiet one, or "
             "both in turns: bench compare --run"

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 _TASKS = Path("/proc/self/task")
 _STAT = Path("/proc/stat")
-# Threads that one reading looks at: 0.8 us each. A pool as wide as a large machine has parts that
-# wait alike, of which these are the busiest.
-MOST_THREADS = 16
+# Threads that one reading looks at: 0.8 us each. Where the CPU computes, a pool as wide as a large
+# machine has parts that wait alike, of which these are the busiest; a GPU waits for none of them.
+MOST_THREADS, MOST_BESIDE_A_GPU = 16, 4
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
 _IDLE, _IOWAIT, _STEAL = 3, 4, 7  # fields of the "cpu" line of /proc/stat
 
@@ -32,16 +32,20 @@ class RunQueue:
 
     A reading is raw text, the main thread's first, so that parsing stays out of what is measured;
     () where the system does not tell.
+
+    Args:
+        most: threads to read, the main one among them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MOST_THREADS) -> None:
+        self._most = most
         self._files: tuple[int, ...] = ()
 
     def __enter__(self) -> RunQueue:
         main = threading.main_thread().native_id
         others = sorted(_times(), key=lambda times: -times.ran_ns)
         wanted = [main, *(times.thread for times in others if times.thread != main)]
-        for thread in wanted[:MOST_THREADS]:
+        for thread in wanted[: self._most]:
             with suppress(OSError):  # it has ended meanwhile
                 path = _TASKS / str(thread) / "schedstat"
                 self._files += (os.open(path, os.O_RDONLY),)

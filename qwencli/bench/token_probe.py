@@ -23,6 +23,8 @@ from qwencli.bench.cgroup_stats import CgroupStats
 from qwencli.bench.core_clock import CoreClock
 from qwencli.bench.host_pace import Pace, read_pace
 from qwencli.bench.thread_times import (
+    MOST_BESIDE_A_GPU,
+    MOST_THREADS,
     Reading,
     RunQueue,
     SystemTimes,
@@ -87,6 +89,7 @@ class TokenProbe:
 
     def __init__(self, device: str) -> None:
         self._device = device
+        self._threads = MOST_THREADS if device == "cpu" else MOST_BESIDE_A_GPU
         self._limit_s = float("inf")
         self._usage = _usage_reader()
         self._clock = CoreClock()
@@ -101,7 +104,7 @@ class TokenProbe:
         self._paces: list[Pace] = []
         self._paced_s = 0.0
         with ExitStack() as stack:
-            self._queue = stack.enter_context(RunQueue())
+            self._queue = stack.enter_context(RunQueue(self._threads))
             self._cgroup = stack.enter_context(CgroupStats())
             stack.enter_context(self._clock)
             self._events = stack.enter_context(DeviceEvents(self._device))
