@@ -76,3 +76,11 @@ def test_a_wrong_link_and_a_wrong_anchor_are_found(tmp_path):
         encoding="utf-8",
     )
     assert broken(page) == ["gone.md", "there.md#a-b-c-2"]
+
+
+def test_options_that_task_pages_name_are_those_of_the_command_line():
+    known = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "docs" / "cli.md").read_text("utf-8")))
+    for page in sorted((ROOT / "docs" / "tasks").glob("*.md")):
+        code = re.findall(r"```sh\n.*?```|`[^`\n]+`", page.read_text("utf-8"), flags=re.DOTALL)
+        named = set(re.findall(r"(?<!\w)--[a-z][a-z-]+", "\n".join(code)))
+        assert named <= known, page.name

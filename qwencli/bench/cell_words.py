@@ -23,6 +23,10 @@ def speed(data: CellRows) -> Said:
     speeds = data.numbers("decode_tok_per_s")
     if not speeds:
         return
+    if over_limits(data.cell):
+        what = f"decodes {min(speeds):.1f} to {max(speeds):.1f} tok/s on a machine that was busy"
+        yield what, f"{len(speeds)} runs"
+        return
     share = data.cell.get("mbu_percent")
     what = f"decodes {statistics.median(speeds):.1f} tok/s"
     if share:

@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwencli.bench.attribution.whole_cell import over_limits
 from qwencli.bench.campaign_files import CAUSES, CELLS, GPU, RUNS, TOKENS, read_file
 from qwencli.bench.cell_rows import CellRows
 from qwencli.bench.cell_words import CELL_RULES
@@ -100,10 +101,11 @@ def _of_cells(rows: _Rows) -> Iterator[Explained]:
 
 
 def _speeds(rows: _Rows) -> dict[str, float]:
+    """Of the cells that have one to quote: a busy machine's tell nothing of their modes."""
     return {
         cell["cell_id"]: float(cell["decode_tok_per_s_median"])
         for cell in rows.cells
-        if cell["decode_tok_per_s_median"]
+        if cell["decode_tok_per_s_median"] and not over_limits(cell)
     }
 
 

@@ -39,9 +39,9 @@ def cell_summary(status: str, reason: str | None, speeds: Sequence[float]) -> st
 
 
 def varying_axes(rows: Sequence[CellRow]) -> list[str]:
-    """The axes that tell these cells apart; quantization alone when there is one cell."""
+    """The axes that tell these cells apart; the model alone when there is one cell."""
     axes = [axis for axis in AXES if len({row[axis] for row in rows}) > 1]
-    return axes or ["quantization"]
+    return axes or ["model"]
 
 
 def title(rows: Sequence[CellRow]) -> str:
@@ -71,10 +71,15 @@ def row_values(row: CellRow) -> tuple[str, ...]:
     )
 
 
+def is_quotable(row: CellRow) -> bool:
+    """Whether the median is a figure to show: its runs agree and the machine was theirs."""
+    return not str(row["verdict"]).startswith((NOT_QUOTABLE, UNSTABLE))
+
+
 def speed_text(row: CellRow) -> str:
     """The median; where that is not to be quoted, the range that the runs span."""
     speed = row["decode_tok_per_s_median"]
-    if speed is None or not str(row["verdict"]).startswith((NOT_QUOTABLE, UNSTABLE)):
+    if speed is None or is_quotable(row):
         return _number(speed, ".1f")
     low, high = row["decode_tok_per_s_min"], row["decode_tok_per_s_max"]
     spec = ".0f" if high >= 100 else ".1f"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Result = tuple[Check, Finding]
 
 _STYLE = {Status.PASS: "green", Status.WARN: "yellow", Status.FAIL: "bold red", Status.SKIP: "dim"}
+# More are one line: on a machine without a GPU most checks have nothing to look at.
+MOST_SKIPS_SHOWN = 3
 _SETTINGS = (
     "model", "device", "dtype", "engine", "quantization", "attention", "cache", "kernels",
     "max_seq_len",
@@ -61,13 +63,19 @@ def document(
 
 
 def text(results: Sequence[Result], advice: Advice) -> RenderableType:
-    """Findings by group, each with its evidence and fix; reads well without colour."""
+    """Findings by group, each with its evidence and fix; reads well without colour.
+
+    Several skipped checks are one line.
+    """
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     parts: list[RenderableType] = []
-    for group, members in groupby(results, key=lambda result: result[0].group):
+    skipped = [check.id for check, finding in results if finding.status is Status.SKIP]
+    folded = len(skipped) > MOST_SKIPS_SHOWN
+    shown = [found for found in results if not (folded and found[1].status is Status.SKIP)]
+    for group, members in groupby(shown, key=lambda result: result[0].group):
         table = Table(box=None, show_header=False, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column(no_wrap=True)
         table.add_column(no_wrap=True, min_width=max(len(check.id) for check, _ in results))
@@ -76,6 +84,9 @@ def text(results: Sequence[Result], advice: Advice) -> RenderableType:
             label = Text(finding.status.value.upper(), style=_STYLE[finding.status])
             table.add_row(label, check.id, _body(finding))
         parts += [Text(group, style="bold"), table, Text()]
+    if folded:
+        said = f"SKIP {len(skipped)} checks do not apply here: {', '.join(skipped)}"
+        parts += [Text(f"{said} (--json has the reason of each)", style="dim"), Text()]
     parts += [Text("recommended", style="bold"), Text(settings_line(advice))]
     parts += [Text(line, style="dim") for line in advice.why]
     return Group(*parts, Text(), *map(Text, _to_do(results)), Text(summary_line(results)))

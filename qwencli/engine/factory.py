@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from qwencli.config import EngineConfig, EngineName, LoadFormat, Quantization
 from qwencli.engine.base import Engine
-from qwencli.errors import ModelFileError, UnsupportedModeError
+from qwencli.errors import ModelFileError, UnsupportedModeError, UsageError
 
 
 def default_engine(config: EngineConfig) -> EngineName:
@@ -32,7 +33,7 @@ def default_engine(config: EngineConfig) -> EngineName:
         hub_config = read_config(folder)
     hub_config = hub_config or {}
     native = (
-        hub_config.get("model_type") in FAMILIES
+        str(hub_config.get("model_type")) in FAMILIES
         and (config.quantization is not Quantization.NONE or _is_read(hub_config))
         and not config.allow_pickle
     )
@@ -55,7 +56,16 @@ def create_engine(config: EngineConfig) -> Engine:
 
     Raises:
         UnsupportedModeError: this version does not have the engine asked for.
+        UsageError: the working folder is gone.
     """
+    try:
+        Path.cwd()
+    except OSError as error:
+        # MKL ends the whole process where it cannot name the working folder.
+        raise UsageError(
+            f"the working folder cannot be used ({error.strerror or error})",
+            "go to a folder that is there (cd), then run this again",
+        ) from error
     engine = config.engine or default_engine(config)
     config = replace(config, engine=engine)
     if engine is EngineName.NATIVE:

@@ -60,10 +60,14 @@ def load_custom_models(folders: tuple[Path, ...], models_file: Path | None = Non
     Raises:
         CustomModelsError: a file that cannot be used, or `models_file` does not exist.
     """
-    if models_file is not None and not models_file.is_file():
-        raise CustomModelsError(f"{models_file}: no such file", "check the path of --models-file")
+    # `os.path`: pathlib's raises for a folder that nobody may enter, where there is nothing for us.
+    if models_file is not None and not os.path.isfile(models_file):  # noqa: PTH113
+        raise CustomModelsError(
+            f"{models_file}: no such file, or in a folder that cannot be read",
+            "check the path of --models-file",
+        )
     paths = [folder / FILE_NAME for folder in folders]
-    found = [path for path in paths if path.is_file()]
+    found = [path for path in paths if os.path.isfile(path)]  # noqa: PTH113
     models = CustomModels({})
     for path in [*found, models_file] if models_file else found:
         models = models.updated(_read(path))

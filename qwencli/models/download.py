@@ -8,6 +8,7 @@ download resumes and never counts as complete.
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Iterable
 from fnmatch import fnmatch
@@ -16,7 +17,13 @@ from typing import TYPE_CHECKING
 
 from qwencli.errors import DownloadError, ModelFileError
 from qwencli.models.folder import check_folder
-from qwencli.models.hub_cache import UNFINISHED, cache_root, is_partly_cached, repo_folder
+from qwencli.models.hub_cache import (
+    UNFINISHED,
+    cache_root,
+    is_partly_cached,
+    repo_folder,
+    unreadable,
+)
 from qwencli.models.json_file import read_json_object
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.weights import PICKLE_SUFFIXES
@@ -42,6 +49,12 @@ def download(repo_id: str, *, offline: bool = False, allow_pickle: bool = False)
 
     if offline or constants.HF_HUB_OFFLINE:
         raise _offline(repo_id, "--offline" if offline else "HF_HUB_OFFLINE")
+    if not constants.ENDPOINT.startswith(("http://", "https://")):
+        address = constants.ENDPOINT.rpartition("://")[2]
+        raise DownloadError(
+            f"{repo_id}: HF_ENDPOINT is {constants.ENDPOINT!r}, which is no web address",
+            f"set HF_ENDPOINT=https://{address}",
+        )
     # RuntimeError is what the hub's transfer backend (hf_xet) raises; ValueError an invalid id.
     try:
         info = HfApi().model_info(repo_id, files_metadata=True)
@@ -56,7 +69,7 @@ def download(repo_id: str, *, offline: bool = False, allow_pickle: bool = False)
         snapshot = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=list(sizes)))
         _point_main(repo_id, info.sha or "")
         marker.unlink()
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+    except (HTTPError, ImportError, OSError, RuntimeError, ValueError) as error:
         raise _explained(repo_id, error) from error
     check_folder(snapshot, allow_pickle=allow_pickle)
     return snapshot
@@ -107,11 +120,23 @@ def _point_main(repo_id: str, commit: str) -> None:
 
 
 def _offline(repo_id: str, switch: str) -> DownloadError:
+    if unreadable():
+        return DownloadError(
+            f"{repo_id}: {cache_root()} cannot be read and {switch} is set",
+            "make it readable, or name another cache with HF_HOME",
+        )
     state = "only partly downloaded" if is_partly_cached(repo_id) else "not on this machine"
     return DownloadError(
         f"{repo_id} is {state} and {switch} is set",
         "run once without it, give a local folder, or use the bundled model: --model scenes",
     )
+
+
+def _proxy_names() -> str:
+    """Variables that name a proxy; not their values, which may hold a password."""
+    keys = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
+    named = [key for key in (*keys, *map(str.lower, keys)) if os.environ.get(key)]
+    return ", ".join(named) or "the system"
 
 
 def _explained(repo_id: str, error: Exception) -> DownloadError:
@@ -132,6 +157,16 @@ def _explained(repo_id: str, error: Exception) -> DownloadError:
         return DownloadError(f"{repo_id}: the hub answered HTTP {status}", f"wait, then {_LATER}")
     if isinstance(error, errors.HFValidationError):
         return DownloadError(f"{repo_id}: not a valid hub id", "it has the form Owner/Name")
+    if isinstance(error, ImportError) and "socks" in str(error).lower():
+        return DownloadError(
+            f"{repo_id}: {_proxy_names()} names a SOCKS proxy, which needs the package socksio",
+            "pip install socksio, or name an http proxy",
+        )
+    if isinstance(error, ValueError) and "proxy" in str(error).lower():
+        return DownloadError(
+            f"{repo_id}: the proxy that {_proxy_names()} names cannot be used",
+            "give it as http://HOST:PORT",
+        )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return DownloadError(
             f"{repo_id}: the disk became full while downloading",

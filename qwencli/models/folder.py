@@ -17,10 +17,24 @@ from qwencli.models.safetensors_header import StoredTensor, stored_tensors
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import HEAD, canonical_tensors, expected_tensors, is_quantizable
-from qwencli.models.weights import find_weights
+from qwencli.models.weights import find_weights, some
 
 # Each inner tuple is one way to have what is needed; all its files must be there.
 _TOKENIZER = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+_GIVE_FOLDER = "give the folder that holds config.json and the weights"
+_ORIGINAL = "give the folder or hub id of the original model, with safetensors weights"
+_MERGE = "merge it into its model first (PEFT: merge_and_unload, save_pretrained), and give that"
+# By the ending of a file that was given as a model: what it is, and what to do.
+_FILES: Mapping[str, tuple[str, str]] = {
+    ".gguf": ("a GGUF file", _ORIGINAL),
+    ".npz": ("a file of MLX weights", _ORIGINAL),
+    ".safetensors": ("a file of weights alone", _GIVE_FOLDER),
+    ".bin": ("a file of weights alone", _GIVE_FOLDER),
+    ".pt": ("a file of weights alone", _GIVE_FOLDER),
+    ".pth": ("a file of weights alone", _GIVE_FOLDER),
+    ".ckpt": ("a file of weights alone", _GIVE_FOLDER),
+}
+_POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 _PROCESSOR = (("preprocessor_config.json",), ("processor_config.json",))
 
 
@@ -28,16 +42,83 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Contents of a folder's config.json.
 
     Raises:
-        ModelFileError: no such folder or file, or not a JSON object.
+        ModelFileError: no such folder or file, or not a JSON object; where what is there is known
+            for something else, the message says what it is.
     """
-    if not folder.is_dir():
-        raise ModelFileError(f"{folder}: no such folder", "check the path")
-    path = folder / "config.json"
-    if not path.is_file():
+    try:
+        if folder.is_file():
+            raise _not_a_folder(folder)
+        if not folder.is_dir():
+            raise ModelFileError(f"{folder}: no such folder", "check the path")
+        _check_pointers(folder)
+        path = folder / "config.json"
+        if not path.is_file():
+            raise _something_else(folder) or ModelFileError(
+                f"{folder}: no config.json", _GIVE_FOLDER
+            )
+    except OSError as error:
         raise ModelFileError(
-            f"{folder}: no config.json", "give the folder that holds config.json and the weights"
-        )
+            f"{folder}: cannot be read ({error.strerror or error})",
+            "check the permissions of this folder and of those above it",
+        ) from error
     return read_json_object(path)
+
+
+def _not_a_folder(path: Path) -> ModelFileError:
+    what, todo = _FILES.get(path.suffix.lower(), ("a file", _GIVE_FOLDER))
+    return ModelFileError(f"{path}: is {what}, not a model folder", todo)
+
+
+def _check_pointers(folder: Path) -> None:
+    """Raise where `git clone` without Git LFS left pointers in the place of files."""
+    pointers = []
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.stat().st_size < _POINTER_BYTES:
+            with path.open("rb") as file:
+                if file.read(len(_POINTER)) == _POINTER:
+                    pointers.append(path.name)
+    if pointers:
+        raise ModelFileError(
+            f"{folder}: Git LFS pointers instead of the files themselves: {some(pointers)}",
+            f"run `git lfs pull` in {folder}",
+        )
+
+
+def _something_else(folder: Path) -> ModelFileError | None:
+    """What a folder without a model's configuration or weights holds, where that is known."""
+    names = {path.name for path in folder.iterdir()}
+    if "adapter_config.json" in names:
+        base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
+        of = f" for {base!r:.80}" if base else ""
+        return ModelFileError(f"{folder}: is a LoRA adapter{of}, not a whole model", _MERGE)
+    if any(name.lower().endswith(".gguf") for name in names):
+        return ModelFileError(f"{folder}: holds a model as GGUF", _FILES[".gguf"][1])
+    if any(name.lower().endswith(".npz") for name in names):
+        return ModelFileError(f"{folder}: holds a model for MLX", _ORIGINAL)
+    if "model_index.json" in names:
+        return ModelFileError(
+            f"{folder}: is a diffusers pipeline, not a language model", _GIVE_FOLDER
+        )
+    if {"snapshots", "blobs"} <= names:
+        repo_id = folder.name.removeprefix("models--").replace("--", "/", 1)
+        return ModelFileError(f"{folder}: is a folder of the hub cache", f"use --model {repo_id}")
+    inside = sorted(name for name in names if (folder / name / "config.json").is_file())
+    if inside:
+        return ModelFileError(
+            f"{folder}: no config.json, but in the folders within it: {some(inside)}",
+            f"give one of those, such as {folder / inside[-1]}",
+        )
+    return None
+
+
+def _check_mlx(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise for weights that MLX quantized: a layout of its own, which only MLX reads."""
+    stated = config.get("quantization")
+    if isinstance(stated, Mapping) and "quant_method" not in (
+        config.get("quantization_config") or {}
+    ):
+        bits = f" with {stated['bits']} bits" if isinstance(stated.get("bits"), int) else ""
+        raise ModelFileError(f"{folder}: is a model quantized for MLX{bits}", _ORIGINAL)
 
 
 def check_folder(folder: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
@@ -54,7 +135,11 @@ def check_folder(folder: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
     """
     config = read_config(folder)
     shape = read_shape(config, str(folder / "config.json"))
-    weights = find_weights(folder, allow_pickle=allow_pickle)
+    _check_mlx(folder, config)
+    try:
+        weights = find_weights(folder, allow_pickle=allow_pickle)
+    except ModelFileError as error:
+        raise _something_else(folder) or error from error
     if not weights.pickled:
         shape = _check_tensors(folder, config, shape, stored_tensors(weights.files))
     _require(folder, "tokenizer", _TOKENIZER)

@@ -35,10 +35,24 @@ def find_cached(repo_id: str, *, allow_pickle: bool = False) -> Path | None:
     A repository whose download was interrupted has none, even if the weights happen to be whole.
     """
     folder = repo_folder(repo_id)
-    if not folder.is_dir() or (folder / UNFINISHED).exists():
+    try:
+        if not folder.is_dir() or (folder / UNFINISHED).exists():
+            return None
+        complete = (s for s in _snapshots(folder) if is_complete(s, allow_pickle=allow_pickle))
+        return next(complete, None)
+    except OSError:  # see `unreadable`
         return None
-    complete = (s for s in _snapshots(folder) if is_complete(s, allow_pickle=allow_pickle))
-    return next(complete, None)
+
+
+def unreadable() -> bool:
+    """Whether the cache is there and this user may not look into it."""
+    try:
+        next(cache_root().iterdir(), None)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def is_partly_cached(repo_id: str) -> bool:
@@ -49,7 +63,7 @@ def is_partly_cached(repo_id: str) -> bool:
 def cached_repos() -> Iterator[tuple[str, Path]]:
     """Every complete snapshot of a model of a supported family: (repo id, folder), by name."""
     root = cache_root()
-    if not root.is_dir():
+    if unreadable() or not root.is_dir():
         return
     for folder in sorted(root.glob(_PREFIX + "*")):
         # The hub forbids "--" in names, so the first one separates owner and name.
@@ -62,7 +76,7 @@ def cached_repos() -> Iterator[tuple[str, Path]]:
 def unfinished_downloads() -> Iterator[tuple[str, int, bool]]:
     """Every download that has not ended: (repo id, files begun, whether a process is at it)."""
     root = cache_root()
-    for folder in sorted(root.glob(_PREFIX + "*")) if root.is_dir() else ():
+    for folder in sorted(root.glob(_PREFIX + "*")) if not unreadable() and root.is_dir() else ():
         begun = len(list(folder.glob("blobs/*.incomplete")))
         if begun or (folder / UNFINISHED).exists():
             locks = root.glob(f".locks/{folder.name}/*.lock")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwencli.config import ModelSource, ModelSpec, Quantization
-from qwencli.errors import DownloadError, ModelNotFoundError
+from qwencli.errors import DownloadError, ModelFileError, ModelNotFoundError
 from qwencli.models.builtin import BUILTINS, builtin_spec, find_builtin
 from qwencli.models.catalog import ENTRIES
 from qwencli.models.custom import HUB_ID, CustomModels, as_folder, load_custom_models
@@ -33,7 +33,7 @@ ENVIRONMENT_KEY = "QWENCLI_MODEL"
 class Places:
     """Where models are looked for; the defaults are this process's real surroundings."""
 
-    working_folder: Path = field(default_factory=Path.cwd)
+    working_folder: Path = field(default_factory=lambda: _working_folder())
     config_folder: Path = field(default_factory=lambda: user_config_folder())
     bundled: Path = field(default_factory=bundled_folder)
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
@@ -41,6 +41,13 @@ class Places:
     def custom_models(self, models_file: Path | None) -> CustomModels:
         """custom_models.json of the working folder, the config folder and `models_file`."""
         return load_custom_models((self.working_folder, self.config_folder), models_file)
+
+
+def _working_folder() -> Path:
+    try:
+        return Path.cwd()
+    except OSError:  # deleted meanwhile; what does not lie in it is there all the same
+        return Path()
 
 
 def resolve_model(
@@ -174,14 +181,27 @@ def _wished(origin: str, name: str, custom: CustomModels, places: Places) -> Mod
 def _local(name: str, places: Places) -> ModelSpec | None:
     folder = as_folder(name)
     path = places.working_folder / (folder or name)
-    if folder is None:
-        # What could be a hub id is a folder only when there is a model in it.
-        mark = path / "config.json" if HUB_ID.fullmatch(name) else path
-        if not (name.isprintable() and mark.exists() and path.is_dir()):
+    # `os.path`: pathlib's raise for names that no system takes and for folders nobody may enter.
+    if not os.path.lexists(path):  # noqa: PTH - see above
+        if folder is None:
             return None
-    if not path.is_dir():
         raise ModelNotFoundError(f"no folder {str(path)!r}", "check the path")
-    return ModelSpec(name, ModelSource.LOCAL, path=path, hub_config=read_config(path))
+    if folder is None and HUB_ID.fullmatch(name) and _is_empty_folder(path):
+        return None
+    try:
+        config = read_config(path)
+    except ModelFileError as error:
+        if folder is None and HUB_ID.fullmatch(name):
+            error.hint += "; for the model of that name on the hub, run in another folder"
+        raise
+    return ModelSpec(name, ModelSource.LOCAL, path=path, hub_config=config)
+
+
+def _is_empty_folder(path: Path) -> bool:
+    try:
+        return next(path.iterdir(), None) is None
+    except OSError:  # a file, or not to be read
+        return False
 
 
 def _hub(repo_id: str, *, offline: bool) -> ModelSpec:

@@ -152,7 +152,12 @@ def _read(path: Path) -> str:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         return ""
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be read ({error.strerror or error})",
+            "check the permissions of the file and its folder",
+        ) from error
+    except ValueError as error:
         raise UsageError(f"{path}: cannot be read ({error})", "correct the file") from error
 
 

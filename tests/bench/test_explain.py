@@ -200,3 +200,20 @@ def test_the_effect_of_an_axis(tmp_path):
         "cache: static is 1.10 times as fast as dynamic (ratio 1.10, 1.01 to 1.20 over 2 pairs of "
         "cells)",
     ]
+
+
+def test_a_busy_machine_comes_before_what_it_did_to_the_figures(tmp_path):
+    lines = said(cell(eight(), waited_percent="51.0"))
+    assert lines[:2] == [
+        "decodes 100.0 to 100.0 tok/s on a machine that was busy (8 runs)",
+        "51% of decode waited for a processor, so its figure may not be quoted (51.0%, the limit "
+        "is 5%)",
+    ]
+    rows = [
+        dict.fromkeys(columns.CELLS)
+        | {"cell_id": name, "model": "m", "attention": name, "status": "ok"}
+        | {"decode_tok_per_s_median": speed, "waited_percent": waited}
+        for name, speed, waited in (("sdpa", 438.0, 0.1), ("eager", 36.0, 51.0))
+    ]
+    write_rows(tmp_path / "cells.csv", columns.CELLS, rows)
+    assert not any("times as fast" in found.what for found in explain_campaign(tmp_path))

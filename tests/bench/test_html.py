@@ -27,6 +27,7 @@ from qwencli.bench.html.page import ASSETS, SCRIPTS, html_page
 from qwencli.bench.html.takes import GpuSamples, Take, takes_by_cell
 from qwencli.bench.report import build_report
 from qwencli.bench.rowfile import write_rows
+from qwencli.bench.tables import speed_text
 from qwencli.errors import BenchError
 from tests.bench.synthetic_campaign import ENVIRONMENT, Made, campaign
 
@@ -109,7 +110,10 @@ def test_the_map_has_a_figure_or_a_reason_for_every_cell(made, text):
     assert len(maps) == 4  # two models, two load modes
     cells = [cell for table in maps for cell in re.findall(r"<td class=\"(\S+?)\".*?</td>", table)]
     assert cells.count("none") == 2
-    assert sum(kind.startswith("heat-") for kind in cells) == 12
+    unstable = [row for row in made.rows[:-2] if row["verdict"].startswith("unstable")]
+    assert cells.count("range") == len(unstable) > 0
+    assert sum(kind.startswith("heat-") for kind in cells) == 12 - len(unstable)
+    assert f"<b>{speed_text(unstable[0])}</b>" in "".join(maps)
     speeds = sorted(row["decode_tok_per_s_median"] for row in made.rows[:-2])
     assert f"<b>{speeds[0]:.1f}</b>" in "".join(maps)
     assert "skipped<sup>a</sup>" in text

@@ -9,9 +9,12 @@ from qwencli.bench.prepare import BenchRequest
 from qwencli.bench.repetition import Wanted
 from qwencli.config import DType, LoadFormat, ModelSource, ModelSpec
 from qwencli.models import resolve
+from qwencli.models.folder import read_config
 from qwencli.models.locate import bundled_folder
 
-SCENES = ModelSpec("scenes", ModelSource.BUNDLED, None, bundled_folder(), None)
+SCENES = ModelSpec(
+    "scenes", ModelSource.BUNDLED, None, bundled_folder(), read_config(bundled_folder())
+)
 
 
 @pytest.fixture

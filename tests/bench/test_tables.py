@@ -178,7 +178,9 @@ def test_details_fit_80_columns_and_leave_out_what_nobody_has():
 def test_details_in_markdown():
     text = markdown([{**CELL, **STEADY}], ENVIRONMENT)
     assert "## How steady" in text
-    assert "| none | 8,040 | 4360 | 58 % | 443 | 91 % | kernels | 96 % | 0.012 |" in text
+    assert (
+        f"| {CELL['model']} | 8,040 | 4360 | 58 % | 443 | 91 % | kernels | 96 % | 0.012 |" in text
+    )
     assert "##" not in markdown([CELL], ENVIRONMENT).replace("# Benchmark", "")
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from qwencli.diagnostics.finding import Check, Level, Status
+from qwencli.diagnostics import report
+from qwencli.diagnostics.advice import Advice
+from qwencli.diagnostics.finding import Check, Finding, Level, Status
 from qwencli.diagnostics.machine import Unreadable
 from qwencli.diagnostics.table import CHECKS, run_check, select
 from qwencli.diagnostics.versions import cudnn_text, meets, numbers
 from qwencli.errors import UsageError
+from qwencli.output import Sink
 from tests.diagnostics.replay import machine, recorded
 
 BY_ID = {check.id: check for check in CHECKS}
@@ -238,3 +241,30 @@ def test_a_condition_without_a_sign_is_an_error():
 
 def test_cudnn_versions():
     assert cudnn_text(91501) == "9.15.1"
+
+
+def finding(status, number):
+    check = Check(f"check-{number}", "group", Level.QUICK, lambda machine: None)
+    return check, Finding(status, f"reason {number}")
+
+
+@pytest.mark.parametrize("skips", [2, 12])
+def test_many_skipped_checks_are_one_line(skips, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    results = [finding(Status.PASS, 0), *(finding(Status.SKIP, n) for n in range(1, skips + 1))]
+    Sink().show(report.text(results, Advice("m", ())))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("SKIP")]
+    assert len(lines) == (1 if skips > 3 else skips)
+    assert all(f"check-{n}" in "".join(lines) for n in range(1, skips + 1))
+    assert ("reason 1" in lines[0]) is (skips <= 3)
+
+
+def test_without_a_gpu_nothing_serves_kernels():
+    found = run_check(BY_ID["triton"], machine("no-gpu", packages={"triton": "3.6"}))
+    assert found.status is Status.SKIP
+    assert "of no use without a CUDA device" in found.what
+
+
+def test_harmless_variables_are_called_so():
+    found = run_check(BY_ID["variables"], machine("healthy-5090", variables={"TORCH_LOGS": "x"}))
+    assert (found.status, found.evidence) == (Status.PASS, "set, and harmless: TORCH_LOGS=x")

@@ -64,5 +64,5 @@ def test_what_no_machine_has_settled_is_named_with_its_command(findings):
 
 
 def test_a_study_of_a_gpu_comes_first(findings):
-    kinds = [study.environment["device"]["name"] is None for study in findings.studies()]
+    kinds = [findings.environment(study)["device"]["name"] is None for study in findings.studies()]
     assert kinds == sorted(kinds)

@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import campaigns
 from plots import effects_plot, runs_plot
@@ -50,21 +51,26 @@ def studies() -> list[Evidence]:
     newest: dict[str | None, Evidence] = {}
     for path in sorted(RESULTS.glob(f"*/{STUDY}"), reverse=True):
         evidence = Evidence(path.parent)
-        newest.setdefault(evidence.environment["device"]["name"], evidence)
+        newest.setdefault(environment(evidence)["device"]["name"], evidence)
     return sorted(
-        newest.values(), key=lambda evidence: evidence.environment["device"]["name"] is None
+        newest.values(), key=lambda evidence: environment(evidence)["device"]["name"] is None
     )
+
+
+def environment(evidence: Evidence) -> dict[str, Any]:
+    """Device, processor and versions that a study was made with."""
+    return campaigns.document(evidence.folder, ENVIRONMENT)
 
 
 def machine(evidence: Evidence) -> str:
     """The machine of a study, in a few words."""
-    device = evidence.environment["device"]
-    return str(device["name"] or f"{evidence.environment['cpu']['model']} (CPU)")
+    device = environment(evidence)["device"]
+    return str(device["name"] or f"{environment(evidence)['cpu']['model']} (CPU)")
 
 
 def source(evidence: Evidence) -> str:
     """Where a study's figures come from."""
-    document, versions = evidence.document, evidence.environment["versions"]
+    document, versions = evidence.document, environment(evidence)["versions"]
     weights = ", random weights" if document["load_format"] == "dummy" else ""
     return (
         f"{machine(evidence)}, {document['model']}{weights}, {document['max_new_tokens']} new "
@@ -118,7 +124,7 @@ def _short(reason: str) -> str:
 
 def _card(evidence: Evidence) -> str:
     """A machine in one word."""
-    name = evidence.environment["device"]["name"]
+    name = environment(evidence)["device"]["name"]
     return str(name).removeprefix("NVIDIA ").split()[0] if name else "CPU"
 
 

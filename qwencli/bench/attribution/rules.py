@@ -303,7 +303,7 @@ RULES: tuple[tuple[Judge, Cause, float], ...] = (
     (_slower_memory, Cause.PROCESSOR, 0.73),
     (_synchronised, Cause.HOST_SYNC, 0.70),
     (_other_gpu_process, Cause.OTHER_GPU_PROCESS, 0.60),
-    (_slept, Cause.IDLE_GAP, 0.60),
+    (_slept, Cause.IDLE_GAP, 0.65),
     (_slower_processor, Cause.PROCESSOR, 0.55),
     (_contended, Cause.PREEMPTION, 0.50),
 )

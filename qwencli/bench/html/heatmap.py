@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from qwencli.bench.tables import is_quotable, speed_text
+
 CellRow = Mapping[str, Any]
 
 STEPS = 7  # .heat-0 .. .heat-6 in assets/style.css
@@ -124,16 +126,18 @@ def _cell(place: int | None, rows: Sequence[CellRow], scale: _Scale, notes: _Not
         mark = f"<sup>{notes.letter(said)}</sup>"
     if not speed:
         return f'<td class="none"><a href="#cell-{place}">{escape(status)}{mark}</a></td>'
+    # Between the speeds of its runs no colour is that of the cell.
+    kind = f"heat-{scale.step(speed)}" if is_quotable(row) else "range"
     return (
-        f'<td class="heat-{scale.step(speed)}"><a href="#cell-{place}">'
-        f"<b>{speed:.1f}</b>{mark}{_spread(row)}</a></td>"
+        f'<td class="{kind}"><a href="#cell-{place}">'
+        f"<b>{speed_text(row)}</b>{mark}{_spread(row)}</a></td>"
     )
 
 
 def _spread(row: CellRow) -> str:
     """The fastest run over the slowest, with a sign where the verdict has something to say."""
     ratio, verdict = row["run_ratio_max_min"], row["verdict"]
-    figure = f"{ratio:.2f}x" if ratio else ""
+    figure = f"max/min {ratio:.2f}" if ratio else ""
     if verdict == "ok":
         return f"<small>{figure}</small>"
     return f'<small title="{escape(verdict)}">⚠ {figure}</small>'

@@ -157,13 +157,26 @@ def environment_table(environment: Mapping[str, Any]) -> str:
     for name, value in environment.items():
         facts = value if isinstance(value, Mapping) else {"": value}
         lines = "".join(
-            f'<tr><th scope="row">{escape(str(key).replace("_", " "))}</th>'
-            f"<td>{escape(_plain(fact))}</td></tr>"
+            f'<tr><th scope="row">{escape(_fact_name(name, str(key)))}</th>'
+            f"<td>{escape(_amount(str(key), fact))}</td></tr>"
             for key, fact in facts.items()
         )
         title = escape(name.replace("_", " "))
         parts.append(f"<table><caption>{title}</caption><tbody>{lines}</tbody></table>")
     return f'<div class="environment">{"".join(parts)}</div>'
+
+
+def _fact_name(section: str, key: str) -> str:
+    """In words; a variable of the environment is looked for by its whole name."""
+    if section == "variables":
+        return key
+    return key.removesuffix("_bytes").replace("_", " ")
+
+
+def _amount(key: str, fact: Any) -> str:
+    if key.endswith("_bytes") and isinstance(fact, int):
+        return f"{fact / 1e9:.1f} GB"
+    return _plain(fact)
 
 
 _FORMATS: tuple[tuple[type, Callable[[Any], str]], ...] = (

@@ -141,6 +141,8 @@ def triton(machine: Machine) -> Finding:
 def _optional(machine: Machine, wanted: Optional) -> Finding:
     name = wanted.names[0]
     version = next((found for n in wanted.names if (found := machine.version(n))), None)
+    if version is not None and wanted.cuda_only and not machine.torch.devices:
+        return skipped(f"{name} {version} is installed, and of no use without a CUDA device")
     if version is not None:
         return passed(f"{name} {version}", f"serves {wanted.serves}")
     if wanted.cuda_only and not machine.torch.devices:

@@ -158,4 +158,5 @@ def variables(machine: Machine) -> Finding:
     if bad:
         effects = "; ".join(f"{entry.name} {entry.effect}" for entry in bad)
         return warned(effects, evidence, f"unset {' '.join(entry.name for entry in bad)}")
-    return passed("no variable that slows things down", evidence or "none set")
+    harmless = f"set, and harmless: {evidence}" if evidence else "none set"
+    return passed("no variable that slows things down", harmless)

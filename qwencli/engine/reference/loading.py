@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,8 @@ def _kept_modules(config: EngineConfig, plan: LoadPlan, model_class: Any) -> lis
 def _check_scheme(folder: Path, hub_config: Mapping[str, Any]) -> None:
     """Raise ModelFileError where transformers would read packed weights as if they were plain."""
     weights = find_weights(folder, allow_pickle=True)
+    if weights.pickled:
+        _check_pickles(weights.files)
     section = quantization_section(hub_config)
     if weights.pickled or (section and _is_known(section)):
         return
@@ -143,6 +147,37 @@ def _check_scheme(folder: Path, hub_config: Mapping[str, Any]) -> None:
             if _is_native(hub_config, stored)
             else "use another version of the model",
         )
+
+
+def _check_pickles(files: Iterable[Path]) -> None:
+    """Raise ModelFileError for a pickle that is no checkpoint: no mapping of names to tensors.
+
+    Only tensors are unpickled, here and by transformers: what a file would run is refused.
+    """
+    for path in files:
+        try:
+            kept = torch.load(path, "meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except MemoryError:
+            raise
+        except Exception as error:
+            runs = re.search("Unsupported (global|class)", str(error))
+            why = "it holds more than tensors" if runs else "it is damaged"
+            raise ModelFileError(
+                f"{path} is no checkpoint: {why} ({type(error).__name__})",
+                "use a safetensors version of the model",
+            ) from error
+        if not isinstance(kept, Mapping) or not kept:
+            raise ModelFileError(
+                f"{path} is no checkpoint: it holds {type(kept).__name__}, not tensors by name",
+                "use a safetensors version of the model",
+            )
+        other = [name for name, value in kept.items() if not isinstance(value, torch.Tensor)]
+        if other or not all(isinstance(name, str) for name in kept):
+            raise ModelFileError(
+                f"{path} is no checkpoint: {some([str(name) for name in other or kept])} "
+                "are no tensors by name",
+                "save the model's state_dict alone, or use a safetensors version of the model",
+            )
 
 
 def _is_native(hub_config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> bool:

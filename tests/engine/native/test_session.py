@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 
 from qwencli.engine.native import session
 from qwencli.engine.native.session import FeatureCache
 from qwencli.engine.native.vision import VisionFeatures
+from qwencli.engine.preprocess import Visual
 
 
 @pytest.fixture
@@ -42,3 +44,14 @@ def test_older_pictures_go_when_their_tokens_are_too_many(look):
 def test_the_pictures_of_one_request_stay_however_many_they_are(look):
     assert look(b"abcde") == b"abcde"
     assert look(b"abcde") == b""
+
+
+def test_a_picture_is_told_by_all_of_its_pixels(monkeypatch):
+    picture = Image.effect_noise((37, 23), 90).convert("RGB")
+    other = picture.copy()
+    other.putpixel((36, 22), (1, 2, 3))
+    visual = Visual((1, 2, 2))
+    whole = session._digest(visual, [picture])
+    assert session._digest(visual, [other]) != whole
+    monkeypatch.setattr(session, "_DIGEST_PIXELS", 100)
+    assert session._digest(visual, [picture]) == whole

@@ -199,6 +199,36 @@ def test_pickled_weights_are_held_to_the_same(changed: Any, change: str) -> None
     assert named[change] in error.message
 
 
+@pytest.mark.parametrize(
+    ("kept", "part"),
+    [
+        (b"no pickle", "it is damaged"),
+        (b"", "it is damaged"),
+        (b"PK\x03\x04 torn", "it is damaged"),
+        ([1, 2], "it holds list"),
+        (torch.ones(2), "it holds Tensor"),
+        ({}, "it holds dict"),
+        ({"state_dict": {"w": torch.ones(2)}, "epoch": 3}, "state_dict, epoch are no tensors"),
+        ({1: torch.ones(2)}, "1 are no tensors by name"),
+        (Path("x"), "it holds more than tensors"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_is_no_checkpoint_is_named(
+    changed: Any, kept: Any, part: str, zipped: bool
+) -> None:
+    folder = changed("qwen3", dict)
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    if isinstance(kept, bytes):
+        path.write_bytes(kept)
+    else:
+        torch.save(kept, path, _use_new_zipfile_serialization=zipped)
+    error = refused(folder, EngineName.TRANSFORMERS, allow_pickle=True)
+    assert "pytorch_model.bin is no checkpoint" in error.message
+    assert part in error.message
+
+
 def test_bitsandbytes_while_loading_loses_nothing(checkpoint: Callable[[str], Path]) -> None:
     pytest.importorskip("bitsandbytes")
     for mode in (Quantization.INT8, Quantization.INT4):

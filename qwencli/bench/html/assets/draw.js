@@ -75,7 +75,8 @@ function logTicks(low, high) {
     return values;
   };
   const all = found(fine);
-  return all.length > 7 ? found(coarse) : all.length > 2 ? all : ticks(low, high, 4);
+  const few = found(coarse);
+  return all.length > 7 && few.length > 2 ? few : all.length > 2 ? all : ticks(low, high, 4);
 }
 
 function linear([low, high], [from, to]) {

@@ -39,19 +39,27 @@ function itlScale(places, range) {
   return [linear([0, high * 1.05], range), "ms"];
 }
 
+const STALL_APART = 5;
+
 function drawTokens(root, cell, places, x, y, share) {
   const paths = { steady: "", stall: "", joined: "" };
+  // Of marks that would lie on each other the highest stays.
+  const stalls = new Map();
   for (const { run, from } of places) {
     const limit = run.stall_ms ?? Infinity;
     let pen = "M";
     run.itl_ms.forEach((itl, i) => {
       if (Number.isNaN(itl)) return;
       const at = `${round(x(from + run.t_s[i]))} ${round(y(itl))}`;
-      if (itl >= limit) paths.stall += `M${at}m-4 3l4 -7l4 7z`; else paths.steady += `M${at}h.01`;
+      if (itl >= limit) {
+        const place = Math.round(x(from + run.t_s[i]) / STALL_APART), there = stalls.get(place);
+        if (!there || itl > there.itl) stalls.set(place, { itl, at });
+      } else paths.steady += `M${at}h.01`;
       paths.joined += pen + at;
       pen = "L";
     });
   }
+  for (const { at } of stalls.values()) paths.stall += `M${at}m-4 3l4 -7l4 7z`;
   const few = share * places.reduce((sum, { run }) => sum + run.tokens, 0) < FEW;
   if (few) svg(root, "path", { class: "line", d: paths.joined, stroke: "var(--accent)", opacity: 0.35 });
   svg(root, "path", { class: "dots", d: paths.steady, stroke: "var(--accent)", "stroke-width": few ? 4 : 2.6 });
