@@ -33,7 +33,6 @@ class _Root(TyperGroup):
 app = typer.Typer(
     name="qwencli",
     cls=_Root,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run Qwen vision-language models on your own GPU, and learn why a run was fast or slow.",

@@ -183,3 +183,26 @@ def test_an_encoding_that_lacks_a_character_is_no_error():
     assert done.returncode == 1
     assert rb"\U0001f680.png" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("qwencli ca", ["caption"]),
+        ("qwencli caption --quantization ", ["none", "8bit", "4bit", "fp8"]),
+    ],
+)
+def test_the_shell_completes_commands_and_modes(typed, offered):
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split(" ")) - 1)}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; sys.argv[0] = 'qwencli'; from qwencli.cli import main; main()",
+        ],
+        env={**os.environ, **words, "_QWENCLI_COMPLETE": "complete_bash"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == offered
