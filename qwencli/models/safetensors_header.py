@@ -79,12 +79,19 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint's safetensors files, by name.
 
     Raises:
-        ModelFileError: see `read_header`.
+        ModelFileError: see `read_header`; also for a tensor that stands in two of the files.
     """
-    found = {}
+    found: dict[str, StoredTensor] = {}
     for file in files:
         header = read_header(file)
         for name, info in header.tensors.items():
+            if name in found:
+                # Which of them is meant nobody can tell: shards of two savings, most likely.
+                raise ModelFileError(
+                    f"{file.parent}: tensor {name!r:.200} stands in both {found[name].file.name} "
+                    f"and {file.name}",
+                    "the weight files are of different savings of the model; download them again",
+                )
             start = header.data_start + info.start
             found[name] = StoredTensor(name, file, info.dtype, info.shape, start)
     return found

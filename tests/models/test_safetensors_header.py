@@ -175,3 +175,13 @@ def test_nobody_is_told_to_delete_what_is_outside_the_model_folder(tmp_path):
     with pytest.raises(ModelFileError) as caught:
         stored_tensors([link])
     assert f"delete {link}" in caught.value.hint
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    files = [tmp_path / "model-1.safetensors", tmp_path / "model-2.safetensors"]
+    for file in files:
+        file.write_bytes(pack(GOOD, bytes(12)))
+    with pytest.raises(ModelFileError) as error:
+        stored_tensors(files)
+    for named in ("'a'", *(file.name for file in files)):
+        assert named in str(error.value)
