@@ -11,10 +11,10 @@ none, those of the whole system do.
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from qwencli.bench.thread_times import reread
 from qwencli.engine.cgroups import PROC, cpu_groups
 
 PRESSURES = ("cpu", "memory", "io")
@@ -60,7 +60,7 @@ class CgroupStats:
         self._files = ()
 
     def read(self) -> Reading:
-        return tuple([_text(file) for file in self._files])
+        return tuple([reread(file, 1024) for file in self._files])
 
     def stalls(self, earlier: Reading, later: Reading) -> Stalls:
         """What lay between two readings of this object."""
@@ -84,16 +84,10 @@ def _opened(path: Path) -> int | None:
         file = os.open(path, os.O_RDONLY)
     except OSError:
         return None
-    if not _text(file):  # pressure that was turned off opens, and cannot be read
+    if not reread(file, 1024):  # pressure that was turned off opens, and cannot be read
         os.close(file)
         return None
     return file
-
-
-def _text(file: int) -> bytes:
-    with suppress(OSError):
-        return os.pread(file, 1024, 0) if file >= 0 else b""
-    return b""
 
 
 def _throttled_ms(text: bytes) -> float | None:

@@ -57,7 +57,7 @@ class RunQueue:
         try:
             return tuple([os.pread(file, 64, 0) for file in self._files])
         except OSError:  # a thread that ended takes its file with it
-            return tuple(map(_text, self._files))
+            return tuple([reread(file, 64) for file in self._files])
 
     def __exit__(self, *exc: object) -> None:
         for file in self._files:
@@ -65,9 +65,11 @@ class RunQueue:
         self._files = ()
 
 
-def _text(file: int) -> bytes:
-    with suppress(OSError):
-        return os.pread(file, 64, 0)
+def reread(file: int, most: int) -> bytes:
+    """What an open file of the system's says now; empty where it cannot be read."""
+    if sys.platform != "win32":
+        with suppress(OSError):
+            return os.pread(file, most, 0)
     return b""
 
 

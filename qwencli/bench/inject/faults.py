@@ -251,6 +251,8 @@ class HogOnTheSameCore(BesideFault):
             hog.stdout.readline()
 
     def disturb(self, chunks: Chunks, tokens: int, chance: random.Random) -> Iterator[Any]:
+        if sys.platform != "linux":
+            raise NotImplementedError("`kinds` looks before this is called")
         cores = os.sched_getaffinity(0)
         core = {min(cores)}
         for hog in self._hogs:

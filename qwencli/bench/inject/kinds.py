@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,11 +18,11 @@ def _cuda(device: str) -> str | None:
 
 
 def _affinity(device: str) -> str | None:
-    return None if hasattr(os, "sched_setaffinity") else "this system ties no thread to a core"
+    return None if sys.platform == "linux" else "this system ties no thread to a core"
 
 
 def _signals(device: str) -> str | None:
-    return None if hasattr(signal, "SIGSTOP") else "this system cannot stop a process"
+    return None if sys.platform != "win32" else "this system cannot stop a process"
 
 
 def _anywhere(device: str) -> str | None:
