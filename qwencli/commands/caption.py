@@ -32,26 +32,36 @@ def caption(
 ) -> None:
     """Describe images. The answer alone goes to stdout, everything else to stderr."""
     # Here and not above: `--help` needs none of it.
-    from qwencli.commands.captions import Captions
+    from qwencli.commands.captions import BATCH_FROM, Captions
     from qwencli.commands.model_choice import announce_model, choose_model
-    from qwencli.commands.requests import running_engine, system_messages
-    from qwencli.messages import GenerationRequest, user_message
+    from qwencli.commands.requests import open_visual, running_engine, system_messages
+    from qwencli.messages import GenerationRequest, VisualPart, user_message
 
     sink = context.ensure_object(Sink)
     text = prompt_text(prompt, preset)
     sampling = run.sampling_options()
     spec = choose_model(run, sink)
+
+    def ask(pictures: tuple[VisualPart, ...]) -> GenerationRequest:
+        return GenerationRequest((*system_messages(system), user_message(text, pictures)), sampling)
+
     work = Captions(sink, run, model=spec.name, several=len(images) > 1)
+
     jobs = work.opened([images] if together else [[path] for path in images], frames)
     pictures = next(jobs, None)
     if pictures is not None:
         announce_model(spec, run, sink)
         with running_engine(run.engine_config(spec), sink) as loaded:
+            left = images[work.begun - 1 :]
+            if len(left) >= BATCH_FROM and not together:
+                work.answer_many(
+                    loaded, left, ask(pictures), lambda path: ask((open_visual(path, frames),))
+                )
+                pictures = None
             while pictures is not None:
-                messages = (*system_messages(system), user_message(text, pictures))
-                work.answer(loaded, GenerationRequest(messages, sampling), pictures)
+                work.answer(loaded, ask(pictures), pictures)
                 # Large pictures are not held while the next ones are decoded.
-                del messages, pictures
+                del pictures
                 pictures = next(jobs, None)
     if work.failed:
         raise typer.Exit(1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,17 +22,22 @@ if TYPE_CHECKING:
 
 Pictures = tuple[VisualPart, ...]
 
+# Pictures from which on they are answered together: making the graphs of a batch takes a GPU as
+# long as a dozen answers.
+BATCH_FROM = 16
+
 
 class Captions:
-    """One that fails costs its own answer only; `failed` counts them."""
+    """One that fails costs its own answer only; `failed` counts them, `begun` those opened."""
 
     def __init__(self, sink: Sink, run: RunOptions, *, model: str, several: bool) -> None:
         self.sink, self.json, self.stats = sink, run.json, run.stats
         self.model, self.several = model, several
-        self.failed = 0
+        self.failed = self.begun = 0
 
     def opened(self, jobs: Sequence[Sequence[Path]], frames: int | None) -> Iterator[Pictures]:
         for number, paths in enumerate(jobs, start=1):
+            self.begun = number
             if self.several and sys.stderr.isatty() and not sys.stdout.isatty():
                 self.sink.notice(f"[{number}/{len(jobs)}] {', '.join(str(path) for path in paths)}")
             pictures: Pictures = ()
@@ -51,6 +58,38 @@ class Captions:
         except (InputError, OutOfMemoryError) as error:
             self._report(error, names)
             return
+        self._add_to(result, names)
+
+    def answer_many(
+        self,
+        engine: Engine,
+        paths: Sequence[Path],
+        first: GenerationRequest,
+        request: Callable[[Path], GenerationRequest],
+    ) -> None:
+        """Answer about each picture, as many at a time as the engine runs; in their order.
+
+        Args:
+            first: about the first of `paths`, which is open already.
+            request: opens a picture and asks; runs in threads.
+        """
+        from qwencli.engine.client import generate_many
+
+        others = (functools.partial(request, path) for path in paths[1:])
+        results = generate_many(engine, itertools.chain([first], others))
+        for path, result in zip(paths, results, strict=True):
+            names = [str(path)]
+            if isinstance(result, (*OPENING_ERRORS, OutOfMemoryError)):
+                self._report(result, names)
+            elif isinstance(result, QwenCliError):
+                raise result
+            else:
+                if not self.json:
+                    self.sink.answer(self._prefix(names) + result.text)
+                self._add_to(result, names)
+
+    def _add_to(self, result: GenerationResult, names: list[str]) -> None:
+        """What goes beside an answer, or is written in its place."""
         if self.json:
             self.sink.json_line(caption_record(result, names, self.model))
         missing = shortfall(result)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Protocol, Self
 
 from qwencli.config import EngineConfig
-from qwencli.engine.request import RequestId, StepOutput
+from qwencli.engine.request import RequestId, RequestSource, StepOutput
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk, GenerationResult, RanModes
 
@@ -55,7 +55,7 @@ class Engine(Protocol):
     @property
     def has_unfinished(self) -> bool: ...
 
-    def add(self, request: GenerationRequest) -> RequestId: ...
+    def add(self, request: RequestSource) -> RequestId: ...
 
     def step(self) -> list[StepOutput]: ...
 

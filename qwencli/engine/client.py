@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from qwencli.engine.base import Engine
+from qwencli.engine.request import RequestSource
 from qwencli.errors import QwenCliError
-from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationResult
 
-# Requests beyond the rows that run, so that one is ready when a row ends. Their pictures are held
-# in memory.
-REQUESTS_AHEAD = 16
+# Requests that have given nothing yet: enough that some are ready whenever rows end, few because
+# their pictures are held in memory.
+REQUESTS_AHEAD = 32
 
 
 def generate_many(
-    engine: Engine, requests: Iterable[GenerationRequest]
+    engine: Engine, requests: Iterable[RequestSource]
 ) -> Iterator[GenerationResult | QwenCliError]:
     """Answer requests together, as many at a time as the engine runs; results in their order.
 
@@ -23,15 +23,16 @@ def generate_many(
     gives its error in place of a result. Closing the iterator aborts what is unfinished.
     """
     engine.load()
-    most = engine.max_rows + REQUESTS_AHEAD if engine.max_rows > 1 else 1
+    ahead = REQUESTS_AHEAD if engine.max_rows > 1 else 1
     source = iter(requests)
     order: dict[int, None] = {}  # those not handed out yet, in the order they came
     unfinished: set[int] = set()
+    silent: set[int] = set()
     results: dict[int, GenerationResult | QwenCliError] = {}
     more = True
     try:
         while more or order:
-            while more and len(unfinished) < most:
+            while more and len(silent) < ahead and (ahead > 1 or not unfinished):
                 request = next(source, None)
                 if request is None:
                     more = False
@@ -39,8 +40,10 @@ def generate_many(
                 number = engine.add(request)
                 order[number] = None
                 unfinished.add(number)
+                silent.add(number)
             if unfinished:
                 for output in engine.step():
+                    silent.discard(output.request)
                     if output.finished:
                         unfinished.discard(output.request)
                         result = output.chunk.result if output.chunk else None

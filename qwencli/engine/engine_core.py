@@ -25,7 +25,15 @@ from qwencli.engine.clock import Clock, Mark
 from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
 from qwencli.engine.native.quiet_host import quiet_host
 from qwencli.engine.prompt import Prompt
-from qwencli.engine.request import Batch, PromptChunk, RequestId, Sequence, StepOutput
+from qwencli.engine.request import (
+    Batch,
+    PromptChunk,
+    RequestId,
+    RequestSource,
+    Sequence,
+    StepOutput,
+    request_of,
+)
 from qwencli.engine.runner import ModelRunner, RunnerPrompt, TokenCopy
 from qwencli.engine.scheduler import Scheduler
 from qwencli.engine.sources import ModelFiles
@@ -99,7 +107,7 @@ class EngineCore:
             count, thread_name_prefix="prepare", initializer=_own_stream, initargs=(ran.device,)
         )
 
-    def add(self, request: GenerationRequest) -> RequestId:
+    def add(self, request: RequestSource) -> RequestId:
         """Take a request; everything that is wrong with it comes back from `step`."""
         number = next(self._ids)
         arrived_s = time.perf_counter()
@@ -145,8 +153,8 @@ class EngineCore:
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _prepared(self, request: GenerationRequest, arrived_s: float) -> _Prepared:
-        prompt, sampling = self._prepare(request)
+    def _prepared(self, request: RequestSource, arrived_s: float) -> _Prepared:
+        prompt, sampling = self._prepare(request_of(request))
         answer = Answer(self._files, prompt, sampling, arrived_s)
         laid_out = self._runner.prepare(prompt, sampling, sorted(answer.stop_ids))
         if prompt.inputs is not None:

@@ -35,6 +35,7 @@ from qwencli.errors import InputError, OutOfMemoryError
 from qwencli.messages import ImagePart
 
 # Pillow's remarks on a file would reach stderr where nobody listens to its log.
+_STDERR_TURN = threading.Lock()
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # What Pillow's decoders are known to raise on malformed files (its plug-ins parse with struct,
@@ -381,18 +382,20 @@ def _silent_libtiff(kind: str) -> Iterator[None]:
     if kind != "TIFF":
         yield
         return
-    try:
-        stderr, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    except OSError:  # no stderr, no lines
-        yield
-        return
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nothing)
+    # One at a time: a second thread would take the first one's nothing for stderr, and restore it.
+    with _STDERR_TURN:
+        try:
+            stderr, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        except OSError:  # no stderr, no lines
+            yield
+            return
+        try:
+            os.dup2(nothing, 2)
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            os.close(nothing)
 
 
 def _checked_head(file: BinaryIO, name: str) -> bytes:

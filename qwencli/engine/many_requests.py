@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from qwencli.engine.request import RequestId, StepOutput
+from qwencli.engine.request import RequestId, RequestSource, StepOutput, request_of
 from qwencli.errors import QwenCliError
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk
@@ -22,7 +22,7 @@ class RequestQueue(Protocol):
     @property
     def has_unfinished(self) -> bool: ...
 
-    def add(self, request: GenerationRequest) -> RequestId: ...
+    def add(self, request: RequestSource) -> RequestId: ...
 
     def step(self) -> list[StepOutput]: ...
 
@@ -39,14 +39,14 @@ class SerialQueue:
     def __init__(self, stream: Callable[[GenerationRequest], Iterator[GenerationChunk]]) -> None:
         self._stream = stream
         self._ids = itertools.count()
-        self._waiting: dict[RequestId, GenerationRequest] = {}
+        self._waiting: dict[RequestId, RequestSource] = {}
         self._running: tuple[RequestId, Iterator[GenerationChunk]] | None = None
 
     @property
     def has_unfinished(self) -> bool:
         return self._running is not None or bool(self._waiting)
 
-    def add(self, request: GenerationRequest) -> RequestId:
+    def add(self, request: RequestSource) -> RequestId:
         number = next(self._ids)
         self._waiting[number] = request
         return number
@@ -56,7 +56,11 @@ class SerialQueue:
             if not self._waiting:
                 return []
             number = next(iter(self._waiting))
-            self._running = number, self._stream(self._waiting.pop(number))
+            try:
+                request = request_of(self._waiting.pop(number))
+            except QwenCliError as error:
+                return [StepOutput(number, error=error)]
+            self._running = number, self._stream(request)
         number, chunks = self._running
         try:
             output = StepOutput(number, next(chunks))
@@ -96,7 +100,7 @@ class ManyRequests(ABC):
     def has_unfinished(self) -> bool:
         return self._queue is not None and self._queue.has_unfinished
 
-    def add(self, request: GenerationRequest) -> RequestId:
+    def add(self, request: RequestSource) -> RequestId:
         return self._requests().add(request)
 
     def step(self) -> list[StepOutput]:

@@ -59,12 +59,14 @@ class VisualInputs:
         patches: by visual, see `Patchify`.
         num_tokens: by visual: tokens it takes in the prompt.
         frames: by visual: what it was made of, for telling it from others.
+        image_sizes: by visual: (width, height) before it was resized.
     """
 
     visuals: tuple[Visual, ...]
     patches: tuple[Any, ...]
     num_tokens: tuple[int, ...]
     frames: tuple[tuple[Image.Image, ...], ...]
+    image_sizes: tuple[tuple[int, int], ...]
 
     @property
     def grid_thw(self) -> tuple[GridTHW, ...]:
@@ -185,6 +187,7 @@ def preprocess(
         patches=tuple(cut(shown, size, config) for shown, size in zip(frames, sizes, strict=True)),
         num_tokens=tuple(visual.num_tokens(config.merge_size) for visual in visuals),
         frames=frames,
+        image_sizes=tuple(shown[0].size for shown in frames),
     )
 
 

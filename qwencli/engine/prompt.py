@@ -64,7 +64,7 @@ class Prompt:
     @property
     def image_sizes(self) -> tuple[Size, ...]:
         """(width, height) of each picture or video frame before it is resized."""
-        return tuple(shown[0].size for shown in self.inputs.frames) if self.inputs else ()
+        return self.inputs.image_sizes if self.inputs else ()
 
     @property
     def resized_sizes(self) -> tuple[Size, ...]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from qwencli.errors import QwenCliError
+from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk
 
 RequestId = int
+# A request, or what makes one: pictures are then opened when it is its turn, and not held before.
+# Raises what is wrong with it.
+RequestSource = GenerationRequest | Callable[[], GenerationRequest]
+
+
+def request_of(source: RequestSource) -> GenerationRequest:
+    return source if isinstance(source, GenerationRequest) else source()
 
 
 @dataclass(frozen=True)

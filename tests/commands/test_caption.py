@@ -504,3 +504,28 @@ def test_help_has_the_defaults_of_sampling(capsys):
     assert f"Default: {base.max_new_tokens}." in text
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
         assert f"Default: the model's, else {getattr(base, name):g}." in text
+
+
+def test_many_pictures_are_answered_together_in_their_order(
+    checkpoint, tmp_path, capsys, monkeypatch
+):
+    """The same lines as one at a time, an unusable file among them at its place."""
+    paths = []
+    for number in range(7):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", (64 + 32 * (number % 3), 64), (number * 30, 90, 10)).save(path)
+        paths.append(str(path))
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    base = ["caption", "--model", str(checkpoint("qwen3_vl")), "--device", "cpu", "--greedy"]
+    said = []
+    for least in (99, 2):
+        monkeypatch.setattr("qwencli.commands.captions.BATCH_FROM", least)
+        assert run([*base, "--max-new-tokens", "6", "--json", *paths]) == 1
+        out, err = capsys.readouterr()
+        said.append([json.loads(line) for line in out.splitlines()])
+        assert "3.png" in err
+    one_by_one, together = said
+    assert [each["image"] for each in together] == [each["image"] for each in one_by_one] == paths
+    for field in ("caption", "num_prompt_tokens", "num_new_tokens", "finish_reason"):
+        assert [each.get(field) for each in together] == [each.get(field) for each in one_by_one]
+    assert together[0]["attention"] == "sdpa"

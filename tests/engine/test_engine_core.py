@@ -75,6 +75,7 @@ def test_each_answer_of_a_mix_is_the_one_its_request_gets_alone(limited):
         assert other.token_ids == one.token_ids
         assert (other.text, other.finish_reason) == (one.text, one.finish_reason)
         assert other.num_prompt_tokens == one.num_prompt_tokens
+        assert (other.image_sizes, other.resized_sizes) == (one.image_sizes, one.resized_sizes)
         assert len(other.token_t_s) == len(other.token_ids)
         assert other.timings.prefill_s > 0 and other.timings.e2e_s >= other.timings.ttft_s > 0
     assert together[2].timings.vision_encode_s > 0
