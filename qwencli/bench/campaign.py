@@ -35,8 +35,8 @@ from qwencli.bench.campaign_files import (
     TOKENS,
     StoredCampaign,
 )
+from qwencli.bench.cells import BenchCell
 from qwencli.bench.folder_lock import LOCK, FolderLock
-from qwencli.bench.matrix import BenchCell
 from qwencli.bench.plan import Plan, check_same
 from qwencli.bench.rowfile import RowFile, keep_rows, replace_file
 from qwencli.bench.stopping import Progress

@@ -31,6 +31,7 @@ from enum import StrEnum
 from typing import Any
 
 from qwencli.bench.attribution.whole_cell import over_limits
+from qwencli.bench.cells import AXES
 from qwencli.bench.compare_intervals import Intervals, paired_intervals, ratio_intervals
 from qwencli.bench.compare_sides import (
     KERNELS,
@@ -42,7 +43,6 @@ from qwencli.bench.compare_sides import (
     took_turns,
     unlike,
 )
-from qwencli.bench.matrix import AXES
 from qwencli.bench.robust import MIN_RUNS, Interval
 from qwencli.bench.stats import UNSTABLE_RATIO, run_ratio
 from qwencli.errors import BenchError, UsageError

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from qwencli.bench.attribution.whole_cell import over_limits
+from qwencli.bench.cells import AXES
 from qwencli.bench.compare import CellComparison, Comparison, Verdict, counts
 from qwencli.bench.compare_intervals import CHANGE_CONFIDENCE, SAME_CONFIDENCE
 from qwencli.bench.compare_sides import SideCell
-from qwencli.bench.matrix import AXES
 from qwencli.bench.tables import row_label, title, varying_axes
 
 if TYPE_CHECKING:

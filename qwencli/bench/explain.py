@@ -18,7 +18,7 @@ from qwencli.bench.attribution.whole_cell import over_limits
 from qwencli.bench.campaign_files import CAUSES, CELLS, GPU, RUNS, TOKENS, read_file
 from qwencli.bench.cell_rows import CellRows
 from qwencli.bench.cell_words import CELL_RULES
-from qwencli.bench.matrix import AXES
+from qwencli.bench.cells import AXES
 from qwencli.bench.steadiness import steadiness
 from qwencli.errors import BenchError
 

@@ -5,15 +5,12 @@ Knows neither torch nor the engines; what this machine can do comes in as `Devic
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from pathlib import Path
 
+from qwencli.bench.cells import AXES, DEFAULT_AXES, BenchCell
 from qwencli.bench.repetition import Wanted
 from qwencli.bench.rules import skip_reason, work_of
 from qwencli.config import (
@@ -28,38 +25,6 @@ from qwencli.config import (
 )
 from qwencli.engine.device import DeviceFacts
 from qwencli.errors import BenchError, UsageError
-
-# Axis -> its values; None = free text (model names and folders).
-AXES: Mapping[str, type[StrEnum] | None] = {
-    "model": None,
-    "engine": EngineName,
-    "quantization": Quantization,
-    "attention": Attention,
-    "cache": Cache,
-    "load_mode": LoadMode,
-    "kernels": Kernels,
-    "kv_dtype": KVDType,
-    "speculate": Speculate,
-}
-
-# What an axis is when neither the matrix nor the command line names it. `model` has no entry:
-# the caller says which model runs when none is named.
-DEFAULT_AXES: Mapping[str, tuple[str, ...]] = {
-    "engine": (EngineName.NATIVE,),
-    "quantization": (Quantization.NONE,),
-    "attention": (Attention.SDPA,),
-    "cache": (Cache.DYNAMIC,),
-    "load_mode": (LoadMode.KEEP,),
-    "kernels": (Kernels.AUTO,),
-    "kv_dtype": (KVDType.AUTO,),
-    "speculate": (Speculate.OFF,),
-}
-# Axes that older plans lack, with what they ran.
-NEWER_AXES: Mapping[str, str] = {
-    "kernels": Kernels.AUTO,
-    "kv_dtype": KVDType.AUTO,
-    "speculate": Speculate.OFF,
-}
 
 
 @dataclass(frozen=True)
@@ -81,34 +46,6 @@ class Matrix:
     max_new_tokens: int = 128
     prompt: str | None = None
     images: tuple[Path, ...] = ()
-
-
-@dataclass(frozen=True)
-class BenchCell:
-    """One combination of modes. `skip_reason` says why it cannot run here, None = it can."""
-
-    model: str
-    engine: EngineName
-    quantization: Quantization
-    attention: Attention
-    cache: Cache
-    load_mode: LoadMode
-    kernels: Kernels = Kernels.AUTO
-    kv_dtype: KVDType = KVDType.AUTO
-    speculate: Speculate = Speculate.OFF
-    skip_reason: str | None = None
-
-    def axes(self) -> dict[str, str]:
-        return {axis: str(getattr(self, axis)) for axis in AXES}
-
-    @property
-    def cell_id(self) -> str:
-        """A readable name that is safe in a file name, ended by a hash of the exact axes."""
-        # As before there was a choice, so that older campaigns compare with newer ones.
-        axes = {axis: value for axis, value in self.axes().items() if NEWER_AXES.get(axis) != value}
-        digest = hashlib.sha256(json.dumps(axes, sort_keys=True).encode()).hexdigest()[:6]
-        model = re.sub(r"[^a-z0-9.]+", "-", self.model.lower()).strip("-.")[-40:].lstrip("-.")
-        return "-".join([model or "model", *list(axes.values())[1:], digest])
 
 
 def check_values(axis: str, values: tuple[str, ...]) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwencli.bench.matrix import AXES, Matrix, check_values
+from qwencli.bench.cells import AXES
+from qwencli.bench.matrix import Matrix, check_values
 from qwencli.bench.repetition import Wanted
 from qwencli.bench.work import find_image, read_prompt
 from qwencli.config import SAMPLING_BOUNDS

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.bench import stopping
+from qwencli.bench.cells import BenchCell
 from qwencli.bench.divergence import wants_reference
-from qwencli.bench.matrix import BenchCell
 from qwencli.bench.quality import captions_fit
 from qwencli.bench.spec import WorkerSpec
 from qwencli.bench.stopping import Progress, StopRule

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from qwencli.bench.matrix import BenchCell
+from qwencli.bench.cells import BenchCell
 from qwencli.bench.predict import Prediction
 from qwencli.bench.tables import cell_label
 

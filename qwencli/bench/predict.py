@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwencli.bench.matrix import BenchCell
+from qwencli.bench.cells import BenchCell
 from qwencli.bench.plan import Plan
 from qwencli.config import Cache, DType, EngineName, KVDType, LoadMode, ModelSpec, Quantization
 from qwencli.errors import ModelFileError

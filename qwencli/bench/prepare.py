@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qwencli.bench.cells import AXES
 from qwencli.bench.launch import read_device_facts
-from qwencli.bench.matrix import AXES, expand, override
+from qwencli.bench.matrix import expand, override
 from qwencli.bench.matrix_file import load_matrix
 from qwencli.bench.plan import Plan, Settings
 from qwencli.bench.repetition import Wanted, stop_rule

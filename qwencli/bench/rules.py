@@ -7,15 +7,12 @@ it loads raises UnsupportedModeError, and the cell becomes a skipped row all the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from qwencli.bench.cells import BenchCell
 from qwencli.config import Attention, Cache, EngineName, Kernels, KVDType, Quantization, Speculate
 from qwencli.engine.device import DeviceFacts
 
-if TYPE_CHECKING:
-    from qwencli.bench.matrix import BenchCell
-
-Rule = Callable[["BenchCell", DeviceFacts], str | None]
+Rule = Callable[[BenchCell, DeviceFacts], str | None]
 
 ENGINES_HERE = (EngineName.NATIVE, EngineName.TRANSFORMERS)
 BITSANDBYTES = (Quantization.INT8, Quantization.INT4)

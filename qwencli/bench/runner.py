@@ -9,8 +9,8 @@ from itertools import zip_longest
 
 from qwencli.bench import spec as wire
 from qwencli.bench.campaign import Campaign
+from qwencli.bench.cells import BenchCell
 from qwencli.bench.cooldown import NO_PAUSE, Cooldown, cool_down
-from qwencli.bench.matrix import BenchCell
 from qwencli.bench.plan import Plan
 from qwencli.bench.planned import duration
 from qwencli.bench.process import Ending, WorkerProcess

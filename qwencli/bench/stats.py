@@ -15,8 +15,8 @@ from typing import Any
 from qwencli.bench.attribution import whole_cell
 from qwencli.bench.attribution.records import records_by_cell
 from qwencli.bench.attribution.whole_cell import UNKNOWN_MACHINE, Machine
+from qwencli.bench.cells import AXES, NEWER_AXES
 from qwencli.bench.itl import percentile
-from qwencli.bench.matrix import AXES, NEWER_AXES
 from qwencli.bench.quality import quality_columns
 from qwencli.bench.roofline import roofline_columns, with_best_limits
 from qwencli.bench.steadiness import Steadiness, level_change, steadiness, steadiness_columns

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwencli.bench.attribution.summary import probe_line, why
+from qwencli.bench.cells import AXES, NEWER_AXES, BenchCell
 from qwencli.bench.detail_tables import DETAILS, DetailTable
-from qwencli.bench.matrix import AXES, NEWER_AXES, BenchCell
 from qwencli.bench.stats import NOT_QUOTABLE, UNSTABLE
 
 if TYPE_CHECKING:

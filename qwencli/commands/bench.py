@@ -206,7 +206,7 @@ def report(
     Writes cells.csv, causes.csv, report.md and report.html, and the confusion matrix of an injected
     campaign; verdicts.csv and report.md of a study.
     """
-    from qwencli.bench.studies.session import STUDY
+    from qwencli.bench.studies.prepared import STUDY
 
     if (folder / STUDY).exists():
         from qwencli.bench.studies import report as study_report

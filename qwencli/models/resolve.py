@@ -182,7 +182,7 @@ def _local(name: str, places: Places) -> ModelSpec | None:
     folder = as_folder(name)
     path = places.working_folder / (folder or name)
     # `os.path`: pathlib's raise for names that no system takes and for folders nobody may enter.
-    if not os.path.lexists(path):  # noqa: PTH - see above
+    if not os.path.lexists(path):
         if folder is None:
             return None
         raise ModelNotFoundError(f"no folder {str(path)!r}", "check the path")

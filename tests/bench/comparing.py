@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from qwencli.bench import columns
+from qwencli.bench.cells import BenchCell
 from qwencli.bench.compare_sides import Side, side
-from qwencli.bench.matrix import BenchCell
 from qwencli.bench.rowfile import write_rows
 from qwencli.config import Attention, Cache, EngineName, LoadMode, Quantization
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwencli.bench.matrix import AXES, Matrix, check_values, expand, override
+from qwencli.bench.cells import AXES
+from qwencli.bench.matrix import Matrix, check_values, expand, override
 from qwencli.engine.device import DeviceFacts
 from qwencli.errors import BenchError, UsageError
 

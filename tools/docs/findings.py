@@ -26,8 +26,8 @@ from qwencli.bench.studies import origin_tables
 from qwencli.bench.studies.claim_file import ALL, Study, choose
 from qwencli.bench.studies.evidence import Evidence
 from qwencli.bench.studies.origin_tables import series
+from qwencli.bench.studies.prepared import STUDY
 from qwencli.bench.studies.report import effect_words
-from qwencli.bench.studies.session import STUDY
 from qwencli.bench.studies.verdicts import ClaimVerdict, Finding, Verdict
 
 ROOT = Path(__file__).parents[2]

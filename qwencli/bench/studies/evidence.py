@@ -28,9 +28,8 @@ from qwencli.bench.rowfile import read_table
 from qwencli.bench.studies.blocks import without_rounds
 from qwencli.bench.studies.claim_file import Study, Trial, choose
 from qwencli.bench.studies.metrics import value
-from qwencli.bench.studies.prepared import FORMAT
+from qwencli.bench.studies.prepared import FORMAT, STUDY, process_folder
 from qwencli.bench.studies.schedule import Place
-from qwencli.bench.studies.session import STUDY, process_folder
 from qwencli.bench.studies.verdicts import (
     ClaimVerdict,
     Finding,

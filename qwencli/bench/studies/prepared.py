@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from qwencli.bench.plan import Plan, Settings
@@ -19,6 +20,7 @@ from qwencli.presets import DEFAULT_PROMPT
 DEFAULT_RUNS, DEFAULT_TOKENS = 5, 48
 QUICK_RUNS, QUICK_TOKENS = 3, 16
 FORMAT = 1
+STUDY, PROCESSES = "study.json", "processes"  # in a study's folder
 
 
 @dataclass(frozen=True)
@@ -129,3 +131,8 @@ def prepare_study(
         name = process.cell.model
         models.setdefault(name, main if name == main.name else resolve_model(name))
     return PreparedStudy(request, studies, layout, models, facts)
+
+
+def process_folder(folder: Path, name: str) -> Path:
+    """Where a process of the study in `folder` keeps its campaign."""
+    return folder / PROCESSES / name

@@ -10,7 +10,7 @@ from qwencli.bench.campaign_files import Rule, check_document, is_count, read_en
 from qwencli.bench.rowfile import replace_file, write_rows
 from qwencli.bench.studies.evidence import Evidence
 from qwencli.bench.studies.metrics import WORDS
-from qwencli.bench.studies.session import STUDY
+from qwencli.bench.studies.prepared import STUDY
 from qwencli.bench.studies.verdicts import ClaimVerdict, Finding, Verdict
 from qwencli.output import markdown_page
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwencli.bench.matrix import BenchCell
+from qwencli.bench.cells import BenchCell
 from qwencli.bench.rules import skip_reason
 from qwencli.bench.studies.claim_file import HELD, Arm, Study
 from qwencli.bench.studies.conditions import CONDITIONS, PLAIN, Load, why_not

@@ -21,7 +21,7 @@ from qwencli.bench.environment import environment
 from qwencli.bench.launch import read_machine_speed
 from qwencli.bench.report import build_report
 from qwencli.bench.runner import RunnerOptions, run_campaign
-from qwencli.bench.studies.prepared import PreparedStudy
+from qwencli.bench.studies.prepared import PROCESSES, STUDY, PreparedStudy, process_folder
 from qwencli.bench.studies.schedule import Process
 from qwencli.bench.studies.worker import SCHEDULE
 from qwencli.bench.telemetry import sampler_command
@@ -29,7 +29,6 @@ from qwencli.engine.child_process import python_command
 from qwencli.errors import BenchError, OutputError
 from qwencli.output import Sink
 
-STUDY, PROCESSES = "study.json", "processes"
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 
@@ -107,10 +106,6 @@ def _is_done(folder: Path, process: Process) -> bool:
     rows = read_file(process_folder(folder, process.name), RUNS)
     skipped = any(row["status"] == "skipped" for row in rows)
     return skipped or sum(row["status"] == "ok" for row in rows) == len(process.runs)
-
-
-def process_folder(folder: Path, name: str) -> Path:
-    return folder / PROCESSES / name
 
 
 def _open_folder(

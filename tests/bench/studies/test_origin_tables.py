@@ -11,8 +11,7 @@ from qwencli.bench import columns
 from qwencli.bench.rowfile import write_rows
 from qwencli.bench.studies import origin_tables
 from qwencli.bench.studies.evidence import Evidence
-from qwencli.bench.studies.prepared import FORMAT
-from qwencli.bench.studies.session import process_folder
+from qwencli.bench.studies.prepared import FORMAT, process_folder
 from qwencli.bench.studies.worker import COLUMNS
 
 TOKENS = 21

@@ -13,9 +13,9 @@ from qwencli.bench.rowfile import read_rows
 from qwencli.bench.studies import session
 from qwencli.bench.studies.claim_file import choose
 from qwencli.bench.studies.evidence import Evidence
-from qwencli.bench.studies.prepared import StudyRequest, prepare_study
+from qwencli.bench.studies.prepared import StudyRequest, prepare_study, process_folder
 from qwencli.bench.studies.report import COLUMNS, build_study_report, terminal_table
-from qwencli.bench.studies.session import process_folder, run_study
+from qwencli.bench.studies.session import run_study
 from qwencli.bench.studies.share import share
 from qwencli.bench.studies.verdicts import Verdict
 from qwencli.config import DType, LoadFormat
