@@ -173,7 +173,7 @@ def bound(data: CellRows) -> Said:
 
 
 # What the rows of causes.csv are about, by their scope.
-_SCOPES = {"gap": "late tokens", "decode": "slow answers", "prefill": "slow prefills"}
+_SCOPES = {"gap": "late token", "decode": "slow answer", "prefill": "slow prefill"}
 
 
 def causes(data: CellRows) -> Said:
@@ -187,7 +187,7 @@ def causes(data: CellRows) -> Said:
             worst = max(rows, key=lambda row: float(row["lost_ms"]))
             token = f", token {worst['token_index']}" if worst["token_index"] else ""
             yield (
-                f"{len(rows)} {what} because {MEANINGS[Cause(cause)]}",
+                f"{len(rows)} {what}{'s' * (len(rows) > 1)} because {MEANINGS[Cause(cause)]}",
                 f"{_lost(rows):.0f} ms lost; the worst {float(worst['lost_ms']):.0f} in run "
                 f"{worst['run']}{token}: {worst['evidence']}; confidence "
                 f"{float(worst['confidence']):.2g}",

@@ -192,7 +192,7 @@ def _axes_head(axes: Sequence[str]) -> str:
 
 UNITS = (
     "tok/s: median of the runs, or what they span where none is to be quoted; ratio: "
-    "fastest/slowest run; p50, p99: ms between tokens"
+    "fastest/slowest run; TTFT: time to the first token; p50, p99: ms between tokens"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -38,16 +39,25 @@ class _BenchGroup(TyperGroup):
 app = typer.Typer(cls=_BenchGroup, invoke_without_command=True, no_args_is_help=False)
 app.command()(study)
 
-Axis = Annotated[
-    str | None, typer.Option(metavar="LIST", help="Comma list; replaces the matrix's.")
-]
+_cells = functools.partial(typer.Option, rich_help_panel="Cells")
+_repeat = functools.partial(typer.Option, rich_help_panel="How often")
+_work = functools.partial(typer.Option, rich_help_panel="Work of each run")
+_course = functools.partial(typer.Option, rich_help_panel="Course")
+_checks = functools.partial(typer.Option, rich_help_panel="After the runs")
+Axis = Annotated[str | None, _cells(metavar="LIST", help="Comma list; replaces the matrix's.")]
 Images = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME|FILE", help="Repeatable. Default: a shipped example."),
 ]
 Format = Annotated[LoadFormat, typer.Option(help="dummy: random weights.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Dtype = Annotated[DType, typer.Option(help="Of weights that are not quantized.")]
+Dtype = Annotated[
+    DType,
+    typer.Option(
+        metavar="NAME",
+        help="Of weights that are not quantized: auto, bfloat16, float16 or float32.",
+    ),
+]
 
 
 @app.callback()
@@ -55,7 +65,7 @@ def bench(
     context: typer.Context,
     matrix: Annotated[
         str,
-        typer.Option(metavar="[NAME|FILE]", help="default, quick, full, origin, or a TOML file."),
+        _cells(metavar="[NAME|FILE]", help="default, quick, full, origin, or a TOML file."),
     ] = DEFAULT_MATRIX,
     model: Axis = None,
     engine: Axis = None,
@@ -68,28 +78,31 @@ def bench(
     speculate: Axis = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(metavar="AXIS=VALUE,...", help="Drop the cells that match; repeatable."),
+        _cells(metavar="AXIS=VALUE,...", help="Drop the cells that match; repeatable."),
     ] = None,
-    runs: Annotated[int | None, typer.Option(min=1, help="Measured runs of each cell.")] = None,
+    runs: Annotated[
+        int | None, _repeat(metavar="N", min=1, help="Measured runs of each cell.")
+    ] = None,
     max_noise: Annotated[
         float | None,
-        typer.Option(metavar="PERCENT", help="Repeat until the median is known this well."),
+        _repeat(metavar="PERCENT", help="Repeat until the median is known this well."),
     ] = None,
-    min_runs: Annotated[int | None, typer.Option(min=1, help="With --max-noise.")] = None,
-    max_runs: Annotated[int | None, typer.Option(min=1, help="With --max-noise.")] = None,
+    min_runs: Annotated[int | None, _repeat(metavar="N", min=1, help="With --max-noise.")] = None,
+    max_runs: Annotated[int | None, _repeat(metavar="N", min=1, help="With --max-noise.")] = None,
     max_time: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", min=1.0, help="Of one cell; with --max-noise."),
+        _repeat(metavar="SECONDS", min=1.0, help="Of one cell; with --max-noise."),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, max=100, help="Spread each cell's runs over so many.")
+        int | None,
+        _repeat(metavar="N", min=1, max=100, help="Spread each cell's runs over so many."),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of each run; the end token is ignored.")
+        int | None, _work(help="Tokens of each run; the end token is ignored.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="What every run is asked.")] = None,
-    preset: Annotated[str | None, typer.Option(help="A prompt by its name.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A prompt from a text file.")] = None,
+    prompt: Annotated[str | None, _work(help="What every run is asked.")] = None,
+    preset: Annotated[str | None, _work(help="A prompt by its name.")] = None,
+    prompt_file: Annotated[Path | None, _work(help="A prompt from a text file.")] = None,
     image: Images = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Default: campaigns/<UTC time>.")
@@ -115,29 +128,29 @@ def bench(
         ),
     ] = None,
     quality: Annotated[
-        bool, typer.Option(help="After the timed runs, check whether the answers are right.")
+        bool, _checks(help="After the timed runs, check whether the answers are right.")
     ] = True,
     quality_samples: Annotated[
-        int, typer.Option(min=1, max=96, help="Answers of each cell to check.")
+        int, _checks(metavar="N", min=1, max=96, help="Answers of each cell to check.")
     ] = 24,
     limits: Annotated[
-        bool, typer.Option(help="After them, measure this machine's limits and what probes cost.")
+        bool, _checks(help="After them, measure this machine's limits and what probes cost.")
     ] = True,
     plant: Annotated[
         float | None,
-        typer.Option(
+        _course(
             metavar="PERCENT", min=0.0, help="Make tokens so much slower on purpose, for compare."
         ),
     ] = None,
     timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=1.0, help="Of one process, loading included.")
+        float, _course(metavar="SECONDS", min=1.0, help="Of one process, loading included.")
     ] = 1800.0,
     cooldown: Annotated[
         str,
-        typer.Option(metavar="SECONDS", help="Pause before each process; settle: until cool."),
+        _course(metavar="SECONDS", help="Pause before each process; settle: until cool."),
     ] = "0",
     continue_on_error: Annotated[
-        bool, typer.Option(help="A cell that fails is a row, and the others run all the same.")
+        bool, _course(help="A cell that fails is a row, and the others run all the same.")
     ] = True,
 ) -> None:
     """Measure speed over quantization x attention x cache.

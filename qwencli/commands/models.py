@@ -47,8 +47,9 @@ def models(
 def _legend(free_bytes: int, on_gpu: bool) -> str:
     of = "VRAM that is free" if on_gpu else "memory (half of what is free)"
     return (
-        "GB for the weights, 4096 tokens and a one-megapixel image; * as stated in "
-        f"custom_models.json, otherwise estimated. Fits: the largest mode within the "
+        "GB for the weights, 4096 tokens and a one-megapixel image; full: not quantized; "
+        "* as stated in custom_models.json, otherwise estimated. "
+        f"Fits: the largest mode within the "
         f"{free_bytes / 1e9:.1f} GB of {of} here."
     )
 
@@ -83,7 +84,7 @@ def _table(rows: list[ModelRow], legend: str) -> Table:
 def _size(size_bytes: int) -> str:
     if size_bytes < 1e9:
         return f"{size_bytes / 1e6:.0f} MB"
-    return f"{size_bytes / 1e9:.1f} GB"
+    return f"{size_bytes / 1e9:.{1 if size_bytes < 1e11 else 0}f} GB"
 
 
 def _vram(row: ModelRow, mode: str) -> str:

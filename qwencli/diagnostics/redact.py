@@ -40,10 +40,11 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"\b(?:AC|SK)[0-9a-f]{32}\b", "<token>"),
     (r"\b\d{8,10}:AA[\w-]{30,}", "<token>"),
     (r"(?i)\b(bearer|basic|digest)\s+[\w.~+/=-]{6,}", r"\1 <token>"),
+    # The package `tokenizers` is none of these.
     # Of an option, its value; of a name, what it is set to, with the spaces inside its quotes.
     (rf"(?i)(--?[\w-]*(?:{_SECRET_NAME}|token)[ ]+)(?![-<])\S+", r"\1<secret>"),
     (
-        rf"(?i)\b(\w*(?:{_SECRET_NAME}|token)\w*{_TO_QUOTE}?\s*[=:]\s*)(\\?[\"'])(?!<)[^\"'\n]+(\\?[\"'])",
+        rf"(?i)\b(?!tokenizers\b)(\w*(?:{_SECRET_NAME}|token)\w*{_TO_QUOTE}?\s*[=:]\s*)(\\?[\"'])(?!<)[^\"'\n]+(\\?[\"'])",
         r"\1\2<secret>\3",
     ),
     # A number is a setting (max_new_tokens: 256), not a secret; nor is what JSON has for nothing.
@@ -52,7 +53,7 @@ RULES: tuple[tuple[str, str], ...] = (
         r"\1<secret>",
     ),
     (
-        rf"(?i)\b(\w*token\w*{_TO_QUOTE}?\s*[=:]\s*{_TO_QUOTE}?)(?!(?:\d+|\d*\.\d+|null|true|false)\b)[^\s\"',;<\[{{]+",
+        rf"(?i)\b(?!tokenizers\b)(\w*token\w*{_TO_QUOTE}?\s*[=:]\s*{_TO_QUOTE}?)(?!(?:\d+|\d*\.\d+|null|true|false)\b)[^\s\"',;<\[{{]+",
         r"\1<secret>",
     ),
     (r"(\w+://)[^\s/@:]*:[^\s/@]+@", r"\1<credentials>@"),

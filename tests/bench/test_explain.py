@@ -131,7 +131,7 @@ def test_causes_come_with_their_dearest_case():
         "2 late tokens because Python collected garbage (52 ms lost; the worst 40 in run 1, token "
         "7: because of it; confidence 0.9)"
     ) in lines
-    assert any(line.startswith("1 slow answers because the GPU ran at a lower") for line in lines)
+    assert any(line.startswith("1 slow answer because the GPU ran at a lower") for line in lines)
 
 
 def test_who_waits_for_whom():

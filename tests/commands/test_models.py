@@ -58,6 +58,12 @@ def test_table_fits_80_columns_and_breaks_no_builtin_name(run):
     assert result.stderr == ""
 
 
+def test_table_breaks_no_custom_name_of_22_letters(run, tmp_path):
+    name = "Qwen3-4B-Instruct-2507"
+    write(tmp_path / "custom_models.json", {name: {"repo_id": f"Qwen/{name}"}})
+    assert f"{name} custom" in run().stdout
+
+
 def test_json_is_one_object_a_line(run):
     rows = [json.loads(line) for line in run("--json").stdout.splitlines()]
     by_name = {row["name"]: row for row in rows}

@@ -57,6 +57,7 @@ def test_windows_paths():
         "and/or 9728 x 2560: unquantized 33 us",
         "PASS cuda-device 1 CUDA device",
         '{"kernels_per_token": null, "us_per_token": 12.5, "has_token": false}',
+        '"safetensors": "0.8.0", "tokenizers": "0.22.1"; tokenizers=0.22.1',
     ],
 )
 def test_what_a_reader_needs_stays(text):

@@ -127,7 +127,7 @@ def _cell(place: int | None, rows: Sequence[CellRow], scale: _Scale, notes: _Not
     if not speed:
         return f'<td class="none"><a href="#cell-{place}">{escape(status)}{mark}</a></td>'
     # Between the speeds of its runs no colour is that of the cell.
-    kind = f"heat-{scale.step(speed)}" if is_quotable(row) else "range"
+    kind = f"heat-{scale.step(speed)}" if is_quotable(row) else "unquotable"
     return (
         f'<td class="{kind}"><a href="#cell-{place}">'
         f"<b>{speed_text(row)}</b>{mark}{_spread(row)}</a></td>"
