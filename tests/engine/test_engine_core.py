@@ -233,3 +233,20 @@ def test_the_transformers_engine_speaks_the_same_protocol(checkpoint):
         results = list(generate_many(loaded, requests))
         assert [len(each.token_ids) for each in results] == [3, 2]
         assert not loaded.has_unfinished
+
+
+def test_a_lone_request_short_of_memory_gets_that_of_a_batch_that_is_over(limited, monkeypatch):
+    first = list(generate_many(limited, [ask("Before", max_new_tokens=2)]))
+    answering, tries = limited._generation.chunks, []
+
+    def short_of_memory(*args):
+        tries.append(limited._queue)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        yield from answering(*args)
+
+    monkeypatch.setattr(limited._generation, "chunks", short_of_memory)
+    assert len(limited.generate(ask("Alone", max_new_tokens=2)).token_ids) == 2
+    assert tries[0] is not None and tries[1] is None
+    again = list(generate_many(limited, [ask("Before", max_new_tokens=2)]))
+    assert again[0].token_ids == first[0].token_ids

@@ -248,6 +248,9 @@ class NativeEngine(LocalEngine):
 
     def _recover(self) -> None:
         self._forget()
+        if not self.has_unfinished:
+            # The pool of a batch that is over; the next one makes it again.
+            self._close_queue()
         release(self.ran.device)
 
 

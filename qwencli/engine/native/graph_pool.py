@@ -32,7 +32,10 @@ class GraphPool:
             work()
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        # Of this thread: others prepare pictures meanwhile, and what they allocate or wait for
+        # would end the capture.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode=mode):
             work()
         self._graphs[key] = graph
 
