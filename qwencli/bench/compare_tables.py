@@ -59,7 +59,7 @@ def _ratio(cell: CellComparison) -> float:
 
 
 def _lines(found: Comparison) -> list[str]:
-    """What the table has no room for, equal remarks together."""
+    """What the table has no room for, equal remarks together, cells as the table names them."""
     lines = [
         f"A = {found.a}, B = {found.b}",
         ", ".join(f"{count} {verdict}" for verdict, count in counts(found.cells).items())
@@ -89,27 +89,30 @@ def _lines(found: Comparison) -> list[str]:
 
 
 def _remarks(found: Comparison) -> Iterable[tuple[str, str]]:
+    of_a = [cell.a for cell in found.cells] + [a for a, _ in found.no_figure]
+    sides = (*of_a, *found.only_in_a, *found.only_in_b)
+    axes = varying_axes([side.row for side in sides])
     for cell in found.cells:
         for remark in cell.remarks:
-            yield remark, cell.a.row["cell_id"]
+            yield remark, row_label(cell.a.row, axes)
     for a, b in found.no_figure:
         if a.speeds or b.speeds:
             name, empty = ("B", b) if a.speeds else ("A", a)
-            yield f"no figure in {name}: {_why(empty)}", a.row["cell_id"]
+            yield f"no figure in {name}: {_why(empty)}", row_label(a.row, axes)
         else:
-            yield "no figure in A and B", a.row["cell_id"]
+            yield "no figure in A and B", row_label(a.row, axes)
     for name, cells in (("A", found.only_in_a), ("B", found.only_in_b)):
         for alone in cells:
-            yield f"only in {name}", alone.row["cell_id"]
+            yield f"only in {name}", row_label(alone.row, axes)
 
 
 def _grouped(remarks: Iterable[tuple[str, str]]) -> list[str]:
     cells: dict[str, list[str]] = defaultdict(list)
-    for remark, cell_id in remarks:
-        cells[remark].append(cell_id)
+    for remark, label in remarks:
+        cells[remark].append(label)
     return [
-        f"{remark} - {ids[0] if len(ids) == 1 else f'{len(ids)} cells'}"
-        for remark, ids in cells.items()
+        f"{remark} - {labels[0] if len(labels) == 1 else f'{len(labels)} cells'}"
+        for remark, labels in cells.items()
     ]
 
 

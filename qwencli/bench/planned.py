@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import string
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ FORMULA = (
 def planned_table(
     cells: Sequence[BenchCell], predictions: Mapping[str, Prediction]
 ) -> RenderableType:
-    """The cells of a plan in the given order, the skipped ones dim and last.
+    """The cells of a plan in the given order, the skipped ones dim and last, by reason.
 
     Args:
         predictions: by cell_id, of the cells that can run here.
@@ -47,14 +48,19 @@ def planned_table(
             duration(predicted.seconds),
             "-" if predicted.memory_bytes is None else f"{predicted.memory_bytes / 1e9:.1f} GB",
         )
+    by_reason: dict[str, list[BenchCell]] = defaultdict(list)
     for cell in cells:
         if cell.skip_reason:
-            table.add_row("-", cell_label(cell), style="dim")
+            by_reason[cell.skip_reason].append(cell)
+    marks = dict(zip(by_reason, string.ascii_lowercase, strict=False))
+    for reason, skipped in by_reason.items():
+        for cell in skipped:
+            table.add_row(marks.get(reason, "-"), cell_label(cell), style="dim")
     known = [p.seconds for p in predictions.values() if p.seconds is not None]
     lines = [f"all together about {duration(sum(known))}", FORMULA] if known else []
-    counts = Counter(cell.skip_reason for cell in cells if cell.skip_reason)
     lines += [
-        f"skipped: {reason} - {count} cell{'s' * (count > 1)}" for reason, count in counts.items()
+        f"{marks.get(reason, '-')} skipped: {reason} - {count} cell{'s' * (count > 1)}"
+        for reason, count in ((reason, len(skipped)) for reason, skipped in by_reason.items())
     ]
     return Group(table, *(Text(line, style="dim") for line in lines))
 

@@ -187,7 +187,7 @@ def _flash_attn_blocker(cuda: CudaDevice | None) -> str | None:
         major, minor = cuda.capability
         return f"flash_attention_2 needs compute capability 8.0; {cuda.name} has {major}.{minor}"
     if importlib.util.find_spec("flash_attn") is None:
-        return "flash-attn is not installed (pip install 'qwencli[flash]')"
+        return 'flash-attn is not installed (pip install "qwencli[flash]")'
     try:
         importlib.import_module("flash_attn")
     except (

@@ -288,7 +288,9 @@ def open_file(path: Path, name: str) -> BinaryIO:
     except (OSError, ValueError) as error:
         raise read_error(error, name) from error
     if stat.S_ISDIR(mode):
-        raise InputError(f"{name} is a folder, not a picture", "name the picture files in it")
+        raise InputError(
+            f"{name} is a folder, not a picture", "name the picture files in it, as in photos/*.jpg"
+        )
     raise InputError(f"{name} is a device, not a picture file", _USE_PICTURE)
 
 

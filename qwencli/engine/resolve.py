@@ -115,7 +115,7 @@ def resolve_attention(attention: Attention, device: str) -> Attention:
         require(
             "flash_attn",
             "--attention flash_attention_2",
-            "pip install 'qwencli[flash]'",
+            'pip install "qwencli[flash]"',
             "use --attention sdpa",
         )
     return attention

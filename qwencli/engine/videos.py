@@ -284,7 +284,7 @@ def _from_video_file(
     require(
         "av",
         f"{name} is a video file",
-        "pip install 'qwencli[video]'",
+        'pip install "qwencli[video]"',
         "give an animated GIF or WebP, or a folder of frames with --frames",
     )
     import av

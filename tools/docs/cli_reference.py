@@ -58,7 +58,8 @@ def option_row(parameter: inspect.Parameter) -> str | None:
     if isinstance(info, ArgumentInfo):
         spelled = info.metavar or parameter.name.upper()
     meaning = info.help or ""
-    if values := choices(kind):
+    # An option with a name of its own for its values says in its text which there are.
+    if info.metavar is None and (values := choices(kind)):
         meaning += f" One of: {', '.join(values)}."
     empty = parameter.default in (None, False, inspect.Parameter.empty)
     default = "" if empty else getattr(parameter.default, "value", parameter.default)

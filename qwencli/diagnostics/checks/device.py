@@ -25,7 +25,7 @@ def get_cuda_torch(machine: Machine) -> str:
     new = driver is None or not driver.version or numbers(driver.version)[0] >= MINIMUM_DRIVER[13]
     wheels = "cu130" if new else "cu128"
     return (
-        f"pip install --upgrade 'torch>=2.11' --index-url https://download.pytorch.org/whl/{wheels}"
+        f'pip install --upgrade "torch>=2.11" --index-url https://download.pytorch.org/whl/{wheels}'
     )
 
 

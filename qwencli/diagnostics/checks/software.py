@@ -12,7 +12,7 @@ from qwencli.diagnostics.versions import cudnn_text, numbers
 from qwencli.engine.probes.ask import Outcome
 
 OLDEST_PYTHON = (3, 11, 0)
-UPGRADE = "pip install --upgrade qwencli"
+UPGRADE = "pip install --upgrade . in a new clone of qwencli"
 
 
 def python(machine: Machine) -> Finding:
@@ -115,7 +115,7 @@ BITSANDBYTES = Optional(
     needed=False,
 )
 FLASH_ATTN = Optional(
-    ("flash-attn",), "--attention flash_attention_2", "pip install 'qwencli[flash]'", needed=False
+    ("flash-attn",), "--attention flash_attention_2", 'pip install "qwencli[flash]"', needed=False
 )
 TRITON = Optional(
     ("triton", "triton-windows"), "the native engine's fused kernels and --cache static-compile",
