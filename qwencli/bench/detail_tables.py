@@ -112,7 +112,8 @@ LIMITS = DetailTable(
 )
 QUIET = DetailTable(
     "What the machine took, in percent of decode",
-    "beyond the limit in brackets a figure is not to be quoted; others: share of all processors",
+    "beyond the limit in brackets a figure is not to be quoted; waited: for a processor; core: to "
+    "one slower than the campaign's quickest; others: other programs, of all processors",
     tuple(
         Detail(f"{limit.head} ({limit.percent:g})", _taken(limit.column))
         for limit in whole_cell.LIMITS

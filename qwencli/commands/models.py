@@ -26,7 +26,7 @@ def models(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
-    """List the models: where they are, the memory they need, and what fits this machine."""
+    """List the models, what memory they need, and what fits here."""
     from qwencli.commands.model_choice import free_bytes_on
     from qwencli.models.listing import list_models
     from qwencli.models.resolve import Places
