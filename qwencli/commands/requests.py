@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,7 +67,8 @@ def local_path(path: Path) -> Path:
     Raises InputError for an address of the web.
     """
     found = _ADDRESS.fullmatch(path.as_posix())
-    if found is None or path.exists():
+    # lexists: `exists` raises for a name that is too long.
+    if found is None or os.path.lexists(path):
         return path
     if found["scheme"].lower() == "file":
         from urllib.request import url2pathname

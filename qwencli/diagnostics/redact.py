@@ -23,9 +23,11 @@ _KEY_STARTS = (
     r"|SG\.|key-|tskey-|hv[sb]\.|ATATT3|ATCTT3|ATBB|ntn_|secret_|AGE-SECRET-KEY-|sbp_|dapi|EAA[A-Z]"
 )
 _SERIAL_NAME = (
-    r"(?:\w*serial(?:[ _-]?(?:numbers?|num|nr|no))?\.?|s/n|(?:asset|service)[ _-]?tag"
+    r"(?:\w{0,40}serial(?:[ _-]?(?:numbers?|num|nr|no))?\.?|s/n|(?:asset|service)[ _-]?tag"
     r"|(?:machine|boot|system|board|chassis|product|disk|hardware)[ _-]?(?:uu)?id)"
 )
+# What a name begins with or goes on with. Bounded: of a long word every part would be tried.
+_MORE = r"\w{0,40}"
 _TO_QUOTE = r"(?:\\?[\"'])"
 
 # Pattern -> what stands there instead; the order matters.
@@ -33,31 +35,34 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"(?s)-----BEGIN [A-Z0-9 ]+-----(?:(?!-----BEGIN).)*?-----END [A-Z0-9 ]+-----", "<key>"),
     # One that was cut off before its end.
     (r"-----BEGIN [A-Z0-9 ]+-----(?:\s|\\[nr]|[\w-]+: [^\n]*\n|[A-Za-z0-9+/=]{8,})*", "<key>"),
-    (r"\b(?:ssh-(?:rsa|dss|ed25519)|ecdsa-sha2-\S+|sk-ssh-\S+) AAAA\S+(?: \S+@\S+)?", "<key>"),
+    (
+        r"\b(?:ssh-(?:rsa|dss|ed25519)|ecdsa-sha2-\S{1,40}|sk-ssh-\S{1,40}) AAAA\S+(?: \S+@\S+)?",
+        "<key>",
+    ),
     (rf"(?<![A-Za-z0-9])(?:{_KEY_STARTS})[A-Za-z0-9_.~+/=-]{{8,}}", "<token>"),
-    (r"\beyJ[\w-]{8,}\.[\w-]+\.[\w-]+", "<token>"),
+    (r"\beyJ[\w-]{8,4096}\.[\w-]{1,4096}\.[\w-]+", "<token>"),
     (r"\b(?:AKIA|ASIA|ABIA|ACCA|AROA|AIDA|AGPA|ANPA)[0-9A-Z]{12,}", "<token>"),
     (r"\b(?:AC|SK)[0-9a-f]{32}\b", "<token>"),
     (r"\b\d{8,10}:AA[\w-]{30,}", "<token>"),
     (r"(?i)\b(bearer|basic|digest)\s+[\w.~+/=-]{6,}", r"\1 <token>"),
     # The package `tokenizers` is none of these.
     # Of an option, its value; of a name, what it is set to, with the spaces inside its quotes.
-    (rf"(?i)(--?[\w-]*(?:{_SECRET_NAME}|token)[ ]+)(?![-<])\S+", r"\1<secret>"),
+    (rf"(?i)(--?[\w-]{{0,40}}(?:{_SECRET_NAME}|token)[ ]+)(?![-<])\S+", r"\1<secret>"),
     (
-        rf"(?i)\b(?!tokenizers\b)(\w*(?:{_SECRET_NAME}|token)\w*{_TO_QUOTE}?\s*[=:]\s*)(\\?[\"'])(?!<)[^\"'\n]+(\\?[\"'])",
+        rf"(?i)\b(?!tokenizers\b)({_MORE}(?:{_SECRET_NAME}|token){_MORE}{_TO_QUOTE}?\s*[=:]\s*)(\\?[\"'])(?!<)[^\"'\n]+(\\?[\"'])",
         r"\1\2<secret>\3",
     ),
     # A number is a setting (max_new_tokens: 256), not a secret; nor is what JSON has for nothing.
     (
-        rf"(?i)\b(\w*{_SECRET_NAME}\w*{_TO_QUOTE}?\s*[=:]\s*{_TO_QUOTE}?)(?!(?:null|true|false)\b)[^\s\"',;<]+",
+        rf"(?i)\b({_MORE}{_SECRET_NAME}{_MORE}{_TO_QUOTE}?\s*[=:]\s*{_TO_QUOTE}?)(?!(?:null|true|false)\b)[^\s\"',;<]+",
         r"\1<secret>",
     ),
     (
-        rf"(?i)\b(?!tokenizers\b)(\w*token\w*{_TO_QUOTE}?\s*[=:]\s*{_TO_QUOTE}?)(?!(?:\d+|\d*\.\d+|null|true|false)\b)[^\s\"',;<\[{{]+",
+        rf"(?i)\b(?!tokenizers\b)({_MORE}token{_MORE}{_TO_QUOTE}?\s*[=:]\s*{_TO_QUOTE}?)(?!(?:\d+|\d*\.\d+|null|true|false)\b)[^\s\"',;<\[{{]+",
         r"\1<secret>",
     ),
-    (r"(\w+://)[^\s/@:]*:[^\s/@]+@", r"\1<credentials>@"),
-    (r"\b[\w.+-]+@[\w-]+\.[\w.-]+\b", "<address>"),
+    (r"(\w{1,40}://)[^\s/@:]*:[^\s/@]+@", r"\1<credentials>@"),
+    (r"\b[\w.+-]{1,64}@[\w-]+\.[\w.-]+\b", "<address>"),
     (r"\b(?:GPU|MIG)-[0-9a-fA-F]{8}-[0-9a-fA-F-]{20,}", "<uuid>"),
     (r"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b", "<uuid>"),
     (
@@ -65,6 +70,8 @@ RULES: tuple[tuple[str, str], ...] = (
         r"\1<serial>",
     ),
     (r"\b(?:[0-9A-Fa-f]{2}[:-]){5}[0-9A-Fa-f]{2}\b(?![:-])", "<mac>"),
+    # How Linux names an adapter by its address.
+    (r"\b(en|wl|ww)x[0-9a-f]{12}\b", r"\1x<mac>"),
     (r"\b(?:[0-9A-Fa-f]{4}\.){2}[0-9A-Fa-f]{4}\b", "<mac>"),
 )
 _IPV6 = re.compile(
@@ -88,7 +95,7 @@ _START = r"(?:~[\w.-]*|(?:\\\\\?\\)?[A-Za-z]:)?"
 # "at 5 GB/s" is no folder.
 _SLASH = r"/+(?!s(?:[\s,;.)]|$))"
 _PLACES = re.compile(
-    r"(?P<url>\b[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+)"
+    r"(?P<url>\b[A-Za-z][A-Za-z0-9+.-]{0,40}://[^\s\"'<>]+)"
     rf"|(?P<mark>\\?\"|\\?')(?P<quoted>(?:~[\w.-]*[\\/]|[A-Za-z]:[\\/]|/|\\\\)"
     r"(?:(?! /|: )[^\"'\n]|'(?=\w))*)(?=(?P=mark))"
     rf"|{_NOT_IN_WORD}(?P<person>{_START}[\\/]+(?:{_FOLDER}[\\/]+)*?{_PERSON}[\\/]+{_PERSON_LAST})"

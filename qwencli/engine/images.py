@@ -24,10 +24,17 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
 
 from qwencli.config import MAX_PIXELS
 from qwencli.engine.containers import video_kind
@@ -80,6 +87,11 @@ _MAX_FILE_BYTES = (
 # A pipe's picture is held whole. It must have begun after so many seconds, and come this fast.
 _MAX_PIPE_BYTES = 2**28
 _PIPE_WAIT_S, _PIPE_BYTES_PER_S = 8.0, 100_000.0
+# What decoding one file may take of this thread's time: pictures of no content that stand in a
+# million pieces, or are drawn over three hundred times, would go on for minutes.
+_DECODE_S, _DECODE_S_PER_PIXEL = 5.0, 5e-8
+# A JPEG's decoder gets its data in pieces of so many bytes: a few of them may draw it anew.
+_JPEG_PIECE_BYTES = 2**10
 # A picture's rows are found through a pointer each, in the decoded picture and in the result.
 _BYTES_A_ROW = 16
 # Text and colour profiles of a PNG, decompressed; screenshots and Photoshop's carry megabytes.
@@ -194,6 +206,37 @@ _strict_pillow = _StrictPillow()
 
 
 T = TypeVar("T")
+
+
+class _TimedFile:
+    """An open file that Pillow reads, until that takes longer than any that is meant well."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name = file, name
+        self._end_s = time.thread_time() + _DECODE_S
+
+    def allow(self, pixels: int) -> None:
+        """Allow the time that so many pixels more may take."""
+        self._end_s += pixels * _DECODE_S_PER_PIXEL
+
+    def read(self, size: int = -1) -> bytes:
+        if time.thread_time() > self._end_s:
+            raise InputError(
+                f"{self._name} takes far longer to decode than others of its size: it stands in "
+                "too many pieces or frames",
+                "save it anew with another program, or leave it out",
+            )
+        return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def allow_time(image: Image.Image, pixels: int) -> None:
+    """Let an opened picture take the time of so many pixels more; frames have them, for one."""
+    file = getattr(image, "fp", None)
+    if isinstance(file, _TimedFile):
+        file.allow(pixels)
 
 
 def open_image(source: Path | bytes, name: str | None = None, held_bytes: int = 0) -> ImagePart:
@@ -345,8 +388,12 @@ def decode(file: BinaryIO, name: str, read: Callable[[Image.Image, str], T]) -> 
     except OSError as error:
         raise read_error(error, name) from error
     kind = "picture"
+    timed = _TimedFile(file, name)
     try:
-        with _strict_pillow, _identify(file, head, name) as image:
+        with _strict_pillow, _identify(timed, head, name) as image:
+            timed.allow(image.width * image.height)
+            if isinstance(image, JpegImagePlugin.JpegImageFile):
+                image.decodermaxblock = _JPEG_PIECE_BYTES
             kind = image.format or kind
             if kind in _NOT_PICTURES:
                 raise InputError(
@@ -415,10 +462,10 @@ def _checked_head(file: BinaryIO, name: str) -> bytes:
     return head
 
 
-def _identify(file: BinaryIO, head: bytes, name: str) -> Image.Image:
+def _identify(file: _TimedFile, head: bytes, name: str) -> Image.Image:
     file.seek(0)
     try:
-        return Image.open(file)
+        return Image.open(cast("BinaryIO", file))
     except UnidentifiedImageError as error:
         found = next((what for magic, what in _SIGNATURES if magic.match(head)), None)
         found = found or ("a video" if video_kind(head) else None)

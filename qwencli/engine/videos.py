@@ -23,6 +23,7 @@ from qwencli.engine.images import (
     DECODE_ERRORS,
     MAX_DECODE_BYTES,
     PICTURE_SUFFIXES,
+    allow_time,
     check_decoded_size,
     decode,
     open_file,
@@ -44,6 +45,8 @@ _BYTES_A_PIXEL = 4
 MAX_VIDEO_PIXELS = 300_000_000
 # To take frames out of an animation all before them are decoded, at about 50 megapixels a second.
 MAX_ANIMATION_PIXELS = 400_000_000
+# Finding a frame takes the time of so many pixels, however small it is.
+_PIXELS_A_FRAME = 20_000
 # What a frame of an animation takes that states no time; browsers do the same.
 _FRAME_S = 0.1
 
@@ -247,9 +250,10 @@ def _from_animation(
 ) -> VideoPart:
     total: int = image.n_frames  # type: ignore[attr-defined]
     begins, now_s = [], 0.0
+    _check_work(name, image.size, total)
+    allow_time(image, 2 * MAX_ANIMATION_PIXELS)
     # Its times stand in the frames: one pass to read them, one for the chosen frames.
     for index in range(total):
-        _check_work(name, image.size, total)
         image.seek(index)
         # A frame may be larger than the canvas that the header states.
         _check_work(name, image.size, total)
@@ -270,6 +274,12 @@ def _from_animation(
 
 
 def _check_work(name: str, size: tuple[int, int], total: int) -> None:
+    if total * _PIXELS_A_FRAME > MAX_ANIMATION_PIXELS:
+        raise InputError(
+            f"{name}: an animation of {total} frames, the limit is "
+            f"{MAX_ANIMATION_PIXELS // _PIXELS_A_FRAME}",
+            "shorten it, or make a video file of it",
+        )
     if size[0] * size[1] * total > MAX_ANIMATION_PIXELS:
         raise InputError(
             f"{name}: an animation of {total} frames of {size[0]}x{size[1]} is more than "

@@ -423,3 +423,12 @@ def test_an_address_of_the_web_is_shown_as_it_was_given(talk, command, capsys):
     assert "error: https://example.org/a.png: an address of the web" in capsys.readouterr().err
     assert run(["caption", "https://example.org/a.png", "--model", "scenes"]) == 1
     assert "error: https://example.org/a.png: an address of the web" in capsys.readouterr().err
+
+
+def test_an_address_of_the_web_that_is_longer_than_any_path(talk, capsys):
+    address = "https://example.org/" + "a/" * 3000 + "b.png"
+    converse(talk, f"/image {address}")
+    assert f"error: {address}: an address of the web" in capsys.readouterr().err
+    assert run(["caption", address, "--model", "scenes"]) == 1
+    err = capsys.readouterr().err
+    assert "an address of the web" in err and "fault" not in err

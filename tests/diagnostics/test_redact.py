@@ -23,6 +23,7 @@ CASES = [
     ("GPU-3f2b1c9a-0d4e-5f6a-7b8c-9d0e1f2a3b4c", "<uuid>"),
     ("at 192.168.1.17 port 80", "<ip>"),
     ("mac 00:1a:2b:3c:4d:5e", "<mac>"),
+    ("over wlx001a2b3c4d5e", "wlx<mac>"),
     ("/mnt/data/annika/secret-project/run.py", "<path>/run.py"),
     ("sk-proj-0123456789abcdef", "<token>"),
 ]
@@ -178,7 +179,8 @@ def test_what_only_looks_private_stays(text):
 
 @pytest.mark.parametrize(
     "piece", ["/a b", "'/", "C:\\a ", "/home/a b c ", "a:", "-----BEGIN A-----", "serial ", "0:",
-              "--key", "/(, ", "sk-"],
+              "--key", "/(, ", "sk-", "token", "a.", "a@", "-eyJaaaaaaaa",
+              "ecdsa-sha2-", "__", "-a"],
 )  # fmt: skip
 def test_long_texts_take_no_time(piece):
     start = time.perf_counter()

@@ -551,6 +551,24 @@ def test_a_file_is_not_read_whole_however_long_it_is(tmp_path: Path) -> None:
     assert "is a file of 256 MB, the limit for its kind is 256" in refusal(path).message
 
 
+@pytest.mark.parametrize("kind", ["JPEG drawn anew", "PNG in pieces"])
+def test_a_picture_that_is_decoded_for_minutes_is_left(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind.startswith("JPEG"):
+        data = encoded(Image.new("L", (1000, 1000)), "JPEG", progressive=True)
+        last = data.rindex(b"\xff\xda")
+        data = data[:-2] + data[last:-2] * 3000 + data[-2:]
+    else:
+        data = png(2, 2, bytes(6), extra=png_chunk(b"tEXt", b"a\0b") * 100_000)
+    monkeypatch.setattr(images, "_DECODE_S", 0.2)
+    started_s = time.thread_time()
+    with pytest.raises(InputError, match="takes far longer to decode"):
+        open_image(data)
+    assert time.thread_time() - started_s < 2
+    open_image(encoded(Image.new("L", (1000, 1000)), "JPEG", progressive=True))
+
+
 def test_the_limit_lets_the_largest_cameras_through() -> None:
     # 100 megapixels is above Pillow's own warning level of 89: the decoder is asked, and finds
     # that the pixels are missing.

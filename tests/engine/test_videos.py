@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 
-from qwencli.engine import videos
+from qwencli.engine import images, videos
 from qwencli.engine.containers import is_cut_off
 from qwencli.engine.videos import even_indices, open_video, open_visual
 from qwencli.errors import InputError, MissingDependencyError
@@ -364,6 +364,18 @@ def test_a_small_animation_of_huge_frames_is_refused_undecoded(
     with pytest.raises(InputError, match=r"9 frames of 10000x10000 is more than 400 megapixels"):
         open_visual(path, frames)
     assert (10_000, 10_000) not in loaded
+
+
+def test_an_animation_of_very_many_tiny_frames_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "long.gif"
+    path.write_bytes(gif((1, 1), [(1, 1)] * 21_000))
+    with pytest.raises(InputError, match=r"21000 frames, the limit is 20000"):
+        open_video(path, 3)
+    monkeypatch.setattr(images, "_DECODE_S", 0.05)
+    with pytest.raises(InputError, match=r"takes far longer to decode"):
+        open_video(path, 3)
 
 
 def test_where_nobody_says_how_many_frames_fit_the_memory(
