@@ -36,7 +36,7 @@ _STEP_CHARS, _LOOK_CHARS = 256, 2**17
 _SMALL_CHARS = 2**12
 _WIDE = re.compile(r"\d{6}")
 # Filters and functions that no chat template needs, and whose work no size tells.
-_LEFT_OUT = ("urlize", "lipsum")
+_LEFT_OUT = ("urlize", "lipsum", "wordwrap", "striptags")
 
 
 class TemplateLimitError(jinja2.TemplateError):

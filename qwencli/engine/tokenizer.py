@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import itertools
+import json
 import os
 import re
 import tempfile
@@ -31,6 +32,8 @@ _PRETOKENIZE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# How much longer a tokenizer's rules may make a text before it is split; Qwen's make it no longer.
+_MOST_GROWTH = 64
 _DOWNLOAD = "download the model's files again"
 # What Qwen's models put around their thoughts.
 THOUGHT, THOUGHT_END = "<think>", "</think>"
@@ -173,6 +176,8 @@ class Tokenizer:
                 fast = FastTokenizer.from_str(path.read_text(encoding="utf-8-sig"))
         with _model_file_error(f"{config_path} cannot be read"):
             _add_missing(fast, config.get("added_tokens_decoder") or {}, config_path)
+        if fast.normalizer is not None:
+            _check_growth(json.loads(fast.normalizer.__getstate__()), path)
         return cls(fast, path)
 
     def has_token(self, token: str) -> bool:
@@ -253,6 +258,24 @@ def _build(vocab: Path, merges: Path, pattern: str) -> FastTokenizer:
     fast.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     fast.decoder = decoders.ByteLevel()
     return fast
+
+
+def _check_growth(normalizer: Any, path: Path) -> None:
+    """Raise ModelFileError where replacements in a row make a short text fill the memory."""
+    growth, rest = 1, [normalizer]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, dict):
+            added = [item[key] for key in ("content", "prepend") if isinstance(item.get(key), str)]
+            for text in added:
+                # A pattern may match between characters too.
+                growth *= len(text) + 1
+        if growth > _MOST_GROWTH:
+            raise ModelFileError(
+                f"{path}: its normalizer makes texts more than {_MOST_GROWTH} times as long",
+                _DOWNLOAD,
+            )
+        rest += item.values() if isinstance(item, dict) else item if isinstance(item, list) else []
 
 
 def _add_missing(fast: FastTokenizer, added: Any, path: Path) -> None:

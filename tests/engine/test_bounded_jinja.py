@@ -44,6 +44,7 @@ LARGE = {
     "percent": "{{ '%10000000000d' % 1 }}",
     "star": "{{ '%*d' % (10**10, 1) }}",
     "format filter": "{{ '%10000000000d'|format(1) }}",
+    "wrapped": "{{ ('a' * 1000000)|wordwrap(1) }}",
     "joined": GROW.format(STRING, "ns.x ~ ns.x"),
     "added": GROW.format(STRING, "ns.x + ns.x"),
     "replaced": GROW.format(STRING, "ns.x.replace('a', ns.x)"),

@@ -360,6 +360,18 @@ def test_a_panic_of_the_library_is_one_error(
     assert capfd.readouterr().err == ""
 
 
+def test_a_normalizer_that_fills_the_memory_is_refused(tmp_path: Path) -> None:
+    def replacing(text: str, times: int) -> Path:
+        step = {"type": "Replace", "pattern": {"String": "a"}, "content": text}
+        return strange(
+            tmp_path, {"normalizer": {"type": "Sequence", "normalizers": [step] * times}}
+        )
+
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json: its normalizer makes texts"):
+        Tokenizer.from_folder(replacing("a" * 1000, 4))
+    Tokenizer.from_folder(replacing("\u2581", 3))
+
+
 def test_what_others_write_to_stderr_meanwhile_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
     with _panics_unheard():
         os.write(2, b"a warning\n")
