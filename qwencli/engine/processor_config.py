@@ -203,8 +203,8 @@ def _bounds(
         # The older name wins where a file has both, as it does in the reference.
         stated = (values.get(key), size.get(edge), size.get(key))
         value = next((v for v in stated if v is not None), getattr(default, key))
-        # A small picture is enlarged up to the lower bound, so that one is bound by memory.
-        most = MAX_PIXELS if key == "min_pixels" else MOST_BOUND
+        # A small picture is enlarged up to the lower bound.
+        most = _MOST_LOWER_BOUND if key == "min_pixels" else MOST_BOUND
         if not _is_count(value, most):
             raise _bad_value(path, key, value, f"a whole number from 1 to {most}")
         found[key] = value
@@ -236,6 +236,8 @@ def _is_triple(value: object, low: float, high: float) -> bool:
     )
 
 
+# Of what every picture is enlarged to: models have up to a megapixel.
+_MOST_LOWER_BOUND = 2**24
 # Far beyond what any model has; beyond these nothing sensible is left to compute with.
 _MOST_SIDE = 1024
 _COUNT = (lambda value: _is_count(value, _MOST_SIDE), f"a whole number from 1 to {_MOST_SIDE}")

@@ -259,6 +259,7 @@ def test_without_a_file_the_family_decides(tmp_path: Path) -> None:
         ({"patch_size": "14"}, "patch_size"),
         ({"merge_size": True}, "merge_size"),
         ({"size": 448}, "size"),
+        ({"size": {"shortest_edge": 2 * 10**8, "longest_edge": 2 * 10**8}}, "min_pixels"),
         ({"size": {"shortest_edge": -1}}, "min_pixels"),
         ({"min_pixels": 10_000, "max_pixels": 5000}, "min_pixels"),
         ({"image_mean": [0.5, 0.5]}, "image_mean"),
