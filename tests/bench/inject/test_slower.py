@@ -70,5 +70,5 @@ def test_a_campaign_with_a_slowdown_is_slower_and_measures_no_limits(make_plan, 
         rows = [row for row in read_rows(folder / "runs.csv") if row["status"] == "ok"]
         speeds[name] = max(float(row["decode_tok_per_s"]) for row in rows)
         assert read_rows(folder / "probes.csv") == read_rows(folder / "roofline.csv") == []
-    # Twice the time for each token; a busy machine may slow either side further.
-    assert 1.4 < speeds["plain"] / speeds["planted"] < 3.0
+    # Twice the time for each token; a busy machine slows either side further.
+    assert 1.2 < speeds["plain"] / speeds["planted"] < 3.0

@@ -117,7 +117,7 @@ def test_a_batch_of_fused_steps_is_that_of_plain_operators(mode, rows):
         clock = Clock("cpu")
         tokens = [runner.prefill(chunks, prompts, clock).read()]
         sequences = [chunk.sequence for chunk in chunks]
-        for _ in range(3):
+        for _ in range(2):
             for sequence in sequences:
                 sequence.num_scheduled += 1
             tokens.append(runner.decode(sequences, prompts, 0, clock).read())
