@@ -5,30 +5,12 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
+from qwencli.engine.base import RequestQueue
 from qwencli.engine.request import RequestId, RequestSource, StepOutput, request_of
 from qwencli.errors import QwenCliError
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk
-
-
-class RequestQueue(Protocol):
-    """The half of `Engine` that answers many requests."""
-
-    @property
-    def max_rows(self) -> int: ...
-
-    @property
-    def has_unfinished(self) -> bool: ...
-
-    def add(self, request: RequestSource) -> RequestId: ...
-
-    def step(self) -> list[StepOutput]: ...
-
-    def abort(self, request: RequestId) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class SerialQueue:

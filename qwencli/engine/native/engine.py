@@ -21,12 +21,12 @@ from qwencli.config import (
     Speculate,
 )
 from qwencli.engine.answer import Answer
+from qwencli.engine.base import RequestQueue
 from qwencli.engine.cache.page_pool import PagePool
 from qwencli.engine.device_memory import release
 from qwencli.engine.engine_core import EngineCore
 from qwencli.engine.host import host_memory
 from qwencli.engine.local import LocalEngine
-from qwencli.engine.many_requests import RequestQueue
 from qwencli.engine.native import weights
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.drafting import MOST_FED
