@@ -20,7 +20,7 @@ from PIL import Image
 from qwencli.config import EngineConfig, EngineName, LoadFormat, Quantization, SamplingOptions
 from qwencli.engine.client import generate_many
 from qwencli.engine.factory import create_engine
-from qwencli.engine.images import open_image
+from qwencli.engine.frontend.images import open_image
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
 

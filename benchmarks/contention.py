@@ -23,7 +23,7 @@ from pathlib import Path
 from qwencli.bench.work import EXAMPLE_IMAGE
 from qwencli.config import Cache, EngineConfig, EngineName, LoadFormat, SamplingOptions
 from qwencli.engine.factory import create_engine
-from qwencli.engine.images import open_image
+from qwencli.engine.frontend.images import open_image
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
 from qwencli.results import GenerationResult

@@ -13,7 +13,7 @@ from qwencli.config import KVDType, Quantization
 from qwencli.engine.kernels.fused_ops import FusedOps, TileChoice, fused_ops
 from qwencli.engine.kernels.tiles import GemvTiles, MatrixKind, default_tiles
 from qwencli.engine.kernels.vectors import Reader
-from qwencli.engine.native import weights
+from qwencli.engine.loading import weights
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.decoder_ops import Choice, DecoderOps, Drafts, Layer, Matrix, Step
 from qwencli.engine.native.decoding import DecodeState

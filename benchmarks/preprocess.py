@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from qwencli.engine.device_patches import DevicePatches
-from qwencli.engine.preprocess import Patchify, patchify_on_host, preprocess
-from qwencli.engine.processor_config import ImageProcessorConfig
+from qwencli.engine.frontend.device_patches import DevicePatches
+from qwencli.engine.frontend.preprocess import Patchify, patchify_on_host, preprocess
+from qwencli.engine.frontend.processor_config import ImageProcessorConfig
 from qwencli.messages import ImagePart
 
 SIZES = ((448, 448), (1000, 1000), (1024, 1024), (4000, 3000))

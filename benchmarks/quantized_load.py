@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwencli.config import Quantization
-from qwencli.engine.native import weights
+from qwencli.engine.loading import weights
 from qwencli.models.folder import read_config
 from qwencli.models.locate import bundled_folder
 from qwencli.models.resolve import resolve_model

@@ -20,8 +20,8 @@ import torch
 
 from qwencli.config import Quantization
 from qwencli.engine.kernels.read_back import read_back
-from qwencli.engine.native import weights
-from qwencli.engine.native.quantized import Quantized
+from qwencli.engine.loading import weights
+from qwencli.engine.quant.quantized_tensor import Quantized
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape

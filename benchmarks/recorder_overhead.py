@@ -13,7 +13,7 @@ import time
 import torch
 
 from qwencli.config import Cache, EngineConfig, EngineName, LoadFormat, SamplingOptions
-from qwencli.engine.reference.engine import TransformersEngine
+from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from qwencli.config import EngineConfig, ModelSource, ModelSpec
 from qwencli.messages import ImagePart, VideoPart
-from tests.engine.tiny_folder import CONTROL, tiny_tokenizer, write_tiny_folder
+from tests.engine.frontend.tiny_folder import CONTROL, tiny_tokenizer, write_tiny_folder
 
 # More rows than the tokenizer has words, as published models have.
 VOCAB_SIZE = 432
@@ -129,7 +129,7 @@ def write_checkpoint(
     import torch
     import transformers
 
-    from qwencli.engine.reference.families import FAMILIES, build_config
+    from qwencli.engine.hf.families import FAMILIES, build_config
 
     # Its progress bar would end up in what the tests read as the program's own output.
     transformers.logging.disable_progress_bar()

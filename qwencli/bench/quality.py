@@ -30,7 +30,7 @@ def has_captions(engine: Engine) -> bool:
 
 def caption_rows(engine: Engine, samples: int) -> Iterator[Row]:
     """One row of quality.csv a picture: greedy, ended by the model itself."""
-    from qwencli.engine.images import open_image
+    from qwencli.engine.frontend.images import open_image
 
     begun = time.monotonic()
     for path, expected in heldout(samples):

@@ -137,7 +137,7 @@ def build_request(spec: WorkerSpec) -> GenerationRequest:
     """
     images: tuple[ImagePart, ...] = ()
     if spec.images:
-        from qwencli.engine.images import open_image
+        from qwencli.engine.frontend.images import open_image
 
         images = tuple(open_image(path) for path in spec.images)
     return GenerationRequest(

@@ -87,29 +87,29 @@ def open_picture(path: Path, beside: Sequence[VisualPart] = ()) -> ImagePart:
     Args:
         beside: see `open_visual`.
     """
-    from qwencli.engine.images import open_image
-    from qwencli.engine.videos import decoded_bytes
+    from qwencli.engine.frontend.images import open_image
+    from qwencli.engine.frontend.videos import decoded_bytes
 
     return open_image(local_path(path), held_bytes=decoded_bytes(beside))
 
 
 def open_visual(path: Path, frames: int | None, beside: Sequence[VisualPart] = ()) -> VisualPart:
-    """A picture, or a video; see `engine.videos.open_visual`.
+    """A picture, or a video; see `engine.frontend.videos.open_visual`.
 
     Args:
         beside: what the same request shows already; memory is bounded for all of it together.
     """
-    from qwencli.engine import videos
+    from qwencli.engine.frontend import videos
 
     return videos.open_visual(local_path(path), frames, beside)
 
 
 def open_video(path: Path, frames: int | None, beside: Sequence[VisualPart] = ()) -> VideoPart:
-    """A video, an animation or a folder of frames; see `engine.videos.open_video`.
+    """A video, an animation or a folder of frames; see `engine.frontend.videos.open_video`.
 
     Args:
         beside: see `open_visual`.
     """
-    from qwencli.engine import videos
+    from qwencli.engine.frontend import videos
 
     return videos.open_video(local_path(path), frames, beside)

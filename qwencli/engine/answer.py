@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from qwencli.config import SamplingParams
 from qwencli.engine.clock import Clock, Mark
-from qwencli.engine.prompt import Prompt
-from qwencli.engine.sources import ModelFiles
-from qwencli.engine.tokenizer import THOUGHT_END, StopStringBuffer, ThoughtSplitter
+from qwencli.engine.frontend.model_files import ModelFiles
+from qwencli.engine.frontend.prompt import Prompt
+from qwencli.engine.frontend.tokenizer import THOUGHT_END, StopStringBuffer, ThoughtSplitter
 from qwencli.results import (
     FinishReason,
     GenerationChunk,

@@ -23,8 +23,9 @@ from qwencli.engine.answer import Answer
 from qwencli.engine.cache.page_pool import PAGE_SIZE
 from qwencli.engine.clock import Clock, Mark
 from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
+from qwencli.engine.frontend.model_files import ModelFiles
+from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.native.quiet_host import quiet_host
-from qwencli.engine.prompt import Prompt
 from qwencli.engine.request import (
     Batch,
     PromptChunk,
@@ -36,7 +37,6 @@ from qwencli.engine.request import (
 )
 from qwencli.engine.runner import ModelRunner, RunnerPrompt, TokenCopy
 from qwencli.engine.scheduler import Scheduler
-from qwencli.engine.sources import ModelFiles
 from qwencli.errors import InputError, OutOfMemoryError, QwenCliError
 from qwencli.messages import GenerationRequest
 from qwencli.results import RanModes

@@ -73,7 +73,7 @@ def create_engine(config: EngineConfig) -> Engine:
 
         return NativeEngine(config)
     if engine is EngineName.TRANSFORMERS:
-        from qwencli.engine.reference.engine import TransformersEngine
+        from qwencli.engine.hf.engine import TransformersEngine
 
         return TransformersEngine(config)
     raise UnsupportedModeError(

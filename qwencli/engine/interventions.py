@@ -16,8 +16,8 @@ from qwencli.engine.base import Engine
 from qwencli.messages import GenerationRequest, ImagePart
 
 if TYPE_CHECKING:
+    from qwencli.engine.hf.engine import TransformersEngine
     from qwencli.engine.local import LocalEngine
-    from qwencli.engine.reference.engine import TransformersEngine
 
 GIB = 1 << 30
 _MIB = 1 << 20
@@ -33,8 +33,8 @@ WATCHED_PASSES = 3
 
 @contextmanager
 def changed(engine: Engine, **changes: Any) -> Iterator[None]:
-    """The transformers engine with these `Changes`; see `engine.reference.changes`."""
-    from qwencli.engine.reference.changes import AS_IS, Changes
+    """The transformers engine with these `Changes`; see `engine.hf.changes`."""
+    from qwencli.engine.hf.changes import AS_IS, Changes
 
     reference = cast("TransformersEngine", engine)
     reference.changes = Changes(**changes)

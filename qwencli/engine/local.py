@@ -12,10 +12,10 @@ from qwencli.engine.answer import Answer
 from qwencli.engine.base import drain
 from qwencli.engine.cpu_threads import computing_with, threads_for
 from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
+from qwencli.engine.frontend.model_files import ModelFiles, open_model
+from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.many_requests import ManyRequests
-from qwencli.engine.prompt import Prompt
 from qwencli.engine.resolve import resolve_device
-from qwencli.engine.sources import ModelFiles, open_model
 from qwencli.errors import InputError, OutOfMemoryError, UsageError
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk, GenerationResult, RanModes

@@ -16,6 +16,9 @@ from qwencli.config import SamplingParams
 from qwencli.engine.cache.page_pool import PAGE_SIZE, SCRATCH_PAGE, pages_for
 from qwencli.engine.cache.paged_kv import DecodePages, PackedPrompts, decode_slots
 from qwencli.engine.clock import Clock, Mark
+from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
+from qwencli.engine.frontend.prompt import Prompt
+from qwencli.engine.loading.upload import upload
 from qwencli.engine.native.decoder import DeepStack
 from qwencli.engine.native.graph_pool import GraphPool
 from qwencli.engine.native.model import QwenModel
@@ -23,12 +26,9 @@ from qwencli.engine.native.positions import PromptPositions
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
 from qwencli.engine.native.prompt_inputs import join_features, lay_out
 from qwencli.engine.native.sampler import Sampler, SamplerKind, kind_of, widest_kind
-from qwencli.engine.native.upload import upload
 from qwencli.engine.native.vision import VisionFeatures
-from qwencli.engine.prompt import Prompt
 from qwencli.engine.request import PromptChunk
 from qwencli.engine.request import Sequence as ScheduledSequence
-from qwencli.engine.sources import MAX_STOP_TOKENS
 from qwencli.errors import InputError
 
 Tensor = torch.Tensor

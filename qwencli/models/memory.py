@@ -69,7 +69,7 @@ def weight_bytes(shape: ModelShape, quantization: Quantization = Quantization.NO
 
 
 def native_weight_bytes(shape: ModelShape, quantization: Quantization, value_bytes: int) -> int:
-    """Bytes of the weights as the native engine keeps them (`engine.native.quantized`).
+    """Bytes of the weights as the native engine keeps them (`engine.quant.quantized_tensor`).
 
     8bit and fp8: a byte, and a float32 scale for each output row. 4bit: half a byte and two
     float16 for each group of 128, and the head at 8 bits. A tied embedding is kept as it is, for

@@ -4,7 +4,7 @@ A `Packing` is one way to store the matrix of a linear layer under names of its 
 checkpoint's layers are stored so is read from the names that are there, not from the lists of
 exceptions in config.json (`modules_to_not_convert`, `ignore`, `llm_int8_skip_modules`), whose
 patterns every tool matches a little differently. What the packed values mean is
-`engine.native.unpacking`'s.
+`engine.quant.checkpoint_formats`'s.
 
 Sources: NVIDIA ModelOpt modelopt/torch/export/quant_utils.py (weight = fp8 x weight_scale); ComfyUI
 comfy/ops.py `scaled_fp8_ops` (weight = fp8 x scale_weight); AutoAWQ awq/utils/packing_utils.py and
@@ -240,7 +240,7 @@ class PackedLayer:
 
     @property
     def loaded_bytes(self) -> int:
-        """Bytes once loaded, in the layouts of `engine.native.quantized`."""
+        """Bytes once loaded, in the layouts of `engine.quant.quantized_tensor`."""
         rows, columns = self.shape
         bits = self.packing.bits or self.bits
         values = rows * columns * bits // 8

@@ -1,6 +1,6 @@
 """Reads the header of a safetensors file: names, dtypes, shapes, places. Never the weights.
 
-The data is read later, straight to where it belongs (`engine.native.weights`); a memory map would
+The data is read later, straight to where it belongs (`engine.loading.weights`); a memory map would
 count every weight twice in the process's resident memory.
 
 The format (github.com/huggingface/safetensors, "Format"): 8 bytes little-endian header length,

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from qwencli.cli import run
-from qwencli.engine.chat_template import _CHATML as CHATML
-from tests.engine.tiny_folder import tiny_tokenizer
+from qwencli.engine.frontend.chat_template import _CHATML as CHATML
+from tests.engine.frontend.tiny_folder import tiny_tokenizer
 
 FIELDS = {
     "image",
@@ -302,7 +302,7 @@ def test_one_that_cannot_be_opened_never_costs_the_others(
                 raise MemoryError
             return path.open("rb")
 
-        monkeypatch.setattr("qwencli.engine.videos.open_file", full)
+        monkeypatch.setattr("qwencli.engine.frontend.videos.open_file", full)
     arguments = [str(bad), pictures[0], str(bad), pictures[1], "--json"]
     assert caption(*arguments, *(["--together"] if together else [])) == 1
     out, err = capsys.readouterr()
@@ -347,7 +347,7 @@ def test_a_name_that_stdout_cannot_encode(
 
 
 def test_a_large_picture_is_not_held_while_the_next_is_opened(caption, pictures, monkeypatch):
-    from qwencli.engine import videos
+    from qwencli.engine.frontend import videos
 
     opened = []
     open_visual = videos.open_visual

@@ -19,7 +19,7 @@ from PIL import Image
 from qwencli.cli import run
 from qwencli.commands.conversation import Conversation, _split_paths
 from qwencli.config import SamplingOptions
-from qwencli.engine.reference.engine import TransformersEngine
+from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.errors import InputError, UsageError
 from qwencli.messages import ImagePart, TextPart, VideoPart
 from qwencli.output import Sink
@@ -92,7 +92,7 @@ def test_of_several_pictures_the_good_ones_are_attached(talk, picture_path, caps
 
 
 def test_pictures_of_a_conversation_share_the_memory(talk, picture_path, capsys, monkeypatch):
-    monkeypatch.setattr("qwencli.engine.images.MAX_DECODE_BYTES", 64 * 64 * 11)
+    monkeypatch.setattr("qwencli.engine.frontend.images.MAX_DECODE_BYTES", 64 * 64 * 11)
     converse(talk, f"/image {picture_path}", "What is it?", f"/image {picture_path}", "And now?")
     assert "more than the memory for the pictures of one request" in capsys.readouterr().err
     assert len(talk.heard) == 2

@@ -10,9 +10,9 @@ import torch
 
 from qwencli.config import Attention, EngineName, SamplingOptions, Speculate
 from qwencli.engine.client import generate_many
+from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.engine.reference.engine import TransformersEngine
 from qwencli.engine.scheduler import Limits
 from qwencli.errors import InputError, OutOfMemoryError
 from qwencli.messages import GenerationRequest, user_message

@@ -9,8 +9,8 @@ from qwencli.bench.work import EXAMPLE_IMAGE
 from qwencli.config import Attention, EngineConfig, EngineName, LoadFormat, SamplingOptions
 from qwencli.engine import interventions
 from qwencli.engine.factory import create_engine
-from qwencli.engine.images import open_image
-from qwencli.engine.reference.changes import AS_IS
+from qwencli.engine.frontend.images import open_image
+from qwencli.engine.hf.changes import AS_IS
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from qwencli.config import EngineName
-from qwencli.engine.device_patches import DevicePatches
 from qwencli.engine.factory import create_engine
+from qwencli.engine.frontend.device_patches import DevicePatches
 from tests.checkpoints import engine_config
-from tests.engine.test_device_patches import assert_equal_to_host
+from tests.engine.frontend.test_device_patches import assert_equal_to_host
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_vl"])

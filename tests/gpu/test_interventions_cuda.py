@@ -19,7 +19,7 @@ from qwencli.config import (
 from qwencli.engine import interventions
 from qwencli.engine.device import device_facts
 from qwencli.engine.factory import create_engine
-from qwencli.engine.images import open_image
+from qwencli.engine.frontend.images import open_image
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
 

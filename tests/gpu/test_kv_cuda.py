@@ -17,11 +17,11 @@ from qwencli.config import (
     KVDType,
 )
 from qwencli.engine.kernels.fused_ops import fused_ops
-from qwencli.engine.native import weights
+from qwencli.engine.loading import weights
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.quantized import Scheme
+from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
 from tests.chatting import answers_of_turns

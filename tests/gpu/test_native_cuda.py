@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qwencli.config import Attention, Cache, DType, EngineName, SamplingOptions
+from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.engine.reference.engine import TransformersEngine
 from qwencli.messages import GenerationRequest, user_message
 from tests.chatting import answers_of_turns
 from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, film, picture

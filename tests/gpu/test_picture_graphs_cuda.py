@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwencli.engine.native import weights
+from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_graphs import PromptGraphs
 from qwencli.models.shape_reader import read_shape

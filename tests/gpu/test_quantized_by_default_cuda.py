@@ -8,7 +8,7 @@ import pytest
 
 from qwencli.config import EngineConfig, Kernels, Quantization, SamplingOptions
 from qwencli.engine.factory import create_engine
-from qwencli.engine.images import open_image
+from qwencli.engine.frontend.images import open_image
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
 from tests.test_bundled_model import EXAMPLES

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from qwencli.engine.kernels.fused_ops import fused_ops
-from qwencli.engine.native import weights
+from qwencli.engine.loading import weights
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.models.packing import packed_format
 from qwencli.models.shape_reader import read_shape
-from tests.engine.native.packed_formats import FORMATS
-from tests.engine.native.test_ready_made import TEXT, tensors_of, write
+from tests.engine.quant.packed_formats import FORMATS
+from tests.engine.quant.test_prequantized import TEXT, tensors_of, write
 
 CUDA = torch.device("cuda")
 WIDE = TEXT | {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwencli.config import Attention, Cache, Quantization, SamplingOptions
-from qwencli.engine.reference.engine import TransformersEngine
+from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.errors import MissingDependencyError, OutOfMemoryError, UnsupportedModeError
 from qwencli.messages import GenerationRequest, user_message
 from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, picture

@@ -27,8 +27,8 @@ from qwencli.engine.kernels.vectors import Reader
 from qwencli.engine.native.attention import AttentionPlan, decode_mask
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.engine.native.quantized import quantize
 from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.engine.quant.quantized_tensor import quantize
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
 from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, picture

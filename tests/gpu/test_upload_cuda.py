@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qwencli.engine.native.upload import upload
+from qwencli.engine.loading.upload import upload
 
 CUDA = torch.device("cuda")
 

@@ -12,8 +12,8 @@ from qwencli.models.listing import list_models
 from qwencli.models.memory import estimate
 from qwencli.models.quantized_cache import cache_file
 from qwencli.models.shape_reader import read_shape
-from tests.engine.native.packed_formats import FORMATS
-from tests.engine.native.test_ready_made import TEXT, tensors_of, write
+from tests.engine.quant.packed_formats import FORMATS
+from tests.engine.quant.test_prequantized import TEXT, tensors_of, write
 
 MATRICES = 2 * (512 * 128 + 128 * 256 + 3 * 128 * 256)
 

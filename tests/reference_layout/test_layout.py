@@ -17,9 +17,9 @@ import torch
 
 from qwencli.config import EngineName, SamplingOptions
 from qwencli.engine.factory import create_engine
+from qwencli.engine.frontend.model_files import open_model
+from qwencli.engine.hf.families import FAMILIES, build_config
 from qwencli.engine.native.prompt_inputs import Prompt
-from qwencli.engine.reference.families import FAMILIES, build_config
-from qwencli.engine.sources import open_model
 from qwencli.messages import GenerationRequest, TextPart, text_message, user_message
 from qwencli.models.families import FAMILIES as READ
 from qwencli.models.folder import check_folder

@@ -47,8 +47,8 @@ from qwencli.engine.native.decoder_ops import (
 from qwencli.engine.native.drafting import LONGEST_NGRAM, MOST_FED
 from qwencli.engine.native.kv_cache import StaticKVCache
 from qwencli.engine.native.kv_quantized import QuantizedKVCache
-from qwencli.engine.native.quantized import LARGEST, Quantized, Scheme
 from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.engine.quant.quantized_tensor import LARGEST, Quantized, Scheme
 from qwencli.models.shapes import TextShape
 
 Tensor = torch.Tensor

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from qwencli.engine.kernels.gemv_quantized import half, to_float
 from qwencli.engine.kernels.repeated import Run, launch
-from qwencli.engine.native.quantized import IN_NIBBLES, Quantized, Scheme
+from qwencli.engine.quant.quantized_tensor import IN_NIBBLES, Quantized, Scheme
 
 CHUNK = 8  # columns of a thread: 16 bytes of bfloat16, and one word of 4-bit values
 # Chunks that a program has on their way at once, one a thread, and how many times.

@@ -13,8 +13,8 @@ import triton
 from qwencli.engine.kernels.handover import Form
 from qwencli.engine.kernels.rounding import chunk_columns, round_kernel, words_in_a_row
 from qwencli.engine.kernels.vectors import Reader, in_words
-from qwencli.engine.native.quantized import Quantized, Scheme
 from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.engine.quant.quantized_tensor import Quantized, Scheme
 
 Tensor = torch.Tensor
 # For a number of warps.

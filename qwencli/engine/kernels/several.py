@@ -27,8 +27,8 @@ from qwencli.engine.kernels.rounding import chunk_columns
 from qwencli.engine.kernels.tiles import MOST_SHARING, GemvTiles, MatrixKind, Storage
 from qwencli.engine.kernels.vectors import InWords, Reader, in_words
 from qwencli.engine.native.decoder_ops import Choice, Matrix, dense
-from qwencli.engine.native.quantized import Quantized, Scheme
 from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.engine.quant.quantized_tensor import Quantized, Scheme
 
 Tensor = torch.Tensor
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

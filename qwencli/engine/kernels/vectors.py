@@ -12,8 +12,8 @@ import triton
 from qwencli.engine.kernels.handover import SPANS, Form, hand_over_kernel
 from qwencli.engine.kernels.tiles import Storage
 from qwencli.engine.native.decoder_ops import Matrix
-from qwencli.engine.native.quantized import Quantized, Scheme
 from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.engine.quant.quantized_tensor import Quantized, Scheme
 
 Tensor = torch.Tensor
 

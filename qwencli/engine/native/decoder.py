@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from qwencli.engine.loading.weights import HEAD, Tensors
 from qwencli.engine.native.decoder_ops import Choice, DecoderOps, Drafts, Layer, Matrix, Step
-from qwencli.engine.native.quantized import Quantized
 from qwencli.engine.native.rms_norm import RMSNorm
 from qwencli.engine.native.rope import gains_of_halves
-from qwencli.engine.native.weights import HEAD, Tensors
+from qwencli.engine.quant.quantized_tensor import Quantized
 from qwencli.models.shapes import TextShape
 
 

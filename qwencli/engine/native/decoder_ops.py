@@ -23,9 +23,9 @@ from qwencli.engine.cache.paged_kv import (
 )
 from qwencli.engine.native.attention import AttentionFunction, AttentionPlan
 from qwencli.engine.native.kv_cache import KeysValues, KVCache
-from qwencli.engine.native.quantized import Quantized
 from qwencli.engine.native.rms_norm import RMSNorm
 from qwencli.engine.native.rope import CosSin, TurnHeads, rotate, turn_heads
+from qwencli.engine.quant.quantized_tensor import Quantized
 
 Tensor = torch.Tensor
 Matrix = Tensor | Quantized

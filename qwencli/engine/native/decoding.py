@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from qwencli.config import SamplingParams
+from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
+from qwencli.engine.loading.upload import upload
 from qwencli.engine.native import drafting
 from qwencli.engine.native.attention import AttentionPlan, decode_mask
 from qwencli.engine.native.decoder_ops import Choice
@@ -20,8 +22,6 @@ from qwencli.engine.native.host_decoder import HostDecoder
 from qwencli.engine.native.kv_cache import KVCache
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import LIKELIEST, Sampler, SamplerKind, kind_of
-from qwencli.engine.native.upload import upload
-from qwencli.engine.sources import MAX_STOP_TOKENS
 
 
 class DecodeState:

@@ -25,9 +25,11 @@ from qwencli.engine.base import RequestQueue
 from qwencli.engine.cache.page_pool import PagePool
 from qwencli.engine.device_memory import release
 from qwencli.engine.engine_core import EngineCore
+from qwencli.engine.frontend.model_files import ModelFiles
+from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.host import host_memory
+from qwencli.engine.loading import weights
 from qwencli.engine.local import LocalEngine
-from qwencli.engine.native import weights
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.drafting import MOST_FED
 from qwencli.engine.native.generating import Generation
@@ -41,11 +43,9 @@ from qwencli.engine.native.quiet_host import freeze_what_is_loaded, quiet_host
 from qwencli.engine.native.steppers import STEPPERS, decodes_on_host
 from qwencli.engine.native.supported import check_supported
 from qwencli.engine.native.verifying import VERIFIERS, WHY_NOT
-from qwencli.engine.prompt import Prompt
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
 from qwencli.engine.runner import ModelRunner
 from qwencli.engine.scheduler import Scheduler
-from qwencli.engine.sources import ModelFiles
 from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest
 from qwencli.models.memory import packed_weight_bytes

@@ -14,7 +14,7 @@ import torch
 from qwencli.config import Cache, KVDType
 from qwencli.engine.native.kv_cache import KeysValues, StaticKVCache
 from qwencli.engine.native.lazy_zeros import lazy_zeros
-from qwencli.engine.native.quantized import Scheme, quantize_rows
+from qwencli.engine.quant.quantized_tensor import Scheme, quantize_rows
 from qwencli.errors import UnsupportedModeError
 from qwencli.models.shapes import TextShape
 

@@ -14,7 +14,7 @@ import torch
 
 from qwencli.config import Attention
 from qwencli.engine.cache.paged_kv import DecodePages, PackedPrompts, PagedKVCache
-from qwencli.engine.native import weights as loader
+from qwencli.engine.loading import weights as loader
 from qwencli.engine.native.attention import ATTENTION, AttentionPlan, prompt_plan
 from qwencli.engine.native.decoder import Decoder, DeepStack
 from qwencli.engine.native.decoder_ops import (
@@ -28,10 +28,10 @@ from qwencli.engine.native.flash_decode import can_flash_decode
 from qwencli.engine.native.kv_cache import DynamicKVCache, KVCache, StaticKVCache
 from qwencli.engine.native.kv_quantized import QuantizedKVCache
 from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs, prompt_inputs
-from qwencli.engine.native.quantized import Scheme
 from qwencli.engine.native.rope import CosSin, Rope
 from qwencli.engine.native.vision import VisionFeatures, VisionTower
 from qwencli.engine.native.vision_layout import Grid
+from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.errors import InputError
 from qwencli.models.shapes import ModelShape, TextShape
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from qwencli.engine.loading.upload import upload
 from qwencli.engine.native.flash_decode import can_flash_decode
 from qwencli.engine.native.graph_pool import GraphPool
-from qwencli.engine.native.upload import upload
 from qwencli.engine.native.vision import PreparedGrids, VisionFeatures, VisionTower
 from qwencli.engine.native.vision_attention import Offsets
 from qwencli.engine.native.vision_layout import Grid, Run

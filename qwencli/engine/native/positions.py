@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qwencli.engine.preprocess import Visual
+from qwencli.engine.frontend.preprocess import Visual
 from qwencli.errors import InputError
 from qwencli.models.shapes import ModelShape
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from qwencli.engine.frontend.preprocess import Visual
+from qwencli.engine.loading.upload import upload
 from qwencli.engine.native.decoder import DeepStack
 from qwencli.engine.native.positions import PromptPositions, prompt_positions
-from qwencli.engine.native.upload import upload
 from qwencli.engine.native.vision import VisionFeatures
-from qwencli.engine.preprocess import Visual
 from qwencli.errors import InputError
 from qwencli.models.shapes import ModelShape
 

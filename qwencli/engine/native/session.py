@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 
 from PIL.Image import Image
 
+from qwencli.engine.frontend.preprocess import Visual
+from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.native.kv_cache import KVCache
 from qwencli.engine.native.prompt_inputs import join_features
 from qwencli.engine.native.vision import VisionFeatures
-from qwencli.engine.preprocess import Visual
-from qwencli.engine.prompt import Prompt
 
 # One slot of the cache: a token id, or a picture's digest and the place inside the picture.
 Key = int | tuple[bytes, int]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from qwencli.config import Attention
+from qwencli.engine.loading.weights import Tensors
 from qwencli.engine.native.rope import CosSin, TurnHeads, turn_heads
 from qwencli.engine.native.vision_attention import (
     SEGMENT_ATTENTION,
@@ -21,7 +22,6 @@ from qwencli.engine.native.vision_attention import (
     attend,
 )
 from qwencli.engine.native.vision_layout import Grid, Run, VisionLayout, layout
-from qwencli.engine.native.weights import Tensors
 from qwencli.errors import InputError
 from qwencli.models.shapes import VisionShape
 

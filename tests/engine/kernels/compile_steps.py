@@ -31,11 +31,11 @@ from triton.runtime.driver import driver
 from qwencli.config import Quantization
 from qwencli.engine import kernels
 from qwencli.engine.kernels import fused_ops
-from qwencli.engine.native import weights
+from qwencli.engine.loading import weights
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
-from qwencli.engine.native.quantized import Scheme
+from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.models.shape_reader import read_shape
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"

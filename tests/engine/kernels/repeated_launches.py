@@ -18,7 +18,7 @@ from triton.compiler.compiler import LazyDict
 from triton.runtime.driver import driver
 
 from qwencli.engine.kernels import heads, read_back
-from tests.engine.native.drawn_matrices import KINDS, drawn
+from tests.engine.quant.drawn_matrices import KINDS, drawn
 
 handed: list[tuple[Any, ...]] = []
 

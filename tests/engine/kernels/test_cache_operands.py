@@ -10,12 +10,12 @@ import torch
 
 from qwencli.engine.kernels import fused_ops as fused_module
 from qwencli.engine.kernels.tiles import AttentionTiles
-from qwencli.engine.native import weights
+from qwencli.engine.loading import weights
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.decoder_ops import Step
 from qwencli.engine.native.kv_quantized import QuantizedKVCache
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.quantized import Scheme
+from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.models.shape_reader import read_shape
 from tests.engine.kernels.test_fused_ops import OWN
 from tests.engine.kernels.test_several_tokens import WITH_IDLE_LANES, config, relative

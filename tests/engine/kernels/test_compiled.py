@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.native.test_ready_made import TEXT
+from tests.engine.quant.test_prequantized import TEXT
 
 # Heads as large as published models have, six queries a key; rows longer than one tile.
 WIDE = TEXT | {

@@ -15,7 +15,7 @@ from qwencli.config import Quantization, SamplingParams
 from qwencli.engine.kernels import fused_ops as fused_module
 from qwencli.engine.kernels.fused_ops import fused_ops
 from qwencli.engine.kernels.tiles import AttentionTiles, GemvTiles, MatrixKind
-from qwencli.engine.native import weights
+from qwencli.engine.loading import weights
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.model import Fused, QwenModel

@@ -12,14 +12,14 @@ from qwencli.engine.kernels.fused_ops import FusedOps
 from qwencli.engine.kernels.handover import SPANS
 from qwencli.engine.kernels.tiles import GemvTiles
 from qwencli.engine.kernels.vectors import IN_WORDS, Reader
-from qwencli.engine.native import weights
-from qwencli.engine.native.quantized import Quantized, Scheme, quantize, table_of
+from qwencli.engine.loading import weights
 from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.engine.quant.quantized_tensor import Quantized, Scheme, quantize, table_of
 from qwencli.models.packing import packed_format
 from qwencli.models.shape_reader import read_shape
-from tests.engine.native.packed_formats import FORMATS, NF4
-from tests.engine.native.test_ready_made import TEXT as READY_MADE_TEXT
-from tests.engine.native.test_ready_made import tensors_of, write
+from tests.engine.quant.packed_formats import FORMATS, NF4
+from tests.engine.quant.test_prequantized import TEXT as READY_MADE_TEXT
+from tests.engine.quant.test_prequantized import tensors_of, write
 from tests.models.test_shape_reader import TEXT
 
 CPU = torch.device("cpu")

@@ -19,13 +19,13 @@ from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.decoder_ops import Layer, Step, place_heads
 from qwencli.engine.native.kv_cache import DynamicKVCache, KVCache, StaticKVCache
 from qwencli.engine.native.kv_quantized import QuantizedKVCache
-from qwencli.engine.native.quantized import Scheme
 from qwencli.engine.native.rms_norm import RMSNorm
 from qwencli.engine.native.rope import CosSin, rotate
+from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.models.shapes import TextShape
 from tests.engine.kernels.test_fused_ops import OWN, model_of
-from tests.engine.native.drawn_matrices import KINDS
 from tests.engine.native.tiny import CASES, configs
+from tests.engine.quant.drawn_matrices import KINDS
 
 CPU = torch.device("cpu")
 SLOTS = 128

@@ -12,6 +12,7 @@ from qwencli.config import Quantization, SamplingParams
 from qwencli.engine.cache.page_pool import PAGE_SIZE, PagePool, pages_for
 from qwencli.engine.cache.paged_kv import DecodePages, PagedKVCache, paged_attention
 from qwencli.engine.clock import Clock
+from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.kernels.heads import TOKENS, PromptHeads
 from qwencli.engine.kernels.paged_attention import PagedAttention
 from qwencli.engine.kernels.swiglu import swiglu
@@ -19,7 +20,6 @@ from qwencli.engine.native import decoder_ops
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.decoder_ops import Layer, Step, place_heads
 from qwencli.engine.native.rms_norm import RMSNorm
-from qwencli.engine.prompt import Prompt
 from qwencli.engine.request import PromptChunk, Sequence
 from qwencli.engine.runner import ModelRunner
 from qwencli.models.shapes import TextShape

@@ -14,7 +14,7 @@ from qwencli.engine.native.decoder_ops import Step
 from qwencli.engine.native.kv_quantized import QuantizedKVCache
 from qwencli.engine.native.model import Fused
 from qwencli.engine.native.prompt_inputs import Prompt
-from qwencli.engine.native.quantized import Scheme
+from qwencli.engine.quant.quantized_tensor import Scheme
 from tests.engine.kernels.test_fused_ops import OWN, model_of, prompt_of
 from tests.engine.kernels.test_several_tokens import config, relative
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qwencli.engine.kernels.read_back import read_back
-from qwencli.engine.native.quantized import Quantized
-from tests.engine.native.drawn_matrices import KINDS, drawn
+from qwencli.engine.quant.quantized_tensor import Quantized
+from tests.engine.quant.drawn_matrices import KINDS, drawn
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwencli.engine.native import weights
+from qwencli.engine.loading import weights
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.model import Fused, QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
@@ -15,8 +15,8 @@ from qwencli.models.packing import packed_format
 from qwencli.models.shape_reader import read_shape
 from tests.engine.kernels import test_several_tokens as several
 from tests.engine.kernels.test_fused_ops import CPU, OWN, SLOTS
-from tests.engine.native.packed_formats import FORMATS
-from tests.engine.native.test_ready_made import TEXT, tensors_of, write
+from tests.engine.quant.packed_formats import FORMATS
+from tests.engine.quant.test_prequantized import TEXT, tensors_of, write
 
 # One of each way through the kernels: zeros or none, groups or rows, a table, columns in an order
 # of their own, each type of scales.

@@ -19,9 +19,9 @@ from qwencli.engine.native.attention import AttentionPlan, decode_mask
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.model import Fused, QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
-from qwencli.engine.native.quantized import Scheme, quantize
 from qwencli.engine.native.rms_norm import RMSNorm
 from qwencli.engine.native.sampler import SamplerKind
+from qwencli.engine.quant.quantized_tensor import Scheme, quantize
 from tests.engine.kernels.test_fused_ops import OWN, SLOTS, TORCH_ATTENTION, model_of, prompt_of
 from tests.engine.kernels.test_gemv_quantized import MADE, ops, rounded, values
 

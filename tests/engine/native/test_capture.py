@@ -18,19 +18,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwencli.config import Attention, Quantization, SamplingParams
-from qwencli.engine.native import weights
+from qwencli.engine.loading import weights
 from qwencli.engine.native.decoding import DecodeState
 from qwencli.engine.native.drafting import MOST_FED
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.quantized import Quantized, Scheme
 from qwencli.engine.native.sampler import LIKELIEST, SamplerKind
 from qwencli.engine.native.verifying import EagerVerifier, GraphVerifier
+from qwencli.engine.quant.quantized_tensor import Quantized, Scheme
 from qwencli.models.packing import packed_format
 from qwencli.models.shape_reader import read_shape
 from tests.checkpoints import CONFIGS, hub_config
 from tests.engine.native.host_graphs import run_graphs_on_the_host
-from tests.engine.native.packed_formats import FORMATS
-from tests.engine.native.test_ready_made import TEXT, tensors_of, write
+from tests.engine.quant.packed_formats import FORMATS
+from tests.engine.quant.test_prequantized import TEXT, tensors_of, write
 
 CPU = torch.device("cpu")
 SLOTS = 600  # more than two length classes

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 
 from qwencli.config import Attention
-from qwencli.engine.native import host_attention, host_products, weights
+from qwencli.engine.loading import weights
+from qwencli.engine.native import host_attention, host_products
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.host_attention import GRAIN
 from qwencli.engine.native.host_decoder import HostDecoder

@@ -6,8 +6,8 @@ import sys
 PROGRAM = """
 import sys
 import qwencli.engine.native.engine
-import qwencli.engine.device_patches
-import qwencli.engine.videos
+import qwencli.engine.frontend.device_patches
+import qwencli.engine.frontend.videos
 heavy = {"transformers", "torchvision", "torchaudio", "accelerate", "bitsandbytes", "flash_attn"}
 print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
 """

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwencli.config import Attention, Cache, DType, EngineName, KVDType
-from qwencli.engine.native import weights
+from qwencli.engine.hf.engine import TransformersEngine
+from qwencli.engine.loading import weights
 from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.kv_quantized import QuantizedKVCache, resolve_kv
 from qwencli.engine.native.memory_plan import plan_memory
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
-from qwencli.engine.native.quantized import Scheme, quantize_rows
-from qwencli.engine.reference.engine import TransformersEngine
+from qwencli.engine.quant.quantized_tensor import Scheme, quantize_rows
 from qwencli.errors import UnsupportedModeError
 from qwencli.models.builtin import hub_config
 from qwencli.models.decode_bytes import decode_bytes

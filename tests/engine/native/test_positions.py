@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwencli.engine.frontend.preprocess import Visual
 from qwencli.engine.native.positions import prompt_positions
-from qwencli.engine.preprocess import Visual
 from qwencli.errors import InputError
 from qwencli.models.shape_reader import read_shape
 from tests.models.test_shape_reader import TEXT, qwen2_5_vl, qwen3_vl

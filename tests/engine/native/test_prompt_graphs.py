@@ -6,21 +6,22 @@ import pytest
 import torch
 
 from qwencli.config import EngineName, Quantization, SamplingOptions
-from qwencli.engine.native import picture_graphs, weights
+from qwencli.engine.loading import weights
+from qwencli.engine.native import picture_graphs
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.graph_pool import GraphPool
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.picture_graphs import Size
 from qwencli.engine.native.prompt_graphs import CLASS, LONGEST, PromptGraphs
 from qwencli.engine.native.prompt_inputs import Prompt
-from qwencli.engine.native.quantized import Scheme
+from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.shape_reader import read_shape
 from tests.chatting import answers_of_turns
 from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, film, hub_config, picture
 from tests.engine.native.host_graphs import run_graphs_on_the_host
 from tests.engine.native.test_capture import Calls, Captured, without_values
-from tests.engine.native.test_ready_made import TEXT
+from tests.engine.quant.test_prequantized import TEXT
 
 CPU = torch.device("cpu")
 SLOTS = 1500

@@ -8,10 +8,10 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qwencli.config import SamplingOptions
+from qwencli.engine.hf.engine import TransformersEngine
+from qwencli.engine.hf.families import build_config
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.rope import Rope, axis_of_frequency, inverse_frequencies, rotate
-from qwencli.engine.reference.engine import TransformersEngine
-from qwencli.engine.reference.families import build_config
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import RopeShape

@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+from qwencli.engine.frontend.preprocess import Visual
 from qwencli.engine.native import session
 from qwencli.engine.native.session import FeatureCache
 from qwencli.engine.native.vision import VisionFeatures
-from qwencli.engine.preprocess import Visual
 
 
 @pytest.fixture

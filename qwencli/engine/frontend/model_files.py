@@ -1,0 +1,187 @@
+"""Opens a model's files once for an engine: configuration, prompt builder, generation defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qwencli.config import EngineConfig, LoadFormat
+from qwencli.engine.frontend.processor_config import ImageProcessorConfig
+from qwencli.engine.frontend.prompt import PromptBuilder
+from qwencli.engine.frontend.tokenizer import IncrementalDetokenizer, Tokenizer
+from qwencli.errors import ModelFileError
+from qwencli.models.folder import check_folder
+from qwencli.models.json_file import read_json_object
+from qwencli.models.locate import bundled_folder, dummy_config, locate
+from qwencli.models.shape_reader import read_shape
+from qwencli.models.shapes import ModelShape, VisionShape
+
+# What every Qwen tokenizer ends a turn with, and pads with.
+END_OF_TURN, PAD = "<|im_end|>", "<|endoftext|>"
+# Qwen's models have two; engines may keep room for this many.
+MAX_STOP_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Everything about a model that an engine needs besides its weights.
+
+    Args:
+        folder: None for a dummy load, which reads no weights.
+        generation_defaults: the model's generation_config.json, {} without one.
+        max_seq_len: longest sequence the model was made for, in tokens.
+    """
+
+    folder: Path | None
+    hub_config: Mapping[str, Any]
+    prompts: PromptBuilder
+    generation_defaults: Mapping[str, Any]
+    stop_token_ids: tuple[int, ...]
+    pad_token_id: int
+    max_seq_len: int
+
+    @property
+    def checkpoint_dtype(self) -> str | None:
+        """The dtype that config.json states, in either of its spellings and places."""
+        for part in (self.hub_config, _text_config(self.hub_config)):
+            for key in ("dtype", "torch_dtype"):
+                if part.get(key):
+                    return str(part[key])
+        return None
+
+    def prepared_on(self, device: str) -> ModelFiles:
+        """The same, preparing pictures on `device` where that is a GPU."""
+        if not device.startswith("cuda"):
+            return self
+        from qwencli.engine.frontend.device_patches import DevicePatches
+
+        return replace(self, prompts=replace(self.prompts, patchify=DevicePatches(device)))
+
+    def detokenizer(self) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(self.prompts.tokenizer)
+
+
+def open_model(config: EngineConfig) -> ModelFiles:
+    """Find, check and read the model's files; downloads them where that is needed and allowed.
+
+    Raises:
+        ModelFileError, DownloadError: the files are not usable, or not to be had.
+    """
+    if config.load_format is LoadFormat.DUMMY:
+        return _open_dummy(config)
+    spec = config.model
+    folder = locate(spec, offline=config.offline, allow_pickle=config.allow_pickle)
+    hub_config = check_folder(folder, allow_pickle=config.allow_pickle)
+    shape = read_shape(hub_config, str(folder / "config.json"))
+    prompts = PromptBuilder.from_folder(
+        folder,
+        family=shape.model_type,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+    )
+    _check_patches(folder, prompts.processor, shape.vision)
+    if shape.vision is not None:
+        _check_token_ids(folder, prompts.tokenizer, shape)
+    generation = folder / "generation_config.json"
+    defaults = read_json_object(generation) if generation.is_file() else {}
+    return _model_files(folder, hub_config, prompts, defaults)
+
+
+def _check_patches(
+    folder: Path, processor: ImageProcessorConfig | None, tower: VisionShape | None
+) -> None:
+    """Raise ModelFileError where pictures are cut into other patches than the model takes."""
+    if processor is None or tower is None:
+        return
+    for key, cut, taken in (
+        ("patch_size", processor.patch_size, tower.patch_size),
+        ("temporal_patch_size", processor.temporal_patch_size, tower.temporal_patch_size),
+        ("merge_size", processor.merge_size, tower.merge_size),
+    ):
+        if cut != taken:
+            raise ModelFileError(
+                f"{folder}: {key} is {cut} in preprocessor_config.json and {taken} in config.json",
+                "download the model's files again",
+            )
+
+
+def _check_token_ids(folder: Path, tokenizer: Tokenizer, shape: ModelShape) -> None:
+    """Raise ModelFileError where the model looks for pictures at other tokens than the prompt's."""
+    for key, token, wanted in (
+        ("image_token_id", "<|image_pad|>", shape.image_token_id),
+        ("video_token_id", "<|video_pad|>", shape.video_token_id),
+    ):
+        if tokenizer.token_id(token) != wanted:
+            raise ModelFileError(
+                f"{folder}: {key} is {wanted} in config.json, "
+                f"the tokenizer has {tokenizer.token_id(token)} for {token}",
+                "download the model's files again",
+            )
+
+
+def _open_dummy(config: EngineConfig) -> ModelFiles:
+    """Weights and pictures as in the model named, the text side of the bundled model."""
+    hub_config = dummy_config(config.model)
+    prompts = PromptBuilder.dummy(
+        bundled_folder(),
+        hub_config=hub_config,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+    )
+    return _model_files(None, hub_config, prompts, {})
+
+
+def _model_files(
+    folder: Path | None,
+    hub_config: Mapping[str, Any],
+    prompts: PromptBuilder,
+    defaults: Mapping[str, Any],
+) -> ModelFiles:
+    stop_ids = _token_ids(defaults, "eos_token_id", folder)
+    # The templates end each turn with this token. Files of base models and of many fine-tunes
+    # name only the end of a text; an answer would run on into turns of its own invention.
+    if not stop_ids or prompts.tokenizer.has_token(END_OF_TURN):
+        stop_ids = tuple(dict.fromkeys((*stop_ids, prompts.tokenizer.token_id(END_OF_TURN))))
+    if len(stop_ids) > MAX_STOP_TOKENS:
+        raise ModelFileError(
+            f"{folder}: {len(stop_ids)} tokens would end an answer, those of eos_token_id in "
+            f"generation_config.json and {END_OF_TURN}",
+            f"at most {MAX_STOP_TOKENS} can be used; shorten eos_token_id",
+        )
+    pads = _token_ids(defaults, "pad_token_id", folder)
+    pad = pads[0] if pads else prompts.tokenizer.token_id(PAD)
+    return ModelFiles(
+        folder=folder,
+        hub_config=hub_config,
+        prompts=prompts,
+        generation_defaults=defaults,
+        stop_token_ids=stop_ids,
+        pad_token_id=pad,
+        max_seq_len=read_shape(hub_config).text.max_position_embeddings,
+    )
+
+
+def _token_ids(defaults: Mapping[str, Any], key: str, folder: Path | None) -> tuple[int, ...]:
+    """One id or a list of them; none where the key is left out or null.
+
+    Raises:
+        ModelFileError: anything else.
+    """
+    value = defaults.get(key)
+    if value is None:
+        return ()
+    ids = value if isinstance(value, list) else [value]
+    # `type`, not isinstance: true and false are no ids. The bound is that of the tokenizers.
+    if not all(type(each) is int and 0 <= each < 2**32 for each in ids):
+        raise ModelFileError(
+            f"{folder}: generation_config.json: {key} is no token id and no list of them",
+            "give whole numbers from 0 up, as in the tokenizer's files",
+        )
+    return tuple(ids)
+
+
+def _text_config(hub_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text: Mapping[str, Any] = hub_config.get("text_config") or hub_config
+    return text

@@ -1,0 +1,273 @@
+"""From RGB pictures and frames to the patches a Qwen vision tower takes. numpy and Pillow alone.
+
+Every engine gets its pixels from here, so equal inputs need no test between engines; that they
+equal the reference processor's is tested in tests/engine/frontend/test_preprocess.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from qwencli.engine.frontend.processor_config import ImageProcessorConfig, VideoRules
+from qwencli.errors import InputError
+from qwencli.messages import ImagePart, VideoPart
+
+GridTHW = tuple[int, int, int]
+# Frames of one picture or video, height and width to resize them to, and how the model wants
+# them -> float32 [num_patches, C * T * P * P], an array or a tensor. Patches go through each frame
+# by blocks of merge_size x merge_size, each block becoming one token.
+Patchify = Callable[[Sequence[Image.Image], tuple[int, int], ImageProcessorConfig], Any]
+
+# Qwen's processor refuses pictures longer than this many times their width, and the reverse.
+MAX_ASPECT_RATIO = 200
+
+_SLICE = 128  # patches
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One picture or video of a prompt.
+
+    Args:
+        grid: patches as (time, rows, columns), before merging.
+        seconds_per_grid: seconds of video that one step of the time axis covers.
+        times_s: when each step of a video's time axis is seen.
+    """
+
+    grid: GridTHW
+    video: bool = False
+    seconds_per_grid: float = 1.0
+    times_s: tuple[float, ...] = ()
+
+    def num_tokens(self, merge_size: int) -> int:
+        t, h, w = self.grid
+        return t * h * w // merge_size**2
+
+
+@dataclass(frozen=True)
+class VisualInputs:
+    """The pictures and videos of one request, in order.
+
+    Args:
+        patches: by visual, see `Patchify`.
+        num_tokens: by visual: tokens it takes in the prompt.
+        frames: by visual: what it was made of, for telling it from others.
+        image_sizes: by visual: (width, height) before it was resized.
+    """
+
+    visuals: tuple[Visual, ...]
+    patches: tuple[Any, ...]
+    num_tokens: tuple[int, ...]
+    frames: tuple[tuple[Image.Image, ...], ...]
+    image_sizes: tuple[tuple[int, int], ...]
+
+    @property
+    def grid_thw(self) -> tuple[GridTHW, ...]:
+        return tuple(visual.grid for visual in self.visuals)
+
+
+def smart_resize(
+    height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Height and width a picture is resized to.
+
+    Both are multiples of `factor`, height x width is within the bounds where that is possible,
+    the aspect ratio is kept as closely as multiples allow. The rule is Qwen's own
+    (qwen_vl_utils.smart_resize, also transformers' Qwen2VLImageProcessor); a half rounds to even.
+    """
+    new_height = round(height / factor) * factor
+    new_width = round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt((height * width) / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def video_size(
+    frames: int, height: int, width: int, config: ImageProcessorConfig
+) -> tuple[int, int]:
+    """Height and width that each of the `frames` of a video is resized to.
+
+    The rules are those of qwen_vl_utils, which transformers' video processors follow with
+    `cap_pixels_per_frame`: Qwen2-VL and Qwen2.5-VL bound each frame, Qwen3-VL the whole video.
+    """
+    bounds, factor = config.video, config.factor
+    if bounds.whole_video:
+        share = min(bounds.max_tokens * factor**2, bounds.max_pixels // frames)
+        most = _frame_cap(share, bounds) * frames
+        return _resize_volume(frames, height, width, config, min(bounds.min_pixels, most), most)
+    budget = int(bounds.max_tokens * factor**2 * 0.9)
+    most = _frame_cap(min(bounds.max_pixels, budget * config.temporal_patch_size // frames), bounds)
+    least = min(bounds.min_pixels, most)
+    return smart_resize(height, width, factor=factor, min_pixels=least, max_pixels=most)
+
+
+def _frame_cap(share: int, bounds: VideoRules) -> int:
+    own = max(share, int(bounds.min_pixels * 1.05))
+    return own if bounds.frame_pixels is None else min(own, bounds.frame_pixels)
+
+
+def _resize_volume(
+    frames: int, height: int, width: int, config: ImageProcessorConfig, least: int, most: int
+) -> tuple[int, int]:
+    """`smart_resize` with bounds on frames x height x width (transformers' Qwen3VLVideoProcessor);
+    a frame smaller than a token is enlarged to one first."""
+    factor, times = config.factor, config.temporal_patch_size
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    volume = round(frames / times) * times * rows * columns
+    if volume > most:
+        shrink = math.sqrt((frames * height * width) / most)
+        rows = max(factor, math.floor(height / shrink / factor) * factor)
+        columns = max(factor, math.floor(width / shrink / factor) * factor)
+    elif volume < least:
+        grow = math.sqrt(least / (frames * height * width))
+        rows = math.ceil(height * grow / factor) * factor
+        columns = math.ceil(width * grow / factor) * factor
+    return rows, columns
+
+
+def check_visual(part: ImagePart | VideoPart) -> None:
+    """Refuse a picture no model takes; cheap, so call it before a model is loaded.
+
+    Raises:
+        InputError: longer than `MAX_ASPECT_RATIO` times its other side.
+    """
+    width, height = _frames(part)[0].size
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise InputError(
+            f"{part.name} is {width}x{height}: one side is more than "
+            f"{MAX_ASPECT_RATIO} times the other",
+            "crop it, or cut it into pieces",
+        )
+
+
+def _frames(part: ImagePart | VideoPart) -> tuple[Image.Image, ...]:
+    return part.frames if isinstance(part, VideoPart) else (part.image,)
+
+
+def preprocess(
+    parts: Sequence[ImagePart | VideoPart],
+    config: ImageProcessorConfig,
+    patchify: Patchify | None = None,
+) -> VisualInputs:
+    """Resize (bicubic), rescale, normalise and cut into patches.
+
+    Args:
+        patchify: who does that; None = `patchify_on_host`.
+
+    Raises:
+        InputError: a picture no model takes (`check_visual`).
+    """
+    for part in parts:
+        check_visual(part)
+    cut = patchify or patchify_on_host
+    frames = tuple(_whole_steps(_frames(part), part, config) for part in parts)
+    sizes = [_size(part, len(shown), config) for part, shown in zip(parts, frames, strict=True)]
+    visuals = tuple(
+        _visual(part, len(shown), size, config)
+        for part, shown, size in zip(parts, frames, sizes, strict=True)
+    )
+    return VisualInputs(
+        visuals=visuals,
+        patches=tuple(cut(shown, size, config) for shown, size in zip(frames, sizes, strict=True)),
+        num_tokens=tuple(visual.num_tokens(config.merge_size) for visual in visuals),
+        frames=frames,
+        image_sizes=tuple(shown[0].size for shown in frames),
+    )
+
+
+def _whole_steps(
+    frames: tuple[Image.Image, ...], part: ImagePart | VideoPart, config: ImageProcessorConfig
+) -> tuple[Image.Image, ...]:
+    """A video's last frame is repeated until the frames fill whole steps of the time axis."""
+    missing = -len(frames) % config.temporal_patch_size if isinstance(part, VideoPart) else 0
+    return frames + frames[-1:] * missing
+
+
+def _size(
+    part: ImagePart | VideoPart, frames: int, config: ImageProcessorConfig
+) -> tuple[int, int]:
+    width, height = _frames(part)[0].size
+    if isinstance(part, VideoPart):
+        # The reference counts the frames before it repeats the last one, but needs a whole step.
+        count = max(len(part.frames), config.temporal_patch_size)
+        return video_size(count, height, width, config)
+    bounds = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    return smart_resize(height, width, factor=config.factor, **bounds)
+
+
+def _visual(
+    part: ImagePart | VideoPart, frames: int, size: tuple[int, int], config: ImageProcessorConfig
+) -> Visual:
+    rows, columns = size[0] // config.patch_size, size[1] // config.patch_size
+    if isinstance(part, ImagePart):
+        return Visual((1, rows, columns))
+    times = config.temporal_patch_size
+    seen = part.times_s + part.times_s[-1:] * (frames - len(part.times_s))
+    return Visual(
+        (frames // times, rows, columns),
+        video=True,
+        seconds_per_grid=times * part.duration_s / len(part.frames),
+        times_s=tuple((seen[i] + seen[i + times - 1]) / 2 for i in range(0, frames, times)),
+    )
+
+
+def scale_and_shift(config: ImageProcessorConfig) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """(x * rescale - mean) / std as one multiplication and one subtraction: float32 [C, 1]."""
+    std = np.array(config.image_std)[:, None]
+    scale = (config.rescale_factor / std).astype(np.float32)
+    return scale, (np.array(config.image_mean)[:, None] / std).astype(np.float32)
+
+
+def patchify_on_host(
+    frames: Sequence[Image.Image], size: tuple[int, int], config: ImageProcessorConfig
+) -> npt.NDArray[np.float32]:
+    """`Patchify` with Pillow and numpy: the reference of others. A single frame fills a step."""
+    merge, patch, times = config.merge_size, config.patch_size, config.temporal_patch_size
+    height, width = size
+    rows, columns = height // config.factor, width // config.factor
+    count = rows * columns * merge**2
+    steps = max(1, len(frames) // times)
+    # [steps, patches, C, T, P * P]: filled step by step, so nothing is concatenated.
+    out = np.empty((steps, count, 3, times, patch * patch), dtype=np.float32)
+    scale, shift = scale_and_shift(config)
+    for step, shown in enumerate(by_step(frames, times)):
+        pixels = np.stack([np.asarray(_resized(frame, size)) for frame in shown])
+        # The costly reordering is done on bytes, an eighth of the size of the result.
+        blocks = pixels.reshape(len(shown), rows, merge, patch, columns, merge, patch, 3)
+        patches = np.ascontiguousarray(blocks.transpose(1, 4, 2, 5, 7, 0, 3, 6))
+        patches = patches.reshape(count, 3, len(shown), patch * patch)
+        # A slice at a time stays in the processor's cache until it is stored.
+        for first in range(0, count, _SLICE):
+            values = np.multiply(patches[first : first + _SLICE], scale[:, :, None])
+            values -= shift[:, :, None]
+            out[step, first : first + len(values)] = values
+    return out.reshape(steps * count, -1)
+
+
+def by_step(frames: Sequence[Image.Image], times: int) -> Iterator[Sequence[Image.Image]]:
+    """The frames of each step of the time axis; the last may have fewer."""
+    for first in range(0, len(frames), times):
+        yield frames[first : first + times]
+
+
+def _resized(frame: Image.Image, size: tuple[int, int]) -> Image.Image:
+    height, width = size
+    if frame.size == (width, height):
+        return frame
+    return frame.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,0 +1,288 @@
+"""From a conversation to what a model is fed: token ids, patches and their grids.
+
+Both engines that hold a model themselves build their inputs here, so they are equal by
+construction. What runs: pictures -> template -> timestamps of videos -> ids -> one pad token a
+picture becomes as many as the picture takes.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwencli.engine.frontend.chat_template import VIDEO_PLACEHOLDER, ChatTemplate
+from qwencli.engine.frontend.preprocess import (
+    GridTHW,
+    Patchify,
+    Visual,
+    VisualInputs,
+    patchify_on_host,
+    preprocess,
+)
+from qwencli.engine.frontend.processor_config import VISION_FAMILIES, ImageProcessorConfig
+from qwencli.engine.frontend.tokenizer import THOUGHT, ContentGuard, Tokenizer
+from qwencli.errors import InputError, ModelFileError
+from qwencli.messages import Message, TextPart, VisualPart
+from qwencli.results import Size
+
+# Keys of config.json that give a control token's id to the model.
+_VISION_TOKENS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+
+_VIDEO_PAD = "<|video_pad|>"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request, ready for a model. No batch dimension.
+
+    Args:
+        inputs: its pictures and videos in the order of their tokens; None without any.
+        preprocess_s: seconds that building this took.
+        image_token_id, video_token_id: the ids a model replaces by embeddings; None for text
+            models.
+        opens_thought: whether it ends in a `<think>`, which the model goes on from.
+        patch_size: side of a patch in pixels; None for text models.
+    """
+
+    input_ids: list[int]
+    inputs: VisualInputs | None
+    preprocess_s: float
+    image_token_id: int | None
+    video_token_id: int | None
+    opens_thought: bool = False
+    patch_size: int | None = None
+
+    @property
+    def image_sizes(self) -> tuple[Size, ...]:
+        """(width, height) of each picture or video frame before it is resized."""
+        return self.inputs.image_sizes if self.inputs else ()
+
+    @property
+    def resized_sizes(self) -> tuple[Size, ...]:
+        """(width, height) of each picture or video frame as the model sees it."""
+        side = self.patch_size or 0
+        return tuple((columns * side, rows * side) for _, rows, columns in self.grid_thw)
+
+    @property
+    def visuals(self) -> tuple[Visual, ...]:
+        return self.inputs.visuals if self.inputs else ()
+
+    @property
+    def grid_thw(self) -> tuple[GridTHW, ...]:
+        """By picture or video: steps of time, rows and columns of patches."""
+        return tuple(visual.grid for visual in self.visuals)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of pictures and videos."""
+        return sum(self.inputs.num_tokens) if self.inputs else 0
+
+    @property
+    def mm_token_type_ids(self) -> list[int]:
+        """By token: 1 where a picture goes, 2 where a video does, 0 for text."""
+        kinds = {self.image_token_id: 1, self.video_token_id: 2}
+        return [kinds.get(id_, 0) for id_ in self.input_ids]
+
+
+@dataclass(frozen=True)
+class PromptBuilder:
+    """Everything between a conversation and one model's inputs; holds no state.
+
+    Args:
+        processor: how the model wants pictures; None for a text model.
+        model_ids: ids the model expects where they are not the tokenizer's own.
+        patchify: what resizes pictures and cuts them into patches.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    processor: ImageProcessorConfig | None
+    model_ids: Mapping[int, int] = field(default_factory=dict)
+    patchify: Patchify = patchify_on_host
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, *, family: str, min_pixels: int | None, max_pixels: int | None
+    ) -> PromptBuilder:
+        """The builder of the model in `folder`.
+
+        Args:
+            family: config.json's model_type.
+            min_pixels, max_pixels: the user's bounds; None keeps the model's own.
+
+        Raises:
+            ModelFileError: tokenizer, template or processor files are missing or broken.
+            UsageError: bounds that no picture can meet.
+        """
+        processor = None
+        if family in VISION_FAMILIES:
+            processor = ImageProcessorConfig.from_files(folder, family)
+            processor = processor.with_pixels(min_pixels, max_pixels)
+        return cls(Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder), processor)
+
+    @classmethod
+    def dummy(
+        cls,
+        folder: Path,
+        *,
+        hub_config: Mapping[str, Any],
+        min_pixels: int | None,
+        max_pixels: int | None,
+    ) -> PromptBuilder:
+        """For random weights of any model: its own pictures, the text side of another model.
+
+        The picture tokens get the ids that `hub_config` (the model's config.json) expects; all
+        other ids are those of `folder`, whose vocabulary must be the smaller one.
+
+        Args:
+            folder: a complete small model, such as the bundled one.
+        """
+        tokenizer = Tokenizer.from_folder(folder)
+        family = hub_config["model_type"]
+        processor = None
+        model_ids: dict[int, int] = {}
+        if family in VISION_FAMILIES:
+            processor = ImageProcessorConfig.for_family(family).with_pixels(min_pixels, max_pixels)
+            model_ids = {
+                tokenizer.token_id(token): hub_config[key]
+                for key, token in _VISION_TOKENS.items()
+                if key in hub_config
+            }
+        return cls(tokenizer, ChatTemplate.from_folder(folder), processor, model_ids)
+
+    def build(self, messages: tuple[Message, ...], *, thinking: bool = False) -> Prompt:
+        """The model's inputs for the answer that follows `messages`.
+
+        Raises:
+            InputError: no messages, pictures for a text model, a picture no model takes, text
+                that is not Unicode, or a conversation the template refuses.
+            ModelFileError: the template does not give every picture its place.
+        """
+        start = time.perf_counter()
+        parts = [part for message in messages for part in message.parts]
+        pictures = [part for part in parts if not isinstance(part, TextPart)]
+        texts = [part.text for part in parts if isinstance(part, TextPart)]
+        if not messages:
+            raise InputError("there is no message to answer", "give a prompt or a picture")
+        if pictures and self.processor is None:
+            raise InputError(
+                f"this model reads text only, it cannot look at {pictures[0].name}",
+                "choose a vision-language model with --model",
+            )
+        for text in texts:
+            _check_unicode(text)
+
+        inputs = None
+        if pictures and self.processor is not None:
+            inputs = preprocess(pictures, self.processor, self.patchify)
+        guard = self.tokenizer.guard(texts)
+        rendered = self._rendered(messages, guard, thinking, inputs)
+        ids = self.tokenizer.encode(rendered, guard)
+        opens_thought = rendered.rstrip().endswith(THOUGHT)
+        if self.processor is None:
+            seconds = time.perf_counter() - start
+            return Prompt(ids, None, seconds, None, None, opens_thought=opens_thought)
+        image, video = (self.tokenizer.token_id(token) for token in ("<|image_pad|>", _VIDEO_PAD))
+        self._check_places(ids, pictures, inputs, image, video)
+        return Prompt(
+            input_ids=self._expand(ids, (image, video), inputs),
+            inputs=inputs,
+            preprocess_s=time.perf_counter() - start,
+            image_token_id=self.model_ids.get(image, image),
+            video_token_id=self.model_ids.get(video, video),
+            opens_thought=opens_thought,
+            patch_size=self.processor.patch_size,
+        )
+
+    def _rendered(
+        self,
+        messages: tuple[Message, ...],
+        guard: ContentGuard,
+        thinking: bool,
+        inputs: VisualInputs | None,
+    ) -> str:
+        rendered = self.template.render(
+            messages,
+            as_parts=self.processor is not None,
+            thinking=thinking,
+            protect=guard.protect,
+        )
+        if inputs is not None and self.processor is not None and self.processor.video.timestamps:
+            rendered = _with_timestamps(rendered, inputs.visuals)
+        return rendered
+
+    def _places(self, visual: Visual, tokens: int) -> list[int]:
+        """How many tokens go into each of a visual's places in the prompt."""
+        assert self.processor is not None, "only vision models have pictures"
+        steps = visual.grid[0] if visual.video and self.processor.video.timestamps else 1
+        return [tokens // steps] * steps
+
+    def _check_places(
+        self,
+        ids: Sequence[int],
+        pictures: Sequence[VisualPart],
+        inputs: VisualInputs | None,
+        image: int,
+        video: int,
+    ) -> None:
+        """Raise ModelFileError unless the template gives each picture its place, in order."""
+        visuals = inputs.visuals if inputs else ()
+        wanted = [
+            video if visual.video else image for visual in visuals for _ in self._places(visual, 0)
+        ]
+        found = [id_ for id_ in ids if id_ in (image, video)]
+        if found != wanted:
+            # Timestamps have made a place for each step of a video, where there is a place at all.
+            raise ModelFileError(
+                f"{self.template.source} makes {len(found)} places for {len(pictures)} pictures"
+                if len(found) != len(wanted)
+                else f"{self.template.source} mixes up pictures and videos",
+                "download the model's files again",
+            )
+
+    def _expand(
+        self, ids: Sequence[int], pads: tuple[int, int], inputs: VisualInputs | None
+    ) -> list[int]:
+        """Repeat each place's pad token as often as it has tokens."""
+        shown = zip(inputs.visuals, inputs.num_tokens, strict=True) if inputs else ()
+        counts = iter([n for visual, tokens in shown for n in self._places(visual, tokens)])
+        expanded: list[int] = []
+        for id_ in ids:
+            times = next(counts) if id_ in pads else 1
+            expanded.extend([self.model_ids.get(id_, id_)] * times)
+        return expanded
+
+
+def _with_timestamps(rendered: str, visuals: Sequence[Visual]) -> str:
+    """Put in the place of each video one place a step of time, each after the time it is seen.
+
+    That is the layout Qwen3-VL was trained on (its processor's `replace_video_token`).
+    """
+    videos = iter([visual for visual in visuals if visual.video])
+
+    def steps(match: re.Match[str]) -> str:
+        video = next(videos, None)
+        if video is None:
+            return match[0]
+        return "".join(f"<{time_s:.1f} seconds>{VIDEO_PLACEHOLDER}" for time_s in video.times_s)
+
+    return re.sub(re.escape(VIDEO_PLACEHOLDER), steps, rendered)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text is not valid Unicode at character {error.start + 1}",
+            "give it in UTF-8",
+        ) from error

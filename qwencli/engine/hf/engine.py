@@ -1,0 +1,109 @@
+"""The transformers engine: the reference, and the baseline of every comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from qwencli.config import Cache, EngineConfig, EngineName, Kernels, KVDType, Speculate
+from qwencli.engine.answer import Answer
+from qwencli.engine.device_memory import release
+from qwencli.engine.frontend.model_files import ModelFiles
+from qwencli.engine.hf import loading
+from qwencli.engine.hf.changes import AS_IS, Changes
+from qwencli.engine.hf.generating import Generation
+from qwencli.engine.hf.quantizing import scheme_of
+from qwencli.engine.local import LocalEngine
+from qwencli.errors import UnsupportedModeError
+from qwencli.results import GenerationChunk, RanModes
+
+CACHES = (Cache.DYNAMIC, Cache.STATIC, Cache.STATIC_COMPILE)
+
+
+class TransformersEngine(LocalEngine):
+    """`from_pretrained` and `generate()`, timed from inside.
+
+    Raises:
+        UnsupportedModeError: a mode this engine does not have, on creation.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(replace(config, cache=config.cache or Cache.DYNAMIC))
+        if self.config.cache not in CACHES:
+            raise UnsupportedModeError(
+                f"--cache {self.config.cache} cannot run on the transformers engine",
+                nearest=Cache.STATIC_COMPILE.value,
+            )
+        if self.config.kernels is Kernels.TRITON:
+            raise UnsupportedModeError(
+                "--kernels triton cannot run on the transformers engine", "use --engine native"
+            )
+        if self.config.kv_dtype is not KVDType.AUTO:
+            raise UnsupportedModeError(
+                f"--kv-dtype {self.config.kv_dtype} cannot run on the transformers engine",
+                "use --engine native",
+            )
+        if self.config.speculate is not Speculate.OFF:
+            raise UnsupportedModeError(
+                f"--speculate {self.config.speculate} cannot run on the transformers engine",
+                "use --engine native",
+            )
+        self._model: Any = None
+        self.changes: Changes = AS_IS
+
+    @property
+    def model(self) -> Any:
+        """The loaded transformers model."""
+        assert self._model is not None, "load() comes first"
+        return self._model
+
+    def _load(self, files: ModelFiles) -> RanModes:
+        plan = loading.plan_load(self.config, files)
+        model = loading.load_model(self.config, plan, self.changes)
+        try:
+            loading.check_effective(self.config, plan, model)
+        except UnsupportedModeError:
+            del model
+            release(plan.device)
+            raise
+        if plan.device.startswith("cuda"):
+            torch.cuda.synchronize(plan.device)
+        self._model = model
+        dtype = loading.effective_dtype(model)
+        return RanModes(
+            engine=EngineName.TRANSFORMERS.value,
+            quantization=scheme_of(model),
+            attention=loading.effective_attention(model),
+            cache=str(self.config.cache),
+            device=plan.device,
+            dtype=dtype,
+            kv_dtype=dtype,
+            threads=self._threads,
+        )
+
+    def _answer(self, answer: Answer) -> Iterator[GenerationChunk]:
+        generation = Generation(self._model, answer, self.ran, self.changes)
+        yield from generation.chunks(self.load_s)
+
+    @torch.inference_mode()
+    def _logits(self, token_ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        ids = torch.tensor([token_ids], device=self.ran.device)
+        yield from self._model(input_ids=ids, use_cache=False).logits[0]
+
+    def _release(self) -> None:
+        if self.changes.release_through_host:
+            self._model.to("cpu")
+        self._model = None
+        if self.config.cache is Cache.STATIC_COMPILE:
+            # Compiled graphs keep their own pool and references to the weights.
+            torch.compiler.reset()
+        release(self.ran.device)
+
+    def _forget(self) -> None:
+        return  # generate() keeps nothing from one call to the next
+
+    def _recover(self) -> None:
+        release(self.ran.device)

@@ -1,0 +1,251 @@
+"""Keeps quantized matrices on disk, so that only the first load quantizes.
+
+The file is a safetensors file that is written matrix by matrix while the model loads: room for the
+header is left free, and the header is written last, with a checksum of each tensor's bytes and a
+digest of the header itself. It gets its name when it is whole. What cannot be kept (a full disk) is
+a warning; what is there but damaged, outdated or of another layout is written anew, and what killed
+writers left is deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import torch
+
+from qwencli.engine.loading.reader import DTYPES, Reader
+from qwencli.engine.quant.quantized_tensor import Quantized, Scheme
+from qwencli.errors import ModelFileError
+from qwencli.models.quantized_cache import claim, remove_leftovers, temporary_file
+from qwencli.models.safetensors_header import StoredTensor, read_header
+
+Loaded = TypeVar("Loaded")
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Of a tensor's entry in the header; what is left over is filled with spaces, as the format allows.
+_ENTRY_BYTES = 320
+_PARTS = ("data", "scale", "zero")
+# Of `checksum`.
+_ROW_BYTES = 8 * 4096
+
+
+class DamagedCache(Exception):
+    """The file's bytes are not those that were written."""
+
+
+class CachedMatrices:
+    """The matrices in a file of this cache; `verify` after the last one has been read."""
+
+    def __init__(self, stored: dict[str, StoredTensor], sums: dict[str, str], schemes: Any) -> None:
+        self._stored, self._wanted, self._schemes = stored, sums, schemes
+        self._sums: dict[str, str] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._schemes
+
+    def read(self, name: str, reader: Reader) -> Quantized:
+        """The matrix of this name, on the reader's device."""
+        parts = {}
+        for part in _PARTS:
+            source = self._stored.get(f"{name}.{part}")
+            if source is not None:
+                parts[part] = reader.as_stored(source)
+                self._sums[source.name] = checksum(parts[part])
+        return Quantized(
+            Scheme(self._schemes[name]), parts["data"], parts["scale"], parts.get("zero")
+        )
+
+    def verify(self) -> None:
+        """Raises DamagedCache unless every byte that was read is what was written."""
+        if any(found != self._wanted[name] for name, found in self._sums.items()):
+            raise DamagedCache
+
+
+def open_cache(file: Path, fingerprint: str, names: Collection[str]) -> CachedMatrices | None:
+    """The matrices of these names; None where the file does not have them all, as they would be
+    made now."""
+    try:
+        header = read_header(file)
+    except ModelFileError:
+        return None
+    said = dict(header.metadata)
+    entries = {
+        name: [info.dtype, list(info.shape), [info.start, info.start + info.size_bytes]]
+        for name, info in header.tensors.items()
+    }
+    if said.pop("digest", None) != _digest(said, entries) or said["fingerprint"] != fingerprint:
+        return None
+    try:
+        sums = json.loads(header.metadata["sums"])
+        schemes = {name: Scheme(kind) for name, kind in _schemes(header.metadata).items()}
+    except (KeyError, ValueError):
+        return None
+    stored = {
+        name: StoredTensor(name, file, info.dtype, info.shape, header.data_start + info.start)
+        for name, info in header.tensors.items()
+    }
+    whole = all(f"{name}.{part}" in stored for name in schemes for part in _PARTS[:2])
+    if not whole or set(schemes) != set(names) or set(sums) != set(stored):
+        return None
+    return CachedMatrices(stored, sums, schemes)
+
+
+def _digest(metadata: Mapping[str, str], entries: Mapping[str, list[Any]]) -> str:
+    """Of all that a header says: `metadata`, and each tensor's type, shape and place."""
+    said = json.dumps([metadata, entries], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _schemes(metadata: Any) -> dict[str, str]:
+    found: dict[str, str] = json.loads(metadata["schemes"])
+    return found
+
+
+class CacheWriter:
+    """Writes a file of this cache beside a load. Never raises: `warning` says why nothing is kept.
+
+    Args:
+        matrices: how many will be added at most.
+    """
+
+    def __init__(self, file: Path, fingerprint: str, matrices: int) -> None:
+        self.warning: str | None = None
+        self._file, self._fingerprint = file, fingerprint
+        self._temporary = temporary_file(file)
+        self._room = _ENTRY_BYTES * (1 + len(_PARTS) * matrices)
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._sums: dict[str, str] = {}
+        self._schemes: dict[str, str] = {}
+        self._position = 0
+        self._stream: BinaryIO | None = None
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self._temporary.open("xb")
+            claim(self._stream)
+            self._stream.seek(8 + self._room)
+        except OSError as error:
+            self._give_up(error)
+
+    def add(self, name: str, matrix: Quantized) -> None:
+        """Append a matrix; its tensors pass through host memory one at a time."""
+        if self._stream is None:
+            return
+        self._schemes[name] = matrix.scheme.value
+        try:
+            for part, tensor in matrix.parts.items():
+                self._append(f"{name}.{part}", tensor)
+        except OSError as error:
+            self._give_up(error)
+
+    def finish(self) -> None:
+        """Write the header and give the file its name."""
+        stream = self._stream
+        if stream is None:
+            return
+        try:
+            metadata = {
+                "fingerprint": self._fingerprint,
+                "schemes": json.dumps(self._schemes),
+                "sums": json.dumps(self._sums),
+            }
+            entries = {name: list(entry.values()) for name, entry in self._entries.items()}
+            metadata["digest"] = _digest(metadata, entries)
+            header = json.dumps({"__metadata__": metadata, **self._entries}).encode()
+            assert len(header) <= self._room, "an entry is shorter than _ENTRY_BYTES"
+            stream.seek(0)
+            stream.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+            stream.flush()
+            os.fsync(stream.fileno())
+            stream.close()
+            self._temporary.replace(self._file)
+        except OSError as error:
+            self._give_up(error)
+
+    def abandon(self) -> None:
+        """Leave nothing behind."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        self._temporary.unlink(missing_ok=True)
+
+    def _append(self, name: str, tensor: torch.Tensor) -> None:
+        assert self._stream is not None, "the caller looked"
+        self._sums[name] = checksum(tensor)
+        host = tensor.cpu().contiguous()
+        end = self._position + host.nbytes
+        self._entries[name] = {
+            "dtype": _NAMES[host.dtype],
+            "shape": list(host.shape),
+            "data_offsets": [self._position, end],
+        }
+        self._stream.write(memoryview(host.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        self._position = end
+
+    def _give_up(self, error: OSError) -> None:
+        self.warning = (
+            f"the quantized weights could not be kept in {self._file.parent} "
+            f"({error.strerror or error}); the next load quantizes them again"
+        )
+        try:
+            self.abandon()
+        except OSError:
+            self._stream = None
+
+
+def through_cache(
+    file: Path,
+    fingerprint: str,
+    names: Collection[str],
+    load: Callable[[CachedMatrices | None, CacheWriter | None], Loaded],
+) -> tuple[Loaded, str | None]:
+    """What `load` gives with the matrices in `file`, or without them while it is written anew.
+
+    Args:
+        names: of all matrices that are quantized.
+        load: takes what there is to read, and where to add what it quantizes.
+
+    Returns:
+        Beside it why nothing was kept, or None.
+    """
+    remove_leftovers()
+    cached = open_cache(file, fingerprint, names)
+    if cached is not None:
+        try:
+            return _verified(load(cached, None), cached), None
+        except DamagedCache:
+            pass  # nothing of that load is left here
+    writer = CacheWriter(file, fingerprint, len(names))
+    try:
+        loaded = load(None, writer)
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.finish()
+    return loaded, writer.warning
+
+
+def _verified(loaded: Loaded, cached: CachedMatrices) -> Loaded:
+    cached.verify()
+    return loaded
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """Of a tensor's bytes and their order, the same on every device.
+
+    The bytes are a table of words of eight bytes. Its sums over rows and over columns take little
+    longer than one sum of all, and a word that changes, or changes its place, changes some of them.
+    A digest of these sums, in order, is what is returned. Text and no tensor: on the CPU a small
+    tensor that stays would keep the heap from giving back what was in use below it.
+    """
+    raw = tensor.contiguous().view(-1).view(torch.uint8)
+    whole = raw.numel() // _ROW_BYTES * _ROW_BYTES
+    table = raw[:whole].view(torch.int64).view(-1, _ROW_BYTES // 8)
+    digest = hashlib.sha256()
+    for part in (table.sum(1), table.sum(0), raw[whole:]):
+        digest.update(memoryview(part.cpu().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()[:16]

@@ -1,0 +1,278 @@
+"""Loads a checkpoint into the fused tensors of `weight_specs`, or fills them with random values.
+
+Every tensor of the checkpoint is read directly into its rows of the fused tensor on the device
+(`reader`), so host memory holds the weights at most once (CPU) or not at all (GPU). Matrices are
+quantized, or taken over from a checkpoint that is quantized already, one at a time; those that were
+quantized here may be kept on disk for the next load (`weight_cache`).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from qwencli.config import Quantization
+from qwencli.engine.loading.reader import FLOATS, Reader
+from qwencli.engine.loading.weight_cache import CachedMatrices, CacheWriter, through_cache
+from qwencli.engine.loading.weight_checks import Extremes, check_finite, check_zero
+from qwencli.engine.quant.checkpoint_formats import read_packed
+from qwencli.engine.quant.quantized_tensor import SCHEMES, Quantized, Scheme, quantize, stack
+from qwencli.models.checkpoint import Checkpoint, find_sources
+from qwencli.models.packing import PackedFormat, PackedLayer
+from qwencli.models.quantized_cache import fingerprint
+from qwencli.models.safetensors_header import StoredTensor, stored_tensors
+from qwencli.models.scheme_labels import with_vector_bits
+from qwencli.models.shapes import ModelShape
+from qwencli.models.weight_specs import TensorSpec, specs
+from qwencli.models.weights import find_weights
+
+Tensors = dict[str, torch.Tensor]
+Matrices = dict[str, Quantized]
+
+DUMMY_STD = 0.02
+HEAD = "text.head"
+TOWER_POSITIONS = "vision.positions"
+_DECODER_MATRICES = ("qkv", "o", "gate_up", "down")
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """The tensors by the names of `weight_specs`, and the idle ones the checkpoint has besides.
+
+    `matrices` has those that are quantized, in place of the tensors of their names. `origin` is
+    the label of a checkpoint that came quantized. `warning` says what did not go well on the way.
+    """
+
+    tensors: Tensors
+    unused: tuple[str, ...]
+    matrices: Matrices = field(default_factory=dict)
+    origin: str = ""
+    warning: str | None = None
+
+    @property
+    def scheme(self) -> str:
+        """How the decoder's matrices are stored; "none" = unquantized."""
+        return self.ran_scheme(lambda matrix: None)
+
+    def ran_scheme(self, vector_bits: Callable[[Quantized], int | None]) -> str:
+        """`scheme` and what decode steps round, as results report it (`models.scheme_labels`).
+
+        Args:
+            vector_bits: as in `DecoderOps`.
+        """
+        kinds = {
+            with_vector_bits(matrix.label, matrix.bits, vector_bits(matrix))
+            for name, matrix in self.matrices.items()
+            if name != HEAD
+        }
+        if kinds and any(is_decoder_matrix(name) for name in self.tensors):
+            kinds.add("none")
+        label = "+".join(sorted(kinds)) or "none"
+        return f"{self.origin}-{label}" if self.origin and kinds else label
+
+
+def is_decoder_matrix(name: str) -> bool:
+    """Whether this tensor of `weight_specs` is a matrix of a decoder's layer."""
+    return name.startswith("text.") and name.rpartition(".")[2] in _DECODER_MATRICES
+
+
+def is_tower_matrix(spec: TensorSpec) -> bool:
+    """Whether the vision tower multiplies by this tensor."""
+    return len(spec.shape) == 2 and spec.name.startswith("vision.") and spec.name != TOWER_POSITIONS
+
+
+def load(
+    folder: Path,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization = Quantization.NONE,
+    packed: PackedFormat | None = None,
+    cache_file: Path | None = None,
+) -> LoadedWeights:
+    """Load the checkpoint in `folder` as `dtype` on `device`.
+
+    A matrix that is to be quantized is so before the next one is read.
+
+    Each tensor is checked for NaN and infinity with one reduction after it is in place (one more
+    read of the weights on the device; a single synchronisation at the end).
+
+    Args:
+        packed: how a checkpoint that is quantized already stores its layers. The decoder's
+            matrices and the head stay quantized; other layers become `dtype`.
+        cache_file: where the matrices that are quantized here are kept; None = nowhere.
+
+    Raises:
+        ModelFileError: tensors that are missing, not known, of another shape or an unknown type,
+            not finite (all named), or an unreadable file.
+    """
+
+    def once(cached: CachedMatrices | None, writer: CacheWriter | None) -> LoadedWeights:
+        kept = _Kept(found.shape, quantization, "" if packed is None else packed.label, writer)
+        with Reader(device) as reader:
+            loading = _Loading(found, reader, dtype, device, packed.zero_offset if packed else 0)
+            for spec in wanted:
+                if cached is not None and spec.name in cached:
+                    kept.keep(spec.name, cached.read(spec.name, reader))
+                else:
+                    kept.keep(spec.name, loading.tensor(spec))
+            if found.shape.text.tied_head and cached is not None:
+                kept.keep(HEAD, cached.read(HEAD, reader))
+            check_zero(found.zero_biases, reader)
+        check_finite(loading.extremes, dtype)
+        return kept.weights(found.unused)
+
+    files = find_weights(folder).files
+    stored = stored_tensors(files)
+    found = find_sources(shape, stored, packed, folder)
+    wanted = specs(found.shape)
+    if cache_file is None:
+        return once(None, None)
+    names = {HEAD, *(spec.name for spec in wanted if is_decoder_matrix(spec.name))}
+    loaded, warning = through_cache(cache_file, fingerprint(files), names, once)
+    return replace(loaded, warning=warning)
+
+
+def dummy(
+    shape: ModelShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization = Quantization.NONE,
+) -> LoadedWeights:
+    """Fill every tensor: norms with ones, the rest with normal values of deviation `DUMMY_STD`.
+
+    The values depend on the tensor's name and the kind of device alone.
+    """
+    kept = _Kept(shape, quantization)
+    generator = torch.Generator(device)
+    for spec in specs(shape):
+        tensor = torch.empty(spec.shape, dtype=dtype, device=device)
+        if spec.fill == "normal":
+            tensor.normal_(
+                0.0, DUMMY_STD, generator=generator.manual_seed(zlib.crc32(spec.name.encode()))
+            )
+        else:
+            tensor.fill_(1.0 if spec.fill == "ones" else 0.0)
+        kept.keep(spec.name, tensor)
+    return kept.weights(())
+
+
+class _Loading:
+    """Makes tensors of what a checkpoint has, and notes their extremes for `_check_finite`."""
+
+    def __init__(
+        self,
+        found: Checkpoint,
+        reader: Reader,
+        dtype: torch.dtype,
+        device: torch.device,
+        zero_offset: int,
+    ) -> None:
+        self.extremes: dict[str, Extremes] = {}
+        self._sources = found.sources
+        self._reader = reader
+        self._dtype, self._device = dtype, device
+        self._zero_offset = zero_offset
+
+    def tensor(self, spec: TensorSpec) -> torch.Tensor | Quantized:
+        """The tensor; quantized where all its parts came so in one kind, and it may stay so."""
+        sources = [self._sources[part] for part in spec.parts]
+        layers = [source for source in sources if isinstance(source, PackedLayer)]
+        if len(layers) == len(sources) and (is_decoder_matrix(spec.name) or spec.name == HEAD):
+            matrices = [self._matrix(layer) for layer in layers]
+            alike = [matrix for matrix in matrices if isinstance(matrix, Quantized)]
+            whole = stack(alike) if len(alike) == len(layers) else None
+            if whole is not None:
+                return whole
+            del matrices, alike
+        tensor = torch.empty(spec.shape, dtype=self._dtype_of(spec, sources), device=self._device)
+        row = 0
+        for part, source in zip(spec.parts, sources, strict=True):
+            rows = tensor[row : row + part.shape[0]]
+            if isinstance(source, PackedLayer):
+                matrix = self._matrix(source)
+                plain = matrix.dequantize(self._dtype) if isinstance(matrix, Quantized) else matrix
+                rows.copy_(plain)
+                self._note(source.layer, rows)
+            else:
+                self._reader.read(source, rows.view(-1))
+                self._note(source.name, rows)
+            row += part.shape[0]
+        return tensor
+
+    def _dtype_of(
+        self, spec: TensorSpec, sources: Sequence[StoredTensor | PackedLayer]
+    ) -> torch.dtype:
+        """The wanted type; of a tower's matrices for the CPU in float32, that of the file.
+
+        The tower runs once a picture and converts each matrix when it comes to it, which costs
+        hardly any time and saves half of its memory.
+        """
+        if (self._device.type, self._dtype) == ("cpu", torch.float32) and is_tower_matrix(spec):
+            stored = {source.dtype for source in sources if isinstance(source, StoredTensor)}
+            if len(stored) == 1 and not any(isinstance(s, PackedLayer) for s in sources):
+                return FLOATS[stored.pop()]
+        return self._dtype
+
+    def _matrix(self, layer: PackedLayer) -> Quantized | torch.Tensor:
+        matrix = read_packed(layer, self._reader, self._zero_offset)
+        if isinstance(matrix, torch.Tensor):
+            return matrix  # checked where it ends up
+        self._note(f"{layer.layer}.{layer.packing.scale}", matrix.scale)
+        if matrix.data.dtype == torch.float8_e4m3fn:
+            # Its one NaN has all bits but the sign set, and there is no infinity.
+            top = (matrix.data.view(torch.uint8) & 0x7F).amax()
+            self._note(f"{layer.layer}.weight", torch.where(top == 0x7F, torch.nan, 0.0))
+        return matrix
+
+    def _note(self, name: str, values: torch.Tensor) -> None:
+        low, high = values.aminmax()  # both carry a NaN through
+        # On the CPU numbers: small tensors that stay keep the heap from giving back what was in use
+        # below them. On a GPU numbers would be waited for one by one.
+        if low.device.type == "cpu":
+            self.extremes[name] = [float(low), float(high)]
+        else:
+            self.extremes[name] = torch.stack((low, high)).float()
+
+
+class _Kept:
+    """What has been read so far, the decoder's matrices and its head quantized as asked for."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        quantization: Quantization,
+        origin: str = "",
+        writer: CacheWriter | None = None,
+    ) -> None:
+        self.tensors: Tensors = {}
+        self._writer = writer
+        self._matrices: Matrices = {}
+        self._tied = shape.text.tied_head
+        self._schemes = SCHEMES.get(quantization)
+        self._origin = origin
+
+    def keep(self, name: str, tensor: torch.Tensor | Quantized) -> None:
+        if isinstance(tensor, Quantized):
+            self._matrices[name] = tensor
+        elif self._schemes and is_decoder_matrix(name):
+            self._quantize(name, tensor, self._schemes[0])
+        elif self._schemes and name == HEAD:
+            self._quantize(name, tensor, self._schemes[1])
+        else:
+            self.tensors[name] = tensor
+
+    def weights(self, unused: tuple[str, ...]) -> LoadedWeights:
+        if self._schemes and self._tied and HEAD not in self._matrices:
+            # Rows of the embedding are looked up as they are; the head reads a copy of fewer bits.
+            self._quantize(HEAD, self.tensors["text.embed"], self._schemes[1])
+        return LoadedWeights(self.tensors, unused, self._matrices, self._origin)
+
+    def _quantize(self, name: str, tensor: torch.Tensor, scheme: Scheme) -> None:
+        self._matrices[name] = quantize(tensor, scheme)
+        if self._writer is not None:
+            self._writer.add(name, self._matrices[name])

@@ -1,0 +1,212 @@
+"""What the packed tensors of ready-made checkpoints mean, as our own `Quantized` matrices.
+
+Values, scales and zeros are taken over as they are: nothing is rounded anew. Groups of more than
+128 columns become several with the same scale. Where each format is defined is told by
+`models.packing`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from qwencli.engine.loading.reader import Reader
+from qwencli.engine.quant.packed_values import (
+    WORD_BITS,
+    Parts,
+    bits_of,
+    block_size,
+    expect,
+    group_within,
+    grouped,
+    scales_by_rows,
+    unfit,
+    unreadable,
+    values_of,
+)
+from qwencli.engine.quant.quantized_tensor import Quantized, Scheme, pack, table_of
+from qwencli.models.packing import PackedLayer
+
+Tensor = torch.Tensor
+
+# AutoAWQ's gemm kernels want them so: place i of a word holds column AWQ_ORDER[i] of its eight.
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+INT8_MAX = 127
+
+
+def read_packed(layer: PackedLayer, reader: Reader, zero_offset: int) -> Quantized | Tensor:
+    """Read one layer's tensors and give its matrix; plain float32 [rows, columns] where none of our
+    layouts has its blocks, as those of vision towers whose widths no power of two divides.
+
+    Args:
+        zero_offset: see `PackedFormat`.
+
+    Raises:
+        ModelFileError: tensors whose shapes do not belong together, or a layout that our kernels
+            cannot have.
+    """
+    parts = {name: reader.as_stored(tensor) for name, tensor in layer.tensors.items()}
+    return _READERS[layer.packing.name](layer, parts, zero_offset)
+
+
+def _awq(layer: PackedLayer, parts: Parts, _: int) -> Quantized:
+    """qweight int32 [columns, rows / 8], qzeros [groups, rows / 8], scales [groups, rows]."""
+    rows, columns = layer.shape
+    scales = parts["scales"]
+    groups = len(scales)
+    expect(layer, parts, "qweight", (columns, rows // 8))
+    expect(layer, parts, "qzeros", (groups, rows // 8))
+    expect(layer, parts, "scales", (groups, rows))
+    place = torch.tensor(AWQ_ORDER, device=scales.device).argsort()
+    q, zeros = (values_of(parts[name], 4, place).view(-1, rows) for name in ("qweight", "qzeros"))
+    return grouped(layer, q.t(), scales.t(), zeros.t(), 4)
+
+
+def _gptq(layer: PackedLayer, parts: Parts, zero_offset: int) -> Quantized:
+    """qweight int32 [columns x bits / 32, rows], qzeros [groups, rows x bits / 32], scales [groups,
+    rows], g_idx [columns]: the group of each column, not in order after `desc_act`."""
+    rows, columns = layer.shape
+    bits = bits_of(layer)
+    groups = len(parts["scales"])
+    expect(layer, parts, "qweight", (columns * bits // WORD_BITS, rows))
+    expect(layer, parts, "qzeros", (groups, rows * bits // WORD_BITS))
+    expect(layer, parts, "scales", (groups, rows))
+    q = values_of(parts["qweight"].t().contiguous(), bits).view(rows, columns)
+    zeros = values_of(parts["qzeros"], bits).view(groups, rows).t() + zero_offset
+    return grouped(layer, q, parts["scales"].t(), zeros, bits, parts.get("g_idx"))
+
+
+def _ct_packed(layer: PackedLayer, parts: Parts, _: int) -> Quantized:
+    """weight_packed int32 [rows, columns x bits / 32] of q + 2^(bits - 1), weight_scale [rows,
+    groups], weight_zero_point packed along the rows, or int8 as it is; none when symmetric."""
+    rows, columns = layer.shape
+    bits = bits_of(layer)
+    middle = 1 << (bits - 1)
+    scales = scales_by_rows(layer, parts["weight_scale"])
+    expect(layer, parts, "weight_packed", (rows, columns * bits // WORD_BITS))
+    q = values_of(parts["weight_packed"], bits).view(rows, columns)
+    zeros = parts.get("weight_zero_point")
+    if zeros is None:
+        zeros = torch.full_like(scales, middle, dtype=torch.int32)
+    elif zeros.dtype == torch.int32:
+        zeros = values_of(zeros.t().contiguous(), bits).view(len(zeros.t()), -1)[:, :rows].t()
+    else:
+        zeros = scales_by_rows(layer, zeros).int() + middle
+    return grouped(layer, q, scales, zeros, bits, parts.get("weight_g_idx"))
+
+
+def _int8(layer: PackedLayer, parts: Parts, _: int) -> Quantized:
+    """weight int8 [rows, columns], weight_scale of the whole, of rows, or of groups."""
+    expect(layer, parts, "weight", layer.shape)
+    scales = scales_by_rows(layer, parts["weight_scale"])
+    zeros = parts.get("weight_zero_point")
+    if zeros is None or not zeros.any():
+        if scales.shape[1] == 1 and parts.get("weight_g_idx") is None:
+            return Quantized(Scheme.INT8, parts["weight"], scales[:, 0].float().contiguous())
+        zeros = torch.zeros_like(scales)
+    q = parts["weight"].int() + 128
+    zeros = scales_by_rows(layer, zeros).int() + 128
+    return grouped(layer, q, scales, zeros, 8, parts.get("weight_g_idx"))
+
+
+def _bnb_int8(layer: PackedLayer, parts: Parts, _: int) -> Quantized:
+    """weight int8 [rows, columns], SCB float32 [rows]: the largest magnitude of each row."""
+    expect(layer, parts, "weight", layer.shape)
+    expect(layer, parts, "SCB", layer.shape[:1])
+    if int(parts.get("weight_format", torch.zeros(()))):
+        raise unreadable(layer, "is not stored row by row", "save it again with transformers")
+    largest = parts["SCB"].float()
+    # By a tensor: a GPU multiplies by the inverse of a number, which is not always the same.
+    return Quantized(Scheme.INT8, parts["weight"], largest / torch.full_like(largest, INT8_MAX))
+
+
+def _fp8(layer: PackedLayer, parts: Parts, _: int) -> Quantized | Tensor:
+    """weight e4m3 [rows, columns], and scales of the whole, of rows, or of blocks of both.
+
+    ModelOpt writes those of blocks as [rows, 1, columns, 1].
+    """
+    rows, columns = layer.shape
+    expect(layer, parts, "weight", layer.shape)
+    scales = parts[layer.packing.scale].float()
+    if scales.dim() == 4 and scales.shape[1] == scales.shape[3] == 1:
+        scales = scales[:, 0, :, 0]
+    if tuple(scales.shape) in ((), (1,), (rows,), (rows, 1)):
+        return Quantized(Scheme.FP8, parts["weight"], scales.reshape(-1).expand(rows).contiguous())
+    if scales.dim() != 2:
+        raise unfit(layer, parts, layer.packing.scale)
+    high, wide = block_size(rows, scales.shape[0]), block_size(columns, scales.shape[1])
+    if high is None or wide is None:
+        raise unfit(layer, parts, layer.packing.scale)
+    group = group_within(columns, wide)
+    by_rows = scales.repeat_interleave(high, 0)[:rows]
+    if group is None:
+        return parts["weight"].float() * by_rows.repeat_interleave(wide, 1)[:, :columns]
+    by_columns = by_rows.repeat_interleave(wide // group, 1)[:, : columns // group]
+    return Quantized(Scheme.FP8, parts["weight"], by_columns.contiguous())
+
+
+def _bnb_4bit(layer: PackedLayer, parts: Parts, _: int) -> Quantized | Tensor:
+    """weight: bytes of two values in the order of the rows, the first in the upper half;
+    weight.absmax: of blocks of that order, itself quantized where it is uint8; weight.quant_map:
+    the 16 values; weight.quant_state.*: a JSON text."""
+    rows, columns = layer.shape
+    state = _state(layer, parts)
+    table, absmax = parts["weight.quant_map"].float(), parts["weight.absmax"]
+    raw = parts["weight"].contiguous().view(-1).view(torch.uint8)
+    block = rows * columns // max(absmax.numel(), 1)
+    if raw.numel() * 2 != rows * columns or block * absmax.numel() != rows * columns:
+        raise unfit(layer, parts, "weight", "weight.absmax")
+    if absmax.dtype == torch.uint8:
+        absmax = _nested(layer, parts, state)
+    q = torch.stack((raw >> 4, raw & 15), 1).view(rows, columns)
+    group = group_within(columns, block) if columns % block == 0 else None
+    if group is None:
+        values = table[q.int()].view(-1, block) * absmax.float().view(-1, 1)
+        return values.view(rows, columns)
+    scale = absmax.float().view(rows, -1).repeat_interleave(block // group, 1)
+    scheme = Scheme(state["quant_type"])
+    return Quantized(scheme, pack(q.int(), scheme), scale, table=table_of(table).to(raw.device))
+
+
+def _state(layer: PackedLayer, parts: Parts) -> dict[str, Any]:
+    found = [name for name in parts if name.startswith("weight.quant_state.")]
+    if not found:
+        raise unreadable(layer, "lacks its weight.quant_state")
+    try:
+        state = json.loads(bytes(parts[found[0]].tolist()))
+    except ValueError:
+        state = None
+    if not isinstance(state, dict) or state.get("quant_type") not in ("nf4", "fp4"):
+        raise unreadable(layer, f"has a {found[0]} that tells no 4-bit type")
+    return state
+
+
+def _nested(layer: PackedLayer, parts: Parts, state: Mapping[str, Any]) -> Tensor:
+    """absmax = map[absmax] x nested_absmax of its block + offset (QLoRA's double quantization)."""
+    names = ("weight.nested_quant_map", "weight.nested_absmax")
+    offset, block = state.get("nested_offset"), state.get("nested_blocksize")
+    if (
+        any(name not in parts for name in names)
+        or not isinstance(offset, int | float)
+        or not isinstance(block, int)
+    ):
+        raise unreadable(layer, f"lacks {' or '.join(names)}, or what belongs to them")
+    indexes = parts["weight.absmax"].view(-1).long()
+    outer = parts[names[1]].float().view(-1).repeat_interleave(block)
+    if len(outer) < len(indexes):
+        raise unfit(layer, parts, "weight.absmax", names[1])
+    return parts[names[0]].float()[indexes] * outer[: len(indexes)] + offset
+
+
+_READERS: Mapping[str, Callable[[PackedLayer, Parts, int], Quantized | Tensor]] = {
+    "awq": _awq,
+    "gptq": _gptq,
+    "ct-packed": _ct_packed,
+    "int8": _int8,
+    "fp8": _fp8,
+    "bnb-4bit": _bnb_4bit,
+    "bnb-int8": _bnb_int8,
+}

@@ -1,0 +1,278 @@
+"""Quantized weights on disk: the same bytes as without, and never in the way of a load."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from qwencli.config import DType, Quantization
+from qwencli.engine.loading import weight_cache, weights
+from qwencli.models import quantized_cache
+from qwencli.models.folder import read_config
+from qwencli.models.locate import bundled_folder
+from qwencli.models.quantized_cache import cache_file, cached_bytes
+from qwencli.models.shape_reader import read_shape
+
+CPU = torch.device("cpu")
+MODES = [mode for mode in Quantization if mode is not Quantization.NONE]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundled_folder(), tmp_path / "scenes"))
+
+
+def load(folder: Path, mode: Quantization = Quantization.INT4) -> weights.LoadedWeights:
+    shape = read_shape(read_config(folder))
+    kept = cache_file(folder, mode, DType.FLOAT32)
+    return weights.load(folder, shape, torch.float32, CPU, mode, cache_file=kept)
+
+
+def assert_equal(left: weights.LoadedWeights, right: weights.LoadedWeights) -> None:
+    assert left.scheme == right.scheme
+    assert left.matrices.keys() == right.matrices.keys()
+    for name, matrix in left.matrices.items():
+        others = right.matrices[name].parts
+        assert matrix.parts.keys() == others.keys()
+        for part, tensor in matrix.parts.items():
+            assert tensor.dtype == others[part].dtype
+            assert torch.equal(tensor.view(torch.uint8), others[part].view(torch.uint8))
+
+
+@pytest.fixture
+def quantizing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each matrix that is quantized."""
+    calls: list[int] = []
+    real = weights.quantize
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(weights, "quantize", counted)
+    return calls
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_second_load_quantizes_nothing(
+    folder: Path, mode: Quantization, quantizing: list[int]
+) -> None:
+    first = load(folder, mode)
+    assert len(quantizing) == 4 * 4 + 1
+    second = load(folder, mode)
+    assert len(quantizing) == 4 * 4 + 1
+    assert first.warning is None and second.warning is None
+    assert_equal(first, second)
+    file = cache_file(folder, mode, DType.FLOAT32)
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    # The file is one that others read too.
+    stored = load_file(file)
+    assert torch.equal(stored["text.head.data"], first.matrices["text.head"].data)
+    assert cached_bytes(folder) == file.stat().st_size
+
+
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 0x10
+    file.write_bytes(content)
+
+
+def replace(file: Path, old: bytes, new: bytes) -> None:
+    content = file.read_bytes()
+    assert old in content and len(old) == len(new)
+    file.write_bytes(content.replace(old, new))
+
+
+def turn_a_shape(file: Path) -> None:
+    content = file.read_bytes()
+    found = re.search(rb'"shape": \[(\d+), (?!\1)(\d+)\]', content)
+    assert found
+    replace(file, found[0], b'"shape": [%s, %s]' % (found[2], found[1]))
+
+
+def swap_names(file: Path, one: bytes, other: bytes) -> None:
+    content = file.read_bytes()
+    assert one in content and other in content
+    content = content.replace(one, b"?" * len(one)).replace(other, one)
+    file.write_bytes(content.replace(b"?" * len(one), other))
+
+
+def swap_words(file: Path, one: int, other: int) -> None:
+    content = bytearray(file.read_bytes())
+    words = [bytes(content[at : at + 8 or None]) for at in (one, other)]
+    assert words[0] != words[1]
+    for at, word in zip((one, other), reversed(words), strict=True):
+        content[at : at + 8 or None] = word
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda file: flip(file, -1000),
+        lambda file: flip(file, -1),
+        lambda file: flip(file, 30),
+        lambda file: file.write_bytes(file.read_bytes()[:-5]),
+        lambda file: file.write_bytes(b""),
+        lambda file: replace(file, b'text.0.o\\": \\"int4', b'text.0.o\\": \\"int9'),
+        lambda file: turn_a_shape(file),
+        lambda file: replace(file, b'"text.0.o.data"', b'"text.9.o.data"'),
+        lambda file: swap_names(file, b'"text.0.o.data"', b'"text.1.o.data"'),
+        lambda file: swap_words(file, -800, -8),
+        lambda file: swap_words(file, -40_000, -80_000),
+        lambda file: swap_words(file, -800, -800 - 8 * 4096),
+    ],
+    ids=[
+        "a value", "the last byte", "the header", "cut short", "empty", "another scheme",
+        "another shape", "another name", "two names", "two words", "two far words", "words of rows",
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_written_anew(folder: Path, spoil: Any, quantizing: list[int]) -> None:
+    first = load(folder)
+    file = cache_file(folder, Quantization.INT4, DType.FLOAT32)
+    whole = file.read_bytes()
+    spoil(file)
+    assert file.read_bytes() != whole
+    assert_equal(load(folder), first)
+    assert len(quantizing) == 2 * 17
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("what", ["time", "layout"])
+def test_an_outdated_file_is_written_anew(
+    folder: Path, what: str, quantizing: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(folder)
+    if what == "time":
+        os.utime(folder / "model.safetensors", (1, 1))
+    else:
+        monkeypatch.setattr(quantized_cache, "LAYOUT", quantized_cache.LAYOUT + 1)
+    load(folder)
+    assert len(quantizing) == 2 * 17
+    load(folder)
+    assert len(quantizing) == 2 * 17
+
+
+def test_other_weights_of_equal_size_and_time_are_noticed(
+    folder: Path, quantizing: list[int]
+) -> None:
+    load(folder)
+    file = folder / "model.safetensors"
+    times = file.stat()
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    load(folder)
+    assert len(quantizing) == 2 * 17
+
+
+def test_other_weights_are_told_by_their_values_where_times_tell_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    content = b"\x10" + bytes(7) + b"{}" + bytes(100_000)
+    found = set()
+    for filler in (0, 1):
+        file.write_bytes(content.replace(bytes(1000), bytes([filler]) * 1000))
+        with mock.patch.object(Path, "stat", return_value=os.stat_result([0] * 6 + [9] * 4)):
+            found.add(quantized_cache.fingerprint([file]))
+    assert len(found) == 2
+
+
+def test_what_killed_writers_left_is_deleted_and_what_is_being_written_is_not(
+    folder: Path,
+) -> None:
+    place = cache_file(folder, Quantization.INT4, DType.FLOAT32).parent
+    other = place.parent / "another-0123456789abcdef"
+    for each in (place, other):
+        each.mkdir(parents=True)
+        (each / ".4bit-float32.safetensors.1234").write_bytes(bytes(10))
+    running = weight_cache.CacheWriter(other / "8bit-float32.safetensors", "", 1)
+    load(folder)
+    assert [path.name for path in place.iterdir()] == ["4bit-float32.safetensors"]
+    assert len(list(other.iterdir())) == 1
+    running.abandon()
+    assert list(other.iterdir()) == []
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 3 * 4096 + 5),
+    st.tuples(st.integers(0), st.integers(0)),
+    st.sampled_from([torch.int8, torch.float16, torch.int32]),
+)
+def test_a_checksum_tells_any_two_words_that_changed_places(
+    count: int, places: tuple[int, int], dtype: torch.dtype
+) -> None:
+    values = torch.randint(0, 100, (8 * count + 3,), generator=torch.Generator().manual_seed(count))
+    tensor = values.to(dtype)
+    one, other = (place % len(tensor) for place in places)
+    swapped = tensor.clone()
+    swapped[[one, other]] = tensor[[other, one]]
+    same = torch.equal(tensor, swapped)
+    assert (weight_cache.checksum(tensor) == weight_cache.checksum(swapped)) is same
+
+
+def test_a_full_disk_is_a_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, quantizing: list[int]
+) -> None:
+    room = 3
+    real = weight_cache.CacheWriter._append
+
+    def append(self: Any, name: str, tensor: torch.Tensor) -> None:
+        nonlocal room
+        room -= 1
+        if room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, name, tensor)
+
+    monkeypatch.setattr(weight_cache.CacheWriter, "_append", append)
+    loaded = load(folder)
+    assert len(loaded.matrices) == 17
+    place = cache_file(folder, Quantization.INT4, DType.FLOAT32).parent
+    assert loaded.warning is not None and str(place) in loaded.warning
+    assert os.strerror(errno.ENOSPC) in loaded.warning
+    assert list(place.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_a_warning(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "user-cache").write_text("in the way", encoding="utf-8")
+    assert "could not be kept" in str(load(folder).warning)
+
+
+def test_a_load_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(weights, "check_finite", fail)
+    with pytest.raises(RuntimeError):
+        load(folder)
+    place = cache_file(folder, Quantization.INT4, DType.FLOAT32).parent
+    assert list(place.iterdir()) == []
+
+
+def test_the_engine_keeps_quantized_weights_and_says_when_it_cannot(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qwencli.cli import run
+
+    scene = str(Path(__file__).parents[3] / "examples" / "scene.png")
+    words = ["caption", scene, "--model", str(folder), "--engine", "native", "--device", "cpu"]
+    assert run([*words, "--quantization", "8bit", "--max-new-tokens", "4"]) == 0
+    assert cached_bytes(folder) > 0
+    assert "could not be kept" not in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "user-cache")
+    (tmp_path / "user-cache").write_text("in the way", encoding="utf-8")
+    assert run([*words, "--quantization", "8bit", "--max-new-tokens", "4"]) == 0
+    assert "warning: the quantized weights could not be kept" in capsys.readouterr().err
