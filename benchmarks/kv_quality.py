@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from qwencli.config import Attention, EngineConfig
+from qwencli.engine.cache import kv_quantized
 from qwencli.engine.frontend.model_files import ModelFiles, open_model
 from qwencli.engine.loading import weights
-from qwencli.engine.native import kv_quantized
-from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.quant.quantized_tensor import LARGEST, Scheme, quantize_rows
 from qwencli.messages import ImagePart, user_message
 from qwencli.models.resolve import resolve_model

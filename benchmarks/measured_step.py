@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from qwencli.config import KVDType, Quantization
+from qwencli.engine.cache.kv_quantized import KV_SCHEMES
+from qwencli.engine.kernels.activation_buffers import Reader
 from qwencli.engine.kernels.fused_ops import FusedOps, TileChoice, fused_ops
 from qwencli.engine.kernels.tiles import GemvTiles, MatrixKind, default_tiles
-from qwencli.engine.kernels.vectors import Reader
 from qwencli.engine.loading import weights
-from qwencli.engine.native.attention import AttentionPlan
-from qwencli.engine.native.decoder_ops import Choice, DecoderOps, Drafts, Layer, Matrix, Step
-from qwencli.engine.native.decoding import DecodeState
-from qwencli.engine.native.kv_quantized import KV_SCHEMES
+from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import SamplerKind
+from qwencli.engine.ops.attention import AttentionPlan
+from qwencli.engine.ops.decoder_ops import Choice, DecoderOps, Drafts, Layer, Matrix, Step
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape

@@ -33,10 +33,10 @@ from qwencli.engine.factory import create_engine
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.loading import weights
 from qwencli.engine.local import LocalEngine
-from qwencli.engine.native.attention import AttentionPlan
-from qwencli.engine.native.decoder_ops import Matrix
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
+from qwencli.engine.ops.attention import AttentionPlan
+from qwencli.engine.ops.decoder_ops import Matrix
 from qwencli.engine.quant.quantized_tensor import Quantized
 from qwencli.messages import GenerationRequest, ImagePart, SamplingOptions, user_message
 from qwencli.models.folder import read_config
@@ -95,7 +95,7 @@ def _native_logits(engine: Any, prompt: Prompt, caption: list[int]) -> torch.Ten
 
 def _transformers_logits(engine: Any, prompt: Prompt, caption: list[int]) -> torch.Tensor:
     from qwencli.config import resolve_sampling
-    from qwencli.engine.hf.generating import Generation
+    from qwencli.engine.hf.generate import Generation
 
     sampling = resolve_sampling(SamplingOptions(), engine.files.generation_defaults)
     whole = replace(prompt, input_ids=[*prompt.input_ids, *caption])

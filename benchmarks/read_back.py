@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from qwencli.config import Quantization
-from qwencli.engine.kernels.read_back import read_back
+from qwencli.engine.kernels.dequantize import read_back
 from qwencli.engine.loading import weights
 from qwencli.engine.quant.quantized_tensor import Quantized
 from qwencli.models.resolve import resolve_model

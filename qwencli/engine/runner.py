@@ -18,15 +18,15 @@ from qwencli.engine.cache.paged_kv import DecodePages, PackedPrompts, decode_slo
 from qwencli.engine.clock import Clock, Mark
 from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
 from qwencli.engine.frontend.prompt import Prompt
+from qwencli.engine.graphs import GraphPool
+from qwencli.engine.layers.decoder import DeepStack
+from qwencli.engine.layers.positions import PromptPositions
+from qwencli.engine.layers.vision_tower import VisionFeatures
 from qwencli.engine.loading.upload import upload
-from qwencli.engine.native.decoder import DeepStack
-from qwencli.engine.native.graph_pool import GraphPool
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.positions import PromptPositions
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
 from qwencli.engine.native.prompt_inputs import join_features, lay_out
 from qwencli.engine.native.sampler import Sampler, SamplerKind, kind_of, widest_kind
-from qwencli.engine.native.vision import VisionFeatures
 from qwencli.engine.request import PromptChunk
 from qwencli.engine.request import Sequence as ScheduledSequence
 from qwencli.errors import InputError

@@ -28,7 +28,7 @@ from qwencli.engine.kernels.tiles import (
 )
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
-from tests.engine.kernels.test_several_tokens import config
+from tests.engine.kernels.test_skinny_gemm import config
 
 CPU = torch.device("cpu")
 GROUPS = ("", "norm_qkv", "attend", "o_residual", "norm_gate_up", "down_residual", "choose")

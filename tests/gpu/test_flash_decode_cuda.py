@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from qwencli.config import Attention, Cache, EngineName, Kernels, SamplingOptions
-from qwencli.engine.native.attention import AttentionPlan, eager, prompt_plan, sdpa
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.engine.native.flash_decode import Spans, can_flash_decode
+from qwencli.engine.ops.attention import AttentionPlan, eager, prompt_plan, sdpa
+from qwencli.engine.ops.flash_attention import Spans, can_flash_decode
 from qwencli.messages import GenerationRequest, user_message
 from tests.checkpoints import engine_config, picture
 

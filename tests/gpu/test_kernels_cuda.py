@@ -19,20 +19,20 @@ from qwencli.config import (
     SamplingOptions,
 )
 from qwencli.engine.kernels import fused_ops as fused_module
+from qwencli.engine.kernels.activation_buffers import Reader
 from qwencli.engine.kernels.fused_ops import FusedOps, Launch, fused_ops
-from qwencli.engine.kernels.vectors import Reader
 from qwencli.engine.loading import weights
-from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.quant.quantized_tensor import Scheme, quantize
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
 from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, picture
+from tests.engine.kernels.test_dequantize import DTYPES, assert_same_bits
 from tests.engine.kernels.test_gemv_quantized import MADE, rounded
-from tests.engine.kernels.test_read_back import DTYPES, assert_same_bits
 from tests.engine.quant.drawn_matrices import KINDS, drawn
 
 CUDA = torch.device("cuda")

@@ -18,9 +18,9 @@ from qwencli.config import (
 )
 from qwencli.engine.kernels.fused_ops import fused_ops
 from qwencli.engine.loading import weights
-from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.model import QwenModel
+from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwencli.engine.native.attention import eager, prompt_plan, sdpa
+from qwencli.engine.ops.attention import eager, prompt_plan, sdpa
 
 CUDA = torch.device("cuda")
 START = 18

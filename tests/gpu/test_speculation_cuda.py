@@ -21,13 +21,13 @@ from qwencli.config import (
     Speculate,
 )
 from qwencli.engine.kernels import fused_ops as fused_module
+from qwencli.engine.kernels.activation_buffers import Reader
 from qwencli.engine.kernels.fused_ops import FusedOps, Launch, fused_ops
 from qwencli.engine.kernels.tiles import default_tiles
-from qwencli.engine.kernels.vectors import Reader
-from qwencli.engine.native.attention import AttentionPlan, decode_mask
-from qwencli.engine.native.decoding import DecodeState
+from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.engine.ops.attention import AttentionPlan, decode_mask
+from qwencli.engine.ops.rms_norm import RMSNorm
 from qwencli.engine.quant.quantized_tensor import quantize
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from qwencli.engine.cache.kv_cache import KeysValues
 from qwencli.engine.cache.page_pool import PAGE_SIZE
-from qwencli.engine.native.attention import prompt_plan
-from qwencli.engine.native.flash_decode import flash_varlen
-from qwencli.engine.native.kv_cache import KeysValues
 from qwencli.engine.native.lazy_zeros import lazy_zeros
+from qwencli.engine.ops.attention import prompt_plan
+from qwencli.engine.ops.flash_attention import flash_varlen
 from qwencli.models.shapes import TextShape
 
 Tensor = torch.Tensor

@@ -12,10 +12,10 @@ from qwencli.config import Cache, EngineConfig, EngineName, Kernels, KVDType, Sp
 from qwencli.engine.answer import Answer
 from qwencli.engine.device_memory import release
 from qwencli.engine.frontend.model_files import ModelFiles
-from qwencli.engine.hf import loading
+from qwencli.engine.hf import load_model
 from qwencli.engine.hf.changes import AS_IS, Changes
-from qwencli.engine.hf.generating import Generation
-from qwencli.engine.hf.quantizing import scheme_of
+from qwencli.engine.hf.generate import Generation
+from qwencli.engine.hf.quantization import scheme_of
 from qwencli.engine.local import LocalEngine
 from qwencli.errors import UnsupportedModeError
 from qwencli.results import GenerationChunk, RanModes
@@ -61,10 +61,10 @@ class TransformersEngine(LocalEngine):
         return self._model
 
     def _load(self, files: ModelFiles) -> RanModes:
-        plan = loading.plan_load(self.config, files)
-        model = loading.load_model(self.config, plan, self.changes)
+        plan = load_model.plan_load(self.config, files)
+        model = load_model.load_model(self.config, plan, self.changes)
         try:
-            loading.check_effective(self.config, plan, model)
+            load_model.check_effective(self.config, plan, model)
         except UnsupportedModeError:
             del model
             release(plan.device)
@@ -72,11 +72,11 @@ class TransformersEngine(LocalEngine):
         if plan.device.startswith("cuda"):
             torch.cuda.synchronize(plan.device)
         self._model = model
-        dtype = loading.effective_dtype(model)
+        dtype = load_model.effective_dtype(model)
         return RanModes(
             engine=EngineName.TRANSFORMERS.value,
             quantization=scheme_of(model),
-            attention=loading.effective_attention(model),
+            attention=load_model.effective_attention(model),
             cache=str(self.config.cache),
             device=plan.device,
             dtype=dtype,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qwencli.engine.kernels.handover import hand_over
+from qwencli.engine.kernels.activation_quant import hand_over
 
 
 @triton.jit

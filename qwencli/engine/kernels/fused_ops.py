@@ -17,15 +17,24 @@ from typing import Any
 import torch
 import triton
 
-from qwencli.engine.kernels.attention import decode_attention_kernel
+from qwencli.engine.cache.kv_cache import StaticKVCache
+from qwencli.engine.cache.kv_quantized import QuantizedKVCache
+from qwencli.engine.kernels.activation_buffers import (
+    BLOCK_WORDS,
+    Reader,
+    Vectors,
+    in_words,
+    vector_bits,
+)
+from qwencli.engine.kernels.activation_quant import Form
+from qwencli.engine.kernels.decode_attention import decode_attention_kernel
+from qwencli.engine.kernels.dequantize import read_back
 from qwencli.engine.kernels.gemv import gemv_kernel
 from qwencli.engine.kernels.gemv_quantized import gemv_quantized_kernel
-from qwencli.engine.kernels.handover import Form
-from qwencli.engine.kernels.heads import Heads, PromptHeads
+from qwencli.engine.kernels.greedy_step import NOTHING_CHOSEN, accept_kernel, choose_kernel
 from qwencli.engine.kernels.paged_attention import PagedAttention
-from qwencli.engine.kernels.read_back import read_back
-from qwencli.engine.kernels.several import Epilogue, SeveralProducts
-from qwencli.engine.kernels.step import NOTHING_CHOSEN, accept_kernel, choose_kernel
+from qwencli.engine.kernels.qk_norm_rope import Heads, PromptHeads
+from qwencli.engine.kernels.skinny_gemm import Epilogue, SeveralProducts
 from qwencli.engine.kernels.swiglu import swiglu
 from qwencli.engine.kernels.tiles import (
     GemvTiles,
@@ -34,21 +43,10 @@ from qwencli.engine.kernels.tiles import (
     attention_tiles,
     default_tiles,
 )
-from qwencli.engine.kernels.vectors import BLOCK_WORDS, Reader, Vectors, in_words, vector_bits
-from qwencli.engine.native.decoder_ops import (
-    Choice,
-    DecoderOps,
-    Drafts,
-    Layer,
-    Matrix,
-    Step,
-    dense,
-)
-from qwencli.engine.native.drafting import LONGEST_NGRAM, MOST_FED
-from qwencli.engine.native.kv_cache import StaticKVCache
-from qwencli.engine.native.kv_quantized import QuantizedKVCache
-from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.engine.ops.decoder_ops import Choice, DecoderOps, Drafts, Layer, Matrix, Step, dense
+from qwencli.engine.ops.rms_norm import RMSNorm
 from qwencli.engine.quant.quantized_tensor import LARGEST, Quantized, Scheme
+from qwencli.engine.spec_decode.ngram import LONGEST_NGRAM, MOST_FED
 from qwencli.models.shapes import TextShape
 
 Tensor = torch.Tensor

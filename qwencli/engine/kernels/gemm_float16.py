@@ -17,9 +17,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qwencli.engine.kernels.gemm import row_scales
-from qwencli.engine.kernels.joining import begin_several, finish_several
-from qwencli.engine.kernels.operands import FOURS, row_words
+from qwencli.engine.kernels.mma_operands import FOURS, row_words
 from qwencli.engine.kernels.rounding import shared_norms
+from qwencli.engine.kernels.splitk_epilogue import begin_several, finish_several
 
 CHUNK = 32  # columns
 

@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwencli.engine.kernels.joining import begin_several, finish_several
-from qwencli.engine.kernels.operands import (
+from qwencli.engine.kernels.mma_operands import (
     group_values,
     of_groups,
     of_parts,
@@ -28,6 +27,7 @@ from qwencli.engine.kernels.operands import (
     vectors,
 )
 from qwencli.engine.kernels.rounding import shared_norms
+from qwencli.engine.kernels.splitk_epilogue import begin_several, finish_several
 
 ROWS = 16  # of a program: what a matrix instruction takes
 

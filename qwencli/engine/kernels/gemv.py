@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qwencli.engine.kernels.activation_quant import norm_factor
 from qwencli.engine.kernels.epilogue import constants_of_rows, finish_rows, state_of_rows
-from qwencli.engine.kernels.handover import norm_factor
 
 
 @triton.jit

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import triton
 
-from qwencli.engine.kernels.handover import Form
+from qwencli.engine.kernels.activation_buffers import Reader, in_words
+from qwencli.engine.kernels.activation_quant import Form
 from qwencli.engine.kernels.rounding import chunk_columns, round_kernel, words_in_a_row
-from qwencli.engine.kernels.vectors import Reader, in_words
-from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.engine.ops.rms_norm import RMSNorm
 from qwencli.engine.quant.quantized_tensor import Quantized, Scheme
 
 Tensor = torch.Tensor

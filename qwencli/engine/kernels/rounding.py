@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwencli.engine.kernels.handover import FLOAT16, HALVES
+from qwencli.engine.kernels.activation_quant import FLOAT16, HALVES
 
 LANE_BYTES = 16
 LANES = 4  # that share a chunk of a row

@@ -22,6 +22,7 @@ from qwencli.config import (
 )
 from qwencli.engine.answer import Answer
 from qwencli.engine.base import RequestQueue
+from qwencli.engine.cache.kv_quantized import resolve_kv
 from qwencli.engine.cache.page_pool import PagePool
 from qwencli.engine.device_memory import release
 from qwencli.engine.engine_core import EngineCore
@@ -30,22 +31,21 @@ from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.host import host_memory
 from qwencli.engine.loading import weights
 from qwencli.engine.local import LocalEngine
-from qwencli.engine.native.decoding import DecodeState
-from qwencli.engine.native.drafting import MOST_FED
-from qwencli.engine.native.generating import Generation
+from qwencli.engine.native.decode_state import DecodeState
+from qwencli.engine.native.generate import Generation
 from qwencli.engine.native.kernel_choice import fused_for, resolve_kernels
-from qwencli.engine.native.kv_quantized import resolve_kv
 from qwencli.engine.native.memory_plan import BATCH_LIMITS, MemoryPlan, plan_memory, plan_pages
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.paces import Speculator
-from qwencli.engine.native.prompt_graphs import PromptGraphs
+from qwencli.engine.native.prefill_graphs import PromptGraphs
 from qwencli.engine.native.quiet_host import freeze_what_is_loaded, quiet_host
 from qwencli.engine.native.steppers import STEPPERS, decodes_on_host
 from qwencli.engine.native.supported import check_supported
-from qwencli.engine.native.verifying import VERIFIERS, WHY_NOT
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
 from qwencli.engine.runner import ModelRunner
 from qwencli.engine.scheduler import Scheduler
+from qwencli.engine.spec_decode.decode_strategy import Speculator
+from qwencli.engine.spec_decode.ngram import MOST_FED
+from qwencli.engine.spec_decode.verify import VERIFIERS, WHY_NOT
 from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest
 from qwencli.models.memory import packed_weight_bytes

@@ -8,9 +8,9 @@ from typing import Any
 
 from qwencli.config import DType, KVDType, Quantization, SeqLen
 from qwencli.engine.cache.page_pool import PAGE_SIZE, pages_for
-from qwencli.engine.native.picture_graphs import MOST_PATCHES
-from qwencli.engine.native.prompt_graphs import LONGEST
-from qwencli.engine.native.session import KEPT_IMAGE_TOKENS
+from qwencli.engine.cache.prefix_cache import KEPT_IMAGE_TOKENS
+from qwencli.engine.native.prefill_graphs import LONGEST
+from qwencli.engine.native.vision_graphs import MOST_PATCHES
 from qwencli.engine.scheduler import Limits
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.memory import (

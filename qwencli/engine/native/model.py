@@ -13,24 +13,18 @@ from pathlib import Path
 import torch
 
 from qwencli.config import Attention
+from qwencli.engine.cache.kv_cache import DynamicKVCache, KVCache, StaticKVCache
+from qwencli.engine.cache.kv_quantized import QuantizedKVCache
 from qwencli.engine.cache.paged_kv import DecodePages, PackedPrompts, PagedKVCache
+from qwencli.engine.layers.decoder import Decoder, DeepStack
+from qwencli.engine.layers.vision_layout import Grid
+from qwencli.engine.layers.vision_tower import VisionFeatures, VisionTower
 from qwencli.engine.loading import weights as loader
-from qwencli.engine.native.attention import ATTENTION, AttentionPlan, prompt_plan
-from qwencli.engine.native.decoder import Decoder, DeepStack
-from qwencli.engine.native.decoder_ops import (
-    REFERENCE_OPS,
-    DecoderOps,
-    Step,
-    paged_ops,
-    prompt_ops,
-)
-from qwencli.engine.native.flash_decode import can_flash_decode
-from qwencli.engine.native.kv_cache import DynamicKVCache, KVCache, StaticKVCache
-from qwencli.engine.native.kv_quantized import QuantizedKVCache
 from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs, prompt_inputs
-from qwencli.engine.native.rope import CosSin, Rope
-from qwencli.engine.native.vision import VisionFeatures, VisionTower
-from qwencli.engine.native.vision_layout import Grid
+from qwencli.engine.ops.attention import ATTENTION, AttentionPlan, prompt_plan
+from qwencli.engine.ops.decoder_ops import REFERENCE_OPS, DecoderOps, Step, paged_ops, prompt_ops
+from qwencli.engine.ops.flash_attention import can_flash_decode
+from qwencli.engine.ops.rope import CosSin, Rope
 from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.errors import InputError
 from qwencli.models.shapes import ModelShape, TextShape

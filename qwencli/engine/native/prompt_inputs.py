@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from qwencli.engine.frontend.preprocess import Visual
+from qwencli.engine.layers.decoder import DeepStack
+from qwencli.engine.layers.positions import PromptPositions, prompt_positions
+from qwencli.engine.layers.vision_tower import VisionFeatures
 from qwencli.engine.loading.upload import upload
-from qwencli.engine.native.decoder import DeepStack
-from qwencli.engine.native.positions import PromptPositions, prompt_positions
-from qwencli.engine.native.vision import VisionFeatures
 from qwencli.errors import InputError
 from qwencli.models.shapes import ModelShape
 

@@ -12,13 +12,13 @@ from typing import Protocol
 import torch
 
 from qwencli.config import Cache
-from qwencli.engine.native.attention import AttentionPlan
-from qwencli.engine.native.decoding import DecodeState
-from qwencli.engine.native.graph_pool import GraphPool
-from qwencli.engine.native.host_decoder import HostDecoder
-from qwencli.engine.native.kv_cache import StaticKVCache
-from qwencli.engine.native.kv_quantized import QuantizedKVCache
+from qwencli.engine.cache.kv_cache import StaticKVCache
+from qwencli.engine.cache.kv_quantized import QuantizedKVCache
+from qwencli.engine.cpu.decoder import HostDecoder
+from qwencli.engine.graphs import GraphPool
+from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.sampler import SamplerKind
+from qwencli.engine.ops.attention import AttentionPlan
 
 SMALLEST_BUCKET = 256
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwencli.engine.native.vision import ACTIVATIONS
+from qwencli.engine.layers.vision_tower import ACTIVATIONS
 from qwencli.errors import ModelFileError
 from qwencli.models.shapes import ModelShape
 

@@ -32,7 +32,7 @@ from qwencli.config import Quantization
 from qwencli.engine import kernels
 from qwencli.engine.kernels import fused_ops
 from qwencli.engine.loading import weights
-from qwencli.engine.native.decoding import DecodeState
+from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.quant.quantized_tensor import Scheme

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 
-from qwencli.engine.kernels.step import NOTHING_CHOSEN, accept_kernel
-from qwencli.engine.native.drafting import LONGEST_NGRAM, MOST_FED
-from tests.engine.native.test_drafting import Case, buffers, cases, check, hits_of
+from qwencli.engine.kernels.greedy_step import NOTHING_CHOSEN, accept_kernel
+from qwencli.engine.spec_decode.ngram import LONGEST_NGRAM, MOST_FED
+from tests.engine.spec_decode.test_ngram import Case, buffers, cases, check, hits_of
 
 
 @settings(max_examples=60)

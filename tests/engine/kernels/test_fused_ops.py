@@ -16,10 +16,10 @@ from qwencli.engine.kernels import fused_ops as fused_module
 from qwencli.engine.kernels.fused_ops import fused_ops
 from qwencli.engine.kernels.tiles import AttentionTiles, GemvTiles, MatrixKind
 from qwencli.engine.loading import weights
-from qwencli.engine.native.attention import AttentionPlan
-from qwencli.engine.native.decoding import DecodeState
+from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import Fused, QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.models.shape_reader import read_shape
 from tests.engine.native.tiny import CASES, VOCAB, configs
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwencli.engine.kernels.activation_buffers import IN_WORDS, Reader
+from qwencli.engine.kernels.activation_quant import SPANS
 from qwencli.engine.kernels.fused_ops import FusedOps
-from qwencli.engine.kernels.handover import SPANS
 from qwencli.engine.kernels.tiles import GemvTiles
-from qwencli.engine.kernels.vectors import IN_WORDS, Reader
 from qwencli.engine.loading import weights
-from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.engine.ops.rms_norm import RMSNorm
 from qwencli.engine.quant.quantized_tensor import Quantized, Scheme, quantize, table_of
 from qwencli.models.packing import packed_format
 from qwencli.models.shape_reader import read_shape

@@ -13,18 +13,18 @@ from qwencli.engine.cache.page_pool import PAGE_SIZE, PagePool, pages_for
 from qwencli.engine.cache.paged_kv import DecodePages, PagedKVCache, paged_attention
 from qwencli.engine.clock import Clock
 from qwencli.engine.frontend.prompt import Prompt
-from qwencli.engine.kernels.heads import TOKENS, PromptHeads
 from qwencli.engine.kernels.paged_attention import PagedAttention
+from qwencli.engine.kernels.qk_norm_rope import TOKENS, PromptHeads
 from qwencli.engine.kernels.swiglu import swiglu
-from qwencli.engine.native import decoder_ops
-from qwencli.engine.native.attention import AttentionPlan
-from qwencli.engine.native.decoder_ops import Layer, Step, place_heads
-from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.engine.ops import decoder_ops
+from qwencli.engine.ops.attention import AttentionPlan
+from qwencli.engine.ops.decoder_ops import Layer, Step, place_heads
+from qwencli.engine.ops.rms_norm import RMSNorm
 from qwencli.engine.request import PromptChunk, Sequence
 from qwencli.engine.runner import ModelRunner
 from qwencli.models.shapes import TextShape
 from tests.engine.kernels.test_fused_ops import NARROW, OWN, model_of, prompt_of
-from tests.engine.kernels.test_heads import angles, drawn
+from tests.engine.kernels.test_qk_norm_rope import angles, drawn
 
 CPU = torch.device("cpu")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from qwencli.config import Quantization
-from qwencli.engine.native.attention import AttentionPlan
-from qwencli.engine.native.decoder_ops import place_heads, prompt_ops
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.ops.attention import AttentionPlan
+from qwencli.engine.ops.decoder_ops import place_heads, prompt_ops
 from qwencli.engine.quant.quantized_tensor import Quantized
 from tests.engine.kernels.test_fused_ops import NARROW, OWN, model_of, prompt_of
 

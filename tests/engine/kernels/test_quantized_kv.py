@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
+from qwencli.engine.cache.kv_quantized import QuantizedKVCache
 from qwencli.engine.kernels import fused_ops as fused_module
 from qwencli.engine.kernels.tiles import AttentionTiles
-from qwencli.engine.native.attention import AttentionPlan, decode_mask
-from qwencli.engine.native.decoder_ops import Step
-from qwencli.engine.native.kv_quantized import QuantizedKVCache
 from qwencli.engine.native.model import Fused
 from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.ops.attention import AttentionPlan, decode_mask
+from qwencli.engine.ops.decoder_ops import Step
 from qwencli.engine.quant.quantized_tensor import Scheme
 from tests.engine.kernels.test_fused_ops import OWN, model_of, prompt_of
-from tests.engine.kernels.test_several_tokens import config, relative
+from tests.engine.kernels.test_skinny_gemm import config, relative
 
 SCHEMES = [Scheme.INT8, Scheme.FP8]
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from qwencli.config import EngineConfig, LoadFormat, Quantization
-from qwencli.engine.kernels.vectors import Reader, vector_bits
-from qwencli.engine.native.decoder_ops import REFERENCE_OPS
+from qwencli.engine.kernels.activation_buffers import Reader, vector_bits
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.engine.native.rms_norm import RMSNorm
+from qwencli.engine.ops.decoder_ops import REFERENCE_OPS
+from qwencli.engine.ops.rms_norm import RMSNorm
 from qwencli.engine.quant.quantized_tensor import Scheme, quantize
 from qwencli.models.resolve import resolve_model
 from tests.engine.kernels.test_fused_ops import OWN
 from tests.engine.kernels.test_gemv_quantized import dense, ops, values
-from tests.engine.kernels.test_ready_made import loaded_from
+from tests.engine.kernels.test_prequantized import loaded_from
 from tests.engine.quant.packed_formats import FORMATS
 
 

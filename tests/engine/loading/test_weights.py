@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from qwencli.config import Attention
+from qwencli.engine.layers.vision_tower import VisionTower
 from qwencli.engine.loading import reader, weights
-from qwencli.engine.native.vision import VisionTower
 from qwencli.errors import ModelFileError
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from qwencli.engine.native.attention import AttentionPlan, decode_mask
-from qwencli.engine.native.kv_cache import KVCache
+from qwencli.engine.cache.kv_cache import KVCache
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import PromptInputs
+from qwencli.engine.ops.attention import AttentionPlan, decode_mask
 
 
 def decode(

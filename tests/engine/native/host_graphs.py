@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwencli.engine.native import flash_decode, graph_pool, picture_graphs
-from qwencli.engine.native.graph_pool import GraphPool
+from qwencli.engine import graphs
+from qwencli.engine.graphs import GraphPool
+from qwencli.engine.native import vision_graphs
+from qwencli.engine.ops import flash_attention
 
 
 class _Stream:
@@ -60,9 +62,9 @@ def run_graphs_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
         pool._graphs[key].work = work  # type: ignore[attr-defined]
 
     monkeypatch.setattr(GraphPool, "capture", capture)
-    monkeypatch.setattr(flash_decode, "forward", flash_forward)
-    monkeypatch.setattr(picture_graphs, "can_flash_decode", lambda *about: True)
-    monkeypatch.setattr(graph_pool, "_capture_stream", _Stream)
+    monkeypatch.setattr(flash_attention, "forward", flash_forward)
+    monkeypatch.setattr(vision_graphs, "can_flash_decode", lambda *about: True)
+    monkeypatch.setattr(graphs, "_capture_stream", _Stream)
     for name, stand_in in {
         "CUDAGraph": _Graph, "current_stream": _Stream, "graph": inside,
         "graph_pool_handle": object, "stream": inside,

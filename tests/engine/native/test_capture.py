@@ -19,12 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 from qwencli.config import Attention, Quantization, SamplingParams
 from qwencli.engine.loading import weights
-from qwencli.engine.native.decoding import DecodeState
-from qwencli.engine.native.drafting import MOST_FED
+from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import LIKELIEST, SamplerKind
-from qwencli.engine.native.verifying import EagerVerifier, GraphVerifier
 from qwencli.engine.quant.quantized_tensor import Quantized, Scheme
+from qwencli.engine.spec_decode.ngram import MOST_FED
+from qwencli.engine.spec_decode.verify import EagerVerifier, GraphVerifier
 from qwencli.models.packing import packed_format
 from qwencli.models.shape_reader import read_shape
 from tests.checkpoints import CONFIGS, hub_config

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from qwencli.engine.cache.kv_cache import KVCache
 from qwencli.engine.frontend.preprocess import Visual
 from qwencli.engine.loading import weights
-from qwencli.engine.native.attention import AttentionPlan, decode_mask
-from qwencli.engine.native.kv_cache import KVCache
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs, join_features
+from qwencli.engine.ops.attention import AttentionPlan, decode_mask
 from qwencli.errors import InputError
 from qwencli.models.shape_reader import read_shape
 from tests.engine.native.decoding import decode

@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from qwencli.config import Attention, Cache, DType, EngineName, SamplingOptions
+from qwencli.engine.cpu.attention import TwoProducts
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.engine.native.host_attention import TwoProducts
 from qwencli.engine.native.quiet_host import SWITCH_INTERVAL_S
 from qwencli.errors import InputError, OutOfMemoryError, UnsupportedModeError
 from qwencli.messages import GenerationRequest, text_message, user_message

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from qwencli.engine.loading import weights
-from qwencli.engine.native.attention import AttentionPlan
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.errors import ModelFileError
 from qwencli.models.folder import check_folder
 from qwencli.models.memory import packed_weight_bytes

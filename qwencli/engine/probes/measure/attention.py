@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from qwencli.engine.device_work import device_work
-from qwencli.engine.native import vision_attention
-from qwencli.engine.native.attention import AttentionPlan, decode_mask, sdpa
-from qwencli.engine.native.flash_decode import Spans, can_flash_decode
+from qwencli.engine.layers import vision_attention
+from qwencli.engine.ops.attention import AttentionPlan, decode_mask, sdpa
+from qwencli.engine.ops.flash_attention import Spans, can_flash_decode
 from qwencli.engine.probes.answers import AttentionRun, AttentionRuns, Work
 from qwencli.engine.probes.ask import first_line
 from qwencli.engine.probes.measure.kernel_names import (

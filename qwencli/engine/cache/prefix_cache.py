@@ -1,0 +1,120 @@
+"""What a sequence of requests can share: keys and values of a common beginning, image features."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from PIL.Image import Image
+
+from qwencli.engine.cache.kv_cache import KVCache
+from qwencli.engine.frontend.preprocess import Visual
+from qwencli.engine.frontend.prompt import Prompt
+from qwencli.engine.layers.vision_tower import VisionFeatures
+from qwencli.engine.native.prompt_inputs import join_features
+
+# One slot of the cache: a token id, or a picture's digest and the place inside the picture.
+Key = int | tuple[bytes, int]
+Encode = Callable[[int], VisionFeatures]
+
+# Image tokens whose features stay on the device for later requests: four megapixels, 80 MB for a
+# 4B model. A count of pictures would bound nothing, as one may have sixteen times as many.
+KEPT_IMAGE_TOKENS = 4096
+# Pixels that are copied at a time to tell a picture from others.
+_DIGEST_PIXELS = 2**20
+
+
+class CachedSequence:
+    """The keys and values in a cache, and which tokens they belong to."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self._keys: list[Key] = []
+
+    def reuse(self, keys: Sequence[Key]) -> int:
+        """Keep what the new prompt shares with the cache and return its length.
+
+        At least the last token is left to run, because its logits are wanted.
+        """
+        shared = 0
+        for old, new in zip(self._keys, keys[:-1], strict=False):
+            if old != new:
+                break
+            shared += 1
+        self.forget_after(shared)
+        return shared
+
+    def forget_after(self, length: int) -> None:
+        """At most the first `length` slots are valid from here on."""
+        del self._keys[length:]
+        self.cache.truncate(len(self._keys))
+
+    def remember(self, keys: Sequence[Key]) -> None:
+        """These slots are now written, from the first on."""
+        self._keys = list(keys)
+        self.cache.truncate(len(self._keys))
+
+
+class FeatureCache:
+    """Features of the last pictures, by content, so that a next turn does not encode them again.
+
+    All pictures of the last request stay, and of those before as many as `KEPT_IMAGE_TOKENS` has
+    room for.
+    """
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[bytes, VisionFeatures] = OrderedDict()
+
+    def features(self, digests: Sequence[bytes], encode: Encode) -> VisionFeatures | None:
+        """Features of the pictures in order; `encode(index)` makes the missing ones."""
+        if not digests:
+            return None
+        parts = []
+        for index, digest in enumerate(digests):
+            if digest not in self._kept:
+                self._kept[digest] = encode(index)
+            self._kept.move_to_end(digest)
+            parts.append(self._kept[digest])
+        tokens = sum(len(kept.embeds) for kept in self._kept.values())
+        while tokens > KEPT_IMAGE_TOKENS and len(self._kept) > len(set(digests)):
+            _, dropped = self._kept.popitem(last=False)
+            tokens -= len(dropped.embeds)
+        return join_features(parts)
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+
+def digests_of(prompt: Prompt) -> list[bytes]:
+    """A digest for each picture or video: of its frames, and of the grid they are cut into."""
+    if prompt.inputs is None:
+        return []
+    return [
+        _digest(visual, frames)
+        for visual, frames in zip(prompt.inputs.visuals, prompt.inputs.frames, strict=True)
+    ]
+
+
+def _digest(visual: Visual, frames: Sequence[Image]) -> bytes:
+    digest = hashlib.sha256(repr((visual, frames[0].size)).encode())
+    for frame in frames:
+        # Some rows at a time: a copy of the whole would need as much memory as the picture again.
+        rows = max(_DIGEST_PIXELS // frame.width, 1)
+        for top in range(0, frame.height, rows):
+            bottom = min(top + rows, frame.height)
+            digest.update(frame.crop((0, top, frame.width, bottom)).tobytes())
+    return digest.digest()
+
+
+def keys_of(prompt: Prompt, digests: Sequence[bytes]) -> list[Key]:
+    """The prompt's slots as keys: equal keys mean equal keys and values in the cache."""
+    counts = prompt.inputs.num_tokens if prompt.inputs else ()
+    places = iter(
+        [(digest, n) for digest, count in zip(digests, counts, strict=True) for n in range(count)]
+    )
+    # A prompt with too many image tokens is refused later, with the figures.
+    return [
+        next(places, token) if kind else token
+        for token, kind in zip(prompt.input_ids, prompt.mm_token_type_ids, strict=True)
+    ]

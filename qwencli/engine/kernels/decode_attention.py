@@ -1,0 +1,387 @@
+"""Attention of the newest tokens over a static KV cache, from the raw projections to the result.
+
+One kernel norms and rotates queries and keys, writes keys and values into the cache, and attends.
+The sequence is cut into parts that run at once; the last program of a head to finish joins them
+(flash-decoding, Dao et al. 2023). How long the sequence is is read on the device, so one captured
+graph serves every length.
+
+A sequence takes 1 to 8 new tokens a step, in consecutive slots, each seeing itself and those before
+it. The queries of tokens that share a key head are the rows of one matrix, as many as a matrix
+instruction takes: the cache is read once for them. Further tokens are further programs' work, at
+the same time, which find what they read in the second-level cache.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from qwencli.engine.kernels.activation_quant import HALVES, hand_over
+from qwencli.engine.kernels.flash_decode import join_parts
+from qwencli.engine.kernels.kv_store import FP8_MAX, as_float32, store_new
+from qwencli.engine.kernels.quantized_kv_attention import (
+    attend_cached,
+    key_words,
+    slot_scales,
+    value_words,
+)
+from qwencli.engine.kernels.rounding import round_chunks
+
+
+@triton.jit
+def norm_and_rotate(a, b, gain_a, gain_b, cos, sin, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """Halves [R, D / 2] of heads -> halves of the normed and rotated heads, float32."""
+    a = a.to(tl.float32)
+    b = b.to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
+        a *= scale * gain_a.to(tl.float32)
+        b *= scale * gain_b.to(tl.float32)
+    return a * cos - b * sin, b * cos + a * sin
+
+
+@triton.jit
+def decode_attention_kernel(
+    qkv_ptr,  # [B * TOKENS, (H + 2 KVH) * D]
+    q_gain_ptr,  # [D], weight of the queries' norm
+    k_gain_ptr,  # [D]
+    angles_ptr,  # [positions, 2, D]: cosine and signed sine, see ops.rope
+    position_ptr,  # int64 [B], of the first new token
+    cache_ptr,  # [B, 2 * KVH, max_seq_len, D]: keys, then values; the type of qkv, or bytes
+    scales_ptr,  # float32 [B, 2 * KVH, max_seq_len], of int8 and fp8
+    slot_ptr,  # int64 [1], of the first new token
+    out_ptr,  # [B * TOKENS, H * D]
+    acc_ptr,  # float32 [B * KVH * CROWDS, SPLITS, LANES, D]
+    tops_ptr,  # float32 [B * KVH * CROWDS, SPLITS, LANES]: largest score
+    totals_ptr,  # float32 [B * KVH * CROWDS, SPLITS, LANES]: sum of weights
+    arrived_ptr,  # int32 [B * KVH * CROWDS], zero
+    values_ptr,  # of one token see `handover`, of several `round_kernel`
+    steps_ptr,
+    units_ptr,
+    starts_ptr,
+    max_seq_len,
+    eps,
+    KVH: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    EACH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    NORM: tl.constexpr,
+    KV_MAX: tl.constexpr,
+    FORM: tl.constexpr,
+    SPAN: tl.constexpr,
+    RUN: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    WARPS: tl.constexpr,
+    IN_WORDS: tl.constexpr,
+    PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program ((b * KVH + kv head) * CROWDS + crowd, part). FORM: what the next product wants of
+    the result, see `handover`; RUN: see `words_in_a_row`.
+
+    KV_MAX is the largest value that a quantized cache stores (see `native.kv_quantized`), 0 where
+    it is not quantized. A slot's scales are multiplied with its scores and its weights: what is
+    read needs no arithmetic but the conversion. IN_WORDS: it is read as `cache_operands` does.
+
+    A crowd is EACH tokens, a power of two; the last one may have fewer. HEADS is GROUP rounded up
+    to a power of two, LANES is HEADS * EACH: lane t * HEADS + g is query head g of a crowd's token
+    t. Scores are in powers of two: exp2 is one instruction.
+    """
+    CROWDS: tl.constexpr = (TOKENS + EACH - 1) // EACH
+    LANES: tl.constexpr = HEADS * EACH
+    HALF: tl.constexpr = D // 2
+    H: tl.constexpr = KVH * GROUP
+    WIDTH: tl.constexpr = (H + 2 * KVH) * D
+    TYPE: tl.constexpr = qkv_ptr.dtype.element_ty
+    # What a matrix unit takes at least: of the operand whose rows queries are, or columns.
+    LEAST: tl.constexpr = 8 if IN_WORDS and TOKENS == 1 else 16
+    ROWS: tl.constexpr = LEAST if LANES < LEAST else LANES
+    crowd = tl.program_id(0) % CROWDS
+    pair = tl.program_id(0) // CROWDS
+    split = tl.program_id(1)
+    batch = pair // KVH
+    head = pair % KVH
+    low = tl.arange(0, HALF)[None, :]
+    full = tl.arange(0, D)[None, :]
+    slot = tl.load(slot_ptr).to(tl.int32)  # = number of slots before the new ones
+    part = tl.cdiv(tl.cdiv(slot, SPLITS), BLOCK) * BLOCK
+    parts = tl.maximum(tl.cdiv(slot, tl.maximum(part, 1)), 1)
+    start = split * part
+    end = tl.minimum(start + part, slot)
+
+    # No earlier kernel of this step writes any of this: it is read before the wait.
+    k_ptr = cache_ptr + (batch * 2 * KVH + head).to(tl.int64) * max_seq_len * D
+    v_ptr = k_ptr + KVH * max_seq_len.to(tl.int64) * D
+    k_scales_ptr = scales_ptr + (batch * 2 * KVH + head).to(tl.int64) * max_seq_len
+    v_scales_ptr = k_scales_ptr + KVH * max_seq_len.to(tl.int64)
+    if IN_WORDS:
+        k_words = key_words(k_ptr, start, end, D, BLOCK, WARPS)
+        v_words = value_words(v_ptr, start, end, D, BLOCK, WARPS)
+        k_scale = slot_scales(k_scales_ptr, start, end, BLOCK)
+        v_scale = slot_scales(v_scales_ptr, start, end, BLOCK)
+    else:
+        slots = start + tl.arange(0, BLOCK)
+        there = (slots < end)[:, None]
+        k_low = tl.load(k_ptr + slots[:, None] * D + low, mask=there, other=0.0)
+        k_high = tl.load(k_ptr + slots[:, None] * D + HALF + low, mask=there, other=0.0)
+        v = tl.load(v_ptr + slots[:, None] * D + full, mask=there, other=0.0)
+        if KV_MAX > 0:
+            k_scale = tl.load(k_scales_ptr + slots, mask=slots < end, other=0.0)
+            v_scale = tl.load(v_scales_ptr + slots, mask=slots < end, other=0.0)
+    angles_ptr += tl.load(position_ptr + batch) * 2 * D
+    if TOKENS == 1:
+        turn = low
+    else:
+        token = crowd * EACH + tl.arange(0, ROWS) // HEADS
+        turn = tl.minimum(token, TOKENS - 1)[:, None] * 2 * D + low
+    cos = tl.load(angles_ptr + turn).to(tl.float32)
+    sin = tl.load(angles_ptr + D + HALF + turn).to(tl.float32)
+    if NORM:
+        q_gain_low = tl.load(q_gain_ptr + low)
+        q_gain_high = tl.load(q_gain_ptr + HALF + low)
+        k_gain_low = tl.load(k_gain_ptr + low)
+        k_gain_high = tl.load(k_gain_ptr + HALF + low)
+    else:
+        q_gain_low, q_gain_high = cos, cos
+        k_gain_low, k_gain_high = cos, cos
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    if split >= parts:
+        return
+
+    lanes = tl.arange(0, ROWS)
+    if TOKENS == 1:
+        real = lanes < GROUP
+        qkv_ptr += batch * WIDTH
+        q_at = (head * GROUP + lanes)[:, None] * D + low
+    else:
+        real = (lanes < LANES) & (token < TOKENS) & (lanes % HEADS < GROUP)
+        qkv_ptr += batch * TOKENS * WIDTH
+        q_at = token[:, None] * WIDTH + (head * GROUP + lanes % HEADS)[:, None] * D + low
+    q_low = tl.load(qkv_ptr + q_at, mask=real[:, None], other=0.0)
+    q_high = tl.load(qkv_ptr + q_at + HALF, mask=real[:, None], other=0.0)
+    if TOKENS == 1:
+        new_low = tl.load(qkv_ptr + (H + head) * D + low)
+        new_high = tl.load(qkv_ptr + (H + head) * D + HALF + low)
+        new_v = tl.load(qkv_ptr + (H + KVH + head) * D + full)
+    else:
+        # On their way while queries are worked on.
+        fresh = tl.arange(0, 16)  # the least that a matrix unit takes
+        new = (fresh < tl.where(split == 0, TOKENS, 0))[:, None]
+        new_ptr = qkv_ptr + (H + head) * D + fresh[:, None] * WIDTH
+        new_low = tl.load(new_ptr + low, mask=new, other=0.0)
+        new_high = tl.load(new_ptr + HALF + low, mask=new, other=0.0)
+        new_v = tl.load(new_ptr + KVH * D + full, mask=new, other=0.0)
+        new_angles_ptr = angles_ptr + fresh[:, None] * 2 * D + low
+        new_cos = tl.load(new_angles_ptr, mask=new, other=0.0).to(tl.float32)
+        new_sin = tl.load(new_angles_ptr + D + HALF, mask=new, other=0.0).to(tl.float32)
+    q_low, q_high = norm_and_rotate(q_low, q_high, q_gain_low, q_gain_high, cos, sin, eps, D, NORM)
+    scale: tl.constexpr = D**-0.5 * 1.4426950408889634
+    q_low *= scale
+    q_high *= scale
+
+    # The new tokens: their keys and values go to the cache, and are the first that are looked at.
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, D), tl.float32)
+    if split == 0:
+        if TOKENS == 1:
+            key_low, key_high = norm_and_rotate(
+                new_low, new_high, k_gain_low, k_gain_high, cos, sin, eps, D, NORM
+            )
+            key_low, key_high, new_v = store_new(
+                key_low.to(TYPE), key_high.to(TYPE), new_v, tl.arange(0, 1), slot,
+                k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, 1, D, KV_MAX,
+            )  # fmt: skip
+            top = tl.sum(q_low * key_low.to(tl.float32), axis=1)
+            top += tl.sum(q_high * key_high.to(tl.float32), axis=1)
+            total += 1.0
+            acc += new_v.to(tl.float32)
+        else:
+            key_low, key_high = norm_and_rotate(
+                new_low, new_high, k_gain_low, k_gain_high, new_cos, new_sin, eps, D, NORM
+            )
+            key_low, key_high, new_v = store_new(
+                key_low.to(TYPE), key_high.to(TYPE), new_v, fresh, slot, k_ptr, v_ptr,
+                k_scales_ptr, v_scales_ptr, tl.where(crowd == 0, TOKENS, 0), D, KV_MAX,
+            )  # fmt: skip
+            seen = (fresh[None, :] <= token[:, None]) & (fresh < TOKENS)[None, :]
+            top, total, acc = look_at_new(
+                q_low.to(TYPE), q_high.to(TYPE), key_low, key_high, new_v, seen, PRECISION
+            )
+
+    if IN_WORDS:
+        top, total, acc = attend_cached(
+            q_low, q_high, k_words, v_words, k_scale, v_scale, k_ptr, v_ptr, k_scales_ptr,
+            v_scales_ptr, start, end, top, total, acc, KV_MAX == FP8_MAX, BLOCK, WARPS,
+        )  # fmt: skip
+    else:
+        q_low = q_low.to(TYPE)
+        q_high = q_high.to(TYPE)
+        while start < end:
+            # The next block is read while this one is worked on.
+            start += BLOCK
+            slots = start + tl.arange(0, BLOCK)
+            there = (slots < end)[:, None]
+            at = slots.to(tl.int64)[:, None] * D
+            next_low = tl.load(k_ptr + at + low, mask=there, other=0.0)
+            next_high = tl.load(k_ptr + at + HALF + low, mask=there, other=0.0)
+            next_v = tl.load(v_ptr + at + full, mask=there, other=0.0)
+            if KV_MAX > 0:
+                k_low, k_high = as_float32(k_low, KV_MAX), as_float32(k_high, KV_MAX)
+                v = as_float32(v, KV_MAX)
+            scores = tl.dot(q_low, tl.trans(k_low.to(TYPE)), input_precision=PRECISION)
+            scores = tl.dot(q_high, tl.trans(k_high.to(TYPE)), scores, input_precision=PRECISION)
+            if KV_MAX > 0:
+                scores *= k_scale[None, :]
+            scores = tl.where((slots - BLOCK < end)[None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.sum(weights, axis=1)
+            if KV_MAX > 0:
+                weights *= v_scale[None, :]
+                k_scale = tl.load(k_scales_ptr + slots, mask=slots < end, other=0.0)
+                v_scale = tl.load(v_scales_ptr + slots, mask=slots < end, other=0.0)
+            acc = tl.dot(
+                weights.to(TYPE), v.to(TYPE), acc * shrink[:, None], input_precision=PRECISION
+            )
+            top = new_top
+            k_low, k_high, v = next_low, next_high, next_v
+
+    if parts == 1:
+        if TOKENS == 1:
+            out_at = (batch * H + head * GROUP + lanes)[:, None] * D + full
+        else:
+            row = (batch * TOKENS + token) * H + head * GROUP + lanes % HEADS
+            out_at = row[:, None] * D + full
+        tl.store(out_ptr + out_at, acc / total[:, None], mask=real[:, None])
+        if FORM > 0:
+            if TOKENS == 1:
+                hand_over_heads(
+                    acc / total[:, None],
+                    out_at,
+                    real,
+                    out_ptr,
+                    values_ptr,
+                    steps_ptr,
+                    H * D,
+                    FORM,
+                    SPAN,
+                )
+            else:
+                round_heads(
+                    acc / total[:, None], head * GROUP + lanes % HEADS, batch * TOKENS + token,
+                    real, out_ptr, values_ptr, units_ptr, starts_ptr, FORM, RUN,
+                )  # fmt: skip
+    else:
+        first = tl.program_id(0) * SPLITS * LANES
+        mine = first + split * LANES + lanes
+        tl.store(acc_ptr + mine[:, None] * D + full, acc, mask=real[:, None])
+        tl.store(tops_ptr + mine, top, mask=real)
+        tl.store(totals_ptr + mine, total, mask=real)
+        # Every thread's part is stored before one of them says so.
+        tl.debug_barrier()
+        arrived_ptr += tl.program_id(0)
+        if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == parts - 1:
+            tl.store(arrived_ptr, 0)  # for the next layer
+            joined = join_parts(
+                acc_ptr + first * D, tops_ptr + first, totals_ptr + first, parts,
+                D, LANES, SPLITS, AT_ONCE,
+            )  # fmt: skip
+            query = tl.arange(0, LANES)
+            asker = crowd * EACH + query // HEADS
+            asked = (asker < TOKENS) & (query % HEADS < GROUP)
+            out_row = (batch * TOKENS + asker) * H + head * GROUP + query % HEADS
+            place = out_row[:, None] * D + full
+            tl.store(out_ptr + place, joined, mask=asked[:, None])
+            if FORM > 0:
+                if TOKENS == 1:
+                    hand_over_heads(
+                        joined, place, asked, out_ptr, values_ptr, steps_ptr, H * D, FORM, SPAN
+                    )
+                else:
+                    round_heads(
+                        joined, head * GROUP + query % HEADS, batch * TOKENS + asker, asked,
+                        out_ptr, values_ptr, units_ptr, starts_ptr, FORM, RUN,
+                    )  # fmt: skip
+
+
+@triton.jit
+def hand_over_heads(
+    heads,  # float32 [R, D]
+    columns,  # [R, D]
+    real,  # [R]
+    out_ptr,
+    values_ptr,
+    steps_ptr,
+    K,
+    FORM: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Hand over heads as those who read them would see them stored."""
+    SIZE: tl.constexpr = heads.shape[0] * heads.shape[1]
+    x = heads.to(out_ptr.dtype.element_ty).to(tl.float32)
+    inside = tl.broadcast_to(real[:, None], heads.shape)
+    hand_over(
+        tl.reshape(x, (SIZE,)), tl.reshape(columns, (SIZE,)), tl.reshape(inside, (SIZE,)),
+        values_ptr, steps_ptr, K, FORM, SPAN,
+    )  # fmt: skip
+
+
+@triton.jit
+def round_heads(
+    heads,  # float32 [R, D]
+    head,  # [R], which each is
+    row,  # [R], and of which vector
+    real,  # [R]
+    out_ptr,
+    values_ptr,
+    units_ptr,
+    starts_ptr,
+    FORM: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """Round heads of several tokens as those who read them would see them stored."""
+    COLUMNS: tl.constexpr = 128 if FORM == HALVES else 64
+    EACH: tl.constexpr = heads.shape[1] // COLUMNS  # chunks of a head
+    COUNT: tl.constexpr = heads.shape[0] * EACH
+    heads = tl.where(real[:, None], heads, 0.0)  # lanes that only fill up have no weights
+    x = tl.reshape(heads.to(out_ptr.dtype.element_ty).to(tl.float32), (COUNT, COLUMNS))
+    chunk = head[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    row = tl.broadcast_to(row[:, None], chunk.shape)
+    real = tl.broadcast_to(real[:, None], chunk.shape)
+    round_chunks(
+        x, tl.reshape(chunk, (COUNT,)), tl.reshape(row, (COUNT,)), tl.reshape(real, (COUNT,)),
+        values_ptr, units_ptr, starts_ptr, FORM, RUN,
+    )  # fmt: skip
+
+
+@triton.jit
+def look_at_new(
+    q_low,  # [ROWS, D / 2]
+    q_high,
+    key_low,  # [16, D / 2], of the new tokens
+    key_high,
+    values,  # [16, D]
+    seen,  # [ROWS, 16], which of them a query may see: one at least, or its results are NaN
+    PRECISION: tl.constexpr,
+):
+    """What queries see of the new tokens, of which a matrix unit takes all at once.
+
+    Returns the largest scores, the sums of weights [ROWS] and the weighted values [ROWS, D].
+    """
+    scores = tl.dot(q_low, tl.trans(key_low), input_precision=PRECISION)
+    scores = tl.dot(q_high, tl.trans(key_high), scores, input_precision=PRECISION)
+    scores = tl.where(seen, scores, float("-inf"))
+    top = tl.max(scores, axis=1)
+    weights = tl.exp2(scores - top[:, None])
+    values = values.to(q_low.dtype)
+    acc = tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+    return top, tl.sum(weights, axis=1), acc

@@ -1,0 +1,237 @@
+"""Launches the products of a step of several tokens: `gemm_float16_kernel`,
+`gemm_quantized_kernel`, and `gemm_kernel` for what neither takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from qwencli.engine.kernels.activation_buffers import InWords, Reader, in_words
+from qwencli.engine.kernels.dequantize import read_back
+from qwencli.engine.kernels.gemm import gemm_kernel
+from qwencli.engine.kernels.gemm_float16 import CHUNK, gemm_float16_kernel
+from qwencli.engine.kernels.gemm_quantized import gemm_quantized_kernel
+from qwencli.engine.kernels.ready import (
+    BLOCK_ROWS,
+    Options,
+    Ready,
+    ReadyVectors,
+    in_lanes,
+    is_read,
+)
+from qwencli.engine.kernels.rounding import chunk_columns
+from qwencli.engine.kernels.tiles import MOST_SHARING, GemvTiles, MatrixKind, Storage
+from qwencli.engine.ops.decoder_ops import Choice, Matrix, dense
+from qwencli.engine.ops.rms_norm import RMSNorm
+from qwencli.engine.quant.quantized_tensor import Quantized, Scheme
+
+Tensor = torch.Tensor
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens around a product, as the kernels call it.
+
+    Args:
+        choice, fed: of the head, where the likeliest row of each token is looked for; `fed` are
+            the tokens of the step.
+        after: who reads the result.
+    """
+
+    norm: RMSNorm | None = None
+    bias: Tensor | None = None
+    gated: bool = False
+    add: bool = False
+    choice: Choice | None = None
+    fed: Tensor | None = None
+    after: Reader | None = None
+
+
+class SeveralProducts:
+    """Products of matrices with 2 to 8 vectors.
+
+    Args:
+        best: int64 [8], where the keys of the likeliest rows go.
+        longest: columns of the longest vector.
+        options: launch options for a number of warps.
+        precision: of float32 operands.
+    """
+
+    def __init__(
+        self,
+        best: Tensor,
+        longest: int,
+        tiles_of: Callable[[MatrixKind], GemvTiles],
+        options: Options,
+        precision: str,
+    ) -> None:
+        self._best, self._tiles_of = best, tiles_of
+        self._options, self._precision = options, precision
+        self.ready = ReadyVectors(longest, best.device, options)
+        # See `finish_several`.
+        sums = 8 * MOST_SHARING * longest
+        self._sums = torch.zeros(sums, dtype=torch.float32, device=best.device)
+        self._arrived = torch.zeros(sums // (8 * BLOCK_ROWS) + 1, dtype=torch.int32).to(best.device)
+
+    def buffers(self) -> tuple[Tensor, ...]:
+        """For tests that poison what a step must not read."""
+        return *self.ready.buffers(), self._sums
+
+    def __call__(self, x: Tensor, matrix: Matrix, y: Tensor, around: Epilogue) -> None:
+        """y [S, rows] = epilogue(matrix norm(x)), x [S, columns]."""
+        way = in_words(matrix)
+        if isinstance(matrix, Quantized) and way is not None and is_read(matrix):
+            self._in_words(x, matrix, way, y, around)
+        elif isinstance(matrix, Quantized) and not is_read(matrix):
+            self._as_floats(x, read_back(matrix, x.dtype).t(), y, around, self._in_turn)
+        else:
+            self._as_floats(x, matrix, y, around, self._options)
+
+    def _in_words(
+        self, x: Tensor, matrix: Quantized, way: InWords, y: Tensor, around: Epilogue
+    ) -> None:
+        rows = matrix.rows // 2 if around.gated else matrix.rows
+        columns = matrix.columns
+        kind = MatrixKind(rows, columns, way.storage, around.gated, tokens=len(x))
+        tiles, splits = self._tiles(kind, around)
+        vectors = self.ready.rounded(x, Reader(around.norm, matrix))
+        ready = self.ready.offer(around.after, y)
+        gemm_quantized_kernel[triton.cdiv(rows, BLOCK_ROWS) * splits,](
+            vectors.buffers[0].view(torch.int32),
+            *vectors.buffers[1:],
+            matrix.data.view(torch.int32),
+            matrix.scale,
+            matrix.scale if matrix.zero is None else matrix.zero,
+            *self._ends(y, around),
+            *self._handing(ready),
+            rows,
+            0.0 if around.norm is None else around.norm.eps,
+            K=columns,
+            DEPTH=max(tiles.block // (tiles.num_warps * chunk_columns(way.bits)), 1),
+            WARPS=tiles.num_warps,
+            SPLITS=splits,
+            SHARES=vectors.shares,
+            FORM=int(ready.wanted.form),
+            NEXT_RUN=ready.wanted.run,
+            BITS=way.bits,
+            FP8=matrix.scheme is Scheme.FP8,
+            RUN=vectors.wanted.run,
+            G=matrix.group,
+            **_modes(x, around),
+            **self._options(tiles.num_warps),
+        )
+        self.ready.handed(y, ready)
+
+    def _as_floats(
+        self, x: Tensor, matrix: Matrix, y: Tensor, around: Epilogue, launch: Options
+    ) -> None:
+        """Float weights, and bytes that are multiplied as such."""
+        quantized = matrix if isinstance(matrix, Quantized) else None
+        weight = dense(matrix, x).t() if quantized is None else quantized.data
+        assert weight.is_contiguous(), "kernels read rows of the weight"
+        rows, columns = weight.shape
+        rows = rows // 2 if around.gated else rows
+        storage = Storage.FLOAT if quantized is None else Storage.BYTES
+        kind = MatrixKind(rows, columns, storage, around.gated, tokens=len(x))
+        if in_lanes(Reader(around.norm, matrix), x):
+            self._in_lanes(x, matrix, weight, y, around, launch, kind)
+            return
+        tiles, norm = self._tiles_of(kind), around.norm
+        gemm_kernel[triton.cdiv(rows, tiles.rows),](
+            x,
+            x if norm is None else norm.weight,
+            weight,
+            x if quantized is None else quantized.scale,
+            *self._ends(y, around),
+            rows,
+            0.0 if norm is None else norm.eps,
+            K=columns,
+            PARTS=tiles.num_warps,
+            PART=tiles.block // tiles.num_warps,
+            ROWS=tiles.rows,
+            NORM=norm is not None,
+            SCALED=quantized is not None,
+            PRECISION=self._precision,
+            **_modes(x, around),
+            **launch(tiles.num_warps),
+        )
+        self.ready.handed(y, self.ready.nothing())
+
+    def _in_lanes(
+        self,
+        x: Tensor,
+        matrix: Matrix,
+        weight: Tensor,
+        y: Tensor,
+        around: Epilogue,
+        launch: Options,
+        kind: MatrixKind,
+    ) -> None:
+        tiles, splits = self._tiles(kind, around)
+        norm = around.norm
+        vectors = self.ready.found(x, Reader(norm, matrix))
+        ready = self.ready.offer(around.after, y)
+        gemm_float16_kernel[triton.cdiv(kind.rows, BLOCK_ROWS) * splits,](
+            x.view(torch.int32),
+            None if norm is None else norm.weight.view(torch.int32),
+            ready.buffers[3] if vectors is None else vectors.buffers[3],
+            weight.view(torch.int32),
+            *self._ends(y, around),
+            *self._handing(ready),
+            kind.rows,
+            0.0 if norm is None else norm.eps,
+            K=kind.columns,
+            DEPTH=max(tiles.block // (tiles.num_warps * CHUNK), 1),
+            WARPS=tiles.num_warps,
+            SPLITS=splits,
+            SHARES=0 if vectors is None else vectors.shares,
+            FORM=int(ready.wanted.form),
+            RUN=ready.wanted.run,
+            TYPE=TYPES[x.dtype],
+            **_modes(x, around),
+            **launch(tiles.num_warps),
+        )
+        self.ready.handed(y, ready)
+
+    def _tiles(self, kind: MatrixKind, around: Epilogue) -> tuple[GemvTiles, int]:
+        """How a matrix is cut up, and how many programs share its columns: one where each ends its
+        rows alone, or where the sums of more have no room."""
+        tiles = self._tiles_of(kind)
+        alone = kind.gated or around.choice is not None
+        room = len(self._sums) // (8 * kind.rows)
+        return tiles, 1 if alone else max(min(tiles.splits, room), 1)
+
+    def _ends(self, y: Tensor, around: Epilogue) -> tuple[Tensor | None, ...]:
+        choice = around.choice
+        return (
+            around.bias,
+            y,
+            y if choice is None else choice.seen,
+            y if choice is None else choice.penalty,
+            y if around.fed is None else around.fed,
+            self._best,
+        )
+
+    def _handing(self, ready: Ready) -> tuple[Tensor | None, ...]:
+        return self._sums, self._arrived, ready.gain, *ready.buffers
+
+    def _in_turn(self, num_warps: int) -> Mapping[str, Any]:
+        """Where the kernel in front writes the weights, of which some are read before the wait."""
+        options = {**self._options(num_warps), "PDL": False}
+        options.pop("launch_pdl", None)
+        return options
+
+
+def _modes(x: Tensor, around: Epilogue) -> dict[str, Any]:
+    return {
+        "TOKENS": len(x),
+        "SWIGLU": around.gated,
+        "ADD": around.add,
+        "ARGMAX": around.choice is not None,
+    }

@@ -1,0 +1,169 @@
+"""The text decoder of every family: embedding, layers, head.
+
+It knows neither families (`shapes`), nor rotary positions (`rope`), nor what kind of cache it
+has, nor how an operation is computed (`DecoderOps`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from qwencli.engine.loading.weights import HEAD, Tensors
+from qwencli.engine.ops.decoder_ops import Choice, DecoderOps, Drafts, Layer, Matrix, Step
+from qwencli.engine.ops.rms_norm import RMSNorm
+from qwencli.engine.ops.rope import gains_of_halves
+from qwencli.engine.quant.quantized_tensor import Quantized
+from qwencli.models.shapes import TextShape
+
+
+@dataclass(frozen=True)
+class DeepStack:
+    """Features of the vision tower that the first layers add to the hidden state.
+
+    Args:
+        places: int64 [N], rows of the [B * S, hidden] state.
+        features: one [N, hidden] a layer, for the first layers in order.
+    """
+
+    places: torch.Tensor
+    features: Sequence[torch.Tensor]
+
+
+class Decoder:
+    """Weights [out, in] of one model on one device, and the forward pass over them.
+
+    Args:
+        matrices: those of the weights that are quantized.
+        by_rows: keep every weight as it is, for operations that read its rows.
+    """
+
+    def __init__(
+        self,
+        shape: TextShape,
+        weights: Tensors,
+        matrices: Mapping[str, Quantized] | None = None,
+        by_rows: bool = False,
+    ) -> None:
+        self.shape = shape
+        pick = _Matrices(weights, matrices or {}, by_rows)
+        self.embedding = weights["text.embed"]
+        self.norm = RMSNorm(weights["text.norm"], shape.rms_norm_eps)
+        self.head = pick.head()
+        self.layers = _layers(shape, weights, pick, self.norm, self.head)
+        # Of all layers' query and key heads, [2, layers, heads, D]; None without such norms.
+        norms = [layer.qk_norm.gain for layer in self.layers if layer.qk_norm is not None]
+        self.head_gains = gains_of_halves(torch.stack(norms)) if norms else None
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [N] -> hidden states [N, hidden]."""
+        return F.embedding(ids, self.embedding)
+
+    def forward(
+        self, hidden: torch.Tensor, step: Step, deepstack: DeepStack | None = None
+    ) -> torch.Tensor:
+        """Run all layers on `hidden` [B * S, hidden], overwritten; the result is not normed.
+
+        Stores the keys and values of the S tokens of each row at `step.slots`.
+        """
+        ops = step.ops
+        for layer in self.layers:
+            attended = ops.attend(ops.norm_qkv(hidden, layer), layer, step)
+            hidden = ops.o_residual(attended, layer, hidden)
+            hidden = ops.down_residual(ops.norm_gate_up(hidden, layer), layer, hidden)
+            if deepstack is not None and layer.index < len(deepstack.features):
+                hidden.index_add_(0, deepstack.places, deepstack.features[layer.index])
+        return hidden
+
+    def logits(self, hidden: torch.Tensor, ops: DecoderOps) -> torch.Tensor:
+        """Hidden states [N, hidden] of the last layer -> logits [N, V]."""
+        return ops.norm_head(hidden, self.norm, self.head)
+
+    def choose(self, hidden: torch.Tensor, ops: DecoderOps, choice: Choice) -> None:
+        """Hidden state [1, hidden] of the last layer -> the likeliest token, in `choice`."""
+        assert ops.choose is not None, "the caller looks whether these operations can"
+        ops.choose(hidden, self.norm, self.head, choice)
+
+    def choose_several(
+        self, hidden: torch.Tensor, ops: DecoderOps, choice: Choice, drafts: Drafts
+    ) -> None:
+        """Hidden states [S, hidden] of the tokens fed -> those chosen, in `choice`."""
+        assert ops.choose_several is not None, "the caller looks whether these operations can"
+        ops.choose_several(hidden, self.norm, self.head, choice, drafts)
+
+
+def _layers(
+    shape: TextShape, weights: Tensors, pick: _Matrices, norm: RMSNorm, head: Matrix
+) -> list[Layer]:
+    """All layers; `norm` and `head` read the last one's result."""
+    layers: list[Layer] = []
+    for index in reversed(range(shape.num_layers)):
+        layer = _layer(shape, weights, index, pick, norm, head)
+        layers.insert(0, layer)
+        norm, head = layer.attn_norm, layer.qkv
+    return layers
+
+
+def _layer(
+    shape: TextShape,
+    weights: Tensors,
+    index: int,
+    pick: _Matrices,
+    next_norm: RMSNorm,
+    next_matrix: Matrix,
+) -> Layer:
+    at = f"text.{index}."
+    qk_norm = None
+    if shape.qk_norm:
+        queries = weights[at + "q_norm"].expand(shape.num_heads, -1)
+        keys = weights[at + "k_norm"].expand(shape.num_kv_heads, -1)
+        qk_norm = RMSNorm(torch.cat((queries, keys)), shape.rms_norm_eps)
+    return Layer(
+        index=index,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        attn_norm=RMSNorm(weights[at + "attn_norm"], shape.rms_norm_eps),
+        qkv=pick.columns(at + "qkv"),
+        qkv_bias=weights.get(at + "qkv_bias"),
+        qk_norm=qk_norm,
+        o=pick.columns(at + "o"),
+        o_bias=weights.get(at + "o_bias"),
+        mlp_norm=RMSNorm(weights[at + "mlp_norm"], shape.rms_norm_eps),
+        gate_up=pick.columns(at + "gate_up"),
+        down=pick.columns(at + "down"),
+        next_norm=next_norm,
+        next_matrix=next_matrix,
+    )
+
+
+@dataclass(frozen=True)
+class _Matrices:
+    """Picks each matrix in the form that the operations want."""
+
+    weights: Tensors
+    quantized: Mapping[str, Quantized]
+    by_rows: bool
+
+    def columns(self, name: str) -> Matrix:
+        """The quantized matrix of this name, or else the [in, out] view of a weight [out, in].
+
+        A matrix-vector product on the CPU in float32 is a quarter faster when the outputs of one
+        input lie in a row, so the weight is stored that way there (one at a time, in its own
+        place).
+        """
+        if name in self.quantized:
+            return self.quantized[name]
+        weight = self.weights[name]
+        if not self.by_rows and weight.device.type == "cpu" and weight.dtype == torch.float32:
+            self.weights[name] = weight = weight.t().contiguous().t()
+        return weight.t()
+
+    def head(self) -> Matrix:
+        """The head, which is the embedding where the checkpoint has none of its own."""
+        if HEAD in self.quantized:
+            return self.quantized[HEAD]
+        return self.weights.get(HEAD, self.weights["text.embed"]).t()

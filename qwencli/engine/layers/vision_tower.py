@@ -1,0 +1,222 @@
+"""The vision tower of every family: patches in, text-sized embeddings out.
+
+Families differ by `VisionShape` only: norm, MLP, activation, learned positions, windows, and
+DeepStack mergers. The patch convolution is a matrix product, because its stride is its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from qwencli.config import Attention
+from qwencli.engine.layers.vision_attention import (
+    SEGMENT_ATTENTION,
+    Offsets,
+    SegmentAttention,
+    attend,
+)
+from qwencli.engine.layers.vision_layout import Grid, Run, VisionLayout, layout
+from qwencli.engine.loading.weights import Tensors
+from qwencli.engine.ops.rope import CosSin, TurnHeads, turn_heads
+from qwencli.errors import InputError
+from qwencli.models.shapes import VisionShape
+
+Tensor = torch.Tensor
+EPS = 1e-6
+ROPE_THETA = 10_000.0
+# Layouts of recent grids, with their resampled positions (a few MB each): frames of one video and
+# pictures of one size share theirs.
+LAYOUTS_KEPT = 8
+
+# In place: what goes in is the widest thing of a block.
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu_pytorch_tanh": lambda x: torch.ops.aten.gelu_(x, approximate="tanh"),
+    "silu": lambda x: F.silu(x, inplace=True),
+    "quick_gelu": lambda x: x.mul_(torch.sigmoid(1.702 * x)),
+}
+
+
+@dataclass(frozen=True)
+class VisionFeatures:
+    """What the tower says about some images: `embeds` [tokens, hidden of the text decoder], and
+    for DeepStack one tensor of the same size for each of the first text layers."""
+
+    embeds: Tensor
+    deepstack: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class PreparedGrids:
+    """A layout on the device; see `VisionLayout`.
+
+    Args:
+        back: the inverse of `order`.
+    """
+
+    frames: tuple[Run, ...] | Offsets
+    windows: tuple[Run, ...] | Offsets
+    rope: CosSin
+    positions: Tensor | None
+    order: Tensor | None
+    back: Tensor | None
+
+
+class VisionTower:
+    """Weights of one model's tower on one device, and the forward pass over them.
+
+    Matrices may be of a shorter type than the rest: each is converted when it is multiplied by.
+
+    Args:
+        turn: turns queries and keys in place.
+    """
+
+    def __init__(
+        self,
+        shape: VisionShape,
+        weights: Tensors,
+        attention: Attention,
+        turn: TurnHeads = turn_heads,
+    ) -> None:
+        self.shape = shape
+        self._turn = turn
+        self._w = {
+            name.removeprefix("vision."): t
+            for name, t in weights.items()
+            if name.startswith("vision.")
+        }
+        self._dtype = self._w["merger.norm"].dtype
+        self._attention: SegmentAttention = SEGMENT_ATTENTION[attention]
+        self._activation = ACTIVATIONS[shape.activation]
+        self._prepared: dict[tuple[Grid, ...], PreparedGrids] = {}
+
+    def encode(self, patches: Tensor, grids: Sequence[Grid]) -> VisionFeatures:
+        """Encode images and videos.
+
+        Args:
+            patches: [N, channels * frames * height * width of a patch], in merge order, on the
+                tower's device, any float type.
+            grids: patches of each image or video as (time, rows, columns).
+
+        Raises:
+            InputError: a grid that does not divide into merged tokens, or does not match `patches`.
+        """
+        return self.run(patches, self.prepare(patches, grids))
+
+    def prepare(self, patches: Tensor, grids: Sequence[Grid]) -> PreparedGrids:
+        """What `run` needs to know of pictures besides their patches. Raises as `encode`."""
+        self._check(patches, grids)
+        return self._prepare(tuple(grids))
+
+    def run(self, patches: Tensor, ready: PreparedGrids) -> VisionFeatures:
+        """The tower itself: asks the host nothing, and can be captured in a CUDA graph."""
+        weight = self._w["patch"].to(self._dtype)
+        hidden = F.linear(patches.to(self._dtype), weight, self._w.get("patch_bias"))
+        if ready.positions is not None:
+            hidden = hidden + ready.positions
+        if ready.order is not None:
+            tokens = hidden.view(-1, self.shape.merge_area, hidden.shape[-1])
+            hidden = tokens[ready.order].flatten(0, 1)
+        features = []
+        for index in range(self.shape.depth):
+            hidden = self._block(index, hidden, ready)
+            if index in self.shape.deepstack_layers:
+                merger = f"deepstack.{self.shape.deepstack_layers.index(index)}"
+                features.append(self._merge(merger, hidden, norm_merged=True))
+        embeds = self._merge("merger", hidden, norm_merged=False)
+        return VisionFeatures(embeds if ready.back is None else embeds[ready.back], tuple(features))
+
+    def _check(self, patches: Tensor, grids: Sequence[Grid]) -> None:
+        merge = self.shape.merge_size
+        for t, h, w in grids:
+            if min(t, h, w) < 1 or h % merge or w % merge:
+                raise InputError(
+                    f"an image of {t}x{h}x{w} patches does not divide by {merge}x{merge}",
+                    "resize the image with the model's own preprocessing",
+                )
+        expected = (sum(t * h * w for t, h, w in grids), self.shape.patch_elements)
+        if tuple(patches.shape) != expected or not grids:
+            raise InputError(
+                f"image data of shape {list(patches.shape)} does not match its grids, which need "
+                f"{list(expected)}",
+                "resize the image with the model's own preprocessing",
+            )
+
+    def _prepare(self, grids: tuple[Grid, ...]) -> PreparedGrids:
+        found = self._prepared.pop(grids, None)
+        if found is None:
+            found = self._build(layout(self.shape, grids))
+        self._prepared[grids] = found  # last in, so that the first is the one not used for longest
+        if len(self._prepared) > LAYOUTS_KEPT:
+            del self._prepared[next(iter(self._prepared))]
+        return found
+
+    def _build(self, plan: VisionLayout) -> PreparedGrids:
+        device = self._w["patch"].device
+        positions = None
+        if plan.taps is not None and plan.tap_weights is not None:
+            rows = F.embedding(plan.taps.to(device), self._w["positions"])  # [N, 4, hidden]
+            mixed = (rows * plan.tap_weights.to(device).unsqueeze(-1)).sum(1)
+            positions = mixed.to(rows.dtype)
+        order = plan.order.to(device) if plan.order is not None else None
+        back = order.argsort() if order is not None else None
+        angles = self._angles(plan.coordinates.to(device))
+        return PreparedGrids(plan.frames, plan.windows, angles, positions, order, back)
+
+    def _angles(self, coordinates: Tensor) -> CosSin:
+        """Cosine and signed sine [1, N, 1, D] in float32; half of a head turns with the row, half
+        with the column."""
+        half = self.shape.head_dim // 2
+        exponent = torch.arange(0, half, 2, dtype=torch.float32, device=coordinates.device) / half
+        angles = (coordinates[..., None].float() * (1.0 / ROPE_THETA**exponent)).flatten(
+            1
+        )  # [N, D/2]
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), -1)[None, :, None], torch.cat((-sin, sin), -1)[None, :, None]
+
+    def _block(self, index: int, hidden: Tensor, ready: PreparedGrids) -> Tensor:
+        at = f"{index}."
+        full = not ready.windows or index in self.shape.full_attention_layers
+        segments = ready.frames if full else ready.windows
+        x = self._linear(at + "qkv", self._norm(at + "attn_norm", hidden))
+        heads = self.shape.num_heads
+        qkv = x.view(1, -1, 3 * heads, self.shape.head_dim)
+        self._turn(qkv, ready.rope, 2 * heads)
+        attended = attend(qkv[0], segments, self._attention)
+        hidden = self._linear(at + "proj", attended).add_(hidden)
+        x = self._linear(at + "mlp_in", self._norm(at + "mlp_norm", hidden))
+        if self.shape.gated_mlp:
+            gate, up = x.chunk(2, dim=-1)
+            x = self._activation(gate).mul_(up)
+        else:
+            x = self._activation(x)
+        return self._linear(at + "mlp_out", x).add_(hidden)
+
+    def _merge(self, at: str, hidden: Tensor, norm_merged: bool) -> Tensor:
+        """Join the patches of each merged token: [N, hidden] -> [N / merge area, text hidden]."""
+        width = self.shape.hidden_size * self.shape.merge_area
+        x = hidden.view(-1, width) if norm_merged else hidden
+        x = self._norm(at + ".norm", x).view(-1, width)
+        return self._linear(at + ".out", _gelu(self._linear(at + ".in", x)))
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        weight = self._w[name]
+        if weight.dtype is not x.dtype:
+            weight = weight.to(x.dtype)
+        return F.linear(x, weight, self._w[name + "_bias"])
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        weight = self._w[name]
+        if self.shape.norm == "rms":
+            return F.rms_norm(x, weight.shape, weight, EPS)
+        return F.layer_norm(x, weight.shape, weight, self._w[name + "_bias"], EPS)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """GELU in place, of the transposed view: oneDNN does not take that, and a process that uses it
+    for nothing else, as in float32, would need 4 MB more of its code."""
+    torch.ops.aten.gelu_(x.t())
+    return x

@@ -1,0 +1,182 @@
+"""The state of one sequence on the device, and one decode step over it.
+
+The step reads and writes fixed buffers and asks the host nothing, so it can run eagerly, compiled,
+or as a replayed CUDA graph with the same result. The host may enqueue steps ahead of what it has
+read: once a stop token has been chosen, further steps change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from qwencli.config import SamplingParams
+from qwencli.engine.cache.kv_cache import KVCache
+from qwencli.engine.cpu.decoder import HostDecoder
+from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
+from qwencli.engine.loading.upload import upload
+from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.sampler import LIKELIEST, Sampler, SamplerKind, kind_of
+from qwencli.engine.ops.attention import AttentionPlan, decode_mask
+from qwencli.engine.ops.decoder_ops import Choice
+from qwencli.engine.ops.flash_attention import Spans
+from qwencli.engine.spec_decode import ngram
+
+
+class DecodeState:
+    """Buffers of one sequence.
+
+    `token` [1] is the last token chosen, `slot` [1] where its keys and values go, `position` [1]
+    its rotary position, `step` [1] how many tokens the request has chosen after it, `done` [1]
+    whether it ended the answer. All on the device; int64 but for `done`.
+
+    Args:
+        max_seq_len: slots of the cache.
+        with_drafts: whether steps may check drafted tokens too (`verify`).
+    """
+
+    def __init__(
+        self, model: QwenModel, cache: KVCache, max_seq_len: int, with_drafts: bool = False
+    ) -> None:
+        device = model.device
+        self.model, self.cache = model, cache
+        self.kind = SamplerKind.GREEDY
+        self.sampler = Sampler(model.shape.text.vocab_size, max_seq_len, device)
+        self.token, self.slot, self.position, self.step = (
+            torch.zeros(1, dtype=torch.int64, device=device) for _ in range(4)
+        )
+        self.done = torch.zeros(1, dtype=torch.bool, device=device)
+        # One row a possible stop token; unused rows hold an id that no token has.
+        self.stop_ids = torch.full((MAX_STOP_TOKENS, 1), -1, dtype=torch.int64, device=device)
+        self.slots = torch.arange(max_seq_len, device=device)
+        self.drafts = ngram.empty_drafts(max_seq_len, device) if with_drafts else None
+        self._spans = Spans.on(device)
+        self._lengths = self._spans.slots[1:]
+        self._choice = Choice(
+            token=self.token,
+            slot=self.slot,
+            position=self.position,
+            step=self.step,
+            done=self.done,
+            stop_ids=self.stop_ids,
+            seen=self.sampler.seen[0],
+            penalty=self.sampler.penalty,
+        )
+
+    def begin(
+        self,
+        sampling: SamplingParams,
+        prompt_ids: torch.Tensor,
+        stop_ids: Sequence[int],
+        next_position: torch.Tensor,
+    ) -> None:
+        """Set up for a request whose prompt [S] is about to be or has been prefilled.
+
+        Args:
+            next_position: int64 [1] on the device, rotary position after the prompt.
+        """
+        assert len(stop_ids) <= MAX_STOP_TOKENS, "checked when the model's files are opened"
+        self.kind = kind_of(sampling)
+        self.sampler.begin(sampling, prompt_ids)
+        self.slot.fill_(len(prompt_ids))
+        self.position.copy_(next_position)
+        self.step.zero_()
+        self.done.zero_()
+        padded = [*stop_ids, *[-1] * (MAX_STOP_TOKENS - len(stop_ids))]
+        (ids,) = upload([torch.tensor(padded)[:, None]], self.stop_ids.device)
+        self.stop_ids.copy_(ids)
+        if self.drafts is not None:
+            ngram.begin(self.drafts, prompt_ids, sampling.max_new_tokens)
+
+    def park(self, size: int) -> None:
+        """Make steps of up to `size` slots harmless: what they write must not land on keys and
+        values that are in use, and once the answer has ended steps stay where they are."""
+        self.slot.fill_(len(self.slots) - size)
+        self.done.fill_(True)
+
+    def choose_first(self, logits: torch.Tensor) -> None:
+        """Choose the first token from the prefill's logits [1, V]."""
+        self.token.copy_(self.sampler.sample(logits, self.step, self.kind))
+        self.done.copy_((self.token == self.stop_ids).any(dim=0))
+        self.step.add_(1)
+        if self.drafts is not None:
+            self.drafts.fed[:1].copy_(self.token)
+            self.drafts.ids.index_copy_(0, self.slot, self.token.to(torch.int32))
+
+    def advance(self, kind: SamplerKind, plan: AttentionPlan) -> None:
+        """One step: feed `token`, choose the next one."""
+        model, ops = self.model, self.model.step_ops
+        hidden = model.decode_hidden(self.token, self.position, self.slot, self.cache, plan)
+        if kind in LIKELIEST and ops.choose is not None:
+            model.decoder.choose(hidden, ops, self._choice)
+            return
+        logits = model.decoder.logits(hidden, ops)
+        chosen = self.sampler.sample(logits, self.step, kind)
+        self.token.copy_(torch.where(self.done, self.token, chosen))
+        going = (~self.done).to(torch.int64)
+        self.slot.add_(going)
+        self.position.add_(going)
+        self.step.add_(going)
+        self.done.logical_or_((self.token == self.stop_ids).any(dim=0))
+
+    def advance_on_host(self, decoder: HostDecoder, slot: int) -> None:
+        """One step of a host that reads each token before it takes the next one.
+
+        `slot` and `position` stay where the answer began: the host counts by itself.
+        """
+        position = int(self.position) + slot - int(self.slot)
+        logits = decoder.logits(int(self.token), position, slot)
+        if self.kind is SamplerKind.ARGMAX:
+            # numpy's takes 10 us for a vocabulary of 150,000, torch's 300 on the CPU.
+            self.token.fill_(int(logits.numpy().argmax()))
+        else:
+            self.token.copy_(self.sampler.sample(logits[None], self.step, self.kind))
+            self.step.add_(1)  # nothing but draws reads it
+
+    def verify(self, kind: SamplerKind, size: int, plan: AttentionPlan) -> None:
+        """One greedy step of `size` tokens: feed the last token and drafts behind it, choose one to
+        `size` tokens, draft the next ones. `drafts.record` says what came of it."""
+        assert self.drafts is not None and kind in LIKELIEST, "the caller knows what it has"
+        model, ops = self.model, self.model.step_ops
+        fed = self.drafts.fed[:size]
+        hidden = model.decode_hidden(fed, self.position, self.slot, self.cache, plan)
+        if ops.choose_several is not None:
+            model.decoder.choose_several(hidden, ops, self._choice, self.drafts)
+            return
+        self._accept(model.decoder.logits(hidden, ops), kind, plan.kv_len)
+
+    def verify_on_host(self, decoder: HostDecoder, slot: int) -> None:
+        """`verify` of one token by a host that reads each step before it takes the next one."""
+        assert self.drafts is not None, "the caller knows what it has"
+        logits = decoder.logits(int(self.token), int(self.position), slot)
+        self._accept(logits[None], self.kind, slot + 2)
+
+    def _accept(self, logits: torch.Tensor, kind: SamplerKind, kv_len: int) -> None:
+        assert self.drafts is not None, "callers looked"
+        chosen = self.sampler.likeliest(logits, self.drafts.fed[: len(logits)], kind)
+        ngram.accept(chosen, self._choice, self.drafts)
+        ngram.draft(self._choice, self.drafts, kv_len)
+
+    def verify_masked(self, kind: SamplerKind, size: int, kv_len: int) -> None:
+        """`verify` over the first `kv_len` slots, at least one more than the step can take."""
+        self.verify(kind, size, self._plan(size, kv_len))
+
+    def advance_masked(self, kind: SamplerKind, kv_len: int) -> None:
+        """One step that reads the first `kv_len` slots and hides those not yet written."""
+        self.advance(kind, self._plan(1, kv_len))
+
+    def _plan(self, size: int, kv_len: int) -> AttentionPlan:
+        """What `size` tokens from `slot` on see of the first `kv_len` slots."""
+        model = self.model
+        if model.step_ops.any_length:
+            return AttentionPlan(kv_len, None)
+        self._lengths.copy_(self.slot + size)
+        # Compiled, attention is one of the operators that torch may fuse.
+        if size == 1 and model.flash_decode and not torch.compiler.is_compiling():
+            return AttentionPlan(kv_len, None, self._lengths, spans=self._spans)
+        own = self.slot
+        if size > 1:
+            own = own + torch.arange(size, device=model.device)
+        mask = decode_mask(self.slots[:kv_len], own, None, model.dtype)
+        return AttentionPlan(kv_len, mask, self._lengths)

@@ -1,0 +1,205 @@
+"""One request: encode, prefill what is new, decode with the host running ahead of its reading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from qwencli.config import Cache, SamplingParams
+from qwencli.engine.answer import Answer
+from qwencli.engine.cache.prefix_cache import CachedSequence, FeatureCache, Key, digests_of, keys_of
+from qwencli.engine.clock import Clock, Mark
+from qwencli.engine.layers.vision_tower import VisionFeatures
+from qwencli.engine.native.decode_state import DecodeState
+from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.prefill_graphs import PromptRunner
+from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
+from qwencli.engine.native.sampler import LIKELIEST, kind_of
+from qwencli.engine.native.steppers import Stepper
+from qwencli.engine.ops.attention import AttentionPlan
+from qwencli.engine.spec_decode.decode_strategy import Pace, PlainPace, Speculator
+from qwencli.results import GenerationChunk, RanModes
+
+# Steps on their way to the GPU beyond the one being read. Enough that a host thread that is kept
+# from running for some milliseconds leaves the GPU busy; after a stop token they are wasted.
+RUN_AHEAD = 8
+
+
+class Generation:
+    """Answers requests with one model, its caches and its stepper; lives as long as they do.
+
+    Args:
+        speculator: answers greedy requests in the stepper's place; None = no speculation.
+        prompts: runs pictures and prompts; None = the model, operator by operator.
+    """
+
+    def __init__(
+        self,
+        model: QwenModel,
+        state: DecodeState,
+        stepper: Stepper,
+        ran: RanModes,
+        speculator: Speculator | None = None,
+        prompts: PromptRunner | None = None,
+    ) -> None:
+        self._model, self._state, self._stepper, self._ran = model, state, stepper, ran
+        self._prompts: PromptRunner = model if prompts is None else prompts
+        self._speculator = speculator
+        self._sequence = CachedSequence(state.cache)
+        self._features = FeatureCache()
+        width = 1 if state.drafts is None else len(state.drafts.record)
+        self._readback = Readback(ran.device, len(state.slots), width)
+
+    def forget(self) -> None:
+        """Drop everything kept from earlier requests."""
+        self._sequence.forget_after(0)
+        self._features.clear()
+
+    @torch.inference_mode()
+    def step_logits(self, token_ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Logits [V] after each token of a text: the first is a prompt, each further one a decode
+        step as the model decodes, fused where it is. In a cache of its own."""
+        model = self._model
+        dynamic = self._ran.cache == Cache.DYNAMIC
+        cache = model.dynamic_cache() if dynamic else model.static_cache(1, len(token_ids) + 1)
+        first, *rest = token_ids
+        yield model.prefill(model.prepare([ModelPrompt([first])]), cache)[0]
+        for slot, token in enumerate(rest, start=1):
+            at = torch.tensor([slot], device=model.device)
+            one = torch.tensor([token], device=model.device)
+            yield model.decode_step(one, at, at, cache, AttentionPlan(slot + 1, None))[0]
+
+    @torch.inference_mode()
+    def _prefill(
+        self, answer: Answer, keys: list[Key], digests: list[bytes], clock: Clock
+    ) -> list[tuple[Mark, Mark]]:
+        """Fill the cache with the prompt and choose the first token; returns vision's marks."""
+        prompt, state = answer.prompt, self._state
+        vision: list[tuple[Mark, Mark]] = []
+
+        def encode(index: int) -> VisionFeatures:
+            assert prompt.inputs is not None, "only a prompt with pictures is asked for them"
+            start = clock.mark()
+            patches = torch.as_tensor(prompt.inputs.patches[index])
+            patches = patches.to(self._model.device, self._model.dtype)
+            features = self._prompts.encode_images(patches, [prompt.grid_thw[index]])
+            vision.append((start, clock.mark()))
+            return features
+
+        features = self._features.features(digests, encode)
+        inputs = self._model.prepare([ModelPrompt(prompt.input_ids, prompt.visuals)], features)
+        shared = self._sequence.reuse(keys)
+        logits = self._prompts.prefill(inputs, state.cache, start=shared)
+        # While the device works on the prompt.
+        stop_ids = sorted(answer.stop_ids)
+        state.begin(answer.sampling, inputs.ids[0], stop_ids, inputs.next_positions)
+        state.choose_first(logits)
+        self._sequence.remember(keys)
+        return vision
+
+    def chunks(self, answer: Answer, load_s: float) -> Iterator[GenerationChunk]:
+        """Yield each token's text, and the result with the last chunk.
+
+        However the request ends, the cache afterwards holds what it is remembered to hold.
+        """
+        state = self._state
+        # First of all: captures that a request is the first to need are part of its prefill.
+        clock = Clock(self._ran.device)
+        first_slot = len(answer.prompt.input_ids)
+        steps = answer.sampling.max_new_tokens - 1
+        digests = digests_of(answer.prompt)
+        keys = keys_of(answer.prompt, digests)
+        with torch.inference_mode():
+            state.kind = kind_of(answer.sampling)
+            pace, ran = self._pace(answer.sampling)
+            pace.begin(clock, first_slot, first_slot + steps)
+        try:
+            vision = self._prefill(answer, keys, digests, clock)
+            for token_id, mark in self._decode(clock, pace, steps):
+                yield answer.add(token_id, mark)
+                if answer.stopped:
+                    break
+        except BaseException:
+            # Steps that are still running write into slots after the prompt only.
+            self._sequence.forget_after(first_slot)
+            raise
+        # The last token has not been fed, so its slot is not written.
+        self._sequence.remember([*keys, *answer.token_ids[:-1]])
+        yield answer.finish(clock, vision, ran, load_s, pace.result())
+
+    def _pace(self, sampling: SamplingParams) -> tuple[Pace, RanModes]:
+        """How this request takes its steps, and the modes that are then true."""
+        if self._speculator is None:
+            return PlainPace(self._stepper, self._state), self._ran
+        if kind_of(sampling) not in LIKELIEST:
+            # A drawn token is not known to be right before it is drawn.
+            ran = replace(self._ran, speculate="off: sampling")
+            return PlainPace(self._stepper, self._state), ran
+        return self._speculator.pace(), self._ran
+
+    def _decode(self, clock: Clock, pace: Pace, steps: int) -> Iterator[tuple[int, Mark]]:
+        """The first token and `steps` more, as the host gets to read them.
+
+        Tokens that one step chose come with the same mark.
+        """
+        readback = self._readback
+        readback.begin()
+        with torch.inference_mode():
+            readback.store(self._state.token, clock)
+        # Every step gives a token at least.
+        unread, given, read = 1, 0, 0
+        while given <= steps:
+            with torch.inference_mode():
+                while unread <= readback.run_ahead and given + unread <= steps:
+                    readback.store(pace.step(), clock)
+                    unread += 1
+            values, mark = readback.read(read)
+            unread, read = unread - 1, read + 1
+            if read > 1:
+                values = pace.tokens(values, readback.mark(read - 2), mark)
+            for token in values:
+                yield token, mark
+                given += 1
+
+
+class Readback:
+    """What steps have chosen, on its way from the device to the host.
+
+    Args:
+        capacity: steps of a request at most. width: numbers of a step at most.
+    """
+
+    def __init__(self, device: str, capacity: int, width: int) -> None:
+        self._cuda = device.startswith("cuda")
+        # A host that runs the steps itself has nothing to run ahead of.
+        self.run_ahead = RUN_AHEAD if self._cuda else 0
+        self._pinned: list[torch.Tensor] = []
+        if self._cuda:
+            ids = torch.zeros(capacity, width, dtype=torch.int64, pin_memory=True)
+            self._pinned = list(ids)
+        self._stored: list[torch.Tensor | list[int]] = []
+        self._marks: list[Mark] = []
+
+    def begin(self) -> None:
+        self._stored, self._marks = [], []
+
+    def store(self, values: torch.Tensor, clock: Clock) -> None:
+        """Start copying `values` [up to width] to the host, and mark when they are there."""
+        if self._cuda:
+            row = self._pinned[len(self._stored)][: len(values)]
+            self._stored.append(row.copy_(values, non_blocking=True))
+        else:
+            self._stored.append(values.tolist())
+        self._marks.append(clock.mark())
+
+    def mark(self, index: int) -> Mark:
+        return self._marks[index]
+
+    def read(self, index: int) -> tuple[list[int], Mark]:
+        """Wait until what was stored as number `index` is on the host; returns it and its mark."""
+        mark, stored = self._marks[index], self._stored[index]
+        if self._cuda:
+            mark.synchronize()
+        return stored if isinstance(stored, list) else stored.tolist(), mark

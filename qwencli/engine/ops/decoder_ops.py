@@ -1,0 +1,318 @@
+"""The six groups of operations that a decoder layer and the head consist of, in plain torch.
+
+They are the readable reference: a faster kernel replaces one field of `DecoderOps` and is held to
+it by a parity test. Each takes tensors and plain numbers only, allocates nothing but its result,
+never synchronises, and can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from qwencli.engine.cache.kv_cache import KeysValues, KVCache
+from qwencli.engine.cache.paged_kv import (
+    DecodePages,
+    PackedPrompts,
+    PagedKVCache,
+    paged_attention,
+    prompt_attention,
+)
+from qwencli.engine.ops.attention import AttentionFunction, AttentionPlan
+from qwencli.engine.ops.rms_norm import RMSNorm
+from qwencli.engine.ops.rope import CosSin, TurnHeads, rotate, turn_heads
+from qwencli.engine.quant.quantized_tensor import Quantized
+
+Tensor = torch.Tensor
+Matrix = Tensor | Quantized
+# A quantized matrix and a type -> the matrix [rows, columns] in it.
+ReadBack = Callable[[Quantized, torch.dtype], Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one decoder layer, fused, and the numbers its operations need.
+
+    Matrices are [in, out] views of the [out, in] weights, made once (a view costs a dispatch), or
+    quantized.
+
+    Args:
+        qkv: [hidden, (H + 2 KVH) * D], q then k then v. gate_up: [hidden, 2 I].
+        qk_norm: weight [H + KVH, D], the norms of the query and the key heads in one.
+        next_norm, next_matrix: what reads the layer's result, of the next layer or the head.
+    """
+
+    index: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    attn_norm: RMSNorm
+    qkv: Matrix
+    qkv_bias: Tensor | None
+    qk_norm: RMSNorm | None
+    o: Matrix
+    o_bias: Tensor | None
+    mlp_norm: RMSNorm
+    gate_up: Matrix
+    down: Matrix
+    next_norm: RMSNorm
+    next_matrix: Matrix
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers of one forward pass share: B rows of S tokens each.
+
+    Args:
+        rope: cosine and signed sine of each layer, [B, S, 1 or heads, D] each; None where `ops`
+            look them up by `positions`. slots: int64 [S], where the new keys go; [B * S] in pages.
+        ops: how the layers compute.
+        positions: int64 [B], rotary, of a decode step.
+        gained: `rope` has the gains of the heads' norms in it: one kernel a layer less.
+        pages: what rows see of a pool of pages; None where each row has a cache of its own.
+    """
+
+    batch: int
+    length: int
+    rope: Sequence[CosSin] | None
+    slots: Tensor
+    plan: AttentionPlan
+    cache: KVCache
+    attention: AttentionFunction
+    ops: DecoderOps
+    positions: Tensor | None = None
+    gained: bool = False
+    pages: DecodePages | PackedPrompts | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a greedy step reads and writes beside the logits, fixed buffers on the device.
+
+    Args:
+        token, slot, position, step: int64 [1]. done: bool [1]. See `DecodeState`.
+        stop_ids: int64 [n, 1], -1 where unused. seen: bool [V]. penalty: float32 [].
+    """
+
+    token: Tensor
+    slot: Tensor
+    position: Tensor
+    step: Tensor
+    done: Tensor
+    stop_ids: Tensor
+    seen: Tensor
+    penalty: Tensor
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What a step that checks drafted tokens reads and writes beside `Choice`, on the device.
+
+    Args:
+        fed: int64 [MOST_FED + 1], the last token chosen and the drafts of those after it.
+        ids: int32 [max_seq_len], the tokens of prompt and answer by slot.
+        last_slot: int64 [1], the slot of the last token that the request may choose.
+        record: int64 [2 + MOST_FED], of the last step: how many tokens it chose (0 once the answer
+            has ended), how many of its drafts in a row were right, and its tokens.
+    """
+
+    fed: Tensor
+    ids: Tensor
+    last_slot: Tensor
+    record: Tensor
+
+
+# See `paged_attention`.
+PagedAttention = Callable[[Tensor, Tensor, DecodePages], Tensor]
+# Heads of all tokens [B, S, H + 2 KVH, D], see `place_heads`.
+PlaceHeads = Callable[[Tensor, Layer, Step], KeysValues]
+
+
+def dense(matrix: Matrix, like: Tensor, read: ReadBack = Quantized.dequantize) -> Tensor:
+    """The matrix [in, out] in the type of `like`."""
+    return matrix if isinstance(matrix, torch.Tensor) else read(matrix, like.dtype).t()
+
+
+def norm_qkv(hidden: Tensor, layer: Layer, read: ReadBack = Quantized.dequantize) -> Tensor:
+    """hidden [B * S, hidden] -> [B * S, (H + 2 KVH) * D]."""
+    x = layer.attn_norm(hidden)
+    if layer.qkv_bias is None:
+        return torch.mm(x, dense(layer.qkv, x, read))
+    return torch.addmm(layer.qkv_bias, x, dense(layer.qkv, x, read))
+
+
+def place_heads(split: Tensor, layer: Layer, step: Step) -> KeysValues:
+    """Norm and rotate the queries and keys of `split` [B, S, H + 2 KVH, D], write the cache;
+    queries stay in `split`, keys and values are those to attend to."""
+    heads, kv_heads = layer.num_heads, layer.num_kv_heads
+    qk = split.narrow(2, 0, heads + kv_heads)
+    normed = qk
+    if layer.qk_norm is not None:
+        normed = layer.qk_norm.direction(qk) if step.gained else layer.qk_norm(qk)
+    assert step.rope is not None, "only operations of any length do without"
+    # Rotated in place, so that keys and values stay side by side and are stored in one go.
+    rotate(normed, *step.rope[layer.index], out=qk)
+    fresh = split.narrow(2, heads, 2 * kv_heads)
+    return step.cache.write(layer.index, fresh, step.slots, step.plan.kv_len)
+
+
+def attend(qkv: Tensor, layer: Layer, step: Step, place: PlaceHeads = place_heads) -> Tensor:
+    """Norm and rotate queries and keys, write the cache, attend: -> [B * S, H * D]."""
+    heads, dim = layer.num_heads, layer.head_dim
+    split = qkv.view(step.batch, step.length, heads + 2 * layer.num_kv_heads, dim)
+    keys, values = place(split, layer, step)
+    attended = step.attention(split.narrow(2, 0, heads), keys, values, step.plan)
+    return attended.view(-1, heads * dim)
+
+
+def attend_pages(
+    qkv: Tensor,
+    layer: Layer,
+    step: Step,
+    place: PlaceHeads = place_heads,
+    decode: PagedAttention = paged_attention,
+) -> Tensor:
+    """`attend` of rows that share a pool of pages: one token each, or prompts side by side."""
+    assert isinstance(step.cache, PagedKVCache), "pages come with their pool"
+    split = qkv.view(step.batch, step.length, -1, layer.head_dim)
+    place(split, layer, step)
+    pool = step.cache.layers[layer.index]
+    if isinstance(step.pages, PackedPrompts):
+        return prompt_attention(split[0], pool, step.pages)
+    assert step.pages is not None, "a step over pages says which"
+    return decode(split[:, 0, : layer.num_heads], pool, step.pages)
+
+
+def o_residual(
+    attended: Tensor, layer: Layer, hidden: Tensor, read: ReadBack = Quantized.dequantize
+) -> Tensor:
+    """hidden + W_o attended, [B * S, hidden], in place: the sum is part of the product."""
+    hidden.addmm_(attended, dense(layer.o, hidden, read))
+    return hidden if layer.o_bias is None else hidden.add_(layer.o_bias)
+
+
+def swiglu(both: Tensor) -> Tensor:
+    """silu(gate) * up of [N, 2 I], gate in front of up."""
+    gate, up = both.chunk(2, 1)
+    return F.silu(gate).mul_(up)
+
+
+def norm_gate_up(
+    hidden: Tensor,
+    layer: Layer,
+    read: ReadBack = Quantized.dequantize,
+    activate: Callable[[Tensor], Tensor] = swiglu,
+) -> Tensor:
+    """SwiGLU of the normed hidden state: silu(gate) * up, [B * S, I]."""
+    return activate(torch.mm(layer.mlp_norm(hidden), dense(layer.gate_up, hidden, read)))
+
+
+def down_residual(
+    activated: Tensor, layer: Layer, hidden: Tensor, read: ReadBack = Quantized.dequantize
+) -> Tensor:
+    """hidden + W_down activated, [B * S, hidden], in place."""
+    return hidden.addmm_(activated, dense(layer.down, hidden, read))
+
+
+def norm_head(
+    hidden: Tensor, norm: RMSNorm, head: Matrix, read: ReadBack = Quantized.dequantize
+) -> Tensor:
+    """Logits [N, V] of hidden states [N, hidden]; `head` is [hidden, V].
+
+    The largest matrix of all, so a quantized one is never there whole.
+    """
+    x = norm(hidden)
+    if isinstance(head, torch.Tensor):
+        return torch.mm(x, head)
+    parts = [torch.mm(x, dense(head.part(rows), x, read)) for rows in head.pieces()]
+    return torch.cat(parts, 1)
+
+
+def vector_bits(matrix: Quantized) -> int | None:
+    """None: vectors are multiplied in the type they have."""
+    return None
+
+
+@dataclass(frozen=True)
+class DecoderOps:
+    """The operations a decoder runs; every field can be replaced alone.
+
+    Args:
+        any_length: `attend` reads on the device how long the sequence is and needs no plan.
+        choose: the end of a greedy step in place of `norm_head` and the sampler: the likeliest
+            token becomes `choice.token`, and the rest of `choice` is ready for the next step.
+            Once `choice.done` is set a step changes nothing.
+        choose_several: the end of a greedy step of the tokens at the front of `drafts.fed`: those
+            it chooses, and what is drafted for the next one. As `drafting.accept` and `draft`.
+        vector_bits: bits to which products with this matrix round their vector; None = not at all.
+        read_back: how products with more rows than a step has read quantized matrices.
+        place_heads: how prompts do what is in front of attention. turn_heads: and vision towers.
+        paged_attention: how one token of each row attends over a pool of pages;
+            `paged_reads_lengths`: and reads on the device how long each row is.
+        swiglu: how many rows that share a pool of pages are activated.
+        most_rows: up to which `norm_head` does without a head read back; 0 = never.
+    """
+
+    norm_qkv: Callable[[Tensor, Layer], Tensor] = norm_qkv
+    attend: Callable[[Tensor, Layer, Step], Tensor] = attend
+    o_residual: Callable[[Tensor, Layer, Tensor], Tensor] = o_residual
+    norm_gate_up: Callable[[Tensor, Layer], Tensor] = norm_gate_up
+    down_residual: Callable[[Tensor, Layer, Tensor], Tensor] = down_residual
+    norm_head: Callable[[Tensor, RMSNorm, Matrix], Tensor] = norm_head
+    any_length: bool = False
+    choose: Callable[[Tensor, RMSNorm, Matrix, Choice], None] | None = None
+    choose_several: Callable[[Tensor, RMSNorm, Matrix, Choice, Drafts], None] | None = None
+    vector_bits: Callable[[Quantized], int | None] = vector_bits
+    read_back: ReadBack = Quantized.dequantize
+    place_heads: PlaceHeads = place_heads
+    turn_heads: TurnHeads = turn_heads
+    paged_attention: PagedAttention = paged_attention
+    paged_reads_lengths: bool = False
+    swiglu: Callable[[Tensor], Tensor] = swiglu
+    most_rows: int = 0
+
+
+REFERENCE_OPS = DecoderOps()
+
+
+def prompt_ops(step: DecoderOps) -> DecoderOps:
+    """Operations on prompts in a model whose steps are `step`: plain torch, with the matrices read
+    back and the heads placed as `step` does it.
+
+    A quantized head is an exception: few rows of a prompt's end go through the steps' own. The
+    first token is then chosen from the logits that a step would give there, whose vector is rounded
+    as in every step, and not from those of the head read back.
+    """
+
+    def head(hidden: Tensor, norm: RMSNorm, matrix: Matrix) -> Tensor:
+        if isinstance(matrix, torch.Tensor) or len(hidden) > step.most_rows:
+            return norm_head(hidden, norm, matrix, step.read_back)
+        # Copies, as rows may lie apart, and as the next step overwrites its logits.
+        return step.norm_head(hidden.clone(), norm, matrix).clone()
+
+    return DecoderOps(
+        attend=functools.partial(attend, place=step.place_heads),
+        norm_qkv=functools.partial(norm_qkv, read=step.read_back),
+        o_residual=functools.partial(o_residual, read=step.read_back),
+        norm_gate_up=functools.partial(norm_gate_up, read=step.read_back),
+        down_residual=functools.partial(down_residual, read=step.read_back),
+        norm_head=head,
+    )
+
+
+def paged_ops(step: DecoderOps, few: bool) -> DecoderOps:
+    """Operations over a pool of pages in a model whose lone steps are `step`.
+
+    Args:
+        few: of steps of up to `step.most_rows` rows, which run the lone step's own products. More
+            rows, and prompts, run those of prompts, which are matrices times matrices.
+    """
+    attend = functools.partial(attend_pages, place=step.place_heads, decode=step.paged_attention)
+    if few:
+        return replace(step, attend=attend)
+    gate_up = functools.partial(norm_gate_up, read=step.read_back, activate=step.swiglu)
+    return replace(prompt_ops(step), attend=attend, norm_gate_up=gate_up)

@@ -1,0 +1,51 @@
+"""One graph for pictures of many sizes gives what the tower gives operator by operator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwencli.engine.loading import weights
+from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.prefill_graphs import PromptGraphs
+from qwencli.models.shape_reader import read_shape
+from tests.checkpoints import VISION_FAMILIES, hub_config
+
+CUDA = torch.device("cuda")
+MODERN = torch.cuda.get_device_capability() >= (8, 0)
+# Pictures, one small one among them, several at once, and a video.
+ASKED = [
+    [(1, 16, 24)], [(1, 24, 16)], [(1, 2, 2)], [(1, 8, 4), (1, 12, 20)], [(4, 6, 14)],
+    [(1, 30, 40)], [(1, 16, 24)], [(3, 2, 2), (1, 10, 8)], [(1, 44, 46)],
+]  # fmt: skip
+
+
+@pytest.mark.skipif(not MODERN, reason="flash attention needs compute capability 8.0")
+@torch.inference_mode()
+@pytest.mark.parametrize("hidden", [64, 144, 160])
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_features_are_those_of_the_tower(family, hidden):
+    """Heads of 32, of 72 as the 4B and 8B towers have them, and of 80."""
+    config = hub_config(family)
+    vision = config["vision_config"]
+    vision["embed_dim" if "embed_dim" in vision else "hidden_size"] = hidden
+    vision["num_heads"] = 2
+    shape = read_shape(config)
+    model = QwenModel(shape, weights.dummy(shape, torch.bfloat16, CUDA), 1100)
+    graphs = PromptGraphs(model, model.static_cache(), 1100)
+    generator = torch.Generator(CUDA).manual_seed(5)
+    assert graphs._pictures is not None
+    for grids in ASKED:
+        count = sum(t * h * w for t, h, w in grids)
+        patches = torch.randn(
+            count, shape.vision.patch_elements, device=CUDA, dtype=torch.bfloat16,
+            generator=generator,
+        )  # fmt: skip
+        found, expected = (of.encode_images(patches, grids) for of in (graphs, model))
+        for mine, theirs in zip(
+            (found.embeds, *found.deepstack), (expected.embeds, *expected.deepstack), strict=True
+        ):
+            error = (mine.float() - theirs.float()).norm() / theirs.float().norm()
+            assert mine.shape == theirs.shape
+            assert float(error) <= 1e-2, grids
+    assert 1 < len(graphs._pictures._features) < len(ASKED)
