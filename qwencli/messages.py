@@ -20,10 +20,16 @@ class TextPart:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """One decoded picture, mode RGB, EXIF orientation applied. `name` is what errors call it."""
+    """One decoded picture, mode RGB, EXIF orientation applied.
+
+    Args:
+        name: what errors call it.
+        first_of: what its file holds several of, where only the first one is shown here.
+    """
 
     image: Image
     name: str
+    first_of: Literal["frames", "pages"] | None = None
 
 
 @dataclass(frozen=True)

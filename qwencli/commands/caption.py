@@ -34,7 +34,7 @@ def caption(
     # Here and not above: `--help` needs none of it.
     from qwencli.commands.captions import BATCH_FROM, Captions
     from qwencli.commands.model_choice import announce_model, choose_model
-    from qwencli.commands.requests import open_visual, running_engine, system_messages
+    from qwencli.commands.requests import running_engine, system_messages
     from qwencli.messages import GenerationRequest, VisualPart, user_message
 
     sink = context.ensure_object(Sink)
@@ -55,7 +55,7 @@ def caption(
             left = images[work.begun - 1 :]
             if len(left) >= BATCH_FROM and not together:
                 work.answer_many(
-                    loaded, left, ask(pictures), lambda path: ask((open_visual(path, frames),))
+                    loaded, left, ask(pictures), lambda path: ask((work.open(path, frames),))
                 )
                 pictures = None
             while pictures is not None:
@@ -63,5 +63,6 @@ def caption(
                 # Large pictures are not held while the next ones are decoded.
                 del pictures
                 pictures = next(jobs, None)
+    work.finish()
     if work.failed:
         raise typer.Exit(1)

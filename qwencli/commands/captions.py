@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwencli.commands.options import RunOptions
-from qwencli.commands.reports import caption_record, failure_record, shortfall, stats_line
+from qwencli.commands.reports import (
+    caption_record,
+    failure_record,
+    shortfall,
+    stats_line,
+    unshown,
+)
 from qwencli.commands.requests import OPENING_ERRORS, open_visual
 from qwencli.errors import InputError, OutOfMemoryError, QwenCliError
-from qwencli.messages import GenerationRequest, VisualPart
+from qwencli.messages import GenerationRequest, ImagePart, VisualPart
 from qwencli.output import Sink, visible
 
 if TYPE_CHECKING:
@@ -34,6 +40,18 @@ class Captions:
         self.sink, self.json, self.stats = sink, run.json, run.stats
         self.model, self.several = model, several
         self.failed = self.begun = 0
+        self._first_of: dict[str, list[str]] = {}
+
+    def open(self, path: Path, frames: int | None, beside: Pictures = ()) -> VisualPart:
+        """Open what `path` names; `finish` tells of what it holds and is not shown."""
+        picture = open_visual(path, frames, beside)
+        if isinstance(picture, ImagePart) and picture.first_of is not None:
+            self._first_of.setdefault(picture.first_of, []).append(picture.name)
+        return picture
+
+    def finish(self) -> None:
+        for line in unshown(self._first_of):
+            self.sink.notice(line)
 
     def opened(self, jobs: Sequence[Sequence[Path]], frames: int | None) -> Iterator[Pictures]:
         for number, paths in enumerate(jobs, start=1):
@@ -43,7 +61,7 @@ class Captions:
             pictures: Pictures = ()
             for path in paths:
                 try:
-                    pictures += (open_visual(path, frames, pictures),)
+                    pictures += (self.open(path, frames, pictures),)
                 except OPENING_ERRORS as error:
                     self._report(error, [str(path)])
             if 0 < len(pictures) < len(paths):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from qwencli.commands.reports import caption_record, shortfall, stats_line
+from qwencli.commands.reports import caption_record, shortfall, stats_line, unshown
 from qwencli.commands.requests import (
     OPENING_ERRORS,
     local_path,
@@ -31,6 +31,7 @@ from qwencli.errors import (
 )
 from qwencli.messages import (
     GenerationRequest,
+    ImagePart,
     Message,
     TextPart,
     VisualPart,
@@ -94,7 +95,11 @@ class Conversation:
         }
 
     def attach(self, *pictures: VisualPart) -> None:
+        """Show pictures with the next message, and say of which files a part alone is shown."""
         self._attached.extend(pictures)
+        for picture in pictures:
+            if isinstance(picture, ImagePart) and picture.first_of is not None:
+                self._sink.notice(*unshown({picture.first_of: [picture.name]}))
 
     def converse(self, stdin: TextIO) -> int:
         """Read lines until the end of input or /exit; errors are shown and the talk goes on.

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from qwencli.errors import QwenCliError
 from qwencli.results import GenerationResult, Speculation
+
+# How to have more of a file shown than its first picture.
+_SHOW_MORE = {
+    "frames": "--frames N shows N of them",
+    "pages": "--frames N takes animations, no pages: make a file of each",
+}
+# Files named in one notice.
+_MOST_NAMES = 3
 
 
 def caption_record(result: GenerationResult, images: list[str], model: str) -> dict[str, Any]:
@@ -64,6 +73,20 @@ def shortfall(result: GenerationResult) -> str | None:
     if result.thoughts is not None and not result.text:
         return "the model thought and gave no answer (try another prompt)"
     return None
+
+
+def unshown(names: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line for each kind of what files hold (`ImagePart.first_of`), of which the first is shown.
+
+    Args:
+        names: the files, by kind.
+    """
+    return [
+        f"note: {', '.join(files[:_MOST_NAMES])}"
+        + (f" and {len(files) - _MOST_NAMES} more" if len(files) > _MOST_NAMES else "")
+        + f": of several {kind} the first is shown ({_SHOW_MORE[kind]})"
+        for kind, files in names.items()
+    ]
 
 
 def speculation_record(speculation: Speculation | None) -> dict[str, Any] | None:

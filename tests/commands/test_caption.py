@@ -506,6 +506,27 @@ def test_help_has_the_defaults_of_sampling(capsys):
         assert f"Default: the model's, else {getattr(base, name):g}." in text
 
 
+@pytest.mark.parametrize("least", [2, 99])
+def test_one_notice_says_that_the_first_frame_alone_is_shown(
+    caption, tmp_path, capsys, monkeypatch, least
+):
+    monkeypatch.setattr("qwencli.commands.captions.BATCH_FROM", least)
+    frames = [Image.new("RGB", (64, 64), (40 * i, 90, 10)) for i in range(3)]
+    paths = [str(tmp_path / name) for name in ("a.gif", "b.webp", "c.png", "d.gif", "e.tif")]
+    for path in paths:
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+    assert caption(*paths, "--engine", "native") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "is shown" in line]
+    assert lines == [
+        f"note: {', '.join(paths[:3])} and 1 more: of several frames the first is shown "
+        "(--frames N shows N of them)",
+        f"note: {paths[4]}: of several pages the first is shown "
+        "(--frames N takes animations, no pages: make a file of each)",
+    ]
+    assert caption(*paths[:4], "--engine", "native", "--frames", "2") == 0
+    assert "is shown" not in capsys.readouterr().err
+
+
 def test_many_pictures_are_answered_together_in_their_order(
     checkpoint, tmp_path, capsys, monkeypatch
 ):

@@ -81,6 +81,14 @@ def test_videos_are_attached_and_a_still_is_refused(talk, picture_path, capsys):
     assert len(request.messages[0].parts[0].frames) == 4
 
 
+def test_an_animation_shown_as_a_picture_is_said(talk, tmp_path, capsys):
+    path = tmp_path / "a.gif"
+    frames = [Image.new("RGB", (64, 64), (40 * i, 90, 10)) for i in range(3)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    converse(talk, f"/image {path}")
+    assert f"note: {path}: of several frames the first is shown" in capsys.readouterr().err
+
+
 def test_of_several_pictures_the_good_ones_are_attached(talk, picture_path, capsys):
     converse(talk, f'/image missing.png "{picture_path}" a.gif', "What is it?")
     err = capsys.readouterr().err

@@ -1,8 +1,9 @@
 """What kind of video file this is, and whether it was cut off, from its bytes alone.
 
-FFmpeg reads what is there of a file that ends early as a shorter video. Each kind states how long
-its parts are, so the last one tells. Two cuts stay invisible: one that falls between two parts of
-a file that does not say how many there are (a live recording in Matroska, a transport stream).
+FFmpeg, and Pillow of a GIF, read what is there of a file that ends early as a shorter video. Each
+kind states how long its parts are, so the last one tells. Two cuts stay invisible: one that falls
+between two parts of a file that does not say how many there are (a live recording in Matroska, a
+transport stream).
 """
 
 from __future__ import annotations
@@ -123,6 +124,36 @@ def _vint_length(first: int) -> int:
     return 9 - first.bit_length()
 
 
+def _gif(file: BinaryIO, size: int) -> bool:
+    """GIF: frames and extensions, each in blocks of a stated length, and a byte at the end."""
+    flags = _read(file, 10, 1)
+    start = 13 + (_gif_palette_bytes(flags[0]) if flags else 0)
+    file.seek(start)
+    while what := file.read(1):
+        if what == b";":
+            return False
+        if what == b",":
+            head = file.read(9)
+            if len(head) < 9:
+                return True
+            file.seek(_gif_palette_bytes(head[8]) + 1, io.SEEK_CUR)
+        elif what == b"!":
+            file.read(1)
+        else:
+            continue  # filling, which decoders pass over
+        block = file.read(1)
+        while block and block[-1]:
+            length = block[-1] + 1
+            block = file.read(length)
+            if len(block) < length:
+                return True
+    return True
+
+
+def _gif_palette_bytes(flags: int) -> int:
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
 def _ivf(file: BinaryIO, size: int) -> bool:
     """IVF: a header, then frames, each after its length and its time."""
     start = int.from_bytes(_read(file, 6, 2), "little")
@@ -210,6 +241,7 @@ _CHECKS: dict[str, Callable[[BinaryIO, int], bool]] = {
     "matroska": _elements,
     "avi": _riff,
     "flv": _flv,
+    "gif": _gif,
     "asf": _asf,
     "ogg": _ogg,
     "ivf": _ivf,

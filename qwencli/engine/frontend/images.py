@@ -9,6 +9,7 @@ This module does not know what size a model wants; `preprocess` does.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import logging
@@ -24,7 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 import numpy as np
 from PIL import (
@@ -144,6 +145,13 @@ _SIGNATURES = (
     (re.compile(rb"\s*<(\?xml|svg)", re.IGNORECASE), "XML or SVG text"),
     (re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE), "an HTML page"),
 )
+# Formats of one file with many pictures in which they are moments of one scene; and those in which
+# they are pages. Elsewhere they are layers, sizes, or a photograph and what the camera made of it.
+ANIMATED = frozenset({"AVIF", "FLI", "GIF", "JXL", "PNG", "WEBP"})
+_PAGED = frozenset({"DCX", "TIFF"})
+# Of a TIFF's picture: bit 0 is set in a smaller copy of another page.
+_SUBFILE_TYPE = 254
+_MOST_COPIES = 32
 # Formats that a separately installed plug-in teaches to Pillow: Pillow's name for the format, the
 # plug-in's module, its registering call (None: importing it is enough), the package to install.
 _PLUGINS = {
@@ -255,9 +263,7 @@ def open_image(source: Path | bytes, name: str | None = None, held_bytes: int = 
             `MAX_DECODE_BYTES`.
         OutOfMemoryError: the host cannot hold the decoded picture.
     """
-    return read_picture(
-        source, lambda image, called: ImagePart(to_rgb(image, called, held_bytes), called), name
-    )
+    return read_picture(source, functools.partial(image_part, held_bytes), name)
 
 
 def read_picture(
@@ -273,6 +279,33 @@ def read_picture(
     name = name or str(source)
     with open_file(source, name) as file:
         return decode(file, name, read)
+
+
+def image_part(held_bytes: int, image: Image.Image, name: str) -> ImagePart:
+    """An opened picture as `open_image` describes it."""
+    shown = to_rgb(image, name, held_bytes)
+    return ImagePart(shown, name, _first_of(image))
+
+
+def _first_of(image: Image.Image) -> Literal["frames", "pages"] | None:
+    """What the file of a decoded picture holds more of; damage behind the picture says nothing."""
+    try:
+        if not getattr(image, "is_animated", False):
+            return None
+        if image.format in ANIMATED:
+            return "frames"
+        if image.format in _PAGED and any(_is_page(image, n) for n in range(1, _MOST_COPIES)):
+            return "pages"
+    except (*DECODE_ERRORS, *_BOMBS, InputError):
+        pass
+    return None
+
+
+def _is_page(image: Image.Image, number: int) -> bool:
+    """Raises EOFError where there is no such page."""
+    image.seek(number)
+    tags = getattr(image, "tag_v2", {})
+    return not tags.get(_SUBFILE_TYPE, 0) & 1
 
 
 def to_rgb(image: Image.Image, name: str, held_bytes: int = 0) -> Image.Image:

@@ -20,12 +20,14 @@ from PIL import Image
 
 from qwencli.engine.frontend.containers import is_cut_off, video_kind
 from qwencli.engine.frontend.images import (
+    ANIMATED,
     DECODE_ERRORS,
     MAX_DECODE_BYTES,
     PICTURE_SUFFIXES,
     allow_time,
     check_decoded_size,
     decode,
+    image_part,
     open_file,
     read_error,
     read_picture,
@@ -50,9 +52,6 @@ _PIXELS_A_FRAME = 20_000
 # What a frame of an animation takes that states no time; browsers do the same.
 _FRAME_S = 0.1
 
-# Formats of one file with many pictures in which they are moments of one scene. Elsewhere they are
-# pages, layers, sizes, or a photograph and what the camera made of it.
-_ANIMATED = frozenset({"AVIF", "FLI", "GIF", "JXL", "PNG", "WEBP"})
 # A video file's frames: the largest, and bytes a pixel that FFmpeg holds of those it refers to.
 MAX_FRAME_PIXELS = 36_000_000
 _DECODER_BYTES_A_PIXEL = 16
@@ -76,9 +75,9 @@ def open_visual(
         return _from_folder(path, frames, held_bytes)
 
     def read(image: Image.Image, name: str) -> VisualPart:
-        if frames is not None and _is_animation(image):
+        if frames is not None and _is_animation(image, name):
             return _from_animation(image, name, frames, held_bytes)
-        return ImagePart(to_rgb(image, name, held_bytes), name)
+        return image_part(held_bytes, image, name)
 
     return _from_any_file(path, frames, held_bytes, read)
 
@@ -102,7 +101,7 @@ def open_video(
         return _from_folder(path, frames, held_bytes)
 
     def read(image: Image.Image, name: str) -> VideoPart:
-        if not _is_animation(image):
+        if not _is_animation(image, name):
             raise InputError(f"{name} is a single picture, not a video", "show it as a picture")
         return _from_animation(image, name, frames, held_bytes)
 
@@ -172,8 +171,15 @@ def _is_folder(path: Path) -> bool:
         return False  # opening it as a file will tell why
 
 
-def _is_animation(image: Image.Image) -> bool:
-    return image.format in _ANIMATED and getattr(image, "is_animated", False)
+def _is_animation(image: Image.Image, name: str) -> bool:
+    """Raises InputError for a GIF that ends early, which Pillow takes for a shorter one."""
+    file = getattr(image, "fp", None)
+    if image.format == "GIF" and file is not None:
+        place = file.tell()
+        if is_cut_off(file, "gif"):
+            raise InputError(f"{name}: damaged GIF file (it ends early)", _COPY_AGAIN)
+        file.seek(place)
+    return image.format in ANIMATED and getattr(image, "is_animated", False)
 
 
 def _check_size(name: str, size: tuple[int, int], count: int, held_bytes: int) -> None:

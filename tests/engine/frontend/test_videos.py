@@ -216,6 +216,43 @@ def test_a_film_cut_between_two_parts_shows_in_the_length_it_states(tmp_path: Pa
         open_visual(tmp_path / "a.flv")
 
 
+@pytest.mark.parametrize("duration", [None, 80])
+def test_a_gif_cut_anywhere_is_not_a_shorter_video(tmp_path: Path, duration: int | None) -> None:
+    """Between two frames too; whole ones may be padded behind their end."""
+    path = write_animation(tmp_path / "a.gif", 6, duration or [40, 50, 60, 70, 80, 90])
+    data = path.read_bytes()
+    for end in (*range(800, len(data), 37), *range(len(data) - 30, len(data))):
+        path.write_bytes(data[:end])
+        with pytest.raises(InputError, match="damaged GIF file"):
+            open_visual(path, 16)
+    for after in (b"", b"\0\0\0", b";"):
+        path.write_bytes(data + after)
+        video = open_visual(path, 16)
+        assert isinstance(video, VideoPart)
+        assert len(video.frames) == 6
+
+
+@pytest.mark.parametrize(
+    "name", ["a.gif", "a.webp", "a.png", "a.avif", "a.tif", "a.mpo", "one.gif"]
+)
+def test_a_picture_says_what_its_file_holds_more_of(tmp_path: Path, name: str) -> None:
+    path = write_animation(tmp_path / name, 1 if name == "one.gif" else 3)
+    expected = {".tif": "pages", ".mpo": None}.get(path.suffix, "frames")
+    picture = open_visual(path)
+    assert isinstance(picture, ImagePart)
+    assert picture.first_of == (None if name == "one.gif" else expected)
+    assert images.open_image(path).first_of == picture.first_of
+
+
+def test_smaller_copies_of_a_page_are_no_pages(tmp_path: Path) -> None:
+    pages = [frame(index) for index in range(2)]
+    pages[1].encoderinfo = {"tiffinfo": {254: 1}}
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    picture = open_visual(tmp_path / "a.tif")
+    assert isinstance(picture, ImagePart)
+    assert picture.first_of is None
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="names that Windows does not allow")
 @pytest.mark.parametrize(
     "name", ["10:30.mp4", "concat:a|b", "http:x", "pipe:0", "data:,x.mp4", "-i.mp4", "a%03d.mp4"]
