@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from qwencli.diagnostics.facts import EngineProcess
 
 _PROC = Path("/proc")
 _INIT = 1
+# Options of Python that another word belongs to.
+_WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
+# In a container the first process is often one of these, and the parent of what it started.
+_STARTS_OTHERS = re.compile(r"(ba|da|z|fi|k|c|tc)?sh|python.*|node|supervisord")
 
 
 def read_engines(proc: Path = _PROC) -> tuple[EngineProcess, ...] | None:
@@ -20,13 +25,21 @@ def read_engines(proc: Path = _PROC) -> tuple[EngineProcess, ...] | None:
         return None
     parents = {int(p.name): _parent(p) for p in proc.iterdir() if p.name.isdigit()}
     family = _line_of(os.getpid(), parents)
+    adopts = not _STARTS_OTHERS.fullmatch(_name(proc / str(_INIT)))
     found = []
     for pid, parent in sorted(parents.items()):
         what = _qwencli(proc / str(pid))
         ours = pid in family or os.getpid() in _line_of(pid, parents)
         if what and parent is not None and not ours:
-            found.append(EngineProcess(pid, what, orphaned=parent == _INIT))
+            found.append(EngineProcess(pid, what, orphaned=adopts and parent == _INIT))
     return tuple(found)
+
+
+def _name(process: Path) -> str:
+    try:
+        return (process / "comm").read_text("utf-8", errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _parent(process: Path) -> int | None:
@@ -47,14 +60,31 @@ def _line_of(pid: int | None, parents: dict[int, int | None]) -> set[int]:
 
 
 def _qwencli(process: Path) -> str | None:
-    """The part of the command line after the interpreter, where it starts qwencli."""
+    """What of qwencli the process runs, with its first argument; None for other programs.
+
+    A word of a command line that happens to be "qwencli" (`pytest qwencli`) says nothing.
+    """
     try:
         words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return None
-    for at, word in enumerate(words):
-        if word.startswith("qwencli.") or Path(word).name == "qwencli" or word == "qwencli":
-            before = Path(words[0]).name
-            if before.startswith("python") or at == 0:
-                return " ".join([Path(word).name, *words[at + 1 : at + 2]]).strip()
-    return None
+    what, *arguments = _program(words) or [""]
+    if what != "qwencli" and not what.startswith("qwencli."):
+        return None
+    return " ".join([what, *arguments[:1]]).strip()
+
+
+def _program(words: list[str]) -> list[str]:
+    """The module or script that a command line runs, without its folder, and its arguments."""
+    if not Path(words[0]).name.startswith("python"):
+        return [Path(words[0]).name, *words[1:]]
+    rest = words[1:]
+    while rest and rest[0].startswith("-"):
+        option = rest.pop(0)
+        if option in _WITH_VALUE:
+            del rest[:1]
+        elif not option.startswith("--") and (found := re.match(r"-[A-Za-z]*?([cm])(.*)", option)):
+            if found[1] == "c":
+                return []
+            return [found[2], *rest] if found[2] else rest
+    return [Path(rest[0]).name, *rest[1:]] if rest else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,7 @@ def text(results: Sequence[Result], advice: Advice) -> RenderableType:
     from rich.text import Text
 
     parts: list[RenderableType] = []
+    said: dict[str, str] = {}
     skipped = [check.id for check, finding in results if finding.status is Status.SKIP]
     folded = len(skipped) > MOST_SKIPS_SHOWN
     shown = [found for found in results if not (folded and found[1].status is Status.SKIP)]
@@ -81,15 +82,25 @@ def text(results: Sequence[Result], advice: Advice) -> RenderableType:
         table.add_column(no_wrap=True, min_width=max(len(check.id) for check, _ in results))
         table.add_column(overflow="fold")
         for check, finding in members:
+            finding = replace(finding, fix=_unsaid(finding.fix, check.id, said))
             label = Text(finding.status.value.upper(), style=_STYLE[finding.status])
             table.add_row(label, check.id, _body(finding))
         parts += [Text(group, style="bold"), table, Text()]
     if folded:
-        said = f"SKIP {len(skipped)} checks do not apply here: {', '.join(skipped)}"
-        parts += [Text(f"{said} (--json has the reason of each)", style="dim"), Text()]
+        line = f"SKIP {len(skipped)} checks do not apply here: {', '.join(skipped)}"
+        parts += [Text(f"{line} (--json has the reason of each)", style="dim"), Text()]
     parts += [Text("recommended", style="bold"), Text(settings_line(advice))]
     parts += [Text(line, style="dim") for line in advice.why]
     return Group(*parts, Text(), *map(Text, _to_do(results)), Text(summary_line(results)))
+
+
+def _unsaid(fix: str, check: str, said: dict[str, str]) -> str:
+    """The fix, each line that an earlier check has `said` replaced by that check's name."""
+    lines = [
+        line if (first := said.setdefault(line, check)) == check else f"as for {first}"
+        for line in fix.splitlines()
+    ]
+    return "\n".join(dict.fromkeys(lines))
 
 
 def _body(finding: Finding) -> RenderableType:
@@ -137,6 +148,7 @@ def markdown(
 ) -> str:
     """The page that `--report` writes, before it is redacted."""
     lines = [f"# qwencli {version} diagnose: {summary_line(results)}", ""]
+    said: dict[str, str] = {}
     for status in (Status.FAIL, Status.WARN, Status.PASS, Status.SKIP):
         found = [(check, finding) for check, finding in results if finding.status is status]
         if not found:
@@ -146,7 +158,8 @@ def markdown(
             lines.append(f"- **{check.id}**: {finding.what}")
             lines += [f"  - {line}" for line in finding.evidence.splitlines()]
             sure = finding.confidence.value
-            lines += [f"  - fix ({sure}): {line}" for line in finding.fix.splitlines()]
+            fix = _unsaid(finding.fix, check.id, said)
+            lines += [f"  - fix ({sure}): {line}" for line in fix.splitlines()]
         lines.append("")
     lines += ["## Recommended", "", settings_line(advice), "", *(f"- {why}" for why in advice.why)]
     record = json.dumps(dict(machine), indent=1)

@@ -109,6 +109,7 @@ CASES = [
     ("engines", {"engines": [{"pid": 9, "what": "worker", "orphaned": True}]}, "warn", "pid 9"),
     ("engines", {"engines": [{"pid": 9, "what": "worker", "orphaned": False}]}, "pass", "pid 9"),
     ("engines", {"engines": None}, "skip", ""),
+    ("engines", {"engines": []}, "pass", "none found"),
     ("engine-run", probe("engine", value={"gpu_busy_ms": 2.0}), "warn", "2.00 ms of a token"),
     ("engine-run", probe("engine", value={"tok_per_s": [50.0, 51.0]}), "warn", "50.5 tok/s"),
     ("flash-attn-runs", {"packages": {"flash-attn": "2.8.4"},

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 
 import pytest
+from rich.console import Console
 
+from qwencli.diagnostics import report
+from qwencli.diagnostics.advice import advise
 from qwencli.diagnostics.finding import Level, Status
 from qwencli.diagnostics.record import RecordedMachine, record
 from qwencli.diagnostics.table import CHECKS, run_check, select
@@ -42,6 +47,24 @@ def test_a_record_of_a_replay_is_the_same_machine(name):
     before = findings(box)
     again = RecordedMachine(json.loads(json.dumps(record(box))))
     assert findings(again) == before
+
+
+@pytest.mark.parametrize("form", ["text", "markdown"])
+@pytest.mark.parametrize("name", MACHINES)
+def test_no_command_is_advised_twice(name, form):
+    box = machine(name)
+    results = [(check, run_check(check, box)) for check in CHECKS]
+    if form == "markdown":
+        page = report.markdown(results, advise(box), {}, "1")
+    else:
+        console = Console(width=1000, file=io.StringIO())
+        console.print(report.text(results, advise(box)))
+        page = console.file.getvalue()
+    commands = re.findall(r"(?:pip install|unset|kill|sudo) [^()\n]+", page)
+    assert len(commands) == len(set(commands)), commands
+    for check, finding in results:
+        for line in finding.fix.splitlines():
+            assert line in page.replace("\n", " "), check.id
 
 
 def test_gpus_of_one_kind_are_named_once():

@@ -139,6 +139,43 @@ def test_processes_of_this_program_by_their_command_line(tmp_path):
     assert read_processes.read_engines(tmp_path / "none") is None
 
 
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("python", "-m", "qwencli", "chat"), "qwencli chat"),
+        (
+            ("python3.12", "-X", "utf8", "-Wd", "-Im", "qwencli.bench.worker"),
+            "qwencli.bench.worker",
+        ),
+        (("/v/bin/python", "-u", "/v/bin/qwencli", "caption", "a.png"), "qwencli caption"),
+        (("python", "-mqwencli", "diagnose"), "qwencli diagnose"),
+        (("python", "-m", "pytest", "qwencli"), None),
+        (("python", "-m", "mypy", "qwencli", "-q"), None),
+        (("python", "-c", "import qwencli", "qwencli"), None),
+        (("python", "tool.py", "/home/ann/qwencli"), None),
+        (("vim", "qwencli"), None),
+        (("",), None),
+    ],
+)
+def test_what_runs_is_told_from_what_is_an_argument(tmp_path, words, what):
+    (tmp_path / "cmdline").write_bytes("\0".join(words).encode() + b"\0")
+    assert read_processes._qwencli(tmp_path) == what
+
+
+@pytest.mark.parametrize(
+    ("first", "orphaned"), [("systemd", True), ("tini", True), ("bash", False), ("sh", False)]
+)
+def test_what_the_shell_of_a_container_started_is_not_left_behind(tmp_path, first, orphaned):
+    (tmp_path / "self").mkdir()
+    for pid, parent, name, command in ((1, 0, first, first), (900001, 1, "python", "qwencli")):
+        folder = tmp_path / str(pid)
+        folder.mkdir()
+        (folder / "stat").write_text(f"{pid} ({name}) S {parent} 1 1", encoding="utf-8")
+        (folder / "comm").write_text(f"{name}\n", encoding="utf-8")
+        (folder / "cmdline").write_bytes(command.encode() + b"\0chat\0")
+    assert [p.orphaned for p in read_processes.read_engines(tmp_path)] == [orphaned]
+
+
 class FakeNvml:
     """A card that offers some things and refuses others."""
 

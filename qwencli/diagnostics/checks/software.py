@@ -48,11 +48,10 @@ def torch_build(machine: Machine) -> Finding:
         )
     if torch.mps:
         return passed(f"torch {torch.version}", "built for Apple's GPU")
-    return warned(
-        f"torch {torch.version} is a CPU-only build",
-        "it is built without CUDA",
-        f"with an NVIDIA GPU: {get_cuda_torch(machine)}",
-    )
+    what, evidence = f"torch {torch.version} is a CPU-only build", "it is built without CUDA"
+    if machine.driver is None:
+        return passed(what, f"{evidence}; no NVIDIA driver answers here that could use it")
+    return warned(what, evidence, get_cuda_torch(machine))
 
 
 def packages(machine: Machine) -> Finding:

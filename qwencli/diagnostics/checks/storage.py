@@ -85,7 +85,10 @@ def resident_engines(machine: Machine) -> Finding:
     if found is None:
         return skipped("the system does not list processes")
     stale = [process for process in found if process.orphaned]
-    evidence = ", ".join(f"pid {process.pid}: {process.what}" for process in found) or "none"
+    evidence = ", ".join(
+        f"pid {process.pid}: {process.what}{' (its parent has ended)' * process.orphaned}"
+        for process in found
+    )
     if stale:
         return warned(
             "qwencli processes outlived what started them",
@@ -94,5 +97,6 @@ def resident_engines(machine: Machine) -> Finding:
             Confidence.MEDIUM,
         )
     if found:
-        return passed("other qwencli processes are running", evidence)
-    return passed("no other qwencli process", evidence)
+        count = f"{len(found)} other qwencli process{'es' * (len(found) > 1)}"
+        return passed(f"{count}, none of them left behind by its parent", evidence)
+    return passed("no other qwencli process", "none found")
