@@ -41,7 +41,7 @@ from qwencli.bench.runner import RunnerOptions, run_in_turns
 from qwencli.bench.session import INTERRUPTED, worker
 from qwencli.bench.telemetry import sampler_command
 from qwencli.config import DType, LoadFormat
-from qwencli.engine.device import DeviceFacts
+from qwencli.engine.machine.device import DeviceFacts
 from qwencli.output import Sink
 
 

@@ -28,20 +28,20 @@ from typing import Any
 import torch
 
 from qwencli.config import EngineConfig, EngineName, ModelSource, ModelSpec, Quantization
-from qwencli.engine.answer import Answer
+from qwencli.engine.base_engine import LocalEngine
 from qwencli.engine.factory import create_engine
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.loading import weights
-from qwencli.engine.local import LocalEngine
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.ops.decoder_ops import Matrix
 from qwencli.engine.quant.quantized_tensor import Quantized
+from qwencli.engine.response import Answer
 from qwencli.messages import GenerationRequest, ImagePart, SamplingOptions, user_message
 from qwencli.models.folder import read_config
 from qwencli.models.locate import bundled_folder
-from qwencli.models.packing import packed_format
+from qwencli.models.quant_formats import packed_format
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.weight_specs import specs

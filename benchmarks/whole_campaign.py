@@ -25,7 +25,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwencli.engine.gpu_sensors import read_driver
+from qwencli.engine.machine.gpu_sensors import read_driver
 
 STEPS = Path(__file__).parent / "steps" / "gpu.toml"
 # A campaign that ran to its end, with a cell that broke or whose figures do not hold.

@@ -11,12 +11,12 @@ from qwencli.bench.divergence import divergence_rows, reference_rows
 from qwencli.bench.quality import caption_rows, has_captions
 from qwencli.bench.spec import WorkerSpec
 from qwencli.config import ModelSpec
-from qwencli.engine.base import Engine, drain
+from qwencli.engine.protocol import Engine, drain
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationResult
 
 if TYPE_CHECKING:
-    from qwencli.engine.local import LocalEngine
+    from qwencli.engine.base_engine import LocalEngine
 
 Row = dict[str, Any]
 Message = dict[str, Any]
@@ -52,7 +52,7 @@ def measure_beside(
 
 def _local(engine: Engine) -> LocalEngine:
     """Logits are to be had from engines that hold the model in this process."""
-    from qwencli.engine.local import LocalEngine
+    from qwencli.engine.base_engine import LocalEngine
 
     assert isinstance(engine, LocalEngine), "rules.py lets no other engine run"
     return engine
@@ -70,8 +70,8 @@ def roofline_row(
     engine: Engine, spec: WorkerSpec, request: GenerationRequest, last: Mapping[str, Any]
 ) -> Row:
     """One row of roofline.csv."""
-    from qwencli.engine.device_work import device_work
-    from qwencli.engine.limits import launch_times, read_bandwidth
+    from qwencli.engine.instruments.device_work import device_work
+    from qwencli.engine.instruments.limits import launch_times, read_bandwidth
     from qwencli.models.decode_bytes import decode_bytes
     from qwencli.models.shape_reader import read_shape
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from qwencli.bench.thread_times import reread
-from qwencli.engine.cgroups import PROC, cpu_groups
+from qwencli.engine.machine.cgroups import PROC, cpu_groups
 
 PRESSURES = ("cpu", "memory", "io")
 # The names of the same counter in the two versions, and what makes milliseconds of it.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from qwencli.engine.local import LocalEngine
+    from qwencli.engine.base_engine import LocalEngine
 
     LogProbs = npt.NDArray[np.float32]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Self
 
-from qwencli.engine.base import Engine, drain
-from qwencli.engine.many_requests import ManyRequests
+from qwencli.engine.protocol import Engine, drain
+from qwencli.engine.serial_queue import ManyRequests
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk, GenerationResult, RanModes
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import qwencli
-from qwencli.engine.device import DeviceFacts, package_version
-from qwencli.engine.host import cpu_model, driver_version
+from qwencli.engine.machine.device import DeviceFacts, package_version
+from qwencli.engine.machine.host import cpu_model, driver_version
 
 PACKAGES = (
     "transformers", "accelerate", "bitsandbytes", "flash-attn", "triton", "tokenizers",

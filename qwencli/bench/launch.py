@@ -9,8 +9,8 @@ import threading
 from typing import Any
 
 from qwencli.bench.predict import MachineSpeed
-from qwencli.engine.child_process import python_command
-from qwencli.engine.device import DeviceFacts
+from qwencli.engine.machine.child_process import python_command
+from qwencli.engine.machine.device import DeviceFacts
 from qwencli.errors import BenchError, DeviceError
 
 # What the campaign may say to a child while it runs.
@@ -39,7 +39,7 @@ def read_device_facts(device: str) -> DeviceFacts:
         DeviceError: the device asked for is not there.
         BenchError: torch does not load.
     """
-    answer = _ask("qwencli.engine.device", device)
+    answer = _ask("qwencli.engine.machine.device", device)
     if "error" in answer:
         raise DeviceError(**answer["error"])
     facts = answer["facts"]
@@ -53,7 +53,7 @@ def read_machine_speed(device: str) -> MachineSpeed:
     Raises:
         BenchError: torch does not load.
     """
-    answer = _ask("qwencli.engine.machine_speed", device)
+    answer = _ask("qwencli.engine.instruments.machine_speed", device)
     return MachineSpeed(**answer)
 
 

@@ -23,7 +23,7 @@ from qwencli.config import (
     Quantization,
     Speculate,
 )
-from qwencli.engine.device import DeviceFacts
+from qwencli.engine.machine.device import DeviceFacts
 from qwencli.errors import BenchError, UsageError
 
 

@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qwencli.bench.launch import end_with_the_campaign
-from qwencli.engine.gpu_sensors import throttle_reasons
-from qwencli.engine.host import open_nvml
+from qwencli.engine.machine.gpu_sensors import throttle_reasons
+from qwencli.engine.machine.host import open_nvml
 
 
 def throttle_names(bits: int) -> str:

@@ -66,7 +66,7 @@ _SCHEMES = {
 
 @dataclass(frozen=True)
 class MachineSpeed:
-    """Of this machine, as `python -m qwencli.engine.machine_speed` measured it.
+    """Of this machine, as `python -m qwencli.engine.instruments.machine_speed` measured it.
 
     Args:
         read_bandwidth: of a buffer beyond any cache; by_size: of smaller ones, ascending.

@@ -22,7 +22,7 @@ from qwencli.config import (
     SeqLen,
     check_sampling,
 )
-from qwencli.engine.device import DeviceFacts
+from qwencli.engine.machine.device import DeviceFacts
 from qwencli.errors import ModelFileError
 
 # Of a GPU's memory: what a model that nobody named may take.

@@ -8,7 +8,7 @@ from typing import Any
 
 from qwencli.bench.heldout import MAX_NEW_TOKENS, PROMPT, heldout
 from qwencli.config import LoadFormat, ModelSource, ModelSpec, SamplingOptions
-from qwencli.engine.base import Engine
+from qwencli.engine.protocol import Engine
 from qwencli.messages import GenerationRequest, user_message
 
 Row = dict[str, Any]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from qwencli.bench.cells import BenchCell
 from qwencli.config import Attention, Cache, EngineName, Kernels, KVDType, Quantization, Speculate
-from qwencli.engine.device import DeviceFacts
+from qwencli.engine.machine.device import DeviceFacts
 
 Rule = Callable[[BenchCell, DeviceFacts], str | None]
 

@@ -16,7 +16,7 @@ from qwencli.bench.planned import duration
 from qwencli.bench.process import Ending, WorkerProcess
 from qwencli.bench.tables import cell_label, cell_summary
 from qwencli.bench.telemetry import Telemetry
-from qwencli.engine.child_process import python_command
+from qwencli.engine.machine.child_process import python_command
 
 Say = Callable[[str], None]
 

@@ -19,8 +19,8 @@ from qwencli.bench.stats import CellRow
 from qwencli.bench.tables import terminal_table
 from qwencli.bench.telemetry import sampler_command
 from qwencli.config import LoadFormat
-from qwencli.engine.child_process import python_command
-from qwencli.engine.device import DeviceFacts
+from qwencli.engine.machine.child_process import python_command
+from qwencli.engine.machine.device import DeviceFacts
 from qwencli.output import Sink
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any, Self
 
 from qwencli.bench.launch import PAUSE, RESUME
-from qwencli.engine.child_process import python_command
+from qwencli.engine.machine.child_process import python_command
 
 INTERVAL_S = 0.05
 Sample = dict[str, Any]

@@ -32,7 +32,7 @@ from qwencli.bench.thread_times import (
     system_times,
     waits,
 )
-from qwencli.engine.device_events import AllocatorCounts, DeviceEvents, allocator_counts
+from qwencli.engine.instruments.device_events import AllocatorCounts, DeviceEvents, allocator_counts
 from qwencli.results import GenerationChunk, GenerationResult
 
 # A token that took this much longer than usual gets a row; what counts as a gap is decided later,

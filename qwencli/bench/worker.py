@@ -31,9 +31,9 @@ from qwencli.bench.launch import end_with_the_campaign
 from qwencli.bench.spec import WorkerSpec
 from qwencli.bench.token_probe import TokenProbe
 from qwencli.config import EngineConfig, LoadMode, SamplingOptions
-from qwencli.engine.base import Engine
-from qwencli.engine.device import memory_stats, reset_peak_memory
 from qwencli.engine.factory import create_engine
+from qwencli.engine.machine.device import memory_stats, reset_peak_memory
+from qwencli.engine.protocol import Engine
 from qwencli.errors import (
     MissingDependencyError,
     OutOfMemoryError,

@@ -23,7 +23,7 @@ from qwencli.messages import GenerationRequest, ImagePart, VisualPart
 from qwencli.output import Sink, visible
 
 if TYPE_CHECKING:
-    from qwencli.engine.base import Engine
+    from qwencli.engine.protocol import Engine
     from qwencli.results import GenerationResult
 
 Pictures = tuple[VisualPart, ...]

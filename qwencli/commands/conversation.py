@@ -41,7 +41,7 @@ from qwencli.messages import (
 from qwencli.output import Sink, visible
 
 if TYPE_CHECKING:
-    from qwencli.engine.base import Engine
+    from qwencli.engine.protocol import Engine
     from qwencli.results import GenerationResult
 
 PROMPT = "> "

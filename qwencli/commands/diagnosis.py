@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qwencli.diagnostics.advice import Advice
     from qwencli.diagnostics.machine import Machine
     from qwencli.diagnostics.report import Result
-    from qwencli.engine.probes.answers import EngineWork
+    from qwencli.engine.instruments.probes.answers import EngineWork
 
 # What is advised for where nobody names a model and none is downloaded.
 USUAL_MODEL = "qwen3-vl-4b"
@@ -31,7 +31,7 @@ def chosen_model(name: str | None) -> ModelSpec:
     Raises:
         ModelError, UsageError: as `resolve_model` does, or the model's sizes are not known.
     """
-    from qwencli.engine.host import gpu_free_bytes
+    from qwencli.engine.machine.host import gpu_free_bytes
     from qwencli.models.resolve import recommended_model, resolve_model
 
     free = gpu_free_bytes()
@@ -51,7 +51,7 @@ def engine_work(spec: ModelSpec, load_format: LoadFormat | None) -> Callable[[Ma
 
     def work(machine: Machine) -> EngineWork:
         from qwencli.diagnostics.advice import advise
-        from qwencli.engine.probes.answers import EngineWork
+        from qwencli.engine.instruments.probes.answers import EngineWork
 
         said = {name: value for name, value in settings(advise(machine)).items() if value}
         found = LoadFormat.DUMMY if spec.path is None else LoadFormat.AUTO

@@ -34,7 +34,7 @@ def choose_model(run: RunOptions, sink: Sink) -> ModelSpec:
 
 def free_bytes_on(device: str) -> tuple[int, bool]:
     """Bytes a model may take on the device that `auto` or `device` means; whether it is a GPU."""
-    from qwencli.engine.host import gpu_free_bytes, host_memory
+    from qwencli.engine.machine.host import gpu_free_bytes, host_memory
 
     if device in ("auto", "") or device.startswith("cuda"):
         free = gpu_free_bytes()

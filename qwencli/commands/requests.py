@@ -18,7 +18,7 @@ from qwencli.output import Sink
 OPENING_ERRORS = (InputError, MissingDependencyError, OutOfMemoryError)
 
 if TYPE_CHECKING:
-    from qwencli.engine.base import Engine
+    from qwencli.engine.protocol import Engine
 
 
 @contextmanager

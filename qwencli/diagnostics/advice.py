@@ -18,9 +18,9 @@ from qwencli.diagnostics.launches import (
 )
 from qwencli.diagnostics.machine import Machine, Unreadable
 from qwencli.diagnostics.work import image_tokens, token_bytes
-from qwencli.engine.device import CudaDevice
-from qwencli.engine.gpu_readings import GpuReading
-from qwencli.engine.probes.ask import Outcome
+from qwencli.engine.instruments.probes.ask import Outcome
+from qwencli.engine.machine.device import CudaDevice
+from qwencli.engine.machine.gpu_readings import GpuReading
 from qwencli.models.memory import MemoryEstimate, estimate, kv_cache_bytes
 from qwencli.models.shapes import ModelShape
 

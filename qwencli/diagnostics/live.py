@@ -18,14 +18,14 @@ from qwencli.diagnostics.read_storage import (
     read_hub,
 )
 from qwencli.diagnostics.read_system import read_cpu, read_system
-from qwencli.engine.clock_watch import ClockWatch
-from qwencli.engine.device import package_version
-from qwencli.engine.gpu_readings import LoadReading
-from qwencli.engine.gpu_sensors import read_driver
-from qwencli.engine.host import host_memory
-from qwencli.engine.probes.answers import EngineWork
-from qwencli.engine.probes.ask import ProbeAnswer, ProbeProcess
-from qwencli.engine.probes.table import PROBES
+from qwencli.engine.instruments.gpu_clock_sampler import ClockWatch
+from qwencli.engine.instruments.probes.answers import EngineWork
+from qwencli.engine.instruments.probes.ask import ProbeAnswer, ProbeProcess
+from qwencli.engine.instruments.probes.table import PROBES
+from qwencli.engine.machine.device import package_version
+from qwencli.engine.machine.gpu_readings import LoadReading
+from qwencli.engine.machine.gpu_sensors import read_driver
+from qwencli.engine.machine.host import host_memory
 
 PACKAGES = (
     "torch", "transformers", "accelerate", "bitsandbytes", "flash-attn", "triton",

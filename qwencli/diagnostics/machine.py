@@ -21,11 +21,11 @@ from qwencli.diagnostics.facts import (
     SystemFacts,
 )
 from qwencli.diagnostics.work import work_of
-from qwencli.engine.device import CudaDevice, TorchFacts
-from qwencli.engine.gpu_readings import DriverReading, GpuReading, LoadReading
-from qwencli.engine.host import HostMemory
-from qwencli.engine.probes.answers import Work
-from qwencli.engine.probes.ask import Outcome, ProbeAnswer
+from qwencli.engine.instruments.probes.answers import Work
+from qwencli.engine.instruments.probes.ask import Outcome, ProbeAnswer
+from qwencli.engine.machine.device import CudaDevice, TorchFacts
+from qwencli.engine.machine.gpu_readings import DriverReading, GpuReading, LoadReading
+from qwencli.engine.machine.host import HostMemory
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
 

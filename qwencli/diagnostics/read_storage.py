@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwencli.diagnostics.facts import CacheFacts, DiskSpeed, Download, HubFacts
-from qwencli.engine.probes.ask import first_line
+from qwencli.engine.instruments.probes.ask import first_line
 from qwencli.models.hub_cache import cache_root, unfinished_downloads
 
 _READ_BYTES = 64 << 20

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.diagnostics.facts import CpuFacts, SystemFacts
-from qwencli.engine.host import cpu_model, usable_cores
+from qwencli.engine.machine.host import cpu_model, usable_cores
 
 _CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 _GRAPHICS_KEY = r"SYSTEM\CurrentControlSet\Control\GraphicsDrivers"

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwencli.diagnostics.machine import SECTIONS, Machine, Unreadable
-from qwencli.engine.gpu_readings import LoadReading
-from qwencli.engine.probes.ask import Outcome, ProbeAnswer
-from qwencli.engine.probes.table import PROBES
-from qwencli.engine.probes.wire import decode, dumps
+from qwencli.engine.instruments.probes.ask import Outcome, ProbeAnswer
+from qwencli.engine.instruments.probes.table import PROBES
+from qwencli.engine.instruments.probes.wire import decode, dumps
+from qwencli.engine.machine.gpu_readings import LoadReading
 
 UNREADABLE = "unreadable"
 # Without these a replay would not know what its probes were about.

@@ -17,7 +17,7 @@ from qwencli.diagnostics.checks import (
 )
 from qwencli.diagnostics.finding import Check, Finding, Level, skipped
 from qwencli.diagnostics.machine import Machine, Unreadable
-from qwencli.engine.probes.ask import first_line
+from qwencli.engine.instruments.probes.ask import first_line
 from qwencli.errors import UsageError
 
 QUICK, DEFAULT, DEEP = Level.QUICK, Level.DEFAULT, Level.DEEP

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qwencli.config import Quantization
-from qwencli.engine.probes.answers import Work
+from qwencli.engine.instruments.probes.answers import Work
 from qwencli.models.memory import native_weight_bytes
 from qwencli.models.shapes import ModelShape
 

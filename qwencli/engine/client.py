@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from qwencli.engine.base import Engine
+from qwencli.engine.protocol import Engine
 from qwencli.engine.request import RequestSource
 from qwencli.errors import QwenCliError
 from qwencli.results import GenerationResult

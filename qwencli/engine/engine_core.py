@@ -19,13 +19,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from qwencli.config import SamplingParams
-from qwencli.engine.answer import Answer
 from qwencli.engine.cache.page_pool import PAGE_SIZE
-from qwencli.engine.clock import Clock, Mark
 from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
+from qwencli.engine.event_timer import Clock, Mark
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
-from qwencli.engine.native.quiet_host import quiet_host
+from qwencli.engine.native.gc_paused import quiet_host
 from qwencli.engine.request import (
     Batch,
     PromptChunk,
@@ -35,6 +34,7 @@ from qwencli.engine.request import (
     StepOutput,
     request_of,
 )
+from qwencli.engine.response import Answer
 from qwencli.engine.runner import ModelRunner, RunnerPrompt, TokenCopy
 from qwencli.engine.scheduler import Scheduler
 from qwencli.errors import InputError, OutOfMemoryError, QwenCliError

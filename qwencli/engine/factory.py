@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.config import EngineConfig, EngineName, LoadFormat, Quantization
-from qwencli.engine.base import Engine
+from qwencli.engine.protocol import Engine
 from qwencli.errors import ModelFileError, UnsupportedModeError, UsageError
 
 
@@ -42,7 +42,7 @@ def default_engine(config: EngineConfig) -> EngineName:
 
 def _is_read(hub_config: Mapping[str, Any]) -> bool:
     """Whether the native engine reads the weights that this config.json describes."""
-    from qwencli.models.packing import packed_format
+    from qwencli.models.quant_formats import packed_format
 
     try:
         packed_format(hub_config)

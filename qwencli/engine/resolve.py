@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qwencli.config import Attention, DType
-from qwencli.engine.architectures import has_code
-from qwencli.engine.optional_packages import require
+from qwencli.engine.machine.architectures import has_code
+from qwencli.engine.machine.optional_packages import require
 from qwencli.errors import DeviceError, UnsupportedModeError
 
 

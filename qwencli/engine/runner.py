@@ -15,7 +15,7 @@ import torch
 from qwencli.config import SamplingParams
 from qwencli.engine.cache.page_pool import PAGE_SIZE, SCRATCH_PAGE, pages_for
 from qwencli.engine.cache.paged_kv import DecodePages, PackedPrompts, decode_slots
-from qwencli.engine.clock import Clock, Mark
+from qwencli.engine.event_timer import Clock, Mark
 from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.graphs import GraphPool

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwencli.errors import ModelFileError
-from qwencli.models.packing import (
+from qwencli.models.quant_formats import (
     UNPACKED,
     PackedFormat,
     PackedLayer,

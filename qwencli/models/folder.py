@@ -12,7 +12,7 @@ from typing import Any
 from qwencli.errors import ModelFileError
 from qwencli.models.checkpoint import as_stored, check_layout, find_sources, missing_error
 from qwencli.models.json_file import read_json_object
-from qwencli.models.packing import format_of
+from qwencli.models.quant_formats import format_of
 from qwencli.models.safetensors_header import StoredTensor, stored_tensors
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape

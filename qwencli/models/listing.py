@@ -25,7 +25,7 @@ from qwencli.models.memory import (
     packed_weight_bytes,
     weight_bytes,
 )
-from qwencli.models.packing import packed_format
+from qwencli.models.quant_formats import packed_format
 from qwencli.models.quantized_cache import cached_bytes
 from qwencli.models.resolve import Places, bundled_spec, with_local_files
 from qwencli.models.safetensors_header import stored_tensors

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from qwencli.config import EngineName, Quantization
-from qwencli.models.packing import PackedFormat, PackedLayer, packed_layer
+from qwencli.models.quant_formats import PackedFormat, PackedLayer, packed_layer
 from qwencli.models.safetensors_header import StoredTensor
 from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import canonical_name, expected_tensors, is_quantizable

@@ -10,7 +10,7 @@ from qwencli.bench.matrix import Matrix, expand
 from qwencli.bench.plan import Plan, Settings
 from qwencli.bench.stopping import StopRule
 from qwencli.config import ModelSource, ModelSpec
-from qwencli.engine.device import DeviceFacts
+from qwencli.engine.machine.device import DeviceFacts
 
 CPU = DeviceFacts(
     device="cpu",

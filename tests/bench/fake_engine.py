@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 from qwencli.bench import worker
 from qwencli.config import EngineConfig
-from qwencli.engine.base import drain
+from qwencli.engine.protocol import drain
 from qwencli.errors import OutOfMemoryError, UnsupportedModeError
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk, GenerationResult, RanModes, Timings

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qwencli.bench.cells import AXES
 from qwencli.bench.matrix import Matrix, check_values, expand, override
-from qwencli.engine.device import DeviceFacts
+from qwencli.engine.machine.device import DeviceFacts
 from qwencli.errors import BenchError, UsageError
 
 TRANSFORMERS = {"engine": "transformers"}

@@ -14,7 +14,7 @@ import pytest
 from qwencli.bench import columns
 from qwencli.bench.nvml_sampler import OtherPrograms, read_sample, throttle_names
 from qwencli.bench.telemetry import Telemetry, run_columns
-from qwencli.engine.child_process import python_command
+from qwencli.engine.machine.child_process import python_command
 
 FAKE_SAMPLER = """
 import json, time

@@ -13,7 +13,7 @@ from benchmarks.side_by_side import foreign, llama_bench, openai_endpoint, vllm_
 from qwencli.bench.compare import compare
 from qwencli.bench.compare_sides import read_side
 from qwencli.bench.rowfile import read_rows
-from qwencli.engine.device import DeviceFacts
+from qwencli.engine.machine.device import DeviceFacts
 from qwencli.errors import BenchError, MissingDependencyError
 
 CPU = DeviceFacts("cpu", None, None, None, None, "2.15", None, None, "no flash", None)

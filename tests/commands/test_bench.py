@@ -13,7 +13,7 @@ from qwencli.bench.predict import MachineSpeed
 from qwencli.bench.repetition import Wanted
 from qwencli.commands import bench as command
 from qwencli.config import DType, LoadFormat, ModelSource, ModelSpec
-from qwencli.engine.device import DeviceFacts
+from qwencli.engine.machine.device import DeviceFacts
 from qwencli.errors import (
     BenchError,
     DownloadError,

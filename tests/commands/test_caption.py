@@ -74,7 +74,7 @@ def thinking(checkpoint, tmp_path):
 @pytest.fixture
 def says(monkeypatch):
     """`says(text)`: whatever the weights, models choose the tokens of this text and end."""
-    from qwencli.engine.answer import Answer
+    from qwencli.engine.response import Answer
 
     def script(text):
         fast = tiny_tokenizer()

@@ -8,7 +8,7 @@ from qwencli.cli import run as run_cli
 from qwencli.commands import model_choice
 from qwencli.commands.options import RunOptions
 from qwencli.config import LoadFormat, ModelSource
-from qwencli.engine import host
+from qwencli.engine.machine import host
 from qwencli.output import Sink
 
 

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from qwencli.commands.models import models
-from qwencli.engine import host
+from qwencli.engine.machine import host
 from qwencli.errors import CustomModelsError
 from qwencli.models import resolve
 from qwencli.models.builtin import BUILTINS

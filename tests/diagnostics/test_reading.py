@@ -17,9 +17,9 @@ from qwencli.diagnostics.live import LiveMachine
 from qwencli.diagnostics.machine import SECTIONS
 from qwencli.diagnostics.record import RecordedMachine, record
 from qwencli.diagnostics.table import run_check, select
-from qwencli.engine.clock_watch import summary
-from qwencli.engine.gpu_readings import ClockSample
-from qwencli.engine.gpu_sensors import read_all
+from qwencli.engine.instruments.gpu_clock_sampler import summary
+from qwencli.engine.machine.gpu_readings import ClockSample
+from qwencli.engine.machine.gpu_sensors import read_all
 from qwencli.models import hub_cache
 from qwencli.models.resolve import resolve_model
 
@@ -127,7 +127,7 @@ def test_processes_of_this_program_by_their_command_line(tmp_path):
     process("self", 0)
     process(1, 0, "init")
     process(me, 1, "python", "-m", "qwencli", "diagnose")
-    process(900001, me, "python", "-m", "qwencli.engine.probes.child")
+    process(900001, me, "python", "-m", "qwencli.engine.instruments.probes.child")
     process(900002, 1, "/usr/bin/python3.12", "-m", "qwencli.bench.worker")
     process(900003, 900004, "/venv/bin/qwencli", "chat")
     process(900004, 1, "bash", "-c", "qwencli chat")

@@ -4,7 +4,7 @@ import warnings
 
 import torch
 
-from qwencli.engine.device_events import DeviceEvents, allocator_counts
+from qwencli.engine.instruments.device_events import DeviceEvents, allocator_counts
 
 
 def test_waits_for_the_device_are_counted_and_event_waits_are_not():

@@ -5,8 +5,8 @@ import sys
 
 import torch
 
-from qwencli.engine import disturbances
-from qwencli.engine.device_events import DeviceEvents, allocator_counts
+from qwencli.engine.instruments import disturbances
+from qwencli.engine.instruments.device_events import DeviceEvents, allocator_counts
 
 
 def test_churn_reaches_the_driver_and_leaves_nothing():
@@ -29,7 +29,7 @@ def test_captures_and_waits_are_what_the_probes_see():
 
 
 def test_the_program_beside_obeys_and_ends():
-    command = [sys.executable, "-m", "qwencli.engine.disturbances"]
+    command = [sys.executable, "-m", "qwencli.engine.instruments.disturbances"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as program:

@@ -16,10 +16,10 @@ from qwencli.config import (
     Quantization,
     SamplingOptions,
 )
-from qwencli.engine import interventions
-from qwencli.engine.device import device_facts
 from qwencli.engine.factory import create_engine
 from qwencli.engine.frontend.images import open_image
+from qwencli.engine.instruments import interventions
+from qwencli.engine.machine.device import device_facts
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
 

@@ -12,7 +12,7 @@ from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.ops.attention import AttentionPlan
-from qwencli.models.packing import packed_format
+from qwencli.models.quant_formats import packed_format
 from qwencli.models.shape_reader import read_shape
 from tests.engine.quant.packed_formats import FORMATS
 from tests.engine.quant.test_prequantized import TEXT, tensors_of, write

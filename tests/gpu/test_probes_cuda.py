@@ -11,7 +11,7 @@ from qwencli.diagnostics.finding import Level, Status
 from qwencli.diagnostics.live import LiveMachine
 from qwencli.diagnostics.record import RecordedMachine, record
 from qwencli.diagnostics.table import run_check, select
-from qwencli.engine.probes.answers import EngineWork
+from qwencli.engine.instruments.probes.answers import EngineWork
 from qwencli.models.resolve import resolve_model
 
 MODEL = resolve_model("qwen3-vl-4b")

@@ -20,8 +20,8 @@ from typing import Any
 from qwencli.bench.attribution.causes import Cause
 from qwencli.bench.hogs import COMPUTING_WHEN_TOLD
 from qwencli.bench.inject.pauser import Pauser
-from qwencli.engine import disturbances
-from qwencli.engine.child_process import python_command
+from qwencli.engine.instruments import disturbances
+from qwencli.engine.machine.child_process import python_command
 from qwencli.results import GenerationChunk
 
 Chunks = Iterator[GenerationChunk]
@@ -286,7 +286,7 @@ class OtherGpuProgram(BesideFault):
     def __init__(self, device: str) -> None:
         super().__init__(device)
         self._program = subprocess.Popen(
-            python_command("qwencli.engine.disturbances"),
+            python_command("qwencli.engine.instruments.disturbances"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

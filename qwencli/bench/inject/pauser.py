@@ -20,7 +20,7 @@ import sys
 import time
 from contextlib import suppress
 
-from qwencli.engine.child_process import python_command
+from qwencli.engine.machine.child_process import python_command
 
 _ANSWERED = (signal.SIGTERM, signal.SIGINT, *filter(None, (getattr(signal, "SIGHUP", None),)))
 

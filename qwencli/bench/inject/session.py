@@ -22,8 +22,8 @@ from qwencli.bench.report import build_report
 from qwencli.bench.runner import RunnerOptions, run_campaign
 from qwencli.bench.stopping import StopRule
 from qwencli.bench.telemetry import sampler_command
-from qwencli.engine.child_process import python_command
-from qwencli.engine.device import DeviceFacts
+from qwencli.engine.machine.child_process import python_command
+from qwencli.engine.machine.device import DeviceFacts
 from qwencli.errors import BenchError
 from qwencli.output import Sink
 

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from qwencli.bench import worker
 from qwencli.bench.engine_around import EngineAround
 from qwencli.config import EngineConfig
-from qwencli.engine import disturbances
-from qwencli.engine.base import Engine
 from qwencli.engine.factory import create_engine
+from qwencli.engine.instruments import disturbances
+from qwencli.engine.protocol import Engine
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk
 

@@ -21,8 +21,8 @@ from qwencli.bench.inject.kinds import KINDS
 from qwencli.bench.inject.truth import COLUMNS, NONE, rows_of
 from qwencli.bench.rowfile import RowFile
 from qwencli.config import EngineConfig
-from qwencli.engine.base import Engine
 from qwencli.engine.factory import create_engine
+from qwencli.engine.protocol import Engine
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk
 

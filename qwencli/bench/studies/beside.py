@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from qwencli.bench.hogs import COMPUTING
-from qwencli.engine.host import resident_bytes
+from qwencli.engine.machine.host import resident_bytes
 
 MOST_NEIGHBOURS = 8
 _POLL_S = 0.005

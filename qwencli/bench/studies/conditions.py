@@ -17,9 +17,9 @@ from typing import Any
 from qwencli.bench.hogs import COPYING
 from qwencli.bench.studies import beside
 from qwencli.config import EngineName
-from qwencli.engine import interventions
-from qwencli.engine.base import Engine
-from qwencli.engine.device import DeviceFacts
+from qwencli.engine.instruments import interventions
+from qwencli.engine.machine.device import DeviceFacts
+from qwencli.engine.protocol import Engine
 from qwencli.messages import GenerationRequest
 
 PLAIN = "plain"

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping
 
-from qwencli.engine.device import DeviceFacts
+from qwencli.engine.machine.device import DeviceFacts
 
 Need = Callable[[DeviceFacts], str | None]
 BLACKWELL = (12, 0)

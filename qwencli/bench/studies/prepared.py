@@ -14,7 +14,7 @@ from qwencli.bench.studies.needs import blocker
 from qwencli.bench.studies.schedule import Layout, Process, lay_out, part_of
 from qwencli.bench.work import EXAMPLE_IMAGE
 from qwencli.config import DType, LoadFormat, ModelSpec
-from qwencli.engine.device import DeviceFacts
+from qwencli.engine.machine.device import DeviceFacts
 from qwencli.presets import DEFAULT_PROMPT
 
 DEFAULT_RUNS, DEFAULT_TOKENS = 5, 48

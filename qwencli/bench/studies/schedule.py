@@ -20,7 +20,7 @@ from qwencli.bench.studies.claim_file import HELD, Arm, Study
 from qwencli.bench.studies.conditions import CONDITIONS, PLAIN, Load, why_not
 from qwencli.bench.studies.needs import blocker
 from qwencli.config import Attention, Cache, EngineName, LoadMode, Quantization
-from qwencli.engine.device import DeviceFacts
+from qwencli.engine.machine.device import DeviceFacts
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from qwencli.bench.studies.prepared import PROCESSES, STUDY, PreparedStudy, proc
 from qwencli.bench.studies.schedule import Process
 from qwencli.bench.studies.worker import SCHEDULE
 from qwencli.bench.telemetry import sampler_command
-from qwencli.engine.child_process import python_command
+from qwencli.engine.machine.child_process import python_command
 from qwencli.errors import BenchError, OutputError
 from qwencli.output import Sink
 

@@ -25,8 +25,8 @@ from qwencli.bench.rowfile import RowFile
 from qwencli.bench.studies.beside import PeakMemory
 from qwencli.bench.studies.conditions import CONDITIONS, PLAIN, Load, Situation
 from qwencli.config import EngineConfig
-from qwencli.engine.base import Engine
 from qwencli.engine.factory import create_engine
+from qwencli.engine.protocol import Engine
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk
 

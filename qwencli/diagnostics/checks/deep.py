@@ -9,8 +9,8 @@ from qwencli.diagnostics.advice import TYPICAL_CONTEXT, advise
 from qwencli.diagnostics.finding import Confidence, Finding, failed, passed, warned
 from qwencli.diagnostics.machine import Machine, how_it_ended
 from qwencli.diagnostics.work import token_bytes
-from qwencli.engine.probes.answers import EngineRun
-from qwencli.engine.probes.ask import Outcome
+from qwencli.engine.instruments.probes.answers import EngineRun
+from qwencli.engine.instruments.probes.ask import Outcome
 from qwencli.models.memory import kv_cache_bytes
 
 UNSTABLE_RATIO = 1.1

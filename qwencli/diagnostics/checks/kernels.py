@@ -5,8 +5,8 @@ from __future__ import annotations
 from qwencli.diagnostics.checks.device import NO_GPU
 from qwencli.diagnostics.finding import Finding, failed, passed, skipped, warned
 from qwencli.diagnostics.machine import Machine, Unreadable, how_it_ended, value_of
-from qwencli.engine.probes.answers import AttentionRun, FlashAttention, LinearRun
-from qwencli.engine.probes.ask import Outcome, ProbeAnswer
+from qwencli.engine.instruments.probes.answers import AttentionRun, FlashAttention, LinearRun
+from qwencli.engine.instruments.probes.ask import Outcome, ProbeAnswer
 
 FUSED = ("flash", "mem_efficient", "cudnn")
 # Relative error of one token through one layer, against the weights before quantization. NF4's

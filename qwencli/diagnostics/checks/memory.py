@@ -6,8 +6,8 @@ from qwencli.diagnostics.advice import advise
 from qwencli.diagnostics.checks.power import NO_NVML
 from qwencli.diagnostics.finding import Confidence, Finding, passed, skipped, warned
 from qwencli.diagnostics.machine import Machine
-from qwencli.engine.gpu_readings import GpuProcess
-from qwencli.engine.host import HostMemory
+from qwencli.engine.machine.gpu_readings import GpuProcess
+from qwencli.engine.machine.host import HostMemory
 
 # Below this share of free memory another program holds enough to matter.
 LOW_FREE_SHARE = 0.8

@@ -9,7 +9,7 @@ from qwencli.diagnostics.finding import Finding, failed, passed, skipped, warned
 from qwencli.diagnostics.known_bad import known_bad, present
 from qwencli.diagnostics.machine import Machine, how_it_ended
 from qwencli.diagnostics.versions import cudnn_text, numbers
-from qwencli.engine.probes.ask import Outcome
+from qwencli.engine.instruments.probes.ask import Outcome
 
 OLDEST_PYTHON = (3, 11, 0)
 UPGRADE = "pip install --upgrade . in a new clone of qwencli"

@@ -8,7 +8,7 @@ from qwencli.diagnostics.checks.device import NO_GPU
 from qwencli.diagnostics.finding import Confidence, Finding, passed, skipped, warned
 from qwencli.diagnostics.launches import operators_per_token
 from qwencli.diagnostics.machine import Machine, value_of
-from qwencli.engine.probes.answers import Bandwidth, HostLink, LaunchRate
+from qwencli.engine.instruments.probes.answers import Bandwidth, HostLink, LaunchRate
 
 # Linux launches in 3 to 6 us; beyond this something holds the host up.
 SLOW_LAUNCH_US = 15.0

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from qwencli.engine.host import cpu_model
+from qwencli.engine.machine.host import cpu_model
 
 # 1 MB in float32, which is what the second-level caches of today's cores hold.
 ONE_CORE_VALUES = 2**18

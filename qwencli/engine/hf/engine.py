@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from qwencli.config import Cache, EngineConfig, EngineName, Kernels, KVDType, Speculate
-from qwencli.engine.answer import Answer
+from qwencli.engine.base_engine import LocalEngine
 from qwencli.engine.device_memory import release
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.hf import load_model
 from qwencli.engine.hf.changes import AS_IS, Changes
 from qwencli.engine.hf.generate import Generation
 from qwencli.engine.hf.quantization import scheme_of
-from qwencli.engine.local import LocalEngine
+from qwencli.engine.response import Answer
 from qwencli.errors import UnsupportedModeError
 from qwencli.results import GenerationChunk, RanModes
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from qwencli.config import Cache
-from qwencli.engine.answer import Answer
-from qwencli.engine.clock import Clock, Mark
+from qwencli.engine.event_timer import Clock, Mark
 from qwencli.engine.frontend.preprocess import VisualInputs
 from qwencli.engine.hf.changes import AS_IS, Changes
 from qwencli.engine.hf.inversion import pulled
 from qwencli.engine.hf.recorder import TokenRecorder, VisionSpan
+from qwencli.engine.response import Answer
 from qwencli.errors import UnsupportedModeError
 from qwencli.results import GenerationChunk, RanModes
 

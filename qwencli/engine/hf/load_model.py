@@ -21,7 +21,7 @@ from qwencli.engine.hf.random_weights import random_state_dict
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
 from qwencli.errors import ModelFileError, UnsupportedModeError
 from qwencli.models.checkpoint import check_layout, extra_error, is_idle, missing_error
-from qwencli.models.packing import UNPACKED, format_of, quantization_section, scheme_named_by
+from qwencli.models.quant_formats import UNPACKED, format_of, quantization_section, scheme_named_by
 from qwencli.models.safetensors_header import StoredTensor, stored_tensors
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.tensors import renamings

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
-from qwencli.engine.clock import Clock, Mark
+from qwencli.engine.event_timer import Clock, Mark
 
 
 class VisionSpan:

@@ -22,7 +22,7 @@ from qwencli.engine.loading.weight_checks import Extremes, check_finite, check_z
 from qwencli.engine.quant.checkpoint_formats import read_packed
 from qwencli.engine.quant.quantized_tensor import SCHEMES, Quantized, Scheme, quantize, stack
 from qwencli.models.checkpoint import Checkpoint, find_sources
-from qwencli.models.packing import PackedFormat, PackedLayer
+from qwencli.models.quant_formats import PackedFormat, PackedLayer
 from qwencli.models.quantized_cache import fingerprint
 from qwencli.models.safetensors_header import StoredTensor, stored_tensors
 from qwencli.models.scheme_labels import with_vector_bits

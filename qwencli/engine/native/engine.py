@@ -20,27 +20,27 @@ from qwencli.config import (
     SamplingParams,
     Speculate,
 )
-from qwencli.engine.answer import Answer
-from qwencli.engine.base import RequestQueue
+from qwencli.engine.base_engine import LocalEngine
 from qwencli.engine.cache.kv_quantized import resolve_kv
 from qwencli.engine.cache.page_pool import PagePool
 from qwencli.engine.device_memory import release
 from qwencli.engine.engine_core import EngineCore
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
-from qwencli.engine.host import host_memory
 from qwencli.engine.loading import weights
-from qwencli.engine.local import LocalEngine
+from qwencli.engine.machine.host import host_memory
 from qwencli.engine.native.decode_state import DecodeState
+from qwencli.engine.native.gc_paused import freeze_what_is_loaded, quiet_host
 from qwencli.engine.native.generate import Generation
 from qwencli.engine.native.kernel_choice import fused_for, resolve_kernels
 from qwencli.engine.native.memory_plan import BATCH_LIMITS, MemoryPlan, plan_memory, plan_pages
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import PromptGraphs
-from qwencli.engine.native.quiet_host import freeze_what_is_loaded, quiet_host
 from qwencli.engine.native.steppers import STEPPERS, decodes_on_host
 from qwencli.engine.native.supported import check_supported
+from qwencli.engine.protocol import RequestQueue
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
+from qwencli.engine.response import Answer
 from qwencli.engine.runner import ModelRunner
 from qwencli.engine.scheduler import Scheduler
 from qwencli.engine.spec_decode.decode_strategy import Speculator
@@ -49,7 +49,7 @@ from qwencli.engine.spec_decode.verify import VERIFIERS, WHY_NOT
 from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest
 from qwencli.models.memory import packed_weight_bytes
-from qwencli.models.packing import PackedFormat, format_of
+from qwencli.models.quant_formats import PackedFormat, format_of
 from qwencli.models.quantized_cache import cache_file
 from qwencli.models.safetensors_header import stored_tensors
 from qwencli.models.shape_reader import read_shape

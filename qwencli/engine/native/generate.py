@@ -8,9 +8,8 @@ from dataclasses import replace
 import torch
 
 from qwencli.config import Cache, SamplingParams
-from qwencli.engine.answer import Answer
 from qwencli.engine.cache.prefix_cache import CachedSequence, FeatureCache, Key, digests_of, keys_of
-from qwencli.engine.clock import Clock, Mark
+from qwencli.engine.event_timer import Clock, Mark
 from qwencli.engine.layers.vision_tower import VisionFeatures
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import QwenModel
@@ -19,6 +18,7 @@ from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
 from qwencli.engine.native.sampler import LIKELIEST, kind_of
 from qwencli.engine.native.steppers import Stepper
 from qwencli.engine.ops.attention import AttentionPlan
+from qwencli.engine.response import Answer
 from qwencli.engine.spec_decode.decode_strategy import Pace, PlainPace, Speculator
 from qwencli.results import GenerationChunk, RanModes
 

@@ -2,7 +2,7 @@
 
 Values, scales and zeros are taken over as they are: nothing is rounded anew. Groups of more than
 128 columns become several with the same scale. Where each format is defined is told by
-`models.packing`.
+`models.quant_formats`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qwencli.engine.quant.packed_values import (
     values_of,
 )
 from qwencli.engine.quant.quantized_tensor import Quantized, Scheme, pack, table_of
-from qwencli.models.packing import PackedLayer
+from qwencli.models.quant_formats import PackedLayer
 
 Tensor = torch.Tensor
 

@@ -9,7 +9,7 @@ import torch
 
 from qwencli.engine.quant.quantized_tensor import Quantized, Scheme, pack
 from qwencli.errors import ModelFileError
-from qwencli.models.packing import GROUPS, PackedLayer
+from qwencli.models.quant_formats import GROUPS, PackedLayer
 
 Tensor = torch.Tensor
 Parts = Mapping[str, Tensor]

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from qwencli.config import Speculate
-from qwencli.engine.clock import Clock, Mark
+from qwencli.engine.event_timer import Clock, Mark
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.steppers import Stepper
 from qwencli.engine.spec_decode.ngram import MOST_FED

@@ -12,7 +12,7 @@ from qwencli.bench.inject.slower import SlowedEngine
 from qwencli.bench.rowfile import read_rows
 from qwencli.bench.session import How, measure
 from qwencli.config import EngineConfig, ModelSource, ModelSpec, SamplingOptions
-from qwencli.engine import disturbances
+from qwencli.engine.instruments import disturbances
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.output import Sink
 from tests.bench.inject.busy_engine import BusyEngine

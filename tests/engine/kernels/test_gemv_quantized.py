@@ -15,7 +15,7 @@ from qwencli.engine.kernels.tiles import GemvTiles
 from qwencli.engine.loading import weights
 from qwencli.engine.ops.rms_norm import RMSNorm
 from qwencli.engine.quant.quantized_tensor import Quantized, Scheme, quantize, table_of
-from qwencli.models.packing import packed_format
+from qwencli.models.quant_formats import packed_format
 from qwencli.models.shape_reader import read_shape
 from tests.engine.quant.packed_formats import FORMATS, NF4
 from tests.engine.quant.test_prequantized import TEXT as READY_MADE_TEXT

@@ -11,7 +11,7 @@ import torch
 from qwencli.config import Quantization, SamplingParams
 from qwencli.engine.cache.page_pool import PAGE_SIZE, PagePool, pages_for
 from qwencli.engine.cache.paged_kv import DecodePages, PagedKVCache, paged_attention
-from qwencli.engine.clock import Clock
+from qwencli.engine.event_timer import Clock
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.kernels.paged_attention import PagedAttention
 from qwencli.engine.kernels.qk_norm_rope import TOKENS, PromptHeads

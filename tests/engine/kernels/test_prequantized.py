@@ -11,7 +11,7 @@ from qwencli.engine.loading import weights
 from qwencli.engine.native.model import Fused, QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.ops.attention import AttentionPlan
-from qwencli.models.packing import packed_format
+from qwencli.models.quant_formats import packed_format
 from qwencli.models.shape_reader import read_shape
 from tests.engine.kernels import test_skinny_gemm as several
 from tests.engine.kernels.test_fused_ops import CPU, OWN, SLOTS

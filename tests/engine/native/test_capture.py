@@ -25,7 +25,7 @@ from qwencli.engine.native.sampler import LIKELIEST, SamplerKind
 from qwencli.engine.quant.quantized_tensor import Quantized, Scheme
 from qwencli.engine.spec_decode.ngram import MOST_FED
 from qwencli.engine.spec_decode.verify import EagerVerifier, GraphVerifier
-from qwencli.models.packing import packed_format
+from qwencli.models.quant_formats import packed_format
 from qwencli.models.shape_reader import read_shape
 from tests.checkpoints import CONFIGS, hub_config
 from tests.engine.native.host_graphs import run_graphs_on_the_host

@@ -18,7 +18,7 @@ from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.errors import ModelFileError
 from qwencli.models.folder import check_folder
 from qwencli.models.memory import packed_weight_bytes
-from qwencli.models.packing import format_of, packed_format
+from qwencli.models.quant_formats import format_of, packed_format
 from qwencli.models.safetensors_header import stored_tensors
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.weight_specs import specs

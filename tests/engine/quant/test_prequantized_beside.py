@@ -24,7 +24,7 @@ from qwencli.engine.loading import weights
 from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.folder import read_config
-from qwencli.models.packing import packed_format
+from qwencli.models.quant_formats import packed_format
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.weight_specs import specs
 from tests.checkpoints import VISION_FAMILIES, write_checkpoint

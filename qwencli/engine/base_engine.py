@@ -1,0 +1,239 @@
+"""What every engine does that holds a model in this process, around its own way to generate."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Self
+
+from qwencli.config import EngineConfig, SamplingParams, resolve_sampling
+from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
+from qwencli.engine.frontend.model_files import ModelFiles, open_model
+from qwencli.engine.frontend.prompt import Prompt
+from qwencli.engine.machine.cpu_threads import computing_with, threads_for
+from qwencli.engine.protocol import drain
+from qwencli.engine.resolve import resolve_device
+from qwencli.engine.response import Answer
+from qwencli.engine.serial_queue import ManyRequests
+from qwencli.errors import InputError, OutOfMemoryError, UsageError
+from qwencli.messages import GenerationRequest
+from qwencli.results import GenerationChunk, GenerationResult, RanModes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+
+class LocalEngine(ManyRequests, ABC):
+    """Implements `Engine`; a subclass loads the weights, answers a prompt and frees the memory."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self._files: ModelFiles | None = None
+        self._ran: RanModes | None = None
+        self._load_s = 0.0
+        self._warnings: tuple[str, ...] = ()
+        # Of the CPU, where that is the device.
+        self._threads: int | None = None
+
+    @abstractmethod
+    def _load(self, files: ModelFiles) -> RanModes:
+        """Put the model on its device, done when this returns. Leaves nothing behind on failure."""
+
+    @abstractmethod
+    def _answer(self, answer: Answer) -> Iterator[GenerationChunk]:
+        """Generate; the last chunk is `answer.finish(...)`."""
+
+    @abstractmethod
+    def _logits(self, token_ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Logits [V] after each token of a text."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Drop the model and give its memory back."""
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Drop what is kept from earlier requests to spare later ones work."""
+
+    @abstractmethod
+    def _recover(self) -> None:
+        """Free what a request that ran out of memory left; the model stays."""
+
+    @property
+    def ran(self) -> RanModes:
+        assert self._ran is not None, "load() comes first"
+        return self._ran
+
+    @property
+    def load_s(self) -> float:
+        return self._load_s
+
+    @property
+    def files(self) -> ModelFiles:
+        assert self._files is not None, "load() comes first"
+        return self._files
+
+    @property
+    def max_seq_len(self) -> int:
+        """Most tokens, prompt and answer, that a request may take."""
+        wanted = self.config.max_seq_len
+        return wanted if isinstance(wanted, int) else self.files.max_seq_len
+
+    @property
+    def memory_plan(self) -> Mapping[str, int]:
+        """Bytes by use as planned before the load; empty where nothing was planned."""
+        return {}
+
+    @property
+    def load_warnings(self) -> tuple[str, ...]:
+        """What did not go well while loading, though the model is there; a line each."""
+        return self._warnings
+
+    def load(self) -> None:
+        """Load the model unless it is loaded.
+
+        Raises:
+            ModelError, UsageError, DeviceError, MissingDependencyError, OutOfMemoryError.
+        """
+        if self._files is not None:
+            return
+        started = time.perf_counter()
+        files = open_model(self.config)
+        wanted = self.config.max_seq_len
+        if isinstance(wanted, int) and wanted > files.max_seq_len:
+            raise UsageError(
+                f"--max-seq-len {wanted}: {self.config.model.name} was made for "
+                f"{files.max_seq_len} tokens",
+                f"use {files.max_seq_len} or less",
+            )
+        device = resolve_device(self.config.device)
+        files = files.prepared_on(device)
+        if device == "cpu":
+            self._threads = threads_for(files.hub_config, self.config.threads)
+        try:
+            with computing_with(self._threads):
+                self._ran = self._load(files)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = out_of_memory_error(device, f"loading {self.config.model.name}", error)
+        else:
+            self._files = files
+            self._load_s = time.perf_counter() - started
+            return
+        # Outside the handler: until it ends, the traceback holds the tensors that must go.
+        release(device)
+        raise failure
+
+    def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
+        """Yield the answer token by token.
+
+        Raises:
+            InputError: the prompt does not fit the model, or an image cannot be used.
+            OutOfMemoryError: the request does not fit the device; the engine stays usable.
+        """
+        self.load()
+        with computing_with(self._threads):
+            yield from self._stream(request)
+
+    def _stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
+        started_s = time.perf_counter()
+        prompt = self._prompt(request)
+        sampling = self._sampling(request)
+        self._check_length(prompt, sampling)
+        if request.from_scratch:
+            self._forget()
+        # Memory that an earlier request left fragmented may be enough once it is given back, so a
+        # request that has produced nothing yet is tried once more.
+        for last_try in (False, True):
+            answer = Answer(self.files, prompt, sampling, started_s)
+            try:
+                yield from self._answer(answer)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = self._out_of_memory(prompt, error)
+            else:
+                return
+            # Outside the handler: until it ends, the traceback holds the tensors that must go.
+            self._recover()
+            if last_try or answer.token_ids:
+                raise failure
+
+    def generate(self, request: GenerationRequest) -> GenerationResult:
+        return drain(self.stream(request))
+
+    def log_probs(self, text: str, most_tokens: int) -> Iterator[npt.NDArray[np.float32]]:
+        """Log-probabilities [V] of the next token after each of the text's first tokens.
+
+        The text is read as it is, without a chat template; nothing is generated.
+        """
+        self.load()
+        ids = self.files.prompts.tokenizer.encode(text)[:most_tokens]
+        with computing_with(self._threads):
+            for logits in self._logits(ids):
+                yield logits.float().log_softmax(-1).cpu().numpy()
+
+    def close(self) -> None:
+        """Free the device memory; nothing is moved to the host on the way."""
+        if self._files is not None:
+            self._close_queue()
+            self._files = None
+            self._release()
+
+    def __enter__(self) -> Self:
+        self.load()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _sampling(self, request: GenerationRequest) -> SamplingParams:
+        return resolve_sampling(
+            request.sampling, self.files.generation_defaults, ignore_eos=request.ignore_eos
+        )
+
+    def _prompt(self, request: GenerationRequest) -> Prompt:
+        """The request's prompt; like the answer, tried once more where memory was short."""
+        for last_try in (False, True):
+            try:
+                return self.files.prompts.build(request.messages)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = out_of_memory_error(
+                    self.ran.device, "preparing the pictures", error, num_image_tokens=1
+                )
+            self._recover()
+            if last_try:
+                raise failure
+        raise AssertionError("the last try returns or raises")
+
+    def _out_of_memory(self, prompt: Prompt, error: BaseException) -> OutOfMemoryError:
+        doing = f"answering a prompt of {len(prompt.input_ids)} tokens"
+        return out_of_memory_error(
+            self.ran.device, doing, error, num_image_tokens=prompt.num_image_tokens
+        )
+
+    def _check_length(self, prompt: Prompt, sampling: SamplingParams) -> None:
+        tokens, new = len(prompt.input_ids), sampling.max_new_tokens
+        if tokens + new > self.max_seq_len:
+            raise InputError(
+                f"the prompt has {tokens} tokens ({prompt.num_image_tokens} of images) and {new} "
+                f"new ones are asked for, but {self.config.model.name} holds {self.max_seq_len}",
+                self._what_fits(tokens, new),
+            )
+
+    def _what_fits(self, tokens: int, new: int) -> str:
+        """The nearest settings with which a request that is too long would run."""
+        fitting = []
+        if tokens < self.max_seq_len:
+            fitting.append(f"--max-new-tokens {self.max_seq_len - tokens}")
+        if tokens + new <= self.files.max_seq_len:
+            fitting.append(f"--max-seq-len {tokens + new}")
+        if fitting:
+            return f"{' or '.join(fitting)} fits"
+        return "lower --max-pixels, send fewer pictures, or shorten the prompt"

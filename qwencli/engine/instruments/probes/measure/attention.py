@@ -1,0 +1,105 @@
+"""Attention in the shapes of a model, through each SDPA backend: what runs, and how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from qwencli.engine.instruments.device_work import device_work
+from qwencli.engine.instruments.probes.answers import AttentionRun, AttentionRuns, Work
+from qwencli.engine.instruments.probes.ask import first_line
+from qwencli.engine.instruments.probes.measure.kernel_names import (
+    attention_family,
+    attention_kernels,
+    short,
+)
+from qwencli.engine.instruments.timing import compute_dtype, seconds_per_call, still_works
+from qwencli.engine.layers import vision_attention
+from qwencli.engine.ops.attention import AttentionPlan, decode_mask, sdpa
+from qwencli.engine.ops.flash_attention import Spans, can_flash_decode
+
+# A picture of 448 x 448 and a question; the cache a caption reaches; the patches of that picture.
+PREFILL_TOKENS, CACHED_TOKENS, PATCHES = 256, 1024, 784
+_BACKENDS = {
+    "flash": "FLASH_ATTENTION",
+    "cudnn": "CUDNN_ATTENTION",
+    "mem_efficient": "EFFICIENT_ATTENTION",
+    "math": "MATH",
+}
+
+
+def attention(device: str, work: Work) -> AttentionRuns:
+    """Every phase as torch chooses, then through each backend that can be forced."""
+    with torch.inference_mode():
+        return AttentionRuns(tuple(_runs(device, work)))
+
+
+def _runs(device: str, work: Work) -> Iterator[AttentionRun]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    for phase, attend in _phases(device, work, chosen=True).items():
+        yield _run(device, phase, "chosen", attend)
+    for phase, attend in _phases(device, work, chosen=False).items():
+        for name, member in _BACKENDS.items():
+            backend = getattr(SDPBackend, member, None)
+            if backend is not None:
+                with sdpa_kernel([backend]):
+                    yield _run(device, phase, name, attend)
+
+
+def _run(device: str, phase: str, backend: str, attend: Callable[[], object]) -> AttentionRun:
+    try:
+        us = seconds_per_call(device, attend, samples=3) * 1e6
+    except RuntimeError as error:  # "No available kernel": the backend does not take this shape
+        if not still_works(device):
+            raise
+        return AttentionRun(phase, backend, error=first_line(str(error)))
+    # A backend that was forced and ran is known without its kernels.
+    seen = device_work(device, attend) if backend == "chosen" else None
+    names = seen.names if seen else ()
+    return AttentionRun(
+        phase,
+        backend,
+        us,
+        tuple(short(name) for name in attention_kernels(names) or names),
+        attention_family(names) if backend == "chosen" else backend,
+    )
+
+
+def _phases(device: str, work: Work, *, chosen: bool) -> dict[str, Callable[[], object]]:
+    """The calls that the native engine makes without kernels of its own, on random values.
+
+    Args:
+        chosen: False makes them all `scaled_dot_product_attention`, which a backend can be forced
+            on.
+    """
+    dtype = compute_dtype(device)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, dtype=dtype, device=device)
+
+    keys, values = (random(1, work.kv_heads, CACHED_TOKENS, work.head_dim) for _ in range(2))
+    prompt = random(1, PREFILL_TOKENS, work.heads, work.head_dim)
+    token = random(1, 1, work.heads, work.head_dim)
+    first_keys, first_values = (x[:, :, :PREFILL_TOKENS] for x in (keys, values))
+    slots = torch.arange(CACHED_TOKENS, device=device)
+    plan = AttentionPlan(CACHED_TOKENS, decode_mask(slots, slots[-2:-1], None, dtype))
+    heads = (work.heads, work.kv_heads, work.head_dim)
+    if chosen and can_flash_decode(*heads, dtype, keys.device):
+        spans = Spans.on(keys.device)
+        spans.slots[1] = CACHED_TOKENS - 1
+        plan = AttentionPlan(CACHED_TOKENS, None, spans=spans)
+    phases: dict[str, Callable[[], object]] = {
+        "prefill": lambda: sdpa(
+            prompt, first_keys, first_values, AttentionPlan(PREFILL_TOKENS, None)
+        ),
+        "decode": lambda: sdpa(token, keys, values, plan),
+    }
+    if work.vision_heads and work.vision_head_dim:
+        patches: Any = [
+            random(1, PATCHES, work.vision_heads, work.vision_head_dim) for _ in range(3)
+        ]
+        phases["vision"] = lambda: vision_attention.sdpa(*patches)
+    return phases

@@ -1,0 +1,86 @@
+"""How many threads compute where the CPU is the device: no more than pay on a quiet machine.
+
+All threads of a product wait for the slowest. Where another program has a core, the thread that
+shares it is late by a time slice, a hundred times what a small product takes: on two cores one busy
+neighbour took the bundled model from 3,515 to 210 tok/s with two threads and to 1,864 with one,
+which on a quiet machine costs 1 % (3,483). So a thread more is only taken where matrices are large
+enough to pay for it, and none spins while it waits (`cli.run`), which would burn what the late one
+needs.
+
+The number depends on the model and the machine alone, never on how busy it is: attention sums in
+another order with other threads, and the same request must give the same text again.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from qwencli.engine.machine.cgroups import cpu_groups
+from qwencli.engine.machine.host import usable_cores
+from qwencli.errors import ModelFileError
+from qwencli.models.shape_reader import read_shape
+
+# Values of the largest matrix for each thread. A row times a matrix of 2^20 float32 values takes
+# 0.14 ms on one or on two cores of an EPYC, twice as large ones 0.27 and 0.20 ms, four times as
+# large ones 1.14 and 0.61 ms (least of 60, two cores, 2026-11-29).
+VALUES_A_THREAD = 2**20
+
+
+def threads_for(hub_config: Mapping[str, Any], wanted: int | None) -> int:
+    """What the user wants, else what pays for this model, at most what this process may use.
+
+    Args:
+        hub_config: the model's config.json; one whose shape is not known gets all.
+    """
+    if wanted is not None:
+        return wanted
+    try:
+        text = read_shape(hub_config).text
+    except ModelFileError:
+        return _usable()
+    largest = text.hidden_size * max(2 * text.intermediate_size, text.vocab_size)
+    return max(1, min(_usable(), largest // VALUES_A_THREAD))
+
+
+@contextmanager
+def computing_with(threads: int | None) -> Iterator[None]:
+    """Let torch's operators use so many inside the block; None changes nothing."""
+    import torch
+
+    before = torch.get_num_threads()
+    if threads is None or threads == before:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@functools.cache
+def _usable() -> int:
+    """Cores that this process may use, by its affinity, its control group and torch's own limit
+    (`OMP_NUM_THREADS`)."""
+    import torch
+
+    return max(1, min(usable_cores(), torch.get_num_threads(), *_quotas()))
+
+
+def _quotas() -> Iterator[int]:
+    """Cores that limits of this process's control groups allow, begun ones included."""
+    for group in cpu_groups():
+        with suppress(OSError, ValueError):
+            quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
+            yield math.ceil(int(quota) / int(period))
+        with suppress(OSError, ValueError):
+            quota, period = (
+                (group / f"cpu.cfs_{name}_us").read_text(encoding="ascii")
+                for name in ("quota", "period")
+            )
+            if int(quota) > 0:
+                yield math.ceil(int(quota) / int(period))

@@ -1,0 +1,157 @@
+"""Assembles the result of one request from its tokens and the marks of its phases."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from qwencli.config import SamplingParams
+from qwencli.engine.event_timer import Clock, Mark
+from qwencli.engine.frontend.model_files import ModelFiles
+from qwencli.engine.frontend.prompt import Prompt
+from qwencli.engine.frontend.tokenizer import THOUGHT_END, StopStringBuffer, ThoughtSplitter
+from qwencli.results import (
+    FinishReason,
+    GenerationChunk,
+    GenerationResult,
+    RanModes,
+    Speculation,
+    Timings,
+)
+
+
+@dataclass
+class Answer:
+    """The answer so far.
+
+    Args:
+        started_s: when the request arrived, on `time.perf_counter`.
+    """
+
+    files: ModelFiles
+    prompt: Prompt
+    sampling: SamplingParams
+    started_s: float
+    token_ids: list[int] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        asked_to_stop = not self.sampling.ignore_eos
+        self.stop_ids = frozenset(self.files.stop_token_ids if asked_to_stop else ())
+        self._stops = StopStringBuffer(self.sampling.stop if asked_to_stop else ())
+        self._detokenizer = self.files.detokenizer()
+        self._splitter = ThoughtSplitter(inside=self.prompt.opens_thought)
+        self._thoughts: list[str] = []
+        self._text: list[str] = []
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop token or a stop string has ended the answer."""
+        return self._at_stop_token or self._stops.stopped
+
+    @property
+    def _at_stop_token(self) -> bool:
+        return bool(self.token_ids) and self.token_ids[-1] in self.stop_ids
+
+    def add(self, token_id: int, mark: Mark) -> GenerationChunk:
+        """Append a token; a stop token ends the answer and is not part of its text.
+
+        Tokens that were chosen together come with the same mark.
+        """
+        self.token_ids.append(token_id)
+        self.marks.append(mark)
+        if self._at_stop_token:
+            return GenerationChunk("", (token_id,))
+        thoughts, text = self._splitter.push(self._detokenizer.push(token_id))
+        text = self._stops.push(text)
+        self._thoughts.append(thoughts)
+        self._text.append(text)
+        return GenerationChunk(text, (token_id,), thoughts=thoughts)
+
+    def finish(
+        self,
+        clock: Clock,
+        vision: Sequence[tuple[Mark, Mark]],
+        ran: RanModes,
+        load_s: float,
+        speculation: Speculation | None = None,
+        began: Mark | None = None,
+    ) -> GenerationChunk:
+        """The last chunk, with the result. The device must have passed every mark.
+
+        Args:
+            vision: start and end of each run of the vision tower.
+            began: when the device began with this answer; None = where the clock did.
+        """
+        thoughts, tail = self._splitter.push(self._detokenizer.finish())
+        more_thoughts, rest = self._splitter.finish()
+        thoughts += more_thoughts
+        tail = self._stops.push(tail + rest) + self._stops.finish()
+        self._thoughts.append(thoughts)
+        self._text.append(tail)
+        all_thoughts, text = self._said()
+        finish: FinishReason = "stop" if self.stopped else "length"
+        step_s, token_t_s = self._times(clock, clock.origin if began is None else began)
+        result = GenerationResult(
+            text=text,
+            token_ids=tuple(self.token_ids),
+            finish_reason=finish,
+            num_prompt_tokens=len(self.prompt.input_ids),
+            num_image_tokens=self.prompt.num_image_tokens,
+            timings=self._timings(clock, vision, step_s, token_t_s[0], load_s),
+            ran=ran,
+            token_t_s=tuple(token_t_s),
+            token_gpu_ms=tuple(s * 1e3 for s in step_s) if ran.device.startswith("cuda") else None,
+            speculation=speculation,
+            thoughts=all_thoughts or None,
+            image_sizes=self.prompt.image_sizes,
+            resized_sizes=self.prompt.resized_sizes,
+        )
+        return GenerationChunk(tail, (), result, thoughts)
+
+    def _said(self) -> tuple[str, str]:
+        """(thoughts, answer), whole."""
+        thoughts, text = "".join(self._thoughts).strip(), "".join(self._text)
+        if self.files.prompts.tokenizer.has_token(THOUGHT_END):
+            # A template that opens no thought for a model that thinks all the same.
+            missed, found, after = text.rpartition(THOUGHT_END)
+            if found:
+                return "\n".join(filter(None, (thoughts, missed.strip()))), after.lstrip()
+        return thoughts, text
+
+    def _times(self, clock: Clock, before: Mark) -> tuple[list[float], list[float]]:
+        """Seconds of each token from the one before, and when it was ready."""
+        step_s: list[float] = []
+        ready_s: list[float] = []
+        for _, group in itertools.groupby(self.marks, key=id):
+            marks = list(group)
+            seconds = clock.seconds(before, marks[-1])
+            end = clock.host_s(marks[-1])
+            for left in reversed(range(len(marks))):
+                step_s.append(seconds / len(marks))
+                ready_s.append(end - left * seconds / len(marks))
+            before = marks[-1]
+        return step_s, ready_s
+
+    def _timings(
+        self,
+        clock: Clock,
+        vision: Sequence[tuple[Mark, Mark]],
+        step_s: list[float],
+        first_token_s: float,
+        load_s: float,
+    ) -> Timings:
+        vision_s = sum(clock.seconds(start, end) for start, end in vision) if vision else None
+        decode_s = sum(step_s[1:])
+        return Timings(
+            load_s=load_s,
+            preprocess_s=self.prompt.preprocess_s,
+            vision_encode_s=vision_s,
+            prefill_s=step_s[0] - (vision_s or 0.0),
+            ttft_s=first_token_s - self.started_s,
+            decode_s=decode_s,
+            e2e_s=time.perf_counter() - self.started_s,
+            decode_tok_per_s=len(step_s[1:]) / decode_s if decode_s > 0 else None,
+        )

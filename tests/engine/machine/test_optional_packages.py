@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from qwencli.engine.machine.optional_packages import require
+from qwencli.errors import MissingDependencyError
+
+
+def need(module):
+    require(module, "--mode fast", "pip install it", "use --mode slow")
+
+
+def test_a_package_that_imports_is_fine():
+    need("json")
+
+
+def test_a_missing_package_names_the_mode_the_install_and_the_way_round():
+    with pytest.raises(MissingDependencyError) as found:
+        need("no_such_thing")
+    assert str(found.value) == "--mode fast: the package no-such-thing is not installed"
+    assert found.value.hint == "pip install it, or use --mode slow"
+
+
+@pytest.mark.parametrize("error", ["ImportError('libx.so.1')", "OSError('libx.so.1\\nmore')"])
+def test_a_broken_package_says_why_in_one_line(tmp_path, monkeypatch, error):
+    (tmp_path / "broken_thing.py").write_text(f"raise {error}", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingDependencyError, match=r"does not load: libx\.so\.1$"):
+        need("broken_thing")
+    sys.modules.pop("broken_thing", None)
