@@ -25,21 +25,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qwencli.bench.campaign import Campaign
-from qwencli.bench.compare import compare
-from qwencli.bench.compare_sides import read_side
-from qwencli.bench.compare_tables import comparison_document, comparison_table
-from qwencli.bench.environment import environment
-from qwencli.bench.launch import read_machine_speed
-from qwencli.bench.plan import Plan
-from qwencli.bench.planned import duration, planned_table
-from qwencli.bench.predict import predict
-from qwencli.bench.prepare import BenchRequest, prepare
-from qwencli.bench.repetition import Wanted
-from qwencli.bench.report import build_report
-from qwencli.bench.runner import RunnerOptions, run_in_turns
-from qwencli.bench.session import INTERRUPTED, worker
-from qwencli.bench.telemetry import sampler_command
+from qwencli.bench.compare.comparison import compare
+from qwencli.bench.compare.comparison_tables import comparison_document, comparison_table
+from qwencli.bench.compare.sides import read_side
+from qwencli.bench.measure.telemetry import sampler_command
+from qwencli.bench.plan.campaign_plan import Plan
+from qwencli.bench.plan.dry_run import duration, planned_table
+from qwencli.bench.plan.environment import environment
+from qwencli.bench.plan.launch import read_machine_speed
+from qwencli.bench.plan.predict import predict
+from qwencli.bench.plan.prepare import BenchRequest, prepare
+from qwencli.bench.plan.repetition import Wanted
+from qwencli.bench.report.campaign_report import build_report
+from qwencli.bench.run.bench_run import INTERRUPTED, worker
+from qwencli.bench.run.campaign import Campaign
+from qwencli.bench.run.runner import RunnerOptions, run_in_turns
 from qwencli.config import DType, LoadFormat
 from qwencli.engine.machine.device import DeviceFacts
 from qwencli.output import Sink

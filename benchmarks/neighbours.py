@@ -13,8 +13,8 @@ import subprocess
 import sys
 from contextlib import nullcontext
 
-from qwencli.bench import hogs
-from qwencli.bench.studies import beside
+from qwencli.bench.inject import contention as beside
+from qwencli.bench.inject import hogs
 
 KINDS = {"copying": hogs.COPYING, "computing": hogs.COMPUTING}
 

@@ -23,9 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from qwencli.bench import columns
-from qwencli.bench.report import build_report
-from qwencli.bench.rowfile import write_rows
+from qwencli.bench.report.campaign_report import build_report
+from qwencli.bench.storage import columns
+from qwencli.bench.storage.row_file import write_rows
 from tests.bench.synthetic_campaign import ENVIRONMENT, campaign
 
 

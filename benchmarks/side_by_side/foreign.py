@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from qwencli.bench import columns
-from qwencli.bench.campaign import ENVIRONMENT, GPU, PLAN, RUNS, TOKENS, write_json
-from qwencli.bench.environment import environment
-from qwencli.bench.itl import run_latency
-from qwencli.bench.launch import read_device_facts
-from qwencli.bench.report import build_report
-from qwencli.bench.rowfile import RowFile
-from qwencli.bench.tables import terminal_table
-from qwencli.bench.work import EXAMPLE_IMAGE, find_image, prompt_or_default
+from qwencli.bench.plan.environment import environment
+from qwencli.bench.plan.launch import read_device_facts
+from qwencli.bench.plan.workload import EXAMPLE_IMAGE, find_image, prompt_or_default
+from qwencli.bench.report.campaign_report import build_report
+from qwencli.bench.report.tables import terminal_table
+from qwencli.bench.run.campaign import ENVIRONMENT, GPU, PLAN, RUNS, TOKENS, write_json
+from qwencli.bench.statistics.itl import run_latency
+from qwencli.bench.storage import columns
+from qwencli.bench.storage.row_file import RowFile
 from qwencli.errors import BenchError, OutputError, QwenCliError
 from qwencli.output import Sink
 

@@ -162,11 +162,11 @@ def bench(
         return
     if resume and out is None:
         raise UsageError("--resume needs --out DIR", "name the campaign's folder")
-    from qwencli.bench.cooldown import read_cooldown
-    from qwencli.bench.prepare import BenchRequest, prepare
-    from qwencli.bench.repetition import Wanted
-    from qwencli.bench.session import How, measure, show_cells
-    from qwencli.bench.work import read_prompt
+    from qwencli.bench.plan.prepare import BenchRequest, prepare
+    from qwencli.bench.plan.repetition import Wanted
+    from qwencli.bench.plan.workload import read_prompt
+    from qwencli.bench.run.bench_run import How, measure, show_cells
+    from qwencli.bench.run.cooldown import read_cooldown
 
     axes = {
         "model": model,
@@ -219,17 +219,17 @@ def report(
     Writes cells.csv, causes.csv, report.md and report.html, and the confusion matrix of an injected
     campaign; verdicts.csv and report.md of a study.
     """
-    from qwencli.bench.studies.prepared import STUDY
+    from qwencli.bench.studies.study_plan import STUDY
 
     if (folder / STUDY).exists():
-        from qwencli.bench.studies import report as study_report
+        from qwencli.bench.studies import study_report
 
         verdicts = study_report.build_study_report(folder)
         context.ensure_object(Sink).show(study_report.terminal_table(verdicts))
         return
     from qwencli.bench.inject.confusion import rebuilt, summary
-    from qwencli.bench.report import build_report
-    from qwencli.bench.tables import terminal_table
+    from qwencli.bench.report.campaign_report import build_report
+    from qwencli.bench.report.tables import terminal_table
 
     rows = build_report(folder)
     sink = context.ensure_object(Sink)
@@ -284,9 +284,9 @@ def compare(
     With --run processes of A and B alternate, and neighbours are compared: on a busy machine too.
     """
     if run:
-        from qwencli.bench.compare_run import run_sides
-        from qwencli.bench.prepare import BenchRequest
-        from qwencli.bench.repetition import Wanted
+        from qwencli.bench.compare.compare_run import run_sides
+        from qwencli.bench.plan.prepare import BenchRequest
+        from qwencli.bench.plan.repetition import Wanted
 
         request = BenchRequest(
             matrix="",
@@ -310,9 +310,9 @@ def compare(
         raise UsageError(
             "--processes, --runs, --out and --model go with --run", "add --run, or leave them out"
         )
-    from qwencli.bench.compare import compare as compare_sides
-    from qwencli.bench.compare_sides import read_side
-    from qwencli.bench.compare_tables import comparison_document, comparison_table
+    from qwencli.bench.compare.comparison import compare as compare_sides
+    from qwencli.bench.compare.comparison_tables import comparison_document, comparison_table
+    from qwencli.bench.compare.sides import read_side
 
     found = compare_sides(read_side(a), read_side(b), threshold=threshold / 100, force=force)
     sink = context.ensure_object(Sink)
@@ -354,10 +354,10 @@ def inject(
     undisturbed runs of a quiet machine blamed.
     """
     from qwencli.bench.inject.confusion import holds, summary
-    from qwencli.bench.inject.session import Injection
-    from qwencli.bench.inject.session import inject as run_injection
-    from qwencli.bench.prepare import BenchRequest
-    from qwencli.bench.repetition import Wanted
+    from qwencli.bench.inject.injection_run import Injection
+    from qwencli.bench.inject.injection_run import inject as run_injection
+    from qwencli.bench.plan.prepare import BenchRequest
+    from qwencli.bench.plan.repetition import Wanted
 
     request = BenchRequest(
         matrix="quick",

@@ -63,8 +63,8 @@ def study(
     One factor varies at a time, in turns within one process where that is possible. Verdicts:
     supported, refuted, not reproduced here, cannot run here. Writes verdicts.csv and report.md.
     """
-    from qwencli.bench.studies import prepared as plan
-    from qwencli.bench.studies import session
+    from qwencli.bench.studies import study_plan as plan
+    from qwencli.bench.studies import study_run as session
     from qwencli.bench.studies.claim_file import choose
     from qwencli.bench.studies.listing import claims_table
 
@@ -76,7 +76,7 @@ def study(
     if resume and out is None:
         raise UsageError("--resume needs --out DIR", "name the study's folder")
     studies = choose(named)
-    from qwencli.bench.launch import read_device_facts
+    from qwencli.bench.plan.launch import read_device_facts
 
     number, parts = _read_part(part)
     request = plan.StudyRequest(

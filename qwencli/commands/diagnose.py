@@ -100,7 +100,7 @@ def explain(
     """Say in words what a bench campaign shows, each sentence with its figure."""
     from dataclasses import asdict
 
-    from qwencli.bench.explain import explain_campaign, explained_text
+    from qwencli.bench.report.explain import explain_campaign, explained_text
 
     sink, findings = context.ensure_object(Sink), explain_campaign(campaign)
     if not json:

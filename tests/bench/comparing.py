@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from qwencli.bench import columns
-from qwencli.bench.cells import BenchCell
-from qwencli.bench.compare_sides import Side, side
-from qwencli.bench.rowfile import write_rows
+from qwencli.bench.compare.sides import Side, side
+from qwencli.bench.plan.cells import BenchCell
+from qwencli.bench.storage import columns
+from qwencli.bench.storage.row_file import write_rows
 from qwencli.config import Attention, Cache, EngineName, LoadMode, Quantization
 
 ENVIRONMENT = {

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from qwencli.bench.matrix import Matrix, expand
-from qwencli.bench.plan import Plan, Settings
-from qwencli.bench.stopping import StopRule
+from qwencli.bench.plan.campaign_plan import Plan, Settings
+from qwencli.bench.plan.matrix import Matrix, expand
+from qwencli.bench.plan.stopping import StopRule
 from qwencli.config import ModelSource, ModelSpec
 from qwencli.engine.machine.device import DeviceFacts
 

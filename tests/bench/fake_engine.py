@@ -17,7 +17,7 @@ from typing import Self
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from qwencli.bench import worker
+from qwencli.bench.run import worker
 from qwencli.config import EngineConfig
 from qwencli.engine.protocol import drain
 from qwencli.errors import OutOfMemoryError, UnsupportedModeError

@@ -8,8 +8,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwencli.bench import columns
-from qwencli.bench.stats import cell_rows
+from qwencli.bench.report.cell_statistics import cell_rows
+from qwencli.bench.storage import columns
 
 MODES = {
     "quantization": ("none", "8bit", "4bit", "fp8"),

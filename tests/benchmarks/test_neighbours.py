@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 
 from benchmarks import neighbours
-from qwencli.bench import hogs
-from qwencli.bench.studies import beside
+from qwencli.bench.inject import contention as beside
+from qwencli.bench.inject import hogs
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from benchmarks.side_by_side import foreign, llama_bench, openai_endpoint, vllm_latency
-from qwencli.bench.compare import compare
-from qwencli.bench.compare_sides import read_side
-from qwencli.bench.rowfile import read_rows
+from qwencli.bench.compare.comparison import compare
+from qwencli.bench.compare.sides import read_side
+from qwencli.bench.storage.row_file import read_rows
 from qwencli.engine.machine.device import DeviceFacts
 from qwencli.errors import BenchError, MissingDependencyError
 

@@ -8,9 +8,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from qwencli.bench import prepare, session
-from qwencli.bench.predict import MachineSpeed
-from qwencli.bench.repetition import Wanted
+from qwencli.bench.plan import prepare
+from qwencli.bench.plan.predict import MachineSpeed
+from qwencli.bench.plan.repetition import Wanted
+from qwencli.bench.run import bench_run as session
 from qwencli.commands import bench as command
 from qwencli.config import DType, LoadFormat, ModelSource, ModelSpec
 from qwencli.engine.machine.device import DeviceFacts

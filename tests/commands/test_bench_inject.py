@@ -5,10 +5,10 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from qwencli.bench import columns
-from qwencli.bench.campaign import write_json
 from qwencli.bench.inject.truth import COLUMNS, NONE, rows_of
-from qwencli.bench.rowfile import write_rows
+from qwencli.bench.run.campaign import write_json
+from qwencli.bench.storage import columns
+from qwencli.bench.storage.row_file import write_rows
 from qwencli.cli import app
 from tests.bench.attribution.made_cell import MadeCell
 from tests.bench.synthetic_campaign import ENVIRONMENT
@@ -64,7 +64,7 @@ def test_report_of_an_ordinary_campaign_has_none(injected):
 
 
 def test_a_wrong_cause_is_said_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr("qwencli.bench.inject.session.prepare", pytest.fail)
+    monkeypatch.setattr("qwencli.bench.inject.injection_run.prepare", pytest.fail)
     done = CliRunner().invoke(app, ["bench", "inject", "gremlins"])
     assert done.exit_code != 0
     assert "'gremlins' cannot be injected" in str(done.exception) + done.output

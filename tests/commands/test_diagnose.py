@@ -183,8 +183,8 @@ def test_apply_where_nothing_fits(run):
 
 @pytest.fixture
 def folder(tmp_path):
-    from qwencli.bench import columns
-    from qwencli.bench.rowfile import write_rows
+    from qwencli.bench.storage import columns
+    from qwencli.bench.storage.row_file import write_rows
 
     made = synthetic(6, 8, 30, skipped=1, seed=2)
     write_rows(tmp_path / "cells.csv", columns.CELLS, made.rows)

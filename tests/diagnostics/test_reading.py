@@ -128,12 +128,12 @@ def test_processes_of_this_program_by_their_command_line(tmp_path):
     process(1, 0, "init")
     process(me, 1, "python", "-m", "qwencli", "diagnose")
     process(900001, me, "python", "-m", "qwencli.engine.instruments.probes.child")
-    process(900002, 1, "/usr/bin/python3.12", "-m", "qwencli.bench.worker")
+    process(900002, 1, "/usr/bin/python3.12", "-m", "qwencli.bench.run.worker")
     process(900003, 900004, "/venv/bin/qwencli", "chat")
     process(900004, 1, "bash", "-c", "qwencli chat")
     found = read_processes.read_engines(tmp_path)
     assert [(p.pid, p.what, p.orphaned) for p in found] == [
-        (900002, "qwencli.bench.worker", True),
+        (900002, "qwencli.bench.run.worker", True),
         (900003, "qwencli chat", False),
     ]
     assert read_processes.read_engines(tmp_path / "none") is None
@@ -144,8 +144,8 @@ def test_processes_of_this_program_by_their_command_line(tmp_path):
     [
         (("python", "-m", "qwencli", "chat"), "qwencli chat"),
         (
-            ("python3.12", "-X", "utf8", "-Wd", "-Im", "qwencli.bench.worker"),
-            "qwencli.bench.worker",
+            ("python3.12", "-X", "utf8", "-Wd", "-Im", "qwencli.bench.run.worker"),
+            "qwencli.bench.run.worker",
         ),
         (("/v/bin/python", "-u", "/v/bin/qwencli", "caption", "a.png"), "qwencli caption"),
         (("python", "-mqwencli", "diagnose"), "qwencli diagnose"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qwencli.bench.plan.workload import EXAMPLE_IMAGE
 from qwencli.bench.studies.conditions import CONDITIONS, Load, Situation, why_not
-from qwencli.bench.work import EXAMPLE_IMAGE
 from qwencli.config import (
     Attention,
     Cache,

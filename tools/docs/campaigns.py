@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwencli.bench.campaign import ENVIRONMENT, PLAN, RUNS
-from qwencli.bench.rowfile import read_rows
+from qwencli.bench.run.campaign import ENVIRONMENT, PLAN, RUNS
+from qwencli.bench.storage.row_file import read_rows
 from qwencli.bench.studies.origin_tables import Series
 
 ROOT = Path(__file__).parents[2]

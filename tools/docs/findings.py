@@ -18,16 +18,16 @@ from typing import Any
 import campaigns
 from plots import effects_plot, runs_plot
 
-from qwencli.bench.campaign import ENVIRONMENT
-from qwencli.bench.cell_words import DIFFER
-from qwencli.bench.explain import explain_campaign
-from qwencli.bench.stats import UNSTABLE_RATIO
+from qwencli.bench.report.cell_statistics import UNSTABLE_RATIO
+from qwencli.bench.report.explain import explain_campaign
+from qwencli.bench.report.explain_rules import DIFFER
+from qwencli.bench.run.campaign import ENVIRONMENT
 from qwencli.bench.studies import origin_tables
 from qwencli.bench.studies.claim_file import ALL, Study, choose
-from qwencli.bench.studies.evidence import Evidence
 from qwencli.bench.studies.origin_tables import series
-from qwencli.bench.studies.prepared import STUDY
-from qwencli.bench.studies.report import effect_words
+from qwencli.bench.studies.study_evidence import Evidence
+from qwencli.bench.studies.study_plan import STUDY
+from qwencli.bench.studies.study_report import effect_words
 from qwencli.bench.studies.verdicts import ClaimVerdict, Finding, Verdict
 
 ROOT = Path(__file__).parents[2]

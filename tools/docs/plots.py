@@ -12,8 +12,8 @@ import textwrap
 from collections.abc import Sequence
 from html import escape
 
-from qwencli.bench.studies.evidence import Evidence
 from qwencli.bench.studies.origin_tables import factors, series, speeds
+from qwencli.bench.studies.study_evidence import Evidence
 
 _WIDTH, _LEFT, _RIGHT, _ROW, _TOP = 860, 330, 90, 22, 46
 _FONT = 'font-family="sans-serif" font-size="12"'

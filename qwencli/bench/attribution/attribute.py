@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qwencli.bench.attribution.baseline import Baseline, baseline
-from qwencli.bench.attribution.between import SlowPhase, slow_phases
+from qwencli.bench.attribution.cause_rules import judge
 from qwencli.bench.attribution.causes import Finding, Stretch
 from qwencli.bench.attribution.collect import observe
-from qwencli.bench.attribution.gaps import UsualToken, gaps
 from qwencli.bench.attribution.records import RawRow, RunRecord, records_by_cell
-from qwencli.bench.attribution.rules import judge
+from qwencli.bench.attribution.slow_runs import SlowPhase, slow_phases
 from qwencli.bench.attribution.whole_cell import over_limits
+from qwencli.bench.statistics.slow_tokens import UsualToken, gaps
 
 
 def attribute(

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from qwencli.bench.attribution.evidence import Usual
-from qwencli.bench.attribution.gaps import UsualToken, usual_token
 from qwencli.bench.attribution.records import Moment, Numbers, RunRecord, quicker
-from qwencli.bench.drift import ALPHA, drift
+from qwencli.bench.statistics.drift import ALPHA, drift
+from qwencli.bench.statistics.slow_tokens import UsualToken, usual_token
 
 # Counters of host.csv of which a phase of a run has a usual amount.
 COUNTERS = (

@@ -9,7 +9,7 @@ from qwencli.bench.attribution.baseline import Baseline, counters, reasons
 from qwencli.bench.attribution.causes import Scope, Stretch
 from qwencli.bench.attribution.evidence import Evidence
 from qwencli.bench.attribution.records import Moment, Numbers, RunRecord
-from qwencli.bench.roofline import DRIVER_MEAN_S
+from qwencli.bench.measure.roofline import DRIVER_MEAN_S
 
 # A sensor sample speaks for this long before and after itself: the sampler's interval.
 NEAR_S = 0.05

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from qwencli.bench.attribution.baseline import counters
 from qwencli.bench.attribution.causes import THROTTLING, Cause
 from qwencli.bench.attribution.records import Moment, RunRecord
-from qwencli.bench.roofline import GPU_BUSY
+from qwencli.bench.measure.roofline import GPU_BUSY
 
 # The kernel counts what the hypervisor takes in ticks of 10 ms: fewer say nothing.
 LEAST_STEAL_MS = 50.0

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from qwencli.bench.attribution.causes import Cause
 from qwencli.bench.attribution.records import RawRow
-from qwencli.bench.campaign_files import CAUSES, HOST, RUNS, read_file
 from qwencli.bench.inject.truth import NONE, read_truth
-from qwencli.bench.rowfile import replace_file, write_rows
+from qwencli.bench.storage.campaign_files import CAUSES, HOST, RUNS, read_file
+from qwencli.bench.storage.row_file import replace_file, write_rows
 from qwencli.output import markdown_page
 
 CSV, MARKDOWN = "confusion.csv", "confusion.md"

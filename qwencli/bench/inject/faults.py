@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qwencli.bench.attribution.causes import Cause
-from qwencli.bench.hogs import COMPUTING_WHEN_TOLD
+from qwencli.bench.inject.hogs import COMPUTING_WHEN_TOLD
 from qwencli.bench.inject.pauser import Pauser
 from qwencli.engine.instruments import disturbances
 from qwencli.engine.machine.child_process import python_command

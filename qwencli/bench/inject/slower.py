@@ -13,8 +13,8 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 
-from qwencli.bench import worker
-from qwencli.bench.engine_around import EngineAround
+from qwencli.bench.run import worker
+from qwencli.bench.run.engine_around import EngineAround
 from qwencli.config import EngineConfig
 from qwencli.engine.factory import create_engine
 from qwencli.engine.instruments import disturbances

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.bench.attribution.causes import Cause
-from qwencli.bench.campaign_files import check_table
-from qwencli.bench.rowfile import read_table
+from qwencli.bench.storage.campaign_files import check_table
+from qwencli.bench.storage.row_file import read_table
 
 FILE = "truth.csv"
 COLUMNS = ("run", "cause", "t_s", "span_ms")

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwencli.bench.robust import Statistic
+from qwencli.bench.statistics.robust import Statistic
 from qwencli.bench.studies.conditions import CONDITIONS, PLAIN
 from qwencli.bench.studies.metrics import NAMES
 from qwencli.bench.studies.needs import NEEDS

@@ -14,8 +14,8 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
-from qwencli.bench.hogs import COPYING
-from qwencli.bench.studies import beside
+from qwencli.bench.inject import contention as beside
+from qwencli.bench.inject.hogs import COPYING
 from qwencli.config import EngineName
 from qwencli.engine.instruments import interventions
 from qwencli.engine.machine.device import DeviceFacts

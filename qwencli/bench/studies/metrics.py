@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from qwencli.bench.columns import RUNS
+from qwencli.bench.storage.columns import RUNS
 
 # A row of runs.csv with what the condition observed in that run.
 Row = Mapping[str, str]

@@ -12,11 +12,11 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from qwencli.bench.robust import Interval, ratio_interval
-from qwencli.bench.stats import run_ratio
+from qwencli.bench.report.cell_statistics import run_ratio
+from qwencli.bench.statistics.robust import Interval, ratio_interval
 from qwencli.bench.studies.conditions import PLAIN
-from qwencli.bench.studies.evidence import Evidence, Row
 from qwencli.bench.studies.metrics import value
+from qwencli.bench.studies.study_evidence import Evidence, Row
 
 Table = tuple[Sequence[str], list[list[str]]]
 # Engine, load mode, and the runs of both in their order.

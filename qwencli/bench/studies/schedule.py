@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwencli.bench.cells import BenchCell
-from qwencli.bench.rules import skip_reason
+from qwencli.bench.plan.cells import BenchCell
+from qwencli.bench.plan.skip_rules import skip_reason
 from qwencli.bench.studies.claim_file import HELD, Arm, Study
 from qwencli.bench.studies.conditions import CONDITIONS, PLAIN, Load, why_not
 from qwencli.bench.studies.needs import blocker

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from qwencli.bench.robust import (
+from qwencli.bench.statistics.robust import (
     MIN_RUNS,
     Interval,
     describe,

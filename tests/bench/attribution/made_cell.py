@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from qwencli.bench import columns
 from qwencli.bench.attribution.attribute import attribute
+from qwencli.bench.storage import columns
 
 CELL = "cell-1"
 RUNS, TOKENS = 8, 100

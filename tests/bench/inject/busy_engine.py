@@ -14,8 +14,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from qwencli.bench import worker as plain
-from qwencli.bench.inject import slower, worker
+from qwencli.bench.inject import injection_worker as worker
+from qwencli.bench.inject import slower
+from qwencli.bench.run import worker as plain
 from qwencli.results import GenerationChunk, GenerationResult, Timings
 from tests.bench.fake_engine import FakeEngine
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from qwencli.bench.inject.slower import SlowedEngine
-from qwencli.bench.rowfile import read_rows
-from qwencli.bench.session import How, measure
+from qwencli.bench.run.bench_run import How, measure
+from qwencli.bench.storage.row_file import read_rows
 from qwencli.config import EngineConfig, ModelSource, ModelSpec, SamplingOptions
 from qwencli.engine.instruments import disturbances
 from qwencli.messages import GenerationRequest, user_message

@@ -12,7 +12,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from qwencli.bench.studies import worker
+from qwencli.bench.studies import study_worker as worker
 from tests.bench.fake_engine import FakeEngine
 
 

@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from qwencli.bench import hogs
-from qwencli.bench.studies import beside
+from qwencli.bench.inject import contention as beside
+from qwencli.bench.inject import hogs
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qwencli.bench.studies.report import build_study_report
+from qwencli.bench.studies.study_report import build_study_report
 from qwencli.errors import BenchError, QwenCliError
 from tests.bench.broken_campaigns import mutate
 

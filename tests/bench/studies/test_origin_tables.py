@@ -7,12 +7,12 @@ import math
 
 import pytest
 
-from qwencli.bench import columns
-from qwencli.bench.rowfile import write_rows
+from qwencli.bench.storage import columns
+from qwencli.bench.storage.row_file import write_rows
 from qwencli.bench.studies import origin_tables
-from qwencli.bench.studies.evidence import Evidence
-from qwencli.bench.studies.prepared import FORMAT, process_folder
-from qwencli.bench.studies.worker import COLUMNS
+from qwencli.bench.studies.study_evidence import Evidence
+from qwencli.bench.studies.study_plan import FORMAT, process_folder
+from qwencli.bench.studies.study_worker import COLUMNS
 
 TOKENS = 21
 CELL = {"cell_id": "c", "model": "m", "quantization": "none", "attention": "sdpa"}

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from qwencli.bench.rowfile import read_rows
-from qwencli.bench.studies import session
+from qwencli.bench.storage.row_file import read_rows
+from qwencli.bench.studies import study_run as session
 from qwencli.bench.studies.claim_file import choose
-from qwencli.bench.studies.evidence import Evidence
-from qwencli.bench.studies.prepared import StudyRequest, prepare_study, process_folder
-from qwencli.bench.studies.report import COLUMNS, build_study_report, terminal_table
-from qwencli.bench.studies.session import run_study
 from qwencli.bench.studies.share import share
+from qwencli.bench.studies.study_evidence import Evidence
+from qwencli.bench.studies.study_plan import StudyRequest, prepare_study, process_folder
+from qwencli.bench.studies.study_report import COLUMNS, build_study_report, terminal_table
+from qwencli.bench.studies.study_run import run_study
 from qwencli.bench.studies.verdicts import Verdict
 from qwencli.config import DType, LoadFormat
 from qwencli.errors import BenchError, OutputError

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from qwencli.bench import launch
+from qwencli.bench.plan import launch
 from qwencli.engine.machine import device
 from qwencli.engine.machine.device import CudaDevice, TorchFacts
 from qwencli.errors import BenchError, DeviceError

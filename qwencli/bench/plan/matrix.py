@@ -1,0 +1,144 @@
+"""Which cells a campaign has: axes, exclusions, and the cells that cannot run here.
+
+Knows neither torch nor the engines; what this machine can do comes in as `DeviceFacts`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from qwencli.bench.plan.cells import AXES, DEFAULT_AXES, BenchCell
+from qwencli.bench.plan.repetition import Wanted
+from qwencli.bench.plan.skip_rules import skip_reason, work_of
+from qwencli.config import (
+    Attention,
+    Cache,
+    EngineName,
+    Kernels,
+    KVDType,
+    LoadMode,
+    Quantization,
+    Speculate,
+)
+from qwencli.engine.machine.device import DeviceFacts
+from qwencli.errors import BenchError, UsageError
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A sweep as written down.
+
+    Args:
+        name: for messages: a built-in's name, or the file.
+        axes: axis -> values in order; axes left out take DEFAULT_AXES.
+        exclude: each entry drops the cells that match all of its axes.
+        repetition, max_new_tokens, prompt, images: of each cell, where the command line does not
+            say; a prompt of None and no images are the tool's own.
+    """
+
+    name: str
+    axes: Mapping[str, tuple[str, ...]]
+    exclude: tuple[Mapping[str, tuple[str, ...]], ...] = ()
+    repetition: Wanted = field(default_factory=Wanted)
+    max_new_tokens: int = 128
+    prompt: str | None = None
+    images: tuple[Path, ...] = ()
+
+
+def check_values(axis: str, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the values without repeats.
+
+    Raises:
+        UsageError: a value the axis does not have, or no value at all.
+    """
+    flag = "--" + axis.replace("_", "-")
+    kinds = AXES[axis]
+    valid = None if kinds is None else [member.value for member in kinds]
+    for value in values:
+        if not value:
+            raise UsageError(f"{flag} has an empty value", "separate values by single commas")
+        if valid is not None and value not in valid:
+            raise UsageError(
+                f"{flag} has no value {value!r}", f"give one or more of {', '.join(valid)}"
+            )
+    if not values:
+        raise UsageError(f"{flag} has no value", "name at least one")
+    return tuple(dict.fromkeys(values))
+
+
+def override(matrix: Matrix, said: Mapping[str, str | None], exclude: Sequence[str] = ()) -> Matrix:
+    """Replace axes by the comma lists said on the command line (None = not said), and add its
+    exclusions, each a comma list of AXIS=VALUE; an axis named twice has either value.
+
+    Raises:
+        UsageError: an unknown axis or value.
+    """
+    axes = dict(matrix.axes)
+    for axis, text in said.items():
+        if text is not None:
+            axes[axis] = check_values(axis, tuple(part.strip() for part in text.split(",")))
+    return replace(matrix, axes=axes, exclude=(*matrix.exclude, *map(_read_exclusion, exclude)))
+
+
+def _read_exclusion(text: str) -> Mapping[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for part in text.split(","):
+        axis, equals, value = (piece.strip() for piece in part.partition("="))
+        axis = axis.replace("-", "_")
+        if not equals or axis not in AXES:
+            raise UsageError(
+                f"--exclude has {part.strip()!r}", f"write AXIS=VALUE; axes: {', '.join(AXES)}"
+            )
+        found[axis] = (*found.get(axis, ()), *check_values(axis, (value,)))
+    return found
+
+
+def expand(matrix: Matrix, default_model: str, facts: DeviceFacts) -> list[BenchCell]:
+    """All cells in the order of the axes, those that cannot run carrying their reason, and so do
+    those that differ in nothing from an earlier one: they are run once.
+
+    Raises:
+        BenchError: the exclusions leave nothing.
+    """
+    axes = {"model": (default_model,), **DEFAULT_AXES, **matrix.axes}
+    cells: list[BenchCell] = []
+    seen: dict[tuple[str, ...], BenchCell] = {}
+    for values in itertools.product(*(axes[axis] for axis in AXES)):
+        chosen = dict(zip(AXES, values, strict=True))
+        if any(_matches(chosen, rule) for rule in matrix.exclude):
+            continue
+        cell = BenchCell(
+            model=chosen["model"],
+            engine=EngineName(chosen["engine"]),
+            quantization=Quantization(chosen["quantization"]),
+            attention=Attention(chosen["attention"]),
+            cache=Cache(chosen["cache"]),
+            load_mode=LoadMode(chosen["load_mode"]),
+            kernels=Kernels(chosen["kernels"]),
+            kv_dtype=KVDType(chosen["kv_dtype"]),
+            speculate=Speculate(chosen["speculate"]),
+        )
+        reason = skip_reason(cell, facts)
+        if reason is None:
+            first = seen.setdefault(work_of(cell, facts), cell)
+            reason = None if first is cell else _same_as(first, cell)
+        cells.append(replace(cell, skip_reason=reason))
+    if not cells:
+        raise BenchError(
+            f"matrix {matrix.name} has no cell left",
+            "its exclusions contradict its axes; drop one of them",
+        )
+    return cells
+
+
+def _same_as(first: BenchCell, cell: BenchCell) -> str:
+    others = cell.axes()
+    differing = [f"{a} {v}" for a, v in first.axes().items() if others[a] != v]
+    return f"the same work here as {', '.join(differing).replace('_', ' ')}, which is measured"
+
+
+def _matches(chosen: Mapping[str, str], rule: Mapping[str, tuple[str, ...]]) -> bool:
+    return all(chosen[axis] in values for axis, values in rule.items())

@@ -1,0 +1,149 @@
+"""What a campaign will roughly cost, before anything is loaded: for `--dry-run`.
+
+    token  = bytes a token / read bandwidth + layers x LAUNCHES / launch rate
+    run    = new tokens x token
+    cell   = processes x (start + load) + (runs + one warm-up a process) x run
+    load   = weight bytes / LOAD_BYTES_PER_S        (again before each run with reload)
+
+Bandwidth, launch rate and start are measured here and now. LAUNCHES is a table, so a prediction is
+to plan by (within a factor of two or three), not to quote. Prompts, pictures, compiling and the
+checks after the runs are not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwencli.bench.plan.campaign_plan import Plan
+from qwencli.bench.plan.cells import BenchCell
+from qwencli.config import Cache, DType, EngineName, KVDType, LoadMode, ModelSpec, Quantization
+from qwencli.errors import ModelFileError
+from qwencli.models.decode_bytes import decode_bytes
+from qwencli.models.memory import DEFAULT_IMAGE_TOKENS, RUNTIME_BYTES, estimate
+from qwencli.models.shape_reader import read_shape
+from qwencli.models.shapes import ModelShape
+
+# Launches that a decoder layer costs the host (or, in a graph, the device), Python around them
+# included: what the token times of results/2026-11-23-cpu-engines, 2026-11-23-h200-transformers
+# and 2026-11-23-h200-native-first-look leave after the reading of the weights.
+LAUNCHES: Mapping[EngineName, Mapping[Cache, int]] = {
+    EngineName.NATIVE: {
+        Cache.DYNAMIC: 90,
+        Cache.STATIC: 90,
+        Cache.STATIC_COMPILE: 20,
+        Cache.STATIC_GRAPH: 8,
+    },
+    EngineName.TRANSFORMERS: {
+        Cache.DYNAMIC: 230,
+        Cache.STATIC: 230,
+        Cache.STATIC_COMPILE: 30,
+    },
+}
+# The native engine on a CPU, unquantized: its static steps are numpy's calls where torch's are
+# counted (16 to 37 and 47 to 78 in seven campaigns under results/ from 2026-11-23 on).
+HOST_LAUNCHES = {Cache.STATIC: 24, Cache.DYNAMIC: 60}
+# bitsandbytes' layers launch that much more (8.9 tok/s of 8bit beside 28 unquantized on the H200).
+_LAUNCH_FACTOR = {Quantization.INT8: 3.0, Quantization.INT4: 1.2}
+# A local solid-state disk, or the page cache.
+LOAD_BYTES_PER_S = 1e9
+# Importing transformers takes a process about this many times what importing torch does.
+START_FACTOR = {EngineName.NATIVE: 1.3, EngineName.TRANSFORMERS: 2.5}
+# A prompt with its template, beside its pictures.
+PROMPT_TOKENS = 64
+# What engines call the scheme of each mode; modes without an entry have no prediction.
+_SCHEMES = {
+    (EngineName.TRANSFORMERS, Quantization.NONE): "none",
+    (EngineName.TRANSFORMERS, Quantization.INT8): "bnb-int8",
+    (EngineName.TRANSFORMERS, Quantization.INT4): "bnb-nf4",
+    (EngineName.NATIVE, Quantization.NONE): "none",
+    (EngineName.NATIVE, Quantization.INT8): "int8",
+    (EngineName.NATIVE, Quantization.FP8): "fp8-e4m3",
+    (EngineName.NATIVE, Quantization.INT4): "int4-g128",
+}
+
+
+@dataclass(frozen=True)
+class MachineSpeed:
+    """Of this machine, as `python -m qwencli.engine.instruments.machine_speed` measured it.
+
+    Args:
+        read_bandwidth: of a buffer beyond any cache; by_size: of smaller ones, ascending.
+        start_s: how long that process took to load torch.
+    """
+
+    read_bandwidth: float
+    launch_rate: float
+    start_s: float
+    by_size: Sequence[tuple[int, float]] = ()
+
+    def bandwidth(self, read_bytes: float) -> float:
+        """Of reading so much over and over: of the smallest buffer measured that is no smaller, as
+        what fits into caches is read faster."""
+        fitting = (rate for size, rate in self.by_size if size >= read_bytes)
+        return next(fitting, self.read_bandwidth)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one cell; None where the model's shape or the scheme's storage is not known here."""
+
+    tok_per_s: float | None
+    seconds: float | None
+    memory_bytes: int | None
+
+
+def predict(plan: Plan, cell: BenchCell, speed: MachineSpeed) -> Prediction:
+    """By the formula above; memory is the model's, by `models.memory`, for one request."""
+    shape = _shape(plan.models[cell.model])
+    launches = _launches(plan, cell)
+    scheme = _SCHEMES.get((cell.engine, cell.quantization))
+    if shape is None or launches is None or scheme is None:
+        return Prediction(None, None, None)
+    settings = plan.settings
+    wide = settings.device == "cpu" and settings.dtype in (DType.AUTO, DType.FLOAT32)
+    image_tokens = DEFAULT_IMAGE_TOKENS * len(settings.images) if shape.vision else 0
+    context = PROMPT_TOKENS + image_tokens + settings.max_new_tokens
+    read = decode_bytes(shape, scheme, 4 if wide else 2, context)
+    assert read is not None, "every scheme of the table is known"
+    launched = shape.text.num_layers * launches * _LAUNCH_FACTOR.get(cell.quantization, 1.0)
+    token_s = read / speed.bandwidth(read) + launched / speed.launch_rate
+    memory = estimate(
+        shape,
+        cell.quantization,
+        engine=cell.engine,
+        context_tokens=context,
+        image_tokens=image_tokens,
+    )
+    scale = 2 if wide else 1
+    stop = settings.stop
+    runs = stop.min_runs + stop.processes
+    loads = runs if cell.load_mode is LoadMode.RELOAD else stop.processes
+    start_s = stop.processes * speed.start_s * START_FACTOR[cell.engine]
+    load_s = loads * scale * memory.weights / LOAD_BYTES_PER_S
+    return Prediction(
+        tok_per_s=1 / token_s,
+        seconds=start_s + load_s + runs * settings.max_new_tokens * token_s,
+        memory_bytes=scale * (memory.total - RUNTIME_BYTES) + RUNTIME_BYTES,
+    )
+
+
+def _launches(plan: Plan, cell: BenchCell) -> int | None:
+    if cell.engine is EngineName.NATIVE and plan.settings.device == "cpu":
+        plain = cell.quantization is Quantization.NONE and cell.kv_dtype is KVDType.AUTO
+        if plain and cell.cache in HOST_LAUNCHES:
+            return HOST_LAUNCHES[cell.cache]
+    return LAUNCHES.get(cell.engine, {}).get(cell.cache)
+
+
+def _shape(model: ModelSpec) -> ModelShape | None:
+    config: Mapping[str, Any] | None = model.hub_config
+    if config is None and model.path is not None:
+        from qwencli.models.folder import read_config
+
+        config = read_config(model.path)
+    try:
+        return None if config is None else read_shape(config, model.name)
+    except ModelFileError:  # the cell itself will say what is wrong with it
+        return None

@@ -1,0 +1,189 @@
+"""The parts of the page that are read rather than drawn: header, table of cells, environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from qwencli.bench.plan.stopping import repetition, rule_of
+from qwencli.bench.report.tables import by_speed, row_label, speed_text
+
+CellRow = Mapping[str, Any]
+
+
+def header(plan: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    """On what, with which versions, and what every run did."""
+    device, versions, cpu = (environment[key] for key in ("device", "versions", "cpu"))
+    where = device["name"] or cpu["model"] or "an unnamed processor"
+    memory = device.get("total_memory_bytes")
+    facts = [
+        ("device", f"{device['device']}, {memory / 1e9:.0f} GB" if memory else device["device"]),
+        ("driver", device["driver"]),
+        ("processor", f"{cpu['model'] or 'unnamed'}, {cpu['logical_cores']} threads"),
+        *((name, versions.get(name)) for name in ("qwencli", "torch", "transformers", "triton")),
+        ("work", repetition(rule_of(plan), plan["max_new_tokens"])),
+        ("prompt", f"“{plan['prompt']}”"),
+        ("images", ", ".join(image["name"] for image in plan["images"]) or "none"),
+        ("weights", plan["load_format"]),
+        ("dtype", plan["dtype"]),
+        ("seed", str(environment["seed"])),
+    ]
+    items = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
+        for name, value in facts
+        if value
+    )
+    return f'<h1>{escape(where)}</h1><dl class="facts">{items}</dl>'
+
+
+def speed_range(row: CellRow, fastest: float) -> str:
+    """A bar as long as the fastest run: pale from the slowest run on, a mark at the median."""
+    if not row["decode_tok_per_s_median"]:
+        return ""
+    low, middle, high = (row[f"decode_tok_per_s_{name}"] for name in ("min", "median", "max"))
+    return (
+        f'<i class="range" style="--high:{high / fastest:.2%};--steady:{low / high:.2%};'
+        f'--mid:{middle / fastest:.2%}"></i>'
+    )
+
+
+@dataclass(frozen=True)
+class Column:
+    """`scale` turns the row's value into the unit of the heading."""
+
+    head: str
+    unit: str
+    name: str
+    spec: str
+    scale: float = 1.0
+
+    def text(self, row: CellRow) -> str:
+        value = row[self.name]
+        return "–" if value is None else format(value * self.scale, self.spec)
+
+
+SPEED = Column("speed", "tok/s", "decode_tok_per_s_median", ".1f")
+COLUMNS = (
+    SPEED,
+    Column("slowest", "tok/s", "decode_tok_per_s_min", ".1f"),
+    Column("fastest", "tok/s", "decode_tok_per_s_max", ".1f"),
+    Column("ratio", "max/min", "run_ratio_max_min", ".2f"),
+    Column("TTFT", "ms", "ttft_s_median", ".0f", 1e3),
+    Column("ITL p50", "ms", "itl_p50_ms", ".2f"),
+    Column("p90", "ms", "itl_p90_ms", ".2f"),
+    Column("p99", "ms", "itl_p99_ms", ".2f"),
+    Column("max", "ms", "itl_max_ms", ".1f"),
+    Column("peak", "GB", "peak_allocated_bytes", ".2f", 1e-9),
+)
+
+
+def cells_table(rows: Sequence[CellRow], axes: Sequence[str]) -> str:
+    """One line a cell, fastest first, those without a speed last; empty columns left out."""
+    shown = [c for c in COLUMNS if any(row[c.name] is not None for row in rows)]
+    places = {row["cell_id"]: place for place, row in enumerate(rows)}
+    fastest = max((row["decode_tok_per_s_max"] or 0.0 for row in rows), default=0.0)
+    heads = ["".join(_heading("cell", "", "text")), '<th scope="col">range</th>']
+    heads += [_heading(column.head, column.unit, "number") for column in shown]
+    heads.append(_heading("verdict", "", "text"))
+    measured, blank = [], []
+    for row in by_speed(rows):
+        label = escape(row_label(row, axes))
+        link = f'<a href="#cell-{places[row["cell_id"]]}">{label}</a>'
+        line = f'<tr class="{_mood(row)}"><th scope="row">{link}</th>'
+        verdict = escape(said(row))
+        if row["decode_tok_per_s_median"] is None:
+            blank.append(
+                f'{line}<td class="verdict" colspan="{len(shown) + 2}">{verdict}</td></tr>'
+            )
+            continue
+        numbers = "".join(
+            f"<td>{speed_text(row) if column is SPEED else column.text(row)}</td>"
+            for column in shown
+        )
+        bar = speed_range(row, fastest)
+        measured.append(f'{line}<td>{bar}</td>{numbers}<td class="verdict">{verdict}</td></tr>')
+    return (
+        f'<div class="wide"><table class="cells"><thead><tr>{"".join(heads)}</tr></thead>'
+        f"<tbody>{''.join(measured)}</tbody><tbody>{''.join(blank)}</tbody></table></div>"
+    )
+
+
+def _heading(head: str, unit: str, kind: str) -> str:
+    small = f" <small>{unit}</small>" if unit else ""
+    return f'<th scope="col"><button data-sort="{kind}">{head}{small}</button></th>'
+
+
+def said(row: CellRow) -> str:
+    """Why a cell's figures are missing or doubtful; "ok" where they are neither."""
+    if row["status"] != "ok":
+        return f"{row['status']}: {row['reason']}" if row["reason"] else str(row["status"])
+    return row["verdict"] or "no speed"
+
+
+def _mood(row: CellRow) -> str:
+    if row["status"] == "skipped":
+        return "skipped"
+    if row["status"] not in ("ok", "unfinished") or said(row).startswith("FAIL"):
+        return "bad"
+    return "good" if said(row) == "ok" else "doubt"
+
+
+def blank_section(place: int, row: CellRow, label: str) -> str:
+    """A cell of which there is nothing to draw."""
+    return (
+        f'<div id="cell-{place}" class="blank {_mood(row)}">'
+        f'<span class="name">{escape(label)}</span>'
+        f'<span class="verdict">{escape(said(row))}</span></div>'
+    )
+
+
+def cell_section(place: int, row: CellRow, label: str, fastest: float, *, opened: bool) -> str:
+    """The heading of one cell; its charts are drawn into it when it is opened."""
+    known = row["decode_tok_per_s_median"]
+    figure = f"<b>{speed_text(row)}</b> tok/s" if known else "–"
+    return (
+        f'<details id="cell-{place}" class="cell {_mood(row)}"{" open" * opened}><summary>'
+        f'<span class="name">{escape(label)}</span>{speed_range(row, fastest)}'
+        f'<span class="figure">{figure}</span><span class="verdict">{escape(said(row))}</span>'
+        f'</summary><div class="charts" data-charts="charts-{place}"></div></details>'
+    )
+
+
+def environment_table(environment: Mapping[str, Any]) -> str:
+    """Everything in environment.json, section by section."""
+    parts = []
+    for name, value in environment.items():
+        facts = value if isinstance(value, Mapping) else {"": value}
+        lines = "".join(
+            f'<tr><th scope="row">{escape(_fact_name(name, str(key)))}</th>'
+            f"<td>{escape(_amount(str(key), fact))}</td></tr>"
+            for key, fact in facts.items()
+        )
+        title = escape(name.replace("_", " "))
+        parts.append(f"<table><caption>{title}</caption><tbody>{lines}</tbody></table>")
+    return f'<div class="environment">{"".join(parts)}</div>'
+
+
+def _fact_name(section: str, key: str) -> str:
+    """In words; a variable of the environment is looked for by its whole name."""
+    if section == "variables":
+        return key
+    return key.removesuffix("_bytes").replace("_", " ")
+
+
+def _amount(key: str, fact: Any) -> str:
+    if key.endswith("_bytes") and isinstance(fact, int):
+        return f"{fact / 1e9:.1f} GB"
+    return _plain(fact)
+
+
+_FORMATS: tuple[tuple[type, Callable[[Any], str]], ...] = (
+    (type(None), lambda _: "–"),
+    (list, lambda items: " ".join(map(str, items))),
+)
+
+
+def _plain(value: Any) -> str:
+    return next((show(value) for kind, show in _FORMATS if isinstance(value, kind)), str(value))

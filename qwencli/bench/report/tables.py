@@ -1,0 +1,208 @@
+"""A campaign in words: labels, the terminal table, the Markdown report."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qwencli.bench.attribution.summary import probe_line, why
+from qwencli.bench.plan.cells import AXES, NEWER_AXES, BenchCell
+from qwencli.bench.report.cell_statistics import NOT_QUOTABLE, UNSTABLE
+from qwencli.bench.report.detail_tables import DETAILS, DetailTable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+CellRow = Mapping[str, Any]
+
+# At 80 columns there is no room for the long name.
+_SHORT = {"flash_attention_2": "flash2"}
+VALUE_COLUMNS = ("tok/s", "ratio", "TTFT", "p50", "p99", "peak", "verdict")
+
+
+def cell_label(cell: BenchCell) -> str:
+    """Its axes, but for those that few campaigns vary where nobody did."""
+    return _shorten(value for axis, value in cell.axes().items() if NEWER_AXES.get(axis) != value)
+
+
+def cell_summary(status: str, reason: str | None, speeds: Sequence[float]) -> str:
+    """One line on a cell that has just ended."""
+    parts = [] if status == "ok" else [f"{status}: {reason}" if reason else status]
+    if status == "ok" and reason:
+        parts.append(reason)
+    if speeds:
+        spread = f" ({min(speeds):.1f} to {max(speeds):.1f})" if len(speeds) > 1 else ""
+        parts.append(f"{statistics.median(speeds):.1f} tok/s{spread}")
+    return ", ".join(parts) or "ok"
+
+
+def varying_axes(rows: Sequence[CellRow]) -> list[str]:
+    """The axes that tell these cells apart; the model alone when there is one cell."""
+    axes = [axis for axis in AXES if len({row[axis] for row in rows}) > 1]
+    return axes or ["model"]
+
+
+def title(rows: Sequence[CellRow]) -> str:
+    """The axes that all cells share."""
+    shared = [axis for axis in AXES if axis not in varying_axes(rows)]
+    return ", ".join(f"{axis.replace('_', ' ')} {rows[0][axis]}" for axis in shared)
+
+
+def row_label(row: CellRow, axes: Sequence[str]) -> str:
+    return _shorten(str(row[axis]) for axis in axes)
+
+
+def _shorten(values: Iterable[str]) -> str:
+    return " ".join(_SHORT.get(value, value) for value in values)
+
+
+def row_values(row: CellRow) -> tuple[str, ...]:
+    """The cells of VALUE_COLUMNS; "-" for what was not measured."""
+    return (
+        speed_text(row),
+        _number(row["run_ratio_max_min"], ".2f"),
+        _seconds(row["ttft_s_median"]),
+        _number(row["itl_p50_ms"], ".1f"),
+        _number(row["itl_p99_ms"], ".1f"),
+        _gigabytes(row["peak_allocated_bytes"]),
+        verdict_text(row).partition(":")[0],
+    )
+
+
+def is_quotable(row: CellRow) -> bool:
+    """Whether the median is a figure to show: its runs agree and the machine was theirs."""
+    return not str(row["verdict"]).startswith((NOT_QUOTABLE, UNSTABLE))
+
+
+def speed_text(row: CellRow) -> str:
+    """The median; where that is not to be quoted, the range that the runs span."""
+    speed = row["decode_tok_per_s_median"]
+    if speed is None or is_quotable(row):
+        return _number(speed, ".1f")
+    low, high = row["decode_tok_per_s_min"], row["decode_tok_per_s_max"]
+    spec = ".0f" if high >= 100 else ".1f"
+    return f"{low:{spec}}-{high:{spec}}"
+
+
+def verdict_text(row: CellRow) -> str:
+    return (row["verdict"] if row["status"] == "ok" else row["status"]) or "no speed"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value * 1e3:.0f} ms" if value < 1 else f"{value:.1f} s"
+
+
+def _gigabytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e9:.2f} GB"
+
+
+def remarks(rows: Sequence[CellRow]) -> list[str]:
+    """What the table's last column had no room for: reasons by cell, equal ones together."""
+    axes = varying_axes(rows)
+    cells: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        said = row["verdict"] or ""
+        if row["status"] != "ok":
+            cells[f"{row['status']}: {row['reason']}"].append(row_label(row, axes))
+        if ":" in said:
+            cells[said].append(row_label(row, axes))
+    return [
+        f"{said}{' - ' * (len(rows) > 1)}{_where(labels, rows)}" for said, labels in cells.items()
+    ]
+
+
+def _where(labels: Sequence[str], rows: Sequence[CellRow]) -> str:
+    """Which cells of all; "" where there is one alone."""
+    if len(rows) == 1:
+        return ""
+    return labels[0] if len(labels) == 1 else f"{len(labels)} cells"
+
+
+def why_lines(rows: Sequence[CellRow]) -> list[str]:
+    """What slowed each cell, fastest cell first, and what measuring cost."""
+    axes = varying_axes(rows)
+    cells: dict[str, list[str]] = defaultdict(list)
+    for row in by_speed(rows):
+        for said in why(row):
+            cells[said].append(row_label(row, axes))
+    lines = [
+        f"{_where(labels, rows)}{': ' * (len(rows) > 1)}{said}" for said, labels in cells.items()
+    ]
+    probes = probe_line(rows)
+    return lines + ([probes] if probes else [])
+
+
+def terminal_table(rows: Sequence[CellRow]) -> RenderableType:
+    """A table that fits 80 columns, fastest cell first, with the remarks under it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    axes = varying_axes(rows)
+    # Every column of padding is one less for the axes, whose words would be cut at 80.
+    table = Table(
+        title=title(rows), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+        title_justify="left",
+    )  # fmt: skip
+    table.add_column(_axes_head(axes), overflow="fold")
+    for name in VALUE_COLUMNS[:-1]:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(VALUE_COLUMNS[-1], no_wrap=True)
+    for row in by_speed(rows):
+        table.add_row(row_label(row, axes), *row_values(row), style=_style(row))
+    notes = [Text(line, style="dim") for line in (UNITS, *remarks(rows))]
+    whys = [Text(f"why: {line}") for line in why_lines(rows)]
+    details = [_detail_table(detail, rows, axes) for detail in DETAILS if detail.shown(rows)]
+    return Group(table, *notes, *whys, *details)
+
+
+def _detail_table(
+    detail: DetailTable, rows: Sequence[CellRow], axes: Sequence[str]
+) -> RenderableType:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=f"\n{detail.title}", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+        title_justify="left",
+    )  # fmt: skip
+    table.add_column(_axes_head(axes), overflow="fold")
+    shown = detail.shown(rows)
+    for column in shown:
+        table.add_column(column.head, justify="right", overflow="fold")
+    for row in by_speed(detail.rows(rows)):
+        table.add_row(row_label(row, axes), *(column.show(row) for column in shown))
+    return Group(table, Text(detail.note, style="dim"))
+
+
+def _axes_head(axes: Sequence[str]) -> str:
+    return " ".join(axis.replace("_", " ") for axis in axes)
+
+
+UNITS = (
+    "tok/s: median of the runs, or what they span where none is to be quoted; ratio: "
+    "fastest/slowest run; TTFT: time to the first token; p50, p99: ms between tokens"
+)
+
+
+def _style(row: CellRow) -> str:
+    if row["status"] == "skipped":
+        return "dim"
+    bad = row["status"] not in ("ok", "unfinished") or (row["verdict"] or "").startswith("FAIL")
+    return "red" if bad else ""
+
+
+def by_speed(rows: Sequence[CellRow]) -> list[CellRow]:
+    """Fastest first; what has no speed last, in its own order."""
+    return sorted(rows, key=lambda row: -(row["decode_tok_per_s_median"] or 0.0))

@@ -1,0 +1,166 @@
+"""A campaign from plan to printed table: what `qwencli bench` does once its options are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwencli.bench.measure.telemetry import sampler_command
+from qwencli.bench.plan.campaign_plan import Plan
+from qwencli.bench.plan.dry_run import duration, planned_table
+from qwencli.bench.plan.environment import environment
+from qwencli.bench.plan.launch import read_machine_speed
+from qwencli.bench.plan.predict import predict
+from qwencli.bench.report.campaign_report import build_report
+from qwencli.bench.report.cell_statistics import CellRow
+from qwencli.bench.report.tables import terminal_table
+from qwencli.bench.run.campaign import Campaign
+from qwencli.bench.run.cooldown import NO_PAUSE, Cooldown
+from qwencli.bench.run.runner import RunnerOptions, run_campaign, worker_command
+from qwencli.config import LoadFormat
+from qwencli.engine.machine.child_process import python_command
+from qwencli.engine.machine.device import DeviceFacts
+from qwencli.output import Sink
+
+INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+
+
+@dataclass(frozen=True)
+class How:
+    """How the cells are run, as against what they do (see `RunnerOptions`).
+
+    Args:
+        limits: measure limits and what probes cost after the runs of each cell.
+        planted_percent: make every token so much slower on purpose; None = not.
+    """
+
+    resume: bool
+    timeout_s: float
+    cooldown: Cooldown = NO_PAUSE
+    continue_on_error: bool = True
+    limits: bool = True
+    planted_percent: float | None = None
+
+
+def show_cells(plan: Plan, sink: Sink) -> None:
+    """Print the cells in the order they would run with what each will cost, and the skipped ones.
+
+    Raises:
+        BenchError: torch does not load.
+    """
+    if plan.notice:
+        sink.notice(plan.notice)
+    with sink.status("measuring this machine"):
+        speed = read_machine_speed(plan.settings.device)
+    runs = [cell for cell in plan.cells if not cell.skip_reason]
+    sink.show(
+        planned_table(plan.order(), {cell.cell_id: predict(plan, cell, speed) for cell in runs})
+    )
+
+
+def measure(
+    plan: Plan,
+    facts: DeviceFacts,
+    folder: Path,
+    arguments: Sequence[str],
+    sink: Sink,
+    how: How,
+    command: Sequence[str] = (),
+) -> int:
+    """Run the campaign, write its tables, print them; returns the exit code.
+
+    0 = every cell that can run here ran, its figures hold, and what was to be measured after its
+    runs was; 1 = some did not; 130 = Ctrl-C, with the tables of what was finished.
+
+    Args:
+        command: the worker process; empty = the real one.
+    """
+    options = RunnerOptions(
+        command=command or worker(how.planted_percent),
+        sampler=sampler_command(facts.uuid) if facts.kind == "cuda" else None,
+        timeout_s=how.timeout_s,
+        cooldown=how.cooldown,
+        continue_on_error=how.continue_on_error,
+        beside=how.limits,
+    )
+    _fetch_models(plan, sink)
+    interrupted = False
+    about = environment(facts, arguments, plan.settings.seed)
+    with Campaign(folder, plan, about, resume=how.resume) as campaign:
+        if plan.notice:
+            sink.notice(plan.notice)
+        sink.notice(f"campaign in {folder}")
+        _say_how_long(plan, sink)
+        if campaign.repaired:
+            sink.warn(f"cut off {campaign.repaired} rows of a run that was not finished")
+        try:
+            run_campaign(campaign, options, sink.notice)
+        except KeyboardInterrupt:
+            interrupted = True
+        rows = build_report(folder)
+    sink.show(terminal_table(rows))
+    if interrupted:
+        sink.warn(f"interrupted; go on with --resume --out {folder}")
+        return INTERRUPTED
+    if cut_off := campaign.cut_off(limits=how.limits):
+        what = f"{len(cut_off)} cell{'s' * (len(cut_off) > 1)}"
+        sink.warn(
+            f"{what} lack what is measured after the runs; go on with --resume --out {folder}"
+        )
+    return 0 if _holds(rows) and not cut_off else 1
+
+
+def _fetch_models(plan: Plan, sink: Sink) -> None:
+    """Download what is not on this machine yet: here once, not in the first process of each cell.
+
+    Raises:
+        ModelError: a model is not to be had, or no engine could load it.
+    """
+    from qwencli.models.hub_cache import find_cached
+    from qwencli.models.locate import check_model, locate
+
+    if plan.settings.load_format is LoadFormat.DUMMY:
+        return
+    for name in dict.fromkeys(cell.model for cell in plan.cells if not cell.skip_reason):
+        spec = plan.models[name]
+        if spec.path is None and spec.repo_id and find_cached(spec.repo_id) is None:
+            sink.notice(f"downloading {name}")
+            locate(spec)
+            check_model(spec, plan.settings.load_format)
+
+
+# Predicted time from which it is said before the campaign starts.
+LONG_S = 300.0
+# No process ends sooner: campaigns of few are not worth a prediction, which takes seconds itself.
+LEAST_PROCESS_S = 5.0
+
+
+def _say_how_long(plan: Plan, sink: Sink) -> None:
+    able = [cell for cell in plan.cells if not cell.skip_reason]
+    processes = len(able) * plan.settings.stop.processes
+    if processes * LEAST_PROCESS_S < LONG_S / 5:
+        return
+    speed = read_machine_speed(plan.settings.device)
+    seconds = sum(predict(plan, cell, speed).seconds or LEAST_PROCESS_S for cell in able)
+    if seconds > LONG_S:
+        sink.notice(
+            f"about {duration(seconds)} for {len(able)} cells; less with --matrix quick, fewer "
+            "values of an axis (--quantization none), --exclude or --runs; --dry-run shows each "
+            "cell. Ctrl-C keeps what is done, --resume goes on"
+        )
+
+
+def worker(planted_percent: float | None) -> list[str]:
+    """The command of a worker process, one that slows tokens down on purpose if asked to."""
+    if planted_percent is None:
+        return worker_command()
+    return python_command("qwencli.bench.inject.slower", str(planted_percent))
+
+
+def _holds(rows: Sequence[CellRow]) -> bool:
+    """Whether something ran, nothing broke, and no verdict is FAIL."""
+    ran = [row for row in rows if row["status"] != "skipped"]
+    return bool(ran) and all(
+        row["status"] == "ok" and not (row["verdict"] or "").startswith("FAIL") for row in ran
+    )

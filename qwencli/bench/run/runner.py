@@ -1,0 +1,263 @@
+"""Runs a campaign: fresh processes for each cell, in shuffled order, every row on disk at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+
+from qwencli.bench.measure.telemetry import Telemetry
+from qwencli.bench.plan import worker_spec as wire
+from qwencli.bench.plan.campaign_plan import Plan
+from qwencli.bench.plan.cells import BenchCell
+from qwencli.bench.plan.dry_run import duration
+from qwencli.bench.report.tables import cell_label, cell_summary
+from qwencli.bench.run.campaign import Campaign
+from qwencli.bench.run.cooldown import NO_PAUSE, Cooldown, cool_down
+from qwencli.bench.run.worker_process import Ending, WorkerProcess
+from qwencli.engine.machine.child_process import python_command
+
+Say = Callable[[str], None]
+
+_GOES_ON = ("ok", "skipped")
+# Ended from outside: what was being measured can be had another time.
+_TRY_AGAIN = ("killed", "timeout")
+
+
+def worker_command() -> list[str]:
+    return python_command("qwencli.bench.run.worker")
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """How cells are run, as against what they do.
+
+    Args:
+        command: the worker process.
+        sampler: the GPU sampler process; None = no telemetry.
+        timeout_s: wall time of one process, loading included.
+        cooldown: before each process but the first.
+        continue_on_error: a cell that fails is a row and the others run; off, the campaign ends
+            after that row, and can be resumed.
+        beside: measure limits, and what probes cost, after the runs.
+    """
+
+    command: Sequence[str]
+    sampler: Sequence[str] | None
+    timeout_s: float
+    cooldown: Cooldown = NO_PAUSE
+    continue_on_error: bool = True
+    beside: bool = True
+
+
+def run_campaign(campaign: Campaign, options: RunnerOptions, say: Say) -> None:
+    """Run all cells that are not over yet; `say` gets a line of progress for each process.
+
+    KeyboardInterrupt ends the worker and leaves every finished run on disk.
+
+    Raises:
+        OutputError: rows cannot be written any more.
+    """
+    _add_skipped(campaign)
+    with Telemetry(options.sampler) as telemetry:
+        started = _make_references(campaign, options, say)
+        places = _places(campaign.plan)
+        began, made = time.monotonic(), 0
+        for number, place in enumerate(places):
+            if not place.wanted(campaign, options):
+                say(f"{place.label}: already there")
+                continue
+            if started:
+                cool_down(options.cooldown, telemetry.temperature_c)
+            started = True
+            say(place.label + _time_left(time.monotonic() - began, made, places[number:]))
+            made += 1
+            status = _run_place(campaign, place, options, telemetry, say)
+            if status not in _GOES_ON and not options.continue_on_error:
+                say("    ended here: --no-continue-on-error; go on with --resume")
+                break
+    if telemetry.unavailable:
+        say(f"no GPU telemetry: {telemetry.unavailable}")
+
+
+def run_in_turns(
+    campaigns: Sequence[Campaign],
+    options: RunnerOptions,
+    say: Say,
+    go_on: Callable[[], bool] = lambda: True,
+) -> None:
+    """Run campaigns process by process in turns, so that all meet the same machine.
+
+    Their plans are the same, or have matching cells in the same places and one seed.
+
+    Who begins changes with every process, there and back (a b, b a, ...): a steady drift of the
+    machine then takes as much from one as from the other.
+
+    Args:
+        go_on: asked before each round of processes; once False, no more begin.
+
+    Raises:
+        OutputError: as `run_campaign`.
+    """
+    for campaign in campaigns:
+        _add_skipped(campaign)
+    order = list(campaigns)
+    with Telemetry(options.sampler) as telemetry:
+        for places in zip_longest(*(_places(campaign.plan) for campaign in campaigns)):
+            of_campaign = dict(zip(campaigns, places, strict=True))
+            if not go_on():
+                say(f"{next(filter(None, places)).label}: no time left")
+                break
+            for campaign in order:
+                place = of_campaign[campaign]
+                if place and place.wanted(campaign, options):
+                    say(f"{place.label}, {campaign.folder.name}")
+                    _run_place(campaign, place, options, telemetry, say)
+            order.reverse()
+
+
+def _time_left(spent_s: float, made: int, left: Sequence[_Place]) -> str:
+    """ ", about 12 min left" by what the processes so far took; "" below a minute or before any."""
+    seconds = spent_s / made * len(left) if made else 0.0
+    return f", about {duration(seconds)} left" if seconds >= 60 else ""
+
+
+def _add_skipped(campaign: Campaign) -> None:
+    for cell in campaign.plan.cells:
+        if cell.skip_reason and campaign.next_turn(cell):
+            campaign.add_end(cell, "skipped", cell.skip_reason, None)
+
+
+def _run_place(
+    campaign: Campaign, place: _Place, options: RunnerOptions, telemetry: Telemetry, say: Say
+) -> str:
+    """Run one process and say how it ended; returns its status."""
+    ending, speeds = _run_process(campaign, place.cell, place.turn, options, telemetry)
+    say(f"    {cell_summary(ending.status, ending.reason, speeds)}")
+    return ending.status
+
+
+def _make_references(campaign: Campaign, options: RunnerOptions, say: Say) -> bool:
+    """Read the unquantized reference of each model that wants one; returns whether any was.
+
+    One that cannot be made costs its cells the figure, and nothing else.
+    """
+    plan = campaign.plan
+    open_cells = [
+        cell
+        for cell in plan.cells
+        if not cell.skip_reason
+        and (campaign.next_turn(cell) or "quality" in campaign.missing_beside(cell, limits=False))
+    ]
+    names = dict.fromkeys(cell.model for cell in open_cells)
+    wanted = [n for n in names if plan.wants_reference(n) and campaign.reference(n) is None]
+    for name in wanted:
+        say(f"reference of {name}, for the divergence of its cells")
+        log = campaign.folder / "logs" / "reference.log"
+        spec = wire.dumps(plan.reference_spec(name))
+        with WorkerProcess(options.command, spec, log, options.timeout_s) as worker:
+            for message in worker.messages():
+                campaign.add_reference(name, message["rows"])
+            ending = worker.ending
+        if ending.status != "ok":
+            say(f"    none: {ending.status}: {ending.reason}")
+        if ending.status not in _TRY_AGAIN:
+            campaign.reference_tried(name)
+    return bool(wanted)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One process in the campaign's order."""
+
+    cell: BenchCell
+    turn: int
+    label: str
+
+    def wanted(self, campaign: Campaign, options: RunnerOptions) -> bool:
+        turn = campaign.next_turn(self.cell)
+        if turn is None:  # all runs are there; what follows them may not be
+            missing = campaign.missing_beside(self.cell, limits=options.beside)
+            return self.turn == campaign.plan.settings.stop.processes and bool(missing)
+        return turn <= self.turn
+
+
+def _places(plan: Plan) -> list[_Place]:
+    turns = plan.settings.stop.processes
+    order = [
+        (cell, turn)
+        for turn in range(1, turns + 1)
+        for cell in plan.order(turn)
+        if not cell.skip_reason
+    ]
+    of_turns = f", process {{}} of {turns}" if turns > 1 else ""
+    return [
+        _Place(cell, turn, f"[{n}/{len(order)}] {cell_label(cell)}{of_turns.format(turn)}")
+        for n, (cell, turn) in enumerate(order, start=1)
+    ]
+
+
+def _run_process(
+    campaign: Campaign,
+    cell: BenchCell,
+    turn: int,
+    options: RunnerOptions,
+    telemetry: Telemetry,
+) -> tuple[Ending, list[float]]:
+    work = campaign.plan.worker_spec(cell, turn, campaign.progress(cell))
+    checked = campaign.has_beside(cell, "quality")
+    work = replace(
+        work,
+        roofline=options.beside and not campaign.has_beside(cell, "roofline"),
+        quality_samples=0 if checked else work.quality_samples,
+        reference=None if checked else campaign.reference(cell.model),
+        purpose="beside" if campaign.next_turn(cell) is None else "runs",
+    )
+    spec = wire.dumps(work)
+    lost = 0  # the run being made now: the warm-up comes first
+    speeds: list[float] = []
+    with WorkerProcess(options.command, spec, campaign.log_path(cell), options.timeout_s) as worker:
+        for message in worker.messages():
+            if message["type"] == "rows":
+                campaign.add_beside(cell, message["file"], message["rows"])
+                continue
+            if message["type"] == "sampler":
+                telemetry.switch(on=message["on"])
+                continue
+            if message["type"] == "probes":
+                campaign.add_probes(cell, message["rows"], sampled=options.sampler is not None)
+                continue
+            before, within = telemetry.take(message["start_s"], message["end_s"])
+            campaign.add_run(cell, message, before, within)
+            lost = campaign.progress(cell).runs + 1
+            if message["row"]["run"] and message["row"]["decode_tok_per_s"]:
+                speeds.append(message["row"]["decode_tok_per_s"])
+        ending = worker.ending
+        made = campaign.turn_made(cell, turn)
+        if made:
+            _note_missing(campaign, cell, options, ending)
+        if ending.status != "ok" and made:
+            # What went wrong came after the runs: they are measured and stand.
+            return Ending("ok", f"after its runs: {ending.status}: {ending.reason}"), speeds
+        if ending.status != "ok":
+            skipped = ending.status == "skipped"
+            campaign.add_end(cell, ending.status, ending.reason, None if skipped else lost)
+    return ending, speeds
+
+
+def _note_missing(
+    campaign: Campaign, cell: BenchCell, options: RunnerOptions, ending: Ending
+) -> None:
+    """Store why what was to be measured after the runs is not there, so that it is not tried for
+    ever; unless the worker was ended from outside, which another try may not be."""
+    if ending.status in _TRY_AGAIN:
+        return
+    model = cell.model
+    for name in campaign.missing_beside(cell, limits=options.beside):
+        reason = ending.reason
+        if name == "quality" and campaign.plan.wants_reference(model):
+            if campaign.reference(model) is None and not campaign.was_reference_tried(model):
+                continue
+            reason = reason or "there is no reference of the model"
+        campaign.add_beside(cell, name, [{"reason": reason or "the worker gave no figures"}])

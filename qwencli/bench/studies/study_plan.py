@@ -1,0 +1,138 @@
+"""A study as asked for, and as it will run: claims, models and processes resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qwencli.bench.plan.campaign_plan import Plan, Settings
+from qwencli.bench.plan.stopping import StopRule
+from qwencli.bench.plan.workload import EXAMPLE_IMAGE
+from qwencli.bench.studies.claim_file import Study
+from qwencli.bench.studies.needs import blocker
+from qwencli.bench.studies.schedule import Layout, Process, lay_out, part_of
+from qwencli.config import DType, LoadFormat, ModelSpec
+from qwencli.engine.machine.device import DeviceFacts
+from qwencli.presets import DEFAULT_PROMPT
+
+DEFAULT_RUNS, DEFAULT_TOKENS = 5, 48
+QUICK_RUNS, QUICK_TOKENS = 3, 16
+FORMAT = 1
+STUDY, PROCESSES = "study.json", "processes"  # in a study's folder
+
+
+@dataclass(frozen=True)
+class StudyRequest:
+    """A study as asked for, nothing resolved.
+
+    Args:
+        runs: of each condition in each process.
+        max_time_s: no process begins after it; None = no limit.
+        part, parts: make only this part, from 1, of all processes dealt out to so many.
+    """
+
+    model: str | None
+    load_format: LoadFormat
+    device: str
+    dtype: DType
+    runs: int
+    max_new_tokens: int
+    seed: int
+    max_time_s: float | None = None
+    timeout_s: float = 1800.0
+    part: int = 1
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class PreparedStudy:
+    """What will run; `models` by the name that cells carry."""
+
+    request: StudyRequest
+    studies: Sequence[Study]
+    layout: Layout
+    models: dict[str, ModelSpec]
+    facts: DeviceFacts
+
+    @property
+    def processes(self) -> list[Process]:
+        """Those that this study makes: of its part."""
+        return part_of(self.layout.processes, self.request.part, self.request.parts)
+
+    def document(self) -> dict[str, Any]:
+        """study.json; two studies with equal documents do the same work."""
+        return {
+            "format": FORMAT,
+            "claims": [study.claim for study in self.studies],
+            "model": next(iter(self.models)),
+            "load_format": str(self.request.load_format),
+            "device": self.facts.device,
+            "dtype": str(self.request.dtype),
+            "runs": self.request.runs,
+            "max_new_tokens": self.request.max_new_tokens,
+            "seed": self.request.seed,
+            "places": [
+                {"claim": claim, "arm": arm, **asdict(place)}
+                for (claim, arm), place in self.layout.places.items()
+            ],
+            "blocked": dict(self.layout.blocked),
+            "about": {
+                study.claim: why
+                for study in self.studies
+                if (why := blocker(study.about, self.facts))
+            },
+            "blocked_tests": [
+                {"claim": study.claim, "part": part, "why": why}
+                for study in self.studies
+                for part, test in enumerate(study.tests, start=1)
+                if (why := blocker(test.needs, self.facts))
+            ],
+            "processes": [
+                {"name": p.name, "runs": list(p.runs), "environment": dict(p.environment)}
+                for p in self.layout.processes
+            ],
+        }
+
+    def plan(self, process: Process) -> Plan:
+        """The campaign of one process."""
+        request, held = self.request, process.held
+        settings = Settings(
+            stop=StopRule(len(process.runs), len(process.runs)),
+            max_new_tokens=held.get("max_new_tokens", request.max_new_tokens),
+            prompt=DEFAULT_PROMPT,
+            images=(EXAMPLE_IMAGE,) * held.get("images", 1),
+            seed=request.seed,
+            device=self.facts.device,
+            dtype=request.dtype,
+            load_format=LoadFormat(held.get("load_format", request.load_format)),
+        )
+        cell = process.cell
+        return Plan((cell,), settings, {cell.model: self.models[cell.model]})
+
+
+def prepare_study(
+    studies: Sequence[Study], request: StudyRequest, facts: DeviceFacts
+) -> PreparedStudy:
+    """Resolve models and lay the processes out.
+
+    Raises:
+        ModelError: a model is unknown, or no engine could load the study's own.
+    """
+    from qwencli.models.locate import check_model
+    from qwencli.models.resolve import resolve_model
+
+    main = resolve_model(request.model)
+    check_model(main, request.load_format)
+    layout = lay_out(studies, main.name, facts, request.runs, request.seed)
+    models = {main.name: main}
+    for process in layout.processes:
+        name = process.cell.model
+        models.setdefault(name, main if name == main.name else resolve_model(name))
+    return PreparedStudy(request, studies, layout, models, facts)
+
+
+def process_folder(folder: Path, name: str) -> Path:
+    """Where a process of the study in `folder` keeps its campaign."""
+    return folder / PROCESSES / name

@@ -1,0 +1,166 @@
+"""A study from claims to verdicts: one ordinary campaign of one cell for each process.
+
+study.json             claims, seed, runs and the plan of every process
+environment.json       on what
+processes/NAME/        a campaign as `bench` writes it, with schedule.json and conditions.csv
+verdicts.csv, report.md   made from the rows of the processes, again at every end
+
+Parts of a study that were made on several GPUs or at several times become one by putting what is in
+their `processes` together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwencli.bench.measure.telemetry import sampler_command
+from qwencli.bench.plan.environment import environment
+from qwencli.bench.plan.launch import read_machine_speed
+from qwencli.bench.report.campaign_report import build_report
+from qwencli.bench.run.campaign import Campaign, write_json
+from qwencli.bench.run.runner import RunnerOptions, run_campaign
+from qwencli.bench.storage.campaign_files import ENVIRONMENT, RUNS, read_file, read_json
+from qwencli.bench.studies.schedule import Process
+from qwencli.bench.studies.study_plan import PROCESSES, STUDY, PreparedStudy, process_folder
+from qwencli.bench.studies.study_worker import SCHEDULE
+from qwencli.engine.machine.child_process import python_command
+from qwencli.errors import BenchError, OutputError
+from qwencli.output import Sink
+
+INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+
+
+def run_study(
+    study: PreparedStudy,
+    folder: Path,
+    arguments: Sequence[str],
+    sink: Sink,
+    *,
+    resume: bool,
+    command: Sequence[str] = (),
+) -> bool:
+    """Run every process; rows are on disk as they happen. Returns whether Ctrl-C ended it early.
+
+    Args:
+        command: the worker, without the folder it is given; empty = the real one.
+
+    Raises:
+        BenchError: the folder is not new, or holds another study.
+        OutputError: it cannot be written.
+    """
+    _open_folder(study, folder, arguments, resume=resume)
+    command = command or python_command("qwencli.bench.studies.study_worker")
+    began = time.monotonic()
+    limit = study.request.max_time_s
+    try:
+        for number, process in enumerate(study.processes, start=1):
+            if limit is not None and time.monotonic() - began > limit:
+                sink.warn(f"--max-time is spent; --resume --out {folder} goes on")
+                break
+            sink.notice(
+                f"process {number} of {len(study.processes)}, "
+                f"{len(process.runs)} runs for {', '.join(process.claims)}"
+            )
+            _run_process(study, process, folder, arguments, command, sink)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def show_plan(study: PreparedStudy, sink: Sink) -> None:
+    """Print the processes with what each will cost, and the claims that cannot run here.
+
+    Raises:
+        BenchError: torch does not load.
+    """
+    from qwencli.bench.studies.study_dry_run import planned_study, predicted_s
+
+    with sink.status("measuring this machine"):
+        speed = read_machine_speed(study.facts.device)
+    seconds = {p.name: predicted_s(study, p, speed) for p in study.processes}
+    sink.show(planned_study(study, seconds))
+
+
+def run_and_report(
+    study: PreparedStudy, folder: Path, arguments: Sequence[str], sink: Sink, *, resume: bool
+) -> int:
+    """Run, write verdicts and report, print them; returns the exit code.
+
+    0 = every process that can run here ran to its end; 1 = one did not, or --max-time came first;
+    130 = Ctrl-C, with the verdicts of what was finished.
+    """
+    from qwencli.bench.studies.study_report import build_study_report, terminal_table
+
+    interrupted = run_study(study, folder, arguments, sink, resume=resume)
+    sink.show(terminal_table(build_study_report(folder)))
+    sink.notice(f"study in {folder}")
+    if interrupted:
+        sink.warn(f"interrupted; go on with --resume --out {folder}")
+        return INTERRUPTED
+    return 0 if all(_is_done(folder, process) for process in study.processes) else 1
+
+
+def _is_done(folder: Path, process: Process) -> bool:
+    rows = read_file(process_folder(folder, process.name), RUNS)
+    skipped = any(row["status"] == "skipped" for row in rows)
+    return skipped or sum(row["status"] == "ok" for row in rows) == len(process.runs)
+
+
+def _open_folder(
+    study: PreparedStudy, folder: Path, arguments: Sequence[str], *, resume: bool
+) -> None:
+    document = study.document()
+    if resume:
+        saved = read_json(folder / STUDY)
+        for key, value in document.items():
+            if saved.get(key) != value:
+                raise BenchError(
+                    f"{folder} cannot be resumed: it has other {key}",
+                    "repeat the options it was started with, or give a new --out",
+                )
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise BenchError(
+                f"{folder} is not empty", "add --resume to go on with it, or give a new --out"
+            )
+        (folder / PROCESSES).mkdir()
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be written: {error.strerror}", "choose another --out"
+        ) from error
+    about = environment(study.facts, arguments, study.request.seed)
+    write_json(folder / ENVIRONMENT, about)
+    write_json(folder / STUDY, document)
+
+
+def _run_process(
+    study: PreparedStudy,
+    process: Process,
+    folder: Path,
+    arguments: Sequence[str],
+    command: Sequence[str],
+    sink: Sink,
+) -> None:
+    own = process_folder(folder, process.name)
+    facts = study.facts
+    about = environment(facts, arguments, study.request.seed)
+    options = RunnerOptions(
+        command=[*command, str(own)],
+        sampler=sampler_command(facts.uuid) if facts.kind == "cuda" else None,
+        timeout_s=study.request.timeout_s,
+        beside=False,
+    )
+    there = (own / "plan.json").exists()
+    with Campaign(own, study.plan(process), about, resume=there) as campaign:
+        schedule = {
+            "runs": list(process.runs),
+            "rounds": list(process.rounds),
+            "environment": dict(process.environment),
+        }
+        write_json(own / SCHEDULE, schedule)
+        run_campaign(campaign, options, sink.notice)
+    build_report(own)

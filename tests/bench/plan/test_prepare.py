@@ -1,0 +1,68 @@
+"""Which model is measured when none is named."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwencli.bench.plan import prepare as preparing
+from qwencli.bench.plan.prepare import BenchRequest
+from qwencli.bench.plan.repetition import Wanted
+from qwencli.config import DType, LoadFormat, ModelSource, ModelSpec
+from qwencli.models import resolve
+from qwencli.models.folder import read_config
+from qwencli.models.locate import bundled_folder
+
+SCENES = ModelSpec(
+    "scenes", ModelSource.BUNDLED, None, bundled_folder(), read_config(bundled_folder())
+)
+
+
+@pytest.fixture
+def prepared(monkeypatch, tmp_path, gpu, cpu):
+    def of(device="cuda", default=SCENES, load_format=LoadFormat.AUTO, **axes):
+        monkeypatch.setattr(resolve, "resolve_model", lambda name: default)
+        facts = gpu if device == "cuda" else cpu
+        monkeypatch.setattr(preparing, "read_device_facts", lambda _: facts)
+        request = BenchRequest(
+            "quick",
+            axes,
+            (),
+            Wanted(),
+            None,
+            None,
+            (),
+            0,
+            device,
+            DType.AUTO,
+            load_format,
+            None,
+            24,
+        )
+        return preparing.prepare(request)[0]
+
+    monkeypatch.delenv(resolve.ENVIRONMENT_KEY, raising=False)
+    monkeypatch.setattr(resolve, "user_config_folder", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return of
+
+
+def test_on_a_gpu_the_recommended_model_stands_in_for_the_bundled_one(prepared):
+    plan = prepared()
+    (name,) = plan.models
+    assert name.startswith("qwen3-vl-")
+    assert (plan.settings.load_format, plan.settings.quality_samples) == (LoadFormat.DUMMY, 0)
+    assert f"measuring {name}" in plan.notice
+    assert "random weights" in plan.notice
+
+
+def test_what_was_named_or_downloaded_is_measured(prepared, monkeypatch):
+    downloaded = ModelSpec("qwen3-vl-4b", ModelSource.BUILTIN, "Qwen/Qwen3-VL-4B-Instruct")
+    for plan in (
+        prepared(device="cpu"),
+        prepared(default=downloaded),
+        prepared(model="scenes"),
+        prepared(load_format=LoadFormat.DUMMY),
+    ):
+        assert plan.notice is None
+    monkeypatch.setenv(resolve.ENVIRONMENT_KEY, "scenes")
+    assert list(prepared().models) == ["scenes"]
