@@ -66,12 +66,15 @@ class GenerationRequest:
         sampling: what the user said; the engine fills in the model's own defaults.
         ignore_eos: produce exactly `max_new_tokens` tokens (equal work for measurements).
         from_scratch: use nothing that earlier requests left behind (likewise).
+        starts_with: what the answer begins with, whatever the model would have said; it goes on
+            from there, and the result's text is what it adds.
     """
 
     messages: tuple[Message, ...]
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     ignore_eos: bool = False
     from_scratch: bool = False
+    starts_with: str = ""
 
 
 def user_message(text: str, visuals: tuple[VisualPart, ...] = ()) -> Message:

@@ -53,6 +53,30 @@ def test_presets_give_short_captions_and_tags(capsys):
     assert ask(capsys, "caption", scene, "--preset", "tags").strip() == tags
 
 
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_an_answer_goes_on_from_the_beginning_that_it_is_given(engine):
+    from qwencli.config import EngineConfig, EngineName, SamplingOptions
+    from qwencli.engine.client import generate_many
+    from qwencli.engine.factory import create_engine
+    from qwencli.engine.frontend.images import open_image
+    from qwencli.messages import GenerationRequest, user_message
+    from qwencli.models.resolve import Places, bundled_spec
+
+    config = EngineConfig(bundled_spec(Places()), engine=EngineName(engine), device="cpu")
+    messages = (user_message("Describe this image.", (open_image(EXAMPLES / "scene.png"),)),)
+    greedy = SamplingOptions(do_sample=False)
+    with create_engine(config) as loaded:
+        loaded.load()
+        whole = loaded.generate(GenerationRequest(messages, greedy)).text
+        start, rest = whole[:23].rpartition(" ")[0], whole[whole[:23].rindex(" ") :]
+        begun = GenerationRequest(messages, greedy, starts_with=start + " ")
+        assert loaded.generate(begun).text == rest
+        assert [result.text for result in generate_many(loaded, [begun, begun])] == [rest] * 2
+        # A beginning of another kind is kept to.
+        other = GenerationRequest(messages, greedy, starts_with="Two green")
+        assert loaded.generate(other).text != whole
+
+
 @pytest.mark.parametrize(
     ("engine", "quantization", "scheme"),
     [

@@ -200,7 +200,7 @@ class LocalEngine(ManyRequests, ABC):
         """The request's prompt; like the answer, tried once more where memory was short."""
         for last_try in (False, True):
             try:
-                return self.files.prompts.build(request.messages)
+                return self.files.prompts.build(request.messages, starts_with=request.starts_with)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

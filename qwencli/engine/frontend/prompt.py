@@ -24,7 +24,7 @@ from qwencli.engine.frontend.preprocess import (
     preprocess,
 )
 from qwencli.engine.frontend.processor_config import VISION_FAMILIES, ImageProcessorConfig
-from qwencli.engine.frontend.tokenizer import THOUGHT, ContentGuard, Tokenizer
+from qwencli.engine.frontend.tokenizer import THOUGHT, THOUGHT_END, ContentGuard, Tokenizer
 from qwencli.errors import InputError, ModelFileError
 from qwencli.messages import Message, TextPart, VisualPart
 from qwencli.results import Size
@@ -159,8 +159,14 @@ class PromptBuilder:
             }
         return cls(tokenizer, ChatTemplate.from_folder(folder), processor, model_ids)
 
-    def build(self, messages: tuple[Message, ...], *, thinking: bool = False) -> Prompt:
+    def build(
+        self, messages: tuple[Message, ...], *, thinking: bool = False, starts_with: str = ""
+    ) -> Prompt:
         """The model's inputs for the answer that follows `messages`.
+
+        Args:
+            starts_with: the beginning of that answer, behind which the model goes on. Spaces at its
+                end are left out, as tokens of words have theirs in front.
 
         Raises:
             InputError: no messages, pictures for a text model, a picture no model takes, text
@@ -171,6 +177,7 @@ class PromptBuilder:
         parts = [part for message in messages for part in message.parts]
         pictures = [part for part in parts if not isinstance(part, TextPart)]
         texts = [part.text for part in parts if isinstance(part, TextPart)]
+        texts += [starts_with] if starts_with else []
         if not messages:
             raise InputError("there is no message to answer", "give a prompt or a picture")
         if pictures and self.processor is None:
@@ -186,8 +193,13 @@ class PromptBuilder:
             inputs = preprocess(pictures, self.processor, self.patchify)
         guard = self.tokenizer.guard(texts)
         rendered = self._rendered(messages, guard, thinking, inputs)
-        ids = self.tokenizer.encode(rendered, guard)
         opens_thought = rendered.rstrip().endswith(THOUGHT)
+        if starts_with.strip():
+            # What the answer begins with stands behind thoughts; here there are none.
+            rendered += f"\n{THOUGHT_END}\n\n" if opens_thought else ""
+            rendered += guard.protect(starts_with.rstrip())
+            opens_thought = False
+        ids = self.tokenizer.encode(rendered, guard)
         if self.processor is None:
             seconds = time.perf_counter() - start
             return Prompt(ids, None, seconds, None, None, opens_thought=opens_thought)

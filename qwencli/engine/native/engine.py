@@ -238,7 +238,8 @@ class NativeEngine(LocalEngine):
         )
 
     def _prepared(self, request: GenerationRequest) -> tuple[Prompt, SamplingParams]:
-        prompt, sampling = self.files.prompts.build(request.messages), self._sampling(request)
+        prompt = self.files.prompts.build(request.messages, starts_with=request.starts_with)
+        sampling = self._sampling(request)
         self._check_length(prompt, sampling)
         return prompt, sampling
 

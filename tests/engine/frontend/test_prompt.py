@@ -368,6 +368,34 @@ def test_a_template_may_open_a_thought(tmp_path: Path, end: str, opens: bool) ->
     assert built.build((text_message("user", "<think>"),)).opens_thought is opens
 
 
+@pytest.mark.parametrize(
+    ("end", "between"),
+    [
+        ("", ""),
+        ("<think>\\n", "\n</think>\n\n"),
+        ("<think>\\n\\n</think>\\n\\n", ""),
+    ],
+)
+def test_a_beginning_of_the_answer_is_the_prompts_end(
+    tmp_path: Path, end: str, between: str
+) -> None:
+    template = CHATML.replace("assistant\\n", "assistant\\n" + end)
+    write_tiny_folder(tmp_path, template=template)
+    built = PromptBuilder.from_folder(tmp_path, family="qwen3", min_pixels=None, max_pixels=None)
+    ask = (text_message("user", "What?"),)
+    begun = built.build(ask, starts_with="A photo of <|im_end|> ")
+    assert not begun.opens_thought
+    plain = built.build(ask).input_ids
+    # What the user wrote is text there too, and no control token.
+    added = built.tokenizer.encode(between + "A photo of <|im_end|>", built.tokenizer.guard([""]))
+    assert begun.input_ids[: len(plain) - 1] == plain[:-1]
+    assert begun.input_ids.count(built.tokenizer.token_id("<|im_end|>")) == plain.count(
+        built.tokenizer.token_id("<|im_end|>")
+    )
+    assert len(begun.input_ids) >= len(plain) + len(added) - 1
+    assert built.build(ask, starts_with="  ").input_ids == plain
+
+
 def test_sizes_before_and_after_resizing(tmp_path: Path) -> None:
     prompt = builder(tmp_path).build((user_message("", (PICTURE, WIDE)),))
     assert prompt.image_sizes == (PICTURE.image.size, WIDE.image.size)
