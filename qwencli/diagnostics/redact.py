@@ -6,7 +6,8 @@ import getpass
 import ipaddress
 import platform
 import re
-from dataclasses import dataclass
+import unicodedata
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -85,23 +86,42 @@ _IPV4 = re.compile(
 # the web are public as they are. Of a path the last part stays: it says which file, and not whose.
 # A name may hold spaces and apostrophes. It ends in neither, so that "/usr/lib and /usr/bin" are
 # two paths; behind a quotation mark all of it is the path.
-_PART = r"(?:[^/\\\s\"':*?<>|,;()]|'(?=\w))"
-_INSIDE = rf"(?:{_PART}|,? |[()]){{0,255}}"
+# A shell writes spaces and apostrophes with a backslash.
+_PART = r"(?:[^/\\\s\"':*?<>|,;()]|'(?=\w)|'\\''|\\(?=[ '&;()])['&;]?)"
+_INSIDE = rf"(?:{_PART}|,? (?![~/]|[A-Za-z]:[\\/])|[()]){{0,255}}"
 _FOLDER = rf"(?:{_PART}(?:{_INSIDE}{_PART})?\)?)"
-_PERSON = r"(?:home|Users|Documents and Settings)"
-# A person's folder at the end of a path: words that begin in capitals belong to it.
-_PERSON_LAST = rf"(?>{_PART}+(?: [A-Z]{_PART}*)*)(?!(?:{_INSIDE}{_PART})?\)?[\\/])"
-_START = r"(?:~[\w.-]*|(?:\\\\\?\\)?[A-Za-z]:)?"
+_PERSON = r"(?i:home|users|documents and settings)"
+# A person's folder at the end of a path: words that begin in capitals belong to it, and two others
+# that no sentence goes on with.
+_GOES_ON = (
+    r"(?:a|about|after|already|also|an|and|are|as|at|available|be|because|been|before|but|by|can"
+    r"|cannot|contains?|could|did|do|does|exists?|failed|fails|for|free|from|full|gives?|had|has"
+    r"|have|here|holds?|if|in|instead|into|is|it|its|left|may|missing|mounted|must|needs?|no|nor"
+    r"|not|of|on|only|or|out|over|owned|per|read|runs?|shows?|so|stands?|takes?|than|that|the|then"
+    r"|there|this|to|too|took|total|under|until|used|using|was|were|when|where|which|while|who|will"
+    r"|with|without|would|write)(?![\w'\u2019-])"
+)
+_NAME = rf"(?!{_GOES_ON})[^\W\d_]+(?:['\u2019-][^\W\d_]+)*(?!\w|['\u2019-]\w|[/\\(]|\.\w)"
+_PERSON_LAST = (
+    rf"(?>{_PART}+(?: [A-Z]{_PART}*)*(?: {_NAME}){{0,2}})(?!(?:{_INSIDE}{_PART})?\)?[\\/])"
+)
+_PUBLIC = r"(?i:https?|hf)"
+_FILE_URL = r"(?:file:/{0,2}(?=/))?"
+_START = rf"{_FILE_URL}(?:~[\w.-]*|/?(?:\\\\\?\\)?[A-Za-z]:)?"
 # "at 5 GB/s" is no folder.
 _SLASH = r"/+(?!s(?:[\s,;.)]|$))"
 _PLACES = re.compile(
-    r"(?P<url>\b[A-Za-z][A-Za-z0-9+.-]{0,40}://[^\s\"'<>]+)"
+    rf"(?P<url>\b{_PUBLIC}://[^\s\"'<>]+"
+    # Elsewhere a space belongs to the address where it goes on with more folders.
+    rf"|\b(?!file:|{_PUBLIC}:)[A-Za-z][A-Za-z0-9+.-]{{0,40}}://[^\s\"'<>]+"
+    r"(?:(?: [^\s\"'<>/,;:]+){1,4}/[^\s\"'<>]+)*)"
+    rf"|{_NOT_IN_WORD}(?P<account>~[A-Za-z_][\w.-]*\b(?![\\/]))"
     rf"|(?P<mark>\\?\"|\\?')(?P<quoted>(?:~[\w.-]*[\\/]|[A-Za-z]:[\\/]|/|\\\\)"
-    r"(?:(?! /|: )[^\"'\n]|'(?=\w))*)(?=(?P=mark))"
+    r"(?:(?! /|: )[^\"'\n]|'(?=\w)|'\\'')*)(?=(?P=mark))"
     rf"|{_NOT_IN_WORD}(?P<person>{_START}[\\/]+(?:{_FOLDER}[\\/]+)*?{_PERSON}[\\/]+{_PERSON_LAST})"
-    rf"|{_NOT_IN_WORD}(?P<windows>(?:\\\\\?\\)?[A-Za-z]:[\\/]+(?:{_FOLDER}[\\/]+)*{_PART}*)"
+    rf"|{_NOT_IN_WORD}(?P<windows>{_FILE_URL}/?(?:\\\\\?\\)?[A-Za-z]:[\\/]+(?:{_FOLDER}[\\/]+)*{_PART}*)"
     rf"|(?P<unc>\\\\[^\\\s\"']+\\+(?:{_FOLDER}\\+)*{_PART}*)"
-    rf"|{_NOT_IN_WORD}(?P<posix>~[\w.-]*/(?:{_FOLDER}/+)*{_PART}*|//?(?:{_FOLDER}{_SLASH})+{_PART}*)"
+    rf"|{_NOT_IN_WORD}(?P<posix>~[\w.-]*/(?:{_FOLDER}/+)*{_PART}*|{_FILE_URL}//?(?:{_FOLDER}{_SLASH})+{_PART}*)"
 )
 _BUCKETS = re.compile(
     r"(?i)(?:^|\.)(?:s3[\w.-]*\.amazonaws\.com(?:\.cn)?|storage(?:\.cloud)?\.google(?:apis)?\.com"
@@ -109,7 +129,6 @@ _BUCKETS = re.compile(
     r"|digitaloceanspaces\.com|backblazeb2\.com|aliyuncs\.com|myqcloud\.com|wasabisys\.com)$"
 )
 _HOUSE = re.compile(r"(?i)^[\w-]+$|\.(?:local|lan|internal|intranet|home|corp|localdomain|arpa)$")
-_PUBLIC_SCHEMES = ("http", "https", "hf")
 
 
 @dataclass(frozen=True)
@@ -131,6 +150,9 @@ def this_owner() -> Owner:
 
 def redact(text: str, owner: Owner) -> str:
     """The text without names, hosts, folders, addresses and secrets."""
+    # JSON writes letters of other alphabets as escapes, and macOS accents behind their letters.
+    text = unicodedata.normalize("NFC", re.sub(r"\\u[0-9a-fA-F]{4}", _letter, text))
+    owner = Owner(*(unicodedata.normalize("NFC", part) for part in astuple(owner)))
     for pattern, instead in RULES:
         text = re.sub(pattern, instead, text)
     text = _IPV4.sub("<ip>", _IPV6.sub(_ipv6, text))
@@ -144,6 +166,11 @@ def redact(text: str, owner: Owner) -> str:
     return text
 
 
+def _letter(found: re.Match[str]) -> str:
+    char = chr(int(found.group()[2:], 16))
+    return char if unicodedata.category(char)[0] in "LM" else found.group()
+
+
 def _ipv6(found: re.Match[str]) -> str:
     try:
         ipaddress.IPv6Address(found["address"])
@@ -155,6 +182,8 @@ def _ipv6(found: re.Match[str]) -> str:
 def _shorter(found: re.Match[str]) -> str:
     if found["url"]:
         return _shorter_url(found["url"])
+    if found["account"]:
+        return "~<user>"
     if found["person"]:
         return "<path>/<user>"
     path = found["quoted"] or found.group()
@@ -173,7 +202,7 @@ def _shorter_url(url: str) -> str:
         host = urlsplit(url).hostname or ""
     except ValueError:  # half an address
         host = place
-    if scheme.lower() not in _PUBLIC_SCHEMES or _BUCKETS.search(host):
+    if not re.fullmatch(_PUBLIC, scheme) or _BUCKETS.search(host):
         inside = "/" in rest.rstrip("/")
         return f"{scheme}://<place>" + (f"/{last}" if inside else "")
     # What follows the question mark may be a signature.

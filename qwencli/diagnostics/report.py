@@ -162,6 +162,6 @@ def markdown(
             lines += [f"  - fix ({sure}): {line}" for line in fix.splitlines()]
         lines.append("")
     lines += ["## Recommended", "", settings_line(advice), "", *(f"- {why}" for why in advice.why)]
-    record = json.dumps(dict(machine), indent=1)
+    record = json.dumps(dict(machine), indent=1, ensure_ascii=False)
     read = ["", "<details><summary>What was read</summary>", "", "```json", record, "```", ""]
     return markdown_page(lines) + "\n".join([*read, "</details>", ""])

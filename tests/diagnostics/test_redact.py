@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import time
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -98,6 +100,12 @@ def test_this_owner_is_known():
         "https://ann.blob.core.windows.net/smith/x.safetensors?sig=smith",
         "file:///home/ann%20smith/x.safetensors",
         "~ann/models/x.safetensors",
+        "/home/ann o'malley/x.safetensors",
+        "/home/ann\\ o\\'malley/x.safetensors",
+        "'/home/ann'\\''s/ann smith/x.safetensors'",
+        "file:///home/ann o'malley/x.safetensors",
+        "s3://bucket/ann smith/x.safetensors",
+        "['/home/ann o\\'malley/x.safetensors']",
     ],
 )
 def test_a_place_goes_to_its_last_part_whatever_its_names_hold(text):
@@ -107,11 +115,29 @@ def test_a_place_goes_to_its_last_part_whatever_its_names_hold(text):
         assert private not in clean.lower()
 
 
-@pytest.mark.parametrize("name", ["Ann Smith", "Ann O'Malley", "ann"])
-@pytest.mark.parametrize("folder", ["/home/", "/Users/", "C:\\Users\\", "/mnt/c/Users/"])
-def test_the_folder_of_a_person_shows_nobody(name, folder):
-    clean = redact(f"{folder}{name} is full", Owner("zoe", "zoes-box", "/home/zoe"))
-    assert clean == "<path>/<user> is full"
+NAMES = ["Ann Smith", "Ann O'Malley", "ann", "ann smith", "ann o'malley", "de la cruz", "ann-marie"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "folder", ["/home/", "/Users/", "C:\\Users\\", "c:\\users\\", "/mnt/c/Users/", "file:///home/"]
+)
+@pytest.mark.parametrize("after", [" is full", "", ": no space", ", 3 GB", '", "next": 1', "\n90%"])
+def test_the_folder_of_a_person_shows_nobody(name, folder, after):
+    clean = redact(f"{folder}{name}{after}", Owner("zoe", "zoes-box", "/home/zoe"))
+    assert clean == f"<path>/<user>{after}"
+
+
+@pytest.mark.parametrize("form", [json.dumps, lambda text: unicodedata.normalize("NFD", text)])
+def test_letters_of_other_alphabets_go_in_every_way_they_are_written(form):
+    owner = Owner("jörg", "jörgs-box", "/home/jörg müller")
+    clean = redact(form("/home/jörg müller/x.png of jörg on jörgs-box"), owner)
+    assert clean.strip('"') == "<path>/x.png of <user> on <host>"
+
+
+def test_accounts_go_and_numbers_stay():
+    text = "~5 GB of HEAD~1, ~bob and ~/models/x.png"
+    assert redact(text, OWNER) == "~5 GB of HEAD~1, ~<user> and <path>/x.png"
 
 
 def test_the_whole_name_of_the_owner_goes():
@@ -179,6 +205,8 @@ def test_what_only_looks_private_stays(text):
 
 @pytest.mark.parametrize(
     "piece", ["/a b", "'/", "C:\\a ", "/home/a b c ", "a:", "-----BEGIN A-----", "serial ", "0:",
+              "a://b c ", "a://b c/",
+              "/home/a\\ b", "~a ", "file:/", "\\u00e9", "/home/a b'c ", "'\\''",
               "--key", "/(, ", "sk-", "token", "a.", "a@", "-eyJaaaaaaaa",
               "ecdsa-sha2-", "__", "-a"],
 )  # fmt: skip
