@@ -109,7 +109,8 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:  # noqa: BLE001 - the one boundary between the program and a person
         usage = getattr(error, "format_message", None)
         if usage is not None:
-            return _fail(UsageError(str(usage()).rstrip("."), "see --help"))
+            said = str(usage()).replace("Value error, ", "").rstrip(".")
+            return _fail(UsageError(said, "see --help"))
         return _fault(error)
 
 

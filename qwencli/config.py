@@ -19,7 +19,6 @@ from qwencli.errors import ModelFileError, UsageError
 class EngineName(StrEnum):
     NATIVE = "native"
     TRANSFORMERS = "transformers"
-    REMOTE = "remote"
 
 
 class Quantization(StrEnum):

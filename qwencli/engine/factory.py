@@ -9,7 +9,7 @@ from typing import Any
 
 from qwencli.config import EngineConfig, EngineName, LoadFormat, Quantization
 from qwencli.engine.protocol import Engine
-from qwencli.errors import ModelFileError, UnsupportedModeError, UsageError
+from qwencli.errors import ModelFileError, UsageError
 
 
 def default_engine(config: EngineConfig) -> EngineName:
@@ -55,7 +55,6 @@ def create_engine(config: EngineConfig) -> Engine:
     """Build the engine of `config`, not yet loaded.
 
     Raises:
-        UnsupportedModeError: this version does not have the engine asked for.
         UsageError: the working folder is gone.
     """
     try:
@@ -72,11 +71,6 @@ def create_engine(config: EngineConfig) -> Engine:
         from qwencli.engine.native.engine import NativeEngine
 
         return NativeEngine(config)
-    if engine is EngineName.TRANSFORMERS:
-        from qwencli.engine.hf.engine import TransformersEngine
+    from qwencli.engine.hf.engine import TransformersEngine
 
-        return TransformersEngine(config)
-    raise UnsupportedModeError(
-        f"--engine {config.engine} is not part of this version",
-        nearest=EngineName.NATIVE.value,
-    )
+    return TransformersEngine(config)

@@ -14,14 +14,7 @@ from qwencli.engine.machine.device import DeviceFacts
 
 Rule = Callable[[BenchCell, DeviceFacts], str | None]
 
-ENGINES_HERE = (EngineName.NATIVE, EngineName.TRANSFORMERS)
 BITSANDBYTES = (Quantization.INT8, Quantization.INT4)
-
-
-def _engine(cell: BenchCell, facts: DeviceFacts) -> str | None:
-    if cell.engine in ENGINES_HERE:
-        return None
-    return f"the {cell.engine} engine is not part of this version; native is"
 
 
 def _native(cell: BenchCell, facts: DeviceFacts) -> str | None:
@@ -89,7 +82,6 @@ def _compile(cell: BenchCell, facts: DeviceFacts) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
-    _engine,
     _native,
     _kernels,
     _kv_dtype,

@@ -101,7 +101,6 @@ def test_cell_id_is_readable_and_does_not_change(cpu):
 @pytest.mark.parametrize(
     ("axes", "reason"),
     [
-        ({"engine": "remote"}, "remote engine is not part"),
         ({"engine": "native", "cache": "static-graph"}, "need a CUDA device"),
         ({**TRANSFORMERS, "cache": "static-graph"}, "static-compile is the nearest"),
         ({**TRANSFORMERS, "quantization": "fp8"}, "8bit is the nearest"),

@@ -99,7 +99,6 @@ def test_memory_falls_with_quantization(predicted):
 def test_what_is_not_known_is_not_predicted(predicted):
     nothing = (None, None, None)
     assert dataclasses.astuple(predicted(model="mine")) == nothing
-    assert dataclasses.astuple(predicted(engine="remote")) == nothing
 
 
 def test_the_machine_is_measured_in_a_process_of_its_own():
