@@ -11,7 +11,16 @@ import pytest
 from qwencli import __version__, cli
 from qwencli.errors import DeviceError, UsageError
 
-HEAVY = ("torch", "transformers", "pandas", "numpy", "PIL", "rich.markdown", "huggingface_hub")
+HEAVY = (
+    "torch",
+    "transformers",
+    "pandas",
+    "scipy",
+    "numpy",
+    "PIL",
+    "rich.markdown",
+    "huggingface_hub",
+)
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -24,7 +33,7 @@ def test_help_and_version_import_nothing_heavy(arguments):
         "import sys\n"
         "from qwencli.cli import run\n"
         f"code = run({arguments!r})\n"
-        f"loaded = [name for name in {HEAVY[:4]!r} if name in sys.modules]\n"
+        f"loaded = [name for name in {HEAVY[:5]!r} if name in sys.modules]\n"
         "print('LOADED', loaded, code)"
     )
     assert done.stdout.splitlines()[-1] == "LOADED [] 0", done.stderr

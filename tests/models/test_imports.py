@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-HEAVY = ("torch", "transformers", "huggingface_hub", "pandas", "rich")
+HEAVY = ("torch", "transformers", "huggingface_hub", "pandas", "scipy", "rich")
 
 
 def test_importing_the_registry_loads_nothing_heavy():

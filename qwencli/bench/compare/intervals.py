@@ -34,7 +34,6 @@ from dataclasses import dataclass
 from qwencli.bench.statistics.drift import OUTLIER_Z
 from qwencli.bench.statistics.paired_ranks import MIN_PAIRS, paired_interval
 from qwencli.bench.statistics.robust import MIN_RUNS, Interval, robust_sigma
-from qwencli.bench.statistics.student import t_quantile
 
 # Two one-sided tests at 5 % each for the same, and half a percent on each side for a change.
 SAME_CONFIDENCE, CHANGE_CONFIDENCE = 0.90, 0.99
@@ -111,7 +110,11 @@ class _Scatter:
         return _Scatter((self.df * self.variance + prior.df * prior.variance) / df, df)
 
     def half(self, confidence: float, sizes: float) -> float:
-        return t_quantile(confidence, self.df) * math.sqrt(self.variance * sizes)
+        """Half the width of a two-sided interval of Student's t."""
+        from scipy.special import stdtrit
+
+        t = float(stdtrit(self.df, (1 + confidence) / 2))
+        return t * math.sqrt(self.variance * sizes)
 
 
 def ratio_intervals(a: Processes, b: Processes, *, gpu: bool) -> Intervals | None:
