@@ -18,7 +18,7 @@ from qwencli.models.locate import bundled_folder, dummy_config, locate
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape, VisionShape
 
-# What every Qwen tokenizer ends a turn with, and pads with.
+# What Qwen's tokenizers end a turn with, and pad with.
 END_OF_TURN, PAD = "<|im_end|>", "<|endoftext|>"
 # Qwen's models have two; engines may keep room for this many.
 MAX_STOP_TOKENS = 8
@@ -139,17 +139,7 @@ def _model_files(
     prompts: PromptBuilder,
     defaults: Mapping[str, Any],
 ) -> ModelFiles:
-    stop_ids = _token_ids(defaults, "eos_token_id", folder)
-    # The templates end each turn with this token. Files of base models and of many fine-tunes
-    # name only the end of a text; an answer would run on into turns of its own invention.
-    if not stop_ids or prompts.tokenizer.has_token(END_OF_TURN):
-        stop_ids = tuple(dict.fromkeys((*stop_ids, prompts.tokenizer.token_id(END_OF_TURN))))
-    if len(stop_ids) > MAX_STOP_TOKENS:
-        raise ModelFileError(
-            f"{folder}: {len(stop_ids)} tokens would end an answer, those of eos_token_id in "
-            f"generation_config.json and {END_OF_TURN}",
-            f"at most {MAX_STOP_TOKENS} can be used; shorten eos_token_id",
-        )
+    text = read_shape(hub_config).text
     pads = _token_ids(defaults, "pad_token_id", folder)
     pad = pads[0] if pads else prompts.tokenizer.token_id(PAD)
     return ModelFiles(
@@ -157,13 +147,50 @@ def _model_files(
         hub_config=hub_config,
         prompts=prompts,
         generation_defaults=defaults,
-        stop_token_ids=stop_ids,
+        stop_token_ids=_stop_ids(folder, hub_config, prompts, defaults, text.vocab_size),
         pad_token_id=pad,
-        max_seq_len=read_shape(hub_config).text.max_position_embeddings,
+        max_seq_len=text.max_position_embeddings,
     )
 
 
-def _token_ids(defaults: Mapping[str, Any], key: str, folder: Path | None) -> tuple[int, ...]:
+def _stop_ids(
+    folder: Path | None,
+    hub_config: Mapping[str, Any],
+    prompts: PromptBuilder,
+    defaults: Mapping[str, Any],
+    vocab_size: int,
+) -> tuple[int, ...]:
+    """What generation_config.json names, else config.json; and what ends a turn in any case.
+
+    Files of base models and of many fine-tunes name only the end of a text; an answer would run
+    on into turns of its own invention.
+
+    Raises:
+        ModelFileError: there are none, or too many.
+    """
+    named = _token_ids(defaults, "eos_token_id", folder)
+    if not named and folder is not None:  # the ids of a dummy load are another vocabulary's
+        for part in (hub_config, _text_config(hub_config)):
+            named = named or _token_ids(part, "eos_token_id", folder, "config.json")
+    # A model never answers with an id that it has no row for.
+    stop_ids = dict.fromkeys(id_ for id_ in (*named, *prompts.turn_end_ids()) if id_ < vocab_size)
+    if not stop_ids or prompts.tokenizer.has_token(END_OF_TURN):
+        stop_ids[prompts.tokenizer.token_id(END_OF_TURN)] = None
+    if len(stop_ids) > MAX_STOP_TOKENS:
+        raise ModelFileError(
+            f"{folder}: {len(stop_ids)} tokens would end an answer, those of eos_token_id in "
+            "generation_config.json and the chat template's end of a turn",
+            f"at most {MAX_STOP_TOKENS} can be used; shorten eos_token_id",
+        )
+    return tuple(stop_ids)
+
+
+def _token_ids(
+    defaults: Mapping[str, Any],
+    key: str,
+    folder: Path | None,
+    file: str = "generation_config.json",
+) -> tuple[int, ...]:
     """One id or a list of them; none where the key is left out or null.
 
     Raises:
@@ -176,7 +203,7 @@ def _token_ids(defaults: Mapping[str, Any], key: str, folder: Path | None) -> tu
     # `type`, not isinstance: true and false are no ids. The bound is that of the tokenizers.
     if not all(type(each) is int and 0 <= each < 2**32 for each in ids):
         raise ModelFileError(
-            f"{folder}: generation_config.json: {key} is no token id and no list of them",
+            f"{folder}: {file}: {key} is no token id and no list of them",
             "give whole numbers from 0 up, as in the tokenizer's files",
         )
     return tuple(ids)

@@ -25,8 +25,8 @@ from qwencli.engine.frontend.preprocess import (
 )
 from qwencli.engine.frontend.processor_config import VISION_FAMILIES, ImageProcessorConfig
 from qwencli.engine.frontend.tokenizer import THOUGHT, THOUGHT_END, ContentGuard, Tokenizer
-from qwencli.errors import InputError, ModelFileError
-from qwencli.messages import Message, TextPart, VisualPart
+from qwencli.errors import InputError, ModelFileError, QwenCliError
+from qwencli.messages import Message, TextPart, VisualPart, text_message
 from qwencli.results import Size
 
 # Keys of config.json that give a control token's id to the model.
@@ -158,6 +158,20 @@ class PromptBuilder:
                 if key in hub_config
             }
         return cls(tokenizer, ChatTemplate.from_folder(folder), processor, model_ids)
+
+    def turn_end_ids(self) -> tuple[int, ...]:
+        """What this model's turns end with: by its template, and by its tokenizer (`eos_token`)."""
+        answer = "An answer."
+        question = text_message("user", "A question.")
+        chat = (question, text_message("assistant", answer), question)
+        try:
+            rendered = self.template.render(chat, as_parts=self.processor is not None)
+        except QwenCliError:  # it may know other conversations, and is asked for those in time
+            rendered = ""
+        _, found, after = rendered.rpartition(answer)
+        ends = (after.lstrip() if found else "", self.template.named_tokens.get("eos_token", ""))
+        tokens = map(self.tokenizer.added_token_at_start, ends)
+        return tuple(dict.fromkeys(self.tokenizer.token_id(token) for token in tokens if token))
 
     def build(
         self, messages: tuple[Message, ...], *, thinking: bool = False, starts_with: str = ""

@@ -147,6 +147,11 @@ class Tokenizer:
         self._skipped = frozenset(
             id_ for token, id_ in self._special_ids.items() if token not in tags
         )
+        self._markup = sorted(
+            (token.content for token in added.values() if token.content not in (*tags, "")),
+            key=len,
+            reverse=True,
+        )
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._bytes: dict[int, bytes] = {}
@@ -194,6 +199,10 @@ class Tokenizer:
         if id_ is None:
             raise ModelFileError(f"{self._source} has no token {token}", _DOWNLOAD)
         return id_
+
+    def added_token_at_start(self, text: str) -> str | None:
+        """The added token, special or not, that `text` begins with; ends of thoughts are none."""
+        return next((token for token in self._markup if text.startswith(token)), None)
 
     def guard(self, contents: Sequence[str]) -> ContentGuard:
         """A guard for texts from outside that are about to go into one template."""

@@ -81,9 +81,59 @@ def test_a_vocabulary_without_the_end_of_a_turn(opened: Opened, tmp_path: Path) 
     for path in (tmp_path / "model").glob("*.json"):
         text = path.read_text(encoding="utf-8")
         path.write_text(text.replace("<|im_end|>", "<|turn_end|>"), encoding="utf-8")
+    change(tmp_path / "model", "tokenizer_config.json", eos_token="<|endoftext|>")
+    change(tmp_path / "model", "config.json", eos_token_id=None)
     assert opened({"eos_token_id": END_OF_TEXT}).stop_token_ids == (END_OF_TEXT,)
+    change(tmp_path / "model", "tokenizer_config.json", eos_token=None)
     with pytest.raises(ModelFileError, match=r"has no token <\|im_end\|>"):
         opened({})
+
+
+CHATML = (
+    "{%- for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content if message.content is string else message.content[0].text }}"
+    "END{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THINKS = CHATML.replace("{{ message.content", "<think>\n\n</think>\n\n{{ message.content")
+
+
+@pytest.mark.parametrize(
+    ("template", "ends_with"),
+    [
+        (CHATML.replace("END", "<|vision_end|>\n"), {"<|vision_end|>"}),
+        (CHATML.replace("END", "\n <|vision_pad|>"), {"<|vision_pad|>"}),
+        (CHATML.replace("END", "<tool_call>\n"), {"<tool_call>"}),
+        (CHATML.replace("END", "{{ eos_token }}"), set()),
+        (CHATML.replace("END", "\n"), {"<|im_start|>"}),
+        (THINKS.replace("END", "<|vision_end|>\n"), {"<|vision_end|>"}),
+        (CHATML.replace("END", "</s>"), set()),
+        (CHATML.replace("END", "{{ raise_exception('one turn alone') }}"), set()),
+        ("{% for message in messages %}{{ message.role }}: {% endfor %}<|vision_end|>", set()),
+        ("", set()),
+    ],
+)
+def test_what_the_template_ends_a_turn_with_stops(
+    opened: Opened, tmp_path: Path, template: str, ends_with: set[str]
+) -> None:
+    (tmp_path / "model" / "chat_template.jinja").write_text(template, encoding="utf-8")
+    wanted = {tiny_tokenizer().token_to_id(token) for token in ends_with}
+    for named in (END_OF_TEXT, [END_OF_TEXT, 10**6], [END_OF_TEXT, *range(10**6, 10**6 + 9)]):
+        files = opened({"eos_token_id": named})
+        assert set(files.stop_token_ids) == {END_OF_TEXT, IM_END, *wanted}
+
+
+def test_the_ends_that_other_files_name(opened: Opened, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    pad = tiny_tokenizer().token_to_id("<|vision_pad|>")
+    change(model, "tokenizer_config.json", eos_token={"content": "<|vision_pad|>"})
+    assert set(opened({"eos_token_id": END_OF_TEXT}).stop_token_ids) == {END_OF_TEXT, IM_END, pad}
+    change(model, "tokenizer_config.json", eos_token="A")  # a word, and no control token
+    change(model, "config.json", eos_token_id=END_OF_TEXT)
+    for defaults in (None, {}, {"eos_token_id": None}, {"eos_token_id": []}):
+        assert set(opened(defaults).stop_token_ids) == {END_OF_TEXT, IM_END}
+    change(model, "config.json", eos_token_id="</s>")
+    with pytest.raises(ModelFileError, match=r"config\.json: eos_token_id is no token id"):
+        opened(None)
 
 
 def test_byte_order_marks_change_nothing(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
