@@ -11,7 +11,7 @@ import torch
 
 from qwencli.config import KVDType, Quantization
 from qwencli.engine.cache.kv_quantized import KV_SCHEMES
-from qwencli.engine.kernels.activation_buffers import Reader
+from qwencli.engine.kernels.activation_buffers import ActivationConsumer
 from qwencli.engine.kernels.fused_ops import FusedOps, TileChoice, fused_ops
 from qwencli.engine.kernels.tiles import GemvTiles, MatrixKind, default_tiles
 from qwencli.engine.loading import weights
@@ -98,16 +98,18 @@ class MeasuredStep:
         own = self.own
 
         def attend(qkv: torch.Tensor, layer: Layer, step: Step) -> torch.Tensor:
-            return _pretend(own, own._attended[: len(qkv)], Reader(None, layer.o))
+            return _pretend(own, own._attended[: len(qkv)], ActivationConsumer(None, layer.o))
 
         def gate_up(hidden: torch.Tensor, layer: Layer) -> torch.Tensor:
-            return _pretend(own, own._activated[: len(hidden)], Reader(None, layer.down))
+            return _pretend(
+                own, own._activated[: len(hidden)], ActivationConsumer(None, layer.down)
+            )
 
         def residual(x: torch.Tensor, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
             after = (
-                Reader(layer.mlp_norm, layer.gate_up)
+                ActivationConsumer(layer.mlp_norm, layer.gate_up)
                 if name == "o_residual"
-                else Reader(layer.next_norm, layer.next_matrix)
+                else ActivationConsumer(layer.next_norm, layer.next_matrix)
             )
             return _pretend(own, hidden, after)
 
@@ -153,12 +155,14 @@ class MeasuredStep:
         return graph
 
 
-def _pretend(own: FusedOps, x: torch.Tensor, reader: Reader) -> torch.Tensor:
+def _pretend(own: FusedOps, x: torch.Tensor, consumer: ActivationConsumer) -> torch.Tensor:
     """`x` as if a kernel had handed it over: whoever reads it finds what was there before."""
     if len(x) == 1:
-        own._vectors.handed(x, own._vectors.offer(reader, SHARE_ROWS, x.shape[1] // SHARE_ROWS))
+        own._activations.commit(
+            x, own._activations.output_for(consumer, SHARE_ROWS, x.shape[1] // SHARE_ROWS)
+        )
     else:
-        own._several.ready.handed(x, own._several.ready.offer(reader, x))
+        own._skinny_gemm.ready.commit(x, own._skinny_gemm.ready.output_for(consumer, x))
     return x
 
 

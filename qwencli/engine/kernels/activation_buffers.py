@@ -1,4 +1,5 @@
-"""The vectors that kernels hand to each other (`handover`): buffers, and who gets which form."""
+"""The vectors that kernels hand to each other (`activation_quant`): buffers, and who gets which
+form."""
 
 from __future__ import annotations
 
@@ -9,7 +10,11 @@ from typing import Any
 import torch
 import triton
 
-from qwencli.engine.kernels.activation_quant import SPANS, Form, hand_over_kernel
+from qwencli.engine.kernels.activation_quant import (
+    ACT_GROUPS,
+    ActivationFormat,
+    quantize_activation_kernel,
+)
 from qwencli.engine.kernels.tiles import Storage
 from qwencli.engine.ops.decoder_ops import Matrix
 from qwencli.engine.ops.rms_norm import RMSNorm
@@ -19,34 +24,38 @@ Tensor = torch.Tensor
 
 BLOCK_WORDS = 4  # int32 of a row that a thread reads at once
 # What is left of a value; forms that are not here keep float32.
-FORM_BITS = {Form.BYTES: 8, Form.HALVES: 8, Form.FLOAT16: 16}
+ACT_FORMAT_BITS = {
+    ActivationFormat.BYTES: 8,
+    ActivationFormat.HALVES: 8,
+    ActivationFormat.FLOAT16: 16,
+}
 # Columns and warps of a program that hands over a whole vector.
 SHARE, SHARE_WARPS = 256, 2
 
 
 @dataclass(frozen=True)
-class InWords:
+class WordFormat:
     """How a matrix is multiplied in words: bits of a weight, its storage and its vector's form."""
 
     bits: int
     storage: Storage
-    form: Form
+    act_format: ActivationFormat
 
 
-IN_WORDS = {
-    Scheme.INT8: InWords(8, Storage.INT8, Form.BYTES),
-    Scheme.FP8: InWords(8, Storage.FP8, Form.FLOAT16),
-    Scheme.INT4: InWords(4, Storage.INT4, Form.HALVES),
-    Scheme.NF4: InWords(4, Storage.INT4, Form.HALVES),
-    Scheme.FP4: InWords(4, Storage.INT4, Form.HALVES),
+WORD_FORMATS = {
+    Scheme.INT8: WordFormat(8, Storage.INT8, ActivationFormat.BYTES),
+    Scheme.FP8: WordFormat(8, Storage.FP8, ActivationFormat.FLOAT16),
+    Scheme.INT4: WordFormat(4, Storage.INT4, ActivationFormat.HALVES),
+    Scheme.NF4: WordFormat(4, Storage.INT4, ActivationFormat.HALVES),
+    Scheme.FP4: WordFormat(4, Storage.INT4, ActivationFormat.HALVES),
 }
 
 
-def in_words(matrix: Matrix) -> InWords | None:
+def word_format(matrix: Matrix) -> WordFormat | None:
     """How products with `matrix` take several weights at a time; None = one by one, as floats."""
     if not isinstance(matrix, Quantized):
         return None
-    way = IN_WORDS.get(matrix.scheme)
+    way = WORD_FORMATS.get(matrix.scheme)
     if way is None or matrix.columns % (BLOCK_WORDS * 32 // way.bits):
         return None
     return way
@@ -54,12 +63,12 @@ def in_words(matrix: Matrix) -> InWords | None:
 
 def vector_bits(matrix: Quantized) -> int | None:
     """Bits to which a vector is rounded for products with `matrix`; None = not at all."""
-    way = in_words(matrix)
-    return None if way is None else FORM_BITS[way.form]
+    way = word_format(matrix)
+    return None if way is None else ACT_FORMAT_BITS[way.act_format]
 
 
 @dataclass(frozen=True)
-class Reader:
+class ActivationConsumer:
     """What a vector is made for: the norm in front of a matrix, and the matrix."""
 
     norm: RMSNorm | None
@@ -67,7 +76,7 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Handed:
+class ActivationView:
     """A vector as a kernel handed it over, or is about to.
 
     Args:
@@ -76,7 +85,7 @@ class Handed:
         norm: whose gain is in it, and shares: programs that wrote squares; None and 0 without one.
     """
 
-    form: Form
+    act_format: ActivationFormat
     values: Tensor
     steps: Tensor
     squares: Tensor
@@ -85,10 +94,10 @@ class Handed:
 
     @property
     def span(self) -> int:
-        return SPANS.get(self.form, 1)
+        return ACT_GROUPS.get(self.act_format, 1)
 
 
-class Vectors:
+class ActivationBuffers:
     """Two sets of buffers in turns: a kernel reads one while it writes the other.
 
     Args:
@@ -115,72 +124,76 @@ class Vectors:
         self._floats = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         self._turn = 0
         self._options = options
-        self._latest: tuple[Tensor, Handed] | None = None
+        self._latest: tuple[Tensor, ActivationView] | None = None
 
     def buffers(self) -> tuple[Tensor, ...]:
         """All of them; for tests that poison what a step must not read."""
         return tuple(buffer for buffers in self._buffers for buffer in buffers)
 
-    def form_for(self, reader: Reader) -> Form:
-        way = in_words(reader.matrix)
+    def format_for(self, consumer: ActivationConsumer) -> ActivationFormat:
+        way = word_format(consumer.matrix)
         if way is not None:
-            return way.form
-        return Form.NONE if reader.norm is None else Form.FLOATS
+            return way.act_format
+        return ActivationFormat.NONE if consumer.norm is None else ActivationFormat.FLOATS
 
-    def offer(self, reader: Reader | None, rows: int, programs: int) -> Handed:
-        """Where a kernel whose programs make `rows` values each puts what `reader` wants.
+    def output_for(
+        self, consumer: ActivationConsumer | None, rows: int, programs: int
+    ) -> ActivationView:
+        """Where a kernel whose programs make `rows` values each puts what `consumer` wants.
 
         Its form is NONE where nobody waits for one, or no program makes a whole block. A kernel
-        that takes the offer says so to `handed`.
+        that takes the offer says so to `commit`.
         """
-        if reader is None or _ordered(reader.matrix):
-            return self._vector(Form.NONE, None, 0)
-        form = self.form_for(reader)
-        if form is Form.NONE or rows % SPANS[form]:
-            return self._vector(Form.NONE, None, 0)
-        return self._vector(form, reader.norm, programs)
+        if consumer is None or _ordered(consumer.matrix):
+            return self._vector(ActivationFormat.NONE, None, 0)
+        act_format = self.format_for(consumer)
+        if act_format is ActivationFormat.NONE or rows % ACT_GROUPS[act_format]:
+            return self._vector(ActivationFormat.NONE, None, 0)
+        return self._vector(act_format, consumer.norm, programs)
 
-    def _vector(self, form: Form, norm: RMSNorm | None, programs: int) -> Handed:
+    def _vector(
+        self, act_format: ActivationFormat, norm: RMSNorm | None, programs: int
+    ) -> ActivationView:
         shares = 0 if norm is None else programs
         values, steps, squares = self._buffers[1 - self._turn]
-        if form is Form.FLOATS:
+        if act_format is ActivationFormat.FLOATS:
             values = values.view(self._floats)
-        return Handed(form, values, steps, squares, norm, shares)
+        return ActivationView(act_format, values, steps, squares, norm, shares)
 
-    def handed(self, x: Tensor, vector: Handed) -> None:
+    def commit(self, x: Tensor, vector: ActivationView) -> None:
         """The kernel that makes `x` has been launched, and hands over `vector`."""
         self._latest = None
-        if vector.form is not Form.NONE:
+        if vector.act_format is not ActivationFormat.NONE:
             self._turn = 1 - self._turn
             self._latest = x, vector
 
-    def read(self, x: Tensor, reader: Reader) -> Handed:
+    def read(self, x: Tensor, consumer: ActivationConsumer) -> ActivationView:
         """`x` [1, K] in the form that the matrix multiplies, by a kernel of its own if it must."""
-        form = self.form_for(reader)
+        act_format = self.format_for(consumer)
         if self._latest is not None:
             of, vector = self._latest
-            if of is x and vector.norm is reader.norm and vector.form is form:
+            if of is x and vector.norm is consumer.norm and vector.act_format is act_format:
                 return vector
         columns = x.shape[1]
         assert columns <= len(self._buffers[0][1]), "longer than any vector of the model"
         programs = triton.cdiv(columns, SHARE)
-        vector = self._vector(form, reader.norm, programs)
-        if form is not Form.NONE:
-            matrix = reader.matrix
-            hand_over_kernel[programs,](
+        vector = self._vector(act_format, consumer.norm, programs)
+        if act_format is not ActivationFormat.NONE:
+            matrix = consumer.matrix
+            quantize_activation_kernel[programs,](
                 x,
-                None if reader.norm is None else reader.norm.weight,
+                None if consumer.norm is None else consumer.norm.weight,
                 matrix.order if isinstance(matrix, Quantized) else None,
                 vector.values,
                 vector.steps,
                 vector.squares,
                 columns,
-                FORM=int(form),
-                SPAN=vector.span,
+                ACT_FORMAT=int(act_format),
+                ACT_GROUP=vector.span,
                 BLOCK=SHARE,
                 **self._options(SHARE_WARPS),
             )
-            self.handed(x, vector)
+            self.commit(x, vector)
         return vector
 
 

@@ -30,7 +30,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-class Form(IntEnum):
+class ActivationFormat(IntEnum):
     NONE = 0
     FLOATS = 1
     BYTES = 2
@@ -39,56 +39,63 @@ class Form(IntEnum):
 
 
 # Columns of a block: those of a word of weights.
-SPANS = {Form.FLOATS: 1, Form.BYTES: 4, Form.HALVES: 8, Form.FLOAT16: 4}
+ACT_GROUPS = {
+    ActivationFormat.FLOATS: 1,
+    ActivationFormat.BYTES: 4,
+    ActivationFormat.HALVES: 8,
+    ActivationFormat.FLOAT16: 4,
+}
 
-FLOATS = tl.constexpr(int(Form.FLOATS))
-BYTES = tl.constexpr(int(Form.BYTES))
-HALVES = tl.constexpr(int(Form.HALVES))
-FLOAT16 = tl.constexpr(int(Form.FLOAT16))
+FLOATS = tl.constexpr(int(ActivationFormat.FLOATS))
+BYTES = tl.constexpr(int(ActivationFormat.BYTES))
+HALVES = tl.constexpr(int(ActivationFormat.HALVES))
+FLOAT16 = tl.constexpr(int(ActivationFormat.FLOAT16))
 
 
 @triton.jit
-def hand_over(
+def store_activation(
     x,  # float32 [M], with the gain in it
     columns,  # int32 [M], in order in every block
     inside,  # bool [M], equal in every block
-    values_ptr,  # [K], of the form's type
-    steps_ptr,  # float32 [K / SPAN]
+    act_values_ptr,  # [K], of the form's type
+    act_scales_ptr,  # float32 [K / ACT_GROUP]
     K,
-    FORM: tl.constexpr,
-    SPAN: tl.constexpr,
+    ACT_FORMAT: tl.constexpr,
+    ACT_GROUP: tl.constexpr,
 ):
     """Store a share of a vector in the form that the next matrix reads."""
-    if FORM == FLOATS:
-        tl.store(values_ptr + columns, x.to(values_ptr.dtype.element_ty), mask=inside)
+    if ACT_FORMAT == FLOATS:
+        tl.store(act_values_ptr + columns, x.to(act_values_ptr.dtype.element_ty), mask=inside)
     else:
-        COUNT: tl.constexpr = x.shape[0] // SPAN
-        x = tl.reshape(x, (COUNT, SPAN))
-        columns = tl.reshape(columns, (COUNT, SPAN))
-        inside = tl.reshape(inside, (COUNT, SPAN))
+        COUNT: tl.constexpr = x.shape[0] // ACT_GROUP
+        x = tl.reshape(x, (COUNT, ACT_GROUP))
+        columns = tl.reshape(columns, (COUNT, ACT_GROUP))
+        inside = tl.reshape(inside, (COUNT, ACT_GROUP))
         largest = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-30)
         x *= (1.0 / largest)[:, None]
         at = columns
-        if FORM != BYTES:
-            HALF: tl.constexpr = SPAN // 2
-            at = (columns // HALF % 2) * (K // 2) + columns // SPAN * HALF + columns % HALF
-        if FORM == FLOAT16:
+        if ACT_FORMAT != BYTES:
+            HALF: tl.constexpr = ACT_GROUP // 2
+            at = (columns // HALF % 2) * (K // 2) + columns // ACT_GROUP * HALF + columns % HALF
+        if ACT_FORMAT == FLOAT16:
             step = largest
-            values_ptr = values_ptr.to(tl.pointer_type(tl.float16))
-            tl.store(values_ptr + at, x.to(tl.float16), mask=inside)
+            act_values_ptr = act_values_ptr.to(tl.pointer_type(tl.float16))
+            tl.store(act_values_ptr + at, x.to(tl.float16), mask=inside)
         else:
             step = largest * (1.0 / 127.0)
             # Adding 1.5 * 2^23 rounds to an integer, in the lowest bits of the result.
             q = (x * 127.0 + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-            tl.store(values_ptr + at, q.to(tl.int8), mask=inside)
+            tl.store(act_values_ptr + at, q.to(tl.int8), mask=inside)
         # One lane of a block stores its step.
-        block = columns // SPAN
-        first = inside & (columns % SPAN == 0)
-        tl.store(steps_ptr + block, tl.broadcast_to(step[:, None], (COUNT, SPAN)), mask=first)
+        block = columns // ACT_GROUP
+        first = inside & (columns % ACT_GROUP == 0)
+        tl.store(
+            act_scales_ptr + block, tl.broadcast_to(step[:, None], (COUNT, ACT_GROUP)), mask=first
+        )
 
 
 @triton.jit
-def norm_factor(squares_ptr, K, eps, SHARES: tl.constexpr, AT_ONCE: tl.constexpr = 32):
+def inverse_rms(sum_squares_ptr, K, eps, SHARES: tl.constexpr, AT_ONCE: tl.constexpr = 32):
     """What the RMS norm multiplies a vector [K] with, from the squares of SHARES programs.
 
     AT_ONCE: up to 32, a warp's width, each warp adds up all of them for itself, without a barrier;
@@ -97,21 +104,21 @@ def norm_factor(squares_ptr, K, eps, SHARES: tl.constexpr, AT_ONCE: tl.constexpr
     squares = tl.zeros((AT_ONCE,), tl.float32)
     for i in tl.static_range((SHARES + AT_ONCE - 1) // AT_ONCE):
         share = i * AT_ONCE + tl.arange(0, AT_ONCE)
-        squares += tl.load(squares_ptr + share, mask=share < SHARES, other=0.0)
+        squares += tl.load(sum_squares_ptr + share, mask=share < SHARES, other=0.0)
     return tl.rsqrt(tl.sum(squares) / K + eps)
 
 
 @triton.jit
-def hand_over_kernel(
+def quantize_activation_kernel(
     x_ptr,  # [K]
     gain_ptr,  # [K]; None = no norm
-    order_ptr,  # int32 [K], which column of the matrix each is; None = in order
-    values_ptr,
-    steps_ptr,
-    squares_ptr,  # float32 [programs]
+    g_idx_sort_ptr,  # int32 [K], which column of the matrix each is; None = in order
+    act_values_ptr,
+    act_scales_ptr,
+    sum_squares_ptr,  # float32 [programs]
     K,
-    FORM: tl.constexpr,
-    SPAN: tl.constexpr,
+    ACT_FORMAT: tl.constexpr,
+    ACT_GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -120,8 +127,8 @@ def hand_over_kernel(
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < K
     at = columns
-    if order_ptr is not None:
-        at = tl.load(order_ptr + columns, mask=inside, other=0)
+    if g_idx_sort_ptr is not None:
+        at = tl.load(g_idx_sort_ptr + columns, mask=inside, other=0)
     if gain_ptr is not None:
         gain = tl.load(gain_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if PDL:
@@ -129,6 +136,6 @@ def hand_over_kernel(
         gdc_wait()
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if gain_ptr is not None:
-        tl.store(squares_ptr + tl.program_id(0), tl.sum(x * x))
+        tl.store(sum_squares_ptr + tl.program_id(0), tl.sum(x * x))
         x *= gain
-    hand_over(x, columns, inside, values_ptr, steps_ptr, K, FORM, SPAN)
+    store_activation(x, columns, inside, act_values_ptr, act_scales_ptr, K, ACT_FORMAT, ACT_GROUP)

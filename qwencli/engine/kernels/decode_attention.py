@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwencli.engine.kernels.activation_quant import HALVES, hand_over
-from qwencli.engine.kernels.flash_decode import join_parts
+from qwencli.engine.kernels.activation_quant import HALVES, store_activation
+from qwencli.engine.kernels.flash_decode import flash_decode_combine
 from qwencli.engine.kernels.kv_store import FP8_MAX, as_float32, store_new
 from qwencli.engine.kernels.quantized_kv_attention import (
     attend_cached,
@@ -26,7 +26,7 @@ from qwencli.engine.kernels.quantized_kv_attention import (
     slot_scales,
     value_words,
 )
-from qwencli.engine.kernels.rounding import round_chunks
+from qwencli.engine.kernels.rounding import store_activation_chunks
 
 
 @triton.jit
@@ -52,14 +52,15 @@ def decode_attention_kernel(
     scales_ptr,  # float32 [B, 2 * KVH, max_seq_len], of int8 and fp8
     slot_ptr,  # int64 [1], of the first new token
     out_ptr,  # [B * TOKENS, H * D]
-    acc_ptr,  # float32 [B * KVH * CROWDS, SPLITS, LANES, D]
-    tops_ptr,  # float32 [B * KVH * CROWDS, SPLITS, LANES]: largest score
-    totals_ptr,  # float32 [B * KVH * CROWDS, SPLITS, LANES]: sum of weights
-    arrived_ptr,  # int32 [B * KVH * CROWDS], zero
-    values_ptr,  # of one token see `handover`, of several `round_kernel`
-    steps_ptr,
-    units_ptr,
-    starts_ptr,
+    acc_ptr,  # float32 [B * KVH * QUERY_TILES, SPLITS, LANES, D]
+    row_max_ptr,  # float32 [B * KVH * QUERY_TILES, SPLITS, LANES]: largest score
+    row_sum_ptr,  # float32 [B * KVH * QUERY_TILES, SPLITS, LANES]: sum of weights
+    semaphore_ptr,  # int32 [B * KVH * QUERY_TILES], zero
+    # Of one token see `activation_quant`, of several `quantize_activation_chunks_kernel`.
+    act_values_ptr,
+    act_scales_ptr,
+    act_group_scales_ptr,
+    act_offsets_ptr,
     max_seq_len,
     eps,
     KVH: tl.constexpr,
@@ -72,37 +73,37 @@ def decode_attention_kernel(
     SPLITS: tl.constexpr,
     NORM: tl.constexpr,
     KV_MAX: tl.constexpr,
-    FORM: tl.constexpr,
-    SPAN: tl.constexpr,
+    ACT_FORMAT: tl.constexpr,
+    ACT_GROUP: tl.constexpr,
     RUN: tl.constexpr,
     AT_ONCE: tl.constexpr,
     WARPS: tl.constexpr,
-    IN_WORDS: tl.constexpr,
+    KV_IN_WORDS: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program ((b * KVH + kv head) * CROWDS + crowd, part). FORM: what the next product wants of
-    the result, see `handover`; RUN: see `words_in_a_row`.
+    """Program ((b * KVH + kv head) * QUERY_TILES + query_tile, split). ACT_FORMAT: what the next
+    product wants of the result, see `activation_quant`; RUN: see `words_in_a_row`.
 
-    KV_MAX is the largest value that a quantized cache stores (see `native.kv_quantized`), 0 where
-    it is not quantized. A slot's scales are multiplied with its scores and its weights: what is
-    read needs no arithmetic but the conversion. IN_WORDS: it is read as `cache_operands` does.
+    KV_MAX is the largest value that a quantized cache stores (see `cache.kv_quantized`), 0 where it
+    is not quantized. A slot's scales are multiplied with its scores and its weights: what is read
+    needs no arithmetic but the conversion. KV_IN_WORDS: it is read as `quantized_kv_attention`
+    does.
 
-    A crowd is EACH tokens, a power of two; the last one may have fewer. HEADS is GROUP rounded up
-    to a power of two, LANES is HEADS * EACH: lane t * HEADS + g is query head g of a crowd's token
-    t. Scores are in powers of two: exp2 is one instruction.
-    """
-    CROWDS: tl.constexpr = (TOKENS + EACH - 1) // EACH
+    A query tile is EACH tokens, a power of two; the last one may have fewer. HEADS is GROUP rounded
+    up to a power of two, LANES is HEADS * EACH: lane t * HEADS + g is query head g of a tile's
+    token t. Scores are in powers of two: exp2 is one instruction."""
+    QUERY_TILES: tl.constexpr = (TOKENS + EACH - 1) // EACH
     LANES: tl.constexpr = HEADS * EACH
     HALF: tl.constexpr = D // 2
     H: tl.constexpr = KVH * GROUP
     WIDTH: tl.constexpr = (H + 2 * KVH) * D
     TYPE: tl.constexpr = qkv_ptr.dtype.element_ty
     # What a matrix unit takes at least: of the operand whose rows queries are, or columns.
-    LEAST: tl.constexpr = 8 if IN_WORDS and TOKENS == 1 else 16
+    LEAST: tl.constexpr = 8 if KV_IN_WORDS and TOKENS == 1 else 16
     ROWS: tl.constexpr = LEAST if LANES < LEAST else LANES
-    crowd = tl.program_id(0) % CROWDS
-    pair = tl.program_id(0) // CROWDS
+    query_tile = tl.program_id(0) % QUERY_TILES
+    pair = tl.program_id(0) // QUERY_TILES
     split = tl.program_id(1)
     batch = pair // KVH
     head = pair % KVH
@@ -110,7 +111,7 @@ def decode_attention_kernel(
     full = tl.arange(0, D)[None, :]
     slot = tl.load(slot_ptr).to(tl.int32)  # = number of slots before the new ones
     part = tl.cdiv(tl.cdiv(slot, SPLITS), BLOCK) * BLOCK
-    parts = tl.maximum(tl.cdiv(slot, tl.maximum(part, 1)), 1)
+    kv_splits = tl.maximum(tl.cdiv(slot, tl.maximum(part, 1)), 1)
     start = split * part
     end = tl.minimum(start + part, slot)
 
@@ -119,7 +120,7 @@ def decode_attention_kernel(
     v_ptr = k_ptr + KVH * max_seq_len.to(tl.int64) * D
     k_scales_ptr = scales_ptr + (batch * 2 * KVH + head).to(tl.int64) * max_seq_len
     v_scales_ptr = k_scales_ptr + KVH * max_seq_len.to(tl.int64)
-    if IN_WORDS:
+    if KV_IN_WORDS:
         k_words = key_words(k_ptr, start, end, D, BLOCK, WARPS)
         v_words = value_words(v_ptr, start, end, D, BLOCK, WARPS)
         k_scale = slot_scales(k_scales_ptr, start, end, BLOCK)
@@ -137,7 +138,7 @@ def decode_attention_kernel(
     if TOKENS == 1:
         turn = low
     else:
-        token = crowd * EACH + tl.arange(0, ROWS) // HEADS
+        token = query_tile * EACH + tl.arange(0, ROWS) // HEADS
         turn = tl.minimum(token, TOKENS - 1)[:, None] * 2 * D + low
     cos = tl.load(angles_ptr + turn).to(tl.float32)
     sin = tl.load(angles_ptr + D + HALF + turn).to(tl.float32)
@@ -152,7 +153,7 @@ def decode_attention_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    if split >= parts:
+    if split >= kv_splits:
         return
 
     lanes = tl.arange(0, ROWS)
@@ -187,8 +188,8 @@ def decode_attention_kernel(
     q_high *= scale
 
     # The new tokens: their keys and values go to the cache, and are the first that are looked at.
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    running_max = tl.full((ROWS,), float("-inf"), tl.float32)
+    running_sum = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, D), tl.float32)
     if split == 0:
         if TOKENS == 1:
@@ -199,9 +200,9 @@ def decode_attention_kernel(
                 key_low.to(TYPE), key_high.to(TYPE), new_v, tl.arange(0, 1), slot,
                 k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, 1, D, KV_MAX,
             )  # fmt: skip
-            top = tl.sum(q_low * key_low.to(tl.float32), axis=1)
-            top += tl.sum(q_high * key_high.to(tl.float32), axis=1)
-            total += 1.0
+            running_max = tl.sum(q_low * key_low.to(tl.float32), axis=1)
+            running_max += tl.sum(q_high * key_high.to(tl.float32), axis=1)
+            running_sum += 1.0
             acc += new_v.to(tl.float32)
         else:
             key_low, key_high = norm_and_rotate(
@@ -209,17 +210,18 @@ def decode_attention_kernel(
             )
             key_low, key_high, new_v = store_new(
                 key_low.to(TYPE), key_high.to(TYPE), new_v, fresh, slot, k_ptr, v_ptr,
-                k_scales_ptr, v_scales_ptr, tl.where(crowd == 0, TOKENS, 0), D, KV_MAX,
+                k_scales_ptr, v_scales_ptr, tl.where(query_tile == 0, TOKENS, 0), D, KV_MAX,
             )  # fmt: skip
             seen = (fresh[None, :] <= token[:, None]) & (fresh < TOKENS)[None, :]
-            top, total, acc = look_at_new(
+            running_max, running_sum, acc = attend_new(
                 q_low.to(TYPE), q_high.to(TYPE), key_low, key_high, new_v, seen, PRECISION
             )
 
-    if IN_WORDS:
-        top, total, acc = attend_cached(
+    if KV_IN_WORDS:
+        running_max, running_sum, acc = attend_cached(
             q_low, q_high, k_words, v_words, k_scale, v_scale, k_ptr, v_ptr, k_scales_ptr,
-            v_scales_ptr, start, end, top, total, acc, KV_MAX == FP8_MAX, BLOCK, WARPS,
+            v_scales_ptr, start, end, running_max, running_sum, acc, KV_MAX == FP8_MAX, BLOCK,
+            WARPS,
         )  # fmt: skip
     else:
         q_low = q_low.to(TYPE)
@@ -241,10 +243,10 @@ def decode_attention_kernel(
             if KV_MAX > 0:
                 scores *= k_scale[None, :]
             scores = tl.where((slots - BLOCK < end)[None, :], scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - new_top[:, None])
-            shrink = tl.exp2(top - new_top)
-            total = total * shrink + tl.sum(weights, axis=1)
+            new_max = tl.maximum(running_max, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_max[:, None])
+            shrink = tl.exp2(running_max - new_max)
+            running_sum = running_sum * shrink + tl.sum(weights, axis=1)
             if KV_MAX > 0:
                 weights *= v_scale[None, :]
                 k_scale = tl.load(k_scales_ptr + slots, mask=slots < end, other=0.0)
@@ -252,104 +254,114 @@ def decode_attention_kernel(
             acc = tl.dot(
                 weights.to(TYPE), v.to(TYPE), acc * shrink[:, None], input_precision=PRECISION
             )
-            top = new_top
+            running_max = new_max
             k_low, k_high, v = next_low, next_high, next_v
 
-    if parts == 1:
+    if kv_splits == 1:
         if TOKENS == 1:
             out_at = (batch * H + head * GROUP + lanes)[:, None] * D + full
         else:
             row = (batch * TOKENS + token) * H + head * GROUP + lanes % HEADS
             out_at = row[:, None] * D + full
-        tl.store(out_ptr + out_at, acc / total[:, None], mask=real[:, None])
-        if FORM > 0:
+        tl.store(out_ptr + out_at, acc / running_sum[:, None], mask=real[:, None])
+        if ACT_FORMAT > 0:
             if TOKENS == 1:
-                hand_over_heads(
-                    acc / total[:, None],
+                store_heads(
+                    acc / running_sum[:, None],
                     out_at,
                     real,
                     out_ptr,
-                    values_ptr,
-                    steps_ptr,
+                    act_values_ptr,
+                    act_scales_ptr,
                     H * D,
-                    FORM,
-                    SPAN,
+                    ACT_FORMAT,
+                    ACT_GROUP,
                 )
             else:
-                round_heads(
-                    acc / total[:, None], head * GROUP + lanes % HEADS, batch * TOKENS + token,
-                    real, out_ptr, values_ptr, units_ptr, starts_ptr, FORM, RUN,
+                store_heads_in_chunks(
+                    acc / running_sum[:, None], head * GROUP + lanes % HEADS,
+                    batch * TOKENS + token, real, out_ptr, act_values_ptr, act_group_scales_ptr,
+                    act_offsets_ptr, ACT_FORMAT, RUN,
                 )  # fmt: skip
     else:
         first = tl.program_id(0) * SPLITS * LANES
         mine = first + split * LANES + lanes
         tl.store(acc_ptr + mine[:, None] * D + full, acc, mask=real[:, None])
-        tl.store(tops_ptr + mine, top, mask=real)
-        tl.store(totals_ptr + mine, total, mask=real)
+        tl.store(row_max_ptr + mine, running_max, mask=real)
+        tl.store(row_sum_ptr + mine, running_sum, mask=real)
         # Every thread's part is stored before one of them says so.
         tl.debug_barrier()
-        arrived_ptr += tl.program_id(0)
-        if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == parts - 1:
-            tl.store(arrived_ptr, 0)  # for the next layer
-            joined = join_parts(
-                acc_ptr + first * D, tops_ptr + first, totals_ptr + first, parts,
+        semaphore_ptr += tl.program_id(0)
+        if tl.atomic_add(semaphore_ptr, 1, sem="acq_rel") == kv_splits - 1:
+            tl.store(semaphore_ptr, 0)  # for the next layer
+            joined = flash_decode_combine(
+                acc_ptr + first * D, row_max_ptr + first, row_sum_ptr + first, kv_splits,
                 D, LANES, SPLITS, AT_ONCE,
             )  # fmt: skip
             query = tl.arange(0, LANES)
-            asker = crowd * EACH + query // HEADS
+            asker = query_tile * EACH + query // HEADS
             asked = (asker < TOKENS) & (query % HEADS < GROUP)
             out_row = (batch * TOKENS + asker) * H + head * GROUP + query % HEADS
             place = out_row[:, None] * D + full
             tl.store(out_ptr + place, joined, mask=asked[:, None])
-            if FORM > 0:
+            if ACT_FORMAT > 0:
                 if TOKENS == 1:
-                    hand_over_heads(
-                        joined, place, asked, out_ptr, values_ptr, steps_ptr, H * D, FORM, SPAN
+                    store_heads(
+                        joined,
+                        place,
+                        asked,
+                        out_ptr,
+                        act_values_ptr,
+                        act_scales_ptr,
+                        H * D,
+                        ACT_FORMAT,
+                        ACT_GROUP,
                     )
                 else:
-                    round_heads(
+                    store_heads_in_chunks(
                         joined, head * GROUP + query % HEADS, batch * TOKENS + asker, asked,
-                        out_ptr, values_ptr, units_ptr, starts_ptr, FORM, RUN,
+                        out_ptr, act_values_ptr, act_group_scales_ptr, act_offsets_ptr, ACT_FORMAT,
+                        RUN,
                     )  # fmt: skip
 
 
 @triton.jit
-def hand_over_heads(
+def store_heads(
     heads,  # float32 [R, D]
     columns,  # [R, D]
     real,  # [R]
     out_ptr,
-    values_ptr,
-    steps_ptr,
+    act_values_ptr,
+    act_scales_ptr,
     K,
-    FORM: tl.constexpr,
-    SPAN: tl.constexpr,
+    ACT_FORMAT: tl.constexpr,
+    ACT_GROUP: tl.constexpr,
 ):
     """Hand over heads as those who read them would see them stored."""
     SIZE: tl.constexpr = heads.shape[0] * heads.shape[1]
     x = heads.to(out_ptr.dtype.element_ty).to(tl.float32)
     inside = tl.broadcast_to(real[:, None], heads.shape)
-    hand_over(
+    store_activation(
         tl.reshape(x, (SIZE,)), tl.reshape(columns, (SIZE,)), tl.reshape(inside, (SIZE,)),
-        values_ptr, steps_ptr, K, FORM, SPAN,
+        act_values_ptr, act_scales_ptr, K, ACT_FORMAT, ACT_GROUP,
     )  # fmt: skip
 
 
 @triton.jit
-def round_heads(
+def store_heads_in_chunks(
     heads,  # float32 [R, D]
     head,  # [R], which each is
     row,  # [R], and of which vector
     real,  # [R]
     out_ptr,
-    values_ptr,
-    units_ptr,
-    starts_ptr,
-    FORM: tl.constexpr,
+    act_values_ptr,
+    act_group_scales_ptr,
+    act_offsets_ptr,
+    ACT_FORMAT: tl.constexpr,
     RUN: tl.constexpr,
 ):
     """Round heads of several tokens as those who read them would see them stored."""
-    COLUMNS: tl.constexpr = 128 if FORM == HALVES else 64
+    COLUMNS: tl.constexpr = 128 if ACT_FORMAT == HALVES else 64
     EACH: tl.constexpr = heads.shape[1] // COLUMNS  # chunks of a head
     COUNT: tl.constexpr = heads.shape[0] * EACH
     heads = tl.where(real[:, None], heads, 0.0)  # lanes that only fill up have no weights
@@ -357,14 +369,14 @@ def round_heads(
     chunk = head[:, None] * EACH + tl.arange(0, EACH)[None, :]
     row = tl.broadcast_to(row[:, None], chunk.shape)
     real = tl.broadcast_to(real[:, None], chunk.shape)
-    round_chunks(
+    store_activation_chunks(
         x, tl.reshape(chunk, (COUNT,)), tl.reshape(row, (COUNT,)), tl.reshape(real, (COUNT,)),
-        values_ptr, units_ptr, starts_ptr, FORM, RUN,
+        act_values_ptr, act_group_scales_ptr, act_offsets_ptr, ACT_FORMAT, RUN,
     )  # fmt: skip
 
 
 @triton.jit
-def look_at_new(
+def attend_new(
     q_low,  # [ROWS, D / 2]
     q_high,
     key_low,  # [16, D / 2], of the new tokens
@@ -380,8 +392,8 @@ def look_at_new(
     scores = tl.dot(q_low, tl.trans(key_low), input_precision=PRECISION)
     scores = tl.dot(q_high, tl.trans(key_high), scores, input_precision=PRECISION)
     scores = tl.where(seen, scores, float("-inf"))
-    top = tl.max(scores, axis=1)
-    weights = tl.exp2(scores - top[:, None])
+    running_max = tl.max(scores, axis=1)
+    weights = tl.exp2(scores - running_max[:, None])
     values = values.to(q_low.dtype)
     acc = tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
-    return top, tl.sum(weights, axis=1), acc
+    return running_max, tl.sum(weights, axis=1), acc

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from qwencli.engine.kernels.gemv_quantized import half, to_float
-from qwencli.engine.kernels.launch_cache import Run, launch
+from qwencli.engine.kernels.launch_cache import CachedLaunch, launch
 from qwencli.engine.quant.quantized_tensor import IN_NIBBLES, Quantized, Scheme
 
 CHUNK = 8  # columns of a thread: 16 bytes of bfloat16, and one word of 4-bit values
@@ -76,7 +76,7 @@ def of_groups(
 
 
 @triton.jit
-def floats_of(packed, table_ptr, NIBBLES: tl.constexpr, FP8: tl.constexpr):
+def floats_of(packed, codebook_ptr, NIBBLES: tl.constexpr, FP8: tl.constexpr):
     """What the integers of chunks stand for before zero and scale, float32 [n, 8].
 
     FP8: times 2^-8, as its four bits of exponent are put in the place of float16's five.
@@ -86,10 +86,10 @@ def floats_of(packed, table_ptr, NIBBLES: tl.constexpr, FP8: tl.constexpr):
         values = half(((bits & 0x80) << 8) | ((bits & 0x7F) << 7))
     elif NIBBLES:
         column = tl.arange(0, 8)[None, :]
-        if table_ptr is None:
+        if codebook_ptr is None:
             values = to_float((packed[:, None] >> ((column & 3) * 8 + (column >> 2) * 4)) & 15)
         else:
-            values = tl.load(table_ptr + ((packed[:, None] >> (4 * column)) & 15))
+            values = tl.load(codebook_ptr + ((packed[:, None] >> (4 * column)) & 15))
     else:
         values = to_float(packed.to(tl.int32))
     return values
@@ -100,9 +100,9 @@ def read_back_kernel(
     out_ptr,  # [N, K]
     data_ptr,  # int8 [N, K], fp8 as its bits; NIBBLES: int32 [N, K / 8], see `quantized.pack`
     scale_ptr,  # [N, K / G]
-    zero_ptr,  # as scale; None = no zeros
-    table_ptr,  # float32 [16]; None = values are what they are
-    order_ptr,  # int32 [K], where columns go; None = they stay
+    zero_point_ptr,  # as scale; None = no zeros
+    codebook_ptr,  # float32 [16]; None = values are what they are
+    g_idx_sort_ptr,  # int32 [K], where columns go; None = they stay
     N,
     K: tl.constexpr,
     G: tl.constexpr,
@@ -116,20 +116,20 @@ def read_back_kernel(
     # All reads first: behind a write they would wait for it, as it could be what they read.
     packed = packed_chunks(data_ptr, first, N, K, NIBBLES, CHUNKS, TURNS)
     scales = of_groups(scale_ptr, first, N, K, G, CHUNKS, TURNS)
-    if zero_ptr is not None:
-        zeros = of_groups(zero_ptr, first, N, K, G, CHUNKS, TURNS)
+    if zero_point_ptr is not None:
+        zeros = of_groups(zero_point_ptr, first, N, K, G, CHUNKS, TURNS)
     for turn in tl.static_range(TURNS):
         chunk = first + turn * CHUNKS
         inside = in_row(chunk, N, K)
-        values = floats_of(packed[turn], table_ptr, NIBBLES, FP8)
-        if zero_ptr is not None:
+        values = floats_of(packed[turn], codebook_ptr, NIBBLES, FP8)
+        if zero_point_ptr is not None:
             values -= zeros[turn].to(tl.float32)[:, None]
         # 2^8 changes no digit of the scale, so none of the product.
         values *= (scales[turn].to(tl.float32) * (256.0 if FP8 else 1.0))[:, None]
         row, start = place_of(chunk, K)
         columns = start[:, None] + tl.arange(0, 8)[None, :]
-        if order_ptr is not None:
-            columns = tl.load(order_ptr + columns, mask=inside, other=0)
+        if g_idx_sort_ptr is not None:
+            columns = tl.load(g_idx_sort_ptr + columns, mask=inside, other=0)
         at = (row * K)[:, None] + columns
         tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -141,7 +141,7 @@ class Known:
     dtype: torch.dtype
     size: tuple[int, int]
     of: tuple[torch.Tensor | int | None, ...]
-    run: Run
+    run: CachedLaunch
 
 
 _known: WeakKeyDictionary[Quantized, Known] = WeakKeyDictionary()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qwencli.engine.kernels.activation_quant import hand_over
+from qwencli.engine.kernels.activation_quant import store_activation
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def ordered_bits(x):
 
 
 @triton.jit
-def offer_best(y, seen, rows, inside, penalty_ptr, best_ptr):
+def update_argmax(y, seen, rows, inside, penalty_ptr, best_ptr):
     """Penalise what was seen, and raise `best` to the largest key of these rows.
 
     A key is ordered_bits(y) << 32 | (2^32 - 1 - row): the first of equal rows wins.
@@ -31,7 +31,7 @@ def offer_best(y, seen, rows, inside, penalty_ptr, best_ptr):
 
 
 @triton.jit
-def constants_of_rows(rows, inside, bias_ptr, next_gain_ptr):
+def load_row_constants(rows, inside, bias_ptr, next_gain_ptr):
     """What the rows' ends need and no kernel writes: bias, and the next norm's gain (if any)."""
     bias = tl.zeros(rows.shape, tl.float32)
     if bias_ptr is not None:
@@ -43,7 +43,7 @@ def constants_of_rows(rows, inside, bias_ptr, next_gain_ptr):
 
 
 @triton.jit
-def state_of_rows(rows, inside, y_ptr, seen_ptr, ADD: tl.constexpr, ARGMAX: tl.constexpr):
+def load_row_state(rows, inside, y_ptr, seen_ptr, ADD: tl.constexpr, ARGMAX: tl.constexpr):
     """What the rows' ends need and kernels write: the residual, and what was seen (if asked)."""
     before = tl.zeros(rows.shape, tl.float32)
     if ADD:
@@ -55,7 +55,7 @@ def state_of_rows(rows, inside, y_ptr, seen_ptr, ADD: tl.constexpr, ARGMAX: tl.c
 
 
 @triton.jit
-def finish_rows(
+def row_epilogue(
     y,  # float32 [ROWS]
     up_y,  # float32 [ROWS], of SWIGLU
     rows,
@@ -65,42 +65,45 @@ def finish_rows(
     y_ptr,
     penalty_ptr,
     best_ptr,
-    values_ptr,
-    steps_ptr,
-    squares_ptr,
+    act_values_ptr,
+    act_scales_ptr,
+    sum_squares_ptr,
     N,
     SWIGLU: tl.constexpr,
     ARGMAX: tl.constexpr,
-    FORM: tl.constexpr,
-    SPAN: tl.constexpr,
+    ACT_FORMAT: tl.constexpr,
+    ACT_GROUP: tl.constexpr,
     SQUARES: tl.constexpr,
 ):
     """SWIGLU: silu(y) * up_y. Bias and residual are added. ARGMAX: the rows are offered to `best`;
-    else stored, and handed over in FORM unless that is 0. SQUARES: with the gain and for a norm."""
+    else stored, and handed over in ACT_FORMAT unless that is 0. SQUARES: with the gain and for a
+    norm."""
     bias, gain = constants
     before, seen = state
     if SWIGLU:
         y = y * tl.sigmoid(y) * up_y
     y += bias + before
     if ARGMAX:
-        offer_best(y, seen, rows, inside, penalty_ptr, best_ptr)
+        update_argmax(y, seen, rows, inside, penalty_ptr, best_ptr)
     else:
         y = tl.where(inside, y, 0.0).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + rows, y, mask=inside)
-        if FORM > 0:
+        if ACT_FORMAT > 0:
             y = y.to(tl.float32)
             if SQUARES:
-                tl.store(squares_ptr + tl.program_id(0), tl.sum(y * y))
+                tl.store(sum_squares_ptr + tl.program_id(0), tl.sum(y * y))
                 y *= gain
-            hand_over(y, rows, inside, values_ptr, steps_ptr, N, FORM, SPAN)
+            store_activation(
+                y, rows, inside, act_values_ptr, act_scales_ptr, N, ACT_FORMAT, ACT_GROUP
+            )
 
 
 @triton.jit
-def state_of_several(
-    rows, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr,
+def load_tile_state(
+    rows, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, input_ids_ptr,
     TOKENS: tl.constexpr, ADD: tl.constexpr, ARGMAX: tl.constexpr,
 ):  # fmt: skip
-    """What `store_several` needs, to be read before the products: bias and residual [ROWS, 8],
+    """What `store_tile` needs, to be read before the products: bias and residual [ROWS, 8],
     what was seen (likewise) and its penalty.
 
     A token fed counts as seen for its own vector and those after it.
@@ -121,13 +124,13 @@ def state_of_several(
         seen = (tl.load(seen_ptr + rows, mask=inside, other=0) != 0)[:, None]
         seen = seen | (tokens < 0)[None, :]
         for i in tl.static_range(1, TOKENS):
-            seen |= (rows == tl.load(fed_ptr + i))[:, None] & (tokens >= i)[None, :]
+            seen |= (rows == tl.load(input_ids_ptr + i))[:, None] & (tokens >= i)[None, :]
     return before, seen, penalty
 
 
 @triton.jit
-def store_several(
-    y, state, rows, N, y_ptr, best_ptr, squares_ptr,
+def store_tile(
+    y, state, rows, N, y_ptr, best_ptr, sum_squares_ptr,
     TOKENS: tl.constexpr, ARGMAX: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
     """The end of products with several vectors, [ROWS, 8]: store them, or look for the best.
@@ -151,4 +154,4 @@ def store_several(
         tl.store(y_ptr + tokens[None, :] * N + rows[:, None], y, mask=there)
         if SQUARES:
             y = y.to(tl.float32)
-            tl.store(squares_ptr + tl.program_id(0) * 8 + tokens, tl.sum(y * y, axis=0))
+            tl.store(sum_squares_ptr + tl.program_id(0) * 8 + tokens, tl.sum(y * y, axis=0))

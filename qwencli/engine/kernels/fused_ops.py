@@ -21,20 +21,24 @@ from qwencli.engine.cache.kv_cache import StaticKVCache
 from qwencli.engine.cache.kv_quantized import QuantizedKVCache
 from qwencli.engine.kernels.activation_buffers import (
     BLOCK_WORDS,
-    Reader,
-    Vectors,
-    in_words,
+    ActivationBuffers,
+    ActivationConsumer,
     vector_bits,
+    word_format,
 )
-from qwencli.engine.kernels.activation_quant import Form
+from qwencli.engine.kernels.activation_quant import ActivationFormat
 from qwencli.engine.kernels.decode_attention import decode_attention_kernel
 from qwencli.engine.kernels.dequantize import read_back
 from qwencli.engine.kernels.gemv import gemv_kernel
 from qwencli.engine.kernels.gemv_quantized import gemv_quantized_kernel
-from qwencli.engine.kernels.greedy_step import NOTHING_CHOSEN, accept_kernel, choose_kernel
+from qwencli.engine.kernels.greedy_step import (
+    NOTHING_CHOSEN,
+    finish_token_kernel,
+    verify_drafts_kernel,
+)
 from qwencli.engine.kernels.paged_attention import PagedAttention
-from qwencli.engine.kernels.qk_norm_rope import Heads, PromptHeads
-from qwencli.engine.kernels.skinny_gemm import Epilogue, SeveralProducts
+from qwencli.engine.kernels.qk_norm_rope import QkNormRope, QkNormRopeStore
+from qwencli.engine.kernels.skinny_gemm import Epilogue, SkinnyGemm
 from qwencli.engine.kernels.swiglu import swiglu
 from qwencli.engine.kernels.tiles import (
     GemvTiles,
@@ -118,14 +122,14 @@ class FusedOps:
         self._tiles = attention_tiles(kv_heads, self._launch.num_processors, self._exact)
         parts = MOST_ROWS * kv_heads * self._tiles.splits * self._heads
         self._sums = buffer(parts, dim, of=torch.float32)
-        self._tops = buffer(parts, of=torch.float32)
-        self._totals = buffer(parts, of=torch.float32)
-        self._arrived = buffer(MOST_ROWS * kv_heads, of=torch.int32)
+        self._row_max = buffer(parts, of=torch.float32)
+        self._row_sum = buffer(parts, of=torch.float32)
+        self._semaphore = buffer(MOST_ROWS * kv_heads, of=torch.int32)
         # tl.dot would round float32 operands to TF32 otherwise.
         self._precision = "ieee" if self._exact else "tf32"
         longest = max(shape.hidden_size, shape.q_size, shape.intermediate_size)
-        self._vectors = Vectors(longest, dtype, device, self._launch.options)
-        self._several = SeveralProducts(
+        self._activations = ActivationBuffers(longest, dtype, device, self._launch.options)
+        self._skinny_gemm = SkinnyGemm(
             self._best, longest, tiles_of, self._launch.options, self._precision
         )
 
@@ -141,8 +145,8 @@ class FusedOps:
             choose_several=self.choose_several,
             vector_bits=vector_bits,
             read_back=read_back,
-            place_heads=PromptHeads(),
-            turn_heads=Heads(),
+            place_heads=QkNormRopeStore(),
+            turn_heads=QkNormRope(),
             swiglu=swiglu,
             most_rows=MOST_ROWS,
         )
@@ -158,7 +162,7 @@ class FusedOps:
 
     def norm_qkv(self, hidden: Tensor, layer: Layer) -> Tensor:
         qkv = self._qkv[: len(hidden)]
-        self._gemv(hidden, Reader(layer.attn_norm, layer.qkv), qkv, bias=layer.qkv_bias)
+        self._gemv(hidden, ActivationConsumer(layer.attn_norm, layer.qkv), qkv, bias=layer.qkv_bias)
         return qkv
 
     def attend(self, qkv: Tensor, layer: Layer, step: Step) -> Tensor:
@@ -171,19 +175,21 @@ class FusedOps:
         norm = layer.qk_norm
         gains = qkv if norm is None else norm.weight
         tiles, each = self._tiles, self._tiles.tokens_each(self._heads, step.length)
-        crowds, lanes = triton.cdiv(step.length, each), self._heads * each
-        splits = tiles.splits_for(crowds)
+        query_tiles, lanes = triton.cdiv(step.length, each), self._heads * each
+        splits = tiles.splits_for(query_tiles)
         words = kv_max > 0 and not self._exact and tiles.fits_words(lanes)
         block = tiles.block_for(kv_max > 0)
         if words:
             block = tiles.block_in_words(lanes, layer.head_dim)
         attended = self._attended[: len(qkv)]
-        one, reader = len(qkv) == 1, Reader(None, layer.o)
-        handed = self._vectors.offer(reader if one else None, layer.head_dim, 0)
-        several = self._several.ready
-        ready = several.offer_heads(reader if step.length > 1 else None, attended, layer.head_dim)
+        one, consumer = len(qkv) == 1, ActivationConsumer(None, layer.o)
+        output = self._activations.output_for(consumer if one else None, layer.head_dim, 0)
+        several = self._skinny_gemm.ready
+        ready = several.output_for_heads(
+            consumer if step.length > 1 else None, attended, layer.head_dim
+        )
         values, units, starts, _ = ready.buffers
-        decode_attention_kernel[step.batch * layer.num_kv_heads * crowds, splits](
+        decode_attention_kernel[step.batch * layer.num_kv_heads * query_tiles, splits](
             qkv,
             gains[0],
             gains[0] if norm is None else gains[layer.num_heads],
@@ -194,11 +200,11 @@ class FusedOps:
             step.slots,
             attended,
             self._sums,
-            self._tops,
-            self._totals,
-            self._arrived,
-            handed.values if one else values,
-            handed.steps,
+            self._row_max,
+            self._row_sum,
+            self._semaphore,
+            output.values if one else values,
+            output.steps,
             units,
             starts,
             cache.shape[2],
@@ -210,51 +216,59 @@ class FusedOps:
             TOKENS=step.length,
             EACH=each,
             BLOCK=block,
-            IN_WORDS=words,
+            KV_IN_WORDS=words,
             SPLITS=splits,
             NORM=norm is not None,
             KV_MAX=kv_max,
             PRECISION=self._precision,
-            FORM=int(handed.form if one else ready.wanted.form),
-            SPAN=handed.span,
-            RUN=ready.wanted.run,
+            ACT_FORMAT=int(output.act_format if one else ready.layout.act_format),
+            ACT_GROUP=output.span,
+            RUN=ready.layout.run,
             AT_ONCE=tiles.parts_at_once(lanes, layer.head_dim, splits),
             WARPS=tiles.warps_for(lanes),
             **self._launch.options(tiles.warps_for(lanes)),
         )
         if one:
-            self._vectors.handed(attended, handed)
+            self._activations.commit(attended, output)
         else:
-            several.handed(attended, ready)
+            several.commit(attended, ready)
         return attended
 
     def o_residual(self, attended: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
-        after = Reader(layer.mlp_norm, layer.gate_up)
+        after = ActivationConsumer(layer.mlp_norm, layer.gate_up)
         self._gemv(
-            attended, Reader(None, layer.o), hidden, after=after, bias=layer.o_bias, add=True
+            attended,
+            ActivationConsumer(None, layer.o),
+            hidden,
+            after=after,
+            bias=layer.o_bias,
+            add=True,
         )
         return hidden
 
     def norm_gate_up(self, hidden: Tensor, layer: Layer) -> Tensor:
         activated = self._activated[: len(hidden)]
-        reader, after = Reader(layer.mlp_norm, layer.gate_up), Reader(None, layer.down)
-        self._gemv(hidden, reader, activated, after=after, gated=True)
+        consumer, after = (
+            ActivationConsumer(layer.mlp_norm, layer.gate_up),
+            ActivationConsumer(None, layer.down),
+        )
+        self._gemv(hidden, consumer, activated, after=after, gated=True)
         return activated
 
     def down_residual(self, activated: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
-        after = Reader(layer.next_norm, layer.next_matrix)
-        self._gemv(activated, Reader(None, layer.down), hidden, after=after, add=True)
+        after = ActivationConsumer(layer.next_norm, layer.next_matrix)
+        self._gemv(activated, ActivationConsumer(None, layer.down), hidden, after=after, add=True)
         return hidden
 
     def norm_head(self, hidden: Tensor, norm: RMSNorm, head: Matrix) -> Tensor:
         """Logits [N, V], float32."""
         logits = self._logits[: len(hidden)]
-        self._gemv(hidden, Reader(norm, head), logits)
+        self._gemv(hidden, ActivationConsumer(norm, head), logits)
         return logits
 
     def choose(self, hidden: Tensor, norm: RMSNorm, head: Matrix, choice: Choice) -> None:
-        self._gemv(hidden, Reader(norm, head), self._logits, choice=choice)
-        choose_kernel[1,](
+        self._gemv(hidden, ActivationConsumer(norm, head), self._logits, choice=choice)
+        finish_token_kernel[1,](
             self._best,
             choice.token,
             choice.slot,
@@ -272,8 +286,8 @@ class FusedOps:
         self, hidden: Tensor, norm: RMSNorm, head: Matrix, choice: Choice, drafts: Drafts
     ) -> None:
         logits = self._logits[: len(hidden)]
-        self._gemv(hidden, Reader(norm, head), logits, choice=choice, fed=drafts.fed)
-        accept_kernel[1,](
+        self._gemv(hidden, ActivationConsumer(norm, head), logits, choice=choice, fed=drafts.fed)
+        verify_drafts_kernel[1,](
             self._best,
             choice.token,
             choice.slot,
@@ -297,23 +311,23 @@ class FusedOps:
     def _gemv(
         self,
         x: Tensor,
-        reader: Reader,
+        consumer: ActivationConsumer,
         y: Tensor,
-        after: Reader | None = None,
+        after: ActivationConsumer | None = None,
         bias: Tensor | None = None,
         gated: bool = False,
         add: bool = False,
         choice: Choice | None = None,
         fed: Tensor | None = None,
     ) -> None:
-        """y = the product of `reader`, whose matrix is quantized or the [in, out] view of a
+        """y = the product of `consumer`, whose matrix is quantized or the [in, out] view of a
         contiguous [out, in] weight, with `x`; `after` reads y."""
-        matrix, norm = reader.matrix, reader.norm
+        matrix, norm = consumer.matrix, consumer.norm
         if len(x) > 1:
-            self._several(x, matrix, y, Epilogue(norm, bias, gated, add, choice, fed, after))
+            self._skinny_gemm(x, matrix, y, Epilogue(norm, bias, gated, add, choice, fed, after))
             return
         quantized = matrix if isinstance(matrix, Quantized) else None
-        way = in_words(matrix)
+        way = word_format(matrix)
         data = dense(matrix, x).t() if quantized is None else quantized.data
         assert data.is_contiguous(), "kernels read rows of the weight"
         rows, columns = data.shape if quantized is None else (quantized.rows, quantized.columns)
@@ -324,18 +338,18 @@ class FusedOps:
             storage = Storage.FLOAT if quantized is None else Storage.BYTES
         tiles = self._tiles_of(MatrixKind(rows, columns, storage, gated))
         programs = triton.cdiv(rows, tiles.rows)
-        vector = self._vectors.read(x, reader)
-        handed = self._vectors.offer(after, tiles.rows, programs)
+        vector = self._activations.read(x, consumer)
+        output = self._activations.output_for(after, tiles.rows, programs)
         ends = (
             bias,
             y,
             y if choice is None else choice.seen,
             y if choice is None else choice.penalty,
             self._best,
-            None if handed.norm is None else handed.norm.weight,
-            handed.values,
-            handed.steps,
-            handed.squares,
+            None if output.norm is None else output.norm.weight,
+            output.values,
+            output.steps,
+            output.squares,
             rows,
             0.0 if norm is None else norm.eps,
         )
@@ -346,8 +360,8 @@ class FusedOps:
             "SWIGLU": gated,
             "ADD": add,
             "ARGMAX": choice is not None,
-            "FORM": int(handed.form),
-            "SPAN": handed.span,
+            "ACT_FORMAT": int(output.act_format),
+            "ACT_GROUP": output.span,
             **self._launch.options(tiles.num_warps),
         }
         if quantized is not None and way is not None:
@@ -358,17 +372,17 @@ class FusedOps:
                 quantized.zero if quantized.grouped else None,
                 None if table is None else table.codes, *ends,
                 BITS=way.bits, FP8=fp8, G=quantized.group, GROUPED=quantized.grouped,
-                TABLE_STEP=1.0 if table is None else table.step,
+                CODEBOOK_SCALE=1.0 if table is None else table.step,
                 COUNT=max(tiles.block * way.bits // (BLOCK_WORDS * 32), 1),
                 ASM=self._launch.fp8 if fp8 else x.is_cuda, **modes,
             )  # fmt: skip
         else:
             gemv_kernel[programs,](
-                x if vector.form is Form.NONE else vector.values,
+                x if vector.act_format is ActivationFormat.NONE else vector.values,
                 vector.squares, data, None if quantized is None else quantized.scale, *ends,
                 BLOCK=tiles.block, WHOLE=rows % tiles.rows == 0, **modes,
             )  # fmt: skip
-        self._vectors.handed(y, handed)
+        self._activations.commit(y, output)
 
 
 def fused_ops(

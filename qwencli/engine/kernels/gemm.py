@@ -6,10 +6,9 @@ ROWS rows of the result. A tile of its weights is cut into PARTS along the colum
 warp at least, whose products are added up at the end. While one tile is worked on the next is read;
 the first one is on its way before the wait for the kernel in front (programmatic dependent launch).
 
-Vectors are rounded as those handed over one at a time are (`handover`), so that a token checked is
-the token that would have been chosen: to the type they have, after their norm. Weights that are
-multiplied in words have a kernel of their own (`gemm_quantized`).
-"""
+Vectors are rounded as those handed over one at a time are (`activation_quant`), so that a token
+checked is the token that would have been chosen: to the type they have, after their norm. Weights
+that are multiplied in words have a kernel of their own (`gemm_quantized`)."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwencli.engine.kernels.epilogue import state_of_several, store_several
+from qwencli.engine.kernels.epilogue import load_tile_state, store_tile
 
 
 @triton.jit
@@ -55,7 +54,7 @@ def gemm_kernel(
     y_ptr,  # [TOKENS, N]
     seen_ptr,  # bool [N]
     penalty_ptr,  # float32 []
-    fed_ptr,  # int64 [TOKENS], the tokens of this step
+    input_ids_ptr,  # int64 [TOKENS], the tokens of this step
     best_ptr,  # int64 [TOKENS]
     N,
     eps,
@@ -115,7 +114,7 @@ def gemm_kernel(
             up_y *= tl.load(scale_ptr + N + rows, mask=inside, other=0.0)[:, None]
     if SWIGLU:
         y = y * tl.sigmoid(y) * up_y
-    state = state_of_several(
-        rows, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr, TOKENS, ADD, ARGMAX
+    state = load_tile_state(
+        rows, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, input_ids_ptr, TOKENS, ADD, ARGMAX
     )
-    store_several(y, state, rows, N, y_ptr, best_ptr, y_ptr, TOKENS, ARGMAX, False)
+    store_tile(y, state, rows, N, y_ptr, best_ptr, y_ptr, TOKENS, ARGMAX, False)

@@ -7,7 +7,7 @@ bytes of a row meet its 16 bytes of a vector as they lie in memory, and nothing 
 shared memory. While one tile is worked on the next is on its way, of the matrix and of the vectors.
 
 Vectors are rounded after their norm, to the type they have. Its factors come from the squares that
-the kernel in front left behind (`joining`), or from the vectors themselves where none did.
+the kernel in front left behind (`splitk_epilogue`), or from the vectors themselves where none did.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qwencli.engine.kernels.gemm import row_scales
 from qwencli.engine.kernels.mma_operands import FOURS, row_words
-from qwencli.engine.kernels.rounding import shared_norms
-from qwencli.engine.kernels.splitk_epilogue import begin_several, finish_several
+from qwencli.engine.kernels.rounding import inverse_rms_of_rows
+from qwencli.engine.kernels.splitk_epilogue import load_epilogue_inputs, splitk_epilogue
 
 CHUNK = 32  # columns
 
@@ -83,15 +83,15 @@ def gemm_float16_kernel(
     y_ptr,  # [TOKENS, N]
     seen_ptr,  # bool [N]
     penalty_ptr,  # float32 []
-    fed_ptr,  # int64 [TOKENS], the tokens of this step
+    input_ids_ptr,  # int64 [TOKENS], the tokens of this step
     best_ptr,  # int64 [TOKENS]
-    sums_ptr,  # these as in `finish_several`
-    arrived_ptr,
+    partial_sums_ptr,  # these as in `splitk_epilogue`
+    semaphore_ptr,
     next_gain_ptr,
-    values_ptr,
-    units_ptr,
-    starts_ptr,
-    squares_ptr,
+    act_values_ptr,
+    act_group_scales_ptr,
+    act_offsets_ptr,
+    sum_squares_ptr,
     N,
     eps,
     K: tl.constexpr,
@@ -103,7 +103,7 @@ def gemm_float16_kernel(
     SWIGLU: tl.constexpr,
     ADD: tl.constexpr,
     ARGMAX: tl.constexpr,
-    FORM: tl.constexpr,
+    ACT_FORMAT: tl.constexpr,
     RUN: tl.constexpr,
     TYPE: tl.constexpr,
     PDL: tl.constexpr,
@@ -133,9 +133,20 @@ def gemm_float16_kernel(
         if SHARES == 0:
             factors = row_scales(x_ptr.to(tl.pointer_type(TYPE)), eps, K, WARPS * 128, TOKENS)
         else:
-            factors = shared_norms(norm_squares_ptr, eps, K, SHARES)
-    state = begin_several(
-        first, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr, TOKENS, ADD, ARGMAX, SPLITS, FORM
+            factors = inverse_rms_of_rows(norm_squares_ptr, eps, K, SHARES)
+    state = load_epilogue_inputs(
+        first,
+        N,
+        bias_ptr,
+        y_ptr,
+        seen_ptr,
+        penalty_ptr,
+        input_ids_ptr,
+        TOKENS,
+        ADD,
+        ARGMAX,
+        SPLITS,
+        ACT_FORMAT,
     )
     acc = tl.zeros((WARPS, 16, 8), tl.float32)
     up_acc = tl.zeros((WARPS, 16, 8), tl.float32)
@@ -160,8 +171,8 @@ def gemm_float16_kernel(
             up_low, up_high = next_up_low, next_up_high
         words = next_words
 
-    finish_several(
+    splitk_epilogue(
         tl.sum(acc, axis=0), tl.sum(up_acc, axis=0), state, first, N, bias_ptr, y_ptr, best_ptr,
-        sums_ptr, arrived_ptr, next_gain_ptr, values_ptr, units_ptr, starts_ptr, squares_ptr,
-        TOKENS, SWIGLU, ADD, ARGMAX, SPLITS, FORM, RUN,
+        partial_sums_ptr, semaphore_ptr, next_gain_ptr, act_values_ptr, act_group_scales_ptr,
+        act_offsets_ptr, sum_squares_ptr, TOKENS, SWIGLU, ADD, ARGMAX, SPLITS, ACT_FORMAT, RUN,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """Products of quantized matrices with 2 to 8 vectors, on matrix units.
 
 A program owns 16 rows, and each of its warps chunks of columns of its own (`rounding`), whose
-products are added up at the end, with those of the programs that share the rows (`joining`). While
-one tile is worked on the next is on its way, with its groups' scales; the first one is before the
-wait for the kernel in front (programmatic dependent launch).
+products are added up at the end, with those of the programs that share the rows
+(`splitk_epilogue`). While one tile is worked on the next is on its way, with its groups' scales;
+the first one is before the wait for the kernel in front (programmatic dependent launch).
 
 Weights become float16 two at a time: their bits under an exponent, so that int8 reads 1152 + q and
 int4 1024 + q. What that is too much is where the sum starts from. fp8 reads as float16 with an
@@ -26,8 +26,8 @@ from qwencli.engine.kernels.mma_operands import (
     vector_words,
     vectors,
 )
-from qwencli.engine.kernels.rounding import shared_norms
-from qwencli.engine.kernels.splitk_epilogue import begin_several, finish_several
+from qwencli.engine.kernels.rounding import inverse_rms_of_rows
+from qwencli.engine.kernels.splitk_epilogue import load_epilogue_inputs, splitk_epilogue
 
 ROWS = 16  # of a program: what a matrix instruction takes
 
@@ -51,26 +51,28 @@ def quantized_dots(
 
 @triton.jit
 def gemm_quantized_kernel(
-    x_values_ptr,  # the vectors, rounded: these four as in `round_kernel`, two values an int32
-    x_units_ptr,
-    x_starts_ptr,
-    x_squares_ptr,  # [SHARES, 8]
+    # The vectors, rounded: these four as in `quantize_activation_chunks_kernel`, two values an
+    # int32.
+    x_values_ptr,
+    x_group_scales_ptr,
+    x_offsets_ptr,
+    x_sum_squares_ptr,  # [SHARES, 8]
     w_ptr,  # int32 [N, K * BITS / 32], or [2 N, ..] for SWIGLU
     scale_ptr,  # float32 [N] or [2 N]; int4: float16 [.., K / G]
-    zero_ptr,  # int4: float16, as scale
+    zero_point_ptr,  # int4: float16, as scale
     bias_ptr,  # [N], or None
     y_ptr,  # [TOKENS, N]
     seen_ptr,  # bool [N]
     penalty_ptr,  # float32 []
-    fed_ptr,  # int64 [TOKENS], the tokens of this step
+    input_ids_ptr,  # int64 [TOKENS], the tokens of this step
     best_ptr,  # int64 [TOKENS]
-    sums_ptr,  # these as in `finish_several`
-    arrived_ptr,
+    partial_sums_ptr,  # these as in `splitk_epilogue`
+    semaphore_ptr,
     next_gain_ptr,
-    values_ptr,
-    units_ptr,
-    starts_ptr,
-    squares_ptr,
+    act_values_ptr,
+    act_group_scales_ptr,
+    act_offsets_ptr,
+    sum_squares_ptr,
     N,
     eps,
     K: tl.constexpr,
@@ -82,7 +84,7 @@ def gemm_quantized_kernel(
     SWIGLU: tl.constexpr,
     ADD: tl.constexpr,
     ARGMAX: tl.constexpr,
-    FORM: tl.constexpr,
+    ACT_FORMAT: tl.constexpr,
     NEXT_RUN: tl.constexpr,
     BITS: tl.constexpr,
     FP8: tl.constexpr,
@@ -108,11 +110,13 @@ def gemm_quantized_kernel(
     scale, zero, up_scale, up_zero = 0.0, 0.0, 0.0, 0.0  # of int8 and fp8: at the end
     if BITS == 4:
         scale = group_values(scale_ptr, begin, end, first, N, K, G, DEPTH, WARPS, RUN)
-        zero = group_values(zero_ptr, begin, end, first, N, K, G, DEPTH, WARPS, RUN)
+        zero = group_values(zero_point_ptr, begin, end, first, N, K, G, DEPTH, WARPS, RUN)
         if SWIGLU:
             far = N.to(tl.int64) * (K // G)
             up_scale = group_values(scale_ptr + far, begin, end, first, N, K, G, DEPTH, WARPS, RUN)
-            up_zero = group_values(zero_ptr + far, begin, end, first, N, K, G, DEPTH, WARPS, RUN)
+            up_zero = group_values(
+                zero_point_ptr + far, begin, end, first, N, K, G, DEPTH, WARPS, RUN
+            )
     else:
         rows = first + tl.arange(0, 16)
         row_scale = tl.load(scale_ptr + rows, mask=rows < N, other=0.0)
@@ -122,13 +126,24 @@ def gemm_quantized_kernel(
         gdc_launch_dependents()
         gdc_wait()
     words = vector_words(x_values_ptr, begin, end, BITS, DEPTH, WARPS)
-    unit = part_values(x_units_ptr, begin, end, DEPTH, WARPS, RUN)
-    starts = part_values(x_starts_ptr, begin, end, DEPTH, WARPS, RUN)
+    unit = part_values(x_group_scales_ptr, begin, end, DEPTH, WARPS, RUN)
+    starts = part_values(x_offsets_ptr, begin, end, DEPTH, WARPS, RUN)
     norms = tl.full((1, 8), 1.0, tl.float32)
     if SHARES > 0:
-        norms = shared_norms(x_squares_ptr, eps, K, SHARES)[None, :]
-    state = begin_several(
-        first, N, bias_ptr, y_ptr, seen_ptr, penalty_ptr, fed_ptr, TOKENS, ADD, ARGMAX, SPLITS, FORM
+        norms = inverse_rms_of_rows(x_sum_squares_ptr, eps, K, SHARES)[None, :]
+    state = load_epilogue_inputs(
+        first,
+        N,
+        bias_ptr,
+        y_ptr,
+        seen_ptr,
+        penalty_ptr,
+        input_ids_ptr,
+        TOKENS,
+        ADD,
+        ARGMAX,
+        SPLITS,
+        ACT_FORMAT,
     )
     acc = tl.zeros((WARPS, 16, 8), tl.float32)
     up_acc = tl.zeros((WARPS, 16, 8), tl.float32)
@@ -141,17 +156,17 @@ def gemm_quantized_kernel(
             next_up_high = row_words(up_ptr, after, end, first + 8, N, WIDTH, TILE, RUN)
         if BITS == 4:
             next_scale = group_values(scale_ptr, after, end, first, N, K, G, DEPTH, WARPS, RUN)
-            next_zero = group_values(zero_ptr, after, end, first, N, K, G, DEPTH, WARPS, RUN)
+            next_zero = group_values(zero_point_ptr, after, end, first, N, K, G, DEPTH, WARPS, RUN)
             if SWIGLU:
                 next_up_scale = group_values(
                     scale_ptr + far, after, end, first, N, K, G, DEPTH, WARPS, RUN
                 )
                 next_up_zero = group_values(
-                    zero_ptr + far, after, end, first, N, K, G, DEPTH, WARPS, RUN
+                    zero_point_ptr + far, after, end, first, N, K, G, DEPTH, WARPS, RUN
                 )
         next_words = vector_words(x_values_ptr, after, end, BITS, DEPTH, WARPS)
-        next_unit = part_values(x_units_ptr, after, end, DEPTH, WARPS, RUN)
-        next_starts = part_values(x_starts_ptr, after, end, DEPTH, WARPS, RUN)
+        next_unit = part_values(x_group_scales_ptr, after, end, DEPTH, WARPS, RUN)
+        next_starts = part_values(x_offsets_ptr, after, end, DEPTH, WARPS, RUN)
         x = vectors(words, BITS, DEPTH, WARPS, RUN)
         acc += quantized_dots(low, high, x, unit, starts, scale, zero, BITS, FP8, DEPTH, WARPS, RUN)
         low, high = next_low, next_high
@@ -172,8 +187,8 @@ def gemm_quantized_kernel(
         y *= row_scale[:, None]
         if SWIGLU:
             up_y *= up_row_scale[:, None]
-    finish_several(
-        y, up_y, state, first, N, bias_ptr, y_ptr, best_ptr, sums_ptr, arrived_ptr,
-        next_gain_ptr, values_ptr, units_ptr, starts_ptr, squares_ptr,
-        TOKENS, SWIGLU, ADD, ARGMAX, SPLITS, FORM, NEXT_RUN,
+    splitk_epilogue(
+        y, up_y, state, first, N, bias_ptr, y_ptr, best_ptr, partial_sums_ptr, semaphore_ptr,
+        next_gain_ptr, act_values_ptr, act_group_scales_ptr, act_offsets_ptr, sum_squares_ptr,
+        TOKENS, SWIGLU, ADD, ARGMAX, SPLITS, ACT_FORMAT, NEXT_RUN,
     )  # fmt: skip

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwencli.engine.kernels.activation_quant import norm_factor
-from qwencli.engine.kernels.epilogue import constants_of_rows, finish_rows, state_of_rows
+from qwencli.engine.kernels.activation_quant import inverse_rms
+from qwencli.engine.kernels.epilogue import load_row_constants, load_row_state, row_epilogue
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def vector_tiles(ptr, K: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def gemv_kernel(
     x_ptr,  # [K]; with SHARES the gain of its norm in it
-    squares_ptr,  # float32 [SHARES]
+    sum_squares_ptr,  # float32 [SHARES]
     w_ptr,  # [N, K], or [2 N, K] for SWIGLU; a float type, or int8 or fp8 with a scale a row
     scale_ptr,  # float32 [N], or [2 N]; None = no scales
     bias_ptr,  # [N]; None = no bias
@@ -60,9 +60,9 @@ def gemv_kernel(
     penalty_ptr,  # float32 []
     best_ptr,  # int64 []
     next_gain_ptr,  # [N], of the norm of what reads the result; None = no norm
-    values_ptr,
-    steps_ptr,
-    next_squares_ptr,  # float32 [programs]
+    act_values_ptr,
+    act_scales_ptr,
+    next_sum_squares_ptr,  # float32 [programs]
     N,
     eps,
     K: tl.constexpr,
@@ -73,15 +73,15 @@ def gemv_kernel(
     SWIGLU: tl.constexpr,
     ADD: tl.constexpr,
     ARGMAX: tl.constexpr,
-    FORM: tl.constexpr,
-    SPAN: tl.constexpr,
+    ACT_FORMAT: tl.constexpr,
+    ACT_GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y = epilogue(W x), see `finish_rows`.
+    """y = epilogue(W x), see `row_epilogue`.
 
     SHARES: programs that handed over x and the squares that norm it, 0 = no norm. SWIGLU:
-    y = silu(W[:N] x) * (W[N:] x). ADD: the result is added to y. FORM: see `handover`.
-    """
+    y = silu(W[:N] x) * (W[N:] x). ADD: the result is added to y. ACT_FORMAT: see
+    `activation_quant`."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < N
     w = row_tiles(w_ptr, rows, N, K, BLOCK, WHOLE)
@@ -91,15 +91,15 @@ def gemv_kernel(
         row_scale = tl.load(scale_ptr + rows, mask=inside, other=0.0)
         if SWIGLU:
             up_scale = tl.load(scale_ptr + N + rows, mask=inside, other=0.0)
-    constants = constants_of_rows(rows, inside, bias_ptr, next_gain_ptr)
+    constants = load_row_constants(rows, inside, bias_ptr, next_gain_ptr)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     xs = vector_tiles(x_ptr, K, BLOCK)
     norm = 1.0
     if SHARES > 0:
-        norm = norm_factor(squares_ptr, K, eps, SHARES, AT_ONCE=512 if SHARES > 256 else 32)
-    state = state_of_rows(rows, inside, y_ptr, seen_ptr, ADD, ARGMAX)
+        norm = inverse_rms(sum_squares_ptr, K, eps, SHARES, AT_ONCE=512 if SHARES > 256 else 32)
+    state = load_row_state(rows, inside, y_ptr, seen_ptr, ADD, ARGMAX)
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
     up_sums = tl.zeros((ROWS, BLOCK), tl.float32)
     for i in tl.static_range((K + BLOCK - 1) // BLOCK):
@@ -113,8 +113,8 @@ def gemv_kernel(
         y *= row_scale
         if SWIGLU:
             up_y *= up_scale
-    finish_rows(
-        y, up_y, rows, inside, constants, state, y_ptr, penalty_ptr, best_ptr,
-        values_ptr, steps_ptr, next_squares_ptr, N, SWIGLU, ARGMAX, FORM, SPAN,
+    row_epilogue(
+        y, up_y, rows, inside, constants, state, y_ptr, penalty_ptr, best_ptr, act_values_ptr,
+        act_scales_ptr, next_sum_squares_ptr, N, SWIGLU, ARGMAX, ACT_FORMAT, ACT_GROUP,
         next_gain_ptr is not None,
     )  # fmt: skip

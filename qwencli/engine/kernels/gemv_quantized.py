@@ -2,8 +2,8 @@
 
 At 8 bits and less a product is bound by instructions before it is bound by the memory, if every
 weight is turned into a float32 first. So the vector comes in steps of what can be multiplied
-several values at a time (`handover`): int8, where one instruction multiplies and adds four values
-(dp4a, compute capability 6.1 and later), or for fp8 weights float16, of which it takes two.
+several values at a time (`activation_quant`): int8, where one instruction multiplies and adds four
+values (dp4a, compute capability 6.1 and later), or for fp8 weights float16, of which it takes two.
 
 nf4 and fp4 are int8 too once looked up: the table's 16 values, rounded to int8 (0.3% off for nf4),
 lie in four registers, of which three byte permutations take four values at a time (as llama.cpp
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwencli.engine.kernels.activation_quant import norm_factor
-from qwencli.engine.kernels.epilogue import constants_of_rows, finish_rows, state_of_rows
+from qwencli.engine.kernels.activation_quant import inverse_rms
+from qwencli.engine.kernels.epilogue import load_row_constants, load_row_state, row_epilogue
 
 BLOCK_WORDS = 4  # of int32: what a thread reads at once
 
@@ -155,16 +155,16 @@ def group_tiles(
     first,
     N,
     GROUPS: tl.constexpr,
-    SPAN: tl.constexpr,
+    ACT_GROUP: tl.constexpr,
     COUNT: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Start reading what belongs to the groups of blocks, SPAN blocks each: [ROWS * COUNT]."""
+    """Start reading what belongs to the groups of blocks, ACT_GROUP blocks each: [ROWS * COUNT]."""
     flat = tl.arange(0, ROWS * COUNT)
     row = first + flat // COUNT
     tiles = ()
-    for i in tl.static_range((GROUPS * SPAN + COUNT - 1) // COUNT):
-        group = (i * COUNT + flat % COUNT) // SPAN
+    for i in tl.static_range((GROUPS * ACT_GROUP + COUNT - 1) // COUNT):
+        group = (i * COUNT + flat % COUNT) // ACT_GROUP
         there = (row < N) & (group < GROUPS)
         tiles += (tl.load(ptr + row * GROUPS + group, mask=there, other=0.0),)  # type: ignore[assignment]
     return tiles
@@ -224,12 +224,12 @@ def vector_sums(low, high, step, BITS: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def gemv_quantized_kernel(
-    x_ptr,  # int32, `handover`'s values of [K]
-    step_ptr,  # float32 [WORDS], its steps
-    squares_ptr,  # float32 [SHARES]
+    x_ptr,  # int32, `activation_quant`'s values of [K]
+    act_scales_ptr,  # float32 [WORDS], its steps
+    sum_squares_ptr,  # float32 [SHARES]
     w_ptr,  # int32 [N, WORDS], or [2 N, ...] for SWIGLU
     scale_ptr,  # [N], or with GROUPED [N, K / G], or of 2 N
-    zero_ptr,  # with GROUPED: as scale; None = no zeros
+    zero_point_ptr,  # with GROUPED: as scale; None = no zeros
     codes_ptr,  # int32 [4], of a table; None = values are what they are
     bias_ptr,  # [N]; None = no bias
     y_ptr,  # [N]
@@ -237,9 +237,9 @@ def gemv_quantized_kernel(
     penalty_ptr,  # float32 []
     best_ptr,  # int64 []
     next_gain_ptr,  # [N], of the norm of what reads the result; None = no norm
-    values_ptr,
-    next_steps_ptr,
-    next_squares_ptr,  # float32 [programs]
+    act_values_ptr,
+    next_act_scales_ptr,
+    next_sum_squares_ptr,  # float32 [programs]
     N,
     eps,
     K: tl.constexpr,
@@ -247,15 +247,15 @@ def gemv_quantized_kernel(
     FP8: tl.constexpr,
     G: tl.constexpr,
     GROUPED: tl.constexpr,
-    TABLE_STEP: tl.constexpr,
+    CODEBOOK_SCALE: tl.constexpr,
     COUNT: tl.constexpr,
     ROWS: tl.constexpr,
     SHARES: tl.constexpr,
     SWIGLU: tl.constexpr,
     ADD: tl.constexpr,
     ARGMAX: tl.constexpr,
-    FORM: tl.constexpr,
-    SPAN: tl.constexpr,
+    ACT_FORMAT: tl.constexpr,
+    ACT_GROUP: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -265,7 +265,7 @@ def gemv_quantized_kernel(
     ASM: with instructions that Triton's language does not have.
 
     GROUPED: G columns of a row share a scale and perhaps a zero. Otherwise rows have a scale each.
-    TABLE_STEP: what a table's codes count.
+    CODEBOOK_SCALE: what a table's codes count.
     """
     WORDS: tl.constexpr = K * BITS // 32
     TILE: tl.constexpr = 4 * COUNT
@@ -279,13 +279,13 @@ def gemv_quantized_kernel(
         up = word_tiles(w_ptr + N.to(tl.int64) * WORDS, first, N, WORDS, TILE, ROWS)
     if GROUPED:
         scales = group_tiles(scale_ptr, first, N, GROUPS, BLOCKS, COUNT, ROWS)
-        if zero_ptr is not None:
-            zeros = group_tiles(zero_ptr, first, N, GROUPS, BLOCKS, COUNT, ROWS)
+        if zero_point_ptr is not None:
+            zeros = group_tiles(zero_point_ptr, first, N, GROUPS, BLOCKS, COUNT, ROWS)
         if SWIGLU:
             far = N * GROUPS
             up_scales = group_tiles(scale_ptr + far, first, N, GROUPS, BLOCKS, COUNT, ROWS)
-            if zero_ptr is not None:
-                up_zeros = group_tiles(zero_ptr + far, first, N, GROUPS, BLOCKS, COUNT, ROWS)
+            if zero_point_ptr is not None:
+                up_zeros = group_tiles(zero_point_ptr + far, first, N, GROUPS, BLOCKS, COUNT, ROWS)
     else:
         row_scale = tl.load(scale_ptr + rows, mask=inside, other=0.0)
         if SWIGLU:
@@ -298,14 +298,14 @@ def gemv_quantized_kernel(
             tl.load(codes_ptr + 2),
             tl.load(codes_ptr + 3),
         )
-    constants = constants_of_rows(rows, inside, bias_ptr, next_gain_ptr)
+    constants = load_row_constants(rows, inside, bias_ptr, next_gain_ptr)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     norm = 1.0
     if SHARES > 0:
-        norm = norm_factor(squares_ptr, K, eps, SHARES)
-    state = state_of_rows(rows, inside, y_ptr, seen_ptr, ADD, ARGMAX)
+        norm = inverse_rms(sum_squares_ptr, K, eps, SHARES)
+    state = load_row_state(rows, inside, y_ptr, seen_ptr, ADD, ARGMAX)
     sums = tl.zeros((ROWS * TILE,), tl.float32)
     up_sums = tl.zeros((ROWS * TILE,), tl.float32)
     for i in tl.static_range((WORDS + TILE - 1) // TILE):
@@ -313,9 +313,9 @@ def gemv_quantized_kernel(
         high = low
         if BITS == 4 or FP8:
             high = vector_words(x_ptr + WORDS, i, WORDS, TILE, ROWS)
-        step = vector_words(step_ptr, i, WORDS, TILE, ROWS)
+        step = vector_words(act_scales_ptr, i, WORDS, TILE, ROWS)
         part = products(w[i], low, high, step, codes, BITS, FP8, ASM)
-        if zero_ptr is not None:
+        if zero_point_ptr is not None:
             total = vector_sums(low, high, step, BITS, ASM)
             part -= of_words(zeros[i]) * total
         if GROUPED:
@@ -323,19 +323,19 @@ def gemv_quantized_kernel(
         sums += part
         if SWIGLU:
             part = products(up[i], low, high, step, codes, BITS, FP8, ASM)
-            if zero_ptr is not None:
+            if zero_point_ptr is not None:
                 part -= of_words(up_zeros[i]) * total
             if GROUPED:
                 part *= of_words(up_scales[i])
             up_sums += part
-    y = tl.sum(tl.reshape(sums, (ROWS, TILE)), axis=1) * (norm * TABLE_STEP)
-    up_y = tl.sum(tl.reshape(up_sums, (ROWS, TILE)), axis=1) * (norm * TABLE_STEP)
+    y = tl.sum(tl.reshape(sums, (ROWS, TILE)), axis=1) * (norm * CODEBOOK_SCALE)
+    up_y = tl.sum(tl.reshape(up_sums, (ROWS, TILE)), axis=1) * (norm * CODEBOOK_SCALE)
     if not GROUPED:
         y *= row_scale
         if SWIGLU:
             up_y *= up_scale
-    finish_rows(
-        y, up_y, rows, inside, constants, state, y_ptr, penalty_ptr, best_ptr,
-        values_ptr, next_steps_ptr, next_squares_ptr, N, SWIGLU, ARGMAX, FORM, SPAN,
+    row_epilogue(
+        y, up_y, rows, inside, constants, state, y_ptr, penalty_ptr, best_ptr, act_values_ptr,
+        next_act_scales_ptr, next_sum_squares_ptr, N, SWIGLU, ARGMAX, ACT_FORMAT, ACT_GROUP,
         next_gain_ptr is not None,
     )  # fmt: skip

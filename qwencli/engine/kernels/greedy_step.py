@@ -11,7 +11,7 @@ NOTHING_CHOSEN = -(2**63)
 
 
 @triton.jit
-def choose_kernel(
+def finish_token_kernel(
     best_ptr,  # int64 [1], see gemv_kernel
     token_ptr,  # int64 [1]
     slot_ptr,  # int64 [1]
@@ -45,7 +45,7 @@ def choose_kernel(
 
 
 @triton.jit
-def accept_kernel(
+def verify_drafts_kernel(
     best_ptr,  # int64 [SIZE], see gemm_kernel
     token_ptr,  # int64 [1]
     slot_ptr,  # int64 [1]
@@ -54,10 +54,10 @@ def accept_kernel(
     done_ptr,  # bool [1]
     stop_ids_ptr,  # int64 [NUM_STOPS], -1 where unused
     seen_ptr,  # bool [V]
-    fed_ptr,  # int64 [9], see Drafts
-    ids_ptr,  # int32 [max_seq_len]
+    input_ids_ptr,  # int64 [9], see Drafts
+    token_ids_ptr,  # int32 [max_seq_len]
     last_slot_ptr,  # int64 [1]
-    record_ptr,  # int64 [10]
+    verify_output_ptr,  # int64 [10]
     SIZE: tl.constexpr,
     STOPS: tl.constexpr,
     NUM_STOPS: tl.constexpr,
@@ -77,7 +77,7 @@ def accept_kernel(
     done = tl.load(done_ptr)
     old = tl.load(token_ptr)
     slot = tl.load(slot_ptr)
-    drafted = tl.load(fed_ptr + 1 + index)
+    drafted = tl.load(input_ids_ptr + 1 + index)
     chosen = 0xFFFFFFFF - (best & 0xFFFFFFFF)
 
     CHECKED: tl.constexpr = SIZE - 1 if SIZE > 1 else 1
@@ -94,7 +94,7 @@ def accept_kernel(
     # Every thread has read what is overwritten now.
     tl.debug_barrier()
     tl.store(best_ptr + index, -0x8000000000000000, mask=real)
-    tl.store(ids_ptr + slot + 1 + index, chosen.to(tl.int32), mask=index < count)
+    tl.store(token_ids_ptr + slot + 1 + index, chosen.to(tl.int32), mask=index < count)
     tl.store(seen_ptr + chosen, True, mask=index < count)
     slot += count
     tl.store(token_ptr, token)
@@ -102,9 +102,9 @@ def accept_kernel(
     tl.store(position_ptr, tl.load(position_ptr) + count)
     tl.store(step_ptr, tl.load(step_ptr) + count)
     tl.store(done_ptr, done | ended)
-    tl.store(record_ptr, count)
-    tl.store(record_ptr + 1, hits)
-    tl.store(record_ptr + 2 + index, chosen, mask=real)
+    tl.store(verify_output_ptr, count)
+    tl.store(verify_output_ptr + 1, hits)
+    tl.store(verify_output_ptr + 2 + index, chosen, mask=real)
     tl.debug_barrier()
 
     # The longest match, and of those the last: a key is length << 32 | place.
@@ -114,14 +114,14 @@ def accept_kernel(
         matches = places < slot
         length = tl.zeros((BLOCK,), tl.int64)
         for back in tl.static_range(NGRAM):
-            last = tl.load(ids_ptr + tl.maximum(slot - back, 0))
+            last = tl.load(token_ids_ptr + tl.maximum(slot - back, 0))
             matches &= places >= back
-            ids = tl.load(ids_ptr + places - back, mask=matches, other=-1)
+            ids = tl.load(token_ids_ptr + places - back, mask=matches, other=-1)
             matches &= ids == last
             length += matches.to(tl.int64)
         found = tl.maximum(found, tl.where(length > 0, (length << 32) | places.to(tl.int64), -1))
     match = tl.max(found, axis=0)
     first = tl.where(match < 0, slot, (match & 0xFFFFFFFF) + 1)
-    guessed = tl.load(ids_ptr + first + index % (slot + 1 - first))
-    tl.store(fed_ptr, token)
-    tl.store(fed_ptr + 1 + index, guessed.to(tl.int64))
+    guessed = tl.load(token_ids_ptr + first + index % (slot + 1 - first))
+    tl.store(input_ids_ptr, token)
+    tl.store(input_ids_ptr + 1 + index, guessed.to(tl.int64))

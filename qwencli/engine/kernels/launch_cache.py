@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 # Takes the arguments that are not constants.
-Run = Callable[..., None]
+CachedLaunch = Callable[..., None]
 
 
 def launch(
@@ -20,7 +20,7 @@ def launch(
     arguments: tuple[Any, ...],
     constants: Mapping[str, Any],
     num_warps: int,
-) -> Run | None:
+) -> CachedLaunch | None:
     """Launch as `kernel[grid]` does. Returns what launches the same again; None where nothing is
     compiled, as in Triton's interpreter.
 

@@ -1,10 +1,9 @@
 """What `gemm_quantized_kernel` loads, as its matrix instructions take it.
 
-The columns of one such instruction may come in any order as long as both operands have the same.
-So each of the 4 lanes of a row takes 16 bytes in a row of the weights, and of the vectors what
-`round_kernel` laid out to meet them; nothing is handed from lane to lane. All indices are of one
-dimension, which leaves the compiler one way to share them among threads.
-"""
+The columns of one such instruction may come in any order as long as both operands have the same. So
+each of the 4 lanes of a row takes 16 bytes in a row of the weights, and of the vectors what
+`quantize_activation_chunks_kernel` laid out to meet them; nothing is handed from lane to lane. All
+indices are of one dimension, which leaves the compiler one way to share them among threads."""
 
 from __future__ import annotations
 
@@ -108,14 +107,14 @@ def operand(
 
 @triton.jit
 def vector_words(
-    values_ptr, chunk, end, BITS: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr
+    act_values_ptr, chunk, end, BITS: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr
 ):
-    """Start reading the vectors' values (`round_kernel`, two in an int32) of the chunks from
-    `chunk` on: [DEPTH * WARPS * 8 * 4 * 2 * 2, ...], by chunk, vector, lane, step of a pair and
-    turn, and by the pairs of instructions of a chunk."""
+    """Start reading the vectors' values (`quantize_activation_chunks_kernel`, two in an int32) of
+    the chunks from `chunk` on: [DEPTH * WARPS * 8 * 4 * 2 * 2, ...], by chunk, vector, lane, step
+    of a pair and turn, and by the pairs of instructions of a chunk."""
     PAIRS: tl.constexpr = 16 // BITS
     i = tl.arange(0, DEPTH * WARPS * 128)
-    at = values_ptr + (chunk + i // 128) * (PAIRS * 128) + i % 128
+    at = act_values_ptr + (chunk + i // 128) * (PAIRS * 128) + i % 128
     there = chunk + i // 128 < end
     first = tl.load(at, mask=there, other=0)
     second = tl.load(at + 128, mask=there, other=0)

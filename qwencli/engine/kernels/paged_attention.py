@@ -27,7 +27,7 @@ LOG2_E = 1.4426950408889634
 def paged_attention_kernel(
     q_ptr,  # [B, H, D] with `q_stride` from row to row
     pool_ptr,  # [slots, 2 * KVH, D]: keys, then values
-    table_ptr,  # int32 [B, pages] with `table_stride` from row to row
+    codebook_ptr,  # int32 [B, pages] with `table_stride` from row to row
     length_ptr,  # int32 [B], at least 1
     out_ptr,  # [B, H * D]
     acc_ptr,  # float32 [B * KVH, SPLITS, LANES, D]
@@ -68,7 +68,7 @@ def paged_attention_kernel(
     row_sum = tl.zeros((LANES,), tl.float32)
     acc = tl.zeros((LANES, D), tl.float32)
     for page in range(first, end):
-        block = tl.load(table_ptr + row * table_stride + page).to(tl.int64)
+        block = tl.load(codebook_ptr + row * table_stride + page).to(tl.int64)
         there = page * PAGE + offset < length
         at = pool_ptr + (block * PAGE + offset)[:, None] * (2 * KVH * D) + head * D + column
         k = tl.load(at, mask=there[:, None], other=0.0)

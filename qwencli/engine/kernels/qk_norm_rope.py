@@ -17,7 +17,7 @@ from qwencli.engine.cache.kv_cache import KeysValues, StaticKVCache
 from qwencli.engine.cache.kv_quantized import QuantizedKVCache
 from qwencli.engine.cache.paged_kv import PagedKVCache
 from qwencli.engine.kernels.decode_attention import norm_and_rotate
-from qwencli.engine.kernels.launch_cache import Run, launch
+from qwencli.engine.kernels.launch_cache import CachedLaunch, launch
 from qwencli.engine.ops.decoder_ops import Layer, Step
 from qwencli.engine.ops.rope import CosSin
 
@@ -28,11 +28,11 @@ WARPS = 4
 
 
 @triton.jit
-def heads_kernel(
-    qkv_ptr,  # [B * S, width]: TURNED heads of D columns, then others, the first of them values
+def qk_norm_rope_kernel(
+    qkv_ptr,  # [B * S, width]: ROTATED heads of D columns, then others, the first of them values
     cos_ptr,  # [B * S, D]
     sin_ptr,  # [B * S, D], signed, see ops.rope
-    gain_ptr,  # [TURNED, D], weights of the heads' norms; None = no norm
+    gain_ptr,  # [ROTATED, D], weights of the heads' norms; None = no norm
     cache_ptr,  # [B, 2 * KVH, room, D], or [slots, 2 * KVH, D]; None = everything stays
     slot_ptr,  # int64 [S] or [B * S], where each token's keys and values go; None without a cache
     rows,  # B * S
@@ -40,7 +40,7 @@ def heads_kernel(
     width,
     room,
     eps,
-    TURNED: tl.constexpr,
+    ROTATED: tl.constexpr,
     KVH: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
@@ -61,7 +61,7 @@ def heads_kernel(
     low_ptr = qkv_ptr + there * width + head * D + column
     low = tl.load(low_ptr, mask=inside, other=0.0)
     high = tl.load(low_ptr + D // 2, mask=inside, other=0.0)
-    if head < TURNED:
+    if head < ROTATED:
         cos = tl.load(cos_ptr + there * D + column, mask=inside, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + there * D + D // 2 + column, mask=inside, other=0.0).to(tl.float32)
         gain_low, gain_high = cos, cos
@@ -73,12 +73,12 @@ def heads_kernel(
             low, high, gain_low, gain_high, cos, sin, eps, D, gain_ptr is not None
         )
         low, high = new_low.to(low.dtype), new_high.to(high.dtype)
-    stays = TURNED if PAGED else TURNED - KVH
+    stays = ROTATED if PAGED else ROTATED - KVH
     if head < stays:
         tl.store(low_ptr, low, mask=inside)
         tl.store(low_ptr + D // 2, high, mask=inside)
-    if cache_ptr is not None and head >= TURNED - KVH:
-        own = head - (TURNED - KVH)
+    if cache_ptr is not None and head >= ROTATED - KVH:
+        own = head - (ROTATED - KVH)
         if PAGED:
             place = tl.load(slot_ptr + row, mask=row < rows, other=0) * (2 * KVH) + own
         else:
@@ -89,17 +89,17 @@ def heads_kernel(
         tl.store(at + D // 2, high, mask=inside)
 
 
-class Heads:
+class QkNormRope:
     """Launches for one kind of heads; those of one prompt's layers are alike but for tensors."""
 
     def __init__(self) -> None:
-        self._latest: tuple[tuple[Any, ...], Run] | None = None
+        self._latest: tuple[tuple[Any, ...], CachedLaunch] | None = None
 
     def __call__(
         self,
         split: Tensor,
         rope: CosSin,
-        turned: int,
+        rotated: int,
         gains: Tensor | None = None,
         eps: float = 0.0,
         cache: Tensor | None = None,
@@ -122,42 +122,42 @@ class Heads:
         rows, width = batch * length, split.stride(1)
         arguments = (split, *rope, gains, cache, slots, rows, length, width, room, eps)
         norms = gains is not None
-        alike = (rows, length, width, room, dim, turned, kv_heads, norms, rope[0].dtype, paged)
+        alike = (rows, length, width, room, dim, rotated, kv_heads, norms, rope[0].dtype, paged)
         if self._latest is not None and self._latest[0] == alike:
             self._latest[1](*arguments)
             return
         assert split.is_contiguous() and all(x.is_contiguous() for x in rope), "one row a token"
         constants = {
-            "TURNED": turned,
+            "ROTATED": rotated,
             "KVH": kv_heads,
             "D": dim,
             "HALF": triton.next_power_of_2(dim // 2),
             "PAGED": paged,
             "TOKENS": TOKENS,
         }
-        grid = (triton.cdiv(rows, TOKENS), turned + kv_heads, 1)
-        run = launch(heads_kernel, grid, arguments, constants, WARPS)
+        grid = (triton.cdiv(rows, TOKENS), rotated + kv_heads, 1)
+        run = launch(qk_norm_rope_kernel, grid, arguments, constants, WARPS)
         self._latest = None if run is None else (alike, run)
 
 
-class PromptHeads:
+class QkNormRopeStore:
     """`decoder_ops.place_heads` in one launch where the cache keeps what is computed."""
 
     def __init__(self) -> None:
-        self._heads = Heads()
+        self._heads = QkNormRope()
 
     def __call__(self, split: Tensor, layer: Layer, step: Step) -> KeysValues:
         assert step.rope is not None, "prompts bring their angles"
         norm = layer.qk_norm
         gains, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        rope, turned = step.rope[layer.index], layer.num_heads + layer.num_kv_heads
+        rope, rotated = step.rope[layer.index], layer.num_heads + layer.num_kv_heads
         cache, kv_len = step.cache, step.plan.kv_len
         if isinstance(cache, StaticKVCache) and not isinstance(cache, QuantizedKVCache):
-            self._heads(split, rope, turned, gains, eps, cache.layers[layer.index], step.slots)
+            self._heads(split, rope, rotated, gains, eps, cache.layers[layer.index], step.slots)
             return cache.visible(layer.index, kv_len)
         if isinstance(cache, PagedKVCache):
-            self._heads(split, rope, turned, gains, eps, cache.layers[layer.index], step.slots)
+            self._heads(split, rope, rotated, gains, eps, cache.layers[layer.index], step.slots)
             return cache.own(split.narrow(2, layer.num_heads, 2 * layer.num_kv_heads))
-        self._heads(split, rope, turned, gains, eps)
+        self._heads(split, rope, rotated, gains, eps)
         fresh = split.narrow(2, layer.num_heads, 2 * layer.num_kv_heads)
         return cache.write(layer.index, fresh, step.slots, kv_len)

@@ -162,11 +162,11 @@ def sums_of_turns(weights):
 
 
 @triton.jit
-def known_after_reads(tops):
+def known_after_reads(row_max):
     """Zero, for `as_float16`, by way of shared memory: what depends on it comes after the reads in
     front of it. By itself the assembler moves reads that only the next turn needs to the end of
     the turn, where they are waited for at once."""
-    return (tl.max(tl.max(tops, axis=1), axis=0) == float("inf")).to(tl.int32)
+    return (tl.max(tl.max(row_max, axis=1), axis=0) == float("inf")).to(tl.int32)
 
 
 @triton.jit
@@ -183,14 +183,14 @@ def attend_cached(
     v_scales_ptr,
     start,
     end,
-    top,  # [ROWS], of what was looked at before
-    total,  # [ROWS]
+    running_max,  # [ROWS], of what was looked at before
+    running_sum,  # [ROWS]
     acc,  # [ROWS, D]
     FP8: tl.constexpr,
     BLOCK: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """`top`, `total` and `acc` with the slots from `start` to `end`."""
+    """`running_max`, `running_sum` and `acc` with the slots from `start` to `end`."""
     ROWS: tl.constexpr = q_low.shape[0]
     D: tl.constexpr = 2 * q_low.shape[1]
     TURNS: tl.constexpr = BLOCK // (8 * WARPS)
@@ -201,8 +201,8 @@ def attend_cached(
         starts -= OFFSET * tl.sum(q.to(tl.float32), axis=1)[:, None, :]
     row = tl.arange(0, 8 * TURNS)[None, :, None]
     place = tl.arange(0, WARPS)[:, None, None] * (8 * TURNS) + row % 8 * TURNS + row // 8
-    tops = tl.full((WARPS, ROWS), LOWEST, tl.float32)
-    totals = tl.zeros((WARPS, 8, ROWS), tl.float32)
+    row_max = tl.full((WARPS, ROWS), LOWEST, tl.float32)
+    row_sum = tl.zeros((WARPS, 8, ROWS), tl.float32)
     sums = tl.zeros((WARPS, 8, ROWS), tl.float32)
     found = tl.zeros((WARPS, D, ROWS), tl.float32)
     while start < end:
@@ -213,7 +213,7 @@ def attend_cached(
         next_v = value_words(v_ptr, start, end, D, BLOCK, WARPS)
         next_k_scale = slot_scales(k_scales_ptr, start, end, BLOCK)
         next_v_scale = slot_scales(v_scales_ptr, start, end, BLOCK)
-        zero = known_after_reads(tops)
+        zero = known_after_reads(row_max)
         scores = tl.dot(keys_operand(k_words, zero, FP8, D, BLOCK, WARPS), q, starts)
         scores *= of_slots(k_scale, WARPS) * UNIT
         of_values = of_slots(v_scale, WARPS)
@@ -221,23 +221,23 @@ def attend_cached(
         # The bits of a float are its logarithm to within a tenth, but for a factor and a bias: that
         # is enough for a unit.
         scaled = scores + of_values.to(tl.int32, bitcast=True).to(tl.float32) * LOGARITHM
-        new_tops = tl.maximum(tops, tl.max(scaled, axis=1) - (BIAS + ROOM))
-        weights = tl.exp2(scores - new_tops[:, None, :])
-        shrink = tl.exp2(tops - new_tops)[:, None, :]
-        totals = totals * shrink + sums_of_turns(weights)
+        new_row_max = tl.maximum(row_max, tl.max(scaled, axis=1) - (BIAS + ROOM))
+        weights = tl.exp2(scores - new_row_max[:, None, :])
+        shrink = tl.exp2(row_max - new_row_max)[:, None, :]
+        row_sum = row_sum * shrink + sums_of_turns(weights)
         w = (weights * of_values).to(tl.float16)
         if not FP8:
             sums = sums * shrink + sums_of_turns(w.to(tl.float32))
         v = values_operand(v_words, zero, FP8, D, BLOCK, WARPS)
         found = tl.dot(v, weights_operand(w), found * shrink)
-        tops = new_tops
+        row_max = new_row_max
         k_words, v_words, k_scale, v_scale = next_k, next_v, next_k_scale, next_v_scale
 
     if not FP8:
         found -= OFFSET * tl.sum(sums, axis=1)[:, None, :]
-    new_top = tl.maximum(top, tl.max(tops, axis=0))
-    shrink = tl.exp2(top - new_top)
-    factors = tl.exp2(tops - new_top[None, :])
-    total = total * shrink + tl.sum(tl.sum(totals, axis=1) * factors, axis=0)
+    new_max = tl.maximum(running_max, tl.max(row_max, axis=0))
+    shrink = tl.exp2(running_max - new_max)
+    factors = tl.exp2(row_max - new_max[None, :])
+    running_sum = running_sum * shrink + tl.sum(tl.sum(row_sum, axis=1) * factors, axis=0)
     found = in_order(tl.sum(found * (factors * UNIT)[:, None, :], axis=0))
-    return new_top, total, acc * shrink[:, None] + found
+    return new_max, running_sum, acc * shrink[:, None] + found

@@ -11,18 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
-from qwencli.engine.kernels.activation_buffers import InWords, Reader, in_words
+from qwencli.engine.kernels.activation_buffers import ActivationConsumer, WordFormat, word_format
 from qwencli.engine.kernels.dequantize import read_back
 from qwencli.engine.kernels.gemm import gemm_kernel
 from qwencli.engine.kernels.gemm_float16 import CHUNK, gemm_float16_kernel
 from qwencli.engine.kernels.gemm_quantized import gemm_quantized_kernel
 from qwencli.engine.kernels.ready import (
     BLOCK_ROWS,
+    BatchedActivationBuffers,
+    BatchedActivationView,
     Options,
-    Ready,
-    ReadyVectors,
-    in_lanes,
-    is_read,
+    is_read_as_stored,
+    takes_float16_kernel,
 )
 from qwencli.engine.kernels.rounding import chunk_columns
 from qwencli.engine.kernels.tiles import MOST_SHARING, GemvTiles, MatrixKind, Storage
@@ -50,10 +50,10 @@ class Epilogue:
     add: bool = False
     choice: Choice | None = None
     fed: Tensor | None = None
-    after: Reader | None = None
+    after: ActivationConsumer | None = None
 
 
-class SeveralProducts:
+class SkinnyGemm:
     """Products of matrices with 2 to 8 vectors.
 
     Args:
@@ -73,11 +73,13 @@ class SeveralProducts:
     ) -> None:
         self._best, self._tiles_of = best, tiles_of
         self._options, self._precision = options, precision
-        self.ready = ReadyVectors(longest, best.device, options)
-        # See `finish_several`.
+        self.ready = BatchedActivationBuffers(longest, best.device, options)
+        # See `splitk_epilogue`.
         sums = 8 * MOST_SHARING * longest
         self._sums = torch.zeros(sums, dtype=torch.float32, device=best.device)
-        self._arrived = torch.zeros(sums // (8 * BLOCK_ROWS) + 1, dtype=torch.int32).to(best.device)
+        self._semaphore = torch.zeros(sums // (8 * BLOCK_ROWS) + 1, dtype=torch.int32).to(
+            best.device
+        )
 
     def buffers(self) -> tuple[Tensor, ...]:
         """For tests that poison what a step must not read."""
@@ -85,23 +87,23 @@ class SeveralProducts:
 
     def __call__(self, x: Tensor, matrix: Matrix, y: Tensor, around: Epilogue) -> None:
         """y [S, rows] = epilogue(matrix norm(x)), x [S, columns]."""
-        way = in_words(matrix)
-        if isinstance(matrix, Quantized) and way is not None and is_read(matrix):
-            self._in_words(x, matrix, way, y, around)
-        elif isinstance(matrix, Quantized) and not is_read(matrix):
-            self._as_floats(x, read_back(matrix, x.dtype).t(), y, around, self._in_turn)
+        way = word_format(matrix)
+        if isinstance(matrix, Quantized) and way is not None and is_read_as_stored(matrix):
+            self._quantized_product(x, matrix, way, y, around)
+        elif isinstance(matrix, Quantized) and not is_read_as_stored(matrix):
+            self._float_product(x, read_back(matrix, x.dtype).t(), y, around, self._without_pdl)
         else:
-            self._as_floats(x, matrix, y, around, self._options)
+            self._float_product(x, matrix, y, around, self._options)
 
-    def _in_words(
-        self, x: Tensor, matrix: Quantized, way: InWords, y: Tensor, around: Epilogue
+    def _quantized_product(
+        self, x: Tensor, matrix: Quantized, way: WordFormat, y: Tensor, around: Epilogue
     ) -> None:
         rows = matrix.rows // 2 if around.gated else matrix.rows
         columns = matrix.columns
         kind = MatrixKind(rows, columns, way.storage, around.gated, tokens=len(x))
         tiles, splits = self._tiles(kind, around)
-        vectors = self.ready.rounded(x, Reader(around.norm, matrix))
-        ready = self.ready.offer(around.after, y)
+        vectors = self.ready.input_for(x, ActivationConsumer(around.norm, matrix))
+        ready = self.ready.output_for(around.after, y)
         gemm_quantized_kernel[triton.cdiv(rows, BLOCK_ROWS) * splits,](
             vectors.buffers[0].view(torch.int32),
             *vectors.buffers[1:],
@@ -117,18 +119,18 @@ class SeveralProducts:
             WARPS=tiles.num_warps,
             SPLITS=splits,
             SHARES=vectors.shares,
-            FORM=int(ready.wanted.form),
-            NEXT_RUN=ready.wanted.run,
+            ACT_FORMAT=int(ready.layout.act_format),
+            NEXT_RUN=ready.layout.run,
             BITS=way.bits,
             FP8=matrix.scheme is Scheme.FP8,
-            RUN=vectors.wanted.run,
+            RUN=vectors.layout.run,
             G=matrix.group,
             **_modes(x, around),
             **self._options(tiles.num_warps),
         )
-        self.ready.handed(y, ready)
+        self.ready.commit(y, ready)
 
-    def _as_floats(
+    def _float_product(
         self, x: Tensor, matrix: Matrix, y: Tensor, around: Epilogue, launch: Options
     ) -> None:
         """Float weights, and bytes that are multiplied as such."""
@@ -139,8 +141,8 @@ class SeveralProducts:
         rows = rows // 2 if around.gated else rows
         storage = Storage.FLOAT if quantized is None else Storage.BYTES
         kind = MatrixKind(rows, columns, storage, around.gated, tokens=len(x))
-        if in_lanes(Reader(around.norm, matrix), x):
-            self._in_lanes(x, matrix, weight, y, around, launch, kind)
+        if takes_float16_kernel(ActivationConsumer(around.norm, matrix), x):
+            self._float16_product(x, matrix, weight, y, around, launch, kind)
             return
         tiles, norm = self._tiles_of(kind), around.norm
         gemm_kernel[triton.cdiv(rows, tiles.rows),](
@@ -161,9 +163,9 @@ class SeveralProducts:
             **_modes(x, around),
             **launch(tiles.num_warps),
         )
-        self.ready.handed(y, self.ready.nothing())
+        self.ready.commit(y, self.ready.no_output())
 
-    def _in_lanes(
+    def _float16_product(
         self,
         x: Tensor,
         matrix: Matrix,
@@ -175,8 +177,8 @@ class SeveralProducts:
     ) -> None:
         tiles, splits = self._tiles(kind, around)
         norm = around.norm
-        vectors = self.ready.found(x, Reader(norm, matrix))
-        ready = self.ready.offer(around.after, y)
+        vectors = self.ready.find(x, ActivationConsumer(norm, matrix))
+        ready = self.ready.output_for(around.after, y)
         gemm_float16_kernel[triton.cdiv(kind.rows, BLOCK_ROWS) * splits,](
             x.view(torch.int32),
             None if norm is None else norm.weight.view(torch.int32),
@@ -191,13 +193,13 @@ class SeveralProducts:
             WARPS=tiles.num_warps,
             SPLITS=splits,
             SHARES=0 if vectors is None else vectors.shares,
-            FORM=int(ready.wanted.form),
-            RUN=ready.wanted.run,
+            ACT_FORMAT=int(ready.layout.act_format),
+            RUN=ready.layout.run,
             TYPE=TYPES[x.dtype],
             **_modes(x, around),
             **launch(tiles.num_warps),
         )
-        self.ready.handed(y, ready)
+        self.ready.commit(y, ready)
 
     def _tiles(self, kind: MatrixKind, around: Epilogue) -> tuple[GemvTiles, int]:
         """How a matrix is cut up, and how many programs share its columns: one where each ends its
@@ -218,10 +220,10 @@ class SeveralProducts:
             self._best,
         )
 
-    def _handing(self, ready: Ready) -> tuple[Tensor | None, ...]:
-        return self._sums, self._arrived, ready.gain, *ready.buffers
+    def _handing(self, ready: BatchedActivationView) -> tuple[Tensor | None, ...]:
+        return self._sums, self._semaphore, ready.gain, *ready.buffers
 
-    def _in_turn(self, num_warps: int) -> Mapping[str, Any]:
+    def _without_pdl(self, num_warps: int) -> Mapping[str, Any]:
         """Where the kernel in front writes the weights, of which some are read before the wait."""
         options = {**self._options(num_warps), "PDL": False}
         options.pop("launch_pdl", None)

@@ -76,7 +76,8 @@ class AttentionTiles:
         return max(self.block // 2, _SHORTEST_BLOCK) if quantized else self.block
 
     def fits_words(self, lanes: int) -> bool:
-        """Whether registers hold a quantized cache as it is multiplied, see `cache_operands`."""
+        """Whether registers hold a quantized cache as it is multiplied, see
+        `quantized_kv_attention`."""
         return lanes <= _ROWS
 
     def block_in_words(self, lanes: int, head_dim: int) -> int:
@@ -94,9 +95,9 @@ class AttentionTiles:
         """
         return min(max(_ROWS // heads, 1), 1 << (tokens - 1).bit_length())
 
-    def splits_for(self, crowds: int) -> int:
+    def splits_for(self, query_tiles: int) -> int:
         """Programs that share the tokens of a sequence leave room for fewer parts of it."""
-        return max(self.splits >> (crowds - 1).bit_length(), 1)
+        return max(self.splits >> (query_tiles - 1).bit_length(), 1)
 
     def warps_for(self, lanes: int) -> int:
         """More queries than the rows of one matrix instruction are shared among more warps."""
@@ -184,7 +185,7 @@ _SEVERAL: Mapping[tuple[Storage, bool], GemvTiles] = {
     (Storage.INT4, True): GemvTiles(512, 16, 4),
 }
 # A matrix of so few rows has too few programs of 16. Where they end their rows together anyway
-# (`joining`), more of them share the columns; others have more of them on the way.
+# (`splitk_epilogue`), more of them share the columns; others have more of them on the way.
 FEW_ROWS = 4096
 # Of rows this short each program reads its whole share before the wait for the kernel in front.
 _BYTES_IN_ONE_TURN = (

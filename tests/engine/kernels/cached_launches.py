@@ -80,9 +80,9 @@ def heads_launches() -> list[tuple[Callable[[], Any], Callable[[], Any]]]:
         gains = torch.ones(6, 64, dtype=torch.bfloat16) if with_gains else None
         cache = torch.zeros(1, 4, 64, 64, dtype=torch.bfloat16)
         rest = (split, rope, 6, gains, 1e-6, cache, torch.arange(48))
-        known = qk_norm_rope.Heads()
+        known = qk_norm_rope.QkNormRope()
         known(*rest)  # type: ignore[arg-type]
-        found.append((lambda k=known, r=rest: k(*r), lambda r=rest: qk_norm_rope.Heads()(*r)))
+        found.append((lambda k=known, r=rest: k(*r), lambda r=rest: qk_norm_rope.QkNormRope()(*r)))
     return found  # type: ignore[return-value]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 
-from qwencli.engine.kernels.greedy_step import NOTHING_CHOSEN, accept_kernel
+from qwencli.engine.kernels.greedy_step import NOTHING_CHOSEN, verify_drafts_kernel
 from qwencli.engine.spec_decode.ngram import LONGEST_NGRAM, MOST_FED
 from tests.engine.spec_decode.test_ngram import Case, buffers, cases, check, hits_of
 
@@ -17,7 +17,7 @@ def test_the_kernel_accepts_and_drafts_the_same(case: Case) -> None:
     size = len(case.chosen)
     best = torch.full((MOST_FED,), NOTHING_CHOSEN)
     best[:size] = (7 << 32) | (0xFFFFFFFF - torch.tensor(case.chosen))
-    accept_kernel[1,](
+    verify_drafts_kernel[1,](
         best,
         choice.token,
         choice.slot,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwencli.engine.kernels.activation_buffers import IN_WORDS, Reader
-from qwencli.engine.kernels.activation_quant import SPANS
+from qwencli.engine.kernels.activation_buffers import WORD_FORMATS, ActivationConsumer
+from qwencli.engine.kernels.activation_quant import ACT_GROUPS
 from qwencli.engine.kernels.fused_ops import FusedOps
 from qwencli.engine.kernels.tiles import GemvTiles
 from qwencli.engine.loading import weights
@@ -29,7 +29,7 @@ MADE = (Scheme.INT8, Scheme.FP8, Scheme.INT4)
 
 def rounded(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """`x` [K] with every block rounded to 127 steps of its largest value; for fp8 to float16."""
-    blocks = x.view(-1, SPANS[IN_WORDS[scheme].form])
+    blocks = x.view(-1, ACT_GROUPS[WORD_FORMATS[scheme].act_format])
     largest = blocks.abs().amax(1, keepdim=True).clamp(min=1e-30)
     if scheme is Scheme.FP8:
         return ((blocks / largest).half() * largest).view(-1)
@@ -57,7 +57,7 @@ def test_the_product_of_a_normed_vector(scheme: Scheme, rows: int, columns: int)
     matrix, x, y = quantize(values(rows, columns), scheme), values(1, columns), torch.zeros(1, rows)
     norm = RMSNorm(1 + 0.1 * values(columns), 1e-6)
     bias = values(rows)
-    ops()._gemv(x, Reader(norm, matrix), y, bias=bias)
+    ops()._gemv(x, ActivationConsumer(norm, matrix), y, bias=bias)
     length = (x.double().square().mean() + 1e-6).rsqrt()
     vector = rounded(x[0] * norm.weight, scheme).double() * length
     assert torch.allclose(y[0].double(), dense(matrix) @ vector + bias, rtol=1e-4, atol=1e-4)
@@ -71,19 +71,19 @@ def test_gate_up_and_residual(scheme: Scheme) -> None:
     x = values(1, 352)
     vector = rounded(x[0], scheme).double()
     both, y = quantize(values(80, 352), scheme), torch.zeros(1, 40)
-    ops()._gemv(x, Reader(None, both), y, gated=True)
+    ops()._gemv(x, ActivationConsumer(None, both), y, gated=True)
     gate, up = (dense(both) @ vector).chunk(2)
-    wanted = torch.nn.functional.silu(gate) * up
-    assert torch.allclose(y[0].double(), wanted, rtol=1e-4, atol=1e-4)
+    layout = torch.nn.functional.silu(gate) * up
+    assert torch.allclose(y[0].double(), layout, rtol=1e-4, atol=1e-4)
     matrix, y = quantize(values(40, 352), scheme), values(1, 40)
-    wanted = y[0] + dense(matrix) @ vector
-    ops()._gemv(x, Reader(None, matrix), y, add=True)
-    assert torch.allclose(y[0].double(), wanted, rtol=1e-4, atol=1e-4)
+    layout = y[0] + dense(matrix) @ vector
+    ops()._gemv(x, ActivationConsumer(None, matrix), y, add=True)
+    assert torch.allclose(y[0].double(), layout, rtol=1e-4, atol=1e-4)
 
 
 def test_a_vector_of_zeros_gives_zeros() -> None:
     matrix, y = quantize(values(32, 64), Scheme.INT8), torch.ones(1, 32)
-    ops()._gemv(torch.zeros(1, 64), Reader(None, matrix), y)
+    ops()._gemv(torch.zeros(1, 64), ActivationConsumer(None, matrix), y)
     assert torch.equal(y, torch.zeros(1, 32))
 
 
@@ -92,7 +92,7 @@ def test_scales_of_a_half_type_and_a_matrix_without_groups() -> None:
     matrix = quantize(values(32, 64), Scheme.INT8)
     matrix = replace(matrix, scale=matrix.scale.half())
     x, y = values(1, 64), torch.zeros(1, 32)
-    ops()._gemv(x, Reader(None, matrix), y)
+    ops()._gemv(x, ActivationConsumer(None, matrix), y)
     assert torch.allclose(
         y[0].double(), dense(matrix) @ rounded(x[0], Scheme.INT8).double(), rtol=1e-4, atol=1e-4
     )
@@ -127,7 +127,7 @@ def test_matrices_of_ready_made_checkpoints(tmp_path: Path, name: str) -> None:
     matrix = loaded.matrices["text.0.gate_up"]
     x, y = values(1, matrix.columns), torch.zeros(1, matrix.rows // 2)
     norm = RMSNorm(1 + 0.1 * values(matrix.columns), 1e-6)
-    ops()._gemv(x, Reader(norm, matrix), y, gated=True)
+    ops()._gemv(x, ActivationConsumer(norm, matrix), y, gated=True)
     length = (x.double().square().mean() + 1e-6).rsqrt()
     order = slice(None) if matrix.order is None else matrix.order.long()
     vector = torch.empty_like(x[0])
@@ -137,8 +137,8 @@ def test_matrices_of_ready_made_checkpoints(tmp_path: Path, name: str) -> None:
         gate, up = (rows @ vector.double() * length).chunk(2)
         return torch.nn.functional.silu(gate) * up
 
-    wanted = gated(stored_values(matrix), vector)
-    assert torch.allclose(y[0].double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    layout = gated(stored_values(matrix), vector)
+    assert torch.allclose(y[0].double(), layout, rtol=1e-4, atol=1e-4 * float(layout.abs().max()))
     exact = gated(dense(matrix), x[0] * norm.weight)
     assert (y[0] - exact).norm() < 0.02 * exact.norm()
 

@@ -14,7 +14,7 @@ from qwencli.engine.cache.paged_kv import DecodePages, PagedKVCache, paged_atten
 from qwencli.engine.event_timer import Clock
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.kernels.paged_attention import PagedAttention
-from qwencli.engine.kernels.qk_norm_rope import TOKENS, PromptHeads
+from qwencli.engine.kernels.qk_norm_rope import TOKENS, QkNormRopeStore
 from qwencli.engine.kernels.swiglu import swiglu
 from qwencli.engine.ops import decoder_ops
 from qwencli.engine.ops.attention import AttentionPlan
@@ -72,7 +72,7 @@ def test_heads_are_stored_in_pages_and_stay_where_they_are(normed, batch, length
     )
     slots = torch.randperm(3 * PAGE_SIZE, generator=torch.Generator().manual_seed(5))
     found = []
-    for place in (place_heads, PromptHeads()):
+    for place in (place_heads, QkNormRopeStore()):
         cache = PagedKVCache(shape, 3, torch.float32, CPU)
         step = cast(
             Step,

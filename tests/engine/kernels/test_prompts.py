@@ -61,9 +61,9 @@ def test_a_prompts_logits_are_those_of_a_steps_head(mode: Quantization) -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("rows", "is_read"), [(1, False), (8, False), (9, True)])
+@pytest.mark.parametrize(("rows", "is_read_as_stored"), [(1, False), (8, False), (9, True)])
 def test_a_quantized_head_is_read_back_for_more_rows_than_a_step_has(
-    rows: int, is_read: bool
+    rows: int, is_read_as_stored: bool
 ) -> None:
     model = model_of(NARROW, OWN, Quantization.INT8)
     sizes: list[int] = []
@@ -75,8 +75,8 @@ def test_a_quantized_head_is_read_back_for_more_rows_than_a_step_has(
     ops = prompt_ops(replace(model.step_ops, read_back=noted))
     hidden = torch.randn(rows, 192, generator=torch.Generator().manual_seed(4))
     logits = ops.norm_head(hidden, model.decoder.norm, model.decoder.head)
-    assert sum(sizes) == (301 if is_read else 0)
+    assert sum(sizes) == (301 if is_read_as_stored else 0)
     head = model.decoder.head
     assert isinstance(head, Quantized)
     exact = model.decoder.norm(hidden) @ head.dequantize(torch.float32).t()
-    assert (logits - exact).norm() < (1e-5 if is_read else 0.02) * exact.norm()
+    assert (logits - exact).norm() < (1e-5 if is_read_as_stored else 0.02) * exact.norm()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from qwencli.engine.cache.kv_cache import DynamicKVCache, KVCache, StaticKVCache
 from qwencli.engine.cache.kv_quantized import QuantizedKVCache
-from qwencli.engine.kernels.qk_norm_rope import TOKENS, Heads, PromptHeads
+from qwencli.engine.kernels.qk_norm_rope import TOKENS, QkNormRope, QkNormRopeStore
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.ops.decoder_ops import Layer, Step, place_heads
 from qwencli.engine.ops.rms_norm import RMSNorm
@@ -77,7 +77,7 @@ def test_queries_keys_and_values_are_those_of_the_plain_operators(
         ),
     )
     found = []
-    for place in (place_heads, PromptHeads()):
+    for place in (place_heads, QkNormRopeStore()):
         cache = cache_of(kind, shape, batch, start)
         slots = torch.arange(start, start + length)
         plan = AttentionPlan(start + length, None)
@@ -102,7 +102,7 @@ def test_queries_keys_and_values_are_those_of_the_plain_operators(
 def test_heads_without_a_cache_turn_where_they_are_and_others_stay() -> None:
     split, rope = drawn(1, 70, 6, 24), angles(1, 70, 24)
     before = split.clone()
-    Heads()(split, rope, turned=4)
+    QkNormRope()(split, rope, turned=4)
     assert (split[:, :, :4] - rotate(before[:, :, :4], *rope)).abs().max() <= 1e-6
     assert torch.equal(split[:, :, 4:], before[:, :, 4:])
 

@@ -34,10 +34,11 @@ WITH_IDLE_LANES = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More parts of a sequence than join at once; eight tokens of five heads are four crowds."""
+    """More parts of a sequence than join at once; eight tokens of five heads are four query
+    tiles."""
     tiles = AttentionTiles(16, 8, 1)
     monkeypatch.setattr(fused_module, "attention_tiles", lambda *_: tiles)
-    assert tiles.parts_at_once(lanes=16, head_dim=64, splits=8) < tiles.splits_for(crowds=1)
+    assert tiles.parts_at_once(lanes=16, head_dim=64, splits=8) < tiles.splits_for(query_tiles=1)
     assert tiles.tokens_each(heads=8, tokens=8) == 2
 
 
@@ -144,8 +145,8 @@ def test_kernels_hand_each_other_rounded_vectors(
 ) -> None:
     """All but the first product of a step find their vectors ready: heads and rows that several
     programs make included."""
-    counted = Counted(ready_module.round_kernel)
-    monkeypatch.setattr(ready_module, "round_kernel", counted)
+    counted = Counted(ready_module.quantize_activation_chunks_kernel)
+    monkeypatch.setattr(ready_module, "quantize_activation_chunks_kernel", counted)
     shape = config(2, 1, 128, hidden=192) | {"intermediate_size": 96}
     shared = functools.partial(fused_ops, own_attention=True, tiles_of=two_share)
     tokens = [[7, 8, 9]]
@@ -164,7 +165,7 @@ def test_programs_that_share_columns_add_up_the_same_every_time(
 ) -> None:
     """And leave their counters as they found them, for the next product and the next replay."""
     own = ops(torch.float16 if scheme is None else torch.float32)
-    own._several._tiles_of = lambda _: GemvTiles(128, 16, 2, splits)
+    own._skinny_gemm._tiles_of = lambda _: GemvTiles(128, 16, 2, splits)
     x, weight, start = values(5, 640), values(40, 640), values(5, 40)
     after = Reader(RMSNorm(1 + 0.1 * values(40), 1e-6), values(40, 8))
     matrix: Any = weight.half().t() if scheme is None else quantize(weight, scheme)
@@ -173,17 +174,17 @@ def test_programs_that_share_columns_add_up_the_same_every_time(
         after = Reader(RMSNorm(after.norm.weight.half(), 1e-6), after.matrix.half())
     expected = torch.zeros_like(start)
     alone = ops(x.dtype)
-    alone._several._tiles_of = lambda _: GemvTiles(128, 16, 2)
+    alone._skinny_gemm._tiles_of = lambda _: GemvTiles(128, 16, 2)
     alone._gemv(x, Reader(None, matrix), expected)
     found = []
     for _ in range(2):
-        for buffer in own._several.buffers():
+        for buffer in own._skinny_gemm.buffers():
             buffer.fill_(float("nan"))
         y = start.clone()
         own._gemv(x, Reader(None, matrix), y, after=after, add=True)
         found.append(y)
     assert torch.equal(found[0], found[1])
-    assert not own._several._arrived.any()
+    assert not own._skinny_gemm._semaphore.any()
     assert relative(found[0], expected + start) < (2e-3 if scheme is None else 1e-5)
 
 
@@ -194,7 +195,7 @@ def test_products_of_16_bit_floats(rows: int, columns: int, size: int) -> None:
     """Bias, residual, gate and norm, by the squares that the kernel in front left or without."""
     half = torch.float16
     own = ops(half)
-    own._several._tiles_of = lambda _: GemvTiles(128, 16, 2)
+    own._skinny_gemm._tiles_of = lambda _: GemvTiles(128, 16, 2)
     x, weight = values(size, columns).half(), 0.1 * values(2 * rows, columns).half()
     norm = RMSNorm(1 + 0.1 * values(columns).half(), 1e-6)
     reader = Reader(norm, weight.t())
@@ -270,7 +271,7 @@ def test_however_the_columns_are_shared_the_product_is_the_same(
     expected = torch.zeros(5, 24)
     ops()._gemv(x, Reader(norm, matrix), expected)
     own = ops()
-    own._several._tiles_of = lambda _: GemvTiles(block, 16, warps)
+    own._skinny_gemm._tiles_of = lambda _: GemvTiles(block, 16, warps)
     y = torch.zeros(5, 24)
     own._gemv(x, Reader(norm, matrix), y)
     assert relative(y, expected) < 1e-5

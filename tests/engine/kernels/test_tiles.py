@@ -13,13 +13,13 @@ from qwencli.engine.kernels.tiles import attention_tiles
 def test_programs_of_several_tokens_fit_where_those_of_one_do(heads: int, tokens: int) -> None:
     tiles = attention_tiles(num_kv_heads=8, num_processors=132, exact=False)
     each = tiles.tokens_each(heads, tokens)
-    crowds = -(-tokens // each)
-    splits = tiles.splits_for(crowds)
+    query_tiles = -(-tokens // each)
+    splits = tiles.splits_for(query_tiles)
     # Lanes and parts are axes of tensors: powers of two.
     assert each & (each - 1) == 0 and splits & (splits - 1) == 0
     # What they leave for each other to join fits in the buffers, and they run at once.
-    assert MOST_ROWS // tokens * crowds * each <= MOST_ROWS
-    assert splits * crowds <= tiles.splits
+    assert MOST_ROWS // tokens * query_tiles * each <= MOST_ROWS
+    assert splits * query_tiles <= tiles.splits
     # One matrix instruction's rows, unless one token has more heads.
     assert heads * each <= max(heads, 16)
     at_once = tiles.parts_at_once(heads * each, 128, splits)
@@ -29,7 +29,7 @@ def test_programs_of_several_tokens_fit_where_those_of_one_do(heads: int, tokens
 def test_one_token_is_joined_in_one_go_and_split_as_far_as_processors_go() -> None:
     tiles = attention_tiles(num_kv_heads=8, num_processors=132, exact=False)
     assert tiles.tokens_each(heads=4, tokens=1) == 1
-    assert tiles.splits_for(crowds=1) == tiles.splits == 32
+    assert tiles.splits_for(query_tiles=1) == tiles.splits == 32
     assert tiles.parts_at_once(lanes=4, head_dim=128, splits=32) == 32
 
 
