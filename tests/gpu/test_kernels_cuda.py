@@ -19,7 +19,7 @@ from qwencli.config import (
     SamplingOptions,
 )
 from qwencli.engine.kernels import fused_ops as fused_module
-from qwencli.engine.kernels.activation_buffers import Reader
+from qwencli.engine.kernels.activation_buffers import ActivationConsumer
 from qwencli.engine.kernels.fused_ops import FusedOps, Launch, fused_ops
 from qwencli.engine.loading import weights
 from qwencli.engine.native.engine import NativeEngine
@@ -105,14 +105,14 @@ def test_quantized_products_are_those_of_the_rounded_vector(scheme, rows, column
     matrix, y = quantize(weight, scheme), torch.zeros(1, rows, device=CUDA)
     shape = wide_shape().text
     own = FusedOps(shape, torch.zeros(1, 2, 128, device=CUDA), dtype, CUDA)
-    own._gemv(x, Reader(None, matrix), y)
+    own._gemv(x, ActivationConsumer(None, matrix), y)
     exact = matrix.dequantize(torch.float64) @ rounded(x[0].float(), scheme).double()
     # Few bits of mantissa make ties, which the two may round apart.
     most = 1e-5 if dtype is torch.float32 and scheme is not Scheme.FP8 else 5e-3
     assert float((y[0] - exact).norm() / exact.norm()) < most
     gated = torch.zeros(1, rows // 2, device=CUDA)
     even = replace(matrix, data=matrix.data[: rows // 2 * 2], scale=matrix.scale[: rows // 2 * 2])
-    own._gemv(x, Reader(None, even), gated, gated=True)
+    own._gemv(x, ActivationConsumer(None, even), gated, gated=True)
     gate, up = exact[: rows // 2 * 2].chunk(2)
     wanted = torch.nn.functional.silu(gate) * up
     assert float((gated[0] - wanted).norm() / wanted.norm()) < 2 * most

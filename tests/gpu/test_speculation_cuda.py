@@ -21,7 +21,7 @@ from qwencli.config import (
     Speculate,
 )
 from qwencli.engine.kernels import fused_ops as fused_module
-from qwencli.engine.kernels.activation_buffers import Reader
+from qwencli.engine.kernels.activation_buffers import ActivationConsumer
 from qwencli.engine.kernels.fused_ops import FusedOps, Launch, fused_ops
 from qwencli.engine.kernels.tiles import default_tiles
 from qwencli.engine.native.decode_state import DecodeState
@@ -246,8 +246,14 @@ def test_products_of_several_vectors_and_what_they_hand_on(scheme, splits):
     found = []
     for _ in range(20):
         y, z = start.clone(), torch.zeros(5, 512, device=CUDA, dtype=torch.bfloat16)
-        own._gemv(x, Reader(None, matrix), y, after=Reader(norm, following), add=True)
-        own._gemv(y, Reader(norm, following), z)
+        own._gemv(
+            x,
+            ActivationConsumer(None, matrix),
+            y,
+            after=ActivationConsumer(norm, following),
+            add=True,
+        )
+        own._gemv(y, ActivationConsumer(norm, following), z)
         found.append((y, z))
     assert all(torch.equal(y, found[0][0]) and torch.equal(z, found[0][1]) for y, z in found)
     y, z = found[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwencli.config import EngineConfig, LoadFormat, Quantization
-from qwencli.engine.kernels.activation_buffers import Reader, vector_bits
+from qwencli.engine.kernels.activation_buffers import ActivationConsumer, vector_bits
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.ops.decoder_ops import REFERENCE_OPS
 from qwencli.engine.ops.rms_norm import RMSNorm
@@ -34,7 +34,7 @@ def test_a_vector_is_rounded_where_the_kernels_say_so(
     scheme: Scheme, columns: int, bits: int | None
 ) -> None:
     matrix, x, y = quantize(values(24, columns), scheme), values(1, columns), torch.zeros(1, 24)
-    ops()._gemv(x, Reader(RMSNorm(torch.ones(columns), 1e-6), matrix), y)
+    ops()._gemv(x, ActivationConsumer(RMSNorm(torch.ones(columns), 1e-6), matrix), y)
     normed = x[0].double() * (x.double().square().mean() + 1e-6).rsqrt()
     exact = dense(matrix) @ normed
     error = float((y[0] - exact).norm() / exact.norm())

@@ -12,7 +12,7 @@ import torch
 from qwencli.config import Quantization, SamplingParams
 from qwencli.engine.kernels import fused_ops as fused_module
 from qwencli.engine.kernels import ready as ready_module
-from qwencli.engine.kernels.activation_buffers import Reader
+from qwencli.engine.kernels.activation_buffers import ActivationConsumer
 from qwencli.engine.kernels.fused_ops import fused_ops
 from qwencli.engine.kernels.tiles import AttentionTiles, GemvTiles, MatrixKind
 from qwencli.engine.native.decode_state import DecodeState
@@ -167,21 +167,21 @@ def test_programs_that_share_columns_add_up_the_same_every_time(
     own = ops(torch.float16 if scheme is None else torch.float32)
     own._skinny_gemm._tiles_of = lambda _: GemvTiles(128, 16, 2, splits)
     x, weight, start = values(5, 640), values(40, 640), values(5, 40)
-    after = Reader(RMSNorm(1 + 0.1 * values(40), 1e-6), values(40, 8))
+    after = ActivationConsumer(RMSNorm(1 + 0.1 * values(40), 1e-6), values(40, 8))
     matrix: Any = weight.half().t() if scheme is None else quantize(weight, scheme)
     if scheme is None:
         x, start = x.half(), start.half()
-        after = Reader(RMSNorm(after.norm.weight.half(), 1e-6), after.matrix.half())
+        after = ActivationConsumer(RMSNorm(after.norm.weight.half(), 1e-6), after.matrix.half())
     expected = torch.zeros_like(start)
     alone = ops(x.dtype)
     alone._skinny_gemm._tiles_of = lambda _: GemvTiles(128, 16, 2)
-    alone._gemv(x, Reader(None, matrix), expected)
+    alone._gemv(x, ActivationConsumer(None, matrix), expected)
     found = []
     for _ in range(2):
         for buffer in own._skinny_gemm.buffers():
             buffer.fill_(float("nan"))
         y = start.clone()
-        own._gemv(x, Reader(None, matrix), y, after=after, add=True)
+        own._gemv(x, ActivationConsumer(None, matrix), y, after=after, add=True)
         found.append(y)
     assert torch.equal(found[0], found[1])
     assert not own._skinny_gemm._semaphore.any()
@@ -198,8 +198,8 @@ def test_products_of_16_bit_floats(rows: int, columns: int, size: int) -> None:
     own._skinny_gemm._tiles_of = lambda _: GemvTiles(128, 16, 2)
     x, weight = values(size, columns).half(), 0.1 * values(2 * rows, columns).half()
     norm = RMSNorm(1 + 0.1 * values(columns).half(), 1e-6)
-    reader = Reader(norm, weight.t())
-    before = Reader(None, torch.eye(columns, dtype=half).t())
+    reader = ActivationConsumer(norm, weight.t())
+    before = ActivationConsumer(None, torch.eye(columns, dtype=half).t())
     for handed in (False, True):
         normed_x = x
         if handed:
@@ -214,7 +214,7 @@ def test_products_of_16_bit_floats(rows: int, columns: int, size: int) -> None:
         assert relative(y.double(), wanted) < 2e-3
         y, bias = values(size, rows).half(), values(rows).half()
         wanted = vectors @ weight[:rows].double().t() + bias.double() + y.double()
-        own._gemv(normed_x, Reader(norm, weight[:rows].t()), y, bias=bias, add=True)
+        own._gemv(normed_x, ActivationConsumer(norm, weight[:rows].t()), y, bias=bias, add=True)
         assert relative(y.double(), wanted) < 2e-3
 
 
@@ -255,7 +255,7 @@ def test_several_vectors_are_rounded_as_a_single_one_is(scheme: Scheme, columns:
     matrix = quantize(values(40, columns), scheme)
     x = values(3, columns)
     y = torch.zeros(3, 40)
-    ops()._gemv(x, Reader(None, matrix), y)
+    ops()._gemv(x, ActivationConsumer(None, matrix), y)
     steps = torch.stack([rounded(row, scheme) for row in x]).double()
     assert relative(y.double(), steps @ matrix.dequantize(torch.float64).t()) < 3e-4
 
@@ -269,14 +269,14 @@ def test_however_the_columns_are_shared_the_product_is_the_same(
     matrix, x = quantize(values(24, 1376), scheme), values(5, 1376)
     norm = RMSNorm(1 + 0.1 * values(1376), 1e-6)
     expected = torch.zeros(5, 24)
-    ops()._gemv(x, Reader(norm, matrix), expected)
+    ops()._gemv(x, ActivationConsumer(norm, matrix), expected)
     own = ops()
     own._skinny_gemm._tiles_of = lambda _: GemvTiles(block, 16, warps)
     y = torch.zeros(5, 24)
-    own._gemv(x, Reader(norm, matrix), y)
+    own._gemv(x, ActivationConsumer(norm, matrix), y)
     assert relative(y, expected) < 1e-5
     one = torch.zeros(1, 24)
-    own._gemv(x[3:4], Reader(norm, matrix), one)
+    own._gemv(x[3:4], ActivationConsumer(norm, matrix), one)
     assert relative(y[3:4], one) < 3e-4
 
 
@@ -288,7 +288,7 @@ def test_vectors_of_any_size_keep_their_small_values(scheme: Scheme) -> None:
     x[:, 128:] *= 1e-6
     x[0, :128] = 0
     y = torch.zeros(2, 16)
-    ops()._gemv(x, Reader(None, matrix), y)
+    ops()._gemv(x, ActivationConsumer(None, matrix), y)
     steps = torch.stack([rounded(row, scheme) for row in x]).double()
     expected = steps @ matrix.dequantize(torch.float64).t()
     for row in range(2):
