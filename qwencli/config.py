@@ -82,6 +82,15 @@ class LoadFormat(StrEnum):
     DUMMY = "dummy"
 
 
+class Existing(StrEnum):
+    """What becomes of a caption that a picture of a set has already."""
+
+    SKIP = "skip"
+    OVERWRITE = "overwrite"
+    APPEND = "append"
+    PREPEND = "prepend"
+
+
 class DType(StrEnum):
     AUTO = "auto"
     BFLOAT16 = "bfloat16"

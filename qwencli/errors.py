@@ -17,6 +17,9 @@ nothing else catches them to print.
     ├── OutOfMemoryError                  host or device memory is used up
     ├── MissingDependencyError            an optional package is not installed or does not load
     ├── OutputError                       a result cannot be written (full disk, permissions)
+    ├── CaptionError                      no answer about a picture was good enough to keep
+    ├── DatasetError                      a set cannot be captioned: another run has it, or its
+    │                                     manifest cannot be read
     └── BenchError                        a campaign cannot be started, resumed or read
 """
 
@@ -89,6 +92,14 @@ class MissingDependencyError(QwenCliError):
 
 
 class OutputError(QwenCliError):
+    pass
+
+
+class CaptionError(QwenCliError):
+    pass
+
+
+class DatasetError(QwenCliError):
     pass
 
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from qwencli.commands.options import Frames, RunOptions, with_run_options
+from qwencli.commands.options import Frames, RunOptions, SetOptions, with_run_options
+from qwencli.errors import UsageError
 from qwencli.output import Sink
 from qwencli.presets import PRESETS, prompt_text
 
@@ -15,11 +16,10 @@ from qwencli.presets import PRESETS, prompt_text
 @with_run_options
 def caption(
     context: typer.Context,
-    images: Annotated[
-        list[Path],
-        # Typer would refuse all of them for one that cannot be read.
-        typer.Argument(metavar="IMAGE...", help="Image or video files.", readable=False),
-    ],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="IMAGE...", help="Image or video files, or folders of them."),
+    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to ask.")] = None,
     preset: Annotated[str | None, typer.Option(help=f"Ask for: {', '.join(PRESETS)}.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
@@ -28,10 +28,15 @@ def caption(
         bool, typer.Option("--together", help="All images in one request.")
     ] = False,
     *,
+    chosen: SetOptions,
     run: RunOptions,
 ) -> None:
-    """Describe images. The answer alone goes to stdout, everything else to stderr."""
+    """Describe images. The answer alone goes to stdout, everything else to stderr.
+
+    Captions of a folder go to text files beside the pictures.
+    """
     # Here and not above: `--help` needs none of it.
+    from qwencli.commands.caption_set import caption_set, is_set
     from qwencli.commands.captions import BATCH_FROM, Captions
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.requests import running_engine, system_messages
@@ -39,6 +44,14 @@ def caption(
 
     sink = context.ensure_object(Sink)
     text = prompt_text(prompt, preset)
+    if not (inputs or chosen.is_used):
+        raise UsageError("Missing argument 'IMAGE...'", "name pictures, or a folder of them")
+    if is_set(inputs or (), chosen):
+        if together:
+            raise UsageError("--together is for a few pictures", "leave it out for a folder")
+        caption_set(inputs or (), chosen, run, sink, prompt=text, system=system, frames=frames)
+        return
+    images = [Path(each) for each in inputs or ()]
     sampling = run.sampling_options()
     spec = choose_model(run, sink)
 

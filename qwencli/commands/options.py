@@ -1,7 +1,7 @@
 """The options that `caption` and `chat` share, each written once.
 
 A command declares one parameter `run: RunOptions` and wears `@with_run_options`; Typer then sees
-every field of `RunOptions` as an option of that command.
+every field of `RunOptions` as an option of that command. `caption` has `SetOptions` as well.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -23,6 +23,7 @@ from qwencli.config import (
     DType,
     EngineConfig,
     EngineName,
+    Existing,
     Kernels,
     KVDType,
     LoadFormat,
@@ -208,27 +209,72 @@ class RunOptions:
         return EngineConfig(**settings | said | {"model": spec})
 
 
+_set = functools.partial(_option, "Folders and lists of pictures")
+
+
+@dataclass(frozen=True)
+class SetOptions:
+    """What a user may say about captioning a set of pictures."""
+
+    recursive: Annotated[
+        bool, _set("--recursive", "-r", text="Pictures in folders inside a folder too.")
+    ] = False
+    glob: Annotated[
+        list[str] | None,
+        _set(metavar="PATTERN", text="Only pictures whose path matches; repeatable."),
+    ] = None
+    existing: Annotated[
+        Existing | None,
+        _set(
+            metavar="MODE",
+            text="Captions that are there: skip, overwrite, append or prepend. Default: skip.",
+        ),
+    ] = None
+    caption_extension: Annotated[str, _set(metavar=".EXT", text="Ending of caption files.")] = (
+        ".txt"
+    )
+    retry_failed: Annotated[bool, _set("--retry-failed", text="Try again what failed before.")] = (
+        False
+    )
+    dry_run: Annotated[
+        bool, _set("--dry-run", text="Show what would be done, and load no model.")
+    ] = False
+
+    @property
+    def is_used(self) -> bool:
+        return any(getattr(self, f.name) != f.default for f in fields(self))
+
+
 def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command(..., run: RunOptions)` one option per field of RunOptions."""
-    own = inspect.signature(command, eval_str=True)
-    hints = get_type_hints(RunOptions, include_extras=True)
-    shared = [
-        inspect.Parameter(
-            f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name]
-        )
-        for f in fields(RunOptions)
-    ]
-    names = {parameter.name for parameter in shared}
+    """Give `command(..., run: RunOptions)` one option per field of RunOptions.
+
+    So too for every other parameter whose type is a dataclass.
+    """
+    own = inspect.signature(command, eval_str=True).parameters
+    groups: dict[str, Any] = {
+        name: p.annotation for name, p in own.items() if is_dataclass(p.annotation)
+    }
+    parameters = [p for name, p in own.items() if name not in groups]
+    for group in groups.values():
+        hints = get_type_hints(group, include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name]
+            )
+            for f in fields(group)
+        ]
 
     @functools.wraps(command)
     def wrapper(**given: Any) -> None:
-        run = RunOptions(**{name: given.pop(name) for name in names})
-        if run.offline:
+        made = {
+            name: group(**{f.name: given.pop(f.name) for f in fields(group)})
+            for name, group in groups.items()
+        }
+        if made["run"].offline:
             # The hub's library reads this when it is imported, which nothing has done yet.
             os.environ["HF_HUB_OFFLINE"] = "1"
-        command(**given, run=run)
+        command(**given, **made)
 
-    parameters = [p for name, p in own.parameters.items() if name != "run"] + shared
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     del wrapper.__wrapped__

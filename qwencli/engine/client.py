@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
-from qwencli.engine.protocol import Engine
+from qwencli.engine.protocol import Engine, RequestQueue
 from qwencli.engine.request import RequestSource
+from qwencli.engine.serial_queue import SerialQueue
 from qwencli.errors import QwenCliError
 from qwencli.results import GenerationResult
 
 # Requests that have given nothing yet: enough that some are ready whenever rows end, few because
 # their pictures are held in memory.
 REQUESTS_AHEAD = 32
+# Requests from which on they are answered together: making the graphs of a batch takes a GPU as
+# long as a dozen answers.
+BATCH_FROM = 16
+
+T = TypeVar("T")
 
 
 def generate_many(
@@ -22,38 +29,72 @@ def generate_many(
     Requests are taken from the iterable as there is room for them. One that cannot be answered
     gives its error in place of a result. Closing the iterator aborts what is unfinished.
     """
-    engine.load()
-    ahead = REQUESTS_AHEAD if engine.max_rows > 1 else 1
-    source = iter(requests)
-    order: dict[int, None] = {}  # those not handed out yet, in the order they came
-    unfinished: set[int] = set()
-    silent: set[int] = set()
+    source = enumerate(requests)
     results: dict[int, GenerationResult | QwenCliError] = {}
+    due = 0
+    for number, result in answers(engine, lambda: next(source, None)):
+        results[number] = result
+        while due in results:
+            yield results.pop(due)
+            due += 1
+
+
+def answers(
+    engine: Engine,
+    take: Callable[[], tuple[T, RequestSource] | None],
+    *,
+    stopping: Callable[[], bool] = lambda: False,
+    expected: int | None = None,
+) -> Iterator[tuple[T, GenerationResult | QwenCliError]]:
+    """Answer requests together, as many at a time as the engine runs, each as it is finished.
+
+    Args:
+        take: gives a request and what it is called, when there is room for one; None = nothing
+            now. It may give more later, once answers were handed out. Over when it gives nothing
+            and nothing is unfinished.
+        stopping: once it is true no more is taken, and what has not begun yet is dropped.
+        expected: how many there are; fewer than `BATCH_FROM` are answered one after the other.
+    """
+    engine.load()
+    queue: RequestQueue = engine
+    if expected is not None and expected < BATCH_FROM:
+        queue = SerialQueue(engine.stream)
+    ahead = REQUESTS_AHEAD if queue.max_rows > 1 else 1
+    unfinished: dict[int, T] = {}
+    silent: set[int] = set()
     more = True
     try:
-        while more or order:
+        while more or unfinished:
+            if stopping():
+                more = False
+                while silent:
+                    number = silent.pop()
+                    queue.abort(number)
+                    del unfinished[number]
             while more and len(silent) < ahead and (ahead > 1 or not unfinished):
-                request = next(source, None)
-                if request is None:
-                    more = False
+                taken = take()
+                if taken is None:
+                    more = bool(unfinished)
                     break
-                number = engine.add(request)
-                order[number] = None
-                unfinished.add(number)
+                name, request = taken
+                # Not kept here: pictures are held no longer than the engine needs them.
+                del taken
+                number = queue.add(request)
+                del request
+                unfinished[number] = name
                 silent.add(number)
-            if unfinished:
-                for output in engine.step():
-                    silent.discard(output.request)
-                    if output.finished:
-                        unfinished.discard(output.request)
-                        result = output.chunk.result if output.chunk else None
-                        results[output.request] = output.error or _known(result)
-            while order and (first := next(iter(order))) in results:
-                del order[first]
-                yield results.pop(first)
+            if not unfinished:
+                continue
+            for output in queue.step():
+                silent.discard(output.request)
+                if output.finished and output.request in unfinished:
+                    result = output.chunk.result if output.chunk else None
+                    name = unfinished.pop(output.request)
+                    yield name, output.error or _known(result)
+                    more = not stopping()
     finally:
         for number in unfinished:
-            engine.abort(number)
+            queue.abort(number)
 
 
 def _known(result: GenerationResult | None) -> GenerationResult:

@@ -1,0 +1,227 @@
+"""One set being captioned: its work, its manifest, its sink and what became of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwencli.config import ModelSpec
+from qwencli.dataset import pipeline
+from qwencli.dataset.manifest import STATE_FOLDER, Manifest, job_hash
+from qwencli.dataset.pipeline import Captioned, Outcome, Stages
+from qwencli.dataset.sinks import CaptionWriter, Sink, settle, write_whole
+from qwencli.dataset.sources import Listing
+from qwencli.dataset.worklist import Wish, Worklist, work_of
+from qwencli.errors import OutputError
+
+if TYPE_CHECKING:
+    from qwencli.engine.protocol import Engine
+
+FAILURES = "failures.jsonl"
+
+
+@dataclass
+class Totals:
+    """What a run gave."""
+
+    captioned: int = 0
+    failed: int = 0
+    num_new_tokens: int = 0
+    seconds: float = 0.0
+    stopped: bool = False
+
+
+@dataclass
+class CaptionSet:
+    """A set whose work is known.
+
+    Args:
+        root: the folder that captions go to.
+        manifest: None for a look that changes nothing, where there is none yet.
+        settled: captions of a killed run that were brought to their files.
+    """
+
+    listing: Listing
+    root: Path
+    sink: Sink
+    wish: Wish
+    work: Worklist
+    manifest: Manifest | None
+    settings: Mapping[str, Any]
+    settled: int = 0
+    totals: Totals = field(default_factory=Totals)
+
+    def caption(
+        self,
+        engine: Engine,
+        model: ModelSpec,
+        stages: Stages,
+        report: Callable[[Outcome], None],
+        stopping: Callable[[], bool],
+    ) -> Totals:
+        """Do the work. What was done stays done, however this ends.
+
+        Raises:
+            QwenCliError: the engine or the disk cannot go on.
+        """
+        assert self.manifest is not None, "a set that is captioned has a manifest"
+        self.manifest.begin(job_hash(self.settings), self.settings, self.work.going_on)
+        self.manifest.loaded(_facts(engine, model))
+        writer = CaptionWriter(self.manifest, self.sink, self.wish.existing, self.wish.redo)
+        started_s = time.perf_counter()
+        outcome = "failed"
+
+        def count(made: Outcome) -> None:
+            self._count(made)
+            report(made)
+
+        try:
+            pipeline.run(
+                engine,
+                self.work.tasks,
+                stages,
+                writer,
+                expected=len(self.work.tasks),
+                report=count,
+                stopping=stopping,
+            )
+            left = len(self.work.tasks) - self.totals.captioned - self.totals.failed
+            self.totals.stopped = stopping() and left > 0
+            outcome = "stopped" if self.totals.stopped else "complete"
+        finally:
+            self.totals.seconds = time.perf_counter() - started_s
+            with suppress(OutputError):
+                self.manifest.end(outcome)
+        return self.totals
+
+    def refuse(self, report: Callable[[Outcome], None]) -> None:
+        """Keep what cannot be captioned at all, which needs no model."""
+        assert self.manifest is not None, "a set that is captioned has a manifest"
+        if not self.work.refused:
+            return
+        self.manifest.begin(job_hash(self.settings), self.settings, self.work.going_on)
+        self.manifest.settle((), self.work.refused)
+        self.manifest.end("complete" if not self.work.tasks else "begun")
+        for failed in self.work.refused:
+            self._count(failed)
+            report(failed)
+
+    def write_failures(self) -> Path | None:
+        """Bring `failures.jsonl` up to date; its path, where there is something in it.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        assert self.manifest is not None, "a set that is captioned has a manifest"
+        path = self.root / FAILURES
+        lines = [json.dumps(row) for row in self.manifest.failures()]
+        try:
+            if lines:
+                write_whole(path, ("\n".join(lines) + "\n").encode())
+                return path
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"{path} cannot be written: {error.strerror}", "free space, or mend its permissions"
+            ) from error
+        return None
+
+    def _count(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Captioned):
+            self.totals.captioned += 1
+            self.totals.num_new_tokens += outcome.result.num_new_tokens
+        else:
+            self.totals.failed += 1
+
+
+@contextmanager
+def open_set(
+    listing: Listing,
+    root: Path,
+    sink: Sink,
+    wish: Wish,
+    settings: Mapping[str, Any],
+    *,
+    look_only: bool = False,
+) -> Iterator[CaptionSet]:
+    """A set with its manifest, which lies in `root`; closed at the end.
+
+    Args:
+        look_only: change nothing.
+
+    Raises:
+        DatasetError, OutputError: the manifest is another run's, damaged or not writable.
+    """
+    state = root / STATE_FOLDER
+    path = state / "manifest.sqlite"
+    manifest = None
+    settled = 0
+    if not look_only:
+        try:
+            state.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"{root} cannot be written: {error.strerror}",
+                "change its permissions, or name a folder for the captions with --output",
+            ) from error
+        for partial in listing.partial:
+            with suppress(OSError):
+                partial.unlink()
+    try:
+        if not look_only or path.exists():
+            manifest = Manifest(path)
+        if manifest is not None and not look_only:
+            settled = settle(manifest, sink)
+        work = work_of(listing, wish, sink, manifest, job_hash(settings))
+        yield CaptionSet(listing, root, sink, wish, work, manifest, settings, settled)
+    finally:
+        sink.close()
+        if manifest is not None:
+            manifest.close()
+
+
+def _facts(engine: Engine, model: ModelSpec) -> dict[str, str | None]:
+    ran = engine.ran
+    return {
+        "model": model.name,
+        "revision": model_revision(model),
+        "engine": ran.engine,
+        "quantization": ran.quantization,
+        "attention": ran.attention,
+        "cache": ran.cache,
+        "kernels": ran.kernels,
+        "device": ran.device,
+        "dtype": ran.dtype,
+    }
+
+
+def model_revision(model: ModelSpec) -> str | None:
+    """What tells two states of a model's files apart: the hub's commit, or a digest of their sizes
+    and of config.json; None where the files are not here (random weights)."""
+    from qwencli.models.hub_cache import find_cached
+
+    folder = model.path
+    if folder is None and model.repo_id is not None:
+        folder = find_cached(model.repo_id)
+    if folder is None:
+        return None
+    if folder.parent.name == "snapshots":
+        return folder.name
+    digest = hashlib.sha256()
+    try:
+        files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+        for file in files:
+            if file.is_file():
+                digest.update(f"{file.name}:{file.stat().st_size};".encode())
+        config = folder / "config.json"
+        if config.is_file():
+            digest.update(config.read_bytes())
+    except OSError:
+        return None
+    return f"files-{digest.hexdigest()[:16]}"

@@ -1,0 +1,307 @@
+"""Captions a set: open -> generate -> guard -> shape -> sink, with a bounded number in between.
+
+Pictures are opened by the threads in which the engine prepares prompts, captions are written by a
+thread of their own, and this thread keeps the engine full. What one picture raises is its own
+failure; what the engine or the disk raises ends the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import queue
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import TYPE_CHECKING, Protocol
+
+from qwencli.dataset.sources import CAPTION, Item, Slot
+from qwencli.errors import (
+    CaptionError,
+    InputError,
+    MissingDependencyError,
+    OutOfMemoryError,
+    QwenCliError,
+)
+from qwencli.messages import GenerationRequest, TextPart, VisualPart
+from qwencli.results import GenerationResult
+
+if TYPE_CHECKING:
+    from qwencli.engine.protocol import Engine
+
+# What costs one picture its caption, while the others are done.
+ITEM_ERRORS = (InputError, MissingDependencyError, OutOfMemoryError, CaptionError)
+# Captions that wait to be written; a disk slower than the engine holds it up.
+WAITING_CAPTIONS = 256
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One caption to make.
+
+    Args:
+        attempt: counts what was tried before for the same caption.
+    """
+
+    item: Item
+    field: str = CAPTION
+    sample: int = 0
+    attempt: int = 0
+
+    @property
+    def slot(self) -> Slot:
+        return Slot(self.item.key, self.field, self.sample)
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A caption that may be written, and the request and answer it came from."""
+
+    task: Task
+    caption: str
+    prompt: str
+    seed: int | None
+    result: GenerationResult
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A task without a caption, and why."""
+
+    task: Task
+    error: QwenCliError
+
+
+Outcome = Captioned | Failed
+
+
+def no_answer(task: Task, result: GenerationResult) -> str | None:
+    """The least that a guard asks for: an answer with something in it."""
+    if result.text.strip():
+        return None
+    if result.thoughts is not None:
+        return "the model thought and gave no answer"
+    return "the answer is empty"
+
+
+def as_it_is(task: Task, text: str) -> str:
+    return text.strip()
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What is done to each task. All of it raises `QwenCliError` for what is wrong with one.
+
+    Args:
+        open: the picture of an item; runs in threads.
+        ask: the request about it; runs in threads. `Task.attempt` tells how often it was asked.
+        fault: what is wrong with an answer, None where it is good.
+        shape: the caption that is written, from the text of a good answer.
+        attempts: how often a task is tried whose answers have faults.
+    """
+
+    open: Callable[[Item], VisualPart]
+    ask: Callable[[Task, VisualPart], GenerationRequest]
+    fault: Callable[[Task, GenerationResult], str | None] = no_answer
+    shape: Callable[[Task, str], str] = as_it_is
+    attempts: int = 1
+
+
+class Writer(Protocol):
+    """Takes outcomes to where they are kept; all of it runs in one thread."""
+
+    def write(self, outcomes: list[Outcome]) -> list[Outcome]:
+        """Keep them; returns them as they are kept: what could not be written has failed.
+
+        Raises:
+            QwenCliError: nothing can be kept any more.
+        """
+
+
+class Stopper:
+    """Whether the user has asked to stop, while `watching`.
+
+    The first Ctrl-C sets `asked`; the second ends the process at once.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self.asked = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+        for number in before:
+            signal.signal(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            if sys.stderr.isatty():
+                os.write(2, b"\x1b[?25h\n")  # a progress bar hides the cursor
+            # Files are whole at every moment, so nothing is lost.
+            os._exit(130)
+        self.asked = True
+        self._say("stopping: finishing what runs; Ctrl-C again leaves at once")
+
+
+def run(
+    engine: Engine,
+    tasks: Iterable[Task],
+    stages: Stages,
+    writer: Writer,
+    *,
+    expected: int,
+    report: Callable[[Outcome], None],
+    stopping: Callable[[], bool] = lambda: False,
+) -> None:
+    """Caption everything; returns when all of it is written.
+
+    Args:
+        expected: how many tasks there are.
+        report: called in this thread for each outcome that was kept.
+
+    Raises:
+        QwenCliError: the engine or the writer cannot go on.
+    """
+    from qwencli.engine.client import answers
+
+    waiting = iter(tasks)
+    again: deque[Task] = deque()
+    asked: dict[Task, _Asked] = {}
+
+    def request(task: Task) -> GenerationRequest:
+        made = _request(stages, task)
+        asked[task] = _Asked(_prompt_text(made), made.sampling.seed)
+        return made
+
+    def take() -> tuple[Task, Callable[[], GenerationRequest]] | None:
+        task = again.popleft() if again else next(waiting, None)
+        return None if task is None else (task, functools.partial(request, task))
+
+    with _WriterThread(writer, report) as sink:
+        for task, result in answers(engine, take, stopping=stopping, expected=expected):
+            outcome = _judged(stages, task, result, asked.pop(task, None))
+            if outcome is None:
+                again.append(replace(task, attempt=task.attempt + 1))
+            else:
+                sink.put(outcome)
+            sink.report()
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is kept of a request while it is answered: its pictures are the engine's alone."""
+
+    prompt: str
+    seed: int | None
+
+
+def _request(stages: Stages, task: Task) -> GenerationRequest:
+    try:
+        return stages.ask(task, stages.open(task.item))
+    except QwenCliError:
+        raise
+    except Exception as error:
+        line = (str(error).strip() or "no message").splitlines()[0]
+        raise InputError(
+            f"{task.item.key}: {type(error).__name__}: {line}",
+            "this is a fault of qwencli; report it with the picture",
+        ) from error
+
+
+def _prompt_text(request: GenerationRequest) -> str:
+    parts = request.messages[-1].parts
+    return "\n".join(part.text for part in parts if isinstance(part, TextPart))
+
+
+def _judged(
+    stages: Stages, task: Task, result: GenerationResult | QwenCliError, asked: _Asked | None
+) -> Outcome | None:
+    """What became of a task; None where it is to be tried again."""
+    if isinstance(result, ITEM_ERRORS):
+        return Failed(task, result)
+    if isinstance(result, QwenCliError):
+        raise result
+    assert asked is not None, "what was answered was asked"
+    fault = stages.fault(task, result)
+    if fault is not None:
+        if task.attempt + 1 < stages.attempts:
+            return None
+        return Failed(task, CaptionError(f"{task.item.key}: {fault}", "try --retry-failed"))
+    try:
+        caption = stages.shape(task, result.text)
+    except ITEM_ERRORS as error:
+        return Failed(task, error)
+    return Captioned(task, caption, asked.prompt, asked.seed, result)
+
+
+class _WriterThread:
+    """Runs a `Writer` beside the engine; what it has not written yet is bounded.
+
+    Leaving it writes all that was put, also where the engine has failed.
+    """
+
+    def __init__(self, writer: Writer, report: Callable[[Outcome], None]) -> None:
+        self._writer, self._report = writer, report
+        self._queue: queue.Queue[Outcome | None] = queue.Queue(WAITING_CAPTIONS)
+        self._kept: deque[Outcome] = deque()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="write captions", daemon=True)
+
+    def __enter__(self) -> _WriterThread:
+        self._thread.start()
+        return self
+
+    def put(self, outcome: Outcome) -> None:
+        """Raises what the writer has raised."""
+        if self._error is not None:
+            raise self._error
+        self._queue.put(outcome)
+
+    def report(self) -> None:
+        while self._kept:
+            self._report(self._kept.popleft())
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        self.report()
+        if self._error is not None and kind is None:
+            raise self._error
+
+    def _work(self) -> None:
+        for batch in self._batches():
+            if self._error is not None:
+                continue  # takes what is put, so that nobody waits for room
+            try:
+                self._kept += self._writer.write(batch)
+            except BaseException as error:  # noqa: BLE001 - raised again where outcomes are put
+                self._error = error
+
+    def _batches(self) -> Iterator[list[Outcome]]:
+        """All that waits, as often as there is something: they are brought to disk together."""
+        while True:
+            batch: list[Outcome | None] = [self._queue.get()]
+            with contextlib.suppress(queue.Empty):
+                while batch[-1] is not None:
+                    batch.append(self._queue.get_nowait())
+            outcomes = [outcome for outcome in batch if outcome is not None]
+            if outcomes:
+                yield outcomes
+            if batch[-1] is None:
+                return

@@ -1,0 +1,292 @@
+"""Where captions are written: text files beside the pictures.
+
+A file is always whole: it is written under another name, brought to disk, and then renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Container, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from qwencli.config import Existing
+from qwencli.dataset.manifest import Manifest, Written
+from qwencli.dataset.pipeline import Captioned, Failed, Outcome
+from qwencli.dataset.sources import (
+    CAPTION,
+    PARTIAL_PREFIX,
+    PARTIAL_SUFFIX,
+    VIDEO_SUFFIXES,
+    Slot,
+    in_folders,
+)
+from qwencli.errors import OutputError, UsageError
+
+_SENTENCE_ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
+FLUSHING_THREADS = 8
+# After so many files in a row that cannot be written, the run ends: the disk is full.
+MOST_UNWRITTEN = 20
+_counter = itertools.count()
+
+
+class Sink(Protocol):
+    """A place for captions."""
+
+    def name(self, slot: Slot) -> str: ...
+
+    def existing(self, slots: Iterable[Slot]) -> set[Slot]: ...
+
+    def read(self, slot: Slot) -> str | None: ...
+
+    def write(self, captions: Sequence[tuple[Slot, str]]) -> list[OutputError | None]: ...
+
+    def close(self) -> None: ...
+
+
+class Sidecars:
+    """A text file for each caption, below `root`: `a/b.txt` for `a/b.jpg`.
+
+    Another field than `CAPTION` and samples behind the first have their name before the ending:
+    `a/b.tags.txt`, `a/b.2.txt`.
+
+    Raises:
+        UsageError: the ending is none, or one of pictures.
+    """
+
+    def __init__(self, root: Path, extension: str = ".txt") -> None:
+        from qwencli.engine.frontend.images import PICTURE_SUFFIXES
+
+        extension = extension if extension.startswith(".") else f".{extension}"
+        if not extension[1:].strip(". ") or set(extension) & set("/\\\0\n"):
+            raise UsageError(f"--caption-extension {extension!r} is no ending", "such as .txt")
+        if extension.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES:
+            raise UsageError(
+                f"--caption-extension {extension} would overwrite pictures", "use .txt or .caption"
+            )
+        self.root, self.extension = root, extension
+        # Disks bring several files to rest in the time of one.
+        self._threads = ThreadPoolExecutor(FLUSHING_THREADS, thread_name_prefix="flush")
+
+    def path(self, slot: Slot) -> Path:
+        return self.root / self.name(slot)
+
+    def name(self, slot: Slot) -> str:
+        """The file's path below `root`; two slots of one name cannot both be written."""
+        name = os.path.splitext(slot.key)[0]
+        if slot.field != CAPTION:
+            name += f".{slot.field}"
+        if slot.sample:
+            name += f".{slot.sample + 1}"
+        return name + self.extension
+
+    def existing(self, slots: Iterable[Slot]) -> set[Slot]:
+        """Those that have a file with something in it; each folder is read once."""
+        by_key: dict[str, list[Slot]] = {}
+        for slot in slots:
+            by_key.setdefault(slot.key, []).append(slot)
+        found = set()
+        for folder, keys in in_folders(by_key):
+            files = self._filled(folder)
+            if files:
+                for key in keys:
+                    found |= {
+                        slot for slot in by_key[key] if self.name(slot).rpartition("/")[2] in files
+                    }
+        return found
+
+    def _filled(self, folder: str) -> set[str]:
+        """Names of files with this ending that are not empty."""
+        try:
+            with os.scandir(self.root / folder) as entries:
+                return {
+                    entry.name
+                    for entry in entries
+                    if entry.name.endswith(self.extension) and _is_filled(entry)
+                }
+        except OSError:
+            return set()
+
+    def read(self, slot: Slot) -> str | None:
+        """What the file holds, without the line end; None where there is none.
+
+        Raises:
+            OutputError: it cannot be read, or is no text.
+        """
+        path = self.path(slot)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}",
+                "mend or remove the file",
+            ) from error
+        return text.rstrip("\r\n") or None
+
+    def write(self, captions: Sequence[tuple[Slot, str]]) -> list[OutputError | None]:
+        """Put captions in the place of what their files held; an error for each that was not.
+
+        All of it is on disk when this returns.
+        """
+        errors = list(self._threads.map(self._write, captions))
+        folders = {self.path(slot).parent for slot, _ in captions}
+        list(self._threads.map(_flush_folder, folders))
+        return errors
+
+    def _write(self, caption: tuple[Slot, str]) -> OutputError | None:
+        slot, text = caption
+        path = self.path(slot)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text.encode("utf-8", "replace") + b"\n")
+        except (OSError, ValueError) as error:
+            return OutputError(
+                f"{path} cannot be written: {getattr(error, 'strerror', None) or error}",
+                "free space, change the permissions, or name another place with --output",
+            )
+        return None
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+
+def combined(mode: Existing, before: str | None, caption: str) -> str:
+    """The text to write where `before` stood."""
+    if before is None or mode not in (Existing.APPEND, Existing.PREPEND):
+        return caption
+    first, second = (before, caption) if mode is Existing.APPEND else (caption, before)
+    first = first.rstrip(", \n")
+    # Sentences follow each other, and tags are a list.
+    return f"{first}{' ' if first.endswith(_SENTENCE_ENDS) else ', '}{second.lstrip()}"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Make `path` hold `data`: at no moment does it hold a part.
+
+    Raises:
+        OSError: nothing was changed.
+    """
+    # A name of its own: that of the file may be as long as names can be.
+    partial = path.parent / f"{PARTIAL_PREFIX}{os.getpid()}-{next(_counter)}{PARTIAL_SUFFIX}"
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def _flush_folder(folder: Path) -> None:
+    """Bring the names in a folder to disk, where the system has a call for that."""
+    if os.name == "nt":
+        return
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def _is_filled(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.stat().st_size > 0
+    except OSError:
+        return False
+
+
+class CaptionWriter:
+    """Keeps outcomes: captions in their files, and what is known of each in the manifest.
+
+    Args:
+        redone: slots whose captions replace what is there, whatever `existing` says.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        sink: Sink,
+        existing: Existing,
+        redone: Container[Slot] = (),
+    ) -> None:
+        self._manifest, self._sink = manifest, sink
+        self._existing, self._redone = existing, redone
+        self._failed_in_a_row = 0
+
+    def write(self, outcomes: list[Outcome]) -> list[Outcome]:
+        """Keep them; what cannot be written has failed.
+
+        Raises:
+            OutputError: the manifest takes nothing any more, or so many files in a row.
+        """
+        kept: list[Outcome] = []
+        intended: list[Written] = []
+        for outcome in outcomes:
+            try:
+                if isinstance(outcome, Captioned):
+                    intended.append(self._composed(outcome))
+                else:
+                    kept.append(outcome)
+            except OutputError as error:
+                kept.append(Failed(outcome.task, error))
+        self._manifest.intend(intended)
+        errors = self._sink.write([(each.captioned.task.slot, each.text) for each in intended])
+        done: list[Outcome] = []
+        for written, refused in zip(intended, errors, strict=True):
+            self._failed_in_a_row = self._failed_in_a_row + 1 if refused else 0
+            if refused is None:
+                done.append(written.captioned)
+            else:
+                kept.append(Failed(written.captioned.task, refused))
+        failed = [outcome for outcome in kept if isinstance(outcome, Failed)]
+        self._manifest.settle([outcome.task.slot for outcome in done], failed)
+        if self._failed_in_a_row >= MOST_UNWRITTEN:
+            last = next(refused for refused in reversed(errors) if refused)
+            raise OutputError(f"{last.message}, nor were {MOST_UNWRITTEN - 1} before it", last.hint)
+        return done + kept
+
+    def _composed(self, captioned: Captioned) -> Written:
+        slot = captioned.task.slot
+        adds = self._existing in (Existing.APPEND, Existing.PREPEND) and slot not in self._redone
+        before = None
+        try:
+            before = self._sink.read(slot)
+        except OutputError:
+            if adds:
+                raise
+        text = combined(self._existing, before, captioned.caption) if adds else captioned.caption
+        return Written(captioned, text, before)
+
+
+def settle(manifest: Manifest, sink: Sink) -> int:
+    """Write what a killed run had begun to write; returns how many captions that gave.
+
+    What stands in a file that somebody has changed since stays, and its caption is forgotten.
+    """
+    done, gone, to_write = [], [], []
+    for each in manifest.unsettled():
+        try:
+            now = sink.read(each.slot)
+        except OutputError:
+            gone.append(each.slot)
+            continue
+        if now == each.text.rstrip("\r\n"):
+            done.append(each.slot)
+        elif now == each.kept:
+            to_write.append((each.slot, each.text))
+        else:
+            gone.append(each.slot)
+    for (slot, _), refused in zip(to_write, sink.write(to_write), strict=True):
+        (gone if refused else done).append(slot)
+    manifest.forget(gone)
+    manifest.settle(done)
+    return len(done)

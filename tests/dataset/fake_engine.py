@@ -1,0 +1,136 @@
+"""An engine that answers at once, many rows at a time; and a process that captions a set with it.
+
+    python tests/dataset/fake_engine.py FOLDER [--existing MODE] ...
+
+runs `qwencli caption FOLDER ...` on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from qwencli.config import EngineConfig
+from qwencli.engine.request import StepOutput, request_of
+from qwencli.errors import QwenCliError
+from qwencli.messages import GenerationRequest, ImagePart, TextPart
+from qwencli.results import GenerationChunk, GenerationResult, RanModes, Timings
+
+TIMINGS = Timings(0.1, 0.0, None, 0.0, 0.0, 0.0, 0.01, None)
+RAN = RanModes("native", "none", "sdpa", "static", "cpu", "float32")
+
+
+def said(request: GenerationRequest) -> str:
+    """A caption that tells the picture and the question."""
+    parts = request.messages[-1].parts
+    digest = hashlib.sha256(str(request.sampling.seed).encode())
+    for part in parts:
+        if isinstance(part, ImagePart):
+            digest.update(part.image.tobytes())
+        elif isinstance(part, TextPart):
+            digest.update(part.text.encode("utf-8", "surrogatepass"))
+    return f"A picture {digest.hexdigest()[:12]}."
+
+
+class FakeEngine:
+    """`answer(request)` gives the text, or raises; each takes a few steps, of `step_s` seconds."""
+
+    load_s = 0.1
+    max_seq_len = 4096
+    memory_plan: MappingProxyType[str, int] = MappingProxyType({})
+    load_warnings = ()
+    ran = RAN
+
+    def __init__(
+        self,
+        config: EngineConfig | None = None,
+        answer: Callable[[GenerationRequest], str] = said,
+        *,
+        max_rows: int = 8,
+        step_s: float = 0.0,
+    ) -> None:
+        self.config = config
+        self.answer, self.max_rows, self.step_s = answer, max_rows, step_s
+        self.answered = 0
+        self.finish_reason: Any = "stop"
+        self.most_held = 0
+        self._ids = itertools.count()
+        self._requests: dict[int, tuple[Any, int]] = {}
+
+    def load(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    def add(self, request: Any) -> int:
+        number = next(self._ids)
+        self._requests[number] = (request, number % 3 + 1)
+        self.most_held = max(self.most_held, len(self._requests))
+        return number
+
+    def step(self) -> list[StepOutput]:
+        time.sleep(self.step_s)
+        outputs = []
+        for number, (request, left) in list(self._requests.items())[: self.max_rows]:
+            if left > 1:
+                self._requests[number] = (request, left - 1)
+                outputs.append(StepOutput(number, GenerationChunk("", (1,))))
+                continue
+            del self._requests[number]
+            try:
+                outputs.append(StepOutput(number, self._chunk(request_of(request))))
+            except QwenCliError as error:
+                outputs.append(StepOutput(number, error=error))
+        return outputs
+
+    def abort(self, request: int) -> None:
+        self._requests.pop(request, None)
+
+    def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
+        time.sleep(self.step_s)
+        yield self._chunk(request)
+
+    def generate(self, request: GenerationRequest) -> GenerationResult:
+        return self._chunk(request).result  # type: ignore[return-value]
+
+    def _chunk(self, request: GenerationRequest) -> GenerationChunk:
+        text = self.answer(request)
+        self.answered += 1
+        size = [part.image.size for part in request.messages[-1].parts if hasattr(part, "image")]
+        result = GenerationResult(
+            text, (1, 2, 3), self.finish_reason, 7, 4, TIMINGS, RAN, (0.0, 0.1, 0.2), None,
+            image_sizes=tuple(size), resized_sizes=tuple(size),
+        )  # fmt: skip
+        return GenerationChunk(text, (1, 2, 3), result)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def main() -> int:
+    from qwencli.cli import run
+    from qwencli.engine import factory
+
+    step_s = float(os.environ.get("FAKE_STEP_S", "0"))
+    factory.create_engine = lambda config: FakeEngine(config, step_s=step_s)  # type: ignore
+    return run(["caption", "--model", "scenes", "--device", "cpu", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
