@@ -30,16 +30,14 @@ from qwencli.bench.compare.comparison_tables import comparison_document, compari
 from qwencli.bench.compare.sides import read_side
 from qwencli.bench.measure.telemetry import sampler_command
 from qwencli.bench.plan.campaign_plan import Plan
-from qwencli.bench.plan.dry_run import duration, planned_table
-from qwencli.bench.plan.environment import environment
-from qwencli.bench.plan.launch import read_machine_speed
-from qwencli.bench.plan.predict import predict
+from qwencli.bench.plan.environment import environment, read_machine_speed
+from qwencli.bench.plan.predict import duration, planned_table, predict
 from qwencli.bench.plan.prepare import BenchRequest, prepare
-from qwencli.bench.plan.repetition import Wanted
+from qwencli.bench.plan.stopping import Wanted
 from qwencli.bench.report.campaign_report import build_report
 from qwencli.bench.run.bench_run import INTERRUPTED, worker
 from qwencli.bench.run.campaign import Campaign
-from qwencli.bench.run.runner import RunnerOptions, run_in_turns
+from qwencli.bench.run.campaign_runner import RunnerOptions, run_in_turns
 from qwencli.config import DType, LoadFormat
 from qwencli.engine.machine.device import DeviceFacts
 from qwencli.output import Sink

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from qwencli.bench.plan.workload import EXAMPLE_IMAGE
+from qwencli.bench.plan.matrix_file import EXAMPLE_IMAGE
 from qwencli.config import Cache, EngineConfig, EngineName, LoadFormat, SamplingOptions
 from qwencli.engine.factory import create_engine
 from qwencli.engine.frontend.images import open_image

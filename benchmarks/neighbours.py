@@ -13,10 +13,9 @@ import subprocess
 import sys
 from contextlib import nullcontext
 
-from qwencli.bench.inject import contention as beside
-from qwencli.bench.inject import hogs
+from qwencli.bench.inject import contention
 
-KINDS = {"copying": hogs.COPYING, "computing": hogs.COMPUTING}
+KINDS = {"copying": contention.COPYING, "computing": contention.COMPUTING}
 
 
 def main() -> int:
@@ -35,7 +34,7 @@ def main() -> int:
     try:
         while True:
             program = KINDS[options.kind]
-            with beside.neighbours(program) if accompanied else nullcontext():
+            with contention.neighbours(program) if accompanied else nullcontext():
                 try:
                     return process.wait(options.seconds)
                 except subprocess.TimeoutExpired:

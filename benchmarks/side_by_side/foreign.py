@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from qwencli.bench.plan.environment import environment
-from qwencli.bench.plan.launch import read_device_facts
-from qwencli.bench.plan.workload import EXAMPLE_IMAGE, find_image, prompt_or_default
+from qwencli.bench.plan.environment import environment, read_device_facts
+from qwencli.bench.plan.matrix_file import EXAMPLE_IMAGE, find_image, prompt_or_default
 from qwencli.bench.report.campaign_report import build_report
 from qwencli.bench.report.tables import terminal_table
 from qwencli.bench.run.campaign import ENVIRONMENT, GPU, PLAN, RUNS, TOKENS, write_json
-from qwencli.bench.statistics.itl import run_latency
+from qwencli.bench.statistics.slow_tokens import run_latency
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import RowFile
 from qwencli.errors import BenchError, OutputError, QwenCliError

@@ -162,11 +162,11 @@ def bench(
         return
     if resume and out is None:
         raise UsageError("--resume needs --out DIR", "name the campaign's folder")
+    from qwencli.bench.plan.matrix_file import read_prompt
     from qwencli.bench.plan.prepare import BenchRequest, prepare
-    from qwencli.bench.plan.repetition import Wanted
-    from qwencli.bench.plan.workload import read_prompt
+    from qwencli.bench.plan.stopping import Wanted
     from qwencli.bench.run.bench_run import How, measure, show_cells
-    from qwencli.bench.run.cooldown import read_cooldown
+    from qwencli.bench.run.campaign_runner import read_cooldown
 
     axes = {
         "model": model,
@@ -286,7 +286,7 @@ def compare(
     if run:
         from qwencli.bench.compare.compare_run import run_sides
         from qwencli.bench.plan.prepare import BenchRequest
-        from qwencli.bench.plan.repetition import Wanted
+        from qwencli.bench.plan.stopping import Wanted
 
         request = BenchRequest(
             matrix="",
@@ -357,7 +357,7 @@ def inject(
     from qwencli.bench.inject.injection_run import Injection
     from qwencli.bench.inject.injection_run import inject as run_injection
     from qwencli.bench.plan.prepare import BenchRequest
-    from qwencli.bench.plan.repetition import Wanted
+    from qwencli.bench.plan.stopping import Wanted
 
     request = BenchRequest(
         matrix="quick",

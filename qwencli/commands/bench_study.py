@@ -66,7 +66,7 @@ def study(
     from qwencli.bench.studies import study_plan as plan
     from qwencli.bench.studies import study_run as session
     from qwencli.bench.studies.claim_file import choose
-    from qwencli.bench.studies.listing import claims_table
+    from qwencli.bench.studies.study_report import claims_table
 
     sink = context.ensure_object(Sink)
     named = [*(claim or ()), *([claims] if claims else ())]
@@ -76,7 +76,7 @@ def study(
     if resume and out is None:
         raise UsageError("--resume needs --out DIR", "name the study's folder")
     studies = choose(named)
-    from qwencli.bench.plan.launch import read_device_facts
+    from qwencli.bench.plan.environment import read_device_facts
 
     number, parts = _read_part(part)
     request = plan.StudyRequest(
@@ -100,7 +100,7 @@ def study(
     folder = out or Path("campaigns") / f"study-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     code = session.run_and_report(prepared, folder, sys.argv[1:], sink, resume=resume)
     if share:
-        from qwencli.bench.studies.share import share as pack
+        from qwencli.bench.studies.study_report import share as pack
         from qwencli.diagnostics.redact import redact, this_owner
 
         owner = this_owner()

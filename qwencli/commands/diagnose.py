@@ -62,10 +62,10 @@ def diagnose(
     from qwencli.commands.diagnosis import apply_advice, chosen_model, engine_work, write_report
     from qwencli.diagnostics import live
     from qwencli.diagnostics.advice import advise
+    from qwencli.diagnostics.check_table import run_check, select
     from qwencli.diagnostics.finding import Level, Status
     from qwencli.diagnostics.record import record
     from qwencli.diagnostics.report import document, text, verdict
-    from qwencli.diagnostics.table import run_check, select
 
     sink = context.ensure_object(Sink)
     level = Level.QUICK if quick else Level.DEEP if deep else Level.DEFAULT

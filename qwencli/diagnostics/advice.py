@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qwencli.config import Attention, Cache, DType, EngineName, Kernels, Quantization
-from qwencli.diagnostics.launches import (
+from qwencli.diagnostics.decode_work import (
     fused_kernels_per_token,
+    image_tokens,
     operators_ms_per_token,
     operators_per_token,
+    token_bytes,
 )
 from qwencli.diagnostics.machine import Machine, Unreadable
-from qwencli.diagnostics.work import image_tokens, token_bytes
 from qwencli.engine.instruments.probes.ask import Outcome
 from qwencli.engine.machine.device import CudaDevice
 from qwencli.engine.machine.gpu_readings import GpuReading

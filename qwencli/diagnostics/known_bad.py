@@ -1,8 +1,13 @@
-"""The table of known-bad combinations (`known_bad.toml`) and which of its rows apply here."""
+"""The table of known-bad combinations (`known_bad.toml`) and which of its rows apply here.
+
+A row holds conditions on version numbers.
+"""
 
 from __future__ import annotations
 
 import datetime
+import operator
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +17,46 @@ from typing import Any
 
 from qwencli.diagnostics.finding import Confidence
 from qwencli.diagnostics.machine import Machine
-from qwencli.diagnostics.versions import cudnn_text, meets
+
+Numbers = tuple[int, ...]
+
+_COMPARE: Mapping[str, Callable[[Numbers, Numbers], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+
+def numbers(version: str) -> Numbers:
+    """The leading numbers: "2.9.1+cu128" -> (2, 9, 1), "2.8.3.post1" -> (2, 8, 3, 1)."""
+    found = re.match(r"\d+(?:\.(?:post)?\d+)*", version)
+    return tuple(int(part) for part in re.findall(r"\d+", found.group())) if found else ()
+
+
+def meets(version: str, condition: str) -> bool:
+    """Whether a version meets all parts of a condition such as ">=2.9,<2.10".
+
+    Raises:
+        ValueError: the condition has no such form.
+    """
+    return all(_meets(numbers(version), part.strip()) for part in condition.split(","))
+
+
+def _meets(version: Numbers, part: str) -> bool:
+    sign = next((sign for sign in _COMPARE if part.startswith(sign)), None)
+    if sign is None:
+        raise ValueError(f"{part!r} is no condition")
+    wanted = numbers(part.removeprefix(sign))
+    if sign == "==":
+        return version[: len(wanted)] == wanted
+    return _COMPARE[sign](version, wanted)
+
+
+def cudnn_text(version: int) -> str:
+    """torch's number as people write it: 91501 -> "9.15.1"."""
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ from typing import Any, Self
 
 from qwencli.config import ModelSpec
 from qwencli.diagnostics.machine import Machine
-from qwencli.diagnostics.read_processes import read_engines
 from qwencli.diagnostics.read_storage import (
     read_cache,
     read_disk_speed,
     read_downloads,
     read_hub,
 )
-from qwencli.diagnostics.read_system import read_cpu, read_system
+from qwencli.diagnostics.read_system import read_cpu, read_engines, read_system
 from qwencli.engine.instruments.gpu_clock_sampler import ClockWatch
 from qwencli.engine.instruments.probes.answers import EngineWork
 from qwencli.engine.instruments.probes.ask import ProbeAnswer, ProbeProcess

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+from qwencli.diagnostics.decode_work import work_of
 from qwencli.diagnostics.facts import (
     CacheFacts,
     CpuFacts,
@@ -20,7 +21,6 @@ from qwencli.diagnostics.facts import (
     HubFacts,
     SystemFacts,
 )
-from qwencli.diagnostics.work import work_of
 from qwencli.engine.instruments.probes.answers import Work
 from qwencli.engine.instruments.probes.ask import Outcome, ProbeAnswer
 from qwencli.engine.machine.device import CudaDevice, TorchFacts

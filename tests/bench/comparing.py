@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from qwencli.bench.compare.sides import Side, side
-from qwencli.bench.plan.cells import BenchCell
+from qwencli.bench.plan.matrix import BenchCell
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import write_rows
 from qwencli.config import Attention, Cache, EngineName, LoadMode, Quantization

@@ -8,12 +8,11 @@ from contextlib import contextmanager
 import pytest
 
 from benchmarks import neighbours
-from qwencli.bench.inject import contention as beside
-from qwencli.bench.inject import hogs
+from qwencli.bench.inject import contention
 
 
 @pytest.mark.parametrize(
-    ("kind", "program"), [("copying", hogs.COPYING), ("computing", hogs.COMPUTING)]
+    ("kind", "program"), [("copying", contention.COPYING), ("computing", contention.COMPUTING)]
 )
 def test_turns_beside_a_command_whose_exit_code_counts(monkeypatch, kind, program):
     turns = []
@@ -25,7 +24,7 @@ def test_turns_beside_a_command_whose_exit_code_counts(monkeypatch, kind, progra
         turns.append("ended")
 
     wait = "import time; time.sleep(1.0); raise SystemExit(3)"
-    monkeypatch.setattr(beside, "neighbours", made_up)
+    monkeypatch.setattr(contention, "neighbours", made_up)
     arguments = ["--kind", kind, "--seconds", "0.2", "--", sys.executable, "-c", wait]
     monkeypatch.setattr(sys, "argv", ["neighbours", *arguments])
     assert neighbours.main() == 3

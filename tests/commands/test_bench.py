@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from qwencli.bench.plan import prepare
 from qwencli.bench.plan.predict import MachineSpeed
-from qwencli.bench.plan.repetition import Wanted
+from qwencli.bench.plan.stopping import Wanted
 from qwencli.bench.run import bench_run as session
 from qwencli.commands import bench as command
 from qwencli.config import DType, LoadFormat, ModelSource, ModelSpec

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from qwencli.bench.inject.truth import COLUMNS, NONE, rows_of
+from qwencli.bench.inject.confusion import NONE, TRUTH_COLUMNS, rows_of
 from qwencli.bench.run.campaign import write_json
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import write_rows
@@ -32,7 +32,7 @@ def injected(tmp_path):
         write_rows(folder / f"{name}.csv", columns_of, rows)
     truth = [row for run in cell.itl if run != 5 for row in rows_of(run, NONE, [])]
     truth += rows_of(5, "suspended", [(start, end)])
-    write_rows(folder / "truth.csv", COLUMNS, truth)
+    write_rows(folder / "truth.csv", TRUTH_COLUMNS, truth)
     axes = {
         "model": "m", "engine": "native", "quantization": "none", "attention": "sdpa",
         "cache": "static", "load_mode": "keep",

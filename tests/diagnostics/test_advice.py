@@ -4,7 +4,7 @@ import pytest
 
 from qwencli.config import Attention, Cache, EngineName, Kernels, Quantization
 from qwencli.diagnostics.advice import advise
-from qwencli.diagnostics.work import image_tokens, token_bytes, work_of
+from qwencli.diagnostics.decode_work import image_tokens, token_bytes, work_of
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
 from tests.diagnostics.replay import machine, recorded

@@ -6,10 +6,10 @@ import pytest
 
 from qwencli.diagnostics import report
 from qwencli.diagnostics.advice import Advice
+from qwencli.diagnostics.check_table import CHECKS, run_check, select
 from qwencli.diagnostics.finding import Check, Finding, Level, Status
+from qwencli.diagnostics.known_bad import cudnn_text, meets, numbers
 from qwencli.diagnostics.machine import Unreadable
-from qwencli.diagnostics.table import CHECKS, run_check, select
-from qwencli.diagnostics.versions import cudnn_text, meets, numbers
 from qwencli.errors import UsageError
 from qwencli.output import Sink
 from tests.diagnostics.replay import machine, recorded

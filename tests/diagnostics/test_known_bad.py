@@ -4,8 +4,7 @@ import datetime
 
 import pytest
 
-from qwencli.diagnostics.known_bad import FACTS, known_bad, present
-from qwencli.diagnostics.versions import meets
+from qwencli.diagnostics.known_bad import FACTS, known_bad, meets, present
 from tests.diagnostics.replay import machine
 
 

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from qwencli.diagnostics import report
 from qwencli.diagnostics.advice import advise
+from qwencli.diagnostics.check_table import CHECKS, run_check, select
 from qwencli.diagnostics.finding import Level, Status
 from qwencli.diagnostics.record import RecordedMachine, record
-from qwencli.diagnostics.table import CHECKS, run_check, select
 from tests.diagnostics.replay import EXPECTED, MACHINES, machine
 
 

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 
 from qwencli.config import ModelSource, ModelSpec
-from qwencli.diagnostics import read_processes, read_storage, read_system
+from qwencli.diagnostics import read_storage, read_system
+from qwencli.diagnostics.check_table import run_check, select
 from qwencli.diagnostics.finding import Level, Status
 from qwencli.diagnostics.live import LiveMachine
 from qwencli.diagnostics.machine import SECTIONS
 from qwencli.diagnostics.record import RecordedMachine, record
-from qwencli.diagnostics.table import run_check, select
 from qwencli.engine.instruments.gpu_clock_sampler import summary
 from qwencli.engine.machine.gpu_readings import ClockSample
 from qwencli.engine.machine.gpu_sensors import read_all
@@ -131,12 +131,12 @@ def test_processes_of_this_program_by_their_command_line(tmp_path):
     process(900002, 1, "/usr/bin/python3.12", "-m", "qwencli.bench.run.worker")
     process(900003, 900004, "/venv/bin/qwencli", "chat")
     process(900004, 1, "bash", "-c", "qwencli chat")
-    found = read_processes.read_engines(tmp_path)
+    found = read_system.read_engines(tmp_path)
     assert [(p.pid, p.what, p.orphaned) for p in found] == [
         (900002, "qwencli.bench.run.worker", True),
         (900003, "qwencli chat", False),
     ]
-    assert read_processes.read_engines(tmp_path / "none") is None
+    assert read_system.read_engines(tmp_path / "none") is None
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_processes_of_this_program_by_their_command_line(tmp_path):
 )
 def test_what_runs_is_told_from_what_is_an_argument(tmp_path, words, what):
     (tmp_path / "cmdline").write_bytes("\0".join(words).encode() + b"\0")
-    assert read_processes._qwencli(tmp_path) == what
+    assert read_system._qwencli(tmp_path) == what
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_what_the_shell_of_a_container_started_is_not_left_behind(tmp_path, firs
         (folder / "stat").write_text(f"{pid} ({name}) S {parent} 1 1", encoding="utf-8")
         (folder / "comm").write_text(f"{name}\n", encoding="utf-8")
         (folder / "cmdline").write_bytes(command.encode() + b"\0chat\0")
-    assert [p.orphaned for p in read_processes.read_engines(tmp_path)] == [orphaned]
+    assert [p.orphaned for p in read_system.read_engines(tmp_path)] == [orphaned]
 
 
 class FakeNvml:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwencli.bench.plan.workload import EXAMPLE_IMAGE
+from qwencli.bench.plan.matrix_file import EXAMPLE_IMAGE
 from qwencli.bench.studies.conditions import CONDITIONS, Load, Situation, why_not
 from qwencli.config import (
     Attention,

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from qwencli.config import EngineConfig, LoadFormat
+from qwencli.diagnostics.check_table import run_check, select
 from qwencli.diagnostics.finding import Level, Status
 from qwencli.diagnostics.live import LiveMachine
 from qwencli.diagnostics.record import RecordedMachine, record
-from qwencli.diagnostics.table import run_check, select
 from qwencli.engine.instruments.probes.answers import EngineWork
 from qwencli.models.resolve import resolve_model
 

@@ -18,10 +18,10 @@ from typing import Any
 import campaigns
 from plots import effects_plot, runs_plot
 
-from qwencli.bench.report.cell_statistics import UNSTABLE_RATIO
 from qwencli.bench.report.explain import explain_campaign
 from qwencli.bench.report.explain_rules import DIFFER
 from qwencli.bench.run.campaign import ENVIRONMENT
+from qwencli.bench.statistics.robust import UNSTABLE_RATIO
 from qwencli.bench.studies import origin_tables
 from qwencli.bench.studies.claim_file import ALL, Study, choose
 from qwencli.bench.studies.origin_tables import series

@@ -6,13 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from qwencli.bench.attribution.baseline import Baseline, baseline
 from qwencli.bench.attribution.cause_rules import judge
-from qwencli.bench.attribution.causes import Finding, Stretch
-from qwencli.bench.attribution.collect import observe
+from qwencli.bench.attribution.evidence import Baseline, baseline, observe
 from qwencli.bench.attribution.records import RawRow, RunRecord, records_by_cell
 from qwencli.bench.attribution.slow_runs import SlowPhase, slow_phases
 from qwencli.bench.attribution.whole_cell import over_limits
+from qwencli.bench.causes import Finding, Stretch
 from qwencli.bench.statistics.slow_tokens import UsualToken, gaps
 
 

@@ -23,10 +23,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwencli.bench.attribution.causes import Scope
 from qwencli.bench.attribution.records import RESTLESS_RATIO, RunRecord, quicker
-from qwencli.bench.statistics.drift import ALPHA, drift
+from qwencli.bench.causes import Scope
 from qwencli.bench.statistics.robust import MAD_TO_SIGMA
+from qwencli.bench.statistics.stationarity import ALPHA, drift
 
 MIN_RUNS = 4
 SIGMAS = 3.5

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwencli.bench.attribution.causes import MEANINGS, Cause, Finding
 from qwencli.bench.attribution.records import RawRow
 from qwencli.bench.attribution.whole_cell import over_limits
+from qwencli.bench.causes import MEANINGS, Cause, Finding
 from qwencli.bench.measure.probe_overhead import Pair, overhead_percent, sampler_percent
 from qwencli.bench.measure.roofline import GPU_BUSY
-from qwencli.bench.report.cell_statistics import UNSTABLE_RATIO
-from qwencli.bench.statistics.robust import Interval
+from qwencli.bench.statistics.robust import UNSTABLE_RATIO, Interval
 
 CellRow = Mapping[str, Any]
 # A thread that has this much of a core has never waited for long.

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from qwencli.bench.attribution.baseline import counters
-from qwencli.bench.attribution.causes import THROTTLING, Cause
+from qwencli.bench.attribution.evidence import counters
 from qwencli.bench.attribution.records import Moment, RunRecord
+from qwencli.bench.causes import THROTTLING, Cause
 from qwencli.bench.measure.roofline import GPU_BUSY
 
 # The kernel counts what the hypervisor takes in ticks of 10 ms: fewer say nothing.

@@ -16,11 +16,11 @@ from qwencli.bench.compare.sides import IN_TURNS
 from qwencli.bench.measure.telemetry import sampler_command
 from qwencli.bench.plan.environment import environment
 from qwencli.bench.plan.prepare import BenchRequest, prepare
-from qwencli.bench.plan.repetition import Wanted
+from qwencli.bench.plan.stopping import Wanted
 from qwencli.bench.report.campaign_report import build_report
 from qwencli.bench.run.bench_run import worker
 from qwencli.bench.run.campaign import Campaign
-from qwencli.bench.run.runner import RunnerOptions, run_in_turns
+from qwencli.bench.run.campaign_runner import RunnerOptions, run_in_turns
 from qwencli.errors import BenchError
 from qwencli.output import Sink
 

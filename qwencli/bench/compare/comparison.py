@@ -42,9 +42,8 @@ from qwencli.bench.compare.sides import (
     took_turns,
     unlike,
 )
-from qwencli.bench.plan.cells import AXES
-from qwencli.bench.report.cell_statistics import UNSTABLE_RATIO, run_ratio
-from qwencli.bench.statistics.robust import MIN_RUNS, Interval
+from qwencli.bench.plan.matrix import AXES
+from qwencli.bench.statistics.robust import MIN_RUNS, UNSTABLE_RATIO, Interval, run_ratio
 from qwencli.errors import BenchError, UsageError
 from qwencli.models.scheme_labels import stored_label
 

@@ -11,7 +11,7 @@ from qwencli.bench.attribution.whole_cell import over_limits
 from qwencli.bench.compare.comparison import CellComparison, Comparison, Verdict, counts
 from qwencli.bench.compare.intervals import CHANGE_CONFIDENCE, SAME_CONFIDENCE
 from qwencli.bench.compare.sides import SideCell
-from qwencli.bench.plan.cells import AXES
+from qwencli.bench.plan.matrix import AXES
 from qwencli.bench.report.tables import row_label, title, varying_axes
 
 if TYPE_CHECKING:

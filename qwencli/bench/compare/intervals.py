@@ -22,19 +22,29 @@ variance with degrees of freedom of its own, pooled with what was seen: the mode
 A change must also be larger than what the processes of either side differ by among themselves. A
 slow drift of the machine, which the first campaign and then the second go through, grows with their
 number as this does; the t interval, which shrinks with it, would take it for a change.
+
+**Sides that took turns** are told apart by their pairs (`paired_interval`). Where processes of A
+and B alternate, neighbours in time met the same machine: each pair gives one difference, and what
+both met is not in it. The estimate is the median of all means of two differences (Hodges and
+Lehmann 1963, Annals of Mathematical Statistics 34), its interval that of Wilcoxon's signed-rank
+test (Hollander, Wolfe and Chicken 2014, "Nonparametric Statistical Methods", 3.3): exact for
+differences that scatter evenly about their centre, however far some of them lie. A few disturbed
+processes make it wider and do not move it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwencli.bench.statistics.drift import OUTLIER_Z
-from qwencli.bench.statistics.paired_ranks import MIN_PAIRS, paired_interval
 from qwencli.bench.statistics.robust import MIN_RUNS, Interval, robust_sigma
+from qwencli.bench.statistics.stationarity import OUTLIER_Z
 
+# With fewer pairs no interval has the confidence that SAME asks for.
+MIN_PAIRS = 5
 # Two one-sided tests at 5 % each for the same, and half a percent on each side for a change.
 SAME_CONFIDENCE, CHANGE_CONFIDENCE = 0.90, 0.99
 # Log speed; runs on quiet GPUs scatter by 0.01 to 0.12 % (results/2026-11-25-h100-a-against-a).
@@ -48,6 +58,40 @@ ENOUGH = 8
 _MIN_RUNS_TO_DROP = 8
 
 Processes = Sequence[Sequence[float]]
+
+
+def paired_interval(a: Sequence[float], b: Sequence[float], confidence: float) -> Interval:
+    """Of the ratio b / a; without end where so few pairs cannot have that confidence.
+
+    Args:
+        a, b: values above zero, as many of each, `a[i]` and `b[i]` neighbours in time.
+    """
+    shifts = [math.log(y / x) for x, y in zip(a, b, strict=True)]
+    means = sorted((shifts[i] + shifts[j]) / 2 for i in range(len(shifts)) for j in range(i + 1))
+    outside = _outside(len(shifts), (1 - confidence) / 2)
+    estimate = math.exp(statistics.median(means))
+    if outside == 0:
+        return Interval(estimate, 0.0, math.inf, confidence)
+    return Interval(estimate, math.exp(means[outside - 1]), math.exp(means[-outside]), confidence)
+
+
+@functools.cache
+def _outside(pairs: int, tail: float) -> int:
+    """Which of the ordered means, counted from either end, is the interval's end; 0 = none."""
+    # ways[s]: subsets of the ranks 1 to `pairs` whose sum is s.
+    ways = [1]
+    for rank in range(1, pairs + 1):
+        ways = [
+            (ways[s] if s < len(ways) else 0) + (ways[s - rank] if s >= rank else 0)
+            for s in range(len(ways) + rank)
+        ]
+    chance, found = 0.0, 0
+    for count in ways:
+        chance += count / 2**pairs
+        if chance > tail:
+            break
+        found += 1
+    return found
 
 
 @dataclass(frozen=True)

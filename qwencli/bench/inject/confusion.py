@@ -11,14 +11,18 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from qwencli.bench.attribution.causes import Cause
 from qwencli.bench.attribution.records import RawRow
-from qwencli.bench.inject.truth import NONE, read_truth
-from qwencli.bench.storage.campaign_files import CAUSES, HOST, RUNS, read_file
-from qwencli.bench.storage.row_file import replace_file, write_rows
+from qwencli.bench.causes import Cause
+from qwencli.bench.storage.campaign_files import CAUSES, HOST, RUNS, check_table, read_file
+from qwencli.bench.storage.row_file import read_table, replace_file, write_rows
 from qwencli.output import markdown_page
 
+TRUTH = "truth.csv"
+TRUTH_COLUMNS = ("run", "cause", "t_s", "span_ms")
+# The cause of a run that was left alone.
+NONE = "none"
 CSV, MARKDOWN = "confusion.csv", "confusion.md"
 COLUMNS = ("unit", "injected", "attributed", "count")
 # Causes without a moment of their own inside a decode.
@@ -29,6 +33,27 @@ LEAST_SHARE = 0.03
 LEAST_ACCURACY, MOST_BLAMED = 0.90, 0.02
 
 Counts = Counter[tuple[str, str]]
+
+
+def rows_of(run: int, cause: str, spans: Iterable[tuple[float, float]]) -> list[dict[str, Any]]:
+    """A row for each time the fault was on, `t_s` its end; one without times where it was not."""
+    rows = [
+        {"run": run, "cause": cause, "t_s": end, "span_ms": 1e3 * (end - start)}
+        for start, end in spans
+    ]
+    return rows or [{"run": run, "cause": cause, "t_s": None, "span_ms": None}]
+
+
+def read_truth(folder: Path) -> list[dict[str, str]]:
+    """The rows of a campaign's truth.csv; [] where nothing was injected.
+
+    Raises:
+        BenchError: it is broken.
+    """
+    table = read_table(folder / TRUTH)
+    causes = {"cause": (NONE, *map(str, Cause))}
+    check_table(table, TRUTH_COLUMNS, len(TRUTH_COLUMNS), ("run", "cause"), causes)
+    return table.rows
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,16 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from qwencli.bench.attribution.causes import Cause
-from qwencli.bench.inject.hogs import COMPUTING_WHEN_TOLD
+from qwencli.bench.causes import Cause
+from qwencli.bench.inject.contention import COMPUTING_WHEN_TOLD
 from qwencli.bench.inject.pauser import Pauser
 from qwencli.engine.instruments import disturbances
 from qwencli.engine.machine.child_process import python_command
+from qwencli.errors import UsageError
 from qwencli.results import GenerationChunk
 
 Chunks = Iterator[GenerationChunk]
@@ -35,6 +37,7 @@ HEAP_OBJECTS = 300_000
 BEGIN_EARLY = 0.25  # of the run
 # One takes half a core in turns of 3 ms, which the steps already on their way to a GPU outlast.
 GPU_HOGS = 16
+ALL = "ALL"
 
 
 class Fault(ABC):
@@ -327,3 +330,69 @@ class Reload(Fault):
         start = time.perf_counter()
         yield from chunks
         self.spans = [(start, time.perf_counter())]
+
+
+def _cuda(device: str) -> str | None:
+    return None if device.startswith("cuda") else "needs a CUDA device"
+
+
+def _affinity(device: str) -> str | None:
+    return None if sys.platform == "linux" else "this system ties no thread to a core"
+
+
+def _signals(device: str) -> str | None:
+    return None if sys.platform != "win32" else "this system cannot stop a process"
+
+
+def _anywhere(device: str) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`blocker(device)` says why the fault cannot be made there, or None."""
+
+    make: Callable[[str], Fault]
+    blocker: Callable[[str], str | None]
+
+
+KINDS: Mapping[Cause, Kind] = {
+    Cause.GC: Kind(GarbageCollection, _anywhere),
+    Cause.GIL: Kind(HeldInterpreter, _anywhere),
+    Cause.PREEMPTION: Kind(HogOnTheSameCore, _affinity),
+    Cause.SUSPENDED: Kind(Stopped, _signals),
+    Cause.IDLE_GAP: Kind(Idle, _anywhere),
+    Cause.RECOMPILE: Kind(Recompile, _anywhere),
+    Cause.RELOAD: Kind(Reload, _anywhere),
+    Cause.ALLOCATOR: Kind(AllocatorChurn, _cuda),
+    Cause.GRAPH_CAPTURE: Kind(GraphCapture, _cuda),
+    Cause.HOST_SYNC: Kind(SyncEveryToken, _cuda),
+    Cause.OTHER_GPU_PROCESS: Kind(OtherGpuProgram, _cuda),
+}
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise UsageError for a name that is neither ALL nor a cause that can be injected at all."""
+    valid = [cause.value for cause in KINDS]
+    for name in names:
+        if name != ALL and name not in valid:
+            raise UsageError(
+                f"{name!r} cannot be injected", f"give {ALL} or one or more of {', '.join(valid)}"
+            )
+
+
+def choose(names: Sequence[str], device: str) -> tuple[list[Cause], dict[Cause, str]]:
+    """The causes to inject, and those of ALL that cannot be made here with the reason.
+
+    Raises:
+        UsageError: a cause named that cannot be injected here.
+    """
+    check_names(names)
+    blocked = {c: reason for c, kind in KINDS.items() if (reason := kind.blocker(device))}
+    if ALL in names:
+        return [cause for cause in KINDS if cause not in blocked], blocked
+    wanted = [cause for cause in KINDS if cause in names]
+    for cause in wanted:
+        if cause in blocked:
+            raise UsageError(f"{cause} cannot be injected on {device}: it {blocked[cause]}")
+    return wanted, {}

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwencli.bench.attribution.causes import Cause
-from qwencli.bench.inject.confusion import Confusion, build_confusion
-from qwencli.bench.inject.kinds import check_names, choose
-from qwencli.bench.inject.truth import FILE, NONE
+from qwencli.bench.causes import Cause
+from qwencli.bench.inject.confusion import NONE, TRUTH, Confusion, build_confusion
+from qwencli.bench.inject.faults import check_names, choose
 from qwencli.bench.measure.telemetry import sampler_command
 from qwencli.bench.plan.campaign_plan import Plan
 from qwencli.bench.plan.environment import environment
@@ -21,7 +20,7 @@ from qwencli.bench.plan.prepare import BenchRequest, prepare
 from qwencli.bench.plan.stopping import StopRule
 from qwencli.bench.report.campaign_report import build_report
 from qwencli.bench.run.campaign import Campaign
-from qwencli.bench.run.runner import RunnerOptions, run_campaign
+from qwencli.bench.run.campaign_runner import RunnerOptions, run_campaign
 from qwencli.engine.machine.child_process import python_command
 from qwencli.engine.machine.device import DeviceFacts
 from qwencli.errors import BenchError
@@ -89,7 +88,7 @@ def measure(
     planned = schedule(causes, injection.trials, injection.seed)
     plan = _one_cell(plan, planned)
     options = RunnerOptions(
-        command=[*command, str(folder / FILE), str(injection.seed), ",".join(planned)],
+        command=[*command, str(folder / TRUTH), str(injection.seed), ",".join(planned)],
         sampler=_sampler(facts),
         timeout_s=TIMEOUT_S,
     )

@@ -13,12 +13,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qwencli.bench.attribution.causes import Cause
-from qwencli.bench.inject.faults import Fault
-from qwencli.bench.inject.kinds import KINDS
-from qwencli.bench.inject.truth import COLUMNS, NONE, rows_of
+from qwencli.bench.causes import Cause
+from qwencli.bench.inject.confusion import NONE, TRUTH_COLUMNS, rows_of
+from qwencli.bench.inject.faults import KINDS, Fault
 from qwencli.bench.run import worker
-from qwencli.bench.run.engine_around import EngineAround
+from qwencli.bench.run.worker import EngineAround
 from qwencli.bench.storage.row_file import RowFile
 from qwencli.config import EngineConfig
 from qwencli.engine.factory import create_engine
@@ -68,7 +67,7 @@ class DisturbedEngine(EngineAround):
 def main(arguments: Sequence[str], make_engine: worker.MakeEngine = create_engine) -> int:
     path, seed, schedule = arguments
     engines: list[DisturbedEngine] = []
-    with RowFile(Path(path), COLUMNS) as truth:
+    with RowFile(Path(path), TRUTH_COLUMNS) as truth:
 
         def make(config: EngineConfig) -> Engine:
             engine = DisturbedEngine(make_engine(config), schedule.split(","), int(seed), truth)

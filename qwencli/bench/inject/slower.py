@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from qwencli.bench.run import worker
-from qwencli.bench.run.engine_around import EngineAround
+from qwencli.bench.run.worker import EngineAround
 from qwencli.config import EngineConfig
 from qwencli.engine.factory import create_engine
 from qwencli.engine.instruments import disturbances

@@ -18,9 +18,6 @@ import random
 import time
 from typing import NamedTuple
 
-# Work that takes so much longer was slowed down: on a host that does nothing else the loop varies
-# by a tenth, the walk by a twentieth (results/2026-11-28-cpu-neighbours).
-LONGER_WORK = 1.15
 # The least of so many counts: an interrupt makes one of them longer.
 _LOOPS, _WALKS = 5, 3
 _TURNS = 200

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qwencli.bench.plan.launch import end_with_the_campaign
+from qwencli.engine.machine.child_process import end_with_parent
 from qwencli.engine.machine.gpu_sensors import throttle_reasons
 from qwencli.engine.machine.host import open_nvml
 
@@ -128,7 +128,7 @@ def main(interval_s: float, uuid: str | None) -> int:
 def _sample_forever(nvml: Any, handles: list[tuple[int, Any]], interval_s: float) -> None:
     going = threading.Event()
     going.set()
-    threading.Thread(target=end_with_the_campaign, args=(going,), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(going,), daemon=True).start()
     due = time.perf_counter()
     others = {index: OtherPrograms(nvml) for index, _ in handles}
     while True:

@@ -14,10 +14,13 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from qwencli.bench.measure.token_probe import TokenProbe
 from qwencli.bench.statistics.robust import Interval, median_interval, ratio_interval
 from qwencli.results import GenerationChunk, GenerationResult
+
+if TYPE_CHECKING:
+    from qwencli.bench.measure.host_probe import TokenProbe
 
 # Tokens of one stretch. Their median hides a stall, and a run has enough of them.
 STRETCH = 8

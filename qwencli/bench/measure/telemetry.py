@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Self
 
-from qwencli.bench.plan.launch import PAUSE, RESUME
-from qwencli.engine.machine.child_process import python_command
+from qwencli.engine.machine.child_process import PAUSE, RESUME, python_command
 
 INTERVAL_S = 0.05
 Sample = dict[str, Any]

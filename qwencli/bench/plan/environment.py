@@ -1,17 +1,26 @@
-"""On what a campaign ran: `environment.json`. Says nothing about who or which host."""
+"""The machine that a campaign runs on: its device, its speed, and `environment.json`.
+
+Device and speed are read by processes of their own, so that this one never imports torch.
+`environment.json` says nothing about who or which host.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import qwencli
+from qwencli.bench.plan.predict import MachineSpeed
+from qwencli.engine.machine.child_process import python_command
 from qwencli.engine.machine.device import DeviceFacts, package_version
 from qwencli.engine.machine.host import cpu_model, driver_version
+from qwencli.errors import BenchError, DeviceError
 
 PACKAGES = (
     "transformers", "accelerate", "bitsandbytes", "flash-attn", "triton", "tokenizers",
@@ -56,3 +65,46 @@ def environment(facts: DeviceFacts, arguments: Sequence[str], seed: int) -> dict
 
 def _without_home(text: str) -> str:
     return text.replace(str(Path.home()), "~")
+
+
+def read_device_facts(device: str) -> DeviceFacts:
+    """`DeviceFacts` from a process of its own, so that this one never imports torch.
+
+    Raises:
+        DeviceError: the device asked for is not there.
+        BenchError: torch does not load.
+    """
+    answer = _ask("qwencli.engine.machine.device", device)
+    if "error" in answer:
+        raise DeviceError(**answer["error"])
+    facts = answer["facts"]
+    capability = facts.pop("capability")
+    return DeviceFacts(**facts, capability=None if capability is None else tuple(capability))
+
+
+def read_machine_speed(device: str) -> MachineSpeed:
+    """What a process of its own measures on a concrete device.
+
+    Raises:
+        BenchError: torch does not load.
+    """
+    answer = _ask("qwencli.engine.instruments.machine_speed", device)
+    return MachineSpeed(**answer)
+
+
+def _ask(module: str, device: str) -> dict[str, Any]:
+    """The last line that `module` prints, as JSON."""
+    done = subprocess.run(
+        python_command(module, device),
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise BenchError(f"torch does not load: {last}", "`qwencli diagnose` says more")
+    answer: dict[str, Any] = json.loads(lines[-1])  # libraries may print before it
+    return answer

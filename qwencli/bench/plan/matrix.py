@@ -1,18 +1,21 @@
 """Which cells a campaign has: axes, exclusions, and the cells that cannot run here.
 
-Knows neither torch nor the engines; what this machine can do comes in as `DeviceFacts`.
+A cell is one value of each axis. Knows neither torch nor the engines; what this machine can do
+comes in as `DeviceFacts`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 
-from qwencli.bench.plan.cells import AXES, DEFAULT_AXES, BenchCell
-from qwencli.bench.plan.repetition import Wanted
-from qwencli.bench.plan.skip_rules import skip_reason, work_of
+from qwencli.bench.plan.stopping import Wanted
 from qwencli.config import (
     Attention,
     Cache,
@@ -25,6 +28,83 @@ from qwencli.config import (
 )
 from qwencli.engine.machine.device import DeviceFacts
 from qwencli.errors import BenchError, UsageError
+
+# Axis -> its values; None = free text (model names and folders).
+AXES: Mapping[str, type[StrEnum] | None] = {
+    "model": None,
+    "engine": EngineName,
+    "quantization": Quantization,
+    "attention": Attention,
+    "cache": Cache,
+    "load_mode": LoadMode,
+    "kernels": Kernels,
+    "kv_dtype": KVDType,
+    "speculate": Speculate,
+}
+
+# What an axis is when neither the matrix nor the command line names it. `model` has no entry:
+# the caller says which model runs when none is named.
+DEFAULT_AXES: Mapping[str, tuple[str, ...]] = {
+    "engine": (EngineName.NATIVE,),
+    "quantization": (Quantization.NONE,),
+    "attention": (Attention.SDPA,),
+    "cache": (Cache.DYNAMIC,),
+    "load_mode": (LoadMode.KEEP,),
+    "kernels": (Kernels.AUTO,),
+    "kv_dtype": (KVDType.AUTO,),
+    "speculate": (Speculate.OFF,),
+}
+# Axes that older plans lack, with what they ran.
+NEWER_AXES: Mapping[str, str] = {
+    "kernels": Kernels.AUTO,
+    "kv_dtype": KVDType.AUTO,
+    "speculate": Speculate.OFF,
+}
+
+# At 80 columns there is no room for the long name.
+_SHORT = {"flash_attention_2": "flash2"}
+
+BITSANDBYTES = (Quantization.INT8, Quantization.INT4)
+
+
+@dataclass(frozen=True)
+class BenchCell:
+    """One combination of modes. `skip_reason` says why it cannot run here, None = it can."""
+
+    model: str
+    engine: EngineName
+    quantization: Quantization
+    attention: Attention
+    cache: Cache
+    load_mode: LoadMode
+    kernels: Kernels = Kernels.AUTO
+    kv_dtype: KVDType = KVDType.AUTO
+    speculate: Speculate = Speculate.OFF
+    skip_reason: str | None = None
+
+    def axes(self) -> dict[str, str]:
+        return {axis: str(getattr(self, axis)) for axis in AXES}
+
+    @property
+    def cell_id(self) -> str:
+        """A readable name that is safe in a file name, ended by a hash of the exact axes."""
+        # As before there was a choice, so that older campaigns compare with newer ones.
+        axes = {axis: value for axis, value in self.axes().items() if NEWER_AXES.get(axis) != value}
+        digest = hashlib.sha256(json.dumps(axes, sort_keys=True).encode()).hexdigest()[:6]
+        model = re.sub(r"[^a-z0-9.]+", "-", self.model.lower()).strip("-.")[-40:].lstrip("-.")
+        return "-".join([model or "model", *list(axes.values())[1:], digest])
+
+
+def cell_label(cell: BenchCell) -> str:
+    """Its axes, but for those that few campaigns vary where nobody did."""
+    return shorten_modes(
+        value for axis, value in cell.axes().items() if NEWER_AXES.get(axis) != value
+    )
+
+
+def shorten_modes(values: Iterable[str]) -> str:
+    """Modes on one line, long names shortened."""
+    return " ".join(_SHORT.get(value, value) for value in values)
 
 
 @dataclass(frozen=True)
@@ -142,3 +222,104 @@ def _same_as(first: BenchCell, cell: BenchCell) -> str:
 
 def _matches(chosen: Mapping[str, str], rule: Mapping[str, tuple[str, ...]]) -> bool:
     return all(chosen[axis] in values for axis, values in rule.items())
+
+
+def _native(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    if cell.engine is not EngineName.NATIVE:
+        return None
+    if cell.cache is Cache.STATIC_GRAPH and facts.kind != "cuda":
+        return "CUDA graphs need a CUDA device; static is the nearest here"
+    return None
+
+
+def _kernels(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    if cell.kernels is not Kernels.TRITON:
+        return None
+    if cell.engine is not EngineName.NATIVE or cell.cache is not Cache.STATIC_GRAPH:
+        return "triton kernels need the native engine and static-graph"
+    return None
+
+
+def _kv_dtype(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    if cell.kv_dtype is KVDType.AUTO:
+        return None
+    if cell.engine is not EngineName.NATIVE or cell.cache is Cache.DYNAMIC:
+        return f"{cell.kv_dtype} keys and values need the native engine and a static cache"
+    return None
+
+
+def _speculate(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    if cell.speculate is Speculate.OFF:
+        return None
+    if cell.engine is not EngineName.NATIVE:
+        return "drafted tokens need the native engine"
+    if cell.cache in (Cache.DYNAMIC, Cache.STATIC_COMPILE):
+        return f"{cell.cache} cannot check drafted tokens; static is the nearest"
+    return None
+
+
+def _graph(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    if cell.cache is Cache.STATIC_GRAPH and cell.engine is EngineName.TRANSFORMERS:
+        return "static-graph needs the native engine; static-compile is the nearest here"
+    return None
+
+
+def _fp8(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    if cell.quantization is Quantization.FP8 and cell.engine is EngineName.TRANSFORMERS:
+        return "fp8 needs the native engine; 8bit is the nearest here"
+    return None
+
+
+def _flash(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    return facts.flash_attn_blocker if cell.attention is Attention.FLASH else None
+
+
+def _bitsandbytes(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    if cell.quantization not in BITSANDBYTES or cell.engine is not EngineName.TRANSFORMERS:
+        return None
+    if facts.bitsandbytes_version is None:
+        return f"{cell.quantization} needs bitsandbytes, which is not installed"
+    if cell.cache is Cache.STATIC_COMPILE:
+        return "transformers does not compile a bitsandbytes model; static is the nearest"
+    return None
+
+
+def _compile(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    return facts.compile_blocker if cell.cache is Cache.STATIC_COMPILE else None
+
+
+Rule = Callable[[BenchCell, DeviceFacts], str | None]
+
+RULES: tuple[Rule, ...] = (
+    _native,
+    _kernels,
+    _kv_dtype,
+    _speculate,
+    _graph,
+    _fp8,
+    _flash,
+    _bitsandbytes,
+    _compile,
+)
+
+
+def work_of(cell: BenchCell, facts: DeviceFacts) -> tuple[str, ...]:
+    """The cell's axes with every choice that is left to the engine made as it makes it here: two
+    cells with equal work differ in nothing but their names (`engine.resolve`, `kernel_choice`)."""
+    axes = cell.axes()
+    native, on_gpu = cell.engine is EngineName.NATIVE, facts.kind == "cuda"
+    own_kernels = native and on_gpu and cell.cache is Cache.STATIC_GRAPH
+    if not own_kernels and cell.kernels is Kernels.AUTO:
+        axes["kernels"] = Kernels.TORCH
+    may_choose = native and (
+        (own_kernels and cell.kernels is not Kernels.TORCH)
+        or (not on_gpu and cell.cache is Cache.STATIC)
+    )
+    if cell.attention is Attention.AUTO and not may_choose:
+        axes["attention"] = Attention.SDPA
+    return tuple(axes.values())
+
+
+def skip_reason(cell: BenchCell, facts: DeviceFacts) -> str | None:
+    """The first reason why `cell` cannot run, or None."""
+    return next((reason for rule in RULES if (reason := rule(cell, facts))), None)

@@ -23,12 +23,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwencli.bench.plan.cells import AXES
-from qwencli.bench.plan.matrix import Matrix, check_values
-from qwencli.bench.plan.repetition import Wanted
-from qwencli.bench.plan.workload import find_image, read_prompt
+from qwencli.bench.plan.matrix import AXES, Matrix, check_values
+from qwencli.bench.plan.stopping import Wanted
 from qwencli.config import SAMPLING_BOUNDS
 from qwencli.errors import BenchError, InputError, UsageError
+from qwencli.presets import DEFAULT_PROMPT, PRESETS
 
 BUILT_IN = Path(__file__).parent / "matrices"
 _COUNTS = {
@@ -44,6 +43,9 @@ _RUN_KEYS = (*_COUNTS, *_AMOUNTS, *_PROMPTS, "images")
 # Keys of [run] that are fields of `Wanted`, one of them under another name.
 _REPETITION = (*(key for key in _COUNTS if key != "max_new_tokens"), *_AMOUNTS)
 _FIELDS = {"max_time": "max_time_s"}
+_SHIPPED = Path(__file__).parents[1] / "assets"
+# A red circle and a blue square: something to look at for every model there is.
+EXAMPLE_IMAGE = _SHIPPED / "scene.png"
 
 
 def names() -> list[str]:
@@ -163,3 +165,67 @@ _RUN: tuple[tuple[str, Callable[[str, str, Any], Any]], ...] = (
     *((key, _amount) for key in _AMOUNTS),
     *((key, _text) for key in _PROMPTS),
 )
+
+
+def shipped_images() -> dict[str, Path]:
+    """The pictures that have a name."""
+    return {path.stem: path for path in sorted(_SHIPPED.glob("*.png"))}
+
+
+def find_image(name_or_file: str, folder: Path) -> Path:
+    """A file (relative ones lie in `folder`), or a shipped picture of this name.
+
+    Raises:
+        InputError: neither.
+    """
+    path = folder / name_or_file
+    if path.is_file():
+        return path.resolve()
+    shipped = shipped_images()
+    if name_or_file not in shipped:
+        raise InputError(
+            f"{name_or_file}: no such file",
+            f"check the path given to --image; shipped pictures: {', '.join(shipped)}",
+        )
+    return shipped[name_or_file]
+
+
+def read_prompt(
+    *, prompt: str | None = None, preset: str | None = None, prompt_file: Path | None = None
+) -> str | None:
+    """The text of the one that is given; None when none is.
+
+    Raises:
+        UsageError: several are given, the preset is unknown, or the text is empty.
+        InputError: the file cannot be read.
+    """
+    said = {"--prompt": prompt, "--preset": preset, "--prompt-file": prompt_file}
+    given = [flag for flag, value in said.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} exclude each other", "give one of them")
+    if not given:
+        return None
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UsageError(f"--preset {preset!r} is unknown", f"use one of: {', '.join(PRESETS)}")
+        return PRESETS[preset]
+    text = prompt if prompt_file is None else _read(prompt_file)
+    if text is None or not text.strip():
+        raise UsageError(f"{given[0]} is empty", "say what the model is to do")
+    return text.strip()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}", "check --prompt-file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text", "save it as UTF-8") from error
+
+
+def prompt_or_default(*prompts: str | None) -> str:
+    """The first that is given, or the tool's own."""
+    return next((prompt for prompt in prompts if prompt is not None), DEFAULT_PROMPT)

@@ -12,18 +12,24 @@ checks after the runs are not in it.
 
 from __future__ import annotations
 
+import string
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwencli.bench.plan.campaign_plan import Plan
-from qwencli.bench.plan.cells import BenchCell
+from qwencli.bench.plan.matrix import BenchCell, cell_label
 from qwencli.config import Cache, DType, EngineName, KVDType, LoadMode, ModelSpec, Quantization
 from qwencli.errors import ModelFileError
 from qwencli.models.decode_bytes import decode_bytes
 from qwencli.models.memory import DEFAULT_IMAGE_TOKENS, RUNTIME_BYTES, estimate
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 
 # Launches that a decoder layer costs the host (or, in a graph, the device), Python around them
 # included: what the token times of results/2026-11-23-cpu-engines, 2026-11-23-h200-transformers
@@ -62,6 +68,10 @@ _SCHEMES = {
     (EngineName.NATIVE, Quantization.FP8): "fp8-e4m3",
     (EngineName.NATIVE, Quantization.INT4): "int4-g128",
 }
+FORMULA = (
+    "predicted: tokens x (bytes a token / read bandwidth + layers x launches / launch rate) + "
+    "start + load; without prompts, pictures, compiling and checks after the runs"
+)
 
 
 @dataclass(frozen=True)
@@ -147,3 +157,58 @@ def _shape(model: ModelSpec) -> ModelShape | None:
         return None if config is None else read_shape(config, model.name)
     except ModelFileError:  # the cell itself will say what is wrong with it
         return None
+
+
+def planned_table(
+    cells: Sequence[BenchCell], predictions: Mapping[str, Prediction]
+) -> RenderableType:
+    """The cells of a plan in the given order, the skipped ones dim and last, by reason.
+
+    Args:
+        predictions: by cell_id, of the cells that can run here.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    runs = [cell for cell in cells if not cell.skip_reason]
+    table = Table(title=f"{len(runs)} of {len(cells)} cells", box=SIMPLE_HEAD, title_justify="left")
+    table.add_column("#", justify="right")
+    table.add_column("cell", overflow="fold")
+    for name in ("tok/s", "time", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, cell in enumerate(runs, start=1):
+        predicted = predictions[cell.cell_id]
+        table.add_row(
+            str(number),
+            cell_label(cell),
+            "-" if predicted.tok_per_s is None else f"{predicted.tok_per_s:.3g}",
+            duration(predicted.seconds),
+            "-" if predicted.memory_bytes is None else f"{predicted.memory_bytes / 1e9:.1f} GB",
+        )
+    by_reason: dict[str, list[BenchCell]] = defaultdict(list)
+    for cell in cells:
+        if cell.skip_reason:
+            by_reason[cell.skip_reason].append(cell)
+    marks = dict(zip(by_reason, string.ascii_lowercase, strict=False))
+    for reason, skipped in by_reason.items():
+        for cell in skipped:
+            table.add_row(marks.get(reason, "-"), cell_label(cell), style="dim")
+    known = [p.seconds for p in predictions.values() if p.seconds is not None]
+    lines = [f"all together about {duration(sum(known))}", FORMULA] if known else []
+    lines += [
+        f"{marks.get(reason, '-')} skipped: {reason} - {count} cell{'s' * (count > 1)}"
+        for reason, count in ((reason, len(skipped)) for reason, skipped in by_reason.items())
+    ]
+    return Group(table, *(Text(line, style="dim") for line in lines))
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

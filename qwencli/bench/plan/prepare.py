@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwencli.bench.plan.campaign_plan import Plan, Settings
-from qwencli.bench.plan.cells import AXES
-from qwencli.bench.plan.launch import read_device_facts
-from qwencli.bench.plan.matrix import expand, override
-from qwencli.bench.plan.matrix_file import load_matrix
-from qwencli.bench.plan.repetition import Wanted, stop_rule
-from qwencli.bench.plan.workload import EXAMPLE_IMAGE, find_image, prompt_or_default
+from qwencli.bench.plan.environment import read_device_facts
+from qwencli.bench.plan.matrix import AXES, expand, override
+from qwencli.bench.plan.matrix_file import EXAMPLE_IMAGE, find_image, load_matrix, prompt_or_default
+from qwencli.bench.plan.stopping import Wanted, stop_rule
 from qwencli.config import (
     DType,
     LoadFormat,

@@ -17,7 +17,7 @@ from qwencli.bench.attribution.records import records_by_cell
 from qwencli.bench.attribution.whole_cell import UNKNOWN_MACHINE, Machine
 from qwencli.bench.measure.quality import quality_columns
 from qwencli.bench.measure.roofline import roofline_columns, with_best_limits
-from qwencli.bench.plan.cells import AXES, NEWER_AXES
+from qwencli.bench.plan.matrix import AXES, NEWER_AXES
 from qwencli.bench.plan.stopping import (
     Progress,
     StopReason,
@@ -28,11 +28,10 @@ from qwencli.bench.plan.stopping import (
     stop_reason,
 )
 from qwencli.bench.report.steadiness import Steadiness, level_change, steadiness, steadiness_columns
-from qwencli.bench.statistics.itl import percentile
+from qwencli.bench.statistics.robust import UNSTABLE_RATIO, run_ratio
+from qwencli.bench.statistics.slow_tokens import percentile
 from qwencli.config import Speculate
 
-# Identical runs that differ by more than this in decode speed are not a measurement to quote.
-UNSTABLE_RATIO = 1.1
 # How verdicts begin whose figure is not to be quoted, although its runs did equal work.
 NOT_QUOTABLE, UNSTABLE = "not quotable", "unstable"
 
@@ -192,11 +191,6 @@ def _status(data: CellData) -> tuple[str, str | None]:
     if data.stopped is None:
         return "unfinished", "the campaign was interrupted; --resume goes on"
     return "ok", None
-
-
-def run_ratio(speeds: Sequence[float]) -> float | None:
-    """Fastest over slowest run; None for fewer than two runs."""
-    return max(speeds) / min(speeds) if len(speeds) > 1 and min(speeds) > 0 else None
 
 
 def _text_changed(data: CellData) -> str | None:

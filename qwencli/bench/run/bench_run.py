@@ -8,16 +8,19 @@ from pathlib import Path
 
 from qwencli.bench.measure.telemetry import sampler_command
 from qwencli.bench.plan.campaign_plan import Plan
-from qwencli.bench.plan.dry_run import duration, planned_table
-from qwencli.bench.plan.environment import environment
-from qwencli.bench.plan.launch import read_machine_speed
-from qwencli.bench.plan.predict import predict
+from qwencli.bench.plan.environment import environment, read_machine_speed
+from qwencli.bench.plan.predict import duration, planned_table, predict
 from qwencli.bench.report.campaign_report import build_report
 from qwencli.bench.report.cell_statistics import CellRow
 from qwencli.bench.report.tables import terminal_table
 from qwencli.bench.run.campaign import Campaign
-from qwencli.bench.run.cooldown import NO_PAUSE, Cooldown
-from qwencli.bench.run.runner import RunnerOptions, run_campaign, worker_command
+from qwencli.bench.run.campaign_runner import (
+    NO_PAUSE,
+    Cooldown,
+    RunnerOptions,
+    run_campaign,
+    worker_command,
+)
 from qwencli.config import LoadFormat
 from qwencli.engine.machine.child_process import python_command
 from qwencli.engine.machine.device import DeviceFacts

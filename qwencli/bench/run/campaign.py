@@ -25,7 +25,7 @@ from typing import Any, Self
 from qwencli.bench.measure.telemetry import Sample, run_columns
 from qwencli.bench.plan import stopping
 from qwencli.bench.plan.campaign_plan import Plan, check_same
-from qwencli.bench.plan.cells import BenchCell
+from qwencli.bench.plan.matrix import BenchCell
 from qwencli.bench.plan.stopping import Progress
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.campaign_files import (

@@ -7,9 +7,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from qwencli.bench.measure.divergence import divergence_rows, reference_rows
-from qwencli.bench.measure.quality import caption_rows, has_captions
-from qwencli.bench.plan.worker_spec import WorkerSpec
+from qwencli.bench.measure.quality import (
+    caption_rows,
+    divergence_rows,
+    has_captions,
+    reference_rows,
+)
+from qwencli.bench.plan.campaign_plan import WorkerSpec
 from qwencli.config import ModelSpec
 from qwencli.engine.protocol import Engine, drain
 from qwencli.messages import GenerationRequest

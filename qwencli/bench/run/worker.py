@@ -17,23 +17,22 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Self
 
 from qwencli.bench.measure import probe_overhead
-from qwencli.bench.measure.host import HostProbe
-from qwencli.bench.measure.token_probe import TokenProbe
-from qwencli.bench.plan import worker_spec as wire
-from qwencli.bench.plan.launch import end_with_the_campaign
-from qwencli.bench.plan.worker_spec import WorkerSpec
+from qwencli.bench.measure.host_probe import HostProbe, TokenProbe
+from qwencli.bench.plan.campaign_plan import WorkerSpec, load_spec
 from qwencli.bench.run.post_run_checks import Beside, measure_beside
-from qwencli.bench.statistics.itl import run_latency
+from qwencli.bench.statistics.slow_tokens import run_latency
 from qwencli.bench.storage.columns import RUNS
 from qwencli.config import EngineConfig, LoadMode, SamplingOptions
 from qwencli.engine.factory import create_engine
+from qwencli.engine.machine.child_process import end_with_parent
 from qwencli.engine.machine.device import memory_stats, reset_peak_memory
-from qwencli.engine.protocol import Engine
+from qwencli.engine.protocol import Engine, drain
+from qwencli.engine.serial_queue import ManyRequests
 from qwencli.errors import (
     MissingDependencyError,
     OutOfMemoryError,
@@ -41,7 +40,7 @@ from qwencli.errors import (
     UnsupportedModeError,
 )
 from qwencli.messages import GenerationRequest, ImagePart, user_message
-from qwencli.results import GenerationResult, Speculation
+from qwencli.results import GenerationChunk, GenerationResult, RanModes, Speculation
 
 MakeEngine = Callable[[EngineConfig], Engine]
 Emit = Callable[[dict[str, Any]], None]
@@ -54,6 +53,53 @@ _STATUS: tuple[tuple[type[QwenCliError], str], ...] = (
     (MissingDependencyError, "skipped"),
     (OutOfMemoryError, "oom"),
 )
+
+
+class EngineAround(ManyRequests):
+    """An `Engine` that answers as the one inside does; subclasses disturb it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.config = engine.config
+        self._engine = engine
+
+    @property
+    def ran(self) -> RanModes:
+        return self._engine.ran
+
+    @property
+    def load_s(self) -> float:
+        return self._engine.load_s
+
+    @property
+    def max_seq_len(self) -> int:
+        return self._engine.max_seq_len
+
+    @property
+    def load_warnings(self) -> tuple[str, ...]:
+        return self._engine.load_warnings
+
+    @property
+    def memory_plan(self) -> Mapping[str, int]:
+        return self._engine.memory_plan
+
+    def load(self) -> None:
+        self._engine.load()
+
+    def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
+        return self._engine.stream(request)
+
+    def generate(self, request: GenerationRequest) -> GenerationResult:
+        return drain(self.stream(request))
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        self.load()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 def run_cell(
@@ -231,8 +277,8 @@ def main(
     # Rows get a descriptor of their own; from here on everything else that prints goes to the log.
     rows = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    spec = wire.loads(_read_line(0))
-    threading.Thread(target=end_with_the_campaign, daemon=True).start()
+    spec = load_spec(_read_line(0))
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
     def emit(message: dict[str, Any]) -> None:
         rows.write(json.dumps(message) + "\n")

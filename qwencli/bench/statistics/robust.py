@@ -1,6 +1,6 @@
 """Location, spread and intervals that a few bad runs cannot spoil.
 
-Knows no columns and no campaigns: numbers in, numbers out. Percentiles are in `itl`.
+Knows no columns and no campaigns: numbers in, numbers out. Percentiles are in `slow_tokens`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ CONFIDENCE = 0.95
 RESAMPLES = 4000
 # With two values the bootstrap knows three medians: that is no interval.
 MIN_RUNS = 3
+# Identical runs that differ by more than this in decode speed are not a measurement to quote.
+UNSTABLE_RATIO = 1.1
 
 
 @dataclass(frozen=True)
@@ -125,3 +127,8 @@ def _interval(estimate: float, resampled: Medians, confidence: float) -> Interva
     tail = (1 - confidence) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return Interval(estimate, float(low), float(high), confidence)
+
+
+def run_ratio(speeds: Sequence[float]) -> float | None:
+    """Fastest over slowest run; None for fewer than two runs."""
+    return max(speeds) / min(speeds) if len(speeds) > 1 and min(speeds) > 0 else None

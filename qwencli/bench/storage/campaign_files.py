@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from qwencli.bench.attribution.causes import SCOPES, Cause
+from qwencli.bench.causes import SCOPES, Cause
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import Table, read_table
 from qwencli.errors import BenchError

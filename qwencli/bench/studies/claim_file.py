@@ -32,9 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.bench.statistics.robust import Statistic
-from qwencli.bench.studies.conditions import CONDITIONS, PLAIN
+from qwencli.bench.studies.conditions import CONDITIONS, NEEDS, PLAIN
 from qwencli.bench.studies.metrics import NAMES
-from qwencli.bench.studies.needs import NEEDS
 from qwencli.errors import BenchError, UsageError
 
 CLAIMS = Path(__file__).parent / "claims"

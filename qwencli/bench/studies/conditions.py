@@ -6,8 +6,10 @@ undoes it before the next.
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
@@ -15,15 +17,62 @@ from functools import partial
 from typing import Any
 
 from qwencli.bench.inject import contention as beside
-from qwencli.bench.inject.hogs import COPYING
+from qwencli.bench.inject.contention import COPYING
 from qwencli.config import EngineName
 from qwencli.engine.instruments import interventions
 from qwencli.engine.machine.device import DeviceFacts
 from qwencli.engine.protocol import Engine
 from qwencli.messages import GenerationRequest
 
+Need = Callable[[DeviceFacts], str | None]
+BLACKWELL = (12, 0)
 PLAIN = "plain"
 IDLE_S = 5.0
+
+
+def _cuda(facts: DeviceFacts) -> str | None:
+    return None if facts.kind == "cuda" else "needs an NVIDIA GPU"
+
+
+def _flash_attn(facts: DeviceFacts) -> str | None:
+    return facts.flash_attn_blocker
+
+
+def _affinity(facts: DeviceFacts) -> str | None:
+    return None if sys.platform == "linux" else "this system ties no thread to a core"
+
+
+def _sm_120(facts: DeviceFacts) -> str | None:
+    if facts.capability == BLACKWELL:
+        return None
+    return "the claim is about an RTX 50-series GPU (sm_120)"
+
+
+def _torch_2_9(facts: DeviceFacts) -> str | None:
+    if facts.torch_version.startswith("2.9."):
+        return None
+    return f"the claim is about torch 2.9 with cuDNN before 9.15, and this is {facts.torch_version}"
+
+
+def _vllm(facts: DeviceFacts) -> str | None:
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed; benchmarks/side_by_side/vllm_latency.py measures it"
+    return "benchmarks/side_by_side/vllm_latency.py measures vLLM into a campaign to compare with"
+
+
+NEEDS: Mapping[str, Need] = {
+    "cuda": _cuda,
+    "flash-attn": _flash_attn,
+    "affinity": _affinity,
+    "sm_120": _sm_120,
+    "torch-2.9": _torch_2_9,
+    "vllm": _vllm,
+}
+
+
+def blocker(names: Iterable[str], facts: DeviceFacts) -> str | None:
+    """The first reason why one of the needs is not met here, or None."""
+    return next((reason for name in names if (reason := NEEDS[name](facts))), None)
 
 
 @dataclass
@@ -206,7 +255,7 @@ CONDITIONS: Mapping[str, Condition] = {
 
 def why_not(name: str, engine: EngineName, facts: DeviceFacts) -> str | None:
     """Why a condition cannot be applied here, or None."""
-    from qwencli.bench.studies.needs import blocker
+    from qwencli.bench.studies.conditions import blocker
 
     condition = CONDITIONS[name]
     return condition.blocker(engine) or blocker(condition.needs, facts)

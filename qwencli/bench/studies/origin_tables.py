@@ -12,8 +12,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from qwencli.bench.report.cell_statistics import run_ratio
-from qwencli.bench.statistics.robust import Interval, ratio_interval
+from qwencli.bench.statistics.robust import Interval, ratio_interval, run_ratio
 from qwencli.bench.studies.conditions import PLAIN
 from qwencli.bench.studies.metrics import value
 from qwencli.bench.studies.study_evidence import Evidence, Row

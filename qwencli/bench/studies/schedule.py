@@ -14,11 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwencli.bench.plan.cells import BenchCell
-from qwencli.bench.plan.skip_rules import skip_reason
+from qwencli.bench.plan.matrix import BenchCell, skip_reason
 from qwencli.bench.studies.claim_file import HELD, Arm, Study
-from qwencli.bench.studies.conditions import CONDITIONS, PLAIN, Load, why_not
-from qwencli.bench.studies.needs import blocker
+from qwencli.bench.studies.conditions import CONDITIONS, PLAIN, Load, blocker, why_not
 from qwencli.config import Attention, Cache, EngineName, LoadMode, Quantization
 from qwencli.engine.machine.device import DeviceFacts
 

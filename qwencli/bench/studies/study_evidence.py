@@ -25,7 +25,6 @@ from qwencli.bench.storage.campaign_files import (
     read_json,
 )
 from qwencli.bench.storage.row_file import read_table
-from qwencli.bench.studies.blocks import without_rounds
 from qwencli.bench.studies.claim_file import Study, Trial, choose
 from qwencli.bench.studies.metrics import value
 from qwencli.bench.studies.schedule import Place
@@ -38,6 +37,7 @@ from qwencli.bench.studies.verdicts import (
     Verdict,
     conclude,
     judge,
+    without_rounds,
 )
 from qwencli.errors import BenchError
 

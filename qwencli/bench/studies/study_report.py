@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwencli.bench.storage.campaign_files import Rule, check_document, is_count, read_environment
 from qwencli.bench.storage.row_file import replace_file, write_rows
+from qwencli.bench.studies.claim_file import ALL, choose
 from qwencli.bench.studies.metrics import WORDS
 from qwencli.bench.studies.study_evidence import Evidence
 from qwencli.bench.studies.study_plan import STUDY
 from qwencli.bench.studies.verdicts import ClaimVerdict, Finding, Verdict
+from qwencli.errors import OutputError
 from qwencli.output import markdown_page
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
 
 VERDICTS, REPORT = "verdicts.csv", "report.md"
 # `part` 0 is the claim itself, the parts from 1 on its tests. `effect` is turned so that above 1 is
@@ -36,6 +40,8 @@ STYLES = {
     Verdict.NOT_REPRODUCED: "yellow",
     Verdict.CANNOT_RUN: "dim",
 }
+# Raw rows, plans and reports. Logs stay: what libraries print is not ours to vouch for.
+_KINDS = (".csv", ".json", ".md")
 
 
 def build_study_report(folder: Path) -> list[ClaimVerdict]:
@@ -153,3 +159,39 @@ def terminal_table(found: Sequence[ClaimVerdict]) -> RenderableType:
     counts = {v: sum(claim.verdict is v for claim in found) for v in Verdict}
     line = ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)
     return Group(table, Text(line))
+
+
+def claims_table() -> RenderableType:
+    """All claims with what was expected of them and what they need of a machine."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("claim", "says", "expected before the first run", "needs"):
+        table.add_column(name, overflow="fold")
+    for study in choose([ALL]):
+        needs = ", ".join((*study.needs, *(f"{name} to refute" for name in study.about)))
+        table.add_row(study.claim, study.title, study.expected, needs or "-")
+    return table
+
+
+def share(folder: Path, redact: Callable[[str], str]) -> Path:
+    """Write FOLDER.zip beside the folder, every text through `redact`; returns its path.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    archive = folder.with_name(folder.name + ".zip")
+    files = sorted(path for path in folder.rglob("*") if path.suffix in _KINDS)
+    try:
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as target:
+            for path in files:
+                name = Path(folder.name) / path.relative_to(folder)
+                text = redact(path.read_text(encoding="utf-8"))
+                # A date of its own would tell nothing, and make equal archives differ.
+                target.writestr(zipfile.ZipInfo(name.as_posix()), text, zipfile.ZIP_DEFLATED)
+    except OSError as error:
+        raise OutputError(
+            f"{archive} cannot be written: {error.strerror or error}", "free some space"
+        ) from error
+    return archive

@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwencli.bench.measure.telemetry import sampler_command
-from qwencli.bench.plan.environment import environment
-from qwencli.bench.plan.launch import read_machine_speed
+from qwencli.bench.plan.environment import environment, read_machine_speed
 from qwencli.bench.report.campaign_report import build_report
 from qwencli.bench.run.campaign import Campaign, write_json
-from qwencli.bench.run.runner import RunnerOptions, run_campaign
+from qwencli.bench.run.campaign_runner import RunnerOptions, run_campaign
 from qwencli.bench.storage.campaign_files import ENVIRONMENT, RUNS, read_file, read_json
 from qwencli.bench.studies.schedule import Process
 from qwencli.bench.studies.study_plan import PROCESSES, STUDY, PreparedStudy, process_folder
@@ -75,7 +74,7 @@ def show_plan(study: PreparedStudy, sink: Sink) -> None:
     Raises:
         BenchError: torch does not load.
     """
-    from qwencli.bench.studies.study_dry_run import planned_study, predicted_s
+    from qwencli.bench.studies.study_plan import planned_study, predicted_s
 
     with sink.status("measuring this machine"):
         speed = read_machine_speed(study.facts.device)

@@ -21,7 +21,7 @@ from typing import Any
 
 from qwencli.bench.inject.contention import PeakMemory
 from qwencli.bench.run import worker
-from qwencli.bench.run.engine_around import EngineAround
+from qwencli.bench.run.worker import EngineAround
 from qwencli.bench.storage.row_file import RowFile
 from qwencli.bench.studies.conditions import CONDITIONS, PLAIN, Load, Situation
 from qwencli.config import EngineConfig

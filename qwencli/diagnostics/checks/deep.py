@@ -6,9 +6,9 @@ import statistics
 
 from qwencli.config import Quantization
 from qwencli.diagnostics.advice import TYPICAL_CONTEXT, advise
+from qwencli.diagnostics.decode_work import token_bytes
 from qwencli.diagnostics.finding import Confidence, Finding, failed, passed, warned
 from qwencli.diagnostics.machine import Machine, how_it_ended
-from qwencli.diagnostics.work import token_bytes
 from qwencli.engine.instruments.probes.answers import EngineRun
 from qwencli.engine.instruments.probes.ask import Outcome
 from qwencli.models.memory import kv_cache_bytes

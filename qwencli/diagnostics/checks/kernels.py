@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwencli.diagnostics.checks.device import NO_GPU
+from qwencli.diagnostics.checks.driver import NO_GPU
 from qwencli.diagnostics.finding import Finding, failed, passed, skipped, warned
 from qwencli.diagnostics.machine import Machine, Unreadable, how_it_ended, value_of
 from qwencli.engine.instruments.probes.answers import AttentionRun, FlashAttention, LinearRun

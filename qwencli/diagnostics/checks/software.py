@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwencli.diagnostics.checks.device import get_cuda_torch
+from qwencli.diagnostics.checks.driver import get_cuda_torch
 from qwencli.diagnostics.finding import Finding, failed, passed, skipped, warned
-from qwencli.diagnostics.known_bad import known_bad, present
+from qwencli.diagnostics.known_bad import cudnn_text, known_bad, numbers, present
 from qwencli.diagnostics.machine import Machine, how_it_ended
-from qwencli.diagnostics.versions import cudnn_text, numbers
 from qwencli.engine.instruments.probes.ask import Outcome
 
 OLDEST_PYTHON = (3, 11, 0)

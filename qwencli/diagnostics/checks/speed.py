@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qwencli.diagnostics.checks.device import NO_GPU
+from qwencli.diagnostics.checks.driver import NO_GPU
+from qwencli.diagnostics.decode_work import operators_per_token
 from qwencli.diagnostics.finding import Confidence, Finding, passed, skipped, warned
-from qwencli.diagnostics.launches import operators_per_token
 from qwencli.diagnostics.machine import Machine, value_of
 from qwencli.engine.instruments.probes.answers import Bandwidth, HostLink, LaunchRate
 

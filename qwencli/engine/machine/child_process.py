@@ -1,9 +1,14 @@
-"""How this program starts further processes of itself."""
+"""How this program starts further processes of itself, and how these end with it."""
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from pathlib import Path
+
+# What the parent may say to a child while it runs.
+PAUSE, RESUME = b"-", b"+"
 
 
 def python_command(module: str, *arguments: str) -> list[str]:
@@ -15,3 +20,18 @@ def python_command(module: str, *arguments: str) -> list[str]:
     here = Path.cwd()
     on_path = any(Path(entry or ".").resolve() == here for entry in sys.path)
     return [sys.executable, *(() if on_path else ("-P",)), "-m", module, *arguments]
+
+
+def end_with_parent(going: threading.Event | None = None) -> None:
+    """Body of a thread in each child: end the process when the parent's end of stdin closes.
+
+    A parent that is killed cannot say goodbye; without this its children would go on holding
+    the GPU.
+
+    Args:
+        going: cleared by PAUSE and set by RESUME.
+    """
+    while said := os.read(0, 1):
+        if going is not None:
+            (going.clear if said == PAUSE else going.set)()
+    os._exit(3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwencli.bench.attribution.attribute import attribute
-from qwencli.bench.attribution.causes import Cause
+from qwencli.bench.causes import Cause
 from qwencli.errors import BenchError
 from tests.bench.attribution.made_cell import TTFT_S, MadeCell
 

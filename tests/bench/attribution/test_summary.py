@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwencli.bench.attribution.causes import Cause, Finding
 from qwencli.bench.attribution.summary import (
     Tally,
     probe_line,
@@ -14,6 +13,7 @@ from qwencli.bench.attribution.summary import (
     with_causes,
     write_tallies,
 )
+from qwencli.bench.causes import Cause, Finding
 
 
 def finding(cause, lost_ms, scope="gap", cell_id="a"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from qwencli.bench.attribution.causes import Cause
 from qwencli.bench.attribution.records import records_by_cell
 from qwencli.bench.attribution.whole_cell import (
     COLUMNS,
@@ -15,6 +14,7 @@ from qwencli.bench.attribution.whole_cell import (
     over_limits,
     percentages,
 )
+from qwencli.bench.causes import Cause
 from tests.bench.attribution.made_cell import CELL, RUNS, MadeCell
 
 CPU, GPU = Machine(on_gpu=False, cores=2), Machine(on_gpu=True, cores=16)

@@ -17,10 +17,9 @@ from qwencli.bench.compare.comparison import compare
 from qwencli.bench.compare.sides import read_side
 from qwencli.bench.plan.environment import environment
 from qwencli.bench.plan.prepare import BenchRequest
-from qwencli.bench.plan.repetition import Wanted, stop_rule
-from qwencli.bench.plan.stopping import StopRule
+from qwencli.bench.plan.stopping import StopRule, Wanted, stop_rule
 from qwencli.bench.run.campaign import Campaign
-from qwencli.bench.run.runner import RunnerOptions, run_in_turns
+from qwencli.bench.run.campaign_runner import RunnerOptions, run_in_turns
 from qwencli.bench.storage.row_file import read_rows
 from qwencli.config import DType, LoadFormat
 from qwencli.errors import BenchError

@@ -2,8 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from qwencli.bench.inject.confusion import confusion, holds, markdown, summary, verdict
-from qwencli.bench.inject.truth import NONE, rows_of
+from qwencli.bench.inject.confusion import (
+    NONE,
+    confusion,
+    holds,
+    markdown,
+    rows_of,
+    summary,
+    verdict,
+)
 
 
 def texts(row):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from qwencli.bench.measure.core_clock import CoreClock
+from qwencli.bench.measure.os_counters import CoreClock
 
 
 def system(folder, **khz):

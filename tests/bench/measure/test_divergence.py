@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwencli.bench.measure.divergence import (
+from qwencli.bench.measure.quality import (
     divergence,
     divergence_rows,
     passages,
@@ -66,7 +66,7 @@ def engine(name, dtype=DType.AUTO):
 
 
 def test_engines_agree_and_rounded_weights_do_not(tmp_path, monkeypatch):
-    monkeypatch.setattr("qwencli.bench.measure.divergence.MOST_TOKENS", 12)
+    monkeypatch.setattr("qwencli.bench.measure.quality.MOST_TOKENS", 12)
     file = tmp_path / "reference.csv"
     with engine(EngineName.TRANSFORMERS) as loaded:
         rows = list(reference_rows(loaded, "copy"))

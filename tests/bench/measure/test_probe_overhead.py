@@ -12,7 +12,7 @@ from qwencli.bench.measure.probe_overhead import (
     overhead_percent,
     pairs,
 )
-from tests.bench.measure.test_token_probe import tokens
+from tests.bench.measure.test_host_probe import tokens
 
 
 class Spy:

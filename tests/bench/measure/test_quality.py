@@ -4,8 +4,13 @@ import pytest
 from PIL import Image
 
 from qwencli.bench.measure import quality
-from qwencli.bench.measure.heldout import count_heldout, heldout
-from qwencli.bench.measure.quality import caption_rows, has_captions, quality_columns
+from qwencli.bench.measure.quality import (
+    caption_rows,
+    count_heldout,
+    has_captions,
+    heldout,
+    quality_columns,
+)
 from qwencli.bench.storage.columns import QUALITY
 from qwencli.config import EngineConfig, EngineName, LoadFormat, ModelSource, ModelSpec
 from qwencli.engine.factory import create_engine

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwencli.bench.plan.cells import AXES
-from qwencli.bench.plan.matrix import Matrix, check_values, expand, override
+from qwencli.bench.plan.matrix import AXES, Matrix, check_values, expand, override
 from qwencli.engine.machine.device import DeviceFacts
 from qwencli.errors import BenchError, UsageError
 

@@ -6,7 +6,7 @@ import pytest
 
 from qwencli.bench.plan.matrix import expand
 from qwencli.bench.plan.matrix_file import load_matrix, names
-from qwencli.bench.plan.repetition import Wanted
+from qwencli.bench.plan.stopping import Wanted
 from qwencli.errors import BenchError, UsageError
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "benchmarks").glob("*.toml"))

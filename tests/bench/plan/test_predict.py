@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from qwencli.bench.plan.campaign_plan import Plan, Settings
-from qwencli.bench.plan.launch import read_machine_speed
+from qwencli.bench.plan.environment import read_machine_speed
 from qwencli.bench.plan.matrix import Matrix, expand
 from qwencli.bench.plan.predict import MachineSpeed, predict
 from qwencli.bench.plan.stopping import StopRule

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwencli.bench.plan.repetition import Wanted, stop_rule
 from qwencli.bench.plan.stopping import (
     Progress,
     StopReason,
     StopRule,
+    Wanted,
     document,
     next_turn,
     noise_percent,
@@ -16,6 +16,7 @@ from qwencli.bench.plan.stopping import (
     repetition,
     rule_of,
     stop_reason,
+    stop_rule,
     turn_over,
 )
 from qwencli.errors import UsageError

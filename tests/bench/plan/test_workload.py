@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwencli.bench.plan.workload import EXAMPLE_IMAGE, find_image, prompt_or_default, read_prompt
+from qwencli.bench.plan.matrix_file import EXAMPLE_IMAGE, find_image, prompt_or_default, read_prompt
 from qwencli.errors import InputError, UsageError
 from qwencli.presets import DEFAULT_PROMPT, PRESETS
 

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwencli.bench.report.cell_statistics import cell_rows, run_ratio
-from qwencli.bench.statistics.itl import percentile, run_latency
+from qwencli.bench.report.cell_statistics import cell_rows
+from qwencli.bench.statistics.robust import run_ratio
+from qwencli.bench.statistics.slow_tokens import percentile, run_latency
 
 AXES = {
     "cell_id": "c",

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from qwencli.bench.attribution.summary import why
-from qwencli.bench.report.cell_rows import CellRows
 from qwencli.bench.report.explain import explain_campaign
-from qwencli.bench.report.explain_rules import CELL_RULES
+from qwencli.bench.report.explain_rules import CELL_RULES, CellRows
 from qwencli.bench.report.steadiness import steadiness
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import write_rows

@@ -11,20 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwencli.bench.attribution.causes import Cause, Finding
 from qwencli.bench.attribution.summary import with_causes
+from qwencli.bench.causes import Cause, Finding
 from qwencli.bench.report.campaign_report import build_report
 from qwencli.bench.report.html.charts import (
     BINS,
     TOKEN_POINTS,
+    GpuSamples,
+    Take,
     cell_charts,
     histogram,
+    keep_extremes,
+    pack_floats,
     points_per_run,
+    takes_by_cell,
     throttled,
 )
-from qwencli.bench.report.html.packing import keep_extremes, pack_floats
 from qwencli.bench.report.html.page import ASSETS, SCRIPTS, html_page
-from qwencli.bench.report.html.takes import GpuSamples, Take, takes_by_cell
 from qwencli.bench.report.tables import speed_text
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import write_rows

@@ -5,9 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from qwencli.bench.plan.dry_run import planned_table
-from qwencli.bench.plan.predict import Prediction
-from qwencli.bench.report.markdown import markdown
+from qwencli.bench.plan.predict import Prediction, planned_table
+from qwencli.bench.report.campaign_report import markdown
 from qwencli.bench.report.tables import cell_summary, speed_text, terminal_table, why_lines
 
 CELL = {

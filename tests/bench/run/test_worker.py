@@ -7,13 +7,11 @@ from types import MappingProxyType
 
 import pytest
 
-from qwencli.bench.measure import token_probe
+from qwencli.bench.measure import host_probe as token_probe
 from qwencli.bench.measure.cpu_calibration import Pace
-from qwencli.bench.measure.host import HostProbe
-from qwencli.bench.plan import worker_spec as spec
-from qwencli.bench.plan.campaign_plan import takes_images
+from qwencli.bench.measure.host_probe import HostProbe
+from qwencli.bench.plan.campaign_plan import WorkerSpec, dump_spec, load_spec, takes_images
 from qwencli.bench.plan.stopping import Progress, StopRule
-from qwencli.bench.plan.worker_spec import WorkerSpec
 from qwencli.bench.run import worker
 from qwencli.bench.storage import columns
 from qwencli.config import (
@@ -63,8 +61,8 @@ def test_spec_survives_the_way_to_the_worker():
         model, quantization=Quantization.INT4, cache=Cache.STATIC, dtype=DType.FLOAT16
     )
     sent = make_spec(config=config, images=(Path("a b.png"),), prompt="two\nlines é")
-    assert "\n" not in spec.dumps(sent)
-    assert spec.loads(spec.dumps(sent)) == sent
+    assert "\n" not in dump_spec(sent)
+    assert load_spec(dump_spec(sent)) == sent
 
 
 def test_runs_are_numbered_and_only_columns_are_sent():

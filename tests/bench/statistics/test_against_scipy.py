@@ -19,10 +19,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from qwencli.bench.attribution.slow_runs import MIN_GROUP, greater_p
-from qwencli.bench.compare.intervals import _Scatter
-from qwencli.bench.statistics.drift import mann_kendall, theil_sen
-from qwencli.bench.statistics.paired_ranks import _outside, paired_interval
+from qwencli.bench.compare.intervals import _outside, _Scatter, paired_interval
 from qwencli.bench.statistics.robust import RESAMPLES, median_interval, ratio_interval
+from qwencli.bench.statistics.stationarity import mann_kendall, theil_sen
 from qwencli.bench.storage.row_file import read_rows
 
 RESULTS = Path(__file__).parents[3] / "results"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwencli.bench.statistics.changepoint import ALPHA, PERMUTATIONS, change_points
+from qwencli.bench.statistics.stationarity import ALPHA, PERMUTATIONS, change_points
 
 
 def noise(rng, n=20, level=100.0, percent=0.5):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwencli.bench.statistics.drift import (
+from qwencli.bench.statistics.stationarity import (
     FirstRun,
     drift,
     first_run_effect,

@@ -6,9 +6,8 @@ import random
 
 import pytest
 
-from qwencli.bench.studies.blocks import without_rounds
 from qwencli.bench.studies.claim_file import Study, Trial
-from qwencli.bench.studies.verdicts import Side, Verdict, conclude, judge
+from qwencli.bench.studies.verdicts import Side, Verdict, conclude, judge, without_rounds
 
 PLAIN = [10.0, 10.1, 9.9, 10.05, 9.95]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwencli.bench.plan.workload import EXAMPLE_IMAGE
+from qwencli.bench.plan.matrix_file import EXAMPLE_IMAGE
 from qwencli.config import Attention, EngineConfig, EngineName, LoadFormat, SamplingOptions
 from qwencli.engine.factory import create_engine
 from qwencli.engine.frontend.images import open_image

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from qwencli.bench.plan import launch
+from qwencli.bench.plan import environment
 from qwencli.engine.machine import device
 from qwencli.engine.machine.device import CudaDevice, TorchFacts
 from qwencli.errors import BenchError, DeviceError
@@ -97,20 +97,20 @@ def test_facts_cross_the_process_border(monkeypatch):
     answer = {"facts": dataclasses.asdict(device.device_facts("cpu"))}
     answer["facts"]["capability"] = [12, 0]
     script = f"print('noise'); print({json.dumps(answer)!r})"
-    monkeypatch.setattr(launch, "python_command", lambda *_: [sys.executable, "-c", script])
-    assert launch.read_device_facts("cpu").capability == (12, 0)
+    monkeypatch.setattr(environment, "python_command", lambda *_: [sys.executable, "-c", script])
+    assert environment.read_device_facts("cpu").capability == (12, 0)
 
 
 def test_errors_cross_the_process_border():
     with pytest.raises(DeviceError, match="gpu is not available here"):
-        launch.read_device_facts("gpu")
+        environment.read_device_facts("gpu")
 
 
 def test_torch_that_does_not_load_is_told_by_its_last_line(monkeypatch):
     script = "raise ImportError('libcudart.so.13: cannot open')"
-    monkeypatch.setattr(launch, "python_command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setattr(environment, "python_command", lambda *_: [sys.executable, "-c", script])
     with pytest.raises(BenchError, match=r"does not load: ImportError: libcudart.so.13"):
-        launch.read_device_facts("cpu")
+        environment.read_device_facts("cpu")
 
 
 def test_importing_the_module_does_not_import_torch():

@@ -3,37 +3,43 @@
 What can be read stands in the page as HTML; what is drawn lies beside it as JSON, one script
 element a cell, which the browser decodes when that cell is opened. Why so:
 docs/decisions/0006-html-report.md.
+
+The matrix is shown as coloured tables: quantization and attention down, cache across. Tables
+rather than a picture: figures can be read, copied and heard; colour only repeats them.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import string
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from qwencli.bench.attribution.causes import Finding
+from qwencli.bench.causes import Finding
 from qwencli.bench.report.html.charts import (
     CAUSE_MARKS,
     GPU_POINTS,
     TOKEN_POINTS,
+    RawRow,
     cell_charts,
     points_per_run,
+    takes_by_cell,
 )
-from qwencli.bench.report.html.details import detail_sections
-from qwencli.bench.report.html.heatmap import heat_maps
 from qwencli.bench.report.html.sections import (
     blank_section,
     cell_section,
     cells_table,
+    detail_sections,
     environment_table,
     header,
+    why_section,
 )
-from qwencli.bench.report.html.takes import RawRow, takes_by_cell
-from qwencli.bench.report.html.why import why_section
-from qwencli.bench.report.tables import row_label, title, varying_axes
+from qwencli.bench.report.tables import is_quotable, row_label, speed_text, title, varying_axes
 
 CellRow = Mapping[str, Any]
 
@@ -48,6 +54,8 @@ SCRIPTS = (
     "runs.js",
     "page.js",
 )
+STEPS = 7  # .heat-0 .. .heat-6 in assets/style.css
+_APART = ("model", "engine", "load_mode")
 
 
 def html_page(
@@ -107,3 +115,126 @@ def _script(name: str, value: Mapping[str, Any]) -> str:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = text.replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{text}</script>'
+
+
+def heat_maps(rows: Sequence[CellRow]) -> str:
+    """One table for each model, engine and load mode; one scale of colour for all of them.
+
+    Args:
+        rows: cells.csv in its order; a cell's place in it is its anchor, `#cell-N`.
+    """
+    notes = _Notes()
+    scale = _Scale([row["decode_tok_per_s_median"] for row in rows])
+    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for place, row in enumerate(rows):
+        groups[tuple(row[axis] for axis in _APART)].append(place)
+    tables = [_table(name, rows, places, scale, notes) for name, places in groups.items()]
+    return f'<div class="maps">{"".join(tables)}</div>{scale.legend()}{notes.lines()}'
+
+
+class _Scale:
+    """Logarithmic, because modes differ by factors: on a linear scale one fast cell hides the
+    differences of all others."""
+
+    def __init__(self, speeds: Sequence[float | None]) -> None:
+        known = [speed for speed in speeds if speed]
+        self.low, self.high = min(known, default=1.0), max(known, default=1.0)
+
+    def step(self, speed: float) -> int:
+        if self.high <= self.low:
+            return STEPS - 1
+        share = math.log(speed / self.low) / math.log(self.high / self.low)
+        return min(STEPS - 1, int(share * STEPS))
+
+    def legend(self) -> str:
+        if self.high <= self.low:
+            return ""
+        swatches = "".join(f'<i class="heat-{step}"></i>' for step in range(STEPS))
+        return (
+            f'<p class="legend">{self.low:.1f} tok/s <span aria-hidden="true">{swatches}</span> '
+            f"{self.high:.1f} tok/s, logarithmic</p>"
+        )
+
+
+class _Notes:
+    """Letters for the reasons why cells have no figure."""
+
+    def __init__(self) -> None:
+        self._letters: dict[str, str] = {}
+
+    def letter(self, said: str) -> str:
+        number = len(self._letters)
+        letters = string.ascii_lowercase
+        name = letters[number % 26] * (1 + number // 26)
+        return self._letters.setdefault(said, name)
+
+    def lines(self) -> str:
+        items = "".join(
+            f"<li><b>{letter}</b> {escape(said)}</li>" for said, letter in self._letters.items()
+        )
+        return f'<ul class="notes">{items}</ul>' if items else ""
+
+
+def _table(
+    name: Sequence[str],
+    rows: Sequence[CellRow],
+    places: Sequence[int],
+    scale: _Scale,
+    notes: _Notes,
+) -> str:
+    by_modes = {
+        (rows[place]["quantization"], rows[place]["attention"], rows[place]["cache"]): place
+        for place in places
+    }
+    caches = list(dict.fromkeys(cache for *_, cache in by_modes))
+    attentions: dict[str, list[str]] = defaultdict(list)
+    for quantization, attention, _ in by_modes:
+        if attention not in attentions[quantization]:
+            attentions[quantization].append(attention)
+    head = "".join(f'<th scope="col">{escape(cache)}</th>' for cache in caches)
+    lines = []
+    for quantization, kinds in attentions.items():
+        for number, attention in enumerate(kinds):
+            first = f'<th scope="rowgroup" rowspan="{len(kinds)}">{escape(quantization)}</th>'
+            cells = "".join(
+                _cell(by_modes.get((quantization, attention, cache)), rows, scale, notes)
+                for cache in caches
+            )
+            lines.append(
+                f'<tr>{first if number == 0 else ""}<th scope="row">{escape(attention)}</th>'
+                f"{cells}</tr>"
+            )
+    model, engine, load_mode = map(escape, name)
+    return (
+        f'<table class="map"><caption>{model}, {engine}, {load_mode}</caption>'
+        f'<thead><tr><th scope="col">quantization</th><th scope="col">attention</th>{head}</tr>'
+        f"</thead><tbody>{''.join(lines)}</tbody></table>"
+    )
+
+
+def _cell(place: int | None, rows: Sequence[CellRow], scale: _Scale, notes: _Notes) -> str:
+    if place is None:
+        return '<td class="absent" title="not in this matrix">·</td>'
+    row = rows[place]
+    speed, status = row["decode_tok_per_s_median"], row["status"]
+    mark = ""
+    if status != "ok":
+        said = f"{status}: {row['reason']}" if row["reason"] else status
+        mark = f"<sup>{notes.letter(said)}</sup>"
+    if not speed:
+        return f'<td class="none"><a href="#cell-{place}">{escape(status)}{mark}</a></td>'
+    # Between the speeds of its runs no colour is that of the cell.
+    kind = f"heat-{scale.step(speed)}" if is_quotable(row) else "unquotable"
+    return (
+        f'<td class="{kind}"><a href="#cell-{place}">'
+        f"<b>{speed_text(row)}</b>{mark}{_spread(row)}</a></td>"
+    )
+
+
+def _spread(row: CellRow) -> str:
+    """The fastest run over the slowest, with a sign where the verdict has something to say."""
+    ratio, verdict = row["run_ratio_max_min"], row["verdict"]
+    figure = f"max/min {ratio:.2f}" if ratio else ""
+    if verdict == "ok":
+        return f"<small>{figure}</small>"
+    return f'<small title="{escape(verdict)}">⚠ {figure}</small>'

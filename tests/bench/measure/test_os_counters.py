@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwencli.bench.measure.cgroup_stats import CgroupStats, Stalls
+from qwencli.bench.measure.os_counters import CgroupStats, Stalls
 
 V2 = "0::/pod/worker\n"
 V1 = "5:cpu,cpuacct:/docker/a\n4:memory:/docker/a\n0::/\n"

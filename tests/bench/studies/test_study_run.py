@@ -12,10 +12,9 @@ import pytest
 from qwencli.bench.storage.row_file import read_rows
 from qwencli.bench.studies import study_run as session
 from qwencli.bench.studies.claim_file import choose
-from qwencli.bench.studies.share import share
 from qwencli.bench.studies.study_evidence import Evidence
 from qwencli.bench.studies.study_plan import StudyRequest, prepare_study, process_folder
-from qwencli.bench.studies.study_report import COLUMNS, build_study_report, terminal_table
+from qwencli.bench.studies.study_report import COLUMNS, build_study_report, share, terminal_table
 from qwencli.bench.studies.study_run import run_study
 from qwencli.bench.studies.verdicts import Verdict
 from qwencli.config import DType, LoadFormat

@@ -7,8 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwencli.bench.attribution.slow_runs import greater_p, quiet_sigma
-from qwencli.bench.statistics.itl import FACTOR, LEAST_MS
-from qwencli.bench.statistics.slow_tokens import JOIN, UsualToken, gaps, usual_token
+from qwencli.bench.statistics.slow_tokens import (
+    FACTOR,
+    JOIN,
+    LEAST_MS,
+    UsualToken,
+    gaps,
+    usual_token,
+)
 
 latencies = st.lists(st.floats(0.01, 1e4), min_size=1, max_size=60)
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from qwencli.diagnostics.checks import (
     deep,
-    device,
     kernels,
     memory,
     power,
@@ -15,6 +14,7 @@ from qwencli.diagnostics.checks import (
     storage,
     system,
 )
+from qwencli.diagnostics.checks import driver as device
 from qwencli.diagnostics.finding import Check, Finding, Level, skipped
 from qwencli.diagnostics.machine import Machine, Unreadable
 from qwencli.engine.instruments.probes.ask import first_line

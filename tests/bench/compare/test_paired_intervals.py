@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwencli.bench.compare.comparison import Verdict, decide
-from qwencli.bench.compare.intervals import paired_intervals
-from qwencli.bench.statistics.paired_ranks import paired_interval
+from qwencli.bench.compare.intervals import paired_interval, paired_intervals
 
 
 def test_a_textbook_interval():

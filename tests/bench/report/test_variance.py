@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwencli.bench.statistics.variance import variance_components, variance_shares
+from qwencli.bench.report.steadiness import variance_components, variance_shares
 
 # After the example in Sokal and Rohlf, "Biometry", box 10.1: wings of mosquitoes, two measurements
 # of each of four females from each of three cages.

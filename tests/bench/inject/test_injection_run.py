@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from qwencli.bench.attribution.causes import Cause
+from qwencli.bench.causes import Cause
+from qwencli.bench.inject.confusion import NONE
+from qwencli.bench.inject.faults import ALL, KINDS, choose
 from qwencli.bench.inject.injection_run import CONTROLS, Injection, measure, schedule
-from qwencli.bench.inject.kinds import ALL, KINDS, choose
-from qwencli.bench.inject.truth import NONE
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import read_rows
 from qwencli.errors import BenchError, UsageError

@@ -9,12 +9,10 @@ import time
 
 import pytest
 
-from qwencli.bench.measure import token_probe
-from qwencli.bench.measure.core_clock import CoreClock
+from qwencli.bench.measure import host_probe as token_probe
 from qwencli.bench.measure.cpu_calibration import Pace
-from qwencli.bench.measure.host import HostProbe
-from qwencli.bench.measure.thread_times import Waits, system_times, waits
-from qwencli.bench.measure.token_probe import LEARNING, TokenProbe
+from qwencli.bench.measure.host_probe import LEARNING, HostProbe, TokenProbe
+from qwencli.bench.measure.os_counters import CoreClock, Waits, system_times, waits
 from qwencli.bench.storage import columns
 from qwencli.results import GenerationChunk, GenerationResult, RanModes, Timings
 

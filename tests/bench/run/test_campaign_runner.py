@@ -19,7 +19,7 @@ from qwencli.bench.plan.environment import environment
 from qwencli.bench.plan.stopping import StopRule
 from qwencli.bench.report.campaign_report import build_report
 from qwencli.bench.run.campaign import Campaign
-from qwencli.bench.run.runner import RunnerOptions, run_campaign
+from qwencli.bench.run.campaign_runner import RunnerOptions, run_campaign
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import read_rows, write_rows
 from qwencli.errors import BenchError, OutputError

@@ -1,13 +1,15 @@
-"""What the host did while tokens were made: the rows of host.csv.
+"""What the host did during a run: totals for runs.csv, and the rows of host.csv.
 
-A token costs one look at the clock; clocks and counters are read every few tokens and after one
-that took long, and what costs more after such a one only. `probe_overhead` measures the sum.
-How fast the host is (`host_pace`) is measured when the run has ended, and within it where tokens
-take so long that it does not matter.
+`HostProbe` counts a whole run: two clock readings at each end and one callback a collection.
+`TokenProbe` follows the tokens: one look at the clock per token; clocks and counters are read every
+few tokens and after one that took long, and what costs more after such a one only.
+`probe_overhead` measures the sum. How fast the processor is (`cpu_calibration`) is measured when
+the run has ended, and within it where tokens take so long that it does not matter.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import itertools
 import signal
@@ -18,13 +20,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Self
 
-from qwencli.bench.measure import cgroup_stats
-from qwencli.bench.measure.cgroup_stats import CgroupStats
-from qwencli.bench.measure.core_clock import CoreClock
 from qwencli.bench.measure.cpu_calibration import Pace, read_pace
-from qwencli.bench.measure.thread_times import (
+from qwencli.bench.measure.os_counters import (
     MOST_BESIDE_A_GPU,
     MOST_THREADS,
+    CgroupStats,
+    CoreClock,
     Reading,
     RunQueue,
     SystemTimes,
@@ -48,6 +49,55 @@ READ_EVERY = 16
 LONG_TOKEN_S, PACE_EVERY_S = 0.01, 0.1
 
 Row = dict[str, Any]
+
+
+def _involuntary_switches() -> int | None:
+    try:
+        resource: Any = importlib.import_module("resource")
+    except ImportError:  # Windows has no getrusage
+        return None
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw)
+
+
+class HostProbe:
+    """Measures the block it is around; `row()` afterwards gives the columns of runs.csv.
+
+    CPU percentages are of one core: a process with four busy threads shows 400. `collections`
+    holds when each garbage collection began and ended, on `time.perf_counter`.
+    """
+
+    def __enter__(self) -> Self:
+        self.collections: list[tuple[float, float]] = []
+        self._gc_since: float | None = None
+        gc.callbacks.append(self._on_gc)
+        self._switches = _involuntary_switches()
+        self._process, self._thread = time.process_time(), time.thread_time()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        wall = max(time.perf_counter() - self._start, 1e-9)
+        process, thread = time.process_time(), time.thread_time()
+        switches = _involuntary_switches()
+        gc.callbacks.remove(self._on_gc)
+        self._row = {
+            "process_cpu_percent": 100.0 * (process - self._process) / wall,
+            "main_thread_cpu_percent": 100.0 * (thread - self._thread) / wall,
+            "gc_pause_ms": 1e3 * sum(end - start for start, end in self.collections),
+            "involuntary_switches": (
+                None if switches is None or self._switches is None else switches - self._switches
+            ),
+        }
+
+    def row(self) -> dict[str, float | int | None]:
+        return self._row
+
+    def _on_gc(self, phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            self._gc_since = time.perf_counter()
+        elif self._gc_since is not None:
+            self.collections.append((self._gc_since, time.perf_counter()))
+            self._gc_since = None
 
 
 def _usage_reader() -> Any:
@@ -78,7 +128,7 @@ class _Counts(NamedTuple):
     other_python_ms: float | None
     system: SystemTimes | None
     allocator: AllocatorCounts | None
-    cgroup: cgroup_stats.Reading
+    cgroup: Reading
 
 
 class TokenProbe:

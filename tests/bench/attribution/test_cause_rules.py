@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwencli.bench.attribution.cause_rules import FLOOR, RULES, judge
-from qwencli.bench.attribution.causes import MEANINGS, Cause
 from qwencli.bench.attribution.evidence import Evidence, Usual
+from qwencli.bench.causes import MEANINGS, Cause
 
 BLANK = Evidence("gap", span_ms=103.0, lost_ms=100.0, tokens=1)
 IDLE_HOST = replace(BLANK, main_cpu_ms=3.0, slept_ms=100.0, switches=1.0, runqueue_ms=0.0)

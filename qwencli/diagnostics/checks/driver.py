@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from qwencli.diagnostics.finding import Confidence, Finding, failed, passed, skipped, warned
+from qwencli.diagnostics.known_bad import numbers
 from qwencli.diagnostics.machine import Machine, Unreadable, how_it_ended
-from qwencli.diagnostics.versions import numbers
 from qwencli.engine.instruments.probes.ask import Outcome
 from qwencli.engine.machine.architectures import has_code
 from qwencli.engine.machine.device import CudaDevice
