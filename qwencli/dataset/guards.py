@@ -10,6 +10,7 @@ Their limits stand with what they look for: `chatter` (refusals, introductions) 
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -187,6 +188,8 @@ def _loop(answer: Answer, guards: Guards) -> str | None:
 def _endless_sign(text: str) -> str | None:
     """One or a few characters over and over at the end: `!!!!!!`, `hahahahaha`."""
     tail = "".join(text[-240:].split())
+    if len(set(tail[-24:])) > 12:
+        return None
     for length in range(1, 13):
         unit, times = tail[-length:], max(6, -(-24 // length))
         if len(tail) >= length * times and tail.endswith(unit * times):
@@ -197,18 +200,20 @@ def _endless_sign(text: str) -> str | None:
 def _in_a_row(said: Sequence[str]) -> str | None:
     for length in range(1, min(_LONGEST_REPEATED, len(said) // 3) + 1):
         most = _MOST_IN_A_ROW.get(length, 3)
-        same = 0
-        for place in range(length, len(said)):
-            same = same + 1 if said[place] == said[place - length] else 0
-            if same >= length * (most - 1):
-                unit = said[place - length + 1 : place + 1]
-                if any(word[0].isalnum() for word in unit):
-                    return f"{' '.join(unit)!r:.80} {most} times in a row"
+        # Where each word is the one `length` words before it; a run of those is a repetition.
+        same = bytes(map(operator.eq, itertools.islice(said, length, None), said))
+        run = b"\1" * (length * (most - 1))
+        place = same.find(run)
+        while place >= 0:
+            unit = said[place : place + length]
+            if any(word[0].isalnum() for word in unit):
+                return f"{' '.join(unit)!r:.80} {most} times in a row"
+            place = same.find(run, place + 1)
     return None
 
 
 def _same_sentences(text: str, most: int) -> str | None:
-    plain = [" ".join(words(sentence.casefold())) for sentence in sentences(text)]
+    plain = [" ".join(sentence.casefold().split()).rstrip(".!") for sentence in sentences(text)]
     plain = [sentence for sentence in plain if sentence.count(" ") >= 4]
     counts = Counter(plain)
     twice = [first for first, second in itertools.pairwise(plain) if first == second]
@@ -260,7 +265,7 @@ def _preamble(answer: Answer, guards: Guards) -> str | None:
 
 
 def _closing(answer: Answer, guards: Guards) -> str | None:
-    said = sentences(without_thoughts(answer.text))
+    said = sentences(without_thoughts(answer.text)[-400:])
     return _quoted(said[-1]) if len(said) > 1 and find_closing(said[-1]) else None
 
 

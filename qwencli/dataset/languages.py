@@ -118,6 +118,8 @@ LANGUAGES = {
 _WORD = re.compile(r"[^\W\d_]+")
 # Fewer words tell no language of Latin script.
 _MIN_WORDS, _MIN_SHARE, _TIMES = 12, 0.12, 2.5
+# With so many of its frequent words a text is in a language, whatever else is in it.
+_CLEAR = 0.25
 
 
 def spoken_otherwise(text: str, wanted: str, *, tags: bool = False) -> str | None:
@@ -138,9 +140,12 @@ def spoken_otherwise(text: str, wanted: str, *, tags: bool = False) -> str | Non
         return f"Chinese, not Japanese: {text.strip()[:60]}"
     if tags or not language.frequent:
         return None
-    shares = _shares(text)
-    best = max(shares, key=lambda code: shares[code], default=wanted)
+    shares = _shares(text, only=wanted)
     own = shares.get(wanted, 0.0)
+    if not shares or own >= _CLEAR:
+        return None
+    shares = _shares(text)
+    best = max(shares, key=lambda code: shares[code])
     if best != wanted and shares[best] >= max(_MIN_SHARE, _TIMES * own):
         return f"{LANGUAGES[best].name}, not {language.name}: {text.strip()[:60]}"
     return None
@@ -193,15 +198,20 @@ def _script(char: str) -> str:
     return unicodedata.name(char, "UNKNOWN").split()[0].split("-")[0]
 
 
-def _shares(text: str, least: int = _MIN_WORDS) -> dict[str, float]:
-    """By language of Latin script, how much of the text are its frequent words."""
+def _shares(text: str, least: int = _MIN_WORDS, only: str | None = None) -> dict[str, float]:
+    """By language of Latin script, how much of the text are its frequent words.
+
+    Args:
+        least: words that a text must have; of fewer nothing is said.
+        only: the one language that is asked about.
+    """
     said = [word.casefold() for word in _WORD.findall(text)]
     if len(said) < least:
         return {}
     return {
         code: _count(said, language.frequent) / len(said)
         for code, language in LANGUAGES.items()
-        if language.frequent
+        if language.frequent and only in (None, code)
     }
 
 

@@ -1,0 +1,91 @@
+"""Looks at each picture once: a thumbnail for the sheet, and what likeness is told by."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwencli.dataset.report.near_duplicates import look
+from qwencli.errors import MissingDependencyError, QwenCliError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Many thumbnails are smaller: the sheet of 10,000 pictures stays near 30 MB.
+_SIDES = ((1500, 224), (4000, 176))
+_SIDE_OF_MANY = 128
+_QUALITY = 62
+# A JPEG of more pixels is decoded at a part of its size.
+_DRAFT_SIDE = 512
+_AHEAD = 64
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One picture: its thumbnail as WebP, its look, or why it cannot be opened."""
+
+    thumbnail: bytes = b""
+    look: tuple[bytes, bytes] | None = None
+    unreadable: str | None = None
+
+
+def thumbnail_side(count: int) -> int:
+    """Pixels of the longer side of each thumbnail of so many."""
+    return next((side for most, side in _SIDES if count <= most), _SIDE_OF_MANY)
+
+
+def seen_pictures(paths: Iterable[Path], side: int) -> Iterator[Seen]:
+    """Each picture in order, several at a time; what cannot be opened says why."""
+    waiting = iter(paths)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        running = [
+            pool.submit(_seen, path, side) for path, _ in zip(waiting, range(_AHEAD), strict=False)
+        ]
+        while running:
+            yield running.pop(0).result()
+            path = next(waiting, None)
+            if path is not None:
+                running.append(pool.submit(_seen, path, side))
+
+
+def _seen(path: Path, side: int) -> Seen:
+    try:
+        picture = _small(path)
+    except MissingDependencyError:
+        return Seen()  # a format that needs a package is not broken
+    except QwenCliError as error:
+        return Seen(unreadable=error.message)
+    looked = look(picture)
+    picture.thumbnail((side, side))
+    data = io.BytesIO()
+    picture.save(data, "WEBP", quality=_QUALITY, method=2)
+    return Seen(data.getvalue(), looked)
+
+
+def _small(path: Path) -> Image:
+    """The picture upright, or a video's first frame; a large JPEG at a part of its size.
+
+    Raises:
+        QwenCliError: it cannot be opened.
+    """
+    from PIL import Image, ImageOps
+
+    from qwencli.engine.frontend.images import DECODE_ERRORS, open_image
+    from qwencli.engine.frontend.videos import open_visual
+    from qwencli.messages import ImagePart
+
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        try:
+            with Image.open(path) as opened:
+                opened.draft("RGB", (_DRAFT_SIDE, _DRAFT_SIDE))
+                return ImageOps.exif_transpose(opened).convert("RGB")
+        except (*DECODE_ERRORS, Image.DecompressionBombError):
+            pass  # what reads every picture tells what is wrong, where something is
+        return open_image(path).image
+    visual = open_visual(path)
+    return visual.image if isinstance(visual, ImagePart) else visual.frames[0]
