@@ -17,7 +17,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from qwencli.errors import OutputError, QwenCliError
@@ -171,8 +171,24 @@ class Sink:
         self._lines(f"error: {error.message}" + (f" ({error.hint})" if error.hint else ""))
 
     def prompt(self, text: str) -> None:
-        """Write a question, or the sign that a line is awaited; even when quiet."""
+        """Write the sign that a line is awaited; even when quiet."""
         _to_stderr(visible(text))
+
+    def can_ask(self) -> bool:
+        """Whether somebody is there to read a question and to answer it."""
+        return sys.stdin.isatty() and sys.stderr.isatty()
+
+    def confirm(self, question: str) -> bool:
+        """Ask on stderr, even when quiet; Enter alone is a no.
+
+        Raises:
+            typer.Abort: Ctrl-C, or the end of the input.
+        """
+        import typer
+
+        # Python writes the end of a question to stdout, which carries the answer alone.
+        with redirect_stdout(sys.stderr):
+            return typer.confirm(visible(question), err=True)
 
     @contextmanager
     def status(self, text: str) -> Iterator[None]:

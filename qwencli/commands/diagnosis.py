@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwencli.commands.asking import at_terminal, says_yes
 from qwencli.config import EngineConfig, LoadFormat, ModelSource, ModelSpec
 from qwencli.errors import DeviceError, ModelFileError, OutputError, UsageError
 from qwencli.output import Sink
@@ -125,9 +124,9 @@ def apply_advice(advice: Advice, sink: Sink, *, default: bool, ask: bool) -> Non
         old.splitlines(), new.splitlines(), place, f"{place} (recommended)", lineterm="", n=1
     )
     sink.report(*lines)
-    if ask and not at_terminal():
+    if ask and not sink.can_ask():
         raise UsageError("--apply asks before it writes, and nobody is there", "add --yes")
-    if ask and not says_yes("Write this?"):
+    if ask and not sink.confirm("Write this?"):
         sink.notice("nothing was written")
         return
     sink.notice(f"wrote {write_config(folder, new)}")

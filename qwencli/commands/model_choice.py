@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-from qwencli.commands.asking import at_terminal, says_yes
 from qwencli.commands.options import RunOptions
 from qwencli.config import LoadFormat, ModelSource, ModelSpec
 from qwencli.models.resolve import recommended_model, resolve_model
@@ -29,7 +28,7 @@ def choose_model(run: RunOptions, sink: Sink) -> ModelSpec:
     if spec.source is not ModelSource.BUNDLED or run.load_format is LoadFormat.DUMMY:
         return spec
     better = recommended_model(free_bytes) if on_gpu and _can_ask(run, sink) else None
-    return better if better and _wants(better) else spec
+    return better if better and _wants(better, sink) else spec
 
 
 def free_bytes_on(device: str) -> tuple[int, bool]:
@@ -46,16 +45,16 @@ def free_bytes_on(device: str) -> tuple[int, bool]:
 
 
 def _can_ask(run: RunOptions, sink: Sink) -> bool:
-    return at_terminal() and not (run.offline or sink.quiet or os.environ.get("HF_HUB_OFFLINE"))
+    return sink.can_ask() and not (run.offline or sink.quiet or os.environ.get("HF_HUB_OFFLINE"))
 
 
-def _wants(better: ModelSpec) -> bool:
+def _wants(better: ModelSpec, sink: Sink) -> bool:
     from qwencli.models.memory import weight_bytes
     from qwencli.models.shape_reader import read_shape
 
     assert better.hub_config is not None, "built-ins come with their configuration"
     size = weight_bytes(read_shape(better.hub_config, better.name)) / 1e9
-    return says_yes(
+    return sink.confirm(
         f"No model for photographs is on this machine. Download {better.name} ({size:.1f} GB) "
         "from the Hugging Face hub now?"
     )

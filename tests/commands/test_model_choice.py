@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+import typer
 
 from qwencli.cli import run as run_cli
 from qwencli.commands import model_choice
@@ -12,21 +15,9 @@ from qwencli.engine.machine import host
 from qwencli.output import Sink
 
 
-class Terminal:
-    def __init__(self, real, answer="n"):
-        self.real, self.answer, self.written = real, answer, []
-
+class Terminal(io.StringIO):
     def isatty(self):
         return True
-
-    def readline(self):
-        return self.answer + "\n"
-
-    def write(self, text):
-        self.written.append(text)
-
-    def flush(self):
-        pass
 
 
 @pytest.fixture
@@ -38,33 +29,32 @@ def at_terminal(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr("qwencli.models.resolve.find_cached", lambda *a, **k: None)
     monkeypatch.setattr(host, "gpu_free_bytes", lambda: 24_000_000_000)
-    asked = []
 
-    def answer(text):
-        monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(1) or text)
-        terminal = Terminal(None)
-        monkeypatch.setattr("sys.stdin", Terminal(None, text))
+    def answer(*lines):
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stdin", Terminal("".join(f"{line}\n" for line in lines)))
         monkeypatch.setattr("sys.stderr", terminal)
-        return terminal, asked
+        return terminal
 
     return answer
 
 
-def test_the_offer_names_model_and_size_and_yes_takes_it(at_terminal):
-    terminal, asked = at_terminal("y")
+def test_the_offer_names_model_and_size_and_yes_takes_it(at_terminal, capsys):
+    terminal = at_terminal("y")
     spec = model_choice.choose_model(RunOptions(), Sink())
-    assert asked
     assert spec.source is ModelSource.BUILTIN
-    offer = "".join(terminal.written)
+    offer = terminal.getvalue()
     assert spec.name in offer
-    assert " GB) from the Hugging Face hub now? [y/N]" in offer
+    assert " GB) from the Hugging Face hub now? [y/N]: " in offer
+    assert capsys.readouterr().out == "", "stdout carries the answer alone"
 
 
-@pytest.mark.parametrize("text", ["", "n", "no", "maybe"])
-def test_anything_but_yes_keeps_the_bundled_model(at_terminal, text):
-    at_terminal(text)
+@pytest.mark.parametrize("lines", [[""], ["n"], ["no"], ["maybe", "n"]])
+def test_a_no_keeps_the_bundled_model(at_terminal, lines):
+    terminal = at_terminal(*lines)
     spec = model_choice.choose_model(RunOptions(), Sink())
     assert spec.source is ModelSource.BUNDLED
+    assert terminal.getvalue().count("[y/N]") == len(lines), "what is neither is asked again"
 
 
 @pytest.mark.parametrize(
@@ -78,17 +68,17 @@ def test_anything_but_yes_keeps_the_bundled_model(at_terminal, text):
     ],
 )
 def test_nobody_is_asked_where_an_offer_makes_no_sense(at_terminal, options, quiet):
-    _, asked = at_terminal("y")
+    terminal = at_terminal("y")
     spec = model_choice.choose_model(options, Sink(quiet=quiet))
     assert spec.source is ModelSource.BUNDLED
-    assert not asked
+    assert not terminal.getvalue()
 
 
 def test_a_pipe_is_never_asked(at_terminal, monkeypatch):
-    _, asked = at_terminal("y")
+    terminal = at_terminal("y")
     monkeypatch.setattr("sys.stdin.isatty", lambda: False)
     assert model_choice.choose_model(RunOptions(), Sink()).source is ModelSource.BUNDLED
-    assert not asked
+    assert not terminal.getvalue()
 
 
 def test_the_environment_names_the_model(monkeypatch, checkpoint, capsys):
@@ -106,11 +96,7 @@ def test_the_bundled_model_says_what_it_is(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_end_of_input_at_the_offer_means_no(at_terminal, monkeypatch):
-    at_terminal("")
-
-    def ended():
-        raise EOFError
-
-    monkeypatch.setattr("builtins.input", ended)
-    assert model_choice.choose_model(RunOptions(), Sink()).source is ModelSource.BUNDLED
+def test_end_of_input_at_the_offer_ends_the_command(at_terminal):
+    at_terminal()
+    with pytest.raises(typer.Abort):
+        model_choice.choose_model(RunOptions(), Sink())
