@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from tests import interpreter
 
 # Machines that run the tests are shared: how long an example takes says nothing about the code.
 # Those of `tests/gpu` do without hypothesis.
@@ -27,32 +26,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_finish() -> None:
-    """Make Triton's interpreter about twice as fast, where tests have imported it.
-
-    It prepares `triton.language` again at every call of a function inside a kernel, and follows
-    each sum and product by two more in 64 bits to look for an overflow. The launch has prepared
-    what our functions see; what Triton's own see (`core`) stays prepared once it has been.
-    """
-    interpreter = sys.modules.get("triton.runtime.interpreter")
-    if interpreter is None:
-        return
-    interpreter.interpreter_builder.options = dataclasses.replace(
-        interpreter.interpreter_builder.options, sanitize_overflow=False
-    )
-
-    core, prepared = interpreter.tl.core, set()
-
-    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
-        names = function.fn.__globals__
-        if id(names) not in prepared and any(value is core for value in names.values()):
-            interpreter._patch_lang(function.fn)
-            prepared.add(id(names))
-        try:
-            return function.rewrite()(*args, **kwargs)
-        except Exception as error:
-            raise interpreter.InterpreterError(repr(error)) from error
-
-    interpreter.InterpretedFunction.__call__ = call
+    interpreter.speed_up()
 
 
 @pytest.fixture(autouse=True)
