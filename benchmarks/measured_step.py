@@ -19,7 +19,7 @@ from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import SamplerKind
 from qwencli.engine.ops.attention import AttentionPlan
-from qwencli.engine.ops.decoder_ops import Choice, DecoderOps, Drafts, Layer, Matrix, Step
+from qwencli.engine.ops.decoder_ops import DecoderOps, Drafts, Layer, Matrix, SamplingBuffers, Step
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
@@ -120,7 +120,7 @@ class MeasuredStep:
             "o_residual": {"o_residual": residual},
             "norm_gate_up": {"norm_gate_up": gate_up},
             "down_residual": {"down_residual": residual},
-            "choose": {"choose": _choose_nothing, "choose_several": _check_nothing},
+            "choose": {"lm_head_argmax": _choose_nothing, "lm_head_verify": _check_nothing},
         }
         self.model.step_ops = replace(self.kernels, **stand_ins[name])  # type: ignore[arg-type]
 
@@ -166,13 +166,15 @@ def _pretend(own: FusedOps, x: torch.Tensor, consumer: ActivationConsumer) -> to
     return x
 
 
-def _choose_nothing(hidden: torch.Tensor, norm: object, head: Matrix, choice: Choice) -> None:
+def _choose_nothing(
+    hidden: torch.Tensor, norm: object, head: Matrix, sampling: SamplingBuffers
+) -> None:
     """The step still moves on, so that attention reads what it would read."""
-    for count in (choice.slot, choice.position):
+    for count in (sampling.slot, sampling.position):
         count.add_(1)
 
 
 def _check_nothing(
-    hidden: torch.Tensor, norm: object, head: Matrix, choice: Choice, drafts: Drafts
+    hidden: torch.Tensor, norm: object, head: Matrix, sampling: SamplingBuffers, drafts: Drafts
 ) -> None:
     """A step of several tokens stays where it is anyway, see `MeasuredStep.begin`."""

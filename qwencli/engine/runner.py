@@ -135,7 +135,7 @@ class RowState:
         self.sampler.begin_rows(rows, [prompt.sampling for prompt in prompts], ids)
         return places
 
-    def choose_first(
+    def sample_first(
         self, logits: Tensor, rows: Sequence[int], places: Tensor, kinds: Sequence[SamplerKind]
     ) -> None:
         """Choose the first tokens of rows from the prompts' logits [n, V]."""
@@ -288,7 +288,7 @@ class ModelRunner:
         ]
         places = self.state.begin(rows, begun, pages, ids)
         kinds = [kind_of(prompt.sampling) for prompt in begun]
-        self.state.choose_first(logits, rows, places, kinds)
+        self.state.sample_first(logits, rows, places, kinds)
         for prompt in begun:
             prompt.features = None
         return self._copy(sequences, max(rows) + 1, clock, vision)

@@ -20,12 +20,12 @@ Encode = Callable[[int], VisionFeatures]
 
 # Image tokens whose features stay on the device for later requests: four megapixels, 80 MB for a
 # 4B model. A count of pictures would bound nothing, as one may have sixteen times as many.
-KEPT_IMAGE_TOKENS = 4096
+VISION_CACHE_TOKENS = 4096
 # Pixels that are copied at a time to tell a picture from others.
 _DIGEST_PIXELS = 2**20
 
 
-class CachedSequence:
+class PrefixCache:
     """The keys and values in a cache, and which tokens they belong to."""
 
     def __init__(self, cache: KVCache) -> None:
@@ -56,10 +56,10 @@ class CachedSequence:
         self.cache.truncate(len(self._keys))
 
 
-class FeatureCache:
+class VisionCache:
     """Features of the last pictures, by content, so that a next turn does not encode them again.
 
-    All pictures of the last request stay, and of those before as many as `KEPT_IMAGE_TOKENS` has
+    All pictures of the last request stay, and of those before as many as `VISION_CACHE_TOKENS` has
     room for.
     """
 
@@ -77,7 +77,7 @@ class FeatureCache:
             self._kept.move_to_end(digest)
             parts.append(self._kept[digest])
         tokens = sum(len(kept.embeds) for kept in self._kept.values())
-        while tokens > KEPT_IMAGE_TOKENS and len(self._kept) > len(set(digests)):
+        while tokens > VISION_CACHE_TOKENS and len(self._kept) > len(set(digests)):
             _, dropped = self._kept.popitem(last=False)
             tokens -= len(dropped.embeds)
         return join_features(parts)

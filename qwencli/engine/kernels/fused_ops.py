@@ -1,6 +1,6 @@
 """`DecoderOps` of a decode step as five Triton kernels a layer.
 
-A step has up to `MOST_ROWS` rows: several tokens of one sequence, one token each of several
+A step has up to `MAX_BATCH_ROWS` rows: several tokens of one sequence, one token each of several
 sequences of equal length, or both; each weight is read once for all of them. Each kernel is held
 to `REFERENCE_OPS` by a parity test. Results go to buffers that all layers share, so a step
 allocates nothing. Where the GPU can launch a kernel before the one in front has
@@ -47,17 +47,25 @@ from qwencli.engine.kernels.tiles import (
     attention_tiles,
     default_tiles,
 )
-from qwencli.engine.ops.decoder_ops import Choice, DecoderOps, Drafts, Layer, Matrix, Step, dense
+from qwencli.engine.ops.decoder_ops import (
+    DecoderOps,
+    Drafts,
+    Layer,
+    Matrix,
+    SamplingBuffers,
+    Step,
+    dense,
+)
 from qwencli.engine.ops.rms_norm import RMSNorm
 from qwencli.engine.quant.quantized_tensor import LARGEST, Quantized, Scheme
-from qwencli.engine.spec_decode.ngram import LONGEST_NGRAM, MOST_FED
+from qwencli.engine.spec_decode.ngram import LONGEST_NGRAM, MAX_VERIFY_TOKENS
 from qwencli.models.shapes import TextShape
 
 Tensor = torch.Tensor
 TileChoice = Callable[[MatrixKind], GemvTiles]
 
 SMALLEST_HEAD_DIM = 32  # half a head is an operand of a matrix unit
-MOST_ROWS = MOST_FED
+MAX_BATCH_ROWS = MAX_VERIFY_TOKENS
 
 
 @dataclass(frozen=True)
@@ -112,19 +120,19 @@ class FusedOps:
         self._launch = Launch.on(device)
         self._angles = angles
         self._tiles_of = tiles_of
-        self._qkv = buffer(MOST_ROWS, shape.q_size + 2 * shape.kv_size)
-        self._attended = buffer(MOST_ROWS, shape.q_size)
-        self._activated = buffer(MOST_ROWS, shape.intermediate_size)
-        self._logits = buffer(MOST_ROWS, shape.vocab_size, of=torch.float32)
-        self._best = torch.full((MOST_ROWS,), NOTHING_CHOSEN, dtype=torch.int64, device=device)
+        self._qkv = buffer(MAX_BATCH_ROWS, shape.q_size + 2 * shape.kv_size)
+        self._attended = buffer(MAX_BATCH_ROWS, shape.q_size)
+        self._activated = buffer(MAX_BATCH_ROWS, shape.intermediate_size)
+        self._logits = buffer(MAX_BATCH_ROWS, shape.vocab_size, of=torch.float32)
+        self._best = torch.full((MAX_BATCH_ROWS,), NOTHING_CHOSEN, dtype=torch.int64, device=device)
         self._heads = triton.next_power_of_2(shape.group_size)
         self._exact = dtype == torch.float32
         self._tiles = attention_tiles(kv_heads, self._launch.num_processors, self._exact)
-        parts = MOST_ROWS * kv_heads * self._tiles.splits * self._heads
+        parts = MAX_BATCH_ROWS * kv_heads * self._tiles.splits * self._heads
         self._sums = buffer(parts, dim, of=torch.float32)
         self._row_max = buffer(parts, of=torch.float32)
         self._row_sum = buffer(parts, of=torch.float32)
-        self._semaphore = buffer(MOST_ROWS * kv_heads, of=torch.int32)
+        self._semaphore = buffer(MAX_BATCH_ROWS * kv_heads, of=torch.int32)
         # tl.dot would round float32 operands to TF32 otherwise.
         self._precision = "ieee" if self._exact else "tf32"
         longest = max(shape.hidden_size, shape.q_size, shape.intermediate_size)
@@ -141,14 +149,14 @@ class FusedOps:
             norm_gate_up=self.norm_gate_up,
             down_residual=self.down_residual,
             norm_head=self.norm_head,
-            choose=self.choose,
-            choose_several=self.choose_several,
+            lm_head_argmax=self.lm_head_argmax,
+            lm_head_verify=self.lm_head_verify,
             vector_bits=vector_bits,
             read_back=read_back,
             place_heads=QkNormRopeStore(),
             turn_heads=QkNormRope(),
             swiglu=swiglu,
-            most_rows=MOST_ROWS,
+            max_batch_rows=MAX_BATCH_ROWS,
         )
         if not own_attention:
             return fused
@@ -266,43 +274,51 @@ class FusedOps:
         self._gemv(hidden, ActivationConsumer(norm, head), logits)
         return logits
 
-    def choose(self, hidden: Tensor, norm: RMSNorm, head: Matrix, choice: Choice) -> None:
-        self._gemv(hidden, ActivationConsumer(norm, head), self._logits, choice=choice)
+    def lm_head_argmax(
+        self, hidden: Tensor, norm: RMSNorm, head: Matrix, sampling: SamplingBuffers
+    ) -> None:
+        self._gemv(hidden, ActivationConsumer(norm, head), self._logits, sampling=sampling)
         finish_token_kernel[1,](
             self._best,
-            choice.token,
-            choice.slot,
-            choice.position,
-            choice.step,
-            choice.done,
-            choice.stop_ids,
-            choice.seen,
-            STOPS=triton.next_power_of_2(choice.stop_ids.numel()),
-            NUM_STOPS=choice.stop_ids.numel(),
+            sampling.token,
+            sampling.slot,
+            sampling.position,
+            sampling.step,
+            sampling.done,
+            sampling.stop_ids,
+            sampling.seen,
+            STOPS=triton.next_power_of_2(sampling.stop_ids.numel()),
+            NUM_STOPS=sampling.stop_ids.numel(),
             **self._launch.options(num_warps=1),
         )
 
-    def choose_several(
-        self, hidden: Tensor, norm: RMSNorm, head: Matrix, choice: Choice, drafts: Drafts
+    def lm_head_verify(
+        self, hidden: Tensor, norm: RMSNorm, head: Matrix, sampling: SamplingBuffers, drafts: Drafts
     ) -> None:
         logits = self._logits[: len(hidden)]
-        self._gemv(hidden, ActivationConsumer(norm, head), logits, choice=choice, fed=drafts.fed)
+        self._gemv(
+            hidden,
+            ActivationConsumer(norm, head),
+            logits,
+            sampling=sampling,
+            input_ids=drafts.input_ids,
+        )
         verify_drafts_kernel[1,](
             self._best,
-            choice.token,
-            choice.slot,
-            choice.position,
-            choice.step,
-            choice.done,
-            choice.stop_ids,
-            choice.seen,
-            drafts.fed,
+            sampling.token,
+            sampling.slot,
+            sampling.position,
+            sampling.step,
+            sampling.done,
+            sampling.stop_ids,
+            sampling.seen,
+            drafts.input_ids,
             drafts.ids,
             drafts.last_slot,
-            drafts.record,
+            drafts.verify_output,
             SIZE=len(hidden),
-            STOPS=triton.next_power_of_2(choice.stop_ids.numel()),
-            NUM_STOPS=choice.stop_ids.numel(),
+            STOPS=triton.next_power_of_2(sampling.stop_ids.numel()),
+            NUM_STOPS=sampling.stop_ids.numel(),
             NGRAM=LONGEST_NGRAM,
             BLOCK=2048,
             **self._launch.options(num_warps=8),
@@ -317,14 +333,16 @@ class FusedOps:
         bias: Tensor | None = None,
         gated: bool = False,
         add: bool = False,
-        choice: Choice | None = None,
-        fed: Tensor | None = None,
+        sampling: SamplingBuffers | None = None,
+        input_ids: Tensor | None = None,
     ) -> None:
         """y = the product of `consumer`, whose matrix is quantized or the [in, out] view of a
         contiguous [out, in] weight, with `x`; `after` reads y."""
         matrix, norm = consumer.matrix, consumer.norm
         if len(x) > 1:
-            self._skinny_gemm(x, matrix, y, Epilogue(norm, bias, gated, add, choice, fed, after))
+            self._skinny_gemm(
+                x, matrix, y, Epilogue(norm, bias, gated, add, sampling, input_ids, after)
+            )
             return
         quantized = matrix if isinstance(matrix, Quantized) else None
         way = word_format(matrix)
@@ -343,8 +361,8 @@ class FusedOps:
         ends = (
             bias,
             y,
-            y if choice is None else choice.seen,
-            y if choice is None else choice.penalty,
+            y if sampling is None else sampling.seen,
+            y if sampling is None else sampling.penalty,
             self._best,
             None if output.norm is None else output.norm.weight,
             output.values,
@@ -359,7 +377,7 @@ class FusedOps:
             "SHARES": vector.shares,
             "SWIGLU": gated,
             "ADD": add,
-            "ARGMAX": choice is not None,
+            "ARGMAX": sampling is not None,
             "ACT_FORMAT": int(output.act_format),
             "ACT_GROUP": output.span,
             **self._launch.options(tiles.num_warps),

@@ -82,15 +82,15 @@ def verify_drafts_kernel(
 
     CHECKED: tl.constexpr = SIZE - 1 if SIZE > 1 else 1
     wrong = (chosen != drafted) | (index >= CHECKED)
-    hits = tl.min(tl.where(wrong, index, 8), axis=0)
+    num_matched = tl.min(tl.where(wrong, index, 8), axis=0)
     stops = tl.max((chosen[:, None] == stop_ids[None, :]).to(tl.int32), axis=1) != 0
     first_stop = tl.min(tl.where(stops & real, index, SIZE), axis=0)
-    accepted = hits if SIZE > 1 else 0
+    accepted = num_matched if SIZE > 1 else 0
     count = tl.minimum(tl.minimum(accepted, first_stop) + 1, last_slot - slot)
     count = tl.where(done, 0, count)
     ended = (first_stop < count) | (slot + count == last_slot)
-    taken = tl.sum(tl.where(index == count - 1, chosen, 0), axis=0)
-    token = tl.where(count > 0, taken, old)
+    last_token = tl.sum(tl.where(index == count - 1, chosen, 0), axis=0)
+    token = tl.where(count > 0, last_token, old)
     # Every thread has read what is overwritten now.
     tl.debug_barrier()
     tl.store(best_ptr + index, -0x8000000000000000, mask=real)
@@ -103,7 +103,7 @@ def verify_drafts_kernel(
     tl.store(step_ptr, tl.load(step_ptr) + count)
     tl.store(done_ptr, done | ended)
     tl.store(verify_output_ptr, count)
-    tl.store(verify_output_ptr + 1, hits)
+    tl.store(verify_output_ptr + 1, num_matched)
     tl.store(verify_output_ptr + 2 + index, chosen, mask=real)
     tl.debug_barrier()
 

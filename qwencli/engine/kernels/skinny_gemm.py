@@ -26,7 +26,7 @@ from qwencli.engine.kernels.ready import (
 )
 from qwencli.engine.kernels.rounding import chunk_columns
 from qwencli.engine.kernels.tiles import MOST_SHARING, GemvTiles, MatrixKind, Storage
-from qwencli.engine.ops.decoder_ops import Choice, Matrix, dense
+from qwencli.engine.ops.decoder_ops import Matrix, SamplingBuffers, dense
 from qwencli.engine.ops.rms_norm import RMSNorm
 from qwencli.engine.quant.quantized_tensor import Quantized, Scheme
 
@@ -39,8 +39,8 @@ class Epilogue:
     """What happens around a product, as the kernels call it.
 
     Args:
-        choice, fed: of the head, where the likeliest row of each token is looked for; `fed` are
-            the tokens of the step.
+        sampling, input_ids: of the head, where the likeliest row of each token is looked for;
+            `input_ids` are the tokens of the step.
         after: who reads the result.
     """
 
@@ -48,8 +48,8 @@ class Epilogue:
     bias: Tensor | None = None
     gated: bool = False
     add: bool = False
-    choice: Choice | None = None
-    fed: Tensor | None = None
+    sampling: SamplingBuffers | None = None
+    input_ids: Tensor | None = None
     after: ActivationConsumer | None = None
 
 
@@ -205,18 +205,18 @@ class SkinnyGemm:
         """How a matrix is cut up, and how many programs share its columns: one where each ends its
         rows alone, or where the sums of more have no room."""
         tiles = self._tiles_of(kind)
-        alone = kind.gated or around.choice is not None
+        alone = kind.gated or around.sampling is not None
         room = len(self._sums) // (8 * kind.rows)
         return tiles, 1 if alone else max(min(tiles.splits, room), 1)
 
     def _ends(self, y: Tensor, around: Epilogue) -> tuple[Tensor | None, ...]:
-        choice = around.choice
+        sampling = around.sampling
         return (
             around.bias,
             y,
-            y if choice is None else choice.seen,
-            y if choice is None else choice.penalty,
-            y if around.fed is None else around.fed,
+            y if sampling is None else sampling.seen,
+            y if sampling is None else sampling.penalty,
+            y if around.input_ids is None else around.input_ids,
             self._best,
         )
 
@@ -235,5 +235,5 @@ def _modes(x: Tensor, around: Epilogue) -> dict[str, Any]:
         "TOKENS": len(x),
         "SWIGLU": around.gated,
         "ADD": around.add,
-        "ARGMAX": around.choice is not None,
+        "ARGMAX": around.sampling is not None,
     }

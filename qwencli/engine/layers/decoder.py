@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from qwencli.engine.loading.weights import HEAD, Tensors
-from qwencli.engine.ops.decoder_ops import Choice, DecoderOps, Drafts, Layer, Matrix, Step
+from qwencli.engine.ops.decoder_ops import DecoderOps, Drafts, Layer, Matrix, SamplingBuffers, Step
 from qwencli.engine.ops.rms_norm import RMSNorm
 from qwencli.engine.ops.rope import gains_of_halves
 from qwencli.engine.quant.quantized_tensor import Quantized
@@ -82,17 +82,19 @@ class Decoder:
         """Hidden states [N, hidden] of the last layer -> logits [N, V]."""
         return ops.norm_head(hidden, self.norm, self.head)
 
-    def choose(self, hidden: torch.Tensor, ops: DecoderOps, choice: Choice) -> None:
-        """Hidden state [1, hidden] of the last layer -> the likeliest token, in `choice`."""
-        assert ops.choose is not None, "the caller looks whether these operations can"
-        ops.choose(hidden, self.norm, self.head, choice)
-
-    def choose_several(
-        self, hidden: torch.Tensor, ops: DecoderOps, choice: Choice, drafts: Drafts
+    def lm_head_argmax(
+        self, hidden: torch.Tensor, ops: DecoderOps, sampling: SamplingBuffers
     ) -> None:
-        """Hidden states [S, hidden] of the tokens fed -> those chosen, in `choice`."""
-        assert ops.choose_several is not None, "the caller looks whether these operations can"
-        ops.choose_several(hidden, self.norm, self.head, choice, drafts)
+        """Hidden state [1, hidden] of the last layer -> the likeliest token, in `sampling`."""
+        assert ops.lm_head_argmax is not None, "the caller looks whether these operations can"
+        ops.lm_head_argmax(hidden, self.norm, self.head, sampling)
+
+    def lm_head_verify(
+        self, hidden: torch.Tensor, ops: DecoderOps, sampling: SamplingBuffers, drafts: Drafts
+    ) -> None:
+        """Hidden states [S, hidden] of the tokens fed -> those chosen, in `sampling`."""
+        assert ops.lm_head_verify is not None, "the caller looks whether these operations can"
+        ops.lm_head_verify(hidden, self.norm, self.head, sampling, drafts)
 
 
 def _layers(

@@ -19,7 +19,7 @@ from qwencli.engine.loading.upload import upload
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import LIKELIEST, Sampler, SamplerKind, kind_of
 from qwencli.engine.ops.attention import AttentionPlan, decode_mask
-from qwencli.engine.ops.decoder_ops import Choice
+from qwencli.engine.ops.decoder_ops import SamplingBuffers
 from qwencli.engine.ops.flash_attention import Spans
 from qwencli.engine.spec_decode import ngram
 
@@ -53,7 +53,7 @@ class DecodeState:
         self.drafts = ngram.empty_drafts(max_seq_len, device) if with_drafts else None
         self._spans = Spans.on(device)
         self._lengths = self._spans.slots[1:]
-        self._choice = Choice(
+        self._sampling = SamplingBuffers(
             token=self.token,
             slot=self.slot,
             position=self.position,
@@ -95,21 +95,21 @@ class DecodeState:
         self.slot.fill_(len(self.slots) - size)
         self.done.fill_(True)
 
-    def choose_first(self, logits: torch.Tensor) -> None:
+    def sample_first(self, logits: torch.Tensor) -> None:
         """Choose the first token from the prefill's logits [1, V]."""
         self.token.copy_(self.sampler.sample(logits, self.step, self.kind))
         self.done.copy_((self.token == self.stop_ids).any(dim=0))
         self.step.add_(1)
         if self.drafts is not None:
-            self.drafts.fed[:1].copy_(self.token)
+            self.drafts.input_ids[:1].copy_(self.token)
             self.drafts.ids.index_copy_(0, self.slot, self.token.to(torch.int32))
 
     def advance(self, kind: SamplerKind, plan: AttentionPlan) -> None:
         """One step: feed `token`, choose the next one."""
         model, ops = self.model, self.model.step_ops
         hidden = model.decode_hidden(self.token, self.position, self.slot, self.cache, plan)
-        if kind in LIKELIEST and ops.choose is not None:
-            model.decoder.choose(hidden, ops, self._choice)
+        if kind in LIKELIEST and ops.lm_head_argmax is not None:
+            model.decoder.lm_head_argmax(hidden, ops, self._sampling)
             return
         logits = model.decoder.logits(hidden, ops)
         chosen = self.sampler.sample(logits, self.step, kind)
@@ -136,13 +136,13 @@ class DecodeState:
 
     def verify(self, kind: SamplerKind, size: int, plan: AttentionPlan) -> None:
         """One greedy step of `size` tokens: feed the last token and drafts behind it, choose one to
-        `size` tokens, draft the next ones. `drafts.record` says what came of it."""
+        `size` tokens, draft the next ones. `drafts.verify_output` says what came of it."""
         assert self.drafts is not None and kind in LIKELIEST, "the caller knows what it has"
         model, ops = self.model, self.model.step_ops
-        fed = self.drafts.fed[:size]
-        hidden = model.decode_hidden(fed, self.position, self.slot, self.cache, plan)
-        if ops.choose_several is not None:
-            model.decoder.choose_several(hidden, ops, self._choice, self.drafts)
+        input_ids = self.drafts.input_ids[:size]
+        hidden = model.decode_hidden(input_ids, self.position, self.slot, self.cache, plan)
+        if ops.lm_head_verify is not None:
+            model.decoder.lm_head_verify(hidden, ops, self._sampling, self.drafts)
             return
         self._accept(model.decoder.logits(hidden, ops), kind, plan.kv_len)
 
@@ -154,9 +154,9 @@ class DecodeState:
 
     def _accept(self, logits: torch.Tensor, kind: SamplerKind, kv_len: int) -> None:
         assert self.drafts is not None, "callers looked"
-        chosen = self.sampler.likeliest(logits, self.drafts.fed[: len(logits)], kind)
-        ngram.accept(chosen, self._choice, self.drafts)
-        ngram.draft(self._choice, self.drafts, kv_len)
+        chosen = self.sampler.likeliest(logits, self.drafts.input_ids[: len(logits)], kind)
+        ngram.accept(chosen, self._sampling, self.drafts)
+        ngram.draft(self._sampling, self.drafts, kv_len)
 
     def verify_masked(self, kind: SamplerKind, size: int, kv_len: int) -> None:
         """`verify` over the first `kv_len` slots, at least one more than the step can take."""

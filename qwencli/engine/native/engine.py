@@ -44,7 +44,7 @@ from qwencli.engine.response import Answer
 from qwencli.engine.runner import ModelRunner
 from qwencli.engine.scheduler import Scheduler
 from qwencli.engine.spec_decode.decode_strategy import Speculator
-from qwencli.engine.spec_decode.ngram import MOST_FED
+from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.engine.spec_decode.verify import VERIFIERS, WHY_NOT
 from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest
@@ -127,7 +127,7 @@ class NativeEngine(LocalEngine):
         # More slots than anybody may ask for: graph capture needs a place to write, and so do
         # drafts that turn out wrong.
         drafting = self.config.speculate is not Speculate.OFF
-        slots = self._plan.max_seq_len + 1 + (MOST_FED if drafting else 0)
+        slots = self._plan.max_seq_len + 1 + (MAX_VERIFY_TOKENS if drafting else 0)
         with torch.inference_mode():
             fused = fused_for(kernels, self.config.attention)
             left_to_us = self.config.attention is Attention.AUTO

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from qwencli.config import Cache, SamplingParams
-from qwencli.engine.cache.prefix_cache import CachedSequence, FeatureCache, Key, digests_of, keys_of
+from qwencli.engine.cache.prefix_cache import Key, PrefixCache, VisionCache, digests_of, keys_of
 from qwencli.engine.event_timer import Clock, Mark
 from qwencli.engine.layers.vision_tower import VisionFeatures
 from qwencli.engine.native.decode_state import DecodeState
@@ -19,7 +19,11 @@ from qwencli.engine.native.sampler import LIKELIEST, kind_of
 from qwencli.engine.native.steppers import Stepper
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.response import Answer
-from qwencli.engine.spec_decode.decode_strategy import Pace, PlainPace, Speculator
+from qwencli.engine.spec_decode.decode_strategy import (
+    AutoregressiveDecode,
+    DecodeStrategy,
+    Speculator,
+)
 from qwencli.results import GenerationChunk, RanModes
 
 # Steps on their way to the GPU beyond the one being read. Enough that a host thread that is kept
@@ -47,15 +51,15 @@ class Generation:
         self._model, self._state, self._stepper, self._ran = model, state, stepper, ran
         self._prompts: PromptRunner = model if prompts is None else prompts
         self._speculator = speculator
-        self._sequence = CachedSequence(state.cache)
-        self._features = FeatureCache()
-        width = 1 if state.drafts is None else len(state.drafts.record)
+        self._prefix_cache = PrefixCache(state.cache)
+        self._vision_cache = VisionCache()
+        width = 1 if state.drafts is None else len(state.drafts.verify_output)
         self._readback = Readback(ran.device, len(state.slots), width)
 
     def forget(self) -> None:
         """Drop everything kept from earlier requests."""
-        self._sequence.forget_after(0)
-        self._features.clear()
+        self._prefix_cache.forget_after(0)
+        self._vision_cache.clear()
 
     @torch.inference_mode()
     def step_logits(self, token_ids: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -88,15 +92,15 @@ class Generation:
             vision.append((start, clock.mark()))
             return features
 
-        features = self._features.features(digests, encode)
+        features = self._vision_cache.features(digests, encode)
         inputs = self._model.prepare([ModelPrompt(prompt.input_ids, prompt.visuals)], features)
-        shared = self._sequence.reuse(keys)
+        shared = self._prefix_cache.reuse(keys)
         logits = self._prompts.prefill(inputs, state.cache, start=shared)
         # While the device works on the prompt.
         stop_ids = sorted(answer.stop_ids)
         state.begin(answer.sampling, inputs.ids[0], stop_ids, inputs.next_positions)
-        state.choose_first(logits)
-        self._sequence.remember(keys)
+        state.sample_first(logits)
+        self._prefix_cache.remember(keys)
         return vision
 
     def chunks(self, answer: Answer, load_s: float) -> Iterator[GenerationChunk]:
@@ -113,33 +117,35 @@ class Generation:
         keys = keys_of(answer.prompt, digests)
         with torch.inference_mode():
             state.kind = kind_of(answer.sampling)
-            pace, ran = self._pace(answer.sampling)
-            pace.begin(clock, first_slot, first_slot + steps)
+            strategy, ran = self._strategy_for(answer.sampling)
+            strategy.begin(clock, first_slot, first_slot + steps)
         try:
             vision = self._prefill(answer, keys, digests, clock)
-            for token_id, mark in self._decode(clock, pace, steps):
+            for token_id, mark in self._decode(clock, strategy, steps):
                 yield answer.add(token_id, mark)
                 if answer.stopped:
                     break
         except BaseException:
             # Steps that are still running write into slots after the prompt only.
-            self._sequence.forget_after(first_slot)
+            self._prefix_cache.forget_after(first_slot)
             raise
         # The last token has not been fed, so its slot is not written.
-        self._sequence.remember([*keys, *answer.token_ids[:-1]])
-        yield answer.finish(clock, vision, ran, load_s, pace.result())
+        self._prefix_cache.remember([*keys, *answer.token_ids[:-1]])
+        yield answer.finish(clock, vision, ran, load_s, strategy.result())
 
-    def _pace(self, sampling: SamplingParams) -> tuple[Pace, RanModes]:
+    def _strategy_for(self, sampling: SamplingParams) -> tuple[DecodeStrategy, RanModes]:
         """How this request takes its steps, and the modes that are then true."""
         if self._speculator is None:
-            return PlainPace(self._stepper, self._state), self._ran
+            return AutoregressiveDecode(self._stepper, self._state), self._ran
         if kind_of(sampling) not in LIKELIEST:
             # A drawn token is not known to be right before it is drawn.
             ran = replace(self._ran, speculate="off: sampling")
-            return PlainPace(self._stepper, self._state), ran
-        return self._speculator.pace(), self._ran
+            return AutoregressiveDecode(self._stepper, self._state), ran
+        return self._speculator.strategy(), self._ran
 
-    def _decode(self, clock: Clock, pace: Pace, steps: int) -> Iterator[tuple[int, Mark]]:
+    def _decode(
+        self, clock: Clock, strategy: DecodeStrategy, steps: int
+    ) -> Iterator[tuple[int, Mark]]:
         """The first token and `steps` more, as the host gets to read them.
 
         Tokens that one step chose come with the same mark.
@@ -153,12 +159,12 @@ class Generation:
         while given <= steps:
             with torch.inference_mode():
                 while unread <= readback.run_ahead and given + unread <= steps:
-                    readback.store(pace.step(), clock)
+                    readback.store(strategy.step(), clock)
                     unread += 1
             values, mark = readback.read(read)
             unread, read = unread - 1, read + 1
             if read > 1:
-                values = pace.tokens(values, readback.mark(read - 2), mark)
+                values = strategy.tokens(values, readback.mark(read - 2), mark)
             for token in values:
                 yield token, mark
                 given += 1

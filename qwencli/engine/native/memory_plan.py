@@ -8,7 +8,7 @@ from typing import Any
 
 from qwencli.config import DType, KVDType, Quantization, SeqLen
 from qwencli.engine.cache.page_pool import PAGE_SIZE, pages_for
-from qwencli.engine.cache.prefix_cache import KEPT_IMAGE_TOKENS
+from qwencli.engine.cache.prefix_cache import VISION_CACHE_TOKENS
 from qwencli.engine.native.prefill_graphs import LONGEST
 from qwencli.engine.native.vision_graphs import MOST_PATCHES
 from qwencli.engine.scheduler import Limits
@@ -129,7 +129,7 @@ def plan_memory(
             weights=weights,
             kv_cache=token_bytes * tokens,
             activations=peak * scale,
-            kept_images=image_feature_bytes(shape, KEPT_IMAGE_TOKENS) * scale,
+            kept_images=image_feature_bytes(shape, VISION_CACHE_TOKENS) * scale,
             graphs=_graph_bytes(shape, tokens, read_back) * scale if prompt_graphs else 0,
             max_seq_len=tokens,
         )

@@ -142,16 +142,19 @@ class Sampler:
         self.seen.scatter_(1, token[:, None], True)
         return token
 
-    def likeliest(self, logits: torch.Tensor, fed: torch.Tensor, kind: SamplerKind) -> torch.Tensor:
-        """The likeliest token after each of `fed` [S], from logits [S, V] -> int64 [S]. Of one row.
+    def likeliest(
+        self, logits: torch.Tensor, input_ids: torch.Tensor, kind: SamplerKind
+    ) -> torch.Tensor:
+        """The likeliest token after each of `input_ids` [S], from logits [S, V] -> int64 [S]. Of
+        one row.
 
-        Each of `fed` counts as seen from its own row on; none is remembered as seen.
+        Each of `input_ids` counts as seen from its own row on; none is remembered as seen.
         """
         if kind is SamplerKind.ARGMAX:
             return logits.argmax(dim=-1)
-        seen = self.seen.repeat(len(fed), 1)
-        for row in range(1, len(fed)):
-            seen[row:].index_fill_(1, fed[row : row + 1], True)
+        seen = self.seen.repeat(len(input_ids), 1)
+        for row in range(1, len(input_ids)):
+            seen[row:].index_fill_(1, input_ids[row : row + 1], True)
         return self._penalised(logits.float(), seen).argmax(dim=-1)
 
     def _penalised(self, scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

@@ -90,7 +90,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Choice:
+class SamplingBuffers:
     """What a greedy step reads and writes beside the logits, fixed buffers on the device.
 
     Args:
@@ -110,20 +110,22 @@ class Choice:
 
 @dataclass(frozen=True)
 class Drafts:
-    """What a step that checks drafted tokens reads and writes beside `Choice`, on the device.
+    """What a step that checks drafted tokens reads and writes beside `SamplingBuffers`, on the
+    device.
 
     Args:
-        fed: int64 [MOST_FED + 1], the last token chosen and the drafts of those after it.
+        input_ids: int64 [MAX_VERIFY_TOKENS + 1], the last token chosen and the drafts of those
+            after it.
         ids: int32 [max_seq_len], the tokens of prompt and answer by slot.
         last_slot: int64 [1], the slot of the last token that the request may choose.
-        record: int64 [2 + MOST_FED], of the last step: how many tokens it chose (0 once the answer
-            has ended), how many of its drafts in a row were right, and its tokens.
+        verify_output: int64 [2 + MAX_VERIFY_TOKENS], of the last step: how many tokens it chose (0
+            once the answer has ended), how many of its drafts in a row were right, and its tokens.
     """
 
-    fed: Tensor
+    input_ids: Tensor
     ids: Tensor
     last_slot: Tensor
-    record: Tensor
+    verify_output: Tensor
 
 
 # See `paged_attention`.
@@ -243,18 +245,19 @@ class DecoderOps:
 
     Args:
         any_length: `attend` reads on the device how long the sequence is and needs no plan.
-        choose: the end of a greedy step in place of `norm_head` and the sampler: the likeliest
-            token becomes `choice.token`, and the rest of `choice` is ready for the next step.
-            Once `choice.done` is set a step changes nothing.
-        choose_several: the end of a greedy step of the tokens at the front of `drafts.fed`: those
-            it chooses, and what is drafted for the next one. As `drafting.accept` and `draft`.
+        lm_head_argmax: the end of a greedy step in place of `norm_head` and the sampler: the
+            likeliest token becomes `sampling.token`, and the rest of `sampling` is ready for the
+            next step. Once `sampling.done` is set a step changes nothing.
+        lm_head_verify: the end of a greedy step of the tokens at the front of `drafts.input_ids`:
+            those it chooses, and what is drafted for the next one. As `drafting.accept` and
+            `draft`.
         vector_bits: bits to which products with this matrix round their vector; None = not at all.
         read_back: how products with more rows than a step has read quantized matrices.
         place_heads: how prompts do what is in front of attention. turn_heads: and vision towers.
         paged_attention: how one token of each row attends over a pool of pages;
             `paged_reads_lengths`: and reads on the device how long each row is.
         swiglu: how many rows that share a pool of pages are activated.
-        most_rows: up to which `norm_head` does without a head read back; 0 = never.
+        max_batch_rows: up to which `norm_head` does without a head read back; 0 = never.
     """
 
     norm_qkv: Callable[[Tensor, Layer], Tensor] = norm_qkv
@@ -264,8 +267,8 @@ class DecoderOps:
     down_residual: Callable[[Tensor, Layer, Tensor], Tensor] = down_residual
     norm_head: Callable[[Tensor, RMSNorm, Matrix], Tensor] = norm_head
     any_length: bool = False
-    choose: Callable[[Tensor, RMSNorm, Matrix, Choice], None] | None = None
-    choose_several: Callable[[Tensor, RMSNorm, Matrix, Choice, Drafts], None] | None = None
+    lm_head_argmax: Callable[[Tensor, RMSNorm, Matrix, SamplingBuffers], None] | None = None
+    lm_head_verify: Callable[[Tensor, RMSNorm, Matrix, SamplingBuffers, Drafts], None] | None = None
     vector_bits: Callable[[Quantized], int | None] = vector_bits
     read_back: ReadBack = Quantized.dequantize
     place_heads: PlaceHeads = place_heads
@@ -273,7 +276,7 @@ class DecoderOps:
     paged_attention: PagedAttention = paged_attention
     paged_reads_lengths: bool = False
     swiglu: Callable[[Tensor], Tensor] = swiglu
-    most_rows: int = 0
+    max_batch_rows: int = 0
 
 
 REFERENCE_OPS = DecoderOps()
@@ -289,7 +292,7 @@ def prompt_ops(step: DecoderOps) -> DecoderOps:
     """
 
     def head(hidden: Tensor, norm: RMSNorm, matrix: Matrix) -> Tensor:
-        if isinstance(matrix, torch.Tensor) or len(hidden) > step.most_rows:
+        if isinstance(matrix, torch.Tensor) or len(hidden) > step.max_batch_rows:
             return norm_head(hidden, norm, matrix, step.read_back)
         # Copies, as rows may lie apart, and as the next step overwrites its logits.
         return step.norm_head(hidden.clone(), norm, matrix).clone()
@@ -308,8 +311,8 @@ def paged_ops(step: DecoderOps, few: bool) -> DecoderOps:
     """Operations over a pool of pages in a model whose lone steps are `step`.
 
     Args:
-        few: of steps of up to `step.most_rows` rows, which run the lone step's own products. More
-            rows, and prompts, run those of prompts, which are matrices times matrices.
+        few: of steps of up to `step.max_batch_rows` rows, which run the lone step's own products.
+            More rows, and prompts, run those of prompts, which are matrices times matrices.
     """
     attend = functools.partial(attend_pages, place=step.place_heads, decode=step.paged_attention)
     if few:

@@ -11,16 +11,16 @@ from qwencli.config import Speculate
 from qwencli.engine.event_timer import Clock, Mark
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.steppers import Stepper
-from qwencli.engine.spec_decode.ngram import MOST_FED
-from qwencli.engine.spec_decode.policy import Sizes, StepCosts
+from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
+from qwencli.engine.spec_decode.policy import DraftLengthPolicy, StepCosts
 from qwencli.engine.spec_decode.verify import Verifier
 from qwencli.results import Speculation
 
 # What an adaptive pace chooses from.
-AUTO_SIZES = (1, 2, 4, MOST_FED)
+AUTO_VERIFY_TOKENS = (1, 2, 4, MAX_VERIFY_TOKENS)
 
 
-class Pace(Protocol):
+class DecodeStrategy(Protocol):
     def begin(self, clock: Clock, first_slot: int, last_slot: int) -> None:
         """Prepare for a request whose first step feeds `first_slot`, and whose last token would
         get `last_slot`. Overwrites the decoding state."""
@@ -38,7 +38,7 @@ class Pace(Protocol):
     def result(self) -> Speculation | None: ...
 
 
-class PlainPace:
+class AutoregressiveDecode:
     """One token a step."""
 
     def __init__(self, stepper: Stepper, state: DecodeState) -> None:
@@ -61,13 +61,13 @@ class PlainPace:
         return None
 
 
-class SpeculatingPace:
-    """Steps of the sizes that `Sizes` chooses."""
+class SpeculativeDecode:
+    """Steps of the sizes that `DraftLengthPolicy` chooses."""
 
-    def __init__(self, verifier: Verifier, state: DecodeState, sizes: Sizes) -> None:
+    def __init__(self, verifier: Verifier, state: DecodeState, sizes: DraftLengthPolicy) -> None:
         assert state.drafts is not None, "the engine made room for them"
         self._verifier, self._state, self._sizes = verifier, state, sizes
-        self._record = state.drafts.record
+        self._verify_output = state.drafts.verify_output
         self._unread: deque[int] = deque()
 
     def begin(self, clock: Clock, first_slot: int, last_slot: int) -> None:
@@ -81,15 +81,15 @@ class SpeculatingPace:
         self._verifier.run(min(self._slot, self._last_slot), size)
         self._unread.append(size)
         self._slot += size
-        return self._record
+        return self._verify_output
 
     def tokens(self, values: list[int], before: Mark, mark: Mark) -> list[int]:
         size = self._unread.popleft()
-        taken, hits, *chosen = values
-        self._slot -= size - taken
-        if taken:
-            self._sizes.learn(size, hits, taken, self._clock.seconds(before, mark))
-        return chosen[:taken]
+        num_accepted, num_matched, *chosen = values
+        self._slot -= size - num_accepted
+        if num_accepted:
+            self._sizes.learn(size, num_matched, num_accepted, self._clock.seconds(before, mark))
+        return chosen[:num_accepted]
 
     def result(self) -> Speculation | None:
         return self._sizes.result()
@@ -106,9 +106,9 @@ class Speculator:
         assert speculate is not Speculate.OFF, "off has no speculator"
         self._verifier, self._state = verifier, state
         self._adaptive = speculate is Speculate.AUTO
-        self._sizes = AUTO_SIZES if self._adaptive else (1, 1 + int(speculate))
+        self._sizes = AUTO_VERIFY_TOKENS if self._adaptive else (1, 1 + int(speculate))
         self._costs = StepCosts()
 
-    def pace(self) -> SpeculatingPace:
-        sizes = Sizes(self._sizes, self._adaptive, self._costs)
-        return SpeculatingPace(self._verifier, self._state, sizes)
+    def strategy(self) -> SpeculativeDecode:
+        sizes = DraftLengthPolicy(self._sizes, self._adaptive, self._costs)
+        return SpeculativeDecode(self._verifier, self._state, sizes)

@@ -15,12 +15,12 @@ from __future__ import annotations
 import torch
 
 from qwencli.config import Speculate
-from qwencli.engine.ops.decoder_ops import Choice, Drafts
+from qwencli.engine.ops.decoder_ops import Drafts, SamplingBuffers
 
 Tensor = torch.Tensor
 
 # Tokens of a step at most: one that is known, and the drafts.
-MOST_FED = 1 + int(Speculate.SEVEN)
+MAX_VERIFY_TOKENS = 1 + int(Speculate.SEVEN)
 # Tokens at the end that are looked for; the longest match counts, and of those the last.
 LONGEST_NGRAM = 3
 
@@ -30,59 +30,60 @@ def empty_drafts(max_seq_len: int, device: torch.device) -> Drafts:
         return torch.zeros(size, dtype=dtype, device=device)
 
     return Drafts(
-        fed=integers(MOST_FED + 1),
+        input_ids=integers(MAX_VERIFY_TOKENS + 1),
         ids=integers(max_seq_len, torch.int32),
         last_slot=integers(1),
-        record=integers(2 + MOST_FED),
+        verify_output=integers(2 + MAX_VERIFY_TOKENS),
     )
 
 
 def begin(drafts: Drafts, prompt_ids: Tensor, max_new_tokens: int) -> None:
     """Set up for a request whose prompt [S] is known; nothing is drafted before its first step."""
     drafts.ids[: len(prompt_ids)].copy_(prompt_ids)
-    drafts.fed.zero_()
+    drafts.input_ids.zero_()
     drafts.last_slot.fill_(len(prompt_ids) + max_new_tokens - 1)
 
 
-def accept(chosen: Tensor, choice: Choice, drafts: Drafts) -> None:
+def accept(chosen: Tensor, sampling: SamplingBuffers, drafts: Drafts) -> None:
     """Take over what is right of `chosen` [S], the likeliest tokens after each of those fed.
 
-    Sets the token, `done`, `record`, and the places of the next step. A step of one token checks
-    one draft too, so that it is known what longer ones would give.
-    """
+    Sets the token, `done`, `verify_output`, and the places of the next step. A step of one token
+    checks one draft too, so that it is known what longer ones would give."""
     size = len(chosen)
     index = torch.arange(size, device=chosen.device)
     checked = max(size - 1, 1)
-    hits = (chosen[:checked] == drafts.fed[1 : checked + 1]).cumprod(0).sum(0, keepdim=True)
-    accepted = hits if size > 1 else torch.zeros_like(hits)
-    stops = (chosen == choice.stop_ids).any(dim=0)
+    num_matched = (
+        (chosen[:checked] == drafts.input_ids[1 : checked + 1]).cumprod(0).sum(0, keepdim=True)
+    )
+    accepted = num_matched if size > 1 else torch.zeros_like(num_matched)
+    stops = (chosen == sampling.stop_ids).any(dim=0)
     first_stop = torch.where(stops, index, size).amin(0, keepdim=True)
     count = torch.minimum(accepted, first_stop) + 1
-    count = torch.minimum(count, drafts.last_slot - choice.slot)
-    count = torch.where(choice.done, 0, count)
-    ended = (first_stop < count) | (choice.slot + count == drafts.last_slot)
+    count = torch.minimum(count, drafts.last_slot - sampling.slot)
+    count = torch.where(sampling.done, 0, count)
+    ended = (first_stop < count) | (sampling.slot + count == drafts.last_slot)
     # Beyond what is accepted lie slots that nobody looks at before they are written again.
-    drafts.ids.index_copy_(0, choice.slot + 1 + index, chosen.to(drafts.ids.dtype))
+    drafts.ids.index_copy_(0, sampling.slot + 1 + index, chosen.to(drafts.ids.dtype))
     token = chosen.gather(0, (count - 1).clamp(min=0))
-    choice.token.copy_(torch.where(count > 0, token, choice.token))
-    choice.seen.index_fill_(0, torch.where(index < count, chosen, choice.token), True)
-    for moved in (choice.slot, choice.position, choice.step):
+    sampling.token.copy_(torch.where(count > 0, token, sampling.token))
+    sampling.seen.index_fill_(0, torch.where(index < count, chosen, sampling.token), True)
+    for moved in (sampling.slot, sampling.position, sampling.step):
         moved.add_(count)
-    choice.done.logical_or_(ended)
-    drafts.record[: 2 + size].copy_(torch.cat((count, hits, chosen)))
+    sampling.done.logical_or_(ended)
+    drafts.verify_output[: 2 + size].copy_(torch.cat((count, num_matched, chosen)))
 
 
-def draft(choice: Choice, drafts: Drafts, kv_len: int) -> None:
-    """Guess what follows `choice.token` and put it into `drafts.fed`.
+def draft(sampling: SamplingBuffers, drafts: Drafts, kv_len: int) -> None:
+    """Guess what follows `sampling.token` and put it into `drafts.input_ids`.
 
     Where the text ends sooner than the drafts, what follows the match repeats; where nothing
     matches, the last token does.
 
     Args:
-        kv_len: ids that are searched. Above `choice.slot`, but while a graph is captured: then the
-            slot is anywhere in the cache, and what is drafted is of no use.
+        kv_len: ids that are searched. Above `sampling.slot`, but while a graph is captured: then
+            the slot is anywhere in the cache, and what is drafted is of no use.
     """
-    ids, slot = drafts.ids, choice.slot
+    ids, slot = drafts.ids, sampling.slot
     searched = ids[:kv_len]
     places = torch.arange(kv_len, device=ids.device)
     matches = places < slot
@@ -93,6 +94,6 @@ def draft(choice: Choice, drafts: Drafts, kv_len: int) -> None:
         length += matches
     best = torch.where(length > 0, length * kv_len + places, -1).amax(0, keepdim=True)
     start = torch.where(best < 0, slot, best % kv_len + 1)
-    ahead = torch.arange(MOST_FED, device=ids.device)
+    ahead = torch.arange(MAX_VERIFY_TOKENS, device=ids.device)
     guessed = ids.gather(0, start + ahead % (slot + 1 - start))
-    drafts.fed.copy_(torch.cat((choice.token, guessed.to(torch.int64))))
+    drafts.input_ids.copy_(torch.cat((sampling.token, guessed.to(torch.int64))))

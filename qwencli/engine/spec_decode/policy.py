@@ -21,10 +21,10 @@ from qwencli.results import Speculation
 # What older drafts count for after each step: the last few say what the text is like.
 FORGET = 0.85
 # Added to what was seen: few drafts are right until several were.
-PRIOR_HITS, PRIOR_DRAFTS = 0.4, 3.0
+PRIOR_MATCHED, PRIOR_DRAFTS = 0.4, 3.0
 # What finding out may lose, in the time of plain steps: one step of several tokens, and half a
 # percent of the answer. What such steps have won may be lost again, up to a limit.
-STAKE, STAKE_A_TOKEN, MOST_STAKED = 0.7, 0.005, 16.0
+BUDGET, BUDGET_A_TOKEN, MAX_BUDGET = 0.7, 0.005, 16.0
 # Plain steps that one of several tokens is taken to cost until it is known. Measured: 1.13 to 1.64.
 GUESSED_COST = 1.5
 # Steps after which the cost of a size is known: the first ones are often slow.
@@ -50,12 +50,12 @@ class StepCosts:
         return min(self._recent[size]) if size in self._recent else None
 
 
-class Stake:
+class SpeculationBudget:
     """What steps of several tokens may lose, in the time of plain steps: a little to begin with and
     for each token of the answer, and what they win."""
 
     def __init__(self) -> None:
-        self._left = STAKE
+        self._left = BUDGET
         # The prices of those on their way: lost, until it is read what they gave.
         self._unread: deque[float] = deque()
 
@@ -68,7 +68,7 @@ class Stake:
         return covered
 
     def answered(self, tokens: int) -> None:
-        self._add(STAKE_A_TOKEN * tokens)
+        self._add(BUDGET_A_TOKEN * tokens)
 
     def settle(self, won: float) -> None:
         """The next one has been read, which won so much, or lost it."""
@@ -77,10 +77,10 @@ class Stake:
 
     def _add(self, change: float) -> None:
         # Not below nothing: one whose price was not known may have lost more.
-        self._left = min(max(self._left + change, 0.0), MOST_STAKED)
+        self._left = min(max(self._left + change, 0.0), MAX_BUDGET)
 
 
-class Sizes:
+class DraftLengthPolicy:
     """Chooses the sizes of one request's steps and counts what came of them.
 
     Args:
@@ -92,8 +92,8 @@ class Sizes:
     def __init__(self, sizes: Sequence[int], adaptive: bool, costs: StepCosts) -> None:
         assert sizes[0] == 1, "a plain step is what the others are measured by"
         self.all, self._adaptive, self._costs = sizes, adaptive, costs
-        self._hits = self._tried = 0.0
-        self._stake = Stake()
+        self._matched = self._tried = 0.0
+        self._budget = SpeculationBudget()
         self._steps: Counter[int] = Counter()
         self._tokens = 0
 
@@ -105,25 +105,25 @@ class Sizes:
             return self.all[-1]
         costs = self._in_plain_steps(plain)
         best = max(self.all, key=lambda size: (self._expected(size) / costs[size], -size))
-        return best if best > 1 and self._stake.covers(costs[best] - 1) else 1
+        return best if best > 1 and self._budget.covers(costs[best] - 1) else 1
 
-    def learn(self, size: int, hits: int, taken: int, seconds: float) -> None:
+    def learn(self, size: int, num_matched: int, num_accepted: int, seconds: float) -> None:
         """A step of `size` tokens took `seconds`.
 
         Args:
-            hits: drafts in a row that were right; a plain step looks at one.
-            taken: tokens that it gave the answer.
+            num_matched: drafts in a row that were right; a plain step looks at one.
+            num_accepted: tokens that it gave the answer.
         """
         self._costs.add(size, seconds)
         checked = max(size - 1, 1)
-        self._hits = FORGET * self._hits + hits
-        self._tried = FORGET * self._tried + min(hits + 1, checked)
+        self._matched = FORGET * self._matched + num_matched
+        self._tried = FORGET * self._tried + min(num_matched + 1, checked)
         self._steps[size] += 1
-        self._tokens += taken
-        self._stake.answered(taken)
+        self._tokens += num_accepted
+        self._budget.answered(num_accepted)
         if self._adaptive and size > 1:
             plain = self._costs.seconds(1) or seconds
-            self._stake.settle(taken - self._in_plain_steps(plain)[size])
+            self._budget.settle(num_accepted - self._in_plain_steps(plain)[size])
 
     def result(self) -> Speculation:
         plain = self._costs.seconds(1)
@@ -149,5 +149,5 @@ class Sizes:
 
     def _expected(self, size: int) -> float:
         """Tokens of a step of `size`."""
-        right = min((self._hits + PRIOR_HITS) / (self._tried + PRIOR_DRAFTS), 1.0)
+        right = min((self._matched + PRIOR_MATCHED) / (self._tried + PRIOR_DRAFTS), 1.0)
         return float(sum(right**n for n in range(size)))

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from qwencli.engine.cache import prefix_cache
-from qwencli.engine.cache.prefix_cache import FeatureCache
+from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.frontend.preprocess import Visual
 from qwencli.engine.layers.vision_tower import VisionFeatures
 
@@ -15,8 +15,8 @@ from qwencli.engine.layers.vision_tower import VisionFeatures
 @pytest.fixture
 def look(monkeypatch):
     """Ask one cache for the features of pictures named by single bytes, of 10 tokens each."""
-    monkeypatch.setattr(prefix_cache, "KEPT_IMAGE_TOKENS", 25)
-    cache = FeatureCache()
+    monkeypatch.setattr(prefix_cache, "VISION_CACHE_TOKENS", 25)
+    cache = VisionCache()
 
     def ask(names):
         encoded = []

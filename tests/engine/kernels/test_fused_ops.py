@@ -133,7 +133,7 @@ def tokens_of(model: QwenModel, sampling: SamplingParams, stop_ids: list[int]) -
     inputs = model.prepare([Prompt(prompt_of(20), [])])
     state = DecodeState(model, model.static_cache(), SLOTS)
     state.begin(sampling, inputs.ids[0], stop_ids, inputs.next_positions)
-    state.choose_first(model.prefill(inputs, state.cache))
+    state.sample_first(model.prefill(inputs, state.cache))
     return state
 
 

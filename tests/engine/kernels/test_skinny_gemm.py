@@ -234,15 +234,17 @@ def test_checked_steps_choose_and_draft_what_the_plain_operators_do(
         state = DecodeState(model, model.static_cache(), SLOTS, with_drafts=True)
         state.begin(sampling, inputs.ids[0], [], inputs.next_positions)
         state.kind = SamplerKind.GREEDY
-        state.choose_first(model.prefill(inputs, state.cache))
+        state.sample_first(model.prefill(inputs, state.cache))
         states.append(state)
     plain, own = states
     for size in (1, 4, 8, 2, 5, 8, 8, 8):
         for state in states:
             state.verify_masked(state.kind, size, len(prompt) + 40)
         assert plain.drafts is not None and own.drafts is not None
-        assert torch.equal(plain.drafts.record[: 2 + size], own.drafts.record[: 2 + size])
-        assert torch.equal(plain.drafts.fed, own.drafts.fed)
+        assert torch.equal(
+            plain.drafts.verify_output[: 2 + size], own.drafts.verify_output[: 2 + size]
+        )
+        assert torch.equal(plain.drafts.input_ids, own.drafts.input_ids)
         for name in ("token", "slot", "position", "step", "done"):
             assert torch.equal(getattr(plain, name), getattr(own, name)), name
         assert torch.equal(plain.sampler.seen, own.sampler.seen)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from qwencli.engine.kernels.fused_ops import MOST_ROWS
+from qwencli.engine.kernels.fused_ops import MAX_BATCH_ROWS
 from qwencli.engine.kernels.tiles import attention_tiles
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 8, 16, 32])
-@pytest.mark.parametrize("tokens", range(1, MOST_ROWS + 1))
+@pytest.mark.parametrize("tokens", range(1, MAX_BATCH_ROWS + 1))
 def test_programs_of_several_tokens_fit_where_those_of_one_do(heads: int, tokens: int) -> None:
     tiles = attention_tiles(num_kv_heads=8, num_processors=132, exact=False)
     each = tiles.tokens_each(heads, tokens)
@@ -18,7 +18,7 @@ def test_programs_of_several_tokens_fit_where_those_of_one_do(heads: int, tokens
     # Lanes and parts are axes of tensors: powers of two.
     assert each & (each - 1) == 0 and splits & (splits - 1) == 0
     # What they leave for each other to join fits in the buffers, and they run at once.
-    assert MOST_ROWS // tokens * query_tiles * each <= MOST_ROWS
+    assert MAX_BATCH_ROWS // tokens * query_tiles * each <= MAX_BATCH_ROWS
     assert splits * query_tiles <= tiles.splits
     # One matrix instruction's rows, unless one token has more heads.
     assert heads * each <= max(heads, 16)

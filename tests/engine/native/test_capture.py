@@ -23,7 +23,7 @@ from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import LIKELIEST, SamplerKind
 from qwencli.engine.quant.quantized_tensor import Quantized, Scheme
-from qwencli.engine.spec_decode.ngram import MOST_FED
+from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.engine.spec_decode.verify import EagerVerifier, GraphVerifier
 from qwencli.models.quant_formats import packed_format
 from qwencli.models.shape_reader import read_shape
@@ -105,7 +105,7 @@ def run_as_captured(config: dict[str, Any], loaded: weights.LoadedWeights, **mod
             for kind in SamplerKind:
                 state.advance_masked(kind, 256)
             for kind in LIKELIEST:
-                for size in (1, 2, MOST_FED):
+                for size in (1, 2, MAX_VERIFY_TOKENS):
                     state.verify_masked(kind, size, 256)
 
 
@@ -170,16 +170,16 @@ def test_captured_steps_choose_what_others_choose_and_spare_what_is_kept(penalty
         kept = [layer[:, :, : len(prompt)].clone() for layer in state.cache.layers]
         verifier = make(state)
         state.begin(sampling, prompt, [], torch.tensor([len(prompt)]))
-        verifier.prepare(len(prompt), len(prompt) + 199, (1, 4, MOST_FED))
+        verifier.prepare(len(prompt), len(prompt) + 199, (1, 4, MAX_VERIFY_TOKENS))
         assert all(
             torch.equal(layer[:, :, : len(prompt)], old)
             for layer, old in zip(state.cache.layers, kept, strict=True)
         )
         state.begin(sampling, prompt, [], torch.tensor([len(prompt)]))
         rows, slot = [], len(prompt)
-        for size in (1, 1, 4, MOST_FED, MOST_FED, 4) * 6:
+        for size in (1, 1, 4, MAX_VERIFY_TOKENS, MAX_VERIFY_TOKENS, 4) * 6:
             verifier.run(slot, size)
-            rows.append(state.drafts.record[: 2 + size].tolist())
+            rows.append(state.drafts.verify_output[: 2 + size].tolist())
             slot = int(state.slot)
         records.append(rows)
     assert records[0] == records[1]

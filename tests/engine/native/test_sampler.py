@@ -137,9 +137,9 @@ def test_each_of_several_tokens_counts_as_seen_from_its_own_row_on():
     logits = torch.tensor([[5.0, 4.9, 4.8, 4.0]]).repeat(3, 1)
     sampler = Sampler(4, 8, torch.device("cpu"))
     sampler.begin(SamplingParams(do_sample=False, repetition_penalty=1.5), torch.tensor([3]))
-    fed = torch.tensor([3, 0, 1])
-    assert sampler.likeliest(logits, fed, SamplerKind.GREEDY).tolist() == [0, 1, 2]
-    assert sampler.likeliest(logits, fed, SamplerKind.ARGMAX).tolist() == [0, 0, 0]
+    input_ids = torch.tensor([3, 0, 1])
+    assert sampler.likeliest(logits, input_ids, SamplerKind.GREEDY).tolist() == [0, 1, 2]
+    assert sampler.likeliest(logits, input_ids, SamplerKind.ARGMAX).tolist() == [0, 0, 0]
     assert sampler.seen.tolist() == [[False, False, False, True]]
 
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwencli.engine.ops.decoder_ops import Choice, Drafts
+from qwencli.engine.ops.decoder_ops import Drafts, SamplingBuffers
 from qwencli.engine.spec_decode import ngram
-from qwencli.engine.spec_decode.ngram import LONGEST_NGRAM, MOST_FED
+from qwencli.engine.spec_decode.ngram import LONGEST_NGRAM, MAX_VERIFY_TOKENS
 
 CPU = torch.device("cpu")
 WORDS = 6
@@ -32,10 +32,12 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     words = st.integers(0, WORDS - 1)
-    size = draw(st.integers(1, MOST_FED))
-    drafts = draw(st.lists(words, min_size=MOST_FED, max_size=MOST_FED))
+    size = draw(st.integers(1, MAX_VERIFY_TOKENS))
+    drafts = draw(st.lists(words, min_size=MAX_VERIFY_TOKENS, max_size=MAX_VERIFY_TOKENS))
     right = draw(st.integers(0, size))
-    chosen = drafts[:right] + draw(st.lists(words, min_size=MOST_FED, max_size=MOST_FED))
+    chosen = drafts[:right] + draw(
+        st.lists(words, min_size=MAX_VERIFY_TOKENS, max_size=MAX_VERIFY_TOKENS)
+    )
     return Case(
         text=draw(st.lists(words, min_size=1, max_size=40)),
         drafts=drafts,
@@ -46,19 +48,19 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def buffers(case: Case) -> tuple[Choice, Drafts]:
+def buffers(case: Case) -> tuple[SamplingBuffers, Drafts]:
     slot = len(case.text) - 1
     drafts = ngram.empty_drafts(SLOTS, CPU)
     drafts.ids.fill_(3)  # what an earlier answer left
     drafts.ids[: len(case.text)] = torch.tensor(case.text, dtype=torch.int32)
-    drafts.fed.copy_(torch.tensor([case.text[-1], *case.drafts]))
+    drafts.input_ids.copy_(torch.tensor([case.text[-1], *case.drafts]))
     drafts.last_slot.fill_(slot + case.room)
     stop_ids = torch.full((3, 1), -1)
     for row, stop_id in enumerate(case.stop_ids):
         stop_ids[row] = stop_id
     seen = torch.zeros(WORDS, dtype=torch.bool)
     seen[torch.tensor(case.text)] = True
-    return Choice(
+    return SamplingBuffers(
         token=torch.tensor(case.text[-1:]),
         slot=torch.tensor([slot]),
         position=torch.tensor([slot - 2]),
@@ -88,43 +90,47 @@ def drafted_after(text: list[int]) -> list[int]:
         for end in range(len(text) - 2, length - 2, -1):
             if text[end - length + 1 : end + 1] == text[-length:]:
                 tail = text[end + 1 :]
-                return [tail[k % len(tail)] for k in range(MOST_FED)]
-    return [text[-1]] * MOST_FED
+                return [tail[k % len(tail)] for k in range(MAX_VERIFY_TOKENS)]
+    return [text[-1]] * MAX_VERIFY_TOKENS
 
 
-def check(case: Case, choice: Choice, drafts: Drafts, hits: int) -> None:
+def check(case: Case, sampling: SamplingBuffers, drafts: Drafts, num_matched: int) -> None:
     taken = taken_from(case)
     text = case.text + taken
-    assert drafts.record[: 2 + len(case.chosen)].tolist() == [len(taken), hits, *case.chosen]
-    assert int(choice.token) == text[-1]
-    assert [int(t) for t in (choice.slot, choice.position, choice.step)] == [
+    assert drafts.verify_output[: 2 + len(case.chosen)].tolist() == [
+        len(taken),
+        num_matched,
+        *case.chosen,
+    ]
+    assert int(sampling.token) == text[-1]
+    assert [int(t) for t in (sampling.slot, sampling.position, sampling.step)] == [
         len(text) - 1, len(text) - 3, 5 + len(taken),
     ]  # fmt: skip
     ended = bool(taken) and (taken[-1] in case.stop_ids or len(taken) == case.room)
-    assert bool(choice.done) == (case.done or ended)
-    assert set(choice.seen.nonzero().flatten().tolist()) == set(text)
+    assert bool(sampling.done) == (case.done or ended)
+    assert set(sampling.seen.nonzero().flatten().tolist()) == set(text)
     assert drafts.ids[: len(text)].tolist() == text
-    assert drafts.fed.tolist() == [text[-1], *drafted_after(text)]
+    assert drafts.input_ids.tolist() == [text[-1], *drafted_after(text)]
 
 
-def hits_of(case: Case) -> int:
+def num_matched_of(case: Case) -> int:
     checked = max(len(case.chosen) - 1, 1)
-    hits = 0
-    while hits < checked and case.chosen[hits] == case.drafts[hits]:
-        hits += 1
-    return hits
+    num_matched = 0
+    while num_matched < checked and case.chosen[num_matched] == case.drafts[num_matched]:
+        num_matched += 1
+    return num_matched
 
 
 @settings(max_examples=300)
 @given(cases())
 def test_what_is_accepted_and_drafted(case: Case) -> None:
-    choice, drafts = buffers(case)
-    ngram.accept(torch.tensor(case.chosen), choice, drafts)
-    ngram.draft(choice, drafts, int(choice.slot) + 1)
-    check(case, choice, drafts, hits_of(case))
+    sampling, drafts = buffers(case)
+    ngram.accept(torch.tensor(case.chosen), sampling, drafts)
+    ngram.draft(sampling, drafts, int(sampling.slot) + 1)
+    check(case, sampling, drafts, num_matched_of(case))
 
 
 def test_a_text_that_repeats_is_drafted_beyond_its_end() -> None:
     assert drafted_after([1, 2, 3, 1, 2, 3]) == [1, 2, 3, 1, 2, 3, 1, 2]
-    assert drafted_after([4, 4]) == [4] * MOST_FED
-    assert drafted_after([4, 5]) == [5] * MOST_FED
+    assert drafted_after([4, 4]) == [4] * MAX_VERIFY_TOKENS
+    assert drafted_after([4, 5]) == [5] * MAX_VERIFY_TOKENS

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from qwencli.engine.native.generate import RUN_AHEAD
 from qwencli.engine.spec_decode.policy import (
+    BUDGET,
+    BUDGET_A_TOKEN,
     RECENT,
-    STAKE,
-    STAKE_A_TOKEN,
     TIMED_STEPS,
-    Sizes,
+    DraftLengthPolicy,
     StepCosts,
 )
 
@@ -23,7 +23,12 @@ SIZES = (1, 2, 4, 8)
 
 
 def run(
-    sizes: Sizes, chance: float, cost: dict[int, float], steps: int, seed: int = 1, ahead: int = 1
+    sizes: DraftLengthPolicy,
+    chance: float,
+    cost: dict[int, float],
+    steps: int,
+    seed: int = 1,
+    ahead: int = 1,
 ) -> list[int]:
     """Sizes taken by steps whose drafts are right with `chance`, `ahead` of them on their way."""
     generator = random.Random(seed)
@@ -34,11 +39,11 @@ def run(
             unread.append(sizes.next())
         size = unread.popleft()
         checked = max(size - 1, 1)
-        hits = 0
-        while hits < checked and generator.random() < chance:
-            hits += 1
-        tokens = 1 + hits if size > 1 else 1
-        sizes.learn(size, hits, tokens, cost[size])
+        num_matched = 0
+        while num_matched < checked and generator.random() < chance:
+            num_matched += 1
+        tokens = 1 + num_matched if size > 1 else 1
+        sizes.learn(size, num_matched, tokens, cost[size])
         taken.append(size)
     return taken
 
@@ -46,14 +51,19 @@ def run(
 def test_the_first_steps_of_an_engine_are_plain_and_give_the_measure() -> None:
     costs = StepCosts()
     cost = dict.fromkeys(SIZES, 1.0)
-    assert run(Sizes(SIZES, True, costs), 1.0, cost, 12)[:TIMED_STEPS] == [1] * TIMED_STEPS
-    assert run(Sizes(SIZES, True, costs), 1.0, cost, 12)[-1] == 8
-    assert run(Sizes((1, 4), False, StepCosts()), 0.0, cost, 12) == [1] * TIMED_STEPS + [4] * 4
+    assert (
+        run(DraftLengthPolicy(SIZES, True, costs), 1.0, cost, 12)[:TIMED_STEPS] == [1] * TIMED_STEPS
+    )
+    assert run(DraftLengthPolicy(SIZES, True, costs), 1.0, cost, 12)[-1] == 8
+    assert (
+        run(DraftLengthPolicy((1, 4), False, StepCosts()), 0.0, cost, 12)
+        == [1] * TIMED_STEPS + [4] * 4
+    )
 
 
 def test_text_that_never_repeats_gets_plain_steps() -> None:
     cost = {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.6}
-    sizes = Sizes(SIZES, True, StepCosts())
+    sizes = DraftLengthPolicy(SIZES, True, StepCosts())
     taken = run(sizes, 0.0, cost, 400)
     assert taken[100:] == [1] * 300
     gain = sizes.result().net_gain
@@ -67,7 +77,7 @@ def test_a_request_begins_plain_until_drafts_have_been_right() -> None:
     for size in SIZES:
         for _ in range(TIMED_STEPS):
             costs.add(size, cost[size])
-    sizes = Sizes(SIZES, True, costs)
+    sizes = DraftLengthPolicy(SIZES, True, costs)
     assert [sizes.next() for _ in range(8)] == [1] * 8
     assert 8 in run(sizes, 1.0, cost, 8)
 
@@ -80,16 +90,16 @@ def answer(text: list[int], cost: dict[int, float], costs: StepCosts | None = No
         for size in SIZES:
             for _ in range(TIMED_STEPS):
                 costs.add(size, cost[size])
-    sizes = Sizes(SIZES, True, costs)
+    sizes = DraftLengthPolicy(SIZES, True, costs)
     unread: deque[int] = deque()
     at, seconds = 0, 0.0
     while at < len(text):
         while len(unread) <= RUN_AHEAD:
             unread.append(sizes.next())
         size = unread.popleft()
-        hits = min(text[at], max(size - 1, 1))
-        taken = min(1 + hits if size > 1 else 1, len(text) - at)
-        sizes.learn(size, hits, taken, cost[size])
+        num_matched = min(text[at], max(size - 1, 1))
+        taken = min(1 + num_matched if size > 1 else 1, len(text) - at)
+        sizes.learn(size, num_matched, taken, cost[size])
         at, seconds = at + taken, seconds + cost[size]
     return len(text) / seconds
 
@@ -134,7 +144,7 @@ def test_what_is_lost_at_most(
     cost = {1: 1.0, 2: 1 + more[0], 4: 1 + sum(more[:2]), 8: 1 + sum(more)}
     text = [right for tokens, then in stretches for right in copied(tokens, then)]
     plain = len(text)
-    most = plain * (1 + STAKE_A_TOKEN) + STAKE
+    most = plain * (1 + BUDGET_A_TOKEN) + BUDGET
     assert plain / answer(text, cost) <= most + 1e-6
 
 
@@ -143,7 +153,7 @@ def test_one_slow_step_is_not_taken_for_what_steps_cost() -> None:
     costs = StepCosts()
     for _ in range(TIMED_STEPS):
         costs.add(1, 1.0)
-    sizes = Sizes(SIZES, True, costs)
+    sizes = DraftLengthPolicy(SIZES, True, costs)
     taken = []
     for _ in range(120):
         size = sizes.next()
@@ -167,7 +177,7 @@ def test_costs_that_are_not_known_yet_lose_little() -> None:
 
 def test_text_that_begins_to_repeat_is_noticed_and_given_up_again() -> None:
     cost = {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.6}
-    sizes = Sizes(SIZES, True, StepCosts())
+    sizes = DraftLengthPolicy(SIZES, True, StepCosts())
     run(sizes, 0.0, cost, 100)
     assert 8 in run(sizes, 1.0, cost, 30)
     assert run(sizes, 0.0, cost, 60)[-1] == 1
@@ -178,7 +188,7 @@ def test_what_steps_cost_is_measured_where_the_text_is_now() -> None:
     costs = StepCosts()
     for _ in range(RECENT):
         costs.add(1, 1.0)
-    taken = run(Sizes(SIZES, True, costs), 0.5, {1: 2.0, 2: 2.1, 4: 2.2, 8: 3.2}, 400)
+    taken = run(DraftLengthPolicy(SIZES, True, costs), 0.5, {1: 2.0, 2: 2.1, 4: 2.2, 8: 3.2}, 400)
     assert sum(size > 1 for size in taken[100:]) > 150
 
 
@@ -190,18 +200,18 @@ def test_speculation_costs_little_where_it_does_not_pay(
     it is known what steps cost."""
     cost = {1: 1.0, 2: 1 + more[0], 4: 1 + sum(more[:2]), 8: 1 + sum(more)}
     costs = StepCosts()
-    run(Sizes(SIZES, True, costs), 1.0, cost, 100)
-    sizes = Sizes(SIZES, True, costs)
+    run(DraftLengthPolicy(SIZES, True, costs), 1.0, cost, 100)
+    sizes = DraftLengthPolicy(SIZES, True, costs)
     run(sizes, chance, cost, 600, seed)
     gain = sizes.result().net_gain
     assert gain is not None and gain > 0.9
 
 
-@pytest.mark.parametrize(("size", "hits", "taken"), [(4, 3, 4), (4, 0, 1), (1, 1, 1)])
-def test_what_is_counted(size: int, hits: int, taken: int) -> None:
-    sizes = Sizes((1, 4), False, StepCosts())
+@pytest.mark.parametrize(("size", "num_matched", "taken"), [(4, 3, 4), (4, 0, 1), (1, 1, 1)])
+def test_what_is_counted(size: int, num_matched: int, taken: int) -> None:
+    sizes = DraftLengthPolicy((1, 4), False, StepCosts())
     sizes.learn(1, 0, 1, 2.0)
-    sizes.learn(size, hits, taken, 2.0)
+    sizes.learn(size, num_matched, taken, 2.0)
     result = sizes.result()
     assert (result.num_drafted, result.num_accepted) == (size - 1, taken - 1)
     assert result.net_gain == pytest.approx((1 + taken) / 2)
