@@ -298,7 +298,7 @@ class QwenModel:
         Args:
             tokens, positions: int64 [B]. slots: int64 [B], the pool's.
         """
-        few = len(tokens) <= self.step_ops.most_rows
+        few = len(tokens) <= self.step_ops.max_batch_rows
         ops = self._few_rows_ops if few else self._many_rows_ops
         gained = self.step_ops is REFERENCE_OPS and self.decoder.head_gains is not None
         places = positions[:, None]
