@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
-from qwencli.commands.options import Frames, RunOptions, SetOptions, with_run_options
+from qwencli.commands.options import (
+    Frames,
+    RunOptions,
+    SetOptions,
+    ShapeOptions,
+    with_run_options,
+)
 from qwencli.errors import UsageError
 from qwencli.output import Sink
 from qwencli.presets import PRESETS, prompt_text
@@ -29,6 +35,7 @@ def caption(
     ] = False,
     *,
     chosen: SetOptions,
+    shape: ShapeOptions,
     run: RunOptions,
 ) -> None:
     """Describe images. The answer alone goes to stdout, everything else to stderr.
@@ -36,21 +43,27 @@ def caption(
     Captions of a folder go to text files beside the pictures.
     """
     # Here and not above: `--help` needs none of it.
-    from qwencli.commands.caption_set import caption_set, is_set
+    from qwencli.commands.caption_set import caption_set, is_set, manner_of
     from qwencli.commands.captions import BATCH_FROM, Captions
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.requests import running_engine, system_messages
     from qwencli.messages import GenerationRequest, VisualPart, user_message
 
     sink = context.ensure_object(Sink)
-    text = prompt_text(prompt, preset)
     if not (inputs or chosen.is_used):
         raise UsageError("Missing argument 'IMAGE...'", "name pictures, or a folder of them")
     if is_set(inputs or (), chosen):
         if together:
             raise UsageError("--together is for a few pictures", "leave it out for a folder")
-        caption_set(inputs or (), chosen, run, sink, prompt=text, system=system, frames=frames)
+        manner = manner_of(shape, run, prompt, preset)
+        caption_set(inputs or (), chosen, run, sink, manner=manner, system=system, frames=frames)
         return
+    if shape.is_used:
+        raise UsageError(
+            f"{shape.first_used} is for a folder of pictures",
+            "name the folder that the picture lies in, with --glob for one picture",
+        )
+    text = prompt_text(prompt, preset)
     images = [Path(each) for each in inputs or ()]
     sampling = run.sampling_options()
     spec = choose_model(run, sink)

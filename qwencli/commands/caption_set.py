@@ -7,22 +7,24 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from qwencli.commands.options import RunOptions, SetOptions
+from qwencli.commands.options import RunOptions, SetOptions, ShapeOptions
 from qwencli.commands.reports import caption_record, failure_record
 from qwencli.config import Existing
-from qwencli.messages import GenerationRequest, VisualPart
+from qwencli.errors import InputError, UsageError
 from qwencli.output import Sink
 
 if TYPE_CHECKING:
+    from qwencli.dataset.asking import Asking, Manner
     from qwencli.dataset.caption_set import CaptionSet
-    from qwencli.dataset.pipeline import Outcome, Stages
-    from qwencli.dataset.sources import Listing
+    from qwencli.dataset.pipeline import Outcome
 
 
+# Pictures whose questions a dry run shows.
+SHOWN_QUESTIONS = 3
 # Options that choose what computes: other captions may come of them.
 _COMPUTES = (
     "engine", "quantization", "attention", "cache", "kernels", "kv_dtype", "dtype", "min_pixels",
@@ -41,13 +43,14 @@ def caption_set(
     run: RunOptions,
     sink: Sink,
     *,
-    prompt: str,
+    manner: Manner,
     system: str | None,
     frames: int | None,
 ) -> None:
     """Caption pictures into files beside them; leaves with exit code 1 where one failed."""
     from qwencli.commands.model_choice import announce_model, choose_model
-    from qwencli.commands.requests import running_engine
+    from qwencli.commands.requests import open_visual, running_engine, system_messages
+    from qwencli.dataset.asking import Asking
     from qwencli.dataset.caption_set import open_set
     from qwencli.dataset.pipeline import Stopper
     from qwencli.dataset.sinks import Sidecars
@@ -59,11 +62,24 @@ def caption_set(
     with sink.status("listing pictures"):
         listing = list_inputs(paths, Selection(chosen.recursive, tuple(chosen.glob or ())))
     sidecars = Sidecars(listing.base, chosen.caption_extension)
-    wish = Wish(chosen.existing or Existing.SKIP, retry_failed=chosen.retry_failed)
+    wish = Wish(
+        chosen.existing or Existing.SKIP,
+        fields=tuple(manner.prompts.fields),
+        retry_failed=chosen.retry_failed,
+    )
+    asking = Asking(
+        manner,
+        listing,
+        sampling,
+        lambda path: open_visual(path, frames),
+        system=system_messages(system),
+        caption_extension=sidecars.extension,
+    )
+    asking.check_fields()
     spec = choose_model(run, sink)
     settings = {
         "model": spec.name,
-        "prompt": prompt,
+        **manner.settings(),
         "system": system,
         "frames": frames,
         "sampling": asdict(sampling),
@@ -74,6 +90,7 @@ def caption_set(
     ) as whole:
         sink.notice(*_counts(whole, sidecars.extension))
         if chosen.dry_run:
+            sink.notice(*_first_questions(whole, asking))
             return
         reporter = _Reporter(whole, sink, run, spec.name)
         whole.refuse(reporter)
@@ -81,29 +98,72 @@ def caption_set(
             announce_model(spec, run, sink)
             stopper = Stopper(sink.notice)
             with running_engine(run.engine_config(spec), sink) as engine, stopper.watching():
-                whole.caption(
-                    engine, spec, _stages(listing, prompt, system, sampling, frames), reporter,
-                    lambda: stopper.asked,
-                )  # fmt: skip
+                whole.caption(engine, spec, asking.stages(), reporter, lambda: stopper.asked)
         reporter.finish()
 
 
-def _stages(
-    listing: Listing, prompt: str, system: str | None, sampling: Any, frames: int | None
-) -> Stages:
-    from qwencli.commands.requests import open_visual, system_messages
-    from qwencli.dataset.pipeline import Stages, Task
-    from qwencli.dataset.sources import Item
-    from qwencli.messages import user_message
+def manner_of(
+    shape: ShapeOptions, run: RunOptions, prompt: str | None, preset: str | None
+) -> Manner:
+    """What is asked, and what becomes of answers.
 
-    def open_item(item: Item) -> VisualPart:
-        return open_visual(listing.path(item), frames)
+    Raises:
+        UsageError: options that are malformed or exclude each other.
+        InputError: a file of prompts or words cannot be used.
+    """
+    from qwencli.dataset.asking import Manner
+    from qwencli.dataset.guards import Guards, parse_guards
+    from qwencli.dataset.languages import LANGUAGES
+    from qwencli.dataset.prompting import Template, prompt_set
+    from qwencli.dataset.shape import Shape, parse_ban, parse_replace
+    from qwencli.presets import DEFAULT_PROMPT
 
-    def ask(task: Task, visual: VisualPart) -> GenerationRequest:
-        messages = (*system_messages(system), user_message(prompt, (visual,)))
-        return GenerationRequest(messages, sampling)
+    if shape.language is not None and shape.language.lower() not in LANGUAGES:
+        raise UsageError(
+            f"--language {shape.language!r} is unknown", f"use one of: {', '.join(LANGUAGES)}"
+        )
+    frames = {
+        name: Template(text, f"--{name.replace('_', '-')}")
+        for name in ("prefix", "suffix", "starts_with")
+        if (text := getattr(shape, name)) is not None
+    }
+    prompts = prompt_set(
+        prompt=prompt,
+        preset=preset,
+        prompt_file=shape.prompt_file,
+        fields=shape.field or (),
+        default=DEFAULT_PROMPT,
+        seed=run.seed,
+        frames=list(frames.values()),
+    )
+    return Manner(
+        prompts,
+        Shape(
+            prefix=frames.get("prefix"),
+            suffix=frames.get("suffix"),
+            replace=parse_replace(shape.replace or ()),
+            ban=parse_ban(shape.ban or ()),
+            max_sentences=shape.max_sentences,
+            max_tokens=shape.max_caption_tokens,
+        ),
+        Guards(parse_guards(shape.guards), shape.language and shape.language.lower()),
+        frames.get("starts_with"),
+        shape.retries,
+    )
 
-    return Stages(open_item, ask)
+
+def _first_questions(whole: CaptionSet, asking: Asking) -> list[str]:
+    """What the first pictures would be asked."""
+    lines = []
+    for item in list(dict.fromkeys(task.item for task in whole.work.tasks))[:SHOWN_QUESTIONS]:
+        try:
+            lines += [
+                f"{item.key}: {question.field}: {question.text}"
+                for question in asking.questions(item)
+            ]
+        except InputError as error:
+            lines.append(f"{item.key}: {error.message}")
+    return lines
 
 
 def _said(run: RunOptions) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """The options that `caption` and `chat` share, each written once.
 
 A command declares one parameter `run: RunOptions` and wears `@with_run_options`; Typer then sees
-every field of `RunOptions` as an option of that command. `caption` has `SetOptions` as well.
+every field of `RunOptions` as an option of that command. `caption` has `SetOptions` and
+`ShapeOptions` as well.
 """
 
 from __future__ import annotations
@@ -243,6 +244,64 @@ class SetOptions:
     @property
     def is_used(self) -> bool:
         return any(getattr(self, f.name) != f.default for f in fields(self))
+
+
+_shape = functools.partial(_option, "Prompts and shape of captions")
+
+
+@dataclass(frozen=True)
+class ShapeOptions:
+    """What a user may say about the prompts and the form of a set's captions."""
+
+    prompt_file: Annotated[
+        Path | None, _shape(metavar="FILE", text="Prompts with weights; one is drawn a picture.")
+    ] = None
+    field: Annotated[
+        list[str] | None,
+        _shape(metavar="NAME=PROMPT", text="Ask this as well; or a preset's name. Repeatable."),
+    ] = None
+    starts_with: Annotated[
+        str | None, _shape(metavar="TEXT", text="What every answer must begin with.")
+    ] = None
+    prefix: Annotated[
+        str | None, _shape(metavar="TEXT", text="Set in front of each caption (trigger words).")
+    ] = None
+    suffix: Annotated[str | None, _shape(metavar="TEXT", text="Set behind each caption.")] = None
+    replace: Annotated[
+        list[str] | None,
+        _shape(metavar="A=B", text="Write B for the word A; or @FILE of such lines. Repeatable."),
+    ] = None
+    ban: Annotated[
+        list[str] | None,
+        _shape(metavar="WORD", text="No caption may say it; or @FILE. Repeatable."),
+    ] = None
+    max_sentences: Annotated[
+        int | None, _shape(metavar="N", min=1, text="Cut captions after N sentences.")
+    ] = None
+    max_caption_tokens: Annotated[
+        int | None,
+        _shape(metavar="N", min=1, text="Cut captions at a sentence's end within N tokens."),
+    ] = None
+    language: Annotated[
+        str | None,
+        _shape(metavar="CODE", text="Of captions, such as en. Default: that of the prompt."),
+    ] = None
+    guards: Annotated[
+        str,
+        _shape(metavar="NAMES", text="Faults to look for: all, none, loop,refusal or -preamble."),
+    ] = "all"
+    retries: Annotated[
+        int, _shape(metavar="N", min=0, max=20, text="Ask again where an answer has a fault.")
+    ] = 2
+
+    @property
+    def is_used(self) -> bool:
+        return self.first_used is not None
+
+    @property
+    def first_used(self) -> str | None:
+        used = (f.name for f in fields(self) if getattr(self, f.name) != f.default)
+        return next((f"--{name.replace('_', '-')}" for name in used), None)
 
 
 def with_run_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qwencli.dataset.sources import CAPTION
 from qwencli.errors import InputError, UsageError
 from qwencli.presets import PRESETS
 
-CAPTION = "caption"
 PATH_FIELDS = ("name", "dir")
 HINT_FIELDS = ("tags", "caption", "hints")
 # A file of hints holds words for one picture; what is larger is something else.
@@ -117,6 +117,16 @@ class PromptSet:
         self.seed = seed
         self._templates = [w.template for prompts in self.fields.values() for w in prompts]
         self._templates += frames
+
+    def settings(self) -> Any:
+        """What decides over questions: one text, or prompts with weights by field and a seed."""
+        if list(self.fields) == [CAPTION] and len(self.fields[CAPTION]) == 1:
+            return self.fields[CAPTION][0].template.text
+        fields = {
+            name: [[prompt.template.text, prompt.weight] for prompt in prompts]
+            for name, prompts in self.fields.items()
+        }
+        return {"fields": fields, "seed": self.seed}
 
     @property
     def needs_hints(self) -> bool:

@@ -145,6 +145,8 @@ def sentence_ends(text: str) -> list[int]:
             continue
         if found[0] == "." and re.search(r"(?:^|\s)\d{1,3}\.$", before):
             continue  # the number of an item
+        if found[0].isspace() and not text[ends[-1] if ends else 0 : found.start()].strip():
+            continue  # lines between sentences
         ends.append(found.end())
     end = len(text.rstrip())
     if end and (not ends or text[ends[-1] :].strip()):

@@ -32,6 +32,7 @@ WORDS = st.text("ab .,!?。\n", max_size=80)
         ("一只猫。它在睡觉。", ["一只猫。", "它在睡觉。"]),
         ("- a cat\n- a dog\n", ["- a cat", "- a dog"]),
         ("1. A cat sits. 2. A dog runs.", 2),
+        ("A cat.\n\nA dog.\n", ["A cat.", "A dog."]),
         ("no end", ["no end"]),
         ("Wait... what?", 2),
         ("", []),

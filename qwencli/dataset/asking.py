@@ -1,0 +1,202 @@
+"""How one run asks about pictures and judges what it is told: prompts, guards and shape together.
+
+This is what a run does to each of its tasks, as the pipeline wants it. It remembers, between the
+request and its answer, what is known of a picture and what was wrong with the answer before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwencli.config import SamplingOptions
+from qwencli.dataset.guards import (
+    DEFAULT_RETRIES,
+    Answer,
+    Fault,
+    FaultKind,
+    Guards,
+    retry_of,
+)
+from qwencli.dataset.languages import language_wanted
+from qwencli.dataset.pipeline import Stages, Task
+from qwencli.dataset.prompting import PromptSet, Question, Template, picture_fields, read_hints
+from qwencli.dataset.shape import Shape
+from qwencli.dataset.sources import Item, Listing, Slot
+from qwencli.errors import InputError
+from qwencli.messages import GenerationRequest, Message, VisualPart, user_message
+from qwencli.results import GenerationResult
+
+
+@dataclass(frozen=True)
+class Manner:
+    """What a run wants of every answer.
+
+    Args:
+        starts_with: a template of what every answer begins with.
+        retries: how often a picture is asked again whose answer has a fault.
+    """
+
+    prompts: PromptSet
+    shape: Shape = field(default_factory=Shape)
+    guards: Guards = field(default_factory=Guards)
+    starts_with: Template | None = None
+    retries: int = DEFAULT_RETRIES
+
+    def settings(self) -> dict[str, Any]:
+        """What decides over captions, for the manifest and for telling runs apart."""
+        shape = self.shape
+        said = {
+            "prompts": self.prompts.settings(),
+            "starts_with": self.starts_with and self.starts_with.text,
+            "prefix": shape.prefix and shape.prefix.text,
+            "suffix": shape.suffix and shape.suffix.text,
+            "replace": list(shape.replace),
+            "ban": list(shape.ban),
+            "max_sentences": shape.max_sentences,
+            "max_caption_tokens": shape.max_tokens,
+            "language": self.guards.language,
+            "without_guards": sorted(set(FaultKind) - self.guards.kinds),
+        }
+        return {name: value for name, value in said.items() if value}
+
+
+@dataclass
+class _Asked:
+    """One task between its request and its caption."""
+
+    question: Question
+    known: Mapping[str, str]
+    starts_with: str
+
+
+class Asking:
+    """The stages of a run.
+
+    Args:
+        open_visual: the picture or video at a path.
+        system: messages in front of each question.
+        caption_extension: of the files that are read as hints.
+    """
+
+    def __init__(
+        self,
+        manner: Manner,
+        listing: Listing,
+        sampling: SamplingOptions,
+        open_visual: Callable[[Path], VisualPart],
+        *,
+        system: Sequence[Message] = (),
+        caption_extension: str = ".txt",
+    ) -> None:
+        self.manner, self._listing, self._sampling = manner, listing, sampling
+        self._open_visual, self._system = open_visual, tuple(system)
+        self._extension = caption_extension
+        self._asked: dict[Slot, _Asked] = {}
+        self._faults: dict[Slot, Fault] = {}
+        self._captions: dict[Slot, str] = {}
+
+    def stages(self) -> Stages:
+        return Stages(
+            open=lambda item: self._open_visual(self._listing.path(item)),
+            ask=self.request,
+            fault=self.fault,
+            shape=self.caption,
+            attempts=1 + self.manner.retries,
+        )
+
+    def check_fields(self) -> None:
+        """Raise UsageError for a field of a template that nothing knows; needs no model."""
+        self.manner.prompts.check_fields(self._all_hints())
+
+    def _all_hints(self) -> Iterator[Mapping[str, str]]:
+        for item in self._listing.items:
+            try:
+                yield read_hints(self._listing.path(item), self._extension)
+            except InputError:
+                continue  # its own failure, when it is asked about
+
+    def questions(self, item: Item) -> tuple[Question, ...]:
+        """Raises InputError where what lies beside the picture cannot be read."""
+        return self.manner.prompts.questions(item.key, self._known(item))
+
+    def _known(self, item: Item) -> dict[str, str]:
+        path = self._listing.path(item)
+        needed = self.manner.prompts.needs_hints
+        return picture_fields(item.key, path, read_hints(path, self._extension) if needed else None)
+
+    def request(self, task: Task, visual: VisualPart) -> GenerationRequest:
+        """What is sent; after a fault with other settings.
+
+        Raises:
+            InputError: what lies beside the picture cannot be read.
+        """
+        slot = task.slot
+        asked = self._asked.get(slot)
+        if asked is None:
+            known = self._known(task.item)
+            questions = self.manner.prompts.questions(task.item.key, known)
+            begin = self.manner.starts_with
+            asked = _Asked(
+                next(question for question in questions if question.field == task.field),
+                known,
+                begin.filled(known) if begin else "",
+            )
+            self._asked[slot] = asked
+        text, sampling = asked.question.text, self._sampling
+        fault = self._faults.get(slot)
+        if fault is not None:
+            retry = retry_of(
+                fault,
+                task.attempt,
+                sampling,
+                seed=_seed_of(sampling, slot),
+                ban=self.manner.shape.ban,
+                language=self.manner.guards.language or language_wanted(asked.question.template),
+            )
+            text, sampling = retry.asked(text), retry.sampling
+        messages = (*self._system, user_message(text, (visual,)))
+        return GenerationRequest(messages, sampling, starts_with=asked.starts_with)
+
+    def fault(self, task: Task, result: GenerationResult) -> str | None:
+        """What is wrong with an answer; None where `caption` has one to write."""
+        slot = task.slot
+        asked = self._asked[slot]
+        if result.thoughts is not None and not result.text.strip():
+            found: str | Fault = Fault(FaultKind.THINKING, "thought, and gave no answer")
+        else:
+            answer = Answer(
+                asked.starts_with.rstrip() + result.text if asked.starts_with else result.text,
+                result.finish_reason,
+                prompt=asked.question.template,
+                starts_with=asked.starts_with,
+            )
+            found = self.manner.guards.caption(answer, self.manner.shape)
+        if isinstance(found, Fault):
+            self._faults[slot] = found
+            if task.attempt >= self.manner.retries:
+                self._forget(slot)
+            return str(found)
+        self._captions[slot] = found
+        return None
+
+    def caption(self, task: Task, text: str) -> str:
+        slot = task.slot
+        asked, caption = self._asked[slot], self._captions.pop(slot)
+        self._forget(slot)
+        return self.manner.shape.framed(caption, asked.known)
+
+    def _forget(self, slot: Slot) -> None:
+        self._asked.pop(slot, None)
+        self._faults.pop(slot, None)
+
+
+def _seed_of(sampling: SamplingOptions, slot: Slot) -> int:
+    """A seed of a caption's own, where the user has said none: retries can be told again."""
+    if sampling.seed is not None and sampling.seed >= 0:
+        return sampling.seed
+    text = f"{slot.key}\0{slot.field}\0{slot.sample}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
