@@ -138,7 +138,7 @@ def words(text: str) -> list[str]:
 
 def sentence_ends(text: str) -> list[int]:
     """Where each sentence ends; the last is the text's own end, whether or not a sign is there."""
-    ends = []
+    ends: list[int] = []
     for found in _SENTENCE_END.finditer(text):
         before = text[max(0, found.start() - 8) : found.start() + 1]
         if found[0] == "." and _ABBREVIATION.search(before) and found.end() < len(text):
