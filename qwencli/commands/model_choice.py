@@ -41,7 +41,7 @@ def free_bytes_on(device: str) -> tuple[int, bool]:
             return free, True
     memory = host_memory()
     # On a CPU weights become float32, twice what the estimates for a GPU count.
-    return (memory.available_bytes or memory.total_bytes) // 2, False
+    return memory.available_bytes // 2, False
 
 
 def _can_ask(run: RunOptions, sink: Sink) -> bool:

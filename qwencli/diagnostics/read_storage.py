@@ -30,20 +30,20 @@ def _existing(folder: Path) -> Path:
 
 def read_cache() -> CacheFacts:
     folder = _existing(cache_root())
-    mounts = Path("/proc/mounts")
-    kind = filesystem_of(folder, mounts.read_text("utf-8")) if mounts.is_file() else None
-    return CacheFacts(shutil.disk_usage(folder).free, kind)
+    return CacheFacts(shutil.disk_usage(folder).free, filesystem_of(folder))
 
 
-def filesystem_of(folder: Path, mounts: str) -> str | None:
-    """The filesystem that holds `folder` by the longest matching line of /proc/mounts."""
-    place = str(folder.resolve()) + "/"
-    found = [
-        (mounted, kind)
-        for _, mounted, kind, *_ in (line.split(" ") for line in mounts.splitlines())
-        if place.startswith(mounted.rstrip("/") + "/")
+def filesystem_of(folder: Path) -> str | None:
+    """The kind of filesystem that holds `folder`; None where the system does not say."""
+    import psutil
+
+    place = folder.resolve()
+    over = [
+        disk for disk in psutil.disk_partitions(all=True) if place.is_relative_to(disk.mountpoint)
     ]
-    return max(found, key=lambda pair: len(pair[0]))[1] if found else None
+    # Of two that are mounted at one place the later one is seen.
+    over.sort(key=lambda disk: len(Path(disk.mountpoint).parts))
+    return over[-1].fstype if over else None
 
 
 def read_disk_speed() -> DiskSpeed:

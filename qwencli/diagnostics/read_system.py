@@ -20,7 +20,6 @@ _HAGS_ON, _HAGS_OFF = 2, 1
 # Windows' tool seen from inside WSL.
 _REG_FROM_WSL = Path("/mnt/c/Windows/System32/reg.exe")
 _TOOL_TIMEOUT_S = 5.0
-_PROC = Path("/proc")
 _INIT = 1
 # Options of Python that another word belongs to.
 _WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
@@ -120,38 +119,29 @@ def _output(command: list[str]) -> str | None:
     return done.stdout
 
 
-def read_engines(proc: Path = _PROC) -> tuple[EngineProcess, ...] | None:
+def read_engines() -> tuple[EngineProcess, ...] | None:
     """Python processes that run qwencli, apart from this one and those it belongs to or started.
 
-    None where the system has no /proc.
+    None where the system does not list processes.
     """
-    if not (proc / "self").exists():
-        return None
-    parents = {int(p.name): _parent(p) for p in proc.iterdir() if p.name.isdigit()}
-    family = _line_of(os.getpid(), parents)
-    adopts = not _STARTS_OTHERS.fullmatch(_name(proc / str(_INIT)))
-    found = []
-    for pid, parent in sorted(parents.items()):
-        what = _qwencli(proc / str(pid))
-        ours = pid in family or os.getpid() in _line_of(pid, parents)
-        if what and parent is not None and not ours:
-            found.append(EngineProcess(pid, what, orphaned=adopts and parent == _INIT))
-    return tuple(found)
+    import psutil
 
-
-def _name(process: Path) -> str:
     try:
-        return (process / "comm").read_text("utf-8", errors="replace").strip()
+        running = {p.pid: p.info for p in psutil.process_iter(["ppid", "name", "cmdline"])}
     except OSError:
-        return ""
-
-
-def _parent(process: Path) -> int | None:
-    try:
-        # "pid (name) state parent ...": the name may hold spaces and brackets.
-        return int((process / "stat").read_text("utf-8").rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return None  # it has ended meanwhile
+        return None
+    parents = {pid: info["ppid"] for pid, info in running.items()}
+    family = _line_of(os.getpid(), parents)
+    first = running.get(_INIT, {}).get("name") or ""
+    adopts = not _STARTS_OTHERS.fullmatch(first)
+    found = []
+    for pid, info in sorted(running.items()):
+        # What may not be read, or has ended meanwhile, is None.
+        what = _qwencli(info["cmdline"] or [])
+        ours = pid in family or os.getpid() in _line_of(pid, parents)
+        if what and not ours:
+            found.append(EngineProcess(pid, what, orphaned=adopts and parents[pid] == _INIT))
+    return tuple(found)
 
 
 def _line_of(pid: int | None, parents: dict[int, int | None]) -> set[int]:
@@ -163,15 +153,11 @@ def _line_of(pid: int | None, parents: dict[int, int | None]) -> set[int]:
     return line
 
 
-def _qwencli(process: Path) -> str | None:
-    """What of qwencli the process runs, with its first argument; None for other programs.
+def _qwencli(words: list[str]) -> str | None:
+    """What of qwencli a command line runs, with its first argument; None for other programs.
 
-    A word of a command line that happens to be "qwencli" (`pytest qwencli`) says nothing.
+    A word of it that happens to be "qwencli" (`pytest qwencli`) says nothing.
     """
-    try:
-        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return None
     what, *arguments = _program(words) or [""]
     if what != "qwencli" and not what.startswith("qwencli."):
         return None
@@ -180,8 +166,10 @@ def _qwencli(process: Path) -> str | None:
 
 def _program(words: list[str]) -> list[str]:
     """The module or script that a command line runs, without its folder, and its arguments."""
-    if not Path(words[0]).name.startswith("python"):
-        return [Path(words[0]).name, *words[1:]]
+    if not words:
+        return []
+    if not _file_name(words[0]).startswith("python"):
+        return [_file_name(words[0]), *words[1:]]
     rest = words[1:]
     while rest and rest[0].startswith("-"):
         option = rest.pop(0)
@@ -191,4 +179,8 @@ def _program(words: list[str]) -> list[str]:
             if found[1] == "c":
                 return []
             return [found[2], *rest] if found[2] else rest
-    return [Path(rest[0]).name, *rest[1:]] if rest else []
+    return [_file_name(rest[0]), *rest[1:]] if rest else []
+
+
+def _file_name(word: str) -> str:
+    return Path(word).name.removesuffix(".exe")

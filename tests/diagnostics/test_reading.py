@@ -8,6 +8,7 @@ import sys
 import threading
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from qwencli.config import ModelSource, ModelSpec
@@ -57,11 +58,14 @@ def test_a_tool_that_is_not_there_or_hangs():
     assert read_system._output(["no-such-program-anywhere"]) is None
 
 
-def test_the_filesystem_of_a_folder(tmp_path):
-    mounts = f"none / ext4 rw 0 0\nC:\\ {tmp_path} 9p rw 0 0\nx {tmp_path}x nfs rw 0 0\n"
-    assert read_storage.filesystem_of(tmp_path / "models", mounts) == "9p"
-    assert read_storage.filesystem_of(tmp_path.parent, mounts) == "ext4"
-    assert read_storage.filesystem_of(tmp_path, "") is None
+def test_the_filesystem_of_a_folder(tmp_path, monkeypatch):
+    mounted = [("/", "ext4"), (tmp_path, "ext4"), (tmp_path, "9p"), (f"{tmp_path}x", "nfs")]
+    disks = [SimpleNamespace(mountpoint=str(place), fstype=kind) for place, kind in mounted]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: disks)
+    assert read_storage.filesystem_of(tmp_path / "models") == "9p"
+    assert read_storage.filesystem_of(tmp_path.parent) == "ext4"
+    disks.clear()
+    assert read_storage.filesystem_of(tmp_path) is None
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="it is not measured there")
@@ -116,27 +120,41 @@ def test_unfinished_downloads(monkeypatch, tmp_path):
     assert lock.exists()
 
 
-def test_processes_of_this_program_by_their_command_line(tmp_path):
-    def process(pid, parent, *words):
-        folder = tmp_path / str(pid)
-        folder.mkdir()
-        (folder / "stat").write_text(f"{pid} (a (b) c) S {parent} 1 1", encoding="utf-8")
-        (folder / "cmdline").write_bytes("\0".join(words).encode() + b"\0")
+@pytest.fixture
+def runs(monkeypatch):
+    """Lets other processes run: their id, their parent's, their name and command line."""
+    running = []
 
+    def process(pid, parent, name, *words):
+        info = {"ppid": parent, "name": name, "cmdline": list(words) or None}
+        running.append(SimpleNamespace(pid=pid, info=info))
+
+    monkeypatch.setattr(psutil, "process_iter", lambda attributes: running)
+    return process
+
+
+def test_processes_of_this_program_by_their_command_line(runs):
     me = os.getpid()
-    process("self", 0)
-    process(1, 0, "init")
-    process(me, 1, "python", "-m", "qwencli", "diagnose")
-    process(900001, me, "python", "-m", "qwencli.engine.instruments.probes.child")
-    process(900002, 1, "/usr/bin/python3.12", "-m", "qwencli.bench.run.worker")
-    process(900003, 900004, "/venv/bin/qwencli", "chat")
-    process(900004, 1, "bash", "-c", "qwencli chat")
-    found = read_system.read_engines(tmp_path)
+    runs(1, 0, "init", "init")
+    runs(2, 0, "kthreadd")
+    runs(me, 1, "python", "python", "-m", "qwencli", "diagnose")
+    runs(900001, me, "python", "python", "-m", "qwencli.engine.instruments.probes.child")
+    runs(900002, 1, "python", "/usr/bin/python3.12", "-m", "qwencli.bench.run.worker")
+    runs(900003, 900004, "qwencli", "/venv/bin/qwencli", "chat")
+    runs(900004, 1, "bash", "bash", "-c", "qwencli chat")
+    found = read_system.read_engines()
     assert [(p.pid, p.what, p.orphaned) for p in found] == [
         (900002, "qwencli.bench.run.worker", True),
         (900003, "qwencli chat", False),
     ]
-    assert read_system.read_engines(tmp_path / "none") is None
+
+
+def test_a_system_that_lists_no_processes(monkeypatch):
+    def refused(attributes):
+        raise FileNotFoundError(2, "No such file or directory", "/proc")
+
+    monkeypatch.setattr(psutil, "process_iter", refused)
+    assert read_system.read_engines() is None
 
 
 @pytest.mark.parametrize(
@@ -154,26 +172,22 @@ def test_processes_of_this_program_by_their_command_line(tmp_path):
         (("python", "-c", "import qwencli", "qwencli"), None),
         (("python", "tool.py", "/home/ann/qwencli"), None),
         (("vim", "qwencli"), None),
+        (("python.exe", "qwencli.exe", "serve"), "qwencli serve"),
         (("",), None),
+        ((), None),
     ],
 )
-def test_what_runs_is_told_from_what_is_an_argument(tmp_path, words, what):
-    (tmp_path / "cmdline").write_bytes("\0".join(words).encode() + b"\0")
-    assert read_system._qwencli(tmp_path) == what
+def test_what_runs_is_told_from_what_is_an_argument(words, what):
+    assert read_system._qwencli(list(words)) == what
 
 
 @pytest.mark.parametrize(
     ("first", "orphaned"), [("systemd", True), ("tini", True), ("bash", False), ("sh", False)]
 )
-def test_what_the_shell_of_a_container_started_is_not_left_behind(tmp_path, first, orphaned):
-    (tmp_path / "self").mkdir()
-    for pid, parent, name, command in ((1, 0, first, first), (900001, 1, "python", "qwencli")):
-        folder = tmp_path / str(pid)
-        folder.mkdir()
-        (folder / "stat").write_text(f"{pid} ({name}) S {parent} 1 1", encoding="utf-8")
-        (folder / "comm").write_text(f"{name}\n", encoding="utf-8")
-        (folder / "cmdline").write_bytes(command.encode() + b"\0chat\0")
-    assert [p.orphaned for p in read_system.read_engines(tmp_path)] == [orphaned]
+def test_what_the_shell_of_a_container_started_is_not_left_behind(runs, first, orphaned):
+    runs(1, 0, first, first)
+    runs(900001, 1, "python", "qwencli", "chat")
+    assert [p.orphaned for p in read_system.read_engines()] == [orphaned]
 
 
 class FakeNvml:

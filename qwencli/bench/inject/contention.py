@@ -14,8 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from qwencli.engine.machine.host import resident_bytes
-
 _BEGIN = """
 import os, threading
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(0)), daemon=True).start()
@@ -130,15 +128,16 @@ def one_core() -> Iterator[None]:
 class PeakMemory:
     """Most resident memory of this process while the block runs, above what it began with.
 
-    `growth_bytes` is filled at the end, unless the system does not tell; it is looked at every
-    5 ms, so shorter peaks are missed.
+    `growth_bytes` is filled at the end; it is looked at every 5 ms, so shorter peaks are missed.
     """
 
     growth_bytes: int | None = None
 
     def __enter__(self) -> PeakMemory:
-        self._began = resident_bytes()
-        self._most = self._began or 0
+        import psutil
+
+        self._process = psutil.Process()
+        self._began = self._most = self._process.memory_info().rss
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -146,10 +145,10 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._over.is_set():
-            self._most = max(self._most, resident_bytes() or 0)
+            self._most = max(self._most, self._process.memory_info().rss)
             time.sleep(_POLL_S)
 
     def __exit__(self, *exc: object) -> None:
         self._over.set()
         self._thread.join()
-        self.growth_bytes = None if self._began is None else self._most - self._began
+        self.growth_bytes = self._most - self._began

@@ -289,7 +289,8 @@ class TokenProbe:
             row["other_python_ms"] = max(0.0, after.other_python_ms - before.other_python_ms)
         if after.system and before.system:
             row["system_busy_ms"] = after.system.busy_ms - before.system.busy_ms
-            row["steal_ms"] = after.system.steal_ms - before.system.steal_ms
+            if after.system.steal_ms is not None and before.system.steal_ms is not None:
+                row["steal_ms"] = after.system.steal_ms - before.system.steal_ms
         if after.allocator and before.allocator:
             row["device_allocs"] = after.allocator.device_allocs - before.allocator.device_allocs
             row["alloc_retries"] = after.allocator.alloc_retries - before.allocator.alloc_retries

@@ -29,12 +29,11 @@ from typing import Any, NamedTuple, Self
 from qwencli.engine.machine.cgroups import PROC, cpu_groups
 
 _TASKS = Path("/proc/self/task")
-_STAT = Path("/proc/stat")
 # Threads that one reading looks at: 0.8 us each. Where the CPU computes, a pool as wide as a large
 # machine has parts that wait alike, of which these are the busiest; a GPU waits for none of them.
 MOST_THREADS, MOST_BESIDE_A_GPU = 16, 4
-_TICK_S = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
-_IDLE, _IOWAIT, _STEAL = 3, 4, 7  # fields of the "cpu" line of /proc/stat
+# Of psutil's fields, which differ by system; those of guests are part of these.
+_BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
 
 Reading = tuple[bytes, ...]
 _CORES = Path("/sys/devices/system/cpu")
@@ -147,22 +146,24 @@ def other_python_ms() -> float | None:
 
 @dataclass(frozen=True)
 class SystemTimes:
-    """All processors together, since the system started: busy, and taken by the hypervisor."""
+    """All processors together, since the system started: busy, and taken by the hypervisor (None
+    where the system does not tell)."""
 
     busy_ms: float
-    steal_ms: float
+    steal_ms: float | None
 
 
 def system_times() -> SystemTimes | None:
-    """In steps of the system's clock tick (10 ms on Linux); None where there is no /proc/stat."""
+    """In steps of the system's clock tick (10 ms on Linux); None where it does not tell."""
+    import psutil
+
     try:
-        with _STAT.open(encoding="ascii") as file:
-            ticks = [int(field) for field in file.readline().split()[1:9]]
-    except (OSError, ValueError):
+        times = psutil.cpu_times()._asdict()
+    except OSError:
         return None
-    tick_ms = 1e3 * _TICK_S
-    busy = sum(ticks) - ticks[_IDLE] - ticks[_IOWAIT]
-    return SystemTimes(busy * tick_ms, ticks[_STEAL] * tick_ms)
+    busy_s = sum(times.get(name, 0.0) for name in _BUSY)
+    steal_s = times.get("steal")
+    return SystemTimes(1e3 * busy_s, None if steal_s is None else 1e3 * steal_s)
 
 
 def _core_reader() -> Callable[[], int] | None:

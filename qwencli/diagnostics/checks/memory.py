@@ -120,8 +120,6 @@ def ram(machine: Machine) -> Finding:
     """Weights pass through host memory on their way to the GPU."""
     memory: HostMemory = machine.section("memory")
     free, total = memory.available_bytes, memory.total_bytes
-    if free is None:
-        return passed(f"{total / 1e9:.1f} GB of memory", "the system does not say how much is free")
     evidence = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
     if free < LOW_MEMORY_BYTES:
         return warned("little host memory is free", evidence, "close other programs")

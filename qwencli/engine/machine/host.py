@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import platform
 import sys
@@ -33,58 +32,18 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes; `available` is what a new program can have, None where the system does not say."""
+    """Bytes; `available` is what a new program can have."""
 
     total_bytes: int
-    available_bytes: int | None
+    available_bytes: int
 
 
 def host_memory() -> HostMemory:
-    """Physical memory of this machine.
+    """Physical memory of this machine."""
+    import psutil
 
-    Raises:
-        OSError: the system does not tell.
-    """
-    if sys.platform == "win32":
-        return _windows_memory()
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    path = Path("/proc/meminfo")
-    if not path.is_file():  # macOS
-        return HostMemory(total, None)
-    lines = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines())
-    available = lines.get("MemAvailable")
-    return HostMemory(total, None if available is None else int(available.split()[0]) * 1024)
-
-
-def resident_bytes() -> int | None:
-    """Memory of this process that lies in RAM now; None where the system does not say."""
-    statm = Path("/proc/self/statm")
-    if statm.is_file():
-        return int(statm.read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
-    try:
-        import psutil  # comes with accelerate
-    except ImportError:
-        return None
-    return int(psutil.Process().memory_info().rss)
-
-
-def _windows_memory() -> HostMemory:
-    import ctypes
-
-    names = ("total", "free", "pagefile", "pagefile_free", "virtual", "virtual_free", "extended")
-
-    class Status(ctypes.Structure):  # MEMORYSTATUSEX of sysinfoapi.h
-        _fields_ = [
-            ("length", ctypes.c_ulong),
-            ("load", ctypes.c_ulong),
-            *((name, ctypes.c_ulonglong) for name in names),
-        ]
-
-    status: Any = Status(length=ctypes.sizeof(Status))
-    windll: Any = getattr(ctypes, "windll")  # noqa: B009 - exists on Windows alone
-    if not windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
-        raise OSError("GlobalMemoryStatusEx failed")
-    return HostMemory(int(status.total), int(status.free))
+    memory = psutil.virtual_memory()
+    return HostMemory(memory.total, memory.available)
 
 
 @contextmanager
