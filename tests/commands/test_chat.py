@@ -340,46 +340,75 @@ from qwencli.commands.conversation import Conversation
 from qwencli.config import SamplingOptions
 from qwencli.output import Sink
 
+told = os.fdopen(int(sys.argv[1]), "w", buffering=1)
+
 class Told(Conversation):
     def ask(self, text):
-        sys.stderr.write(f"ASKED {text!r}\\n")
+        print(f"ASKED {text!r}", file=told)
+
+    def _typed(self, stdin):
+        print("READS", file=told)
+        return super()._typed(stdin)
 
 Told(None, SamplingOptions(), Sink(), system=None, json=False, stats=False, model="m").converse(
     sys.stdin)
-sys.stderr.write("LEFT\\n")
+print("LEFT", file=told)
 """
 
 
+def waits_for_a_key(pid: int) -> bool:
+    """Python notices a Ctrl-C that comes a moment before it waits only when the next line ends."""
+    stat = Path(f"/proc/{pid}/stat")
+    if not stat.exists():
+        time.sleep(0.3)
+        return True
+    return stat.read_text().rpartition(")")[2].split()[0] == "S"
+
+
 def typed(*keys: bytes, redirected: bool = False) -> list[str]:
-    """What a chat at a terminal makes of keys that come in bursts; the prompt is awaited first."""
+    """What a chat at a terminal makes of keys that come in bursts, each when it waits again.
+
+    It tells that through a pipe: when Ctrl-C is pressed, a terminal drops what has been written to
+    it and not been read yet, which may be what is written because of it.
+    """
     pty = pytest.importorskip("pty")
+    told, tells = os.pipe()
+    os.set_inheritable(tells, True)
     child, terminal = pty.fork()
     if child == 0:
         os.environ["TERM"] = "xterm"
         if redirected:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.execv(sys.executable, [sys.executable, "-c", AT_A_TERMINAL])
-    said = b""
+        os.execv(sys.executable, [sys.executable, "-c", AT_A_TERMINAL, str(tells)])
+    os.close(tells)
+    heard = {told: b"", terminal: b""}
+    open_ends = set(heard)
 
-    def wait_for_prompt(number: int) -> None:
-        nonlocal said
-        end = time.monotonic() + 30
-        while said.count(b"> ") < number and b"LEFT" not in said and time.monotonic() < end:
-            if select.select([terminal], [], [], 0.05)[0]:
+    def wait(reads: int) -> None:
+        end = time.monotonic() + 120
+        while told in open_ends:
+            assert time.monotonic() < end, heard
+            ready = select.select(open_ends, [], [], 0.02)[0]
+            for file in ready:
                 try:
-                    said += os.read(terminal, 65536)
-                except OSError:  # the child has left
-                    return
+                    read = os.read(file, 65536)
+                except OSError:  # the terminal of a child that has left
+                    read = b""
+                heard[file] += read
+                if not read:
+                    open_ends.discard(file)
+            if not ready and heard[told].count(b"READS") >= reads and waits_for_a_key(child):
+                return
 
-    wait_for_prompt(1)
-    for burst in keys:
-        shown = said.count(b"> ")
+    wait(1)
+    for number, burst in enumerate(keys, 2):
         os.write(terminal, burst)
-        wait_for_prompt(shown + 1)
+        wait(number)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(terminal)
-    return re.findall(r"(?:ASKED .*|LEFT)(?=\r)", said.decode())
+    os.close(told)
+    return [line for line in heard[told].decode().splitlines() if line != "READS"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a terminal of POSIX")

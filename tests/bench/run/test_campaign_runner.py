@@ -548,7 +548,7 @@ def start_session(tmp_path, make_plan):
         [sys.executable, "-c", script], cwd=tmp_path, encoding="utf-8",
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while len(rows(tmp_path, "runs.csv")) < 7:  # 5 of steady, 2 of hang
         assert time.monotonic() < deadline, process.communicate(timeout=1)
         time.sleep(0.1)
@@ -571,9 +571,9 @@ def worker_pids(parent):
 def gone(pid):
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (ProcessLookupError, FileNotFoundError):
         return True
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 @posix
@@ -581,7 +581,7 @@ def test_ctrl_c_ends_the_worker_and_leaves_tables(tmp_path, make_plan):
     process = start_session(tmp_path, make_plan)
     workers = worker_pids(process.pid)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "interrupted; go on with --resume --out c" in err
     assert "Traceback" not in err
@@ -597,8 +597,8 @@ def test_a_killed_campaign_takes_its_worker_along_and_keeps_its_rows(tmp_path, m
     process = start_session(tmp_path, make_plan)
     workers = worker_pids(process.pid)
     process.kill()
-    process.communicate(timeout=30)
-    deadline = time.monotonic() + 30
+    process.communicate(timeout=120)
+    deadline = time.monotonic() + 120
     while not all(gone(pid) for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -629,7 +629,7 @@ def test_kills_at_any_moment_lose_no_finished_run(tmp_path, make_plan):
             [sys.executable, "-c", script], cwd=tmp_path,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8",
         )  # fmt: skip
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while (
             kill < 3
             and process.poll() is None
@@ -640,7 +640,7 @@ def test_kills_at_any_moment_lose_no_finished_run(tmp_path, make_plan):
         if kill < 3:
             time.sleep(0.03 * kill)
             process.kill()
-        _, err = process.communicate(timeout=90)
+        _, err = process.communicate(timeout=180)
         runs = finished(tmp_path)
         assert runs[: len(done[-1]) if done else 0] == (done[-1] if done else []), err
         done.append(runs)
