@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -30,13 +31,17 @@ KV = (None, "int8", "fp8-e4m3")
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What `compile_steps` says of every kernel."""
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
+def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What `compile_steps` says of every kernel; each is compiled once, until it changes."""
+    assert request.config.cache is not None
+    cache = request.config.cache.mkdir("compiled")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "tests.engine.kernels.compile_steps", json.dumps(WIDE)]
     root = Path(__file__).parents[3]
-    ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be compiling them
+        ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return [json.loads(line) for line in ran.stdout.splitlines()]
 
