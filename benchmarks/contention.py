@@ -48,7 +48,7 @@ def measure(config: EngineConfig, runs: int, tokens: int) -> dict[str, object]:
         (user_message("Describe a lighthouse at dusk. " * 40, (open_image(EXAMPLE_IMAGE),)),),
         sampling,
         ignore_eos=True,
-        from_scratch=True,
+        bypass_caches=True,
     )
     alone: list[GenerationResult] = []
     beside: list[GenerationResult] = []

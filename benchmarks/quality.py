@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from qwencli.config import EngineConfig, EngineName, ModelSource, ModelSpec, Quantization
-from qwencli.engine.base_engine import LocalEngine
+from qwencli.engine.base_engine import BaseEngine
 from qwencli.engine.factory import create_engine
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.loading import weights
@@ -36,8 +36,8 @@ from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.ops.decoder_ops import Matrix
-from qwencli.engine.quant.quantized_tensor import Quantized
-from qwencli.engine.response import Answer
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor
+from qwencli.engine.response import ResponseBuilder
 from qwencli.messages import GenerationRequest, ImagePart, SamplingOptions, user_message
 from qwencli.models.folder import read_config
 from qwencli.models.locate import bundled_folder
@@ -65,7 +65,7 @@ def request(item: HeldOutItem) -> GenerationRequest:
     return GenerationRequest((user_message(PROMPT, (picture,)),), sampling)
 
 
-def caption_log_probs(engine: LocalEngine, item: HeldOutItem) -> torch.Tensor:
+def caption_log_probs(engine: BaseEngine, item: HeldOutItem) -> torch.Tensor:
     """Log-probabilities [tokens, V] of every token of the right caption, and of its end."""
     prompt = engine._prompt(request(item))
     caption = engine.files.prompts.tokenizer.encode(item.caption)
@@ -99,7 +99,7 @@ def _transformers_logits(engine: Any, prompt: Prompt, caption: list[int]) -> tor
 
     sampling = resolve_sampling(SamplingOptions(), engine.files.generation_defaults)
     whole = replace(prompt, input_ids=[*prompt.input_ids, *caption])
-    answer = Answer(engine.files, whole, sampling, 0.0)
+    answer = ResponseBuilder(engine.files, whole, sampling, 0.0)
     inputs = Generation(engine._model, answer, engine.ran)._inputs()
     logits: torch.Tensor = engine._model(**inputs, use_cache=False).logits[0]
     return logits[len(prompt.input_ids) - 1 :]
@@ -133,7 +133,7 @@ def weight_error(spec: ModelSpec, quantization: Quantization) -> float | None:
     matrices = weights.load(spec.path, shape, torch.float32, cpu, quantization, packed).matrices
     off = whole = 0.0
     for name in (spec.name for spec in specs(shape) if weights.is_decoder_matrix(spec.name)):
-        matrix: Quantized | None = matrices.get(name)
+        matrix: QuantizedTensor | None = matrices.get(name)
         if matrix is None:
             return None
         off += float((matrix.dequantize(torch.float32) - plain[name]).double().square().sum())
@@ -147,7 +147,7 @@ def read_back_once(engine: Any) -> None:
     decoder, dtype = model.decoder, model.dtype
 
     def plain(matrix: Matrix) -> Matrix:
-        return matrix.dequantize(dtype).t() if isinstance(matrix, Quantized) else matrix
+        return matrix.dequantize(dtype).t() if isinstance(matrix, QuantizedTensor) else matrix
 
     decoder.head = plain(decoder.head)
     decoder.layers = [
@@ -178,7 +178,7 @@ def measure(
     )
     wrong, said = [], []
     with create_engine(config) as engine:
-        assert isinstance(engine, LocalEngine), "both engines hold the model here"
+        assert isinstance(engine, BaseEngine), "both engines hold the model here"
         if engine_name == EngineName.NATIVE and engine.ran.device == "cpu":
             read_back_once(engine)
         for item in items:

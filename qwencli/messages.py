@@ -65,7 +65,7 @@ class GenerationRequest:
         messages: in order; the last one is normally the user's.
         sampling: what the user said; the engine fills in the model's own defaults.
         ignore_eos: produce exactly `max_new_tokens` tokens (equal work for measurements).
-        from_scratch: use nothing that earlier requests left behind (likewise).
+        bypass_caches: use nothing that earlier requests left behind (likewise).
         starts_with: what the answer begins with, whatever the model would have said; it goes on
             from there, and the result's text is what it adds.
     """
@@ -73,7 +73,7 @@ class GenerationRequest:
     messages: tuple[Message, ...]
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     ignore_eos: bool = False
-    from_scratch: bool = False
+    bypass_caches: bool = False
     starts_with: str = ""
 
 

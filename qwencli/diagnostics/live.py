@@ -17,7 +17,7 @@ from qwencli.diagnostics.read_storage import (
     read_hub,
 )
 from qwencli.diagnostics.read_system import read_cpu, read_engines, read_system
-from qwencli.engine.instruments.gpu_clock_sampler import ClockWatch
+from qwencli.engine.instruments.gpu_clock_sampler import GpuClockSampler
 from qwencli.engine.instruments.probes.answers import EngineWork
 from qwencli.engine.instruments.probes.ask import ProbeAnswer, ProbeProcess
 from qwencli.engine.instruments.probes.table import PROBES
@@ -95,7 +95,7 @@ class LiveMachine(Machine):
         if name == "torch":
             return self._probes.ask(name, "", self.work)
         gpu = self.gpu
-        watch = ClockWatch(gpu.index) if gpu is not None and PROBES[name].settles else None
+        watch = GpuClockSampler(gpu.index) if gpu is not None and PROBES[name].settles else None
         work: Any = self._engine(self) if name == "engine" else self.work
         with watch or nullcontext():
             answer = self._probes.ask(name, self.device, work)

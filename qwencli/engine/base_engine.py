@@ -14,7 +14,7 @@ from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.machine.cpu_threads import computing_with, threads_for
 from qwencli.engine.protocol import drain
 from qwencli.engine.resolve import resolve_device
-from qwencli.engine.response import Answer
+from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.serial_queue import ManyRequests
 from qwencli.errors import InputError, OutOfMemoryError, UsageError
 from qwencli.messages import GenerationRequest
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class LocalEngine(ManyRequests, ABC):
+class BaseEngine(ManyRequests, ABC):
     """Implements `Engine`; a subclass loads the weights, answers a prompt and frees the memory."""
 
     def __init__(self, config: EngineConfig) -> None:
@@ -43,7 +43,7 @@ class LocalEngine(ManyRequests, ABC):
         """Put the model on its device, done when this returns. Leaves nothing behind on failure."""
 
     @abstractmethod
-    def _answer(self, answer: Answer) -> Iterator[GenerationChunk]:
+    def _answer(self, answer: ResponseBuilder) -> Iterator[GenerationChunk]:
         """Generate; the last chunk is `answer.finish(...)`."""
 
     @abstractmethod
@@ -144,12 +144,12 @@ class LocalEngine(ManyRequests, ABC):
         prompt = self._prompt(request)
         sampling = self._sampling(request)
         self._check_length(prompt, sampling)
-        if request.from_scratch:
+        if request.bypass_caches:
             self._forget()
         # Memory that an earlier request left fragmented may be enough once it is given back, so a
         # request that has produced nothing yet is tried once more.
         for last_try in (False, True):
-            answer = Answer(self.files, prompt, sampling, started_s)
+            answer = ResponseBuilder(self.files, prompt, sampling, started_s)
             try:
                 yield from self._answer(answer)
             except (RuntimeError, MemoryError) as error:

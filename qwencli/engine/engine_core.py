@@ -21,10 +21,10 @@ import torch
 from qwencli.config import SamplingParams
 from qwencli.engine.cache.page_pool import PAGE_SIZE
 from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
-from qwencli.engine.event_timer import Clock, Mark
+from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
-from qwencli.engine.native.gc_paused import quiet_host
+from qwencli.engine.native.gc_paused import gc_paused
 from qwencli.engine.request import (
     Batch,
     PromptChunk,
@@ -34,7 +34,7 @@ from qwencli.engine.request import (
     StepOutput,
     request_of,
 )
-from qwencli.engine.response import Answer
+from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.runner import ModelRunner, RunnerPrompt, TokenCopy
 from qwencli.engine.scheduler import Scheduler
 from qwencli.errors import InputError, OutOfMemoryError, QwenCliError
@@ -51,7 +51,7 @@ FEWEST_PREFILL_TOKENS = 256
 class _Prepared:
     """A request whose prompt is ready to run."""
 
-    answer: Answer
+    answer: ResponseBuilder
     prompt: RunnerPrompt
 
 
@@ -64,7 +64,7 @@ class _Active:
     """
 
     sequence: Sequence
-    answer: Answer
+    answer: ResponseBuilder
     prompt: RunnerPrompt
     began: Mark = None
     vision: tuple[tuple[Mark, Mark], ...] = ()
@@ -101,7 +101,7 @@ class EngineCore:
         self._active: dict[RequestId, _Active] = {}
         self._failed: list[StepOutput] = []
         self._step: _Step | None = None
-        self._clock: Clock | None = None
+        self._clock: EventTimer | None = None
         count = min(MOST_PREPARERS, max(1, (os.cpu_count() or 1) - 1))
         self._threads = ThreadPoolExecutor(
             count, thread_name_prefix="prepare", initializer=_own_stream, initargs=(ran.device,)
@@ -135,7 +135,7 @@ class EngineCore:
     def step(self) -> list[StepOutput]:
         """Enqueue a step, read the one in front; returns what that gave."""
         # Hundreds of operations take the interpreter lock back, from threads that prepare prompts.
-        with quiet_host():
+        with gc_paused():
             return self._run_ahead()
 
     def _run_ahead(self) -> list[StepOutput]:
@@ -155,7 +155,7 @@ class EngineCore:
 
     def _prepared(self, request: RequestSource, arrived_s: float) -> _Prepared:
         prompt, sampling = self._prepare(request_of(request))
-        answer = Answer(self._files, prompt, sampling, arrived_s)
+        answer = ResponseBuilder(self._files, prompt, sampling, arrived_s)
         laid_out = self._runner.prepare(prompt, sampling, sorted(answer.stop_ids))
         if prompt.inputs is not None:
             # What the runner has it needs once; an answer lives longer.
@@ -182,7 +182,7 @@ class EngineCore:
 
     def _run(self, batch: Batch) -> _Step:
         if self._clock is None:
-            self._clock = Clock(self._ran.device)
+            self._clock = EventTimer(self._ran.device)
         step = _Step()
         self._runner.rearrange(batch.moves, batch.released)
         if batch.prefill:
@@ -194,7 +194,7 @@ class EngineCore:
             step.copies.append(self._runner.decode(decode, prompts, waiting, self._clock))
         return step
 
-    def _prefill(self, chunks: tuple[PromptChunk, ...], clock: Clock, step: _Step) -> None:
+    def _prefill(self, chunks: tuple[PromptChunk, ...], clock: EventTimer, step: _Step) -> None:
         """Run prompts; where memory does not suffice, fewer of them, and one that does not fit
         even alone fails."""
         active = [self._active[chunk.sequence.request] for chunk in chunks]

@@ -11,7 +11,7 @@ import torch
 Mark = Any
 
 
-class Clock:
+class EventTimer:
     """Marks moments in the order of the device's stream without waiting for them.
 
     On CUDA a mark is an event; it may be read once the device has passed it. Elsewhere the host

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 import torch
 
 
-class GraphPool:
+class GraphRunner:
     """They share their memory: they never run at the same time, and what a replay leaves is used
     before the next one."""
 

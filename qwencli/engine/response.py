@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qwencli.config import SamplingParams
-from qwencli.engine.event_timer import Clock, Mark
+from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.frontend.tokenizer import THOUGHT_END, StopStringBuffer, ThoughtSplitter
@@ -23,7 +23,7 @@ from qwencli.results import (
 
 
 @dataclass
-class Answer:
+class ResponseBuilder:
     """The answer so far.
 
     Args:
@@ -72,7 +72,7 @@ class Answer:
 
     def finish(
         self,
-        clock: Clock,
+        clock: EventTimer,
         vision: Sequence[tuple[Mark, Mark]],
         ran: RanModes,
         load_s: float,
@@ -121,7 +121,7 @@ class Answer:
                 return "\n".join(filter(None, (thoughts, missed.strip()))), after.lstrip()
         return thoughts, text
 
-    def _times(self, clock: Clock, before: Mark) -> tuple[list[float], list[float]]:
+    def _times(self, clock: EventTimer, before: Mark) -> tuple[list[float], list[float]]:
         """Seconds of each token from the one before, and when it was ready."""
         step_s: list[float] = []
         ready_s: list[float] = []
@@ -137,7 +137,7 @@ class Answer:
 
     def _timings(
         self,
-        clock: Clock,
+        clock: EventTimer,
         vision: Sequence[tuple[Mark, Mark]],
         step_s: list[float],
         first_token_s: float,

@@ -15,10 +15,10 @@ import torch
 from qwencli.config import SamplingParams
 from qwencli.engine.cache.page_pool import PAGE_SIZE, SCRATCH_PAGE, pages_for
 from qwencli.engine.cache.paged_kv import DecodePages, PackedPrompts, decode_slots
-from qwencli.engine.event_timer import Clock, Mark
+from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
 from qwencli.engine.frontend.prompt import Prompt
-from qwencli.engine.graphs import GraphPool
+from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.layers.decoder import DeepStack
 from qwencli.engine.layers.positions import PromptPositions
 from qwencli.engine.layers.vision_tower import VisionFeatures
@@ -222,7 +222,7 @@ class ModelRunner:
         vocab_size = model.shape.text.vocab_size
         self._pages = pages_for(max_seq_len)
         self.state = RowState(max_rows, self._pages, vocab_size, max_seq_len, model.device)
-        self._graphs = GraphPool(model.device) if graphs else None
+        self._graphs = GraphRunner(model.device) if graphs else None
         self._captured: list[tuple[SamplerKind, int, int]] = []
         model.rope.reach(max_seq_len)
 
@@ -260,7 +260,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prefill(
-        self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt], clock: Clock
+        self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt], clock: EventTimer
     ) -> TokenCopy | None:
         """Run chunks of prompts; returns the first tokens of those that are through, if any."""
         vision = self._encode(chunks, prompts, clock)
@@ -299,7 +299,7 @@ class ModelRunner:
         sequences: Sequence[ScheduledSequence],
         prompts: Sequence[RunnerPrompt],
         waiting: int,
-        clock: Clock,
+        clock: EventTimer,
     ) -> TokenCopy:
         """One token of each of `sequences`.
 
@@ -369,7 +369,7 @@ class ModelRunner:
         state.advance(logits, kind)
 
     def _encode(
-        self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt], clock: Clock
+        self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt], clock: EventTimer
     ) -> tuple[tuple[Mark, Mark], ...]:
         """Encode the pictures of all prompts that begin, together; returns when that ran."""
         new = [
@@ -452,7 +452,7 @@ class ModelRunner:
         self,
         sequences: Sequence[ScheduledSequence],
         rows: int,
-        clock: Clock,
+        clock: EventTimer,
         vision: tuple[tuple[Mark, Mark], ...],
     ) -> TokenCopy:
         """Start copying the rows' last tokens to the host."""

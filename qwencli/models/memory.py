@@ -142,7 +142,7 @@ def kv_cache_bytes(shape: ModelShape, tokens: int, batch: int = 1) -> int:
 def native_kv_bytes(shape: ModelShape, quantized: bool, value_bytes: int) -> int:
     """Bytes of one token's keys and values in a static cache of the native engine.
 
-    Quantized: a byte a value, and a float32 scale for each head's key and value.
+    QuantizedTensor: a byte a value, and a float32 scale for each head's key and value.
 
     Args:
         value_bytes: of a value where they are not quantized.
@@ -194,7 +194,7 @@ def prefill_peak_bytes(shape: ModelShape, tokens: int) -> int:
     return layer + text.vocab_size * (_HALF + 4 + 4 + 8)
 
 
-def read_back_bytes(shape: ModelShape) -> int:
+def dequantize_bytes(shape: ModelShape) -> int:
     """Bytes of the largest quantized matrix that a prompt of the native engine has in bfloat16:
     gate and up of a layer in one, or queries, keys and values. One is there at a time, and the head
     never whole.

@@ -14,9 +14,9 @@ import re
 _BITS = re.compile(r"-w\d+a\d+(?=\+|$)")
 
 
-def with_vector_bits(label: str, weight_bits: int, vector_bits: int | None) -> str:
+def with_activation_bits(label: str, weight_bits: int, activation_bits: int | None) -> str:
     """The label of weights whose products round vectors to so many bits; None = they do not."""
-    return label if vector_bits is None else f"{label}-w{weight_bits}a{vector_bits}"
+    return label if activation_bits is None else f"{label}-w{weight_bits}a{activation_bits}"
 
 
 def stored_label(label: str) -> str:

@@ -74,17 +74,17 @@ def thinking(checkpoint, tmp_path):
 @pytest.fixture
 def says(monkeypatch):
     """`says(text)`: whatever the weights, models choose the tokens of this text and end."""
-    from qwencli.engine.response import Answer
+    from qwencli.engine.response import ResponseBuilder
 
     def script(text):
         fast = tiny_tokenizer()
         ids = [*fast.encode(text).ids, fast.token_to_id("<|im_end|>")]
-        add = Answer.add
+        add = ResponseBuilder.add
 
         def scripted(answer, token_id, mark):
             return add(answer, ids[len(answer.token_ids)], mark)
 
-        monkeypatch.setattr(Answer, "add", scripted)
+        monkeypatch.setattr(ResponseBuilder, "add", scripted)
 
     return script
 

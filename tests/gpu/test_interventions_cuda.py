@@ -27,7 +27,7 @@ REQUEST = GenerationRequest(
     (user_message("Describe it.", (open_image(EXAMPLE_IMAGE),)),),
     SamplingOptions(do_sample=False, max_new_tokens=8),
     ignore_eos=True,
-    from_scratch=True,
+    bypass_caches=True,
 )
 ON_UNQUANTIZED = sorted(name for name in CONDITIONS if not name.startswith("bnb-"))
 ON_4BIT = ("bnb-threshold", "bnb-defaults")

@@ -7,7 +7,7 @@ import torch
 
 from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prefill_graphs import PromptGraphs
+from qwencli.engine.native.prefill_graphs import PrefillGraphs
 from qwencli.models.shape_reader import read_shape
 from tests.checkpoints import VISION_FAMILIES, hub_config
 
@@ -32,7 +32,7 @@ def test_features_are_those_of_the_tower(family, hidden):
     vision["num_heads"] = 2
     shape = read_shape(config)
     model = QwenModel(shape, weights.dummy(shape, torch.bfloat16, CUDA), 1100)
-    graphs = PromptGraphs(model, model.static_cache(), 1100)
+    graphs = PrefillGraphs(model, model.static_cache(), 1100)
     generator = torch.Generator(CUDA).manual_seed(5)
     assert graphs._pictures is not None
     for grids in ASKED:

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from qwencli.models.scheme_labels import stored_label, with_vector_bits
+from qwencli.models.scheme_labels import stored_label, with_activation_bits
 
 
 @pytest.mark.parametrize(
-    ("stored", "weight_bits", "vector_bits", "label"),
+    ("stored", "weight_bits", "activation_bits", "label"),
     [
         ("none", 16, None, "none"),
         ("bnb-nf4", 4, None, "bnb-nf4"),
@@ -16,9 +16,9 @@ from qwencli.models.scheme_labels import stored_label, with_vector_bits
     ],
 )
 def test_labels_go_there_and_back(
-    stored: str, weight_bits: int, vector_bits: int | None, label: str
+    stored: str, weight_bits: int, activation_bits: int | None, label: str
 ) -> None:
-    assert with_vector_bits(stored, weight_bits, vector_bits) == label
+    assert with_activation_bits(stored, weight_bits, activation_bits) == label
     assert stored_label(label) == stored
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from qwencli.engine.base_engine import LocalEngine
+    from qwencli.engine.base_engine import BaseEngine
 
     LogProbs = npt.NDArray[np.float32]
 
@@ -117,7 +117,7 @@ def passages() -> list[str]:
     return [text.strip() for text in PASSAGES.read_text(encoding="utf-8").split("\n\n")]
 
 
-def reference_rows(engine: LocalEngine, model: str) -> Iterator[Row]:
+def reference_rows(engine: BaseEngine, model: str) -> Iterator[Row]:
     """Rows of reference.csv: the likeliest tokens after each token of each passage."""
     for number, text in enumerate(passages()):
         for position, log_probs in enumerate(engine.log_probs(text, MOST_TOKENS)):
@@ -131,7 +131,7 @@ def reference_rows(engine: LocalEngine, model: str) -> Iterator[Row]:
                 }
 
 
-def divergence_rows(engine: LocalEngine, reference: Path, model: str) -> Iterator[Row]:
+def divergence_rows(engine: BaseEngine, reference: Path, model: str) -> Iterator[Row]:
     """Rows of quality.csv: the mean over each passage, in nats a token."""
     found = read_reference(reference, model)
     for number, text in enumerate(passages()):

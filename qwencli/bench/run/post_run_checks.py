@@ -20,7 +20,7 @@ from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationResult
 
 if TYPE_CHECKING:
-    from qwencli.engine.base_engine import LocalEngine
+    from qwencli.engine.base_engine import BaseEngine
 
 Row = dict[str, Any]
 Message = dict[str, Any]
@@ -54,11 +54,11 @@ def measure_beside(
         yield _rows("quality", lambda: list(divergence_rows(_local(engine), file, name)))
 
 
-def _local(engine: Engine) -> LocalEngine:
+def _local(engine: Engine) -> BaseEngine:
     """Logits are to be had from engines that hold the model in this process."""
-    from qwencli.engine.base_engine import LocalEngine
+    from qwencli.engine.base_engine import BaseEngine
 
-    assert isinstance(engine, LocalEngine), "rules.py lets no other engine run"
+    assert isinstance(engine, BaseEngine), "rules.py lets no other engine run"
     return engine
 
 

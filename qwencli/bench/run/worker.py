@@ -190,7 +190,7 @@ def build_request(spec: WorkerSpec) -> GenerationRequest:
         messages=(user_message(spec.prompt, images),),
         sampling=SamplingOptions(do_sample=False, max_new_tokens=spec.max_new_tokens),
         ignore_eos=True,
-        from_scratch=True,
+        bypass_caches=True,
     )
 
 

@@ -68,7 +68,7 @@ class QuantizedKVCache(StaticKVCache):
     def write(
         self, layer: int, keys_values: torch.Tensor, slots: torch.Tensor, kv_len: int
     ) -> KeysValues:
-        """As `StaticKVCache.write`, but what it returns are the first `kv_len` slots read back.
+        """As `StaticKVCache.write`, but what it returns are the first `kv_len` slots dequantized.
 
         That is one layer's keys and values in `dtype`, which no caller keeps. Our own kernels do
         not call this in a decode step: they read the bytes.

@@ -149,7 +149,7 @@ _LONG: Mapping[Attention, Callable[[StaticKVCache, Tensor, Tensor, TextShape], O
 }
 
 
-class HostAttention:
+class CpuAttention:
     """torch's `attention`, and numpy in short contexts where `with_numpy` lets it."""
 
     def __init__(

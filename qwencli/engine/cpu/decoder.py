@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from qwencli.config import Attention
 from qwencli.engine.cache.kv_cache import StaticKVCache
-from qwencli.engine.cpu.attention import HostAttention
+from qwencli.engine.cpu.attention import CpuAttention
 from qwencli.engine.cpu.gemv import product
 from qwencli.engine.layers.decoder import Decoder
 from qwencli.engine.ops.decoder_ops import Layer, Matrix
@@ -31,7 +31,7 @@ from qwencli.models.shapes import TextShape
 Array = np.ndarray
 
 
-class HostDecoder:
+class CpuDecoder:
     """Runs `decoder` over `cache`, both of one sequence. Call under `torch.inference_mode()`.
 
     Args:
@@ -52,7 +52,7 @@ class HostDecoder:
         self._embed = decoder.embedding.numpy()
         rows = _Rows(shape)
         self._x = rows.hidden.numpy()[0]
-        self._layers = [_HostLayer(layer, rows) for layer in decoder.layers]
+        self._layers = [_CpuLayer(layer, rows) for layer in decoder.layers]
         self._norm = _Norm(decoder.norm, rows)
         self._head = product(rows.normed, _plain(decoder.head), None, rows.logits)
         self._logits = rows.logits[0]
@@ -74,7 +74,7 @@ class HostDecoder:
         self._scale = np.float32(dim**-0.5)
 
         query = rows.qkv[:, : shape.q_size]
-        self._attention = HostAttention(attention, cache, query, rows.attended, shape, with_numpy)
+        self._attention = CpuAttention(attention, cache, query, rows.attended, shape, with_numpy)
         self._slots = [layer.numpy()[0] for layer in cache.layers]  # [2 * KVH, max_seq_len, D]
         self._gate = rows.gate_up[:, : shape.intermediate_size]
         self._silu_gate, self._up = np.split(rows.gate_up.numpy()[0], 2)
@@ -138,7 +138,7 @@ def _plain(matrix: Matrix) -> torch.Tensor:
     return matrix
 
 
-class _HostLayer:
+class _CpuLayer:
     """One layer's products, and its norms as numpy has them."""
 
     def __init__(self, layer: Layer, rows: _Rows) -> None:

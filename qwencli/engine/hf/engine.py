@@ -9,21 +9,21 @@ from typing import Any
 import torch
 
 from qwencli.config import Cache, EngineConfig, EngineName, Kernels, KVDType, Speculate
-from qwencli.engine.base_engine import LocalEngine
+from qwencli.engine.base_engine import BaseEngine
 from qwencli.engine.device_memory import release
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.hf import load_model
 from qwencli.engine.hf.changes import AS_IS, Changes
 from qwencli.engine.hf.generate import Generation
 from qwencli.engine.hf.quantization import scheme_of
-from qwencli.engine.response import Answer
+from qwencli.engine.response import ResponseBuilder
 from qwencli.errors import UnsupportedModeError
 from qwencli.results import GenerationChunk, RanModes
 
 CACHES = (Cache.DYNAMIC, Cache.STATIC, Cache.STATIC_COMPILE)
 
 
-class TransformersEngine(LocalEngine):
+class TransformersEngine(BaseEngine):
     """`from_pretrained` and `generate()`, timed from inside.
 
     Raises:
@@ -84,7 +84,7 @@ class TransformersEngine(LocalEngine):
             threads=self._threads,
         )
 
-    def _answer(self, answer: Answer) -> Iterator[GenerationChunk]:
+    def _answer(self, answer: ResponseBuilder) -> Iterator[GenerationChunk]:
         generation = Generation(self._model, answer, self.ran, self.changes)
         yield from generation.chunks(self.load_s)
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from qwencli.config import Cache
-from qwencli.engine.event_timer import Clock, Mark
+from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.preprocess import VisualInputs
 from qwencli.engine.hf.changes import AS_IS, Changes
 from qwencli.engine.hf.inversion import pulled
 from qwencli.engine.hf.recorder import TokenRecorder, VisionSpan
-from qwencli.engine.response import Answer
+from qwencli.engine.response import ResponseBuilder
 from qwencli.errors import UnsupportedModeError
 from qwencli.results import GenerationChunk, RanModes
 
@@ -32,14 +32,16 @@ _CACHE_SETTINGS: dict[Cache, dict[str, Any]] = {
 class Generation:
     """One call of `generate()` for one answer."""
 
-    def __init__(self, model: Any, answer: Answer, ran: RanModes, changes: Changes = AS_IS) -> None:
+    def __init__(
+        self, model: Any, answer: ResponseBuilder, ran: RanModes, changes: Changes = AS_IS
+    ) -> None:
         self._model, self._answer, self._ran = model, answer, ran
         self._changes = changes
 
     def chunks(self, load_s: float) -> Iterator[GenerationChunk]:
         """Yield each token's text as it becomes known, and the result with the last chunk."""
         answer = self._answer
-        clock = Clock(self._ran.device)
+        clock = EventTimer(self._ran.device)
         inputs = self._inputs()
         tokens: Generator[Token] = pulled(lambda push: self._generate(inputs, clock, push))
         with VisionSpan(self._model, clock) as vision, closing(tokens):
@@ -51,7 +53,7 @@ class Generation:
         yield answer.finish(clock, vision.marks, self._ran, load_s)
 
     def _generate(
-        self, inputs: dict[str, Any], clock: Clock, push: Callable[[Token], None]
+        self, inputs: dict[str, Any], clock: EventTimer, push: Callable[[Token], None]
     ) -> None:
         from transformers import StoppingCriteriaList
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
-from qwencli.engine.event_timer import Clock, Mark
+from qwencli.engine.event_timer import EventTimer, Mark
 
 
 class VisionSpan:
     """Marks the start and end of each run of the vision tower by hooks; a context manager."""
 
-    def __init__(self, model: Any, clock: Clock) -> None:
+    def __init__(self, model: Any, clock: EventTimer) -> None:
         self.marks: list[tuple[Mark, Mark]] = []
         self._clock = clock
         self._start: Mark = None
@@ -55,7 +55,7 @@ class TokenRecorder(StoppingCriteria):
     """
 
     def __init__(
-        self, clock: Clock, device: str, capacity: int, deliver: Callable[[int, Mark], None]
+        self, clock: EventTimer, device: str, capacity: int, deliver: Callable[[int, Mark], None]
     ) -> None:
         self._clock, self._deliver = clock, deliver
         self._cuda = device.startswith("cuda")

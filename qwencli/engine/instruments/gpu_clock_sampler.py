@@ -14,7 +14,7 @@ from qwencli.engine.machine.host import open_nvml
 INTERVAL_S = 0.05
 
 
-class ClockWatch:
+class GpuClockSampler:
     """Samples one GPU, named by its NVML index, while the block runs; a context manager.
 
     `reading()` afterwards sums it up, or is None where nothing could be read. A thread of this

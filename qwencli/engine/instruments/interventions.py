@@ -16,7 +16,7 @@ from qwencli.engine.protocol import Engine
 from qwencli.messages import GenerationRequest, ImagePart
 
 if TYPE_CHECKING:
-    from qwencli.engine.base_engine import LocalEngine
+    from qwencli.engine.base_engine import BaseEngine
     from qwencli.engine.hf.engine import TransformersEngine
 
 GIB = 1 << 30
@@ -206,7 +206,7 @@ def slow_processor_s(engine: Engine, request: GenerationRequest) -> float | None
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    config = cast("LocalEngine", engine).files.prompts.processor
+    config = cast("BaseEngine", engine).files.prompts.processor
     parts = [part for message in request.messages for part in message.parts]
     pictures = [part.image for part in parts if isinstance(part, ImagePart)]
     if config is None or not pictures:

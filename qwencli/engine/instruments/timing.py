@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from qwencli.engine.event_timer import Clock
+from qwencli.engine.event_timer import EventTimer
 
 SAMPLES = 7
 # Of one sample: long against the resolution of events and the wait at its end.
@@ -52,7 +52,7 @@ def sustained(device: str, work: Callable[[], object], duration_s: float) -> flo
 def samples_s(device: str, work: Callable[[], object], calls: int, samples: int) -> Iterator[float]:
     """Time of one call in each of `samples` rows of `calls` calls."""
     for _ in range(samples):
-        clock = Clock(device)
+        clock = EventTimer(device)
         for _ in range(calls):
             work()
         end = clock.mark()

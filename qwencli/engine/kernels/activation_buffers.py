@@ -18,7 +18,7 @@ from qwencli.engine.kernels.activation_quant import (
 from qwencli.engine.kernels.tiles import Storage
 from qwencli.engine.ops.decoder_ops import Matrix
 from qwencli.engine.ops.rms_norm import RMSNorm
-from qwencli.engine.quant.quantized_tensor import Quantized, Scheme
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
 
 Tensor = torch.Tensor
 
@@ -53,7 +53,7 @@ WORD_FORMATS = {
 
 def word_format(matrix: Matrix) -> WordFormat | None:
     """How products with `matrix` take several weights at a time; None = one by one, as floats."""
-    if not isinstance(matrix, Quantized):
+    if not isinstance(matrix, QuantizedTensor):
         return None
     way = WORD_FORMATS.get(matrix.scheme)
     if way is None or matrix.columns % (BLOCK_WORDS * 32 // way.bits):
@@ -61,7 +61,7 @@ def word_format(matrix: Matrix) -> WordFormat | None:
     return way
 
 
-def vector_bits(matrix: Quantized) -> int | None:
+def activation_bits(matrix: QuantizedTensor) -> int | None:
     """Bits to which a vector is rounded for products with `matrix`; None = not at all."""
     way = word_format(matrix)
     return None if way is None else ACT_FORMAT_BITS[way.act_format]
@@ -183,7 +183,7 @@ class ActivationBuffers:
             quantize_activation_kernel[programs,](
                 x,
                 None if consumer.norm is None else consumer.norm.weight,
-                matrix.order if isinstance(matrix, Quantized) else None,
+                matrix.g_idx_sort_indices if isinstance(matrix, QuantizedTensor) else None,
                 vector.values,
                 vector.steps,
                 vector.squares,
@@ -198,4 +198,4 @@ class ActivationBuffers:
 
 
 def _ordered(matrix: Matrix) -> bool:
-    return isinstance(matrix, Quantized) and matrix.order is not None
+    return isinstance(matrix, QuantizedTensor) and matrix.g_idx_sort_indices is not None

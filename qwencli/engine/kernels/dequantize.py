@@ -1,10 +1,9 @@
-"""Quantized matrices read back whole, for products with more rows than a step has.
+"""Dequantizes whole matrices, for products with more rows than a step has.
 
 Each packed value is read once and written once: a prompt's product then costs what it costs with
 unquantized weights, and the time of these bytes. Products and roundings are those of
-`Quantized.dequantize`, bit for bit. Everything is done with integers and float32, so fp8 needs no
-instruction that converts it.
-"""
+`QuantizedTensor.dequantize`, bit for bit. Everything is done with integers and float32, so fp8
+needs no instruction that converts it."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ import triton.language as tl
 
 from qwencli.engine.kernels.gemv_quantized import half, to_float
 from qwencli.engine.kernels.launch_cache import CachedLaunch, launch
-from qwencli.engine.quant.quantized_tensor import IN_NIBBLES, Quantized, Scheme
+from qwencli.engine.quant.quantized_tensor import IN_NIBBLES, QuantizedTensor, Scheme
 
 CHUNK = 8  # columns of a thread: 16 bytes of bfloat16, and one word of 4-bit values
 # Chunks that a program has on their way at once, one a thread, and how many times.
@@ -96,7 +95,7 @@ def floats_of(packed, codebook_ptr, NIBBLES: tl.constexpr, FP8: tl.constexpr):
 
 
 @triton.jit
-def read_back_kernel(
+def dequantize_kernel(
     out_ptr,  # [N, K]
     data_ptr,  # int8 [N, K], fp8 as its bits; NIBBLES: int32 [N, K / 8], see `quantized.pack`
     scale_ptr,  # [N, K / G]
@@ -135,8 +134,8 @@ def read_back_kernel(
 
 
 @dataclass(frozen=True)
-class Known:
-    """How a matrix was read back before: `run` wants what `of` says behind the result."""
+class CachedDequantize:
+    """How a matrix was dequantized before: `run` wants what `of` says behind the result."""
 
     dtype: torch.dtype
     size: tuple[int, int]
@@ -144,20 +143,20 @@ class Known:
     run: CachedLaunch
 
 
-_known: WeakKeyDictionary[Quantized, Known] = WeakKeyDictionary()
+_launches: WeakKeyDictionary[QuantizedTensor, CachedDequantize] = WeakKeyDictionary()
 
 
-def read_back(matrix: Quantized, dtype: torch.dtype) -> torch.Tensor:
-    """As `Quantized.dequantize`; NaN of fp8, which no loaded matrix has, is not kept."""
-    known = _known.get(matrix)
+def dequantize(matrix: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `QuantizedTensor.dequantize`; NaN of fp8, which no loaded matrix has, is not kept."""
+    known = _launches.get(matrix)
     if known is None or known.dtype is not dtype:
-        return _first_read_back(matrix, dtype)
+        return _first_dequantize(matrix, dtype)
     out = torch.empty(known.size, dtype=dtype, device=matrix.data.device)
     known.run(out, *known.of)
     return out
 
 
-def _first_read_back(matrix: Quantized, dtype: torch.dtype) -> torch.Tensor:
+def _first_dequantize(matrix: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     rows, columns = matrix.rows, matrix.columns
     nibbles = matrix.scheme in IN_NIBBLES
     assert not matrix.grouped or matrix.group % CHUNK == 0, "a chunk has one scale"
@@ -165,9 +164,9 @@ def _first_read_back(matrix: Quantized, dtype: torch.dtype) -> torch.Tensor:
     of = (
         matrix.data if nibbles else matrix.data.view(torch.int8),
         matrix.scale,
-        matrix.zero if matrix.grouped else None,
-        None if matrix.table is None else matrix.table.values,
-        matrix.order,
+        matrix.zero_point if matrix.grouped else None,
+        None if matrix.codebook is None else matrix.codebook.values,
+        matrix.g_idx_sort_indices,
         rows,
     )
     constants = {
@@ -179,7 +178,7 @@ def _first_read_back(matrix: Quantized, dtype: torch.dtype) -> torch.Tensor:
         "TURNS": TURNS,
     }
     programs = triton.cdiv(rows * triton.cdiv(columns, CHUNK), CHUNKS * TURNS)
-    run = launch(read_back_kernel, (programs, 1, 1), (out, *of), constants, WARPS)
+    run = launch(dequantize_kernel, (programs, 1, 1), (out, *of), constants, WARPS)
     if run is not None:
-        _known[matrix] = Known(dtype, (rows, columns), of, run)
+        _launches[matrix] = CachedDequantize(dtype, (rows, columns), of, run)
     return out

@@ -23,12 +23,12 @@ from qwencli.engine.kernels.activation_buffers import (
     BLOCK_WORDS,
     ActivationBuffers,
     ActivationConsumer,
-    vector_bits,
+    activation_bits,
     word_format,
 )
 from qwencli.engine.kernels.activation_quant import ActivationFormat
 from qwencli.engine.kernels.decode_attention import decode_attention_kernel
-from qwencli.engine.kernels.dequantize import read_back
+from qwencli.engine.kernels.dequantize import dequantize
 from qwencli.engine.kernels.gemv import gemv_kernel
 from qwencli.engine.kernels.gemv_quantized import gemv_quantized_kernel
 from qwencli.engine.kernels.greedy_step import (
@@ -57,7 +57,7 @@ from qwencli.engine.ops.decoder_ops import (
     dense,
 )
 from qwencli.engine.ops.rms_norm import RMSNorm
-from qwencli.engine.quant.quantized_tensor import LARGEST, Quantized, Scheme
+from qwencli.engine.quant.quantized_tensor import LARGEST, QuantizedTensor, Scheme
 from qwencli.engine.spec_decode.ngram import LONGEST_NGRAM, MAX_VERIFY_TOKENS
 from qwencli.models.shapes import TextShape
 
@@ -151,10 +151,10 @@ class FusedOps:
             norm_head=self.norm_head,
             lm_head_argmax=self.lm_head_argmax,
             lm_head_verify=self.lm_head_verify,
-            vector_bits=vector_bits,
-            read_back=read_back,
-            place_heads=QkNormRopeStore(),
-            turn_heads=QkNormRope(),
+            activation_bits=activation_bits,
+            dequantize=dequantize,
+            qk_norm_rope_store=QkNormRopeStore(),
+            apply_rope=QkNormRope(),
             swiglu=swiglu,
             max_batch_rows=MAX_BATCH_ROWS,
         )
@@ -163,7 +163,7 @@ class FusedOps:
         return replace(
             fused,
             attend=self.attend,
-            any_length=True,
+            kv_len_on_device=True,
             paged_attention=PagedAttention(self._launch.num_processors),
             paged_reads_lengths=True,
         )
@@ -344,7 +344,7 @@ class FusedOps:
                 x, matrix, y, Epilogue(norm, bias, gated, add, sampling, input_ids, after)
             )
             return
-        quantized = matrix if isinstance(matrix, Quantized) else None
+        quantized = matrix if isinstance(matrix, QuantizedTensor) else None
         way = word_format(matrix)
         data = dense(matrix, x).t() if quantized is None else quantized.data
         assert data.is_contiguous(), "kernels read rows of the weight"
@@ -383,11 +383,11 @@ class FusedOps:
             **self._launch.options(tiles.num_warps),
         }
         if quantized is not None and way is not None:
-            table, fp8 = quantized.table, quantized.scheme is Scheme.FP8
+            table, fp8 = quantized.codebook, quantized.scheme is Scheme.FP8
             gemv_quantized_kernel[programs,](
                 vector.values.view(torch.int32), vector.steps, vector.squares,
                 data.view(torch.int32), quantized.scale,
-                quantized.zero if quantized.grouped else None,
+                quantized.zero_point if quantized.grouped else None,
                 None if table is None else table.codes, *ends,
                 BITS=way.bits, FP8=fp8, G=quantized.group, GROUPED=quantized.grouped,
                 CODEBOOK_SCALE=1.0 if table is None else table.step,

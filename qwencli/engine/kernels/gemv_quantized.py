@@ -44,7 +44,7 @@ def dot4(a, b, c, ASM: tl.constexpr):
 def looked_up(w, codes, ASM: tl.constexpr):
     """The int8 that the lowest four nibbles of each int32 stand for, as one int32.
 
-    `codes`: four words, see `Table`.
+    `codes`: four words, see `Codebook`.
     """
     first = codes[0] + tl.zeros_like(w)
     second = codes[1] + tl.zeros_like(w)

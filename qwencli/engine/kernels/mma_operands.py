@@ -57,7 +57,7 @@ def as_float16(words, zero, BITS: tl.constexpr, FP8: tl.constexpr):
     """int32 [M] -> float16 [M, steps of a word, 2, 2] that stand for its weights, see
     `gemm_quantized`; fp8 for 2^-8 of them.
 
-    `zero` is one that the compiler does not know: an exponent that is no constant lies in a
+    `zero_point` is one that the compiler does not know: an exponent that is no constant lies in a
     register, where one instruction masks a word and joins it, which takes one constant, not two.
     """
     if BITS == 4:

@@ -141,7 +141,7 @@ class QkNormRope:
 
 
 class QkNormRopeStore:
-    """`decoder_ops.place_heads` in one launch where the cache keeps what is computed."""
+    """`decoder_ops.qk_norm_rope_store` in one launch where the cache keeps what is computed."""
 
     def __init__(self) -> None:
         self._heads = QkNormRope()

@@ -18,7 +18,7 @@ from qwencli.engine.kernels.rounding import (
     words_in_a_row,
 )
 from qwencli.engine.ops.rms_norm import RMSNorm
-from qwencli.engine.quant.quantized_tensor import Quantized, Scheme
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
 
 Tensor = torch.Tensor
 # For a number of warps.
@@ -73,7 +73,7 @@ def layout_for(consumer: ActivationConsumer, like: Tensor) -> ActivationLayout:
     """What a product with vectors of `like`'s type wants of the kernel in front."""
     matrix = consumer.matrix
     way = word_format(matrix)
-    if isinstance(matrix, Quantized):
+    if isinstance(matrix, QuantizedTensor):
         if way is None or not is_read_as_stored(matrix):
             return NO_LAYOUT
         return ActivationLayout(way.act_format, words_in_a_row(matrix.group, matrix.columns))
@@ -84,20 +84,20 @@ def layout_for(consumer: ActivationConsumer, like: Tensor) -> ActivationLayout:
     )
 
 
-def is_read_as_stored(matrix: Quantized) -> bool:
-    """Whether a kernel here reads `matrix` as it is stored; others are read back whole first.
+def is_read_as_stored(matrix: QuantizedTensor) -> bool:
+    """Whether a kernel here reads `matrix` as it is stored; others are dequantized whole first.
 
     Those are kinds that ready-made checkpoints have: groups of bytes, tables, columns reordered.
     """
     grouped_bytes = matrix.grouped and matrix.scheme is not Scheme.INT4
-    return matrix.table is None and matrix.order is None and not grouped_bytes
+    return matrix.codebook is None and matrix.g_idx_sort_indices is None and not grouped_bytes
 
 
 def takes_float16_kernel(consumer: ActivationConsumer, like: Tensor) -> bool:
     """Whether a product with vectors of `like`'s type is of 16-bit floats that lanes read as
     `gemm_float16` has it."""
     matrix, norm = consumer.matrix, consumer.norm
-    if isinstance(matrix, Quantized) or like.dtype.itemsize != 2 or len(matrix) % 8:
+    if isinstance(matrix, QuantizedTensor) or like.dtype.itemsize != 2 or len(matrix) % 8:
         return False
     return matrix.dtype == like.dtype and (norm is None or norm.weight.dtype == like.dtype)
 

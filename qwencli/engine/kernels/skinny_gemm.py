@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from qwencli.engine.kernels.activation_buffers import ActivationConsumer, WordFormat, word_format
-from qwencli.engine.kernels.dequantize import read_back
+from qwencli.engine.kernels.dequantize import dequantize
 from qwencli.engine.kernels.gemm import gemm_kernel
 from qwencli.engine.kernels.gemm_float16 import CHUNK, gemm_float16_kernel
 from qwencli.engine.kernels.gemm_quantized import gemm_quantized_kernel
@@ -28,7 +28,7 @@ from qwencli.engine.kernels.rounding import chunk_columns
 from qwencli.engine.kernels.tiles import MOST_SHARING, GemvTiles, MatrixKind, Storage
 from qwencli.engine.ops.decoder_ops import Matrix, SamplingBuffers, dense
 from qwencli.engine.ops.rms_norm import RMSNorm
-from qwencli.engine.quant.quantized_tensor import Quantized, Scheme
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
 
 Tensor = torch.Tensor
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -88,15 +88,15 @@ class SkinnyGemm:
     def __call__(self, x: Tensor, matrix: Matrix, y: Tensor, around: Epilogue) -> None:
         """y [S, rows] = epilogue(matrix norm(x)), x [S, columns]."""
         way = word_format(matrix)
-        if isinstance(matrix, Quantized) and way is not None and is_read_as_stored(matrix):
+        if isinstance(matrix, QuantizedTensor) and way is not None and is_read_as_stored(matrix):
             self._quantized_product(x, matrix, way, y, around)
-        elif isinstance(matrix, Quantized) and not is_read_as_stored(matrix):
-            self._float_product(x, read_back(matrix, x.dtype).t(), y, around, self._without_pdl)
+        elif isinstance(matrix, QuantizedTensor) and not is_read_as_stored(matrix):
+            self._float_product(x, dequantize(matrix, x.dtype).t(), y, around, self._without_pdl)
         else:
             self._float_product(x, matrix, y, around, self._options)
 
     def _quantized_product(
-        self, x: Tensor, matrix: Quantized, way: WordFormat, y: Tensor, around: Epilogue
+        self, x: Tensor, matrix: QuantizedTensor, way: WordFormat, y: Tensor, around: Epilogue
     ) -> None:
         rows = matrix.rows // 2 if around.gated else matrix.rows
         columns = matrix.columns
@@ -109,7 +109,7 @@ class SkinnyGemm:
             *vectors.buffers[1:],
             matrix.data.view(torch.int32),
             matrix.scale,
-            matrix.scale if matrix.zero is None else matrix.zero,
+            matrix.scale if matrix.zero_point is None else matrix.zero_point,
             *self._ends(y, around),
             *self._handing(ready),
             rows,
@@ -134,7 +134,7 @@ class SkinnyGemm:
         self, x: Tensor, matrix: Matrix, y: Tensor, around: Epilogue, launch: Options
     ) -> None:
         """Float weights, and bytes that are multiplied as such."""
-        quantized = matrix if isinstance(matrix, Quantized) else None
+        quantized = matrix if isinstance(matrix, QuantizedTensor) else None
         weight = dense(matrix, x).t() if quantized is None else quantized.data
         assert weight.is_contiguous(), "kernels read rows of the weight"
         rows, columns = weight.shape

@@ -16,7 +16,7 @@ from qwencli.engine.loading.weights import HEAD, Tensors
 from qwencli.engine.ops.decoder_ops import DecoderOps, Drafts, Layer, Matrix, SamplingBuffers, Step
 from qwencli.engine.ops.rms_norm import RMSNorm
 from qwencli.engine.ops.rope import gains_of_halves
-from qwencli.engine.quant.quantized_tensor import Quantized
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor
 from qwencli.models.shapes import TextShape
 
 
@@ -45,7 +45,7 @@ class Decoder:
         self,
         shape: TextShape,
         weights: Tensors,
-        matrices: Mapping[str, Quantized] | None = None,
+        matrices: Mapping[str, QuantizedTensor] | None = None,
         by_rows: bool = False,
     ) -> None:
         self.shape = shape
@@ -147,7 +147,7 @@ class _Matrices:
     """Picks each matrix in the form that the operations want."""
 
     weights: Tensors
-    quantized: Mapping[str, Quantized]
+    quantized: Mapping[str, QuantizedTensor]
     by_rows: bool
 
     def columns(self, name: str) -> Matrix:

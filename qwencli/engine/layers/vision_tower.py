@@ -21,7 +21,7 @@ from qwencli.engine.layers.vision_attention import (
 )
 from qwencli.engine.layers.vision_layout import Grid, Run, VisionLayout, layout
 from qwencli.engine.loading.weights import Tensors
-from qwencli.engine.ops.rope import CosSin, TurnHeads, turn_heads
+from qwencli.engine.ops.rope import ApplyRopeFn, CosSin, apply_rope
 from qwencli.errors import InputError
 from qwencli.models.shapes import VisionShape
 
@@ -79,7 +79,7 @@ class VisionTower:
         shape: VisionShape,
         weights: Tensors,
         attention: Attention,
-        turn: TurnHeads = turn_heads,
+        turn: ApplyRopeFn = apply_rope,
     ) -> None:
         self.shape = shape
         self._turn = turn

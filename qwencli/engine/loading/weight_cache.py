@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 
 from qwencli.engine.loading.reader import DTYPES, Reader
-from qwencli.engine.quant.quantized_tensor import Quantized, Scheme
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
 from qwencli.errors import ModelFileError
 from qwencli.models.quantized_cache import claim, remove_leftovers, temporary_file
 from qwencli.models.safetensors_header import StoredTensor, read_header
@@ -30,6 +30,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Of a tensor's entry in the header; what is left over is filled with spaces, as the format allows.
 _ENTRY_BYTES = 320
 _PARTS = ("data", "scale", "zero")
+# What files call a part that has another name here.
+_IN_FILES = {"zero_point": "zero"}
 # Of `checksum`.
 _ROW_BYTES = 8 * 4096
 
@@ -48,7 +50,7 @@ class CachedMatrices:
     def __contains__(self, name: str) -> bool:
         return name in self._schemes
 
-    def read(self, name: str, reader: Reader) -> Quantized:
+    def read(self, name: str, reader: Reader) -> QuantizedTensor:
         """The matrix of this name, on the reader's device."""
         parts = {}
         for part in _PARTS:
@@ -56,7 +58,7 @@ class CachedMatrices:
             if source is not None:
                 parts[part] = reader.as_stored(source)
                 self._sums[source.name] = checksum(parts[part])
-        return Quantized(
+        return QuantizedTensor(
             Scheme(self._schemes[name]), parts["data"], parts["scale"], parts.get("zero")
         )
 
@@ -131,14 +133,14 @@ class CacheWriter:
         except OSError as error:
             self._give_up(error)
 
-    def add(self, name: str, matrix: Quantized) -> None:
+    def add(self, name: str, matrix: QuantizedTensor) -> None:
         """Append a matrix; its tensors pass through host memory one at a time."""
         if self._stream is None:
             return
         self._schemes[name] = matrix.scheme.value
         try:
             for part, tensor in matrix.parts.items():
-                self._append(f"{name}.{part}", tensor)
+                self._append(f"{name}.{_IN_FILES.get(part, part)}", tensor)
         except OSError as error:
             self._give_up(error)
 

@@ -20,18 +20,18 @@ from qwencli.engine.loading.reader import FLOATS, Reader
 from qwencli.engine.loading.weight_cache import CachedMatrices, CacheWriter, through_cache
 from qwencli.engine.loading.weight_checks import Extremes, check_finite, check_zero
 from qwencli.engine.quant.checkpoint_formats import read_packed
-from qwencli.engine.quant.quantized_tensor import SCHEMES, Quantized, Scheme, quantize, stack
+from qwencli.engine.quant.quantized_tensor import SCHEMES, QuantizedTensor, Scheme, quantize, stack
 from qwencli.models.checkpoint import Checkpoint, find_sources
 from qwencli.models.quant_formats import PackedFormat, PackedLayer
 from qwencli.models.quantized_cache import fingerprint
 from qwencli.models.safetensors_header import StoredTensor, stored_tensors
-from qwencli.models.scheme_labels import with_vector_bits
+from qwencli.models.scheme_labels import with_activation_bits
 from qwencli.models.shapes import ModelShape
 from qwencli.models.weight_specs import TensorSpec, specs
 from qwencli.models.weights import find_weights
 
 Tensors = dict[str, torch.Tensor]
-Matrices = dict[str, Quantized]
+Matrices = dict[str, QuantizedTensor]
 
 DUMMY_STD = 0.02
 HEAD = "text.head"
@@ -58,14 +58,14 @@ class LoadedWeights:
         """How the decoder's matrices are stored; "none" = unquantized."""
         return self.ran_scheme(lambda matrix: None)
 
-    def ran_scheme(self, vector_bits: Callable[[Quantized], int | None]) -> str:
+    def ran_scheme(self, activation_bits: Callable[[QuantizedTensor], int | None]) -> str:
         """`scheme` and what decode steps round, as results report it (`models.scheme_labels`).
 
         Args:
-            vector_bits: as in `DecoderOps`.
+            activation_bits: as in `DecoderOps`.
         """
         kinds = {
-            with_vector_bits(matrix.label, matrix.bits, vector_bits(matrix))
+            with_activation_bits(matrix.label, matrix.bits, activation_bits(matrix))
             for name, matrix in self.matrices.items()
             if name != HEAD
         }
@@ -178,13 +178,13 @@ class _Loading:
         self._dtype, self._device = dtype, device
         self._zero_offset = zero_offset
 
-    def tensor(self, spec: TensorSpec) -> torch.Tensor | Quantized:
+    def tensor(self, spec: TensorSpec) -> torch.Tensor | QuantizedTensor:
         """The tensor; quantized where all its parts came so in one kind, and it may stay so."""
         sources = [self._sources[part] for part in spec.parts]
         layers = [source for source in sources if isinstance(source, PackedLayer)]
         if len(layers) == len(sources) and (is_decoder_matrix(spec.name) or spec.name == HEAD):
             matrices = [self._matrix(layer) for layer in layers]
-            alike = [matrix for matrix in matrices if isinstance(matrix, Quantized)]
+            alike = [matrix for matrix in matrices if isinstance(matrix, QuantizedTensor)]
             whole = stack(alike) if len(alike) == len(layers) else None
             if whole is not None:
                 return whole
@@ -195,7 +195,11 @@ class _Loading:
             rows = tensor[row : row + part.shape[0]]
             if isinstance(source, PackedLayer):
                 matrix = self._matrix(source)
-                plain = matrix.dequantize(self._dtype) if isinstance(matrix, Quantized) else matrix
+                plain = (
+                    matrix.dequantize(self._dtype)
+                    if isinstance(matrix, QuantizedTensor)
+                    else matrix
+                )
                 rows.copy_(plain)
                 self._note(source.layer, rows)
             else:
@@ -218,7 +222,7 @@ class _Loading:
                 return FLOATS[stored.pop()]
         return self._dtype
 
-    def _matrix(self, layer: PackedLayer) -> Quantized | torch.Tensor:
+    def _matrix(self, layer: PackedLayer) -> QuantizedTensor | torch.Tensor:
         matrix = read_packed(layer, self._reader, self._zero_offset)
         if isinstance(matrix, torch.Tensor):
             return matrix  # checked where it ends up
@@ -256,8 +260,8 @@ class _Kept:
         self._schemes = SCHEMES.get(quantization)
         self._origin = origin
 
-    def keep(self, name: str, tensor: torch.Tensor | Quantized) -> None:
-        if isinstance(tensor, Quantized):
+    def keep(self, name: str, tensor: torch.Tensor | QuantizedTensor) -> None:
+        if isinstance(tensor, QuantizedTensor):
             self._matrices[name] = tensor
         elif self._schemes and is_decoder_matrix(name):
             self._quantize(name, tensor, self._schemes[0])

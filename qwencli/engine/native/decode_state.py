@@ -13,7 +13,7 @@ import torch
 
 from qwencli.config import SamplingParams
 from qwencli.engine.cache.kv_cache import KVCache
-from qwencli.engine.cpu.decoder import HostDecoder
+from qwencli.engine.cpu.decoder import CpuDecoder
 from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
 from qwencli.engine.loading.upload import upload
 from qwencli.engine.native.model import QwenModel
@@ -120,7 +120,7 @@ class DecodeState:
         self.step.add_(going)
         self.done.logical_or_((self.token == self.stop_ids).any(dim=0))
 
-    def advance_on_host(self, decoder: HostDecoder, slot: int) -> None:
+    def advance_on_cpu(self, decoder: CpuDecoder, slot: int) -> None:
         """One step of a host that reads each token before it takes the next one.
 
         `slot` and `position` stay where the answer began: the host counts by itself.
@@ -146,7 +146,7 @@ class DecodeState:
             return
         self._accept(model.decoder.logits(hidden, ops), kind, plan.kv_len)
 
-    def verify_on_host(self, decoder: HostDecoder, slot: int) -> None:
+    def verify_on_cpu(self, decoder: CpuDecoder, slot: int) -> None:
         """`verify` of one token by a host that reads each step before it takes the next one."""
         assert self.drafts is not None, "the caller knows what it has"
         logits = decoder.logits(int(self.token), int(self.position), slot)
@@ -169,7 +169,7 @@ class DecodeState:
     def _plan(self, size: int, kv_len: int) -> AttentionPlan:
         """What `size` tokens from `slot` on see of the first `kv_len` slots."""
         model = self.model
-        if model.step_ops.any_length:
+        if model.step_ops.kv_len_on_device:
             return AttentionPlan(kv_len, None)
         self._lengths.copy_(self.slot + size)
         # Compiled, attention is one of the operators that torch may fuse.

@@ -20,7 +20,7 @@ from qwencli.config import (
     SamplingParams,
     Speculate,
 )
-from qwencli.engine.base_engine import LocalEngine
+from qwencli.engine.base_engine import BaseEngine
 from qwencli.engine.cache.kv_quantized import resolve_kv
 from qwencli.engine.cache.page_pool import PagePool
 from qwencli.engine.device_memory import release
@@ -30,17 +30,17 @@ from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.loading import weights
 from qwencli.engine.machine.host import host_memory
 from qwencli.engine.native.decode_state import DecodeState
-from qwencli.engine.native.gc_paused import freeze_what_is_loaded, quiet_host
+from qwencli.engine.native.gc_paused import gc_freeze_loaded, gc_paused
 from qwencli.engine.native.generate import Generation
 from qwencli.engine.native.kernel_choice import fused_for, resolve_kernels
 from qwencli.engine.native.memory_plan import BATCH_LIMITS, MemoryPlan, plan_memory, plan_pages
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prefill_graphs import PromptGraphs
-from qwencli.engine.native.steppers import STEPPERS, decodes_on_host
+from qwencli.engine.native.prefill_graphs import PrefillGraphs
+from qwencli.engine.native.steppers import STEPPERS, decodes_on_cpu
 from qwencli.engine.native.supported import check_supported
 from qwencli.engine.protocol import RequestQueue
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
-from qwencli.engine.response import Answer
+from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.runner import ModelRunner
 from qwencli.engine.scheduler import Scheduler
 from qwencli.engine.spec_decode.decode_strategy import Speculator
@@ -57,7 +57,7 @@ from qwencli.models.weights import find_weights
 from qwencli.results import GenerationChunk, RanModes
 
 
-class NativeEngine(LocalEngine):
+class NativeEngine(BaseEngine):
     """One model, its cache and its graphs.
 
     Raises:
@@ -84,7 +84,7 @@ class NativeEngine(LocalEngine):
         self.load()
         # From the first picture on: every operation of a prompt's pass takes the interpreter lock
         # back, hundreds of turns before the first token.
-        with quiet_host():
+        with gc_paused():
             yield from super().stream(request)
 
     def _load(self, files: ModelFiles) -> RanModes:
@@ -136,7 +136,7 @@ class NativeEngine(LocalEngine):
             state = DecodeState(model, store, slots, with_drafts=drafting)
             ran = RanModes(
                 engine=EngineName.NATIVE.value,
-                quantization=loaded.ran_scheme(model.step_ops.vector_bits),
+                quantization=loaded.ran_scheme(model.step_ops.activation_bits),
                 attention=_decode_attention(state, cache),
                 cache=cache.value,
                 device=device,
@@ -153,11 +153,11 @@ class NativeEngine(LocalEngine):
                 STEPPERS[cache](state),
                 ran,
                 self._speculator(state, cache),
-                PromptGraphs(model, store, slots) if cache is Cache.STATIC_GRAPH else None,
+                PrefillGraphs(model, store, slots) if cache is Cache.STATIC_GRAPH else None,
             )
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
-        freeze_what_is_loaded()
+        gc_freeze_loaded()
         return ran
 
     def _packed(self, files: ModelFiles) -> PackedFormat | None:
@@ -192,7 +192,7 @@ class NativeEngine(LocalEngine):
             return None
         return Speculator(VERIFIERS[cache](state), state, self.config.speculate)
 
-    def _answer(self, answer: Answer) -> Iterator[GenerationChunk]:
+    def _answer(self, answer: ResponseBuilder) -> Iterator[GenerationChunk]:
         assert self._generation is not None, "load() comes first"
         yield from self._generation.chunks(answer, self.load_s)
 
@@ -266,9 +266,9 @@ def _checkpoint_weights(files: ModelFiles, packed: PackedFormat | None, dtype: D
 def _decode_attention(state: DecodeState, cache: Cache) -> str:
     """What attends in decode steps, as results report it."""
     model = state.model
-    if model.step_ops.any_length:
+    if model.step_ops.kv_len_on_device:
         return "triton"
-    numpy = model.any_attention and cache is Cache.STATIC and decodes_on_host(state)
+    numpy = model.any_attention and cache is Cache.STATIC and decodes_on_cpu(state)
     return f"numpy+{model.attention}" if numpy else model.attention.value
 
 

@@ -13,7 +13,7 @@ SWITCH_INTERVAL_S = 0.00005
 
 
 @contextmanager
-def quiet_host() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """No garbage collection inside the block, and quick turns at the interpreter lock.
 
     A full collection walks every object of every library loaded, 100 ms and more in the middle of
@@ -30,7 +30,7 @@ def quiet_host() -> Iterator[None]:
             gc.enable()
 
 
-def freeze_what_is_loaded() -> None:
+def gc_freeze_loaded() -> None:
     """Take everything that exists now out of later collections: it is here to stay."""
     gc.collect()
     gc.freeze()

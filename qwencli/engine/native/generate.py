@@ -9,16 +9,16 @@ import torch
 
 from qwencli.config import Cache, SamplingParams
 from qwencli.engine.cache.prefix_cache import Key, PrefixCache, VisionCache, digests_of, keys_of
-from qwencli.engine.event_timer import Clock, Mark
+from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.layers.vision_tower import VisionFeatures
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prefill_graphs import PromptRunner
+from qwencli.engine.native.prefill_graphs import PrefillRunner
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
 from qwencli.engine.native.sampler import LIKELIEST, kind_of
 from qwencli.engine.native.steppers import Stepper
 from qwencli.engine.ops.attention import AttentionPlan
-from qwencli.engine.response import Answer
+from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.spec_decode.decode_strategy import (
     AutoregressiveDecode,
     DecodeStrategy,
@@ -28,7 +28,7 @@ from qwencli.results import GenerationChunk, RanModes
 
 # Steps on their way to the GPU beyond the one being read. Enough that a host thread that is kept
 # from running for some milliseconds leaves the GPU busy; after a stop token they are wasted.
-RUN_AHEAD = 8
+MAX_INFLIGHT_STEPS = 8
 
 
 class Generation:
@@ -46,15 +46,15 @@ class Generation:
         stepper: Stepper,
         ran: RanModes,
         speculator: Speculator | None = None,
-        prompts: PromptRunner | None = None,
+        prompts: PrefillRunner | None = None,
     ) -> None:
         self._model, self._state, self._stepper, self._ran = model, state, stepper, ran
-        self._prompts: PromptRunner = model if prompts is None else prompts
+        self._prompts: PrefillRunner = model if prompts is None else prompts
         self._speculator = speculator
         self._prefix_cache = PrefixCache(state.cache)
         self._vision_cache = VisionCache()
         width = 1 if state.drafts is None else len(state.drafts.verify_output)
-        self._readback = Readback(ran.device, len(state.slots), width)
+        self._token_copy = AsyncTokenCopy(ran.device, len(state.slots), width)
 
     def forget(self) -> None:
         """Drop everything kept from earlier requests."""
@@ -77,7 +77,7 @@ class Generation:
 
     @torch.inference_mode()
     def _prefill(
-        self, answer: Answer, keys: list[Key], digests: list[bytes], clock: Clock
+        self, answer: ResponseBuilder, keys: list[Key], digests: list[bytes], clock: EventTimer
     ) -> list[tuple[Mark, Mark]]:
         """Fill the cache with the prompt and choose the first token; returns vision's marks."""
         prompt, state = answer.prompt, self._state
@@ -103,14 +103,14 @@ class Generation:
         self._prefix_cache.remember(keys)
         return vision
 
-    def chunks(self, answer: Answer, load_s: float) -> Iterator[GenerationChunk]:
+    def chunks(self, answer: ResponseBuilder, load_s: float) -> Iterator[GenerationChunk]:
         """Yield each token's text, and the result with the last chunk.
 
         However the request ends, the cache afterwards holds what it is remembered to hold.
         """
         state = self._state
         # First of all: captures that a request is the first to need are part of its prefill.
-        clock = Clock(self._ran.device)
+        clock = EventTimer(self._ran.device)
         first_slot = len(answer.prompt.input_ids)
         steps = answer.sampling.max_new_tokens - 1
         digests = digests_of(answer.prompt)
@@ -144,33 +144,33 @@ class Generation:
         return self._speculator.strategy(), self._ran
 
     def _decode(
-        self, clock: Clock, strategy: DecodeStrategy, steps: int
+        self, clock: EventTimer, strategy: DecodeStrategy, steps: int
     ) -> Iterator[tuple[int, Mark]]:
         """The first token and `steps` more, as the host gets to read them.
 
         Tokens that one step chose come with the same mark.
         """
-        readback = self._readback
-        readback.begin()
+        token_copy = self._token_copy
+        token_copy.begin()
         with torch.inference_mode():
-            readback.store(self._state.token, clock)
+            token_copy.store(self._state.token, clock)
         # Every step gives a token at least.
         unread, given, read = 1, 0, 0
         while given <= steps:
             with torch.inference_mode():
-                while unread <= readback.run_ahead and given + unread <= steps:
-                    readback.store(strategy.step(), clock)
+                while unread <= token_copy.max_inflight_steps and given + unread <= steps:
+                    token_copy.store(strategy.step(), clock)
                     unread += 1
-            values, mark = readback.read(read)
+            values, mark = token_copy.read(read)
             unread, read = unread - 1, read + 1
             if read > 1:
-                values = strategy.tokens(values, readback.mark(read - 2), mark)
+                values = strategy.tokens(values, token_copy.mark(read - 2), mark)
             for token in values:
                 yield token, mark
                 given += 1
 
 
-class Readback:
+class AsyncTokenCopy:
     """What steps have chosen, on its way from the device to the host.
 
     Args:
@@ -180,7 +180,7 @@ class Readback:
     def __init__(self, device: str, capacity: int, width: int) -> None:
         self._cuda = device.startswith("cuda")
         # A host that runs the steps itself has nothing to run ahead of.
-        self.run_ahead = RUN_AHEAD if self._cuda else 0
+        self.max_inflight_steps = MAX_INFLIGHT_STEPS if self._cuda else 0
         self._pinned: list[torch.Tensor] = []
         if self._cuda:
             ids = torch.zeros(capacity, width, dtype=torch.int64, pin_memory=True)
@@ -191,7 +191,7 @@ class Readback:
     def begin(self) -> None:
         self._stored, self._marks = [], []
 
-    def store(self, values: torch.Tensor, clock: Clock) -> None:
+    def store(self, values: torch.Tensor, clock: EventTimer) -> None:
         """Start copying `values` [up to width] to the host, and mark when they are there."""
         if self._cuda:
             row = self._pinned[len(self._stored)][: len(values)]

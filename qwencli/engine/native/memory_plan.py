@@ -15,11 +15,11 @@ from qwencli.engine.scheduler import Limits
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.memory import (
     RUNTIME_BYTES,
+    dequantize_bytes,
     image_feature_bytes,
     native_kv_bytes,
     native_weight_bytes,
     prefill_peak_bytes,
-    read_back_bytes,
     vision_peak_bytes,
 )
 from qwencli.models.shape_reader import read_shape
@@ -111,7 +111,7 @@ def plan_memory(
     longest_wanted = model_limit if wanted == "auto" else wanted or DEFAULT_MAX_SEQ_LEN
     target = min(model_limit, longest_wanted)
     quantized = quantization is not Quantization.NONE or checkpoint_weights is not None
-    read_back = read_back_bytes(shape) if quantized else 0
+    dequantize = dequantize_bytes(shape) if quantized else 0
 
     image_tokens = _image_tokens(shape, max_pixels or PLANNED_PIXELS)
     quantized_kv = kv_dtype is not KVDType.AUTO
@@ -123,14 +123,14 @@ def plan_memory(
     def plan(tokens: int) -> MemoryPlan:
         peak = max(
             vision_peak_bytes(shape, image_tokens),
-            prefill_peak_bytes(shape, min(tokens, PROMPT_TOKENS + image_tokens)) + read_back,
+            prefill_peak_bytes(shape, min(tokens, PROMPT_TOKENS + image_tokens)) + dequantize,
         )
         return MemoryPlan(
             weights=weights,
             kv_cache=token_bytes * tokens,
             activations=peak * scale,
             kept_images=image_feature_bytes(shape, VISION_CACHE_TOKENS) * scale,
-            graphs=_graph_bytes(shape, tokens, read_back) * scale if prompt_graphs else 0,
+            graphs=_graph_bytes(shape, tokens, dequantize) * scale if prompt_graphs else 0,
             max_seq_len=tokens,
         )
 
@@ -168,10 +168,10 @@ def plan_pages(
     return max(2, min(wanted, int((free_bytes - working) * POOL_SHARE) // page_bytes))
 
 
-def _graph_bytes(shape: ModelShape, tokens: int, read_back: int) -> int:
+def _graph_bytes(shape: ModelShape, tokens: int, dequantize: int) -> int:
     """Of the largest graphs, bfloat16; they share their memory."""
     patches = MOST_PATCHES // shape.vision.merge_area if shape.vision else 0
-    prompt = prefill_peak_bytes(shape, min(tokens, LONGEST)) + read_back
+    prompt = prefill_peak_bytes(shape, min(tokens, LONGEST)) + dequantize
     return max(prompt, vision_peak_bytes(shape, patches))
 
 

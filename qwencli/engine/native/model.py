@@ -81,7 +81,7 @@ class QwenModel:
         self._many_rows_ops = paged_ops(self.step_ops, few=False)
         self.vision = None
         if shape.vision is not None:
-            turn = self.step_ops.turn_heads
+            turn = self.step_ops.apply_rope
             self.vision = VisionTower(shape.vision, loaded.tensors, attention, turn)
 
     @classmethod
@@ -227,7 +227,7 @@ class QwenModel:
             positions: int64 [B], rotary position of the first token of each row.
             slot: int64 [1], of the first token, equal for all rows.
             plan: with a mask (`decode_mask`) unless S is 1, kv_len is slot + 1 and no row is
-                padded, or `step_ops.any_length`.
+                padded, or `step_ops.kv_len_on_device`.
         """
         # Positions never exceed slots. A compiled step cannot fill the table: its stepper did.
         if not torch.compiler.is_compiling():
@@ -235,13 +235,13 @@ class QwenModel:
         ops = self.step_ops
         length = len(tokens) // cache.batch
         places, slots = positions[:, None], slot
-        if length > 1 and not ops.any_length:
+        if length > 1 and not ops.kv_len_on_device:
             ahead = torch.arange(length, device=self.device)
             places, slots = places + ahead, slot + ahead
         step = Step(
             batch=cache.batch,
             length=length,
-            rope=None if ops.any_length else self._step_rope(places),
+            rope=None if ops.kv_len_on_device else self._step_rope(places),
             slots=slots,
             plan=plan,
             cache=cache,

@@ -20,13 +20,13 @@ import torch
 
 from qwencli.config import Attention
 from qwencli.engine.cache.kv_cache import KVCache
-from qwencli.engine.graphs import GraphPool
+from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.layers.decoder import DeepStack
 from qwencli.engine.layers.vision_layout import Grid
 from qwencli.engine.layers.vision_tower import VisionFeatures
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import PromptInputs
-from qwencli.engine.native.vision_graphs import MOST_PATCHES, PictureGraphs
+from qwencli.engine.native.vision_graphs import MOST_PATCHES, VisionGraphs
 from qwencli.engine.ops.attention import AttentionPlan, prompt_plan
 
 Tensor = torch.Tensor
@@ -34,10 +34,10 @@ Tensor = torch.Tensor
 # Beyond it the GPU takes longer than the host.
 LONGEST = 1024
 # Half a class is computed for nothing on average.
-CLASS = 64
+BUCKET = 64
 
 
-class PromptRunner(Protocol):
+class PrefillRunner(Protocol):
     """What runs prompts: a `QwenModel`, or graphs of one."""
 
     def encode_images(self, patches: Tensor, grids: Sequence[Grid]) -> VisionFeatures: ...
@@ -45,7 +45,7 @@ class PromptRunner(Protocol):
     def prefill(self, inputs: PromptInputs, cache: KVCache, start: int = 0) -> Tensor: ...
 
 
-class PromptGraphs:
+class PrefillGraphs:
     """Runs prompts of `model` into `cache`, a graph for each length class.
 
     Graphs are captured when they are needed first. Every replay overwrites what the one before it
@@ -54,7 +54,7 @@ class PromptGraphs:
 
     def __init__(self, model: QwenModel, cache: KVCache, slots: int) -> None:
         self._model, self._cache = model, cache
-        self._longest = min(LONGEST, slots // CLASS * CLASS)
+        self._longest = min(LONGEST, slots // BUCKET * BUCKET)
         # That package may take lengths from the host.
         self._able = model.attention is not Attention.FLASH
         shape, device, dtype = model.shape.text, model.device, model.dtype
@@ -69,16 +69,16 @@ class PromptGraphs:
         self._slots = torch.arange(self._longest, device=device)
         self._last = torch.zeros(1, dtype=torch.int64, device=device)
         self._logits: dict[tuple[int, bool], Tensor] = {}
-        self._graphs = GraphPool(device)
-        self._pictures: PictureGraphs | None = None
+        self._graphs = GraphRunner(device)
+        self._pictures: VisionGraphs | None = None
         tower, plain = model.vision, model.attention is Attention.SDPA
-        if tower is not None and plain and PictureGraphs.can_run(tower, dtype, device):
-            self._pictures = PictureGraphs(tower, self._graphs, dtype)
+        if tower is not None and plain and VisionGraphs.can_run(tower, dtype, device):
+            self._pictures = VisionGraphs(tower, self._graphs, dtype)
 
     def prefill(self, inputs: PromptInputs, cache: KVCache, start: int = 0) -> Tensor:
         """As `QwenModel.prefill`."""
         assert cache is self._cache, "graphs write to the cache they were captured with"
-        size = -(-inputs.length // CLASS) * CLASS
+        size = -(-inputs.length // BUCKET) * BUCKET
         if not self._able or start > 0 or inputs.batch > 1 or size > self._longest:
             return self._model.prefill(inputs, cache, start)
         key = (size, self._take(inputs, size))

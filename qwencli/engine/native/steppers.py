@@ -14,8 +14,8 @@ import torch
 from qwencli.config import Cache
 from qwencli.engine.cache.kv_cache import StaticKVCache
 from qwencli.engine.cache.kv_quantized import QuantizedKVCache
-from qwencli.engine.cpu.decoder import HostDecoder
-from qwencli.engine.graphs import GraphPool
+from qwencli.engine.cpu.decoder import CpuDecoder
+from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.sampler import SamplerKind
 from qwencli.engine.ops.attention import AttentionPlan
@@ -61,15 +61,15 @@ class EagerStepper:
         self._state.advance(self._state.kind, AttentionPlan(slot + 1, None))
 
 
-class HostStepper:
-    """The step of `HostDecoder`, over exactly the slots in use. `static` in float32 on the CPU,
+class CpuStepper:
+    """The step of `CpuDecoder`, over exactly the slots in use. `static` in float32 on the CPU,
     where neither weights nor cache are quantized."""
 
     def __init__(self, state: DecodeState) -> None:
         model, cache = state.model, state.cache
         assert isinstance(cache, StaticKVCache), "a growing cache has no views to keep"
         self._state = state
-        self._decoder = HostDecoder(
+        self._decoder = CpuDecoder(
             model.decoder, model.rope, cache, model.attention, model.any_attention
         )
 
@@ -77,7 +77,7 @@ class HostStepper:
         return
 
     def run(self, slot: int) -> None:
-        self._state.advance_on_host(self._decoder, slot)
+        self._state.advance_on_cpu(self._decoder, slot)
 
 
 class CompiledStepper:
@@ -103,7 +103,7 @@ class GraphStepper:
 
     def __init__(self, state: DecodeState) -> None:
         self._state = state
-        self._graphs = GraphPool(state.model.device)
+        self._graphs = GraphRunner(state.model.device)
 
     def prepare(self, first_slot: int, last_slot: int) -> None:
         """Capture the graphs that are missing. Overwrites the state: comes before `begin`."""
@@ -121,20 +121,20 @@ class GraphStepper:
 
     def _buckets(self, first_slot: int, last_slot: int) -> list[int]:
         whole = len(self._state.slots)
-        if self._state.model.step_ops.any_length:
+        if self._state.model.step_ops.kv_len_on_device:
             return [whole]
         return buckets_between(first_slot, last_slot, whole)
 
 
-def decodes_on_host(state: DecodeState) -> bool:
-    """Whether `HostDecoder` can run the model."""
+def decodes_on_cpu(state: DecodeState) -> bool:
+    """Whether `CpuDecoder` can run the model."""
     device, dtype = state.model.device.type, state.model.dtype
     plain = not state.model.quantized and not isinstance(state.cache, QuantizedKVCache)
     return device == "cpu" and dtype == torch.float32 and plain
 
 
 def _static(state: DecodeState) -> Stepper:
-    return HostStepper(state) if decodes_on_host(state) else EagerStepper(state)
+    return CpuStepper(state) if decodes_on_cpu(state) else EagerStepper(state)
 
 
 STEPPERS: Mapping[Cache, Callable[[DecodeState], Stepper]] = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qwencli.engine.graphs import GraphPool
+from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.layers.vision_attention import Offsets
 from qwencli.engine.layers.vision_layout import Grid, Run
 from qwencli.engine.layers.vision_tower import PreparedGrids, VisionFeatures, VisionTower
@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 
 # Beyond these the GPU takes longer than the host.
 MOST_PATCHES = 2048
-CLASS = 128
+BUCKET = 128
 # A few more than a session of single pictures can need.
 GRAPHS_KEPT = 32
 
@@ -39,13 +39,13 @@ class Size:
     windows: int
 
 
-class PictureGraphs:
+class VisionGraphs:
     """Encodes pictures with `tower`, in memory that all sizes share.
 
     Graphs are captured when they are needed first.
     """
 
-    def __init__(self, tower: VisionTower, graphs: GraphPool, dtype: torch.dtype) -> None:
+    def __init__(self, tower: VisionTower, graphs: GraphRunner, dtype: torch.dtype) -> None:
         self._tower, self._graphs, self._dtype = tower, graphs, dtype
         self._features: dict[Size, VisionFeatures] = {}
         self._buffers: _Buffers | None = None
@@ -83,7 +83,7 @@ class PictureGraphs:
         )
 
     def _size(self, ready: PreparedGrids, patches: int) -> Size:
-        filled = -(-patches // CLASS) * CLASS
+        filled = -(-patches // BUCKET) * BUCKET
         side = self._tower.shape.window_patches
         windows = 0 if side is None else _room(ready.windows, side * side)
         return Size(filled, _room(ready.frames, filled), windows)
@@ -168,7 +168,7 @@ def _lengths(segments: Iterable[Run]) -> list[int]:
 def _room(segments: Sequence[Run] | Offsets, longest: int) -> int:
     """A power of two of segments, with those that fill a picture up to its class."""
     assert not isinstance(segments, Offsets), "of a picture's own layout"
-    count = len(_lengths(segments)) + -(-CLASS // longest)
+    count = len(_lengths(segments)) + -(-BUCKET // longest)
     return 1 << (count - 1).bit_length()
 
 

@@ -24,13 +24,13 @@ from qwencli.engine.cache.paged_kv import (
 )
 from qwencli.engine.ops.attention import AttentionFunction, AttentionPlan
 from qwencli.engine.ops.rms_norm import RMSNorm
-from qwencli.engine.ops.rope import CosSin, TurnHeads, rotate, turn_heads
-from qwencli.engine.quant.quantized_tensor import Quantized
+from qwencli.engine.ops.rope import ApplyRopeFn, CosSin, apply_rope, rotate
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor
 
 Tensor = torch.Tensor
-Matrix = Tensor | Quantized
+Matrix = Tensor | QuantizedTensor
 # A quantized matrix and a type -> the matrix [rows, columns] in it.
-ReadBack = Callable[[Quantized, torch.dtype], Tensor]
+DequantizeFn = Callable[[QuantizedTensor, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
@@ -130,24 +130,28 @@ class Drafts:
 
 # See `paged_attention`.
 PagedAttention = Callable[[Tensor, Tensor, DecodePages], Tensor]
-# Heads of all tokens [B, S, H + 2 KVH, D], see `place_heads`.
-PlaceHeads = Callable[[Tensor, Layer, Step], KeysValues]
+# Heads of all tokens [B, S, H + 2 KVH, D], see `qk_norm_rope_store`.
+QkNormRopeStoreFn = Callable[[Tensor, Layer, Step], KeysValues]
 
 
-def dense(matrix: Matrix, like: Tensor, read: ReadBack = Quantized.dequantize) -> Tensor:
+def dense(
+    matrix: Matrix, like: Tensor, dequantize: DequantizeFn = QuantizedTensor.dequantize
+) -> Tensor:
     """The matrix [in, out] in the type of `like`."""
-    return matrix if isinstance(matrix, torch.Tensor) else read(matrix, like.dtype).t()
+    return matrix if isinstance(matrix, torch.Tensor) else dequantize(matrix, like.dtype).t()
 
 
-def norm_qkv(hidden: Tensor, layer: Layer, read: ReadBack = Quantized.dequantize) -> Tensor:
+def norm_qkv(
+    hidden: Tensor, layer: Layer, dequantize: DequantizeFn = QuantizedTensor.dequantize
+) -> Tensor:
     """hidden [B * S, hidden] -> [B * S, (H + 2 KVH) * D]."""
     x = layer.attn_norm(hidden)
     if layer.qkv_bias is None:
-        return torch.mm(x, dense(layer.qkv, x, read))
-    return torch.addmm(layer.qkv_bias, x, dense(layer.qkv, x, read))
+        return torch.mm(x, dense(layer.qkv, x, dequantize))
+    return torch.addmm(layer.qkv_bias, x, dense(layer.qkv, x, dequantize))
 
 
-def place_heads(split: Tensor, layer: Layer, step: Step) -> KeysValues:
+def qk_norm_rope_store(split: Tensor, layer: Layer, step: Step) -> KeysValues:
     """Norm and rotate the queries and keys of `split` [B, S, H + 2 KVH, D], write the cache;
     queries stay in `split`, keys and values are those to attend to."""
     heads, kv_heads = layer.num_heads, layer.num_kv_heads
@@ -162,7 +166,9 @@ def place_heads(split: Tensor, layer: Layer, step: Step) -> KeysValues:
     return step.cache.write(layer.index, fresh, step.slots, step.plan.kv_len)
 
 
-def attend(qkv: Tensor, layer: Layer, step: Step, place: PlaceHeads = place_heads) -> Tensor:
+def attend(
+    qkv: Tensor, layer: Layer, step: Step, place: QkNormRopeStoreFn = qk_norm_rope_store
+) -> Tensor:
     """Norm and rotate queries and keys, write the cache, attend: -> [B * S, H * D]."""
     heads, dim = layer.num_heads, layer.head_dim
     split = qkv.view(step.batch, step.length, heads + 2 * layer.num_kv_heads, dim)
@@ -175,7 +181,7 @@ def attend_pages(
     qkv: Tensor,
     layer: Layer,
     step: Step,
-    place: PlaceHeads = place_heads,
+    place: QkNormRopeStoreFn = qk_norm_rope_store,
     decode: PagedAttention = paged_attention,
 ) -> Tensor:
     """`attend` of rows that share a pool of pages: one token each, or prompts side by side."""
@@ -190,10 +196,13 @@ def attend_pages(
 
 
 def o_residual(
-    attended: Tensor, layer: Layer, hidden: Tensor, read: ReadBack = Quantized.dequantize
+    attended: Tensor,
+    layer: Layer,
+    hidden: Tensor,
+    dequantize: DequantizeFn = QuantizedTensor.dequantize,
 ) -> Tensor:
     """hidden + W_o attended, [B * S, hidden], in place: the sum is part of the product."""
-    hidden.addmm_(attended, dense(layer.o, hidden, read))
+    hidden.addmm_(attended, dense(layer.o, hidden, dequantize))
     return hidden if layer.o_bias is None else hidden.add_(layer.o_bias)
 
 
@@ -206,22 +215,28 @@ def swiglu(both: Tensor) -> Tensor:
 def norm_gate_up(
     hidden: Tensor,
     layer: Layer,
-    read: ReadBack = Quantized.dequantize,
+    dequantize: DequantizeFn = QuantizedTensor.dequantize,
     activate: Callable[[Tensor], Tensor] = swiglu,
 ) -> Tensor:
     """SwiGLU of the normed hidden state: silu(gate) * up, [B * S, I]."""
-    return activate(torch.mm(layer.mlp_norm(hidden), dense(layer.gate_up, hidden, read)))
+    return activate(torch.mm(layer.mlp_norm(hidden), dense(layer.gate_up, hidden, dequantize)))
 
 
 def down_residual(
-    activated: Tensor, layer: Layer, hidden: Tensor, read: ReadBack = Quantized.dequantize
+    activated: Tensor,
+    layer: Layer,
+    hidden: Tensor,
+    dequantize: DequantizeFn = QuantizedTensor.dequantize,
 ) -> Tensor:
     """hidden + W_down activated, [B * S, hidden], in place."""
-    return hidden.addmm_(activated, dense(layer.down, hidden, read))
+    return hidden.addmm_(activated, dense(layer.down, hidden, dequantize))
 
 
 def norm_head(
-    hidden: Tensor, norm: RMSNorm, head: Matrix, read: ReadBack = Quantized.dequantize
+    hidden: Tensor,
+    norm: RMSNorm,
+    head: Matrix,
+    dequantize: DequantizeFn = QuantizedTensor.dequantize,
 ) -> Tensor:
     """Logits [N, V] of hidden states [N, hidden]; `head` is [hidden, V].
 
@@ -230,11 +245,11 @@ def norm_head(
     x = norm(hidden)
     if isinstance(head, torch.Tensor):
         return torch.mm(x, head)
-    parts = [torch.mm(x, dense(head.part(rows), x, read)) for rows in head.pieces()]
+    parts = [torch.mm(x, dense(head.part(rows), x, dequantize)) for rows in head.pieces()]
     return torch.cat(parts, 1)
 
 
-def vector_bits(matrix: Quantized) -> int | None:
+def activation_bits(matrix: QuantizedTensor) -> int | None:
     """None: vectors are multiplied in the type they have."""
     return None
 
@@ -244,20 +259,22 @@ class DecoderOps:
     """The operations a decoder runs; every field can be replaced alone.
 
     Args:
-        any_length: `attend` reads on the device how long the sequence is and needs no plan.
+        kv_len_on_device: `attend` reads on the device how long the sequence is and needs no plan.
         lm_head_argmax: the end of a greedy step in place of `norm_head` and the sampler: the
             likeliest token becomes `sampling.token`, and the rest of `sampling` is ready for the
             next step. Once `sampling.done` is set a step changes nothing.
         lm_head_verify: the end of a greedy step of the tokens at the front of `drafts.input_ids`:
             those it chooses, and what is drafted for the next one. As `drafting.accept` and
             `draft`.
-        vector_bits: bits to which products with this matrix round their vector; None = not at all.
-        read_back: how products with more rows than a step has read quantized matrices.
-        place_heads: how prompts do what is in front of attention. turn_heads: and vision towers.
+        activation_bits: bits to which products with this matrix round their vector; None = not at
+            all.
+        dequantize: how products with more rows than a step has read quantized matrices.
+        qk_norm_rope_store: how prompts do what is in front of attention. apply_rope: and vision
+            towers.
         paged_attention: how one token of each row attends over a pool of pages;
             `paged_reads_lengths`: and reads on the device how long each row is.
         swiglu: how many rows that share a pool of pages are activated.
-        max_batch_rows: up to which `norm_head` does without a head read back; 0 = never.
+        max_batch_rows: up to which `norm_head` does without a dequantized head; 0 = never.
     """
 
     norm_qkv: Callable[[Tensor, Layer], Tensor] = norm_qkv
@@ -266,13 +283,13 @@ class DecoderOps:
     norm_gate_up: Callable[[Tensor, Layer], Tensor] = norm_gate_up
     down_residual: Callable[[Tensor, Layer, Tensor], Tensor] = down_residual
     norm_head: Callable[[Tensor, RMSNorm, Matrix], Tensor] = norm_head
-    any_length: bool = False
+    kv_len_on_device: bool = False
     lm_head_argmax: Callable[[Tensor, RMSNorm, Matrix, SamplingBuffers], None] | None = None
     lm_head_verify: Callable[[Tensor, RMSNorm, Matrix, SamplingBuffers, Drafts], None] | None = None
-    vector_bits: Callable[[Quantized], int | None] = vector_bits
-    read_back: ReadBack = Quantized.dequantize
-    place_heads: PlaceHeads = place_heads
-    turn_heads: TurnHeads = turn_heads
+    activation_bits: Callable[[QuantizedTensor], int | None] = activation_bits
+    dequantize: DequantizeFn = QuantizedTensor.dequantize
+    qk_norm_rope_store: QkNormRopeStoreFn = qk_norm_rope_store
+    apply_rope: ApplyRopeFn = apply_rope
     paged_attention: PagedAttention = paged_attention
     paged_reads_lengths: bool = False
     swiglu: Callable[[Tensor], Tensor] = swiglu
@@ -288,21 +305,21 @@ def prompt_ops(step: DecoderOps) -> DecoderOps:
 
     A quantized head is an exception: few rows of a prompt's end go through the steps' own. The
     first token is then chosen from the logits that a step would give there, whose vector is rounded
-    as in every step, and not from those of the head read back.
+    as in every step, and not from those of the dequantized head.
     """
 
     def head(hidden: Tensor, norm: RMSNorm, matrix: Matrix) -> Tensor:
         if isinstance(matrix, torch.Tensor) or len(hidden) > step.max_batch_rows:
-            return norm_head(hidden, norm, matrix, step.read_back)
+            return norm_head(hidden, norm, matrix, step.dequantize)
         # Copies, as rows may lie apart, and as the next step overwrites its logits.
         return step.norm_head(hidden.clone(), norm, matrix).clone()
 
     return DecoderOps(
-        attend=functools.partial(attend, place=step.place_heads),
-        norm_qkv=functools.partial(norm_qkv, read=step.read_back),
-        o_residual=functools.partial(o_residual, read=step.read_back),
-        norm_gate_up=functools.partial(norm_gate_up, read=step.read_back),
-        down_residual=functools.partial(down_residual, read=step.read_back),
+        attend=functools.partial(attend, place=step.qk_norm_rope_store),
+        norm_qkv=functools.partial(norm_qkv, dequantize=step.dequantize),
+        o_residual=functools.partial(o_residual, dequantize=step.dequantize),
+        norm_gate_up=functools.partial(norm_gate_up, dequantize=step.dequantize),
+        down_residual=functools.partial(down_residual, dequantize=step.dequantize),
         norm_head=head,
     )
 
@@ -314,8 +331,10 @@ def paged_ops(step: DecoderOps, few: bool) -> DecoderOps:
         few: of steps of up to `step.max_batch_rows` rows, which run the lone step's own products.
             More rows, and prompts, run those of prompts, which are matrices times matrices.
     """
-    attend = functools.partial(attend_pages, place=step.place_heads, decode=step.paged_attention)
+    attend = functools.partial(
+        attend_pages, place=step.qk_norm_rope_store, decode=step.paged_attention
+    )
     if few:
         return replace(step, attend=attend)
-    gate_up = functools.partial(norm_gate_up, read=step.read_back, activate=step.swiglu)
+    gate_up = functools.partial(norm_gate_up, dequantize=step.dequantize, activate=step.swiglu)
     return replace(prompt_ops(step), attend=attend, norm_gate_up=gate_up)

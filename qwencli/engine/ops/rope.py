@@ -20,8 +20,8 @@ from qwencli.models.shapes import RopeShape
 ROWS_AT_A_TIME = 1024
 
 CosSin = tuple[torch.Tensor, torch.Tensor]
-# See `turn_heads`.
-TurnHeads = Callable[[torch.Tensor, CosSin, int], None]
+# See `apply_rope`.
+ApplyRopeFn = Callable[[torch.Tensor, CosSin, int], None]
 
 
 class Rope:
@@ -153,7 +153,7 @@ def rotate(
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, out=out)
 
 
-def turn_heads(split: torch.Tensor, rope: CosSin, turned: int) -> None:
+def apply_rope(split: torch.Tensor, rope: CosSin, turned: int) -> None:
     """Rotate the first `turned` heads of `split` [B, S, heads, D] in place, in float32 as the
     reference does for pictures: angles are too coarse in bfloat16.
 

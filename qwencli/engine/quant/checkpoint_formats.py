@@ -1,4 +1,4 @@
-"""What the packed tensors of ready-made checkpoints mean, as our own `Quantized` matrices.
+"""What the packed tensors of ready-made checkpoints mean, as our own `QuantizedTensor` matrices.
 
 Values, scales and zeros are taken over as they are: nothing is rounded anew. Groups of more than
 128 columns become several with the same scale. Where each format is defined is told by
@@ -27,7 +27,7 @@ from qwencli.engine.quant.packed_values import (
     unreadable,
     values_of,
 )
-from qwencli.engine.quant.quantized_tensor import Quantized, Scheme, pack, table_of
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme, codebook_of, pack
 from qwencli.models.quant_formats import PackedLayer
 
 Tensor = torch.Tensor
@@ -37,7 +37,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 INT8_MAX = 127
 
 
-def read_packed(layer: PackedLayer, reader: Reader, zero_offset: int) -> Quantized | Tensor:
+def read_packed(layer: PackedLayer, reader: Reader, zero_offset: int) -> QuantizedTensor | Tensor:
     """Read one layer's tensors and give its matrix; plain float32 [rows, columns] where none of our
     layouts has its blocks, as those of vision towers whose widths no power of two divides.
 
@@ -52,7 +52,7 @@ def read_packed(layer: PackedLayer, reader: Reader, zero_offset: int) -> Quantiz
     return _READERS[layer.packing.name](layer, parts, zero_offset)
 
 
-def _awq(layer: PackedLayer, parts: Parts, _: int) -> Quantized:
+def _awq(layer: PackedLayer, parts: Parts, _: int) -> QuantizedTensor:
     """qweight int32 [columns, rows / 8], qzeros [groups, rows / 8], scales [groups, rows]."""
     rows, columns = layer.shape
     scales = parts["scales"]
@@ -65,7 +65,7 @@ def _awq(layer: PackedLayer, parts: Parts, _: int) -> Quantized:
     return grouped(layer, q.t(), scales.t(), zeros.t(), 4)
 
 
-def _gptq(layer: PackedLayer, parts: Parts, zero_offset: int) -> Quantized:
+def _gptq(layer: PackedLayer, parts: Parts, zero_offset: int) -> QuantizedTensor:
     """qweight int32 [columns x bits / 32, rows], qzeros [groups, rows x bits / 32], scales [groups,
     rows], g_idx [columns]: the group of each column, not in order after `desc_act`."""
     rows, columns = layer.shape
@@ -79,7 +79,7 @@ def _gptq(layer: PackedLayer, parts: Parts, zero_offset: int) -> Quantized:
     return grouped(layer, q, parts["scales"].t(), zeros, bits, parts.get("g_idx"))
 
 
-def _ct_packed(layer: PackedLayer, parts: Parts, _: int) -> Quantized:
+def _ct_packed(layer: PackedLayer, parts: Parts, _: int) -> QuantizedTensor:
     """weight_packed int32 [rows, columns x bits / 32] of q + 2^(bits - 1), weight_scale [rows,
     groups], weight_zero_point packed along the rows, or int8 as it is; none when symmetric."""
     rows, columns = layer.shape
@@ -98,21 +98,21 @@ def _ct_packed(layer: PackedLayer, parts: Parts, _: int) -> Quantized:
     return grouped(layer, q, scales, zeros, bits, parts.get("weight_g_idx"))
 
 
-def _int8(layer: PackedLayer, parts: Parts, _: int) -> Quantized:
+def _int8(layer: PackedLayer, parts: Parts, _: int) -> QuantizedTensor:
     """weight int8 [rows, columns], weight_scale of the whole, of rows, or of groups."""
     expect(layer, parts, "weight", layer.shape)
     scales = scales_by_rows(layer, parts["weight_scale"])
     zeros = parts.get("weight_zero_point")
     if zeros is None or not zeros.any():
         if scales.shape[1] == 1 and parts.get("weight_g_idx") is None:
-            return Quantized(Scheme.INT8, parts["weight"], scales[:, 0].float().contiguous())
+            return QuantizedTensor(Scheme.INT8, parts["weight"], scales[:, 0].float().contiguous())
         zeros = torch.zeros_like(scales)
     q = parts["weight"].int() + 128
     zeros = scales_by_rows(layer, zeros).int() + 128
     return grouped(layer, q, scales, zeros, 8, parts.get("weight_g_idx"))
 
 
-def _bnb_int8(layer: PackedLayer, parts: Parts, _: int) -> Quantized:
+def _bnb_int8(layer: PackedLayer, parts: Parts, _: int) -> QuantizedTensor:
     """weight int8 [rows, columns], SCB float32 [rows]: the largest magnitude of each row."""
     expect(layer, parts, "weight", layer.shape)
     expect(layer, parts, "SCB", layer.shape[:1])
@@ -120,10 +120,12 @@ def _bnb_int8(layer: PackedLayer, parts: Parts, _: int) -> Quantized:
         raise unreadable(layer, "is not stored row by row", "save it again with transformers")
     largest = parts["SCB"].float()
     # By a tensor: a GPU multiplies by the inverse of a number, which is not always the same.
-    return Quantized(Scheme.INT8, parts["weight"], largest / torch.full_like(largest, INT8_MAX))
+    return QuantizedTensor(
+        Scheme.INT8, parts["weight"], largest / torch.full_like(largest, INT8_MAX)
+    )
 
 
-def _fp8(layer: PackedLayer, parts: Parts, _: int) -> Quantized | Tensor:
+def _fp8(layer: PackedLayer, parts: Parts, _: int) -> QuantizedTensor | Tensor:
     """weight e4m3 [rows, columns], and scales of the whole, of rows, or of blocks of both.
 
     ModelOpt writes those of blocks as [rows, 1, columns, 1].
@@ -134,7 +136,9 @@ def _fp8(layer: PackedLayer, parts: Parts, _: int) -> Quantized | Tensor:
     if scales.dim() == 4 and scales.shape[1] == scales.shape[3] == 1:
         scales = scales[:, 0, :, 0]
     if tuple(scales.shape) in ((), (1,), (rows,), (rows, 1)):
-        return Quantized(Scheme.FP8, parts["weight"], scales.reshape(-1).expand(rows).contiguous())
+        return QuantizedTensor(
+            Scheme.FP8, parts["weight"], scales.reshape(-1).expand(rows).contiguous()
+        )
     if scales.dim() != 2:
         raise unfit(layer, parts, layer.packing.scale)
     high, wide = block_size(rows, scales.shape[0]), block_size(columns, scales.shape[1])
@@ -145,10 +149,10 @@ def _fp8(layer: PackedLayer, parts: Parts, _: int) -> Quantized | Tensor:
     if group is None:
         return parts["weight"].float() * by_rows.repeat_interleave(wide, 1)[:, :columns]
     by_columns = by_rows.repeat_interleave(wide // group, 1)[:, : columns // group]
-    return Quantized(Scheme.FP8, parts["weight"], by_columns.contiguous())
+    return QuantizedTensor(Scheme.FP8, parts["weight"], by_columns.contiguous())
 
 
-def _bnb_4bit(layer: PackedLayer, parts: Parts, _: int) -> Quantized | Tensor:
+def _bnb_4bit(layer: PackedLayer, parts: Parts, _: int) -> QuantizedTensor | Tensor:
     """weight: bytes of two values in the order of the rows, the first in the upper half;
     weight.absmax: of blocks of that order, itself quantized where it is uint8; weight.quant_map:
     the 16 values; weight.quant_state.*: a JSON text."""
@@ -168,7 +172,9 @@ def _bnb_4bit(layer: PackedLayer, parts: Parts, _: int) -> Quantized | Tensor:
         return values.view(rows, columns)
     scale = absmax.float().view(rows, -1).repeat_interleave(block // group, 1)
     scheme = Scheme(state["quant_type"])
-    return Quantized(scheme, pack(q.int(), scheme), scale, table=table_of(table).to(raw.device))
+    return QuantizedTensor(
+        scheme, pack(q.int(), scheme), scale, codebook=codebook_of(table).to(raw.device)
+    )
 
 
 def _state(layer: PackedLayer, parts: Parts) -> dict[str, Any]:
@@ -201,7 +207,7 @@ def _nested(layer: PackedLayer, parts: Parts, state: Mapping[str, Any]) -> Tenso
     return parts[names[0]].float()[indexes] * outer[: len(indexes)] + offset
 
 
-_READERS: Mapping[str, Callable[[PackedLayer, Parts, int], Quantized | Tensor]] = {
+_READERS: Mapping[str, Callable[[PackedLayer, Parts, int], QuantizedTensor | Tensor]] = {
     "awq": _awq,
     "gptq": _gptq,
     "ct-packed": _ct_packed,

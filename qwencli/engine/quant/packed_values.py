@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from qwencli.engine.quant.quantized_tensor import Quantized, Scheme, pack
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme, pack
 from qwencli.errors import ModelFileError
 from qwencli.models.quant_formats import GROUPS, PackedLayer
 
@@ -35,7 +35,7 @@ def grouped(
     zeros: Tensor,
     bits: int,
     group_of: Tensor | None = None,
-) -> Quantized:
+) -> QuantizedTensor:
     """The matrix of w = scale x (q - zero), all of them unsigned: q [rows, columns], scales and
     zeros [rows, groups].
 
@@ -64,11 +64,13 @@ def grouped(
     # float16 holds every zero, and our kernels any float type of scales.
     scale, zero = (t.repeat_interleave(size // group, 1).contiguous() for t in (scales, zeros))
     if bits == 4:
-        return Quantized(Scheme.INT4, pack(q.int().contiguous()), scale, zero.half(), order=order)
+        return QuantizedTensor(
+            Scheme.INT4, pack(q.int().contiguous()), scale, zero.half(), g_idx_sort_indices=order
+        )
     # Symmetric values need no zero.
     centre = None if bool((zero == 128).all()) else (zero - 128).half()
     data = (q - 128).to(torch.int8).contiguous()
-    return Quantized(Scheme.INT8, data, scale, centre, order=order)
+    return QuantizedTensor(Scheme.INT8, data, scale, centre, g_idx_sort_indices=order)
 
 
 def bits_of(layer: PackedLayer) -> int:

@@ -1,4 +1,4 @@
-"""Weights of fewer bits: how a matrix is cut down, packed, and read back.
+"""Weights of fewer bits: how a matrix is cut down, packed, and dequantized.
 
 int8, fp8   one scale a row: w = scale * q. In ready-made checkpoints also a scale for each group
             of columns, and for int8 a zero: w = scale * (q - zero).
@@ -29,7 +29,7 @@ NIBBLES = 8  # of one int32
 SHRINKS = tuple(1 - 0.05 * step for step in range(8))
 # Rows that are worked on at a time: in float32 a vocabulary's matrix takes gigabytes.
 ROWS_AT_A_TIME = 4096
-# Values that are read back at a time: 16 MB in float32, which caches hold, and enough for a GPU.
+# Values that are dequantized at a time: 16 MB in float32, which caches hold, and enough for a GPU.
 VALUES_AT_A_TIME = 2**22
 INT4_MAX = 15
 
@@ -43,7 +43,7 @@ class Scheme(StrEnum):
 
 
 IN_NIBBLES = (Scheme.INT4, Scheme.NF4, Scheme.FP4)
-IN_TABLES = (Scheme.NF4, Scheme.FP4)
+CODEBOOK_SCHEMES = (Scheme.NF4, Scheme.FP4)
 # Which bit of a word each of its eight columns begins at. int4: byte i has column i in its low half
 # and column i + 4 in the high one, so that masked once and shifted once a word is eight int8 in
 # order. Tables: in order, as the instruction that looks four of them up takes them.
@@ -63,7 +63,7 @@ _HALVES = {
 }
 STEPS_TRIED = 1024
 # What a label leaves out: bitsandbytes has no other block by default.
-TABLE_GROUP = 64
+CODEBOOK_GROUP = 64
 # Of one value, before its row's scale.
 LARGEST: Mapping[Scheme, int] = {Scheme.INT8: 127, Scheme.FP8: 448}
 # Rows of zeros have to divide by something.
@@ -79,7 +79,7 @@ SCHEMES: Mapping[Quantization, tuple[Scheme, Scheme]] = {
 
 
 @dataclass(frozen=True)
-class Table:
+class Codebook:
     """What 4-bit values stand for.
 
     Args:
@@ -91,29 +91,30 @@ class Table:
     codes: Tensor
     step: float
 
-    def to(self, device: torch.device) -> Table:
+    def to(self, device: torch.device) -> Codebook:
         return replace(self, values=self.values.to(device), codes=self.codes.to(device))
 
 
 @dataclass(frozen=True, eq=False)
-class Quantized:
+class QuantizedTensor:
     """A matrix [rows, columns]; equal to itself alone.
 
     Args:
         data: int8 or float8_e4m3fn [rows, columns]; int4, nf4, fp4: int32 [rows, columns / 8],
             see `pack`.
         scale: of a float type, [rows], or [rows, groups].
-        zero: float16 [rows, groups]; int4 always has one, int8 may.
-        table: of nf4 and fp4.
-        order: int32 [columns]; column i of `data` is column order[i] of the matrix. None = i.
+        zero_point: float16 [rows, groups]; int4 always has one, int8 may.
+        codebook: of nf4 and fp4.
+        g_idx_sort_indices: int32 [columns]; column i of `data` is column order[i] of the matrix.
+            None = i.
     """
 
     scheme: Scheme
     data: Tensor
     scale: Tensor
-    zero: Tensor | None = None
-    table: Table | None = None
-    order: Tensor | None = None
+    zero_point: Tensor | None = None
+    codebook: Codebook | None = None
+    g_idx_sort_indices: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -140,15 +141,18 @@ class Quantized:
     @property
     def label(self) -> str:
         """For results: the scheme, and the group where there is one."""
-        usual = self.scheme in IN_TABLES and self.group == TABLE_GROUP
+        usual = self.scheme in CODEBOOK_SCHEMES and self.group == CODEBOOK_GROUP
         return f"{self.scheme}-g{self.group}" if self.grouped and not usual else str(self.scheme)
 
     @property
     def parts(self) -> dict[str, Tensor]:
         """Every tensor of it by the name of its field."""
-        found = {name: getattr(self, name) for name in ("data", "scale", "zero", "order")}
-        if self.table is not None:
-            found["table"] = self.table.values
+        found = {
+            name: getattr(self, name)
+            for name in ("data", "scale", "zero_point", "g_idx_sort_indices")
+        }
+        if self.codebook is not None:
+            found["codebook"] = self.codebook.values
         return {name: part for name, part in found.items() if part is not None}
 
     @property
@@ -172,50 +176,50 @@ class Quantized:
         step = self.rows if whole else max(1, VALUES_AT_A_TIME // self.columns)
         return [slice(start, start + step) for start in range(0, self.rows, step)]
 
-    def part(self, rows: slice) -> Quantized:
+    def part(self, rows: slice) -> QuantizedTensor:
         """Some of its rows as a matrix; nothing is copied."""
-        zero = None if self.zero is None else self.zero[rows]
-        return replace(self, data=self.data[rows], scale=self.scale[rows], zero=zero)
+        zero = None if self.zero_point is None else self.zero_point[rows]
+        return replace(self, data=self.data[rows], scale=self.scale[rows], zero_point=zero)
 
     def _read(self, rows: slice, out: Tensor) -> None:
         data = self.data[rows]
         q = unpack(data, self.scheme) if self.scheme in IN_NIBBLES else data
-        if self.table is not None:
-            values = self.table.values.index_select(0, q.view(-1).int()).view(q.shape)
-        elif self.order is None and out.dtype is torch.float32:
+        if self.codebook is not None:
+            values = self.codebook.values.index_select(0, q.view(-1).int()).view(q.shape)
+        elif self.g_idx_sort_indices is None and out.dtype is torch.float32:
             values = out.copy_(q)
         else:
             values = q.float()
         groups = values.view(len(q), -1, self.group)
-        if self.zero is not None:
-            groups -= self.zero[rows].float()[..., None]
+        if self.zero_point is not None:
+            groups -= self.zero_point[rows].float()[..., None]
         groups *= self.scale[rows].float().view(len(q), -1, 1)
-        if self.order is not None:
-            out.index_copy_(1, self.order.long(), values.to(out.dtype))
+        if self.g_idx_sort_indices is not None:
+            out.index_copy_(1, self.g_idx_sort_indices.long(), values.to(out.dtype))
         elif values is not out:
             out.copy_(values)
 
 
-def stack(parts: Sequence[Quantized]) -> Quantized | None:
+def stack(parts: Sequence[QuantizedTensor]) -> QuantizedTensor | None:
     """Matrices of equal columns as one, their rows in turn; None where they are not of one kind."""
     first = parts[0]
     kinds = {(p.scheme, p.scale.shape[1:], p.scale.dtype, frozenset(p.parts)) for p in parts}
     shared = (
         torch.equal(first.parts[name], part.parts[name])
         for part in parts[1:]
-        for name in ("table", "order")
+        for name in ("codebook", "g_idx_sort_indices")
         if name in first.parts and name in part.parts
     )
     if len(kinds) > 1 or not all(shared):
         return None
     if len(parts) == 1:
         return first
-    zeros = [part.zero for part in parts if part.zero is not None]
+    zeros = [part.zero_point for part in parts if part.zero_point is not None]
     return replace(
         first,
         data=torch.cat([part.data for part in parts]),
         scale=torch.cat([part.scale for part in parts]),
-        zero=torch.cat(zeros) if zeros else None,
+        zero_point=torch.cat(zeros) if zeros else None,
     )
 
 
@@ -224,7 +228,7 @@ def group_of(columns: int) -> int | None:
     return next((group for group in GROUPS if columns % group == 0), None)
 
 
-def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
+def quantize(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
     """Quantize a matrix [rows, columns] of any float type, on its device.
 
     A matrix that int4 cannot cut into groups becomes int8.
@@ -239,21 +243,21 @@ def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
         data, scale, zero = _part(weight[rows].float(), scheme, group)
         whole.data[rows] = data
         whole.scale[rows] = scale
-        if whole.zero is not None:
-            whole.zero[rows] = zero
+        if whole.zero_point is not None:
+            whole.zero_point[rows] = zero
     return whole
 
 
-def _empty(weight: Tensor, scheme: Scheme, group: int | None) -> Quantized:
+def _empty(weight: Tensor, scheme: Scheme, group: int | None) -> QuantizedTensor:
     (rows, columns), device = weight.shape, weight.device
     if scheme is Scheme.INT4:
         assert group is not None, "the caller looked"
         data = torch.empty(rows, columns // NIBBLES, dtype=torch.int32, device=device)
         scale = torch.empty(rows, columns // group, dtype=torch.float16, device=device)
-        return Quantized(scheme, data, scale, torch.empty_like(scale))
+        return QuantizedTensor(scheme, data, scale, torch.empty_like(scale))
     dtype = torch.int8 if scheme is Scheme.INT8 else torch.float8_e4m3fn
     data = torch.empty(rows, columns, dtype=dtype, device=device)
-    return Quantized(scheme, data, torch.empty(rows, device=device))
+    return QuantizedTensor(scheme, data, torch.empty(rows, device=device))
 
 
 def _part(w: Tensor, scheme: Scheme, group: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -314,11 +318,11 @@ def unpack(data: Tensor, scheme: Scheme = Scheme.INT4) -> Tensor:
     return columns.view(len(data), -1)
 
 
-def table_of(values: Tensor) -> Table:
+def codebook_of(values: Tensor) -> Codebook:
     """The table of 16 float values, with the int8 steps that are nearest to it."""
     values = values.float().cpu()
     most = 127 / float(values.abs().max().clamp(min=1e-30))
     finest = torch.linspace(most / 2, most, STEPS_TRIED)[:, None]
     steps = 1 / finest[((values * finest).round() / finest - values).square().sum(1).argmin()]
     codes = (values / steps).round().to(torch.int8)
-    return Table(values, codes.view(torch.int32), float(steps))
+    return Codebook(values, codes.view(torch.int32), float(steps))

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from qwencli.config import Speculate
-from qwencli.engine.event_timer import Clock, Mark
+from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.steppers import Stepper
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
@@ -21,7 +21,7 @@ AUTO_VERIFY_TOKENS = (1, 2, 4, MAX_VERIFY_TOKENS)
 
 
 class DecodeStrategy(Protocol):
-    def begin(self, clock: Clock, first_slot: int, last_slot: int) -> None:
+    def begin(self, clock: EventTimer, first_slot: int, last_slot: int) -> None:
         """Prepare for a request whose first step feeds `first_slot`, and whose last token would
         get `last_slot`. Overwrites the decoding state."""
 
@@ -45,7 +45,7 @@ class AutoregressiveDecode:
         self._stepper, self._state = stepper, state
         self._slot = 0
 
-    def begin(self, clock: Clock, first_slot: int, last_slot: int) -> None:
+    def begin(self, clock: EventTimer, first_slot: int, last_slot: int) -> None:
         self._stepper.prepare(first_slot, last_slot)
         self._slot = first_slot
 
@@ -70,7 +70,7 @@ class SpeculativeDecode:
         self._verify_output = state.drafts.verify_output
         self._unread: deque[int] = deque()
 
-    def begin(self, clock: Clock, first_slot: int, last_slot: int) -> None:
+    def begin(self, clock: EventTimer, first_slot: int, last_slot: int) -> None:
         self._clock = clock
         self._verifier.prepare(first_slot, last_slot, self._sizes.all)
         # Where the next step begins at most: unread ones may have taken all they were given.

@@ -11,11 +11,11 @@ from typing import Protocol
 
 from qwencli.config import Cache
 from qwencli.engine.cache.kv_cache import StaticKVCache
-from qwencli.engine.cpu.decoder import HostDecoder
-from qwencli.engine.graphs import GraphPool
+from qwencli.engine.cpu.decoder import CpuDecoder
+from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.sampler import SamplerKind
-from qwencli.engine.native.steppers import bucket_for, buckets_between, decodes_on_host
+from qwencli.engine.native.steppers import bucket_for, buckets_between, decodes_on_cpu
 
 WHY_NOT: Mapping[Cache, str] = {
     Cache.DYNAMIC: "a cache that grows cannot take back the keys and values of wrong drafts",
@@ -47,20 +47,20 @@ class EagerVerifier:
         self._state.verify_masked(self._state.kind, size, slot + size + 1)
 
 
-class HostVerifier(EagerVerifier):
-    """The same with `HostDecoder` for steps of one token. `static` in float32 on the CPU."""
+class CpuVerifier(EagerVerifier):
+    """The same with `CpuDecoder` for steps of one token. `static` in float32 on the CPU."""
 
     def __init__(self, state: DecodeState) -> None:
         super().__init__(state)
         model, cache = state.model, state.cache
         assert isinstance(cache, StaticKVCache), "a growing cache has no views to keep"
-        self._decoder = HostDecoder(
+        self._decoder = CpuDecoder(
             model.decoder, model.rope, cache, model.attention, model.any_attention
         )
 
     def run(self, slot: int, size: int) -> None:
         if size == 1:
-            self._state.verify_on_host(self._decoder, slot)
+            self._state.verify_on_cpu(self._decoder, slot)
         else:
             super().run(slot, size)
 
@@ -71,13 +71,13 @@ class GraphVerifier:
 
     def __init__(self, state: DecodeState) -> None:
         self._state = state
-        self._graphs = GraphPool(state.model.device)
+        self._graphs = GraphRunner(state.model.device)
 
     def prepare(self, first_slot: int, last_slot: int, sizes: Sequence[int]) -> None:
         state, whole = self._state, len(self._state.slots)
         for size in sizes:
             buckets = [whole]
-            if not state.model.step_ops.any_length:
+            if not state.model.step_ops.kv_len_on_device:
                 buckets = buckets_between(first_slot + size, last_slot + size, whole)
             for bucket in buckets:
                 key = (state.kind, size, bucket)
@@ -88,7 +88,7 @@ class GraphVerifier:
 
     def run(self, slot: int, size: int) -> None:
         state, bucket = self._state, len(self._state.slots)
-        if not state.model.step_ops.any_length:
+        if not state.model.step_ops.kv_len_on_device:
             bucket = bucket_for(slot + size, bucket)
         self._graphs.replay((state.kind, size, bucket))
 
@@ -97,7 +97,7 @@ class GraphVerifier:
 
 
 def _static(state: DecodeState) -> Verifier:
-    return HostVerifier(state) if decodes_on_host(state) else EagerVerifier(state)
+    return CpuVerifier(state) if decodes_on_cpu(state) else EagerVerifier(state)
 
 
 VERIFIERS: Mapping[Cache, Callable[[DecodeState], Verifier]] = {

@@ -144,4 +144,4 @@ def test_host_probe_sees_cpu_time_and_collections():
 
 
 def test_no_run_may_use_what_an_earlier_one_left():
-    assert worker.build_request(make_spec()).from_scratch
+    assert worker.build_request(make_spec()).bypass_caches

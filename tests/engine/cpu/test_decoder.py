@@ -12,7 +12,7 @@ from qwencli.config import Attention
 from qwencli.engine.cpu import attention as host_attention
 from qwencli.engine.cpu import gemv
 from qwencli.engine.cpu.attention import GRAIN
-from qwencli.engine.cpu.decoder import HostDecoder
+from qwencli.engine.cpu.decoder import CpuDecoder
 from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
@@ -67,7 +67,7 @@ def test_steps_equal_the_reference(family: str, attention: Attention, case: tiny
     def check(config: dict[str, Any]) -> None:
         model = random_model(config, attention)
         caches = [model.static_cache(), model.static_cache()]
-        host = HostDecoder(model.decoder, model.rope, caches[1], attention, True)
+        host = CpuDecoder(model.decoder, model.rope, caches[1], attention, True)
         for layer in caches[1].layers:
             layer.fill_(9.0)  # what another request left behind
         # A long prompt, whose steps cross two lengths of views, and then a short one.
@@ -101,7 +101,7 @@ def test_attention_changes_hands_where_the_context_gets_long(
     monkeypatch.setattr(host_attention, "ONE_CORE_VALUES", 2 * 64 * 8)  # eight slots
     model = random_model(ONE_KV_HEAD, Attention.SDPA)
     caches = [model.static_cache(), model.static_cache()]
-    host = HostDecoder(model.decoder, model.rope, caches[1], Attention.SDPA, True)
+    host = CpuDecoder(model.decoder, model.rope, caches[1], Attention.SDPA, True)
     for slot in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 7):
         at = torch.tensor([slot])
         expected = model.decode_step(at, at, at, caches[0], AttentionPlan(slot + 1, None))
@@ -116,7 +116,7 @@ def test_attention_stands_scores_that_no_exponential_holds() -> None:
     for layer in model.decoder.layers:
         assert isinstance(layer.qkv, torch.Tensor)
         layer.qkv.mul_(30.0)  # scores of several hundred
-    host = HostDecoder(model.decoder, model.rope, model.static_cache(), Attention.SDPA, True)
+    host = CpuDecoder(model.decoder, model.rope, model.static_cache(), Attention.SDPA, True)
     for slot in range(4):
         assert host.logits(slot, slot, slot).isfinite().all()
 
@@ -124,5 +124,5 @@ def test_attention_stands_scores_that_no_exponential_holds() -> None:
 @torch.inference_mode()
 def test_the_last_slot_of_the_cache_can_be_used() -> None:
     model = random_model(ONE_KV_HEAD, Attention.SDPA)
-    host = HostDecoder(model.decoder, model.rope, model.static_cache(), Attention.SDPA, True)
+    host = CpuDecoder(model.decoder, model.rope, model.static_cache(), Attention.SDPA, True)
     assert host.logits(1, MAX_SEQ_LEN - 1, MAX_SEQ_LEN - 1).isfinite().all()

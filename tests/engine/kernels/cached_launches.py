@@ -90,12 +90,12 @@ def read_back_launches() -> list[tuple[Callable[[], Any], Callable[[], Any]]]:
     found = []
     for kind in KINDS.values():
         matrix = drawn(kind, 13, 384)
-        dequantize.read_back(matrix, torch.bfloat16)
+        dequantize.dequantize(matrix, torch.bfloat16)
         assert matrix in dequantize._known
         found.append(
             (
-                lambda m=matrix: dequantize.read_back(m, torch.bfloat16),
-                lambda m=matrix: dequantize._first_read_back(m, torch.bfloat16),
+                lambda m=matrix: dequantize.dequantize(m, torch.bfloat16),
+                lambda m=matrix: dequantize._first_dequantize(m, torch.bfloat16),
             )
         )
     return found  # type: ignore[return-value]
@@ -104,4 +104,4 @@ def read_back_launches() -> list[tuple[Callable[[], Any], Callable[[], Any]]]:
 if __name__ == "__main__":
     pretend_a_gpu()
     print("heads", count_alike(heads_launches(), new=0))
-    print("read_back", count_alike(read_back_launches(), new=1))
+    print("dequantize", count_alike(read_back_launches(), new=1))

@@ -1,18 +1,18 @@
-"""Matrices read back in one pass are those of `Quantized.dequantize`, bit for bit."""
+"""Matrices read back in one pass are those of `QuantizedTensor.dequantize`, bit for bit."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from qwencli.engine.kernels.dequantize import read_back
-from qwencli.engine.quant.quantized_tensor import Quantized
+from qwencli.engine.kernels.dequantize import dequantize
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor
 from tests.engine.quant.drawn_matrices import KINDS, drawn
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def expected(matrix: Quantized, dtype: torch.dtype) -> torch.Tensor:
+def expected(matrix: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     """Triton's interpreter cuts bfloat16 off, where a GPU rounds it."""
     if dtype is not torch.bfloat16 or matrix.data.is_cuda:
         return matrix.dequantize(dtype)
@@ -20,8 +20,8 @@ def expected(matrix: Quantized, dtype: torch.dtype) -> torch.Tensor:
     return (whole & -0x10000).view(torch.float32).to(dtype)
 
 
-def assert_same_bits(matrix: Quantized, dtype: torch.dtype) -> None:
-    got = read_back(matrix, dtype)
+def assert_same_bits(matrix: QuantizedTensor, dtype: torch.dtype) -> None:
+    got = dequantize(matrix, dtype)
     bits = torch.int32 if dtype is torch.float32 else torch.int16
     assert got.dtype is dtype
     assert torch.equal(got.view(bits), expected(matrix, dtype).view(bits))

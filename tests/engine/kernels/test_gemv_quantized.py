@@ -14,7 +14,7 @@ from qwencli.engine.kernels.fused_ops import FusedOps
 from qwencli.engine.kernels.tiles import GemvTiles
 from qwencli.engine.loading import weights
 from qwencli.engine.ops.rms_norm import RMSNorm
-from qwencli.engine.quant.quantized_tensor import Quantized, Scheme, quantize, table_of
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme, codebook_of, quantize
 from qwencli.models.quant_formats import packed_format
 from qwencli.models.shape_reader import read_shape
 from tests.engine.quant.packed_formats import FORMATS, NF4
@@ -46,7 +46,7 @@ def values(*size: int) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(sum(size)))
 
 
-def dense(matrix: Quantized) -> torch.Tensor:
+def dense(matrix: QuantizedTensor) -> torch.Tensor:
     """What the integers stand for, float64 [rows, columns]."""
     return matrix.dequantize(torch.float64)
 
@@ -98,12 +98,12 @@ def test_scales_of_a_half_type_and_a_matrix_without_groups() -> None:
     )
 
 
-def stored_values(matrix: Quantized) -> torch.Tensor:
+def stored_values(matrix: QuantizedTensor) -> torch.Tensor:
     """As `dense`, a table's values rounded to its int8 steps."""
-    if matrix.table is None:
+    if matrix.codebook is None:
         return dense(matrix)
-    codes = matrix.table.codes.view(torch.int8).double() * matrix.table.step
-    return dense(replace(matrix, table=replace(matrix.table, values=codes.float())))
+    codes = matrix.codebook.codes.view(torch.int8).double() * matrix.codebook.step
+    return dense(replace(matrix, codebook=replace(matrix.codebook, values=codes.float())))
 
 
 # Groups with zeros and without, tables, columns in an order of their own, each type of scales.
@@ -129,7 +129,7 @@ def test_matrices_of_ready_made_checkpoints(tmp_path: Path, name: str) -> None:
     norm = RMSNorm(1 + 0.1 * values(matrix.columns), 1e-6)
     ops()._gemv(x, ActivationConsumer(norm, matrix), y, gated=True)
     length = (x.double().square().mean() + 1e-6).rsqrt()
-    order = slice(None) if matrix.order is None else matrix.order.long()
+    order = slice(None) if matrix.g_idx_sort_indices is None else matrix.g_idx_sort_indices.long()
     vector = torch.empty_like(x[0])
     vector[order] = rounded((x[0] * norm.weight)[order], matrix.scheme)
 
@@ -144,7 +144,7 @@ def test_matrices_of_ready_made_checkpoints(tmp_path: Path, name: str) -> None:
 
 
 def test_the_steps_of_a_table_are_near_its_values() -> None:
-    table = table_of(torch.tensor(NF4))
+    table = codebook_of(torch.tensor(NF4))
     off = table.codes.view(torch.int8).float() * table.step - table.values
     assert off.norm() < 0.004 * table.values.norm()
     assert off.abs().max() < 0.5 * table.step + 1e-6

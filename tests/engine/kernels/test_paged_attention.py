@@ -11,14 +11,14 @@ import torch
 from qwencli.config import Quantization, SamplingParams
 from qwencli.engine.cache.page_pool import PAGE_SIZE, PagePool, pages_for
 from qwencli.engine.cache.paged_kv import DecodePages, PagedKVCache, paged_attention
-from qwencli.engine.event_timer import Clock
+from qwencli.engine.event_timer import EventTimer
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.kernels.paged_attention import PagedAttention
 from qwencli.engine.kernels.qk_norm_rope import TOKENS, QkNormRopeStore
 from qwencli.engine.kernels.swiglu import swiglu
 from qwencli.engine.ops import decoder_ops
 from qwencli.engine.ops.attention import AttentionPlan
-from qwencli.engine.ops.decoder_ops import Layer, Step, place_heads
+from qwencli.engine.ops.decoder_ops import Layer, Step, qk_norm_rope_store
 from qwencli.engine.ops.rms_norm import RMSNorm
 from qwencli.engine.request import PromptChunk, Sequence
 from qwencli.engine.runner import ModelRunner
@@ -72,7 +72,7 @@ def test_heads_are_stored_in_pages_and_stay_where_they_are(normed, batch, length
     )
     slots = torch.randperm(3 * PAGE_SIZE, generator=torch.Generator().manual_seed(5))
     found = []
-    for place in (place_heads, QkNormRopeStore()):
+    for place in (qk_norm_rope_store, QkNormRopeStore()):
         cache = PagedKVCache(shape, 3, torch.float32, CPU)
         step = cast(
             Step,
@@ -114,7 +114,7 @@ def test_a_batch_of_fused_steps_is_that_of_plain_operators(mode, rows):
             sequence = Sequence(row, len(ids), 4, row, pool.allocate(2), len(ids), 1)
             chunks.append(PromptChunk(sequence, 0, len(ids)))
             prompts.append(runner.prepare(Prompt(ids, None, 0.0, None, None), sampling, ()))
-        clock = Clock("cpu")
+        clock = EventTimer("cpu")
         tokens = [runner.prefill(chunks, prompts, clock).read()]
         sequences = [chunk.sequence for chunk in chunks]
         for _ in range(2):

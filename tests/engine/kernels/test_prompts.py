@@ -11,8 +11,8 @@ from qwencli.config import Quantization
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.ops.attention import AttentionPlan
-from qwencli.engine.ops.decoder_ops import place_heads, prompt_ops
-from qwencli.engine.quant.quantized_tensor import Quantized
+from qwencli.engine.ops.decoder_ops import prompt_ops, qk_norm_rope_store
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor
 from tests.engine.kernels.test_fused_ops import NARROW, OWN, model_of, prompt_of
 
 MODES = [mode for mode in Quantization if mode is not Quantization.NONE]
@@ -34,7 +34,7 @@ def test_a_prompt_computes_with_the_matrices_that_plain_operators_read_back(
     plain_logits, plain = prefilled(model_of(NARROW, None, mode), prompts)
     model = model_of(NARROW, OWN, mode)
     # The heads' kernel rounds elsewhere: see test_heads.
-    model.prompt_ops = prompt_ops(replace(model.step_ops, place_heads=place_heads))
+    model.prompt_ops = prompt_ops(replace(model.step_ops, qk_norm_rope_store=qk_norm_rope_store))
     own_logits, own = prefilled(model, prompts)
     assert torch.equal(own, plain) and plain.abs().sum() > 0
     # The vector that a quantized head meets is rounded to eight bits.
@@ -68,15 +68,15 @@ def test_a_quantized_head_is_read_back_for_more_rows_than_a_step_has(
     model = model_of(NARROW, OWN, Quantization.INT8)
     sizes: list[int] = []
 
-    def noted(matrix: Quantized, dtype: torch.dtype) -> torch.Tensor:
+    def noted(matrix: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
         sizes.append(matrix.rows)
         return matrix.dequantize(dtype)
 
-    ops = prompt_ops(replace(model.step_ops, read_back=noted))
+    ops = prompt_ops(replace(model.step_ops, dequantize=noted))
     hidden = torch.randn(rows, 192, generator=torch.Generator().manual_seed(4))
     logits = ops.norm_head(hidden, model.decoder.norm, model.decoder.head)
     assert sum(sizes) == (301 if is_read_as_stored else 0)
     head = model.decoder.head
-    assert isinstance(head, Quantized)
+    assert isinstance(head, QuantizedTensor)
     exact = model.decoder.norm(hidden) @ head.dequantize(torch.float32).t()
     assert (logits - exact).norm() < (1e-5 if is_read_as_stored else 0.02) * exact.norm()

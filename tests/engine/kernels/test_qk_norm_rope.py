@@ -18,7 +18,7 @@ from qwencli.engine.cache.kv_cache import DynamicKVCache, KVCache, StaticKVCache
 from qwencli.engine.cache.kv_quantized import QuantizedKVCache
 from qwencli.engine.kernels.qk_norm_rope import TOKENS, QkNormRope, QkNormRopeStore
 from qwencli.engine.ops.attention import AttentionPlan
-from qwencli.engine.ops.decoder_ops import Layer, Step, place_heads
+from qwencli.engine.ops.decoder_ops import Layer, Step, qk_norm_rope_store
 from qwencli.engine.ops.rms_norm import RMSNorm
 from qwencli.engine.ops.rope import CosSin, rotate
 from qwencli.engine.quant.quantized_tensor import Scheme
@@ -77,7 +77,7 @@ def test_queries_keys_and_values_are_those_of_the_plain_operators(
         ),
     )
     found = []
-    for place in (place_heads, QkNormRopeStore()):
+    for place in (qk_norm_rope_store, QkNormRopeStore()):
         cache = cache_of(kind, shape, batch, start)
         slots = torch.arange(start, start + length)
         plan = AttentionPlan(start + length, None)
@@ -130,4 +130,4 @@ def test_launches_that_are_repeated_pass_what_triton_itself_would() -> None:
     root = Path(__file__).parents[3]
     ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == ["heads", "2", "read_back", str(len(KINDS))]
+    assert ran.stdout.split() == ["heads", "2", "dequantize", str(len(KINDS))]

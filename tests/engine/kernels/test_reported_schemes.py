@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwencli.config import EngineConfig, LoadFormat, Quantization
-from qwencli.engine.kernels.activation_buffers import ActivationConsumer, vector_bits
+from qwencli.engine.kernels.activation_buffers import ActivationConsumer, activation_bits
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.ops.decoder_ops import REFERENCE_OPS
 from qwencli.engine.ops.rms_norm import RMSNorm
@@ -38,7 +38,7 @@ def test_a_vector_is_rounded_where_the_kernels_say_so(
     normed = x[0].double() * (x.double().square().mean() + 1e-6).rsqrt()
     exact = dense(matrix) @ normed
     error = float((y[0] - exact).norm() / exact.norm())
-    assert vector_bits(matrix) == bits
+    assert activation_bits(matrix) == bits
     # A unit in the last place of what is left: 2^-8 of a block's largest, 2^-11 of a value.
     low, high = {8: (5e-4, 1e-2), 16: (2e-5, 5e-4), None: (0.0, 2e-6)}[bits]
     assert low <= error < high
@@ -72,5 +72,5 @@ def test_the_engine_reports_what_its_operations_round(
 )
 def test_ready_made_checkpoints_are_rounded_alike(tmp_path: Path, name: str, label: str) -> None:
     loaded = loaded_from(tmp_path, name)
-    assert loaded.ran_scheme(REFERENCE_OPS.vector_bits) == FORMATS[name][-1]
-    assert loaded.ran_scheme(vector_bits) == label
+    assert loaded.ran_scheme(REFERENCE_OPS.activation_bits) == FORMATS[name][-1]
+    assert loaded.ran_scheme(activation_bits) == label

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from qwencli.engine import graphs
-from qwencli.engine.graphs import GraphPool
+from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.native import vision_graphs
 from qwencli.engine.ops import flash_attention
 
@@ -55,13 +55,13 @@ def run_graphs_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     def inside(*args: object, **settings: object) -> Iterator[None]:
         yield
 
-    captured = GraphPool.capture
+    captured = GraphRunner.capture
 
-    def capture(pool: GraphPool, key: Any, work: Callable[[], None]) -> None:
+    def capture(pool: GraphRunner, key: Any, work: Callable[[], None]) -> None:
         captured(pool, key, work)
         pool._graphs[key].work = work  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(GraphPool, "capture", capture)
+    monkeypatch.setattr(GraphRunner, "capture", capture)
     monkeypatch.setattr(flash_attention, "forward", flash_forward)
     monkeypatch.setattr(vision_graphs, "can_flash_decode", lambda *about: True)
     monkeypatch.setattr(graphs, "_capture_stream", _Stream)

@@ -22,7 +22,7 @@ from qwencli.engine.loading import weights
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import LIKELIEST, SamplerKind
-from qwencli.engine.quant.quantized_tensor import Quantized, Scheme
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.engine.spec_decode.verify import EagerVerifier, GraphVerifier
 from qwencli.models.quant_formats import packed_format
@@ -79,12 +79,15 @@ def without_values(loaded: weights.LoadedWeights) -> weights.LoadedWeights:
         size, stride = tensor.shape, tensor.stride()
         return torch.empty_strided(size, stride, dtype=tensor.dtype, device="meta")
 
-    def matrix(known: Quantized) -> Quantized:
-        table = known.table and replace(
-            known.table, values=moved(known.table.values), codes=moved(known.table.codes)
+    def matrix(known: QuantizedTensor) -> QuantizedTensor:
+        table = known.codebook and replace(
+            known.codebook, values=moved(known.codebook.values), codes=moved(known.codebook.codes)
         )
-        parts = {name: moved(getattr(known, name)) for name in ("data", "scale", "zero", "order")}
-        return replace(known, **parts, table=table)
+        parts = {
+            name: moved(getattr(known, name))
+            for name in ("data", "scale", "zero_point", "g_idx_sort_indices")
+        }
+        return replace(known, **parts, codebook=table)
 
     return replace(
         loaded,

@@ -177,7 +177,7 @@ def test_a_request_from_scratch_repeats_vision_and_prefill(engine, monkeypatch):
 
     monkeypatch.setattr(model, "prefill", counting)
     assert engine.generate(request).timings.vision_encode_s is None
-    again = engine.generate(dataclasses.replace(request, from_scratch=True))
+    again = engine.generate(dataclasses.replace(request, bypass_caches=True))
     assert again.timings.vision_encode_s > 0
     assert prefilled == [1, again.num_prompt_tokens]
     assert again.token_ids == expected.token_ids
@@ -306,7 +306,7 @@ def test_the_host_is_quiet_from_the_first_picture_on(engine, monkeypatch):
     monkeypatch.setattr(model, "prefill", watched(model.prefill))
     monkeypatch.setattr(engine, "_prompt", watched(engine._prompt))
     before = sys.getswitchinterval()
-    engine.generate(dataclasses.replace(ask(images=[picture()]), from_scratch=True))
+    engine.generate(dataclasses.replace(ask(images=[picture()]), bypass_caches=True))
     assert len(seen) == 3
     assert all(interval == pytest.approx(SWITCH_INTERVAL_S) for interval, _ in seen)
     assert not any(collecting for _, collecting in seen)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from qwencli.config import EngineName, Quantization, SamplingOptions
-from qwencli.engine.graphs import GraphPool
+from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.loading import weights
 from qwencli.engine.native import vision_graphs
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prefill_graphs import CLASS, LONGEST, PromptGraphs
+from qwencli.engine.native.prefill_graphs import BUCKET, LONGEST, PrefillGraphs
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.native.vision_graphs import Size
 from qwencli.engine.quant.quantized_tensor import Scheme
@@ -36,9 +36,9 @@ def graphs_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The keys of graphs in the order in which they are captured."""
     keys: list[object] = []
-    capture = GraphPool.capture
+    capture = GraphRunner.capture
     monkeypatch.setattr(
-        GraphPool, "capture", lambda pool, key, work: (keys.append(key), capture(pool, key, work))
+        GraphRunner, "capture", lambda pool, key, work: (keys.append(key), capture(pool, key, work))
     )
     return keys
 
@@ -46,16 +46,16 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 def ask(*images: object, text: str = "Describe it.", new: int = 24) -> GenerationRequest:
     sampling = SamplingOptions(do_sample=False, max_new_tokens=new)
     return GenerationRequest(
-        (user_message(text, images),), sampling, ignore_eos=True, from_scratch=True
+        (user_message(text, images),), sampling, ignore_eos=True, bypass_caches=True
     )
 
 
-def graphed(engine: NativeEngine) -> PromptGraphs:
+def graphed(engine: NativeEngine) -> PrefillGraphs:
     """Let an engine run its prompts as graphs, as `static-graph` does."""
     engine.load()
     generation = engine._generation
     state = generation._state
-    generation._prompts = PromptGraphs(generation._model, state.cache, len(state.slots))
+    generation._prompts = PrefillGraphs(generation._model, state.cache, len(state.slots))
     return generation._prompts
 
 
@@ -95,8 +95,8 @@ def test_logits_and_cache_of_every_length(captured, quantization, kv):
     loaded = weights.dummy(shape, torch.float32, CPU, quantization)
     model = QwenModel(shape, loaded, SLOTS, kv=kv)
     cache, plain = model.static_cache(), model.static_cache()
-    graphs = PromptGraphs(model, cache, SLOTS)
-    lengths = (CLASS + 1, 1, CLASS - 1, CLASS, LONGEST, LONGEST + 1, 3)
+    graphs = PrefillGraphs(model, cache, SLOTS)
+    lengths = (BUCKET + 1, 1, BUCKET - 1, BUCKET, LONGEST, LONGEST + 1, 3)
     for length in lengths:
         inputs = model.prepare([Prompt([(7 * i) % 89 for i in range(length)])])
         cache.length = plain.length = 0
@@ -107,7 +107,7 @@ def test_logits_and_cache_of_every_length(captured, quantization, kv):
             close = (mine[:, :, :length].float() - theirs[:, :, :length].float()).abs().max()
             assert close <= (1.0 if kv else 1e-4)  # a value on the edge of two steps
             assert mine.float().isfinite().all()
-    classes = [-(-length // CLASS) * CLASS for length in lengths if length <= LONGEST]
+    classes = [-(-length // BUCKET) * BUCKET for length in lengths if length <= LONGEST]
     assert captured == [(size, False) for size in dict.fromkeys(classes)]
 
 
@@ -116,13 +116,13 @@ def test_rows_behind_a_prompt_do_not_grow_from_one_replay_to_the_next():
     shape = read_shape(TEXT)
     model = QwenModel(shape, weights.dummy(shape, torch.float32, CPU), SLOTS)
     cache = model.static_cache()
-    graphs = PromptGraphs(model, cache, SLOTS)
+    graphs = PrefillGraphs(model, cache, SLOTS)
     inputs = model.prepare([Prompt([3, 5])])
     left = []
     for _ in range(3):
         cache.length = 0
         graphs.prefill(inputs, cache)
-        left.append([layer[:, :, :CLASS].clone() for layer in cache.layers])
+        left.append([layer[:, :, :BUCKET].clone() for layer in cache.layers])
     assert all(torch.equal(a, b) for a, b in zip(left[0], left[-1], strict=True))
 
 
@@ -158,7 +158,7 @@ def test_pictures_of_one_class_share_a_graph(checkpoint, family, captured):
 
 def test_graphs_that_were_not_used_for_long_are_captured_again(checkpoint, captured, monkeypatch):
     monkeypatch.setattr(vision_graphs, "GRAPHS_KEPT", 2)
-    monkeypatch.setattr(vision_graphs, "CLASS", 16)
+    monkeypatch.setattr(vision_graphs, "BUCKET", 16)
     squares = (32, 96, 192, 96, 32)
     requests = [ask(picture(side, side), new=4) for side in squares]
     with NativeEngine(engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE)) as engine:
@@ -175,7 +175,7 @@ def test_graphs_that_were_not_used_for_long_are_captured_again(checkpoint, captu
 
 def test_a_capture_that_failed_is_made_again_and_can_be_dropped(checkpoint, monkeypatch):
     monkeypatch.setattr(vision_graphs, "GRAPHS_KEPT", 1)
-    monkeypatch.setattr(vision_graphs, "CLASS", 16)
+    monkeypatch.setattr(vision_graphs, "BUCKET", 16)
     small, large = ask(picture(32, 32), new=4), ask(picture(96, 96), new=4)
     with NativeEngine(engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE)) as engine:
         expected = [engine.generate(request).token_ids for request in (small, large)]
@@ -233,11 +233,11 @@ def test_a_graph_can_hold_the_passes(family, quantization):
     loaded = without_values(weights.dummy(shape, torch.float16, CPU, quantization))
     with torch.no_grad():
         model = QwenModel(shape, loaded, SLOTS)
-        graphs = PromptGraphs(model, model.static_cache(), SLOTS)
+        graphs = PrefillGraphs(model, model.static_cache(), SLOTS)
         layers = bool(shape.vision and shape.vision.deepstack_layers)
         with Calls(), Captured():
-            graphs._pass(2 * CLASS, False)
-            graphs._pass(2 * CLASS, layers)
+            graphs._pass(2 * BUCKET, False)
+            graphs._pass(2 * BUCKET, layers)
         if model.vision is not None:
             elements = model.vision.shape.patch_elements
             patches = torch.empty(16 + 24, elements, dtype=model.dtype, device="meta")

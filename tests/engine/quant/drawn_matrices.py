@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from qwencli.engine.quant.quantized_tensor import (
+    CODEBOOK_SCHEMES,
     IN_NIBBLES,
-    IN_TABLES,
-    Quantized,
+    QuantizedTensor,
     Scheme,
+    codebook_of,
     pack,
-    table_of,
 )
 from tests.engine.quant.packed_formats import NF4
 
@@ -43,7 +43,7 @@ KINDS = {
 }
 
 
-def drawn(kind: Kind, rows: int, columns: int, device: str = "cpu") -> Quantized:
+def drawn(kind: Kind, rows: int, columns: int, device: str = "cpu") -> QuantizedTensor:
     """Every value that the scheme has, with scales and zeros that are no round numbers."""
     generator = torch.Generator().manual_seed(rows + columns)
     size = (rows,) if kind.group is None else (rows, columns // kind.group)
@@ -56,7 +56,7 @@ def drawn(kind: Kind, rows: int, columns: int, device: str = "cpu") -> Quantized
     table = None
     if kind.scheme in IN_NIBBLES:
         data = pack(q & 15, kind.scheme)
-        table = table_of(torch.tensor(NF4)) if kind.scheme in IN_TABLES else None
+        table = codebook_of(torch.tensor(NF4)) if kind.scheme in CODEBOOK_SCHEMES else None
     elif kind.scheme is Scheme.FP8:
         # All bits set but the sign is a NaN.
         data = torch.where((q & 0x7F) == 0x7F, 0, q).to(torch.uint8).view(torch.float8_e4m3fn)
@@ -64,4 +64,4 @@ def drawn(kind: Kind, rows: int, columns: int, device: str = "cpu") -> Quantized
         data = (q - 128).to(torch.int8)
     zero, order = (None if part is None else part.to(device) for part in (zero, order))
     table = None if table is None else table.to(torch.device(device))
-    return Quantized(kind.scheme, data.to(device), scale.to(device), zero, table, order)
+    return QuantizedTensor(kind.scheme, data.to(device), scale.to(device), zero, table, order)

@@ -15,7 +15,14 @@ from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.ops.decoder_ops import norm_head
 from qwencli.engine.ops.rms_norm import RMSNorm
 from qwencli.engine.quant import quantized_tensor
-from qwencli.engine.quant.quantized_tensor import LARGEST, Quantized, Scheme, pack, quantize, unpack
+from qwencli.engine.quant.quantized_tensor import (
+    LARGEST,
+    QuantizedTensor,
+    Scheme,
+    pack,
+    quantize,
+    unpack,
+)
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
 from tests.engine.quant.drawn_matrices import KINDS, drawn
@@ -38,22 +45,22 @@ def test_a_word_masked_and_shifted_is_its_eight_values_in_order() -> None:
     assert torch.cat((low, high), 1).view(torch.int8).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
 
 
-def error_of(matrix: Quantized, weight: torch.Tensor) -> float:
+def error_of(matrix: QuantizedTensor, weight: torch.Tensor) -> float:
     return float((matrix.dequantize(torch.float32) - weight).norm() / weight.norm())
 
 
-def in_doubles(matrix: Quantized) -> torch.Tensor:
+def in_doubles(matrix: QuantizedTensor) -> torch.Tensor:
     """The matrix by the definition of its scheme, float64."""
     nibbles = matrix.scheme in quantized_tensor.IN_NIBBLES
     q = unpack(matrix.data, matrix.scheme) if nibbles else matrix.data
-    values = q.double() if matrix.table is None else matrix.table.values.double()[q.long()]
+    values = q.double() if matrix.codebook is None else matrix.codebook.values.double()[q.long()]
     scale = matrix.scale.double().view(matrix.rows, -1).repeat_interleave(matrix.group, 1)
-    if matrix.zero is not None:
-        values = values - matrix.zero.double().repeat_interleave(matrix.group, 1)
+    if matrix.zero_point is not None:
+        values = values - matrix.zero_point.double().repeat_interleave(matrix.group, 1)
     stored = values * scale
-    if matrix.order is None:
+    if matrix.g_idx_sort_indices is None:
         return stored
-    return torch.empty_like(stored).index_copy_(1, matrix.order.long(), stored)
+    return torch.empty_like(stored).index_copy_(1, matrix.g_idx_sort_indices.long(), stored)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -98,7 +105,7 @@ def test_a_head_is_multiplied_part_by_part(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(quantized_tensor, "VALUES_AT_A_TIME", 40 * 64)
     sizes = []
 
-    def noted(matrix: Quantized, dtype: torch.dtype) -> torch.Tensor:
+    def noted(matrix: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
         sizes.append(matrix.rows)
         return matrix.dequantize(dtype)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwencli.engine.native.generate import RUN_AHEAD
+from qwencli.engine.native.generate import MAX_INFLIGHT_STEPS
 from qwencli.engine.spec_decode.policy import (
     BUDGET,
     BUDGET_A_TOKEN,
@@ -94,7 +94,7 @@ def answer(text: list[int], cost: dict[int, float], costs: StepCosts | None = No
     unread: deque[int] = deque()
     at, seconds = 0, 0.0
     while at < len(text):
-        while len(unread) <= RUN_AHEAD:
+        while len(unread) <= MAX_INFLIGHT_STEPS:
             unread.append(sizes.next())
         size = unread.popleft()
         num_matched = min(text[at], max(size - 1, 1))

@@ -76,5 +76,5 @@ def _request(work: EngineWork, new_tokens: int | None = None) -> GenerationReque
         messages=(user_message(PROMPT, images),),
         sampling=SamplingOptions(do_sample=False, max_new_tokens=new_tokens or work.new_tokens),
         ignore_eos=True,
-        from_scratch=True,
+        bypass_caches=True,
     )

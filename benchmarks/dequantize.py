@@ -1,6 +1,6 @@
 """What it takes to read a layer's quantized matrices back, by our kernel and by plain operators.
 
-    python benchmarks/read_back.py --model qwen3-vl-4b --out read_back.json
+    python benchmarks/dequantize.py --model qwen3-vl-4b --out dequantize.json
 
 Times are those of a CUDA graph, so no host is in them. Bytes are those read and those written; a
 copy of as many on the same device is the limit. The two ways are first held to equal bits.
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from qwencli.config import Quantization
-from qwencli.engine.kernels.dequantize import read_back
+from qwencli.engine.kernels.dequantize import dequantize
 from qwencli.engine.loading import weights
-from qwencli.engine.quant.quantized_tensor import Quantized
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
@@ -58,7 +58,7 @@ def measured(shape: ModelShape, mode: Quantization, dtype: torch.dtype) -> dict[
     del loaded
     moved = sum(m.nbytes + m.rows * m.columns * dtype.itemsize for m in matrices)
 
-    def all_by(way: Callable[[Quantized, torch.dtype], torch.Tensor]) -> Callable[[], None]:
+    def all_by(way: Callable[[QuantizedTensor, torch.dtype], torch.Tensor]) -> Callable[[], None]:
         def work() -> None:
             for matrix in matrices:
                 way(matrix, dtype)
@@ -71,8 +71,8 @@ def measured(shape: ModelShape, mode: Quantization, dtype: torch.dtype) -> dict[
     source = torch.ones(moved // 2, dtype=torch.uint8, device=CUDA)
     target = torch.empty_like(source)
     for matrix in matrices:
-        assert torch.equal(read_back(matrix, dtype), matrix.dequantize(dtype)), "bits differ"
-    kernel, plain = (milliseconds(all_by(way)) for way in (read_back, Quantized.dequantize))
+        assert torch.equal(dequantize(matrix, dtype), matrix.dequantize(dtype)), "bits differ"
+    kernel, plain = (milliseconds(all_by(way)) for way in (dequantize, QuantizedTensor.dequantize))
     return {
         "mode": mode.value,
         "scheme": matrices[0].label,
