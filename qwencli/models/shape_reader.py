@@ -26,6 +26,8 @@ from qwencli.models.config_values import (
 from qwencli.models.families import FAMILIES, Family, VisionFamily, supported
 from qwencli.models.shapes import ModelShape, RopeShape, TextShape, VisionShape, YarnShape
 
+# transformers' `max_window_layers` where a config.json states none.
+_FULL_LAYERS = 28
 _TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
@@ -145,10 +147,20 @@ def _head_dim(
 
 
 def _has_sliding_window(values: Mapping[str, Any], layers: int, where: str) -> bool:
-    """Whether a layer of the model sees a window only: those from `max_window_layers` on do."""
-    if not values.get("use_sliding_window"):
+    """Whether a layer of the model sees a window only, by the rules of transformers' Qwen2Config:
+    those of `layer_types`, else those from `max_window_layers` on (any number of them has no
+    meaning while no window is used)."""
+    if not values.get("use_sliding_window") or values.get("sliding_window", 1) is None:
         return False
-    return positive_int(values, "max_window_layers", where, layers) < layers
+    kinds = values.get("layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list | tuple):
+            raise refused(where, "layer_types", kinds, "a list of names")
+        return "sliding_attention" in kinds
+    first = values.get("max_window_layers", _FULL_LAYERS)
+    if type(first) is not int or first < 0:
+        raise refused(where, "max_window_layers", first, "a whole number from 0 on")
+    return first < layers
 
 
 def _rope(values: Mapping[str, Any], family: Family, head_dim: int, where: str) -> RopeShape:

@@ -191,6 +191,30 @@ def test_heads_that_do_not_divide_the_width() -> None:
         read_shape(qwen2_5_vl() | {"hidden_size": 254})
 
 
+@pytest.mark.parametrize(
+    ("keys", "window"),
+    [
+        ({"use_sliding_window": False, "max_window_layers": 0}, False),
+        ({"use_sliding_window": False, "max_window_layers": None}, False),
+        ({"use_sliding_window": None, "max_window_layers": "x"}, False),
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, False),
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, True),
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 28}, False),
+        ({"use_sliding_window": True, "sliding_window": 64, "num_hidden_layers": 29}, True),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"]}, False),
+        (
+            {"use_sliding_window": True, "max_window_layers": 28, "sliding_window": 64,
+             "layer_types": ["full_attention", "sliding_attention"]},
+            True,
+        ),
+    ],
+)  # fmt: skip
+def test_a_window_counts_where_it_is_used(keys: dict[str, Any], window: bool) -> None:
+    config = qwen2_5_vl() | {"num_hidden_layers": 28}
+    config.pop("max_window_layers", None)
+    assert read_shape(config | keys).text.sliding_window is window
+
+
 def test_what_only_one_engine_can_run_is_read_and_not_refused() -> None:
     window = read_shape(qwen2_5_vl() | {"use_sliding_window": True, "max_window_layers": 2})
     assert window.text.sliding_window
