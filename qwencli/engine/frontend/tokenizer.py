@@ -15,6 +15,7 @@ import os
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
-from qwencli.errors import ModelFileError
+from qwencli.errors import InputError, ModelFileError
 from qwencli.models.json_file import read_json_object
 
 # Qwen's own pattern; a model with another one states it in tokenizer_config.json.
@@ -34,6 +35,10 @@ _PRETOKENIZE = (
 )
 # How much longer a tokenizer's rules may make a text before it is split; Qwen's make it no longer.
 _MOST_GROWTH = 64
+# What splitting a request into tokens may take. With a model's own pattern it may grow with the
+# square of a text's length; Qwen's takes ten seconds for some megabytes on a slow CPU.
+_ENCODE_S = 8.0
+_LONG_CHARS = 100_000
 _DOWNLOAD = "download the model's files again"
 # What Qwen's models put around their thoughts.
 THOUGHT, THOUGHT_END = "<think>", "</think>"
@@ -62,7 +67,7 @@ def _model_file_error(saying: str) -> Iterator[None]:
         with _panics_unheard():
             yield
     except BaseException as error:
-        if isinstance(error, ModelFileError | MemoryError) or not (
+        if isinstance(error, ModelFileError | InputError | MemoryError) or not (
             isinstance(error, Exception) or type(error).__name__ == "PanicException"
         ):
             raise
@@ -155,6 +160,9 @@ class Tokenizer:
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._bytes: dict[int, bytes] = {}
+        patterns = _patterns([fast.normalizer, fast.pre_tokenizer])
+        self._watched_from = 1 if patterns - {_PRETOKENIZE} else _LONG_CHARS
+        self._refused_from = float("inf")
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -215,22 +223,58 @@ class Tokenizer:
 
         Raises:
             ModelFileError: the model's rules fail on this text.
+            InputError: they take longer than `_ENCODE_S`.
         """
         ids: list[int] = []
+        until_s = time.monotonic() + _ENCODE_S
         end = 0
         with _model_file_error(f"{self._source} cannot split this text into tokens"):
             for match in self._specials.finditer(text):
-                self._extend(ids, text[end : match.start()], guard)
+                self._extend(ids, text[end : match.start()], guard, until_s)
                 ids.append(self._special_ids[match[0]])
                 end = match.end()
-            self._extend(ids, text[end:], guard)
+            self._extend(ids, text[end:], guard, until_s)
         return ids
 
-    def _extend(self, ids: list[int], plain: str, guard: ContentGuard | None) -> None:
+    def _extend(
+        self, ids: list[int], plain: str, guard: ContentGuard | None, until_s: float
+    ) -> None:
         if guard is not None:
             plain = plain.replace(guard.mark, "")
-        if plain:
+        if len(plain) >= self._watched_from:
+            ids.extend(self._encode_in_time(plain, until_s))
+        elif plain:
             ids.extend(self._fast.encode(plain, add_special_tokens=False).ids)
+
+    def _encode_in_time(self, plain: str, until_s: float) -> list[int]:
+        """Ids of a text; in a thread, because nothing stops the library once it has begun."""
+        ended: list[list[int] | BaseException] = []
+
+        def work() -> None:
+            try:
+                # Not encode(), which keeps every other thread from running.
+                (found,) = self._fast.encode_batch([plain], add_special_tokens=False)
+                ended.append(found.ids)
+            except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+                ended.append(error)
+
+        if len(plain) < self._refused_from:
+            left_s = max(until_s - time.monotonic(), 0)
+            thread = threading.Thread(target=work, daemon=True)
+            thread.start()
+            thread.join(left_s)
+            if not ended and left_s > _ENCODE_S / 2:
+                # The thread goes on; no second one shall.
+                self._refused_from = len(plain)
+        if not ended:
+            raise InputError(
+                f"a text of {len(plain)} characters takes longer than {_ENCODE_S:.0f} s to split "
+                f"into tokens ({self._source})",
+                "shorten it, or use another model",
+            )
+        if isinstance(ended[0], BaseException):
+            raise ended[0]
+        return ended[0]
 
     def token_bytes(self, id_: int, *, skip_special: bool = True) -> bytes:
         """What one token adds to the text. Ids that have no spelling give `<|id|>`.
@@ -267,6 +311,20 @@ def _build(vocab: Path, merges: Path, pattern: str) -> FastTokenizer:
     fast.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     fast.decoder = decoders.ByteLevel()
     return fast
+
+
+def _patterns(rules: Iterable[Any]) -> set[str]:
+    """The regular expressions in a tokenizer's rules."""
+    found, rest = set(), [json.loads(rule.__getstate__()) for rule in rules if rule is not None]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, dict):
+            if isinstance(item.get("Regex"), str):
+                found.add(item["Regex"])
+            rest += item.values()
+        elif isinstance(item, list):
+            rest += item
+    return found
 
 
 def _check_growth(normalizer: Any, path: Path) -> None:

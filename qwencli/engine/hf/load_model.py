@@ -18,10 +18,17 @@ from qwencli.engine.hf.changes import AS_IS, Changes
 from qwencli.engine.hf.families import build_config, family_of, skeleton
 from qwencli.engine.hf.quantization import quantization_config, scheme_of, unfit_for_cpu
 from qwencli.engine.hf.random_weights import random_state_dict
+from qwencli.engine.loading.weight_checks import check_stored_scales
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
 from qwencli.errors import ModelFileError, UnsupportedModeError
 from qwencli.models.checkpoint import check_layout, extra_error, is_idle, missing_error
-from qwencli.models.quant_formats import UNPACKED, format_of, quantization_section, scheme_named_by
+from qwencli.models.quant_formats import (
+    UNPACKED,
+    PackedFormat,
+    format_of,
+    quantization_section,
+    scheme_named_by,
+)
 from qwencli.models.safetensors_header import StoredTensor, stored_tensors
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.tensors import renamings
@@ -132,9 +139,14 @@ def _check_scheme(folder: Path, hub_config: Mapping[str, Any]) -> None:
     if weights.pickled:
         _check_pickles(weights.files)
     section = quantization_section(hub_config)
-    if weights.pickled or (section and _is_known(section)):
+    if weights.pickled:
         return
     stored = stored_tensors(weights.files)
+    form = _native_format(hub_config, stored)
+    if section and _is_known(section):
+        if form is not None:
+            check_stored_scales(stored, form)
+        return
     packed = [name for name, tensor in stored.items() if tensor.dtype not in UNPACKED]
     packed = [name for name in packed if not is_idle(name)]
     if packed:
@@ -144,7 +156,7 @@ def _check_scheme(folder: Path, hub_config: Mapping[str, Any]) -> None:
             f"{folder}: {method}{scheme}: transformers does not know how to read "
             f"{all_named(packed)}",
             "use --engine native, which reads them"
-            if _is_native(hub_config, stored)
+            if form is not None
             else "use another version of the model",
         )
 
@@ -180,11 +192,14 @@ def _check_pickles(files: Iterable[Path]) -> None:
             )
 
 
-def _is_native(hub_config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> bool:
+def _native_format(
+    hub_config: Mapping[str, Any], stored: Mapping[str, StoredTensor]
+) -> PackedFormat | None:
+    """How the native engine reads these weights; None where it does not, or they are plain."""
     try:
-        return format_of(hub_config, stored) is not None
+        return format_of(hub_config, stored)
     except ModelFileError:
-        return False
+        return None
 
 
 def _is_known(section: Mapping[str, Any]) -> bool:

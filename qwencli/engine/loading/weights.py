@@ -18,7 +18,7 @@ import torch
 from qwencli.config import Quantization
 from qwencli.engine.loading.reader import FLOATS, Reader
 from qwencli.engine.loading.weight_cache import CachedMatrices, CacheWriter, through_cache
-from qwencli.engine.loading.weight_checks import Extremes, check_finite, check_zero
+from qwencli.engine.loading.weight_checks import Extremes, check_finite, check_scales, check_zero
 from qwencli.engine.quant.checkpoint_formats import read_packed
 from qwencli.engine.quant.quantized_tensor import SCHEMES, QuantizedTensor, Scheme, quantize, stack
 from qwencli.models.checkpoint import Checkpoint, find_sources
@@ -123,7 +123,7 @@ def load(
             if found.shape.text.tied_head and cached is not None:
                 kept.keep(HEAD, cached.read(HEAD, reader))
             check_zero(found.zero_biases, reader)
-        check_finite(loading.extremes, dtype)
+            check_scales(check_finite(loading.extremes, dtype), loading.scaled, reader)
         return kept.weights(found.unused)
 
     files = find_weights(folder).files
@@ -162,7 +162,7 @@ def dummy(
 
 
 class _Loading:
-    """Makes tensors of what a checkpoint has, and notes their extremes for `_check_finite`."""
+    """Makes tensors of what a checkpoint has, and notes extremes and scales for the checks."""
 
     def __init__(
         self,
@@ -173,6 +173,7 @@ class _Loading:
         zero_offset: int,
     ) -> None:
         self.extremes: dict[str, Extremes] = {}
+        self.scaled: dict[str, PackedLayer] = {}
         self._sources = found.sources
         self._reader = reader
         self._dtype, self._device = dtype, device
@@ -202,6 +203,7 @@ class _Loading:
                 )
                 rows.copy_(plain)
                 self._note(source.layer, rows)
+                self.scaled[source.layer] = source
             else:
                 self._reader.read(source, rows.view(-1))
                 self._note(source.name, rows)
@@ -226,7 +228,9 @@ class _Loading:
         matrix = read_packed(layer, self._reader, self._zero_offset)
         if isinstance(matrix, torch.Tensor):
             return matrix  # checked where it ends up
-        self._note(f"{layer.layer}.{layer.packing.scale}", matrix.scale)
+        scale = f"{layer.layer}.{layer.packing.scale}"
+        self._note(scale, matrix.scale)
+        self.scaled[scale] = layer
         if matrix.data.dtype == torch.float8_e4m3fn:
             # Its one NaN has all bits but the sign set, and there is no infinity.
             top = (matrix.data.view(torch.uint8) & 0x7F).amax()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from qwencli.engine.frontend.tokenizer import (
     Tokenizer,
     _panics_unheard,
 )
-from qwencli.errors import ModelFileError
+from qwencli.errors import InputError, ModelFileError
 from tests.engine.frontend.tiny_folder import (
     CONTROL,
     PLAIN_ADDED,
@@ -358,6 +359,26 @@ def test_a_panic_of_the_library_is_one_error(
         Tokenizer.from_folder(folder).encode("a" * 40 + "!")
     assert "tokenizer.json" in caught.value.message and "\n" not in caught.value.message
     assert capfd.readouterr().err == ""
+
+
+def test_a_text_whose_splitting_takes_too_long_is_refused_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwencli.engine.frontend.tokenizer._ENCODE_S", 0.1)
+    quadratic = {"pre_tokenizer": regex(r"\s+$|.")}
+    tokenizer = Tokenizer.from_folder(strange(tmp_path, quadratic))
+    for _ in range(2):
+        started_s = time.monotonic()
+        with pytest.raises(InputError, match="to split into tokens"):
+            tokenizer.encode(" " * 8000 + "a")
+        assert time.monotonic() - started_s < 5
+
+
+def test_a_long_text_is_the_same_when_it_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "two words and <|im_end|>, then \U0001f600 " * 200
+    wanted = TOKENIZER.encode(text)
+    monkeypatch.setattr(TOKENIZER, "_watched_from", 1)
+    assert TOKENIZER.encode(text) == wanted
 
 
 def test_a_normalizer_that_fills_the_memory_is_refused(tmp_path: Path) -> None:

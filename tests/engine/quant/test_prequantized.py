@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwencli.engine.loading import weights
+from qwencli.engine.loading.weight_checks import check_stored_scales
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.ops.attention import AttentionPlan
@@ -243,6 +245,49 @@ def test_what_does_not_fit_together_is_named(
     with pytest.raises(ModelFileError, match=named) as caught:
         load(tmp_path, broken(packed, suffix, value), config)
     assert "model.layers.0." in caught.value.message
+
+
+ALL_ZERO = {"gptq", "awq g32", "ct int4", "fp8 rows", "fp8 blocks", "bnb nf4", "bnb int8"}
+
+
+@pytest.mark.parametrize("name", sorted(ALL_ZERO))
+def test_scales_that_are_all_zero_are_named(tmp_path: Path, name: str) -> None:
+    config, writer, arguments, _ = FORMATS[name]
+    packed, _ = tensors_of(TEXT, writer, arguments)
+    form = packed_format({"quantization_config": config})
+    assert form is not None
+    first = next(
+        key
+        for key in packed
+        if key.startswith("model.layers.1.mlp.")
+        and any(key.endswith(f".{packing.scale}") for packing in form.packings)
+    )
+    said = f"scales that are all zero: {re.escape(first)}$"
+    packed[first] = torch.zeros_like(packed[first])
+    with pytest.raises(ModelFileError, match=said):
+        load(tmp_path, packed, config)
+    with pytest.raises(ModelFileError, match=said):
+        check_stored_scales(stored_tensors([tmp_path / "model.safetensors"]), form)
+    # A matrix of zeros needs no scales.
+    layer = first.rpartition(".weight.absmax")[0] or first.rpartition(".")[0]
+    main = next(p.main for p in form.packings if f"{layer}.{p.main}" in packed)
+    packed[f"{layer}.{main}"] = torch.zeros_like(packed[f"{layer}.{main}"])
+    load(tmp_path, packed, config)
+    check_stored_scales(stored_tensors([tmp_path / "model.safetensors"]), form)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scales_that_are_no_numbers_are_named_for_the_other_engine_too(
+    tmp_path: Path, value: float
+) -> None:
+    config, writer, arguments, _ = FORMATS["fp8 rows"]
+    packed, _ = tensors_of(TEXT, writer, arguments)
+    packed = broken(packed, "up_proj.weight_scale", lambda t: t * value)
+    form = packed_format({"quantization_config": config})
+    assert form is not None
+    write(tmp_path, packed)
+    with pytest.raises(ModelFileError, match=r"NaN or infinity: .*up_proj\.weight_scale"):
+        check_stored_scales(stored_tensors([tmp_path / "model.safetensors"]), form)
 
 
 def test_a_folder_with_a_packed_head_is_complete(tmp_path: Path) -> None:
