@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from qwencli import __version__
-from qwencli.commands import bench, caption, chat, diagnose, models
+from qwencli.commands import bench, caption, chat, dataset, diagnose, models
 from qwencli.errors import OutputError, QwenCliError, UsageError
 from qwencli.output import Sink, let_go_of_streams, ready_streams
 
@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 app.command()(caption.caption)
 app.command()(chat.chat)
+app.add_typer(dataset.app, name="dataset")
 app.add_typer(bench.app, name="bench")
 app.add_typer(diagnose.app, name="diagnose")
 app.command()(models.models)

@@ -1,0 +1,99 @@
+"""`qwencli dataset`: look at sets of captioned pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwencli.errors import OutputError
+from qwencli.output import Sink, visible
+
+app = typer.Typer(no_args_is_help=True, help="Look at sets of captioned pictures.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `report` a command of its own name."""
+
+
+@app.command()
+def report(
+    context: typer.Context,
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Of the pictures.", readable=False)
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Default: report.html in the folder."),
+    ] = None,
+    trigger: Annotated[
+        str | None,
+        typer.Option(metavar="WORD", help="That every caption should have. Default: a guess."),
+    ] = None,
+    caption_extension: Annotated[
+        str, typer.Option(metavar=".EXT", help="Ending of caption files.")
+    ] = ".txt",
+    json: Annotated[
+        bool, typer.Option("--json", help="What was found, as JSON on stdout; no page.")
+    ] = False,
+) -> None:
+    """Make a contact sheet of a captioned folder: one HTML page that says where to look."""
+    from qwencli.dataset.report.contact_sheet import contact_sheet, write_sheet
+    from qwencli.dataset.report.pictures import seen_pictures, thumbnail_side
+    from qwencli.dataset.report.set_reader import read_set
+    from qwencli.dataset.report.survey import surveyed
+
+    sink = context.ensure_object(Sink)
+    with sink.status(f"reading {folder}"):
+        listing, entries = read_set(folder, caption_extension)
+    thumbnails = []
+    with sink.status(f"looking at {len(entries)} pictures"):
+        paths = [listing.base / entry.key for entry in entries]
+        for place, seen in enumerate(seen_pictures(paths, thumbnail_side(len(paths)))):
+            entry = entries[place]
+            reason = entry.unreadable or seen.unreadable
+            entries[place] = replace(entry, look=seen.look, unreadable=reason)
+            thumbnails.append(seen.thumbnail)
+        survey = surveyed(entries, trigger)
+    if json:
+        sink.json_line({"folder": str(folder), **survey.as_json()})
+    path = output or (None if json else folder / "report.html")
+    if path is not None:
+        lead = f"{len(entries):,} pictures in {visible(str(folder))}, looked at on {date.today()}."
+        name = visible(folder.resolve().name or str(folder))
+        pieces = contact_sheet(
+            survey, thumbnails, title=name, lead=lead, folder=listing.base, beside=path.parent
+        )
+        try:
+            write_sheet(pieces, path)
+        except OSError as error:
+            raise OutputError(
+                f"{path} cannot be written: {error.strerror or error}",
+                "name another place with --output",
+            ) from error
+        if not json:
+            sink.answer(str(path))
+    sink.notice(", ".join(f"{count} {_NAMES[name]}" for name, count in _told(survey.summary())))
+
+
+_NAMES = {
+    "pictures": "pictures",
+    "captioned": "with a caption",
+    "missing": "without",
+    "failed": "failed",
+    "unreadable": "that cannot be opened",
+    "faulty": "with a faulty caption",
+    "near_duplicates": "near duplicates",
+    "repeated": "with the same caption as another",
+    "contradictions": "contradictions",
+    "trigger_missing": "without the trigger",
+}
+
+
+def _told(summary: dict[str, int]) -> list[tuple[str, int]]:
+    always = ("pictures", "captioned")
+    return [(name, n) for name, n in summary.items() if name in _NAMES and (n or name in always)]

@@ -1,0 +1,141 @@
+"""`qwencli dataset report FOLDER` on sets of all kinds."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import pytest
+
+from qwencli.cli import run
+
+
+@pytest.fixture
+def report(capsys):
+    """Runs the command; (exit code, what --json says or None, stderr)."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = run(["dataset", "report", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return code, json.loads(out) if "--json" in arguments and out else None, err
+
+    return call
+
+
+def test_a_set_that_was_captioned_here(caption, pictures, engine, report):
+    folder = pictures("a.png", "sub/b.png", "c.png", "d.png")
+    (folder / "c.png").write_bytes(b"\x89PNG no picture")
+    engine.answer = lambda request: "I'm sorry, I can't help."
+    assert caption(folder, "--glob", "d.png", "--retries", 0) == 1
+    engine.answer = lambda request: "sks, a cat"
+    assert caption(folder, "-r", "--field", "mood=What mood?", "-p", "Say.", "--seed", 4) == 1
+    (folder / "a.txt").write_text("sks, a dog\n", encoding="utf-8")
+    code, found, err = report(folder, "--json", "--trigger", "sks")
+    assert code == 0
+    assert found["summary"]["pictures"] == 4 and found["summary"]["unreadable"] == 1
+    rows = {row["path"]: row for row in found["captions"]}
+    assert rows["a.png"]["caption"] == "sks, a dog"
+    assert rows["a.png"]["facts"]["edited"] == "was: sks, a cat"
+    assert rows["sub/b.png"]["fields"] == {"mood": "sks, a cat"}
+    assert rows["sub/b.png"]["facts"]["model"] == "scenes"
+    assert rows["sub/b.png"]["facts"]["prompt"] == "Say."
+    assert "c.png" in found["unreadable"][0]["path"]
+    assert "4 pictures" in err
+    assert not (folder / "report.html").exists()
+
+
+def test_a_set_that_others_have_captioned(pictures, report):
+    folder = pictures("a.png", "b.png", "c.png", "d.png")
+    (folder / "a.txt").write_text("a cat\n", encoding="utf-8")
+    (folder / "b.txt").write_text("A cat.", encoding="utf-8")
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "c.png", "text": "from a table"}\nnot json\n[1]\n', encoding="utf-8"
+    )
+    _, found, _ = report(folder, "--json")
+    rows = {row["path"]: row["caption"] for row in found["captions"]}
+    assert rows == {"a.png": "a cat", "b.png": "A cat.", "c.png": "from a table", "d.png": None}
+    assert found["repeated"] == [{"caption": "a cat", "paths": ["a.png", "b.png"]}]
+    assert found["missing"] == ["d.png"]
+
+
+def test_failures_are_known_from_the_manifest(caption, pictures, engine, report):
+    folder = pictures("a.png")
+    engine.answer = lambda request: "I'm sorry, I can't help with that."
+    assert caption(folder, "--retries", 0) == 1
+    assert "refusal" in report(folder, "--json")[1]["failed"][0]["reason"]
+    # And from failures.jsonl where that is all there is.
+    for file in (folder / ".qwencli").iterdir():
+        file.unlink()
+    assert "refusal" in report(folder, "--json")[1]["failed"][0]["reason"]
+    # A caption that somebody wrote is no failure.
+    (folder / "a.txt").write_text("a cat", encoding="utf-8")
+    assert report(folder, "--json")[1]["failed"] == []
+
+
+def test_the_page_lies_in_the_folder(pictures, report, capsys):
+    folder = pictures("a.png")
+    assert run(["dataset", "report", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert '"path":"a.png"' in text and '"link":"a.png"' in text
+    # It is no picture of the set.
+    assert report(folder, "--json")[1]["summary"]["pictures"] == 1
+
+
+def test_a_page_elsewhere(pictures, report, tmp_path):
+    folder = pictures("a.png")
+    code, found, _ = report(folder, "--json", "--output", tmp_path / "r.html")
+    assert code == 0 and found["summary"]["pictures"] == 1
+    assert '"link":"set/a.png"' in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_names_and_captions_of_all_kinds(pictures, report):
+    folder = pictures("ünï çode.png", "a\nb.png", "<script>.png")
+    for path in list(folder.glob("*.png")):
+        path.with_suffix(".txt").write_text("<b>\u2028\x07 猫", encoding="utf-8")
+    if sys.platform == "linux":
+        raw = os.fsencode(folder) + b"/\xff.png"
+        with open(raw, "wb") as file:  # noqa: PTH123 - a path of bytes
+            file.write((folder / "a\nb.png").read_bytes())
+    code, found, _ = report(folder, "--json", "--output", folder / "r.html")
+    assert code == 0
+    assert found["summary"]["captioned"] == 3
+    (folder / "r.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "says"),
+    [
+        (lambda folder: [folder / "none"], "is no folder"),
+        (lambda folder: [folder / "a.png"], "is no folder"),
+        (lambda folder: [folder, "--output", folder / "no" / "r.html"], "cannot be written"),
+        (lambda folder: [folder, "--caption-extension", ".png"], "pictures"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(pictures, report, prepare, says):
+    folder = pictures("a.png")
+    code, _, err = report(*prepare(folder))
+    assert code in (1, 2)
+    assert says in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_damaged_manifest(pictures, report):
+    folder = pictures("a.png")
+    (folder / ".qwencli").mkdir()
+    (folder / ".qwencli/manifest.sqlite").write_bytes(b"SQLite format 3\0" + b"x" * 5000)
+    code, _, err = report(folder)
+    assert code == 1 and "manifest.sqlite" in err
+
+
+def test_a_caption_file_that_is_no_text(pictures, report):
+    folder = pictures("a.png", "b.png")
+    (folder / "a.txt").write_bytes(b"\xff\xfe\0")
+    _, found, _ = report(folder, "--json")
+    assert "a.txt" in found["failed"][0]["reason"]
+
+
+def test_an_empty_folder(tmp_path, report):
+    code, found, _ = report(tmp_path, "--json", "--output", tmp_path / "r.html")
+    assert code == 0 and found["summary"]["pictures"] == 0
