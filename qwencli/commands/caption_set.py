@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from qwencli.dataset.asking import Asking, Manner
     from qwencli.dataset.caption_set import CaptionSet
     from qwencli.dataset.pipeline import Outcome
+    from qwencli.dataset.sinks import Sink as CaptionSink
+    from qwencli.dataset.sources import Listing
 
 
 # Pictures whose questions a dry run shows.
@@ -53,18 +55,20 @@ def caption_set(
     from qwencli.dataset.asking import Asking
     from qwencli.dataset.caption_set import open_set
     from qwencli.dataset.pipeline import Stopper
-    from qwencli.dataset.sinks import Sidecars
     from qwencli.dataset.sources import Selection, list_inputs
     from qwencli.dataset.worklist import Wish
 
     sampling = run.sampling_options()
+    if chosen.samples > 1 and sampling.do_sample is False:
+        raise UsageError("--samples of --greedy are all the same", "give --temperature instead")
     paths = [Path(each) for each in inputs] or [Path()]
     with sink.status("listing pictures"):
         listing = list_inputs(paths, Selection(chosen.recursive, tuple(chosen.glob or ())))
-    sidecars = Sidecars(listing.base, chosen.caption_extension)
+    place = _place(listing, chosen)
     wish = Wish(
         chosen.existing or Existing.SKIP,
         fields=tuple(manner.prompts.fields),
+        samples=chosen.samples,
         retry_failed=chosen.retry_failed,
     )
     asking = Asking(
@@ -73,7 +77,7 @@ def caption_set(
         sampling,
         lambda path: open_visual(path, frames),
         system=system_messages(system),
-        caption_extension=sidecars.extension,
+        caption_extension=chosen.caption_extension,
     )
     asking.check_fields()
     spec = choose_model(run, sink)
@@ -86,20 +90,61 @@ def caption_set(
         "engine": _said(run),
     }
     with open_set(
-        listing, listing.base, sidecars, wish, settings, look_only=chosen.dry_run
+        listing,
+        place.root,
+        place.sink,
+        wish,
+        settings,
+        manifest_name=place.manifest,
+        redo=chosen.redo,
+        look_only=chosen.dry_run,
     ) as whole:
-        sink.notice(*_counts(whole, sidecars.extension))
+        sink.notice(*_counts(whole, place.suffix))
         if chosen.dry_run:
             sink.notice(*_first_questions(whole, asking))
             return
         reporter = _Reporter(whole, sink, run, spec.name)
-        whole.refuse(reporter)
-        if whole.work.tasks:
-            announce_model(spec, run, sink)
-            stopper = Stopper(sink.notice)
-            with running_engine(run.engine_config(spec), sink) as engine, stopper.watching():
-                whole.caption(engine, spec, asking.stages(), reporter, lambda: stopper.asked)
+        if whole.work.tasks or whole.work.refused:
+            whole.begin(reporter)
+            if whole.work.tasks:
+                announce_model(spec, run, sink)
+                stopper = Stopper(sink.notice)
+                with running_engine(run.engine_config(spec), sink) as engine, stopper.watching():
+                    whole.caption(engine, spec, asking.stages(), reporter, lambda: stopper.asked)
+            whole.end()
         reporter.finish()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where captions go.
+
+    Args:
+        root: the folder of the manifest and of failures.jsonl.
+        suffix: of the files that captions are written to.
+    """
+
+    root: Path
+    sink: CaptionSink
+    manifest: str
+    suffix: str
+
+
+def _place(listing: Listing, chosen: SetOptions) -> _Place:
+    from qwencli.dataset.caption_set import MANIFEST
+    from qwencli.dataset.sinks import Sidecars
+    from qwencli.dataset.tables import Table
+
+    output = chosen.output
+    if output is None or os.path.isdir(output) or not output.suffix:
+        sidecars = Sidecars(output or listing.base, chosen.caption_extension)
+        ending = sidecars.extension
+        name = MANIFEST if ending == ".txt" else f"{ending[1:]}.sqlite"
+        return _Place(sidecars.root, sidecars, name, ending)
+    to_base = os.path.relpath(listing.base, output.parent).replace(os.sep, "/")
+    above = "" if to_base == "." else f"{to_base}/"
+    table = Table(output, lambda key: above + key)
+    return _Place(output.parent, table, f"{output.name}.sqlite", output.suffix.lower())
 
 
 def manner_of(

@@ -234,6 +234,19 @@ class SetOptions:
     caption_extension: Annotated[str, _set(metavar=".EXT", text="Ending of caption files.")] = (
         ".txt"
     )
+    output: Annotated[
+        Path | None,
+        _set(
+            metavar="PATH",
+            text="One .jsonl, .csv, .parquet or .json (kohya) for all captions, or a folder for "
+            "the caption files. Default: files beside the pictures.",
+        ),
+    ] = None
+    samples: Annotated[int, _set(metavar="N", min=1, max=100, text="Captions of each picture.")] = 1
+    redo: Annotated[
+        str | None,
+        _set(metavar="CONDITION", text="Make captions again whose records meet this; as in SQL."),
+    ] = None
     retry_failed: Annotated[bool, _set("--retry-failed", text="Try again what failed before.")] = (
         False
     )

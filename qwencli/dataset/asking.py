@@ -7,8 +7,9 @@ request and its answer, what is known of a picture and what was wrong with the a
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ class Asking:
                 begin.filled(known) if begin else "",
             )
             self._asked[slot] = asked
-        text, sampling = asked.question.text, self._sampling
+        text, sampling = asked.question.text, _seeded(self._sampling, task)
         fault = self._faults.get(slot)
         if fault is not None:
             retry = retry_of(
@@ -192,6 +193,16 @@ class Asking:
     def _forget(self, slot: Slot) -> None:
         self._asked.pop(slot, None)
         self._faults.pop(slot, None)
+
+
+def _seeded(sampling: SamplingOptions, task: Task) -> SamplingOptions:
+    """Other samples have other seeds, and each is known; none where no token is drawn."""
+    if sampling.do_sample is False:
+        return sampling
+    seed = sampling.seed
+    if seed is None or seed < 0:
+        seed = random.getrandbits(31)
+    return replace(sampling, seed=(seed + task.sample) % 2**32)
 
 
 def _seed_of(sampling: SamplingOptions, slot: Slot) -> int:

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,16 @@ from qwencli.dataset import pipeline
 from qwencli.dataset.manifest import STATE_FOLDER, Manifest, job_hash
 from qwencli.dataset.pipeline import Captioned, Outcome, Stages
 from qwencli.dataset.sinks import CaptionWriter, Sink, settle, write_whole
-from qwencli.dataset.sources import Listing
+from qwencli.dataset.sources import PARTIAL_PREFIX, PARTIAL_SUFFIX, Listing
 from qwencli.dataset.worklist import Wish, Worklist, work_of
-from qwencli.errors import OutputError
+from qwencli.errors import DatasetError, OutputError
+from qwencli.folder_lock import FolderLock
 
 if TYPE_CHECKING:
     from qwencli.engine.protocol import Engine
 
-FAILURES = "failures.jsonl"
+FAILURES, MANIFEST = "failures.jsonl", "manifest.sqlite"
+_HELD = "wait for it to end, or stop it; the same command goes on then"
 
 
 @dataclass
@@ -57,6 +59,15 @@ class CaptionSet:
     settled: int = 0
     totals: Totals = field(default_factory=Totals)
 
+    def begin(self, report: Callable[[Outcome], None]) -> None:
+        """Begin a run, or go on with one; what cannot be captioned at all is kept."""
+        assert self.manifest is not None, "a set that is captioned has a manifest"
+        self.manifest.begin(job_hash(self.settings), self.settings, self.work.going_on)
+        self.manifest.settle((), self.work.refused)
+        for failed in self.work.refused:
+            self._count(failed)
+            report(failed)
+
     def caption(
         self,
         engine: Engine,
@@ -64,18 +75,17 @@ class CaptionSet:
         stages: Stages,
         report: Callable[[Outcome], None],
         stopping: Callable[[], bool],
-    ) -> Totals:
-        """Do the work. What was done stays done, however this ends.
+    ) -> None:
+        """Do the work; `totals` says what came of it. What was done stays done, however this ends.
 
         Raises:
             QwenCliError: the engine or the disk cannot go on.
         """
         assert self.manifest is not None, "a set that is captioned has a manifest"
-        self.manifest.begin(job_hash(self.settings), self.settings, self.work.going_on)
         self.manifest.loaded(_facts(engine, model))
         writer = CaptionWriter(self.manifest, self.sink, self.wish.existing, self.wish.redo)
+        done_before = self.totals.captioned + self.totals.failed
         started_s = time.perf_counter()
-        outcome = "failed"
 
         def count(made: Outcome) -> None:
             self._count(made)
@@ -91,26 +101,16 @@ class CaptionSet:
                 report=count,
                 stopping=stopping,
             )
-            left = len(self.work.tasks) - self.totals.captioned - self.totals.failed
-            self.totals.stopped = stopping() and left > 0
-            outcome = "stopped" if self.totals.stopped else "complete"
+            done = self.totals.captioned + self.totals.failed - done_before
+            self.totals.stopped = stopping() and done < len(self.work.tasks)
         finally:
             self.totals.seconds = time.perf_counter() - started_s
-            with suppress(OutputError):
-                self.manifest.end(outcome)
-        return self.totals
+            self.manifest.settle(self.sink.flush(at_once=True))
 
-    def refuse(self, report: Callable[[Outcome], None]) -> None:
-        """Keep what cannot be captioned at all, which needs no model."""
+    def end(self) -> None:
+        """Note that the run is through, or that it was stopped."""
         assert self.manifest is not None, "a set that is captioned has a manifest"
-        if not self.work.refused:
-            return
-        self.manifest.begin(job_hash(self.settings), self.settings, self.work.going_on)
-        self.manifest.settle((), self.work.refused)
-        self.manifest.end("complete" if not self.work.tasks else "begun")
-        for failed in self.work.refused:
-            self._count(failed)
-            report(failed)
+        self.manifest.end("stopped" if self.totals.stopped else "complete")
 
     def write_failures(self) -> Path | None:
         """Bring `failures.jsonl` up to date; its path, where there is something in it.
@@ -148,19 +148,22 @@ def open_set(
     wish: Wish,
     settings: Mapping[str, Any],
     *,
+    manifest_name: str = MANIFEST,
+    redo: str | None = None,
     look_only: bool = False,
 ) -> Iterator[CaptionSet]:
     """A set with its manifest, which lies in `root`; closed at the end.
 
     Args:
+        redo: see `Manifest.matching`.
         look_only: change nothing.
 
     Raises:
         DatasetError, OutputError: the manifest is another run's, damaged or not writable.
     """
     state = root / STATE_FOLDER
-    path = state / "manifest.sqlite"
-    manifest = None
+    path = state / manifest_name
+    manifest = lock = None
     settled = 0
     if not look_only:
         try:
@@ -170,20 +173,27 @@ def open_set(
                 f"{root} cannot be written: {error.strerror}",
                 "change its permissions, or name a folder for the captions with --output",
             ) from error
-        for partial in listing.partial:
+        lock = FolderLock(state, DatasetError, _HELD, "--output")
+        for partial in (*listing.partial, *root.glob(f"{PARTIAL_PREFIX}*{PARTIAL_SUFFIX}")):
             with suppress(OSError):
                 partial.unlink()
     try:
         if not look_only or path.exists():
             manifest = Manifest(path)
         if manifest is not None and not look_only:
+            slots = [each.slot for each in manifest.unsettled()]
+            sink.existing(slots)
             settled = settle(manifest, sink)
+        if redo is not None:
+            wish = replace(wish, redo=frozenset(manifest.matching(redo) if manifest else ()))
         work = work_of(listing, wish, sink, manifest, job_hash(settings))
         yield CaptionSet(listing, root, sink, wish, work, manifest, settings, settled)
     finally:
         sink.close()
         if manifest is not None:
             manifest.close()
+        if lock is not None:
+            lock.release()
 
 
 def _facts(engine: Engine, model: ModelSpec) -> dict[str, str | None]:

@@ -42,7 +42,15 @@ class Sink(Protocol):
 
     def read(self, slot: Slot) -> str | None: ...
 
-    def write(self, captions: Sequence[tuple[Slot, str]]) -> list[OutputError | None]: ...
+    def write(self, captions: Sequence[tuple[Slot, str]]) -> list[OutputError | None]:
+        """Take captions; an error for each that was not taken."""
+
+    def flush(self, *, at_once: bool) -> list[Slot]:
+        """Bring what was taken to disk; returns what is there now.
+
+        Args:
+            at_once: all of it, and not when it is time.
+        """
 
     def close(self) -> None: ...
 
@@ -68,6 +76,7 @@ class Sidecars:
                 f"--caption-extension {extension} would overwrite pictures", "use .txt or .caption"
             )
         self.root, self.extension = root, extension
+        self._landed: list[Slot] = []
         # Disks bring several files to rest in the time of one.
         self._threads = ThreadPoolExecutor(FLUSHING_THREADS, thread_name_prefix="flush")
 
@@ -129,14 +138,18 @@ class Sidecars:
         return text.rstrip("\r\n") or None
 
     def write(self, captions: Sequence[tuple[Slot, str]]) -> list[OutputError | None]:
-        """Put captions in the place of what their files held; an error for each that was not.
-
-        All of it is on disk when this returns.
-        """
+        """Put captions in the place of what their files held; all of it is on disk afterwards."""
         errors = list(self._threads.map(self._write, captions))
         folders = {self.path(slot).parent for slot, _ in captions}
-        list(self._threads.map(_flush_folder, folders))
+        list(self._threads.map(flush_folder, folders))
+        self._landed += [
+            slot for (slot, _), error in zip(captions, errors, strict=True) if error is None
+        ]
         return errors
+
+    def flush(self, *, at_once: bool) -> list[Slot]:
+        landed, self._landed = self._landed, []
+        return landed
 
     def _write(self, caption: tuple[Slot, str]) -> OutputError | None:
         slot, text = caption
@@ -165,14 +178,19 @@ def combined(mode: Existing, before: str | None, caption: str) -> str:
     return f"{first}{' ' if first.endswith(_SENTENCE_ENDS) else ', '}{second.lstrip()}"
 
 
+def partial_path(path: Path) -> Path:
+    """Where to write what shall become `path`."""
+    # A name of its own: that of the file may be as long as names can be.
+    return path.parent / f"{PARTIAL_PREFIX}{os.getpid()}-{next(_counter)}{PARTIAL_SUFFIX}"
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Make `path` hold `data`: at no moment does it hold a part.
 
     Raises:
         OSError: nothing was changed.
     """
-    # A name of its own: that of the file may be as long as names can be.
-    partial = path.parent / f"{PARTIAL_PREFIX}{os.getpid()}-{next(_counter)}{PARTIAL_SUFFIX}"
+    partial = partial_path(path)
     try:
         with partial.open("xb") as file:
             file.write(data)
@@ -185,7 +203,7 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Bring the names in a folder to disk, where the system has a call for that."""
     if os.name == "nt":
         return
@@ -240,19 +258,16 @@ class CaptionWriter:
                 kept.append(Failed(outcome.task, error))
         self._manifest.intend(intended)
         errors = self._sink.write([(each.captioned.task.slot, each.text) for each in intended])
-        done: list[Outcome] = []
         for written, refused in zip(intended, errors, strict=True):
             self._failed_in_a_row = self._failed_in_a_row + 1 if refused else 0
-            if refused is None:
-                done.append(written.captioned)
-            else:
-                kept.append(Failed(written.captioned.task, refused))
+            task = written.captioned.task
+            kept.append(written.captioned if refused is None else Failed(task, refused))
         failed = [outcome for outcome in kept if isinstance(outcome, Failed)]
-        self._manifest.settle([outcome.task.slot for outcome in done], failed)
+        self._manifest.settle(self._sink.flush(at_once=False), failed)
         if self._failed_in_a_row >= MOST_UNWRITTEN:
             last = next(refused for refused in reversed(errors) if refused)
             raise OutputError(f"{last.message}, nor were {MOST_UNWRITTEN - 1} before it", last.hint)
-        return done + kept
+        return kept
 
     def _composed(self, captioned: Captioned) -> Written:
         slot = captioned.task.slot
@@ -272,7 +287,7 @@ def settle(manifest: Manifest, sink: Sink) -> int:
 
     What stands in a file that somebody has changed since stays, and its caption is forgotten.
     """
-    done, gone, to_write = [], [], []
+    to_write, done, gone = [], [], []
     for each in manifest.unsettled():
         try:
             now = sink.read(each.slot)
@@ -285,8 +300,9 @@ def settle(manifest: Manifest, sink: Sink) -> int:
             to_write.append((each.slot, each.text))
         else:
             gone.append(each.slot)
-    for (slot, _), refused in zip(to_write, sink.write(to_write), strict=True):
-        (gone if refused else done).append(slot)
+    errors = sink.write(to_write)
+    gone += [slot for (slot, _), error in zip(to_write, errors, strict=True) if error]
+    done += sink.flush(at_once=True)
     manifest.forget(gone)
     manifest.settle(done)
     return len(done)

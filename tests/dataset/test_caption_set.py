@@ -40,7 +40,7 @@ def test_each_picture_has_its_own_caption(caption, pictures, engine):
     from tests.dataset.fake_engine import said
 
     folder = pictures(*(f"{n}.png" for n in range(40)))
-    assert caption(folder, "--prompt", "Say.") == 0
+    assert caption(folder, "--prompt", "Say.", "--greedy") == 0
     for path in folder.glob("*.png"):
         asked = GenerationRequest((user_message("Say.", (open_image(Path(path)),)),))
         assert path.with_suffix(".txt").read_text(encoding="utf-8") == said(asked) + "\n"
@@ -76,11 +76,11 @@ def test_an_empty_file_is_no_caption(caption, pictures):
 )
 def test_captions_that_are_there(caption, pictures, mode, before, after):
     folder = pictures("a.png", "b.png")
-    assert caption(folder) == 0
+    assert caption(folder, "--greedy") == 0
     said = captions(folder)["a.txt"].strip()
     folder = pictures("a.png", "b.png", folder="again")
     (folder / "a.txt").write_text(before + "\n", encoding="utf-8")
-    assert caption(folder, "--existing", mode) == 0
+    assert caption(folder, "--existing", mode, "--greedy") == 0
     assert captions(folder)["a.txt"] == after.format(said) + "\n"
     assert captions(folder)["b.txt"].startswith("A picture")
 
@@ -215,3 +215,46 @@ def test_names_of_all_kinds(caption, pictures):
     assert caption(folder) == 0
     assert len(list(folder.glob("*.txt"))) == 5
     assert caption(folder) == 0
+
+
+def test_redo_makes_some_captions_again(caption, pictures, engine):
+    folder = pictures("a.png", "b.png", "c.png")
+    engine.finish_reason = "length"
+    assert caption(folder) == 0
+    first = captions(folder)
+    (folder / "c.txt").write_text("mine\n", encoding="utf-8")
+    assert caption(folder, "--redo", "path = 'b.png' AND finish_reason = 'length'") == 0
+    assert engine.answered == 4
+    again = captions(folder)
+    assert again["a.txt"] == first["a.txt"] and again["c.txt"] == "mine\n"
+    assert again["b.txt"] != first["b.txt"]
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "",
+        "no_such = 1",
+        "1); DELETE FROM captions; --",
+        "1) UNION SELECT name, 1, 1 FROM sqlite_master --",
+        "load_extension('x')",
+        "(WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x FROM n) SELECT count(*) FROM n) > 1",
+    ],
+)
+def test_conditions_that_are_none(caption, pictures, engine, capsys, monkeypatch, condition):
+    monkeypatch.setattr("qwencli.dataset.manifest._REDO_S", 0.3)
+    folder = pictures("a.png")
+    assert caption(folder) == 0
+    capsys.readouterr()
+    assert caption(folder, "--redo", condition) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --redo") and err.count("\n") == 1
+    assert engine.answered == 1
+
+
+def test_a_damaged_manifest_is_one_line(caption, pictures, capsys):
+    folder = pictures("a.png")
+    (folder / ".qwencli").mkdir()
+    (folder / ".qwencli" / "manifest.sqlite").write_bytes(b"not a database" * 100)
+    assert caption(folder) == 1
+    assert "is damaged" in capsys.readouterr().err

@@ -40,9 +40,9 @@ from qwencli.bench.storage.campaign_files import (
     TOKENS,
     StoredCampaign,
 )
-from qwencli.bench.storage.folder_lock import LOCK, FolderLock
 from qwencli.bench.storage.row_file import RowFile, keep_rows, replace_file
 from qwencli.errors import BenchError, OutputError
+from qwencli.folder_lock import LOCK, FolderLock
 
 # The files whose rows belong to a run and count only once that run's row is written.
 _OF_RUNS = ((TOKENS, columns.TOKENS), (GPU, columns.GPU), (HOST, columns.HOST))
@@ -79,7 +79,9 @@ class Campaign:
             raise BenchError(
                 f"{folder} holds no campaign", "check the folder, or leave out --resume"
             )
-        self._lock = FolderLock(folder)
+        self._lock = FolderLock(
+            folder, BenchError, "wait for it to end, or stop it; --resume goes on then"
+        )
         try:
             self._open(document, environment, resume=resume)
         except BaseException:

@@ -435,8 +435,9 @@ def test_what_a_killed_writer_leaves_refuses_nobody(run, tmp_path, make_plan):
         import sys, time
         sys.path.insert(0, {str(Path(__file__).parents[3])!r})
         from pathlib import Path
-        from qwencli.bench.storage.folder_lock import FolderLock
-        lock = FolderLock(Path({str(tmp_path / "c")!r}))
+        from qwencli.errors import BenchError
+        from qwencli.folder_lock import FolderLock
+        lock = FolderLock(Path({str(tmp_path / "c")!r}), BenchError, "")
         print("held", flush=True)
         time.sleep(60)
     """

@@ -1,4 +1,4 @@
-"""One writer a campaign: a lock on its folder that ends with the process, however that ends.
+"""One writer a folder: a lock that ends with the process, however that ends.
 
 The operating system holds the lock, not the file: what a killed process leaves behind refuses
 nobody. Where a file system has no locks (some network shares), there is none.
@@ -14,7 +14,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qwencli.errors import BenchError, OutputError
+from qwencli.errors import OutputError, QwenCliError
 
 LOCK = "writer.lock"
 # Windows keeps others from reading what is locked: a byte that the file does not have.
@@ -24,28 +24,32 @@ _LOCKED_BYTE = 1 << 30
 class FolderLock:
     """Held from its making until `release`.
 
+    Args:
+        in_use: the kind of error where another process has it.
+        hint: what to do then.
+        elsewhere: the option that names another folder.
+
     Raises:
-        BenchError: another process writes to the folder; says which.
+        QwenCliError: another process writes to the folder; says which.
         OutputError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, in_use: type[QwenCliError], hint: str, elsewhere: str = "--out"
+    ) -> None:
         self._path = folder / LOCK
         while True:
             try:
                 self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             except OSError as error:
                 raise OutputError(
-                    f"{folder} cannot be written: {error.strerror}", "choose another --out"
+                    f"{folder} cannot be written: {error.strerror}", f"choose another {elsewhere}"
                 ) from error
             self._close = weakref.finalize(self, os.close, self._file)
             if not _lock(self._file):
                 said = _writer(self._file)
                 self._close()
-                raise BenchError(
-                    f"{folder} is being written by {said}",
-                    "wait for it to end, or stop it; --resume goes on then",
-                )
+                raise in_use(f"{folder} is being written by {said}", hint)
             if self._is_ours():
                 break
             self._close()  # its holder removed it between the opening and the locking

@@ -1,0 +1,130 @@
+"""Captions of a set in one file."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from tests.dataset.conftest import captions, failures
+
+
+def rows_of(path):
+    """Rows by file name, of any kind of table."""
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    elif path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    else:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        rows = [{"file_name": name, "text": about["caption"]} for name, about in held.items()]
+    return {row["file_name"]: row["text"] for row in rows}
+
+
+NAMES = ["metadata.jsonl", "captions.csv", "captions.parquet", "kohya.json"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_captions(caption, pictures, engine, name):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    folder = pictures("a.png", "sub/b.png", "c.png")
+    (folder / "bad.jpg").write_bytes(b"no picture")
+    assert caption(folder, "-r", "--output", folder / name) == 1
+    rows = rows_of(folder / name)
+    assert list(rows) == ["a.png", "c.png", "sub/b.png"]
+    assert all(text.startswith("A picture ") for text in rows.values())
+    assert captions(folder) == {}
+    assert [row["path"] for row in failures(folder)] == ["bad.jpg"]
+    # What is there stays, and what is new is added.
+    pictures("d.png")
+    assert caption(folder, "-r", "--output", folder / name) == 1
+    assert engine.answered == 4
+    assert rows_of(folder / name).items() > rows.items()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_others_stay(caption, pictures, name, tmp_path):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    from qwencli.dataset.tables import FORMATS
+
+    folder = pictures("a.png", "b.png", "c.png")
+    path = folder / name
+    write = FORMATS[path.suffix][1]
+    mine = [
+        {"file_name": "x.png", "text": 'mine, "quoted"\nover lines', "score": "7"},
+        {"file_name": "b.png", "text": "ours", "score": "8"},
+        {"file_name": "c.png", "text": "", "score": "9"},
+    ]
+    write(path, ["file_name", "text", "score"], mine)
+    assert caption(folder, "--output", path, "--existing", "append") == 0
+    rows = rows_of(path)
+    assert list(rows) == ["x.png", "b.png", "c.png", "a.png"]
+    assert rows["x.png"] == mine[0]["text"]
+    assert rows["b.png"].startswith("ours, A picture ")
+    assert rows["c.png"].startswith("A picture ")
+    assert "9" in path.read_text(encoding="latin-1")
+
+
+def test_a_folder_for_the_files(caption, pictures, tmp_path):
+    folder = pictures("a.png", "sub/b.png")
+    out = tmp_path / "out"
+    assert caption(folder, "-r", "--output", out) == 0
+    assert sorted(captions(out)) == ["a.txt", "sub/b.txt"]
+    assert captions(folder) == {} and not (folder / ".qwencli").exists()
+
+
+def test_samples_are_several_captions(caption, pictures):
+    folder = pictures("a.png")
+    assert caption(folder, "--samples", "3", "--seed", "5") == 0
+    found = captions(folder)
+    assert sorted(found) == ["a.2.txt", "a.3.txt", "a.txt"]
+    assert len(set(found.values())) == 3
+    assert caption(folder, "--samples", "2", "--output", folder / "m.jsonl") == 0
+    (row,) = [json.loads(line) for line in (folder / "m.jsonl").read_text().splitlines()]
+    assert sorted(row) == ["file_name", "text", "text_2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "part"),
+    [
+        ("m.jsonl", "{", "cannot be read"),
+        ("m.jsonl", "[]\n", "line 1"),
+        ("m.csv", "a,b\n1,2\n", "no column file_name"),
+        ("m.csv", "file_name,text\na,b,c,d\n", "more fields"),
+        ("m.json", "[1]", "no JSON object"),
+        ("m.json", '{"a": 3}', "cannot be read"),
+        ("m.parquet", "PAR1", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_something_else_is_kept(caption, pictures, capsys, name, text, part):
+    folder = pictures("a.png")
+    (folder / name).write_text(text, encoding="utf-8")
+    assert caption(folder, "--output", folder / name) == 1
+    err = capsys.readouterr().err
+    assert part in err and "Traceback" not in err
+    assert (folder / name).read_text(encoding="utf-8") == text
+
+
+def test_an_ending_that_is_none(caption, pictures, capsys):
+    assert caption(pictures("a.png"), "--output", "x.xlsx") == 2
+    assert ".jsonl, .csv, .parquet, .json" in capsys.readouterr().err
+
+
+def test_names_that_are_no_text(caption, pictures):
+    folder = pictures("a.png")
+    try:
+        (folder / "a.png").rename(folder / "\udce9.png")
+    except (OSError, UnicodeError):
+        pytest.skip("this file system has no such names")
+    for name in NAMES:
+        assert caption(folder, "--output", folder / name) == 0
+        assert len(rows_of(folder / name)) == 1
+    assert list(rows_of(folder / "metadata.jsonl")) == ["\udce9.png"]
