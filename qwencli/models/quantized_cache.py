@@ -10,6 +10,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import BinaryIO
@@ -44,7 +45,11 @@ def cache_file(model: Path, quantization: Quantization, dtype: str) -> Path:
 
 def cached_bytes(model: Path) -> int:
     """Bytes that the model's quantized weights take on disk."""
-    return sum(file.stat().st_size for file in cache_folder(model).glob("*.safetensors"))
+    total = 0
+    for file in cache_folder(model).glob("*.safetensors"):
+        with suppress(OSError):  # another process replaced it just now
+            total += file.stat().st_size
+    return total
 
 
 def fingerprint(files: Iterable[Path]) -> str:
@@ -83,13 +88,21 @@ def temporary_file(file: Path) -> Path:
     return file.with_name(f".{file.name}.{os.getpid()}-{token_hex(4)}")
 
 
-def claim(stream: BinaryIO) -> None:
-    """Mark a temporary file as in use for as long as it is open.
+def claimed(file: Path) -> BinaryIO:
+    """Make a temporary file that counts as in use for as long as it is open.
 
     Where a system or a file system has no such locks, an open file cannot be deleted (Windows), or
     `remove_leftovers` takes none for a leftover.
+
+    Raises:
+        OSError: it cannot be made.
     """
-    _lock(stream)
+    while True:
+        stream = file.open("xb")
+        _lock(stream)
+        if file.exists():
+            return stream
+        stream.close()  # another load took it for a leftover before it was locked
 
 
 def remove_leftovers() -> None:

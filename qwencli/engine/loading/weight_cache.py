@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -21,7 +23,7 @@ import torch
 from qwencli.engine.loading.reader import DTYPES, Reader
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
 from qwencli.errors import ModelFileError
-from qwencli.models.quantized_cache import claim, remove_leftovers, temporary_file
+from qwencli.models.quantized_cache import claimed, remove_leftovers, temporary_file
 from qwencli.models.safetensors_header import StoredTensor, read_header
 
 Loaded = TypeVar("Loaded")
@@ -51,12 +53,19 @@ class CachedMatrices:
         return name in self._schemes
 
     def read(self, name: str, reader: Reader) -> QuantizedTensor:
-        """The matrix of this name, on the reader's device."""
+        """The matrix of this name, on the reader's device.
+
+        Raises:
+            DamagedCache: the file went away, or became shorter, since it was opened.
+        """
         parts = {}
         for part in _PARTS:
             source = self._stored.get(f"{name}.{part}")
             if source is not None:
-                parts[part] = reader.as_stored(source)
+                try:
+                    parts[part] = reader.as_stored(source)
+                except (OSError, ModelFileError) as error:
+                    raise DamagedCache from error
                 self._sums[source.name] = checksum(parts[part])
         return QuantizedTensor(
             Scheme(self._schemes[name]), parts["data"], parts["scale"], parts.get("zero")
@@ -127,8 +136,7 @@ class CacheWriter:
         self._stream: BinaryIO | None = None
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = self._temporary.open("xb")
-            claim(self._stream)
+            self._stream = claimed(self._temporary)
             self._stream.seek(8 + self._room)
         except OSError as error:
             self._give_up(error)
@@ -163,17 +171,21 @@ class CacheWriter:
             stream.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
             stream.flush()
             os.fsync(stream.fileno())
-            stream.close()
+            if sys.platform == "win32":  # which renames no file that is open
+                stream.close()
             self._temporary.replace(self._file)
+            stream.close()
         except OSError as error:
             self._give_up(error)
 
     def abandon(self) -> None:
         """Leave nothing behind."""
         if self._stream is not None:
-            self._stream.close()
+            with suppress(OSError):  # a full disk does not take what is still to be written
+                self._stream.close()
             self._stream = None
-        self._temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._temporary.unlink()
 
     def _append(self, name: str, tensor: torch.Tensor) -> None:
         assert self._stream is not None, "the caller looked"
@@ -193,10 +205,7 @@ class CacheWriter:
             f"the quantized weights could not be kept in {self._file.parent} "
             f"({error.strerror or error}); the next load quantizes them again"
         )
-        try:
-            self.abandon()
-        except OSError:
-            self._stream = None
+        self.abandon()
 
 
 def through_cache(

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -244,6 +245,117 @@ def test_a_full_disk_is_a_warning(
     assert loaded.warning is not None and str(place) in loaded.warning
     assert os.strerror(errno.ENOSPC) in loaded.warning
     assert list(place.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of file sizes")
+@pytest.mark.parametrize("room", [0, 100, 1 << 16, 1 << 20])
+def test_a_disk_that_takes_a_part_keeps_nothing(folder: Path, room: int) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        loaded = load(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(loaded.matrices) == 17
+    assert "could not be kept" in str(loaded.warning)
+    assert list(cache_file(folder, Quantization.INT4, DType.FLOAT32).parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "unreadable"])
+def test_a_file_that_changes_while_it_is_read_is_written_anew(
+    folder: Path, how: str, monkeypatch: pytest.MonkeyPatch, quantizing: list[int]
+) -> None:
+    first = load(folder)
+    file = cache_file(folder, Quantization.INT4, DType.FLOAT32)
+    real = weight_cache.CachedMatrices.read
+
+    def read(self: Any, name: str, reader: Any) -> Any:
+        if name == "text.2.down" and how == "gone":
+            reader.__exit__()  # it has to open the file again
+            reader._stream = None
+            file.unlink()
+        if name == "text.2.down" and how == "cut":
+            os.truncate(file, 100_000)
+        if name == "text.2.down" and how == "unreadable":
+            monkeypatch.setattr(reader, "_open", mock.Mock(side_effect=OSError(errno.EIO, "x")))
+        return real(self, name, reader)
+
+    monkeypatch.setattr(weight_cache.CachedMatrices, "read", read)
+    second = load(folder)
+    assert_equal(first, second)
+    assert second.warning is None and len(quantizing) == 2 * 17
+    assert file.exists()
+
+
+def test_other_loads_take_no_file_that_is_just_begun(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = quantized_cache._lock, 0
+
+    def lock_late(stream: Any) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            quantized_cache.remove_leftovers()
+        return real(stream)
+
+    monkeypatch.setattr(quantized_cache, "_lock", lock_late)
+    assert load(folder).warning is None
+    file = cache_file(folder, Quantization.INT4, DType.FLOAT32)
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_what_is_no_file_is_in_the_way_of_no_load(folder: Path) -> None:
+    first = load(folder)
+    file = cache_file(folder, Quantization.INT4, DType.FLOAT32)
+    file.unlink()
+    if sys.platform != "win32":
+        os.mkfifo(file)  # nobody will ever write to it
+        assert_equal(load(folder), first)
+        assert file.is_file()
+        file.unlink()
+    file.mkdir()
+    second = load(folder)
+    assert "could not be kept" in str(second.warning)
+    assert_equal(second, first)
+
+
+def test_a_file_that_was_changed_anywhere_is_written_anew(folder: Path) -> None:
+    first = load(folder)
+    file = cache_file(folder, Quantization.INT4, DType.FLOAT32)
+    whole = file.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+
+    @settings(max_examples=8, deadline=None)
+    @given(
+        st.one_of(st.integers(0, header - 1), st.integers(0, len(whole) - 1)),
+        st.sampled_from(["bit", "cut", "added", "zeros", "taken out"]),
+        st.integers(1, 4096),
+    )
+    def spoilt(at: int, how: str, count: int) -> None:
+        content = bytearray(whole)
+        if how == "bit":
+            content[at] ^= 1 << count % 8
+        elif how == "cut":
+            del content[at:]
+        elif how == "added":
+            content[at:at] = bytes(count)
+        elif how == "zeros":
+            content[at : at + count] = bytes(len(content[at : at + count]))
+        else:
+            del content[at : at + count]
+        file.write_bytes(content)
+        assert_equal(load(folder), first)
+        assert _without_spaces(file.read_bytes()) == _without_spaces(whole)
+
+    spoilt()
+
+
+def _without_spaces(content: bytes) -> bytes:
+    """A header is filled up with them; which of them there are, nobody reads."""
+    return content.translate(None, b" \t\r\n")
 
 
 def test_a_place_that_cannot_be_written_is_a_warning(folder: Path, tmp_path: Path) -> None:
