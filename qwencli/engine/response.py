@@ -143,7 +143,10 @@ class ResponseBuilder:
         first_token_s: float,
         load_s: float,
     ) -> Timings:
-        vision_s = sum(clock.seconds(start, end) for start, end in vision) if vision else None
+        # Without a cache of keys and values the tower runs at every step; this is the first's.
+        first_s = clock.host_s(self.marks[0])
+        spans = [clock.seconds(*span) for span in vision if clock.host_s(span[1]) <= first_s]
+        vision_s = sum(spans) if spans else None
         decode_s = sum(step_s[1:])
         return Timings(
             load_s=load_s,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qwencli.bench.inject.confusion import COLUMNS as TRUTH
+from qwencli.bench.inject.confusion import TRUTH_COLUMNS as TRUTH
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import write_rows
 from tests.bench.synthetic_campaign import ENVIRONMENT, campaign

@@ -73,7 +73,7 @@ _WHOLE = frozenset(
 )  # fmt: skip
 # What others are divided by.
 _ABOVE_ZERO = re.compile(r"decode_tok_per_s(_median|_min|_max)?|(watched|bare)_itl_ms")
-# Numbers that may lie below zero; prefill_s is what other phases leave of the first token's time.
+# Numbers that may lie below zero; prefill_s did in earlier versions (`_join_phases`).
 _SIGNED = re.compile(
     r"prefill_s|temperature_c|log_prob|speculation_gain|overhead|level_change_percent"
 )
@@ -84,6 +84,8 @@ _LEAST, _MOST = 1e-12, 1e18
 def _check_runs(table: Table) -> None:
     seen: set[tuple[str, str]] = set()
     for place, row in enumerate(table.rows):
+        if row["prefill_s"].startswith("-"):
+            _join_phases(table, place, row)
         if row["status"] not in GENERATED:
             continue
         for name in ("run", "num_new_tokens"):
@@ -93,6 +95,17 @@ def _check_runs(table: Table) -> None:
         if row["status"] == "ok" and key in seen:
             _refuse(table, place, "run", f"is a second run {row['run']} of cell {row['cell_id']}")
         seen.add(key)
+
+
+def _join_phases(table: Table, place: int, row: RawRow) -> None:
+    """Put right a prefill below zero, as earlier versions wrote it where the tower ran each step.
+
+    They took all its runs off the first step's time. That time is known, its parts are not.
+    """
+    first_step_s = float(row["vision_encode_s"] or 0) + float(row["prefill_s"])
+    if first_step_s <= 0:
+        _refuse(table, place, "prefill_s", f"{row['prefill_s']} is not a number from 0")
+    row["vision_encode_s"], row["prefill_s"] = "", repr(round(first_step_s, 9))
 
 
 def _check_tokens(table: Table) -> None:

@@ -22,6 +22,9 @@ from qwencli.errors import BenchError, OutputError
 
 Row = Mapping[str, Any]
 
+# Rows in memory take fifteen times their bytes in the file, and a small one may unpack to anything.
+MOST_UNPACKED_BYTES = 2**27
+
 # What a spreadsheet would compute when it opens the file: it is kept behind an apostrophe, which
 # reading takes off again. A number is none.
 _FORMULA = re.compile(r"'*(?:[=@\t]|[+-](?!(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?$|$))", re.IGNORECASE)
@@ -164,7 +167,7 @@ def read_table(path: Path) -> Table:
         if path.exists():
             content = path.read_bytes()
         elif packed.exists():
-            path, content = packed, gzip.decompress(packed.read_bytes())
+            path, content = packed, _unpacked(packed)
         else:
             return Table(path, (), [], ())
         text = content[: content.rfind(b"\n") + 1].decode("utf-8-sig")
@@ -193,6 +196,17 @@ def read_table(path: Path) -> Table:
     if len(set(header)) < len(header):
         raise _broken(path, "line 1 names a column twice")
     return Table(path, header, rows, lines)
+
+
+def _unpacked(path: Path) -> bytes:
+    with gzip.open(path) as file:
+        content = file.read(MOST_UNPACKED_BYTES + 1)
+    if len(content) > MOST_UNPACKED_BYTES:
+        raise BenchError(
+            f"{path} holds more than {MOST_UNPACKED_BYTES >> 20} MB of rows",
+            "if you know where it comes from, unpack it: gunzip FILE",
+        )
+    return content
 
 
 def _as_written(field: str) -> str:

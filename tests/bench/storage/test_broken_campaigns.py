@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import io
 import json
 import random
@@ -139,3 +141,41 @@ def test_an_axis_of_a_newer_version_is_passed_over(made, tmp_path):
     plan["cells"] = [{**cell, "sharding": "none"} for cell in plan["cells"]]
     (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     assert len(build_report(folder)) == 3
+
+
+def test_a_small_file_that_unpacks_to_very_much_is_refused(made, tmp_path, monkeypatch):
+    folder = tmp_path / "c"
+    shutil.copytree(made, folder)
+    content = (folder / "tokens.csv").read_bytes()
+    (folder / "tokens.csv").unlink()
+    with gzip.open(folder / "tokens.csv.gz", "wb") as file:
+        file.write(content)
+    monkeypatch.setattr("qwencli.bench.storage.row_file.MOST_UNPACKED_BYTES", len(content))
+    rows = read_file(folder, "tokens.csv")
+    assert rows == read_file(made, "tokens.csv")
+    with gzip.open(folder / "tokens.csv.gz", "ab") as file:
+        file.write(bytes(10))
+    with pytest.raises(BenchError, match=r"tokens\.csv\.gz holds more than"):
+        read_file(folder, "tokens.csv")
+
+
+def test_a_prefill_below_zero_is_joined_with_the_vision_tower_s_time(made, tmp_path):
+    """Earlier versions took the tower's runs of all steps off the first step's time."""
+    folder = tmp_path / "c"
+    shutil.copytree(made, folder)
+
+    def write(vision, prefill):
+        with (made / "runs.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        rows[0] |= {"vision_encode_s": vision, "prefill_s": prefill}
+        with (folder / "runs.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        return read_file(folder, "runs.csv")[0]
+
+    row = write("1.062244263", "-0.894426529")
+    assert (row["vision_encode_s"], row["prefill_s"]) == ("", "0.167817734")
+    for vision, prefill in (("", "-0.1"), ("0.1", "-0.2")):
+        with pytest.raises(BenchError, match=r"column prefill_s: -0"):
+            write(vision, prefill)

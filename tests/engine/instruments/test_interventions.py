@@ -54,6 +54,10 @@ def passes(engine):
 def test_without_a_cache_every_pass_reads_the_prompt(engine, answer):
     with interventions.changed(engine, generate={"use_cache": False, "cache_implementation": None}):
         text, read = passes(engine)
+        timings = engine.generate(REQUEST).timings
+    # The vision tower runs at every pass too; the phases are those of the first.
+    assert 0 < timings.vision_encode_s < timings.ttft_s
+    assert 0 < timings.prefill_s < timings.ttft_s
     assert text == answer
     assert read == list(range(read[0], read[0] + 6))
     assert passes(engine)[1][1:] == [1] * 5
