@@ -6,6 +6,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qwencli.bench.attribution.cause_rules import LONGER_WORK
 from qwencli.bench.attribution.summary import ONE_CORE_PERCENT, unlike_times
@@ -16,12 +17,19 @@ from qwencli.bench.report.steadiness import Steadiness
 from qwencli.bench.statistics.robust import UNSTABLE_RATIO, run_ratio
 from qwencli.bench.statistics.slow_tokens import FACTOR, run_limit_ms
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 # A share of a clock, of a run's time: below it is nothing to speak of.
 CLOCK_DROP_SHARE = 0.9
 GC_SHARE = 0.01
 FRAGMENTED_PERCENT = 20.0
 # Runs whose clocks differ less than this were clocked alike.
 SAME_CLOCK_SHARE = 0.02
+# Tokens are set beside the sample of the clock that is nearest in time, at most this far away.
+CLOCK_NEAR_S = 0.1
+# From this rank correlation on, over so many tokens, slow tokens and low clocks go together.
+CLOCK_FOLLOWED, LEAST_JOINED = -0.5, 50
 SLOWING = ("hw_slowdown", "hw_thermal", "sw_thermal", "hw_power_brake", "sw_power_cap")
 Row = Mapping[str, str]
 # Sentence and figure, for each thing that there is to say.
@@ -55,6 +63,58 @@ def clock(data: CellRows) -> Said:
             f"{'faster' if found > 0 else 'slower'} runs had the higher clock",
             f"correlation {found:.2f} over {len(means)} runs",
         )
+
+
+def clock_of_tokens(data: CellRows) -> Said:
+    """Whether tokens took longer while the GPU's clock was lower: within runs, where means over
+    runs hide it."""
+    clocks = [float(row["sm_clock_mhz"]) for row in data.gpu if row.get("sm_clock_mhz")]
+    if not clocks or max(clocks) - min(clocks) <= SAME_CLOCK_SHARE * max(clocks):
+        return
+    joined = tokens_with_clocks(data)
+    if len(joined) < LEAST_JOINED:
+        return
+    clock = joined["sm_clock_mhz"]
+    # Against the same token of other runs: later ones take longer, whatever the clock.
+    slower = joined["itl_ms"] / joined.groupby("token_index")["itl_ms"].transform("median")
+    found = slower.rank().corr(clock.rank())
+    if clock.max() - clock.min() > SAME_CLOCK_SHARE * clock.max() and found <= CLOCK_FOLLOWED:
+        yield (
+            "tokens take longer while the GPU's clock is lower",
+            f"rank correlation {found:.2f} over {len(joined)} tokens, {clock.min():.0f} to "
+            f"{clock.max():.0f} MHz",
+        )
+
+
+def tokens_with_clocks(data: CellRows) -> DataFrame:
+    """The tokens of measured runs, each with the clock that was read nearest to it in time.
+
+    Columns run, token_index, t_s, itl_ms, sm_clock_mhz. Of several GPUs the one that drew most
+    power is the run's.
+    """
+    import pandas
+
+    measured = {row["run"] for row in data.measured}
+
+    def numbers(rows: Sequence[Row], names: Sequence[str], *words: str) -> DataFrame:
+        kept = [row for row in rows if row["run"] in measured]
+        table = pandas.DataFrame(
+            {name: [float(row[name] or "nan") for row in kept] for name in names}
+        )
+        return table.assign(**{word: [row[word] for row in kept] for word in words})
+
+    tokens = numbers(data.tokens, ("token_index", "t_s", "itl_ms"), "run").dropna()
+    samples = numbers(data.gpu, ("t_s", "sm_clock_mhz", "power_w"), "run", "gpu_index")
+    power = samples.groupby("gpu_index")["power_w"].mean().fillna(0.0)
+    ours = samples[samples["gpu_index"] == power.idxmax()] if len(power) else samples
+    return pandas.merge_asof(
+        tokens.sort_values("t_s"),
+        ours[["run", "t_s", "sm_clock_mhz"]].dropna().sort_values("t_s"),
+        on="t_s",
+        by="run",
+        direction="nearest",
+        tolerance=CLOCK_NEAR_S,  # type: ignore[arg-type]  # keys are floats, so it may be one
+    ).dropna()
 
 
 # Fixed work of runs.csv, and what it says of a host where it took longer.
@@ -160,6 +220,7 @@ def allocator(data: CellRows) -> Said:
 
 MACHINE_RULES: tuple[Callable[[CellRows], Said], ...] = (
     clock,
+    clock_of_tokens,
     pace,
     throttling,
     host,

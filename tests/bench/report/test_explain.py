@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from qwencli.bench.attribution.summary import why
+from qwencli.bench.report import explain_rules
 from qwencli.bench.report.explain import explain_campaign
-from qwencli.bench.report.explain_rules import CELL_RULES, CellRows
+from qwencli.bench.report.explain_rules import CELL_RULES, CellRows, tokens_with_clocks
 from qwencli.bench.report.steadiness import steadiness
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import write_rows
@@ -111,6 +112,56 @@ def test_stalls_name_their_token():
         "1 token stalls in 1 of 2 runs (2 times the run's median or more, and far beyond its "
         "noise) (worst 470.0 ms, 47.0 times the median, token 2 of run 1)"
     ) in lines
+
+
+def clocked(itl_of, runs=4, tokens=60):
+    """Rows of a cell whose clock falls to half in the middle of each run, sampled every 50 ms."""
+    made, sampled = [], []
+    for number in range(runs + 1):
+        t_s = 100.0 * number
+        for n in range(tokens):
+            low = (n + 5 * number) % tokens >= tokens // 2
+            itl_ms = itl_of(n, low, number)
+            t_s += itl_ms / 1e3
+            row = {"cell_id": "c", "run": str(number), "t_s": repr(t_s), "token_index": str(n)}
+            made.append(row | {"itl_ms": repr(itl_ms) if n else ""})
+            for index, power, mhz in (("0", 20, 300), ("1", 400, 1000 if low else 2000)):
+                row = {"cell_id": "c", "run": str(number), "t_s": repr(t_s), "gpu_index": index}
+                sampled.append(row | {"power_w": str(power), "sm_clock_mhz": str(mhz)})
+    rows = [{**row, "utilization_percent": ""} for row in sampled]
+    return cell([run(number) for number in range(runs + 1)], made, rows)
+
+
+LOW_CLOCK = "tokens take longer while the GPU's clock is lower"
+
+
+def test_slow_tokens_and_a_low_clock_go_together():
+    data = clocked(lambda n, low, number: (10.0 + n / 10) * (1.5 if low else 1.0))
+    (line,) = [line for line in said(data) if line.startswith(LOW_CLOCK)]
+    assert line.endswith(f"over {4 * 59} tokens, 1000 to 2000 MHz)")
+    joined = tokens_with_clocks(data)
+    assert set(joined["run"]) == {"1", "2", "3", "4"}
+    assert set(joined["sm_clock_mhz"]) == {1000.0, 2000.0}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        clocked(lambda n, low, number: 10.0 + n),  # longer with the context alone
+        clocked(lambda n, low, number: 10.0 + (7 * n + 3 * number) % 5),
+        clocked(lambda n, low, number: 10.0 * (1.5 if low else 1.0), runs=1, tokens=40),  # few
+        cell(eight()),
+    ],
+)
+def test_tokens_that_do_not_follow_the_clock_get_no_sentence(data):
+    assert not any(line.startswith(LOW_CLOCK) for line in said(data))
+
+
+def test_a_clock_that_stands_still_is_not_joined(monkeypatch):
+    data = clocked(lambda n, low, number: 10.0)
+    still = [{**row, "sm_clock_mhz": "1980"} for row in data.gpu]
+    monkeypatch.setattr(explain_rules, "tokens_with_clocks", None)
+    assert said(dataclasses.replace(data, gpu=still))
 
 
 def test_what_the_roofline_says():
