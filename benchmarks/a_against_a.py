@@ -40,14 +40,14 @@ from qwencli.bench.run.campaign import Campaign
 from qwencli.bench.run.campaign_runner import RunnerOptions, run_in_turns
 from qwencli.config import DType, LoadFormat
 from qwencli.engine.machine.device import DeviceFacts
-from qwencli.output import Sink
+from qwencli.output import Output
 
 
 def main() -> int:
     end = time.monotonic()
     options = _options()
     end += options.max_time or float("inf")
-    sink = Sink()
+    sink = Output()
     plan, facts = prepare(_request(options))
     planted = _of_first_cells(plan, options.planted_cells) if options.planted else None
     if options.dry_run:
@@ -107,7 +107,7 @@ def _of_first_cells(plan: Plan, count: int | None) -> Plan:
     return replace(plan, cells=tuple(able[:count]))
 
 
-def _show(plan: Plan, planted: Plan | None, sink: Sink) -> None:
+def _show(plan: Plan, planted: Plan | None, sink: Output) -> None:
     speed = read_machine_speed(plan.settings.device)
     able = {cell.cell_id: predict(plan, cell, speed) for cell in plan.cells if not cell.skip_reason}
     sink.show(planned_table(plan.order(), able))
@@ -123,7 +123,7 @@ def _run(
     names: tuple[str, ...],
     planted: float | None,
     end: float,
-    sink: Sink,
+    sink: Output,
 ) -> None:
     runner = RunnerOptions(
         command=worker(planted),
@@ -139,7 +139,7 @@ def _run(
         run_in_turns(campaigns, runner, sink.notice, lambda: time.monotonic() < end)
 
 
-def _write(out: Path, names: tuple[str, ...] | list[str], sink: Sink) -> Mapping[str, Any]:
+def _write(out: Path, names: tuple[str, ...] | list[str], sink: Output) -> Mapping[str, Any]:
     """Compare each of `names` with campaign a, print it, and write comparisons.json."""
     base = read_side(out / "a")
     found = {name: compare(base, read_side(out / name)) for name in names}

@@ -3,7 +3,7 @@
     python benchmarks/neighbours.py --kind copying --seconds 5 -- qwencli bench --engine native
 
 What it shows: how much such neighbours cost, and whether the campaign's own evidence names them
-(`memory_walk_us` in runs.csv, `processor` in causes.csv). The exit code is the command's.
+(`pointer_chase_us` in runs.csv, `processor` in causes.csv). The exit code is the command's.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from qwencli import __version__
 from qwencli.commands import bench, caption, chat, dataset, diagnose, models
 from qwencli.errors import OutputError, QwenCliError, UsageError
-from qwencli.output import Sink, let_go_of_streams, ready_streams
+from qwencli.output import Output, let_go_of_streams, ready_streams
 
 GLOBAL_FLAGS = ("--quiet", "-q", "--debug")
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
@@ -47,7 +47,7 @@ app.command()(models.models)
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        Sink().answer(f"qwencli {__version__}")
+        Output().answer(f"qwencli {__version__}")
         raise typer.Exit
 
 
@@ -61,7 +61,7 @@ def _root(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    context.obj = Sink(quiet=quiet)
+    context.obj = Output(quiet=quiet)
 
 
 def main() -> None:
@@ -135,10 +135,10 @@ def _global_flags_first(arguments: list[str]) -> list[str]:
 def _finished(returned: object) -> int:
     """The exit code for what the application returned; Typer makes Ctrl-C a return of 130."""
     if returned == EXIT_INTERRUPTED:
-        Sink().notice("interrupted")
+        Output().notice("interrupted")
     return returned if isinstance(returned, int) else 0
 
 
 def _fail(error: QwenCliError) -> int:
-    Sink().error(error)
+    Output().error(error)
     return error.exit_code

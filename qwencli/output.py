@@ -1,6 +1,6 @@
-"""The one output sink: stdout carries the answer alone, stderr everything else.
+"""Where a command writes: stdout carries the answer alone, stderr everything else.
 
-A command builds a `Sink` once. `answer` and `json_line` write to stdout; `notice`, `warn`,
+A command builds an `Output` once. `answer` and `json_line` write to stdout; `notice`, `warn`,
 `status` and `table` write to stderr unless the table is itself the answer (`show`).
 
 Whatever is written may quote what strangers wrote: names of files and models, templates, answers.
@@ -63,7 +63,7 @@ def _escape_for_json(found: re.Match[str]) -> str:
     return f"\\u{ord(found.group()):04x}"
 
 
-class Sink:
+class Output:
     """Where a command writes.
 
     Args:

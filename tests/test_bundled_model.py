@@ -38,7 +38,7 @@ def test_every_example_gets_its_exact_caption(capsys, engine):
 @pytest.mark.parametrize("answer", EXPECTED["answers"], ids=lambda answer: answer["prompt"])
 def test_questions_and_several_pictures(capsys, answer):
     paths = [str(EXAMPLES / name) for name in answer["images"]]
-    out = ask(capsys, "caption", *paths, "--together", "--prompt", answer["prompt"])
+    out = ask(capsys, "caption", *paths, "--multi-image", "--prompt", answer["prompt"])
     assert out.strip() == answer["answer"]
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.table import Table
 
 from qwencli.errors import QwenCliError
-from qwencli.output import Sink, _wrapped, markdown_page, visible
+from qwencli.output import Output, _wrapped, markdown_page, visible
 from qwencli.word_wrap import WordWrap
 
 
@@ -62,7 +62,7 @@ def test_wrapping_changes_nothing_but_some_spaces():
 
 def test_an_answer_is_wrapped_at_a_terminal_alone(capsys, monkeypatch):
     def answer():
-        with Sink().stream() as write:
+        with Output().stream() as write:
             for piece in ("one tw", "o thr", "ee"):
                 write(piece)
         return capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_an_answer_is_wrapped_at_a_terminal_alone(capsys, monkeypatch):
 
 def test_a_stopped_answer_shows_what_had_arrived(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    with pytest.raises(KeyboardInterrupt), Sink().stream() as write:
+    with pytest.raises(KeyboardInterrupt), Output().stream() as write:
         write("half a wo")
         raise KeyboardInterrupt
     assert capsys.readouterr().out == "half a wo"
@@ -101,7 +101,7 @@ def controls(text):
     ],
 )
 def test_what_is_quoted_in_a_line_stays_in_that_line(write, capsys):
-    write(Sink())
+    write(Output())
     err = capsys.readouterr().err
     assert not controls(err)
     assert err.count("\n") <= 1
@@ -111,7 +111,7 @@ def test_what_is_quoted_in_a_line_stays_in_that_line(write, capsys):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_an_answer_cannot_steer_the_terminal(terminal, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
-    with Sink().stream() as write:
+    with Output().stream() as write:
         for char in HOSTILE:
             write(char)
     out = capsys.readouterr().out
@@ -122,7 +122,7 @@ def test_an_answer_cannot_steer_the_terminal(terminal, capsys, monkeypatch):
 def test_thoughts_cannot_steer_the_terminal(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with Sink().thoughts() as think:
+    with Output().thoughts() as think:
         think(HOSTILE)
     assert "\x1b]" not in capsys.readouterr().err
 
@@ -131,7 +131,7 @@ def test_thoughts_cannot_steer_the_terminal(capsys, monkeypatch):
 def test_json_is_one_line_of_plain_characters_and_loses_nothing(text):
     stdout = io.StringIO()
     with contextlib.redirect_stdout(stdout):
-        Sink().json_line({"caption": text})
+        Output().json_line({"caption": text})
     written = stdout.getvalue()
     assert not controls(written)
     assert written.count("\n") == 1
@@ -155,7 +155,7 @@ def test_tables_show_names_as_they_are(show, capsys):
     table = Table(title="[v1] :smile:")
     table.add_column("[/x]")
     table.add_row("[red]m[/red] \x1b[2J")
-    getattr(Sink(), show)(table)
+    getattr(Output(), show)(table)
     out = "".join(capsys.readouterr())
     for part in ("[v1] :smile:", "[/x]", r"[red]m[/red] \x1b[2J"):
         assert part in out
@@ -164,7 +164,7 @@ def test_tables_show_names_as_they_are(show, capsys):
 
 def test_a_status_shows_names_as_they_are(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with Sink().status("loading [/x]\x1b]0;t\x07"):
+    with Output().status("loading [/x]\x1b]0;t\x07"):
         pass
     assert "\x1b]0;" not in capsys.readouterr().err
 

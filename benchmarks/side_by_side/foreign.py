@@ -25,7 +25,7 @@ from qwencli.bench.statistics.slow_tokens import run_latency
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import RowFile
 from qwencli.errors import BenchError, OutputError, QwenCliError
-from qwencli.output import Sink
+from qwencli.output import Output
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def measure(folder: Path, work: Work, runs: Callable[[], Iterable[Run]]) -> None
         campaign.add(warm_up)
         for run in coming:
             campaign.add(run)
-    Sink().show(terminal_table(build_report(folder)))
+    Output().show(terminal_table(build_report(folder)))
 
 
 def main(script: Callable[[Sequence[str]], None]) -> int:

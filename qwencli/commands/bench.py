@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from qwencli.commands.bench_study import study
 from qwencli.config import DType, LoadFormat, parse_seq_len
 from qwencli.errors import UsageError
-from qwencli.output import Sink
+from qwencli.output import Output
 
 DEFAULT_MATRIX = "default"
 
@@ -136,12 +136,13 @@ def bench(
     limits: Annotated[
         bool, _checks(help="After them, measure this machine's limits and what probes cost.")
     ] = True,
-    plant: Annotated[
+    inject_slowdown: Annotated[
         float | None,
         _course(
             metavar="PERCENT", min=0.0, help="Make tokens so much slower on purpose, for compare."
         ),
     ] = None,
+    plant: Annotated[float | None, typer.Option("--plant", min=0.0, hidden=True)] = None,
     timeout: Annotated[
         float, _course(metavar="SECONDS", min=1.0, help="Of one process, loading included.")
     ] = 1800.0,
@@ -165,7 +166,7 @@ def bench(
     from qwencli.bench.plan.matrix_file import read_prompt
     from qwencli.bench.plan.prepare import BenchRequest, prepare
     from qwencli.bench.plan.stopping import Wanted
-    from qwencli.bench.run.bench_run import How, measure, show_cells
+    from qwencli.bench.run.bench_run import RunSettings, measure, show_cells
     from qwencli.bench.run.campaign_runner import read_cooldown
 
     axes = {
@@ -195,17 +196,25 @@ def bench(
         quality_samples=quality_samples if quality else 0,
         threads=threads,
     )
-    how = How(
-        resume, timeout, read_cooldown(cooldown), continue_on_error, limits, planted_percent=plant
+    output = context.ensure_object(Output)
+    if plant is not None:
+        output.notice("--plant is now called --inject-slowdown")
+        inject_slowdown = plant
+    settings = RunSettings(
+        resume=resume,
+        timeout_s=timeout,
+        cooldown=read_cooldown(cooldown),
+        continue_on_error=continue_on_error,
+        limits=limits,
+        slowdown_percent=inject_slowdown,
     )
-    sink = context.ensure_object(Sink)
-    with sink.status("reading the matrix and this machine"):
+    with output.status("reading the matrix and this machine"):
         plan, facts = prepare(request)
     if dry_run:
-        show_cells(plan, sink)
+        show_cells(plan, output)
         return
     folder = out or Path("campaigns") / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    code = measure(plan, facts, folder, sys.argv[1:], sink, how)
+    code = measure(plan, facts, folder, sys.argv[1:], output, settings)
     raise typer.Exit(code)
 
 
@@ -219,24 +228,27 @@ def report(
     Writes cells.csv, causes.csv, report.md and report.html, and the confusion matrix of an injected
     campaign; verdicts.csv and report.md of a study.
     """
+    from qwencli.bench.storage.campaign_files import renamed_columns
     from qwencli.bench.studies.study_plan import STUDY
 
+    output = context.ensure_object(Output)
+    if notice := renamed_columns(folder):
+        output.notice(notice)
     if (folder / STUDY).exists():
         from qwencli.bench.studies import study_report
 
         verdicts = study_report.build_study_report(folder)
-        context.ensure_object(Sink).show(study_report.terminal_table(verdicts))
+        output.show(study_report.terminal_table(verdicts))
         return
     from qwencli.bench.inject.confusion import rebuilt, summary
     from qwencli.bench.report.campaign_report import build_report
     from qwencli.bench.report.tables import terminal_table
 
     rows = build_report(folder)
-    sink = context.ensure_object(Sink)
-    sink.show(terminal_table(rows))
+    output.show(terminal_table(rows))
     if found := rebuilt(folder):
         for line in summary(found):
-            sink.show(line)
+            output.show(line)
 
 
 class FailOn(StrEnum):
@@ -305,7 +317,7 @@ def compare(
         )
         folder = out or Path("campaigns") / f"compare-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         matrices = str(a), str(b)
-        a, b = run_sides(request, matrices, folder, sys.argv[1:], context.ensure_object(Sink))
+        a, b = run_sides(request, matrices, folder, sys.argv[1:], context.ensure_object(Output))
     elif processes or runs or out or model:
         raise UsageError(
             "--processes, --runs, --out and --model go with --run", "add --run, or leave them out"
@@ -313,13 +325,16 @@ def compare(
     from qwencli.bench.compare.comparison import compare as compare_sides
     from qwencli.bench.compare.comparison_tables import comparison_document, comparison_table
     from qwencli.bench.compare.sides import read_side
+    from qwencli.bench.storage.campaign_files import renamed_columns
 
+    output = context.ensure_object(Output)
+    if notice := renamed_columns(a, b):
+        output.notice(notice)
     found = compare_sides(read_side(a), read_side(b), threshold=threshold / 100, force=force)
-    sink = context.ensure_object(Sink)
     if json:
-        sink.json_line(comparison_document(found))
+        output.json_line(comparison_document(found))
     else:
-        sink.show(comparison_table(found))
+        output.show(comparison_table(found))
     if fail_on is FailOn.SLOWER and found.got_slower:
         raise typer.Exit(1)
 
@@ -383,8 +398,8 @@ def inject(
     )
     injection = Injection(names=tuple(causes or ("ALL",)), trials=trials, seed=seed)
     folder = out or Path("campaigns") / f"inject-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    sink = context.ensure_object(Sink)
-    found = run_injection(request, injection, folder, sys.argv[1:], sink)
+    output = context.ensure_object(Output)
+    found = run_injection(request, injection, folder, sys.argv[1:], output)
     for line in summary(found):
-        sink.show(line)
+        output.show(line)
     raise typer.Exit(0 if holds(found) else 1)

@@ -11,7 +11,7 @@ import typer
 
 from qwencli.config import DType, LoadFormat
 from qwencli.errors import UsageError
-from qwencli.output import Sink
+from qwencli.output import Output
 
 LIST = "LIST"
 
@@ -68,10 +68,10 @@ def study(
     from qwencli.bench.studies.claim_file import choose
     from qwencli.bench.studies.study_report import claims_table
 
-    sink = context.ensure_object(Sink)
+    output = context.ensure_object(Output)
     named = [*(claim or ()), *([claims] if claims else ())]
     if [name.upper() for name in named] == [LIST]:
-        sink.show(claims_table())
+        output.show(claims_table())
         return
     if resume and out is None:
         raise UsageError("--resume needs --out DIR", "name the study's folder")
@@ -92,19 +92,19 @@ def study(
         part=number,
         parts=parts,
     )
-    with sink.status("reading the claims and this machine"):
+    with output.status("reading the claims and this machine"):
         prepared = plan.prepare_study(studies, request, read_device_facts(device))
     if dry_run:
-        session.show_plan(prepared, sink)
+        session.show_plan(prepared, output)
         return
     folder = out or Path("campaigns") / f"study-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    code = session.run_and_report(prepared, folder, sys.argv[1:], sink, resume=resume)
+    code = session.run_and_report(prepared, folder, sys.argv[1:], output, resume=resume)
     if share:
         from qwencli.bench.studies.study_report import share as pack
         from qwencli.diagnostics.redact import redact, this_owner
 
         owner = this_owner()
-        sink.notice(f"to send: {pack(folder, lambda text: redact(text, owner))}")
+        output.notice(f"to send: {pack(folder, lambda text: redact(text, owner))}")
     raise typer.Exit(code)
 
 

@@ -15,7 +15,7 @@ from qwencli.commands.options import (
     with_run_options,
 )
 from qwencli.errors import UsageError
-from qwencli.output import Sink
+from qwencli.output import Output
 from qwencli.presets import PRESETS, prompt_text
 
 
@@ -30,9 +30,10 @@ def caption(
     preset: Annotated[str | None, typer.Option(help=f"Ask for: {', '.join(PRESETS)}.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     frames: Frames = None,
-    together: Annotated[
-        bool, typer.Option("--together", help="All images in one request.")
+    multi_image: Annotated[
+        bool, typer.Option("--multi-image", help="All images in one request.")
     ] = False,
+    together: Annotated[bool, typer.Option("--together", hidden=True)] = False,
     *,
     chosen: SetOptions,
     shape: ShapeOptions,
@@ -49,12 +50,15 @@ def caption(
     from qwencli.commands.requests import running_engine, system_messages
     from qwencli.messages import GenerationRequest, VisualPart, user_message
 
-    sink = context.ensure_object(Sink)
+    sink = context.ensure_object(Output)
+    if together:
+        sink.notice("--together is now called --multi-image")
+        multi_image = True
     if not (inputs or chosen.is_used):
         raise UsageError("Missing argument 'IMAGE...'", "name pictures, or a folder of them")
     if is_set(inputs or (), chosen):
-        if together:
-            raise UsageError("--together is for a few pictures", "leave it out for a folder")
+        if multi_image:
+            raise UsageError("--multi-image is for a few pictures", "leave it out for a folder")
         manner = manner_of(shape, run, prompt, preset)
         caption_set(inputs or (), chosen, run, sink, manner=manner, system=system, frames=frames)
         return
@@ -73,13 +77,13 @@ def caption(
 
     work = Captions(sink, run, model=spec.name, several=len(images) > 1)
 
-    jobs = work.opened([images] if together else [[path] for path in images], frames)
+    jobs = work.opened([images] if multi_image else [[path] for path in images], frames)
     pictures = next(jobs, None)
     if pictures is not None:
         announce_model(spec, run, sink)
         with running_engine(run.engine_config(spec), sink) as loaded:
             left = images[work.begun - 1 :]
-            if len(left) >= BATCH_FROM and not together:
+            if len(left) >= BATCH_FROM and not multi_image:
                 work.answer_many(
                     loaded, left, ask(pictures), lambda path: ask((work.open(path, frames),))
                 )

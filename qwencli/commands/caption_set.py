@@ -15,7 +15,7 @@ from qwencli.commands.options import RunOptions, SetOptions, ShapeOptions
 from qwencli.commands.reports import caption_record, failure_record
 from qwencli.config import Existing
 from qwencli.errors import InputError, UsageError
-from qwencli.output import Sink
+from qwencli.output import Output
 
 if TYPE_CHECKING:
     from qwencli.dataset.asking import Asking, Manner
@@ -43,7 +43,7 @@ def caption_set(
     inputs: Sequence[str],
     chosen: SetOptions,
     run: RunOptions,
-    sink: Sink,
+    sink: Output,
     *,
     manner: Manner,
     system: str | None,
@@ -252,7 +252,7 @@ def _kinds(suffixes: Counter[str]) -> str:
 class _Reporter:
     """Tells of each outcome and, at the end, of all."""
 
-    def __init__(self, whole: CaptionSet, sink: Sink, run: RunOptions, model: str) -> None:
+    def __init__(self, whole: CaptionSet, sink: Output, run: RunOptions, model: str) -> None:
         self._whole, self._sink, self._json, self._model = whole, sink, run.json, model
 
     def __call__(self, outcome: Outcome) -> None:

@@ -20,7 +20,7 @@ from qwencli.commands.reports import (
 from qwencli.commands.requests import OPENING_ERRORS, open_visual
 from qwencli.errors import InputError, OutOfMemoryError, QwenCliError
 from qwencli.messages import GenerationRequest, ImagePart, VisualPart
-from qwencli.output import Sink, visible
+from qwencli.output import Output, visible
 
 if TYPE_CHECKING:
     from qwencli.engine.protocol import Engine
@@ -36,7 +36,7 @@ BATCH_FROM = 16
 class Captions:
     """One that fails costs its own answer only; `failed` counts them, `begun` those opened."""
 
-    def __init__(self, sink: Sink, run: RunOptions, *, model: str, several: bool) -> None:
+    def __init__(self, sink: Output, run: RunOptions, *, model: str, several: bool) -> None:
         self.sink, self.json, self.stats = sink, run.json, run.stats
         self.model, self.several = model, several
         self.failed = self.begun = 0

@@ -10,7 +10,7 @@ import typer
 
 from qwencli.commands.options import Frames, RunOptions, with_run_options
 from qwencli.messages import VisualPart
-from qwencli.output import Sink
+from qwencli.output import Output
 
 
 @with_run_options
@@ -34,7 +34,7 @@ def chat(
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.requests import OPENING_ERRORS, open_visual, running_engine
 
-    sink = context.ensure_object(Sink)
+    sink = context.ensure_object(Output)
     sampling = run.sampling_options()
     spec = choose_model(run, sink)
     pictures: list[VisualPart] = []

@@ -38,7 +38,7 @@ from qwencli.messages import (
     text_message,
     user_message,
 )
-from qwencli.output import Sink, visible
+from qwencli.output import Output, visible
 
 if TYPE_CHECKING:
     from qwencli.engine.protocol import Engine
@@ -69,7 +69,7 @@ class Conversation:
         self,
         engine: Engine,
         sampling: SamplingOptions,
-        sink: Sink,
+        sink: Output,
         *,
         system: str | None,
         json: bool,

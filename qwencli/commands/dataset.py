@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from qwencli.errors import OutputError
-from qwencli.output import Sink, visible
+from qwencli.output import Output, visible
 
 app = typer.Typer(no_args_is_help=True, help="Look at sets of captioned pictures.")
 
@@ -47,7 +47,7 @@ def report(
     from qwencli.dataset.report.set_reader import read_set
     from qwencli.dataset.report.survey import surveyed
 
-    sink = context.ensure_object(Sink)
+    sink = context.ensure_object(Output)
     with sink.status(f"reading {folder}"):
         listing, entries = read_set(folder, caption_extension)
     thumbnails = []

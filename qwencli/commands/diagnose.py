@@ -9,7 +9,7 @@ import typer
 
 from qwencli.config import LoadFormat
 from qwencli.errors import UsageError
-from qwencli.output import Sink
+from qwencli.output import Output
 
 app = typer.Typer(invoke_without_command=True, no_args_is_help=False)
 
@@ -67,12 +67,12 @@ def diagnose(
     from qwencli.diagnostics.record import record
     from qwencli.diagnostics.report import document, text, verdict
 
-    sink = context.ensure_object(Sink)
+    output = context.ensure_object(Output)
     level = Level.QUICK if quick else Level.DEEP if deep else Level.DEFAULT
     checks = select(level, _names(only), _names(skip))
     spec = chosen_model(model)
     with (
-        sink.status("looking at this machine"),
+        output.status("looking at this machine"),
         live.LiveMachine(spec, engine_work(spec, load_format)) as machine,
     ):
         results = [(check, run_check(check, machine)) for check in checks]
@@ -80,13 +80,13 @@ def diagnose(
         recorded = record(machine) if json or report else {}
     if report is not None:
         write_report(report, results, advice, recorded)
-        sink.notice(f"wrote {report}; look at it before you paste it")
+        output.notice(f"wrote {report}; look at it before you paste it")
     if json:
-        sink.json_line(document(results, advice, recorded))
+        output.json_line(document(results, advice, recorded))
     else:
-        sink.show(text(results, advice))
+        output.show(text(results, advice))
     if apply:
-        apply_advice(advice, sink, default=model is not None, ask=not yes)
+        apply_advice(advice, output, default=model is not None, ask=not yes)
     if verdict(results) is Status.FAIL:
         raise typer.Exit(1)
 
@@ -101,10 +101,13 @@ def explain(
     from dataclasses import asdict
 
     from qwencli.bench.report.explain import explain_campaign, explained_text
+    from qwencli.bench.storage.campaign_files import renamed_columns
 
-    sink, findings = context.ensure_object(Sink), explain_campaign(campaign)
+    output, findings = context.ensure_object(Output), explain_campaign(campaign)
+    if notice := renamed_columns(campaign):
+        output.notice(notice)
     if not json:
-        sink.show(explained_text(findings))
+        output.show(explained_text(findings))
         return
     for finding in findings:
-        sink.json_line(asdict(finding))
+        output.json_line(asdict(finding))

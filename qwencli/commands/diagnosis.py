@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwencli.config import EngineConfig, LoadFormat, ModelSource, ModelSpec
 from qwencli.errors import DeviceError, ModelFileError, OutputError, UsageError
-from qwencli.output import Sink
+from qwencli.output import Output
 
 if TYPE_CHECKING:
     from qwencli.diagnostics.advice import Advice
@@ -93,7 +93,7 @@ def write_report(
         ) from error
 
 
-def apply_advice(advice: Advice, sink: Sink, *, default: bool, ask: bool) -> None:
+def apply_advice(advice: Advice, output: Output, *, default: bool, ask: bool) -> None:
     """Write the advice to the user's config.toml, showing what changes first.
 
     Args:
@@ -118,15 +118,15 @@ def apply_advice(advice: Advice, sink: Sink, *, default: bool, ask: bool) -> Non
     old, new = changed_config(folder, advice.model, settings(advice), default=default)
     place = str(folder / CONFIG_FILE)
     if old == new:
-        sink.notice(f"{place} says so already")
+        output.notice(f"{place} says so already")
         return
     lines = difflib.unified_diff(
         old.splitlines(), new.splitlines(), place, f"{place} (recommended)", lineterm="", n=1
     )
-    sink.report(*lines)
-    if ask and not sink.can_ask():
+    output.report(*lines)
+    if ask and not output.can_ask():
         raise UsageError("--apply asks before it writes, and nobody is there", "add --yes")
-    if ask and not sink.confirm("Write this?"):
-        sink.notice("nothing was written")
+    if ask and not output.confirm("Write this?"):
+        output.notice("nothing was written")
         return
-    sink.notice(f"wrote {write_config(folder, new)}")
+    output.notice(f"wrote {write_config(folder, new)}")

@@ -7,10 +7,10 @@ import os
 from qwencli.commands.options import RunOptions
 from qwencli.config import LoadFormat, ModelSource, ModelSpec
 from qwencli.models.resolve import recommended_model, resolve_model
-from qwencli.output import Sink
+from qwencli.output import Output
 
 
-def choose_model(run: RunOptions, sink: Sink) -> ModelSpec:
+def choose_model(run: RunOptions, output: Output) -> ModelSpec:
     """The model named, or the best one for this machine; see `qwencli.models.resolve`.
 
     Where only the bundled model is left and a person sits before a machine with a GPU, they are
@@ -27,8 +27,8 @@ def choose_model(run: RunOptions, sink: Sink) -> ModelSpec:
     )
     if spec.source is not ModelSource.BUNDLED or run.load_format is LoadFormat.DUMMY:
         return spec
-    better = recommended_model(free_bytes) if on_gpu and _can_ask(run, sink) else None
-    return better if better and _wants(better, sink) else spec
+    better = recommended_model(free_bytes) if on_gpu and _can_ask(run, output) else None
+    return better if better and _wants(better, output) else spec
 
 
 def free_bytes_on(device: str) -> tuple[int, bool]:
@@ -44,29 +44,31 @@ def free_bytes_on(device: str) -> tuple[int, bool]:
     return memory.available_bytes // 2, False
 
 
-def _can_ask(run: RunOptions, sink: Sink) -> bool:
-    return sink.can_ask() and not (run.offline or sink.quiet or os.environ.get("HF_HUB_OFFLINE"))
+def _can_ask(run: RunOptions, output: Output) -> bool:
+    return output.can_ask() and not (
+        run.offline or output.quiet or os.environ.get("HF_HUB_OFFLINE")
+    )
 
 
-def _wants(better: ModelSpec, sink: Sink) -> bool:
+def _wants(better: ModelSpec, output: Output) -> bool:
     from qwencli.models.memory import weight_bytes
     from qwencli.models.shape_reader import read_shape
 
     assert better.hub_config is not None, "built-ins come with their configuration"
     size = weight_bytes(read_shape(better.hub_config, better.name)) / 1e9
-    return sink.confirm(
+    return output.confirm(
         f"No model for photographs is on this machine. Download {better.name} ({size:.1f} GB) "
         "from the Hugging Face hub now?"
     )
 
 
-def announce_model(spec: ModelSpec, run: RunOptions, sink: Sink) -> None:
+def announce_model(spec: ModelSpec, run: RunOptions, output: Output) -> None:
     """Say on stderr what the bundled model is, and what is about to be downloaded."""
     if spec.source is ModelSource.BUNDLED:
-        sink.notice(
+        output.notice(
             "note: using the bundled model 'scenes', which knows drawn scenes only "
             "(shapes, colours, positions, numbers); for photographs use "
             "--model qwen3-vl-4b (see: qwencli models)"
         )
     elif spec.path is None and run.load_format is LoadFormat.AUTO and not run.offline:
-        sink.notice(f"downloading {spec.repo_id} (kept in the Hugging Face cache)")
+        output.notice(f"downloading {spec.repo_id} (kept in the Hugging Face cache)")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwencli.output import Sink, visible
+from qwencli.output import Output, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,17 +31,17 @@ def models(
     from qwencli.models.listing import list_models
     from qwencli.models.resolve import Places
 
-    sink, places = context.ensure_object(Sink), Places()
+    output, places = context.ensure_object(Output), Places()
     custom = places.custom_models(models_file)
     for warning in custom.warnings:
-        sink.warn(warning)
+        output.warn(warning)
     free_bytes, on_gpu = free_bytes_on("auto")
     rows = list_models(custom, places, free_bytes)
     if as_json:
         for row in rows:
-            sink.json_line(asdict(row))
+            output.json_line(asdict(row))
         return
-    sink.show(_table(rows, _legend(free_bytes, on_gpu)))
+    output.show(_table(rows, _legend(free_bytes, on_gpu)))
 
 
 def _legend(free_bytes: int, on_gpu: bool) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qwencli.config import EngineConfig, LoadFormat
 from qwencli.errors import InputError, MissingDependencyError, OutOfMemoryError
 from qwencli.messages import ImagePart, Message, VideoPart, VisualPart, text_message
-from qwencli.output import Sink
+from qwencli.output import Output
 
 # What opening a picture or video may raise: it costs that one, and the others are done.
 OPENING_ERRORS = (InputError, MissingDependencyError, OutOfMemoryError)
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def running_engine(config: EngineConfig, sink: Sink) -> Iterator[Engine]:
+def running_engine(config: EngineConfig, sink: Output) -> Iterator[Engine]:
     """An engine, loaded, closed at the end whatever happens."""
     from qwencli.engine.factory import create_engine
     from qwencli.engine.resolve import resolve_device

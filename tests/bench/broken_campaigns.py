@@ -47,7 +47,7 @@ def write_campaign(folder: Path, seed: int = 0) -> Path:
     for run in made.runs:
         if run["status"] == "ok":
             run |= {"load_s": "1.5", "temperature_c_max": "70", "power_w_mean": "400"}
-            run |= {"main_thread_cpu_percent": "95", "core_loop_us": "4", "memory_walk_us": "200"}
+            run |= {"main_thread_cpu_percent": "95", "cpu_loop_us": "4", "pointer_chase_us": "200"}
             run |= {"gc_pause_ms": "1", "stall_count": "1", "process": "1"}
             span = {"t_s": 200.0, "span_ms": 80.0} if run["run"] == "2" else {}
             truth.append({"run": run["run"], "cause": "gc" if span else "none", **span})
@@ -57,7 +57,7 @@ def write_campaign(folder: Path, seed: int = 0) -> Path:
     for cell in made.plan["cells"][:2]:
         key = {"cell_id": cell["cell_id"]}
         for pair in range(12):
-            times = {"watched_itl_ms": 5.1, "bare_itl_ms": 5.0}
+            times = {"itl_probe_on_ms": 5.1, "itl_probe_off_ms": 5.0}
             sampler = "on" if pair % 2 else "off"
             probes.append({**key, "run": 1 + pair % 4, "sampler": sampler, "pair": pair, **times})
         limits = dict.fromkeys(columns.ROOFLINE[3:], 1e6) | {"gpu_busy_ms_per_token": 4.0}

@@ -137,6 +137,25 @@ def test_a_campaign_from_command_line_to_table(tmp_path):
     assert rebuilt.exit_code == 0
     assert (tmp_path / "c" / "cells.csv").is_file()
     assert rebuilt.stdout == result.stdout
+    # As a campaign of an earlier version has its columns.
+    runs = tmp_path / "c" / "runs.csv"
+    runs.write_text(runs.read_text().replace("cpu_loop_us", "core_loop_us"))
+    old = CliRunner().invoke(app, ["bench", "report", "c"])
+    assert old.exit_code == 0
+    assert old.stdout == result.stdout
+    assert old.stderr.count("core_loop_us (cpu_loop_us)") == 1
+
+
+def test_the_flag_that_was_called_plant_still_works(monkeypatch):
+    seen = []
+    monkeypatch.setattr(session, "measure", lambda *given: seen.append(given[-1]) or 0)
+    for arguments in (["--plant", "3"], ["--inject-slowdown", "3"]):
+        result = CliRunner().invoke(app, ["bench", *arguments])
+        assert result.stderr.count("--plant is now called --inject-slowdown") == (
+            arguments[0] == "--plant"
+        )
+    assert [settings.slowdown_percent for settings in seen] == [3.0, 3.0]
+    assert "--plant" not in CliRunner().invoke(app, ["bench", "--help"]).stdout
 
 
 def test_the_default_folder_is_named_by_the_time():

@@ -124,9 +124,12 @@ def test_json_has_the_fixed_fields(caption, pictures, capsys):
         assert record["num_new_tokens"] <= 6
 
 
-def test_together_makes_one_request(caption, pictures, capsys):
-    assert caption(*pictures, "--together", "--json") == 0
-    (line,) = capsys.readouterr().out.splitlines()
+@pytest.mark.parametrize("flag", ["--multi-image", "--together"])
+def test_several_pictures_make_one_request(caption, pictures, capsys, flag):
+    assert caption(*pictures, flag, "--json") == 0
+    out, err = capsys.readouterr()
+    assert err.count("--together is now called --multi-image") == (flag == "--together")
+    (line,) = out.splitlines()
     record = json.loads(line)
     assert record["image"] == pictures
     assert record["num_image_tokens"] == 4 + 6
@@ -304,7 +307,7 @@ def test_one_that_cannot_be_opened_never_costs_the_others(
 
         monkeypatch.setattr("qwencli.engine.frontend.videos.open_file", full)
     arguments = [str(bad), pictures[0], str(bad), pictures[1], "--json"]
-    assert caption(*arguments, *(["--together"] if together else [])) == 1
+    assert caption(*arguments, *(["--multi-image"] if together else [])) == 1
     out, err = capsys.readouterr()
     records = [json.loads(line) for line in out.splitlines()]
     answered = [record["image"] for record in records if record["caption"] is not None]
@@ -316,7 +319,7 @@ def test_one_that_cannot_be_opened_never_costs_the_others(
 
 
 def test_nothing_is_asked_together_where_nothing_opens(caption, capsys):
-    assert caption("a.png", "b.png", "--together") == 1
+    assert caption("a.png", "b.png", "--multi-image") == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("no such file") == err.count("\n") == 2
@@ -429,7 +432,7 @@ def test_where_nothing_can_be_drafted_one_line_says_why(
 def test_a_picture_that_fails_in_the_engine_is_an_object_too(caption, pictures, tmp_path, capsys):
     thread = str(tmp_path / "thread.png")
     Image.new("RGB", (1, 20000)).save(thread)
-    assert caption(thread, pictures[0], "--together", "--json") == 1
+    assert caption(thread, pictures[0], "--multi-image", "--json") == 1
     (record,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert record["image"] == [thread, pictures[0]]
     assert record["caption"] is None and "thread.png" in record["error"]
@@ -443,7 +446,7 @@ def test_json_has_the_sizes_that_map_boxes_back(caption, tmp_path, capsys):
     assert record["image_size"] == [100, 70]
     assert record["resized_size"] == [96, 64]
     assert record["num_image_tokens"] == 96 * 64 // 32**2
-    assert caption(path, path, "--together", "--json") == 0
+    assert caption(path, path, "--multi-image", "--json") == 0
     record = json.loads(capsys.readouterr().out)
     assert record["image_size"] == [[100, 70]] * 2
     assert record["resized_size"] == [[96, 64]] * 2

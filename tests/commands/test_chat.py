@@ -22,7 +22,7 @@ from qwencli.config import SamplingOptions
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.errors import InputError, UsageError
 from qwencli.messages import ImagePart, TextPart, VideoPart
-from qwencli.output import Sink
+from qwencli.output import Output
 from qwencli.results import GenerationChunk
 from tests.checkpoints import engine_config
 
@@ -56,7 +56,7 @@ def talk(engine):
     listening = Listening(engine)
     sampling = SamplingOptions(do_sample=False, max_new_tokens=4)
     conversation = Conversation(
-        listening, sampling, Sink(), system=None, json=False, stats=False, model="tiny"
+        listening, sampling, Output(), system=None, json=False, stats=False, model="tiny"
     )
     conversation.heard = listening.requests
     return conversation
@@ -284,7 +284,13 @@ def test_thoughts_are_shown_dimmed_and_not_remembered(
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setattr("sys.stderr.isatty", lambda: stderr_is_terminal)
     talk = Conversation(
-        Thinking(engine), SamplingOptions(), Sink(), system=None, json=False, stats=False, model="m"
+        Thinking(engine),
+        SamplingOptions(),
+        Output(),
+        system=None,
+        json=False,
+        stats=False,
+        model="m",
     )
     assert talk.ask("What is it?").text == "A circle."
     out, err = capsys.readouterr()
@@ -338,7 +344,7 @@ AT_A_TERMINAL = """
 import os, sys
 from qwencli.commands.conversation import Conversation
 from qwencli.config import SamplingOptions
-from qwencli.output import Sink
+from qwencli.output import Output
 
 told = os.fdopen(int(sys.argv[1]), "w", buffering=1)
 
@@ -350,7 +356,7 @@ class Told(Conversation):
         print("READS", file=told)
         return super()._typed(stdin)
 
-Told(None, SamplingOptions(), Sink(), system=None, json=False, stats=False, model="m").converse(
+Told(None, SamplingOptions(), Output(), system=None, json=False, stats=False, model="m").converse(
     sys.stdin)
 print("LEFT", file=told)
 """

@@ -11,7 +11,7 @@ from qwencli.commands.diagnose import app as diagnose_app
 from qwencli.diagnostics import live
 from qwencli.errors import BenchError, DeviceError, OutputError, UsageError
 from qwencli.models import user_config
-from qwencli.output import Sink
+from qwencli.output import Output
 from tests.bench.synthetic_campaign import campaign as synthetic
 from tests.diagnostics.replay import MACHINES, machine
 
@@ -161,8 +161,8 @@ def test_apply_does_not_choose_a_default_model_unasked(run, tmp_path):
 
 
 def test_apply_asks_and_a_no_writes_nothing(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(Sink, "can_ask", lambda sink: True)
-    monkeypatch.setattr(Sink, "confirm", lambda sink, question: False)
+    monkeypatch.setattr(Output, "can_ask", lambda sink: True)
+    monkeypatch.setattr(Output, "confirm", lambda sink, question: False)
     result = run("healthy-5090", "--apply")
     assert "nothing was written" in result.stderr
     assert not (tmp_path / "config").exists()

@@ -12,7 +12,7 @@ from qwencli.commands import model_choice
 from qwencli.commands.options import RunOptions
 from qwencli.config import LoadFormat, ModelSource
 from qwencli.engine.machine import host
-from qwencli.output import Sink
+from qwencli.output import Output
 
 
 class Terminal(io.StringIO):
@@ -41,7 +41,7 @@ def at_terminal(monkeypatch, tmp_path):
 
 def test_the_offer_names_model_and_size_and_yes_takes_it(at_terminal, capsys):
     terminal = at_terminal("y")
-    spec = model_choice.choose_model(RunOptions(), Sink())
+    spec = model_choice.choose_model(RunOptions(), Output())
     assert spec.source is ModelSource.BUILTIN
     offer = terminal.getvalue()
     assert spec.name in offer
@@ -52,7 +52,7 @@ def test_the_offer_names_model_and_size_and_yes_takes_it(at_terminal, capsys):
 @pytest.mark.parametrize("lines", [[""], ["n"], ["no"], ["maybe", "n"]])
 def test_a_no_keeps_the_bundled_model(at_terminal, lines):
     terminal = at_terminal(*lines)
-    spec = model_choice.choose_model(RunOptions(), Sink())
+    spec = model_choice.choose_model(RunOptions(), Output())
     assert spec.source is ModelSource.BUNDLED
     assert terminal.getvalue().count("[y/N]") == len(lines), "what is neither is asked again"
 
@@ -69,7 +69,7 @@ def test_a_no_keeps_the_bundled_model(at_terminal, lines):
 )
 def test_nobody_is_asked_where_an_offer_makes_no_sense(at_terminal, options, quiet):
     terminal = at_terminal("y")
-    spec = model_choice.choose_model(options, Sink(quiet=quiet))
+    spec = model_choice.choose_model(options, Output(quiet=quiet))
     assert spec.source is ModelSource.BUNDLED
     assert not terminal.getvalue()
 
@@ -77,7 +77,7 @@ def test_nobody_is_asked_where_an_offer_makes_no_sense(at_terminal, options, qui
 def test_a_pipe_is_never_asked(at_terminal, monkeypatch):
     terminal = at_terminal("y")
     monkeypatch.setattr("sys.stdin.isatty", lambda: False)
-    assert model_choice.choose_model(RunOptions(), Sink()).source is ModelSource.BUNDLED
+    assert model_choice.choose_model(RunOptions(), Output()).source is ModelSource.BUNDLED
     assert not terminal.getvalue()
 
 
@@ -99,4 +99,4 @@ def test_the_bundled_model_says_what_it_is(monkeypatch, capsys):
 def test_end_of_input_at_the_offer_ends_the_command(at_terminal):
     at_terminal()
     with pytest.raises(typer.Abort):
-        model_choice.choose_model(RunOptions(), Sink())
+        model_choice.choose_model(RunOptions(), Output())

@@ -11,7 +11,7 @@ from qwencli.diagnostics.finding import Check, Finding, Level, Status
 from qwencli.diagnostics.known_bad import cudnn_text, meets, numbers
 from qwencli.diagnostics.machine import Unreadable
 from qwencli.errors import UsageError
-from qwencli.output import Sink
+from qwencli.output import Output
 from tests.diagnostics.replay import machine, recorded
 
 BY_ID = {check.id: check for check in CHECKS}
@@ -252,7 +252,7 @@ def finding(status, number):
 def test_many_skipped_checks_are_one_line(skips, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     results = [finding(Status.PASS, 0), *(finding(Status.SKIP, n) for n in range(1, skips + 1))]
-    Sink().show(report.text(results, Advice("m", ())))
+    Output().show(report.text(results, Advice("m", ())))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("SKIP")]
     assert len(lines) == (1 if skips > 3 else skips)
     assert all(f"check-{n}" in "".join(lines) for n in range(1, skips + 1))

@@ -49,7 +49,7 @@ def section(path: str, function: Callable[..., Any]) -> str:
 def option_row(parameter: inspect.Parameter) -> str | None:
     kind, *metadata = typing.get_args(parameter.annotation) or (parameter.annotation,)
     info = next((item for item in metadata if isinstance(item, OptionInfo | ArgumentInfo)), None)
-    if info is None:
+    if info is None or info.hidden:
         return None
     # The first name of an Annotated option arrives as its default.
     given = (info.default, *(info.param_decls or ()))

@@ -229,7 +229,7 @@ def _lower_core_clock(e: Evidence) -> tuple[float, str] | None:
 
 
 def _slower_core(e: Evidence) -> tuple[float, str] | None:
-    longer = _times_longer(e.core_loop_us, e.usual.core_loop_us)
+    longer = _times_longer(e.cpu_loop_us, e.usual.cpu_loop_us)
     if longer is None or not _host_bound(e) or not e.main_cpu_ms:
         return None
     said = f"a fixed loop on its core took {longer:.2f} times as long as usual; {_host_figures(e)}"
@@ -238,7 +238,7 @@ def _slower_core(e: Evidence) -> tuple[float, str] | None:
 
 def _slower_memory(e: Evidence) -> tuple[float, str] | None:
     """How much a run loses to slower caches depends on what it does: as much as it ran longer."""
-    longer = _times_longer(e.memory_walk_us, e.usual.memory_walk_us)
+    longer = _times_longer(e.pointer_chase_us, e.usual.pointer_chase_us)
     if longer is None or not _host_bound(e) or e.extra_cpu_ms is None:
         return None
     said = (

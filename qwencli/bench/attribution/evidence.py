@@ -38,8 +38,8 @@ class Usual:
     power_w: float | None = None
     throttle: frozenset[str] = frozenset()
     core_mhz: float | None = None
-    core_loop_us: float | None = None
-    memory_walk_us: float | None = None
+    cpu_loop_us: float | None = None
+    pointer_chase_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Evidence:
         sm_clock_mhz, power_w: mean over the stretch; `pstate` its highest number;
             `temperature_c` its highest; `throttle` all reasons seen.
         core_mhz: clock of the processor core that the main thread ran on, mean.
-        core_loop_us, memory_walk_us: fixed work on that core within the run or right after it
+        cpu_loop_us, pointer_chase_us: fixed work on that core within the run or right after it
             (`cpu_calibration`).
         gpu_processes: programs with memory on the GPU, this one included.
         fresh_load: the model was loaded just before this run and not before others.
@@ -106,8 +106,8 @@ class Evidence:
     power_w: float | None = None
     throttle: frozenset[str] = frozenset()
     core_mhz: float | None = None
-    core_loop_us: float | None = None
-    memory_walk_us: float | None = None
+    cpu_loop_us: float | None = None
+    pointer_chase_us: float | None = None
     gpu_processes: float | None = None
     fresh_load: bool = False
     device_busy_percent: float | None = None
@@ -157,8 +157,8 @@ def baseline(records: Sequence[RunRecord]) -> Baseline:
             temperature_c=_median(samples, "temperature_c"),
             power_w=_median(samples, "power_w"),
             core_mhz=_median(decodes, "core_mhz"),
-            core_loop_us=_median(records, "core_loop_us"),
-            memory_walk_us=_median(records, "memory_walk_us"),
+            cpu_loop_us=_median(records, "cpu_loop_us"),
+            pointer_chase_us=_median(records, "pointer_chase_us"),
             throttle=frozenset(
                 name
                 for name in reasons(samples)
@@ -293,8 +293,8 @@ def observe(
         temperature_c=max(_column(near, "temperature_c"), default=None),
         throttle=reasons(near),
         core_mhz=_mean(host, "core_mhz"),
-        core_loop_us=record.figures.get("core_loop_us"),
-        memory_walk_us=record.figures.get("memory_walk_us"),
+        cpu_loop_us=record.figures.get("cpu_loop_us"),
+        pointer_chase_us=record.figures.get("pointer_chase_us"),
         gpu_processes=max(_column(near, "compute_processes"), default=None),
         fresh_load="load_s" in record.figures and usual.loads < 0.5,
         device_busy_percent=device_busy_percent,

@@ -16,7 +16,7 @@ Numbers = dict[str, float]
 # The columns that attribution looks at; to read all of a long campaign's would take seconds.
 _OF_RUN = (
     "ttft_s", "decode_s", "decode_tok_per_s", "load_s", "temperature_c_max",
-    "core_loop_us", "memory_walk_us",
+    "cpu_loop_us", "pointer_chase_us",
 )  # fmt: skip
 _OF_HOST = (
     "tokens", "main_cpu_ms", "process_cpu_ms", "other_python_ms", "runqueue_ms",

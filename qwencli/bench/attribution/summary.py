@@ -93,12 +93,14 @@ def _cause_columns(findings: Sequence[Finding], decode_s: float | None) -> dict[
 
 def _probe_columns(probes: Sequence[RawRow]) -> dict[str, float | None]:
     found = overhead_percent(
-        Pair(int(p["run"]), int(p["pair"]), float(p["watched_itl_ms"]), float(p["bare_itl_ms"]))
+        Pair(
+            int(p["run"]), int(p["pair"]), float(p["itl_probe_on_ms"]), float(p["itl_probe_off_ms"])
+        )
         for p in probes
     )
     by_run: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in probes:
-        by_run[row["sampler"], row["run"]].append(float(row["bare_itl_ms"]))
+        by_run[row["sampler"], row["run"]].append(float(row["itl_probe_off_ms"]))
     medians: dict[str, list[float]] = defaultdict(list)
     for (sampler, _), values in by_run.items():
         medians[sampler].append(statistics.median(values))

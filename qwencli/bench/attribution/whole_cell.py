@@ -93,7 +93,7 @@ def machine_of(environment: Mapping[str, Any]) -> Machine:
 class Pace(NamedTuple):
     """What the quickest cell of the campaign shows: its core, and the highest clock of the GPU."""
 
-    core_loop_us: float | None = None
+    cpu_loop_us: float | None = None
     sm_clock_mhz: float | None = None
 
 
@@ -146,7 +146,7 @@ def percentages(
 
 def _pace(cells: Iterable[Sequence[RunRecord]]) -> Pace:
     cells = list(cells)
-    loops = [loop for records in cells if (loop := _median(records, "core_loop_us"))]
+    loops = [loop for records in cells if (loop := _median(records, "cpu_loop_us"))]
     clocks = [
         clock
         for records in cells
@@ -273,10 +273,10 @@ def _samples(run: RunRecord, decode: Moment, column: str) -> list[Moment]:
 
 
 def _slow_core_ms(run: RunRecord, decode: Moment, pace: Pace) -> float | None:
-    loop, ran = run.figures.get("core_loop_us"), decode.figures.get("main_cpu_ms")
-    if not loop or ran is None or not pace.core_loop_us:
+    loop, ran = run.figures.get("cpu_loop_us"), decode.figures.get("main_cpu_ms")
+    if not loop or ran is None or not pace.cpu_loop_us:
         return None
-    return max(0.0, ran * (1 - pace.core_loop_us / loop))
+    return max(0.0, ran * (1 - pace.cpu_loop_us / loop))
 
 
 def _others_ms(run: RunRecord, decode: Moment) -> float | None:

@@ -22,7 +22,7 @@ from qwencli.bench.run.bench_run import worker
 from qwencli.bench.run.campaign import Campaign
 from qwencli.bench.run.campaign_runner import RunnerOptions, run_in_turns
 from qwencli.errors import BenchError
-from qwencli.output import Sink
+from qwencli.output import Output
 
 # By ranks, eight pairs are the fewest that can show a change; two more let one of them be wrong.
 PROCESSES, RUNS_EACH = 10, 5
@@ -34,7 +34,7 @@ def run_sides(
     matrices: tuple[str, str],
     folder: Path,
     arguments: Sequence[str],
-    sink: Sink,
+    output: Output,
     command: Sequence[str] = (),
 ) -> tuple[Path, Path]:
     """Measure both matrices in turns into FOLDER/a and FOLDER/b, and write their reports.
@@ -74,8 +74,8 @@ def run_sides(
             )
             for side, plan, cells in zip(sides, (plan_a, plan_b), able, strict=True)
         ]
-        sink.notice(f"campaigns in {sides[0]} and {sides[1]}")
-        run_in_turns(campaigns, options, sink.notice)
+        output.notice(f"campaigns in {sides[0]} and {sides[1]}")
+        run_in_turns(campaigns, options, output.notice)
     for side in sides:
         build_report(side)
     return sides

@@ -24,7 +24,7 @@ from qwencli.bench.run.campaign_runner import RunnerOptions, run_campaign
 from qwencli.engine.machine.child_process import python_command
 from qwencli.engine.machine.device import DeviceFacts
 from qwencli.errors import BenchError
-from qwencli.output import Sink
+from qwencli.output import Output
 
 # Undisturbed runs for each disturbed one: what is usual in the cell must be the undisturbed run,
 # and blame of undisturbed runs in a few percent must be countable.
@@ -55,7 +55,7 @@ def inject(
     injection: Injection,
     folder: Path,
     arguments: Sequence[str],
-    sink: Sink,
+    output: Output,
 ) -> Confusion:
     """Measure, attribute, and compare with what was done.
 
@@ -69,7 +69,7 @@ def inject(
     check_names(injection.names)
     plan, facts = prepare(request)
     command = python_command("qwencli.bench.inject.injection_worker")
-    return measure(plan, facts, injection, folder, arguments, sink, command)
+    return measure(plan, facts, injection, folder, arguments, output, command)
 
 
 def measure(
@@ -78,13 +78,13 @@ def measure(
     injection: Injection,
     folder: Path,
     arguments: Sequence[str],
-    sink: Sink,
+    output: Output,
     command: Sequence[str],
 ) -> Confusion:
     """As `inject`, with the plan made; `command` is the worker without its arguments."""
     causes, blocked = choose(injection.names, facts.device)
     for cause, reason in blocked.items():
-        sink.notice(f"not injected: {cause}: {reason}")
+        output.notice(f"not injected: {cause}: {reason}")
     planned = schedule(causes, injection.trials, injection.seed)
     plan = _one_cell(plan, planned)
     options = RunnerOptions(
@@ -95,12 +95,14 @@ def measure(
     about = environment(facts, arguments, plan.settings.seed)
     with Campaign(folder, plan, about, resume=False) as campaign:
         if plan.notice:
-            sink.notice(plan.notice)
-        sink.notice(f"{len(planned)} runs, {planned.count(NONE)} of them undisturbed, in {folder}")
-        run_campaign(campaign, options, sink.notice)
+            output.notice(plan.notice)
+        output.notice(
+            f"{len(planned)} runs, {planned.count(NONE)} of them undisturbed, in {folder}"
+        )
+        run_campaign(campaign, options, output.notice)
     (row,) = build_report(folder)
     if row["status"] != "ok":
-        sink.warn(f"counted as far as it went: {row['status']}: {row['reason']}")
+        output.warn(f"counted as far as it went: {row['status']}: {row['reason']}")
     return build_confusion(folder)
 
 

@@ -29,8 +29,8 @@ _OBJECTS = 12_000
 class Pace(NamedTuple):
     """Of the calling thread's core at one moment, in microseconds."""
 
-    core_loop_us: float
-    memory_walk_us: float
+    cpu_loop_us: float
+    pointer_chase_us: float
 
 
 def read_pace() -> Pace:

@@ -39,8 +39,8 @@ class Pair:
 
     run: int
     pair: int
-    watched_itl_ms: float
-    bare_itl_ms: float
+    itl_probe_on_ms: float
+    itl_probe_off_ms: float
 
 
 def drain_in_turns(
@@ -96,7 +96,7 @@ def overhead_percent(found: Iterable[Pair]) -> Interval | None:
     """
     turns: tuple[list[float], list[float]] = [], []
     for pair in found:
-        turns[_turn(pair.run)].append(pair.watched_itl_ms / pair.bare_itl_ms)
+        turns[_turn(pair.run)].append(pair.itl_probe_on_ms / pair.itl_probe_off_ms)
     both = [math.sqrt(a * b) for a, b in zip(*turns, strict=False)]
     return median_interval([100.0 * (ratio - 1.0) for ratio in both])
 

@@ -35,7 +35,7 @@ _RATES = ("launch_rate_per_s", "graph_launch_rate_per_s")
 _ALIKE = 0.9
 
 
-class Bound(StrEnum):
+class Bottleneck(StrEnum):
     BANDWIDTH = "bandwidth"
     HOST = "host"
     KERNELS = "kernels"
@@ -55,7 +55,12 @@ def roofline_columns(
     busy_ms = values.pop("gpu_busy_ms_per_token")
     mbu = 100 * read * tok_per_s / bandwidth if read and bandwidth and tok_per_s else None
     busy = 100 * busy_ms / itl_p50_ms if busy_ms and itl_p50_ms else None
-    return {**values, "mbu_percent": mbu, "gpu_busy_percent": busy, "bound": bound(mbu, busy)}
+    return {
+        **values,
+        "mbu_percent": mbu,
+        "gpu_busy_percent": busy,
+        "bottleneck": bottleneck(mbu, busy),
+    }
 
 
 def with_best_limits(rows: Iterable[RawRow]) -> dict[str, dict[str, str]]:
@@ -80,13 +85,13 @@ def _largest(rows: Iterable[RawRow], name: str) -> str:
     return max(values, key=float, default="")
 
 
-def bound(mbu_percent: float | None, gpu_busy_percent: float | None) -> Bound | None:
+def bottleneck(mbu_percent: float | None, gpu_busy_percent: float | None) -> Bottleneck | None:
     """The rule above; None where neither figure is known."""
     if mbu_percent is not None and mbu_percent >= BANDWIDTH_BOUND:
-        return Bound.BANDWIDTH
+        return Bottleneck.BANDWIDTH
     if gpu_busy_percent is not None:
-        return Bound.HOST if gpu_busy_percent < GPU_BUSY else Bound.KERNELS
-    return None if mbu_percent is None else Bound.NOT_BANDWIDTH
+        return Bottleneck.HOST if gpu_busy_percent < GPU_BUSY else Bottleneck.KERNELS
+    return None if mbu_percent is None else Bottleneck.NOT_BANDWIDTH
 
 
 def _number(row: RawRow | None, name: str) -> float | None:

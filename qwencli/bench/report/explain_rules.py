@@ -119,8 +119,11 @@ def tokens_with_clocks(data: CellRows) -> DataFrame:
 
 # Fixed work of runs.csv, and what it says of a host where it took longer.
 _PACES = {
-    "core_loop_us": ("loop", "the core they ran on was slower"),
-    "memory_walk_us": ("walk through memory", "others used the caches and memory that cores share"),
+    "cpu_loop_us": ("loop", "the core they ran on was slower"),
+    "pointer_chase_us": (
+        "walk through memory",
+        "others used the caches and memory that cores share",
+    ),
 }
 QUARTERS = 4
 
@@ -395,8 +398,8 @@ def loading(data: CellRows) -> Said:
         )
 
 
-def bound(data: CellRows) -> Said:
-    said = data.cell.get("bound")
+def bottleneck(data: CellRows) -> Said:
+    said = data.cell.get("bottleneck")
     if said:
         figures = {"GPU busy": "gpu_busy_percent", "bandwidth used": "mbu_percent"}
         known = [
@@ -440,7 +443,7 @@ CELL_RULES: tuple[Callable[[CellRows], Said], ...] = (
     first_runs,
     levels,
     variance,
-    bound,
+    bottleneck,
     causes,
     stalls,
     tail,

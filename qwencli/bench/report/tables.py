@@ -107,8 +107,8 @@ STEADINESS = DetailTable(
 )
 LIMITS = DetailTable(
     "How near the limits, and how right",
-    "MBU: share of the read bandwidth measured here (GB/s); bound: what holds the cell (rule in "
-    "docs/bench.md); exact: held-out captions that are exactly right; KL: mean divergence from "
+    "MBU: share of the read bandwidth measured here (GB/s); bottleneck: what holds the cell (rule "
+    "in docs/bench.md); exact: held-out captions that are exactly right; KL: mean divergence from "
     "the unquantized reference, in nats a token",
     (
         Detail("MB/token", _figure("bytes_per_token", ",.0f", 1e-6)),
@@ -116,7 +116,7 @@ LIMITS = DetailTable(
         Detail("MBU", _figure("mbu_percent", ".0f", unit=" %")),
         Detail("launches", _figure("launches_per_token", ".0f")),
         Detail("busy", _figure("gpu_busy_percent", ".0f", unit=" %")),
-        Detail("bound", _word("bound")),
+        Detail("bottleneck", _word("bottleneck")),
         Detail("exact", _figure("exact_match_percent", ".0f", unit=" %")),
         Detail("KL", _figure("mean_kl", ".2g")),
     ),

@@ -24,18 +24,18 @@ from qwencli.bench.run.campaign_runner import (
 from qwencli.config import LoadFormat
 from qwencli.engine.machine.child_process import python_command
 from qwencli.engine.machine.device import DeviceFacts
-from qwencli.output import Sink
+from qwencli.output import Output
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 
 @dataclass(frozen=True)
-class How:
+class RunSettings:
     """How the cells are run, as against what they do (see `RunnerOptions`).
 
     Args:
         limits: measure limits and what probes cost after the runs of each cell.
-        planted_percent: make every token so much slower on purpose; None = not.
+        slowdown_percent: make every token so much slower on purpose; None = not.
     """
 
     resume: bool
@@ -43,21 +43,21 @@ class How:
     cooldown: Cooldown = NO_PAUSE
     continue_on_error: bool = True
     limits: bool = True
-    planted_percent: float | None = None
+    slowdown_percent: float | None = None
 
 
-def show_cells(plan: Plan, sink: Sink) -> None:
+def show_cells(plan: Plan, output: Output) -> None:
     """Print the cells in the order they would run with what each will cost, and the skipped ones.
 
     Raises:
         BenchError: torch does not load.
     """
     if plan.notice:
-        sink.notice(plan.notice)
-    with sink.status("measuring this machine"):
+        output.notice(plan.notice)
+    with output.status("measuring this machine"):
         speed = read_machine_speed(plan.settings.device)
     runs = [cell for cell in plan.cells if not cell.skip_reason]
-    sink.show(
+    output.show(
         planned_table(plan.order(), {cell.cell_id: predict(plan, cell, speed) for cell in runs})
     )
 
@@ -67,8 +67,8 @@ def measure(
     facts: DeviceFacts,
     folder: Path,
     arguments: Sequence[str],
-    sink: Sink,
-    how: How,
+    output: Output,
+    settings: RunSettings,
     command: Sequence[str] = (),
 ) -> int:
     """Run the campaign, write its tables, print them; returns the exit code.
@@ -80,41 +80,41 @@ def measure(
         command: the worker process; empty = the real one.
     """
     options = RunnerOptions(
-        command=command or worker(how.planted_percent),
+        command=command or worker(settings.slowdown_percent),
         sampler=sampler_command(facts.uuid) if facts.kind == "cuda" else None,
-        timeout_s=how.timeout_s,
-        cooldown=how.cooldown,
-        continue_on_error=how.continue_on_error,
-        beside=how.limits,
+        timeout_s=settings.timeout_s,
+        cooldown=settings.cooldown,
+        continue_on_error=settings.continue_on_error,
+        beside=settings.limits,
     )
-    _fetch_models(plan, sink)
+    _fetch_models(plan, output)
     interrupted = False
     about = environment(facts, arguments, plan.settings.seed)
-    with Campaign(folder, plan, about, resume=how.resume) as campaign:
+    with Campaign(folder, plan, about, resume=settings.resume) as campaign:
         if plan.notice:
-            sink.notice(plan.notice)
-        sink.notice(f"campaign in {folder}")
-        _say_how_long(plan, sink)
+            output.notice(plan.notice)
+        output.notice(f"campaign in {folder}")
+        _say_how_long(plan, output)
         if campaign.repaired:
-            sink.warn(f"cut off {campaign.repaired} rows of a run that was not finished")
+            output.warn(f"cut off {campaign.repaired} rows of a run that was not finished")
         try:
-            run_campaign(campaign, options, sink.notice)
+            run_campaign(campaign, options, output.notice)
         except KeyboardInterrupt:
             interrupted = True
         rows = build_report(folder)
-    sink.show(terminal_table(rows))
+    output.show(terminal_table(rows))
     if interrupted:
-        sink.warn(f"interrupted; go on with --resume --out {folder}")
+        output.warn(f"interrupted; go on with --resume --out {folder}")
         return INTERRUPTED
-    if cut_off := campaign.cut_off(limits=how.limits):
+    if cut_off := campaign.cut_off(limits=settings.limits):
         what = f"{len(cut_off)} cell{'s' * (len(cut_off) > 1)}"
-        sink.warn(
+        output.warn(
             f"{what} lack what is measured after the runs; go on with --resume --out {folder}"
         )
     return 0 if _holds(rows) and not cut_off else 1
 
 
-def _fetch_models(plan: Plan, sink: Sink) -> None:
+def _fetch_models(plan: Plan, output: Output) -> None:
     """Download what is not on this machine yet: here once, not in the first process of each cell.
 
     Raises:
@@ -128,7 +128,7 @@ def _fetch_models(plan: Plan, sink: Sink) -> None:
     for name in dict.fromkeys(cell.model for cell in plan.cells if not cell.skip_reason):
         spec = plan.models[name]
         if spec.path is None and spec.repo_id and find_cached(spec.repo_id) is None:
-            sink.notice(f"downloading {name}")
+            output.notice(f"downloading {name}")
             locate(spec)
             check_model(spec, plan.settings.load_format)
 
@@ -139,7 +139,7 @@ LONG_S = 300.0
 LEAST_PROCESS_S = 5.0
 
 
-def _say_how_long(plan: Plan, sink: Sink) -> None:
+def _say_how_long(plan: Plan, output: Output) -> None:
     able = [cell for cell in plan.cells if not cell.skip_reason]
     processes = len(able) * plan.settings.stop.processes
     if processes * LEAST_PROCESS_S < LONG_S / 5:
@@ -147,18 +147,18 @@ def _say_how_long(plan: Plan, sink: Sink) -> None:
     speed = read_machine_speed(plan.settings.device)
     seconds = sum(predict(plan, cell, speed).seconds or LEAST_PROCESS_S for cell in able)
     if seconds > LONG_S:
-        sink.notice(
+        output.notice(
             f"about {duration(seconds)} for {len(able)} cells; less with --matrix quick, fewer "
             "values of an axis (--quantization none), --exclude or --runs; --dry-run shows each "
             "cell. Ctrl-C keeps what is done, --resume goes on"
         )
 
 
-def worker(planted_percent: float | None) -> list[str]:
+def worker(slowdown_percent: float | None) -> list[str]:
     """The command of a worker process, one that slows tokens down on purpose if asked to."""
-    if planted_percent is None:
+    if slowdown_percent is None:
         return worker_command()
-    return python_command("qwencli.bench.inject.slower", str(planted_percent))
+    return python_command("qwencli.bench.inject.slower", str(slowdown_percent))
 
 
 def _holds(rows: Sequence[CellRow]) -> bool:

@@ -58,7 +58,7 @@ _WORDS = frozenset(
     {
         "cell_id", "model", "engine", "quantization", "attention", "cache", "load_mode", "kernels",
         "kv_dtype", "speculate", "status", "reason", "verdict", "gap_causes", "slow_run_causes",
-        "stop_reason", "level", "bound", "throttle_reasons", "text_sha256", "ran_attention",
+        "stop_reason", "level", "bottleneck", "throttle_reasons", "text_sha256", "ran_attention",
         "ran_quantization", "ran_cache", "ran_kernels", "ran_kv_dtype", "ran_speculate", "event",
         "sampler", "scope", "cause", "evidence", "sample", "expected", "answer", "gpu_index",
         "condition", "observation", "value",
@@ -72,7 +72,7 @@ _WHOLE = frozenset(
     }
 )  # fmt: skip
 # What others are divided by.
-_ABOVE_ZERO = re.compile(r"decode_tok_per_s(_median|_min|_max)?|(watched|bare)_itl_ms")
+_ABOVE_ZERO = re.compile(r"decode_tok_per_s(_median|_min|_max)?|itl_probe_(on|off)_ms")
 # Numbers that may lie below zero; prefill_s did in earlier versions (`_join_phases`).
 _SIGNED = re.compile(
     r"prefill_s|temperature_c|log_prob|speculation_gain|overhead|level_change_percent"
@@ -146,7 +146,7 @@ _FILES: Mapping[str, _File] = {
     PROBES: _File(
         columns.PROBES,
         6,
-        ("cell_id", "run", "pair", "watched_itl_ms", "bare_itl_ms"),
+        ("cell_id", "run", "pair", "itl_probe_on_ms", "itl_probe_off_ms"),
         {"sampler": ("", "on", "off")},
     ),
     ROOFLINE: _File(columns.ROOFLINE, 11, ("cell_id",)),
@@ -301,9 +301,30 @@ def _shown(text: str) -> str:
 
 def _refuse(table: Table, place: int, column: str, why: str) -> NoReturn:
     """Raise a BenchError about a field of the row at `place`."""
+    column = dict(zip(table.header, table.written, strict=True)).get(column, column)
     raise BenchError(
         f"{table.path} is broken: line {table.lines[place]}, column {column}: {why}", HINT
     )
+
+
+def renamed_columns(*folders: Path) -> str | None:
+    """One line on the columns that stand in these folders by their names of earlier versions."""
+    found = {
+        f"{old} ({columns.RENAMED[old]})"
+        for folder in folders
+        for path in folder.rglob("*.csv")
+        for old in _header(path)
+        if old in columns.RENAMED
+    }
+    return f"columns of an earlier version are read: {', '.join(sorted(found))}" if found else None
+
+
+def _header(path: Path) -> list[str]:
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            return file.readline().strip().split(",")
+    except OSError:  # whoever needs the file says so
+        return []
 
 
 class StoredCampaign:

@@ -1,11 +1,23 @@
 """Columns of a campaign's CSV files, in order.
 
-Other programs read these files by name: columns may be added at the end, never renamed.
+Other programs read these files by name: columns may be added at the end, and what is renamed is
+still read by its old name (`RENAMED`).
 What a sensor cannot read is an empty field, never zero. All `t_s` are seconds on the host's
 `time.perf_counter` clock, which every process of one machine shares.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+
+# What columns were called in campaigns of earlier versions -> what they are called now.
+RENAMED: Mapping[str, str] = {
+    "bound": "bottleneck",
+    "core_loop_us": "cpu_loop_us",
+    "memory_walk_us": "pointer_chase_us",
+    "watched_itl_ms": "itl_probe_on_ms",
+    "bare_itl_ms": "itl_probe_off_ms",
+}
 
 CELLS = (
     "cell_id", "model", "engine", "quantization", "attention", "cache", "load_mode",
@@ -25,7 +37,7 @@ CELLS = (
     "variance_between_processes_percent",
     "bytes_per_token", "read_bandwidth_bytes_per_s", "launch_rate_per_s",
     "graph_launch_rate_per_s", "launches_per_token", "kernels_per_token", "gpu_busy_percent",
-    "bound",
+    "bottleneck",
     "mean_kl", "quality_samples",
     "kv_dtype",
     "speculate", "accept_percent_median", "speculation_gain_median",
@@ -50,7 +62,7 @@ RUNS = (
     "process",
     "ran_kv_dtype",
     "ran_speculate", "num_drafted", "num_accepted", "accept_percent", "speculation_gain",
-    "core_loop_us", "memory_walk_us",
+    "cpu_loop_us", "pointer_chase_us",
     "ran_threads",
 )  # fmt: skip
 
@@ -72,7 +84,7 @@ HOST = (
     "throttled_ms", "cpu_pressure_ms", "memory_pressure_ms", "io_pressure_ms",
 )  # fmt: skip
 
-PROBES = ("cell_id", "run", "sampler", "pair", "watched_itl_ms", "bare_itl_ms")
+PROBES = ("cell_id", "run", "sampler", "pair", "itl_probe_on_ms", "itl_probe_off_ms")
 
 CAUSES = (
     "cell_id", "run", "scope", "token_index", "tokens", "t_s", "span_ms", "lost_ms",

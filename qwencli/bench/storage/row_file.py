@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from qwencli.bench.storage.columns import RENAMED
 from qwencli.errors import BenchError, OutputError
 
 Row = Mapping[str, Any]
@@ -141,12 +142,14 @@ def _cannot_write(path: Path, error: OSError) -> OutputError:
 @dataclass(frozen=True)
 class Table:
     """A CSV file as it was read: `header` is empty where there is no file; `lines` has the line of
-    each row, the header's being 1."""
+    each row, the header's being 1; `written` the header as it stands there, before columns of
+    earlier versions got the names of now."""
 
     path: Path
     header: tuple[str, ...]
     rows: list[dict[str, str]]
     lines: Sequence[int]
+    written: tuple[str, ...] = ()
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -179,12 +182,14 @@ def read_table(path: Path) -> Table:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows, lines = [], []
     header: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
     try:
         for fields in reader:
             if not fields:
                 continue
             if not header:
-                header = tuple(fields)
+                written = tuple(fields)
+                header = tuple(RENAMED.get(name, name) for name in written)
                 continue
             if len(fields) != len(header):
                 wrong = f"has {len(fields)} fields, not {len(header)}"
@@ -195,7 +200,7 @@ def read_table(path: Path) -> Table:
         raise _broken(path, f"line {reader.line_num}: {error}") from error
     if len(set(header)) < len(header):
         raise _broken(path, "line 1 names a column twice")
-    return Table(path, header, rows, lines)
+    return Table(path, header, rows, lines, written)
 
 
 def _unpacked(path: Path) -> bytes:
@@ -235,7 +240,7 @@ def keep_rows(path: Path, columns: tuple[str, ...], wanted: Callable[[Row], bool
         BenchError: it is broken, or has other columns.
     """
     table = read_table(path)
-    if table.header and table.header != columns:
+    if table.header and table.written != columns:
         raise _other_columns(path)
     rows = table.rows
     kept = [row for row in rows if wanted(row)]

@@ -26,7 +26,7 @@ from qwencli.bench.studies.study_plan import PROCESSES, STUDY, PreparedStudy, pr
 from qwencli.bench.studies.study_worker import SCHEDULE
 from qwencli.engine.machine.child_process import python_command
 from qwencli.errors import BenchError, OutputError
-from qwencli.output import Sink
+from qwencli.output import Output
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
@@ -35,7 +35,7 @@ def run_study(
     study: PreparedStudy,
     folder: Path,
     arguments: Sequence[str],
-    sink: Sink,
+    output: Output,
     *,
     resume: bool,
     command: Sequence[str] = (),
@@ -56,19 +56,19 @@ def run_study(
     try:
         for number, process in enumerate(study.processes, start=1):
             if limit is not None and time.monotonic() - began > limit:
-                sink.warn(f"--max-time is spent; --resume --out {folder} goes on")
+                output.warn(f"--max-time is spent; --resume --out {folder} goes on")
                 break
-            sink.notice(
+            output.notice(
                 f"process {number} of {len(study.processes)}, "
                 f"{len(process.runs)} runs for {', '.join(process.claims)}"
             )
-            _run_process(study, process, folder, arguments, command, sink)
+            _run_process(study, process, folder, arguments, command, output)
     except KeyboardInterrupt:
         return True
     return False
 
 
-def show_plan(study: PreparedStudy, sink: Sink) -> None:
+def show_plan(study: PreparedStudy, output: Output) -> None:
     """Print the processes with what each will cost, and the claims that cannot run here.
 
     Raises:
@@ -76,14 +76,14 @@ def show_plan(study: PreparedStudy, sink: Sink) -> None:
     """
     from qwencli.bench.studies.study_plan import planned_study, predicted_s
 
-    with sink.status("measuring this machine"):
+    with output.status("measuring this machine"):
         speed = read_machine_speed(study.facts.device)
     seconds = {p.name: predicted_s(study, p, speed) for p in study.processes}
-    sink.show(planned_study(study, seconds))
+    output.show(planned_study(study, seconds))
 
 
 def run_and_report(
-    study: PreparedStudy, folder: Path, arguments: Sequence[str], sink: Sink, *, resume: bool
+    study: PreparedStudy, folder: Path, arguments: Sequence[str], output: Output, *, resume: bool
 ) -> int:
     """Run, write verdicts and report, print them; returns the exit code.
 
@@ -92,11 +92,11 @@ def run_and_report(
     """
     from qwencli.bench.studies.study_report import build_study_report, terminal_table
 
-    interrupted = run_study(study, folder, arguments, sink, resume=resume)
-    sink.show(terminal_table(build_study_report(folder)))
-    sink.notice(f"study in {folder}")
+    interrupted = run_study(study, folder, arguments, output, resume=resume)
+    output.show(terminal_table(build_study_report(folder)))
+    output.notice(f"study in {folder}")
     if interrupted:
-        sink.warn(f"interrupted; go on with --resume --out {folder}")
+        output.warn(f"interrupted; go on with --resume --out {folder}")
         return INTERRUPTED
     return 0 if all(_is_done(folder, process) for process in study.processes) else 1
 
@@ -142,7 +142,7 @@ def _run_process(
     folder: Path,
     arguments: Sequence[str],
     command: Sequence[str],
-    sink: Sink,
+    output: Output,
 ) -> None:
     own = process_folder(folder, process.name)
     facts = study.facts
@@ -161,5 +161,5 @@ def _run_process(
             "environment": dict(process.environment),
         }
         write_json(own / SCHEDULE, schedule)
-        run_campaign(campaign, options, sink.notice)
+        run_campaign(campaign, options, output.notice)
     build_report(own)

@@ -140,8 +140,8 @@ def test_a_run_beside_programs_that_use_the_memory(on_gpu):
     cell = MadeCell(on_gpu=on_gpu)
     cell.itl[RUN] = [value * 1.9 for value in cell.itl[RUN]]
     for run, columns_of in cell.run_columns.items():
-        columns_of["core_loop_us"] = 4.4
-        columns_of["memory_walk_us"] = 282.0 if run == RUN else 191.0
+        columns_of["cpu_loop_us"] = 4.4
+        columns_of["pointer_chase_us"] = 282.0 if run == RUN else 191.0
     (found,) = cell.findings(device_busy_percent=20.0 if on_gpu else None)
     assert (found.scope, found.run, found.cause) == ("decode", str(RUN), Cause.PROCESSOR)
     assert found.evidence.startswith("others used the caches and memory that cores share: a fixed ")

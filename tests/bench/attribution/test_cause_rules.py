@@ -33,7 +33,7 @@ evidences = st.builds(
     core_mhz=st.none() | st.floats(0, 6000), extra_cpu_ms=ms,
     device_busy_percent=count, spread=st.floats(0, 1),
     gpu_processes=count, fresh_load=st.booleans(), warming=st.none() | st.floats(-1, 1),
-    core_loop_us=st.none() | st.floats(0, 50), memory_walk_us=st.none() | st.floats(0, 5000),
+    cpu_loop_us=st.none() | st.floats(0, 50), pointer_chase_us=st.none() | st.floats(0, 5000),
     usual=st.builds(
         Usual, st.none() | st.floats(0, 3000), st.none() | st.floats(0, 12),
         st.none() | st.floats(20, 95), st.none() | st.floats(0, 600),
@@ -102,7 +102,7 @@ CASES = [
         BLANK,
         {
             "scope": "decode", "span_ms": 200.0, "main_cpu_ms": 200.0, "spread": 1.0,
-            "core_loop_us": 8.0, "usual": Usual(core_loop_us=4.0),
+            "cpu_loop_us": 8.0, "usual": Usual(cpu_loop_us=4.0),
         },
     ),
     (
@@ -110,7 +110,7 @@ CASES = [
         BLANK,
         {
             "scope": "decode", "main_cpu_ms": 200.0, "extra_cpu_ms": 99.0, "spread": 1.0,
-            "memory_walk_us": 300.0, "usual": Usual(memory_walk_us=200.0),
+            "pointer_chase_us": 300.0, "usual": Usual(pointer_chase_us=200.0),
         },
     ),
     (
@@ -147,7 +147,7 @@ def test_each_cause_by_its_own_sign(cause, base, changes):
 
 SLOW_MEMORY = replace(
     BLANK, scope="decode", main_cpu_ms=200.0, extra_cpu_ms=99.0, spread=1.0,
-    memory_walk_us=300.0, usual=Usual(memory_walk_us=200.0),
+    pointer_chase_us=300.0, usual=Usual(pointer_chase_us=200.0),
 )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ SLOW_MEMORY = replace(
         {"on_gpu": True},  # nobody knows who waited for whom
         {"on_gpu": True, "device_busy_percent": 95.0},  # the host waited
         {"spread": 0.1},  # a few tokens were late, and not all of them
-        {"memory_walk_us": 220.0}, {"memory_walk_us": None}, {"usual": Usual()},
+        {"pointer_chase_us": 220.0}, {"pointer_chase_us": None}, {"usual": Usual()},
         {"extra_cpu_ms": 9.0},
     ],
 )  # fmt: skip

@@ -56,7 +56,7 @@ def test_a_quiet_cell_has_zero_gaps_not_none():
 def probe(cell, run, sampler, watched, bare):
     return {
         "cell_id": cell, "run": str(run), "pair": "0", "sampler": sampler,
-        "watched_itl_ms": str(watched), "bare_itl_ms": str(bare),
+        "itl_probe_on_ms": str(watched), "itl_probe_off_ms": str(bare),
     }  # fmt: skip
 
 

@@ -121,9 +121,9 @@ def test_another_program_counts_by_what_it_computes_and_not_by_its_memory():
 def two_cells(machine, slower):
     cell = cell_of(machine)
     for run in range(1, RUNS + 1):
-        cell.run_columns[run] = {"core_loop_us": 4.0 * slower}
+        cell.run_columns[run] = {"cpu_loop_us": 4.0 * slower}
     runs, _, host, gpu = cell.rows()
-    quick = [{**row, "cell_id": "quick", "core_loop_us": "4.0"} for row in runs]
+    quick = [{**row, "cell_id": "quick", "cpu_loop_us": "4.0"} for row in runs]
     quick_host = [{**row, "cell_id": "quick"} for row in host]
     return records_by_cell([*runs, *quick], (), [*host, *quick_host], gpu)
 

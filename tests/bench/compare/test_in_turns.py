@@ -23,7 +23,7 @@ from qwencli.bench.run.campaign_runner import RunnerOptions, run_in_turns
 from qwencli.bench.storage.row_file import read_rows
 from qwencli.config import DType, LoadFormat
 from qwencli.errors import BenchError
-from qwencli.output import Sink
+from qwencli.output import Output
 
 
 @pytest.fixture
@@ -76,13 +76,13 @@ def test_two_matrices_take_turns_and_are_compared(
         DType.AUTO, LoadFormat.AUTO, None, 0,
     )  # fmt: skip
     out = tmp_path / "out"
-    a, b = compare_run.run_sides(request, ("A", "B"), out, [], Sink(quiet=True), fake_worker)
+    a, b = compare_run.run_sides(request, ("A", "B"), out, [], Output(quiet=True), fake_worker)
     (cell,) = compare(read_side(a), read_side(b), force=True).cells
     assert len(cell.a.processes) == len(cell.b.processes) == 5
     assert not cell.ratio.few
     plans["B"] = make_plan("steady-b", "steady-c")
     with pytest.raises(BenchError, match="1 cells of A can run here and 2 of B"):
-        compare_run.run_sides(request, ("A", "B"), tmp_path / "no", [], Sink(quiet=True))
+        compare_run.run_sides(request, ("A", "B"), tmp_path / "no", [], Output(quiet=True))
 
 
 def test_no_round_begins_once_it_may_not_go_on(tmp_path, cpu, fake_worker, make_plan, order):

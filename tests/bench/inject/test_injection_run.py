@@ -14,7 +14,7 @@ from qwencli.bench.inject.injection_run import CONTROLS, Injection, measure, sch
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import read_rows
 from qwencli.errors import BenchError, UsageError
-from qwencli.output import Sink
+from qwencli.output import Output
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="some faults need Linux")
 WORKER = [sys.executable, str(Path(__file__).with_name("busy_engine.py"))]
@@ -26,7 +26,7 @@ CAUSES = ("gc", "gil", "preemption", "suspended", "idle_gap", "reload")
 def test_every_fault_is_made_recorded_and_counted(tmp_path, make_plan, cpu):
     plan = make_plan("busy", tokens=60)
     injection = Injection(CAUSES, trials=1, seed=3)
-    found = measure(plan, cpu, injection, tmp_path / "c", ["bench"], Sink(quiet=True), WORKER)
+    found = measure(plan, cpu, injection, tmp_path / "c", ["bench"], Output(quiet=True), WORKER)
     planned = schedule([Cause(name) for name in CAUSES], 1, 3)
     truth = read_rows(tmp_path / "c" / "truth.csv")
     assert [planned[int(run) - 1] for run in dict.fromkeys(row["run"] for row in truth)] == planned
@@ -48,7 +48,7 @@ def test_every_fault_is_made_recorded_and_counted(tmp_path, make_plan, cpu):
     assert found.runs.total() == len(planned)
     probes = read_rows(tmp_path / "c" / "probes.csv")
     assert {row["sampler"] for row in probes} == {""}  # there is none here to be switched
-    assert all(float(row["watched_itl_ms"]) > 1.0 for row in probes)
+    assert all(float(row["itl_probe_on_ms"]) > 1.0 for row in probes)
     rows = read_rows(tmp_path / "c" / "confusion.csv")
     assert sum(int(row["count"]) for row in rows if row["unit"] == "run") == len(planned)
     assert "| gc |" in (tmp_path / "c" / "confusion.md").read_text(encoding="utf-8")
@@ -58,7 +58,7 @@ def test_every_fault_is_made_recorded_and_counted(tmp_path, make_plan, cpu):
 def test_no_cell_that_can_run_is_said(make_plan, cpu, tmp_path):
     plan = make_plan("busy", cache=("static-graph",), engine=("transformers",))
     with pytest.raises(BenchError, match="no cell can run here"):
-        measure(plan, cpu, Injection((ALL,), 1, 0), tmp_path / "c", [], Sink(quiet=True), WORKER)
+        measure(plan, cpu, Injection((ALL,), 1, 0), tmp_path / "c", [], Output(quiet=True), WORKER)
 
 
 def test_the_schedule_is_of_the_seed_and_mostly_undisturbed():

@@ -92,7 +92,7 @@ def test_the_hosts_pace_is_measured_at_the_end_and_between_long_tokens(
             probe.note()
     assert taken == [*within, 30]
     assert probe.pace() == {
-        "core_loop_us": pytest.approx(sum(taken) / len(taken)), "memory_walk_us": 200.0,
+        "cpu_loop_us": pytest.approx(sum(taken) / len(taken)), "pointer_chase_us": 200.0,
     }  # fmt: skip
 
 

@@ -56,8 +56,8 @@ def test_odd_and_even_stretches_that_are_not_alike_cancel_out():
         return 1.0 + 0.05 * (token // STRETCH % 2)
 
     each = [pairs([itl(token) for token in range(17 * STRETCH)], run) for run in range(1, RUNS + 1)]
-    assert each[0][0].watched_itl_ms > each[0][0].bare_itl_ms
-    assert each[1][0].watched_itl_ms < each[1][0].bare_itl_ms
+    assert each[0][0].itl_probe_on_ms > each[0][0].itl_probe_off_ms
+    assert each[1][0].itl_probe_on_ms < each[1][0].itl_probe_off_ms
     assert abs(overhead_percent(pair for found in each for pair in found).estimate) < 1e-6
 
 

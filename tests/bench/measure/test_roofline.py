@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from qwencli.bench.measure.roofline import Bound, bound, roofline_columns, with_best_limits
+from qwencli.bench.measure.roofline import (
+    Bottleneck,
+    bottleneck,
+    roofline_columns,
+    with_best_limits,
+)
 from qwencli.bench.storage.columns import ROOFLINE
 
 ROW = {
@@ -22,7 +27,7 @@ def test_mbu_is_bytes_times_speed_over_bandwidth():
     found = roofline_columns(ROW, 100.0, 10.0)
     assert found["mbu_percent"] == pytest.approx(80.0)
     assert found["gpu_busy_percent"] == pytest.approx(40.0)
-    assert found["bound"] is Bound.BANDWIDTH
+    assert found["bottleneck"] is Bottleneck.BANDWIDTH
     assert found["launches_per_token"] == 443.0
 
 
@@ -36,16 +41,16 @@ def test_what_was_not_measured_is_none():
 @pytest.mark.parametrize(
     ("mbu", "busy", "verdict"),
     [
-        (60.0, 10.0, Bound.BANDWIDTH),
-        (59.9, 69.9, Bound.HOST),
-        (10.0, 70.0, Bound.KERNELS),
-        (None, 20.0, Bound.HOST),
-        (10.0, None, Bound.NOT_BANDWIDTH),
+        (60.0, 10.0, Bottleneck.BANDWIDTH),
+        (59.9, 69.9, Bottleneck.HOST),
+        (10.0, 70.0, Bottleneck.KERNELS),
+        (None, 20.0, Bottleneck.HOST),
+        (10.0, None, Bottleneck.NOT_BANDWIDTH),
         (None, None, None),
     ],
 )
 def test_the_rule(mbu, busy, verdict):
-    assert bound(mbu, busy) is verdict
+    assert bottleneck(mbu, busy) is verdict
 
 
 def test_a_reading_taken_under_other_load_is_not_the_limit():

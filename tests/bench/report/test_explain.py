@@ -58,11 +58,11 @@ def test_a_steady_cell_gets_its_speed_alone():
          "the GPU's clock does not explain why runs differ"),
         ([run(n, sm_clock_mhz_mean=1000 + 100 * n, decode_tok_per_s=50 + 5 * n) for n in range(9)],
          "faster runs had the higher clock (correlation 1.00 over 8 runs)"),
-        ([run(n, memory_walk_us=200 + 40 * n, core_loop_us=4 + n % 2, decode_tok_per_s=100 - 5 * n)
+        ([run(n, pointer_chase_us=200 + 40 * n, cpu_loop_us=4 + n % 2, decode_tok_per_s=100 - 5 * n)
           for n in range(9)],
          "slow runs came while others used the caches and memory that cores share (a fixed walk "
          "through memory took 500 us after the slowest quarter of the runs, 260 after the"),
-        ([run(n, core_loop_us=4 + n, decode_tok_per_s=400 / (4 + n)) for n in range(9)],
+        ([run(n, cpu_loop_us=4 + n, decode_tok_per_s=400 / (4 + n)) for n in range(9)],
          "slow runs came while the core they ran on was slower (a fixed loop took 11.5 us after "),
         (eight(throttle_reasons="hw_thermal|idle", temperature_c_max=88),
          "the driver held the clock back: hw_thermal (in 8 of 8 runs, up to 88 C)"),
@@ -79,10 +79,10 @@ def test_a_sentence_for_each_finding(runs, sentence):
 
 
 def test_a_host_that_was_as_fast_or_whose_runs_differ_otherwise_gets_no_sentence():
-    alike = [run(n, memory_walk_us=200 + n, decode_tok_per_s=100 - 5 * n) for n in range(9)]
-    apart = [run(n, memory_walk_us=200 + 40 * n, decode_tok_per_s=50 + 50 * (n % 2))
+    alike = [run(n, pointer_chase_us=200 + n, decode_tok_per_s=100 - 5 * n) for n in range(9)]
+    apart = [run(n, pointer_chase_us=200 + 40 * n, decode_tok_per_s=50 + 50 * (n % 2))
              for n in range(9)]  # fmt: skip
-    few = [run(n, memory_walk_us=200 + 90 * n, decode_tok_per_s=100 - 9 * n) for n in range(5)]
+    few = [run(n, pointer_chase_us=200 + 90 * n, decode_tok_per_s=100 - 9 * n) for n in range(5)]
     for runs in (alike, apart, few):
         assert not any("slow runs came" in line for line in said(cell(runs)))
 
@@ -165,7 +165,7 @@ def test_a_clock_that_stands_still_is_not_joined(monkeypatch):
 
 
 def test_what_the_roofline_says():
-    bound = said(cell(eight(), bound="host", gpu_busy_percent="31.5", mbu_percent="6.0"))
+    bound = said(cell(eight(), bottleneck="host", gpu_busy_percent="31.5", mbu_percent="6.0"))
     assert "bound by: host (GPU busy 32%, bandwidth used 6%)" in bound
 
 

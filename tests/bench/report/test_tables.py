@@ -157,7 +157,7 @@ STEADY = {
     "mbu_percent": 58.1,
     "launches_per_token": 443.0,
     "gpu_busy_percent": 91.0,
-    "bound": "kernels",
+    "bottleneck": "kernels",
     "exact_match_percent": 95.8,
     "mean_kl": 0.0123,
 }

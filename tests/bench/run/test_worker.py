@@ -125,7 +125,7 @@ def test_the_hosts_pace_is_measured_when_a_run_has_ended(monkeypatch):
 
     monkeypatch.setattr(token_probe, "read_pace", measure)
     messages, _ = run(make_spec())
-    assert [m["row"]["memory_walk_us"] for m in messages[:-1]] == [200.0] * 3
+    assert [m["row"]["pointer_chase_us"] for m in messages[:-1]] == [200.0] * 3
     assert within and not any(within)
 
 

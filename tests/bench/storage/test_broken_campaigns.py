@@ -104,7 +104,12 @@ def test_no_broken_campaign_is_a_fault(made, tmp_path, part):
         ("gpu.csv", "sm_clock_mhz,", "clock,", "line 1 has no column sm_clock_mhz"),
         ("quality.csv", ",1,b,", ",yes,b,", "column exact: 'yes' is not a whole number"),
         ("probes.csv", ",on,", ",up,", "line 3, column sampler: 'up' is not one of on, off"),
-        ("probes.csv", ",5.1,5.0", ",5.1,0", "column bare_itl_ms: '0' is not a number above 0"),
+        (
+            "probes.csv",
+            ",5.1,5.0",
+            ",5.1,0",
+            "column itl_probe_off_ms: '0' is not a number above 0",
+        ),
         ("truth.csv", "2,gc,", "2,magic,", "column cause: 'magic' is not one of none"),
         ("plan.json", '"runs": 6', '"runs": "6"', 'runs: "6" is not a whole number'),
         ("plan.json", '"runs": 6', f'"runs": {10**400}', "is not a whole number from 1"),

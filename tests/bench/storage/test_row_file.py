@@ -53,6 +53,15 @@ def test_a_kill_at_any_byte_loses_at_most_the_row_being_written(tmp_path_factory
     assert read_rows(path) == [*written[:whole], {"a": "next", "b": "one"}]
 
 
+def test_columns_of_earlier_versions_are_read_by_their_new_names(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("cell_id,bound,core_loop_us\na,host,4.1\n")
+    assert read_rows(path) == [{"cell_id": "a", "bottleneck": "host", "cpu_loop_us": "4.1"}]
+    path.write_text("bound,bottleneck\nhost,host\n")
+    with pytest.raises(BenchError, match="names a column twice"):
+        read_rows(path)
+
+
 def test_none_is_empty_and_zero_is_zero(tmp_path):
     with RowFile(tmp_path / "x.csv", COLUMNS) as file:
         file.append([{"a": None, "b": 0}, {"b": 123456.000000001}, {"a": "two\nlines"}])

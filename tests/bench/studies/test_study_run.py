@@ -19,7 +19,7 @@ from qwencli.bench.studies.study_run import run_study
 from qwencli.bench.studies.verdicts import Verdict
 from qwencli.config import DType, LoadFormat
 from qwencli.errors import BenchError, OutputError
-from qwencli.output import Sink
+from qwencli.output import Output
 
 WORKER = [sys.executable, str(Path(__file__).with_name("studied_engine.py"))]
 CLAIMS = ("C04", "C06", "C09", "C12")
@@ -38,7 +38,7 @@ def prepare(cpu):
 
 
 def go(study, folder, resume=False):
-    return run_study(study, folder, ["bench"], Sink(), resume=resume, command=WORKER)
+    return run_study(study, folder, ["bench"], Output(), resume=resume, command=WORKER)
 
 
 def test_a_study_from_claims_to_verdicts(prepare, tmp_path):
