@@ -22,6 +22,7 @@ from qwencli.dataset.report.survey import TOP_OPENINGS, TOP_WORDS, Survey, lengt
 ASSETS = Path(__file__).with_name("assets")
 CHUNK = 100
 _BARS = 40
+_REST = "@@REST@@"
 # Kinds of findings that stand in red: the picture has no usable caption.
 _BAD = ("failed", "missing", "unreadable", "faulty")
 _FILTERS = (
@@ -83,18 +84,21 @@ def contact_sheet(
                 "pictures": list(_pictures(survey, found, folder, beside)),
             }
         ),
-        thumbnails="@@THUMBNAILS@@",
+        # The first cards have their pictures before the page is read to its end.
+        first=_thumbnails(thumbnails, 0),
+        rest=_REST,
     )
-    before, after = page.rsplit("@@THUMBNAILS@@", 1)
+    before, after = page.rsplit(_REST, 1)
     yield before
-    for start in range(0, len(thumbnails), CHUNK):
-        lines = (base64.b64encode(data).decode() for data in thumbnails[start : start + CHUNK])
-        yield (
-            f'<script type="text/plain" id="thumbnails-{start // CHUNK}">'
-            + "\n".join(lines)
-            + "</script>\n"
-        )
+    for start in range(CHUNK, len(thumbnails), CHUNK):
+        yield _thumbnails(thumbnails, start)
     yield after
+
+
+def _thumbnails(thumbnails: Sequence[bytes], start: int) -> str:
+    lines = (base64.b64encode(data).decode() for data in thumbnails[start : start + CHUNK])
+    text = "\n".join(lines)
+    return f'<script type="text/plain" id="thumbnails-{start // CHUNK}">{text}</script>\n'
 
 
 def _findings(survey: Survey) -> dict[str, list[int]]:
@@ -212,7 +216,7 @@ def _histogram(lengths: Sequence[int]) -> str:
             f'height="{height:.1f}"><title>{label}: {count:,} captions</title></rect>'
         )
     marks = "".join(
-        f'<text x="{x}" y="132" text-anchor="{anchor}">{number}</text>'
+        f'<text x="{x}" y="136" text-anchor="{anchor}">{number}</text>'
         for x, anchor, number in ((0, "start", 0), (300, "middle", most // 2), (600, "end", most))
     )
     return (
