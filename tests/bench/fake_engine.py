@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from qwencli.bench.run import worker
 from qwencli.config import EngineConfig
 from qwencli.engine.protocol import drain
-from qwencli.errors import OutOfMemoryError, UnsupportedModeError
+from qwencli.errors import ModelFileError, OutOfMemoryError, UnsupportedModeError
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk, GenerationResult, RanModes, Timings
 
@@ -53,6 +53,8 @@ class FakeEngine:
             raise UnsupportedModeError("this mode cannot run here", nearest="sdpa")
         if self.behaviour == "oom":
             raise OutOfMemoryError("the GPU has no memory left", "use --quantization 4bit")
+        if self.behaviour == "foreign":
+            raise ModelFileError("no engine of ours has this", "use another version of the model")
         if self.behaviour == "broken":
             raise ZeroDivisionError("a bug in the engine")
 

@@ -21,6 +21,7 @@ import time
 from contextlib import suppress
 
 from qwencli.engine.machine.child_process import python_command
+from qwencli.errors import BenchError
 
 _ANSWERED = (signal.SIGTERM, signal.SIGINT, *filter(None, (getattr(signal, "SIGHUP", None),)))
 
@@ -40,20 +41,28 @@ class Pauser:
     def pause(self, seconds: float) -> None:
         """Ask for a pause; it comes within a millisecond or so, while this process goes on."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{seconds}\n")
-        self._process.stdin.flush()
         self._asked += 1
+        with suppress(BrokenPipeError):  # `pauses` says so
+            self._process.stdin.write(f"{seconds}\n")
+            self._process.stdin.flush()
 
     def pauses(self) -> list[tuple[float, float]]:
-        """When the pauses asked for since the last call began and ended; waits for them."""
+        """When the pauses asked for since the last call began and ended; waits for them.
+
+        Raises:
+            BenchError: the process that makes them is gone.
+        """
         assert self._process.stdout is not None
         lines = [self._process.stdout.readline() for _ in range(self._asked)]
         self._asked = 0
+        if not all(lines):
+            raise BenchError("the process that pauses this one was killed", "inject again")
         pairs = [line.split() for line in lines]
         return [(float(start), float(end)) for start, end in pairs]
 
     def close(self) -> None:
-        self._process.communicate()  # its stdin closes, so it ends
+        with suppress(BrokenPipeError):
+            self._process.communicate()  # its stdin closes, so it ends
 
 
 def main(pid: int) -> int:
@@ -65,15 +74,19 @@ def main(pid: int) -> int:
     command = python_command("qwencli.bench.inject.pauser", str(pid), "guard")
     with subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0) as guard:
         assert guard.stdin is not None
-        for line in sys.stdin:
-            start = time.perf_counter()
-            os.kill(pid, signal.SIGSTOP)
-            try:
-                time.sleep(float(line))
-            finally:
-                os.kill(pid, signal.SIGCONT)
-            print(start, time.perf_counter(), flush=True)
-        guard.stdin.write(b"over")
+        try:
+            for line in sys.stdin:
+                start = time.perf_counter()
+                os.kill(pid, signal.SIGSTOP)
+                try:
+                    time.sleep(float(line))
+                finally:
+                    os.kill(pid, signal.SIGCONT)
+                print(start, time.perf_counter(), flush=True)
+            guard.stdin.write(b"over")
+        except (ProcessLookupError, BrokenPipeError):
+            # Who was to be paused is gone, or the guard. What is not printed is not tried again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0
 
 

@@ -39,6 +39,7 @@ from qwencli.bench.storage.campaign_files import (
     RUNS,
     TOKENS,
     StoredCampaign,
+    read_environment,
 )
 from qwencli.bench.storage.row_file import RowFile, keep_rows, replace_file
 from qwencli.errors import BenchError, OutputError
@@ -49,6 +50,8 @@ _OF_RUNS = ((TOKENS, columns.TOKENS), (GPU, columns.GPU), (HOST, columns.HOST))
 WARM_UP = "0"
 # A process needs longer than that from its start to its warm-up.
 _APART_S = 0.5
+LOGS = "logs"
+OTHER_WRITER = "wait for it to end, or stop it; --resume goes on then"
 # Measured once a cell, after its runs: file -> columns.
 BESIDE = {"roofline": columns.ROOFLINE, "quality": columns.QUALITY}
 
@@ -79,9 +82,7 @@ class Campaign:
             raise BenchError(
                 f"{folder} holds no campaign", "check the folder, or leave out --resume"
             )
-        self._lock = FolderLock(
-            folder, BenchError, "wait for it to end, or stop it; --resume goes on then"
-        )
+        self._lock = FolderLock(folder, BenchError, OTHER_WRITER)
         try:
             self._open(document, environment, resume=resume)
         except BaseException:
@@ -101,30 +102,19 @@ class Campaign:
         self._read_back()
 
     def _make_folder(self) -> None:
-        folder = self.folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if any(path.name != LOCK for path in folder.iterdir()):
-                raise BenchError(
-                    f"{folder} is not empty", "add --resume to go on with it, or give a new --out"
-                )
+            self.folder.mkdir(parents=True, exist_ok=True)
+            refuse_what_is_there(self.folder, LOGS, PLAN)
         except OSError as error:
-            raise OutputError(
-                f"{folder} cannot be written: {error.strerror}", "choose another --out"
-            ) from error
+            raise _cannot_write(self.folder, error) from error
 
     def _create(self, document: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         folder = self.folder
         try:
-            (folder / "logs").mkdir()
-        except FileExistsError:  # another campaign was quicker, and is over already
-            raise BenchError(
-                f"{folder} is not empty", "add --resume to go on with it, or give a new --out"
-            ) from None
+            refuse_what_is_there(folder, LOGS, PLAN)  # another campaign was quicker, and is over
+            (folder / LOGS).mkdir(exist_ok=True)
         except OSError as error:
-            raise OutputError(
-                f"{folder} cannot be written: {error.strerror}", "choose another --out"
-            ) from error
+            raise _cannot_write(folder, error) from error
         write_json(folder / ENVIRONMENT, environment)
         write_json(folder / PLAN, document)
 
@@ -142,6 +132,9 @@ class Campaign:
 
     def _read_back(self) -> None:
         stored = StoredCampaign(self.folder)
+        stored.rows(RUNS)  # checked, before any of it is believed
+        # A worker that was ended from outside says nothing of its cell: another try may not be.
+        keep_rows(self.folder / RUNS, columns.RUNS, lambda row: row["status"] != "killed")
         runs = stored.rows(RUNS)
         for row in runs:
             self._note(row)
@@ -188,7 +181,7 @@ class Campaign:
         self._files.close()
 
     def log_path(self, cell: BenchCell) -> Path:
-        return self.folder / "logs" / f"{cell.cell_id}.log"
+        return self.folder / LOGS / f"{cell.cell_id}.log"
 
     def progress(self, cell: BenchCell) -> Progress:
         """What the cell has so far."""
@@ -331,6 +324,35 @@ class _Finished:
             return (cell_id, run) in self._runs
         spans = self._spans[cell_id]
         return any(start - _APART_S < at < end + _APART_S for start, end in spans)
+
+
+def refuse_what_is_there(folder: Path, within: str, document: str) -> None:
+    """Raise BenchError unless the folder is as good as new.
+
+    It is where one was killed before it had written its document: measured is nothing yet.
+
+    Args:
+        within: the name of a folder that is made before, and still empty.
+    """
+    begun = (LOCK, within, ENVIRONMENT, f"{ENVIRONMENT}.new", f"{document}.new")
+    for path in folder.iterdir():
+        ours = path.name in begun and not (path.is_dir() and any(path.iterdir()))
+        if not ours or (path.name == ENVIRONMENT and not _is_environment(folder)):
+            raise BenchError(
+                f"{folder} is not empty", "add --resume to go on with it, or give a new --out"
+            )
+
+
+def _is_environment(folder: Path) -> bool:
+    try:
+        read_environment(folder)
+    except BenchError:
+        return False
+    return True
+
+
+def _cannot_write(folder: Path, error: OSError) -> OutputError:
+    return OutputError(f"{folder} cannot be written: {error.strerror}", "choose another --out")
 
 
 def beside_path(folder: Path, name: str) -> Path:

@@ -20,6 +20,7 @@ from qwencli.bench.plan.predict import duration
 from qwencli.bench.report.tables import cell_summary
 from qwencli.bench.run.campaign import Campaign
 from qwencli.bench.run.worker_process import Ending, WorkerProcess
+from qwencli.config import EngineName
 from qwencli.engine.machine.child_process import python_command
 from qwencli.errors import UsageError
 
@@ -205,7 +206,28 @@ def _run_place(
     """Run one process and say how it ended; returns its status."""
     ending, speeds = _run_process(campaign, place.cell, place.turn, options, telemetry)
     say(f"    {cell_summary(ending.status, ending.reason, speeds)}")
+    if ending.of_model and (alike := _end_alike(campaign, place.cell, ending)):
+        cells = f"{alike} other cell{'s' * (alike > 1)}"
+        say(f"    the same for {cells} of {place.cell.model} with the {place.cell.engine} engine")
     return ending.status
+
+
+def _end_alike(campaign: Campaign, cell: BenchCell, ending: Ending) -> int:
+    """End the cells without runs whose process would find the same; returns how many.
+
+    What transformers says of a model may be due to how it was to be quantized.
+    """
+    alike = [
+        other
+        for other in campaign.plan.cells
+        if (other.model, other.engine) == (cell.model, cell.engine)
+        and (cell.engine is EngineName.NATIVE or other.quantization == cell.quantization)
+        and campaign.next_turn(other) is not None
+        and not campaign.progress(other).runs
+    ]
+    for other in alike:
+        campaign.add_end(other, ending.status, ending.reason, None)
+    return len(alike)
 
 
 def _make_references(campaign: Campaign, options: RunnerOptions, say: Say) -> bool:

@@ -6,7 +6,8 @@ It has no generation path of its own: it times the `Engine.stream` that `caption
               is gone, and the worker ends at once.
     stdout    JSON lines: {"type": "run", ...} after each run; then {"type": "sampler", ...} and
               {"type": "probes", ...} around the runs that show what probes cost, and
-              {"type": "rows", ...} for what else is measured beside; {"type": "end", ...}
+              {"type": "rows", ...} for what else is measured beside; {"type": "end", ...}, with
+              "of_model" where no other mode would have fared better
     stderr    the log; whatever libraries print to stdout goes there as well
 """
 
@@ -35,6 +36,7 @@ from qwencli.engine.protocol import Engine, drain
 from qwencli.engine.serial_queue import ManyRequests
 from qwencli.errors import (
     MissingDependencyError,
+    ModelFileError,
     OutOfMemoryError,
     QwenCliError,
     UnsupportedModeError,
@@ -116,7 +118,8 @@ def run_cell(
     except QwenCliError as error:
         status = next((name for kind, name in _STATUS if isinstance(error, kind)), "failed")
         reason = f"{error.message} ({error.hint})" if error.hint else error.message
-        emit({"type": "end", "status": status, "reason": reason})
+        of_model = isinstance(error, ModelFileError)
+        emit({"type": "end", "status": status, "reason": reason, "of_model": of_model})
     except MemoryError:
         emit({"type": "end", "status": "oom", "reason": "the host ran out of memory"})
     else:

@@ -26,10 +26,15 @@ _EXIT_GRACE_S = 30.0
 
 @dataclass(frozen=True)
 class Ending:
-    """How a cell's process ended: a status of runs.csv and, unless it is ok, the reason."""
+    """How a cell's process ended: a status of runs.csv and, unless it is ok, the reason.
+
+    Args:
+        of_model: the reason is one of the model's files, whatever the mode.
+    """
 
     status: str
     reason: str | None = None
+    of_model: bool = False
 
 
 class WorkerProcess:
@@ -83,7 +88,8 @@ class WorkerProcess:
                 self.ending = Ending("crashed", f"the worker wrote no JSON: {line[:80]!r}")
                 return
             if message["type"] == "end":
-                self.ending = Ending(message["status"], message["reason"])
+                of_model = bool(message.get("of_model"))
+                self.ending = Ending(message["status"], message["reason"], of_model)
                 return
             yield message
         if self.ending.status != "timeout":

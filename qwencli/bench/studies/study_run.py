@@ -18,14 +18,23 @@ from pathlib import Path
 from qwencli.bench.measure.telemetry import sampler_command
 from qwencli.bench.plan.environment import environment, read_machine_speed
 from qwencli.bench.report.campaign_report import build_report
-from qwencli.bench.run.campaign import Campaign, write_json
+from qwencli.bench.run.campaign import OTHER_WRITER, Campaign, refuse_what_is_there, write_json
 from qwencli.bench.run.campaign_runner import RunnerOptions, run_campaign
-from qwencli.bench.storage.campaign_files import ENVIRONMENT, RUNS, read_file, read_json
+from qwencli.bench.storage import columns
+from qwencli.bench.storage.campaign_files import (
+    ENVIRONMENT,
+    PLAN,
+    RUNS,
+    read_file,
+    read_json,
+)
+from qwencli.bench.storage.row_file import keep_rows, read_rows
 from qwencli.bench.studies.schedule import Process
 from qwencli.bench.studies.study_plan import PROCESSES, STUDY, PreparedStudy, process_folder
-from qwencli.bench.studies.study_worker import SCHEDULE
+from qwencli.bench.studies.study_worker import OBSERVED, SCHEDULE
 from qwencli.engine.machine.child_process import python_command
 from qwencli.errors import BenchError, OutputError
+from qwencli.folder_lock import FolderLock
 from qwencli.output import Output
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
@@ -46,10 +55,28 @@ def run_study(
         command: the worker, without the folder it is given; empty = the real one.
 
     Raises:
-        BenchError: the folder is not new, or holds another study.
+        BenchError: the folder is not new, or holds another study, or another process writes to it.
         OutputError: it cannot be written.
     """
-    _open_folder(study, folder, arguments, resume=resume)
+    if resume:
+        read_json(folder / STUDY)
+    else:
+        _make_folder(folder)
+    lock = FolderLock(folder, BenchError, OTHER_WRITER)
+    try:
+        _open_folder(study, folder, arguments, resume=resume)
+        return _run_processes(study, folder, arguments, output, command)
+    finally:
+        lock.release()
+
+
+def _run_processes(
+    study: PreparedStudy,
+    folder: Path,
+    arguments: Sequence[str],
+    output: Output,
+    command: Sequence[str],
+) -> bool:
     command = command or python_command("qwencli.bench.studies.study_worker")
     began = time.monotonic()
     limit = study.request.max_time_s
@@ -107,6 +134,16 @@ def _is_done(folder: Path, process: Process) -> bool:
     return skipped or sum(row["status"] == "ok" for row in rows) == len(process.runs)
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        refuse_what_is_there(folder, PROCESSES, STUDY)
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be written: {error.strerror}", "choose another --out"
+        ) from error
+
+
 def _open_folder(
     study: PreparedStudy, folder: Path, arguments: Sequence[str], *, resume: bool
 ) -> None:
@@ -120,17 +157,8 @@ def _open_folder(
                     "repeat the options it was started with, or give a new --out",
                 )
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise BenchError(
-                f"{folder} is not empty", "add --resume to go on with it, or give a new --out"
-            )
-        (folder / PROCESSES).mkdir()
-    except OSError as error:
-        raise OutputError(
-            f"{folder} cannot be written: {error.strerror}", "choose another --out"
-        ) from error
+    _make_folder(folder)  # again: another study was quicker, and is over
+    (folder / PROCESSES).mkdir(exist_ok=True)
     about = environment(study.facts, arguments, study.request.seed)
     write_json(folder / ENVIRONMENT, about)
     write_json(folder / STUDY, document)
@@ -153,7 +181,9 @@ def _run_process(
         timeout_s=study.request.timeout_s,
         beside=False,
     )
-    there = (own / "plan.json").exists()
+    there = (own / PLAN).exists()
+    if there:
+        _drop_unobserved(own)
     with Campaign(own, study.plan(process), about, resume=there) as campaign:
         schedule = {
             "runs": list(process.runs),
@@ -163,3 +193,13 @@ def _run_process(
         write_json(own / SCHEDULE, schedule)
         run_campaign(campaign, options, output.notice)
     build_report(own)
+
+
+def _drop_unobserved(own: Path) -> None:
+    """Forget a process's last run where a kill came before what was observed in it was written."""
+    observed = {row["run"] for row in read_rows(own / OBSERVED)}
+    made = [row["run"] for row in read_file(own, RUNS) if row["status"] == "ok"]
+    if made and made[-1] not in observed:
+        keep_rows(
+            own / RUNS, columns.RUNS, lambda row: (row["status"], row["run"]) != ("ok", made[-1])
+        )

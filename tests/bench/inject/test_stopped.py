@@ -111,6 +111,26 @@ def test_a_killed_pauser_leaves_its_worker_going(paused):
     until(lambda: all(state(pid) in (None, "Z") for pid in guards))
 
 
+def test_a_worker_whose_pauser_was_killed_is_told():
+    script = PAUSED.replace(
+        "while True:\n        pass",
+        """try:
+        pauser.pauses()
+    except Exception as error:
+        print(repr(error), flush=True)
+    pauser.pause(1.0)
+    pauser.close()""",
+    )
+    with start(script) as worker:
+        pauser = int(worker.stdout.readline())
+        until(lambda: children(pauser))
+        subprocess.run(["kill", "-KILL", str(pauser)], check=True)
+        worker.stdin.write("\n0.05\n")
+        worker.stdin.flush()
+        assert "the process that pauses this one was killed" in worker.stdout.readline()
+        assert worker.wait() == 0
+
+
 @pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
 def test_a_pauser_finishes_its_pause(paused, name):
     worker, pauser, _ = paused

@@ -262,6 +262,20 @@ def test_a_cell_that_fails_is_a_row_and_stops_nothing(
     assert cells["steady"]["status"] == "ok"
 
 
+def test_a_model_that_no_mode_can_load_is_found_once(run, tmp_path, make_plan):
+    said = []
+    plan = make_plan("foreign", "steady", attention=("sdpa", "eager"))
+    run(plan, say=said.append)
+    ended = [row for row in rows(tmp_path, "runs.csv") if row["status"] == "failed"]
+    of_model = {cell.cell_id for cell in plan.cells if cell.model == "foreign"}
+    assert len(of_model) == len(ended) == 2
+    assert {row["cell_id"] for row in ended} == of_model
+    assert len({row["reason"] for row in ended}) == 1
+    logs = [path for path in (tmp_path / "c" / "logs").iterdir() if path.stem in of_model]
+    assert len(logs) == 1
+    assert sum("the same for 1 other cell of foreign" in line for line in said) == 1
+
+
 @posix
 def test_a_killed_worker_keeps_its_finished_runs(run, tmp_path, make_plan):
     cells = run(make_plan("killed", "steady", runs=4))
@@ -416,6 +430,54 @@ def test_a_second_warm_up_that_a_kill_cut_off_is_dropped(run, tmp_path, make_pla
     run(plan, resume=True)
     warm = [row for row in rows(tmp_path, "tokens.csv") if row["run"] == "0"]
     assert len(warm) == 2 * 5
+
+
+@posix
+def test_a_worker_that_was_killed_within_its_runs_gets_another_try(run, tmp_path, make_plan):
+    plan = make_plan("killed", "steady", "oom", runs=2)
+    assert run(plan)["killed"]["status"] == "killed"
+    runs_csv = tmp_path / "c" / "runs.csv"
+    lost = [row["run"] for row in rows(tmp_path, "runs.csv") if row["status"] == "killed"]
+    assert lost == ["2"]
+    cells = run(plan, resume=True)  # a run is left, before the one that this engine dies in
+    assert (cells["killed"]["status"], cells["killed"]["runs"]) == ("ok", 2)
+    assert cells["killed"]["reason"] is None
+    assert (cells["oom"]["status"], cells["steady"]["runs"]) == ("oom", 2)
+    before = runs_csv.read_bytes()
+    run(plan, resume=True, command=["this program does not exist"])
+    assert runs_csv.read_bytes() == before
+
+
+@pytest.mark.parametrize("written", range(6))
+def test_a_kill_before_there_is_a_plan_leaves_a_folder_as_good_as_new(
+    run, tmp_path, make_plan, cpu, written
+):
+    folder, plan = tmp_path / "c", make_plan("steady")
+    about = environment(cpu, ["bench"], plan.settings.seed)
+    steps = [
+        lambda: folder.mkdir(),
+        lambda: (folder / "writer.lock").touch(),
+        lambda: (folder / "logs").mkdir(),
+        lambda: (folder / "environment.json.new").write_text('{"a', encoding="utf-8"),
+        lambda: (folder / "environment.json").write_text(json.dumps(about), encoding="utf-8"),
+        lambda: (folder / "plan.json.new").touch(),
+    ]
+    for step in steps[: written + 1]:
+        step()
+    with pytest.raises(BenchError, match="holds no campaign"):
+        run(plan, resume=True)
+    assert run(plan)["steady"]["runs"] == 2
+    assert not list(folder.glob("*.new"))
+
+
+@pytest.mark.parametrize("name", ["environment.json", "logs/mine.txt", "plan.json", "runs.csv"])
+def test_a_folder_with_files_of_others_is_not_new(run, tmp_path, make_plan, name):
+    path = tmp_path / "c" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine", encoding="utf-8")
+    with pytest.raises(BenchError, match="is not empty"):
+        run(make_plan("steady"))
+    assert path.read_text(encoding="utf-8") == "mine"
 
 
 def test_one_process_at_a_time_writes_to_a_campaign(run, tmp_path, make_plan, cpu):

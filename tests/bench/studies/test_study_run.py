@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qwencli.bench.storage.row_file import read_rows
+from qwencli.bench.storage.row_file import read_rows, write_rows
 from qwencli.bench.studies import study_run as session
 from qwencli.bench.studies.claim_file import choose
 from qwencli.bench.studies.study_evidence import Evidence
@@ -19,6 +19,7 @@ from qwencli.bench.studies.study_run import run_study
 from qwencli.bench.studies.verdicts import Verdict
 from qwencli.config import DType, LoadFormat
 from qwencli.errors import BenchError, OutputError
+from qwencli.folder_lock import FolderLock
 from qwencli.output import Output
 
 WORKER = [sys.executable, str(Path(__file__).with_name("studied_engine.py"))]
@@ -100,6 +101,56 @@ def test_a_study_goes_on_where_it_stopped(prepare, tmp_path, monkeypatch):
     assert go(study, folder, resume=True) is False
     assert first.read_bytes() == before
     assert build_study_report(folder)[0].verdict is not Verdict.CANNOT_RUN
+
+
+@pytest.mark.parametrize("written", range(4))
+def test_a_kill_before_there_is_a_study_leaves_a_folder_as_good_as_new(prepare, tmp_path, written):
+    folder, study = tmp_path / "s", prepare(("C12",))
+    steps = [
+        lambda: folder.mkdir(),
+        lambda: (folder / "writer.lock").touch(),
+        lambda: (folder / "processes").mkdir(),
+        lambda: (folder / "study.json.new").touch(),
+    ]
+    for step in steps[: written + 1]:
+        step()
+    with pytest.raises(BenchError, match="holds no campaign"):
+        go(study, folder, resume=True)
+    assert go(study, folder) is False
+    assert not [path for path in folder.iterdir() if path.suffix in (".new", ".lock")]
+
+
+def test_a_study_whose_process_was_killed_at_its_beginning_goes_on(prepare, tmp_path):
+    folder, study = tmp_path / "s", prepare(("C06",), max_time_s=1e-9)
+    go(study, folder)
+    (process_folder(folder, study.processes[0].name) / "logs").mkdir(parents=True)
+    study = prepare(("C06",))
+    assert go(study, folder, resume=True) is False
+    assert build_study_report(folder)[0].verdict is not Verdict.CANNOT_RUN
+
+
+def test_a_run_that_was_killed_before_it_was_observed_is_made_again(prepare, tmp_path):
+    folder, study = tmp_path / "s", prepare(("C06",))
+    go(study, folder)
+    process = study.processes[-1]
+    conditions = process_folder(folder, process.name) / "conditions.csv"
+    kept = [row for row in read_rows(conditions) if row["run"] != str(len(process.runs))]
+    write_rows(conditions, ("run", "condition", "observation", "value"), kept)
+    assert go(study, folder, resume=True) is False
+    made = Evidence(folder).conditions(process.name)
+    assert {name: len(rows) for name, rows in made.items()} == {
+        name: process.runs.count(name) for name in process.runs
+    }
+
+
+def test_one_process_at_a_time_writes_to_a_study(prepare, tmp_path):
+    folder, study = tmp_path / "s", prepare(("C12",))
+    go(study, folder)
+    lock = FolderLock(folder, BenchError, "")
+    with pytest.raises(BenchError, match="is being written by process"):
+        go(study, folder, resume=True)
+    lock.release()
+    assert go(study, folder, resume=True) is False
 
 
 def test_no_process_begins_after_max_time(prepare, tmp_path):
