@@ -26,7 +26,7 @@ import torch
 from benchmarks.measured_step import REPLAYS, MeasuredStep, Tiles, text_shape
 from benchmarks.step_search import search
 from qwencli.config import KVDType, Quantization
-from qwencli.engine.instruments.limits import LARGEST_BUFFER, read_bandwidth
+from qwencli.engine.instruments.timing import LARGEST_BUFFER, read_bandwidth
 from qwencli.engine.ops.decoder_ops import Layer, Matrix
 from qwencli.models.memory import native_kv_bytes
 

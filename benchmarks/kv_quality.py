@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from qwencli.config import Attention, EngineConfig
-from qwencli.engine.cache import kv_quantized
+from qwencli.engine.cache import kv_cache
 from qwencli.engine.frontend.model_files import ModelFiles, open_model
 from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
@@ -87,7 +87,7 @@ def main() -> None:
         exact: Tensor | None = None
         wanted = torch.tensor(files.prompts.tokenizer.encode(item.caption))
         for kind, (_, cut) in KINDS.items():
-            kv_quantized.quantize_rows = cut
+            kv_cache.quantize_rows = cut
             rows = caption_logits(models[kind], files, item)
             exact = rows if exact is None else exact
             chosen = rows.argmax(-1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qwencli.config import KVDType, Quantization
-from qwencli.engine.cache.kv_quantized import KV_SCHEMES
+from qwencli.engine.cache.kv_cache import KV_SCHEMES
 from qwencli.engine.kernels.activation_buffers import ActivationConsumer
 from qwencli.engine.kernels.fused_ops import FusedOps, TileChoice, fused_ops
 from qwencli.engine.kernels.tiles import GemvTiles, MatrixKind, default_tiles

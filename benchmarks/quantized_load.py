@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 from qwencli.config import Quantization
 from qwencli.engine.loading import weights
 from qwencli.models.folder import read_config
-from qwencli.models.locate import bundled_folder
+from qwencli.models.hub import bundled_folder
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
-from qwencli.models.weight_specs import specs
+from qwencli.models.tensors import specs
 
 FIELDS = ("model", "quantization", "device", "way", "load_s", "checkpoint_bytes", "kept_bytes")
 MODES = [mode for mode in Quantization if mode is not Quantization.NONE]

@@ -17,7 +17,7 @@ class RanModes:
 
     Args:
         quantization: the concrete scheme: "none", "bnb-nf4", "int8", ...; "int8-w8a8" where decode
-            steps round the vectors too, see `models.scheme_labels`.
+            steps round the vectors too, see `models.memory`.
         attention: of decode steps; "triton" where it is part of our own kernels, "numpy+sdpa" where
             short contexts on the CPU are numpy's and long ones torch's.
         kernels: "triton" where decode steps run our fused kernels, else "torch".

@@ -129,7 +129,7 @@ def write_checkpoint(
     import torch
     import transformers
 
-    from qwencli.engine.hf.families import FAMILIES, build_config
+    from qwencli.engine.hf.load_model import FAMILIES, build_config
 
     # Its progress bar would end up in what the tests read as the program's own output.
     transformers.logging.disable_progress_bar()

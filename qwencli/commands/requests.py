@@ -32,7 +32,7 @@ def running_engine(config: EngineConfig, sink: Output) -> Iterator[Engine]:
         engine = create_engine(config)
         resolve_device(config.device)
     if config.model.path is None and config.load_format is LoadFormat.AUTO:
-        from qwencli.models.locate import locate
+        from qwencli.models.hub import locate
 
         # Here and not in load(): the download's own progress bars need the terminal to themselves.
         locate(config.model, offline=config.offline, allow_pickle=config.allow_pickle)

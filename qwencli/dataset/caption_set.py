@@ -214,7 +214,7 @@ def _facts(engine: Engine, model: ModelSpec) -> dict[str, str | None]:
 def model_revision(model: ModelSpec) -> str | None:
     """What tells two states of a model's files apart: the hub's commit, or a digest of their sizes
     and of config.json; None where the files are not here (random weights)."""
-    from qwencli.models.hub_cache import find_cached
+    from qwencli.models.hub import find_cached
 
     folder = model.path
     if folder is None and model.repo_id is not None:

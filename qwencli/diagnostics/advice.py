@@ -21,7 +21,7 @@ from qwencli.diagnostics.decode_work import (
 from qwencli.diagnostics.machine import Machine, Unreadable
 from qwencli.engine.instruments.probes.ask import Outcome
 from qwencli.engine.machine.device import CudaDevice
-from qwencli.engine.machine.gpu_readings import GpuReading
+from qwencli.engine.machine.gpu_sensors import GpuReading
 from qwencli.models.memory import MemoryEstimate, estimate, kv_cache_bytes
 from qwencli.models.shapes import ModelShape
 

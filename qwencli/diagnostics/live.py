@@ -22,8 +22,7 @@ from qwencli.engine.instruments.probes.answers import EngineWork
 from qwencli.engine.instruments.probes.ask import ProbeAnswer, ProbeProcess
 from qwencli.engine.instruments.probes.table import PROBES
 from qwencli.engine.machine.device import package_version
-from qwencli.engine.machine.gpu_readings import LoadReading
-from qwencli.engine.machine.gpu_sensors import read_driver
+from qwencli.engine.machine.gpu_sensors import LoadReading, read_driver
 from qwencli.engine.machine.host import host_memory
 
 PACKAGES = (

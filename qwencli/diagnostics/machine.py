@@ -24,7 +24,7 @@ from qwencli.diagnostics.facts import (
 from qwencli.engine.instruments.probes.answers import Work
 from qwencli.engine.instruments.probes.ask import Outcome, ProbeAnswer
 from qwencli.engine.machine.device import CudaDevice, TorchFacts
-from qwencli.engine.machine.gpu_readings import DriverReading, GpuReading, LoadReading
+from qwencli.engine.machine.gpu_sensors import DriverReading, GpuReading, LoadReading
 from qwencli.engine.machine.host import HostMemory
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qwencli.diagnostics.facts import CacheFacts, DiskSpeed, Download, HubFacts
 from qwencli.engine.instruments.probes.ask import first_line
-from qwencli.models.hub_cache import cache_root, unfinished_downloads
+from qwencli.models.hub import cache_root, unfinished_downloads
 
 _READ_BYTES = 64 << 20
 _BLOCK_BYTES = 4 << 20

@@ -10,7 +10,7 @@ from qwencli.diagnostics.machine import SECTIONS, Machine, Unreadable
 from qwencli.engine.instruments.probes.ask import Outcome, ProbeAnswer
 from qwencli.engine.instruments.probes.table import PROBES
 from qwencli.engine.instruments.probes.wire import decode, dumps
-from qwencli.engine.machine.gpu_readings import LoadReading
+from qwencli.engine.machine.gpu_sensors import LoadReading
 
 UNREADABLE = "unreadable"
 # Without these a replay would not know what its probes were about.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from qwencli.engine.base_engine import SerialQueue
 from qwencli.engine.protocol import Engine, RequestQueue
 from qwencli.engine.request import RequestSource
-from qwencli.engine.serial_queue import SerialQueue
 from qwencli.errors import QwenCliError
 from qwencli.results import GenerationResult
 

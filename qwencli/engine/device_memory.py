@@ -1,6 +1,21 @@
-"""Gives device memory back, and recognises running out of it in torch's many words for that."""
+"""Gives device memory back, and recognises running out of it in torch's many words for that.
+
+Zeros that take no memory until they are written to.
+
+Small tensors on their way to the device together, while the host goes on.
+
+A copy of ordinary memory waits until the device has done all that was given to it before; for a
+prompt that is its pictures' encoding, during which the host could launch the decoder.
+"""
 
 from __future__ import annotations
+
+import math
+import mmap
+import sys
+from collections.abc import Sequence
+
+import torch
 
 from qwencli.errors import OutOfMemoryError
 
@@ -61,3 +76,30 @@ def _figures(device: str) -> str:
     return (
         f" ({free / gib:.1f} GiB free of {total / gib:.1f}, {ours / gib:.1f} held by this process)"
     )
+
+
+def lazy_zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros of a size that few requests use up.
+
+    On the CPU torch.zeros writes every page; this asks the system for pages that are zero already
+    and become resident one by one. Huge pages are declined: a cache whose heads lie 4 MB apart
+    would make 2 MB resident for the first token of each head. numpy asks for them.
+    """
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, max(1, math.prod(size)) * dtype.itemsize)
+    if sys.platform == "linux":
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype, count=math.prod(size)).view(size)
+
+
+def upload(tensors: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Tensors of one type on the host -> the same on `device`, there in one copy."""
+    if device.type != "cuda":
+        return tuple(tensor.to(device) for tensor in tensors)
+    sizes = [tensor.numel() for tensor in tensors]
+    # torch keeps pinned memory until the copies from it are done.
+    pinned = torch.empty(sum(sizes), dtype=tensors[0].dtype, pin_memory=True)
+    torch.cat([tensor.flatten() for tensor in tensors], out=pinned)
+    sent = pinned.to(device, non_blocking=True).split_with_sizes(sizes)
+    return tuple(part.view(tensor.shape) for part, tensor in zip(sent, tensors, strict=True))

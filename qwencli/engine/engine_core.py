@@ -19,12 +19,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from qwencli.config import SamplingParams
-from qwencli.engine.cache.page_pool import PAGE_SIZE
+from qwencli.engine.base_engine import gc_paused
+from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
-from qwencli.engine.native.gc_paused import gc_paused
 from qwencli.engine.request import (
     Batch,
     PromptChunk,

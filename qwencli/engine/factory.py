@@ -25,7 +25,7 @@ def default_engine(config: EngineConfig) -> EngineName:
     """
     from qwencli.models.families import FAMILIES
     from qwencli.models.folder import read_config
-    from qwencli.models.locate import locate
+    from qwencli.models.hub import locate
 
     hub_config = config.model.hub_config
     if hub_config is None and config.load_format is LoadFormat.AUTO:

@@ -13,19 +13,24 @@ from dataclasses import dataclass, field
 import torch
 
 from qwencli.config import SamplingParams
-from qwencli.engine.cache.page_pool import PAGE_SIZE, SCRATCH_PAGE, pages_for
-from qwencli.engine.cache.paged_kv import DecodePages, PackedPrompts, decode_slots
+from qwencli.engine.cache.paged_kv import (
+    PAGE_SIZE,
+    SCRATCH_PAGE,
+    DecodePages,
+    PackedPrompts,
+    decode_slots,
+    pages_for,
+)
+from qwencli.engine.device_memory import upload
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.layers.decoder import DeepStack
-from qwencli.engine.layers.positions import PromptPositions
 from qwencli.engine.layers.vision_tower import VisionFeatures
-from qwencli.engine.loading.upload import upload
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
-from qwencli.engine.native.prompt_inputs import join_features, lay_out
+from qwencli.engine.native.prompt_inputs import PromptPositions, join_features, lay_out
 from qwencli.engine.native.sampler import Sampler, SamplerKind, kind_of, widest_kind
 from qwencli.engine.request import PromptChunk
 from qwencli.engine.request import Sequence as ScheduledSequence

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from qwencli.engine.cache.page_pool import PagePool, pages_for
+from qwencli.engine.cache.paged_kv import PagePool, pages_for
 from qwencli.engine.request import Batch, PromptChunk, RequestId, Sequence
 
 

@@ -1,18 +1,143 @@
 """Built-in models: alias -> hub id and a config.json with the model's true shapes.
 
 `hub_config` is what makes `--load-format dummy` possible: a model of the right size from
-nothing but this table. See `catalog` for the sizes and how each was verified.
+nothing but this table. See below for the sizes and how each was verified.
+
+The built-in models as a table of sizes. Data only; `builtin` turns rows into configurations.
+
+How each row was verified (each also: tensor list and parameter count against the model that
+transformers builds from it, see tests/models/test_builtin.py):
+
+- Qwen3-VL-4B and Qwen2.5-VL-3B: compared with the hub's own config.json, key by key.
+- Qwen3-VL-2B, 8B, 32B: torchtitan's `qwen3_vl` presets (2B, 8B) and a copy of the 32B's
+  config.json in another project's tests; the 8B's 8.767 B parameters match the checkpoint.
+- Qwen3 and Qwen2.5 text: torchtune's model builders, which state each size of both families.
+- Qwen2.5-VL-7B, 32B, 72B: the decoders are Qwen2.5's; vision widths from the Qwen2.5-VL report's
+  table and published module listings (the 3B and 7B use 3420 in the vision MLP, the larger 3456).
+- Qwen2-VL: the decoders are Qwen2's 1.5B, 7B and 72B; one vision tower for all, from published
+  module listings and the defaults of transformers' config class.
+- Thinking variants have the shape of their Instruct sibling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from qwencli.config import ModelSource, ModelSpec
-from qwencli.models.catalog import DECODERS, ENTRIES, TOWERS, Decoder, Entry
 from qwencli.models.families import FAMILIES, VisionFamily
+
+
+class Decoder(NamedTuple):
+    """Sizes of a text decoder; head_dim is given because Qwen3's is not hidden / heads."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    tied: bool
+
+
+DECODERS: Mapping[str, Decoder] = {
+    "qwen2-0.5b": Decoder(24, 896, 14, 2, 64, 4864, 151936, True),
+    "qwen2-1.5b": Decoder(28, 1536, 12, 2, 128, 8960, 151936, True),
+    "qwen2-3b": Decoder(36, 2048, 16, 2, 128, 11008, 151936, True),
+    "qwen2-7b": Decoder(28, 3584, 28, 4, 128, 18944, 152064, False),
+    "qwen2-14b": Decoder(48, 5120, 40, 8, 128, 13824, 152064, False),
+    "qwen2-32b": Decoder(64, 5120, 40, 8, 128, 27648, 152064, False),
+    "qwen2-72b": Decoder(80, 8192, 64, 8, 128, 29568, 152064, False),
+    "qwen3-0.6b": Decoder(28, 1024, 16, 8, 128, 3072, 151936, True),
+    "qwen3-1.7b": Decoder(28, 2048, 16, 8, 128, 6144, 151936, True),
+    "qwen3-4b": Decoder(36, 2560, 32, 8, 128, 9728, 151936, True),
+    "qwen3-8b": Decoder(36, 4096, 32, 8, 128, 12288, 151936, False),
+    "qwen3-14b": Decoder(40, 5120, 40, 8, 128, 17408, 151936, False),
+    "qwen3-32b": Decoder(64, 5120, 64, 8, 128, 25600, 151936, False),
+}
+
+# Vision towers by the names of `families.VisionFamily.keys`; the output width is the decoder's.
+_TOWER = {"heads": 16, "temporal_patch_size": 2, "spatial_merge_size": 2}
+_TOWER_3 = {**_TOWER, "patch_size": 16, "num_position_embeddings": 2304}
+_TOWER_2_5 = {
+    **_TOWER,
+    "depth": 32,
+    "hidden": 1280,
+    "patch_size": 14,
+    "window_size": 112,
+    "full_attention_indexes": (7, 15, 23, 31),
+}
+TOWERS: Mapping[str, Mapping[str, Any]] = {
+    "qwen3-vl-s": {
+        **_TOWER_3,
+        "depth": 24,
+        "hidden": 1024,
+        "intermediate": 4096,
+        "deepstack_indexes": (5, 11, 17),
+    },
+    "qwen3-vl-l": {
+        **_TOWER_3,
+        "depth": 27,
+        "hidden": 1152,
+        "intermediate": 4304,
+        "deepstack_indexes": (8, 16, 24),
+    },
+    "qwen2.5-vl-s": {**_TOWER_2_5, "intermediate": 3420},
+    "qwen2.5-vl-l": {**_TOWER_2_5, "intermediate": 3456},
+    "qwen2-vl": {**_TOWER, "depth": 32, "hidden": 1280, "mlp_ratio": 4, "patch_size": 14},
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One built-in model: its alias, hub repository and where its sizes are."""
+
+    alias: str
+    repo_id: str
+    model_type: str
+    decoder: str
+    tower: str = ""
+
+
+def _entry(repo: str, model_type: str, decoder: str, tower: str = "") -> Entry:
+    alias = repo.lower().removesuffix("-instruct")
+    return Entry(alias, f"Qwen/{repo}", model_type, decoder, tower)
+
+
+# Best first within the vision families: `resolve` picks the first one that is here and fits.
+ENTRIES: tuple[Entry, ...] = (
+    _entry("Qwen3-VL-32B-Instruct", "qwen3_vl", "qwen3-32b", "qwen3-vl-l"),
+    _entry("Qwen3-VL-8B-Instruct", "qwen3_vl", "qwen3-8b", "qwen3-vl-l"),
+    _entry("Qwen3-VL-4B-Instruct", "qwen3_vl", "qwen3-4b", "qwen3-vl-s"),
+    _entry("Qwen3-VL-2B-Instruct", "qwen3_vl", "qwen3-1.7b", "qwen3-vl-s"),
+    _entry("Qwen3-VL-32B-Thinking", "qwen3_vl", "qwen3-32b", "qwen3-vl-l"),
+    _entry("Qwen3-VL-8B-Thinking", "qwen3_vl", "qwen3-8b", "qwen3-vl-l"),
+    _entry("Qwen3-VL-4B-Thinking", "qwen3_vl", "qwen3-4b", "qwen3-vl-s"),
+    _entry("Qwen3-VL-2B-Thinking", "qwen3_vl", "qwen3-1.7b", "qwen3-vl-s"),
+    _entry("Qwen2.5-VL-72B-Instruct", "qwen2_5_vl", "qwen2-72b", "qwen2.5-vl-l"),
+    _entry("Qwen2.5-VL-32B-Instruct", "qwen2_5_vl", "qwen2-32b", "qwen2.5-vl-l"),
+    _entry("Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", "qwen2-7b", "qwen2.5-vl-s"),
+    _entry("Qwen2.5-VL-3B-Instruct", "qwen2_5_vl", "qwen2-3b", "qwen2.5-vl-s"),
+    _entry("Qwen2-VL-72B-Instruct", "qwen2_vl", "qwen2-72b", "qwen2-vl"),
+    _entry("Qwen2-VL-7B-Instruct", "qwen2_vl", "qwen2-7b", "qwen2-vl"),
+    _entry("Qwen2-VL-2B-Instruct", "qwen2_vl", "qwen2-1.5b", "qwen2-vl"),
+    _entry("Qwen3-32B", "qwen3", "qwen3-32b"),
+    _entry("Qwen3-14B", "qwen3", "qwen3-14b"),
+    _entry("Qwen3-8B", "qwen3", "qwen3-8b"),
+    _entry("Qwen3-4B", "qwen3", "qwen3-4b"),
+    _entry("Qwen3-1.7B", "qwen3", "qwen3-1.7b"),
+    _entry("Qwen3-0.6B", "qwen3", "qwen3-0.6b"),
+    _entry("Qwen2.5-32B-Instruct", "qwen2", "qwen2-32b"),
+    _entry("Qwen2.5-14B-Instruct", "qwen2", "qwen2-14b"),
+    _entry("Qwen2.5-7B-Instruct", "qwen2", "qwen2-7b"),
+    _entry("Qwen2.5-3B-Instruct", "qwen2", "qwen2-3b"),
+    _entry("Qwen2.5-1.5B-Instruct", "qwen2", "qwen2-1.5b"),
+    _entry("Qwen2.5-0.5B-Instruct", "qwen2", "qwen2-0.5b"),
+)
+
 
 BUILTINS: Mapping[str, Entry] = {entry.alias: entry for entry in ENTRIES}
 _BY_REPO: Mapping[str, Entry] = {entry.repo_id.lower(): entry for entry in ENTRIES}

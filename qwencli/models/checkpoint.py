@@ -20,11 +20,9 @@ from qwencli.models.quant_formats import (
     packed_layer,
     scheme_named_by,
 )
-from qwencli.models.safetensors_header import StoredTensor
 from qwencli.models.shapes import ModelShape
-from qwencli.models.tensors import HEAD, canonical_tensors, embedding_name, part_name
-from qwencli.models.weight_specs import Part, specs
-from qwencli.models.weights import all_named, some
+from qwencli.models.tensors import HEAD, Part, canonical_tensors, embedding_name, part_name, specs
+from qwencli.models.weight_files import StoredTensor, all_named, some
 
 # A tensor as it is, or a linear layer packed in a way of its own.
 Source = StoredTensor | PackedLayer

@@ -1,7 +1,7 @@
 """The model families we know, as one table: how each writes config.json and names its tensors.
 
 Everything that differs between families is a value here; the code that reads shapes, builds
-tensor lists and checks folders is the same for all. Knows no sizes (see `catalog`), no files.
+tensor lists and checks folders is the same for all. Knows no sizes (see `builtin`), no files.
 
 Sources: the `configuration_*.py` and `modeling_*.py` files of transformers 5.17 and 5.23 for
 names, biases and defaults; a test compares the tensor lists with the models transformers builds.

@@ -11,13 +11,12 @@ from typing import Any
 
 from qwencli.errors import ModelFileError
 from qwencli.models.checkpoint import as_stored, check_layout, find_sources, missing_error
-from qwencli.models.json_file import read_json_object
+from qwencli.models.config_values import read_json_object
 from qwencli.models.quant_formats import format_of
-from qwencli.models.safetensors_header import StoredTensor, stored_tensors
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import HEAD, canonical_tensors, expected_tensors, is_quantizable
-from qwencli.models.weights import find_weights, some
+from qwencli.models.weight_files import StoredTensor, find_weights, some, stored_tensors
 
 # Each inner tuple is one way to have what is needed; all its files must be there.
 _TOKENIZER = (("tokenizer.json",), ("vocab.json", "merges.txt"))

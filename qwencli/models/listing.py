@@ -13,11 +13,10 @@ from typing import Any
 
 from qwencli.config import ModelSource, ModelSpec, Quantization
 from qwencli.errors import ModelFileError
-from qwencli.models.builtin import builtin_spec
-from qwencli.models.catalog import ENTRIES
+from qwencli.models.builtin import ENTRIES, builtin_spec
 from qwencli.models.custom import CustomModels
 from qwencli.models.folder import is_complete
-from qwencli.models.hub_cache import cached_repos
+from qwencli.models.hub import cached_repos
 from qwencli.models.memory import (
     LISTED,
     estimate,
@@ -28,11 +27,10 @@ from qwencli.models.memory import (
 from qwencli.models.quant_formats import packed_format
 from qwencli.models.quantized_cache import cached_bytes
 from qwencli.models.resolve import Places, bundled_spec, with_local_files
-from qwencli.models.safetensors_header import stored_tensors
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import parameter_count
-from qwencli.models.weights import find_weights
+from qwencli.models.weight_files import find_weights, stored_tensors
 
 # The columns of the list, smallest first.
 SHOWN: dict[str, Quantization] = {

@@ -22,7 +22,7 @@ from math import prod
 from typing import Any
 
 from qwencli.errors import ModelFileError
-from qwencli.models.safetensors_header import StoredTensor
+from qwencli.models.weight_files import StoredTensor
 
 Stored = Mapping[str, StoredTensor]
 

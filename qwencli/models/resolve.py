@@ -15,13 +15,11 @@ from pathlib import Path
 
 from qwencli.config import ModelSource, ModelSpec, Quantization
 from qwencli.errors import DownloadError, ModelFileError, ModelNotFoundError
-from qwencli.models.builtin import BUILTINS, builtin_spec, find_builtin
-from qwencli.models.catalog import ENTRIES
+from qwencli.models.builtin import BUILTINS, ENTRIES, builtin_spec, find_builtin
 from qwencli.models.custom import HUB_ID, CustomModels, as_folder, load_custom_models
 from qwencli.models.families import FAMILIES
 from qwencli.models.folder import read_config
-from qwencli.models.hub_cache import find_cached
-from qwencli.models.locate import BUNDLED_NAME, bundled_folder
+from qwencli.models.hub import BUNDLED_NAME, bundled_folder, find_cached
 from qwencli.models.memory import estimate
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.user_config import CONFIG_FILE, configured_model, user_config_folder

@@ -1,7 +1,7 @@
 """What a Qwen model looks like, as data: every difference between families is a field here.
 
 Whatever plans memory, checks weights or runs a model works on these fields and knows no family by
-name. This module knows no tensor names (`weight_specs`) and reads nothing (`shape_reader`).
+name. This module knows no tensor names (`models.tensors`) and reads nothing (`shape_reader`).
 """
 
 from __future__ import annotations

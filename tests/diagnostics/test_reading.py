@@ -19,9 +19,8 @@ from qwencli.diagnostics.live import LiveMachine
 from qwencli.diagnostics.machine import SECTIONS
 from qwencli.diagnostics.record import RecordedMachine, record
 from qwencli.engine.instruments.gpu_clock_sampler import summary
-from qwencli.engine.machine.gpu_readings import ClockSample
-from qwencli.engine.machine.gpu_sensors import read_all
-from qwencli.models import hub_cache
+from qwencli.engine.machine.gpu_sensors import ClockSample, read_all
+from qwencli.models import hub
 from qwencli.models.resolve import resolve_model
 
 
@@ -105,18 +104,18 @@ def test_a_disk_that_can_only_be_read_through_memory_is_not_measured(monkeypatch
 def test_unfinished_downloads(monkeypatch, tmp_path):
     import fcntl
 
-    monkeypatch.setattr(hub_cache, "cache_root", lambda: tmp_path)
+    monkeypatch.setattr(hub, "cache_root", lambda: tmp_path)
     folder = tmp_path / "models--Qwen--X"
     (folder / "blobs").mkdir(parents=True)
-    assert list(hub_cache.unfinished_downloads()) == []
+    assert list(hub.unfinished_downloads()) == []
     (folder / "blobs" / "abc.incomplete").touch()
     lock = tmp_path / ".locks" / "models--Qwen--X" / "abc.lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    assert list(hub_cache.unfinished_downloads()) == [("Qwen/X", 1, False)]
+    assert list(hub.unfinished_downloads()) == [("Qwen/X", 1, False)]
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert list(hub_cache.unfinished_downloads()) == [("Qwen/X", 1, True)]
+        assert list(hub.unfinished_downloads()) == [("Qwen/X", 1, True)]
     assert lock.exists()
 
 

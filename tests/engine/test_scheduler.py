@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwencli.engine.cache.page_pool import PAGE_SIZE, SCRATCH_PAGE, PagePool, pages_for
+from qwencli.engine.cache.paged_kv import PAGE_SIZE, SCRATCH_PAGE, PagePool, pages_for
 from qwencli.engine.request import Sequence
 from qwencli.engine.scheduler import Limits, Scheduler
 

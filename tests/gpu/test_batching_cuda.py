@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from qwencli.config import DType, EngineName, Kernels, SamplingOptions
-from qwencli.engine.cache.page_pool import PAGE_SIZE
-from qwencli.engine.cache.paged_kv import DecodePages, paged_attention
+from qwencli.engine.cache.paged_kv import PAGE_SIZE, DecodePages, paged_attention
 from qwencli.engine.client import generate_many
 from qwencli.engine.kernels.paged_attention import PagedAttention
 from qwencli.engine.native.engine import NativeEngine

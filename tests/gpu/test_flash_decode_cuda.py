@@ -8,8 +8,14 @@ import torch
 
 from qwencli.config import Attention, Cache, EngineName, Kernels, SamplingOptions
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.engine.ops.attention import AttentionPlan, eager, prompt_plan, sdpa
-from qwencli.engine.ops.flash_attention import Spans, can_flash_decode
+from qwencli.engine.ops.attention import (
+    AttentionPlan,
+    Spans,
+    can_flash_decode,
+    eager,
+    prompt_plan,
+    sdpa,
+)
 from qwencli.messages import GenerationRequest, user_message
 from tests.checkpoints import engine_config, picture
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from qwencli.engine.instruments.device_work import device_work
-from qwencli.engine.instruments.limits import launch_times, read_bandwidth
+from qwencli.engine.instruments.device_events import device_work
+from qwencli.engine.instruments.timing import launch_times, read_bandwidth
 
 DEVICE = "cuda:0"
 

@@ -27,7 +27,7 @@ from qwencli.engine.kernels.tiles import default_tiles
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.ops.attention import AttentionPlan, decode_mask
-from qwencli.engine.ops.rms_norm import RMSNorm
+from qwencli.engine.ops.decoder_ops import RMSNorm
 from qwencli.engine.quant.quantized_tensor import quantize
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qwencli.engine.loading.upload import upload
+from qwencli.engine.device_memory import upload
 
 CUDA = torch.device("cuda")
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 import transformers
 
-from qwencli.models.builtin import BUILTINS, find_builtin, hub_config
-from qwencli.models.catalog import DECODERS, ENTRIES, TOWERS
+from qwencli.models.builtin import BUILTINS, DECODERS, ENTRIES, TOWERS, find_builtin, hub_config
 from qwencli.models.families import FAMILIES
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.tensors import expected_tensors, parameter_count

@@ -18,7 +18,7 @@ from qwencli.errors import ModelFileError
 from qwencli.models.folder import check_folder
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.tensors import expected_tensors
-from qwencli.models.weights import all_named
+from qwencli.models.weight_files import all_named
 from tests.models.tiny import CONFIGS, write_model
 
 Sizes = dict[str, tuple[int, ...]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwencli.models.builtin import hub_config
-from qwencli.models.decode_bytes import decode_bytes
+from qwencli.models.memory import decode_bytes
 from qwencli.models.shape_reader import read_shape
 
 

@@ -12,11 +12,9 @@ from huggingface_hub import constants
 
 from qwencli.config import ModelSource, ModelSpec
 from qwencli.errors import DownloadError, ModelFileError
-from qwencli.models import download as module
-from qwencli.models.download import download
+from qwencli.models import hub as module
 from qwencli.models.folder import check_folder
-from qwencli.models.hub_cache import cached_repos, find_cached, repo_folder
-from qwencli.models.locate import locate
+from qwencli.models.hub import cached_repos, download, find_cached, locate, repo_folder
 from tests.models.fake_hub import COMMIT, FakeHub, serve
 from tests.models.tiny import write_model
 

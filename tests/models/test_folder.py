@@ -12,7 +12,7 @@ from qwencli.errors import ModelFileError
 from qwencli.models.folder import check_folder, is_complete
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.tensors import expected_tensors
-from qwencli.models.weights import all_named, find_weights
+from qwencli.models.weight_files import all_named, find_weights
 from tests.models.tiny import CONFIGS, TEXT, TOKENS, pack_safetensors, write_model
 
 

@@ -14,10 +14,9 @@ from PIL import Image
 
 from qwencli.cli import run
 from qwencli.errors import DownloadError, ModelFileError, QwenCliError
-from qwencli.models import hub_cache
-from qwencli.models.download import download
+from qwencli.models import hub
 from qwencli.models.folder import check_folder
-from qwencli.models.hub_cache import cached_repos, find_cached, unfinished_downloads
+from qwencli.models.hub import cached_repos, download, find_cached, unfinished_downloads
 from qwencli.models.resolve import Places, resolve_model
 
 Made = Callable[[str], Path]
@@ -180,8 +179,8 @@ def test_a_configuration_that_cannot_be_read(locked: Path, tmp_path: Path) -> No
 
 
 def test_a_hub_cache_that_cannot_be_read(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_cache, "cache_root", lambda: locked)
-    monkeypatch.setattr("qwencli.models.download.cache_root", lambda: locked)
+    monkeypatch.setattr(hub, "cache_root", lambda: locked)
+    monkeypatch.setattr("qwencli.models.hub.cache_root", lambda: locked)
     assert find_cached("Owner/Name") is None
     assert not list(cached_repos())
     assert not list(unfinished_downloads())

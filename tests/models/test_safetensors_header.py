@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qwencli.errors import ModelFileError
-from qwencli.models.safetensors_header import TensorInfo, read_header, stored_tensors
+from qwencli.models.weight_files import TensorInfo, read_header, stored_tensors
 
 
 def pack(header, data=b""):

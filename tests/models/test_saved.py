@@ -8,9 +8,9 @@ import transformers
 from qwencli.errors import ModelFileError
 from qwencli.models.builtin import hub_config
 from qwencli.models.folder import check_folder, read_config
-from qwencli.models.safetensors_header import read_header
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.tensors import parameter_count
+from qwencli.models.weight_files import read_header
 
 TEXT = {
     "hidden_size": 32,

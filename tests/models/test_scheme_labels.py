@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwencli.models.scheme_labels import stored_label, with_activation_bits
+from qwencli.models.memory import stored_label, with_activation_bits
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import torch
 from qwencli.config import EngineName, SamplingOptions
 from qwencli.engine.factory import create_engine
 from qwencli.engine.frontend.model_files import open_model
-from qwencli.engine.hf.families import FAMILIES, build_config
+from qwencli.engine.hf.load_model import FAMILIES, build_config
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.messages import GenerationRequest, TextPart, text_message, user_message
 from qwencli.models.families import FAMILIES as READ

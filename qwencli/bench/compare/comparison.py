@@ -45,7 +45,7 @@ from qwencli.bench.compare.sides import (
 from qwencli.bench.plan.matrix import AXES
 from qwencli.bench.statistics.robust import MIN_RUNS, UNSTABLE_RATIO, Interval, run_ratio
 from qwencli.errors import BenchError, UsageError
-from qwencli.models.scheme_labels import stored_label
+from qwencli.models.memory import stored_label
 
 THRESHOLD = 0.01
 
@@ -241,7 +241,7 @@ def _ran(cell: SideCell, other: SideCell, column: str) -> frozenset[str]:
     """What ran, as far as both sides' labels tell.
 
     Labels from before vectors were part of them say only how the weights are stored: those of
-    fused kernels on quantized weights without an ending (`models.scheme_labels`).
+    fused kernels on quantized weights without an ending (`models.memory`).
     """
     values = cell.seen[column]
     sides = (cell, other)

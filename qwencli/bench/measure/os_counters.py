@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from qwencli.engine.machine.cgroups import PROC, cpu_groups
+from qwencli.engine.machine.cpu_threads import PROC, cpu_groups
 
 _TASKS = Path("/proc/self/task")
 # Threads that one reading looks at: 0.8 us each. Where the CPU computes, a pool as wide as a large

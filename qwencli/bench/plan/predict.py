@@ -22,8 +22,7 @@ from qwencli.bench.plan.campaign_plan import Plan
 from qwencli.bench.plan.matrix import BenchCell, cell_label
 from qwencli.config import Cache, DType, EngineName, KVDType, LoadMode, ModelSpec, Quantization
 from qwencli.errors import ModelFileError
-from qwencli.models.decode_bytes import decode_bytes
-from qwencli.models.memory import DEFAULT_IMAGE_TOKENS, RUNTIME_BYTES, estimate
+from qwencli.models.memory import DEFAULT_IMAGE_TOKENS, RUNTIME_BYTES, decode_bytes, estimate
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
 

@@ -129,7 +129,7 @@ def _unusable(models: Mapping[str, ModelSpec], load_format: LoadFormat) -> dict[
     Raises:
         ModelFileError: none can.
     """
-    from qwencli.models.locate import check_model
+    from qwencli.models.hub import check_model
 
     found: dict[str, ModelFileError] = {}
     for name, spec in models.items():

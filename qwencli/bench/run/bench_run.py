@@ -120,8 +120,7 @@ def _fetch_models(plan: Plan, output: Output) -> None:
     Raises:
         ModelError: a model is not to be had, or no engine could load it.
     """
-    from qwencli.models.hub_cache import find_cached
-    from qwencli.models.locate import check_model, locate
+    from qwencli.models.hub import check_model, find_cached, locate
 
     if plan.settings.load_format is LoadFormat.DUMMY:
         return

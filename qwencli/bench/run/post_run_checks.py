@@ -74,9 +74,9 @@ def roofline_row(
     engine: Engine, spec: WorkerSpec, request: GenerationRequest, last: Mapping[str, Any]
 ) -> Row:
     """One row of roofline.csv."""
-    from qwencli.engine.instruments.device_work import device_work
-    from qwencli.engine.instruments.limits import launch_times, read_bandwidth
-    from qwencli.models.decode_bytes import decode_bytes
+    from qwencli.engine.instruments.device_events import device_work
+    from qwencli.engine.instruments.timing import launch_times, read_bandwidth
+    from qwencli.models.memory import decode_bytes
     from qwencli.models.shape_reader import read_shape
 
     ran = engine.ran
@@ -114,6 +114,6 @@ def _hub_config(model: ModelSpec) -> Mapping[str, Any]:
     if model.hub_config is not None:
         return model.hub_config
     from qwencli.models.folder import read_config
-    from qwencli.models.locate import locate
+    from qwencli.models.hub import locate
 
     return read_config(locate(model, offline=True))

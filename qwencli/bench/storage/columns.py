@@ -92,7 +92,7 @@ CAUSES = (
 )  # fmt: skip
 
 # One row a cell, measured after its runs by the process that made them. Bandwidth and rates are
-# those of the machine (see `engine.instruments.limits`), the rest is what the cell asks of it.
+# those of the machine (see `engine.instruments.timing`), the rest is what the cell asks of it.
 ROOFLINE = (
     "cell_id", "process", "reason",
     "read_bandwidth_bytes_per_s", "launch_rate_per_s", "graph_launch_rate_per_s",

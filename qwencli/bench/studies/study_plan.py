@@ -136,7 +136,7 @@ def prepare_study(
     Raises:
         ModelError: a model is unknown, or no engine could load the study's own.
     """
-    from qwencli.models.locate import check_model
+    from qwencli.models.hub import check_model
     from qwencli.models.resolve import resolve_model
 
     main = resolve_model(request.model)

@@ -11,7 +11,7 @@ from qwencli.diagnostics.machine import Machine, Unreadable, how_it_ended
 from qwencli.engine.instruments.probes.ask import Outcome
 from qwencli.engine.machine.architectures import has_code
 from qwencli.engine.machine.device import CudaDevice
-from qwencli.engine.machine.gpu_readings import GpuReading
+from qwencli.engine.machine.gpu_sensors import GpuReading
 
 # CUDA major of the torch build -> smallest major of the NVIDIA driver that runs it.
 # Source: NVIDIA, CUDA Compatibility, "Minor Version Compatibility", table 1 (December 2025).

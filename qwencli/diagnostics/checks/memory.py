@@ -6,7 +6,7 @@ from qwencli.diagnostics.advice import advise
 from qwencli.diagnostics.checks.power import NO_NVML
 from qwencli.diagnostics.finding import Confidence, Finding, passed, skipped, warned
 from qwencli.diagnostics.machine import Machine
-from qwencli.engine.machine.gpu_readings import GpuProcess
+from qwencli.engine.machine.gpu_sensors import GpuProcess
 from qwencli.engine.machine.host import HostMemory
 
 # Below this share of free memory another program holds enough to matter.

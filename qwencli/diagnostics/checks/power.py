@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qwencli.diagnostics.finding import Confidence, Finding, failed, passed, skipped, warned
 from qwencli.diagnostics.machine import Machine, value_of
-from qwencli.engine.machine.gpu_readings import GpuReading, LoadReading
+from qwencli.engine.machine.gpu_sensors import GpuReading, LoadReading
 
 LEAST_POWER_SHARE = 0.9
 # CUDA runs in P2 on GeForce cards, in P0 on others.

@@ -23,8 +23,7 @@ from qwencli.engine.cache.kv_cache import StaticKVCache
 from qwencli.engine.cpu.attention import CpuAttention
 from qwencli.engine.cpu.gemv import product
 from qwencli.engine.layers.decoder import Decoder
-from qwencli.engine.ops.decoder_ops import Layer, Matrix
-from qwencli.engine.ops.rms_norm import RMSNorm
+from qwencli.engine.ops.decoder_ops import Layer, Matrix, RMSNorm
 from qwencli.engine.ops.rope import Rope
 from qwencli.models.shapes import TextShape
 

@@ -21,7 +21,7 @@ from jinja2.parser import Parser
 from qwencli.engine.frontend.bounded_jinja import BoundedEnvironment
 from qwencli.errors import InputError, ModelFileError
 from qwencli.messages import Message, TextPart, VideoPart
-from qwencli.models.json_file import read_json_object
+from qwencli.models.config_values import read_json_object
 
 IMAGE_PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO_PLACEHOLDER = "<|vision_start|><|video_pad|><|vision_end|>"

@@ -12,9 +12,9 @@ from qwencli.engine.frontend.processor_config import ImageProcessorConfig
 from qwencli.engine.frontend.prompt import PromptBuilder
 from qwencli.engine.frontend.tokenizer import IncrementalDetokenizer, Tokenizer
 from qwencli.errors import ModelFileError
+from qwencli.models.config_values import read_json_object
 from qwencli.models.folder import check_folder
-from qwencli.models.json_file import read_json_object
-from qwencli.models.locate import bundled_folder, dummy_config, locate
+from qwencli.models.hub import bundled_folder, dummy_config, locate
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape, VisionShape
 

@@ -11,8 +11,7 @@ from PIL import Image
 
 from qwencli.config import MAX_PIXELS
 from qwencli.errors import ModelFileError, UsageError
-from qwencli.models.config_values import shortened
-from qwencli.models.json_file import read_json_object
+from qwencli.models.config_values import read_json_object, shortened
 
 # Of max_pixels in a model's files: no picture and no video has as many.
 MOST_BOUND = 2**53

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
 from qwencli.errors import InputError, ModelFileError
-from qwencli.models.json_file import read_json_object
+from qwencli.models.config_values import read_json_object
 
 # Qwen's own pattern; a model with another one states it in tokenizer_config.json.
 _PRETOKENIZE = (

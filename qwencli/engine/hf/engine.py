@@ -13,8 +13,7 @@ from qwencli.engine.base_engine import BaseEngine
 from qwencli.engine.device_memory import release
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.hf import load_model
-from qwencli.engine.hf.changes import AS_IS, Changes
-from qwencli.engine.hf.generate import Generation
+from qwencli.engine.hf.generate import AS_IS, Changes, Generation
 from qwencli.engine.hf.quantization import scheme_of
 from qwencli.engine.response import ResponseBuilder
 from qwencli.errors import UnsupportedModeError

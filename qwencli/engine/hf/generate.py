@@ -1,23 +1,155 @@
-"""One request through `generate()`, delivered token by token with its timings."""
+"""One request through `generate()`, delivered token by token with its timings.
+
+What an experiment has the transformers engine do otherwise. Ordinary use never does.
+
+`qwencli bench study` sets `TransformersEngine.changes` to do again what programs around
+transformers did or do, one thing at a time, and to measure what it costs.
+
+Turns a callback-driven call into a generator, in one thread.
+
+`generate()` pushes tokens; our engines are pulled. A second thread would put a second holder of
+the GIL into what we measure, and torch.compile's CUDA graphs are bound to the thread that made
+them. A greenlet switches stacks inside the one thread instead.
+
+Watches one `generate()` call from inside: when each phase and each token ended.
+
+`generate()` already waits for the GPU once per token, when it asks whether to stop. The recorder
+adds no wait of its own: on CUDA it records an event and starts an asynchronous copy of the new
+token id when the token has been chosen, and reads both at the *next* token, when `generate()`'s
+own wait has passed them. Tokens are therefore handed on one step late, with exact times.
+"""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from transformers import StoppingCriteria
 
 from qwencli.config import Cache
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.preprocess import VisualInputs
-from qwencli.engine.hf.changes import AS_IS, Changes
-from qwencli.engine.hf.inversion import pulled
-from qwencli.engine.hf.recorder import TokenRecorder, VisionSpan
 from qwencli.engine.response import ResponseBuilder
 from qwencli.errors import UnsupportedModeError
 from qwencli.results import GenerationChunk, RanModes
+
+
+@dataclass(frozen=True)
+class Changes:
+    """
+    Args:
+        load: keywords of `from_pretrained` that replace the engine's own.
+        through_host: load in float32 into host memory first, and cast and move afterwards.
+        quantization: keywords of `BitsAndBytesConfig` that replace the engine's own.
+        generate: settings of `GenerationConfig` that replace the engine's own.
+        no_grad: run under `torch.no_grad` in place of `torch.inference_mode`.
+        release_through_host: move the model to host memory before dropping it.
+    """
+
+    load: Mapping[str, Any] = field(default_factory=dict)
+    through_host: bool = False
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    generate: Mapping[str, Any] = field(default_factory=dict)
+    no_grad: bool = False
+    release_through_host: bool = False
+
+
+AS_IS = Changes()
+
+
+T = TypeVar("T")
+
+
+def pulled(push_all: Callable[[Callable[[T], None]], None]) -> Generator[T]:
+    """Yield every value that `push_all(push)` pushes, as it pushes it.
+
+    Closing the generator early raises GreenletExit at the pending `push`, so that `push_all`
+    unwinds through its own `finally` blocks. An exception in `push_all` comes out here.
+    """
+    consumer = getcurrent()
+
+    def push(value: T) -> None:
+        consumer.switch(value)
+
+    producer = greenlet(lambda: push_all(push))
+    try:
+        value = producer.switch()
+        while not producer.dead:
+            yield value
+            # The consumer may pull from another greenlet or frame than the one that started.
+            consumer = getcurrent()
+            producer.parent = consumer
+            value = producer.switch()
+    finally:
+        if not producer.dead:
+            producer.throw(GreenletExit)
+
+
+class VisionSpan:
+    """Marks the start and end of each run of the vision tower by hooks; a context manager."""
+
+    def __init__(self, model: Any, clock: EventTimer) -> None:
+        self.marks: list[tuple[Mark, Mark]] = []
+        self._clock = clock
+        self._start: Mark = None
+        self._tower = getattr(getattr(model, "model", None), "visual", None)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> VisionSpan:
+        if self._tower is not None:
+            self._handles = [
+                self._tower.register_forward_pre_hook(self._before),
+                self._tower.register_forward_hook(self._after),
+            ]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: Any, inputs: Any) -> None:
+        self._start = self._clock.mark()
+
+    def _after(self, module: Any, inputs: Any, output: Any) -> None:
+        self.marks.append((self._start, self._clock.mark()))
+
+
+class TokenRecorder(StoppingCriteria):
+    """Called by `generate()` after each token is chosen and before it waits for the device.
+
+    Args:
+        capacity: most tokens the call can produce.
+        deliver: called once per token, one token late; `flush` delivers the last.
+    """
+
+    def __init__(
+        self, clock: EventTimer, device: str, capacity: int, deliver: Callable[[int, Mark], None]
+    ) -> None:
+        self._clock, self._deliver = clock, deliver
+        self._cuda = device.startswith("cuda")
+        self._go_on = torch.zeros(1, dtype=torch.bool, device=device)
+        self._ids = torch.empty(capacity, dtype=torch.int64, pin_memory=self._cuda)
+        self._count = 0
+        self._pending: Mark = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.flush()
+        self._ids[self._count].copy_(input_ids[0, -1], non_blocking=self._cuda)
+        self._pending = self._clock.mark()
+        self._count += 1
+        return self._go_on
+
+    def flush(self) -> None:
+        """Deliver the token whose id the device has written by now."""
+        if self._pending is not None:
+            mark, self._pending = self._pending, None
+            self._deliver(int(self._ids[self._count - 1]), mark)
+
 
 # A token's id and the clock's mark of when it was ready.
 Token = tuple[int, Mark]

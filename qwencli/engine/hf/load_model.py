@@ -1,9 +1,19 @@
-"""Loads a model through transformers: the only `from_pretrained` call of the project."""
+"""Loads a model through transformers: the only `from_pretrained` call of the project.
+
+The Qwen families the transformers engine can build, by `model_type` of config.json.
+
+Random weights of true shape for `--load-format dummy`: speed without a download.
+
+Each tensor is made when the loader asks for it, on the device it will live on, so a dummy load
+holds no second copy. The draw depends on the tensor's name alone: the same model every time.
+"""
 
 from __future__ import annotations
 
+import copy
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +24,9 @@ import torch
 from qwencli.config import Attention, Cache, DType, EngineConfig, LoadFormat, Quantization
 from qwencli.engine.device_memory import is_out_of_memory
 from qwencli.engine.frontend.model_files import ModelFiles
-from qwencli.engine.hf.changes import AS_IS, Changes
-from qwencli.engine.hf.families import build_config, family_of, skeleton
+from qwencli.engine.hf.generate import AS_IS, Changes
 from qwencli.engine.hf.quantization import quantization_config, scheme_of, unfit_for_cpu
-from qwencli.engine.hf.random_weights import random_state_dict
-from qwencli.engine.loading.weight_checks import check_stored_scales
+from qwencli.engine.loading.reader import check_stored_scales
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
 from qwencli.errors import ModelFileError, UnsupportedModeError
 from qwencli.models.checkpoint import check_layout, extra_error, is_idle, missing_error
@@ -29,10 +37,105 @@ from qwencli.models.quant_formats import (
     quantization_section,
     scheme_named_by,
 )
-from qwencli.models.safetensors_header import StoredTensor, stored_tensors
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.tensors import renamings
-from qwencli.models.weights import all_named, find_weights, some
+from qwencli.models.weight_files import StoredTensor, all_named, find_weights, some, stored_tensors
+
+
+@dataclass(frozen=True)
+class Family:
+    """`model_class` and `config_class` are names in the transformers package."""
+
+    model_class: str
+    config_class: str
+
+
+FAMILIES = {
+    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", "Qwen3VLConfig"),
+    "qwen3_vl_moe": Family("Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeConfig"),
+    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig"),
+    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", "Qwen2VLConfig"),
+    "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config"),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", "Qwen3MoeConfig"),
+    "qwen2": Family("Qwen2ForCausalLM", "Qwen2Config"),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """Raises ModelFileError for a `model_type` outside the table."""
+    try:
+        return FAMILIES[model_type]
+    except KeyError:
+        raise ModelFileError(
+            f"model_type {model_type!r} is not a Qwen model this version knows",
+            f"known: {', '.join(sorted(FAMILIES))}",
+        ) from None
+
+
+def skeleton(model_class: Any, config: Any) -> Any:
+    """The model without its weights, to look at its modules and shapes."""
+    import torch
+
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def build_config(hub_config: Mapping[str, Any]) -> Any:
+    """The transformers configuration object for the contents of a config.json."""
+    import transformers
+
+    family = family_of(hub_config["model_type"])
+    try:
+        return getattr(transformers, family.config_class).from_dict(copy.deepcopy(dict(hub_config)))
+    # Its checks raise what they like, and what has no check raises what happens to come of it.
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ModelFileError(
+            f"config.json cannot be read by transformers: {' '.join(lines)[:300]}",
+            "download the model's files again",
+        ) from error
+
+
+INITIALIZER_RANGE = 0.02
+
+
+class LazyRandomTensor:
+    """Stands where the loader expects a safetensors slice: indexing it makes the tensor."""
+
+    def __init__(
+        self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.name, self.shape, self.dtype, self.device = name, shape, dtype, device
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        if _is_norm_weight(self.name, self.shape):
+            return torch.ones(self.shape, dtype=self.dtype, device=self.device)
+        if self.name.endswith("bias"):
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(self.name.encode()))
+        tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return tensor.normal_(0.0, INITIALIZER_RANGE, generator=generator)
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+
+def _is_norm_weight(name: str, shape: torch.Size) -> bool:
+    return len(shape) == 1 and name.endswith("weight")
+
+
+def random_state_dict(
+    model_class: Any, config: Any, dtype: torch.dtype, device: torch.device
+) -> dict[str, LazyRandomTensor]:
+    """Lazy random tensors for every weight of `model_class(config)`, tied ones once."""
+    # named_parameters lists a tied weight once and leaves out computed buffers.
+    return {
+        name: LazyRandomTensor(name, parameter.shape, dtype, device)
+        for name, parameter in skeleton(model_class, config).named_parameters()
+    }
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Self
 
-from qwencli.engine.machine.gpu_readings import ClockSample, LoadReading
-from qwencli.engine.machine.gpu_sensors import read_clocks
+from qwencli.engine.machine.gpu_sensors import ClockSample, LoadReading, read_clocks
 from qwencli.engine.machine.host import open_nvml
 
 INTERVAL_S = 0.05

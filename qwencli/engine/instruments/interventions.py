@@ -33,8 +33,8 @@ WATCHED_PASSES = 3
 
 @contextmanager
 def changed(engine: Engine, **changes: Any) -> Iterator[None]:
-    """The transformers engine with these `Changes`; see `engine.hf.changes`."""
-    from qwencli.engine.hf.changes import AS_IS, Changes
+    """The transformers engine with these `Changes`; see `engine.hf.generate`."""
+    from qwencli.engine.hf.generate import AS_IS, Changes
 
     reference = cast("TransformersEngine", engine)
     reference.changes = Changes(**changes)

@@ -15,7 +15,7 @@ def main(device: str) -> int:
     import torch  # noqa: F401  part of the start of every worker
 
     start_s = time.perf_counter() - start
-    from qwencli.engine.instruments.limits import (
+    from qwencli.engine.instruments.timing import (
         LARGEST_BUFFER,
         SMALLEST_BUFFER,
         launch_times,

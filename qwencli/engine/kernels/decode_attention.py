@@ -17,7 +17,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwencli.engine.kernels.activation_quant import HALVES, store_activation
+from qwencli.engine.kernels.activation_quant import (
+    HALVES,
+    store_activation,
+    store_activation_chunks,
+)
 from qwencli.engine.kernels.flash_decode import flash_decode_combine
 from qwencli.engine.kernels.kv_store import FP8_MAX, as_float32, store_new
 from qwencli.engine.kernels.quantized_kv_attention import (
@@ -26,7 +30,6 @@ from qwencli.engine.kernels.quantized_kv_attention import (
     slot_scales,
     value_words,
 )
-from qwencli.engine.kernels.rounding import store_activation_chunks
 
 
 @triton.jit
@@ -85,7 +88,7 @@ def decode_attention_kernel(
     """Program ((b * KVH + kv head) * QUERY_TILES + query_tile, split). ACT_FORMAT: what the next
     product wants of the result, see `activation_quant`; RUN: see `words_in_a_row`.
 
-    KV_MAX is the largest value that a quantized cache stores (see `cache.kv_quantized`), 0 where it
+    KV_MAX is the largest value that a quantized cache stores (see `cache.kv_cache`), 0 where it
     is not quantized. A slot's scales are multiplied with its scores and its weights: what is read
     needs no arithmetic but the conversion. KV_IN_WORDS: it is read as `quantized_kv_attention`
     does.

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 import triton
 
-from qwencli.engine.cache.kv_cache import StaticKVCache
-from qwencli.engine.cache.kv_quantized import QuantizedKVCache
+from qwencli.engine.cache.kv_cache import QuantizedKVCache, StaticKVCache
 from qwencli.engine.kernels.activation_buffers import (
     BLOCK_WORDS,
     ActivationBuffers,
@@ -52,11 +51,11 @@ from qwencli.engine.ops.decoder_ops import (
     Drafts,
     Layer,
     Matrix,
+    RMSNorm,
     SamplingBuffers,
     Step,
     dense,
 )
-from qwencli.engine.ops.rms_norm import RMSNorm
 from qwencli.engine.quant.quantized_tensor import LARGEST, QuantizedTensor, Scheme
 from qwencli.engine.spec_decode.ngram import LONGEST_NGRAM, MAX_VERIFY_TOKENS
 from qwencli.models.shapes import TextShape

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qwencli.engine.kernels.activation_quant import inverse_rms_of_rows
 from qwencli.engine.kernels.gemm import row_scales
 from qwencli.engine.kernels.mma_operands import FOURS, row_words
-from qwencli.engine.kernels.rounding import inverse_rms_of_rows
 from qwencli.engine.kernels.splitk_epilogue import load_epilogue_inputs, splitk_epilogue
 
 CHUNK = 32  # columns

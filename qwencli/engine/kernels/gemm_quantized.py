@@ -1,7 +1,7 @@
 """Products of quantized matrices with 2 to 8 vectors, on matrix units.
 
-A program owns 16 rows, and each of its warps chunks of columns of its own (`rounding`), whose
-products are added up at the end, with those of the programs that share the rows
+A program owns 16 rows, and each of its warps chunks of columns of its own (`activation_quant`),
+whose products are added up at the end, with those of the programs that share the rows
 (`splitk_epilogue`). While one tile is worked on the next is on its way, with its groups' scales;
 the first one is before the wait for the kernel in front (programmatic dependent launch).
 
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qwencli.engine.kernels.activation_quant import inverse_rms_of_rows
 from qwencli.engine.kernels.mma_operands import (
     group_values,
     of_groups,
@@ -26,7 +27,6 @@ from qwencli.engine.kernels.mma_operands import (
     vector_words,
     vectors,
 )
-from qwencli.engine.kernels.rounding import inverse_rms_of_rows
 from qwencli.engine.kernels.splitk_epilogue import load_epilogue_inputs, splitk_epilogue
 
 ROWS = 16  # of a program: what a matrix instruction takes

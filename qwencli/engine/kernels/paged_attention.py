@@ -11,8 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwencli.engine.cache.page_pool import PAGE_SIZE
-from qwencli.engine.cache.paged_kv import DecodePages
+from qwencli.engine.cache.paged_kv import PAGE_SIZE, DecodePages
 
 Tensor = torch.Tensor
 

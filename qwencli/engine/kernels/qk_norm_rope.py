@@ -13,8 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwencli.engine.cache.kv_cache import KeysValues, StaticKVCache
-from qwencli.engine.cache.kv_quantized import QuantizedKVCache
+from qwencli.engine.cache.kv_cache import KeysValues, QuantizedKVCache, StaticKVCache
 from qwencli.engine.cache.paged_kv import PagedKVCache
 from qwencli.engine.kernels.decode_attention import norm_and_rotate
 from qwencli.engine.kernels.launch_cache import CachedLaunch, launch

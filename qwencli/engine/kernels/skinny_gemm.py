@@ -11,23 +11,24 @@ import torch
 import triton
 import triton.language as tl
 
-from qwencli.engine.kernels.activation_buffers import ActivationConsumer, WordFormat, word_format
+from qwencli.engine.kernels.activation_buffers import (
+    BLOCK_ROWS,
+    ActivationConsumer,
+    BatchedActivationBuffers,
+    BatchedActivationView,
+    Options,
+    WordFormat,
+    is_read_as_stored,
+    takes_float16_kernel,
+    word_format,
+)
+from qwencli.engine.kernels.activation_quant import chunk_columns
 from qwencli.engine.kernels.dequantize import dequantize
 from qwencli.engine.kernels.gemm import gemm_kernel
 from qwencli.engine.kernels.gemm_float16 import CHUNK, gemm_float16_kernel
 from qwencli.engine.kernels.gemm_quantized import gemm_quantized_kernel
-from qwencli.engine.kernels.ready import (
-    BLOCK_ROWS,
-    BatchedActivationBuffers,
-    BatchedActivationView,
-    Options,
-    is_read_as_stored,
-    takes_float16_kernel,
-)
-from qwencli.engine.kernels.rounding import chunk_columns
 from qwencli.engine.kernels.tiles import MOST_SHARING, GemvTiles, MatrixKind, Storage
-from qwencli.engine.ops.decoder_ops import Matrix, SamplingBuffers, dense
-from qwencli.engine.ops.rms_norm import RMSNorm
+from qwencli.engine.ops.decoder_ops import Matrix, RMSNorm, SamplingBuffers, dense
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
 
 Tensor = torch.Tensor

@@ -2,18 +2,17 @@
 
 A matrix of few rows has too few programs of 16 rows to keep the memory busy, so several programs
 share its columns. And what the next product reads is rounded in chunks of more rows than a program
-has (`rounding`). Both need what several programs found out, so each leaves its sums in memory, and
-the last of a chunk to arrive adds them up, in the same order every time, and ends the rows of all.
-"""
+has (`activation_quant`). Both need what several programs found out, so each leaves its sums in
+memory, and the last of a chunk to arrive adds them up, in the same order every time, and ends the
+rows of all."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from qwencli.engine.kernels.activation_quant import FLOATS, HALVES
+from qwencli.engine.kernels.activation_quant import FLOATS, HALVES, store_activation_chunks
 from qwencli.engine.kernels.epilogue import load_tile_state, store_tile
-from qwencli.engine.kernels.rounding import store_activation_chunks
 
 
 @triton.jit

@@ -13,8 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from qwencli.engine.loading.weights import HEAD, Tensors
-from qwencli.engine.ops.decoder_ops import DecoderOps, Drafts, Layer, Matrix, SamplingBuffers, Step
-from qwencli.engine.ops.rms_norm import RMSNorm
+from qwencli.engine.ops.decoder_ops import (
+    DecoderOps,
+    Drafts,
+    Layer,
+    Matrix,
+    RMSNorm,
+    SamplingBuffers,
+    Step,
+)
 from qwencli.engine.ops.rope import gains_of_halves
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor
 from qwencli.models.shapes import TextShape

@@ -24,7 +24,7 @@ from qwencli.engine.loading.reader import DTYPES, Reader
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
 from qwencli.errors import ModelFileError
 from qwencli.models.quantized_cache import claimed, remove_leftovers, temporary_file
-from qwencli.models.safetensors_header import StoredTensor, read_header
+from qwencli.models.weight_files import StoredTensor, read_header
 
 Loaded = TypeVar("Loaded")
 

@@ -1,4 +1,4 @@
-"""Loads a checkpoint into the fused tensors of `weight_specs`, or fills them with random values.
+"""Loads a checkpoint into the fused tensors of `models.tensors`, or fills them with random values.
 
 Every tensor of the checkpoint is read directly into its rows of the fused tensor on the device
 (`reader`), so host memory holds the weights at most once (CPU) or not at all (GPU). Matrices are
@@ -16,19 +16,24 @@ from pathlib import Path
 import torch
 
 from qwencli.config import Quantization
-from qwencli.engine.loading.reader import FLOATS, Reader
+from qwencli.engine.loading.reader import (
+    FLOATS,
+    Extremes,
+    Reader,
+    check_finite,
+    check_scales,
+    check_zero,
+)
 from qwencli.engine.loading.weight_cache import CachedMatrices, CacheWriter, through_cache
-from qwencli.engine.loading.weight_checks import Extremes, check_finite, check_scales, check_zero
 from qwencli.engine.quant.checkpoint_formats import read_packed
 from qwencli.engine.quant.quantized_tensor import SCHEMES, QuantizedTensor, Scheme, quantize, stack
 from qwencli.models.checkpoint import Checkpoint, find_sources
+from qwencli.models.memory import with_activation_bits
 from qwencli.models.quant_formats import PackedFormat, PackedLayer
 from qwencli.models.quantized_cache import fingerprint
-from qwencli.models.safetensors_header import StoredTensor, stored_tensors
-from qwencli.models.scheme_labels import with_activation_bits
 from qwencli.models.shapes import ModelShape
-from qwencli.models.weight_specs import TensorSpec, specs
-from qwencli.models.weights import find_weights
+from qwencli.models.tensors import TensorSpec, specs
+from qwencli.models.weight_files import StoredTensor, find_weights, stored_tensors
 
 Tensors = dict[str, torch.Tensor]
 Matrices = dict[str, QuantizedTensor]
@@ -41,7 +46,7 @@ _DECODER_MATRICES = ("qkv", "o", "gate_up", "down")
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """The tensors by the names of `weight_specs`, and the idle ones the checkpoint has besides.
+    """The tensors by the names of `models.tensors`, and the idle ones the checkpoint has besides.
 
     `matrices` has those that are quantized, in place of the tensors of their names. `origin` is
     the label of a checkpoint that came quantized. `warning` says what did not go well on the way.
@@ -59,7 +64,7 @@ class LoadedWeights:
         return self.ran_scheme(lambda matrix: None)
 
     def ran_scheme(self, activation_bits: Callable[[QuantizedTensor], int | None]) -> str:
-        """`scheme` and what decode steps round, as results report it (`models.scheme_labels`).
+        """`scheme` and what decode steps round, as results report it (`models.memory`).
 
         Args:
             activation_bits: as in `DecoderOps`.
@@ -76,7 +81,7 @@ class LoadedWeights:
 
 
 def is_decoder_matrix(name: str) -> bool:
-    """Whether this tensor of `weight_specs` is a matrix of a decoder's layer."""
+    """Whether this tensor of `models.tensors` is a matrix of a decoder's layer."""
     return name.startswith("text.") and name.rpartition(".")[2] in _DECODER_MATRICES
 
 

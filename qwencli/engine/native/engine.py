@@ -20,40 +20,36 @@ from qwencli.config import (
     SamplingParams,
     Speculate,
 )
-from qwencli.engine.base_engine import BaseEngine
-from qwencli.engine.cache.kv_quantized import resolve_kv
-from qwencli.engine.cache.page_pool import PagePool
+from qwencli.engine.base_engine import BaseEngine, gc_freeze_loaded, gc_paused
+from qwencli.engine.cache.kv_cache import resolve_kv
+from qwencli.engine.cache.paged_kv import PagePool
 from qwencli.engine.device_memory import release
 from qwencli.engine.engine_core import EngineCore
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.loading import weights
 from qwencli.engine.machine.host import host_memory
-from qwencli.engine.native.decode_state import DecodeState
-from qwencli.engine.native.gc_paused import gc_freeze_loaded, gc_paused
+from qwencli.engine.native.decode_state import STEPPERS, DecodeState, decodes_on_cpu
 from qwencli.engine.native.generate import Generation
 from qwencli.engine.native.kernel_choice import fused_for, resolve_kernels
 from qwencli.engine.native.memory_plan import BATCH_LIMITS, MemoryPlan, plan_memory, plan_pages
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import PrefillGraphs
-from qwencli.engine.native.steppers import STEPPERS, decodes_on_cpu
 from qwencli.engine.native.supported import check_supported
 from qwencli.engine.protocol import RequestQueue
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
 from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.runner import ModelRunner
 from qwencli.engine.scheduler import Scheduler
-from qwencli.engine.spec_decode.decode_strategy import Speculator
+from qwencli.engine.spec_decode.decode_strategy import VERIFIERS, WHY_NOT, Speculator
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
-from qwencli.engine.spec_decode.verify import VERIFIERS, WHY_NOT
 from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest
 from qwencli.models.memory import packed_weight_bytes
 from qwencli.models.quant_formats import PackedFormat, format_of
 from qwencli.models.quantized_cache import cache_file
-from qwencli.models.safetensors_header import stored_tensors
 from qwencli.models.shape_reader import read_shape
-from qwencli.models.weights import find_weights
+from qwencli.models.weight_files import find_weights, stored_tensors
 from qwencli.results import GenerationChunk, RanModes
 
 

@@ -11,12 +11,11 @@ from qwencli.config import Cache, SamplingParams
 from qwencli.engine.cache.prefix_cache import Key, PrefixCache, VisionCache, digests_of, keys_of
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.layers.vision_tower import VisionFeatures
-from qwencli.engine.native.decode_state import DecodeState
+from qwencli.engine.native.decode_state import DecodeState, Stepper
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import PrefillRunner
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
 from qwencli.engine.native.sampler import LIKELIEST, kind_of
-from qwencli.engine.native.steppers import Stepper
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.spec_decode.decode_strategy import (

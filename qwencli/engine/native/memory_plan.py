@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwencli.config import DType, KVDType, Quantization, SeqLen
-from qwencli.engine.cache.page_pool import PAGE_SIZE, pages_for
+from qwencli.engine.cache.paged_kv import PAGE_SIZE, pages_for
 from qwencli.engine.cache.prefix_cache import VISION_CACHE_TOKENS
-from qwencli.engine.native.prefill_graphs import LONGEST
-from qwencli.engine.native.vision_graphs import MOST_PATCHES
+from qwencli.engine.native.prefill_graphs import LONGEST, MOST_PATCHES
 from qwencli.engine.scheduler import Limits
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.memory import (

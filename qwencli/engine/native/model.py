@@ -13,17 +13,15 @@ from pathlib import Path
 import torch
 
 from qwencli.config import Attention
-from qwencli.engine.cache.kv_cache import DynamicKVCache, KVCache, StaticKVCache
-from qwencli.engine.cache.kv_quantized import QuantizedKVCache
+from qwencli.engine.cache.kv_cache import DynamicKVCache, KVCache, QuantizedKVCache, StaticKVCache
 from qwencli.engine.cache.paged_kv import DecodePages, PackedPrompts, PagedKVCache
 from qwencli.engine.layers.decoder import Decoder, DeepStack
 from qwencli.engine.layers.vision_layout import Grid
 from qwencli.engine.layers.vision_tower import VisionFeatures, VisionTower
 from qwencli.engine.loading import weights as loader
 from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs, prompt_inputs
-from qwencli.engine.ops.attention import ATTENTION, AttentionPlan, prompt_plan
+from qwencli.engine.ops.attention import ATTENTION, AttentionPlan, can_flash_decode, prompt_plan
 from qwencli.engine.ops.decoder_ops import REFERENCE_OPS, DecoderOps, Step, paged_ops, prompt_ops
-from qwencli.engine.ops.flash_attention import can_flash_decode
 from qwencli.engine.ops.rope import CosSin, Rope
 from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.errors import InputError

@@ -9,27 +9,197 @@ before it is read, as slots behind the last one in use always are. Pictures: `pi
 
 What is long, starts within a cached sequence, or is a batch is run operator by operator; there the
 GPU is what takes the time, or it is rare.
+
+Pictures as CUDA graphs, one for each class of sizes.
+
+A folder holds pictures of any size, so a graph of each would be captured more often than replayed.
+The patches of a picture are filled up at their end to a length class instead, and torch's flash
+attention reads on the device where segments begin. What is filled up is segments of its own, so
+nothing sees it and nothing of it is returned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from qwencli.config import Attention
 from qwencli.engine.cache.kv_cache import KVCache
+from qwencli.engine.device_memory import upload
 from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.layers.decoder import DeepStack
-from qwencli.engine.layers.vision_layout import Grid
-from qwencli.engine.layers.vision_tower import VisionFeatures
+from qwencli.engine.layers.vision_layout import Grid, Run
+from qwencli.engine.layers.vision_tower import Offsets, PreparedGrids, VisionFeatures, VisionTower
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import PromptInputs
-from qwencli.engine.native.vision_graphs import MOST_PATCHES, VisionGraphs
-from qwencli.engine.ops.attention import AttentionPlan, prompt_plan
+from qwencli.engine.ops.attention import AttentionPlan, can_flash_decode, prompt_plan
 
 Tensor = torch.Tensor
+
+# Beyond these the GPU takes longer than the host.
+MOST_PATCHES = 2048
+PATCH_BUCKET = 128
+# A few more than a session of single pictures can need.
+GRAPHS_KEPT = 32
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a graph is made for: patches, and room for so many segments of full attention and of
+    window attention."""
+
+    patches: int
+    frames: int
+    windows: int
+
+
+class VisionGraphs:
+    """Encodes pictures with `tower`, in memory that all sizes share.
+
+    Graphs are captured when they are needed first.
+    """
+
+    def __init__(self, tower: VisionTower, graphs: GraphRunner, dtype: torch.dtype) -> None:
+        self._tower, self._graphs, self._dtype = tower, graphs, dtype
+        self._features: dict[Size, VisionFeatures] = {}
+        self._buffers: _Buffers | None = None
+        self._filled: tuple[PreparedGrids, Size] | None = None
+
+    @staticmethod
+    def can_run(tower: VisionTower, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether torch's flash attention takes this tower's heads, of `dtype` on `device`."""
+        heads, dim = tower.shape.num_heads, tower.shape.head_dim
+        return can_flash_decode(heads, heads, dim, dtype, device)
+
+    def encode(self, patches: Tensor, grids: Sequence[Grid]) -> VisionFeatures:
+        """As `VisionTower.encode`, of at most `MOST_PATCHES` patches."""
+        ready = self._tower.prepare(patches, grids)
+        buffers = self._buffers = self._buffers or _Buffers(self._tower, ready, self._dtype)
+        size = self._size(ready, len(patches))
+        if self._filled is None or self._filled[0] is not ready:
+            buffers.fill(ready, size, len(patches))
+            self._filled = ready, size
+        buffers.patches[: len(patches)].copy_(patches)
+        if size not in self._graphs:
+            self._graphs.capture(size, lambda: self._pass(size))
+        self._graphs.replay(size)
+        # Last in, so that the first is the one not used for longest.
+        features = self._features[size] = self._features.pop(size)
+        if len(self._features) > GRAPHS_KEPT:
+            dropped = next(iter(self._features))
+            del self._features[dropped]
+            self._graphs.drop(dropped)
+        # Copies: the next replay writes to the same place.
+        tokens = len(patches) // self._tower.shape.merge_area
+        return VisionFeatures(
+            features.embeds[:tokens].clone(),
+            tuple(feature[:tokens].clone() for feature in features.deepstack),
+        )
+
+    def _size(self, ready: PreparedGrids, patches: int) -> Size:
+        filled = -(-patches // PATCH_BUCKET) * BUCKET
+        side = self._tower.shape.window_patches
+        windows = 0 if side is None else _room(ready.windows, side * side)
+        return Size(filled, _room(ready.frames, filled), windows)
+
+    def _pass(self, size: Size) -> None:
+        assert self._buffers is not None, "made before the first picture is encoded"
+        self._features[size] = self._tower.run(*self._buffers.view(size))
+
+
+class _Buffers:
+    """What a tower reads, for the most patches. `like` is any picture's, for types and widths."""
+
+    def __init__(self, tower: VisionTower, like: PreparedGrids, dtype: torch.dtype) -> None:
+        cos, sin = like.rope
+        self._shape = tower.shape
+        self._device = cos.device
+
+        def zeros(*size: int, of: torch.dtype) -> Tensor:
+            return torch.zeros(size, dtype=of, device=self._device)
+
+        area, dim = self._shape.merge_area, cos.shape[-1]
+        self.patches = zeros(MOST_PATCHES, self._shape.patch_elements, of=dtype)
+        self._rope = tuple(zeros(1, MOST_PATCHES, 1, dim, of=of.dtype) for of in (cos, sin))
+        self._positions = None
+        if like.positions is not None:
+            width = like.positions.shape[1]
+            self._positions = zeros(MOST_PATCHES, width, of=like.positions.dtype)
+        self._places = torch.arange(MOST_PATCHES // area, device=self._device)
+        self._order, self._back = self._places.clone(), self._places.clone()
+        # One segment of full attention a patch at most; offsets have an end.
+        self._frames = zeros(2 * MOST_PATCHES + 1, of=torch.int32)
+        self._windows = zeros(2 * MOST_PATCHES + 1, of=torch.int32)
+
+    def fill(self, ready: PreparedGrids, size: Size, patches: int) -> None:
+        """Put the layout of `patches` patches in, and segments of nothing behind them."""
+        for buffer, new in zip(self._rope, ready.rope, strict=True):
+            buffer[:, :patches].copy_(new)
+        if self._positions is not None and ready.positions is not None:
+            self._positions[:patches].copy_(ready.positions)
+        tokens = patches // self._shape.merge_area
+        for places, order in ((self._order, ready.order), (self._back, ready.back)):
+            if order is not None:
+                places[:tokens].copy_(order)
+                places[tokens:].copy_(self._places[tokens:])
+        view = self.view(size)[1]
+        starts = [
+            (segments.starts, _starts(of, size.patches, segments))
+            for segments, of in ((view.frames, ready.frames), (view.windows, ready.windows))
+            if isinstance(segments, Offsets)
+        ]
+        sent = upload([new for _, new in starts], self._device)
+        for (buffer, _), new in zip(starts, sent, strict=True):
+            buffer.copy_(new)
+
+    def view(self, size: Size) -> tuple[Tensor, PreparedGrids]:
+        """The parts that a graph of this size reads."""
+        count, side = size.patches, self._shape.window_patches
+        cos, sin = self._rope
+        tokens = count // self._shape.merge_area
+        ready = PreparedGrids(
+            frames=Offsets(self._frames[: size.frames + 1], count),
+            windows=(),
+            rope=(cos[:, :count], sin[:, :count]),
+            positions=None if self._positions is None else self._positions[:count],
+            order=None,
+            back=None,
+        )
+        if side is not None:
+            ready = replace(
+                ready,
+                windows=Offsets(self._windows[: size.windows + 1], side * side),
+                order=self._order[:tokens],
+                back=self._back[:tokens],
+            )
+        return self.patches[:count], ready
+
+
+def _lengths(segments: Iterable[Run]) -> list[int]:
+    return [run.length for run in segments for _ in range(run.count)]
+
+
+def _room(segments: Sequence[Run] | Offsets, longest: int) -> int:
+    """A power of two of segments, with those that fill a picture up to its class."""
+    assert not isinstance(segments, Offsets), "of a picture's own layout"
+    count = len(_lengths(segments)) + -(-PATCH_BUCKET // longest)
+    return 1 << (count - 1).bit_length()
+
+
+def _starts(segments: Sequence[Run] | Offsets, patches: int, room: Offsets) -> Tensor:
+    """Where the segments begin, those up to `patches` behind them, and empty ones for the rest."""
+    assert not isinstance(segments, Offsets), "of a picture's own layout"
+    starts = [0]
+    for length in _lengths(segments):
+        starts.append(starts[-1] + length)
+    while starts[-1] < patches:
+        starts.append(min(starts[-1] + room.longest, patches))
+    starts += [patches] * (len(room.starts) - len(starts))
+    return torch.tensor(starts, dtype=torch.int32)
+
 
 # Beyond it the GPU takes longer than the host.
 LONGEST = 1024

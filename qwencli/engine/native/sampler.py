@@ -19,7 +19,7 @@ from enum import StrEnum
 import torch
 
 from qwencli.config import SamplingParams
-from qwencli.engine.loading.upload import upload
+from qwencli.engine.device_memory import upload
 
 # `--top-k` ends at 200; a partial sort of this many candidates serves every top-k request.
 TOP_K_CANDIDATES = 256

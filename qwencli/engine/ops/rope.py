@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from qwencli.engine.native.lazy_zeros import lazy_zeros
+from qwencli.engine.device_memory import lazy_zeros
 from qwencli.models.shapes import RopeShape
 
 # Few enough that the angles on the way to the table stay small beside it.

@@ -11,7 +11,7 @@ from qwencli.bench.plan.predict import MachineSpeed, predict
 from qwencli.bench.plan.stopping import StopRule
 from qwencli.config import ModelSource, ModelSpec
 from qwencli.models.builtin import hub_config
-from qwencli.models.locate import bundled_folder
+from qwencli.models.hub import bundled_folder
 
 H200 = MachineSpeed(read_bandwidth=4.3e12, launch_rate=2.0e5, start_s=5.0)
 

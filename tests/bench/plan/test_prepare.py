@@ -10,7 +10,7 @@ from qwencli.bench.plan.stopping import Wanted
 from qwencli.config import DType, LoadFormat, ModelSource, ModelSpec
 from qwencli.models import resolve
 from qwencli.models.folder import read_config
-from qwencli.models.locate import bundled_folder
+from qwencli.models.hub import bundled_folder
 
 SCENES = ModelSpec(
     "scenes", ModelSource.BUNDLED, None, bundled_folder(), read_config(bundled_folder())

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwencli.config import Attention, Cache, DType, EngineName, KVDType
-from qwencli.engine.cache.kv_quantized import QuantizedKVCache, resolve_kv
+from qwencli.engine.cache.kv_cache import QuantizedKVCache, resolve_kv
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.loading import weights
 from qwencli.engine.native.engine import NativeEngine
@@ -21,8 +21,7 @@ from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.quant.quantized_tensor import Scheme, quantize_rows
 from qwencli.errors import UnsupportedModeError
 from qwencli.models.builtin import hub_config
-from qwencli.models.decode_bytes import decode_bytes
-from qwencli.models.memory import native_kv_bytes
+from qwencli.models.memory import decode_bytes, native_kv_bytes
 from qwencli.models.shape_reader import read_shape
 from tests.chatting import answers_of_turns
 from tests.checkpoints import engine_config

@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
-from qwencli.engine.hf.inversion import pulled
+from qwencli.engine.hf.generate import pulled
 
 
 def test_values_arrive_in_order_and_as_they_are_pushed() -> None:

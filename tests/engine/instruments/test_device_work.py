@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qwencli.engine.instruments.device_work import count_work, covered, device_work
+from qwencli.engine.instruments.device_events import count_work, covered, device_work
 
 
 def test_there_is_nothing_to_count_on_a_cpu():

@@ -9,7 +9,7 @@ from qwencli.bench.plan.matrix_file import EXAMPLE_IMAGE
 from qwencli.config import Attention, EngineConfig, EngineName, LoadFormat, SamplingOptions
 from qwencli.engine.factory import create_engine
 from qwencli.engine.frontend.images import open_image
-from qwencli.engine.hf.changes import AS_IS
+from qwencli.engine.hf.generate import AS_IS
 from qwencli.engine.instruments import interventions
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwencli.engine.instruments.limits import (
+from qwencli.engine.instruments.timing import (
     PRODUCT,
     SUM,
     launch_times,
@@ -20,7 +20,7 @@ def test_limits_of_the_cpu_are_measured():
 
 
 def test_memory_is_read_in_two_ways_and_copied(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("qwencli.engine.instruments.limits.LARGEST_BUFFER_ON_CPU", 1 << 22)
+    monkeypatch.setattr("qwencli.engine.instruments.timing.LARGEST_BUFFER_ON_CPU", 1 << 22)
     rates = memory_rates("cpu", 0.01)
     assert set(rates.read) == {PRODUCT, SUM}
     assert all(1e8 < rate < 1e13 for rate in (*rates.read.values(), rates.copy))

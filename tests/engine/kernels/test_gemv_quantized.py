@@ -13,7 +13,7 @@ from qwencli.engine.kernels.activation_quant import ACT_GROUPS
 from qwencli.engine.kernels.fused_ops import FusedOps
 from qwencli.engine.kernels.tiles import GemvTiles
 from qwencli.engine.loading import weights
-from qwencli.engine.ops.rms_norm import RMSNorm
+from qwencli.engine.ops.decoder_ops import RMSNorm
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme, codebook_of, quantize
 from qwencli.models.quant_formats import packed_format
 from qwencli.models.shape_reader import read_shape

@@ -9,8 +9,14 @@ import pytest
 import torch
 
 from qwencli.config import Quantization, SamplingParams
-from qwencli.engine.cache.page_pool import PAGE_SIZE, PagePool, pages_for
-from qwencli.engine.cache.paged_kv import DecodePages, PagedKVCache, paged_attention
+from qwencli.engine.cache.paged_kv import (
+    PAGE_SIZE,
+    DecodePages,
+    PagedKVCache,
+    PagePool,
+    paged_attention,
+    pages_for,
+)
 from qwencli.engine.event_timer import EventTimer
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.kernels.paged_attention import PagedAttention
@@ -18,8 +24,7 @@ from qwencli.engine.kernels.qk_norm_rope import TOKENS, QkNormRopeStore
 from qwencli.engine.kernels.swiglu import swiglu
 from qwencli.engine.ops import decoder_ops
 from qwencli.engine.ops.attention import AttentionPlan
-from qwencli.engine.ops.decoder_ops import Layer, Step, qk_norm_rope_store
-from qwencli.engine.ops.rms_norm import RMSNorm
+from qwencli.engine.ops.decoder_ops import Layer, RMSNorm, Step, qk_norm_rope_store
 from qwencli.engine.request import PromptChunk, Sequence
 from qwencli.engine.runner import ModelRunner
 from qwencli.models.shapes import TextShape

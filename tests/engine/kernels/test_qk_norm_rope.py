@@ -14,12 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwencli.engine.cache.kv_cache import DynamicKVCache, KVCache, StaticKVCache
-from qwencli.engine.cache.kv_quantized import QuantizedKVCache
+from qwencli.engine.cache.kv_cache import DynamicKVCache, KVCache, QuantizedKVCache, StaticKVCache
 from qwencli.engine.kernels.qk_norm_rope import TOKENS, QkNormRope, QkNormRopeStore
 from qwencli.engine.ops.attention import AttentionPlan
-from qwencli.engine.ops.decoder_ops import Layer, Step, qk_norm_rope_store
-from qwencli.engine.ops.rms_norm import RMSNorm
+from qwencli.engine.ops.decoder_ops import Layer, RMSNorm, Step, qk_norm_rope_store
 from qwencli.engine.ops.rope import CosSin, rotate
 from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.models.shapes import TextShape

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwencli.engine.cache.kv_quantized import QuantizedKVCache
+from qwencli.engine.cache.kv_cache import QuantizedKVCache
 from qwencli.engine.kernels import fused_ops as fused_module
 from qwencli.engine.kernels.tiles import AttentionTiles
 from qwencli.engine.native.model import Fused

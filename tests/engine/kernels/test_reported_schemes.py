@@ -10,8 +10,7 @@ import torch
 from qwencli.config import EngineConfig, LoadFormat, Quantization
 from qwencli.engine.kernels.activation_buffers import ActivationConsumer, activation_bits
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.engine.ops.decoder_ops import REFERENCE_OPS
-from qwencli.engine.ops.rms_norm import RMSNorm
+from qwencli.engine.ops.decoder_ops import REFERENCE_OPS, RMSNorm
 from qwencli.engine.quant.quantized_tensor import Scheme, quantize
 from qwencli.models.resolve import resolve_model
 from tests.engine.kernels.test_fused_ops import OWN

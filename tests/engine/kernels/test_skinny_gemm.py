@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qwencli.config import Quantization, SamplingParams
+from qwencli.engine.kernels import activation_buffers as ready_module
 from qwencli.engine.kernels import fused_ops as fused_module
-from qwencli.engine.kernels import ready as ready_module
 from qwencli.engine.kernels.activation_buffers import ActivationConsumer
 from qwencli.engine.kernels.fused_ops import fused_ops
 from qwencli.engine.kernels.tiles import AttentionTiles, GemvTiles, MatrixKind
@@ -20,7 +20,7 @@ from qwencli.engine.native.model import Fused, QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.native.sampler import SamplerKind
 from qwencli.engine.ops.attention import AttentionPlan, decode_mask
-from qwencli.engine.ops.rms_norm import RMSNorm
+from qwencli.engine.ops.decoder_ops import RMSNorm
 from qwencli.engine.quant.quantized_tensor import Scheme, quantize
 from tests.engine.kernels.test_fused_ops import OWN, SLOTS, TORCH_ATTENTION, model_of, prompt_of
 from tests.engine.kernels.test_gemv_quantized import MADE, ops, rounded, values

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwencli.engine.frontend.preprocess import Visual
-from qwencli.engine.layers.positions import prompt_positions
+from qwencli.engine.native.prompt_inputs import prompt_positions
 from qwencli.errors import InputError
 from qwencli.models.shape_reader import read_shape
 from tests.models.test_shape_reader import TEXT, qwen2_5_vl, qwen3_vl

@@ -15,7 +15,7 @@ from qwencli.engine.loading import reader, weights
 from qwencli.errors import ModelFileError
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
-from qwencli.models.weight_specs import PREFIXES, specs
+from qwencli.models.tensors import PREFIXES, specs
 from tests.models.test_shape_reader import qwen2_5_vl, qwen3_vl
 
 CPU = torch.device("cpu")

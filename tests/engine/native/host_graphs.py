@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from qwencli.engine import graphs
 from qwencli.engine.graphs import GraphRunner
-from qwencli.engine.native import vision_graphs
-from qwencli.engine.ops import flash_attention
+from qwencli.engine.native import prefill_graphs
+from qwencli.engine.ops import attention
 
 
 class _Stream:
@@ -62,8 +62,8 @@ def run_graphs_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
         pool._graphs[key].work = work  # type: ignore[attr-defined]
 
     monkeypatch.setattr(GraphRunner, "capture", capture)
-    monkeypatch.setattr(flash_attention, "forward", flash_forward)
-    monkeypatch.setattr(vision_graphs, "can_flash_decode", lambda *about: True)
+    monkeypatch.setattr(attention, "forward", flash_forward)
+    monkeypatch.setattr(prefill_graphs, "can_flash_decode", lambda *about: True)
     monkeypatch.setattr(graphs, "_capture_stream", _Stream)
     for name, stand_in in {
         "CUDAGraph": _Graph, "current_stream": _Stream, "graph": inside,

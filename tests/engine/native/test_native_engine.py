@@ -10,10 +10,10 @@ import sys
 import pytest
 
 from qwencli.config import Attention, Cache, DType, EngineName, SamplingOptions
+from qwencli.engine.base_engine import SWITCH_INTERVAL_S
 from qwencli.engine.cpu.attention import TwoProducts
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.engine.native.gc_paused import SWITCH_INTERVAL_S
 from qwencli.errors import InputError, OutOfMemoryError, UnsupportedModeError
 from qwencli.messages import GenerationRequest, text_message, user_message
 from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, film, picture

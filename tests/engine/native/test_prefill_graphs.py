@@ -8,12 +8,11 @@ import torch
 from qwencli.config import EngineName, Quantization, SamplingOptions
 from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.loading import weights
-from qwencli.engine.native import vision_graphs
+from qwencli.engine.native import prefill_graphs
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prefill_graphs import BUCKET, LONGEST, PrefillGraphs
+from qwencli.engine.native.prefill_graphs import BUCKET, LONGEST, PrefillGraphs, Size
 from qwencli.engine.native.prompt_inputs import Prompt
-from qwencli.engine.native.vision_graphs import Size
 from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.shape_reader import read_shape
@@ -157,8 +156,8 @@ def test_pictures_of_one_class_share_a_graph(checkpoint, family, captured):
 
 
 def test_graphs_that_were_not_used_for_long_are_captured_again(checkpoint, captured, monkeypatch):
-    monkeypatch.setattr(vision_graphs, "GRAPHS_KEPT", 2)
-    monkeypatch.setattr(vision_graphs, "BUCKET", 16)
+    monkeypatch.setattr(prefill_graphs, "GRAPHS_KEPT", 2)
+    monkeypatch.setattr(prefill_graphs, "PATCH_BUCKET", 16)
     squares = (32, 96, 192, 96, 32)
     requests = [ask(picture(side, side), new=4) for side in squares]
     with NativeEngine(engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE)) as engine:
@@ -174,8 +173,8 @@ def test_graphs_that_were_not_used_for_long_are_captured_again(checkpoint, captu
 
 
 def test_a_capture_that_failed_is_made_again_and_can_be_dropped(checkpoint, monkeypatch):
-    monkeypatch.setattr(vision_graphs, "GRAPHS_KEPT", 1)
-    monkeypatch.setattr(vision_graphs, "BUCKET", 16)
+    monkeypatch.setattr(prefill_graphs, "GRAPHS_KEPT", 1)
+    monkeypatch.setattr(prefill_graphs, "PATCH_BUCKET", 16)
     small, large = ask(picture(32, 32), new=4), ask(picture(96, 96), new=4)
     with NativeEngine(engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE)) as engine:
         expected = [engine.generate(request).token_ids for request in (small, large)]

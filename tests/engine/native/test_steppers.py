@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwencli.engine.native.steppers import bucket_for, buckets_between
+from qwencli.engine.native.decode_state import bucket_for, buckets_between
 
 
 @given(st.integers(0, 100_000), st.integers(1, 100_000))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwencli.config import Attention
-from qwencli.engine.ops import flash_attention
+from qwencli.engine.ops import attention
 from qwencli.engine.ops.attention import (
     ATTENTION,
     AttentionPlan,
@@ -108,7 +108,7 @@ def test_flash_attention_needs_no_mask_behind_a_prefix(data: st.DataObject) -> N
     plan = prompt_plan(start, length, k.shape[1], torch.float32, CPU, flash=True)
     assert plan.mask is None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flash_attention, "forward", lower_right)
+        patch.setattr(attention, "forward", lower_right)
         got = ATTENTION[Attention.SDPA](q, k, v, plan)
     expected = plain(q, k, v, start, [0] * batch)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
@@ -217,14 +217,14 @@ def flash_forward(
 def test_flash_decoding_sees_the_slots_that_the_device_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(flash_attention, "forward", flash_forward)
+    monkeypatch.setattr(attention, "forward", flash_forward)
     data = SimpleNamespace(draw=lambda strategy: 3)
     q, k, v = draw_case(data, 1, 1, 9)  # type: ignore[arg-type]
-    spans = flash_attention.Spans.on(CPU)
+    spans = attention.Spans.on(CPU)
     spans.slots[1] = 6  # the slots after it are another request's
     got = ATTENTION[Attention.SDPA](q, k, v, AttentionPlan(10, None, spans=spans))
     torch.testing.assert_close(got, plain(q, k, v, 5, [0]), atol=1e-5, rtol=1e-5)
 
 
 def test_only_a_gpu_has_torchs_flash_attention() -> None:
-    assert not flash_attention.can_flash_decode(32, 8, 128, torch.bfloat16, CPU)
+    assert not attention.can_flash_decode(32, 8, 128, torch.bfloat16, CPU)

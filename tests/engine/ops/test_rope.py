@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qwencli.config import SamplingOptions
 from qwencli.engine.hf.engine import TransformersEngine
-from qwencli.engine.hf.families import build_config
+from qwencli.engine.hf.load_model import build_config
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.ops.rope import Rope, axis_of_frequency, inverse_frequencies, rotate
 from qwencli.messages import GenerationRequest, user_message

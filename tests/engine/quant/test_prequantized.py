@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwencli.engine.loading import weights
-from qwencli.engine.loading.weight_checks import check_stored_scales
+from qwencli.engine.loading.reader import check_stored_scales
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.ops.attention import AttentionPlan
@@ -21,9 +21,9 @@ from qwencli.errors import ModelFileError
 from qwencli.models.folder import check_folder
 from qwencli.models.memory import packed_weight_bytes
 from qwencli.models.quant_formats import format_of, packed_format
-from qwencli.models.safetensors_header import stored_tensors
 from qwencli.models.shape_reader import read_shape
-from qwencli.models.weight_specs import specs
+from qwencli.models.tensors import specs
+from qwencli.models.weight_files import stored_tensors
 from tests.engine.quant.packed_formats import (
     BNB,
     FORMATS,

@@ -26,7 +26,7 @@ from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.folder import read_config
 from qwencli.models.quant_formats import packed_format
 from qwencli.models.shape_reader import read_shape
-from qwencli.models.weight_specs import specs
+from qwencli.models.tensors import specs
 from tests.checkpoints import VISION_FAMILIES, write_checkpoint
 from tests.models.test_shape_reader import qwen2_5_vl
 
@@ -48,7 +48,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
     """`quantized(family, name of SETTINGS)` -> folder, written by transformers."""
     import transformers
 
-    from qwencli.engine.hf.families import FAMILIES
+    from qwencli.engine.hf.load_model import FAMILIES
 
     def get(family: str, name: str) -> Path:
         folder = tmp_path_factory.mktemp("bnb") / "model"
@@ -72,7 +72,7 @@ def plain_matrices(folder: Path, family: str) -> dict[str, torch.Tensor]:
     import transformers
     from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
-    from qwencli.engine.hf.families import FAMILIES
+    from qwencli.engine.hf.load_model import FAMILIES
 
     model = getattr(transformers, FAMILIES[family].model_class).from_pretrained(
         folder, device_map="cpu"

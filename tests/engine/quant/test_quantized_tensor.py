@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from qwencli.config import EngineConfig, Quantization, SamplingOptions
 from qwencli.engine.frontend.images import open_image
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.engine.ops.decoder_ops import norm_head
-from qwencli.engine.ops.rms_norm import RMSNorm
+from qwencli.engine.ops.decoder_ops import RMSNorm, norm_head
 from qwencli.engine.quant import quantized_tensor
 from qwencli.engine.quant.quantized_tensor import (
     LARGEST,

@@ -34,15 +34,15 @@ class Probe:
 
 PROBES: Mapping[str, Probe] = {
     # The import of torch itself, from a cold disk.
-    "torch": Probe("build:torch_build", TorchFacts, 120.0),
-    "small-work": Probe("small:small_work", answers.SmallWork, 60.0),
-    "bandwidth": Probe("bandwidth:bandwidth", answers.Bandwidth, 20.0, settles=True),
-    "host-link": Probe("host_link:host_link", answers.HostLink, 20.0, settles=True),
-    "launch-rate": Probe("launch_rate:launch_rate", answers.LaunchRate, 20.0),
+    "torch": Probe("rates:torch_build", TorchFacts, 120.0),
+    "small-work": Probe("rates:small_work", answers.SmallWork, 60.0),
+    "bandwidth": Probe("rates:bandwidth", answers.Bandwidth, 20.0, settles=True),
+    "host-link": Probe("rates:host_link", answers.HostLink, 20.0, settles=True),
+    "launch-rate": Probe("rates:launch_rate", answers.LaunchRate, 20.0),
     "attention": Probe("attention:attention", answers.AttentionRuns, 30.0),
-    "patch-embedding": Probe("patches:patch_embedding", answers.PatchEmbedding, 30.0),
+    "patch-embedding": Probe("linears:patch_embedding", answers.PatchEmbedding, 30.0),
     "bitsandbytes": Probe("linears:quantized_linears", answers.LinearRuns, 60.0),
-    "flash-attn": Probe("flash:flash_attention", answers.FlashAttention, 30.0),
+    "flash-attn": Probe("attention:flash_attention", answers.FlashAttention, 30.0),
     "triton": Probe("triton_add:triton_run", answers.TritonRun, 60.0),
     "engine": Probe("engine_run:engine_run", answers.EngineRun, 900.0, settles=True),
 }

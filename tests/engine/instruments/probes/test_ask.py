@@ -8,7 +8,7 @@ import pytest
 
 from qwencli.engine.instruments.probes.ask import Outcome, ProbeProcess
 from qwencli.engine.instruments.probes.child import answer
-from qwencli.engine.instruments.probes.measure import small
+from qwencli.engine.instruments.probes.measure import rates
 from qwencli.engine.instruments.probes.table import PROBES
 from qwencli.engine.machine.device import TorchFacts
 
@@ -78,6 +78,6 @@ def test_what_a_probe_raises_is_its_answer(monkeypatch):
     def broken(device, work):
         raise RuntimeError("CUDA error: out of ideas\nmore")
 
-    monkeypatch.setattr(small, "small_work", broken)
+    monkeypatch.setattr(rates, "small_work", broken)
     said = answer({"probe": "small-work", "device": "cpu", "work": None})
     assert said == {"error": "CUDA error: out of ideas\nmore", "kind": "RuntimeError"}

@@ -5,18 +5,9 @@ from __future__ import annotations
 import pytest
 
 from qwencli.config import EngineConfig
-from qwencli.engine.instruments import limits, timing
+from qwencli.engine.instruments import timing
 from qwencli.engine.instruments.probes.answers import EngineWork, Work
-from qwencli.engine.instruments.probes.measure import (
-    attention,
-    bandwidth,
-    engine_run,
-    flash,
-    kernel_names,
-    launch_rate,
-    linears,
-    patches,
-)
+from qwencli.engine.instruments.probes.measure import attention, engine_run, linears, rates
 from qwencli.models.resolve import resolve_model
 
 WORK = Work(
@@ -29,24 +20,24 @@ WORK = Work(
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(timing, "SAMPLE_S", 0.0005)
-    monkeypatch.setattr(bandwidth, "DURATION_S", 0.01)
-    monkeypatch.setattr(limits, "LARGEST_BUFFER_ON_CPU", 1 << 22)
+    monkeypatch.setattr(rates, "DURATION_S", 0.01)
+    monkeypatch.setattr(timing, "LARGEST_BUFFER_ON_CPU", 1 << 22)
     monkeypatch.setattr(linears, "CACHE_BYTES", 1)
     monkeypatch.setattr(attention, "PREFILL_TOKENS", 8)
     monkeypatch.setattr(attention, "CACHED_TOKENS", 16)
     monkeypatch.setattr(attention, "PATCHES", 8)
-    monkeypatch.setattr(patches, "PATCHES", 4)
+    monkeypatch.setattr(linears, "PATCHES", 4)
 
 
 def test_bandwidth():
-    found = bandwidth.bandwidth("cpu", WORK)
+    found = rates.bandwidth("cpu", WORK)
     assert found.read_bytes_per_s > 1e8
     assert found.copy_bytes_per_s > 1e8
     assert found.read_by in ("matrix-vector product", "sum")
 
 
 def test_launch_rate():
-    found = launch_rate.launch_rate("cpu", WORK)
+    found = rates.launch_rate("cpu", WORK)
     assert found.eager_us > 0.1
     assert found.graph_us is None
 
@@ -61,12 +52,12 @@ def test_attention_in_every_phase():
 
 
 def test_the_patch_embedding_and_a_model_without_one():
-    found = patches.patch_embedding("cpu", WORK)
+    found = linears.patch_embedding("cpu", WORK)
     assert found.conv3d_ms > 0
     assert found.linear_ms > 0
     text = Work(64, 128, 2, 4, 2, 16, 1)
     with pytest.raises(RuntimeError, match="no patch embedding"):
-        patches.patch_embedding("cpu", text)
+        linears.patch_embedding("cpu", text)
 
 
 def test_quantized_linears_compute_rightly_or_say_why_not(monkeypatch):
@@ -86,7 +77,7 @@ def test_quantized_linears_compute_rightly_or_say_why_not(monkeypatch):
 
 def test_flash_attention_that_is_not_there():
     with pytest.raises(ImportError):
-        flash.flash_attention("cpu", WORK)
+        attention.flash_attention("cpu", WORK)
 
 
 def test_a_short_run_of_the_engine():
@@ -109,11 +100,11 @@ def test_a_short_run_of_the_engine():
     ],
 )  # fmt: skip
 def test_kernels_are_known_by_their_names(name, family):
-    assert kernel_names.attention_family((name,)) == family
+    assert attention.attention_family((name,)) == family
 
 
 def test_short_names():
     long = "void at::native::vectorized_elementwise_kernel<8, at::native::Add>(int)"
-    assert kernel_names.short(long) == "at::native::vectorized_elementwise_kernel"
-    assert kernel_names.short("void (anonymous namespace)::softmax<1>(int)") == "softmax"
-    assert kernel_names.short("nvjet_sm90_tst") == "nvjet_sm90_tst"
+    assert attention.short(long) == "at::native::vectorized_elementwise_kernel"
+    assert attention.short("void (anonymous namespace)::softmax<1>(int)") == "softmax"
+    assert attention.short("nvjet_sm90_tst") == "nvjet_sm90_tst"

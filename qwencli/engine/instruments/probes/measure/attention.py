@@ -1,4 +1,9 @@
-"""Attention in the shapes of a model, through each SDPA backend: what runs, and how fast."""
+"""Attention in the shapes of a model, through each SDPA backend: what runs, and how fast.
+
+Which kernels belong to which kind of attention, by their names.
+
+The flash-attn package, run and compared with torch's own attention.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +11,48 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from qwencli.engine.instruments.device_work import device_work
-from qwencli.engine.instruments.probes.answers import AttentionRun, AttentionRuns, Work
-from qwencli.engine.instruments.probes.ask import first_line
-from qwencli.engine.instruments.probes.measure.kernel_names import (
-    attention_family,
-    attention_kernels,
-    short,
+from qwencli.engine.instruments.device_events import device_work
+from qwencli.engine.instruments.probes.answers import (
+    AttentionRun,
+    AttentionRuns,
+    FlashAttention,
+    Work,
 )
+from qwencli.engine.instruments.probes.ask import first_line
 from qwencli.engine.instruments.timing import compute_dtype, seconds_per_call, still_works
-from qwencli.engine.layers import vision_attention
-from qwencli.engine.ops.attention import AttentionPlan, decode_mask, sdpa
-from qwencli.engine.ops.flash_attention import Spans, can_flash_decode
+from qwencli.engine.layers import vision_tower
+from qwencli.engine.ops.attention import AttentionPlan, Spans, can_flash_decode, decode_mask, sdpa
+
+# Word in a kernel's name -> the SDPA backend it belongs to; the first that fits. What attention
+# leaves behind besides (copies of masks, conversions) matches none.
+FAMILIES = (
+    ("cudnn", "cudnn"),
+    ("flash_fwd", "flash"),
+    ("flash::", "flash"),
+    ("fmha", "mem_efficient"),
+    ("attention_kernel", "mem_efficient"),
+    ("softmax", "math"),
+)
+
+
+def attention_family(names: tuple[str, ...]) -> str | None:
+    """The SDPA backend that these kernels belong to; None where the names do not say."""
+    lowered = [name.lower() for name in names]
+    return next((family for word, family in FAMILIES if any(word in n for n in lowered)), None)
+
+
+def attention_kernels(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the names that belong to an attention backend."""
+    return tuple(n for n in names if any(word in n.lower() for word, _ in FAMILIES))
+
+
+def short(name: str) -> str:
+    """A kernel's name without its return type, template arguments and parameters."""
+    plain = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    return plain.partition("<")[0].partition("(")[0].strip()[:80]
+
 
 # A picture of 448 x 448 and a question; the cache a caption reaches; the patches of that picture.
 PREFILL_TOKENS, CACHED_TOKENS, PATCHES = 256, 1024, 784
@@ -101,5 +135,44 @@ def _phases(device: str, work: Work, *, chosen: bool) -> dict[str, Callable[[], 
         patches: Any = [
             random(1, PATCHES, work.vision_heads, work.vision_head_dim) for _ in range(3)
         ]
-        phases["vision"] = lambda: vision_attention.sdpa(*patches)
+        phases["vision"] = lambda: vision_tower.sdpa(*patches)
     return phases
+
+
+TOKENS = 1024
+
+
+def flash_attention(device: str, work: Work) -> FlashAttention:
+    """A causal prompt of TOKENS tokens through both.
+
+    Raises:
+        ImportError, OSError: it does not load (a wheel for another torch).
+        RuntimeError: it has no kernel for this device.
+    """
+    import flash_attn
+
+    dtype = compute_dtype(device)
+    with torch.inference_mode():
+        q = torch.randn(1, TOKENS, work.heads, work.head_dim, dtype=dtype, device=device)
+        k, v = (
+            torch.randn(1, TOKENS, work.kv_heads, work.head_dim, dtype=dtype, device=device)
+            for _ in range(2)
+        )
+        wide_k, wide_v = (
+            x.transpose(1, 2).repeat_interleave(work.heads // work.kv_heads, 1) for x in (k, v)
+        )
+
+        def flash() -> Any:
+            return flash_attn.flash_attn_func(q, k, v, causal=True)
+
+        def sdpa() -> torch.Tensor:
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), wide_k, wide_v, is_causal=True)
+            return out.transpose(1, 2)
+
+        difference = float((flash() - sdpa()).abs().max())
+        return FlashAttention(
+            version=str(flash_attn.__version__),
+            flash_us=seconds_per_call(device, flash) * 1e6,
+            sdpa_us=seconds_per_call(device, sdpa) * 1e6,
+            max_difference=difference,
+        )

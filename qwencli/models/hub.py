@@ -1,8 +1,15 @@
-"""Downloads a model from the hub into its cache, and says why when that is not possible.
+"""What the hub cache on this machine holds. Reads folders, never the network.
+
+Layout (huggingface_hub's "Manage your cache" guide): `models--OWNER--NAME/refs/main` names a
+commit, `snapshots/COMMIT/` holds its files; a file appears there only once it is whole.
+
+Downloads a model from the hub into its cache, and says why when that is not possible.
 
 Only files that loading needs are fetched; pickle weights only when asked for and when the
 repository has no safetensors; nothing at all of a model that cannot run here. An interrupted
 download resumes and never counts as complete.
+
+Finds the folder with a model's files, downloading it when that is wanted and possible.
 """
 
 from __future__ import annotations
@@ -10,23 +17,120 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from qwencli.config import LoadFormat, ModelSpec
 from qwencli.errors import DownloadError, ModelFileError
-from qwencli.models.folder import check_folder
-from qwencli.models.hub_cache import (
-    UNFINISHED,
-    cache_root,
-    is_partly_cached,
-    repo_folder,
-    unreadable,
-)
-from qwencli.models.json_file import read_json_object
+from qwencli.models.config_values import read_json_object
+from qwencli.models.folder import check_folder, is_complete, read_config
 from qwencli.models.shape_reader import read_shape
-from qwencli.models.weights import PICKLE_SUFFIXES
+from qwencli.models.weight_files import PICKLE_SUFFIXES
+
+_PREFIX = "models--"
+# Lies in a repository's folder from the start of our download to its end; see `download`.
+UNFINISHED = ".qwencli-unfinished"
+
+
+def cache_root() -> Path:
+    """The hub cache folder (HF_HUB_CACHE, HF_HOME or the default); may not exist yet."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def repo_folder(repo_id: str) -> Path:
+    """Where the cache keeps a repository; may not exist yet."""
+    return cache_root() / (_PREFIX + repo_id.replace("/", "--"))
+
+
+def find_cached(repo_id: str, *, allow_pickle: bool = False) -> Path | None:
+    """The newest complete snapshot of a repository; None when there is none.
+
+    A repository whose download was interrupted has none, even if the weights happen to be whole.
+    """
+    folder = repo_folder(repo_id)
+    try:
+        if not folder.is_dir() or (folder / UNFINISHED).exists():
+            return None
+        complete = (s for s in _snapshots(folder) if is_complete(s, allow_pickle=allow_pickle))
+        return next(complete, None)
+    except OSError:  # see `unreadable`
+        return None
+
+
+def unreadable() -> bool:
+    """Whether the cache is there and this user may not look into it."""
+    try:
+        next(cache_root().iterdir(), None)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def is_partly_cached(repo_id: str) -> bool:
+    """Whether some files of a repository are here (for the error line when the rest cannot be)."""
+    return next(iter(_snapshots(repo_folder(repo_id))), None) is not None
+
+
+def cached_repos() -> Iterator[tuple[str, Path]]:
+    """Every complete snapshot of a model of a supported family: (repo id, folder), by name."""
+    root = cache_root()
+    if unreadable() or not root.is_dir():
+        return
+    for folder in sorted(root.glob(_PREFIX + "*")):
+        # The hub forbids "--" in names, so the first one separates owner and name.
+        repo_id = folder.name.removeprefix(_PREFIX).replace("--", "/", 1)
+        snapshot = find_cached(repo_id)
+        if snapshot is not None:
+            yield repo_id, snapshot
+
+
+def unfinished_downloads() -> Iterator[tuple[str, int, bool]]:
+    """Every download that has not ended: (repo id, files begun, whether a process is at it)."""
+    root = cache_root()
+    for folder in sorted(root.glob(_PREFIX + "*")) if not unreadable() and root.is_dir() else ():
+        begun = len(list(folder.glob("blobs/*.incomplete")))
+        if begun or (folder / UNFINISHED).exists():
+            locks = root.glob(f".locks/{folder.name}/*.lock")
+            repo_id = folder.name.removeprefix(_PREFIX).replace("--", "/", 1)
+            yield repo_id, begun, any(map(_is_held, locks))
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process holds this lock file; the file itself stays behind after every download.
+
+    False where the system does not lock as Unix does.
+    """
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # gone meanwhile, or on a filesystem without locks
+        return False
+    return False
+
+
+def _snapshots(folder: Path) -> list[Path]:
+    snapshots = folder / "snapshots"
+    if not snapshots.is_dir():
+        return []
+    main = folder / "refs" / "main"
+    current = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
+    found = [path for path in snapshots.iterdir() if path.is_dir()]
+    return sorted(found, key=lambda p: (p.name == current, p.stat().st_mtime), reverse=True)
+
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -182,3 +286,54 @@ def _explained(repo_id: str, error: Exception) -> DownloadError:
         f"{repo_id}: the hub cannot be reached ({reason})",
         f"check the network, then {_LATER}; without one use --model scenes or a local folder",
     )
+
+
+BUNDLED_NAME = "scenes"
+
+
+def bundled_folder() -> Path:
+    """Where the package keeps its own model."""
+    return Path(str(files("qwencli") / "bundled" / BUNDLED_NAME))
+
+
+def locate(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False) -> Path:
+    """The local folder with the model's files; `folder.check_folder` says whether they are good.
+
+    Raises:
+        ModelFileError: the folder the spec names is not there or has no config.json.
+        DownloadError: not on this machine, and the reason it cannot be fetched.
+    """
+    if spec.path is not None:
+        read_config(spec.path)
+        return spec.path
+    assert spec.repo_id is not None, "a spec without a folder names a repository"
+    cached = find_cached(spec.repo_id, allow_pickle=allow_pickle)
+    return cached or download(spec.repo_id, offline=offline, allow_pickle=allow_pickle)
+
+
+def dummy_config(spec: ModelSpec) -> Mapping[str, Any]:
+    """The config.json of a model that is to have random weights.
+
+    Raises:
+        ModelFileError: its shape is not known here.
+    """
+    if spec.hub_config is None:
+        raise ModelFileError(
+            f"--load-format dummy: the shape of {spec.name} is not known here",
+            "name a built-in model (see: qwencli models) or a folder with its config.json",
+        )
+    return spec.hub_config
+
+
+def check_model(spec: ModelSpec, load_format: LoadFormat) -> None:
+    """Raise where no engine could load the model, as far as files on this machine tell.
+
+    Raises:
+        ModelFileError: as when an engine opens it; nothing of a model that is yet to be downloaded.
+    """
+    if load_format is LoadFormat.DUMMY:
+        read_shape(dummy_config(spec), spec.name)
+        return
+    folder = spec.path or (find_cached(spec.repo_id) if spec.repo_id else None)
+    if folder is not None:
+        check_folder(folder)
