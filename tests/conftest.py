@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
@@ -31,6 +32,26 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Those compile our modules once, not each of them again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+# An engine that loads or closes collects what is garbage, among all objects of torch, transformers
+# and pytest: up to a second each time. What there is when a module's tests begin is left out, and
+# stays so when an engine closes. What an engine freezes itself is frozen with `freezing` alone.
+FREEZE, UNFREEZE = gc.freeze, gc.unfreeze
+gc.freeze = gc.unfreeze = lambda: None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def libraries_are_no_garbage() -> None:
+    gc.collect()
+    FREEZE()
+
+
+@pytest.fixture
+def freezing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gc` as it is outside of tests."""
+    monkeypatch.setattr(gc, "freeze", FREEZE)
+    monkeypatch.setattr(gc, "unfreeze", UNFREEZE)
 
 
 def pytest_collection_finish() -> None:

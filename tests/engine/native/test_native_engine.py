@@ -351,6 +351,7 @@ def test_timings_are_consistent(engine):
     assert t.e2e_s >= t.ttft_s + t.decode_s
 
 
+@pytest.mark.usefixtures("freezing")
 def test_close_drops_the_model_and_load_brings_it_back(checkpoint):
     import weakref
 
