@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 HASH_BYTES, GRID = 16, 8
-# Bits of 128 in which two pictures that look alike may differ.
-_MOST_BITS = 10
+# Bits of 128 in which two pictures that look alike may differ, and how many of those that are set
+# in one of them: a drawing on plain ground has few.
+_MOST_BITS, _MOST_SHARE = 10, 0.2
 # A step of brightness below this is noise of compression.
 _STEP = 3
-# Of 255: how far the colours of two pictures may lie apart as a whole, then cell by cell of the
-# grid on average and at the most.
-_MOST_SHIFT, _MEAN_APART, _MOST_APART = 40.0, 12.0, 64.0
+# Of 255: how far the colours of two pictures may lie apart as a whole, then in one cell of the
+# grid; and their squared distance as a part of what the cells of each differ among themselves.
+_MOST_SHIFT, _MOST_APART, _MOST_ENERGY = 40.0, 64.0, 0.08
+# What noise may add to that distance.
+_NOISE = 3.0
 # Pairs that are checked for each picture; groups hang together through them.
 _PAIRS = 32
 _ROWS = 1024
@@ -75,7 +78,8 @@ def alike(looks: Sequence[tuple[bytes, bytes] | None]) -> list[list[int]]:
             counts = np.diff(np.append(first, len(near)))
             rank = np.arange(len(near)) - np.repeat(first, counts)
             near = near[rank < _PAIRS] + start
-            for one, other in near[_same_colours(cells, near)].tolist():
+            same = _same_steps(signs, near) & _same_colours(cells, near)
+            for one, other in near[same].tolist():
                 parent[_root(parent, other)] = _root(parent, one)
     groups: dict[int, list[int]] = {}
     for place in range(len(known)):
@@ -84,18 +88,30 @@ def alike(looks: Sequence[tuple[bytes, bytes] | None]) -> list[list[int]]:
     return sorted(found, key=lambda group: (-len(group), group))
 
 
+def _same_steps(
+    signs: npt.NDArray[np.float32], pairs: npt.NDArray[np.intp]
+) -> npt.NDArray[np.bool_]:
+    one, other = signs[pairs[:, 0]] > 0, signs[pairs[:, 1]] > 0
+    share: npt.NDArray[np.bool_] = (one ^ other).sum(1) <= _MOST_SHARE * (one | other).sum(1)
+    return share
+
+
 def _same_colours(
     cells: npt.NDArray[np.uint8], pairs: npt.NDArray[np.intp]
 ) -> npt.NDArray[np.bool_]:
     import numpy as np
 
-    apart = cells[pairs[:, 0]].astype(np.float32) - cells[pairs[:, 1]]
-    apart = apart.reshape(len(pairs), -1, 3)
-    shift = apart.mean(axis=1, keepdims=True)
-    apart = np.abs(apart - shift)
-    same: npt.NDArray[np.bool_] = np.abs(shift).max(axis=(1, 2)) <= _MOST_SHIFT
-    same &= apart.mean(axis=(1, 2)) <= _MEAN_APART
-    same &= apart.max(axis=(1, 2)) <= _MOST_APART
+    one, other = (
+        cells[pairs[:, side]].astype(np.float32).reshape(len(pairs), -1, 3) for side in (0, 1)
+    )
+    shift = (one - other).mean(axis=1)
+    one = one - one.mean(axis=1, keepdims=True)
+    other = other - other.mean(axis=1, keepdims=True)
+    apart = one - other
+    energy = (one**2).mean(axis=(1, 2)) + (other**2).mean(axis=(1, 2))
+    same: npt.NDArray[np.bool_] = np.abs(shift).max(axis=1) <= _MOST_SHIFT
+    same &= np.abs(apart).max(axis=(1, 2)) <= _MOST_APART
+    same &= (apart**2).mean(axis=(1, 2)) <= _MOST_ENERGY * energy + _NOISE**2
     return same
 
 

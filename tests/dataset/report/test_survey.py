@@ -68,6 +68,19 @@ def test_pictures_of_little_structure_are_told_by_their_colours():
     assert alike([look(picture) for picture in dots]) == []
 
 
+def test_drawings_on_plain_ground_are_not_alike_by_their_ground():
+    drawings = []
+    for seed in range(120):
+        rng = np.random.default_rng(seed)
+        picture = Image.new("RGB", (96, 96), "white")
+        draw = ImageDraw.Draw(picture)
+        x, y, size = rng.integers(5, 60), rng.integers(5, 60), rng.integers(8, 30)
+        colour = tuple(int(value) for value in rng.integers(0, 200, 3))
+        draw.rectangle((x, y, x + size, y + size), fill=colour)
+        drawings.append(look(picture))
+    assert sum(map(len, alike(drawings))) <= 4
+
+
 def test_groups_by_size_and_what_cannot_be_opened():
     looks = [look(scene(1)), None, look(scene(2)), look(scene(1)), look(scene(2)), look(scene(2))]
     assert alike(looks) == [[2, 4, 5], [0, 3]]
