@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,7 +23,10 @@ def caption(
     context: typer.Context,
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="IMAGE...", help="Image or video files, or folders of them."),
+        typer.Argument(
+            metavar="IMAGE...",
+            help="Image or video files, folders, .tar or .parquet shards, addresses; - = stdin.",
+        ),
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to ask.")] = None,
     preset: Annotated[str | None, typer.Option(help=f"Ask for: {', '.join(PRESETS)}.")] = None,
@@ -45,9 +47,11 @@ def caption(
     """
     # Here and not above: `--help` needs none of it.
     from qwencli.commands.caption_set import caption_set, is_set, manner_of
-    from qwencli.commands.captions import BATCH_FROM, Captions
+    from qwencli.commands.captions import Captions
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.requests import running_engine, system_messages
+    from qwencli.dataset.sources import named_inputs
+    from qwencli.engine import client
     from qwencli.messages import GenerationRequest, VisualPart, user_message
 
     sink = context.ensure_object(Output)
@@ -56,11 +60,12 @@ def caption(
         multi_image = True
     if not (inputs or chosen.is_used):
         raise UsageError("Missing argument 'IMAGE...'", "name pictures, or a folder of them")
-    if is_set(inputs or (), chosen):
+    named = named_inputs(inputs or (), chosen.filelist)
+    if is_set(named, chosen, frames):
         if multi_image:
             raise UsageError("--multi-image is for a few pictures", "leave it out for a folder")
         manner = manner_of(shape, run, prompt, preset)
-        caption_set(inputs or (), chosen, run, sink, manner=manner, system=system, frames=frames)
+        caption_set(named, chosen, run, sink, manner=manner, system=system, frames=frames)
         return
     if shape.is_used:
         raise UsageError(
@@ -68,7 +73,7 @@ def caption(
             "name the folder that the picture lies in, with --glob for one picture",
         )
     text = prompt_text(prompt, preset)
-    images = [Path(each) for each in inputs or ()]
+    images = named
     sampling = run.sampling_options()
     spec = choose_model(run, sink)
 
@@ -77,15 +82,15 @@ def caption(
 
     work = Captions(sink, run, model=spec.name, several=len(images) > 1)
 
-    jobs = work.opened([images] if multi_image else [[path] for path in images], frames)
+    jobs = work.opened([images] if multi_image else [[each] for each in images], frames)
     pictures = next(jobs, None)
     if pictures is not None:
         announce_model(spec, run, sink)
         with running_engine(run.engine_config(spec), sink) as loaded:
             left = images[work.begun - 1 :]
-            if len(left) >= BATCH_FROM and not multi_image:
+            if len(left) >= client.BATCH_FROM and not multi_image:
                 work.answer_many(
-                    loaded, left, ask(pictures), lambda path: ask((work.open(path, frames),))
+                    loaded, left, ask(pictures), lambda each: ask((work.open(each, frames),))
                 )
                 pictures = None
             while pictures is not None:

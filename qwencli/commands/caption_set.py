@@ -20,6 +20,7 @@ from qwencli.output import Output
 if TYPE_CHECKING:
     from qwencli.dataset.asking import Asking, Manner
     from qwencli.dataset.caption_set import CaptionSet
+    from qwencli.dataset.parts import Held
     from qwencli.dataset.pipeline import Outcome
     from qwencli.dataset.sinks import Sink as CaptionSink
     from qwencli.dataset.sources import Listing
@@ -34,13 +35,36 @@ _COMPUTES = (
 )  # fmt: skip
 
 
-def is_set(inputs: Sequence[str], chosen: SetOptions) -> bool:
+def is_set(inputs: Sequence[str | Held], chosen: SetOptions, frames: int | None) -> bool:
     """Whether captions are to be kept beside the pictures, and not printed."""
-    return chosen.is_used or any(os.path.isdir(each) for each in inputs)
+    return chosen.is_used or any(
+        isinstance(each, str) and (_is_folder(each, frames) or _is_shard(each)) for each in inputs
+    )
+
+
+def _is_folder(named: str, frames: int | None) -> bool:
+    """Whether this is a folder of pictures; with `--frames` one without videos is one video."""
+    from qwencli.dataset.sources import VIDEO_SUFFIXES
+
+    if not os.path.isdir(named):
+        return False
+    moving = VIDEO_SUFFIXES | {".gif", ".apng", ".webp"}
+    try:
+        return frames is None or any(
+            each.suffix.lower() in moving for each in Path(named).iterdir()
+        )
+    except OSError:
+        return True  # listing it will tell why
+
+
+def _is_shard(named: str) -> bool:
+    from qwencli.dataset.parts import SHARD_SUFFIXES
+
+    return Path(named).suffix.lower() in SHARD_SUFFIXES and not os.path.isdir(named)
 
 
 def caption_set(
-    inputs: Sequence[str],
+    inputs: Sequence[str | Held],
     chosen: SetOptions,
     run: RunOptions,
     sink: Output,
@@ -51,7 +75,7 @@ def caption_set(
 ) -> None:
     """Caption pictures into files beside them; leaves with exit code 1 where one failed."""
     from qwencli.commands.model_choice import announce_model, choose_model
-    from qwencli.commands.requests import open_visual, running_engine, system_messages
+    from qwencli.commands.requests import running_engine, system_messages
     from qwencli.dataset.asking import Asking
     from qwencli.dataset.caption_set import open_set
     from qwencli.dataset.pipeline import Stopper
@@ -61,9 +85,10 @@ def caption_set(
     sampling = run.sampling_options()
     if chosen.samples > 1 and sampling.do_sample is False:
         raise UsageError("--samples of --greedy are all the same", "give --temperature instead")
-    paths = [Path(each) for each in inputs] or [Path()]
     with sink.status("listing pictures"):
-        listing = list_inputs(paths, Selection(chosen.recursive, tuple(chosen.glob or ())))
+        listing = list_inputs(
+            inputs or ["."], Selection(chosen.recursive, tuple(chosen.glob or ()))
+        )
     place = _place(listing, chosen)
     wish = Wish(
         chosen.existing or Existing.SKIP,
@@ -75,7 +100,7 @@ def caption_set(
         manner,
         listing,
         sampling,
-        lambda path: open_visual(path, frames),
+        lambda item: listing.open(item, frames),
         system=system_messages(system),
         caption_extension=chosen.caption_extension,
     )
@@ -137,6 +162,11 @@ def _place(listing: Listing, chosen: SetOptions) -> _Place:
 
     output = chosen.output
     if output is None or os.path.isdir(output) or not output.suffix:
+        if output is None and any(item.part for item in listing.items):
+            raise UsageError(
+                "captions of archives, tables and addresses have no place of their own",
+                "name one with --output, such as --output captions.jsonl or --output captions",
+            )
         sidecars = Sidecars(output or listing.base, chosen.caption_extension)
         ending = sidecars.extension
         name = MANIFEST if ending == ".txt" else f"{ending[1:]}.sqlite"

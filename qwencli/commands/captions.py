@@ -6,7 +6,6 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwencli.commands.options import RunOptions
@@ -17,7 +16,7 @@ from qwencli.commands.reports import (
     stats_line,
     unshown,
 )
-from qwencli.commands.requests import OPENING_ERRORS, open_visual
+from qwencli.commands.requests import OPENING_ERRORS, Named, open_named
 from qwencli.errors import InputError, OutOfMemoryError, QwenCliError
 from qwencli.messages import GenerationRequest, ImagePart, VisualPart
 from qwencli.output import Output, visible
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
     from qwencli.results import GenerationResult
 
 Pictures = tuple[VisualPart, ...]
-
-# Pictures from which on they are answered together: making the graphs of a batch takes a GPU as
-# long as a dozen answers.
-BATCH_FROM = 16
 
 
 class Captions:
@@ -42,9 +37,9 @@ class Captions:
         self.failed = self.begun = 0
         self._first_of: dict[str, list[str]] = {}
 
-    def open(self, path: Path, frames: int | None, beside: Pictures = ()) -> VisualPart:
-        """Open what `path` names; `finish` tells of what it holds and is not shown."""
-        picture = open_visual(path, frames, beside)
+    def open(self, named: Named, frames: int | None, beside: Pictures = ()) -> VisualPart:
+        """Open what was named; `finish` tells of what it holds and is not shown."""
+        picture = open_named(named, frames, beside)
         if isinstance(picture, ImagePart) and picture.first_of is not None:
             self._first_of.setdefault(picture.first_of, []).append(picture.name)
         return picture
@@ -53,19 +48,19 @@ class Captions:
         for line in unshown(self._first_of):
             self.sink.notice(line)
 
-    def opened(self, jobs: Sequence[Sequence[Path]], frames: int | None) -> Iterator[Pictures]:
-        for number, paths in enumerate(jobs, start=1):
+    def opened(self, jobs: Sequence[Sequence[Named]], frames: int | None) -> Iterator[Pictures]:
+        for number, job in enumerate(jobs, start=1):
             self.begun = number
             if self.several and sys.stderr.isatty() and not sys.stdout.isatty():
-                self.sink.notice(f"[{number}/{len(jobs)}] {', '.join(str(path) for path in paths)}")
+                self.sink.notice(f"[{number}/{len(jobs)}] {', '.join(map(str, job))}")
             pictures: Pictures = ()
-            for path in paths:
+            for named in job:
                 try:
-                    pictures += (self.open(path, frames, pictures),)
+                    pictures += (self.open(named, frames, pictures),)
                 except OPENING_ERRORS as error:
-                    self._report(error, [str(path)])
-            if 0 < len(pictures) < len(paths):
-                self.sink.notice(f"note: {len(pictures)} of {len(paths)} images are shown")
+                    self._report(error, [str(named)])
+            if 0 < len(pictures) < len(job):
+                self.sink.notice(f"note: {len(pictures)} of {len(job)} images are shown")
             if pictures:
                 yield pictures
 
@@ -81,22 +76,22 @@ class Captions:
     def answer_many(
         self,
         engine: Engine,
-        paths: Sequence[Path],
+        named: Sequence[Named],
         first: GenerationRequest,
-        request: Callable[[Path], GenerationRequest],
+        request: Callable[[Named], GenerationRequest],
     ) -> None:
         """Answer about each picture, as many at a time as the engine runs; in their order.
 
         Args:
-            first: about the first of `paths`, which is open already.
+            first: about the first of `named`, which is open already.
             request: opens a picture and asks; runs in threads.
         """
         from qwencli.engine.client import generate_many
 
-        others = (functools.partial(request, path) for path in paths[1:])
+        others = (functools.partial(request, each) for each in named[1:])
         results = generate_many(engine, itertools.chain([first], others))
-        for path, result in zip(paths, results, strict=True):
-            names = [str(path)]
+        for each, result in zip(named, results, strict=True):
+            names = [str(each)]
             if isinstance(result, (*OPENING_ERRORS, OutOfMemoryError)):
                 self._report(result, names)
             elif isinstance(result, QwenCliError):

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, TextIO
 from qwencli.commands.reports import caption_record, shortfall, stats_line, unshown
 from qwencli.commands.requests import (
     OPENING_ERRORS,
-    local_path,
     open_picture,
     open_video,
     open_visual,
     system_messages,
 )
 from qwencli.config import SamplingOptions
+from qwencli.dataset.sources import local_path
 from qwencli.errors import (
     InputError,
     MissingDependencyError,

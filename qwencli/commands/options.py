@@ -224,6 +224,9 @@ class SetOptions:
         list[str] | None,
         _set(metavar="PATTERN", text="Only pictures whose path matches; repeatable."),
     ] = None
+    filelist: Annotated[
+        Path | None, _set(metavar="FILE", text="Pictures to caption too, a path a line; - = stdin.")
+    ] = None
     existing: Annotated[
         Existing | None,
         _set(

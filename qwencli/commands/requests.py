@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwencli.config import EngineConfig, LoadFormat
+from qwencli.dataset.parts import Held, address_of
+from qwencli.dataset.sources import local_path
 from qwencli.errors import InputError, MissingDependencyError, OutOfMemoryError
 from qwencli.messages import ImagePart, Message, VideoPart, VisualPart, text_message
 from qwencli.output import Output
 
 # What opening a picture or video may raise: it costs that one, and the others are done.
 OPENING_ERRORS = (InputError, MissingDependencyError, OutOfMemoryError)
+
+Named = str | Held
 
 if TYPE_CHECKING:
     from qwencli.engine.protocol import Engine
@@ -57,30 +59,6 @@ def system_messages(system: str | None) -> tuple[Message, ...]:
     return (text_message("system", system),) if system else ()
 
 
-# A letter alone is a drive of Windows.
-_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/{1,3}(?P<rest>.*)", re.DOTALL)
-
-
-def local_path(path: Path) -> Path:
-    """The file that `path` names, which may be a `file://` address as file managers give it.
-
-    Raises InputError for an address of the web.
-    """
-    found = _ADDRESS.fullmatch(path.as_posix())
-    # lexists: `exists` raises for a name that is too long.
-    if found is None or os.path.lexists(path):
-        return path
-    if found["scheme"].lower() == "file":
-        from urllib.request import url2pathname
-
-        return Path(url2pathname("/" + found["rest"].removeprefix("localhost/")))
-    # A path has one slash where the address had two.
-    raise InputError(
-        f"{found['scheme']}://{found['rest']}: an address of the web is not opened",
-        "download the file and give its path",
-    )
-
-
 def open_picture(path: Path, beside: Sequence[VisualPart] = ()) -> ImagePart:
     """Raises InputError naming the file when it is not a usable picture.
 
@@ -91,6 +69,16 @@ def open_picture(path: Path, beside: Sequence[VisualPart] = ()) -> ImagePart:
     from qwencli.engine.frontend.videos import decoded_bytes
 
     return open_image(local_path(path), held_bytes=decoded_bytes(beside))
+
+
+def open_named(named: Named, frames: int | None, beside: Sequence[VisualPart] = ()) -> VisualPart:
+    """The picture or video at a path or an address of the web, or what came on stdin."""
+    from qwencli.engine.frontend import videos
+
+    part = named if isinstance(named, Held) else address_of(named)
+    if part is None:
+        return open_visual(Path(str(named)), frames, beside)
+    return videos.open_visual(part.read(str(named)), frames, beside, str(named))
 
 
 def open_visual(path: Path, frames: int | None, beside: Sequence[VisualPart] = ()) -> VisualPart:

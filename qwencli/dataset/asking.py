@@ -10,7 +10,6 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from qwencli.config import SamplingOptions
@@ -78,7 +77,7 @@ class Asking:
     """The stages of a run.
 
     Args:
-        open_visual: the picture or video at a path.
+        open_item: the picture or video of an item.
         system: messages in front of each question.
         caption_extension: of the files that are read as hints.
     """
@@ -88,13 +87,13 @@ class Asking:
         manner: Manner,
         listing: Listing,
         sampling: SamplingOptions,
-        open_visual: Callable[[Path], VisualPart],
+        open_item: Callable[[Item], VisualPart],
         *,
         system: Sequence[Message] = (),
         caption_extension: str = ".txt",
     ) -> None:
         self.manner, self._listing, self._sampling = manner, listing, sampling
-        self._open_visual, self._system = open_visual, tuple(system)
+        self._open_item, self._system = open_item, tuple(system)
         self._extension = caption_extension
         self._asked: dict[Slot, _Asked] = {}
         self._faults: dict[Slot, Fault] = {}
@@ -102,7 +101,7 @@ class Asking:
 
     def stages(self) -> Stages:
         return Stages(
-            open=lambda item: self._open_visual(self._listing.path(item)),
+            open=self._open_item,
             ask=self.request,
             fault=self.fault,
             shape=self.caption,

@@ -6,12 +6,29 @@ from __future__ import annotations
 import os
 import re
 import stat
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qwencli.errors import InputError, UsageError
+from qwencli.dataset.parts import (
+    MAX_PART_BYTES,
+    SHARD_SUFFIXES,
+    Address,
+    Held,
+    Member,
+    Part,
+    address_of,
+    members,
+    safe_key,
+    table_rows,
+)
+from qwencli.errors import InputError, MissingDependencyError, QwenCliError, UsageError
+
+if TYPE_CHECKING:
+    from qwencli.messages import VisualPart
 
 # Names of video files that `engine.videos` reads.
 VIDEO_SUFFIXES = frozenset({
@@ -31,11 +48,13 @@ class Item:
     Args:
         key: its path below `Listing.base`, with `/` between the parts.
         size, mtime_ns: of the file when it was listed; None where it has none.
+        part: where it is, if it is no file of its own.
     """
 
     key: str
     size: int | None = None
     mtime_ns: int | None = None
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +87,7 @@ class Listing:
 
     base: Path
     items: list[Item] = field(default_factory=list)
-    refused: list[tuple[Item, InputError]] = field(default_factory=list)
+    refused: list[tuple[Item, QwenCliError]] = field(default_factory=list)
     hidden: int = 0
     others: Counter[str] = field(default_factory=Counter)
     seen: int = 0
@@ -76,6 +95,19 @@ class Listing:
 
     def path(self, item: Item) -> Path:
         return self.base / item.key
+
+    def open(self, item: Item, frames: int | None = None) -> VisualPart:
+        """The picture or video of an item.
+
+        Raises:
+            InputError, MissingDependencyError, OutOfMemoryError: it cannot be had or used.
+        """
+        from qwencli.engine.frontend.videos import open_visual
+
+        if item.part is None:
+            return open_visual(self.path(item), frames)
+        name = item.part.url if isinstance(item.part, Address) else str(self.path(item))
+        return open_visual(item.part.read(name), frames, name=name)
 
 
 @dataclass(frozen=True)
@@ -91,23 +123,130 @@ class Selection:
     globs: tuple[str, ...] = ()
 
 
-def list_inputs(inputs: Sequence[Path], selection: Selection) -> Listing:
-    """The pictures and videos that files and folders hold.
+def read_stdin() -> bytes:
+    """All of stdin, which must have an end within `MAX_PART_BYTES`."""
+    data = sys.stdin.buffer.read(MAX_PART_BYTES + 1)
+    if len(data) > MAX_PART_BYTES:
+        raise InputError(
+            f"more than {MAX_PART_BYTES >> 20} MB come through stdin", "write it to a file first"
+        )
+    return data
+
+
+def named_inputs(
+    named: Sequence[str], filelist: Path | None = None, stdin: Callable[[], bytes] = read_stdin
+) -> list[str | Held]:
+    """What was named on the command line and in lists: paths, addresses, or a picture itself.
+
+    Args:
+        named: `-` is stdin: a picture, or a list of paths.
+        filelist: a path a line; `-` is stdin. Paths that are not there from the current folder on
+            are looked for from the list's own.
 
     Raises:
-        InputError: an input is not there or cannot be read, or they have no folder in common.
+        InputError: a list cannot be read, or has nothing in it.
+    """
+    inputs: list[str | Held] = []
+    for each in named:
+        if each != "-":
+            inputs.append(each)
+            continue
+        data = stdin()
+        inputs += [Held(data)] if _is_picture(data) else _listed(data, "stdin")
+    if filelist is not None:
+        if str(filelist) == "-":
+            return inputs + list(_listed(stdin(), "stdin"))
+        try:
+            data = filelist.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{filelist} cannot be read: {error.strerror}", "check the path of --filelist"
+            ) from error
+        for path in _listed(data, str(filelist)):
+            here = os.path.lexists(path) or address_of(path) is not None
+            inputs.append(path if here else str(filelist.parent / path))
+    return inputs
+
+
+def _is_picture(data: bytes) -> bool:
+    """Whether these are the bytes of a picture or video, and not a list of paths."""
+    from qwencli.engine.frontend.containers import video_kind
+
+    head = data[:512]
+    # A list is text: of other control characters it has none.
+    return video_kind(head) is not None or bool(re.search(rb"[\x01-\x08\x0b\x0e-\x1f\x7f]", head))
+
+
+def _listed(data: bytes, name: str) -> list[str]:
+    """Paths, a line each; or each ended by a NUL, as `find -print0` writes them."""
+    if b"\0" in data:
+        lines = data.split(b"\0")
+    else:
+        lines = [
+            line.removesuffix(b"\r") for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        ]
+    paths = [os.fsdecode(line) for line in lines if line.strip()]
+    if not paths:
+        raise InputError(f"{name} lists no files", "write a path a line")
+    return paths
+
+
+def list_inputs(inputs: Sequence[str | Held], selection: Selection) -> Listing:
+    """The pictures and videos that are meant.
+
+    Args:
+        inputs: files, folders, shards (`.tar`, `.parquet`), addresses of the web.
+
+    Raises:
+        InputError: the inputs have no folder in common.
         UsageError: a pattern of `selection` is empty.
     """
-    listing = Listing(_common_folder(inputs))
-    wanted = _Wanted(selection.globs)
-    walk = _Walk(listing, wanted, selection.recursive)
-    for path in inputs:
-        if os.path.isdir(path):
-            walk.folder(path)
+    local = [
+        local_path(Path(each))
+        for each in inputs
+        if not isinstance(each, Held) and address_of(each) is None
+    ]
+    listing = Listing(_common_folder(local) if local else Path())
+    walk = _Walk(listing, _Wanted(selection.globs), selection.recursive)
+    for each in inputs:
+        if isinstance(each, Held):
+            listing.items.append(Item("stdin", len(each.data), None, each))
+        elif (address := address_of(each)) is not None:
+            walk.add_part(address.key, address)
         else:
-            walk.file(path)
+            path = local_path(Path(each))
+            if os.path.isdir(path):
+                walk.folder(path)
+            elif path.suffix.lower() in SHARD_SUFFIXES:
+                walk.shard(path)
+            else:
+                walk.file(path)
     walk.linked_folders()
     return listing
+
+
+# A letter alone is a drive of Windows.
+_FILE_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/{1,3}(?P<rest>.*)", re.DOTALL)
+
+
+def local_path(path: Path) -> Path:
+    """The file that `path` names, which may be a `file://` address as file managers give it.
+
+    Raises InputError for an address of the web.
+    """
+    found = _FILE_ADDRESS.fullmatch(path.as_posix())
+    # lexists: `exists` raises for a name that is too long.
+    if found is None or os.path.lexists(path):
+        return path
+    if found["scheme"].lower() == "file":
+        from urllib.request import url2pathname
+
+        return Path(url2pathname("/" + found["rest"].removeprefix("localhost/")))
+    # A path has one slash where the address had two.
+    raise InputError(
+        f"{found['scheme']}://{found['rest']}: an address of the web is not opened",
+        "download the file and give its path",
+    )
 
 
 def natural_key(name: str) -> tuple[tuple[int, str], ...]:
@@ -182,6 +321,30 @@ class _Walk:
 
     def folder(self, path: Path) -> None:
         self._enter(str(path), "")
+
+    def shard(self, path: Path) -> None:
+        """The pictures in an archive or a table."""
+        key = self._key(str(path))
+        rows = path.suffix.lower() == ".parquet"
+        try:
+            for name, part in (table_rows if rows else members)(path):
+                below = safe_key(name)
+                if below.rpartition("/")[2].startswith("."):
+                    self._listing.hidden += 1
+                elif rows or self._wanted(below):
+                    self.add_part(f"{key}/{below}", part)
+                else:
+                    self._listing.others[os.path.splitext(below)[1].lower()] += 1
+        except (InputError, MissingDependencyError) as error:
+            self._listing.refused.append((Item(key), error))
+
+    def add_part(self, key: str, part: Part) -> None:
+        if key in self._keys:
+            self._listing.seen += 1
+            return
+        self._keys.add(key)
+        size = part.size if isinstance(part, Member) else None
+        self._listing.items.append(Item(key, size, None, part))
 
     def linked_folders(self) -> None:
         while self._links:

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from qwencli.dataset.parts import pyarrow_parquet
 from qwencli.dataset.sinks import flush_folder, partial_path
 from qwencli.dataset.sources import CAPTION, Slot
-from qwencli.errors import InputError, MissingDependencyError, OutputError, UsageError
+from qwencli.errors import InputError, OutputError, UsageError
 from qwencli.output import visible
 
 # The columns of Hugging Face's imagefolder (metadata.jsonl, metadata.csv, metadata.parquet).
@@ -201,7 +202,7 @@ def _write_csv(path: Path, columns: Columns, rows: Iterable[Row]) -> None:
 
 @contextlib.contextmanager
 def _read_parquet(path: Path) -> Iterator[tuple[Columns, Iterator[Row]]]:
-    with _pyarrow().parquet.ParquetFile(path) as file:
+    with pyarrow_parquet(str(path)).ParquetFile(path) as file:
         names = file.schema_arrow.names
         if FILE_NAME not in names:
             raise ValueError(f"it has no column {FILE_NAME}")
@@ -209,24 +210,15 @@ def _read_parquet(path: Path) -> Iterator[tuple[Columns, Iterator[Row]]]:
 
 
 def _write_parquet(path: Path, columns: Columns, rows: Iterable[Row]) -> None:
-    arrow = _pyarrow()
-    schema = arrow.schema([(name, arrow.string()) for name in columns])
-    with arrow.parquet.ParquetWriter(path, schema) as writer:
+    parquet = pyarrow_parquet(str(path))
+    import pyarrow
+
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in columns])
+    with parquet.ParquetWriter(path, schema) as writer:
         rows = iter(rows)
         while some := list(itertools.islice(rows, _ROWS)):
             plain = [{name: _as_text(row.get(name)) for name in columns} for row in some]
-            writer.write_table(arrow.Table.from_pylist(plain, schema))
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingDependencyError(
-            "a .parquet file: the package pyarrow is not installed",
-            "pip install 'qwencli[parquet]', or use .jsonl",
-        ) from error
-    return pyarrow
+            writer.write_table(pyarrow.Table.from_pylist(plain, schema))
 
 
 @contextlib.contextmanager

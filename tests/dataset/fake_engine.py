@@ -23,7 +23,7 @@ if __name__ == "__main__":
 from qwencli.config import EngineConfig
 from qwencli.engine.request import StepOutput, request_of
 from qwencli.errors import QwenCliError
-from qwencli.messages import GenerationRequest, ImagePart, TextPart
+from qwencli.messages import GenerationRequest, ImagePart, TextPart, VideoPart
 from qwencli.results import GenerationChunk, GenerationResult, RanModes, Timings
 
 TIMINGS = Timings(0.1, 0.0, None, 0.0, 0.0, 0.0, 0.01, None)
@@ -109,7 +109,12 @@ class FakeEngine:
     def _chunk(self, request: GenerationRequest) -> GenerationChunk:
         text = self.answer(request)
         self.answered += 1
-        size = [part.image.size for part in request.messages[-1].parts if hasattr(part, "image")]
+        size: list[tuple[int, int]] = []
+        for part in request.messages[-1].parts:
+            if isinstance(part, ImagePart):
+                size.append(part.image.size)
+            elif isinstance(part, VideoPart):
+                size += [frame.size for frame in part.frames]
         result = GenerationResult(
             text, (1, 2, 3), self.finish_reason, 7, 4, TIMINGS, RAN, (0.0, 0.1, 0.2), None,
             image_sizes=tuple(size), resized_sizes=tuple(size),

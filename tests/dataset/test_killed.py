@@ -134,7 +134,7 @@ def test_a_second_ctrl_c_leaves_at_once(pictures):
 
 def test_the_second_of_two_runs_leaves(pictures):
     folder = pictures(*(f"{number}.png" for number in range(60)))
-    first = start(folder, step_s=0.1)
+    first = start(folder, step_s=3.0)
     with first:
         wait_for("*.txt", folder)
         second = start(folder)

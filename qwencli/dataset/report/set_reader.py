@@ -43,7 +43,7 @@ def read_set(folder: Path, caption_extension: str) -> tuple[Listing, list[Entry]
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder", "name the folder of the pictures")
-    listing = list_inputs([folder], Selection(recursive=True))
+    listing = list_inputs([str(folder)], Selection(recursive=True))
     known = _manifest(folder / STATE_FOLDER / "manifest.sqlite")
     metadata = _metadata(folder / METADATA)
     failures = _failures(folder / FAILURES) if not known else {}

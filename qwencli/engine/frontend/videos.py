@@ -59,27 +59,32 @@ _COPY_AGAIN = "copy or download the file again"
 
 
 def open_visual(
-    path: Path, frames: int | None = None, beside: Sequence[VisualPart] = ()
+    source: Path | bytes,
+    frames: int | None = None,
+    beside: Sequence[VisualPart] = (),
+    name: str | None = None,
 ) -> VisualPart:
     """A video file as a video, with `frames` an animation or a folder of frames too, and anything
     else as a picture.
 
     Args:
+        source: a file or folder, or the bytes of a file.
+        name: what errors call it; the path by default.
         beside: what is shown in the same request: all of it is held in memory together.
 
     Raises:
         InputError, MissingDependencyError: see `open_video` and `open_image`.
     """
     held_bytes = decoded_bytes(beside)
-    if frames is not None and _is_folder(path):
-        return _from_folder(path, frames, held_bytes)
+    if frames is not None and isinstance(source, Path) and _is_folder(source):
+        return _from_folder(source, frames, held_bytes)
 
     def read(image: Image.Image, name: str) -> VisualPart:
         if frames is not None and _is_animation(image, name):
             return _from_animation(image, name, frames, held_bytes)
         return image_part(held_bytes, image, name)
 
-    return _from_any_file(path, frames, held_bytes, read)
+    return _from_any_file(source, name or str(source), frames, held_bytes, read)
 
 
 def open_video(
@@ -105,17 +110,20 @@ def open_video(
             raise InputError(f"{name} is a single picture, not a video", "show it as a picture")
         return _from_animation(image, name, frames, held_bytes)
 
-    return _from_any_file(path, frames, held_bytes, read)
+    return _from_any_file(path, str(path), frames, held_bytes, read)
 
 
 def _from_any_file(
-    path: Path, frames: int | None, held_bytes: int, read: Callable[[Image.Image, str], Part]
+    source: Path | bytes,
+    name: str,
+    frames: int | None,
+    held_bytes: int,
+    read: Callable[[Image.Image, str], Part],
 ) -> Part | VideoPart:
     """A video file as a video, anything else as `read` makes it of the opened picture."""
-    name = str(path)
     try:
         # One opening of the file: it may be gone at the next, and a pipe is read once only.
-        with open_file(path, name) as file:
+        with io.BytesIO(source) if isinstance(source, bytes) else open_file(source, name) as file:
             kind = _video_kind(file, name)
             if kind is not None:
                 return _from_video_file(file, name, kind, frames, held_bytes)

@@ -1,0 +1,289 @@
+"""What is found of a set, without opening it; and the pictures that are no files of their own."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import io
+import json
+import sys
+import tarfile
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from qwencli.dataset.parts import Held, safe_key
+from qwencli.dataset.sources import (
+    Selection,
+    glob_pattern,
+    list_inputs,
+    named_inputs,
+    natural_key,
+)
+from qwencli.errors import InputError
+from tests.dataset.conftest import captions, failures
+from tests.media_corpus import encoded
+
+PNG = encoded(Image.new("RGB", (32, 32), (9, 99, 9)), "PNG")
+
+
+def keys(*inputs, **selection):
+    listing = list_inputs([str(each) for each in inputs], Selection(**selection))
+    return [item.key for item in listing.items]
+
+
+def test_pictures_and_videos_in_natural_order(pictures):
+    folder = pictures("a10.png", "a2.JPG", "b/c.webp", ".hidden.png", "._a.png")
+    for name in ("notes.pdf", "a2.txt", "clip.mp4"):
+        (folder / name).write_bytes(b"x")
+    listing = list_inputs([str(folder)], Selection())
+    assert [item.key for item in listing.items] == ["a2.JPG", "a10.png", "clip.mp4"]
+    assert listing.hidden == 2 and listing.others == {".pdf": 1, ".txt": 1}
+    assert keys(folder, recursive=True)[-1] == "b/c.webp"
+
+
+def test_several_inputs_have_one_folder_in_common(pictures):
+    folder = pictures("a/1.png", "b/2.png")
+    assert keys(folder / "a", folder / "b" / "2.png") == ["a/1.png", "b/2.png"]
+    assert keys(folder / "a", folder / "a" / "1.png") == ["1.png"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links")
+def test_each_real_folder_once(pictures):
+    folder = pictures("z/1.png", "2.png")
+    (folder / "a-link").symlink_to(folder / "z")
+    (folder / "z" / "loop").symlink_to(folder)
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "same.png").symlink_to(folder / "2.png")
+    assert keys(folder, recursive=True) == ["2.png", "gone.png", "same.png", "z/1.png"]
+
+
+@pytest.mark.parametrize(
+    ("glob", "path", "is_meant"),
+    [
+        ("*.png", "a.png", True),
+        ("*.png", "sub/a.png", True),
+        ("*.png", "a.jpg", False),
+        ("sub/*.png", "sub/a.png", True),
+        ("sub/*.png", "sub/deep/a.png", False),
+        ("**/a?.png", "sub/deep/a1.png", True),
+        ("**/a?.png", "a1.png", True),
+        ("[!a]*.png", "b.png", True),
+        ("[!a]*.png", "a.png", False),
+        ("a[1].png", "a1.png", True),
+        ("a[.png", "a[.png", True),
+    ],
+)
+def test_globs(glob, path, is_meant):
+    assert bool(glob_pattern(glob).fullmatch(path)) == is_meant
+
+
+@given(st.text(max_size=12), st.text(max_size=12))
+def test_any_glob_is_a_pattern(glob, path):
+    if glob:
+        glob_pattern(glob).fullmatch(path)
+
+
+@given(st.text(max_size=40))
+def test_what_an_archive_names_stays_below_its_folder(name):
+    parts = safe_key(name).split("/")
+    assert parts and all(part not in ("", ".", "..") for part in parts)
+
+
+@given(st.lists(st.text(max_size=6)))
+def test_names_can_be_sorted(names):
+    sorted(names, key=natural_key)
+
+
+def test_lists_of_paths(tmp_path, pictures):
+    folder = pictures("a.png", "b.png")
+    listed = folder / "list.txt"
+    listed.write_bytes(b"\xef\xbb\xbf%s\r\n\r\nb.png\r\n" % str(folder / "a.png").encode())
+    assert named_inputs([], listed) == [str(folder / "a.png"), str(folder / "b.png")]
+    assert named_inputs(["-"], None, lambda: b"x y.png\0new\nline.png\0") == [
+        "x y.png",
+        "new\nline.png",
+    ]
+    assert named_inputs(["-"], None, lambda: PNG) == [Held(PNG)]
+    with pytest.raises(InputError, match="lists no files"):
+        named_inputs(["-"], None, lambda: b"\n\n")
+
+
+def test_a_filelist_is_a_set(caption, pictures):
+    folder = pictures("a.png", "sub/b.png", "c.png")
+    listed = folder / "list.txt"
+    listed.write_text("a.png\nsub/b.png\nmissing.png\n", encoding="utf-8")
+    assert caption("--filelist", listed) == 1
+    assert {"a.txt", "sub/b.txt"} < set(captions(folder)) and "c.txt" not in captions(folder)
+    (row,) = failures(folder)
+    assert row["path"] == "missing.png" and "no such file" in row["reason"]
+
+
+def test_a_picture_on_stdin(caption, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(PNG)))
+    assert caption("-") == 0
+    assert capsys.readouterr().out.startswith("A picture ")
+
+
+def tar_of(path, files):
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def test_an_archive_of_pictures(caption, pictures, tmp_path, capsys):
+    folder = pictures()
+    files = {
+        "0001.png": PNG,
+        "0001.txt": b"x",
+        "../../out.png": PNG,
+        "bad.jpg": b"x",
+        "._a.png": b"",
+    }
+    tar_of(folder / "shard.tar", files)
+    assert caption(folder / "shard.tar") == 2
+    assert "--output" in capsys.readouterr().err
+    out = tmp_path / "out" / "captions.jsonl"
+    assert caption(folder / "shard.tar", "--output", out) == 1
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["file_name"].rpartition("shard.tar/")[2] for row in rows] == ["0001.png", "out.png"]
+    assert [row["path"] for row in failures(out.parent)] == ["shard.tar/bad.jpg"]
+    into = tmp_path / "files"
+    assert caption(folder / "shard.tar", "--output", into) == 1
+    assert sorted(captions(into)) == ["shard.tar/0001.txt", "shard.tar/out.txt"]
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet", "gone.tar"])
+def test_a_shard_that_is_none_is_one_row(caption, pictures, tmp_path, name):
+    folder = pictures("a.png")
+    if not name.startswith("gone"):
+        (folder / name).write_bytes(b"PAR1 no shard" * 100)
+    assert caption(folder / "a.png", folder / name, "--output", tmp_path / "o.jsonl") == 1
+    assert [row["path"] for row in failures(tmp_path)] == [name]
+    assert (tmp_path / "o.jsonl").exists()
+
+
+def test_a_table_of_pictures(caption, pictures, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    images = [{"bytes": PNG, "path": f"{n}.png"} for n in range(5)]
+    images.append({"bytes": b"x", "path": None})
+    table = pyarrow.table({"image": images, "label": list(range(6))})
+    path = tmp_path / "train.parquet"
+    parquet.write_table(table, path, row_group_size=4)
+    assert caption(path, "--output", tmp_path / "o.jsonl") == 1
+    rows = (tmp_path / "o.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 5
+    assert [row["path"] for row in failures(tmp_path)] == ["train.parquet/0001-000001.img"]
+    parquet.write_table(table.select(["label"]), path)
+    assert caption(path, "--output", tmp_path / "p.jsonl") == 1
+    assert "no column with pictures" in failures(tmp_path)[0]["reason"]
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path.startswith("/to-file"):
+            self.send_response(302)
+            self.send_header("Location", "file:///etc/passwd")
+            self.end_headers()
+        elif self.path.startswith("/good"):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(PNG)
+        elif self.path.startswith("/short"):
+            self.send_response(200)
+            self.send_header("Content-Length", "99999")
+            self.end_headers()
+            self.wfile.write(PNG)
+        elif self.path.startswith("/endless"):
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(64):
+                self.wfile.write(bytes(2**16))
+        else:
+            self.send_error(404)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def address():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.handle_error = lambda *arguments: None
+    threading.Thread(target=functools.partial(server.serve_forever, 0.02), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_addresses_of_the_web(caption, address, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("qwencli.dataset.parts.MAX_PART_BYTES", 2**20)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    names = ["good.png?size=1", "good.png?size=2", "gone.png", "to-file", "short.png", "endless"]
+    addresses = [f"{address}/{name}" for name in names]
+    assert caption(*addresses, "--output", tmp_path / "o.jsonl") == 1
+    rows = (tmp_path / "o.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 2
+    reasons = "\n".join(row["reason"] for row in failures(tmp_path))
+    assert len(failures(tmp_path)) == 4
+    assert "404" in reasons and "the limit is 1" in reasons and "ends early" in reasons
+    capsys.readouterr()
+    assert caption(addresses[0]) == 0
+    assert capsys.readouterr().out.startswith("A picture ")
+
+
+def test_offline_opens_no_address(caption, address, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert caption(f"{address}/good.png", "--offline") == 1
+    assert "--offline" in capsys.readouterr().err
+
+
+def test_frames_of_a_folder_of_stills_are_one_video(caption, pictures, capsys, engine):
+    folder = pictures("1.png", "2.png")
+    assert caption(folder, "--frames", "2") == 0
+    assert capsys.readouterr().out.startswith("A picture ")
+    assert engine.answered == 1 and captions(folder) == {}
+
+
+def test_animations_in_a_folder_are_videos_with_frames(caption, pictures, engine):
+    from qwencli.messages import VideoPart
+
+    folder = pictures("1.png")
+    frames = [Image.new("RGB", (32, 32), (n, 0, 0)) for n in range(0, 250, 50)]
+    frames[0].save(folder / "a.gif", save_all=True, append_images=frames[1:], duration=200)
+    shown = []
+    engine.answer = lambda request: shown.append(request.messages[-1].parts[0]) or "Said."
+    assert caption(folder, "--frames", "3") == 0
+    assert sorted(isinstance(part, VideoPart) for part in shown) == [False, True]
+
+
+def test_many_pictures_are_listed_in_little_time(tmp_path):
+    """With the look for captions; on a shared machine four times what is promised of 100,000."""
+    from qwencli.dataset.manifest import Manifest
+    from qwencli.dataset.sinks import Sidecars
+    from qwencli.dataset.worklist import Wish, work_of
+
+    count = 5_000
+    for part in range(20):
+        (tmp_path / str(part)).mkdir()
+        for number in range(count // 20):
+            (tmp_path / str(part) / f"{number}.jpg").touch()
+            if number % 2:
+                (tmp_path / str(part) / f"{number}.txt").write_bytes(b"a")
+    began = time.process_time()
+    listing = list_inputs([str(tmp_path)], Selection(recursive=True))
+    sidecars = Sidecars(tmp_path)
+    manifest = Manifest(tmp_path / "m.sqlite")
+    work = work_of(listing, Wish(), sidecars, manifest, "job")
+    took_s = time.process_time() - began
+    sidecars.close()
+    manifest.close()
+    assert len(work.tasks) == count // 2 == work.num_existing
+    assert took_s < 1.0
