@@ -18,7 +18,6 @@ from qwencli.engine.cache.paged_kv import (
     SCRATCH_PAGE,
     DecodePages,
     PackedPrompts,
-    decode_slots,
     pages_for,
 )
 from qwencli.engine.device_memory import upload
@@ -27,11 +26,12 @@ from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.layers.decoder import DeepStack
-from qwencli.engine.layers.vision_tower import VisionFeatures
+from qwencli.engine.layers.vision_tower import VisionFeatures, join_features
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
-from qwencli.engine.native.prompt_inputs import PromptPositions, join_features, lay_out
+from qwencli.engine.native.prompt_inputs import PromptPositions, lay_out
 from qwencli.engine.native.sampler import Sampler, SamplerKind, kind_of, widest_kind
+from qwencli.engine.ops.paged_attention import decode_slots
 from qwencli.engine.request import PromptChunk
 from qwencli.engine.request import Sequence as ScheduledSequence
 from qwencli.errors import InputError

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from qwencli.config import DType, EngineName, Kernels, SamplingOptions
-from qwencli.engine.cache.paged_kv import PAGE_SIZE, DecodePages, paged_attention
+from qwencli.engine.cache.paged_kv import PAGE_SIZE, DecodePages
 from qwencli.engine.client import generate_many
 from qwencli.engine.kernels.paged_attention import PagedAttention
 from qwencli.engine.native.engine import NativeEngine
+from qwencli.engine.ops.paged_attention import paged_attention
 from qwencli.messages import GenerationRequest, user_message
 from tests.checkpoints import engine_config, picture
 

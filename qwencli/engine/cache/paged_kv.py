@@ -1,11 +1,9 @@
-"""Keys and values of all rows in one pool of pages, and attention over them in plain operators.
+"""Keys and values of all rows in one pool of pages (paged KV cache), and which pages are free.
 
 A page holds `PAGE_SIZE` consecutive tokens of one sequence; a row's page table says which pages are
 its own, in order. Slot `page * PAGE_SIZE + offset` is a place in the pool. Tokens lie outside
 heads, as the projection makes them: a step's tokens are stored by one scatter, and what a prompt
 sees of earlier pages is one gather.
-
-Which pages of the KV pool are free. The pages' contents are `paged_kv`'s.
 """
 
 from __future__ import annotations
@@ -14,11 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from qwencli.engine.cache.kv_cache import KeysValues
 from qwencli.engine.device_memory import lazy_zeros
-from qwencli.engine.ops.attention import flash_varlen, prompt_plan
 from qwencli.models.shapes import TextShape
 
 # Tokens of a page. A row of 300 tokens wastes half a page, a tenth; what attention reads of a page
@@ -127,65 +123,3 @@ class PackedPrompts:
     context_starts: Tensor
     slots: Tensor | None
     flash: bool
-
-
-def decode_slots(tables: Tensor, places: Tensor) -> Tensor:
-    """The pool's slots, int64 [B], of the tokens at `places` (int64 [B]) of each row."""
-    pages = tables.gather(1, (places // PAGE_SIZE)[:, None]).squeeze(1)
-    return pages.to(torch.int64) * PAGE_SIZE + places % PAGE_SIZE
-
-
-def paged_attention(q: Tensor, pool: Tensor, pages: DecodePages) -> Tensor:
-    """q [B, H, D] over the pages of `pool` [slots, 2 * KVH, D] -> [B, H * D].
-
-    Gathers what every row might see up to the longest: the reference of the kernel, and what runs
-    where there is none.
-    """
-    batch, heads, dim = q.shape
-    kv_heads = pool.shape[1] // 2
-    count = -(-pages.longest // PAGE_SIZE)
-    seen = pool.view(-1, PAGE_SIZE, 2 * kv_heads, dim)[pages.tables[:, :count].to(torch.int64)]
-    seen = seen.flatten(1, 2).transpose(1, 2)  # [B, 2 KVH, count * PAGE_SIZE, D]
-    hidden = torch.arange(seen.shape[2], device=q.device) >= pages.lengths[:, None]
-    mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
-    mask = mask.masked_fill(hidden, float("-inf"))[:, None, None]
-    grouped = q.view(batch, kv_heads, heads // kv_heads, dim)
-    keys, values = seen.split_with_sizes((kv_heads,) * 2, dim=1)
-    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-    return out.reshape(batch, heads * dim)
-
-
-def prompt_attention(qkv: Tensor, pool: Tensor, packed: PackedPrompts) -> Tensor:
-    """Heads qkv [N, H + 2 * KVH, D] of packed prompts, stored in `pool` too -> [N, H * D]."""
-    kv_heads = pool.shape[1] // 2
-    q, fresh = qkv.split_with_sizes((qkv.shape[1] - 2 * kv_heads, 2 * kv_heads), dim=1)
-    seen = fresh if packed.slots is None else pool.index_select(0, packed.slots)
-    keys, values = seen.split_with_sizes((kv_heads,) * 2, dim=1)
-    whole = [n + before for n, before in zip(packed.lengths, packed.contexts, strict=True)]
-    if packed.flash:
-        return flash_varlen(
-            q, keys, values, packed.starts, packed.context_starts, max(packed.lengths), max(whole)
-        )
-    parts = zip(
-        q.split_with_sizes(packed.lengths),
-        keys.split_with_sizes(whole),
-        values.split_with_sizes(whole),
-        strict=True,
-    )
-    return torch.cat([_attend_alone(*part) for part in parts])
-
-
-def _attend_alone(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The last tokens q [S, H, D] of a sequence with keys and values [T, KVH, D] -> [S, H * D]."""
-    length, total = len(q), len(keys)
-    plan = prompt_plan(total - length, length, keys.shape[1], q.dtype, q.device)
-    q, keys, values = (heads.transpose(0, 1)[None] for heads in (q, keys, values))
-    out = F.scaled_dot_product_attention(
-        q,
-        keys,
-        values,
-        attn_mask=plan.mask,
-        is_causal=plan.mask is None and length > 1,
-        enable_gqa=True,
-    )
-    return out[0].transpose(0, 1).flatten(1)

@@ -11,8 +11,7 @@ from PIL.Image import Image
 from qwencli.engine.cache.kv_cache import KVCache
 from qwencli.engine.frontend.preprocess import Visual
 from qwencli.engine.frontend.prompt import Prompt
-from qwencli.engine.layers.vision_tower import VisionFeatures
-from qwencli.engine.native.prompt_inputs import join_features
+from qwencli.engine.layers.vision_tower import VisionFeatures, join_features
 
 # One slot of the cache: a token id, or a picture's digest and the place inside the picture.
 Key = int | tuple[bytes, int]

@@ -281,3 +281,13 @@ def _gelu(x: Tensor) -> Tensor:
     for nothing else, as in float32, would need 4 MB more of its code."""
     torch.ops.aten.gelu_(x.t())
     return x
+
+
+def join_features(parts: Sequence[VisionFeatures]) -> VisionFeatures:
+    """Put the features of several images in a row, in the order given."""
+    if len(parts) == 1:
+        return parts[0]
+    stacked = zip(*(part.deepstack for part in parts), strict=True)
+    return VisionFeatures(
+        torch.cat([part.embeds for part in parts]), tuple(torch.cat(layer) for layer in stacked)
+    )

@@ -31,11 +31,10 @@ from qwencli.engine.loading import weights
 from qwencli.engine.machine.host import host_memory
 from qwencli.engine.native.decode_state import STEPPERS, DecodeState, decodes_on_cpu
 from qwencli.engine.native.generate import Generation
-from qwencli.engine.native.kernel_choice import fused_for, resolve_kernels
 from qwencli.engine.native.memory_plan import BATCH_LIMITS, MemoryPlan, plan_memory, plan_pages
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import PrefillGraphs
-from qwencli.engine.native.supported import check_supported
+from qwencli.engine.native.supported import check_supported, fused_for, resolve_kernels
 from qwencli.engine.protocol import RequestQueue
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
 from qwencli.engine.response import ResponseBuilder

@@ -181,16 +181,6 @@ class PromptInputs:
         return places, embeds, deepstack
 
 
-def join_features(parts: Sequence[VisionFeatures]) -> VisionFeatures:
-    """Put the features of several images in a row, in the order given."""
-    if len(parts) == 1:
-        return parts[0]
-    stacked = zip(*(part.deepstack for part in parts), strict=True)
-    return VisionFeatures(
-        torch.cat([part.embeds for part in parts]), tuple(torch.cat(layer) for layer in stacked)
-    )
-
-
 def lay_out(shape: ModelShape, prompt: Prompt) -> PromptPositions:
     """Where a prompt's tokens and pictures are.
 

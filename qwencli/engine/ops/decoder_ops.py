@@ -20,14 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from qwencli.engine.cache.kv_cache import KeysValues, KVCache
-from qwencli.engine.cache.paged_kv import (
-    DecodePages,
-    PackedPrompts,
-    PagedKVCache,
-    paged_attention,
-    prompt_attention,
-)
+from qwencli.engine.cache.paged_kv import DecodePages, PackedPrompts, PagedKVCache
 from qwencli.engine.ops.attention import AttentionFunction, AttentionPlan
+from qwencli.engine.ops.paged_attention import paged_attention, prompt_attention
 from qwencli.engine.ops.rope import ApplyRopeFn, CosSin, apply_rope, rotate
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor
 

@@ -9,14 +9,7 @@ import pytest
 import torch
 
 from qwencli.config import Quantization, SamplingParams
-from qwencli.engine.cache.paged_kv import (
-    PAGE_SIZE,
-    DecodePages,
-    PagedKVCache,
-    PagePool,
-    paged_attention,
-    pages_for,
-)
+from qwencli.engine.cache.paged_kv import PAGE_SIZE, DecodePages, PagedKVCache, PagePool, pages_for
 from qwencli.engine.event_timer import EventTimer
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.kernels.paged_attention import PagedAttention
@@ -25,6 +18,7 @@ from qwencli.engine.kernels.swiglu import swiglu
 from qwencli.engine.ops import decoder_ops
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.ops.decoder_ops import Layer, RMSNorm, Step, qk_norm_rope_store
+from qwencli.engine.ops.paged_attention import paged_attention
 from qwencli.engine.request import PromptChunk, Sequence
 from qwencli.engine.runner import ModelRunner
 from qwencli.models.shapes import TextShape

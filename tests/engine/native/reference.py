@@ -9,8 +9,9 @@ import torch
 
 from qwencli.config import Attention
 from qwencli.engine.frontend.preprocess import Visual
+from qwencli.engine.layers.vision_tower import join_features
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs, join_features
+from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs
 from qwencli.models.shape_reader import read_shape
 from tests.engine.native.tiny import IMAGE, VIDEO, Row
 

@@ -9,9 +9,10 @@ import torch
 
 from qwencli.engine.cache.kv_cache import KVCache
 from qwencli.engine.frontend.preprocess import Visual
+from qwencli.engine.layers.vision_tower import join_features
 from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs, join_features
+from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs
 from qwencli.engine.ops.attention import AttentionPlan, decode_mask
 from qwencli.errors import InputError
 from qwencli.models.shape_reader import read_shape

@@ -1,0 +1,73 @@
+"""Attention over pages of the KV pool in plain torch: `kernels.paged_attention` is held to it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from qwencli.engine.cache.paged_kv import PAGE_SIZE, DecodePages, PackedPrompts
+from qwencli.engine.ops.attention import flash_varlen, prompt_plan
+
+Tensor = torch.Tensor
+
+
+def decode_slots(tables: Tensor, places: Tensor) -> Tensor:
+    """The pool's slots, int64 [B], of the tokens at `places` (int64 [B]) of each row."""
+    pages = tables.gather(1, (places // PAGE_SIZE)[:, None]).squeeze(1)
+    return pages.to(torch.int64) * PAGE_SIZE + places % PAGE_SIZE
+
+
+def paged_attention(q: Tensor, pool: Tensor, pages: DecodePages) -> Tensor:
+    """q [B, H, D] over the pages of `pool` [slots, 2 * KVH, D] -> [B, H * D].
+
+    Gathers what every row might see up to the longest: the reference of the kernel, and what runs
+    where there is none.
+    """
+    batch, heads, dim = q.shape
+    kv_heads = pool.shape[1] // 2
+    count = -(-pages.longest // PAGE_SIZE)
+    seen = pool.view(-1, PAGE_SIZE, 2 * kv_heads, dim)[pages.tables[:, :count].to(torch.int64)]
+    seen = seen.flatten(1, 2).transpose(1, 2)  # [B, 2 KVH, count * PAGE_SIZE, D]
+    hidden = torch.arange(seen.shape[2], device=q.device) >= pages.lengths[:, None]
+    mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
+    mask = mask.masked_fill(hidden, float("-inf"))[:, None, None]
+    grouped = q.view(batch, kv_heads, heads // kv_heads, dim)
+    keys, values = seen.split_with_sizes((kv_heads,) * 2, dim=1)
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+    return out.reshape(batch, heads * dim)
+
+
+def prompt_attention(qkv: Tensor, pool: Tensor, packed: PackedPrompts) -> Tensor:
+    """Heads qkv [N, H + 2 * KVH, D] of packed prompts, stored in `pool` too -> [N, H * D]."""
+    kv_heads = pool.shape[1] // 2
+    q, fresh = qkv.split_with_sizes((qkv.shape[1] - 2 * kv_heads, 2 * kv_heads), dim=1)
+    seen = fresh if packed.slots is None else pool.index_select(0, packed.slots)
+    keys, values = seen.split_with_sizes((kv_heads,) * 2, dim=1)
+    whole = [n + before for n, before in zip(packed.lengths, packed.contexts, strict=True)]
+    if packed.flash:
+        return flash_varlen(
+            q, keys, values, packed.starts, packed.context_starts, max(packed.lengths), max(whole)
+        )
+    parts = zip(
+        q.split_with_sizes(packed.lengths),
+        keys.split_with_sizes(whole),
+        values.split_with_sizes(whole),
+        strict=True,
+    )
+    return torch.cat([_attend_alone(*part) for part in parts])
+
+
+def _attend_alone(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The last tokens q [S, H, D] of a sequence with keys and values [T, KVH, D] -> [S, H * D]."""
+    length, total = len(q), len(keys)
+    plan = prompt_plan(total - length, length, keys.shape[1], q.dtype, q.device)
+    q, keys, values = (heads.transpose(0, 1)[None] for heads in (q, keys, values))
+    out = F.scaled_dot_product_attention(
+        q,
+        keys,
+        values,
+        attn_mask=plan.mask,
+        is_causal=plan.mask is None and length > 1,
+        enable_gqa=True,
+    )
+    return out[0].transpose(0, 1).flatten(1)
