@@ -38,9 +38,11 @@ def filesystem_of(folder: Path) -> str | None:
     import psutil
 
     place = folder.resolve()
-    over = [
-        disk for disk in psutil.disk_partitions(all=True) if place.is_relative_to(disk.mountpoint)
-    ]
+    try:
+        disks = psutil.disk_partitions(all=True)
+    except OSError:
+        return None
+    over = [disk for disk in disks if place.is_relative_to(disk.mountpoint)]
     # Of two that are mounted at one place the later one is seen.
     over.sort(key=lambda disk: len(Path(disk.mountpoint).parts))
     return over[-1].fstype if over else None

@@ -67,6 +67,14 @@ def test_the_filesystem_of_a_folder(tmp_path, monkeypatch):
     assert read_storage.filesystem_of(tmp_path) is None
 
 
+def test_a_system_that_does_not_name_its_filesystems(tmp_path, monkeypatch):
+    def refused(all):
+        raise FileNotFoundError(2, "No such file or directory", "/proc/filesystems")
+
+    monkeypatch.setattr(psutil, "disk_partitions", refused)
+    assert read_storage.filesystem_of(tmp_path) is None
+
+
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="it is not measured there")
 def test_disk_speed_reads_a_file_and_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(read_storage, "cache_root", lambda: tmp_path / "not" / "yet")
