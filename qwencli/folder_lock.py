@@ -19,6 +19,8 @@ from qwencli.errors import OutputError, QwenCliError
 LOCK = "writer.lock"
 # Windows keeps others from reading what is locked: a byte that the file does not have.
 _LOCKED_BYTE = 1 << 30
+# A link in its place would have some other file emptied.
+_OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 
 
 class FolderLock:
@@ -40,11 +42,9 @@ class FolderLock:
         self._path = folder / LOCK
         while True:
             try:
-                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+                self._file = os.open(self._path, _OPEN, 0o644)
             except OSError as error:
-                raise OutputError(
-                    f"{folder} cannot be written: {error.strerror}", f"choose another {elsewhere}"
-                ) from error
+                raise _cannot_write(folder, error, elsewhere) from error
             self._close = weakref.finalize(self, os.close, self._file)
             if not _lock(self._file):
                 said = _writer(self._file)
@@ -53,9 +53,13 @@ class FolderLock:
             if self._is_ours():
                 break
             self._close()  # its holder removed it between the opening and the locking
-        os.ftruncate(self._file, 0)
         now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
-        os.write(self._file, json.dumps({"process": os.getpid(), "since_utc": now}).encode())
+        try:
+            os.ftruncate(self._file, 0)
+            os.write(self._file, json.dumps({"process": os.getpid(), "since_utc": now}).encode())
+        except OSError as error:
+            self.release()
+            raise _cannot_write(folder, error, elsewhere) from error
 
     def _is_ours(self) -> bool:
         try:
@@ -71,6 +75,12 @@ class FolderLock:
         if sys.platform == "win32":
             with suppress(OSError):
                 self._path.unlink()
+
+
+def _cannot_write(folder: Path, error: OSError, elsewhere: str) -> OutputError:
+    return OutputError(
+        f"{folder} cannot be written: {error.strerror}", f"choose another {elsewhere}"
+    )
 
 
 def _lock(file: int) -> bool:

@@ -280,7 +280,9 @@ def _piped_line(stdin: TextIO) -> str | None:
     try:
         line = stdin.readline(MOST_CHARS + 1)
     except OSError as error:
-        raise InputError(f"stdin cannot be read: {error.strerror}", "check the pipe") from error
+        raise InputError(
+            f"stdin cannot be read: {error.strerror or error}", "check what is piped in"
+        ) from error
     if len(line) > MOST_CHARS:
         raise InputError(f"a line of stdin is longer than {MOST_CHARS} characters", "shorten it")
     return line.removeprefix("\ufeff") or None

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from qwencli.dataset.parts import (
     MAX_PART_BYTES,
@@ -124,11 +124,22 @@ class Selection:
 
 
 def read_stdin() -> bytes:
-    """All of stdin, which must have an end within `MAX_PART_BYTES`."""
-    data = sys.stdin.buffer.read(MAX_PART_BYTES + 1)
+    """All of stdin, which must have an end within `MAX_PART_BYTES`.
+
+    Raises:
+        InputError: it has none, or cannot be read.
+    """
+    return _read_to_its_end(sys.stdin.buffer, "stdin", "check what is piped in")
+
+
+def _read_to_its_end(stream: IO[bytes], name: str, hint: str) -> bytes:
+    try:
+        data = stream.read(MAX_PART_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror or error}", hint) from error
     if len(data) > MAX_PART_BYTES:
         raise InputError(
-            f"more than {MAX_PART_BYTES >> 20} MB come through stdin", "write it to a file first"
+            f"more than {MAX_PART_BYTES >> 20} MB come through {name}", "write it to a file first"
         )
     return data
 
@@ -156,12 +167,13 @@ def named_inputs(
     if filelist is not None:
         if str(filelist) == "-":
             return inputs + list(_listed(stdin(), "stdin"))
+        hint = "check the path of --filelist"
         try:
-            data = filelist.read_bytes()
+            stream = filelist.open("rb")
         except OSError as error:
-            raise InputError(
-                f"{filelist} cannot be read: {error.strerror}", "check the path of --filelist"
-            ) from error
+            raise InputError(f"{filelist} cannot be read: {error.strerror}", hint) from error
+        with stream:
+            data = _read_to_its_end(stream, str(filelist), hint)
         for path in _listed(data, str(filelist)):
             here = os.path.lexists(path) or address_of(path) is not None
             inputs.append(path if here else str(filelist.parent / path))

@@ -6,10 +6,12 @@ import functools
 import http.server
 import io
 import json
+import os
 import sys
 import tarfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -121,6 +123,30 @@ def test_a_filelist_is_a_set(caption, pictures):
     assert {"a.txt", "sub/b.txt"} < set(captions(folder)) and "c.txt" not in captions(folder)
     (row,) = failures(folder)
     assert row["path"] == "missing.png" and "no such file" in row["reason"]
+
+
+def test_a_stdin_that_cannot_be_read_or_has_no_end(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    with (tmp_path / "file").open("wb", buffering=0) as written_only:
+        reading = io.TextIOWrapper(io.BufferedReader(io.FileIO(os.dup(written_only.fileno()), "r")))
+        with reading:
+            monkeypatch.setattr("sys.stdin", reading)
+            with pytest.raises(InputError, match="stdin cannot be read"):
+                named_inputs(["-"])
+    monkeypatch.setattr("qwencli.dataset.sources.MAX_PART_BYTES", 1 << 20)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(bytes(1 << 21))))
+    with pytest.raises(InputError, match="more than 1 MB come through stdin"):
+        named_inputs([], Path("-"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="devices are POSIX's")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("/dev/zero", "more than 256 MB come"), (".", "cannot be read"), ("/dev/null", "no files")],
+)
+def test_a_list_that_is_none(name, said):
+    with pytest.raises(InputError, match=said):
+        named_inputs([], Path(name))
 
 
 def test_a_picture_on_stdin(caption, monkeypatch, capsys):

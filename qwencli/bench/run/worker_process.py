@@ -20,7 +20,7 @@ from qwencli.errors import OutputError
 
 # Signals with which somebody else (the out-of-memory killer, an operator) ends a process;
 # any other means that it broke by itself.
-_KILLED_BY = ("SIGKILL", "SIGTERM", "SIGHUP")
+_KILLED_BY = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")
 _EXIT_GRACE_S = 30.0
 
 

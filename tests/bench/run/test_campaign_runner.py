@@ -287,6 +287,15 @@ def test_a_killed_worker_keeps_its_finished_runs(run, tmp_path, make_plan):
     assert cells["steady"]["runs"] == 4
 
 
+@posix
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT", "SIGSEGV"])
+def test_who_ended_a_worker(run, make_plan, name):
+    script = f"import os, signal; os.kill(os.getpid(), signal.{name})"
+    cell = run(make_plan("x"), command=[sys.executable, "-c", script])["x"]
+    assert cell["status"] == ("crashed" if name == "SIGSEGV" else "killed")
+    assert name in cell["reason"]
+
+
 def test_a_worker_that_hangs_is_ended(run, make_plan):
     start = time.monotonic()
     cells = run(make_plan("hang", runs=4), timeout_s=8.0)
