@@ -201,6 +201,24 @@ class Output:
         with self._console(stderr=True).status(Text(visible(text))):
             yield
 
+    @contextmanager
+    def bar(self, total: int) -> Iterator[Callable[[int, str], None] | None]:
+        """Show a bar while the block runs; yields what moves it, to how many are done and with a
+        text beside it. None when stderr is no terminal: then lines are to be written."""
+        if self.quiet or not sys.stderr.isatty():
+            yield None
+            return
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+        columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False))
+        with Progress(*columns, console=self._console(stderr=True)) as progress:
+            task = progress.add_task(f"0 of {total}", total=total)
+
+            def move(done: int, text: str) -> None:
+                progress.update(task, completed=done, description=visible(text))
+
+            yield move
+
     @staticmethod
     def _lines(*lines: str) -> None:
         for line in map(visible, lines):

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from qwencli.commands.options import RunOptions, SetOptions, ShapeOptions
-from qwencli.commands.reports import caption_record, failure_record
+from qwencli.commands.reports import caption_record, failure_record, stats_line
 from qwencli.config import Existing
 from qwencli.errors import InputError, UsageError
 from qwencli.output import Output
@@ -124,18 +124,23 @@ def caption_set(
         redo=chosen.redo,
         look_only=chosen.dry_run,
     ) as whole:
-        sink.notice(*_counts(whole, place.suffix))
+        computes = {"model": spec.name, "device": run.device, **_said(run)}
+        reporter = _Reporter(whole, sink, run, spec.name, computes)
+        reporter.begin(place.suffix, dry_run=chosen.dry_run)
         if chosen.dry_run:
             sink.notice(*_first_questions(whole, asking))
             return
-        reporter = _Reporter(whole, sink, run, spec.name)
         if whole.work.tasks or whole.work.refused:
-            whole.begin(reporter)
+            whole.begin(reporter.add)
             if whole.work.tasks:
                 announce_model(spec, run, sink)
                 stopper = Stopper(sink.notice)
                 with running_engine(run.engine_config(spec), sink) as engine, stopper.watching():
-                    whole.caption(engine, spec, asking.stages(), reporter, lambda: stopper.asked)
+                    reporter.device = engine.ran.device
+                    with reporter.progress.shown(engine.ran.device):
+                        whole.caption(
+                            engine, spec, asking.stages(), reporter.add, lambda: stopper.asked
+                        )
             whole.end()
         reporter.finish()
 
@@ -280,39 +285,96 @@ def _kinds(suffixes: Counter[str]) -> str:
 
 
 class _Reporter:
-    """Tells of each outcome and, at the end, of all."""
+    """Tells what is to be done, of each outcome, and at the end of all."""
 
-    def __init__(self, whole: CaptionSet, sink: Output, run: RunOptions, model: str) -> None:
+    def __init__(
+        self, whole: CaptionSet, sink: Output, run: RunOptions, model: str, computes: dict[str, str]
+    ) -> None:
+        from qwencli.dataset.progress import Progress
+
         self._whole, self._sink, self._json, self._model = whole, sink, run.json, model
+        self._stats, self._computes = run.stats, computes
+        self.device = ""
+        self.progress = Progress(
+            len(whole.work.tasks), sink, lambda standing: self._event("progress", asdict(standing))
+        )
 
-    def __call__(self, outcome: Outcome) -> None:
+    def begin(self, suffix: str, *, dry_run: bool) -> None:
+        from qwencli.dataset.progress import kept_rate
+
+        work, listing = self._whole.work, self._whole.listing
+        self._sink.notice(*_counts(self._whole, suffix))
+        count = len(work.tasks)
+        rate = kept_rate(self._computes)
+        about = {
+            "pictures": len(listing.items),
+            "to_caption": count,
+            "with_caption": work.num_existing,
+            "failed_before": len(work.failed_before),
+            "refused": len(work.refused),
+            "estimate_s": count / rate.captions_per_s if rate else None,
+            "estimate_from": asdict(rate) if rate else None,
+        }
+        self._event("plan" if dry_run else "start", about)
+        if rate is not None and count:
+            self._sink.notice(f"estimate: {rate.estimate(count)}")
+        elif dry_run and count:
+            self._sink.notice(
+                "estimate: none yet; this machine has not captioned a set with this model and modes"
+            )
+        for failed in work.refused if dry_run else ():
+            self._sink.error(failed.error)
+
+    def add(self, outcome: Outcome) -> None:
+        from qwencli.dataset.pipeline import Captioned
+
+        if isinstance(outcome, Captioned) and self._stats:
+            self._sink.report(f"{outcome.task.item.key}: {stats_line(outcome.result)}")
+        if not isinstance(outcome, Captioned):
+            self._sink.error(outcome.error)
+        if self._json:
+            self._tell(outcome)
+        if self.device:  # what was refused before is no work
+            self.progress.add(outcome)
+
+    def _tell(self, outcome: Outcome) -> None:
         from qwencli.dataset.pipeline import Captioned
 
         task = outcome.task
         names = [str(self._whole.listing.path(task.item))]
+        about = {"path": task.item.key, "field": task.field, "sample": task.sample}
         if isinstance(outcome, Captioned):
             record = caption_record(outcome.result, names, self._model)
-            record["caption"] = outcome.caption
+            self._event("caption", {**record, "caption": outcome.caption, **about})
         else:
-            self._sink.error(outcome.error)
-            record = failure_record(outcome.error, names, self._model)
-        if self._json:
-            event = "caption" if isinstance(outcome, Captioned) else "failure"
-            self._sink.json_line({"event": event, **record})
+            self._event("failure", {**failure_record(outcome.error, names, self._model), **about})
 
     def finish(self) -> None:
         """Raises typer.Exit where not all is well."""
+        from qwencli.dataset.progress import duration, keep_rate
+
         whole, totals = self._whole, self._whole.totals
         failures = whole.write_failures()
+        keep_rate(self._computes, totals.captioned, totals.seconds, self.device)
         speed = totals.captioned / totals.seconds if totals.seconds else 0.0
+        tokens = totals.num_new_tokens / totals.seconds if totals.seconds else 0.0
+        gpu = self.progress.gpu.mean
         line = f"{totals.captioned} captioned, {totals.failed} failed"
         if totals.captioned:
-            line += f" in {totals.seconds:.1f} s ({speed:.1f} captions/s)"
+            line += f" in {duration(totals.seconds)} ({speed:.1f} captions/s, {tokens:.0f} tok/s"
+            line += f", GPU busy {gpu:.0f}%)" if gpu is not None else ")"
         self._sink.notice(line)
         if failures is not None:
             self._sink.notice(f"what failed, and why: {failures}")
+        about = {**asdict(totals), "captions_per_s": speed, "tok_per_s": tokens}
+        about |= {"gpu_percent": gpu, "failures": failures and str(failures)}
+        self._event("end", about)
         if totals.stopped:
             self._sink.notice("stopped; the same command goes on where this one ended")
             raise typer.Exit(130)
         if totals.failed or whole.work.failed_before:
             raise typer.Exit(1)
+
+    def _event(self, name: str, about: dict[str, Any]) -> None:
+        if self._json:
+            self._sink.json_line({"event": name, **about})

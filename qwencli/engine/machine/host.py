@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,3 +92,24 @@ def gpu_free_bytes() -> int | None:
 def driver_version() -> str | None:
     """None where there is no NVIDIA driver or no nvidia-ml-py."""
     return _from_driver(lambda nvml: str(nvml.nvmlSystemGetDriverVersion()))
+
+
+def gpu_use(device: str) -> Iterator[int]:
+    """How many percent of the time the GPU was busy lately, each time it is asked; ends where the
+    driver does not say.
+
+    Args:
+        device: as torch names it; which of the driver's it is, CUDA_VISIBLE_DEVICES decides.
+    """
+    import pynvml
+
+    index = int(device.partition(":")[2] or 0)
+    shown = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    name = shown[index] if index < len(shown) and shown[index] else str(index)
+    with suppress(pynvml.NVMLError), open_nvml() as nvml:
+        if name.isdecimal():
+            gpu = nvml.nvmlDeviceGetHandleByIndex(int(name))
+        else:
+            gpu = nvml.nvmlDeviceGetHandleByUUID(name)
+        while True:
+            yield int(nvml.nvmlDeviceGetUtilizationRates(gpu).gpu)
