@@ -46,7 +46,7 @@ def caption(
     Captions of a folder go to text files beside the pictures.
     """
     # Here and not above: `--help` needs none of it.
-    from qwencli.commands.caption_set import caption_set, is_set, manner_of
+    from qwencli.commands.caption_set import caption_set, is_set, manner_of, print_captions
     from qwencli.commands.captions import Captions
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.requests import running_engine, system_messages
@@ -67,14 +67,15 @@ def caption(
         manner = manner_of(shape, run, prompt, preset)
         caption_set(named, chosen, run, sink, manner=manner, system=system, frames=frames)
         return
-    if shape.is_used:
-        raise UsageError(
-            f"{shape.first_used} is for a folder of pictures",
-            "name the folder that the picture lies in, with --glob for one picture",
-        )
-    text = prompt_text(prompt, preset)
+    if multi_image and shape.is_used:
+        raise UsageError(f"{shape.first_used} and --multi-image exclude each other", "use one")
     images = named
     sampling = run.sampling_options()
+    if shape.is_used:
+        manner = manner_of(shape, run, prompt, preset)
+        print_captions(images, run, sink, manner=manner, system=system, frames=frames)
+        return
+    text = prompt_text(prompt, preset)
     spec = choose_model(run, sink)
 
     def ask(pictures: tuple[VisualPart, ...]) -> GenerationRequest:

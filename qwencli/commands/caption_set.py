@@ -13,11 +13,12 @@ import typer
 
 from qwencli.commands.options import RunOptions, SetOptions, ShapeOptions
 from qwencli.commands.reports import caption_record, failure_record, stats_line
-from qwencli.config import Existing
+from qwencli.config import Existing, LoadFormat
 from qwencli.errors import InputError, UsageError
 from qwencli.output import Output
 
 if TYPE_CHECKING:
+    from qwencli.config import ModelSpec
     from qwencli.dataset.asking import Asking, Manner
     from qwencli.dataset.caption_set import CaptionSet
     from qwencli.dataset.parts import Held
@@ -136,6 +137,7 @@ def caption_set(
                 announce_model(spec, run, sink)
                 stopper = Stopper(sink.notice)
                 with running_engine(run.engine_config(spec), sink) as engine, stopper.watching():
+                    _count_tokens(asking, spec, run)
                     reporter.device = engine.ran.device
                     with reporter.progress.shown(engine.ran.device):
                         whole.caption(
@@ -143,6 +145,58 @@ def caption_set(
                         )
             whole.end()
         reporter.finish()
+
+
+def _count_tokens(asking: Asking, spec: ModelSpec, run: RunOptions) -> None:
+    """Where captions are cut by tokens, count those of the model, whose files are here now."""
+    if asking.manner.shape.max_tokens is None or run.load_format is not LoadFormat.AUTO:
+        return
+    from qwencli.engine.frontend.tokenizer import Tokenizer
+    from qwencli.models.hub import locate
+
+    folder = locate(spec, offline=True, allow_pickle=run.allow_pickle)
+    tokenizer = Tokenizer.from_folder(folder)
+    asking.count_tokens_with(lambda text: len(tokenizer.encode(text)))
+
+
+def print_captions(
+    images: Sequence[str | Held],
+    run: RunOptions,
+    sink: Output,
+    *,
+    manner: Manner,
+    system: str | None,
+    frames: int | None,
+) -> None:
+    """Print captions in the form that `manner` wants; exit code 1 where one failed."""
+    from qwencli.commands.captions import Captions
+    from qwencli.commands.model_choice import announce_model, choose_model
+    from qwencli.commands.requests import running_engine, system_messages
+    from qwencli.dataset.asking import Asking
+    from qwencli.dataset.pipeline import Task
+    from qwencli.dataset.sources import Item, Listing
+
+    named = {str(each): each for each in images}
+    listing = Listing(Path(), [Item(name) for name in named])
+    fields = manner.prompts.fields
+    spec = choose_model(run, sink)
+    work = Captions(sink, run, model=spec.name, several=len(listing.items) > 1)
+    asking = Asking(
+        manner,
+        listing,
+        run.sampling_options(),
+        lambda item: work.open(named[item.key], frames),
+        system=system_messages(system),
+    )
+    asking.check_fields()
+    tasks = [Task(item, name) for item in listing.items for name in fields]
+    announce_model(spec, run, sink)
+    with running_engine(run.engine_config(spec), sink) as engine:
+        _count_tokens(asking, spec, run)
+        work.answer_shaped(engine, tasks, asking.stages())
+    work.finish()
+    if work.failed:
+        raise typer.Exit(1)
 
 
 @dataclass(frozen=True)

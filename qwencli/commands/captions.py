@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,19 @@ from qwencli.messages import GenerationRequest, ImagePart, VisualPart
 from qwencli.output import Output, visible
 
 if TYPE_CHECKING:
+    from qwencli.dataset.pipeline import Outcome, Stages, Task
+    from qwencli.dataset.sources import Slot
     from qwencli.engine.protocol import Engine
     from qwencli.results import GenerationResult
 
 Pictures = tuple[VisualPart, ...]
+
+
+class _Printed:
+    """Keeps captions nowhere: they are printed."""
+
+    def write(self, outcomes: list[Outcome]) -> list[Outcome]:
+        return outcomes
 
 
 class Captions:
@@ -100,6 +110,38 @@ class Captions:
                 if not self.json:
                     self.sink.answer(self._prefix(names) + result.text)
                 self._add_to(result, names)
+
+    def answer_shaped(self, engine: Engine, tasks: Sequence[Task], stages: Stages) -> None:
+        """Answer each task as `stages` want it; captions are printed in the tasks' order."""
+        from qwencli.dataset import pipeline
+
+        due = deque(task.slot for task in tasks)
+        made: dict[Slot, Outcome] = {}
+
+        def report(outcome: Outcome) -> None:
+            made[outcome.task.slot] = outcome
+            while due and due[0] in made:
+                self._print(made.pop(due.popleft()))
+
+        pipeline.run(engine, tasks, stages, _Printed(), expected=len(tasks), report=report)
+
+    def _print(self, outcome: Outcome) -> None:
+        from qwencli.dataset.pipeline import Failed
+        from qwencli.dataset.sources import CAPTION
+
+        names, field = [outcome.task.item.key], outcome.task.field
+        if isinstance(outcome, Failed):
+            self._report(outcome.error, names)
+            return
+        if self.json:
+            record = caption_record(outcome.result, names, self.model)
+            record |= {"caption": outcome.caption} | ({} if field == CAPTION else {"field": field})
+            self.sink.json_line(record)
+        else:
+            asked = "" if field == CAPTION else f"{field}: "
+            self.sink.answer(self._prefix(names) + asked + outcome.caption)
+        if self.stats:
+            self.sink.report(stats_line(outcome.result))
 
     def _add_to(self, result: GenerationResult, names: list[str]) -> None:
         """What goes beside an answer, or is written in its place."""

@@ -267,7 +267,7 @@ _shape = functools.partial(_option, "Prompts and shape of captions")
 
 @dataclass(frozen=True)
 class ShapeOptions:
-    """What a user may say about the prompts and the form of a set's captions."""
+    """What a user may say about the prompts and the form of captions."""
 
     prompt_file: Annotated[
         Path | None, _shape(metavar="FILE", text="Prompts with weights; one is drawn a picture.")

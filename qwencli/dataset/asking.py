@@ -24,7 +24,7 @@ from qwencli.dataset.guards import (
 from qwencli.dataset.languages import language_wanted
 from qwencli.dataset.pipeline import Stages, Task
 from qwencli.dataset.prompting import PromptSet, Question, Template, picture_fields, read_hints
-from qwencli.dataset.shape import Shape
+from qwencli.dataset.shape import Shape, TokenCount
 from qwencli.dataset.sources import Item, Listing, Slot
 from qwencli.errors import InputError
 from qwencli.messages import GenerationRequest, Message, VisualPart, user_message
@@ -98,6 +98,11 @@ class Asking:
         self._asked: dict[Slot, _Asked] = {}
         self._faults: dict[Slot, Fault] = {}
         self._captions: dict[Slot, str] = {}
+
+    def count_tokens_with(self, count: TokenCount) -> None:
+        """Count the tokens of `--max-caption-tokens` so, from now on."""
+        shape = replace(self.manner.shape, count_tokens=count)
+        self.manner = replace(self.manner, shape=shape)
 
     def stages(self) -> Stages:
         return Stages(

@@ -258,7 +258,32 @@ def test_a_dry_run_shows_what_the_first_pictures_are_asked(caption, pictures, en
     assert engine.answered == 0
 
 
-def test_shape_is_for_sets(caption, pictures, capsys):
+def test_pictures_that_are_named_are_printed_in_their_shape(caption, pictures, answers, capsys):
+    folder = pictures(*(f"{n}.png" for n in range(20)), "bad.png")
+    (folder / "bad.png").write_bytes(b"no picture")
+    requests = answers(BAD["preamble"], GOOD)
+    assert caption(folder / "3.png", "--prefix", "{name}:", "-p", "Is {name} {dir}?") == 0
+    assert capsys.readouterr().out == f"3: {GOOD}\n"
+    assert prompt_of(requests[0]) == "Is 3 set?"
+    names = [folder / f"{n}.png" for n in (*range(19, -1, -1), 3)]
+    assert caption(*names, folder / "bad.png", "--suffix", "!", "--field", "short") == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out == [f"{name}: short: {GOOD}!" for name in names[:-1]]
+    assert captions(folder) == {}
+    assert caption(folder / "3.png", "--ban", "cat", "--json", "--retries", 0) == 1
+    assert json.loads(capsys.readouterr().out)["caption"] is None
+    assert caption(folder / "3.png", "--ban", "dog", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["caption"] == GOOD
+    assert caption(folder / "3.png", "--prefix", "x", "--multi-image") == 2
+
+
+def test_tokens_are_the_models(caption, pictures, answers):
+    from qwencli.engine.frontend.tokenizer import Tokenizer
+    from qwencli.models.hub import bundled_folder
+
     folder = pictures("a.png")
-    assert caption(folder / "a.png", "--prefix", "x") == 2
-    assert "--prefix is for a folder" in capsys.readouterr().err
+    answers("Unfathomableness. Two red words follow here now. The end.")
+    most = len(Tokenizer.from_folder(bundled_folder()).encode("Unfathomableness.")) + 2
+    assert most > 4
+    assert caption(folder, "--max-caption-tokens", most) == 0
+    assert captions(folder)["a.txt"] == "Unfathomableness.\n"

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qwencli.dataset.caption_set import FAILURES
+from qwencli.dataset.caption_set import FAILURES, MANIFEST
 from qwencli.dataset.manifest import STATE_FOLDER
 from qwencli.dataset.report.survey import Entry
 from qwencli.dataset.sinks import Sidecars
@@ -44,7 +44,7 @@ def read_set(folder: Path, caption_extension: str) -> tuple[Listing, list[Entry]
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder", "name the folder of the pictures")
     listing = list_inputs([str(folder)], Selection(recursive=True))
-    known = _manifest(folder / STATE_FOLDER / "manifest.sqlite")
+    known = _manifests(folder / STATE_FOLDER)
     metadata = _metadata(folder / METADATA)
     failures = _failures(folder / FAILURES) if not known else {}
     sidecars = Sidecars(listing.base, caption_extension)
@@ -73,6 +73,15 @@ def read_set(folder: Path, caption_extension: str) -> tuple[Listing, list[Entry]
         for item, error in listing.refused
     ]
     return listing, entries
+
+
+def _manifests(folder: Path) -> dict[str, Entry]:
+    """What the manifests of a set know: that of text files first, then of other outputs."""
+    known: dict[str, Entry] = {}
+    others = sorted(path for path in folder.glob("*.sqlite") if path.name != MANIFEST)
+    for path in (folder / MANIFEST, *others):
+        known = {**_manifest(path), **known}
+    return known
 
 
 def _manifest(path: Path) -> dict[str, Entry]:

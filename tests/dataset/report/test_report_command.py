@@ -60,6 +60,14 @@ def test_a_set_that_others_have_captioned(pictures, report):
     assert found["missing"] == ["d.png"]
 
 
+def test_captions_that_are_in_one_file(caption, pictures, engine, report):
+    folder = pictures("a.png")
+    engine.answer = lambda request: "a cat"
+    assert caption(folder, "--output", folder / "captions.csv") == 0
+    (row,) = report(folder, "--json")[1]["captions"]
+    assert row["caption"] == "a cat" and row["facts"]["model"] == "scenes"
+
+
 def test_failures_are_known_from_the_manifest(caption, pictures, engine, report):
     folder = pictures("a.png")
     engine.answer = lambda request: "I'm sorry, I can't help with that."
