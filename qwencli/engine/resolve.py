@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from qwencli.config import Attention, DType
-from qwencli.engine.machine.architectures import has_code
-from qwencli.engine.machine.optional_packages import require
+from qwencli.engine.machine.host import has_code, require
 from qwencli.errors import DeviceError, UnsupportedModeError
 
 

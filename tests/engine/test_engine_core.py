@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qwencli.config import Attention, EngineName, SamplingOptions, Speculate
+from qwencli.engine import engine_core, runner
 from qwencli.engine.client import generate_many
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native import engine as native_engine
@@ -118,14 +119,14 @@ def test_a_request_that_fails_fails_alone(limited, monkeypatch):
     too_long = ask("Too long", max_new_tokens=8192)
     bad_picture = ask(images=[picture(8000, 8)])
     broken = ask("Broken", max_new_tokens=5)
-    taking = native_engine.EngineCore._take
+    taking = engine_core.EngineCore._take
 
     def take(self, active, token, mark):
         if active.answer.sampling.max_new_tokens == 5 and len(active.answer.token_ids) == 2:
             raise InputError("simulated", "in the middle of decoding")
         return taking(self, active, token, mark)
 
-    monkeypatch.setattr(native_engine.EngineCore, "_take", take)
+    monkeypatch.setattr(engine_core.EngineCore, "_take", take)
     results = list(generate_many(limited, [good, too_long, bad_picture, broken, good]))
     assert [each.token_ids for each in (results[0], results[4])] == [expected, expected]
     assert all(isinstance(each, InputError) for each in results[1:4])
@@ -147,27 +148,27 @@ def test_where_memory_is_short_fewer_prompts_run_at_a_time(limited, monkeypatch)
     requests = [ask(f"Number {n} " * 8, max_new_tokens=3) for n in range(5)]
     expected = [limited.generate(request).token_ids for request in requests]
     limited._requests()._scheduler.limits = replace(NARROW, max_prefill_tokens=400)
-    running = native_engine.ModelRunner.prefill
+    running = runner.ModelRunner.prefill
 
     def short_of_memory(self, chunks, prompts, clock):
         if len(chunks) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
         return running(self, chunks, prompts, clock)
 
-    monkeypatch.setattr(native_engine.ModelRunner, "prefill", short_of_memory)
+    monkeypatch.setattr(runner.ModelRunner, "prefill", short_of_memory)
     assert [each.token_ids for each in generate_many(limited, requests)] == expected
     assert limited._queue._scheduler.limits.max_prompts == 1
 
 
 def test_a_prompt_that_does_not_fit_the_memory_fails_alone(limited, monkeypatch):
-    running = native_engine.ModelRunner.prefill
+    running = runner.ModelRunner.prefill
 
     def short_of_memory(self, chunks, prompts, clock):
         if any(len(prompt.ids) > 60 for prompt in prompts):
             raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
         return running(self, chunks, prompts, clock)
 
-    monkeypatch.setattr(native_engine.ModelRunner, "prefill", short_of_memory)
+    monkeypatch.setattr(runner.ModelRunner, "prefill", short_of_memory)
     small, large = ask("S", max_new_tokens=4), ask("L" * 400, max_new_tokens=4)
     results = list(generate_many(limited, [small, large, small]))
     assert isinstance(results[1], OutOfMemoryError)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwencli.engine.machine.architectures import has_code
+from qwencli.engine.machine.host import has_code
 from qwencli.engine.resolve import resolve_device
 from qwencli.errors import DeviceError
 

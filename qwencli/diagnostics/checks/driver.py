@@ -9,9 +9,9 @@ from qwencli.diagnostics.finding import Confidence, Finding, failed, passed, ski
 from qwencli.diagnostics.known_bad import numbers
 from qwencli.diagnostics.machine import Machine, Unreadable, how_it_ended
 from qwencli.engine.instruments.probes.ask import Outcome
-from qwencli.engine.machine.architectures import has_code
 from qwencli.engine.machine.device import CudaDevice
 from qwencli.engine.machine.gpu_sensors import GpuReading
+from qwencli.engine.machine.host import has_code
 
 # CUDA major of the torch build -> smallest major of the NVIDIA driver that runs it.
 # Source: NVIDIA, CUDA Compatibility, "Minor Version Compatibility", table 1 (December 2025).

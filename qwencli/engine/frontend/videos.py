@@ -33,7 +33,7 @@ from qwencli.engine.frontend.images import (
     read_picture,
     to_rgb,
 )
-from qwencli.engine.machine.optional_packages import require
+from qwencli.engine.machine.host import require
 from qwencli.errors import InputError, OutOfMemoryError
 from qwencli.messages import ImagePart, VideoPart, VisualPart
 

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,16 +25,16 @@ from qwencli.engine.loading.reader import (
     check_scales,
     check_zero,
 )
-from qwencli.engine.loading.weight_cache import CachedMatrices, CacheWriter, through_cache
-from qwencli.engine.quant.checkpoint_formats import read_packed
 from qwencli.engine.quant.quantized_tensor import SCHEMES, QuantizedTensor, Scheme, quantize, stack
 from qwencli.models.checkpoint import Checkpoint, find_sources
 from qwencli.models.memory import with_activation_bits
 from qwencli.models.quant_formats import PackedFormat, PackedLayer
-from qwencli.models.quantized_cache import fingerprint
 from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import TensorSpec, specs
 from qwencli.models.weight_files import StoredTensor, find_weights, stored_tensors
+
+if TYPE_CHECKING:
+    from qwencli.engine.loading.weight_cache import CachedMatrices, CacheWriter
 
 Tensors = dict[str, torch.Tensor]
 Matrices = dict[str, QuantizedTensor]
@@ -137,6 +138,9 @@ def load(
     wanted = specs(found.shape)
     if cache_file is None:
         return once(None, None)
+    from qwencli.engine.loading.weight_cache import through_cache
+    from qwencli.models.quantized_cache import fingerprint
+
     names = {HEAD, *(spec.name for spec in wanted if is_decoder_matrix(spec.name))}
     loaded, warning = through_cache(cache_file, fingerprint(files), names, once)
     return replace(loaded, warning=warning)
@@ -230,6 +234,8 @@ class _Loading:
         return self._dtype
 
     def _matrix(self, layer: PackedLayer) -> QuantizedTensor | torch.Tensor:
+        from qwencli.engine.quant.checkpoint_formats import read_packed
+
         matrix = read_packed(layer, self._reader, self._zero_offset)
         if isinstance(matrix, torch.Tensor):
             return matrix  # checked where it ends up

@@ -1,15 +1,24 @@
-"""What this machine is without asking torch: processor, memory, NVIDIA driver."""
+"""What this machine is without asking torch: processor, memory, NVIDIA driver.
+
+Which GPUs the code in a torch wheel runs on.
+
+Packages that a mode needs and an installation may lack or have broken.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from qwencli.errors import MissingDependencyError
 
 T = TypeVar("T")
 
@@ -113,3 +122,52 @@ def gpu_use(device: str) -> Iterator[int]:
             gpu = nvml.nvmlDeviceGetHandleByUUID(name)
         while True:
             yield int(nvml.nvmlDeviceGetUtilizationRates(gpu).gpu)
+
+
+Capability = tuple[int, int]
+
+
+def has_code(capability: Capability, archs: Sequence[str]) -> bool:
+    """Whether a GPU of this compute capability can run a wheel's code, given as torch lists it.
+
+    Machine code (sm_NN) runs on its own major version from its own minor on; PTX (compute_NN) on
+    anything later. Source: CUDA C++ Programming Guide, "Application Compatibility". An "a" suffix
+    ties code to that one device, an "f" suffix to its family.
+    """
+    for arch in archs:
+        kind, _, number = arch.partition("_")
+        suffix = number[-1:] if not number.isdecimal() else ""
+        digits = number.removesuffix(suffix)
+        if suffix not in ("", "a", "f") or not digits.isdecimal() or len(digits) < 2:
+            continue
+        built_for = (int(digits[:-1]), int(digits[-1]))
+        if suffix == "a":
+            if built_for == capability:
+                return True
+            continue
+        same_major = built_for[0] == capability[0]
+        if built_for <= capability and (same_major or (kind == "compute" and not suffix)):
+            return True
+    return False
+
+
+def require(module: str, needed_by: str, install: str, instead: str) -> None:
+    """Raise MissingDependencyError unless `module` imports.
+
+    Args:
+        needed_by: the option that needs it, as the user wrote it.
+        install: what puts it right. instead: what works without it.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise MissingDependencyError(
+            f"{needed_by}: the package {module.replace('_', '-')} is not installed",
+            f"{install}, or {instead}",
+        )
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MissingDependencyError(
+            f"{needed_by}: {module.replace('_', '-')} does not load: {reason}",
+            f"reinstall it for this torch build ({install}), or {instead}",
+        ) from error

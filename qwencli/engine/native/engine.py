@@ -22,9 +22,7 @@ from qwencli.config import (
 )
 from qwencli.engine.base_engine import BaseEngine, gc_freeze_loaded, gc_paused
 from qwencli.engine.cache.kv_cache import resolve_kv
-from qwencli.engine.cache.paged_kv import PagePool
 from qwencli.engine.device_memory import release
-from qwencli.engine.engine_core import EngineCore
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.loading import weights
@@ -38,15 +36,12 @@ from qwencli.engine.native.supported import check_supported, fused_for, resolve_
 from qwencli.engine.protocol import RequestQueue
 from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
 from qwencli.engine.response import ResponseBuilder
-from qwencli.engine.runner import ModelRunner
-from qwencli.engine.scheduler import Scheduler
 from qwencli.engine.spec_decode.decode_strategy import VERIFIERS, WHY_NOT, Speculator
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest
 from qwencli.models.memory import packed_weight_bytes
 from qwencli.models.quant_formats import PackedFormat, format_of
-from qwencli.models.quantized_cache import cache_file
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.weight_files import find_weights, stored_tensors
 from qwencli.results import GenerationChunk, RanModes
@@ -114,6 +109,8 @@ class NativeEngine(BaseEngine):
         if self.config.load_format is LoadFormat.DUMMY:
             loaded = weights.dummy(shape, torch_dtype, place, self.config.quantization)
         else:
+            from qwencli.models.quantized_cache import cache_file
+
             assert files.folder is not None, "weights come from a folder"
             mode = self.config.quantization
             kept = None if mode is Quantization.NONE else cache_file(files.folder, mode, dtype)
@@ -213,6 +210,11 @@ class NativeEngine(BaseEngine):
         )
         if not batches:
             return super()._make_queue()
+        from qwencli.engine.cache.paged_kv import PagePool
+        from qwencli.engine.engine_core import EngineCore
+        from qwencli.engine.runner import ModelRunner
+        from qwencli.engine.scheduler import Scheduler
+
         model = self._model
         assert model is not None, "load() comes first"
         cuda = model.device.type == "cuda"

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from qwencli.engine.machine.optional_packages import require
+from qwencli.engine.machine.host import require
 from qwencli.errors import MissingDependencyError
 
 
