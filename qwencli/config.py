@@ -106,7 +106,7 @@ class ModelSource(StrEnum):
     HUB = "hub"
 
 
-# The largest phone sensors give 199.8 megapixels. Such a PNG takes 7 s of a core, nearly all of it in
+# The largest phone sensors give 199.8 megapixels. Such a PNG takes 7 s of a core, nearly all in
 # zlib; the reduced decoding that JPEG has would give other pixels than the reference sees.
 MAX_PIXELS = 200_000_000
 # Frames of a video: the most Qwen's own processors take.

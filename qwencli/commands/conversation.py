@@ -58,6 +58,8 @@ Text that is pasted is one message, however many lines it has.
 Ctrl-C stops an answer and keeps the conversation; at the prompt it drops
 what is typed, and leaves when pressed again."""
 PASTE_START, PASTE_END = "\x1b[200~", "\x1b[201~"
+# What begins with a slash by mistake. Code does so too ("/* ...", "// ..."), and pasted texts.
+_COMMAND_OR_PATH = re.compile(r"/[\w.~-][^\n]*")
 # Lines of a paste follow one another at once; a person's do not.
 PASTE_GAP_S = 0.03
 
@@ -173,7 +175,7 @@ class Conversation:
             self._sink.notice("")
             return None
         except KeyboardInterrupt:
-            if self._interrupted:
+            if self._interrupted and not _half_typed():
                 self._sink.notice("")
                 return None
             self._interrupted = True
@@ -193,7 +195,7 @@ class Conversation:
             self._sink.prompt(PROMPT)
             text = input()
         if PASTE_START in text:
-            while PASTE_END not in text:
+            while text.rfind(PASTE_END) < text.rfind(PASTE_START):
                 text += "\n" + input()
             return text.replace(PASTE_START, "").replace(PASTE_END, "")
         # Lines typed during an answer are messages of their own.
@@ -215,7 +217,7 @@ class Conversation:
             self._attach(files, self._open_visual)
             if text:
                 self.ask(text)
-        elif line.startswith("/"):
+        elif re.fullmatch(_COMMAND_OR_PATH, line):
             raise UsageError(f"{visible(name)} is not a command, nor a file", "/help lists them")
         else:
             self.ask(line)
@@ -314,7 +316,7 @@ def _dropped(line: str) -> tuple[list[Path], str]:
     Their paths are absolute: a word that happens to be the name of a file here is a word.
     """
     whole = _as_path(line)
-    if whole.is_absolute() and _exists(whole):
+    if whole.is_absolute() and whole.name and _exists(whole):
         return [whole], ""
     files: list[Path] = []
     while word := re.match(r"('[^']+'|\"[^\"]+\"|(?:\\.|[^\s\\'\"]|\\)+)(?:\s+|$)", line):
@@ -322,7 +324,7 @@ def _dropped(line: str) -> tuple[list[Path], str]:
             paths = _split_paths(word[1])
         except UsageError:
             break
-        if not all(path.is_absolute() and _exists(path) for path in paths):
+        if not all(path.is_absolute() and path.name and _exists(path) for path in paths):
             break
         files += paths
         line = line[word.end() :]
@@ -355,6 +357,12 @@ def _more_waits(stdin: TextIO, seconds: float) -> bool:
     import select
 
     return bool(select.select([stdin], [], [], seconds)[0])
+
+
+def _half_typed() -> str:
+    """What stood in the line that Ctrl-C dropped, where line editing knows it."""
+    editing = sys.modules.get("readline")
+    return editing.get_line_buffer() if editing is not None and sys.stdout.isatty() else ""
 
 
 def _enable_line_editing() -> None:

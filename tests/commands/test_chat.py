@@ -431,6 +431,39 @@ def test_ctrl_c_drops_what_is_typed_and_leaves_when_pressed_again(redirected):
     assert typed(*keys, redirected=redirected) == ["ASKED 'next'", "LEFT"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of POSIX")
+@pytest.mark.parametrize("redirected", [False, True])
+def test_several_pastes_in_one_line_are_one_message(redirected):
+    burst = b"\x1b[200~one\rtwo\x1b[201~ and \x1b[200~three\rfour\x1b[201~\r"
+    assert typed(burst, redirected=redirected) == [r"ASKED 'one\ntwo and three\nfour'"]
+
+
+def test_ctrl_c_never_leaves_while_something_is_typed(talk, monkeypatch, capsys):
+    """Dropping two half-typed texts, one after the other, kept no conversation."""
+    pressed = iter(["", "half typed", "another", ""])
+    typed_so_far = ""
+
+    def interrupted(stdin):
+        nonlocal typed_so_far
+        typed_so_far = next(pressed)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(talk, "_typed", interrupted)
+    monkeypatch.setattr("qwencli.commands.conversation._half_typed", lambda: typed_so_far)
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    talk.converse(terminal)
+    assert list(pressed) == []
+    assert capsys.readouterr().err.count("Ctrl-C again leaves") == 3
+
+
+@pytest.mark.parametrize("text", ["/* a */\nint main() {}", "// why?", "/ and \\", "//", "/?"])
+def test_code_that_begins_with_a_slash_is_a_message(talk, text, capsys):
+    talk._handle(text)
+    assert talk.heard[0].messages[0].parts[-1].text == text
+    assert "error" not in capsys.readouterr().err
+
+
 def test_dropped_files_are_attached_in_every_way_they_are_written(talk, picture_path, capsys):
     path = str(picture_path)
     ways = [path, path.replace(" ", "\\ "), f"'{path}'", f'"{path}" ', picture_path.as_uri()]
