@@ -17,6 +17,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from qwencli.capabilities import runs_with
 from qwencli.config import (
     MAX_FRAMES,
     Attention,
@@ -48,6 +49,11 @@ _model = functools.partial(_option, "Model")
 _sampling = functools.partial(_option, "Sampling")
 _output = functools.partial(_option, "Output")
 SAMPLING = SamplingParams()
+
+
+def _mode(axis: str, text: str, metavar: str = "MODE") -> Any:
+    """A mode's option, with what it runs with."""
+    return _model(metavar=metavar, text=f"{text} {runs_with(axis)}.")
 
 
 def _else(value: float) -> str:
@@ -82,31 +88,26 @@ class RunOptions:
         ),
     ] = None
     quantization: Annotated[
-        Quantization | None, _model(metavar="MODE", text="none, 8bit, 4bit or fp8. Default: none.")
+        Quantization | None, _mode("quantization", "none, 8bit, 4bit or fp8. Default: none.")
     ] = None
     attention: Annotated[
         Attention | None,
-        _model(metavar="MODE", text="auto, sdpa, eager or flash_attention_2. Default: auto."),
+        _mode("attention", "auto, sdpa, eager or flash_attention_2. Default: auto."),
     ] = None
     cache: Annotated[
         Cache | None,
-        _model(
-            metavar="MODE",
-            text="dynamic, static, static-compile or static-graph. Default: the best.",
-        ),
+        _mode("cache", "dynamic, static, static-compile or static-graph. Default: the best."),
     ] = None
     kernels: Annotated[
         Kernels | None,
-        _model(
-            metavar="NAME",
-            text="auto, triton (fused, static-graph) or torch (operators). Default: auto.",
-        ),
+        _mode("kernels", "auto, triton (fused) or torch (operators). Default: auto.", "NAME"),
     ] = None
     kv_dtype: Annotated[
         KVDType | None,
-        _model(
-            metavar="TYPE",
-            text="Stored keys and values: auto, int8 or fp8 (half the memory). Default: auto.",
+        _mode(
+            "kv_dtype",
+            "Stored keys and values: auto, int8 or fp8 (half the memory). Default: auto.",
+            "TYPE",
         ),
     ] = None
     device: Annotated[str, _model(metavar="NAME", text="auto, cpu, cuda, cuda:N or mps.")] = "auto"
@@ -124,9 +125,10 @@ class RunOptions:
     ] = None
     speculate: Annotated[
         Speculate | None,
-        _model(
-            metavar="off|auto|N",
-            text="Draft N tokens (1 to 7) from earlier text for each greedy step. Default: off.",
+        _mode(
+            "speculate",
+            "Draft N tokens (1 to 7) from earlier text for each greedy step. Default: off.",
+            "off|auto|N",
         ),
     ] = None
     threads: Annotated[

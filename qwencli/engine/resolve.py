@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from qwencli.config import Attention, DType
+import importlib.util
+
+from qwencli.capabilities import AXES, NOTHING, Lacks, Need, fastest_cache, lacks_gpu, why_not
+from qwencli.config import Attention, DType, EngineConfig, EngineName
 from qwencli.engine.machine.host import has_code, require
 from qwencli.errors import DeviceError, UnsupportedModeError
 
@@ -96,21 +99,53 @@ def _has_bf16(device: str) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
-def resolve_attention(attention: Attention, device: str) -> Attention:
+def device_lacks(device: str) -> Lacks:
+    """What a concrete device lacks of what modes need. Packages are looked for where they are
+    used, because their absence has an error of its own that says how to install them."""
+    if not device.startswith("cuda"):
+        flash = f"flash_attention_2 needs a CUDA GPU, and the model runs on {device}"
+        return {**lacks_gpu(device, None), Need.FLASH_ATTN: flash}
+    import torch
+
+    found = lacks_gpu(device, torch.cuda.get_device_capability(device))
+    if torch.version.cuda is None:
+        found[Need.TRITON] = f"triton kernels need an NVIDIA GPU, and this runs on {device}"
+    elif importlib.util.find_spec("triton") is None:
+        found[Need.TRITON] = (
+            "the package triton is not installed (on Windows: pip install triton-windows)"
+        )
+    return found
+
+
+def check_modes(config: EngineConfig, engine: EngineName, lacks: Lacks = NOTHING) -> None:
+    """Hold what the user asked for against the table of what runs with what.
+
+    Args:
+        lacks: of the device; where it is not known yet, what holds on any is checked.
+
+    Raises:
+        UnsupportedModeError: a mode that cannot run, with the reason and the nearest that can.
+    """
+    refusal = why_not(chosen_modes(config, engine, lacks), lacks)
+    if refusal is not None:
+        raise refusal.error()
+
+
+def chosen_modes(config: EngineConfig, engine: EngineName, lacks: Lacks) -> dict[str, str]:
+    """Axis -> mode, the cache being the engine's fastest where the user named none."""
+    modes = {axis: str(getattr(config, axis)) for axis in AXES}
+    return modes | {"engine": engine, "cache": config.cache or fastest_cache(engine, lacks)}
+
+
+def resolve_attention(attention: Attention) -> Attention:
     """`auto` is sdpa: it runs everywhere and picks its kernel by shape.
 
     Raises:
-        UnsupportedModeError: flash_attention_2 off CUDA.
         MissingDependencyError: flash-attn is not installed or does not load.
     """
     if attention is Attention.AUTO:
         return Attention.SDPA
     if attention is Attention.FLASH:
-        if not device.startswith("cuda"):
-            raise UnsupportedModeError(
-                f"--attention flash_attention_2 needs a CUDA GPU, and the model runs on {device}",
-                nearest=Attention.SDPA.value,
-            )
         require(
             "flash_attn",
             "--attention flash_attention_2",

@@ -416,7 +416,10 @@ def test_the_statistics_line_says_what_drafted_tokens_did(caption, pictures, cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--speculate", "auto"), "--speculate auto cannot run on the transformers engine"),
+        (
+            ("--speculate", "auto"),
+            "drafted tokens need the native engine",
+        ),
         (("--engine", "native", "--speculate", "2", "--cache", "dynamic"), "--cache dynamic"),
         (("--speculate", "9"), "--speculate"),
     ],

@@ -10,12 +10,13 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
 from qwencli.bench.plan.stopping import Wanted
+from qwencli.capabilities import why_not
 from qwencli.config import (
     Attention,
     Cache,
@@ -63,8 +64,6 @@ NEWER_AXES: Mapping[str, str] = {
 
 # At 80 columns there is no room for the long name.
 _SHORT = {"flash_attention_2": "flash2"}
-
-BITSANDBYTES = (Quantization.INT8, Quantization.INT4)
 
 
 @dataclass(frozen=True)
@@ -224,96 +223,15 @@ def _matches(chosen: Mapping[str, str], rule: Mapping[str, tuple[str, ...]]) -> 
     return all(chosen[axis] in values for axis, values in rule.items())
 
 
-def _native(cell: BenchCell, facts: DeviceFacts) -> str | None:
-    if cell.engine is not EngineName.NATIVE:
-        return None
-    if cell.cache is Cache.STATIC_GRAPH and facts.kind != "cuda":
-        return "CUDA graphs need a CUDA device; static is the nearest here"
-    return None
-
-
-def _kernels(cell: BenchCell, facts: DeviceFacts) -> str | None:
-    if cell.kernels is not Kernels.TRITON:
-        return None
-    if cell.engine is not EngineName.NATIVE or cell.cache is not Cache.STATIC_GRAPH:
-        return "triton kernels need the native engine and static-graph"
-    return None
-
-
-def _kv_dtype(cell: BenchCell, facts: DeviceFacts) -> str | None:
-    if cell.kv_dtype is KVDType.AUTO:
-        return None
-    if cell.engine is not EngineName.NATIVE or cell.cache is Cache.DYNAMIC:
-        return f"{cell.kv_dtype} keys and values need the native engine and a static cache"
-    return None
-
-
-def _speculate(cell: BenchCell, facts: DeviceFacts) -> str | None:
-    if cell.speculate is Speculate.OFF:
-        return None
-    if cell.engine is not EngineName.NATIVE:
-        return "drafted tokens need the native engine"
-    if cell.cache in (Cache.DYNAMIC, Cache.STATIC_COMPILE):
-        return f"{cell.cache} cannot check drafted tokens; static is the nearest"
-    return None
-
-
-def _graph(cell: BenchCell, facts: DeviceFacts) -> str | None:
-    if cell.cache is Cache.STATIC_GRAPH and cell.engine is EngineName.TRANSFORMERS:
-        return "static-graph needs the native engine; static-compile is the nearest here"
-    return None
-
-
-def _fp8(cell: BenchCell, facts: DeviceFacts) -> str | None:
-    if cell.quantization is Quantization.FP8 and cell.engine is EngineName.TRANSFORMERS:
-        return "fp8 needs the native engine; 8bit is the nearest here"
-    return None
-
-
-def _flash(cell: BenchCell, facts: DeviceFacts) -> str | None:
-    return facts.flash_attn_blocker if cell.attention is Attention.FLASH else None
-
-
-def _bitsandbytes(cell: BenchCell, facts: DeviceFacts) -> str | None:
-    if cell.quantization not in BITSANDBYTES or cell.engine is not EngineName.TRANSFORMERS:
-        return None
-    if facts.bitsandbytes_version is None:
-        return f"{cell.quantization} needs bitsandbytes, which is not installed"
-    if cell.cache is Cache.STATIC_COMPILE:
-        return "transformers does not compile a bitsandbytes model; static is the nearest"
-    return None
-
-
-def _compile(cell: BenchCell, facts: DeviceFacts) -> str | None:
-    return facts.compile_blocker if cell.cache is Cache.STATIC_COMPILE else None
-
-
-Rule = Callable[[BenchCell, DeviceFacts], str | None]
-
-RULES: tuple[Rule, ...] = (
-    _native,
-    _kernels,
-    _kv_dtype,
-    _speculate,
-    _graph,
-    _fp8,
-    _flash,
-    _bitsandbytes,
-    _compile,
-)
-
-
 def work_of(cell: BenchCell, facts: DeviceFacts) -> tuple[str, ...]:
     """The cell's axes with every choice that is left to the engine made as it makes it here: two
-    cells with equal work differ in nothing but their names (`engine.resolve`, `kernel_choice`)."""
+    cells with equal work differ in nothing but names (`engine.resolve`, `native.supported`)."""
     axes = cell.axes()
-    native, on_gpu = cell.engine is EngineName.NATIVE, facts.kind == "cuda"
-    own_kernels = native and on_gpu and cell.cache is Cache.STATIC_GRAPH
-    if not own_kernels and cell.kernels is Kernels.AUTO:
+    fused = why_not({**axes, "kernels": Kernels.TRITON}, facts.lacks) is None
+    if not fused and cell.kernels is Kernels.AUTO:
         axes["kernels"] = Kernels.TORCH
-    may_choose = native and (
-        (own_kernels and cell.kernels is not Kernels.TORCH)
-        or (not on_gpu and cell.cache is Cache.STATIC)
+    may_choose = (fused and cell.kernels is not Kernels.TORCH) or (
+        cell.engine is EngineName.NATIVE and facts.kind != "cuda" and cell.cache is Cache.STATIC
     )
     if cell.attention is Attention.AUTO and not may_choose:
         axes["attention"] = Attention.SDPA
@@ -321,5 +239,7 @@ def work_of(cell: BenchCell, facts: DeviceFacts) -> tuple[str, ...]:
 
 
 def skip_reason(cell: BenchCell, facts: DeviceFacts) -> str | None:
-    """The first reason why `cell` cannot run, or None."""
-    return next((reason for rule in RULES if (reason := rule(cell, facts))), None)
+    """Why `cell` cannot run on this machine, or None. Only what is certain without loading a model:
+    an engine that finds out more when it loads makes the cell a skipped row all the same."""
+    refusal = why_not(cell.axes(), facts.lacks)
+    return None if refusal is None else str(refusal)

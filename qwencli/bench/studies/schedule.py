@@ -17,6 +17,7 @@ from typing import Any
 from qwencli.bench.plan.matrix import BenchCell, skip_reason
 from qwencli.bench.studies.claim_file import HELD, Arm, Study
 from qwencli.bench.studies.conditions import CONDITIONS, PLAIN, Load, blocker, why_not
+from qwencli.capabilities import fastest_cache
 from qwencli.config import Attention, Cache, EngineName, LoadMode, Quantization
 from qwencli.engine.machine.device import DeviceFacts
 
@@ -162,7 +163,7 @@ def _nearest_cache(held: Mapping[str, Any], facts: DeviceFacts) -> Cache:
     """The native engine's own choice of cache on this device, where its fastest is asked for."""
     cache = Cache(held["cache"])
     if held["engine"] == EngineName.NATIVE and cache is Cache.STATIC_GRAPH:
-        return cache if facts.kind == "cuda" else Cache.STATIC
+        return fastest_cache(EngineName.NATIVE, facts.lacks)
     return cache
 
 

@@ -18,10 +18,9 @@ from typing import Protocol
 
 import torch
 
-from qwencli.config import Cache, KVDType
+from qwencli.config import KVDType
 from qwencli.engine.device_memory import lazy_zeros
 from qwencli.engine.quant.quantized_tensor import Scheme, quantize_rows
-from qwencli.errors import UnsupportedModeError
 from qwencli.models.shapes import TextShape
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -134,20 +133,6 @@ KV_SCHEMES: Mapping[KVDType, Scheme | None] = {
     KVDType.FP8: Scheme.FP8,
 }
 _STORED = {Scheme.INT8: torch.int8, Scheme.FP8: torch.float8_e4m3fn}
-
-
-def resolve_kv(wanted: KVDType, cache: Cache) -> Scheme | None:
-    """How keys and values are quantized; None = not.
-
-    Raises:
-        UnsupportedModeError: the cache mode stores them as the model computes them.
-    """
-    if wanted is not KVDType.AUTO and cache is Cache.DYNAMIC:
-        raise UnsupportedModeError(
-            f"--kv-dtype {wanted}: the dynamic cache keeps keys and values as they are computed",
-            nearest=f"--cache {Cache.STATIC}",
-        )
-    return KV_SCHEMES[wanted]
 
 
 class QuantizedKVCache(StaticKVCache):

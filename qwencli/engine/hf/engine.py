@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 
-from qwencli.config import Cache, EngineConfig, EngineName, Kernels, KVDType, Speculate
+from qwencli.config import Cache, EngineConfig, EngineName
 from qwencli.engine.base_engine import BaseEngine
 from qwencli.engine.device_memory import release
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.hf import load_model
 from qwencli.engine.hf.generate import AS_IS, Changes, Generation
 from qwencli.engine.hf.quantization import scheme_of
+from qwencli.engine.resolve import check_modes
 from qwencli.engine.response import ResponseBuilder
 from qwencli.errors import UnsupportedModeError
 from qwencli.results import GenerationChunk, RanModes
-
-CACHES = (Cache.DYNAMIC, Cache.STATIC, Cache.STATIC_COMPILE)
 
 
 class TransformersEngine(BaseEngine):
@@ -31,25 +30,7 @@ class TransformersEngine(BaseEngine):
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(replace(config, cache=config.cache or Cache.DYNAMIC))
-        if self.config.cache not in CACHES:
-            raise UnsupportedModeError(
-                f"--cache {self.config.cache} cannot run on the transformers engine",
-                nearest=Cache.STATIC_COMPILE.value,
-            )
-        if self.config.kernels is Kernels.TRITON:
-            raise UnsupportedModeError(
-                "--kernels triton cannot run on the transformers engine", "use --engine native"
-            )
-        if self.config.kv_dtype is not KVDType.AUTO:
-            raise UnsupportedModeError(
-                f"--kv-dtype {self.config.kv_dtype} cannot run on the transformers engine",
-                "use --engine native",
-            )
-        if self.config.speculate is not Speculate.OFF:
-            raise UnsupportedModeError(
-                f"--speculate {self.config.speculate} cannot run on the transformers engine",
-                "use --engine native",
-            )
+        check_modes(self.config, EngineName.TRANSFORMERS)
         self._model: Any = None
         self.changes: Changes = AS_IS
 

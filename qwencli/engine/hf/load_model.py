@@ -21,13 +21,27 @@ from typing import Any
 
 import torch
 
-from qwencli.config import Attention, Cache, DType, EngineConfig, LoadFormat, Quantization
+from qwencli.config import (
+    Attention,
+    Cache,
+    DType,
+    EngineConfig,
+    EngineName,
+    LoadFormat,
+    Quantization,
+)
 from qwencli.engine.device_memory import is_out_of_memory
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.hf.generate import AS_IS, Changes
 from qwencli.engine.hf.quantization import quantization_config, scheme_of, unfit_for_cpu
 from qwencli.engine.loading.reader import check_stored_scales
-from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
+from qwencli.engine.resolve import (
+    check_modes,
+    device_lacks,
+    resolve_attention,
+    resolve_device,
+    resolve_dtype,
+)
 from qwencli.errors import ModelFileError, UnsupportedModeError
 from qwencli.models.checkpoint import check_layout, extra_error, is_idle, missing_error
 from qwencli.models.quant_formats import (
@@ -155,17 +169,13 @@ class LoadPlan:
 def plan_load(config: EngineConfig, files: ModelFiles) -> LoadPlan:
     """Make device, dtype and attention concrete. Raises as `qwencli.engine.resolve` does."""
     device = resolve_device(config.device)
-    if config.cache is Cache.STATIC_COMPILE and not device.startswith("cuda"):
-        raise UnsupportedModeError(
-            f"--cache {config.cache}: transformers compiles on CUDA only, not on {device}",
-            nearest=Cache.STATIC.value,
-        )
+    check_modes(config, EngineName.TRANSFORMERS, device_lacks(device))
     return LoadPlan(
         hub_config=files.hub_config,
         folder=files.folder,
         device=device,
         dtype=resolve_dtype(config.dtype, device, files.checkpoint_dtype),
-        attention=resolve_attention(config.attention, device),
+        attention=resolve_attention(config.attention),
     )
 
 

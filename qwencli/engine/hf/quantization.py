@@ -10,7 +10,6 @@ import torch
 
 from qwencli.config import Quantization
 from qwencli.engine.machine.host import require
-from qwencli.errors import UnsupportedModeError
 
 # bitsandbytes' 4-bit kernel for CPUs takes weights of whole tiles only: rows x columns.
 CPU_TILE = (32, 64)
@@ -32,16 +31,11 @@ def quantization_config(
         changes: keywords of an experiment that replace ours.
 
     Raises:
-        UnsupportedModeError: fp8, which bitsandbytes does not have.
         MissingDependencyError: bitsandbytes is missing or does not load here.
     """
     if quantization is Quantization.NONE:
         return None
-    if quantization is Quantization.FP8:
-        raise UnsupportedModeError(
-            "--quantization fp8 cannot run on the transformers engine (bitsandbytes has no fp8)",
-            nearest=Quantization.INT8.value,
-        )
+    assert quantization is not Quantization.FP8, "refused before (`check_modes`)"
     # It logs one line per layer and token where it casts; that it casts is in our results.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     require(

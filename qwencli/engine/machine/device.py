@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
+from qwencli.capabilities import Lacks, Need, lacks_gpu
 from qwencli.errors import DeviceError, QwenCliError
 
 SDPA_BACKENDS = ("flash", "mem_efficient", "cudnn", "math")
@@ -74,6 +75,17 @@ class DeviceFacts:
     def kind(self) -> str:
         """Device type: "cpu", "cuda" or "mps"."""
         return self.device.partition(":")[0]
+
+    @property
+    def lacks(self) -> Lacks:
+        """What the modes of `qwencli.capabilities` need and this device has not."""
+        found = {
+            Need.FLASH_ATTN: self.flash_attn_blocker,
+            Need.COMPILER: self.compile_blocker,
+            Need.BITSANDBYTES: None if self.bitsandbytes_version else "bitsandbytes is missing",
+            **lacks_gpu(self.device, self.capability),
+        }
+        return {need: reason for need, reason in found.items() if reason}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from qwencli.capabilities import fastest_cache
 from qwencli.config import (
     Attention,
     Cache,
@@ -21,7 +22,7 @@ from qwencli.config import (
     Speculate,
 )
 from qwencli.engine.base_engine import BaseEngine, gc_freeze_loaded, gc_paused
-from qwencli.engine.cache.kv_cache import resolve_kv
+from qwencli.engine.cache.kv_cache import KV_SCHEMES
 from qwencli.engine.device_memory import release
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
@@ -34,9 +35,15 @@ from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import PrefillGraphs
 from qwencli.engine.native.supported import check_supported, fused_for, resolve_kernels
 from qwencli.engine.protocol import RequestQueue
-from qwencli.engine.resolve import resolve_attention, resolve_device, resolve_dtype
+from qwencli.engine.resolve import (
+    check_modes,
+    device_lacks,
+    resolve_attention,
+    resolve_device,
+    resolve_dtype,
+)
 from qwencli.engine.response import ResponseBuilder
-from qwencli.engine.spec_decode.decode_strategy import VERIFIERS, WHY_NOT, Speculator
+from qwencli.engine.spec_decode.decode_strategy import VERIFIERS, Speculator
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest
@@ -79,15 +86,12 @@ class NativeEngine(BaseEngine):
 
     def _load(self, files: ModelFiles) -> RanModes:
         device = resolve_device(self.config.device)
-        cache = self._cache_mode(device)
-        if self.config.speculate is not Speculate.OFF and cache in WHY_NOT:
-            raise UnsupportedModeError(
-                f"--speculate {self.config.speculate} with --cache {cache}: {WHY_NOT[cache]}",
-                nearest=f"--cache {Cache.STATIC}",
-            )
-        attention = resolve_attention(self.config.attention, device)
-        kernels = resolve_kernels(self.config.kernels, device, cache)
-        kv = resolve_kv(self.config.kv_dtype, cache)
+        lacks = device_lacks(device)
+        check_modes(self.config, EngineName.NATIVE, lacks)
+        cache = self.config.cache or fastest_cache(EngineName.NATIVE, lacks)
+        attention = resolve_attention(self.config.attention)
+        kernels = resolve_kernels(self.config.kernels, cache, lacks)
+        kv = KV_SCHEMES[self.config.kv_dtype]
         dtype = resolve_dtype(self.config.dtype, device, files.checkpoint_dtype)
         packed = self._packed(files)
         self._plan = plan_memory(
@@ -166,18 +170,6 @@ class NativeEngine(BaseEngine):
                 nearest=Quantization.NONE.value,
             )
         return packed
-
-    def _cache_mode(self, device: str) -> Cache:
-        """The fastest mode of the device where the user named none."""
-        wanted = self.config.cache
-        if wanted is None:
-            return Cache.STATIC_GRAPH if device.startswith("cuda") else Cache.STATIC
-        if wanted is Cache.STATIC_GRAPH and not device.startswith("cuda"):
-            raise UnsupportedModeError(
-                f"--cache {wanted}: CUDA graphs need a CUDA device, and this runs on {device}",
-                nearest=Cache.STATIC.value,
-            )
-        return wanted
 
     def _speculator(self, state: DecodeState, cache: Cache) -> Speculator | None:
         if self.config.speculate is Speculate.OFF:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 
-import torch
-
-from qwencli.config import Attention, Cache, Kernels
+from qwencli.capabilities import Lacks, why_not
+from qwencli.config import Attention, Cache, EngineName, Kernels
 from qwencli.engine.layers.vision_tower import ACTIVATIONS
 from qwencli.engine.native.model import Fused
-from qwencli.errors import ModelFileError, UnsupportedModeError
+from qwencli.errors import ModelFileError
 from qwencli.models.shapes import ModelShape
 
 
@@ -33,24 +31,11 @@ def check_supported(shape: ModelShape) -> None:
             )
 
 
-# Matrix units for bfloat16, and everything else the kernels use.
-SMALLEST_CAPABILITY = (8, 0)
-
-
-def resolve_kernels(wanted: Kernels, device: str, cache: Cache) -> Kernels:
-    """`auto` is triton wherever that can run.
-
-    Raises:
-        UnsupportedModeError: triton was asked for and cannot run here, with the reason.
-    """
-    reason = _why_not_triton(device, cache)
-    if reason is None:
-        return Kernels.TORCH if wanted is Kernels.TORCH else Kernels.TRITON
-    if wanted is Kernels.TRITON:
-        raise UnsupportedModeError(
-            f"--kernels triton: {reason}", nearest=f"--kernels {Kernels.TORCH}"
-        )
-    return Kernels.TORCH
+def resolve_kernels(wanted: Kernels, cache: Cache, lacks: Lacks) -> Kernels:
+    """`auto` is triton wherever that can run; what cannot has been refused (`check_modes`)."""
+    modes = {"engine": EngineName.NATIVE, "cache": cache, "kernels": Kernels.TRITON}
+    runs = why_not(modes, lacks) is None
+    return Kernels.TRITON if runs and wanted is not Kernels.TORCH else Kernels.TORCH
 
 
 def fused_for(kernels: Kernels, attention: Attention) -> Fused | None:
@@ -60,16 +45,3 @@ def fused_for(kernels: Kernels, attention: Attention) -> Fused | None:
     from qwencli.engine.kernels.fused_ops import fused_ops
 
     return functools.partial(fused_ops, own_attention=attention is Attention.AUTO)
-
-
-def _why_not_triton(device: str, cache: Cache) -> str | None:
-    if not device.startswith("cuda") or torch.version.cuda is None:
-        return f"the kernels need an NVIDIA GPU, and this runs on {device}"
-    if cache is not Cache.STATIC_GRAPH:
-        # Launched one by one from Python they would take longer than they run.
-        return f"the kernels run in CUDA graphs, and this is --cache {cache}"
-    if torch.cuda.get_device_capability(device) < SMALLEST_CAPABILITY:
-        return f"the GPU {device} is older than compute capability 8.0"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (on Windows: pip install triton-windows)"
-    return None

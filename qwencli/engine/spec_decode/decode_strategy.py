@@ -31,11 +31,6 @@ from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.engine.spec_decode.policy import DraftLengthPolicy, StepCosts
 from qwencli.results import Speculation
 
-WHY_NOT: Mapping[Cache, str] = {
-    Cache.DYNAMIC: "a cache that grows cannot take back the keys and values of wrong drafts",
-    Cache.STATIC_COMPILE: "a compiled step would be compiled again for every number of tokens",
-}
-
 
 class Verifier(Protocol):
     def prepare(self, first_slot: int, last_slot: int, sizes: Sequence[int]) -> None:

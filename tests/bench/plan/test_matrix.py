@@ -105,7 +105,7 @@ def test_cell_id_is_readable_and_does_not_change(cpu):
         ({**TRANSFORMERS, "quantization": "fp8"}, "8bit is the nearest"),
         ({"attention": "flash_attention_2"}, "needs a CUDA device"),
         ({**TRANSFORMERS, "speculate": "auto"}, "drafted tokens need the native engine"),
-        ({"engine": "native", "speculate": "3"}, "dynamic cannot check drafted tokens"),
+        ({"engine": "native", "speculate": "3"}, "cannot take back the keys and values"),
         (
             {**TRANSFORMERS, "quantization": "4bit", "cache": "static-compile"},
             "does not compile a bitsandbytes",
@@ -129,9 +129,9 @@ def test_what_is_missing_on_the_machine_skips_cells(gpu):
     }
     assert sum(reason is None for reason in reasons.values()) == 1
     assert {r for r in reasons.values() if r} == {
-        "no Triton",
-        "8bit needs bitsandbytes, which is not installed",
-        "4bit needs bitsandbytes, which is not installed",
+        "no Triton; --cache static is the nearest",
+        "8bit needs bitsandbytes, which is not installed; --engine native is the nearest",
+        "4bit needs bitsandbytes, which is not installed; --engine native is the nearest",
     }
 
 

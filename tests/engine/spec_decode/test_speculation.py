@@ -180,7 +180,7 @@ def test_times_are_shared_among_tokens_that_came_together(engines):
 
 @pytest.mark.parametrize("cache", [Cache.DYNAMIC, Cache.STATIC_COMPILE])
 def test_caches_that_cannot_are_refused(checkpoint, cache):
-    with pytest.raises(UnsupportedModeError, match="--speculate auto with --cache"):
+    with pytest.raises(UnsupportedModeError, match="--speculate auto cannot run: --cache"):
         NativeEngine(
             native_config(checkpoint("qwen3"), speculate=Speculate.AUTO, cache=cache)
         ).load()
