@@ -1,8 +1,7 @@
 """What every engine does that holds a model in this process, around its own way to generate.
 
-Keeps the interpreter from interrupting a request.
-
-`add`, `step`, `abort` and `has_unfinished` of an engine that has no batches: one at a time.
+That includes `add`, `step`, `abort` and `has_unfinished` of an engine that has no batches (one
+request at a time), and keeping garbage collection out of a request.
 """
 
 from __future__ import annotations

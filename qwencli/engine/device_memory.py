@@ -1,11 +1,8 @@
-"""Gives device memory back, and recognises running out of it in torch's many words for that.
+"""Device memory: given back, run out of, filled lazily, and written from the host.
 
-Zeros that take no memory until they are written to.
-
-Small tensors on their way to the device together, while the host goes on.
-
-A copy of ordinary memory waits until the device has done all that was given to it before; for a
-prompt that is its pictures' encoding, during which the host could launch the decoder.
+Running out of it is recognised in torch's many words for that. `upload` sends small tensors
+together: a copy of ordinary memory waits until the device has done all that was given to it before,
+for a prompt that is its pictures' encoding, during which the host could launch the decoder.
 """
 
 from __future__ import annotations

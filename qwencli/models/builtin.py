@@ -1,12 +1,10 @@
 """Built-in models: alias -> hub id and a config.json with the model's true shapes.
 
 `hub_config` is what makes `--load-format dummy` possible: a model of the right size from
-nothing but this table. See below for the sizes and how each was verified.
+nothing but this table.
 
-The built-in models as a table of sizes. Data only; `builtin` turns rows into configurations.
-
-How each row was verified (each also: tensor list and parameter count against the model that
-transformers builds from it, see tests/models/test_builtin.py):
+How each row of the table was verified (each also: tensor list and parameter count against the model
+that transformers builds from it, see tests/models/test_builtin.py):
 
 - Qwen3-VL-4B and Qwen2.5-VL-3B: compared with the hub's own config.json, key by key.
 - Qwen3-VL-2B, 8B, 32B: torchtitan's `qwen3_vl` presets (2B, 8B) and a copy of the 32B's

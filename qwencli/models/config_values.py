@@ -1,6 +1,6 @@
-"""Typed reads from the contents of a config.json; every refusal names the key and what it held.
+"""Reads a JSON object of a model folder, and typed values from it.
 
-Reads one JSON object of a model folder.
+Every refusal names the file, the key and what it held.
 """
 
 from __future__ import annotations

@@ -1,15 +1,11 @@
-"""What the hub cache on this machine holds. Reads folders, never the network.
+"""Finds a model's folder: in the hub's cache on this machine, or downloaded into it.
 
-Layout (huggingface_hub's "Manage your cache" guide): `models--OWNER--NAME/refs/main` names a
-commit, `snapshots/COMMIT/` holds its files; a file appears there only once it is whole.
-
-Downloads a model from the hub into its cache, and says why when that is not possible.
+Layout of the cache (huggingface_hub's "Manage your cache" guide): `models--OWNER--NAME/refs/main`
+names a commit, `snapshots/COMMIT/` holds its files; a file appears there only once it is whole.
 
 Only files that loading needs are fetched; pickle weights only when asked for and when the
 repository has no safetensors; nothing at all of a model that cannot run here. An interrupted
 download resumes and never counts as complete.
-
-Finds the folder with a model's files, downloading it when that is wanted and possible.
 """
 
 from __future__ import annotations

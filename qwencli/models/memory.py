@@ -1,17 +1,16 @@
-"""Estimates the device memory a model needs, from its shape alone. Knows no device, no torch.
+"""Bytes of a model, from its shape alone: what it needs to load and run, what one token reads.
 
-All figures are bytes. Each part is a function of its own so that later planning (batch sizes,
-`max_pixels` from free memory) can combine them; `estimate` is their sum for one request.
+Knows no device and no torch. Each part is a function of its own so that later planning (batch
+sizes, `max_pixels` from free memory) can combine them; `estimate` is their sum for one request,
+`decode_bytes` the numerator of MBU.
 
-What results call quantized weights: how they are stored, and what their products round.
+What results call quantized weights (`stored_label`, `with_activation_bits`):
 
-    int8            stored so; vectors are multiplied as they are
-    int8-w8a8       and vectors are rounded to 8 bits (w = bits of a weight, a = of an activation)
+    int8            stored so; activations are multiplied as they are
+    int8-w8a8       and activations are rounded to 8 bits (w: bits of a weight, a: of an activation)
     int4-g128-w4a8, fp8-e4m3-w8a16, awq-int4-g128-w4a8+none
 
 Labels of results from before 2026-11-25 have no such ending whatever ran.
-
-Bytes that decoding one token has to read: the numerator of MBU. Knows no device, no torch.
 """
 
 from __future__ import annotations
@@ -119,7 +118,7 @@ def native_weight_bytes(shape: ModelShape, quantization: Quantization, value_byt
 def packed_weight_bytes(
     shape: ModelShape, packed: PackedFormat, stored: Mapping[str, StoredTensor], value_bytes: int
 ) -> int:
-    """Bytes of a ready-made quantized checkpoint as the native engine keeps it.
+    """Bytes of a pre-quantized checkpoint as the native engine keeps it.
 
     The decoder's matrices and the head stay packed; the rest is unpacked to `value_bytes` a value.
     """
@@ -262,9 +261,9 @@ _NATIVE = {
     "int4-g128": Quantization.INT4,
 }
 _QUANTIZED_KV = ("int8", "fp8-e4m3")
-# Ready-made checkpoints in the native engine, whose heads are as they came: unquantized in all but
-# a few. Then a byte or half a byte, and scales (int4: and zeros, of two bytes each) of groups.
-_READY_MADE = re.compile(
+# Pre-quantized checkpoints in the native engine, whose heads are as they came: unquantized in all
+# but a few. Then a byte or half a byte, and scales (int4: and zeros, of two bytes each) of groups.
+_PREQUANTIZED = re.compile(
     r"(?:awq|gptq|ct|hf|fbgemm|modelopt|scaled)-(int4|int8|fp8-e4m3)(?:-g(\d+))?"
 )
 
@@ -290,7 +289,7 @@ def decode_bytes(
         None for a scheme whose storage is not known here.
     """
     scheme = stored_label(scheme)
-    quantized, native = _QUANTIZED.get(scheme) or _ready_made(scheme), _NATIVE.get(scheme)
+    quantized, native = _QUANTIZED.get(scheme) or _prequantized(scheme), _NATIVE.get(scheme)
     if scheme != "none" and quantized is None and native is None:
         return None
     total = float(shape.text.hidden_size * value_bytes)
@@ -309,8 +308,8 @@ def decode_bytes(
     return total + cache * context_tokens
 
 
-def _ready_made(scheme: str) -> Callable[[int, int], float] | None:
-    match = _READY_MADE.fullmatch(scheme)
+def _prequantized(scheme: str) -> Callable[[int, int], float] | None:
+    match = _PREQUANTIZED.fullmatch(scheme)
     if match is None:
         return None
     value_bytes = 0.5 if match[1] == "int4" else 1.0

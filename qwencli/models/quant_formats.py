@@ -1,4 +1,4 @@
-"""How ready-made quantized checkpoints store a linear layer: names, types, sizes. No torch.
+"""How pre-quantized checkpoints store a linear layer: names, types, sizes. No torch.
 
 A `Packing` is one way to store the matrix of a linear layer under names of its own. Which of a
 checkpoint's layers are stored so is read from the names that are there, not from the lists of

@@ -1,9 +1,8 @@
-"""The tensors a checkpoint of a given shape holds: names and shapes, without loading anything.
+"""The tensors of a model, by shape alone: those in a checkpoint, and the fused ones the engine
+keeps.
 
 Names are those of transformers 5's state dict. Hub files of older families name the same
 tensors differently; `canonical_name` maps every layout that transformers reads to these names.
-
-Which tensors a model consists of, and where each comes from in a hub checkpoint.
 
 One table serves the loader, the dummy load, the memory plan and the check of a folder: a
 `TensorSpec` is a tensor the native engine keeps, made of one or more tensors of the checkpoint

@@ -1,16 +1,14 @@
-"""Reads the header of a safetensors file: names, dtypes, shapes, places. Never the weights.
+"""Finds the files with a model's weights, and reads the headers of safetensors files.
 
-The data is read later, straight to where it belongs (`engine.loading.weights`); a memory map would
-count every weight twice in the process's resident memory.
+Never reads a weight: the data goes later straight to where it belongs (`engine.loading.weights`);
+a memory map would count every weight twice in the process's resident memory.
+
+Which files: the order of transformers' `from_pretrained`: one safetensors file, a sharded index,
+then pickle files, which are only accepted when asked for because loading one can run code.
 
 The format (github.com/huggingface/safetensors, "Format"): 8 bytes little-endian header length,
 that many bytes of JSON {name: {dtype, shape, data_offsets}}, then the data. Offsets count from
 the end of the header, cover the data without holes and end where the file ends.
-
-Which files of a model folder hold the weights. Looks at names and the index, opens no weights.
-
-Follows the order of transformers' `from_pretrained`: one safetensors file, a sharded index, then
-pickle files, which are only accepted when asked for because loading one can run code.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def test_what_native_cannot_read_stays_with_transformers(mode: Quantization) -> 
         (OTHER, "cuda", EngineName.TRANSFORMERS),
     ],
 )
-def test_ready_made_checkpoints(said: dict[str, Any], device: str, engine: EngineName) -> None:
+def test_prequantized_checkpoints(said: dict[str, Any], device: str, engine: EngineName) -> None:
     assert default_engine(config(said=said, device=device)) is engine
 
 

@@ -1,4 +1,4 @@
-"""Ready-made quantized checkpoints on the GPU: kernels as compiled against matrices read back."""
+"""Pre-quantized checkpoints on the GPU: kernels as compiled against matrices read back."""
 
 from __future__ import annotations
 

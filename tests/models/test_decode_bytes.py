@@ -36,7 +36,7 @@ def test_quantized_weights_by_hand():
     assert saved == linears - 4 * rows
 
 
-def test_ready_made_checkpoints_by_hand():
+def test_prequantized_checkpoints_by_hand():
     shape = read_shape(hub_config("qwen3-vl-4b"))
     linears = 36 * (6144 * 2560 + 2560 * 4096 + 3 * 9728 * 2560)
     plain = decode_bytes(shape, "none", 2, 0)

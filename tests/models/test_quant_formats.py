@@ -1,4 +1,4 @@
-"""The list of models knows the sizes of ready-made quantized checkpoints, and of kept weights."""
+"""The list of models knows the sizes of pre-quantized checkpoints, and of kept weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MATRICES = 2 * (512 * 128 + 128 * 256 + 3 * 128 * 256)
     ("name", "column", "value_bytes"),
     [("awq g128", "4bit", 0.5 + 4 / 128), ("fp8 blocks", "fp8", 1 + 4 / 128)],
 )
-def test_a_ready_made_checkpoint_has_one_size(places, name, column, value_bytes):
+def test_a_prequantized_checkpoint_has_one_size(places, name, column, value_bytes):
     config, writer, arguments, _ = FORMATS[name]
     packed, _ = tensors_of(TEXT, writer, arguments)
     folder = write(places.working_folder / "mine", packed)

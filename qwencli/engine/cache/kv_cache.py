@@ -1,14 +1,13 @@
-"""Keys and values of all layers: a static cache for the fast path, a growing one as its reference.
+"""KV caches of one sequence: static, quantized, and a growing one as their reference.
 
-Both hand out the same thing, so the decoder does not know which one it has: `write` stores the
+All hand out the same thing, so the decoder does not know which one it has: `write` stores the
 new keys and values of one layer and returns what attention may look at, [B, KVH, kv_len, D].
-Neither knows about rotary positions; a `slot` is a place in the sequence, padding included.
+None knows about rotary positions; a `slot` is a place in the sequence, padding included.
 
-A static cache of one byte a value: half the memory, and half of what long contexts read.
-
-The key and the value of each token and head have a scale of their own, so tokens never change
-those before them and a prefix stays reusable. What a token attends to is what is stored, its own
-key and value included: an answer does not depend on how its prompt was cut into pieces.
+The quantized cache has one byte a value: half the memory, and half of what long contexts read. The
+key and the value of each token and head have a scale of their own, so tokens never change those
+before them and a prefix stays reusable. What a token attends to is what is stored, its own key and
+value included: an answer does not depend on how its prompt was cut into pieces.
 """
 
 from __future__ import annotations

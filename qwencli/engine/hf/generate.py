@@ -1,22 +1,16 @@
-"""One request through `generate()`, delivered token by token with its timings.
-
-What an experiment has the transformers engine do otherwise. Ordinary use never does.
-
-`qwencli bench study` sets `TransformersEngine.changes` to do again what programs around
-transformers did or do, one thing at a time, and to measure what it costs.
-
-Turns a callback-driven call into a generator, in one thread.
+"""One request through transformers' `generate()`, delivered token by token with its timings.
 
 `generate()` pushes tokens; our engines are pulled. A second thread would put a second holder of
 the GIL into what we measure, and torch.compile's CUDA graphs are bound to the thread that made
-them. A greenlet switches stacks inside the one thread instead.
+them. A greenlet switches stacks inside the one thread instead (`pulled`).
 
-Watches one `generate()` call from inside: when each phase and each token ended.
-
-`generate()` already waits for the GPU once per token, when it asks whether to stop. The recorder
+`generate()` already waits for the GPU once per token, when it asks whether to stop. `TokenRecorder`
 adds no wait of its own: on CUDA it records an event and starts an asynchronous copy of the new
 token id when the token has been chosen, and reads both at the *next* token, when `generate()`'s
 own wait has passed them. Tokens are therefore handed on one step late, with exact times.
+
+`Changes` is what an experiment (`qwencli bench study`) has the engine do otherwise: what programs
+around transformers did or do, one thing at a time. Ordinary use never does.
 """
 
 from __future__ import annotations

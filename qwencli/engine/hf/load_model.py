@@ -1,11 +1,9 @@
 """Loads a model through transformers: the only `from_pretrained` call of the project.
 
-The Qwen families the transformers engine can build, by `model_type` of config.json.
-
-Random weights of true shape for `--load-format dummy`: speed without a download.
-
-Each tensor is made when the loader asks for it, on the device it will live on, so a dummy load
-holds no second copy. The draw depends on the tensor's name alone: the same model every time.
+Knows the Qwen families that transformers can build, by `model_type` of config.json. For
+`--load-format dummy` each random tensor is made when the loader asks for it, on the device it will
+live on, so a dummy load holds no second copy. The draw depends on the tensor's name alone: the same
+model every time.
 """
 
 from __future__ import annotations

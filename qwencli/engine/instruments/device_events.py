@@ -3,7 +3,7 @@
 For measurements: `DeviceEvents` notes when torch compiles or captures a graph and counts how often
 the host waits for the device, without changing what an engine does.
 
-What a piece of work put on the device, by the profiler's account.
+`device_work` counts what a piece of work launched, by the profiler's account.
 """
 
 from __future__ import annotations

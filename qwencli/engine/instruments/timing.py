@@ -1,9 +1,8 @@
-"""Time of a repeated piece of work on any device.
+"""Times repeated work on a device, and measures what the device can do at best.
 
-What this device can do at best: read memory, take launches.
-
-Run beside a measurement, never inside one: each function keeps the device busy by itself. The
-bench holds its cells against the best sample (`roofline.csv`), `diagnose` reports the usual one.
+Memory read and work launched: run beside a measurement, never inside one, as each function keeps
+the device busy by itself. The bench holds its cells against the best sample (`roofline.csv`),
+`diagnose` reports the usual one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""The vectors that kernels hand to each other (`activation_quant`): buffers, and who gets which
-form.
+"""Buffers for activations that one kernel hands to the next, in the format that its matrix reads.
 
-The vectors of a step of several tokens that kernels hand to each other (`splitk_epilogue`):
-buffers, and who gets what. For one token: `vectors`.
-"""
+`ActivationBuffers` for steps of one row, `BatchedActivationBuffers` for 2 to 8. Which format a
+matrix reads is `word_format` (see `activation_quant`)."""
 
 from __future__ import annotations
 
@@ -273,7 +271,7 @@ def layout_for(consumer: ActivationConsumer, like: Tensor) -> ActivationLayout:
 def is_read_as_stored(matrix: QuantizedTensor) -> bool:
     """Whether a kernel here reads `matrix` as it is stored; others are dequantized whole first.
 
-    Those are kinds that ready-made checkpoints have: groups of bytes, tables, columns reordered.
+    Those are kinds that pre-quantized checkpoints have: groups of bytes, tables, columns reordered.
     """
     grouped_bytes = matrix.grouped and matrix.scheme is not Scheme.INT4
     return matrix.codebook is None and matrix.g_idx_sort_indices is None and not grouped_bytes

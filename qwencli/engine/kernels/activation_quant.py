@@ -1,34 +1,30 @@
-"""Vectors handed from one kernel to the next in the form that its matrix multiplies.
+"""Activation quantization: a vector is quantized once, by the kernel that makes it.
 
-What a product needs of its vector is the same for all its programs: the gain of the norm in it, and
-rounded to what can be multiplied several values at a time. Done by every program again, between the
+Every program of a product needs the same of its vector: the gain of the norm in it, and values
+quantized to what can be multiplied several at a time. Done by every program again, between the
 wait for the kernel in front and the product, it took longer than the product. So the kernel that
-makes a vector hands it over ready: its values in one of the forms below, and for a norm the sums of
-the squares of each program's share, which are all that is left to add up.
+makes a vector stores it in one of the formats below, and for a norm also the sum of squares of each
+program's share, which are all that is left to add up.
 
-form    values                                  a step for every   what reads them
-FLOATS  x * gain, bfloat16 or float32           -                  float products
-BYTES   int8, x * gain in steps                 4 columns          int8 weights
-HALVES  int8 likewise, in halves                8 columns          4-bit weights
-FLOAT16 float16, in halves, x * gain in steps   4 columns          fp8 weights with groups
+format  values                                  one scale for       what reads them
+FLOATS  x * gain, bfloat16 or float32           -                   float products
+BYTES   int8, x * gain / scale                  4 columns           int8 weights
+HALVES  int8 likewise, in halves                8 columns           4-bit weights
+FLOAT16 float16, in halves, x * gain / scale    4 columns           fp8 weights with groups
 
-A step belongs to a word of weights: it is a block's largest value over 127, or that value where
-what is in steps is a float16. (llama.cpp's Q8_1 has such blocks, of 32.) "In halves": the first
-half of each block's values, of all blocks, lies before the second halves, so that a thread reads
-what meets the low and the high half of its words as words in a row.
+A group of columns with one scale (ACT_GROUP) is a word of weights: its scale is the largest value
+over 127, or that value itself for float16. (llama.cpp's Q8_1 has such groups, of 32.) "In halves":
+the first half of each group's values, of all groups, lies before the second halves, so that a
+thread reads what meets the low and the high half of its words as words in a row.
 
 FLOATS are of the weights' own type where that has float32's range: threads then hold of a vector
 what they hold of a row, and no weight has to change threads to meet its column.
 
-2 to 8 vectors made ready for `gemm_quantized_kernel`, once for all its programs.
-
-The kernel that makes them does so (`splitk_epilogue`, `attention`), or one of its own. Each is
-rounded to the steps that a single vector is rounded to (`activation_quant`), so that a token
-checked is the token that would have been chosen. What is rounded becomes float16, in units of the
-largest value of its part of a chunk, and lies as the lanes of a matrix instruction take it.
-
-A chunk is what the 4 lanes of a row of weights read at once, 16 bytes each: 64 columns of 8 bits,
-128 of 4. A part is as much of it as shares a group's scale: all of it, or 64 columns, or 32.
+For `gemm_quantized_kernel`, 2 to 8 vectors are quantized the same way, so that a token verified is
+the token that would have been chosen. The rounded values are then stored as float16, divided by the
+largest value of their part of a chunk, in the order in which the lanes of a matrix instruction take
+them. A chunk is what the 4 lanes of a row of weights read at once, 16 bytes each: 64 columns of 8
+bits, 128 of 4. A part is as much of it as shares a group's scale: all of it, or 64 columns, or 32.
 """
 
 from __future__ import annotations

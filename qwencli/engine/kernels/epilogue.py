@@ -1,4 +1,5 @@
-"""What every matrix-vector kernel does with its finished rows."""
+"""Epilogue of the matrix-vector kernels: bias, residual, SwiGLU, argmax, activation
+quantization."""
 
 from __future__ import annotations
 

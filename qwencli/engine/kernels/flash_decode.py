@@ -1,4 +1,4 @@
-"""Joins what programs found out about parts of a sequence (flash-decoding, Dao et al. 2023)."""
+"""Combines the softmax of KV splits (flash-decoding, Dao et al. 2023)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Launches the products of a step of several tokens: `gemm_float16_kernel`,
-`gemm_quantized_kernel`, and `gemm_kernel` for what neither takes."""
+"""Skinny GEMM: matrices times 2 to 8 vectors, through the kernel that fits the weights.
+
+`gemm_float16_kernel`, `gemm_quantized_kernel`, and `gemm_kernel` for what neither takes.
+"""
 
 from __future__ import annotations
 

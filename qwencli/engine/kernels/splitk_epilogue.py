@@ -1,10 +1,11 @@
-"""How products with 2 to 8 vectors end: shares of the columns joined, vectors handed on.
+"""Split-K epilogue of products with 2 to 8 vectors: partial sums reduced, activations quantized.
 
 A matrix of few rows has too few programs of 16 rows to keep the memory busy, so several programs
-share its columns. And what the next product reads is rounded in chunks of more rows than a program
-has (`activation_quant`). Both need what several programs found out, so each leaves its sums in
-memory, and the last of a chunk to arrive adds them up, in the same order every time, and ends the
-rows of all."""
+share its columns (split-K). And what the next product reads is quantized in chunks of more rows
+than a program has (`activation_quant`). Both need what several programs computed, so each stores
+its partial sums, and the last of a chunk to arrive at its semaphore adds them up, in the same order
+every time, and finishes the rows of all.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Families differ by `VisionShape` only: norm, MLP, activation, learned positions, windows, and
 DeepStack mergers. The patch convolution is a matrix product, because its stride is its size.
 
-Attention of the vision tower: every patch of a segment sees its whole segment, nothing else.
+Attention: every patch of a segment sees its whole segment, nothing else.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Reads tensors from safetensors files to a device, each from its byte range.
+"""Reads tensors from safetensors files to a device, and checks their values.
 
-Where the file's type is the wanted one and the device is the CPU no copy is made at all; otherwise
-the bytes pass through one staging buffer of `STAGING_BYTES`.
-
-What loaded values have to be: finite, and zero where the model has no use for them.
+Each comes from its byte range. Where the file's type is the wanted one and the device is the CPU no
+copy is made at all; otherwise the bytes pass through one staging buffer of `STAGING_BYTES`. Values
+have to be finite, and zero where the model has no use for them.
 """
 
 from __future__ import annotations

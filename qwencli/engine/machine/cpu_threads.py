@@ -10,9 +10,8 @@ needs.
 The number depends on the model and the machine alone, never on how busy it is: attention sums in
 another order with other threads, and the same request must give the same text again.
 
-Where the control groups with a processor limit lie that this process is in (Linux).
-
-`/proc/self/cgroup` names the group of each hierarchy, `/proc/self/mountinfo` where a hierarchy is
+A limit of the process's control groups counts too (Linux): `/proc/self/cgroup` names the group of
+each hierarchy, `/proc/self/mountinfo` where a hierarchy is
 mounted and from which group on: a container's mount begins at its own.
 """
 

@@ -1,8 +1,6 @@
 """Asks NVML about the GPUs: what they are, how they are set up, and what they do right now.
 
-Nothing here changes a setting.
-
-What NVML says about GPUs, as data. A figure that a device does not offer is None.
+Nothing here changes a setting. A figure that a device does not offer is None.
 """
 
 from __future__ import annotations

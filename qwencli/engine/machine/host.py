@@ -1,8 +1,5 @@
-"""What this machine is without asking torch: processor, memory, NVIDIA driver.
-
-Which GPUs the code in a torch wheel runs on.
-
-Packages that a mode needs and an installation may lack or have broken.
+"""What this machine and its installation have, without asking torch: processor, memory, NVIDIA
+driver, optional packages, and which GPUs a torch wheel has code for.
 """
 
 from __future__ import annotations

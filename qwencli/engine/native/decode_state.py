@@ -1,10 +1,8 @@
-"""The state of one sequence on the device, and one decode step over it.
+"""The decode step of one sequence: its state on the device, and a stepper for each cache mode.
 
 The step reads and writes fixed buffers and asks the host nothing, so it can run eagerly, compiled,
 or as a replayed CUDA graph with the same result. The host may enqueue steps ahead of what it has
 read: once a stop token has been chosen, further steps change nothing.
-
-Ways of running the decode step, one per cache mode.
 
 A stepper enqueues the step whose token sits at `slot`, a number the host knows because every
 step takes one slot. It never waits for the device.

@@ -1,21 +1,19 @@
-"""Prompts and pictures as CUDA graphs: how `static-graph` runs what comes before the first token.
+"""Prefill and the vision tower as CUDA graphs: what `static-graph` runs before the first token.
 
 A prompt of a few hundred tokens is a thousand and more operations that take the GPU less time than
-the host needs to ask for them, so the first token waits for the host: for its speed, for other
+the host needs to launch them, so the first token waits for the host: for its speed, for other
 programs on its core, and for every other Python thread at each operation. As a graph the whole pass
-is asked for at once. A graph has one size, so a prompt is filled up at its end to a length class;
+is launched at once. A graph has one size, so a prompt is padded at its end to a bucket of lengths;
 nothing before the end sees what is behind it, and what that leaves in the cache is overwritten
-before it is read, as slots behind the last one in use always are. Pictures: `picture_graphs`.
+before it is read, as slots behind the last one in use always are.
+
+A folder holds pictures of any size, so a graph of each would be captured more often than replayed.
+The patches of a picture are padded to a bucket too, and torch's flash attention reads on the device
+where segments begin. The padding is segments of its own, so nothing sees it and nothing of it is
+returned.
 
 What is long, starts within a cached sequence, or is a batch is run operator by operator; there the
 GPU is what takes the time, or it is rare.
-
-Pictures as CUDA graphs, one for each class of sizes.
-
-A folder holds pictures of any size, so a graph of each would be captured more often than replayed.
-The patches of a picture are filled up at their end to a length class instead, and torch's flash
-attention reads on the device where segments begin. What is filled up is segments of its own, so
-nothing sees it and nothing of it is returned.
 """
 
 from __future__ import annotations

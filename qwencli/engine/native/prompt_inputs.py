@@ -1,17 +1,14 @@
-"""A batch of prompts as tensors on the device: ids, positions, padding, image features.
+"""A batch of prompts as tensors on the device: ids, rotary positions, padding, image features.
 
 Everything the host has to know about a prompt (where its pictures are, how long it is, how far
-rotary positions have run ahead) is worked out here once, before the device is given any work.
+rotary positions have run ahead) is worked out here once, before the device is given any work, so
+that nothing has to be read back from it.
 
-Rotary positions of a prompt: one axis for text, three (time, row, column) around pictures.
-
-Computed once per prompt on the host from the token ids and the grids, so that nothing has to be
-read back from the device. After the prompt all three axes advance together from its last token,
-at the distance `delta` (never above 0) from the place in the sequence.
-
-Source of the scheme: Qwen2-VL (arXiv 2409.12191, section 2.1, M-RoPE) and the rules that the
-reference implementation adds: Qwen2.5-VL spaces a video's frames by real time, Qwen3-VL writes
-timestamps between frames instead, so that each frame is a picture of its own.
+Positions have one axis for text, three (time, row, column) around pictures. After the prompt all
+three advance together from its last token, at the distance `delta` (never above 0) from the place
+in the sequence. Source of the scheme: Qwen2-VL (arXiv 2409.12191, section 2.1, M-RoPE) and the
+rules that the reference implementation adds: Qwen2.5-VL spaces a video's frames by real time,
+Qwen3-VL writes timestamps between frames instead, so that each frame is a picture of its own.
 """
 
 from __future__ import annotations

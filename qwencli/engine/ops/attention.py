@@ -4,8 +4,8 @@ A plan is built once per step and shared by all layers. Grouped-query attention 
 keys and values: a decode step treats the heads of a group as rows of one query matrix, a prompt
 passes them as a batch over keys with stride 0, or to a kernel that knows groups.
 
-torch's own flash attention by its name: for one query over as many slots as the device says,
-for prompts, and for pictures of which the device knows the sizes.
+torch's own flash attention is called by its name: for one query over as many slots as the device
+says (flash-decoding), for prompts, and for pictures of which the device knows the sizes.
 
 `scaled_dot_product_attention` with a mask runs kernels that do not split one query's keys among
 the processors (18.8 us a layer on an H200, results/2026-11-23-h200-native-first-look). The same

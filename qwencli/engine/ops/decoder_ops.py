@@ -4,10 +4,8 @@ They are the readable reference: a faster kernel replaces one field of `DecoderO
 it by a parity test. Each takes tensors and plain numbers only, allocates nothing but its result,
 never synchronises, and can be captured in a CUDA graph.
 
-RMS norm over the last dimension: x / sqrt(mean(x^2) + eps) * weight, statistics in float32.
-
-Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467).
-"""
+RMSNorm: x / sqrt(mean(x^2) + eps) * weight over the last dimension, statistics in float32 (Zhang
+and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467)."""
 
 from __future__ import annotations
 

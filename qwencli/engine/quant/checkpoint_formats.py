@@ -1,11 +1,9 @@
-"""What the packed tensors of ready-made checkpoints mean, as our own `QuantizedTensor` matrices.
+"""Turns the packed tensors of pre-quantized checkpoints into our `QuantizedTensor`s.
 
-Values, scales and zeros are taken over as they are: nothing is rounded anew. Groups of more than
-128 columns become several with the same scale. Where each format is defined is told by
+GPTQ, AWQ, compressed-tensors, bitsandbytes and fp8 share words of several values and groups of
+columns. Values, scales and zeros are taken over as they are: nothing is rounded anew. Groups of
+more than 128 columns become several with the same scale. Where each format is defined is told by
 `models.quant_formats`.
-
-What the formats of ready-made checkpoints have in common: words of several values, groups of
-columns, and how a mistake is told.
 """
 
 from __future__ import annotations

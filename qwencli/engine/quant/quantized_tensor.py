@@ -1,12 +1,12 @@
 """Weights of fewer bits: how a matrix is cut down, packed, and dequantized.
 
-int8, fp8   one scale a row: w = scale * q. In ready-made checkpoints also a scale for each group
+int8, fp8   one scale a row: w = scale * q. In pre-quantized checkpoints also a scale for each group
             of columns, and for int8 a zero: w = scale * (q - zero).
 int4        asymmetric groups along the columns: w = scale * (q - zero), q from 0 to 15. A group's
             range is shrunk to the one of `SHRINKS` that leaves the smallest squared error, which
             is what outliers cost (Nagel et al. 2021, arXiv 2106.08295, section 3.1).
 nf4, fp4    groups along the columns, and a table of 16 values for all: w = scale * table[q]
-            (QLoRA, arXiv 2305.14314, section 3). Ready-made checkpoints only.
+            (QLoRA, arXiv 2305.14314, section 3). Pre-quantized checkpoints only.
 
 This module knows neither kernels nor which matrices of a model are worth it, nor how others pack
 theirs (`unpacking`).

@@ -1,9 +1,7 @@
-"""How a request takes its steps: one token each, or as many as speculation finds worth checking.
+"""How a request decodes: one token a step, or drafts that a step verifies (speculative decoding).
 
-Ways of running a step that checks drafted tokens, one per cache mode that can.
-
-A verifier enqueues the step whose first token sits at `slot` or before: how many tokens the steps
-took that the host has not read yet it cannot know.
+A verifier, one for each cache mode that can, enqueues the step whose first token sits at `slot` or
+before: how many tokens the steps took that the host has not read yet it cannot know.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme, codeb
 from qwencli.models.quant_formats import packed_format
 from qwencli.models.shape_reader import read_shape
 from tests.engine.quant.packed_formats import FORMATS, NF4
-from tests.engine.quant.test_prequantized import TEXT as READY_MADE_TEXT
+from tests.engine.quant.test_prequantized import TEXT as PREQUANTIZED_TEXT
 from tests.engine.quant.test_prequantized import tensors_of, write
 from tests.models.test_shape_reader import TEXT
 
@@ -88,7 +88,7 @@ def test_a_vector_of_zeros_gives_zeros() -> None:
 
 
 def test_scales_of_a_half_type_and_a_matrix_without_groups() -> None:
-    """As ready-made checkpoints have them."""
+    """As pre-quantized checkpoints have them."""
     matrix = quantize(values(32, 64), Scheme.INT8)
     matrix = replace(matrix, scale=matrix.scale.half())
     x, y = values(1, 64), torch.zeros(1, 32)
@@ -107,19 +107,19 @@ def stored_values(matrix: QuantizedTensor) -> torch.Tensor:
 
 
 # Groups with zeros and without, tables, columns in an order of their own, each type of scales.
-READY_MADE = (
+PREQUANTIZED = (
     "awq g64", "gptq desc_act", "gptq 8", "gptq 8 sym desc_act", "ct int4", "ct int8 asym",
     "fp8 blocks", "bnb nf4",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", READY_MADE)
-def test_matrices_of_ready_made_checkpoints(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", PREQUANTIZED)
+def test_matrices_of_prequantized_checkpoints(tmp_path: Path, name: str) -> None:
     config, writer, arguments, _ = FORMATS[name]
-    packed, _ = tensors_of(READY_MADE_TEXT, writer, arguments)
+    packed, _ = tensors_of(PREQUANTIZED_TEXT, writer, arguments)
     loaded = weights.load(
         write(tmp_path, packed),
-        read_shape(READY_MADE_TEXT),
+        read_shape(PREQUANTIZED_TEXT),
         torch.float32,
         CPU,
         packed=packed_format({"quantization_config": config}),

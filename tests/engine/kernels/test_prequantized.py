@@ -1,4 +1,4 @@
-"""The kernels on weights of ready-made checkpoints: equal to the matrices read back."""
+"""The kernels on weights of pre-quantized checkpoints: equal to the matrices read back."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_the_engine_reports_what_its_operations_round(
 @pytest.mark.parametrize(
     ("name", "label"), [("awq g64", "awq-int4-g64-w4a8"), ("bnb nf4", "bnb-nf4-w4a8")]
 )
-def test_ready_made_checkpoints_are_rounded_alike(tmp_path: Path, name: str, label: str) -> None:
+def test_prequantized_checkpoints_are_rounded_alike(tmp_path: Path, name: str, label: str) -> None:
     loaded = loaded_from(tmp_path, name)
     assert loaded.ran_scheme(REFERENCE_OPS.activation_bits) == FORMATS[name][-1]
     assert loaded.ran_scheme(activation_bits) == label

@@ -128,7 +128,7 @@ def test_steps_with_fewer_bits_wait_for_nothing(quantization: Any, kv: Scheme | 
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_steps_of_ready_made_checkpoints_wait_for_nothing(tmp_path: Path, name: str) -> None:
+def test_steps_of_prequantized_checkpoints_wait_for_nothing(tmp_path: Path, name: str) -> None:
     said, writer, arguments, _ = FORMATS[name]
     packed, _ = tensors_of(TEXT, writer, arguments)
     read = packed_format({"quantization_config": said})

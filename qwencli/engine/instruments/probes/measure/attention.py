@@ -1,8 +1,6 @@
-"""Attention in the shapes of a model, through each SDPA backend: what runs, and how fast.
+"""Attention in the shapes of a model, through each SDPA backend and through flash-attn.
 
-Which kernels belong to which kind of attention, by their names.
-
-The flash-attn package, run and compared with torch's own attention.
+What runs (by the names of kernels), and how fast.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""bitsandbytes' layers beside the unquantized one: one token through a model's widest matrix.
+"""Linear layers: bitsandbytes beside unquantized ones, and the patch embedding in both its forms.
 
-The patch embedding as the convolution that checkpoints describe, and as a linear layer.
+One token through a model's widest matrix; the patch embedding as the convolution that checkpoints
+describe, and as a linear layer.
 """
 
 from __future__ import annotations

@@ -1,14 +1,7 @@
-"""What torch says about itself and the devices it finds.
+"""What torch sees, whether the device computes, and its rates: memory, host link, launches.
 
-The smallest proof that a device computes.
-
-How fast this device reads its memory: the limit of decoding, which reads every weight once a
-token.
-
-How fast data crosses between host and device.
-
-How fast this host launches work: the other limit of decoding, which launches hundreds of
-kernels a token.
+Memory bandwidth limits decoding, which reads every weight once a token; so does the rate at which
+the host launches work, hundreds of kernels a token.
 """
 
 from __future__ import annotations
