@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qwencli.dataset.pipeline import Outcome
     from qwencli.dataset.sinks import Sink as CaptionSink
     from qwencli.dataset.sources import Listing
+    from qwencli.engine.protocol import Engine
 
 
 # Pictures whose questions a dry run shows.
@@ -137,7 +138,7 @@ def caption_set(
                 announce_model(spec, run, sink)
                 stopper = Stopper(sink.notice)
                 with running_engine(run.engine_config(spec), sink) as engine, stopper.watching():
-                    _count_tokens(asking, spec, run)
+                    _after_loading(asking, engine, spec, run)
                     reporter.device = engine.ran.device
                     with reporter.progress.shown(engine.ran.device):
                         whole.caption(
@@ -147,8 +148,9 @@ def caption_set(
         reporter.finish()
 
 
-def _count_tokens(asking: Asking, spec: ModelSpec, run: RunOptions) -> None:
-    """Where captions are cut by tokens, count those of the model, whose files are here now."""
+def _after_loading(asking: Asking, engine: Engine, spec: ModelSpec, run: RunOptions) -> None:
+    """What is known of a model once it is loaded: its longest request, and how it counts tokens."""
+    asking.max_seq_len = engine.max_seq_len
     if asking.manner.shape.max_tokens is None or run.load_format is not LoadFormat.AUTO:
         return
     from qwencli.engine.frontend.tokenizer import Tokenizer
@@ -192,7 +194,7 @@ def print_captions(
     tasks = [Task(item, name) for item in listing.items for name in fields]
     announce_model(spec, run, sink)
     with running_engine(run.engine_config(spec), sink) as engine:
-        _count_tokens(asking, spec, run)
+        _after_loading(asking, engine, spec, run)
         work.answer_shaped(engine, tasks, asking.stages())
     work.finish()
     if work.failed:

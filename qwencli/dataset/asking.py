@@ -64,6 +64,10 @@ class Manner:
         return {name: value for name, value in said.items() if value}
 
 
+# Tokens that a reminder may add to a prompt.
+_REMINDER_TOKENS = 64
+
+
 @dataclass
 class _Asked:
     """One task between its request and its caption."""
@@ -71,6 +75,7 @@ class _Asked:
     question: Question
     known: Mapping[str, str]
     starts_with: str
+    num_prompt_tokens: int = 0
 
 
 class Asking:
@@ -98,6 +103,8 @@ class Asking:
         self._asked: dict[Slot, _Asked] = {}
         self._faults: dict[Slot, Fault] = {}
         self._captions: dict[Slot, str] = {}
+        # Of a request, where an engine has said it: no retry asks for more.
+        self.max_seq_len: int | None = None
 
     def count_tokens_with(self, count: TokenCount) -> None:
         """Count the tokens of `--max-caption-tokens` so, from now on."""
@@ -162,14 +169,22 @@ class Asking:
                 ban=self.manner.shape.ban,
                 language=self.manner.guards.language or language_wanted(asked.question.template),
             )
-            text, sampling = retry.asked(text), retry.sampling
+            text, sampling = retry.asked(text), self._within_length(retry.sampling, asked)
         messages = (*self._system, user_message(text, (visual,)))
         return GenerationRequest(messages, sampling, starts_with=asked.starts_with)
+
+    def _within_length(self, sampling: SamplingOptions, asked: _Asked) -> SamplingOptions:
+        longer = sampling.max_new_tokens
+        if self.max_seq_len is None or longer is None:
+            return sampling
+        room = self.max_seq_len - asked.num_prompt_tokens - _REMINDER_TOKENS
+        return replace(sampling, max_new_tokens=max(1, min(longer, room)))
 
     def fault(self, task: Task, result: GenerationResult) -> str | None:
         """What is wrong with an answer; None where `caption` has one to write."""
         slot = task.slot
         asked = self._asked[slot]
+        asked.num_prompt_tokens = result.num_prompt_tokens
         if result.thoughts is not None and not result.text.strip():
             found: str | Fault = Fault(FaultKind.THINKING, "thought, and gave no answer")
         else:

@@ -94,6 +94,21 @@ def test_what_is_cut_off_gets_more_room(caption, pictures, engine):
     assert captions(folder)["a.txt"] == GOOD + "\n"
 
 
+def test_no_retry_asks_for_more_than_a_request_may_have(caption, pictures, engine):
+    folder = pictures("a.png")
+    engine.max_seq_len, engine.finish_reason = 200, "length"
+    asked = []
+
+    def answer(request):
+        asked.append(request.sampling.max_new_tokens)
+        return "A cat sits on the"
+
+    engine.answer = answer
+    assert caption(folder, "--max-new-tokens", 80) == 1
+    assert asked == [80, 129, 129]
+    assert "truncated" in failures(folder)[0]["reason"]
+
+
 def test_a_cut_at_a_sentences_end_is_no_loss(caption, pictures, engine):
     folder = pictures("a.png")
     engine.answer, engine.finish_reason = lambda request: "A cat sits. It wears a", "length"
