@@ -60,6 +60,9 @@ what is typed, and leaves when pressed again."""
 PASTE_START, PASTE_END = "\x1b[200~", "\x1b[201~"
 # What begins with a slash by mistake. Code does so too ("/* ...", "// ..."), and pasted texts.
 _COMMAND_OR_PATH = re.compile(r"/[\w.~-][^\n]*")
+# Pieces in quotes, escaped characters, and others, as a shell puts them together. Possessive: a
+# text of many backslashes would be tried in every way to read it.
+_SHELL_WORD = re.compile(r"((?:'[^']*'|\"[^\"]*\"|\\.|[^\s\\'\"]|\\)++)(?:\s+|$)")
 # Lines of a paste follow one another at once; a person's do not.
 PASTE_GAP_S = 0.03
 
@@ -298,13 +301,17 @@ def _split_paths(text: str) -> list[Path]:
     """
     if text and _exists(whole := _as_path(text)):
         return [whole]
-    try:
+    readings = []
+    for posix in (True, False):
+        try:
+            words = shlex.split(text, posix=posix)
+        except ValueError as error:
+            failure = UsageError(str(error).lower(), "close the quotation mark")
+            continue
         # posix=False keeps Windows' backslashes; the quotes it leaves are taken off here.
-        as_windows = [word.strip("'\"") for word in shlex.split(text, posix=False)]
-        as_posix = shlex.split(text)
-    except ValueError as error:
-        raise UsageError(str(error).lower(), "close the quotation mark") from error
-    readings = [[_as_path(word) for word in words] for words in (as_posix, as_windows)]
+        readings.append([_as_path(word if posix else word.strip("'\"")) for word in words])
+    if not readings:
+        raise failure
     if os.name == "nt" or re.search(r"(?:^|[\s'\"])(?:[A-Za-z]:\\|\\\\)", text):
         readings.reverse()
     return next((paths for paths in readings if all(map(_exists, paths))), readings[0])
@@ -319,7 +326,7 @@ def _dropped(line: str) -> tuple[list[Path], str]:
     if whole.is_absolute() and whole.name and _exists(whole):
         return [whole], ""
     files: list[Path] = []
-    while word := re.match(r"('[^']+'|\"[^\"]+\"|(?:\\.|[^\s\\'\"]|\\)+)(?:\s+|$)", line):
+    while word := _SHELL_WORD.match(line):
         try:
             paths = _split_paths(word[1])
         except UsageError:

@@ -251,9 +251,15 @@ def local_path(path: Path) -> Path:
     if found is None or os.path.lexists(path):
         return path
     if found["scheme"].lower() == "file":
+        import platform
         from urllib.request import url2pathname
 
-        return Path(url2pathname("/" + found["rest"].removeprefix("localhost/")))
+        host, _, rest = found["rest"].partition("/")
+        here = host.lower() in ("localhost", platform.node().lower())
+        written = "/" + (rest if here else found["rest"])
+        decoded = Path(url2pathname(written))
+        # Some programs write the name as it is, "%20" and all.
+        return Path(written) if os.path.lexists(written) else decoded
     # A path has one slash where the address had two.
     raise InputError(
         f"{found['scheme']}://{found['rest']}: an address of the web is not opened",
