@@ -7,11 +7,10 @@ request at a time), and keeping garbage collection out of a request.
 from __future__ import annotations
 
 import gc
-import itertools
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
@@ -20,11 +19,11 @@ from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, 
 from qwencli.engine.frontend.model_files import ModelFiles, open_model
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.machine.cpu_threads import computing_with, threads_for
-from qwencli.engine.protocol import RequestQueue, drain
-from qwencli.engine.request import RequestId, RequestSource, StepOutput, request_of
+from qwencli.engine.protocol import RequestQueue, SerialQueue, drain
+from qwencli.engine.request import RequestId, RequestSource, StepOutput
 from qwencli.engine.resolve import resolve_device
 from qwencli.engine.response import ResponseBuilder
-from qwencli.errors import InputError, OutOfMemoryError, QwenCliError, UsageError
+from qwencli.errors import InputError, OutOfMemoryError, UsageError
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk, GenerationResult, RanModes
 
@@ -55,55 +54,6 @@ def gc_freeze_loaded() -> None:
     """Take everything that exists now out of later collections: it is here to stay."""
     gc.collect()
     gc.freeze()
-
-
-class SerialQueue:
-    """Answers requests one after the other; a step is a token of the first."""
-
-    max_rows = 1
-
-    def __init__(self, stream: Callable[[GenerationRequest], Iterator[GenerationChunk]]) -> None:
-        self._stream = stream
-        self._ids = itertools.count()
-        self._waiting: dict[RequestId, RequestSource] = {}
-        self._running: tuple[RequestId, Iterator[GenerationChunk]] | None = None
-
-    @property
-    def has_unfinished(self) -> bool:
-        return self._running is not None or bool(self._waiting)
-
-    def add(self, request: RequestSource) -> RequestId:
-        number = next(self._ids)
-        self._waiting[number] = request
-        return number
-
-    def step(self) -> list[StepOutput]:
-        if self._running is None:
-            if not self._waiting:
-                return []
-            number = next(iter(self._waiting))
-            try:
-                request = request_of(self._waiting.pop(number))
-            except QwenCliError as error:
-                return [StepOutput(number, error=error)]
-            self._running = number, self._stream(request)
-        number, chunks = self._running
-        try:
-            output = StepOutput(number, next(chunks))
-        except QwenCliError as error:
-            output = StepOutput(number, error=error)
-        if output.finished:
-            self._running = None
-        return [output]
-
-    def abort(self, request: RequestId) -> None:
-        self._waiting.pop(request, None)
-        if self._running is not None and self._running[0] == request:
-            self._running = None  # a stream that is dropped cancels its request
-
-    def close(self) -> None:
-        self._waiting.clear()
-        self._running = None
 
 
 class ManyRequests(ABC):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from qwencli.engine.base_engine import SerialQueue
-from qwencli.engine.protocol import Engine, RequestQueue
+from qwencli.engine.protocol import Engine, RequestQueue, SerialQueue
 from qwencli.engine.request import RequestSource
 from qwencli.errors import QwenCliError
 from qwencli.results import GenerationResult

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, Self
 
 from qwencli.config import EngineConfig
-from qwencli.engine.request import RequestId, RequestSource, StepOutput
+from qwencli.engine.request import RequestId, RequestSource, StepOutput, request_of
+from qwencli.errors import QwenCliError
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk, GenerationResult, RanModes
 
@@ -70,6 +72,55 @@ class Engine(RequestQueue, Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc: object) -> None: ...
+
+
+class SerialQueue:
+    """Answers requests one after the other; a step is a token of the first."""
+
+    max_rows = 1
+
+    def __init__(self, stream: Callable[[GenerationRequest], Iterator[GenerationChunk]]) -> None:
+        self._stream = stream
+        self._ids = itertools.count()
+        self._waiting: dict[RequestId, RequestSource] = {}
+        self._running: tuple[RequestId, Iterator[GenerationChunk]] | None = None
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self._running is not None or bool(self._waiting)
+
+    def add(self, request: RequestSource) -> RequestId:
+        number = next(self._ids)
+        self._waiting[number] = request
+        return number
+
+    def step(self) -> list[StepOutput]:
+        if self._running is None:
+            if not self._waiting:
+                return []
+            number = next(iter(self._waiting))
+            try:
+                request = request_of(self._waiting.pop(number))
+            except QwenCliError as error:
+                return [StepOutput(number, error=error)]
+            self._running = number, self._stream(request)
+        number, chunks = self._running
+        try:
+            output = StepOutput(number, next(chunks))
+        except QwenCliError as error:
+            output = StepOutput(number, error=error)
+        if output.finished:
+            self._running = None
+        return [output]
+
+    def abort(self, request: RequestId) -> None:
+        self._waiting.pop(request, None)
+        if self._running is not None and self._running[0] == request:
+            self._running = None  # a stream that is dropped cancels its request
+
+    def close(self) -> None:
+        self._waiting.clear()
+        self._running = None
 
 
 def drain(chunks: Iterator[GenerationChunk]) -> GenerationResult:

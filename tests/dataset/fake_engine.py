@@ -130,10 +130,11 @@ class FakeEngine:
 
 def main() -> int:
     from qwencli.cli import run
-    from qwencli.engine import factory
+    from qwencli.engine import factory, resolve
 
     step_s = float(os.environ.get("FAKE_STEP_S", "0"))
     factory.create_engine = lambda config: FakeEngine(config, step_s=step_s)  # type: ignore
+    resolve.resolve_device = lambda device: "cpu"  # it would load torch
     return run(["caption", "--model", "scenes", "--device", "cpu", *sys.argv[1:]])
 
 
