@@ -71,6 +71,9 @@ def clock_of_tokens(data: CellRows) -> Said:
     clocks = [float(row["sm_clock_mhz"]) for row in data.gpu if row.get("sm_clock_mhz")]
     if not clocks or max(clocks) - min(clocks) <= SAME_CLOCK_SHARE * max(clocks):
         return
+    middle, late = data.median("itl_p50_ms"), data.median("itl_p99_ms")
+    if middle and late and late - middle <= SAME_CLOCK_SHARE * middle:  # tokens are alike
+        return
     joined = tokens_with_clocks(data)
     if len(joined) < LEAST_JOINED:
         return

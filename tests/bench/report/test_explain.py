@@ -157,11 +157,13 @@ def test_tokens_that_do_not_follow_the_clock_get_no_sentence(data):
     assert not any(line.startswith(LOW_CLOCK) for line in said(data))
 
 
-def test_a_clock_that_stands_still_is_not_joined(monkeypatch):
+def test_where_clock_or_tokens_stand_still_nothing_is_joined(monkeypatch):
     data = clocked(lambda n, low, number: 10.0)
     still = [{**row, "sm_clock_mhz": "1980"} for row in data.gpu]
+    alike = [{**row, "itl_p50_ms": "10.0", "itl_p99_ms": "10.1"} for row in data.runs]
     monkeypatch.setattr(explain_rules, "tokens_with_clocks", None)
     assert said(dataclasses.replace(data, gpu=still))
+    assert said(dataclasses.replace(data, runs=alike))
 
 
 def test_what_the_roofline_says():
