@@ -129,7 +129,7 @@ def _run(
         command=worker(planted),
         sampler=sampler_command(facts.uuid) if facts.kind == "cuda" else None,
         timeout_s=1800.0,
-        beside=False,
+        post_run_checks=False,
     )
     about = environment(facts, [Path(__file__).name, *sys.argv[1:]], plan.settings.seed)
     with ExitStack() as stack:

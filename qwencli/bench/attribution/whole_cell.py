@@ -90,7 +90,7 @@ def machine_of(environment: Mapping[str, Any]) -> Machine:
     return Machine(kind not in ("cpu", "None"), cpu.get("logical_cores"))
 
 
-class Pace(NamedTuple):
+class BestOfCampaign(NamedTuple):
     """What the quickest cell of the campaign shows: its core, and the highest clock of the GPU."""
 
     cpu_loop_us: float | None = None
@@ -137,14 +137,14 @@ def percentages(
         cells: the measured runs of each.
         device_busy_percent: how much of the time a cell's device works, where measured.
     """
-    pace = _pace(cells.values())
+    best = _best_of(cells.values())
     return {
-        cell: _of_cell(records, pace, device_busy_percent.get(cell), machine)
+        cell: _of_cell(records, best, device_busy_percent.get(cell), machine)
         for cell, records in cells.items()
     }
 
 
-def _pace(cells: Iterable[Sequence[RunRecord]]) -> Pace:
+def _best_of(cells: Iterable[Sequence[RunRecord]]) -> BestOfCampaign:
     cells = list(cells)
     loops = [loop for records in cells if (loop := _median(records, "cpu_loop_us"))]
     clocks = [
@@ -154,11 +154,11 @@ def _pace(cells: Iterable[Sequence[RunRecord]]) -> Pace:
         for sample in record.gpu
         if (clock := sample.figures.get("sm_clock_mhz"))
     ]
-    return Pace(min(loops, default=None), max(clocks, default=None))
+    return BestOfCampaign(min(loops, default=None), max(clocks, default=None))
 
 
 def _of_cell(
-    records: Sequence[RunRecord], pace: Pace, busy: float | None, machine: Machine
+    records: Sequence[RunRecord], best: BestOfCampaign, busy: float | None, machine: Machine
 ) -> dict[str, float | None]:
     decodes = [(record, decode) for record in records if (decode := record.interval("decode"))]
     on_gpu, cores = machine.on_gpu, machine.cores
@@ -180,11 +180,11 @@ def _of_cell(
         "stolen_percent": _stolen_percent([decode for _, decode in decodes]),
         "paged_percent": middle(_paged_ms),
         "other_gpu_percent": middle(_other_gpu_ms),
-        "clock_held_percent": middle(lambda run, decode: _held_ms(run, decode, pace)),
+        "clock_held_percent": middle(lambda run, decode: _held_ms(run, decode, best)),
         "core_slow_percent": (
             None
             if on_gpu and (busy is None or busy >= GPU_BUSY)
-            else middle(lambda run, decode: _slow_core_ms(run, decode, pace))
+            else middle(lambda run, decode: _slow_core_ms(run, decode, best))
         ),
         "others_cpu_percent": None if on_gpu or not cores else _per(cores, middle(_others_ms)),
     }
@@ -249,14 +249,14 @@ def _other_gpu_ms(run: RunRecord, decode: Moment) -> float | None:
     return decode.span_ms * statistics.fmean(known) / 100 if known else None
 
 
-def _held_ms(run: RunRecord, decode: Moment, pace: Pace) -> float | None:
+def _held_ms(run: RunRecord, decode: Moment, best: BestOfCampaign) -> float | None:
     """The time that a lower clock costs while the driver holds it back, if time goes with its
     inverse."""
     samples = _samples(run, decode, "sm_clock_mhz")
-    if not samples or not pace.sm_clock_mhz:
+    if not samples or not best.sm_clock_mhz:
         return None
     lost = [
-        1 - sample.figures["sm_clock_mhz"] / pace.sm_clock_mhz
+        1 - sample.figures["sm_clock_mhz"] / best.sm_clock_mhz
         if any(f"throttle:{reason}" in sample.figures for reason in THROTTLING)
         else 0.0
         for sample in samples
@@ -272,11 +272,11 @@ def _samples(run: RunRecord, decode: Moment, column: str) -> list[Moment]:
     ]
 
 
-def _slow_core_ms(run: RunRecord, decode: Moment, pace: Pace) -> float | None:
+def _slow_core_ms(run: RunRecord, decode: Moment, best: BestOfCampaign) -> float | None:
     loop, ran = run.figures.get("cpu_loop_us"), decode.figures.get("main_cpu_ms")
-    if not loop or ran is None or not pace.cpu_loop_us:
+    if not loop or ran is None or not best.cpu_loop_us:
         return None
-    return max(0.0, ran * (1 - pace.cpu_loop_us / loop))
+    return max(0.0, ran * (1 - best.cpu_loop_us / loop))
 
 
 def _others_ms(run: RunRecord, decode: Moment) -> float | None:

@@ -62,7 +62,7 @@ def run_sides(
         command=command or worker(None),
         sampler=sampler_command(facts.uuid) if facts.kind == "cuda" else None,
         timeout_s=TIMEOUT_S,
-        beside=False,
+        post_run_checks=False,
     )
     about = environment(facts, arguments, request.seed)
     about[IN_TURNS] = f"{time.time_ns():x}"

@@ -17,7 +17,7 @@ from qwencli.bench.causes import Cause
 from qwencli.bench.inject.confusion import NONE, TRUTH_COLUMNS, rows_of
 from qwencli.bench.inject.faults import KINDS, Fault
 from qwencli.bench.run import worker
-from qwencli.bench.run.worker import EngineAround
+from qwencli.bench.run.worker import EngineWrapper
 from qwencli.bench.storage.row_file import RowFile
 from qwencli.config import EngineConfig
 from qwencli.engine.factory import create_engine
@@ -26,7 +26,7 @@ from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk
 
 
-class DisturbedEngine(EngineAround):
+class DisturbedEngine(EngineWrapper):
     """An `Engine` whose runs are disturbed by schedule; run 0 and what follows the last are not."""
 
     def __init__(self, engine: Engine, schedule: Sequence[str], seed: int, truth: RowFile) -> None:

@@ -26,17 +26,17 @@ _TURNS = 200
 _OBJECTS = 12_000
 
 
-class Pace(NamedTuple):
+class CpuCalibration(NamedTuple):
     """Of the calling thread's core at one moment, in microseconds."""
 
     cpu_loop_us: float
     pointer_chase_us: float
 
 
-def read_pace() -> Pace:
+def calibrate_cpu() -> CpuCalibration:
     """Measure it, in less than a millisecond."""
     walk_ns = min(_walk_ns(objects) for objects in _places())
-    return Pace(min(_loop_ns() for _ in range(_LOOPS)) / 1e3, walk_ns / 1e3)
+    return CpuCalibration(min(_loop_ns() for _ in range(_LOOPS)) / 1e3, walk_ns / 1e3)
 
 
 @functools.cache

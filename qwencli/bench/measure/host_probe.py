@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Self
 
-from qwencli.bench.measure.cpu_calibration import Pace, read_pace
+from qwencli.bench.measure.cpu_calibration import CpuCalibration, calibrate_cpu
 from qwencli.bench.measure.os_counters import (
     MOST_BESIDE_A_GPU,
     MOST_THREADS,
@@ -44,7 +44,7 @@ LEAST_EXCESS_S = 0.001
 LEARNING = 5
 # A slow token's row reaches back to the reading before, so at most this many tokens.
 READ_EVERY = 16
-# Tokens that take so long have the host's pace measured between them, so often: a quarter of a
+# Tokens that take so long have the host's speed measured between them, so often: a quarter of a
 # millisecond in a tenth of a second.
 LONG_TOKEN_S, PACE_EVERY_S = 0.01, 0.1
 
@@ -134,7 +134,8 @@ class _Counts(NamedTuple):
 class TokenProbe:
     """Watches the runs of one engine, one at a time: `with probe: result = probe.drain(stream)`.
 
-    `rows(collections)` then gives the run's rows of host.csv, `pace()` its columns of runs.csv.
+    `rows(collections)` then gives the run's rows of host.csv, `cpu_calibration()` its columns of
+    runs.csv.
     """
 
     def __init__(self, device: str) -> None:
@@ -143,7 +144,7 @@ class TokenProbe:
         self._limit_s = float("inf")
         self._usage = _usage_reader()
         self._clock = CoreClock()
-        read_pace()  # makes what it walks over, which takes a while
+        calibrate_cpu()  # makes what it walks over, which takes a while
 
     def __enter__(self) -> Self:
         self._stops: list[float] = []
@@ -151,7 +152,7 @@ class TokenProbe:
         self._readings: list[_Reading] = []
         self._slow: list[int] = []
         self._counts: dict[int, _Counts] = {}
-        self._paces: list[Pace] = []
+        self._calibrations: list[CpuCalibration] = []
         self._paced_s = 0.0
         with ExitStack() as stack:
             self._queue = stack.enter_context(RunQueue(self._threads))
@@ -166,7 +167,7 @@ class TokenProbe:
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
-        self._paces.append(read_pace())
+        self._calibrations.append(calibrate_cpu())
 
     def drain(self, chunks: Iterator[GenerationChunk]) -> GenerationResult:
         """Run a stream to its end and return its result."""
@@ -204,7 +205,7 @@ class TokenProbe:
         if token == LEARNING and self._limit_s == float("inf"):
             self._limit_s = _slow_s(times)
         if token > 1 and now - times[-2] > LONG_TOKEN_S and now - self._paced_s > PACE_EVERY_S:
-            self._paces.append(read_pace())
+            self._calibrations.append(calibrate_cpu())
             self._paced_s = now
 
     def _read(self, now: float) -> None:
@@ -229,9 +230,11 @@ class TokenProbe:
             self._cgroup.read(),
         )
 
-    def pace(self) -> dict[str, float]:
+    def cpu_calibration(self) -> dict[str, float]:
         """Of the run: means of what was measured within it and at its end."""
-        means = Pace(*(statistics.fmean(values) for values in zip(*self._paces, strict=True)))
+        means = CpuCalibration(
+            *(statistics.fmean(values) for values in zip(*self._calibrations, strict=True))
+        )
         return means._asdict()
 
     def rows(self, collections: Sequence[tuple[float, float]]) -> list[Row]:

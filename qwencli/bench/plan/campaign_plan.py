@@ -51,8 +51,8 @@ class WorkerSpec:
             the probes cost.
         quality_samples: how many answers to check after the runs; 0 = none.
         reference: file with the reference of this model, None = there is none to diverge from.
-        purpose: "reference" makes that file's rows instead of any run; "beside" measures what comes
-            after the runs, which the cell has all of.
+        purpose: "reference" makes that file's rows instead of any run; "post_run_checks" measures
+            what comes after the runs, which the cell has all of.
     """
 
     config: EngineConfig
@@ -66,7 +66,7 @@ class WorkerSpec:
     roofline: bool = True
     quality_samples: int = 0
     reference: Path | None = None
-    purpose: Literal["runs", "beside", "reference"] = "runs"
+    purpose: Literal["runs", "post_run_checks", "reference"] = "runs"
 
 
 _ENUMS = {

@@ -85,7 +85,7 @@ def measure(
         timeout_s=settings.timeout_s,
         cooldown=settings.cooldown,
         continue_on_error=settings.continue_on_error,
-        beside=settings.limits,
+        post_run_checks=settings.limits,
     )
     _fetch_models(plan, output)
     interrupted = False
@@ -157,7 +157,7 @@ def worker(slowdown_percent: float | None) -> list[str]:
     """The command of a worker process, one that slows tokens down on purpose if asked to."""
     if slowdown_percent is None:
         return worker_command()
-    return python_command("qwencli.bench.inject.slower", str(slowdown_percent))
+    return python_command("qwencli.bench.inject.slowdown_worker", str(slowdown_percent))
 
 
 def _holds(rows: Sequence[CellRow]) -> bool:

@@ -241,10 +241,10 @@ class Campaign:
         """The file with the reference of model `name`, where there is one."""
         return self.folder / REFERENCE if name in self._references else None
 
-    def has_beside(self, cell: BenchCell, name: str) -> bool:
+    def has_checks(self, cell: BenchCell, name: str) -> bool:
         return (cell.cell_id, name) in self._has_beside
 
-    def missing_beside(self, cell: BenchCell, *, limits: bool) -> list[str]:
+    def missing_checks(self, cell: BenchCell, *, limits: bool) -> list[str]:
         """What of BESIDE was asked for and is not there, of a cell whose runs did not fail.
 
         Args:
@@ -253,14 +253,14 @@ class Campaign:
         if cell.cell_id in self._ended or cell.skip_reason:
             return []
         asked = {"roofline": limits, "quality": self.plan.wants_quality(cell.model)}
-        return [name for name in BESIDE if asked[name] and not self.has_beside(cell, name)]
+        return [name for name in BESIDE if asked[name] and not self.has_checks(cell, name)]
 
     def cut_off(self, *, limits: bool) -> list[BenchCell]:
         """Cells with all their runs that lack something of what was to be measured after them."""
         return [
             cell
             for cell in self.plan.cells
-            if self.next_turn(cell) is None and self.missing_beside(cell, limits=limits)
+            if self.next_turn(cell) is None and self.missing_checks(cell, limits=limits)
         ]
 
     def turn_made(self, cell: BenchCell, turn: int) -> bool:

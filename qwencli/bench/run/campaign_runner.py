@@ -111,7 +111,7 @@ class RunnerOptions:
         cooldown: before each process but the first.
         continue_on_error: a cell that fails is a row and the others run; off, the campaign ends
             after that row, and can be resumed.
-        beside: measure limits, and what probes cost, after the runs.
+        post_run_checks: measure limits, and what probes cost, after the runs.
     """
 
     command: Sequence[str]
@@ -119,7 +119,7 @@ class RunnerOptions:
     timeout_s: float
     cooldown: Cooldown = NO_PAUSE
     continue_on_error: bool = True
-    beside: bool = True
+    post_run_checks: bool = True
 
 
 def run_campaign(campaign: Campaign, options: RunnerOptions, say: Say) -> None:
@@ -240,7 +240,7 @@ def _make_references(campaign: Campaign, options: RunnerOptions, say: Say) -> bo
         cell
         for cell in plan.cells
         if not cell.skip_reason
-        and (campaign.next_turn(cell) or "quality" in campaign.missing_beside(cell, limits=False))
+        and (campaign.next_turn(cell) or "quality" in campaign.missing_checks(cell, limits=False))
     ]
     names = dict.fromkeys(cell.model for cell in open_cells)
     wanted = [n for n in names if plan.wants_reference(n) and campaign.reference(n) is None]
@@ -270,7 +270,7 @@ class _Place:
     def wanted(self, campaign: Campaign, options: RunnerOptions) -> bool:
         turn = campaign.next_turn(self.cell)
         if turn is None:  # all runs are there; what follows them may not be
-            missing = campaign.missing_beside(self.cell, limits=options.beside)
+            missing = campaign.missing_checks(self.cell, limits=options.post_run_checks)
             return self.turn == campaign.plan.settings.stop.processes and bool(missing)
         return turn <= self.turn
 
@@ -298,13 +298,13 @@ def _run_process(
     telemetry: Telemetry,
 ) -> tuple[Ending, list[float]]:
     work = campaign.plan.worker_spec(cell, turn, campaign.progress(cell))
-    checked = campaign.has_beside(cell, "quality")
+    checked = campaign.has_checks(cell, "quality")
     work = replace(
         work,
-        roofline=options.beside and not campaign.has_beside(cell, "roofline"),
+        roofline=options.post_run_checks and not campaign.has_checks(cell, "roofline"),
         quality_samples=0 if checked else work.quality_samples,
         reference=None if checked else campaign.reference(cell.model),
-        purpose="beside" if campaign.next_turn(cell) is None else "runs",
+        purpose="post_run_checks" if campaign.next_turn(cell) is None else "runs",
     )
     spec = dump_spec(work)
     lost = 0  # the run being made now: the warm-up comes first
@@ -346,7 +346,7 @@ def _note_missing(
     if ending.status in _TRY_AGAIN:
         return
     model = cell.model
-    for name in campaign.missing_beside(cell, limits=options.beside):
+    for name in campaign.missing_checks(cell, limits=options.post_run_checks):
         reason = ending.reason
         if name == "quality" and campaign.plan.wants_reference(model):
             if campaign.reference(model) is None and not campaign.was_reference_tried(model):

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Message = dict[str, Any]
 # Given the engine, the spec, the request of the runs and the row of the last one.
-Beside = Callable[[Engine, WorkerSpec, GenerationRequest, Mapping[str, Any]], Iterator[Message]]
+PostRunChecks = Callable[
+    [Engine, WorkerSpec, GenerationRequest, Mapping[str, Any]], Iterator[Message]
+]
 
 # Answers of these lengths are counted; what they differ by are decode steps. Few, because the
 # profiler keeps thousands of events a token.
@@ -33,7 +35,7 @@ COUNTED_TOKENS = (2, 10)
 _VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def measure_beside(
+def post_run_checks(
     engine: Engine, spec: WorkerSpec, request: GenerationRequest, last: Mapping[str, Any]
 ) -> Iterator[Message]:
     """Messages of type "rows": the name of a file of the campaign, and what to add to it.

@@ -25,7 +25,7 @@ from typing import Any, Self
 from qwencli.bench.measure import probe_overhead
 from qwencli.bench.measure.host_probe import HostProbe, TokenProbe
 from qwencli.bench.plan.campaign_plan import WorkerSpec, load_spec
-from qwencli.bench.run.post_run_checks import Beside, measure_beside
+from qwencli.bench.run.post_run_checks import PostRunChecks, post_run_checks
 from qwencli.bench.statistics.slow_tokens import run_latency
 from qwencli.bench.storage.columns import RUNS
 from qwencli.config import EngineConfig, LoadMode, SamplingOptions
@@ -57,7 +57,7 @@ _STATUS: tuple[tuple[type[QwenCliError], str], ...] = (
 )
 
 
-class EngineAround(ManyRequests):
+class EngineWrapper(ManyRequests):
     """An `Engine` that answers as the one inside does; subclasses disturb it."""
 
     def __init__(self, engine: Engine) -> None:
@@ -108,12 +108,12 @@ def run_cell(
     spec: WorkerSpec,
     emit: Emit,
     make_engine: MakeEngine = create_engine,
-    beside: Beside = measure_beside,
+    checks: PostRunChecks = post_run_checks,
     prepare: Prepare = lambda run: False,
 ) -> None:
     """Measure one cell; expected errors become its end, unexpected ones are raised."""
     try:
-        for message in _measure_all(spec, make_engine, beside, prepare):
+        for message in _measure_all(spec, make_engine, checks, prepare):
             emit(message)
     except QwenCliError as error:
         status = next((name for kind, name in _STATUS if isinstance(error, kind)), "failed")
@@ -127,14 +127,14 @@ def run_cell(
 
 
 def _measure_all(
-    spec: WorkerSpec, make_engine: MakeEngine, beside: Beside, prepare: Prepare
+    spec: WorkerSpec, make_engine: MakeEngine, checks: PostRunChecks, prepare: Prepare
 ) -> Iterator[dict[str, Any]]:
     request = build_request(spec)
     engine = make_engine(spec.config)
     try:
         engine.load()
         if spec.purpose == "reference":
-            yield from beside(engine, spec, request, {})
+            yield from checks(engine, spec, request, {})
             return
         probe = TokenProbe(engine.ran.device)
         # Run 0 pays for lazy start-up, is recorded, and counts in no statistic.
@@ -155,7 +155,7 @@ def _measure_all(
             progress = progress.plus(message["row"])
         if spec.roofline and spec.max_new_tokens > 3 * probe_overhead.STRETCH:
             yield from _probe_messages(engine, request, probe)
-        yield from beside(engine, spec, request, message["row"])
+        yield from checks(engine, spec, request, message["row"])
     finally:
         engine.close()
 
@@ -220,7 +220,7 @@ def measure(
         **run_latency(result.itl_ms),
         **(asdict(memory) if memory else {}),
         **host.row(),
-        **probe.pace(),
+        **probe.cpu_calibration(),
     }
     return {
         "type": "run",
@@ -273,7 +273,7 @@ def _tokens(result: GenerationResult) -> list[dict[str, Any]]:
 
 def main(
     make_engine: MakeEngine = create_engine,
-    beside: Beside = measure_beside,
+    checks: PostRunChecks = post_run_checks,
     prepare: Prepare = lambda run: False,
 ) -> int:
     """Run as a process, speaking the protocol above."""
@@ -287,7 +287,7 @@ def main(
         rows.write(json.dumps(message) + "\n")
         rows.flush()
 
-    run_cell(spec, emit, make_engine, beside, prepare)
+    run_cell(spec, emit, make_engine, checks, prepare)
     return 0
 
 

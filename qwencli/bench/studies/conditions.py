@@ -16,7 +16,7 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
-from qwencli.bench.inject import contention as beside
+from qwencli.bench.inject import contention
 from qwencli.bench.inject.contention import COPYING
 from qwencli.config import EngineName
 from qwencli.engine.instruments import interventions
@@ -204,11 +204,13 @@ CONDITIONS: Mapping[str, Condition] = {
     # Around a run
     "no-kv-cache": Condition(_changed(generate={"use_cache": False, "cache_implementation": None})),
     "no-grad": Condition(_changed(no_grad=True)),
-    "python-thread": Condition(lambda at: beside.python_thread(), engines=_ANY),
-    "one-core": Condition(lambda at: beside.one_core(), needs=("affinity",), engines=_ANY),
-    "shared-core": Condition(lambda at: beside.shared_core(), needs=("affinity",), engines=_ANY),
+    "python-thread": Condition(lambda at: contention.python_thread(), engines=_ANY),
+    "one-core": Condition(lambda at: contention.one_core(), needs=("affinity",), engines=_ANY),
+    "shared-core": Condition(
+        lambda at: contention.shared_core(), needs=("affinity",), engines=_ANY
+    ),
     "memory-neighbours": Condition(
-        lambda at: beside.neighbours(COPYING), needs=("cuda",), engines=_ANY, extra_s=0.5
+        lambda at: contention.neighbours(COPYING), needs=("cuda",), engines=_ANY, extra_s=0.5
     ),
     "idle": Condition(_idle, engines=_ANY, extra_s=IDLE_S),
     "empty-cache": Condition(_emptied, needs=("cuda",), engines=_ANY),

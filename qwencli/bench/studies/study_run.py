@@ -179,7 +179,7 @@ def _run_process(
         command=[*command, str(own)],
         sampler=sampler_command(facts.uuid) if facts.kind == "cuda" else None,
         timeout_s=study.request.timeout_s,
-        beside=False,
+        post_run_checks=False,
     )
     there = (own / PLAN).exists()
     if there:

@@ -21,7 +21,7 @@ from typing import Any
 
 from qwencli.bench.inject.contention import PeakMemory
 from qwencli.bench.run import worker
-from qwencli.bench.run.worker import EngineAround
+from qwencli.bench.run.worker import EngineWrapper
 from qwencli.bench.storage.row_file import RowFile
 from qwencli.bench.studies.conditions import CONDITIONS, PLAIN, Load, Situation
 from qwencli.config import EngineConfig
@@ -35,7 +35,7 @@ COLUMNS = ("run", "condition", "observation", "value")
 FAILED = "failed"
 
 
-class StudiedEngine(EngineAround):
+class StudiedEngine(EngineWrapper):
     """An `Engine` that `prepare` puts under the condition of each run before it is measured."""
 
     def __init__(self, engine: Engine, schedule: Sequence[str], rows: RowFile) -> None:

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from qwencli.bench.inject import injection_worker as worker
-from qwencli.bench.inject import slower
+from qwencli.bench.inject import slowdown_worker
 from qwencli.bench.run import worker as plain
 from qwencli.results import GenerationChunk, GenerationResult, Timings
 from tests.bench.fake_engine import FakeEngine
@@ -50,6 +50,6 @@ if __name__ == "__main__":
         case ["plain"]:
             sys.exit(plain.main(BusyEngine))
         case [percent]:
-            sys.exit(slower.main([percent], BusyEngine))
+            sys.exit(slowdown_worker.main([percent], BusyEngine))
         case arguments:
             sys.exit(worker.main(arguments, BusyEngine))

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from qwencli.bench.measure import host_probe as token_probe
-from qwencli.bench.measure.cpu_calibration import Pace
+from qwencli.bench.measure.cpu_calibration import CpuCalibration
 from qwencli.bench.measure.host_probe import LEARNING, HostProbe, TokenProbe
 from qwencli.bench.measure.os_counters import CoreClock, Waits, system_times, waits
 from qwencli.bench.storage import columns
@@ -79,9 +79,9 @@ def test_the_hosts_pace_is_measured_at_the_end_and_between_long_tokens(
 
     def measure():
         taken.append(at["token"])
-        return Pace(float(at["token"]), 200.0)
+        return CpuCalibration(float(at["token"]), 200.0)
 
-    monkeypatch.setattr(token_probe, "read_pace", measure)
+    monkeypatch.setattr(token_probe, "calibrate_cpu", measure)
     monkeypatch.setattr(time, "perf_counter", lambda: at["s"])
     probe = TokenProbe("cpu")
     taken.clear()  # what the first walk needs has been made
@@ -91,7 +91,7 @@ def test_the_hosts_pace_is_measured_at_the_end_and_between_long_tokens(
             at["s"] += token_s
             probe.note()
     assert taken == [*within, 30]
-    assert probe.pace() == {
+    assert probe.cpu_calibration() == {
         "cpu_loop_us": pytest.approx(sum(taken) / len(taken)), "pointer_chase_us": 200.0,
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import pytest
 
 from qwencli.bench.measure import host_probe as token_probe
-from qwencli.bench.measure.cpu_calibration import Pace
+from qwencli.bench.measure.cpu_calibration import CpuCalibration
 from qwencli.bench.measure.host_probe import HostProbe
 from qwencli.bench.plan.campaign_plan import WorkerSpec, dump_spec, load_spec, takes_images
 from qwencli.bench.plan.stopping import Progress, StopRule
@@ -121,9 +121,9 @@ def test_the_hosts_pace_is_measured_when_a_run_has_ended(monkeypatch):
 
     def measure():
         within.append(any("HostProbe" in repr(callback) for callback in gc.callbacks))
-        return Pace(4.0, 200.0)
+        return CpuCalibration(4.0, 200.0)
 
-    monkeypatch.setattr(token_probe, "read_pace", measure)
+    monkeypatch.setattr(token_probe, "calibrate_cpu", measure)
     messages, _ = run(make_spec())
     assert [m["row"]["pointer_chase_us"] for m in messages[:-1]] == [200.0] * 3
     assert within and not any(within)

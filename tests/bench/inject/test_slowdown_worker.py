@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qwencli.bench.inject.slower import SlowedEngine
+from qwencli.bench.inject.slowdown_worker import SlowedEngine
 from qwencli.bench.run.bench_run import RunSettings, measure
 from qwencli.bench.storage.row_file import read_rows
 from qwencli.config import EngineConfig, ModelSource, ModelSpec, SamplingOptions

@@ -1,6 +1,6 @@
 """The ordinary worker around an engine that is a known share slower: does `bench compare` see it?
 
-    python -m qwencli.bench.inject.slower PERCENT
+    python -m qwencli.bench.inject.slowdown_worker PERCENT
 
 Each token after the warm-up's costs PERCENT of the warm-up's median time between tokens on top. On
 a GPU a kernel that does nothing for so long is put behind the steps already on their way, so that
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from qwencli.bench.run import worker
-from qwencli.bench.run.worker import EngineAround
+from qwencli.bench.run.worker import EngineWrapper
 from qwencli.config import EngineConfig
 from qwencli.engine.factory import create_engine
 from qwencli.engine.instruments import disturbances
@@ -23,7 +23,7 @@ from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk
 
 
-class SlowedEngine(EngineAround):
+class SlowedEngine(EngineWrapper):
     """An `Engine` whose first request says what a token takes, and whose others are slower."""
 
     def __init__(self, engine: Engine, percent: float) -> None:
