@@ -58,6 +58,10 @@ def pytest_collection_finish() -> None:
     interpreter.speed_up()
 
 
+def pytest_sessionfinish() -> None:
+    UNFREEZE()  # or libraries take what is left at the end for leaks
+
+
 @pytest.fixture(autouse=True)
 def no_user_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whoever runs the tests may have a config.toml of their own."""

@@ -11,6 +11,8 @@ import dataclasses
 import sys
 from typing import Any
 
+MOST_NUMBERS = 10_000
+
 
 def speed_up() -> None:
     """Where a test has imported the interpreter; once is enough, however often it is asked for."""
@@ -136,6 +138,26 @@ def _operands_fitted_once(interpreter: Any) -> None:
         return (lhs, rhs) if alike else broadcast(self, lhs, rhs)
 
     semantic.computation_type_impl, semantic.broadcast_impl_value = common_type, broadcast_value
+
+    fit = semantic.binary_op_type_checking_impl
+    numbers: dict[Any, Any] = {}
+
+    def fitted(self: Any, lhs: Any, rhs: Any, *pointers: Any, **how: Any) -> Any:
+        """A number beside a block is a block of that number, which nothing writes to."""
+        kind = type(rhs)  # zeros of float have two signs
+        if not (kind is int or (kind is float and rhs)) or not isinstance(lhs, self.tensor):
+            return fit(self, lhs, rhs, *pointers, **how)
+        key = (lhs.type.name, kind, rhs, pointers, *how.items())
+        known = numbers.get(key)
+        if known is None:
+            left, known = fit(self, lhs, rhs, *pointers, **how)
+            if left is not lhs or len(numbers) > MOST_NUMBERS:
+                return left, known
+            known.handle.data.flags.writeable = False
+            numbers[key] = known
+        return lhs, known
+
+    semantic.binary_op_type_checking_impl = fitted
 
 
 def _builtins_called_directly(interpreter: Any) -> None:

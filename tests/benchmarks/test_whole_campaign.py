@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.whole_campaign import STEPS, Step, WholeCampaign, cores_of, read_steps
+from qwencli.cli import run
 
 SAYS = (
     'python -c \'import os, pathlib, sys; sys.stdout.write(os.environ["CUDA_VISIBLE_DEVICES"]);'
@@ -64,11 +65,11 @@ def test_the_longest_step_is_first_and_names_are_checked():
 @pytest.mark.parametrize(
     "step", [step for step in read_steps(STEPS, ()) if "bench --" in step.command]
 )
-def test_the_campaigns_are_ones_that_bench_would_run(step, tmp_path):
-    command = [*step.arguments(tmp_path), "--dry-run", "--device", "cpu"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert "cells" in ran.stdout
+def test_the_campaigns_are_ones_that_bench_would_run(step, tmp_path, capsys):
+    python, option, program, *arguments = step.arguments(tmp_path)
+    assert (python, option, program) == (sys.executable, "-m", "qwencli")
+    assert run([*arguments, "--dry-run", "--device", "cpu"]) == 0, capsys.readouterr().err
+    assert "cells" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal to a group of programs")

@@ -40,8 +40,8 @@ class Miscounting:
     def __init__(self, prompts, by):
         self._prompts, self._by, self.tokenizer = prompts, by, prompts.tokenizer
 
-    def build(self, messages):
-        prompt = self._prompts.build(messages)
+    def build(self, messages, **how):
+        prompt = self._prompts.build(messages, **how)
         ids = list(prompt.input_ids)
         at = ids.index(prompt.image_token_id)
         ids[at : at + max(0, -self._by)] = [prompt.image_token_id] * max(0, self._by)
