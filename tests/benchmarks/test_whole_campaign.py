@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.whole_campaign import STEPS, Step, WholeCampaign, cores_of, read_steps
+from qwencli.bench.plan import prepare
+from qwencli.bench.plan.predict import MachineSpeed
+from qwencli.bench.run import bench_run
 from qwencli.cli import run
+from tests.bench.conftest import CPU
 
 SAYS = (
     'python -c \'import os, pathlib, sys; sys.stdout.write(os.environ["CUDA_VISIBLE_DEVICES"]);'
@@ -65,7 +69,9 @@ def test_the_longest_step_is_first_and_names_are_checked():
 @pytest.mark.parametrize(
     "step", [step for step in read_steps(STEPS, ()) if "bench --" in step.command]
 )
-def test_the_campaigns_are_ones_that_bench_would_run(step, tmp_path, capsys):
+def test_the_campaigns_are_ones_that_bench_would_run(step, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "read_device_facts", lambda device: CPU)
+    monkeypatch.setattr(bench_run, "read_machine_speed", lambda _: MachineSpeed(1e10, 1e5, 2.0))
     python, option, program, *arguments = step.arguments(tmp_path)
     assert (python, option, program) == (sys.executable, "-m", "qwencli")
     assert run([*arguments, "--dry-run", "--device", "cpu"]) == 0, capsys.readouterr().err
