@@ -100,7 +100,7 @@ def test_queries_keys_and_values_are_those_of_the_plain_operators(
 def test_heads_without_a_cache_turn_where_they_are_and_others_stay() -> None:
     split, rope = drawn(1, 70, 6, 24), angles(1, 70, 24)
     before = split.clone()
-    QkNormRope()(split, rope, turned=4)
+    QkNormRope()(split, rope, rotated=4)
     assert (split[:, :, :4] - rotate(before[:, :, :4], *rope)).abs().max() <= 1e-6
     assert torch.equal(split[:, :, 4:], before[:, :, 4:])
 
