@@ -98,7 +98,7 @@ class VisionGraphs:
         )
 
     def _size(self, ready: PreparedGrids, patches: int) -> Size:
-        filled = -(-patches // PATCH_BUCKET) * BUCKET
+        filled = -(-patches // PATCH_BUCKET) * PATCH_BUCKET
         side = self._tower.shape.window_patches
         windows = 0 if side is None else _room(ready.windows, side * side)
         return Size(filled, _room(ready.frames, filled), windows)
