@@ -50,14 +50,16 @@ def report(
     sink = context.ensure_object(Output)
     with sink.status(f"reading {folder}"):
         listing, entries = read_set(folder, caption_extension)
-    thumbnails = []
     with sink.status(f"looking at {len(entries)} pictures"):
-        paths = [listing.base / entry.key for entry in entries]
-        for place, seen in enumerate(seen_pictures(paths, thumbnail_side(len(paths)))):
-            entry = entries[place]
-            reason = entry.unreadable or seen.unreadable
-            entries[place] = replace(entry, look=seen.look, unreadable=reason)
-            thumbnails.append(seen.thumbnail)
+        seen = list(
+            seen_pictures(
+                (listing.base / entry.key for entry in entries), thumbnail_side(len(entries))
+            )
+        )
+        entries = [
+            replace(entry, look=each.look, unreadable=entry.unreadable or each.unreadable)
+            for entry, each in zip(entries, seen, strict=True)
+        ]
         survey = surveyed(entries, trigger)
     if json:
         sink.json_line({"folder": str(folder), **survey.as_json()})
@@ -66,7 +68,12 @@ def report(
         lead = f"{len(entries):,} pictures in {visible(str(folder))}, looked at on {date.today()}."
         name = visible(folder.resolve().name or str(folder))
         pieces = contact_sheet(
-            survey, thumbnails, title=name, lead=lead, folder=listing.base, beside=path.parent
+            survey,
+            [each.thumbnail for each in seen],
+            title=name,
+            lead=lead,
+            folder=listing.base,
+            beside=path.parent,
         )
         try:
             write_sheet(pieces, path)

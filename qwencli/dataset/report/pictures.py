@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ _SIDES = ((1500, 224), (4000, 176))
 _SIDE_OF_MANY = 128
 _QUALITY = 62
 # A JPEG of more pixels is decoded at a part of its size.
-_DRAFT_SIDE = 512
+_DRAFT_SIDE = 256
 _AHEAD = 64
 
 
@@ -43,11 +45,11 @@ def seen_pictures(paths: Iterable[Path], side: int) -> Iterator[Seen]:
     """Each picture in order, several at a time; what cannot be opened says why."""
     waiting = iter(paths)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        running = [
-            pool.submit(_seen, path, side) for path, _ in zip(waiting, range(_AHEAD), strict=False)
-        ]
+        running = deque(
+            pool.submit(_seen, path, side) for path in itertools.islice(waiting, _AHEAD)
+        )
         while running:
-            yield running.pop(0).result()
+            yield running.popleft().result()
             path = next(waiting, None)
             if path is not None:
                 running.append(pool.submit(_seen, path, side))

@@ -114,6 +114,19 @@ def test_pictures_are_looked_at_once_and_upright(tmp_path):
     assert seen[0].look == next(seen_pictures(paths[:1], 200)).look
 
 
+def test_each_of_many_pictures_has_its_own_thumbnail(tmp_path):
+    paths, colours = [], []
+    for n in range(150):
+        paths.append(tmp_path / f"{n}.png")
+        colours.append((n, 255 - n, 40))
+        Image.new("RGB", (16, 16), colours[-1]).save(paths[-1])
+    seen = list(seen_pictures(paths, 16))
+    assert len(seen) == 150
+    for colour, each in zip(colours, seen, strict=True):
+        shown = Image.open(io.BytesIO(each.thumbnail)).convert("RGB").getpixel((8, 8))
+        assert max(abs(a - b) for a, b in zip(colour, shown, strict=True)) < 12
+
+
 def test_sides_of_thumbnails():
     assert thumbnail_side(10) > thumbnail_side(3000) > thumbnail_side(10_000)
 
