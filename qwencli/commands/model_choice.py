@@ -45,9 +45,7 @@ def free_bytes_on(device: str) -> tuple[int, bool]:
 
 
 def _can_ask(run: RunOptions, output: Output) -> bool:
-    return output.can_ask() and not (
-        run.offline or output.quiet or os.environ.get("HF_HUB_OFFLINE")
-    )
+    return output.can_ask() and not (_is_offline(run) or output.quiet)
 
 
 def _wants(better: ModelSpec, output: Output) -> bool:
@@ -70,5 +68,9 @@ def announce_model(spec: ModelSpec, run: RunOptions, output: Output) -> None:
             "(shapes, colours, positions, numbers); for photographs use "
             "--model qwen3-vl-4b (see: qwencli models)"
         )
-    elif spec.path is None and run.load_format is LoadFormat.AUTO and not run.offline:
+    elif spec.path is None and run.load_format is LoadFormat.AUTO and not _is_offline(run):
         output.notice(f"downloading {spec.repo_id} (kept in the Hugging Face cache)")
+
+
+def _is_offline(run: RunOptions) -> bool:
+    return run.offline or bool(os.environ.get("HF_HUB_OFFLINE"))

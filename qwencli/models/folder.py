@@ -34,6 +34,7 @@ _FILES: Mapping[str, tuple[str, str]] = {
     ".ckpt": ("a file of weights alone", _GIVE_FOLDER),
 }
 _POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
+_MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".txt", ".jinja")
 _PROCESSOR = (("preprocessor_config.json",), ("processor_config.json",))
 
 
@@ -45,11 +46,12 @@ def read_config(folder: Path) -> dict[str, Any]:
             for something else, the message says what it is.
     """
     try:
-        if folder.is_file():
-            raise _not_a_folder(folder)
-        if not folder.is_dir():
+        if not folder.exists():
             raise ModelFileError(f"{folder}: no such folder", "check the path")
+        if not folder.is_dir():
+            raise _not_a_folder(folder)
         _check_pointers(folder)
+        _check_links(folder)
         path = folder / "config.json"
         if not path.is_file():
             raise _something_else(folder) or ModelFileError(
@@ -66,6 +68,20 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _not_a_folder(path: Path) -> ModelFileError:
     what, todo = _FILES.get(path.suffix.lower(), ("a file", _GIVE_FOLDER))
     return ModelFileError(f"{path}: is {what}, not a model folder", todo)
+
+
+def _check_links(folder: Path) -> None:
+    """Raise where files of the model are links to nothing, as in a cache that was cleaned."""
+    broken = [
+        path.name
+        for path in sorted(folder.iterdir())
+        if path.suffix in _MODEL_SUFFIXES and path.is_symlink() and not path.exists()
+    ]
+    if broken:
+        raise ModelFileError(
+            f"{folder}: links to files that are not there: {some(broken)}",
+            "download the model again, or copy the files themselves",
+        )
 
 
 def _check_pointers(folder: Path) -> None:

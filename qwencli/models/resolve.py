@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 from qwencli.config import ModelSource, ModelSpec, Quantization
 from qwencli.errors import DownloadError, ModelFileError, ModelNotFoundError
 from qwencli.models.builtin import BUILTINS, ENTRIES, builtin_spec, find_builtin
+from qwencli.models.config_values import shortened
 from qwencli.models.custom import HUB_ID, CustomModels, as_folder, load_custom_models
 from qwencli.models.families import FAMILIES
 from qwencli.models.folder import read_config
@@ -25,6 +27,12 @@ from qwencli.models.shape_reader import read_shape
 from qwencli.models.user_config import CONFIG_FILE, configured_model, user_config_folder
 
 ENVIRONMENT_KEY = "QWENCLI_MODEL"
+_HUB_ADDRESS = re.compile(
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?:models/)?"
+    r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)",
+    re.IGNORECASE,
+)
+_ANY_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/{2,}")
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,30 @@ def _named(name: str, custom: CustomModels, places: Places, *, offline: bool = F
         return local
     if HUB_ID.fullmatch(name):
         return _hub(name, offline=offline)
-    raise ModelNotFoundError(f"no model is called {name!r}", _suggestion(name, custom))
+    raise _as_address(name) or ModelNotFoundError(
+        f"no model is called {shortened(name)}", _suggestion(name, custom)
+    )
+
+
+def _as_address(name: str) -> ModelNotFoundError | None:
+    """What to give in place of an address of a model, or of its name with a revision."""
+    hub = _HUB_ADDRESS.match(name)
+    pinned, at, _ = name.partition("@" if "@" in name else ":")
+    if hub is not None:
+        return ModelNotFoundError(
+            f"{shortened(name)} is an address, not a name", f"give the hub id alone: {hub['id']}"
+        )
+    if _ANY_ADDRESS.match(name):
+        return ModelNotFoundError(
+            f"{shortened(name)} is an address, not a name",
+            "give a hub id (Owner/Name), or the path of the model's folder on this machine",
+        )
+    if at and HUB_ID.fullmatch(pinned):
+        return ModelNotFoundError(
+            f"{shortened(name)}: revisions and tags of a model are not taken",
+            f"give {pinned} alone, or a folder with the revision that you downloaded",
+        )
+    return None
 
 
 def _wished(origin: str, name: str, custom: CustomModels, places: Places) -> ModelSpec:

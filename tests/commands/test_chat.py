@@ -523,14 +523,16 @@ def test_spaces_of_a_path_may_have_backslashes(picture_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["/image", "/video"])
-def test_an_address_of_the_web_is_shown_as_it_was_given(talk, command, capsys):
+def test_an_address_of_the_web_is_shown_as_it_was_given(talk, command, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # put back afterwards: --offline sets it
     converse(talk, f"{command} https://example.org/a.png")
     assert "error: https://example.org/a.png: an address of the web" in capsys.readouterr().err
     assert run(["caption", "https://example.org/a.png", "--model", "scenes", "--offline"]) == 1
     assert "error: https://example.org/a.png is not opened: --offline" in capsys.readouterr().err
 
 
-def test_an_address_of_the_web_that_is_longer_than_any_path(talk, capsys):
+def test_an_address_of_the_web_that_is_longer_than_any_path(talk, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # put back afterwards: --offline sets it
     address = "https://example.org/" + "a/" * 3000 + "b.png"
     converse(talk, f"/image {address}")
     assert f"error: {address}: an address of the web" in capsys.readouterr().err

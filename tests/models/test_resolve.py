@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,3 +224,43 @@ def test_recommendation_fits_the_card():
     assert recommended_model(12 * 10**9).name == "qwen3-vl-4b"
     assert recommended_model(12 * 10**9, Quantization.INT4).name == "qwen3-vl-8b"
     assert recommended_model(10**9) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("https://huggingface.co/Qwen/Qwen3-VL-4B-Instruct", "alone: Qwen/Qwen3-VL-4B-Instruct"),
+        ("https://hf.co/Qwen/X/tree/main?library=a", "give the hub id alone: Qwen/X"),
+        ("huggingface.co/Qwen/X", "give the hub id alone: Qwen/X"),
+        ("hf://Qwen/X", "give the hub id alone: Qwen/X"),
+        ("s3://bucket/model", "is an address, not a name"),
+        ("file:///srv/model", "is an address, not a name"),
+        ("Qwen/X@main", "give Qwen/X alone"),
+        ("Qwen/X:latest", "give Qwen/X alone"),
+        ("x" * 5000, "..."),
+        ("a/" * 3000, "..."),
+    ],
+)
+def test_a_name_that_is_none_is_told_for_what_it_is(places, name, said):
+    with pytest.raises(ModelNotFoundError) as caught:
+        resolve_model(name, places=places)
+    assert said in f"{caught.value.message} {caught.value.hint}"
+    assert len(caught.value.message) < 200
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links there need a right")
+@pytest.mark.parametrize("target", ["/nowhere/x", "model.safetensors"])
+def test_links_to_nothing_are_named(places, tmp_path, target):
+    folder = tmp_path / "linked"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "model.safetensors").symlink_to(target)
+    (folder / "README.md").symlink_to("nothing")
+    with pytest.raises(ModelFileError, match=r"links to files that are not there: model\.safe"):
+        resolve_model(str(folder), places=places)
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="POSIX")
+def test_a_device_is_no_missing_folder(places):
+    with pytest.raises(ModelFileError, match="/dev/null: is a file, not a model folder"):
+        resolve_model("/dev/null", places=places)
