@@ -64,7 +64,7 @@ def measure(config: EngineConfig, runs: int, tokens: int) -> dict[str, object]:
             finally:
                 stop.set()
                 thread.join()
-        ran = engine.ran
+        ran = engine.effective
     return {
         "engine": ran.engine,
         "cache": ran.cache,

@@ -100,7 +100,7 @@ def _transformers_logits(engine: Any, prompt: Prompt, caption: list[int]) -> tor
     sampling = resolve_sampling(SamplingOptions(), engine.files.generation_defaults)
     whole = replace(prompt, input_ids=[*prompt.input_ids, *caption])
     answer = ResponseBuilder(engine.files, whole, sampling, 0.0)
-    inputs = Generation(engine._model, answer, engine.ran)._inputs()
+    inputs = Generation(engine._model, answer, engine.effective)._inputs()
     logits: torch.Tensor = engine._model(**inputs, use_cache=False).logits[0]
     return logits[len(prompt.input_ids) - 1 :]
 
@@ -179,7 +179,7 @@ def measure(
     wrong, said = [], []
     with create_engine(config) as engine:
         assert isinstance(engine, BaseEngine), "both engines hold the model here"
-        if engine_name == EngineName.NATIVE and engine.ran.device == "cpu":
+        if engine_name == EngineName.NATIVE and engine.effective.device == "cpu":
             read_back_once(engine)
         for item in items:
             answer = engine.generate(request(item)).text.strip()
@@ -187,7 +187,7 @@ def measure(
                 wrong.append({"mode": mode, "scene": item.index, "answer": answer})
         for item in kl_items:
             said.append(caption_log_probs(engine, item))
-        scheme = engine.ran.quantization
+        scheme = engine.effective.quantization
     row: dict[str, Any] = {"engine": engine_name, "quantization": bits, "scheme": scheme}
     row |= {"scenes": len(items), "exact_percent": 100 * (1 - len(wrong) / len(items))}
     row |= _divergence(reference or said, said)

@@ -37,7 +37,7 @@ def main() -> None:
     recorded: list[float] = []
     with TransformersEngine(config) as engine:
         prompt = engine.files.prompts.build(request.messages)
-        ids = torch.tensor([prompt.input_ids], device=engine.ran.device)
+        ids = torch.tensor([prompt.input_ids], device=engine.effective.device)
 
         def bare() -> float:
             start = time.perf_counter()
@@ -59,7 +59,7 @@ def main() -> None:
             start = time.perf_counter()
             engine.generate(request)
             recorded.append(time.perf_counter() - start)
-        ran = engine.ran
+        ran = engine.effective
     overhead = 100 * (statistics.median(recorded) / statistics.median(plain) - 1)
     print(
         json.dumps(

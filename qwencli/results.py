@@ -12,7 +12,7 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class RanModes:
+class EffectiveConfig:
     """The modes that really ran, read back from the loaded model, never copied from the request.
 
     Args:
@@ -110,7 +110,7 @@ class GenerationResult:
     num_prompt_tokens: int
     num_image_tokens: int
     timings: Timings
-    ran: RanModes
+    effective: EffectiveConfig
     token_t_s: tuple[float, ...]
     token_gpu_ms: tuple[float, ...] | None
     speculation: Speculation | None = None

@@ -139,8 +139,8 @@ def caption_set(
                 stopper = Stopper(sink.notice)
                 with running_engine(run.engine_config(spec), sink) as engine, stopper.watching():
                     _after_loading(asking, engine, spec, run)
-                    reporter.device = engine.ran.device
-                    with reporter.progress.shown(engine.ran.device):
+                    reporter.device = engine.effective.device
+                    with reporter.progress.shown(engine.effective.device):
                         whole.caption(
                             engine, spec, asking.stages(), reporter.add, lambda: stopper.asked
                         )

@@ -35,20 +35,20 @@ def caption_record(result: GenerationResult, images: list[str], model: str) -> d
         "caption": result.text,
         "thoughts": result.thoughts,
         "model": model,
-        "engine": result.ran.engine,
-        "quantization": result.ran.quantization,
-        "attention": result.ran.attention,
-        "cache": result.ran.cache,
-        "kernels": result.ran.kernels,
-        "kv_dtype": result.ran.kv_dtype,
-        "device": result.ran.device,
-        "dtype": result.ran.dtype,
+        "engine": result.effective.engine,
+        "quantization": result.effective.quantization,
+        "attention": result.effective.attention,
+        "cache": result.effective.cache,
+        "kernels": result.effective.kernels,
+        "kv_dtype": result.effective.kv_dtype,
+        "device": result.effective.device,
+        "dtype": result.effective.dtype,
         "num_prompt_tokens": result.num_prompt_tokens,
         "num_image_tokens": result.num_image_tokens,
         "num_new_tokens": result.num_new_tokens,
         "finish_reason": result.finish_reason,
         "timings": asdict(result.timings),
-        "speculate": result.ran.speculate,
+        "speculate": result.effective.speculate,
         "speculation": speculation_record(result.speculation),
     }
 
@@ -98,7 +98,7 @@ def speculation_record(speculation: Speculation | None) -> dict[str, Any] | None
 
 def stats_line(result: GenerationResult) -> str:
     """One line: tokens, speed, phases, and the modes that ran."""
-    t, ran = result.timings, result.ran
+    t, ran = result.timings, result.effective
     kv = "" if ran.kv_dtype in (None, ran.dtype) else f"{ran.kv_dtype} keys and values, "
     speed = "-" if t.decode_tok_per_s is None else f"{t.decode_tok_per_s:.1f} tok/s"
     cut = " (cut off)" if result.finish_reason == "length" else ""

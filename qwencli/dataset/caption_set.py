@@ -197,7 +197,7 @@ def open_set(
 
 
 def _facts(engine: Engine, model: ModelSpec) -> dict[str, str | None]:
-    ran = engine.ran
+    ran = engine.effective
     return {
         "model": model.name,
         "revision": model_revision(model),

@@ -25,7 +25,7 @@ from qwencli.engine.resolve import resolve_device
 from qwencli.engine.response import ResponseBuilder
 from qwencli.errors import InputError, OutOfMemoryError, UsageError
 from qwencli.messages import GenerationRequest
-from qwencli.results import GenerationChunk, GenerationResult, RanModes
+from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult
 
 # A thread that wants the interpreter lock back waits this long for another one to give it up.
 # Python's 5 ms is longer than a token takes.
@@ -112,14 +112,14 @@ class BaseEngine(ManyRequests, ABC):
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self._files: ModelFiles | None = None
-        self._ran: RanModes | None = None
+        self._effective: EffectiveConfig | None = None
         self._load_s = 0.0
         self._warnings: tuple[str, ...] = ()
         # Of the CPU, where that is the device.
         self._threads: int | None = None
 
     @abstractmethod
-    def _load(self, files: ModelFiles) -> RanModes:
+    def _load(self, files: ModelFiles) -> EffectiveConfig:
         """Put the model on its device, done when this returns. Leaves nothing behind on failure."""
 
     @abstractmethod
@@ -143,9 +143,9 @@ class BaseEngine(ManyRequests, ABC):
         """Free what a request that ran out of memory left; the model stays."""
 
     @property
-    def ran(self) -> RanModes:
-        assert self._ran is not None, "load() comes first"
-        return self._ran
+    def effective(self) -> EffectiveConfig:
+        assert self._effective is not None, "load() comes first"
+        return self._effective
 
     @property
     def load_s(self) -> float:
@@ -195,7 +195,7 @@ class BaseEngine(ManyRequests, ABC):
             self._threads = threads_for(files.hub_config, self.config.threads)
         try:
             with computing_with(self._threads):
-                self._ran = self._load(files)
+                self._effective = self._load(files)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -285,7 +285,7 @@ class BaseEngine(ManyRequests, ABC):
                 if not is_out_of_memory(error):
                     raise
                 failure = out_of_memory_error(
-                    self.ran.device, "preparing the pictures", error, num_image_tokens=1
+                    self.effective.device, "preparing the pictures", error, num_image_tokens=1
                 )
             self._recover()
             if last_try:
@@ -295,7 +295,7 @@ class BaseEngine(ManyRequests, ABC):
     def _out_of_memory(self, prompt: Prompt, error: BaseException) -> OutOfMemoryError:
         doing = f"answering a prompt of {len(prompt.input_ids)} tokens"
         return out_of_memory_error(
-            self.ran.device, doing, error, num_image_tokens=prompt.num_image_tokens
+            self.effective.device, doing, error, num_image_tokens=prompt.num_image_tokens
         )
 
     def _check_length(self, prompt: Prompt, sampling: SamplingParams) -> None:

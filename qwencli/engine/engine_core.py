@@ -39,7 +39,7 @@ from qwencli.engine.runner import ModelRunner, RunnerPrompt, TokenCopy
 from qwencli.engine.scheduler import Scheduler
 from qwencli.errors import InputError, OutOfMemoryError, QwenCliError
 from qwencli.messages import GenerationRequest
-from qwencli.results import RanModes
+from qwencli.results import EffectiveConfig
 
 # Threads that read, resize and tokenize for the steps to come; more would wait for the interpreter.
 MOST_PREPARERS = 8
@@ -90,12 +90,12 @@ class EngineCore:
         files: ModelFiles,
         runner: ModelRunner,
         scheduler: Scheduler,
-        ran: RanModes,
+        effective: EffectiveConfig,
         load_s: float,
         prepare: Callable[[GenerationRequest], tuple[Prompt, SamplingParams]],
     ) -> None:
         self._files, self._runner, self._scheduler = files, runner, scheduler
-        self._ran, self._load_s, self._prepare = ran, load_s, prepare
+        self._effective, self._load_s, self._prepare = effective, load_s, prepare
         self._ids = itertools.count()
         self._preparing: OrderedDict[RequestId, Future[_Prepared]] = OrderedDict()
         self._active: dict[RequestId, _Active] = {}
@@ -104,7 +104,10 @@ class EngineCore:
         self._clock: EventTimer | None = None
         count = min(MOST_PREPARERS, max(1, (os.cpu_count() or 1) - 1))
         self._threads = ThreadPoolExecutor(
-            count, thread_name_prefix="prepare", initializer=_own_stream, initargs=(ran.device,)
+            count,
+            thread_name_prefix="prepare",
+            initializer=_own_stream,
+            initargs=(effective.device,),
         )
 
     def add(self, request: RequestSource) -> RequestId:
@@ -182,7 +185,7 @@ class EngineCore:
 
     def _run(self, batch: Batch) -> _Step:
         if self._clock is None:
-            self._clock = EventTimer(self._ran.device)
+            self._clock = EventTimer(self._effective.device)
         step = _Step()
         self._runner.rearrange(batch.moves, batch.released)
         if batch.prefill:
@@ -208,7 +211,7 @@ class EngineCore:
                 raise
             tokens = sum(chunk.stop - chunk.start for chunk in chunks)
             failure = out_of_memory_error(
-                self._ran.device,
+                self._effective.device,
                 f"running {tokens} tokens of prompts",
                 error,
                 num_image_tokens=max(each.answer.prompt.num_image_tokens for each in active),
@@ -220,7 +223,7 @@ class EngineCore:
                     each.vision = copy.vision
             return
         # Outside the handler: until it ends, the traceback holds the tensors that must go.
-        release(self._ran.device)
+        release(self._effective.device)
         self._back_off(active, tokens, failure)
 
     def _back_off(self, active: list[_Active], tokens: int, failure: OutOfMemoryError) -> None:
@@ -254,7 +257,7 @@ class EngineCore:
         if answer.stopped or len(answer.token_ids) == answer.sampling.max_new_tokens:
             assert self._clock is not None, "steps have run"
             last = answer.finish(
-                self._clock, active.vision, self._ran, self._load_s, began=active.began
+                self._clock, active.vision, self._effective, self._load_s, began=active.began
             )
             outputs.append(StepOutput(request, last))
             self._forget(active)
@@ -282,7 +285,7 @@ class EngineCore:
             return error
         if is_out_of_memory(error):
             return out_of_memory_error(
-                self._ran.device, "preparing the pictures", error, num_image_tokens=1
+                self._effective.device, "preparing the pictures", error, num_image_tokens=1
             )
         raise error
 

@@ -10,7 +10,7 @@ from qwencli.config import EngineConfig
 from qwencli.engine.request import RequestId, RequestSource, StepOutput, request_of
 from qwencli.errors import QwenCliError
 from qwencli.messages import GenerationRequest
-from qwencli.results import GenerationChunk, GenerationResult, RanModes
+from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult
 
 
 class RequestQueue(Protocol):
@@ -34,11 +34,11 @@ class RequestQueue(Protocol):
 class Engine(RequestQueue, Protocol):
     """Loads one model once and answers requests until closed. A context manager.
 
-    `ran`, `load_s`, `max_seq_len` (most tokens of a request), `memory_plan` (bytes by use, empty
-    where nothing is planned) and `load_warnings` (a line each) exist after `load`. `load` is
+    `effective`, `load_s`, `max_seq_len` (most tokens of a request), `memory_plan` (bytes by use,
+    empty where nothing is planned) and `load_warnings` (a line each) exist after `load`. `load` is
     idempotent; `close` frees device memory without moving weights to the host; after `close`,
-    `load` may be called again.
-    Abandoning or closing the iterator of `stream` cancels the request; the engine stays usable.
+    `load` may be called again. Abandoning or closing the iterator of `stream` cancels the request;
+    the engine stays usable.
 
     Many requests at once: `add` takes one, `step` runs a step of those that run and returns what
     it gave, until `has_unfinished` is False; `client.generate_many` does that. `add` refuses
@@ -49,7 +49,7 @@ class Engine(RequestQueue, Protocol):
     config: EngineConfig
 
     @property
-    def ran(self) -> RanModes: ...
+    def effective(self) -> EffectiveConfig: ...
 
     @property
     def load_s(self) -> float: ...

@@ -13,10 +13,10 @@ from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.frontend.tokenizer import THOUGHT_END, StopStringBuffer, ThoughtSplitter
 from qwencli.results import (
+    EffectiveConfig,
     FinishReason,
     GenerationChunk,
     GenerationResult,
-    RanModes,
     Speculation,
     Timings,
 )
@@ -74,7 +74,7 @@ class ResponseBuilder:
         self,
         clock: EventTimer,
         vision: Sequence[tuple[Mark, Mark]],
-        ran: RanModes,
+        effective: EffectiveConfig,
         load_s: float,
         speculation: Speculation | None = None,
         began: Mark | None = None,
@@ -101,9 +101,11 @@ class ResponseBuilder:
             num_prompt_tokens=len(self.prompt.input_ids),
             num_image_tokens=self.prompt.num_image_tokens,
             timings=self._timings(clock, vision, step_s, token_t_s[0], load_s),
-            ran=ran,
+            effective=effective,
             token_t_s=tuple(token_t_s),
-            token_gpu_ms=tuple(s * 1e3 for s in step_s) if ran.device.startswith("cuda") else None,
+            token_gpu_ms=tuple(s * 1e3 for s in step_s)
+            if effective.device.startswith("cuda")
+            else None,
             speculation=speculation,
             thoughts=all_thoughts or None,
             image_sizes=self.prompt.image_sizes,

@@ -282,8 +282,8 @@ def decode_bytes(
     unpacked to memory) is waste and not in it: MBU is to fall for it.
 
     Args:
-        scheme: as `RanModes.quantization` says. value_bytes: of what is not quantized.
-        kv_dtype: as `RanModes.kv_dtype` says.
+        scheme: as `EffectiveConfig.quantization` says. value_bytes: of what is not quantized.
+        kv_dtype: as `EffectiveConfig.kv_dtype` says.
 
     Returns:
         None for a scheme whose storage is not known here.

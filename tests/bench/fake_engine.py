@@ -22,7 +22,7 @@ from qwencli.config import EngineConfig
 from qwencli.engine.protocol import drain
 from qwencli.errors import ModelFileError, OutOfMemoryError, UnsupportedModeError
 from qwencli.messages import GenerationRequest
-from qwencli.results import GenerationChunk, GenerationResult, RanModes, Timings
+from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult, Timings
 
 
 class FakeEngine:
@@ -39,10 +39,10 @@ class FakeEngine:
         self.load_s = 0.25
 
     @property
-    def ran(self) -> RanModes:
+    def effective(self) -> EffectiveConfig:
         config = self.config
         attention = "eager" if self.behaviour == "fallback" else str(config.attention)
-        return RanModes(
+        return EffectiveConfig(
             "transformers", str(config.quantization), attention, str(config.cache), "cpu", "float32"
         )
 
@@ -88,7 +88,9 @@ class FakeEngine:
         yield GenerationChunk(
             text,
             tokens,
-            GenerationResult(text, tokens, "length", 7, 0, timings, self.ran, tuple(times), None),
+            GenerationResult(
+                text, tokens, "length", 7, 0, timings, self.effective, tuple(times), None
+            ),
         )
 
     def generate(self, request: GenerationRequest) -> GenerationResult:

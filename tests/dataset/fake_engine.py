@@ -24,10 +24,10 @@ from qwencli.config import EngineConfig
 from qwencli.engine.request import StepOutput, request_of
 from qwencli.errors import QwenCliError
 from qwencli.messages import GenerationRequest, ImagePart, TextPart, VideoPart
-from qwencli.results import GenerationChunk, GenerationResult, RanModes, Timings
+from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult, Timings
 
 TIMINGS = Timings(0.1, 0.0, None, 0.0, 0.0, 0.0, 0.01, None)
-RAN = RanModes("native", "none", "sdpa", "static", "cpu", "float32")
+RAN = EffectiveConfig("native", "none", "sdpa", "static", "cpu", "float32")
 
 
 def said(request: GenerationRequest) -> str:
@@ -49,7 +49,7 @@ class FakeEngine:
     max_seq_len = 4096
     memory_plan: MappingProxyType[str, int] = MappingProxyType({})
     load_warnings = ()
-    ran = RAN
+    effective = RAN
 
     def __init__(
         self,

@@ -79,8 +79,8 @@ def test_the_engine_that_runs_without_being_named(mode: Quantization) -> None:
     )
     with create_engine(bundled) as engine:
         assert isinstance(engine, NativeEngine)
-        assert engine.ran.engine == "native"
-        assert engine.ran.quantization != "none"
+        assert engine.effective.engine == "native"
+        assert engine.effective.quantization != "none"
 
 
 def test_an_engine_that_is_named_is_taken() -> None:

@@ -99,7 +99,7 @@ def test_a_graph_decodes_with_it_across_length_classes_like_a_step_without(check
             assert engine._generation._model.flash_decode
             answers.append(engine.generate(request))
     graph, plain = (answer.token_ids for answer in answers)
-    assert answers[0].ran.attention == "sdpa"
+    assert answers[0].effective.attention == "sdpa"
     # In bfloat16 a near tie may go the other way once; before it the words are the same.
     same = next((i for i, (a, b) in enumerate(zip(graph, plain, strict=True)) if a != b), 400)
     assert same >= 16

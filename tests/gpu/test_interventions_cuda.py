@@ -72,7 +72,7 @@ def test_every_4bit_condition_runs(name):
     with engine_of(Quantization.INT4) as engine:
         result, _ = answer_under(engine, name)
         assert result.num_new_tokens == 8
-        assert engine.ran.quantization == ("bnb-fp4" if name == "bnb-defaults" else "bnb-nf4")
+        assert engine.effective.quantization == ("bnb-fp4" if name == "bnb-defaults" else "bnb-nf4")
 
 
 def test_an_ignored_argument_of_8bit_is_ignored():
@@ -86,7 +86,7 @@ def test_random_weights_pass_through_host_memory_too():
         before = engine.generate(REQUEST).num_new_tokens
         result, _ = answer_under(engine, "load-fp32-host")
         assert result.num_new_tokens == before
-        assert engine.ran.device == "cuda:0"
+        assert engine.effective.device == "cuda:0"
         assert engine.model.get_input_embeddings().weight.dtype == torch.bfloat16
 
 

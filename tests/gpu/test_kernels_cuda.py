@@ -57,10 +57,10 @@ def test_same_tokens_as_plain_operators_in_float32(checkpoint, family, attention
         with NativeEngine(replace(config, kernels=kernels, attention=attention)) as engine:
             results.append(engine.generate(ask(images, 200)))
     assert results[0].token_ids == results[1].token_ids
-    assert [r.ran.kernels for r in results] == ["torch", "triton"]
+    assert [r.effective.kernels for r in results] == ["torch", "triton"]
     # Heads of 16 are too small for the kernel: attention stays with torch, and the result says so.
     named = Attention.SDPA if attention is Attention.AUTO else attention
-    assert results[1].ran.attention == named.value
+    assert results[1].effective.attention == named.value
 
 
 def test_the_bundled_model_says_the_same_in_kernels_of_our_own():
@@ -70,7 +70,7 @@ def test_the_bundled_model_says_the_same_in_kernels_of_our_own():
         with NativeEngine(replace(config, kernels=kernels)) as engine:
             results.append(engine.generate(ask((picture(),), 100)))
     assert results[0].token_ids == results[1].token_ids
-    assert results[1].ran.attention == "triton"
+    assert results[1].effective.attention == "triton"
 
 
 QUANTIZED = (Quantization.INT8, Quantization.FP8, Quantization.INT4)

@@ -48,8 +48,8 @@ def test_the_bundled_model_says_the_same_in_kernels_of_our_own(kv):
         with engine(kv, kernels, dtype=DType.FLOAT32) as loaded:
             results.append(loaded.generate(ask((picture(),), 100)))
     assert results[0].token_ids == results[1].token_ids
-    assert {r.ran.kv_dtype for r in results} == {SCHEMES[kv].value}
-    assert [r.ran.attention for r in results] == ["sdpa", "triton"]
+    assert {r.effective.kv_dtype for r in results} == {SCHEMES[kv].value}
+    assert [r.effective.attention for r in results] == ["sdpa", "triton"]
 
 
 @pytest.mark.parametrize("kv", KINDS)

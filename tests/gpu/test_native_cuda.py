@@ -34,7 +34,7 @@ def test_same_tokens_as_transformers_in_float32(checkpoint, family):
     with NativeEngine(native_config(checkpoint(family), dtype=DType.FLOAT32)) as engine:
         result = engine.generate(ask(images))
     assert result.token_ids == expected.token_ids
-    assert result.ran.cache == "static-graph"
+    assert result.effective.cache == "static-graph"
 
 
 @pytest.mark.parametrize("attention", [Attention.SDPA, Attention.EAGER])

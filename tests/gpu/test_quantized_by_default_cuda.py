@@ -37,6 +37,6 @@ def test_the_native_engine_runs_and_tells_what_it_rounds(
     )
     with create_engine(config) as engine:
         answer = engine.generate(REQUEST)
-    assert answer.ran.engine == "native"
-    assert answer.ran.quantization == LABELS[mode][kernels is Kernels.AUTO]
+    assert answer.effective.engine == "native"
+    assert answer.effective.quantization == LABELS[mode][kernels is Kernels.AUTO]
     assert "red circle" in answer.text

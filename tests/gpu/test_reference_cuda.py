@@ -32,7 +32,7 @@ def test_every_family_answers(checkpoint, family):
     with TransformersEngine(cuda_config(checkpoint(family))) as engine:
         result = engine.generate(ask(images))
     assert result.num_new_tokens == 24
-    assert (result.ran.device, result.ran.dtype) == ("cuda:0", "bfloat16")
+    assert (result.effective.device, result.effective.dtype) == ("cuda:0", "bfloat16")
     assert len(result.token_gpu_ms) == 24
     t = result.timings
     assert list(result.token_t_s) == sorted(result.token_t_s)
@@ -70,7 +70,7 @@ def test_caches_and_attention_kernels_run_as_asked(checkpoint, cache, attention)
     with TransformersEngine(config) as engine:
         first = engine.generate(ask([picture()]))
         assert engine.generate(ask([picture()])).token_ids == first.token_ids
-    assert (first.ran.cache, first.ran.attention) == (cache.value, attention.value)
+    assert (first.effective.cache, first.effective.attention) == (cache.value, attention.value)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_caches_and_attention_kernels_run_as_asked(checkpoint, cache, attention)
 def test_quantized_weights_run(checkpoint, quantization, scheme, cache):
     config = cuda_config(checkpoint("qwen3_vl"), quantization=quantization, cache=cache)
     with TransformersEngine(config) as engine:
-        assert engine.generate(ask([picture()])).ran.quantization == scheme
+        assert engine.generate(ask([picture()])).effective.quantization == scheme
 
 
 def test_a_quantized_model_is_not_said_to_be_compiled(checkpoint):
@@ -95,7 +95,7 @@ def test_flash_attention_runs_or_says_what_is_missing(checkpoint):
     config = cuda_config(checkpoint("qwen3_vl"), attention=Attention.FLASH)
     if importlib.util.find_spec("flash_attn"):
         with TransformersEngine(config) as engine:
-            assert engine.generate(ask([picture()])).ran.attention == "flash_attention_2"
+            assert engine.generate(ask([picture()])).effective.attention == "flash_attention_2"
     else:
         with pytest.raises(MissingDependencyError, match="package flash-attn is not installed"):
             TransformersEngine(config).load()

@@ -62,7 +62,7 @@ def test_same_tokens_as_plain_steps_in_float32(checkpoint, family, kernels, pena
                 result = engine.generate(ask(images, 300, penalty))
                 assert result.token_ids == expected.token_ids, speculate
         assert result.speculation is not None and result.speculation.net_gain is not None
-        assert result.ran.speculate == speculate.value
+        assert result.effective.speculate == speculate.value
         # Where drafts do not pay, `auto` may stop before one was right.
         drafts = speculate is not Speculate.AUTO and penalty == 1.0
         assert not drafts or result.speculation.num_accepted > 0

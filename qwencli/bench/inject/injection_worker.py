@@ -39,7 +39,7 @@ class DisturbedEngine(EngineWrapper):
         super().load()
         # All at once: starting one later would disturb the runs around it.
         for name in sorted(set(self._schedule) - {NONE, *self._faults}):
-            self._faults[name] = KINDS[Cause(name)].make(self.ran.device)
+            self._faults[name] = KINDS[Cause(name)].make(self.effective.device)
 
     def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
         run, self._run = self._run, self._run + 1

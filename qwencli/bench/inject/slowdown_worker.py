@@ -39,7 +39,7 @@ class SlowedEngine(EngineWrapper):
             elif chunk.result is not None:
                 usual_s = statistics.median(chunk.result.itl_ms) / 1e3
                 extra_s = usual_s * self._percent / 100
-                self._wait = disturbances.waiting(self.ran.device, extra_s)
+                self._wait = disturbances.waiting(self.effective.device, extra_s)
                 print(f"{1e6 * extra_s:.1f} us more for each token of {1e6 * usual_s:.1f} us")
             yield chunk
 

@@ -81,7 +81,7 @@ def roofline_row(
     from qwencli.models.memory import decode_bytes
     from qwencli.models.shape_reader import read_shape
 
-    ran = engine.ran
+    ran = engine.effective
     context = last["num_prompt_tokens"] + last["num_new_tokens"] / 2
     shape = read_shape(_hub_config(spec.config.model))
     read = decode_bytes(shape, ran.quantization, _VALUE_BYTES[ran.dtype], context, ran.kv_dtype)

@@ -42,7 +42,7 @@ from qwencli.errors import (
     UnsupportedModeError,
 )
 from qwencli.messages import GenerationRequest, ImagePart, user_message
-from qwencli.results import GenerationChunk, GenerationResult, RanModes, Speculation
+from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult, Speculation
 
 MakeEngine = Callable[[EngineConfig], Engine]
 Emit = Callable[[dict[str, Any]], None]
@@ -65,8 +65,8 @@ class EngineWrapper(ManyRequests):
         self._engine = engine
 
     @property
-    def ran(self) -> RanModes:
-        return self._engine.ran
+    def effective(self) -> EffectiveConfig:
+        return self._engine.effective
 
     @property
     def load_s(self) -> float:
@@ -136,7 +136,7 @@ def _measure_all(
         if spec.purpose == "reference":
             yield from checks(engine, spec, request, {})
             return
-        probe = TokenProbe(engine.ran.device)
+        probe = TokenProbe(engine.effective.device)
         # Run 0 pays for lazy start-up, is recorded, and counts in no statistic.
         message = measure(engine, request, 0, probe, fresh=True)
         runs_left = spec.purpose == "runs"
@@ -204,7 +204,7 @@ def measure(
 
     `load_s` stands only in the run that a load came before (`fresh`).
     """
-    device = engine.ran.device
+    device = engine.effective.device
     reset_peak_memory(device)
     start_s = time.perf_counter()
     # The probe outside: what it measures of the host when the run has ended is no part of it.
@@ -238,13 +238,13 @@ def _result_columns(result: GenerationResult) -> dict[str, Any]:
         "num_image_tokens": result.num_image_tokens,
         "num_new_tokens": result.num_new_tokens,
         **{name: value for name, value in asdict(result.timings).items() if name in RUNS},
-        "ran_attention": result.ran.attention,
-        "ran_quantization": result.ran.quantization,
-        "ran_cache": result.ran.cache,
-        "ran_kernels": result.ran.kernels,
-        "ran_kv_dtype": result.ran.kv_dtype,
-        "ran_speculate": result.ran.speculate,
-        "ran_threads": result.ran.threads,
+        "ran_attention": result.effective.attention,
+        "ran_quantization": result.effective.quantization,
+        "ran_cache": result.effective.cache,
+        "ran_kernels": result.effective.kernels,
+        "ran_kv_dtype": result.effective.kv_dtype,
+        "ran_speculate": result.effective.speculate,
+        "ran_threads": result.effective.threads,
         **_speculation_columns(result.speculation),
         "text_sha256": result.text_sha256,
     }

@@ -92,7 +92,7 @@ class Situation:
 
     @property
     def device(self) -> str:
-        return self.engine.ran.device
+        return self.engine.effective.device
 
 
 Around = Callable[[Situation], AbstractContextManager[Any]]

@@ -18,7 +18,7 @@ from qwencli.engine.hf.quantization import scheme_of
 from qwencli.engine.resolve import check_modes
 from qwencli.engine.response import ResponseBuilder
 from qwencli.errors import UnsupportedModeError
-from qwencli.results import GenerationChunk, RanModes
+from qwencli.results import EffectiveConfig, GenerationChunk
 
 
 class TransformersEngine(BaseEngine):
@@ -40,7 +40,7 @@ class TransformersEngine(BaseEngine):
         assert self._model is not None, "load() comes first"
         return self._model
 
-    def _load(self, files: ModelFiles) -> RanModes:
+    def _load(self, files: ModelFiles) -> EffectiveConfig:
         plan = load_model.plan_load(self.config, files)
         model = load_model.load_model(self.config, plan, self.changes)
         try:
@@ -53,7 +53,7 @@ class TransformersEngine(BaseEngine):
             torch.cuda.synchronize(plan.device)
         self._model = model
         dtype = load_model.effective_dtype(model)
-        return RanModes(
+        return EffectiveConfig(
             engine=EngineName.TRANSFORMERS.value,
             quantization=scheme_of(model),
             attention=load_model.effective_attention(model),
@@ -65,12 +65,12 @@ class TransformersEngine(BaseEngine):
         )
 
     def _answer(self, answer: ResponseBuilder) -> Iterator[GenerationChunk]:
-        generation = Generation(self._model, answer, self.ran, self.changes)
+        generation = Generation(self._model, answer, self.effective, self.changes)
         yield from generation.chunks(self.load_s)
 
     @torch.inference_mode()
     def _logits(self, token_ids: Sequence[int]) -> Iterator[torch.Tensor]:
-        ids = torch.tensor([token_ids], device=self.ran.device)
+        ids = torch.tensor([token_ids], device=self.effective.device)
         yield from self._model(input_ids=ids, use_cache=False).logits[0]
 
     def _release(self) -> None:
@@ -80,10 +80,10 @@ class TransformersEngine(BaseEngine):
         if self.config.cache is Cache.STATIC_COMPILE:
             # Compiled graphs keep their own pool and references to the weights.
             torch.compiler.reset()
-        release(self.ran.device)
+        release(self.effective.device)
 
     def _forget(self) -> None:
         return  # generate() keeps nothing from one call to the next
 
     def _recover(self) -> None:
-        release(self.ran.device)
+        release(self.effective.device)

@@ -30,7 +30,7 @@ from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.preprocess import VisualInputs
 from qwencli.engine.response import ResponseBuilder
 from qwencli.errors import UnsupportedModeError
-from qwencli.results import GenerationChunk, RanModes
+from qwencli.results import EffectiveConfig, GenerationChunk
 
 
 @dataclass(frozen=True)
@@ -159,15 +159,19 @@ class Generation:
     """One call of `generate()` for one answer."""
 
     def __init__(
-        self, model: Any, answer: ResponseBuilder, ran: RanModes, changes: Changes = AS_IS
+        self,
+        model: Any,
+        answer: ResponseBuilder,
+        effective: EffectiveConfig,
+        changes: Changes = AS_IS,
     ) -> None:
-        self._model, self._answer, self._ran = model, answer, ran
+        self._model, self._answer, self._effective = model, answer, effective
         self._changes = changes
 
     def chunks(self, load_s: float) -> Iterator[GenerationChunk]:
         """Yield each token's text as it becomes known, and the result with the last chunk."""
         answer = self._answer
-        clock = EventTimer(self._ran.device)
+        clock = EventTimer(self._effective.device)
         inputs = self._inputs()
         tokens: Generator[Token] = pulled(lambda push: self._generate(inputs, clock, push))
         with VisionSpan(self._model, clock) as vision, closing(tokens):
@@ -176,7 +180,7 @@ class Generation:
                 if answer.stopped:
                     break
         self._check_cache()
-        yield answer.finish(clock, vision.marks, self._ran, load_s)
+        yield answer.finish(clock, vision.marks, self._effective, load_s)
 
     def _generate(
         self, inputs: dict[str, Any], clock: EventTimer, push: Callable[[Token], None]
@@ -187,7 +191,7 @@ class Generation:
         torch.manual_seed(secrets.randbits(32) if sampling.seed < 0 else sampling.seed)
         recorder = TokenRecorder(
             clock,
-            self._ran.device,
+            self._effective.device,
             capacity=sampling.max_new_tokens + 1,
             deliver=lambda token_id, mark: push((token_id, mark)),
         )
@@ -198,12 +202,12 @@ class Generation:
                 generation_config=self._generation_config(),
                 stopping_criteria=StoppingCriteriaList([recorder]),
             )
-        if self._ran.device.startswith("cuda"):
-            torch.cuda.synchronize(self._ran.device)
+        if self._effective.device.startswith("cuda"):
+            torch.cuda.synchronize(self._effective.device)
         recorder.flush()
 
     def _inputs(self) -> dict[str, Any]:
-        device, prompt = self._ran.device, self._answer.prompt
+        device, prompt = self._effective.device, self._answer.prompt
         input_ids = torch.tensor([prompt.input_ids], dtype=torch.int64, device=device)
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if prompt.inputs is not None:
@@ -212,7 +216,7 @@ class Generation:
         return inputs
 
     def _visual_inputs(self, shown: VisualInputs) -> dict[str, Any]:
-        device, dtype = self._ran.device, getattr(torch, self._ran.dtype)
+        device, dtype = self._effective.device, getattr(torch, self._effective.dtype)
         inputs: dict[str, Any] = {}
         for video, pixels, grids in (
             (False, "pixel_values", "image_grid_thw"),
@@ -239,7 +243,7 @@ class Generation:
             "use_cache": True,
             "pad_token_id": self._answer.files.pad_token_id,
             "eos_token_id": sorted(self._answer.stop_ids) or None,
-            **_CACHE_SETTINGS[Cache(self._ran.cache)],
+            **_CACHE_SETTINGS[Cache(self._effective.cache)],
         }
         if sampling.do_sample:
             settings |= {
@@ -252,8 +256,10 @@ class Generation:
 
     def _check_cache(self) -> None:
         """`generate()` skips compilation without a word where it cannot compile; we do not."""
-        if self._ran.cache == Cache.STATIC_COMPILE and not hasattr(self._model, "_compiled_call"):
+        if self._effective.cache == Cache.STATIC_COMPILE and not hasattr(
+            self._model, "_compiled_call"
+        ):
             raise UnsupportedModeError(
-                f"--cache {self._ran.cache}: transformers did not compile this model",
+                f"--cache {self._effective.cache}: transformers did not compile this model",
                 nearest=Cache.STATIC.value,
             )

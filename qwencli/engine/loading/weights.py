@@ -62,9 +62,9 @@ class LoadedWeights:
     @property
     def scheme(self) -> str:
         """How the decoder's matrices are stored; "none" = unquantized."""
-        return self.ran_scheme(lambda matrix: None)
+        return self.effective_scheme(lambda matrix: None)
 
-    def ran_scheme(self, activation_bits: Callable[[QuantizedTensor], int | None]) -> str:
+    def effective_scheme(self, activation_bits: Callable[[QuantizedTensor], int | None]) -> str:
         """`scheme` and what decode steps round, as results report it (`models.memory`).
 
         Args:

@@ -51,7 +51,7 @@ from qwencli.models.memory import packed_weight_bytes
 from qwencli.models.quant_formats import PackedFormat, format_of
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.weight_files import find_weights, stored_tensors
-from qwencli.results import GenerationChunk, RanModes
+from qwencli.results import EffectiveConfig, GenerationChunk
 
 
 class NativeEngine(BaseEngine):
@@ -84,7 +84,7 @@ class NativeEngine(BaseEngine):
         with gc_paused():
             yield from super().stream(request)
 
-    def _load(self, files: ModelFiles) -> RanModes:
+    def _load(self, files: ModelFiles) -> EffectiveConfig:
         device = resolve_device(self.config.device)
         lacks = device_lacks(device)
         check_modes(self.config, EngineName.NATIVE, lacks)
@@ -130,9 +130,9 @@ class NativeEngine(BaseEngine):
             model = QwenModel(shape, loaded, slots, attention, fused, kv, left_to_us)
             store = model.dynamic_cache() if cache is Cache.DYNAMIC else model.static_cache()
             state = DecodeState(model, store, slots, with_drafts=drafting)
-            ran = RanModes(
+            effective = EffectiveConfig(
                 engine=EngineName.NATIVE.value,
-                quantization=loaded.ran_scheme(model.step_ops.activation_bits),
+                quantization=loaded.effective_scheme(model.step_ops.activation_bits),
                 attention=_decode_attention(state, cache),
                 cache=cache.value,
                 device=device,
@@ -147,14 +147,14 @@ class NativeEngine(BaseEngine):
                 model,
                 state,
                 STEPPERS[cache](state),
-                ran,
+                effective,
                 self._speculator(state, cache),
                 PrefillGraphs(model, store, slots) if cache is Cache.STATIC_GRAPH else None,
             )
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
         gc_freeze_loaded()
-        return ran
+        return effective
 
     def _packed(self, files: ModelFiles) -> PackedFormat | None:
         """How the checkpoint is quantized already. Random weights never are."""
@@ -186,14 +186,14 @@ class NativeEngine(BaseEngine):
 
     def _release(self) -> None:
         self._generation = self._model = None
-        if self.ran.cache == Cache.STATIC_COMPILE:
+        if self.effective.cache == Cache.STATIC_COMPILE:
             torch.compiler.reset()
         gc.unfreeze()
-        release(self.ran.device)
+        release(self.effective.device)
 
     def _make_queue(self) -> RequestQueue:
         """Rows that run together, where the modes of this engine are those that rows have."""
-        cache, config = Cache(self.ran.cache), self.config
+        cache, config = Cache(self.effective.cache), self.config
         batches = (
             cache in (Cache.STATIC, Cache.STATIC_GRAPH)
             and config.kv_dtype is KVDType.AUTO
@@ -212,7 +212,7 @@ class NativeEngine(BaseEngine):
         cuda = model.device.type == "cuda"
         limits = BATCH_LIMITS["cuda" if cuda else "cpu"]
         with torch.inference_mode():
-            free = _free_bytes(self.ran.device)
+            free = _free_bytes(self.effective.device)
             pages = plan_pages(model.shape, limits, self.max_seq_len, model.dtype.itemsize, free)
             runner = ModelRunner(
                 model, pages, limits.max_rows, self.max_seq_len, cache is Cache.STATIC_GRAPH
@@ -221,7 +221,7 @@ class NativeEngine(BaseEngine):
             self.files,
             runner,
             Scheduler(limits, PagePool(pages)),
-            replace(self.ran, attention="triton" if runner.reads_lengths else "sdpa"),
+            replace(self.effective, attention="triton" if runner.reads_lengths else "sdpa"),
             self.load_s,
             self._prepared,
         )
@@ -241,7 +241,7 @@ class NativeEngine(BaseEngine):
         if not self.has_unfinished:
             # The pool of a batch that is over; the next one makes it again.
             self._close_queue()
-        release(self.ran.device)
+        release(self.effective.device)
 
 
 def _checkpoint_weights(files: ModelFiles, packed: PackedFormat | None, dtype: DType) -> int | None:

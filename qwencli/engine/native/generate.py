@@ -23,7 +23,7 @@ from qwencli.engine.spec_decode.decode_strategy import (
     DecodeStrategy,
     Speculator,
 )
-from qwencli.results import GenerationChunk, RanModes
+from qwencli.results import EffectiveConfig, GenerationChunk
 
 # Steps on their way to the GPU beyond the one being read. Enough that a host thread that is kept
 # from running for some milliseconds leaves the GPU busy; after a stop token they are wasted.
@@ -43,17 +43,17 @@ class Generation:
         model: QwenModel,
         state: DecodeState,
         stepper: Stepper,
-        ran: RanModes,
+        effective: EffectiveConfig,
         speculator: Speculator | None = None,
         prompts: PrefillRunner | None = None,
     ) -> None:
-        self._model, self._state, self._stepper, self._ran = model, state, stepper, ran
+        self._model, self._state, self._stepper, self._effective = model, state, stepper, effective
         self._prompts: PrefillRunner = model if prompts is None else prompts
         self._speculator = speculator
         self._prefix_cache = PrefixCache(state.cache)
         self._vision_cache = VisionCache()
         width = 1 if state.drafts is None else len(state.drafts.verify_output)
-        self._token_copy = AsyncTokenCopy(ran.device, len(state.slots), width)
+        self._token_copy = AsyncTokenCopy(effective.device, len(state.slots), width)
 
     def forget(self) -> None:
         """Drop everything kept from earlier requests."""
@@ -65,7 +65,7 @@ class Generation:
         """Logits [V] after each token of a text: the first is a prompt, each further one a decode
         step as the model decodes, fused where it is. In a cache of its own."""
         model = self._model
-        dynamic = self._ran.cache == Cache.DYNAMIC
+        dynamic = self._effective.cache == Cache.DYNAMIC
         cache = model.dynamic_cache() if dynamic else model.static_cache(1, len(token_ids) + 1)
         first, *rest = token_ids
         yield model.prefill(model.prepare([ModelPrompt([first])]), cache)[0]
@@ -109,14 +109,14 @@ class Generation:
         """
         state = self._state
         # First of all: captures that a request is the first to need are part of its prefill.
-        clock = EventTimer(self._ran.device)
+        clock = EventTimer(self._effective.device)
         first_slot = len(answer.prompt.input_ids)
         steps = answer.sampling.max_new_tokens - 1
         digests = digests_of(answer.prompt)
         keys = keys_of(answer.prompt, digests)
         with torch.inference_mode():
             state.kind = kind_of(answer.sampling)
-            strategy, ran = self._strategy_for(answer.sampling)
+            strategy, effective = self._strategy_for(answer.sampling)
             strategy.begin(clock, first_slot, first_slot + steps)
         try:
             vision = self._prefill(answer, keys, digests, clock)
@@ -130,17 +130,17 @@ class Generation:
             raise
         # The last token has not been fed, so its slot is not written.
         self._prefix_cache.remember([*keys, *answer.token_ids[:-1]])
-        yield answer.finish(clock, vision, ran, load_s, strategy.result())
+        yield answer.finish(clock, vision, effective, load_s, strategy.result())
 
-    def _strategy_for(self, sampling: SamplingParams) -> tuple[DecodeStrategy, RanModes]:
+    def _strategy_for(self, sampling: SamplingParams) -> tuple[DecodeStrategy, EffectiveConfig]:
         """How this request takes its steps, and the modes that are then true."""
         if self._speculator is None:
-            return AutoregressiveDecode(self._stepper, self._state), self._ran
+            return AutoregressiveDecode(self._stepper, self._state), self._effective
         if kind_of(sampling) not in LIKELIEST:
             # A drawn token is not known to be right before it is drawn.
-            ran = replace(self._ran, speculate="off: sampling")
-            return AutoregressiveDecode(self._stepper, self._state), ran
-        return self._speculator.strategy(), self._ran
+            effective = replace(self._effective, speculate="off: sampling")
+            return AutoregressiveDecode(self._stepper, self._state), effective
+        return self._speculator.strategy(), self._effective
 
     def _decode(
         self, clock: EventTimer, strategy: DecodeStrategy, steps: int

@@ -40,7 +40,7 @@ class BusyEngine(FakeEngine):
         )
         tokens = tuple(range(len(times)))
         result = GenerationResult(
-            "the same", tokens, "length", 7, 0, timings, self.ran, tuple(times), None
+            "the same", tokens, "length", 7, 0, timings, self.effective, tuple(times), None
         )
         yield GenerationChunk("", (), result)
 

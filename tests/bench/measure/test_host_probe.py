@@ -14,13 +14,13 @@ from qwencli.bench.measure.cpu_calibration import CpuCalibration
 from qwencli.bench.measure.host_probe import LEARNING, HostProbe, TokenProbe
 from qwencli.bench.measure.os_counters import CoreClock, Waits, system_times, waits
 from qwencli.bench.storage import columns
-from qwencli.results import GenerationChunk, GenerationResult, RanModes, Timings
+from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult, Timings
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells this on Linux alone")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
 
 TOKEN_S = 0.003
-RAN = RanModes("native", "none", "sdpa", "static", "cpu", "float32")
+RAN = EffectiveConfig("native", "none", "sdpa", "static", "cpu", "float32")
 TIMINGS = Timings(0.0, 0.0, None, 0.0, 0.0, 0.0, 0.0, 1.0)
 
 

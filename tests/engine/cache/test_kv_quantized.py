@@ -104,7 +104,7 @@ def native(folder, **wanted):
 @pytest.mark.parametrize("kv", [KVDType.INT8, KVDType.FP8])
 def test_a_chat_reuses_its_prefix_with_equal_answers(checkpoint, kv, attention):
     with native(checkpoint("qwen3_vl"), kv_dtype=kv, attention=attention) as engine:
-        assert engine.ran.kv_dtype == {"int8": "int8", "fp8": "fp8-e4m3"}[kv]
+        assert engine.effective.kv_dtype == {"int8": "int8", "fp8": "fp8-e4m3"}[kv]
         reused, anew = (answers_of_turns(engine, 24, forget=forget) for forget in (False, True))
     assert reused == anew
 

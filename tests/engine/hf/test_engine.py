@@ -114,7 +114,7 @@ def test_caches_and_attention_kernels_agree(checkpoint, engine, cache, attention
     with TransformersEngine(config) as loaded:
         result = loaded.generate(ask(images=[picture()]))
     assert result.token_ids == expected.token_ids
-    assert (result.ran.cache, result.ran.attention) == (cache.value, attention.value)
+    assert (result.effective.cache, result.effective.attention) == (cache.value, attention.value)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_quantized_weights_load_run_and_are_read_back(checkpoint, quantization, 
     config = engine_config(checkpoint("qwen3_vl"), quantization=quantization)
     with TransformersEngine(config) as loaded:
         result = loaded.generate(ask(images=[picture()]))
-    assert result.ran.quantization == scheme
+    assert result.effective.quantization == scheme
     assert result.num_new_tokens == 12
 
 

@@ -136,12 +136,12 @@ def test_other_loads_give_the_same_model(changes, load_format):
     )
     with create_engine(config) as engine:
         usual = engine.generate(REQUEST).token_ids
-        ran = engine.ran
+        ran = engine.effective
         with interventions.changed(engine, **changes):
             engine.close()
             engine.load()
         assert engine.generate(REQUEST).token_ids == usual
-        assert engine.ran == ran
+        assert engine.effective == ran
 
 
 def test_bitsandbytes_options_reach_the_layers():
@@ -155,12 +155,12 @@ def test_bitsandbytes_options_reach_the_layers():
         device="cpu",
     )
     with create_engine(config) as engine:
-        assert engine.ran.quantization == "bnb-nf4"
+        assert engine.effective.quantization == "bnb-nf4"
         changes = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "float32"}
         with interventions.changed(engine, quantization=changes):
             engine.close()
             engine.load()
-        assert engine.ran.quantization == "bnb-fp4"
+        assert engine.effective.quantization == "bnb-fp4"
 
 
 def test_a_warm_up_leaves_nothing_behind(engine, answer):

@@ -62,7 +62,7 @@ def test_the_engine_reports_what_its_operations_round(
     for fused in (None, OWN):
         monkeypatch.setattr("qwencli.engine.native.engine.fused_for", lambda *_, f=fused: f)
         with NativeEngine(config) as engine:
-            reported.append(engine.ran.quantization)
+            reported.append(engine.effective.quantization)
     assert tuple(reported) == LABELS[mode]
 
 
@@ -71,5 +71,5 @@ def test_the_engine_reports_what_its_operations_round(
 )
 def test_prequantized_checkpoints_are_rounded_alike(tmp_path: Path, name: str, label: str) -> None:
     loaded = loaded_from(tmp_path, name)
-    assert loaded.ran_scheme(REFERENCE_OPS.activation_bits) == FORMATS[name][-1]
-    assert loaded.ran_scheme(activation_bits) == label
+    assert loaded.effective_scheme(REFERENCE_OPS.activation_bits) == FORMATS[name][-1]
+    assert loaded.effective_scheme(activation_bits) == label

@@ -70,7 +70,7 @@ def test_attention_is_named_as_it_ran(checkpoint, monkeypatch, asked, ran):
     )
     with NativeEngine(native_config(checkpoint("qwen3"), **asked)) as loaded:
         result = loaded.generate(ask())
-    assert result.ran.attention == ran
+    assert result.effective.attention == ran
     assert bool(calls) == ("numpy" in ran)
 
 
@@ -91,7 +91,7 @@ def test_modes_agree(checkpoint, engine, cache, attention, sampling):
     config = native_config(checkpoint("qwen3_vl"), cache=cache, attention=attention)
     with NativeEngine(config) as other:
         assert other.generate(request).token_ids == expected.token_ids
-        assert (other.ran.cache, other.ran.attention) == (cache.value, attention.value)
+        assert (other.effective.cache, other.effective.attention) == (cache.value, attention.value)
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)

@@ -152,7 +152,7 @@ def test_the_native_engine_answers_as_transformers_does(
         with create_engine(EngineConfig(spec, engine=engine_name, device="cpu")) as engine:
             answers.append(engine.generate(request))
             planned.append(engine.memory_plan.get("weights"))
-    assert [answer.ran.quantization for answer in answers] == ["bnb-nf4", "none"]
+    assert [answer.effective.quantization for answer in answers] == ["bnb-nf4", "none"]
     assert answers[0].token_ids == answers[1].token_ids
     config = read_config(folder)
     loaded = weights.load(

@@ -151,5 +151,5 @@ def test_the_bundled_model_still_sees(mode: Quantization, scheme: str) -> None:
     )
     with NativeEngine(config) as engine:
         result = engine.generate(request)
-    assert result.ran.quantization == scheme
+    assert result.effective.quantization == scheme
     assert "large red circle" in result.text and "small blue star" in result.text

@@ -59,7 +59,7 @@ def test_same_tokens_as_plain_steps(checkpoint, family, speculate):
             result = loaded.generate(request)
             assert result.token_ids == expected.token_ids
             assert result.text == expected.text
-    assert result.ran.speculate == str(speculate)
+    assert result.effective.speculate == str(speculate)
     assert result.speculation is not None and result.speculation.net_gain is not None
 
 
@@ -163,7 +163,7 @@ def test_sampling_takes_plain_steps_and_says_so(engines):
     with speculating("auto") as loaded:
         result = loaded.generate(request)
     assert result.token_ids == plain.generate(request).token_ids
-    assert result.ran.speculate == "off: sampling" and result.speculation is None
+    assert result.effective.speculate == "off: sampling" and result.speculation is None
 
 
 def test_times_are_shared_among_tokens_that_came_together(engines):

@@ -30,11 +30,11 @@ def engine_run(device: str, work: EngineWork) -> EngineRun:
     with engine:
         request = _request(work)
         drain(engine.stream(request))
-        reset_peak_memory(engine.ran.device)
+        reset_peak_memory(engine.effective.device)
         results = [drain(engine.stream(request)) for _ in range(work.runs)]
-        memory = memory_stats(engine.ran.device)
+        memory = memory_stats(engine.effective.device)
         profiles = [_profile(engine, _request(work, tokens)) for tokens in PROFILED_TOKENS]
-        ran, load_s = engine.ran, engine.load_s
+        ran, load_s = engine.effective, engine.load_s
     # What the two answers differ by are their decode steps: prompt and vision are equal.
     few, more = profiles
     steps = PROFILED_TOKENS[1] - PROFILED_TOKENS[0]
@@ -60,7 +60,7 @@ def engine_run(device: str, work: EngineWork) -> EngineRun:
 
 
 def _profile(engine: Engine, request: GenerationRequest) -> DeviceWork | None:
-    return device_work(engine.ran.device, lambda: drain(engine.stream(request)))
+    return device_work(engine.effective.device, lambda: drain(engine.stream(request)))
 
 
 def _request(work: EngineWork, new_tokens: int | None = None) -> GenerationRequest:
