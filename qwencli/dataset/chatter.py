@@ -36,6 +36,11 @@ _REFUSALS = (
     r"(?:my |our )?apologies[,.!]",
     rf"unfortunately,? (?:I|we|(?:the|this) {_PICTURE} "
     r"(?:cannot|can't|could not|was not|is not))\b",
+    r"no (?:caption|description|answer|response|image)(?: is| was)? ?(?:available|provided|"
+    r"possible|found|generated)",
+    r"(?:n/?a|none|null|undefined|unknown|not applicable|nan|error)[.!]?\s*$",
+    rf"(?:I|we) (?:need|require) (?:more|additional|an?|the) [^.\n]{{0,30}}(?:information|context|"
+    rf"{_PICTURE})",
     r"as an? (?:AI|artificial|(?:large )?language model|assistant|text-based|vision)\b",
     r"I(?:'m| am) (?:just |only |merely )?an? "
     r"(?:AI|artificial|(?:large )?language model|text-based)",
@@ -72,7 +77,7 @@ _ADJECTIVES = (
     r"refined|improved|generated|training|english|cinematic|the|your|my|revised) )*"
 )
 _PREAMBLES = (
-    r"(?:sure|certainly|of course|absolutely|okay|gladly|definitely)\b"
+    r"(?:sure|certainly|of course|absolutely|okay|gladly|definitely)(?: thing)?\b"
     r"(?:[^.\n]{0,4}[!,.:;]|[^.\n]{0,90}:(?:\s|$)| here\b)",
     r"(?:ok|great|alright|got it|no problem|understood|happy to help|with pleasure)[!,.:] ",
     r"(?:I'd be happy to|I(?:'ll| will) (?:describe|write|provide|give|create|generate|analy[sz]e)|"
@@ -81,6 +86,13 @@ _PREAMBLES = (
     rf"(?: [\w,'’-]+){{0,8}}? {_WORKS}\b[^.!?\n]{{0,120}}?(?::|\n|[.!] |[.!]?$)",
     rf"this is(?: [\w,'’-]+){{0,8}}? {_WORKS}\b[^.!?\n]{{0,80}}?:(?:\s|$)",
     r"here (?:you go|it is|they are)\b",
+    r"(?:the|this|your) (?:image|picture|photo) (?:that )?you(?:'ve| have)? "
+    r"(?:provided|uploaded|shared|attached|sent|gave)",
+    r"(?:captions?|descriptions?|summary|analysis) of (?:the|this|your) "
+    r"(?:image|picture|photo)[*_ ]*:",
+    r"(?:caption|description|alt[- ]text|prompt|tags)[*_ ]*\n",
+    # Turns of a conversation, and their marks.
+    r"<\|[a-z_]+\|>|(?:user|assistant|system)\s*\n",
     rf"{_ADJECTIVES}(?:image )?(?:captions?|descriptions?|alt[- ]text|prompts?|tags|keywords|"
     r"answer|output|response|assistant)(?: \d+)?[*_\"' ]*[:：]",
     rf"(?:based on|looking at|from|after (?:analy[sz]ing|examining|reviewing)) (?:the|this|your) "
@@ -117,6 +129,12 @@ _CLOSINGS = (
     r"(?:lass(?:en Sie)? (?:es )?mich wissen|ich hoffe, (?:das|dies))"
 )
 
+_LABEL = re.compile(
+    r"^[ \t*_#>]*(?:final |image |short |suggested )?captions?(?: \d+)?[ *_]*:|^[ \t]*```|"
+    r"<\|im_(?:start|end)\|>",
+    re.IGNORECASE | re.MULTILINE,
+)
+
 # What may stand in front: marks of Markdown, quotes, emphasis.
 _DECORATION = " \t\n*_#>\"'`-.:,("
 
@@ -134,8 +152,9 @@ def find_refusal(text: str) -> str | None:
 
 
 def find_preamble(text: str) -> str | None:
-    """An introduction in front of the caption, or a label."""
-    return _beginning(_PREAMBLE, text)
+    """An introduction in front of the caption, or a label on a line that names it."""
+    found = _LABEL.search(text)
+    return _beginning(_PREAMBLE, text) or (found[0].strip() if found else None)
 
 
 def find_closing(sentence: str) -> str | None:
