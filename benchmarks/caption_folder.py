@@ -53,7 +53,7 @@ def own_rate(engine: Engine, paths: list[Path], sampling: SamplingOptions) -> di
         return GenerationRequest((user_message(PROMPT, (open_image(path),)),), sampling)
 
     gpu, tokens = GpuUse(), 0
-    with gpu.watched(engine.ran.device):
+    with gpu.watched(engine.effective.device):
         started = time.perf_counter()
         for result in generate_many(engine, (functools.partial(request, path) for path in paths)):
             if isinstance(result, Exception):
@@ -128,7 +128,7 @@ def main() -> None:
     busy = [each["gpu_percent"] for each in rates["caption FOLDER"] if each["gpu_percent"]]
     summary = {"percent_of_own_rate": 100 * command / own, "own": own, "caption_folder": command}
     gpu = statistics.median(busy) if busy else None
-    print(json.dumps({**summary, "gpu_percent": gpu, "device": engine.ran.device}))
+    print(json.dumps({**summary, "gpu_percent": gpu, "device": engine.effective.device}))
 
 
 if __name__ == "__main__":
