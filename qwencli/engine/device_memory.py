@@ -11,10 +11,12 @@ import math
 import mmap
 import sys
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from qwencli.errors import OutOfMemoryError
+
+if TYPE_CHECKING:
+    import torch
 
 # torch reports host exhaustion as a plain RuntimeError; these are the phrases it uses.
 _HOST_PHRASES = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator", "bad alloc")
@@ -82,6 +84,8 @@ def lazy_zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     and become resident one by one. Huge pages are declined: a cache whose heads lie 4 MB apart
     would make 2 MB resident for the first token of each head. numpy asks for them.
     """
+    import torch
+
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
     pages = mmap.mmap(-1, max(1, math.prod(size)) * dtype.itemsize)
@@ -92,6 +96,8 @@ def lazy_zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 
 def upload(tensors: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, ...]:
     """Tensors of one type on the host -> the same on `device`, there in one copy."""
+    import torch
+
     if device.type != "cuda":
         return tuple(tensor.to(device) for tensor in tensors)
     sizes = [tensor.numel() for tensor in tensors]

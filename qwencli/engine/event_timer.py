@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-
 # torch.cuda.Event on CUDA, a float of perf_counter elsewhere.
 Mark = Any
 
@@ -21,6 +19,8 @@ class EventTimer:
     def __init__(self, device: str) -> None:
         self._device, self._cuda = device, device.startswith("cuda")
         if self._cuda:
+            import torch
+
             # One wait per request ties the GPU's clock to the host's.
             torch.cuda.synchronize(device)
         self.origin = self.mark()
@@ -29,6 +29,8 @@ class EventTimer:
     def mark(self) -> Mark:
         if not self._cuda:
             return time.perf_counter()
+        import torch
+
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         # Of this device: a bare record() marks a stream of the current one, which is cuda:0.
         event.record(torch.cuda.current_stream(self._device))

@@ -17,8 +17,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
-from qwencli.engine.instruments.timing import synchronize
-
 # Calls of the CUDA runtime and driver that put work on the device, by the start of their names.
 _LAUNCH_CALLS = (
     "cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cuGraphLaunch",
@@ -46,6 +44,8 @@ def device_work(device: str, work: Callable[[], object]) -> DeviceWork | None:
     if not device.startswith("cuda"):
         return None
     from torch.profiler import ProfilerActivity, profile
+
+    from qwencli.engine.instruments.timing import synchronize
 
     activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU]
     # Newer versions warn of events that are dropped without acc_events.

@@ -194,7 +194,13 @@ def test_the_hint_lists_the_values_of_the_axis():
 
 
 def test_matrix_and_report_never_import_torch():
-    names = ("plan.matrix_file", "plan.prepare", "report.campaign_report", "run.bench_run")
+    names = (
+        "plan.matrix_file",
+        "plan.prepare",
+        "report.campaign_report",
+        "run.bench_run",
+        "run.worker",
+    )
     modules = ", ".join(f"qwencli.bench.{name}" for name in names)
     script = (
         f"import sys; sys.modules['torch'] = None; import {modules}; import qwencli.commands.bench"
