@@ -53,7 +53,9 @@ def report(
     with sink.status(f"looking at {len(entries)} pictures"):
         seen = list(
             seen_pictures(
-                (listing.base / entry.key for entry in entries), thumbnail_side(len(entries))
+                # What was refused already, such as a pipe, would be waited for.
+                (None if entry.unreadable else listing.base / entry.key for entry in entries),
+                thumbnail_side(len(entries)),
             )
         )
         entries = [

@@ -41,8 +41,12 @@ def thumbnail_side(count: int) -> int:
     return next((side for most, side in _SIDES if count <= most), _SIDE_OF_MANY)
 
 
-def seen_pictures(paths: Iterable[Path], side: int) -> Iterator[Seen]:
-    """Each picture in order, several at a time; what cannot be opened says why."""
+def seen_pictures(paths: Iterable[Path | None], side: int) -> Iterator[Seen]:
+    """Each picture in order, several at a time; what cannot be opened says why.
+
+    Args:
+        paths: None for one that is not to be opened.
+    """
     waiting = iter(paths)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         running = deque(
@@ -50,12 +54,12 @@ def seen_pictures(paths: Iterable[Path], side: int) -> Iterator[Seen]:
         )
         while running:
             yield running.popleft().result()
-            path = next(waiting, None)
-            if path is not None:
-                running.append(pool.submit(_seen, path, side))
+            running.extend(pool.submit(_seen, path, side) for path in itertools.islice(waiting, 1))
 
 
-def _seen(path: Path, side: int) -> Seen:
+def _seen(path: Path | None, side: int) -> Seen:
+    if path is None:
+        return Seen()
     try:
         picture = _small(path)
     except MissingDependencyError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 
 import pytest
 
@@ -142,6 +143,16 @@ def test_a_caption_file_that_is_no_text(pictures, report):
     (folder / "a.txt").write_bytes(b"\xff\xfe\0")
     _, found, _ = report(folder, "--json")
     assert "a.txt" in found["failed"][0]["reason"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_what_is_no_regular_file_is_not_waited_for(pictures, report):
+    folder = pictures("a.png")
+    os.mkfifo(folder / "b.png")
+    began = time.monotonic()
+    _, found, _ = report(folder, "--json")
+    assert time.monotonic() - began < 6
+    assert "no regular file" in found["unreadable"][0]["reason"]
 
 
 def test_an_empty_folder(tmp_path, report):
