@@ -32,6 +32,7 @@ def chat(
     # Here and not above: `--help` needs none of it.
     from qwencli.commands.conversation import Conversation
     from qwencli.commands.model_choice import announce_model, choose_model
+    from qwencli.commands.reports import failure_record
     from qwencli.commands.requests import OPENING_ERRORS, open_visual, running_engine
 
     sink = context.ensure_object(Output)
@@ -45,6 +46,8 @@ def chat(
         except OPENING_ERRORS as error:
             failed = True
             sink.error(error)
+            if run.json:
+                sink.json_line(failure_record(error, [str(path)], spec.name))
     if failed and prompt is not None and not pictures:
         # An answer about a picture that the model never saw would be invented.
         raise typer.Exit(1)

@@ -115,7 +115,7 @@ def _text(config: Mapping[str, Any], family: Family, where: str) -> TextShape:
         qk_norm=family.qk_norm,
         qkv_bias=own_bias if family.qkv_bias is None else family.qkv_bias,
         o_bias=own_bias if family.qkv_bias is None else False,
-        tied_head=_tied_head(config, values),
+        tied_head=_tied_head(config, values, where),
         rope=_rope(values, family, head_dim, where),
         max_position_embeddings=positive_int(values, "max_position_embeddings", where, 32768),
         activation=str(values.get("hidden_act", "silu")),
@@ -123,10 +123,14 @@ def _text(config: Mapping[str, Any], family: Family, where: str) -> TextShape:
     )
 
 
-def _tied_head(config: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
+def _tied_head(config: Mapping[str, Any], text: Mapping[str, Any], where: str) -> bool:
     """The top level decides; transformers 4 wrote the flag into the text section alone."""
-    said = config.get("tie_word_embeddings")
-    return bool(text.get("tie_word_embeddings") if said is None else said)
+    key = "tie_word_embeddings"
+    said = text.get(key) if config.get(key) is None else config[key]
+    if said not in (None, True, False):
+        # The word "false" would be true.
+        raise refused(where, key, said, "true or false")
+    return bool(said)
 
 
 def _head_dim(

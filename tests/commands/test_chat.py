@@ -120,6 +120,14 @@ def test_a_bad_picture_does_not_end_a_chat(checkpoint, picture_path, capsys, mon
     assert err == "error: no.png: no such file (check the path)\n"
 
 
+def test_a_picture_that_does_not_open_is_an_object_too(checkpoint, capsys):
+    assert chat(checkpoint, "What?", "--image", "none.png", "--json") == 1
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert (record["image"], record["caption"]) == ("none.png", None)
+    assert record["error"] in err
+
+
 def test_nothing_is_asked_about_a_picture_that_does_not_open(checkpoint, capsys):
     base = ["chat", "--model", str(checkpoint("qwen3_vl")), "--device", "cpu", "--quiet"]
     assert run([*base, "-i", "no.png", "What is it?"]) == 1

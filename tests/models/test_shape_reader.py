@@ -215,6 +215,16 @@ def test_a_window_counts_where_it_is_used(keys: dict[str, Any], window: bool) ->
     assert read_shape(config | keys).text.sliding_window is window
 
 
+@pytest.mark.parametrize("value", ["false", "true", 2, [], {}])
+@pytest.mark.parametrize("at_top", [True, False])
+def test_a_tied_head_is_true_or_false(value: object, at_top: bool) -> None:
+    config = qwen3_vl()
+    del config["tie_word_embeddings"]
+    (config if at_top else config["text_config"])["tie_word_embeddings"] = value
+    with pytest.raises(ModelFileError, match="expected true or false"):
+        read_shape(config)
+
+
 def test_what_only_one_engine_can_run_is_read_and_not_refused() -> None:
     window = read_shape(qwen2_5_vl() | {"use_sliding_window": True, "max_window_layers": 2})
     assert window.text.sliding_window
