@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwencli import __version__
 from qwencli.dataset.pipeline import Captioned, Failed
@@ -62,8 +62,7 @@ _INSERT = """INSERT OR REPLACE INTO captions (
 ) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"""
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(NamedTuple):
     """What became of a slot.
 
     Args:

@@ -9,9 +9,10 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from qwencli.dataset.parts import (
     MAX_PART_BYTES,
@@ -41,8 +42,7 @@ CAPTION = "caption"
 PARTIAL_PREFIX, PARTIAL_SUFFIX = ".qwencli-", ".partial"
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """One picture or video of a set.
 
     Args:
@@ -57,8 +57,7 @@ class Item:
     part: Part | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """The place of one caption of a set.
 
     Args:
@@ -267,9 +266,12 @@ def local_path(path: Path) -> Path:
     )
 
 
+_DIGITS = re.compile(r"(\d+)")
+
+
 def natural_key(name: str) -> tuple[tuple[int, str], ...]:
     """Sorts `a2` before `a10`."""
-    parts = re.split(r"(\d+)", name)
+    parts = _DIGITS.split(name)
     return tuple((int(part), "") if part.isdecimal() else (0, part) for part in parts)
 
 
@@ -323,6 +325,8 @@ class _Walk:
 
     def __init__(self, listing: Listing, wanted: _Wanted, recursive: bool) -> None:
         self._listing, self._wanted, self._recursive = listing, wanted, recursive
+        self._base = str(listing.base)
+        self._inside_base = self._base + os.sep
         self._folders: set[tuple[int, int]] = set()
         self._keys: set[str] = set()
         # Looked at last, so that a folder is listed under its own path where it has one here.
@@ -381,44 +385,51 @@ class _Walk:
                     continue
                 self._folders.add((status.st_dev, status.st_ino))
                 with os.scandir(folder) as entries:
-                    found = sorted(entries, key=lambda entry: natural_key(entry.name))
+                    found = [entry for entry in entries if self._is_meant(entry, below)]
             except OSError as error:
                 reason = f"{folder} cannot be read: {error.strerror}"
                 refusal = InputError(reason, "change the folder's permissions, or leave it out")
                 self._listing.refused.append((Item(self._key(folder)), refusal))
                 continue
+            found.sort(key=lambda entry: natural_key(entry.name))
             inside: list[tuple[str, str]] = []
             for entry in found:
-                self._entry(entry, below + entry.name, inside)
+                self._take(entry, below + entry.name, inside)
             waiting += reversed(inside)
 
-    def _entry(self, entry: os.DirEntry[str], below: str, inside: list[tuple[str, str]]) -> None:
-        if entry.name.startswith("."):
-            if entry.name.startswith(PARTIAL_PREFIX) and entry.name.endswith(PARTIAL_SUFFIX):
+    def _is_meant(self, entry: os.DirEntry[str], below: str) -> bool:
+        """Whether this is a picture, a video or a folder to look into; counts what is not."""
+        name = entry.name
+        if name.startswith("."):
+            if name.startswith(PARTIAL_PREFIX) and name.endswith(PARTIAL_SUFFIX):
                 self._listing.partial.append(Path(entry.path))
-            elif entry.name != ".qwencli":
+            elif name != ".qwencli":
                 self._listing.hidden += 1
-            return
+            return False
+        with suppress(OSError):  # a link in a circle; opening it will tell
+            if entry.is_dir():
+                return self._recursive
+        if self._wanted(below + name):
+            return True
+        self._listing.others[os.path.splitext(name)[1].lower()] += 1
+        return False
+
+    def _take(self, entry: os.DirEntry[str], below: str, inside: list[tuple[str, str]]) -> None:
         try:
             if entry.is_dir():
-                if self._recursive:
-                    linked = entry.is_symlink()
-                    (self._links if linked else inside).append((entry.path, below + "/"))
-                return
-            if not self._wanted(below):
-                self._listing.others[os.path.splitext(entry.name)[1].lower()] += 1
+                linked = entry.is_symlink()
+                (self._links if linked else inside).append((entry.path, below + "/"))
                 return
             status = entry.stat()
         except OSError:
             # A link to nowhere, or in a circle; opening it will tell.
-            if self._wanted(below):
-                self._add(self._key(entry.path), None)
+            self._add(self._key(entry.path), None)
             return
         self._add(self._key(entry.path), status)
 
     def _key(self, path: str) -> str:
-        base = str(self._listing.base)
-        if path.startswith(base + os.sep):
+        base = self._base
+        if path.startswith(self._inside_base):
             relative = path[len(base) + 1 :]
         elif base == os.curdir and not os.path.isabs(path):
             relative = os.path.normpath(path)

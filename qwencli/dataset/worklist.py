@@ -74,8 +74,7 @@ def work_of(
     """
     states = manifest.states() if manifest else {}
     work = Worklist(going_on=manifest.unfinished_run(job) if manifest else None)
-    items = _with_a_place_of_their_own(listing, wish, places, work)
-    slots = [(item, slot) for item in items for slot in _slots(item, wish)]
+    slots = _with_a_place_of_their_own(listing, wish, places, work)
     there = places.existing(slot for _, slot in slots)
     for item, slot in slots:
         state = states.get(slot)
@@ -98,29 +97,27 @@ def _slots(item: Item, wish: Wish) -> list[Slot]:
 
 def _with_a_place_of_their_own(
     listing: Listing, wish: Wish, places: Places, work: Worklist
-) -> list[Item]:
-    """The items that can be captioned; the first of those that want one place is among them."""
+) -> list[tuple[Item, Slot]]:
+    """What can be captioned; of items that want one place the first is among them."""
     for item, error in listing.refused:
         work.refused.append(Failed(Task(item, wish.fields[0]), error))
     owners: dict[str, Item] = {}
-    items = []
+    slots: list[tuple[Item, Slot]] = []
     for item in listing.items:
-        slots = _slots(item, wish)
-        names = [os.path.normcase(places.name(slot)) for slot in slots]
-        taken = [
-            (slot, owners[name]) for slot, name in zip(slots, names, strict=True) if name in owners
-        ]
-        if taken:
-            slot, owner = taken[0]
+        own = [(os.path.normcase(places.name(slot)), slot) for slot in _slots(item, wish)]
+        taken = next(((owners[name], slot) for name, slot in own if name in owners), None)
+        if taken is not None:
+            owner, slot = taken
             error = InputError(
                 f"{listing.path(item)} and {owner.key} want the same file, {places.name(slot)}",
                 "rename one of them, or write one file with --output captions.jsonl",
             )
             work.refused.append(Failed(Task(item, wish.fields[0]), error))
             continue
-        owners.update(dict.fromkeys(names, item))
-        items.append(item)
-    return items
+        for name, slot in own:
+            owners[name] = item
+            slots.append((item, slot))
+    return slots
 
 
 def _has_changed(item: Item, state: State) -> bool:
