@@ -6,7 +6,7 @@ two one-sided tests at 5 % each (Schuirmann 1987, J. Pharmacokinetics and Biopha
 99 % interval wholly above it is FASTER, wholly below SLOWER: a change that is none is the worst
 answer, so it needs more certainty. Anything else is AMBIGUOUS: too few processes, or too noisy, to
 say. "Not significantly different" alone is never SAME. What the intervals are made of, and what
-they take for granted, stands in `compare_intervals`.
+they take for granted, stands in `intervals`.
 
 By simulation (see the tests): unchanged cells come out FASTER or SLOWER in 1 % or less where
 processes scatter as they do on busy CPUs. On a GPU whose processes scatter by 0.1 % they are SAME
@@ -19,7 +19,7 @@ where none of A's overlaps B's. A quarter of far runs at either end costs nothin
 
 A side whose figure is not to be quoted, because the machine was not its own (`whole_cell`), is
 never FASTER or SLOWER. Only sides that took turns (`bench compare --run`) and met the same may be:
-they are judged by paired differences and ranks (`paired_ranks`).
+they are judged by paired differences and ranks (`paired_interval`).
 """
 
 from __future__ import annotations

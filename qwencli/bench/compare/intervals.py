@@ -128,7 +128,7 @@ class Intervals:
 
 
 def paired_intervals(a: Processes, b: Processes) -> Intervals | None:
-    """Intervals of B / A of sides that took turns, process by process (`paired_ranks`); None for
+    """Intervals of B / A of sides that took turns, process by process (`paired_interval`); None for
     fewer pairs than MIN_PAIRS.
 
     Args:

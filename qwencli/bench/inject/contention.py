@@ -88,14 +88,14 @@ def shared_core() -> Iterator[None]:
 
 
 def neighbours(program: str) -> AbstractContextManager[list[subprocess.Popen[bytes]]]:
-    """Other processes run one of `hogs`: as many as there are other processors, up to
+    """Other processes run one of the programs above: as many as there are other processors, up to
     MOST_NEIGHBOURS."""
     return programs(program, min(MOST_NEIGHBOURS, max((os.cpu_count() or 1) - 1, 1)))
 
 
 @contextmanager
 def programs(program: str, count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """So many processes of one of `hogs`, ready."""
+    """So many processes of one of the programs above, ready."""
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(count):

@@ -2,7 +2,7 @@
 
 title = "..."                # the claim, in a sentence
 expected = "..."             # what we predicted before the first run
-needs = ["cuda"]             # names of `needs.NEEDS`; without them it cannot run here
+needs = ["cuda"]             # names of `conditions.NEEDS`; without them it cannot run here
 about = ["sm_120"]           # likewise; without these it can be seen, but not refuted, here
 
 [hold]                       # equal in all arms; engine, quantization, attention, cache, model,

@@ -114,7 +114,7 @@ class Condition:
     Args:
         around: held around the run.
         loading: held around releasing and loading the model, where `load` asks for that.
-        needs: names of `needs.NEEDS`.
+        needs: names of `NEEDS`.
         engines: those it can be applied to.
         extra_s: what a run takes longer for its sake, to plan by.
         alters: the load leaves another model, which other conditions must not find.

@@ -2,8 +2,8 @@
 
 A small model's step is as long as its operators take to dispatch. Here every buffer and every
 view is made once, the host knows token, position and slot as plain numbers, and what works on one
-row of a few hundred values is numpy's, whose calls take a third of torch's (`host_products` and
-`host_attention` say when matrices and the cache are, too). The arithmetic is that of `decoder_ops`
+row of a few hundred values is numpy's, whose calls take a third of torch's (`cpu.gemv` and
+`cpu.attention` say when matrices and the cache are, too). The arithmetic is that of `decoder_ops`
 with the norms' divisions last:
 
     norm(x) W         = (x w) W / rms(x)

@@ -218,7 +218,7 @@ class ActivationLayout:
     """How a product reads its vectors.
 
     Args:
-        form: FLOATS for the squares of the norm alone. run: see `words_in_a_row`.
+        act_format: FLOATS for the squares of the norm alone. run: see `words_in_a_row`.
     """
 
     act_format: ActivationFormat

@@ -97,7 +97,7 @@ def floats_of(packed, codebook_ptr, NIBBLES: tl.constexpr, FP8: tl.constexpr):
 @triton.jit
 def dequantize_kernel(
     out_ptr,  # [N, K]
-    data_ptr,  # int8 [N, K], fp8 as its bits; NIBBLES: int32 [N, K / 8], see `quantized.pack`
+    data_ptr,  # int8 [N, K], fp8 as its bits; NIBBLES: int32 [N, K / 8], see `pack`
     scale_ptr,  # [N, K / G]
     zero_point_ptr,  # as scale; None = no zeros
     codebook_ptr,  # float32 [16]; None = values are what they are

@@ -65,7 +65,7 @@ def verify_drafts_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`drafting.accept` of the best rows, and `drafting.draft` behind them. One program."""
+    """`ngram.accept` of the best rows, and `ngram.draft` behind them. One program."""
     index = tl.arange(0, 8)
     stop_index = tl.arange(0, STOPS)
     stop_ids = tl.load(stop_ids_ptr + stop_index, mask=stop_index < NUM_STOPS, other=-1)

@@ -26,7 +26,7 @@ LOG2_E = 1.4426950408889634
 def paged_attention_kernel(
     q_ptr,  # [B, H, D] with `q_stride` from row to row
     pool_ptr,  # [slots, 2 * KVH, D]: keys, then values
-    codebook_ptr,  # int32 [B, pages] with `table_stride` from row to row
+    page_table_ptr,  # int32 [B, pages] with `table_stride` from row to row
     length_ptr,  # int32 [B], at least 1
     out_ptr,  # [B, H * D]
     acc_ptr,  # float32 [B * KVH, SPLITS, LANES, D]
@@ -67,7 +67,7 @@ def paged_attention_kernel(
     row_sum = tl.zeros((LANES,), tl.float32)
     acc = tl.zeros((LANES, D), tl.float32)
     for page in range(first, end):
-        block = tl.load(codebook_ptr + row * table_stride + page).to(tl.int64)
+        block = tl.load(page_table_ptr + row * table_stride + page).to(tl.int64)
         there = page * PAGE + offset < length
         at = pool_ptr + (block * PAGE + offset)[:, None] * (2 * KVH * D) + head * D + column
         k = tl.load(at, mask=there[:, None], other=0.0)
@@ -124,7 +124,7 @@ class PagedAttention:
         self._processors = num_processors
 
     def __call__(self, q: Tensor, pool: Tensor, pages: DecodePages) -> Tensor:
-        """As `paged_kv.paged_attention`; D must be a power of two of 16 or more."""
+        """As `ops.paged_attention`; D must be a power of two of 16 or more."""
         batch, heads, dim = q.shape
         kv_heads = pool.shape[1] // 2
         group = heads // kv_heads

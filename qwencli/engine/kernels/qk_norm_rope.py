@@ -108,8 +108,8 @@ class QkNormRope:
 
         Args:
             rope: cosine and signed sine, [B, S, 1, D].
-            turned: heads that turn. gains: [turned, D], of their norms; None = they have none.
-            cache: [B, 2 * KVH, max_seq_len, D], gets the last KVH turned heads and as many
+            rotated: heads that turn. gains: [rotated, D], of their norms; None = they have none.
+            cache: [B, 2 * KVH, max_seq_len, D], gets the last KVH rotated heads and as many
                 behind them, at `slots` [S]. Or a pool of pages [slots, 2 * KVH, D], at `slots`
                 [B * S]; then all heads that turn stay in their place as well.
         """

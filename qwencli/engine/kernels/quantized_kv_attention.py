@@ -1,7 +1,7 @@
 """Attention over a quantized cache, whose bytes are read as matrix instructions take them.
 
-As in `operands`: what a contraction runs over may come in any order that both operands share, so a
-lane reads 16 bytes in a row that become its own operand, and all indices are of one dimension.
+As in `mma_operands`: what a contraction runs over may come in any order that both operands share,
+so a lane reads 16 bytes in a row that become its own operand, and all indices are of one dimension.
 Each warp has 8 * TURNS slots of a block and a softmax of its own; all are joined at the end.
 
 keys     rows of slots: the 4 lanes of a row read it together. Queries are the columns, in the order

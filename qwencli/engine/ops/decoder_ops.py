@@ -296,7 +296,7 @@ class DecoderOps:
             likeliest token becomes `sampling.token`, and the rest of `sampling` is ready for the
             next step. Once `sampling.done` is set a step changes nothing.
         lm_head_verify: the end of a greedy step of the tokens at the front of `drafts.input_ids`:
-            those it chooses, and what is drafted for the next one. As `drafting.accept` and
+            those it chooses, and what is drafted for the next one. As `ngram.accept` and
             `draft`.
         activation_bits: bits to which products with this matrix round their vector; None = not at
             all.

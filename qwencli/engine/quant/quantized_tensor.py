@@ -9,7 +9,7 @@ nf4, fp4    groups along the columns, and a table of 16 values for all: w = scal
             (QLoRA, arXiv 2305.14314, section 3). Pre-quantized checkpoints only.
 
 This module knows neither kernels nor which matrices of a model are worth it, nor how others pack
-theirs (`unpacking`).
+theirs (`checkpoint_formats`).
 """
 
 from __future__ import annotations

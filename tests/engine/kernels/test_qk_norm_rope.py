@@ -121,7 +121,7 @@ def test_pictures_are_encoded_as_with_plain_operators(family: str, data: st.Data
 
 
 def test_launches_that_are_repeated_pass_what_triton_itself_would() -> None:
-    """Compiled, which the interpreter is not; `repeated_launches` says what it compares."""
+    """Compiled, which the interpreter is not; `cached_launches` says what it compares."""
     environment = os.environ.copy()
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-W", "ignore", "-m", "tests.engine.kernels.cached_launches"]
