@@ -49,7 +49,6 @@ def write_truncated(path):
 
 BAD_PICTURES = {
     "missing.png": lambda path: None,
-    "folder.png": lambda path: path.mkdir(),
     "empty.png": lambda path: path.write_bytes(b""),
     "truncated.jpg": write_truncated,
     "text.png": lambda path: path.write_text("hello", encoding="utf-8"),

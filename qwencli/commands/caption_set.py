@@ -91,6 +91,12 @@ def caption_set(
         listing = list_inputs(
             inputs or ["."], Selection(chosen.recursive, tuple(chosen.glob or ()))
         )
+    if not (listing.items or listing.refused):
+        named = ", ".join(str(each) for each in inputs) or "this folder"
+        raise InputError(
+            f"{named}: no picture or video there",
+            "--recursive looks into its folders too" if not chosen.recursive else "check the path",
+        )
     place = _place(listing, chosen)
     wish = Wish(
         chosen.existing or Existing.SKIP,

@@ -116,7 +116,9 @@ def test_a_bad_picture_does_not_end_a_chat(checkpoint, picture_path, capsys, mon
         monkeypatch.setattr("sys.stdin", io.StringIO("What is it?\n"))
     assert run(arguments + (["What is it?"] if form == "prompt" else [])) == 1
     out, err = capsys.readouterr()
-    assert json.loads(out)["image"] == str(picture_path)
+    failed, answered = map(json.loads, out.splitlines())
+    assert (failed["image"], failed["error"]) == ("no.png", "no.png: no such file")
+    assert answered["image"] == str(picture_path)
     assert err == "error: no.png: no such file (check the path)\n"
 
 

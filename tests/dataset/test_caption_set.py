@@ -205,6 +205,16 @@ def test_nothing_named_is_one_line(caption, capsys):
     assert "Missing argument 'IMAGE...'" in capsys.readouterr().err
 
 
+def test_a_folder_without_pictures_is_one_line(caption, tmp_path, capsys):
+    (tmp_path / "inner").mkdir()
+    draw(tmp_path / "inner" / "a.png")
+    assert caption(str(tmp_path)) == 1
+    said = capsys.readouterr().err
+    assert "no picture or video there (--recursive looks into its folders too)" in said
+    assert not (tmp_path / ".qwencli").exists()
+    assert caption(str(tmp_path), "--recursive") == 0
+
+
 def test_names_of_all_kinds(caption, pictures):
     names = ["with space.png", "new\nline.png", "übergröße.png", "日本.png", "x" * 240 + ".png"]
     folder = pictures(*names)

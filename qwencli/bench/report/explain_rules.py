@@ -104,7 +104,10 @@ def tokens_with_clocks(data: CellRows) -> DataFrame:
         table = pandas.DataFrame(
             {name: [float(row[name] or "nan") for row in kept] for name in names}
         )
-        return table.assign(**{word: [row[word] for row in kept] for word in words})
+        return table.assign(
+            # Typed, since what has no rows would become a column of numbers.
+            **{word: pandas.Series([row[word] for row in kept], dtype=str) for word in words}
+        )
 
     tokens = numbers(data.tokens, ("token_index", "t_s", "itl_ms"), "run").dropna()
     samples = numbers(data.gpu, ("t_s", "sm_clock_mhz", "power_w"), "run", "gpu_index")

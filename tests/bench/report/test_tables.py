@@ -117,7 +117,7 @@ def test_a_plan_shows_order_and_skips(make_plan):
     for said in ("321", "1 h 02 min", "8.1 GB", "all together about 1 h 02 min", "predicted:"):
         assert said in text
     assert max(map(len, text.splitlines())) <= 80
-    assert "a skipped: flash_attention_2 needs a CUDA device - 1 cell" in text
+    assert "a skipped: flash_attention_2 needs a CUDA device; --attention sdpa is the" in text
     assert [line.split()[0] for line in text.splitlines() if "flash2" in line] == ["a"]
 
 

@@ -321,7 +321,8 @@ def test_cells_that_cannot_run_are_rows_without_a_process(run, tmp_path, make_pl
     plan = make_plan("steady", attention=("flash_attention_2",))
     cells = run(plan, command=["this program does not exist"])
     assert cells["steady"]["status"] == "skipped"
-    assert cells["steady"]["reason"] == "flash_attention_2 needs a CUDA device"
+    said = "flash_attention_2 needs a CUDA device; --attention sdpa is the nearest"
+    assert cells["steady"]["reason"] == said
     assert [row["run"] for row in rows(tmp_path, "runs.csv")] == [""]
 
 
