@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from qwencli.config import EngineConfig, EngineName, LoadFormat, Quantization, S
 from qwencli.engine.client import generate_many
 from qwencli.engine.factory import create_engine
 from qwencli.engine.frontend.images import open_image
+from qwencli.engine.protocol import Engine
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
 
@@ -33,27 +35,41 @@ def request(path: Path) -> GenerationRequest:
     return GenerationRequest((message,), SAMPLING, ignore_eos=True)
 
 
-def main() -> None:
-    quantization = Quantization(sys.argv[1]) if len(sys.argv) > 1 else Quantization.NONE
+def write_pictures(folder: Path) -> list[Path]:
     random = np.random.default_rng(0)
-    config = EngineConfig(
-        model=resolve_model("qwen3-vl-4b", offline=True),
+    paths = [folder / f"{number}.jpg" for number in range(FILES)]
+    for path in paths:
+        pixels = np.kron(random.integers(0, 255, (32, 32, 3)), np.ones((16, 16, 1)))
+        Image.fromarray(pixels.astype("uint8")).save(path, quality=90)
+    return paths
+
+
+def config_of(quantization: Quantization, model: str = "qwen3-vl-4b") -> EngineConfig:
+    return EngineConfig(
+        model=resolve_model(model, offline=True),
         engine=EngineName.NATIVE,
         load_format=LoadFormat.DUMMY,
         quantization=quantization,
     )
+
+
+def seconds_of(engine: Engine, paths: Sequence[Path], count: int) -> float:
+    """Caption `count` pictures."""
+    started = time.perf_counter()
+    sources = (functools.partial(request, paths[n % len(paths)]) for n in range(count))
+    for result in generate_many(engine, sources):
+        if isinstance(result, Exception):
+            raise result
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    quantization = Quantization(sys.argv[1]) if len(sys.argv) > 1 else Quantization.NONE
+    config = config_of(quantization)
     with tempfile.TemporaryDirectory() as folder, create_engine(config) as engine:
-        paths = [Path(folder) / f"{number}.jpg" for number in range(FILES)]
-        for path in paths:
-            pixels = np.kron(random.integers(0, 255, (32, 32, 3)), np.ones((16, 16, 1)))
-            Image.fromarray(pixels.astype("uint8")).save(path, quality=90)
+        paths = write_pictures(Path(folder))
         for count in (16, 300, *[PICTURES] * REPEATS):
-            started = time.perf_counter()
-            sources = (functools.partial(request, paths[n % FILES]) for n in range(count))
-            for result in generate_many(engine, sources):
-                if isinstance(result, Exception):
-                    raise result
-            seconds = time.perf_counter() - started
+            seconds = seconds_of(engine, paths, count)
             line = {"captions": count, "seconds": seconds, "captions_per_s": count / seconds}
             print(json.dumps({"quantization": quantization.value, **line}), flush=True)
 
