@@ -8,7 +8,6 @@ before it is seen. So a page of 10,000 pictures is there as fast as one of ten.
 from __future__ import annotations
 
 import base64
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
@@ -18,6 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from qwencli.dataset.report.survey import TOP_OPENINGS, TOP_WORDS, Survey, length_summary
+from qwencli.html_page import json_element, page_around
 
 ASSETS = Path(__file__).with_name("assets")
 CHUNK = 100
@@ -54,11 +54,7 @@ def contact_sheet(
         folder, beside: where the pictures lie, and the folder that the page will: for links.
     """
     found = _findings(survey)
-    page = Template(_asset("sheet.html")).substitute(
-        title=escape(title),
-        lead=escape(lead),
-        style=_asset("sheet.css"),
-        script=_asset("sheet.js"),
+    body = Template(_asset("sheet.html")).substitute(
         histogram=_histogram(list(survey.lengths.values())),
         lengths=_facts(length_summary(list(survey.lengths.values()))),
         vocabulary_lead=escape(
@@ -76,17 +72,22 @@ def contact_sheet(
             if count > 1
         ),
         filters="".join(_filters(survey, found)),
-        data=_json(
-            {
-                "chunk": CHUNK,
-                "bad": sum(1 << n for n, (name, _) in enumerate(_FILTERS) if name in _BAD),
-                "filters": found,
-                "pictures": list(_pictures(survey, found, folder, beside)),
-            }
-        ),
+    )
+    data = {
+        "chunk": CHUNK,
+        "bad": sum(1 << n for n, (name, _) in enumerate(_FILTERS) if name in _BAD),
+        "filters": found,
+        "pictures": list(_pictures(survey, found, folder, beside)),
+    }
+    page = page_around(
         # The first cards have their pictures before the page is read to its end.
-        first=_thumbnails(thumbnails, 0),
-        rest=_REST,
+        body + json_element("data", data) + "\n" + _thumbnails(thumbnails, 0),
+        brand="qwencli data set",
+        title=title,
+        header=f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>',
+        style=_asset("sheet.css"),
+        script=_asset("sheet.js"),
+        after=_REST,
     )
     before, after = page.rsplit(_REST, 1)
     yield before
@@ -246,12 +247,6 @@ def _link(key: str, folder: Path | None, beside: Path | None) -> str | None:
 
 def _visible(name: str) -> str:
     return name.encode("utf-8", "replace").decode()
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    """JSON that cannot end the element it stands in, whatever a caption says."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
-    return text.replace("<", "\\u003c").encode("utf-8", "replace").decode()
 
 
 def _asset(name: str) -> str:

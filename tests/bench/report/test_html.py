@@ -32,6 +32,7 @@ from qwencli.bench.report.tables import speed_text
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import write_rows
 from qwencli.errors import BenchError
+from qwencli.html_page import ASSETS as FRAME
 from tests.bench.synthetic_campaign import ENVIRONMENT, Made, campaign
 
 VOID = {"meta", "input", "br", "link", "img"}
@@ -97,7 +98,8 @@ def test_every_link_leads_to_a_place_on_the_page(page, made):
 def test_nothing_is_loaded_from_anywhere(page, text):
     assert not page.loads
     assert "default-src 'none'" in text
-    code = "".join((ASSETS / name).read_text(encoding="utf-8") for name in (*SCRIPTS, "style.css"))
+    files = [*(ASSETS / name for name in (*SCRIPTS, "style.css")), *FRAME.iterdir()]
+    code = "".join(path.read_text(encoding="utf-8") for path in files)
     addresses = set(re.findall(r"https?://[^\s\"')]+", code))
     assert addresses == {"http://www.w3.org/2000/svg"}  # a name, never fetched
     assert not re.search(r"\bfetch\(|XMLHttpRequest|import\(|@import|url\((?!#)", code)
@@ -303,7 +305,8 @@ def contrast(one, other):
 
 
 def test_colours_are_told_apart_in_light_and_dark():
-    css = (ASSETS / "style.css").read_text(encoding="utf-8")
+    files = (FRAME / "theme.css", ASSETS / "style.css")
+    css = "".join(path.read_text(encoding="utf-8") for path in files)
     pair = r"light-dark\((#\w{6}), (#\w{6})\)"
     colours = {name: rest for name, *rest in re.findall(rf"--(\w+): {pair}", css)}
     steps = re.findall(rf"\.heat-\d {{ background: {pair}; color: {pair}; }}", css)

@@ -10,7 +10,6 @@ rather than a picture: figures can be read, copied and heard; colour only repeat
 
 from __future__ import annotations
 
-import json
 import math
 import string
 from collections import defaultdict
@@ -40,6 +39,7 @@ from qwencli.bench.report.html.sections import (
     why_section,
 )
 from qwencli.bench.report.tables import is_quotable, row_label, speed_text, title, varying_axes
+from qwencli.html_page import json_element, page_around
 
 CellRow = Mapping[str, Any]
 
@@ -55,6 +55,9 @@ SCRIPTS = (
     "page.js",
 )
 STEPS = 7  # .heat-0 .. .heat-6 in assets/style.css
+_LINKS = "".join(
+    f'<a href="#{name.lower()}">{name}</a>' for name in ("Matrix", "Table", "Cells", "Environment")
+)
 _APART = ("model", "engine", "load_mode")
 
 
@@ -90,11 +93,8 @@ def html_page(
             sections.append(blank_section(place, row, label))
             continue
         sections.append(cell_section(place, row, label, fastest, opened=row is widest))
-        data.append(_script(f"charts-{place}", cell_charts(takes[row["cell_id"]], *limits)))
-    return Template(_asset("page.html")).substitute(
-        style=_asset("style.css"),
-        script="\n".join(map(_asset, SCRIPTS)),
-        header=header(plan, environment),
+        data.append(json_element(f"charts-{place}", cell_charts(takes[row["cell_id"]], *limits)))
+    body = Template(_asset("page.html")).substitute(
         shared=escape(title(rows)),
         map=heat_maps(rows),
         table=cells_table(rows, axes),
@@ -102,19 +102,19 @@ def html_page(
         details=detail_sections(rows, axes),
         cells="\n".join(sections),
         environment=environment_table(environment),
-        data="\n".join(data),
+    )
+    return page_around(
+        body + "\n".join(data),
+        brand="qwencli benchmark",
+        links=_LINKS,
+        header=header(plan, environment),
+        style=_asset("style.css"),
+        script="\n".join(map(_asset, SCRIPTS)),
     )
 
 
 def _asset(name: str) -> str:
     return (ASSETS / name).read_text(encoding="utf-8")
-
-
-def _script(name: str, value: Mapping[str, Any]) -> str:
-    """JSON that cannot end the element it stands in, whatever a model is called."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    text = text.replace("<", "\\u003c")
-    return f'<script type="application/json" id="{name}">{text}</script>'
 
 
 def heat_maps(rows: Sequence[CellRow]) -> str:

@@ -206,14 +206,4 @@ function open(place) {
 }
 detail.addEventListener("click", (event) => event.target === detail && detail.close());
 
-// ---- theme ----
-const themes = ["system", "light", "dark"];
-const theme = document.getElementById("theme");
-theme.addEventListener("click", () => {
-  const next = themes[(themes.indexOf(document.documentElement.dataset.theme ?? "system") + 1) % 3];
-  if (next === "system") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = next;
-  theme.textContent = `Theme: ${next}`;
-});
-
 select();

@@ -1,4 +1,4 @@
-// Opens cells, sorts the table, switches the theme.
+// Opens cells, sorts the table.
 
 const states = new Map();
 
@@ -69,11 +69,3 @@ function sortBy(button) {
 for (const button of document.querySelectorAll("[data-sort]")) {
   button.addEventListener("click", () => sortBy(button));
 }
-
-const theme = document.getElementById("theme"), themes = ["system", "light", "dark"];
-theme.addEventListener("click", () => {
-  const root = document.documentElement;
-  const next = themes[(themes.indexOf(root.dataset.theme || "system") + 1) % themes.length];
-  if (next === "system") delete root.dataset.theme; else root.dataset.theme = next;
-  theme.textContent = `Theme: ${next}`;
-});
