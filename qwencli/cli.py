@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import sys
 import warnings
@@ -12,7 +13,6 @@ import typer
 from typer.core import TyperGroup
 
 from qwencli import __version__
-from qwencli.commands import bench, caption, chat, dataset, diagnose, models
 from qwencli.errors import OutputError, QwenCliError, UsageError
 from qwencli.output import Output, let_go_of_streams, ready_streams
 
@@ -22,12 +22,52 @@ EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF, errno.EIO)
 
 
+# A function, or an application with commands of its own. Imported when it is asked for: a caption
+# has no use for the bench.
+COMMANDS = {
+    "caption": "qwencli.commands.caption:caption",
+    "chat": "qwencli.commands.chat:chat",
+    "dataset": "qwencli.commands.dataset:app",
+    "bench": "qwencli.commands.bench:app",
+    "diagnose": "qwencli.commands.diagnose:app",
+    "models": "qwencli.commands.models:models",
+}
+
+
+def command_of(name: str) -> Any:
+    """What stands for one of `COMMANDS`: a function or a Typer."""
+    module, _, attribute = COMMANDS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 class _Root(TyperGroup):
-    """Shows its own help as plain text: what rich would take to load doubles the time to see it."""
+    """The commands, each made when it is asked for.
+
+    Shows its own help as plain text: what rich would take to load doubles the time to see it.
+    """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.rich_markup_mode = None
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        # One that does not exist is compared with all: "did you mean ...?"
+        for name in [cmd_name] if cmd_name in COMMANDS else COMMANDS:
+            if name not in self.commands:
+                self.commands[name] = _made(name)
+        return super().get_command(ctx, cmd_name)
+
+
+def _made(name: str) -> Any:
+    part, alone = command_of(name), typer.Typer(add_completion=False)
+    if isinstance(part, typer.Typer):
+        alone.add_typer(part, name=name)
+        return typer.main.get_group(alone).commands[name]
+    alone.command(name)(part)
+    return typer.main.get_command(alone)
 
 
 app = typer.Typer(
@@ -37,12 +77,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run Qwen vision-language models on your own GPU, and learn why a run was fast or slow.",
 )
-app.command()(caption.caption)
-app.command()(chat.chat)
-app.add_typer(dataset.app, name="dataset")
-app.add_typer(bench.app, name="bench")
-app.add_typer(diagnose.app, name="diagnose")
-app.command()(models.models)
 
 
 def _show_version(wanted: bool) -> None:
@@ -111,6 +145,8 @@ def _run(arguments: list[str]) -> int:
         usage = getattr(error, "format_message", None)
         if usage is not None:
             said = str(usage()).replace("Value error, ", "").rstrip(".")
+            if not said:  # a group that was named alone has shown its help
+                return UsageError.exit_code
             return _fail(UsageError(said, "see --help"))
         return _fault(error)
 

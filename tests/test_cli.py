@@ -29,11 +29,12 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["caption", "--help"]])
 def test_help_and_version_import_nothing_heavy(arguments):
+    unasked = () if arguments[0] == "--help" else ("qwencli.commands.bench", "qwencli.bench")
     done = python(
         "import sys\n"
         "from qwencli.cli import run\n"
         f"code = run({arguments!r})\n"
-        f"loaded = [name for name in {HEAVY[:5]!r} if name in sys.modules]\n"
+        f"loaded = [name for name in {(*HEAVY[:5], *unasked)!r} if name in sys.modules]\n"
         "print('LOADED', loaded, code)"
     )
     assert done.stdout.splitlines()[-1] == "LOADED [] 0", done.stderr
@@ -83,6 +84,18 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments, part, capsys):
     assert part in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+def test_a_group_named_alone_shows_its_help_and_no_error(capsys):
+    assert cli.run(["dataset"]) == 2
+    out, err = capsys.readouterr()
+    assert "report" in out
+    assert "error" not in err
+
+
+def test_a_misspelt_command_is_told_the_nearest_one(capsys):
+    assert cli.run(["captoin"]) == 2
+    assert "Did you mean 'caption'?" in capsys.readouterr().err
 
 
 def raising(error):

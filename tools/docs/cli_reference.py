@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
-from qwencli.cli import app
+from qwencli import cli
 
 TARGET = Path(__file__).parents[2] / "docs" / "cli.md"
 HEADER = """# Command line reference
@@ -33,6 +33,16 @@ def commands(application: typer.Typer, path: str) -> Iterator[tuple[str, Callabl
     for group in application.registered_groups:
         assert group.typer_instance is not None
         yield from commands(group.typer_instance, f"{path} {group.name}")
+
+
+def every_command() -> Iterator[tuple[str, Callable[..., Any]]]:
+    yield from commands(cli.app, "qwencli")
+    for name in cli.COMMANDS:
+        part, path = cli.command_of(name), f"qwencli {name}"
+        if isinstance(part, typer.Typer):
+            yield from commands(part, path)
+        else:
+            yield path, part
 
 
 def section(path: str, function: Callable[..., Any]) -> str:
@@ -73,7 +83,7 @@ def choices(kind: Any) -> list[str]:
 
 
 def render() -> str:
-    return HEADER + "\n" + "\n".join(section(*item) for item in commands(app, "qwencli"))
+    return HEADER + "\n" + "\n".join(section(*item) for item in every_command())
 
 
 def main() -> None:
