@@ -46,6 +46,11 @@ def visible(text: str, *, several_lines: bool = False) -> str:
     return _UNSAFE_IN_LINE.sub(_escape, text)
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """ "1 cell", "2 cells", "no cells"; `plural` where it is not the noun and an s."""
+    return f"{count or 'no'} {noun if count == 1 else plural or noun + 's'}"
+
+
 def markdown_page(lines: Iterable[str]) -> str:
     """Lines as one Markdown page; what they quote opens no tag, no link and no line of its own."""
     plain = (_TAG.sub("&lt;", visible(line)).replace("](", "]\\(") for line in lines)
@@ -202,20 +207,31 @@ class Output:
             yield
 
     @contextmanager
-    def bar(self, total: int) -> Iterator[Callable[[int, str], None] | None]:
+    def bar(
+        self, total: int, *, still: bool = False
+    ) -> Iterator[Callable[[int, str], None] | None]:
         """Show a bar while the block runs; yields what moves it, to how many are done and with a
-        text beside it. None when stderr is no terminal: then lines are to be written."""
+        text beside it. None when stderr is no terminal: then lines are to be written.
+
+        Args:
+            still: draw only when it is moved, and use no processor in between.
+        """
         if self.quiet or not sys.stderr.isatty():
             yield None
             return
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-        columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False))
-        with Progress(*columns, console=self._console(stderr=True)) as progress:
-            task = progress.add_task(f"0 of {total}", total=total)
+        columns = (
+            *([] if still else [SpinnerColumn()]),
+            BarColumn(),
+            TextColumn("{task.description}", markup=False),
+        )
+        console = self._console(stderr=True)
+        with Progress(*columns, console=console, auto_refresh=not still) as progress:
+            task = progress.add_task("" if still else f"0 of {total}", total=total)
 
             def move(done: int, text: str) -> None:
-                progress.update(task, completed=done, description=visible(text))
+                progress.update(task, completed=done, description=visible(text), refresh=still)
 
             yield move
 

@@ -265,3 +265,21 @@ def test_bad_input_is_one_typed_error(arguments, kind, said):
     assert type(error) is kind
     assert said in error.message
     assert error.hint
+
+
+ONE_CELL = ("--runs", "1", "--engine", "native", "--quantization", "none", "--attention", "sdpa",
+            "--cache", "dynamic")  # fmt: skip
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(280.0, False), (320.0, True)])
+def test_one_cell_that_takes_long_is_said_to_before_it_starts(monkeypatch, seconds, said):
+    monkeypatch.setattr(session, "predicted_seconds", lambda plan, speed: {"a": seconds})
+    result = CliRunner().invoke(app, ["bench", "--out", "c", *ONE_CELL])
+    assert result.exit_code == 0
+    before = result.stderr.partition("[1/")[0]
+    assert ("about 5 min 20 s for 1 cell; less with --matrix quick" in before) == said
+
+
+def test_what_ends_soon_anywhere_is_not_predicted(monkeypatch):
+    monkeypatch.setattr(session, "read_machine_speed", lambda device: pytest.fail("measured"))
+    assert CliRunner().invoke(app, ["bench", "--out", "c", *ONE_CELL]).exit_code == 0

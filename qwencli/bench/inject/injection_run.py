@@ -20,6 +20,7 @@ from qwencli.bench.plan.prepare import BenchRequest, prepare
 from qwencli.bench.plan.stopping import StopRule
 from qwencli.bench.report.campaign_report import build_report
 from qwencli.bench.run.campaign import Campaign
+from qwencli.bench.run.campaign_progress import shown
 from qwencli.bench.run.campaign_runner import RunnerOptions, run_campaign
 from qwencli.engine.machine.child_process import python_command
 from qwencli.engine.machine.device import DeviceFacts
@@ -99,7 +100,8 @@ def measure(
         output.notice(
             f"{len(planned)} runs, {planned.count(NONE)} of them undisturbed, in {folder}"
         )
-        run_campaign(campaign, options, output.notice)
+        with shown(output) as moved:
+            run_campaign(campaign, options, output.notice, moved)
     (row,) = build_report(folder)
     if row["status"] != "ok":
         output.warn(f"counted as far as it went: {row['status']}: {row['reason']}")

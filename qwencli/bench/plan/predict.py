@@ -138,6 +138,17 @@ def predict(plan: Plan, cell: BenchCell, speed: MachineSpeed) -> Prediction:
     )
 
 
+def predicted_seconds(plan: Plan, speed: MachineSpeed) -> dict[str, float]:
+    """By cell_id, of the cells that can run here; one of an unknown shape takes no less than its
+    start."""
+    return {
+        cell.cell_id: predict(plan, cell, speed).seconds
+        or plan.settings.stop.processes * speed.start_s * START_FACTOR.get(cell.engine, 1.0)
+        for cell in plan.cells
+        if not cell.skip_reason
+    }
+
+
 def _launches(plan: Plan, cell: BenchCell) -> int | None:
     if cell.engine is EngineName.NATIVE and plan.settings.device == "cpu":
         plain = cell.quantization is Quantization.NONE and cell.kv_dtype is KVDType.AUTO

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwencli.bench.measure.telemetry import sampler_command
 from qwencli.bench.plan.campaign_plan import Plan
 from qwencli.bench.plan.environment import environment, read_machine_speed
-from qwencli.bench.plan.predict import duration, planned_table, predict
+from qwencli.bench.plan.predict import (
+    MachineSpeed,
+    duration,
+    planned_table,
+    predict,
+    predicted_seconds,
+)
 from qwencli.bench.report.campaign_report import build_report
 from qwencli.bench.report.cell_statistics import CellRow
 from qwencli.bench.report.tables import terminal_table
 from qwencli.bench.run.campaign import Campaign
+from qwencli.bench.run.campaign_progress import shown
 from qwencli.bench.run.campaign_runner import (
     NO_PAUSE,
     Cooldown,
@@ -24,7 +31,7 @@ from qwencli.bench.run.campaign_runner import (
 from qwencli.config import LoadFormat
 from qwencli.engine.machine.child_process import python_command
 from qwencli.engine.machine.device import DeviceFacts
-from qwencli.output import Output
+from qwencli.output import Output, counted
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
@@ -94,11 +101,12 @@ def measure(
         if plan.notice:
             output.notice(plan.notice)
         output.notice(f"campaign in {folder}")
-        _say_how_long(plan, output)
+        predicted_s = _say_how_long(plan, output)
         if campaign.repaired:
             output.warn(f"cut off {campaign.repaired} rows of a run that was not finished")
         try:
-            run_campaign(campaign, options, output.notice)
+            with shown(output) as moved:
+                run_campaign(campaign, options, output.notice, moved, predicted_s)
         except KeyboardInterrupt:
             interrupted = True
         rows = build_report(folder)
@@ -107,9 +115,10 @@ def measure(
         output.warn(f"interrupted; go on with --resume --out {folder}")
         return INTERRUPTED
     if cut_off := campaign.cut_off(limits=settings.limits):
-        what = f"{len(cut_off)} cell{'s' * (len(cut_off) > 1)}"
+        lack = "lacks" if len(cut_off) == 1 else "lack"
         output.warn(
-            f"{what} lack what is measured after the runs; go on with --resume --out {folder}"
+            f"{counted(len(cut_off), 'cell')} {lack} what is measured after the runs; go on with "
+            f"--resume --out {folder}"
         )
     return 0 if _holds(rows) and not cut_off else 1
 
@@ -134,23 +143,30 @@ def _fetch_models(plan: Plan, output: Output) -> None:
 
 # Predicted time from which it is said before the campaign starts.
 LONG_S = 300.0
-# No process ends sooner: campaigns of few are not worth a prediction, which takes seconds itself.
-LEAST_PROCESS_S = 5.0
+# Slower than any machine in use: what ends in time on it needs no prediction, which itself takes
+# seconds to measure.
+SLOW_MACHINE = MachineSpeed(read_bandwidth=4e9, launch_rate=5e4, start_s=4.0)
 
 
-def _say_how_long(plan: Plan, output: Output) -> None:
-    able = [cell for cell in plan.cells if not cell.skip_reason]
-    processes = len(able) * plan.settings.stop.processes
-    if processes * LEAST_PROCESS_S < LONG_S / 5:
-        return
-    speed = read_machine_speed(plan.settings.device)
-    seconds = sum(predict(plan, cell, speed).seconds or LEAST_PROCESS_S for cell in able)
+def _say_how_long(plan: Plan, output: Output) -> Mapping[str, float] | None:
+    """Say what a campaign of more than LONG_S will take, and how to make it less.
+
+    Returns:
+        Predicted seconds by cell_id, where they were worth predicting.
+    """
+    if sum(predicted_seconds(plan, SLOW_MACHINE).values()) < LONG_S:
+        return None
+    with output.status("measuring this machine"):
+        found = predicted_seconds(plan, read_machine_speed(plan.settings.device))
+    seconds = sum(found.values())
     if seconds > LONG_S:
         output.notice(
-            f"about {duration(seconds)} for {len(able)} cells; less with --matrix quick, fewer "
-            "values of an axis (--quantization none), --exclude or --runs; --dry-run shows each "
-            "cell. Ctrl-C keeps what is done, --resume goes on"
+            f"about {duration(seconds)} for {counted(len(found), 'cell')}; less with --matrix "
+            "quick, fewer values of an axis (--quantization none), --exclude, --runs or "
+            "--max-new-tokens; --dry-run shows each cell. Ctrl-C keeps what is done, --resume "
+            "goes on"
         )
+    return found
 
 
 def worker(slowdown_percent: float | None) -> list[str]:

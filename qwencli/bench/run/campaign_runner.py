@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from qwencli.bench.measure.telemetry import Telemetry
 from qwencli.bench.plan.campaign_plan import Plan, dump_spec
 from qwencli.bench.plan.matrix import BenchCell, cell_label
-from qwencli.bench.plan.predict import duration
 from qwencli.bench.report.tables import cell_summary
 from qwencli.bench.run.campaign import Campaign
+from qwencli.bench.run.campaign_progress import CampaignProgress, Moved, not_shown, time_left
 from qwencli.bench.run.worker_process import Ending, WorkerProcess
 from qwencli.config import EngineName
 from qwencli.engine.machine.child_process import python_command
@@ -122,10 +122,20 @@ class RunnerOptions:
     post_run_checks: bool = True
 
 
-def run_campaign(campaign: Campaign, options: RunnerOptions, say: Say) -> None:
-    """Run all cells that are not over yet; `say` gets a line of progress for each process.
+def run_campaign(
+    campaign: Campaign,
+    options: RunnerOptions,
+    say: Say,
+    moved: Moved = not_shown,
+    predicted_s: Mapping[str, float] | None = None,
+) -> None:
+    """Run all cells that are not over yet; `say` gets a line for each process.
 
     KeyboardInterrupt ends the worker and leaves every finished run on disk.
+
+    Args:
+        moved: told how far the campaign is.
+        predicted_s: by cell_id, of one cell; None = cells are taken to be equally long.
 
     Raises:
         OutputError: rows cannot be written any more.
@@ -134,17 +144,20 @@ def run_campaign(campaign: Campaign, options: RunnerOptions, say: Say) -> None:
     with Telemetry(options.sampler) as telemetry:
         started = _make_references(campaign, options, say)
         places = _places(campaign.plan)
-        began, made = time.monotonic(), 0
-        for number, place in enumerate(places):
+        wanted = [place for place in places if place.wanted(campaign, options)]
+        weights = [(predicted_s or {}).get(place.cell.cell_id, 1.0) for place in wanted]
+        progress = CampaignProgress(weights, moved, in_seconds=predicted_s is not None)
+        for place in places:
             if not place.wanted(campaign, options):
                 say(f"{place.label}: already there")
+                if place in wanted:  # until another cell had what is its fate too
+                    progress.skip()
                 continue
             if started:
                 cool_down(options.cooldown, telemetry.temperature_c)
             started = True
-            say(place.label + _time_left(time.monotonic() - began, made, places[number:]))
-            made += 1
-            status = _run_place(campaign, place, options, telemetry, say)
+            say(place.label + time_left(progress.left_s))
+            status = _run_place(campaign, place, options, telemetry, say, progress)
             if status not in _GOES_ON and not options.continue_on_error:
                 say("    ended here: --no-continue-on-error; go on with --resume")
                 break
@@ -157,6 +170,7 @@ def run_in_turns(
     options: RunnerOptions,
     say: Say,
     go_on: Callable[[], bool] = lambda: True,
+    moved: Moved = not_shown,
 ) -> None:
     """Run campaigns process by process in turns, so that all meet the same machine.
 
@@ -174,6 +188,8 @@ def run_in_turns(
     for campaign in campaigns:
         _add_skipped(campaign)
     order = list(campaigns)
+    wanted = sum(p.wanted(c, options) for c in campaigns for p in _places(c.plan))
+    progress = CampaignProgress([1.0] * wanted, moved)
     with Telemetry(options.sampler) as telemetry:
         for places in zip_longest(*(_places(campaign.plan) for campaign in campaigns)):
             of_campaign = dict(zip(campaigns, places, strict=True))
@@ -183,15 +199,9 @@ def run_in_turns(
             for campaign in order:
                 place = of_campaign[campaign]
                 if place and place.wanted(campaign, options):
-                    say(f"{place.label}, {campaign.folder.name}")
-                    _run_place(campaign, place, options, telemetry, say)
+                    say(f"{place.label}, {campaign.folder.name}{time_left(progress.left_s)}")
+                    _run_place(campaign, place, options, telemetry, say, progress)
             order.reverse()
-
-
-def _time_left(spent_s: float, made: int, left: Sequence[_Place]) -> str:
-    """ ", about 12 min left" by what the processes so far took; "" below a minute or before any."""
-    seconds = spent_s / made * len(left) if made else 0.0
-    return f", about {duration(seconds)} left" if seconds >= 60 else ""
 
 
 def _add_skipped(campaign: Campaign) -> None:
@@ -201,10 +211,17 @@ def _add_skipped(campaign: Campaign) -> None:
 
 
 def _run_place(
-    campaign: Campaign, place: _Place, options: RunnerOptions, telemetry: Telemetry, say: Say
+    campaign: Campaign,
+    place: _Place,
+    options: RunnerOptions,
+    telemetry: Telemetry,
+    say: Say,
+    progress: CampaignProgress,
 ) -> str:
     """Run one process and say how it ended; returns its status."""
-    ending, speeds = _run_process(campaign, place.cell, place.turn, options, telemetry)
+    progress.begin(place.number, _runs_of(campaign, place))
+    ending, speeds = _run_process(campaign, place, options, telemetry, progress)
+    progress.end()
     say(f"    {cell_summary(ending.status, ending.reason, speeds)}")
     if ending.of_model and (alike := _end_alike(campaign, place.cell, ending)):
         cells = f"{alike} other cell{'s' * (alike > 1)}"
@@ -265,7 +282,12 @@ class _Place:
 
     cell: BenchCell
     turn: int
-    label: str
+    number: str
+    name: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.number} {self.name}"
 
     def wanted(self, campaign: Campaign, options: RunnerOptions) -> bool:
         turn = campaign.next_turn(self.cell)
@@ -285,18 +307,26 @@ def _places(plan: Plan) -> list[_Place]:
     ]
     of_turns = f", process {{}} of {turns}" if turns > 1 else ""
     return [
-        _Place(cell, turn, f"[{n}/{len(order)}] {cell_label(cell)}{of_turns.format(turn)}")
+        _Place(cell, turn, f"[{n}/{len(order)}]", f"{cell_label(cell)}{of_turns.format(turn)}")
         for n, (cell, turn) in enumerate(order, start=1)
     ]
 
 
+def _runs_of(campaign: Campaign, place: _Place) -> int:
+    """How many runs this process has to make; of a cell that goes on until it is steady, at
+    least."""
+    rule = campaign.plan.settings.stop.turn(place.turn)
+    return max(0, rule.min_runs - campaign.progress(place.cell).runs)
+
+
 def _run_process(
     campaign: Campaign,
-    cell: BenchCell,
-    turn: int,
+    place: _Place,
     options: RunnerOptions,
     telemetry: Telemetry,
+    progress: CampaignProgress,
 ) -> tuple[Ending, list[float]]:
+    cell, turn = place.cell, place.turn
     work = campaign.plan.worker_spec(cell, turn, campaign.progress(cell))
     checked = campaign.has_checks(cell, "quality")
     work = replace(
@@ -309,7 +339,8 @@ def _run_process(
     spec = dump_spec(work)
     lost = 0  # the run being made now: the warm-up comes first
     speeds: list[float] = []
-    with WorkerProcess(options.command, spec, campaign.log_path(cell), options.timeout_s) as worker:
+    log, timeout_s = campaign.log_path(cell), options.timeout_s
+    with WorkerProcess(options.command, spec, log, timeout_s, progress.tick) as worker:
         for message in worker.messages():
             if message["type"] == "rows":
                 campaign.add_beside(cell, message["file"], message["rows"])
@@ -325,6 +356,7 @@ def _run_process(
             lost = campaign.progress(cell).runs + 1
             if message["row"]["run"] and message["row"]["decode_tok_per_s"]:
                 speeds.append(message["row"]["decode_tok_per_s"])
+            progress.step(_next_step(campaign, place, speeds))
         ending = worker.ending
         made = campaign.turn_made(cell, turn)
         if made:
@@ -336,6 +368,16 @@ def _run_process(
             skipped = ending.status == "skipped"
             campaign.add_end(cell, ending.status, ending.reason, None if skipped else lost)
     return ending, speeds
+
+
+def _next_step(campaign: Campaign, place: _Place, speeds: Sequence[float]) -> str:
+    """What a worker does after a run."""
+    if campaign.turn_made(place.cell, place.turn):
+        return "checks after the runs"
+    of_all = campaign.plan.settings.stop
+    most = f" of {of_all.max_runs}" if of_all.max_noise is None else ""
+    speed = f", {speeds[-1]:.1f} tok/s" if speeds else ""
+    return f"run {campaign.progress(place.cell).runs + 1}{most}{speed}"
 
 
 def _note_missing(

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +44,19 @@ class WorkerProcess:
         command: what to start; speaks the protocol of `qwencli.bench.run.worker`.
         spec_line: the WorkerSpec as JSON.
         log: gets all that the worker prints.
+        waiting: called about twice a second while no message comes.
     """
 
-    def __init__(self, command: Sequence[str], spec_line: str, log: Path, timeout_s: float) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        spec_line: str,
+        log: Path,
+        timeout_s: float,
+        waiting: Callable[[], None] = lambda: None,
+    ) -> None:
         self.log = log
+        self._waiting = waiting
         self.timeout_s = timeout_s
         self.ending = Ending("crashed", "ended without saying why")
         self._command = command
@@ -123,7 +132,7 @@ class WorkerProcess:
                 # In short waits, because Windows delivers Ctrl-C only between them.
                 return self._lines.get(timeout=min(left, 0.5))
             except queue.Empty:
-                continue
+                self._waiting()
 
     def _death(self) -> Ending:
         try:
