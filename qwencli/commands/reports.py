@@ -45,6 +45,7 @@ def caption_record(result: GenerationResult, images: list[str], model: str) -> d
         "dtype": result.effective.dtype,
         "num_prompt_tokens": result.num_prompt_tokens,
         "num_image_tokens": result.num_image_tokens,
+        "num_cached_tokens": result.num_cached_tokens,
         "num_new_tokens": result.num_new_tokens,
         "finish_reason": result.finish_reason,
         "timings": asdict(result.timings),
@@ -102,10 +103,11 @@ def stats_line(result: GenerationResult) -> str:
     kv = "" if ran.kv_dtype in (None, ran.dtype) else f"{ran.kv_dtype} keys and values, "
     speed = "-" if t.decode_tok_per_s is None else f"{t.decode_tok_per_s:.1f} tok/s"
     cut = " (cut off)" if result.finish_reason == "length" else ""
+    cached = f", {result.num_cached_tokens} cached" if result.num_cached_tokens else ""
     vision = "" if t.vision_encode_s is None else f"vision {_ms(t.vision_encode_s)}, "
     return (
         f"{result.num_new_tokens} tokens{cut} at {speed} | prompt {result.num_prompt_tokens} "
-        f"({result.num_image_tokens} of images) | load {t.load_s:.2f} s, "
+        f"({result.num_image_tokens} of images{cached}) | load {t.load_s:.2f} s, "
         f"preprocess {_ms(t.preprocess_s)}, {vision}prefill {_ms(t.prefill_s)}, "
         f"TTFT {_ms(t.ttft_s)} | {ran.engine}, {ran.quantization}, {ran.attention}, {ran.cache}, "
         f"{ran.kernels}, {kv}{ran.dtype} on {ran.device}{_speculation(result)}"

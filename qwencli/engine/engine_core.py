@@ -21,6 +21,7 @@ import torch
 from qwencli.config import SamplingParams
 from qwencli.engine.base_engine import gc_paused
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
+from qwencli.engine.cache.prefix_cache import Key, digests_of, keys_of, page_keys
 from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import ModelFiles
@@ -49,10 +50,17 @@ FEWEST_PREFILL_TOKENS = 256
 
 @dataclass
 class _Prepared:
-    """A request whose prompt is ready to run."""
+    """A request whose prompt is ready to run.
+
+    Args:
+        page_keys: of the prompt's whole pages, and `rest` the keys of the slots behind them; None
+            where nothing is shared.
+    """
 
     answer: ResponseBuilder
     prompt: RunnerPrompt
+    page_keys: list[bytes]
+    rest: list[Key] | None
 
 
 @dataclass
@@ -60,14 +68,15 @@ class _Active:
     """A request that the scheduler knows.
 
     Args:
+        rest: see `_Prepared`.
         began: when the device began with it.
     """
 
     sequence: Sequence
     answer: ResponseBuilder
     prompt: RunnerPrompt
+    rest: list[Key] | None
     began: Mark = None
-    vision: tuple[tuple[Mark, Mark], ...] = ()
 
 
 @dataclass
@@ -157,13 +166,23 @@ class EngineCore:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _prepared(self, request: RequestSource, arrived_s: float) -> _Prepared:
-        prompt, sampling = self._prepare(request_of(request))
+        asked = request_of(request)
+        prompt, sampling = self._prepare(asked)
         answer = ResponseBuilder(self._files, prompt, sampling, arrived_s)
-        laid_out = self._runner.prepare(prompt, sampling, sorted(answer.stop_ids))
+        digests = digests_of(prompt)
+        pages: list[bytes] = []
+        rest: list[Key] | None = None
+        if asked.bypass_caches:
+            digests = [os.urandom(len(each)) for each in digests]
+        else:
+            keys = keys_of(prompt, digests)
+            pages = page_keys(keys, PAGE_SIZE)
+            rest = keys[len(pages) * PAGE_SIZE :]
+        laid_out = self._runner.prepare(prompt, digests, sampling, sorted(answer.stop_ids))
         if prompt.inputs is not None:
             # What the runner has it needs once; an answer lives longer.
             answer.prompt = replace(prompt, inputs=replace(prompt.inputs, patches=(), frames=()))
-        return _Prepared(answer, laid_out)
+        return _Prepared(answer, laid_out, pages, rest)
 
     def _take_prepared(self) -> None:
         """Hand prompts that are ready to the scheduler, in the order they came."""
@@ -175,12 +194,15 @@ class EngineCore:
                 continue
             ready = future.result()
             sequence = Sequence(
-                request, len(ready.prompt.ids), ready.prompt.sampling.max_new_tokens
+                request,
+                len(ready.prompt.ids),
+                ready.prompt.sampling.max_new_tokens,
+                ready.page_keys,
             )
             if not self._scheduler.fits(sequence.max_tokens):
                 self._failed.append(StepOutput(request, error=self._too_long(sequence)))
                 continue
-            self._active[request] = _Active(sequence, ready.answer, ready.prompt)
+            self._active[request] = _Active(sequence, ready.answer, ready.prompt, ready.rest)
             self._scheduler.add(sequence)
 
     def _run(self, batch: Batch) -> _Step:
@@ -217,10 +239,10 @@ class EngineCore:
                 num_image_tokens=max(each.answer.prompt.num_image_tokens for each in active),
             )
         else:
+            for chunk in chunks:
+                self._scheduler.written(chunk.sequence, chunk.stop)
             if copy is not None:
                 step.copies.append(copy)
-                for each in active:
-                    each.vision = copy.vision
             return
         # Outside the handler: until it ends, the traceback holds the tensors that must go.
         release(self._effective.device)
@@ -256,12 +278,25 @@ class EngineCore:
         outputs = [StepOutput(request, answer.add(token, mark))]
         if answer.stopped or len(answer.token_ids) == answer.sampling.max_new_tokens:
             assert self._clock is not None, "steps have run"
+            answer.num_cached_tokens = active.sequence.num_cached
             last = answer.finish(
-                self._clock, active.vision, self._effective, self._load_s, began=active.began
+                self._clock, active.prompt.vision, self._effective, self._load_s, began=active.began
             )
             outputs.append(StepOutput(request, last))
+            self._share_answer(active)
             self._forget(active)
         return outputs
+
+    def _share_answer(self, active: _Active) -> None:
+        """Leave the pages of an answer to the next turn of its chat, whose prompt it becomes."""
+        if active.rest is None:
+            return
+        sequence = active.sequence
+        before = sequence.page_keys[-1] if sequence.page_keys else b""
+        # The last token is never fed.
+        keys = [*active.rest, *active.answer.token_ids[:-1]]
+        sequence.page_keys += page_keys(keys, PAGE_SIZE, before)
+        self._scheduler.written(sequence, sequence.num_prompt_tokens + len(keys) - len(active.rest))
 
     @contextlib.contextmanager
     def _failing_alone(self, active: _Active, outputs: list[StepOutput]) -> Iterator[None]:

@@ -43,6 +43,8 @@ class Sequence:
         num_prompt_tokens, max_new_tokens: at least 1 each.
         row: its place in the decode state, and `pages` its part of the KV pool, by page of its
             tokens; none while it waits.
+        page_keys: of the whole pages of its tokens, see `prefix_cache.page_keys`.
+        num_cached: prompt tokens that another sequence had computed, in pages that it shares.
         num_computed: prompt tokens whose keys and values are in the pool, or on the way there.
         num_scheduled: new tokens that steps were scheduled for.
     """
@@ -50,8 +52,10 @@ class Sequence:
     request: RequestId
     num_prompt_tokens: int
     max_new_tokens: int
+    page_keys: list[bytes] = field(default_factory=list)
     row: int | None = None
     pages: list[int] = field(default_factory=list)
+    num_cached: int = 0
     num_computed: int = 0
     num_scheduled: int = 0
 

@@ -28,12 +28,14 @@ class ResponseBuilder:
 
     Args:
         started_s: when the request arrived, on `time.perf_counter`.
+        num_cached_tokens: of the prompt, what was in the cache already.
     """
 
     files: ModelFiles
     prompt: Prompt
     sampling: SamplingParams
     started_s: float
+    num_cached_tokens: int = 0
     token_ids: list[int] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
 
@@ -100,6 +102,7 @@ class ResponseBuilder:
             finish_reason=finish,
             num_prompt_tokens=len(self.prompt.input_ids),
             num_image_tokens=self.prompt.num_image_tokens,
+            num_cached_tokens=self.num_cached_tokens,
             timings=self._timings(clock, vision, step_s, token_t_s[0], load_s),
             effective=effective,
             token_t_s=tuple(token_t_s),

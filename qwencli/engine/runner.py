@@ -7,6 +7,7 @@ serves a bucket of rows; rows that nothing uses run along, writing to a page tha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from qwencli.engine.cache.paged_kv import (
     PackedPrompts,
     pages_for,
 )
+from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.device_memory import upload
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
@@ -46,25 +48,63 @@ WIDEST_STAND_IN = 4
 
 
 @dataclass
+class PromptVisual:
+    """A picture or video of a prompt.
+
+    Args:
+        digest: of its content. first: which of the prompt's image tokens is its first.
+        patches: dropped once it is encoded. features: from the first chunk on that needs them.
+    """
+
+    grid: tuple[int, int, int]
+    digest: bytes
+    first: int
+    num_tokens: int
+    patches: Tensor | None
+    features: VisionFeatures | None = None
+
+    def features_of(self, low: int, high: int) -> VisionFeatures:
+        """Those of the prompt's image tokens from `low` to `high` that are its own."""
+        assert self.features is not None, "encoded with the first chunk that needs it"
+        own = slice(max(low - self.first, 0), high - self.first)
+        layers = self.features.deepstack
+        return VisionFeatures(self.features.embeds[own], tuple(layer[own] for layer in layers))
+
+
+@dataclass
 class RunnerPrompt:
     """A request's prompt as the runner needs it, on the host but for pictures.
 
     Args:
-        ids: int64 [S]. patches: of each picture or video, dropped once they are encoded.
-        features: of all of them, from the first chunk on.
+        ids: int64 [S]. visuals: in the order of their tokens; none once the prompt is through.
+        vision: start and end of each run of the vision tower that its pictures were in.
     """
 
     ids: Tensor
     layout: PromptPositions
-    grids: Sequence[tuple[int, int, int]]
-    patches: Sequence[Tensor]
+    visuals: Sequence[PromptVisual]
     sampling: SamplingParams
     stop_ids: Sequence[int]
-    features: VisionFeatures | None = None
+    vision: list[tuple[Mark, Mark]] = field(default_factory=list)
 
     @property
     def next_position(self) -> int:
         return len(self.ids) + self.layout.delta
+
+    def image_tokens(self, start: int, stop: int) -> tuple[int, int]:
+        """Which of the prompt's image tokens are among its tokens from `start` to `stop`."""
+        low, high = torch.searchsorted(
+            self.layout.visual_places, torch.tensor([start, stop])
+        ).tolist()
+        return low, high
+
+    def visuals_of(self, low: int, high: int) -> list[PromptVisual]:
+        """Those that have image tokens from `low` to `high`."""
+        return [
+            visual
+            for visual in self.visuals
+            if visual.first < high and visual.first + visual.num_tokens > low
+        ]
 
 
 @dataclass
@@ -75,7 +115,6 @@ class TokenCopy:
     rows: tuple[int, ...]
     tokens: Tensor | list[int]
     mark: Mark
-    vision: tuple[tuple[Mark, Mark], ...] = ()
 
     def read(self) -> list[int]:
         """One token for each of `sequences`; waits for them."""
@@ -217,12 +256,19 @@ class ModelRunner:
 
     Args:
         graphs: whether steps run as CUDA graphs.
+        vision_cache: features of pictures that came before.
     """
 
     def __init__(
-        self, model: QwenModel, num_pages: int, max_rows: int, max_seq_len: int, graphs: bool
+        self,
+        model: QwenModel,
+        num_pages: int,
+        max_rows: int,
+        max_seq_len: int,
+        graphs: bool,
+        vision_cache: VisionCache,
     ) -> None:
-        self.model, self.max_rows = model, max_rows
+        self.model, self.max_rows, self._vision_cache = model, max_rows, vision_cache
         self.cache = model.paged_cache(num_pages)
         vocab_size = model.shape.text.vocab_size
         self._pages = pages_for(max_seq_len)
@@ -232,9 +278,16 @@ class ModelRunner:
         model.rope.reach(max_seq_len)
 
     def prepare(
-        self, prompt: Prompt, sampling: SamplingParams, stop_ids: Sequence[int]
+        self,
+        prompt: Prompt,
+        digests: Sequence[bytes],
+        sampling: SamplingParams,
+        stop_ids: Sequence[int],
     ) -> RunnerPrompt:
         """Lay a prompt out on the host.
+
+        Args:
+            digests: of its pictures and videos.
 
         Raises:
             InputError: see `lay_out`; also pictures for a text model.
@@ -246,12 +299,18 @@ class ModelRunner:
                 f"the prompt has {len(layout.visual_places)} image tokens, its pictures {expected}",
                 "give as many images as the prompt has places for",
             )
-        patches = prompt.inputs.patches if prompt.inputs else ()
+        visuals: list[PromptVisual] = []
+        if prompt.inputs is not None:
+            made = zip(digests, prompt.inputs.num_tokens, prompt.inputs.patches, strict=True)
+            firsts = itertools.accumulate(prompt.inputs.num_tokens, initial=0)
+            for grid, first, (digest, count, patches) in zip(
+                prompt.grid_thw, firsts, made, strict=False
+            ):
+                visuals.append(PromptVisual(grid, digest, first, count, torch.as_tensor(patches)))
         return RunnerPrompt(
             ids=torch.tensor(prompt.input_ids),
             layout=layout,
-            grids=prompt.grid_thw,
-            patches=[torch.as_tensor(each) for each in patches],
+            visuals=visuals,
             sampling=sampling,
             stop_ids=stop_ids,
         )
@@ -268,7 +327,7 @@ class ModelRunner:
         self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt], clock: EventTimer
     ) -> TokenCopy | None:
         """Run chunks of prompts; returns the first tokens of those that are through, if any."""
-        vision = self._encode(chunks, prompts, clock)
+        self._encode(chunks, prompts, clock)
         packed = self._pack(chunks, prompts)
         decoder = self.model.decoder
         hidden = decoder.embed(packed.ids)
@@ -295,8 +354,8 @@ class ModelRunner:
         kinds = [kind_of(prompt.sampling) for prompt in begun]
         self.state.sample_first(logits, rows, places, kinds)
         for prompt in begun:
-            prompt.features = None
-        return self._copy(sequences, max(rows) + 1, clock, vision)
+            prompt.visuals = ()
+        return self._copy(sequences, max(rows) + 1, clock)
 
     @torch.inference_mode()
     def decode(
@@ -317,7 +376,7 @@ class ModelRunner:
             sequence.num_prompt_tokens + sequence.num_scheduled - 1 for sequence in sequences
         )
         self._step(kind, rows, longest, waiting)
-        return self._copy(sequences, rows, clock, ())
+        return self._copy(sequences, rows, clock)
 
     def _step(self, kind: SamplerKind, rows: int, longest: int, waiting: int) -> None:
         if self._graphs is None:
@@ -375,31 +434,52 @@ class ModelRunner:
 
     def _encode(
         self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt], clock: EventTimer
-    ) -> tuple[tuple[Mark, Mark], ...]:
-        """Encode the pictures of all prompts that begin, together; returns when that ran."""
-        new = [
-            prompt
+    ) -> None:
+        """Have the features of all pictures in these chunks; those that are new are encoded
+        together."""
+        wanted = [
+            (prompt, visual)
             for chunk, prompt in zip(chunks, prompts, strict=True)
-            if prompt.patches and prompt.features is None
+            for visual in prompt.visuals_of(*prompt.image_tokens(chunk.start, chunk.stop))
+            if visual.features is None
         ]
-        if not new:
-            return ()
-        start = clock.mark()
+        if not wanted:
+            return
+        ran: dict[int, tuple[Mark, Mark]] = {}
+
+        def encode(missing: list[int]) -> list[VisionFeatures]:
+            start = clock.mark()
+            made = self._encode_together([wanted[index][1] for index in missing])
+            span = start, clock.mark()
+            ran.update({id(wanted[index][0]): span for index in missing})
+            return made
+
+        found = self._vision_cache.features([visual.digest for _, visual in wanted], encode)
+        for (prompt, visual), features in zip(wanted, found, strict=True):
+            visual.features, visual.patches = features, None
+            if id(prompt) in ran:
+                prompt.vision.append(ran.pop(id(prompt)))
+
+    def _encode_together(self, visuals: Sequence[PromptVisual]) -> list[VisionFeatures]:
+        """Run the vision tower over pictures of any sizes, packed."""
         device, dtype = self.model.device, self.model.dtype
-        own = [each for prompt in new for each in prompt.patches]
-        for each in own:
-            if each.is_cuda:  # made on another stream, whose memory it goes back to
-                each.record_stream(torch.cuda.current_stream(device))
-        patches = [each.to(device, dtype) for each in own]
-        grids = [grid for prompt in new for grid in prompt.grids]
-        features = self.model.encode_images(torch.cat(patches), grids)
-        sizes = [len(prompt.layout.visual_places) for prompt in new]
+        patches = []
+        for visual in visuals:
+            assert visual.patches is not None, "they are there until they are encoded"
+            if visual.patches.is_cuda:  # made on another stream, whose memory it goes back to
+                visual.patches.record_stream(torch.cuda.current_stream(device))
+            patches.append(visual.patches.to(device, dtype))
+        features = self.model.encode_images(torch.cat(patches), [each.grid for each in visuals])
+        sizes = [visual.num_tokens for visual in visuals]
         layers = [features.embeds, *features.deepstack]
+        if len(visuals) == 1:
+            return [features]
+        # Copies: one picture that is kept must not hold the memory of all.
         parts = zip(*(layer.split_with_sizes(sizes) for layer in layers), strict=True)
-        for prompt, (embeds, *deepstack) in zip(new, parts, strict=True):
-            prompt.features = VisionFeatures(embeds, tuple(deepstack))
-            prompt.patches = ()
-        return ((start, clock.mark()),)
+        return [
+            VisionFeatures(embeds.clone(), tuple(layer.clone() for layer in deepstack))
+            for embeds, *deepstack in parts
+        ]
 
     def _pack(self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt]) -> _Packed:
         ids, positions, slots, places, seen = [], [], [], [], []
@@ -414,12 +494,10 @@ class ModelRunner:
             slots.append(own[start:])
             if behind:
                 seen.append(own)
-            visual = prompt.layout.visual_places
-            low, high = torch.searchsorted(visual, torch.tensor([start, stop])).tolist()
+            low, high = prompt.image_tokens(start, stop)
             if high > low:
-                assert prompt.features is not None, "encoded with the first chunk"
-                places.append(visual[low:high] - start + first)
-                features.append(_part(prompt.features, low, high))
+                places.append(prompt.layout.visual_places[low:high] - start + first)
+                features += [each.features_of(low, high) for each in prompt.visuals_of(low, high)]
             starts.append(first + stop - start)
             context_starts.append(context_starts[-1] + stop)
             if chunk.is_last:
@@ -458,7 +536,6 @@ class ModelRunner:
         sequences: Sequence[ScheduledSequence],
         rows: int,
         clock: EventTimer,
-        vision: tuple[tuple[Mark, Mark], ...],
     ) -> TokenCopy:
         """Start copying the rows' last tokens to the host."""
         tokens: Tensor | list[int]
@@ -468,7 +545,7 @@ class ModelRunner:
         else:
             tokens = self.state.token[:rows].tolist()
         places = tuple(_row(sequence) for sequence in sequences)
-        return TokenCopy(tuple(sequences), places, tokens, clock.mark(), vision)
+        return TokenCopy(tuple(sequences), places, tokens, clock.mark())
 
 
 def _row(sequence: ScheduledSequence) -> int:
@@ -485,9 +562,3 @@ def _slots_of(pages: Sequence[int], count: int) -> Tensor:
     offsets = torch.arange(PAGE_SIZE)
     used = torch.tensor(pages[: pages_for(count)])
     return (used[:, None] * PAGE_SIZE + offsets).flatten()[:count]
-
-
-def _part(features: VisionFeatures, low: int, high: int) -> VisionFeatures:
-    return VisionFeatures(
-        features.embeds[low:high], tuple(layer[low:high] for layer in features.deepstack)
-    )

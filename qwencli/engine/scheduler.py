@@ -4,7 +4,8 @@ A step runs prompts of at most `max_prefill_tokens` tokens and then one token of
 so a running row waits for no more than that many prompt tokens, however long prompts are. Requests
 start in the order they came: one whose pages are not free yet is not overtaken by a smaller one.
 A sequence gets the pages of its whole answer when it starts, so nothing that runs ever has to be
-stopped for want of a page; a pool that is full makes requests wait.
+stopped for want of a page; a pool that is full makes requests wait. Pages of its beginning that
+others have computed are shared and not run again (prefix cache).
 
 The host knows when a row has taken all tokens it may take. That a stop token ended an answer it
 learns later, from what it reads; the row idles until then.
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from qwencli.engine.cache.paged_kv import PagePool, pages_for
+from qwencli.engine.cache.paged_kv import PAGE_SIZE, PagePool, pages_for
 from qwencli.engine.request import Batch, PromptChunk, RequestId, Sequence
 
 
@@ -93,8 +94,15 @@ class Scheduler:
     def requeue(self, sequence: Sequence) -> None:
         """Put a sequence whose prefill failed back in front of those that wait."""
         self.finish(sequence)
-        sequence.num_computed = sequence.num_scheduled = 0
+        sequence.num_cached = sequence.num_computed = sequence.num_scheduled = 0
         self.waiting.appendleft(sequence)
+
+    def written(self, sequence: Sequence, num_tokens: int) -> None:
+        """The first tokens of a sequence are in its pages, or on the way there: its whole pages
+        that have keys are there for others from now on."""
+        whole = min(num_tokens // PAGE_SIZE, len(sequence.page_keys))
+        first = sequence.num_cached // PAGE_SIZE
+        self.pool.publish(sequence.pages[first:whole], sequence.page_keys[first:whole])
 
     def find(self, request: RequestId) -> Sequence | None:
         for sequence in (*self.running, *self.waiting):
@@ -112,19 +120,25 @@ class Scheduler:
             and len(self._prefilling) < self.limits.max_prompts
         ):
             first = self.waiting[0]
+            # The last token is run in any case: its logits are wanted.
+            shared = self.pool.share(first.page_keys[: (first.num_prompt_tokens - 1) // PAGE_SIZE])
+            cached = len(shared) * PAGE_SIZE
+            left = first.num_prompt_tokens - cached
             # A prompt is cut only if it would be cut in a step of its own too.
-            whole = first.num_prompt_tokens <= self.limits.max_prefill_tokens - tokens
-            if self._prefilling and not whole:
-                return
-            pages = self.pool.allocate(pages_for(first.max_tokens))
-            if pages is None:
+            whole = left <= self.limits.max_prefill_tokens - tokens
+            own = None
+            if whole or not self._prefilling:
+                own = self.pool.allocate(pages_for(first.max_tokens) - len(shared))
+            if own is None:
+                self.pool.free(shared)
                 return
             self.waiting.popleft()
-            first.pages = pages
+            first.pages = shared + own
+            first.num_cached = first.num_computed = cached
             first.row = self._rows.index(None)
             self._rows[first.row] = first
             self._prefilling.append(first)
-            tokens += first.num_prompt_tokens
+            tokens += left
 
     def _chunks(self) -> tuple[PromptChunk, ...]:
         left = self.limits.max_prefill_tokens

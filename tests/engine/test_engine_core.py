@@ -7,16 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from qwencli.config import Attention, EngineName, SamplingOptions, Speculate
 from qwencli.engine import engine_core, runner
+from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.client import generate_many
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.scheduler import Limits
 from qwencli.errors import InputError, OutOfMemoryError
-from qwencli.messages import GenerationRequest, user_message
+from qwencli.messages import GenerationRequest, ImagePart, text_message, user_message
 from tests.checkpoints import engine_config, film, picture
 
 # Few rows and tokens, so that requests wait, prompts are cut and rows are used again.
@@ -71,6 +73,7 @@ def pages_are_all_free(engine) -> bool:
 def test_each_answer_of_a_mix_is_the_one_its_request_gets_alone(limited):
     requests = mixed()
     alone = [limited.generate(request) for request in requests]
+    limited._forget()
     together = list(generate_many(limited, requests))
     for one, other in zip(alone, together, strict=True):
         assert other.token_ids == one.token_ids
@@ -94,6 +97,67 @@ def test_other_families(checkpoint, monkeypatch, family):
         alone = [loaded.generate(request) for request in requests]
         together = list(generate_many(loaded, requests))
     assert [each.token_ids for each in together] == [each.token_ids for each in alone]
+
+
+def system(text, request):
+    return replace(request, messages=(text_message("system", text), *request.messages))
+
+
+def test_pages_of_a_common_beginning_are_shared_and_not_run_again(limited, monkeypatch):
+    scene, dark = picture(160, 160), ImagePart(Image.new("RGB", (160, 160)), "dark.png")
+    requests = [
+        system("Be brief. " * 12, ask(text, images=[scene], max_new_tokens=9))
+        for text in ("What? " * 9, "What? " * 9, "Who?", "What? " * 9 + "Why?")
+    ]
+    others = [
+        system("Be brief! " * 12, ask(images=[scene])),
+        system("Be brief. " * 12, ask(images=[dark])),
+    ]
+    alone = []
+    for request in (*requests, *others):
+        limited._forget()
+        alone.append(limited.generate(request).token_ids)
+    limited._forget()
+    ran, running = [], runner.ModelRunner.prefill
+
+    def prefill(self, chunks, prompts, clock):
+        ran.append(sum(chunk.stop - chunk.start for chunk in chunks))
+        return running(self, chunks, prompts, clock)
+
+    monkeypatch.setattr(runner.ModelRunner, "prefill", prefill)
+    one_after_the_other = [next(generate_many(limited, [each])) for each in (*requests, *others)]
+    assert [each.token_ids for each in one_after_the_other] == alone
+    cached = [each.num_cached_tokens for each in one_after_the_other]
+    lengths = [each.num_prompt_tokens for each in one_after_the_other]
+    assert cached[0] == 0 and cached[1] == (lengths[1] - 1) // PAGE_SIZE * PAGE_SIZE
+    assert cached[2] >= PAGE_SIZE and cached[3] >= cached[1] - PAGE_SIZE
+    assert cached[4] == 0 and 0 < cached[5] < cached[1]
+    assert sum(ran) == sum(lengths) - sum(cached)
+    # The picture came with the first of them; in pages that are shared it is not even looked up.
+    encoded = [each.timings.vision_encode_s is not None for each in one_after_the_other]
+    assert encoded == [True, False, False, False, False, True]
+    together = list(generate_many(limited, [*requests, *others] * 2))
+    assert [each.token_ids for each in together] == alone * 2
+    assert all(each.num_cached_tokens for each in together)
+    assert pages_are_all_free(limited)
+
+
+def test_the_next_turn_of_a_chat_goes_on_behind_the_answer(limited):
+    first = ask("Tell me. " * 10, max_new_tokens=90)
+    answer = next(generate_many(limited, [first])).text
+    turns = (*first.messages, text_message("assistant", answer), user_message("And then?", ()))
+    again = replace(first, messages=turns)
+    (second,) = generate_many(limited, [again])
+    assert second.num_cached_tokens > 0
+    assert second.token_ids == limited.generate(again).token_ids
+
+
+def test_a_request_that_bypasses_caches_takes_and_leaves_nothing(limited):
+    request = ask("Again. " * 20, images=[picture()])
+    (expected,) = generate_many(limited, [request])
+    (bypassing,) = generate_many(limited, [replace(request, bypass_caches=True)])
+    assert bypassing.num_cached_tokens == 0 and bypassing.timings.vision_encode_s > 0
+    assert bypassing.token_ids == expected.token_ids
 
 
 def test_requests_are_taken_as_there_is_room(limited, monkeypatch):

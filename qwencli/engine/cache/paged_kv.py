@@ -8,6 +8,7 @@ sees of earlier pages is one gather.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,15 +26,24 @@ SCRATCH_PAGE = 0
 
 
 class PagePool:
-    """Pages 1 to `num_pages` - 1, handed out lowest first; page 0 belongs to idle rows."""
+    """Pages 1 to `num_pages` - 1, and how many sequences use each; page 0 belongs to idle rows.
+
+    A page whose content has a key (`publish`) is found by it (`share`): several sequences then use
+    one page. When the last of them gives it back it is free like others, but stays to be found
+    until its place is needed; those not used for longest go first.
+    """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, SCRATCH_PAGE, -1))
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        self._users = [0] * num_pages
+        self._by_key: dict[bytes, int] = {}
+        self._keys: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._free) + len(self._kept)
 
     @property
     def capacity(self) -> int:
@@ -41,16 +51,50 @@ class PagePool:
         return self.num_pages - 1
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` pages, or None where fewer are free."""
-        if count > len(self._free):
+        """`count` pages of nobody else's, or None where fewer are free."""
+        if count > self.num_free:
             return None
-        taken = self._free[len(self._free) - count :]
-        del self._free[len(self._free) - count :]
-        return taken[::-1]
+        while len(self._free) < count:
+            page, _ = self._kept.popitem(last=False)
+            del self._by_key[self._keys.pop(page)]
+            self._free.append(page)
+        taken = [self._free.pop() for _ in range(count)]
+        for page in taken:
+            self._users[page] = 1
+        return taken
 
-    def free(self, pages: list[int]) -> None:
-        """Give pages back; the last freed are the first to be used again."""
-        self._free.extend(reversed(pages))
+    def share(self, keys: Sequence[bytes]) -> list[int]:
+        """The pages that are there of these keys, up to the first that is not, for one more
+        sequence to read."""
+        pages = []
+        for key in keys:
+            page = self._by_key.get(key)
+            if page is None:
+                break
+            self._kept.pop(page, None)
+            self._users[page] += 1
+            pages.append(page)
+        return pages
+
+    def publish(self, pages: Sequence[int], keys: Sequence[bytes]) -> None:
+        """From now on these pages are found by their keys; nothing may be written to them again.
+        Of two pages with one key the first stays the one that is found."""
+        for page, key in zip(pages, keys, strict=True):
+            assert self._users[page], "only a page in use has content"
+            if key not in self._by_key and page not in self._keys:
+                self._by_key[key], self._keys[page] = page, key
+
+    def free(self, pages: Sequence[int]) -> None:
+        """Give the pages of a sequence back; the last of them are the first to be used again."""
+        for page in reversed(pages):
+            self._users[page] -= 1
+            assert self._users[page] >= 0, "each sequence gives its pages back once"
+            if self._users[page]:
+                continue
+            if page in self._keys:
+                self._kept[page] = None
+            else:
+                self._free.append(page)
 
 
 def pages_for(num_tokens: int) -> int:

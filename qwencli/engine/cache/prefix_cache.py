@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from PIL.Image import Image
 
 from qwencli.engine.cache.kv_cache import KVCache
 from qwencli.engine.frontend.preprocess import Visual
 from qwencli.engine.frontend.prompt import Prompt
-from qwencli.engine.layers.vision_tower import VisionFeatures, join_features
+from qwencli.engine.layers.vision_tower import VisionFeatures
 
 # One slot of the cache: a token id, or a picture's digest and the place inside the picture.
 Key = int | tuple[bytes, int]
-Encode = Callable[[int], VisionFeatures]
+# Places in a list of pictures -> the features of each.
+Encode = Callable[[list[int]], Iterable[VisionFeatures]]
 
-# Image tokens whose features stay on the device for later requests: four megapixels, 80 MB for a
-# 4B model. A count of pictures would bound nothing, as one may have sixteen times as many.
-VISION_CACHE_TOKENS = 4096
+# Features that stay on the device for later requests: four megapixels of a 4B model. A count of
+# pictures would bound nothing, as one may have sixteen times as many tokens as another.
+VISION_CACHE_BYTES = 96 * 2**20
 # Pixels that are copied at a time to tell a picture from others.
 _DIGEST_PIXELS = 2**20
 
@@ -56,33 +57,39 @@ class PrefixCache:
 
 
 class VisionCache:
-    """Features of the last pictures, by content, so that a next turn does not encode them again.
+    """Features of recent pictures, by content, so that another turn or request does not encode
+    them again.
 
-    All pictures of the last request stay, and of those before as many as `VISION_CACHE_TOKENS` has
-    room for.
+    All pictures that were last asked for stay, and of those before as many as `VISION_CACHE_BYTES`
+    has room for.
     """
 
     def __init__(self) -> None:
         self._kept: OrderedDict[bytes, VisionFeatures] = OrderedDict()
 
-    def features(self, digests: Sequence[bytes], encode: Encode) -> VisionFeatures | None:
-        """Features of the pictures in order; `encode(index)` makes the missing ones."""
-        if not digests:
-            return None
-        parts = []
-        for index, digest in enumerate(digests):
-            if digest not in self._kept:
-                self._kept[digest] = encode(index)
+    def features(self, digests: Sequence[bytes], encode: Encode) -> list[VisionFeatures]:
+        """Features of each picture; `encode` makes those that are missing, each content once."""
+        missing = {
+            digest: index for index, digest in enumerate(digests) if digest not in self._kept
+        }
+        if missing:
+            made = encode(list(missing.values()))
+            self._kept.update(zip(missing, made, strict=True))
+        for digest in digests:
             self._kept.move_to_end(digest)
-            parts.append(self._kept[digest])
-        tokens = sum(len(kept.embeds) for kept in self._kept.values())
-        while tokens > VISION_CACHE_TOKENS and len(self._kept) > len(set(digests)):
+        found = [self._kept[digest] for digest in digests]
+        size = sum(_bytes_of(kept) for kept in self._kept.values())
+        while size > VISION_CACHE_BYTES and len(self._kept) > len(set(digests)):
             _, dropped = self._kept.popitem(last=False)
-            tokens -= len(dropped.embeds)
-        return join_features(parts)
+            size -= _bytes_of(dropped)
+        return found
 
     def clear(self) -> None:
         self._kept.clear()
+
+
+def _bytes_of(features: VisionFeatures) -> int:
+    return sum(layer.nbytes for layer in (features.embeds, *features.deepstack))
 
 
 def digests_of(prompt: Prompt) -> list[bytes]:
@@ -117,3 +124,21 @@ def keys_of(prompt: Prompt, digests: Sequence[bytes]) -> list[Key]:
         next(places, token) if kind else token
         for token, kind in zip(prompt.input_ids, prompt.mm_token_type_ids, strict=True)
     ]
+
+
+def page_keys(keys: Sequence[Key], size: int, before: bytes = b"") -> list[bytes]:
+    """A key for each whole page of `size` slots: equal keys mean equal pages, and equal pages in
+    front of them, as each is a hash of its slots and of the key before it.
+
+    Args:
+        before: the key of the page in front of the first.
+    """
+    made = []
+    for end in range(size, len(keys) + 1, size):
+        digest = hashlib.sha256(before)
+        for key in keys[end - size : end]:
+            content, place = (b"", key) if isinstance(key, int) else key
+            digest.update(content + place.to_bytes(8, "little"))
+        before = digest.digest()
+        made.append(before)
+    return made

@@ -208,14 +208,19 @@ class NativeEngine(BaseEngine):
         from qwencli.engine.scheduler import Scheduler
 
         model = self._model
-        assert model is not None, "load() comes first"
+        assert model is not None and self._generation is not None, "load() comes first"
         cuda = model.device.type == "cuda"
         limits = BATCH_LIMITS["cuda" if cuda else "cpu"]
         with torch.inference_mode():
             free = _free_bytes(self.effective.device)
             pages = plan_pages(model.shape, limits, self.max_seq_len, model.dtype.itemsize, free)
             runner = ModelRunner(
-                model, pages, limits.max_rows, self.max_seq_len, cache is Cache.STATIC_GRAPH
+                model,
+                pages,
+                limits.max_rows,
+                self.max_seq_len,
+                cache is Cache.STATIC_GRAPH,
+                self._generation.vision_cache,
             )
         return EngineCore(
             self.files,

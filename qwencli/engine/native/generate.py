@@ -10,7 +10,7 @@ import torch
 from qwencli.config import Cache, SamplingParams
 from qwencli.engine.cache.prefix_cache import Key, PrefixCache, VisionCache, digests_of, keys_of
 from qwencli.engine.event_timer import EventTimer, Mark
-from qwencli.engine.layers.vision_tower import VisionFeatures
+from qwencli.engine.layers.vision_tower import VisionFeatures, join_features
 from qwencli.engine.native.decode_state import DecodeState, Stepper
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import PrefillRunner
@@ -51,14 +51,14 @@ class Generation:
         self._prompts: PrefillRunner = model if prompts is None else prompts
         self._speculator = speculator
         self._prefix_cache = PrefixCache(state.cache)
-        self._vision_cache = VisionCache()
+        self.vision_cache = VisionCache()
         width = 1 if state.drafts is None else len(state.drafts.verify_output)
         self._token_copy = AsyncTokenCopy(effective.device, len(state.slots), width)
 
     def forget(self) -> None:
         """Drop everything kept from earlier requests."""
         self._prefix_cache.forget_after(0)
-        self._vision_cache.clear()
+        self.vision_cache.clear()
 
     @torch.inference_mode()
     def step_logits(self, token_ids: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -82,18 +82,22 @@ class Generation:
         prompt, state = answer.prompt, self._state
         vision: list[tuple[Mark, Mark]] = []
 
-        def encode(index: int) -> VisionFeatures:
+        def encode(indices: list[int]) -> Iterator[VisionFeatures]:
             assert prompt.inputs is not None, "only a prompt with pictures is asked for them"
-            start = clock.mark()
-            patches = torch.as_tensor(prompt.inputs.patches[index])
-            patches = patches.to(self._model.device, self._model.dtype)
-            features = self._prompts.encode_images(patches, [prompt.grid_thw[index]])
-            vision.append((start, clock.mark()))
-            return features
+            # One by one: a graph of one picture serves the next of its size.
+            for index in indices:
+                start = clock.mark()
+                patches = torch.as_tensor(prompt.inputs.patches[index])
+                patches = patches.to(self._model.device, self._model.dtype)
+                yield self._prompts.encode_images(patches, [prompt.grid_thw[index]])
+                vision.append((start, clock.mark()))
 
-        features = self._vision_cache.features(digests, encode)
-        inputs = self._model.prepare([ModelPrompt(prompt.input_ids, prompt.visuals)], features)
-        shared = self._prefix_cache.reuse(keys)
+        features = self.vision_cache.features(digests, encode)
+        inputs = self._model.prepare(
+            [ModelPrompt(prompt.input_ids, prompt.visuals)],
+            join_features(features) if features else None,
+        )
+        shared = answer.num_cached_tokens = self._prefix_cache.reuse(keys)
         logits = self._prompts.prefill(inputs, state.cache, start=shared)
         # While the device works on the prompt.
         stop_ids = sorted(answer.stop_ids)

@@ -8,14 +8,13 @@ from typing import Any
 
 from qwencli.config import DType, KVDType, Quantization, SeqLen
 from qwencli.engine.cache.paged_kv import PAGE_SIZE, pages_for
-from qwencli.engine.cache.prefix_cache import VISION_CACHE_TOKENS
+from qwencli.engine.cache.prefix_cache import VISION_CACHE_BYTES
 from qwencli.engine.native.prefill_graphs import LONGEST, MOST_PATCHES
 from qwencli.engine.scheduler import Limits
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.memory import (
     RUNTIME_BYTES,
     dequantize_bytes,
-    image_feature_bytes,
     native_kv_bytes,
     native_weight_bytes,
     prefill_peak_bytes,
@@ -128,7 +127,7 @@ def plan_memory(
             weights=weights,
             kv_cache=token_bytes * tokens,
             activations=peak * scale,
-            kept_images=image_feature_bytes(shape, VISION_CACHE_TOKENS) * scale,
+            kept_images=VISION_CACHE_BYTES if shape.vision else 0,
             graphs=_graph_bytes(shape, tokens, dequantize) * scale if prompt_graphs else 0,
             max_seq_len=tokens,
         )

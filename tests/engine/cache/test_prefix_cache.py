@@ -15,16 +15,16 @@ from qwencli.engine.layers.vision_tower import VisionFeatures
 @pytest.fixture
 def look(monkeypatch):
     """Ask one cache for the features of pictures named by single bytes, of 10 tokens each."""
-    monkeypatch.setattr(prefix_cache, "VISION_CACHE_TOKENS", 25)
+    monkeypatch.setattr(prefix_cache, "VISION_CACHE_BYTES", 25 * 4 * 4)
     cache = VisionCache()
 
     def ask(names):
         encoded = []
         digests = [bytes([name]) for name in names]
 
-        def encode(index):
-            encoded.append(names[index])
-            return VisionFeatures(torch.zeros(10, 4), ())
+        def encode(indices):
+            encoded.extend(names[index] for index in indices)
+            return [VisionFeatures(torch.zeros(10, 4), ()) for _ in indices]
 
         cache.features(digests, encode)
         return bytes(encoded)
