@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
+from qwencli.config import Attention
+from qwencli.engine.kernels.fused_ops import fused_ops
+from qwencli.engine.layers.vision_tower import VisionTower
 from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import PrefillGraphs
@@ -49,3 +54,29 @@ def test_features_are_those_of_the_tower(family, hidden):
             assert mine.shape == theirs.shape
             assert float(error) <= 1e-2, grids
     assert 1 < len(graphs._pictures._features) < len(ASKED)
+
+
+@pytest.mark.skipif(not MODERN, reason="flash attention needs compute capability 8.0")
+@torch.inference_mode()
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_a_mix_of_pictures_by_kernels_as_by_plain_operators_in_float32(family):
+    """With the sum in the norm, GELU in the product, and all segments in one attention kernel."""
+    config = hub_config(family)
+    vision = config["vision_config"]
+    vision["embed_dim" if "embed_dim" in vision else "hidden_size"] = 144
+    vision["num_heads"] = 2
+    shape = read_shape(config)
+    loaded = weights.dummy(shape, torch.bfloat16, CUDA)
+    fused = functools.partial(fused_ops, own_attention=True)
+    model = QwenModel(shape, loaded, 1100, fused=fused)
+    exact = {name: tensor.float() for name, tensor in loaded.tensors.items()}
+    reference = VisionTower(shape.vision, exact, Attention.EAGER)
+    reference._gelu_in_product = False
+    grids = [(1, 16, 24), (1, 8, 4), (2, 6, 14), (1, 16, 24)]
+    count = sum(t * h * w for t, h, w in grids)
+    patches = torch.randn(count, shape.vision.patch_elements, device=CUDA, dtype=torch.bfloat16)
+    found, expected = model.encode_images(patches, grids), reference.encode(patches, grids)
+    for mine, theirs in zip(
+        (found.embeds, *found.deepstack), (expected.embeds, *expected.deepstack), strict=True
+    ):
+        assert float((mine.float() - theirs).norm() / theirs.norm()) <= 2e-2

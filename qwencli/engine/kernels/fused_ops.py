@@ -26,6 +26,7 @@ from qwencli.engine.kernels.activation_buffers import (
     word_format,
 )
 from qwencli.engine.kernels.activation_quant import ActivationFormat
+from qwencli.engine.kernels.add_norm import AddNorm
 from qwencli.engine.kernels.decode_attention import decode_attention_kernel
 from qwencli.engine.kernels.dequantize import dequantize
 from qwencli.engine.kernels.gemv import gemv_kernel
@@ -154,6 +155,7 @@ class FusedOps:
             dequantize=dequantize,
             qk_norm_rope_store=QkNormRopeStore(),
             apply_rope=QkNormRope(),
+            add_norm=AddNorm(),
             swiglu=swiglu,
             max_batch_rows=MAX_BATCH_ROWS,
         )

@@ -68,6 +68,17 @@ def runs(lengths: Iterable[int]) -> tuple[Run, ...]:
     return tuple(Run(len(list(group)), length) for length, group in groupby(lengths))
 
 
+def joined(pieces: Iterable[Sequence[Run]]) -> tuple[Run, ...]:
+    """Runs of several pictures side by side."""
+    found: list[Run] = []
+    for run in (run for piece in pieces for run in piece):
+        if found and found[-1].length == run.length:
+            found[-1] = Run(found[-1].count + run.count, run.length)
+        else:
+            found.append(run)
+    return tuple(found)
+
+
 def _coordinates(shape: VisionShape, grid: Grid) -> torch.Tensor:
     """Row and column [t * h * w, 2] of each patch, in merge order."""
     t, h, w = grid

@@ -9,15 +9,17 @@ Attention: every patch of a segment sees its whole segment, nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from qwencli.config import Attention
-from qwencli.engine.layers.vision_layout import Grid, Run, VisionLayout, layout
+from qwencli.engine.device_memory import upload
+from qwencli.engine.layers.vision_layout import Grid, Run, VisionLayout, joined, layout
 from qwencli.engine.loading.weights import Tensors
-from qwencli.engine.ops.attention import flash_segments
+from qwencli.engine.ops.attention import can_flash_decode, flash_segments
+from qwencli.engine.ops.decoder_ops import AddNormFn, add_norm
 from qwencli.engine.ops.rope import ApplyRopeFn, CosSin, apply_rope
 from qwencli.errors import InputError
 from qwencli.models.shapes import VisionShape
@@ -89,9 +91,9 @@ SEGMENT_ATTENTION: Mapping[Attention, SegmentAttention] = {
 
 EPS = 1e-6
 ROPE_THETA = 10_000.0
-# Layouts of recent grids, with their resampled positions (a few MB each): frames of one video and
-# pictures of one size share theirs.
-LAYOUTS_KEPT = 8
+# Patches of recent grids whose layouts and resampled positions are kept (2.6 KB each). Pictures of
+# one size share theirs, whatever they are encoded with.
+PATCHES_KEPT = 2**16
 
 # In place: what goes in is the widest thing of a block.
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -116,6 +118,8 @@ class PreparedGrids:
 
     Args:
         back: the inverse of `order`.
+        packed_frames, packed_windows: the segments for one kernel that takes them all, where there
+            is one and their lengths differ.
     """
 
     frames: tuple[Run, ...] | Offsets
@@ -124,6 +128,12 @@ class PreparedGrids:
     positions: Tensor | None
     order: Tensor | None
     back: Tensor | None
+    packed_frames: Offsets | None = None
+    packed_windows: Offsets | None = None
+
+    @property
+    def patches(self) -> int:
+        return self.rope[0].shape[1]
 
 
 class VisionTower:
@@ -133,6 +143,7 @@ class VisionTower:
 
     Args:
         turn: turns queries and keys in place.
+        add_norm: what a block adds to the hidden states, and the norm that reads them next.
     """
 
     def __init__(
@@ -141,9 +152,10 @@ class VisionTower:
         weights: Tensors,
         attention: Attention,
         turn: ApplyRopeFn = apply_rope,
+        add_norm: AddNormFn = add_norm,
     ) -> None:
         self.shape = shape
-        self._turn = turn
+        self._turn, self._add_norm = turn, add_norm
         self._w = {
             name.removeprefix("vision."): t
             for name, t in weights.items()
@@ -152,7 +164,18 @@ class VisionTower:
         self._dtype = self._w["merger.norm"].dtype
         self._attention: SegmentAttention = SEGMENT_ATTENTION[attention]
         self._activation = ACTIVATIONS[shape.activation]
-        self._prepared: dict[tuple[Grid, ...], PreparedGrids] = {}
+        device, heads = self._w["patch"].device, shape.num_heads
+        # As the end of a product; the library's is that form of GELU.
+        self._gelu_in_product = (
+            device.type == "cuda"
+            and shape.activation == "gelu_pytorch_tanh"
+            and not shape.gated_mlp
+        )
+        self._packs_segments = attention is Attention.SDPA and can_flash_decode(
+            heads, heads, shape.head_dim, self._dtype, device
+        )
+        self._prepared: dict[Grid, PreparedGrids] = {}
+        self._latest: tuple[tuple[Grid, ...], PreparedGrids] | None = None
 
     def encode(self, patches: Tensor, grids: Sequence[Grid]) -> VisionFeatures:
         """Encode images and videos.
@@ -182,11 +205,16 @@ class VisionTower:
             tokens = hidden.view(-1, self.shape.merge_area, hidden.shape[-1])
             hidden = tokens[ready.order].flatten(0, 1)
         features = []
+        # What the last block adds to `hidden`: the norm that reads it next adds it.
+        update = None
         for index in range(self.shape.depth):
-            hidden = self._block(index, hidden, ready)
+            update = self._block(index, hidden, update, ready)
             if index in self.shape.deepstack_layers:
+                hidden, update = hidden.add_(update), None
                 merger = f"deepstack.{self.shape.deepstack_layers.index(index)}"
                 features.append(self._merge(merger, hidden, norm_merged=True))
+        if update is not None:
+            hidden.add_(update)
         embeds = self._merge("merger", hidden, norm_merged=False)
         return VisionFeatures(embeds if ready.back is None else embeds[ready.back], tuple(features))
 
@@ -207,24 +235,74 @@ class VisionTower:
             )
 
     def _prepare(self, grids: tuple[Grid, ...]) -> PreparedGrids:
-        found = self._prepared.pop(grids, None)
+        if self._latest is None or self._latest[0] != grids:
+            pieces = [self._prepare_one(grid) for grid in grids]
+            ready = pieces[0] if len(pieces) == 1 else self._side_by_side(pieces)
+            self._latest = grids, self._packed(ready)
+        return self._latest[1]
+
+    def _prepare_one(self, grid: Grid) -> PreparedGrids:
+        found = self._prepared.pop(grid, None)
         if found is None:
-            found = self._build(layout(self.shape, grids))
-        self._prepared[grids] = found  # last in, so that the first is the one not used for longest
-        if len(self._prepared) > LAYOUTS_KEPT:
-            del self._prepared[next(iter(self._prepared))]
+            found = self._build(layout(self.shape, [grid]))
+        self._prepared[grid] = found  # last in, so that the first is the one not used for longest
+        kept = sum(each.patches for each in self._prepared.values())
+        while kept > PATCHES_KEPT and len(self._prepared) > 1:
+            kept -= self._prepared.pop(next(iter(self._prepared))).patches
         return found
+
+    def _side_by_side(self, pieces: Sequence[PreparedGrids]) -> PreparedGrids:
+        """Layouts of single pictures as that of all: asks the host for nothing but lengths."""
+        orders, backs, first = [], [], 0
+        for piece in pieces:
+            if piece.order is not None and piece.back is not None:
+                orders.append(piece.order + first)
+                backs.append(piece.back + first)
+                first += len(piece.order)
+        cos, sin = (torch.cat(part, 1) for part in zip(*(p.rope for p in pieces), strict=True))
+        positions = [piece.positions for piece in pieces if piece.positions is not None]
+        return PreparedGrids(
+            joined(_runs_of(piece.frames) for piece in pieces),
+            joined(_runs_of(piece.windows) for piece in pieces),
+            (cos, sin),
+            torch.cat(positions) if positions else None,
+            torch.cat(orders) if orders else None,
+            torch.cat(backs) if backs else None,
+        )
+
+    def _packed(self, ready: PreparedGrids) -> PreparedGrids:
+        """With segments of unequal length for one kernel, where there is one."""
+        if not self._packs_segments:
+            return ready
+        return replace(
+            ready,
+            packed_frames=self._offsets(_runs_of(ready.frames)),
+            packed_windows=self._offsets(_runs_of(ready.windows)),
+        )
+
+    def _offsets(self, runs: Sequence[Run]) -> Offsets | None:
+        if len(runs) < 2:
+            return None
+        counts, lengths = (
+            torch.tensor(part) for part in zip(*((r.count, r.length) for r in runs), strict=True)
+        )
+        ends = lengths.repeat_interleave(counts).cumsum(0).to(torch.int32)
+        (starts,) = upload([F.pad(ends, (1, 0))], self._w["patch"].device)
+        return Offsets(starts, max(run.length for run in runs))
 
     def _build(self, plan: VisionLayout) -> PreparedGrids:
         device = self._w["patch"].device
+        known = [plan.coordinates, plan.taps, plan.order]
+        sent = iter(upload([each for each in known if each is not None], device))
+        coordinates, taps, order = (None if each is None else next(sent) for each in known)
+        assert coordinates is not None, "every patch lies somewhere"
         positions = None
-        if plan.taps is not None and plan.tap_weights is not None:
-            rows = F.embedding(plan.taps.to(device), self._w["positions"])  # [N, 4, hidden]
-            mixed = (rows * plan.tap_weights.to(device).unsqueeze(-1)).sum(1)
-            positions = mixed.to(rows.dtype)
-        order = plan.order.to(device) if plan.order is not None else None
+        if taps is not None and plan.tap_weights is not None:
+            rows = F.embedding(taps, self._w["positions"])  # [N, 4, hidden]
+            (shares,) = upload([plan.tap_weights], device)
+            positions = (rows * shares.unsqueeze(-1)).sum(1).to(rows.dtype)
         back = order.argsort() if order is not None else None
-        angles = self._angles(plan.coordinates.to(device))
+        angles = self._angles(coordinates)
         return PreparedGrids(plan.frames, plan.windows, angles, positions, order, back)
 
     def _angles(self, coordinates: Tensor) -> CosSin:
@@ -238,23 +316,39 @@ class VisionTower:
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), -1)[None, :, None], torch.cat((-sin, sin), -1)[None, :, None]
 
-    def _block(self, index: int, hidden: Tensor, ready: PreparedGrids) -> Tensor:
+    def _block(
+        self, index: int, hidden: Tensor, update: Tensor | None, ready: PreparedGrids
+    ) -> Tensor:
+        """What the block adds to `hidden` once `update` is added, which is done here."""
         at = f"{index}."
         full = not ready.windows or index in self.shape.full_attention_layers
         segments = ready.frames if full else ready.windows
-        x = self._linear(at + "qkv", self._norm(at + "attn_norm", hidden))
+        packed = ready.packed_frames if full else ready.packed_windows
+        x = self._linear(at + "qkv", self._added(at + "attn_norm", hidden, update))
         heads = self.shape.num_heads
         qkv = x.view(1, -1, 3 * heads, self.shape.head_dim)
         self._turn(qkv, ready.rope, 2 * heads)
-        attended = attend(qkv[0], segments, self._attention)
-        hidden = self._linear(at + "proj", attended).add_(hidden)
-        x = self._linear(at + "mlp_in", self._norm(at + "mlp_norm", hidden))
-        if self.shape.gated_mlp:
-            gate, up = x.chunk(2, dim=-1)
+        attended = attend(qkv[0], packed or segments, self._attention)
+        update = self._linear(at + "proj", attended)
+        return self._mlp(at, self._added(at + "mlp_norm", hidden, update))
+
+    def _mlp(self, at: str, x: Tensor) -> Tensor:
+        if self._gelu_in_product:
+            name = at + "mlp_in"
+            weight = self._w[name].to(x.dtype).t()
+            x = torch._addmm_activation(self._w[name + "_bias"], x, weight, use_gelu=True)
+        elif self.shape.gated_mlp:
+            gate, up = self._linear(at + "mlp_in", x).chunk(2, dim=-1)
             x = self._activation(gate).mul_(up)
         else:
-            x = self._activation(x)
-        return self._linear(at + "mlp_out", x).add_(hidden)
+            x = self._activation(self._linear(at + "mlp_in", x))
+        return self._linear(at + "mlp_out", x)
+
+    def _added(self, name: str, hidden: Tensor, update: Tensor | None) -> Tensor:
+        """The norm of the hidden states, to which `update` is added first."""
+        weight = self._w[name]
+        bias = None if self.shape.norm == "rms" else self._w[name + "_bias"]
+        return self._add_norm(hidden, update, weight, bias, EPS)
 
     def _merge(self, at: str, hidden: Tensor, norm_merged: bool) -> Tensor:
         """Join the patches of each merged token: [N, hidden] -> [N / merge area, text hidden]."""
@@ -274,6 +368,11 @@ class VisionTower:
         if self.shape.norm == "rms":
             return F.rms_norm(x, weight.shape, weight, EPS)
         return F.layer_norm(x, weight.shape, weight, self._w[name + "_bias"], EPS)
+
+
+def _runs_of(segments: Sequence[Run] | Offsets) -> Sequence[Run]:
+    assert not isinstance(segments, Offsets), "of a picture's own layout"
+    return segments
 
 
 def _gelu(x: Tensor) -> Tensor:

@@ -79,8 +79,10 @@ class QwenModel:
         self._many_rows_ops = paged_ops(self.step_ops, few=False)
         self.vision = None
         if shape.vision is not None:
-            turn = self.step_ops.apply_rope
-            self.vision = VisionTower(shape.vision, loaded.tensors, attention, turn)
+            ops = self.step_ops
+            self.vision = VisionTower(
+                shape.vision, loaded.tensors, attention, ops.apply_rope, ops.add_norm
+            )
 
     @classmethod
     def load(

@@ -60,6 +60,22 @@ class RMSNorm:
 
 
 Tensor = torch.Tensor
+# See `add_norm`.
+AddNormFn = Callable[[Tensor, Tensor | None, Tensor, Tensor | None, float], Tensor]
+
+
+def add_norm(
+    hidden: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Add `update` to the hidden states [N, width] in place; returns the sum's LayerNorm, or its
+    RMSNorm where there is no bias."""
+    if update is not None:
+        hidden.add_(update)
+    if bias is None:
+        return F.rms_norm(hidden, weight.shape, weight, eps)
+    return F.layer_norm(hidden, weight.shape, weight, bias, eps)
+
+
 Matrix = Tensor | QuantizedTensor
 # A quantized matrix and a type -> the matrix [rows, columns] in it.
 DequantizeFn = Callable[[QuantizedTensor, torch.dtype], Tensor]
@@ -302,7 +318,7 @@ class DecoderOps:
             all.
         dequantize: how products with more rows than a step has read quantized matrices.
         qk_norm_rope_store: how prompts do what is in front of attention. apply_rope: and vision
-            towers.
+            towers, whose blocks end and begin with `add_norm`.
         paged_attention: how one token of each row attends over a pool of pages;
             `paged_reads_lengths`: and reads on the device how long each row is.
         swiglu: how many rows that share a pool of pages are activated.
@@ -322,6 +338,7 @@ class DecoderOps:
     dequantize: DequantizeFn = QuantizedTensor.dequantize
     qk_norm_rope_store: QkNormRopeStoreFn = qk_norm_rope_store
     apply_rope: ApplyRopeFn = apply_rope
+    add_norm: AddNormFn = add_norm
     paged_attention: PagedAttention = paged_attention
     paged_reads_lengths: bool = False
     swiglu: Callable[[Tensor], Tensor] = swiglu
