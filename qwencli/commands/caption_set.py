@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,19 +15,19 @@ import typer
 
 from qwencli.commands.options import RunOptions, SetOptions, ShapeOptions
 from qwencli.commands.reports import caption_record, failure_record, stats_line
-from qwencli.config import Existing, LoadFormat
+from qwencli.config import Existing
 from qwencli.errors import InputError, UsageError
 from qwencli.output import Output
 
 if TYPE_CHECKING:
-    from qwencli.config import ModelSpec
+    from qwencli.config import EngineConfig
     from qwencli.dataset.asking import Asking, Manner
     from qwencli.dataset.caption_set import CaptionSet
     from qwencli.dataset.parts import Held
     from qwencli.dataset.pipeline import Outcome
     from qwencli.dataset.sinks import Sink as CaptionSink
     from qwencli.dataset.sources import Listing
-    from qwencli.engine.protocol import Engine
+    from qwencli.dataset.worker import Captioner
 
 
 # Pictures whose questions a dry run shows.
@@ -77,16 +79,17 @@ def caption_set(
 ) -> None:
     """Caption pictures into files beside them; leaves with exit code 1 where one failed."""
     from qwencli.commands.model_choice import announce_model, choose_model
-    from qwencli.commands.requests import running_engine, system_messages
+    from qwencli.commands.requests import system_messages
     from qwencli.dataset.asking import Asking
     from qwencli.dataset.caption_set import open_set
     from qwencli.dataset.pipeline import Stopper
-    from qwencli.dataset.sources import Selection, list_inputs
+    from qwencli.dataset.sources import Listing, Selection, list_inputs
     from qwencli.dataset.worklist import Wish
 
     sampling = run.sampling_options()
     if chosen.samples > 1 and sampling.do_sample is False:
         raise UsageError("--samples of --greedy are all the same", "give --temperature instead")
+    devices = _devices(chosen, run)
     with sink.status("listing pictures"):
         listing = list_inputs(
             inputs or ["."], Selection(chosen.recursive, tuple(chosen.glob or ()))
@@ -104,15 +107,17 @@ def caption_set(
         samples=chosen.samples,
         retry_failed=chosen.retry_failed,
     )
+    # The items stay here: what asks goes to other processes.
+    where = Listing(listing.base)
     asking = Asking(
         manner,
-        listing,
+        where,
         sampling,
-        lambda item: listing.open(item, frames),
+        functools.partial(where.open, frames=frames),
         system=system_messages(system),
         caption_extension=chosen.caption_extension,
     )
-    asking.check_fields()
+    asking.check_fields(listing.items)
     spec = choose_model(run, sink)
     settings = {
         "model": spec.name,
@@ -132,7 +137,8 @@ def caption_set(
         redo=chosen.redo,
         look_only=chosen.dry_run,
     ) as whole:
-        computes = {"model": spec.name, "device": run.device, **_said(run)}
+        device = ",".join(devices) or run.device
+        computes = {"model": spec.name, "device": device, **_said(run)}
         reporter = _Reporter(whole, sink, run, spec.name, computes)
         reporter.begin(place.suffix, dry_run=chosen.dry_run)
         if chosen.dry_run:
@@ -143,28 +149,37 @@ def caption_set(
             if whole.work.tasks:
                 announce_model(spec, run, sink)
                 stopper = Stopper(sink.notice)
-                with running_engine(run.engine_config(spec), sink) as engine, stopper.watching():
-                    _after_loading(asking, engine, spec, run)
-                    reporter.device = engine.effective.device
-                    with reporter.progress.shown(engine.effective.device):
-                        whole.caption(
-                            engine, spec, asking.stages(), reporter.add, lambda: stopper.asked
-                        )
+                config, count = run.engine_config(spec), len(whole.work.tasks)
+                with (
+                    _captioner(config, asking, count, devices, sink) as captioner,
+                    stopper.watching(),
+                ):
+                    reporter.device = ", ".join(devices) or captioner.facts["device"] or "cpu"
+                    with reporter.progress.shown(reporter.device):
+                        whole.caption(captioner, reporter.add, lambda: stopper.asked)
             whole.end()
         reporter.finish()
 
 
-def _after_loading(asking: Asking, engine: Engine, spec: ModelSpec, run: RunOptions) -> None:
-    """What is known of a model once it is loaded: its longest request, and how it counts tokens."""
-    asking.max_seq_len = engine.max_seq_len
-    if asking.manner.shape.max_tokens is None or run.load_format is not LoadFormat.AUTO:
-        return
-    from qwencli.engine.frontend.tokenizer import Tokenizer
-    from qwencli.models.hub import locate
+@contextmanager
+def _captioner(
+    config: EngineConfig, asking: Asking, count: int, devices: Sequence[str], sink: Output
+) -> Iterator[Captioner]:
+    """What makes `count` captions: workers on devices, or one engine in this process."""
+    from qwencli.commands.requests import fetch_model, running_engine
+    from qwencli.dataset.devices import DeviceWorkers
+    from qwencli.dataset.worker import Alone, Orders
 
-    folder = locate(spec, offline=True, allow_pickle=run.allow_pickle)
-    tokenizer = Tokenizer.from_folder(folder)
-    asking.count_tokens_with(lambda text: len(tokenizer.encode(text)))
+    if not devices:
+        with running_engine(config, sink) as engine:
+            yield Alone(engine, asking)
+        return
+    fetch_model(config)
+    orders = Orders(config, asking, -(-count // len(devices)))
+    with ExitStack() as stack:
+        with sink.status(f"loading {config.model.name} on {', '.join(devices)}"):
+            workers = stack.enter_context(DeviceWorkers(orders, devices, sink.warn))
+        yield workers
 
 
 def print_captions(
@@ -183,6 +198,7 @@ def print_captions(
     from qwencli.dataset.asking import Asking
     from qwencli.dataset.pipeline import Task
     from qwencli.dataset.sources import Item, Listing
+    from qwencli.dataset.worker import Alone
 
     named = {str(each): each for each in images}
     listing = Listing(Path(), [Item(name) for name in named])
@@ -196,15 +212,25 @@ def print_captions(
         lambda item: work.open(named[item.key], frames),
         system=system_messages(system),
     )
-    asking.check_fields()
+    asking.check_fields(listing.items)
     tasks = [Task(item, name) for item in listing.items for name in fields]
     announce_model(spec, run, sink)
     with running_engine(run.engine_config(spec), sink) as engine:
-        _after_loading(asking, engine, spec, run)
-        work.answer_shaped(engine, tasks, asking.stages())
+        work.answer_shaped(Alone(engine, asking), tasks)
     work.finish()
     if work.failed:
         raise typer.Exit(1)
+
+
+def _devices(chosen: SetOptions, run: RunOptions) -> tuple[str, ...]:
+    """Those of --devices; none where it was not given."""
+    from qwencli.dataset.devices import named_devices
+
+    if chosen.devices is None:
+        return ()
+    if run.device != "auto":
+        raise UsageError("--device and --devices exclude each other", "give one of them")
+    return named_devices(chosen.devices)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from qwencli.messages import GenerationRequest, ImagePart, VisualPart
 from qwencli.output import Output, visible
 
 if TYPE_CHECKING:
-    from qwencli.dataset.pipeline import Outcome, Stages, Task
+    from qwencli.dataset.pipeline import Outcome, Task
     from qwencli.dataset.sources import Slot
+    from qwencli.dataset.worker import Captioner
     from qwencli.engine.protocol import Engine
     from qwencli.results import GenerationResult
 
@@ -111,8 +112,8 @@ class Captions:
                     self.sink.answer(self._prefix(names) + result.text)
                 self._add_to(result, names)
 
-    def answer_shaped(self, engine: Engine, tasks: Sequence[Task], stages: Stages) -> None:
-        """Answer each task as `stages` want it; captions are printed in the tasks' order."""
+    def answer_shaped(self, captioner: Captioner, tasks: Sequence[Task]) -> None:
+        """Answer each task; captions are printed in the tasks' order."""
         from qwencli.dataset import pipeline
 
         due = deque(task.slot for task in tasks)
@@ -123,7 +124,7 @@ class Captions:
             while due and due[0] in made:
                 self._print(made.pop(due.popleft()))
 
-        pipeline.run(engine, tasks, stages, _Printed(), expected=len(tasks), report=report)
+        pipeline.keep(captioner.outcomes(tasks, lambda: False), _Printed(), report)
 
     def _print(self, outcome: Outcome) -> None:
         from qwencli.dataset.pipeline import Failed

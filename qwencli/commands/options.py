@@ -247,6 +247,13 @@ class SetOptions:
             "the caption files. Default: files beside the pictures.",
         ),
     ] = None
+    devices: Annotated[
+        str | None,
+        _set(
+            metavar="all|NAMES",
+            text="A worker process on each: all NVIDIA GPUs, or such as cuda:0,cuda:1.",
+        ),
+    ] = None
     samples: Annotated[int, _set(metavar="N", min=1, max=100, text="Captions of each picture.")] = 1
     redo: Annotated[
         str | None,

@@ -33,11 +33,8 @@ def running_engine(config: EngineConfig, sink: Output) -> Iterator[Engine]:
         # Before a download: a mode that the engine does not have should not cost gigabytes first.
         engine = create_engine(config)
         resolve_device(config.device)
-    if config.model.path is None and config.load_format is LoadFormat.AUTO:
-        from qwencli.models.hub import locate
-
-        # Here and not in load(): the download's own progress bars need the terminal to themselves.
-        locate(config.model, offline=config.offline, allow_pickle=config.allow_pickle)
+    # Here and not in load(): the download's own progress bars need the terminal to themselves.
+    fetch_model(config)
     with sink.status(f"loading {config.model.name}"):
         engine.load()
     try:
@@ -48,6 +45,14 @@ def running_engine(config: EngineConfig, sink: Output) -> Iterator[Engine]:
         yield engine
     finally:
         engine.close()
+
+
+def fetch_model(config: EngineConfig) -> None:
+    """Download a model's files where they are not here yet."""
+    if config.model.path is None and config.load_format is LoadFormat.AUTO:
+        from qwencli.models.hub import locate
+
+        locate(config.model, offline=config.offline, allow_pickle=config.allow_pickle)
 
 
 def _figures(plan: Mapping[str, int]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,9 +79,10 @@ class _Asked:
 
 
 class Asking:
-    """The stages of a run.
+    """The stages of a run. One that has asked nothing yet can be pickled, for other processes.
 
     Args:
+        listing: tells where pictures lie; which there are is not asked.
         open_item: the picture or video of an item.
         system: messages in front of each question.
         caption_extension: of the files that are read as hints.
@@ -120,12 +121,12 @@ class Asking:
             attempts=1 + self.manner.retries,
         )
 
-    def check_fields(self) -> None:
+    def check_fields(self, items: Iterable[Item]) -> None:
         """Raise UsageError for a field of a template that nothing knows; needs no model."""
-        self.manner.prompts.check_fields(self._all_hints())
+        self.manner.prompts.check_fields(self._all_hints(items))
 
-    def _all_hints(self) -> Iterator[Mapping[str, str]]:
-        for item in self._listing.items:
+    def _all_hints(self, items: Iterable[Item]) -> Iterator[Mapping[str, str]]:
+        for item in items:
             try:
                 yield read_hints(self._listing.path(item), self._extension)
             except InputError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,10 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwencli.config import ModelSpec
 from qwencli.dataset import pipeline
 from qwencli.dataset.manifest import STATE_FOLDER, Manifest, job_hash
-from qwencli.dataset.pipeline import Captioned, Outcome, Stages
+from qwencli.dataset.pipeline import Captioned, Outcome
 from qwencli.dataset.sinks import CaptionWriter, Sink, settle, write_whole
 from qwencli.dataset.sources import PARTIAL_PREFIX, PARTIAL_SUFFIX, Listing
 from qwencli.dataset.worklist import Wish, Worklist, work_of
@@ -22,7 +20,7 @@ from qwencli.errors import DatasetError, OutputError
 from qwencli.folder_lock import FolderLock
 
 if TYPE_CHECKING:
-    from qwencli.engine.protocol import Engine
+    from qwencli.dataset.worker import Captioner
 
 FAILURES, MANIFEST = "failures.jsonl", "manifest.sqlite"
 _HELD = "wait for it to end, or stop it; the same command goes on then"
@@ -70,19 +68,18 @@ class CaptionSet:
 
     def caption(
         self,
-        engine: Engine,
-        model: ModelSpec,
-        stages: Stages,
+        captioner: Captioner,
         report: Callable[[Outcome], None],
         stopping: Callable[[], bool],
     ) -> None:
         """Do the work; `totals` says what came of it. What was done stays done, however this ends.
 
         Raises:
-            QwenCliError: the engine or the disk cannot go on.
+            QwenCliError: what makes captions, or the disk, cannot go on.
         """
         assert self.manifest is not None, "a set that is captioned has a manifest"
-        self.manifest.loaded(_facts(engine, model))
+        facts = captioner.facts
+        self.manifest.loaded(facts)
         writer = CaptionWriter(self.manifest, self.sink, self.wish.existing, self.wish.redo)
         done_before = self.totals.captioned + self.totals.failed
         started_s = time.perf_counter()
@@ -92,19 +89,13 @@ class CaptionSet:
             report(made)
 
         try:
-            pipeline.run(
-                engine,
-                self.work.tasks,
-                stages,
-                writer,
-                expected=len(self.work.tasks),
-                report=count,
-                stopping=stopping,
-            )
+            pipeline.keep(captioner.outcomes(self.work.tasks, stopping), writer, count)
             done = self.totals.captioned + self.totals.failed - done_before
             self.totals.stopped = stopping() and done < len(self.work.tasks)
         finally:
             self.totals.seconds = time.perf_counter() - started_s
+            if captioner.facts != facts:  # workers that were ready later
+                self.manifest.loaded(captioner.facts)
             self.manifest.settle(self.sink.flush(at_once=True))
 
     def end(self) -> None:
@@ -194,44 +185,3 @@ def open_set(
             manifest.close()
         if lock is not None:
             lock.release()
-
-
-def _facts(engine: Engine, model: ModelSpec) -> dict[str, str | None]:
-    ran = engine.effective
-    return {
-        "model": model.name,
-        "revision": model_revision(model),
-        "engine": ran.engine,
-        "quantization": ran.quantization,
-        "attention": ran.attention,
-        "cache": ran.cache,
-        "kernels": ran.kernels,
-        "device": ran.device,
-        "dtype": ran.dtype,
-    }
-
-
-def model_revision(model: ModelSpec) -> str | None:
-    """What tells two states of a model's files apart: the hub's commit, or a digest of their sizes
-    and of config.json; None where the files are not here (random weights)."""
-    from qwencli.models.hub import find_cached
-
-    folder = model.path
-    if folder is None and model.repo_id is not None:
-        folder = find_cached(model.repo_id)
-    if folder is None:
-        return None
-    if folder.parent.name == "snapshots":
-        return folder.name
-    digest = hashlib.sha256()
-    try:
-        files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
-        for file in files:
-            if file.is_file():
-                digest.update(f"{file.name}:{file.stat().st_size};".encode())
-        config = folder / "config.json"
-        if config.is_file():
-            digest.update(config.read_bytes())
-    except OSError:
-        return None
-    return f"files-{digest.hexdigest()[:16]}"

@@ -1,8 +1,8 @@
 """Captions a set: open -> generate -> guard -> shape -> sink, with a bounded number in between.
 
 Pictures are opened by the threads in which the engine prepares prompts, captions are written by a
-thread of their own, and this thread keeps the engine full. What one picture raises is its own
-failure; what the engine or the disk raises ends the run.
+thread of their own, and this thread keeps the engine full, or hears of those of others. What one
+picture raises is its own failure; what the engine or the disk raises ends the run.
 """
 
 from __future__ import annotations
@@ -159,28 +159,25 @@ class Stopper:
         self._say("stopping: finishing what runs; Ctrl-C again leaves at once")
 
 
-def run(
+def outcomes(
     engine: Engine,
-    tasks: Iterable[Task],
+    take: Callable[[], Task | None],
     stages: Stages,
-    writer: Writer,
     *,
-    expected: int,
-    report: Callable[[Outcome], None],
+    expected: int | None = None,
     stopping: Callable[[], bool] = lambda: False,
-) -> None:
-    """Caption everything; returns when all of it is written.
+) -> Iterator[Outcome]:
+    """Caption what `take` gives, as many at a time as the engine runs.
 
     Args:
-        expected: how many tasks there are.
-        report: called in this thread for each outcome that was kept.
+        take: the next task; None where there is none now, see `client.answers`.
+        expected: how many tasks there are, where that is known.
 
     Raises:
-        QwenCliError: the engine or the writer cannot go on.
+        QwenCliError: the engine cannot go on.
     """
     from qwencli.engine.client import answers
 
-    waiting = iter(tasks)
     again: deque[Task] = deque()
     asked: dict[Task, _Asked] = {}
 
@@ -189,17 +186,30 @@ def run(
         asked[task] = _Asked(_prompt_text(made), made.sampling.seed)
         return made
 
-    def take() -> tuple[Task, Callable[[], GenerationRequest]] | None:
-        task = again.popleft() if again else next(waiting, None)
+    def next_request() -> tuple[Task, Callable[[], GenerationRequest]] | None:
+        task = again.popleft() if again else take()
         return None if task is None else (task, functools.partial(request, task))
 
+    for task, result in answers(engine, next_request, stopping=stopping, expected=expected):
+        outcome = _judged(stages, task, result, asked.pop(task, None))
+        if outcome is None:
+            again.append(replace(task, attempt=task.attempt + 1))
+        else:
+            yield outcome
+
+
+def keep(made: Iterable[Outcome], writer: Writer, report: Callable[[Outcome], None]) -> None:
+    """Keep outcomes as they are made; returns when all of it is written.
+
+    Args:
+        report: called in this thread for each outcome that was kept.
+
+    Raises:
+        QwenCliError: the writer cannot go on, or what `made` raises.
+    """
     with _WriterThread(writer, report) as sink:
-        for task, result in answers(engine, take, stopping=stopping, expected=expected):
-            outcome = _judged(stages, task, result, asked.pop(task, None))
-            if outcome is None:
-                again.append(replace(task, attempt=task.attempt + 1))
-            else:
-                sink.put(outcome)
+        for outcome in made:
+            sink.put(outcome)
             sink.report()
 
 

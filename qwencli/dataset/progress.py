@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -119,7 +119,7 @@ class Progress:
 
 
 class GpuUse:
-    """How busy the GPU is, as its driver says: now (`percent`), and over the whole run (`mean`)."""
+    """How busy GPUs are, as their driver says: now (`percent`), and over the whole run (`mean`)."""
 
     def __init__(self) -> None:
         self.percent: float | None = None
@@ -130,13 +130,15 @@ class GpuUse:
         return self._sum / self._count if self._count else None
 
     @contextlib.contextmanager
-    def watched(self, device: str) -> Iterator[None]:
-        if not device.startswith("cuda"):
+    def watched(self, devices: str) -> Iterator[None]:
+        """Args: devices: their names, with commas between."""
+        gpus = [name for each in devices.split(",") if (name := each.strip()).startswith("cuda")]
+        if not gpus:
             yield
             return
         ended = threading.Event()
         thread = threading.Thread(
-            target=self._watch, args=(device, ended), name="gpu use", daemon=True
+            target=self._watch, args=(gpus, ended), name="gpu use", daemon=True
         )
         thread.start()
         try:
@@ -144,12 +146,12 @@ class GpuUse:
         finally:
             ended.set()
 
-    def _watch(self, device: str, ended: threading.Event) -> None:
+    def _watch(self, gpus: Sequence[str], ended: threading.Event) -> None:
         from qwencli.engine.machine.host import gpu_use
 
-        for percent in gpu_use(device):
-            self.percent = percent
-            self._sum += percent
+        for percents in zip(*map(gpu_use, gpus), strict=False):
+            self.percent = sum(percents) / len(percents)
+            self._sum += self.percent
             self._count += 1
             if ended.wait(_GPU_EVERY_S):
                 return

@@ -16,7 +16,12 @@ from tests.dataset.fake_engine import FakeEngine
 def engine(monkeypatch) -> FakeEngine:
     """What `qwencli caption` finds in place of a model."""
     fake = FakeEngine()
-    monkeypatch.setattr("qwencli.engine.factory.create_engine", lambda config: fake)
+
+    def create(config):
+        fake.config = config
+        return fake
+
+    monkeypatch.setattr("qwencli.engine.factory.create_engine", create)
     return fake
 
 

@@ -7,6 +7,7 @@ runs `qwencli caption FOLDER ...` on it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -128,15 +129,42 @@ class FakeEngine:
         self.close()
 
 
-def main() -> int:
-    from qwencli.cli import run
+def install() -> None:
+    """What `qwencli caption` finds in place of a model, in this process."""
     from qwencli.engine import factory, resolve
 
-    step_s = float(os.environ.get("FAKE_STEP_S", "0"))
-    factory.create_engine = lambda config: FakeEngine(config, step_s=step_s)  # type: ignore
+    def create(config: EngineConfig) -> FakeEngine:
+        """`FAKE_STEP_S` is the time of a step, tenfold in one process that finds `FAKE_SLOW` not
+        there; `FAKE_LOG` is a folder where each process keeps count of its answers."""
+        step_s = float(os.environ.get("FAKE_STEP_S", "0"))
+        if slow := os.environ.get("FAKE_SLOW"):
+            with contextlib.suppress(FileExistsError):
+                Path(slow).touch(exist_ok=False)
+                step_s *= 10
+        answer = said
+        if log := os.environ.get("FAKE_LOG"):
+
+            def answer(request: GenerationRequest) -> str:
+                with (Path(log) / f"{os.getpid()}.log").open("a") as file:
+                    file.write(".")
+                return said(request)
+
+        return FakeEngine(config, answer, step_s=step_s)
+
+    factory.create_engine = create  # type: ignore
     resolve.resolve_device = lambda device: "cpu"  # it would load torch
-    return run(["caption", "--model", "scenes", "--device", "cpu", *sys.argv[1:]])
 
 
+def main() -> int:
+    from qwencli.cli import run
+
+    named = () if "--devices" in sys.argv else ("--device", "cpu")
+    return run(["caption", "--model", "scenes", *named, *sys.argv[1:]])
+
+
+if __name__ in ("__main__", "__mp_main__"):  # a worker process imports it by the second name
+    install()
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    assert "torch" not in sys.modules, "a process without an engine of its own needs no torch"
+    sys.exit(code)

@@ -20,14 +20,14 @@ PROGRAM = Path(__file__).with_name("fake_engine.py")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
 
-def start(*arguments, step_s=0.0, **settings):
+def start(*arguments, step_s=0.0, own_group=False, **environment):
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), *map(str, arguments), "--seed", "1"],
-        env={**os.environ, "FAKE_STEP_S": str(step_s)},
+        env={**os.environ, "FAKE_STEP_S": str(step_s), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **settings,
+        process_group=0 if own_group else None,
     )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import os
 import platform
 import sys
@@ -93,6 +94,19 @@ def gpu_free_bytes() -> int | None:
             (int(nvml.nvmlDeviceGetMemoryInfo(gpu).free) for gpu in _gpus(nvml)), default=None
         )
     )
+
+
+def num_gpus() -> int:
+    """NVIDIA GPUs that a CUDA program may use here; 0 without one, or without a driver."""
+    count = _from_driver(lambda nvml: int(nvml.nvmlDeviceGetCount())) or 0
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is None or not count:
+        return count
+    # CUDA takes the names up to the first that is none.
+    named = itertools.takewhile(
+        lambda name: name and name != "-1", map(str.strip, shown.split(","))
+    )
+    return len(list(named))
 
 
 def driver_version() -> str | None:

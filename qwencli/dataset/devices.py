@@ -1,0 +1,345 @@
+"""Worker processes, one a device of this machine, which share the work of a set.
+
+This process hands tasks out and hears outcomes; it has no engine, and loads no torch. A worker
+holds no more than keeps its engine full, and no more than its share of what is left at the pace it
+has shown, so that a slow one makes fewer. What a worker held that dies goes to the others.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import re
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing import connection, resource_tracker
+from typing import TYPE_CHECKING, Any, Self
+
+from qwencli.dataset.pipeline import Outcome, Task
+from qwencli.dataset.worker import Facts, Orders, Ready, joined_facts, worked
+from qwencli.errors import DatasetError, DeviceError, QwenCliError, UsageError
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
+
+# Tasks on their way to a worker, beyond those that its engine has taken.
+_ON_THE_WAY = 16
+# How often one looks whether the user wants to stop, and how long a worker may take to leave.
+_LOOK_EVERY_S, _LEAVING_S = 0.2, 30.0
+_DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
+
+
+def named_devices(named: str) -> tuple[str, ...]:
+    """The devices of `--devices`; `all` is every NVIDIA GPU of this machine.
+
+    Raises:
+        UsageError: it names something else.
+        DeviceError: `all`, and there is none.
+    """
+    from qwencli.engine.machine.host import num_gpus
+
+    if named.strip() == "all":
+        count = num_gpus()
+        if not count:
+            raise DeviceError(
+                "--devices all: no NVIDIA GPU was found", "leave it out, or name devices: cpu,cpu"
+            )
+        return tuple(f"cuda:{number}" for number in range(count))
+    devices = tuple(each.strip() for each in named.split(","))
+    for each in devices:
+        if not _DEVICE.fullmatch(each):
+            raise UsageError(
+                f"--devices: {each!r} is no device", "write all, or such as cuda:0,cuda:1"
+            )
+    return tuple(f"{each}:0" if each == "cuda" else each for each in devices)
+
+
+def on_device(orders: Orders, device: str, devices: Sequence[str]) -> Orders:
+    """The orders of one of several workers: its device, and its share of the processor."""
+    from qwencli.engine.machine.host import usable_cores
+
+    config = replace(orders.config, device=device)
+    if device == "cpu" and config.threads is None and devices.count("cpu") > 1:
+        config = replace(config, threads=max(1, usable_cores() // devices.count("cpu")))
+    return replace(orders, config=config)
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A process, and what it has to do.
+
+    Args:
+        held: what it was given and has not answered.
+        error: what it ended with.
+    """
+
+    device: str
+    process: BaseProcess
+    pipe: Connection
+    ready: Ready | None = None
+    held: set[Task] = field(default_factory=set)
+    ready_s: float = 0.0
+    num_answered: int = 0
+    dismissed: bool = False
+    error: QwenCliError | None = None
+
+    @property
+    def captions_per_s(self) -> float:
+        return self.num_answered / max(time.monotonic() - self.ready_s, 1e-3)
+
+    def send(self, message: object) -> None:
+        with suppress(OSError):  # it has died, which its own end of the pipe will tell
+            self.pipe.send(message)
+
+    def dismiss(self) -> None:
+        """It finishes what it holds, and ends."""
+        if not self.dismissed:
+            self.dismissed = True
+            self.send(None)
+
+    def __str__(self) -> str:
+        return f"the worker on {self.device} (process {self.process.pid})"
+
+
+class DeviceWorkers:
+    """Worker processes; a context manager. Inside it at least one has loaded its model.
+
+    Args:
+        say: takes a line about a worker that is lost.
+
+    Raises:
+        QwenCliError: on entering: a model cannot be loaded.
+    """
+
+    def __init__(self, orders: Orders, devices: Sequence[str], say: Callable[[str], None]) -> None:
+        self._say = say
+        self._facts: list[Facts] = []
+        self._returned: deque[Task] = deque()
+        self._orders = [(device, on_device(orders, device, devices)) for device in devices]
+        self._workers: list[_Worker] = []
+
+    @property
+    def facts(self) -> Facts:
+        return joined_facts(self._facts)
+
+    def __enter__(self) -> Self:
+        try:
+            self._workers = [_started(device, orders) for device, orders in self._orders]
+            while not self._facts:
+                for _ in self._heard():
+                    pass
+        except BaseException:
+            self._end_all()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._end_all()
+
+    def outcomes(self, tasks: Sequence[Task], stopping: Callable[[], bool]) -> Iterator[Outcome]:
+        """See `worker.Captioner`. A worker that dies is no error while another is left.
+
+        Raises:
+            QwenCliError: a model cannot be loaded, or no worker is left.
+        """
+        waiting = iter(tasks)
+        left = len(tasks)
+        stopped = False
+        while left:
+            if stopping() and not stopped:
+                stopped = True
+                for worker in self._workers:
+                    worker.dismiss()
+                    if worker.ready is None:
+                        worker.process.terminate()
+            if stopped and not any(worker.held for worker in self._workers):
+                return
+            if not stopped:
+                self._hand_out(waiting, left)
+            for outcome in self._heard(stopped):
+                left -= 1
+                yield outcome
+        for worker in self._workers:
+            worker.dismiss()
+
+    def _hand_out(self, waiting: Iterator[Task], left: int) -> None:
+        """Give tasks to those that may hold more, a task each in turn."""
+        may_hold = {worker: self._most_held(worker, left) for worker in self._workers}
+        unassigned = left - sum(len(worker.held) for worker in self._workers)
+        while unassigned:
+            able = [worker for worker, most in may_hold.items() if len(worker.held) < most]
+            if not able:
+                return
+            for worker in able[:unassigned]:
+                task = self._returned.popleft() if self._returned else next(waiting)
+                worker.held.add(task)
+                worker.send(task)
+                unassigned -= 1
+
+    def _most_held(self, worker: _Worker, left: int) -> int:
+        from qwencli.engine.client import REQUESTS_AHEAD
+
+        if worker.ready is None or worker.dismissed:
+            return 0
+        if all(each.num_answered for each in self._workers):
+            share = left * worker.captions_per_s / sum(w.captions_per_s for w in self._workers)
+        else:
+            share = left / len(self._workers) / 2  # it may be the slow one
+        rows = worker.ready.max_rows
+        return max(1, min(round(share), rows + REQUESTS_AHEAD + _ON_THE_WAY if rows > 1 else 2))
+
+    def _heard(self, stopped: bool = False) -> Iterator[Outcome]:
+        """What workers have said since; waits a moment where that is nothing."""
+        by_pipe = {id(worker.pipe): worker for worker in self._workers}
+        for pipe in connection.wait([each.pipe for each in self._workers], _LOOK_EVERY_S):
+            worker = by_pipe[id(pipe)]
+            try:
+                message = worker.pipe.recv()
+            except (EOFError, OSError):
+                self._lose(worker, stopped)
+                continue
+            if isinstance(message, Ready):
+                worker.ready, worker.ready_s = message, time.monotonic()
+                self._facts.append(message.facts)
+                for warning in message.warnings:
+                    self._say(f"{worker.device}: {warning}")
+            elif isinstance(message, QwenCliError):
+                if worker.ready is None:
+                    raise message
+                worker.error = message
+            else:
+                task = replace(message.task, attempt=0)
+                if task in worker.held:
+                    worker.held.remove(task)
+                    worker.num_answered += 1
+                    yield message
+
+    def _lose(self, worker: _Worker, stopped: bool) -> None:
+        """A worker whose pipe is closed: it has ended, however that was.
+
+        Raises:
+            QwenCliError: it was the last one, and not all is done.
+        """
+        self._workers.remove(worker)
+        worker.pipe.close()
+        worker.process.join(_LEAVING_S)
+        if stopped:
+            return
+        count = len(worker.held)
+        self._returned.extend(worker.held)
+        ended = worker.error.message if worker.error else _ending(worker.process.exitcode)
+        if self._workers:
+            its = "its caption goes" if count == 1 else f"its {count} captions go"
+            self._say(f"{worker}: {ended}" + (f"; {its} to the others" if count else ""))
+        elif worker.error is not None:
+            raise worker.error
+        else:
+            raise DatasetError(
+                f"{worker}: {ended}, and no other is left",
+                "the same command goes on where this one ended; fewer --devices or a smaller "
+                "--max-pixels take less memory",
+            )
+
+    def _end_all(self) -> None:
+        for worker in self._workers:
+            worker.dismiss()
+            if worker.held or worker.ready is None:
+                worker.process.kill()
+        for worker in self._workers:
+            worker.process.join(_LEAVING_S)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+            worker.pipe.close()
+        self._workers = []
+
+
+def _ending(code: int | None) -> str:
+    if code is None or code >= 0:
+        return "it closed its pipe" if code is None else f"it ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"it died of {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def _started(device: str, orders: Orders) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, orders), name=f"captions on {device}")
+    with _no_interrupt():
+        process.start()
+    theirs.close()
+    return _Worker(device, process, ours)
+
+
+class _no_interrupt:
+    """A process that is started here never sees Ctrl-C, which is for the one that started it."""
+
+    def __enter__(self) -> None:
+        if sys.platform != "win32":
+            resource_tracker.ensure_running()  # it would unblock signals in passing
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+    def __exit__(self, *exc: object) -> None:
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _work(pipe: Connection, orders: Orders) -> None:
+    """A worker process: does what comes through the pipe, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What libraries print is no answer of the command.
+    os.dup2(2, 1)
+    inbox = _Inbox(pipe)
+    try:
+        for message in worked(orders, inbox.take, lambda: inbox.closed):
+            if not isinstance(message, Ready):
+                inbox.num_running -= 1
+            pipe.send(message)
+    except QwenCliError as error:
+        pipe.send(error)
+    except Exception as error:  # noqa: BLE001 - told where outcomes are awaited
+        line = (str(error).strip() or "no message").splitlines()[0]
+        pipe.send(DatasetError(f"{type(error).__name__}: {line}", "report this fault of qwencli"))
+
+
+class _Inbox:
+    """Tasks that come through a pipe; read at once, so that nobody waits to send one.
+
+    `closed` is true once there are no more; this process leaves when the other end is gone.
+    """
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self.closed = False
+        self.num_running = 0
+        threading.Thread(target=self._read, name="tasks", daemon=True).start()
+
+    def take(self) -> Task | None:
+        """The next task; waits for it where nothing runs."""
+        with suppress(queue.Empty):
+            task = self._tasks.get(block=self.num_running == 0 and not self.closed)
+            self.num_running += task is not None
+            return task
+        return None
+
+    def _read(self) -> None:
+        while True:
+            try:
+                message: Any = self._pipe.recv()
+            except (EOFError, OSError):
+                os._exit(1)  # nobody is there to tell outcomes
+            if message is None:
+                self.closed = True
+            self._tasks.put(message)

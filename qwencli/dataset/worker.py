@@ -1,0 +1,172 @@
+"""The engine's side of a captioned set: what one worker does, in this process or in another.
+
+A worker is told once what it works with (`Orders`), and then which captions to make. It knows
+nothing of the manifest, of files that captions go to, or of other workers: outcomes go back to the
+one process that keeps them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from qwencli.config import EngineConfig, LoadFormat, ModelSpec
+from qwencli.dataset.pipeline import Outcome, Task, outcomes
+
+if TYPE_CHECKING:
+    from qwencli.dataset.asking import Asking
+    from qwencli.engine.protocol import Engine
+
+Facts = Mapping[str, str | None]
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a worker works with. Can be pickled.
+
+    Args:
+        asking: has asked nothing yet.
+        expected: about how many captions each worker makes.
+    """
+
+    config: EngineConfig
+    asking: Asking
+    expected: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker that has loaded its model.
+
+    Args:
+        facts: what really runs: columns of the manifest's `runs`.
+        max_rows: captions that it makes at once.
+        warnings: what loading has to say, a line each.
+    """
+
+    facts: Facts
+    max_rows: int
+    warnings: tuple[str, ...] = ()
+
+
+class Captioner(Protocol):
+    """Makes captions: one engine, or many workers. `facts` are of all that have run so far."""
+
+    @property
+    def facts(self) -> Facts: ...
+
+    def outcomes(self, tasks: Sequence[Task], stopping: Callable[[], bool]) -> Iterator[Outcome]:
+        """Make captions of all tasks, or of those that run when `stopping` begins to be true.
+
+        Raises:
+            QwenCliError: nothing can go on.
+        """
+
+
+class Alone:
+    """One engine, which is loaded, in this process."""
+
+    def __init__(self, engine: Engine, asking: Asking) -> None:
+        self._engine, self._asking = engine, asking
+        self.facts = make_ready(engine, asking).facts
+
+    def outcomes(self, tasks: Sequence[Task], stopping: Callable[[], bool]) -> Iterator[Outcome]:
+        waiting = iter(tasks)
+        return outcomes(
+            self._engine,
+            lambda: next(waiting, None),
+            self._asking.stages(),
+            expected=len(tasks),
+            stopping=stopping,
+        )
+
+
+def worked(
+    orders: Orders, take: Callable[[], Task | None], stopping: Callable[[], bool]
+) -> Iterator[Ready | Outcome]:
+    """Load the model, say what runs, then caption what `take` gives, until it gives nothing.
+
+    Args:
+        take: see `pipeline.outcomes`.
+
+    Raises:
+        QwenCliError: the model cannot be loaded, or the engine cannot go on.
+    """
+    from qwencli.engine.factory import create_engine
+
+    engine = create_engine(orders.config)
+    engine.load()
+    try:
+        yield make_ready(engine, orders.asking)
+        yield from outcomes(
+            engine, take, orders.asking.stages(), expected=orders.expected, stopping=stopping
+        )
+    finally:
+        engine.close()
+
+
+def make_ready(engine: Engine, asking: Asking) -> Ready:
+    """Tell `asking` what is known of a loaded model: its longest request, how it counts tokens."""
+    asking.max_seq_len = engine.max_seq_len
+    config = engine.config
+    if asking.manner.shape.max_tokens is not None and config.load_format is LoadFormat.AUTO:
+        from qwencli.engine.frontend.tokenizer import Tokenizer
+        from qwencli.models.hub import locate
+
+        folder = locate(config.model, offline=True, allow_pickle=config.allow_pickle)
+        tokenizer = Tokenizer.from_folder(folder)
+        asking.count_tokens_with(lambda text: len(tokenizer.encode(text)))
+    return Ready(_facts(engine, config.model), engine.max_rows, tuple(engine.load_warnings))
+
+
+def joined_facts(every: Sequence[Facts]) -> Facts:
+    """Of several workers: each value that any of them has, once."""
+    names = dict.fromkeys(name for facts in every for name in facts)
+    values = {name: dict.fromkeys(facts.get(name) for facts in every) for name in names}
+    return {
+        name: ", ".join(value for value in found if value is not None) or None
+        for name, found in values.items()
+    }
+
+
+def _facts(engine: Engine, model: ModelSpec) -> Facts:
+    ran = engine.effective
+    return {
+        "model": model.name,
+        "revision": model_revision(model),
+        "engine": ran.engine,
+        "quantization": ran.quantization,
+        "attention": ran.attention,
+        "cache": ran.cache,
+        "kernels": ran.kernels,
+        "device": ran.device,
+        "dtype": ran.dtype,
+    }
+
+
+def model_revision(model: ModelSpec) -> str | None:
+    """What tells two states of a model's files apart: the hub's commit, or a digest of their sizes
+    and of config.json; None where the files are not here (random weights)."""
+    from qwencli.models.hub import find_cached
+
+    folder = model.path
+    if folder is None and model.repo_id is not None:
+        folder = find_cached(model.repo_id)
+    if folder is None:
+        return None
+    if folder.parent.name == "snapshots":
+        return folder.name
+    digest = hashlib.sha256()
+    try:
+        files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+        for file in files:
+            if file.is_file():
+                digest.update(f"{file.name}:{file.stat().st_size};".encode())
+        config = folder / "config.json"
+        if config.is_file():
+            digest.update(config.read_bytes())
+    except OSError:
+        return None
+    return f"files-{digest.hexdigest()[:16]}"

@@ -1,0 +1,154 @@
+"""One set, several worker processes: each picture captioned once, whatever becomes of a worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import psutil
+import pytest
+
+from qwencli.dataset.devices import named_devices
+from qwencli.errors import DeviceError, UsageError
+from tests.dataset.conftest import captions
+from tests.dataset.test_killed import done_of, finish, start, wait_for
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
+
+
+@pytest.fixture
+def undisturbed(pictures, caption):
+    """What one engine says of so many pictures."""
+
+    def made(count):
+        folder = pictures(*(f"{number}.png" for number in range(count)), folder="alone")
+        assert caption(folder, "--seed", "1") == 0
+        return captions(folder)
+
+    return made
+
+
+@pytest.fixture
+def log(tmp_path):
+    """A folder in which each process keeps count of its answers."""
+    folder = tmp_path / "log"
+    folder.mkdir()
+    return folder
+
+
+def workers_of(process):
+    """Its worker processes, once both are there."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        found = [
+            child
+            for child in psutil.Process(process.pid).children()
+            if "spawn_main" in " ".join(child.cmdline())
+        ]
+        if len(found) == 2:
+            return found
+        time.sleep(0.02)
+    raise AssertionError("no workers")
+
+
+def test_a_slow_worker_makes_fewer(pictures, tmp_path, log):
+    folder = pictures(*(f"{number}.png" for number in range(120)))
+    process = start(
+        *(folder, "--devices", "cpu,cpu", "--json"),
+        step_s=0.03,
+        FAKE_LOG=str(log),
+        FAKE_SLOW=str(tmp_path / "slow"),
+    )
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count('"event": "caption"') == len(captions(folder)) == 120
+    made = sorted(path.stat().st_size for path in log.iterdir())
+    assert len(made) == 2 and sum(made) == 120
+    assert made[0] < made[1] / 2
+
+
+def test_a_worker_that_is_killed_loses_nothing(pictures, log, undisturbed):
+    folder = pictures(*(f"{number}.png" for number in range(150)))
+    options = "--devices", "cpu,cpu", "--json"
+    process = start(folder, *options, step_s=0.1, FAKE_LOG=str(log))
+    with process:
+        first, _ = workers_of(process)
+        wait_for("*.log", log, 2)
+        first.kill()
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert f"the worker on cpu (process {first.pid}): it died of SIGKILL" in err
+    assert err.count("go to the others") == 1
+    assert captions(folder) == undisturbed(150)
+    assert out.count('"event": "caption"') == 150
+
+
+def test_with_no_worker_left_the_same_command_goes_on(pictures, log, undisturbed):
+    folder = pictures(*(f"{number}.png" for number in range(150)))
+    process = start(folder, "--devices", "cpu,cpu", step_s=0.1, FAKE_LOG=str(log))
+    with process:
+        workers = workers_of(process)
+        wait_for("*.log", log, 2)
+        for each in workers:
+            each.kill()
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "no other is left" in err and "the same command goes on" in err
+    assert "Traceback" not in err
+    written = captions(folder)
+    assert 0 < len(written) < 150 and len(done_of(folder)) == len(written)
+    finish(folder)
+    assert captions(folder) == undisturbed(150)
+
+
+def test_ctrl_c_reaches_all_and_what_runs_is_written(pictures):
+    folder = pictures(*(f"{number}.png" for number in range(200)))
+    process = start(folder, "--devices", "cpu,cpu", step_s=0.1, own_group=True)
+    with process:
+        workers = workers_of(process)
+        wait_for("*.txt", folder)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in err and "Traceback" not in err and "died" not in err
+    assert not any(worker.is_running() for worker in workers)
+    written = captions(folder)
+    assert 0 < len(written) < 200 and len(done_of(folder)) == len(written)
+
+
+def test_workers_end_with_the_process_that_started_them(pictures):
+    folder = pictures(*(f"{number}.png" for number in range(200)))
+    process = start(folder, "--devices", "cpu,cpu", step_s=0.1)
+    with process:
+        workers = workers_of(process)
+        wait_for("*.txt", folder)
+        process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+
+
+def test_device_and_devices(pictures, caption, capsys):
+    folder = pictures("a.png")
+    assert caption(folder, "--devices", "cpu") == 2
+    assert "--device and --devices exclude each other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named", ["", "gpu", "cuda:0,", "cuda:x", "cpu cpu"])
+def test_devices_that_are_none(named):
+    with pytest.raises(UsageError, match="is no device"):
+        named_devices(named)
+
+
+def test_names_of_devices(monkeypatch):
+    assert named_devices("cuda:0, cuda:1") == ("cuda:0", "cuda:1")
+    assert named_devices("cuda,cpu") == ("cuda:0", "cpu")
+    monkeypatch.setattr("qwencli.engine.machine.host._from_driver", lambda ask: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert named_devices("all") == ("cuda:0", "cuda:1", "cuda:2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0,-1,1")
+    assert named_devices("all") == ("cuda:0", "cuda:1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(DeviceError, match="no NVIDIA GPU"):
+        named_devices("all")
