@@ -19,6 +19,7 @@ from qwencli.engine.cache.paged_kv import (
     SCRATCH_PAGE,
     DecodePages,
     PackedPrompts,
+    QuantizedPagedKVCache,
     pages_for,
 )
 from qwencli.engine.cache.prefix_cache import VisionCache
@@ -402,7 +403,8 @@ class ModelRunner:
     @property
     def reads_lengths(self) -> bool:
         """Whether attention of steps is a kernel's, which knows of lengths what the device does."""
-        return self.model.step_ops.paged_reads_lengths
+        quantized = isinstance(self.cache, QuantizedPagedKVCache)
+        return self.model.step_ops.paged_reads_lengths and not quantized
 
     def _graph_for(
         self, kind: SamplerKind, rows: int, reach: int, waiting: int

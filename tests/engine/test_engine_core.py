@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qwencli.config import Attention, EngineName, SamplingOptions, Speculate
+from qwencli.config import Attention, EngineName, KVDType, SamplingOptions, Speculate
 from qwencli.engine import engine_core, runner
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.client import generate_many
@@ -158,6 +158,20 @@ def test_a_request_that_bypasses_caches_takes_and_leaves_nothing(limited):
     (bypassing,) = generate_many(limited, [replace(request, bypass_caches=True)])
     assert bypassing.num_cached_tokens == 0 and bypassing.timings.vision_encode_s > 0
     assert bypassing.token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("kv_dtype", [KVDType.INT8, KVDType.FP8])
+def test_a_quantized_cache_in_pages_holds_what_a_lone_one_does(checkpoint, monkeypatch, kv_dtype):
+    monkeypatch.setitem(native_engine.BATCH_LIMITS, "cpu", NARROW)
+    requests = [ask("Why? " * 30, images=[picture()], max_new_tokens=4 + n) for n in range(4)]
+    requests += [ask("How? " * n, max_new_tokens=7) for n in range(1, 4)]
+    with NativeEngine(native_config(checkpoint("qwen3_vl"), kv_dtype=kv_dtype)) as loaded:
+        alone = [loaded.generate(request) for request in requests]
+        together = list(generate_many(loaded, requests))
+        assert loaded.max_rows == 3
+    assert [each.token_ids for each in together] == [each.token_ids for each in alone]
+    assert together[3].num_cached_tokens > 0
+    assert {each.effective.kv_dtype for each in together} == {alone[0].effective.kv_dtype}
 
 
 def test_requests_are_taken_as_there_is_room(limited, monkeypatch):

@@ -131,7 +131,7 @@ KV_SCHEMES: Mapping[KVDType, Scheme | None] = {
     KVDType.INT8: Scheme.INT8,
     KVDType.FP8: Scheme.FP8,
 }
-_STORED = {Scheme.INT8: torch.int8, Scheme.FP8: torch.float8_e4m3fn}
+STORED_TYPE = {Scheme.INT8: torch.int8, Scheme.FP8: torch.float8_e4m3fn}
 
 
 class QuantizedKVCache(StaticKVCache):
@@ -155,7 +155,7 @@ class QuantizedKVCache(StaticKVCache):
         self.scheme = scheme
         # The bytes under a type that indexing knows; `layers` are the same memory.
         self._bytes = self.layers
-        self.layers = [layer.view(_STORED[scheme]) for layer in self._bytes]
+        self.layers = [layer.view(STORED_TYPE[scheme]) for layer in self._bytes]
         self.scales = [lazy_zeros(size, torch.float32, device) for _ in self.layers]
         self._dtype = dtype
 
@@ -171,7 +171,7 @@ class QuantizedKVCache(StaticKVCache):
         self._bytes[layer].index_copy_(2, slots, data.view(torch.int8).transpose(1, 2))
         self.scales[layer].index_copy_(2, slots, scale.transpose(1, 2))
         # From the bytes just written: torch.compile does not see that `layers` are the same memory.
-        stored = self._bytes[layer].narrow(2, 0, kv_len).view(_STORED[self.scheme])
+        stored = self._bytes[layer].narrow(2, 0, kv_len).view(STORED_TYPE[self.scheme])
         seen = stored.to(self._dtype)
         seen.mul_(self.scales[layer].narrow(2, 0, kv_len).unsqueeze(-1))
         keys, values = seen.chunk(2, dim=1)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from qwencli.engine.cache.kv_cache import KeysValues
+from qwencli.engine.cache.kv_cache import STORED_TYPE, KeysValues
 from qwencli.engine.device_memory import lazy_zeros
+from qwencli.engine.quant.quantized_tensor import Scheme, quantize_rows
 from qwencli.models.shapes import TextShape
 
 # Tokens of a page. A row of 300 tokens wastes half a page, a tenth; what attention reads of a page
@@ -130,8 +131,52 @@ class PagedKVCache:
         keys, values = keys_values.transpose(1, 2).split_with_sizes((self.num_kv_heads,) * 2, dim=1)
         return keys, values
 
+    def read(self, layer: int, slots: Tensor) -> KeysValues:
+        """Keys and values [N, KVH, D] at `slots` [N]."""
+        return self._split(self.layers[layer].index_select(0, slots))
+
     def truncate(self, length: int) -> None:
         return
+
+    def _split(self, keys_values: Tensor) -> KeysValues:
+        keys, values = keys_values.split_with_sizes((self.num_kv_heads,) * 2, dim=1)
+        return keys, values
+
+
+class QuantizedPagedKVCache(PagedKVCache):
+    """A byte a value, as in `QuantizedKVCache`: `layers` hold int8 or fp8 (e4m3), `scales` a
+    float32 [slots, 2 * KVH] each. What a token attends to is what is stored.
+
+    Args:
+        dtype: of the keys and values that are given and returned.
+    """
+
+    def __init__(
+        self,
+        shape: TextShape,
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        scheme: Scheme,
+    ) -> None:
+        super().__init__(shape, num_pages, torch.int8, device)
+        self.scheme, self._dtype = scheme, dtype
+        # The bytes under a type that indexing knows; `layers` are the same memory.
+        self._bytes = self.layers
+        self.layers = [layer.view(STORED_TYPE[scheme]) for layer in self._bytes]
+        size = (num_pages * PAGE_SIZE, 2 * shape.num_kv_heads)
+        self.scales = [lazy_zeros(size, torch.float32, device) for _ in self.layers]
+
+    def write(self, layer: int, keys_values: Tensor, slots: Tensor, kv_len: int) -> KeysValues:
+        data, scale = quantize_rows(keys_values.float(), self.scheme)
+        self._bytes[layer].index_copy_(0, slots, data.view(torch.int8).flatten(0, 1))
+        self.scales[layer].index_copy_(0, slots, scale.flatten(0, 1))
+        return self.own(data.to(self._dtype).mul_(scale.unsqueeze(-1)))
+
+    def read(self, layer: int, slots: Tensor) -> KeysValues:
+        stored = self._bytes[layer].index_select(0, slots).view(STORED_TYPE[self.scheme])
+        scale = self.scales[layer].index_select(0, slots)
+        return self._split(stored.to(self._dtype).mul_(scale.unsqueeze(-1)))
 
 
 @dataclass(frozen=True)

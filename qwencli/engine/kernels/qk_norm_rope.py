@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from qwencli.engine.cache.kv_cache import KeysValues, QuantizedKVCache, StaticKVCache
-from qwencli.engine.cache.paged_kv import PagedKVCache
+from qwencli.engine.cache.paged_kv import PagedKVCache, QuantizedPagedKVCache
 from qwencli.engine.kernels.decode_attention import norm_and_rotate
 from qwencli.engine.kernels.launch_cache import CachedLaunch, launch
 from qwencli.engine.ops.decoder_ops import Layer, Step
@@ -154,7 +154,7 @@ class QkNormRopeStore:
         if isinstance(cache, StaticKVCache) and not isinstance(cache, QuantizedKVCache):
             self._heads(split, rope, rotated, gains, eps, cache.layers[layer.index], step.slots)
             return cache.visible(layer.index, kv_len)
-        if isinstance(cache, PagedKVCache):
+        if isinstance(cache, PagedKVCache) and not isinstance(cache, QuantizedPagedKVCache):
             self._heads(split, rope, rotated, gains, eps, cache.layers[layer.index], step.slots)
             return cache.own(split.narrow(2, layer.num_heads, 2 * layer.num_kv_heads))
         self._heads(split, rope, rotated, gains, eps)

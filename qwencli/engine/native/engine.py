@@ -196,7 +196,6 @@ class NativeEngine(BaseEngine):
         cache, config = Cache(self.effective.cache), self.config
         batches = (
             cache in (Cache.STATIC, Cache.STATIC_GRAPH)
-            and config.kv_dtype is KVDType.AUTO
             and config.speculate is Speculate.OFF
             and config.attention in (Attention.AUTO, Attention.SDPA)
         )
@@ -213,7 +212,10 @@ class NativeEngine(BaseEngine):
         limits = BATCH_LIMITS["cuda" if cuda else "cpu"]
         with torch.inference_mode():
             free = _free_bytes(self.effective.device)
-            pages = plan_pages(model.shape, limits, self.max_seq_len, model.dtype.itemsize, free)
+            quantized = config.kv_dtype is not KVDType.AUTO
+            pages = plan_pages(
+                model.shape, limits, self.max_seq_len, model.dtype.itemsize, free, quantized
+            )
             runner = ModelRunner(
                 model,
                 pages,

@@ -150,7 +150,12 @@ def plan_memory(
 
 
 def plan_pages(
-    shape: ModelShape, limits: Limits, max_seq_len: int, value_bytes: int, free_bytes: int | None
+    shape: ModelShape,
+    limits: Limits,
+    max_seq_len: int,
+    value_bytes: int,
+    free_bytes: int | None,
+    quantized_kv: bool = False,
 ) -> int:
     """Pages of the pool of a batch: for all rows, or at least one of `max_seq_len` tokens; fewer
     where no more than `free_bytes` are left beside the weights. At least one beside page 0."""
@@ -162,7 +167,7 @@ def plan_pages(
     working = scale * max(prefill_peak_bytes(shape, tokens), vision_peak_bytes(shape, tokens))
     # In float32, and once more as the sampler's.
     working += 8 * limits.max_rows * shape.text.vocab_size
-    page_bytes = PAGE_SIZE * shape.text.kv_bytes_per_token(value_bytes)
+    page_bytes = PAGE_SIZE * native_kv_bytes(shape, quantized_kv, value_bytes)
     return max(2, min(wanted, int((free_bytes - working) * POOL_SHARE) // page_bytes))
 
 

@@ -14,7 +14,12 @@ import torch
 
 from qwencli.config import Attention
 from qwencli.engine.cache.kv_cache import DynamicKVCache, KVCache, QuantizedKVCache, StaticKVCache
-from qwencli.engine.cache.paged_kv import DecodePages, PackedPrompts, PagedKVCache
+from qwencli.engine.cache.paged_kv import (
+    DecodePages,
+    PackedPrompts,
+    PagedKVCache,
+    QuantizedPagedKVCache,
+)
 from qwencli.engine.layers.decoder import Decoder, DeepStack
 from qwencli.engine.layers.vision_layout import Grid
 from qwencli.engine.layers.vision_tower import VisionFeatures, VisionTower
@@ -254,7 +259,10 @@ class QwenModel:
 
     def paged_cache(self, num_pages: int) -> PagedKVCache:
         """A pool of pages for any number of sequences."""
-        return PagedKVCache(self.shape.text, num_pages, self.dtype, self.device)
+        text, dtype, device = self.shape.text, self.dtype, self.device
+        if self.kv is None:
+            return PagedKVCache(text, num_pages, dtype, device)
+        return QuantizedPagedKVCache(text, num_pages, dtype, device, self.kv)
 
     def prefill_packed(
         self,

@@ -18,7 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from qwencli.engine.cache.kv_cache import KeysValues, KVCache
-from qwencli.engine.cache.paged_kv import DecodePages, PackedPrompts, PagedKVCache
+from qwencli.engine.cache.paged_kv import (
+    DecodePages,
+    PackedPrompts,
+    PagedKVCache,
+    QuantizedPagedKVCache,
+)
 from qwencli.engine.ops.attention import AttentionFunction, AttentionPlan
 from qwencli.engine.ops.paged_attention import paged_attention, prompt_attention
 from qwencli.engine.ops.rope import ApplyRopeFn, CosSin, apply_rope, rotate
@@ -235,12 +240,19 @@ def attend_pages(
     """`attend` of rows that share a pool of pages: one token each, or prompts side by side."""
     assert isinstance(step.cache, PagedKVCache), "pages come with their pool"
     split = qkv.view(step.batch, step.length, -1, layer.head_dim)
-    place(split, layer, step)
-    pool = step.cache.layers[layer.index]
+    fresh = place(split, layer, step)
     if isinstance(step.pages, PackedPrompts):
-        return prompt_attention(split[0], pool, step.pages)
+        keys, values = (
+            (heads[0].transpose(0, 1) for heads in fresh)
+            if step.pages.slots is None
+            else step.cache.read(layer.index, step.pages.slots)
+        )
+        return prompt_attention(split[0, :, : layer.num_heads], keys, values, step.pages)
     assert step.pages is not None, "a step over pages says which"
-    return decode(split[:, 0, : layer.num_heads], pool, step.pages)
+    pool, q = step.cache.layers[layer.index], split[:, 0, : layer.num_heads]
+    if isinstance(step.cache, QuantizedPagedKVCache):
+        return paged_attention(q, pool, step.pages, step.cache.scales[layer.index])
+    return decode(q, pool, step.pages)
 
 
 def o_residual(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from qwencli.engine.cache.paged_kv import PAGE_SIZE, DecodePages, PackedPrompts
+from qwencli.engine.cache.paged_kv import PAGE_SIZE, DecodePages, PackedPrompts, pages_for
 from qwencli.engine.ops.attention import flash_varlen, prompt_plan
 
 Tensor = torch.Tensor
@@ -17,16 +17,26 @@ def decode_slots(tables: Tensor, places: Tensor) -> Tensor:
     return pages.to(torch.int64) * PAGE_SIZE + places % PAGE_SIZE
 
 
-def paged_attention(q: Tensor, pool: Tensor, pages: DecodePages) -> Tensor:
+def paged_attention(
+    q: Tensor, pool: Tensor, pages: DecodePages, scales: Tensor | None = None
+) -> Tensor:
     """q [B, H, D] over the pages of `pool` [slots, 2 * KVH, D] -> [B, H * D].
 
     Gathers what every row might see up to the longest: the reference of the kernel, and what runs
     where there is none.
+
+    Args:
+        scales: float32 [slots, 2 * KVH], of a pool of int8 or fp8; None = it is not quantized.
     """
     batch, heads, dim = q.shape
     kv_heads = pool.shape[1] // 2
-    count = -(-pages.longest // PAGE_SIZE)
-    seen = pool.view(-1, PAGE_SIZE, 2 * kv_heads, dim)[pages.tables[:, :count].to(torch.int64)]
+    used = pages.tables[:, : pages_for(pages.longest)].to(torch.int64)
+    stored = pool.view(-1, PAGE_SIZE, 2 * kv_heads, dim)
+    # Bytes are picked as bytes: indexing knows no fp8.
+    seen = stored[used] if scales is None else stored.view(torch.int8)[used].view(pool.dtype)
+    if scales is not None:
+        scale = scales.view(-1, PAGE_SIZE, 2 * kv_heads)[used]
+        seen = seen.to(q.dtype).mul_(scale.unsqueeze(-1))
     seen = seen.flatten(1, 2).transpose(1, 2)  # [B, 2 KVH, count * PAGE_SIZE, D]
     hidden = torch.arange(seen.shape[2], device=q.device) >= pages.lengths[:, None]
     mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
@@ -37,12 +47,8 @@ def paged_attention(q: Tensor, pool: Tensor, pages: DecodePages) -> Tensor:
     return out.reshape(batch, heads * dim)
 
 
-def prompt_attention(qkv: Tensor, pool: Tensor, packed: PackedPrompts) -> Tensor:
-    """Heads qkv [N, H + 2 * KVH, D] of packed prompts, stored in `pool` too -> [N, H * D]."""
-    kv_heads = pool.shape[1] // 2
-    q, fresh = qkv.split_with_sizes((qkv.shape[1] - 2 * kv_heads, 2 * kv_heads), dim=1)
-    seen = fresh if packed.slots is None else pool.index_select(0, packed.slots)
-    keys, values = seen.split_with_sizes((kv_heads,) * 2, dim=1)
+def prompt_attention(q: Tensor, keys: Tensor, values: Tensor, packed: PackedPrompts) -> Tensor:
+    """q [N, H, D] of packed prompts over what they see, [M, KVH, D] -> [N, H * D]."""
     whole = [n + before for n, before in zip(packed.lengths, packed.contexts, strict=True)]
     if packed.flash:
         return flash_varlen(
