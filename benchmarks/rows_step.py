@@ -25,6 +25,7 @@ import torch
 from benchmarks.measured_step import MeasuredStep, Tiles, text_shape
 from qwencli.config import Quantization
 from qwencli.engine.cache.paged_kv import pages_for
+from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.native.sampler import SamplerKind
 from qwencli.engine.runner import ModelRunner
 
@@ -39,7 +40,9 @@ class RowsStep:
     def __init__(self, step: MeasuredStep, max_rows: int, max_seq_len: int) -> None:
         pages = pages_for(max_seq_len)
         self._max_seq_len = max_seq_len
-        self.runner = ModelRunner(step.model, 1 + max_rows * pages, max_rows, max_seq_len, True)
+        self.runner = ModelRunner(
+            step.model, 1 + max_rows * pages, max_rows, max_seq_len, True, VisionCache()
+        )
         order = torch.randperm(max_rows * pages, generator=torch.Generator().manual_seed(0)) + 1
         self.runner.state.tables.copy_(order.view(max_rows, pages).to(torch.int32))
         self.runner.state.limit.fill_(1 << 30)

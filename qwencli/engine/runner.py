@@ -19,7 +19,6 @@ from qwencli.engine.cache.paged_kv import (
     SCRATCH_PAGE,
     DecodePages,
     PackedPrompts,
-    QuantizedPagedKVCache,
     pages_for,
 )
 from qwencli.engine.cache.prefix_cache import VisionCache
@@ -33,8 +32,14 @@ from qwencli.engine.layers.vision_tower import VisionFeatures, join_features
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
 from qwencli.engine.native.prompt_inputs import PromptPositions, lay_out
-from qwencli.engine.native.sampler import Sampler, SamplerKind, kind_of, widest_kind
-from qwencli.engine.ops.paged_attention import decode_slots
+from qwencli.engine.native.sampler import (
+    LIKELIEST,
+    Sampler,
+    SamplerKind,
+    kind_of,
+    widest_kind,
+)
+from qwencli.engine.ops.next_tokens import RowBuffers
 from qwencli.engine.request import PromptChunk
 from qwencli.engine.request import Sequence as ScheduledSequence
 from qwencli.errors import InputError
@@ -226,17 +231,19 @@ class RowState:
             state.index_copy_(0, places, state.index_select(0, sources))
         self.sampler.move(sources, places)
 
-    def advance(self, logits: Tensor, kind: SamplerKind) -> None:
-        """Choose the next token of the first rows from logits [n, V]; rows that are over stay."""
-        count = len(logits)
-        token, done, step = self.token[:count], self.done[:count], self.step[:count]
-        chosen = self.sampler.narrow(0, count).sample(logits, step, kind)
-        token.copy_(torch.where(done, token, chosen))
-        going = (~done).to(torch.int64)
-        for counter in (self.slot, self.position, self.step):
-            counter[:count].add_(going)
-        stopped = (token[:, None] == self.stop_ids[:count]).any(dim=1)
-        done.logical_or_(stopped | (step >= self.limit[:count]))
+    def buffers(self, count: int) -> RowBuffers:
+        """What the end of a step reads and writes of the first rows, in the same memory."""
+        return RowBuffers(
+            token=self.token[:count],
+            slot=self.slot[:count],
+            position=self.position[:count],
+            step=self.step[:count],
+            limit=self.limit[:count],
+            done=self.done[:count],
+            stop_ids=self.stop_ids[:count],
+            seen=self.sampler.seen[:count],
+            penalty=self.sampler.penalty[:count],
+        )
 
 
 @dataclass
@@ -403,8 +410,7 @@ class ModelRunner:
     @property
     def reads_lengths(self) -> bool:
         """Whether attention of steps is a kernel's, which knows of lengths what the device does."""
-        quantized = isinstance(self.cache, QuantizedPagedKVCache)
-        return self.model.step_ops.paged_reads_lengths and not quantized
+        return self.model.step_ops.attend_rows is not None
 
     def _graph_for(
         self, kind: SamplerKind, rows: int, reach: int, waiting: int
@@ -422,17 +428,18 @@ class ModelRunner:
         return kind, min(bucket, self.max_rows), reach
 
     def _advance(self, kind: SamplerKind, rows: int, longest: int) -> None:
-        state = self.state
-        slot, tables = state.slot[:rows], state.tables[:rows]
-        pages = DecodePages(tables, (slot + 1).to(torch.int32), longest)
-        logits = self.model.decode_rows(
-            state.token[:rows],
-            state.position[:rows],
-            decode_slots(tables, slot),
-            self.cache,
-            pages,
-        )
-        state.advance(logits, kind)
+        """One step of the first rows: feed their tokens, choose the next; those that are over
+        stay."""
+        model, state = self.model, self.state
+        buffers, ops = state.buffers(rows), model.row_ops(rows)
+        pages = DecodePages(state.tables[:rows], buffers.slot, longest)
+        hidden = model.decode_rows(buffers.token, buffers.position, self.cache, pages)
+        if kind in LIKELIEST:
+            model.decoder.next_tokens(hidden, ops, buffers, kind is SamplerKind.GREEDY)
+            return
+        logits = model.decoder.logits(hidden, ops)
+        chosen = state.sampler.narrow(0, rows).sample(logits, buffers.step, kind)
+        ops.advance_rows(chosen, buffers)
 
     def _encode(
         self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt], clock: EventTimer

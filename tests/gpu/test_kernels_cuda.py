@@ -213,7 +213,13 @@ def test_overlapped_launches_give_the_same_bits_for_thousands_of_steps(quantizat
             logits = model.decode_step(token, slot, slot, cache, plan)
             token.copy_(logits.argmax(-1))
             slot.add_(1)
-            for buffer in (own._qkv, own._attended, own._activated, own._sums, own._row_max):
+            for buffer in (
+                own._qkv,
+                own._attended,
+                own._activated,
+                own._parts.sums,
+                own._parts.row_max,
+            ):
                 buffer.fill_(float("nan"))
         token.fill_(5)
         slot.fill_(600)

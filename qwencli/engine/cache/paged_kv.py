@@ -184,13 +184,13 @@ class DecodePages:
     """What one new token of each of B rows sees.
 
     Args:
-        tables: int32 [B, pages], of each row. lengths: int32 [B], tokens of each row after this
-            step, at least 1.
-        longest: tokens of the longest row at most, as the host knows it.
+        tables: int32 [B, pages], of each row.
+        places: int64 [B], where in its sequence the new token is: what it sees ends with itself.
+        longest: tokens of the longest row at most, itself included, as the host knows it.
     """
 
     tables: Tensor
-    lengths: Tensor
+    places: Tensor
     longest: int
 
 

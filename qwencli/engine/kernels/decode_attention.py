@@ -1,4 +1,4 @@
-"""Attention of the newest tokens over a static KV cache, from the raw projections to the result.
+"""Attention of the newest tokens over a KV cache, from the raw projections to the result.
 
 One kernel norms and rotates queries and keys, writes keys and values into the cache, and attends.
 The sequence is cut into parts that run at once; the last program of a head to finish joins them
@@ -9,6 +9,10 @@ A sequence takes 1 to 8 new tokens a step, in consecutive slots, each seeing its
 it. The queries of tokens that share a key head are the rows of one matrix, as many as a matrix
 instruction takes: the cache is read once for them. Further tokens are further programs' work, at
 the same time, which find what they read in the second-level cache.
+
+The cache is a static one, whose rows are equally long, or a pool of pages, whose rows differ: each
+then has a slot, a position and a page table of its own, and takes one token a step. How many parts
+a row has depends on its length; programs of parts that it does not have end at once.
 """
 
 from __future__ import annotations
@@ -51,9 +55,12 @@ def decode_attention_kernel(
     k_gain_ptr,  # [D]
     angles_ptr,  # [positions, 2, D]: cosine and signed sine, see ops.rope
     position_ptr,  # int64 [B], of the first new token
-    cache_ptr,  # [B, 2 * KVH, max_seq_len, D]: keys, then values; the type of qkv, or bytes
-    scales_ptr,  # float32 [B, 2 * KVH, max_seq_len], of int8 and fp8
-    slot_ptr,  # int64 [1], of the first new token
+    # Keys, then values; the type of qkv, or bytes: [B, 2 * KVH, max_seq_len, D], or pages
+    # [pages, PAGE, 2 * KVH, D].
+    cache_ptr,
+    scales_ptr,  # float32 of int8 and fp8, likewise but for D
+    slot_ptr,  # int64 [1], of the first new token in its sequence; [B] where there are pages
+    page_table_ptr,  # int32 [B, pages] with `table_stride` from row to row
     out_ptr,  # [B * TOKENS, H * D]
     acc_ptr,  # float32 [B * KVH * QUERY_TILES, SPLITS, LANES, D]
     row_max_ptr,  # float32 [B * KVH * QUERY_TILES, SPLITS, LANES]: largest score
@@ -65,6 +72,7 @@ def decode_attention_kernel(
     act_group_scales_ptr,
     act_offsets_ptr,
     max_seq_len,
+    table_stride,
     eps,
     KVH: tl.constexpr,
     GROUP: tl.constexpr,
@@ -72,12 +80,15 @@ def decode_attention_kernel(
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     EACH: tl.constexpr,
+    PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    SHORTEST: tl.constexpr,
     NORM: tl.constexpr,
     KV_MAX: tl.constexpr,
     ACT_FORMAT: tl.constexpr,
     ACT_GROUP: tl.constexpr,
+    IN_CHUNKS: tl.constexpr,
     RUN: tl.constexpr,
     AT_ONCE: tl.constexpr,
     WARPS: tl.constexpr,
@@ -86,7 +97,11 @@ def decode_attention_kernel(
     PRECISION: tl.constexpr,
 ):
     """Program ((b * KVH + kv head) * QUERY_TILES + query_tile, split). ACT_FORMAT: what the next
-    product wants of the result, see `activation_quant`; RUN: see `words_in_a_row`.
+    product wants of the result, see `activation_quant`; IN_CHUNKS: as several vectors are rounded;
+    RUN: see `words_in_a_row`.
+
+    PAGE is how many tokens a page has, a multiple of BLOCK; 0 where the cache is a static one. A
+    part has SHORTEST slots at least, a multiple of BLOCK.
 
     KV_MAX is the largest value that a quantized cache stores (see `cache.kv_cache`), 0 where it
     is not quantized. A slot's scales are multiplied with its scores and its weights: what is read
@@ -112,17 +127,34 @@ def decode_attention_kernel(
     head = pair % KVH
     low = tl.arange(0, HALF)[None, :]
     full = tl.arange(0, D)[None, :]
+    if PAGE > 0:
+        tl.static_assert(TOKENS == 1 and PAGE % BLOCK == 0)
+        slot_ptr += batch
+        page_table_ptr += batch * table_stride
     slot = tl.load(slot_ptr).to(tl.int32)  # = number of slots before the new ones
-    part = tl.cdiv(tl.cdiv(slot, SPLITS), BLOCK) * BLOCK
-    kv_splits = tl.maximum(tl.cdiv(slot, tl.maximum(part, 1)), 1)
+    part = tl.maximum(tl.cdiv(tl.cdiv(slot, SPLITS), BLOCK) * BLOCK, SHORTEST)
+    kv_splits = tl.maximum(tl.cdiv(slot, part), 1)
     start = split * part
     end = tl.minimum(start + part, slot)
+    if PAGE > 0:  # noqa: SIM102
+        # Of short rows beside long ones there are many. The row's first program waits.
+        if split >= kv_splits:
+            return
 
     # No earlier kernel of this step writes any of this: it is read before the wait.
-    k_ptr = cache_ptr + (batch * 2 * KVH + head).to(tl.int64) * max_seq_len * D
-    v_ptr = k_ptr + KVH * max_seq_len.to(tl.int64) * D
-    k_scales_ptr = scales_ptr + (batch * 2 * KVH + head).to(tl.int64) * max_seq_len
-    v_scales_ptr = k_scales_ptr + KVH * max_seq_len.to(tl.int64)
+    SLOT: tl.constexpr = 2 * KVH * D if PAGE > 0 else D  # from one slot of a head to the next
+    if PAGE > 0:
+        k_ptr = cache_ptr + head * D
+        v_ptr = k_ptr + KVH * D
+        k_scales_ptr = scales_ptr + head
+        v_scales_ptr = k_scales_ptr + KVH
+        own_place = slot_places(slot, slot + 1, page_table_ptr, 1, PAGE)
+    else:
+        k_ptr = cache_ptr + (batch * 2 * KVH + head).to(tl.int64) * max_seq_len * D
+        v_ptr = k_ptr + KVH * max_seq_len.to(tl.int64) * D
+        k_scales_ptr = scales_ptr + (batch * 2 * KVH + head).to(tl.int64) * max_seq_len
+        v_scales_ptr = k_scales_ptr + KVH * max_seq_len.to(tl.int64)
+        own_place = slot
     if KV_IN_WORDS:
         k_words = key_words(k_ptr, start, end, D, BLOCK, WARPS)
         v_words = value_words(v_ptr, start, end, D, BLOCK, WARPS)
@@ -131,12 +163,14 @@ def decode_attention_kernel(
     else:
         slots = start + tl.arange(0, BLOCK)
         there = (slots < end)[:, None]
-        k_low = tl.load(k_ptr + slots[:, None] * D + low, mask=there, other=0.0)
-        k_high = tl.load(k_ptr + slots[:, None] * D + HALF + low, mask=there, other=0.0)
-        v = tl.load(v_ptr + slots[:, None] * D + full, mask=there, other=0.0)
+        places = slots if PAGE == 0 else slot_places(start, end, page_table_ptr, BLOCK, PAGE)
+        k_low = tl.load(k_ptr + places[:, None] * SLOT + low, mask=there, other=0.0)
+        k_high = tl.load(k_ptr + places[:, None] * SLOT + HALF + low, mask=there, other=0.0)
+        v = tl.load(v_ptr + places[:, None] * SLOT + full, mask=there, other=0.0)
         if KV_MAX > 0:
-            k_scale = tl.load(k_scales_ptr + slots, mask=slots < end, other=0.0)
-            v_scale = tl.load(v_scales_ptr + slots, mask=slots < end, other=0.0)
+            scale_at = places * (SLOT // D)
+            k_scale = tl.load(k_scales_ptr + scale_at, mask=slots < end, other=0.0)
+            v_scale = tl.load(v_scales_ptr + scale_at, mask=slots < end, other=0.0)
     angles_ptr += tl.load(position_ptr + batch) * 2 * D
     if TOKENS == 1:
         turn = low
@@ -199,10 +233,18 @@ def decode_attention_kernel(
             key_low, key_high = norm_and_rotate(
                 new_low, new_high, k_gain_low, k_gain_high, cos, sin, eps, D, NORM
             )
-            key_low, key_high, new_v = store_new(
-                key_low.to(TYPE), key_high.to(TYPE), new_v, tl.arange(0, 1), slot,
-                k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, 1, D, KV_MAX,
-            )  # fmt: skip
+            if PAGE > 0:
+                own_scale = own_place * (SLOT // D)
+                key_low, key_high, new_v = store_new(
+                    key_low.to(TYPE), key_high.to(TYPE), new_v, tl.arange(0, 1), slot - slot,
+                    k_ptr + own_place * SLOT, v_ptr + own_place * SLOT, k_scales_ptr + own_scale,
+                    v_scales_ptr + own_scale, 1, D, KV_MAX,
+                )  # fmt: skip
+            else:
+                key_low, key_high, new_v = store_new(
+                    key_low.to(TYPE), key_high.to(TYPE), new_v, tl.arange(0, 1), slot,
+                    k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, 1, D, KV_MAX,
+                )  # fmt: skip
             running_max = tl.sum(q_low * key_low.to(tl.float32), axis=1)
             running_max += tl.sum(q_high * key_high.to(tl.float32), axis=1)
             running_sum += 1.0
@@ -234,7 +276,11 @@ def decode_attention_kernel(
             start += BLOCK
             slots = start + tl.arange(0, BLOCK)
             there = (slots < end)[:, None]
-            at = slots.to(tl.int64)[:, None] * D
+            if PAGE > 0:
+                next_places = slot_places(start, end, page_table_ptr, BLOCK, PAGE)
+            else:
+                next_places = slots.to(tl.int64)
+            at = next_places[:, None] * SLOT
             next_low = tl.load(k_ptr + at + low, mask=there, other=0.0)
             next_high = tl.load(k_ptr + at + HALF + low, mask=there, other=0.0)
             next_v = tl.load(v_ptr + at + full, mask=there, other=0.0)
@@ -252,8 +298,9 @@ def decode_attention_kernel(
             running_sum = running_sum * shrink + tl.sum(weights, axis=1)
             if KV_MAX > 0:
                 weights *= v_scale[None, :]
-                k_scale = tl.load(k_scales_ptr + slots, mask=slots < end, other=0.0)
-                v_scale = tl.load(v_scales_ptr + slots, mask=slots < end, other=0.0)
+                next_scale_at = next_places * (SLOT // D)
+                k_scale = tl.load(k_scales_ptr + next_scale_at, mask=slots < end, other=0.0)
+                v_scale = tl.load(v_scales_ptr + next_scale_at, mask=slots < end, other=0.0)
             acc = tl.dot(
                 weights.to(TYPE), v.to(TYPE), acc * shrink[:, None], input_precision=PRECISION
             )
@@ -268,7 +315,7 @@ def decode_attention_kernel(
             out_at = row[:, None] * D + full
         tl.store(out_ptr + out_at, acc / running_sum[:, None], mask=real[:, None])
         if ACT_FORMAT > 0:
-            if TOKENS == 1:
+            if not IN_CHUNKS:
                 store_heads(
                     acc / running_sum[:, None],
                     out_at,
@@ -283,8 +330,8 @@ def decode_attention_kernel(
             else:
                 store_heads_in_chunks(
                     acc / running_sum[:, None], head * GROUP + lanes % HEADS,
-                    batch * TOKENS + token, real, out_ptr, act_values_ptr, act_group_scales_ptr,
-                    act_offsets_ptr, ACT_FORMAT, RUN,
+                    batch * TOKENS + (token if TOKENS > 1 else lanes // ROWS), real, out_ptr,
+                    act_values_ptr, act_group_scales_ptr, act_offsets_ptr, ACT_FORMAT, RUN,
                 )  # fmt: skip
     else:
         first = tl.program_id(0) * SPLITS * LANES
@@ -308,7 +355,7 @@ def decode_attention_kernel(
             place = out_row[:, None] * D + full
             tl.store(out_ptr + place, joined, mask=asked[:, None])
             if ACT_FORMAT > 0:
-                if TOKENS == 1:
+                if not IN_CHUNKS:
                     store_heads(
                         joined,
                         place,
@@ -326,6 +373,17 @@ def decode_attention_kernel(
                         out_ptr, act_values_ptr, act_group_scales_ptr, act_offsets_ptr, ACT_FORMAT,
                         RUN,
                     )  # fmt: skip
+
+
+@triton.jit
+def slot_places(first, end, page_table_ptr, COUNT: tl.constexpr, PAGE: tl.constexpr):
+    """Where COUNT slots of a sequence from `first` on, all of one page, are in the pool: int64
+    [COUNT], or one number; anywhere from `end` on."""
+    page = tl.load(page_table_ptr + first // PAGE, mask=first < end, other=0).to(tl.int64)
+    place = page * PAGE + first % PAGE
+    if COUNT > 1:
+        place += tl.arange(0, COUNT)
+    return place
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """`DecoderOps` of a decode step as five Triton kernels a layer.
 
 A step has up to `MAX_BATCH_ROWS` rows: several tokens of one sequence, one token each of several
-sequences of equal length, or both; each weight is read once for all of them. Each kernel is held
+sequences, or both, if they are equally long; each weight is read once for all of them. Attention
+over pages, and the end of a step, are kernels of any number of rows. Each kernel is held
 to `REFERENCE_OPS` by a parity test. Results go to buffers that all layers share, so a step
 allocates nothing. Where the GPU can launch a kernel before the one in front has
 ended (compute capability 9.0 and later), every kernel here is launched so, and waits before it
@@ -10,6 +11,7 @@ reads what others wrote.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +20,12 @@ import torch
 import triton
 
 from qwencli.engine.cache.kv_cache import QuantizedKVCache, StaticKVCache
+from qwencli.engine.cache.paged_kv import (
+    PAGE_SIZE,
+    DecodePages,
+    PagedKVCache,
+    QuantizedPagedKVCache,
+)
 from qwencli.engine.kernels.activation_buffers import (
     BLOCK_WORDS,
     ActivationBuffers,
@@ -32,15 +40,19 @@ from qwencli.engine.kernels.dequantize import dequantize
 from qwencli.engine.kernels.gemv import gemv_kernel
 from qwencli.engine.kernels.gemv_quantized import gemv_quantized_kernel
 from qwencli.engine.kernels.greedy_step import (
+    LIKELIEST_BLOCK,
+    LIKELIEST_WARPS,
+    MOST_PARTS,
     NOTHING_CHOSEN,
     finish_token_kernel,
+    likeliest_kernel,
     verify_drafts_kernel,
 )
-from qwencli.engine.kernels.paged_attention import PagedAttention
 from qwencli.engine.kernels.qk_norm_rope import QkNormRope, QkNormRopeStore
 from qwencli.engine.kernels.skinny_gemm import Epilogue, SkinnyGemm
 from qwencli.engine.kernels.swiglu import swiglu
 from qwencli.engine.kernels.tiles import (
+    AttentionTiles,
     GemvTiles,
     MatrixKind,
     Storage,
@@ -57,12 +69,15 @@ from qwencli.engine.ops.decoder_ops import (
     Step,
     dense,
 )
+from qwencli.engine.ops.next_tokens import RowBuffers
 from qwencli.engine.quant.quantized_tensor import LARGEST, QuantizedTensor, Scheme
 from qwencli.engine.spec_decode.ngram import LONGEST_NGRAM, MAX_VERIFY_TOKENS
 from qwencli.models.shapes import TextShape
 
 Tensor = torch.Tensor
 TileChoice = Callable[[MatrixKind], GemvTiles]
+# How attention of so many rows that share a pool of pages is cut up.
+RowTileChoice = Callable[[int], AttentionTiles]
 
 SMALLEST_HEAD_DIM = 32  # half a head is an operand of a matrix unit
 MAX_BATCH_ROWS = MAX_VERIFY_TOKENS
@@ -97,6 +112,17 @@ class Launch:
         return {"PDL": self.dependent, "num_warps": num_warps, **dependent}
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What programs leave of parts of sequences for the last of them, see
+    `decode_attention_kernel`."""
+
+    sums: Tensor
+    row_max: Tensor
+    row_sum: Tensor
+    semaphore: Tensor
+
+
 class FusedOps:
     """The kernels' buffers and launches.
 
@@ -128,11 +154,18 @@ class FusedOps:
         self._heads = triton.next_power_of_2(shape.group_size)
         self._exact = dtype == torch.float32
         self._tiles = attention_tiles(kv_heads, self._launch.num_processors, self._exact)
+        self._dim = dim
         parts = MAX_BATCH_ROWS * kv_heads * self._tiles.splits * self._heads
-        self._sums = buffer(parts, dim, of=torch.float32)
-        self._row_max = buffer(parts, of=torch.float32)
-        self._row_sum = buffer(parts, of=torch.float32)
-        self._semaphore = buffer(MAX_BATCH_ROWS * kv_heads, of=torch.int32)
+        self._parts = self._make_parts(MAX_BATCH_ROWS * kv_heads, parts, device)
+        # Of more rows, when they are first asked for; graphs have their addresses.
+        self._more_parts: dict[tuple[int, int], _Parts] = {}
+        self._more_best: dict[int, Tensor] = {}
+        # As if nothing had been seen.
+        self._no_penalty = torch.ones(1, device=device)
+        processors = self._launch.num_processors
+        self.row_tiles_of: RowTileChoice = functools.cache(
+            lambda rows: attention_tiles(kv_heads, processors, self._exact, rows)
+        )
         # tl.dot would round float32 operands to TF32 otherwise.
         self._precision = "ieee" if self._exact else "tf32"
         longest = max(shape.hidden_size, shape.q_size, shape.intermediate_size)
@@ -151,6 +184,9 @@ class FusedOps:
             norm_head=self.norm_head,
             lm_head_argmax=self.lm_head_argmax,
             lm_head_verify=self.lm_head_verify,
+            lm_head_rows=self.lm_head_rows,
+            choose_likeliest=self.choose_likeliest,
+            advance_rows=self.advance_rows,
             activation_bits=activation_bits,
             dequantize=dequantize,
             qk_norm_rope_store=QkNormRopeStore(),
@@ -165,8 +201,7 @@ class FusedOps:
             fused,
             attend=self.attend,
             kv_len_on_device=True,
-            paged_attention=PagedAttention(self._launch.num_processors),
-            paged_reads_lengths=True,
+            attend_rows=self.attend_rows,
         )
 
     def norm_qkv(self, hidden: Tensor, layer: Layer) -> Tensor:
@@ -175,30 +210,45 @@ class FusedOps:
         return qkv
 
     def attend(self, qkv: Tensor, layer: Layer, step: Step) -> Tensor:
-        assert isinstance(step.cache, StaticKVCache), "the kernel writes into the cache's tensors"
+        return self._attend(qkv, layer, step, self._tiles)
+
+    def attend_rows(self, qkv: Tensor, layer: Layer, step: Step) -> Tensor:
+        """`attend` of one token of each row over a pool of pages; any number of rows."""
+        return self._attend(qkv, layer, step, self.row_tiles_of(step.batch))
+
+    def _attend(self, qkv: Tensor, layer: Layer, step: Step, tiles: AttentionTiles) -> Tensor:
+        """By `tiles` of how the cache is cut up; what the kernel makes goes into its tensors."""
+        assert isinstance(step.cache, StaticKVCache | PagedKVCache), "another has none to write to"
         cache = scales = step.cache.layers[layer.index]
         kv_max = 0
-        if isinstance(step.cache, QuantizedKVCache):
+        if isinstance(step.cache, QuantizedKVCache | QuantizedPagedKVCache):
             scales, kv_max = step.cache.scales[layer.index], LARGEST[step.cache.scheme]
             cache = cache.view(torch.int8)
+        pages = step.pages if isinstance(step.pages, DecodePages) else None
         norm = layer.qk_norm
         gains = qkv if norm is None else norm.weight
-        tiles, each = self._tiles, self._tiles.tokens_each(self._heads, step.length)
+        each = tiles.tokens_each(self._heads, step.length)
         query_tiles, lanes = triton.cdiv(step.length, each), self._heads * each
         splits = tiles.splits_for(query_tiles)
-        words = kv_max > 0 and not self._exact and tiles.fits_words(lanes)
+        words = kv_max > 0 and pages is None and not self._exact and tiles.fits_words(lanes)
         block = tiles.block_for(kv_max > 0)
         if words:
             block = tiles.block_in_words(lanes, layer.head_dim)
-        attended = self._attended[: len(qkv)]
-        one, consumer = len(qkv) == 1, ActivationConsumer(None, layer.o)
+        few, one = len(qkv) <= MAX_BATCH_ROWS, len(qkv) == 1
+        if few:
+            attended = self._attended[: len(qkv)]
+        else:
+            attended = torch.empty_like(qkv[:, : layer.num_heads * layer.head_dim])
+        consumer = ActivationConsumer(None, layer.o)
         output = self._activations.output_for(consumer if one else None, layer.head_dim, 0)
         several = self._skinny_gemm.ready
         ready = several.output_for_heads(
-            consumer if step.length > 1 else None, attended, layer.head_dim
+            consumer if few and not one else None, attended, layer.head_dim
         )
         values, units, starts, _ = ready.buffers
-        decode_attention_kernel[step.batch * layer.num_kv_heads * query_tiles, splits](
+        programs = step.batch * layer.num_kv_heads * query_tiles
+        parts = self._parts_of(programs, programs * splits * lanes)
+        decode_attention_kernel[programs, splits](
             qkv,
             gains[0],
             gains[0] if norm is None else gains[layer.num_heads],
@@ -206,17 +256,19 @@ class FusedOps:
             step.positions,
             cache,
             scales,
-            step.slots,
+            step.slots if pages is None else pages.places,
+            step.slots if pages is None else pages.tables,
             attended,
-            self._sums,
-            self._row_max,
-            self._row_sum,
-            self._semaphore,
+            parts.sums,
+            parts.row_max,
+            parts.row_sum,
+            parts.semaphore,
             output.values if one else values,
             output.steps,
             units,
             starts,
-            cache.shape[2],
+            0 if pages is not None else cache.shape[2],
+            0 if pages is None else pages.tables.stride(0),
             0.0 if norm is None else norm.eps,
             KVH=layer.num_kv_heads,
             GROUP=layer.num_heads // layer.num_kv_heads,
@@ -224,14 +276,17 @@ class FusedOps:
             HEADS=self._heads,
             TOKENS=step.length,
             EACH=each,
+            PAGE=0 if pages is None else PAGE_SIZE,
             BLOCK=block,
             KV_IN_WORDS=words,
             SPLITS=splits,
+            SHORTEST=max(tiles.shortest, block),
             NORM=norm is not None,
             KV_MAX=kv_max,
             PRECISION=self._precision,
             ACT_FORMAT=int(output.act_format if one else ready.layout.act_format),
             ACT_GROUP=output.span,
+            IN_CHUNKS=not one,
             RUN=ready.layout.run,
             AT_ONCE=tiles.parts_at_once(lanes, layer.head_dim, splits),
             WARPS=tiles.warps_for(lanes),
@@ -239,7 +294,7 @@ class FusedOps:
         )
         if one:
             self._activations.commit(attended, output)
-        else:
+        elif few:
             several.commit(attended, ready)
         return attended
 
@@ -279,18 +334,93 @@ class FusedOps:
         self, hidden: Tensor, norm: RMSNorm, head: Matrix, sampling: SamplingBuffers
     ) -> None:
         self._gemv(hidden, ActivationConsumer(norm, head), self._logits, sampling=sampling)
-        finish_token_kernel[1,](
-            self._best,
-            sampling.token,
-            sampling.slot,
-            sampling.position,
-            sampling.step,
-            sampling.done,
-            sampling.stop_ids,
-            sampling.seen,
-            STOPS=triton.next_power_of_2(sampling.stop_ids.numel()),
-            NUM_STOPS=sampling.stop_ids.numel(),
+        self._finish(self._best, sampling, None, drawn=False)
+
+    def lm_head_rows(
+        self, hidden: Tensor, norm: RMSNorm, head: Matrix, rows: RowBuffers, with_penalty: bool
+    ) -> None:
+        """Of one row the product penalises what was seen; of several it has one row's for all, and
+        looks for the likeliest only where there is none."""
+        if len(hidden) > 1 and with_penalty:
+            self.choose_likeliest(self.norm_head(hidden, norm, head), rows, with_penalty)
+            return
+        sampling = rows if with_penalty else replace(rows, penalty=self._no_penalty)
+        logits = self._logits[: len(hidden)]
+        consumer = ActivationConsumer(norm, head)
+        self._gemv(hidden, consumer, logits, sampling=sampling, input_ids=rows.token)
+        self._finish(self._best, rows, rows.limit, drawn=False)
+
+    def choose_likeliest(self, logits: Tensor, rows: RowBuffers, with_penalty: bool) -> None:
+        count, vocab_size = logits.shape
+        assert logits.stride(1) == 1, "the scores of a row side by side"
+        best = self._best_of(count)
+        parts = triton.cdiv(8 * self._launch.num_processors, count)
+        parts = min(parts, MOST_PARTS, triton.cdiv(vocab_size, LIKELIEST_BLOCK))
+        likeliest_kernel[count, parts](
+            logits,
+            rows.seen,
+            rows.penalty,
+            best,
+            logits.stride(0),
+            rows.penalty.stride(0),
+            vocab_size,
+            PENALTY=with_penalty,
+            PARTS=parts,
+            BLOCK=LIKELIEST_BLOCK,
+            **self._launch.options(LIKELIEST_WARPS),
+        )
+        self._finish(best, rows, rows.limit, drawn=False)
+
+    def advance_rows(self, chosen: Tensor, rows: RowBuffers) -> None:
+        self._finish(chosen, rows, rows.limit, drawn=True)
+
+    def _finish(
+        self, chosen: Tensor, rows: RowBuffers | SamplingBuffers, limit: Tensor | None, drawn: bool
+    ) -> None:
+        count = len(rows.token)
+        stops = rows.stop_ids.numel() // count
+        finish_token_kernel[count,](
+            chosen,
+            rows.token,
+            rows.slot,
+            rows.position,
+            rows.step,
+            limit,
+            rows.done,
+            rows.stop_ids,
+            rows.seen,
+            rows.seen.shape[-1],
+            DRAWN=drawn,
+            STOPS=triton.next_power_of_2(stops),
+            NUM_STOPS=stops,
             **self._launch.options(num_warps=1),
+        )
+
+    def _best_of(self, rows: int) -> Tensor:
+        """Where the keys of the likeliest tokens of so many rows go."""
+        if rows <= MAX_BATCH_ROWS:
+            return self._best
+        if rows not in self._more_best:
+            self._more_best[rows] = self._best.new_full((rows,), NOTHING_CHOSEN)
+        return self._more_best[rows]
+
+    def _parts_of(self, programs: int, parts: int) -> _Parts:
+        """Buffers for so many programs a part, and so many lanes of parts in all."""
+        own = self._parts
+        if programs <= len(own.semaphore) and parts <= len(own.row_max):
+            return own
+        if (programs, parts) not in self._more_parts:
+            made = self._make_parts(programs, parts, own.sums.device)
+            self._more_parts[programs, parts] = made
+        return self._more_parts[programs, parts]
+
+    def _make_parts(self, programs: int, parts: int, device: torch.device) -> _Parts:
+        return _Parts(
+            sums=torch.zeros(parts, self._dim, device=device),
+            row_max=torch.zeros(parts, device=device),
+            # Lanes that only fill up divide by what is here.
+            row_sum=torch.ones(parts, device=device),
+            semaphore=torch.zeros(programs, dtype=torch.int32, device=device),
         )
 
     def lm_head_verify(
@@ -334,7 +464,7 @@ class FusedOps:
         bias: Tensor | None = None,
         gated: bool = False,
         add: bool = False,
-        sampling: SamplingBuffers | None = None,
+        sampling: SamplingBuffers | RowBuffers | None = None,
         input_ids: Tensor | None = None,
     ) -> None:
         """y = the product of `consumer`, whose matrix is quantized or the [in, out] view of a

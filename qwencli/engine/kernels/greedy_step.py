@@ -1,47 +1,108 @@
-"""The end of a greedy decode step: the token it chose, and what the next step starts from."""
+"""The end of a decode step: the tokens it chose, and what the next step starts from."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qwencli.engine.kernels.epilogue import ordered_bits
+
+# Of `likeliest_kernel`: columns that a program reads at a time, its warps, and programs of a row.
+LIKELIEST_BLOCK = 2048
+LIKELIEST_WARPS = 4
+MOST_PARTS = 32
 # Below every key that `gemv_kernel` makes.
 NOTHING_CHOSEN = -(2**63)
 
 
 @triton.jit
+def likeliest_kernel(
+    logits_ptr,  # [R, V] with `stride` from row to row
+    seen_ptr,  # bool [R, V]
+    penalty_ptr,  # float32 [R], `penalty_stride` apart
+    best_ptr,  # int64 [R], see `update_argmax`
+    stride,
+    penalty_stride,
+    V,
+    PENALTY: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (row, part): raise the row's key to the largest of a part of the vocabulary, by
+    logits that a product stored. The first of equal ones wins."""
+    row = tl.program_id(0)
+    size = tl.cdiv(tl.cdiv(V, PARTS), BLOCK) * BLOCK
+    start = tl.program_id(1) * size
+    end = tl.minimum(start + size, V)
+    logits_ptr += row.to(tl.int64) * stride
+    seen_ptr += row.to(tl.int64) * V
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    if PENALTY:
+        penalty = tl.load(penalty_ptr + row * penalty_stride)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    place = start + tl.arange(0, BLOCK)
+    for first in tl.range(start, end, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        inside = columns < end
+        y = tl.load(logits_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        if PENALTY:
+            seen = tl.load(seen_ptr + columns, mask=inside, other=0) != 0
+            y = tl.where(seen, tl.where(y < 0, y * penalty, y / penalty), y)
+        better = y > largest
+        largest = tl.where(better, y, largest)
+        place = tl.where(better, columns, place)
+    keys = (ordered_bits(largest).to(tl.int64) << 32) | (0xFFFFFFFF - place.to(tl.int64))
+    keys = tl.where(place < V, keys, -0x8000000000000000)
+    tl.atomic_max(best_ptr + row, tl.max(keys, axis=0), sem="relaxed")
+
+
+@triton.jit
 def finish_token_kernel(
-    best_ptr,  # int64 [1], see gemv_kernel
-    token_ptr,  # int64 [1]
-    slot_ptr,  # int64 [1]
-    position_ptr,  # int64 [1]
-    step_ptr,  # int64 [1]
-    done_ptr,  # bool [1]
-    stop_ids_ptr,  # int64 [NUM_STOPS], -1 where unused
-    seen_ptr,  # bool [V]
+    chosen_ptr,  # int64 [R]: keys of the best rows of the head, see gemv_kernel; DRAWN: tokens
+    token_ptr,  # int64 [R]
+    slot_ptr,  # int64 [R]
+    position_ptr,  # int64 [R]
+    step_ptr,  # int64 [R]
+    limit_ptr,  # int64 [R], of `step`; None = the host counts
+    done_ptr,  # bool [R]
+    stop_ids_ptr,  # int64 [R, NUM_STOPS], -1 where unused
+    seen_ptr,  # bool [R, V]
+    V,
+    DRAWN: tl.constexpr,
     STOPS: tl.constexpr,
     NUM_STOPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Make the best row the new token, unless the answer has ended; get ready for the next step."""
+    """Make what was chosen the new token of a row, unless its answer has ended; get ready for the
+    next step. A program a row."""
+    row = tl.program_id(0)
     index = tl.arange(0, STOPS)
+    stop_ids_ptr += row * NUM_STOPS
     stop_ids = tl.load(stop_ids_ptr + index, mask=index < NUM_STOPS, other=-1)
-    done = tl.load(done_ptr)
-    old = tl.load(token_ptr)
+    done = tl.load(done_ptr + row)
+    old = tl.load(token_ptr + row)
     if PDL:
         gdc_wait()
-    best = tl.load(best_ptr)
-    tl.store(best_ptr, -0x8000000000000000)
-    token = tl.where(done, old, 0xFFFFFFFF - (best & 0xFFFFFFFF))
+    chosen = tl.load(chosen_ptr + row)
+    if not DRAWN:
+        tl.store(chosen_ptr + row, -0x8000000000000000)
+        chosen = 0xFFFFFFFF - (chosen & 0xFFFFFFFF)
+    token = tl.where(done, old, chosen)
     going = tl.where(done, 0, 1).to(tl.int64)
     ended = tl.max((stop_ids == token).to(tl.int32), axis=0) != 0
-    tl.store(token_ptr, token)
-    tl.store(seen_ptr + token, True)
-    tl.store(slot_ptr, tl.load(slot_ptr) + going)
-    tl.store(position_ptr, tl.load(position_ptr) + going)
-    tl.store(step_ptr, tl.load(step_ptr) + going)
-    tl.store(done_ptr, done | ended)
+    step = tl.load(step_ptr + row) + going
+    if limit_ptr is not None:
+        ended = ended | (step >= tl.load(limit_ptr + row))
+    tl.store(token_ptr + row, token)
+    tl.store(seen_ptr + row.to(tl.int64) * V + token, True)
+    tl.store(slot_ptr + row, tl.load(slot_ptr + row) + going)
+    tl.store(position_ptr + row, tl.load(position_ptr + row) + going)
+    tl.store(step_ptr + row, step)
+    tl.store(done_ptr + row, done | ended)
 
 
 @triton.jit

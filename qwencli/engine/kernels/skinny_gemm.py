@@ -31,6 +31,7 @@ from qwencli.engine.kernels.gemm_float16 import CHUNK, gemm_float16_kernel
 from qwencli.engine.kernels.gemm_quantized import gemm_quantized_kernel
 from qwencli.engine.kernels.tiles import MOST_SHARING, GemvTiles, MatrixKind, Storage
 from qwencli.engine.ops.decoder_ops import Matrix, RMSNorm, SamplingBuffers, dense
+from qwencli.engine.ops.next_tokens import RowBuffers
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
 
 Tensor = torch.Tensor
@@ -51,7 +52,7 @@ class Epilogue:
     bias: Tensor | None = None
     gated: bool = False
     add: bool = False
-    sampling: SamplingBuffers | None = None
+    sampling: SamplingBuffers | RowBuffers | None = None
     input_ids: Tensor | None = None
     after: ActivationConsumer | None = None
 

@@ -15,6 +15,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 MOST_SPLITS = 32
+# Of sequences of any length that take a step together: programs of attention for each
+# multiprocessor, parts that a long sequence may have beside many, and blocks of a part that is not
+# cut up any more.
+PROGRAMS_OF_ROWS = 8
+FEWEST_SPLITS = 4
+MOST_BLOCKS = 8
 MOST_SHARING = 4  # programs that share the columns of a product with several vectors
 
 
@@ -60,7 +66,8 @@ class MatrixKind:
 
 @dataclass(frozen=True)
 class AttentionTiles:
-    """`splits` parts of a sequence at most, of a multiple of `block` slots.
+    """`splits` parts of a sequence at most, of a multiple of `block` slots and of `shortest` at
+    least.
 
     Lanes are queries that one program answers: those of the heads that share a key head, of one or
     more tokens.
@@ -69,6 +76,7 @@ class AttentionTiles:
     block: int
     splits: int
     num_warps: int
+    shortest: int = 0
 
     def block_for(self, quantized: bool) -> int:
         """A quantized cache's blocks are half as long where each value is converted by itself:
@@ -221,15 +229,25 @@ def _tiles_of_several(matrix: MatrixKind) -> GemvTiles:
     return next(tiles for most, tiles in by_columns if matrix.columns <= most)
 
 
-def attention_tiles(num_kv_heads: int, num_processors: int, exact: bool) -> AttentionTiles:
+def attention_tiles(
+    num_kv_heads: int, num_processors: int, exact: bool, rows: int = 1
+) -> AttentionTiles:
     """As many parts, a power of two, as give every multiprocessor at most two programs.
 
     Args:
         exact: whether products are of float32, without matrix units. Their operands lie whole in
             registers: for one token and heads of 128, blocks of 64 slots spill 5,760 bytes a
             thread, these none (compiled for compute capability 9.0 by Triton 3.6.0).
+        rows: sequences of any length. A long one beside short ones is still cut up, so there are
+            programs without work; but parts are no shorter than equal rows need to fill the GPU.
     """
-    splits = 1
-    while splits * num_kv_heads <= num_processors and splits < MOST_SPLITS:
+    pairs, splits, blocks = rows * num_kv_heads, 1, 1
+    most = num_processors if rows == 1 else PROGRAMS_OF_ROWS * num_processors
+    while splits * pairs <= most and splits < MOST_SPLITS:
         splits *= 2
-    return AttentionTiles(_SHORTEST_BLOCK, splits, 8) if exact else AttentionTiles(64, splits, 4)
+    if rows > 1:
+        splits = max(splits, FEWEST_SPLITS)
+        while blocks * num_processors < 2 * pairs and blocks < MOST_BLOCKS:
+            blocks *= 2
+    block = _SHORTEST_BLOCK if exact else 64
+    return AttentionTiles(block, splits, 8 if exact else 4, blocks * block)

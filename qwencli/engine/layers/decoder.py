@@ -22,6 +22,7 @@ from qwencli.engine.ops.decoder_ops import (
     SamplingBuffers,
     Step,
 )
+from qwencli.engine.ops.next_tokens import RowBuffers
 from qwencli.engine.ops.rope import gains_of_halves
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor
 from qwencli.models.shapes import TextShape
@@ -95,6 +96,15 @@ class Decoder:
         """Hidden state [1, hidden] of the last layer -> the likeliest token, in `sampling`."""
         assert ops.lm_head_argmax is not None, "the caller looks whether these operations can"
         ops.lm_head_argmax(hidden, self.norm, self.head, sampling)
+
+    def next_tokens(
+        self, hidden: torch.Tensor, ops: DecoderOps, rows: RowBuffers, with_penalty: bool
+    ) -> None:
+        """Hidden states [B, hidden] of the last layer -> the likeliest token of each row."""
+        if ops.lm_head_rows is not None:
+            ops.lm_head_rows(hidden, self.norm, self.head, rows, with_penalty)
+        else:
+            ops.choose_likeliest(self.logits(hidden, ops), rows, with_penalty)
 
     def lm_head_verify(
         self, hidden: torch.Tensor, ops: DecoderOps, sampling: SamplingBuffers, drafts: Drafts

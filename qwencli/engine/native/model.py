@@ -27,6 +27,7 @@ from qwencli.engine.loading import weights as loader
 from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs, prompt_inputs
 from qwencli.engine.ops.attention import ATTENTION, AttentionPlan, can_flash_decode, prompt_plan
 from qwencli.engine.ops.decoder_ops import REFERENCE_OPS, DecoderOps, Step, paged_ops, prompt_ops
+from qwencli.engine.ops.paged_attention import decode_slots
 from qwencli.engine.ops.rope import CosSin, Rope
 from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.errors import InputError
@@ -293,24 +294,24 @@ class QwenModel:
         )
         return self.decoder.forward(hidden, step, deepstack)
 
+    def row_ops(self, rows: int) -> DecoderOps:
+        """The operations of a step of so many rows that share a pool of pages."""
+        return self._few_rows_ops if rows <= self.step_ops.max_batch_rows else self._many_rows_ops
+
     def decode_rows(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        cache: PagedKVCache,
-        pages: DecodePages,
+        self, tokens: torch.Tensor, positions: torch.Tensor, cache: PagedKVCache, pages: DecodePages
     ) -> torch.Tensor:
-        """Logits [B, V] after one more token of each of B rows; the body of a CUDA graph.
+        """Hidden states [B, hidden] of one more token of each of B rows; the body of a CUDA graph.
 
         Args:
-            tokens, positions: int64 [B]. slots: int64 [B], the pool's.
+            tokens, positions: int64 [B].
         """
-        few = len(tokens) <= self.step_ops.max_batch_rows
-        ops = self._few_rows_ops if few else self._many_rows_ops
-        gained = self.step_ops is REFERENCE_OPS and self.decoder.head_gains is not None
-        places = positions[:, None]
-        rope = self._step_rope(places) if gained else [self._rows_of(places)] * self._num_layers
+        rope, slots, gained = None, pages.places, False
+        if self.step_ops.attend_rows is None:
+            gained = self.step_ops is REFERENCE_OPS and self.decoder.head_gains is not None
+            at = positions[:, None]
+            rope = self._step_rope(at) if gained else [self._rows_of(at)] * self._num_layers
+            slots = decode_slots(pages.tables, pages.places)
         step = Step(
             batch=len(tokens),
             length=1,
@@ -319,12 +320,12 @@ class QwenModel:
             plan=AttentionPlan(0, None),
             cache=cache,
             attention=self._attend,
-            ops=ops,
+            ops=self.row_ops(len(tokens)),
+            positions=positions,
             gained=gained,
             pages=pages,
         )
-        hidden = self.decoder.forward(self.decoder.embed(tokens), step)
-        return self.decoder.logits(hidden, ops)
+        return self.decoder.forward(self.decoder.embed(tokens), step)
 
     def _rows_of(self, places: torch.Tensor) -> CosSin:
         cos, sin = self.rope.step(places)

@@ -20,6 +20,7 @@ import torch
 
 from qwencli.config import SamplingParams
 from qwencli.engine.device_memory import upload
+from qwencli.engine.ops.next_tokens import penalised
 
 # `--top-k` ends at 200; a partial sort of this many candidates serves every top-k request.
 TOP_K_CANDIDATES = 256
@@ -134,7 +135,7 @@ class Sampler:
         """Choose from `logits` [R, V] the token of each row's `step` (int64 [R]) -> int64 [R]."""
         if kind is SamplerKind.ARGMAX:
             return logits.argmax(dim=-1)
-        scores = self._penalised(logits.float(), self.seen)
+        scores = penalised(logits.float(), self.seen, self.penalty)
         if kind is SamplerKind.GREEDY:
             token = scores.argmax(dim=-1)
         else:
@@ -155,14 +156,7 @@ class Sampler:
         seen = self.seen.repeat(len(input_ids), 1)
         for row in range(1, len(input_ids)):
             seen[row:].index_fill_(1, input_ids[row : row + 1], True)
-        return self._penalised(logits.float(), seen).argmax(dim=-1)
-
-    def _penalised(self, scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Scores of seen tokens divided by the penalty where positive, multiplied where negative
-        (Keskar et al. 2019, CTRL, section 4.1, with the sign rule transformers uses)."""
-        penalty = self.penalty[:, None]
-        lowered = torch.where(scores < 0, scores * penalty, scores / penalty)
-        return torch.where(seen, lowered, scores)
+        return penalised(logits.float(), seen, self.penalty).argmax(dim=-1)
 
     def _draw(self, scores: torch.Tensor, step: torch.Tensor, kind: SamplerKind) -> torch.Tensor:
         candidates = self.vocab_size

@@ -25,6 +25,7 @@ from qwencli.engine.cache.paged_kv import (
     QuantizedPagedKVCache,
 )
 from qwencli.engine.ops.attention import AttentionFunction, AttentionPlan
+from qwencli.engine.ops.next_tokens import RowBuffers, advance_rows, choose_likeliest
 from qwencli.engine.ops.paged_attention import paged_attention, prompt_attention
 from qwencli.engine.ops.rope import ApplyRopeFn, CosSin, apply_rope, rotate
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor
@@ -122,7 +123,8 @@ class Step:
 
     Args:
         rope: cosine and signed sine of each layer, [B, S, 1 or heads, D] each; None where `ops`
-            look them up by `positions`. slots: int64 [S], where the new keys go; [B * S] in pages.
+            look them up by `positions`. slots: int64 [S], where the new keys go; [B * S] in pages,
+            where `ops` do not look them up by `pages`.
         ops: how the layers compute.
         positions: int64 [B], rotary, of a decode step.
         gained: `rope` has the gains of the heads' norms in it: one kernel a layer less.
@@ -181,10 +183,10 @@ class Drafts:
     verify_output: Tensor
 
 
-# See `paged_attention`.
-PagedAttention = Callable[[Tensor, Tensor, DecodePages], Tensor]
 # Heads of all tokens [B, S, H + 2 KVH, D], see `qk_norm_rope_store`.
 QkNormRopeStoreFn = Callable[[Tensor, Layer, Step], KeysValues]
+# See `attend`.
+AttendFn = Callable[[Tensor, Layer, Step], Tensor]
 
 
 def dense(
@@ -235,9 +237,12 @@ def attend_pages(
     layer: Layer,
     step: Step,
     place: QkNormRopeStoreFn = qk_norm_rope_store,
-    decode: PagedAttention = paged_attention,
+    rows: AttendFn | None = None,
 ) -> Tensor:
-    """`attend` of rows that share a pool of pages: one token each, or prompts side by side."""
+    """`attend` of rows that share a pool of pages: one token each (by `rows`, if given), or prompts
+    side by side."""
+    if rows is not None and isinstance(step.pages, DecodePages):
+        return rows(qkv, layer, step)
     assert isinstance(step.cache, PagedKVCache), "pages come with their pool"
     split = qkv.view(step.batch, step.length, -1, layer.head_dim)
     fresh = place(split, layer, step)
@@ -249,10 +254,11 @@ def attend_pages(
         )
         return prompt_attention(split[0, :, : layer.num_heads], keys, values, step.pages)
     assert step.pages is not None, "a step over pages says which"
-    pool, q = step.cache.layers[layer.index], split[:, 0, : layer.num_heads]
+    scales = None
     if isinstance(step.cache, QuantizedPagedKVCache):
-        return paged_attention(q, pool, step.pages, step.cache.scales[layer.index])
-    return decode(q, pool, step.pages)
+        scales = step.cache.scales[layer.index]
+    pool, q = step.cache.layers[layer.index], split[:, 0, : layer.num_heads]
+    return paged_attention(q, pool, step.pages, scales)
 
 
 def o_residual(
@@ -331,8 +337,10 @@ class DecoderOps:
         dequantize: how products with more rows than a step has read quantized matrices.
         qk_norm_rope_store: how prompts do what is in front of attention. apply_rope: and vision
             towers, whose blocks end and begin with `add_norm`.
-        paged_attention: how one token of each row attends over a pool of pages;
-            `paged_reads_lengths`: and reads on the device how long each row is.
+        attend_rows: `attend` of one token of each row over a pool of pages, which reads on the
+            device how long each row is, and where. None = plain operators.
+        lm_head_rows: `choose_likeliest` of up to `max_batch_rows` hidden states in place of
+            `norm_head`. choose_likeliest, advance_rows: the end of steps of rows.
         swiglu: how many rows that share a pool of pages are activated.
         max_batch_rows: up to which `norm_head` does without a dequantized head; 0 = never.
     """
@@ -351,8 +359,10 @@ class DecoderOps:
     qk_norm_rope_store: QkNormRopeStoreFn = qk_norm_rope_store
     apply_rope: ApplyRopeFn = apply_rope
     add_norm: AddNormFn = add_norm
-    paged_attention: PagedAttention = paged_attention
-    paged_reads_lengths: bool = False
+    attend_rows: AttendFn | None = None
+    lm_head_rows: Callable[[Tensor, RMSNorm, Matrix, RowBuffers, bool], None] | None = None
+    choose_likeliest: Callable[[Tensor, RowBuffers, bool], None] = choose_likeliest
+    advance_rows: Callable[[Tensor, RowBuffers], None] = advance_rows
     swiglu: Callable[[Tensor], Tensor] = swiglu
     max_batch_rows: int = 0
 
@@ -392,10 +402,14 @@ def paged_ops(step: DecoderOps, few: bool) -> DecoderOps:
         few: of steps of up to `step.max_batch_rows` rows, which run the lone step's own products.
             More rows, and prompts, run those of prompts, which are matrices times matrices.
     """
-    attend = functools.partial(
-        attend_pages, place=step.qk_norm_rope_store, decode=step.paged_attention
-    )
+    attend = functools.partial(attend_pages, place=step.qk_norm_rope_store, rows=step.attend_rows)
     if few:
         return replace(step, attend=attend)
     gate_up = functools.partial(norm_gate_up, dequantize=step.dequantize, activate=step.swiglu)
-    return replace(prompt_ops(step), attend=attend, norm_gate_up=gate_up)
+    return replace(
+        prompt_ops(step),
+        attend=attend,
+        norm_gate_up=gate_up,
+        choose_likeliest=step.choose_likeliest,
+        advance_rows=step.advance_rows,
+    )

@@ -1,4 +1,4 @@
-"""Attention over pages of the KV pool in plain torch: `kernels.paged_attention` is held to it."""
+"""Attention over pages of the KV pool in plain torch: `kernels.decode_attention` is held to it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def paged_attention(
         scale = scales.view(-1, PAGE_SIZE, 2 * kv_heads)[used]
         seen = seen.to(q.dtype).mul_(scale.unsqueeze(-1))
     seen = seen.flatten(1, 2).transpose(1, 2)  # [B, 2 KVH, count * PAGE_SIZE, D]
-    hidden = torch.arange(seen.shape[2], device=q.device) >= pages.lengths[:, None]
+    hidden = torch.arange(seen.shape[2], device=q.device) > pages.places[:, None]
     mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
     mask = mask.masked_fill(hidden, float("-inf"))[:, None, None]
     grouped = q.view(batch, kv_heads, heads // kv_heads, dim)
