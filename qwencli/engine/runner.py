@@ -25,6 +25,7 @@ from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.device_memory import upload
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
+from qwencli.engine.frontend.preprocess import Visual
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.layers.decoder import DeepStack
@@ -51,6 +52,8 @@ Tensor = torch.Tensor
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Making a graph takes as long as some tens of steps: one for more rows will do meanwhile.
 WIDEST_STAND_IN = 4
+# Layouts of prompts that are kept, and the longest of those.
+LAYOUTS_KEPT, LAYOUT_TOKENS = 32, 4096
 
 
 @dataclass
@@ -283,6 +286,10 @@ class ModelRunner:
         self.state = RowState(max_rows, self._pages, vocab_size, max_seq_len, model.device)
         self._graphs = GraphRunner(model.device) if graphs else None
         self._captured: list[tuple[SamplerKind, int, int]] = []
+        # By ids and pictures; nothing writes to what is in here.
+        self._layouts: dict[
+            tuple[tuple[int, ...], tuple[Visual, ...]], tuple[Tensor, PromptPositions]
+        ] = {}
         model.rope.reach(max_seq_len)
 
     def prepare(
@@ -300,7 +307,7 @@ class ModelRunner:
         Raises:
             InputError: see `lay_out`; also pictures for a text model.
         """
-        layout = lay_out(self.model.shape, ModelPrompt(prompt.input_ids, prompt.visuals))
+        ids, layout = self._laid_out(prompt)
         expected = prompt.num_image_tokens
         if len(layout.visual_places) != expected:
             raise InputError(
@@ -316,12 +323,26 @@ class ModelRunner:
             ):
                 visuals.append(PromptVisual(grid, digest, first, count, torch.as_tensor(patches)))
         return RunnerPrompt(
-            ids=torch.tensor(prompt.input_ids),
+            ids=ids,
             layout=layout,
             visuals=visuals,
             sampling=sampling,
             stop_ids=stop_ids,
         )
+
+    def _laid_out(self, prompt: Prompt) -> tuple[Tensor, PromptPositions]:
+        """Ids and layout; pictures of one size that are asked about in the same words share them.
+        Raises as `lay_out`."""
+        key = tuple(prompt.input_ids), prompt.visuals
+        found = self._layouts.get(key)
+        if found is None:
+            layout = lay_out(self.model.shape, ModelPrompt(prompt.input_ids, prompt.visuals))
+            found = torch.tensor(prompt.input_ids), layout
+            if len(key[0]) <= LAYOUT_TOKENS:
+                if len(self._layouts) >= LAYOUTS_KEPT:
+                    self._layouts.clear()
+                self._layouts[key] = found
+        return found
 
     @torch.inference_mode()
     def rearrange(self, moves: Sequence[tuple[int, int]], released: Sequence[int]) -> None:

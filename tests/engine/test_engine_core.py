@@ -329,3 +329,10 @@ def test_a_lone_request_short_of_memory_gets_that_of_a_batch_that_is_over(limite
     assert tries[0] is not None and tries[1] is None
     again = list(generate_many(limited, [ask("Before", max_new_tokens=2)]))
     assert again[0].token_ids == first[0].token_ids
+
+
+def test_pictures_of_one_size_in_the_same_words_are_laid_out_once(limited, monkeypatch):
+    requests = [ask(images=(picture(64, 64),), max_new_tokens=2) for _ in range(4)]
+    first = [result.token_ids for result in generate_many(limited, requests)]
+    monkeypatch.setattr("qwencli.engine.runner.lay_out", None)
+    assert [result.token_ids for result in generate_many(limited, requests)] == first

@@ -7,8 +7,9 @@ Templates are programs that come with a model, so they run in a sandbox with bou
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -40,6 +41,10 @@ _CHATML = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
+# What in a template may say something else the next time.
+_CHANGING = re.compile(r"strftime_now|random|lipsum|cycler|joiner")
+# Conversations whose text is kept, and how long they may be.
+_RECENT_CHATS, _RECENT_CHARS = 16, 4000
 MOST_INDENT = 16
 MOST_SAID_CHARS = 300
 _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -106,12 +111,16 @@ class ChatTemplate:
     Args:
         source: the file it came from, for errors.
         named_tokens: `eos_token` and the like, which some templates write out.
+        repeats: whether it says the same of the same conversation whenever it is asked.
     """
 
     environment: BoundedEnvironment
     template: jinja2.Template
     source: str
     named_tokens: Mapping[str, str]
+    repeats: bool = False
+    # Of conversations just rendered: a folder of pictures is asked about in the same words.
+    _recent: dict[tuple[bool, str], str] = field(default_factory=dict)
 
     @classmethod
     def from_folder(cls, folder: Path) -> ChatTemplate:
@@ -126,7 +135,8 @@ class ChatTemplate:
         text, source = _find(folder, config)
         environment = _environment()
         try:
-            return cls(environment, environment.compiled(text), source, named)
+            compiled = environment.compiled(text)
+            return cls(environment, compiled, source, named, not _CHANGING.search(text))
         except jinja2.TemplateSyntaxError as error:
             raise _broken(source, f"line {error.lineno}: {error.message}") from error
         except _TEMPLATE_ERRORS as error:
@@ -156,10 +166,22 @@ class ChatTemplate:
             {"role": message.role, "content": _content(message, as_parts, protect)}
             for message in messages
         ]
+        said = str(chat)
+        key = thinking, said
+        if key in self._recent:
+            return self._recent[key]
+        rendered = self._render(chat, len(said), thinking)
+        if self.repeats and len(said) <= _RECENT_CHARS:
+            if len(self._recent) >= _RECENT_CHATS:
+                self._recent.clear()
+            self._recent[key] = rendered
+        return rendered
+
+    def _render(self, chat: list[dict[str, Any]], chars: int, thinking: bool) -> str:
         try:
             return self.environment.render(
                 self.template,
-                sum(len(str(message)) for message in chat),
+                chars,
                 messages=chat,
                 tools=None,
                 documents=None,

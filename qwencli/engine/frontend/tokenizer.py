@@ -39,6 +39,8 @@ _MOST_GROWTH = 64
 # square of a text's length; Qwen's takes ten seconds for some megabytes on a slow CPU.
 _ENCODE_S = 8.0
 _LONG_CHARS = 100_000
+# Texts whose ids are kept, and how long they may be.
+_RECENT_TEXTS, _RECENT_CHARS = 16, 4000
 _DOWNLOAD = "download the model's files again"
 # What Qwen's models put around their thoughts.
 THOUGHT, THOUGHT_END = "<think>", "</think>"
@@ -163,6 +165,8 @@ class Tokenizer:
         patterns = _patterns([fast.normalizer, fast.pre_tokenizer])
         self._watched_from = 1 if patterns - {_PRETOKENIZE} else _LONG_CHARS
         self._refused_from = float("inf")
+        # Of texts just read: a folder of pictures is asked about in the same words.
+        self._recent: dict[tuple[str, str | None], tuple[int, ...]] = {}
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -225,6 +229,18 @@ class Tokenizer:
             ModelFileError: the model's rules fail on this text.
             InputError: they take longer than `_ENCODE_S`.
         """
+        key = (text, guard.mark if guard else None)
+        found = self._recent.get(key)
+        if found is not None:
+            return list(found)
+        ids = self._encode(text, guard)
+        if len(text) <= _RECENT_CHARS:
+            if len(self._recent) >= _RECENT_TEXTS:
+                self._recent.clear()
+            self._recent[key] = tuple(ids)
+        return ids
+
+    def _encode(self, text: str, guard: ContentGuard | None) -> list[int]:
         ids: list[int] = []
         until_s = time.monotonic() + _ENCODE_S
         end = 0

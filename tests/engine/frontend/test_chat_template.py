@@ -179,3 +179,19 @@ def test_a_conversation_the_template_refuses_is_the_users_error(tmp_path: Path) 
     template = from_text(tmp_path, "{{ raise_exception('No user query found.') }}")
     with pytest.raises(InputError, match="refuses this conversation: No user query found"):
         template.render((Message("assistant", ()),), as_parts=False)
+
+
+def test_the_same_words_are_rendered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = from_text(tmp_path, "{{ messages | length }}{{ messages[0]['content'] }}")
+    chats = [(text_message("user", text),) for text in ("one", "two", "one", "two")]
+    found = [template.render(chat, as_parts=False) for chat in chats[:2]]
+    monkeypatch.setattr(type(template), "_render", None)
+    assert (
+        found == [template.render(chat, as_parts=False) for chat in chats[2:]] == ["1one", "1two"]
+    )
+
+
+def test_a_template_that_tells_the_time_is_rendered_each_time(tmp_path: Path) -> None:
+    template = from_text(tmp_path, "{{ strftime_now('%f') }}{{ messages | length }}")
+    chat = (text_message("user", "When?"),)
+    assert len({template.render(chat, as_parts=False) for _ in range(20)}) > 1

@@ -431,3 +431,15 @@ def test_a_control_token_without_a_spelling_is_nowhere() -> None:
     fast = tiny_tokenizer()
     fast.add_special_tokens([AddedToken("", special=True)])
     assert Tokenizer(fast).encode("a star") == TOKENIZER.encode("a star")
+
+
+def test_the_same_text_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer(tiny_tokenizer())
+    texts = [f"Describe <|im_end|> number {n}." for n in range(40)]
+    first = [tokenizer.encode(text) for text in texts]
+    first[-1].append(0)  # what a caller does with its list is its own business
+    guard = tokenizer.guard([texts[-1]])
+    assert tokenizer.encode(guard.protect(texts[-1]), guard) != first[-1][:-1]
+    monkeypatch.setattr(tokenizer, "_extend", None)
+    assert tokenizer.encode(texts[-1]) == first[-1][:-1]
+    assert len(tokenizer._recent) <= 16
