@@ -50,9 +50,9 @@ def effects_plot(evidence: Evidence) -> str:
         span = math.log(high) - math.log(low)
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (math.log(ratio) - math.log(low)) / span
 
-    height = _TOP + _ROW * len(found) + 34
-    bottom = height - 30
-    parts = [_text(12, 20, "Time of generate() with the factor, over without it (95 % interval)",
+    height = _TOP + _ROW * len(found) + 78
+    bottom = height - 74
+    parts = [_text(12, 20, "What each factor does to the time of generate()",
                    extra='font-weight="bold"')]  # fmt: skip
     for tick in (0.25, 0.5, 0.7, 1.0, 1.5, 2.0, 2.76, 4.0, 6.0, 10.0, 20.0):
         if low < tick < high:
@@ -67,37 +67,74 @@ def effects_plot(evidence: Evidence) -> str:
         parts.append(_line(x(slow.low), y, x(slow.high), y, colour, 2.5))
         parts.append(f'<circle cx="{x(slow.estimate):.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
         parts.append(_text(_WIDTH - 12, y + 4, f"{slow.estimate:.2f}x", "end"))
-    return _svg(height, parts)
+    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, bottom + 36,
+                       "time with the factor / time without it (ratio, logarithmic)",
+                       "middle"))  # fmt: skip
+    keys = [
+        (_ACCENT, "95 % interval without 1"),
+        ("#888", "95 % interval around 1: no effect shown"),
+    ]
+    keys += [(_SECOND, "2.76x: between the origin's runs")] if low < 2.76 < high else []
+    return _svg(height, [*parts, *_legend(keys, height - 14)])
+
+
+def _legend(keys: Sequence[tuple[str, str]], y: float) -> list[str]:
+    """Colours and what they stand for, side by side."""
+    parts, x = [], 12.0
+    for colour, name in keys:
+        parts.append(f'<rect x="{x:.1f}" y="{y - 9:.1f}" width="14" height="10" fill="{colour}"/>')
+        parts.append(_text(x + 20, y, name))
+        x += 44 + 6.6 * len(name)
+    return parts
 
 
 def runs_plot(evidence: Evidence) -> str:
     """Speed of generate() run after run, kept and loaded anew, as a share of the median."""
     lines = [(f"{engine}, {mode}", speeds(rows)) for engine, mode, rows in series(evidence)]
-    pane = 96
-    height = _TOP + pane * len(lines) + 16
-    parts = [_text(12, 20, "Identical runs, each as a share of its series' median tok/s",
-                   extra='font-weight="bold"')]  # fmt: skip
+    pane, left, right = 96, _LEFT - 84, _WIDTH - _RIGHT - 16
+    bottom = _TOP + pane * len(lines)
+    parts = [_text(12, 20, "Identical runs, one after the other", extra='font-weight="bold"'),
+             _text(left - 44, 36, "percent of the series' median speed")]  # fmt: skip
     largest = max((max(found) / _middle(found) for _, found in lines), default=1.0)
     smallest = min((min(found) / _middle(found) for _, found in lines), default=1.0)
     high, low = max(1.2, largest * 1.05), min(0.8, smallest * 0.95)
+    most = max((len(found) for _, found in lines), default=1)
+    width = (right - left) / most
     for number, (name, found) in enumerate(lines):
-        top, bottom = _TOP + pane * number, _TOP + pane * number + pane - 24
+        top, floor = _TOP + pane * number, _TOP + pane * number + pane - 24
 
-        def y(share: float, top: float = top, bottom: float = bottom) -> float:
-            return bottom - (bottom - top) * (share - low) / (high - low)
+        def y(share: float, top: float = top, floor: float = floor) -> float:
+            return floor - (floor - top) * (share - low) / (high - low)
 
-        parts.append(_text(12, y(1.0) + 4, name))
-        parts.append(_text(_LEFT - 140, y(1.0) + 18, f"{_middle(found):.3g} tok/s", "end"))
-        parts.append(_line(_LEFT - 120, y(1.0), _WIDTH - _RIGHT, y(1.0), _GRID))
-        width = (_WIDTH - _RIGHT - _LEFT + 120) / len(found)
+        parts.append(_text(12, y(1.0) - 4, name))
+        parts.append(
+            _text(12, y(1.0) + 12, f"median {_middle(found):,.{_middle(found) < 100:d}f} tok/s")
+        )
+        for tick in _percent_ticks(low, high):
+            at = y(tick / 100)
+            parts.append(_line(left, at, right, at, _INK if tick == 100 else _GRID))
+            parts.append(_text(left - 8, at + 4, f"{tick} %", "end", extra='font-size="10"'))
         colour = _ACCENT if name.startswith("native") else _SECOND
         for run, speed in enumerate(found):
-            share = speed / _middle(found)
-            left = _LEFT - 120 + width * run
-            parts.append(_line(left, y(share), left + width * 0.8, y(share), colour, 4))
+            at, place = y(speed / _middle(found)), left + width * run
+            parts.append(_line(place, at, place + width * 0.8, at, colour, 4))
         ratio = max(found) / min(found)
         parts.append(_text(_WIDTH - 12, y(1.0) + 4, f"max/min {ratio:.2f}", "end"))
-    return _svg(height, parts)
+    for run in range(0, most, max(1, -(-most // 20))):
+        parts.append(_text(left + width * (run + 0.4), bottom - 6, str(run + 1), "middle"))
+    parts.append(_text((left + right) / 2, bottom + 12, "run", "middle"))
+    keys = [
+        (colour, name)
+        for colour, name in ((_ACCENT, "native"), (_SECOND, "transformers"))
+        if any(line.startswith(name) for line, _ in lines)
+    ]
+    return _svg(bottom + 44, [*parts, *_legend(keys, bottom + 34)])
+
+
+def _percent_ticks(low: float, high: float) -> list[int]:
+    """100 and a step on either side of it, as far as there is room for."""
+    step = next(step for step in (10, 20, 50, 100, 200, 500) if (high - low) * 100 / step <= 4)
+    return [tick for tick in range(0, int(high * 100) + 1, step) if tick >= low * 100]
 
 
 def speed_plot(

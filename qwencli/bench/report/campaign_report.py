@@ -98,7 +98,7 @@ def _markdown_details(
         for row in by_speed(detail.rows(rows))
     ]
     table = [head, ["---"] * len(head), *body]
-    return ["", f"## {detail.title}", "", *map(_markdown_row, table), "", f"{detail.note}."]
+    return ["", f"## {detail.title}", "", *map(_markdown_row, table), "", f"{detail.note(rows)}."]
 
 
 def _markdown_row(values: Sequence[str]) -> str:

@@ -32,20 +32,30 @@ VALUE_COLUMNS = ("tok/s", "ratio", "TTFT", "p50", "p99", "peak", "verdict")
 
 @dataclass(frozen=True)
 class Detail:
-    """One column; a table leaves it out where no cell has anything in it."""
+    """One column; a table leaves it out where no cell has anything in it.
+
+    Args:
+        means: what the note under the table says of it, where its head does not.
+    """
 
     head: str
     show: Show
+    means: str = ""
 
 
 @dataclass(frozen=True)
 class DetailTable:
     title: str
-    note: str
     columns: tuple[Detail, ...]
+    lead: str = ""
 
     def shown(self, rows: Sequence[CellRow]) -> list[Detail]:
         return [c for c in self.columns if any(c.show(row) != NOTHING for row in rows)]
+
+    def note(self, rows: Sequence[CellRow]) -> str:
+        """What its columns mean, of those that are shown."""
+        said = [f"{c.head.partition(' (')[0]}: {c.means}" for c in self.shown(rows) if c.means]
+        return "; ".join([self.lead, *said] if self.lead else said)
 
     def rows(self, rows: Sequence[CellRow]) -> list[CellRow]:
         """Those with anything to show."""
@@ -92,43 +102,54 @@ def _word(name: str) -> Show:
 
 STEADINESS = DetailTable(
     "How steady",
-    "±: half the 95 % interval of the median, in percent of it; within, runs, procs.: where the "
-    "variance of token times lies (within runs, between runs, between processes); first: first "
-    "runs that differ from the rest, and by what; speed: over the runs of a process",
     (
-        Detail("±", _figure("noise_percent", ".1f", unit=" %")),
-        Detail("within", _share("within_run")),
-        Detail("runs", _share("between_runs")),
-        Detail("procs.", _share("between_processes")),
-        Detail("first", _first),
-        Detail("speed", _level),
+        Detail(
+            "±",
+            _figure("noise_percent", ".1f", unit=" %"),
+            "half the 95 % interval of the median, in percent of it",
+        ),
+        Detail("within", _share("within_run"), "share of the variance of token times within runs"),
+        Detail("runs", _share("between_runs"), "that between runs"),
+        Detail("procs.", _share("between_processes"), "that between processes"),
+        Detail("first", _first, "first runs that differ from the rest, and by what"),
+        Detail("speed", _level, "over the runs of a process"),
         Detail("stopped by", _word("stop_reason")),
     ),
 )
 LIMITS = DetailTable(
     "How near the limits, and how right",
-    "MBU: share of the read bandwidth measured here (GB/s); bottleneck: what holds the cell (rule "
-    "in docs/bench.md); exact: held-out captions that are exactly right; KL: mean divergence from "
-    "the unquantized reference, in nats a token",
     (
-        Detail("MB/token", _figure("bytes_per_token", ",.0f", 1e-6)),
-        Detail("GB/s", _figure("read_bandwidth_bytes_per_s", ".0f", 1e-9)),
-        Detail("MBU", _figure("mbu_percent", ".0f", unit=" %")),
-        Detail("launches", _figure("launches_per_token", ".0f")),
-        Detail("busy", _figure("gpu_busy_percent", ".0f", unit=" %")),
-        Detail("bottleneck", _word("bottleneck")),
-        Detail("exact", _figure("exact_match_percent", ".0f", unit=" %")),
-        Detail("KL", _figure("mean_kl", ".2g")),
+        Detail("MB/token", _figure("bytes_per_token", ",.0f", 1e-6), "what a token has to read"),
+        Detail(
+            "GB/s",
+            _figure("read_bandwidth_bytes_per_s", ".0f", 1e-9),
+            "read bandwidth measured here",
+        ),
+        Detail("MBU", _figure("mbu_percent", ".0f", unit=" %"), "share of that bandwidth in use"),
+        Detail("launches", _figure("launches_per_token", ".0f"), "of the device, a token"),
+        Detail(
+            "busy", _figure("gpu_busy_percent", ".0f", unit=" %"), "share of time the GPU works"
+        ),
+        Detail("bottleneck", _word("bottleneck"), "what holds the cell (rule in docs/bench.md)"),
+        Detail(
+            "exact",
+            _figure("exact_match_percent", ".0f", unit=" %"),
+            "held-out captions that are exactly right",
+        ),
+        Detail(
+            "KL",
+            _figure("mean_kl", ".2g"),
+            "mean divergence from the unquantized reference, in nats a token",
+        ),
     ),
 )
 QUIET = DetailTable(
     "What the machine took, in percent of decode",
-    "beyond the limit in brackets a figure is not to be quoted; waited: for a processor; core: to "
-    "one slower than the campaign's quickest; others: other programs, of all processors",
     tuple(
-        Detail(f"{limit.head} ({limit.percent:g})", _taken(limit.column))
+        Detail(f"{limit.head} ({limit.percent:g})", _taken(limit.column), limit.words)
         for limit in whole_cell.LIMITS
     ),
+    "beyond the limit in brackets a figure is not to be quoted",
 )
 DETAILS = (STEADINESS, LIMITS, QUIET)
 
@@ -285,7 +306,7 @@ def _detail_table(
         table.add_column(column.head, justify="right", overflow="fold")
     for row in by_speed(detail.rows(rows)):
         table.add_row(row_label(row, axes), *(column.show(row) for column in shown))
-    return Group(table, Text(detail.note, style="dim"))
+    return Group(table, Text(detail.note(rows), style="dim"))
 
 
 def _axes_head(axes: Sequence[str]) -> str:

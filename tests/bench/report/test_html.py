@@ -27,7 +27,8 @@ from qwencli.bench.report.html.charts import (
     takes_by_cell,
     throttled,
 )
-from qwencli.bench.report.html.page import ASSETS, SCRIPTS, html_page
+from qwencli.bench.report.html.page import ASSETS, SCRIPTS, heat_maps, html_page, lead
+from qwencli.bench.report.html.sections import speed_range
 from qwencli.bench.report.tables import speed_text
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import write_rows
@@ -379,3 +380,20 @@ def test_the_report_is_rebuilt_from_the_files_alone(tmp_path):
     assert written == render(made)
     build_report(tmp_path)
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == written
+
+
+def test_legends_name_only_what_is_shown(made):
+    page = render(made)
+    assert "mean divergence" not in page  # no cell has that column
+    assert "between processes" not in page
+    assert "share of the variance of token times within runs" in page
+
+
+def test_what_may_not_be_quoted_has_no_median_in_map_scale_or_bar(made):
+    rows = [{**row, "verdict": "unstable: runs differ 1.30x"} for row in made.rows]
+    found = heat_maps(rows)
+    assert "logarithmic" not in found
+    assert "heat-" not in found
+    assert "unquoted" in speed_range(next(r for r in rows if r["decode_tok_per_s_median"]), 100.0)
+    assert "In grey" in lead(rows)
+    assert "In grey" not in lead([{**row, "verdict": "ok"} for row in made.rows])

@@ -95,7 +95,7 @@ def html_page(
         sections.append(cell_section(place, row, label, fastest, opened=row is widest))
         data.append(json_element(f"charts-{place}", cell_charts(takes[row["cell_id"]], *limits)))
     body = Template(_asset("page.html")).substitute(
-        shared=escape(title(rows)),
+        lead=lead(rows),
         map=heat_maps(rows),
         table=cells_table(rows, axes),
         why=why_section(rows, axes),
@@ -117,6 +117,17 @@ def _asset(name: str) -> str:
     return (ASSETS / name).read_text(encoding="utf-8")
 
 
+def lead(rows: Sequence[CellRow]) -> str:
+    """What the figures of the map are, of the kinds that occur, and what all cells share."""
+    known = [row for row in rows if row["decode_tok_per_s_median"]]
+    said = ["Tokens per second, median of the runs; below it the fastest run over the slowest."]
+    if not all(map(is_quotable, known)):
+        said.append("In grey what the runs span, where no figure may be quoted.")
+    if shared := title(rows):
+        said.append(f"All cells: {shared}.")
+    return escape(" ".join(said))
+
+
 def heat_maps(rows: Sequence[CellRow]) -> str:
     """One table for each model, engine and load mode; one scale of colour for all of them.
 
@@ -124,7 +135,7 @@ def heat_maps(rows: Sequence[CellRow]) -> str:
         rows: cells.csv in its order; a cell's place in it is its anchor, `#cell-N`.
     """
     notes = _Notes()
-    scale = _Scale([row["decode_tok_per_s_median"] for row in rows])
+    scale = _Scale([row["decode_tok_per_s_median"] for row in rows if is_quotable(row)])
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for place, row in enumerate(rows):
         groups[tuple(row[axis] for axis in _APART)].append(place)

@@ -14,6 +14,7 @@ from qwencli.bench.report.tables import (
     STEADINESS,
     DetailTable,
     by_speed,
+    is_quotable,
     row_label,
     speed_text,
 )
@@ -53,12 +54,14 @@ def header(plan: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
 
 
 def speed_range(row: CellRow, fastest: float) -> str:
-    """A bar as long as the fastest run: pale from the slowest run on, a mark at the median."""
+    """A bar as long as the fastest run: pale from the slowest run on, a mark at the median where
+    that is a figure to show."""
     if not row["decode_tok_per_s_median"]:
         return ""
     low, middle, high = (row[f"decode_tok_per_s_{name}"] for name in ("min", "median", "max"))
+    kind = "range" if is_quotable(row) else "range unquoted"
     return (
-        f'<i class="range" style="--high:{high / fastest:.2%};--steady:{low / high:.2%};'
+        f'<i class="{kind}" style="--high:{high / fastest:.2%};--steady:{low / high:.2%};'
         f'--mid:{middle / fastest:.2%}"></i>'
     )
 
@@ -223,7 +226,7 @@ def _section(detail: DetailTable, rows: Sequence[CellRow], axes: Sequence[str]) 
     head = "".join(f'<th scope="col">{name}</th>' for name in ("cell", *heads))
     return (
         f"<section><h2>{escape(detail.title)}</h2>"
-        f'<p class="lead">{escape(detail.note)}.{_legend() if bars else ""}</p>'
+        f'<p class="lead">{escape(detail.note(rows))}.{_legend(rows) if bars else ""}</p>'
         f'<div class="wide"><table class="cells details"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div></section>"
     )
@@ -246,10 +249,12 @@ def _bar(row: CellRow) -> str:
     return f'<span class="shares">{parts}</span>' if parts else ""
 
 
-def _legend() -> str:
+def _legend(rows: Sequence[CellRow]) -> str:
+    found = {kind for row in rows for kind, _, _ in _shares(row)}
     keys = "".join(
         f'<span class="key"><i class="{kind}"></i> {name}</span> '
         for kind, name in _LEVELS.values()
+        if kind in found
     )
     return f'<span class="sharekeys">{keys}</span>'
 

@@ -1,6 +1,6 @@
-// Why tokens were late: a lane for each cause under the timeline, a bar for each gap.
+// Why tokens were late: a lane for each cause under the timeline, its name above its bars.
 
-const LANE = 15, LEAST_MARK = 3, MOST_SLOW = 12;
+const LANE = 24, LABEL = 13, LEAST_MARK = 3, MOST_SLOW = 12;
 
 const CAUSE_COLOURS = {
   unknown: "var(--rest)", preemption: "var(--bad)", suspended: "var(--bad)", gil: "var(--prefill)",
@@ -30,14 +30,14 @@ function drawCauses(root, layer, places, lanes, x, top) {
       const [begin, end, cause] = found;
       const left = x(from + begin);
       const bar = svg(marks, "rect", {
-        x: round(left), y: top + lanes.indexOf(cause) * LANE + 2, height: LANE - 5, rx: 2,
+        x: round(left), y: top + lanes.indexOf(cause) * LANE + LABEL, height: LANE - LABEL - 2, rx: 2,
         width: round(Math.max(LEAST_MARK, x(from + end) - left)), fill: causeColour(cause),
       });
       withTip(bar, causeTip(found));
     }
   }
   lanes.forEach((cause, i) => {
-    const label = svg(root, "text", { class: "lane", x: LEFT + 5, y: top + i * LANE + 11 }, cause.replaceAll("_", " "));
+    const label = svg(root, "text", { class: "lane", x: LEFT + 5, y: top + i * LANE + LABEL - 3 }, cause.replaceAll("_", " "));
     label.setAttribute("pointer-events", "none");
   });
 }

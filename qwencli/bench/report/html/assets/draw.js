@@ -49,17 +49,26 @@ function extent(arrays) {
   return low <= high ? [low, high] : [0, 1];
 }
 
-/** About `count` round numbers within [low, high]. */
+/** About `count` round numbers within [low, high]; at least three where there is room for them. */
 function ticks(low, high, count) {
-  const rough = (high - low) / count;
-  if (!(rough > 0)) return [low];
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough * 0.999);
-  const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) {
-    found.push(Number((i * step).toPrecision(10)));
+  let step = (high - low) / count;
+  if (!(step > 0)) return [low];
+  const power = 10 ** Math.floor(Math.log10(step));
+  const found = () => {
+    const values = [];
+    for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) {
+      values.push(Number((i * step).toPrecision(10)));
+    }
+    return values;
+  };
+  const rough = step;
+  step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough * 0.999);
+  let values = found();
+  for (const finer of [5, 2, 1].map((factor) => factor * power)) {
+    if (values.length > 2 || count < 3) break;
+    if (finer < step) { step = finer; values = found(); }
   }
-  return found;
+  return values;
 }
 
 function logTicks(low, high) {

@@ -25,6 +25,14 @@ function drawCell(host) {
   strip(host, cell.runs);
   phases(host, cell.runs);
   runTable(host, cell.runs);
+  hintScrolling();
+}
+
+/** Where a table is wider than the page it says so. */
+function hintScrolling() {
+  for (const box of document.querySelectorAll(".wide, .maps")) {
+    box.classList.toggle("scrolls", box.scrollWidth > box.clientWidth + 1);
+  }
 }
 
 function openNamed() {
@@ -44,13 +52,17 @@ for (const details of document.querySelectorAll("details.cell")) {
 }
 window.addEventListener("hashchange", openNamed);
 openNamed();
+hintScrolling();
 
 let resizing = 0, width = window.innerWidth;
 window.addEventListener("resize", () => {
   if (window.innerWidth === width) return;
   width = window.innerWidth;
   clearTimeout(resizing);
-  resizing = setTimeout(() => document.querySelectorAll("details[open] .charts").forEach(drawCell), 150);
+  resizing = setTimeout(() => {
+    document.querySelectorAll("details[open] .charts").forEach(drawCell);
+    hintScrolling();
+  }, 150);
 });
 
 function sortBy(button) {

@@ -21,7 +21,7 @@ function strip(host, runs) {
   const about = `Speed of ${speeds.length} runs: ${show(low)} to ${show(high)} tokens per second`;
   const { head, root, width, height } = chart(host, "Run to run, tok/s", 220, about);
   key(head, "var(--accent)", "measured");
-  key(head, "var(--rest)", "○ warm-up, not counted");
+  if (runs.some((run) => run.warmup)) key(head, "var(--rest)", "○ warm-up, not counted");
   const bottom = height - 24;
   const y = linear([Math.max(0, low - room), high + room], [bottom, 12]);
   svg(root, "rect", { class: "band", x: LEFT, y: y(high), width: width - 8 - LEFT, height: Math.max(1, y(low) - y(high)) });
@@ -60,7 +60,9 @@ function bars(host, title, runs, parts) {
   if (!longest) return;
   const about = `${title} of each run; the table of runs has the figures`;
   const { head, root, width } = chart(host, title, runs.length * ROW + 6, about);
-  for (const [, label, colour] of parts) key(head, colour, label);
+  for (const [name, label, colour] of parts) {
+    if (runs.some((run) => run[name])) key(head, colour, label);
+  }
   const x = linear([0, longest], [NAME, width - 84]);
   runs.forEach((run, i) => {
     const top = i * ROW + 3;
@@ -107,7 +109,8 @@ function runTable(host, runs) {
   const shown = FIGURES.filter(([, , name]) => runs.some((run) => run[name] !== null));
   html(head, "th", "", "run");
   for (const [label, unit] of shown) html(html(head, "th", "", label), "small", "", unit);
-  html(head, "th", "", "throttled by");
+  const throttled = runs.some((run) => run.throttle_reasons);
+  if (throttled) html(head, "th", "", "throttled by");
   const body = html(table, "tbody");
   for (const run of runs) {
     const row = html(body, "tr", run.warmup ? "skipped" : "");
@@ -115,6 +118,6 @@ function runTable(host, runs) {
     for (const [, , name, scale, digits] of shown) {
       html(row, "td", "", run[name] === null ? "–" : show(run[name] * scale, digits));
     }
-    html(row, "td", "", run.throttle_reasons || "–");
+    if (throttled) html(row, "td", "", run.throttle_reasons || "–");
   }
 }

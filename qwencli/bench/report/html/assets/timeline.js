@@ -41,7 +41,7 @@ function itlScale(places, range) {
 
 const STALL_APART = 5;
 
-function drawTokens(root, cell, places, x, y, share) {
+function drawTokens(root, head, places, x, y, share) {
   const paths = { steady: "", stall: "", joined: "" };
   // Of marks that would lie on each other the highest stays.
   const stalls = new Map();
@@ -59,6 +59,7 @@ function drawTokens(root, cell, places, x, y, share) {
       pen = "L";
     });
   }
+  if (stalls.size) key(head, "var(--bad)", "▲ stall: far slower than its run's tokens");
   for (const { at } of stalls.values()) paths.stall += `M${at}m-4 3l4 -7l4 7z`;
   const few = share * places.reduce((sum, { run }) => sum + run.tokens, 0) < FEW;
   if (few) svg(root, "path", { class: "line", d: paths.joined, stroke: "var(--accent)", opacity: 0.35 });
@@ -163,9 +164,8 @@ function timeline(host, cell, state) {
   drawRunBands(layer(), places, x, bottom);
   const [y, unit] = itlScale(places, [TOP + PANEL.itl, TOP]);
   yAxis(root, y, LEFT, width - 8, 4);
-  drawTokens(layer(), cell, places, x, y, (view[1] - view[0]) / total);
   key(head, "var(--accent)", `token, ${unit}`);
-  key(head, "var(--bad)", "▲ stall: far slower than its run's tokens");
+  drawTokens(layer(), head, places, x, y, (view[1] - view[0]) / total);
   if (marks) drawCauses(root, layer, places, lanes, x, TOP + PANEL.itl + GAP);
   if (sensors) drawSensors(root, layer, places, x, width, TOP + PANEL.itl + marks + GAP);
   drawTimeAxis(root, places, x, view, width, bottom);
@@ -181,7 +181,8 @@ function drawSensors(root, layer, places, x, width, top) {
     const room = Math.max((high - low) * 0.1, high * 0.02);
     const y = linear([Math.max(0, low - room), high + room], [top + size, top]);
     yAxis(root, y, LEFT, width - 8, 3);
-    svg(root, "text", { x: LEFT + 5, y: top - 9 }, label);
+    const held = name === "sm_clock_mhz" && places.some(({ run }) => run.gpus.some((gpu) => gpu.throttled.length));
+    svg(root, "text", { x: LEFT + 5, y: top - 9 }, held ? `${label}; red: held back` : label);
     drawSensor(layer(), places, x, y, name, colour);
     if (name === "sm_clock_mhz") drawThrottle(layer(), places, x, top - 6);
     top += size + GAP;
