@@ -68,6 +68,7 @@ class GenerationRequest:
         bypass_caches: use nothing that earlier requests left behind (likewise).
         starts_with: what the answer begins with, whatever the model would have said; it goes on
             from there, and the result's text is what it adds.
+        schema: a JSON schema, as text, that the answer is held to; see `engine.constrained`.
     """
 
     messages: tuple[Message, ...]
@@ -75,6 +76,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     bypass_caches: bool = False
     starts_with: str = ""
+    schema: str | None = None
 
 
 def user_message(text: str, visuals: tuple[VisualPart, ...] = ()) -> Message:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 from qwencli.config import EngineConfig, SamplingParams, resolve_sampling
+from qwencli.engine.constrained import Grammars, TokenMatcher
 from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
 from qwencli.engine.frontend.model_files import ModelFiles, open_model
 from qwencli.engine.frontend.prompt import Prompt
@@ -117,6 +119,8 @@ class BaseEngine(ManyRequests, ABC):
         self._warnings: tuple[str, ...] = ()
         # Of the CPU, where that is the device.
         self._threads: int | None = None
+        self._grammars: Grammars | None = None
+        self._grammars_lock = threading.Lock()
 
     @abstractmethod
     def _load(self, files: ModelFiles) -> EffectiveConfig:
@@ -221,7 +225,8 @@ class BaseEngine(ManyRequests, ABC):
 
     def _stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
         started_s = time.perf_counter()
-        prompt = self._prompt(request)
+        matcher = self._matcher(request)
+        prompt = self._prompt(request, matcher)
         sampling = self._sampling(request)
         self._check_length(prompt, sampling)
         if request.bypass_caches:
@@ -229,7 +234,8 @@ class BaseEngine(ManyRequests, ABC):
         # Memory that an earlier request left fragmented may be enough once it is given back, so a
         # request that has produced nothing yet is tried once more.
         for last_try in (False, True):
-            answer = ResponseBuilder(self.files, prompt, sampling, started_s)
+            held = None if matcher is None else matcher.copy()
+            answer = ResponseBuilder(self.files, prompt, sampling, started_s, matcher=held)
             try:
                 yield from self._answer(answer)
             except (RuntimeError, MemoryError) as error:
@@ -261,7 +267,7 @@ class BaseEngine(ManyRequests, ABC):
         """Free the device memory; nothing is moved to the host on the way."""
         if self._files is not None:
             self._close_queue()
-            self._files = None
+            self._files = self._grammars = None
             self._release()
 
     def __enter__(self) -> Self:
@@ -276,11 +282,30 @@ class BaseEngine(ManyRequests, ABC):
             request.sampling, self.files.generation_defaults, ignore_eos=request.ignore_eos
         )
 
-    def _prompt(self, request: GenerationRequest) -> Prompt:
+    def _matcher(self, request: GenerationRequest) -> TokenMatcher | None:
+        """What the answer is held to, from its beginning on; None where it is free."""
+        if request.schema is None:
+            return None
+        with self._grammars_lock:
+            if self._grammars is None:
+                files = self.files
+                self._grammars = Grammars(
+                    files.prompts.tokenizer, files.vocab_size, files.stop_token_ids
+                )
+        return self._grammars.matcher(request.schema)
+
+    def _built(self, request: GenerationRequest, matcher: TokenMatcher | None) -> Prompt:
+        """The request's prompt; a matcher has accepted what it forces at the prompt's end."""
+        prompt = self.files.prompts.build(
+            request.messages, starts_with=request.starts_with, at_once=matcher is not None
+        )
+        return prompt if matcher is None else prompt.with_forced(matcher.forced())
+
+    def _prompt(self, request: GenerationRequest, matcher: TokenMatcher | None) -> Prompt:
         """The request's prompt; like the answer, tried once more where memory was short."""
         for last_try in (False, True):
             try:
-                return self.files.prompts.build(request.messages, starts_with=request.starts_with)
+                return self._built(request, matcher)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

@@ -22,6 +22,7 @@ from qwencli.config import SamplingParams
 from qwencli.engine.base_engine import gc_paused
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.cache.prefix_cache import Key, digests_of, keys_of, page_keys
+from qwencli.engine.constrained import TokenMatcher
 from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import ModelFiles
@@ -36,7 +37,7 @@ from qwencli.engine.request import (
     request_of,
 )
 from qwencli.engine.response import ResponseBuilder
-from qwencli.engine.runner import ModelRunner, RunnerPrompt, TokenCopy
+from qwencli.engine.runner import ModelRunner, RunnerPrompt, TokenCopy, Unsampled
 from qwencli.engine.scheduler import Scheduler
 from qwencli.errors import InputError, OutOfMemoryError, QwenCliError
 from qwencli.messages import GenerationRequest
@@ -81,17 +82,23 @@ class _Active:
 
 @dataclass
 class _Step:
-    """A step on its way: what to read when it is through."""
+    """A step on its way: what to read when it is through.
+
+    Args:
+        unsampled: its half that waits until the step in front is read: some rows may choose only
+            what suits their token before.
+    """
 
     copies: list[TokenCopy] = field(default_factory=list)
+    unsampled: Unsampled | None = None
 
 
 class EngineCore:
     """Implements `add`, `step`, `abort` and `has_unfinished` of an engine that runs batches.
 
     Args:
-        prepare: a request -> its prompt and settings; runs in threads. Raises what is wrong with
-            the request.
+        prepare: a request -> its prompt, its settings and what it is held to; runs in threads.
+            Raises what is wrong with the request.
     """
 
     def __init__(
@@ -101,7 +108,7 @@ class EngineCore:
         scheduler: Scheduler,
         effective: EffectiveConfig,
         load_s: float,
-        prepare: Callable[[GenerationRequest], tuple[Prompt, SamplingParams]],
+        prepare: Callable[[GenerationRequest], tuple[Prompt, SamplingParams, TokenMatcher | None]],
     ) -> None:
         self._files, self._runner, self._scheduler = files, runner, scheduler
         self._effective, self._load_s, self._prepare = effective, load_s, prepare
@@ -157,6 +164,8 @@ class EngineCore:
         outputs, self._failed = self._failed, []
         if self._step is not None:
             outputs += self._read(self._step)
+        if step is not None and step.unsampled is not None:
+            step.copies.append(self._sample(step.unsampled))
         self._step = step
         if step is None and not outputs and self._preparing:
             wait(list(self._preparing.values()), return_when=FIRST_COMPLETED)
@@ -167,8 +176,8 @@ class EngineCore:
 
     def _prepared(self, request: RequestSource, arrived_s: float) -> _Prepared:
         asked = request_of(request)
-        prompt, sampling = self._prepare(asked)
-        answer = ResponseBuilder(self._files, prompt, sampling, arrived_s)
+        prompt, sampling, matcher = self._prepare(asked)
+        answer = ResponseBuilder(self._files, prompt, sampling, arrived_s, matcher=matcher)
         digests = digests_of(prompt)
         pages: list[bytes] = []
         rest: list[Key] | None = None
@@ -178,7 +187,8 @@ class EngineCore:
             keys = keys_of(prompt, digests)
             pages = page_keys(keys, PAGE_SIZE)
             rest = keys[len(pages) * PAGE_SIZE :]
-        laid_out = self._runner.prepare(prompt, digests, sampling, sorted(answer.stop_ids))
+        stop_ids = sorted(answer.stop_ids)
+        laid_out = self._runner.prepare(prompt, digests, sampling, stop_ids, matcher)
         if prompt.inputs is not None:
             # What the runner has it needs once; an answer lives longer.
             answer.prompt = replace(prompt, inputs=replace(prompt.inputs, patches=(), frames=()))
@@ -198,6 +208,7 @@ class EngineCore:
                 len(ready.prompt.ids),
                 ready.prompt.sampling.max_new_tokens,
                 ready.page_keys,
+                constrained=ready.answer.matcher is not None,
             )
             if not self._scheduler.fits(sequence.max_tokens):
                 self._failed.append(StepOutput(request, error=self._too_long(sequence)))
@@ -216,8 +227,21 @@ class EngineCore:
         if decode:
             prompts = [self._active[each.request].prompt for each in decode]
             waiting = len(self._scheduler.waiting) + len(self._preparing)
-            step.copies.append(self._runner.decode(decode, prompts, waiting, self._clock))
+            if any(each.constrained for each in decode):
+                step.unsampled = self._runner.decode_logits(decode, prompts, waiting)
+            else:
+                step.copies.append(self._runner.decode(decode, prompts, waiting, self._clock))
         return step
+
+    def _sample(self, unsampled: Unsampled) -> TokenCopy:
+        """Choose the tokens of a step whose logits the device works on meanwhile."""
+        assert self._clock is not None, "steps have run"
+        matchers = [
+            (active.answer.matcher, row)
+            for sequence, row in zip(unsampled.sequences, unsampled.rows, strict=True)
+            if (active := self._active.get(sequence.request)) and active.answer.matcher is not None
+        ]
+        return self._runner.sample(unsampled, matchers, self._clock)
 
     def _prefill(self, chunks: tuple[PromptChunk, ...], clock: EventTimer, step: _Step) -> None:
         """Run prompts; where memory does not suffice, fewer of them, and one that does not fit

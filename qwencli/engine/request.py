@@ -47,6 +47,8 @@ class Sequence:
         num_cached: prompt tokens that another sequence had computed, in pages that it shares.
         num_computed: prompt tokens whose keys and values are in the pool, or on the way there.
         num_scheduled: new tokens that steps were scheduled for.
+        constrained: what it may choose next depends on the token before, which the host must have
+            read: its first token is read before it takes a second one.
     """
 
     request: RequestId
@@ -58,6 +60,7 @@ class Sequence:
     num_cached: int = 0
     num_computed: int = 0
     num_scheduled: int = 0
+    constrained: bool = False
 
     @property
     def max_tokens(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qwencli.config import SamplingParams
+from qwencli.engine.constrained import TokenMatcher
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
@@ -29,6 +30,8 @@ class ResponseBuilder:
     Args:
         started_s: when the request arrived, on `time.perf_counter`.
         num_cached_tokens: of the prompt, what was in the cache already.
+        matcher: what the answer is held to. Tokens that it forces at the beginning stand at the
+            prompt's end already; they are part of the text.
     """
 
     files: ModelFiles
@@ -36,6 +39,7 @@ class ResponseBuilder:
     sampling: SamplingParams
     started_s: float
     num_cached_tokens: int = 0
+    matcher: TokenMatcher | None = None
     token_ids: list[int] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
 
@@ -47,6 +51,8 @@ class ResponseBuilder:
         self._splitter = ThoughtSplitter(inside=self.prompt.opens_thought)
         self._thoughts: list[str] = []
         self._text: list[str] = []
+        # The text of tokens that were put at the prompt's end, until a chunk takes it along.
+        self._begun = "".join(map(self._detokenizer.push, self.prompt.forced_ids))
 
     @property
     def stopped(self) -> bool:
@@ -64,9 +70,15 @@ class ResponseBuilder:
         """
         self.token_ids.append(token_id)
         self.marks.append(mark)
+        if self.matcher is not None:
+            self.matcher.accept(token_id)
         if self._at_stop_token:
             return GenerationChunk("", (token_id,))
-        thoughts, text = self._splitter.push(self._detokenizer.push(token_id))
+        thoughts, text = "", self._detokenizer.push(token_id)
+        if self.matcher is None:
+            # Data is no thought, whatever it spells.
+            thoughts, text = self._splitter.push(text)
+        self._begun, text = "", self._begun + text
         text = self._stops.push(text)
         self._thoughts.append(thoughts)
         self._text.append(text)
@@ -90,7 +102,7 @@ class ResponseBuilder:
         thoughts, tail = self._splitter.push(self._detokenizer.finish())
         more_thoughts, rest = self._splitter.finish()
         thoughts += more_thoughts
-        tail = self._stops.push(tail + rest) + self._stops.finish()
+        tail = self._stops.push(self._begun + tail + rest) + self._stops.finish()
         self._thoughts.append(thoughts)
         self._text.append(tail)
         all_thoughts, text = self._said()
@@ -119,7 +131,7 @@ class ResponseBuilder:
     def _said(self) -> tuple[str, str]:
         """(thoughts, answer), whole."""
         thoughts, text = "".join(self._thoughts).strip(), "".join(self._text)
-        if self.files.prompts.tokenizer.has_token(THOUGHT_END):
+        if self.matcher is None and self.files.prompts.tokenizer.has_token(THOUGHT_END):
             # A template that opens no thought for a model that thinks all the same.
             missed, found, after = text.rpartition(THOUGHT_END)
             if found:

@@ -8,7 +8,7 @@ serves a bucket of rows; rows that nothing uses run along, writing to a page tha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,7 @@ from qwencli.engine.cache.paged_kv import (
     pages_for,
 )
 from qwencli.engine.cache.prefix_cache import VisionCache
+from qwencli.engine.constrained import TokenMatcher, fill_masks
 from qwencli.engine.device_memory import upload
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
@@ -37,7 +38,9 @@ from qwencli.engine.native.sampler import (
     LIKELIEST,
     Sampler,
     SamplerKind,
+    TokenMasks,
     kind_of,
+    masked,
     widest_kind,
 )
 from qwencli.engine.ops.next_tokens import RowBuffers
@@ -87,6 +90,7 @@ class RunnerPrompt:
     Args:
         ids: int64 [S]. visuals: in the order of their tokens; none once the prompt is through.
         vision: start and end of each run of the vision tower that its pictures were in.
+        first_mask: the tokens that the answer may begin with, int32 [1, ceil(V/32)]; None = all.
     """
 
     ids: Tensor
@@ -95,6 +99,7 @@ class RunnerPrompt:
     sampling: SamplingParams
     stop_ids: Sequence[int]
     vision: list[tuple[Mark, Mark]] = field(default_factory=list)
+    first_mask: Tensor | None = None
 
     @property
     def next_position(self) -> int:
@@ -135,6 +140,25 @@ class TokenCopy:
         return [values[row] for row in self.rows]
 
 
+# Of a step: what is chosen, rows, and slots that operators read. A step with masks has two: its
+# logits, and what is chosen from them.
+GraphKey = tuple[SamplerKind, int, int]
+
+
+@dataclass(frozen=True)
+class Unsampled:
+    """A step whose logits are computed or on the way, and whose tokens are not chosen yet.
+
+    Args:
+        key: of what computes the logits. kind: how tokens are chosen.
+    """
+
+    sequences: tuple[ScheduledSequence, ...]
+    rows: tuple[int, ...]
+    key: GraphKey
+    kind: SamplerKind
+
+
 class RowState:
     """Buffers of R rows on the device.
 
@@ -155,6 +179,16 @@ class RowState:
         self.stop_ids = torch.full((rows, MAX_STOP_TOKENS), -1, dtype=torch.int64, device=device)
         self.tables = torch.full((rows, pages), SCRATCH_PAGE, dtype=torch.int32, device=device)
         self.sampler = Sampler(vocab_size, max_steps, device, rows)
+        self._masks: TokenMasks | None = None
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def masks(self) -> TokenMasks:
+        """What rows may choose where some are held to a schema; made when it is first asked for."""
+        if self._masks is None:
+            rows, vocab_size = self.sampler.seen.shape
+            self._masks = TokenMasks(rows, vocab_size, self.slot.device)
+        return self._masks
 
     def begin(
         self,
@@ -207,6 +241,18 @@ class RowState:
         ended = (chosen[:, None] == self.stop_ids.index_select(0, places)).any(dim=1)
         self.step.index_fill_(0, places, 1)
         self.done.index_copy_(0, places, ended | (self.limit.index_select(0, places) <= 1))
+
+    def hold(self, rows: Sequence[int]) -> None:
+        """Keep rows where they are until `resume`: they are run beside others, and must not choose
+        a token yet."""
+        (places,) = upload([torch.tensor(rows)], self.slot.device)
+        self._held = places, self.done.index_select(0, places)
+        self.done.index_fill_(0, places, True)
+
+    def resume(self) -> None:
+        if self._held is not None:
+            self.done.index_copy_(0, *self._held)
+            self._held = None
 
     def release(self, rows: Sequence[int]) -> None:
         """Make rows harmless whose pages belong to others from now on."""
@@ -285,7 +331,9 @@ class ModelRunner:
         self._pages = pages_for(max_seq_len)
         self.state = RowState(max_rows, self._pages, vocab_size, max_seq_len, model.device)
         self._graphs = GraphRunner(model.device) if graphs else None
-        self._captured: list[tuple[SamplerKind, int, int]] = []
+        self._captured: list[GraphKey] = []
+        # What steps of kind LOGITS computed, by key: [rows, V].
+        self._logits: dict[GraphKey, Tensor] = {}
         # By ids and pictures; nothing writes to what is in here.
         self._layouts: dict[
             tuple[tuple[int, ...], tuple[Visual, ...]], tuple[Tensor, PromptPositions]
@@ -298,11 +346,13 @@ class ModelRunner:
         digests: Sequence[bytes],
         sampling: SamplingParams,
         stop_ids: Sequence[int],
+        matcher: TokenMatcher | None = None,
     ) -> RunnerPrompt:
         """Lay a prompt out on the host.
 
         Args:
             digests: of its pictures and videos.
+            matcher: what the answer is held to, at its beginning.
 
         Raises:
             InputError: see `lay_out`; also pictures for a text model.
@@ -322,12 +372,18 @@ class ModelRunner:
                 prompt.grid_thw, firsts, made, strict=False
             ):
                 visuals.append(PromptVisual(grid, digest, first, count, torch.as_tensor(patches)))
+        first_mask = None
+        if matcher is not None:
+            words = -(-self.model.shape.text.vocab_size // 32)
+            first_mask = torch.full((1, words), -1, dtype=torch.int32)
+            fill_masks([(matcher, 0)], first_mask)
         return RunnerPrompt(
             ids=ids,
             layout=layout,
             visuals=visuals,
             sampling=sampling,
             stop_ids=stop_ids,
+            first_mask=first_mask,
         )
 
     def _laid_out(self, prompt: Prompt) -> tuple[Tensor, PromptPositions]:
@@ -346,6 +402,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def rearrange(self, moves: Sequence[tuple[int, int]], released: Sequence[int]) -> None:
+        """Begin a step: rows take their places."""
+        self.state.resume()
         if moves:
             self.state.move(moves)
         if released:
@@ -371,6 +429,12 @@ class ModelRunner:
         if not through:
             return None
         logits = self.model.prompt_logits(hidden.index_select(0, packed.last))
+        first_masks = [prompts[index].first_mask for index in through]
+        if any(mask is not None for mask in first_masks):
+            free = torch.full_like(next(mask for mask in first_masks if mask is not None), -1)
+            rows_of = [free if mask is None else mask for mask in first_masks]
+            (sent,) = upload([torch.cat(rows_of)], self.model.device)
+            logits = masked(logits, sent)
         sequences = [chunks[index].sequence for index in through]
         rows = [_row(sequence) for sequence in sequences]
         begun = [prompts[index] for index in through]
@@ -382,6 +446,10 @@ class ModelRunner:
         places = self.state.begin(rows, begun, pages, ids)
         kinds = [kind_of(prompt.sampling) for prompt in begun]
         self.state.sample_first(logits, rows, places, kinds)
+        held = [row for row, mask in zip(rows, first_masks, strict=True) if mask is not None]
+        if held:
+            # The host must read their first token before they choose a second one.
+            self.state.hold(held)
         for prompt in begun:
             prompt.visuals = ()
         return self._copy(sequences, max(rows) + 1, clock)
@@ -401,31 +469,67 @@ class ModelRunner:
         """
         kind = widest_kind(kind_of(prompt.sampling) for prompt in prompts)
         rows = max(_row(sequence) for sequence in sequences) + 1
-        longest = max(
-            sequence.num_prompt_tokens + sequence.num_scheduled - 1 for sequence in sequences
-        )
-        self._step(kind, rows, longest, waiting)
+        self._step(kind, rows, _longest(sequences), waiting)
         return self._copy(sequences, rows, clock)
 
-    def _step(self, kind: SamplerKind, rows: int, longest: int, waiting: int) -> None:
+    @torch.inference_mode()
+    def decode_logits(
+        self, sequences: Sequence[ScheduledSequence], prompts: Sequence[RunnerPrompt], waiting: int
+    ) -> Unsampled:
+        """The half of `decode` that needs no masks; `sample` is the other one."""
+        rows = max(_row(sequence) for sequence in sequences) + 1
+        key = self._step(SamplerKind.LOGITS, rows, _longest(sequences), waiting)
+        kind = widest_kind(kind_of(prompt.sampling) for prompt in prompts)
+        return Unsampled(tuple(sequences), tuple(map(_row, sequences)), key, kind)
+
+    @torch.inference_mode()
+    def sample(
+        self, step: Unsampled, matchers: Sequence[tuple[TokenMatcher, int]], clock: EventTimer
+    ) -> TokenCopy:
+        """Choose the tokens of a step: of rows with a matcher, among those that it allows.
+
+        All tokens before must have been read and accepted.
+        """
+        masks, count = self.state.masks, step.key[1]
+        masks.host[:count].fill_(-1)
+        fill_masks(matchers, masks.host)
+        allowed = masks.sent(count)
+
+        def choose() -> None:
+            self._choose(self._logits[step.key], step.kind, allowed)
+
+        if self._graphs is None:
+            choose()
+        else:
+            self._replay((step.kind, step.key), choose)
+        return self._copy(step.sequences, max(step.rows) + 1, clock, step.rows)
+
+    def _step(self, kind: SamplerKind, rows: int, longest: int, waiting: int) -> GraphKey:
         if self._graphs is None:
             self._advance(kind, rows, longest)
-            return
+            return kind, rows, longest
         # A kernel reads lengths on the device; operators read a bucket of slots.
         reach = self._pages * PAGE_SIZE
         if not self.reads_lengths:
             reach = min(reach, 1 << max(longest - 1, 255).bit_length())
         key = self._graph_for(kind, rows, reach, waiting)
         if key not in self._graphs:
+            self._captured.append(key)
+        self._replay(key, lambda: self._advance(*key))
+        return key
+
+    def _replay(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Run `work` as a graph; the first time it is captured."""
+        assert self._graphs is not None, "callers looked"
+        if key not in self._graphs:
             # It runs what it captures, and rows must not take that step twice: all are over
             # meanwhile, and what was written for them is written again.
             done, seen = self.state.done, self.state.sampler.seen
             kept = done.clone(), seen.clone()
             done.fill_(True)
-            self._graphs.capture(key, lambda: self._advance(*key))
+            self._graphs.capture(key, work)
             done.copy_(kept[0])
             seen.copy_(kept[1])
-            self._captured.append(key)
         self._graphs.replay(key)
 
     @property
@@ -433,9 +537,7 @@ class ModelRunner:
         """Whether attention of steps is a kernel's, which knows of lengths what the device does."""
         return self.model.step_ops.attend_rows is not None
 
-    def _graph_for(
-        self, kind: SamplerKind, rows: int, reach: int, waiting: int
-    ) -> tuple[SamplerKind, int, int]:
+    def _graph_for(self, kind: SamplerKind, rows: int, reach: int, waiting: int) -> GraphKey:
         able = [
             key
             for key in self._captured
@@ -459,8 +561,18 @@ class ModelRunner:
             model.decoder.next_tokens(hidden, ops, buffers, kind is SamplerKind.GREEDY)
             return
         logits = model.decoder.logits(hidden, ops)
-        chosen = state.sampler.narrow(0, rows).sample(logits, buffers.step, kind)
-        ops.advance_rows(chosen, buffers)
+        if kind is SamplerKind.LOGITS:
+            # Kept, so that a graph's memory for them is used for nothing else.
+            self._logits[kind, rows, longest] = logits
+        else:
+            self._choose(logits, kind)
+
+    def _choose(self, logits: Tensor, kind: SamplerKind, masks: Tensor | None = None) -> None:
+        """The next tokens of the first rows from logits [n, V], of those that `masks` allow."""
+        rows = len(logits)
+        buffers = self.state.buffers(rows)
+        chosen = self.state.sampler.narrow(0, rows).sample(logits, buffers.step, kind, masks)
+        self.model.row_ops(rows).advance_rows(chosen, buffers)
 
     def _encode(
         self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt], clock: EventTimer
@@ -566,21 +678,32 @@ class ModelRunner:
         sequences: Sequence[ScheduledSequence],
         rows: int,
         clock: EventTimer,
+        places: tuple[int, ...] | None = None,
     ) -> TokenCopy:
-        """Start copying the rows' last tokens to the host."""
+        """Start copying the rows' last tokens to the host.
+
+        Args:
+            places: the rows of sequences of which some may be over since.
+        """
         tokens: Tensor | list[int]
         if self.model.device.type == "cuda":
             pinned = torch.empty(rows, dtype=torch.int64, pin_memory=True)
             tokens = pinned.copy_(self.state.token[:rows], non_blocking=True)
         else:
             tokens = self.state.token[:rows].tolist()
-        places = tuple(_row(sequence) for sequence in sequences)
+        if places is None:
+            places = tuple(_row(sequence) for sequence in sequences)
         return TokenCopy(tuple(sequences), places, tokens, clock.mark())
 
 
 def _row(sequence: ScheduledSequence) -> int:
     assert sequence.row is not None, "only sequences that run are given to the runner"
     return sequence.row
+
+
+def _longest(sequences: Sequence[ScheduledSequence]) -> int:
+    """Tokens of the longest of them, the one that a step feeds included."""
+    return max(each.num_prompt_tokens + each.num_scheduled - 1 for each in sequences)
 
 
 def _penalised(prompt: RunnerPrompt) -> bool:

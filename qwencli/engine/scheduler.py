@@ -68,7 +68,12 @@ class Scheduler:
         moves = self._compact()
         self._admit()
         prefill = self._chunks()
-        decode = tuple(each for each in self._running if each.num_scheduled < each.max_new_tokens)
+        begun = {chunk.sequence for chunk in prefill}
+        decode = tuple(
+            each
+            for each in self._running
+            if each.num_scheduled < each.max_new_tokens and not (each.constrained and each in begun)
+        )
         if not prefill and not decode:
             return None
         for sequence in decode:

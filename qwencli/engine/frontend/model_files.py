@@ -32,6 +32,7 @@ class ModelFiles:
         folder: None for a dummy load, which reads no weights.
         generation_defaults: the model's generation_config.json, {} without one.
         max_seq_len: longest sequence the model was made for, in tokens.
+        vocab_size: rows of the output head.
     """
 
     folder: Path | None
@@ -41,6 +42,7 @@ class ModelFiles:
     stop_token_ids: tuple[int, ...]
     pad_token_id: int
     max_seq_len: int
+    vocab_size: int
 
     @property
     def checkpoint_dtype(self) -> str | None:
@@ -150,6 +152,7 @@ def _model_files(
         stop_token_ids=_stop_ids(folder, hub_config, prompts, defaults, text.vocab_size),
         pad_token_id=pad,
         max_seq_len=text.max_position_embeddings,
+        vocab_size=text.vocab_size,
     )
 
 

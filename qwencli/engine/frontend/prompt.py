@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Prompt:
             models.
         opens_thought: whether it ends in a `<think>`, which the model goes on from.
         patch_size: side of a patch in pixels; None for text models.
+        forced_ids: the answer's first tokens, where they are known: the last of `input_ids`.
     """
 
     input_ids: list[int]
@@ -60,6 +61,11 @@ class Prompt:
     video_token_id: int | None
     opens_thought: bool = False
     patch_size: int | None = None
+    forced_ids: Sequence[int] = ()
+
+    def with_forced(self, ids: Sequence[int]) -> Prompt:
+        """The same, with the first tokens of the answer at its end."""
+        return replace(self, input_ids=[*self.input_ids, *ids], forced_ids=tuple(ids))
 
     @property
     def image_sizes(self) -> tuple[Size, ...]:
@@ -174,11 +180,17 @@ class PromptBuilder:
         return tuple(dict.fromkeys(self.tokenizer.token_id(token) for token in tokens if token))
 
     def build(
-        self, messages: tuple[Message, ...], *, thinking: bool = False, starts_with: str = ""
+        self,
+        messages: tuple[Message, ...],
+        *,
+        thinking: bool = False,
+        starts_with: str = "",
+        at_once: bool = False,
     ) -> Prompt:
         """The model's inputs for the answer that follows `messages`.
 
         Args:
+            at_once: the answer begins here, and no thoughts in front of it.
             starts_with: the beginning of that answer, behind which the model goes on. Spaces at its
                 end are left out, as tokens of words have theirs in front.
 
@@ -208,11 +220,12 @@ class PromptBuilder:
         guard = self.tokenizer.guard(texts)
         rendered = self._rendered(messages, guard, thinking, inputs)
         opens_thought = rendered.rstrip().endswith(THOUGHT)
-        if starts_with.strip():
+        if opens_thought and (at_once or starts_with.strip()):
             # What the answer begins with stands behind thoughts; here there are none.
-            rendered += f"\n{THOUGHT_END}\n\n" if opens_thought else ""
-            rendered += guard.protect(starts_with.rstrip())
+            rendered += f"\n{THOUGHT_END}\n\n"
             opens_thought = False
+        if starts_with.strip():
+            rendered += guard.protect(starts_with.rstrip())
         ids = self.tokenizer.encode(rendered, guard)
         if self.processor is None:
             seconds = time.perf_counter() - start

@@ -212,6 +212,11 @@ class Tokenizer:
             raise ModelFileError(f"{self._source} has no token {token}", _DOWNLOAD)
         return id_
 
+    def to_json(self) -> str:
+        """What tokenizer.json would hold, tokens that were added from elsewhere included."""
+        text: str = self._fast.to_str()
+        return text
+
     def added_token_at_start(self, text: str) -> str | None:
         """The added token, special or not, that `text` begins with; ends of thoughts are none."""
         return next((token for token in self._markup if text.startswith(token)), None)

@@ -23,11 +23,13 @@ from typing import Any, TypeVar
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
-from transformers import StoppingCriteria
+from transformers import LogitsProcessor, StoppingCriteria
 
 from qwencli.config import Cache
+from qwencli.engine.constrained import TokenMatcher, fill_masks
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.preprocess import VisualInputs
+from qwencli.engine.native.sampler import masked
 from qwencli.engine.response import ResponseBuilder
 from qwencli.errors import UnsupportedModeError
 from qwencli.results import EffectiveConfig, GenerationChunk
@@ -145,6 +147,26 @@ class TokenRecorder(StoppingCriteria):
             self._deliver(int(self._ids[self._count - 1]), mark)
 
 
+class SchemaProcessor(LogitsProcessor):
+    """Leaves the scores of those tokens that the answer's schema allows next.
+
+    Args:
+        num_prompt_tokens: behind them the answer begins.
+    """
+
+    def __init__(self, matcher: TokenMatcher, vocab_size: int, num_prompt_tokens: int) -> None:
+        # Tokens are handed on one step late, so what has accepted those is behind.
+        self._matcher, self._taken = matcher.copy(), num_prompt_tokens
+        self._mask = torch.full((1, -(-vocab_size // 32)), -1, dtype=torch.int32)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for token in input_ids[0, self._taken :].tolist():
+            self._matcher.accept(token)
+        self._taken = input_ids.shape[1]
+        fill_masks([(self._matcher, 0)], self._mask)
+        return masked(scores, self._mask.to(scores.device))
+
+
 # A token's id and the clock's mark of when it was ready.
 Token = tuple[int, Mark]
 
@@ -185,7 +207,7 @@ class Generation:
     def _generate(
         self, inputs: dict[str, Any], clock: EventTimer, push: Callable[[Token], None]
     ) -> None:
-        from transformers import StoppingCriteriaList
+        from transformers import LogitsProcessorList, StoppingCriteriaList
 
         sampling = self._answer.sampling
         torch.manual_seed(secrets.randbits(32) if sampling.seed < 0 else sampling.seed)
@@ -195,11 +217,18 @@ class Generation:
             capacity=sampling.max_new_tokens + 1,
             deliver=lambda token_id, mark: push((token_id, mark)),
         )
+        processors = LogitsProcessorList()
+        if self._answer.matcher is not None:
+            vocab_size = self._answer.files.vocab_size
+            num_prompt_tokens = len(self._answer.prompt.input_ids)
+            held = SchemaProcessor(self._answer.matcher, vocab_size, num_prompt_tokens)
+            processors.append(held)
         without_grad = torch.no_grad() if self._changes.no_grad else torch.inference_mode()
         with without_grad:
             self._model.generate(
                 **inputs,
                 generation_config=self._generation_config(),
+                logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([recorder]),
             )
         if self._effective.device.startswith("cuda"):

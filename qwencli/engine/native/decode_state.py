@@ -22,7 +22,7 @@ from qwencli.engine.device_memory import upload
 from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
 from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.sampler import LIKELIEST, Sampler, SamplerKind, kind_of
+from qwencli.engine.native.sampler import LIKELIEST, Sampler, SamplerKind, TokenMasks, kind_of
 from qwencli.engine.ops.attention import AttentionPlan, Spans, decode_mask
 from qwencli.engine.ops.decoder_ops import SamplingBuffers
 from qwencli.engine.spec_decode import ngram
@@ -46,6 +46,9 @@ class DecodeState:
         device = model.device
         self.model, self.cache = model, cache
         self.kind = SamplerKind.GREEDY
+        # Of steps of kind LOGITS, [1, V] float32, and what may be chosen from them.
+        self.logits: torch.Tensor | None = None
+        self.masks: TokenMasks | None = None
         self.sampler = Sampler(model.shape.text.vocab_size, max_seq_len, device)
         self.token, self.slot, self.position, self.step = (
             torch.zeros(1, dtype=torch.int64, device=device) for _ in range(4)
@@ -93,15 +96,23 @@ class DecodeState:
         if self.drafts is not None:
             ngram.begin(self.drafts, prompt_ids, sampling.max_new_tokens)
 
+    def hold_logits(self) -> TokenMasks:
+        """Make room for steps of kind LOGITS; returns the masks of what is chosen from them."""
+        if self.masks is None:
+            vocab_size, device = self.sampler.vocab_size, self.model.device
+            self.masks = TokenMasks(1, vocab_size, device)
+            self.logits = torch.zeros(1, vocab_size, device=device)
+        return self.masks
+
     def park(self, size: int) -> None:
         """Make steps of up to `size` slots harmless: what they write must not land on keys and
         values that are in use, and once the answer has ended steps stay where they are."""
         self.slot.fill_(len(self.slots) - size)
         self.done.fill_(True)
 
-    def sample_first(self, logits: torch.Tensor) -> None:
-        """Choose the first token from the prefill's logits [1, V]."""
-        self.token.copy_(self.sampler.sample(logits, self.step, self.kind))
+    def sample_first(self, logits: torch.Tensor, masks: torch.Tensor | None = None) -> None:
+        """Choose the first token from the prefill's logits [1, V], of those that `masks` allow."""
+        self.token.copy_(self.sampler.sample(logits, self.step, self.kind, masks))
         self.done.copy_((self.token == self.stop_ids).any(dim=0))
         self.step.add_(1)
         if self.drafts is not None:
@@ -116,7 +127,21 @@ class DecodeState:
             model.decoder.lm_head_argmax(hidden, ops, self._sampling)
             return
         logits = model.decoder.logits(hidden, ops)
-        chosen = self.sampler.sample(logits, self.step, kind)
+        if kind is SamplerKind.LOGITS:
+            assert self.logits is not None, "hold_logits() comes first"
+            self.logits.copy_(logits)
+            return
+        self._choose(logits, kind)
+
+    def choose_masked(self, kind: SamplerKind) -> None:
+        """End a step of kind LOGITS: choose what the row of `masks.host` allows."""
+        assert self.logits is not None and self.masks is not None, "hold_logits() comes first"
+        self._choose(self.logits, kind, self.masks.sent(1))
+
+    def _choose(
+        self, logits: torch.Tensor, kind: SamplerKind, masks: torch.Tensor | None = None
+    ) -> None:
+        chosen = self.sampler.sample(logits, self.step, kind, masks)
         self.token.copy_(torch.where(self.done, self.token, chosen))
         going = (~self.done).to(torch.int64)
         self.slot.add_(going)
@@ -131,7 +156,10 @@ class DecodeState:
         """
         position = int(self.position) + slot - int(self.slot)
         logits = decoder.logits(int(self.token), position, slot)
-        if self.kind is SamplerKind.ARGMAX:
+        if self.kind is SamplerKind.LOGITS:
+            assert self.logits is not None, "hold_logits() comes first"
+            self.logits.copy_(logits)
+        elif self.kind is SamplerKind.ARGMAX:
             # numpy's takes 10 us for a vocabulary of 150,000, torch's 300 on the CPU.
             self.token.fill_(int(logits.numpy().argmax()))
         else:

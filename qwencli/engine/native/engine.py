@@ -23,6 +23,7 @@ from qwencli.config import (
 )
 from qwencli.engine.base_engine import BaseEngine, gc_freeze_loaded, gc_paused
 from qwencli.engine.cache.kv_cache import KV_SCHEMES
+from qwencli.engine.constrained import TokenMatcher
 from qwencli.engine.device_memory import release
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
@@ -233,11 +234,14 @@ class NativeEngine(BaseEngine):
             self._prepared,
         )
 
-    def _prepared(self, request: GenerationRequest) -> tuple[Prompt, SamplingParams]:
-        prompt = self.files.prompts.build(request.messages, starts_with=request.starts_with)
+    def _prepared(
+        self, request: GenerationRequest
+    ) -> tuple[Prompt, SamplingParams, TokenMatcher | None]:
+        matcher = self._matcher(request)
+        prompt = self._built(request, matcher)
         sampling = self._sampling(request)
         self._check_length(prompt, sampling)
-        return prompt, sampling
+        return prompt, sampling, matcher
 
     def _forget(self) -> None:
         assert self._generation is not None, "load() comes first"

@@ -7,15 +7,16 @@ from dataclasses import replace
 
 import torch
 
-from qwencli.config import Cache, SamplingParams
+from qwencli.config import Cache
 from qwencli.engine.cache.prefix_cache import Key, PrefixCache, VisionCache, digests_of, keys_of
+from qwencli.engine.constrained import TokenMatcher, fill_masks
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.layers.vision_tower import VisionFeatures, join_features
 from qwencli.engine.native.decode_state import DecodeState, Stepper
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import PrefillRunner
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
-from qwencli.engine.native.sampler import LIKELIEST, kind_of
+from qwencli.engine.native.sampler import LIKELIEST, SamplerKind, kind_of
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.spec_decode.decode_strategy import (
@@ -102,7 +103,12 @@ class Generation:
         # While the device works on the prompt.
         stop_ids = sorted(answer.stop_ids)
         state.begin(answer.sampling, inputs.ids[0], stop_ids, inputs.next_positions)
-        state.sample_first(logits)
+        masks = None
+        if answer.matcher is not None:
+            held = state.hold_logits()
+            fill_masks([(answer.matcher, 0)], held.host)
+            masks = held.sent(1)
+        state.sample_first(logits, masks)
         self._prefix_cache.remember(keys)
         return vision
 
@@ -120,11 +126,18 @@ class Generation:
         keys = keys_of(answer.prompt, digests)
         with torch.inference_mode():
             state.kind = kind_of(answer.sampling)
-            strategy, effective = self._strategy_for(answer.sampling)
+            strategy, effective = self._strategy_for(answer)
+            if answer.matcher is not None:
+                state.hold_logits()
+                state.kind = SamplerKind.LOGITS
             strategy.begin(clock, first_slot, first_slot + steps)
         try:
             vision = self._prefill(answer, keys, digests, clock)
-            for token_id, mark in self._decode(clock, strategy, steps):
+            if answer.matcher is None:
+                tokens = self._decode(clock, strategy, steps)
+            else:
+                tokens = self._decode_held(clock, strategy, steps, answer.matcher)
+            for token_id, mark in tokens:
                 yield answer.add(token_id, mark)
                 if answer.stopped:
                     break
@@ -136,13 +149,15 @@ class Generation:
         self._prefix_cache.remember([*keys, *answer.token_ids[:-1]])
         yield answer.finish(clock, vision, effective, load_s, strategy.result())
 
-    def _strategy_for(self, sampling: SamplingParams) -> tuple[DecodeStrategy, EffectiveConfig]:
+    def _strategy_for(self, answer: ResponseBuilder) -> tuple[DecodeStrategy, EffectiveConfig]:
         """How this request takes its steps, and the modes that are then true."""
         if self._speculator is None:
             return AutoregressiveDecode(self._stepper, self._state), self._effective
-        if kind_of(sampling) not in LIKELIEST:
-            # A drawn token is not known to be right before it is drawn.
-            effective = replace(self._effective, speculate="off: sampling")
+        # A drawn token is not known to be right before it is drawn, nor one before its mask is.
+        drawn = kind_of(answer.sampling) not in LIKELIEST
+        off = "off: sampling" if drawn else "off: schema" if answer.matcher is not None else None
+        if off is not None:
+            effective = replace(self._effective, speculate=off)
             return AutoregressiveDecode(self._stepper, self._state), effective
         return self._speculator.strategy(), self._effective
 
@@ -171,6 +186,32 @@ class Generation:
             for token in values:
                 yield token, mark
                 given += 1
+
+    def _decode_held(
+        self, clock: EventTimer, strategy: DecodeStrategy, steps: int, matcher: TokenMatcher
+    ) -> Iterator[tuple[int, Mark]]:
+        """`_decode` of an answer that is held to a schema.
+
+        While the device works on the logits of a step, the host reads the token before it and
+        fills the mask of what may follow; the caller accepts each token that it is given.
+        """
+        state, token_copy = self._state, self._token_copy
+        assert state.masks is not None, "the caller made room for them"
+        kind, state.kind = state.kind, SamplerKind.LOGITS
+        token_copy.begin()
+        with torch.inference_mode():
+            token_copy.store(state.token, clock)
+        for given in range(steps + 1):
+            with torch.inference_mode():
+                if given < steps:
+                    strategy.step()
+            (token,), mark = token_copy.read(given)
+            yield token, mark
+            if given < steps:
+                fill_masks([(matcher, 0)], state.masks.host)
+                with torch.inference_mode():
+                    state.choose_masked(kind)
+                    token_copy.store(state.token, clock)
 
 
 class AsyncTokenCopy:

@@ -27,8 +27,12 @@ TOP_K_CANDIDATES = 256
 
 
 class SamplerKind(StrEnum):
-    """What a graph must contain; a request needs the smallest kind that can express it."""
+    """What a graph must contain; a request needs the smallest kind that can express it.
 
+    A step of kind LOGITS chooses nothing: what may be chosen is known later (`TokenMasks`).
+    """
+
+    LOGITS = "logits"
     ARGMAX = "argmax"
     GREEDY = "greedy"
     TOP_K = "top-k"
@@ -48,6 +52,41 @@ def kind_of(sampling: SamplingParams) -> SamplerKind:
 def widest_kind(kinds: Iterable[SamplerKind]) -> SamplerKind:
     """The smallest kind that can express requests of all of `kinds`."""
     return max(kinds, key=list(SamplerKind).index)
+
+
+class TokenMasks:
+    """Which tokens each of R rows may choose: bits, int32 [R, ceil(V/32)], the lowest first.
+
+    `host` is written between two steps, all bits set where a row is free, and `sent` to the device.
+    """
+
+    def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        words = -(-vocab_size // 32)
+        self.host = torch.full((rows, words), -1, dtype=torch.int32, pin_memory=cuda)
+        self._device = torch.full_like(self.host, -1, device=device) if cuda else self.host
+        # Masks go to the device beside the step whose logits they are for, not behind it.
+        self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+
+    def sent(self, count: int) -> torch.Tensor:
+        """The masks of the first `count` rows on the device, once what runs there is through.
+
+        The step that used those before must be over: the host has read what it chose.
+        """
+        part = self._device[:count]
+        if self._stream is not None:
+            with torch.cuda.stream(self._stream):
+                part.copy_(self.host[:count], non_blocking=True)
+            torch.cuda.current_stream(part.device).wait_stream(self._stream)
+        return part
+
+
+def masked(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """`logits` [R, V] with minus infinity where the bits of `masks` [R, ceil(V/32)] are not set."""
+    bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    allowed = (masks.view(torch.uint8)[:, :, None] >> bits) & 1  # [R, ceil(V/32) * 4, 8]
+    allowed = allowed.flatten(1)[:, : logits.shape[1]]
+    return logits.masked_fill(allowed == 0, float("-inf"))
 
 
 class Sampler:
@@ -131,8 +170,20 @@ class Sampler:
             (sent,) = upload([drawn], self.uniforms.device)
             self.uniforms[row, : len(sent)].copy_(sent)
 
-    def sample(self, logits: torch.Tensor, step: torch.Tensor, kind: SamplerKind) -> torch.Tensor:
-        """Choose from `logits` [R, V] the token of each row's `step` (int64 [R]) -> int64 [R]."""
+    def sample(
+        self,
+        logits: torch.Tensor,
+        step: torch.Tensor,
+        kind: SamplerKind,
+        masks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Choose from `logits` [R, V] the token of each row's `step` (int64 [R]) -> int64 [R].
+
+        Args:
+            masks: what each row may choose; see `masked`.
+        """
+        if masks is not None:
+            logits = masked(logits, masks)
         if kind is SamplerKind.ARGMAX:
             return logits.argmax(dim=-1)
         scores = penalised(logits.float(), self.seen, self.penalty)
@@ -169,8 +220,8 @@ class Sampler:
         probs = ranked.softmax(dim=-1)
         before = probs.cumsum(dim=-1) - probs
         keep = (before < self.top_p[:, None]) & (probs >= self.min_p[:, None] * probs[:, :1])
-        # The likeliest token always stays, also for --top-p 0.
-        keep = keep | (rank == 0)
+        # The likeliest token always stays, also for --top-p 0; one that is forbidden never does.
+        keep = (keep & (probs > 0)) | (rank == 0)
         cumulative = (probs * keep).cumsum(dim=-1)
         target = self.uniforms.gather(1, step[:, None]) * cumulative[:, -1:]
         # Rounding may leave the target at the very top; the last kept rank is the answer then.

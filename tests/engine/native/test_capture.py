@@ -104,9 +104,12 @@ def run_as_captured(config: dict[str, Any], loaded: weights.LoadedWeights, **mod
     with torch.no_grad():
         model = QwenModel(read_shape(config), without_values(loaded), SLOTS, **modes)
         state = DecodeState(model, model.static_cache(), SLOTS, with_drafts=True)
+        masks = state.hold_logits().host.to("meta")
         with Calls(), Captured():
             for kind in SamplerKind:
                 state.advance_masked(kind, 256)
+                if kind is not SamplerKind.LOGITS:
+                    state.sampler.sample(state.logits, state.step, kind, masks)
             for kind in LIKELIEST:
                 for size in (1, 2, MAX_VERIFY_TOKENS):
                     state.verify_masked(kind, size, 256)

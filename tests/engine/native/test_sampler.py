@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwencli.config import SamplingParams
-from qwencli.engine.native.sampler import Sampler, SamplerKind, kind_of, widest_kind
+from qwencli.engine.native.sampler import Sampler, SamplerKind, kind_of, masked, widest_kind
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 DRAWS = 4000
@@ -168,3 +168,42 @@ def test_rows_with_different_settings_choose_what_each_would_choose_alone():
         for row, (sampler, sampling) in enumerate(zip(alone, settings, strict=True)):
             assert chosen[row] == int(sampler.sample(logits[row : row + 1], at, kind_of(sampling)))
     assert torch.equal(together.narrow(1, 1).seen, alone[1].seen)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 32, 70])
+def test_masks_forbid_what_their_bits_leave_out(vocab_size):
+    torch.manual_seed(vocab_size)
+    logits = torch.randn(3, vocab_size)
+    allowed = torch.rand(3, vocab_size) < 0.5
+    words = -(-vocab_size // 32)
+    bits = torch.zeros(3, words, dtype=torch.int64)
+    for row, token in allowed.nonzero().tolist():
+        bits[row, token // 32] |= 1 << (token % 32)
+    packed = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)
+    found = masked(logits, packed)
+    assert torch.equal(found, torch.where(allowed, logits, -torch.inf))
+    assert torch.equal(masked(logits, torch.full((3, words), -1, dtype=torch.int32)), logits)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "repetition_penalty": 1.5},
+        {"top_k": 3, "top_p": 1.0},
+        {"top_k": 0, "top_p": 1.0, "temperature": 2.0},
+        {"top_k": 2, "top_p": 0.0},
+    ],
+)
+def test_only_tokens_of_the_mask_are_chosen(settings):
+    params = SamplingParams(**{"seed": 3, "max_new_tokens": 200, **settings})
+    sampler = Sampler(len(LOGITS), 200, torch.device("cpu"))
+    sampler.begin(params, torch.tensor([4]))
+    # The last draw there can be: rounding must not carry it to what is forbidden.
+    sampler.uniforms[:, 100:] = 1 - 2**-24
+    masks = torch.tensor([[0b110000]], dtype=torch.int32)
+    chosen = {
+        int(sampler.sample(LOGITS[None], torch.tensor([step]), kind_of(params), masks))
+        for step in range(200)
+    }
+    assert chosen <= {4, 5} and chosen

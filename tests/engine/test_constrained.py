@@ -1,0 +1,328 @@
+"""Answers held to a schema: masks against brute force, and every answer meets its schema."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from qwencli.config import Cache, EngineName, SamplingOptions, Speculate
+from qwencli.engine.client import generate_many
+from qwencli.engine.constrained import Grammars, SchemaCheck, fill_masks, read_schema
+from qwencli.engine.frontend.tokenizer import Tokenizer
+from qwencli.engine.hf.engine import TransformersEngine
+from qwencli.engine.native import engine as native_engine
+from qwencli.engine.native.engine import NativeEngine
+from qwencli.engine.scheduler import Limits
+from qwencli.errors import CaptionError, InputError, MissingDependencyError
+from qwencli.messages import GenerationRequest, user_message
+from tests.checkpoints import VOCAB_SIZE, engine_config, picture
+from tests.engine.frontend.tiny_folder import tiny_tokenizer
+
+FIELDS = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["cat", "dog"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 12},
+        "name": {"type": "string", "maxLength": 4},
+    },
+    "required": ["kind", "count", "name"],
+    "additionalProperties": False,
+}
+LIST = {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3}
+FREE = {"type": "object", "properties": {"caption": {"type": "string"}}, "required": ["caption"]}
+
+
+def schema(of) -> str:
+    return read_schema(json.dumps(of), "schema.json")
+
+
+# ---- masks ----
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def stop(tokenizer) -> int:
+    return tokenizer.token_id("<|im_end|>")
+
+
+def allowed(matcher) -> set[int]:
+    mask = torch.zeros(1, -(-VOCAB_SIZE // 32), dtype=torch.int32)
+    fill_masks([(matcher, 0)], mask)
+    return {id_ for id_ in range(VOCAB_SIZE) if mask[0, id_ // 32] >> (id_ % 32) & 1}
+
+
+def answers_of(of) -> set[bytes]:
+    """All answers to schemas that have few."""
+    if of is FIELDS:
+        names = ["".join(each) for n in range(2) for each in itertools.product("ab", repeat=n)]
+        values = itertools.product(("cat", "dog"), range(13), names)
+        keys = ("kind", "count", "name")
+        return {json.dumps(dict(zip(keys, each, strict=True))).encode() for each in values}
+    lists = [list(each) for n in (2, 3) for each in itertools.product((True, False), repeat=n)]
+    return {json.dumps(each).encode() for each in lists}
+
+
+@pytest.mark.parametrize("of", [LIST, {"enum": ["a", "ab", 1, None]}, {"const": {"a": [1, "x"]}}])
+def test_masks_allow_exactly_the_tokens_that_an_answer_can_go_on_with(tokenizer, stop, of):
+    if "enum" in of:
+        whole = {json.dumps(each).encode() for each in of["enum"]}
+    else:
+        whole = {json.dumps(of["const"]).encode()} if "const" in of else answers_of(of)
+    spelled = {id_: tokenizer.token_bytes(id_) for id_ in range(VOCAB_SIZE)}
+    grammars = Grammars(tokenizer, VOCAB_SIZE, [stop])
+    words = {id_: text for id_, text in spelled.items() if text and not text.startswith(b"<|")}
+    seen, waiting = set(), [(b"", grammars.matcher(schema(of)))]
+    while waiting:
+        said, matcher = waiting.pop()
+        expected = {
+            id_
+            for id_, text in words.items()
+            if any(answer.startswith(said + text) for answer in whole)
+        }
+        if said in whole:
+            expected.add(stop)
+        found = allowed(matcher)
+        if len({words.get(id_, b"")[:1] for id_ in expected}) > 1:
+            assert found == expected, said
+        else:
+            # Forced text is spelled as the tokenizer would, and in no other way.
+            assert found and found <= expected, said
+        for token in found - {stop}:
+            longer = said + words[token]
+            if longer not in seen:
+                seen.add(longer)
+                other = matcher.copy()
+                other.accept(token)
+                waiting.append((longer, other))
+    assert seen >= whole
+
+
+def test_tokens_spell_for_the_grammar_what_they_spell_in_answers(tokenizer, stop):
+    """Else an answer would be other text than the one that was checked."""
+    grammars = Grammars(tokenizer, VOCAB_SIZE, [stop])
+    found = allowed(grammars.matcher(schema({"type": "string"})))
+    assert stop not in found
+    inside = grammars.matcher(schema({"type": "string"}))
+    inside.accept(tokenizer.encode('"')[0])
+    possible = allowed(inside)
+    assert len(possible) > 250
+    for token in possible:
+        text = tokenizer.token_bytes(token)
+        assert text and text == grammars._tokenizer.decode_bytes([token])
+
+
+def test_rows_without_a_matcher_stay_and_complete_answers_are_free(tokenizer, stop):
+    grammars = Grammars(tokenizer, VOCAB_SIZE, [stop])
+    masks = torch.full((4, -(-VOCAB_SIZE // 32)), 7, dtype=torch.int32)
+    matchers = [grammars.matcher(schema(each)) for each in (LIST, {"const": 1})]
+    for token in tokenizer.encode("1"):
+        matchers[1].accept(token)
+    fill_masks([(matchers[0], 1), (matchers[1], 3)], masks)
+    assert masks[0].eq(7).all() and masks[2].eq(7).all()
+    assert masks[1].ne(7).any()
+    assert [id_ for id_ in range(VOCAB_SIZE) if masks[3, id_ // 32] >> (id_ % 32) & 1] == [stop]
+    matchers[1].accept(stop)
+    fill_masks([(matchers[0], 1), (matchers[1], 3)], masks)
+    assert masks[3].eq(-1).all()
+    matchers[1].accept(5)  # whatever follows
+    with pytest.raises(CaptionError, match="held to the schema"):
+        matchers[0].accept(tokenizer.encode("x")[0])
+
+
+def test_what_is_forced_at_the_beginning_is_known_at_once(tokenizer, stop):
+    matcher = Grammars(tokenizer, VOCAB_SIZE, [stop]).matcher(schema(FIELDS))
+    begun = tokenizer.decode(matcher.forced())
+    assert begun and '{"kind": "'.startswith(begun)
+    assert matcher.copy().forced() == []
+
+
+# ---- engines ----
+
+
+NARROW = Limits(max_rows=4, max_prefill_tokens=24, max_prompts=2)
+
+
+def ask(of=None, text="Say it.", images=(), **sampling):
+    settings = {"do_sample": None, "temperature": 1.3, "top_k": 0, "max_new_tokens": 60} | sampling
+    held = None if of is None else schema(of)
+    return GenerationRequest(
+        (user_message(text, tuple(images)),), SamplingOptions(**settings), schema=held
+    )
+
+
+def mixed() -> list[GenerationRequest]:
+    return [
+        ask(FIELDS, seed=1),
+        ask(text="Free", seed=2, max_new_tokens=9),
+        ask(LIST, images=[picture()], do_sample=False, temperature=None, top_k=None),
+        ask(FIELDS, seed=3, repetition_penalty=1.2),
+        ask(text="Free too. " * 8, do_sample=False, temperature=None, max_new_tokens=30),
+        ask(FIELDS, text="What? " * 20, seed=4, top_k=5),
+        ask(LIST, seed=5),
+        ask(FREE, seed=6, max_new_tokens=5),
+        ask({"const": "cat"}, seed=7),
+        ask(FIELDS, seed=8, max_new_tokens=1),
+        ask(text="Last", seed=9, max_new_tokens=20),
+    ]
+
+
+def native(checkpoint, **settings):
+    return NativeEngine(engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE, **settings))
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint):
+    with native(checkpoint) as loaded:
+        yield loaded
+
+
+def assert_meets(result, of) -> None:
+    if result.finish_reason == "stop":
+        assert SchemaCheck(schema(of))(result.text) is None, result.text
+    else:
+        assert result.num_new_tokens > 0
+
+
+def test_each_answer_of_a_mix_is_the_one_its_request_gets_alone(engine, monkeypatch):
+    monkeypatch.setitem(native_engine.BATCH_LIMITS, "cpu", NARROW)
+    engine._close_queue()
+    requests = mixed()
+    alone = [engine.generate(request) for request in requests]
+    together = list(generate_many(engine, requests))
+    engine._close_queue()
+    for request, one, other in zip(requests, alone, together, strict=True):
+        assert (other.text, other.token_ids) == (one.text, one.token_ids)
+        assert other.finish_reason == one.finish_reason
+        if request.schema is not None and one.finish_reason == "stop":
+            assert SchemaCheck(request.schema)(one.text) is None
+    assert [each.finish_reason for each in alone].count("stop") >= 6
+    assert together[7].finish_reason == "length" and together[7].text.startswith('{"caption": "')
+    assert together[8].text == '"cat"'
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cache": Cache.DYNAMIC},
+        {"speculate": Speculate.AUTO},
+    ],
+)
+def test_other_modes_answer_so_too(checkpoint, engine, settings):
+    requests = [mixed()[0], mixed()[2], mixed()[3]]
+    with native(checkpoint, **settings) as other:
+        found = [other.generate(request) for request in requests]
+    assert [each.text for each in found] == [engine.generate(each).text for each in requests]
+    if "speculate" in settings:
+        assert found[1].effective.speculate == "off: schema"
+
+
+def test_the_transformers_engine_holds_answers_to_schemas(checkpoint, engine):
+    config = engine_config(checkpoint("qwen3_vl"), engine=EngineName.TRANSFORMERS)
+    with TransformersEngine(config) as other:
+        greedy = other.generate(mixed()[2])
+        drawn = [other.generate(ask(FIELDS, seed=seed, top_k=3)) for seed in range(3)]
+    assert greedy.text == engine.generate(mixed()[2]).text
+    for result in drawn:
+        assert_meets(result, FIELDS)
+
+
+def test_equal_work_goes_on_behind_the_answer(engine):
+    request = ask(LIST, max_new_tokens=40, seed=1)
+    work = GenerationRequest(
+        request.messages, request.sampling, ignore_eos=True, schema=request.schema
+    )
+    assert engine.generate(work).num_new_tokens == 40
+
+
+def test_an_engine_is_loaded_again_with_its_schemas(checkpoint):
+    loaded = native(checkpoint)
+    first = loaded.generate(mixed()[2]).text
+    loaded.close()
+    assert loaded.generate(mixed()[2]).text == first
+    loaded.close()
+
+
+# ---- schemas ----
+
+
+WRONG = {
+    '{"type": ': "not JSON",
+    "[1]": "holds a list",
+    "true": "true or false",
+    '{"const": NaN}': "NaN",
+    '{"enum": []}': "nothing can meet it",
+    '{"const": "\\ud800"}': "schema.json",
+    '{"type": "foo"}': "Invalid type: foo",
+    '{"not": {}}': "the keyword 'not' at # ",
+    '{"properties": {"a": {"items": {"uniqueItems": true}}}}': "'uniqueItems' at #/properties/a/it",
+    '{"type": "string", "maxLenght": 3}': "'maxLenght' at #",
+    '{"type": "array", "items": {"type": "integer", "minimum": 3, "maximum": 1}, "minItems": 1}': (
+        "at #/items: nothing can meet it: minimum (3)"
+    ),
+    '{"type": "object", "properties": {"a": false}, "required": ["a"]}': "required property 'a'",
+    '{"type": "string", "minLength": 9, "maxLength": 3}': "nothing can meet it",
+    '{"$ref": "#/nope"}': "/nope",
+    '{"$ref": "http://example.org/x"}': "example.org",
+    '{"type": "string", "pattern": "(?=a)"}': "look-around",
+    '{"type": "string", "pattern": "("}': "unclosed group",
+    '{"type": "string", "format": "rhyme"}': "Unknown format: rhyme",
+    '{"properties": {"a": {"$ref": "#"}}, "required": ["a"]}': "without an end",
+    '{"allOf": [{"type": "string"}, {"type": "integer"}]}': "nothing can meet it",
+    '{"a":' * 5000: "deeply",
+}
+
+
+@pytest.mark.parametrize("text", WRONG, ids=lambda text: text[:40])
+def test_what_is_wrong_with_a_schema_is_said(text):
+    with pytest.raises(InputError, match=r"schema\.json") as caught:
+        read_schema(text, "schema.json")
+    assert WRONG[text] in caught.value.message
+    assert "\n" not in caught.value.message and caught.value.hint
+
+
+def test_schemas_that_hold_themselves_and_end(engine):
+    tree = {
+        "$defs": {
+            "node": {
+                "type": "object",
+                "properties": {
+                    "name": {"enum": ["x", "y"]},
+                    "inside": {"type": "array", "items": {"$ref": "#/$defs/node"}, "maxItems": 1},
+                },
+                "required": ["name", "inside"],
+                "additionalProperties": False,
+            }
+        },
+        "$ref": "#/$defs/node",
+    }
+    assert_meets(engine.generate(ask(tree, seed=2)), tree)
+
+
+def test_a_missing_library_is_one_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
+    with pytest.raises(MissingDependencyError, match="llguidance is not installed") as caught:
+        read_schema('{"type": "string"}', "schema.json")
+    assert "qwencli[schema]" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"kind": "cat", "count": 3, "name": "Tom"}', None),
+        ('{ "kind":"cat",\n "count":3,"name":"T\\u00f6m" }', None),
+        ('{"kind": "cat", "count": 13, "name": "Tom"}', "against the schema"),
+        ('{"kind": "cat", "count": 1', "not JSON"),
+        ('{"kind": "cat", "count": 1}', "against the schema"),
+        ("", "not JSON"),
+    ],
+)
+def test_texts_are_checked(text, reason):
+    found = SchemaCheck(schema(FIELDS))(text)
+    assert found is None if reason is None else reason in str(found)
