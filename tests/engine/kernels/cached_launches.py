@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import LazyDict
 from triton.runtime.driver import driver
 
-from qwencli.engine.kernels import dequantize, qk_norm_rope
+from qwencli.engine.kernels import add_norm, dequantize, qk_norm_rope
 from tests.engine.quant.drawn_matrices import KINDS, drawn
 
 handed: list[tuple[Any, ...]] = []
@@ -86,6 +86,18 @@ def heads_launches() -> list[tuple[Callable[[], Any], Callable[[], Any]]]:
     return found  # type: ignore[return-value]
 
 
+def sum_launches() -> list[tuple[Callable[[], Any], Callable[[], Any]]]:
+    found = []
+    hidden, weight = torch.zeros(5, 144, dtype=torch.bfloat16), torch.ones(144).bfloat16()
+    for update in (None, hidden.clone()):
+        for bias in (None, weight.clone()):
+            known = add_norm.AddNorm()
+            rest = (hidden, update, weight, bias, 1e-6)
+            known(*rest)
+            found.append((lambda k=known, r=rest: k(*r), lambda r=rest: add_norm.AddNorm()(*r)))
+    return found  # type: ignore[return-value]
+
+
 def read_back_launches() -> list[tuple[Callable[[], Any], Callable[[], Any]]]:
     found = []
     for kind in KINDS.values():
@@ -104,4 +116,5 @@ def read_back_launches() -> list[tuple[Callable[[], Any], Callable[[], Any]]]:
 if __name__ == "__main__":
     pretend_a_gpu()
     print("heads", count_alike(heads_launches(), new=0))
+    print("add_norm", count_alike(sum_launches(), new=1))
     print("dequantize", count_alike(read_back_launches(), new=1))
