@@ -23,7 +23,7 @@ from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.machine.cpu_threads import computing_with, threads_for
 from qwencli.engine.protocol import RequestQueue, SerialQueue, drain
 from qwencli.engine.request import RequestId, RequestSource, StepOutput
-from qwencli.engine.resolve import resolve_device
+from qwencli.engine.resolve import resolve_device, resolve_dtype
 from qwencli.engine.response import ResponseBuilder
 from qwencli.errors import InputError, OutOfMemoryError, UsageError
 from qwencli.messages import GenerationRequest
@@ -194,7 +194,8 @@ class BaseEngine(ManyRequests, ABC):
                 f"use {files.max_seq_len} or less",
             )
         device = resolve_device(self.config.device)
-        files = files.prepared_on(device)
+        dtype = resolve_dtype(self.config.dtype, device, files.checkpoint_dtype)
+        files = files.prepared_on(device, dtype)
         if device == "cpu":
             self._threads = threads_for(files.hub_config, self.config.threads)
         try:

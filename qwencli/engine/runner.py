@@ -611,7 +611,8 @@ class ModelRunner:
             if visual.patches.is_cuda:  # made on another stream, whose memory it goes back to
                 visual.patches.record_stream(torch.cuda.current_stream(device))
             patches.append(visual.patches.to(device, dtype))
-        features = self.model.encode_images(torch.cat(patches), [each.grid for each in visuals])
+        together = patches[0] if len(patches) == 1 else torch.cat(patches)
+        features = self.model.encode_images(together, [each.grid for each in visuals])
         sizes = [visual.num_tokens for visual in visuals]
         layers = [features.embeds, *features.deepstack]
         if len(visuals) == 1:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import PIL
 from PIL import Image
 
+from qwencli.config import DType
 from qwencli.engine.frontend.preprocess import by_step, scale_and_shift
 from qwencli.engine.frontend.processor_config import ImageProcessorConfig
 
@@ -28,17 +29,18 @@ if TYPE_CHECKING:
 _PRECISION = 22
 _BICUBIC_SUPPORT = 2.0
 _SIZES_KEPT = 64
+_PATCHES = 4096  # that are scaled at a time
 _PILLOW = int(PIL.__version__.partition(".")[0])
 
 
 class DevicePatches:
-    """Calls make float32 tensors on `device`, done when they return; one at a time, whichever
+    """Calls make tensors of `dtype` on `device`, done when they return; one at a time, whichever
     threads they come from."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, dtype: DType = DType.FLOAT32) -> None:
         import torch
 
-        self._device = torch.device(device)
+        self._device, self._dtype = torch.device(device), getattr(torch, dtype.value)
         self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._scales: dict[ImageProcessorConfig, tuple[Tensor, Tensor]] = {}
         self._turn = threading.Lock()
@@ -57,14 +59,19 @@ class DevicePatches:
         merge, patch, times = config.merge_size, config.patch_size, config.temporal_patch_size
         rows, columns = size[0] // config.factor, size[1] // config.factor
         count, steps = rows * columns * merge**2, max(1, len(frames) // times)
-        out = torch.empty(steps, count, 3, times, patch**2, device=self._device)
+        size_of_all = (steps, count, 3, times, patch**2)
+        out = torch.empty(size_of_all, dtype=self._dtype, device=self._device)
         scale, shift = self._scale_and_shift(config)
         for step, shown in enumerate(by_step(frames, times)):
             pixels = torch.from_numpy(np.stack([np.asarray(frame) for frame in shown]))
             pixels = self._resized(pixels.to(self._device), size)
             blocks = pixels.view(len(shown), rows, merge, patch, columns, merge, patch, 3)
             patches = blocks.permute(1, 4, 2, 5, 7, 0, 3, 6).reshape(count, 3, len(shown), -1)
-            out[step] = patches * scale - shift
+            # Some at a time: in float32 a whole picture is as large as all the rest of this.
+            for some, made in zip(
+                torch.split(patches, _PATCHES), torch.split(out[step], _PATCHES), strict=True
+            ):
+                made.copy_(torch.mul(some, scale).sub_(shift))
         if self._device.type == "cuda":
             # So that the time of preprocessing is its own and not the next phase's.
             torch.cuda.current_stream(self._device).synchronize()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwencli.config import EngineConfig, LoadFormat
+from qwencli.config import DType, EngineConfig, LoadFormat
 from qwencli.engine.frontend.processor_config import ImageProcessorConfig
 from qwencli.engine.frontend.prompt import PromptBuilder
 from qwencli.engine.frontend.tokenizer import IncrementalDetokenizer, Tokenizer
@@ -53,13 +53,13 @@ class ModelFiles:
                     return str(part[key])
         return None
 
-    def prepared_on(self, device: str) -> ModelFiles:
-        """The same, preparing pictures on `device` where that is a GPU."""
+    def prepared_on(self, device: str, dtype: DType) -> ModelFiles:
+        """The same, preparing pictures on `device` in a concrete `dtype` where that is a GPU."""
         if not device.startswith("cuda"):
             return self
         from qwencli.engine.frontend.device_patches import DevicePatches
 
-        return replace(self, prompts=replace(self.prompts, patchify=DevicePatches(device)))
+        return replace(self, prompts=replace(self.prompts, patchify=DevicePatches(device, dtype)))
 
     def detokenizer(self) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(self.prompts.tokenizer)

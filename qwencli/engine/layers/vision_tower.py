@@ -50,13 +50,27 @@ def attend(qkv: Tensor, segments: Sequence[Run] | Offsets, attention: SegmentAtt
 
 def attend_runs(qkv: Tensor, runs: Sequence[Run], attention: SegmentAttention) -> Tensor:
     """Segments of equal length that follow each other are one batch, so one image is one call
-    without a mask."""
+    without a mask.
+
+    Of more than `PIECE` patches the result takes the place of the queries, some of which attend at
+    a time.
+    """
     heads, dim = qkv.shape[1] // 3, qkv.shape[2]
     sizes = [run.count * run.length for run in runs]
     pieces = []
     for run, piece in zip(runs, qkv.split_with_sizes(sizes), strict=True):
-        segments = piece.view(run.count, run.length, 3, heads, dim).unbind(2)
-        pieces.append(attention(*segments).reshape(-1, heads * dim))
+        q, k, v = piece.view(run.count, run.length, 3, heads, dim).unbind(2)
+        if len(qkv) <= PIECE:
+            pieces.append(attention(q, k, v).reshape(-1, heads * dim))
+            continue
+        each = max(1, PIECE // run.length)  # whole segments, or parts of a long one's queries
+        for segments in zip(
+            torch.split(q, each), torch.split(k, each), torch.split(v, each), strict=True
+        ):
+            for queries in torch.split(segments[0], PIECE, dim=1):
+                queries.copy_(attention(queries, *segments[1:]))
+    if not pieces:
+        return qkv[:, :heads].flatten(1)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
@@ -92,8 +106,11 @@ SEGMENT_ATTENTION: Mapping[Attention, SegmentAttention] = {
 EPS = 1e-6
 ROPE_THETA = 10_000.0
 # Patches of recent grids whose layouts and resampled positions are kept (2.6 KB each). Pictures of
-# one size share theirs, whatever they are encoded with.
-PATCHES_KEPT = 2**16
+# one size share theirs, whatever they are encoded with. Larger ones than `PIECE` are not kept.
+PATCHES_KEPT = 2**15
+# Patches that are worked on at a time, but for keys and values, of which a picture needs all: what
+# is widest about a large picture, inside a block, is that of a piece.
+PIECE = 4096
 
 # In place: what goes in is the widest thing of a block.
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -198,9 +215,12 @@ class VisionTower:
     def run(self, patches: Tensor, ready: PreparedGrids) -> VisionFeatures:
         """The tower itself: asks the host nothing, and can be captured in a CUDA graph."""
         weight = self._w["patch"].to(self._dtype)
-        hidden = F.linear(patches.to(self._dtype), weight, self._w.get("patch_bias"))
+        hidden = _by_pieces(
+            lambda piece: F.linear(piece.to(self._dtype), weight, self._w.get("patch_bias")),
+            patches,
+        )
         if ready.positions is not None:
-            hidden = hidden + ready.positions
+            hidden.add_(ready.positions)
         if ready.order is not None:
             tokens = hidden.view(-1, self.shape.merge_area, hidden.shape[-1])
             hidden = tokens[ready.order].flatten(0, 1)
@@ -210,7 +230,7 @@ class VisionTower:
         for index in range(self.shape.depth):
             update = self._block(index, hidden, update, ready)
             if index in self.shape.deepstack_layers:
-                hidden, update = hidden.add_(update), None
+                hidden, update = hidden if update is None else hidden.add_(update), None
                 merger = f"deepstack.{self.shape.deepstack_layers.index(index)}"
                 features.append(self._merge(merger, hidden, norm_merged=True))
         if update is not None:
@@ -238,13 +258,18 @@ class VisionTower:
         if self._latest is None or self._latest[0] != grids:
             pieces = [self._prepare_one(grid) for grid in grids]
             ready = pieces[0] if len(pieces) == 1 else self._side_by_side(pieces)
-            self._latest = grids, self._packed(ready)
+            ready = self._packed(ready)
+            if ready.patches > PIECE:
+                return ready
+            self._latest = grids, ready
         return self._latest[1]
 
     def _prepare_one(self, grid: Grid) -> PreparedGrids:
         found = self._prepared.pop(grid, None)
         if found is None:
             found = self._build(layout(self.shape, [grid]))
+        if found.patches > PIECE:
+            return found
         self._prepared[grid] = found  # last in, so that the first is the one not used for longest
         kept = sum(each.patches for each in self._prepared.values())
         while kept > PATCHES_KEPT and len(self._prepared) > 1:
@@ -298,9 +323,15 @@ class VisionTower:
         assert coordinates is not None, "every patch lies somewhere"
         positions = None
         if taps is not None and plan.tap_weights is not None:
-            rows = F.embedding(taps, self._w["positions"])  # [N, 4, hidden]
+            table = self._w["positions"]
             (shares,) = upload([plan.tap_weights], device)
-            positions = (rows * shares.unsqueeze(-1)).sum(1).to(rows.dtype)
+            mixed = []
+            for some, share in zip(
+                torch.split(taps, PIECE), torch.split(shares, PIECE), strict=True
+            ):
+                rows = F.embedding(some, table)  # [piece, 4, hidden]
+                mixed.append((rows * share.unsqueeze(-1)).sum(1).to(rows.dtype))
+            positions = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         back = order.argsort() if order is not None else None
         angles = self._angles(coordinates)
         return PreparedGrids(plan.frames, plan.windows, angles, positions, order, back)
@@ -318,17 +349,31 @@ class VisionTower:
 
     def _block(
         self, index: int, hidden: Tensor, update: Tensor | None, ready: PreparedGrids
-    ) -> Tensor:
-        """What the block adds to `hidden` once `update` is added, which is done here."""
+    ) -> Tensor | None:
+        """What the block adds to `hidden` once `update` is added, which is done here; None where it
+        has added that itself, as it does piece by piece."""
         at = f"{index}."
         full = not ready.windows or index in self.shape.full_attention_layers
         segments = ready.frames if full else ready.windows
         packed = ready.packed_frames if full else ready.packed_windows
-        x = self._linear(at + "qkv", self._added(at + "attn_norm", hidden, update))
+        x = _by_pieces(
+            lambda piece: self._linear(at + "qkv", self._added(at + "attn_norm", piece, update)),
+            hidden,
+        )
         heads = self.shape.num_heads
         qkv = x.view(1, -1, 3 * heads, self.shape.head_dim)
         self._turn(qkv, ready.rope, 2 * heads)
         attended = attend(qkv[0], packed or segments, self._attention)
+        if len(hidden) <= PIECE:
+            return self._after_attention(at, attended, hidden)
+        for some, piece in zip(
+            torch.split(attended, PIECE), torch.split(hidden, PIECE), strict=True
+        ):
+            piece.add_(self._after_attention(at, some, piece))
+        return None
+
+    def _after_attention(self, at: str, attended: Tensor, hidden: Tensor) -> Tensor:
+        """The rest of a block, in which no patch looks at another."""
         update = self._linear(at + "proj", attended)
         return self._mlp(at, self._added(at + "mlp_norm", hidden, update))
 
@@ -373,6 +418,20 @@ class VisionTower:
 def _runs_of(segments: Sequence[Run] | Offsets) -> Sequence[Run]:
     assert not isinstance(segments, Offsets), "of a picture's own layout"
     return segments
+
+
+def _by_pieces(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """A function of rows, each by itself, over `PIECE` rows at a time."""
+    if len(rows) <= PIECE:
+        return function(rows)
+    first, *others = torch.split(rows, PIECE)
+    made = function(first)
+    whole = made.new_empty(len(rows), made.shape[1])
+    whole[: len(first)] = made
+    del made
+    for piece, place in zip(others, torch.split(whole, PIECE)[1:], strict=True):
+        place.copy_(function(piece))
+    return whole
 
 
 def _gelu(x: Tensor) -> Tensor:

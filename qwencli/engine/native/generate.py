@@ -89,7 +89,7 @@ class Generation:
             for index in indices:
                 start = clock.mark()
                 patches = torch.as_tensor(prompt.inputs.patches[index])
-                patches = patches.to(self._model.device, self._model.dtype)
+                patches = patches.to(self._model.device)
                 yield self._prompts.encode_images(patches, [prompt.grid_thw[index]])
                 vision.append((start, clock.mark()))
 

@@ -1,0 +1,51 @@
+"""Large pictures and long prompts run in pieces, and give what they give whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwencli.config import Cache, EngineName, KVDType, SamplingOptions
+from qwencli.engine.layers import vision_tower
+from qwencli.engine.native import model as native_model
+from qwencli.engine.native.engine import NativeEngine
+from qwencli.messages import GenerationRequest, user_message
+from tests.checkpoints import engine_config, film, picture
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "qwen2_vl"])
+def test_pictures_in_pieces_have_the_features_of_whole_ones(checkpoint, monkeypatch, family):
+    message = user_message("Look.", (picture(160, 96), film(), picture(64, 96)))
+    request = GenerationRequest((message,), SamplingOptions(max_new_tokens=2))
+    with NativeEngine(engine_config(checkpoint(family), engine=EngineName.NATIVE)) as engine:
+        prompt, _ = engine._prepared(request)
+        tower = engine._model.vision
+        patches = torch.cat([torch.as_tensor(each) for each in prompt.inputs.patches])
+        whole = tower.encode(patches, prompt.grid_thw)
+        # Cuts segments apart, and takes several whole ones at a time.
+        for piece in (8, 24):
+            monkeypatch.setattr(vision_tower, "PIECE", piece)
+            tower._prepared.clear()
+            tower._latest = None
+            cut = tower.encode(patches, prompt.grid_thw)
+            assert all(each.patches <= piece for each in tower._prepared.values())
+            for one, other in zip(
+                (cut.embeds, *cut.deepstack), (whole.embeds, *whole.deepstack), strict=True
+            ):
+                torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"kv_dtype": KVDType.INT8}, {"cache": Cache.DYNAMIC}])
+def test_a_prompt_in_chunks_is_answered_as_a_whole_one(checkpoint, monkeypatch, settings):
+    message = user_message("How many are there? " * 9, (picture(160, 96), picture(64, 96)))
+    request = GenerationRequest(
+        (message,), SamplingOptions(do_sample=False, max_new_tokens=8), ignore_eos=True
+    )
+    config = engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE, **settings)
+    with NativeEngine(config) as engine:
+        whole = engine.generate(request).token_ids
+        for chunk in (1, 23, 64):
+            monkeypatch.setattr(native_model, "PREFILL_CHUNK", chunk)
+            engine._forget()
+            assert engine.generate(request).token_ids == whole
