@@ -98,12 +98,10 @@ class MeasuredStep:
         own = self.own
 
         def attend(qkv: torch.Tensor, layer: Layer, step: Step) -> torch.Tensor:
-            return _pretend(own, own._attended[: len(qkv)], ActivationConsumer(None, layer.o))
+            return pretend(own, own._attended[: len(qkv)], ActivationConsumer(None, layer.o))
 
         def gate_up(hidden: torch.Tensor, layer: Layer) -> torch.Tensor:
-            return _pretend(
-                own, own._activated[: len(hidden)], ActivationConsumer(None, layer.down)
-            )
+            return pretend(own, own._activated[: len(hidden)], ActivationConsumer(None, layer.down))
 
         def residual(x: torch.Tensor, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
             after = (
@@ -111,7 +109,7 @@ class MeasuredStep:
                 if name == "o_residual"
                 else ActivationConsumer(layer.next_norm, layer.next_matrix)
             )
-            return _pretend(own, hidden, after)
+            return pretend(own, hidden, after)
 
         stand_ins: dict[str, dict[str, Callable[..., Any]]] = {
             "": {},
@@ -155,7 +153,7 @@ class MeasuredStep:
         return graph
 
 
-def _pretend(own: FusedOps, x: torch.Tensor, consumer: ActivationConsumer) -> torch.Tensor:
+def pretend(own: FusedOps, x: torch.Tensor, consumer: ActivationConsumer) -> torch.Tensor:
     """`x` as if a kernel had handed it over: whoever reads it finds what was there before."""
     if len(x) == 1:
         own._activations.commit(

@@ -1,63 +1,105 @@
 """A decode step of many rows beside that of a lone sequence, in one process, in turns.
 
     python benchmarks/rows_step.py --out rows_step.json [--mode none,fp8,8bit,4bit]
-        [--rows 1,2,4,8,32,128,256] [--context 300] [--repeats 5]
+        [--rows 1,2,4,8,32,128,256] [--context 300] [--repeats 5] [--mixed] [--sweep-attention]
 
 Steps are the engine's own, greedy, with random weights, each as one CUDA graph: `lone` is the step
 of `stream`, the others are steps of the batch, whose rows have pages in no order. Every repeat runs
 all of them one after the other, so that what changes on the machine meets all. `us` has the
-microseconds of a step of every repeat; `tok_per_s` is rows over their median.
+microseconds of a step of every repeat; `tok_per_s` is rows over their median. `without_attention`
+is a step whose attention is left out: what attention costs is the difference.
+
+`--mixed`: one row of eight is sixteen times as long as the others. `--sweep-attention`: instead,
+other cuts of attention for each number of rows, in turns with the one that runs by default.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measured_step import MeasuredStep, Tiles, text_shape
+from benchmarks.measured_step import MeasuredStep, Tiles, pretend, text_shape
 from qwencli.config import Quantization
 from qwencli.engine.cache.paged_kv import pages_for
 from qwencli.engine.cache.prefix_cache import VisionCache
+from qwencli.engine.kernels.activation_buffers import ActivationConsumer
+from qwencli.engine.kernels.fused_ops import MAX_BATCH_ROWS
+from qwencli.engine.kernels.tiles import AttentionTiles
 from qwencli.engine.native.sampler import SamplerKind
+from qwencli.engine.ops.decoder_ops import Layer, Step
 from qwencli.engine.runner import ModelRunner
 
 CUDA = torch.device("cuda")
 REPLAYS = 40
 SLACK = 8
+# Of `--sweep-attention`: parts that a row may have, slots of a part at least, and warps.
+SPLITS, SHORTEST, WARPS = (4, 16, 32), (64, 128, 256, 512), (4, 8)
+# Of `--mixed`: one row of so many is so many times as long.
+EVERY, LONG = 8, 16
 
 
 class RowsStep:
     """The batch's step over the model of a lone one; every row has pages of its own."""
 
-    def __init__(self, step: MeasuredStep, max_rows: int, max_seq_len: int) -> None:
-        pages = pages_for(max_seq_len)
-        self._max_seq_len = max_seq_len
-        self.runner = ModelRunner(
-            step.model, 1 + max_rows * pages, max_rows, max_seq_len, True, VisionCache()
-        )
-        order = torch.randperm(max_rows * pages, generator=torch.Generator().manual_seed(0)) + 1
-        self.runner.state.tables.copy_(order.view(max_rows, pages).to(torch.int32))
+    def __init__(self, step: MeasuredStep, max_rows: int, short: int, most: int) -> None:
+        """Every eighth row has room for `most` tokens, the others for `short`."""
+        counts = [pages_for(short if row % EVERY else most) for row in range(max_rows)]
+        self._most, self._own = most, step.own
+        self.runner = ModelRunner(step.model, 1 + sum(counts), max_rows, most, False, VisionCache())
+        order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)) + 1
+        for table, own in zip(self.runner.state.tables, order.split(counts), strict=True):
+            table[: len(own)] = own.to(torch.int32)
         self.runner.state.limit.fill_(1 << 30)
 
-    def begin(self, context: int) -> None:
+    def begin(self, context: int, mixed: bool) -> None:
         state = self.runner.state
         for counter in (state.slot, state.position):
             counter.fill_(context)
+            if mixed:
+                counter[::EVERY] = LONG * context
         state.token.fill_(7)
         state.step.zero_()
         state.done.zero_()
         state.sampler.penalty.fill_(1.0)
 
-    def run(self, kind: SamplerKind, rows: int) -> None:
-        self.runner._advance(kind, rows, self._max_seq_len)
+    def run(self, kind: SamplerKind, rows: int, tiles: AttentionTiles | None = None) -> None:
+        """One step; attention is cut up as `tiles` say, or as by default."""
+        default = self._own.row_tiles_of
+        if tiles is not None:
+            self._own.row_tiles_of = lambda rows: tiles
+        self.runner._advance(kind, rows, self._most)
+        self._own.row_tiles_of = default
+
+    def tiles(self, rows: int) -> AttentionTiles:
+        return self._own.row_tiles_of(rows)
+
+    def run_without_attention(self, kind: SamplerKind, rows: int) -> None:
+        """Whoever reads what attention makes finds what was there before."""
+        model = self.runner.model
+        few, many = model._few_rows_ops, model._many_rows_ops
+        size = model.shape.text.q_size
+
+        def nothing(qkv: torch.Tensor, layer: Layer, step: Step) -> torch.Tensor:
+            if len(qkv) > MAX_BATCH_ROWS:
+                return qkv[:, :size].contiguous()
+            attended = self._own._attended[: len(qkv)]
+            return pretend(self._own, attended, ActivationConsumer(None, layer.o))
+
+        model._few_rows_ops = replace(few, attend=nothing)
+        model._many_rows_ops = replace(many, attend=nothing)
+        self.runner._advance(kind, rows, self._most)
+        model._few_rows_ops, model._many_rows_ops = few, many
 
 
 class Steps:
@@ -107,22 +149,51 @@ def figures(rows: int, us: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def cuts(block: int) -> list[AttentionTiles]:
+    return [
+        AttentionTiles(block, splits, warps, shortest)
+        for splits, shortest, warps in itertools.product(SPLITS, SHORTEST, WARPS)
+    ]
+
+
 def measure(model: str, mode: str, rows: Sequence[int], options: argparse.Namespace) -> Any:
     """All steps of one kind of weights."""
-    context, kind = options.context, SamplerKind(options.kind)
+    context, kind, mixed = options.context, SamplerKind(options.kind), options.mixed
     slots = context + 2 * REPLAYS + SLACK
-    lone = MeasuredStep(text_shape(model), Quantization(mode), slots, Tiles())
-    batch = RowsStep(lone, max(rows), slots)
+    most = slots + (LONG - 1) * context if mixed else slots
+    lone = MeasuredStep(text_shape(model), Quantization(mode), most, Tiles())
+    batch = RowsStep(lone, max(rows), slots, most)
     steps = Steps()
+
+    def begin() -> None:
+        batch.begin(context, mixed)
+
+    result: dict[str, Any] = {"mode": mode, "context": context, "kind": kind.value, "mixed": mixed}
+    if options.sweep_attention:
+        for count in rows:
+            default = batch.tiles(count)
+            for tiles in (default, *cuts(default.block)):
+                name = f"{count} splits {tiles.splits} shortest {tiles.shortest}"
+                name += f" warps {tiles.num_warps}{' default' if tiles is default else ''}"
+                steps.add(name, begin, functools.partial(batch.run, kind, count, tiles))
+        steps.measure(options.repeats)
+        for count in rows:
+            of_rows = {name: us for name, us in steps.us.items() if int(name.split()[0]) == count}
+            best = sorted(of_rows, key=lambda name: statistics.median(of_rows[name]))
+            result[str(count)] = {name: figures(count, of_rows[name]) for name in best}
+        return result
+
     steps.add("lone", lambda: lone.begin(context), lambda: lone.run(1))
     for count in rows:
-        steps.add(
-            str(count), lambda: batch.begin(context), lambda count=count: batch.run(kind, count)
-        )
+        steps.add(str(count), begin, functools.partial(batch.run, kind, count))
+        left_out = functools.partial(batch.run_without_attention, kind, count)
+        steps.add(f"{count} without_attention", begin, left_out)
     steps.measure(options.repeats)
-    found = {name: figures(int(name) if name.isdigit() else 1, us) for name, us in steps.us.items()}
-    result: dict[str, Any] = {"mode": mode, "context": context, "kind": kind.value, "steps": found}
-    if "1" in found:
+    result["steps"] = {
+        name: figures(int(name.split()[0]) if name != "lone" else 1, us)
+        for name, us in steps.us.items()
+    }
+    if "1" in steps.us:
         ratios = [own / one for own, one in zip(steps.us["lone"], steps.us["1"], strict=True)]
         result["one_row_over_lone"] = round(statistics.median(ratios), 4)
     return result
@@ -136,6 +207,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=300)
     parser.add_argument("--kind", default=SamplerKind.ARGMAX.value, help="of sampling, by rows")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--mixed", action="store_true")
+    parser.add_argument("--sweep-attention", action="store_true")
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     rows = [int(count) for count in options.rows.split(",")]

@@ -131,6 +131,9 @@ def decode_attention_kernel(
         tl.static_assert(TOKENS == 1 and PAGE % BLOCK == 0)
         slot_ptr += batch
         page_table_ptr += batch * table_stride
+        # The part's first page if parts are short, on its way before it is known that they are.
+        likely = split * SHORTEST // PAGE
+        first_page = tl.load(page_table_ptr + likely, mask=likely < table_stride, other=0)
     slot = tl.load(slot_ptr).to(tl.int32)  # = number of slots before the new ones
     part = tl.maximum(tl.cdiv(tl.cdiv(slot, SPLITS), BLOCK) * BLOCK, SHORTEST)
     kv_splits = tl.maximum(tl.cdiv(slot, part), 1)
@@ -149,6 +152,8 @@ def decode_attention_kernel(
         k_scales_ptr = scales_ptr + head
         v_scales_ptr = k_scales_ptr + KVH
         own_place = slot_places(slot, slot + 1, page_table_ptr, 1, PAGE)
+        page_ptr = page_table_ptr + start // PAGE
+        first_page = tl.load(page_ptr, mask=(part > SHORTEST) & (start < end), other=first_page)
     else:
         k_ptr = cache_ptr + (batch * 2 * KVH + head).to(tl.int64) * max_seq_len * D
         v_ptr = k_ptr + KVH * max_seq_len.to(tl.int64) * D
@@ -163,7 +168,9 @@ def decode_attention_kernel(
     else:
         slots = start + tl.arange(0, BLOCK)
         there = (slots < end)[:, None]
-        places = slots if PAGE == 0 else slot_places(start, end, page_table_ptr, BLOCK, PAGE)
+        places = slots
+        if PAGE > 0:
+            places = first_page.to(tl.int64) * PAGE + start % PAGE + tl.arange(0, BLOCK)
         k_low = tl.load(k_ptr + places[:, None] * SLOT + low, mask=there, other=0.0)
         k_high = tl.load(k_ptr + places[:, None] * SLOT + HALF + low, mask=there, other=0.0)
         v = tl.load(v_ptr + places[:, None] * SLOT + full, mask=there, other=0.0)

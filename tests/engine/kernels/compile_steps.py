@@ -2,9 +2,9 @@
 
 A program of its own, because Triton decides when it is imported whether it interprets. Prints a
 JSON line a kernel: its name, the type it computes with, how weights and cache are quantized, tokens
-of the step or prompt, the bytes that a thread keeps in memory because its registers are full, how
-often threads hand each other operands of matrix instructions, and, where programs count who is the
-last, how often they do so to join their results.
+of the step or prompt, rows of a pool of pages (0 = a cache of its own), the bytes that a thread
+keeps in memory because its registers are full, how often threads hand each other operands of matrix
+instructions, and, where programs count who is the last, how often they do so to join their results.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from triton.runtime.driver import driver
 
 from qwencli.config import Quantization
 from qwencli.engine import kernels
+from qwencli.engine.cache.paged_kv import DecodePages
 from qwencli.engine.kernels import fused_ops
 from qwencli.engine.loading import weights
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.quant.quantized_tensor import Scheme
+from qwencli.engine.runner import RowState
 from qwencli.models.shape_reader import read_shape
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -139,9 +141,19 @@ def main(config: dict[str, Any]) -> None:
             state = DecodeState(model, model.static_cache(), 64, with_drafts=True)
             for tokens in (1, *several):
                 about |= {"dtype": str(dtype), "quantization": quantization, "kv": kv}
-                about |= {"tokens": tokens}
+                about |= {"tokens": tokens, "rows": 0}
                 state.verify_masked(state.kind, tokens, 64)
-            about |= {"tokens": 40}
+            # Of rows the result is rounded as that of several tokens.
+            cache = model.paged_cache(2)
+            for rows in (1, 8) if dtype is half and quantization is none else (8,):
+                about |= {"tokens": 1, "rows": rows}
+                whole = [torch.zeros(rows, dtype=torch.int64) for _ in range(3)]
+                pages = DecodePages(torch.ones(rows, 1, dtype=torch.int32), whole[0], 1)
+                hidden = model.decode_rows(whole[1], whole[2], cache, pages)
+                state_of_rows = RowState(rows, 1, len(model.decoder.embedding), 1, CPU)
+                buffers = state_of_rows.buffers(rows)
+                model.decoder.next_tokens(hidden, model.row_ops(rows), buffers, rows > 1)
+            about |= {"tokens": 40, "rows": 1}
             model.prefill(model.prepare([Prompt([1] * 40)]), model.static_cache())
 
 
