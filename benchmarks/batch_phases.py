@@ -41,7 +41,6 @@ from qwencli.engine.frontend.model_files import open_model
 from qwencli.engine.layers.decoder import DeepStack
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import SamplerKind
-from qwencli.engine.ops.paged_attention import decode_slots
 from qwencli.engine.runner import TokenCopy
 
 KERNELS_SHOWN = 40
@@ -362,22 +361,22 @@ def prefill_alone(model: QwenModel, cache: Any, prompts: int) -> dict[str, float
 
 @torch.inference_mode()
 def decode_alone(runner: Any, rows: int) -> dict[str, float]:
-    """A step at a context of `CONTEXT` tokens, and the choice of its tokens alone."""
+    """A step at a context of `CONTEXT` tokens, its logits, and the choice of its tokens alone."""
     model: QwenModel = runner.model
-    device, each = model.device, pages_for(CONTEXT + 1)
-    count = min(runner._pages, each)
+    device, count = model.device, min(runner._pages, pages_for(CONTEXT + 1))
     tables = (torch.arange(rows * count, dtype=torch.int32, device=device) + 1).view(rows, count)
-    tokens, slot = torch.ones(2, rows, dtype=torch.int64, device=device)
-    slot = slot * CONTEXT
-    lengths = (slot + 1).to(torch.int32)
-    pages = DecodePages(tables, lengths, CONTEXT + 1)
+    tokens = torch.ones(rows, dtype=torch.int64, device=device)
+    places = torch.full_like(tokens, CONTEXT)
+    pages = DecodePages(tables, places, CONTEXT + 1)
+    ops = model.row_ops(rows)
 
     def step() -> torch.Tensor:
-        return model.decode_rows(tokens, slot, decode_slots(tables, slot), runner.cache, pages)
+        return model.decoder.logits(model.decode_rows(tokens, places, runner.cache, pages), ops)
 
     found = timed(step)
-    logits = torch.randn(rows, model.shape.text.vocab_size, device=device, dtype=model.dtype)
-    chosen = timed(lambda: runner.state.advance(logits, SamplerKind.ARGMAX))
+    # Rows that nobody uses are over and stay as they are.
+    logits = step().clone()
+    chosen = timed(lambda: runner._choose(logits, SamplerKind.ARGMAX))
     best = best_ms(found)
     return found | {"tok_per_s": 1e3 * rows / best, "choose_ms": best_ms(chosen)}
 
