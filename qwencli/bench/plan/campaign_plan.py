@@ -141,12 +141,14 @@ class Settings:
 @dataclass(frozen=True)
 class Plan:
     """Cells in the order of the matrix; `models` has the spec of every model they name. `notice`
-    says what was chosen that nobody named."""
+    says what was chosen that nobody named. `as_origin`: reports have the columns of the origin's
+    notes, too."""
 
     cells: tuple[BenchCell, ...]
     settings: Settings
     models: Mapping[str, ModelSpec]
     notice: str | None = None
+    as_origin: bool = False
 
     def order(self, turn: int = 1) -> list[BenchCell]:
         """The cells as they will run: shuffled by the seed, so that no mode sits in one stretch
@@ -240,6 +242,7 @@ class Plan:
             "max_seq_len": settings.max_seq_len,
             "quality_samples": settings.quality_samples,
             "threads": settings.threads,
+            **({"as_origin": True} if self.as_origin else {}),
             "cells": [
                 {"cell_id": cell.cell_id, **cell.axes(), "skip_reason": cell.skip_reason}
                 for cell in self.cells

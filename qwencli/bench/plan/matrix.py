@@ -228,8 +228,8 @@ def work_of(cell: BenchCell, facts: DeviceFacts) -> tuple[str, ...]:
     cells with equal work differ in nothing but names (`engine.resolve`, `native.supported`)."""
     axes = cell.axes()
     fused = why_not({**axes, "kernels": Kernels.TRITON}, facts.lacks) is None
-    if not fused and cell.kernels is Kernels.AUTO:
-        axes["kernels"] = Kernels.TORCH
+    if cell.kernels is Kernels.AUTO:
+        axes["kernels"] = Kernels.TRITON if fused else Kernels.TORCH
     may_choose = (fused and cell.kernels is not Kernels.TORCH) or (
         cell.engine is EngineName.NATIVE and facts.kind != "cuda" and cell.cache is Cache.STATIC
     )

@@ -30,6 +30,8 @@ from qwencli.errors import BenchError, InputError, UsageError
 from qwencli.presets import DEFAULT_PROMPT, PRESETS
 
 BUILT_IN = Path(__file__).parent / "matrices"
+# The built-in matrix whose reports have the columns of the notes that this project came from.
+ORIGIN = "origin"
 _COUNTS = {
     "runs": 10_000,
     "min_runs": 10_000,

@@ -9,7 +9,13 @@ from pathlib import Path
 from qwencli.bench.plan.campaign_plan import Plan, Settings
 from qwencli.bench.plan.environment import read_device_facts
 from qwencli.bench.plan.matrix import AXES, expand, override
-from qwencli.bench.plan.matrix_file import EXAMPLE_IMAGE, find_image, load_matrix, prompt_or_default
+from qwencli.bench.plan.matrix_file import (
+    EXAMPLE_IMAGE,
+    ORIGIN,
+    find_image,
+    load_matrix,
+    prompt_or_default,
+)
 from qwencli.bench.plan.stopping import Wanted, stop_rule
 from qwencli.config import (
     DType,
@@ -101,7 +107,9 @@ def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
         quality_samples=quality_samples,
         threads=request.threads,
     )
-    return Plan(cells=tuple(cells), settings=settings, models=models, notice=notice), facts
+    as_origin = matrix.name == ORIGIN
+    plan = Plan(tuple(cells), settings, models, notice=notice, as_origin=as_origin)
+    return plan, facts
 
 
 def _worth_measuring(

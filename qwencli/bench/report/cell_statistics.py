@@ -54,6 +54,7 @@ class CellData:
     roofline: RawRow | None = None
     steady: Steadiness | None = None
     quality: Sequence[RawRow] = ()
+    as_origin: bool = False
     disturbed: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
@@ -131,6 +132,7 @@ def cell_rows(
                 limits.get(cell_id),
                 steady.get(cell_id),
                 answers[cell_id],
+                bool(plan.get("as_origin")),
                 disturbed.get(cell_id, {}),
             )
         )
@@ -169,6 +171,7 @@ def _cell_row(data: CellData) -> CellRow:
         "speculation_gain_median": _median(data.numbers("speculation_gain")),
         "main_thread_cpu_percent_min": min(data.numbers("main_thread_cpu_percent"), default=None),
         **{column: data.disturbed.get(column) for column in whole_cell.COLUMNS},
+        **(_origin_columns(data) if data.as_origin else {}),
         **steadiness_columns(data.steady),
         **quality_columns(data.quality),
         # Tokens of one step share its reading of the weights, so their rate says nothing of that.
@@ -177,6 +180,30 @@ def _cell_row(data: CellData) -> CellRow:
             if data.axes["speculate"] == Speculate.OFF
             else roofline_columns(data.roofline, None, None)
         ),
+    }
+
+
+def generate_s(row: RawRow) -> float | None:
+    """How long the whole `generate()` took in which a run's answer was made: all but the image
+    processor, as the origin counted; None for a run without an answer."""
+    if not row.get("e2e_s"):
+        return None
+    return float(row["e2e_s"]) - float(row["preprocess_s"] or 0.0) or None
+
+
+def _origin_columns(data: CellData) -> CellRow:
+    took = [(row, s) for row in data.measured if (s := generate_s(row))]
+    speeds = [int(row["num_new_tokens"]) / s for row, s in took]
+    return {
+        "generate_tok_per_s_median": _median(speeds),
+        "generate_tok_per_s_min": min(speeds, default=None),
+        "generate_tok_per_s_max": max(speeds, default=None),
+        "generate_s_median": _median([s for _, s in took]),
+        "num_new_tokens_median": _median(data.numbers("num_new_tokens")),
+        "load_s_median": _median(
+            [float(row["load_s"]) for row in data.generated if row.get("load_s")]
+        ),
+        "stall_count_median": _median(data.numbers("stall_count")),
     }
 
 

@@ -100,6 +100,72 @@ def _word(name: str) -> Show:
     return lambda row: str(row.get(name) or NOTHING)
 
 
+# (quantization, attention) -> tok/s in the origin's notes: an RTX 5090, Qwen3-VL-4B, torch 2.9.1.
+ORIGIN_MODES: Mapping[tuple[str, str], float] = {
+    ("none", "sdpa"): 16.8,
+    ("none", "flash_attention_2"): 16.3,
+    ("none", "eager"): 12.8,
+    ("4bit", "flash_attention_2"): 11.8,
+    ("4bit", "sdpa"): 5.0,
+    ("4bit", "eager"): 12.7,
+}
+
+
+def _origin_speed(row: CellRow) -> str:
+    """The origin measured its modes with the model kept."""
+    speed = ORIGIN_MODES.get((row["quantization"], row["attention"]))
+    return NOTHING if speed is None or row["load_mode"] != "keep" else f"{speed:.1f}"
+
+
+def _of_origin(show: Show) -> Show:
+    """Shown where the cell has the origin's columns at all."""
+    return lambda row: NOTHING if row.get("generate_s_median") is None else show(row)
+
+
+def _span(name: str, spec: str) -> Show:
+    low, high = _figure(f"{name}_min", spec), _figure(f"{name}_max", spec)
+    return lambda row: NOTHING if row.get(f"{name}_min") is None else f"{low(row)}-{high(row)}"
+
+
+def _quoted(show: Show) -> Show:
+    """A median, where it is one to show."""
+    return lambda row: show(row) if is_quotable(row) else NOTHING
+
+
+def _spread(row: CellRow) -> str:
+    low, high = row.get("generate_tok_per_s_min"), row.get("generate_tok_per_s_max")
+    return f"{high / low:.2f}" if low and high else NOTHING
+
+
+AS_ORIGIN = DetailTable(
+    "As the origin counted",
+    (
+        Detail(
+            "origin",
+            _of_origin(_origin_speed),
+            "tok/s in its notes (RTX 5090, Qwen3-VL-4B, kept loaded)",
+        ),
+        Detail(
+            "tok/s",
+            _quoted(_figure("generate_tok_per_s_median", ".1f")),
+            "tokens over the time of the whole generate(), median",
+        ),
+        Detail("runs", _span("generate_tok_per_s", ".1f"), "slowest to fastest of these"),
+        Detail("max/min", _spread, "the origin's identical runs: 2.76"),
+        Detail("s", _quoted(_figure("generate_s_median", ".2f")), "that whole time"),
+        Detail("tokens", _figure("num_new_tokens_median", ".0f")),
+        Detail("load s", _figure("load_s_median", ".1f"), "of one load, 4 to 16 there"),
+        Detail(
+            "stall s",
+            _of_origin(_figure("ttft_s_median", ".2f")),
+            "to the first token, 8.7 to 63.6 there",
+        ),
+        Detail("ms", _of_origin(_figure("itl_p50_ms", ".1f")), "median token, 29 to 110 there"),
+        Detail(
+            "stalls", _figure("stall_count_median", ".0f"), "slow tokens of a run, 1 to 62 there"
+        ),
+    ),
+)
 STEADINESS = DetailTable(
     "How steady",
     (
@@ -151,7 +217,7 @@ QUIET = DetailTable(
     ),
     "beyond the limit in brackets a figure is not to be quoted",
 )
-DETAILS = (STEADINESS, LIMITS, QUIET)
+DETAILS = (AS_ORIGIN, STEADINESS, LIMITS, QUIET)
 
 
 def cell_summary(status: str, reason: str | None, speeds: Sequence[float]) -> str:

@@ -45,6 +45,8 @@ CELLS = (
     "throttled_percent", "waited_percent", "helper_waited_percent", "stolen_percent",
     "paged_percent", "other_gpu_percent", "clock_held_percent", "core_slow_percent",
     "others_cpu_percent",
+    "generate_tok_per_s_median", "generate_tok_per_s_min", "generate_tok_per_s_max",
+    "generate_s_median", "num_new_tokens_median", "load_s_median", "stall_count_median",
 )  # fmt: skip
 
 RUNS = (

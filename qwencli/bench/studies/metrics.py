@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from qwencli.bench.report.cell_statistics import generate_s
 from qwencli.bench.storage.columns import RUNS
 
 # A row of runs.csv with what the condition observed in that run.
@@ -15,7 +16,7 @@ def _of(row: Row, name: str) -> float:
 
 
 def _generate_tok_per_s(row: Row) -> float:
-    return _of(row, "num_new_tokens") / (_of(row, "e2e_s") - _of(row, "preprocess_s"))
+    return _of(row, "num_new_tokens") / (generate_s(row) or 0.0)
 
 
 def _request_s(row: Row) -> float:

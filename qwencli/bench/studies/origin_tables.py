@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from qwencli.bench.report.tables import ORIGIN_MODES
 from qwencli.bench.statistics.robust import Interval, ratio_interval, run_ratio
 from qwencli.bench.studies.conditions import PLAIN
 from qwencli.bench.studies.metrics import value
@@ -21,15 +22,6 @@ Table = tuple[Sequence[str], list[list[str]]]
 # Engine, load mode, and the runs of both in their order.
 Series = tuple[str, str, Sequence[Row]]
 SPEED = "generate_tok_per_s"
-# (quantization, attention) -> tok/s in the origin's notes: an RTX 5090, Qwen3-VL-4B, torch 2.9.1.
-ORIGIN_MODES: Mapping[tuple[str, str], float] = {
-    ("none", "sdpa"): 16.8,
-    ("none", "flash_attention_2"): 16.3,
-    ("none", "eager"): 12.8,
-    ("4bit", "flash_attention_2"): 11.8,
-    ("4bit", "sdpa"): 5.0,
-    ("4bit", "eager"): 12.7,
-}
 # Identical runs with a load before each (tok/s), and the first tokens of a later series (s), there.
 ORIGIN_RUNS = (3.30, 7.60, 2.75, 5.29)
 ORIGIN_STALLS_S = (8.7, 9.8, 14.1, 63.6, 47.2, 49.3)

@@ -84,6 +84,9 @@ def test_cells_that_differ_in_nothing_run_once(cpu, gpu):
     assert ran(gpu, cache=("static-graph",), kernels=("auto", "torch")) == [
         ("sdpa", "static-graph", "auto"), ("sdpa", "static-graph", "torch"),
     ]  # fmt: skip
+    assert ran(gpu, cache=("static-graph",), kernels=("auto", "triton")) == [
+        ("sdpa", "static-graph", "auto")
+    ]
     assert ran(cpu, kernels=("auto", "torch")) == [("sdpa", "dynamic", "auto")]
 
 

@@ -19,12 +19,12 @@ SCENES = ModelSpec(
 
 @pytest.fixture
 def prepared(monkeypatch, tmp_path, gpu, cpu):
-    def of(device="cuda", default=SCENES, load_format=LoadFormat.AUTO, **axes):
+    def of(device="cuda", default=SCENES, load_format=LoadFormat.AUTO, matrix="quick", **axes):
         monkeypatch.setattr(resolve, "resolve_model", lambda name: default)
         facts = gpu if device == "cuda" else cpu
         monkeypatch.setattr(preparing, "read_device_facts", lambda _: facts)
         request = BenchRequest(
-            "quick",
+            matrix,
             axes,
             (),
             Wanted(),
@@ -66,3 +66,13 @@ def test_what_was_named_or_downloaded_is_measured(prepared, monkeypatch):
         assert plan.notice is None
     monkeypatch.setenv(resolve.ENVIRONMENT_KEY, "scenes")
     assert list(prepared().models) == ["scenes"]
+
+
+def test_the_origin_s_matrix_has_its_modes_and_its_columns(prepared):
+    plan = prepared(matrix="origin")
+    assert plan.as_origin
+    assert plan.document()["as_origin"] is True
+    modes = {(str(c.quantization), str(c.attention), str(c.load_mode)) for c in plan.cells}
+    assert {("4bit", "flash_attention_2", "keep"), ("none", "sdpa", "reload")} <= modes
+    assert {str(cell.engine) for cell in plan.cells} == {"transformers"}
+    assert "as_origin" not in prepared().document()  # older campaigns of it can be resumed

@@ -7,7 +7,16 @@ from rich.console import Console
 
 from qwencli.bench.plan.predict import Prediction, planned_table
 from qwencli.bench.report.campaign_report import markdown
-from qwencli.bench.report.tables import cell_summary, speed_text, terminal_table, why_lines
+from qwencli.bench.report.cell_statistics import cell_rows
+from qwencli.bench.report.html.charts import cell_charts, takes_by_cell
+from qwencli.bench.report.tables import (
+    AS_ORIGIN,
+    cell_summary,
+    speed_text,
+    terminal_table,
+    why_lines,
+)
+from tests.bench.synthetic_campaign import campaign
 
 CELL = {
     "model": "scenes",
@@ -191,3 +200,28 @@ def test_what_slowed_several_cells_alike_is_said_once():
     (line,) = why_lines(rows)
     assert line.startswith("2 cells: runs differ because the core that launches")
     assert why_lines(rows[1:])[0].startswith("sdpa static: runs differ")
+
+
+def test_the_origin_s_columns_stand_where_its_matrix_ran():
+    made = campaign(2, 3, 12)
+    assert not AS_ORIGIN.shown(made.rows)
+    plan = {**made.plan, "as_origin": True}
+    for run in made.runs:
+        run["e2e_s"], run["preprocess_s"] = "4.5", "0.5"
+    rows = cell_rows(plan, made.runs, made.tokens)
+    shown = {column.head: column.show(rows[0]) for column in AS_ORIGIN.shown(rows)}
+    assert (shown["runs"], shown["s"], shown["tokens"]) == ("3.0-3.0", "4.00", "12")
+    assert shown["max/min"] == "1.00"
+    assert shown["origin"] == "16.8"  # of unquantized weights with sdpa, kept loaded
+    assert {"stall s", "ms"} <= shown.keys()
+    assert "As the origin counted" in markdown(rows, ENVIRONMENT)
+    (takes, *_) = takes_by_cell(made.runs, made.tokens, made.gpu).values()
+    run = cell_charts(takes, 100, 100, as_origin=True)["runs"][0]
+    assert (run["generate_s"], run["generate_tok_per_s"]) == (4.0, 3.0)
+    assert cell_charts(takes, 100, 100)["runs"][0]["generate_s"] is None
+
+
+def test_the_origin_s_speed_is_not_beside_a_model_that_is_loaded_anew():
+    rows = [{"quantization": "none", "attention": "sdpa", "load_mode": "reload",
+             "generate_s_median": 1.0}]  # fmt: skip
+    assert next(c for c in AS_ORIGIN.columns if c.head == "origin").show(rows[0]) == "-"

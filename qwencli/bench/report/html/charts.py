@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwencli.bench.causes import Finding
+from qwencli.bench.report.cell_statistics import generate_s
 from qwencli.bench.statistics.slow_tokens import percentile, run_limit_ms
 from qwencli.errors import BenchError
 
@@ -202,12 +203,18 @@ def points_per_run(total: int, runs: int) -> int:
 
 
 def cell_charts(
-    takes: Sequence[Take], token_points: int, gpu_points: int, cause_marks: int = RUN_POINTS
+    takes: Sequence[Take],
+    token_points: int,
+    gpu_points: int,
+    cause_marks: int = RUN_POINTS,
+    *,
+    as_origin: bool = False,
 ) -> dict[str, Any]:
     """Everything drawn when a cell is opened; `takes` is not empty.
 
     Args:
         token_points, gpu_points, cause_marks: the most points of one run.
+        as_origin: with the time of the whole generate(), and its speed.
     """
     start = takes[0].start_s
     itl = [value for take in takes if not take.warmup for value in take.itl_ms if value == value]
@@ -217,6 +224,7 @@ def cell_charts(
         "runs": [
             {
                 **_run(take, start, token_points, gpu_points),
+                **_whole_answer(take.row if as_origin else {}),
                 "causes": _causes(take, cause_marks),
                 "slow": [_cause(f, take.start_s) for f in take.findings if f.scope != "gap"],
             }
@@ -242,6 +250,13 @@ def _run(take: Take, cell_start_s: float, token_points: int, gpu_points: int) ->
         "stall_ms": run_limit_ms(known) if known else None,
         **{name: number(take.row[name]) for name in RUN_NUMBERS},
     }
+
+
+def _whole_answer(row: RawRow) -> dict[str, float | None]:
+    seconds = generate_s(row)
+    tokens = int(row["num_new_tokens"]) if seconds else None
+    speed = tokens / seconds if tokens and seconds else None
+    return {"generate_s": seconds, "generate_tokens": tokens, "generate_tok_per_s": speed}
 
 
 def _causes(take: Take, most: int) -> list[list[Any]]:

@@ -92,7 +92,9 @@ function phases(host, runs) {
 }
 
 const FIGURES = [
-  ["tok/s", "", "decode_tok_per_s", 1, 4], ["load", "s", "load_s", 1, 3], ["TTFT", "ms", "ttft_s", 1e3, 3],
+  ["tok/s", "", "decode_tok_per_s", 1, 4],
+  ["whole", "tok/s", "generate_tok_per_s", 1, 3], ["whole", "s", "generate_s", 1, 3],
+  ["tokens", "", "generate_tokens", 1, 4], ["load", "s", "load_s", 1, 3], ["TTFT", "ms", "ttft_s", 1e3, 3],
   ["vision", "ms", "vision_encode_s", 1e3, 3], ["prefill", "ms", "prefill_s", 1e3, 3],
   ["ITL p50", "ms", "itl_p50_ms", 1, 3], ["p99", "ms", "itl_p99_ms", 1, 3], ["max", "ms", "itl_max_ms", 1, 3],
   ["stalls", "", "stall_count", 1, 3], ["clock", "mean MHz", "sm_clock_mhz_mean", 1, 4],
@@ -106,7 +108,7 @@ function runTable(host, runs) {
   const box = html(host, "div", "whole wide");
   const table = html(box, "table", "runs");
   const head = html(html(table, "thead"), "tr");
-  const shown = FIGURES.filter(([, , name]) => runs.some((run) => run[name] !== null));
+  const shown = FIGURES.filter(([, , name]) => runs.some((run) => run[name] !== null && run[name] !== undefined));
   html(head, "th", "", "run");
   for (const [label, unit] of shown) html(html(head, "th", "", label), "small", "", unit);
   const throttled = runs.some((run) => run.throttle_reasons);
