@@ -137,7 +137,7 @@ def caption_set(
         redo=chosen.redo,
         look_only=chosen.dry_run,
     ) as whole:
-        device = ",".join(devices) or run.device
+        device = ",".join(devices) or (f"ray {chosen.ray}" if chosen.ray else run.device)
         computes = {"model": spec.name, "device": device, **_said(run)}
         reporter = _Reporter(whole, sink, run, spec.name, computes)
         reporter.begin(place.suffix, dry_run=chosen.dry_run)
@@ -151,10 +151,10 @@ def caption_set(
                 stopper = Stopper(sink.notice)
                 config, count = run.engine_config(spec), len(whole.work.tasks)
                 with (
-                    _captioner(config, asking, count, devices, sink) as captioner,
+                    _captioner(config, asking, count, devices, chosen.ray, sink) as captioner,
                     stopper.watching(),
                 ):
-                    reporter.device = ", ".join(devices) or captioner.facts["device"] or "cpu"
+                    reporter.device = device if devices else captioner.facts.get("device") or device
                     with reporter.progress.shown(reporter.device):
                         whole.caption(captioner, reporter.add, lambda: stopper.asked)
             whole.end()
@@ -163,22 +163,33 @@ def caption_set(
 
 @contextmanager
 def _captioner(
-    config: EngineConfig, asking: Asking, count: int, devices: Sequence[str], sink: Output
+    config: EngineConfig,
+    asking: Asking,
+    count: int,
+    devices: Sequence[str],
+    ray: str | None,
+    sink: Output,
 ) -> Iterator[Captioner]:
-    """What makes `count` captions: workers on devices, or one engine in this process."""
+    """What makes `count` captions: workers of a cluster, or on devices, or an engine right here."""
     from qwencli.commands.requests import fetch_model, running_engine
     from qwencli.dataset.devices import DeviceWorkers
+    from qwencli.dataset.ray_cluster import RayWorkers
     from qwencli.dataset.worker import Alone, Orders
 
-    if not devices:
+    if not devices and ray is None:
         with running_engine(config, sink) as engine:
             yield Alone(engine, asking)
         return
     fetch_model(config)
-    orders = Orders(config, asking, -(-count // len(devices)))
+    orders = Orders(config, asking, -(-count // max(1, len(devices))))
+    workers: DeviceWorkers | RayWorkers
+    if ray is not None:
+        workers, where = RayWorkers(orders, ray, sink.warn), f"Ray ({ray})"
+    else:
+        workers, where = DeviceWorkers(orders, devices, sink.warn), ", ".join(devices)
     with ExitStack() as stack:
-        with sink.status(f"loading {config.model.name} on {', '.join(devices)}"):
-            workers = stack.enter_context(DeviceWorkers(orders, devices, sink.warn))
+        with sink.status(f"loading {config.model.name} on {where}"):
+            stack.enter_context(workers)
         yield workers
 
 
@@ -228,6 +239,8 @@ def _devices(chosen: SetOptions, run: RunOptions) -> tuple[str, ...]:
 
     if chosen.devices is None:
         return ()
+    if chosen.ray is not None:
+        raise UsageError("--ray and --devices exclude each other", "give one of them")
     if run.device != "auto":
         raise UsageError("--device and --devices exclude each other", "give one of them")
     return named_devices(chosen.devices)

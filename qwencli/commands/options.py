@@ -254,6 +254,13 @@ class SetOptions:
             text="A worker process on each: all NVIDIA GPUs, or such as cuda:0,cuda:1.",
         ),
     ] = None
+    ray: Annotated[
+        str | None,
+        _set(
+            metavar="local|ADDRESS",
+            text="On a Ray cluster, an engine on each GPU; needs the extra ray.",
+        ),
+    ] = None
     samples: Annotated[int, _set(metavar="N", min=1, max=100, text="Captions of each picture.")] = 1
     redo: Annotated[
         str | None,

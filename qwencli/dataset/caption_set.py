@@ -78,13 +78,17 @@ class CaptionSet:
             QwenCliError: what makes captions, or the disk, cannot go on.
         """
         assert self.manifest is not None, "a set that is captioned has a manifest"
-        facts = captioner.facts
-        self.manifest.loaded(facts)
-        writer = CaptionWriter(self.manifest, self.sink, self.wish.existing, self.wish.redo)
+        manifest, known = self.manifest, dict(captioner.facts)
+        if known:
+            manifest.loaded(known)
+        writer = CaptionWriter(manifest, self.sink, self.wish.existing, self.wish.redo)
         done_before = self.totals.captioned + self.totals.failed
         started_s = time.perf_counter()
 
         def count(made: Outcome) -> None:
+            if captioner.facts != known:  # of workers some are ready later
+                known.update(captioner.facts)
+                manifest.loaded(known)
             self._count(made)
             report(made)
 
@@ -94,8 +98,6 @@ class CaptionSet:
             self.totals.stopped = stopping() and done < len(self.work.tasks)
         finally:
             self.totals.seconds = time.perf_counter() - started_s
-            if captioner.facts != facts:  # workers that were ready later
-                self.manifest.loaded(captioner.facts)
             self.manifest.settle(self.sink.flush(at_once=True))
 
     def end(self) -> None:

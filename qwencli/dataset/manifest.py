@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -117,6 +118,8 @@ class Manifest:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._run = 0
+        # One thread writes captions while another hears what more runs.
+        self._lock = threading.RLock()
         with self._failing():
             # The thread that writes is not the one that reads before and after.
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
@@ -289,7 +292,7 @@ class Manifest:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._failing():
+        with self._lock, self._failing():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
