@@ -65,7 +65,16 @@ def caption(
         if multi_image:
             raise UsageError("--multi-image is for a few pictures", "leave it out for a folder")
         manner = manner_of(shape, run, prompt, preset)
-        caption_set(named, chosen, run, sink, manner=manner, system=system, frames=frames)
+        caption_set(
+            named,
+            chosen,
+            run,
+            sink,
+            manner=manner,
+            system=system,
+            frames=frames,
+            overlay=shape.overlay,
+        )
         return
     if multi_image and shape.is_used:
         raise UsageError(f"{shape.first_used} and --multi-image exclude each other", "use one")
@@ -73,7 +82,15 @@ def caption(
     sampling = run.sampling_options()
     if shape.is_used:
         manner = manner_of(shape, run, prompt, preset)
-        print_captions(images, run, sink, manner=manner, system=system, frames=frames)
+        print_captions(
+            images,
+            run,
+            sink,
+            manner=manner,
+            system=system,
+            frames=frames,
+            overlay=shape.overlay,
+        )
         return
     text = prompt_text(prompt, preset)
     spec = choose_model(run, sink)

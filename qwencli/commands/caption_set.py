@@ -76,17 +76,25 @@ def caption_set(
     manner: Manner,
     system: str | None,
     frames: int | None,
+    overlay: str | None = None,
 ) -> None:
     """Caption pictures into files beside them; leaves with exit code 1 where one failed."""
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.requests import system_messages
     from qwencli.dataset.asking import Asking
+    from qwencli.dataset.boxes import Overlays
     from qwencli.dataset.caption_set import open_set
+    from qwencli.dataset.manifest import STATE_FOLDER
     from qwencli.dataset.pipeline import Stopper
     from qwencli.dataset.sources import Listing, Selection, list_inputs
     from qwencli.dataset.worklist import Wish
 
     sampling = run.sampling_options()
+    if manner.schema is not None and chosen.existing in (Existing.APPEND, Existing.PREPEND):
+        raise UsageError(
+            f"--existing {chosen.existing} and --schema exclude each other",
+            "use --existing overwrite, or --samples for several answers",
+        )
     if chosen.samples > 1 and sampling.do_sample is False:
         raise UsageError("--samples of --greedy are all the same", "give --temperature instead")
     devices = _devices(chosen, run)
@@ -100,7 +108,8 @@ def caption_set(
             f"{named}: no picture or video there",
             "--recursive looks into its folders too" if not chosen.recursive else "check the path",
         )
-    place = _place(listing, chosen)
+    extension = _extension(chosen, manner)
+    place = _place(listing, chosen, extension)
     wish = Wish(
         chosen.existing or Existing.SKIP,
         fields=tuple(manner.prompts.fields),
@@ -115,9 +124,16 @@ def caption_set(
         sampling,
         functools.partial(where.open, frames=frames),
         system=system_messages(system),
-        caption_extension=chosen.caption_extension,
+        caption_extension=extension,
     )
     asking.check_fields(listing.items)
+    folder = _overlay_folder(manner, overlay, place.root / STATE_FOLDER / "overlays")
+    overlays = Overlays(folder, functools.partial(where.open, frames=frames), sink.error)
+
+    def tell(outcome: Outcome) -> None:
+        reporter.add(outcome)
+        overlays.add(outcome)
+
     spec = choose_model(run, sink)
     settings = {
         "model": spec.name,
@@ -153,12 +169,17 @@ def caption_set(
                 with (
                     _captioner(config, asking, count, devices, chosen.ray, sink) as captioner,
                     stopper.watching(),
+                    overlays,
                 ):
                     reporter.device = device if devices else captioner.facts.get("device") or device
                     with reporter.progress.shown(reporter.device):
-                        whole.caption(captioner, reporter.add, lambda: stopper.asked)
+                        whole.caption(captioner, tell, lambda: stopper.asked)
             whole.end()
+        if overlays.count:
+            sink.notice(f"pictures with their boxes: {folder}")
         reporter.finish()
+        if overlays.num_failed:
+            raise typer.Exit(1)
 
 
 @contextmanager
@@ -201,12 +222,14 @@ def print_captions(
     manner: Manner,
     system: str | None,
     frames: int | None,
+    overlay: str | None = None,
 ) -> None:
     """Print captions in the form that `manner` wants; exit code 1 where one failed."""
     from qwencli.commands.captions import Captions
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.requests import running_engine, system_messages
     from qwencli.dataset.asking import Asking
+    from qwencli.dataset.boxes import Overlays
     from qwencli.dataset.pipeline import Task
     from qwencli.dataset.sources import Item, Listing
     from qwencli.dataset.worker import Alone
@@ -226,10 +249,15 @@ def print_captions(
     asking.check_fields(listing.items)
     tasks = [Task(item, name) for item in listing.items for name in fields]
     announce_model(spec, run, sink)
-    with running_engine(run.engine_config(spec), sink) as engine:
-        work.answer_shaped(Alone(engine, asking), tasks)
+    overlays = Overlays(
+        _overlay_folder(manner, overlay),
+        lambda item: work.open(named[item.key], frames),
+        sink.error,
+    )
+    with running_engine(run.engine_config(spec), sink) as engine, overlays:
+        work.answer_shaped(Alone(engine, asking), tasks, overlays.add)
     work.finish()
-    if work.failed:
+    if work.failed or overlays.num_failed:
         raise typer.Exit(1)
 
 
@@ -261,7 +289,28 @@ class _Place:
     suffix: str
 
 
-def _place(listing: Listing, chosen: SetOptions) -> _Place:
+def _overlay_folder(
+    manner: Manner, overlay: str | None, default: Path | None = None
+) -> Path | None:
+    if not manner.boxes or overlay == "none":
+        return None
+    return default if overlay is None else Path(overlay)
+
+
+def _extension(chosen: SetOptions, manner: Manner) -> str:
+    """The ending of caption files."""
+    if manner.schema is None or chosen.caption_extension is not None:
+        return chosen.caption_extension or ".txt"
+    if manner.prompts.needs_hints:
+        raise UsageError(
+            "the prompt has fields from .json files beside the pictures, where captions of "
+            "--schema would go",
+            "give captions another ending, such as --caption-extension .caption.json",
+        )
+    return ".json"
+
+
+def _place(listing: Listing, chosen: SetOptions, extension: str) -> _Place:
     from qwencli.dataset.caption_set import MANIFEST
     from qwencli.dataset.sinks import Sidecars
     from qwencli.dataset.tables import Table
@@ -273,7 +322,7 @@ def _place(listing: Listing, chosen: SetOptions) -> _Place:
                 "captions of archives, tables and addresses have no place of their own",
                 "name one with --output, such as --output captions.jsonl or --output captions",
             )
-        sidecars = Sidecars(output or listing.base, chosen.caption_extension)
+        sidecars = Sidecars(output or listing.base, extension)
         ending = sidecars.extension
         name = MANIFEST if ending == ".txt" else f"{ending[1:]}.sqlite"
         return _Place(sidecars.root, sidecars, name, ending)
@@ -293,10 +342,12 @@ def manner_of(
         InputError: a file of prompts or words cannot be used.
     """
     from qwencli.dataset.asking import Manner
+    from qwencli.dataset.boxes import BOXES, PROMPT
     from qwencli.dataset.guards import Guards, parse_guards
     from qwencli.dataset.languages import LANGUAGES
-    from qwencli.dataset.prompting import Template, prompt_set
+    from qwencli.dataset.prompting import Template, asks_for, prompt_set
     from qwencli.dataset.shape import Shape, parse_ban, parse_replace
+    from qwencli.engine.constrained import SchemaCheck
     from qwencli.presets import DEFAULT_PROMPT
 
     if shape.language is not None and shape.language.lower() not in LANGUAGES:
@@ -308,12 +359,16 @@ def manner_of(
         for name in ("prefix", "suffix", "starts_with")
         if (text := getattr(shape, name)) is not None
     }
+    schema = _schema(shape, run)
+    boxes = shape.schema == BOXES
+    if shape.overlay is not None and not boxes:
+        raise UsageError("--overlay draws boxes", "give --schema boxes as well, or leave it out")
     prompts = prompt_set(
         prompt=prompt,
         preset=preset,
         prompt_file=shape.prompt_file,
         fields=shape.field or (),
-        default=DEFAULT_PROMPT,
+        default=PROMPT if boxes else DEFAULT_PROMPT if schema is None else asks_for(schema),
         seed=run.seed,
         frames=list(frames.values()),
     )
@@ -327,10 +382,48 @@ def manner_of(
             max_sentences=shape.max_sentences,
             max_tokens=shape.max_caption_tokens,
         ),
-        Guards(parse_guards(shape.guards), shape.language and shape.language.lower()),
+        Guards(
+            parse_guards(shape.guards),
+            shape.language and shape.language.lower(),
+            None if schema is None else SchemaCheck(schema),
+        ),
         frames.get("starts_with"),
         shape.retries,
+        schema,
+        boxes,
     )
+
+
+# Options that would make something else of data, or of which a schema says more.
+_OF_PROSE = (
+    "starts_with", "prefix", "suffix", "replace", "ban", "max_sentences", "max_caption_tokens",
+    "language",
+)  # fmt: skip
+
+
+def _schema(shape: ShapeOptions, run: RunOptions) -> str | None:
+    """What `--schema` names, read and checked; None where it was not given.
+
+    Raises:
+        UsageError: another option does not go with it.
+        InputError: it cannot be read, or is no schema that can be kept to.
+    """
+    from qwencli.dataset import boxes
+    from qwencli.dataset.shape import file_text
+    from qwencli.engine.constrained import MAX_SCHEMA_BYTES, read_schema
+
+    if shape.schema is None:
+        return None
+    used = [name for name in _OF_PROSE if getattr(shape, name)]
+    used += ["stop"] if run.stop else []
+    if used:
+        flag = f"--{used[0].replace('_', '-')}"
+        raise UsageError(f"{flag} and --schema exclude each other", "say it in the schema")
+    if shape.schema == boxes.BOXES:
+        return read_schema(boxes.schema(), "--schema boxes")
+    named = f"--schema {shape.schema}"
+    text = file_text(named, Path(shape.schema), MAX_SCHEMA_BYTES)
+    return read_schema(text, named)
 
 
 def _first_questions(whole: CaptionSet, asking: Asking) -> list[str]:

@@ -112,14 +112,21 @@ class Captions:
                     self.sink.answer(self._prefix(names) + result.text)
                 self._add_to(result, names)
 
-    def answer_shaped(self, captioner: Captioner, tasks: Sequence[Task]) -> None:
-        """Answer each task; captions are printed in the tasks' order."""
+    def answer_shaped(
+        self, captioner: Captioner, tasks: Sequence[Task], told: Callable[[Outcome], None]
+    ) -> None:
+        """Answer each task; captions are printed in the tasks' order.
+
+        Args:
+            told: gets each outcome as it comes, beside what is printed.
+        """
         from qwencli.dataset import pipeline
 
         due = deque(task.slot for task in tasks)
         made: dict[Slot, Outcome] = {}
 
         def report(outcome: Outcome) -> None:
+            told(outcome)
             made[outcome.task.slot] = outcome
             while due and due[0] in made:
                 self._print(made.pop(due.popleft()))

@@ -236,9 +236,10 @@ class SetOptions:
             text="Captions that are there: skip, overwrite, append or prepend. Default: skip.",
         ),
     ] = None
-    caption_extension: Annotated[str, _set(metavar=".EXT", text="Ending of caption files.")] = (
-        ".txt"
-    )
+    caption_extension: Annotated[
+        str | None,
+        _set(metavar=".EXT", text="Ending of caption files. Default: .txt; with --schema .json."),
+    ] = None
     output: Annotated[
         Path | None,
         _set(
@@ -317,6 +318,21 @@ class ShapeOptions:
     language: Annotated[
         str | None,
         _shape(metavar="CODE", text="Of captions, such as en. Default: that of the prompt."),
+    ] = None
+    schema: Annotated[
+        str | None,
+        _shape(
+            metavar="FILE",
+            text="Hold answers to this JSON schema; or boxes: bbox_2d in pixels, and label.",
+        ),
+    ] = None
+    overlay: Annotated[
+        str | None,
+        _shape(
+            metavar="FOLDER",
+            text="Draw the boxes of --schema boxes into PNG files there; none = do not. "
+            "Default: .qwencli/overlays beside the captions of a folder.",
+        ),
     ] = None
     guards: Annotated[
         str,

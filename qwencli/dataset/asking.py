@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwencli.config import SamplingOptions
+from qwencli.dataset import boxes
 from qwencli.dataset.guards import (
     DEFAULT_RETRIES,
     Answer,
@@ -38,6 +39,8 @@ class Manner:
     Args:
         starts_with: a template of what every answer begins with.
         retries: how often a picture is asked again whose answer has a fault.
+        schema: JSON text that answers are held to; `guards.invalid` goes with it.
+        boxes: answers are boxes; captions have them in the picture's own pixels.
     """
 
     prompts: PromptSet
@@ -45,6 +48,8 @@ class Manner:
     guards: Guards = field(default_factory=Guards)
     starts_with: Template | None = None
     retries: int = DEFAULT_RETRIES
+    schema: str | None = None
+    boxes: bool = False
 
     def settings(self) -> dict[str, Any]:
         """What decides over captions, for the manifest and for telling runs apart."""
@@ -59,6 +64,7 @@ class Manner:
             "max_sentences": shape.max_sentences,
             "max_caption_tokens": shape.max_tokens,
             "language": self.guards.language,
+            "schema": self.schema,
             "without_guards": sorted(set(FaultKind) - self.guards.kinds),
         }
         return {name: value for name, value in said.items() if value}
@@ -106,11 +112,17 @@ class Asking:
         self._captions: dict[Slot, str] = {}
         # Of a request, where an engine has said it: no retry asks for more.
         self.max_seq_len: int | None = None
+        self._box_grid: int | None = None
 
     def count_tokens_with(self, count: TokenCount) -> None:
         """Count the tokens of `--max-caption-tokens` so, from now on."""
         shape = replace(self.manner.shape, count_tokens=count)
         self.manner = replace(self.manner, shape=shape)
+
+    def count_boxes_in(self, grid: int | None) -> None:
+        """Take boxes for what this model means by them, from now on; see `Family.box_grid`."""
+        self._box_grid = grid
+        self.manner = replace(self.manner, schema=boxes.schema(grid))
 
     def stages(self) -> Stages:
         return Stages(
@@ -172,7 +184,9 @@ class Asking:
             )
             text, sampling = retry.asked(text), self._within_length(retry.sampling, asked)
         messages = (*self._system, user_message(text, (visual,)))
-        return GenerationRequest(messages, sampling, starts_with=asked.starts_with)
+        return GenerationRequest(
+            messages, sampling, starts_with=asked.starts_with, schema=self.manner.schema
+        )
 
     def _within_length(self, sampling: SamplingOptions, asked: _Asked) -> SamplingOptions:
         longer = sampling.max_new_tokens
@@ -201,6 +215,9 @@ class Asking:
             if task.attempt >= self.manner.retries:
                 self._forget(slot)
             return str(found)
+        if self.manner.boxes:
+            size, resized = result.image_sizes[0], result.resized_sizes[0]
+            found = boxes.in_pixels(found, size, resized, self._box_grid)
         self._captions[slot] = found
         return None
 

@@ -111,11 +111,13 @@ class Guards:
         reason = invalid(text)
         if not text:
             return Fault(FaultKind.EMPTY, "")
-        if reason is None:
+        # A number may go on behind its last digit.
+        cut = answer.finish_reason == "length" and text[-1].isdigit()
+        if reason is None and not cut:
             return text
         if answer.finish_reason == "length":
             return Fault(FaultKind.TRUNCATED, _quoted(text[-60:]))
-        return Fault(FaultKind.SCHEMA, reason[:120])
+        return Fault(FaultKind.SCHEMA, (reason or "")[:120])
 
     def _first(self, answer: Answer, guards: Mapping[FaultKind, Guard]) -> Fault | None:
         for kind, guard in guards.items():

@@ -371,6 +371,15 @@ def picture_fields(
     return {**(hints or {}), "name": _sayable(path.stem), "dir": _sayable(folder)}
 
 
+def asks_for(schema: str) -> str:
+    """What is asked where answers are held to a schema and no prompt was given; a template."""
+    names = json.loads(schema).get("properties", {})
+    fields = ", ".join(names).replace("{", "{{").replace("}", "}}")
+    return (
+        f"Describe this image as JSON with {fields}." if fields else "Describe this image as JSON."
+    )
+
+
 def read_hints(file: Path, caption_extension: str = ".txt") -> dict[str, str]:
     """What files beside a picture say of it: `a.json` by key, and `a.txt` as `caption` and `tags`.
 

@@ -234,7 +234,7 @@ def _listed(flag: str, given: Sequence[str]) -> list[str]:
     listed = []
     for text in given:
         if text.startswith("@") and len(text) > 1:
-            lines = map(str.strip, _file_of_words(flag, Path(text[1:])).splitlines())
+            lines = map(str.strip, file_text(f"{flag} {text}", Path(text[1:])).splitlines())
             listed += [line for line in lines if line and not line.startswith("#")]
         elif text.strip():
             listed.append(text.strip())
@@ -243,16 +243,20 @@ def _listed(flag: str, given: Sequence[str]) -> list[str]:
     return listed
 
 
-def _file_of_words(flag: str, path: Path) -> str:
+def file_text(named: str, path: Path, most_bytes: int = MAX_LIST_BYTES) -> str:
+    """What a file holds that an option names, as `named` says.
+
+    Raises:
+        InputError: it cannot be read, is no UTF-8, or too large.
+    """
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_LIST_BYTES + 1)
-        if len(data) > MAX_LIST_BYTES:
-            raise InputError(f"{flag} @{path} is too large", "keep lists under 4 MiB")
+            data = file.read(most_bytes + 1)
+        if len(data) > most_bytes:
+            raise InputError(f"{named} is too large", f"keep it under {most_bytes >> 20} MiB")
         return data.decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(
-            f"{flag} @{path}: {error.strerror or error}", "give a file with one a line"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{flag} @{path} is not UTF-8", "save it as UTF-8") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise InputError(f"{named} is not UTF-8", "save it as UTF-8") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{named}: {reason}", "name a file that can be read") from error

@@ -108,9 +108,12 @@ def worked(
 
 
 def make_ready(engine: Engine, asking: Asking) -> Ready:
-    """Tell `asking` what is known of a loaded model: its longest request, how it counts tokens."""
+    """Tell `asking` what is known of a loaded model: its longest request, how it counts tokens,
+    and how it counts in boxes."""
     asking.max_seq_len = engine.max_seq_len
     config = engine.config
+    if asking.manner.boxes:
+        asking.count_boxes_in(_box_grid(config))
     if asking.manner.shape.max_tokens is not None and config.load_format is LoadFormat.AUTO:
         from qwencli.engine.frontend.tokenizer import Tokenizer
         from qwencli.models.hub import locate
@@ -119,6 +122,19 @@ def make_ready(engine: Engine, asking: Asking) -> Ready:
         tokenizer = Tokenizer.from_folder(folder)
         asking.count_tokens_with(lambda text: len(tokenizer.encode(text)))
     return Ready(_facts(engine, config.model), engine.max_rows, tuple(engine.load_warnings))
+
+
+def _box_grid(config: EngineConfig) -> int | None:
+    from qwencli.models.config_values import read_json_object
+    from qwencli.models.families import FAMILIES
+    from qwencli.models.hub import locate
+    from qwencli.models.shape_reader import read_shape
+
+    known = config.model.hub_config
+    if known is None:
+        folder = locate(config.model, offline=True, allow_pickle=config.allow_pickle)
+        known = read_json_object(folder / "config.json")
+    return FAMILIES[read_shape(known).model_type].box_grid
 
 
 def joined_facts(every: Sequence[Facts]) -> Facts:

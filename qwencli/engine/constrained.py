@@ -89,7 +89,7 @@ def _checked(text: str, named: str) -> str:
     for place, keyword in _unknown(schema, "#"):
         raise InputError(
             f"{named}: the keyword {keyword!r} at {place} is not supported",
-            "leave it out; docs/tasks/shape-captions.md lists what can be said",
+            "leave it out; docs/tasks/caption-a-folder.md lists what can be said",
         )
     written = json.dumps(schema)
     wrong = _wrong_with(written)

@@ -64,6 +64,8 @@ class Family:
         rope_theta: base of the rotary frequencies when config.json states none.
         sections, interleaved: see `shapes.RopeShape`; of models with three position axes.
         split_video_frames: see `shapes.ModelShape`.
+        box_grid: what coordinates in answers run to across a picture; None = they are pixels of
+            the picture as the model sees it, resized.
         text_config: constant entries of the hub's text configuration.
         top_config: constant entries of the hub's config.json beside the text configuration.
     """
@@ -81,6 +83,7 @@ class Family:
     sections: tuple[int, int, int] | None = None
     interleaved: bool = False
     split_video_frames: bool = False
+    box_grid: int | None = 1000
     vision: VisionFamily | None = None
 
 
@@ -180,6 +183,7 @@ _QWEN2_5_VL = Family(
     model_type="qwen2_5_vl",
     title="Qwen2.5-VL",
     architecture="Qwen2_5_VLForConditionalGeneration",
+    box_grid=None,
     qkv_bias=True,
     qk_norm=False,
     rope_theta=1_000_000.0,
