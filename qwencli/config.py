@@ -151,7 +151,9 @@ class EngineConfig:
         engine: None = native, or transformers for what native cannot run.
         cache: None = the engine's own choice.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        min_pixels, max_pixels: bounds on height x width after resizing; None = the model's own.
+        min_pixels: bound on height x width after resizing; None = the model's own.
+        max_pixels: the same; kept as it is. None = the model's own, and less where that does not
+            fit the memory.
         max_seq_len: tokens (prompt and new) the cache must hold; "auto" = as many as fit, up to
             the model's limit; None = the engine's own choice.
         speculate: tokens drafted from earlier text for each greedy step.
@@ -254,6 +256,21 @@ def parse_seq_len(text: str) -> SeqLen:
         return int(text)
     raise UsageError(
         f"--max-seq-len {text!r} is no length", "give a number of tokens from 1 on, or auto"
+    )
+
+
+def parse_max_pixels(text: str) -> int | None:
+    """A value of `--max-pixels`: a whole number above zero, or "auto", which is None.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text.lower() == "auto":
+        return None
+    if text.isascii() and text.isdecimal() and len(text) < 19:
+        return int(text)
+    raise UsageError(
+        f"--max-pixels {text!r} is no size", "give a number of pixels (height x width), or auto"
     )
 
 

@@ -92,6 +92,7 @@ class GenerationResult:
         text: the answer alone.
         num_cached_tokens: of the prompt, those whose keys and values were in the cache already
             and were not run again.
+        notes: a line each of what was done otherwise than asked for, as it had to be.
         thoughts: what the model thought before it answered; None where it did not.
         token_ids: generated tokens, those of the thoughts too, and the stop token or those of the
             stop string where one ended the answer.
@@ -117,6 +118,7 @@ class GenerationResult:
     token_gpu_ms: tuple[float, ...] | None
     speculation: Speculation | None = None
     num_cached_tokens: int = 0
+    notes: tuple[str, ...] = ()
     thoughts: str | None = None
     image_sizes: tuple[Size, ...] = ()
     resized_sizes: tuple[Size, ...] = ()

@@ -155,6 +155,8 @@ class Captions:
         """What goes beside an answer, or is written in its place."""
         if self.json:
             self.sink.json_line(caption_record(result, names, self.model))
+        for note in result.notes:
+            self.sink.notice(f"note: {', '.join(names)}: {note}")
         missing = shortfall(result)
         if missing is not None:
             self.sink.notice(f"note: {', '.join(names)}: {missing}")

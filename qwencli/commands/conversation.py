@@ -142,6 +142,8 @@ class Conversation:
         self._attached.clear()
         if self._json:
             self._sink.json_line(caption_record(result, pictures, self._model))
+        for note in result.notes:
+            self._sink.notice(f"note: {note}")
         missing = shortfall(result)
         if missing is not None:
             self._sink.notice(f"note: {missing}")

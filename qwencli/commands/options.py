@@ -36,6 +36,7 @@ from qwencli.config import (
     Speculate,
     check_pixels,
     check_sampling,
+    parse_max_pixels,
     parse_seq_len,
 )
 from qwencli.errors import UsageError
@@ -118,7 +119,13 @@ class RunOptions:
         LoadFormat, _model(metavar="NAME", text="auto, or dummy: random weights of true shape.")
     ] = LoadFormat.AUTO
     min_pixels: Annotated[int | None, _model(text="Smallest height x width of an image.")] = None
-    max_pixels: Annotated[int | None, _model(text="Largest height x width of an image.")] = None
+    max_pixels: Annotated[
+        str | None,
+        _model(
+            metavar="N|auto",
+            text="Largest height x width of an image. Default: auto, the model's own or what fits.",
+        ),
+    ] = None
     max_seq_len: Annotated[
         str | None,
         _model(metavar="N|auto", text="Most tokens of a request; auto: what fits."),
@@ -174,7 +181,8 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         """Raises UsageError for what no model can do, before anything is opened."""
-        check_pixels(self.min_pixels, self.max_pixels)
+        most = None if self.max_pixels is None else parse_max_pixels(self.max_pixels)
+        check_pixels(self.min_pixels, most)
         if self.max_seq_len is not None:
             parse_seq_len(self.max_seq_len)
 
@@ -209,6 +217,8 @@ class RunOptions:
         }
         if self.max_seq_len is not None:
             said["max_seq_len"] = parse_seq_len(self.max_seq_len)
+        if self.max_pixels is not None:
+            said["max_pixels"] = parse_max_pixels(self.max_pixels)
         return EngineConfig(**settings | said | {"model": spec})
 
 

@@ -29,6 +29,10 @@ from qwencli.errors import InputError, OutOfMemoryError, UsageError
 from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult
 
+# How often pictures are made smaller until a request fits: of many sizes the largest are first.
+FITTING_TRIES = 8
+# Room for what a schema forces at a prompt's end.
+FORCED_TOKENS = 64
 # A thread that wants the interpreter lock back waits this long for another one to give it up.
 # Python's 5 ms is longer than a token takes.
 SWITCH_INTERVAL_S = 0.00005
@@ -126,6 +130,10 @@ class BaseEngine(ManyRequests, ABC):
     def _load(self, files: ModelFiles) -> EffectiveConfig:
         """Put the model on its device, done when this returns. Leaves nothing behind on failure."""
 
+    def _fitted(self, files: ModelFiles) -> ModelFiles:
+        """The files, with what the loaded engine knows of what fits."""
+        return files
+
     @abstractmethod
     def _answer(self, answer: ResponseBuilder) -> Iterator[GenerationChunk]:
         """Generate; the last chunk is `answer.finish(...)`."""
@@ -206,7 +214,7 @@ class BaseEngine(ManyRequests, ABC):
                 raise
             failure = out_of_memory_error(device, f"loading {self.config.model.name}", error)
         else:
-            self._files = files
+            self._files = self._fitted(files)
             self._load_s = time.perf_counter() - started
             return
         # Outside the handler: until it ends, the traceback holds the tensors that must go.
@@ -297,10 +305,28 @@ class BaseEngine(ManyRequests, ABC):
 
     def _built(self, request: GenerationRequest, matcher: TokenMatcher | None) -> Prompt:
         """The request's prompt; a matcher has accepted what it forces at the prompt's end."""
-        prompt = self.files.prompts.build(
-            request.messages, starts_with=request.starts_with, at_once=matcher is not None
-        )
+        prompt = self._built_to_fit(request, at_once=matcher is not None)
         return prompt if matcher is None else prompt.with_forced(matcher.forced())
+
+    def _built_to_fit(self, request: GenerationRequest, at_once: bool) -> Prompt:
+        """With `--max-pixels auto` pictures are as large as there is room for beside the text."""
+        room = self.max_seq_len - self._sampling(request).max_new_tokens
+        if at_once:
+            room -= FORCED_TOKENS
+        prompts = self.files.prompts
+        for _ in range(FITTING_TRIES):
+            prompt = prompts.build(
+                request.messages, starts_with=request.starts_with, at_once=at_once
+            )
+            over, images = len(prompt.input_ids) - room, prompt.num_image_tokens
+            if over <= 0 or over >= images or self.config.max_pixels is not None:
+                break
+            largest = max(width * height for width, height in prompt.resized_sizes)
+            smaller = prompts.within(int(largest * (images - over) / images))
+            if smaller.max_pixels >= prompts.max_pixels:
+                break
+            prompts = smaller
+        return prompt
 
     def _prompt(self, request: GenerationRequest, matcher: TokenMatcher | None) -> Prompt:
         """The request's prompt; like the answer, tried once more where memory was short."""

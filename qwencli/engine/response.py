@@ -115,6 +115,7 @@ class ResponseBuilder:
             num_prompt_tokens=len(self.prompt.input_ids),
             num_image_tokens=self.prompt.num_image_tokens,
             num_cached_tokens=self.num_cached_tokens,
+            notes=self.prompt.notes,
             timings=self._timings(clock, vision, step_s, token_t_s[0], load_s),
             effective=effective,
             token_t_s=tuple(token_t_s),

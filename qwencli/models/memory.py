@@ -198,6 +198,21 @@ def vision_peak_bytes(shape: ModelShape, image_tokens: int) -> int:
     )
 
 
+def vision_in_pieces_bytes(shape: ModelShape, image_tokens: int, piece: int) -> int:
+    """Peak bytes of encoding an image as the native engine does, bfloat16, without the features
+    that it makes: of all patches their pixels, positions, angles (float32), residual, queries, keys
+    and values; of `piece` patches what is inside a block.
+    """
+    tower = shape.vision
+    if tower is None:
+        return 0
+    patches, width = image_tokens * tower.merge_area, tower.hidden_size
+    whole = (tower.patch_elements + 5 * width) * _HALF + 8 * width // tower.num_heads
+    ups = 3 if tower.gated_mlp else 2
+    inside = (3 * width + ups * tower.intermediate_size) * _HALF
+    return patches * whole + min(patches, piece) * inside
+
+
 def image_feature_bytes(shape: ModelShape, image_tokens: int) -> int:
     """Bytes of what the decoder takes from pictures, DeepStack's features included, bfloat16."""
     tower = shape.vision

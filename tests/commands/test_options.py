@@ -63,8 +63,9 @@ def test_a_mode_that_is_said_undoes_all_of_them_but_not_the_sizes(config, said):
 
 def test_a_size_that_is_said_wins(config):
     config(CONFIG)
-    made = RunOptions(max_pixels=1000).engine_config(SPEC)
+    made = RunOptions(max_pixels="1000").engine_config(SPEC)
     assert (made.max_pixels, made.quantization) == (1000, Quantization.INT4)
+    assert RunOptions(max_pixels="auto").engine_config(SPEC).max_pixels is None
 
 
 def test_a_malformed_config_is_named(config):

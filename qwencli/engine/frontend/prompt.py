@@ -52,6 +52,7 @@ class Prompt:
         opens_thought: whether it ends in a `<think>`, which the model goes on from.
         patch_size: side of a patch in pixels; None for text models.
         forced_ids: the answer's first tokens, where they are known: the last of `input_ids`.
+        notes: a line for each picture that had to be smaller than the model would have taken it.
     """
 
     input_ids: list[int]
@@ -62,6 +63,7 @@ class Prompt:
     opens_thought: bool = False
     patch_size: int | None = None
     forced_ids: Sequence[int] = ()
+    notes: tuple[str, ...] = ()
 
     def with_forced(self, ids: Sequence[int]) -> Prompt:
         """The same, with the first tokens of the answer at its end."""
@@ -107,6 +109,7 @@ class PromptBuilder:
         processor: how the model wants pictures; None for a text model.
         model_ids: ids the model expects where they are not the tokenizer's own.
         patchify: what resizes pictures and cuts them into patches.
+        own_pixels: what a picture might have but for `within`; None = nothing is cut.
     """
 
     tokenizer: Tokenizer
@@ -114,6 +117,24 @@ class PromptBuilder:
     processor: ImageProcessorConfig | None
     model_ids: Mapping[int, int] = field(default_factory=dict)
     patchify: Patchify = patchify_on_host
+    own_pixels: int | None = None
+
+    @property
+    def max_pixels(self) -> int:
+        """Height x width of a picture at most; 0 for a text model."""
+        return 0 if self.processor is None else self.processor.max_pixels
+
+    def within(self, max_pixels: int) -> PromptBuilder:
+        """The same for pictures of at most so many pixels, as far as the lower bound allows; their
+        prompts note what that made smaller."""
+        if self.processor is None:
+            return self
+        most = max(max_pixels, self.processor.min_pixels, self.processor.factor**2)
+        if most >= self.max_pixels:
+            return self
+        processor = self.processor.with_pixels(None, most)
+        own = self.max_pixels if self.own_pixels is None else self.own_pixels
+        return replace(self, processor=processor, own_pixels=own)
 
     @classmethod
     def from_folder(
@@ -240,6 +261,19 @@ class PromptBuilder:
             video_token_id=self.model_ids.get(video, video),
             opens_thought=opens_thought,
             patch_size=self.processor.patch_size,
+            notes=self._notes(inputs),
+        )
+
+    def _notes(self, inputs: VisualInputs | None) -> tuple[str, ...]:
+        if inputs is None or self.own_pixels is None or self.processor is None:
+            return ()
+        side = self.processor.patch_size
+        return tuple(
+            f"a {'video' if visual.video else 'picture'} of {width}x{height} is shown as "
+            f"{visual.grid[2] * side}x{visual.grid[1] * side}, which is what fits "
+            "(--max-pixels N keeps a size, --quantization or --max-new-tokens make room)"
+            for visual, (width, height) in zip(inputs.visuals, inputs.image_sizes, strict=True)
+            if min(width * height, self.own_pixels) > self.max_pixels
         )
 
     def _rendered(

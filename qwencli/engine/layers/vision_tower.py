@@ -106,7 +106,8 @@ SEGMENT_ATTENTION: Mapping[Attention, SegmentAttention] = {
 EPS = 1e-6
 ROPE_THETA = 10_000.0
 # Patches of recent grids whose layouts and resampled positions are kept (2.6 KB each). Pictures of
-# one size share theirs, whatever they are encoded with. Larger ones than `PIECE` are not kept.
+# one size share theirs, whatever they are encoded with. Pictures larger than `PIECE` take the room
+# of those kept.
 PATCHES_KEPT = 2**15
 # Patches that are worked on at a time, but for keys and values, of which a picture needs all: what
 # is widest about a large picture, inside a block, is that of a piece.
@@ -269,6 +270,9 @@ class VisionTower:
         if found is None:
             found = self._build(layout(self.shape, [grid]))
         if found.patches > PIECE:
+            # It needs the room.
+            self._prepared.clear()
+            self._latest = None
             return found
         self._prepared[grid] = found  # last in, so that the first is the one not used for longest
         kept = sum(each.patches for each in self._prepared.values())

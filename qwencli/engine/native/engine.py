@@ -78,6 +78,15 @@ class NativeEngine(BaseEngine):
         assert self._plan is not None, "load() comes first"
         return self._plan.parts
 
+    def _fitted(self, files: ModelFiles) -> ModelFiles:
+        assert self._plan is not None, "after the plan"
+        tower = read_shape(files.hub_config).vision
+        if tower is None or self.config.max_pixels is not None:
+            return files
+        side = tower.patch_size * tower.merge_size
+        pixels = self._plan.max_image_tokens * side**2
+        return replace(files, prompts=files.prompts.within(pixels))
+
     def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
         self.load()
         # From the first picture on: every operation of a prompt's pass takes the interpreter lock
@@ -103,6 +112,7 @@ class NativeEngine(BaseEngine):
             wanted=self.config.max_seq_len,
             free_bytes=_free_bytes(device),
             max_pixels=self.config.max_pixels,
+            own_pixels=files.prompts.max_pixels,
             quantization=self.config.quantization,
             kv_dtype=self.config.kv_dtype,
             checkpoint_weights=_checkpoint_weights(files, packed, dtype),

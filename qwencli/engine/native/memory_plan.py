@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qwencli.config import DType, KVDType, Quantization, SeqLen
 from qwencli.engine.cache.paged_kv import PAGE_SIZE, pages_for
 from qwencli.engine.cache.prefix_cache import VISION_CACHE_BYTES
+from qwencli.engine.layers.vision_tower import PATCHES_KEPT, PIECE
+from qwencli.engine.native.model import PREFILL_CHUNK
 from qwencli.engine.native.prefill_graphs import LONGEST, MOST_PATCHES
 from qwencli.engine.scheduler import Limits
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.memory import (
     RUNTIME_BYTES,
     dequantize_bytes,
+    image_feature_bytes,
     native_kv_bytes,
     native_weight_bytes,
     prefill_peak_bytes,
+    vision_in_pieces_bytes,
     vision_peak_bytes,
 )
 from qwencli.models.shape_reader import read_shape
@@ -26,9 +31,9 @@ from qwencli.models.shapes import ModelShape
 # What `--max-seq-len` is when nobody says: long chats with pictures, at a few GB of cache at most.
 DEFAULT_MAX_SEQ_LEN = 16384
 SMALLEST_MAX_SEQ_LEN = 1024
-# Text around the picture of a planned prompt.
-PROMPT_TOKENS = 1024
-# The largest picture we plan for unless --max-pixels says otherwise.
+# Text around the picture of a planned prompt, and its answer.
+TEXT_TOKENS = 256
+# The largest picture that lengths are shortened for, unless --max-pixels says otherwise.
 PLANNED_PIXELS = 1024 * 1024
 
 
@@ -48,8 +53,9 @@ POOL_SHARE = 0.9
 class MemoryPlan:
     """Bytes by use, and the sequence length they allow.
 
-    `kept_images` are features of earlier pictures that a session holds on to, `graphs` what CUDA
-    graphs of prompts and pictures work in, which is theirs alone.
+    `kept_images` are features of earlier pictures and layouts of their sizes that a session holds
+    on to, `graphs` what CUDA graphs of prompts and pictures work in, which is theirs alone.
+    `max_image_tokens` is what the largest picture may have for all this to be enough.
     """
 
     weights: int
@@ -58,6 +64,7 @@ class MemoryPlan:
     kept_images: int
     graphs: int
     max_seq_len: int
+    max_image_tokens: int
 
     @property
     def parts(self) -> dict[str, int]:
@@ -82,18 +89,21 @@ def plan_memory(
     wanted: SeqLen | None,
     free_bytes: int | None,
     max_pixels: int | None = None,
+    own_pixels: int = PLANNED_PIXELS,
     quantization: Quantization = Quantization.NONE,
     kv_dtype: KVDType = KVDType.AUTO,
     checkpoint_weights: int | None = None,
     prompt_graphs: bool = False,
 ) -> MemoryPlan:
-    """The longest sequences up to `wanted` that fit beside the weights.
+    """The longest sequences up to `wanted` that fit beside the weights, with pictures as large as
+    them.
 
     Args:
         model_limit: tokens the model was made for.
         wanted: None = our default; "auto" = the model's limit, or what fits of it.
         free_bytes: free memory of the device; None = not known, everything fits.
-        max_pixels: of the largest picture; None = a megapixel.
+        max_pixels: of the largest picture, kept as it is; None = up to `own_pixels`, what the
+            model takes, and less where that does not fit.
         checkpoint_weights: bytes of the weights where the checkpoint is quantized already.
         prompt_graphs: whether prompts and pictures run as CUDA graphs.
 
@@ -111,36 +121,63 @@ def plan_memory(
     quantized = quantization is not Quantization.NONE or checkpoint_weights is not None
     dequantize = dequantize_bytes(shape) if quantized else 0
 
-    image_tokens = _image_tokens(shape, max_pixels or PLANNED_PIXELS)
+    most_images = _image_tokens(shape, max_pixels or own_pixels)
+    # A length that was asked for is not shortened for pictures, down to this size.
+    least_images = min(most_images, _image_tokens(shape, max_pixels or PLANNED_PIXELS))
     quantized_kv = kv_dtype is not KVDType.AUTO
     token_bytes = native_kv_bytes(shape, quantized_kv, 2 * scale)
     # Prompts read one layer of a quantized cache back.
     if quantized_kv:
         token_bytes += -(-shape.text.kv_bytes_per_token(2 * scale) // shape.text.num_layers)
 
-    def plan(tokens: int) -> MemoryPlan:
+    def images_beside(tokens: int) -> int:
+        """Tokens of the largest picture in sequences of so many."""
+        if max_pixels is not None or shape.vision is None:
+            return most_images
+        return min(most_images, tokens - min(TEXT_TOKENS, tokens // 2))
+
+    def plan(tokens: int, images: int) -> MemoryPlan:
         peak = max(
-            vision_peak_bytes(shape, image_tokens),
-            prefill_peak_bytes(shape, min(tokens, PROMPT_TOKENS + image_tokens)) + dequantize,
+            vision_in_pieces_bytes(shape, images, PIECE),
+            prefill_peak_bytes(shape, min(tokens, PREFILL_CHUNK)) + dequantize,
         )
         return MemoryPlan(
             weights=weights,
             kv_cache=token_bytes * tokens,
-            activations=peak * scale,
-            kept_images=VISION_CACHE_BYTES if shape.vision else 0,
+            activations=(peak + image_feature_bytes(shape, images)) * scale,
+            kept_images=_kept_image_bytes(shape, images, scale),
             graphs=_graph_bytes(shape, tokens, dequantize) * scale if prompt_graphs else 0,
             max_seq_len=tokens,
+            max_image_tokens=images,
         )
 
-    if free_bytes is None or plan(target).total <= free_bytes:
-        return plan(target)
-    fixed = plan(target).total - plan(target).kv_cache
-    # In steps of 256.
-    longest = max(0, (free_bytes - fixed) // (256 * token_bytes) * 256)
+    whole = plan(target, images_beside(target))
+    if free_bytes is None or whole.total <= free_bytes:
+        return whole
+    if isinstance(wanted, int):
+        least = min(least_images, whole.max_image_tokens)
+        fitting = [plan(target, images) for images in range(whole.max_image_tokens, least - 1, -64)]
+        found = next((each for each in fitting if each.total <= free_bytes), None)
+        if found is not None:
+            return found
+
+    def longest_with(images: Callable[[int], int]) -> int:
+        steps = range(target // 256)  # of 256 tokens
+        return (
+            256
+            * bisect_right(
+                steps, free_bytes, key=lambda step: plan(256 * step, images(256 * step)).total
+            )
+            - 256
+        )
+
     smallest = min(target, SMALLEST_MAX_SEQ_LEN)
+    longest = longest_with(images_beside)
     if not isinstance(wanted, int) and longest >= smallest:
-        return plan(longest)
-    refused = plan(wanted if isinstance(wanted, int) else smallest)
+        return plan(longest, images_beside(longest))
+    longest = longest_with(lambda tokens: min(least_images, images_beside(tokens)))
+    length = wanted if isinstance(wanted, int) else smallest
+    refused = plan(length, min(least_images, images_beside(length)))
     smaller = {
         mode: native_weight_bytes(shape, mode, 2 * scale)
         for mode in (Quantization.INT8, Quantization.INT4)
@@ -169,6 +206,17 @@ def plan_pages(
     working += 8 * limits.max_rows * shape.text.vocab_size
     page_bytes = PAGE_SIZE * native_kv_bytes(shape, quantized_kv, value_bytes)
     return max(2, min(wanted, int((free_bytes - working) * POOL_SHARE) // page_bytes))
+
+
+def _kept_image_bytes(shape: ModelShape, images: int, scale: int) -> int:
+    """Features of earlier pictures, and layouts of their sizes: resampled positions, and angles in
+    float32. The layout of a large picture takes the room of those."""
+    if shape.vision is None:
+        return 0
+    width, heads = shape.vision.hidden_size, shape.vision.num_heads
+    patches = images * shape.vision.merge_area
+    kept = max(0, PATCHES_KEPT - patches) if patches > PIECE else PATCHES_KEPT
+    return VISION_CACHE_BYTES + kept * (2 * scale * width + 8 * width // heads)
 
 
 def _graph_bytes(shape: ModelShape, tokens: int, dequantize: int) -> int:

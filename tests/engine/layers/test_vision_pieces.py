@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qwencli.config import Cache, EngineName, KVDType, SamplingOptions
+from qwencli.engine.client import generate_many
 from qwencli.engine.layers import vision_tower
 from qwencli.engine.native import model as native_model
 from qwencli.engine.native.engine import NativeEngine
+from qwencli.errors import InputError
 from qwencli.messages import GenerationRequest, user_message
 from tests.checkpoints import engine_config, film, picture
 
@@ -49,3 +53,25 @@ def test_a_prompt_in_chunks_is_answered_as_a_whole_one(checkpoint, monkeypatch, 
             monkeypatch.setattr(native_model, "PREFILL_CHUNK", chunk)
             engine._forget()
             assert engine.generate(request).token_ids == whole
+
+
+def test_pictures_are_made_as_large_as_fits_and_it_is_said(checkpoint):
+    pictures = (picture(640, 480), picture(64, 64), picture(320, 320))
+    request = GenerationRequest(
+        (user_message("Look.", pictures),),
+        SamplingOptions(do_sample=False, max_new_tokens=8),
+        ignore_eos=True,
+    )
+    common = {"engine": EngineName.NATIVE, "max_seq_len": 128}
+    with NativeEngine(engine_config(checkpoint("qwen3_vl"), **common)) as engine:
+        alone = engine.generate(request)
+        (together,) = generate_many(engine, [request])
+        small = engine.generate(replace(request, messages=(user_message("Look.", pictures[1:2]),)))
+    assert alone.num_prompt_tokens + 8 <= 128 and alone.token_ids == together.token_ids
+    assert len(alone.notes) == 2 and alone.notes == together.notes and not small.notes
+    assert "a picture of 640x480 is shown as" in alone.notes[0]
+    assert alone.resized_sizes[1] == small.resized_sizes[0]
+    # A size that was asked for is kept.
+    config = engine_config(checkpoint("qwen3_vl"), **common, max_pixels=640 * 480)
+    with NativeEngine(config) as engine, pytest.raises(InputError, match="tokens"):
+        engine.generate(request)

@@ -4,11 +4,12 @@ import pytest
 
 from qwencli.config import DType, Quantization
 from qwencli.engine.cache.prefix_cache import VISION_CACHE_BYTES
-from qwencli.engine.native.memory_plan import DEFAULT_MAX_SEQ_LEN, plan_memory
+from qwencli.engine.native.memory_plan import DEFAULT_MAX_SEQ_LEN, TEXT_TOKENS, plan_memory
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.builtin import hub_config
 
 GIB = 2**30
+OWN_PIXELS = 16384 * 32 * 32  # of Qwen3-VL
 
 
 def plan(free_gib, wanted=None, name="qwen3-vl-4b", dtype=DType.BFLOAT16, **weights):
@@ -43,7 +44,7 @@ def plan_of(tokens):
 def test_features_of_kept_pictures_are_counted():
     vision, text = plan(None), plan(None, name="qwen3-4b")
     # Four megapixels: the embedding and three DeepStack layers.
-    assert 4096 * 2560 * 4 * 2 < vision.kept_images == VISION_CACHE_BYTES
+    assert 4096 * 2560 * 4 * 2 < VISION_CACHE_BYTES < vision.kept_images
     assert text.kept_images == 0
     assert sum(vision.parts.values()) == vision.total
 
@@ -51,14 +52,15 @@ def test_features_of_kept_pictures_are_counted():
 @pytest.mark.parametrize("dtype", [DType.BFLOAT16, DType.FLOAT32])
 @pytest.mark.parametrize("name", ["qwen3-4b", "qwen3-vl-4b"])
 def test_the_largest_matrix_that_a_prompt_reads_back_is_counted(name, dtype):
-    plain = plan(None, name=name, dtype=dtype).activations
+    size = {"name": name, "dtype": dtype, "max_pixels": 512 * 512}
+    plain = plan(None, **size).activations
     gate_up = 2 * 9728 * 2560 * (2 if dtype is DType.BFLOAT16 else 4)
     for weights in (
         {"quantization": Quantization.INT4},
         {"quantization": Quantization.FP8},
         {"checkpoint_weights": 3 * GIB},
     ):
-        assert plan(None, name=name, dtype=dtype, **weights).activations == plain + gate_up
+        assert plan(None, **size, **weights).activations == plain + gate_up
 
 
 def test_little_memory_shortens_the_sequences_until_they_fit():
@@ -66,6 +68,33 @@ def test_little_memory_shortens_the_sequences_until_they_fit():
     assert 1024 <= tight.max_seq_len < DEFAULT_MAX_SEQ_LEN
     assert tight.total <= 10.5 * GIB
     assert tight.max_seq_len % 256 == 0
+
+
+@pytest.mark.parametrize(
+    ("free", "mode"), [(11, Quantization.NONE), (8, Quantization.INT8), (6.5, Quantization.INT4)]
+)
+def test_a_picture_of_8160_tokens_fits_beside_its_weights(free, mode):
+    fitted = plan(free, quantization=mode, own_pixels=OWN_PIXELS, prompt_graphs=True)
+    # And an answer of 256 tokens.
+    assert fitted.max_image_tokens >= 8160 and fitted.max_seq_len >= 8160 + 64 + 256
+    assert fitted.total <= free * GIB
+
+
+def test_pictures_are_as_large_as_fits_and_as_asked_for():
+    ample = plan(80, own_pixels=OWN_PIXELS)
+    assert ample.max_image_tokens == DEFAULT_MAX_SEQ_LEN - TEXT_TOKENS
+    assert plan(80, own_pixels=OWN_PIXELS, wanted=40_000).max_image_tokens == 16384
+    for free in (9.9, 10.2, 12):
+        fitted = plan(free, own_pixels=OWN_PIXELS)
+        assert 0 < fitted.max_image_tokens < fitted.max_seq_len < DEFAULT_MAX_SEQ_LEN
+        assert fitted.total <= free * GIB
+    # A length that was asked for stays; pictures give way, down to a megapixel.
+    kept = plan(11, own_pixels=OWN_PIXELS, wanted=10_000)
+    assert kept.max_seq_len == 10_000 and 1024 <= kept.max_image_tokens < 8000
+    # So does a size.
+    asked = plan(80, own_pixels=OWN_PIXELS, max_pixels=512 * 512)
+    assert asked.max_image_tokens == 256
+    assert plan(80, name="qwen3-4b").max_image_tokens == 0
 
 
 def test_a_wanted_length_that_does_not_fit_names_the_longest_that_does():
