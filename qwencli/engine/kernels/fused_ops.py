@@ -48,6 +48,7 @@ from qwencli.engine.kernels.greedy_step import (
     likeliest_kernel,
     verify_drafts_kernel,
 )
+from qwencli.engine.kernels.many_rows import ManyRows
 from qwencli.engine.kernels.qk_norm_rope import QkNormRope, QkNormRopeStore
 from qwencli.engine.kernels.skinny_gemm import Epilogue, SkinnyGemm
 from qwencli.engine.kernels.swiglu import swiglu
@@ -170,6 +171,9 @@ class FusedOps:
         self._precision = "ieee" if self._exact else "tf32"
         longest = max(shape.hidden_size, shape.q_size, shape.intermediate_size)
         self._activations = ActivationBuffers(longest, dtype, device, self._launch.options)
+        # The interpreter takes seconds for what a prompt multiplies.
+        on_gpu = device.type == "cuda" and not self._exact
+        self._many_rows = ManyRows(device).products() if on_gpu else None
         self._skinny_gemm = SkinnyGemm(
             self._best, longest, tiles_of, self._launch.options, self._precision
         )
@@ -193,6 +197,7 @@ class FusedOps:
             apply_rope=QkNormRope(),
             add_norm=AddNorm(),
             swiglu=swiglu,
+            many_rows=self._many_rows,
             max_batch_rows=MAX_BATCH_ROWS,
         )
         if not own_attention:

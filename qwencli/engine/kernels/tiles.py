@@ -11,7 +11,7 @@ bytes of a row at a time. Those for several tokens are of 4 tokens and a 4B mode
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 MOST_SPLITS = 32
@@ -251,3 +251,77 @@ def attention_tiles(
             blocks *= 2
     block = _SHORTEST_BLOCK if exact else 64
     return AttentionTiles(block, splits, 8 if exact else 4, blocks * block)
+
+
+@dataclass(frozen=True)
+class ProductTiles:
+    """How `tiled_gemm` cuts up a product: `rows` of the matrix by `tokens` a program, `columns` of
+    both at a time.
+
+    Args:
+        splits: programs that share the columns of a tile. stages: steps of the loop that are on
+            their way. band: blocks of tokens that meet a block of rows in turn.
+    """
+
+    rows: int
+    tokens: int
+    columns: int
+    num_warps: int
+    splits: int = 1
+    stages: int = 3
+    band: int = 8
+
+
+# Near the fastest of a sweep over the matrices of a 4B model on one H200, by the format of
+# activations and by tokens (`benchmarks/quantized_products.py --sweep`). All take at most 99 KB of
+# shared memory, which every card has.
+_PRODUCTS: Mapping[str, tuple[tuple[int, ProductTiles], ...]] = {
+    "FP8": (
+        (16, ProductTiles(64, 16, 256, 4, stages=4)),
+        (32, ProductTiles(64, 32, 256, 4, stages=4)),
+        (128, ProductTiles(64, 64, 128, 4, stages=5)),
+        (ANY, ProductTiles(64, 128, 128, 4, stages=4)),
+    ),
+    "INT8": (
+        (16, ProductTiles(64, 16, 128, 4, stages=4)),
+        (32, ProductTiles(64, 32, 128, 4, stages=4)),
+        (128, ProductTiles(64, 64, 128, 4, stages=4)),
+        (ANY, ProductTiles(64, 128, 128, 4, stages=4)),
+    ),
+    "FLOAT16": (
+        (16, ProductTiles(64, 16, 128, 4, stages=3)),
+        (32, ProductTiles(64, 32, 128, 4, stages=3)),
+        (ANY, ProductTiles(64, 64, 128, 4, stages=3)),
+    ),
+}
+# Up to this many rows int4 weights are unpacked in the product; for more, reading them back once
+# is cheaper.
+MOST_INT4_ROWS = 128
+# Programs a multiprocessor up to which columns are shared: unpacking keeps more of them busy.
+_SHARING: Mapping[str, int] = {"FP8": 1, "INT8": 2, "FLOAT16": 3}
+# Of more tokens the sums that programs exchange cost more than what they share.
+_MOST_SHARING_TOKENS = 64
+# torch's fp8 product shares no columns: it needs tiles of 128 by 128 enough for a device.
+FP8_TILES_OF_TORCH = 150
+
+
+def product_tiles(
+    row_format: str, rows: int, columns: int, tokens: int, num_processors: int
+) -> ProductTiles:
+    """The tiles of a product of `tokens` rows of activations with a matrix [rows, columns]."""
+    tiles = next(each for most, each in _PRODUCTS[row_format] if tokens <= most)
+    count = -(-rows // tiles.rows) * -(-tokens // tiles.tokens)
+    most = 1 if tiles.tokens > _MOST_SHARING_TOKENS else 8 if tiles.tokens <= 32 else 4
+    splits = 1
+    while (
+        splits < most
+        and count * splits * 2 <= _SHARING[row_format] * num_processors
+        and columns // (splits * 2 * tiles.columns) >= tiles.stages
+    ):
+        splits *= 2
+    return replace(tiles, splits=splits)
+
+
+def scaled_mm_is_faster(rows: int, tokens: int) -> bool:
+    """Whether torch's own fp8 product is."""
+    return tokens > 128 and -(-rows // 128) * -(-tokens // 128) >= FP8_TILES_OF_TORCH

@@ -315,6 +315,21 @@ def norm_head(
     return torch.cat(parts, 1)
 
 
+@dataclass(frozen=True)
+class Products:
+    """The products of a layer and the head, with what is around them, for any number of rows.
+
+    Args:
+        norm_gate_up: its result is for `down_residual` alone.
+    """
+
+    norm_qkv: Callable[[Tensor, Layer], Tensor]
+    o_residual: Callable[[Tensor, Layer, Tensor], Tensor]
+    norm_gate_up: Callable[[Tensor, Layer], Tensor]
+    down_residual: Callable[[Tensor, Layer, Tensor], Tensor]
+    norm_head: Callable[[Tensor, RMSNorm, Matrix], Tensor]
+
+
 def activation_bits(matrix: QuantizedTensor) -> int | None:
     """None: vectors are multiplied in the type they have."""
     return None
@@ -342,6 +357,8 @@ class DecoderOps:
         lm_head_rows: `choose_likeliest` of up to `max_batch_rows` hidden states in place of
             `norm_head`. choose_likeliest, advance_rows: the end of steps of rows.
         swiglu: how many rows that share a pool of pages are activated.
+        many_rows: products of prompts and of steps of more rows than `max_batch_rows`; None = with
+            dequantized matrices.
         max_batch_rows: up to which `norm_head` does without a dequantized head; 0 = never.
     """
 
@@ -364,6 +381,7 @@ class DecoderOps:
     choose_likeliest: Callable[[Tensor, RowBuffers, bool], None] = choose_likeliest
     advance_rows: Callable[[Tensor, RowBuffers], None] = advance_rows
     swiglu: Callable[[Tensor], Tensor] = swiglu
+    many_rows: Products | None = None
     max_batch_rows: int = 0
 
 
@@ -371,27 +389,40 @@ REFERENCE_OPS = DecoderOps()
 
 
 def prompt_ops(step: DecoderOps) -> DecoderOps:
-    """Operations on prompts in a model whose steps are `step`: plain torch, with the matrices read
-    back and the heads placed as `step` does it.
+    """Operations on prompts in a model whose steps are `step`: its products of many rows, or plain
+    torch, and the heads placed as `step` does it.
 
     A quantized head is an exception: few rows of a prompt's end go through the steps' own. The
     first token is then chosen from the logits that a step would give there, whose vector is rounded
     as in every step, and not from those of the dequantized head.
     """
 
+    products = step.many_rows or _read_back_products(step)
+
     def head(hidden: Tensor, norm: RMSNorm, matrix: Matrix) -> Tensor:
         if isinstance(matrix, torch.Tensor) or len(hidden) > step.max_batch_rows:
-            return norm_head(hidden, norm, matrix, step.dequantize)
+            return products.norm_head(hidden, norm, matrix)
         # Copies, as rows may lie apart, and as the next step overwrites its logits.
         return step.norm_head(hidden.clone(), norm, matrix).clone()
 
     return DecoderOps(
         attend=functools.partial(attend, place=step.qk_norm_rope_store),
+        norm_qkv=products.norm_qkv,
+        o_residual=products.o_residual,
+        norm_gate_up=products.norm_gate_up,
+        down_residual=products.down_residual,
+        norm_head=head,
+    )
+
+
+def _read_back_products(step: DecoderOps) -> Products:
+    """Of plain torch, with the matrices read back as `step` does it."""
+    return Products(
         norm_qkv=functools.partial(norm_qkv, dequantize=step.dequantize),
         o_residual=functools.partial(o_residual, dequantize=step.dequantize),
         norm_gate_up=functools.partial(norm_gate_up, dequantize=step.dequantize),
         down_residual=functools.partial(down_residual, dequantize=step.dequantize),
-        norm_head=head,
+        norm_head=functools.partial(norm_head, dequantize=step.dequantize),
     )
 
 
@@ -405,11 +436,13 @@ def paged_ops(step: DecoderOps, few: bool) -> DecoderOps:
     attend = functools.partial(attend_pages, place=step.qk_norm_rope_store, rows=step.attend_rows)
     if few:
         return replace(step, attend=attend)
-    gate_up = functools.partial(norm_gate_up, dequantize=step.dequantize, activate=step.swiglu)
-    return replace(
+    many = replace(
         prompt_ops(step),
         attend=attend,
-        norm_gate_up=gate_up,
         choose_likeliest=step.choose_likeliest,
         advance_rows=step.advance_rows,
     )
+    if step.many_rows is not None:
+        return many
+    gate_up = functools.partial(norm_gate_up, dequantize=step.dequantize, activate=step.swiglu)
+    return replace(many, norm_gate_up=gate_up)

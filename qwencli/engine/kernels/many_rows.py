@@ -1,0 +1,166 @@
+"""Products of prompts and of steps of many rows with quantized matrices.
+
+Each is quantized rows (`row_quant`) times a matrix as it is stored: `tiled_gemm`, or torch's own
+8-bit product where that is faster. What neither takes is dequantized and multiplied by torch:
+kinds that pre-quantized checkpoints have, models in float32, GPUs without the instructions, int8
+weights, and int4 ones of so many rows that reading them back costs little beside the product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qwencli.engine.kernels.dequantize import dequantize
+from qwencli.engine.kernels.row_quant import QuantizedRows, RowFormat, quantize_rows
+from qwencli.engine.kernels.swiglu import swiglu
+from qwencli.engine.kernels.tiled_gemm import TiledGemm
+from qwencli.engine.kernels.tiles import (
+    MOST_INT4_ROWS,
+    product_tiles,
+    scaled_mm_is_faster,
+)
+from qwencli.engine.ops.decoder_ops import Layer, Matrix, Products, RMSNorm, dense, norm_head
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
+
+Tensor = torch.Tensor
+FORMATS = {
+    Scheme.FP8: RowFormat.FP8,
+    Scheme.INT4: RowFormat.FLOAT16,
+}
+# Columns enough for an instruction, and no more than a step of `tiled_gemm` has.
+INT4_GROUPS = (32, 64, 128)
+# Of both sides of a matrix that torch multiplies in fp8.
+ALIGNED = 16
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What products of many rows ask of a device.
+
+    Args:
+        fp8: whether it multiplies fp8.
+    """
+
+    num_processors: int
+    fp8: bool
+
+    @classmethod
+    def of(cls, device: torch.device) -> Capability:
+        if device.type != "cuda":  # Triton's interpreter
+            return cls(num_processors=2, fp8=True)
+        found = torch.cuda.get_device_properties(device)
+        fp8 = (found.major, found.minor) >= (8, 9)
+        return cls(found.multi_processor_count, fp8)
+
+
+class ManyRows:
+    """`Products` that multiply quantized matrices as they are stored.
+
+    Results are those of `decoder_ops` but for the rounding of activations.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._capability = Capability.of(device)
+        self._gemm = TiledGemm.on(device)
+
+    def products(self) -> Products:
+        return Products(
+            norm_qkv=self.norm_qkv,
+            o_residual=self.o_residual,
+            norm_gate_up=self.norm_gate_up,
+            down_residual=self.down_residual,
+            norm_head=self.norm_head,
+        )
+
+    def norm_qkv(self, hidden: Tensor, layer: Layer) -> Tensor:
+        return self.product(hidden, layer.qkv, norm=layer.attn_norm, bias=layer.qkv_bias)
+
+    def o_residual(self, attended: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
+        return self.product(attended, layer.o, bias=layer.o_bias, onto=hidden)
+
+    def norm_gate_up(self, hidden: Tensor, layer: Layer) -> Tensor:
+        """As it is multiplied, [N, 2 I]: `down_residual` applies SwiGLU with its rounding."""
+        return self.product(hidden, layer.gate_up, norm=layer.mlp_norm)
+
+    def down_residual(self, activated: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
+        return self.product(activated, layer.down, onto=hidden, gated=True)
+
+    def norm_head(self, hidden: Tensor, norm: RMSNorm, head: Matrix) -> Tensor:
+        if self._format(head, hidden) is None:
+            return norm_head(hidden, norm, head, dequantize)
+        return self.product(hidden, head, norm=norm)
+
+    def _format(self, matrix: Matrix, x: Tensor) -> RowFormat | None:
+        """How rows of `x` are quantized for a product with `matrix`; None = the matrix is read
+        back."""
+        if isinstance(matrix, Tensor) or x.dtype is torch.float32:
+            return None
+        if matrix.g_idx_sort_indices is not None or matrix.codebook is not None:
+            return None
+        if matrix.scheme is Scheme.INT4:
+            few = len(x) <= MOST_INT4_ROWS and matrix.group in INT4_GROUPS
+            return RowFormat.FLOAT16 if few else None
+        if matrix.grouped or (matrix.scheme is Scheme.FP8 and not self._capability.fp8):
+            return None
+        # Not yet int8: scaling its sums at every step costs more than reading it back.
+        return FORMATS.get(matrix.scheme)
+
+    def product(
+        self,
+        x: Tensor,
+        matrix: Matrix,
+        norm: RMSNorm | None = None,
+        bias: Tensor | None = None,
+        onto: Tensor | None = None,
+        gated: bool = False,
+    ) -> Tensor:
+        """matrix norm(x) + bias, new, or added to `onto`; with `gated` of SwiGLU of x."""
+        row_format = self._format(matrix, x)
+        if row_format is None:
+            return _read_back(swiglu(x) if gated else x, matrix, norm, bias, onto)
+        assert isinstance(matrix, QuantizedTensor), "others have no format"
+        rows = quantize_rows(x, row_format, norm, gated)
+        if row_format is RowFormat.FP8 and self._by_torch(rows, matrix, x):
+            y = _scaled_mm(rows, matrix)
+            if bias is not None:
+                y += bias
+            return y if onto is None else onto.add_(y)
+        y = x.new_empty(len(x), matrix.rows) if onto is None else onto
+        tiles = product_tiles(
+            row_format.name,
+            matrix.rows,
+            matrix.columns,
+            len(x),
+            self._capability.num_processors,
+        )
+        self._gemm(rows, matrix, y, tiles, bias, add=onto is not None)
+        return y
+
+    def _by_torch(self, rows: QuantizedRows, matrix: QuantizedTensor, x: Tensor) -> bool:
+        aligned = matrix.rows % ALIGNED == 0 and matrix.columns % ALIGNED == 0
+        takes = x.is_cuda and x.dtype is torch.bfloat16 and matrix.scale.dtype is torch.float32
+        return aligned and takes and scaled_mm_is_faster(matrix.rows, len(rows))
+
+
+def _scaled_mm(x: QuantizedRows, matrix: QuantizedTensor) -> Tensor:
+    return torch._scaled_mm(
+        x.values,
+        matrix.data.t(),
+        scale_a=x.scale[:, None],
+        scale_b=matrix.scale[None, :],
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
+def _read_back(
+    x: Tensor, matrix: Matrix, norm: RMSNorm | None, bias: Tensor | None, onto: Tensor | None
+) -> Tensor:
+    x = x if norm is None else norm(x)
+    weight = dense(matrix, x, dequantize)
+    if onto is not None:
+        onto.addmm_(x, weight)
+        return onto if bias is None else onto.add_(bias)
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
