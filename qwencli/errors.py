@@ -15,6 +15,7 @@ nothing else catches them to print.
     │   └── DownloadError                 the hub cannot be reached, or refuses
     ├── DeviceError                       the device asked for is not there or not usable
     ├── OutOfMemoryError                  host or device memory is used up
+    ├── EngineError                       one request failed in a way that nobody foresaw
     ├── MissingDependencyError            an optional package is not installed or does not load
     ├── OutputError                       a result cannot be written (full disk, permissions)
     ├── CaptionError                      no answer about a picture was good enough to keep
@@ -85,6 +86,10 @@ class DeviceError(QwenCliError):
 
 class OutOfMemoryError(QwenCliError):
     pass
+
+
+class EngineError(QwenCliError):
+    """The error itself is its `__cause__`; other requests go on."""
 
 
 class MissingDependencyError(QwenCliError):

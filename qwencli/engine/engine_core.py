@@ -39,12 +39,14 @@ from qwencli.engine.request import (
 from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.runner import ModelRunner, RunnerPrompt, TokenCopy, Unsampled
 from qwencli.engine.scheduler import Scheduler
-from qwencli.errors import InputError, OutOfMemoryError, QwenCliError
+from qwencli.errors import EngineError, InputError, OutOfMemoryError, QwenCliError
 from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig
 
 # Threads that read, resize and tokenize for the steps to come; more would wait for the interpreter.
 MOST_PREPARERS = 8
+# Requests that are prepared or being prepared before they start; their pictures take memory.
+PREPARED_AHEAD = 64
 # What a device that is short of memory is given at least.
 FEWEST_PREFILL_TOKENS = 256
 
@@ -113,10 +115,12 @@ class EngineCore:
         self._files, self._runner, self._scheduler = files, runner, scheduler
         self._effective, self._load_s, self._prepare = effective, load_s, prepare
         self._ids = itertools.count()
+        self._added: OrderedDict[RequestId, tuple[RequestSource, float]] = OrderedDict()
         self._preparing: OrderedDict[RequestId, Future[_Prepared]] = OrderedDict()
         self._active: dict[RequestId, _Active] = {}
         self._failed: list[StepOutput] = []
         self._step: _Step | None = None
+        self._said_short = False
         self._clock: EventTimer | None = None
         count = min(MOST_PREPARERS, max(1, (os.cpu_count() or 1) - 1))
         self._threads = ThreadPoolExecutor(
@@ -129,8 +133,8 @@ class EngineCore:
     def add(self, request: RequestSource) -> RequestId:
         """Take a request; everything that is wrong with it comes back from `step`."""
         number = next(self._ids)
-        arrived_s = time.perf_counter()
-        self._preparing[number] = self._threads.submit(self._prepared, request, arrived_s)
+        self._added[number] = request, time.perf_counter()
+        self._prepare_some()
         return number
 
     @property
@@ -139,10 +143,11 @@ class EngineCore:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._preparing or self._active or self._failed)
+        return bool(self._added or self._preparing or self._active or self._failed)
 
     def abort(self, request: RequestId) -> None:
         """Forget a request; nothing more comes of it. An id that is over already is fine."""
+        self._added.pop(request, None)
         future = self._preparing.pop(request, None)
         if future is not None:
             future.cancel()
@@ -159,6 +164,7 @@ class EngineCore:
 
     def _run_ahead(self) -> list[StepOutput]:
         self._take_prepared()
+        self._prepare_some()
         batch = self._scheduler.schedule()
         step = None if batch is None else self._run(batch)
         outputs, self._failed = self._failed, []
@@ -173,6 +179,13 @@ class EngineCore:
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _prepare_some(self) -> None:
+        while self._added and (
+            len(self._preparing) + len(self._scheduler.waiting) < PREPARED_AHEAD
+        ):
+            number, (request, arrived_s) = self._added.popitem(last=False)
+            self._preparing[number] = self._threads.submit(self._prepared, request, arrived_s)
 
     def _prepared(self, request: RequestSource, arrived_s: float) -> _Prepared:
         asked = request_of(request)
@@ -200,7 +213,9 @@ class EngineCore:
             future = self._preparing.pop(request)
             error = future.exception()
             if error is not None:
-                self._failed.append(StepOutput(request, error=self._typed(error)))
+                if not isinstance(error, Exception):
+                    raise error
+                self._failed.append(StepOutput(request, error=self._typed(error, "preparing it")))
                 continue
             ready = future.result()
             sequence = Sequence(
@@ -225,13 +240,35 @@ class EngineCore:
             self._prefill(batch.prefill, self._clock, step)
         decode = [each for each in batch.decode if each.row is not None]
         if decode:
-            prompts = [self._active[each.request].prompt for each in decode]
-            waiting = len(self._scheduler.waiting) + len(self._preparing)
-            if any(each.constrained for each in decode):
-                step.unsampled = self._runner.decode_logits(decode, prompts, waiting)
-            else:
-                step.copies.append(self._runner.decode(decode, prompts, waiting, self._clock))
+            self._decode(decode, self._clock, step)
         return step
+
+    def _decode(self, decode: list[Sequence], clock: EventTimer, step: _Step) -> None:
+        """Run a token of each; where memory does not suffice even when what is free has been given
+        back, without those that came last."""
+        waiting = len(self._scheduler.waiting) + len(self._preparing) + len(self._added)
+        tried = False
+        while decode:
+            prompts = [self._active[each.request].prompt for each in decode]
+            try:
+                if any(each.constrained for each in decode):
+                    step.unsampled = self._runner.decode_logits(decode, prompts, waiting)
+                else:
+                    step.copies.append(self._runner.decode(decode, prompts, waiting, clock))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                device, doing = self._effective.device, f"running {len(decode)} answers at once"
+                failure = out_of_memory_error(device, doing, error)
+            else:
+                return
+            # Outside the handler: until it ends, the traceback holds the tensors that must go.
+            release(self._effective.device)
+            if tried:
+                last = max(decode, key=lambda each: each.request)
+                decode.remove(last)
+                self._fail(self._active[last.request], failure)
+            tried, waiting = True, 0
 
     def _sample(self, unsampled: Unsampled) -> TokenCopy:
         """Choose the tokens of a step whose logits the device works on meanwhile."""
@@ -245,23 +282,25 @@ class EngineCore:
 
     def _prefill(self, chunks: tuple[PromptChunk, ...], clock: EventTimer, step: _Step) -> None:
         """Run prompts; where memory does not suffice, fewer of them, and one that does not fit
-        even alone fails."""
+        even alone fails. So does one of which the pass fails in another way."""
         active = [self._active[chunk.sequence.request] for chunk in chunks]
         start = clock.mark()
         for each in active:
             each.began = start if each.began is None else each.began
         try:
             copy = self._runner.prefill(chunks, [each.prompt for each in active], clock)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+        except Exception as error:
+            if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
+                raise  # the device is lost, for all of them
+            failure = self._typed(error.with_traceback(None), "running its prompt")
             tokens = sum(chunk.stop - chunk.start for chunk in chunks)
-            failure = out_of_memory_error(
-                self._effective.device,
-                f"running {tokens} tokens of prompts",
-                error,
-                num_image_tokens=max(each.answer.prompt.num_image_tokens for each in active),
-            )
+            if is_out_of_memory(error):
+                failure = out_of_memory_error(
+                    self._effective.device,
+                    f"running {tokens} tokens of prompts",
+                    error,
+                    num_image_tokens=max(each.answer.prompt.num_image_tokens for each in active),
+                )
         else:
             for chunk in chunks:
                 self._scheduler.written(chunk.sequence, chunk.stop)
@@ -270,21 +309,35 @@ class EngineCore:
             return
         # Outside the handler: until it ends, the traceback holds the tensors that must go.
         release(self._effective.device)
-        self._back_off(active, tokens, failure)
-
-    def _back_off(self, active: list[_Active], tokens: int, failure: OutOfMemoryError) -> None:
-        """Run less at a time from now on; what cannot be cut any further fails."""
-        scheduler = self._scheduler
-        if len(active) > 1:
-            scheduler.limits = replace(scheduler.limits, max_prompts=len(active) // 2)
-        elif tokens > FEWEST_PREFILL_TOKENS:
-            fewer = max(tokens // 2, FEWEST_PREFILL_TOKENS)
-            scheduler.limits = replace(scheduler.limits, max_prefill_tokens=fewer)
-        else:
+        again = len(active) > 1
+        if isinstance(failure, OutOfMemoryError):
+            said = self._back_off(chunks)
+            again = said is not None
+            if said is not None and not self._said_short:
+                active[0].answer.notes.append(said)
+                self._said_short = True
+        elif again:
+            for each in active:
+                each.sequence.alone = True
+        if not again:
             self._fail(active[0], failure)
             return
         for each in reversed(active):
-            scheduler.requeue(each.sequence)
+            self._scheduler.requeue(each.sequence)
+
+    def _back_off(self, chunks: tuple[PromptChunk, ...]) -> str | None:
+        """Run less at a time from now on; says so, or None where nothing can be cut any further."""
+        scheduler = self._scheduler
+        tokens = sum(chunk.stop - chunk.start for chunk in chunks)
+        if len(chunks) > 1:
+            fewer = len(chunks) // 2
+            scheduler.limits = replace(scheduler.limits, max_prompts=fewer)
+            return f"memory is short: {fewer} prompts run at a time from here on"
+        if tokens > FEWEST_PREFILL_TOKENS:
+            fewer = max(tokens // 2, FEWEST_PREFILL_TOKENS)
+            scheduler.limits = replace(scheduler.limits, max_prefill_tokens=fewer)
+            return f"memory is short: {fewer} tokens of prompts run at a time from here on"
+        return None
 
     def _read(self, step: _Step) -> list[StepOutput]:
         outputs: list[StepOutput] = []
@@ -326,8 +379,9 @@ class EngineCore:
     def _failing_alone(self, active: _Active, outputs: list[StepOutput]) -> Iterator[None]:
         try:
             yield
-        except QwenCliError as error:
-            outputs.append(StepOutput(active.sequence.request, error=error))
+        except Exception as error:  # noqa: BLE001  others go on
+            failure = self._typed(error, "reading its answer")
+            outputs.append(StepOutput(active.sequence.request, error=failure))
             self._forget(active)
 
     def _fail(self, active: _Active, error: QwenCliError) -> None:
@@ -338,15 +392,18 @@ class EngineCore:
         del self._active[active.sequence.request]
         self._scheduler.finish(active.sequence)
 
-    def _typed(self, error: BaseException) -> QwenCliError:
-        """What went wrong with one request; anything else is a fault of this program."""
+    def _typed(self, error: Exception, doing: str) -> QwenCliError:
+        """What went wrong with one request while `doing` something for it."""
         if isinstance(error, QwenCliError):
             return error
         if is_out_of_memory(error):
-            return out_of_memory_error(
-                self._effective.device, "preparing the pictures", error, num_image_tokens=1
-            )
-        raise error
+            return out_of_memory_error(self._effective.device, doing, error, num_image_tokens=1)
+        failure = EngineError(
+            f"a request failed while {doing}: {type(error).__name__}: {error}",
+            "other requests go on; this is a fault of qwencli, please report it",
+        )
+        failure.__cause__ = error
+        return failure
 
     def _too_long(self, sequence: Sequence) -> InputError:
         pool = self._scheduler.pool.capacity * PAGE_SIZE

@@ -47,6 +47,7 @@ class Sequence:
         num_cached: prompt tokens that another sequence had computed, in pages that it shares.
         num_computed: prompt tokens whose keys and values are in the pool, or on the way there.
         num_scheduled: new tokens that steps were scheduled for.
+        alone: whether its prompt runs in steps of its own, since one of several failed.
         constrained: what it may choose next depends on the token before, which the host must have
             read: its first token is read before it takes a second one.
     """
@@ -60,6 +61,7 @@ class Sequence:
     num_cached: int = 0
     num_computed: int = 0
     num_scheduled: int = 0
+    alone: bool = False
     constrained: bool = False
 
     @property

@@ -42,6 +42,7 @@ class ResponseBuilder:
     matcher: TokenMatcher | None = None
     token_ids: list[int] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         asked_to_stop = not self.sampling.ignore_eos
@@ -115,7 +116,7 @@ class ResponseBuilder:
             num_prompt_tokens=len(self.prompt.input_ids),
             num_image_tokens=self.prompt.num_image_tokens,
             num_cached_tokens=self.num_cached_tokens,
-            notes=self.prompt.notes,
+            notes=(*self.prompt.notes, *self.notes),
             timings=self._timings(clock, vision, step_s, token_t_s[0], load_s),
             effective=effective,
             token_t_s=tuple(token_t_s),

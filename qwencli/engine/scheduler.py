@@ -125,6 +125,8 @@ class Scheduler:
             and len(self._prefilling) < self.limits.max_prompts
         ):
             first = self.waiting[0]
+            if self._prefilling and (first.alone or self._prefilling[-1].alone):
+                return
             # The last token is run in any case: its logits are wanted.
             shared = self.pool.share(first.page_keys[: (first.num_prompt_tokens - 1) // PAGE_SIZE])
             cached = len(shared) * PAGE_SIZE

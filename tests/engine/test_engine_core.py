@@ -17,7 +17,7 @@ from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.scheduler import Limits
-from qwencli.errors import InputError, OutOfMemoryError
+from qwencli.errors import EngineError, InputError, OutOfMemoryError, UsageError
 from qwencli.messages import GenerationRequest, ImagePart, text_message, user_message
 from tests.checkpoints import engine_config, film, picture
 
@@ -234,7 +234,10 @@ def test_where_memory_is_short_fewer_prompts_run_at_a_time(limited, monkeypatch)
         return running(self, chunks, prompts, clock)
 
     monkeypatch.setattr(runner.ModelRunner, "prefill", short_of_memory)
-    assert [each.token_ids for each in generate_many(limited, requests)] == expected
+    results = list(generate_many(limited, requests))
+    assert [each.token_ids for each in results] == expected
+    (said,) = [note for each in results for note in each.notes]
+    assert "memory is short" in said
     assert limited._queue._scheduler.limits.max_prompts == 1
 
 
@@ -251,6 +254,81 @@ def test_a_prompt_that_does_not_fit_the_memory_fails_alone(limited, monkeypatch)
     results = list(generate_many(limited, [small, large, small]))
     assert isinstance(results[1], OutOfMemoryError)
     assert results[0].token_ids == results[2].token_ids
+    assert pages_are_all_free(limited)
+
+
+def test_failures_that_nobody_foresaw_are_those_of_one_request(limited, monkeypatch):
+    good = ask("Well?", images=[picture()], max_new_tokens=4)
+    expected = limited.generate(good).token_ids
+    taking = engine_core.EngineCore._take
+    encoding = runner.ModelRunner._encode_together
+    limited._forget()
+
+    def cannot_be_opened():
+        raise ValueError("simulated, in preprocessing")
+
+    def encode(self, visuals):
+        if any(visual.grid == (1, 6, 8) for visual in visuals):
+            raise ValueError("simulated, in vision")
+        return encoding(self, visuals)
+
+    def take(self, active, token, mark):
+        if active.answer.sampling.max_new_tokens == 5 and len(active.answer.token_ids) == 2:
+            raise ValueError("simulated, in the middle of decoding")
+        return taking(self, active, token, mark)
+
+    monkeypatch.setattr(engine_core.EngineCore, "_take", take)
+    monkeypatch.setattr(runner.ModelRunner, "_encode_together", encode)
+    broken = [cannot_be_opened, ask(images=[picture(128, 96)]), ask(max_new_tokens=5)]
+    results = list(generate_many(limited, [good, *broken, good, good]))
+    assert [each.token_ids for each in (results[0], *results[4:])] == [expected] * 3
+    for error, phase in zip(results[1:4], ("preprocessing", "vision", "middle"), strict=True):
+        assert isinstance(error, EngineError) and "ValueError: simulated, in" in error.message
+        assert phase in error.message and isinstance(error.__cause__, ValueError)
+    assert pages_are_all_free(limited)
+
+
+def test_no_new_tokens_are_refused_and_a_thousand_requests_are_prepared_in_turn(limited):
+    expected = limited.generate(ask("Q", max_new_tokens=2)).token_ids
+    prepared = 0
+
+    def request(number):
+        def source():
+            nonlocal prepared
+            prepared += 1
+            return ask("Q", max_new_tokens=0 if number == 500 else 2)
+
+        return source
+
+    numbers = [limited.add(request(number)) for number in range(1000)]
+    limited.step()
+    assert prepared <= engine_core.PREPARED_AHEAD
+    for number in numbers[100:900]:
+        if number != numbers[500]:
+            limited.abort(number)
+    ended = {}
+    while limited.has_unfinished:
+        ended |= {each.request: each for each in limited.step() if each.finished}
+    assert set(ended) == {*numbers[:100], numbers[500], *numbers[900:]}
+    assert isinstance(ended.pop(numbers[500]).error, UsageError)
+    assert {each.chunk.result.token_ids for each in ended.values()} == {expected}
+    assert pages_are_all_free(limited)
+
+
+def test_short_memory_in_decoding_ends_the_last_that_came(limited, monkeypatch):
+    requests = [ask(f"{n}", max_new_tokens=6) for n in range(3)]
+    expected = [limited.generate(request).token_ids for request in requests]
+    running = runner.ModelRunner.decode
+
+    def short_of_memory(self, sequences, *others):
+        if len(sequences) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        return running(self, sequences, *others)
+
+    monkeypatch.setattr(runner.ModelRunner, "decode", short_of_memory)
+    results = list(generate_many(limited, requests))
+    assert [each.token_ids for each in results[:2]] == expected[:2]
+    assert isinstance(results[2], OutOfMemoryError)
     assert pages_are_all_free(limited)
 
 
