@@ -28,7 +28,7 @@ from triton.errors import TritonError
 
 from qwencli.engine.kernels.dequantize import dequantize
 from qwencli.engine.kernels.many_rows import ManyRows
-from qwencli.engine.kernels.row_quant import INT8_GROUP, QuantizedRows, RowFormat, quantize_rows
+from qwencli.engine.kernels.row_quant import QuantizedRows, RowFormat, quantize_rows
 from qwencli.engine.kernels.swiglu import swiglu
 from qwencli.engine.kernels.tiled_gemm import TiledGemm
 from qwencli.engine.kernels.tiles import ProductTiles
@@ -50,7 +50,6 @@ PROMPTS = (272, 1088, 4352)
 SCHEMES = {"fp8": Scheme.FP8, "8bit": Scheme.INT8, "4bit": Scheme.INT4}
 FORMATS = {
     Scheme.FP8: RowFormat.FP8,
-    Scheme.INT8: RowFormat.INT8,
     Scheme.INT4: RowFormat.FLOAT16,
 }
 BYTES_AT_ONCE = 300_000_000  # several times what caches hold
@@ -134,8 +133,6 @@ def candidates(row_format: RowFormat, rows: int, columns: int, m: int) -> Iterat
     processors = torch.cuda.get_device_properties(CUDA).multi_processor_count
     tokens = {16: (16,), 32: (32,), 64: (64,), 128: (64, 128)}.get(m, (128, 256))
     wide = (128, 256) if row_format is RowFormat.FP8 and m <= 64 else (128,)
-    if row_format is RowFormat.INT8:
-        wide = (INT8_GROUP,)
     for r, t, c, warps, stages in itertools.product(
         (64, 128), tokens, wide, (4, 8), (2, 3, 4) if m > 256 or wide == (256,) else (3, 4, 5)
     ):
@@ -292,7 +289,8 @@ def main() -> None:
     counts = [int(each) for each in arguments.rows.split(",") if each]
     torch.manual_seed(0)
     if arguments.sweep:
-        rows = sweep(schemes, names, counts or SWEPT_ROWS)
+        tiled = [each for each in schemes if SCHEMES[each] in FORMATS]
+        rows = sweep(tiled, names, counts or SWEPT_ROWS)
     else:
         rows = compare(schemes, names, counts or (*ROWS, *PROMPTS))
     found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}

@@ -104,7 +104,6 @@ class ManyRows:
             return RowFormat.FLOAT16 if few else None
         if matrix.grouped or (matrix.scheme is Scheme.FP8 and not self._capability.fp8):
             return None
-        # Not yet int8: scaling its sums at every step costs more than reading it back.
         return FORMATS.get(matrix.scheme)
 
     def product(

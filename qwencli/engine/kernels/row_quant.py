@@ -3,14 +3,12 @@
 A program reads a row once, applies the RMS norm or SwiGLU that comes before the matrix, and writes
 the row in the format that `tiled_gemm` multiplies. Nothing is rounded in between.
 
-format   values                                    one scale for
-FP8      float8_e4m3fn, x * 448 / max              a row
-INT8     int8, x * 127 / max                       `INT8_GROUP` columns of a row
-FLOAT16  float16, x / max, in halves               a row
+format   values
+FP8      float8_e4m3fn, x * 448 / max
+FLOAT16  float16, x / max, in halves
 
-INT8 has groups because one large value of a row would leave few steps to the others; fp8 has an
-exponent for that. "In halves": columns 0 to 3 of each 8 of the row lie before all columns 4 to 7,
-as a byte of int4 weights holds column i and column i + 4 (`quantized_tensor.pack`).
+Each row has one scale. "In halves": columns 0 to 3 of each 8 of the row lie before all columns 4 to
+7, as a byte of int4 weights holds column i and column i + 4 (`quantized_tensor.pack`).
 """
 
 from __future__ import annotations
@@ -27,35 +25,29 @@ from qwencli.engine.ops.decoder_ops import RMSNorm
 
 class RowFormat(IntEnum):
     FP8 = 1
-    INT8 = 2
-    FLOAT16 = 3
+    FLOAT16 = 2
 
 
 FP8 = tl.constexpr(int(RowFormat.FP8))
-INT8 = tl.constexpr(int(RowFormat.INT8))
-FLOAT16 = tl.constexpr(int(RowFormat.FLOAT16))
-INT8_GROUP = 128
 VALUE_TYPES = {
     RowFormat.FP8: torch.float8_e4m3fn,
-    RowFormat.INT8: torch.int8,
     RowFormat.FLOAT16: torch.float16,
 }
 # Values of a row that a thread holds; more than twice as many spill.
 VALUES_PER_THREAD = 32
 MOST_WARPS = 16
+SHORTEST_BLOCK = 128
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def quantize_rows_kernel(
     x_ptr,  # [M, K]; SWIGLU: [M, 2 K], gate in front of up
     gain_ptr,  # [K], weight of the RMS norm; None = no norm
     values_ptr,  # [M, K]
-    scale_ptr,  # float32 [M], or [K / GROUP rounded up, M]
-    M,
+    scale_ptr,  # float32 [M]
     K,
     eps,
     FORMAT: tl.constexpr,
-    GROUP: tl.constexpr,
     SWIGLU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -71,29 +63,16 @@ def quantize_rows_kernel(
     if gain_ptr is not None:
         gain = tl.load(gain_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         x = x * tl.rsqrt(tl.sum(x * x) / K + eps) * gain
-    if FORMAT == INT8:
-        GROUPS: tl.constexpr = BLOCK // GROUP
-        x = tl.reshape(x, (GROUPS, GROUP))
-        columns = tl.reshape(columns, (GROUPS, GROUP))
-        largest = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-30)
-        # Adding 1.5 * 2^23 rounds to an integer, in the lowest bits of the result.
-        scaled = x * (127.0 / largest)[:, None] + 12582912.0
-        q = scaled.to(tl.int32, bitcast=True) - 0x4B400000
-        tl.store(values_ptr + row * K + columns, q.to(tl.int8), mask=columns < K)
-        group = tl.arange(0, GROUPS)
-        real = group * GROUP < K
-        tl.store(scale_ptr + group * M + row, largest * (1.0 / 127.0), mask=real)
+    largest = tl.maximum(tl.max(tl.abs(x)), 1e-30)
+    at = columns
+    if FORMAT == FP8:
+        tl.store(scale_ptr + row, largest * (1.0 / 448.0))
+        x *= 448.0 / largest
     else:
-        largest = tl.maximum(tl.max(tl.abs(x)), 1e-30)
-        at = columns
-        if FORMAT == FP8:
-            tl.store(scale_ptr + row, largest * (1.0 / 448.0))
-            x *= 448.0 / largest
-        else:
-            tl.store(scale_ptr + row, largest)
-            x *= 1.0 / largest
-            at = (columns // 4 % 2) * (K // 2) + columns // 8 * 4 + columns % 4
-        tl.store(values_ptr + row * K + at, x.to(values_ptr.dtype.element_ty), mask=inside)
+        tl.store(scale_ptr + row, largest)
+        x *= 1.0 / largest
+        at = (columns // 4 % 2) * (K // 2) + columns // 8 * 4 + columns % 4
+    tl.store(values_ptr + row * K + at, x.to(values_ptr.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -118,19 +97,16 @@ def quantize_rows(
     x = x.contiguous()
     rows, columns = len(x), x.shape[1] // 2 if gated else x.shape[1]
     values = torch.empty(rows, columns, dtype=VALUE_TYPES[row_format], device=x.device)
-    size = (triton.cdiv(columns, INT8_GROUP), rows) if row_format is RowFormat.INT8 else (rows,)
-    scale = torch.empty(size, dtype=torch.float32, device=x.device)
-    block = max(triton.next_power_of_2(columns), INT8_GROUP)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = max(triton.next_power_of_2(columns), SHORTEST_BLOCK)
     quantize_rows_kernel[rows,](
         x,
         None if norm is None else norm.weight,
         values,
         scale,
-        rows,
         columns,
         0.0 if norm is None else norm.eps,
         FORMAT=int(row_format),
-        GROUP=INT8_GROUP,
         SWIGLU=gated,
         BLOCK=block,
         num_warps=min(max(block // (32 * VALUES_PER_THREAD), 1), MOST_WARPS),

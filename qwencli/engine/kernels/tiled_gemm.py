@@ -6,10 +6,9 @@ share the columns of a tile where there are too few tiles for the device: each s
 the one that arrives last adds them up in order, so that a result does not depend on the order of
 arrival.
 
-Weights of 8 bits are multiplied as they are with activations of 8 bits: fp8 has one scale a row on
-either side, which the end applies; int8 activations have one for `INT8_GROUP` columns, applied to
-the sum of each step. int4 weights become float16 in registers, (q - zero) * scale, and meet
-float16 activations (`row_quant`).
+fp8 weights are multiplied as they are with fp8 activations: each side has one scale a row, which
+the end applies. int4 weights become float16 in registers, (q - zero) * scale, and meet float16
+activations (`row_quant`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwencli.engine.kernels.row_quant import FLOAT16, INT8, INT8_GROUP, QuantizedRows, RowFormat
+from qwencli.engine.kernels.row_quant import FP8, QuantizedRows, RowFormat
 from qwencli.engine.kernels.tiles import ProductTiles
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor
 
@@ -38,8 +37,8 @@ def int4_as_float16(q, zero, scale):
 @triton.jit(do_not_specialize=["M"])
 def tiled_gemm_kernel(
     x_ptr,  # [M, K] in FORMAT
-    x_scale_ptr,  # float32 [M]; INT8: [K / XG rounded up, M]
-    w_ptr,  # fp8 or int8 [N, K]; FLOAT16: uint8 [N, K / 2]
+    x_scale_ptr,  # float32 [M]
+    w_ptr,  # FP8: [N, K]; FLOAT16: uint8 [N, K / 2]
     scale_ptr,  # [N]; FLOAT16: [N, K / G]
     zero_point_ptr,  # FLOAT16: [N, K / G]
     bias_ptr,  # [N], or None
@@ -51,7 +50,6 @@ def tiled_gemm_kernel(
     K,
     EVEN: tl.constexpr,
     G: tl.constexpr,
-    XG: tl.constexpr,
     FORMAT: tl.constexpr,
     ADD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -61,8 +59,8 @@ def tiled_gemm_kernel(
     BAND: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """COLUMNS: of a step of the loop; of int4 within a group, of int8 those of one scale. EVEN: do
-    they divide K. BAND: blocks of tokens that meet a block of rows in turn, while caches hold it.
+    """COLUMNS: of a step of the loop; of int4 within a group. EVEN: do they divide K. BAND: blocks
+    of tokens that meet a block of rows in turn, while caches hold it.
     """
     tile = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
@@ -79,7 +77,7 @@ def tiled_gemm_kernel(
     begin = split * share
     end = tl.minimum(begin + share, K)
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    if FORMAT == FLOAT16:
+    if FORMAT != FP8:
         inner = tl.arange(0, COLUMNS // 2)
         w_row = w_ptr + read_rows[:, None] * (K // 2) + inner[None, :]
         x_row = x_ptr + read_tokens[None, :] * K + inner[:, None]
@@ -103,11 +101,7 @@ def tiled_gemm_kernel(
             else:
                 w = tl.load(w_row + start, mask=(start + inner < K)[None, :], other=0.0)
                 x = tl.load(x_row + start, mask=(start + inner < K)[:, None], other=0.0)
-            if FORMAT == INT8:
-                step = tl.load(x_scale_ptr + start // XG * M + read_tokens)
-                acc += tl.dot(w, x, out_dtype=tl.int32).to(tl.float32) * step[None, :]
-            else:
-                acc = tl.dot(w, x, acc)
+            acc = tl.dot(w, x, acc)
     if SPLITS == 1:
         finish_tile(
             acc, rows, tokens, M, N, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, FORMAT, ADD
@@ -136,10 +130,9 @@ def finish_tile(
 ):  # fmt: skip
     """Scale the sums [ROWS, TOKENS], add bias and residual, store them as [TOKENS, ROWS]."""
     inside, real = rows < N, tokens < M
-    if FORMAT != FLOAT16:
+    if FORMAT == FP8:
         sums *= tl.load(scale_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
-    if FORMAT != INT8:
-        sums *= tl.load(x_scale_ptr + tokens, mask=real, other=0.0)[None, :]
+    sums *= tl.load(x_scale_ptr + tokens, mask=real, other=0.0)[None, :]
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
     at = y_ptr + tokens.to(tl.int64)[None, :] * N + rows[:, None]
@@ -178,8 +171,6 @@ class TiledGemm:
         data = matrix.data
         if x.format is RowFormat.FLOAT16:
             step, data = min(step, matrix.group), data.view(torch.uint8)
-        elif x.format is RowFormat.INT8:
-            step = INT8_GROUP
         count = triton.cdiv(rows, tiles.rows) * triton.cdiv(len(x), tiles.tokens)
         splits = min(tiles.splits, triton.cdiv(columns, step))
         sums = self.semaphore
@@ -202,7 +193,6 @@ class TiledGemm:
             columns,
             EVEN=columns % step == 0,
             G=matrix.group,
-            XG=INT8_GROUP,
             FORMAT=int(x.format),
             ADD=add,
             ROWS=tiles.rows,
