@@ -88,7 +88,10 @@ class LlGuidance:
         import llguidance
 
         self._lib = llguidance
-        self._tokenizer = llguidance.LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=stop)
+        slices = llguidance.LLTokenizer.json_slices()
+        self._tokenizer = llguidance.LLTokenizer(
+            tokenizer, n_vocab=vocab_size, eos_token=stop, slices=slices
+        )
         self._executor = llguidance.LLExecutor()
 
     def compile(self, schema: str) -> Callable[[], Any]:

@@ -357,7 +357,10 @@ class Grammars:
         library = _library()
         if self._tokenizer is None:
             self._tokenizer = library.LLTokenizer(
-                self._source.to_json(), n_vocab=self._vocab_size, eos_token=list(self._stop_ids)
+                self._source.to_json(),
+                n_vocab=self._vocab_size,
+                eos_token=list(self._stop_ids),
+                slices=library.LLTokenizer.json_slices(),
             )
         compiled = library.LLMatcher(self._tokenizer, _grammar(schema), log_level=0)
         if compiled.is_error():

@@ -334,6 +334,8 @@ class ModelRunner:
         self._captured: list[GraphKey] = []
         # What steps of kind LOGITS computed, by key: [rows, V].
         self._logits: dict[GraphKey, Tensor] = {}
+        # Whose masks are not all ones.
+        self._masked_rows: set[int] = set()
         # By ids and pictures; nothing writes to what is in here.
         self._layouts: dict[
             tuple[tuple[int, ...], tuple[Visual, ...]], tuple[Tensor, PromptPositions]
@@ -491,7 +493,10 @@ class ModelRunner:
         All tokens before must have been read and accepted.
         """
         masks, count = self.state.masks, step.key[1]
-        masks.host[:count].fill_(-1)
+        rows = {row for _, row in matchers}
+        for row in self._masked_rows - rows:
+            masks.host[row].fill_(-1)
+        self._masked_rows = rows
         fill_masks(matchers, masks.host)
         allowed = masks.sent(count)
 
