@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwencli.diagnostics.advice import Advice
 from qwencli.diagnostics.finding import Check, Finding, Status
-from qwencli.output import markdown_page
+from qwencli.output import counted, markdown_page
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -87,7 +87,8 @@ def text(results: Sequence[Result], advice: Advice) -> RenderableType:
             table.add_row(label, check.id, _body(finding))
         parts += [Text(group, style="bold"), table, Text()]
     if folded:
-        line = f"SKIP {len(skipped)} checks do not apply here: {', '.join(skipped)}"
+        checks = counted(len(skipped), "check does", "checks do")
+        line = f"SKIP {checks} not apply here: {', '.join(skipped)}"
         parts += [Text(f"{line} (--json has the reason of each)", style="dim"), Text()]
     parts += [Text("recommended", style="bold"), Text(settings_line(advice))]
     parts += [Text(line, style="dim") for line in advice.why]

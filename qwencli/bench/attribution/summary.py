@@ -13,7 +13,8 @@ from qwencli.bench.attribution.whole_cell import over_limits
 from qwencli.bench.causes import MEANINGS, Cause, Finding
 from qwencli.bench.measure.probe_overhead import Pair, overhead_percent, sampler_percent
 from qwencli.bench.measure.roofline import GPU_BUSY
-from qwencli.bench.statistics.robust import UNSTABLE_RATIO, Interval
+from qwencli.bench.statistics.robust import Interval, is_unstable
+from qwencli.output import counted
 
 CellRow = Mapping[str, Any]
 # A thread that has this much of a core has never waited for long.
@@ -123,7 +124,7 @@ def unlike_times(row: CellRow) -> tuple[str, str] | None:
     figures; None where that is not so, or not known."""
     names = ("main_thread_cpu_percent_min", "gpu_busy_percent", "run_ratio_max_min")
     thread, busy, ratio = (float(row.get(name) or "nan") for name in names)
-    if not (thread >= ONE_CORE_PERCENT and busy < GPU_BUSY and ratio > UNSTABLE_RATIO):
+    if not (thread >= ONE_CORE_PERCENT and busy < GPU_BUSY and is_unstable(ratio)):
         return None
     return (
         "runs differ because the core that launches takes longer for the same work in some",
@@ -145,21 +146,28 @@ def why(row: CellRow) -> list[str]:
         total = sum(tally.lost_ms for tally in gaps)
         parts = ", ".join(f"{t.cause} {100 * t.lost_ms / total:.0f}% ({t.count})" for t in gaps)
         lines.append(
-            f"{_count(gaps, 'gap')} took {row['gap_lost_percent']:.1f}% of decode, most of it "
-            f"because {MEANINGS[gaps[0].cause]}: {parts}"
+            f"{_count(gaps, 'gap')} took {row['gap_lost_percent']:.1f}% of decode, "
+            f"{_mostly(gaps)} because {MEANINGS[gaps[0].cause]}: {parts}"
         )
     if slow := read_tallies(row.get("slow_run_causes")):
         parts = ", ".join(f"{tally.cause} {tally.count}" for tally in slow)
         lines.append(
-            f"{_count(slow, 'slow phase')} of runs, most of it because "
+            f"{_count(slow, 'slow phase')} of runs, {_mostly(slow)} because "
             f"{MEANINGS[slow[0].cause]}: {parts}"
         )
     return lines
 
 
 def _count(found: Sequence[Tally], what: str) -> str:
-    count = sum(tally.count for tally in found)
-    return f"{count} {what}{'s' * (count > 1)}"
+    return counted(sum(tally.count for tally in found), what)
+
+
+def _mostly(found: Sequence[Tally]) -> str:
+    """How much of the lost time the first cause stands for, in words."""
+    share = found[0].lost_ms / sum(tally.lost_ms for tally in found)
+    if len(found) == 1:
+        return "all of it"
+    return "most of it" if share > 0.5 else "the largest part"
 
 
 # What measures -> its columns in cells.csv, without their ends.

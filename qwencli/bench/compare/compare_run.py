@@ -23,7 +23,7 @@ from qwencli.bench.run.campaign import Campaign
 from qwencli.bench.run.campaign_progress import shown
 from qwencli.bench.run.campaign_runner import RunnerOptions, run_in_turns
 from qwencli.errors import BenchError
-from qwencli.output import Output
+from qwencli.output import Output, counted
 
 # By ranks, eight pairs are the fewest that can show a change; two more let one of them be wrong.
 PROCESSES, RUNS_EACH = 10, 5
@@ -55,7 +55,7 @@ def run_sides(
     able = [[cell for cell in plan.cells if not cell.skip_reason] for plan in (plan_a, plan_b)]
     if not able[0] or len(able[0]) != len(able[1]):
         raise BenchError(
-            f"{len(able[0])} cells of {matrices[0]} can run here and {len(able[1])} of "
+            f"{counted(len(able[0]), 'cell')} of {matrices[0]} can run here and {len(able[1])} of "
             f"{matrices[1]}: they cannot take turns",
             "give two matrices with as many cells, in the same order",
         )

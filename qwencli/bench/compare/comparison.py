@@ -43,7 +43,7 @@ from qwencli.bench.compare.sides import (
     unlike,
 )
 from qwencli.bench.plan.matrix import AXES
-from qwencli.bench.statistics.robust import MIN_RUNS, UNSTABLE_RATIO, Interval, run_ratio
+from qwencli.bench.statistics.robust import MIN_RUNS, Interval, is_unstable, run_ratio
 from qwencli.errors import BenchError, UsageError
 from qwencli.models.memory import stored_label
 
@@ -200,7 +200,7 @@ def _compare_cell(
     paired = paired_intervals(a.processes, b.processes) if in_turns else None
     ratio = paired or ratio_intervals(a.processes, b.processes, gpu=gpu)
     middles = [_middle_half(side.speeds) for side in (a, b)]
-    unstable = not paired and any((run_ratio(m) or 1.0) > UNSTABLE_RATIO for m in middles)
+    unstable = not paired and any(is_unstable(run_ratio(m)) for m in middles)
     if ratio and unstable:
         of_a, of_b = middles
         low, high = min(of_b) / max(of_a), max(of_b) / min(of_a)

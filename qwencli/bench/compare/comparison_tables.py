@@ -13,6 +13,7 @@ from qwencli.bench.compare.intervals import CHANGE_CONFIDENCE, SAME_CONFIDENCE
 from qwencli.bench.compare.sides import SideCell
 from qwencli.bench.plan.matrix import AXES
 from qwencli.bench.report.tables import row_label, title, varying_axes
+from qwencli.output import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -111,7 +112,7 @@ def _grouped(remarks: Iterable[tuple[str, str]]) -> list[str]:
     for remark, label in remarks:
         cells[remark].append(label)
     return [
-        f"{remark} - {labels[0] if len(labels) == 1 else f'{len(labels)} cells'}"
+        f"{remark} - {labels[0] if len(labels) == 1 else counted(len(labels), 'cell')}"
         for remark, labels in cells.items()
     ]
 

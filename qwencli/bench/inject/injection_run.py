@@ -25,7 +25,7 @@ from qwencli.bench.run.campaign_runner import RunnerOptions, run_campaign
 from qwencli.engine.machine.child_process import python_command
 from qwencli.engine.machine.device import DeviceFacts
 from qwencli.errors import BenchError
-from qwencli.output import Output
+from qwencli.output import Output, counted
 
 # Undisturbed runs for each disturbed one: what is usual in the cell must be the undisturbed run,
 # and blame of undisturbed runs in a few percent must be countable.
@@ -98,7 +98,8 @@ def measure(
         if plan.notice:
             output.notice(plan.notice)
         output.notice(
-            f"{len(planned)} runs, {planned.count(NONE)} of them undisturbed, in {folder}"
+            f"{counted(len(planned), 'run')}, {planned.count(NONE)} of them undisturbed, in "
+            f"{folder}"
         )
         with shown(output) as moved:
             run_campaign(campaign, options, output.notice, moved)

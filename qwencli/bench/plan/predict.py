@@ -25,6 +25,7 @@ from qwencli.errors import ModelFileError
 from qwencli.models.memory import DEFAULT_IMAGE_TOKENS, RUNTIME_BYTES, decode_bytes, estimate
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
+from qwencli.output import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -183,7 +184,9 @@ def planned_table(
     from rich.text import Text
 
     runs = [cell for cell in cells if not cell.skip_reason]
-    table = Table(title=f"{len(runs)} of {len(cells)} cells", box=SIMPLE_HEAD, title_justify="left")
+    table = Table(
+        title=f"{len(runs)} of {counted(len(cells), 'cell')}", box=SIMPLE_HEAD, title_justify="left"
+    )
     table.add_column("#", justify="right")
     table.add_column("cell", overflow="fold")
     for name in ("tok/s", "time", "memory"):
@@ -208,7 +211,7 @@ def planned_table(
     known = [p.seconds for p in predictions.values() if p.seconds is not None]
     lines = [f"all together about {duration(sum(known))}", FORMULA] if known else []
     lines += [
-        f"{marks.get(reason, '-')} skipped: {reason} - {count} cell{'s' * (count > 1)}"
+        f"{marks.get(reason, '-')} skipped: {reason} - {counted(count, 'cell')}"
         for reason, count in ((reason, len(skipped)) for reason, skipped in by_reason.items())
     ]
     return Group(table, *(Text(line, style="dim") for line in lines))

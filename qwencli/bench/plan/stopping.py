@@ -13,6 +13,7 @@ from typing import Any
 
 from qwencli.bench.statistics.robust import MIN_RUNS, median_interval
 from qwencli.errors import UsageError
+from qwencli.output import counted
 
 RawRow = Mapping[str, str]
 # Bounds of an adaptive cell where nobody names them. Five runs are the fewest whose interval holds
@@ -190,10 +191,12 @@ def rule_of(plan: Mapping[str, Any]) -> StopRule:
 
 def repetition(rule: StopRule, tokens: int) -> str:
     """In words: "5 runs of 128 tokens", and what ends an adaptive cell."""
-    words = f"{rule.max_runs} run{'s' * (rule.max_runs > 1)} of {tokens} tokens"
-    if rule.max_noise is not None:
-        words = f"{rule.min_runs} to {words}, until the speed is known within {rule.max_noise:g} %,"
-    return f"{words} in {rule.processes} processes" if rule.processes > 1 else words
+    words = f"{counted(rule.max_runs, 'run')} of {counted(tokens, 'token')}"
+    if rule.processes > 1:
+        words += f" in {counted(rule.processes, 'process', 'processes')}"
+    if rule.max_noise is None:
+        return words
+    return f"{rule.min_runs} to {words}, until the speed is known within {rule.max_noise:g} %"
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,7 @@ def stop_rule(wanted: Wanted) -> StopRule:
         rule = StopRule(least, most, wanted.max_noise, wanted.max_time_s)
     if processes > rule.min_runs:
         raise UsageError(
-            f"--processes {processes}: there are only {rule.min_runs} runs to spread",
+            f"--processes {processes}: {counted(rule.min_runs, 'run')} cannot be spread over them",
             "give each process at least one run",
         )
     return replace(rule, processes=processes)

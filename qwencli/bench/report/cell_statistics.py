@@ -28,7 +28,7 @@ from qwencli.bench.plan.stopping import (
     stop_reason,
 )
 from qwencli.bench.report.steadiness import Steadiness, level_change, steadiness, steadiness_columns
-from qwencli.bench.statistics.robust import UNSTABLE_RATIO, run_ratio
+from qwencli.bench.statistics.robust import is_unstable, run_ratio
 from qwencli.bench.statistics.slow_tokens import percentile
 from qwencli.config import Speculate
 
@@ -246,7 +246,7 @@ def _disturbed(data: CellData) -> str | None:
 
 def _unstable(data: CellData) -> str | None:
     ratio = run_ratio(data.numbers("decode_tok_per_s"))
-    return f"{UNSTABLE}: runs differ {ratio:.2f}x" if ratio and ratio > UNSTABLE_RATIO else None
+    return f"{UNSTABLE}: runs differ {ratio:.2f}x" if is_unstable(ratio) else None
 
 
 def _moved(data: CellData) -> str | None:

@@ -20,6 +20,7 @@ from qwencli.bench.report.explain_rules import CELL_RULES, CellRows
 from qwencli.bench.report.steadiness import steadiness
 from qwencli.bench.storage.campaign_files import CAUSES, CELLS, GPU, RUNS, TOKENS, read_file
 from qwencli.errors import BenchError
+from qwencli.output import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -152,9 +153,9 @@ def _effect(axis: str, base: str, value: str, ratios: Sequence[float]) -> tuple[
     elif middle > 1:
         said = f"{axis}: {value} is {middle:.2f} times as fast as {base}"
     else:
-        said = f"{axis}: {value} is {1 / middle:.2f} times slower than {base}"
-    pairs = f"{len(ratios)} pairs of cells" if len(ratios) > 1 else "one pair of cells"
-    return said, f"ratio {middle:.2f}, {min(ratios):.2f} to {max(ratios):.2f} over {pairs}"
+        said = f"{axis}: {value} takes {1 / middle:.2f} times as long a token as {base}"
+    pairs = counted(len(ratios), "pair of cells", "pairs of cells")
+    return said, f"ratio of tok/s {middle:.2f}, {min(ratios):.2f} to {max(ratios):.2f} over {pairs}"
 
 
 def _not_run(rows: _Rows) -> Iterator[tuple[str, str]]:
@@ -164,8 +165,8 @@ def _not_run(rows: _Rows) -> Iterator[tuple[str, str]]:
             reasons[cell["status"], cell["reason"]] += 1
     for (status, reason), count in reasons.items():
         yield (
-            f"{count} cell{'s' * (count > 1)} {status}: {reason}",
-            f"{count} of {len(rows.cells)} cells",
+            f"{counted(count, 'cell')} {status}: {reason}",
+            f"{count} of {counted(len(rows.cells), 'cell')}",
         )
 
 

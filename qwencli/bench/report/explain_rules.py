@@ -14,8 +14,9 @@ from qwencli.bench.attribution.whole_cell import over_limits
 from qwencli.bench.causes import MEANINGS, Cause
 from qwencli.bench.measure.roofline import DRIVER_MEAN_S, GPU_BUSY
 from qwencli.bench.report.steadiness import Steadiness
-from qwencli.bench.statistics.robust import UNSTABLE_RATIO, run_ratio
+from qwencli.bench.statistics.robust import is_unstable, run_ratio
 from qwencli.bench.statistics.slow_tokens import FACTOR, run_limit_ms
+from qwencli.output import counted
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -51,7 +52,7 @@ def clock(data: CellRows) -> Said:
             f"mean {statistics.median(means):.0f}, lowest {min(lowest):.0f} MHz",
         )
     ratio = run_ratio(speeds)
-    if ratio is None or ratio <= UNSTABLE_RATIO or len(means) != len(speeds):
+    if not is_unstable(ratio) or len(means) != len(speeds):
         return
     if max(means) - min(means) <= SAME_CLOCK_SHARE * max(means):
         yield (
@@ -138,7 +139,7 @@ def pace(data: CellRows) -> Said:
     """Whether runs were slow when the host was. Quarters are compared, since the work is done after
     a run, and what slows a run may end within it."""
     ratio = run_ratio(data.numbers("decode_tok_per_s"))
-    if ratio is None or ratio <= UNSTABLE_RATIO:
+    if not is_unstable(ratio):
         return
     for column, (work, slower) in _PACES.items():
         runs = [row for row in data.measured if row.get(column)]
@@ -164,7 +165,7 @@ def throttling(data: CellRows) -> Said:
         hottest = data.numbers("temperature_c_max")
         yield (
             f"the driver held the clock back: {', '.join(held)}",
-            f"in {runs} of {len(reasons)} runs"
+            f"in {runs} of {counted(len(reasons), 'run')}"
             + (f", up to {max(hottest):.0f} C" if hottest else ""),
         )
 
@@ -218,7 +219,7 @@ def allocator(data: CellRows) -> Said:
     if any(retries):
         yield (
             "GPU memory ran out and was collected in the middle of runs",
-            f"{max(retries):.0f} allocator retries",
+            counted(round(max(retries)), "allocator retry", "allocator retries"),
         )
     if broken and max(broken) > FRAGMENTED_PERCENT:
         yield (
@@ -269,21 +270,26 @@ def speed(data: CellRows) -> Said:
         return
     if over_limits(data.cell):
         what = f"decodes {min(speeds):.1f} to {max(speeds):.1f} tok/s on a machine that was busy"
-        yield what, f"{len(speeds)} runs"
+        yield what, counted(len(speeds), "run")
+        return
+    if is_unstable(run_ratio(speeds)):  # `differing_runs` says what they are
         return
     share = data.cell.get("mbu_percent")
     what = f"decodes {statistics.median(speeds):.1f} tok/s"
     if share:
         what += f", reading memory at {float(share):.0f}% of its bandwidth"
-    yield what, f"median of {len(speeds)} runs, {min(speeds):.1f} to {max(speeds):.1f}"
+    yield (
+        what,
+        f"median of {counted(len(speeds), 'run')}, {min(speeds):.1f} to {max(speeds):.1f} tok/s",
+    )
 
 
 def differing_runs(data: CellRows) -> Said:
     speeds = data.numbers("decode_tok_per_s")
     ratio = run_ratio(speeds)
-    if ratio is not None and ratio > UNSTABLE_RATIO:
+    if is_unstable(ratio):
         yield (
-            f"{DIFFER} {ratio:.2f}x, so no single figure may be quoted",
+            f"{DIFFER} {ratio:.2f}x in decode speed, so no single figure may be quoted",
             f"fastest {max(speeds):.1f}, slowest {min(speeds):.1f} tok/s",
         )
 
@@ -315,10 +321,10 @@ def levels(data: CellRows) -> Said:
     if found is None:
         return
     for step in found.steps:
-        ratio = "unknown" if step.ratio is None else f"{step.ratio:.2f}x"
+        ratio = "" if step.ratio is None else f"{step.ratio:.2f} times the speed before, "
         yield (
             f"the speed changes for good before measured run {step.index + 1}",
-            f"{ratio}, p = {step.p_value:.3f}",
+            f"{ratio}p = {step.p_value:.3f}",
         )
     if found.kind == "drift" and found.drift is not None:
         yield (
@@ -361,8 +367,9 @@ def stalls(data: CellRows) -> Said:
         return
     times, worst, token = max(found, key=lambda one: one[0])
     yield (
-        f"{len(found)} token{'s' * (len(found) > 1)} stall{'s' * (len(found) == 1)} in {runs} of "
-        f"{len(by_run)} runs ({FACTOR:g} times the run's median or more, and far beyond its noise)",
+        f"{counted(len(found), 'token')} stall{'s' * (len(found) == 1)} in {runs} of "
+        f"{counted(len(by_run), 'run')} ({FACTOR:g} times the run's median or more, and far "
+        "beyond its noise)",
         f"worst {worst:.1f} ms, {times:.1f} times the median, token {token['token_index']} of run "
         f"{token['run']}",
     )
@@ -373,7 +380,7 @@ def tail(data: CellRows) -> Said:
     if middle and late and late >= FACTOR * middle and not any(stalls(data)):
         yield (
             "one token in a hundred takes far longer than usual",
-            f"p50 {middle:.1f}, p99 {late:.1f} ms",
+            f"between tokens p50 {middle:.1f}, p99 {late:.1f} ms",
         )
 
 
@@ -431,7 +438,7 @@ def causes(data: CellRows) -> Said:
             worst = max(rows, key=lambda row: float(row["lost_ms"]))
             token = f", token {worst['token_index']}" if worst["token_index"] else ""
             yield (
-                f"{len(rows)} {what}{'s' * (len(rows) > 1)} because {MEANINGS[Cause(cause)]}",
+                f"{counted(len(rows), what)} because {MEANINGS[Cause(cause)]}",
                 f"{_lost(rows):.0f} ms lost; the worst {float(worst['lost_ms']):.0f} in run "
                 f"{worst['run']}{token}: {worst['evidence']}; confidence "
                 f"{float(worst['confidence']):.2g}",

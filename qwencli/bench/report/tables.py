@@ -15,6 +15,7 @@ from qwencli.bench.attribution import whole_cell
 from qwencli.bench.attribution.summary import probe_line, why
 from qwencli.bench.plan.matrix import AXES, shorten_modes
 from qwencli.bench.report.cell_statistics import NOT_QUOTABLE, UNSTABLE
+from qwencli.output import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -312,7 +313,7 @@ def _where(labels: Sequence[str], rows: Sequence[CellRow]) -> str:
     """Which cells of all; "" where there is one alone."""
     if len(rows) == 1:
         return ""
-    return labels[0] if len(labels) == 1 else f"{len(labels)} cells"
+    return labels[0] if len(labels) == 1 else counted(len(labels), "cell")
 
 
 def why_lines(rows: Sequence[CellRow]) -> list[str]:

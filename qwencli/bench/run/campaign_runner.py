@@ -23,6 +23,7 @@ from qwencli.bench.run.worker_process import Ending, WorkerProcess
 from qwencli.config import EngineName
 from qwencli.engine.machine.child_process import python_command
 from qwencli.errors import UsageError
+from qwencli.output import counted
 
 SETTLE = "settle"
 # Settled: within this many seconds the temperature has fallen by less than one degree, which is
@@ -224,7 +225,7 @@ def _run_place(
     progress.end()
     say(f"    {cell_summary(ending.status, ending.reason, speeds)}")
     if ending.of_model and (alike := _end_alike(campaign, place.cell, ending)):
-        cells = f"{alike} other cell{'s' * (alike > 1)}"
+        cells = counted(alike, "other cell")
         say(f"    the same for {cells} of {place.cell.model} with the {place.cell.engine} engine")
     return ending.status
 

@@ -30,6 +30,12 @@ MIN_RUNS = 3
 UNSTABLE_RATIO = 1.1
 
 
+def is_unstable(ratio: float | None) -> bool:
+    """Whether the fastest over the slowest run is beyond UNSTABLE_RATIO, as two decimals show it:
+    1.10 is one thing wherever it stands."""
+    return ratio is not None and round(ratio, 2) > UNSTABLE_RATIO
+
+
 @dataclass(frozen=True)
 class Interval:
     """An estimate and the interval that holds the true value with probability `confidence`."""

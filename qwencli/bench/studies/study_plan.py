@@ -22,6 +22,7 @@ from qwencli.bench.studies.conditions import CONDITIONS, blocker
 from qwencli.bench.studies.schedule import Layout, Process, lay_out, part_of
 from qwencli.config import Cache, DType, LoadFormat, ModelSpec
 from qwencli.engine.machine.device import DeviceFacts
+from qwencli.output import counted
 from qwencli.presets import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
@@ -178,7 +179,9 @@ def planned_study(study: PreparedStudy, seconds: Mapping[str, float | None]) -> 
     from rich.text import Text
 
     processes = study.processes
-    table = Table(title=f"{len(processes)} processes", box=SIMPLE_HEAD, title_justify="left")
+    table = Table(
+        title=counted(len(processes), "process", "processes"), box=SIMPLE_HEAD, title_justify="left"
+    )
     table.add_column("#", justify="right")
     for name in ("process", "claims"):
         table.add_column(name, overflow="fold")

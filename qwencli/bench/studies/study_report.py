@@ -15,7 +15,7 @@ from qwencli.bench.studies.study_evidence import Evidence
 from qwencli.bench.studies.study_plan import STUDY
 from qwencli.bench.studies.verdicts import ClaimVerdict, Finding, Verdict
 from qwencli.errors import OutputError
-from qwencli.output import markdown_page
+from qwencli.output import counted, markdown_page
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -121,8 +121,8 @@ def markdown(evidence: Evidence, found: Sequence[ClaimVerdict]) -> str:
         "",
         f"On {where} ({device['device']}), torch {versions['torch']}, transformers "
         f"{versions['transformers']}, {document['model']}, {document['max_new_tokens']} new tokens,"
-        f" {document['runs']} rounds, seed {document['seed']}. An effect above 1 is as claimed; "
-        "intervals are 95 %.",
+        f" {counted(document['runs'], 'round')}, seed {document['seed']}. An effect above 1 is "
+        "as claimed; intervals are 95 %.",
         "",
         "| claim | verdict | what was measured |",
         "| --- | --- | --- |",
@@ -148,9 +148,7 @@ def terminal_table(found: Sequence[ClaimVerdict]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        box=SIMPLE_HEAD, title=f"{len(found)} claim{'s' * (len(found) != 1)}", title_justify="left"
-    )
+    table = Table(box=SIMPLE_HEAD, title=counted(len(found), "claim"), title_justify="left")
     for name in ("claim", "verdict", "why"):
         table.add_column(name, overflow="fold")
     for claim in found:

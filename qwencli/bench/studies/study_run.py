@@ -36,7 +36,7 @@ from qwencli.bench.studies.study_worker import OBSERVED, SCHEDULE
 from qwencli.engine.machine.child_process import python_command
 from qwencli.errors import BenchError, OutputError
 from qwencli.folder_lock import FolderLock
-from qwencli.output import Output
+from qwencli.output import Output, counted
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
@@ -88,7 +88,7 @@ def _run_processes(
                 break
             output.notice(
                 f"process {number} of {len(study.processes)}, "
-                f"{len(process.runs)} runs for {', '.join(process.claims)}"
+                f"{counted(len(process.runs), 'run')} for {', '.join(process.claims)}"
             )
             _run_process(study, process, folder, arguments, command, output)
     except KeyboardInterrupt:

@@ -38,6 +38,7 @@ from qwencli.bench.statistics.robust import (
     spread_interval,
 )
 from qwencli.bench.studies.claim_file import Study, Trial
+from qwencli.output import counted
 
 LEAST_CONDITIONS = 4
 
@@ -142,7 +143,7 @@ def _too_few(values: Values, other: Side | None) -> str:
     least = min(len(side) for side in (values, other.values if other else values))
     if least >= MIN_RUNS:
         return "a ratio needs values above zero"
-    return f"{least} runs with this figure, {MIN_RUNS} are needed"
+    return f"{counted(least, 'run')} with this figure, {MIN_RUNS} are needed"
 
 
 def _effect(test: Trial, values: Values, against: Side | float) -> Interval | None:

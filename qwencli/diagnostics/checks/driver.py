@@ -12,6 +12,7 @@ from qwencli.engine.instruments.probes.ask import Outcome
 from qwencli.engine.machine.device import CudaDevice
 from qwencli.engine.machine.gpu_sensors import GpuReading
 from qwencli.engine.machine.host import has_code
+from qwencli.output import counted
 
 # CUDA major of the torch build -> smallest major of the NVIDIA driver that runs it.
 # Source: NVIDIA, CUDA Compatibility, "Minor Version Compatibility", table 1 (December 2025).
@@ -65,7 +66,7 @@ def cuda_device(machine: Machine) -> Finding:
     torch, found = machine.torch, machine.driver
     if torch.devices:
         names = ", ".join(f"cuda:{device.index} {device.name}" for device in torch.devices)
-        return passed(f"{len(torch.devices)} CUDA device{'s' * (len(torch.devices) > 1)}", names)
+        return passed(counted(len(torch.devices), "CUDA device"), names)
     if torch.mps:
         return passed("no CUDA device; Apple's GPU (mps) is usable", f"torch {torch.version}")
     if found is None or found.problem:

@@ -8,6 +8,7 @@ from qwencli.diagnostics.finding import Confidence, Finding, passed, skipped, wa
 from qwencli.diagnostics.machine import Machine
 from qwencli.engine.machine.gpu_sensors import GpuProcess
 from qwencli.engine.machine.host import HostMemory
+from qwencli.output import counted
 
 # Below this share of free memory another program holds enough to matter.
 LOW_FREE_SHARE = 0.8
@@ -45,7 +46,7 @@ def gpu_processes(machine: Machine) -> Finding:
     busy = [p for p in gpu.processes if p.compute and (p.used_bytes or 0) >= LARGE_PROCESS_BYTES]
     if busy:
         return warned(
-            f"{len(busy)} other program{'s' * (len(busy) > 1)} computes on the GPU"
+            f"{counted(len(busy), 'other program computes', 'other programs compute')} on the GPU"
             if len(busy) == 1
             else f"{len(busy)} other programs compute on the GPU",
             evidence,

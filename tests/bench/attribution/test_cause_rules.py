@@ -184,3 +184,10 @@ def test_a_throttle_reason_that_is_always_there_explains_nothing():
 def test_a_program_beside_is_not_blamed_while_the_host_was_late():
     late = replace(IDLE_HOST, on_gpu=True, gpu_processes=2.0)
     assert judge(late).cause is Cause.IDLE_GAP
+
+
+def test_few_allocations_do_not_explain_a_long_loss():
+    """Five calls stood for 850 ms of a decode, whose core was slow."""
+    lost = replace(BLANK, lost_ms=850.0, span_ms=5400.0, device_allocs=5.0)
+    assert judge(lost).cause is not Cause.ALLOCATOR
+    assert judge(replace(lost, lost_ms=30.0)).cause is Cause.ALLOCATOR

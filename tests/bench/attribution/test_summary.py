@@ -96,3 +96,12 @@ def test_nothing_found_is_an_empty_field():
     assert write_tallies([]) is None
     assert read_tallies(None) == read_tallies("") == []
     assert read_tallies("gc:2:3.5") == [Tally(Cause.GC, 2, 3.5)]
+
+
+def test_a_cause_is_most_of_it_only_where_it_is():
+    def said(*tallies):
+        return why({"gap_causes": "|".join(tallies), "gap_lost_percent": 1.0})[0]
+
+    assert "3 gaps took 1.0% of decode, all of it because" in said("gc:3:10.0")
+    assert "most of it because" in said("gc:3:10.0", "gil:1:4.0")
+    assert "the largest part because" in said("gc:3:10.0", "gil:1:9.0", "clock:1:8.0")

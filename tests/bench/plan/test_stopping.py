@@ -124,7 +124,7 @@ def test_plans_from_before_there_was_a_rule():
 def test_the_rule_in_words():
     assert repetition(StopRule(1, 1), 8) == "1 run of 8 tokens"
     assert repetition(StopRule(3, 9, 1.5, None, 3), 8) == (
-        "3 to 9 runs of 8 tokens, until the speed is known within 1.5 %, in 3 processes"
+        "3 to 9 runs of 8 tokens in 3 processes, until the speed is known within 1.5 %"
     )
 
 
@@ -153,7 +153,7 @@ def test_what_is_not_said_is_filled_in(wanted, rule):
         (Wanted(max_noise=float("nan")), "is not above zero"),
         (Wanted(max_noise=1.0, min_runs=9, max_runs=8), "--min-runs 9 is above --max-runs 8"),
         (Wanted(max_noise=1.0, max_runs=2), "an interval needs 3 runs"),
-        (Wanted(2, processes=3), "only 2 runs to spread"),
+        (Wanted(2, processes=3), "2 runs cannot be spread"),
     ],
 )
 def test_contradictions_are_named(wanted, said):
@@ -168,3 +168,22 @@ def test_the_command_line_goes_over_the_matrix():
     assert Wanted(3).over(matrix) == Wanted(3, processes=2)
     assert Wanted(max_noise=2.0).over(Wanted(3)) == Wanted(max_noise=2.0)
     assert Wanted(max_noise=2.0).over(matrix) == Wanted(None, 2.0, None, 9, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (StopRule(1, 1), "1 run of 1 token"),
+        (StopRule(5, 5, processes=5), "5 runs of 1 token in 5 processes"),
+        (
+            StopRule(5, 50, max_noise=1.0),
+            "5 to 50 runs of 1 token, until the speed is known within 1 %",
+        ),
+        (
+            StopRule(5, 50, max_noise=0.5, processes=2),
+            "5 to 50 runs of 1 token in 2 processes, until the speed is known within 0.5 %",
+        ),
+    ],
+)
+def test_repetition_in_words(rule, said):
+    assert repetition(rule, 1) == said

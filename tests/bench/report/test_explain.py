@@ -39,7 +39,7 @@ def eight(**values):
 
 
 def test_a_steady_cell_gets_its_speed_alone():
-    assert said(cell(eight())) == ["decodes 100.0 tok/s (median of 8 runs, 100.0 to 100.0)"]
+    assert said(cell(eight())) == ["decodes 100.0 tok/s (median of 8 runs, 100.0 to 100.0 tok/s)"]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_steady_cell_gets_its_speed_alone():
         ([run(0, decode_tok_per_s=20), *eight()[1:]], "the warm-up is slower than the later runs"),
         ([run(0, decode_tok_per_s=400), *eight()[1:]], "the later runs are slower than the"),
         ([run(n, decode_tok_per_s=100 if n < 7 else 60 + n / 100) for n in range(13)],
-         "the speed changes for good before measured run 7 (0.60x"),
+         "the speed changes for good before measured run 7 (0.60 times the speed before"),
         ([run(n, decode_tok_per_s=100 + 3 * n) for n in range(13)], "the speed rises from run"),
         (eight(ttft_s=1.0, vision_encode_s=0.8, prefill_s=0.1),
          "the wait for the first token is 50% of the request, most of it vision_encode"),
@@ -247,10 +247,10 @@ def test_the_effect_of_an_axis(tmp_path):
     assert lines == [
         "the fastest cell (none static) decodes 2.0 times as fast as the slowest (4bit dynamic) "
         "(20.2 and 10.0 tok/s)",
-        "quantization: 4bit is 1.83 times slower than none (ratio 0.55, 0.50 to 0.59 over 2 pairs "
-        "of cells)",
-        "cache: static is 1.10 times as fast as dynamic (ratio 1.10, 1.01 to 1.20 over 2 pairs of "
-        "cells)",
+        "quantization: 4bit takes 1.83 times as long a token as none (ratio of tok/s 0.55, 0.50 to "
+        "0.59 over 2 pairs of cells)",
+        "cache: static is 1.10 times as fast as dynamic (ratio of tok/s 1.10, 1.01 to 1.20 over 2 "
+        "pairs of cells)",
     ]
 
 
