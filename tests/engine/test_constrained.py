@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwencli.config import Cache, EngineName, SamplingOptions, Speculate
 from qwencli.engine.client import generate_many
@@ -55,7 +59,8 @@ def stop(tokenizer) -> int:
 def allowed(matcher) -> set[int]:
     mask = torch.zeros(1, -(-VOCAB_SIZE // 32), dtype=torch.int32)
     fill_masks([(matcher, 0)], mask)
-    return {id_ for id_ in range(VOCAB_SIZE) if mask[0, id_ // 32] >> (id_ % 32) & 1}
+    bits = np.unpackbits(mask.numpy().view(np.uint8)[0], bitorder="little")
+    return set(np.flatnonzero(bits[:VOCAB_SIZE]).tolist())
 
 
 def answers_of(of) -> set[bytes]:
@@ -326,3 +331,99 @@ def test_a_missing_library_is_one_line(monkeypatch):
 def test_texts_are_checked(text, reason):
     found = SchemaCheck(schema(FIELDS))(text)
     assert found is None if reason is None else reason in str(found)
+
+
+# ---- any schema ----
+
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-99, 99), st.text(max_size=3))
+NAMES = st.text("abcdef", min_size=1, max_size=3)
+
+
+@st.composite
+def integers(draw) -> dict[str, Any]:
+    low = draw(st.integers(-200, 200))
+    return {"type": "integer", "minimum": low, "maximum": low + draw(st.integers(0, 300))}
+
+
+@st.composite
+def strings(draw) -> dict[str, Any]:
+    least = draw(st.integers(0, 3))
+    return {"type": "string", "minLength": least, "maxLength": least + draw(st.integers(0, 4))}
+
+
+@st.composite
+def arrays(draw, inside) -> dict[str, Any]:
+    least = draw(st.integers(0, 2))
+    most = least + draw(st.integers(0, 2))
+    return {"type": "array", "items": draw(inside), "minItems": least, "maxItems": most}
+
+
+@st.composite
+def objects(draw, inside) -> dict[str, Any]:
+    properties = draw(st.dictionaries(NAMES, inside, max_size=3))
+    required = [name for name in properties if draw(st.booleans())]
+    shape = {"properties": properties, "required": required, "additionalProperties": False}
+    return {"type": "object", **shape}
+
+
+SCHEMAS = st.recursive(
+    st.one_of(
+        integers(),
+        strings(),
+        st.builds(lambda values: {"enum": values}, st.lists(SCALARS, min_size=1, max_size=3)),
+        st.builds(lambda value: {"const": value}, SCALARS),
+        st.sampled_from([{"type": "boolean"}, {"type": "null"}]),
+    ),
+    lambda inside: st.one_of(
+        arrays(inside),
+        objects(inside),
+        st.builds(lambda parts: {"anyOf": parts}, st.lists(inside, min_size=1, max_size=2)),
+    ),
+    max_leaves=5,
+)
+
+
+def meets(value: Any, of: dict[str, Any]) -> bool:
+    """Whether a value meets one of `SCHEMAS`: what the keywords mean, written down again."""
+    if "anyOf" in of:
+        return any(meets(value, part) for part in of["anyOf"])
+    if "enum" in of or "const" in of:
+        values = of.get("enum", [of.get("const")])
+        return any(type(value) is type(each) and value == each for each in values)
+    kind, size = of["type"], len(value) if isinstance(value, str | list | dict) else 0
+    if kind == "integer":
+        return type(value) is int and of["minimum"] <= value <= of["maximum"]
+    if kind == "string":
+        return isinstance(value, str) and of["minLength"] <= size <= of["maxLength"]
+    if kind == "array":
+        fits = isinstance(value, list) and of["minItems"] <= size <= of["maxItems"]
+        return fits and all(meets(each, of["items"]) for each in value)
+    if kind == "object":
+        properties = of["properties"]
+        return (
+            isinstance(value, dict)
+            and set(of["required"]) <= set(value) <= set(properties)
+            and all(meets(each, properties[name]) for name, each in value.items())
+        )
+    return isinstance(value, bool) if kind == "boolean" else value is None
+
+
+@settings(max_examples=60)
+@given(SCHEMAS, st.randoms(use_true_random=False))
+def test_whatever_is_chosen_of_what_masks_allow_meets_the_schema(tokenizer, stop, of, random):
+    held = schema(of)
+    matcher = Grammars(tokenizer, VOCAB_SIZE, [stop]).matcher(held)
+    said = matcher.forced()
+    for _ in range(200):
+        possible = sorted(allowed(matcher))
+        assert possible, "something may always follow"
+        token = random.choice(possible)
+        matcher.accept(token)
+        if token == stop:
+            break
+        said.append(token)
+    else:
+        return
+    text = tokenizer.decode(said)
+    assert meets(json.loads(text), of), text
+    assert SchemaCheck(held)(text) is None
