@@ -8,10 +8,30 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import functools
+import operator
 import sys
+from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
-MOST_NUMBERS = 10_000
+MOST_PLANS = 50_000
+# Of constants alone they give a constant.
+FOLDED = frozenset({
+    "create_splat", "create_broadcast", "create_int_cast", "create_fp_trunc", "create_make_range",
+})  # fmt: skip
+# What `triton.language` does to tensors, all of which follows from their types alone.
+TRACED = frozenset({
+    *(f"__{name}__" for name in (
+        "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv",
+        "rfloordiv", "mod", "rmod", "neg", "invert", "and", "rand", "or", "ror", "xor", "rxor",
+        "lshift", "rlshift", "rshift", "rrshift", "gt", "rgt", "ge", "rge", "lt", "rlt", "le",
+        "rle", "eq", "req", "ne", "rne", "getitem",
+    )),
+    "abs", "arange", "broadcast_to", "cast", "clamp", "dot", "exp", "exp2", "expand_dims", "fdiv",
+    "floor", "fma", "full", "join", "load", "log", "log2", "logical_and", "logical_or", "maximum",
+    "minimum", "permute", "reshape", "rsqrt", "sqrt", "store", "to", "trans", "where",
+})  # fmt: skip
 
 
 def speed_up() -> None:
@@ -22,8 +42,8 @@ def speed_up() -> None:
     _overflows_go_unseen(interpreter)
     _functions_prepared_once(interpreter)
     _types_described_once(interpreter)
-    _operands_fitted_once(interpreter)
-    _builtins_called_directly(interpreter)
+    _results_taken_as_they_are(interpreter)
+    _builtins_traced_once(interpreter)
     interpreter._is_fast = True
 
 
@@ -113,65 +133,175 @@ def _types_described_once(interpreter: Any) -> None:
     interpreter._get_np_dtype = np_dtype
 
 
-def _operands_fitted_once(interpreter: Any) -> None:
-    """Operands of one type and shape, or a block and a scalar, need no search for a common one."""
-    semantic = type(interpreter.interpreter_semantic)
-    common, broadcast = semantic.computation_type_impl, semantic.broadcast_impl_value
+def _results_taken_as_they_are(interpreter: Any) -> None:
+    """Of numpy's operators: it looks twice whether a result is wider than its type."""
+    handle, validate = interpreter.TensorHandle, interpreter._validate_np_data_size
+    np = interpreter.np
+    handle.__post_init__ = lambda self: None
 
-    def common_type(
-        self: Any, a: Any, a_is_scalar: bool, b: Any, b_is_scalar: bool, div: bool
-    ) -> Any:
-        alike = a is b and not div
-        return a if alike else common(self, a, a_is_scalar, b, b_is_scalar, div)
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        a, b, kind = lhs.data, rhs.data, lhs.dtype.scalar
+        if a.dtype == np.bool_ and b.dtype == np.bool_:
+            output = (op(a.astype(np.int8), b.astype(np.int8)) & 1).astype(np.bool_)
+        else:
+            output = op(a, b)
+        if output.dtype is not a.dtype and not validate(output, kind):
+            output = output.astype(interpreter._get_np_dtype(kind))
+        return handle(output, kind)
 
-    def splat(self: Any, scalar: Any, like: Any) -> Any:
-        kind = like.with_element_ty(scalar.dtype)
-        return self.make_tensor(self.builder.create_splat(kind, scalar.handle), kind)
-
-    def broadcast_value(self: Any, lhs: Any, rhs: Any) -> Any:
-        a, b = lhs.type, rhs.type
-        if not a.is_block():
-            return (splat(self, lhs, b), rhs) if b.is_block() else (lhs, rhs)
-        if not b.is_block():
-            return lhs, splat(self, rhs, a)
-        alike = a.shape.values == b.shape.values
-        return (lhs, rhs) if alike else broadcast(self, lhs, rhs)
-
-    semantic.computation_type_impl, semantic.broadcast_impl_value = common_type, broadcast_value
-
-    fit = semantic.binary_op_type_checking_impl
-    numbers: dict[Any, Any] = {}
-
-    def fitted(self: Any, lhs: Any, rhs: Any, *pointers: Any, **how: Any) -> Any:
-        """A number beside a block is a block of that number, which nothing writes to."""
-        kind = type(rhs)  # zeros of float have two signs
-        if not (kind is int or (kind is float and rhs)) or not isinstance(lhs, self.tensor):
-            return fit(self, lhs, rhs, *pointers, **how)
-        key = (lhs.type.name, kind, rhs, pointers, *how.items())
-        known = numbers.get(key)
-        if known is None:
-            left, known = fit(self, lhs, rhs, *pointers, **how)
-            if left is not lhs or len(numbers) > MOST_NUMBERS:
-                return left, known
-            known.handle.data.flags.writeable = False
-            numbers[key] = known
-        return lhs, known
-
-    semantic.binary_op_type_checking_impl = fitted
+    type(interpreter.interpreter_builder).binary_op = binary_op
 
 
-def _builtins_called_directly(interpreter: Any) -> None:
-    """Each goes through a check that it is given the interpreter, and a function that gives it."""
-    core, semantic = interpreter.tl.core, interpreter.interpreter_semantic
-    checked = core.builtin(lambda _semantic=None: None).__code__
+class _Recorder:
+    """Stands in for the interpreter's builder and notes what is asked of it."""
 
-    def patch(names: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
-        inner = member.__wrapped__ if member.__code__ is checked else member
+    def __init__(self, builder: Any) -> None:
+        vars(self).update(_builder=builder, calls=[])
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._builder, name)
+        if not name.startswith(("create_", "get_")):
+            return value
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            result = value(*args, **kwargs)
+            self.calls.append((name, value, args, kwargs, result))
+            return result
+
+        return call
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._builder, name, value)
+
+
+def _builtins_traced_once(interpreter: Any) -> None:
+    """What a function of `triton.language` asks of the builder follows from the types that it is
+    given: it is noted the first time, and asked at once from then on.
+
+    Nearly all of the interpreter's time goes into finding that out, over a hundred calls for a sum.
+    """
+    core, semantic = interpreter.tl.core, interpreter.interpreter_semantic
+    builder, handle_type = interpreter.interpreter_builder, interpreter.TensorHandle
+    tensor, constexpr, dtype = core.tensor, core.constexpr, core.dtype
+    numbers = frozenset({int, bool, str, type(None)})
+    checked = core.builtin(lambda _semantic=None: None).__code__
+    plans: dict[Any, Callable[[list[Any]], Any] | None] = {}
+
+    def described(value: Any, tensors: list[Any]) -> Any:
+        """What of an argument decides what is done; raises TypeError for what is not known here."""
+        kind = type(value)
+        if kind is tensor:
+            for place, given in enumerate(tensors):
+                if given is value:
+                    return place
+            tensors.append(value)
+            return value.type.name
+        if kind is constexpr:
+            value = value.value
+            kind = type(value)
+        if kind in numbers:
+            return kind, value
+        if kind is float and value == value:
+            return kind, value or str(value)  # zeros have two signs
+        if kind is slice and value == slice(None):
+            return kind
+        if isinstance(value, dtype):
+            return dtype, value.name
+        if kind is list or isinstance(value, builtins.tuple | core.tuple):
+            return kind, *(described(part, tensors) for part in value)
+        raise TypeError
+
+    def patch(names: Any, name: str, member: Any, _: Any, scope: Any) -> None:
+        inner = member.__wrapped__ if member.__code__ is checked else member
+
+        def plain(*args: Any, **kwargs: Any) -> Any:
             kwargs["_semantic"] = semantic
             return inner(*args, **kwargs)
 
-        scope.set_attr(names, name, call)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if semantic.builder is not builder:  # part of what is being noted
+                return plain(*args, **kwargs)
+            kwargs.pop("_semantic", None)
+            tensors: list[Any] = []
+            try:
+                key = name, *[described(value, tensors) for value in args]
+                if kwargs:
+                    key += *kwargs, *[described(value, tensors) for value in kwargs.values()]
+                plan = plans[key]
+            except TypeError:
+                return plain(*args, **kwargs)
+            except KeyError:
+                if len(plans) < MOST_PLANS:
+                    return learnt(key, plain, args, kwargs, tensors)
+                return plain(*args, **kwargs)
+            return plan(tensors) if plan is not None else plain(*args, **kwargs)
+
+        scope.set_attr(names, name, call if name in TRACED else plain)
+
+    def learnt(key: Any, plain: Any, args: Any, kwargs: Any, tensors: list[Any]) -> Any:
+        semantic.builder = recorder = _Recorder(builder)
+        try:
+            result = plain(*args, **kwargs)
+        finally:
+            semantic.builder = builder
+        if len({id(given.handle) for given in tensors}) == len(tensors):  # or which was meant?
+            plans[key] = plan_of(recorder.calls, result, tensors)
+        return result
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, list | builtins.tuple | core.tuple):
+            return all(map(is_plain, value))
+        return not isinstance(value, handle_type)
+
+    def plan_of(calls: list[Any], result: Any, tensors: list[Any]) -> Any:
+        """The function of tensors that does what was noted; None where that cannot be told."""
+        handles = {id(given.handle): f"t[{n}].handle" for n, given in enumerate(tensors)}
+        if any(result is given for given in tensors):
+            return operator.itemgetter([result is given for given in tensors].index(True))
+        if type(result) is not tensor:
+            return None
+        names: dict[str, Any] = {}
+        constants: set[int] = set()
+        lines: list[str] = []
+        for step, (name, function, args, kwargs, given) in enumerate(calls):
+            if not isinstance(given, handle_type) and name.startswith("get_"):
+                continue
+            places = [handles.get(id(value)) for value in args]
+            fixed = [p is None or id(v) in constants for p, v in zip(places, args, strict=True)]
+            if kwargs or any(
+                place is None and not is_plain(value)
+                for value, place in zip(args, places, strict=True)
+            ):
+                return None
+            if all(fixed) and (name.startswith("get_") or name in FOLDED):
+                given.data.flags.writeable = False
+                constants.add(id(given))
+                names[f"c{step}"] = given
+                handles.setdefault(id(given), f"c{step}")
+                continue
+            for n, (value, place) in enumerate(zip(args, places, strict=True)):
+                if place is None:
+                    names[f"c{step}_{n}"] = value
+            names[f"f{step}"] = function
+            asked = ", ".join(place or f"c{step}_{n}" for n, place in enumerate(places))
+            lines.append(f"h{step} = f{step}({asked})")
+            if given is not None:
+                handles.setdefault(id(given), f"h{step}")
+            last = f"h{step}"
+        if result.handle is None:
+            place = last if lines else None
+        else:
+            place = handles.get(id(result.handle))
+        if place is None:
+            return None
+        names |= {"new": tensor.__new__, "tensor": tensor, "like": dict(vars(result))}
+        lines += ["r = new(tensor)", "r.__dict__.update(like)", f"r.handle = {place}", "return r"]
+        exec(_code("\n    ".join(["def plan(t):", *lines])), names)
+        return names["plan"]
 
     interpreter._patch_attr = patch
+
+
+@functools.cache
+def _code(source: str) -> CodeType:
+    return compile(source, "<plan>", "exec")

@@ -46,6 +46,11 @@ def native_model(
 ) -> QwenModel:
     """Save `reference` and load it into the native model."""
     reference.save_pretrained(folder)
+    return saved_model(reference, folder, max_seq_len, attention)
+
+
+def saved_model(reference: Any, folder: Path, max_seq_len: int, attention: Attention) -> QwenModel:
+    """What `reference` saved to `folder`, as the native model."""
     shape = read_shape(reference.config.to_dict())
     return QwenModel.load(folder, shape, torch.float32, CPU, max_seq_len, attention)
 

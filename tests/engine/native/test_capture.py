@@ -6,7 +6,7 @@ host stands out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qwencli.config import Attention, Quantization, SamplingParams
 from qwencli.engine.loading import weights
@@ -48,6 +47,17 @@ WAITING = {
 OF_THE_HOST = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
 
 
+def tensors_among(values: Any) -> Iterator[torch.Tensor]:
+    """Of an operator's arguments: tensors, numbers, and lists of them."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from tensors_among(value)
+    elif isinstance(values, dict):
+        yield from tensors_among(list(values.values()))
+
+
 class Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func not in OF_THE_HOST, f"{func} copies from the host"
@@ -63,7 +73,7 @@ class Captured(TorchDispatchMode):
         if func in (aten.index.Tensor, aten.index_put_.default):
             masks = [index for index in args[1] if index is not None and index.dtype == torch.bool]
             assert not masks, f"{func} by a mask waits for the number of its values"
-        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+        tensors = list(tensors_among((args, kwargs, result)))
         # Operators take numbers as tensors of the host, which become arguments of a kernel.
         homes = {t.device.type for t in tensors if t.dim() > 0 or func is aten._to_copy.default}
         assert homes <= {"meta"}, f"{func} on {homes}"
