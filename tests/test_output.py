@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from rich.table import Table
 
 from qwencli.errors import QwenCliError
-from qwencli.output import Output, _wrapped, markdown_page, visible
-from qwencli.word_wrap import WordWrap
+from qwencli.output import Output, WordWrap, _wrapped, markdown_page, visible
 
 
 def test_long_lines_break_between_words():

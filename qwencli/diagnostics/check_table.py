@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qwencli.diagnostics.checks import driver as device
 from qwencli.diagnostics.checks import (
-    deep,
     kernels,
     memory,
     power,
@@ -14,7 +14,6 @@ from qwencli.diagnostics.checks import (
     storage,
     system,
 )
-from qwencli.diagnostics.checks import driver as device
 from qwencli.diagnostics.finding import Check, Finding, Level, skipped
 from qwencli.diagnostics.machine import Machine, Unreadable
 from qwencli.engine.instruments.probes.ask import first_line
@@ -66,7 +65,7 @@ CHECKS: tuple[Check, ...] = (
     Check("downloads", "storage", QUICK, storage.downloads),
     Check("engines", "storage", QUICK, storage.resident_engines),
     Check("hub", "storage", DEFAULT, storage.hub),
-    Check("engine-run", "engine", DEEP, deep.engine_run),
+    Check("engine-run", "engine", DEEP, speed.engine_run),
 )
 
 

@@ -18,9 +18,8 @@ from qwencli.diagnostics.read_storage import (
 )
 from qwencli.diagnostics.read_system import read_cpu, read_engines, read_system
 from qwencli.engine.instruments.gpu_clock_sampler import GpuClockSampler
-from qwencli.engine.instruments.probes.answers import EngineWork
+from qwencli.engine.instruments.probes.answers import PROBES, EngineWork
 from qwencli.engine.instruments.probes.ask import ProbeAnswer, ProbeProcess
-from qwencli.engine.instruments.probes.table import PROBES
 from qwencli.engine.machine.device import package_version
 from qwencli.engine.machine.gpu_sensors import LoadReading, read_driver
 from qwencli.engine.machine.host import host_memory

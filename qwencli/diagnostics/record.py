@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwencli.diagnostics.machine import SECTIONS, Machine, Unreadable
+from qwencli.engine.instruments.probes.answers import PROBES, decode, dumps
 from qwencli.engine.instruments.probes.ask import Outcome, ProbeAnswer
-from qwencli.engine.instruments.probes.table import PROBES
-from qwencli.engine.instruments.probes.wire import decode, dumps
 from qwencli.engine.machine.gpu_sensors import LoadReading
 
 UNREADABLE = "unreadable"

@@ -124,11 +124,12 @@ class NativeEngine(BaseEngine):
         if self.config.load_format is LoadFormat.DUMMY:
             loaded = weights.dummy(shape, torch_dtype, place, self.config.quantization)
         else:
-            from qwencli.models.quantized_cache import cache_file
-
             assert files.folder is not None, "weights come from a folder"
-            mode = self.config.quantization
-            kept = None if mode is Quantization.NONE else cache_file(files.folder, mode, dtype)
+            mode, kept = self.config.quantization, None
+            if mode is not Quantization.NONE:
+                from qwencli.models.quantized_cache import cache_file
+
+                kept = cache_file(files.folder, mode, dtype)
             loaded = weights.load(files.folder, shape, torch_dtype, place, mode, packed, kept)
         self._warnings = () if loaded.warning is None else (loaded.warning,)
         # More slots than anybody may ask for: graph capture needs a place to write, and so do

@@ -1,13 +1,22 @@
-"""What probes answer. Knows no torch: the process that asks never imports it.
+"""The probes: what each is called and answers, how long it may take, and how answers travel.
 
-Times named `_us` are of one call with its launch, as a decode loop pays for it.
+Knows no torch: the process that asks never imports it. Times named `_us` are of one call with its
+launch, as a decode loop pays for it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib
+import json
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from qwencli.config import EngineConfig
+from qwencli.engine.machine.device import TorchFacts
 
 
 @dataclass(frozen=True)
@@ -167,3 +176,85 @@ class EngineRun:
     kernels_per_token: float | None
     attention_kernels: tuple[str, ...]
     kernels: str = "torch"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """`place` is "module:function" below `measure`; the function takes a device and the Work (or
+    for the engine's run the EngineWork) and returns `answer`.
+
+    `settles` marks work long enough for clocks and link to show what they do under load.
+    """
+
+    place: str
+    answer: type
+    timeout_s: float
+    settles: bool = False
+
+    def function(self) -> Callable[[str, Any], Any]:
+        module, _, name = self.place.partition(":")
+        found: Callable[[str, Any], Any] = getattr(
+            importlib.import_module(f"qwencli.engine.instruments.probes.measure.{module}"), name
+        )
+        return found
+
+
+PROBES: Mapping[str, Probe] = {
+    # The import of torch itself, from a cold disk.
+    "torch": Probe("rates:torch_build", TorchFacts, 120.0),
+    "small-work": Probe("rates:small_work", SmallWork, 60.0),
+    "bandwidth": Probe("rates:bandwidth", Bandwidth, 20.0, settles=True),
+    "host-link": Probe("rates:host_link", HostLink, 20.0, settles=True),
+    "launch-rate": Probe("rates:launch_rate", LaunchRate, 20.0),
+    "attention": Probe("attention:attention", AttentionRuns, 30.0),
+    "patch-embedding": Probe("linears:patch_embedding", PatchEmbedding, 30.0),
+    "bitsandbytes": Probe("linears:quantized_linears", LinearRuns, 60.0),
+    "flash-attn": Probe("attention:flash_attention", FlashAttention, 30.0),
+    "triton": Probe("triton_add:triton_run", TritonRun, 60.0),
+    "engine": Probe("engine_run:engine_run", EngineRun, 900.0, settles=True),
+}
+
+
+def dumps(value: Any) -> str:
+    """One line of JSON, as answers, engine settings and readings travel.
+
+    Dataclasses become objects, paths strings.
+    """
+    return json.dumps(value, default=plain)
+
+
+def plain(value: Any) -> Any:
+    """What `json` cannot write by itself, as what it can."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):  # dict itself never gets here, read-only views do
+        return dict(value)
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def decode(kind: Any, value: Any) -> Any:
+    """`value` (as `json.loads` gives it) as an instance of `kind`, nested dataclasses included.
+
+    A key that `kind` does not have is ignored and a missing one takes its default, so that
+    answers recorded by another version can still be read.
+
+    Raises:
+        TypeError: a field without a default is missing.
+    """
+    if value is None:
+        return None
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = get_type_hints(kind)
+        known = {f.name for f in fields(kind)}
+        return kind(**{name: decode(hints[name], value[name]) for name in known & value.keys()})
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return decode(next(arg for arg in args if arg is not type(None)), value)
+    if origin is tuple:
+        kinds = (args[0],) * len(value) if args[1:] == (...,) else args
+        return tuple(decode(inner, item) for inner, item in zip(kinds, value, strict=True))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {key: decode(args[1], item) for key, item in value.items()}
+    if isinstance(kind, type) and issubclass(kind, Enum | Path):
+        return kind(value)
+    return value

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Self
 
-from qwencli.engine.instruments.probes.table import PROBES
-from qwencli.engine.instruments.probes.wire import decode, dumps
+from qwencli.engine.instruments.probes.answers import PROBES, decode, dumps
 from qwencli.engine.machine.child_process import python_command
 
 # What leaves the device as it was.

@@ -15,9 +15,7 @@ import sys
 import threading
 from typing import Any
 
-from qwencli.engine.instruments.probes.answers import EngineWork, Work
-from qwencli.engine.instruments.probes.table import PROBES
-from qwencli.engine.instruments.probes.wire import decode, dumps
+from qwencli.engine.instruments.probes.answers import PROBES, EngineWork, Work, decode, dumps
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

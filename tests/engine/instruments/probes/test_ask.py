@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
+from qwencli.engine.instruments.probes.answers import PROBES
 from qwencli.engine.instruments.probes.ask import Outcome, ProbeProcess
 from qwencli.engine.instruments.probes.child import answer
 from qwencli.engine.instruments.probes.measure import rates
-from qwencli.engine.instruments.probes.table import PROBES
 from qwencli.engine.machine.device import TorchFacts
 
 OK = 'print(\'{"value": {"device": "cpu", "seconds": 1.5}}\', flush=True)'

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwencli.config import Cache, EngineConfig, Quantization
-from qwencli.engine.instruments.probes.answers import EngineWork, LaunchRate
-from qwencli.engine.instruments.probes.wire import decode, dumps
+from qwencli.engine.instruments.probes.answers import EngineWork, LaunchRate, decode, dumps
 from qwencli.models.resolve import resolve_model
 
 
