@@ -223,6 +223,7 @@ class EngineCore:
                 len(ready.prompt.ids),
                 ready.prompt.sampling.max_new_tokens,
                 ready.page_keys,
+                large_visuals=ready.prompt.large_visuals,
                 constrained=ready.answer.matcher is not None,
             )
             if not self._scheduler.fits(sequence.max_tokens):
@@ -236,12 +237,36 @@ class EngineCore:
             self._clock = EventTimer(self._effective.device)
         step = _Step()
         self._runner.rearrange(batch.moves, batch.released)
+        if batch.encode is not None:
+            self._encode(batch.encode, self._clock)
         if batch.prefill:
             self._prefill(batch.prefill, self._clock, step)
         decode = [each for each in batch.decode if each.row is not None]
         if decode:
             self._decode(decode, self._clock, step)
         return step
+
+    def _encode(self, sequence: Sequence, clock: EventTimer) -> None:
+        """Bring a sequence's next large picture some way through the vision tower."""
+        active, limits = self._active[sequence.request], self._scheduler.limits
+        index = sequence.visual_before(sequence.num_prompt_tokens)
+        assert index is not None, "the scheduler has one in mind"
+        active.began = clock.mark() if active.began is None else active.began
+        try:
+            done = self._runner.encode_some(active.prompt, index, limits.max_prefill_tokens, clock)
+        except Exception as error:
+            if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
+                raise  # the device is lost, for all of them
+            failure = self._typed(error.with_traceback(None), "encoding its pictures")
+        else:
+            if done:
+                sequence.large_visuals = [
+                    each for each in sequence.large_visuals if each[2] != index
+                ]
+            return
+        # Outside the handler: until it ends, the traceback holds the tensors that must go.
+        release(self._effective.device)
+        self._fail(active, failure)
 
     def _decode(self, decode: list[Sequence], clock: EventTimer, step: _Step) -> None:
         """Run a token of each; where memory does not suffice even when what is free has been given

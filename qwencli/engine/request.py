@@ -47,6 +47,9 @@ class Sequence:
         num_cached: prompt tokens that another sequence had computed, in pages that it shares.
         num_computed: prompt tokens whose keys and values are in the pool, or on the way there.
         num_scheduled: new tokens that steps were scheduled for.
+        large_visuals: places of the first token, and behind the last one, of pictures and videos
+            that are encoded over several steps, and which of the prompt's they are; those that are
+            done are taken out.
         alone: whether its prompt runs in steps of its own, since one of several failed.
         constrained: what it may choose next depends on the token before, which the host must have
             read: its first token is read before it takes a second one.
@@ -61,6 +64,7 @@ class Sequence:
     num_cached: int = 0
     num_computed: int = 0
     num_scheduled: int = 0
+    large_visuals: list[tuple[int, int, int]] = field(default_factory=list)
     alone: bool = False
     constrained: bool = False
 
@@ -68,6 +72,13 @@ class Sequence:
     def max_tokens(self) -> int:
         """Slots that prompt and answer take together; the last token is never fed."""
         return self.num_prompt_tokens + self.max_new_tokens - 1
+
+    def visual_before(self, stop: int) -> int | None:
+        """Which large picture has to be encoded before the next tokens up to `stop` can run."""
+        for first, end, index in self.large_visuals:
+            if end > self.num_computed:
+                return index if first < stop else None
+        return None
 
     @property
     def is_prefilled(self) -> bool:
@@ -92,6 +103,8 @@ class Batch:
     """The work of one step.
 
     Args:
+        encode: whose large picture runs through some more of the vision tower; beside it no
+            prompts run.
         moves: rows that change their place first of all, (from, to).
         prefill: prompts, or parts of them; the last part of one gives its first token.
         decode: sequences that take one more token afterwards, those just prefilled among them.
@@ -102,3 +115,4 @@ class Batch:
     prefill: tuple[PromptChunk, ...]
     decode: tuple[Sequence, ...]
     released: tuple[int, ...]
+    encode: Sequence | None = None

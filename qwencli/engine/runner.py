@@ -8,6 +8,7 @@ serves a bucket of rows; rows that nothing uses run along, writing to a page tha
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -30,7 +31,7 @@ from qwencli.engine.frontend.preprocess import Visual
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.layers.decoder import DeepStack
-from qwencli.engine.layers.vision_tower import VisionFeatures, join_features
+from qwencli.engine.layers.vision_tower import PIECE, VisionFeatures, VisionPass, join_features
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
 from qwencli.engine.native.prompt_inputs import PromptPositions, lay_out
@@ -47,6 +48,7 @@ from qwencli.engine.ops.next_tokens import RowBuffers
 from qwencli.engine.request import PromptChunk
 from qwencli.engine.request import Sequence as ScheduledSequence
 from qwencli.errors import InputError
+from qwencli.models.shapes import ModelShape
 
 Tensor = torch.Tensor
 
@@ -66,6 +68,7 @@ class PromptVisual:
     Args:
         digest: of its content. first: which of the prompt's image tokens is its first.
         patches: dropped once it is encoded. features: from the first chunk on that needs them.
+        encoding: of a large one, as far as steps have brought it.
     """
 
     grid: tuple[int, int, int]
@@ -74,6 +77,7 @@ class PromptVisual:
     num_tokens: int
     patches: Tensor | None
     features: VisionFeatures | None = None
+    encoding: VisionPass | None = None
 
     def features_of(self, low: int, high: int) -> VisionFeatures:
         """Those of the prompt's image tokens from `low` to `high` that are its own."""
@@ -111,6 +115,16 @@ class RunnerPrompt:
             self.layout.visual_places, torch.tensor([start, stop])
         ).tolist()
         return low, high
+
+    @property
+    def large_visuals(self) -> list[tuple[int, int, int]]:
+        """See `Sequence`."""
+        places = self.layout.visual_places
+        return [
+            (int(places[each.first]), int(places[each.first + each.num_tokens - 1]) + 1, index)
+            for index, each in enumerate(self.visuals)
+            if math.prod(each.grid) > PIECE
+        ]
 
     def visuals_of(self, low: int, high: int) -> list[PromptVisual]:
         """Those that have image tokens from `low` to `high`."""
@@ -607,15 +621,39 @@ class ModelRunner:
             if id(prompt) in ran:
                 prompt.vision.append(ran.pop(id(prompt)))
 
+    @torch.inference_mode()
+    def encode_some(self, prompt: RunnerPrompt, index: int, tokens: int, clock: EventTimer) -> bool:
+        """Bring a large picture some blocks further, which take about as long as so many tokens of
+        a prompt; returns whether its features are there."""
+        visual, tower = prompt.visuals[index], self.model.vision
+        assert tower is not None and visual.patches is not None, "it is not encoded yet"
+        found = self._vision_cache.get(visual.digest)
+        if found is None:
+            start = clock.mark()
+            if visual.encoding is None:
+                patches = self._received(visual)
+                visual.encoding = tower.begin(patches, tower.prepare(patches, [visual.grid]))
+            blocks = blocks_worth(self.model.shape, math.prod(visual.grid), tokens)
+            made = visual.encoding.advance(blocks)
+            prompt.vision.append((start, clock.mark()))
+            if made is None:
+                return False
+            (found,) = self._vision_cache.features([visual.digest], lambda _: [made])
+        visual.features, visual.patches, visual.encoding = found, None, None
+        return True
+
+    def _received(self, visual: PromptVisual) -> Tensor:
+        """A picture's patches on the device."""
+        assert visual.patches is not None, "they are there until it is encoded"
+        if visual.patches.is_cuda:  # made on another stream, whose memory it goes back to
+            visual.patches.record_stream(torch.cuda.current_stream(self.model.device))
+        return visual.patches.to(self.model.device)
+
     def _encode_together(self, visuals: Sequence[PromptVisual]) -> list[VisionFeatures]:
         """Run the vision tower over pictures of any sizes, packed."""
-        device, dtype = self.model.device, self.model.dtype
         patches = []
         for visual in visuals:
-            assert visual.patches is not None, "they are there until they are encoded"
-            if visual.patches.is_cuda:  # made on another stream, whose memory it goes back to
-                visual.patches.record_stream(torch.cuda.current_stream(device))
-            patches.append(visual.patches.to(device, dtype))
+            patches.append(self._received(visual).to(self.model.dtype))
         together = patches[0] if len(patches) == 1 else torch.cat(patches)
         features = self.model.encode_images(together, [each.grid for each in visuals])
         sizes = [visual.num_tokens for visual in visuals]
@@ -700,6 +738,20 @@ class ModelRunner:
         if places is None:
             places = tuple(_row(sequence) for sequence in sequences)
         return TokenCopy(tuple(sequences), places, tokens, clock.mark())
+
+
+def blocks_worth(shape: ModelShape, patches: int, tokens: int) -> int:
+    """Blocks of the vision tower over one picture that take about as long as the decoder takes for
+    so many tokens; one at least. Attention is taken to run at half the speed of products."""
+    tower, text = shape.vision, shape.text
+    assert tower is not None, "only models with a tower have pictures"
+    width = tower.hidden_size
+    ups = 3 if tower.gated_mlp else 2
+    block = patches * (4 * width**2 + ups * width * tower.intermediate_size)
+    block += 2 * 2 * patches**2 * width
+    layer = 2 * text.q_size + 2 * text.kv_size + 3 * text.intermediate_size
+    worth: int = tokens * text.num_layers * text.hidden_size * layer // block
+    return max(1, worth)
 
 
 def _row(sequence: ScheduledSequence) -> int:

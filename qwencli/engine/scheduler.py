@@ -13,6 +13,7 @@ learns later, from what it reads; the row idles until then.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -28,11 +29,31 @@ class Limits:
         max_rows: sequences that run at once.
         max_prefill_tokens: prompt tokens of one step.
         max_prompts: prompts of one step.
+        context_worth: tokens in front of a prompt token that cost as much to attend to as all else
+            about it: late parts of a long prompt are shorter. None = they are not.
     """
 
     max_rows: int
     max_prefill_tokens: int
     max_prompts: int
+    context_worth: int | None = None
+
+    def tokens_within(self, start: int, left: float) -> int:
+        """How many tokens from place `start` on are worth no more than `left` at a prompt's
+        beginning; one at least where anything is left."""
+        worth = self.context_worth
+        if worth is None or left <= 0:
+            return max(0, int(left))
+        # n + n (start + n / 2) / worth = left
+        before = worth + start
+        return max(1, int(math.sqrt(before**2 + 2 * worth * left) - before))
+
+    def cost(self, start: int, stop: int) -> float:
+        """What these tokens are worth, see `tokens_within`."""
+        count = stop - start
+        if self.context_worth is None:
+            return count
+        return count * (1 + (start + stop) / 2 / self.context_worth)
 
 
 class Scheduler:
@@ -67,21 +88,21 @@ class Scheduler:
         """The next step; None if nothing can be done but wait for what is being read."""
         moves = self._compact()
         self._admit()
-        prefill = self._chunks()
+        prefill, encode = self._chunks()
         begun = {chunk.sequence for chunk in prefill}
         decode = tuple(
             each
             for each in self._running
             if each.num_scheduled < each.max_new_tokens and not (each.constrained and each in begun)
         )
-        if not prefill and not decode:
+        if not prefill and not decode and encode is None:
             return None
         for sequence in decode:
             sequence.num_scheduled += 1
         # A row taken again forgets as well: the steps until its prompt is through run it idle.
         released = tuple(sorted(self._released - {place for _, place in moves}))
         self._released.clear()
-        return Batch(moves, prefill, decode, released)
+        return Batch(moves, prefill, decode, released, encode)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, at whatever stage it is; its row and pages are free from the next
@@ -147,21 +168,27 @@ class Scheduler:
             self._prefilling.append(first)
             tokens += left
 
-    def _chunks(self) -> tuple[PromptChunk, ...]:
-        left = self.limits.max_prefill_tokens
+    def _chunks(self) -> tuple[tuple[PromptChunk, ...], Sequence | None]:
+        """Parts of prompts that run in this step, or whose large picture does."""
+        left: float = self.limits.max_prefill_tokens
         chunks: list[PromptChunk] = []
         for sequence in tuple(self._prefilling):
-            stop = min(sequence.num_prompt_tokens, sequence.num_computed + left)
-            if stop == sequence.num_computed:
+            start = sequence.num_computed
+            stop = min(sequence.num_prompt_tokens, start + self.limits.tokens_within(start, left))
+            if stop == start:
                 break
-            chunks.append(PromptChunk(sequence, sequence.num_computed, stop))
-            left -= stop - sequence.num_computed
+            if sequence.visual_before(stop) is not None:
+                if chunks:
+                    break
+                return (), sequence
+            chunks.append(PromptChunk(sequence, start, stop))
+            left -= self.limits.cost(start, stop)
             sequence.num_computed = stop
             if sequence.is_prefilled:
                 sequence.num_scheduled = 1
                 self._prefilling.remove(sequence)
                 self._running.append(sequence)
-        return tuple(chunks)
+        return tuple(chunks), None
 
     def _compact(self) -> tuple[tuple[int, int], ...]:
         """Move the last rows to free places in front, once half of the rows in use are idle: a step

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from qwencli.config import Attention, EngineName, KVDType, SamplingOptions, Speculate
-from qwencli.engine import engine_core, runner
+from qwencli.engine import engine_core, runner, scheduler
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.client import generate_many
 from qwencli.engine.hf.engine import TransformersEngine
+from qwencli.engine.layers import vision_tower
 from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.scheduler import Limits
@@ -172,6 +173,39 @@ def test_a_quantized_cache_in_pages_holds_what_a_lone_one_does(checkpoint, monke
     assert [each.token_ids for each in together] == [each.token_ids for each in alone]
     assert together[3].num_cached_tokens > 0
     assert {each.effective.kv_dtype for each in together} == {alone[0].effective.kv_dtype}
+
+
+def test_large_pictures_run_beside_the_rows_that_run(limited, monkeypatch):
+    large = ask("Now? " * 8, images=[picture(96, 96), picture(160, 96)], max_new_tokens=5)
+    small = [ask(f"{n}", max_new_tokens=14) for n in range(2)]
+    requests = [*small, large, ask("After", images=[picture(64, 96)], max_new_tokens=3), large]
+    expected = [limited.generate(request).token_ids for request in requests]
+    limited._forget()
+    depth = limited._model.vision.shape.depth
+    monkeypatch.setattr(vision_tower, "PIECE", 32)
+    monkeypatch.setattr(runner, "PIECE", 32)
+    monkeypatch.setattr(runner, "blocks_worth", lambda *others: 1)
+    steps, scheduling = [], scheduler.Scheduler.schedule
+
+    def schedule(self):
+        batch = scheduling(self)
+        steps.append(batch)
+        return batch
+
+    monkeypatch.setattr(scheduler.Scheduler, "schedule", schedule)
+    results = list(generate_many(limited, requests))
+    assert [each.token_ids for each in results] == expected
+    encoding = [batch for batch in steps if batch is not None and batch.encode is not None]
+    # A step for each block of either picture; the other request finds them done.
+    assert 2 * depth <= len(encoding) <= 2 * depth + 2
+    assert not any(batch.prefill for batch in encoding) and any(b.decode for b in encoding)
+    assert results[2].timings.vision_encode_s > 0
+    limited._forget()
+    number = limited.add(replace(large, bypass_caches=True))
+    while not any(batch is not None and batch.encode for batch in steps[-2:]):
+        limited.step()
+    limited.abort(number)
+    assert not limited.has_unfinished and limited.step() == [] and pages_are_all_free(limited)
 
 
 def test_requests_are_taken_as_there_is_room(limited, monkeypatch):

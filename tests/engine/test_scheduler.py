@@ -224,3 +224,18 @@ def test_of_two_pages_with_one_key_the_first_is_found():
     pool.free(one)
     pool.free(one)
     assert pool.num_free == pool.capacity and pool.allocate(4) is not None
+
+
+def test_late_parts_of_a_long_prompt_are_shorter_and_cost_the_same():
+    limits = Limits(4, 2048, 4, context_worth=6144)
+    scheduler = Scheduler(limits, PagePool(600))
+    sequence = Sequence(0, 32_000, 5)
+    scheduler.add(sequence)
+    lengths = []
+    while not sequence.is_prefilled:
+        (chunk,) = scheduler.schedule().prefill
+        lengths.append(chunk.stop - chunk.start)
+        assert limits.cost(chunk.start, chunk.stop) <= 2048
+    assert lengths == sorted(lengths, reverse=True)[:-1] + lengths[-1:]
+    assert 1700 < lengths[0] < 1900 and 300 < lengths[-2] < 500
+    assert limits.tokens_within(10**6, 1.0) == 1 and limits.tokens_within(0, 0.0) == 0

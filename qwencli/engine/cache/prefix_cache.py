@@ -67,6 +67,9 @@ class VisionCache:
     def __init__(self) -> None:
         self._kept: OrderedDict[bytes, VisionFeatures] = OrderedDict()
 
+    def get(self, digest: bytes) -> VisionFeatures | None:
+        return self._kept.get(digest)
+
     def features(self, digests: Sequence[bytes], encode: Encode) -> list[VisionFeatures]:
         """Features of each picture; `encode` makes those that are missing, each content once."""
         missing = {

@@ -154,6 +154,32 @@ class PreparedGrids:
         return self.rope[0].shape[1]
 
 
+class VisionPass:
+    """The tower over some patches, as far as it has run.
+
+    `update` is what the last block adds to `hidden`: the norm that reads it next adds it.
+    """
+
+    def __init__(self, tower: VisionTower, hidden: Tensor, ready: PreparedGrids) -> None:
+        self._tower, self.hidden, self.ready = tower, hidden, ready
+        self.update: Tensor | None = None
+        self.blocks = 0
+        self.deepstack: list[Tensor] = []
+
+    def whole_hidden(self) -> Tensor:
+        if self.update is not None:
+            self.hidden.add_(self.update)
+            self.update = None
+        return self.hidden
+
+    def advance(self, blocks: int) -> VisionFeatures | None:
+        """Run so many more blocks; the features once all have run."""
+        depth = self._tower.shape.depth
+        for _ in range(min(blocks, depth - self.blocks)):
+            self._tower.run_block(self)
+        return self._tower.finish(self) if self.blocks == depth else None
+
+
 class VisionTower:
     """Weights of one model's tower on one device, and the forward pass over them.
 
@@ -215,6 +241,12 @@ class VisionTower:
 
     def run(self, patches: Tensor, ready: PreparedGrids) -> VisionFeatures:
         """The tower itself: asks the host nothing, and can be captured in a CUDA graph."""
+        features = self.begin(patches, ready).advance(self.shape.depth)
+        assert features is not None, "all blocks have run"
+        return features
+
+    def begin(self, patches: Tensor, ready: PreparedGrids) -> VisionPass:
+        """`run`, to be taken some blocks at a time."""
         weight = self._w["patch"].to(self._dtype)
         hidden = _by_pieces(
             lambda piece: F.linear(piece.to(self._dtype), weight, self._w.get("patch_bias")),
@@ -225,19 +257,21 @@ class VisionTower:
         if ready.order is not None:
             tokens = hidden.view(-1, self.shape.merge_area, hidden.shape[-1])
             hidden = tokens[ready.order].flatten(0, 1)
-        features = []
-        # What the last block adds to `hidden`: the norm that reads it next adds it.
-        update = None
-        for index in range(self.shape.depth):
-            update = self._block(index, hidden, update, ready)
-            if index in self.shape.deepstack_layers:
-                hidden, update = hidden if update is None else hidden.add_(update), None
-                merger = f"deepstack.{self.shape.deepstack_layers.index(index)}"
-                features.append(self._merge(merger, hidden, norm_merged=True))
-        if update is not None:
-            hidden.add_(update)
-        embeds = self._merge("merger", hidden, norm_merged=False)
-        return VisionFeatures(embeds if ready.back is None else embeds[ready.back], tuple(features))
+        return VisionPass(self, hidden, ready)
+
+    def run_block(self, at: VisionPass) -> None:
+        """The next block of a pass."""
+        at.update = self._block(at.blocks, at.hidden, at.update, at.ready)
+        if at.blocks in self.shape.deepstack_layers:
+            hidden = at.whole_hidden()
+            merger = f"deepstack.{self.shape.deepstack_layers.index(at.blocks)}"
+            at.deepstack.append(self._merge(merger, hidden, norm_merged=True))
+        at.blocks += 1
+
+    def finish(self, at: VisionPass) -> VisionFeatures:
+        embeds = self._merge("merger", at.whole_hidden(), norm_merged=False)
+        back = at.ready.back
+        return VisionFeatures(embeds if back is None else embeds[back], tuple(at.deepstack))
 
     def _check(self, patches: Tensor, grids: Sequence[Grid]) -> None:
         merge = self.shape.merge_size

@@ -23,7 +23,7 @@ def test_pictures_in_pieces_have_the_features_of_whole_ones(checkpoint, monkeypa
     message = user_message("Look.", (picture(160, 96), film(), picture(64, 96)))
     request = GenerationRequest((message,), SamplingOptions(max_new_tokens=2))
     with NativeEngine(engine_config(checkpoint(family), engine=EngineName.NATIVE)) as engine:
-        prompt, _ = engine._prepared(request)
+        prompt, *_ = engine._prepared(request)
         tower = engine._model.vision
         patches = torch.cat([torch.as_tensor(each) for each in prompt.inputs.patches])
         whole = tower.encode(patches, prompt.grid_thw)
