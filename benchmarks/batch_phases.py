@@ -8,7 +8,8 @@ each phase of a step, the host's time (without what is inside another phase) and
 its first launch to its last. A shorter run under the profiler gives every kernel, put to the phase
 in which the host launched it. `alone` are passes one at a time: `eager_ms` as the engine runs them
 operator by operator (`host_ms` of it the launching), `graph_ms` the same as one CUDA graph.
-`--prepare-only` needs no GPU: pictures a second that threads open, resize and tokenize.
+`--prepare-only` needs no GPU: pictures a second that threads open, resize and tokenize; and
+`contention`, what a small operation of the main thread costs beside them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from benchmarks.captions_per_second import config_of, request, seconds_of, write
 from qwencli.config import Quantization
 from qwencli.engine import engine_core
 from qwencli.engine.cache.paged_kv import PAGE_SIZE, DecodePages, PackedPrompts, pages_for
+from qwencli.engine.cache.prefix_cache import digests_of, keys_of, page_keys
 from qwencli.engine.factory import create_engine
 from qwencli.engine.frontend.model_files import open_model
 from qwencli.engine.layers.decoder import DeepStack
@@ -44,6 +46,7 @@ from qwencli.engine.native.sampler import SamplerKind
 from qwencli.engine.runner import TokenCopy
 
 KERNELS_SHOWN = 40
+OPERATIONS = 400  # of a lap of `contention`: about those of a vision tower
 GRID, PROMPT, CONTEXT = (1, 32, 32), 272, 300
 # Of a step on the host: what holds it, its method, what the result calls it.
 HOST_PHASES = (
@@ -423,6 +426,41 @@ def prepare_rate(paths: list[Path], model: str, threads: int, count: int) -> dic
     return {"threads": threads, "pictures_per_s": count / seconds, "cpu_ms_a_picture": cpu_ms}
 
 
+def contention(paths: list[Path], model: str, threads: int, seconds: float) -> dict[str, Any]:
+    """Small operations of the main thread, each of which takes the interpreter's lock back, beside
+    threads that prepare pictures up to their digests and the keys of their pages."""
+    files = open_model(config_of(Quantization.NONE, model))
+    over = threading.Event()
+    made = [0] * threads
+
+    def prepare(thread: int) -> None:
+        while not over.is_set():
+            prompt = files.prompts.build(request(paths[made[thread] % len(paths)]).messages)
+            page_keys(keys_of(prompt, digests_of(prompt)), PAGE_SIZE)
+            made[thread] += 1
+
+    values = torch.zeros(16)
+    workers = [threading.Thread(target=prepare, args=(n,)) for n in range(threads)]
+    for worker in workers:
+        worker.start()
+    laps = []
+    started = time.perf_counter()
+    while (lap := time.perf_counter()) - started < seconds:
+        for _ in range(OPERATIONS):
+            values.add_(1)
+        laps.append((time.perf_counter() - lap) / OPERATIONS)
+    taken = time.perf_counter() - started
+    over.set()
+    for worker in workers:
+        worker.join()
+    return {
+        "threads": threads,
+        "us_an_operation": {"median": 1e6 * statistics.median(laps), "best": 1e6 * min(laps)},
+        "mean_us": 1e6 * statistics.fmean(laps),
+        "pictures_per_s": sum(made) / taken,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="qwen3-vl-4b")
@@ -453,6 +491,8 @@ def main() -> None:
         counts = sorted({1, 2, min(8, os.cpu_count() or 1), os.cpu_count() or 1})
         rates = {n: prepare_rate(paths, options.model, n, 100 * min(n, 4)) for n in counts}
         note("prepare", rates)
+        crowds = [0, *(n for n in counts if n <= 8)]
+        note("contention", {n: contention(paths, options.model, n, 2.0) for n in crowds})
         if options.prepare_only:
             return
         config = replace(

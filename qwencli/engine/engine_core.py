@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -43,8 +44,11 @@ from qwencli.errors import EngineError, InputError, OutOfMemoryError, QwenCliErr
 from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig
 
-# Threads that read, resize and tokenize for the steps to come; more would wait for the interpreter.
-MOST_PREPARERS = 8
+# Threads that read, resize and tokenize for the steps to come: as few as keep prompts ready, as the
+# thread that runs the model waits for the interpreter's lock whenever one of them has it.
+FIRST_PREPARERS, MOST_PREPARERS = 3, 8
+# Prompts that are ready from which on fewer threads will do: about those of one step.
+PLENTY_READY = 8
 # Requests that are prepared or being prepared before they start; their pictures take memory.
 PREPARED_AHEAD = 64
 # What a device that is short of memory is given at least.
@@ -95,6 +99,29 @@ class _Step:
     unsampled: Unsampled | None = None
 
 
+class _Turns:
+    """Lets as many threads work as `most` says at that time."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self._working = most, 0
+        self._free = threading.Condition()
+
+    def __enter__(self) -> None:
+        with self._free:
+            self._free.wait_for(lambda: self._working < self.most)
+            self._working += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self._free:
+            self._working -= 1
+            self._free.notify()
+
+    def allow(self, most: int) -> None:
+        with self._free:
+            self.most = most
+            self._free.notify()
+
+
 class EngineCore:
     """Implements `add`, `step`, `abort` and `has_unfinished` of an engine that runs batches.
 
@@ -122,9 +149,10 @@ class EngineCore:
         self._step: _Step | None = None
         self._said_short = False
         self._clock: EventTimer | None = None
-        count = min(MOST_PREPARERS, max(1, (os.cpu_count() or 1) - 1))
+        self._most_turns = min(MOST_PREPARERS, max(1, (os.cpu_count() or 1) - 1))
+        self._turns = _Turns(min(FIRST_PREPARERS, self._most_turns))
         self._threads = ThreadPoolExecutor(
-            count,
+            self._most_turns,
             thread_name_prefix="prepare",
             initializer=_own_stream,
             initargs=(effective.device,),
@@ -165,6 +193,7 @@ class EngineCore:
     def _run_ahead(self) -> list[StepOutput]:
         self._take_prepared()
         self._prepare_some()
+        self._share_lock()
         batch = self._scheduler.schedule()
         step = None if batch is None else self._run(batch)
         outputs, self._failed = self._failed, []
@@ -187,7 +216,22 @@ class EngineCore:
             number, (request, arrived_s) = self._added.popitem(last=False)
             self._preparing[number] = self._threads.submit(self._prepared, request, arrived_s)
 
+    def _share_lock(self) -> None:
+        """More threads prepare where nothing is ready, fewer where there is plenty."""
+        ready, turns = len(self._scheduler.waiting), self._turns.most
+        if not ready and self._preparing:
+            turns += 1
+        elif ready >= PLENTY_READY:
+            turns -= 1
+        turns = min(max(turns, 1), self._most_turns)
+        if turns != self._turns.most:
+            self._turns.allow(turns)
+
     def _prepared(self, request: RequestSource, arrived_s: float) -> _Prepared:
+        with self._turns:
+            return self._prepare_now(request, arrived_s)
+
+    def _prepare_now(self, request: RequestSource, arrived_s: float) -> _Prepared:
         asked = request_of(request)
         prompt, sampling, matcher = self._prepare(asked)
         answer = ResponseBuilder(self._files, prompt, sampling, arrived_s, matcher=matcher)

@@ -67,7 +67,8 @@ class PromptVisual:
 
     Args:
         digest: of its content. first: which of the prompt's image tokens is its first.
-        patches: dropped once it is encoded. features: from the first chunk on that needs them.
+        patches: dropped once it is encoded. ready: when they are there, where another stream than
+            the model's makes them. features: from the first chunk on that needs them.
         encoding: of a large one, as far as steps have brought it.
     """
 
@@ -76,6 +77,7 @@ class PromptVisual:
     first: int
     num_tokens: int
     patches: Tensor | None
+    ready: torch.cuda.Event | None = None
     features: VisionFeatures | None = None
     encoding: VisionPass | None = None
 
@@ -364,7 +366,7 @@ class ModelRunner:
         stop_ids: Sequence[int],
         matcher: TokenMatcher | None = None,
     ) -> RunnerPrompt:
-        """Lay a prompt out on the host.
+        """Lay a prompt out on the host, in the thread and on the stream that made its patches.
 
         Args:
             digests: of its pictures and videos.
@@ -387,7 +389,12 @@ class ModelRunner:
             for grid, first, (digest, count, patches) in zip(
                 prompt.grid_thw, firsts, made, strict=False
             ):
-                visuals.append(PromptVisual(grid, digest, first, count, torch.as_tensor(patches)))
+                made_here = torch.as_tensor(patches)
+                ready = None
+                if made_here.is_cuda:
+                    ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                    ready.record(torch.cuda.current_stream(made_here.device))
+                visuals.append(PromptVisual(grid, digest, first, count, made_here, ready))
         first_mask = None
         if matcher is not None:
             words = -(-self.model.shape.text.vocab_size // 32)
@@ -645,8 +652,10 @@ class ModelRunner:
     def _received(self, visual: PromptVisual) -> Tensor:
         """A picture's patches on the device."""
         assert visual.patches is not None, "they are there until it is encoded"
-        if visual.patches.is_cuda:  # made on another stream, whose memory it goes back to
-            visual.patches.record_stream(torch.cuda.current_stream(self.model.device))
+        if visual.ready is not None:  # made on another stream, whose memory it goes back to
+            stream = torch.cuda.current_stream(self.model.device)
+            stream.wait_event(visual.ready)
+            visual.patches.record_stream(stream)
         return visual.patches.to(self.model.device)
 
     def _encode_together(self, visuals: Sequence[PromptVisual]) -> list[VisionFeatures]:

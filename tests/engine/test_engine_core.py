@@ -448,3 +448,25 @@ def test_pictures_of_one_size_in_the_same_words_are_laid_out_once(limited, monke
     first = [result.token_ids for result in generate_many(limited, requests)]
     monkeypatch.setattr("qwencli.engine.runner.lay_out", None)
     assert [result.token_ids for result in generate_many(limited, requests)] == first
+
+
+def test_as_many_threads_prepare_as_keep_prompts_ready(limited, monkeypatch):
+    core = limited._requests()
+    monkeypatch.setattr(core, "_most_turns", 4)
+    monkeypatch.setattr(core, "_turns", engine_core._Turns(1))
+    monkeypatch.setattr(core, "_preparing", {0: None})
+    ready = []
+    monkeypatch.setattr(core._scheduler, "waiting", ready)
+
+    def turns(steps):
+        for _ in range(steps):
+            core._share_lock()
+        return core._turns.most
+
+    assert turns(2) == 3
+    assert turns(9) == 4
+    ready += [None] * (engine_core.PLENTY_READY - 1)
+    assert turns(9) == 4
+    ready += [None]
+    assert turns(2) == 2
+    assert turns(9) == 1

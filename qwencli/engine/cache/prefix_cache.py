@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from PIL.Image import Image
 
 from qwencli.engine.cache.kv_cache import KVCache
-from qwencli.engine.frontend.preprocess import Visual
+from qwencli.engine.frontend.preprocess import Visual, pixels_of
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.layers.vision_tower import VisionFeatures
 
@@ -108,11 +111,14 @@ def digests_of(prompt: Prompt) -> list[bytes]:
 def _digest(visual: Visual, frames: Sequence[Image]) -> bytes:
     digest = hashlib.sha256(repr((visual, frames[0].size)).encode())
     for frame in frames:
+        pixels = pixels_of(frame)
         # Some rows at a time: a copy of the whole would need as much memory as the picture again.
         rows = max(_DIGEST_PIXELS // frame.width, 1)
         for top in range(0, frame.height, rows):
-            bottom = min(top + rows, frame.height)
-            digest.update(frame.crop((0, top, frame.width, bottom)).tobytes())
+            some: npt.NDArray[Any] = pixels[top : top + rows]
+            if some.shape[-1] == 4:  # of which the fourth is whatever it happens to be
+                some = some.view("<u4") & 0xFFFFFF
+            digest.update(memoryview(np.ascontiguousarray(some)))
     return digest.digest()
 
 
@@ -137,11 +143,12 @@ def page_keys(keys: Sequence[Key], size: int, before: bytes = b"") -> list[bytes
         before: the key of the page in front of the first.
     """
     made = []
+    # In one piece a page: whoever hashes it needs the interpreter's lock once.
+    contents = [
+        key.to_bytes(8, "little") if isinstance(key, int) else key[0] + key[1].to_bytes(8, "little")
+        for key in keys
+    ]
     for end in range(size, len(keys) + 1, size):
-        digest = hashlib.sha256(before)
-        for key in keys[end - size : end]:
-            content, place = (b"", key) if isinstance(key, int) else key
-            digest.update(content + place.to_bytes(8, "little"))
-        before = digest.digest()
+        before = hashlib.sha256(b"".join((before, *contents[end - size : end]))).digest()
         made.append(before)
     return made

@@ -19,7 +19,7 @@ import PIL
 from PIL import Image
 
 from qwencli.config import DType
-from qwencli.engine.frontend.preprocess import by_step, scale_and_shift
+from qwencli.engine.frontend.preprocess import by_step, pixels_of, scale_and_shift
 from qwencli.engine.frontend.processor_config import ImageProcessorConfig
 
 if TYPE_CHECKING:
@@ -34,8 +34,11 @@ _PILLOW = int(PIL.__version__.partition(".")[0])
 
 
 class DevicePatches:
-    """Calls make tensors of `dtype` on `device`, done when they return; one at a time, whichever
-    threads they come from."""
+    """Calls make tensors of `dtype` on `device`, one at a time, whichever threads they come from.
+
+    They are done when a call returns; on a stream that is not the device's default one they are
+    done in its order, and the thread goes on to the next picture.
+    """
 
     def __init__(self, device: str, dtype: DType = DType.FLOAT32) -> None:
         import torch
@@ -63,9 +66,10 @@ class DevicePatches:
         out = torch.empty(size_of_all, dtype=self._dtype, device=self._device)
         scale, shift = self._scale_and_shift(config)
         for step, shown in enumerate(by_step(frames, times)):
-            pixels = torch.from_numpy(np.stack([np.asarray(frame) for frame in shown]))
-            pixels = self._resized(pixels.to(self._device), size)
-            blocks = pixels.view(len(shown), rows, merge, patch, columns, merge, patch, 3)
+            # As Pillow holds them, copied by nobody before the device: a fourth byte is left there.
+            sent = [torch.from_numpy(pixels_of(frame)).to(self._device)[..., :3] for frame in shown]
+            pixels = self._resized(sent[0][None] if len(sent) == 1 else torch.stack(sent), size)
+            blocks = pixels.reshape(len(shown), rows, merge, patch, columns, merge, patch, 3)
             patches = blocks.permute(1, 4, 2, 5, 7, 0, 3, 6).reshape(count, 3, len(shown), -1)
             # Some at a time: in float32 a whole picture is as large as all the rest of this.
             for some, made in zip(
@@ -73,8 +77,10 @@ class DevicePatches:
             ):
                 made.copy_(torch.mul(some, scale).sub_(shift))
         if self._device.type == "cuda":
-            # So that the time of preprocessing is its own and not the next phase's.
-            torch.cuda.current_stream(self._device).synchronize()
+            stream = torch.cuda.current_stream(self._device)
+            if stream == torch.cuda.default_stream(self._device):
+                # So that the time of preprocessing is its own and not the next phase's.
+                stream.synchronize()
         return out.view(steps * count, -1)
 
     def _scale_and_shift(self, config: ImageProcessorConfig) -> tuple[Tensor, Tensor]:
@@ -87,6 +93,7 @@ class DevicePatches:
                 torch.from_numpy(value)[:, :, None].to(self._device)
                 for value in scale_and_shift(config)
             )
+            self._settle()
             self._scales[config] = scale, shift
         return self._scales[config]
 
@@ -114,12 +121,26 @@ class DevicePatches:
 
     def _taps(self, length: int, new_length: int) -> tuple[Tensor, Tensor]:
         """Source places (int64) and weights (int32), both [taps, new_length], on the device."""
+        import torch
+
         key = (length, new_length)
         if key not in self._kept:
             if len(self._kept) == _SIZES_KEPT:
                 del self._kept[next(iter(self._kept))]
             self._kept[key] = self._make_taps(length, new_length)
-        return self._kept[key]
+            self._settle()
+        found = self._kept[key]
+        if self._device.type == "cuda":
+            for each in found:  # dropped from here, they may still be read on this stream
+                each.record_stream(torch.cuda.current_stream(self._device))
+        return found
+
+    def _settle(self) -> None:
+        """Wait until what was just made can be read on every stream."""
+        import torch
+
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _make_taps(self, length: int, new_length: int) -> tuple[Tensor, Tensor]:
         import torch

@@ -91,8 +91,10 @@ _PIPE_WAIT_S, _PIPE_BYTES_PER_S = 8.0, 100_000.0
 # What decoding one file may take of this thread's time: pictures of no content that stand in a
 # million pieces, or are drawn over three hundred times, would go on for minutes.
 _DECODE_S, _DECODE_S_PER_PIXEL = 5.0, 5e-8
-# A JPEG's decoder gets its data in pieces of so many bytes: a few of them may draw it anew.
-_JPEG_PIECE_BYTES = 2**10
+# A JPEG's decoder gets its data in pieces, between which the time is looked at: of a large picture
+# few bytes may draw it anew. Each piece waits for the interpreter's lock.
+_JPEG_PIECE_BYTES, _JPEG_LARGEST_PIECE = 2**10, 2**16
+_JPEG_PIECE_PIXELS = 2**34  # pixels of the picture times bytes of the piece
 # A picture's rows are found through a pointer each, in the decoded picture and in the result.
 _BYTES_A_ROW = 16
 # Text and colour profiles of a PNG, decompressed; screenshots and Photoshop's carry megabytes.
@@ -426,7 +428,8 @@ def decode(file: BinaryIO, name: str, read: Callable[[Image.Image, str], T]) -> 
         with _strict_pillow, _identify(timed, head, name) as image:
             timed.allow(image.width * image.height)
             if isinstance(image, JpegImagePlugin.JpegImageFile):
-                image.decodermaxblock = _JPEG_PIECE_BYTES
+                piece = _JPEG_PIECE_PIXELS // max(image.width * image.height, 1)
+                image.decodermaxblock = min(max(piece, _JPEG_PIECE_BYTES), _JPEG_LARGEST_PIECE)
             kind = image.format or kind
             if kind in _NOT_PICTURES:
                 raise InputError(

@@ -6,6 +6,7 @@ equal the reference processor's is tested in tests/engine/frontend/test_preproce
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -247,7 +248,8 @@ def patchify_on_host(
     out = np.empty((steps, count, 3, times, patch * patch), dtype=np.float32)
     scale, shift = scale_and_shift(config)
     for step, shown in enumerate(by_step(frames, times)):
-        pixels = np.stack([np.asarray(_resized(frame, size)) for frame in shown])
+        made = [pixels_of(_resized(frame, size))[..., :3] for frame in shown]
+        pixels = made[0][None] if len(made) == 1 else np.stack(made)
         # The costly reordering is done on bytes, an eighth of the size of the result.
         blocks = pixels.reshape(len(shown), rows, merge, patch, columns, merge, patch, 3)
         patches = np.ascontiguousarray(blocks.transpose(1, 4, 2, 5, 7, 0, 3, 6))
@@ -258,6 +260,56 @@ def patchify_on_host(
             values -= shift[:, :, None]
             out[step, first : first + len(values)] = values
     return out.reshape(steps * count, -1)
+
+
+class _ArrowArray(ctypes.Structure):
+    """The head of a C structure, see Arrow's C data interface."""
+
+    _fields_ = (
+        ("length", ctypes.c_int64),
+        ("null_count", ctypes.c_int64),
+        ("offset", ctypes.c_int64),
+        ("n_buffers", ctypes.c_int64),
+        ("n_children", ctypes.c_int64),
+        ("buffers", ctypes.POINTER(ctypes.c_void_p)),
+        ("children", ctypes.POINTER(ctypes.c_void_p)),
+    )
+
+
+class _PillowMemory:
+    """The pixels of an RGB picture where Pillow holds them, for numpy.
+
+    Raises:
+        ValueError: Pillow holds them in several pieces, as those of large pictures.
+    """
+
+    def __init__(self, image: Image.Image) -> None:
+        # While the capsule lives, Pillow keeps the memory.
+        _, self._capsule = image.__arrow_c_array__()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        array = _ArrowArray.from_address(pointer(self._capsule, b"arrow_array"))
+        bytes_of = _ArrowArray.from_address(array.children[0])
+        self.__array_interface__ = {
+            "shape": (image.height, image.width, 4),
+            "typestr": "|u1",
+            "data": (bytes_of.buffers[1], False),
+            "version": 3,
+        }
+
+
+def pixels_of(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """An RGB picture as [height, width, 3 or 4], not to be written to; a fourth byte is nothing.
+
+    Without a copy where Pillow can: its copies hold the interpreter's lock, for which the thread
+    that runs the model would wait.
+    """
+    if image.mode == "RGB" and hasattr(image, "__arrow_c_array__"):
+        try:
+            return np.asarray(_PillowMemory(image))
+        except ValueError:
+            pass
+    return np.array(image)
 
 
 def by_step(frames: Sequence[Image.Image], times: int) -> Iterator[Sequence[Image.Image]]:

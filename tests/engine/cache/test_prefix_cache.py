@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 from PIL import Image
 
 from qwencli.engine.cache import prefix_cache
-from qwencli.engine.cache.prefix_cache import VisionCache
+from qwencli.engine.cache.prefix_cache import VisionCache, page_keys
 from qwencli.engine.frontend.preprocess import Visual
 from qwencli.engine.layers.vision_tower import VisionFeatures
 
@@ -55,3 +57,21 @@ def test_a_picture_is_told_by_all_of_its_pixels(monkeypatch):
     assert prefix_cache._digest(visual, [other]) != whole
     monkeypatch.setattr(prefix_cache, "_DIGEST_PIXELS", 100)
     assert prefix_cache._digest(visual, [picture]) == whole
+
+
+def test_equal_pictures_are_equal_whatever_stands_beside_their_pixels():
+    """Pillow's RGB has a fourth byte: 0 in a new picture, 255 in one that was read."""
+    new = Image.new("RGB", (37, 23))
+    read = Image.frombytes("RGB", new.size, bytes(3 * 37 * 23))
+    visual = Visual((1, 2, 2))
+    assert prefix_cache._digest(visual, [new]) == prefix_cache._digest(visual, [read])
+
+
+def test_keys_of_pages_are_chained_hashes_of_their_slots():
+    keys = [3, (b"picture", 0), (b"picture", 1), 2**40, 5, 6, 7]
+    first, second, third = page_keys(keys, 2)
+    slots = [(3).to_bytes(8, "little"), b"picture" + bytes(8)]
+    assert first == hashlib.sha256(b"".join(slots)).digest()
+    assert page_keys(keys[2:4], 2, first) == [second]
+    assert page_keys(keys[4:], 2, second) == [third]
+    assert page_keys([4, *keys[1:]], 2)[2] != third

@@ -17,7 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwencli.engine.frontend.images import open_image
-from qwencli.engine.frontend.preprocess import VisualInputs, check_visual, preprocess, smart_resize
+from qwencli.engine.frontend.preprocess import (
+    VisualInputs,
+    check_visual,
+    pixels_of,
+    preprocess,
+    smart_resize,
+)
 from qwencli.engine.frontend.processor_config import VISION_FAMILIES, ImageProcessorConfig
 from qwencli.errors import InputError, ModelFileError, UsageError
 from qwencli.messages import ImagePart
@@ -185,6 +191,15 @@ def test_patches_are_in_block_order_with_the_channel_outside() -> None:
                     frames = [patch[..., c].reshape(-1) for c in range(3) for _ in range(2)]
                     expected.append(np.concatenate(frames))
     np.testing.assert_array_equal(patches(inputs), np.array(expected, dtype=np.float32))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (37, 23), (3000, 1500)])
+def test_pixels_are_read_where_pillow_holds_them(size: tuple[int, int]) -> None:
+    picture = Image.effect_noise(size, 90).convert("RGB")
+    picture.putpixel((0, 0), (1, 2, 3))
+    pixels, expected = pixels_of(picture), np.asarray(picture)
+    del picture  # which they keep alive
+    assert np.array_equal(pixels[..., :3], expected)
 
 
 def test_one_pixel_is_fine() -> None:
