@@ -118,7 +118,7 @@ def _digest(visual: Visual, frames: Sequence[Image]) -> bytes:
             some: npt.NDArray[Any] = pixels[top : top + rows]
             if some.shape[-1] == 4:  # of which the fourth is whatever it happens to be
                 some = some.view("<u4") & 0xFFFFFF
-            digest.update(memoryview(np.ascontiguousarray(some)))
+            digest.update(np.ascontiguousarray(some).data)
     return digest.digest()
 
 
