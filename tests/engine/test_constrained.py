@@ -13,17 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwencli.config import Cache, EngineName, SamplingOptions, Speculate
+from qwencli.engine import runner
 from qwencli.engine.client import generate_many
 from qwencli.engine.constrained import Grammars, SchemaCheck, fill_masks, read_schema
 from qwencli.engine.frontend.tokenizer import Tokenizer
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native import engine as native_engine
+from qwencli.engine.native.decode_state import GraphStepper
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.scheduler import Limits
 from qwencli.errors import CaptionError, InputError, MissingDependencyError
 from qwencli.messages import GenerationRequest, user_message
 from tests.checkpoints import VOCAB_SIZE, engine_config, picture
 from tests.engine.frontend.tiny_folder import tiny_tokenizer
+from tests.engine.native.host_graphs import run_graphs_on_the_host
 
 FIELDS = {
     "type": "object",
@@ -226,6 +229,31 @@ def test_other_modes_answer_so_too(checkpoint, engine, settings):
     assert [each.text for each in found] == [engine.generate(each).text for each in requests]
     if "speculate" in settings:
         assert found[1].effective.speculate == "off: schema"
+
+
+def test_graphs_of_both_halves_answer_so_too(checkpoint, engine, monkeypatch):
+    requests = mixed()[:6]
+    expected = [engine.generate(request).token_ids for request in requests]
+    run_graphs_on_the_host(monkeypatch)
+    monkeypatch.setitem(native_engine.BATCH_LIMITS, "cpu", NARROW)
+    made = runner.ModelRunner.__init__
+    monkeypatch.setattr(
+        runner.ModelRunner,
+        "__init__",
+        lambda self, *given: made(self, *given[:4], True, *given[5:]),
+    )
+    with native(checkpoint) as other:
+        generation = other._generation
+        generation._stepper = GraphStepper(generation._state)
+        alone = [other.generate(request).token_ids for request in requests]
+        found = list(generate_many(other, requests))
+        for each in found:
+            if isinstance(each, Exception):
+                raise each
+        together = [result.token_ids for result in found]
+        keys = list(other._queue._runner._graphs._graphs)
+    assert alone == together == expected
+    assert {type(key[1]) for key in keys} == {int, tuple}  # logits and choices
 
 
 def test_the_transformers_engine_holds_answers_to_schemas(checkpoint, engine):
