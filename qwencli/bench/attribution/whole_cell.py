@@ -52,6 +52,8 @@ class Limit:
 LIMITS = (
     Limit(Cause.CGROUP_THROTTLED, "throttled_percent", 5.0, 0.95, "throttled",
           "was taken by a limit of this control group (cpu.max, docker --cpus)"),
+    Limit(Cause.SUSPENDED, "stopped_percent", 5.0, 0.9, "stopped",
+          "passed while the process was stopped (SIGSTOP)"),
     Limit(Cause.PREEMPTION, "waited_percent", 5.0, 0.95, "waited",
           "waited for a processor"),
     Limit(Cause.HELPER_PREEMPTED, "helper_waited_percent", 5.0, 0.9, "helpers",
@@ -174,6 +176,7 @@ def _of_cell(
 
     found = {
         "throttled_percent": middle(_throttled_ms),
+        "stopped_percent": middle(_stopped_ms),
         "waited_percent": middle(_waited_ms),
         # A GPU's work does not wait for the pools of its host.
         "helper_waited_percent": None if on_gpu else middle(_helper_waited_ms),
@@ -209,6 +212,15 @@ def _throttled_ms(run: RunRecord, decode: Moment) -> float | None:
         return None
     waited = max(figures.get("runqueue_ms", decode.span_ms), 0.0)
     return min(figures["throttled_ms"], waited)
+
+
+def _stopped_ms(run: RunRecord, decode: Moment) -> float | None:
+    """The main thread neither ran nor waited for a processor, and went on after a stop signal."""
+    away = counters(decode).get("off_cpu_ms")
+    if away is None:
+        return None
+    ends = (moment.end_s for moment in run.host if moment.name == "stop")
+    return away if any(decode.start_s <= end <= decode.end_s for end in ends) else 0.0
 
 
 def _waited_ms(run: RunRecord, decode: Moment) -> float | None:

@@ -47,6 +47,7 @@ CELLS = (
     "others_cpu_percent",
     "generate_tok_per_s_median", "generate_tok_per_s_min", "generate_tok_per_s_max",
     "generate_s_median", "num_new_tokens_median", "load_s_median", "stall_count_median",
+    "stopped_percent",
 )  # fmt: skip
 
 RUNS = (

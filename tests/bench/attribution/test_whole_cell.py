@@ -15,7 +15,7 @@ from qwencli.bench.attribution.whole_cell import (
     percentages,
 )
 from qwencli.bench.causes import Cause
-from tests.bench.attribution.made_cell import CELL, RUNS, MadeCell
+from tests.bench.attribution.made_cell import CELL, RUNS, TOKENS, MadeCell
 
 CPU, GPU = Machine(on_gpu=False, cores=2), Machine(on_gpu=True, cores=16)
 SPAN_MS = 297.0
@@ -69,6 +69,17 @@ def test_what_slows_every_run_is_named_with_its_share(cause, words, figures):
 def test_a_limit_of_the_control_group_is_not_other_programs():
     figures = {"main_runqueue_ms": 200.0, "runqueue_ms": 200.0, "throttled_ms": 198.0}
     assert [cause for cause, _ in found(cell_of(CPU, **figures), CPU)] == [Cause.CGROUP_THROTTLED]
+
+
+def test_a_process_that_is_stopped_again_and_again_is_not_quotable():
+    """Of 100 ms it ran 20 all through the cell: each token is as slow as the next."""
+    cell = cell_of(CPU, main_cpu_ms=0.2 * SPAN_MS, system_busy_ms=0.2 * SPAN_MS)
+    for run in range(1, RUNS + 1):
+        for token in range(10, TOKENS, 30):
+            cell.event(run, "stop", cell.token_s(run, token), 0.0)
+    ((cause, words),) = found(cell, CPU)
+    assert cause is Cause.SUSPENDED
+    assert words == "80% of decode passed while the process was stopped (SIGSTOP)"
 
 
 def test_a_quarter_of_the_runs_moves_nothing():
