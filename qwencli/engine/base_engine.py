@@ -21,8 +21,7 @@ from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, 
 from qwencli.engine.frontend.model_files import ModelFiles, open_model
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.machine.cpu_threads import computing_with, threads_for
-from qwencli.engine.protocol import RequestQueue, SerialQueue, drain
-from qwencli.engine.request import RequestId, RequestSource, StepOutput
+from qwencli.engine.protocol import ManyRequests, drain
 from qwencli.engine.resolve import resolve_device, resolve_dtype
 from qwencli.engine.response import ResponseBuilder
 from qwencli.errors import InputError, OutOfMemoryError, UsageError
@@ -60,50 +59,6 @@ def gc_freeze_loaded() -> None:
     """Take everything that exists now out of later collections: it is here to stay."""
     gc.collect()
     gc.freeze()
-
-
-class ManyRequests(ABC):
-    """The half of `Engine` that takes many requests, over `stream`; a subclass that runs them
-    together has a queue of its own."""
-
-    _queue: RequestQueue | None = None
-
-    @abstractmethod
-    def load(self) -> None: ...
-
-    @abstractmethod
-    def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]: ...
-
-    @property
-    def max_rows(self) -> int:
-        return self._requests().max_rows
-
-    @property
-    def has_unfinished(self) -> bool:
-        return self._queue is not None and self._queue.has_unfinished
-
-    def add(self, request: RequestSource) -> RequestId:
-        return self._requests().add(request)
-
-    def step(self) -> list[StepOutput]:
-        return self._requests().step()
-
-    def abort(self, request: RequestId) -> None:
-        self._requests().abort(request)
-
-    def _make_queue(self) -> RequestQueue:
-        return SerialQueue(self.stream)
-
-    def _requests(self) -> RequestQueue:
-        self.load()
-        if self._queue is None:
-            self._queue = self._make_queue()
-        return self._queue
-
-    def _close_queue(self) -> None:
-        if self._queue is not None:
-            self._queue.close()
-            self._queue = None
 
 
 if TYPE_CHECKING:

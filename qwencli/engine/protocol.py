@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, Self
 
@@ -130,3 +131,47 @@ def drain(chunks: Iterator[GenerationChunk]) -> GenerationResult:
         result = chunk.result
     assert result is not None, "a stream ends with the chunk that carries its result"
     return result
+
+
+class ManyRequests(ABC):
+    """The half of `Engine` that takes many requests, over `stream`; a subclass that runs them
+    together has a queue of its own."""
+
+    _queue: RequestQueue | None = None
+
+    @abstractmethod
+    def load(self) -> None: ...
+
+    @abstractmethod
+    def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]: ...
+
+    @property
+    def max_rows(self) -> int:
+        return self._requests().max_rows
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self._queue is not None and self._queue.has_unfinished
+
+    def add(self, request: RequestSource) -> RequestId:
+        return self._requests().add(request)
+
+    def step(self) -> list[StepOutput]:
+        return self._requests().step()
+
+    def abort(self, request: RequestId) -> None:
+        self._requests().abort(request)
+
+    def _make_queue(self) -> RequestQueue:
+        return SerialQueue(self.stream)
+
+    def _requests(self) -> RequestQueue:
+        self.load()
+        if self._queue is None:
+            self._queue = self._make_queue()
+        return self._queue
+
+    def _close_queue(self) -> None:
+        if self._queue is not None:
+            self._queue.close()
+            self._queue = None

@@ -29,11 +29,10 @@ from qwencli.bench.run.post_run_checks import PostRunChecks, post_run_checks
 from qwencli.bench.statistics.slow_tokens import run_latency
 from qwencli.bench.storage.columns import RUNS
 from qwencli.config import EngineConfig, LoadMode, SamplingOptions
-from qwencli.engine.base_engine import ManyRequests
 from qwencli.engine.factory import create_engine
 from qwencli.engine.machine.child_process import end_with_parent
 from qwencli.engine.machine.device import memory_stats, reset_peak_memory
-from qwencli.engine.protocol import Engine, drain
+from qwencli.engine.protocol import Engine, ManyRequests, drain
 from qwencli.errors import (
     MissingDependencyError,
     ModelFileError,
