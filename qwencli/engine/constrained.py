@@ -280,9 +280,13 @@ class TokenMatcher:
         Raises:
             CaptionError: the schema asks for more than can be followed.
         """
-        if self._ended or token_id in self._stop_ids:
-            self._ended = True
-        elif not self._matcher.consume_token(token_id):
+        if self._ended:
+            return
+        self._ended = token_id in self._stop_ids
+        if not self._ended:
+            self._matcher.consume_token(token_id)
+        # One that is lost allows stop tokens alone.
+        if self._matcher.is_error():
             reason = str(self._matcher.get_error()).strip().splitlines() or ["no reason given"]
             raise CaptionError(
                 f"the answer cannot be held to the schema any further: {reason[0]}",

@@ -394,6 +394,11 @@ def test_a_beginning_of_the_answer_is_the_prompts_end(
     )
     assert len(begun.input_ids) >= len(plain) + len(added) - 1
     assert built.build(ask, starts_with="  ").input_ids == plain
+    # Data begins here: a template's thought is ended first.
+    held = built.build(ask, at_once=True)
+    assert not held.opens_thought
+    spelled = built.tokenizer.decode(held.input_ids, skip_special=False)
+    assert spelled == built.tokenizer.decode(plain, skip_special=False) + between
 
 
 def test_sizes_before_and_after_resizing(tmp_path: Path) -> None:
