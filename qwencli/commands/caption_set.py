@@ -299,8 +299,10 @@ def _overlay_folder(
 
 def _extension(chosen: SetOptions, manner: Manner) -> str:
     """The ending of caption files."""
-    if manner.schema is None or chosen.caption_extension is not None:
-        return chosen.caption_extension or ".txt"
+    if chosen.caption_extension is not None:
+        return chosen.caption_extension
+    if manner.schema is None:
+        return ".txt"
     if manner.prompts.needs_hints:
         raise UsageError(
             "the prompt has fields from .json files beside the pictures, where captions of "

@@ -39,7 +39,7 @@ _KEPT_TO = """
 """
 _SAYING = """
     $schema $id $anchor $comment $defs definitions title description default examples example
-    deprecated readOnly writeOnly
+    deprecated readOnly writeOnly discriminator contentMediaType contentEncoding
 """
 _KNOWN = frozenset((_KEPT_TO + _SAYING).split())
 # Keyword -> what it holds: one schema, a list of them, or one by name.
@@ -117,7 +117,8 @@ def _unknown(schema: Any, place: str) -> Iterator[tuple[str, str]]:
         if not isinstance(schema, dict):
             continue
         for keyword, value in schema.items():
-            if keyword not in _KNOWN:
+            own = keyword.startswith("x-") and keyword != "x-guidance"
+            if keyword not in _KNOWN and not own:
                 yield place, keyword
             if keyword in _ONE:
                 waiting.append((value, f"{place}/{keyword}"))
@@ -208,10 +209,16 @@ def _references(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pointed_at(schema: Mapping[str, Any], ref: str) -> Any:
+    """The part at a pointer such as `#/$defs/tree`; nothing in particular for other references."""
+    if ref != "#" and not ref.startswith("#/"):
+        return {}
     to: Any = schema
-    for step in ref.removeprefix("#").split("/")[1:]:
+    for step in ref.split("/")[1:]:
         name = step.replace("~1", "/").replace("~0", "~")
-        to = to[int(name)] if isinstance(to, list) else to.get(name, {})
+        if isinstance(to, list):
+            to = dict(enumerate(to)).get(int(name) if name.isdecimal() else -1)
+        else:
+            to = to.get(name) if isinstance(to, dict) else None
     return to
 
 

@@ -312,6 +312,23 @@ WRONG = {
 }
 
 
+GOOD = [
+    {},
+    {"type": ["string", "null"], "title": "T", "x-order": 3},
+    {"$ref": "#/definitions/a%20b", "definitions": {"a b": {"type": "integer"}}},
+    {"$ref": "#/$defs/0", "$defs": {"0": {"anyOf": [{"type": "null"}, {"$ref": "#"}]}}},
+    {"enum": [{"$ref": "#/nowhere/0"}]},
+    {"type": "object", "properties": {"$ref": {"type": "string"}, "type": {"const": 1}}},
+    {"type": "array", "prefixItems": [{"type": "string"}], "items": False},
+    {"type": "string", "format": "date", "examples": ["2026-01-01"]},
+]
+
+
+@pytest.mark.parametrize("of", GOOD, ids=json.dumps)
+def test_schemas_that_can_be_kept_to(of):
+    assert json.loads(schema(of)) == of
+
+
 @pytest.mark.parametrize("text", WRONG, ids=lambda text: text[:40])
 def test_what_is_wrong_with_a_schema_is_said(text):
     with pytest.raises(InputError, match=r"schema\.json") as caught:
