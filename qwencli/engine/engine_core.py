@@ -309,7 +309,7 @@ class EngineCore:
                 ]
             return
         # Outside the handler: until it ends, the traceback holds the tensors that must go.
-        release(self._effective.device)
+        self._release()
         self._fail(active, failure)
 
     def _decode(self, decode: list[Sequence], clock: EventTimer, step: _Step) -> None:
@@ -332,7 +332,7 @@ class EngineCore:
             else:
                 return
             # Outside the handler: until it ends, the traceback holds the tensors that must go.
-            release(self._effective.device)
+            self._release()
             if tried:
                 last = max(decode, key=lambda each: each.request)
                 decode.remove(last)
@@ -377,7 +377,7 @@ class EngineCore:
                 step.copies.append(copy)
             return
         # Outside the handler: until it ends, the traceback holds the tensors that must go.
-        release(self._effective.device)
+        self._release()
         again = len(active) > 1
         if isinstance(failure, OutOfMemoryError):
             said = self._back_off(chunks)
@@ -393,6 +393,10 @@ class EngineCore:
             return
         for each in reversed(active):
             self._scheduler.requeue(each.sequence)
+
+    def _release(self) -> None:
+        self._runner.forget_shapes()
+        release(self._effective.device)
 
     def _back_off(self, chunks: tuple[PromptChunk, ...]) -> str | None:
         """Run less at a time from now on; says so, or None where nothing can be cut any further."""

@@ -1,11 +1,24 @@
-"""CUDA graphs by key, in one pool of memory."""
+"""CUDA graphs by key, in one pool of memory, and passes that become graphs once their shape came
+several times."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+
+Tensor = torch.Tensor
+# Tensors of a pass -> what it makes of them; it asks the host nothing and keeps what it is given.
+Pass = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+# Making a graph takes as long as a few passes, and most shapes of a mixed folder never come again.
+TIMES_MET, SHAPES_KEPT, SHAPES_COUNTED = 4, 8, 1024
+# What must be free on the device: inputs and results of a graph stay.
+ROOM_BYTES = 4 * 2**30
 
 
 class GraphRunner:
@@ -45,6 +58,93 @@ class GraphRunner:
     def drop(self, key: Hashable) -> None:
         """Free a graph; one whose capture failed is not there."""
         self._graphs.pop(key, None)
+
+
+class Graphs(Protocol):
+    """What `GraphRunner` does."""
+
+    def capture(self, key: Hashable, work: Callable[[], None]) -> None: ...
+
+    def replay(self, key: Hashable) -> None: ...
+
+    def drop(self, key: Hashable) -> None: ...
+
+
+@dataclass
+class _Shape:
+    """A pass that is a graph. `work` holds what else the graph reads."""
+
+    inputs: list[Tensor]
+    work: Pass
+    outputs: Sequence[Tensor] = ()
+
+    def run(self) -> None:
+        self.outputs = self.work(self.inputs)
+
+
+class RepeatedShapes:
+    """Runs passes operator by operator, and as a graph those whose shape came `TIMES_MET` times.
+
+    A pass over some prompts is hundreds of launches, each of which costs the host the interpreter's
+    lock; pictures of one size that are asked about in the same words make the same pass each time.
+    """
+
+    def __init__(self, graphs: Graphs, free_bytes: Callable[[], int]) -> None:
+        self._graphs, self._free_bytes = graphs, free_bytes
+        self._kept: OrderedDict[Hashable, _Shape] = OrderedDict()
+        self._met: Counter[Hashable] = Counter()
+        self._able = True
+
+    def run(
+        self, key: Hashable, inputs: Sequence[Tensor], make: Callable[[], Pass]
+    ) -> Sequence[Tensor]:
+        """What the pass makes of `inputs`, which it leaves as they are; good until the next pass.
+
+        Args:
+            key: of equal passes but for the values of the inputs.
+            make: the pass; asked for it where it is not a graph yet.
+        """
+        shape = self._kept.get(key)
+        if shape is None:
+            work = make()
+            shape = self._captured(key, inputs, work) if self._due(key) else None
+            if shape is None:
+                return work(inputs)
+        self._kept.move_to_end(key)
+        for kept, value in zip(shape.inputs, inputs, strict=True):
+            kept.copy_(value)
+        self._graphs.replay(key)
+        return shape.outputs
+
+    def clear(self) -> None:
+        """Give the memory back, for good: there is not enough for both."""
+        for key in self._kept:
+            self._graphs.drop(key)
+        self._kept.clear()
+        self._able = False
+
+    def _due(self, key: Hashable) -> bool:
+        if not self._able:
+            return False
+        if len(self._met) >= SHAPES_COUNTED:
+            self._met.clear()
+        self._met[key] += 1
+        return self._met[key] > TIMES_MET and self._free_bytes() >= ROOM_BYTES
+
+    def _captured(self, key: Hashable, inputs: Sequence[Tensor], work: Pass) -> _Shape | None:
+        if len(self._kept) >= SHAPES_KEPT:
+            oldest, _ = self._kept.popitem(last=False)
+            self._graphs.drop(oldest)
+            del self._met[oldest]
+        try:
+            shape = _Shape([value.clone() for value in inputs], work)
+            self._graphs.capture(key, shape.run)
+        except RuntimeError:
+            # No memory, or an operator that no graph takes: run as it is, it says what is wrong.
+            self.clear()
+            return None
+        self._kept[key] = shape
+        return shape
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -29,7 +29,7 @@ from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
 from qwencli.engine.frontend.preprocess import Visual
 from qwencli.engine.frontend.prompt import Prompt
-from qwencli.engine.graphs import GraphRunner
+from qwencli.engine.graphs import GraphRunner, Pass, RepeatedShapes
 from qwencli.engine.layers.decoder import DeepStack
 from qwencli.engine.layers.vision_tower import PIECE, VisionFeatures, VisionPass, join_features
 from qwencli.engine.native.model import QwenModel
@@ -347,6 +347,12 @@ class ModelRunner:
         self._pages = pages_for(max_seq_len)
         self.state = RowState(max_rows, self._pages, vocab_size, max_seq_len, model.device)
         self._graphs = GraphRunner(model.device) if graphs else None
+        # Of prompts and pictures.
+        self._shapes: RepeatedShapes | None = None
+        if self._graphs is not None:
+            self._shapes = RepeatedShapes(
+                self._graphs, lambda: torch.cuda.mem_get_info(model.device)[0]
+            )
         self._captured: list[GraphKey] = []
         # What steps of kind LOGITS computed, by key: [rows, V].
         self._logits: dict[GraphKey, Tensor] = {}
@@ -439,19 +445,10 @@ class ModelRunner:
         """Run chunks of prompts; returns the first tokens of those that are through, if any."""
         self._encode(chunks, prompts, clock)
         packed = self._pack(chunks, prompts)
-        decoder = self.model.decoder
-        hidden = decoder.embed(packed.ids)
-        deepstack = None
-        if packed.features is not None:
-            hidden.index_copy_(0, packed.places, packed.features.embeds)
-            deepstack = DeepStack(packed.places, packed.features.deepstack)
-        hidden = self.model.prefill_packed(
-            hidden, packed.positions, packed.slots, self.cache, packed.prompts, deepstack
-        )
         through = [index for index, chunk in enumerate(chunks) if chunk.is_last]
+        logits = self._run_packed(packed)
         if not through:
             return None
-        logits = self.model.prompt_logits(hidden.index_select(0, packed.last))
         first_masks = [prompts[index].first_mask for index in through]
         if any(mask is not None for mask in first_masks):
             free = torch.full_like(next(mask for mask in first_masks if mask is not None), -1)
@@ -476,6 +473,52 @@ class ModelRunner:
         for prompt in begun:
             prompt.visuals = ()
         return self._copy(sequences, max(rows) + 1, clock)
+
+    def _run_packed(self, packed: _Packed) -> Tensor:
+        """All layers over packed prompts; logits [n, V] of the last tokens of those that end."""
+        # What stays with a graph: nothing of these prompts but their lengths.
+        like, features, behind = packed.prompts, packed.features, packed.prompts.slots
+        has_pictures, has_context = features is not None, behind is not None
+        inputs = [packed.ids, packed.positions, packed.slots, packed.last]
+        inputs += [packed.prompts.starts, packed.prompts.context_starts]
+        inputs += [] if behind is None else [behind]
+        before = len(inputs)
+        if features is not None:
+            inputs += [packed.places, features.embeds, *features.deepstack]
+
+        def work(given: Sequence[Tensor]) -> Sequence[Tensor]:
+            ids, positions, slots, last, starts, context_starts = given[:6]
+            prompts = replace(
+                like,
+                starts=starts,
+                context_starts=context_starts,
+                slots=given[6] if has_context else None,
+            )
+            hidden, deepstack = self.model.decoder.embed(ids), None
+            if has_pictures:
+                places, embeds, *layers = given[before:]
+                hidden.index_copy_(0, places, embeds)
+                deepstack = DeepStack(places, layers)
+            hidden = self.model.prefill_packed(
+                hidden, positions, slots, self.cache, prompts, deepstack
+            )
+            if not len(last):
+                return (hidden,)
+            return (self.model.prompt_logits(hidden.index_select(0, last)),)
+
+        key = tuple(packed.prompts.lengths), tuple(packed.prompts.contexts), len(packed.last)
+        pictures = 0 if features is None else len(packed.places)
+        return self._pass(("prompts", *key, pictures), inputs, lambda: work)[0]
+
+    def _pass(
+        self, key: Hashable, inputs: Sequence[Tensor], make: Callable[[], Pass]
+    ) -> Sequence[Tensor]:
+        return make()(inputs) if self._shapes is None else self._shapes.run(key, inputs, make)
+
+    def forget_shapes(self) -> None:
+        """Give back the memory that passes of prompts and pictures hold as graphs."""
+        if self._shapes is not None:
+            self._shapes.clear()
 
     @torch.inference_mode()
     def decode(
@@ -664,12 +707,23 @@ class ModelRunner:
         for visual in visuals:
             patches.append(self._received(visual).to(self.model.dtype))
         together = patches[0] if len(patches) == 1 else torch.cat(patches)
-        features = self.model.encode_images(together, [each.grid for each in visuals])
+        grids, tower = tuple(each.grid for each in visuals), self.model.vision
+        assert tower is not None, "a text model has no pictures"
+
+        def make() -> Pass:
+            ready = tower.prepare(together, grids)
+
+            def work(given: Sequence[Tensor]) -> Sequence[Tensor]:
+                made = tower.run(given[0], ready)
+                return made.embeds, *made.deepstack
+
+            return work
+
+        layers = self._pass(("pictures", grids), [together], make)
         sizes = [visual.num_tokens for visual in visuals]
-        layers = [features.embeds, *features.deepstack]
-        if len(visuals) == 1:
-            return [features]
-        # Copies: one picture that is kept must not hold the memory of all.
+        if len(visuals) == 1 and self._shapes is None:
+            return [VisionFeatures(layers[0], tuple(layers[1:]))]
+        # Copies: one picture that is kept must not hold the memory of all, nor a graph's.
         parts = zip(*(layer.split_with_sizes(sizes) for layer in layers), strict=True)
         return [
             VisionFeatures(embeds.clone(), tuple(layer.clone() for layer in deepstack))

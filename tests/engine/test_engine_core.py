@@ -13,6 +13,7 @@ from qwencli.config import Attention, EngineName, KVDType, SamplingOptions, Spec
 from qwencli.engine import engine_core, runner, scheduler
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.client import generate_many
+from qwencli.engine.graphs import RepeatedShapes
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.layers import vision_tower
 from qwencli.engine.native import engine as native_engine
@@ -21,6 +22,7 @@ from qwencli.engine.scheduler import Limits
 from qwencli.errors import EngineError, InputError, OutOfMemoryError, UsageError
 from qwencli.messages import GenerationRequest, ImagePart, text_message, user_message
 from tests.checkpoints import engine_config, film, picture
+from tests.engine.test_graphs import RunGraphs
 
 # Few rows and tokens, so that requests wait, prompts are cut and rows are used again.
 NARROW = Limits(max_rows=3, max_prefill_tokens=24, max_prompts=2)
@@ -470,3 +472,17 @@ def test_as_many_threads_prepare_as_keep_prompts_ready(limited, monkeypatch):
     ready += [None]
     assert turns(2) == 2
     assert turns(9) == 1
+
+
+def test_answers_are_the_same_where_prompts_and_pictures_run_as_graphs(limited, monkeypatch):
+    requests = mixed() * 3
+    expected = [result.token_ids for result in generate_many(limited, iter(requests))]
+    limited._close_queue()
+    limited._generation.vision_cache.clear()
+    graphs = RunGraphs()
+    monkeypatch.setattr("qwencli.engine.graphs.TIMES_MET", 0)
+    running = limited._requests()._runner
+    monkeypatch.setattr(running, "_shapes", RepeatedShapes(graphs, lambda: 2**40))
+    found = [result.token_ids for result in generate_many(limited, iter(requests))]
+    assert found == expected
+    assert {"prompts", "pictures"} <= {key[0] for key in graphs.work}

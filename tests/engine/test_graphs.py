@@ -1,0 +1,77 @@
+"""Passes whose shape comes again become graphs; here by graphs that run their work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwencli.engine.graphs import ROOM_BYTES, SHAPES_KEPT, TIMES_MET, RepeatedShapes
+
+
+class RunGraphs:
+    """Graphs that are run and not replayed."""
+
+    def __init__(self, fails=False):
+        self.work, self.fails = {}, fails
+
+    def capture(self, key, work):
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        work()
+        self.work[key] = work
+
+    def replay(self, key):
+        self.work[key]()
+
+    def drop(self, key):
+        self.work.pop(key, None)
+
+
+@pytest.fixture
+def graphs():
+    return RunGraphs()
+
+
+def twice(shapes, size, value=1.0):
+    given = torch.full((size,), value)
+    (made,) = shapes.run(size, [given], lambda: lambda inputs: (inputs[0] * 2,))
+    assert made.tolist() == [2 * value] * size
+
+
+def test_a_shape_that_comes_again_becomes_a_graph(graphs):
+    shapes = RepeatedShapes(graphs, lambda: ROOM_BYTES)
+    for time in range(TIMES_MET):
+        twice(shapes, 3, time)
+    assert not graphs.work
+    for time in range(3):
+        twice(shapes, 3, time)
+    assert list(graphs.work) == [3]
+
+
+def test_few_shapes_are_kept_those_used_last(graphs):
+    shapes = RepeatedShapes(graphs, lambda: ROOM_BYTES)
+    for size in range(1, SHAPES_KEPT + 2):
+        for _ in range(TIMES_MET + 1):
+            twice(shapes, size)
+        twice(shapes, 1)
+    assert len(graphs.work) == SHAPES_KEPT
+    assert 1 in graphs.work and 2 not in graphs.work
+
+
+@pytest.mark.parametrize(("fails", "free"), [(True, ROOM_BYTES), (False, ROOM_BYTES - 1)])
+def test_without_room_or_where_no_graph_can_be_made_passes_run_as_they_are(fails, free):
+    graphs = RunGraphs(fails)
+    shapes = RepeatedShapes(graphs, lambda: free)
+    for _ in range(TIMES_MET + 3):
+        twice(shapes, 3)
+    assert not graphs.work
+
+
+def test_memory_is_given_back_for_good(graphs):
+    shapes = RepeatedShapes(graphs, lambda: ROOM_BYTES)
+    for _ in range(TIMES_MET + 1):
+        twice(shapes, 3)
+    shapes.clear()
+    for _ in range(TIMES_MET + 2):
+        twice(shapes, 3)
+    assert not graphs.work
