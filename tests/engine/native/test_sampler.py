@@ -7,6 +7,7 @@ import torch
 
 from qwencli.config import SamplingParams
 from qwencli.engine.native.sampler import Sampler, SamplerKind, kind_of, masked, widest_kind
+from qwencli.engine.ops.next_tokens import penalised
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 DRAWS = 4000
@@ -108,7 +109,8 @@ def test_the_likeliest_token_always_stays(narrow):
 def test_repetition_penalty_divides_positive_and_multiplies_negative_scores():
     sampler = Sampler(6, 4, torch.device("cpu"))
     sampler.begin(SamplingParams(do_sample=False, repetition_penalty=2.0), torch.tensor([0, 4]))
-    assert sampler._penalised(LOGITS, sampler.seen).tolist() == [[1.0, 1.0, 0.5, 0.0, -2.0, -3.0]]
+    found = penalised(LOGITS[None], sampler.seen, sampler.penalty)
+    assert found.tolist() == [[1.0, 1.0, 0.5, 0.0, -2.0, -3.0]]
 
 
 def test_a_chosen_token_counts_as_seen():
