@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import many_requests
 from qwencli.config import Attention, EngineName, KVDType, SamplingOptions, Speculate
 from qwencli.engine import engine_core, runner, scheduler
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
@@ -486,3 +487,12 @@ def test_answers_are_the_same_where_prompts_and_pictures_run_as_graphs(limited, 
     found = [result.token_ids for result in generate_many(limited, iter(requests))]
     assert found == expected
     assert {"prompts", "pictures"} <= {key[0] for key in graphs.work}
+
+
+def test_many_requests_leave_pages_and_graphs_level(limited):
+    levels = many_requests.run(limited, 60)
+    assert all(each["pages_in_use"] == each["graphs"] == 0 for each in levels)
+    pool = limited._queue._scheduler.pool
+    assert set(pool._by_key.values()) == set(pool._keys) == set(pool._kept)
+    assert levels[-1]["host_bytes"] < 1.2 * levels[1]["host_bytes"]
+    assert [each["ended"] for each in levels] == [5] * 10, "one of six is aborted"
