@@ -143,11 +143,16 @@ class Manifest:
 
     def states(self) -> dict[Slot, State]:
         with self._failing():
+            jobs = dict(self._db.execute("SELECT id, job FROM runs"))
             rows = self._db.execute(
-                "SELECT key, field, sample, status, run, job, size, mtime_ns, reason "
-                "FROM captions JOIN runs ON runs.id = run"
+                "SELECT key, field, sample, status, run, size, mtime_ns, reason FROM captions"
             )
-            return {Slot(_key(key), field, n): State(*rest) for key, field, n, *rest in rows}
+            return {
+                Slot(key if type(key) is str else _key(key), field, sample): State(
+                    status, run, jobs[run], size, mtime_ns, reason
+                )
+                for key, field, sample, status, run, size, mtime_ns, reason in rows
+            }
 
     def unsettled(self) -> list[Unsettled]:
         with self._failing():

@@ -22,7 +22,6 @@ from qwencli.dataset.sources import (
     PARTIAL_SUFFIX,
     VIDEO_SUFFIXES,
     Slot,
-    in_folders,
 )
 from qwencli.errors import OutputError, UsageError
 
@@ -85,7 +84,10 @@ class Sidecars:
 
     def name(self, slot: Slot) -> str:
         """The file's path below `root`; two slots of one name cannot both be written."""
-        name = os.path.splitext(slot.key)[0]
+        key = slot.key
+        start, dot = key.rfind("/") + 1, key.rfind(".")
+        # As `os.path.splitext`, which takes several times as long.
+        name = key[:dot] if dot > start and key[start] != "." else os.path.splitext(key)[0]
         if slot.field != CAPTION:
             name += f".{slot.field}"
         if slot.sample:
@@ -94,17 +96,14 @@ class Sidecars:
 
     def existing(self, slots: Iterable[Slot]) -> set[Slot]:
         """Those that have a file with something in it; each folder is read once."""
-        by_key: dict[str, list[Slot]] = {}
-        for slot in slots:
-            by_key.setdefault(slot.key, []).append(slot)
+        filled: dict[str, set[str]] = {}
         found = set()
-        for folder, keys in in_folders(by_key):
-            files = self._filled(folder)
-            if files:
-                for key in keys:
-                    found |= {
-                        slot for slot in by_key[key] if self.name(slot).rpartition("/")[2] in files
-                    }
+        for slot in slots:
+            folder, _, name = self.name(slot).rpartition("/")
+            if folder not in filled:
+                filled[folder] = self._filled(folder)
+            if name in filled[folder]:
+                found.add(slot)
         return found
 
     def _filled(self, folder: str) -> set[str]:

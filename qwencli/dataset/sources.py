@@ -8,8 +8,7 @@ import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
@@ -305,6 +304,15 @@ def glob_pattern(glob: str) -> re.Pattern[str]:
     return re.compile(pattern, re.DOTALL)
 
 
+def ending(name: str) -> str:
+    """The ending of a file's name, in small letters and with its dot.
+
+    `os.path.splitext` takes several times as long.
+    """
+    place = name.rfind(".")
+    return name[place:].lower() if place > 0 else ""
+
+
 class _Wanted:
     """Tells pictures and videos by their names."""
 
@@ -314,10 +322,11 @@ class _Wanted:
         self._suffixes = PICTURE_SUFFIXES | VIDEO_SUFFIXES
         self._patterns = [glob_pattern(glob) for glob in globs]
 
-    def __call__(self, relative: str) -> bool:
-        if os.path.splitext(relative)[1].lower() not in self._suffixes:
+    def __call__(self, below: str, name: str) -> bool:
+        """Args: below: the path of its folder, with a slash behind it; or empty."""
+        if ending(name) not in self._suffixes:
             return False
-        return not self._patterns or any(each.fullmatch(relative) for each in self._patterns)
+        return not self._patterns or any(each.fullmatch(below + name) for each in self._patterns)
 
 
 class _Walk:
@@ -353,10 +362,10 @@ class _Walk:
                 below = safe_key(name)
                 if below.rpartition("/")[2].startswith("."):
                     self._listing.hidden += 1
-                elif rows or self._wanted(below):
+                elif rows or self._wanted(*_split(below)):
                     self.add_part(f"{key}/{below}", part)
                 else:
-                    self._listing.others[os.path.splitext(below)[1].lower()] += 1
+                    self._listing.others[ending(_split(below)[1])] += 1
         except (InputError, MissingDependencyError) as error:
             self._listing.refused.append((Item(key), error))
 
@@ -384,48 +393,57 @@ class _Walk:
                     self._listing.seen += 1
                     continue
                 self._folders.add((status.st_dev, status.st_ino))
-                with os.scandir(folder) as entries:
-                    found = [entry for entry in entries if self._is_meant(entry, below)]
+                found = self._found(folder, below)
             except OSError as error:
                 reason = f"{folder} cannot be read: {error.strerror}"
                 refusal = InputError(reason, "change the folder's permissions, or leave it out")
                 self._listing.refused.append((Item(self._key(folder)), refusal))
                 continue
-            found.sort(key=lambda entry: natural_key(entry.name))
+            found.sort(key=lambda each: natural_key(each[0].name))
             inside: list[tuple[str, str]] = []
-            for entry in found:
-                self._take(entry, below + entry.name, inside)
+            for entry, is_folder in found:
+                if is_folder:
+                    linked = entry.is_symlink()
+                    (self._links if linked else inside).append(
+                        (entry.path, f"{below}{entry.name}/")
+                    )
+                    continue
+                try:
+                    status = entry.stat()
+                except OSError:
+                    # A link to nowhere, or in a circle; opening it will tell.
+                    self._add(self._key(entry.path), None)
+                else:
+                    self._add(self._key(entry.path), status)
             waiting += reversed(inside)
 
-    def _is_meant(self, entry: os.DirEntry[str], below: str) -> bool:
-        """Whether this is a picture, a video or a folder to look into; counts what is not."""
-        name = entry.name
-        if name.startswith("."):
-            if name.startswith(PARTIAL_PREFIX) and name.endswith(PARTIAL_SUFFIX):
-                self._listing.partial.append(Path(entry.path))
-            elif name != ".qwencli":
-                self._listing.hidden += 1
-            return False
-        with suppress(OSError):  # a link in a circle; opening it will tell
-            if entry.is_dir():
-                return self._recursive
-        if self._wanted(below + name):
-            return True
-        self._listing.others[os.path.splitext(name)[1].lower()] += 1
-        return False
+    def _found(self, folder: str, below: str) -> list[tuple[os.DirEntry[str], bool]]:
+        """Pictures and videos in a folder, and folders to look into; counts what is neither.
 
-    def _take(self, entry: os.DirEntry[str], below: str, inside: list[tuple[str, str]]) -> None:
-        try:
-            if entry.is_dir():
-                linked = entry.is_symlink()
-                (self._links if linked else inside).append((entry.path, below + "/"))
-                return
-            status = entry.stat()
-        except OSError:
-            # A link to nowhere, or in a circle; opening it will tell.
-            self._add(self._key(entry.path), None)
-            return
-        self._add(self._key(entry.path), status)
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        found = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name
+                if name.startswith("."):
+                    if name.startswith(PARTIAL_PREFIX) and name.endswith(PARTIAL_SUFFIX):
+                        self._listing.partial.append(Path(entry.path))
+                    elif name != ".qwencli":
+                        self._listing.hidden += 1
+                    continue
+                try:
+                    is_folder = entry.is_dir()
+                except OSError:  # a link in a circle; opening it will tell
+                    is_folder = False
+                if is_folder and self._recursive:
+                    found.append((entry, True))
+                elif not is_folder and self._wanted(below, name):
+                    found.append((entry, False))
+                elif not is_folder:
+                    self._listing.others[ending(name)] += 1
+        return found
 
     def _key(self, path: str) -> str:
         base = self._base
@@ -455,6 +473,11 @@ class _Walk:
         self._listing.items.append(item)
 
 
+def _split(path: str) -> tuple[str, str]:
+    folder, slash, name = path.rpartition("/")
+    return folder + slash, name
+
+
 def _common_folder(inputs: Sequence[Path]) -> Path:
     """The folder that all inputs lie in, as the user would write it.
 
@@ -470,11 +493,3 @@ def _common_folder(inputs: Sequence[Path]) -> Path:
         raise InputError(
             "the inputs are on several drives", "caption the pictures of each drive on their own"
         ) from error
-
-
-def in_folders(keys: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Keys by their folder (`""` is the base), in order."""
-    by_folder: dict[str, list[str]] = {}
-    for key in keys:
-        by_folder.setdefault(key.rpartition("/")[0], []).append(key)
-    yield from by_folder.items()

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from qwencli.dataset.manifest import Manifest
 
 
+# Elsewhere it only costs time.
+_normcase = os.path.normcase if os.name == "nt" else str
+
+
 class Places(Protocol):
     """What a sink knows of where captions go."""
 
@@ -104,10 +108,10 @@ def _with_a_place_of_their_own(
     owners: dict[str, Item] = {}
     slots: list[tuple[Item, Slot]] = []
     for item in listing.items:
-        own = [(os.path.normcase(places.name(slot)), slot) for slot in _slots(item, wish)]
-        taken = next(((owners[name], slot) for name, slot in own if name in owners), None)
-        if taken is not None:
-            owner, slot = taken
+        own = [(_normcase(places.name(slot)), slot) for slot in _slots(item, wish)]
+        taken = [(owners[name], slot) for name, slot in own if name in owners]
+        if taken:
+            owner, slot = taken[0]
             error = InputError(
                 f"{listing.path(item)} and {owner.key} want the same file, {places.name(slot)}",
                 "rename one of them, or write one file with --output captions.jsonl",
