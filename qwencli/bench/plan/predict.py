@@ -2,12 +2,11 @@
 
     token  = bytes a token / read bandwidth + layers x LAUNCHES / launch rate
     run    = new tokens x token
-    cell   = processes x (start + load) + (runs + one warm-up a process) x run
+    cell   = processes x (start + load) + (runs + one warm-up a process) x run + checks
     load   = weight bytes / LOAD_BYTES_PER_S        (again before each run with reload)
 
 Bandwidth, launch rate and start are measured here and now. LAUNCHES is a table, so a prediction is
-to plan by (within a factor of two or three), not to quote. Prompts, pictures, compiling and the
-checks after the runs are not in it.
+to plan by (within a factor of two), not to quote. Prompts, pictures and compiling are not in it.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qwencli.bench.measure import probe_overhead, quality
 from qwencli.bench.plan.campaign_plan import Plan
 from qwencli.bench.plan.matrix import BenchCell, cell_label
 from qwencli.config import Cache, DType, EngineName, KVDType, LoadMode, ModelSpec, Quantization
@@ -56,6 +56,8 @@ _LAUNCH_FACTOR = {Quantization.INT8: 3.0, Quantization.INT4: 1.2}
 LOAD_BYTES_PER_S = 1e9
 # Importing transformers takes a process about this many times what importing torch does.
 START_FACTOR = {EngineName.NATIVE: 1.3, EngineName.TRANSFORMERS: 2.5}
+# After the runs of a cell: measuring the machine's limits takes so long, whatever the model.
+LIMITS_S = 4.0
 # A prompt with its template, beside its pictures.
 PROMPT_TOKENS = 64
 # What engines call the scheme of each mode; modes without an entry have no prediction.
@@ -70,7 +72,7 @@ _SCHEMES = {
 }
 FORMULA = (
     "predicted: tokens x (bytes a token / read bandwidth + layers x launches / launch rate) + "
-    "start + load; without prompts, pictures, compiling and checks after the runs"
+    "start + load + checks after the runs; without prompts, pictures and compiling"
 )
 
 
@@ -134,9 +136,25 @@ def predict(plan: Plan, cell: BenchCell, speed: MachineSpeed) -> Prediction:
     load_s = loads * scale * memory.weights / LOAD_BYTES_PER_S
     return Prediction(
         tok_per_s=1 / token_s,
-        seconds=start_s + load_s + runs * settings.max_new_tokens * token_s,
+        seconds=start_s
+        + load_s
+        + runs * settings.max_new_tokens * token_s
+        + _checks_s(plan, cell, token_s),
         memory_bytes=scale * (memory.total - RUNTIME_BYTES) + RUNTIME_BYTES,
     )
+
+
+def _checks_s(plan: Plan, cell: BenchCell, token_s: float) -> float:
+    """The A/B of the probes, the machine's limits, and whether answers are right."""
+    settings = plan.settings
+    probes_s = min(probe_overhead.BUDGET_S, probe_overhead.RUNS * settings.max_new_tokens * token_s)
+    quality_s = 0.0
+    if settings.quality_samples and quality.captions_fit(
+        plan.models[cell.model], settings.load_format
+    ):
+        answers = settings.quality_samples * quality.MAX_NEW_TOKENS / 2
+        quality_s = min(quality.MOST_S, answers * token_s)
+    return probes_s + LIMITS_S + quality_s
 
 
 def predicted_seconds(plan: Plan, speed: MachineSpeed) -> dict[str, float]:

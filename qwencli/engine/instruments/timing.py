@@ -17,8 +17,10 @@ import torch
 from qwencli.engine.event_timer import EventTimer
 
 SAMPLES = 7
-# Of one sample: long against the resolution of events and the wait at its end.
-SAMPLE_S = 0.02
+# Of one sample: long against the resolution of events and the wait at its end. Where the CPU is the
+# device there is neither, and a sample must be short against a time slice: beside other programs
+# the fastest of long ones was six times slower than the machine is.
+SAMPLE_S, SAMPLE_ON_CPU_S = 0.02, 0.001
 # Work that takes this long shows its time in a single call, and has no time for more.
 LONG_S = 0.2
 
@@ -41,13 +43,14 @@ def _warm_seconds(device: str, work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _calls(once_s: float) -> int:
-    return max(1, min(1000, round(SAMPLE_S / once_s)))
+def _calls(once_s: float, sample_s: float = SAMPLE_S) -> int:
+    return max(1, min(1000, round(sample_s / once_s)))
 
 
 def sustained(device: str, work: Callable[[], object], duration_s: float) -> float:
     """Fastest sample's time of one call while `work` keeps the device busy for `duration_s`."""
-    calls = _calls(_warm_seconds(device, work))
+    sample_s = SAMPLE_ON_CPU_S if device == "cpu" else SAMPLE_S
+    calls = _calls(_warm_seconds(device, work), sample_s)
     until = time.monotonic() + duration_s
     times: list[float] = []
     while not times or time.monotonic() < until:
@@ -96,6 +99,7 @@ _COLUMNS = 4096
 _READ_S = 0.3
 _LAUNCHES = 2000
 _LAUNCH_SAMPLES = 5
+_LAUNCH_PARTS_ON_CPU = 10  # samples within a time slice
 _GRAPH_NODES = 1000
 _GRAPH_REPLAYS = 4
 PRODUCT, SUM = "matrix-vector product", "sum"
@@ -124,14 +128,18 @@ class LaunchTimes:
 def read_bandwidth(device: str, working_set: int) -> float:
     """Bytes a second of reading a buffer of about `working_set` bytes over and over.
 
-    By matrix-vector products, which is how decoding reads weights. The buffer is as large as what
-    one token reads, within bounds: a model that fits into a processor's caches is held against
-    the caches. The fastest sample, because other load only ever takes from what the machine can
-    do.
+    By matrix-vector products, which is how decoding reads weights; on a CPU by sums too, where a
+    product of one shape may be slower than the engine's own of another. The buffer is as large as
+    what one token reads, within bounds: a model that fits into a processor's caches is held
+    against the caches. The fastest sample, because other load only ever takes from what the
+    machine can do.
     """
     with torch.inference_mode():
         matrix = _buffer(device, working_set)
-        return matrix.nbytes / sustained(device, _product(matrix), _READ_S)
+        ways = [_product(matrix)]
+        if device == "cpu":
+            ways.append(_sum(matrix))
+        return max(matrix.nbytes / sustained(device, way, _READ_S) for way in ways)
 
 
 def memory_rates(device: str, duration_s: float) -> MemoryRates:
@@ -143,10 +151,9 @@ def memory_rates(device: str, duration_s: float) -> MemoryRates:
     with torch.inference_mode():
         matrix = _buffer(device, LARGEST_BUFFER)
         other = torch.empty_like(matrix)
-        words = matrix.view(torch.int32)
         ways: dict[str, Callable[[], object]] = {
             PRODUCT: _product(matrix),
-            SUM: lambda: words.sum(dtype=torch.int32),
+            SUM: _sum(matrix),
         }
         read = {
             name: matrix.nbytes / sustained(device, way, duration_s) for name, way in ways.items()
@@ -164,7 +171,8 @@ def launch_times(device: str) -> LaunchTimes:
             return number.add_(1)
 
         # The first samples pay for what is set up once.
-        _, *eager = samples_s(device, add, _LAUNCHES, 1 + _LAUNCH_SAMPLES)
+        parts = _LAUNCH_PARTS_ON_CPU if device == "cpu" else 1
+        _, *eager = samples_s(device, add, _LAUNCHES // parts, 1 + parts * _LAUNCH_SAMPLES)
         return LaunchTimes(tuple(eager), _graph_times(device, add))
 
 
@@ -181,6 +189,11 @@ def _buffer(device: str, working_set: int) -> torch.Tensor:
 def _product(matrix: torch.Tensor) -> Callable[[], object]:
     vector, out = torch.ones_like(matrix[0]), torch.empty_like(matrix[:, 0])
     return lambda: torch.mv(matrix, vector, out=out)
+
+
+def _sum(matrix: torch.Tensor) -> Callable[[], object]:
+    words = matrix.view(torch.int32)
+    return lambda: words.sum(dtype=torch.int32)
 
 
 def _graph_times(device: str, add: Callable[[], object]) -> tuple[float, ...]:

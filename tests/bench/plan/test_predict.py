@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
+from qwencli.bench.measure import probe_overhead
 from qwencli.bench.plan.campaign_plan import Plan, Settings
 from qwencli.bench.plan.environment import read_machine_speed
 from qwencli.bench.plan.matrix import Matrix, expand
-from qwencli.bench.plan.predict import MachineSpeed, predict
+from qwencli.bench.plan.predict import LIMITS_S, MachineSpeed, predict
 from qwencli.bench.plan.stopping import StopRule
 from qwencli.config import ModelSource, ModelSpec
 from qwencli.models.builtin import hub_config
@@ -83,11 +84,12 @@ def test_time_is_starts_loads_and_runs(predicted):
     once = predicted(engine="native", cache="static-graph")
     run_s = 100 / once.tok_per_s
     load_s = 8.88
-    assert once.seconds == pytest.approx(5.0 * 1.3 + load_s + 6 * run_s, rel=0.01)
+    checks_s = LIMITS_S + probe_overhead.RUNS * run_s
+    assert once.seconds == pytest.approx(5.0 * 1.3 + load_s + 6 * run_s + checks_s, rel=0.01)
     twice = predicted(StopRule(5, 5, processes=2), engine="native", cache="static-graph")
-    assert twice.seconds == pytest.approx(2 * (6.5 + load_s) + 7 * run_s, rel=0.01)
+    assert twice.seconds == pytest.approx(2 * (6.5 + load_s) + 7 * run_s + checks_s, rel=0.01)
     again = predicted(engine="native", cache="static-graph", load_mode="reload")
-    assert again.seconds == pytest.approx(6.5 + 6 * load_s + 6 * run_s, rel=0.01)
+    assert again.seconds == pytest.approx(6.5 + 6 * load_s + 6 * run_s + checks_s, rel=0.01)
 
 
 def test_memory_falls_with_quantization(predicted):
