@@ -206,10 +206,10 @@ PROBES: Mapping[str, Probe] = {
     "bandwidth": Probe("rates:bandwidth", Bandwidth, 20.0, settles=True),
     "host-link": Probe("rates:host_link", HostLink, 20.0, settles=True),
     "launch-rate": Probe("rates:launch_rate", LaunchRate, 20.0),
-    "attention": Probe("attention:attention", AttentionRuns, 30.0),
+    "attention": Probe("attention_runs:attention", AttentionRuns, 30.0),
     "patch-embedding": Probe("linears:patch_embedding", PatchEmbedding, 30.0),
     "bitsandbytes": Probe("linears:quantized_linears", LinearRuns, 60.0),
-    "flash-attn": Probe("attention:flash_attention", FlashAttention, 30.0),
+    "flash-attn": Probe("attention_runs:flash_attention", FlashAttention, 30.0),
     "triton": Probe("triton_add:triton_run", TritonRun, 60.0),
     "engine": Probe("engine_run:engine_run", EngineRun, 900.0, settles=True),
 }

@@ -7,7 +7,7 @@ import pytest
 from qwencli.config import EngineConfig
 from qwencli.engine.instruments import timing
 from qwencli.engine.instruments.probes.answers import EngineWork, Work
-from qwencli.engine.instruments.probes.measure import attention, engine_run, linears, rates
+from qwencli.engine.instruments.probes.measure import attention_runs, engine_run, linears, rates
 from qwencli.models.resolve import resolve_model
 
 WORK = Work(
@@ -23,9 +23,9 @@ def short(monkeypatch):
     monkeypatch.setattr(rates, "DURATION_S", 0.01)
     monkeypatch.setattr(timing, "LARGEST_BUFFER_ON_CPU", 1 << 22)
     monkeypatch.setattr(linears, "CACHE_BYTES", 1)
-    monkeypatch.setattr(attention, "PREFILL_TOKENS", 8)
-    monkeypatch.setattr(attention, "CACHED_TOKENS", 16)
-    monkeypatch.setattr(attention, "PATCHES", 8)
+    monkeypatch.setattr(attention_runs, "PREFILL_TOKENS", 8)
+    monkeypatch.setattr(attention_runs, "CACHED_TOKENS", 16)
+    monkeypatch.setattr(attention_runs, "PATCHES", 8)
     monkeypatch.setattr(linears, "PATCHES", 4)
 
 
@@ -43,7 +43,7 @@ def test_launch_rate():
 
 
 def test_attention_in_every_phase():
-    runs = attention.attention("cpu", WORK).runs
+    runs = attention_runs.attention("cpu", WORK).runs
     chosen = {run.phase: run for run in runs if run.backend == "chosen"}
     assert set(chosen) == {"prefill", "decode", "vision"}
     assert all(run.us for run in chosen.values())
@@ -77,7 +77,7 @@ def test_quantized_linears_compute_rightly_or_say_why_not(monkeypatch):
 
 def test_flash_attention_that_is_not_there():
     with pytest.raises(ImportError):
-        attention.flash_attention("cpu", WORK)
+        attention_runs.flash_attention("cpu", WORK)
 
 
 def test_a_short_run_of_the_engine():
@@ -100,11 +100,11 @@ def test_a_short_run_of_the_engine():
     ],
 )  # fmt: skip
 def test_kernels_are_known_by_their_names(name, family):
-    assert attention.attention_family((name,)) == family
+    assert attention_runs.attention_family((name,)) == family
 
 
 def test_short_names():
     long = "void at::native::vectorized_elementwise_kernel<8, at::native::Add>(int)"
-    assert attention.short(long) == "at::native::vectorized_elementwise_kernel"
-    assert attention.short("void (anonymous namespace)::softmax<1>(int)") == "softmax"
-    assert attention.short("nvjet_sm90_tst") == "nvjet_sm90_tst"
+    assert attention_runs.short(long) == "at::native::vectorized_elementwise_kernel"
+    assert attention_runs.short("void (anonymous namespace)::softmax<1>(int)") == "softmax"
+    assert attention_runs.short("nvjet_sm90_tst") == "nvjet_sm90_tst"

@@ -9,7 +9,7 @@ from qwencli.config import SamplingOptions
 from qwencli.engine.factory import create_engine
 from qwencli.engine.instruments.device_events import DeviceWork, device_work
 from qwencli.engine.instruments.probes.answers import EngineRun, EngineWork
-from qwencli.engine.instruments.probes.measure.attention import attention_kernels, short
+from qwencli.engine.instruments.probes.measure.attention_runs import attention_kernels, short
 from qwencli.engine.machine.device import memory_stats, reset_peak_memory
 from qwencli.engine.protocol import Engine, drain
 from qwencli.messages import GenerationRequest, ImagePart, user_message

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from qwencli.engine.instruments.device_events import device_work
 from qwencli.engine.instruments.probes.answers import LinearRun, LinearRuns, PatchEmbedding, Work
 from qwencli.engine.instruments.probes.ask import first_line
-from qwencli.engine.instruments.probes.measure.attention import short
+from qwencli.engine.instruments.probes.measure.attention_runs import short
 from qwencli.engine.instruments.timing import compute_dtype, seconds_per_call, still_works
 
 # A picture of 448 x 448. A slow convolution takes 10 to 100 ms for that, which is long enough.
