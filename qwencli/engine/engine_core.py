@@ -7,13 +7,12 @@ one that does not fit, an answer that cannot be put into words.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 
@@ -418,8 +417,12 @@ class EngineCore:
             for sequence, token in zip(copy.sequences, copy.read(), strict=True):
                 active = self._active.get(sequence.request)
                 if active is not None:  # else it ended before, and this step ran it in vain
-                    with self._failing_alone(active, outputs):
+                    try:
                         outputs += self._take(active, token, copy.mark)
+                    except Exception as error:  # noqa: BLE001  others go on
+                        failure = self._typed(error, "reading its answer")
+                        outputs.append(StepOutput(active.sequence.request, error=failure))
+                        self._forget(active)
         return outputs
 
     def _take(self, active: _Active, token: int, mark: Mark) -> list[StepOutput]:
@@ -447,15 +450,6 @@ class EngineCore:
         keys = [*active.rest, *active.answer.token_ids[:-1]]
         sequence.page_keys += page_keys(keys, PAGE_SIZE, before)
         self._scheduler.written(sequence, sequence.num_prompt_tokens + len(keys) - len(active.rest))
-
-    @contextlib.contextmanager
-    def _failing_alone(self, active: _Active, outputs: list[StepOutput]) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001  others go on
-            failure = self._typed(error, "reading its answer")
-            outputs.append(StepOutput(active.sequence.request, error=failure))
-            self._forget(active)
 
     def _fail(self, active: _Active, error: QwenCliError) -> None:
         self._failed.append(StepOutput(active.sequence.request, error=error))

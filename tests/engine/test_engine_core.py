@@ -476,7 +476,7 @@ def test_as_many_threads_prepare_as_keep_prompts_ready(limited, monkeypatch):
 
 
 def test_answers_are_the_same_where_prompts_and_pictures_run_as_graphs(limited, monkeypatch):
-    requests = mixed() * 3
+    requests = mixed()
     expected = [result.token_ids for result in generate_many(limited, iter(requests))]
     limited._close_queue()
     limited._generation.vision_cache.clear()
@@ -486,7 +486,7 @@ def test_answers_are_the_same_where_prompts_and_pictures_run_as_graphs(limited, 
     monkeypatch.setattr(running, "_shapes", RepeatedShapes(graphs, lambda: 2**40))
     found = [result.token_ids for result in generate_many(limited, iter(requests))]
     assert found == expected
-    assert {"prompts", "pictures"} <= {key[0] for key in graphs.work}
+    assert {"prompts", "pictures"} <= {key[0] for key in graphs.made}
 
 
 def test_many_requests_leave_pages_and_graphs_level(limited):

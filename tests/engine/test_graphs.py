@@ -12,13 +12,14 @@ class RunGraphs:
     """Graphs that are run and not replayed."""
 
     def __init__(self, fails=False):
-        self.work, self.fails = {}, fails
+        self.work, self.made, self.fails = {}, set(), fails
 
     def capture(self, key, work):
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing")
         work()
         self.work[key] = work
+        self.made.add(key)
 
     def replay(self, key):
         self.work[key]()

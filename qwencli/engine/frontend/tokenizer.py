@@ -474,6 +474,8 @@ class StopStringBuffer:
 
     def push(self, text: str) -> str:
         """The text that may be shown now. `stopped` says whether a stop string was reached."""
+        if not self._stops:
+            return text
         if self.stopped:
             return ""
         held = self._held + text
