@@ -17,8 +17,8 @@ from qwencli.commands.reports import (
     stats_line,
     unshown,
 )
-from qwencli.commands.requests import OPENING_ERRORS, Named, open_named
-from qwencli.errors import InputError, OutOfMemoryError, QwenCliError
+from qwencli.commands.requests import OPENING_ERRORS, Named, memory_figures, open_named
+from qwencli.errors import EngineError, InputError, OutOfMemoryError, QwenCliError
 from qwencli.messages import GenerationRequest, ImagePart, VisualPart
 from qwencli.output import Output, visible
 
@@ -103,7 +103,7 @@ class Captions:
         results = generate_many(engine, itertools.chain([first], others))
         for each, result in zip(named, results, strict=True):
             names = [str(each)]
-            if isinstance(result, (*OPENING_ERRORS, OutOfMemoryError)):
+            if isinstance(result, (*OPENING_ERRORS, OutOfMemoryError, EngineError)):
                 self._report(result, names)
             elif isinstance(result, QwenCliError):
                 raise result
@@ -111,6 +111,8 @@ class Captions:
                 if not self.json:
                     self.sink.answer(self._prefix(names) + result.text)
                 self._add_to(result, names)
+        if self.stats:
+            self.sink.report(f"memory{memory_figures(engine.memory_plan)}")
 
     def answer_shaped(
         self, captioner: Captioner, tasks: Sequence[Task], told: Callable[[Outcome], None]

@@ -41,7 +41,9 @@ def running_engine(config: EngineConfig, sink: Output) -> Iterator[Engine]:
         for warning in engine.load_warnings:
             sink.warn(warning)
         if config.max_seq_len == "auto":
-            sink.notice(f"--max-seq-len auto: {engine.max_seq_len}{_figures(engine.memory_plan)}")
+            sink.notice(
+                f"--max-seq-len auto: {engine.max_seq_len}{memory_figures(engine.memory_plan)}"
+            )
         yield engine
     finally:
         engine.close()
@@ -55,7 +57,8 @@ def fetch_model(config: EngineConfig) -> None:
         locate(config.model, offline=config.offline, allow_pickle=config.allow_pickle)
 
 
-def _figures(plan: Mapping[str, int]) -> str:
+def memory_figures(plan: Mapping[str, int]) -> str:
+    """Bytes by use, in brackets; nothing where nothing is planned."""
     parts = ", ".join(f"{use} {size / 2**30:.1f}" for use, size in plan.items())
     return f" (GiB: {parts})" if parts else ""
 

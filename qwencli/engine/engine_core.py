@@ -27,6 +27,7 @@ from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, 
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
+from qwencli.engine.native.memory_plan import captions_that_fit
 from qwencli.engine.request import (
     Batch,
     PromptChunk,
@@ -473,10 +474,12 @@ class EngineCore:
         return failure
 
     def _too_long(self, sequence: Sequence) -> InputError:
-        pool = self._scheduler.pool.capacity * PAGE_SIZE
+        pool, rows = self._scheduler.pool, self._scheduler.limits.max_rows
+        captions = captions_that_fit(self._runner.model.shape, pool.num_pages, rows)
         return InputError(
             f"the prompt has {sequence.num_prompt_tokens} tokens and {sequence.max_new_tokens} new "
-            f"ones are asked for, but the cache has room for {pool}",
+            f"ones are asked for, but the cache has room for {pool.capacity * PAGE_SIZE} "
+            f"(captions: {captions})",
             "lower --max-new-tokens or --max-pixels, or free memory on the device",
         )
 

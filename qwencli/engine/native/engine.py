@@ -31,7 +31,13 @@ from qwencli.engine.loading import weights
 from qwencli.engine.machine.host import host_memory
 from qwencli.engine.native.decode_state import STEPPERS, DecodeState, decodes_on_cpu
 from qwencli.engine.native.generate import Generation
-from qwencli.engine.native.memory_plan import BATCH_LIMITS, MemoryPlan, plan_memory, plan_pages
+from qwencli.engine.native.memory_plan import (
+    BATCH_LIMITS,
+    MemoryPlan,
+    captions_that_fit,
+    plan_memory,
+    plan_pages,
+)
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import PrefillGraphs
 from qwencli.engine.native.supported import check_supported, fused_for, resolve_kernels
@@ -48,7 +54,7 @@ from qwencli.engine.spec_decode.decode_strategy import VERIFIERS, Speculator
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest
-from qwencli.models.memory import packed_weight_bytes
+from qwencli.models.memory import native_kv_bytes, packed_weight_bytes
 from qwencli.models.quant_formats import PackedFormat, format_of
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.weight_files import find_weights, stored_tensors
@@ -67,6 +73,7 @@ class NativeEngine(BaseEngine):
         self._generation: Generation | None = None
         self._model: QwenModel | None = None
         self._plan: MemoryPlan | None = None
+        self._pool: dict[str, int] = {}
 
     @property
     def max_seq_len(self) -> int:
@@ -76,7 +83,7 @@ class NativeEngine(BaseEngine):
     @property
     def memory_plan(self) -> Mapping[str, int]:
         assert self._plan is not None, "load() comes first"
-        return self._plan.parts
+        return {**self._plan.parts, **self._pool}
 
     def _fitted(self, files: ModelFiles) -> ModelFiles:
         assert self._plan is not None, "after the plan"
@@ -213,7 +220,7 @@ class NativeEngine(BaseEngine):
         )
         if not batches:
             return super()._make_queue()
-        from qwencli.engine.cache.paged_kv import PagePool
+        from qwencli.engine.cache.paged_kv import PAGE_SIZE, PagePool
         from qwencli.engine.engine_core import EngineCore
         from qwencli.engine.runner import ModelRunner
         from qwencli.engine.scheduler import Scheduler
@@ -225,9 +232,15 @@ class NativeEngine(BaseEngine):
         with torch.inference_mode():
             free = _free_bytes(self.effective.device)
             quantized = config.kv_dtype is not KVDType.AUTO
+            plan, size = self._plan, model.dtype.itemsize
+            assert plan is not None, "load() comes first"
+            reserved = plan.activations + plan.kept_images + plan.graphs
             pages = plan_pages(
-                model.shape, limits, self.max_seq_len, model.dtype.itemsize, free, quantized
+                model.shape, limits, self.max_seq_len, size, free, quantized, reserved
             )
+            captions = captions_that_fit(model.shape, pages, limits.max_rows)
+            page_bytes = PAGE_SIZE * native_kv_bytes(model.shape, quantized, size)
+            self._pool = {f"pool for captions ({captions})": pages * page_bytes}
             runner = ModelRunner(
                 model,
                 pages,
@@ -257,6 +270,10 @@ class NativeEngine(BaseEngine):
     def _forget(self) -> None:
         assert self._generation is not None, "load() comes first"
         self._generation.forget()
+
+    def _close_queue(self) -> None:
+        super()._close_queue()
+        self._pool = {}
 
     def _recover(self) -> None:
         self._forget()

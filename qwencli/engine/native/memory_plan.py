@@ -46,6 +46,9 @@ BATCH_LIMITS = {
 }
 # Tokens that a row of a batch has room for on average, where memory does not say less.
 BATCH_ROW_TOKENS = 1024
+# What is said of a pool: pictures, and text around them with its answer.
+CAPTION_SIZES = ((512, 512), (1024, 1024), (3840, 2160))
+CAPTION_TOKENS = 192
 # Of what is free, for what nobody counts.
 POOL_SHARE = 0.9
 
@@ -194,19 +197,36 @@ def plan_pages(
     value_bytes: int,
     free_bytes: int | None,
     quantized_kv: bool = False,
+    reserved: int = 0,
 ) -> int:
     """Pages of the pool of a batch: for all rows, or at least one of `max_seq_len` tokens; fewer
-    where no more than `free_bytes` are left beside the weights. At least one beside page 0."""
+    where no more than `free_bytes` are left beside the weights. At least one beside page 0.
+
+    Args:
+        reserved: what a lone request works in, and what is kept of pictures: a large picture takes
+            as much in a batch.
+    """
     scale = value_bytes / 2
     wanted = pages_for(max(limits.max_rows * BATCH_ROW_TOKENS, max_seq_len)) + 1
     if free_bytes is None:
         return wanted
     tokens = limits.max_prefill_tokens
-    working = scale * max(prefill_peak_bytes(shape, tokens), vision_peak_bytes(shape, tokens))
+    vision = vision_in_pieces_bytes(shape, tokens, PIECE) + image_feature_bytes(shape, tokens)
+    working = max(reserved, scale * max(prefill_peak_bytes(shape, tokens), vision))
     # In float32, and once more as the sampler's.
     working += 8 * limits.max_rows * shape.text.vocab_size
     page_bytes = PAGE_SIZE * native_kv_bytes(shape, quantized_kv, value_bytes)
     return max(2, min(wanted, int((free_bytes - working) * POOL_SHARE) // page_bytes))
+
+
+def captions_that_fit(shape: ModelShape, pages: int, max_rows: int) -> str:
+    """How many captions run at once in a pool of so many pages, by size of picture."""
+    counts = []
+    for width, height in CAPTION_SIZES if shape.vision else ((0, 0),):
+        tokens = _image_tokens(shape, width * height) + CAPTION_TOKENS
+        count = min(max_rows, (pages - 1) // pages_for(tokens))
+        counts.append(f"{count} of {width}x{height}" if width else f"{count} of {tokens} tokens")
+    return ", ".join(counts) + " at once"
 
 
 def _kept_image_bytes(shape: ModelShape, images: int, scale: int) -> int:

@@ -4,9 +4,17 @@ import pytest
 
 from qwencli.config import DType, Quantization
 from qwencli.engine.cache.prefix_cache import VISION_CACHE_BYTES
-from qwencli.engine.native.memory_plan import DEFAULT_MAX_SEQ_LEN, TEXT_TOKENS, plan_memory
+from qwencli.engine.native.memory_plan import (
+    BATCH_LIMITS,
+    DEFAULT_MAX_SEQ_LEN,
+    TEXT_TOKENS,
+    captions_that_fit,
+    plan_memory,
+    plan_pages,
+)
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.builtin import hub_config
+from qwencli.models.shape_reader import read_shape
 
 GIB = 2**30
 OWN_PIXELS = 16384 * 32 * 32  # of Qwen3-VL
@@ -90,11 +98,25 @@ def test_pictures_are_as_large_as_fits_and_as_asked_for():
         assert fitted.total <= free * GIB
     # A length that was asked for stays; pictures give way, down to a megapixel.
     kept = plan(11, own_pixels=OWN_PIXELS, wanted=10_000)
-    assert kept.max_seq_len == 10_000 and 1024 <= kept.max_image_tokens < 8000
+    assert kept.max_seq_len == 10_000 and 1024 <= kept.max_image_tokens < 9000
     # So does a size.
     asked = plan(80, own_pixels=OWN_PIXELS, max_pixels=512 * 512)
     assert asked.max_image_tokens == 256
     assert plan(80, name="qwen3-4b").max_image_tokens == 0
+
+
+def test_a_pool_has_room_for_what_works_beside_it_and_says_how_many_captions_fit():
+    shape, limits = read_shape(hub_config("qwen3-vl-4b")), BATCH_LIMITS["cuda"]
+    ample = plan_pages(shape, limits, 16384, 2, 100 * GIB)
+    assert captions_that_fit(shape, ample, 256) == (
+        "256 of 512x512, 215 of 1024x1024, 31 of 3840x2160 at once"
+    )
+    tight = plan_pages(shape, limits, 16384, 2, 4 * GIB)
+    less = plan_pages(shape, limits, 16384, 2, 4 * GIB, False, 2 * GIB)
+    assert less * 64 * 147_456 <= 2 * GIB < tight * 64 * 147_456
+    assert plan_pages(shape, limits, 16384, 2, 4 * GIB, True, 2 * GIB) > 1.8 * less
+    text = read_shape(hub_config("qwen3-4b"))
+    assert captions_that_fit(text, 31, 256) == "10 of 192 tokens at once"
 
 
 def test_a_wanted_length_that_does_not_fit_names_the_longest_that_does():
