@@ -49,7 +49,8 @@ class Limit:
     """Modes of one axis that do not run.
 
     Args:
-        given: axis -> values of it; the limit holds where every one of them is chosen.
+        given: axis -> values of it; the limit holds where every one of them is chosen. Also
+            `BATCH_INVARIANT`, which is no axis.
         lacks: it holds only where the device lacks this.
         reason: a sentence without its full stop, `{value}` being the mode; "" = what `Lacks` says.
         nearest: the option that gives the nearest mode that runs.
@@ -59,10 +60,12 @@ class Limit:
     values: tuple[StrEnum, ...]
     nearest: str
     reason: str = ""
-    given: Mapping[str, tuple[StrEnum, ...]] = field(default_factory=dict)
+    given: Mapping[str, tuple[StrEnum | bool, ...]] = field(default_factory=dict)
     lacks: Need | None = None
 
 
+BATCH_INVARIANT = "batch_invariant"
+_INVARIANT = {BATCH_INVARIANT: (True,)}
 _TRANSFORMERS = {"engine": (EngineName.TRANSFORMERS,)}
 _BITSANDBYTES = (Quantization.INT8, Quantization.INT4)
 _ONE_BYTE = (KVDType.INT8, KVDType.FP8)
@@ -71,6 +74,34 @@ _UNLIKE_GRAPH = tuple(mode for mode in Cache if mode is not Cache.STATIC_GRAPH)
 
 # The first entry that holds is the one that is said.
 TABLE: tuple[Limit, ...] = (
+    Limit(
+        "engine",
+        (EngineName.TRANSFORMERS,),
+        "--engine native",
+        "--batch-invariant needs the native engine: sums of transformers depend on the prompt",
+        given=_INVARIANT,
+    ),
+    Limit(
+        "cache",
+        (Cache.DYNAMIC, Cache.STATIC_COMPILE),
+        "--cache static",
+        "--batch-invariant runs over pages, which {value} has not",
+        given=_INVARIANT,
+    ),
+    Limit(
+        "attention",
+        (Attention.FLASH, Attention.EAGER),
+        f"--attention {Attention.SDPA}",
+        "--batch-invariant has an attention of its own, and sdpa for pictures",
+        given=_INVARIANT,
+    ),
+    Limit(
+        "speculate",
+        _DRAFTING,
+        "--speculate off",
+        "--batch-invariant does not draft tokens: how many are checked at once changes sums",
+        given=_INVARIANT,
+    ),
     Limit(
         "cache",
         (Cache.STATIC_GRAPH,),
@@ -194,11 +225,12 @@ class Refusal:
         )
 
 
-def why_not(modes: Mapping[str, str | None], lacks: Lacks = NOTHING) -> Refusal | None:
+def why_not(modes: Mapping[str, str | bool | None], lacks: Lacks = NOTHING) -> Refusal | None:
     """Why these modes do not run together on this device, or None.
 
     Args:
-        modes: axis -> mode; an axis that is missing or None is left to the engine.
+        modes: axis -> mode; an axis that is missing or None is left to the engine. And
+            `BATCH_INVARIANT` where that is asked for.
     """
     for limit in TABLE:
         value = modes.get(limit.axis)
@@ -232,7 +264,11 @@ def fastest_cache(engine: EngineName, lacks: Lacks) -> Cache:
 
 def runs_with(axis: str) -> str:
     """For `--help`: of each mode of an axis that does not always run, what it runs with."""
-    limits = [limit for limit in TABLE if limit.axis == axis and len(limit.given) < 2]
+    limits = [
+        limit
+        for limit in TABLE
+        if limit.axis == axis and len(limit.given) < 2 and BATCH_INVARIANT not in limit.given
+    ]
     parts = []
     for values in dict.fromkeys(limit.values for limit in limits):
         of_these = [limit for limit in limits if limit.values == values]
@@ -245,7 +281,7 @@ def runs_with(axis: str) -> str:
 
 def _asked(limits: Iterable[Limit]) -> Iterator[str]:
     """What limits leave: the other modes of an axis, or what the device must have."""
-    refused: dict[str, set[StrEnum]] = {}
+    refused: dict[str, set[StrEnum | bool]] = {}
     for limit in limits:
         if limit.lacks is None:
             for axis, values in limit.given.items():

@@ -159,6 +159,7 @@ class EngineConfig:
         speculate: tokens drafted from earlier text for each greedy step.
         allow_pickle: load .bin/.pt weights, which can run code; off unless asked for.
         threads: that compute where the CPU is the device; None = as many as pay.
+        batch_invariant: whether an answer must not depend on what runs beside it, to the bit.
     """
 
     model: ModelSpec
@@ -178,6 +179,7 @@ class EngineConfig:
     offline: bool = False
     allow_pickle: bool = False
     threads: int | None = None
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,15 @@ import itertools
 
 import pytest
 
-from qwencli.capabilities import AXES, TABLE, Need, fastest_cache, runs_with, why_not
+from qwencli.capabilities import (
+    AXES,
+    BATCH_INVARIANT,
+    TABLE,
+    Need,
+    fastest_cache,
+    runs_with,
+    why_not,
+)
 from qwencli.config import Cache, EngineName
 
 ON_A_CPU = {
@@ -24,8 +32,8 @@ def combinations():
 @pytest.mark.parametrize("lacks", [{}, ON_A_CPU, EVERYTHING_MISSING])
 def test_the_nearest_modes_lead_to_one_that_runs(lacks):
     """Whoever does what a refusal says, one after the other, ends with modes that run."""
-    for modes in combinations():
-        asked = dict(modes)
+    for modes, invariant in itertools.product(combinations(), (False, True)):
+        asked = {**modes, BATCH_INVARIANT: invariant}
         for _ in range(len(AXES) + 2):
             refusal = why_not(asked, lacks)
             if refusal is None:
@@ -39,8 +47,8 @@ def test_the_nearest_modes_lead_to_one_that_runs(lacks):
 def test_every_entry_is_reached():
     reached = set()
     for lacks in ({}, ON_A_CPU, EVERYTHING_MISSING, *({need: "missing"} for need in Need)):
-        for modes in combinations():
-            refusal = why_not(modes, lacks)
+        for modes, invariant in itertools.product(combinations(), (False, True)):
+            refusal = why_not({**modes, BATCH_INVARIANT: invariant}, lacks)
             if refusal is not None:
                 reached.add((refusal.axis, refusal.reason.replace(refusal.value, "{value}")))
     said = {limit.reason for limit in TABLE if limit.reason}

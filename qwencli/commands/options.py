@@ -142,6 +142,13 @@ class RunOptions:
         int | None,
         _model(metavar="N", min=1, text="Of the CPU, where it computes. Default: as many as pay."),
     ] = None
+    batch_invariant: Annotated[
+        bool,
+        _model(
+            "--batch-invariant",
+            text="Answers that do not depend on what runs beside them, to the bit; slower.",
+        ),
+    ] = False
     offline: Annotated[bool, _model("--offline", text="Never touch the network.")] = False
     allow_pickle: Annotated[
         bool, _model("--allow-pickle", text="Load .bin weights, which can run code.")

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 
-from qwencli.capabilities import AXES, NOTHING, Lacks, Need, fastest_cache, lacks_gpu, why_not
+from qwencli.capabilities import (
+    AXES,
+    BATCH_INVARIANT,
+    NOTHING,
+    Lacks,
+    Need,
+    fastest_cache,
+    lacks_gpu,
+    why_not,
+)
 from qwencli.config import Attention, DType, EngineConfig, EngineName
 from qwencli.engine.machine.host import has_code, require
 from qwencli.errors import DeviceError, UnsupportedModeError
@@ -131,9 +140,10 @@ def check_modes(config: EngineConfig, engine: EngineName, lacks: Lacks = NOTHING
         raise refusal.error()
 
 
-def chosen_modes(config: EngineConfig, engine: EngineName, lacks: Lacks) -> dict[str, str]:
+def chosen_modes(config: EngineConfig, engine: EngineName, lacks: Lacks) -> dict[str, str | bool]:
     """Axis -> mode, the cache being the engine's fastest where the user named none."""
-    modes = {axis: str(getattr(config, axis)) for axis in AXES}
+    modes: dict[str, str | bool] = {axis: str(getattr(config, axis)) for axis in AXES}
+    modes[BATCH_INVARIANT] = config.batch_invariant
     return modes | {"engine": engine, "cache": config.cache or fastest_cache(engine, lacks)}
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from qwencli.config import SamplingParams
 from qwencli.engine.cache.paged_kv import (
@@ -346,6 +347,7 @@ class ModelRunner:
         vocab_size = model.shape.text.vocab_size
         self._pages = pages_for(max_seq_len)
         self.state = RowState(max_rows, self._pages, vocab_size, max_seq_len, model.device)
+        self.state.sampler.by_row = model.batch_invariant
         self._graphs = GraphRunner(model.device) if graphs else None
         # Of prompts and pictures.
         self._shapes: RepeatedShapes | None = None
@@ -482,6 +484,7 @@ class ModelRunner:
         inputs = [packed.ids, packed.positions, packed.slots, packed.last]
         inputs += [packed.prompts.starts, packed.prompts.context_starts]
         inputs += [] if behind is None else [behind]
+        inputs += [] if like.tables is None else [like.tables]
         before = len(inputs)
         if features is not None:
             inputs += [packed.places, features.embeds, *features.deepstack]
@@ -493,6 +496,7 @@ class ModelRunner:
                 starts=starts,
                 context_starts=context_starts,
                 slots=given[6] if has_context else None,
+                tables=None if like.tables is None else given[before - 1],
             )
             hidden, deepstack = self.model.decoder.embed(ids), None
             if has_pictures:
@@ -533,7 +537,7 @@ class ModelRunner:
         Args:
             waiting: requests that are about to join: a graph that is made now is made for them too.
         """
-        kind = widest_kind(kind_of(prompt.sampling) for prompt in prompts)
+        kind = self._kind_of(prompts)
         rows = max(_row(sequence) for sequence in sequences) + 1
         self._step(kind, rows, _longest(sequences), waiting)
         return self._copy(sequences, rows, clock)
@@ -545,7 +549,7 @@ class ModelRunner:
         """The half of `decode` that needs no masks; `sample` is the other one."""
         rows = max(_row(sequence) for sequence in sequences) + 1
         key = self._step(SamplerKind.LOGITS, rows, _longest(sequences), waiting)
-        kind = widest_kind(kind_of(prompt.sampling) for prompt in prompts)
+        kind = self._kind_of(prompts)
         return Unsampled(tuple(sequences), tuple(map(_row, sequences)), key, kind)
 
     @torch.inference_mode()
@@ -572,6 +576,13 @@ class ModelRunner:
         else:
             self._replay((step.kind, step.key), choose)
         return self._copy(step.sequences, max(step.rows) + 1, clock, step.rows)
+
+    def _kind_of(self, prompts: Sequence[RunnerPrompt]) -> SamplerKind:
+        """What a step of these rows must be able to express."""
+        kind = widest_kind(kind_of(prompt.sampling) for prompt in prompts)
+        # Among how many a token is drawn must not depend on what other rows need.
+        drawn = kind not in LIKELIEST and self.model.batch_invariant
+        return SamplerKind.FULL if drawn else kind
 
     def _step(self, kind: SamplerKind, rows: int, longest: int, waiting: int) -> GraphKey:
         if self._graphs is None:
@@ -604,7 +615,7 @@ class ModelRunner:
     @property
     def reads_lengths(self) -> bool:
         """Whether attention of steps is a kernel's, which knows of lengths what the device does."""
-        return self.model.step_ops.attend_rows is not None
+        return self.model.reads_lengths
 
     def _graph_for(self, kind: SamplerKind, rows: int, reach: int, waiting: int) -> GraphKey:
         able = [
@@ -702,10 +713,15 @@ class ModelRunner:
         return visual.patches.to(self.model.device)
 
     def _encode_together(self, visuals: Sequence[PromptVisual]) -> list[VisionFeatures]:
-        """Run the vision tower over pictures of any sizes, packed."""
+        """Run the vision tower over pictures of any sizes, packed; one by one where no result may
+        depend on what else is there."""
+        invariant = self.model.batch_invariant
+        if invariant and len(visuals) > 1:
+            return [self._encode_together([visual])[0] for visual in visuals]
         patches = []
         for visual in visuals:
-            patches.append(self._received(visual).to(self.model.dtype))
+            # Libraries look at where in memory a matrix begins: a copy of it begins like any other.
+            patches.append(self._received(visual).to(self.model.dtype, copy=invariant))
         together = patches[0] if len(patches) == 1 else torch.cat(patches)
         grids, tower = tuple(each.grid for each in visuals), self.model.vision
         assert tower is not None, "a text model has no pictures"
@@ -762,6 +778,10 @@ class ModelRunner:
             torch.tensor(context_starts),
             torch.tensor(last, dtype=torch.int64),
         ]
+        if self.model.batch_invariant:
+            seen_pages = [chunk.sequence.pages[: pages_for(chunk.stop)] for chunk in chunks]
+            tables = [torch.tensor(pages) for pages in seen_pages]
+            host.append(pad_sequence(tables, True, SCRATCH_PAGE))
         sent = upload(host, self.model.device)
         return _Packed(
             ids=sent[0],
@@ -775,6 +795,7 @@ class ModelRunner:
                 context_starts=sent[6].to(torch.int32),
                 slots=sent[4] if behind else None,
                 flash=self.model.flash_decode,
+                tables=sent[8].to(torch.int32) if self.model.batch_invariant else None,
             ),
             features=join_features(features) if features else None,
             last=sent[7],

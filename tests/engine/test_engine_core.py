@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks import many_requests
-from qwencli.config import Attention, EngineName, KVDType, SamplingOptions, Speculate
+from qwencli.config import Attention, Cache, EngineName, KVDType, SamplingOptions, Speculate
 from qwencli.engine import engine_core, runner, scheduler
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.client import generate_many
@@ -20,7 +20,13 @@ from qwencli.engine.layers import vision_tower
 from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.scheduler import Limits
-from qwencli.errors import EngineError, InputError, OutOfMemoryError, UsageError
+from qwencli.errors import (
+    EngineError,
+    InputError,
+    OutOfMemoryError,
+    UnsupportedModeError,
+    UsageError,
+)
 from qwencli.messages import GenerationRequest, ImagePart, text_message, user_message
 from tests.checkpoints import engine_config, film, picture
 from tests.engine.test_graphs import RunGraphs
@@ -496,3 +502,51 @@ def test_many_requests_leave_pages_and_graphs_level(limited):
     assert set(pool._by_key.values()) == set(pool._keys) == set(pool._kept)
     assert levels[-1]["host_bytes"] < 1.2 * levels[1]["host_bytes"]
     assert [each["ended"] for each in levels] == [5] * 10, "one of six is aborted"
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3"])
+def test_batch_invariant_answers_do_not_depend_on_what_runs_beside_them(
+    checkpoint, monkeypatch, family
+):
+    """Drawn tokens too; a lone stream, among others that have begun, is a row like any other."""
+    monkeypatch.setitem(native_engine.BATCH_LIMITS, "cpu", NARROW)
+    images = [picture(96, 64), picture()] if family.endswith("vl") else []
+    drawn = {"do_sample": None, "temperature": 1.3}
+    requests = [
+        ask("A", images=images[:1], max_new_tokens=3),
+        ask("How many? " * 9, images=images[:1], max_new_tokens=9),
+        ask("B", repetition_penalty=1.4, max_new_tokens=6),
+        ask("C", images=images[1:], top_k=20, seed=3, max_new_tokens=8, **drawn),
+        ask("D", top_k=0, top_p=0.95, seed=4, max_new_tokens=8, **drawn),
+    ]
+    config = native_config(checkpoint(family), batch_invariant=True)
+    with NativeEngine(config) as loaded:
+        alone = []
+        for request in requests:
+            loaded._close_queue()  # and all that it keeps
+            alone.append(loaded.generate(request).token_ids)
+        together = list(generate_many(loaded, requests[::-1]))
+        assert [each.token_ids for each in together] == alone[::-1]
+        numbers = [loaded.add(request) for request in requests[1:]]
+        assert loaded.generate(requests[0]).token_ids == alone[0]
+        found = {}
+        while loaded.has_unfinished:
+            for output in loaded.step():
+                found.setdefault(output.request, []).extend(output.chunk.token_ids)
+        assert [tuple(found[number]) for number in numbers] == alone[1:]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"cache": Cache.DYNAMIC}, "dynamic"),
+        ({"attention": Attention.EAGER}, "eager"),
+        ({"speculate": Speculate.AUTO}, "draft"),
+    ],
+)
+def test_what_cannot_be_batch_invariant_is_refused_by_name(checkpoint, settings, named):
+    config = native_config(checkpoint("qwen3"), batch_invariant=True, **settings)
+    with pytest.raises(UnsupportedModeError, match=named):
+        NativeEngine(config).load()
+    with pytest.raises(UnsupportedModeError, match="native engine"):
+        TransformersEngine(replace(config, engine=EngineName.TRANSFORMERS)).load()

@@ -204,6 +204,7 @@ class PackedPrompts:
             of what each sees, itself included.
         slots: int64, the pool's slots of all that is seen, by part; None = there is no context.
         flash: whether torch's flash attention takes parts of unequal length here.
+        tables: int32 [parts, pages], of each part; None where operations do not read pages.
     """
 
     lengths: Sequence[int]
@@ -212,3 +213,4 @@ class PackedPrompts:
     context_starts: Tensor
     slots: Tensor | None
     flash: bool
+    tables: Tensor | None = None

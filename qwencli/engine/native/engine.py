@@ -28,6 +28,7 @@ from qwencli.engine.device_memory import release
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.loading import weights
+from qwencli.engine.machine.cpu_threads import computing_with
 from qwencli.engine.machine.host import host_memory
 from qwencli.engine.native.decode_state import STEPPERS, DecodeState, decodes_on_cpu
 from qwencli.engine.native.generate import Generation
@@ -40,8 +41,14 @@ from qwencli.engine.native.memory_plan import (
 )
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import PrefillGraphs
-from qwencli.engine.native.supported import check_supported, fused_for, resolve_kernels
+from qwencli.engine.native.supported import (
+    batch_invariant_for,
+    check_supported,
+    fused_for,
+    resolve_kernels,
+)
 from qwencli.engine.protocol import RequestQueue
+from qwencli.engine.request import StepOutput
 from qwencli.engine.resolve import (
     check_modes,
     device_lacks,
@@ -74,6 +81,8 @@ class NativeEngine(BaseEngine):
         self._model: QwenModel | None = None
         self._plan: MemoryPlan | None = None
         self._pool: dict[str, int] = {}
+        # What steps gave others while a stream ran.
+        self._of_others: list[StepOutput] = []
 
     @property
     def max_seq_len(self) -> int:
@@ -96,10 +105,42 @@ class NativeEngine(BaseEngine):
 
     def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
         self.load()
+        if self.config.batch_invariant:
+            yield from self._stream_as_row(request)
+            return
         # From the first picture on: every operation of a prompt's pass takes the interpreter lock
         # back, hundreds of turns before the first token.
         with gc_paused():
             yield from super().stream(request)
+
+    def _stream_as_row(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
+        """A lone request as a row of a batch: what it would be beside others."""
+        number, over = self.add(request), False
+        try:
+            while not over:
+                outputs = self._step_of_rows()
+                self._of_others += [each for each in outputs if each.request != number]
+                for output in (each for each in outputs if each.request == number):
+                    if output.error is not None:
+                        raise output.error
+                    assert output.chunk is not None, "an output is an error or a chunk"
+                    over = output.finished
+                    yield output.chunk
+        finally:
+            self.abort(number)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._of_others) or super().has_unfinished
+
+    def step(self) -> list[StepOutput]:
+        found, self._of_others = self._of_others, []
+        return found or self._step_of_rows()
+
+    def _step_of_rows(self) -> list[StepOutput]:
+        # As a lone stream computes: how many threads share a sum is part of it.
+        with computing_with(self._threads if self.config.batch_invariant else None):
+            return super().step()
 
     def _load(self, files: ModelFiles) -> EffectiveConfig:
         device = resolve_device(self.config.device)
@@ -108,6 +149,9 @@ class NativeEngine(BaseEngine):
         cache = self.config.cache or fastest_cache(EngineName.NATIVE, lacks)
         attention = resolve_attention(self.config.attention)
         kernels = resolve_kernels(self.config.kernels, cache, lacks)
+        invariant = None
+        if self.config.batch_invariant:
+            invariant = batch_invariant_for(kernels, device)
         kv = KV_SCHEMES[self.config.kv_dtype]
         dtype = resolve_dtype(self.config.dtype, device, files.checkpoint_dtype)
         packed = self._packed(files)
@@ -146,7 +190,7 @@ class NativeEngine(BaseEngine):
         with torch.inference_mode():
             fused = fused_for(kernels, self.config.attention)
             left_to_us = self.config.attention is Attention.AUTO
-            model = QwenModel(shape, loaded, slots, attention, fused, kv, left_to_us)
+            model = QwenModel(shape, loaded, slots, attention, fused, kv, left_to_us, invariant)
             store = model.dynamic_cache() if cache is Cache.DYNAMIC else model.static_cache()
             state = DecodeState(model, store, slots, with_drafts=drafting)
             effective = EffectiveConfig(

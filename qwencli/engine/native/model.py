@@ -8,6 +8,7 @@ from the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,6 +40,8 @@ PREFILL_CHUNK = 2048
 
 # Shape, rotary rows, type and device -> operations of a decode step.
 Fused = Callable[[TextShape, torch.Tensor, torch.dtype, torch.device], DecoderOps]
+# Operations of a lone step -> those of all prompts and steps that share a pool of pages.
+RowOps = Callable[[DecoderOps], DecoderOps]
 
 
 class QwenModel:
@@ -51,6 +54,8 @@ class QwenModel:
             prompts.
         kv: how static caches quantize keys and values; None = not.
         any_attention: whether decode steps may attend in another way where that is faster.
+        batch_invariant: makes the operations of rows such that no row's result depends on others;
+            None = the fastest for their number.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class QwenModel:
         fused: Fused | None = None,
         kv: Scheme | None = None,
         any_attention: bool = False,
+        batch_invariant: RowOps | None = None,
     ) -> None:
         embed = loaded.tensors["text.embed"]
         self.shape = shape
@@ -87,6 +93,13 @@ class QwenModel:
         self.prompt_ops = prompt_ops(self.step_ops)
         self._few_rows_ops = paged_ops(self.step_ops, few=True)
         self._many_rows_ops = paged_ops(self.step_ops, few=False)
+        self.batch_invariant = batch_invariant is not None
+        # Whether steps of rows read on the device how long each is.
+        self.reads_lengths = self.step_ops.attend_rows is not None
+        if batch_invariant is not None:
+            self._few_rows_ops = self._many_rows_ops = batch_invariant(self.step_ops)
+            self.prompt_ops = replace(self.prompt_ops, norm_head=self._many_rows_ops.norm_head)
+            self.reads_lengths = self._many_rows_ops.kv_len_on_device
         self.vision = None
         if shape.vision is not None:
             ops = self.step_ops
@@ -295,7 +308,8 @@ class QwenModel:
         Args:
             positions: int64 [3, N], rotary. slots: int64 [N], the pool's, where keys and values go.
         """
-        rope = self.rope.at(positions[:, None])
+        by_row = self.batch_invariant
+        rope = self._rope_of_rows(positions) if by_row else self.rope.at(positions[:, None])
         step = Step(
             batch=1,
             length=len(hidden),
@@ -321,8 +335,13 @@ class QwenModel:
         Args:
             tokens, positions: int64 [B].
         """
-        rope, slots, gained = None, pages.places, False
-        if self.step_ops.attend_rows is None:
+        rope: Sequence[CosSin] | None = None
+        slots, gained = pages.places, False
+        if self.batch_invariant:
+            cos, sin = self._rope_of_rows(positions.expand(3, -1))
+            rope = [(cos.transpose(0, 1), sin.transpose(0, 1))] * self._num_layers
+            slots = decode_slots(pages.tables, pages.places)
+        elif self.step_ops.attend_rows is None:
             gained = self.step_ops is REFERENCE_OPS and self.decoder.head_gains is not None
             at = positions[:, None]
             rope = self._step_rope(at) if gained else [self._rows_of(at)] * self._num_layers
@@ -345,6 +364,15 @@ class QwenModel:
     def _rows_of(self, places: torch.Tensor) -> CosSin:
         cos, sin = self.rope.step(places)
         return cos.contiguous(), sin.contiguous()
+
+    def _rope_of_rows(self, positions: torch.Tensor) -> CosSin:
+        """`Rope.at` of positions [3, N] -> [1, N, 1, D]; on the CPU one at a time, as a vectorized
+        cosine rounds otherwise at the end of what it is given."""
+        if self.device.type != "cpu":
+            return self.rope.at(positions[:, None])
+        each = [self.rope.at(one) for one in torch.split(positions[:, None], 1, dim=2)]
+        cos, sin = (torch.cat(part, 1) for part in zip(*each, strict=True))
+        return cos, sin
 
     @property
     def _num_layers(self) -> int:

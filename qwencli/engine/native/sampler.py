@@ -96,7 +96,11 @@ class Sampler:
         vocab_size: V, rows of the output head.
         max_steps: most tokens one request may generate.
         rows: R.
+
+    `by_row`: tokens are drawn a row at a time, so that sums do not depend on how many there are.
     """
+
+    by_row = False
 
     def __init__(
         self, vocab_size: int, max_steps: int, device: torch.device, rows: int = 1
@@ -190,7 +194,7 @@ class Sampler:
         if kind is SamplerKind.GREEDY:
             token = scores.argmax(dim=-1)
         else:
-            token = self._draw(scores, step, kind)
+            token = self._draw_rows(scores, step, kind)
         self.seen.scatter_(1, token[:, None], True)
         return token
 
@@ -208,6 +212,20 @@ class Sampler:
         for row in range(1, len(input_ids)):
             seen[row:].index_fill_(1, input_ids[row : row + 1], True)
         return penalised(logits.float(), seen, self.penalty).argmax(dim=-1)
+
+    def _draw_rows(
+        self, scores: torch.Tensor, step: torch.Tensor, kind: SamplerKind
+    ) -> torch.Tensor:
+        if self.by_row:
+            rows = [slice(row, row + 1) for row in range(len(scores))]
+            drawn = [self.narrow(row.start, 1)._draw(scores[row], step[row], kind) for row in rows]
+            token = torch.cat(drawn)
+        else:
+            token = self._draw(scores, step, kind)
+            if len(self.top_k) == 1:
+                return token
+        # Of equal scores a row that does not draw takes the one it would take alone.
+        return torch.where(self.top_k == 1, scores.argmax(dim=-1), token)
 
     def _draw(self, scores: torch.Tensor, step: torch.Tensor, kind: SamplerKind) -> torch.Tensor:
         candidates = self.vocab_size
@@ -227,11 +245,7 @@ class Sampler:
         # Rounding may leave the target at the very top; the last kept rank is the answer then.
         pick = (cumulative <= target).sum(dim=-1, keepdim=True)
         last_kept = keep.sum(dim=-1, keepdim=True) - 1
-        token = ids.gather(1, torch.minimum(pick, last_kept)).squeeze(1)
-        if len(self.top_k) == 1:
-            return token
-        # Of equal scores a row that does not draw takes the one it would take alone.
-        return torch.where(self.top_k == 1, scores.argmax(dim=-1), token)
+        return ids.gather(1, torch.minimum(pick, last_kept)).squeeze(1)
 
 
 _BY_ROW = ("settings", "temperature", "top_p", "min_p", "penalty", "top_k", "uniforms", "seen")

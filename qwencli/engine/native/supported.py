@@ -7,8 +7,8 @@ import functools
 from qwencli.capabilities import Lacks, why_not
 from qwencli.config import Attention, Cache, EngineName, Kernels
 from qwencli.engine.layers.vision_tower import ACTIVATIONS
-from qwencli.engine.native.model import Fused
-from qwencli.errors import ModelFileError
+from qwencli.engine.native.model import Fused, RowOps
+from qwencli.errors import ModelFileError, UnsupportedModeError
 from qwencli.models.shapes import ModelShape
 
 
@@ -45,3 +45,24 @@ def fused_for(kernels: Kernels, attention: Attention) -> Fused | None:
     from qwencli.engine.kernels.fused_ops import fused_ops
 
     return functools.partial(fused_ops, own_attention=attention is Attention.AUTO)
+
+
+def batch_invariant_for(kernels: Kernels, device: str) -> RowOps:
+    """Operations of rows of which none depends on the others.
+
+    Raises:
+        UnsupportedModeError: there are none for these kernels on this device.
+    """
+    if kernels is Kernels.TRITON:
+        from qwencli.engine.kernels.batch_invariant import batch_invariant_ops
+
+        return batch_invariant_ops
+    if device != "cpu":
+        raise UnsupportedModeError(
+            f"--batch-invariant cannot run: on {device} sums of --kernels {kernels} depend on the "
+            "number of rows",
+            "use --kernels triton --cache static-graph on an NVIDIA GPU, or --device cpu",
+        )
+    from qwencli.engine.ops.batch_invariant import BATCH_INVARIANT_OPS
+
+    return lambda step: BATCH_INVARIANT_OPS

@@ -60,10 +60,10 @@ def prompt_attention(q: Tensor, keys: Tensor, values: Tensor, packed: PackedProm
         values.split_with_sizes(whole),
         strict=True,
     )
-    return torch.cat([_attend_alone(*part) for part in parts])
+    return torch.cat([attend_alone(*part) for part in parts])
 
 
-def _attend_alone(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def attend_alone(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The last tokens q [S, H, D] of a sequence with keys and values [T, KVH, D] -> [S, H * D]."""
     length, total = len(q), len(keys)
     plan = prompt_plan(total - length, length, keys.shape[1], q.dtype, q.device)
