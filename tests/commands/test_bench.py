@@ -254,7 +254,7 @@ def test_dry_run_writes_nothing():
         (["--exclude", "engine=native,engine=transformers"], BenchError, "no cell left"),
         (["--max-runs", "9"], UsageError, "--max-runs goes with --max-noise"),
         (["--runs", "9", "--max-noise", "1"], UsageError, "exclude each other"),
-        (["--processes", "9"], UsageError, "only 5 runs to spread"),
+        (["--processes", "9"], UsageError, "runs cannot be spread over them"),
         (["--cooldown", "long"], UsageError, "--cooldown 'long' is not a pause"),
         (["--cooldown", "nan"], UsageError, "--cooldown 'nan' is not a pause"),
         (["report", "gone"], BenchError, "holds no campaign"),
