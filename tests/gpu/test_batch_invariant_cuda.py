@@ -39,8 +39,15 @@ MODES = [
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("depth", "width"), [(2560, 6144), (2560, 19_456), (9728, 2560), (96, 33)])
+@pytest.mark.parametrize(
+    ("dtype", "depth", "width"),
+    [
+        (torch.bfloat16, 2560, 6144),
+        (torch.bfloat16, 2560, 19_456),
+        (torch.bfloat16, 9728, 2560),
+        (torch.float32, 96, 33),
+    ],
+)
 def test_a_rows_product_has_the_same_bits_among_any_others(dtype, depth, width):
     torch.manual_seed(depth)
     x = torch.randn(5 * ROWS + 3, depth, device=CUDA, dtype=dtype)
