@@ -1,7 +1,7 @@
 # Everything runs in .venv, which the README's commands make.
 PYTHON := .venv/bin/python
 
-.PHONY: check test docs format
+.PHONY: check test kernels docs format
 
 check:
 	.venv/bin/ruff check .
@@ -18,6 +18,10 @@ check:
 
 test:
 	$(PYTHON) -m pytest -n 2 --dist worksteal
+
+# Compiles the kernels of many rows for every card, without one.
+kernels:
+	EVERY_CARD=1 $(PYTHON) -m pytest -n 2 tests/engine/kernels/test_compiled.py
 
 docs:
 	$(PYTHON) tools/docs/cli_reference.py

@@ -1,10 +1,14 @@
-"""Compiles the kernels of decode steps and prompts for compute capability 9.0; needs no GPU.
+"""Compiles kernels without a GPU.
 
-A program of its own, because Triton decides when it is imported whether it interprets. Prints a
-JSON line a kernel: its name, the type it computes with, how weights and cache are quantized, tokens
-of the step or prompt, rows of a pool of pages (0 = a cache of its own), the bytes that a thread
-keeps in memory because its registers are full, how often threads hand each other operands of matrix
-instructions, and, where programs count who is the last, how often they do so to join their results.
+    python -m tests.engine.kernels.compile_steps CONFIG [CAPABILITY]
+
+A program of its own, because Triton decides when it is imported whether it interprets. Compiles all
+kernels of decode steps and prompts for compute capability 9.0, or for the one that is named (80,
+86, 89, 90, 120) those of steps of many rows. Prints a JSON line a kernel: its name, the type it
+computes with, how weights and cache are quantized, tokens of the step or prompt, rows of a pool of
+pages (0 = a cache of its own), the bytes that a thread keeps in memory because its registers are
+full, the bytes of shared memory, how often threads hand each other operands of matrix instructions,
+and, where programs count who is the last, how often they do so to join their results.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,18 +36,29 @@ from triton.runtime.driver import driver
 from qwencli.config import Quantization
 from qwencli.engine import kernels
 from qwencli.engine.cache.paged_kv import DecodePages
-from qwencli.engine.kernels import fused_ops
+from qwencli.engine.kernels import add_norm, fused_ops, many_rows
 from qwencli.engine.loading import weights
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
-from qwencli.engine.quant.quantized_tensor import Scheme
+from qwencli.engine.ops.decoder_ops import RMSNorm
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
 from qwencli.engine.runner import RowState
 from qwencli.models.shape_reader import read_shape
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-# An H100 or H200: processors, launches that overlap, instructions for fp8.
-HOPPER = fused_ops.Launch(132, True, True)
+# Processors of a card of each compute capability: A100, RTX 3090, RTX 4090, H200, RTX 5090.
+PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 120: 170}
+HOPPER = 90
+# Kernels of steps of many rows, and of vision towers.
+OF_MANY_ROWS = (
+    "add_norm_kernel",
+    "decode_attention_kernel",
+    "finish_token_kernel",
+    "likeliest_kernel",
+    "quantize_rows_kernel",
+    "tiled_gemm_kernel",
+)
 CPU = torch.device("cpu")
 LOOP = re.compile(r"^(\$L__BB\w+):(.*?)\bbra(?:\.uni)?\s+\1;", re.MULTILINE | re.DOTALL)
 PRODUCT = "mma.sync"
@@ -52,12 +68,17 @@ EXCHANGE = re.compile(r"\b(?:shfl|bar)\.sync|\.shared\b")
 class Compiled:
     """Stands in for a kernel: compiles what would be launched."""
 
-    def __init__(self, kernel: JITFunction[Any], about: dict[str, Any]) -> None:
+    def __init__(
+        self, kernel: JITFunction[Any], about: dict[str, Any], only: Sequence[str] | None
+    ) -> None:
         self._kernel, self._about = kernel, about
+        self._left_out = only is not None and kernel.fn.__name__ not in only
         self._seen: set[str] = set()
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, **settings: Any) -> None:
+            if self._left_out:
+                return
             if self._about["tokens"] == 2 and self._kernel.fn.__name__.startswith("gemm"):
                 return  # the same instructions as for eight, of which fewer store
             compiled = self._kernel.warmup(*arguments, grid=grid, **settings)
@@ -66,6 +87,7 @@ class Compiled:
                 found = {
                     "kernel": self._kernel.fn.__name__,
                     "spilled": stack_of(compiled),
+                    "shared": compiled.metadata.shared,
                     "exchanges": exchanges_of(compiled.asm["ptx"]),
                     "joining": joining_of(compiled.asm["ptx"]),
                 }
@@ -99,28 +121,89 @@ def joining_of(ptx: str) -> int:
     return len(EXCHANGE.findall(ptx.partition("atom.global")[2]))
 
 
-def pretend_a_gpu() -> None:
+def pretend_a_gpu(capability: int) -> None:
     driver.set_active(
         SimpleNamespace(
-            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+            get_current_target=lambda: GPUTarget("cuda", capability, 32),
             get_current_device=lambda: 0,
             get_current_stream=lambda device=None: 0,
         )
     )
-    fused_ops.Launch.on = classmethod(lambda cls, device: HOPPER)  # type: ignore[method-assign,assignment]
+    processors, fp8 = PROCESSORS[capability], capability >= 89
+    gpu = fused_ops.Launch(processors, dependent=capability >= 90, fp8=fp8)
+    products = many_rows.Capability(processors, fp8)
+    fused_ops.Launch.on = classmethod(lambda cls, device: gpu)  # type: ignore[method-assign,assignment]
+    many_rows.Capability.of = classmethod(lambda cls, device: products)  # type: ignore[method-assign,assignment]
 
 
-def record(about: dict[str, Any]) -> None:
-    """Put a stand-in wherever a module of ours launches a kernel."""
+def record(about: dict[str, Any], only: Sequence[str] | None = None) -> None:
+    """Put a stand-in wherever a module of ours launches a kernel.
+
+    Args:
+        only: the kernels that are compiled; None = all.
+    """
     for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
         names = vars(importlib.import_module(module.name))
         for name, value in list(names.items()):
             if name.endswith("_kernel") and isinstance(value, JITFunction):
-                names[name] = Compiled(value, about)
+                names[name] = Compiled(value, about, only)
+
+
+def steps_of_rows(model: QwenModel, rows: int) -> None:
+    """A greedy step of so many rows over a pool of pages, with a penalty where that differs."""
+    cache = model.paged_cache(2)
+    token, position, place = (torch.zeros(rows, dtype=torch.int64) for _ in range(3))
+    pages = DecodePages(torch.ones(rows, 1, dtype=torch.int32), place, 1)
+    hidden = model.decode_rows(token, position, cache, pages)
+    buffers = RowState(rows, 1, len(model.decoder.embedding), 1, CPU).buffers(rows)
+    model.decoder.next_tokens(hidden, model.row_ops(rows), buffers, rows > 1)
+
+
+def products_of_rows(about: dict[str, Any]) -> None:
+    """Of quantized matrices with each number of rows that has tiles of its own."""
+    many, width = many_rows.ManyRows(CPU), 2560
+    norm = RMSNorm(torch.ones(width, dtype=torch.bfloat16), 1e-6)
+    for scheme in (Scheme.FP8, Scheme.INT4):
+        about |= {"quantization": scheme.value}
+        for rows in (16, 32, 128, 256):
+            about |= {"rows": rows}
+            x, y = (torch.zeros(rows, width, dtype=torch.bfloat16) for _ in range(2))
+            many.product(x, zeros_of(scheme, width, width), norm=norm, onto=y)
+        wide, about["rows"] = 4 * width, 16
+        both = torch.zeros(16, 2 * wide, dtype=torch.bfloat16)
+        many.product(both, zeros_of(scheme, width, wide), gated=True)
+
+
+def zeros_of(scheme: Scheme, rows: int, columns: int) -> QuantizedTensor:
+    if scheme is Scheme.FP8:
+        data = torch.zeros(rows, columns, dtype=torch.float8_e4m3fn)
+        return QuantizedTensor(scheme, data, torch.ones(rows))
+    words = torch.zeros(rows, columns // 8, dtype=torch.int32)
+    scale, zero = (torch.ones(rows, columns // 128, dtype=torch.float16) for _ in range(2))
+    return QuantizedTensor(scheme, words, scale, zero)
+
+
+def many_rows_for(config: dict[str, Any], capability: int) -> None:
+    pretend_a_gpu(capability)
+    half, shape = torch.bfloat16, read_shape(config)
+    about: dict[str, Any] = {"dtype": str(half), "quantization": "none", "tokens": 1}
+    record(about, OF_MANY_ROWS)
+    own = functools.partial(fused_ops.fused_ops, own_attention=True)
+    with torch.inference_mode():
+        loaded = weights.dummy(shape, half, CPU, Quantization.NONE)
+        for kv in (None, Scheme.INT8, Scheme.FP8):
+            model = QwenModel(shape, loaded, 64, fused=own, kv=kv)
+            for rows in (8, 16) if kv is None else (8,):
+                about |= {"rows": rows, "kv": kv}
+                steps_of_rows(model, rows)
+        about["kv"] = None
+        products_of_rows(about)
+        hidden, gain = torch.zeros(16, 1152, dtype=half), torch.ones(1152, dtype=half)
+        add_norm.AddNorm()(hidden, hidden.clone(), gain, gain, 1e-6)
 
 
 def main(config: dict[str, Any]) -> None:
-    pretend_a_gpu()
+    pretend_a_gpu(HOPPER)
     about: dict[str, Any] = {}
     record(about)
     shape = read_shape(config)
@@ -144,18 +227,16 @@ def main(config: dict[str, Any]) -> None:
                 about |= {"tokens": tokens, "rows": 0}
                 state.verify_masked(state.kind, tokens, 64)
             # Of rows the result is rounded as that of several tokens.
-            cache = model.paged_cache(2)
             for rows in (1, 8) if dtype is half and quantization is none else (8,):
                 about |= {"tokens": 1, "rows": rows}
-                whole = [torch.zeros(rows, dtype=torch.int64) for _ in range(3)]
-                pages = DecodePages(torch.ones(rows, 1, dtype=torch.int32), whole[0], 1)
-                hidden = model.decode_rows(whole[1], whole[2], cache, pages)
-                state_of_rows = RowState(rows, 1, len(model.decoder.embedding), 1, CPU)
-                buffers = state_of_rows.buffers(rows)
-                model.decoder.next_tokens(hidden, model.row_ops(rows), buffers, rows > 1)
+                steps_of_rows(model, rows)
             about |= {"tokens": 40, "rows": 1}
             model.prefill(model.prepare([Prompt([1] * 40)]), model.static_cache())
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    config = json.loads(sys.argv[1])
+    if len(sys.argv) > 2:
+        many_rows_for(config, int(sys.argv[2]))
+    else:
+        main(config)

@@ -30,20 +30,51 @@ MOST_EXCHANGED_OF_CACHES = 48
 KV = (None, "int8", "fp8-e4m3")
 
 
-@pytest.fixture(scope="module")
-def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+# Compute capabilities, and bytes of shared memory that a program can have there at most.
+CARDS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+# Without and with fp8; `make kernels` tries all.
+QUICK = (86, 120)
+HAS_FP8 = 89
+
+
+def compile_kernels(request: pytest.FixtureRequest, *arguments: str) -> list[dict[str, Any]]:
     """What `compile_steps` says of every kernel; each is compiled once, until it changes."""
     assert request.config.cache is not None
     cache = request.config.cache.mkdir("compiled")
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.engine.kernels.compile_steps", json.dumps(WIDE)]
+    module = "tests.engine.kernels.compile_steps"
+    command = [sys.executable, "-m", module, json.dumps(WIDE), *arguments]
     root = Path(__file__).parents[3]
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be compiling them
         ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return compile_kernels(request)
+
+
+@pytest.mark.parametrize("card", CARDS if "EVERY_CARD" in os.environ else QUICK)
+def test_kernels_of_many_rows_fit_the_card(request: pytest.FixtureRequest, card: int) -> None:
+    """And need no instruction that it lacks: they would not compile."""
+    found = compile_kernels(request, str(card))
+    assert {
+        "add_norm_kernel",
+        "decode_attention_kernel",
+        "finish_token_kernel",
+        "likeliest_kernel",
+        "quantize_rows_kernel",
+        "tiled_gemm_kernel",
+    } == {kernel["kernel"] for kernel in found}
+    products = [kernel for kernel in found if kernel["kernel"] == "tiled_gemm_kernel"]
+    formats = {kernel["quantization"] for kernel in products}
+    assert formats == ({"fp8-e4m3", "int4"} if card >= HAS_FP8 else {"int4"})
+    assert [kernel for kernel in found if kernel["spilled"]] == []
+    assert [kernel for kernel in found if kernel["shared"] > CARDS[card]] == []
 
 
 def test_no_kernel_keeps_kilobytes_in_memory_that_belong_in_registers(
