@@ -28,6 +28,7 @@ from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.native.memory_plan import captions_that_fit
+from qwencli.engine.native.sampler import is_greedy
 from qwencli.engine.request import (
     Batch,
     PromptChunk,
@@ -38,11 +39,12 @@ from qwencli.engine.request import (
     request_of,
 )
 from qwencli.engine.response import ResponseBuilder
-from qwencli.engine.runner import ModelRunner, RunnerPrompt, TokenCopy, Unsampled
+from qwencli.engine.runner import ModelRunner, RunnerPrompt, TokenCopy, Unsampled, VerifyCopy
 from qwencli.engine.scheduler import Scheduler
+from qwencli.engine.spec_decode.policy import Acceptance, BatchDraftPolicy
 from qwencli.errors import EngineError, InputError, OutOfMemoryError, QwenCliError
 from qwencli.messages import GenerationRequest
-from qwencli.results import EffectiveConfig
+from qwencli.results import EffectiveConfig, Speculation
 
 # Threads that read, resize and tokenize for the steps to come: as few as keep prompts ready, as the
 # thread that runs the model waits for the interpreter's lock whenever one of them has it.
@@ -77,6 +79,7 @@ class _Active:
     Args:
         rest: see `_Prepared`.
         began: when the device began with it.
+        acceptance: of its drafts. num_drafted, num_accepted: see `Speculation`.
     """
 
     sequence: Sequence
@@ -84,6 +87,9 @@ class _Active:
     prompt: RunnerPrompt
     rest: list[Key] | None
     began: Mark = None
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 @dataclass
@@ -93,9 +99,11 @@ class _Step:
     Args:
         unsampled: its half that waits until the step in front is read: some rows may choose only
             what suits their token before.
+        alone: whether nothing but a token or more of each row runs in it.
     """
 
-    copies: list[TokenCopy] = field(default_factory=list)
+    copies: list[TokenCopy | VerifyCopy] = field(default_factory=list)
+    alone: bool = True
     unsampled: Unsampled | None = None
 
 
@@ -128,6 +136,7 @@ class EngineCore:
     Args:
         prepare: a request -> its prompt, its settings and what it is held to; runs in threads.
             Raises what is wrong with the request.
+        drafts: how many drafts steps of greedy rows check; None = nothing is drafted.
     """
 
     def __init__(
@@ -138,6 +147,7 @@ class EngineCore:
         effective: EffectiveConfig,
         load_s: float,
         prepare: Callable[[GenerationRequest], tuple[Prompt, SamplingParams, TokenMatcher | None]],
+        drafts: BatchDraftPolicy | None = None,
     ) -> None:
         self._files, self._runner, self._scheduler = files, runner, scheduler
         self._effective, self._load_s, self._prepare = effective, load_s, prepare
@@ -147,6 +157,9 @@ class EngineCore:
         self._active: dict[RequestId, _Active] = {}
         self._failed: list[StepOutput] = []
         self._step: _Step | None = None
+        self._drafts = drafts
+        # When the last step that was read had ended.
+        self._read_mark: Mark = None
         self._said_short = False
         self._clock: EventTimer | None = None
         self._most_turns = min(MOST_PREPARERS, max(1, (os.cpu_count() or 1) - 1))
@@ -279,7 +292,7 @@ class EngineCore:
     def _run(self, batch: Batch) -> _Step:
         if self._clock is None:
             self._clock = EventTimer(self._effective.device)
-        step = _Step()
+        step = _Step(alone=not batch.prefill and batch.encode is None)
         self._runner.rearrange(batch.moves, batch.released)
         if batch.encode is not None:
             self._encode(batch.encode, self._clock)
@@ -322,6 +335,10 @@ class EngineCore:
             try:
                 if any(each.constrained for each in decode):
                     step.unsampled = self._runner.decode_logits(decode, prompts, waiting)
+                elif size := self._draft_size(decode, prompts):
+                    for each in decode:
+                        each.num_ahead += size - 1
+                    step.copies.append(self._runner.verify(decode, size, waiting, clock))
                 else:
                     step.copies.append(self._runner.decode(decode, prompts, waiting, clock))
             except (RuntimeError, MemoryError) as error:
@@ -333,11 +350,20 @@ class EngineCore:
                 return
             # Outside the handler: until it ends, the traceback holds the tensors that must go.
             self._release()
+            self._drafts = None  # steps of several tokens need graphs of their own
             if tried:
                 last = max(decode, key=lambda each: each.request)
                 decode.remove(last)
                 self._fail(self._active[last.request], failure)
             tried, waiting = True, 0
+
+    def _draft_size(self, decode: list[Sequence], prompts: list[RunnerPrompt]) -> int:
+        """How many tokens of each row the next step checks; 0 = it is an ordinary one."""
+        # A drawn token is not known to be right before it is drawn, and a penalty is one token's.
+        if self._drafts is None or not all(is_greedy(prompt.sampling) for prompt in prompts):
+            return 0
+        texts = [self._active[each.request].acceptance for each in decode]
+        return self._drafts.next(self._runner.rows_of(decode), texts)
 
     def _sample(self, unsampled: Unsampled) -> TokenCopy:
         """Choose the tokens of a step whose logits the device works on meanwhile."""
@@ -415,16 +441,49 @@ class EngineCore:
     def _read(self, step: _Step) -> list[StepOutput]:
         outputs: list[StepOutput] = []
         for copy in step.copies:
-            for sequence, token in zip(copy.sequences, copy.read(), strict=True):
+            before, self._read_mark = self._read_mark, copy.mark
+            if isinstance(copy, VerifyCopy):
+                given = self._verified(copy, before if step.alone else None)
+            else:
+                given = [[token] for token in copy.read()]
+            for sequence, tokens in zip(copy.sequences, given, strict=True):
                 active = self._active.get(sequence.request)
                 if active is not None:  # else it ended before, and this step ran it in vain
                     try:
-                        outputs += self._take(active, token, copy.mark)
+                        for token in tokens:
+                            outputs += self._take(active, token, copy.mark)
+                            if sequence.request not in self._active:
+                                break
                     except Exception as error:  # noqa: BLE001  others go on
                         failure = self._typed(error, "reading its answer")
                         outputs.append(StepOutput(active.sequence.request, error=failure))
                         self._forget(active)
         return outputs
+
+    def _verified(self, copy: VerifyCopy, before: Mark) -> list[list[int]]:
+        """The tokens of each sequence of a step that checked drafts, and what is learned of it.
+
+        Args:
+            before: when the step in front of it ended; None where other work ran in between.
+        """
+        given = copy.read()
+        counts = []
+        for sequence, (num_matched, tokens) in zip(copy.sequences, given, strict=True):
+            sequence.num_ahead -= copy.size - 1
+            active = self._active.get(sequence.request)
+            if active is None or not tokens:
+                continue
+            sequence.num_scheduled += len(tokens) - 1
+            active.acceptance.learn(copy.size, num_matched)
+            active.num_drafted += copy.size - 1
+            active.num_accepted += len(tokens) - 1
+            counts.append(len(tokens))
+        if self._drafts is not None:
+            assert self._clock is not None, "steps have run"
+            seconds = None if before is None else self._clock.seconds(before, copy.mark)
+            mean = sum(counts) / max(len(counts), 1)
+            self._drafts.learn(copy.num_rows, copy.size, mean, seconds)
+        return [tokens for _, tokens in given]
 
     def _take(self, active: _Active, token: int, mark: Mark) -> list[StepOutput]:
         """Add a token to its answer, and end the answer where that is the last one."""
@@ -433,8 +492,20 @@ class EngineCore:
         if answer.stopped or len(answer.token_ids) == answer.sampling.max_new_tokens:
             assert self._clock is not None, "steps have run"
             answer.num_cached_tokens = active.sequence.num_cached
+            speculation, effective = None, self._effective
+            if self._drafts is not None:
+                off = _why_not_drafted(answer)
+                if off is None:
+                    speculation = Speculation(active.num_drafted, active.num_accepted, None)
+                else:
+                    effective = replace(effective, speculate=f"off: {off}")
             last = answer.finish(
-                self._clock, active.prompt.vision, self._effective, self._load_s, began=active.began
+                self._clock,
+                active.prompt.vision,
+                effective,
+                self._load_s,
+                speculation,
+                began=active.began,
             )
             outputs.append(StepOutput(request, last))
             self._share_answer(active)
@@ -482,6 +553,14 @@ class EngineCore:
             f"(captions: {captions})",
             "lower --max-new-tokens or --max-pixels, or free memory on the device",
         )
+
+
+def _why_not_drafted(answer: ResponseBuilder) -> str | None:
+    if answer.sampling.do_sample:
+        return "sampling"
+    if not is_greedy(answer.sampling):
+        return "repetition penalty"
+    return None if answer.matcher is None else "schema"
 
 
 def _own_stream(device: str) -> None:

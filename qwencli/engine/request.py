@@ -46,7 +46,9 @@ class Sequence:
         page_keys: of the whole pages of its tokens, see `prefix_cache.page_keys`.
         num_cached: prompt tokens that another sequence had computed, in pages that it shares.
         num_computed: prompt tokens whose keys and values are in the pool, or on the way there.
-        num_scheduled: new tokens that steps were scheduled for.
+        num_scheduled: new tokens that steps were scheduled for, one a step until it is known that a
+            step gave more.
+        num_ahead: by how many more than those it may be ahead: drafts of steps that are not read.
         large_visuals: places of the first token, and behind the last one, of pictures and videos
             that are encoded over several steps, and which of the prompt's they are; those that are
             done are taken out.
@@ -64,6 +66,7 @@ class Sequence:
     num_cached: int = 0
     num_computed: int = 0
     num_scheduled: int = 0
+    num_ahead: int = 0
     large_visuals: list[tuple[int, int, int]] = field(default_factory=list)
     alone: bool = False
     constrained: bool = False

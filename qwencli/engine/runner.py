@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -45,9 +45,12 @@ from qwencli.engine.native.sampler import (
     masked,
     widest_kind,
 )
+from qwencli.engine.ops.decoder_ops import Drafts
 from qwencli.engine.ops.next_tokens import RowBuffers
 from qwencli.engine.request import PromptChunk
 from qwencli.engine.request import Sequence as ScheduledSequence
+from qwencli.engine.spec_decode import ngram
+from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.errors import InputError
 from qwencli.models.shapes import ModelShape
 
@@ -157,9 +160,34 @@ class TokenCopy:
         return [values[row] for row in self.rows]
 
 
-# Of a step: what is chosen, rows, and slots that operators read. A step with masks has two: its
-# logits, and what is chosen from them.
-GraphKey = tuple[SamplerKind, int, int]
+@dataclass
+class VerifyCopy:
+    """What a step that checked `size` tokens a row chose, on its way to the host.
+
+    Args:
+        num_rows: that the step ran. outputs: see `Drafts.verify_output`, a row a row.
+    """
+
+    sequences: tuple[ScheduledSequence, ...]
+    rows: tuple[int, ...]
+    size: int
+    num_rows: int
+    outputs: Tensor
+    mark: Mark
+
+    def read(self) -> list[tuple[int, list[int]]]:
+        """For each of `sequences` how many drafts in a row were right, and its tokens, none if it
+        was over; waits for them."""
+        if self.outputs.is_pinned():
+            self.mark.synchronize()
+        values = self.outputs.tolist()
+        return [(values[row][1], values[row][2 : 2 + values[row][0]]) for row in self.rows]
+
+
+# Of a step: what is chosen, rows, slots that operators read, and the tokens of a row that are
+# checked; 0 = it takes one, and nothing is drafted. A step with masks has two graphs: its logits,
+# and what is chosen from them.
+GraphKey = tuple[SamplerKind, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -183,10 +211,19 @@ class RowState:
     position, `step` how many tokens the row has chosen and `limit` how many it may, int64 [R] all;
     `done` [R] whether it is over. `stop_ids` int64 [R, MAX_STOP_TOKENS], -1 where unused. `tables`
     int32 [R, pages]: the pages of each row.
+
+    Args:
+        with_drafts: whether steps may check drafted tokens too.
     """
 
     def __init__(
-        self, rows: int, pages: int, vocab_size: int, max_steps: int, device: torch.device
+        self,
+        rows: int,
+        pages: int,
+        vocab_size: int,
+        max_steps: int,
+        device: torch.device,
+        with_drafts: bool = False,
     ) -> None:
         def column() -> Tensor:
             return torch.zeros(rows, dtype=torch.int64, device=device)
@@ -196,6 +233,10 @@ class RowState:
         self.stop_ids = torch.full((rows, MAX_STOP_TOKENS), -1, dtype=torch.int64, device=device)
         self.tables = torch.full((rows, pages), SCRATCH_PAGE, dtype=torch.int32, device=device)
         self.sampler = Sampler(vocab_size, max_steps, device, rows)
+        self.drafts: Drafts | None = None
+        if with_drafts:
+            # Those that were wrong are written behind the last token too.
+            self.drafts = ngram.empty_drafts(max_steps + 1 + MAX_VERIFY_TOKENS, device, rows)
         self._masks: TokenMasks | None = None
         self._held: tuple[Tensor, Tensor] | None = None
 
@@ -237,6 +278,12 @@ class RowState:
         self.tables.index_fill_(0, places, SCRATCH_PAGE)
         self.tables[:, :width].index_copy_(0, places, sent_pages.to(torch.int32))
         self.sampler.begin_rows(rows, [prompt.sampling for prompt in prompts], ids)
+        if self.drafts is not None:
+            self.drafts.last_slot.index_copy_(0, places, slot + limits - 1)
+            for row, text in zip(
+                rows, upload([prompt.ids for prompt in prompts], self.slot.device), strict=True
+            ):
+                self.drafts.ids[row, : len(text)].copy_(text)
         return places
 
     def sample_first(
@@ -258,6 +305,23 @@ class RowState:
         ended = (chosen[:, None] == self.stop_ids.index_select(0, places)).any(dim=1)
         self.step.index_fill_(0, places, 1)
         self.done.index_copy_(0, places, ended | (self.limit.index_select(0, places) <= 1))
+        self.remember(self.max_rows)
+
+    @property
+    def max_rows(self) -> int:
+        return len(self.token)
+
+    def remember(self, count: int) -> None:
+        """Add the last tokens of the first rows to the texts that drafts come from, if any do."""
+        if self.drafts is not None:
+            token, drafts = self.token[:count, None], self.narrow_drafts(count)
+            drafts.ids.scatter_(1, self.slot[:count, None], token.to(torch.int32))
+            drafts.input_ids[:, :1].copy_(token)
+
+    def narrow_drafts(self, count: int) -> Drafts:
+        """The drafts of the first rows, in the same memory."""
+        assert self.drafts is not None, "the engine made room for them"
+        return Drafts(*(getattr(self.drafts, each.name)[:count] for each in fields(self.drafts)))
 
     def hold(self, rows: Sequence[int]) -> None:
         """Keep rows where they are until `resume`: they are run beside others, and must not choose
@@ -296,6 +360,10 @@ class RowState:
         ):
             state.index_copy_(0, places, state.index_select(0, sources))
         self.sampler.move(sources, places)
+        if self.drafts is not None:
+            for each in fields(self.drafts):
+                state = getattr(self.drafts, each.name)
+                state.index_copy_(0, places, state.index_select(0, sources))
 
     def buffers(self, count: int) -> RowBuffers:
         """What the end of a step reads and writes of the first rows, in the same memory."""
@@ -331,6 +399,7 @@ class ModelRunner:
     Args:
         graphs: whether steps run as CUDA graphs.
         vision_cache: features of pictures that came before.
+        with_drafts: whether steps may check drafted tokens too (`verify`).
     """
 
     def __init__(
@@ -341,12 +410,16 @@ class ModelRunner:
         max_seq_len: int,
         graphs: bool,
         vision_cache: VisionCache,
+        with_drafts: bool = False,
     ) -> None:
         self.model, self.max_rows, self._vision_cache = model, max_rows, vision_cache
         self.cache = model.paged_cache(num_pages)
         vocab_size = model.shape.text.vocab_size
-        self._pages = pages_for(max_seq_len)
-        self.state = RowState(max_rows, self._pages, vocab_size, max_seq_len, model.device)
+        # Drafts that are wrong have a place behind the last token, which is no sequence's page.
+        self._pages = pages_for(max_seq_len + (MAX_VERIFY_TOKENS if with_drafts else 0))
+        self.state = RowState(
+            max_rows, self._pages, vocab_size, max_seq_len, model.device, with_drafts
+        )
         self.state.sampler.by_row = model.batch_invariant
         self._graphs = GraphRunner(model.device) if graphs else None
         # Of prompts and pictures.
@@ -543,6 +616,30 @@ class ModelRunner:
         return self._copy(sequences, rows, clock)
 
     @torch.inference_mode()
+    def verify(
+        self, sequences: Sequence[ScheduledSequence], size: int, waiting: int, clock: EventTimer
+    ) -> VerifyCopy:
+        """One to `size` tokens of each of `sequences`, which are all greedy without a penalty:
+        drafts that are right, and one more. Drafts the next ones.
+
+        `num_ahead` of each counts this step already.
+        """
+        rows = self.rows_of(sequences)
+        self._step(SamplerKind.ARGMAX, rows, _longest(sequences), waiting, size)
+        outputs = self.state.narrow_drafts(rows).verify_output[:, : 2 + size]
+        if self.model.device.type == "cuda":
+            pinned = torch.empty(outputs.shape, dtype=torch.int64, pin_memory=True)
+            outputs = pinned.copy_(outputs, non_blocking=True)
+        else:
+            outputs = outputs.clone()
+        places = tuple(map(_row, sequences))
+        return VerifyCopy(tuple(sequences), places, size, rows, outputs, clock.mark())
+
+    def rows_of(self, sequences: Sequence[ScheduledSequence]) -> int:
+        """How many rows a step of these runs."""
+        return max(map(_row, sequences)) + 1
+
+    @torch.inference_mode()
     def decode_logits(
         self, sequences: Sequence[ScheduledSequence], prompts: Sequence[RunnerPrompt], waiting: int
     ) -> Unsampled:
@@ -584,15 +681,17 @@ class ModelRunner:
         drawn = kind not in LIKELIEST and self.model.batch_invariant
         return SamplerKind.FULL if drawn else kind
 
-    def _step(self, kind: SamplerKind, rows: int, longest: int, waiting: int) -> GraphKey:
+    def _step(
+        self, kind: SamplerKind, rows: int, longest: int, waiting: int, size: int = 0
+    ) -> GraphKey:
         if self._graphs is None:
-            self._advance(kind, rows, longest)
-            return kind, rows, longest
+            self._advance(kind, rows, longest, size)
+            return kind, rows, longest, size
         # A kernel reads lengths on the device; operators read a bucket of slots.
         reach = self._pages * PAGE_SIZE
         if not self.reads_lengths:
             reach = min(reach, 1 << max(longest - 1, 255).bit_length())
-        key = self._graph_for(kind, rows, reach, waiting)
+        key = self._graph_for(kind, rows, reach, waiting, size)
         if key not in self._graphs:
             self._captured.append(key)
         self._replay(key, lambda: self._advance(*key))
@@ -617,33 +716,42 @@ class ModelRunner:
         """Whether attention of steps is a kernel's, which knows of lengths what the device does."""
         return self.model.reads_lengths
 
-    def _graph_for(self, kind: SamplerKind, rows: int, reach: int, waiting: int) -> GraphKey:
+    def _graph_for(
+        self, kind: SamplerKind, rows: int, reach: int, waiting: int, size: int
+    ) -> GraphKey:
         able = [
             key
             for key in self._captured
-            if key[0] is kind and key[1] >= rows and key[2] >= reach and key[2] <= 2 * reach
+            if (key[0], key[3]) == (kind, size)
+            and key[1] >= rows
+            and key[2] >= reach
+            and key[2] <= 2 * reach
         ]
         found = min(able, key=lambda key: key[1:], default=None)
         if found is not None and found[1] <= max(WIDEST_STAND_IN * rows, rows + waiting):
             return found
         wanted = min(rows + waiting, self.max_rows)
-        bucket = next((size for size in ROW_BUCKETS if size >= wanted), self.max_rows)
-        return kind, min(bucket, self.max_rows), reach
+        bucket = next((each for each in ROW_BUCKETS if each >= wanted), self.max_rows)
+        return kind, min(bucket, self.max_rows), reach, size
 
-    def _advance(self, kind: SamplerKind, rows: int, longest: int) -> None:
+    def _advance(self, kind: SamplerKind, rows: int, longest: int, size: int) -> None:
         """One step of the first rows: feed their tokens, choose the next; those that are over
-        stay."""
+        stay. With a `size` the drafts behind them too."""
+        if size > 0:
+            self._verify(rows, longest, size)
+            return
         model, state = self.model, self.state
         buffers, ops = state.buffers(rows), model.row_ops(rows)
         pages = DecodePages(state.tables[:rows], buffers.slot, longest)
         hidden = model.decode_rows(buffers.token, buffers.position, self.cache, pages)
         if kind in LIKELIEST:
             model.decoder.next_tokens(hidden, ops, buffers, kind is SamplerKind.GREEDY)
+            state.remember(rows)
             return
         logits = model.decoder.logits(hidden, ops)
         if kind is SamplerKind.LOGITS:
             # Kept, so that a graph's memory for them is used for nothing else.
-            self._logits[kind, rows, longest] = logits
+            self._logits[kind, rows, longest, size] = logits
         else:
             self._choose(logits, kind)
 
@@ -653,6 +761,21 @@ class ModelRunner:
         buffers = self.state.buffers(rows)
         chosen = self.state.sampler.narrow(0, rows).sample(logits, buffers.step, kind, masks)
         self.model.row_ops(rows).advance_rows(chosen, buffers)
+        self.state.remember(rows)
+
+    def _verify(self, rows: int, longest: int, size: int) -> None:
+        model, state = self.model, self.state
+        buffers, drafts = state.buffers(rows), state.narrow_drafts(rows)
+        pages = DecodePages(state.tables[:rows], buffers.slot, longest)
+        fed = drafts.input_ids[:, :size].flatten()
+        hidden = model.decode_rows(fed, buffers.position, self.cache, pages)
+        ops = model.row_ops(rows * size)
+        logits = model.decoder.logits(hidden, ops)
+        if ops.verify_rows is not None:
+            ops.verify_rows(logits, buffers, drafts)
+            return
+        ngram.accept(logits.argmax(dim=-1).view(rows, size), buffers, drafts)
+        ngram.draft(buffers, drafts, longest + 1)
 
     def _encode(
         self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt], clock: EventTimer
@@ -844,8 +967,10 @@ def _row(sequence: ScheduledSequence) -> int:
 
 
 def _longest(sequences: Sequence[ScheduledSequence]) -> int:
-    """Tokens of the longest of them, the one that a step feeds included."""
-    return max(each.num_prompt_tokens + each.num_scheduled - 1 for each in sequences)
+    """Tokens of the longest of them at most, those that a step feeds included."""
+    return max(
+        each.num_prompt_tokens + each.num_scheduled + each.num_ahead - 1 for each in sequences
+    )
 
 
 def _penalised(prompt: RunnerPrompt) -> bool:

@@ -240,7 +240,7 @@ def test_graphs_of_both_halves_answer_so_too(checkpoint, engine, monkeypatch):
     monkeypatch.setattr(
         runner.ModelRunner,
         "__init__",
-        lambda self, *given: made(self, *given[:4], True, *given[5:]),
+        lambda self, *given, **named: made(self, *given[:4], True, *given[5:], **named),
     )
     with native(checkpoint) as other:
         generation = other._generation

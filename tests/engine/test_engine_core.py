@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks import many_requests
@@ -20,6 +23,7 @@ from qwencli.engine.layers import vision_tower
 from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.scheduler import Limits
+from qwencli.engine.spec_decode.policy import BatchDraftPolicy
 from qwencli.errors import (
     EngineError,
     InputError,
@@ -412,9 +416,70 @@ def test_a_lone_stream_beside_a_batch(limited):
     assert len([first, *results]) == 4
 
 
-@pytest.mark.parametrize(
-    "settings", [{"speculate": Speculate.AUTO}, {"attention": Attention.EAGER}]
+@pytest.fixture(scope="module")
+def speculating(checkpoint):
+    config = native_config(checkpoint("qwen3_vl"), speculate=Speculate.AUTO)
+    with NativeEngine(config) as loaded, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(native_engine.BATCH_LIMITS, "cpu", NARROW)
+        assert loaded.max_rows == 3
+        yield loaded
+
+
+# Words, how often they are said, new tokens, whether stop tokens count, a penalty, a seed of draws.
+asked = st.tuples(
+    st.sampled_from(["Tell me. ", "What? Why? ", "One"]),
+    st.integers(1, 12),
+    st.integers(1, 24),
+    st.booleans(),
+    st.sampled_from([1.0, 1.0, 1.0, 1.3]),
+    st.sampled_from([None, None, None, 3]),
 )
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.lists(asked, min_size=2, max_size=5), st.randoms(use_true_random=False))
+def test_steps_that_check_drafts_give_what_plain_ones_do(engine, speculating, asked, random):
+    """Of rows that join and leave, whatever sizes steps have; some rows cannot be drafted for."""
+    requests = []
+    for text, times, tokens, ignore_eos, penalty, seed in asked:
+        drawn = {} if seed is None else {"do_sample": None, "temperature": 1.0, "seed": seed}
+        settings = {"max_new_tokens": tokens, "repetition_penalty": penalty, **drawn}
+        requests.append(ask(text * times, ignore_eos=ignore_eos, **settings))
+    expected = [engine.generate(request) for request in requests]
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = (0, 1, 2, 4, 8)
+        choose = functools.partial(random.choice, sizes)
+        patch.setattr(BatchDraftPolicy, "next", lambda self, rows, texts: choose())
+        patch.setattr(BatchDraftPolicy, "learn", lambda *arguments: None)
+        found = list(generate_many(speculating, requests))
+    for one, other in zip(expected, found, strict=True):
+        assert other.token_ids == one.token_ids
+        assert (other.text, other.finish_reason) == (one.text, one.finish_reason)
+    assert pages_are_all_free(speculating) and not speculating.has_unfinished
+
+
+def test_drafts_that_are_right_save_steps_and_are_counted(speculating, monkeypatch):
+    sizes: list[int] = []
+    verifying = runner.ModelRunner.verify
+
+    def verify(self, sequences, size, waiting, clock):
+        sizes.append(size)
+        return verifying(self, sequences, size, waiting, clock)
+
+    monkeypatch.setattr(runner.ModelRunner, "verify", verify)
+    monkeypatch.setattr(BatchDraftPolicy, "next", lambda self, rows, texts: 4)
+    monkeypatch.setattr(BatchDraftPolicy, "learn", lambda *arguments: None)
+    requests = [ask("Tell me. " * n, max_new_tokens=40) for n in (3, 9)]
+    requests.append(ask("Drawn", do_sample=None, temperature=1.0, seed=1, max_new_tokens=3))
+    *greedy, drawn = generate_many(speculating, requests)
+    assert drawn.effective.speculate == "off: sampling" and drawn.speculation is None
+    accepted = [each.speculation.num_accepted for each in greedy]
+    assert min(accepted) > 5 and len(sizes) < 40
+    assert all(each.speculation.num_drafted >= each.speculation.num_accepted for each in greedy)
+    assert greedy[0].effective.speculate == "auto"
+
+
+@pytest.mark.parametrize("settings", [{"attention": Attention.EAGER}])
 def test_modes_without_batches_answer_one_after_the_other(checkpoint, settings):
     requests = [ask("One", max_new_tokens=3), ask("Two", max_new_tokens=8192), ask("Three")]
     with NativeEngine(native_config(checkpoint("qwen3"), **settings)) as loaded:

@@ -92,7 +92,7 @@ def test_rows_attend_as_with_plain_operators_in_float32(dtype, rows, heads, kv_h
             batch=rows,
             length=1,
             rope=[(cos, sin)],
-            slots=places if fused else decode_slots(tables, places),
+            slots=places if fused else decode_slots(tables, places[:, None]).flatten(),
             plan=AttentionPlan(0, None),
             cache=cache,
             attention=None,

@@ -181,11 +181,12 @@ class QuantizedPagedKVCache(PagedKVCache):
 
 @dataclass(frozen=True)
 class DecodePages:
-    """What one new token of each of B rows sees.
+    """What the newest tokens of each of B rows see.
 
     Args:
         tables: int32 [B, pages], of each row.
-        places: int64 [B], where in its sequence the new token is: what it sees ends with itself.
+        places: int64 [B], where in its sequence the first of them is: what each sees ends with
+            itself.
         longest: tokens of the longest row at most, itself included, as the host knows it.
     """
 

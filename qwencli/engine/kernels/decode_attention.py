@@ -11,8 +11,8 @@ instruction takes: the cache is read once for them. Further tokens are further p
 the same time, which find what they read in the second-level cache.
 
 The cache is a static one, whose rows are equally long, or a pool of pages, whose rows differ: each
-then has a slot, a position and a page table of its own, and takes one token a step. How many parts
-a row has depends on its length; programs of parts that it does not have end at once.
+then has a slot, a position and a page table of its own. How many parts a row has depends on its
+length; programs of parts that it does not have end at once.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def decode_attention_kernel(
     low = tl.arange(0, HALF)[None, :]
     full = tl.arange(0, D)[None, :]
     if PAGE > 0:
-        tl.static_assert(TOKENS == 1 and PAGE % BLOCK == 0)
+        tl.static_assert(PAGE % BLOCK == 0)
         slot_ptr += batch
         page_table_ptr += batch * table_stride
         # The part's first page if parts are short, on its way before it is known that they are.
@@ -151,7 +151,6 @@ def decode_attention_kernel(
         v_ptr = k_ptr + KVH * D
         k_scales_ptr = scales_ptr + head
         v_scales_ptr = k_scales_ptr + KVH
-        own_place = slot_places(slot, slot + 1, page_table_ptr, 1, PAGE)
         page_ptr = page_table_ptr + start // PAGE
         first_page = tl.load(page_ptr, mask=(part > SHORTEST) & (start < end), other=first_page)
     else:
@@ -159,7 +158,11 @@ def decode_attention_kernel(
         v_ptr = k_ptr + KVH * max_seq_len.to(tl.int64) * D
         k_scales_ptr = scales_ptr + (batch * 2 * KVH + head).to(tl.int64) * max_seq_len
         v_scales_ptr = k_scales_ptr + KVH * max_seq_len.to(tl.int64)
-        own_place = slot
+    own = tl.arange(0, 1 if TOKENS == 1 else 16)
+    own_places = slot.to(tl.int64) + own
+    if PAGE > 0:
+        own_page = tl.load(page_table_ptr + own_places // PAGE, mask=own < TOKENS, other=0)
+        own_places = own_page.to(tl.int64) * PAGE + own_places % PAGE
     if KV_IN_WORDS:
         k_words = key_words(k_ptr, start, end, D, BLOCK, WARPS)
         v_words = value_words(v_ptr, start, end, D, BLOCK, WARPS)
@@ -240,18 +243,10 @@ def decode_attention_kernel(
             key_low, key_high = norm_and_rotate(
                 new_low, new_high, k_gain_low, k_gain_high, cos, sin, eps, D, NORM
             )
-            if PAGE > 0:
-                own_scale = own_place * (SLOT // D)
-                key_low, key_high, new_v = store_new(
-                    key_low.to(TYPE), key_high.to(TYPE), new_v, tl.arange(0, 1), slot - slot,
-                    k_ptr + own_place * SLOT, v_ptr + own_place * SLOT, k_scales_ptr + own_scale,
-                    v_scales_ptr + own_scale, 1, D, KV_MAX,
-                )  # fmt: skip
-            else:
-                key_low, key_high, new_v = store_new(
-                    key_low.to(TYPE), key_high.to(TYPE), new_v, tl.arange(0, 1), slot,
-                    k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, 1, D, KV_MAX,
-                )  # fmt: skip
+            key_low, key_high, new_v = store_new(
+                key_low.to(TYPE), key_high.to(TYPE), new_v, own_places, tl.arange(0, 1) < 1,
+                k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, SLOT, D, KV_MAX,
+            )  # fmt: skip
             running_max = tl.sum(q_low * key_low.to(tl.float32), axis=1)
             running_max += tl.sum(q_high * key_high.to(tl.float32), axis=1)
             running_sum += 1.0
@@ -261,8 +256,9 @@ def decode_attention_kernel(
                 new_low, new_high, k_gain_low, k_gain_high, new_cos, new_sin, eps, D, NORM
             )
             key_low, key_high, new_v = store_new(
-                key_low.to(TYPE), key_high.to(TYPE), new_v, fresh, slot, k_ptr, v_ptr,
-                k_scales_ptr, v_scales_ptr, tl.where(query_tile == 0, TOKENS, 0), D, KV_MAX,
+                key_low.to(TYPE), key_high.to(TYPE), new_v, own_places,
+                fresh < tl.where(query_tile == 0, TOKENS, 0), k_ptr, v_ptr, k_scales_ptr,
+                v_scales_ptr, SLOT, D, KV_MAX,
             )  # fmt: skip
             seen = (fresh[None, :] <= token[:, None]) & (fresh < TOKENS)[None, :]
             running_max, running_sum, acc = attend_new(
@@ -385,12 +381,9 @@ def decode_attention_kernel(
 @triton.jit
 def slot_places(first, end, page_table_ptr, COUNT: tl.constexpr, PAGE: tl.constexpr):
     """Where COUNT slots of a sequence from `first` on, all of one page, are in the pool: int64
-    [COUNT], or one number; anywhere from `end` on."""
+    [COUNT]; anywhere from `end` on."""
     page = tl.load(page_table_ptr + first // PAGE, mask=first < end, other=0).to(tl.int64)
-    place = page * PAGE + first % PAGE
-    if COUNT > 1:
-        place += tl.arange(0, COUNT)
-    return place
+    return page * PAGE + first % PAGE + tl.arange(0, COUNT)
 
 
 @triton.jit

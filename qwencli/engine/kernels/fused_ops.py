@@ -191,6 +191,7 @@ class FusedOps:
             lm_head_rows=self.lm_head_rows,
             choose_likeliest=self.choose_likeliest,
             advance_rows=self.advance_rows,
+            verify_rows=self.verify_rows,
             activation_bits=activation_bits,
             dequantize=dequantize,
             qk_norm_rope_store=QkNormRopeStore(),
@@ -218,7 +219,7 @@ class FusedOps:
         return self._attend(qkv, layer, step, self._tiles)
 
     def attend_rows(self, qkv: Tensor, layer: Layer, step: Step) -> Tensor:
-        """`attend` of one token of each row over a pool of pages; any number of rows."""
+        """`attend` over a pool of pages; any number of rows."""
         return self._attend(qkv, layer, step, self.row_tiles_of(step.batch))
 
     def _attend(self, qkv: Tensor, layer: Layer, step: Step, tiles: AttentionTiles) -> Tensor:
@@ -356,6 +357,11 @@ class FusedOps:
         self._finish(self._best, rows, rows.limit, drawn=False)
 
     def choose_likeliest(self, logits: Tensor, rows: RowBuffers, with_penalty: bool) -> None:
+        best = self._likeliest(logits, rows, with_penalty)
+        self._finish(best, rows, rows.limit, drawn=False)
+
+    def _likeliest(self, logits: Tensor, rows: RowBuffers, with_penalty: bool) -> Tensor:
+        """The keys of the likeliest tokens by logits [N, V], int64 [N]."""
         count, vocab_size = logits.shape
         assert logits.stride(1) == 1, "the scores of a row side by side"
         best = self._best_of(count)
@@ -374,7 +380,7 @@ class FusedOps:
             BLOCK=LIKELIEST_BLOCK,
             **self._launch.options(LIKELIEST_WARPS),
         )
-        self._finish(best, rows, rows.limit, drawn=False)
+        return best
 
     def advance_rows(self, chosen: Tensor, rows: RowBuffers) -> None:
         self._finish(chosen, rows, rows.limit, drawn=True)
@@ -439,22 +445,35 @@ class FusedOps:
             sampling=sampling,
             input_ids=drafts.input_ids,
         )
-        verify_drafts_kernel[1,](
-            self._best,
-            sampling.token,
-            sampling.slot,
-            sampling.position,
-            sampling.step,
-            sampling.done,
-            sampling.stop_ids,
-            sampling.seen,
+        self._verify(self._best, len(hidden), sampling, drafts)
+
+    def verify_rows(self, logits: Tensor, rows: RowBuffers, drafts: Drafts) -> None:
+        best = self._likeliest(logits, rows, with_penalty=False)
+        self._verify(best, len(logits) // len(rows.token), rows, drafts)
+
+    def _verify(
+        self, best: Tensor, size: int, rows: RowBuffers | SamplingBuffers, drafts: Drafts
+    ) -> None:
+        count = len(rows.token)
+        stops = rows.stop_ids.numel() // count
+        verify_drafts_kernel[count,](
+            best,
+            rows.token,
+            rows.slot,
+            rows.position,
+            rows.step,
+            rows.done,
+            rows.stop_ids,
+            rows.seen,
             drafts.input_ids,
             drafts.ids,
             drafts.last_slot,
             drafts.verify_output,
-            SIZE=len(hidden),
-            STOPS=triton.next_power_of_2(sampling.stop_ids.numel()),
-            NUM_STOPS=sampling.stop_ids.numel(),
+            rows.seen.shape[-1],
+            drafts.ids.shape[-1],
+            SIZE=size,
+            STOPS=triton.next_power_of_2(stops),
+            NUM_STOPS=stops,
             NGRAM=LONGEST_NGRAM,
             BLOCK=2048,
             **self._launch.options(num_warps=8),

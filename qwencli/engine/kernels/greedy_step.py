@@ -107,18 +107,20 @@ def finish_token_kernel(
 
 @triton.jit
 def verify_drafts_kernel(
-    best_ptr,  # int64 [SIZE], see gemm_kernel
-    token_ptr,  # int64 [1]
-    slot_ptr,  # int64 [1]
-    position_ptr,  # int64 [1]
-    step_ptr,  # int64 [1]
-    done_ptr,  # bool [1]
-    stop_ids_ptr,  # int64 [NUM_STOPS], -1 where unused
-    seen_ptr,  # bool [V]
-    input_ids_ptr,  # int64 [9], see Drafts
-    token_ids_ptr,  # int32 [max_seq_len]
-    last_slot_ptr,  # int64 [1]
-    verify_output_ptr,  # int64 [10]
+    best_ptr,  # int64 [R, SIZE], see gemm_kernel
+    token_ptr,  # int64 [R]
+    slot_ptr,  # int64 [R]
+    position_ptr,  # int64 [R]
+    step_ptr,  # int64 [R]
+    done_ptr,  # bool [R]
+    stop_ids_ptr,  # int64 [R, NUM_STOPS], -1 where unused
+    seen_ptr,  # bool [R, V]
+    input_ids_ptr,  # int64 [R, 9], see Drafts
+    token_ids_ptr,  # int32 [R, token_ids_stride]
+    last_slot_ptr,  # int64 [R]
+    verify_output_ptr,  # int64 [R, 10]
+    V,
+    token_ids_stride,
     SIZE: tl.constexpr,
     STOPS: tl.constexpr,
     NUM_STOPS: tl.constexpr,
@@ -126,7 +128,20 @@ def verify_drafts_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`ngram.accept` of the best rows, and `ngram.draft` behind them. One program."""
+    """`ngram.accept` of the likeliest tokens, and `ngram.draft` behind them. A program a row."""
+    row = tl.program_id(0)
+    best_ptr += row * SIZE
+    token_ptr += row
+    slot_ptr += row
+    position_ptr += row
+    step_ptr += row
+    done_ptr += row
+    stop_ids_ptr += row * NUM_STOPS
+    seen_ptr += row.to(tl.int64) * V
+    input_ids_ptr += row * 9
+    token_ids_ptr += row.to(tl.int64) * token_ids_stride
+    last_slot_ptr += row
+    verify_output_ptr += row * 10
     index = tl.arange(0, 8)
     stop_index = tl.arange(0, STOPS)
     stop_ids = tl.load(stop_ids_ptr + stop_index, mask=stop_index < NUM_STOPS, other=-1)

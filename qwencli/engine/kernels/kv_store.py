@@ -13,22 +13,21 @@ def store_new(
     key_low,  # [R, D / 2], of the type that is computed with
     key_high,
     values,  # [R, D]
-    fresh,  # [R], 0, 1, ...; those from `count` on are not stored
-    slot,  # of the first
+    places,  # int64 [R], the slot of each
+    new,  # [R], which are stored
     k_ptr,
     v_ptr,
     k_scales_ptr,
     v_scales_ptr,
-    count,
+    SLOT: tl.constexpr,
     D: tl.constexpr,
     KV_MAX: tl.constexpr,
 ):
-    """Store new keys and values from `slot` on; returns them as those who attend later see them."""
+    """Store new keys and values, SLOT values from slot to slot; returns them as those who attend
+    later see them."""
     low = tl.arange(0, D // 2)[None, :]
     full = tl.arange(0, D)[None, :]
-    new = fresh < count
-    places = slot.to(tl.int64) + fresh
-    at = places[:, None] * D
+    at = places[:, None] * SLOT
     stored_low, stored_high, stored_values = key_low, key_high, values
     if KV_MAX > 0:
         largest = tl.maximum(tl.max(tl.abs(key_low), axis=1), tl.max(tl.abs(key_high), axis=1))
@@ -40,8 +39,9 @@ def store_new(
         stored_low = as_bytes(low_steps, KV_MAX)
         stored_high = as_bytes(high_steps, KV_MAX)
         stored_values = as_bytes(value_steps, KV_MAX)
-        tl.store(k_scales_ptr + places, k_scale, mask=new)
-        tl.store(v_scales_ptr + places, v_scale, mask=new)
+        scale_at = places * (SLOT // D)
+        tl.store(k_scales_ptr + scale_at, k_scale, mask=new)
+        tl.store(v_scales_ptr + scale_at, v_scale, mask=new)
         key_low = (low_steps * k_scale[:, None]).to(key_low.dtype)
         key_high = (high_steps * k_scale[:, None]).to(key_low.dtype)
         values = (value_steps * v_scale[:, None]).to(key_low.dtype)

@@ -187,8 +187,9 @@ class DecodeState:
     def _accept(self, logits: torch.Tensor, kind: SamplerKind, kv_len: int) -> None:
         assert self.drafts is not None, "callers looked"
         chosen = self.sampler.likeliest(logits, self.drafts.input_ids[: len(logits)], kind)
-        ngram.accept(chosen, self._sampling, self.drafts)
-        ngram.draft(self._sampling, self.drafts, kv_len)
+        rows, drafts = ngram.one_row(self._sampling, self.drafts)
+        ngram.accept(chosen[None], rows, drafts)
+        ngram.draft(rows, drafts, kv_len)
 
     def verify_masked(self, kind: SamplerKind, size: int, kv_len: int) -> None:
         """`verify` over the first `kv_len` slots, at least one more than the step can take."""

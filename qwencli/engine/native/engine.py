@@ -57,7 +57,7 @@ from qwencli.engine.resolve import (
     resolve_dtype,
 )
 from qwencli.engine.response import ResponseBuilder
-from qwencli.engine.spec_decode.decode_strategy import VERIFIERS, Speculator
+from qwencli.engine.spec_decode.decode_strategy import VERIFIERS, Speculator, batch_policy
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest
@@ -257,10 +257,9 @@ class NativeEngine(BaseEngine):
     def _make_queue(self) -> RequestQueue:
         """Rows that run together, where the modes of this engine are those that rows have."""
         cache, config = Cache(self.effective.cache), self.config
-        batches = (
-            cache in (Cache.STATIC, Cache.STATIC_GRAPH)
-            and config.speculate is Speculate.OFF
-            and config.attention in (Attention.AUTO, Attention.SDPA)
+        batches = cache in (Cache.STATIC, Cache.STATIC_GRAPH) and config.attention in (
+            Attention.AUTO,
+            Attention.SDPA,
         )
         if not batches:
             return super()._make_queue()
@@ -292,6 +291,7 @@ class NativeEngine(BaseEngine):
                 self.max_seq_len,
                 cache is Cache.STATIC_GRAPH,
                 self._generation.vision_cache,
+                with_drafts=config.speculate is not Speculate.OFF,
             )
         return EngineCore(
             self.files,
@@ -300,6 +300,7 @@ class NativeEngine(BaseEngine):
             replace(self.effective, attention="triton" if runner.reads_lengths else "sdpa"),
             self.load_s,
             self._prepared,
+            batch_policy(config.speculate),
         )
 
     def _prepared(

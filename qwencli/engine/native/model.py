@@ -330,25 +330,29 @@ class QwenModel:
     def decode_rows(
         self, tokens: torch.Tensor, positions: torch.Tensor, cache: PagedKVCache, pages: DecodePages
     ) -> torch.Tensor:
-        """Hidden states [B, hidden] of one more token of each of B rows; the body of a CUDA graph.
+        """Hidden states [B * S, hidden] of S more tokens of each of B rows; the body of a CUDA
+        graph.
 
         Args:
-            tokens, positions: int64 [B].
+            tokens: int64 [B * S], the S of a row side by side.
+            positions: int64 [B], rotary position of the first token of each row.
         """
         rope: Sequence[CosSin] | None = None
         slots, gained = pages.places, False
+        length = len(tokens) // len(positions)
         if self.batch_invariant:
             cos, sin = self._rope_of_rows(positions.expand(3, -1))
             rope = [(cos.transpose(0, 1), sin.transpose(0, 1))] * self._num_layers
-            slots = decode_slots(pages.tables, pages.places)
+            slots = decode_slots(pages.tables, pages.places[:, None]).flatten()
         elif self.step_ops.attend_rows is None:
             gained = self.step_ops is REFERENCE_OPS and self.decoder.head_gains is not None
-            at = positions[:, None]
+            ahead = torch.arange(length, device=self.device)
+            at = positions[:, None] + ahead
             rope = self._step_rope(at) if gained else [self._rows_of(at)] * self._num_layers
-            slots = decode_slots(pages.tables, pages.places)
+            slots = decode_slots(pages.tables, pages.places[:, None] + ahead).flatten()
         step = Step(
-            batch=len(tokens),
-            length=1,
+            batch=len(positions),
+            length=length,
             rope=rope,
             slots=slots,
             plan=AttentionPlan(0, None),

@@ -49,6 +49,11 @@ def kind_of(sampling: SamplingParams) -> SamplerKind:
     return SamplerKind.TOP_K if 0 < sampling.top_k <= TOP_K_CANDIDATES else SamplerKind.FULL
 
 
+def is_greedy(sampling: SamplingParams) -> bool:
+    """Whether a token is the likeliest, and nothing else: what drafts can be held to."""
+    return kind_of(sampling) is SamplerKind.ARGMAX
+
+
 def widest_kind(kinds: Iterable[SamplerKind]) -> SamplerKind:
     """The smallest kind that can express requests of all of `kinds`."""
     return max(kinds, key=list(SamplerKind).index)

@@ -166,7 +166,10 @@ class SamplingBuffers:
 @dataclass(frozen=True)
 class Drafts:
     """What a step that checks drafted tokens reads and writes beside `SamplingBuffers`, on the
-    device.
+    device; beside `RowBuffers`, R rows of each.
+
+    Who drafts is nobody's business but that of who writes `input_ids`: a step feeds them and
+    accepts those that the model would have chosen.
 
     Args:
         input_ids: int64 [MAX_VERIFY_TOKENS + 1], the last token chosen and the drafts of those
@@ -239,8 +242,8 @@ def attend_pages(
     place: QkNormRopeStoreFn = qk_norm_rope_store,
     rows: AttendFn | None = None,
 ) -> Tensor:
-    """`attend` of rows that share a pool of pages: one token each (by `rows`, if given), or prompts
-    side by side."""
+    """`attend` of rows that share a pool of pages: their newest tokens (by `rows`, if given), or
+    prompts side by side."""
     if rows is not None and isinstance(step.pages, DecodePages):
         return rows(qkv, layer, step)
     assert isinstance(step.cache, PagedKVCache), "pages come with their pool"
@@ -257,7 +260,7 @@ def attend_pages(
     scales = None
     if isinstance(step.cache, QuantizedPagedKVCache):
         scales = step.cache.scales[layer.index]
-    pool, q = step.cache.layers[layer.index], split[:, 0, : layer.num_heads]
+    pool, q = step.cache.layers[layer.index], split[:, :, : layer.num_heads]
     return paged_attention(q, pool, step.pages, scales)
 
 
@@ -352,10 +355,12 @@ class DecoderOps:
         dequantize: how products with more rows than a step has read quantized matrices.
         qk_norm_rope_store: how prompts do what is in front of attention. apply_rope: and vision
             towers, whose blocks end and begin with `add_norm`.
-        attend_rows: `attend` of one token of each row over a pool of pages, which reads on the
-            device how long each row is, and where. None = plain operators.
+        attend_rows: `attend` of the newest tokens of each row over a pool of pages, which reads on
+            the device how long each row is, and where. None = plain operators.
         lm_head_rows: `choose_likeliest` of up to `max_batch_rows` hidden states in place of
             `norm_head`. choose_likeliest, advance_rows: the end of steps of rows.
+        verify_rows: the end of a greedy step of S tokens a row, by logits [R * S, V]: as
+            `ngram.accept` and `ngram.draft`, which None stands for.
         swiglu: how many rows that share a pool of pages are activated.
         many_rows: products of prompts and of steps of more rows than `max_batch_rows`; None = with
             dequantized matrices.
@@ -380,6 +385,7 @@ class DecoderOps:
     lm_head_rows: Callable[[Tensor, RMSNorm, Matrix, RowBuffers, bool], None] | None = None
     choose_likeliest: Callable[[Tensor, RowBuffers, bool], None] = choose_likeliest
     advance_rows: Callable[[Tensor, RowBuffers], None] = advance_rows
+    verify_rows: Callable[[Tensor, RowBuffers, Drafts], None] | None = None
     swiglu: Callable[[Tensor], Tensor] = swiglu
     many_rows: Products | None = None
     max_batch_rows: int = 0
@@ -441,6 +447,7 @@ def paged_ops(step: DecoderOps, few: bool) -> DecoderOps:
         attend=attend,
         choose_likeliest=step.choose_likeliest,
         advance_rows=step.advance_rows,
+        verify_rows=step.verify_rows,
     )
     if step.many_rows is not None:
         return many

@@ -12,15 +12,15 @@ Tensor = torch.Tensor
 
 
 def decode_slots(tables: Tensor, places: Tensor) -> Tensor:
-    """The pool's slots, int64 [B], of the tokens at `places` (int64 [B]) of each row."""
-    pages = tables.gather(1, (places // PAGE_SIZE)[:, None]).squeeze(1)
+    """The pool's slots, int64 [B, S], of the tokens at `places` (int64 [B, S]) of each row."""
+    pages = tables.gather(1, places // PAGE_SIZE)
     return pages.to(torch.int64) * PAGE_SIZE + places % PAGE_SIZE
 
 
 def paged_attention(
     q: Tensor, pool: Tensor, pages: DecodePages, scales: Tensor | None = None
 ) -> Tensor:
-    """q [B, H, D] over the pages of `pool` [slots, 2 * KVH, D] -> [B, H * D].
+    """q [B, S, H, D] over the pages of `pool` [slots, 2 * KVH, D] -> [B * S, H * D].
 
     Gathers what every row might see up to the longest: the reference of the kernel, and what runs
     where there is none.
@@ -28,7 +28,7 @@ def paged_attention(
     Args:
         scales: float32 [slots, 2 * KVH], of a pool of int8 or fp8; None = it is not quantized.
     """
-    batch, heads, dim = q.shape
+    batch, length, heads, dim = q.shape
     kv_heads = pool.shape[1] // 2
     used = pages.tables[:, : pages_for(pages.longest)].to(torch.int64)
     stored = pool.view(-1, PAGE_SIZE, 2 * kv_heads, dim)
@@ -38,13 +38,19 @@ def paged_attention(
         scale = scales.view(-1, PAGE_SIZE, 2 * kv_heads)[used]
         seen = seen.to(q.dtype).mul_(scale.unsqueeze(-1))
     seen = seen.flatten(1, 2).transpose(1, 2)  # [B, 2 KVH, count * PAGE_SIZE, D]
-    hidden = torch.arange(seen.shape[2], device=q.device) > pages.places[:, None]
+    own = pages.places[:, None] + torch.arange(length, device=q.device)
+    hidden = torch.arange(seen.shape[2], device=q.device) > own[:, :, None]
     mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
-    mask = mask.masked_fill(hidden, float("-inf"))[:, None, None]
-    grouped = q.view(batch, kv_heads, heads // kv_heads, dim)
+    mask = mask.masked_fill(hidden, float("-inf"))[:, None]
+    group = heads // kv_heads
+    if length > 1:
+        mask = mask.repeat_interleave(group, 2)
+    # Queries of all tokens that share a key head: [B, KVH, S * group, D].
+    grouped = q.view(batch, length, kv_heads, group, dim).transpose(1, 2).flatten(2, 3)
     keys, values = seen.split_with_sizes((kv_heads,) * 2, dim=1)
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-    return out.reshape(batch, heads * dim)
+    out = out.view(batch, kv_heads, length, group, dim).transpose(1, 2)
+    return out.reshape(batch * length, heads * dim)
 
 
 def prompt_attention(q: Tensor, keys: Tensor, values: Tensor, packed: PackedPrompts) -> Tensor:

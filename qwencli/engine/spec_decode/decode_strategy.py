@@ -26,7 +26,7 @@ from qwencli.engine.native.decode_state import (
 )
 from qwencli.engine.native.sampler import SamplerKind
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
-from qwencli.engine.spec_decode.policy import DraftLengthPolicy, StepCosts
+from qwencli.engine.spec_decode.policy import BatchDraftPolicy, DraftLengthPolicy, StepCosts
 from qwencli.results import Speculation
 
 
@@ -117,6 +117,18 @@ VERIFIERS: Mapping[Cache, Callable[[DecodeState], Verifier]] = {
 AUTO_VERIFY_TOKENS = (1, 2, 4, MAX_VERIFY_TOKENS)
 
 
+def verify_sizes(speculate: Speculate) -> tuple[int, ...]:
+    """Tokens that a step may check."""
+    return AUTO_VERIFY_TOKENS if speculate is Speculate.AUTO else (1, 1 + int(speculate))
+
+
+def batch_policy(speculate: Speculate) -> BatchDraftPolicy | None:
+    """How rows that run together speculate; None = not at all."""
+    if speculate is Speculate.OFF:
+        return None
+    return BatchDraftPolicy(verify_sizes(speculate), speculate is Speculate.AUTO)
+
+
 class DecodeStrategy(Protocol):
     def begin(self, clock: EventTimer, first_slot: int, last_slot: int) -> None:
         """Prepare for a request whose first step feeds `first_slot`, and whose last token would
@@ -202,8 +214,7 @@ class Speculator:
     def __init__(self, verifier: Verifier, state: DecodeState, speculate: Speculate) -> None:
         assert speculate is not Speculate.OFF, "off has no speculator"
         self._verifier, self._state = verifier, state
-        self._adaptive = speculate is Speculate.AUTO
-        self._sizes = AUTO_VERIFY_TOKENS if self._adaptive else (1, 1 + int(speculate))
+        self._adaptive, self._sizes = speculate is Speculate.AUTO, verify_sizes(speculate)
         self._costs = StepCosts()
 
     def strategy(self) -> SpeculativeDecode:

@@ -8,7 +8,10 @@ Plain steps draft as well and see whether the first draft was right, so a text t
 itself is noticed without paying for it. But a host that is steps ahead of what it has read finds
 out late that it no longer does. So what such steps may lose is little at first and grows by what
 they win, as a sender's window does (slow start: Jacobson 1988, "Congestion avoidance and control").
-Knows neither models nor devices.
+Rows that run beside each other have a step's size in common: what is expected of it is the mean of
+theirs, and what it costs is measured for each number of rows.
+
+Knows neither models nor devices, nor who drafts.
 """
 
 from __future__ import annotations
@@ -30,6 +33,9 @@ GUESSED_COST = 1.5
 # Steps after which the cost of a size is known: the first ones are often slow.
 TIMED_STEPS = 8
 RECENT = 2 * TIMED_STEPS
+# Tokens of all rows together that a step of several checks at most: about as many as products with
+# the weights take beside one token at little more cost.
+MOST_VERIFIED = 32
 
 
 class StepCosts:
@@ -49,13 +55,49 @@ class StepCosts:
         """None for a size that has not run."""
         return min(self._recent[size]) if size in self._recent else None
 
+    def in_plain_steps(self, sizes: Sequence[int]) -> dict[int, float]:
+        """What a step of each size costs, ascending from 1, in plain ones, of which some ran."""
+        plain = self.seconds(1)
+        assert plain is not None, "callers looked"
+        costs = {1: 1.0}
+        cost = GUESSED_COST
+        for size in sizes[1:]:
+            # A step costs about as much as a smaller one: good enough to try one that is not known.
+            if self.known(size):
+                cost = (self.seconds(size) or 0.0) / plain
+            costs[size] = cost
+        return costs
+
+
+class Acceptance:
+    """How many drafts of one text were right of late."""
+
+    def __init__(self) -> None:
+        self._matched = self._tried = 0.0
+
+    def learn(self, size: int, num_matched: int) -> None:
+        """Of a step of `size` tokens `num_matched` drafts in a row were right; a plain step looks
+        at one."""
+        checked = max(size - 1, 1)
+        self._matched = FORGET * self._matched + num_matched
+        self._tried = FORGET * self._tried + min(num_matched + 1, checked)
+
+    def expected(self, size: int) -> float:
+        """Tokens of a step of `size`."""
+        right = min((self._matched + PRIOR_MATCHED) / (self._tried + PRIOR_DRAFTS), 1.0)
+        return float(sum(right**n for n in range(size)))
+
 
 class SpeculationBudget:
     """What steps of several tokens may lose, in the time of plain steps: a little to begin with and
-    for each token of the answer, and what they win."""
+    for each token of the answer, and what they win.
 
-    def __init__(self) -> None:
-        self._left = BUDGET
+    Args:
+        least: that is left when one whose price was not known has lost more than there was.
+    """
+
+    def __init__(self, least: float = 0.0) -> None:
+        self._left, self._least = BUDGET, least
         # The prices of those on their way: lost, until it is read what they gave.
         self._unread: deque[float] = deque()
 
@@ -67,7 +109,7 @@ class SpeculationBudget:
             self._unread.append(price)
         return covered
 
-    def answered(self, tokens: int) -> None:
+    def answered(self, tokens: float) -> None:
         self._add(BUDGET_A_TOKEN * tokens)
 
     def settle(self, won: float) -> None:
@@ -76,8 +118,7 @@ class SpeculationBudget:
         self._add(won)
 
     def _add(self, change: float) -> None:
-        # Not below nothing: one whose price was not known may have lost more.
-        self._left = min(max(self._left + change, 0.0), MAX_BUDGET)
+        self._left = min(max(self._left + change, self._least), MAX_BUDGET)
 
 
 class DraftLengthPolicy:
@@ -92,7 +133,7 @@ class DraftLengthPolicy:
     def __init__(self, sizes: Sequence[int], adaptive: bool, costs: StepCosts) -> None:
         assert sizes[0] == 1, "a plain step is what the others are measured by"
         self.all, self._adaptive, self._costs = sizes, adaptive, costs
-        self._matched = self._tried = 0.0
+        self._acceptance = Acceptance()
         self._budget = SpeculationBudget()
         self._steps: Counter[int] = Counter()
         self._tokens = 0
@@ -103,8 +144,8 @@ class DraftLengthPolicy:
             return 1
         if not self._adaptive:
             return self.all[-1]
-        costs = self._in_plain_steps(plain)
-        best = max(self.all, key=lambda size: (self._expected(size) / costs[size], -size))
+        costs, expected = self._costs.in_plain_steps(self.all), self._acceptance.expected
+        best = max(self.all, key=lambda size: (expected(size) / costs[size], -size))
         return best if best > 1 and self._budget.covers(costs[best] - 1) else 1
 
     def learn(self, size: int, num_matched: int, num_accepted: int, seconds: float) -> None:
@@ -115,15 +156,12 @@ class DraftLengthPolicy:
             num_accepted: tokens that it gave the answer.
         """
         self._costs.add(size, seconds)
-        checked = max(size - 1, 1)
-        self._matched = FORGET * self._matched + num_matched
-        self._tried = FORGET * self._tried + min(num_matched + 1, checked)
+        self._acceptance.learn(size, num_matched)
         self._steps[size] += 1
         self._tokens += num_accepted
         self._budget.answered(num_accepted)
         if self._adaptive and size > 1:
-            plain = self._costs.seconds(1) or seconds
-            self._budget.settle(num_accepted - self._in_plain_steps(plain)[size])
+            self._budget.settle(num_accepted - self._costs.in_plain_steps(self.all)[size])
 
     def result(self) -> Speculation:
         plain = self._costs.seconds(1)
@@ -136,18 +174,63 @@ class DraftLengthPolicy:
             gain = self._tokens * plain / seconds if seconds > 0 else None
         return Speculation(drafted, self._tokens - self._steps.total(), gain)
 
-    def _in_plain_steps(self, plain: float) -> dict[int, float]:
-        """What a step of each size costs, in plain ones of `plain` seconds."""
-        costs = {1: 1.0}
-        cost = GUESSED_COST
-        for size in self.all[1:]:
-            # A step costs about as much as a smaller one: good enough to try one that is not known.
-            if self._costs.known(size):
-                cost = (self._costs.seconds(size) or 0.0) / plain
-            costs[size] = cost
-        return costs
 
-    def _expected(self, size: int) -> float:
-        """Tokens of a step of `size`."""
-        right = min((self._matched + PRIOR_MATCHED) / (self._tried + PRIOR_DRAFTS), 1.0)
-        return float(sum(right**n for n in range(size)))
+class BatchDraftPolicy:
+    """Chooses the sizes of steps of several rows.
+
+    Args:
+        sizes, adaptive: see `DraftLengthPolicy`.
+    """
+
+    def __init__(self, sizes: Sequence[int], adaptive: bool) -> None:
+        assert sizes[0] == 1, "a plain step is what the others are measured by"
+        self._sizes, self._adaptive = sizes, adaptive
+        self._costs: dict[int, StepCosts] = {}
+        # What all rows lose is paid back before it is tried again.
+        self._budget = SpeculationBudget(least=-MAX_BUDGET)
+
+    def next(self, rows: int, texts: Sequence[Acceptance]) -> int:
+        """Tokens that the next step checks of each row; 1 only looks whether drafts are right, 0
+        does not even that: the rows are too many.
+
+        Args:
+            rows: that the step runs, at least as many as `texts`, which take part.
+        """
+        rows = _bucket(rows)
+        able = [size for size in self._sizes if size * rows <= MOST_VERIFIED]
+        if len(able) < 2:
+            return 0
+        costs = self._costs.setdefault(rows, StepCosts())
+        if not costs.known(1):
+            return 1
+        if not self._adaptive:
+            return able[-1]
+        prices = costs.in_plain_steps(able)
+
+        def gain(size: int) -> float:
+            return sum(text.expected(size) for text in texts) / len(texts) / prices[size]
+
+        best = max(able, key=lambda size: (gain(size), -size))
+        return best if best > 1 and self._budget.covers(prices[best] - 1) else 1
+
+    def learn(self, rows: int, size: int, num_accepted: float, seconds: float | None) -> None:
+        """A step of `size` tokens a row gave `num_accepted` a row that was not over; 0 where all
+        were.
+
+        Args:
+            seconds: that it took; None where something else ran beside it.
+        """
+        costs = self._costs[_bucket(rows)]
+        if seconds is not None:
+            costs.add(size, seconds)
+        self._budget.answered(num_accepted)
+        if self._adaptive and size > 1:
+            cost = costs.in_plain_steps(self._sizes)[size]
+            if seconds is not None and not costs.known(size):
+                cost = seconds / (costs.seconds(1) or seconds)
+            self._budget.settle(num_accepted - cost if num_accepted else 0.0)
+
+
+def _bucket(rows: int) -> int:
+    """Numbers of rows whose steps take about as long are one."""
+    return 1 << (rows - 1).bit_length()

@@ -58,6 +58,7 @@ OF_MANY_ROWS = (
     "likeliest_kernel",
     "quantize_rows_kernel",
     "tiled_gemm_kernel",
+    "verify_drafts_kernel",
 )
 CPU = torch.device("cpu")
 LOOP = re.compile(r"^(\$L__BB\w+):(.*?)\bbra(?:\.uni)?\s+\1;", re.MULTILINE | re.DOTALL)
@@ -155,8 +156,22 @@ def steps_of_rows(model: QwenModel, rows: int) -> None:
     token, position, place = (torch.zeros(rows, dtype=torch.int64) for _ in range(3))
     pages = DecodePages(torch.ones(rows, 1, dtype=torch.int32), place, 1)
     hidden = model.decode_rows(token, position, cache, pages)
-    buffers = RowState(rows, 1, len(model.decoder.embedding), 1, CPU).buffers(rows)
-    model.decoder.next_tokens(hidden, model.row_ops(rows), buffers, rows > 1)
+    vocab_size = len(model.decoder.embedding)
+    state = RowState(rows, 1, vocab_size, 1, CPU)
+    model.decoder.next_tokens(hidden, model.row_ops(rows), state.buffers(rows), rows > 1)
+
+
+def verification_of_rows(model: QwenModel, rows: int, size: int) -> None:
+    """A step that checks drafts, but for its products."""
+    cache, ops = model.paged_cache(2), model.row_ops(rows * size)
+    position, place = (torch.zeros(rows, dtype=torch.int64) for _ in range(2))
+    pages = DecodePages(torch.ones(rows, 1, dtype=torch.int32), place, 1)
+    model.decode_rows(torch.zeros(rows * size, dtype=torch.int64), position, cache, pages)
+    vocab_size = len(model.decoder.embedding)
+    state = RowState(rows, 1, vocab_size, 1, CPU, with_drafts=True)
+    assert ops.verify_rows is not None, "kernels have it"
+    logits = torch.zeros(rows * size, vocab_size)
+    ops.verify_rows(logits, state.buffers(rows), state.narrow_drafts(rows))
 
 
 def products_of_rows(about: dict[str, Any]) -> None:
@@ -196,6 +211,9 @@ def many_rows_for(config: dict[str, Any], capability: int) -> None:
             for rows in (8, 16) if kv is None else (8,):
                 about |= {"rows": rows, "kv": kv}
                 steps_of_rows(model, rows)
+            about |= {"tokens": 4, "rows": 2}
+            verification_of_rows(model, 2, 4)
+            about["tokens"] = 1
         about["kv"] = None
         products_of_rows(about)
         hidden, gain = torch.zeros(16, 1152, dtype=half), torch.ones(1152, dtype=half)

@@ -6,36 +6,37 @@ import torch
 from hypothesis import given, settings
 
 from qwencli.engine.kernels.greedy_step import NOTHING_CHOSEN, verify_drafts_kernel
-from qwencli.engine.spec_decode.ngram import LONGEST_NGRAM, MAX_VERIFY_TOKENS
-from tests.engine.spec_decode.test_ngram import Case, buffers, cases, check, num_matched_of
+from qwencli.engine.spec_decode.ngram import LONGEST_NGRAM
+from tests.engine.spec_decode.test_ngram import Case, check_rows, rows_of, several
 
 
 @settings(max_examples=60)
-@given(cases())
-def test_the_kernel_accepts_and_drafts_the_same(case: Case) -> None:
-    sampling, drafts = buffers(case)
-    size = len(case.chosen)
-    best = torch.full((MAX_VERIFY_TOKENS,), NOTHING_CHOSEN)
-    best[:size] = (7 << 32) | (0xFFFFFFFF - torch.tensor(case.chosen))
-    verify_drafts_kernel[1,](
+@given(several)
+def test_the_kernel_accepts_and_drafts_the_same(step: list[Case]) -> None:
+    rows, drafts = rows_of(step)
+    chosen = torch.tensor([case.chosen for case in step])
+    best = (7 << 32) | (0xFFFFFFFF - chosen)
+    verify_drafts_kernel[len(step),](
         best,
-        sampling.token,
-        sampling.slot,
-        sampling.position,
-        sampling.step,
-        sampling.done,
-        sampling.stop_ids,
-        sampling.seen,
+        rows.token,
+        rows.slot,
+        rows.position,
+        rows.step,
+        rows.done,
+        rows.stop_ids,
+        rows.seen,
         drafts.input_ids,
         drafts.ids,
         drafts.last_slot,
         drafts.verify_output,
-        SIZE=size,
+        rows.seen.shape[1],
+        drafts.ids.shape[1],
+        SIZE=chosen.shape[1],
         STOPS=4,
         NUM_STOPS=3,
         NGRAM=LONGEST_NGRAM,
         BLOCK=16,
         PDL=False,
     )
-    check(case, sampling, drafts, num_matched_of(case))
-    assert best.tolist() == [NOTHING_CHOSEN] * MAX_VERIFY_TOKENS
+    check_rows(step, rows, drafts)
+    assert (best == NOTHING_CHOSEN).all()

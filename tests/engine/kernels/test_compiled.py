@@ -69,6 +69,7 @@ def test_kernels_of_many_rows_fit_the_card(request: pytest.FixtureRequest, card:
         "likeliest_kernel",
         "quantize_rows_kernel",
         "tiled_gemm_kernel",
+        "verify_drafts_kernel",
     } == {kernel["kernel"] for kernel in found}
     products = [kernel for kernel in found if kernel["kernel"] == "tiled_gemm_kernel"]
     formats = {kernel["quantization"] for kernel in products}

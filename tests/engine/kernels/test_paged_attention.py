@@ -73,29 +73,35 @@ def shape_of(heads: int, kv_heads: int, dim: int) -> TextShape:
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    ("rows", "heads", "kv_heads", "dim", "processors", "kv"),
+    ("rows", "size", "heads", "kv_heads", "dim", "processors", "kv"),
     [
-        (1, 4, 2, 64, 64, None),
-        (2, 5, 1, 128, 64, None),
-        (3, 14, 2, 64, 1, None),
-        (8, 8, 1, 128, 1, None),
-        (9, 4, 1, 64, 64, None),
-        (33, 2, 1, 32, 1, None),
-        (2, 8, 2, 64, 64, Scheme.INT8),
-        (3, 4, 1, 128, 1, Scheme.FP8),
+        (1, 1, 4, 2, 64, 64, None),
+        (2, 1, 5, 1, 128, 64, None),
+        (3, 1, 14, 2, 64, 1, None),
+        (8, 1, 8, 1, 128, 1, None),
+        (9, 1, 4, 1, 64, 64, None),
+        (33, 1, 2, 1, 32, 1, None),
+        (2, 1, 8, 2, 64, 64, Scheme.INT8),
+        (3, 1, 4, 1, 128, 1, Scheme.FP8),
+        (1, 4, 4, 2, 64, 64, None),
+        (2, 8, 5, 1, 64, 64, None),
+        (3, 2, 14, 2, 32, 1, None),
+        (8, 4, 2, 1, 64, 1, None),
+        (3, 4, 4, 1, 64, 64, Scheme.INT8),
+        (2, 2, 4, 1, 64, 1, Scheme.FP8),
     ],
 )
 def test_rows_of_any_length_attend_as_with_plain_operators(
-    rows, heads, kv_heads, dim, processors, kv
+    rows, size, heads, kv_heads, dim, processors, kv
 ):
     """From the projection to the result, the new keys and values in the pool included. The last of
-    several rows is a released one."""
+    several rows is a released one. New tokens lie on both sides of a page's border."""
     shape = shape_of(heads, kv_heads, dim)
     contexts = torch.tensor([CONTEXTS[(row + rows) % len(CONTEXTS)] for row in range(rows)])
     free = PagePool(1 + rows * TABLE)
     tables = torch.full((rows, TABLE), SCRATCH_PAGE, dtype=torch.int32)
     for row, context in enumerate(contexts.tolist()):
-        taken = free.allocate(pages_for(context + 1))
+        taken = free.allocate(pages_for(context + size))
         assert taken is not None
         tables[row, : len(taken)] = torch.tensor(taken[::-1])
     if rows > 1:
@@ -109,7 +115,8 @@ def test_rows_of_any_length_attend_as_with_plain_operators(
     own = FusedOps(shape, table, torch.float32, CPU)
     own.row_tiles_of = lambda rows: attention_tiles(kv_heads, processors, True, rows)
     num_pages = 1 + rows * TABLE
-    qkv = drawn(rows, (heads + 2 * kv_heads) * dim)
+    qkv = drawn(rows * size, (heads + 2 * kv_heads) * dim)
+    ahead = torch.arange(size)
     old = drawn(num_pages * PAGE_SIZE, 2 * kv_heads, dim, seed=2)
     found = []
     for fused in (False, True):
@@ -117,18 +124,19 @@ def test_rows_of_any_length_attend_as_with_plain_operators(
         if kv is not None:
             cache = QuantizedPagedKVCache(shape, num_pages, torch.float32, CPU, kv)
         cache.write(0, old[None], torch.arange(len(old)), 0)
-        cos, sin = (each[:, None, None] for each in table[positions].unbind(1))
+        turns = table[positions[:, None] + ahead]
+        cos, sin = (each[:, :, None] for each in turns.unbind(2))
         step = Step(
             batch=rows,
-            length=1,
+            length=size,
             rope=[(cos, sin)],
-            slots=contexts if fused else decode_slots(tables, contexts),
+            slots=decode_slots(tables, contexts[:, None] + ahead).flatten(),
             plan=AttentionPlan(0, None),
             cache=cache,
             attention=cast(AttentionFunction, None),
             ops=decoder_ops.REFERENCE_OPS,
             positions=positions,
-            pages=DecodePages(tables, contexts, 1 + max(CONTEXTS)),
+            pages=DecodePages(tables, contexts, size + max(CONTEXTS)),
         )
         attend = own.attend_rows if fused else attend_pages
         for _ in range(2):  # nothing is left that a second layer would find

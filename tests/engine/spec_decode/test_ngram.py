@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwencli.engine.ops.decoder_ops import Drafts, SamplingBuffers
+from qwencli.engine.ops.next_tokens import RowBuffers
 from qwencli.engine.spec_decode import ngram
 from qwencli.engine.spec_decode.ngram import LONGEST_NGRAM, MAX_VERIFY_TOKENS
 
@@ -30,9 +31,8 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, size: int) -> Case:
     words = st.integers(0, WORDS - 1)
-    size = draw(st.integers(1, MAX_VERIFY_TOKENS))
     drafts = draw(st.lists(words, min_size=MAX_VERIFY_TOKENS, max_size=MAX_VERIFY_TOKENS))
     right = draw(st.integers(0, size))
     chosen = drafts[:right] + draw(
@@ -70,6 +70,53 @@ def buffers(case: Case) -> tuple[SamplingBuffers, Drafts]:
         seen=seen,
         penalty=torch.tensor(1.0),
     ), drafts
+
+
+# Rows of one step.
+several = st.integers(1, MAX_VERIFY_TOKENS).flatmap(
+    lambda size: st.lists(cases(size), min_size=1, max_size=3)
+)
+
+
+def rows_of(step: list[Case]) -> tuple[RowBuffers, Drafts]:
+    """The buffers of all cases, a row each."""
+    sampling, drafts = zip(*map(buffers, step), strict=True)
+    made = [ngram.one_row(*pair) for pair in zip(sampling, drafts, strict=True)]
+
+    def together(which: int, name: str) -> torch.Tensor:
+        return torch.cat([getattr(pair[which], name).view(1, -1) for pair in made])
+
+    def flat(which: int, name: str) -> torch.Tensor:
+        return together(which, name).flatten()
+
+    columns = ("token", "slot", "position", "step", "limit", "done", "penalty")
+    rows = {name: flat(0, name) for name in columns}
+    rows |= {name: together(0, name) for name in ("stop_ids", "seen")}
+    return RowBuffers(**rows), Drafts(
+        together(1, "input_ids"),
+        together(1, "ids"),
+        flat(1, "last_slot"),
+        together(1, "verify_output"),
+    )
+
+
+def check_rows(step: list[Case], rows: RowBuffers, drafts: Drafts) -> None:
+    for row, case in enumerate(step):
+        own = slice(row, row + 1)
+        sampling = SamplingBuffers(
+            token=rows.token[own],
+            slot=rows.slot[own],
+            position=rows.position[own],
+            step=rows.step[own],
+            done=rows.done[own],
+            stop_ids=rows.stop_ids[own].t(),
+            seen=rows.seen[row],
+            penalty=rows.penalty[own],
+        )
+        own_drafts = Drafts(
+            drafts.input_ids[row], drafts.ids[row], drafts.last_slot[own], drafts.verify_output[row]
+        )
+        check(case, sampling, own_drafts, num_matched_of(case))
 
 
 def taken_from(case: Case) -> list[int]:
@@ -122,12 +169,12 @@ def num_matched_of(case: Case) -> int:
 
 
 @settings(max_examples=300)
-@given(cases())
-def test_what_is_accepted_and_drafted(case: Case) -> None:
-    sampling, drafts = buffers(case)
-    ngram.accept(torch.tensor(case.chosen), sampling, drafts)
-    ngram.draft(sampling, drafts, int(sampling.slot) + 1)
-    check(case, sampling, drafts, num_matched_of(case))
+@given(several)
+def test_what_is_accepted_and_drafted(step: list[Case]) -> None:
+    rows, drafts = rows_of(step)
+    ngram.accept(torch.tensor([case.chosen for case in step]), rows, drafts)
+    ngram.draft(rows, drafts, int(rows.slot.max()) + 1)
+    check_rows(step, rows, drafts)
 
 
 def test_a_text_that_repeats_is_drafted_beyond_its_end() -> None:
