@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import pickle
 import signal
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
+from qwencli.commands.caption_set import manner_of
+from qwencli.commands.options import RunOptions, ShapeOptions
+from qwencli.config import EngineConfig, SamplingOptions
+from qwencli.dataset.asking import Asking
 from qwencli.dataset.devices import named_devices
+from qwencli.dataset.sources import Listing
+from qwencli.dataset.worker import Orders
 from qwencli.errors import DeviceError, UsageError
+from qwencli.models.resolve import resolve_model
 from tests.dataset.conftest import captions
 from tests.dataset.test_killed import done_of, finish, start, wait_for
 
@@ -127,6 +137,21 @@ def test_workers_end_with_the_process_that_started_them(pictures):
         process.kill()
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert not alive
+
+
+@pytest.mark.parametrize("schema", [None, "boxes"])
+def test_orders_are_the_same_in_another_process(schema):
+    shape = ShapeOptions(schema=schema)
+    if schema is None:
+        words = {"starts_with": "A", "prefix": "sks {dir}", "ban": ["cat"], "replace": ["a=b"]}
+        shape = ShapeOptions(**words, language="en", max_caption_tokens=20)
+    where = Listing(Path())
+    manner = manner_of(shape, RunOptions(), None, None)
+    asking = Asking(manner, where, SamplingOptions(), functools.partial(where.open, frames=4))
+    sent = Orders(EngineConfig(model=resolve_model("scenes", offline=True)), asking, 3)
+    got = pickle.loads(pickle.dumps(sent))
+    assert got.config == sent.config
+    assert got.asking.manner.settings() == manner.settings()
 
 
 def test_device_and_devices(pictures, caption, capsys):
