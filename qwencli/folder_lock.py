@@ -79,7 +79,8 @@ class FolderLock:
 
 def _cannot_write(folder: Path, error: OSError, elsewhere: str) -> OutputError:
     return OutputError(
-        f"{folder} cannot be written: {error.strerror}", f"choose another {elsewhere}"
+        f"{folder} cannot be written: {error.strerror}",
+        f"free space, change its permissions, or choose another {elsewhere}",
     )
 
 

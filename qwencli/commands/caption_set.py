@@ -294,7 +294,13 @@ def _overlay_folder(
 ) -> Path | None:
     if not manner.boxes or overlay == "none":
         return None
-    return default if overlay is None else Path(overlay)
+    if overlay is None:
+        return default
+    folder = Path(overlay)
+    there = next((each for each in (folder, *folder.parents) if each.exists()), folder)
+    if there.exists() and not there.is_dir():
+        raise UsageError(f"--overlay {overlay}: {there} is a file", "name a folder, or none")
+    return folder
 
 
 def _extension(chosen: SetOptions, manner: Manner) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from qwencli.config import SamplingOptions
 from qwencli.dataset import boxes
 from qwencli.dataset.guards import (
+    CHANGES,
     DEFAULT_RETRIES,
     Answer,
     Fault,
@@ -27,7 +28,7 @@ from qwencli.dataset.pipeline import Stages, Task
 from qwencli.dataset.prompting import PromptSet, Question, Template, picture_fields, read_hints
 from qwencli.dataset.shape import Shape, TokenCount
 from qwencli.dataset.sources import Item, Listing, Slot
-from qwencli.errors import InputError
+from qwencli.errors import CaptionError, InputError
 from qwencli.messages import GenerationRequest, Message, VisualPart, user_message
 from qwencli.results import GenerationResult
 
@@ -195,7 +196,7 @@ class Asking:
         room = self.max_seq_len - asked.num_prompt_tokens - _REMINDER_TOKENS
         return replace(sampling, max_new_tokens=max(1, min(longer, room)))
 
-    def fault(self, task: Task, result: GenerationResult) -> str | None:
+    def fault(self, task: Task, result: GenerationResult) -> CaptionError | None:
         """What is wrong with an answer; None where `caption` has one to write."""
         slot = task.slot
         asked = self._asked[slot]
@@ -214,7 +215,13 @@ class Asking:
             self._faults[slot] = found
             if task.attempt >= self.manner.retries:
                 self._forget(slot)
-            return str(found)
+            advice = CHANGES[found.kind].advice
+            if found.kind is FaultKind.TRUNCATED and self.manner.schema is not None:
+                advice += " or a schema with bounds"
+            # Of pictures that are named themselves nothing is kept that could be tried again.
+            return CaptionError(
+                f"{task.item.key}: {found}", f"try {advice}; in a folder with --retry-failed"
+            )
         if self.manner.boxes:
             size, resized = result.image_sizes[0], result.resized_sizes[0]
             found = boxes.in_pixels(found, size, resized, self._box_grid)

@@ -35,6 +35,7 @@ _ON_THE_WAY = 16
 # How often one looks whether the user wants to stop, and how long a worker may take to leave.
 _LOOK_EVERY_S, _LEAVING_S = 0.2, 30.0
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
+_DEVICE_OPTION = re.compile(r"--device\b")
 
 
 def named_devices(named: str) -> tuple[str, ...]:
@@ -60,6 +61,14 @@ def named_devices(named: str) -> tuple[str, ...]:
                 f"--devices: {each!r} is no device", "write all, or such as cuda:0,cuda:1"
             )
     return tuple(f"{each}:0" if each == "cuda" else each for each in devices)
+
+
+def as_named(error: QwenCliError) -> QwenCliError:
+    """A worker's error, with the option that named its device here."""
+    if not isinstance(error, DeviceError):
+        return error
+    message, hint = (_DEVICE_OPTION.sub("--devices", each) for each in (error.message, error.hint))
+    return DeviceError(message, hint)
 
 
 def on_device(orders: Orders, device: str, devices: Sequence[str]) -> Orders:
@@ -213,7 +222,7 @@ class DeviceWorkers:
                     self._say(f"{worker.device}: {warning}")
             elif isinstance(message, QwenCliError):
                 if worker.ready is None:
-                    raise message
+                    raise as_named(message)
                 worker.error = message
             else:
                 task = replace(message.task, attempt=0)

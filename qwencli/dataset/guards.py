@@ -324,25 +324,30 @@ class Change:
         repetition_penalty: added for each attempt.
         longer: the longest answer is multiplied by this for each attempt.
         reminder: a sentence after the prompt; `{language}` and `{words}` are filled in.
+        advice: what the user may change where no attempt was good.
     """
 
     warmer: float = 0.2
     repetition_penalty: float = 0.0
     longer: float = 1.0
     reminder: str = ""
+    advice: str = "another --prompt, --seed or --model"
 
 
 _ALONE = "Answer with the caption alone, without an introduction or a closing remark."
+_LONGER = "more --max-new-tokens"
 CHANGES: Mapping[FaultKind, Change] = {
     FaultKind.EMPTY: Change(),
-    FaultKind.THINKING: Change(longer=2.0),
+    FaultKind.THINKING: Change(longer=2.0, advice=_LONGER),
     FaultKind.REFUSAL: Change(reminder="Describe only what can be seen in the picture."),
     FaultKind.LOOP: Change(repetition_penalty=0.08),
     FaultKind.PREAMBLE: Change(reminder=_ALONE),
     FaultKind.CLOSING: Change(reminder=_ALONE),
     FaultKind.LANGUAGE: Change(reminder="Answer in {language}."),
-    FaultKind.TRUNCATED: Change(warmer=0.0, longer=2.0),
-    FaultKind.TOO_LONG: Change(reminder="Use short sentences."),
+    FaultKind.TRUNCATED: Change(warmer=0.0, longer=2.0, advice=_LONGER),
+    FaultKind.TOO_LONG: Change(
+        reminder="Use short sentences.", advice="a larger --max-caption-tokens"
+    ),
     FaultKind.BANNED: Change(reminder="Do not use these words: {words}."),
     FaultKind.SCHEMA: Change(longer=1.5),
 }

@@ -82,13 +82,13 @@ class Failed:
 Outcome = Captioned | Failed
 
 
-def no_answer(task: Task, result: GenerationResult) -> str | None:
+def no_answer(task: Task, result: GenerationResult) -> CaptionError | None:
     """The least that a guard asks for: an answer with something in it."""
     if result.text.strip():
         return None
     if result.thoughts is not None:
-        return "the model thought and gave no answer"
-    return "the answer is empty"
+        return CaptionError(f"{task.item.key}: the model thought and gave no answer")
+    return CaptionError(f"{task.item.key}: the answer is empty")
 
 
 def as_it_is(task: Task, text: str) -> str:
@@ -109,7 +109,7 @@ class Stages:
 
     open: Callable[[Item], VisualPart]
     ask: Callable[[Task, VisualPart], GenerationRequest]
-    fault: Callable[[Task, GenerationResult], str | None] = no_answer
+    fault: Callable[[Task, GenerationResult], CaptionError | None] = no_answer
     shape: Callable[[Task, str], str] = as_it_is
     attempts: int = 1
 
@@ -252,7 +252,7 @@ def _judged(
     if fault is not None:
         if task.attempt + 1 < stages.attempts:
             return None
-        return Failed(task, CaptionError(f"{task.item.key}: {fault}", "try --retry-failed"))
+        return Failed(task, fault)
     try:
         caption = stages.shape(task, result.text)
     except ITEM_ERRORS as error:

@@ -17,10 +17,10 @@ from qwencli.commands.caption_set import manner_of
 from qwencli.commands.options import RunOptions, ShapeOptions
 from qwencli.config import EngineConfig, SamplingOptions
 from qwencli.dataset.asking import Asking
-from qwencli.dataset.devices import named_devices
+from qwencli.dataset.devices import as_named, named_devices
 from qwencli.dataset.sources import Listing
 from qwencli.dataset.worker import Orders
-from qwencli.errors import DeviceError, UsageError
+from qwencli.errors import DeviceError, ModelError, UsageError
 from qwencli.models.resolve import resolve_model
 from tests.dataset.conftest import captions
 from tests.dataset.test_killed import done_of, finish, start, wait_for
@@ -177,3 +177,12 @@ def test_names_of_devices(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(DeviceError, match="no NVIDIA GPU"):
         named_devices("all")
+
+
+def test_a_device_that_is_not_there_is_told_of_by_the_option_that_named_it():
+    told = as_named(DeviceError("--device cuda: no driver", "use --device cpu, or --devices cpu"))
+    assert isinstance(told, DeviceError)
+    assert told.message == "--devices cuda: no driver"
+    assert told.hint == "use --devices cpu, or --devices cpu"
+    other = ModelError("--device is not its matter")
+    assert as_named(other) is other

@@ -248,11 +248,35 @@ def test_an_overlay_that_cannot_be_written_is_told_and_captions_stay(
     caption, engine, pictures, tmp_path, capsys
 ):
     engine.answer = lambda request: json.dumps([box(0, 0, 500, 500)])
-    folder, place = pictures("a.png"), tmp_path / "file"
-    place.write_text("")
+    folder, place = pictures("a.png"), tmp_path / "place"
+    (place / "a.png").mkdir(parents=True)
     assert caption(folder, "--schema", "boxes", "--overlay", place) == 1
     assert "cannot be written" in capsys.readouterr().err
     assert list(captions(folder, "*.json")) == ["a.json"]
+
+
+@pytest.mark.parametrize("below", ["", "deeper/still"])
+def test_an_overlay_folder_that_is_a_file_is_refused_before_the_model_is_loaded(
+    caption, engine, pictures, tmp_path, capsys, below
+):
+    folder, place = pictures("a.png"), tmp_path / "file"
+    place.write_text("")
+    for named in (folder, folder / "a.png"):
+        assert caption(named, "--schema", "boxes", "--overlay", place / below) == 2
+        assert "file is a file (name a folder, or none)" in capsys.readouterr().err
+    assert captions(folder, "*.json") == {} and engine.answered == 0
+
+
+def test_a_named_picture_whose_answers_are_cut_off_says_what_to_change(
+    caption, pictures, asked, schema, capsys
+):
+    asked('{"kind": "ca...')
+    picture = pictures("a.png") / "a.png"
+    assert caption(picture, "--schema", schema, "--retries", 0) == 1
+    assert (
+        "(try more --max-new-tokens or a schema with bounds; in a folder with --retry-failed)"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
