@@ -53,8 +53,7 @@ HOST_PHASES = (
     ("core", "_take_prepared", "take_prepared"),
     ("scheduler", "schedule", "schedule"),
     ("runner", "rearrange", "rearrange"),
-    ("runner", "_encode", "vision"),
-    ("runner", "_pack", "pack"),
+    ("vision", "encode", "vision"),
     ("runner", "prefill", "prefill"),
     ("runner", "decode", "decode"),
     ("core", "_read", "answers"),
@@ -119,7 +118,12 @@ class Phases:
     @contextmanager
     def watching(self, core: Any) -> Iterator[None]:
         """While the block runs, the engine's phases are timed."""
-        holders = {"core": core, "scheduler": core._scheduler, "runner": core._runner}
+        holders = {
+            "core": core,
+            "scheduler": core._scheduler,
+            "runner": core._runner,
+            "vision": core._runner.vision,
+        }
         undo: list[Callable[[], None]] = []
 
         def wrap(holder: Any, method: str, name: str) -> None:

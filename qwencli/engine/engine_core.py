@@ -29,6 +29,7 @@ from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.native.memory_plan import captions_that_fit
 from qwencli.engine.native.sampler import is_greedy
+from qwencli.engine.prompt_batch import RunnerPrompt
 from qwencli.engine.request import (
     Batch,
     PromptChunk,
@@ -39,7 +40,7 @@ from qwencli.engine.request import (
     request_of,
 )
 from qwencli.engine.response import ResponseBuilder
-from qwencli.engine.runner import ModelRunner, RunnerPrompt, TokenCopy, Unsampled, VerifyCopy
+from qwencli.engine.runner import ModelRunner, TokenCopy, Unsampled, VerifyCopy
 from qwencli.engine.scheduler import Scheduler
 from qwencli.engine.spec_decode.policy import Acceptance, BatchDraftPolicy
 from qwencli.errors import EngineError, InputError, OutOfMemoryError, QwenCliError
@@ -310,7 +311,9 @@ class EngineCore:
         assert index is not None, "the scheduler has one in mind"
         active.began = clock.mark() if active.began is None else active.began
         try:
-            done = self._runner.encode_some(active.prompt, index, limits.max_prefill_tokens, clock)
+            done = self._runner.vision.encode_some(
+                active.prompt, index, limits.max_prefill_tokens, clock
+            )
         except Exception as error:
             if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
                 raise  # the device is lost, for all of them

@@ -8,51 +8,43 @@ serves a bucket of rows; rows that nothing uses run along, writing to a page tha
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from qwencli.config import SamplingParams
 from qwencli.engine.cache.paged_kv import (
     PAGE_SIZE,
-    SCRATCH_PAGE,
     DecodePages,
-    PackedPrompts,
     pages_for,
 )
 from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.constrained import TokenMatcher, fill_masks
 from qwencli.engine.device_memory import upload
 from qwencli.engine.event_timer import EventTimer, Mark
-from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
 from qwencli.engine.frontend.preprocess import Visual
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.graphs import GraphRunner, Pass, RepeatedShapes
 from qwencli.engine.layers.decoder import DeepStack
-from qwencli.engine.layers.vision_tower import PIECE, VisionFeatures, VisionPass, join_features
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
 from qwencli.engine.native.prompt_inputs import PromptPositions, lay_out
 from qwencli.engine.native.sampler import (
     LIKELIEST,
-    Sampler,
     SamplerKind,
-    TokenMasks,
     kind_of,
     masked,
     widest_kind,
 )
-from qwencli.engine.ops.decoder_ops import Drafts
-from qwencli.engine.ops.next_tokens import RowBuffers
+from qwencli.engine.prompt_batch import PackedBatch, PromptVisual, RunnerPrompt, pack_prompts
 from qwencli.engine.request import PromptChunk
 from qwencli.engine.request import Sequence as ScheduledSequence
+from qwencli.engine.row_state import RowState
 from qwencli.engine.spec_decode import ngram
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
+from qwencli.engine.vision_batch import BatchVision
 from qwencli.errors import InputError
-from qwencli.models.shapes import ModelShape
 
 Tensor = torch.Tensor
 
@@ -63,82 +55,6 @@ ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 WIDEST_STAND_IN = 4
 # Layouts of prompts that are kept, and the longest of those.
 LAYOUTS_KEPT, LAYOUT_TOKENS = 32, 4096
-
-
-@dataclass
-class PromptVisual:
-    """A picture or video of a prompt.
-
-    Args:
-        digest: of its content. first: which of the prompt's image tokens is its first.
-        patches: dropped once it is encoded. ready: when they are there, where another stream than
-            the model's makes them. features: from the first chunk on that needs them.
-        encoding: of a large one, as far as steps have brought it.
-    """
-
-    grid: tuple[int, int, int]
-    digest: bytes
-    first: int
-    num_tokens: int
-    patches: Tensor | None
-    ready: torch.cuda.Event | None = None
-    features: VisionFeatures | None = None
-    encoding: VisionPass | None = None
-
-    def features_of(self, low: int, high: int) -> VisionFeatures:
-        """Those of the prompt's image tokens from `low` to `high` that are its own."""
-        assert self.features is not None, "encoded with the first chunk that needs it"
-        own = slice(max(low - self.first, 0), high - self.first)
-        layers = self.features.deepstack
-        return VisionFeatures(self.features.embeds[own], tuple(layer[own] for layer in layers))
-
-
-@dataclass
-class RunnerPrompt:
-    """A request's prompt as the runner needs it, on the host but for pictures.
-
-    Args:
-        ids: int64 [S]. visuals: in the order of their tokens; none once the prompt is through.
-        vision: start and end of each run of the vision tower that its pictures were in.
-        first_mask: the tokens that the answer may begin with, int32 [1, ceil(V/32)]; None = all.
-    """
-
-    ids: Tensor
-    layout: PromptPositions
-    visuals: Sequence[PromptVisual]
-    sampling: SamplingParams
-    stop_ids: Sequence[int]
-    vision: list[tuple[Mark, Mark]] = field(default_factory=list)
-    first_mask: Tensor | None = None
-
-    @property
-    def next_position(self) -> int:
-        return len(self.ids) + self.layout.delta
-
-    def image_tokens(self, start: int, stop: int) -> tuple[int, int]:
-        """Which of the prompt's image tokens are among its tokens from `start` to `stop`."""
-        low, high = torch.searchsorted(
-            self.layout.visual_places, torch.tensor([start, stop])
-        ).tolist()
-        return low, high
-
-    @property
-    def large_visuals(self) -> list[tuple[int, int, int]]:
-        """See `Sequence`."""
-        places = self.layout.visual_places
-        return [
-            (int(places[each.first]), int(places[each.first + each.num_tokens - 1]) + 1, index)
-            for index, each in enumerate(self.visuals)
-            if math.prod(each.grid) > PIECE
-        ]
-
-    def visuals_of(self, low: int, high: int) -> list[PromptVisual]:
-        """Those that have image tokens from `low` to `high`."""
-        return [
-            visual
-            for visual in self.visuals
-            if visual.first < high and visual.first + visual.num_tokens > low
-        ]
 
 
 @dataclass
@@ -204,195 +120,6 @@ class Unsampled:
     kind: SamplerKind
 
 
-class RowState:
-    """Buffers of R rows on the device.
-
-    `token` is the last token chosen, `slot` its place in its sequence, `position` its rotary
-    position, `step` how many tokens the row has chosen and `limit` how many it may, int64 [R] all;
-    `done` [R] whether it is over. `stop_ids` int64 [R, MAX_STOP_TOKENS], -1 where unused. `tables`
-    int32 [R, pages]: the pages of each row.
-
-    Args:
-        with_drafts: whether steps may check drafted tokens too.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        pages: int,
-        vocab_size: int,
-        max_steps: int,
-        device: torch.device,
-        with_drafts: bool = False,
-    ) -> None:
-        def column() -> Tensor:
-            return torch.zeros(rows, dtype=torch.int64, device=device)
-
-        self.token, self.slot, self.position, self.step, self.limit = (column() for _ in range(5))
-        self.done = torch.ones(rows, dtype=torch.bool, device=device)
-        self.stop_ids = torch.full((rows, MAX_STOP_TOKENS), -1, dtype=torch.int64, device=device)
-        self.tables = torch.full((rows, pages), SCRATCH_PAGE, dtype=torch.int32, device=device)
-        self.sampler = Sampler(vocab_size, max_steps, device, rows)
-        self.drafts: Drafts | None = None
-        if with_drafts:
-            # Those that were wrong are written behind the last token too.
-            self.drafts = ngram.empty_drafts(max_steps + 1 + MAX_VERIFY_TOKENS, device, rows)
-        self._masks: TokenMasks | None = None
-        self._held: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def masks(self) -> TokenMasks:
-        """What rows may choose where some are held to a schema; made when it is first asked for."""
-        if self._masks is None:
-            rows, vocab_size = self.sampler.seen.shape
-            self._masks = TokenMasks(rows, vocab_size, self.slot.device)
-        return self._masks
-
-    def begin(
-        self,
-        rows: Sequence[int],
-        prompts: Sequence[RunnerPrompt],
-        pages: Sequence[Sequence[int]],
-        ids: Sequence[Tensor],
-    ) -> Tensor:
-        """Set up rows whose prompts were just run; returns them on the device.
-
-        Args:
-            ids: each prompt's tokens, on the device where there is a repetition penalty.
-        """
-        table = torch.full((len(rows), 4 + MAX_STOP_TOKENS), -1)
-        width = max(len(each) for each in pages)
-        page_table = torch.full((len(rows), width), SCRATCH_PAGE)
-        for line, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-            limit = prompt.sampling.max_new_tokens
-            table[line, :4] = torch.tensor([row, len(prompt.ids), prompt.next_position, limit])
-            table[line, 4 : 4 + len(prompt.stop_ids)] = torch.tensor(prompt.stop_ids)
-            page_table[line, : len(pages[line])] = torch.tensor(pages[line])
-        sent, sent_pages = upload([table, page_table], self.slot.device)
-        places, slot, position, limits = sent[:, :4].unbind(1)
-        self.slot.index_copy_(0, places, slot)
-        self.position.index_copy_(0, places, position)
-        self.limit.index_copy_(0, places, limits)
-        self.step.index_fill_(0, places, 0)
-        self.stop_ids.index_copy_(0, places, sent[:, 4:])
-        self.tables.index_fill_(0, places, SCRATCH_PAGE)
-        self.tables[:, :width].index_copy_(0, places, sent_pages.to(torch.int32))
-        self.sampler.begin_rows(rows, [prompt.sampling for prompt in prompts], ids)
-        if self.drafts is not None:
-            self.drafts.last_slot.index_copy_(0, places, slot + limits - 1)
-            for row, text in zip(
-                rows, upload([prompt.ids for prompt in prompts], self.slot.device), strict=True
-            ):
-                self.drafts.ids[row, : len(text)].copy_(text)
-        return places
-
-    def sample_first(
-        self, logits: Tensor, rows: Sequence[int], places: Tensor, kinds: Sequence[SamplerKind]
-    ) -> None:
-        """Choose the first tokens of rows from the prompts' logits [n, V]."""
-        if widest_kind(kinds) is SamplerKind.ARGMAX:
-            chosen = logits.argmax(dim=-1)
-        else:
-            chosen = torch.cat(
-                [
-                    self.sampler.narrow(row, 1).sample(
-                        logits[line : line + 1], self.step[row : row + 1], kinds[line]
-                    )
-                    for line, row in enumerate(rows)
-                ]
-            )
-        self.token.index_copy_(0, places, chosen)
-        ended = (chosen[:, None] == self.stop_ids.index_select(0, places)).any(dim=1)
-        self.step.index_fill_(0, places, 1)
-        self.done.index_copy_(0, places, ended | (self.limit.index_select(0, places) <= 1))
-        self.remember(self.max_rows)
-
-    @property
-    def max_rows(self) -> int:
-        return len(self.token)
-
-    def remember(self, count: int) -> None:
-        """Add the last tokens of the first rows to the texts that drafts come from, if any do."""
-        if self.drafts is not None:
-            token, drafts = self.token[:count, None], self.narrow_drafts(count)
-            drafts.ids.scatter_(1, self.slot[:count, None], token.to(torch.int32))
-            drafts.input_ids[:, :1].copy_(token)
-
-    def narrow_drafts(self, count: int) -> Drafts:
-        """The drafts of the first rows, in the same memory."""
-        assert self.drafts is not None, "the engine made room for them"
-        return Drafts(*(getattr(self.drafts, each.name)[:count] for each in fields(self.drafts)))
-
-    def hold(self, rows: Sequence[int]) -> None:
-        """Keep rows where they are until `resume`: they are run beside others, and must not choose
-        a token yet."""
-        (places,) = upload([torch.tensor(rows)], self.slot.device)
-        self._held = places, self.done.index_select(0, places)
-        self.done.index_fill_(0, places, True)
-
-    def resume(self) -> None:
-        if self._held is not None:
-            self.done.index_copy_(0, *self._held)
-            self._held = None
-
-    def release(self, rows: Sequence[int]) -> None:
-        """Make rows harmless whose pages belong to others from now on."""
-        (places,) = upload([torch.tensor(rows)], self.slot.device)
-        self.tables.index_fill_(0, places, SCRATCH_PAGE)
-        self.slot.index_fill_(0, places, 0)
-        self.position.index_fill_(0, places, 0)
-        self.done.index_fill_(0, places, True)
-
-    def move(self, moves: Sequence[tuple[int, int]]) -> None:
-        """Copy rows to others, (from, to)."""
-        sources, places = upload(
-            [torch.tensor(side) for side in zip(*moves, strict=True)], self.slot.device
-        )
-        for state in (
-            self.token,
-            self.slot,
-            self.position,
-            self.step,
-            self.limit,
-            self.done,
-            self.stop_ids,
-            self.tables,
-        ):
-            state.index_copy_(0, places, state.index_select(0, sources))
-        self.sampler.move(sources, places)
-        if self.drafts is not None:
-            for each in fields(self.drafts):
-                state = getattr(self.drafts, each.name)
-                state.index_copy_(0, places, state.index_select(0, sources))
-
-    def buffers(self, count: int) -> RowBuffers:
-        """What the end of a step reads and writes of the first rows, in the same memory."""
-        return RowBuffers(
-            token=self.token[:count],
-            slot=self.slot[:count],
-            position=self.position[:count],
-            step=self.step[:count],
-            limit=self.limit[:count],
-            done=self.done[:count],
-            stop_ids=self.stop_ids[:count],
-            seen=self.sampler.seen[:count],
-            penalty=self.sampler.penalty[:count],
-        )
-
-
-@dataclass
-class _Packed:
-    """The tensors of some prompt chunks side by side, on the device."""
-
-    ids: Tensor
-    positions: Tensor
-    slots: Tensor
-    places: Tensor
-    prompts: PackedPrompts
-    features: VisionFeatures | None
-    last: Tensor = field(repr=False)
-
-
 class ModelRunner:
     """One model with a pool of pages and the state of its rows.
 
@@ -412,7 +139,7 @@ class ModelRunner:
         vision_cache: VisionCache,
         with_drafts: bool = False,
     ) -> None:
-        self.model, self.max_rows, self._vision_cache = model, max_rows, vision_cache
+        self.model, self.max_rows = model, max_rows
         self.cache = model.paged_cache(num_pages)
         vocab_size = model.shape.text.vocab_size
         # Drafts that are wrong have a place behind the last token, which is no sequence's page.
@@ -428,6 +155,7 @@ class ModelRunner:
             self._shapes = RepeatedShapes(
                 self._graphs, lambda: torch.cuda.mem_get_info(model.device)[0]
             )
+        self.vision = BatchVision(model, vision_cache, self._pass, graphs)
         self._captured: list[GraphKey] = []
         # What steps of kind LOGITS computed, by key: [rows, V].
         self._logits: dict[GraphKey, Tensor] = {}
@@ -518,8 +246,8 @@ class ModelRunner:
         self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt], clock: EventTimer
     ) -> TokenCopy | None:
         """Run chunks of prompts; returns the first tokens of those that are through, if any."""
-        self._encode(chunks, prompts, clock)
-        packed = self._pack(chunks, prompts)
+        self.vision.encode(chunks, prompts, clock)
+        packed = pack_prompts(self.model, chunks, prompts)
         through = [index for index, chunk in enumerate(chunks) if chunk.is_last]
         logits = self._run_packed(packed)
         if not through:
@@ -549,7 +277,7 @@ class ModelRunner:
             prompt.visuals = ()
         return self._copy(sequences, max(rows) + 1, clock)
 
-    def _run_packed(self, packed: _Packed) -> Tensor:
+    def _run_packed(self, packed: PackedBatch) -> Tensor:
         """All layers over packed prompts; logits [n, V] of the last tokens of those that end."""
         # What stays with a graph: nothing of these prompts but their lengths.
         like, features, behind = packed.prompts, packed.features, packed.prompts.slots
@@ -734,7 +462,7 @@ class ModelRunner:
         bucket = next((each for each in ROW_BUCKETS if each >= wanted), self.max_rows)
         return kind, min(bucket, self.max_rows), reach, size
 
-    def _advance(self, kind: SamplerKind, rows: int, longest: int, size: int) -> None:
+    def _advance(self, kind: SamplerKind, rows: int, longest: int, size: int = 0) -> None:
         """One step of the first rows: feed their tokens, choose the next; those that are over
         stay. With a `size` the drafts behind them too."""
         if size > 0:
@@ -777,153 +505,6 @@ class ModelRunner:
         ngram.accept(logits.argmax(dim=-1).view(rows, size), buffers, drafts)
         ngram.draft(buffers, drafts, longest + 1)
 
-    def _encode(
-        self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt], clock: EventTimer
-    ) -> None:
-        """Have the features of all pictures in these chunks; those that are new are encoded
-        together."""
-        wanted = [
-            (prompt, visual)
-            for chunk, prompt in zip(chunks, prompts, strict=True)
-            for visual in prompt.visuals_of(*prompt.image_tokens(chunk.start, chunk.stop))
-            if visual.features is None
-        ]
-        if not wanted:
-            return
-        ran: dict[int, tuple[Mark, Mark]] = {}
-
-        def encode(missing: list[int]) -> list[VisionFeatures]:
-            start = clock.mark()
-            made = self._encode_together([wanted[index][1] for index in missing])
-            span = start, clock.mark()
-            ran.update({id(wanted[index][0]): span for index in missing})
-            return made
-
-        found = self._vision_cache.features([visual.digest for _, visual in wanted], encode)
-        for (prompt, visual), features in zip(wanted, found, strict=True):
-            visual.features, visual.patches = features, None
-            if id(prompt) in ran:
-                prompt.vision.append(ran.pop(id(prompt)))
-
-    @torch.inference_mode()
-    def encode_some(self, prompt: RunnerPrompt, index: int, tokens: int, clock: EventTimer) -> bool:
-        """Bring a large picture some blocks further, which take about as long as so many tokens of
-        a prompt; returns whether its features are there."""
-        visual, tower = prompt.visuals[index], self.model.vision
-        assert tower is not None and visual.patches is not None, "it is not encoded yet"
-        found = self._vision_cache.get(visual.digest)
-        if found is None:
-            start = clock.mark()
-            if visual.encoding is None:
-                patches = self._received(visual)
-                visual.encoding = tower.begin(patches, tower.prepare(patches, [visual.grid]))
-            blocks = blocks_worth(self.model.shape, math.prod(visual.grid), tokens)
-            made = visual.encoding.advance(blocks)
-            prompt.vision.append((start, clock.mark()))
-            if made is None:
-                return False
-            (found,) = self._vision_cache.features([visual.digest], lambda _: [made])
-        visual.features, visual.patches, visual.encoding = found, None, None
-        return True
-
-    def _received(self, visual: PromptVisual) -> Tensor:
-        """A picture's patches on the device."""
-        assert visual.patches is not None, "they are there until it is encoded"
-        if visual.ready is not None:  # made on another stream, whose memory it goes back to
-            stream = torch.cuda.current_stream(self.model.device)
-            stream.wait_event(visual.ready)
-            visual.patches.record_stream(stream)
-        return visual.patches.to(self.model.device)
-
-    def _encode_together(self, visuals: Sequence[PromptVisual]) -> list[VisionFeatures]:
-        """Run the vision tower over pictures of any sizes, packed; one by one where no result may
-        depend on what else is there."""
-        invariant = self.model.batch_invariant
-        if invariant and len(visuals) > 1:
-            return [self._encode_together([visual])[0] for visual in visuals]
-        patches = []
-        for visual in visuals:
-            # Libraries look at where in memory a matrix begins: a copy of it begins like any other.
-            patches.append(self._received(visual).to(self.model.dtype, copy=invariant))
-        together = patches[0] if len(patches) == 1 else torch.cat(patches)
-        grids, tower = tuple(each.grid for each in visuals), self.model.vision
-        assert tower is not None, "a text model has no pictures"
-
-        def make() -> Pass:
-            ready = tower.prepare(together, grids)
-
-            def work(given: Sequence[Tensor]) -> Sequence[Tensor]:
-                made = tower.run(given[0], ready)
-                return made.embeds, *made.deepstack
-
-            return work
-
-        layers = self._pass(("pictures", grids), [together], make)
-        sizes = [visual.num_tokens for visual in visuals]
-        if len(visuals) == 1 and self._shapes is None:
-            return [VisionFeatures(layers[0], tuple(layers[1:]))]
-        # Copies: one picture that is kept must not hold the memory of all, nor a graph's.
-        parts = zip(*(layer.split_with_sizes(sizes) for layer in layers), strict=True)
-        return [
-            VisionFeatures(embeds.clone(), tuple(layer.clone() for layer in deepstack))
-            for embeds, *deepstack in parts
-        ]
-
-    def _pack(self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt]) -> _Packed:
-        ids, positions, slots, places, seen = [], [], [], [], []
-        features: list[VisionFeatures] = []
-        starts, context_starts, last = [0], [0], []
-        behind = any(chunk.start > 0 for chunk in chunks)
-        for chunk, prompt in zip(chunks, prompts, strict=True):
-            start, stop, first = chunk.start, chunk.stop, starts[-1]
-            own = _slots_of(chunk.sequence.pages, stop)
-            ids.append(prompt.ids[start:stop])
-            positions.append(prompt.layout.positions[:, start:stop])
-            slots.append(own[start:])
-            if behind:
-                seen.append(own)
-            low, high = prompt.image_tokens(start, stop)
-            if high > low:
-                places.append(prompt.layout.visual_places[low:high] - start + first)
-                features += [each.features_of(low, high) for each in prompt.visuals_of(low, high)]
-            starts.append(first + stop - start)
-            context_starts.append(context_starts[-1] + stop)
-            if chunk.is_last:
-                last.append(starts[-1] - 1)
-        none = torch.zeros(0, dtype=torch.int64)
-        host = [
-            torch.cat(ids),
-            torch.cat(positions, 1),
-            torch.cat(slots),
-            torch.cat(places) if places else none,
-            torch.cat(seen) if seen else none,
-            torch.tensor(starts),
-            torch.tensor(context_starts),
-            torch.tensor(last, dtype=torch.int64),
-        ]
-        if self.model.batch_invariant:
-            seen_pages = [chunk.sequence.pages[: pages_for(chunk.stop)] for chunk in chunks]
-            tables = [torch.tensor(pages) for pages in seen_pages]
-            host.append(pad_sequence(tables, True, SCRATCH_PAGE))
-        sent = upload(host, self.model.device)
-        return _Packed(
-            ids=sent[0],
-            positions=sent[1],
-            slots=sent[2],
-            places=sent[3],
-            prompts=PackedPrompts(
-                lengths=[chunk.stop - chunk.start for chunk in chunks],
-                contexts=[chunk.start for chunk in chunks],
-                starts=sent[5].to(torch.int32),
-                context_starts=sent[6].to(torch.int32),
-                slots=sent[4] if behind else None,
-                flash=self.model.flash_decode,
-                tables=sent[8].to(torch.int32) if self.model.batch_invariant else None,
-            ),
-            features=join_features(features) if features else None,
-            last=sent[7],
-        )
-
     def _copy(
         self,
         sequences: Sequence[ScheduledSequence],
@@ -947,20 +528,6 @@ class ModelRunner:
         return TokenCopy(tuple(sequences), places, tokens, clock.mark())
 
 
-def blocks_worth(shape: ModelShape, patches: int, tokens: int) -> int:
-    """Blocks of the vision tower over one picture that take about as long as the decoder takes for
-    so many tokens; one at least. Attention is taken to run at half the speed of products."""
-    tower, text = shape.vision, shape.text
-    assert tower is not None, "only models with a tower have pictures"
-    width = tower.hidden_size
-    ups = 3 if tower.gated_mlp else 2
-    block = patches * (4 * width**2 + ups * width * tower.intermediate_size)
-    block += 2 * 2 * patches**2 * width
-    layer = 2 * text.q_size + 2 * text.kv_size + 3 * text.intermediate_size
-    worth: int = tokens * text.num_layers * text.hidden_size * layer // block
-    return max(1, worth)
-
-
 def _row(sequence: ScheduledSequence) -> int:
     assert sequence.row is not None, "only sequences that run are given to the runner"
     return sequence.row
@@ -975,10 +542,3 @@ def _longest(sequences: Sequence[ScheduledSequence]) -> int:
 
 def _penalised(prompt: RunnerPrompt) -> bool:
     return prompt.sampling.repetition_penalty != 1.0
-
-
-def _slots_of(pages: Sequence[int], count: int) -> Tensor:
-    """The pool's slots of the first `count` tokens of a sequence, int64."""
-    offsets = torch.arange(PAGE_SIZE)
-    used = torch.tensor(pages[: pages_for(count)])
-    return (used[:, None] * PAGE_SIZE + offsets).flatten()[:count]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks import many_requests
 from qwencli.config import Attention, Cache, EngineName, KVDType, SamplingOptions, Speculate
-from qwencli.engine import engine_core, runner, scheduler
+from qwencli.engine import engine_core, prompt_batch, runner, scheduler, vision_batch
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.client import generate_many
 from qwencli.engine.graphs import RepeatedShapes
@@ -196,8 +196,8 @@ def test_large_pictures_run_beside_the_rows_that_run(limited, monkeypatch):
     limited._forget()
     depth = limited._model.vision.shape.depth
     monkeypatch.setattr(vision_tower, "PIECE", 32)
-    monkeypatch.setattr(runner, "PIECE", 32)
-    monkeypatch.setattr(runner, "blocks_worth", lambda *others: 1)
+    monkeypatch.setattr(prompt_batch, "PIECE", 32)
+    monkeypatch.setattr(vision_batch, "blocks_worth", lambda *others: 1)
     steps, scheduling = [], scheduler.Scheduler.schedule
 
     def schedule(self):
@@ -308,7 +308,7 @@ def test_failures_that_nobody_foresaw_are_those_of_one_request(limited, monkeypa
     good = ask("Well?", images=[picture()], max_new_tokens=4)
     expected = limited.generate(good).token_ids
     taking = engine_core.EngineCore._take
-    encoding = runner.ModelRunner._encode_together
+    encoding = vision_batch.BatchVision._encode_together
     limited._forget()
 
     def cannot_be_opened():
@@ -325,7 +325,7 @@ def test_failures_that_nobody_foresaw_are_those_of_one_request(limited, monkeypa
         return taking(self, active, token, mark)
 
     monkeypatch.setattr(engine_core.EngineCore, "_take", take)
-    monkeypatch.setattr(runner.ModelRunner, "_encode_together", encode)
+    monkeypatch.setattr(vision_batch.BatchVision, "_encode_together", encode)
     broken = [cannot_be_opened, ask(images=[picture(128, 96)]), ask(max_new_tokens=5)]
     results = list(generate_many(limited, [good, *broken, good, good]))
     assert [each.token_ids for each in (results[0], *results[4:])] == [expected] * 3

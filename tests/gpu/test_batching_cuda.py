@@ -27,7 +27,8 @@ from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.ops.decoder_ops import REFERENCE_OPS, RMSNorm, Step, attend_pages
 from qwencli.engine.ops.paged_attention import decode_slots
 from qwencli.engine.quant.quantized_tensor import Scheme
-from qwencli.engine.runner import ModelRunner, RowState
+from qwencli.engine.row_state import RowState
+from qwencli.engine.runner import ModelRunner
 from qwencli.messages import GenerationRequest, user_message
 from tests.checkpoints import engine_config, picture
 from tests.engine.kernels.test_paged_attention import shape_of

@@ -43,7 +43,7 @@ from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.ops.decoder_ops import RMSNorm
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
-from qwencli.engine.runner import RowState
+from qwencli.engine.row_state import RowState
 from qwencli.models.shape_reader import read_shape
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"

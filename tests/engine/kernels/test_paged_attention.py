@@ -39,7 +39,8 @@ from qwencli.engine.ops.decoder_ops import (
 from qwencli.engine.ops.paged_attention import decode_slots
 from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.engine.request import PromptChunk, Sequence
-from qwencli.engine.runner import ModelRunner, RowState
+from qwencli.engine.row_state import RowState
+from qwencli.engine.runner import ModelRunner
 from qwencli.models.shapes import RopeShape, TextShape
 from tests.engine.kernels.test_fused_ops import NARROW, OWN, model_of, prompt_of
 from tests.engine.kernels.test_qk_norm_rope import angles, drawn
