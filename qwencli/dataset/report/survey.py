@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import statistics
 from collections import Counter
@@ -173,7 +174,7 @@ def surveyed(entries: Sequence[Entry], trigger: str | None = None) -> Survey:
     Args:
         trigger: the word that every caption should have; None = the beginning that most share.
     """
-    captions = {n: e.caption for n, e in enumerate(entries) if e.caption is not None}
+    captions = {n: prose(e.caption) for n, e in enumerate(entries) if e.caption is not None}
     said_words = {n: words(caption) for n, caption in captions.items()}
     spoken = {n: [w for w in said if w[0].isalnum()] for n, said in said_words.items()}
     groups = alike([entry.look for entry in entries])
@@ -198,6 +199,28 @@ def surveyed(entries: Sequence[Entry], trigger: str | None = None) -> Survey:
             if len(said_here) > _OPENING_WORDS
         ),
     )
+
+
+def prose(caption: str) -> str:
+    """What a caption says in words: of one that is JSON the texts in it, without the keys."""
+    if not caption.startswith(("{", "[")):
+        return caption
+    try:
+        said_in_it = "\n".join(_texts(json.loads(caption)))
+    except (ValueError, RecursionError):
+        return caption
+    return said_in_it or caption
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _texts(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each)
 
 
 def length_summary(lengths: Sequence[int]) -> dict[str, float | None]:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from qwencli.dataset.report.contradictions import contradictions, said
 from qwencli.dataset.report.near_duplicates import alike, look
-from qwencli.dataset.report.survey import Entry, surveyed
+from qwencli.dataset.report.survey import Entry, prose, surveyed
 
 
 def scene(seed, size=(320, 240)):
@@ -184,3 +184,13 @@ def test_an_empty_set():
     data = surveyed([]).as_json()
     assert data["words"]["median"] is None
     assert not any(data["summary"].values())
+
+
+def test_keys_of_captions_that_are_json_are_no_words():
+    captions = ['{"caption": "a red circle", "tags": ["round", "red"], "n": 3}', "a blue square"]
+    survey = surveyed([Entry(f"{n}.png", caption) for n, caption in enumerate(captions)])
+    assert survey.lengths == {0: 5, 1: 3}
+    assert "caption" not in survey.vocabulary
+    assert prose('{"n": 3}') == '{"n": 3}'  # no texts: as it is
+    assert prose("[a [b") == "[a [b"
+    assert prose("[" * 100_000) == "[" * 100_000
