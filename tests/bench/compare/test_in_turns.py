@@ -81,7 +81,7 @@ def test_two_matrices_take_turns_and_are_compared(
     assert len(cell.a.processes) == len(cell.b.processes) == 5
     assert not cell.ratio.few
     plans["B"] = make_plan("steady-b", "steady-c")
-    with pytest.raises(BenchError, match="1 cells of A can run here and 2 of B"):
+    with pytest.raises(BenchError, match="1 cell of A can run here and 2 of B"):
         compare_run.run_sides(request, ("A", "B"), tmp_path / "no", [], Output(quiet=True))
 
 

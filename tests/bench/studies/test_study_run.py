@@ -86,11 +86,11 @@ def test_a_study_goes_on_where_it_stopped(prepare, tmp_path, monkeypatch):
     study = prepare(("C06",))
     real, calls = session.run_campaign, []
 
-    def interrupted(campaign, options, say):
+    def interrupted(campaign, options, *more):
         calls.append(campaign.folder.name)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        real(campaign, options, say)
+        real(campaign, options, *more)
 
     monkeypatch.setattr(session, "run_campaign", interrupted)
     assert go(study, folder) is True

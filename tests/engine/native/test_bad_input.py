@@ -53,7 +53,7 @@ NOT_TEXT = GenerationRequest((Message("user", (TextPart("\udcff"),)),), GREEDY)
 REQUESTS = {
     "prompt longer than the cache": (ask("word " * 700), InputError, "holds 600"),
     "answer longer than the cache": (ask(max_new_tokens=600), InputError, "holds 600"),
-    "100 images": (ask(images=100), InputError, "tokens of images|of images"),
+    "300 images": (ask(images=300), InputError, "tokens of images|of images"),
     "zero new tokens": (ask(max_new_tokens=0), UsageError, "--max-new-tokens 0 is out of range"),
     "no message": (GenerationRequest(()), InputError, "no message"),
     "no Unicode": (NOT_TEXT, InputError, "not valid Unicode"),
