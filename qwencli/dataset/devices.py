@@ -27,7 +27,10 @@ from qwencli.dataset.worker import Facts, Orders, Ready, joined_facts, worked
 from qwencli.errors import DatasetError, DeviceError, QwenCliError, UsageError
 
 if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
+    if sys.platform == "win32":  # what `Pipe` gives there
+        from multiprocessing.connection import PipeConnection as Connection
+    else:
+        from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
 # Tasks on their way to a worker, beyond those that its engine has taken.
