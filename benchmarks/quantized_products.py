@@ -27,8 +27,8 @@ import torch
 from triton.errors import TritonError
 
 from qwencli.engine.kernels.dequantize import dequantize
-from qwencli.engine.kernels.many_rows import ManyRows
-from qwencli.engine.kernels.row_quant import QuantizedRows, RowFormat, quantize_rows
+from qwencli.engine.kernels.many_rows import ManyRows, scaled_mm
+from qwencli.engine.kernels.row_quant import RowFormat, quantize_rows
 from qwencli.engine.kernels.swiglu import swiglu
 from qwencli.engine.kernels.tiled_gemm import TiledGemm
 from qwencli.engine.kernels.tiles import ProductTiles
@@ -221,17 +221,6 @@ def swept(case: Case, m: int, scheme: str) -> Any:
         f"off {best[0]['off']}", flush=True,
     )  # fmt: skip
     return {"scheme": scheme, "matrix": case.name, "rows": m, "beside": times, "tiles": found}
-
-
-def scaled_mm(x: QuantizedRows, matrix: QuantizedTensor) -> Tensor:
-    return torch._scaled_mm(
-        x.values,
-        matrix.data.t(),
-        scale_a=x.scale[:, None],
-        scale_b=matrix.scale[None, :],
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
 
 
 def compare(schemes: Sequence[str], names: Sequence[str], counts: Sequence[int]) -> list[Any]:

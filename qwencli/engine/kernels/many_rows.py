@@ -122,7 +122,7 @@ class ManyRows:
         assert isinstance(matrix, QuantizedTensor), "others have no format"
         rows = quantize_rows(x, row_format, norm, gated)
         if row_format is RowFormat.FP8 and self._by_torch(rows, matrix, x):
-            y = _scaled_mm(rows, matrix)
+            y = scaled_mm(rows, matrix)
             if bias is not None:
                 y += bias
             return y if onto is None else onto.add_(y)
@@ -143,7 +143,7 @@ class ManyRows:
         return aligned and takes and scaled_mm_is_faster(matrix.rows, len(rows))
 
 
-def _scaled_mm(x: QuantizedRows, matrix: QuantizedTensor) -> Tensor:
+def scaled_mm(x: QuantizedRows, matrix: QuantizedTensor) -> Tensor:
     return torch._scaled_mm(
         x.values,
         matrix.data.t(),
