@@ -16,9 +16,29 @@ Tensor = torch.Tensor
 Pass = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 # Making a graph takes as long as a few passes, and most shapes of a mixed folder never come again.
-TIMES_MET, SHAPES_KEPT, SHAPES_COUNTED = 4, 8, 1024
+# Pictures of one size are nine shapes, see `pieces`.
+TIMES_MET, SHAPES_KEPT, SHAPES_COUNTED = 4, 24, 1024
 # What must be free on the device: inputs and results of a graph stay.
 ROOM_BYTES = 4 * 2**30
+
+
+def pieces(keys: Sequence[Hashable], most: int) -> list[list[int]]:
+    """Cut a pass into some whose shapes come again: places of equal keys in powers of two up to
+    `most`, largest first, and all whose key is no other's together in a last one."""
+    alike: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        alike.setdefault(key, []).append(place)
+    made: list[list[int]] = []
+    odd: list[int] = []
+    for places in alike.values():
+        if len(places) == 1:
+            odd += places
+            continue
+        while places:
+            size = min(most, 1 << (len(places).bit_length() - 1))
+            made.append(places[:size])
+            places = places[size:]
+    return [*made, odd] if odd else made
 
 
 class GraphRunner:

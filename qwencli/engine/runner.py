@@ -25,7 +25,7 @@ from qwencli.engine.device_memory import upload
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.preprocess import Visual
 from qwencli.engine.frontend.prompt import Prompt
-from qwencli.engine.graphs import GraphRunner, Pass, RepeatedShapes
+from qwencli.engine.graphs import GraphRunner, Pass, RepeatedShapes, pieces
 from qwencli.engine.layers.decoder import DeepStack
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
@@ -55,6 +55,8 @@ ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 WIDEST_STAND_IN = 4
 # Layouts of prompts that are kept, and the longest of those.
 LAYOUTS_KEPT, LAYOUT_TOKENS = 32, 4096
+# Equal prompts from which on more at a time are no faster.
+MOST_PROMPTS = 16
 
 
 @dataclass
@@ -247,9 +249,8 @@ class ModelRunner:
     ) -> TokenCopy | None:
         """Run chunks of prompts; returns the first tokens of those that are through, if any."""
         self.vision.encode(chunks, prompts, clock)
-        packed = pack_prompts(self.model, chunks, prompts)
         through = [index for index, chunk in enumerate(chunks) if chunk.is_last]
-        logits = self._run_packed(packed)
+        logits = self._run_chunks(chunks, prompts)
         if not through:
             return None
         first_masks = [prompts[index].first_mask for index in through]
@@ -276,6 +277,36 @@ class ModelRunner:
         for prompt in begun:
             prompt.visuals = ()
         return self._copy(sequences, max(rows) + 1, clock)
+
+    def _run_chunks(self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt]) -> Tensor:
+        """Logits [n, V] of the last tokens of those that end, in their order. Equal prompts run in
+        pieces that become graphs."""
+        parts = [list(range(len(chunks)))]
+        if self._shapes is not None and len(chunks) > 1:
+            keys = [
+                (chunk.start, chunk.stop, chunk.is_last, prompt.image_tokens(0, chunk.stop))
+                for chunk, prompt in zip(chunks, prompts, strict=True)
+            ]
+            parts = pieces(keys, MOST_PROMPTS)
+        made: list[Tensor] = []
+        order: list[int] = []
+        for part in parts:
+            packed = pack_prompts(
+                self.model, [chunks[index] for index in part], [prompts[index] for index in part]
+            )
+            logits = self._run_packed(packed)
+            ends = [index for index in part if chunks[index].is_last]
+            if ends:
+                # A copy: the next pass takes the memory of this one.
+                made.append(logits if len(parts) == 1 else logits.clone())
+                order += ends
+        if len(made) == 1:
+            return made[0]
+        logits = torch.cat(made) if made else logits
+        places = sorted(range(len(order)), key=order.__getitem__)
+        if places == list(range(len(order))):
+            return logits
+        return logits.index_select(0, upload([torch.tensor(places)], self.model.device)[0])
 
     def _run_packed(self, packed: PackedBatch) -> Tensor:
         """All layers over packed prompts; logits [n, V] of the last tokens of those that end."""

@@ -31,12 +31,15 @@ class Limits:
         max_prompts: prompts of one step.
         context_worth: tokens in front of a prompt token that cost as much to attend to as all else
             about it: late parts of a long prompt are shorter. None = they are not.
+        powers_of_two: whether equal prompts that start beside running rows are a power of two:
+            such passes come again, and are graphs.
     """
 
     max_rows: int
     max_prefill_tokens: int
     max_prompts: int
     context_worth: int | None = None
+    powers_of_two: bool = False
 
     def tokens_within(self, start: int, left: float) -> int:
         """How many tokens from place `start` on are worth no more than `left` at a prompt's
@@ -167,6 +170,16 @@ class Scheduler:
             self._rows[first.row] = first
             self._prefilling.append(first)
             tokens += left
+        self._leave_odd()
+
+    def _leave_odd(self) -> None:
+        """Let the last of some equal prompts start a step later, see `Limits`."""
+        alike = {(each.num_prompt_tokens, each.num_computed) for each in self._prefilling}
+        count = len(self._prefilling)
+        new = all(each.num_computed == each.num_cached for each in self._prefilling)
+        if self.limits.powers_of_two and self._running and len(alike) == 1 and new:
+            for sequence in self._prefilling[: (1 << (count.bit_length() - 1)) - 1 : -1]:
+                self.requeue(sequence)
 
     def _chunks(self) -> tuple[tuple[PromptChunk, ...], Sequence | None]:
         """Parts of prompts that run in this step, or whose large picture does."""

@@ -9,7 +9,7 @@ import torch
 
 from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.event_timer import EventTimer, Mark
-from qwencli.engine.graphs import Pass
+from qwencli.engine.graphs import Pass, pieces
 from qwencli.engine.layers.vision_tower import VisionFeatures
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.prompt_batch import PromptVisual, RunnerPrompt
@@ -17,6 +17,8 @@ from qwencli.engine.request import PromptChunk
 from qwencli.models.shapes import ModelShape
 
 Tensor = torch.Tensor
+# Pictures of one size from which on more at a time are no faster.
+MOST_PICTURES = 8
 
 
 class BatchVision:
@@ -98,10 +100,19 @@ class BatchVision:
 
     def _encode_together(self, visuals: Sequence[PromptVisual]) -> list[VisionFeatures]:
         """Run the vision tower over pictures of any sizes, packed; one by one where no result may
-        depend on what else is there."""
+        depend on what else is there, and in pieces that come again where those become graphs."""
         invariant = self.model.batch_invariant
-        if invariant and len(visuals) > 1:
-            return [self._encode_together([visual])[0] for visual in visuals]
+        if len(visuals) == 1 or not (invariant or self._graphs):
+            return self._encode_packed(visuals)
+        made: dict[int, VisionFeatures] = {}
+        together = pieces([visual.grid for visual in visuals], MOST_PICTURES)
+        for places in [[place] for place in range(len(visuals))] if invariant else together:
+            features = self._encode_packed([visuals[place] for place in places])
+            made.update(zip(places, features, strict=True))
+        return [made[place] for place in range(len(visuals))]
+
+    def _encode_packed(self, visuals: Sequence[PromptVisual]) -> list[VisionFeatures]:
+        invariant = self.model.batch_invariant
         patches = []
         for visual in visuals:
             # Libraries look at where in memory a matrix begins: a copy of it begins like any other.

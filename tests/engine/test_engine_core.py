@@ -79,6 +79,11 @@ def mixed() -> list[GenerationRequest]:
     ]
 
 
+def turned(quarters: int) -> ImagePart:
+    still = picture()
+    return ImagePart(still.image.rotate(90 * quarters + 3 * quarters), still.name)
+
+
 def pages_are_all_free(engine) -> bool:
     pool = engine._queue._scheduler.pool
     return pool.num_free == pool.capacity
@@ -547,7 +552,7 @@ def test_as_many_threads_prepare_as_keep_prompts_ready(limited, monkeypatch):
 
 
 def test_answers_are_the_same_where_prompts_and_pictures_run_as_graphs(limited, monkeypatch):
-    requests = mixed()
+    requests = [ask(str(number), images=[turned(number)]) for number in range(7)] + mixed()
     expected = [result.token_ids for result in generate_many(limited, iter(requests))]
     limited._close_queue()
     limited._generation.vision_cache.clear()
@@ -555,6 +560,7 @@ def test_answers_are_the_same_where_prompts_and_pictures_run_as_graphs(limited, 
     monkeypatch.setattr("qwencli.engine.graphs.TIMES_MET", 0)
     running = limited._requests()._runner
     monkeypatch.setattr(running, "_shapes", RepeatedShapes(graphs, lambda: 2**40))
+    monkeypatch.setattr(running.vision, "_graphs", True)
     found = [result.token_ids for result in generate_many(limited, iter(requests))]
     assert found == expected
     assert {"prompts", "pictures"} <= {key[0] for key in graphs.made}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwencli.engine.graphs import ROOM_BYTES, SHAPES_KEPT, TIMES_MET, RepeatedShapes
+from qwencli.engine.graphs import ROOM_BYTES, SHAPES_KEPT, TIMES_MET, RepeatedShapes, pieces
 
 
 class RunGraphs:
@@ -76,3 +76,9 @@ def test_memory_is_given_back_for_good(graphs):
     for _ in range(TIMES_MET + 2):
         twice(shapes, 3)
     assert not graphs.work
+
+
+def test_a_pass_is_cut_into_powers_of_two_of_what_is_alike():
+    assert pieces("abaaccaaa", 4) == [[0, 2, 3, 6], [7, 8], [4, 5], [1]]
+    assert pieces("abcd", 4) == [[0, 1, 2, 3]]
+    assert pieces("aaa", 1) == [[0], [1], [2]]

@@ -18,6 +18,7 @@ LIMITS = st.builds(
     max_rows=st.integers(1, 6),
     max_prefill_tokens=st.integers(8, 150),
     max_prompts=st.integers(1, 4),
+    powers_of_two=st.booleans(),
 )
 
 
@@ -155,6 +156,20 @@ def test_a_long_prompt_runs_in_parts_beside_the_rows_that_run():
         parts += [(chunk.start, chunk.stop) for chunk in batch.prefill]
         assert short in batch.decode
     assert parts == [(0, 100), (100, 200), (200, 300), (300, 350)]
+
+
+@pytest.mark.parametrize(("powers_of_two", "begun"), [(True, [4, 2, 1]), (False, [7])])
+def test_equal_prompts_start_in_powers_of_two_beside_rows_that_run(powers_of_two, begun):
+    scheduler = Scheduler(Limits(9, 1000, 9, powers_of_two=powers_of_two), PagePool(40))
+    scheduler.add(Sequence(0, 30, 50))
+    scheduler.schedule()
+    for number in range(7):
+        scheduler.add(Sequence(1 + number, 40, 50))
+    batches = [scheduler.schedule() for _ in begun]
+    assert [len(batch.prefill) for batch in batches] == begun
+    started = [chunk.sequence.request for batch in batches for chunk in batch.prefill]
+    assert started == list(range(1, 8))
+    assert not scheduler.schedule().prefill
 
 
 def test_a_request_that_has_to_wait_for_pages_is_not_overtaken():

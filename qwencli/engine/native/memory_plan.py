@@ -41,7 +41,13 @@ PLANNED_PIXELS = 1024 * 1024
 # waiting for 20 ms on an H200. `context_worth`: of a 4B model they are 12,200 by arithmetic;
 # attention runs at half the speed of products.
 BATCH_LIMITS = {
-    "cuda": Limits(max_rows=256, max_prefill_tokens=2048, max_prompts=64, context_worth=6144),
+    "cuda": Limits(
+        max_rows=256,
+        max_prefill_tokens=2048,
+        max_prompts=64,
+        context_worth=6144,
+        powers_of_two=True,
+    ),
     "cpu": Limits(max_rows=16, max_prefill_tokens=512, max_prompts=8),
 }
 # Tokens that a row of a batch has room for on average, where memory does not say less.
