@@ -14,6 +14,9 @@ that transformers builds from it, see tests/models/test_builtin.py):
   table and published module listings (the 3B and 7B use 3420 in the vision MLP, the larger 3456).
 - Qwen2-VL: the decoders are Qwen2's 1.5B, 7B and 72B; one vision tower for all, from published
   module listings and the defaults of transformers' config class.
+- Qwen3.5-0.8B: compared with the hub's own config.json, key by key; the other sizes of that class:
+  published configurations of each size, and the sizes that transformers' class has by default (9B).
+  Qwen3.6-27B and Qwen3.8-27B have the shape of Qwen3.5-27B. Their MTP head is not counted.
 - Thinking variants have the shape of their Instruct sibling.
 """
 
@@ -29,7 +32,10 @@ from qwencli.models.families import FAMILIES, VisionFamily
 
 
 class Decoder(NamedTuple):
-    """Sizes of a text decoder; head_dim is given because Qwen3's is not hidden / heads."""
+    """Sizes of a text decoder; head_dim is given because Qwen3's is not hidden / heads.
+
+    `delta_heads`: of queries and keys, and of values, in gated delta nets; None without any.
+    """
 
     layers: int
     hidden: int
@@ -39,6 +45,7 @@ class Decoder(NamedTuple):
     intermediate: int
     vocab: int
     tied: bool
+    delta_heads: tuple[int, int] | None = None
 
 
 DECODERS: Mapping[str, Decoder] = {
@@ -55,6 +62,17 @@ DECODERS: Mapping[str, Decoder] = {
     "qwen3-8b": Decoder(36, 4096, 32, 8, 128, 12288, 151936, False),
     "qwen3-14b": Decoder(40, 5120, 40, 8, 128, 17408, 151936, False),
     "qwen3-32b": Decoder(64, 5120, 64, 8, 128, 25600, 151936, False),
+    "qwen3.5-0.8b": Decoder(24, 1024, 8, 2, 256, 3584, 248320, True, (16, 16)),
+    "qwen3.5-2b": Decoder(24, 2048, 8, 2, 256, 6144, 248320, True, (16, 16)),
+    "qwen3.5-4b": Decoder(32, 2560, 16, 4, 256, 9216, 248320, True, (16, 32)),
+    "qwen3.5-9b": Decoder(32, 4096, 16, 4, 256, 12288, 248320, False, (16, 32)),
+    "qwen3.5-27b": Decoder(64, 5120, 24, 4, 256, 17408, 248320, False, (16, 48)),
+}
+# Of all gated delta nets: dimensions of a head of keys and of values, inputs of the convolution.
+_DELTA = {
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
 }
 
 # Vision towers by the names of `families.VisionFamily.keys`; the output width is the decoder's.
@@ -85,6 +103,15 @@ TOWERS: Mapping[str, Mapping[str, Any]] = {
     },
     "qwen2.5-vl-s": {**_TOWER_2_5, "intermediate": 3420},
     "qwen2.5-vl-l": {**_TOWER_2_5, "intermediate": 3456},
+    "qwen3.5-xs": {
+        **_TOWER_3,
+        "depth": 12,
+        "hidden": 768,
+        "heads": 12,
+        "intermediate": 3072,
+    },
+    "qwen3.5-s": {**_TOWER_3, "depth": 24, "hidden": 1024, "intermediate": 4096},
+    "qwen3.5-l": {**_TOWER_3, "depth": 27, "hidden": 1152, "intermediate": 4304},
     "qwen2-vl": {**_TOWER, "depth": 32, "hidden": 1280, "mlp_ratio": 4, "patch_size": 14},
 }
 
@@ -107,10 +134,17 @@ def _entry(repo: str, model_type: str, decoder: str, tower: str = "") -> Entry:
 
 # Best first within the vision families: `resolve` picks the first one that is here and fits.
 ENTRIES: tuple[Entry, ...] = (
+    _entry("Qwen3.8-27B", "qwen3_5", "qwen3.5-27b", "qwen3.5-l"),
+    _entry("Qwen3.6-27B", "qwen3_5", "qwen3.5-27b", "qwen3.5-l"),
+    _entry("Qwen3.5-27B", "qwen3_5", "qwen3.5-27b", "qwen3.5-l"),
     _entry("Qwen3-VL-32B-Instruct", "qwen3_vl", "qwen3-32b", "qwen3-vl-l"),
+    _entry("Qwen3.5-9B", "qwen3_5", "qwen3.5-9b", "qwen3.5-l"),
     _entry("Qwen3-VL-8B-Instruct", "qwen3_vl", "qwen3-8b", "qwen3-vl-l"),
+    _entry("Qwen3.5-4B", "qwen3_5", "qwen3.5-4b", "qwen3.5-s"),
     _entry("Qwen3-VL-4B-Instruct", "qwen3_vl", "qwen3-4b", "qwen3-vl-s"),
+    _entry("Qwen3.5-2B", "qwen3_5", "qwen3.5-2b", "qwen3.5-s"),
     _entry("Qwen3-VL-2B-Instruct", "qwen3_vl", "qwen3-1.7b", "qwen3-vl-s"),
+    _entry("Qwen3.5-0.8B", "qwen3_5", "qwen3.5-0.8b", "qwen3.5-xs"),
     _entry("Qwen3-VL-32B-Thinking", "qwen3_vl", "qwen3-32b", "qwen3-vl-l"),
     _entry("Qwen3-VL-8B-Thinking", "qwen3_vl", "qwen3-8b", "qwen3-vl-l"),
     _entry("Qwen3-VL-4B-Thinking", "qwen3_vl", "qwen3-4b", "qwen3-vl-s"),
@@ -185,7 +219,12 @@ def hub_config(alias: str) -> dict[str, Any]:
 
 
 def _text_sizes(decoder: Decoder) -> dict[str, Any]:
+    heads: dict[str, Any] = {}
+    if decoder.delta_heads is not None:
+        keys, values = decoder.delta_heads
+        heads = {"linear_num_key_heads": keys, "linear_num_value_heads": values, **_DELTA}
     return {
+        **heads,
         "hidden_size": decoder.hidden,
         "intermediate_size": decoder.intermediate,
         "num_attention_heads": decoder.heads,

@@ -30,10 +30,10 @@ Source = StoredTensor | PackedLayer
 AGAIN = "download the model again"
 _OTHERS = "config.json and the weights are of different models; download both again"
 # Found in checkpoints and of no use: what follows from the shape, scales for caches of fewer bits,
-# the mark of ComfyUI's scaled files.
+# the mark of ComfyUI's scaled files, a head that drafts further tokens (multi-token prediction).
 _IDLE = re.compile(
     r"(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|\.position_ids|\.[kv]_scale"
-    r"|^scaled_fp8)$"
+    r"|^scaled_fp8)$|^mtp\."
 )
 _COMPARED_BYTES = 16 * 2**20
 

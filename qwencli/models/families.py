@@ -63,6 +63,9 @@ class Family:
             hidden_size / num_attention_heads.
         rope_theta: base of the rotary frequencies when config.json states none.
         sections, interleaved: see `shapes.RopeShape`; of models with three position axes.
+        rotary_factor: share of a head's dimensions that rotate when config.json states none.
+        hybrid: whether config.json says of each layer what mixes its tokens (`layer_types`); then
+            attention is gated and norms are zero-centred.
         split_video_frames: see `shapes.ModelShape`.
         box_grid: what coordinates in answers run to across a picture; None = they are pixels of
             the picture as the model sees it, resized.
@@ -82,6 +85,8 @@ class Family:
     head_dim: int | None = None
     sections: tuple[int, int, int] | None = None
     interleaved: bool = False
+    rotary_factor: float = 1.0
+    hybrid: bool = False
     split_video_frames: bool = False
     box_grid: int | None = 1000
     vision: VisionFamily | None = None
@@ -175,6 +180,76 @@ _QWEN3_VL = Family(
             "in_channels": 3,
             "initializer_range": 0.02,
             "model_type": "qwen3_vl",
+        },
+    ),
+)
+
+_QWEN3_5 = Family(
+    model_type="qwen3_5",
+    title="Qwen3.5",
+    architecture="Qwen3_5ForConditionalGeneration",
+    nested=True,
+    qkv_bias=None,
+    qk_norm=True,
+    rope_theta=10_000.0,
+    sections=(11, 11, 10),
+    interleaved=True,
+    rotary_factor=0.25,
+    hybrid=True,
+    split_video_frames=True,
+    head_dim=256,
+    text_config={
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_output_gate": True,
+        "dtype": "bfloat16",
+        "eos_token_id": 248044,
+        "full_attention_interval": 4,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262144,
+        "model_type": "qwen3_5_text",
+        "mtp_num_hidden_layers": 1,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+        "use_cache": True,
+    },
+    top_config={
+        "vision_start_token_id": 248053,
+        "vision_end_token_id": 248054,
+        "image_token_id": 248056,
+        "video_token_id": 248057,
+    },
+    vision=VisionFamily(
+        keys={**_VISION_KEYS, "num_position_embeddings": "num_position_embeddings"},
+        defaults={
+            **_VISION_GRID,
+            "depth": 27,
+            "hidden": 1152,
+            "intermediate": 4304,
+            "out_hidden": 3584,
+            "patch_size": 16,
+            "num_position_embeddings": 2304,
+        },
+        norm_bias=True,
+        activation="gelu_pytorch_tanh",
+        mlp=("linear_fc1", "linear_fc2"),
+        merger_norm="norm",
+        merger_linears=("linear_fc1", "linear_fc2"),
+        patch_bias=True,
+        config={
+            "deepstack_visual_indexes": [],
+            "hidden_act": "gelu_pytorch_tanh",
+            "in_channels": 3,
+            "initializer_range": 0.02,
+            "model_type": "qwen3_5",
         },
     ),
 )
@@ -305,8 +380,20 @@ _QWEN2 = Family(
 )
 
 FAMILIES: Mapping[str, Family] = {
-    family.model_type: family for family in (_QWEN3_VL, _QWEN2_5_VL, _QWEN2_VL, _QWEN3, _QWEN2)
+    family.model_type: family
+    for family in (_QWEN3_5, _QWEN3_VL, _QWEN2_5_VL, _QWEN2_VL, _QWEN3, _QWEN2)
 }
+
+# Families of Qwen that no engine here runs -> what they are, and why not.
+REFUSED: Mapping[str, str] = {
+    "qwen4_exp": "Qwen4 (experimental), which is too large for one device",
+    "qwen3_omni_moe": "Qwen3-Omni, which listens and speaks",
+    "qwen2_5_omni": "Qwen2.5-Omni, which listens and speaks",
+    "qwen2_audio": "Qwen2-Audio, which listens",
+    "qwen3_next": "Qwen3-Next, which is too large for one device",
+}
+# What to run in their place.
+INSTEAD = "qwen3.5-9b looks at pictures, or any other of: qwencli models"
 
 
 def supported() -> str:

@@ -23,7 +23,12 @@ from math import prod
 from qwencli.config import EngineName, Quantization
 from qwencli.models.quant_formats import PackedFormat, PackedLayer, packed_layer
 from qwencli.models.shapes import ModelShape
-from qwencli.models.tensors import canonical_name, expected_tensors, is_quantizable
+from qwencli.models.tensors import (
+    canonical_name,
+    expected_tensors,
+    is_decoder_matrix,
+    is_quantizable,
+)
 from qwencli.models.weight_files import StoredTensor
 
 _BITS = re.compile(r"-w\d+a\d+(?=\+|$)")
@@ -105,7 +110,7 @@ def native_weight_bytes(shape: ModelShape, quantization: Quantization, value_byt
     for name, size in expected_tensors(shape).items():
         count = prod(size)
         head = name == "lm_head.weight"
-        if quantization is Quantization.NONE or not (head or _in_decoder(name, size)):
+        if quantization is Quantization.NONE or not is_decoder_matrix(name, size):
             total += count * value_bytes
         else:
             total += native_matrix_bytes(quantization, head, *size)
@@ -153,13 +158,11 @@ def native_matrix_bytes(quantization: Quantization, head: bool, rows: int, colum
     return rows * columns + 4 * rows
 
 
-def _in_decoder(name: str, size: tuple[int, ...]) -> bool:
-    return len(size) == 2 and ".visual." not in name and not name.endswith("embed_tokens.weight")
-
-
 def kv_cache_bytes(shape: ModelShape, tokens: int, batch: int = 1) -> int:
-    """Bytes of keys and values: 2 x layers x kv heads x head_dim for each token, bfloat16."""
-    return shape.text.kv_bytes_per_token(_HALF) * tokens * batch
+    """Bytes that sequences of so many tokens keep, bfloat16: 2 x attention layers x kv heads x
+    head_dim for each token, and the state of the other layers once a sequence."""
+    text = shape.text
+    return (text.kv_bytes_per_token(_HALF) * tokens + text.state_bytes(_HALF)) * batch
 
 
 def native_kv_bytes(shape: ModelShape, quantized: bool, value_bytes: int) -> int:
@@ -173,7 +176,7 @@ def native_kv_bytes(shape: ModelShape, quantized: bool, value_bytes: int) -> int
     text = shape.text
     if not quantized:
         return text.kv_bytes_per_token(value_bytes)
-    return 2 * text.num_layers * text.num_kv_heads * (text.head_dim + 4)
+    return 2 * len(text.attention_layers) * text.num_kv_heads * (text.head_dim + 4)
 
 
 def vision_peak_bytes(shape: ModelShape, image_tokens: int) -> int:
@@ -224,21 +227,30 @@ def image_feature_bytes(shape: ModelShape, image_tokens: int) -> int:
 def prefill_peak_bytes(shape: ModelShape, tokens: int) -> int:
     """Peak bytes of the prefill beyond weights and cache, bfloat16, logits of one position.
 
-    A layer's MLP is the peak: residual, normed input, gate, up and their product. Sampling holds
-    the last position's logits as bfloat16, float32, sorted, and the order (int64).
+    A layer's MLP is the peak: residual, normed input, gate, up and their product; or a gated delta
+    net: what its projection gives, what the convolution makes of that, and in float32 the corrected
+    values, the decayed keys of each value head, and the output. Sampling holds the last position's
+    logits as bfloat16, float32, sorted, and the order (int64).
     """
-    text = shape.text
-    layer = tokens * (2 * text.hidden_size + 3 * text.intermediate_size) * _HALF
+    text, inside = shape.text, 3 * shape.text.intermediate_size
+    if text.delta is not None:
+        delta = text.delta
+        keys = delta.num_v_heads * delta.k_head_dim
+        inside = max(inside, 2 * delta.conv_dim + 5 * delta.value_dim + 2 * keys)
+    layer = tokens * (2 * text.hidden_size + inside) * _HALF
     return layer + text.vocab_size * (_HALF + 4 + 4 + 8)
 
 
 def dequantize_bytes(shape: ModelShape) -> int:
     """Bytes of the largest quantized matrix that a prompt of the native engine has in bfloat16:
-    gate and up of a layer in one, or queries, keys and values. One is there at a time, and the head
-    never whole.
+    gate and up of a layer in one, or queries, keys and values with what gates them. One is there at
+    a time, and the head never whole.
     """
     text = shape.text
-    rows = max(2 * text.intermediate_size, text.q_size + 2 * text.kv_size)
+    queries = 2 * text.q_size if text.gated_attention else text.q_size
+    rows = max(2 * text.intermediate_size, queries + 2 * text.kv_size)
+    if text.delta is not None:
+        rows = max(rows, text.delta.conv_dim + text.delta.value_dim)
     return rows * text.hidden_size * _HALF
 
 
@@ -292,9 +304,10 @@ def decode_bytes(
 ) -> float | None:
     """Bytes read for one token of one sequence.
 
-    Every weight of the decoder and the output head once, one row of the embedding, and the keys
-    and values of `context_tokens`. What a kernel reads beyond that (a whole static cache, weights
-    unpacked to memory) is waste and not in it: MBU is to fall for it.
+    Every weight of the decoder and the output head once, one row of the embedding, the keys and
+    values of `context_tokens`, and the state of gated delta nets, which is written too. What a
+    kernel reads beyond that (a whole static cache, weights unpacked to memory) is waste and not in
+    it: MBU is to fall for it.
 
     Args:
         scheme: as `EffectiveConfig.quantization` says. value_bytes: of what is not quantized.
@@ -313,14 +326,14 @@ def decode_bytes(
         if ".visual." in name or looked_up:
             continue
         head = name.endswith(("lm_head.weight", "embed_tokens.weight"))
-        if native is not None and len(size) == 2:
+        if native is not None and (head or is_decoder_matrix(name, size)):
             total += native_matrix_bytes(native, head, *size)
         elif quantized is not None and is_quantizable(name, size):
             total += quantized(*size)
         else:
             total += prod(size) * value_bytes
     cache = native_kv_bytes(shape, kv_dtype in _QUANTIZED_KV, value_bytes)
-    return total + cache * context_tokens
+    return total + cache * context_tokens + 2 * shape.text.state_bytes(value_bytes)
 
 
 def _prequantized(scheme: str) -> Callable[[int, int], float] | None:

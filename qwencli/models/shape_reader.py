@@ -23,11 +23,22 @@ from qwencli.models.config_values import (
     positive_int_of,
     refused,
 )
-from qwencli.models.families import FAMILIES, Family, VisionFamily, supported
-from qwencli.models.shapes import ModelShape, RopeShape, TextShape, VisionShape, YarnShape
+from qwencli.models.families import FAMILIES, INSTEAD, REFUSED, Family, VisionFamily, supported
+from qwencli.models.shapes import (
+    DeltaShape,
+    Mixer,
+    ModelShape,
+    RopeShape,
+    TextShape,
+    VisionShape,
+    YarnShape,
+)
 
 # transformers' `max_window_layers` where a config.json states none.
 _FULL_LAYERS = 28
+# transformers' `full_attention_interval` where a config.json states neither it nor the layers.
+_ATTENTION_INTERVAL = 4
+_MIXERS: Mapping[str, Mixer] = {"linear_attention": "delta", "full_attention": "attention"}
 _TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
@@ -43,6 +54,10 @@ def read_shape(config: Mapping[str, Any], where: str = "config.json") -> ModelSh
     """
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None and isinstance(model_type, str) and _base_type(model_type) in REFUSED:
+        raise ModelFileError(
+            f"{where}: model_type {model_type!r} is {REFUSED[_base_type(model_type)]}", INSTEAD
+        )
     if family is None:
         said = (
             f"model_type {model_type!r}"[:60] + " is not supported"
@@ -88,6 +103,11 @@ def read_shape(config: Mapping[str, Any], where: str = "config.json") -> ModelSh
     )
 
 
+def _base_type(model_type: str) -> str:
+    """The family of a part that was saved alone (`qwen3_omni_moe_thinker`)."""
+    return next((each for each in REFUSED if model_type.startswith(each)), model_type)
+
+
 def _text(config: Mapping[str, Any], family: Family, where: str) -> TextShape:
     values = config
     if config.get("text_config") is not None:
@@ -120,7 +140,64 @@ def _text(config: Mapping[str, Any], family: Family, where: str) -> TextShape:
         max_position_embeddings=positive_int(values, "max_position_embeddings", where, 32768),
         activation=str(values.get("hidden_act", "silu")),
         sliding_window=_has_sliding_window(values, layers, where),
+        mixers=_mixers(values, layers, where) if family.hybrid else (),
+        delta=_delta(values, where) if family.hybrid else None,
+        gated_attention=family.hybrid,
+        zero_centred_norms=family.hybrid,
     )
+
+
+def _mixers(values: Mapping[str, Any], layers: int, where: str) -> tuple[Mixer, ...]:
+    """What mixes the tokens of each layer: `layer_types`, else every so many one attends."""
+    key = "full_attention_interval"
+    interval = positive_int(values, key, where, _ATTENTION_INTERVAL)
+    regular: tuple[Mixer, ...] = tuple(
+        "delta" if (layer + 1) % interval else "attention" for layer in range(layers)
+    )
+    kinds = values.get("layer_types")
+    if kinds is None:
+        return regular
+    if not isinstance(kinds, list | tuple) or not all(
+        isinstance(kind, str) and kind in _MIXERS for kind in kinds
+    ):
+        raise refused(where, "layer_types", kinds, f"a list of {' and '.join(_MIXERS)}")
+    if len(kinds) != layers:
+        raise contradiction(
+            where, f"layer_types has {len(kinds)} entries, num_hidden_layers is {layers}"
+        )
+    stated = tuple(_MIXERS[kind] for kind in kinds)
+    if values.get(key) is not None and stated != regular:
+        first = next(i for i in range(layers) if stated[i] != regular[i])
+        raise contradiction(
+            where, f"layer_types makes layer {first} {kinds[first]}, {key} {interval} does not"
+        )
+    return stated
+
+
+def _delta(values: Mapping[str, Any], where: str) -> DeltaShape:
+    shape = DeltaShape(
+        num_k_heads=positive_int(values, "linear_num_key_heads", where, 16),
+        num_v_heads=positive_int(values, "linear_num_value_heads", where, 32),
+        k_head_dim=positive_int(values, "linear_key_head_dim", where, 128),
+        v_head_dim=positive_int(values, "linear_value_head_dim", where, 128),
+        conv_kernel=positive_int(values, "linear_conv_kernel_dim", where, 4),
+    )
+    if shape.num_v_heads % shape.num_k_heads:
+        raise contradiction(
+            where,
+            f"linear_num_value_heads {shape.num_v_heads} does not divide by "
+            f"linear_num_key_heads {shape.num_k_heads}",
+        )
+    if shape.conv_kernel < 2:
+        raise refused(
+            where, "linear_conv_kernel_dim", shape.conv_kernel, "a whole number from 2 on"
+        )
+    # Both have one value in all models there are; another one would be another architecture.
+    for key, only in (("attn_output_gate", True), ("output_gate_type", "silu")):
+        given = values.get(key)
+        if given not in (None, only) and not (only == "silu" and given == "swish"):
+            raise refused(where, key, given, repr(only))
+    return shape
 
 
 def _tied_head(config: Mapping[str, Any], text: Mapping[str, Any], where: str) -> bool:
@@ -182,22 +259,42 @@ def _rope(values: Mapping[str, Any], family: Family, head_dim: int, where: str) 
             raise refused(where, "rope_theta", theta, "a number above 1")
         positions = positive_int(values, "max_position_embeddings", where, 32768)
         yarn = _yarn(values, rope, positions, f"{where}: {key}")
+    rotary = _rotary_dim(values, rope, family, head_dim, where)
     if family.sections is None:
-        return RopeShape(theta, scaling=scaling, yarn=yarn)
+        return RopeShape(theta, scaling=scaling, yarn=yarn, rotary_dim=rotary)
     sections = rope.get("mrope_section", family.sections)
     place = f"{where}: {key}"
     if not isinstance(sections, list | tuple) or len(sections) != 3:
         raise refused(place, "mrope_section", sections, "three whole numbers")
     t, h, w = (positive_int_of(value, "mrope_section", place) for value in sections)
-    if t + h + w != head_dim // 2:
-        raise contradiction(
-            where, f"mrope_section {[t, h, w]} does not sum to half of head_dim {head_dim}"
-        )
+    if t + h + w != (rotary or head_dim) // 2:
+        of = f"the {rotary} rotary dimensions" if rotary else f"head_dim {head_dim}"
+        raise contradiction(where, f"mrope_section {[t, h, w]} does not sum to half of {of}")
     if bool(rope.get("mrope_interleaved", family.interleaved)) is not family.interleaved:
         raise contradiction(
             where, f"mrope_interleaved is {rope['mrope_interleaved']!r}, not as in this family"
         )
-    return RopeShape(theta, (t, h, w), family.interleaved, scaling, yarn)
+    return RopeShape(theta, (t, h, w), family.interleaved, scaling, yarn, rotary)
+
+
+def _rotary_dim(
+    values: Mapping[str, Any],
+    rope: Mapping[str, Any],
+    family: Family,
+    head_dim: int,
+    where: str,
+) -> int | None:
+    """How many dimensions of a head rotate; None = all. Only some families read the share."""
+    if family.rotary_factor == 1:
+        return None
+    key = "partial_rotary_factor"
+    factor = number(rope, key, where, number(values, key, where, family.rotary_factor))
+    dim = int(head_dim * factor)
+    if factor > 1 or dim < 2 or dim % 2:
+        raise contradiction(
+            where, f"{key} {factor:g} of head_dim {head_dim} gives {dim} dimensions that rotate"
+        )
+    return None if dim == head_dim else dim
 
 
 def _yarn(

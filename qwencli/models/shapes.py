@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Norm = Literal["layer", "rms"]
+# What mixes the tokens of a layer: softmax attention over keys and values, or the gated delta rule
+# over a state of one size (Gated DeltaNet, arXiv 2412.06464).
+Mixer = Literal["attention", "delta"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class RopeShape:
         scaling: how frequencies are stretched for long texts, as config.json calls it;
             "default" = not at all.
         yarn: how, where that is "yarn".
+        rotary_dim: how many dimensions of a head rotate, the first ones; None = all of them.
     """
 
     theta: float
@@ -50,6 +54,47 @@ class RopeShape:
     interleaved: bool = False
     scaling: str = "default"
     yarn: YarnShape | None = None
+    rotary_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class DeltaShape:
+    """Gated DeltaNet: what mixes the tokens of a `delta` layer.
+
+    Args:
+        num_k_heads, num_v_heads: heads of queries and keys, and of values; each of the former
+            serves num_v_heads / num_k_heads consecutive ones of the latter.
+        conv_kernel: inputs that the causal convolution in front of it sees.
+    """
+
+    num_k_heads: int
+    num_v_heads: int
+    k_head_dim: int
+    v_head_dim: int
+    conv_kernel: int
+
+    @property
+    def key_dim(self) -> int:
+        return self.num_k_heads * self.k_head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.num_v_heads * self.v_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 2 * self.key_dim + self.value_dim
+
+    @property
+    def state_size(self) -> int:
+        """Values of one sequence's state in one layer."""
+        return self.num_v_heads * self.k_head_dim * self.v_head_dim
+
+    @property
+    def conv_size(self) -> int:
+        """Earlier inputs of the convolution that one sequence keeps in one layer."""
+        return self.conv_dim * (self.conv_kernel - 1)
 
 
 @dataclass(frozen=True)
@@ -58,6 +103,13 @@ class TextShape:
 
     `head_dim` is per head and need not be hidden_size / num_heads. With `tied_head` the embedding
     is the output projection too and no `lm_head` is stored. `activation` is config.json's name.
+
+    Args:
+        mixers: of each layer; empty = attention in all of them.
+        delta: the layers of kind `delta`; None where there are none.
+        gated_attention: whether attention's result is multiplied by the sigmoid of a gate, which
+            the query projection makes too: twice as wide, by head [query | gate].
+        zero_centred_norms: whether norms multiply by 1 + weight.
     """
 
     vocab_size: int
@@ -76,6 +128,28 @@ class TextShape:
     max_position_embeddings: int
     activation: str = "silu"
     sliding_window: bool = False
+    mixers: tuple[Mixer, ...] = ()
+    delta: DeltaShape | None = None
+    gated_attention: bool = False
+    zero_centred_norms: bool = False
+
+    def mixer(self, layer: int) -> Mixer:
+        return self.mixers[layer] if self.mixers else "attention"
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Those that keep keys and values."""
+        return tuple(i for i in range(self.num_layers) if self.mixer(i) == "attention")
+
+    @property
+    def delta_layers(self) -> tuple[int, ...]:
+        """Those that keep a state of one size."""
+        return tuple(i for i in range(self.num_layers) if self.mixer(i) == "delta")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that rotate, the first ones."""
+        return self.rope.rotary_dim or self.head_dim
 
     @property
     def q_size(self) -> int:
@@ -92,7 +166,15 @@ class TextShape:
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values that one token of one sequence takes in the cache."""
-        return 2 * self.num_layers * self.kv_size * itemsize
+        return 2 * len(self.attention_layers) * self.kv_size * itemsize
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Bytes of state that one sequence takes, however long it is: float32, and the earlier
+        inputs of convolutions of `itemsize` bytes each."""
+        if self.delta is None:
+            return 0
+        each = 4 * self.delta.state_size + itemsize * self.delta.conv_size
+        return len(self.delta_layers) * each
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
 from qwencli.models.families import FAMILIES, VisionFamily
-from qwencli.models.shapes import ModelShape, TextShape, VisionShape
+from qwencli.models.shapes import Mixer, ModelShape, TextShape, VisionShape
 from qwencli.models.weight_files import StoredTensor
 
 Section = Literal["text", "vision", "root"]
+Fill = Literal["normal", "ones", "zeros", "decay"]
 
 # Patterns of what stands before a section's names in the checkpoints that exist: a whole model or
 # its base alone, saved from a class that wraps them once more or not.
@@ -49,13 +50,16 @@ class TensorSpec:
     Args:
         shape: its first dimension is the sum over `parts`; the others hold as many elements as
             theirs (a patch convolution becomes a matrix).
-        fill: what a dummy load puts here.
+        fill: what a dummy load puts here; "decay" = logarithms of rates between 1 and 16.
+        float32: kept so whatever type the model has: what is added to or exponentiated before it
+            is used loses too much in fewer bits.
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
-    fill: Literal["normal", "ones", "zeros"]
+    fill: Fill
+    float32: bool = False
 
     @property
     def elements(self) -> int:
@@ -69,7 +73,11 @@ def specs(shape: ModelShape) -> tuple[TensorSpec, ...]:
 
 
 def _spec(
-    name: str, section: Section, *parts: tuple[str, tuple[int, ...]], fill: str = "normal"
+    name: str,
+    section: Section,
+    *parts: tuple[str, tuple[int, ...]],
+    fill: Fill = "normal",
+    float32: bool = False,
 ) -> TensorSpec:
     rows = sum(part_shape[0] for _, part_shape in parts)
     width = math.prod(parts[0][1][1:])
@@ -77,38 +85,82 @@ def _spec(
         name,
         (rows, width) if len(parts[0][1]) > 1 else (rows,),
         tuple(Part(section, hub, part_shape) for hub, part_shape in parts),
-        fill,  # type: ignore[arg-type]
+        fill,
+        float32,
     )
+
+
+def _text_norm(s: TextShape, at: str, hub: str, width: int) -> TensorSpec:
+    """A norm of the decoder: its weight, or how much that is above 1."""
+    centred = s.zero_centred_norms
+    fill: Fill = "zeros" if centred else "ones"
+    return _spec(at, "text", (hub + ".weight", (width,)), fill=fill, float32=centred)
+
+
+def _attention(s: TextShape, at: str, hub: str) -> Iterator[TensorSpec]:
+    queries = 2 * s.q_size if s.gated_attention else s.q_size
+    projections = {"q": queries, "k": s.kv_size, "v": s.kv_size}
+    yield _spec(
+        at + "qkv",
+        "text",
+        *((f"{hub}{p}_proj.weight", (n, s.hidden_size)) for p, n in projections.items()),
+    )
+    if s.qkv_bias:
+        yield _spec(
+            at + "qkv_bias",
+            "text",
+            *((f"{hub}{p}_proj.bias", (n,)) for p, n in projections.items()),
+        )
+    if s.qk_norm:
+        yield _text_norm(s, at + "q_norm", hub + "q_norm", s.head_dim)
+        yield _text_norm(s, at + "k_norm", hub + "k_norm", s.head_dim)
+    yield _spec(at + "o", "text", (hub + "o_proj.weight", (s.hidden_size, s.q_size)))
+    if s.o_bias:
+        yield _spec(at + "o_bias", "text", (hub + "o_proj.bias", (s.hidden_size,)))
+
+
+def _delta(s: TextShape, at: str, hub: str) -> Iterator[TensorSpec]:
+    """A gated delta net; `qkv` is queries, keys, values and the gate of the output in one."""
+    d = s.delta
+    assert d is not None, "a shape with such layers says how large they are"
+    hidden, heads = s.hidden_size, (d.num_v_heads,)
+    yield _spec(
+        at + "qkv",
+        "text",
+        (hub + "in_proj_qkv.weight", (d.conv_dim, hidden)),
+        (hub + "in_proj_z.weight", (d.value_dim, hidden)),
+    )
+    yield _spec(
+        at + "beta_decay",
+        "text",
+        (hub + "in_proj_b.weight", (d.num_v_heads, hidden)),
+        (hub + "in_proj_a.weight", (d.num_v_heads, hidden)),
+    )
+    yield _spec(at + "conv", "text", (hub + "conv1d.weight", (d.conv_dim, 1, d.conv_kernel)))
+    yield _spec(at + "decay_log", "text", (hub + "A_log", heads), fill="decay", float32=True)
+    yield _spec(at + "decay_bias", "text", (hub + "dt_bias", heads), fill="ones", float32=True)
+    # It alone multiplies by its weight as it is.
+    norm = (hub + "norm.weight", (d.v_head_dim,))
+    yield _spec(at + "out_norm", "text", norm, fill="ones", float32=True)
+    yield _spec(at + "o", "text", (hub + "out_proj.weight", (hidden, d.value_dim)))
+
+
+# What mixes a layer's tokens -> its tensors, and where their names stand below the layer's.
+_MIXERS: Mapping[Mixer, tuple[Callable[[TextShape, str, str], Iterator[TensorSpec]], str]] = {
+    "attention": (_attention, "self_attn."),
+    "delta": (_delta, "linear_attn."),
+}
 
 
 def _text(s: TextShape) -> Iterator[TensorSpec]:
     yield _spec("text.embed", "text", ("embed_tokens.weight", (s.vocab_size, s.hidden_size)))
-    projections = {"q": s.q_size, "k": s.kv_size, "v": s.kv_size}
     for i in range(s.num_layers):
         at, hub = f"text.{i}.", f"layers.{i}."
-        attn, mlp = hub + "self_attn.", hub + "mlp."
-        hidden = (s.hidden_size,)
-        yield _spec(at + "attn_norm", "text", (hub + "input_layernorm.weight", hidden), fill="ones")
-        yield _spec(
-            at + "qkv",
-            "text",
-            *((f"{attn}{p}_proj.weight", (n, s.hidden_size)) for p, n in projections.items()),
-        )
-        if s.qkv_bias:
-            yield _spec(
-                at + "qkv_bias",
-                "text",
-                *((f"{attn}{p}_proj.bias", (n,)) for p, n in projections.items()),
-            )
-        if s.qk_norm:
-            yield _spec(at + "q_norm", "text", (attn + "q_norm.weight", (s.head_dim,)), fill="ones")
-            yield _spec(at + "k_norm", "text", (attn + "k_norm.weight", (s.head_dim,)), fill="ones")
-        yield _spec(at + "o", "text", (attn + "o_proj.weight", (s.hidden_size, s.q_size)))
-        if s.o_bias:
-            yield _spec(at + "o_bias", "text", (attn + "o_proj.bias", hidden))
-        yield _spec(
-            at + "mlp_norm", "text", (hub + "post_attention_layernorm.weight", hidden), fill="ones"
-        )
+        mlp = hub + "mlp."
+        yield _text_norm(s, at + "attn_norm", hub + "input_layernorm", s.hidden_size)
+        mixer, below = _MIXERS[s.mixer(i)]
+        yield from mixer(s, at, hub + below)
+        yield _text_norm(s, at + "mlp_norm", hub + "post_attention_layernorm", s.hidden_size)
         yield _spec(
             at + "gate_up",
             "text",
@@ -120,7 +172,7 @@ def _text(s: TextShape) -> Iterator[TensorSpec]:
         yield _spec(
             at + "down", "text", (mlp + "down_proj.weight", (s.hidden_size, s.intermediate_size))
         )
-    yield _spec("text.norm", "text", ("norm.weight", (s.hidden_size,)), fill="ones")
+    yield _text_norm(s, "text.norm", "norm", s.hidden_size)
     if not s.tied_head:
         yield _spec("text.head", "root", ("lm_head.weight", (s.vocab_size, s.hidden_size)))
 
@@ -258,3 +310,13 @@ def is_quantizable(name: str, size: tuple[int, ...]) -> bool:
     return len(size) == 2 and not name.endswith(
         ("embed_tokens.weight", "pos_embed.weight", "lm_head.weight")
     )
+
+
+def is_decoder_matrix(name: str, size: tuple[int, ...]) -> bool:
+    """Whether the native engine quantizes this tensor: a large matrix of the decoder or the head.
+
+    The two of a gated delta net that make one number a head are not: they are small, and what they
+    make is exponentiated.
+    """
+    small = ("embed_tokens.weight", "in_proj_a.weight", "in_proj_b.weight")
+    return len(size) == 2 and ".visual." not in name and not name.endswith(small)

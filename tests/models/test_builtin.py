@@ -13,6 +13,13 @@ from qwencli.models.tensors import expected_tensors, parameter_count
 
 # Billions of parameters as the hub ("Model size") or the model card states them; tied weights once.
 PUBLISHED = {
+    "qwen3.5-0.8b": 0.853,
+    "qwen3.5-2b": 2.21,
+    "qwen3.5-4b": 4.54,
+    "qwen3.5-9b": 9.41,
+    "qwen3.5-27b": 27.4,
+    "qwen3.6-27b": 27.4,
+    "qwen3.8-27b": 27.4,
     "qwen3-vl-2b": 2.13,
     "qwen3-vl-4b": 4.44,
     "qwen3-vl-8b": 8.77,
@@ -80,6 +87,7 @@ def built_vocab(config):
 @pytest.mark.parametrize(
     ("alias", "rope"),
     [
+        ("qwen3.5-9b", (1e7, [11, 11, 10])),
         ("qwen3-vl-4b", (5e6, [24, 20, 20])),
         ("qwen2.5-vl-3b", (1e6, [16, 24, 24])),
         ("qwen2-vl-2b", (1e6, [16, 24, 24])),
@@ -93,7 +101,12 @@ def test_config_class_of_each_family_takes_the_rope_and_norm(alias, rope):
     assert text.rope_parameters["rope_theta"] == rope[0]
     assert text.rope_parameters.get("mrope_section") == rope[1]
     assert text.rms_norm_eps == 1e-6
-    assert all(kind == "full_attention" for kind in getattr(text, "layer_types", None) or [])
+    shape = read_shape(hub_config(alias)).text
+    for layer, kind in enumerate(getattr(text, "layer_types", None) or []):
+        assert kind == ("linear_attention" if shape.mixer(layer) == "delta" else "full_attention")
+    assert (text.rope_parameters.get("partial_rotary_factor") or 1) * shape.head_dim == (
+        shape.rotary_dim
+    )
     assert (config.dtype or text.dtype) == torch.bfloat16
 
 

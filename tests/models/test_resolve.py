@@ -220,10 +220,24 @@ def test_best_downloaded_model_that_fits(places, cache_model):
 
 
 def test_recommendation_fits_the_card():
-    assert recommended_model(24 * 10**9).name == "qwen3-vl-8b"
-    assert recommended_model(12 * 10**9).name == "qwen3-vl-4b"
-    assert recommended_model(12 * 10**9, Quantization.INT4).name == "qwen3-vl-8b"
+    assert recommended_model(24 * 10**9).name == "qwen3.5-9b"
+    assert recommended_model(12 * 10**9).name == "qwen3.5-4b"
     assert recommended_model(10**9) is None
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "name"),
+    [
+        (8, "qwen3.5-4b"),
+        (12, "qwen3.5-9b"),
+        (16, "qwen3.5-9b"),
+        (24, "qwen3.8-27b"),
+        (32, "qwen3.8-27b"),
+    ],
+)
+def test_recommendation_at_four_bits_for_each_size_of_card(gigabytes, name):
+    """With a picture of a megapixel; a desktop takes some of the card itself."""
+    assert recommended_model((gigabytes - 1) * 10**9, Quantization.INT4).name == name
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ TEXT = {
 }
 VISION = {"depth": 2, "num_heads": 2, "deepstack_visual_indexes": [0], "fullatt_block_indexes": [1]}
 WIDTHS = {
+    "qwen3_5": {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32},
     "qwen3_vl": {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32},
     "qwen2_5_vl": {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32},
     "qwen2_vl": {"embed_dim": 16, "hidden_size": 32},
@@ -38,6 +39,10 @@ def tiny(alias):
     text |= {key: value for key, value in TEXT.items() if key in text}
     if "head_dim" in text:
         text["head_dim"] = 8
+    if "linear_key_head_dim" in text:
+        text |= {"num_hidden_layers": 4, "linear_num_key_heads": 1, "linear_num_value_heads": 2}
+        text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 4, "head_dim": 16}
+        text["rope_parameters"] |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
     if text.get("rope_scaling"):
         text["rope_scaling"] |= {"mrope_section": [2, 1, 1]}
     if "vision_config" in config:
@@ -50,7 +55,8 @@ def tiny(alias):
 
 # A tied and an untied member of each family.
 ALIASES = (
-    "qwen3-vl-4b qwen3-vl-8b qwen2.5-vl-3b qwen2.5-vl-7b qwen2-vl-2b qwen2-vl-7b "
+    "qwen3.5-4b qwen3.5-9b qwen3-vl-4b qwen3-vl-8b qwen2.5-vl-3b qwen2.5-vl-7b "
+    "qwen2-vl-2b qwen2-vl-7b "
     "qwen3-4b qwen3-8b qwen2.5-3b qwen2.5-7b"
 )
 

@@ -246,3 +246,66 @@ def test_a_window_smaller_than_a_merged_token() -> None:
     config["vision_config"]["window_size"] = 27
     with pytest.raises(ModelFileError, match="window_size 27"):
         read_shape(config)
+
+
+def qwen3_5() -> dict[str, Any]:
+    rope = {
+        "rope_type": "default",
+        "mrope_section": [4, 2, 2],
+        "mrope_interleaved": True,
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 1e7,
+    }
+    text = TEXT | {"head_dim": 64, "rope_parameters": rope, "full_attention_interval": 4}
+    vision = {k: v for k, v in VISION3.items() if k != "deepstack_visual_indexes"}
+    return {"model_type": "qwen3_5", "text_config": text, "vision_config": vision, **TOKENS}
+
+
+def test_a_hybrid_says_what_mixes_the_tokens_of_each_layer() -> None:
+    text = read_shape(qwen3_5()).text
+    assert text.mixers == ("delta", "delta", "delta", "attention")
+    assert (text.attention_layers, text.delta_layers) == ((3,), (0, 1, 2))
+    assert text.rotary_dim == 16 and text.gated_attention and text.zero_centred_norms
+    assert text.delta is not None and text.delta.conv_dim == 2 * 16 * 128 + 32 * 128
+    # Keys and values of one layer, and a state of three.
+    assert text.kv_bytes_per_token(2) == 2 * 2 * 64 * 2
+    assert text.state_bytes(2) == 3 * (4 * 32 * 128 * 128 + 2 * 3 * text.delta.conv_dim)
+    config = qwen3_5()
+    del config["text_config"]["full_attention_interval"]
+    config["text_config"]["layer_types"] = ["full_attention", *["linear_attention"] * 3]
+    assert read_shape(config).text.mixers == ("attention", "delta", "delta", "delta")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"layer_types": ["full_attention"] * 4}, "layer 0 full_attention, full_attention_interv"),
+        ({"layer_types": ["linear_attention"] * 3}, "has 3 entries, num_hidden_layers is 4"),
+        ({"layer_types": ["mamba"] * 4}, "expected a list of linear_attention and full_attention"),
+        ({"layer_types": "full_attention"}, "layer_types is 'full_attention'"),
+        ({"layer_types": [["full_attention"]] * 4}, "expected a list of"),
+        ({"full_attention_interval": 0}, "full_attention_interval is 0"),
+        ({"linear_num_value_heads": 24}, "24 does not divide by linear_num_key_heads 16"),
+        ({"linear_num_key_heads": "16"}, "linear_num_key_heads is '16'"),
+        ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim is 1"),
+        ({"attn_output_gate": False}, "attn_output_gate is False"),
+        ({"output_gate_type": "tanh"}, "output_gate_type is 'tanh'"),
+        ({"rope_parameters": {"partial_rotary_factor": 2}}, "partial_rotary_factor 2"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "half of the 32 rotary dimensions"),
+    ],
+)
+def test_a_hybrid_that_contradicts_itself_is_refused(values: dict[str, Any], said: str) -> None:
+    config = qwen3_5()
+    rope = config["text_config"]["rope_parameters"]
+    rope.update(values.get("rope_parameters", {}))
+    config["text_config"] |= values | {"rope_parameters": rope}
+    with pytest.raises(ModelFileError, match=said):
+        read_shape(config)
+
+
+@pytest.mark.parametrize("model_type", ["qwen4_exp", "qwen3_omni_moe", "qwen3_omni_moe_thinker"])
+def test_a_family_that_cannot_run_is_named_with_what_can(model_type: str) -> None:
+    with pytest.raises(ModelFileError) as caught:
+        read_shape(qwen3_5() | {"model_type": model_type})
+    assert model_type in caught.value.message and "Qwen" in caught.value.message
+    assert "qwen3.5-9b" in caught.value.hint

@@ -156,6 +156,7 @@ _QWEN3_VL: Mapping[str, Any] = {
     ),
 }
 _FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "qwen3_5": _QWEN3_VL,
     "qwen2_vl": _QWEN2_VL,
     "qwen2_5_vl": _QWEN2_VL,
     "qwen3_vl": _QWEN3_VL,

@@ -63,6 +63,7 @@ class Family:
 
 
 FAMILIES = {
+    "qwen3_5": Family("Qwen3_5ForConditionalGeneration", "Qwen3_5Config"),
     "qwen3_vl": Family("Qwen3VLForConditionalGeneration", "Qwen3VLConfig"),
     "qwen3_vl_moe": Family("Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeConfig"),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig"),

@@ -40,6 +40,7 @@ Tensors = dict[str, torch.Tensor]
 Matrices = dict[str, QuantizedTensor]
 
 DUMMY_STD = 0.02
+DUMMY_DECAYS = 1.0, 16.0
 HEAD = "text.head"
 TOWER_POSITIONS = "vision.positions"
 _DECODER_MATRICES = ("qkv", "o", "gate_up", "down")
@@ -152,18 +153,21 @@ def dummy(
     device: torch.device,
     quantization: Quantization = Quantization.NONE,
 ) -> LoadedWeights:
-    """Fill every tensor: norms with ones, the rest with normal values of deviation `DUMMY_STD`.
+    """Fill every tensor: norms such that they change no value's size, decays as models are begun
+    with, the rest with normal values of deviation `DUMMY_STD`.
 
     The values depend on the tensor's name and the kind of device alone.
     """
     kept = _Kept(shape, quantization)
     generator = torch.Generator(device)
     for spec in specs(shape):
-        tensor = torch.empty(spec.shape, dtype=dtype, device=device)
+        kind = torch.float32 if spec.float32 else dtype
+        tensor = torch.empty(spec.shape, dtype=kind, device=device)
+        generator.manual_seed(zlib.crc32(spec.name.encode()))
         if spec.fill == "normal":
-            tensor.normal_(
-                0.0, DUMMY_STD, generator=generator.manual_seed(zlib.crc32(spec.name.encode()))
-            )
+            tensor.normal_(0.0, DUMMY_STD, generator=generator)
+        elif spec.fill == "decay":
+            tensor.uniform_(*DUMMY_DECAYS, generator=generator).log_()
         else:
             tensor.fill_(1.0 if spec.fill == "ones" else 0.0)
         kept.keep(spec.name, tensor)
@@ -222,11 +226,14 @@ class _Loading:
     def _dtype_of(
         self, spec: TensorSpec, sources: Sequence[StoredTensor | PackedLayer]
     ) -> torch.dtype:
-        """The wanted type; of a tower's matrices for the CPU in float32, that of the file.
+        """The wanted type, or what the tensor needs; of a tower's matrices for the CPU in float32,
+        that of the file.
 
         The tower runs once a picture and converts each matrix when it comes to it, which costs
         hardly any time and saves half of its memory.
         """
+        if spec.float32:
+            return torch.float32
         if (self._device.type, self._dtype) == ("cpu", torch.float32) and is_tower_matrix(spec):
             stored = {source.dtype for source in sources if isinstance(source, StoredTensor)}
             if len(stored) == 1 and not any(isinstance(s, PackedLayer) for s in sources):

@@ -18,6 +18,7 @@ def check_supported(shape: ModelShape) -> None:
     obstacles = {
         f"{text.rope.scaling!r} rotary scaling": text.rope.scaling not in ("default", "yarn"),
         "a sliding window": text.sliding_window,
+        "gated delta nets": text.delta is not None,
         f"hidden_act {text.activation!r} in the text decoder": text.activation != "silu",
     }
     if vision is not None:
