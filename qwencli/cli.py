@@ -27,6 +27,7 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF, errno.EIO
 COMMANDS = {
     "caption": "qwencli.commands.caption:caption",
     "chat": "qwencli.commands.chat:chat",
+    "serve": "qwencli.commands.serve:serve",
     "dataset": "qwencli.commands.dataset:app",
     "bench": "qwencli.commands.bench:app",
     "diagnose": "qwencli.commands.diagnose:app",

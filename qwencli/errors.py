@@ -8,6 +8,7 @@ nothing else catches them to print.
     ├── UsageError               exit 2   an option or a combination of options is wrong
     │   └── UnsupportedModeError          this mode cannot run here; `nearest` can
     ├── InputError                        an image, prompt or file given to us cannot be used
+    │   └── PromptTooLongError            prompt and answer are longer than what the model holds
     ├── ModelError
     │   ├── ModelNotFoundError            no such name or folder
     │   ├── ModelFileError                weights or configuration missing, broken or at odds
@@ -57,6 +58,10 @@ class UnsupportedModeError(UsageError):
 
 
 class InputError(QwenCliError):
+    pass
+
+
+class PromptTooLongError(InputError):
     pass
 
 

@@ -24,7 +24,7 @@ from qwencli.engine.machine.cpu_threads import computing_with, threads_for
 from qwencli.engine.protocol import ManyRequests, drain
 from qwencli.engine.resolve import resolve_device, resolve_dtype
 from qwencli.engine.response import ResponseBuilder
-from qwencli.errors import InputError, OutOfMemoryError, UsageError
+from qwencli.errors import OutOfMemoryError, PromptTooLongError, UsageError
 from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult
 
@@ -308,7 +308,7 @@ class BaseEngine(ManyRequests, ABC):
     def _check_length(self, prompt: Prompt, sampling: SamplingParams) -> None:
         tokens, new = len(prompt.input_ids), sampling.max_new_tokens
         if tokens + new > self.max_seq_len:
-            raise InputError(
+            raise PromptTooLongError(
                 f"the prompt has {tokens} tokens ({prompt.num_image_tokens} of images) and {new} "
                 f"new ones are asked for, but {self.config.model.name} holds {self.max_seq_len}",
                 self._what_fits(tokens, new),

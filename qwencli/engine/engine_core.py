@@ -43,7 +43,7 @@ from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.runner import ModelRunner, TokenCopy, Unsampled, VerifyCopy
 from qwencli.engine.scheduler import Scheduler
 from qwencli.engine.spec_decode.policy import Acceptance, BatchDraftPolicy
-from qwencli.errors import EngineError, InputError, OutOfMemoryError, QwenCliError
+from qwencli.errors import EngineError, OutOfMemoryError, PromptTooLongError, QwenCliError
 from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig, Speculation
 
@@ -547,10 +547,10 @@ class EngineCore:
         failure.__cause__ = error
         return failure
 
-    def _too_long(self, sequence: Sequence) -> InputError:
+    def _too_long(self, sequence: Sequence) -> PromptTooLongError:
         pool, rows = self._scheduler.pool, self._scheduler.limits.max_rows
         captions = captions_that_fit(self._runner.model.shape, pool.num_pages, rows)
-        return InputError(
+        return PromptTooLongError(
             f"the prompt has {sequence.num_prompt_tokens} tokens and {sequence.max_new_tokens} new "
             f"ones are asked for, but the cache has room for {pool.capacity * PAGE_SIZE} "
             f"(captions: {captions})",

@@ -1,0 +1,110 @@
+"""`qwencli serve`: an OpenAI-compatible server over one engine."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Annotated
+
+import typer
+
+from qwencli.commands.options import RunOptions, with_run_options
+from qwencli.errors import MissingDependencyError, UsageError
+from qwencli.output import Output
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@with_run_options
+def serve(
+    context: typer.Context,
+    host: Annotated[
+        str,
+        typer.Option(metavar="ADDRESS", help="Where to listen; beyond this machine with a key."),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, help="0 = any that is free.")
+    ] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="QWENCLI_API_KEY",
+            metavar="KEY",
+            help="What clients must send as their key.",
+        ),
+    ] = None,
+    allow_image_urls: Annotated[
+        bool, typer.Option("--allow-image-urls", help="Fetch pictures from public addresses.")
+    ] = False,
+    *,
+    run: RunOptions,
+) -> None:
+    """Serve a model to OpenAI clients, with a page to try it at /."""
+    check_extra()
+    from qwencli.commands.model_choice import announce_model, choose_model
+    from qwencli.commands.requests import fetch_model
+    from qwencli.engine.factory import create_engine
+    from qwencli.engine.resolve import resolve_device
+    from qwencli.server.app import ServerSettings, create_app
+    from qwencli.server.engine_thread import EngineThread
+    from qwencli.server.listen import listening, run_server, server_for
+
+    sink = context.ensure_object(Output)
+    local = host in LOOPBACK
+    if api_key == "":
+        raise UsageError("--api-key is empty", "give a key, or leave it out")
+    if not (local or api_key):
+        raise UsageError(
+            f"--host {host}: others can reach this address, and there is no key",
+            "add --api-key KEY (or QWENCLI_API_KEY), or listen at 127.0.0.1",
+        )
+    sampling = run.sampling_options()
+    spec = choose_model(run, sink)
+    opened = listening(host, port)
+    announce_model(spec, run, sink)
+    config = run.engine_config(spec)
+    with sink.status(f"starting {spec.name}"):
+        engine = create_engine(config)
+        resolve_device(config.device)
+    fetch_model(config)
+    thread = EngineThread(engine)
+    aliases = {str(each) for each in (run.model, spec.repo_id) if each} - {spec.name}
+    settings = ServerSettings(
+        model=spec.name,
+        aliases=tuple(sorted(aliases)),
+        api_key=api_key,
+        hosts=LOOPBACK if local and not api_key else None,
+        allow_image_urls=allow_image_urls,
+        sampling=sampling,
+    )
+    server = server_for(create_app(thread, settings))
+
+    def failed() -> None:
+        server.should_exit = True
+
+    thread.on_failure = failed
+    try:
+        with sink.status(f"loading {spec.name}"):
+            thread.start()
+        for warning in engine.load_warnings:
+            sink.warn(warning)
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{opened.getsockname()[1]}"
+        run_server(
+            server,
+            opened,
+            lambda: sink.notice(f"serving {spec.name} at {address} (API: {address}/v1)"),
+        )
+        if thread.failure is not None:
+            raise thread.failure
+    finally:
+        thread.close()
+
+
+def check_extra() -> None:
+    """Raises MissingDependencyError where the packages of a server are not installed."""
+    for package in ("starlette", "uvicorn", "pydantic"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(
+                f"qwencli serve: the package {package} is not installed",
+                "pip install 'qwencli[serve]'",
+            )

@@ -1,0 +1,65 @@
+"""Who may ask: the key, the `Host` header, and no pages of other sites."""
+
+from __future__ import annotations
+
+import hmac
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from qwencli.server.api_errors import ApiError
+
+# What says nothing that a stranger may not know: whether the server lives, and the page that asks
+# for the key.
+_OPEN = ("/health", "/")
+
+
+class Access:
+    """Refuses what may not ask, before anything of it is read.
+
+    A name that a page's author had point here (DNS rebinding) is no host of ours, and a request
+    that a page of another site sends has an `Origin` that is not its own host.
+
+    Args:
+        api_key: None = nobody is asked for one. hosts: see `ServerSettings`.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None, hosts: tuple[str, ...] | None) -> None:
+        self._app, self._hosts = app, hosts
+        self._key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        refused = self._refused(scope["path"], Headers(scope=scope))
+        if refused is None:
+            await self._app(scope, receive, send)
+        else:
+            await refused.response()(scope, receive, send)
+
+    def _refused(self, path: str, headers: Headers) -> ApiError | None:
+        host = headers.get("host", "")
+        if self._hosts is not None and _name_of(host) not in self._hosts:
+            return ApiError(403, "this name is not one of this server's", code="host_not_allowed")
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            return ApiError(403, "pages of other sites may not ask", code="origin_not_allowed")
+        if self._key is None or path in _OPEN:
+            return None
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        if kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._key):
+            return None
+        return ApiError(
+            401,
+            "the API key is missing or wrong",
+            code="invalid_api_key",
+            headers={"www-authenticate": "Bearer"},
+        )
+
+
+def _name_of(host: str) -> str:
+    """A `Host` header without its port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.rpartition(":")[0].lower() if ":" in host else host.lower()

@@ -1,0 +1,84 @@
+"""What is wrong with a request, in the form that clients of OpenAI's API read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.responses import Response
+
+from qwencli.errors import (
+    CaptionError,
+    InputError,
+    MissingDependencyError,
+    OutOfMemoryError,
+    PromptTooLongError,
+    QwenCliError,
+    UsageError,
+)
+from qwencli.server.engine_thread import GoneError, TookTooLongError, TooManyRequestsError
+
+# Of errors by the status they come with; the first class that fits.
+_STATUS: tuple[tuple[type[QwenCliError], int, str | None], ...] = (
+    (PromptTooLongError, 400, "context_length_exceeded"),
+    (InputError, 400, None),
+    (UsageError, 400, None),
+    (CaptionError, 400, None),
+    (TooManyRequestsError, 429, "rate_limit_exceeded"),
+    (TookTooLongError, 504, "timeout"),
+    (GoneError, 499, "client_closed_request"),
+    (MissingDependencyError, 501, None),
+    (OutOfMemoryError, 503, "out_of_memory"),
+)
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """An error with the status that tells it.
+
+    Args:
+        param: what of the request is wrong, such as `messages.0.content`.
+        code: OpenAI's word for it, where there is one.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = headers or {}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status)
+        if kind is None:
+            kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> Response:
+        return json_response(self.body, self.status, self.headers)
+
+
+def api_error(error: QwenCliError) -> ApiError:
+    """An error of the engine as one of the API. What its hint says of options is left out."""
+    status, code = next(
+        ((status, code) for kind, status, code in _STATUS if isinstance(error, kind)), (500, None)
+    )
+    told = error.message
+    if error.hint and "--" not in error.hint:
+        told += f" ({error.hint})"
+    headers = {"retry-after": "1"} if status in (429, 503) else None
+    return ApiError(status, told, code=code, headers=headers)
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    # Lone surrogates of a file's name or a model's text have no UTF-8.
+    data = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+    return Response(data, status, headers, "application/json")

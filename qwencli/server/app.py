@@ -1,0 +1,361 @@
+"""An OpenAI-compatible application over one engine thread.
+
+What comes in is checked before the engine hears of it; what goes wrong has OpenAI's form
+(`api_errors`). It reads no file that a client names and keeps nothing of what it is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from qwencli import __version__
+from qwencli.config import SamplingOptions
+from qwencli.engine.request import RequestSource
+from qwencli.errors import QwenCliError
+from qwencli.messages import GenerationRequest, ImagePart, Message, TextPart
+from qwencli.results import GenerationChunk, GenerationResult
+from qwencli.server.access import Access
+from qwencli.server.api_errors import ApiError, api_error, json_response
+from qwencli.server.chat_api import ChatBody, ChatFormat, ChatMessage, TextContent, event
+from qwencli.server.engine_thread import Answer, EngineThread, GoneError, TookTooLongError
+from qwencli.server.image_urls import opened_picture, picture_bytes
+
+T = TypeVar("T", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What a server serves, to whom, and how much of it.
+
+    Args:
+        model: what the loaded model is called, and `aliases` what it answers to as well.
+        api_key: None = nobody is asked for one.
+        hosts: names that a `Host` header may have, without a port; None = any.
+        allow_image_urls: fetch pictures from public http addresses.
+        max_pixels: of a picture, before it is resized. max_images: of a request.
+        max_tokens: of an answer. sampling: where a request says nothing.
+        body_s, answer_s, write_s: within which a body must be here, an answer complete, and a piece
+            of it taken.
+    """
+
+    model: str
+    aliases: tuple[str, ...] = ()
+    api_key: str | None = None
+    hosts: tuple[str, ...] | None = ("localhost", "127.0.0.1", "::1")
+    allow_image_urls: bool = False
+    max_body_bytes: int = 64 << 20
+    max_pixels: int = 50_000_000
+    max_images: int = 32
+    max_messages: int = 4096
+    max_tokens: int = 8192
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    body_s: float = 60.0
+    answer_s: float = 900.0
+    write_s: float = 60.0
+
+
+class Format(Protocol):
+    """How an API writes an answer."""
+
+    def whole(
+        self, pieces: Sequence[GenerationChunk], result: GenerationResult
+    ) -> dict[str, Any]: ...
+
+    def begin(self) -> Iterator[bytes]: ...
+
+    def events(self, pieces: Sequence[GenerationChunk]) -> Iterator[bytes]: ...
+
+
+def create_app(engine_thread: EngineThread, settings: ServerSettings) -> Starlette:
+    """The application. The engine thread is started and closed by the caller."""
+    server = _Server(engine_thread, settings)
+    app = Starlette(
+        routes=[
+            Route("/health", server.health),
+            Route("/v1/models", server.models),
+            Route("/v1/models/{name:path}", server.model),
+            Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
+        ],
+        exception_handlers={
+            ApiError: _told,
+            HTTPException: _http_error,
+            ClientDisconnect: _nobody,
+            Exception: _fault,
+        },
+    )
+    app.add_middleware(Access, api_key=settings.api_key, hosts=settings.hosts)
+    return app
+
+
+class _Server:
+    def __init__(self, engine_thread: EngineThread, settings: ServerSettings) -> None:
+        self._thread, self._settings = engine_thread, settings
+        self._started = int(time.time())
+
+    async def health(self, request: Request) -> Response:
+        failed = self._thread.failure is not None
+        body = {"status": "failed" if failed else "ok", "version": __version__}
+        return json_response(body, 503 if failed else 200)
+
+    async def models(self, request: Request) -> Response:
+        return json_response({"object": "list", "data": [self._model_entry()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_model(request.path_params["name"])
+        return json_response(self._model_entry())
+
+    def _model_entry(self) -> dict[str, Any]:
+        return {
+            "id": self._settings.model,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "qwencli",
+            "max_model_len": self._thread.engine.max_seq_len,
+        }
+
+    def _check_model(self, name: str | None) -> None:
+        known = (self._settings.model, *self._settings.aliases)
+        if name is not None and name not in known:
+            raise ApiError(
+                404,
+                f"the model {name[:200]!r} is not served here; {self._settings.model!r} is",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def chat_completions(self, request: Request) -> ASGIApp:
+        body = await self._body(request, ChatBody)
+        self._check_model(body.model)
+        sampling = self._over_defaults(body.sampling())
+        self._check_tokens(sampling.max_new_tokens)
+        conversation = await self._conversation(body.messages)
+
+        def source() -> GenerationRequest:
+            return GenerationRequest(conversation(), sampling)
+
+        form = ChatFormat(body, self._settings.model)
+        return self._reply(source, form, stream=bool(body.stream))
+
+    def _over_defaults(self, said: SamplingOptions) -> SamplingOptions:
+        """What a request says, over what the server was started with."""
+        asked: dict[str, Any] = {
+            f.name: value
+            for f in fields(said)
+            if (value := getattr(said, f.name)) not in (None, ())
+        }
+        if not asked.keys().isdisjoint(("temperature", "top_p", "top_k", "min_p")):
+            asked["do_sample"] = None
+        return replace(self._settings.sampling, **asked)
+
+    def _check_tokens(self, wanted: int | None) -> None:
+        if wanted is not None and wanted > self._settings.max_tokens:
+            raise ApiError(
+                400,
+                f"{wanted} new tokens are asked for, at most {self._settings.max_tokens} are given",
+                param="max_tokens",
+            )
+
+    async def _conversation(
+        self, messages: Sequence[ChatMessage]
+    ) -> Callable[[], tuple[Message, ...]]:
+        """What makes the conversation; pictures are here, but not decoded yet."""
+        settings = self._settings
+        if len(messages) > settings.max_messages:
+            raise ApiError(
+                400,
+                f"{len(messages)} messages are more than the {settings.max_messages} of a request",
+                param="messages",
+            )
+        pictures = sum(
+            not isinstance(part, TextContent)
+            for message in messages
+            for part in (message.content or ())
+            if not isinstance(part, str)
+        )
+        if pictures > settings.max_images:
+            raise ApiError(
+                400,
+                f"{pictures} pictures are more than the {settings.max_images} of a request",
+                param="messages",
+            )
+        made: list[tuple[ChatMessage, list[str | tuple[bytes, str]]]] = []
+        for number, message in enumerate(messages):
+            parts: list[str | tuple[bytes, str]] = []
+            content = message.content or ""
+            for index, part in enumerate([content] if isinstance(content, str) else content):
+                if isinstance(part, str):
+                    parts.append(part)
+                elif isinstance(part, TextContent):
+                    parts.append(part.text)
+                else:
+                    place = f"messages.{number}.content.{index}.image_url.url"
+                    data = await picture_bytes(
+                        part.image_url.url, place, fetch=settings.allow_image_urls
+                    )
+                    parts.append((data, place))
+            made.append((message, parts))
+
+        def opened() -> tuple[Message, ...]:
+            found: list[Message] = []
+            shown: list[ImagePart] = []
+            for message, parts in made:
+                held: list[TextPart | ImagePart] = []
+                for part in parts:
+                    if isinstance(part, str):
+                        held.append(TextPart(part))
+                    else:
+                        picture = opened_picture(*part, settings.max_pixels, shown)
+                        shown.append(picture)
+                        held.append(picture)
+                role = "system" if message.role == "developer" else message.role
+                found.append(Message(role, tuple(held)))
+            return tuple(found)
+
+        return opened
+
+    async def _body(self, request: Request, kind: type[T]) -> T:
+        data = await self._read(request)
+        try:
+            return kind.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            place = ".".join(str(each) for each in first["loc"])[:200]
+            said = f"{place}: {first['msg']}" if place else str(first["msg"])
+            raise ApiError(400, said[:500], param=place or None) from error
+
+    async def _read(self, request: Request) -> bytes:
+        most = self._settings.max_body_bytes
+        too_large = ApiError(413, f"the body is larger than {most >> 20} MiB")
+        if not request.headers.get("content-type", "").startswith("application/json"):
+            # A page elsewhere can send other types without asking first.
+            raise ApiError(415, "send the body as application/json")
+        length = request.headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:19]) > most:
+            raise too_large
+        data = bytearray()
+        try:
+            async with asyncio.timeout(self._settings.body_s):
+                async for piece in request.stream():
+                    data += piece
+                    if len(data) > most:
+                        raise too_large
+        except TimeoutError as error:
+            raise ApiError(408, "the body did not arrive in time") from error
+        return bytes(data)
+
+    def _reply(self, source: RequestSource, form: Format, *, stream: bool) -> ASGIApp:
+        async def reply(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                async with self._answering(source, receive, whole=not stream) as answer:
+                    if stream:
+                        await self._stream(answer, form, send)
+                    else:
+                        response = json_response(form.whole(*await _whole(answer)))
+                        async with asyncio.timeout(self._settings.write_s):
+                            await response(scope, receive, send)
+            except QwenCliError as error:
+                await api_error(error).response()(scope, receive, send)
+            except TimeoutError:  # a reader that takes nothing
+                scope["state"]["abort"]()
+
+        return reply
+
+    @asynccontextmanager
+    async def _answering(
+        self, source: RequestSource, receive: Receive, *, whole: bool
+    ) -> AsyncIterator[Answer]:
+        """An answer that ends when its reader goes, or when it takes too long."""
+        answer = self._thread.submit(source, whole=whole)
+        late = TookTooLongError(
+            f"the answer was not complete within {self._settings.answer_s:g} seconds"
+        )
+        timer = asyncio.get_running_loop().call_later(self._settings.answer_s, answer.end, late)
+        watcher = asyncio.create_task(_watch(receive, answer))
+        try:
+            yield answer
+        finally:
+            timer.cancel()
+            watcher.cancel()
+            answer.end(GoneError("the client has gone"))
+
+    async def _stream(self, answer: Answer, form: Format, send: Send) -> None:
+        # What is wrong with a request is known before its first piece: it has a status of its own.
+        pieces = await answer.pieces()
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [
+                    (b"content-type", b"text/event-stream; charset=utf-8"),
+                    (b"cache-control", b"no-store"),
+                    (b"x-accel-buffering", b"no"),
+                ],
+            }
+        )
+        data = b"".join(form.begin())
+        over = False
+        while True:
+            data += b"".join(form.events(pieces))
+            over = pieces[-1].result is not None
+            if data:
+                async with asyncio.timeout(self._settings.write_s):
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            if over:
+                break
+            try:
+                pieces, data = await answer.pieces(), b""
+            except QwenCliError as error:
+                data = event(api_error(error).body)
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+                break
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _whole(answer: Answer) -> tuple[list[GenerationChunk], GenerationResult]:
+    pieces: list[GenerationChunk] = []
+    while True:
+        pieces += await answer.pieces()
+        result = pieces[-1].result
+        if result is not None:
+            return pieces, result
+
+
+async def _watch(receive: Receive, answer: Answer) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    answer.end(GoneError("the client has gone"))
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError), "registered for it"
+    return error.response()
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException), "registered for it"
+    path = request.url.path[:200]
+    said = {404: f"there is no {path} here", 405: f"{path} does not take {request.method}"}
+    headers = dict(error.headers) if error.headers else None
+    told = said.get(error.status_code, error.detail)
+    return ApiError(error.status_code, told, headers=headers).response()
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    return ApiError(499, "the client has gone").response()
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    return ApiError(500, f"a fault of the server: {type(error).__name__}").response()

@@ -1,0 +1,331 @@
+"""One thread that owns an engine, and what the tasks of an event loop see of it.
+
+Requests come in through a list of orders, answers go out through a list for each; nothing else is
+shared. A reader that is slow finds several pieces at once and holds nobody: the engine never waits.
+A lone request runs as `engine.stream` does, which is the faster way for one; those that come
+meanwhile run together, in turns with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from qwencli.engine.protocol import Engine, RequestQueue, SerialQueue
+from qwencli.engine.request import RequestId, RequestSource, StepOutput
+from qwencli.errors import EngineError, QwenCliError
+from qwencli.results import GenerationChunk
+
+# Steps that fail one after the other, with whatever is asked: the device is lost.
+MOST_FAILED_STEPS = 3
+
+
+class TooManyRequestsError(QwenCliError):
+    """As many requests wait as may wait."""
+
+
+class GoneError(QwenCliError):
+    """Nobody waits for this answer any more."""
+
+
+class TookTooLongError(QwenCliError):
+    """An answer was not complete in time."""
+
+
+class Answer:
+    """One request, as the task that reads its answer sees it; made by `EngineThread.submit`.
+
+    Args:
+        whole: pieces without a result are of no interest.
+    """
+
+    def __init__(self, thread: EngineThread, source: RequestSource, whole: bool) -> None:
+        self._thread, self.whole = thread, whole
+        self.source: RequestSource | None = source
+        self.loop = asyncio.get_running_loop()
+        self.begun_s: float | None = None
+        self.arrived_s = time.perf_counter()
+        self._pieces: deque[GenerationChunk | QwenCliError] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._over = False
+
+    async def pieces(self) -> list[GenerationChunk]:
+        """What has come since the last call, once there is something; the last one of an answer
+        has its result.
+
+        Raises:
+            QwenCliError: what ended the answer.
+        """
+        while not self._pieces:
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        found: list[GenerationChunk] = []
+        while self._pieces:
+            piece = self._pieces[0]
+            if isinstance(piece, QwenCliError):
+                if found:  # first what came before it
+                    return found
+                raise piece
+            found.append(self._pieces.popleft())  # type: ignore[arg-type]
+        return found
+
+    def end(self, why: QwenCliError) -> None:
+        """End it from the reader's side: the engine forgets it before its next step."""
+        if not self._over:
+            self._thread.forget(self)
+            self.take(why)
+            self.wake()
+
+    def take(self, piece: GenerationChunk | QwenCliError) -> None:
+        """Of the engine's thread: add a piece; `wake` follows on the loop's own thread."""
+        if self._over:
+            return
+        self._over = isinstance(piece, QwenCliError) or piece.result is not None
+        self._pieces.append(piece)
+
+    @property
+    def is_over(self) -> bool:
+        return self._over
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def stopped() -> EngineError:
+    return EngineError("the engine has stopped", "start the server again")
+
+
+class _Place(NamedTuple):
+    """Where a request runs: a queue, and its name there."""
+
+    queue: RequestQueue
+    number: RequestId
+
+
+class EngineThread:
+    """Loads an engine in a thread of its own and answers requests there until closed.
+
+    Args:
+        max_waiting: requests beside those that run at once; more are refused.
+        on_failure: called in the engine's thread when it can answer nothing any more.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_waiting: int = 1024,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.engine, self._max_waiting, self.on_failure = engine, max_waiting, on_failure
+        self.failure: Exception | None = None
+        self.max_rows = 1
+        self.last_active_s = time.monotonic()
+        self._orders: deque[tuple[Callable[[Answer], None], Answer]] = deque()
+        self._ordered = threading.Condition()
+        self._closing = False
+        self._loaded = threading.Event()
+        self._unfinished: set[Answer] = set()
+        self._places: dict[Answer, _Place] = {}
+        self._answers: dict[_Place, Answer] = {}
+        self._queues: tuple[RequestQueue, RequestQueue]
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Load the engine.
+
+        Raises:
+            QwenCliError: as `Engine.load` does.
+        """
+        self._thread.start()
+        self._loaded.wait()
+        if self.failure is not None:
+            self._thread.join()
+            raise self.failure
+
+    def close(self) -> None:
+        """End what runs, and free the engine."""
+        with self._ordered:
+            self._closing = True
+            self._ordered.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, source: RequestSource, *, whole: bool = False) -> Answer:
+        """Ask for an answer; of a running event loop.
+
+        Args:
+            whole: see `Answer`.
+
+        Raises:
+            TooManyRequestsError: as many wait as may wait.
+            EngineError: the engine has failed for good.
+        """
+        if self.failure is not None or self._closing:
+            raise stopped()
+        with self._ordered:
+            if len(self._unfinished) >= self.max_rows + self._max_waiting:
+                raise TooManyRequestsError(
+                    f"{len(self._unfinished)} requests are being answered already",
+                    "try again a little later",
+                )
+            answer = Answer(self, source, whole)
+            self._unfinished.add(answer)
+            self._orders.append((self._begin, answer))
+            self._ordered.notify()
+        return answer
+
+    def forget(self, answer: Answer) -> None:
+        with self._ordered:
+            self._orders.append((self._abort, answer))
+            self._ordered.notify()
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that run or wait."""
+        return len(self._unfinished)
+
+    @property
+    def num_running(self) -> int:
+        return sum(answer.begun_s is not None for answer in list(self._unfinished))
+
+    @property
+    def idle_s(self) -> float:
+        """For how long nothing has been asked; 0 while something runs."""
+        return 0.0 if self._unfinished else time.monotonic() - self.last_active_s
+
+    def _run(self) -> None:
+        try:
+            self.engine.load()
+            # Rows and their pool are made now, so that the first request need not wait for them.
+            self.max_rows = self.engine.max_rows
+        except Exception as error:  # noqa: BLE001 - told by `start`
+            self.failure = error
+            self._loaded.set()
+            return
+        lone: RequestQueue = self.engine
+        if self.max_rows > 1:
+            lone = SerialQueue(self.engine.stream)
+        self._queues = self.engine, lone
+        self._loaded.set()
+        failed = 0
+        try:
+            while self._take_orders():
+                for queue in dict.fromkeys(self._queues):
+                    if queue.has_unfinished:
+                        failed = 0 if self._step(queue) else failed + 1
+                if failed >= MOST_FAILED_STEPS:
+                    self.on_failure()
+                    return
+        finally:
+            self.failure = self.failure or stopped()
+            for answer in list(self._unfinished):
+                self._abort(answer)
+                self._tell({answer: [stopped()]})
+            self.engine.close()
+
+    def _take_orders(self) -> bool:
+        """Do what was ordered, once there is anything to do; False = close."""
+        with self._ordered:
+            while not (self._orders or self._closing or self._places):
+                self._ordered.wait()
+            orders = list(self._orders)
+            self._orders.clear()
+            if self._closing:
+                return False
+        for do, answer in orders:
+            do(answer)
+        return True
+
+    def _begin(self, answer: Answer) -> None:
+        if answer.is_over or answer.source is None:
+            return
+        many, lone = self._queues
+        queue = many if self._places else lone
+        place = _Place(queue, queue.add(answer.source))
+        # Pictures are held no longer than the engine needs them.
+        answer.source = None
+        self._places[answer], self._answers[place] = place, answer
+
+    def _abort(self, answer: Answer) -> None:
+        place = self._places.get(answer)
+        if place is not None:
+            place.queue.abort(place.number)
+        self._drop(answer)
+
+    def _drop(self, answer: Answer) -> None:
+        place = self._places.pop(answer, None)
+        if place is not None:
+            del self._answers[place]
+        with self._ordered:
+            self._unfinished.discard(answer)
+        self.last_active_s = time.monotonic()
+
+    def _step(self, queue: RequestQueue) -> bool:
+        """A step of a queue; whether it went through."""
+        try:
+            outputs = queue.step()
+        except Exception as error:  # noqa: BLE001 - the server goes on
+            self._fail(queue, error)
+            return False
+        told: dict[Answer, list[GenerationChunk | QwenCliError]] = {}
+        for output in outputs:
+            self._note(queue, output, told)
+        self._tell(told)
+        return True
+
+    def _note(
+        self,
+        queue: RequestQueue,
+        output: StepOutput,
+        told: dict[Answer, list[GenerationChunk | QwenCliError]],
+    ) -> None:
+        answer = self._answers.get(_Place(queue, output.request))
+        if answer is None:
+            return
+        if answer.begun_s is None:
+            answer.begun_s = time.perf_counter()
+        piece = output.error or output.chunk
+        assert piece is not None, "an output is an error or a chunk"
+        if output.finished or not answer.whole:
+            told.setdefault(answer, []).append(piece)
+        if output.finished:
+            self._drop(answer)
+
+    def _fail(self, queue: RequestQueue, error: Exception) -> None:
+        """A step failed as a whole: so have all requests that were in it."""
+        failure = error
+        if not isinstance(failure, QwenCliError):
+            failure = EngineError(
+                f"a step failed: {type(error).__name__}: {error}",
+                "ask again; this is a fault of qwencli, please report it",
+            )
+            failure.__cause__ = error
+        for place in [each for each in self._answers if each.queue is queue]:
+            answer = self._answers[place]
+            self._abort(answer)
+            self._tell({answer: [failure]})
+
+    def _tell(self, told: dict[Answer, list[GenerationChunk | QwenCliError]]) -> None:
+        """Hand pieces to their readers, and wake all of a loop's at once."""
+        loops: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
+        for answer, pieces in told.items():
+            for piece in pieces:
+                answer.take(piece)
+            loops.setdefault(answer.loop, []).append(answer)
+        for loop, answers in loops.items():
+            try:
+                loop.call_soon_threadsafe(_wake, answers)
+            except RuntimeError:  # the loop is closed, and so are its connections
+                for answer in answers:
+                    self._abort(answer)
+
+
+def _wake(answers: list[Answer]) -> None:
+    for answer in answers:
+        answer.wake()

@@ -1,0 +1,135 @@
+"""Listens at an address and runs the application there, on uvicorn."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from qwencli.errors import UsageError
+
+# Connections at once: a process has 1,024 files on most systems.
+MOST_CONNECTIONS = 900
+# Within which the head of a request must be here.
+HEAD_S = 30.0
+# For how long what runs may end after Ctrl-C.
+LAST_S = 3
+# For how long the other side may take nothing, or be gone without a word.
+SILENT_S = 60
+
+
+class _Connection(H11Protocol):
+    """uvicorn's, with an end for clients that do not finish the head of a request; and with
+    `state["abort"]` for those that take nothing of an answer."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "abort": transport.abort}
+        self._timer = self.loop.call_later(HEAD_S, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering:
+            self._stop_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEAD_S, self.transport.abort)
+
+    def on_response_complete(self) -> None:
+        self._stop_timer()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 = any that is free.
+
+    Raises:
+        UsageError: the address is not this machine's, or taken.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        opened = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                # Those that it accepts have it too: what nobody takes is not kept for ever.
+                opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_S * 1000)
+            opened.bind((host, port))
+            opened.listen(1024)
+        except BaseException:
+            opened.close()
+            raise
+    except (OSError, UnicodeError) as error:
+        taken = getattr(error, "errno", None) == errno.EADDRINUSE
+        raise UsageError(
+            f"cannot listen at {host}, port {port}: {getattr(error, 'strerror', None) or error}",
+            "choose another --port, or 0 for any that is free"
+            if taken
+            else "choose another --host",
+        ) from error
+    return opened
+
+
+def server_for(app: ASGIApp) -> uvicorn.Server:
+    """uvicorn with our limits; it says nothing of requests but what went wrong."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=_Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=LAST_S,
+        )
+    )
+
+
+def run_server(
+    server: uvicorn.Server, opened: socket.socket, ready: Callable[[], Any] = lambda: None
+) -> None:
+    """Serve until Ctrl-C, SIGTERM or `server.should_exit`.
+
+    Args:
+        ready: called once requests are taken.
+    """
+
+    async def serve() -> None:
+        serving = asyncio.create_task(server.serve(sockets=[opened]))
+        while not (server.started or serving.done()):
+            await asyncio.sleep(0.01)
+        ready()
+        await serving
+
+    # What uvicorn was ended by comes again when it is through: let it be one thing.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        asyncio.run(serve())
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        opened.close()
