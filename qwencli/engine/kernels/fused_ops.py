@@ -49,6 +49,7 @@ from qwencli.engine.kernels.greedy_step import (
     verify_drafts_kernel,
 )
 from qwencli.engine.kernels.many_rows import ManyRows
+from qwencli.engine.kernels.moe import ExpertKernels
 from qwencli.engine.kernels.qk_norm_rope import QkNormRope, QkNormRopeStore
 from qwencli.engine.kernels.skinny_gemm import Epilogue, SkinnyGemm
 from qwencli.engine.kernels.swiglu import swiglu
@@ -171,6 +172,7 @@ class FusedOps:
         self._precision = "ieee" if self._exact else "tf32"
         longest = max(shape.hidden_size, shape.q_size, shape.intermediate_size)
         self._activations = ActivationBuffers(longest, dtype, device, self._launch.options)
+        self._experts = ExpertKernels(MAX_BATCH_ROWS, device, self._launch.options, self._precision)
         # The interpreter takes seconds for what a prompt multiplies.
         on_gpu = device.type == "cuda" and not self._exact
         self._many_rows = ManyRows(device).products() if on_gpu else None
@@ -186,6 +188,8 @@ class FusedOps:
             norm_gate_up=self.norm_gate_up,
             down_residual=self.down_residual,
             norm_head=self.norm_head,
+            experts_residual=self._experts.few,
+            many_experts=self._experts.many,
             lm_head_argmax=self.lm_head_argmax,
             lm_head_verify=self.lm_head_verify,
             lm_head_rows=self.lm_head_rows,
@@ -305,7 +309,9 @@ class FusedOps:
         return attended
 
     def o_residual(self, attended: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
-        after = ActivationConsumer(layer.mlp_norm, layer.gate_up)
+        after = None
+        if layer.routing is None:
+            after = ActivationConsumer(layer.mlp_norm, layer.gate_up)
         self._gemv(
             attended,
             ActivationConsumer(None, layer.o),

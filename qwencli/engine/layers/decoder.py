@@ -81,7 +81,10 @@ class Decoder:
         for layer in self.layers:
             attended = ops.attend(ops.norm_qkv(hidden, layer), layer, step)
             hidden = ops.o_residual(attended, layer, hidden)
-            hidden = ops.down_residual(ops.norm_gate_up(hidden, layer), layer, hidden)
+            if layer.routing is None:
+                hidden = ops.down_residual(ops.norm_gate_up(hidden, layer), layer, hidden)
+            else:
+                hidden = ops.experts_residual(hidden, layer)
             if deepstack is not None and layer.index < len(deepstack.features):
                 hidden.index_add_(0, deepstack.places, deepstack.features[layer.index])
         return hidden

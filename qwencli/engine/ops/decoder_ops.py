@@ -25,6 +25,7 @@ from qwencli.engine.cache.paged_kv import (
     QuantizedPagedKVCache,
 )
 from qwencli.engine.ops.attention import AttentionFunction, AttentionPlan
+from qwencli.engine.ops.moe import Routing, mixture
 from qwencli.engine.ops.next_tokens import RowBuffers, advance_rows, choose_likeliest
 from qwencli.engine.ops.paged_attention import paged_attention, prompt_attention
 from qwencli.engine.ops.rope import ApplyRopeFn, CosSin, apply_rope, rotate
@@ -96,6 +97,8 @@ class Layer:
 
     Args:
         qkv: [hidden, (H + 2 KVH) * D], q then k then v. gate_up: [hidden, 2 I].
+        routing: of a mixture of experts, whose gate_up and down are those of all experts, one
+            after the other; None = each token goes through the whole feed-forward.
         qk_norm: weight [H + KVH, D], the norms of the query and the key heads in one.
         next_norm, next_matrix: what reads the layer's result, of the next layer or the head.
     """
@@ -115,6 +118,7 @@ class Layer:
     down: Matrix
     next_norm: RMSNorm
     next_matrix: Matrix
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,8 @@ class Drafts:
 QkNormRopeStoreFn = Callable[[Tensor, Layer, Step], KeysValues]
 # See `attend`.
 AttendFn = Callable[[Tensor, Layer, Step], Tensor]
+# Hidden states and a layer with experts, see `experts_residual`.
+ExpertsResidualFn = Callable[[Tensor, Layer], Tensor]
 
 
 def dense(
@@ -301,6 +307,15 @@ def down_residual(
     return hidden.addmm_(activated, dense(layer.down, hidden, dequantize))
 
 
+def experts_residual(
+    hidden: Tensor, layer: Layer, dequantize: DequantizeFn = QuantizedTensor.dequantize
+) -> Tensor:
+    """hidden + the mixture of the normed hidden state, [B * S, hidden], in place."""
+    assert layer.routing is not None, "a layer with experts"
+    x = layer.mlp_norm(hidden)
+    return hidden.add_(mixture(x, layer.gate_up, layer.down, layer.routing, dequantize))
+
+
 def norm_head(
     hidden: Tensor,
     norm: RMSNorm,
@@ -362,6 +377,8 @@ class DecoderOps:
         verify_rows: the end of a greedy step of S tokens a row, by logits [R * S, V]: as
             `ngram.accept` and `ngram.draft`, which None stands for.
         swiglu: how many rows that share a pool of pages are activated.
+        experts_residual: the feed-forward of layers with experts, in place of `norm_gate_up` and
+            `down_residual`. many_experts: likewise, where `many_rows` multiplies.
         many_rows: products of prompts and of steps of more rows than `max_batch_rows`; None = with
             dequantized matrices.
         max_batch_rows: up to which `norm_head` does without a dequantized head; 0 = never.
@@ -373,6 +390,8 @@ class DecoderOps:
     norm_gate_up: Callable[[Tensor, Layer], Tensor] = norm_gate_up
     down_residual: Callable[[Tensor, Layer, Tensor], Tensor] = down_residual
     norm_head: Callable[[Tensor, RMSNorm, Matrix], Tensor] = norm_head
+    experts_residual: ExpertsResidualFn = experts_residual
+    many_experts: ExpertsResidualFn = experts_residual
     kv_len_on_device: bool = False
     lm_head_argmax: Callable[[Tensor, RMSNorm, Matrix, SamplingBuffers], None] | None = None
     lm_head_verify: Callable[[Tensor, RMSNorm, Matrix, SamplingBuffers, Drafts], None] | None = None
@@ -418,6 +437,7 @@ def prompt_ops(step: DecoderOps) -> DecoderOps:
         norm_gate_up=products.norm_gate_up,
         down_residual=products.down_residual,
         norm_head=head,
+        experts_residual=step.many_experts,
     )
 
 
