@@ -3,10 +3,15 @@
 Each packed value is read once and written once: a prompt's product then costs what it costs with
 unquantized weights, and the time of these bytes. Products and roundings are those of
 `QuantizedTensor.dequantize`, bit for bit. Everything is done with integers and float32, so fp8
-needs no instruction that converts it."""
+needs no instruction that converts it.
+
+Where memory allows, a batch keeps the result (`keep_dense`): its products then cost what they cost
+with unquantized weights and nothing else.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -146,8 +151,29 @@ class CachedDequantize:
 _launches: WeakKeyDictionary[QuantizedTensor, CachedDequantize] = WeakKeyDictionary()
 
 
+_dense_copies: WeakKeyDictionary[QuantizedTensor, torch.Tensor] = WeakKeyDictionary()
+
+
+def keep_dense(matrices: Iterable[QuantizedTensor], dtype: torch.dtype) -> None:
+    """Dequantize these once, until `forget_dense`."""
+    for matrix in matrices:
+        _dense_copies[matrix] = dequantize(matrix, dtype)
+
+
+def forget_dense(matrices: Iterable[QuantizedTensor]) -> None:
+    for matrix in matrices:
+        _dense_copies.pop(matrix, None)
+
+
+def is_kept_dense(matrix: QuantizedTensor) -> bool:
+    return matrix in _dense_copies
+
+
 def dequantize(matrix: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
-    """As `QuantizedTensor.dequantize`; NaN of fp8, which no loaded matrix has, is not kept."""
+    """As `QuantizedTensor.dequantize`, to be read only; NaN of fp8, which no loaded matrix has, is
+    not kept."""
+    if (copy := _dense_copies.get(matrix)) is not None and copy.dtype is dtype:
+        return copy
     known = _launches.get(matrix)
     if known is None or known.dtype is not dtype:
         return _first_dequantize(matrix, dtype)

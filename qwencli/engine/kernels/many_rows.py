@@ -3,7 +3,8 @@
 Each is quantized rows (`row_quant`) times a matrix as it is stored: `tiled_gemm`, or torch's own
 8-bit product where that is faster. What neither takes is dequantized and multiplied by torch:
 kinds that pre-quantized checkpoints have, models in float32, GPUs without the instructions, int8
-weights, and int4 ones of so many rows that reading them back costs little beside the product.
+weights, and int4 ones of so many rows that reading them back costs little beside the product. A
+batch with memory to spare has dequantized them before (`keep_dense`).
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from qwencli.engine.kernels.dequantize import dequantize
+from qwencli.engine.kernels.dequantize import dequantize, is_kept_dense
 from qwencli.engine.kernels.row_quant import QuantizedRows, RowFormat, quantize_rows
 from qwencli.engine.kernels.swiglu import swiglu
 from qwencli.engine.kernels.tiled_gemm import TiledGemm
 from qwencli.engine.kernels.tiles import (
     MOST_INT4_ROWS,
+    MOST_INT4_ROWS_BESIDE_DENSE,
     product_tiles,
     scaled_mm_is_faster,
 )
@@ -100,7 +102,8 @@ class ManyRows:
         if matrix.g_idx_sort_indices is not None or matrix.codebook is not None:
             return None
         if matrix.scheme is Scheme.INT4:
-            few = len(x) <= MOST_INT4_ROWS and matrix.group in INT4_GROUPS
+            most = MOST_INT4_ROWS_BESIDE_DENSE if is_kept_dense(matrix) else MOST_INT4_ROWS
+            few = len(x) <= most and matrix.group in INT4_GROUPS
             return RowFormat.FLOAT16 if few else None
         if matrix.grouped or (matrix.scheme is Scheme.FP8 and not self._capability.fp8):
             return None

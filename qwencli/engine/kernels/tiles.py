@@ -291,6 +291,8 @@ _PRODUCTS: Mapping[str, tuple[tuple[int, ProductTiles], ...]] = {
 # Up to this many rows int4 weights are unpacked in the product; for more, reading them back once
 # is cheaper.
 MOST_INT4_ROWS = 128
+# The same where they have been read back before.
+MOST_INT4_ROWS_BESIDE_DENSE = 16
 # Programs a multiprocessor up to which columns are shared: unpacking keeps more of them busy.
 _SHARING: Mapping[str, int] = {"FP8": 1, "FLOAT16": 3}
 # Of more tokens the sums that programs exchange cost more than what they share.

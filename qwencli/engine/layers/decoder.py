@@ -66,6 +66,12 @@ class Decoder:
         norms = [layer.qk_norm.gain for layer in self.layers if layer.qk_norm is not None]
         self.head_gains = gains_of_halves(torch.stack(norms)) if norms else None
 
+    @property
+    def quantized_matrices(self) -> list[QuantizedTensor]:
+        """Of all layers, and the head."""
+        layers = [part for layer in self.layers for part in vars(layer).values()]
+        return [part for part in (*layers, self.head) if isinstance(part, QuantizedTensor)]
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [N] -> hidden states [N, hidden]."""
         return F.embedding(ids, self.embedding)

@@ -36,6 +36,7 @@ from qwencli.engine.native.memory_plan import (
     BATCH_LIMITS,
     MemoryPlan,
     captions_that_fit,
+    pages_for_captions,
     plan_memory,
     plan_pages,
 )
@@ -278,12 +279,24 @@ class NativeEngine(BaseEngine):
             plan, size = self._plan, model.dtype.itemsize
             assert plan is not None, "load() comes first"
             reserved = plan.activations + plan.kept_images + plan.graphs
-            pages = plan_pages(
-                model.shape, limits, self.max_seq_len, size, free, quantized, reserved
-            )
+
+            def pages_in(free_bytes: int | None) -> int:
+                return plan_pages(
+                    model.shape, limits, self.max_seq_len, size, free_bytes, quantized, reserved
+                )
+
+            pages = pages_in(free)
+            dense = model.dense_copies_bytes
+            if dense and free is not None:
+                # Products of many rows with weights that are not read back are worth the memory
+                # that rows have no use for.
+                beside = pages_in(free - dense)
+                if beside >= min(pages, pages_for_captions(model.shape, limits)):
+                    model.keep_dense_copies()
+                    pages, self._pool["weights once more, for batches"] = beside, dense
             captions = captions_that_fit(model.shape, pages, limits.max_rows)
             page_bytes = PAGE_SIZE * native_kv_bytes(model.shape, quantized, size)
-            self._pool = {f"pool for captions ({captions})": pages * page_bytes}
+            self._pool[f"pool for captions ({captions})"] = pages * page_bytes
             runner = ModelRunner(
                 model,
                 pages,
@@ -318,6 +331,8 @@ class NativeEngine(BaseEngine):
 
     def _close_queue(self) -> None:
         super()._close_queue()
+        if self._pool and self._model is not None:
+            self._model.forget_dense_copies()
         self._pool = {}
 
     def _recover(self) -> None:

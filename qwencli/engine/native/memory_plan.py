@@ -225,6 +225,12 @@ def plan_pages(
     return max(2, min(wanted, int((free_bytes - working) * POOL_SHARE) // page_bytes))
 
 
+def pages_for_captions(shape: ModelShape, limits: Limits) -> int:
+    """Pages that a pool needs for captions of the smallest of `CAPTION_SIZES` in all rows."""
+    width, height = CAPTION_SIZES[0]
+    return limits.max_rows * pages_for(_image_tokens(shape, width * height) + CAPTION_TOKENS) + 1
+
+
 def captions_that_fit(shape: ModelShape, pages: int, max_rows: int) -> str:
     """How many captions run at once in a pool of so many pages, by size of picture."""
     counts = []

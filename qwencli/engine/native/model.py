@@ -30,7 +30,7 @@ from qwencli.engine.ops.attention import ATTENTION, AttentionPlan, can_flash_dec
 from qwencli.engine.ops.decoder_ops import REFERENCE_OPS, DecoderOps, Step, paged_ops, prompt_ops
 from qwencli.engine.ops.paged_attention import decode_slots
 from qwencli.engine.ops.rope import CosSin, Rope
-from qwencli.engine.quant.quantized_tensor import Scheme
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
 from qwencli.errors import InputError
 from qwencli.models.shapes import ModelShape, TextShape
 
@@ -119,6 +119,31 @@ class QwenModel:
     ) -> QwenModel:
         """Load the checkpoint in `folder`. Raises ModelFileError, see `weights.load`."""
         return cls(shape, loader.load(folder, shape, dtype, device), max_seq_len, attention)
+
+    @property
+    def dense_copies_bytes(self) -> int:
+        """What `keep_dense_copies` takes; 0 where it gives nothing."""
+        if self.step_ops.many_rows is None or self.batch_invariant:
+            return 0
+        sizes = [matrix.rows * matrix.columns for matrix in self._read_back_matrices]
+        return sum(sizes) * self.dtype.itemsize
+
+    def keep_dense_copies(self) -> None:
+        """Have the matrices that products of many rows would read back each time, dequantized."""
+        from qwencli.engine.kernels.dequantize import keep_dense
+
+        keep_dense(self._read_back_matrices, self.dtype)
+
+    def forget_dense_copies(self) -> None:
+        if self.dense_copies_bytes:
+            from qwencli.engine.kernels.dequantize import forget_dense
+
+            forget_dense(self._read_back_matrices)
+
+    @property
+    def _read_back_matrices(self) -> list[QuantizedTensor]:
+        matrices = self.decoder.quantized_matrices
+        return [each for each in matrices if each.scheme is not Scheme.FP8]
 
     def static_cache(self, batch: int = 1, max_seq_len: int | None = None) -> StaticKVCache:
         """A cache of `max_seq_len` slots (default: the model's) for `batch` sequences."""

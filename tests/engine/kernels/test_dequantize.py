@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwencli.engine.kernels.dequantize import dequantize
+from qwencli.engine.kernels.dequantize import dequantize, forget_dense, keep_dense
+from qwencli.engine.kernels.many_rows import ManyRows
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor
 from tests.engine.quant.drawn_matrices import KINDS, drawn
 
@@ -44,3 +45,23 @@ def test_rows_of_any_length(name: str, rows: int, columns: int) -> None:
 @pytest.mark.parametrize("name", ["int4", "nf4", "fp8 groups", "int8 zeros"])
 def test_any_number_of_rows_of_groups(name: str, rows: int, columns: int) -> None:
     assert_same_bits(drawn(KINDS[name], rows, columns), torch.float16)
+
+
+def test_what_is_kept_dense_is_read_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = drawn(KINDS["int4"], 16, 128)
+    many = ManyRows(torch.device("cpu"))
+    keep_dense([matrix], torch.float16)
+    kept = dequantize(matrix, torch.float16)
+    assert kept is dequantize(matrix, torch.float16)
+    assert torch.equal(kept, matrix.dequantize(torch.float16))
+    assert dequantize(matrix, torch.float32) is not kept
+    x = torch.ones(40, 128, dtype=torch.float16)
+    unpacked: list[object] = []
+    monkeypatch.setattr(many, "_gemm", lambda *given, **_: unpacked.append(given[1]))
+    assert torch.equal(many.product(x, matrix), torch.mm(x, kept.t()))
+    many.product(x[:16], matrix)
+    assert unpacked == [matrix], "so few rows read the smaller one"
+    forget_dense([matrix])
+    assert dequantize(matrix, torch.float16) is not kept
+    many.product(x, matrix)
+    assert len(unpacked) == 2

@@ -9,6 +9,7 @@ from qwencli.engine.native.memory_plan import (
     DEFAULT_MAX_SEQ_LEN,
     TEXT_TOKENS,
     captions_that_fit,
+    pages_for_captions,
     plan_memory,
     plan_pages,
 )
@@ -115,6 +116,11 @@ def test_a_pool_has_room_for_what_works_beside_it_and_says_how_many_captions_fit
     less = plan_pages(shape, limits, 16384, 2, 4 * GIB, False, 2 * GIB)
     assert less * 64 * 147_456 <= 2 * GIB < tight * 64 * 147_456
     assert plan_pages(shape, limits, 16384, 2, 4 * GIB, True, 2 * GIB) > 1.8 * less
+    enough = pages_for_captions(shape, limits)
+    assert tight < enough < ample
+    assert f"{limits.max_rows} of 512x512" in captions_that_fit(shape, enough, limits.max_rows)
+    fewer = captions_that_fit(shape, enough - 1, limits.max_rows)
+    assert f"{limits.max_rows} of 512x512" not in fewer
     text = read_shape(hub_config("qwen3-4b"))
     assert captions_that_fit(text, 31, 256) == "10 of 192 tokens at once"
 
