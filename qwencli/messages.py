@@ -10,7 +10,7 @@ from qwencli.config import SamplingOptions
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,25 @@ Part = TextPart | VisualPart
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A function that the model has called.
+
+    Args:
+        arguments: a JSON object, as text.
+    """
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
 class Message:
+    """One turn. An answer of the assistant may hold calls of functions; what they gave is said by
+    turns of the role `tool`."""
+
     role: Role
     parts: tuple[Part, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,11 @@ class GenerationRequest:
         starts_with: what the answer begins with, whatever the model would have said; it goes on
             from there, and the result's text is what it adds.
         schema: a JSON schema, as text, that the answer is held to; see `engine.constrained`.
+        thinking: let a model that can think before it answers do so.
+        tools: functions that the model may call, each a JSON object as text, in OpenAI's form.
+        cut_to_fit: the answer may be shorter than `max_new_tokens` where there is no room for it.
+        logprobs: tell of each token how likely it was, and of so many others in its place; None =
+            do not.
     """
 
     messages: tuple[Message, ...]
@@ -77,6 +98,10 @@ class GenerationRequest:
     bypass_caches: bool = False
     starts_with: str = ""
     schema: str | None = None
+    thinking: bool = False
+    tools: tuple[str, ...] = ()
+    cut_to_fit: bool = False
+    logprobs: int | None = None
 
 
 def user_message(text: str, visuals: tuple[VisualPart, ...] = ()) -> Message:

@@ -140,11 +140,33 @@ class GenerationResult:
 
 
 @dataclass(frozen=True)
+class TokenChance:
+    """How likely a token was, by the model alone: before temperature, penalty and schema.
+
+    Args:
+        text: its bytes, which may be part of a character.
+    """
+
+    token_id: int
+    text: bytes
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The token that was chosen, and the likeliest ones in its place, in order."""
+
+    chosen: TokenChance
+    top: tuple[TokenChance, ...] = ()
+
+
+@dataclass(frozen=True)
 class GenerationChunk:
     """A piece of the answer as it is produced.
 
     `text` is a piece of the answer and may be empty (a token that ends inside a character);
-    `thoughts` is a piece of what the model thinks before it. The last chunk of a stream carries
+    `thoughts` is a piece of what the model thinks before it. `logprobs` are of `token_ids`, where
+    the request asks for them. The last chunk of a stream carries
     `result`; it is None on all others.
     """
 
@@ -152,3 +174,4 @@ class GenerationChunk:
     token_ids: tuple[int, ...]
     result: GenerationResult | None = None
     thoughts: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()

@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 from qwencli.config import EngineConfig, SamplingParams, resolve_sampling
@@ -24,7 +25,7 @@ from qwencli.engine.machine.cpu_threads import computing_with, threads_for
 from qwencli.engine.protocol import ManyRequests, drain
 from qwencli.engine.resolve import resolve_device, resolve_dtype
 from qwencli.engine.response import ResponseBuilder
-from qwencli.errors import OutOfMemoryError, PromptTooLongError, UsageError
+from qwencli.errors import OutOfMemoryError, PromptTooLongError, UnsupportedModeError, UsageError
 from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult
 
@@ -189,10 +190,15 @@ class BaseEngine(ManyRequests, ABC):
 
     def _stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
         started_s = time.perf_counter()
+        if request.logprobs is not None:
+            raise UnsupportedModeError(
+                f"logprobs are not told with the engine {self.effective.engine} and the cache "
+                f"{self.effective.cache}",
+                nearest="the native engine with its own cache",
+            )
         matcher = self._matcher(request)
         prompt = self._prompt(request, matcher)
-        sampling = self._sampling(request)
-        self._check_length(prompt, sampling)
+        sampling = self._fitting(request, prompt)
         if request.bypass_caches:
             self._forget()
         # Memory that an earlier request left fragmented may be enough once it is given back, so a
@@ -271,7 +277,11 @@ class BaseEngine(ManyRequests, ABC):
         prompts = self.files.prompts
         for _ in range(FITTING_TRIES):
             prompt = prompts.build(
-                request.messages, starts_with=request.starts_with, at_once=at_once
+                request.messages,
+                thinking=request.thinking,
+                tools=request.tools,
+                starts_with=request.starts_with,
+                at_once=at_once,
             )
             over, images = len(prompt.input_ids) - room, prompt.num_image_tokens
             if over <= 0 or over >= images or self.config.max_pixels is not None:
@@ -305,14 +315,24 @@ class BaseEngine(ManyRequests, ABC):
             self.effective.device, doing, error, num_image_tokens=prompt.num_image_tokens
         )
 
-    def _check_length(self, prompt: Prompt, sampling: SamplingParams) -> None:
+    def _fitting(self, request: GenerationRequest, prompt: Prompt) -> SamplingParams:
+        """How an answer to this prompt is sampled.
+
+        Raises:
+            PromptTooLongError: prompt and answer are more than fits.
+        """
+        sampling = self._sampling(request)
         tokens, new = len(prompt.input_ids), sampling.max_new_tokens
-        if tokens + new > self.max_seq_len:
+        left = self.max_seq_len - tokens
+        if request.cut_to_fit and 0 < left < new:
+            return replace(sampling, max_new_tokens=left)
+        if new > left:
             raise PromptTooLongError(
                 f"the prompt has {tokens} tokens ({prompt.num_image_tokens} of images) and {new} "
                 f"new ones are asked for, but {self.config.model.name} holds {self.max_seq_len}",
                 self._what_fits(tokens, new),
             )
+        return sampling
 
     def _what_fits(self, tokens: int, new: int) -> str:
         """The nearest settings with which a request that is too long would run."""

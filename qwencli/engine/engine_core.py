@@ -39,7 +39,7 @@ from qwencli.engine.request import (
     StepOutput,
     request_of,
 )
-from qwencli.engine.response import ResponseBuilder
+from qwencli.engine.response import Odds, ResponseBuilder
 from qwencli.engine.runner import ModelRunner, TokenCopy, Unsampled, VerifyCopy
 from qwencli.engine.scheduler import Scheduler
 from qwencli.engine.spec_decode.policy import Acceptance, BatchDraftPolicy
@@ -248,7 +248,9 @@ class EngineCore:
     def _prepare_now(self, request: RequestSource, arrived_s: float) -> _Prepared:
         asked = request_of(request)
         prompt, sampling, matcher = self._prepare(asked)
-        answer = ResponseBuilder(self._files, prompt, sampling, arrived_s, matcher=matcher)
+        answer = ResponseBuilder(
+            self._files, prompt, sampling, arrived_s, matcher=matcher, logprobs=asked.logprobs
+        )
         digests = digests_of(prompt)
         pages: list[bytes] = []
         rest: list[Key] | None = None
@@ -259,7 +261,8 @@ class EngineCore:
             pages = page_keys(keys, PAGE_SIZE)
             rest = keys[len(pages) * PAGE_SIZE :]
         stop_ids = sorted(answer.stop_ids)
-        laid_out = self._runner.prepare(prompt, digests, sampling, stop_ids, matcher)
+        with_odds = asked.logprobs is not None
+        laid_out = self._runner.prepare(prompt, digests, sampling, stop_ids, matcher, with_odds)
         if prompt.inputs is not None:
             # What the runner has it needs once; an answer lives longer.
             answer.prompt = replace(prompt, inputs=replace(prompt.inputs, patches=(), frames=()))
@@ -363,7 +366,8 @@ class EngineCore:
     def _draft_size(self, decode: list[Sequence], prompts: list[RunnerPrompt]) -> int:
         """How many tokens of each row the next step checks; 0 = it is an ordinary one."""
         # A drawn token is not known to be right before it is drawn, and a penalty is one token's.
-        if self._drafts is None or not all(is_greedy(prompt.sampling) for prompt in prompts):
+        drafted = (is_greedy(prompt.sampling) and not prompt.with_odds for prompt in prompts)
+        if self._drafts is None or not all(drafted):
             return 0
         texts = [self._active[each.request].acceptance for each in decode]
         return self._drafts.next(self._runner.rows_of(decode), texts)
@@ -447,14 +451,16 @@ class EngineCore:
             before, self._read_mark = self._read_mark, copy.mark
             if isinstance(copy, VerifyCopy):
                 given = self._verified(copy, before if step.alone else None)
+                told: list[Odds | None] = [None] * len(given)
             else:
                 given = [[token] for token in copy.read()]
-            for sequence, tokens in zip(copy.sequences, given, strict=True):
+                told = copy.read_odds()
+            for sequence, tokens, odds in zip(copy.sequences, given, told, strict=True):
                 active = self._active.get(sequence.request)
                 if active is not None:  # else it ended before, and this step ran it in vain
                     try:
                         for token in tokens:
-                            outputs += self._take(active, token, copy.mark)
+                            outputs += self._take(active, token, copy.mark, odds)
                             if sequence.request not in self._active:
                                 break
                     except Exception as error:  # noqa: BLE001  others go on
@@ -488,10 +494,10 @@ class EngineCore:
             self._drafts.learn(copy.num_rows, copy.size, mean, seconds)
         return [tokens for _, tokens in given]
 
-    def _take(self, active: _Active, token: int, mark: Mark) -> list[StepOutput]:
+    def _take(self, active: _Active, token: int, mark: Mark, odds: Odds | None) -> list[StepOutput]:
         """Add a token to its answer, and end the answer where that is the last one."""
         answer, request = active.answer, active.sequence.request
-        outputs = [StepOutput(request, answer.add(token, mark))]
+        outputs = [StepOutput(request, answer.add(token, mark, odds))]
         if answer.stopped or len(answer.token_ids) == answer.sampling.max_new_tokens:
             assert self._clock is not None, "steps have run"
             answer.num_cached_tokens = active.sequence.num_cached
@@ -559,6 +565,8 @@ class EngineCore:
 
 
 def _why_not_drafted(answer: ResponseBuilder) -> str | None:
+    if answer.logprobs is not None:
+        return "logprobs"
     if answer.sampling.do_sample:
         return "sampling"
     if not is_greedy(answer.sampling):

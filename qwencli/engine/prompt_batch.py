@@ -57,6 +57,7 @@ class RunnerPrompt:
         ids: int64 [S]. visuals: in the order of their tokens; none once the prompt is through.
         vision: start and end of each run of the vision tower that its pictures were in.
         first_mask: the tokens that the answer may begin with, int32 [1, ceil(V/32)]; None = all.
+        with_odds: whether it is told how likely the tokens of its answer were.
     """
 
     ids: Tensor
@@ -66,6 +67,7 @@ class RunnerPrompt:
     stop_ids: Sequence[int]
     vision: list[tuple[Mark, Mark]] = field(default_factory=list)
     first_mask: Tensor | None = None
+    with_odds: bool = False
 
     @property
     def next_position(self) -> int:

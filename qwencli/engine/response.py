@@ -20,7 +20,12 @@ from qwencli.results import (
     GenerationResult,
     Speculation,
     Timings,
+    TokenChance,
+    TokenLogprobs,
 )
+
+# Log-probabilities of a token and of the likeliest in its place, and the ids of those.
+Odds = tuple[list[float], list[int]]
 
 
 @dataclass
@@ -32,6 +37,7 @@ class ResponseBuilder:
         num_cached_tokens: of the prompt, what was in the cache already.
         matcher: what the answer is held to. Tokens that it forces at the beginning stand at the
             prompt's end already; they are part of the text.
+        logprobs: see `GenerationRequest`.
     """
 
     files: ModelFiles
@@ -40,6 +46,7 @@ class ResponseBuilder:
     started_s: float
     num_cached_tokens: int = 0
     matcher: TokenMatcher | None = None
+    logprobs: int | None = None
     token_ids: list[int] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -64,10 +71,13 @@ class ResponseBuilder:
     def _at_stop_token(self) -> bool:
         return bool(self.token_ids) and self.token_ids[-1] in self.stop_ids
 
-    def add(self, token_id: int, mark: Mark) -> GenerationChunk:
+    def add(self, token_id: int, mark: Mark, odds: Odds | None = None) -> GenerationChunk:
         """Append a token; a stop token ends the answer and is not part of its text.
 
         Tokens that were chosen together come with the same mark.
+
+        Args:
+            odds: where a step told them.
         """
         self.token_ids.append(token_id)
         self.marks.append(mark)
@@ -83,7 +93,19 @@ class ResponseBuilder:
         text = self._stops.push(text)
         self._thoughts.append(thoughts)
         self._text.append(text)
-        return GenerationChunk(text, (token_id,), thoughts=thoughts)
+        return GenerationChunk(
+            text, (token_id,), thoughts=thoughts, logprobs=self._logprobs(token_id, odds)
+        )
+
+    def _logprobs(self, token_id: int, odds: Odds | None) -> tuple[TokenLogprobs, ...]:
+        if self.logprobs is None or odds is None:
+            return ()
+        tokenizer = self.files.prompts.tokenizer
+        chances = [
+            TokenChance(id_, tokenizer.token_bytes(id_, skip_special=False), logprob)
+            for logprob, id_ in zip(odds[0], [token_id, *odds[1][: self.logprobs]], strict=False)
+        ]
+        return (TokenLogprobs(chances[0], tuple(chances[1:])),)
 
     def finish(
         self,

@@ -40,6 +40,7 @@ from qwencli.engine.native.sampler import (
 from qwencli.engine.prompt_batch import PackedBatch, PromptVisual, RunnerPrompt, pack_prompts
 from qwencli.engine.request import PromptChunk
 from qwencli.engine.request import Sequence as ScheduledSequence
+from qwencli.engine.response import Odds
 from qwencli.engine.row_state import RowState
 from qwencli.engine.spec_decode import ngram
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
@@ -61,12 +62,17 @@ MOST_PROMPTS = 16
 
 @dataclass
 class TokenCopy:
-    """Tokens of some rows on their way to the host, and when they are there."""
+    """Tokens of some rows on their way to the host, and when they are there.
+
+    Args:
+        odds: see `TokenOdds`; None where no row asks for them.
+    """
 
     sequences: tuple[ScheduledSequence, ...]
     rows: tuple[int, ...]
     tokens: Tensor | list[int]
     mark: Mark
+    odds: tuple[Tensor, Tensor] | None = None
 
     def read(self) -> list[int]:
         """One token for each of `sequences`; waits for them."""
@@ -76,6 +82,14 @@ class TokenCopy:
             self.mark.synchronize()
             values = self.tokens.tolist()
         return [values[row] for row in self.rows]
+
+    def read_odds(self) -> list[Odds | None]:
+        """After `read`, for each of `sequences`: log-probabilities of its token and of the
+        likeliest ones, and the ids of those."""
+        if self.odds is None:
+            return [None] * len(self.rows)
+        logprobs, ids = (each.tolist() for each in self.odds)
+        return [(logprobs[row], ids[row]) for row in self.rows]
 
 
 @dataclass
@@ -102,10 +116,10 @@ class VerifyCopy:
         return [(values[row][1], values[row][2 : 2 + values[row][0]]) for row in self.rows]
 
 
-# Of a step: what is chosen, rows, slots that operators read, and the tokens of a row that are
-# checked; 0 = it takes one, and nothing is drafted. A step with masks has two graphs: its logits,
-# and what is chosen from them.
-GraphKey = tuple[SamplerKind, int, int, int]
+# Of a step: what is chosen, rows, slots that operators read, the tokens of a row that are checked
+# (0 = it takes one, and nothing is drafted), and whether it tells how likely tokens were. A step
+# with masks has two graphs: its logits, and what is chosen from them.
+GraphKey = tuple[SamplerKind, int, int, int, bool]
 
 
 @dataclass(frozen=True)
@@ -113,13 +127,15 @@ class Unsampled:
     """A step whose logits are computed or on the way, and whose tokens are not chosen yet.
 
     Args:
-        key: of what computes the logits. kind: how tokens are chosen.
+        key: of what computes the logits. kind: how tokens are chosen. with_odds: whether it is
+            told how likely they were.
     """
 
     sequences: tuple[ScheduledSequence, ...]
     rows: tuple[int, ...]
     key: GraphKey
     kind: SamplerKind
+    with_odds: bool
 
 
 class ModelRunner:
@@ -176,12 +192,14 @@ class ModelRunner:
         sampling: SamplingParams,
         stop_ids: Sequence[int],
         matcher: TokenMatcher | None = None,
+        with_odds: bool = False,
     ) -> RunnerPrompt:
         """Lay a prompt out on the host, in the thread and on the stream that made its patches.
 
         Args:
             digests: of its pictures and videos.
             matcher: what the answer is held to, at its beginning.
+            with_odds: see `RunnerPrompt`.
 
         Raises:
             InputError: see `lay_out`; also pictures for a text model.
@@ -218,6 +236,7 @@ class ModelRunner:
             sampling=sampling,
             stop_ids=stop_ids,
             first_mask=first_mask,
+            with_odds=with_odds,
         )
 
     def _laid_out(self, prompt: Prompt) -> tuple[Tensor, PromptPositions]:
@@ -274,9 +293,12 @@ class ModelRunner:
         if held:
             # The host must read their first token before they choose a second one.
             self.state.hold(held)
+        with_odds = _with_odds(begun)
+        if with_odds:
+            self.state.odds.note(logits, self.state.token.index_select(0, places), places)
         for prompt in begun:
             prompt.visuals = ()
-        return self._copy(sequences, max(rows) + 1, clock)
+        return self._copy(sequences, max(rows) + 1, clock, with_odds=with_odds)
 
     def _run_chunks(self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt]) -> Tensor:
         """Logits [n, V] of the last tokens of those that end, in their order. Equal prompts run in
@@ -371,8 +393,9 @@ class ModelRunner:
         """
         kind = self._kind_of(prompts)
         rows = max(_row(sequence) for sequence in sequences) + 1
-        self._step(kind, rows, _longest(sequences), waiting)
-        return self._copy(sequences, rows, clock)
+        with_odds = _with_odds(prompts)
+        self._step(kind, rows, _longest(sequences), waiting, with_odds=with_odds)
+        return self._copy(sequences, rows, clock, with_odds=with_odds)
 
     @torch.inference_mode()
     def verify(
@@ -406,7 +429,8 @@ class ModelRunner:
         rows = max(_row(sequence) for sequence in sequences) + 1
         key = self._step(SamplerKind.LOGITS, rows, _longest(sequences), waiting)
         kind = self._kind_of(prompts)
-        return Unsampled(tuple(sequences), tuple(map(_row, sequences)), key, kind)
+        places = tuple(map(_row, sequences))
+        return Unsampled(tuple(sequences), places, key, kind, _with_odds(prompts))
 
     @torch.inference_mode()
     def sample(
@@ -425,13 +449,14 @@ class ModelRunner:
         allowed = masks.sent(count)
 
         def choose() -> None:
-            self._choose(self._logits[step.key], step.kind, allowed)
+            self._choose(self._logits[step.key], step.kind, step.with_odds, allowed)
 
         if self._graphs is None:
             choose()
         else:
-            self._replay((step.kind, step.key), choose)
-        return self._copy(step.sequences, max(step.rows) + 1, clock, step.rows)
+            self._replay((step.kind, step.key, step.with_odds), choose)
+        rows_end = max(step.rows) + 1
+        return self._copy(step.sequences, rows_end, clock, step.rows, with_odds=step.with_odds)
 
     def _kind_of(self, prompts: Sequence[RunnerPrompt]) -> SamplerKind:
         """What a step of these rows must be able to express."""
@@ -441,16 +466,22 @@ class ModelRunner:
         return SamplerKind.FULL if drawn else kind
 
     def _step(
-        self, kind: SamplerKind, rows: int, longest: int, waiting: int, size: int = 0
+        self,
+        kind: SamplerKind,
+        rows: int,
+        longest: int,
+        waiting: int,
+        size: int = 0,
+        with_odds: bool = False,
     ) -> GraphKey:
         if self._graphs is None:
-            self._advance(kind, rows, longest, size)
-            return kind, rows, longest, size
+            self._advance(kind, rows, longest, size, with_odds)
+            return kind, rows, longest, size, with_odds
         # A kernel reads lengths on the device; operators read a bucket of slots.
         reach = self._pages * PAGE_SIZE
         if not self.reads_lengths:
             reach = min(reach, 1 << max(longest - 1, 255).bit_length())
-        key = self._graph_for(kind, rows, reach, waiting, size)
+        key = self._graph_for(kind, rows, reach, waiting, size, with_odds)
         if key not in self._graphs:
             self._captured.append(key)
         self._replay(key, lambda: self._advance(*key))
@@ -476,12 +507,18 @@ class ModelRunner:
         return self.model.reads_lengths
 
     def _graph_for(
-        self, kind: SamplerKind, rows: int, reach: int, waiting: int, size: int
+        self,
+        kind: SamplerKind,
+        rows: int,
+        reach: int,
+        waiting: int,
+        size: int,
+        with_odds: bool,
     ) -> GraphKey:
         able = [
             key
             for key in self._captured
-            if (key[0], key[3]) == (kind, size)
+            if (key[0], *key[3:]) == (kind, size, with_odds)
             and key[1] >= rows
             and key[2] >= reach
             and key[2] <= 2 * reach
@@ -491,9 +528,11 @@ class ModelRunner:
             return found
         wanted = min(rows + waiting, self.max_rows)
         bucket = next((each for each in ROW_BUCKETS if each >= wanted), self.max_rows)
-        return kind, min(bucket, self.max_rows), reach, size
+        return kind, min(bucket, self.max_rows), reach, size, with_odds
 
-    def _advance(self, kind: SamplerKind, rows: int, longest: int, size: int = 0) -> None:
+    def _advance(
+        self, kind: SamplerKind, rows: int, longest: int, size: int = 0, with_odds: bool = False
+    ) -> None:
         """One step of the first rows: feed their tokens, choose the next; those that are over
         stay. With a `size` the drafts behind them too."""
         if size > 0:
@@ -503,23 +542,27 @@ class ModelRunner:
         buffers, ops = state.buffers(rows), model.row_ops(rows)
         pages = DecodePages(state.tables[:rows], buffers.slot, longest)
         hidden = model.decode_rows(buffers.token, buffers.position, self.cache, pages)
-        if kind in LIKELIEST:
+        if kind in LIKELIEST and not with_odds:
             model.decoder.next_tokens(hidden, ops, buffers, kind is SamplerKind.GREEDY)
             state.remember(rows)
             return
         logits = model.decoder.logits(hidden, ops)
         if kind is SamplerKind.LOGITS:
             # Kept, so that a graph's memory for them is used for nothing else.
-            self._logits[kind, rows, longest, size] = logits
+            self._logits[kind, rows, longest, size, with_odds] = logits
         else:
-            self._choose(logits, kind)
+            self._choose(logits, kind, with_odds)
 
-    def _choose(self, logits: Tensor, kind: SamplerKind, masks: Tensor | None = None) -> None:
+    def _choose(
+        self, logits: Tensor, kind: SamplerKind, with_odds: bool, masks: Tensor | None = None
+    ) -> None:
         """The next tokens of the first rows from logits [n, V], of those that `masks` allow."""
         rows = len(logits)
         buffers = self.state.buffers(rows)
         chosen = self.state.sampler.narrow(0, rows).sample(logits, buffers.step, kind, masks)
         self.model.row_ops(rows).advance_rows(chosen, buffers)
+        if with_odds:
+            self.state.odds.note(logits, chosen)
         self.state.remember(rows)
 
     def _verify(self, rows: int, longest: int, size: int) -> None:
@@ -542,6 +585,8 @@ class ModelRunner:
         rows: int,
         clock: EventTimer,
         places: tuple[int, ...] | None = None,
+        *,
+        with_odds: bool = False,
     ) -> TokenCopy:
         """Start copying the rows' last tokens to the host.
 
@@ -549,6 +594,7 @@ class ModelRunner:
             places: the rows of sequences of which some may be over since.
         """
         tokens: Tensor | list[int]
+        odds = self.state.odds.copied(rows) if with_odds else None
         if self.model.device.type == "cuda":
             pinned = torch.empty(rows, dtype=torch.int64, pin_memory=True)
             tokens = pinned.copy_(self.state.token[:rows], non_blocking=True)
@@ -556,7 +602,7 @@ class ModelRunner:
             tokens = self.state.token[:rows].tolist()
         if places is None:
             places = tuple(_row(sequence) for sequence in sequences)
-        return TokenCopy(tuple(sequences), places, tokens, clock.mark())
+        return TokenCopy(tuple(sequences), places, tokens, clock.mark(), odds)
 
 
 def _row(sequence: ScheduledSequence) -> int:
@@ -569,6 +615,10 @@ def _longest(sequences: Sequence[ScheduledSequence]) -> int:
     return max(
         each.num_prompt_tokens + each.num_scheduled + each.num_ahead - 1 for each in sequences
     )
+
+
+def _with_odds(prompts: Sequence[RunnerPrompt]) -> bool:
+    return any(prompt.with_odds for prompt in prompts)
 
 
 def _penalised(prompt: RunnerPrompt) -> bool:

@@ -7,6 +7,7 @@ What comes in is checked before the engine hears of it; what goes wrong has Open
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -23,9 +24,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qwencli import __version__
 from qwencli.config import SamplingOptions
+from qwencli.engine.constrained import read_schema
 from qwencli.engine.request import RequestSource
 from qwencli.errors import QwenCliError
-from qwencli.messages import GenerationRequest, ImagePart, Message, TextPart
+from qwencli.messages import GenerationRequest, ImagePart, Message, TextPart, ToolCall
 from qwencli.results import GenerationChunk, GenerationResult
 from qwencli.server.access import Access
 from qwencli.server.api_errors import ApiError, api_error, json_response
@@ -46,7 +48,8 @@ class ServerSettings:
         hosts: names that a `Host` header may have, without a port; None = any.
         allow_image_urls: fetch pictures from public http addresses.
         max_pixels: of a picture, before it is resized. max_images: of a request.
-        max_tokens: of an answer. sampling: where a request says nothing.
+        max_tokens: of an answer. usual_tokens: where nobody says how long one may be.
+        sampling: where a request says nothing.
         body_s, answer_s, write_s: within which a body must be here, an answer complete, and a piece
             of it taken.
     """
@@ -61,6 +64,7 @@ class ServerSettings:
     max_images: int = 32
     max_messages: int = 4096
     max_tokens: int = 8192
+    usual_tokens: int = 1024
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     body_s: float = 60.0
     answer_s: float = 900.0
@@ -91,6 +95,7 @@ def create_app(engine_thread: EngineThread, settings: ServerSettings) -> Starlet
         ],
         exception_handlers={
             ApiError: _told,
+            QwenCliError: _refused,
             HTTPException: _http_error,
             ClientDisconnect: _nobody,
             Exception: _fault,
@@ -139,19 +144,42 @@ class _Server:
     async def chat_completions(self, request: Request) -> ASGIApp:
         body = await self._body(request, ChatBody)
         self._check_model(body.model)
+        return self._reply(
+            await self._source(body),
+            ChatFormat(body, self._settings.model),
+            stream=bool(body.stream),
+            in_batch=body.num_logprobs is not None,
+        )
+
+    async def _source(self, body: ChatBody) -> Callable[[], GenerationRequest]:
+        """What makes the request; all of it is checked but its pictures and its length."""
         sampling = self._over_defaults(body.sampling())
-        self._check_tokens(sampling.max_new_tokens)
+        self._check_tokens(body.most_tokens)
+        schema = body.schema_text()
+        if schema is not None:
+            # Compiling a large one takes time.
+            schema = await asyncio.to_thread(read_schema, schema, "response_format")
         conversation = await self._conversation(body.messages)
 
         def source() -> GenerationRequest:
-            return GenerationRequest(conversation(), sampling)
+            return GenerationRequest(
+                conversation(),
+                sampling,
+                schema=schema,
+                thinking=body.thinks,
+                tools=tuple(map(json.dumps, body.offered)),
+                cut_to_fit=body.most_tokens is None,
+                logprobs=body.num_logprobs,
+            )
 
-        form = ChatFormat(body, self._settings.model)
-        return self._reply(source, form, stream=bool(body.stream))
+        return source
 
     def _over_defaults(self, said: SamplingOptions) -> SamplingOptions:
         """What a request says, over what the server was started with."""
-        asked: dict[str, Any] = {
+        asked: dict[str, Any] = {}
+        if self._settings.sampling.max_new_tokens is None:
+            asked["max_new_tokens"] = self._settings.usual_tokens
+        asked |= {
             f.name: value
             for f in fields(said)
             if (value := getattr(said, f.name)) not in (None, ())
@@ -191,7 +219,7 @@ class _Server:
                 f"{pictures} pictures are more than the {settings.max_images} of a request",
                 param="messages",
             )
-        made: list[tuple[ChatMessage, list[str | tuple[bytes, str]]]] = []
+        made: list[tuple[ChatMessage, tuple[ToolCall, ...], list[str | tuple[bytes, str]]]] = []
         for number, message in enumerate(messages):
             parts: list[str | tuple[bytes, str]] = []
             content = message.content or ""
@@ -206,12 +234,12 @@ class _Server:
                         part.image_url.url, place, fetch=settings.allow_image_urls
                     )
                     parts.append((data, place))
-            made.append((message, parts))
+            made.append((message, message.called(f"messages.{number}"), parts))
 
         def opened() -> tuple[Message, ...]:
             found: list[Message] = []
             shown: list[ImagePart] = []
-            for message, parts in made:
+            for message, calls, parts in made:
                 held: list[TextPart | ImagePart] = []
                 for part in parts:
                     if isinstance(part, str):
@@ -221,7 +249,7 @@ class _Server:
                         shown.append(picture)
                         held.append(picture)
                 role = "system" if message.role == "developer" else message.role
-                found.append(Message(role, tuple(held)))
+                found.append(Message(role, tuple(held), calls))
             return tuple(found)
 
         return opened
@@ -256,10 +284,15 @@ class _Server:
             raise ApiError(408, "the body did not arrive in time") from error
         return bytes(data)
 
-    def _reply(self, source: RequestSource, form: Format, *, stream: bool) -> ASGIApp:
+    def _reply(
+        self, source: RequestSource, form: Format, *, stream: bool, in_batch: bool
+    ) -> ASGIApp:
+        # With logprobs every piece says something that the result does not.
+        whole = not (stream or in_batch)
+
         async def reply(scope: Scope, receive: Receive, send: Send) -> None:
             try:
-                async with self._answering(source, receive, whole=not stream) as answer:
+                async with self._answering(source, receive, whole, in_batch) as answer:
                     if stream:
                         await self._stream(answer, form, send)
                     else:
@@ -275,10 +308,10 @@ class _Server:
 
     @asynccontextmanager
     async def _answering(
-        self, source: RequestSource, receive: Receive, *, whole: bool
+        self, source: RequestSource, receive: Receive, whole: bool, in_batch: bool
     ) -> AsyncIterator[Answer]:
         """An answer that ends when its reader goes, or when it takes too long."""
-        answer = self._thread.submit(source, whole=whole)
+        answer = self._thread.submit(source, whole=whole, in_batch=in_batch)
         late = TookTooLongError(
             f"the answer was not complete within {self._settings.answer_s:g} seconds"
         )
@@ -342,6 +375,11 @@ async def _watch(receive: Receive, answer: Answer) -> None:
 async def _told(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError), "registered for it"
     return error.response()
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, QwenCliError), "registered for it"
+    return api_error(error).response()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

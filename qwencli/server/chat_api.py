@@ -12,10 +12,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from qwencli.config import SamplingOptions
-from qwencli.results import GenerationChunk, GenerationResult
+from qwencli.messages import ToolCall
+from qwencli.results import GenerationChunk, GenerationResult, TokenChance
 from qwencli.server.api_errors import ApiError
+from qwencli.server.tool_calls import Call, CallSplitter
 
 MOST_STOPS = 16
+# JSON has no minus infinity.
+LEAST_LOGPROB = -9999.0
 
 
 class Body(BaseModel):
@@ -42,9 +46,45 @@ class ImageContent(Body):
 Content = Annotated[TextContent | ImageContent, Field(discriminator="type")]
 
 
+class CalledFunction(Body):
+    name: str
+    arguments: str
+
+
+class CalledTool(Body):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(Body):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Content] | None = None
+    tool_calls: list[CalledTool] | None = Field(None, max_length=128)
+
+    def called(self, place: str) -> tuple[ToolCall, ...]:
+        """Raises ApiError for arguments that are no JSON object."""
+        calls = [call.function for call in self.tool_calls or ()]
+        for number, call in enumerate(calls):
+            if not isinstance(_json(call.arguments), dict):
+                where = f"{place}.tool_calls.{number}.function.arguments"
+                raise ApiError(400, f"{where}: is no JSON object", param=where)
+        return tuple(ToolCall(call.name, call.arguments) for call in calls)
+
+
+class Function(Body):
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class TemplateSettings(Body):
+    enable_thinking: bool | None = None
 
 
 class JsonSchema(Body):
@@ -96,6 +136,31 @@ class ChatBody(Body):
     stop: str | list[str] | None = None
     n: int | None = None
     response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto"] | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: TemplateSettings | None = None
+
+    @property
+    def thinks(self) -> bool:
+        """Off unless asked for: thoughts may take the whole answer."""
+        own = self.chat_template_kwargs
+        if own is not None and own.enable_thinking is not None:
+            return own.enable_thinking
+        return self.reasoning_effort not in (None, "none")
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that the model may call."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def most_tokens(self) -> int | None:
@@ -126,6 +191,13 @@ class ChatBody(Body):
             seed=None if self.seed is None else self.seed & 0xFFFFFFFF,
             stop=stops_of(self.stop),
         )
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def stops_of(stop: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -165,6 +237,9 @@ class ChatFormat:
     """An answer as chat completions have it: whole, or in events."""
 
     def __init__(self, body: ChatBody, model: str) -> None:
+        self._calls = CallSplitter(body.offered)
+        self._num_calls = 0
+        self._with_logprobs = body.num_logprobs is not None
         self._with_usage = body.stream_options is not None and body.stream_options.include_usage
         self.id, self._model = f"chatcmpl-{secrets.token_hex(12)}", model
         self._created = int(time.time())
@@ -173,14 +248,19 @@ class ChatFormat:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
 
     def whole(self, pieces: Sequence[GenerationChunk], result: GenerationResult) -> dict[str, Any]:
-        message = {"role": "assistant", "content": result.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
+        text, calls = self._calls.push(result.text)
+        rest, more = self._calls.finish()
+        calls += more
+        if calls:
+            message |= {"content": text + rest or None, "tool_calls": list(map(_called, calls))}
         if result.thoughts is not None:
             message["reasoning_content"] = result.thoughts
         choice = {
             "index": 0,
             "message": message,
-            "logprobs": None,
-            "finish_reason": result.finish_reason,
+            "logprobs": self._logprobs(pieces),
+            "finish_reason": "tool_calls" if calls else result.finish_reason,
         }
         return {
             **self._head("chat.completion"),
@@ -194,29 +274,70 @@ class ChatFormat:
 
     def events(self, pieces: Sequence[GenerationChunk]) -> Iterator[bytes]:
         """Pieces that have come together are one event."""
-        delta = {
-            name: text
-            for name, text in (
-                ("reasoning_content", "".join(piece.thoughts for piece in pieces)),
-                ("content", "".join(piece.text for piece in pieces)),
-            )
-            if text
-        }
-        if delta:
-            yield self._event(delta)
         result = pieces[-1].result
+        text, calls = self._calls.push("".join(piece.text for piece in pieces))
         if result is not None:
-            yield self._event({}, result.finish_reason, qwencli=ran_of(result))
+            rest, more = self._calls.finish()
+            text, calls = text + rest, calls + more
+        delta: dict[str, Any] = {}
+        if thoughts := "".join(piece.thoughts for piece in pieces):
+            delta["reasoning_content"] = thoughts
+        if text:
+            delta["content"] = text
+        logprobs = self._logprobs(pieces)
+        if delta or (logprobs and logprobs["content"]):
+            yield self._event(delta, logprobs=logprobs)
+        for call in calls:
+            # Whole: its arguments are known to be JSON only once they are complete.
+            yield self._event({"tool_calls": [{"index": self._num_calls, **_called(call)}]})
+            self._num_calls += 1
+        if result is not None:
+            reason = "tool_calls" if self._num_calls else result.finish_reason
+            yield self._event({}, reason, qwencli=ran_of(result))
             if self._with_usage:
                 head = self._head("chat.completion.chunk")
                 yield event({**head, "choices": [], "usage": usage_of(result)})
             yield b"data: [DONE]\n\n"
 
+    def _logprobs(self, pieces: Sequence[GenerationChunk]) -> dict[str, Any] | None:
+        if not self._with_logprobs:
+            return None
+        found = [each for piece in pieces for each in piece.logprobs]
+        return {
+            "content": [
+                {**_chance(each.chosen), "top_logprobs": list(map(_chance, each.top))}
+                for each in found
+            ],
+            "refusal": None,
+        }
+
     def _event(
-        self, delta: Mapping[str, Any], finish_reason: str | None = None, **more: Any
+        self,
+        delta: Mapping[str, Any],
+        finish_reason: str | None = None,
+        logprobs: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        choice = {
+            "index": 0,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
         return event({**self._head("chat.completion.chunk"), "choices": [choice], **more})
+
+
+def _called(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _chance(chance: TokenChance) -> dict[str, Any]:
+    return {
+        "token": chance.text.decode("utf-8", "replace"),
+        "logprob": max(chance.logprob, LEAST_LOGPROB),
+        "bytes": list(chance.text),
+    }
 
 
 def event(value: Mapping[str, Any], name: str | None = None) -> bytes:

@@ -41,10 +41,13 @@ class Answer:
 
     Args:
         whole: pieces without a result are of no interest.
+        in_batch: run it as a row of a batch, even alone.
     """
 
-    def __init__(self, thread: EngineThread, source: RequestSource, whole: bool) -> None:
-        self._thread, self.whole = thread, whole
+    def __init__(
+        self, thread: EngineThread, source: RequestSource, whole: bool, in_batch: bool
+    ) -> None:
+        self._thread, self.whole, self.in_batch = thread, whole, in_batch
         self.source: RequestSource | None = source
         self.loop = asyncio.get_running_loop()
         self.begun_s: float | None = None
@@ -156,11 +159,13 @@ class EngineThread:
         if self._thread.is_alive():
             self._thread.join()
 
-    def submit(self, source: RequestSource, *, whole: bool = False) -> Answer:
+    def submit(
+        self, source: RequestSource, *, whole: bool = False, in_batch: bool = False
+    ) -> Answer:
         """Ask for an answer; of a running event loop.
 
         Args:
-            whole: see `Answer`.
+            whole, in_batch: see `Answer`.
 
         Raises:
             TooManyRequestsError: as many wait as may wait.
@@ -174,7 +179,7 @@ class EngineThread:
                     f"{len(self._unfinished)} requests are being answered already",
                     "try again a little later",
                 )
-            answer = Answer(self, source, whole)
+            answer = Answer(self, source, whole, in_batch)
             self._unfinished.add(answer)
             self._orders.append((self._begin, answer))
             self._ordered.notify()
@@ -209,7 +214,7 @@ class EngineThread:
             self._loaded.set()
             return
         lone: RequestQueue = self.engine
-        if self.max_rows > 1:
+        if self.max_rows > 1 and not self.engine.config.batch_invariant:
             lone = SerialQueue(self.engine.stream)
         self._queues = self.engine, lone
         self._loaded.set()
@@ -246,7 +251,7 @@ class EngineThread:
         if answer.is_over or answer.source is None:
             return
         many, lone = self._queues
-        queue = many if self._places else lone
+        queue = many if self._places or answer.in_batch else lone
         place = _Place(queue, queue.add(answer.source))
         # Pictures are held no longer than the engine needs them.
         answer.source = None

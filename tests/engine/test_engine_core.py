@@ -621,3 +621,48 @@ def test_what_cannot_be_batch_invariant_is_refused_by_name(checkpoint, settings,
         NativeEngine(config).load()
     with pytest.raises(UnsupportedModeError, match="native engine"):
         TransformersEngine(replace(config, engine=EngineName.TRANSFORMERS)).load()
+
+
+def test_logprobs_are_those_of_the_model_whatever_runs_beside_and_only_where_asked(limited):
+    """Of greedy, penalised and drawn answers, first tokens included; the model is read once more
+    over the whole text to compare."""
+    told = {0: 0, 1: 3, 5: 20, 6: 2}
+    requests = [ask("A" * (3 + n), ignore_eos=True) for n in range(5)]
+    requests.append(ask("B", repetition_penalty=1.4, max_new_tokens=12))
+    requests.append(ask("C", do_sample=None, temperature=1.0, top_k=20, seed=3))
+    alone = [limited.generate(request).token_ids for request in requests]
+    asked = [replace(each, logprobs=told.get(n)) for n, each in enumerate(requests)]
+    pieces: dict[int, list] = {limited.add(request): [] for request in asked}
+    while limited.has_unfinished:
+        for output in limited.step():
+            pieces[output.request].append(output.chunk)
+    for number, chunks in enumerate(pieces.values()):
+        ids = chunks[-1].result.token_ids
+        assert ids == alone[number]
+        found = [each for chunk in chunks for each in chunk.logprobs]
+        if number not in told:
+            assert found == []
+            continue
+        assert [each.chosen.token_id for each in found] == list(ids)
+        prompt = limited.files.prompts.build(asked[number].messages).input_ids
+        rows = [*limited._logits([*prompt, *ids])][len(prompt) - 1 : -1]
+        for each, logits in zip(found, rows, strict=True):
+            expected = logits.float().log_softmax(-1).flatten()
+            assert each.chosen.logprob == pytest.approx(
+                expected[each.chosen.token_id].item(), abs=1e-3
+            )
+            best = expected.topk(told[number]).values.tolist() if told[number] else []
+            assert [top.logprob for top in each.top] == pytest.approx(best, abs=1e-3)
+        text = b"".join(each.chosen.text for each in found)
+        assert text.decode("utf-8", "replace").startswith(chunks[-1].result.text[:1])
+    assert pages_are_all_free(limited)
+
+
+def test_a_stream_with_logprobs_is_a_row_and_an_engine_without_rows_refuses(engine, checkpoint):
+    chunks = list(engine.stream(replace(ask("A"), logprobs=1)))
+    assert sum(len(each.logprobs) for each in chunks) == len(chunks[-1].result.token_ids)
+    with (
+        NativeEngine(native_config(checkpoint("qwen3"), cache=Cache.DYNAMIC)) as other,
+        pytest.raises(UnsupportedModeError, match="logprobs"),
+    ):
+        other.generate(replace(ask("A"), logprobs=1))

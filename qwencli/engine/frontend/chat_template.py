@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -111,6 +111,7 @@ class ChatTemplate:
     Args:
         source: the file it came from, for errors.
         named_tokens: `eos_token` and the like, which some templates write out.
+        takes_tools: whether it has a place for functions.
         repeats: whether it says the same of the same conversation whenever it is asked.
     """
 
@@ -118,6 +119,7 @@ class ChatTemplate:
     template: jinja2.Template
     source: str
     named_tokens: Mapping[str, str]
+    takes_tools: bool = False
     repeats: bool = False
     # Of conversations just rendered: a folder of pictures is asked about in the same words.
     _recent: dict[tuple[bool, str], str] = field(default_factory=dict)
@@ -136,7 +138,8 @@ class ChatTemplate:
         environment = _environment()
         try:
             compiled = environment.compiled(text)
-            return cls(environment, compiled, source, named, not _CHANGING.search(text))
+            repeats = not _CHANGING.search(text)
+            return cls(environment, compiled, source, named, "tools" in text, repeats)
         except jinja2.TemplateSyntaxError as error:
             raise _broken(source, f"line {error.lineno}: {error.message}") from error
         except _TEMPLATE_ERRORS as error:
@@ -148,6 +151,7 @@ class ChatTemplate:
         *,
         as_parts: bool,
         thinking: bool = False,
+        tools: Sequence[Any] = (),
         protect: Callable[[str], str] = str,
     ) -> str:
         """The conversation as text, up to where the assistant's next answer begins.
@@ -156,34 +160,35 @@ class ChatTemplate:
             as_parts: content as a list of parts, which vision-language templates want; else as a
                 string, which is all that text-only templates know.
             thinking: let a model that can think before it answers do so.
+            tools: JSON objects of functions that it may call.
             protect: applied to each text from outside (see `tokenizer.ContentGuard`).
 
         Raises:
             InputError: the template refuses this conversation.
             ModelFileError: the template fails on it.
         """
-        chat = [
-            {"role": message.role, "content": _content(message, as_parts, protect)}
-            for message in messages
-        ]
-        said = str(chat)
+        chat = [_turn(message, as_parts, protect) for message in messages]
+        shown = [_protected(tool, protect) for tool in tools]
+        said = str((chat, shown) if shown else chat)
         key = thinking, said
         if key in self._recent:
             return self._recent[key]
-        rendered = self._render(chat, len(said), thinking)
+        rendered = self._render(chat, shown or None, len(said), thinking)
         if self.repeats and len(said) <= _RECENT_CHARS:
             if len(self._recent) >= _RECENT_CHATS:
                 self._recent.clear()
             self._recent[key] = rendered
         return rendered
 
-    def _render(self, chat: list[dict[str, Any]], chars: int, thinking: bool) -> str:
+    def _render(
+        self, chat: list[dict[str, Any]], tools: list[Any] | None, chars: int, thinking: bool
+    ) -> str:
         try:
             return self.environment.render(
                 self.template,
                 chars,
                 messages=chat,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=True,
                 enable_thinking=thinking,
@@ -196,6 +201,50 @@ class ChatTemplate:
             ) from error
         except _TEMPLATE_ERRORS as error:
             raise _broken(self.source, str(error) or type(error).__name__) from error
+
+
+def _turn(message: Message, as_parts: bool, protect: Callable[[str], str]) -> dict[str, Any]:
+    turn: dict[str, Any] = {
+        "role": message.role,
+        "content": _content(message, as_parts, protect),
+    }
+    if message.tool_calls:
+        # Some templates write arguments out one by one.
+        turn["tool_calls"] = [
+            {
+                "type": "function",
+                "function": {
+                    "name": protect(call.name),
+                    "arguments": _protected(json.loads(call.arguments), protect),
+                },
+            }
+            for call in message.tool_calls
+        ]
+    return turn
+
+
+def _protected(value: Any, protect: Callable[[str], str]) -> Any:
+    """A JSON value with `protect` applied to every text in it, names of keys included."""
+    if isinstance(value, str):
+        return protect(value)
+    if isinstance(value, list):
+        return [_protected(each, protect) for each in value]
+    if isinstance(value, dict):
+        return {protect(key): _protected(each, protect) for key, each in value.items()}
+    return value
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, names of keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for each in value:
+            yield from texts_in(each)
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield key
+            yield from texts_in(each)
 
 
 def _content(

@@ -7,6 +7,7 @@ picture becomes as many as the picture takes.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qwencli.engine.frontend.chat_template import VIDEO_PLACEHOLDER, ChatTemplate
+from qwencli.engine.frontend.chat_template import VIDEO_PLACEHOLDER, ChatTemplate, texts_in
 from qwencli.engine.frontend.preprocess import (
     GridTHW,
     Patchify,
@@ -205,12 +206,14 @@ class PromptBuilder:
         messages: tuple[Message, ...],
         *,
         thinking: bool = False,
+        tools: Sequence[str] = (),
         starts_with: str = "",
         at_once: bool = False,
     ) -> Prompt:
         """The model's inputs for the answer that follows `messages`.
 
         Args:
+            thinking, tools: see `GenerationRequest`.
             at_once: the answer begins here, and no thoughts in front of it.
             starts_with: the beginning of that answer, behind which the model goes on. Spaces at its
                 end are left out, as tokens of words have theirs in front.
@@ -225,12 +228,21 @@ class PromptBuilder:
         pictures = [part for part in parts if not isinstance(part, TextPart)]
         texts = [part.text for part in parts if isinstance(part, TextPart)]
         texts += [starts_with] if starts_with else []
+        functions = [json.loads(tool) for tool in tools]
+        texts += texts_in(functions)
+        for call in (call for message in messages for call in message.tool_calls):
+            texts += [call.name, *texts_in(json.loads(call.arguments))]
         if not messages:
             raise InputError("there is no message to answer", "give a prompt or a picture")
         if pictures and self.processor is None:
             raise InputError(
                 f"this model reads text only, it cannot look at {pictures[0].name}",
                 "choose a vision-language model with --model",
+            )
+        if functions and not self.template.takes_tools:
+            raise InputError(
+                "this model's chat template has no place for tools",
+                "leave them out, or choose another model",
             )
         for text in texts:
             _check_unicode(text)
@@ -239,7 +251,7 @@ class PromptBuilder:
         if pictures and self.processor is not None:
             inputs = preprocess(pictures, self.processor, self.patchify)
         guard = self.tokenizer.guard(texts)
-        rendered = self._rendered(messages, guard, thinking, inputs)
+        rendered = self._rendered(messages, guard, thinking, functions, inputs)
         opens_thought = rendered.rstrip().endswith(THOUGHT)
         if opens_thought and (at_once or starts_with.strip()):
             # What the answer begins with stands behind thoughts; here there are none.
@@ -281,12 +293,14 @@ class PromptBuilder:
         messages: tuple[Message, ...],
         guard: ContentGuard,
         thinking: bool,
+        tools: Sequence[Any],
         inputs: VisualInputs | None,
     ) -> str:
         rendered = self.template.render(
             messages,
             as_parts=self.processor is not None,
             thinking=thinking,
+            tools=tools,
             protect=guard.protect,
         )
         if inputs is not None and self.processor is not None and self.processor.video.timestamps:

@@ -106,7 +106,7 @@ class NativeEngine(BaseEngine):
 
     def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
         self.load()
-        if self.config.batch_invariant:
+        if self.config.batch_invariant or (request.logprobs is not None and self.max_rows > 1):
             yield from self._stream_as_row(request)
             return
         # From the first picture on: every operation of a prompt's pass takes the interpreter lock
@@ -321,9 +321,7 @@ class NativeEngine(BaseEngine):
     ) -> tuple[Prompt, SamplingParams, TokenMatcher | None]:
         matcher = self._matcher(request)
         prompt = self._built(request, matcher)
-        sampling = self._sampling(request)
-        self._check_length(prompt, sampling)
-        return prompt, sampling, matcher
+        return prompt, self._fitting(request, prompt), matcher
 
     def _forget(self) -> None:
         assert self._generation is not None, "load() comes first"

@@ -24,6 +24,8 @@ from qwencli.engine.ops.next_tokens import penalised
 
 # `--top-k` ends at 200; a partial sort of this many candidates serves every top-k request.
 TOP_K_CANDIDATES = 256
+# How many of the likeliest tokens are told of at most, as in OpenAI's API.
+MOST_TOLD = 20
 
 
 class SamplerKind(StrEnum):
@@ -84,6 +86,46 @@ class TokenMasks:
                 part.copy_(self.host[:count], non_blocking=True)
             torch.cuda.current_stream(part.device).wait_stream(self._stream)
         return part
+
+
+class TokenOdds:
+    """How likely the last tokens of R rows were, by the model alone, and the likeliest in their
+    place: `logprobs` float32 [R, 1 + MOST_TOLD], the first of which is the token's own, and `ids`
+    int64 [R, MOST_TOLD] of the others.
+    """
+
+    def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
+        count = min(MOST_TOLD, vocab_size)
+        self.logprobs = torch.zeros(rows, 1 + count, device=device)
+        self.ids = torch.zeros(rows, count, dtype=torch.int64, device=device)
+
+    def note(
+        self, logits: torch.Tensor, chosen: torch.Tensor, places: torch.Tensor | None = None
+    ) -> None:
+        """Of tokens `chosen` [n] from `logits` [n, V], which belong to the first rows, or to those
+        at `places` [n]."""
+        scores = logits.float()
+        total = scores.logsumexp(dim=-1, keepdim=True)
+        top, ids = scores.topk(self.ids.shape[1], dim=-1)
+        own = scores.gather(1, chosen[:, None])
+        logprobs = torch.cat((own, top), dim=1) - total
+        if places is None:
+            self.logprobs[: len(ids)].copy_(logprobs)
+            self.ids[: len(ids)].copy_(ids)
+        else:
+            self.logprobs.index_copy_(0, places, logprobs)
+            self.ids.index_copy_(0, places, ids)
+
+    def copied(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the first rows, on their way to the host."""
+        cuda = self.ids.device.type == "cuda"
+        logprobs, ids = (
+            torch.empty(part.shape, dtype=part.dtype, pin_memory=cuda).copy_(
+                part, non_blocking=cuda
+            )
+            for part in (self.logprobs[:count], self.ids[:count])
+        )
+        return logprobs, ids
 
 
 def masked(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
