@@ -72,13 +72,36 @@ _ONE_BYTE = (KVDType.INT8, KVDType.FP8)
 _DRAFTING = tuple(mode for mode in Speculate if mode is not Speculate.OFF)
 _UNLIKE_GRAPH = tuple(mode for mode in Cache if mode is not Cache.STATIC_GRAPH)
 
+_REMOTE = {"engine": (EngineName.REMOTE,)}
+
+
+def _of_the_server(axis: str, *default: StrEnum) -> Limit:
+    """A mode that a server was started with; `default` is what a matrix says that names none."""
+    values = tuple(mode for mode in AXES[axis] if mode not in default)
+    nearest = f"--{axis.replace('_', '-')} {default[0]}"
+    return Limit(axis, values, nearest, "it belongs to the server of --endpoint", given=_REMOTE)
+
+
 # The first entry that holds is the one that is said.
 TABLE: tuple[Limit, ...] = (
+    _of_the_server("quantization", Quantization.NONE),
+    _of_the_server("attention", Attention.AUTO, Attention.SDPA),
+    _of_the_server("cache", Cache.DYNAMIC),
+    _of_the_server("kernels", Kernels.AUTO),
+    _of_the_server("kv_dtype", KVDType.AUTO),
+    _of_the_server("speculate", Speculate.OFF),
     Limit(
         "engine",
         (EngineName.TRANSFORMERS,),
         "--engine native",
         "--batch-invariant needs the native engine: sums of transformers depend on the prompt",
+        given=_INVARIANT,
+    ),
+    Limit(
+        "engine",
+        (EngineName.REMOTE,),
+        "--engine native",
+        "--batch-invariant needs the native engine: what else a server runs it does not say",
         given=_INVARIANT,
     ),
     Limit(
@@ -256,7 +279,7 @@ def lacks_gpu(device: str, capability: tuple[int, int] | None) -> dict[Need, str
 
 def fastest_cache(engine: EngineName, lacks: Lacks) -> Cache:
     """The cache mode of an engine where the user named none."""
-    if engine is EngineName.TRANSFORMERS:
+    if engine in (EngineName.TRANSFORMERS, EngineName.REMOTE):
         return Cache.DYNAMIC
     wanted = {"engine": engine, "cache": Cache.STATIC_GRAPH}
     return Cache.STATIC if why_not(wanted, lacks) else Cache.STATIC_GRAPH
@@ -267,7 +290,10 @@ def runs_with(axis: str) -> str:
     limits = [
         limit
         for limit in TABLE
-        if limit.axis == axis and len(limit.given) < 2 and BATCH_INVARIANT not in limit.given
+        if limit.axis == axis
+        and len(limit.given) < 2
+        and BATCH_INVARIANT not in limit.given
+        and limit.given is not _REMOTE
     ]
     parts = []
     for values in dict.fromkeys(limit.values for limit in limits):
@@ -287,7 +313,9 @@ def _asked(limits: Iterable[Limit]) -> Iterator[str]:
             for axis, values in limit.given.items():
                 refused.setdefault(axis, set()).update(values)
     for axis, modes in refused.items():
-        yield " or ".join(mode for mode in AXES[axis] if mode not in modes)
+        # A server's modes are chosen where it is started.
+        others = (mode for mode in AXES[axis] if mode is not EngineName.REMOTE)
+        yield " or ".join(mode for mode in others if mode not in modes)
     for limit in limits:
         if limit.lacks is not None and not limit.given:
             yield limit.lacks

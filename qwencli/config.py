@@ -19,6 +19,7 @@ from qwencli.errors import ModelFileError, UsageError
 class EngineName(StrEnum):
     NATIVE = "native"
     TRANSFORMERS = "transformers"
+    REMOTE = "remote"
 
 
 class Quantization(StrEnum):
@@ -104,6 +105,7 @@ class ModelSource(StrEnum):
     CUSTOM = "custom"
     LOCAL = "local"
     HUB = "hub"
+    REMOTE = "remote"
 
 
 # The largest phone sensors give 199.8 megapixels. Such a PNG takes 7 s of a core, nearly all in
@@ -148,7 +150,8 @@ class EngineConfig:
     """How to load and run one model. `auto` values are made concrete by the engine's resolver.
 
     Args:
-        engine: None = native, or transformers for what native cannot run.
+        engine: None = native, or transformers for what native cannot run; remote where there are
+            endpoints.
         cache: None = the engine's own choice.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         min_pixels: bound on height x width after resizing; None = the model's own.
@@ -160,6 +163,7 @@ class EngineConfig:
         allow_pickle: load .bin/.pt weights, which can run code; off unless asked for.
         threads: that compute where the CPU is the device; None = as many as pay.
         batch_invariant: whether an answer must not depend on what runs beside it, to the bit.
+        endpoints: addresses of the servers that the remote engine asks.
     """
 
     model: ModelSpec
@@ -180,6 +184,7 @@ class EngineConfig:
     allow_pickle: bool = False
     threads: int | None = None
     batch_invariant: bool = False
+    endpoints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

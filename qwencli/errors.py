@@ -17,6 +17,8 @@ nothing else catches them to print.
     ├── DeviceError                       the device asked for is not there or not usable
     ├── OutOfMemoryError                  host or device memory is used up
     ├── EngineError                       one request failed in a way that nobody foresaw
+    ├── EndpointError                     no server of `--endpoint` can be used
+    │   └── AnswerError                   a server gave no usable answer to one request
     ├── MissingDependencyError            an optional package is not installed or does not load
     ├── OutputError                       a result cannot be written (full disk, permissions)
     ├── CaptionError                      no answer about a picture was good enough to keep
@@ -95,6 +97,14 @@ class OutOfMemoryError(QwenCliError):
 
 class EngineError(QwenCliError):
     """The error itself is its `__cause__`; other requests go on."""
+
+
+class EndpointError(QwenCliError):
+    pass
+
+
+class AnswerError(EndpointError):
+    """Other requests go on."""
 
 
 class MissingDependencyError(QwenCliError):

@@ -15,13 +15,16 @@ Size = tuple[int, int]
 class EffectiveConfig:
     """The modes that really ran, read back from the loaded model, never copied from the request.
 
+    Those of a server are its own affair: None.
+
     Args:
         quantization: the concrete scheme: "none", "bnb-nf4", "int8", ...; "int8-w8a8" where decode
             steps round the vectors too, see `models.memory`.
         attention: of decode steps; "triton" where it is part of our own kernels, "numpy+sdpa" where
             short contexts on the CPU are numpy's and long ones torch's.
         kernels: "triton" where decode steps run our fused kernels, else "torch".
-        device: concrete, e.g. "cuda:0". dtype: of the weights that are not quantized.
+        device: concrete, e.g. "cuda:0"; the address of a server. dtype: of the weights that are
+            not quantized.
         kv_dtype: of stored keys and values: "bfloat16", "int8", "fp8-e4m3", ...; None where an
             engine does not say.
         threads: that compute where the CPU is the device; None elsewhere.
@@ -30,14 +33,14 @@ class EffectiveConfig:
     """
 
     engine: str
-    quantization: str
-    attention: str
-    cache: str
+    quantization: str | None
+    attention: str | None
+    cache: str | None
     device: str
-    dtype: str
-    kernels: str = "torch"
+    dtype: str | None
+    kernels: str | None = "torch"
     kv_dtype: str | None = None
-    speculate: str = "off"
+    speculate: str | None = "off"
     threads: int | None = None
 
 
@@ -71,15 +74,16 @@ class Timings:
     `ttft_s` runs from the request to the first token, preprocessing, vision and prefill included.
     `decode_s` runs from the first token to the last. `vision_encode_s` is None where the vision
     tower did not run: without images, and where all of them were kept from earlier requests.
-    `decode_tok_per_s` is None for fewer than two tokens.
+    `decode_tok_per_s` is None for fewer than two tokens. Of a server's phases TTFT and decode are
+    seen in its stream, where it sends one; the others are None.
     """
 
-    load_s: float
-    preprocess_s: float
+    load_s: float | None
+    preprocess_s: float | None
     vision_encode_s: float | None
-    prefill_s: float
-    ttft_s: float
-    decode_s: float
+    prefill_s: float | None
+    ttft_s: float | None
+    decode_s: float | None
     e2e_s: float
     decode_tok_per_s: float | None
 
@@ -90,13 +94,16 @@ class GenerationResult:
 
     Args:
         text: the answer alone.
+        num_prompt_tokens, num_image_tokens: None where a server does not say.
         num_cached_tokens: of the prompt, those whose keys and values were in the cache already
             and were not run again.
         notes: a line each of what was done otherwise than asked for, as it had to be.
         thoughts: what the model thought before it answered; None where it did not.
         token_ids: generated tokens, those of the thoughts too, and the stop token or those of the
-            stop string where one ended the answer.
-        token_t_s: when each token was ready, on the host's `time.perf_counter` clock.
+            stop string where one ended the answer. None of a server's.
+        token_t_s: when each token was ready, on the host's `time.perf_counter` clock; of a server,
+            when each piece of its stream came.
+        num_counted_tokens: of a server's answer, as it counts them itself.
         token_gpu_ms: GPU time from the previous token to this one (None off CUDA);
             the first entry is the time from the start of the prefill.
         speculation: None where nothing was drafted.
@@ -110,8 +117,8 @@ class GenerationResult:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
-    num_prompt_tokens: int
-    num_image_tokens: int
+    num_prompt_tokens: int | None
+    num_image_tokens: int | None
     timings: Timings
     effective: EffectiveConfig
     token_t_s: tuple[float, ...]
@@ -122,10 +129,11 @@ class GenerationResult:
     thoughts: str | None = None
     image_sizes: tuple[Size, ...] = ()
     resized_sizes: tuple[Size, ...] = ()
+    num_counted_tokens: int | None = None
 
     @property
     def num_new_tokens(self) -> int:
-        return len(self.token_ids)
+        return len(self.token_ids) if self.num_counted_tokens is None else self.num_counted_tokens
 
     @property
     def itl_ms(self) -> tuple[float, ...]:

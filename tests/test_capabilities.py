@@ -24,8 +24,9 @@ EVERYTHING_MISSING = dict.fromkeys(Need, "it is not here")
 
 
 def combinations():
-    names = list(AXES)
-    for modes in itertools.product(*AXES.values()):
+    """Of every mode with every other one; how many tokens are drafted makes no difference."""
+    names, values = list(AXES), {**AXES, "speculate": ("off", "auto", "1")}
+    for modes in itertools.product(*values.values()):
         yield dict(zip(names, modes, strict=True))
 
 

@@ -51,7 +51,6 @@ def caption(
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.requests import running_engine, system_messages
     from qwencli.dataset.sources import named_inputs
-    from qwencli.engine import client
     from qwencli.messages import GenerationRequest, VisualPart, user_message
 
     sink = context.ensure_object(Output)
@@ -106,7 +105,7 @@ def caption(
         announce_model(spec, run, sink)
         with running_engine(run.engine_config(spec), sink) as loaded:
             left = images[work.begun - 1 :]
-            if len(left) >= client.BATCH_FROM and not multi_image:
+            if len(left) >= loaded.batch_from and not multi_image:
                 work.answer_many(
                     loaded, left, ask(pictures), lambda each: ask((work.open(each, frames),))
                 )

@@ -265,6 +265,9 @@ def _devices(chosen: SetOptions, run: RunOptions) -> tuple[str, ...]:
     """Those of --devices; none where it was not given."""
     from qwencli.dataset.devices import named_devices
 
+    if run.is_remote and (chosen.devices or chosen.ray):
+        flag = "--devices" if chosen.devices else "--ray"
+        raise UsageError(f"{flag} and --endpoint exclude each other", "give one of them")
     if chosen.devices is None:
         return ()
     if chosen.ray is not None:

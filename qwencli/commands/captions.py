@@ -17,8 +17,14 @@ from qwencli.commands.reports import (
     stats_line,
     unshown,
 )
-from qwencli.commands.requests import OPENING_ERRORS, Named, memory_figures, open_named
-from qwencli.errors import EngineError, InputError, OutOfMemoryError, QwenCliError
+from qwencli.commands.requests import (
+    ANSWERING_ERRORS,
+    OPENING_ERRORS,
+    Named,
+    memory_figures,
+    open_named,
+)
+from qwencli.errors import EngineError, QwenCliError
 from qwencli.messages import GenerationRequest, ImagePart, VisualPart
 from qwencli.output import Output, visible
 
@@ -79,7 +85,7 @@ class Captions:
         names = [picture.name for picture in pictures]
         try:
             result = self._stream(engine, request, names)
-        except (InputError, OutOfMemoryError) as error:
+        except ANSWERING_ERRORS as error:
             self._report(error, names)
             return
         self._add_to(result, names)
@@ -103,7 +109,7 @@ class Captions:
         results = generate_many(engine, itertools.chain([first], others))
         for each, result in zip(named, results, strict=True):
             names = [str(each)]
-            if isinstance(result, (*OPENING_ERRORS, OutOfMemoryError, EngineError)):
+            if isinstance(result, (*OPENING_ERRORS, *ANSWERING_ERRORS, EngineError)):
                 self._report(result, names)
             elif isinstance(result, QwenCliError):
                 raise result

@@ -23,6 +23,7 @@ from qwencli.commands.requests import (
 from qwencli.config import SamplingOptions
 from qwencli.dataset.sources import local_path
 from qwencli.errors import (
+    EndpointError,
     InputError,
     MissingDependencyError,
     OutOfMemoryError,
@@ -57,6 +58,8 @@ HELP = """\
 Text that is pasted is one message, however many lines it has.
 Ctrl-C stops an answer and keeps the conversation; at the prompt it drops
 what is typed, and leaves when pressed again."""
+# What a line may raise, while the conversation goes on; a server may be there again later.
+_GOES_ON = (InputError, MissingDependencyError, OutOfMemoryError, UsageError, EndpointError)
 PASTE_START, PASTE_END = "\x1b[200~", "\x1b[201~"
 # What begins with a slash by mistake. Code does so too ("/* ...", "// ..."), and pasted texts.
 _COMMAND_OR_PATH = re.compile(r"/[\w.~-][^\n]*")
@@ -124,7 +127,7 @@ class Conversation:
                     break
             except KeyboardInterrupt:
                 self._sink.notice("", "stopped; the conversation goes on")
-            except (InputError, MissingDependencyError, OutOfMemoryError, UsageError) as error:
+            except _GOES_ON as error:
                 failed += 1
                 self._sink.error(error)
         return failed

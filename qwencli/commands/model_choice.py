@@ -18,7 +18,13 @@ def choose_model(run: RunOptions, output: Output) -> ModelSpec:
 
     Raises:
         ModelError, UsageError: as `resolve_model` does.
+        EndpointError: no server of `--endpoint` can be used.
     """
+    if run.is_remote:
+        from qwencli.engine.remote import remote_model
+
+        with output.status("asking the server for its models"):
+            return remote_model(run.endpoints, run.model, offline=run.offline)
     if run.model:
         return resolve_model(run.model, models_file=run.models_file, offline=run.offline)
     free_bytes, on_gpu = free_bytes_on(run.device)
@@ -68,7 +74,12 @@ def announce_model(spec: ModelSpec, run: RunOptions, output: Output) -> None:
             "(shapes, colours, positions, numbers); for photographs use "
             "--model qwen3-vl-4b (see: qwencli models)"
         )
-    elif spec.path is None and run.load_format is LoadFormat.AUTO and not _is_offline(run):
+    elif (
+        spec.path is None
+        and spec.source is not ModelSource.REMOTE
+        and run.load_format is LoadFormat.AUTO
+        and not _is_offline(run)
+    ):
         output.notice(f"downloading {spec.repo_id} (kept in the Hugging Face cache)")
 
 

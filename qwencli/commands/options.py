@@ -63,6 +63,11 @@ def _else(value: float) -> str:
 
 
 _MODES = ("engine", "quantization", "attention", "cache", "kernels", "kv_dtype")
+# What a server was started with.
+_OF_A_SERVER = (
+    *_MODES[1:], "speculate", "device", "dtype", "load_format", "max_seq_len", "threads",
+    "batch_invariant", "allow_pickle",
+)  # fmt: skip
 
 
 Frames = Annotated[
@@ -85,8 +90,18 @@ class RunOptions:
         EngineName | None,
         _model(
             metavar="NAME",
-            text="native or transformers. Default: native where it reads the weights.",
+            text="native, transformers or remote. Default: native where it reads the weights.",
         ),
+    ] = None
+    endpoint: Annotated[
+        list[str] | None,
+        _model(
+            metavar="URL",
+            text="An OpenAI-compatible server that answers (remote); repeatable: they share.",
+        ),
+    ] = None
+    api_key: Annotated[
+        str | None, _model(metavar="KEY", text="For those servers. Default: $QWENCLI_API_KEY.")
     ] = None
     quantization: Annotated[
         Quantization | None, _mode("quantization", "none, 8bit, 4bit or fp8. Default: none.")
@@ -192,6 +207,29 @@ class RunOptions:
         check_pixels(self.min_pixels, most)
         if self.max_seq_len is not None:
             parse_seq_len(self.max_seq_len)
+        if self.engine is EngineName.REMOTE and not self.endpoint:
+            raise UsageError(
+                "--engine remote needs a server", "give --endpoint http://127.0.0.1:8000/v1"
+            )
+        for name in _OF_A_SERVER if self.endpoint else ():
+            if getattr(self, name) != getattr(type(self), name):
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(
+                    f"{flag} belongs to the server of --endpoint, and cannot be set from here",
+                    f"set it where that server is started, and leave {flag} out",
+                )
+        if self.endpoint and self.engine not in (None, EngineName.REMOTE):
+            raise UsageError(
+                f"--endpoint and --engine {self.engine} exclude each other", "use --engine remote"
+            )
+
+    @property
+    def is_remote(self) -> bool:
+        return bool(self.endpoint)
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        return tuple(self.endpoint or ())
 
     def sampling_options(self) -> SamplingOptions:
         """Raises UsageError for a value out of range, or --greedy with a temperature."""
@@ -213,7 +251,7 @@ class RunOptions:
         """
         from qwencli.models.user_config import model_settings, user_config_folder
 
-        settings = model_settings(user_config_folder(), spec.name)
+        settings = {} if self.is_remote else model_settings(user_config_folder(), spec.name)
         if self.device != "auto" or any(getattr(self, name) is not None for name in _MODES):
             # They fit each other and the device they were chosen for: one that is said undoes all.
             settings = {key: value for key, value in settings.items() if key not in _MODES}
@@ -226,6 +264,8 @@ class RunOptions:
             said["max_seq_len"] = parse_seq_len(self.max_seq_len)
         if self.max_pixels is not None:
             said["max_pixels"] = parse_max_pixels(self.max_pixels)
+        if self.is_remote:
+            said["engine"] = EngineName.REMOTE
         return EngineConfig(**settings | said | {"model": spec})
 
 
@@ -394,6 +434,9 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
             name: group(**{f.name: given.pop(f.name) for f in fields(group)})
             for name, group in groups.items()
         }
+        if made["run"].api_key is not None:
+            # Where processes of our own find it too; no file and no message has it.
+            os.environ["QWENCLI_API_KEY"] = made["run"].api_key
         if made["run"].offline:
             # The hub's library reads this when it is imported, which nothing has done yet.
             os.environ["HF_HUB_OFFLINE"] = "1"

@@ -98,20 +98,33 @@ def speculation_record(speculation: Speculation | None) -> dict[str, Any] | None
 
 
 def stats_line(result: GenerationResult) -> str:
-    """One line: tokens, speed, phases, and the modes that ran."""
+    """One line: tokens, speed, phases, and the modes that ran; what is not known is left out."""
     t, ran = result.timings, result.effective
-    kv = "" if ran.kv_dtype in (None, ran.dtype) else f"{ran.kv_dtype} keys and values, "
+    kv = None if ran.kv_dtype == ran.dtype else ran.kv_dtype and f"{ran.kv_dtype} keys and values"
     speed = "-" if t.decode_tok_per_s is None else f"{t.decode_tok_per_s:.1f} tok/s"
     cut = " (cut off)" if result.finish_reason == "length" else ""
-    cached = f", {result.num_cached_tokens} cached" if result.num_cached_tokens else ""
-    vision = "" if t.vision_encode_s is None else f"vision {_ms(t.vision_encode_s)}, "
-    return (
-        f"{result.num_new_tokens} tokens{cut} at {speed} | prompt {result.num_prompt_tokens} "
-        f"({result.num_image_tokens} of images{cached}) | load {t.load_s:.2f} s, "
-        f"preprocess {_ms(t.preprocess_s)}, {vision}prefill {_ms(t.prefill_s)}, "
-        f"TTFT {_ms(t.ttft_s)} | {ran.engine}, {ran.quantization}, {ran.attention}, {ran.cache}, "
-        f"{ran.kernels}, {kv}{ran.dtype} on {ran.device}{_speculation(result)}"
+    cached = f"{result.num_cached_tokens} cached" if result.num_cached_tokens else None
+    images = result.num_image_tokens
+    prompt = _listed(None if images is None else f"{images} of images", cached)
+    phases = _listed(
+        None if t.load_s is None else f"load {t.load_s:.2f} s",
+        _ms("preprocess", t.preprocess_s),
+        _ms("vision", t.vision_encode_s),
+        _ms("prefill", t.prefill_s),
+        _ms("TTFT", t.ttft_s),
     )
+    modes = _listed(ran.engine, ran.quantization, ran.attention, ran.cache, ran.kernels, kv)
+    dtype = f", {ran.dtype}" if ran.dtype else ""
+    tokens = "-" if result.num_prompt_tokens is None else result.num_prompt_tokens
+    return (
+        f"{result.num_new_tokens} tokens{cut} at {speed} | prompt {tokens}"
+        + (f" ({prompt})" if prompt else "")
+        + f" | {phases} | {modes}{dtype} on {ran.device}{_speculation(result)}"
+    )
+
+
+def _listed(*parts: str | None) -> str:
+    return ", ".join(part for part in parts if part is not None)
 
 
 def _speculation(result: GenerationResult) -> str:
@@ -122,5 +135,5 @@ def _speculation(result: GenerationResult) -> str:
     return f" | {found.num_accepted} of {found.num_drafted} drafts accepted, gain {gain}"
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.0f} ms"
+def _ms(phase: str, seconds: float | None) -> str | None:
+    return None if seconds is None else f"{phase} {seconds * 1e3:.0f} ms"

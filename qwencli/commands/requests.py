@@ -7,15 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwencli.config import EngineConfig, LoadFormat
+from qwencli.config import EngineConfig, LoadFormat, ModelSource
 from qwencli.dataset.parts import Held, address_of
 from qwencli.dataset.sources import local_path
-from qwencli.errors import InputError, MissingDependencyError, OutOfMemoryError
+from qwencli.errors import AnswerError, InputError, MissingDependencyError, OutOfMemoryError
 from qwencli.messages import ImagePart, Message, VideoPart, VisualPart, text_message
 from qwencli.output import Output
 
 # What opening a picture or video may raise: it costs that one, and the others are done.
 OPENING_ERRORS = (InputError, MissingDependencyError, OutOfMemoryError)
+# What one request may end with, while others go on.
+ANSWERING_ERRORS = (InputError, OutOfMemoryError, AnswerError)
 
 Named = str | Held
 
@@ -27,12 +29,14 @@ if TYPE_CHECKING:
 def running_engine(config: EngineConfig, sink: Output) -> Iterator[Engine]:
     """An engine, loaded, closed at the end whatever happens."""
     from qwencli.engine.factory import create_engine
-    from qwencli.engine.resolve import resolve_device
 
     with sink.status(f"starting {config.model.name}"):
         # Before a download: a mode that the engine does not have should not cost gigabytes first.
         engine = create_engine(config)
-        resolve_device(config.device)
+        if config.model.source is not ModelSource.REMOTE:
+            from qwencli.engine.resolve import resolve_device
+
+            resolve_device(config.device)
     # Here and not in load(): the download's own progress bars need the terminal to themselves.
     fetch_model(config)
     with sink.status(f"loading {config.model.name}"):
@@ -51,7 +55,8 @@ def running_engine(config: EngineConfig, sink: Output) -> Iterator[Engine]:
 
 def fetch_model(config: EngineConfig) -> None:
     """Download a model's files where they are not here yet."""
-    if config.model.path is None and config.load_format is LoadFormat.AUTO:
+    is_remote = config.model.source is ModelSource.REMOTE
+    if config.model.path is None and config.load_format is LoadFormat.AUTO and not is_remote:
         from qwencli.models.hub import locate
 
         locate(config.model, offline=config.offline, allow_pickle=config.allow_pickle)

@@ -200,7 +200,7 @@ class Asking:
         """What is wrong with an answer; None where `caption` has one to write."""
         slot = task.slot
         asked = self._asked[slot]
-        asked.num_prompt_tokens = result.num_prompt_tokens
+        asked.num_prompt_tokens = result.num_prompt_tokens or 0
         if result.thoughts is not None and not result.text.strip():
             found: str | Fault = Fault(FaultKind.THINKING, "thought, and gave no answer")
         else:

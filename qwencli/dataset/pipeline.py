@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from qwencli.dataset.sources import CAPTION, Item, Slot
 from qwencli.errors import (
+    AnswerError,
     CaptionError,
     InputError,
     MissingDependencyError,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from qwencli.engine.protocol import Engine
 
 # What costs one picture its caption, while the others are done.
-ITEM_ERRORS = (InputError, MissingDependencyError, OutOfMemoryError, CaptionError)
+ITEM_ERRORS = (InputError, MissingDependencyError, OutOfMemoryError, CaptionError, AnswerError)
 # Captions that wait to be written; a disk slower than the engine holds it up.
 WAITING_CAPTIONS = 256
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

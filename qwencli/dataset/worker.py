@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from qwencli.config import EngineConfig, LoadFormat, ModelSpec
+from qwencli.config import EngineConfig, EngineName, LoadFormat, ModelSpec
 from qwencli.dataset.pipeline import Outcome, Task, outcomes
+from qwencli.errors import UsageError
 
 if TYPE_CHECKING:
     from qwencli.dataset.asking import Asking
@@ -114,7 +115,8 @@ def make_ready(engine: Engine, asking: Asking) -> Ready:
     config = engine.config
     if asking.manner.boxes:
         asking.count_boxes_in(_box_grid(config))
-    if asking.manner.shape.max_tokens is not None and config.load_format is LoadFormat.AUTO:
+    has_files = config.load_format is LoadFormat.AUTO and config.engine is not EngineName.REMOTE
+    if asking.manner.shape.max_tokens is not None and has_files:
         from qwencli.engine.frontend.tokenizer import Tokenizer
         from qwencli.models.hub import locate
 
@@ -125,12 +127,18 @@ def make_ready(engine: Engine, asking: Asking) -> Ready:
 
 
 def _box_grid(config: EngineConfig) -> int | None:
+    """Raises UsageError for a model of a server of which nothing is known here."""
     from qwencli.models.config_values import read_json_object
     from qwencli.models.families import FAMILIES
     from qwencli.models.hub import locate
     from qwencli.models.shape_reader import read_shape
 
     known = config.model.hub_config
+    if known is None and config.engine is EngineName.REMOTE:
+        raise UsageError(
+            f"--schema boxes: nothing is known of how {config.model.name} counts in boxes",
+            "name the model as the hub does (--model Qwen/Qwen3-VL-4B-Instruct)",
+        )
     if known is None:
         folder = locate(config.model, offline=True, allow_pickle=config.allow_pickle)
         known = read_json_object(folder / "config.json")

@@ -13,9 +13,6 @@ from qwencli.results import GenerationResult
 # Requests that have given nothing yet: enough that some are ready whenever rows end, few because
 # their pictures are held in memory.
 REQUESTS_AHEAD = 32
-# Requests from which on they are answered together: making the graphs of a batch takes a GPU as
-# long as a dozen answers.
-BATCH_FROM = 16
 
 T = TypeVar("T")
 
@@ -52,11 +49,12 @@ def answers(
             now. It may give more later, once answers were handed out. Over when it gives nothing
             and nothing is unfinished.
         stopping: once it is true no more is taken, and what has not begun yet is dropped.
-        expected: how many there are; fewer than `BATCH_FROM` are answered one after the other.
+        expected: how many there are; fewer than `Engine.batch_from` are answered one after the
+            other.
     """
     engine.load()
     queue: RequestQueue = engine
-    if expected is not None and expected < BATCH_FROM:
+    if expected is not None and expected < engine.batch_from:
         queue = SerialQueue(engine.stream)
     ahead = REQUESTS_AHEAD if queue.max_rows > 1 else 1
     unfinished: dict[int, T] = {}

@@ -55,7 +55,7 @@ def create_engine(config: EngineConfig) -> Engine:
     """Build the engine of `config`, not yet loaded.
 
     Raises:
-        UsageError: the working folder is gone.
+        UsageError: the working folder is gone, or options exclude each other.
     """
     try:
         Path.cwd()
@@ -65,6 +65,14 @@ def create_engine(config: EngineConfig) -> Engine:
             f"the working folder cannot be used ({error.strerror or error})",
             "go to a folder that is there (cd), then run this again",
         ) from error
+    if config.engine is EngineName.REMOTE or (config.engine is None and config.endpoints):
+        from qwencli.engine.remote import RemoteEngine
+
+        return RemoteEngine(config)
+    if config.endpoints:
+        raise UsageError(
+            f"--endpoint and --engine {config.engine} exclude each other", "use --engine remote"
+        )
     engine = config.engine or default_engine(config)
     config = replace(config, engine=engine)
     if engine is EngineName.NATIVE:

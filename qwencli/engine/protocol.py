@@ -35,7 +35,8 @@ class RequestQueue(Protocol):
 class Engine(RequestQueue, Protocol):
     """Loads one model once and answers requests until closed. A context manager.
 
-    `effective`, `load_s`, `max_seq_len` (most tokens of a request), `memory_plan` (bytes by use,
+    `effective`, `load_s`, `max_seq_len` (most tokens of a request, None where
+    a server does not say), `memory_plan` (bytes by use,
     empty where nothing is planned) and `load_warnings` (a line each) exist after `load`. `load` is
     idempotent; `close` frees device memory without moving weights to the host; after `close`,
     `load` may be called again. Abandoning or closing the iterator of `stream` cancels the request;
@@ -45,9 +46,11 @@ class Engine(RequestQueue, Protocol):
     it gave, until `has_unfinished` is False; `client.generate_many` does that. `add` refuses
     nothing: what is wrong with a request is its `StepOutput`. `max_rows` is how many run at once,
     1 for an engine that answers one after the other. `abort` may come at any time.
+    `batch_from` is how many requests have to be there before it pays to run them together.
     """
 
     config: EngineConfig
+    batch_from: int
 
     @property
     def effective(self) -> EffectiveConfig: ...
@@ -56,7 +59,7 @@ class Engine(RequestQueue, Protocol):
     def load_s(self) -> float: ...
 
     @property
-    def max_seq_len(self) -> int: ...
+    def max_seq_len(self) -> int | None: ...
 
     @property
     def memory_plan(self) -> Mapping[str, int]: ...
@@ -137,6 +140,8 @@ class ManyRequests(ABC):
     """The half of `Engine` that takes many requests, over `stream`; a subclass that runs them
     together has a queue of its own."""
 
+    # Making the graphs of a batch takes a GPU as long as a dozen answers.
+    batch_from = 16
     _queue: RequestQueue | None = None
 
     @abstractmethod

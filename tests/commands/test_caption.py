@@ -516,7 +516,7 @@ def test_help_has_the_defaults_of_sampling(capsys):
 def test_one_notice_says_that_the_first_frame_alone_is_shown(
     caption, tmp_path, capsys, monkeypatch, least
 ):
-    monkeypatch.setattr("qwencli.engine.client.BATCH_FROM", least)
+    monkeypatch.setattr("qwencli.engine.protocol.ManyRequests.batch_from", least)
     frames = [Image.new("RGB", (64, 64), (40 * i, 90, 10)) for i in range(3)]
     paths = [str(tmp_path / name) for name in ("a.gif", "b.webp", "c.png", "d.gif", "e.tif")]
     for path in paths:
@@ -546,7 +546,7 @@ def test_many_pictures_are_answered_together_in_their_order(
     base = ["caption", "--model", str(checkpoint("qwen3_vl")), "--device", "cpu", "--greedy"]
     said = []
     for least in (99, 2):
-        monkeypatch.setattr("qwencli.engine.client.BATCH_FROM", least)
+        monkeypatch.setattr("qwencli.engine.protocol.ManyRequests.batch_from", least)
         assert run([*base, "--max-new-tokens", "6", "--json", *paths]) == 1
         out, err = capsys.readouterr()
         said.append([json.loads(line) for line in out.splitlines()])

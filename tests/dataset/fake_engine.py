@@ -47,6 +47,7 @@ class FakeEngine:
     """`answer(request)` gives the text, or raises; each takes a few steps, of `step_s` seconds."""
 
     load_s = 0.1
+    batch_from = 16
     max_seq_len = 4096
     memory_plan: MappingProxyType[str, int] = MappingProxyType({})
     load_warnings = ()

@@ -84,7 +84,8 @@ def roofline_row(
     ran = engine.effective
     context = last["num_prompt_tokens"] + last["num_new_tokens"] / 2
     shape = read_shape(_hub_config(spec.config.model))
-    read = decode_bytes(shape, ran.quantization, _VALUE_BYTES[ran.dtype], context, ran.kv_dtype)
+    quantization, value_bytes = str(ran.quantization), _VALUE_BYTES[str(ran.dtype)]
+    read = decode_bytes(shape, quantization, value_bytes, context, ran.kv_dtype)
     times = launch_times(ran.device)
     few, more = (
         device_work(ran.device, partial(_answer, engine, request, tokens))

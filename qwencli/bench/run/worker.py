@@ -72,7 +72,7 @@ class EngineWrapper(ManyRequests):
         return self._engine.load_s
 
     @property
-    def max_seq_len(self) -> int:
+    def max_seq_len(self) -> int | None:
         return self._engine.max_seq_len
 
     @property
@@ -262,8 +262,9 @@ def _speculation_columns(speculation: Speculation | None) -> dict[str, Any]:
 
 def _tokens(result: GenerationResult) -> list[dict[str, Any]]:
     itl = (None, *result.itl_ms)
-    gpu = result.token_gpu_ms or (None,) * result.num_new_tokens
-    columns = zip(result.token_ids, result.token_t_s, itl, gpu, strict=True)
+    gpu = result.token_gpu_ms or (None,) * len(result.token_t_s)
+    ids = result.token_ids or (None,) * len(result.token_t_s)
+    columns = zip(ids, result.token_t_s, itl, gpu, strict=True)
     return [
         {"token_index": index, "token_id": token, "t_s": t_s, "itl_ms": itl_ms, "gpu_ms": gpu_ms}
         for index, (token, t_s, itl_ms, gpu_ms) in enumerate(columns)

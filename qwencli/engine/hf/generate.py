@@ -245,7 +245,7 @@ class Generation:
         return inputs
 
     def _visual_inputs(self, shown: VisualInputs) -> dict[str, Any]:
-        device, dtype = self._effective.device, getattr(torch, self._effective.dtype)
+        device, dtype = self._effective.device, getattr(torch, str(self._effective.dtype))
         inputs: dict[str, Any] = {}
         for video, pixels, grids in (
             (False, "pixel_values", "image_grid_thw"),
@@ -272,7 +272,7 @@ class Generation:
             "use_cache": True,
             "pad_token_id": self._answer.files.pad_token_id,
             "eos_token_id": sorted(self._answer.stop_ids) or None,
-            **_CACHE_SETTINGS[Cache(self._effective.cache)],
+            **_CACHE_SETTINGS[Cache(str(self._effective.cache))],
         }
         if sampling.do_sample:
             settings |= {

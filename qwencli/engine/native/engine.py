@@ -257,7 +257,7 @@ class NativeEngine(BaseEngine):
 
     def _make_queue(self) -> RequestQueue:
         """Rows that run together, where the modes of this engine are those that rows have."""
-        cache, config = Cache(self.effective.cache), self.config
+        cache, config = Cache(str(self.effective.cache)), self.config
         batches = cache in (Cache.STATIC, Cache.STATIC_GRAPH) and config.attention in (
             Attention.AUTO,
             Attention.SDPA,

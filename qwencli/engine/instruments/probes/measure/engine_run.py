@@ -41,12 +41,12 @@ def engine_run(device: str, work: EngineWork) -> EngineRun:
     itl = sorted(ms for result in results for ms in result.itl_ms)
     return EngineRun(
         engine=ran.engine,
-        quantization=ran.quantization,
-        attention=ran.attention,
-        cache=ran.cache,
-        kernels=ran.kernels,
+        quantization=str(ran.quantization),
+        attention=str(ran.attention),
+        cache=str(ran.cache),
+        kernels=str(ran.kernels),
         load_s=load_s,
-        ttft_ms=statistics.median(r.timings.ttft_s for r in results) * 1e3,
+        ttft_ms=statistics.median(r.timings.ttft_s or 0.0 for r in results) * 1e3,
         tok_per_s=tuple(r.timings.decode_tok_per_s or 0.0 for r in results),
         itl_p50_ms=statistics.median(itl),
         itl_p99_ms=itl[min(len(itl) - 1, round(0.99 * (len(itl) - 1)))],

@@ -1,0 +1,367 @@
+"""The remote engine against a small server that fails in the ways servers do."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qwencli.cli import run
+from qwencli.config import EngineConfig, EngineName, ModelSource, ModelSpec, SamplingOptions
+from qwencli.engine import remote
+from qwencli.engine.client import generate_many
+from qwencli.engine.remote import RemoteEngine, endpoint_url
+from qwencli.errors import AnswerError, EndpointError, InputError, UsageError
+from qwencli.messages import GenerationRequest, ImagePart, user_message
+from tests.engine.openai_server import MODEL, StandIn, seen
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(remote, "LONGEST_PAUSE_S", 0.05)
+    monkeypatch.delenv(remote.KEY_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def server() -> Iterator[StandIn]:
+    with StandIn().running() as stand_in:
+        yield stand_in
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    paths = []
+    for number in range(24):
+        paths.append(tmp_path / f"{number:02}.png")
+        Image.new("RGB", (40, 30), (number, 0, 0)).save(paths[-1])
+    return paths
+
+
+def engine(*stand_ins: StandIn, model: str = MODEL, **settings: object) -> RemoteEngine:
+    urls = tuple(stand_in.url for stand_in in stand_ins)
+    spec = ModelSpec(model, ModelSource.REMOTE)
+    return RemoteEngine(EngineConfig(spec, EngineName.REMOTE, endpoints=urls, **settings))
+
+
+def asked(colour: int = 1, size: tuple[int, int] = (40, 30), **said: object) -> GenerationRequest:
+    picture = ImagePart(Image.new("RGB", size, (colour, 0, 0)), f"{colour}.png")
+    return GenerationRequest((user_message("What?", (picture,)),), SamplingOptions(**said))
+
+
+def caption(*arguments: object) -> int:
+    return run(["caption", *map(str, arguments)])
+
+
+def free_port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return int(unused.getsockname()[1])
+
+
+def test_an_answer_is_streamed_and_what_is_not_known_is_none(server: StandIn) -> None:
+    server.step_s = 0.002
+    with engine(server) as remote_engine:
+        chunks = list(remote_engine.stream(asked(max_new_tokens=9)))
+    result = chunks[-1].result
+    assert result is not None
+    assert "".join(chunk.text for chunk in chunks) == result.text == "A picture 40x30 of 1,0,0"
+    assert len(chunks) == 6
+    assert (result.num_prompt_tokens, result.num_image_tokens, result.num_new_tokens) == (
+        20,
+        None,
+        10,
+    )
+    assert len(result.itl_ms) == 4 and max(result.itl_ms) > 1
+    assert result.timings.ttft_s > 0 and result.timings.decode_tok_per_s > 0
+    assert result.timings.load_s is None and result.timings.prefill_s is None
+    assert result.effective.device == server.url and result.effective.quantization is None
+    (body,) = server.bodies
+    assert body["max_tokens"] == 9 and "temperature" not in body and "seed" not in body
+
+
+def test_settings_travel_under_the_names_that_servers_know(server: StandIn) -> None:
+    server.models = [{"id": MODEL, "owned_by": "llamacpp"}]
+    request = GenerationRequest(
+        (user_message("What?"),),
+        SamplingOptions(do_sample=False, repetition_penalty=1.1, seed=-1, stop=("\n",)),
+        ignore_eos=True,
+        starts_with="An",
+        schema='{"type": "object"}',
+    )
+    with engine(server) as remote_engine:
+        assert remote_engine.generate(request).text == " answer."
+    (body,) = server.bodies
+    assert (body["temperature"], body["repeat_penalty"], body["stop"]) == (0.0, 1.1, ["\n"])
+    assert "seed" not in body and "repetition_penalty" not in body
+    assert body["messages"][-1] == {"role": "assistant", "content": "An"}
+    assert body["continue_final_message"] and body["ignore_eos"] and body["min_tokens"] == 512
+    assert body["response_format"]["json_schema"]["schema"] == {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "sent"),
+    [((40, 30), None, "40x30"), ((400, 300), 10_000, "115x86"), ((1600, 1200), None, "1600x1200")],
+)
+def test_pictures_are_prepared_to_max_pixels(
+    server: StandIn, size: tuple[int, int], most: int | None, sent: str
+) -> None:
+    with engine(server, max_pixels=most) as remote_engine:
+        result = remote_engine.generate(asked(size=size))
+    assert result.text.startswith(f"A picture {sent} of")
+    assert result.image_sizes == (size,)
+    assert "x".join(map(str, result.resized_sizes[0])) == sent
+
+
+def test_thoughts_are_told_from_the_answer(server: StandIn) -> None:
+    with engine(server) as remote_engine:
+        server.say = lambda body: "<think>Hm, well.</think> Yes."
+        chunks = list(remote_engine.stream(asked()))
+        assert "".join(chunk.text for chunk in chunks) == "Yes."
+        server.say = lambda body: "Hm, well.</think> Yes."
+        results = [chunks[-1].result, remote_engine.generate(asked())]
+    assert [(each.thoughts, each.text) for each in results] == [("Hm, well.", "Yes.")] * 2
+
+
+def test_without_usage_pieces_are_counted_and_it_is_said(server: StandIn) -> None:
+    server.usage = False
+    with engine(server) as remote_engine:
+        result = remote_engine.generate(asked())
+    assert result.num_new_tokens == 5 and result.num_prompt_tokens is None
+    assert "counts no tokens" in result.notes[0]
+
+
+def test_a_whole_answer_in_place_of_a_stream(server: StandIn) -> None:
+    server.fault = lambda number: "whole"
+    with engine(server) as remote_engine:
+        result = remote_engine.generate(asked())
+    assert result.text == "A picture 40x30 of 1,0,0"
+    assert result.timings.ttft_s is None and result.timings.decode_tok_per_s is None
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "429", "cut", "drop", "html", "no json"])
+def test_a_failure_is_tried_again(server: StandIn, fault: str) -> None:
+    server.fault = lambda number: fault if number < 2 else ""
+    with engine(server) as remote_engine:
+        assert remote_engine.generate(asked()).text == "A picture 40x30 of 1,0,0"
+    assert len(server.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "said"),
+    [
+        ("400", InputError, "refuses the request: asked to fail with 400"),
+        ("413", InputError, "refuses the request"),
+        ("401", EndpointError, "wants an API key (asked to fail"),
+        ("404", EndpointError, "has no model 'stand-in', or no such API"),
+        ("500", AnswerError, "failed with status 500: asked to fail with 500"),
+        ("html", AnswerError, "sent something that is no stream of events"),
+        ("no json", AnswerError, "sent something that is no JSON"),
+        ("error inside", AnswerError, "sent an error: out of memory"),
+        ("cut", AnswerError, "broke off its answer"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    server: StandIn, fault: str, error: type[Exception], said: str
+) -> None:
+    server.fault = lambda number: fault
+    with engine(server) as remote_engine, pytest.raises(error) as caught:
+        remote_engine.generate(asked())
+    assert type(caught.value) is error
+    assert said in caught.value.message and server.url in caught.value.message
+    assert "\n" not in caught.value.message and caught.value.hint
+
+
+def test_a_stream_that_was_shown_is_not_begun_anew(server: StandIn) -> None:
+    server.fault = lambda number: "cut"
+    with engine(server) as remote_engine, pytest.raises(AnswerError, match="broke off"):
+        list(remote_engine.stream(asked()))
+    assert len(server.bodies) == 1
+
+
+def test_a_server_that_hangs_is_given_up(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "SILENCE_S", 0.02)
+    monkeypatch.setattr(remote, "HANG_S", 0.06)
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    server.fault = lambda number: "hang"
+    with engine(server) as remote_engine, pytest.raises(AnswerError, match="said nothing"):
+        remote_engine.generate(asked())
+    assert len(server.bodies) == 2
+
+
+def test_one_that_is_slow_but_lives_is_waited_for(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "SILENCE_S", 0.02)
+    server.step_s = 0.05
+    with engine(server) as remote_engine:
+        assert remote_engine.generate(asked()).text
+    assert len(server.bodies) == 1
+
+
+def test_abandoned_streams_cancel_and_leave_the_engine_usable(server: StandIn) -> None:
+    server.step_s = 0.01
+    with engine(server) as remote_engine:
+        stream = remote_engine.stream(asked())
+        next(stream)
+        stream.close()
+        assert remote_engine.generate(asked(2)).text.endswith("of 2,0,0")
+
+
+def test_requests_are_shared_by_how_many_run(server: StandIn) -> None:
+    server.step_s = 0.005
+    with StandIn(step_s=0.005).running() as other, engine(server, other) as remote_engine:
+        results = list(generate_many(remote_engine, (asked(n) for n in range(20))))
+    assert [result.text for result in results] == [f"A picture 40x30 of {n},0,0" for n in range(20)]
+    assert min(len(server.bodies), len(other.bodies)) >= 6
+    assert server.most_at_once > 2
+
+
+@pytest.mark.parametrize(
+    "said", ["", "ftp://host", "http://", "http://host:port", "http://a b", "http://[::1"]
+)
+def test_what_is_no_address_is_refused(said: str) -> None:
+    with pytest.raises(UsageError, match="is no address"):
+        endpoint_url(said)
+
+
+@pytest.mark.parametrize(
+    ("said", "url"),
+    [
+        ("localhost:8000", "http://localhost:8000/v1"),
+        ("http://host:1/", "http://host:1/v1"),
+        ("https://host/api/v1/", "https://host/api/v1"),
+        ("http://host/v1/chat/completions", "http://host/v1"),
+        ("[::1]:80", "http://[::1]:80/v1"),
+    ],
+)
+def test_addresses_are_completed(said: str, url: str) -> None:
+    assert endpoint_url(said) == url
+
+
+def test_captions_through_a_server(
+    server: StandIn, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert caption(pictures[3], "--endpoint", server.url, "--json", "--stats") == 0
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert record["caption"] == "A picture 40x30 of 3,0,0"
+    assert (record["model"], record["engine"], record["device"]) == (MODEL, "remote", server.url)
+    assert record["quantization"] is record["num_image_tokens"] is None
+    assert record["timings"]["prefill_s"] is None and record["timings"]["ttft_s"] > 0
+    assert "prompt 20 | TTFT" in err and f"remote on {server.url}" in err
+
+
+def test_a_folder_whose_second_server_is_killed_midway(
+    server: StandIn, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.step_s = 0.01
+    with StandIn(step_s=0.01).running() as other:
+        other.fault = lambda number: killed.set() or "" if number == 5 else ""
+        killed = threading.Event()
+        killer = threading.Thread(target=lambda: killed.wait(10) and other.kill())
+        killer.start()
+        folder = pictures[0].parent
+        endpoints = ("--endpoint", server.url, "--endpoint", other.url)
+        assert caption(folder, *endpoints, "--engine", "remote") == 0
+        killer.join()
+    for number, path in enumerate(pictures):
+        said = path.with_suffix(".txt").read_text("utf-8").strip()
+        assert said == f"A picture 40x30 of {number},0,0"
+    assert "24 captioned, 0 failed" in capsys.readouterr().err
+
+
+def test_a_picture_that_always_fails_costs_its_caption_only(
+    server: StandIn, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pictures[0].parent
+    server.say = lambda body: "bad" if seen(body).endswith("of 7,0,0") else "Good."
+    server.fault = lambda number: "500" if server.say(server.bodies[number]) == "bad" else ""
+    assert caption(folder, "--endpoint", server.url) == 1
+    assert "07.png" in (err := capsys.readouterr().err) and "status 500" in err
+    assert sorted(path.stem for path in folder.glob("*.txt")) == [
+        path.stem for path in pictures if path.stem != "07"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--quantization", "4bit"), "--quantization belongs to the server of --endpoint"),
+        (("--attention", "sdpa"), "belongs to the server"),
+        (("--cache", "static"), "belongs to the server"),
+        (("--device", "cuda"), "--device belongs to the server"),
+        (("--engine", "native"), "--endpoint and --engine native exclude each other"),
+        (("--devices", "all"), "--devices and --endpoint exclude each other"),
+        (("--model", "other"), "has no model 'other'"),
+    ],
+)
+def test_options_that_are_the_servers_own(
+    server: StandIn,
+    pictures: list[Path],
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    said: str,
+) -> None:
+    assert caption(pictures[0], "--endpoint", server.url, *arguments) in (1, 2)
+    out, err = capsys.readouterr()
+    assert out == "" and said in err
+    assert not server.bodies
+
+
+def test_servers_that_cannot_be_used(
+    server: StandIn, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: str) -> str:
+        assert caption(pictures[0], *arguments) in (1, 2)
+        out, err = capsys.readouterr()
+        assert out == "" and len(err.strip().splitlines()) <= 2, err
+        return err
+
+    refused = f"http://127.0.0.1:{free_port()}"
+    assert "cannot be reached (connection refused)" in said("--endpoint", refused)
+    assert "cannot be reached (connection refused)" in said("--endpoint", refused, "--model", "m")
+    assert "needs a server" in said("--engine", "remote")
+    server.key = "secret"
+    assert "wants an API key" in said("--endpoint", server.url)
+    assert "refuses the API key" in (err := said("--endpoint", server.url, "--api-key", "tip"))
+    assert "tip" not in err
+    assert caption(pictures[0], "--endpoint", server.url, "--api-key", "secret") == 0
+    server.key = None
+    server.models = [{"id": "a"}, {"id": "b"}]
+    capsys.readouterr()
+    assert "choose with --model: a, b" in said("--endpoint", server.url)
+    server.models = []
+    assert "has no model" in said("--endpoint", server.url)
+    server.models = [{"id": MODEL}]
+    wrong = server.url.replace("/v1", "/v2/other")
+    assert caption(pictures[0], "--endpoint", wrong, "--quiet") == 0  # it looks at the end alone
+    capsys.readouterr()
+    # One of two: the other does the work, and a warning says so.
+    assert caption(pictures[0], "--endpoint", refused, "--endpoint", server.url) == 0
+    assert "cannot be reached" in capsys.readouterr().err
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        talk = threading.Thread(target=_answers_nonsense, args=(silent,), daemon=True)
+        talk.start()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert "does not speak HTTP" in said("--endpoint", address)
+
+
+def _answers_nonsense(listening: socket.socket) -> None:
+    connection, _ = listening.accept()
+    with connection:
+        connection.recv(1000)
+        connection.sendall(b"220 mail ready\r\n\r\n")
+        connection.recv(1000)  # the other end leaves
+
+
+def test_a_chat_through_a_server(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["chat", "Hello?", "--endpoint", server.url]) == 0
+    assert capsys.readouterr().out == "An answer.\n"
