@@ -66,7 +66,10 @@ def test_no_arguments_show_the_help(capsys):
         (["nonsense"], "No such command 'nonsense'"),
         (["caption"], "Missing argument"),
         (["caption", "a.png", "--quantization", "3bit"], "'3bit' is not one of"),
-        (["caption", "a.png", "--engine", "remote"], "of 'native', 'transformers' (see --help)"),
+        (
+            ["caption", "a.png", "--engine", "vllm"],
+            "of 'native', 'transformers', 'remote' (see --help)",
+        ),
         (["caption", "a.png", "--top-k", "many"], "Invalid value for '--top-k'"),
         (["caption", "a.png", "--top-p", "3"], "--top-p 3.0 is out of range"),
         (["caption", "a.png", "--temperature", "nan"], "--temperature nan is out of range"),
@@ -213,7 +216,7 @@ def test_an_encoding_that_lacks_a_character_is_no_error():
     [
         ("qwencli ca", ["caption"]),
         ("qwencli caption --quantization ", ["none", "8bit", "4bit", "fp8"]),
-        ("qwencli chat --engine ", ["native", "transformers"]),
+        ("qwencli chat --engine ", ["native", "transformers", "remote"]),
     ],
 )
 def test_the_shell_completes_commands_and_modes(typed, offered):

@@ -412,7 +412,8 @@ class ShapeOptions:
 def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give `command(..., run: RunOptions)` one option per field of RunOptions.
 
-    So too for every other parameter whose type is a dataclass.
+    So too for every other parameter whose type is a dataclass. Of a name that the command has
+    itself the field keeps its default.
     """
     own = inspect.signature(command, eval_str=True).parameters
     groups: dict[str, Any] = {
@@ -426,12 +427,13 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
                 f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name]
             )
             for f in fields(group)
+            if f.name not in own
         ]
 
     @functools.wraps(command)
     def wrapper(**given: Any) -> None:
         made = {
-            name: group(**{f.name: given.pop(f.name) for f in fields(group)})
+            name: group(**{f.name: given.pop(f.name) for f in fields(group) if f.name not in own})
             for name, group in groups.items()
         }
         if made["run"].api_key is not None:

@@ -213,7 +213,7 @@ def usage_of(result: GenerationResult) -> dict[str, Any]:
     return {
         "prompt_tokens": result.num_prompt_tokens,
         "completion_tokens": new,
-        "total_tokens": result.num_prompt_tokens + new,
+        "total_tokens": (result.num_prompt_tokens or 0) + new,
         "prompt_tokens_details": {
             "cached_tokens": result.num_cached_tokens,
             "image_tokens": result.num_image_tokens,

@@ -25,7 +25,8 @@ from tests.engine.openai_server import MODEL, StandIn, seen
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(remote, "LONGEST_PAUSE_S", 0.05)
-    monkeypatch.delenv(remote.KEY_VARIABLE, raising=False)
+    monkeypatch.setenv(remote.KEY_VARIABLE, "")  # or what a command sets would stay
+    monkeypatch.delenv(remote.KEY_VARIABLE)
 
 
 @pytest.fixture
