@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,18 +26,28 @@ def chat(
     ] = None,
     frames: Frames = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the conversation that was kept last.")
+    ] = False,
     *,
     run: RunOptions,
 ) -> None:
     """Talk about pictures, or about anything with a text model. /help lists the commands."""
     # Here and not above: `--help` needs none of it.
+    from qwencli.commands.answer_display import TerminalDisplay
+    from qwencli.commands.chat_terminal import TerminalLines, history_file, quiet_keys
     from qwencli.commands.conversation import Conversation
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.reports import failure_record
     from qwencli.commands.requests import OPENING_ERRORS, open_visual, running_engine
+    from qwencli.commands.saved_chat import chats_folder, latest_chat, new_chat_path, read_chat
 
     sink = context.ensure_object(Output)
     sampling = run.sampling_options()
+    typed = prompt is None and sys.stdin.isatty()
+    kept = latest_chat(chats_folder()) if resume else None
+    if kept and run.model is None and not run.endpoint:
+        run = replace(run, model=read_chat(kept).model)
     spec = choose_model(run, sink)
     pictures: list[VisualPart] = []
     failed = False
@@ -52,7 +63,8 @@ def chat(
         # An answer about a picture that the model never saw would be invented.
         raise typer.Exit(1)
     announce_model(spec, run, sink)
-    with running_engine(run.engine_config(spec), sink) as loaded:
+    drawn = sys.stdin.isatty() and sys.stdout.isatty() and not run.json
+    with quiet_keys(), running_engine(run.engine_config(spec), sink) as loaded:
         talk = Conversation(
             loaded,
             sampling,
@@ -62,13 +74,21 @@ def chat(
             stats=run.stats,
             model=spec.name,
             frames=frames,
+            display=TerminalDisplay(sink, loaded.max_seq_len) if drawn else None,
+            keep=new_chat_path(chats_folder()) if typed else None,
         )
+        if kept:
+            talk.resume(kept)
         talk.attach(*pictures)
         if prompt is not None:
-            talk.ask(prompt)
+            talk.say(prompt)
+        elif typed:
+            # A person saw what failed and went on.
+            talk.converse(TerminalLines(sink, lambda: talk.footer, history_file()))
+            failed = False
+            if talk.kept:
+                sink.notice(f"kept: {talk.kept} (qwencli chat --resume goes on)")
         else:
             failed = bool(talk.converse(sys.stdin)) or failed
-            # A person saw the error and went on; a script has only the exit code.
-            failed = failed and not sys.stdin.isatty()
     if failed:
         raise typer.Exit(1)

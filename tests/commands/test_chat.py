@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import platform
 import re
-import select
 import shlex
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -19,7 +16,9 @@ import pytest
 from PIL import Image
 
 from qwencli.cli import run
-from qwencli.commands.conversation import Conversation, _dropped, _split_paths
+from qwencli.commands.conversation import Conversation
+from qwencli.commands.saved_chat import read_chat
+from qwencli.commands.typed_paths import dropped_files, split_paths
 from qwencli.config import SamplingOptions
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.errors import InputError, UsageError
@@ -184,25 +183,207 @@ def test_help_lists_every_command(talk, capsys):
         assert name in err
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(talk, capsys, monkeypatch):
-    converse(talk, "one")
+def stop_after(talk, monkeypatch, chunks):
+    """Ctrl-C comes once so many chunks have."""
     original = talk._engine.engine.stream
 
     def interrupted(request):
         stream = original(request)
-        yield next(stream)
+        for _ in range(chunks):
+            yield next(stream)
         stream.close()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(talk._engine.engine, "stream", interrupted)
-    converse(talk, "two")
-    monkeypatch.undo()
+
+
+def questions(request):
+    return [m.parts[-1].text for m in request.messages if m.role == "user"]
+
+
+def test_ctrl_c_stops_the_answer_and_what_came_is_kept(talk, capsys, monkeypatch):
+    converse(talk, "one")
+    with monkeypatch.context() as patch:
+        stop_after(talk, patch, 3)
+        converse(talk, "two")
+    came = capsys.readouterr()
+    assert "stopped; what came is kept" in came.err
     converse(talk, "three")
-    assert "the conversation goes on" in capsys.readouterr().err
-    assert [m.parts[0].text for m in talk.heard[-1].messages if m.role == "user"] == [
-        "one",
-        "three",
+    assert questions(talk.heard[-1]) == ["one", "two", "three"]
+    assert talk.heard[-1].messages[3].parts[0].text in came.out.splitlines()[-1]
+
+
+def test_ctrl_c_before_anything_came_leaves_all_as_it_was(talk, picture_path, capsys, monkeypatch):
+    converse(talk, f"/image {picture_path}")
+    with monkeypatch.context() as patch:
+        stop_after(talk, patch, 0)
+        converse(talk, "one")
+    assert "stopped; the conversation goes on" in capsys.readouterr().err
+    converse(talk, "/retry", "two")
+    assert questions(talk.heard[-1]) == ["one", "two"]
+    assert [type(part) for part in talk.heard[-1].messages[0].parts] == [ImagePart, TextPart]
+
+
+def test_retry_edit_and_undo(talk, picture_path, capsys):
+    converse(talk, "/retry", "/undo", "/edit x", f"/image {picture_path}", "one", "two")
+    assert capsys.readouterr().err.count("nothing was asked yet") == 3
+    converse(talk, "/retry")
+    assert questions(talk.heard[-1]) == ["one", "two"]
+    converse(talk, "/edit three")
+    assert questions(talk.heard[-1]) == ["one", "three"]
+    converse(talk, "/undo", "/edit four")
+    assert questions(talk.heard[-1]) == ["four"]
+    assert [type(part) for part in talk.heard[-1].messages[0].parts] == [ImagePart, TextPart]
+    converse(talk, "/edit", "/undo", "five")
+    assert "/edit needs the new text" in capsys.readouterr().err
+    assert questions(talk.heard[-1]) == ["five"]
+
+
+def test_a_retry_that_fails_leaves_the_answer(talk, monkeypatch):
+    converse(talk, "one")
+    with monkeypatch.context() as patch:
+        stop_after(talk, patch, 0)
+        converse(talk, "/retry", "/edit two")
+    converse(talk, "/retry")
+    assert questions(talk.heard[-1]) == ["one"]
+    converse(talk, "three")
+    assert questions(talk.heard[-1]) == ["one", "three"]
+
+
+def test_sampling_changes_midway(talk, capsys):
+    converse(talk, "one", "/set temperature=0.5", "/set top-k 7", "two", "/set greedy=on", "three")
+    converse(talk, "/set stop=.", "/set temperature=default", "/set", "four")
+    one, two, three, four = (request.sampling for request in talk.heard)
+    assert (one.do_sample, one.temperature) == (False, None)
+    assert (two.do_sample, two.temperature, two.top_k, two.max_new_tokens) == (None, 0.5, 7, 4)
+    assert three.do_sample is False
+    assert (four.temperature, four.stop) == (None, (".",))
+    assert "max_new_tokens=4, seed=default, greedy=on, stop='.'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("colour=red", "/set knows no colour"),
+        ("temperature", "needs a value"),
+        ("temperature=hot", "is a number, not hot"),
+        ("seed=1.5", "is a whole number"),
+        ("top_p=2", "top_p 2 is out of range"),
+        ("temperature=nan", "out of range"),
+        ("greedy=perhaps", "greedy is on or off"),
+    ],
+)
+def test_settings_that_are_none(talk, said, told, capsys):
+    assert talk.converse(io.StringIO(f"/set {said}\n")) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_files_are_mentioned_in_a_message(talk, picture_path, capsys, monkeypatch):
+    monkeypatch.chdir(picture_path.parent)
+    converse(talk, "@'a picture.png' What is in it?", "mail me@home.org about @nobody", "@no.png?")
+    converse(talk, "@a\\ picture.png", "Is it like @'a picture.png'?")
+    first, _, third = talk.heard
+    assert [type(part) for part in first.messages[-1].parts] == [ImagePart, TextPart]
+    assert questions(third) == [
+        "What is in it?",
+        "mail me@home.org about @nobody",
+        "Is it like a picture.png?",
     ]
+    assert len(third.messages[-1].parts) == 3
+    assert "no.png: no such file" in capsys.readouterr().err
+
+
+def test_a_conversation_is_saved_and_goes_on(talk, engine, picture_path, capsys):
+    file = picture_path.parent / "talk.json"
+    converse(talk, "/system Be brief.", f"/image {picture_path}", "one", "/set top_k=5", "two")
+    converse(talk, f"/save {file}", "/save", "/load", "/load no.json")
+    err = capsys.readouterr().err
+    assert f"saved: {file}" in err and "/save needs a file" in err
+    assert "/load needs one file" in err and "no.json: no such file" in err
+    again = Conversation(
+        talk._engine, SamplingOptions(), Output(), system=None, json=False, stats=False, model="b"
+    )
+    converse(again, f"/load {file}", "three")
+    assert "2 turns of tiny from" in capsys.readouterr().err
+    *before, _ = again._turns
+    assert [turn.answer for turn in before] == [turn.answer for turn in talk._turns]
+    request = talk.heard[-1]
+    assert roles(request) == ["system", *["user", "assistant"] * 2, "user"]
+    assert [type(part) for part in request.messages[1].parts] == [ImagePart, TextPart]
+    assert (request.sampling.top_k, request.sampling.max_new_tokens) == (5, 4)
+    picture_path.unlink()
+    converse(again, f"/load {file}", "four")
+    assert "no such file" in capsys.readouterr().err
+    assert [type(part) for part in talk.heard[-1].messages[1].parts] == [TextPart]
+
+
+def test_a_conversation_that_was_kept_is_resumed(talk, tmp_path):
+    file = tmp_path / "chats" / "1.json"
+    talk._keep = file
+    converse(talk, "one", "two")
+    sampling = SamplingOptions(max_new_tokens=3)
+    again = Conversation(
+        talk._engine, sampling, Output(), system="Be kind.", json=False, stats=False, model="tiny"
+    )
+    again.resume(file)
+    converse(again, "/undo", "three")
+    assert roles(talk.heard[-1])[0] == "system"
+    assert talk.heard[-1].sampling.max_new_tokens == 3
+    assert [turn.text for turn in read_chat(file).turns] == ["one", "three"]
+    assert file.stat().st_mode & 0o077 == 0 or sys.platform == "win32"
+
+
+def test_a_conversation_that_cannot_be_kept_is_said_once(talk, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    talk._keep = tmp_path / "file" / "1.json"
+    converse(talk, "one", "two")
+    assert capsys.readouterr().err.count("not kept") == 1
+    assert talk.converse(io.StringIO(f"/save {tmp_path}/file/2.json\n")) == 1
+
+
+def test_there_is_nothing_to_resume(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setattr("qwencli.commands.saved_chat.chats_folder", lambda: tmp_path / "none")
+    assert run(["chat", "--resume", "And now?"]) == 1
+    assert "no conversation to go on with" in capsys.readouterr().err
+
+
+class Thinking:
+    """An engine that thinks before it answers."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def stream(self, request):
+        *_, last = self.engine.stream(request)
+        result = replace(last.result, text="A circle.", thoughts="I see it.", finish_reason="stop")
+        yield GenerationChunk("", (1,), thoughts="I see")
+        yield GenerationChunk("", (2,), thoughts=" it.\n")
+        yield GenerationChunk("A cir", (3,))
+        yield GenerationChunk("cle.", (), result)
+
+
+class Untold(Thinking):
+    """An engine that leaves thoughts in the text, as a server may."""
+
+    def stream(self, request):
+        *_, last = super().stream(request)
+        text = "<think>\nI see it.\n</think>\n\nA circle."
+        for at in range(0, len(text), 3):
+            yield GenerationChunk(text[at : at + 3], (1,))
+        yield GenerationChunk("", (), replace(last.result, text=text, thoughts=None))
+
+
+def test_thoughts_in_the_text_are_no_part_of_the_answer(engine, capsys):
+    sampling = SamplingOptions(max_new_tokens=2)
+    talk = Conversation(
+        Untold(engine), sampling, Output(), system=None, json=False, stats=False, model="m"
+    )
+    converse(talk, "What is it?", "/thoughts")
+    out, err = capsys.readouterr()
+    assert out == "A circle.\n"
+    assert err == "I see it.\n"
+    assert (talk._turns[0].answer, talk._turns[0].thoughts) == ("A circle.", "I see it.")
 
 
 def chat(checkpoint, *arguments, family="qwen3_vl"):
@@ -245,13 +426,13 @@ def test_piped_lines_are_turns(checkpoint, capsys, monkeypatch):
     [("a.png b.png", 2), ("'a b.png' c.png", 2), ('"a b.png"', 1), (r"C:\pictures\a.png", 1)],
 )
 def test_paths_may_be_quoted(text, count):
-    assert len(_split_paths(text)) == count
-    assert all("'" not in str(path) and '"' not in str(path) for path in _split_paths(text))
+    assert len(split_paths(text)) == count
+    assert all("'" not in str(path) and '"' not in str(path) for path in split_paths(text))
 
 
 def test_an_open_quotation_is_told():
     with pytest.raises(UsageError, match="quotation"):
-        _split_paths("'a b.png")
+        split_paths("'a b.png")
 
 
 def test_a_failed_line_of_a_script_shows_in_the_exit_code(monkeypatch, capsys):
@@ -270,22 +451,7 @@ def test_a_path_longer_than_the_system_allows_does_not_end_the_talk(talk, capsys
 def test_home_is_expanded(picture_path, monkeypatch):
     monkeypatch.setenv("HOME", str(picture_path.parent))
     monkeypatch.setenv("USERPROFILE", str(picture_path.parent))
-    assert _split_paths("~/a picture.png") == [picture_path]
-
-
-class Thinking:
-    """An engine that thinks before it answers."""
-
-    def __init__(self, engine):
-        self.engine = engine
-
-    def stream(self, request):
-        *_, last = self.engine.stream(request)
-        result = replace(last.result, text="A circle.", thoughts="I see it.", finish_reason="stop")
-        yield GenerationChunk("", (1,), thoughts="I see")
-        yield GenerationChunk("", (2,), thoughts=" it.\n")
-        yield GenerationChunk("A cir", (3,))
-        yield GenerationChunk("cle.", (), result)
+    assert split_paths("~/a picture.png") == [picture_path]
 
 
 @pytest.mark.parametrize("stderr_is_terminal", [True, False])
@@ -297,7 +463,7 @@ def test_thoughts_are_shown_dimmed_and_not_remembered(
     monkeypatch.setattr("sys.stderr.isatty", lambda: stderr_is_terminal)
     talk = Conversation(
         Thinking(engine),
-        SamplingOptions(),
+        SamplingOptions(max_new_tokens=2),
         Output(),
         system=None,
         json=False,
@@ -311,7 +477,7 @@ def test_thoughts_are_shown_dimmed_and_not_remembered(
         assert err.startswith("\x1b[2m") and re.sub(r"\x1b\[\d+m", "", err) == "I see it.\n\n\n"
     else:
         assert err == ""
-    assert talk._history[-1].parts[0].text == "A circle."
+    assert talk._turns[-1].answer == "A circle."
 
 
 @pytest.mark.parametrize("arguments", [["chat", "Hi"], ["caption", "examples/four_objects.png"]])
@@ -352,123 +518,6 @@ def test_a_stdin_that_cannot_be_read_is_named(talk):
         talk.converse(Unreadable())
 
 
-AT_A_TERMINAL = """
-import os, sys
-from qwencli.commands.conversation import Conversation
-from qwencli.config import SamplingOptions
-from qwencli.output import Output
-
-told = os.fdopen(int(sys.argv[1]), "w", buffering=1)
-
-class Told(Conversation):
-    def ask(self, text):
-        print(f"ASKED {text!r}", file=told)
-
-    def _typed(self, stdin):
-        print("READS", file=told)
-        return super()._typed(stdin)
-
-Told(None, SamplingOptions(), Output(), system=None, json=False, stats=False, model="m").converse(
-    sys.stdin)
-print("LEFT", file=told)
-"""
-
-
-def waits_for_a_key(pid: int) -> bool:
-    """Python notices a Ctrl-C that comes a moment before it waits only when the next line ends."""
-    stat = Path(f"/proc/{pid}/stat")
-    if not stat.exists():
-        time.sleep(0.3)
-        return True
-    return stat.read_text().rpartition(")")[2].split()[0] == "S"
-
-
-def typed(*keys: bytes, redirected: bool = False) -> list[str]:
-    """What a chat at a terminal makes of keys that come in bursts, each when it waits again.
-
-    It tells that through a pipe: when Ctrl-C is pressed, a terminal drops what has been written to
-    it and not been read yet, which may be what is written because of it.
-    """
-    pty = pytest.importorskip("pty")
-    told, tells = os.pipe()
-    os.set_inheritable(tells, True)
-    child, terminal = pty.fork()
-    if child == 0:
-        os.environ["TERM"] = "xterm"
-        if redirected:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.execv(sys.executable, [sys.executable, "-c", AT_A_TERMINAL, str(tells)])
-    os.close(tells)
-    heard = {told: b"", terminal: b""}
-    open_ends = set(heard)
-
-    def wait(reads: int) -> None:
-        end = time.monotonic() + 120
-        while told in open_ends:
-            assert time.monotonic() < end, heard
-            ready = select.select(open_ends, [], [], 0.02)[0]
-            for file in ready:
-                try:
-                    read = os.read(file, 65536)
-                except OSError:  # the terminal of a child that has left
-                    read = b""
-                heard[file] += read
-                if not read:
-                    open_ends.discard(file)
-            if not ready and heard[told].count(b"READS") >= reads and waits_for_a_key(child):
-                return
-
-    wait(1)
-    for number, burst in enumerate(keys, 2):
-        os.write(terminal, burst)
-        wait(number)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.close(terminal)
-    os.close(told)
-    return [line for line in heard[told].decode().splitlines() if line != "READS"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of POSIX")
-@pytest.mark.parametrize("redirected", [False, True])
-@pytest.mark.parametrize("burst", [b"\x1b[200~one\rtwo\rthree\x1b[201~\r", b"one\rtwo\rthree\r"])
-def test_a_pasted_text_is_one_message(burst, redirected):
-    assert typed(burst, redirected=redirected) == [r"ASKED 'one\ntwo\nthree'"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of POSIX")
-@pytest.mark.parametrize("redirected", [False, True])
-def test_ctrl_c_drops_what_is_typed_and_leaves_when_pressed_again(redirected):
-    keys = (b"half typed\x03", b"next\r", b"\x03", b"\x03")
-    assert typed(*keys, redirected=redirected) == ["ASKED 'next'", "LEFT"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of POSIX")
-@pytest.mark.parametrize("redirected", [False, True])
-def test_several_pastes_in_one_line_are_one_message(redirected):
-    burst = b"\x1b[200~one\rtwo\x1b[201~ and \x1b[200~three\rfour\x1b[201~\r"
-    assert typed(burst, redirected=redirected) == [r"ASKED 'one\ntwo and three\nfour'"]
-
-
-def test_ctrl_c_never_leaves_while_something_is_typed(talk, monkeypatch, capsys):
-    """Dropping two half-typed texts, one after the other, kept no conversation."""
-    pressed = iter(["", "half typed", "another", ""])
-    typed_so_far = ""
-
-    def interrupted(stdin):
-        nonlocal typed_so_far
-        typed_so_far = next(pressed)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(talk, "_typed", interrupted)
-    monkeypatch.setattr("qwencli.commands.conversation._half_typed", lambda: typed_so_far)
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    talk.converse(terminal)
-    assert list(pressed) == []
-    assert capsys.readouterr().err.count("Ctrl-C again leaves") == 3
-
-
 @pytest.mark.parametrize("text", ["/* a */\nint main() {}", "// why?", "/ and \\", "//", "/?"])
 def test_code_that_begins_with_a_slash_is_a_message(talk, text, capsys):
     talk._handle(text)
@@ -497,18 +546,18 @@ def test_a_file_of_any_name_is_found_however_it_is_written(tmp_path, name):
     gnome = "'" + str(path).replace("'", "'\\''") + "'"
     here = path.as_uri().replace("file://", f"file://{platform.node()}")
     for written in (escaped, gnome, shlex.quote(str(path)), path.as_uri(), here):
-        assert _dropped(written) == ([path], ""), written
-        assert _dropped(f"{written} what is it?") == ([path], "what is it?"), written
-        assert _dropped(f"{written} {written}") == ([path, path], ""), written
-        assert _split_paths(written) == [path], written
+        assert dropped_files(written) == ([path], ""), written
+        assert dropped_files(f"{written} what is it?") == ([path], "what is it?"), written
+        assert dropped_files(f"{written} {written}") == ([path, path], ""), written
+        assert split_paths(written) == [path], written
     for written in (str(path), f"file://{path}"):
-        assert _dropped(written) == ([path], ""), written
+        assert dropped_files(written) == ([path], ""), written
 
 
 def test_a_text_of_many_backslashes_is_read_at_once(talk):
     text = "\\alpha\\beta" * 200 + "'s"
     started_s = time.monotonic()
-    assert _dropped(text) == ([], text)
+    assert dropped_files(text) == ([], text)
     assert time.monotonic() - started_s < 2
 
 
@@ -528,8 +577,8 @@ def test_a_word_that_is_the_name_of_a_file_here_is_a_word(talk, picture_path, mo
 def test_spaces_of_a_path_may_have_backslashes(picture_path, monkeypatch):
     monkeypatch.chdir(picture_path.parent)
     (picture_path.parent / "b.png").write_bytes(b"")
-    assert _split_paths(r"a\ picture.png b.png") == [Path("a picture.png"), Path("b.png")]
-    assert _split_paths(r"not\ here.png") == [Path("not here.png")]
+    assert split_paths(r"a\ picture.png b.png") == [Path("a picture.png"), Path("b.png")]
+    assert split_paths(r"not\ here.png") == [Path("not here.png")]
 
 
 @pytest.mark.parametrize("command", ["/image", "/video"])

@@ -1,0 +1,75 @@
+"""Sampling settings that are changed in the middle of a chat: `/set NAME=VALUE`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+from qwencli.config import SAMPLING_BOUNDS, SamplingOptions, check_sampling
+from qwencli.errors import UsageError
+from qwencli.output import visible
+
+_ON_OFF = {"on": True, "off": False, "true": True, "false": False, "1": True, "0": False}
+# Of these a value asks for sampling; `resolve_sampling` has the rule.
+_SAMPLING_SWITCHES = ("temperature", "top_p", "top_k", "min_p")
+SETTINGS = (*SAMPLING_BOUNDS, "greedy", "stop")
+
+
+def with_setting(sampling: SamplingOptions, said: str) -> SamplingOptions:
+    """The options with `NAME=VALUE` in place; "default" takes a value back.
+
+    Raises:
+        UsageError: no such name, or a value that it does not take.
+    """
+    name, _, value = (
+        part.strip() for part in re.sub(r"\s*[=\s]\s*", "=", said, count=1).partition("=")
+    )
+    name = name.lstrip("-").replace("-", "_").lower()
+    if name not in SETTINGS:
+        raise UsageError(f"/set knows no {visible(name)}", f"it knows {', '.join(SETTINGS)}")
+    if not value:
+        raise UsageError(f"/set {name} needs a value", f"/set {name}=VALUE, or default")
+    default = value.lower() == "default"
+    if name == "stop":
+        return replace(sampling, stop=() if default else (value,))
+    if name == "greedy":
+        if not default and value.lower() not in _ON_OFF:
+            raise UsageError(f"greedy is on or off, not {visible(value)}", "/set greedy=on")
+        greedy = not default and _ON_OFF[value.lower()]
+        return replace(sampling, do_sample=False if greedy else None)
+    try:
+        kind = int if SAMPLING_BOUNDS[name].integer else float
+        number: Any = None if default else kind(value)
+    except ValueError:
+        what = "a whole number" if SAMPLING_BOUNDS[name].integer else "a number"
+        raise UsageError(f"{name} is {what}, not {visible(value)}", f"/set {name}=VALUE") from None
+    changed = replace(sampling, **{name: number})
+    try:
+        check_sampling(changed)
+    except UsageError as error:
+        raise UsageError(f"{name} {visible(value)} is out of range", error.hint) from None
+    if name in _SAMPLING_SWITCHES and not default and sampling.do_sample is False:
+        return replace(changed, do_sample=None)
+    return changed
+
+
+def settings_shown(sampling: SamplingOptions) -> Iterator[str]:
+    """Each setting as `NAME=VALUE`."""
+    for name in SAMPLING_BOUNDS:
+        value = getattr(sampling, name)
+        yield f"{name}={'default' if value is None else f'{value:g}'}"
+    yield f"greedy={'on' if sampling.do_sample is False else 'default'}"
+    yield f"stop={', '.join(map(repr, sampling.stop)) or 'default'}"
+
+
+def over_saved(saved: SamplingOptions, said: SamplingOptions) -> SamplingOptions:
+    """What was saved, and over it what this run was told."""
+    default = SamplingOptions()
+    told = {
+        f.name: value
+        for f in fields(SamplingOptions)
+        if (value := getattr(said, f.name)) != getattr(default, f.name)
+    }
+    return replace(saved, **told)
