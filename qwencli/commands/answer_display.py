@@ -94,10 +94,10 @@ class TerminalDisplay:
     took is left of them. Below an unfinished answer stands how fast it comes.
 
     Args:
-        max_seq_len: tokens that the engine holds.
+        max_seq_len: tokens that the engine holds; None where nobody knows (a server).
     """
 
-    def __init__(self, sink: Output, max_seq_len: int) -> None:
+    def __init__(self, sink: Output, max_seq_len: int | None) -> None:
         self._sink, self._max_seq_len = sink, max_seq_len
         # Of the last answer: what a prompt shows below itself.
         self.figures: tuple[str, ...] = ()
@@ -123,13 +123,15 @@ class TerminalDisplay:
             show_pictures(pictures)
 
     def answered(self, result: GenerationResult) -> None:
-        used = result.num_prompt_tokens + result.num_new_tokens
-        speed = result.timings.decode_tok_per_s
-        self.figures = (
-            *([] if speed is None else [f"{speed:.1f} tok/s"]),
-            f"TTFT {_seconds(result.timings.ttft_s)}",
-            f"context {used:,} of {self._max_seq_len:,} ({100 * used / self._max_seq_len:.0f}%)",
-        )
+        speed, ttft_s = result.timings.decode_tok_per_s, result.timings.ttft_s
+        figures = [] if speed is None else [f"{speed:.1f} tok/s"]
+        if ttft_s is not None:
+            figures.append(f"TTFT {_seconds(ttft_s)}")
+        if result.num_prompt_tokens is not None:
+            used, room = result.num_prompt_tokens + result.num_new_tokens, self._max_seq_len
+            of = f" of {room:,} ({100 * used / room:.0f}%)" if room else " tokens"
+            figures.append(f"context {used:,}{of}")
+        self.figures = tuple(figures)
 
 
 class _Drawing:
