@@ -11,7 +11,7 @@ from qwencli.engine.cache.paged_kv import PackedPrompts
 from qwencli.engine.ops import gated_delta as gd
 
 Tensor = torch.Tensor
-K_HEADS, V_HEADS, K_DIM, V_DIM, RING, SLOTS = 2, 4, 8, 16, 8, 5
+K_HEADS, V_HEADS, K_DIM, V_DIM, RING, SLOTS = 2, 4, 16, 32, 8, 5
 CHANNELS = 2 * K_HEADS * K_DIM + V_HEADS * V_DIM
 
 
@@ -105,9 +105,9 @@ def test_the_layer_is_that_of_transformers() -> None:
     torch.testing.assert_close(decoded(inputs, layer, make_state()), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("cut", [1, 2, 64, 65, 100])
+@pytest.mark.parametrize("cut", [1, 2, 64, 65])
 def test_prompts_side_by_side_and_in_parts_leave_what_steps_leave(cut: int) -> None:
-    layer, first, second = make_layer(), make_inputs(130), make_inputs(70, seed=2)
+    layer, first, second = make_layer(), make_inputs(70), make_inputs(10, seed=2)
     by_steps, by_chunks = make_state(), make_state()
     expected = torch.cat((decoded(first, layer, by_steps, 3), decoded(second, layer, by_steps, 1)))
 
@@ -119,10 +119,10 @@ def test_prompts_side_by_side_and_in_parts_leave_what_steps_leave(cut: int) -> N
         return gd.delta_prefill(both, layer, by_chunks, packed(lengths, contexts), slots)
 
     begun = run([part_of(first, slice(cut))], [cut], [0])
-    rest = run([part_of(first, slice(cut, None)), second], [130 - cut, 70], [cut, 0])
+    rest = run([part_of(first, slice(cut, None)), second], [70 - cut, 10], [cut, 0])
     torch.testing.assert_close(torch.cat((begun, rest)), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(by_chunks.recurrent, by_steps.recurrent, rtol=1e-4, atol=1e-4)
-    after = make_rows([3, 1], [130, 70], [False, False])
+    after = make_rows([3, 1], [70, 10], [False, False])
     token = make_inputs(2, seed=3)
     torch.testing.assert_close(
         gd.delta_decode(token, layer, by_chunks, after),

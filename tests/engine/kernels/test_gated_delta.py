@@ -1,0 +1,82 @@
+"""Kernels of Gated DeltaNet against the plain operators."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qwencli.engine.kernels import gated_delta as kernels
+from qwencli.engine.ops import gated_delta as gd
+from tests.engine.ops.test_gated_delta import make_inputs, make_layer, make_rows, make_state
+
+Tensor = torch.Tensor
+CPU = torch.device("cpu")
+# Triton's interpreter cuts off where a GPU rounds.
+CLOSE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+STEP = kernels.DeltaStep(lambda num_warps: {"PDL": False, "num_warps": num_warps})
+
+
+def in_type(
+    inputs: gd.DeltaInputs, layer: gd.GatedDelta, dtype: torch.dtype
+) -> tuple[gd.DeltaInputs, gd.GatedDelta]:
+    """Inputs side by side in one tensor, as one projection makes them."""
+    parts = [inputs.qkv, inputs.z, inputs.a, inputs.b]
+    wide = torch.cat(parts, 1).to(dtype).split([part.shape[1] for part in parts], 1)
+    return gd.DeltaInputs(*wide), replace(layer, conv=layer.conv.to(dtype))
+
+
+def state_in(dtype: torch.dtype) -> gd.DeltaState:
+    state = make_state()
+    drawn = torch.randn(state.conv.shape, generator=torch.Generator().manual_seed(5))
+    return gd.DeltaState(drawn.to(dtype), state.recurrent.mul_(0.1))
+
+
+def assert_same(found: gd.DeltaState, expected: gd.DeltaState, dtype: torch.dtype) -> None:
+    assert torch.equal(found.conv, expected.conv)
+    torch.testing.assert_close(
+        found.recurrent, expected.recurrent, rtol=CLOSE[dtype], atol=CLOSE[dtype]
+    )
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_a_step_of_rows_is_that_of_the_plain_operators(dtype: torch.dtype) -> None:
+    """Rows that begin, that go on, and one that is idle."""
+    rows = make_rows([3, 1, 4, 2], [0, 2, 13, 6], [False, False, False, True])
+    inputs, layer = in_type(make_inputs(4), make_layer(), dtype)
+    expected_state, state = state_in(dtype), state_in(dtype)
+    expected = gd.delta_decode(inputs, layer, expected_state, rows)
+    found = STEP.decode(inputs, layer, state, rows)
+    assert_same(state, expected_state, dtype)
+    assert not found[3].any()
+    torch.testing.assert_close(found[:3], expected[:3], rtol=CLOSE[dtype], atol=CLOSE[dtype])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("tokens", [2, 5])
+def test_a_step_that_checks_drafts_is_that_of_the_plain_operators(
+    dtype: torch.dtype, tokens: int
+) -> None:
+    rows = make_rows([3, 1, 2], [1, 13, 6], [False, False, True])
+    inputs, layer = in_type(make_inputs(3 * tokens), make_layer(), dtype)
+    states, results, kept = [], [], []
+    accepted = torch.tensor([[tokens, 0], [1, 0], [2, 0]])[:, 0]
+    for verify, adopt in (
+        (gd.delta_verify, gd.adopt_accepted),
+        (STEP.verify, kernels.adopt_accepted),
+    ):
+        state, updates = state_in(dtype), gd.DeltaUpdates.empty(1, 3, 5, layer, CPU)
+        own = updates.of_layer(0, 3, tokens)
+        results.append(verify(inputs, layer, state, rows, own)[: 2 * tokens])
+        states.append(state)
+        kept.append(own)
+        assert torch.equal(state.recurrent, state_in(dtype).recurrent)
+        adopt(updates, state.recurrent[None], rows, accepted)
+    assert_same(states[1], states[0], dtype)
+    torch.testing.assert_close(*results, rtol=CLOSE[dtype], atol=CLOSE[dtype])
+    for name in ("k", "delta", "g"):
+        pair = [getattr(each, name)[:2] for each in kept]
+        torch.testing.assert_close(*pair, rtol=CLOSE[dtype], atol=CLOSE[dtype])
