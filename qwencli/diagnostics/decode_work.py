@@ -60,6 +60,11 @@ def token_bytes(shape: ModelShape, quantization: Quantization = Quantization.NON
     text = shape.text
     read = text.tied_head and quantization is Quantization.NONE
     unread = 0 if read else 2 * text.vocab_size * text.hidden_size
+    moe = text.moe
+    if moe is not None:
+        # As if there were no experts but those that a token takes.
+        taken = replace(moe, num_experts=moe.top_k)
+        shape = replace(shape, text=replace(text, moe=taken))
     return native_weight_bytes(replace(shape, vision=None), quantization, 2) - unread
 
 

@@ -17,6 +17,8 @@ that transformers builds from it, see tests/models/test_builtin.py):
 - Qwen3.5-0.8B: compared with the hub's own config.json, key by key; the other sizes of that class:
   published configurations of each size, and the sizes that transformers' class has by default (9B).
   Qwen3.6-27B and Qwen3.8-27B have the shape of Qwen3.5-27B. Their MTP head is not counted.
+- Qwen3-30B-A3B, Qwen3-VL-30B-A3B and Qwen3.5-35B-A3B: published configurations, and what
+  transformers' classes have by default; Qwen3.6-35B-A3B has the shape of Qwen3.5-35B-A3B.
 - Thinking variants have the shape of their Instruct sibling.
 """
 
@@ -31,10 +33,20 @@ from qwencli.config import ModelSource, ModelSpec
 from qwencli.models.families import FAMILIES, VisionFamily
 
 
+class Experts(NamedTuple):
+    """Sizes of a mixture of experts; `shared`: of the one that all tokens take."""
+
+    among: int
+    chosen: int
+    width: int
+    shared: int = 0
+
+
 class Decoder(NamedTuple):
     """Sizes of a text decoder; head_dim is given because Qwen3's is not hidden / heads.
 
     `delta_heads`: of queries and keys, and of values, in gated delta nets; None without any.
+    `intermediate` is 0 where config.json has none, as every feed-forward is a mixture of experts.
     """
 
     layers: int
@@ -46,6 +58,7 @@ class Decoder(NamedTuple):
     vocab: int
     tied: bool
     delta_heads: tuple[int, int] | None = None
+    experts: Experts | None = None
 
 
 DECODERS: Mapping[str, Decoder] = {
@@ -67,6 +80,12 @@ DECODERS: Mapping[str, Decoder] = {
     "qwen3.5-4b": Decoder(32, 2560, 16, 4, 256, 9216, 248320, True, (16, 32)),
     "qwen3.5-9b": Decoder(32, 4096, 16, 4, 256, 12288, 248320, False, (16, 32)),
     "qwen3.5-27b": Decoder(64, 5120, 24, 4, 256, 17408, 248320, False, (16, 48)),
+    "qwen3-30b-a3b": Decoder(
+        48, 2048, 32, 4, 128, 6144, 151936, False, experts=Experts(128, 8, 768)
+    ),
+    "qwen3.5-35b-a3b": Decoder(
+        40, 2048, 16, 2, 256, 0, 248320, False, (16, 32), Experts(256, 8, 512, 512)
+    ),
 }
 # Of all gated delta nets: dimensions of a head of keys and of values, inputs of the convolution.
 _DELTA = {
@@ -137,7 +156,10 @@ ENTRIES: tuple[Entry, ...] = (
     _entry("Qwen3.8-27B", "qwen3_5", "qwen3.5-27b", "qwen3.5-l"),
     _entry("Qwen3.6-27B", "qwen3_5", "qwen3.5-27b", "qwen3.5-l"),
     _entry("Qwen3.5-27B", "qwen3_5", "qwen3.5-27b", "qwen3.5-l"),
+    _entry("Qwen3.6-35B-A3B", "qwen3_5_moe", "qwen3.5-35b-a3b", "qwen3.5-l"),
+    _entry("Qwen3.5-35B-A3B", "qwen3_5_moe", "qwen3.5-35b-a3b", "qwen3.5-l"),
     _entry("Qwen3-VL-32B-Instruct", "qwen3_vl", "qwen3-32b", "qwen3-vl-l"),
+    _entry("Qwen3-VL-30B-A3B-Instruct", "qwen3_vl_moe", "qwen3-30b-a3b", "qwen3-vl-l"),
     _entry("Qwen3.5-9B", "qwen3_5", "qwen3.5-9b", "qwen3.5-l"),
     _entry("Qwen3-VL-8B-Instruct", "qwen3_vl", "qwen3-8b", "qwen3-vl-l"),
     _entry("Qwen3.5-4B", "qwen3_5", "qwen3.5-4b", "qwen3.5-s"),
@@ -146,6 +168,7 @@ ENTRIES: tuple[Entry, ...] = (
     _entry("Qwen3-VL-2B-Instruct", "qwen3_vl", "qwen3-1.7b", "qwen3-vl-s"),
     _entry("Qwen3.5-0.8B", "qwen3_5", "qwen3.5-0.8b", "qwen3.5-xs"),
     _entry("Qwen3-VL-32B-Thinking", "qwen3_vl", "qwen3-32b", "qwen3-vl-l"),
+    _entry("Qwen3-VL-30B-A3B-Thinking", "qwen3_vl_moe", "qwen3-30b-a3b", "qwen3-vl-l"),
     _entry("Qwen3-VL-8B-Thinking", "qwen3_vl", "qwen3-8b", "qwen3-vl-l"),
     _entry("Qwen3-VL-4B-Thinking", "qwen3_vl", "qwen3-4b", "qwen3-vl-s"),
     _entry("Qwen3-VL-2B-Thinking", "qwen3_vl", "qwen3-1.7b", "qwen3-vl-s"),
@@ -157,6 +180,7 @@ ENTRIES: tuple[Entry, ...] = (
     _entry("Qwen2-VL-7B-Instruct", "qwen2_vl", "qwen2-7b", "qwen2-vl"),
     _entry("Qwen2-VL-2B-Instruct", "qwen2_vl", "qwen2-1.5b", "qwen2-vl"),
     _entry("Qwen3-32B", "qwen3", "qwen3-32b"),
+    _entry("Qwen3-30B-A3B", "qwen3_moe", "qwen3-30b-a3b"),
     _entry("Qwen3-14B", "qwen3", "qwen3-14b"),
     _entry("Qwen3-8B", "qwen3", "qwen3-8b"),
     _entry("Qwen3-4B", "qwen3", "qwen3-4b"),
@@ -223,10 +247,22 @@ def _text_sizes(decoder: Decoder) -> dict[str, Any]:
     if decoder.delta_heads is not None:
         keys, values = decoder.delta_heads
         heads = {"linear_num_key_heads": keys, "linear_num_value_heads": values, **_DELTA}
+    experts: dict[str, Any] = {}
+    if decoder.experts is not None:
+        among, chosen, width, shared = decoder.experts
+        experts = {
+            "num_experts": among,
+            "num_experts_per_tok": chosen,
+            "moe_intermediate_size": width,
+        }
+        if shared:
+            experts["shared_expert_intermediate_size"] = shared
+    if decoder.intermediate:
+        experts["intermediate_size"] = decoder.intermediate
     return {
         **heads,
+        **experts,
         "hidden_size": decoder.hidden,
-        "intermediate_size": decoder.intermediate,
         "num_attention_heads": decoder.heads,
         "num_hidden_layers": decoder.layers,
         "num_key_value_heads": decoder.kv_heads,

@@ -21,7 +21,16 @@ from qwencli.models.quant_formats import (
     scheme_named_by,
 )
 from qwencli.models.shapes import ModelShape
-from qwencli.models.tensors import HEAD, Part, canonical_tensors, embedding_name, part_name, specs
+from qwencli.models.tensors import (
+    HEAD,
+    Part,
+    canonical_tensors,
+    count_experts,
+    embedding_name,
+    part_name,
+    specs,
+    with_experts_as_stored,
+)
 from qwencli.models.weight_files import StoredTensor, all_named, some
 
 # A tensor as it is, or a linear layer packed in a way of its own.
@@ -119,7 +128,8 @@ def find_sources(
     """
     check_layout(folder, stored)
     found = canonical_tensors(stored, shape)
-    shape = as_stored(shape, found)
+    shape = with_experts_as_stored(as_stored(shape, found), found)
+    _check_experts(shape, found, folder)
     names = {part: part_name(part, shape) for spec in specs(shape) for part in spec.parts}
     layers = {
         part: layer
@@ -219,6 +229,20 @@ def extra_error(folder: Path, extra: Sequence[str]) -> ModelFileError:
     )
 
 
+def _check_experts(shape: ModelShape, found: Mapping[str, StoredTensor], folder: Path) -> None:
+    moe = shape.text.moe
+    if moe is None:
+        return
+    counts = count_experts(found)
+    if counts and counts != {moe.num_experts}:
+        there = " or ".join(map(str, sorted(counts)))
+        raise ModelFileError(
+            f"{folder}: config.json says {moe.num_experts} experts a layer, the weights have "
+            f"{there}",
+            _OTHERS,
+        )
+
+
 def _check_plain(found: Mapping[Part, StoredTensor], stored: Iterable[str], folder: Path) -> None:
     types: dict[str, list[str]] = {}
     for tensor in found.values():
@@ -236,7 +260,7 @@ def _check_plain(found: Mapping[Part, StoredTensor], stored: Iterable[str], fold
         tensor.name: f"{tensor.name} is {dims(tensor.shape)}, config.json asks for "
         f"{dims(part.shape)}"
         for part, tensor in found.items()
-        if tensor.shape != part.shape
+        if tensor.shape != part.shape and not part.is_transposed(tensor.shape)
     }
     if misfits:
         raise ModelFileError(

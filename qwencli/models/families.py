@@ -10,7 +10,7 @@ names, biases and defaults; a test compares the tensor lists with the models tra
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -48,6 +48,21 @@ class VisionFamily:
 
 
 @dataclass(frozen=True)
+class MoeFamily:
+    """How a family writes its experts.
+
+    Args:
+        defaults: of transformers' config class, by key of config.json.
+        renormalize: see `shapes.MoeShape`; None = `norm_topk_prob` says so.
+        some_dense: whether config.json may name layers without experts.
+    """
+
+    defaults: Mapping[str, int]
+    renormalize: bool | None = True
+    some_dense: bool = True
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family.
 
@@ -66,6 +81,7 @@ class Family:
         rotary_factor: share of a head's dimensions that rotate when config.json states none.
         hybrid: whether config.json says of each layer what mixes its tokens (`layer_types`); then
             attention is gated and norms are zero-centred.
+        moe: of a mixture of experts.
         split_video_frames: see `shapes.ModelShape`.
         box_grid: what coordinates in answers run to across a picture; None = they are pixels of
             the picture as the model sees it, resized.
@@ -87,9 +103,15 @@ class Family:
     interleaved: bool = False
     rotary_factor: float = 1.0
     hybrid: bool = False
+    moe: MoeFamily | None = None
     split_video_frames: bool = False
     box_grid: int | None = 1000
     vision: VisionFamily | None = None
+
+
+def _with_type(vision: VisionFamily | None, model_type: str) -> VisionFamily:
+    assert vision is not None, "of families that look at pictures"
+    return replace(vision, config={**vision.config, "model_type": model_type})
 
 
 _VISION_KEYS: Mapping[str, str] = {
@@ -379,9 +401,65 @@ _QWEN2 = Family(
     },
 )
 
+_SPARSE: Mapping[str, Any] = {
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+}
+
+_QWEN3_MOE = replace(
+    _QWEN3,
+    model_type="qwen3_moe",
+    title="Qwen3 MoE",
+    architecture="Qwen3MoeForCausalLM",
+    text_config={**_QWEN3.text_config, **_SPARSE},
+    moe=MoeFamily(
+        {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+        renormalize=None,
+    ),
+)
+
+_QWEN3_VL_MOE = replace(
+    _QWEN3_VL,
+    model_type="qwen3_vl_moe",
+    title="Qwen3-VL MoE",
+    architecture="Qwen3VLMoeForConditionalGeneration",
+    text_config={**_QWEN3_VL.text_config, **_SPARSE, "model_type": "qwen3_vl_moe_text"},
+    moe=MoeFamily({"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408}),
+    vision=_with_type(_QWEN3_VL.vision, "qwen3_vl_moe"),
+)
+
+_QWEN3_5_MOE = replace(
+    _QWEN3_5,
+    model_type="qwen3_5_moe",
+    title="Qwen3.5 MoE",
+    architecture="Qwen3_5MoeForConditionalGeneration",
+    text_config={**_QWEN3_5.text_config, "model_type": "qwen3_5_moe_text"},
+    moe=MoeFamily(
+        {
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+        },
+        some_dense=False,
+    ),
+    vision=_with_type(_QWEN3_5.vision, "qwen3_5_moe"),
+)
+
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
-    for family in (_QWEN3_5, _QWEN3_VL, _QWEN2_5_VL, _QWEN2_VL, _QWEN3, _QWEN2)
+    for family in (
+        _QWEN3_5,
+        _QWEN3_5_MOE,
+        _QWEN3_VL,
+        _QWEN3_VL_MOE,
+        _QWEN2_5_VL,
+        _QWEN2_VL,
+        _QWEN3,
+        _QWEN3_MOE,
+        _QWEN2,
+    )
 }
 
 # Families of Qwen that no engine here runs -> what they are, and why not.

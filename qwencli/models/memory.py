@@ -28,6 +28,8 @@ from qwencli.models.tensors import (
     expected_tensors,
     is_decoder_matrix,
     is_quantizable,
+    matrix_size,
+    with_experts_as_stored,
 )
 from qwencli.models.weight_files import StoredTensor
 
@@ -113,7 +115,7 @@ def native_weight_bytes(shape: ModelShape, quantization: Quantization, value_byt
         if quantization is Quantization.NONE or not is_decoder_matrix(name, size):
             total += count * value_bytes
         else:
-            total += native_matrix_bytes(quantization, head, *size)
+            total += native_matrix_bytes(quantization, head, *matrix_size(size))
     if quantization is not Quantization.NONE and shape.text.tied_head:
         text = shape.text
         total += native_matrix_bytes(quantization, True, text.vocab_size, text.hidden_size)
@@ -127,6 +129,7 @@ def packed_weight_bytes(
 
     The decoder's matrices and the head stay packed; the rest is unpacked to `value_bytes` a value.
     """
+    shape = with_experts_as_stored(shape, stored)
     layers = packed_layers(shape, packed, stored)
     return sum(
         layers[name].loaded_bytes
@@ -227,12 +230,16 @@ def image_feature_bytes(shape: ModelShape, image_tokens: int) -> int:
 def prefill_peak_bytes(shape: ModelShape, tokens: int) -> int:
     """Peak bytes of the prefill beyond weights and cache, bfloat16, logits of one position.
 
-    A layer's MLP is the peak: residual, normed input, gate, up and their product; or a gated delta
-    net: what its projection gives, what the convolution makes of that, and in float32 the corrected
-    values, the decayed keys of each value head, and the output. Sampling holds the last position's
-    logits as bfloat16, float32, sorted, and the order (int64).
+    A layer's MLP is the peak: residual, normed input, gate, up and their product; or a mixture of
+    experts: what each one makes of its tokens; or a gated delta net: what its projection gives,
+    what the convolution makes of that, and in float32 the corrected values, the decayed keys of
+    each value head, and the output. Sampling holds the last position's logits as bfloat16, float32,
+    sorted, and the order (int64).
     """
     text, inside = shape.text, 3 * shape.text.intermediate_size
+    if text.moe is not None:
+        slots = text.moe.top_k + text.moe.shared_is_stacked
+        inside = max(inside, slots * (text.moe.intermediate_size + 2 * text.hidden_size))
     if text.delta is not None:
         delta = text.delta
         keys = delta.num_v_heads * delta.k_head_dim
@@ -244,11 +251,14 @@ def prefill_peak_bytes(shape: ModelShape, tokens: int) -> int:
 def dequantize_bytes(shape: ModelShape) -> int:
     """Bytes of the largest quantized matrix that a prompt of the native engine has in bfloat16:
     gate and up of a layer in one, or queries, keys and values with what gates them. One is there at
-    a time, and the head never whole.
+    a time, and the head never whole, nor experts but one.
     """
     text = shape.text
     queries = 2 * text.q_size if text.gated_attention else text.q_size
-    rows = max(2 * text.intermediate_size, queries + 2 * text.kv_size)
+    whole, moe = 2 * text.intermediate_size, text.moe
+    if moe is not None and not moe.dense_layers:
+        whole = 2 * max(moe.intermediate_size, moe.shared_intermediate_size)
+    rows = max(whole, queries + 2 * text.kv_size)
     if text.delta is not None:
         rows = max(rows, text.delta.conv_dim + text.delta.value_dim)
     return rows * text.hidden_size * _HALF
@@ -304,10 +314,10 @@ def decode_bytes(
 ) -> float | None:
     """Bytes read for one token of one sequence.
 
-    Every weight of the decoder and the output head once, one row of the embedding, the keys and
-    values of `context_tokens`, and the state of gated delta nets, which is written too. What a
-    kernel reads beyond that (a whole static cache, weights unpacked to memory) is waste and not in
-    it: MBU is to fall for it.
+    Every weight of the decoder that a token takes (of experts those that are chosen) and the output
+    head once, one row of the embedding, the keys and values of `context_tokens`, and the state of
+    gated delta nets, which is written too. What a kernel reads beyond that (a whole static cache,
+    weights unpacked to memory) is waste and not in it: MBU is to fall for it.
 
     Args:
         scheme: as `EffectiveConfig.quantization` says. value_bytes: of what is not quantized.
@@ -320,18 +330,25 @@ def decode_bytes(
     quantized, native = _QUANTIZED.get(scheme) or _prequantized(scheme), _NATIVE.get(scheme)
     if scheme != "none" and quantized is None and native is None:
         return None
+    moe = shape.text.moe
+    taken = 1.0 if moe is None else moe.top_k / moe.num_experts
     total = float(shape.text.hidden_size * value_bytes)
     for name, size in expected_tensors(shape).items():
         looked_up = name.endswith("embed_tokens.weight") and not shape.text.tied_head
         if ".visual." in name or looked_up:
             continue
         head = name.endswith(("lm_head.weight", "embed_tokens.weight"))
+        of_experts = ".mlp.experts." in name
+        read: float
         if native is not None and (head or is_decoder_matrix(name, size)):
-            total += native_matrix_bytes(native, head, *size)
-        elif quantized is not None and is_quantizable(name, size):
-            total += quantized(*size)
+            read = native_matrix_bytes(native, head, *matrix_size(size))
+        elif quantized is not None and (
+            is_quantizable(name, size) or (of_experts and scheme not in _QUANTIZED)
+        ):
+            read = quantized(*matrix_size(size))
         else:
-            total += prod(size) * value_bytes
+            read = prod(size) * value_bytes
+        total += read * (taken if of_experts else 1)
     cache = native_kv_bytes(shape, kv_dtype in _QUANTIZED_KV, value_bytes)
     return total + cache * context_tokens + 2 * shape.text.state_bytes(value_bytes)
 

@@ -23,11 +23,20 @@ from qwencli.models.config_values import (
     positive_int_of,
     refused,
 )
-from qwencli.models.families import FAMILIES, INSTEAD, REFUSED, Family, VisionFamily, supported
+from qwencli.models.families import (
+    FAMILIES,
+    INSTEAD,
+    REFUSED,
+    Family,
+    MoeFamily,
+    VisionFamily,
+    supported,
+)
 from qwencli.models.shapes import (
     DeltaShape,
     Mixer,
     ModelShape,
+    MoeShape,
     RopeShape,
     TextShape,
     VisionShape,
@@ -38,6 +47,8 @@ from qwencli.models.shapes import (
 _FULL_LAYERS = 28
 # transformers' `full_attention_interval` where a config.json states neither it nor the layers.
 _ATTENTION_INTERVAL = 4
+# What files call it.
+_EXPERT_COUNTS = ("num_experts", "num_local_experts")
 _MIXERS: Mapping[str, Mixer] = {"linear_attention": "delta", "full_attention": "attention"}
 _TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
@@ -123,10 +134,13 @@ def _text(config: Mapping[str, Any], family: Family, where: str) -> TextShape:
         )
     head_dim = _head_dim(values, family, hidden, heads, where)
     own_bias = bool(values.get("attention_bias", False))
+    moe = None if family.moe is None else _moe(values, family.moe, layers, where)
     return TextShape(
         vocab_size=positive_int(values, "vocab_size", where),
         hidden_size=hidden,
-        intermediate_size=positive_int(values, "intermediate_size", where),
+        intermediate_size=moe.active_size
+        if moe is not None and not moe.dense_layers
+        else positive_int(values, "intermediate_size", where),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -144,7 +158,44 @@ def _text(config: Mapping[str, Any], family: Family, where: str) -> TextShape:
         delta=_delta(values, where) if family.hybrid else None,
         gated_attention=family.hybrid,
         zero_centred_norms=family.hybrid,
+        moe=moe,
     )
+
+
+def _moe(values: Mapping[str, Any], family: MoeFamily, layers: int, where: str) -> MoeShape:
+    """As transformers reads it; it writes `num_local_experts` where the hub has `num_experts`."""
+
+    def size(key: str) -> int:
+        return positive_int(values, key, where, family.defaults[key])
+
+    both = [values[key] for key in _EXPERT_COUNTS if values.get(key) is not None]
+    if len(both) == 2 and both[0] != both[1]:
+        raise contradiction(where, f"{' and '.join(_EXPERT_COUNTS)} are {both[0]} and {both[1]}")
+    counted = next((key for key in _EXPERT_COUNTS if values.get(key) is not None), "num_experts")
+    count = positive_int(values, counted, where, family.defaults["num_experts"])
+    shared = "shared_expert_intermediate_size"
+    moe = MoeShape(
+        num_experts=count,
+        top_k=size("num_experts_per_tok"),
+        intermediate_size=size("moe_intermediate_size"),
+        renormalize=bool(values.get("norm_topk_prob", False))
+        if family.renormalize is None
+        else family.renormalize,
+        shared_intermediate_size=size(shared) if shared in family.defaults else 0,
+        dense_layers=_dense_layers(values, layers, where) if family.some_dense else (),
+    )
+    if moe.top_k > count:
+        raise contradiction(
+            where, f"num_experts_per_tok {moe.top_k} is more than the {count} experts there are"
+        )
+    return moe
+
+
+def _dense_layers(values: Mapping[str, Any], layers: int, where: str) -> tuple[int, ...]:
+    """Layers without experts: those that are named, and all but every `decoder_sparse_step`th."""
+    step = positive_int(values, "decoder_sparse_step", where, 1)
+    named = index_list(values, "mlp_only_layers", where, MOST_LAYERS, ())
+    return tuple(i for i in range(layers) if i in named or (i + 1) % step)
 
 
 def _mixers(values: Mapping[str, Any], layers: int, where: str) -> tuple[Mixer, ...]:

@@ -98,6 +98,43 @@ class DeltaShape:
 
 
 @dataclass(frozen=True)
+class MoeShape:
+    """A mixture of experts: a feed-forward of which each token takes few parts.
+
+    Args:
+        num_experts: among which a router chooses `top_k` for each token.
+        intermediate_size: of one expert.
+        renormalize: whether the weights of a token's experts add up to 1.
+        shared_intermediate_size: of an expert that all tokens take; 0 = there is none.
+        dense_layers: layers whose feed-forward is whole.
+        apart: whether the weights have a tensor for each expert, where others have one for all.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    renormalize: bool = True
+    shared_intermediate_size: int = 0
+    dense_layers: tuple[int, ...] = ()
+    apart: bool = False
+
+    @property
+    def shared_is_stacked(self) -> bool:
+        """Whether the shared expert is kept as one more of the others, being as wide."""
+        return self.shared_intermediate_size == self.intermediate_size
+
+    @property
+    def stacked(self) -> int:
+        """Experts that are kept in one matrix."""
+        return self.num_experts + self.shared_is_stacked
+
+    @property
+    def active_size(self) -> int:
+        """Width of all that one token takes."""
+        return self.top_k * self.intermediate_size + self.shared_intermediate_size
+
+
+@dataclass(frozen=True)
 class TextShape:
     """The text decoder. `qkv_bias` and `o_bias` say which projections carry a bias.
 
@@ -110,6 +147,8 @@ class TextShape:
         gated_attention: whether attention's result is multiplied by the sigmoid of a gate, which
             the query projection makes too: twice as wide, by head [query | gate].
         zero_centred_norms: whether norms multiply by 1 + weight.
+        moe: the layers whose feed-forward is a mixture of experts; None where there are none.
+            Then `intermediate_size` is what one token takes, or that of layers without experts.
     """
 
     vocab_size: int
@@ -132,9 +171,14 @@ class TextShape:
     delta: DeltaShape | None = None
     gated_attention: bool = False
     zero_centred_norms: bool = False
+    moe: MoeShape | None = None
 
     def mixer(self, layer: int) -> Mixer:
         return self.mixers[layer] if self.mixers else "attention"
+
+    def experts(self, layer: int) -> MoeShape | None:
+        """The mixture of experts of a layer; None where its feed-forward is whole."""
+        return None if self.moe is None or layer in self.moe.dense_layers else self.moe
 
     @property
     def attention_layers(self) -> tuple[int, ...]:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
 from qwencli.models.families import FAMILIES, VisionFamily
-from qwencli.models.shapes import Mixer, ModelShape, TextShape, VisionShape
+from qwencli.models.shapes import Mixer, ModelShape, MoeShape, TextShape, VisionShape
 from qwencli.models.weight_files import StoredTensor
 
 Section = Literal["text", "vision", "root"]
@@ -36,11 +36,31 @@ PREFIXES: dict[Section, str] = {
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of the checkpoint: its name below the section's prefix, and its shape there."""
+    """One tensor of the checkpoint: its name below the section's prefix, and its shape there.
+
+    Args:
+        stacked: whether it is the matrices of all experts [experts, out, in]. Some checkpoints have
+            them transposed.
+    """
 
     section: Section
     name: str
     shape: tuple[int, ...]
+    stacked: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Of the matrix, or values of the vector, that it is kept as."""
+        return self.shape[0] * self.shape[1] if self.stacked else self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return math.prod(self.shape[2:] if self.stacked else self.shape[1:])
+
+    def is_transposed(self, stored: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape is this one with its matrices transposed."""
+        turned = (self.shape[0], *reversed(self.shape[1:]))
+        return self.stacked and stored == turned != self.shape
 
 
 @dataclass(frozen=True)
@@ -79,15 +99,16 @@ def _spec(
     fill: Fill = "normal",
     float32: bool = False,
 ) -> TensorSpec:
-    rows = sum(part_shape[0] for _, part_shape in parts)
-    width = math.prod(parts[0][1][1:])
-    return TensorSpec(
-        name,
-        (rows, width) if len(parts[0][1]) > 1 else (rows,),
-        tuple(Part(section, hub, part_shape) for hub, part_shape in parts),
-        fill,
-        float32,
-    )
+    made = (Part(section, hub, part_shape) for hub, part_shape in parts)
+    return _spec_of(name, tuple(made), fill, float32)
+
+
+def _spec_of(
+    name: str, parts: tuple[Part, ...], fill: Fill = "normal", float32: bool = False
+) -> TensorSpec:
+    rows = sum(part.rows for part in parts)
+    shape = (rows, parts[0].columns) if len(parts[0].shape) > 1 else (rows,)
+    return TensorSpec(name, shape, parts, fill, float32)
 
 
 def _text_norm(s: TextShape, at: str, hub: str, width: int) -> TensorSpec:
@@ -152,26 +173,65 @@ _MIXERS: Mapping[Mixer, tuple[Callable[[TextShape, str, str], Iterator[TensorSpe
 }
 
 
+def _mlp_parts(hub: str, inner: int, hidden: int) -> tuple[tuple[Part, Part], Part]:
+    """Gate and up, and down, of a whole feed-forward or of one expert."""
+
+    def part(name: str, rows: int, columns: int) -> Part:
+        return Part("text", f"{hub}{name}_proj.weight", (rows, columns))
+
+    gate_up = part("gate", inner, hidden), part("up", inner, hidden)
+    return gate_up, part("down", hidden, inner)
+
+
+def _mlp(at: str, hub: str, inner: int, hidden: int) -> Iterator[TensorSpec]:
+    gate_up, down = _mlp_parts(hub, inner, hidden)
+    yield _spec_of(at + "gate_up", gate_up)
+    yield _spec_of(at + "down", (down,))
+
+
+def _experts(moe: MoeShape, at: str, hub: str, hidden: int) -> Iterator[TensorSpec]:
+    """A mixture of experts: the matrices of all of them are kept as one, expert after expert, and
+    behind them a shared one that is as wide."""
+    router = [Part("text", hub + "gate.weight", (moe.num_experts, hidden))]
+    if moe.shared_intermediate_size:
+        router.append(Part("text", hub + "shared_expert_gate.weight", (1, hidden)))
+    yield _spec_of(at + "router", tuple(router))
+    count, inner = moe.num_experts, moe.intermediate_size
+    gate_up: tuple[Part, ...]
+    down: tuple[Part, ...]
+    if moe.apart:
+        each = [_mlp_parts(f"{hub}experts.{i}.", inner, hidden) for i in range(count)]
+        gate_up = tuple(part for both, _ in each for part in both)
+        down = tuple(back for _, back in each)
+    else:
+        experts = hub + "experts."
+        gate_up = (Part("text", experts + "gate_up_proj", (count, 2 * inner, hidden), True),)
+        down = (Part("text", experts + "down_proj", (count, hidden, inner), True),)
+    shared = moe.shared_intermediate_size
+    if shared:
+        own, back = _mlp_parts(hub + "shared_expert.", shared, hidden)
+        if moe.shared_is_stacked:
+            gate_up, down = (*gate_up, *own), (*down, back)
+        else:
+            yield _spec_of(at + "shared_gate_up", own)
+            yield _spec_of(at + "shared_down", (back,))
+    yield _spec_of(at + "gate_up", gate_up)
+    yield _spec_of(at + "down", down)
+
+
 def _text(s: TextShape) -> Iterator[TensorSpec]:
     yield _spec("text.embed", "text", ("embed_tokens.weight", (s.vocab_size, s.hidden_size)))
     for i in range(s.num_layers):
         at, hub = f"text.{i}.", f"layers.{i}."
-        mlp = hub + "mlp."
         yield _text_norm(s, at + "attn_norm", hub + "input_layernorm", s.hidden_size)
         mixer, below = _MIXERS[s.mixer(i)]
         yield from mixer(s, at, hub + below)
         yield _text_norm(s, at + "mlp_norm", hub + "post_attention_layernorm", s.hidden_size)
-        yield _spec(
-            at + "gate_up",
-            "text",
-            *(
-                (f"{mlp}{p}_proj.weight", (s.intermediate_size, s.hidden_size))
-                for p in ("gate", "up")
-            ),
-        )
-        yield _spec(
-            at + "down", "text", (mlp + "down_proj.weight", (s.hidden_size, s.intermediate_size))
-        )
+        moe = s.experts(i)
+        if moe is None:
+            yield from _mlp(at, hub + "mlp.", s.intermediate_size, s.hidden_size)
+        else:
+            yield from _experts(moe, at, hub + "mlp.", s.hidden_size)
     yield _text_norm(s, "text.norm", "norm", s.hidden_size)
     if not s.tied_head:
         yield _spec("text.head", "root", ("lm_head.weight", (s.vocab_size, s.hidden_size)))
@@ -230,7 +290,16 @@ def _linear(at: str, hub: tuple[str, ...], rows_each: int, width: int) -> Iterat
 
 
 TensorShapes = dict[str, tuple[int, ...]]
+_LEFT_AS_THEY_ARE = (
+    "embed_tokens.weight",
+    "in_proj_a.weight",
+    "in_proj_b.weight",
+    ".mlp.gate.weight",
+    "shared_expert_gate.weight",
+)
 
+_ONE_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
+_OF_ALL_EXPERTS = (".mlp.gate.weight", ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
@@ -301,22 +370,51 @@ def canonical_tensors(
     return found
 
 
+def with_experts_as_stored(shape: ModelShape, names: Iterable[str]) -> ModelShape:
+    """The shape, its experts apart where tensors of these names are those of one expert each."""
+    moe = shape.text.moe
+    if moe is None:
+        return shape
+    apart = any(_ONE_EXPERT.search(name) for name in names)
+    return replace(shape, text=replace(shape.text, moe=replace(moe, apart=apart)))
+
+
+def count_experts(stored: Mapping[str, StoredTensor]) -> set[int]:
+    """How many experts layers have in the weights, by the tensors of the experts and routers."""
+    apart: dict[str, set[int]] = {}
+    counts: set[int] = set()
+    for name, tensor in stored.items():
+        one = _ONE_EXPERT.search(name)
+        if one is not None:
+            apart.setdefault(name[: one.start()], set()).add(int(one[1]))
+        elif name.endswith(_OF_ALL_EXPERTS) and tensor.shape:
+            counts.add(tensor.shape[0])
+    return counts | {max(numbers) + 1 for numbers in apart.values()}
+
+
 def is_quantizable(name: str, size: tuple[int, ...]) -> bool:
     """Whether bitsandbytes replaces this tensor: the weight of a linear layer, not `lm_head`.
 
     Source: `replace_with_bnb_linear` and `get_modules_to_not_convert` of transformers, which
-    convert every `nn.Linear` but the output embedding. Embeddings are two-dimensional as well.
+    convert every `nn.Linear` but the output embedding. Embeddings and routers are two-dimensional
+    as well; experts are no such layers, and stay as they are.
     """
     return len(size) == 2 and not name.endswith(
-        ("embed_tokens.weight", "pos_embed.weight", "lm_head.weight")
+        ("embed_tokens.weight", "pos_embed.weight", "lm_head.weight", ".mlp.gate.weight")
     )
 
 
 def is_decoder_matrix(name: str, size: tuple[int, ...]) -> bool:
     """Whether the native engine quantizes this tensor: a large matrix of the decoder or the head.
 
-    The two of a gated delta net that make one number a head are not: they are small, and what they
-    make is exponentiated.
+    The two of a gated delta net that make one number a head are not, nor are routers: they are
+    small, and what they make is exponentiated.
     """
-    small = ("embed_tokens.weight", "in_proj_a.weight", "in_proj_b.weight")
-    return len(size) == 2 and ".visual." not in name and not name.endswith(small)
+    if ".mlp.experts." in name:
+        return True
+    return len(size) == 2 and ".visual." not in name and not name.endswith(_LEFT_AS_THEY_ARE)
+
+
+def matrix_size(size: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a matrix, or of those of all experts in one."""
+    return math.prod(size[:-1]), size[-1]

@@ -66,6 +66,7 @@ FAMILIES = {
     "qwen3_5": Family("Qwen3_5ForConditionalGeneration", "Qwen3_5Config"),
     "qwen3_vl": Family("Qwen3VLForConditionalGeneration", "Qwen3VLConfig"),
     "qwen3_vl_moe": Family("Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeConfig"),
+    "qwen3_5_moe": Family("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeConfig"),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig"),
     "qwen2_vl": Family("Qwen2VLForConditionalGeneration", "Qwen2VLConfig"),
     "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config"),

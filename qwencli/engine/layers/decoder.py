@@ -22,10 +22,11 @@ from qwencli.engine.ops.decoder_ops import (
     SamplingBuffers,
     Step,
 )
+from qwencli.engine.ops.moe import Routing
 from qwencli.engine.ops.next_tokens import RowBuffers
 from qwencli.engine.ops.rope import gains_of_halves
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor
-from qwencli.models.shapes import TextShape
+from qwencli.models.shapes import MoeShape, TextShape
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _layer(
     next_norm: RMSNorm,
     next_matrix: Matrix,
 ) -> Layer:
-    at = f"text.{index}."
+    at, moe = f"text.{index}.", shape.experts(index)
     qk_norm = None
     if shape.qk_norm:
         queries = weights[at + "q_norm"].expand(shape.num_heads, -1)
@@ -161,10 +162,25 @@ def _layer(
         o=pick.columns(at + "o"),
         o_bias=weights.get(at + "o_bias"),
         mlp_norm=RMSNorm(weights[at + "mlp_norm"], shape.rms_norm_eps),
-        gate_up=pick.columns(at + "gate_up"),
-        down=pick.columns(at + "down"),
+        gate_up=pick.columns(at + "gate_up", cut=moe is not None),
+        down=pick.columns(at + "down", cut=moe is not None),
+        routing=None if moe is None else _routing(moe, weights, at, pick),
         next_norm=next_norm,
         next_matrix=next_matrix,
+    )
+
+
+def _routing(moe: MoeShape, weights: Tensors, at: str, pick: _Matrices) -> Routing:
+    alone = None
+    if moe.shared_intermediate_size and not moe.shared_is_stacked:
+        alone = pick.columns(at + "shared_gate_up"), pick.columns(at + "shared_down")
+    return Routing(
+        router=weights[at + "router"],
+        num_experts=moe.num_experts,
+        top_k=moe.top_k,
+        renormalize=moe.renormalize,
+        shared=int(moe.shared_is_stacked),
+        shared_mlp=alone,
     )
 
 
@@ -176,17 +192,17 @@ class _Matrices:
     quantized: Mapping[str, QuantizedTensor]
     by_rows: bool
 
-    def columns(self, name: str) -> Matrix:
+    def columns(self, name: str, cut: bool = False) -> Matrix:
         """The quantized matrix of this name, or else the [in, out] view of a weight [out, in].
 
         A matrix-vector product on the CPU in float32 is a quarter faster when the outputs of one
         input lie in a row, so the weight is stored that way there (one at a time, in its own
-        place).
+        place), unless it is cut into parts of its outputs.
         """
         if name in self.quantized:
             return self.quantized[name]
-        weight = self.weights[name]
-        if not self.by_rows and weight.device.type == "cpu" and weight.dtype == torch.float32:
+        weight, by_rows = self.weights[name], self.by_rows or cut
+        if not by_rows and weight.device.type == "cpu" and weight.dtype == torch.float32:
             self.weights[name] = weight = weight.t().contiguous().t()
         return weight.t()
 

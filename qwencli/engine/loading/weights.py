@@ -43,7 +43,7 @@ DUMMY_STD = 0.02
 DUMMY_DECAYS = 1.0, 16.0
 HEAD = "text.head"
 TOWER_POSITIONS = "vision.positions"
-_DECODER_MATRICES = ("qkv", "o", "gate_up", "down")
+_DECODER_MATRICES = ("qkv", "o", "gate_up", "down", "shared_gate_up", "shared_down")
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class _Loading:
         tensor = torch.empty(spec.shape, dtype=self._dtype_of(spec, sources), device=self._device)
         row = 0
         for part, source in zip(spec.parts, sources, strict=True):
-            rows = tensor[row : row + part.shape[0]]
+            rows = tensor[row : row + part.rows]
             if isinstance(source, PackedLayer):
                 matrix = self._matrix(source)
                 plain = (
@@ -217,10 +217,13 @@ class _Loading:
                 rows.copy_(plain)
                 self._note(source.layer, rows)
                 self.scaled[source.layer] = source
+            elif part.is_transposed(source.shape):
+                self._read_transposed(source, rows)
+                self._note(source.name, rows)
             else:
                 self._reader.read(source, rows.view(-1))
                 self._note(source.name, rows)
-            row += part.shape[0]
+            row += part.rows
         return tensor
 
     def _dtype_of(
@@ -239,6 +242,17 @@ class _Loading:
             if len(stored) == 1 and not any(isinstance(s, PackedLayer) for s in sources):
                 return FLOATS[stored.pop()]
         return self._dtype
+
+    def _read_transposed(self, source: StoredTensor, rows: torch.Tensor) -> None:
+        """Fill `rows` with [experts, in, out] as [experts * out, in], one expert at a time."""
+        experts, columns, each = source.shape
+        size = source.size_bytes // experts
+        turned = torch.empty(columns, each, dtype=rows.dtype, device=rows.device)
+        for expert, own in enumerate(torch.split(rows, each)):
+            start = source.start + expert * size
+            one = replace(source, shape=(columns, each), start=start)
+            self._reader.read(one, turned.view(-1))
+            own.copy_(turned.t())
 
     def _matrix(self, layer: PackedLayer) -> QuantizedTensor | torch.Tensor:
         from qwencli.engine.quant.checkpoint_formats import read_packed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,19 @@ def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("case", tiny.CASES, ids=lambda case: f"batch {case.batch}")
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        *itertools.product(tiny.FAMILIES, tiny.CASES),
+        *zip(tiny.SPARSE, (tiny.CASES[1], tiny.CASES[3]), strict=True),
+    ],
+    ids=lambda value: f"batch {value.batch}" if isinstance(value, tiny.Case) else value,
+)
 @torch.inference_mode()
 def test_prompt_and_64_tokens_equal_the_reference(family: str, case: tiny.Case) -> None:
     """With each attention of ours; the reference is the same, and runs once."""
 
-    @parity
+    @settings(parity, max_examples=1 if family in tiny.SPARSE else parity.max_examples)
     @given(data=st.data())
     def check(data: st.DataObject) -> None:
         config = data.draw(tiny.configs(family, case))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 IMAGE, VIDEO, START, END = 290, 291, 292, 293
 VOCAB = 301
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "qwen2_vl", "qwen3", "qwen2")
+SPARSE = ("qwen3_vl_moe", "qwen3_moe")
 PATCH, MERGE, FRAMES = 4, 2, 2
 
 
@@ -56,14 +57,32 @@ def text_configs(draw: st.DrawFn, family: str, case: Case) -> dict[str, Any]:
         config["head_dim"] = head_dim
         config["attention_bias"] = draw(st.booleans())
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": draw(st.sampled_from((1e4, 5e6)))}
-    if family.endswith("vl"):
+    if family in SPARSE:
+        config |= draw(experts(config["num_hidden_layers"], family))
+    if "_vl" in family:
         first = draw(st.sampled_from((8, 12)))
         rest = head_dim // 2 - first
         rope["mrope_section"] = [first, rest // 2, rest - rest // 2]
-        if family == "qwen3_vl":
+        if family.startswith("qwen3_vl"):
             rope["mrope_section"] = [head_dim // 2 - 2 * (head_dim // 6), *[head_dim // 6] * 2]
             rope["mrope_interleaved"] = True
     config["rope_parameters"] = rope
+    return config
+
+
+@st.composite
+def experts(draw: st.DrawFn, layers: int, family: str) -> dict[str, Any]:
+    """Some layers without experts, and as many experts as a token takes or more."""
+    count = draw(st.sampled_from((6, 4, 1)))
+    config: dict[str, Any] = {
+        "num_experts": count,
+        "num_experts_per_tok": min(count, draw(st.sampled_from((2, 4, 1)))),
+        "moe_intermediate_size": draw(st.sampled_from((24, 48, 80))),
+        "mlp_only_layers": draw(st.sampled_from(([], [0]))),
+        "decoder_sparse_step": draw(st.sampled_from((1, 1, 2))),
+    }
+    if family == "qwen3_moe":
+        config["norm_topk_prob"] = draw(st.booleans())
     return config
 
 
@@ -88,7 +107,7 @@ def vision_configs(draw: st.DrawFn, family: str, text_hidden: int) -> dict[str, 
         "intermediate_size": 2 * width + 4,
     }
     some_layers = st.lists(st.integers(0, depth - 1), unique=True, min_size=1, max_size=2)
-    if family == "qwen3_vl":
+    if family.startswith("qwen3_vl"):
         config["num_position_embeddings"] = draw(st.sampled_from((25, 64)))
         config["deepstack_visual_indexes"] = sorted(draw(some_layers))
     else:
@@ -103,7 +122,7 @@ def configs(draw: st.DrawFn, family: str, case: Case) -> dict[str, Any]:
     """Contents of a config.json."""
     text = draw(text_configs(family, case))
     tied = case.tied
-    if not family.endswith("vl"):
+    if "_vl" not in family:
         return text | {"model_type": family, "tie_word_embeddings": tied}
     return {
         "model_type": family,
@@ -162,7 +181,7 @@ def batches(draw: st.DrawFn, family: str, case: Case) -> list[Row]:
 
     With a vision family the first has two pictures, and the others none to three.
     """
-    vision = family.endswith("vl")
+    vision = "_vl" in family
     drawn: list[Row] = []
     for index in range(case.batch):
         count = 2 if index == 0 else draw(st.integers(0, 3))
