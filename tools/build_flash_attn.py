@@ -165,9 +165,10 @@ def _compile(command: list[str], source: Path, objects: Path) -> Path:
 
 def link(setup: Setup, objects: Sequence[Path], name: str) -> Path:
     library = setup.work / name
-    runtime = next((setup.cuda / "lib").glob("libcudart.so.*"), None)
+    found = (path for lib in ("lib", "lib64") for path in setup.cuda.glob(f"{lib}/libcudart.so.*"))
+    runtime = next(found, None)
     if runtime is None:
-        sys.exit(f"no libcudart.so in {setup.cuda / 'lib'}: install nvidia-cuda-runtime")
+        sys.exit(f"no libcudart.so below {setup.cuda}: install nvidia-cuda-runtime")
     subprocess.run(
         ["g++", "-shared", "-s", "-o", str(library), *map(str, objects),
          f"-L{setup.torch / 'lib'}", *(f"-l{name}" for name in TORCH_LIBRARIES), str(runtime),

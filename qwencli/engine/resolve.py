@@ -15,8 +15,10 @@ from qwencli.capabilities import (
     why_not,
 )
 from qwencli.config import Attention, DType, EngineConfig, EngineName
-from qwencli.engine.machine.host import has_code, require
-from qwencli.errors import DeviceError, UnsupportedModeError
+from qwencli.engine.machine import flash_attn
+from qwencli.engine.machine.host import has_code
+from qwencli.errors import DeviceError, MissingDependencyError, UnsupportedModeError
+from qwencli.models.shapes import ModelShape
 
 
 def resolve_device(device: str) -> str:
@@ -147,19 +149,35 @@ def chosen_modes(config: EngineConfig, engine: EngineName, lacks: Lacks) -> dict
     return modes | {"engine": engine, "cache": config.cache or fastest_cache(engine, lacks)}
 
 
-def resolve_attention(attention: Attention) -> Attention:
+def resolve_attention(
+    attention: Attention, engine: EngineName, shape: ModelShape, dtype: DType, device: str
+) -> Attention:
     """`auto` is sdpa: it runs everywhere and picks its kernel by shape.
+
+    flash-attn is tried on the model's heads here: what it cannot run it says when a kernel is
+    launched, which would be in the middle of the first answer.
 
     Raises:
         MissingDependencyError: flash-attn is not installed or does not load.
+        UnsupportedModeError: it has no kernels for this GPU, type or size of heads.
     """
     if attention is Attention.AUTO:
         return Attention.SDPA
-    if attention is Attention.FLASH:
-        require(
-            "flash_attn",
-            "--attention flash_attention_2",
-            'pip install "qwencli[flash]"',
-            "use --attention sdpa",
+    if attention is not Attention.FLASH:
+        return attention
+    absent = flash_attn.load_misfit(for_transformers=engine is EngineName.TRANSFORMERS)
+    if absent is not None:
+        raise MissingDependencyError(f"--attention {attention}: {absent}", _instead(absent))
+    unfit = flash_attn.run_misfit(shape.head_dims, dtype.value, device)
+    if unfit is not None:
+        raise UnsupportedModeError(
+            f"--attention {attention} cannot run: {unfit}",
+            _instead(unfit),
+            nearest=Attention.SDPA.value,
         )
     return attention
+
+
+def _instead(misfit: flash_attn.Misfit) -> str:
+    other = f"use --attention {Attention.SDPA}"
+    return f"{misfit.fix}, or {other}" if misfit.fix else other

@@ -53,6 +53,15 @@ _MIXERS: Mapping[str, Mixer] = {"linear_attention": "delta", "full_attention": "
 _TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
+def stored_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype that a config.json states, in either of its spellings and places."""
+    for part in (config, config.get("text_config") or {}):
+        for key in ("dtype", "torch_dtype"):
+            if part.get(key):
+                return str(part[key])
+    return None
+
+
 def read_shape(config: Mapping[str, Any], where: str = "config.json") -> ModelShape:
     """Sizes of the model that `config` (the contents of a config.json) describes.
 

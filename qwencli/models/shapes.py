@@ -288,3 +288,9 @@ class ModelShape:
     vision_end_token_id: int | None = None
     split_video_frames: bool = False
     tokens_per_second: float | None = None
+
+    @property
+    def head_dims(self) -> tuple[int, ...]:
+        """Sizes of the heads of attention, of text and of pictures."""
+        vision = () if self.vision is None else (self.vision.head_dim,)
+        return (self.text.head_dim, *vision)

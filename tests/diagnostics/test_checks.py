@@ -119,6 +119,8 @@ CASES = [
     ("flash-attn-runs", {"packages": {"flash-attn": "2.8.4"},
      "probes": {"flash-attn": {"outcome": "failed", "seconds": 1, "kind": "ImportError",
                                "error": "undefined symbol"}}}, "fail", "undefined symbol"),
+    ("flash-attn-runs", {"packages": {"flash-attn": "2.8.4"}, "hub_config": {"dtype": "float32"},
+     "probes": {"flash-attn": {"outcome": "ok", "seconds": 1, "value": FLASH}}}, "warn", "30 us"),
 ]  # fmt: skip
 
 
@@ -133,6 +135,28 @@ def test_one_fault(check, change, status, evidence):
     assert evidence in finding.evidence
     if status in ("warn", "fail"):
         assert finding.fix
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "what", "fix"),
+    [
+        ("ImportError", "x.so: undefined symbol: _ZN3c10", "another torch", "FORCE_BUILD=TRUE"),
+        ("AcceleratorError", "CUDA error: no kernel image is available for execution on the device",
+         "not built for this GPU", "FLASH_ATTN_CUDA_ARCHS=120"),
+        ("RuntimeError", "FlashAttention forward only supports head dimension at most 128",
+         "heads above 128", "--upgrade flash-attn"),
+        ("RuntimeError", "FlashAttention only support fp16 and bf16 data type", "float16 alone",
+         "--dtype bfloat16"),
+        ("RuntimeError", "something else", "cannot run on this GPU", "FORCE_BUILD=TRUE"),
+        ("OSError", "something else", "does not load", "FORCE_BUILD=TRUE"),
+    ],
+)  # fmt: skip
+def test_flash_attn_says_what_is_wrong_with_it(kind, said, what, fix):
+    answer = {"outcome": "failed", "seconds": 1, "kind": kind, "error": said}
+    change = {"packages": {"flash-attn": "2.8.4"}, "probes": {"flash-attn": answer}}
+    finding = run_check(BY_ID["flash-attn-runs"], machine("healthy-5090", **change))
+    assert what in finding.what and said in finding.evidence
+    assert fix in finding.fix and "--attention sdpa" in finding.fix
 
 
 def test_every_check_says_why_it_is_made_and_is_tried_with_a_fault():

@@ -7,6 +7,8 @@ from qwencli.diagnostics.finding import Finding, failed, passed, skipped, warned
 from qwencli.diagnostics.machine import Machine, Unreadable, how_it_ended, value_of
 from qwencli.engine.instruments.probes.answers import AttentionRun, FlashAttention, LinearRun
 from qwencli.engine.instruments.probes.ask import Outcome, ProbeAnswer
+from qwencli.engine.machine.flash_attn import BUILD, misfit
+from qwencli.models.shape_reader import stored_dtype
 
 FUSED = ("flash", "mem_efficient", "cudnn")
 # Relative error of one token through one layer, against the weights before quantization. NF4's
@@ -71,19 +73,22 @@ def _said(run: AttentionRun) -> str:
 
 
 def flash_attn_runs(machine: Machine) -> Finding:
-    """flash-attn can import and still have no kernel for this GPU."""
+    """flash-attn can import and still have no kernel for this GPU, or for the model's heads."""
     if not machine.torch.devices:
         return skipped(NO_GPU)
     if machine.version("flash-attn") is None:
         return skipped("flash-attn is not installed")
     answer = machine.probe("flash-attn")
-    reinstall = "pip install --no-build-isolation --force-reinstall flash-attn"
     if answer.outcome is not Outcome.OK:
+        device = machine.cuda_device
+        known = misfit(answer.error, None if device is None else device.capability)
         loads = answer.kind not in ("ImportError", "ModuleNotFoundError", "OSError")
+        what = "flash-attn cannot run on this GPU" if loads else "flash-attn does not load"
+        fix = known.fix if known else BUILD
         return failed(
-            "flash-attn cannot run on this GPU" if loads else "flash-attn does not load",
+            known.what if known else what,
             how_it_ended(answer),
-            f"use --attention sdpa, or build it for this torch: {reinstall}",
+            "use --attention sdpa" + (f", or: {fix}" if fix else ""),
         )
     run: FlashAttention = answer.value
     evidence = (
@@ -92,7 +97,16 @@ def flash_attn_runs(machine: Machine) -> Finding:
     )
     if run.max_difference > MOST_FLASH_DIFFERENCE:
         return failed("flash-attn computes wrongly here", evidence, "use --attention sdpa")
-    return passed("flash-attn runs and agrees with sdpa", evidence)
+    stored = stored_dtype(machine.section("hub_config"))
+    if stored == "float32":
+        return warned(
+            f"flash-attn runs, but not with {machine.model}: its weights are float32",
+            evidence,
+            "--attention flash_attention_2 --dtype bfloat16",
+        )
+    # Its pages are of 256 slots or multiples of that, a pool's of 64 (`paged_kv.PAGE_SIZE`).
+    alone = "answers that are made together, and --batch-invariant, have kernels of their own"
+    return passed("flash-attn runs and agrees with sdpa", f"{evidence}; {alone}")
 
 
 def bitsandbytes_runs(machine: Machine) -> Finding:

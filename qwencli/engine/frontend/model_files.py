@@ -15,7 +15,7 @@ from qwencli.errors import ModelFileError
 from qwencli.models.config_values import read_json_object
 from qwencli.models.folder import check_folder
 from qwencli.models.hub import bundled_folder, dummy_config, locate
-from qwencli.models.shape_reader import read_shape
+from qwencli.models.shape_reader import read_shape, stored_dtype
 from qwencli.models.shapes import ModelShape, VisionShape
 
 # What Qwen's tokenizers end a turn with, and pad with.
@@ -46,12 +46,8 @@ class ModelFiles:
 
     @property
     def checkpoint_dtype(self) -> str | None:
-        """The dtype that config.json states, in either of its spellings and places."""
-        for part in (self.hub_config, _text_config(self.hub_config)):
-            for key in ("dtype", "torch_dtype"):
-                if part.get(key):
-                    return str(part[key])
-        return None
+        """The dtype that config.json states."""
+        return stored_dtype(self.hub_config)
 
     def prepared_on(self, device: str, dtype: DType) -> ModelFiles:
         """The same, preparing pictures on `device` in a concrete `dtype` where that is a GPU."""

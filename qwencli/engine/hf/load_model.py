@@ -170,12 +170,19 @@ def plan_load(config: EngineConfig, files: ModelFiles) -> LoadPlan:
     """Make device, dtype and attention concrete. Raises as `qwencli.engine.resolve` does."""
     device = resolve_device(config.device)
     check_modes(config, EngineName.TRANSFORMERS, device_lacks(device))
+    dtype = resolve_dtype(config.dtype, device, files.checkpoint_dtype)
     return LoadPlan(
         hub_config=files.hub_config,
         folder=files.folder,
         device=device,
-        dtype=resolve_dtype(config.dtype, device, files.checkpoint_dtype),
-        attention=resolve_attention(config.attention),
+        dtype=dtype,
+        attention=resolve_attention(
+            config.attention,
+            EngineName.TRANSFORMERS,
+            read_shape(files.hub_config),
+            dtype,
+            device,
+        ),
     )
 
 

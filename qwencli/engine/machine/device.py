@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 
 from qwencli.capabilities import Lacks, Need, lacks_gpu
+from qwencli.engine.machine.flash_attn import load_misfit
 from qwencli.errors import DeviceError, QwenCliError
 
 SDPA_BACKENDS = ("flash", "mem_efficient", "cudnn", "math")
@@ -198,16 +199,8 @@ def _flash_attn_blocker(cuda: CudaDevice | None) -> str | None:
     if cuda.capability < (8, 0):
         major, minor = cuda.capability
         return f"flash_attention_2 needs compute capability 8.0; {cuda.name} has {major}.{minor}"
-    if importlib.util.find_spec("flash_attn") is None:
-        return 'flash-attn is not installed (pip install "qwencli[flash]")'
-    try:
-        importlib.import_module("flash_attn")
-    except (
-        ImportError,
-        OSError,
-    ) as error:  # a wheel for another torch fails when its library loads
-        return f"flash-attn does not load: {error}"
-    return None
+    found = load_misfit()
+    return None if found is None else f"{found} ({found.fix})"
 
 
 def _compile_blocker(kind: str) -> str | None:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from qwencli.config import Cache, SamplingParams
+from qwencli.config import Attention, Cache, SamplingParams
 from qwencli.engine.cache.kv_cache import KVCache, QuantizedKVCache, StaticKVCache
 from qwencli.engine.cpu.decoder import CpuDecoder
 from qwencli.engine.device_memory import upload
@@ -208,6 +208,8 @@ class DecodeState:
         # Compiled, attention is one of the operators that torch may fuse.
         if size == 1 and model.flash_decode and not torch.compiler.is_compiling():
             return AttentionPlan(kv_len, None, self._lengths, spans=self._spans)
+        if model.attention is Attention.FLASH:
+            return AttentionPlan(kv_len, None, self._lengths)
         own = self.slot
         if size > 1:
             own = own + torch.arange(size, device=model.device)

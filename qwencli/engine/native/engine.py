@@ -148,7 +148,6 @@ class NativeEngine(BaseEngine):
         lacks = device_lacks(device)
         check_modes(self.config, EngineName.NATIVE, lacks)
         cache = self.config.cache or fastest_cache(EngineName.NATIVE, lacks)
-        attention = resolve_attention(self.config.attention)
         kernels = resolve_kernels(self.config.kernels, cache, lacks)
         invariant = None
         if self.config.batch_invariant:
@@ -172,6 +171,9 @@ class NativeEngine(BaseEngine):
         )
         shape = read_shape(files.hub_config)
         check_supported(shape)
+        attention = resolve_attention(
+            self.config.attention, EngineName.NATIVE, shape, dtype, device
+        )
         place, torch_dtype = torch.device(device), getattr(torch, dtype.value)
         if self.config.load_format is LoadFormat.DUMMY:
             loaded = weights.dummy(shape, torch_dtype, place, self.config.quantization)

@@ -87,6 +87,8 @@ class QwenModel:
         self.flash_decode = attention is Attention.SDPA and can_flash_decode(
             text.num_heads, text.num_kv_heads, text.head_dim, self.dtype, self.device
         )
+        # Whether prompts need no mask: both align the last query with the last key.
+        self.flash_prompts = self.flash_decode or attention is Attention.FLASH
         self.step_ops = REFERENCE_OPS
         if fused is not None:
             self.step_ops = fused(shape.text, self.rope.rows, self.dtype, self.device)
@@ -218,7 +220,7 @@ class QwenModel:
             self.dtype,
             self.device,
             inputs.left_pads,
-            self.flash_decode,
+            self.flash_prompts,
         )
         rope = self.rope.at(inputs.positions[:, :, start:stop])
         slots = torch.arange(start, stop, device=self.device)

@@ -223,8 +223,6 @@ class PrefillGraphs:
     def __init__(self, model: QwenModel, cache: KVCache, slots: int) -> None:
         self._model, self._cache = model, cache
         self._longest = min(LONGEST, slots // BUCKET * BUCKET)
-        # That package may take lengths from the host.
-        self._able = model.attention is not Attention.FLASH
         shape, device, dtype = model.shape.text, model.device, model.dtype
 
         def rows(*width: int) -> Tensor:
@@ -247,7 +245,7 @@ class PrefillGraphs:
         """As `QwenModel.prefill`."""
         assert cache is self._cache, "graphs write to the cache they were captured with"
         size = -(-inputs.length // BUCKET) * BUCKET
-        if not self._able or start > 0 or inputs.batch > 1 or size > self._longest:
+        if start > 0 or inputs.batch > 1 or size > self._longest:
             return self._model.prefill(inputs, cache, start)
         key = (size, self._take(inputs, size))
         if key not in self._graphs:
@@ -293,7 +291,7 @@ class PrefillGraphs:
 
     def _plan(self, size: int) -> AttentionPlan:
         model = self._model
-        heads, flash = model.shape.text.num_kv_heads, model.flash_decode
+        heads, flash = model.shape.text.num_kv_heads, model.flash_prompts
         return prompt_plan(0, size, heads, model.dtype, model.device, flash=flash)
 
     def encode_images(self, patches: Tensor, grids: Sequence[Grid]) -> VisionFeatures:

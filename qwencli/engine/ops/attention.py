@@ -145,8 +145,8 @@ class AttentionPlan:
         kv_len: slots that attention reads; those at its end may be hidden by the mask.
         mask: added to the scores: [B, 1, 1, kv_len] where the step has one query a row, else
             [1, B * KVH, S, kv_len] (or 1 for the heads). None: each query sees its own slot and all
-            before it, the queries being the last S slots; implementations other than
-            flash_attention_2 need S == kv_len or S == 1 for that, or `flash`.
+            before it, the queries being the last S of `lengths`, or of all slots; implementations
+            other than flash_attention_2 need S == kv_len or S == 1 for that, or `flash`.
         lengths: slots in use after this step, int32 [B] on the device.
         left_pads: slots of padding at the front, int32 [B] on the device; None = none.
         spans: a single query and what it sees, for torch's flash attention; no mask is needed.
@@ -189,7 +189,7 @@ def prompt_plan(
 
     Args:
         left_pads: int32 [B] on the device: slots of padding at the front of each row.
-        flash: whether torch's flash attention runs here, see `can_flash_decode`.
+        flash: whether torch's flash attention runs here, see `can_flash_decode`; or the package's.
     """
     kv_len = start + length
     if left_pads is None and (start == 0 or length == 1 or flash):
@@ -273,18 +273,48 @@ def flash_attention_2(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: AttentionPlan
 ) -> torch.Tensor:
     """The flash-attn package. Its causal rule aligns the last query with the last key."""
+    lengths = plan.lengths
+    if lengths is None and plan.left_pads is not None:
+        # Without lengths it may take a kernel that expects whole blocks, and padding leaves none.
+        lengths = torch.full_like(plan.left_pads, plan.kv_len)
+    # It wants positions before heads; the strides of the cache are fine as they are.
+    cache = keys.transpose(1, 2), values.transpose(1, 2)
+    # torch.compile cannot look into the package, and would stop at each layer.
+    call = torch.ops.qwencli.flash_attn if torch.compiler.is_compiling() else _flash_attn
+    out: torch.Tensor = call(q, *cache, lengths, plan.left_pads)
+    return out.flatten(2)
+
+
+def _flash_attn(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor | None,
+    left_pads: torch.Tensor | None,
+) -> torch.Tensor:
+    """q [B, S, H, D] over a cache [B, slots, KVH, D] -> as q.
+
+    Args:
+        lengths: slots in use, int32 [B]; None = all.
+    """
     from flash_attn import flash_attn_with_kvcache
 
-    # It wants positions before heads; the strides of the cache are fine as they are.
     out: torch.Tensor = flash_attn_with_kvcache(
-        q,
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        cache_seqlens=plan.kv_len if plan.lengths is None else plan.lengths,
-        cache_leftpad=plan.left_pads,
-        causal=True,
+        q, keys, values, cache_seqlens=lengths, cache_leftpad=left_pads, causal=True
     )
-    return out.flatten(2)
+    return out.contiguous()
+
+
+def _like_its_queries(q: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+torch.library.define(
+    "qwencli::flash_attn",
+    "(Tensor q, Tensor keys, Tensor values, Tensor? lengths, Tensor? left_pads) -> Tensor",
+)
+torch.library.impl("qwencli::flash_attn", "CompositeExplicitAutograd", _flash_attn)
+torch.library.register_fake("qwencli::flash_attn", _like_its_queries)
 
 
 ATTENTION: Mapping[Attention, AttentionFunction] = {

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import math
-import sys
-from types import ModuleType, SimpleNamespace
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from qwencli.engine.ops.attention import (
     hidden_score,
     prompt_plan,
 )
+from tests import flash_attn_package
 
 CPU = torch.device("cpu")
 
@@ -148,45 +150,50 @@ def test_a_hidden_score_stays_finite_and_weighs_nothing(dtype: torch.dtype) -> N
     assert torch.softmax(scores.float(), 0).tolist() == [0.0, 1.0]
 
 
-def flash_attn_with_kvcache(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    cache_seqlens: Any,
-    cache_leftpad: torch.Tensor | None,
-    causal: bool,
-) -> torch.Tensor:
-    """What the package's documentation says: [B, S, H, D], the last query sees the last key."""
-    batch, length = q.shape[:2]
-    lengths = [cache_seqlens] * batch if isinstance(cache_seqlens, int) else cache_seqlens.tolist()
-    pads = [0] * batch if cache_leftpad is None else cache_leftpad.tolist()
-    assert causal
-    k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    rows = [
-        plain(q[b : b + 1], k[b : b + 1], v[b : b + 1], lengths[b] - length, [pads[b]])
-        for b in range(batch)
-    ]
-    return torch.cat(rows).unflatten(-1, q.shape[2:])
+@pytest.fixture
+def package(tmp_path: Path) -> Iterator[None]:
+    with flash_attn_package.installed(tmp_path):
+        yield
 
 
-def test_flash_attention_is_called_as_its_documentation_says(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    module = ModuleType("flash_attn")
-    module.__dict__["flash_attn_with_kvcache"] = flash_attn_with_kvcache
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
+def case_in_bf16(batch: int, length: int, start: int) -> list[torch.Tensor]:
     data = SimpleNamespace(draw=lambda strategy: 2)
-    q, k, v = draw_case(data, 1, 3, 2)  # type: ignore[arg-type]
+    return [x.to(torch.bfloat16) for x in draw_case(data, batch, length, start)]  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("package")
+def test_flash_attention_is_called_as_its_documentation_says() -> None:
     flash = ATTENTION[Attention.FLASH]
+
+    def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
+        torch.testing.assert_close(got.float(), wanted.float(), atol=0.03, rtol=0.03)
+
     # A later piece of a prompt, a padded batch, and a step whose length is on the device.
-    plan = prompt_plan(2, 3, 2, torch.float32, CPU)
-    torch.testing.assert_close(flash(q, k, v, plan), plain(q, k, v, 2, [0]))
-    q, k, v = draw_case(data, 2, 3, 0)  # type: ignore[arg-type]
+    q, k, v = case_in_bf16(1, 3, 2)
+    plan = prompt_plan(2, 3, 2, torch.bfloat16, CPU, flash=True)
+    assert plan.mask is None
+    close(flash(q, k, v, plan), plain(q, k, v, 2, [0]))
+    q, k, v = case_in_bf16(2, 3, 0)
     pads = torch.tensor([0, 1], dtype=torch.int32)
-    plan = prompt_plan(0, 3, 2, torch.float32, CPU, pads)
-    torch.testing.assert_close(flash(q, k, v, plan)[1, 1:], plain(q, k, v, 0, [0, 1])[1, 1:])
-    step = AttentionPlan(3, None, lengths=torch.tensor([2, 2]), left_pads=pads)
-    torch.testing.assert_close(flash(q[:, :1], k, v, step), plain(q[:, :1], k, v, 1, [0, 1]))
+    plan = prompt_plan(0, 3, 2, torch.bfloat16, CPU, pads)
+    close(flash(q, k, v, plan)[1, 1:], plain(q, k, v, 0, [0, 1])[1, 1:])
+    in_use = torch.tensor([2, 2], dtype=torch.int32)
+    step = AttentionPlan(3, None, lengths=in_use, left_pads=pads)
+    close(flash(q[:, :1], k, v, step), plain(q[:, :1], k, v, 1, [0, 1]))
+
+
+@pytest.mark.usefixtures("package")
+def test_a_compiled_step_calls_flash_attention_without_a_break() -> None:
+    q, k, v = case_in_bf16(1, 1, 4)
+    plan = AttentionPlan(5, None, lengths=torch.tensor([3], dtype=torch.int32))
+    flash = ATTENTION[Attention.FLASH]
+    compiled = torch.compile(lambda q: flash(q, k, v, plan) + 1, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q), flash(q, k, v, plan) + 1)
+    torch.library.opcheck(
+        torch.ops.qwencli.flash_attn,
+        (q, k.transpose(1, 2), v.transpose(1, 2), plan.lengths, None),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 def flash_forward(

@@ -141,7 +141,8 @@ TOKENS = 1024
 
 
 def flash_attention(device: str, work: Work) -> FlashAttention:
-    """A causal prompt of TOKENS tokens through both.
+    """A causal prompt of TOKENS tokens, a step behind it and a picture through both; the prompt is
+    timed.
 
     Raises:
         ImportError, OSError: it does not load (a wheel for another torch).
@@ -167,7 +168,18 @@ def flash_attention(device: str, work: Work) -> FlashAttention:
             out = F.scaled_dot_product_attention(q.transpose(1, 2), wide_k, wide_v, is_causal=True)
             return out.transpose(1, 2)
 
-        difference = float((flash() - sdpa()).abs().max())
+        prompt, in_use = sdpa(), torch.full((1,), TOKENS, dtype=torch.int32, device=device)
+        step = flash_attn.flash_attn_with_kvcache(
+            q[:, -1:], k, v, cache_seqlens=in_use, causal=True
+        )
+        pairs = [(flash(), prompt), (step, prompt[:, -1:])]
+        if work.vision_heads and work.vision_head_dim:
+            patches = [
+                torch.randn(1, PATCHES, work.vision_heads, work.vision_head_dim).to(device, dtype)
+                for _ in range(3)
+            ]
+            pairs.append((flash_attn.flash_attn_func(*patches), vision_tower.sdpa(*patches)))
+        difference = max(float((got - wanted).abs().max()) for got, wanted in pairs)
         return FlashAttention(
             version=str(flash_attn.__version__),
             flash_us=seconds_per_call(device, flash) * 1e6,
