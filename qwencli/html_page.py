@@ -1,7 +1,7 @@
 """The frame of our HTML pages: colours for light and dark, the button between them, no network.
 
-A page opens from file:// and is one file. `bench report` and `dataset report` put into it what
-they have to say; their own style and scripts come after the frame's.
+A page is one file, and all but the server's own open from file://. `bench report`, `dataset report`
+and `serve` put into it what they have to say; their own style and scripts come after the frame's.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ def page_around(
     links: str = "",
     header: str = "",
     after: str = "",
+    asks_server: bool = False,
 ) -> str:
     """A whole page.
 
     Args:
         body, links, header, after: HTML; `after` stands behind the scripts.
+        asks_server: whether its scripts may ask the server that it comes from; else nobody.
         brand, title: plain text; the title is the brand where none is given.
     """
     return Template(_asset("frame.html")).substitute(
         title=escape(title or brand),
         brand=escape(brand),
+        connect="; connect-src 'self'" if asks_server else "",
         links=f"<nav>{links}</nav>" if links else "",
         header=header,
         style=_asset("theme.css") + style,

@@ -184,6 +184,12 @@ class EngineCore:
         return self._scheduler.limits.max_rows
 
     @property
+    def kv_pages(self) -> tuple[int, int]:
+        """Pages in use, and all there are."""
+        pool = self._scheduler.pool
+        return pool.capacity - pool.num_free, pool.capacity
+
+    @property
     def has_unfinished(self) -> bool:
         return bool(self._added or self._preparing or self._active or self._failed)
 

@@ -158,6 +158,12 @@ class ManyRequests(ABC):
     def has_unfinished(self) -> bool:
         return self._queue is not None and self._queue.has_unfinished
 
+    @property
+    def kv_pages(self) -> tuple[int, int] | None:
+        """Pages of keys and values in use, and all; None where there are none yet."""
+        pages: tuple[int, int] | None = getattr(self._queue, "kv_pages", None)
+        return pages
+
     def add(self, request: RequestSource) -> RequestId:
         return self._requests().add(request)
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -34,6 +34,10 @@ from qwencli.server.api_errors import ApiError, api_error, json_response
 from qwencli.server.chat_api import ChatBody, ChatFormat, ChatMessage, TextContent, event
 from qwencli.server.engine_thread import Answer, EngineThread, GoneError, TookTooLongError
 from qwencli.server.image_urls import opened_picture, picture_bytes
+from qwencli.server.metrics import Metrics
+from qwencli.server.openapi import openapi_document
+from qwencli.server.page import PAGE_HEADERS, chat_page
+from qwencli.server.responses_api import ResponsesBody, ResponsesFormat
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -92,6 +96,11 @@ def create_app(engine_thread: EngineThread, settings: ServerSettings) -> Starlet
             Route("/v1/models", server.models),
             Route("/v1/models/{name:path}", server.model),
             Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
+            Route("/v1/responses", server.responses, methods=["POST"]),
+            Route("/metrics", server.metrics_text),
+            Route("/status", server.status),
+            Route("/openapi.json", server.openapi),
+            Route("/", server.page),
         ],
         exception_handlers={
             ApiError: _told,
@@ -109,11 +118,32 @@ class _Server:
     def __init__(self, engine_thread: EngineThread, settings: ServerSettings) -> None:
         self._thread, self._settings = engine_thread, settings
         self._started = int(time.time())
+        self._metrics: Metrics | None = None
+
+    @property
+    def metrics(self) -> Metrics:
+        # Not before the engine is loaded.
+        if self._metrics is None:
+            self._metrics = Metrics(self._thread, self._settings.model)
+        return self._metrics
 
     async def health(self, request: Request) -> Response:
         failed = self._thread.failure is not None
         body = {"status": "failed" if failed else "ok", "version": __version__}
         return json_response(body, 503 if failed else 200)
+
+    async def metrics_text(self, request: Request) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def status(self, request: Request) -> Response:
+        return json_response(self.metrics.state())
+
+    async def openapi(self, request: Request) -> Response:
+        return json_response(openapi_document())
+
+    async def page(self, request: Request) -> Response:
+        asks_key = self._settings.api_key is not None
+        return HTMLResponse(chat_page(self._settings.model, asks_key), headers=PAGE_HEADERS)
 
     async def models(self, request: Request) -> Response:
         return json_response({"object": "list", "data": [self._model_entry()]})
@@ -151,6 +181,13 @@ class _Server:
             in_batch=body.num_logprobs is not None,
         )
 
+    async def responses(self, request: Request) -> ASGIApp:
+        body = await self._body(request, ResponsesBody)
+        chat = body.as_chat()
+        self._check_model(body.model)
+        form = ResponsesFormat(body, self._settings.model)
+        return self._reply(await self._source(chat), form, stream=bool(body.stream))
+
     async def _source(self, body: ChatBody) -> Callable[[], GenerationRequest]:
         """What makes the request; all of it is checked but its pictures and its length."""
         sampling = self._over_defaults(body.sampling())
@@ -165,6 +202,7 @@ class _Server:
             return GenerationRequest(
                 conversation(),
                 sampling,
+                ignore_eos=bool(body.ignore_eos),
                 schema=schema,
                 thinking=body.thinks,
                 tools=tuple(map(json.dumps, body.offered)),
@@ -285,7 +323,7 @@ class _Server:
         return bytes(data)
 
     def _reply(
-        self, source: RequestSource, form: Format, *, stream: bool, in_batch: bool
+        self, source: RequestSource, form: Format, *, stream: bool, in_batch: bool = False
     ) -> ASGIApp:
         # With logprobs every piece says something that the result does not.
         whole = not (stream or in_batch)
@@ -296,7 +334,9 @@ class _Server:
                     if stream:
                         await self._stream(answer, form, send)
                     else:
-                        response = json_response(form.whole(*await _whole(answer)))
+                        pieces, result = await _whole(answer)
+                        self.metrics.answered(result)
+                        response = json_response(form.whole(pieces, result))
                         async with asyncio.timeout(self._settings.write_s):
                             await response(scope, receive, send)
             except QwenCliError as error:
@@ -339,14 +379,15 @@ class _Server:
             }
         )
         data = b"".join(form.begin())
-        over = False
         while True:
             data += b"".join(form.events(pieces))
-            over = pieces[-1].result is not None
+            result = pieces[-1].result
+            if result is not None:
+                self.metrics.answered(result)
             if data:
                 async with asyncio.timeout(self._settings.write_s):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-            if over:
+            if result is not None:
                 break
             try:
                 pieces, data = await answer.pieces(), b""

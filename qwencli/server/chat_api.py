@@ -60,7 +60,7 @@ class CalledTool(Body):
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Content] | None = None
-    tool_calls: list[CalledTool] | None = Field(None, max_length=128)
+    tool_calls: list[CalledTool] | None = Field(default=None, max_length=128)
 
     def called(self, place: str) -> tuple[ToolCall, ...]:
         """Raises ApiError for arguments that are no JSON object."""
@@ -117,28 +117,29 @@ class StreamOptions(Body):
 
 
 class ChatBody(Body):
-    """What may be asked. top_k, min_p and repetition_penalty are ours, as they are vLLM's."""
+    """What may be asked. top_k, min_p, repetition_penalty and ignore_eos are vLLM's too."""
 
     model: str | None = None
     messages: list[ChatMessage] = Field(min_length=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=200)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, ge=1, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, le=200)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, ge=1, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = None
     stop: str | list[str] | None = None
     n: int | None = None
+    ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Tool] | None = Field(None, max_length=128)
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    tools: list[Tool] | None = Field(default=None, max_length=128)
     tool_choice: Literal["none", "auto"] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: TemplateSettings | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
+import json
 import time
 
 import openai
@@ -65,8 +67,8 @@ def test_a_client_that_goes_ends_its_request(client, served: Served) -> None:
         model="scenes",
         messages=asking("Count.", drawn()),
         max_tokens=4000,
-        temperature=2,
         stream=True,
+        extra_body={"ignore_eos": True},
     )
     next(iter(stream))
     stream.close()
@@ -74,3 +76,93 @@ def test_a_client_that_goes_ends_its_request(client, served: Served) -> None:
     while served.thread.num_unfinished and time.monotonic() < until:
         time.sleep(0.01)
     assert served.thread.num_unfinished == 0
+
+
+SHAPE = {
+    "type": "object",
+    "properties": {
+        "shape": {"enum": ["circle", "square", "triangle"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
+    "required": ["shape", "count"],
+    "additionalProperties": False,
+}
+
+
+def test_an_answer_is_held_to_a_schema(client) -> None:
+    held = {"type": "json_schema", "json_schema": {"name": "shape", "schema": SHAPE}}
+    answer = client.chat.completions.create(
+        messages=asking("What is it?", drawn()), response_format=held, **SETTINGS
+    )
+    assert set(json.loads(answer.choices[0].message.content)) == {"shape", "count"}
+
+
+def test_logprobs(client) -> None:
+    asked = {"messages": asking("Describe this image.", drawn()), **SETTINGS}
+    answer = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+    told = answer.choices[0].logprobs.content
+    assert "".join(each.token for each in told) == answer.choices[0].message.content
+    assert all(each.logprob == each.top_logprobs[0].logprob for each in told)
+    events = client.chat.completions.create(**asked, logprobs=True, stream=True)
+    streamed = [t for e in events if e.choices[0].logprobs for t in e.choices[0].logprobs.content]
+    assert [each.token for each in streamed] == [each.token for each in told]
+
+
+def test_the_same_seed_says_the_same(client) -> None:
+    said = {
+        client.chat.completions.create(
+            model="scenes",
+            messages=asking("Describe this image.", drawn()),
+            temperature=1.5,
+            seed=2**40 + 5,
+            max_tokens=12,
+        )
+        .choices[0]
+        .message.content
+        for _ in range(3)
+    }
+    assert len(said) == 1
+
+
+def test_responses_whole_and_in_events(client) -> None:
+    parts = [
+        {"type": "input_image", "image_url": drawn()},
+        {"type": "input_text", "text": "Describe this image."},
+    ]
+    asked = {
+        "model": "scenes",
+        "input": [{"role": "user", "content": parts}],
+        "temperature": 0,
+        "max_output_tokens": 24,
+    }
+    whole = client.responses.create(**asked)
+    assert "red circle" in whole.output_text
+    events = list(client.responses.create(**asked, stream=True))
+    assert [e.sequence_number for e in events] == list(range(len(events)))
+    text = "".join(e.delta for e in events if e.type == "response.output_text.delta")
+    assert text == whole.output_text == events[-1].response.output_text
+    assert events[-1].type == f"response.{whole.status}"
+    held = {"format": {"type": "json_schema", "name": "shape", "schema": SHAPE}}
+    assert json.loads(client.responses.create(**asked, text=held).output_text)
+
+
+def test_many_clients_at_once_get_the_answers_that_they_get_alone(served: Served) -> None:
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{served.address}/v1", api_key="none") as many:
+            asked = [
+                many.chat.completions.create(
+                    messages=asking("Describe this image." + " " * (n % 2), drawn()), **SETTINGS
+                )
+                for n in range(12)
+            ]
+            return [each.choices[0].message.content for each in await asyncio.gather(*asked)]
+
+    assert len(set(asyncio.run(all_of_them()))) <= 2
+    assert served.thread.num_unfinished == 0
+
+
+def test_models(client) -> None:
+    assert [each.id for each in client.models.list()] == ["scenes"]
+    assert client.models.retrieve("scenes").id == "scenes"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-5")

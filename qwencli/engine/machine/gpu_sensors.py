@@ -6,12 +6,13 @@ Nothing here changes a setting. A figure that a device does not offer is None.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePath, PureWindowsPath
 from typing import Any, TypeVar
 
-from qwencli.engine.machine.host import open_nvml
+from qwencli.engine.machine.host import nvml_handle, open_nvml
 
 
 @dataclass(frozen=True)
@@ -254,3 +255,21 @@ def read_clocks(nvml: Any, gpu: Any) -> ClockSample:
         pcie_gen=ask("nvmlDeviceGetCurrPcieLinkGeneration"),
         pcie_width=ask("nvmlDeviceGetCurrPcieLinkWidth"),
     )
+
+
+def clock_samples(device: str) -> Iterator[ClockSample]:
+    """What a GPU does, each time it is asked; ends where there is none, or the driver is silent.
+
+    Args:
+        device: as torch names it.
+    """
+    if not device.startswith("cuda"):
+        return
+    try:
+        import pynvml
+    except ImportError:
+        return
+    with suppress(pynvml.NVMLError), open_nvml() as nvml:
+        gpu = nvml_handle(nvml, device)
+        while True:
+            yield read_clocks(nvml, gpu)

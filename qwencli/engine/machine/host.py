@@ -114,23 +114,31 @@ def driver_version() -> str | None:
     return _from_driver(lambda nvml: str(nvml.nvmlSystemGetDriverVersion()))
 
 
+def nvml_handle(nvml: Any, device: str) -> Any:
+    """The driver's handle of a GPU.
+
+    Args:
+        device: as torch names it; which of the driver's it is, CUDA_VISIBLE_DEVICES decides.
+    """
+    index = int(device.partition(":")[2] or 0)
+    shown = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    name = shown[index] if index < len(shown) and shown[index] else str(index)
+    if name.isdecimal():
+        return nvml.nvmlDeviceGetHandleByIndex(int(name))
+    return nvml.nvmlDeviceGetHandleByUUID(name)
+
+
 def gpu_use(device: str) -> Iterator[int]:
     """How many percent of the time the GPU was busy lately, each time it is asked; ends where the
     driver does not say.
 
     Args:
-        device: as torch names it; which of the driver's it is, CUDA_VISIBLE_DEVICES decides.
+        device: see `nvml_handle`.
     """
     import pynvml
 
-    index = int(device.partition(":")[2] or 0)
-    shown = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    name = shown[index] if index < len(shown) and shown[index] else str(index)
     with suppress(pynvml.NVMLError), open_nvml() as nvml:
-        if name.isdecimal():
-            gpu = nvml.nvmlDeviceGetHandleByIndex(int(name))
-        else:
-            gpu = nvml.nvmlDeviceGetHandleByUUID(name)
+        gpu = nvml_handle(nvml, device)
         while True:
             yield int(nvml.nvmlDeviceGetUtilizationRates(gpu).gpu)
 
