@@ -51,13 +51,14 @@ class Metrics:
 
     def answered(self, result: GenerationResult) -> None:
         timings = result.timings
-        self._ttft.add(timings.ttft_s)
+        if timings.ttft_s is not None:
+            self._ttft.add(timings.ttft_s)
         self._e2e.add(timings.e2e_s)
         for before, after in zip(result.token_t_s, result.token_t_s[1:], strict=False):
             self._itl.add(after - before)
-        self._tokens["prompt"] += result.num_prompt_tokens
+        self._tokens["prompt"] += result.num_prompt_tokens or 0
         self._tokens["cached"] += result.num_cached_tokens
-        self._tokens["image"] += result.num_image_tokens
+        self._tokens["image"] += result.num_image_tokens or 0
         self._tokens["generated"] += result.num_new_tokens
 
     def replied(self, status: int) -> None:

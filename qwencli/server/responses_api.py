@@ -320,7 +320,7 @@ def _usage(result: GenerationResult) -> dict[str, Any]:
         "input_tokens_details": {"cached_tokens": result.num_cached_tokens},
         "output_tokens": new,
         "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": result.num_prompt_tokens + new,
+        "total_tokens": (result.num_prompt_tokens or 0) + new,
         "timings": asdict(result.timings),
     }
 
