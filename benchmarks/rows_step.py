@@ -57,6 +57,9 @@ class RowsStep:
         counts = [pages_for(short if row % EVERY else most) for row in range(max_rows)]
         self._most, self._own = most, step.own
         self.runner = ModelRunner(step.model, 1 + sum(counts), max_rows, most, False, VisionCache())
+        # As the engine does where memory allows.
+        if step.model.dense_copies_bytes:
+            step.model.keep_dense_copies()
         order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)) + 1
         for table, own in zip(self.runner.state.tables, order.split(counts), strict=True):
             table[: len(own)] = own.to(torch.int32)

@@ -165,10 +165,13 @@ def _compile(command: list[str], source: Path, objects: Path) -> Path:
 
 def link(setup: Setup, objects: Sequence[Path], name: str) -> Path:
     library = setup.work / name
-    found = (path for lib in ("lib", "lib64") for path in setup.cuda.glob(f"{lib}/libcudart.so.*"))
-    runtime = next(found, None)
+    # Beside the compiler, or where the packages that torch needs have it.
+    packages = setup.torch.parent / "nvidia"
+    folders = [setup.cuda / "lib64", setup.cuda / "lib", *sorted(packages.glob("c*/lib"))]
+    runtime = next((file for each in folders for file in each.glob("libcudart.so*")), None)
     if runtime is None:
-        sys.exit(f"no libcudart.so below {setup.cuda}: install nvidia-cuda-runtime")
+        searched = ", ".join(map(str, folders))
+        sys.exit(f"no libcudart.so in {searched}: install nvidia-cuda-runtime")
     subprocess.run(
         ["g++", "-shared", "-s", "-o", str(library), *map(str, objects),
          f"-L{setup.torch / 'lib'}", *(f"-l{name}" for name in TORCH_LIBRARIES), str(runtime),

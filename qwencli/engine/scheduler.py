@@ -150,7 +150,7 @@ class Scheduler:
         ):
             first = self.waiting[0]
             if self._prefilling and (first.alone or self._prefilling[-1].alone):
-                return
+                break
             # The last token is run in any case: its logits are wanted.
             shared = self.pool.share(first.page_keys[: (first.num_prompt_tokens - 1) // PAGE_SIZE])
             cached = len(shared) * PAGE_SIZE
@@ -162,7 +162,7 @@ class Scheduler:
                 own = self.pool.allocate(pages_for(first.max_tokens) - len(shared))
             if own is None:
                 self.pool.free(shared)
-                return
+                break
             self.waiting.popleft()
             first.pages = shared + own
             first.num_cached = first.num_computed = cached

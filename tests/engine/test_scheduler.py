@@ -158,17 +158,21 @@ def test_a_long_prompt_runs_in_parts_beside_the_rows_that_run():
     assert parts == [(0, 100), (100, 200), (200, 300), (300, 350)]
 
 
-@pytest.mark.parametrize(("powers_of_two", "begun"), [(True, [4, 2, 1]), (False, [7])])
-def test_equal_prompts_start_in_powers_of_two_beside_rows_that_run(powers_of_two, begun):
-    scheduler = Scheduler(Limits(9, 1000, 9, powers_of_two=powers_of_two), PagePool(40))
+# Of 8 prompts of 40 tokens, once where all may run in a step and once where 7 may.
+@pytest.mark.parametrize(
+    ("powers_of_two", "tokens", "begun"),
+    [(True, 1000, [8]), (True, 310, [4, 4]), (False, 1000, [8]), (False, 310, [7, 1])],
+)
+def test_equal_prompts_start_in_powers_of_two_beside_rows_that_run(powers_of_two, tokens, begun):
+    scheduler = Scheduler(Limits(9, tokens, 9, powers_of_two=powers_of_two), PagePool(40))
     scheduler.add(Sequence(0, 30, 50))
     scheduler.schedule()
-    for number in range(7):
+    for number in range(8):
         scheduler.add(Sequence(1 + number, 40, 50))
     batches = [scheduler.schedule() for _ in begun]
     assert [len(batch.prefill) for batch in batches] == begun
     started = [chunk.sequence.request for batch in batches for chunk in batch.prefill]
-    assert started == list(range(1, 8))
+    assert started == list(range(1, 9))
     assert not scheduler.schedule().prefill
 
 

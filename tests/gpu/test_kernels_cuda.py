@@ -170,7 +170,10 @@ def test_a_prompt_takes_no_more_memory_than_one_matrix_read_back(quantization):
     model.prefill(inputs, cache)
     torch.cuda.synchronize()
     gate_up = 2 * 9728 * 2560 * 2
-    assert gate_up <= torch.cuda.max_memory_allocated() - before < 1.1 * gate_up
+    took = torch.cuda.max_memory_allocated() - before
+    assert took < 1.1 * gate_up
+    # Others multiply so few tokens as they are stored.
+    assert took >= gate_up or quantization is not Quantization.INT8
 
 
 @torch.inference_mode()

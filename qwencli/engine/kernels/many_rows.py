@@ -90,7 +90,8 @@ class ManyRows:
         return self.product(activated, layer.down, onto=hidden, gated=True)
 
     def norm_head(self, hidden: Tensor, norm: RMSNorm, head: Matrix) -> Tensor:
-        if self._format(head, hidden) is None:
+        kept = isinstance(head, QuantizedTensor) and is_kept_dense(head)
+        if self._format(head, hidden) is None and not kept:
             return norm_head(hidden, norm, head, dequantize)
         return self.product(hidden, head, norm=norm)
 
