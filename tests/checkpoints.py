@@ -94,7 +94,32 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {**TEXT, "head_dim": 16, "rope_theta": 1e6, "tie_word_embeddings": False},
     "qwen2": {**TEXT, "rope_theta": 1e6, "tie_word_embeddings": True},
 }
+EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+}
+# Families whose requests are rows of batches, whatever else they are.
+ROWS_ONLY: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {**CONFIGS["qwen3"], **EXPERTS},
+    "qwen3_vl_moe": {
+        **CONFIGS["qwen3_vl"],
+        "text_config": {
+            **CONFIGS["qwen3_vl"]["text_config"],
+            **EXPERTS,
+            "model_type": "qwen3_vl_moe_text",
+        },
+        "vision_config": {**CONFIGS["qwen3_vl"]["vision_config"], "model_type": "qwen3_vl_moe"},
+    },
+}
 VISION_FAMILIES = [family for family, config in CONFIGS.items() if "vision_config" in config]
+
+
+def _config_of(family: str) -> dict[str, Any]:
+    return CONFIGS[family] if family in CONFIGS else ROWS_ONLY[family]
 
 
 def hub_config(family: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -104,7 +129,7 @@ def hub_config(family: str, overrides: Mapping[str, Any] | None = None) -> dict[
     """
     ids = {token: tiny_tokenizer().token_to_id(token) for token in CONTROL}
     config = {
-        **copy.deepcopy(CONFIGS[family]),
+        **copy.deepcopy(_config_of(family)),
         "model_type": family,
         "eos_token_id": ids["<|im_end|>"],
         "bos_token_id": ids["<|endoftext|>"],
@@ -144,8 +169,8 @@ def write_checkpoint(
     model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(hub_config(family, overrides)), encoding="utf-8")
     write_tiny_folder(folder)
-    if family in VISION_FAMILIES:
-        patch_size = CONFIGS[family]["vision_config"]["patch_size"]
+    if "vision_config" in _config_of(family):
+        patch_size = _config_of(family)["vision_config"]["patch_size"]
         processor = {
             "patch_size": patch_size,
             "merge_size": 2,

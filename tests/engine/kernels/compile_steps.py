@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 import pkgutil
 import re
 import subprocess
@@ -36,13 +37,14 @@ from triton.runtime.driver import driver
 from qwencli.config import Quantization
 from qwencli.engine import kernels
 from qwencli.engine.cache.paged_kv import DecodePages
-from qwencli.engine.kernels import add_norm, fused_ops, many_rows
+from qwencli.engine.kernels import add_norm, fused_ops, many_rows, moe
 from qwencli.engine.loading import weights
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
-from qwencli.engine.ops.decoder_ops import RMSNorm
-from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
+from qwencli.engine.ops.decoder_ops import Matrix, RMSNorm
+from qwencli.engine.ops.moe import Routing
+from qwencli.engine.quant.quantized_tensor import LARGEST, QuantizedTensor, Scheme
 from qwencli.engine.row_state import RowState
 from qwencli.models.shape_reader import read_shape
 
@@ -59,7 +61,14 @@ OF_MANY_ROWS = (
     "quantize_rows_kernel",
     "tiled_gemm_kernel",
     "verify_drafts_kernel",
+    "route_kernel",
+    "pick_experts_kernel",
+    "sort_pairs_kernel",
+    "experts_gate_up_kernel",
+    "experts_down_kernel",
+    "grouped_gemm_kernel",
 )
+BYTES = {Scheme.INT8: torch.int8, Scheme.FP8: torch.float8_e4m3fn}
 CPU = torch.device("cpu")
 LOOP = re.compile(r"^(\$L__BB\w+):(.*?)\bbra(?:\.uni)?\s+\1;", re.MULTILINE | re.DOTALL)
 PRODUCT = "mma.sync"
@@ -189,9 +198,32 @@ def products_of_rows(about: dict[str, Any]) -> None:
         many.product(both, zeros_of(scheme, width, wide), gated=True)
 
 
+def mixtures(about: dict[str, Any]) -> None:
+    """Of experts as wide as those of 35B-A3B, with the shared one among them. They need nothing
+    that cards differ in: all kinds of weights are compiled where every card is tried."""
+    whole = "EVERY_CARD" in os.environ
+    width, inner, half = 2048, 512, torch.bfloat16
+    kernels = moe.ExpertKernels(8, CPU, fused_ops.Launch.on(CPU).options, "tf32")
+    norm = RMSNorm(torch.ones(width, dtype=half), 1e-6)
+    routing = Routing(torch.zeros(257, width, dtype=half), 256, 8, True, 1)
+    stacked = 257 * 2 * inner, 257 * width
+    for scheme in (None, Scheme.INT8, Scheme.FP8, Scheme.INT4) if whole else (Scheme.INT4,):
+        about |= {"quantization": "none" if scheme is None else scheme.value}
+        if scheme is None:
+            gate_up: Matrix = torch.zeros(stacked[0], width, dtype=half).t()
+            down: Matrix = torch.zeros(stacked[1], inner, dtype=half).t()
+        else:
+            gate_up, down = zeros_of(scheme, stacked[0], width), zeros_of(scheme, stacked[1], inner)
+        layer: Any = SimpleNamespace(mlp_norm=norm, gate_up=gate_up, down=down, routing=routing)
+        for rows in (2, 16, 2048) if whole else (2, 2048):
+            about["rows"] = rows
+            hidden = torch.zeros(rows, width, dtype=half)
+            (kernels.few if rows <= 8 else kernels.many)(hidden, layer)
+
+
 def zeros_of(scheme: Scheme, rows: int, columns: int) -> QuantizedTensor:
-    if scheme is Scheme.FP8:
-        data = torch.zeros(rows, columns, dtype=torch.float8_e4m3fn)
+    if scheme in LARGEST:
+        data = torch.zeros(rows, columns, dtype=BYTES[scheme])
         return QuantizedTensor(scheme, data, torch.ones(rows))
     words = torch.zeros(rows, columns // 8, dtype=torch.int32)
     scale, zero = (torch.ones(rows, columns // 128, dtype=torch.float16) for _ in range(2))
@@ -216,6 +248,7 @@ def many_rows_for(config: dict[str, Any], capability: int) -> None:
             about["tokens"] = 1
         about["kv"] = None
         products_of_rows(about)
+        mixtures(about)
         hidden, gain = torch.zeros(16, 1152, dtype=half), torch.ones(1152, dtype=half)
         add_norm.AddNorm()(hidden, hidden.clone(), gain, gain, 1e-6)
 

@@ -30,6 +30,14 @@ MOST_EXCHANGED_OF_CACHES = 48
 KV = (None, "int8", "fp8-e4m3")
 
 
+OF_EXPERTS = {
+    "route_kernel",
+    "pick_experts_kernel",
+    "sort_pairs_kernel",
+    "experts_gate_up_kernel",
+    "experts_down_kernel",
+    "grouped_gemm_kernel",
+}
 # Compute capabilities, and bytes of shared memory that a program can have there at most.
 CARDS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 # Without and with fp8; `make kernels` tries all.
@@ -70,6 +78,7 @@ def test_kernels_of_many_rows_fit_the_card(request: pytest.FixtureRequest, card:
         "quantize_rows_kernel",
         "tiled_gemm_kernel",
         "verify_drafts_kernel",
+        *OF_EXPERTS,
     } == {kernel["kernel"] for kernel in found}
     products = [kernel for kernel in found if kernel["kernel"] == "tiled_gemm_kernel"]
     formats = {kernel["quantization"] for kernel in products}
