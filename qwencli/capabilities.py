@@ -50,7 +50,7 @@ class Limit:
 
     Args:
         given: axis -> values of it; the limit holds where every one of them is chosen. Also
-            `BATCH_INVARIANT`, which is no axis.
+            `BATCH_INVARIANT` and `KEEPS_STATES`, which are no axes.
         lacks: it holds only where the device lacks this.
         reason: a sentence without its full stop, `{value}` being the mode; "" = what `Lacks` says.
         nearest: the option that gives the nearest mode that runs.
@@ -65,7 +65,14 @@ class Limit:
 
 
 BATCH_INVARIANT = "batch_invariant"
+# Whether the model keeps states beside keys and values; the native engine knows once it has read
+# the model's shape.
+KEEPS_STATES = "keeps_states"
 _INVARIANT = {BATCH_INVARIANT: (True,)}
+_STATES: Mapping[str, tuple[StrEnum | bool, ...]] = {
+    KEEPS_STATES: (True,),
+    "engine": (EngineName.NATIVE,),
+}
 _TRANSFORMERS = {"engine": (EngineName.TRANSFORMERS,)}
 _BITSANDBYTES = (Quantization.INT8, Quantization.INT4)
 _ONE_BYTE = (KVDType.INT8, KVDType.FP8)
@@ -90,6 +97,34 @@ TABLE: tuple[Limit, ...] = (
     _of_the_server("kernels", Kernels.AUTO),
     _of_the_server("kv_dtype", KVDType.AUTO),
     _of_the_server("speculate", Speculate.OFF),
+    Limit(
+        "engine",
+        (EngineName.NATIVE,),
+        "another model",
+        "--batch-invariant has no operations for gated delta nets, which this model has",
+        given={KEEPS_STATES: (True,), **_INVARIANT},
+    ),
+    Limit(
+        "cache",
+        (Cache.DYNAMIC, Cache.STATIC_COMPILE),
+        "--cache static",
+        "this model has gated delta nets, which run in rows over pages alone, and {value} has none",
+        given=_STATES,
+    ),
+    Limit(
+        "attention",
+        (Attention.FLASH, Attention.EAGER),
+        f"--attention {Attention.SDPA}",
+        "this model has gated delta nets, and its rows attend over pages by our kernel or sdpa",
+        given=_STATES,
+    ),
+    Limit(
+        "speculate",
+        _DRAFTING,
+        "--speculate off",
+        "this model has gated delta nets, whose state drafts that are wrong would change",
+        given=_STATES,
+    ),
     Limit(
         "engine",
         (EngineName.TRANSFORMERS,),
@@ -292,7 +327,7 @@ def runs_with(axis: str) -> str:
         for limit in TABLE
         if limit.axis == axis
         and len(limit.given) < 2
-        and BATCH_INVARIANT not in limit.given
+        and not {BATCH_INVARIANT, KEEPS_STATES} & limit.given.keys()
         and limit.given is not _REMOTE
     ]
     parts = []

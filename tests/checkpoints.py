@@ -31,6 +31,37 @@ VISION = {"hidden_size": 32, "num_heads": 2, "depth": 2, "intermediate_size": 48
 SECTIONED = {"type": "mrope", "mrope_section": [4, 2, 2]}
 
 CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3_5": {
+        "text_config": {
+            **TEXT,
+            "num_hidden_layers": 4,
+            "head_dim": 32,
+            "model_type": "qwen3_5_text",
+            "full_attention_interval": 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [4, 2, 2],
+                "mrope_interleaved": True,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+        "vision_config": {
+            **VISION,
+            "model_type": "qwen3_5",
+            "out_hidden_size": 64,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 64,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        "tie_word_embeddings": True,
+    },
     "qwen3_vl": {
         "text_config": {
             **TEXT,
@@ -116,6 +147,8 @@ ROWS_ONLY: dict[str, dict[str, Any]] = {
     },
 }
 VISION_FAMILIES = [family for family, config in CONFIGS.items() if "vision_config" in config]
+# Those that run alone too, in a cache of their own; others are rows over pages in any case.
+ALONE = [family for family in CONFIGS if family != "qwen3_5"]
 
 
 def _config_of(family: str) -> dict[str, Any]:

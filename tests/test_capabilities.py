@@ -7,6 +7,7 @@ import pytest
 from qwencli.capabilities import (
     AXES,
     BATCH_INVARIANT,
+    KEEPS_STATES,
     TABLE,
     Need,
     fastest_cache,
@@ -33,8 +34,10 @@ def combinations():
 @pytest.mark.parametrize("lacks", [{}, ON_A_CPU, EVERYTHING_MISSING])
 def test_the_nearest_modes_lead_to_one_that_runs(lacks):
     """Whoever does what a refusal says, one after the other, ends with modes that run."""
-    for modes, invariant in itertools.product(combinations(), (False, True)):
-        asked = {**modes, BATCH_INVARIANT: invariant}
+    # Both at once have no mode that runs.
+    others = ({}, {BATCH_INVARIANT: True}, {KEEPS_STATES: True})
+    for modes, other in itertools.product(combinations(), others):
+        asked = {**modes, **other}
         for _ in range(len(AXES) + 2):
             refusal = why_not(asked, lacks)
             if refusal is None:
@@ -48,8 +51,11 @@ def test_the_nearest_modes_lead_to_one_that_runs(lacks):
 def test_every_entry_is_reached():
     reached = set()
     for lacks in ({}, ON_A_CPU, EVERYTHING_MISSING, *({need: "missing"} for need in Need)):
-        for modes, invariant in itertools.product(combinations(), (False, True)):
-            refusal = why_not({**modes, BATCH_INVARIANT: invariant}, lacks)
+        others = [(False, False), (True, False)]
+        others += [(False, True), (True, True)] if not lacks else []
+        for modes, (invariant, keeps) in itertools.product(combinations(), others):
+            asked = {**modes, BATCH_INVARIANT: invariant, KEEPS_STATES: keeps}
+            refusal = why_not(asked, lacks)
             if refusal is not None:
                 reached.add((refusal.axis, refusal.reason.replace(refusal.value, "{value}")))
     said = {limit.reason for limit in TABLE if limit.reason}

@@ -262,7 +262,7 @@ class EngineCore:
         rest: list[Key] | None = None
         if asked.bypass_caches:
             digests = [os.urandom(len(each)) for each in digests]
-        else:
+        elif self._scheduler.states is None:
             keys = keys_of(prompt, digests)
             pages = page_keys(keys, PAGE_SIZE)
             rest = keys[len(pages) * PAGE_SIZE :]

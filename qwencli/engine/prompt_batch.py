@@ -11,12 +11,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qwencli.config import SamplingParams
 from qwencli.engine.cache.paged_kv import PAGE_SIZE, SCRATCH_PAGE, PackedPrompts, pages_for
+from qwencli.engine.cache.recurrent_state import SCRATCH_SLOT
 from qwencli.engine.device_memory import upload
 from qwencli.engine.event_timer import Mark
 from qwencli.engine.layers.vision_tower import PIECE, VisionFeatures, VisionPass, join_features
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import PromptPositions
 from qwencli.engine.request import PromptChunk
+from qwencli.engine.request import Sequence as ScheduledSequence
 
 Tensor = torch.Tensor
 
@@ -151,6 +153,9 @@ def pack_prompts(
         seen_pages = [chunk.sequence.pages[: pages_for(chunk.stop)] for chunk in chunks]
         tables = [torch.tensor(pages) for pages in seen_pages]
         host.append(pad_sequence(tables, True, SCRATCH_PAGE))
+    keeps_states = model.shape.text.delta is not None
+    if keeps_states:
+        host.append(torch.tensor([state_of(chunk.sequence) for chunk in chunks]))
     sent = upload(host, model.device)
     return PackedBatch(
         ids=sent[0],
@@ -165,10 +170,16 @@ def pack_prompts(
             slots=sent[4] if behind else None,
             flash=model.flash_decode,
             tables=sent[8].to(torch.int32) if model.batch_invariant else None,
+            states=sent[-1] if keeps_states else None,
         ),
         features=join_features(features) if features else None,
         last=sent[7],
     )
+
+
+def state_of(sequence: ScheduledSequence) -> int:
+    """The slot of what a sequence that runs keeps beside its pages."""
+    return SCRATCH_SLOT if sequence.state is None else sequence.state
 
 
 def _slots_of(pages: Sequence[int], count: int) -> Tensor:

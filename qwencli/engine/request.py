@@ -42,7 +42,8 @@ class Sequence:
     Args:
         num_prompt_tokens, max_new_tokens: at least 1 each.
         row: its place in the decode state, and `pages` its part of the KV pool, by page of its
-            tokens; none while it waits.
+            tokens; none while it waits. state: the slot of what it keeps beside them, where the
+            model keeps states.
         page_keys: of the whole pages of its tokens, see `prefix_cache.page_keys`.
         num_cached: prompt tokens that another sequence had computed, in pages that it shares.
         num_computed: prompt tokens whose keys and values are in the pool, or on the way there.
@@ -63,6 +64,7 @@ class Sequence:
     page_keys: list[bytes] = field(default_factory=list)
     row: int | None = None
     pages: list[int] = field(default_factory=list)
+    state: int | None = None
     num_cached: int = 0
     num_computed: int = 0
     num_scheduled: int = 0

@@ -7,6 +7,7 @@ import importlib.util
 from qwencli.capabilities import (
     AXES,
     BATCH_INVARIANT,
+    KEEPS_STATES,
     NOTHING,
     Lacks,
     Need,
@@ -128,16 +129,23 @@ def device_lacks(device: str) -> Lacks:
     return found
 
 
-def check_modes(config: EngineConfig, engine: EngineName, lacks: Lacks = NOTHING) -> None:
+def check_modes(
+    config: EngineConfig,
+    engine: EngineName,
+    lacks: Lacks = NOTHING,
+    keeps_states: bool = False,
+) -> None:
     """Hold what the user asked for against the table of what runs with what.
 
     Args:
         lacks: of the device; where it is not known yet, what holds on any is checked.
+        keeps_states: whether the model does, beside keys and values.
 
     Raises:
         UnsupportedModeError: a mode that cannot run, with the reason and the nearest that can.
     """
-    refusal = why_not(chosen_modes(config, engine, lacks), lacks)
+    modes = chosen_modes(config, engine, lacks) | {KEEPS_STATES: keeps_states}
+    refusal = why_not(modes, lacks)
     if refusal is not None:
         raise refusal.error()
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 import torch
 
 from qwencli.engine.cache.paged_kv import SCRATCH_PAGE
+from qwencli.engine.cache.recurrent_state import SCRATCH_SLOT
 from qwencli.engine.device_memory import upload
 from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
 from qwencli.engine.native.sampler import Sampler, SamplerKind, TokenMasks, TokenOdds, widest_kind
@@ -26,7 +27,8 @@ class RowState:
     `token` is the last token chosen, `slot` its place in its sequence, `position` its rotary
     position, `step` how many tokens the row has chosen and `limit` how many it may, int64 [R] all;
     `done` [R] whether it is over. `stop_ids` int64 [R, MAX_STOP_TOKENS], -1 where unused. `tables`
-    int32 [R, pages]: the pages of each row.
+    int32 [R, pages]: the pages of each row. `states` int64 [R]: the slots of what they keep beside
+    those, where the model keeps states.
 
     Args:
         with_drafts: whether steps may check drafted tokens too.
@@ -45,6 +47,7 @@ class RowState:
             return torch.zeros(rows, dtype=torch.int64, device=device)
 
         self.token, self.slot, self.position, self.step, self.limit = (column() for _ in range(5))
+        self.states = torch.full((rows,), SCRATCH_SLOT, dtype=torch.int64, device=device)
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
         self.stop_ids = torch.full((rows, MAX_STOP_TOKENS), -1, dtype=torch.int64, device=device)
         self.tables = torch.full((rows, pages), SCRATCH_PAGE, dtype=torch.int32, device=device)
@@ -78,28 +81,32 @@ class RowState:
         rows: Sequence[int],
         prompts: Sequence[RunnerPrompt],
         pages: Sequence[Sequence[int]],
+        states: Sequence[int],
         ids: Sequence[Tensor],
     ) -> Tensor:
         """Set up rows whose prompts were just run; returns them on the device.
 
         Args:
+            states: slots of what they keep beside pages.
             ids: each prompt's tokens, on the device where there is a repetition penalty.
         """
-        table = torch.full((len(rows), 4 + MAX_STOP_TOKENS), -1)
+        table = torch.full((len(rows), 5 + MAX_STOP_TOKENS), -1)
         width = max(len(each) for each in pages)
         page_table = torch.full((len(rows), width), SCRATCH_PAGE)
         for line, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
             limit = prompt.sampling.max_new_tokens
-            table[line, :4] = torch.tensor([row, len(prompt.ids), prompt.next_position, limit])
-            table[line, 4 : 4 + len(prompt.stop_ids)] = torch.tensor(prompt.stop_ids)
+            own = [row, len(prompt.ids), prompt.next_position, limit, states[line]]
+            table[line, :5] = torch.tensor(own)
+            table[line, 5 : 5 + len(prompt.stop_ids)] = torch.tensor(prompt.stop_ids)
             page_table[line, : len(pages[line])] = torch.tensor(pages[line])
         sent, sent_pages = upload([table, page_table], self.slot.device)
-        places, slot, position, limits = sent[:, :4].unbind(1)
+        places, slot, position, limits, kept = sent[:, :5].unbind(1)
         self.slot.index_copy_(0, places, slot)
         self.position.index_copy_(0, places, position)
         self.limit.index_copy_(0, places, limits)
+        self.states.index_copy_(0, places, kept)
         self.step.index_fill_(0, places, 0)
-        self.stop_ids.index_copy_(0, places, sent[:, 4:])
+        self.stop_ids.index_copy_(0, places, sent[:, 5:])
         self.tables.index_fill_(0, places, SCRATCH_PAGE)
         self.tables[:, :width].index_copy_(0, places, sent_pages.to(torch.int32))
         self.sampler.begin_rows(rows, [prompt.sampling for prompt in prompts], ids)
@@ -164,6 +171,7 @@ class RowState:
         """Make rows harmless whose pages belong to others from now on."""
         (places,) = upload([torch.tensor(rows)], self.slot.device)
         self.tables.index_fill_(0, places, SCRATCH_PAGE)
+        self.states.index_fill_(0, places, SCRATCH_SLOT)
         self.slot.index_fill_(0, places, 0)
         self.position.index_fill_(0, places, 0)
         self.done.index_fill_(0, places, True)
@@ -182,6 +190,7 @@ class RowState:
             self.done,
             self.stop_ids,
             self.tables,
+            self.states,
         ):
             state.index_copy_(0, places, state.index_select(0, sources))
         self.sampler.move(sources, places)

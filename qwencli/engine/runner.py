@@ -37,7 +37,13 @@ from qwencli.engine.native.sampler import (
     masked,
     widest_kind,
 )
-from qwencli.engine.prompt_batch import PackedBatch, PromptVisual, RunnerPrompt, pack_prompts
+from qwencli.engine.prompt_batch import (
+    PackedBatch,
+    PromptVisual,
+    RunnerPrompt,
+    pack_prompts,
+    state_of,
+)
 from qwencli.engine.request import PromptChunk
 from qwencli.engine.request import Sequence as ScheduledSequence
 from qwencli.engine.response import Odds
@@ -144,6 +150,8 @@ class ModelRunner:
     Args:
         graphs: whether steps run as CUDA graphs.
         vision_cache: features of pictures that came before.
+        num_states: slots of states, where the model keeps such; one for each row and slot 0 at
+            least.
         with_drafts: whether steps may check drafted tokens too (`verify`).
     """
 
@@ -155,10 +163,12 @@ class ModelRunner:
         max_seq_len: int,
         graphs: bool,
         vision_cache: VisionCache,
+        num_states: int = 0,
         with_drafts: bool = False,
     ) -> None:
         self.model, self.max_rows = model, max_rows
         self.cache = model.paged_cache(num_pages)
+        self.states = model.recurrent_states(num_states)
         vocab_size = model.shape.text.vocab_size
         # Drafts that are wrong have a place behind the last token, which is no sequence's page.
         self._pages = pages_for(max_seq_len + (MAX_VERIFY_TOKENS if with_drafts else 0))
@@ -286,7 +296,8 @@ class ModelRunner:
             prompt.ids.to(self.model.device) if _penalised(prompt) else prompt.ids
             for prompt in begun
         ]
-        places = self.state.begin(rows, begun, pages, ids)
+        states = [state_of(sequence) for sequence in sequences]
+        places = self.state.begin(rows, begun, pages, states, ids)
         kinds = [kind_of(prompt.sampling) for prompt in begun]
         self.state.sample_first(logits, rows, places, kinds)
         held = [row for row, mask in zip(rows, first_masks, strict=True) if mask is not None]
@@ -339,6 +350,7 @@ class ModelRunner:
         inputs += [packed.prompts.starts, packed.prompts.context_starts]
         inputs += [] if behind is None else [behind]
         inputs += [] if like.tables is None else [like.tables]
+        inputs += [] if like.states is None else [like.states]
         before = len(inputs)
         if features is not None:
             inputs += [packed.places, features.embeds, *features.deepstack]
@@ -350,7 +362,8 @@ class ModelRunner:
                 starts=starts,
                 context_starts=context_starts,
                 slots=given[6] if has_context else None,
-                tables=None if like.tables is None else given[before - 1],
+                tables=None if like.tables is None else given[6 + has_context],
+                states=None if like.states is None else given[before - 1],
             )
             hidden, deepstack = self.model.decoder.embed(ids), None
             if has_pictures:
@@ -358,12 +371,15 @@ class ModelRunner:
                 hidden.index_copy_(0, places, embeds)
                 deepstack = DeepStack(places, layers)
             hidden = self.model.prefill_packed(
-                hidden, positions, slots, self.cache, prompts, deepstack
+                hidden, positions, slots, self.cache, prompts, deepstack, self.states
             )
             if not len(last):
                 return (hidden,)
             return (self.model.prompt_logits(hidden.index_select(0, last)),)
 
+        if has_context and self.states is not None:
+            # Making a graph runs a pass more than once, and a state would take its tokens twice.
+            return work(inputs)[0]
         key = tuple(packed.prompts.lengths), tuple(packed.prompts.contexts), len(packed.last)
         pictures = 0 if features is None else len(packed.places)
         return self._pass(("prompts", *key, pictures), inputs, lambda: work)[0]
@@ -540,8 +556,10 @@ class ModelRunner:
             return
         model, state = self.model, self.state
         buffers, ops = state.buffers(rows), model.row_ops(rows)
-        pages = DecodePages(state.tables[:rows], buffers.slot, longest)
-        hidden = model.decode_rows(buffers.token, buffers.position, self.cache, pages)
+        pages = DecodePages(
+            state.tables[:rows], buffers.slot, longest, state.states[:rows], buffers.done
+        )
+        hidden = model.decode_rows(buffers.token, buffers.position, self.cache, pages, self.states)
         if kind in LIKELIEST and not with_odds:
             model.decoder.next_tokens(hidden, ops, buffers, kind is SamplerKind.GREEDY)
             state.remember(rows)

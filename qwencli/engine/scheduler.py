@@ -18,6 +18,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from qwencli.engine.cache.paged_kv import PAGE_SIZE, PagePool, pages_for
+from qwencli.engine.cache.recurrent_state import SnapshotPool
 from qwencli.engine.request import Batch, PromptChunk, RequestId, Sequence
 
 
@@ -60,10 +61,14 @@ class Limits:
 
 
 class Scheduler:
-    """Holds every sequence from `add` until `finish`."""
+    """Holds every sequence from `add` until `finish`.
 
-    def __init__(self, limits: Limits, pool: PagePool) -> None:
-        self.limits, self.pool = limits, pool
+    Args:
+        states: slots for what sequences keep beside pages, one a row at least; None = nothing.
+    """
+
+    def __init__(self, limits: Limits, pool: PagePool, states: SnapshotPool | None = None) -> None:
+        self.limits, self.pool, self.states = limits, pool, states
         self.waiting: deque[Sequence] = deque()
         self._prefilling: list[Sequence] = []
         self._running: list[Sequence] = []
@@ -119,6 +124,9 @@ class Scheduler:
             sequence.row = None
         self.pool.free(sequence.pages)
         sequence.pages = []
+        if sequence.state is not None and self.states is not None:
+            self.states.free(sequence.state)
+            sequence.state = None
 
     def requeue(self, sequence: Sequence) -> None:
         """Put a sequence whose prefill failed back in front of those that wait."""
@@ -166,6 +174,9 @@ class Scheduler:
             self.waiting.popleft()
             first.pages = shared + own
             first.num_cached = first.num_computed = cached
+            if self.states is not None:
+                first.state = self.states.allocate()
+                assert first.state is not None, "there are as many as rows"
             first.row = self._rows.index(None)
             self._rows[first.row] = first
             self._prefilling.append(first)

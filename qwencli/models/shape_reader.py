@@ -50,6 +50,10 @@ _ATTENTION_INTERVAL = 4
 # What files call it.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts")
 _MIXERS: Mapping[str, Mixer] = {"linear_attention": "delta", "full_attention": "attention"}
+_GATES: Mapping[str, tuple[object, ...]] = {
+    "attn_output_gate": (None, True),
+    "output_gate_type": (None, "swish", "silu"),
+}
 _TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
@@ -144,6 +148,7 @@ def _text(config: Mapping[str, Any], family: Family, where: str) -> TextShape:
     head_dim = _head_dim(values, family, hidden, heads, where)
     own_bias = bool(values.get("attention_bias", False))
     moe = None if family.moe is None else _moe(values, family.moe, layers, where)
+    mixers = _mixers(values, layers, where) if family.hybrid else ()
     return TextShape(
         vocab_size=positive_int(values, "vocab_size", where),
         hidden_size=hidden,
@@ -163,8 +168,8 @@ def _text(config: Mapping[str, Any], family: Family, where: str) -> TextShape:
         max_position_embeddings=positive_int(values, "max_position_embeddings", where, 32768),
         activation=str(values.get("hidden_act", "silu")),
         sliding_window=_has_sliding_window(values, layers, where),
-        mixers=_mixers(values, layers, where) if family.hybrid else (),
-        delta=_delta(values, where) if family.hybrid else None,
+        mixers=mixers,
+        delta=_delta(values, where) if "delta" in mixers else None,
         gated_attention=family.hybrid,
         zero_centred_norms=family.hybrid,
         moe=moe,
@@ -209,6 +214,10 @@ def _dense_layers(values: Mapping[str, Any], layers: int, where: str) -> tuple[i
 
 def _mixers(values: Mapping[str, Any], layers: int, where: str) -> tuple[Mixer, ...]:
     """What mixes the tokens of each layer: `layer_types`, else every so many one attends."""
+    # Both have one value in all models there are; another one would be another architecture.
+    for name, able in _GATES.items():
+        if values.get(name) not in able:
+            raise refused(where, name, values[name], repr(able[-1]))
     key = "full_attention_interval"
     interval = positive_int(values, key, where, _ATTENTION_INTERVAL)
     regular: tuple[Mixer, ...] = tuple(
@@ -216,6 +225,8 @@ def _mixers(values: Mapping[str, Any], layers: int, where: str) -> tuple[Mixer, 
     )
     kinds = values.get("layer_types")
     if kinds is None:
+        if "attention" not in regular:
+            raise contradiction(where, f"{key} is {interval}, num_hidden_layers {layers}")
         return regular
     if not isinstance(kinds, list | tuple) or not all(
         isinstance(kind, str) and kind in _MIXERS for kind in kinds
@@ -226,6 +237,8 @@ def _mixers(values: Mapping[str, Any], layers: int, where: str) -> tuple[Mixer, 
             where, f"layer_types has {len(kinds)} entries, num_hidden_layers is {layers}"
         )
     stated = tuple(_MIXERS[kind] for kind in kinds)
+    if "attention" not in stated:
+        raise refused(where, "layer_types", list(kinds), "a full_attention layer at least")
     if values.get(key) is not None and stated != regular:
         first = next(i for i in range(layers) if stated[i] != regular[i])
         raise contradiction(
@@ -252,11 +265,6 @@ def _delta(values: Mapping[str, Any], where: str) -> DeltaShape:
         raise refused(
             where, "linear_conv_kernel_dim", shape.conv_kernel, "a whole number from 2 on"
         )
-    # Both have one value in all models there are; another one would be another architecture.
-    for key, only in (("attn_output_gate", True), ("output_gate_type", "silu")):
-        given = values.get(key)
-        if given not in (None, only) and not (only == "silu" and given == "swish"):
-            raise refused(where, key, given, repr(only))
     return shape
 
 

@@ -555,7 +555,7 @@ def test_answers_are_the_same_where_prompts_and_pictures_run_as_graphs(limited, 
     requests = [ask(str(number), images=[turned(number)]) for number in range(7)] + mixed()
     expected = [result.token_ids for result in generate_many(limited, iter(requests))]
     limited._close_queue()
-    limited._generation.vision_cache.clear()
+    limited._vision_cache.clear()
     graphs = RunGraphs()
     monkeypatch.setattr("qwencli.engine.graphs.TIMES_MET", 0)
     running = limited._requests()._runner

@@ -31,7 +31,7 @@ from qwencli.engine.ops.decoder_ops import RMSNorm
 from qwencli.engine.quant.quantized_tensor import quantize
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
-from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, picture
+from tests.checkpoints import ALONE, VISION_FAMILIES, engine_config, picture
 from tests.engine.kernels.test_gemv_quantized import MADE, rounded
 from tests.gpu.test_kernels_cuda import wide_model, wide_shape
 
@@ -47,7 +47,7 @@ def ask(images, tokens, penalty=1.0):
 
 @pytest.mark.parametrize("penalty", [1.0, 1.1])
 @pytest.mark.parametrize("kernels", [Kernels.TORCH, Kernels.TRITON])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ALONE)
 def test_same_tokens_as_plain_steps_in_float32(checkpoint, family, kernels, penalty):
     images = (picture(),) if family in VISION_FAMILIES else ()
     config = engine_config(

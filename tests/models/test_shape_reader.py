@@ -284,6 +284,7 @@ def test_a_hybrid_says_what_mixes_the_tokens_of_each_layer() -> None:
         ({"layer_types": ["mamba"] * 4}, "expected a list of linear_attention and full_attention"),
         ({"layer_types": "full_attention"}, "layer_types is 'full_attention'"),
         ({"layer_types": [["full_attention"]] * 4}, "expected a list of"),
+        ({"full_attention_interval": 5}, "full_attention_interval is 5, num_hidden_layers 4"),
         ({"full_attention_interval": 0}, "full_attention_interval is 0"),
         ({"linear_num_value_heads": 24}, "24 does not divide by linear_num_key_heads 16"),
         ({"linear_num_key_heads": "16"}, "linear_num_key_heads is '16'"),

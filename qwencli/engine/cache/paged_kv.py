@@ -106,7 +106,7 @@ Tensor = torch.Tensor
 
 
 class PagedKVCache:
-    """One tensor a layer, [slots, 2 * KVH, D]: key heads, then value heads.
+    """By index of each layer that attends a tensor [slots, 2 * KVH, D]: keys, then values.
 
     As a `KVCache` it has no length and forgets nothing: whose slots are whose is the page tables'.
     """
@@ -117,7 +117,7 @@ class PagedKVCache:
         self, shape: TextShape, num_pages: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         size = (num_pages * PAGE_SIZE, 2 * shape.num_kv_heads, shape.head_dim)
-        self.layers = [lazy_zeros(size, dtype, device) for _ in range(shape.num_layers)]
+        self.layers = {layer: lazy_zeros(size, dtype, device) for layer in shape.attention_layers}
         self.num_kv_heads = shape.num_kv_heads
         self.length = 0
 
@@ -163,9 +163,10 @@ class QuantizedPagedKVCache(PagedKVCache):
         self.scheme, self._dtype = scheme, dtype
         # The bytes under a type that indexing knows; `layers` are the same memory.
         self._bytes = self.layers
-        self.layers = [layer.view(STORED_TYPE[scheme]) for layer in self._bytes]
+        stored = STORED_TYPE[scheme]
+        self.layers = {index: layer.view(stored) for index, layer in self._bytes.items()}
         size = (num_pages * PAGE_SIZE, 2 * shape.num_kv_heads)
-        self.scales = [lazy_zeros(size, torch.float32, device) for _ in self.layers]
+        self.scales = {index: lazy_zeros(size, torch.float32, device) for index in self.layers}
 
     def write(self, layer: int, keys_values: Tensor, slots: Tensor, kv_len: int) -> KeysValues:
         data, scale = quantize_rows(keys_values.float(), self.scheme)
@@ -188,11 +189,15 @@ class DecodePages:
         places: int64 [B], where in its sequence the first of them is: what each sees ends with
             itself.
         longest: tokens of the longest row at most, itself included, as the host knows it.
+        states: int64 [B], slots of the states that rows keep beside their pages; None = none.
+        idle: bool [B], rows whose state stays as it is.
     """
 
     tables: Tensor
     places: Tensor
     longest: int
+    states: Tensor | None = None
+    idle: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,8 @@ class PackedPrompts:
         slots: int64, the pool's slots of all that is seen, by part; None = there is no context.
         flash: whether torch's flash attention takes parts of unequal length here.
         tables: int32 [parts, pages], of each part; None where operations do not read pages.
+        states: int64 [parts], slots of the states that sequences keep beside their pages; None =
+            none.
     """
 
     lengths: Sequence[int]
@@ -215,3 +222,4 @@ class PackedPrompts:
     slots: Tensor | None
     flash: bool
     tables: Tensor | None = None
+    states: Tensor | None = None

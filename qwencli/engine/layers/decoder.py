@@ -22,6 +22,7 @@ from qwencli.engine.ops.decoder_ops import (
     SamplingBuffers,
     Step,
 )
+from qwencli.engine.ops.gated_delta import GatedDelta
 from qwencli.engine.ops.moe import Routing
 from qwencli.engine.ops.next_tokens import RowBuffers
 from qwencli.engine.ops.rope import gains_of_halves
@@ -60,12 +61,14 @@ class Decoder:
         self.shape = shape
         pick = _Matrices(weights, matrices or {}, by_rows)
         self.embedding = weights["text.embed"]
-        self.norm = RMSNorm(weights["text.norm"], shape.rms_norm_eps)
+        self.norm = _norm(shape, weights, "text.norm")
         self.head = pick.head()
         self.layers = _layers(shape, weights, pick, self.norm, self.head)
-        # Of all layers' query and key heads, [2, layers, heads, D]; None without such norms.
+        # Of all layers' query and key heads, [2, layers, heads, D]; None where some have no such
+        # norms, and where not all of a head rotates.
         norms = [layer.qk_norm.gain for layer in self.layers if layer.qk_norm is not None]
-        self.head_gains = gains_of_halves(torch.stack(norms)) if norms else None
+        whole = len(norms) == shape.num_layers and shape.rope.rotary_dim is None
+        self.head_gains = gains_of_halves(torch.stack(norms)) if whole else None
 
     @property
     def quantized_matrices(self) -> list[QuantizedTensor]:
@@ -86,8 +89,12 @@ class Decoder:
         """
         ops = step.ops
         for layer in self.layers:
-            attended = ops.attend(ops.norm_qkv(hidden, layer), layer, step)
-            hidden = ops.o_residual(attended, layer, hidden)
+            projected = ops.norm_qkv(hidden, layer)
+            if layer.delta is None:
+                mixed = ops.attend(projected, layer, step)
+            else:
+                mixed = ops.mix_delta(projected, ops.norm_beta_decay(hidden, layer), layer, step)
+            hidden = ops.o_residual(mixed, layer, hidden)
             if layer.routing is None:
                 hidden = ops.down_residual(ops.norm_gate_up(hidden, layer), layer, hidden)
             else:
@@ -145,28 +152,59 @@ def _layer(
     next_matrix: Matrix,
 ) -> Layer:
     at, moe = f"text.{index}.", shape.experts(index)
+    attends = shape.mixer(index) == "attention"
     qk_norm = None
-    if shape.qk_norm:
-        queries = weights[at + "q_norm"].expand(shape.num_heads, -1)
-        keys = weights[at + "k_norm"].expand(shape.num_kv_heads, -1)
+    if shape.qk_norm and attends:
+        queries = _gain(shape, weights, at + "q_norm").expand(shape.num_heads, -1)
+        keys = _gain(shape, weights, at + "k_norm").expand(shape.num_kv_heads, -1)
         qk_norm = RMSNorm(torch.cat((queries, keys)), shape.rms_norm_eps)
     return Layer(
         index=index,
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        attn_norm=RMSNorm(weights[at + "attn_norm"], shape.rms_norm_eps),
+        attn_norm=_norm(shape, weights, at + "attn_norm"),
         qkv=pick.columns(at + "qkv"),
         qkv_bias=weights.get(at + "qkv_bias"),
         qk_norm=qk_norm,
         o=pick.columns(at + "o"),
         o_bias=weights.get(at + "o_bias"),
-        mlp_norm=RMSNorm(weights[at + "mlp_norm"], shape.rms_norm_eps),
+        mlp_norm=_norm(shape, weights, at + "mlp_norm"),
         gate_up=pick.columns(at + "gate_up", cut=moe is not None),
         down=pick.columns(at + "down", cut=moe is not None),
         routing=None if moe is None else _routing(moe, weights, at, pick),
         next_norm=next_norm,
         next_matrix=next_matrix,
+        gated=shape.gated_attention and attends,
+        rotary_dim=shape.rope.rotary_dim,
+        delta=None if attends else _gated_delta(shape, weights, at),
+        beta_decay=None if attends else weights[at + "beta_decay"].t(),
+    )
+
+
+def _gain(shape: TextShape, weights: Tensors, name: str) -> torch.Tensor:
+    """What a norm multiplies by: its weight, or 1 and its weight, in float32."""
+    weight = weights[name]
+    return weight + 1 if shape.zero_centred_norms else weight
+
+
+def _norm(shape: TextShape, weights: Tensors, name: str) -> RMSNorm:
+    return RMSNorm(_gain(shape, weights, name), shape.rms_norm_eps)
+
+
+def _gated_delta(shape: TextShape, weights: Tensors, at: str) -> GatedDelta:
+    delta = shape.delta
+    assert delta is not None, "the shape has such layers"
+    return GatedDelta(
+        k_heads=delta.num_k_heads,
+        v_heads=delta.num_v_heads,
+        k_dim=delta.k_head_dim,
+        v_dim=delta.v_head_dim,
+        conv=weights[at + "conv"],
+        a_log=weights[at + "decay_log"],
+        dt_bias=weights[at + "decay_bias"],
+        norm=weights[at + "out_norm"],
+        eps=shape.rms_norm_eps,
     )
 
 

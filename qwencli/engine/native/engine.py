@@ -23,6 +23,7 @@ from qwencli.config import (
 )
 from qwencli.engine.base_engine import BaseEngine, gc_freeze_loaded, gc_paused
 from qwencli.engine.cache.kv_cache import KV_SCHEMES
+from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.constrained import TokenMatcher
 from qwencli.engine.device_memory import release
 from qwencli.engine.frontend.model_files import ModelFiles
@@ -31,7 +32,7 @@ from qwencli.engine.loading import weights
 from qwencli.engine.machine.cpu_threads import computing_with
 from qwencli.engine.machine.host import host_memory
 from qwencli.engine.native.decode_state import STEPPERS, DecodeState, decodes_on_cpu
-from qwencli.engine.native.generate import Generation
+from qwencli.engine.native.generate import Generation, row_logits
 from qwencli.engine.native.memory_plan import (
     BATCH_LIMITS,
     MemoryPlan,
@@ -39,6 +40,7 @@ from qwencli.engine.native.memory_plan import (
     pages_for_captions,
     plan_memory,
     plan_pages,
+    plan_states,
 )
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import PrefillGraphs
@@ -81,6 +83,7 @@ class NativeEngine(BaseEngine):
         self._generation: Generation | None = None
         self._model: QwenModel | None = None
         self._plan: MemoryPlan | None = None
+        self._vision_cache = VisionCache()
         self._pool: dict[str, int] = {}
         # What steps gave others while a stream ran.
         self._of_others: list[StepOutput] = []
@@ -106,7 +109,8 @@ class NativeEngine(BaseEngine):
 
     def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
         self.load()
-        if self.config.batch_invariant or (request.logprobs is not None and self.max_rows > 1):
+        asks_odds = request.logprobs is not None and self.max_rows > 1
+        if self._generation is None or self.config.batch_invariant or asks_odds:
             yield from self._stream_as_row(request)
             return
         # From the first picture on: every operation of a prompt's pass takes the interpreter lock
@@ -115,7 +119,8 @@ class NativeEngine(BaseEngine):
             yield from super().stream(request)
 
     def _stream_as_row(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
-        """A lone request as a row of a batch: what it would be beside others."""
+        """A lone request as a row of a batch: what it would be beside others, and the only way of
+        models that keep states."""
         number, over = self.add(request), False
         try:
             while not over:
@@ -140,13 +145,16 @@ class NativeEngine(BaseEngine):
 
     def _step_of_rows(self) -> list[StepOutput]:
         # As a lone stream computes: how many threads share a sum is part of it.
-        with computing_with(self._threads if self.config.batch_invariant else None):
+        as_alone = self._generation is None or self.config.batch_invariant
+        with computing_with(self._threads if as_alone else None):
             return super().step()
 
     def _load(self, files: ModelFiles) -> EffectiveConfig:
         device = resolve_device(self.config.device)
         lacks = device_lacks(device)
-        check_modes(self.config, EngineName.NATIVE, lacks)
+        shape = read_shape(files.hub_config)
+        keeps_states = shape.text.delta is not None
+        check_modes(self.config, EngineName.NATIVE, lacks, keeps_states)
         cache = self.config.cache or fastest_cache(EngineName.NATIVE, lacks)
         kernels = resolve_kernels(self.config.kernels, cache, lacks)
         invariant = None
@@ -169,7 +177,6 @@ class NativeEngine(BaseEngine):
             checkpoint_weights=_checkpoint_weights(files, packed, dtype),
             prompt_graphs=cache is Cache.STATIC_GRAPH,
         )
-        shape = read_shape(files.hub_config)
         check_supported(shape)
         attention = resolve_attention(
             self.config.attention, EngineName.NATIVE, shape, dtype, device
@@ -194,12 +201,16 @@ class NativeEngine(BaseEngine):
             fused = fused_for(kernels, self.config.attention)
             left_to_us = self.config.attention is Attention.AUTO
             model = QwenModel(shape, loaded, slots, attention, fused, kv, left_to_us, invariant)
-            store = model.dynamic_cache() if cache is Cache.DYNAMIC else model.static_cache()
-            state = DecodeState(model, store, slots, with_drafts=drafting)
+            store, state = None, None
+            if not keeps_states:
+                store = model.dynamic_cache() if cache is Cache.DYNAMIC else model.static_cache()
+                state = DecodeState(model, store, slots, with_drafts=drafting)
             effective = EffectiveConfig(
                 engine=EngineName.NATIVE.value,
                 quantization=loaded.effective_scheme(model.step_ops.activation_bits),
-                attention=_decode_attention(state, cache),
+                attention=_row_attention(model)
+                if state is None
+                else _decode_attention(state, cache),
                 cache=cache.value,
                 device=device,
                 dtype=dtype.value,
@@ -209,14 +220,16 @@ class NativeEngine(BaseEngine):
                 threads=self._threads,
             )
             self._model = model
-            self._generation = Generation(
-                model,
-                state,
-                STEPPERS[cache](state),
-                effective,
-                self._speculator(state, cache),
-                PrefillGraphs(model, store, slots) if cache is Cache.STATIC_GRAPH else None,
-            )
+            if store is not None and state is not None:
+                self._generation = Generation(
+                    model,
+                    state,
+                    STEPPERS[cache](state),
+                    effective,
+                    self._vision_cache,
+                    self._speculator(state, cache),
+                    PrefillGraphs(model, store, slots) if cache is Cache.STATIC_GRAPH else None,
+                )
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
         gc_freeze_loaded()
@@ -243,15 +256,19 @@ class NativeEngine(BaseEngine):
         return Speculator(VERIFIERS[cache](state), state, self.config.speculate)
 
     def _answer(self, answer: ResponseBuilder) -> Iterator[GenerationChunk]:
-        assert self._generation is not None, "load() comes first"
+        assert self._generation is not None, "requests to other models are rows"
         yield from self._generation.chunks(answer, self.load_s)
 
     def _logits(self, token_ids: Sequence[int]) -> Iterator[torch.Tensor]:
-        assert self._generation is not None, "load() comes first"
-        yield from self._generation.step_logits(token_ids)
+        assert self._model is not None, "load() comes first"
+        if self._generation is None:
+            yield from row_logits(self._model, token_ids)
+        else:
+            yield from self._generation.step_logits(token_ids)
 
     def _release(self) -> None:
         self._generation = self._model = None
+        self._vision_cache.clear()
         if self.effective.cache == Cache.STATIC_COMPILE:
             torch.compiler.reset()
         gc.unfreeze()
@@ -267,12 +284,13 @@ class NativeEngine(BaseEngine):
         if not batches:
             return super()._make_queue()
         from qwencli.engine.cache.paged_kv import PAGE_SIZE, PagePool
+        from qwencli.engine.cache.recurrent_state import SnapshotPool
         from qwencli.engine.engine_core import EngineCore
         from qwencli.engine.runner import ModelRunner
         from qwencli.engine.scheduler import Scheduler
 
         model = self._model
-        assert model is not None and self._generation is not None, "load() comes first"
+        assert model is not None, "load() comes first"
         cuda = model.device.type == "cuda"
         limits = BATCH_LIMITS["cuda" if cuda else "cpu"]
         with torch.inference_mode():
@@ -281,6 +299,10 @@ class NativeEngine(BaseEngine):
             plan, size = self._plan, model.dtype.itemsize
             assert plan is not None, "load() comes first"
             reserved = plan.activations + plan.kept_images + plan.graphs
+            rows, num_states = plan_states(model.shape, limits, size, free, quantized, reserved)
+            limits = replace(limits, max_rows=rows)
+            states = num_states * model.shape.text.state_bytes(size)
+            free = None if free is None else free - states
 
             def pages_in(free_bytes: int | None) -> int:
                 return plan_pages(
@@ -299,20 +321,23 @@ class NativeEngine(BaseEngine):
             captions = captions_that_fit(model.shape, pages, limits.max_rows)
             page_bytes = PAGE_SIZE * native_kv_bytes(model.shape, quantized, size)
             self._pool[f"pool for captions ({captions})"] = pages * page_bytes
+            if states:
+                self._pool["states of sequences"] = states
             runner = ModelRunner(
                 model,
                 pages,
                 limits.max_rows,
                 self.max_seq_len,
                 cache is Cache.STATIC_GRAPH,
-                self._generation.vision_cache,
+                self._vision_cache,
+                num_states=num_states,
                 with_drafts=config.speculate is not Speculate.OFF,
             )
         return EngineCore(
             self.files,
             runner,
-            Scheduler(limits, PagePool(pages)),
-            replace(self.effective, attention="triton" if runner.reads_lengths else "sdpa"),
+            Scheduler(limits, PagePool(pages), SnapshotPool(num_states) if num_states else None),
+            replace(self.effective, attention=_row_attention(model)),
             self.load_s,
             self._prepared,
             batch_policy(config.speculate),
@@ -326,8 +351,9 @@ class NativeEngine(BaseEngine):
         return prompt, self._fitting(request, prompt), matcher
 
     def _forget(self) -> None:
-        assert self._generation is not None, "load() comes first"
-        self._generation.forget()
+        self._vision_cache.clear()
+        if self._generation is not None:
+            self._generation.forget()
 
     def _close_queue(self) -> None:
         super()._close_queue()
@@ -349,6 +375,11 @@ def _checkpoint_weights(files: ModelFiles, packed: PackedFormat | None, dtype: D
     stored = stored_tensors(find_weights(files.folder).files)
     value_bytes = 4 if dtype is DType.FLOAT32 else 2
     return packed_weight_bytes(read_shape(files.hub_config), packed, stored, value_bytes)
+
+
+def _row_attention(model: QwenModel) -> str:
+    """What attends in steps of rows, as results report it."""
+    return "triton" if model.reads_lengths else "sdpa"
 
 
 def _decode_attention(state: DecodeState, cache: Cache) -> str:

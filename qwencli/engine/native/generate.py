@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from qwencli.config import Cache
+from qwencli.engine.cache.paged_kv import DecodePages, pages_for
 from qwencli.engine.cache.prefix_cache import Key, PrefixCache, VisionCache, digests_of, keys_of
 from qwencli.engine.constrained import TokenMatcher, fill_masks
 from qwencli.engine.event_timer import EventTimer, Mark
@@ -35,6 +36,7 @@ class Generation:
     """Answers requests with one model, its caches and its stepper; lives as long as they do.
 
     Args:
+        vision_cache: features of pictures that came before.
         speculator: answers greedy requests in the stepper's place; None = no speculation.
         prompts: runs pictures and prompts; None = the model, operator by operator.
     """
@@ -45,6 +47,7 @@ class Generation:
         state: DecodeState,
         stepper: Stepper,
         effective: EffectiveConfig,
+        vision_cache: VisionCache,
         speculator: Speculator | None = None,
         prompts: PrefillRunner | None = None,
     ) -> None:
@@ -52,14 +55,13 @@ class Generation:
         self._prompts: PrefillRunner = model if prompts is None else prompts
         self._speculator = speculator
         self._prefix_cache = PrefixCache(state.cache)
-        self.vision_cache = VisionCache()
+        self._vision_cache = vision_cache
         width = 1 if state.drafts is None else len(state.drafts.verify_output)
         self._token_copy = AsyncTokenCopy(effective.device, len(state.slots), width)
 
     def forget(self) -> None:
-        """Drop everything kept from earlier requests."""
+        """Drop the keys and values of earlier requests."""
         self._prefix_cache.forget_after(0)
-        self.vision_cache.clear()
 
     @torch.inference_mode()
     def step_logits(self, token_ids: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -93,7 +95,7 @@ class Generation:
                 yield self._prompts.encode_images(patches, [prompt.grid_thw[index]])
                 vision.append((start, clock.mark()))
 
-        features = self.vision_cache.features(digests, encode)
+        features = self._vision_cache.features(digests, encode)
         inputs = self._model.prepare(
             [ModelPrompt(prompt.input_ids, prompt.visuals)],
             join_features(features) if features else None,
@@ -212,6 +214,24 @@ class Generation:
                 with torch.inference_mode():
                     state.choose_masked(kind)
                     token_copy.store(state.token, clock)
+
+
+@torch.inference_mode()
+def row_logits(model: QwenModel, token_ids: Sequence[int]) -> Iterator[torch.Tensor]:
+    """`Generation.step_logits` of a model that runs in rows alone: each token is a decode step of
+    one row, in pages and a state of its own."""
+    count = pages_for(len(token_ids) + 1)
+    cache, states = model.paged_cache(count + 1), model.recurrent_states(2)
+    tables = torch.arange(1, count + 1, dtype=torch.int32, device=model.device)[None]
+    slot = torch.ones(1, dtype=torch.int64, device=model.device)
+    idle = torch.zeros(1, dtype=torch.bool, device=model.device)
+    model.rope.reach(len(token_ids))
+    for place, token in enumerate(token_ids):
+        at = torch.tensor([place], device=model.device)
+        one = torch.tensor([token], device=model.device)
+        pages = DecodePages(tables, at, place + 1, slot, idle)
+        hidden = model.decode_rows(one, at, cache, pages, states)
+        yield model.decoder.logits(hidden, model.row_ops(1))[0]
 
 
 class AsyncTokenCopy:

@@ -52,6 +52,8 @@ BATCH_LIMITS = {
 }
 # Tokens that a row of a batch has room for on average, where memory does not say less.
 BATCH_ROW_TOKENS = 1024
+# States of beginnings that are kept for others to go on from, where the model keeps states.
+STATES_KEPT = 8
 # What is said of a pool: pictures, and text around them with its answer.
 CAPTION_SIZES = ((512, 512), (1024, 1024), (3840, 2160))
 CAPTION_TOKENS = 192
@@ -136,9 +138,12 @@ def plan_memory(
     least_images = min(most_images, _image_tokens(shape, max_pixels or PLANNED_PIXELS))
     quantized_kv = kv_dtype is not KVDType.AUTO
     token_bytes = native_kv_bytes(shape, quantized_kv, 2 * scale)
+    # Of one row, and those that every pool has beside it.
+    least_states = (2 + STATES_KEPT) * shape.text.state_bytes(2 * scale)
     # Prompts read one layer of a quantized cache back.
     if quantized_kv:
-        token_bytes += -(-shape.text.kv_bytes_per_token(2 * scale) // shape.text.num_layers)
+        layers = len(shape.text.attention_layers)
+        token_bytes += -(-shape.text.kv_bytes_per_token(2 * scale) // layers)
 
     def images_beside(tokens: int) -> int:
         """Tokens of the largest picture in sequences of so many."""
@@ -153,7 +158,7 @@ def plan_memory(
         )
         return MemoryPlan(
             weights=weights,
-            kv_cache=token_bytes * tokens,
+            kv_cache=token_bytes * tokens + least_states,
             activations=(peak + image_feature_bytes(shape, images)) * scale,
             kept_images=_kept_image_bytes(shape, images, scale),
             graphs=_graph_bytes(shape, tokens, dequantize) * scale if prompt_graphs else 0,
@@ -212,15 +217,10 @@ def plan_pages(
         reserved: what a lone request works in, and what is kept of pictures: a large picture takes
             as much in a batch.
     """
-    scale = value_bytes / 2
     wanted = pages_for(max(limits.max_rows * BATCH_ROW_TOKENS, max_seq_len)) + 1
     if free_bytes is None:
         return wanted
-    tokens = limits.max_prefill_tokens
-    vision = vision_in_pieces_bytes(shape, tokens, PIECE) + image_feature_bytes(shape, tokens)
-    working = max(reserved, scale * max(prefill_peak_bytes(shape, tokens), vision))
-    # In float32, and once more as the sampler's.
-    working += 8 * limits.max_rows * shape.text.vocab_size
+    working = _batch_working_bytes(shape, limits, value_bytes, reserved)
     page_bytes = PAGE_SIZE * native_kv_bytes(shape, quantized_kv, value_bytes)
     return max(2, min(wanted, int((free_bytes - working) * POOL_SHARE) // page_bytes))
 
@@ -231,6 +231,34 @@ def pages_for_captions(shape: ModelShape, limits: Limits) -> int:
     return limits.max_rows * pages_for(_image_tokens(shape, width * height) + CAPTION_TOKENS) + 1
 
 
+def plan_states(
+    shape: ModelShape,
+    limits: Limits,
+    value_bytes: int,
+    free_bytes: int | None,
+    quantized_kv: bool = False,
+    reserved: int = 0,
+) -> tuple[int, int]:
+    """Rows of a batch, and slots of states: one a row, those for beginnings that are kept, and slot
+    0. No slots, and all rows, for a model that keeps none.
+
+    Rows are as many as fit with `BATCH_ROW_TOKENS` of each; at least one.
+
+    Args:
+        reserved: see `plan_pages`.
+    """
+    state = shape.text.state_bytes(value_bytes)
+    if not state:
+        return limits.max_rows, 0
+    rows = limits.max_rows
+    if free_bytes is not None:
+        row = state + BATCH_ROW_TOKENS * native_kv_bytes(shape, quantized_kv, value_bytes)
+        working = _batch_working_bytes(shape, limits, value_bytes, reserved)
+        left = (free_bytes - working) * POOL_SHARE - (1 + STATES_KEPT) * state
+        rows = max(1, min(rows, int(left // row)))
+    return rows, rows + 1 + STATES_KEPT
+
+
 def captions_that_fit(shape: ModelShape, pages: int, max_rows: int) -> str:
     """How many captions run at once in a pool of so many pages, by size of picture."""
     counts = []
@@ -239,6 +267,17 @@ def captions_that_fit(shape: ModelShape, pages: int, max_rows: int) -> str:
         count = min(max_rows, (pages - 1) // pages_for(tokens))
         counts.append(f"{count} of {width}x{height}" if width else f"{count} of {tokens} tokens")
     return ", ".join(counts) + " at once"
+
+
+def _batch_working_bytes(
+    shape: ModelShape, limits: Limits, value_bytes: int, reserved: int
+) -> float:
+    """What a step of a batch works in."""
+    tokens, scale = limits.max_prefill_tokens, value_bytes / 2
+    vision = vision_in_pieces_bytes(shape, tokens, PIECE) + image_feature_bytes(shape, tokens)
+    working = max(reserved, scale * max(prefill_peak_bytes(shape, tokens), vision))
+    # In float32, and once more as the sampler's.
+    return working + 8 * limits.max_rows * shape.text.vocab_size
 
 
 def _kept_image_bytes(shape: ModelShape, images: int, scale: int) -> int:

@@ -21,6 +21,7 @@ from qwencli.engine.cache.paged_kv import (
     PagedKVCache,
     QuantizedPagedKVCache,
 )
+from qwencli.engine.cache.recurrent_state import RecurrentStates
 from qwencli.engine.layers.decoder import Decoder, DeepStack
 from qwencli.engine.layers.vision_layout import Grid
 from qwencli.engine.layers.vision_tower import VisionFeatures, VisionTower
@@ -79,11 +80,11 @@ class QwenModel:
         )
         self.quantized = bool(loaded.matrices)
         # A picture's larger side is never above its number of tokens: positions lag behind slots.
-        self.rope = Rope(shape.text.rope, shape.text.head_dim, max_seq_len, self.dtype, self.device)
+        text = shape.text
+        self.rope = Rope(text.rope, text.rotary_dim, max_seq_len, self.dtype, self.device)
         self.attention, self.any_attention = attention, any_attention
         self.kv = kv
         self._attend = ATTENTION[attention]
-        text = shape.text
         self.flash_decode = attention is Attention.SDPA and can_flash_decode(
             text.num_heads, text.num_kv_heads, text.head_dim, self.dtype, self.device
         )
@@ -320,6 +321,12 @@ class QwenModel:
             return PagedKVCache(text, num_pages, dtype, device)
         return QuantizedPagedKVCache(text, num_pages, dtype, device, self.kv)
 
+    def recurrent_states(self, num_slots: int) -> RecurrentStates | None:
+        """What so many sequences keep beside their pages; None where that is nothing."""
+        if self.shape.text.delta is None:
+            return None
+        return RecurrentStates(self.shape.text, num_slots, self.dtype, self.device)
+
     def prefill_packed(
         self,
         hidden: torch.Tensor,
@@ -328,12 +335,14 @@ class QwenModel:
         cache: PagedKVCache,
         packed: PackedPrompts,
         deepstack: DeepStack | None,
+        states: RecurrentStates | None = None,
     ) -> torch.Tensor:
         """All layers over prompts, or parts of them, side by side: hidden states [N, hidden],
         overwritten.
 
         Args:
             positions: int64 [3, N], rotary. slots: int64 [N], the pool's, where keys and values go.
+            states: see `recurrent_states`.
         """
         by_row = self.batch_invariant
         rope = self._rope_of_rows(positions) if by_row else self.rope.at(positions[:, None])
@@ -347,6 +356,7 @@ class QwenModel:
             attention=self._attend,
             ops=self._many_rows_ops,
             pages=packed,
+            states=None if states is None else states.layers,
         )
         return self.decoder.forward(hidden, step, deepstack)
 
@@ -355,7 +365,12 @@ class QwenModel:
         return self._few_rows_ops if rows <= self.step_ops.max_batch_rows else self._many_rows_ops
 
     def decode_rows(
-        self, tokens: torch.Tensor, positions: torch.Tensor, cache: PagedKVCache, pages: DecodePages
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: PagedKVCache,
+        pages: DecodePages,
+        states: RecurrentStates | None = None,
     ) -> torch.Tensor:
         """Hidden states [B * S, hidden] of S more tokens of each of B rows; the body of a CUDA
         graph.
@@ -363,6 +378,7 @@ class QwenModel:
         Args:
             tokens: int64 [B * S], the S of a row side by side.
             positions: int64 [B], rotary position of the first token of each row.
+            states: see `recurrent_states`.
         """
         rope: Sequence[CosSin] | None = None
         slots, gained = pages.places, False
@@ -389,6 +405,7 @@ class QwenModel:
             positions=positions,
             gained=gained,
             pages=pages,
+            states=None if states is None else states.layers,
         )
         return self.decoder.forward(self.decoder.embed(tokens), step)
 

@@ -8,6 +8,7 @@ from qwencli.capabilities import Lacks, why_not
 from qwencli.config import Attention, Cache, EngineName, Kernels
 from qwencli.engine.layers.vision_tower import ACTIVATIONS
 from qwencli.engine.native.model import Fused, RowOps
+from qwencli.engine.ops.gated_delta import TAPS
 from qwencli.errors import ModelFileError, UnsupportedModeError
 from qwencli.models.shapes import ModelShape
 
@@ -18,7 +19,8 @@ def check_supported(shape: ModelShape) -> None:
     obstacles = {
         f"{text.rope.scaling!r} rotary scaling": text.rope.scaling not in ("default", "yarn"),
         "a sliding window": text.sliding_window,
-        "gated delta nets": text.delta is not None,
+        f"a convolution over other than {TAPS} tokens": text.delta is not None
+        and text.delta.conv_kernel != TAPS,
         f"hidden_act {text.activation!r} in the text decoder": text.activation != "silu",
     }
     if vision is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +25,14 @@ from qwencli.engine.cache.paged_kv import (
     QuantizedPagedKVCache,
 )
 from qwencli.engine.ops.attention import AttentionFunction, AttentionPlan
+from qwencli.engine.ops.gated_delta import (
+    DeltaInputs,
+    DeltaRows,
+    DeltaState,
+    GatedDelta,
+    delta_decode,
+    delta_prefill,
+)
 from qwencli.engine.ops.moe import Routing, mixture
 from qwencli.engine.ops.next_tokens import RowBuffers, advance_rows, choose_likeliest
 from qwencli.engine.ops.paged_attention import paged_attention, prompt_attention
@@ -39,7 +47,8 @@ class RMSNorm:
     is a fifth of a small model's decode step; in float32 the same value takes four:
     x / hypot(|x|, sqrt(n eps)) * (sqrt(n) weight).
 
-    The norm of x is `direction(x) * gain`, for callers that have something else to multiply by.
+    The norm of x is `direction(x) * gain`, for callers that have something else to multiply by. A
+    weight in float32 is multiplied by before the result is rounded to the type of x.
     """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
@@ -54,6 +63,8 @@ class RMSNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Norm x [..., n], or [..., heads, n]; the result is a new tensor."""
+        if self.weight.dtype != x.dtype:
+            return F.rms_norm(x.float(), self._size, None, self.eps).mul_(self.weight).to(x.dtype)
         if self._by_parts or self.gain.dim() > 1:
             return self.direction(x).mul_(self.gain)
         return F.rms_norm(x, self._size, self.gain, self.eps)
@@ -96,7 +107,13 @@ class Layer:
     quantized.
 
     Args:
-        qkv: [hidden, (H + 2 KVH) * D], q then k then v. gate_up: [hidden, 2 I].
+        qkv: [hidden, (H + 2 KVH) * D], q then k then v; with a gate [hidden, (2 H + 2 KVH) * D],
+            each head of q in front of its gate; of a gated delta net [hidden, C + V], what goes
+            through its convolution and then what gates its output. gate_up: [hidden, 2 I].
+        gated: whether attention is, by the sigmoid of its gate.
+        rotary_dim: dimensions of a head that rotate, the first ones; None = all.
+        delta: of a layer whose tokens a gated delta net mixes; None = attention does.
+        beta_decay: of such a layer, [hidden, 2 v_heads]: b then a. Never quantized.
         routing: of a mixture of experts, whose gate_up and down are those of all experts, one
             after the other; None = each token goes through the whole feed-forward.
         qk_norm: weight [H + KVH, D], the norms of the query and the key heads in one.
@@ -119,6 +136,10 @@ class Layer:
     next_norm: RMSNorm
     next_matrix: Matrix
     routing: Routing | None = None
+    gated: bool = False
+    rotary_dim: int | None = None
+    delta: GatedDelta | None = None
+    beta_decay: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +154,7 @@ class Step:
         positions: int64 [B], rotary, of a decode step.
         gained: `rope` has the gains of the heads' norms in it: one kernel a layer less.
         pages: what rows see of a pool of pages; None where each row has a cache of its own.
+        states: of gated delta nets, by layer; None where the model has none.
     """
 
     batch: int
@@ -146,6 +168,7 @@ class Step:
     positions: Tensor | None = None
     gained: bool = False
     pages: DecodePages | PackedPrompts | None = None
+    states: Mapping[int, DeltaState] | None = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +213,11 @@ class Drafts:
     verify_output: Tensor
 
 
+# See `ops.gated_delta`.
+DeltaDecodeFn = Callable[[DeltaInputs, GatedDelta, DeltaState, DeltaRows], Tensor]
+DeltaPrefillFn = Callable[[DeltaInputs, GatedDelta, DeltaState, PackedPrompts, Tensor], Tensor]
+# See `mix_delta`.
+MixDeltaFn = Callable[[Tensor, Tensor, Layer, Step], Tensor]
 # Heads of all tokens [B, S, H + 2 KVH, D], see `qk_norm_rope_store`.
 QkNormRopeStoreFn = Callable[[Tensor, Layer, Step], KeysValues]
 # See `attend`.
@@ -225,6 +253,9 @@ def qk_norm_rope_store(split: Tensor, layer: Layer, step: Step) -> KeysValues:
         normed = layer.qk_norm.direction(qk) if step.gained else layer.qk_norm(qk)
     assert step.rope is not None, "only operations of any length do without"
     # Rotated in place, so that keys and values stay side by side and are stored in one go.
+    if layer.rotary_dim is not None:
+        qk.copy_(normed)
+        normed = qk = qk.narrow(3, 0, layer.rotary_dim)
     rotate(normed, *step.rope[layer.index], out=qk)
     fresh = split.narrow(2, heads, 2 * kv_heads)
     return step.cache.write(layer.index, fresh, step.slots, step.plan.kv_len)
@@ -250,6 +281,10 @@ def attend_pages(
 ) -> Tensor:
     """`attend` of rows that share a pool of pages: their newest tokens (by `rows`, if given), or
     prompts side by side."""
+    if layer.gated:
+        own, gate = split_gate(qkv, layer)
+        ungated = replace(layer, gated=False)
+        return attend_pages(own, ungated, step, place, rows).mul_(gate.sigmoid())
     if rows is not None and isinstance(step.pages, DecodePages):
         return rows(qkv, layer, step)
     assert isinstance(step.cache, PagedKVCache), "pages come with their pool"
@@ -268,6 +303,52 @@ def attend_pages(
         scales = step.cache.scales[layer.index]
     pool, q = step.cache.layers[layer.index], split[:, :, : layer.num_heads]
     return paged_attention(q, pool, step.pages, scales)
+
+
+def split_gate(qkv: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+    """What a gated projection made [N, (2 H + 2 KVH) * D], in order: q, k and v
+    [N, (H + 2 KVH) * D], and the gate [N, H * D]."""
+    heads, dim = layer.num_heads, layer.head_dim
+    pairs = qkv[:, : 2 * heads * dim].view(len(qkv), heads, 2, dim)
+    own = torch.cat((pairs[:, :, 0].flatten(1), qkv[:, 2 * heads * dim :]), 1)
+    return own, pairs[:, :, 1].flatten(1)
+
+
+def norm_beta_decay(hidden: Tensor, layer: Layer) -> Tensor:
+    """What the normed hidden state [N, hidden] says of a gated delta net's heads:
+    [N, 2 v_heads]."""
+    assert layer.beta_decay is not None, "a layer with a gated delta net"
+    return torch.mm(layer.attn_norm(hidden), layer.beta_decay)
+
+
+def mix_delta(
+    projected: Tensor,
+    beta_decay: Tensor,
+    layer: Layer,
+    step: Step,
+    decode: DeltaDecodeFn = delta_decode,
+    prefill: DeltaPrefillFn = delta_prefill,
+) -> Tensor:
+    """A gated delta net between its projections: -> [N, v_heads * v_dim].
+
+    Args:
+        projected: by `norm_qkv`. beta_decay: by `norm_beta_decay`.
+    """
+    delta, states, pages = layer.delta, step.states, step.pages
+    assert delta is not None and states is not None, "the model made room for them"
+    assert pages is not None and pages.states is not None, "states are those of rows over pages"
+    channels = len(delta.conv)
+    inputs = DeltaInputs(
+        qkv=projected[:, :channels],
+        z=projected[:, channels:],
+        b=beta_decay[:, : delta.v_heads],
+        a=beta_decay[:, delta.v_heads :],
+    )
+    state = states[layer.index]
+    if isinstance(pages, PackedPrompts):
+        return prefill(inputs, delta, state, pages, pages.states)
+    assert pages.idle is not None, "rows that keep states say which are idle"
+    return decode(inputs, delta, state, DeltaRows(pages.states, pages.places, pages.idle))
 
 
 def o_residual(
@@ -376,6 +457,7 @@ class DecoderOps:
             `norm_head`. choose_likeliest, advance_rows: the end of steps of rows.
         verify_rows: the end of a greedy step of S tokens a row, by logits [R * S, V]: as
             `ngram.accept` and `ngram.draft`, which None stands for.
+        norm_beta_decay, mix_delta: of layers with a gated delta net, in place of `attend`.
         swiglu: how many rows that share a pool of pages are activated.
         experts_residual: the feed-forward of layers with experts, in place of `norm_gate_up` and
             `down_residual`. many_experts: likewise, where `many_rows` multiplies.
@@ -405,6 +487,8 @@ class DecoderOps:
     choose_likeliest: Callable[[Tensor, RowBuffers, bool], None] = choose_likeliest
     advance_rows: Callable[[Tensor, RowBuffers], None] = advance_rows
     verify_rows: Callable[[Tensor, RowBuffers, Drafts], None] | None = None
+    norm_beta_decay: Callable[[Tensor, Layer], Tensor] = norm_beta_decay
+    mix_delta: MixDeltaFn = mix_delta
     swiglu: Callable[[Tensor], Tensor] = swiglu
     many_rows: Products | None = None
     max_batch_rows: int = 0
@@ -468,6 +552,7 @@ def paged_ops(step: DecoderOps, few: bool) -> DecoderOps:
         choose_likeliest=step.choose_likeliest,
         advance_rows=step.advance_rows,
         verify_rows=step.verify_rows,
+        mix_delta=step.mix_delta,
     )
     if step.many_rows is not None:
         return many

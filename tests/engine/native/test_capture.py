@@ -26,7 +26,7 @@ from qwencli.engine.spec_decode.decode_strategy import EagerVerifier, GraphVerif
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.models.quant_formats import packed_format
 from qwencli.models.shape_reader import read_shape
-from tests.checkpoints import CONFIGS, hub_config
+from tests.checkpoints import ALONE, hub_config
 from tests.engine.native.host_graphs import run_graphs_on_the_host
 from tests.engine.quant.packed_formats import FORMATS
 from tests.engine.quant.test_prequantized import TEXT, tensors_of, write
@@ -126,7 +126,7 @@ def run_as_captured(config: dict[str, Any], loaded: weights.LoadedWeights, **mod
 
 
 @pytest.mark.parametrize("attention", [Attention.EAGER, Attention.SDPA])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ALONE)
 def test_steps_of_every_family_wait_for_nothing(family: str, attention: Attention) -> None:
     config = hub_config(family)
     run_as_captured(

@@ -17,7 +17,7 @@ from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.shape_reader import read_shape
 from tests.chatting import answers_of_turns
-from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, film, hub_config, picture
+from tests.checkpoints import ALONE, VISION_FAMILIES, engine_config, film, hub_config, picture
 from tests.engine.native.host_graphs import run_graphs_on_the_host
 from tests.engine.native.test_capture import Calls, Captured, without_values
 from tests.engine.quant.test_prequantized import TEXT
@@ -58,7 +58,7 @@ def graphed(engine: NativeEngine) -> PrefillGraphs:
     return generation._prompts
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ALONE)
 def test_requests_in_turns_get_the_same_tokens(checkpoint, family, captured):
     """Longer and shorter ones, so that what an earlier one left lies behind a later one."""
     pictures = family in VISION_FAMILIES
@@ -225,7 +225,7 @@ def test_a_request_that_failed_in_the_middle_of_a_prompt_harms_no_later_one(
 
 
 @pytest.mark.parametrize("quantization", Quantization)
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ALONE)
 def test_a_graph_can_hold_the_passes(family, quantization):
     """Not in inference mode: there operators that consist of others are seen as one."""
     shape = read_shape(hub_config(family))

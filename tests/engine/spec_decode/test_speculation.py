@@ -20,7 +20,7 @@ from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.spec_decode.policy import TIMED_STEPS
 from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest, text_message, user_message
-from tests.checkpoints import CONFIGS, VISION_FAMILIES, picture
+from tests.checkpoints import ALONE, VISION_FAMILIES, picture
 from tests.engine.native.test_native_engine import native_config
 
 TEXT = "one two one two one two one two one two"
@@ -47,7 +47,7 @@ def engines(checkpoint):
         yield plain, speculating
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ALONE)
 @pytest.mark.parametrize("speculate", [3, "auto"])
 def test_same_tokens_as_plain_steps(checkpoint, family, speculate):
     request = ask(images=(picture(),) if family in VISION_FAMILIES else ())

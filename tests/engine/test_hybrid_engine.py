@@ -1,0 +1,124 @@
+"""A model with gated delta nets in the engine: requests that run in rows, whatever is asked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from qwencli.config import (
+    Attention,
+    Cache,
+    EngineName,
+    KVDType,
+    Quantization,
+    SamplingOptions,
+    Speculate,
+)
+from qwencli.engine.client import generate_many
+from qwencli.engine.hf.engine import TransformersEngine
+from qwencli.engine.native import engine as native_engine
+from qwencli.engine.native.engine import NativeEngine
+from qwencli.engine.scheduler import Limits
+from qwencli.errors import UnsupportedModeError
+from qwencli.messages import GenerationRequest, user_message
+from tests.checkpoints import engine_config, film, picture
+
+# Few rows and tokens, so that requests wait, prompts are cut and rows are used again.
+NARROW = Limits(max_rows=3, max_prefill_tokens=24, max_prompts=2)
+
+
+def ask(text="Describe this.", images=(), **sampling):
+    settings = SamplingOptions(**{"do_sample": False, "max_new_tokens": 64, **sampling})
+    return GenerationRequest((user_message(text, tuple(images)),), settings, ignore_eos=True)
+
+
+def requests():
+    return [
+        ask("hello"),
+        ask("What? " * 30, max_new_tokens=9),
+        ask(images=[picture()], max_new_tokens=20),
+        ask(images=[picture(96, 64), picture(64, 64)], max_new_tokens=3),
+        ask(images=[film()], max_new_tokens=5),
+        ask("B", repetition_penalty=1.4, max_new_tokens=12),
+    ]
+
+
+def native_config(checkpoint, **settings):
+    return engine_config(checkpoint("qwen3_5"), engine=EngineName.NATIVE, **settings)
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(native_engine.BATCH_LIMITS, "cpu", NARROW)
+        yield
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint, narrow):
+    with NativeEngine(native_config(checkpoint)) as loaded:
+        yield loaded
+
+
+def test_alone_and_together_it_says_what_transformers_does(checkpoint, engine):
+    with TransformersEngine(engine_config(checkpoint("qwen3_5"))) as reference:
+        expected = [reference.generate(request) for request in requests()]
+        scored = list(reference.log_probs("Some text to score.", 12))
+    alone = [engine.generate(request) for request in requests()]
+    assert [each.token_ids for each in alone] == [each.token_ids for each in expected]
+    assert [each.num_image_tokens for each in alone] == [each.num_image_tokens for each in expected]
+    together = list(generate_many(engine, requests() * 2))
+    assert [each.token_ids for each in together] == [each.token_ids for each in alone] * 2
+    assert alone[0].effective.cache == "static" and alone[0].effective.attention == "sdpa"
+    queue = engine._queue._scheduler
+    assert queue.pool.num_free == queue.pool.capacity
+    assert not engine.has_unfinished and queue.states.num_free == queue.limits.max_rows + 8
+    for one, other in zip(engine.log_probs("Some text to score.", 12), scored, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_a_stream_that_is_dropped_gives_its_state_back(engine):
+    chunks = engine.stream(ask())
+    next(chunks)
+    chunks.close()
+    assert not engine.has_unfinished
+    states = engine._queue._scheduler.states
+    assert states.num_free == engine._queue._scheduler.limits.max_rows + 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "nearest"),
+    [
+        ({"cache": Cache.DYNAMIC}, "static"),
+        ({"cache": Cache.STATIC_COMPILE}, "static"),
+        ({"attention": Attention.EAGER}, "sdpa"),
+        ({"speculate": Speculate.THREE}, "off"),
+        ({"batch_invariant": True}, "model"),
+    ],
+    ids=str,
+)
+def test_a_mode_that_rows_do_not_have_is_refused(checkpoint, settings, nearest):
+    with pytest.raises(UnsupportedModeError) as caught:
+        NativeEngine(native_config(checkpoint, **settings)).load()
+    assert caught.value.nearest == nearest
+    assert "gated delta nets" in caught.value.message or "compiler" in caught.value.message
+
+
+@pytest.mark.parametrize("quantization", [Quantization.INT8, Quantization.INT4, Quantization.FP8])
+def test_every_large_matrix_is_quantized_and_nothing_that_is_exponentiated(
+    checkpoint, narrow, quantization
+):
+    config = native_config(checkpoint, quantization=quantization, kv_dtype=KVDType.INT8)
+    with NativeEngine(config) as loaded:
+        result = loaded.generate(ask(max_new_tokens=8))
+        decoder = loaded._model.decoder
+        assert all(layer.beta_decay.dtype.is_floating_point for layer in decoder.layers[::2])
+        assert "none" not in result.effective.quantization
+        for layer in decoder.layers:
+            assert not any(
+                hasattr(matrix, "dim") for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)
+            )
+        again = replace(ask(max_new_tokens=8))
+        assert next(generate_many(loaded, [again])).token_ids == result.token_ids
