@@ -251,10 +251,10 @@ def test_a_request_that_fails_fails_alone(limited, monkeypatch):
     broken = ask("Broken", max_new_tokens=5)
     taking = engine_core.EngineCore._take
 
-    def take(self, active, token, mark):
+    def take(self, active, *token):
         if active.answer.sampling.max_new_tokens == 5 and len(active.answer.token_ids) == 2:
             raise InputError("simulated", "in the middle of decoding")
-        return taking(self, active, token, mark)
+        return taking(self, active, *token)
 
     monkeypatch.setattr(engine_core.EngineCore, "_take", take)
     results = list(generate_many(limited, [good, too_long, bad_picture, broken, good]))
@@ -324,10 +324,10 @@ def test_failures_that_nobody_foresaw_are_those_of_one_request(limited, monkeypa
             raise ValueError("simulated, in vision")
         return encoding(self, visuals)
 
-    def take(self, active, token, mark):
+    def take(self, active, *token):
         if active.answer.sampling.max_new_tokens == 5 and len(active.answer.token_ids) == 2:
             raise ValueError("simulated, in the middle of decoding")
-        return taking(self, active, token, mark)
+        return taking(self, active, *token)
 
     monkeypatch.setattr(engine_core.EngineCore, "_take", take)
     monkeypatch.setattr(vision_batch.BatchVision, "_encode_together", encode)
