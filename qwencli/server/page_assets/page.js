@@ -227,6 +227,7 @@ async function look(start) {
     if (!reply.ok) return;
     state = await reply.json();
   } catch { return; }
+  get("clock").hidden = !state.gpu;
   const gpu = state.gpu, ran = state.effective, pages = state.kv_pages;
   if (start !== undefined && gpu && gpu.sm_clock_mhz) clocks.push([performance.now() - start, gpu.sm_clock_mhz]);
   const rows = [
