@@ -3,8 +3,8 @@
     python benchmarks/side_by_side/batches.py --model FOLDER --out batches.json \\
         [--engines native,vllm,transformers] [--rounds 2] [--pictures 500]
 
-FOLDER holds a Qwen3-VL model's config, tokenizer and processor; weights are random, in bf16. Each
-round starts a process of every engine, one after the other. Measured in each:
+FOLDER holds a Qwen3-VL model's config, tokenizer and processor; weights are random, in bf16 but for
+those of `native-fp8`, `native-8bit` and `native-4bit`. Each round starts a process of every engine, one after the other. Measured in each:
 
 - `captions_per_s`: pictures of 512x512, 64 new tokens each, opening and preparing included. No
   engine may know a picture from before: prefix caches are off.
@@ -18,6 +18,7 @@ transformers takes batches of 32 pictures, padded on the left: nothing else it o
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -62,8 +63,14 @@ def opened(file: bytes) -> Image.Image:
     return Image.open(io.BytesIO(file)).convert("RGB")
 
 
-def native(folder: str) -> tuple[Caption, Continue]:
-    from qwencli.config import EngineConfig, EngineName, LoadFormat, SamplingOptions
+def native(folder: str, quantization: str = "none") -> tuple[Caption, Continue]:
+    from qwencli.config import (
+        EngineConfig,
+        EngineName,
+        LoadFormat,
+        Quantization,
+        SamplingOptions,
+    )
     from qwencli.engine.client import generate_many
     from qwencli.engine.factory import create_engine
     from qwencli.messages import GenerationRequest, ImagePart, user_message
@@ -74,6 +81,7 @@ def native(folder: str) -> tuple[Caption, Continue]:
             resolve_model(folder, offline=True),
             engine=EngineName.NATIVE,
             load_format=LoadFormat.DUMMY,
+            quantization=Quantization(quantization),
         )
     )
     engine.load()
@@ -194,7 +202,15 @@ def transformers(folder: str) -> tuple[Caption, Continue]:
     return caption, go_on
 
 
-ENGINES = {"native": native, "vllm": vllm, "transformers": transformers}
+ENGINES = {
+    "native": native,
+    **{
+        f"native-{mode}": functools.partial(native, quantization=mode)
+        for mode in ("fp8", "8bit", "4bit")
+    },
+    "vllm": vllm,
+    "transformers": transformers,
+}
 
 
 def work(engine: str, folder: str, count: int, rows: Sequence[int]) -> dict[str, Any]:
