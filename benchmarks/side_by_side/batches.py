@@ -4,7 +4,8 @@
         [--engines native,vllm,transformers] [--rounds 2] [--pictures 500]
 
 FOLDER holds a Qwen3-VL model's config, tokenizer and processor; weights are random, in bf16 but for
-those of `native-fp8`, `native-8bit` and `native-4bit`. Each round starts a process of every engine, one after the other. Measured in each:
+those of `native-fp8`, `native-8bit` and `native-4bit`. Each round starts a process of every engine,
+one after the other. Measured in each:
 
 - `captions_per_s`: pictures of 512x512, 64 new tokens each, opening and preparing included. No
   engine may know a picture from before: prefix caches are off.
