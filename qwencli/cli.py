@@ -29,6 +29,8 @@ COMMANDS = {
     "chat": "qwencli.commands.chat:chat",
     "serve": "qwencli.commands.serve:serve",
     "dataset": "qwencli.commands.dataset:app",
+    "ps": "qwencli.commands.resident:ps",
+    "stop": "qwencli.commands.resident:stop",
     "bench": "qwencli.commands.bench:app",
     "diagnose": "qwencli.commands.diagnose:app",
     "models": "qwencli.commands.models:models",

@@ -7,6 +7,7 @@ said into concrete values once; nothing changes them afterwards. This module kno
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -279,6 +280,26 @@ def parse_max_pixels(text: str) -> int | None:
     raise UsageError(
         f"--max-pixels {text!r} is no size", "give a number of pixels (height x width), or auto"
     )
+
+
+# Seconds of a unit.
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def parse_duration(text: str, said_by: str) -> float:
+    """Seconds of "300", "90s", "5m" or "2h".
+
+    Args:
+        said_by: the option, for the error.
+
+    Raises:
+        UsageError: it is none, or above a year.
+    """
+    found = re.fullmatch(r"([0-9]{1,8}(?:\.[0-9]{1,3})?)\s*([smh]?)", text.strip().lower())
+    seconds = float(found[1]) * _UNITS[found[2]] if found else math.inf
+    if seconds > 366 * 24 * 3600:
+        raise UsageError(f"{said_by} {text!r} is no time", "write it as 5m, 90s or 2h; 0 = off")
+    return seconds
 
 
 def check_pixels(min_pixels: int | None, max_pixels: int | None) -> None:

@@ -22,6 +22,8 @@ if importlib.util.find_spec("hypothesis"):
 
 # Our kernels run on the CPU here, in Triton's interpreter; it looks once, when it is imported.
 os.environ["TRITON_INTERPRET"] = "1"
+# No test leaves an engine behind; those of the resident one ask for it.
+os.environ["QWENCLI_KEEP_LOADED"] = "0"
 # Of tests that run beside others: threads that wait for each other's turn take many times as long.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -8,6 +8,7 @@ import typer
 
 from qwencli.commands.options import (
     Frames,
+    KeepOptions,
     RunOptions,
     SetOptions,
     ShapeOptions,
@@ -39,6 +40,7 @@ def caption(
     *,
     chosen: SetOptions,
     shape: ShapeOptions,
+    keep: KeepOptions,
     run: RunOptions,
 ) -> None:
     """Describe images. The answer alone goes to stdout, everything else to stderr.
@@ -59,6 +61,7 @@ def caption(
         multi_image = True
     if not (inputs or chosen.is_used):
         raise UsageError("Missing argument 'IMAGE...'", "name pictures, or a folder of them")
+    keep_s = keep.seconds(run)
     named = named_inputs(inputs or (), chosen.filelist)
     if is_set(named, chosen, frames):
         if multi_image:
@@ -73,6 +76,7 @@ def caption(
             system=system,
             frames=frames,
             overlay=shape.overlay,
+            keep_s=keep_s,
         )
         return
     if multi_image and shape.is_used:
@@ -89,6 +93,7 @@ def caption(
             system=system,
             frames=frames,
             overlay=shape.overlay,
+            keep_s=keep_s,
         )
         return
     text = prompt_text(prompt, preset)
@@ -103,7 +108,7 @@ def caption(
     pictures = next(jobs, None)
     if pictures is not None:
         announce_model(spec, run, sink)
-        with running_engine(run.engine_config(spec), sink) as loaded:
+        with running_engine(run.engine_config(spec), sink, keep_s) as loaded:
             left = images[work.begun - 1 :]
             if len(left) >= loaded.batch_from and not multi_image:
                 work.answer_many(

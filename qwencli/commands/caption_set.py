@@ -77,6 +77,7 @@ def caption_set(
     system: str | None,
     frames: int | None,
     overlay: str | None = None,
+    keep_s: float = 0.0,
 ) -> None:
     """Caption pictures into files beside them; leaves with exit code 1 where one failed."""
     from qwencli.commands.model_choice import announce_model, choose_model
@@ -167,7 +168,9 @@ def caption_set(
                 stopper = Stopper(sink.notice)
                 config, count = run.engine_config(spec), len(whole.work.tasks)
                 with (
-                    _captioner(config, asking, count, devices, chosen.ray, sink) as captioner,
+                    _captioner(
+                        config, asking, count, devices, chosen.ray, sink, keep_s
+                    ) as captioner,
                     stopper.watching(),
                     overlays,
                 ):
@@ -190,6 +193,7 @@ def _captioner(
     devices: Sequence[str],
     ray: str | None,
     sink: Output,
+    keep_s: float,
 ) -> Iterator[Captioner]:
     """What makes `count` captions: workers of a cluster, or on devices, or an engine right here."""
     from qwencli.commands.requests import fetch_model, running_engine
@@ -198,7 +202,7 @@ def _captioner(
     from qwencli.dataset.worker import Alone, Orders
 
     if not devices and ray is None:
-        with running_engine(config, sink) as engine:
+        with running_engine(config, sink, keep_s) as engine:
             yield Alone(engine, asking)
         return
     fetch_model(config)
@@ -223,6 +227,7 @@ def print_captions(
     system: str | None,
     frames: int | None,
     overlay: str | None = None,
+    keep_s: float = 0.0,
 ) -> None:
     """Print captions in the form that `manner` wants; exit code 1 where one failed."""
     from qwencli.commands.captions import Captions
@@ -254,7 +259,7 @@ def print_captions(
         lambda item: work.open(named[item.key], frames),
         sink.error,
     )
-    with running_engine(run.engine_config(spec), sink) as engine, overlays:
+    with running_engine(run.engine_config(spec), sink, keep_s) as engine, overlays:
         work.answer_shaped(Alone(engine, asking), tasks, overlays.add)
     work.finish()
     if work.failed or overlays.num_failed:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from qwencli.commands.options import Frames, RunOptions, with_run_options
+from qwencli.commands.options import Frames, KeepOptions, RunOptions, with_run_options
 from qwencli.messages import VisualPart
 from qwencli.output import Output
 
@@ -30,6 +30,7 @@ def chat(
         bool, typer.Option("--resume", help="Go on with the conversation that was kept last.")
     ] = False,
     *,
+    keep: KeepOptions,
     run: RunOptions,
 ) -> None:
     """Talk about pictures, or about anything with a text model. /help lists the commands."""
@@ -44,6 +45,7 @@ def chat(
 
     sink = context.ensure_object(Output)
     sampling = run.sampling_options()
+    keep_s = keep.seconds(run)
     typed = prompt is None and sys.stdin.isatty()
     kept = latest_chat(chats_folder()) if resume else None
     if kept and run.model is None and not run.endpoint:
@@ -64,7 +66,7 @@ def chat(
         raise typer.Exit(1)
     announce_model(spec, run, sink)
     drawn = sys.stdin.isatty() and sys.stdout.isatty() and not run.json
-    with quiet_keys(), running_engine(run.engine_config(spec), sink) as loaded:
+    with quiet_keys(), running_engine(run.engine_config(spec), sink, keep_s) as loaded:
         talk = Conversation(
             loaded,
             sampling,

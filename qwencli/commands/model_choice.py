@@ -27,13 +27,16 @@ def choose_model(run: RunOptions, output: Output) -> ModelSpec:
             return remote_model(run.endpoints, run.model, offline=run.offline)
     if run.model:
         return resolve_model(run.model, models_file=run.models_file, offline=run.offline)
-    free_bytes, on_gpu = free_bytes_on(run.device)
     spec = resolve_model(
-        None, models_file=run.models_file, offline=run.offline, free_bytes=free_bytes
+        None,
+        models_file=run.models_file,
+        offline=run.offline,
+        free_bytes=lambda: free_bytes_on(run.device)[0],
     )
     if spec.source is not ModelSource.BUNDLED or run.load_format is LoadFormat.DUMMY:
         return spec
-    better = recommended_model(free_bytes) if on_gpu and _can_ask(run, output) else None
+    free_bytes, on_gpu = free_bytes_on(run.device) if _can_ask(run, output) else (0, False)
+    better = recommended_model(free_bytes) if on_gpu else None
     return better if better and _wants(better, output) else spec
 
 

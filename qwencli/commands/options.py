@@ -36,6 +36,7 @@ from qwencli.config import (
     Speculate,
     check_pixels,
     check_sampling,
+    parse_duration,
     parse_max_pixels,
     parse_seq_len,
 )
@@ -267,6 +268,46 @@ class RunOptions:
         if self.is_remote:
             said["engine"] = EngineName.REMOTE
         return EngineConfig(**settings | said | {"model": spec})
+
+
+@dataclass(frozen=True)
+class KeepOptions:
+    """What a user may say about the engine that stays behind; see `server.resident`."""
+
+    keep_loaded: Annotated[
+        str | None,
+        _model(
+            metavar="TIME",
+            text="Keep the model loaded for the next command, 0 = do not; $QWENCLI_KEEP_LOADED. "
+            "Default: 5m on a GPU, else 0.",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.keep_loaded is not None:
+            parse_duration(self.keep_loaded, "--keep-loaded")
+
+    def seconds(self, run: RunOptions) -> float:
+        """What the user said, over the environment, over their config.toml, over our default.
+
+        Raises:
+            UsageError: it is no time.
+        """
+        if run.is_remote:
+            if self.keep_loaded is not None:
+                raise UsageError(
+                    "--keep-loaded and --endpoint exclude each other", "the server keeps its model"
+                )
+            return 0.0
+        if self.keep_loaded is not None:
+            return parse_duration(self.keep_loaded, "--keep-loaded")
+        if said := os.environ.get("QWENCLI_KEEP_LOADED"):
+            return parse_duration(said, "QWENCLI_KEEP_LOADED")
+        from qwencli.models.user_config import configured_keep_loaded, user_config_folder
+        from qwencli.server.resident import default_keep_s
+
+        said = configured_keep_loaded(user_config_folder())
+        return default_keep_s(run.device) if said is None else parse_duration(said, "keep_loaded")
 
 
 _set = functools.partial(_option, "Folders and lists of pictures")

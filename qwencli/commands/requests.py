@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 from qwencli.config import EngineConfig, LoadFormat, ModelSource
 from qwencli.dataset.parts import Held, address_of
 from qwencli.dataset.sources import local_path
-from qwencli.errors import AnswerError, InputError, MissingDependencyError, OutOfMemoryError
+from qwencli.errors import (
+    AnswerError,
+    InputError,
+    MissingDependencyError,
+    OutOfMemoryError,
+    QwenCliError,
+)
 from qwencli.messages import ImagePart, Message, VideoPart, VisualPart, text_message
 from qwencli.output import Output
 
@@ -26,8 +32,44 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def running_engine(config: EngineConfig, sink: Output) -> Iterator[Engine]:
-    """An engine, loaded, closed at the end whatever happens."""
+def running_engine(config: EngineConfig, sink: Output, keep_s: float = 0.0) -> Iterator[Engine]:
+    """An engine, loaded, closed at the end whatever happens.
+
+    Args:
+        keep_s: above 0 it is the resident one, which stays so long after the last request.
+    """
+    engine = _resident(config, sink, keep_s) if keep_s else None
+    engine = engine or _loaded_here(config, sink)
+    try:
+        for warning in engine.load_warnings:
+            sink.warn(warning)
+        if config.max_seq_len == "auto":
+            sink.notice(
+                f"--max-seq-len auto: {engine.max_seq_len}{memory_figures(engine.memory_plan)}"
+            )
+        yield engine
+    finally:
+        engine.close()
+
+
+def _resident(config: EngineConfig, sink: Output, keep_s: float) -> Engine | None:
+    """The resident engine with this model loaded; None where it cannot be used now."""
+    from qwencli.server.resident import ResidentEngine
+
+    fetch_model(config)
+    engine = ResidentEngine(config, keep_s, sink.notice)
+    try:
+        with sink.status(f"loading {config.model.name}"):
+            engine.load()
+    except QwenCliError:
+        if not engine.unusable:
+            raise
+        sink.notice(f"note: {engine.unusable}: the model is loaded here")
+        return None
+    return engine
+
+
+def _loaded_here(config: EngineConfig, sink: Output) -> Engine:
     from qwencli.engine.factory import create_engine
 
     with sink.status(f"starting {config.model.name}"):
@@ -39,18 +81,23 @@ def running_engine(config: EngineConfig, sink: Output) -> Iterator[Engine]:
             resolve_device(config.device)
     # Here and not in load(): the download's own progress bars need the terminal to themselves.
     fetch_model(config)
-    with sink.status(f"loading {config.model.name}"):
-        engine.load()
     try:
-        for warning in engine.load_warnings:
-            sink.warn(warning)
-        if config.max_seq_len == "auto":
-            sink.notice(
-                f"--max-seq-len auto: {engine.max_seq_len}{memory_figures(engine.memory_plan)}"
-            )
-        yield engine
-    finally:
-        engine.close()
+        with sink.status(f"loading {config.model.name}"):
+            engine.load()
+    except OutOfMemoryError as error:
+        raise _with_resident(error) from error
+    return engine
+
+
+def _with_resident(error: OutOfMemoryError) -> OutOfMemoryError:
+    """What else may be done where the resident engine takes memory too."""
+    from qwencli.server.resident import status
+
+    there = status()
+    if there is None or there.model is None:
+        return error
+    hint = f"qwencli stop frees what {there.model} takes, which is kept loaded"
+    return OutOfMemoryError(error.message, f"{hint}; or {error.hint}" if error.hint else hint)
 
 
 def fetch_model(config: EngineConfig) -> None:

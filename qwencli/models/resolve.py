@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def resolve_model(
     *,
     models_file: Path | None = None,
     offline: bool = False,
-    free_bytes: int | None = None,
+    free_bytes: int | Callable[[], int] | None = None,
     places: Places | None = None,
 ) -> ModelSpec:
     """The model to run; downloads nothing. `path` is set when its files are on this machine.
@@ -88,7 +88,7 @@ def default_model(
     custom: CustomModels,
     places: Places,
     *,
-    free_bytes: int | None = None,
+    free_bytes: int | Callable[[], int] | None = None,
     quantization: Quantization = Quantization.NONE,
 ) -> ModelSpec:
     """QWENCLI_MODEL, else `model` in config.toml, else custom_models.json's default, else the best
@@ -97,6 +97,7 @@ def default_model(
     Args:
         free_bytes: memory of the device that a model may take (VRAM, or RAM on a CPU). None =
             not known: then the smallest downloaded one is taken, as it is the likeliest to fit.
+            What gives it is called where there is a choice.
     """
     for origin, wished in (
         (ENVIRONMENT_KEY, places.environ.get(ENVIRONMENT_KEY)),
@@ -107,6 +108,8 @@ def default_model(
     if custom.default is not None:
         return with_local_files(custom.default)
     here = [spec for spec in map(with_local_files, _candidates()) if spec.path is not None]
+    if callable(free_bytes):
+        free_bytes = free_bytes() if here else None
     if free_bytes is None:
         fitting = sorted(here, key=lambda spec: _needed(spec, quantization))
     else:

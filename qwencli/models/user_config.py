@@ -1,6 +1,7 @@
 """The user's config.toml: which model is the default, and the settings of single models.
 
     model = "qwen3-vl-4b"
+    keep_loaded = "5m"
 
     [models."qwen3-vl-4b"]
     quantization = "4bit"
@@ -55,6 +56,21 @@ def configured_model(folder: Path) -> str | None:
     if model is not None and not isinstance(model, str):
         raise UsageError(f"{path}: model: expected a text, got {model!r}", "correct the file")
     return model
+
+
+def configured_keep_loaded(folder: Path) -> str | None:
+    """`keep_loaded` of the config in `folder`; None where it says nothing.
+
+    Raises:
+        UsageError: the file is malformed.
+    """
+    path = folder / CONFIG_FILE
+    said = _parse(path, _read(path)).get("keep_loaded")
+    if said is None or (type(said) in (str, int) and not isinstance(said, bool)):
+        return None if said is None else str(said)
+    raise UsageError(
+        f"{path}: keep_loaded: expected a time such as '5m', got {said!r}", "correct it"
+    )
 
 
 def model_settings(folder: Path, name: str) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, cast
 
-import numpy as np
 from PIL import (
     ExifTags,
     Image,
@@ -580,6 +579,8 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
 
 def _grey_16_to_8(image: Image.Image, name: str) -> Image.Image:
     """Scale 0..65535 to 0..255, rounded. Pillow's own conversion would clip at 255."""
+    import numpy as np  # takes longer to load than most pictures
+
     levels = np.asarray(image)  # [H, W], uint16 or int32
     low, high = int(levels.min()), int(levels.max())
     if low < 0 or high > 65535:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-import numpy as np
 from PIL import Image
 
 from qwencli.engine.frontend.containers import is_cut_off, video_kind
@@ -158,6 +157,8 @@ def even_indices(total: int, count: int) -> list[int]:
 
     The rule of transformers' Qwen3VLVideoProcessor.sample_frames.
     """
+    import numpy as np  # pictures have no need of it
+
     return [int(i) for i in np.linspace(0, total - 1, min(count, total)).round()]
 
 
