@@ -132,6 +132,8 @@ def _connected(folder: Path) -> _Connection | None:
     found = _found(folder)
     if found is not None and found.build == wanted:
         return found
+    if found is not None:
+        found.close()
     make_folder(folder)
     with starting_alone(folder):
         again = _found(folder)  # another command has started one meanwhile

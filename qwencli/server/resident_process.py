@@ -72,6 +72,7 @@ class ResidentServer:
         watching = asyncio.ensure_future(self._watch())
         await self.over.wait()
         watching.cancel()
+        server.close()
         forget_state(self._folder, self._state)
         print("over", flush=True)
 
@@ -95,8 +96,8 @@ class ResidentServer:
         try:
             if await self._knows_the_token(connection):
                 await connection.serve()
-        except (OSError, EOFError, QwenCliError, TimeoutError):
-            return  # gone, or it talks nonsense
+        except (OSError, EOFError, QwenCliError, TimeoutError, asyncio.CancelledError):
+            return  # gone, or it talks nonsense, or this process leaves
         finally:
             connection.end()
 

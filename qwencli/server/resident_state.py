@@ -137,10 +137,6 @@ def starting_alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-# Processes that were started here: dropped unfinished, Python would warn of them.
-_STARTED: list[subprocess.Popen[bytes]] = []
-
-
 def start_process(folder: Path) -> State | None:
     """Start a resident process that outlives this one and holds none of its streams; its state once
     it listens, None where it does not."""
@@ -161,13 +157,16 @@ def start_process(folder: Path) -> State | None:
             start_new_session=True,  # Windows has other words for it
             creationflags=flags,
         )
-    _STARTED.append(process)
     end_s = time.monotonic() + START_S
     while process.poll() is None and time.monotonic() < end_s:
         state = read_state(folder)
         if state is not None and state != before and state.pid == process.pid:
+            # It outlives this process, which Python would warn of.
+            process.returncode = 0
             return state
         time.sleep(0.01)
+    process.kill()
+    process.wait()
     return None
 
 
