@@ -156,7 +156,8 @@ class _Drawing:
 
     def show(self, chunk: GenerationChunk) -> None:
         now = time.perf_counter()
-        self._tokens += len(chunk.token_ids)
+        # A server does not say how many tokens a piece is; mostly it is one.
+        self._tokens += len(chunk.token_ids) or bool(chunk.text or chunk.thoughts)
         if self._first_s is None and self._tokens:
             self._first_s = now
         self._thoughts += chunk.thoughts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import select
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +19,8 @@ from qwencli.dataset.sources import VIDEO_SUFFIXES
 from qwencli.output import Output, visible
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import Completion
     from prompt_toolkit.document import Document
@@ -68,7 +71,8 @@ class TerminalLines:
         while True:
             self._ahead = self._ahead or _more_waits(0.0)
             try:
-                text = self._session.prompt(default=draft)
+                with _interrupts_noted() as leave_if_interrupted:
+                    text = self._session.prompt(default=draft, pre_run=leave_if_interrupted)
             except EOFError:
                 return None
             except KeyboardInterrupt:
@@ -98,7 +102,6 @@ class TerminalLines:
             complete_while_typing=Condition(
                 lambda: _completes(get_app().current_buffer.document.text_before_cursor)
             ),
-            complete_in_thread=True,
             key_bindings=self._keys(),
             bottom_toolbar=self._toolbar,
             reserve_space_for_menu=6,
@@ -133,6 +136,8 @@ class TerminalLines:
         return keys
 
     def _enter(self, event: KeyPressEvent) -> None:
+        from prompt_toolkit.keys import Keys
+
         buffer = event.current_buffer
         completing = buffer.complete_state
         if completing is not None and completing.current_completion is not None:
@@ -142,8 +147,11 @@ class TerminalLines:
             buffer.delete_before_cursor()
             buffer.insert_text("\n")
             return
-        waiting = bool(event.key_processor.input_queue)
-        if not self._ahead and (waiting or _more_waits(PASTE_GAP_S)):
+        waiting = any(key.key != Keys.CPRResponse for key in event.key_processor.input_queue)
+        # What the terminal answers to a question of the prompt's is no key.
+        pasted = waiting or (not event.app.renderer.waiting_for_cpr and _more_waits(PASTE_GAP_S))
+        is_command = buffer.text.partition(" ")[0] in COMMANDS
+        if pasted and not self._ahead and not is_command:
             # A terminal that does not mark what is pasted.
             buffer.insert_text("\n")
             return
@@ -176,6 +184,29 @@ def quiet_keys() -> Iterator[None]:
         yield
     finally:
         termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[Callable[[], None]]:
+    """Ctrl-C never ends the work of setting a prompt up or down; yields what the prompt is to run
+    first, where one that came in between takes effect."""
+    from prompt_toolkit.application import get_app
+
+    noted = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal noted
+        noted = True
+
+    def leave_if_interrupted() -> None:
+        if noted:
+            get_app().exit(exception=KeyboardInterrupt)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield leave_if_interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def keep_keys(read: bytes) -> None:

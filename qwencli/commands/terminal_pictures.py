@@ -27,8 +27,9 @@ COLUMNS, ROWS = 36, 12
 _CELL = (8, 16)
 # What a terminal has to answer within; over a network it takes longer than here.
 _ANSWER_S = 0.4
-# Asks for kitty's graphics, then for the device's attributes, which every terminal gives.
-_QUESTION = "\x1b_Gi=31,s=1,v=1,a=q,t=d,f=24;AAAA\x1b\\\x1b[c"
+# Asks for kitty's graphics, then for the device's attributes, which every terminal gives. What a
+# terminal shows of a question that it does not know is erased.
+_QUESTION = "\x1b7\x1b_Gi=31,s=1,v=1,a=q,t=d,f=24;AAAA\x1b\\\x1b8\x1b[K\x1b[c"
 _ATTRIBUTES = re.compile(rb"\x1b\[\?([\d;]*)c")
 _KITTY_OK = re.compile(rb"\x1b_Gi=31;OK\x1b\\")
 _KITTY_ANSWER = re.compile(rb"\x1b_G.*?\x1b\\", re.DOTALL)
@@ -46,7 +47,7 @@ class Graphics(Enum):
 
 def show_pictures(parts: Sequence[VisualPart]) -> None:
     """Draw what is attached, small, where stderr is a terminal; of a video its first frame."""
-    if not sys.stderr.isatty():
+    if not parts or not sys.stderr.isatty():
         return
     graphics = terminal_graphics()
     for part in parts:

@@ -421,6 +421,20 @@ def test_piped_lines_are_turns(checkpoint, capsys, monkeypatch):
     assert records[1]["num_prompt_tokens"] > records[0]["num_prompt_tokens"]
 
 
+def test_through_pipes_there_is_text_alone(checkpoint, tmp_path, capfd, monkeypatch):
+    """Whatever the terminal that stands around can do."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    lines = [f"/image {tmp_path / 'a.png'}", "# *one*", "/set greedy=on", "/retry", "/stats"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert chat(checkpoint) == 0
+    out, err = capfd.readouterr()
+    assert "\x1b" not in out + err
+    assert len(out.splitlines()) >= 2
+    assert not (tmp_path / "data").exists(), "a script leaves nothing behind"
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [("a.png b.png", 2), ("'a b.png' c.png", 2), ('"a b.png"', 1), (r"C:\pictures\a.png", 1)],
