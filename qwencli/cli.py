@@ -28,6 +28,7 @@ COMMANDS = {
     "caption": "qwencli.commands.caption:caption",
     "chat": "qwencli.commands.chat:chat",
     "serve": "qwencli.commands.serve:serve",
+    "warm": "qwencli.commands.warm:warm",
     "dataset": "qwencli.commands.dataset:app",
     "ps": "qwencli.commands.resident:ps",
     "stop": "qwencli.commands.resident:stop",

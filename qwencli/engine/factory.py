@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwencli.config import EngineConfig, EngineName, LoadFormat, Quantization
 from qwencli.engine.protocol import Engine
-from qwencli.errors import ModelFileError, UsageError
+from qwencli.errors import ModelFileError, UnsupportedModeError, UsageError
+
+if TYPE_CHECKING:
+    from qwencli.engine.native.engine import WarmedKernels
 
 
 def default_engine(config: EngineConfig) -> EngineName:
@@ -82,3 +85,19 @@ def create_engine(config: EngineConfig) -> Engine:
     from qwencli.engine.hf.engine import TransformersEngine
 
     return TransformersEngine(config)
+
+
+def warm_kernels(config: EngineConfig) -> WarmedKernels:
+    """Compile the kernels of `config` for its GPU and keep them, without the model's weights.
+
+    Raises:
+        UnsupportedModeError: what this runs as has none.
+    """
+    engine = default_engine(config)
+    if engine is not EngineName.NATIVE:
+        raise UnsupportedModeError(
+            f"{config.model.name} runs in the transformers engine, which has no kernels to compile"
+        )
+    from qwencli.engine.native.engine import NativeEngine
+
+    return NativeEngine(replace(config, engine=engine)).warm_kernels()

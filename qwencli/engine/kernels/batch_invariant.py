@@ -33,7 +33,7 @@ WARPS = 4
 WIDE_FROM = 16_384
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def fixed_gemm_kernel(
     x_ptr,  # [M, K]
     w_ptr,  # [N, K]
@@ -62,7 +62,7 @@ def fixed_gemm_kernel(
     tl.store(at, acc.to(y_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def page_attention_kernel(
     q_ptr,  # [tokens, ..], H heads of D columns in front; normed and rotated
     pool_ptr,  # [pages, PAGE, 2 * KVH, D]: keys, then values; the type of q, or bytes

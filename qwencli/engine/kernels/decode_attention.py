@@ -48,7 +48,7 @@ def norm_and_rotate(a, b, gain_a, gain_b, cos, sin, eps, D: tl.constexpr, NORM: 
     return a * cos - b * sin, b * cos + a * sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_seq_len", "table_stride"])
 def decode_attention_kernel(
     qkv_ptr,  # [B * TOKENS, (H + 2 KVH) * D]
     q_gain_ptr,  # [D], weight of the queries' norm

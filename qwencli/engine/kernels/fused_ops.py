@@ -48,6 +48,7 @@ from qwencli.engine.kernels.greedy_step import (
     likeliest_kernel,
     verify_drafts_kernel,
 )
+from qwencli.engine.kernels.launches import gpu_of
 from qwencli.engine.kernels.many_rows import ManyRows
 from qwencli.engine.kernels.moe import ExpertKernels
 from qwencli.engine.kernels.qk_norm_rope import QkNormRope, QkNormRopeStore
@@ -91,23 +92,20 @@ class Launch:
 
     Args:
         dependent: whether a kernel can be launched before the one in front has ended.
-        fp8: whether instructions convert e4m3.
+        fp8: whether instructions convert e4m3. on_gpu: not in the interpreter.
     """
 
     num_processors: int
     dependent: bool
     fp8: bool
+    on_gpu: bool
 
     @classmethod
     def on(cls, device: torch.device) -> Launch:
-        if device.type != "cuda":  # Triton's interpreter
-            return cls(num_processors=2, dependent=False, fp8=False)
-        properties = torch.cuda.get_device_properties(device)
-        return cls(
-            properties.multi_processor_count,
-            dependent=properties.major >= 9,
-            fp8=(properties.major, properties.minor) >= (8, 9),
-        )
+        gpu = gpu_of(device)
+        if gpu is None:  # Triton's interpreter
+            return cls(num_processors=2, dependent=False, fp8=False, on_gpu=False)
+        return cls(gpu.num_processors, gpu.dependent, gpu.fp8, on_gpu=True)
 
     def options(self, num_warps: int) -> dict[str, Any]:
         dependent = {"launch_pdl": True} if self.dependent else {}
@@ -174,8 +172,8 @@ class FusedOps:
         self._activations = ActivationBuffers(longest, dtype, device, self._launch.options)
         self._experts = ExpertKernels(MAX_BATCH_ROWS, device, self._launch.options, self._precision)
         # The interpreter takes seconds for what a prompt multiplies.
-        on_gpu = device.type == "cuda" and not self._exact
-        self._many_rows = ManyRows(device).products() if on_gpu else None
+        multiplies = self._launch.on_gpu and not self._exact
+        self._many_rows = ManyRows(device).products() if multiplies else None
         self._skinny_gemm = SkinnyGemm(
             self._best, longest, tiles_of, self._launch.options, self._precision
         )
@@ -553,7 +551,7 @@ class FusedOps:
                 BITS=way.bits, FP8=fp8, G=quantized.group, GROUPED=quantized.grouped,
                 CODEBOOK_SCALE=1.0 if table is None else table.step,
                 COUNT=max(tiles.block * way.bits // (BLOCK_WORDS * 32), 1),
-                ASM=self._launch.fp8 if fp8 else x.is_cuda, **modes,
+                ASM=self._launch.fp8 if fp8 else self._launch.on_gpu, **modes,
             )  # fmt: skip
         else:
             gemv_kernel[programs,](

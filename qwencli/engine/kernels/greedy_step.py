@@ -105,7 +105,7 @@ def finish_token_kernel(
     tl.store(done_ptr + row, done | ended)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["token_ids_stride"])
 def verify_drafts_kernel(
     best_ptr,  # int64 [R, SIZE], see gemm_kernel
     token_ptr,  # int64 [R]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from qwencli.engine.kernels.dequantize import dequantize, is_kept_dense
+from qwencli.engine.kernels.launches import gpu_of
 from qwencli.engine.kernels.row_quant import QuantizedRows, RowFormat, quantize_rows
 from qwencli.engine.kernels.swiglu import swiglu
 from qwencli.engine.kernels.tiled_gemm import TiledGemm
@@ -42,19 +43,19 @@ class Capability:
     """What products of many rows ask of a device.
 
     Args:
-        fp8: whether it multiplies fp8.
+        fp8: whether it multiplies fp8. on_gpu: not in the interpreter.
     """
 
     num_processors: int
     fp8: bool
+    on_gpu: bool
 
     @classmethod
     def of(cls, device: torch.device) -> Capability:
-        if device.type != "cuda":  # Triton's interpreter
-            return cls(num_processors=2, fp8=True)
-        found = torch.cuda.get_device_properties(device)
-        fp8 = (found.major, found.minor) >= (8, 9)
-        return cls(found.multi_processor_count, fp8)
+        gpu = gpu_of(device)
+        if gpu is None:  # Triton's interpreter
+            return cls(num_processors=2, fp8=True, on_gpu=False)
+        return cls(gpu.num_processors, gpu.fp8, on_gpu=True)
 
 
 class ManyRows:
@@ -143,7 +144,11 @@ class ManyRows:
 
     def _by_torch(self, rows: QuantizedRows, matrix: QuantizedTensor, x: Tensor) -> bool:
         aligned = matrix.rows % ALIGNED == 0 and matrix.columns % ALIGNED == 0
-        takes = x.is_cuda and x.dtype is torch.bfloat16 and matrix.scale.dtype is torch.float32
+        takes = (
+            self._capability.on_gpu
+            and x.dtype is torch.bfloat16
+            and matrix.scale.dtype is torch.float32
+        )
         return aligned and takes and scaled_mm_is_faster(matrix.rows, len(rows))
 
 

@@ -26,7 +26,7 @@ TOKENS = 32  # of one program
 WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length", "room"])
 def qk_norm_rope_kernel(
     qkv_ptr,  # [B * S, width]: ROTATED heads of D columns, then others, the first of them values
     cos_ptr,  # [B * S, D]

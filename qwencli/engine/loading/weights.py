@@ -156,9 +156,13 @@ def dummy(
     """Fill every tensor: norms such that they change no value's size, decays as models are begun
     with, the rest with normal values of deviation `DUMMY_STD`.
 
-    The values depend on the tensor's name and the kind of device alone.
+    The values depend on the tensor's name and the kind of device alone; "meta" tensors have none.
     """
     kept = _Kept(shape, quantization)
+    if device.type == "meta":
+        for spec in specs(shape):
+            kept.keep(spec.name, torch.empty(spec.shape, dtype=dtype, device=device))
+        return kept.weights(())
     generator = torch.Generator(device)
     for spec in specs(shape):
         kind = torch.float32 if spec.float32 else dtype

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +17,7 @@ from qwencli.config import (
     DType,
     EngineConfig,
     EngineName,
+    Kernels,
     KVDType,
     LoadFormat,
     Quantization,
@@ -26,7 +29,7 @@ from qwencli.engine.cache.kv_cache import KV_SCHEMES
 from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.constrained import TokenMatcher
 from qwencli.engine.device_memory import release
-from qwencli.engine.frontend.model_files import ModelFiles
+from qwencli.engine.frontend.model_files import ModelFiles, open_model
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.loading import weights
 from qwencli.engine.machine.cpu_threads import computing_with
@@ -62,13 +65,30 @@ from qwencli.engine.resolve import (
 from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.spec_decode.decode_strategy import VERIFIERS, Speculator, batch_policy
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
-from qwencli.errors import UnsupportedModeError
+from qwencli.errors import MissingDependencyError, UnsupportedModeError
 from qwencli.messages import GenerationRequest
 from qwencli.models.memory import native_kv_bytes, packed_weight_bytes
 from qwencli.models.quant_formats import PackedFormat, format_of
 from qwencli.models.shape_reader import read_shape
+from qwencli.models.shapes import ModelShape
 from qwencli.models.weight_files import find_weights, stored_tensors
 from qwencli.results import EffectiveConfig, GenerationChunk
+
+if TYPE_CHECKING:
+    from qwencli.engine.native.kernel_cache import KernelLoader
+    from qwencli.engine.native.kernel_plan import PlannedModel
+
+
+@dataclass(frozen=True)
+class WarmedKernels:
+    """What `NativeEngine.warm_kernels` did: kernels that are ready now, those of them that it
+    compiled, and what went wrong."""
+
+    folder: str
+    kernels: int
+    compiled: int
+    seconds: float
+    warnings: tuple[str, ...]
 
 
 class NativeEngine(BaseEngine):
@@ -85,6 +105,9 @@ class NativeEngine(BaseEngine):
         self._plan: MemoryPlan | None = None
         self._vision_cache = VisionCache()
         self._pool: dict[str, int] = {}
+        # What kernels depend on, where they can be compiled ahead; and where they run.
+        self._planned: PlannedModel | None = None
+        self._place = torch.device("cpu")
         # What steps gave others while a stream ran.
         self._of_others: list[StepOutput] = []
 
@@ -157,6 +180,9 @@ class NativeEngine(BaseEngine):
         check_modes(self.config, EngineName.NATIVE, lacks, keeps_states)
         cache = self.config.cache or fastest_cache(EngineName.NATIVE, lacks)
         kernels = resolve_kernels(self.config.kernels, cache, lacks)
+        warnings: list[str] = []
+        if kernels is Kernels.TRITON:
+            kernels = self._launchable(device, warnings)
         invariant = None
         if self.config.batch_invariant:
             invariant = batch_invariant_for(kernels, device)
@@ -182,17 +208,16 @@ class NativeEngine(BaseEngine):
             self.config.attention, EngineName.NATIVE, shape, dtype, device
         )
         place, torch_dtype = torch.device(device), getattr(torch, dtype.value)
-        if self.config.load_format is LoadFormat.DUMMY:
-            loaded = weights.dummy(shape, torch_dtype, place, self.config.quantization)
-        else:
-            assert files.folder is not None, "weights come from a folder"
-            mode, kept = self.config.quantization, None
-            if mode is not Quantization.NONE:
-                from qwencli.models.quantized_cache import cache_file
-
-                kept = cache_file(files.folder, mode, dtype)
-            loaded = weights.load(files.folder, shape, torch_dtype, place, mode, packed, kept)
-        self._warnings = () if loaded.warning is None else (loaded.warning,)
+        self._planned = self._plan_of_kernels(kernels, shape, torch_dtype, packed)
+        self._place = place
+        compiling = self._compiling(rows=0)
+        try:
+            loaded = self._weights(files, shape, torch_dtype, place, packed)
+        except BaseException:
+            if compiling is not None:
+                compiling.close()
+            raise
+        warnings += [] if loaded.warning is None else [loaded.warning]
         # More slots than anybody may ask for: graph capture needs a place to write, and so do
         # drafts that turn out wrong.
         drafting = self.config.speculate is not Speculate.OFF
@@ -232,8 +257,111 @@ class NativeEngine(BaseEngine):
                 )
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
+        if compiling is not None:
+            compiling.wait()
+            warnings += compiling.notes()
+        self._warnings = tuple(warnings)
         gc_freeze_loaded()
         return effective
+
+    def warm_kernels(self) -> WarmedKernels:
+        """Compile all kernels of this model and these modes, for lone requests and for batches.
+
+        Raises:
+            UnsupportedModeError: plain torch runs here.
+        """
+        started, warnings = time.perf_counter(), list[str]()
+        files = open_model(replace(self.config, load_format=LoadFormat.DUMMY))
+        device = resolve_device(self.config.device)
+        lacks = device_lacks(device)
+        check_modes(self.config, EngineName.NATIVE, lacks)
+        cache = self.config.cache or fastest_cache(EngineName.NATIVE, lacks)
+        kernels = resolve_kernels(self.config.kernels, cache, lacks)
+        if kernels is Kernels.TRITON:
+            kernels = self._launchable(device, warnings)
+        if kernels is not Kernels.TRITON:
+            why = warnings[0] if warnings else f"on {device} plain torch runs"
+            raise UnsupportedModeError(f"there are no kernels to compile: {why}")
+        from qwencli.engine.native.kernel_cache import use_folder_of
+
+        shape, self._place = read_shape(files.hub_config), torch.device(device)
+        dtype = resolve_dtype(self.config.dtype, device, files.checkpoint_dtype)
+        self._planned = self._plan_of_kernels(kernels, shape, getattr(torch, dtype.value), None)
+        if self._planned is None:
+            raise UnsupportedModeError(
+                f"kernels of {self.config.model.name} are compiled by its requests"
+            )
+        ready = compiled = 0
+        for rows in (0, BATCH_LIMITS["cuda"].max_rows):
+            loading = self._compiling(rows)
+            assert loading is not None, "there is a plan"
+            loading.wait()
+            ready, compiled = loading.num_kernels, compiled + loading.num_compiled
+            warnings += loading.notes()
+        folder = str(use_folder_of(self._place))
+        seconds = time.perf_counter() - started
+        return WarmedKernels(folder, ready, compiled, seconds, tuple(warnings))
+
+    def _launchable(self, device: str, warnings: list[str]) -> Kernels:
+        """Triton's kernels where it can launch them; else torch's, unless they were asked for."""
+        from qwencli.engine.native.kernel_cache import use_folder_of, why_no_launches
+
+        use_folder_of(torch.device(device))
+        why = why_no_launches()
+        if why is None:
+            return Kernels.TRITON
+        hint = "install a C compiler (gcc) and Python's headers, or use --kernels torch"
+        if self.config.kernels is Kernels.TRITON or self.config.batch_invariant:
+            raise MissingDependencyError(f"--kernels triton cannot run: {why}", hint)
+        warnings.append(f"Triton cannot launch kernels ({why}): plain torch runs; {hint}")
+        return Kernels.TORCH
+
+    def _weights(
+        self,
+        files: ModelFiles,
+        shape: ModelShape,
+        dtype: torch.dtype,
+        place: torch.device,
+        packed: PackedFormat | None,
+    ) -> weights.LoadedWeights:
+        mode, kept = self.config.quantization, None
+        if self.config.load_format is LoadFormat.DUMMY:
+            return weights.dummy(shape, dtype, place, mode)
+        assert files.folder is not None, "weights come from a folder"
+        if mode is not Quantization.NONE:
+            from qwencli.models.quantized_cache import cache_file
+
+            kept = cache_file(files.folder, mode, str(dtype).removeprefix("torch."))
+        return weights.load(files.folder, shape, dtype, place, mode, packed, kept)
+
+    def _plan_of_kernels(
+        self, kernels: Kernels, shape: ModelShape, dtype: torch.dtype, packed: PackedFormat | None
+    ) -> PlannedModel | None:
+        known = packed is None and shape.text.moe is None and shape.text.delta is None
+        if kernels is not Kernels.TRITON or not known:
+            return None
+        from qwencli.engine.native.kernel_plan import PlannedModel
+
+        config = self.config
+        return PlannedModel(
+            shape,
+            dtype,
+            config.quantization,
+            config.kv_dtype,
+            config.attention,
+            config.speculate,
+            config.batch_invariant,
+        )
+
+    def _compiling(self, rows: int) -> KernelLoader | None:
+        """Begin to have all kernels ready that batches of so many rows need, or with 0 lone
+        requests; None where it is not known which: of pre-quantized checkpoints, mixtures of
+        experts and Gated DeltaNet."""
+        if self._planned is None:
+            return None
+        from qwencli.engine.native.kernel_cache import KernelLoader
+
+        return KernelLoader(replace(self._planned, rows=rows), self._place)
 
     def _packed(self, files: ModelFiles) -> PackedFormat | None:
         """How the checkpoint is quantized already. Random weights never are."""
@@ -283,6 +411,7 @@ class NativeEngine(BaseEngine):
         )
         if not batches:
             return super()._make_queue()
+        compiling = self._compiling(BATCH_LIMITS["cuda"].max_rows)
         from qwencli.engine.cache.paged_kv import PAGE_SIZE, PagePool
         from qwencli.engine.cache.recurrent_state import SnapshotPool
         from qwencli.engine.engine_core import EngineCore
@@ -333,6 +462,8 @@ class NativeEngine(BaseEngine):
                 num_states=num_states,
                 with_drafts=config.speculate is not Speculate.OFF,
             )
+        if compiling is not None:
+            compiling.wait()
         return EngineCore(
             self.files,
             runner,

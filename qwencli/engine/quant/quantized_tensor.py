@@ -238,6 +238,8 @@ def quantize(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
         scheme = Scheme.INT8
     # What stays is allocated before what does not, so that a heap can give the rest back.
     whole = _empty(weight, scheme, group)
+    if weight.is_meta:
+        return whole
     for start in range(0, len(weight), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
         data, scale, zero = _part(weight[rows].float(), scheme, group)

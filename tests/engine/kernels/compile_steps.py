@@ -38,6 +38,8 @@ from qwencli.config import Quantization
 from qwencli.engine import kernels
 from qwencli.engine.cache.paged_kv import DecodePages
 from qwencli.engine.kernels import add_norm, fused_ops, many_rows, moe
+from qwencli.engine.kernels import add_norm, fused_ops, many_rows
+from qwencli.engine.kernels.launches import KernelLaunch, compile_described
 from qwencli.engine.loading import weights
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import QwenModel
@@ -92,6 +94,8 @@ class Compiled:
             if self._about["tokens"] == 2 and self._kernel.fn.__name__.startswith("gemm"):
                 return  # the same instructions as for eight, of which fewer store
             compiled = self._kernel.warmup(*arguments, grid=grid, **settings)
+            described = KernelLaunch.of(self._kernel, arguments, settings)
+            assert compile_described(self._kernel, described).hash == compiled.hash, described
             if compiled.hash not in self._seen:
                 self._seen.add(compiled.hash)
                 found = {
@@ -140,8 +144,8 @@ def pretend_a_gpu(capability: int) -> None:
         )
     )
     processors, fp8 = PROCESSORS[capability], capability >= 89
-    gpu = fused_ops.Launch(processors, dependent=capability >= 90, fp8=fp8)
-    products = many_rows.Capability(processors, fp8)
+    gpu = fused_ops.Launch(processors, dependent=capability >= 90, fp8=fp8, on_gpu=False)
+    products = many_rows.Capability(processors, fp8, on_gpu=False)
     fused_ops.Launch.on = classmethod(lambda cls, device: gpu)  # type: ignore[method-assign,assignment]
     many_rows.Capability.of = classmethod(lambda cls, device: products)  # type: ignore[method-assign,assignment]
 

@@ -1,0 +1,328 @@
+"""Keeps compiled kernels on disk, and has them ready before the first request.
+
+A folder for each GPU generation and versions of what compiles holds what Triton made, each file
+with a checksum beside it; a list (`manifest`) for each model and mode says which kernels it needs.
+While weights load, the kernels of the list are read from there; where there is no list yet, other
+processes find out what is needed (`kernel_plan`) and compile it (`compile_kernels`). What cannot
+be kept is compiled for this process alone; what is damaged is compiled again. Both are said once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.cache import FileCacheManager
+
+from qwencli.engine import kernels
+from qwencli.engine.kernels.launches import (
+    Gpu,
+    KernelLaunch,
+    TensorArgument,
+    compile_launch,
+    gpu_of,
+)
+from qwencli.engine.machine.child_process import python_command
+from qwencli.engine.native import kernel_plan
+from qwencli.engine.native.kernel_plan import PlannedModel
+from qwencli.models.quantized_cache import cache_root
+
+# How long a load waits for kernels that other processes compile; a GPU's own are then compiled
+# when they are first launched.
+COMPILE_TIMEOUT_S = 120.0
+_SUM = ".sha256"
+_notes: list[str] = []
+
+
+def note_once(note: str) -> None:
+    """Say something of the cache, once a process."""
+    if note not in _notes:
+        _notes.append(note)
+
+
+def taken_notes() -> tuple[str, ...]:
+    """What there is to say since the last call."""
+    found = tuple(note for note in _notes if not note.startswith("\0"))
+    _notes[:] = ["\0" + note.removeprefix("\0") for note in _notes]
+    return found
+
+
+def kernel_folder(gpu: Gpu) -> Path:
+    """Where kernels for this GPU are kept."""
+    made_by = f"triton-{triton.__version__}-torch-{torch.__version__}-qwencli-{version('qwencli')}"
+    own = os.environ.get("TRITON_CACHE_DIR")
+    root = Path(own) if own else cache_root().parent / "kernels"
+    return root / f"sm_{gpu.arch}-{made_by}"
+
+
+class CheckedFiles(FileCacheManager):  # type: ignore[misc]
+    """Triton's cache of files, of which only those are read that are as they were written."""
+
+    def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
+        try:
+            super().__init__(key, override, dump)
+        except OSError as error:
+            keep_nothing(error)
+            super().__init__(key, override, dump)
+
+    def put(self, data: Any, filename: str, binary: bool = True) -> str:
+        raw = data if isinstance(data, bytes) else str(data).encode()
+        for last_try in (False, True):
+            try:
+                path: str = super().put(raw, filename, True)
+                super().put(_checksum(raw), filename + _SUM, False)
+            except OSError as error:
+                if last_try:
+                    raise
+                keep_nothing(error)
+                super().__init__(self.key)
+            else:
+                return path
+        raise AssertionError("the last try returns or raises")
+
+    def get_file(self, filename: str) -> str | None:
+        path: str | None = super().get_file(filename)
+        return path if path is not None and self._whole(path) else None
+
+    def get_group(self, filename: str) -> dict[str, str] | None:
+        if self.has_file(f"__grp__{filename}") and self.get_file(f"__grp__{filename}") is None:
+            return None
+        group: dict[str, str] | None = super().get_group(filename)
+        if group is None:
+            return None
+        own = all(Path(path).parent == Path(self.cache_dir) for path in group.values())
+        return group if own and all(self._whole(path) for path in group.values()) else None
+
+    @staticmethod
+    def _whole(path: str) -> bool:
+        file = Path(path)
+        try:
+            wanted = Path(path + _SUM).read_text()
+            found = _checksum(file.read_bytes())
+        except OSError:
+            return False  # its writer was ended before it was done
+        if found != wanted:
+            note_once(f"compiled kernels in {file.parent.parent} were damaged and are made again")
+        return found == wanted
+
+
+def _checksum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def keep_nothing(error: OSError | str) -> None:
+    """From now on compile for this process alone."""
+    knobs = triton.knobs
+    why = error if isinstance(error, str) else error.strerror or str(error)
+    folder = tempfile.mkdtemp(prefix="qwencli-kernels-")
+    atexit.register(shutil.rmtree, folder, True)
+    note_once(
+        f"compiled kernels could not be kept in {knobs.cache.dir} ({why}); the next process "
+        "compiles them again"
+    )
+    for wanted, used in _used.items():
+        if str(used) == knobs.cache.dir:
+            _used[wanted] = Path(folder)
+    knobs.cache.dir = folder
+
+
+def use_folder(folder: Path) -> None:
+    """Have Triton keep what it compiles in `folder`, and read from there."""
+    knobs = triton.knobs
+    knobs.cache.dir = str(folder)
+    knobs.cache.manager_class = CheckedFiles
+    # What it makes on the way to a binary is read by nobody, and would be read at each load.
+    knobs.compilation.store_binary_only = True
+
+
+@cache
+def _sources() -> str:
+    """A digest of what decides which kernels there are."""
+    digest = hashlib.sha256()
+    files = sorted(Path(kernels.__path__[0]).glob("*.py"))
+    for file in (*files, Path(kernel_plan.__file__)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def manifest_of(planned: PlannedModel, gpu: Gpu, folder: Path) -> Path:
+    """The list of a model's kernels; may not exist."""
+    said = json.dumps([_sources(), dataclasses.asdict(gpu), described(planned)], sort_keys=True)
+    return folder / f"manifest-{hashlib.sha256(said.encode()).hexdigest()[:24]}.json"
+
+
+def described(planned: PlannedModel) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(planned), default=str))  # type: ignore[no-any-return]
+
+
+def write_manifest(file: Path, launches: Iterable[KernelLaunch]) -> None:
+    """Raises OSError where it cannot be written."""
+    lines = [[each.module, each.kernel, _written(each)] for each in launches]
+    text = json.dumps(lines)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({"launches": lines, "digest": _checksum(text.encode())}))
+    temporary.replace(file)
+
+
+def read_manifest(file: Path) -> list[KernelLaunch] | None:
+    """The launches of a list; None = there is none, or it is damaged."""
+    try:
+        said = json.loads(file.read_text())
+        if said["digest"] != _checksum(json.dumps(said["launches"]).encode()):
+            raise ValueError("not what was written")
+        return [
+            KernelLaunch(module, kernel, tuple((name, _read(value)) for name, value in arguments))
+            for module, kernel, arguments in said["launches"]
+        ]
+    except OSError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        note_once(f"compiled kernels in {file.parent} were damaged and are made again")
+        return None
+
+
+def _written(launch: KernelLaunch) -> list[list[Any]]:
+    return [[name, _as_json(value)] for name, value in launch.arguments]
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, TensorArgument):
+        return {"tensor": value.dtype, "aligned": value.aligned}
+    return {"type": value.name} if isinstance(value, tl.dtype) else value
+
+
+def _read(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return (
+        TensorArgument(value["tensor"], value["aligned"])
+        if "tensor" in value
+        else tl.dtype(value["type"])
+    )
+
+
+@dataclass(frozen=True)
+class CompileJob:
+    """What `compile_kernels` is asked to do."""
+
+    planned: PlannedModel
+    gpu: Gpu
+    folder: str
+    manifest: str
+
+
+class KernelLoader:
+    """Has the kernels of a model in memory when `wait` returns; works beside the caller."""
+
+    def __init__(self, planned: PlannedModel, device: torch.device) -> None:
+        gpu = gpu_of(device)
+        assert gpu is not None, "kernels of a GPU"
+        self._planned, self._gpu, self._device = planned, gpu, device
+        self.num_kernels = self.num_compiled = 0
+        self._child: subprocess.Popen[bytes] | None = None
+        self._thread = threading.Thread(target=self._run, name="kernels", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the kernels are there, or cannot be had ahead of time."""
+        self._thread.join(COMPILE_TIMEOUT_S)
+        self.close()
+
+    @staticmethod
+    def notes() -> tuple[str, ...]:
+        """What a user should know of the cache and has not been told."""
+        return taken_notes()
+
+    def close(self) -> None:
+        """End what is still compiling."""
+        if self._child is not None and self._child.poll() is None:
+            self._child.kill()
+
+    def _run(self) -> None:
+        try:
+            self._load()
+        except Exception as error:  # noqa: BLE001 - kernels are then compiled when launched
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            note_once(f"kernels could not be made ready ahead of time: {lines[-1][:200]}")
+
+    def _load(self) -> None:
+        folder = use_folder_of(self._device)
+        file = manifest_of(self._planned, self._gpu, folder)
+        launches = read_manifest(file)
+        if launches is None:
+            self._compile(file, folder)
+            launches = read_manifest(file)
+        if launches is None:
+            return  # compiled when they are first launched
+        with torch.cuda.device(self._device):
+            for launch in launches:
+                found = compile_launch(launch)
+                with suppress(AttributeError):  # a method that later versions may not have
+                    found._init_handles()
+                self.num_kernels += 1
+
+    def _compile(self, manifest: Path, folder: Path) -> None:
+        """In a process that knows of no GPU."""
+        job = CompileJob(self._planned, self._gpu, str(folder), str(manifest))
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        command = python_command("qwencli.engine.native.compile_kernels")
+        try:
+            self._child = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                env=environment,
+            )  # fmt: skip
+            _, said = self._child.communicate(pickle.dumps(job), COMPILE_TIMEOUT_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            self.close()
+            said = str(error).encode()
+        if self._child is not None and self._child.returncode == 0:
+            self.num_compiled = len(read_manifest(manifest) or ())
+        elif lines := said.decode(errors="replace").strip().splitlines():
+            note_once(f"kernels were not compiled ahead of time: {lines[-1][:200]}")
+
+
+_used: dict[Path, Path] = {}
+
+
+def use_folder_of(device: torch.device) -> Path:
+    """Have Triton use the folder of this GPU; a temporary one where that cannot be written."""
+    gpu = gpu_of(device)
+    assert gpu is not None, "kernels of a GPU"
+    folder = kernel_folder(gpu)
+    if folder not in _used:
+        use_folder(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            keep_nothing(error)
+        _used[folder] = Path(triton.knobs.cache.dir)
+    use_folder(_used[folder])
+    return _used[folder]
+
+
+def why_no_launches() -> str | None:
+    """What keeps Triton from launching kernels; None = nothing. It builds a module in C once."""
+    try:
+        triton.runtime.driver.active.utils  # noqa: B018 - what it needs is built here
+    except Exception as error:  # noqa: BLE001 - whatever it is, kernels cannot be launched
+        lines = str(error).strip().splitlines()
+        return lines[0][:200] if lines else type(error).__name__
+    return None

@@ -1,0 +1,241 @@
+"""The kernels that a model will need: all that its steps, prompts and pictures launch.
+
+The model itself is run over tensors without values (`kernels.launches`), in every shape of step
+that the engine has: so the list is right for every family and mode, and there is no second one to
+keep up to date.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from qwencli.config import Attention, Kernels, KVDType, Quantization, Speculate
+from qwencli.engine.cache.kv_cache import KV_SCHEMES
+from qwencli.engine.cache.paged_kv import DecodePages, PackedPrompts, PagedKVCache, pages_for
+from qwencli.engine.kernels.launches import Gpu, KernelLaunch, planning
+from qwencli.engine.loading import weights
+from qwencli.engine.native.decode_state import DecodeState
+from qwencli.engine.native.memory_plan import BATCH_LIMITS
+from qwencli.engine.native.model import PREFILL_CHUNK, QwenModel
+from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.sampler import SamplerKind
+from qwencli.engine.native.supported import batch_invariant_for, fused_for
+from qwencli.engine.row_state import RowState
+from qwencli.engine.runner import ROW_BUCKETS
+from qwencli.engine.spec_decode.decode_strategy import verify_sizes
+from qwencli.models.shapes import ModelShape
+
+META = torch.device("meta")
+# Slots of the caches that steps are planned with: no kernel depends on how many there are.
+SLOTS = 2 * PREFILL_CHUNK
+# Tokens of prompts between which products are cut up alike: few share columns, many do not.
+PRODUCT_TOKENS = (16, 32, *range(48, 257, 16), *range(320, 1025, 64), 1536, PREFILL_CHUNK)
+PROMPT_TOKENS = 40
+# A layer hands its result to the next one, or to the head.
+LAYERS = 2
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model and its modes, as far as kernels depend on them.
+
+    Args:
+        rows: most rows of a batch; 0 = requests come one at a time.
+    """
+
+    shape: ModelShape
+    dtype: torch.dtype
+    quantization: Quantization = Quantization.NONE
+    kv_dtype: KVDType = KVDType.AUTO
+    attention: Attention = Attention.AUTO
+    speculate: Speculate = Speculate.OFF
+    batch_invariant: bool = False
+    rows: int = BATCH_LIMITS["cuda"].max_rows
+
+
+@dataclass(frozen=True)
+class PlannedPass:
+    """Work that launches kernels.
+
+    Args:
+        tokens: of a sequence that takes a step, or of a prompt. rows: sequences that share a pool
+            of pages; 0 = one, with a cache of its own.
+    """
+
+    name: str
+    tokens: int
+    rows: int
+    run: Callable[[], None]
+
+
+def plan_kernels(planned: PlannedModel, gpu: Gpu | None) -> list[KernelLaunch]:
+    """All launches of a model on a GPU, lone requests' first; None = in Triton's interpreter."""
+    with planning(gpu) as found, torch.inference_mode(), _ShapesAlone():
+        for each in planned_passes(planned):
+            each.run()
+    return list(found)
+
+
+class _ShapesAlone(TorchFunctionMode):
+    """Answers operators whose shapes torch works out slowly, for tensors without values."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        short = _SHORT.get(func)
+        return func(*args, **(kwargs or {})) if short is None else short(*args)
+
+
+_SHORT: Mapping[Any, Callable[..., torch.Tensor]] = {
+    F.scaled_dot_product_attention: lambda q, *rest: torch.empty_like(q),
+    F.rms_norm: lambda x, *rest: torch.empty_like(x),
+    torch.addmm: lambda bias, x, weight: x.new_empty(len(x), weight.shape[1]),
+    torch.Tensor.addmm_: lambda y, x, weight: y,
+    torch._addmm_activation: lambda bias, x, weight: x.new_empty(len(x), weight.shape[1]),
+    torch.mm: lambda x, weight: x.new_empty(len(x), weight.shape[1]),
+    F.linear: lambda x, weight, *rest: x.new_empty(*x.shape[:-1], len(weight)),
+    F.layer_norm: lambda x, *rest: torch.empty_like(x),
+    torch.ops.aten.gelu_: lambda x: x,
+}
+
+
+def planned_passes(planned: PlannedModel) -> Iterator[PlannedPass]:
+    """Every kind of pass that the engine makes, over tensors without values."""
+    shape = _shortened(planned.shape)
+    loaded = weights.dummy(shape, planned.dtype, META, planned.quantization)
+    invariant = None
+    if planned.batch_invariant:
+        invariant = batch_invariant_for(Kernels.TRITON, "cuda")
+    model = QwenModel(
+        shape,
+        loaded,
+        SLOTS,
+        Attention.SDPA,  # which kernels there are does not depend on what else attends
+        fused_for(Kernels.TRITON, planned.attention),
+        KV_SCHEMES[planned.kv_dtype],
+        planned.attention is Attention.AUTO,
+        invariant,
+    )
+    yield from _lone_passes(planned, model)
+    if model.vision is not None:
+        yield PlannedPass("picture", 64, 0, lambda: _encode(model))
+    if planned.rows:
+        yield from _row_passes(planned, model)
+
+
+def _shortened(shape: ModelShape) -> ModelShape:
+    """The model with as many layers as have each kind, and each next to each."""
+    return replace(shape, text=replace(shape.text, num_layers=min(shape.text.num_layers, LAYERS)))
+
+
+def _lone_passes(planned: PlannedModel, model: QwenModel) -> Iterator[PlannedPass]:
+    drafting = planned.speculate is not Speculate.OFF
+    state = DecodeState(model, model.static_cache(), SLOTS, with_drafts=drafting)
+    state.logits = torch.zeros(1, model.shape.text.vocab_size, device=META)
+    for kind in (SamplerKind.ARGMAX, SamplerKind.GREEDY, SamplerKind.LOGITS):
+
+        def step(kind: SamplerKind = kind) -> None:
+            state.advance_masked(kind, SLOTS)
+
+        yield PlannedPass("step", 1, 0, step)
+    for size in verify_sizes(planned.speculate) if drafting else ():
+
+        def verify(size: int = size) -> None:
+            state.verify_masked(SamplerKind.ARGMAX, size, SLOTS)
+            state.verify_masked(SamplerKind.GREEDY, size, SLOTS)
+
+        yield PlannedPass("verify", size, 0, verify)
+    yield PlannedPass("prompt", PROMPT_TOKENS, 0, lambda: _prefill(model))
+    for tokens in PRODUCT_TOKENS if model.quantized else ():
+
+        def products(tokens: int = tokens) -> None:
+            _prompt_products(model, tokens)
+
+        yield PlannedPass("products of prompts", tokens, 0, products)
+
+
+def _prefill(model: QwenModel) -> None:
+    model.prefill(model.prepare([Prompt([0] * PROMPT_TOKENS)]), model.static_cache())
+
+
+def _prompt_products(model: QwenModel, tokens: int) -> None:
+    """A layer's products with so many tokens of prompts."""
+    text, layer, ops = model.shape.text, model.decoder.layers[0], model.prompt_ops
+    hidden = torch.empty(tokens, text.hidden_size, dtype=model.dtype, device=META)
+    ops.norm_qkv(hidden, layer)
+    ops.o_residual(hidden.new_empty(tokens, text.q_size), layer, hidden)
+    ops.down_residual(ops.norm_gate_up(hidden, layer), layer, hidden)
+
+
+def _encode(model: QwenModel) -> None:
+    """One picture of the smallest size that fills a window."""
+    tower = model.shape.vision
+    assert tower is not None, "the caller looked"
+    side = 8 * tower.merge_size
+    patches = torch.empty(side * side, tower.patch_elements, dtype=model.dtype, device=META)
+    model.encode_images(patches, [(1, side, side)])
+
+
+def _row_passes(planned: PlannedModel, model: QwenModel) -> Iterator[PlannedPass]:
+    most = planned.rows
+    drafting = planned.speculate is not Speculate.OFF
+    cache = model.paged_cache(2)
+    pages = pages_for(SLOTS)
+    state = RowState(most, pages, model.shape.text.vocab_size, SLOTS, META, drafting)
+    for rows in sorted({min(each, most) for each in ROW_BUCKETS}):
+
+        def step(rows: int = rows) -> None:
+            buffers, ops = state.buffers(rows), model.row_ops(rows)
+            table = DecodePages(state.tables[:rows], buffers.slot, SLOTS)
+            hidden = model.decode_rows(buffers.token, buffers.position, cache, table)
+            if ops.lm_head_rows is not None:
+                for with_penalty in (False, True):
+                    model.decoder.next_tokens(hidden, ops, buffers, with_penalty)
+            logits = model.decoder.logits(hidden, ops)
+            for with_penalty in (False, True):
+                ops.choose_likeliest(logits, buffers, with_penalty)
+            ops.advance_rows(buffers.token, buffers)
+
+        yield PlannedPass("rows", 1, rows, step)
+        for size in verify_sizes(planned.speculate) if drafting else ():
+
+            def verify(rows: int = rows, size: int = size) -> None:
+                buffers, drafts = state.buffers(rows), state.narrow_drafts(rows)
+                table = DecodePages(state.tables[:rows], buffers.slot, SLOTS)
+                fed = drafts.input_ids[:, :size].flatten()
+                hidden = model.decode_rows(fed, buffers.position, cache, table)
+                ops = model.row_ops(rows * size)
+                logits = model.decoder.logits(hidden, ops)
+                assert ops.verify_rows is not None, "kernels have it"
+                ops.verify_rows(logits, buffers, drafts)
+
+            yield PlannedPass("verify rows", size, rows, verify)
+    yield PlannedPass("prompts", PROMPT_TOKENS, 1, lambda: _prefill_packed(model, cache))
+    limit = BATCH_LIMITS["cuda"].max_prompts
+    for prompts in sorted({min(each, limit) for each in ROW_BUCKETS}):
+
+        def head(prompts: int = prompts) -> None:
+            text = model.shape.text
+            model.prompt_logits(
+                torch.empty(prompts, text.hidden_size, dtype=model.dtype, device=META)
+            )
+
+        yield PlannedPass("heads of prompts", 1, prompts, head)
+
+
+def _prefill_packed(model: QwenModel, cache: PagedKVCache) -> None:
+    """A prompt over a pool of pages, all of it new."""
+    tokens = PROMPT_TOKENS
+    starts = torch.zeros(2, dtype=torch.int32, device=META)
+    tables = None
+    if model.batch_invariant:
+        tables = torch.zeros(1, pages_for(tokens), dtype=torch.int32, device=META)
+    prompts = PackedPrompts([tokens], [0], starts, starts, None, model.flash_decode, tables)
+    hidden = torch.empty(tokens, model.shape.text.hidden_size, dtype=model.dtype, device=META)
+    positions = torch.zeros(3, tokens, dtype=torch.int64, device=META)
+    slots = torch.zeros(tokens, dtype=torch.int64, device=META)
+    model.prefill_packed(hidden, positions, slots, cache, prompts, None)

@@ -1,0 +1,93 @@
+"""Kernels that are planned are those that runs launch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwencli.config import Attention, Kernels, Quantization, SamplingParams, Speculate
+from qwencli.engine.cache.paged_kv import PagePool
+from qwencli.engine.cache.prefix_cache import VisionCache
+from qwencli.engine.event_timer import EventTimer
+from qwencli.engine.frontend.prompt import Prompt
+from qwencli.engine.kernels.launches import Gpu, recording
+from qwencli.engine.native.decode_state import DecodeState, EagerStepper
+from qwencli.engine.native.kernel_plan import PlannedModel, plan_kernels
+from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
+from qwencli.engine.native.sampler import SamplerKind
+from qwencli.engine.native.supported import fused_for
+from qwencli.engine.request import PromptChunk, Sequence
+from qwencli.engine.runner import ModelRunner
+from qwencli.engine.spec_decode.decode_strategy import EagerVerifier, verify_sizes
+from tests.engine.kernels.test_fused_ops import NARROW, model_of, prompt_of
+
+FUSED = fused_for(Kernels.TRITON, Attention.AUTO)
+ROWS = 16
+SLOTS = 128
+
+
+def lone_requests(model: QwenModel) -> None:
+    state = DecodeState(model, model.static_cache(), SLOTS, with_drafts=True)
+    steppers = EagerStepper(state), EagerVerifier(state)
+    for penalty in (1.0, 1.3):
+        state.cache.truncate(0)
+        inputs = model.prepare([ModelPrompt(prompt_of(40))])
+        sampling = SamplingParams(do_sample=False, max_new_tokens=20, repetition_penalty=penalty)
+        state.begin(sampling, inputs.ids[0], [], inputs.next_positions)
+        state.sample_first(model.prefill(inputs, state.cache))
+        steppers[0].run(40)
+        for size in verify_sizes(Speculate.AUTO):
+            steppers[1].run(41, size)
+        state.hold_logits()
+        state.kind = SamplerKind.LOGITS
+        steppers[0].run(60)
+
+
+def batch_of(model: QwenModel, rows: int, penalty: float) -> None:
+    runner = ModelRunner(model, 1 + 2 * rows, ROWS, SLOTS, False, VisionCache(), with_drafts=True)
+    pool, clock = PagePool(1 + 2 * rows), EventTimer("cpu")
+    chunks, prompts = [], []
+    for row in range(rows):
+        ids = prompt_of(5 + row)
+        sampling = SamplingParams(do_sample=False, max_new_tokens=9, repetition_penalty=penalty)
+        sequence = Sequence(row, len(ids), 9, row=row, pages=pool.allocate(2))
+        sequence.num_computed, sequence.num_scheduled = len(ids), 1
+        chunks.append(PromptChunk(sequence, 0, len(ids)))
+        prompts.append(runner.prepare(Prompt(ids, None, 0.0, None, None), (), sampling, ()))
+    runner.prefill(chunks, prompts, clock)
+    sequences = [chunk.sequence for chunk in chunks]
+    runner.decode(sequences, prompts, 0, clock)
+    if penalty == 1.0:
+        runner.verify(sequences, 2, 0, clock)
+
+
+@pytest.mark.parametrize("mode", [Quantization.NONE, Quantization.INT4])
+def test_what_runs_launch_is_what_was_planned(mode: Quantization) -> None:
+    """Lone requests and batches, with and without drafts and a penalty; nothing is computed."""
+    model = model_of(NARROW, FUSED, mode)
+    shape, dtype = model.shape, model.dtype
+    with torch.inference_mode(), recording(runs=False) as launched:
+        lone_requests(model)
+        alone = set(launched)
+        for rows in (1, 4, ROWS):
+            for penalty in (1.0, 1.3):
+                batch_of(model, rows, penalty)
+    lone = PlannedModel(shape, dtype, mode, speculate=Speculate.AUTO, rows=0)
+    planned = set(plan_kernels(lone, None))
+    assert alone == planned
+    together = PlannedModel(shape, dtype, mode, speculate=Speculate.AUTO, rows=ROWS)
+    planned = set(plan_kernels(together, None))
+    assert set(launched) <= planned
+    # Batches of rows and drafts that were not run above are cut up otherwise.
+    assert {each.kernel for each in launched} == {each.kernel for each in planned}
+
+
+def test_a_plan_asks_for_no_gpu_and_says_the_same_again() -> None:
+    model = model_of(NARROW, FUSED, Quantization.NONE)
+    planned = PlannedModel(model.shape, torch.bfloat16, Quantization.FP8)
+    gpu = Gpu((9, 0), 132)
+    found = plan_kernels(planned, gpu)
+    assert found == plan_kernels(planned, gpu)
+    assert found != plan_kernels(planned, Gpu((8, 6), 82))
+    assert {"tiled_gemm_kernel", "quantize_rows_kernel"} <= {each.kernel for each in found}
