@@ -38,7 +38,6 @@ from qwencli.config import Quantization
 from qwencli.engine import kernels
 from qwencli.engine.cache.paged_kv import DecodePages
 from qwencli.engine.kernels import add_norm, fused_ops, many_rows, moe
-from qwencli.engine.kernels import add_norm, fused_ops, many_rows
 from qwencli.engine.kernels.launches import KernelLaunch, compile_described
 from qwencli.engine.loading import weights
 from qwencli.engine.native.decode_state import DecodeState
