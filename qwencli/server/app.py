@@ -196,13 +196,16 @@ class _Server:
         if schema is not None:
             # Compiling a large one takes time.
             schema = await asyncio.to_thread(read_schema, schema, "response_format")
-        conversation = await self._conversation(body.messages)
+        begun = body.begun
+        messages = body.messages[:-1] if begun else body.messages
+        conversation = await self._conversation(messages)
 
         def source() -> GenerationRequest:
             return GenerationRequest(
                 conversation(),
                 sampling,
                 ignore_eos=bool(body.ignore_eos),
+                starts_with=begun,
                 schema=schema,
                 thinking=body.thinks,
                 tools=tuple(map(json.dumps, body.offered)),

@@ -143,6 +143,25 @@ class ChatBody(Body):
     tool_choice: Literal["none", "auto"] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: TemplateSettings | None = None
+    continue_final_message: bool | None = None
+
+    @property
+    def begun(self) -> str:
+        """What the answer begins with: the text of a last message that is to be gone on with.
+
+        Raises:
+            ApiError: that message is no text of the assistant's.
+        """
+        if not self.continue_final_message:
+            return ""
+        last = self.messages[-1]
+        if last.role != "assistant" or not isinstance(last.content, str) or last.tool_calls:
+            raise ApiError(
+                400,
+                "continue_final_message: the last message is no text of the assistant's",
+                param="continue_final_message",
+            )
+        return last.content
 
     @property
     def thinks(self) -> bool:

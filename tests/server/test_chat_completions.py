@@ -108,6 +108,16 @@ def test_logprobs(client) -> None:
     assert [each.token for each in streamed] == [each.token for each in told]
 
 
+def test_a_beginning_is_gone_on_with(client) -> None:
+    begun = {"role": "assistant", "content": "A small"}
+    answer = client.chat.completions.create(
+        messages=[*asking("Describe this image.", drawn()), begun],
+        extra_body={"continue_final_message": True, "add_generation_prompt": False},
+        **SETTINGS,
+    )
+    assert answer.choices[0].message.content.startswith(" red circle")
+
+
 def test_the_same_seed_says_the_same(client) -> None:
     said = {
         client.chat.completions.create(
