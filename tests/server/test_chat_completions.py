@@ -163,7 +163,7 @@ def test_many_clients_at_once_get_the_answers_that_they_get_alone(served: Served
                 many.chat.completions.create(
                     messages=asking("Describe this image." + " " * (n % 2), drawn()), **SETTINGS
                 )
-                for n in range(12)
+                for n in range(6)
             ]
             return [each.choices[0].message.content for each in await asyncio.gather(*asked)]
 
