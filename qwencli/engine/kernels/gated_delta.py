@@ -36,9 +36,6 @@ Tensor = torch.Tensor
 
 # Registers for a state of 128 by 128 (64 a thread), and for two programs a multiprocessor.
 WARPS = 8
-# Lines of what the convolution sees, of which the last four count: as many as make a thread's part
-# of it lie as its part of the state does. Otherwise the state would change threads.
-LINES: tl.constexpr = tl.constexpr(WARPS)
 NORM_EPS: tl.constexpr = tl.constexpr(L2_EPS)
 
 
@@ -60,7 +57,15 @@ def over_length(x):
 
 
 @triton.jit
-def load_before(ring_ptr, position, step, channel, CHANNELS: tl.constexpr, RING: tl.constexpr):
+def load_before(
+    ring_ptr,
+    position,
+    step,
+    channel,
+    CHANNELS: tl.constexpr,
+    RING: tl.constexpr,
+    LINES: tl.constexpr,
+):
     """What the convolution sees of the tokens before `position` in the token `step` places behind
     it: [LINES, channels], the oldest token first; zeros where it sees others, or nothing."""
     place = position + step + 1 - LINES + tl.arange(0, LINES)
@@ -70,7 +75,7 @@ def load_before(ring_ptr, position, step, channel, CHANNELS: tl.constexpr, RING:
 
 
 @triton.jit
-def load_weights(weight_ptr, channel):
+def load_weights(weight_ptr, channel, LINES: tl.constexpr):
     """Of the convolution, in the last four lines: float32 [LINES, channels]."""
     tap = tl.arange(0, LINES) + (4 - LINES)
     at = weight_ptr + channel[None, :] * 4 + tap[:, None]
@@ -88,6 +93,7 @@ def convolve(
     channel,
     ring_ptr,  # where the new token's input goes
     stores,  # whether it does
+    LINES: tl.constexpr,
 ):
     """SiLU of the convolution in the token `step` places behind the first new one, rounded to the
     type of the inputs: float32 [channels]."""
@@ -103,7 +109,7 @@ def convolve(
 
 
 @triton.jit
-def by_rows(x):
+def by_rows(x, LINES: tl.constexpr):
     """The same [K], made in a way that the compiler cannot make again for each place that uses it:
     a vector along the state's first axis is 16 values a thread, and so would be all that it is
     made of."""
@@ -150,9 +156,12 @@ def delta_step_kernel(
     V: tl.constexpr,
     RING: tl.constexpr,
     TOKENS: tl.constexpr,
+    LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (value head, row)."""
+    """Program (value head, row). LINES: of what the convolution sees, of which the last four count;
+    as many as there are warps make a thread's part of it lie as its part of the state does, or the
+    state would change threads."""
     CHANNELS: tl.constexpr = 2 * K_HEADS * K + V_HEADS * V
     EACH: tl.constexpr = V_HEADS // K_HEADS  # value heads that share a key head
     head = tl.program_id(0)
@@ -172,12 +181,12 @@ def delta_step_kernel(
     at = key[:, None] * V + value[None, :]
     state = tl.load(state_ptr + at, mask=(key < tl.where(position > 0, K, 0))[:, None], other=0.0)
     conv_ptr += slot * RING * CHANNELS
-    q_before = load_before(conv_ptr, position, 0, q_channel, CHANNELS, RING)
-    k_before = load_before(conv_ptr, position, 0, k_channel, CHANNELS, RING)
-    v_before = load_before(conv_ptr, position, 0, v_channel, CHANNELS, RING)
-    q_weights = load_weights(weight_ptr, q_channel)
-    k_weights = load_weights(weight_ptr, k_channel)
-    v_weights = load_weights(weight_ptr, v_channel)
+    q_before = load_before(conv_ptr, position, 0, q_channel, CHANNELS, RING, LINES)
+    k_before = load_before(conv_ptr, position, 0, k_channel, CHANNELS, RING, LINES)
+    v_before = load_before(conv_ptr, position, 0, v_channel, CHANNELS, RING, LINES)
+    q_weights = load_weights(weight_ptr, q_channel, LINES)
+    k_weights = load_weights(weight_ptr, k_channel, LINES)
+    v_weights = load_weights(weight_ptr, v_channel, LINES)
     gain = tl.load(gain_ptr + value).to(tl.float32)
     rate = tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
     dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
@@ -199,11 +208,13 @@ def delta_step_kernel(
         b = tl.load(b_ptr + token * b_stride + head).to(tl.float32)
         place = conv_ptr + (position + step) % RING * CHANNELS
         first = head % EACH == 0
-        q = convolve(q_before, qkv_ptr, qkv_stride, q_weights, step, q_channel, place, first)
-        k = convolve(k_before, qkv_ptr, qkv_stride, k_weights, step, k_channel, place, first)
-        v = convolve(v_before, qkv_ptr, qkv_stride, v_weights, step, v_channel, place, head >= 0)
-        q_rows = by_rows(q * over_length(q) * K**-0.5)
-        k_rows = by_rows(k * over_length(k))
+        q = convolve(q_before, qkv_ptr, qkv_stride, q_weights, step, q_channel, place, first, LINES)
+        k = convolve(k_before, qkv_ptr, qkv_stride, k_weights, step, k_channel, place, first, LINES)
+        v = convolve(
+            v_before, qkv_ptr, qkv_stride, v_weights, step, v_channel, place, head >= 0, LINES
+        )
+        q_rows = by_rows(q * over_length(q) * K**-0.5, LINES)
+        k_rows = by_rows(k * over_length(k), LINES)
         g = -rate * softplus(a + dt_bias)
         state *= tl.exp(g)
         known = tl.sum(state * k_rows[:, None], axis=0)
@@ -219,9 +230,9 @@ def delta_step_kernel(
             if first:
                 tl.store(kept_k_ptr + kept * (K_HEADS * K) + q_channel, k_rows)
         if TOKENS > 1:
-            q_before = load_before(conv_ptr, position, step + 1, q_channel, CHANNELS, RING)
-            k_before = load_before(conv_ptr, position, step + 1, k_channel, CHANNELS, RING)
-            v_before = load_before(conv_ptr, position, step + 1, v_channel, CHANNELS, RING)
+            q_before = load_before(conv_ptr, position, step + 1, q_channel, CHANNELS, RING, LINES)
+            k_before = load_before(conv_ptr, position, step + 1, k_channel, CHANNELS, RING, LINES)
+            v_before = load_before(conv_ptr, position, step + 1, v_channel, CHANNELS, RING, LINES)
     if kept_k_ptr is None:
         tl.store(state_ptr + at, state)
 
@@ -285,8 +296,9 @@ class DeltaStep:
         options: launch options for a number of warps.
     """
 
-    def __init__(self, options: Callable[[int], Mapping[str, Any]]) -> None:
+    def __init__(self, options: Callable[[int], Mapping[str, Any]], num_warps: int = WARPS) -> None:
         self._options = options
+        self._num_warps = num_warps
 
     def decode(
         self, inputs: DeltaInputs, layer: GatedDelta, state: DeltaState, rows: DeltaRows
@@ -349,7 +361,8 @@ class DeltaStep:
             V=layer.v_dim,
             RING=ring,
             TOKENS=tokens,
-            **self._options(WARPS),
+            LINES=self._num_warps,
+            **self._options(self._num_warps),
         )
         return out
 

@@ -1,14 +1,15 @@
 """Compiles kernels without a GPU.
 
-    python -m tests.engine.kernels.compile_steps CONFIG [CAPABILITY]
+    python -m tests.engine.kernels.compile_steps CONFIG [CAPABILITY [delta]]
 
 A program of its own, because Triton decides when it is imported whether it interprets. Compiles all
 kernels of decode steps and prompts for compute capability 9.0, or for the one that is named (80,
-86, 89, 90, 120) those of steps of many rows. Prints a JSON line a kernel: its name, the type it
-computes with, how weights and cache are quantized, tokens of the step or prompt, rows of a pool of
-pages (0 = a cache of its own), the bytes that a thread keeps in memory because its registers are
-full, the bytes of shared memory, how often threads hand each other operands of matrix instructions,
-and, where programs count who is the last, how often they do so to join their results.
+86, 89, 90, 120) those of steps of many rows, or those of gated delta nets. Prints a JSON line a
+kernel: its name, the type it computes with, how weights and cache are quantized, tokens of the step
+or prompt, rows of a pool of pages (0 = a cache of its own), the bytes that a thread keeps in memory
+because its registers are full, the bytes of shared memory, how often threads hand each other
+operands of matrix instructions, and, where programs count who is the last, how often they do so to
+join their results.
 """
 
 from __future__ import annotations
@@ -36,13 +37,21 @@ from triton.runtime.driver import driver
 
 from qwencli.config import Quantization
 from qwencli.engine import kernels
-from qwencli.engine.cache.paged_kv import DecodePages
-from qwencli.engine.kernels import add_norm, fused_ops, many_rows, moe
+from qwencli.engine.cache.paged_kv import DecodePages, PackedPrompts
+from qwencli.engine.kernels import (
+    add_norm,
+    chunked_delta,
+    fused_ops,
+    gated_delta,
+    many_rows,
+    moe,
+)
 from qwencli.engine.kernels.launches import KernelLaunch, compile_described
 from qwencli.engine.loading import weights
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.ops import gated_delta as delta
 from qwencli.engine.ops.decoder_ops import Matrix, RMSNorm
 from qwencli.engine.ops.moe import Routing
 from qwencli.engine.quant.quantized_tensor import LARGEST, QuantizedTensor, Scheme
@@ -233,6 +242,44 @@ def zeros_of(scheme: Scheme, rows: int, columns: int) -> QuantizedTensor:
     return QuantizedTensor(scheme, words, scale, zero)
 
 
+def delta_nets_for(capability: int) -> None:
+    """Of the shape that a 9B model has: a step, one that checks drafts, and prompts."""
+    pretend_a_gpu(capability)
+    half, rows, tokens = torch.bfloat16, 2, 4
+    about: dict[str, Any] = {"dtype": str(half), "quantization": "none", "tokens": 1}
+    record(about)
+    k_heads, v_heads, dim, ring = 16, 32, 128, 12
+    channels = (2 * k_heads + v_heads) * dim
+    conv = torch.zeros(channels, delta.TAPS, dtype=half)
+    head, gain = torch.zeros(v_heads), torch.zeros(dim)
+    layer = delta.GatedDelta(k_heads, v_heads, dim, dim, conv, head, head, gain, 1e-6)
+    state = delta.DeltaState(
+        torch.zeros(rows, ring, channels, dtype=half), torch.zeros(rows, v_heads, dim, dim)
+    )
+
+    def inputs(count: int) -> delta.DeltaInputs:
+        """Of two projections: one of what is wide, one of the gates."""
+        wide = torch.zeros(count, channels + v_heads * dim, dtype=half)
+        both = torch.zeros(count, 2 * v_heads, dtype=half)
+        return delta.DeltaInputs(
+            wide[:, :channels], wide[:, channels:], both[:, v_heads:], both[:, :v_heads]
+        )
+
+    index = torch.zeros(rows, dtype=torch.int64)
+    which = delta.DeltaRows(index, index, torch.zeros(rows, dtype=torch.bool))
+    step = gated_delta.DeltaStep(fused_ops.Launch.on(CPU).options)
+    with torch.inference_mode():
+        step.decode(inputs(rows), layer, state, which)
+        about["tokens"] = tokens
+        updates = delta.DeltaUpdates.empty(1, rows, tokens, layer, CPU)
+        step.verify(inputs(rows * tokens), layer, state, which, updates.of_layer(0, rows, tokens))
+        gated_delta.adopt_accepted(updates, state.recurrent[None], which, index)
+        starts = torch.tensor([0, 100, 128], dtype=torch.int32)
+        prompts = PackedPrompts([100, 28], [0, 0], starts, starts, None, False)
+        about["tokens"] = 128
+        chunked_delta.ChunkedDelta()(inputs(128), layer, state, prompts, index)
+
+
 def many_rows_for(config: dict[str, Any], capability: int) -> None:
     pretend_a_gpu(capability)
     half, shape = torch.bfloat16, read_shape(config)
@@ -290,7 +337,9 @@ def main(config: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     config = json.loads(sys.argv[1])
-    if len(sys.argv) > 2:
+    if len(sys.argv) > 3:
+        delta_nets_for(int(sys.argv[2]))
+    elif len(sys.argv) > 2:
         many_rows_for(config, int(sys.argv[2]))
     else:
         main(config)

@@ -87,6 +87,26 @@ def test_kernels_of_many_rows_fit_the_card(request: pytest.FixtureRequest, card:
     assert [kernel for kernel in found if kernel["shared"] > CARDS[card]] == []
 
 
+@pytest.mark.parametrize("card", CARDS if "EVERY_CARD" in os.environ else QUICK[-1:])
+def test_kernels_of_gated_delta_nets_fit_the_card(
+    request: pytest.FixtureRequest, card: int
+) -> None:
+    """And keep states in registers."""
+    found = compile_kernels(request, str(card), "delta")
+    steps = {k["tokens"] for k in found if k["kernel"] == "delta_step_kernel"}
+    assert steps == {1, 4}
+    assert {
+        "adopt_accepted_kernel",
+        "delta_conv_kernel",
+        "delta_output_kernel",
+        "delta_scan_kernel",
+        "delta_solve_kernel",
+        "delta_step_kernel",
+    } == {kernel["kernel"] for kernel in found}
+    assert [kernel for kernel in found if kernel["spilled"]] == []
+    assert [kernel for kernel in found if kernel["shared"] > CARDS[card]] == []
+
+
 def test_no_kernel_keeps_kilobytes_in_memory_that_belong_in_registers(
     compiled: list[dict[str, Any]],
 ) -> None:
