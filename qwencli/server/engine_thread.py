@@ -9,6 +9,8 @@ meanwhile run together, in turns with it.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import functools
 import threading
 import time
 from collections import deque
@@ -116,6 +118,8 @@ class EngineThread:
     Args:
         max_waiting: requests beside those that run at once; more are refused.
         on_failure: called in the engine's thread when it can answer nothing any more.
+        rows_at_once: make the rows of batches when the engine is loaded, not when they are first
+            asked for (`rows`, or `submit` of a batch): they take much of a GPU's memory.
     """
 
     def __init__(
@@ -124,12 +128,14 @@ class EngineThread:
         *,
         max_waiting: int = 1024,
         on_failure: Callable[[], None] = lambda: None,
+        rows_at_once: bool = True,
     ) -> None:
         self.engine, self._max_waiting, self.on_failure = engine, max_waiting, on_failure
         self.failure: Exception | None = None
         self.max_rows = 1
         self.last_active_s = time.monotonic()
-        self._orders: deque[tuple[Callable[[Answer], None], Answer]] = deque()
+        self._rows_at_once = rows_at_once or engine.config.batch_invariant
+        self._orders: deque[Callable[[], None]] = deque()
         self._ordered = threading.Condition()
         self._closing = False
         self._loaded = threading.Event()
@@ -181,14 +187,31 @@ class EngineThread:
                 )
             answer = Answer(self, source, whole, in_batch)
             self._unfinished.add(answer)
-            self._orders.append((self._begin, answer))
+            self._orders.append(functools.partial(self._begin, answer))
             self._ordered.notify()
         return answer
 
     def forget(self, answer: Answer) -> None:
         with self._ordered:
-            self._orders.append((self._abort, answer))
+            self._orders.append(functools.partial(self._abort, answer))
             self._ordered.notify()
+
+    def rows(self) -> concurrent.futures.Future[int]:
+        """How many requests run together; the rows are made where they are not there yet."""
+        made: concurrent.futures.Future[int] = concurrent.futures.Future()
+
+        def make() -> None:
+            try:
+                self._make_rows()
+            except Exception as error:  # noqa: BLE001 - told to the one that waits
+                made.set_exception(error)
+            else:
+                made.set_result(self.max_rows)
+
+        with self._ordered:
+            self._orders.append(make)
+            self._ordered.notify()
+        return made
 
     @property
     def num_unfinished(self) -> int:
@@ -207,16 +230,15 @@ class EngineThread:
     def _run(self) -> None:
         try:
             self.engine.load()
-            # Rows and their pool are made now, so that the first request need not wait for them.
-            self.max_rows = self.engine.max_rows
+            self._lone: RequestQueue = SerialQueue(self.engine.stream)
+            self._queues = self._lone, self._lone
+            if self._rows_at_once:
+                # So that the first request need not wait for them.
+                self._make_rows()
         except Exception as error:  # noqa: BLE001 - told by `start`
             self.failure = error
             self._loaded.set()
             return
-        lone: RequestQueue = self.engine
-        if self.max_rows > 1 and not self.engine.config.batch_invariant:
-            lone = SerialQueue(self.engine.stream)
-        self._queues = self.engine, lone
         self._loaded.set()
         failed = 0
         try:
@@ -234,6 +256,14 @@ class EngineThread:
                 self._tell({answer: [stopped()]})
             self.engine.close()
 
+    def _make_rows(self) -> None:
+        """Have batches run together, where this engine has that; once made they stay."""
+        self.max_rows = self.engine.max_rows
+        if self.engine.config.batch_invariant:
+            self._queues = self.engine, self.engine
+        elif self.max_rows > 1:
+            self._queues = self.engine, self._lone
+
     def _take_orders(self) -> bool:
         """Do what was ordered, once there is anything to do; False = close."""
         with self._ordered:
@@ -243,13 +273,20 @@ class EngineThread:
             self._orders.clear()
             if self._closing:
                 return False
-        for do, answer in orders:
-            do(answer)
+        for do in orders:
+            do()
         return True
 
     def _begin(self, answer: Answer) -> None:
         if answer.is_over or answer.source is None:
             return
+        if answer.in_batch:
+            try:
+                self._make_rows()
+            except Exception as error:  # noqa: BLE001 - the engine goes on without
+                self._drop(answer)
+                self._tell({answer: [_failure(error)]})
+                return
         many, lone = self._queues
         queue = many if self._places or answer.in_batch else lone
         place = _Place(queue, queue.add(answer.source))
@@ -304,13 +341,7 @@ class EngineThread:
 
     def _fail(self, queue: RequestQueue, error: Exception) -> None:
         """A step failed as a whole: so have all requests that were in it."""
-        failure = error
-        if not isinstance(failure, QwenCliError):
-            failure = EngineError(
-                f"a step failed: {type(error).__name__}: {error}",
-                "ask again; this is a fault of qwencli, please report it",
-            )
-            failure.__cause__ = error
+        failure = _failure(error)
         for place in [each for each in self._answers if each.queue is queue]:
             answer = self._answers[place]
             self._abort(answer)
@@ -329,6 +360,17 @@ class EngineThread:
             except RuntimeError:  # the loop is closed, and so are its connections
                 for answer in answers:
                     self._abort(answer)
+
+
+def _failure(error: Exception) -> QwenCliError:
+    if isinstance(error, QwenCliError):
+        return error
+    failure = EngineError(
+        f"a step failed: {type(error).__name__}: {error}",
+        "ask again; this is a fault of qwencli, please report it",
+    )
+    failure.__cause__ = error
+    return failure
 
 
 def _wake(answers: list[Answer]) -> None:

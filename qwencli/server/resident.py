@@ -256,6 +256,7 @@ class ResidentEngine(ManyRequests):
         self._line: _Line | None = None
         self._ready: Message = {}
         self._load_s = 0.0
+        self._max_rows: int | None = None
         # Why it cannot be used here and now; empty where it can.
         self.unusable = ""
 
@@ -285,8 +286,24 @@ class ResidentEngine(ManyRequests):
 
     @property
     def max_rows(self) -> int:
-        self.load()
-        rows: int = self._ready["max_rows"]
+        if self._max_rows is None:
+            self._max_rows = self._asked_rows()
+        return self._max_rows
+
+    def _asked_rows(self) -> int:
+        box: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
+        line = self.line()
+        number = line.number(box)
+        line.send({"op": "rows", "id": number})
+        try:
+            _, message = box.get()
+        finally:
+            line.drop(number)
+        if message is None:
+            raise self._gone("while it made room for many requests")
+        if "error" in message:
+            raise message["error"]
+        rows: int = message["rows"]
         return rows
 
     def load(self) -> None:

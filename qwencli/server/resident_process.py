@@ -10,6 +10,7 @@ What a connection says, each a frame:
     hello {token, build}               answered by welcome {build}; else the connection ends
     use {config, keep_s}               answered by ready {...}, busy {model} or error {error}
     add {id, request, live, in_batch}  answered by out {id, chunk} ..., or out {id, error}
+    rows {id}                          answered by out {id, rows}, or out {id, error}
     abort {id}
     status, stop                       answered by status {...}
 """
@@ -152,7 +153,6 @@ class ResidentServer:
             "max_seq_len": engine.max_seq_len,
             "memory_plan": dict(engine.memory_plan),
             "load_warnings": tuple(engine.load_warnings),
-            "max_rows": loaded.thread.max_rows,
         }
 
     async def thread_for(self, config: EngineConfig) -> EngineThread:
@@ -213,6 +213,9 @@ class _Connection:
                 case "add":
                     number = message["id"]
                     self._tasks[number] = asyncio.ensure_future(self._answer(number, message))
+                case "rows":
+                    number = message["id"]
+                    self._tasks[number] = asyncio.ensure_future(self._rows(number))
                 case "abort":
                     self._abort(message["id"])
                 case "status":
@@ -258,6 +261,19 @@ class _Connection:
             self._answers.pop(number, None)
             self._tasks.pop(number, None)
 
+    async def _rows(self, number: int) -> None:
+        try:
+            assert self._config is not None, "use comes first"
+            thread = await self._server.thread_for(self._config)
+            rows = await asyncio.wrap_future(thread.rows())
+            self.send({"op": "out", "id": number, "rows": rows})
+        except QwenCliError as error:
+            self.send({"op": "out", "id": number, "error": error})
+        except Exception as error:  # noqa: BLE001 - told where it is awaited
+            self.send({"op": "out", "id": number, "error": _unforeseen(error)})
+        finally:
+            self._tasks.pop(number, None)
+
     def _abort(self, number: int) -> None:
         answer = self._answers.pop(number, None)
         if answer is not None:
@@ -278,7 +294,7 @@ def _load(config: EngineConfig) -> _Loaded:
 
     engine = create_engine(config)
     resolve_device(config.device)
-    thread = EngineThread(engine)
+    thread = EngineThread(engine, rows_at_once=False)
     thread.start()
     return _Loaded(config, engine, thread)
 
