@@ -44,7 +44,7 @@ def near(got, q, keys, values, plan):
     assert float((got - exact).norm() / exact.norm()) <= 5e-3
 
 
-@pytest.mark.parametrize("dim", [16, 64, 128])
+@pytest.mark.parametrize("dim", [16, 64, 128, 256])
 @torch.inference_mode()
 def test_prompts_whole_later_pieces_and_padded_rows(dim):
     torch.manual_seed(dim)
@@ -67,7 +67,7 @@ def test_prompts_whole_later_pieces_and_padded_rows(dim):
             near(out[row : row + 1, pad:], own, *parts, plan)
 
 
-@pytest.mark.parametrize("dim", [16, 64, 128])
+@pytest.mark.parametrize("dim", [16, 64, 128, 256])
 @torch.inference_mode()
 def test_steps_read_lengths_on_the_device_also_in_a_graph(dim):
     torch.manual_seed(dim)
