@@ -9,6 +9,7 @@ What results call quantized weights (`stored_label`, `with_activation_bits`):
     int8            stored so; activations are multiplied as they are
     int8-w8a8       and activations are rounded to 8 bits (w: bits of a weight, a: of an activation)
     int4-g128-w4a8, fp8-e4m3-w8a16, awq-int4-g128-w4a8+none
+    int8+int8-w8a8  of experts activations are as they are, of other matrices rounded
 
 Labels of results from before 2026-11-25 have no such ending whatever ran.
 """
@@ -43,7 +44,7 @@ def with_activation_bits(label: str, weight_bits: int, activation_bits: int | No
 
 def stored_label(label: str) -> str:
     """How the weights are stored, whatever multiplies them."""
-    return _BITS.sub("", label)
+    return "+".join(dict.fromkeys(_BITS.sub("", label).split("+")))
 
 
 # The three columns of a listing and of `vram_requirement`, smallest first.

@@ -22,6 +22,7 @@ from qwencli.engine.cache.paged_kv import (
     QuantizedPagedKVCache,
 )
 from qwencli.engine.kernels.kv_store import as_float32
+from qwencli.engine.kernels.moe import FEWEST_TOKENS, grouped_experts
 from qwencli.engine.ops.decoder_ops import DecoderOps, Layer, Matrix, RMSNorm, Step, dense
 from qwencli.engine.quant.quantized_tensor import LARGEST
 
@@ -224,6 +225,7 @@ class BatchInvariantOps:
             norm_gate_up=self.norm_gate_up,
             down_residual=self.down_residual,
             norm_head=self.norm_head,
+            experts_residual=self.experts_residual,
             kv_len_on_device=True,
             choose_likeliest=self._step.choose_likeliest,
             advance_rows=self._step.advance_rows,
@@ -249,6 +251,20 @@ class BatchInvariantOps:
 
     def down_residual(self, activated: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
         return hidden.add_(self._product(activated, layer.down))
+
+    def experts_residual(self, hidden: Tensor, layer: Layer) -> Tensor:
+        routing = layer.routing
+        assert routing is not None, "a layer with experts"
+        x = layer.mlp_norm(hidden)
+        logits = product(x, routing.router.t(), torch.float32)
+        alone = None
+        if routing.shared_mlp is not None:
+            gate_up, down = routing.shared_mlp
+            alone = self._product(self._step.swiglu(self._product(x, gate_up)), down)
+            alone = alone * logits[:, routing.num_experts :].sigmoid().to(x.dtype)
+        precision = "ieee" if x.dtype is torch.float32 else "tf32"
+        hidden = grouped_experts(hidden, layer, x, logits, precision, FEWEST_TOKENS)
+        return hidden if alone is None else hidden.add_(alone)
 
     def norm_head(self, hidden: Tensor, norm: RMSNorm, head: Matrix) -> Tensor:
         """Logits [N, V], float32; a quantized head is never there whole."""

@@ -16,7 +16,7 @@ Weights are dequantized in registers to the type of the rows, rounded as `dense`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from qwencli.engine.kernels.dequantize import dequantize
 from qwencli.engine.kernels.gemv_quantized import to_float
 from qwencli.engine.ops.decoder_ops import Layer, Matrix, experts_residual
-from qwencli.engine.ops.moe import Routing, shared_expert
+from qwencli.engine.ops.moe import Routing, mixture, shared_expert
 from qwencli.engine.quant.quantized_tensor import IN_NIBBLES, QuantizedTensor, Scheme
 
 Tensor = torch.Tensor
@@ -43,6 +43,7 @@ MOST_WORDS, MOST_VALUES = 256, 512
 TILE_ROWS, FEWEST_TOKENS, MOST_TOKENS, TILE_DEPTH = 64, 16, 64, 64
 # What sorts pairs looks at so many at a time.
 SORT_BLOCK = 1024
+ADD_BLOCK = 1024
 WARPS, STAGES = 4, 3
 
 
@@ -452,6 +453,20 @@ def grouped_gemm_kernel(
     tl.store(at, acc.to(y_ptr.dtype.element_ty), mask=(rows < N)[:, None] & real[None, :])
 
 
+@triton.jit
+def add_results_kernel(results_ptr, hidden_ptr, width, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (row, block): hidden [M, width] += the sum of results [M, SLOTS, width]."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    total = tl.load(hidden_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    for slot in tl.static_range(SLOTS):
+        at = results_ptr + (row * SLOTS + slot) * width + column
+        total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    to = hidden_ptr + row * width + column
+    tl.store(to, total.to(hidden_ptr.dtype.element_ty), mask=inside)
+
+
 @dataclass(frozen=True)
 class _Stored:
     """A stacked matrix [out, in] as the kernels take it."""
@@ -523,9 +538,11 @@ class ExpertKernels:
         gate_up, down = _Stored.of(layer.gate_up), _Stored.of(layer.down)
         if gate_up is None or down is None:
             return experts_residual(hidden, layer, dequantize)
-        alone = self._alone(hidden, layer, routing)
+        alone = None
+        if routing.shared_mlp is not None:
+            alone = shared_expert(layer.mlp_norm(hidden), routing)
         (rows, width), slots = hidden.shape, routing.slots
-        count, inner = len(routing.router), _inner(layer, routing)
+        count, inner = len(routing.router), _inner(layer)
         experts, weights = _pairs(hidden, routing)
         logits = torch.empty(rows, count, dtype=torch.float32, device=hidden.device)
         eps = layer.mlp_norm.eps
@@ -583,77 +600,85 @@ class ExpertKernels:
 
     def many(self, hidden: Tensor, layer: Layer) -> Tensor:
         """As `few`, of any number of rows; the router's logits are those of torch."""
-        assert layer.routing is not None, "a layer with experts"
-        x = layer.mlp_norm(hidden)
-        return self.grouped(hidden, layer, x, torch.mm(x, layer.routing.router.t()))
-
-    def grouped(
-        self, hidden: Tensor, layer: Layer, x: Tensor, logits: Tensor, tokens: int | None = None
-    ) -> Tensor:
-        """`many` of normed rows x and their logits.
-
-        Args:
-            tokens: rows of a tile; None = by how many an expert has on average.
-        """
         routing = layer.routing
         assert routing is not None, "a layer with experts"
-        gate_up, down = _Stored.of(layer.gate_up), _Stored.of(layer.down)
-        if gate_up is None or down is None:
-            return experts_residual(hidden, layer, dequantize)
+        x = layer.mlp_norm(hidden)
         alone = None if routing.shared_mlp is None else shared_expert(x, routing)
-        (rows, width), pairs = x.shape, len(x) * routing.slots
-        inner, device = _inner(layer, routing), x.device
-        experts, weights = _pairs(x, routing)
-        pick_experts_kernel[rows,](
-            logits, experts, weights, COUNT=logits.shape[1], **_picking(routing), num_warps=1
-        )
-        order = torch.empty(pairs, dtype=torch.int32, device=device)
-        starts = torch.empty(routing.stacked + 1, dtype=torch.int32, device=device)
-        sort_pairs_kernel[routing.stacked + 1,](
-            experts, order, starts, pairs, BLOCK=SORT_BLOCK, num_warps=WARPS
-        )
-        tokens = tokens or _tile_tokens(pairs, routing.stacked)
-        activated = torch.empty(pairs, inner, dtype=x.dtype, device=device)
-        results = torch.empty(pairs, width, dtype=x.dtype, device=device)
-        most = triton.cdiv(pairs, tokens) + min(pairs, routing.stacked)
-        for matrix, of, to, gated in (
-            (gate_up, x.contiguous(), activated, True),
-            (down, activated, results, False),
-        ):
-            deep = not matrix.grouped or matrix.group % TILE_DEPTH == 0
-            grouped_gemm_kernel[most * triton.cdiv(to.shape[1], TILE_ROWS),](
-                of,
-                matrix.bytes,
-                matrix.scale,
-                matrix.zero_point,
-                order,
-                starts,
-                weights,
-                to,
-                N=to.shape[1],
-                K=of.shape[1],
-                STACKED=routing.stacked,
-                SLOTS=routing.slots,
-                GATED=gated,
-                ROWS=TILE_ROWS,
-                TOKENS=tokens,
-                DEPTH=TILE_DEPTH if deep else 32,
-                STAGES=STAGES if x.dtype.itemsize == 2 else 1,
-                PRECISION=self._precision,
-                **matrix.modes(),
-                num_warps=WARPS,
-            )
-        hidden.add_(results.view(rows, routing.slots, width).sum(1))
+        logits = torch.mm(x, routing.router.t())
+        hidden = grouped_experts(hidden, layer, x, logits, self._precision)
         return hidden if alone is None else hidden.add_(alone)
 
-    def _alone(self, hidden: Tensor, layer: Layer, routing: Routing) -> Tensor | None:
-        """Of a shared expert that is no part of the stacked matrices, before rows change."""
-        if routing.shared_mlp is None:
-            return None
-        return shared_expert(layer.mlp_norm(hidden), routing)
+
+def grouped_experts(
+    hidden: Tensor,
+    layer: Layer,
+    x: Tensor,
+    logits: Tensor,
+    precision: str,
+    tokens: int | None = None,
+) -> Tensor:
+    """hidden [M, H] + what the stacked experts make of the normed rows x, in place.
+
+    Args:
+        logits: [M, experts and gate] of any float type.
+        precision: of float32 operands.
+        tokens: rows of a tile; None = by how many an expert has on average.
+    """
+    routing = layer.routing
+    assert routing is not None, "a layer with experts"
+    gate_up, down = _Stored.of(layer.gate_up), _Stored.of(layer.down)
+    if gate_up is None or down is None:
+        stacked = replace(routing, shared_mlp=None)
+        return hidden.add_(mixture(x, layer.gate_up, layer.down, stacked, dequantize))
+    (rows, width), pairs = x.shape, len(x) * routing.slots
+    inner, device = _inner(layer), x.device
+    experts, weights = _pairs(x, routing)
+    pick_experts_kernel[rows,](
+        logits, experts, weights, COUNT=logits.shape[1], **_picking(routing), num_warps=1
+    )
+    order = torch.empty(pairs, dtype=torch.int32, device=device)
+    starts = torch.empty(routing.stacked + 1, dtype=torch.int32, device=device)
+    sort_pairs_kernel[routing.stacked + 1,](
+        experts, order, starts, pairs, BLOCK=SORT_BLOCK, num_warps=WARPS
+    )
+    tokens = tokens or _tile_tokens(pairs, routing.stacked)
+    activated = torch.empty(pairs, inner, dtype=x.dtype, device=device)
+    results = torch.empty(pairs, width, dtype=x.dtype, device=device)
+    most = triton.cdiv(pairs, tokens) + min(pairs, routing.stacked)
+    for matrix, of, to, gated in (
+        (gate_up, x.contiguous(), activated, True),
+        (down, activated, results, False),
+    ):
+        deep = not matrix.grouped or matrix.group % TILE_DEPTH == 0
+        grouped_gemm_kernel[most * triton.cdiv(to.shape[1], TILE_ROWS),](
+            of,
+            matrix.bytes,
+            matrix.scale,
+            matrix.zero_point,
+            order,
+            starts,
+            weights,
+            to,
+            N=to.shape[1],
+            K=of.shape[1],
+            STACKED=routing.stacked,
+            SLOTS=routing.slots,
+            GATED=gated,
+            ROWS=TILE_ROWS,
+            TOKENS=tokens,
+            DEPTH=TILE_DEPTH if deep else 32,
+            STAGES=STAGES if x.dtype.itemsize == 2 else 1,
+            PRECISION=precision,
+            **matrix.modes(),
+            num_warps=WARPS,
+        )
+    add_results_kernel[rows, triton.cdiv(width, ADD_BLOCK)](
+        results, hidden, width, SLOTS=routing.slots, BLOCK=ADD_BLOCK, num_warps=WARPS
+    )
+    return hidden
 
 
-def _inner(layer: Layer, routing: Routing) -> int:
+def _inner(layer: Layer) -> int:
     """Columns of an expert's down matrix."""
     down = layer.down
     return down.columns if isinstance(down, QuantizedTensor) else down.shape[0]

@@ -72,7 +72,11 @@ class LoadedWeights:
             activation_bits: as in `DecoderOps`.
         """
         kinds = {
-            with_activation_bits(matrix.label, matrix.bits, activation_bits(matrix))
+            with_activation_bits(
+                matrix.label,
+                matrix.bits,
+                None if self._is_of_experts(name) else activation_bits(matrix),
+            )
             for name, matrix in self.matrices.items()
             if name != HEAD
         }
@@ -80,6 +84,11 @@ class LoadedWeights:
             kinds.add("none")
         label = "+".join(sorted(kinds)) or "none"
         return f"{self.origin}-{label}" if self.origin and kinds else label
+
+    def _is_of_experts(self, name: str) -> bool:
+        """Whether this is a matrix of a mixture of experts; those round no vectors."""
+        layer, _, matrix = name.rpartition(".")
+        return f"{layer}.router" in self.tensors and matrix not in ("qkv", "o")
 
 
 def is_decoder_matrix(name: str) -> bool:

@@ -57,6 +57,10 @@ def down_residual(activated: Tensor, layer: Layer, hidden: Tensor) -> Tensor:
     return each_row(lambda x, row: decoder_ops.down_residual(x, layer, row), activated, hidden)
 
 
+def experts_residual(hidden: Tensor, layer: Layer) -> Tensor:
+    return each_row(lambda row: decoder_ops.experts_residual(row, layer), hidden)
+
+
 def norm_head(hidden: Tensor, norm: RMSNorm, head: Matrix) -> Tensor:
     """A quantized head is never there whole."""
     x = each_row(norm, hidden)
@@ -117,4 +121,5 @@ BATCH_INVARIANT_OPS = DecoderOps(
     norm_gate_up=norm_gate_up,
     down_residual=down_residual,
     norm_head=norm_head,
+    experts_residual=experts_residual,
 )

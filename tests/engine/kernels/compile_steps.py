@@ -74,6 +74,7 @@ OF_MANY_ROWS = (
     "route_kernel",
     "pick_experts_kernel",
     "sort_pairs_kernel",
+    "add_results_kernel",
     "experts_gate_up_kernel",
     "experts_down_kernel",
     "grouped_gemm_kernel",
