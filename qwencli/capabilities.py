@@ -50,7 +50,7 @@ class Limit:
 
     Args:
         given: axis -> values of it; the limit holds where every one of them is chosen. Also
-            `BATCH_INVARIANT` and `KEEPS_STATES`, which are no axes.
+            `BATCH_INVARIANT`, `ROWS_ONLY` and `KEEPS_STATES`, which are no axes.
         lacks: it holds only where the device lacks this.
         reason: a sentence without its full stop, `{value}` being the mode; "" = what `Lacks` says.
         nearest: the option that gives the nearest mode that runs.
@@ -65,12 +65,16 @@ class Limit:
 
 
 BATCH_INVARIANT = "batch_invariant"
-# Whether the model keeps states beside keys and values; the native engine knows once it has read
-# the model's shape.
-KEEPS_STATES = "keeps_states"
+# Whether the model runs in rows over pages alone (`TextShape.rows_only`), and whether it keeps
+# states beside keys and values; the native engine knows once it has read the model's shape.
+ROWS_ONLY, KEEPS_STATES = "rows_only", "keeps_states"
 _INVARIANT = {BATCH_INVARIANT: (True,)}
 _STATES: Mapping[str, tuple[StrEnum | bool, ...]] = {
     KEEPS_STATES: (True,),
+    "engine": (EngineName.NATIVE,),
+}
+_ROWS: Mapping[str, tuple[StrEnum | bool, ...]] = {
+    ROWS_ONLY: (True,),
     "engine": (EngineName.NATIVE,),
 }
 _TRANSFORMERS = {"engine": (EngineName.TRANSFORMERS,)}
@@ -108,15 +112,17 @@ TABLE: tuple[Limit, ...] = (
         "cache",
         (Cache.DYNAMIC, Cache.STATIC_COMPILE),
         "--cache static",
-        "this model has gated delta nets, which run in rows over pages alone, and {value} has none",
-        given=_STATES,
+        "this model has gated delta nets or experts, which run in rows over pages alone, and "
+        "{value} has none",
+        given=_ROWS,
     ),
     Limit(
         "attention",
         (Attention.FLASH, Attention.EAGER),
         f"--attention {Attention.SDPA}",
-        "this model has gated delta nets, and its rows attend over pages by our kernel or sdpa",
-        given=_STATES,
+        "this model has gated delta nets or experts, and its rows attend over pages by our kernel "
+        "or sdpa",
+        given=_ROWS,
     ),
     Limit(
         "speculate",
@@ -327,7 +333,7 @@ def runs_with(axis: str) -> str:
         for limit in TABLE
         if limit.axis == axis
         and len(limit.given) < 2
-        and not {BATCH_INVARIANT, KEEPS_STATES} & limit.given.keys()
+        and not {BATCH_INVARIANT, ROWS_ONLY, KEEPS_STATES} & limit.given.keys()
         and limit.given is not _REMOTE
     ]
     parts = []

@@ -133,8 +133,8 @@ EXPERTS = {
     "mlp_only_layers": [],
     "norm_topk_prob": True,
 }
-# Families whose requests are rows of batches, whatever else they are.
-ROWS_ONLY: dict[str, dict[str, Any]] = {
+# Those that `CONFIGS` has not, as most tests of families run requests alone.
+MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**CONFIGS["qwen3"], **EXPERTS},
     "qwen3_vl_moe": {
         **CONFIGS["qwen3_vl"],
@@ -152,7 +152,7 @@ ALONE = [family for family in CONFIGS if family != "qwen3_5"]
 
 
 def _config_of(family: str) -> dict[str, Any]:
-    return CONFIGS[family] if family in CONFIGS else ROWS_ONLY[family]
+    return CONFIGS[family] if family in CONFIGS else MIXTURES[family]
 
 
 def hub_config(family: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from qwencli.capabilities import (
     AXES,
     BATCH_INVARIANT,
     KEEPS_STATES,
+    ROWS_ONLY,
     TABLE,
     Need,
     fastest_cache,
@@ -35,7 +36,7 @@ def combinations():
 def test_the_nearest_modes_lead_to_one_that_runs(lacks):
     """Whoever does what a refusal says, one after the other, ends with modes that run."""
     # Both at once have no mode that runs.
-    others = ({}, {BATCH_INVARIANT: True}, {KEEPS_STATES: True})
+    others = ({}, {BATCH_INVARIANT: True}, {ROWS_ONLY: True, KEEPS_STATES: True})
     for modes, other in itertools.product(combinations(), others):
         asked = {**modes, **other}
         for _ in range(len(AXES) + 2):
@@ -54,7 +55,7 @@ def test_every_entry_is_reached():
         others = [(False, False), (True, False)]
         others += [(False, True), (True, True)] if not lacks else []
         for modes, (invariant, keeps) in itertools.product(combinations(), others):
-            asked = {**modes, BATCH_INVARIANT: invariant, KEEPS_STATES: keeps}
+            asked = {**modes, BATCH_INVARIANT: invariant, ROWS_ONLY: keeps, KEEPS_STATES: keeps}
             refusal = why_not(asked, lacks)
             if refusal is not None:
                 reached.add((refusal.axis, refusal.reason.replace(refusal.value, "{value}")))

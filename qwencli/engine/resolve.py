@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from qwencli.capabilities import (
     AXES,
     BATCH_INVARIANT,
-    KEEPS_STATES,
     NOTHING,
     Lacks,
     Need,
@@ -133,19 +134,18 @@ def check_modes(
     config: EngineConfig,
     engine: EngineName,
     lacks: Lacks = NOTHING,
-    keeps_states: bool = False,
+    of_model: Mapping[str, bool] = MappingProxyType({}),
 ) -> None:
     """Hold what the user asked for against the table of what runs with what.
 
     Args:
         lacks: of the device; where it is not known yet, what holds on any is checked.
-        keeps_states: whether the model does, beside keys and values.
+        of_model: `capabilities.ROWS_ONLY` and `KEEPS_STATES`, where the model is known.
 
     Raises:
         UnsupportedModeError: a mode that cannot run, with the reason and the nearest that can.
     """
-    modes = chosen_modes(config, engine, lacks) | {KEEPS_STATES: keeps_states}
-    refusal = why_not(modes, lacks)
+    refusal = why_not({**chosen_modes(config, engine, lacks), **of_model}, lacks)
     if refusal is not None:
         raise refusal.error()
 

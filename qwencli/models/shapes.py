@@ -181,6 +181,11 @@ class TextShape:
         return None if self.moe is None or layer in self.moe.dense_layers else self.moe
 
     @property
+    def rows_only(self) -> bool:
+        """Whether requests are rows of batches over pages, a lone one too."""
+        return self.delta is not None or self.moe is not None
+
+    @property
     def attention_layers(self) -> tuple[int, ...]:
         """Those that keep keys and values."""
         return tuple(i for i in range(self.num_layers) if self.mixer(i) == "attention")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwencli.config import EngineName, Quantization, SamplingOptions
+from qwencli.config import Attention, Cache, EngineName, Quantization, SamplingOptions, Speculate
 from qwencli.engine.client import generate_many
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.loading import weights
 from qwencli.engine.native.engine import NativeEngine
+from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.memory import native_weight_bytes
 from qwencli.models.shape_reader import read_shape
-from tests.checkpoints import ROWS_ONLY, engine_config, hub_config, picture
+from tests.checkpoints import MIXTURES, engine_config, hub_config, picture
 
 FAMILIES = ("qwen3_vl_moe", "qwen3_moe")
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def engine(checkpoint, family):
 
 
 def test_64_tokens_are_those_of_transformers(checkpoint, family, engine):
-    images = (picture(), picture(96, 64)) if "vision_config" in ROWS_ONLY[family] else ()
+    images = (picture(), picture(96, 64)) if "vision_config" in MIXTURES[family] else ()
     request = ask("Describe this image.", images)
     with TransformersEngine(engine_config(checkpoint(family))) as reference:
         expected = reference.generate(request)
@@ -46,7 +47,7 @@ def test_64_tokens_are_those_of_transformers(checkpoint, family, engine):
 
 
 def test_each_answer_of_a_batch_is_the_one_its_request_gets_alone(family, engine):
-    images = (picture(96, 64),) if "vision_config" in ROWS_ONLY[family] else ()
+    images = (picture(96, 64),) if "vision_config" in MIXTURES[family] else ()
     requests = [ask("What? " * n, images[: n % 2], 2 + 3 * n) for n in range(1, 4)]
     alone = [engine.generate(request) for request in requests]
     together = list(generate_many(engine, requests))
@@ -82,3 +83,29 @@ def test_the_memory_plan_counts_experts(mode):
     assert native_weight_bytes(shape, mode, 2) == used
     assert "text.0.router" in loaded.tensors
     assert ("text.0.gate_up" in loaded.matrices) is (mode is not Quantization.NONE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "nearest"),
+    [
+        ({"cache": Cache.DYNAMIC}, "static"),
+        ({"cache": Cache.STATIC_COMPILE}, "static"),
+        ({"attention": Attention.EAGER}, "sdpa"),
+    ],
+)
+def test_modes_that_rows_do_not_have_are_refused(checkpoint, settings, nearest):
+    engine = NativeEngine(
+        engine_config(checkpoint("qwen3_moe"), engine=EngineName.NATIVE, **settings)
+    )
+    with pytest.raises(UnsupportedModeError, match="rows") as caught:
+        engine.load()
+    assert caught.value.nearest == nearest
+
+
+@pytest.mark.parametrize("settings", [{"speculate": Speculate.TWO}, {"batch_invariant": True}])
+def test_drafts_and_batch_invariance_give_the_same_answers(checkpoint, family, engine, settings):
+    requests = [ask("yes no " * n, new=12) for n in (3, 9)]
+    expected = [each.token_ids for each in generate_many(engine, requests)]
+    config = engine_config(checkpoint(family), engine=EngineName.NATIVE, **settings)
+    with NativeEngine(config) as other:
+        assert [each.token_ids for each in generate_many(other, requests)] == expected

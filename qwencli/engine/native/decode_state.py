@@ -327,8 +327,7 @@ def decodes_on_cpu(state: DecodeState) -> bool:
     """Whether `CpuDecoder` can run the model."""
     device, dtype = state.model.device.type, state.model.dtype
     plain = not state.model.quantized and not isinstance(state.cache, QuantizedKVCache)
-    whole = state.model.shape.text.moe is None
-    return device == "cpu" and dtype == torch.float32 and plain and whole
+    return device == "cpu" and dtype == torch.float32 and plain
 
 
 def _static(state: DecodeState) -> Stepper:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwencli.capabilities import fastest_cache
+from qwencli.capabilities import KEEPS_STATES, ROWS_ONLY, fastest_cache
 from qwencli.config import (
     Attention,
     Cache,
@@ -143,7 +143,7 @@ class NativeEngine(BaseEngine):
 
     def _stream_as_row(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
         """A lone request as a row of a batch: what it would be beside others, and the only way of
-        models that keep states."""
+        models that run in rows alone."""
         number, over = self.add(request), False
         try:
             while not over:
@@ -176,8 +176,9 @@ class NativeEngine(BaseEngine):
         device = resolve_device(self.config.device)
         lacks = device_lacks(device)
         shape = read_shape(files.hub_config)
-        keeps_states = shape.text.delta is not None
-        check_modes(self.config, EngineName.NATIVE, lacks, keeps_states)
+        rows_only = shape.text.rows_only
+        of_model = {ROWS_ONLY: rows_only, KEEPS_STATES: shape.text.delta is not None}
+        check_modes(self.config, EngineName.NATIVE, lacks, of_model)
         cache = self.config.cache or fastest_cache(EngineName.NATIVE, lacks)
         kernels = resolve_kernels(self.config.kernels, cache, lacks)
         warnings: list[str] = []
@@ -227,7 +228,7 @@ class NativeEngine(BaseEngine):
             left_to_us = self.config.attention is Attention.AUTO
             model = QwenModel(shape, loaded, slots, attention, fused, kv, left_to_us, invariant)
             store, state = None, None
-            if not keeps_states:
+            if not rows_only:
                 store = model.dynamic_cache() if cache is Cache.DYNAMIC else model.static_cache()
                 state = DecodeState(model, store, slots, with_drafts=drafting)
             effective = EffectiveConfig(
