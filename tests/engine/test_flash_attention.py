@@ -39,7 +39,8 @@ def package(tmp_path):
 
 
 def config(checkpoint, family="qwen3_vl", **modes):
-    settings = {"dtype": DType.BFLOAT16, "attention": Attention.FLASH, **modes}
+    base = {"dtype": DType.BFLOAT16, "attention": Attention.FLASH, "cache": Cache.STATIC}
+    settings = base | modes
     return engine_config(checkpoint(family), engine=EngineName.NATIVE, **settings)
 
 
