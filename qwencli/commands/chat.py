@@ -31,6 +31,12 @@ def chat(
     ] = False,
     *,
     keep: KeepOptions,
+    think: Annotated[
+        bool,
+        typer.Option(
+            "--think/--no-think", help="Let a model that can think before it answers do so."
+        ),
+    ] = False,
     run: RunOptions,
 ) -> None:
     """Talk about pictures, or about anything with a text model. /help lists the commands."""
@@ -76,6 +82,7 @@ def chat(
             stats=run.stats,
             model=spec.name,
             frames=frames,
+            thinking=think,
             display=TerminalDisplay(sink, loaded.max_seq_len) if drawn else None,
             keep=new_chat_path(chats_folder()) if typed else None,
         )

@@ -11,34 +11,49 @@ from qwencli.config import SAMPLING_BOUNDS, SamplingOptions, check_sampling
 from qwencli.errors import UsageError
 from qwencli.output import visible
 
-_ON_OFF = {"on": True, "off": False, "true": True, "false": False, "1": True, "0": False}
+_ON_OFF = {"on": True, "off": False, "true": True, "false": False, "default": False}
 # Of these a value asks for sampling; `resolve_sampling` has the rule.
 _SAMPLING_SWITCHES = ("temperature", "top_p", "top_k", "min_p")
-SETTINGS = (*SAMPLING_BOUNDS, "greedy", "stop")
+SETTINGS = (*SAMPLING_BOUNDS, "greedy", "stop", "thinking")
 
 
-def with_setting(sampling: SamplingOptions, said: str) -> SamplingOptions:
-    """The options with `NAME=VALUE` in place; "default" takes a value back.
+def setting_said(said: str) -> tuple[str, str]:
+    """(name, value) of `NAME=VALUE`.
 
     Raises:
-        UsageError: no such name, or a value that it does not take.
+        UsageError: there is no such setting, or no value.
     """
-    name, _, value = (
-        part.strip() for part in re.sub(r"\s*[=\s]\s*", "=", said, count=1).partition("=")
-    )
+    name, value = (*re.split(r"\s*=\s*|\s+", said.strip(), maxsplit=1), "")[:2]
     name = name.lstrip("-").replace("-", "_").lower()
     if name not in SETTINGS:
         raise UsageError(f"/set knows no {visible(name)}", f"it knows {', '.join(SETTINGS)}")
     if not value:
         raise UsageError(f"/set {name} needs a value", f"/set {name}=VALUE, or default")
+    return name, value
+
+
+def switched(name: str, value: str) -> bool:
+    """Whether a setting of two is on; "default" is off.
+
+    Raises:
+        UsageError: neither.
+    """
+    if value.lower() not in _ON_OFF:
+        raise UsageError(f"{name} is on or off, not {visible(value)}", f"/set {name}=on")
+    return _ON_OFF[value.lower()]
+
+
+def with_setting(sampling: SamplingOptions, name: str, value: str) -> SamplingOptions:
+    """The options with a value in place; "default" takes one back.
+
+    Raises:
+        UsageError: a value that the setting does not take.
+    """
     default = value.lower() == "default"
     if name == "stop":
         return replace(sampling, stop=() if default else (value,))
     if name == "greedy":
-        if not default and value.lower() not in _ON_OFF:
-            raise UsageError(f"greedy is on or off, not {visible(value)}", "/set greedy=on")
-        greedy = not default and _ON_OFF[value.lower()]
-        return replace(sampling, do_sample=False if greedy else None)
+        return replace(sampling, do_sample=False if switched(name, value) else None)
     try:
         kind = int if SAMPLING_BOUNDS[name].integer else float
         number: Any = None if default else kind(value)

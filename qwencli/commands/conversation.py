@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TextIO, runtime_checkable
 
 from qwencli.commands.answer_display import Display, PlainDisplay, SilentDisplay
-from qwencli.commands.chat_settings import over_saved, settings_shown, with_setting
+from qwencli.commands.chat_settings import (
+    over_saved,
+    setting_said,
+    settings_shown,
+    switched,
+    with_setting,
+)
 from qwencli.commands.reports import caption_record, shortfall, stats_line, unshown
 from qwencli.commands.requests import (
     OPENING_ERRORS,
@@ -150,6 +156,7 @@ class Conversation:
     """Messages so far, pictures waiting for the next one, and the engine that answers.
 
     Args:
+        thinking: let a model that can think before it answers do so.
         keep: the file that each turn is saved in; None = none.
     """
 
@@ -164,12 +171,13 @@ class Conversation:
         stats: bool,
         model: str,
         frames: int | None = None,
+        thinking: bool = False,
         display: Display | None = None,
         keep: Path | None = None,
     ) -> None:
         self._engine, self._sampling, self._sink = engine, sampling, sink
         self._system, self._json, self._stats, self._model = system, json, stats, model
-        self._frames, self._keep = frames, keep
+        self._frames, self._thinking, self._keep = frames, thinking, keep
         self._display = display or (SilentDisplay(sink) if json else PlainDisplay(sink))
         self._turns: list[Turn] = []
         self._attached: list[VisualPart] = []
@@ -275,11 +283,10 @@ class Conversation:
         self._unanswered = question
         thoughts: list[str] = []
         answer: list[str] = []
+        request = GenerationRequest(messages, self._sampling, thinking=self._thinking)
         try:
             with self._display.answer() as show:
-                for chunk in _split_thoughts(
-                    self._engine.stream(GenerationRequest(messages, self._sampling))
-                ):
+                for chunk in _split_thoughts(self._engine.stream(request)):
                     thoughts.append(chunk.thoughts)
                     answer.append(chunk.text)
                     show(chunk)
@@ -381,9 +388,13 @@ class Conversation:
         self._sink.notice("cleared")
 
     def _set(self, rest: str) -> None:
-        if rest:
-            self._sampling = with_setting(self._sampling, rest)
-        self._sink.notice(", ".join(settings_shown(self._sampling)))
+        name, value = setting_said(rest) if rest else ("", "")
+        if name == "thinking":
+            self._thinking = switched(name, value)
+        elif name:
+            self._sampling = with_setting(self._sampling, name, value)
+        thinking = f"thinking={'on' if self._thinking else 'off'}"
+        self._sink.notice(", ".join([*settings_shown(self._sampling), thinking]))
 
     def _last_question(self) -> Message:
         """What was asked last, which is then neither asked nor answered."""

@@ -252,7 +252,8 @@ def test_a_retry_that_fails_leaves_the_answer(talk, monkeypatch):
 
 def test_sampling_changes_midway(talk, capsys):
     converse(talk, "one", "/set temperature=0.5", "/set top-k 7", "two", "/set greedy=on", "three")
-    converse(talk, "/set stop=.", "/set temperature=default", "/set", "four")
+    converse(talk, "/set stop=.", "/set temperature=default", "/set thinking=on", "/set", "four")
+    assert [request.thinking for request in talk.heard] == [False, False, False, True]
     one, two, three, four = (request.sampling for request in talk.heard)
     assert (one.do_sample, one.temperature) == (False, None)
     assert (two.do_sample, two.temperature, two.top_k, two.max_new_tokens) == (None, 0.5, 7, 4)
@@ -271,6 +272,7 @@ def test_sampling_changes_midway(talk, capsys):
         ("top_p=2", "top_p 2 is out of range"),
         ("temperature=nan", "out of range"),
         ("greedy=perhaps", "greedy is on or off"),
+        ("thinking=hard", "thinking is on or off"),
     ],
 )
 def test_settings_that_are_none(talk, said, told, capsys):
