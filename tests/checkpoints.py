@@ -136,6 +136,18 @@ EXPERTS = {
 # Those that `CONFIGS` has not, as most tests of families run requests alone.
 MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**CONFIGS["qwen3"], **EXPERTS},
+    "qwen3_5_moe": {
+        **CONFIGS["qwen3_5"],
+        "text_config": {
+            **CONFIGS["qwen3_5"]["text_config"],
+            **{key: EXPERTS[key] for key in ("num_experts", "num_experts_per_tok")},
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 48,
+            "model_type": "qwen3_5_moe_text",
+        },
+        "vision_config": {**CONFIGS["qwen3_5"]["vision_config"], "model_type": "qwen3_5_moe"},
+        "tie_word_embeddings": False,
+    },
     "qwen3_vl_moe": {
         **CONFIGS["qwen3_vl"],
         "text_config": {

@@ -233,7 +233,7 @@ def _check_experts(shape: ModelShape, found: Mapping[str, StoredTensor], folder:
     moe = shape.text.moe
     if moe is None:
         return
-    counts = count_experts(found)
+    counts = count_experts(found, shape)
     if counts and counts != {moe.num_experts}:
         there = " or ".join(map(str, sorted(counts)))
         raise ModelFileError(

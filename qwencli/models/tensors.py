@@ -375,16 +375,23 @@ def with_experts_as_stored(shape: ModelShape, names: Iterable[str]) -> ModelShap
     moe = shape.text.moe
     if moe is None:
         return shape
-    apart = any(_ONE_EXPERT.search(name) for name in names)
+    apart = any(_ONE_EXPERT.search(name) and _in_decoder(name, shape) for name in names)
     return replace(shape, text=replace(shape.text, moe=replace(moe, apart=apart)))
 
 
-def count_experts(stored: Mapping[str, StoredTensor]) -> set[int]:
+def _in_decoder(name: str, shape: ModelShape) -> bool:
+    """Whether a file's tensor is the decoder's: heads that draft tokens have experts too."""
+    return canonical_name(name, shape).startswith(_prefix("text", shape))
+
+
+def count_experts(stored: Mapping[str, StoredTensor], shape: ModelShape) -> set[int]:
     """How many experts layers have in the weights, by the tensors of the experts and routers."""
     apart: dict[str, set[int]] = {}
     counts: set[int] = set()
     for name, tensor in stored.items():
         one = _ONE_EXPERT.search(name)
+        if not _in_decoder(name, shape):
+            continue
         if one is not None:
             apart.setdefault(name[: one.start()], set()).add(int(one[1]))
         elif name.endswith(_OF_ALL_EXPERTS) and tensor.shape:

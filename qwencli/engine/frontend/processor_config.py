@@ -161,6 +161,7 @@ _FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "qwen2_5_vl": _QWEN2_VL,
     "qwen3_vl": _QWEN3_VL,
     "qwen3_vl_moe": _QWEN3_VL,
+    "qwen3_5_moe": _QWEN3_VL,
 }
 VISION_FAMILIES = frozenset(_FAMILIES)
 

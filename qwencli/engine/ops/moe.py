@@ -20,6 +20,8 @@ from qwencli.engine.quant.quantized_tensor import QuantizedTensor
 
 Tensor = torch.Tensor
 Matrix = Tensor | QuantizedTensor
+# The device that may be asked which experts were chosen.
+HOST = "cpu"
 DequantizeFn = Callable[[QuantizedTensor, torch.dtype], Tensor]
 
 
@@ -103,7 +105,7 @@ def mixture(
         gate_up: [hidden, stacked * 2 I], gate in front of up. down: [I, stacked * hidden].
     """
     weights, chosen = choose_experts(torch.mm(x, routing.router.t()), routing)
-    on_host = x.device.type == "cpu"
+    on_host = x.device.type == HOST
     experts: Iterable[int] = (
         sorted(set(chosen.flatten().tolist())) if on_host else range(routing.stacked)
     )
