@@ -28,6 +28,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +221,11 @@ def work(engine: str, folder: str, count: int, rows: Sequence[int]) -> dict[str,
     started = time.perf_counter()
     caption, go_on = ENGINES[engine](folder)
     found: dict[str, Any] = {"engine": engine, "load_s": time.perf_counter() - started}
+    import torch
+
+    found["gpu"] = torch.cuda.get_device_name()
+    packages = {"torch", "transformers", "vllm"}
+    found["versions"] = {name: metadata.version(name) for name in packages if find_spec(name)}
     print(f"{engine}: ready after {found['load_s']:.0f} s", file=sys.stderr, flush=True)
     few = engine == "transformers"
     count = count // 4 if few else count

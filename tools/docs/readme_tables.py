@@ -10,6 +10,7 @@ import csv
 import gzip
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,47 @@ def short_speed_table() -> str:
     return f"{markdown(header, rows)}\n\n{source(folder)}"
 
 
+def beside_others() -> str:
+    """Many sequences at once, by this engine, vLLM and transformers on one machine."""
+    folder = sorted(RESULTS.glob("*-beside-others"))[-1]
+    runs = [run for file in sorted(folder.glob("batches*.json")) for run in read_json(file)]
+    names = {"native": "qwencli, bf16", "vllm": "vLLM, bf16", "transformers": "transformers, bf16"}
+    order = ["native", "native-fp8", "native-8bit", "native-4bit", "vllm", "transformers"]
+    rows = []
+    for engine in order:
+        mine = [run for run in runs if run["engine"] == engine]
+        if not mine:
+            continue
+        counts = [
+            [speed for run in mine for speed in run["rows"].get(rows_, [])]
+            for rows_ in ("1", "8", "32", "256")
+        ]
+        captions = [rate for run in mine for rate in run["captions_per_s"]]
+        first = [run["first_token_s"]["median"] for run in mine]
+        rows.append(
+            [
+                names.get(engine, engine.replace("native-", "qwencli, ")),
+                *(f"{statistics.median(each):,.0f}" if each else "" for each in counts),
+                f"{statistics.median(captions):.0f}",
+                f"{min(captions):.0f}-{max(captions):.0f}",
+                f"{1e3 * statistics.median(first):.0f}",
+            ]
+        )
+    versions = {name: number for run in runs for name, number in run["versions"].items()}
+    header = ["engine", "tok/s of 1 sequence", "of 8", "of 32", "of 256", "captions/s"]
+    header += ["slowest-fastest", "first token, ms"]
+    said = ", ".join(f"{name} {versions[name]}" for name in sorted(versions))
+    return (
+        f"{markdown(header, rows)}\n\n{runs[0]['gpu']}, qwen3-vl-4b, random weights: decoding behind "
+        f"300 tokens; pictures of 512x512, all different, 64 tokens each. {said}. "
+        f"From `results/{folder.name}/`."
+    )
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def picture() -> str:
     """A caption, and a bar for each way to run one model on one GPU."""
     folder = newest("context-512")
@@ -215,6 +257,7 @@ def quantization_quality() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "factors": factors_plot,
     "speed": short_speed_table,
+    "beside-others": beside_others,
     "your-gpu": your_gpu,
     "engines": lambda: speed_table(newest("engines")),
     "context-512": lambda: speed_table(newest("context-512")),
