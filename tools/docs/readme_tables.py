@@ -152,8 +152,8 @@ def beside_others() -> str:
     header += ["slowest-fastest", "first token, ms"]
     said = ", ".join(f"{name} {versions[name]}" for name in sorted(versions))
     return (
-        f"{markdown(header, rows)}\n\n{runs[0]['gpu']}, qwen3-vl-4b, random weights: decoding behind "
-        f"300 tokens; pictures of 512x512, all different, 64 tokens each. {said}. "
+        f"{markdown(header, rows)}\n\n{runs[0]['gpu']}, qwen3-vl-4b, random weights: decoding "
+        f"behind 300 tokens; pictures of 512x512, all different, 64 tokens each. {said}. "
         f"From `results/{folder.name}/`."
     )
 
