@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from qwencli.capabilities import NOTHING
 from qwencli.config import Attention, Cache, DType, EngineName, SamplingOptions, Speculate
 from qwencli.engine.hf import load_model
 from qwencli.engine.hf.engine import TransformersEngine
+from qwencli.engine.instruments.probes.answers import Work
 from qwencli.engine.native import engine as native
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.errors import MissingDependencyError, UnsupportedModeError
@@ -77,3 +81,17 @@ def test_what_rules_it_out_is_said_when_the_model_is_loaded(checkpoint, tmp_path
     ):
         engine(config(checkpoint, dtype=DType.FLOAT32)).load()
     assert "--dtype bfloat16, or use --attention sdpa" in wide.value.hint
+
+
+def test_the_probe_holds_prompt_step_and_picture_against_sdpa(package, monkeypatch):
+    from qwencli.engine.instruments.probes.measure import attention_runs
+
+    monkeypatch.setattr(attention_runs, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(attention_runs, "TOKENS", 24)
+    work = Work(64, 128, 2, 4, 2, 16, 1, vision_heads=2, vision_head_dim=72)
+    found = attention_runs.flash_attention("cpu", work)
+    assert found.version == "2.8.3"
+    assert 0 < found.max_difference < 0.1
+    wide = replace(work, vision_head_dim=264)
+    with pytest.raises(RuntimeError, match="head dimension at most 256"):
+        attention_runs.flash_attention("cpu", wide)
