@@ -1,4 +1,4 @@
-"""The build of flash-attn, without a compiler: every kernel is made or refused; the wheel is one."""
+"""The build of flash-attn, without a compiler: each kernel is made or refused; a wheel is made."""
 
 from __future__ import annotations
 
