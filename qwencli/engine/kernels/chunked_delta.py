@@ -79,7 +79,7 @@ def decays(a_ptr, a_log_ptr, dt_bias_ptr, a_stride, token, inside, head):
     return tl.cumsum(tl.where(inside, g, 0.0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def delta_conv_kernel(
     x_ptr,  # [N, C] with `stride` from token to token
     weight_ptr,  # [C, 4]
@@ -130,7 +130,7 @@ def delta_conv_kernel(
     tl.store(out_ptr + at[:, None] + channel[None, :], out, mask=inside[:, None] & real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def delta_solve_kernel(
     x_ptr,  # [N, C], as they leave the convolution
     a_ptr,  # [N, V_HEADS] with `a_stride` from token to token
@@ -197,7 +197,7 @@ def delta_solve_kernel(
     tl.store(gates + 2 * CHUNK, factor)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def delta_scan_kernel(
     x_ptr,  # [N, C], as they leave the convolution
     qkv_ptr,  # [N, C] with `qkv_stride` from token to token, as they enter it
@@ -280,7 +280,7 @@ def delta_scan_kernel(
     tl.store(conv_ptr + place[:, None] * WIDTH + channel[None, :], inputs, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def delta_output_kernel(
     x_ptr,  # [N, C], as they leave the convolution
     z_ptr,  # [N, V_HEADS * V] with `z_stride` from token to token

@@ -153,7 +153,7 @@ class FusedOps:
         self._best = torch.full((MAX_BATCH_ROWS,), NOTHING_CHOSEN, dtype=torch.int64, device=device)
         self._heads = triton.next_power_of_2(shape.group_size)
         self._exact = dtype == torch.float32
-        self._tiles = attention_tiles(kv_heads, self._launch.num_processors, self._exact)
+        self._tiles = attention_tiles(kv_heads, self._launch.num_processors, self._exact, 1, dim)
         self._dim = dim
         parts = MAX_BATCH_ROWS * kv_heads * self._tiles.splits * self._heads
         self._parts = self._make_parts(MAX_BATCH_ROWS * kv_heads, parts, device)
@@ -164,7 +164,7 @@ class FusedOps:
         self._no_penalty = torch.ones(1, device=device)
         processors = self._launch.num_processors
         self.row_tiles_of: RowTileChoice = functools.cache(
-            lambda rows: attention_tiles(kv_heads, processors, self._exact, rows)
+            lambda rows: attention_tiles(kv_heads, processors, self._exact, rows, dim)
         )
         # tl.dot would round float32 operands to TF32 otherwise.
         self._precision = "ieee" if self._exact else "tf32"

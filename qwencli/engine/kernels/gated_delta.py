@@ -124,7 +124,7 @@ def gated_norm(o, z, gain, eps, V: tl.constexpr):
     return o * inverse * gain * silu(z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kept_tokens"])
 def delta_step_kernel(
     qkv_ptr,  # [R * TOKENS, C] with `qkv_stride` from token to token
     z_ptr,  # [R * TOKENS, V_HEADS * V], likewise
@@ -237,7 +237,7 @@ def delta_step_kernel(
         tl.store(state_ptr + at, state)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["accepted_stride", "rows", "tokens", "slots"])
 def adopt_accepted_kernel(
     kept_k_ptr,  # float32 [L, rows, tokens, K_HEADS, K]
     kept_delta_ptr,  # float32 [L, rows, tokens, V_HEADS, V]

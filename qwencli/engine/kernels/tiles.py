@@ -230,7 +230,7 @@ def _tiles_of_several(matrix: MatrixKind) -> GemvTiles:
 
 
 def attention_tiles(
-    num_kv_heads: int, num_processors: int, exact: bool, rows: int = 1
+    num_kv_heads: int, num_processors: int, exact: bool, rows: int = 1, head_dim: int = 128
 ) -> AttentionTiles:
     """As many parts, a power of two, as give every multiprocessor at most two programs.
 
@@ -240,6 +240,8 @@ def attention_tiles(
             thread, these none (compiled for compute capability 9.0 by Triton 3.6.0).
         rows: sequences of any length. A long one beside short ones is still cut up, so there are
             programs without work; but parts are no shorter than equal rows need to fill the GPU.
+        head_dim: heads of more than 128 take blocks half as long, shared among twice the warps:
+            those of 256 spill otherwise (compiled for compute capability 8.6 by Triton 3.9.0).
     """
     pairs, splits, blocks = rows * num_kv_heads, 1, 1
     most = num_processors if rows == 1 else PROGRAMS_OF_ROWS * num_processors
@@ -249,8 +251,11 @@ def attention_tiles(
         splits = max(splits, FEWEST_SPLITS)
         while blocks * num_processors < 2 * pairs and blocks < MOST_BLOCKS:
             blocks *= 2
-    block = _SHORTEST_BLOCK if exact else 64
-    return AttentionTiles(block, splits, 8 if exact else 4, blocks * block)
+    if exact:
+        block, num_warps = _SHORTEST_BLOCK, 8
+    else:
+        block, num_warps = (64, 4) if head_dim <= 128 else (32, 8)
+    return AttentionTiles(block, splits, num_warps, blocks * block)
 
 
 @dataclass(frozen=True)
