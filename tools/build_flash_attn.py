@@ -143,7 +143,8 @@ def compile_all(setup: Setup, jobs: int) -> list[Path]:
     nvcc = [str(setup.nvcc), gencode, *NVCC_FLAGS, *setup.flags()]
     gxx = ["g++", "-O3", "-std=c++17", "-fPIC", "-Wno-deprecated-declarations", *setup.flags()]
     # What takes longest begins first.
-    sources = [(nvcc, kernels / "src" / name) for name in kernel_files(setup.heads, setup.types)]
+    names = kernel_files(sorted(setup.heads, reverse=True), setup.types)
+    sources = [(nvcc, kernels / "src" / name) for name in names]
     sources += [(gxx, kernels / "flash_api.cpp"), (gxx, stubs)]
     with ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(lambda task: _compile(*task, objects), sources))
@@ -264,8 +265,10 @@ def unpacked(source: Path | None, work: Path, version: str) -> Path:
 
 
 def find_nvcc(given: Path | None) -> tuple[Path, Path]:
-    """nvcc, and the folder of its headers and libraries: the one on PATH, or the package's."""
-    found = given or (Path(path) if (path := shutil.which("nvcc")) else None)
+    """nvcc, and the folder of its headers and libraries: on PATH, in CUDA_HOME, or a package's."""
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    beside = shutil.which("nvcc") or shutil.which("nvcc", path=str(toolkit))
+    found = given or (None if beside is None else Path(beside))
     if found is None:
         spec = importlib.util.find_spec("nvidia")
         roots = [] if spec is None else list(spec.submodule_search_locations or ())
