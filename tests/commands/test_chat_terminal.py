@@ -251,7 +251,7 @@ def test_answers_that_go_to_a_file_leave_the_prompt_at_the_terminal(tmp_path):
         terminal.press("a\rb\r")  # while nobody reads: messages of their own
         terminal.until("ASKED 'a'", "ASKED 'b'")
         terminal.press("half typed\x03next\r")
-        terminal.until("ASKED 'next'")
+        terminal.until("ASKED 'next'\n>")
         terminal.press("\x03")
         terminal.until("Ctrl-C again leaves")
         terminal.press("\x03")
