@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from qwencli import __version__
-from qwencli.errors import OutputError, QwenCliError, UsageError
+from qwencli.errors import OutputError, QwenCliError, StoppedError, UsageError
 from qwencli.output import Output, let_go_of_streams, ready_streams
 
 GLOBAL_FLAGS = ("--quiet", "-q", "--debug")
@@ -131,6 +131,9 @@ def _run(arguments: list[str]) -> int:
     warnings.simplefilter("ignore")
     try:
         return _finished(app(arguments, standalone_mode=False))
+    except StoppedError as stopped:
+        Output().notice(f"{stopped.message} ({stopped.hint})")
+        return stopped.exit_code
     except QwenCliError as error:
         return _fail(error)
     except (KeyboardInterrupt, typer.Abort):

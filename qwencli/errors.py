@@ -24,6 +24,7 @@ nothing else catches them to print.
     ├── CaptionError                      no answer about a picture was good enough to keep
     ├── DatasetError                      a set cannot be captioned: another run has it, or its
     │                                     manifest cannot be read
+    ├── StoppedError            exit 130  Ctrl-C ended a run: what was done, and how to go on
     └── BenchError                        a campaign cannot be started, resumed or read
 """
 
@@ -121,6 +122,10 @@ class CaptionError(QwenCliError):
 
 class DatasetError(QwenCliError):
     pass
+
+
+class StoppedError(QwenCliError):
+    exit_code = 130
 
 
 class BenchError(QwenCliError):

@@ -108,7 +108,11 @@ def caption(
     pictures = next(jobs, None)
     if pictures is not None:
         announce_model(spec, run, sink)
-        with running_engine(run.engine_config(spec), sink, keep_s) as loaded:
+        asked = 1 if multi_image else len(images)
+        with (
+            work.told_when_stopped(asked),
+            running_engine(run.engine_config(spec), sink, keep_s) as loaded,
+        ):
             left = images[work.begun - 1 :]
             if len(left) >= loaded.batch_from and not multi_image:
                 work.answer_many(

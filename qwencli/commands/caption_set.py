@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,8 +18,8 @@ import typer
 from qwencli.commands.options import RunOptions, SetOptions, ShapeOptions
 from qwencli.commands.reports import caption_record, failure_record, stats_line
 from qwencli.config import Existing
-from qwencli.errors import InputError, UsageError
-from qwencli.output import Output
+from qwencli.errors import InputError, StoppedError, UsageError
+from qwencli.output import Output, counted
 
 if TYPE_CHECKING:
     from qwencli.config import EngineConfig
@@ -144,18 +146,24 @@ def caption_set(
         "sampling": asdict(sampling),
         "engine": _said(run),
     }
-    with open_set(
-        listing,
-        place.root,
-        place.sink,
-        wish,
-        settings,
-        manifest_name=place.manifest,
-        redo=chosen.redo,
-        look_only=chosen.dry_run,
-    ) as whole:
+    with (
+        open_set(
+            listing,
+            place.root,
+            place.sink,
+            wish,
+            settings,
+            manifest_name=place.manifest,
+            redo=chosen.redo,
+            look_only=chosen.dry_run,
+        ) as whole,
+        _told_when_stopped(whole),
+    ):
         device = ",".join(devices) or (f"ray {chosen.ray}" if chosen.ray else run.device)
         computes = {"model": spec.name, "device": device, **_said(run)}
+        if manner.schema is not None:
+            # What has to keep to one takes another time.
+            computes["schema"] = hashlib.sha256(manner.schema.encode()).hexdigest()[:16]
         reporter = _Reporter(whole, sink, run, spec.name, computes)
         reporter.begin(place.suffix, dry_run=chosen.dry_run)
         if chosen.dry_run:
@@ -259,7 +267,11 @@ def print_captions(
         lambda item: work.open(named[item.key], frames),
         sink.error,
     )
-    with running_engine(run.engine_config(spec), sink, keep_s) as engine, overlays:
+    with (
+        work.told_when_stopped(len(tasks)),
+        running_engine(run.engine_config(spec), sink, keep_s) as engine,
+        overlays,
+    ):
         work.answer_shaped(Alone(engine, asking), tasks, overlays.add)
     work.finish()
     if work.failed or overlays.num_failed:
@@ -469,7 +481,8 @@ def _counts(whole: CaptionSet, extension: str) -> list[str]:
     parts += [f"{len(work.refused)} that cannot be captioned"] if work.refused else []
     failed = len(work.failed_before)
     parts += [f"{failed} that failed before (--retry-failed tries again)"] if failed else []
-    lines = [f"{listing.base}: {len(listing.items)} pictures and videos: {', '.join(parts)}"]
+    found = counted(len(listing.items), "picture or video", "pictures and videos")
+    lines = [f"{listing.base}: {found}: {', '.join(parts)}"]
     others = Counter(listing.others)
     others.pop(extension, None)
     left_out = [
@@ -484,14 +497,39 @@ def _counts(whole: CaptionSet, extension: str) -> list[str]:
     if left_out:
         lines.append(f"left out: {', '.join(left_out)}")
     if whole.settled:
-        lines.append(f"{whole.settled} captions of a run that was killed are in their files now")
+        lines.append(
+            "1 caption of a run that was killed is in its file now"
+            if whole.settled == 1
+            else f"{whole.settled} captions of a run that was killed are in their files now"
+        )
     if work.num_changed:
-        lines.append(f"note: {work.num_changed} pictures have changed since their captions")
+        lines.append(
+            "note: 1 picture has changed since its caption"
+            if work.num_changed == 1
+            else f"note: {work.num_changed} pictures have changed since their captions"
+        )
     return lines
 
 
 def _kinds(suffixes: Counter[str]) -> str:
     return ", ".join(suffix or "without an ending" for suffix, _ in suffixes.most_common(5))
+
+
+def _stopped(whole: CaptionSet) -> StoppedError:
+    captioned, count = whole.totals.captioned, len(whole.work.tasks)
+    return StoppedError(
+        f"stopped: {captioned} of {count} captioned",
+        "the same command goes on where this one ended",
+    )
+
+
+@contextmanager
+def _told_when_stopped(whole: CaptionSet) -> Iterator[None]:
+    """Ctrl-C before or after what a `Stopper` watches, such as while the model loads."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise _stopped(whole) from error
 
 
 class _Reporter:
@@ -504,6 +542,8 @@ class _Reporter:
 
         self._whole, self._sink, self._json, self._model = whole, sink, run.json, model
         self._stats, self._computes = run.stats, computes
+        # What was done otherwise than asked for, by kind: as it was said first, and of what.
+        self._notes: dict[str, tuple[str, list[str]]] = {}
         self.device = ""
         self.progress = Progress(
             len(whole.work.tasks), sink, lambda standing: self._event("progress", asdict(standing))
@@ -540,7 +580,11 @@ class _Reporter:
 
         if isinstance(outcome, Captioned) and self._stats:
             self._sink.report(f"{outcome.task.item.key}: {stats_line(outcome.result)}")
-        if not isinstance(outcome, Captioned):
+        if isinstance(outcome, Captioned):
+            for note in outcome.result.notes:
+                kind = re.sub(r"\d+", "", note)
+                self._notes.setdefault(kind, (note, []))[1].append(outcome.task.item.key)
+        else:
             self._sink.error(outcome.error)
         if self._json:
             self._tell(outcome)
@@ -574,14 +618,16 @@ class _Reporter:
             line += f" in {duration(totals.seconds)} ({speed:.1f} captions/s, {tokens:.0f} tok/s"
             line += f", GPU busy {gpu:.0f}%)" if gpu is not None else ")"
         self._sink.notice(line)
+        for note, names in self._notes.values():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            self._sink.notice(f"note: {names[0]}{more}: {note}")
         if failures is not None:
             self._sink.notice(f"what failed, and why: {failures}")
         about = {**asdict(totals), "captions_per_s": speed, "tok_per_s": tokens}
         about |= {"gpu_percent": gpu, "failures": failures and str(failures)}
         self._event("end", about)
         if totals.stopped:
-            self._sink.notice("stopped; the same command goes on where this one ended")
-            raise typer.Exit(130)
+            raise _stopped(whole)
         if totals.failed or whole.work.failed_before:
             raise typer.Exit(1)
 

@@ -7,6 +7,7 @@ import itertools
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qwencli.commands.options import RunOptions
@@ -24,7 +25,7 @@ from qwencli.commands.requests import (
     memory_figures,
     open_named,
 )
-from qwencli.errors import EngineError, QwenCliError
+from qwencli.errors import EngineError, QwenCliError, StoppedError
 from qwencli.messages import GenerationRequest, ImagePart, VisualPart
 from qwencli.output import Output, visible
 
@@ -46,12 +47,13 @@ class _Printed:
 
 
 class Captions:
-    """One that fails costs its own answer only; `failed` counts them, `begun` those opened."""
+    """One that fails costs its own answer only; `failed` counts them, `begun` those opened,
+    and `answered` those with a caption."""
 
     def __init__(self, sink: Output, run: RunOptions, *, model: str, several: bool) -> None:
         self.sink, self.json, self.stats = sink, run.json, run.stats
         self.model, self.several = model, several
-        self.failed = self.begun = 0
+        self.failed = self.begun = self.answered = 0
         self._first_of: dict[str, list[str]] = {}
 
     def open(self, named: Named, frames: int | None, beside: Pictures = ()) -> VisualPart:
@@ -64,6 +66,19 @@ class Captions:
     def finish(self) -> None:
         for line in unshown(self._first_of):
             self.sink.notice(line)
+
+    @contextmanager
+    def told_when_stopped(self, count: int) -> Iterator[None]:
+        """Raises StoppedError where Ctrl-C ends the work on several of `count` pictures."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            if count == 1:
+                raise
+            raise StoppedError(
+                f"stopped: {self.answered} of {count} pictures have their captions",
+                "name the others; captions of a folder are kept, and go on where they ended",
+            ) from error
 
     def opened(self, jobs: Sequence[Sequence[Named]], frames: int | None) -> Iterator[Pictures]:
         for number, job in enumerate(jobs, start=1):
@@ -149,6 +164,7 @@ class Captions:
         if isinstance(outcome, Failed):
             self._report(outcome.error, names)
             return
+        self.answered += 1
         if self.json:
             record = caption_record(outcome.result, names, self.model)
             record |= {"caption": outcome.caption} | ({} if field == CAPTION else {"field": field})
@@ -161,6 +177,7 @@ class Captions:
 
     def _add_to(self, result: GenerationResult, names: list[str]) -> None:
         """What goes beside an answer, or is written in its place."""
+        self.answered += 1
         if self.json:
             self.sink.json_line(caption_record(result, names, self.model))
         for note in result.notes:

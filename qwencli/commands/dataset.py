@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from qwencli.errors import OutputError
-from qwencli.output import Output, visible
+from qwencli.output import Output, counted, visible
 
 app = typer.Typer(no_args_is_help=True, help="Look at sets of captioned pictures.")
 
@@ -50,7 +50,7 @@ def report(
     sink = context.ensure_object(Output)
     with sink.status(f"reading {folder}"):
         listing, entries = read_set(folder, caption_extension)
-    with sink.status(f"looking at {len(entries)} pictures"):
+    with sink.status(f"looking at {counted(len(entries), 'picture')}"):
         seen = list(
             seen_pictures(
                 # What was refused already, such as a pipe, would be waited for.
@@ -67,7 +67,8 @@ def report(
         sink.json_line({"folder": str(folder), **survey.as_json()})
     path = output or (None if json else folder / "report.html")
     if path is not None:
-        lead = f"{len(entries):,} pictures in {visible(str(folder))}, looked at on {date.today()}."
+        many = counted(len(entries), "picture")
+        lead = f"{many} in {visible(str(folder))}, looked at on {date.today()}."
         name = visible(folder.resolve().name or str(folder))
         pieces = contact_sheet(
             survey,

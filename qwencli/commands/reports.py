@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from qwencli.errors import QwenCliError
+from qwencli.output import counted
 from qwencli.results import GenerationResult, Speculation
 
 # How to have more of a file shown than its first picture.
@@ -70,7 +71,7 @@ def shortfall(result: GenerationResult) -> str | None:
     if result.finish_reason == "length":
         thinking = result.thoughts is not None and not result.text
         what = "thinking took all" if thinking else "the answer is cut off after"
-        return f"{what} {result.num_new_tokens} new tokens (raise --max-new-tokens)"
+        return f"{what} {counted(result.num_new_tokens, 'new token')} (raise --max-new-tokens)"
     if result.thoughts is not None and not result.text:
         return "the model thought and gave no answer (try another prompt)"
     return None
@@ -117,7 +118,7 @@ def stats_line(result: GenerationResult) -> str:
     dtype = f", {ran.dtype}" if ran.dtype else ""
     tokens = "-" if result.num_prompt_tokens is None else result.num_prompt_tokens
     return (
-        f"{result.num_new_tokens} tokens{cut} at {speed} | prompt {tokens}"
+        f"{counted(result.num_new_tokens, 'token')}{cut} at {speed} | prompt {tokens}"
         + (f" ({prompt})" if prompt else "")
         + f" | {phases} | {modes}{dtype} on {ran.device}{_speculation(result)}"
     )

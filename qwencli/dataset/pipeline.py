@@ -16,7 +16,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Protocol
@@ -152,8 +152,10 @@ class Stopper:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            if sys.stderr.isatty():
-                os.write(2, b"\x1b[?25h\n")  # a progress bar hides the cursor
+            # A progress bar hides the cursor.
+            end = b"\x1b[?25h\n" if sys.stderr.isatty() else b""
+            with suppress(OSError):
+                os.write(2, end + b"left; what is done is kept, and the same command goes on\n")
             # Files are whole at every moment, so nothing is lost.
             os._exit(130)
         self.asked = True

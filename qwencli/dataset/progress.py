@@ -23,6 +23,7 @@ LINE_EVERY_S, BAR_EVERY_S = 15.0, 0.2
 # The rate is that of the last so many seconds: the first captions wait for graphs to be made.
 _WINDOW_S = 60.0
 _GPU_EVERY_S = 1.0
+_SHORT = "less than a second"
 # A rate is kept of runs of so many captions at least, and so many are kept.
 FEWEST_FOR_A_RATE, _MOST_RATES = 8, 200
 
@@ -167,8 +168,9 @@ class Rate:
     day: str
 
     def estimate(self, captions: int) -> str:
+        takes = duration(captions / self.captions_per_s)
         return (
-            f"about {duration(captions / self.captions_per_s)}, at the "
+            f"{'' if takes == _SHORT else 'about '}{takes}, at the "
             f"{self.captions_per_s:.2f} captions/s that this machine reached with this model on "
             f"{self.device} ({self.captions} captions, {self.day})"
         )
@@ -214,6 +216,8 @@ def _rates() -> dict[str, Any]:
 
 def duration(seconds: float) -> str:
     """As people say it: `12 s`, `3 min 20 s`, `2 h 5 min`, `3 days 4 h`."""
+    if 0 < seconds < 1:
+        return _SHORT
     whole = round(seconds)
     for unit, size, below, below_size in (
         ("days", 86400, "h", 3600),

@@ -24,6 +24,7 @@ from typing import Any, Self
 from qwencli.dataset.pipeline import Outcome, Task
 from qwencli.dataset.worker import Facts, Orders, Ready, joined_facts, worked
 from qwencli.errors import DatasetError, MissingDependencyError, QwenCliError
+from qwencli.output import counted
 
 # Captions of one call of an actor, of which some run at a time: their rows fill an engine.
 MOST_OF_A_CALL, CALLS_AT_ONCE = 64, 3
@@ -111,12 +112,13 @@ class RayWorkers:
                 if not left or stopping():
                     return
                 empty = empty + 1 if len(left) == before else 0
+                many = counted(len(left), "caption")
                 if empty == _MOST_EMPTY_ROUNDS:
                     raise DatasetError(
-                        f"--ray: {len(left)} captions did not come back, and no worker is left",
+                        f"--ray: {many} did not come back, and no worker is left",
                         "the same command goes on where this one ended; see: ray status",
                     )
-                self._say(f"workers were lost; {len(left)} captions go to the others")
+                self._say(f"workers were lost; the others make {many} again")
 
     def _round(self, tasks: list[Task]) -> Iterator[Outcome]:
         """What workers make of tasks; less than all where some of them die."""

@@ -127,9 +127,10 @@ def test_a_second_ctrl_c_leaves_at_once(pictures):
         assert line, "it has ended"
     before = time.monotonic()
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    _, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert time.monotonic() - before < 3.5
+    assert err.endswith("left; what is done is kept, and the same command goes on\n")
 
 
 def test_the_second_of_two_runs_leaves(pictures):

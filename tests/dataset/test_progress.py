@@ -26,7 +26,14 @@ def outcome(good=True):
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(0.2, "0 s"), (59, "59 s"), (200, "3 min 20 s"), (7200, "2 h"), (90_000 * 3, "3 days 3 h")],
+    [
+        (0.2, "less than a second"),
+        (0, "0 s"),
+        (59, "59 s"),
+        (200, "3 min 20 s"),
+        (7200, "2 h"),
+        (90_000 * 3, "3 days 3 h"),
+    ],
 )
 def test_durations(seconds, said):
     assert duration(seconds) == said
