@@ -113,7 +113,7 @@ class MeasuredStep:
 
         stand_ins: dict[str, dict[str, Callable[..., Any]]] = {
             "": {},
-            "norm_qkv": {"norm_qkv": lambda hidden, layer: own._qkv[: len(hidden)]},
+            "norm_qkv": {"norm_qkv": lambda hidden, layer: own.projected(layer.qkv, hidden)},
             "attend": {"attend": attend},
             "o_residual": {"o_residual": residual},
             "norm_gate_up": {"norm_gate_up": gate_up},

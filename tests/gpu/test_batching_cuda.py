@@ -82,6 +82,7 @@ def test_rows_attend_as_with_plain_operators_in_float32(dtype, rows, heads, kv_h
         slots = torch.arange(len(pool), device=CUDA)
         cache.write(0, pool[None].to(of), slots, 0)
         parts = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim}
+        parts |= {"gated": False, "rotary_dim": None}
         layer = SimpleNamespace(
             index=0,
             qk_norm=RMSNorm(gains.to(of), 1e-6),
@@ -159,7 +160,7 @@ def test_overlapped_steps_of_rows_give_the_same_bits_as_serial_ones(
             runner._advance(SamplerKind.ARGMAX, rows, 32 * PAGE_SIZE)
             for parts in (own._parts, *own._more_parts.values()):
                 parts.sums.fill_(float("nan"))
-            for buffer in (own._qkv, own._attended, own._activated):
+            for buffer in (*own._projected.values(), own._attended, own._activated):
                 buffer.fill_(float("nan"))
         state.token.copy_(torch.arange(rows) + 5)
         for counter in (state.slot, state.position):

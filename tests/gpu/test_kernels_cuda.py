@@ -217,7 +217,7 @@ def test_overlapped_launches_give_the_same_bits_for_thousands_of_steps(quantizat
             token.copy_(logits.argmax(-1))
             slot.add_(1)
             for buffer in (
-                own._qkv,
+                *own._projected.values(),
                 own._attended,
                 own._activated,
                 own._parts.sums,

@@ -171,7 +171,13 @@ def test_overlapped_launches_give_the_same_bits_for_thousands_of_steps(
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             state.verify_masked(state.kind, size, 9000)
-            between = (own._qkv, own._attended, own._activated, own._parts.sums, own._parts.row_max)
+            between = (
+                *own._projected.values(),
+                own._attended,
+                own._activated,
+                own._parts.sums,
+                own._parts.row_max,
+            )
             for buffer in (*between, *own._skinny_gemm.buffers()):
                 buffer.fill_(float("nan"))
         state.begin(sampling, prompt.to(CUDA), [], torch.tensor([600], device=CUDA))

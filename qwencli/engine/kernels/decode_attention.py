@@ -48,12 +48,40 @@ def norm_and_rotate(a, b, gain_a, gain_b, cos, sin, eps, D: tl.constexpr, NORM: 
     return a * cos - b * sin, b * cos + a * sin
 
 
+@triton.jit
+def first_of_pairs(D: tl.constexpr, ROTARY: tl.constexpr):
+    """Columns [1, D / 2] of a head: of each pair that rotates the first, and then half of those
+    that do not."""
+    at = tl.arange(0, D // 2)[None, :]
+    return at if ROTARY == D else tl.where(at < ROTARY // 2, at, at + ROTARY // 2)
+
+
+@triton.jit
+def second_of_pairs(D: tl.constexpr, ROTARY: tl.constexpr):
+    """The others, in the order of `first_of_pairs`."""
+    at = tl.arange(0, D // 2)[None, :]
+    apart: tl.constexpr = ROTARY // 2
+    return at + D // 2 if ROTARY == D else tl.where(at < apart, at + apart, at + D // 2)
+
+
+@triton.jit
+def load_angles(angles_ptr, turned, D: tl.constexpr, ROTARY: tl.constexpr):
+    """Cosine and signed sine of pairs, float32; those that are not `turned` stay as they are."""
+    sin_ptr = angles_ptr + ROTARY + ROTARY // 2
+    if ROTARY == D:
+        cos, sin = tl.load(angles_ptr), tl.load(sin_ptr)
+    else:
+        cos = tl.load(angles_ptr, mask=turned, other=1.0)
+        sin = tl.load(sin_ptr, mask=turned, other=0.0)
+    return cos.to(tl.float32), sin.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["max_seq_len", "table_stride"])
 def decode_attention_kernel(
-    qkv_ptr,  # [B * TOKENS, (H + 2 KVH) * D]
+    qkv_ptr,  # [B * TOKENS, (H + 2 KVH) * D]; GATED: (2 H + 2 KVH) * D, each query and its gate
     q_gain_ptr,  # [D], weight of the queries' norm
     k_gain_ptr,  # [D]
-    angles_ptr,  # [positions, 2, D]: cosine and signed sine, see ops.rope
+    angles_ptr,  # [positions, 2, ROTARY]: cosine and signed sine, see ops.rope
     position_ptr,  # int64 [B], of the first new token
     # Keys, then values; the type of qkv, or bytes: [B, 2 * KVH, max_seq_len, D], or pages
     # [pages, PAGE, 2 * KVH, D].
@@ -77,6 +105,8 @@ def decode_attention_kernel(
     KVH: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
+    ROTARY: tl.constexpr,
+    GATED: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     EACH: tl.constexpr,
@@ -108,6 +138,10 @@ def decode_attention_kernel(
     needs no arithmetic but the conversion. KV_IN_WORDS: it is read as `quantized_kv_attention`
     does.
 
+    The first ROTARY columns of a head rotate, in pairs ROTARY / 2 apart. Heads are worked on in two
+    parts that have a column of each pair, see `first_of_pairs`. GATED: results are multiplied by
+    the sigmoid of their gates.
+
     A query tile is EACH tokens, a power of two; the last one may have fewer. HEADS is GROUP rounded
     up to a power of two, LANES is HEADS * EACH: lane t * HEADS + g is query head g of a tile's
     token t. Scores are in powers of two: exp2 is one instruction."""
@@ -115,7 +149,10 @@ def decode_attention_kernel(
     LANES: tl.constexpr = HEADS * EACH
     HALF: tl.constexpr = D // 2
     H: tl.constexpr = KVH * GROUP
-    WIDTH: tl.constexpr = (H + 2 * KVH) * D
+    QUERIES: tl.constexpr = 2 * H if GATED else H
+    APART: tl.constexpr = 2 * D if GATED else D  # from one query head to the next
+    WIDTH: tl.constexpr = (QUERIES + 2 * KVH) * D
+    tl.static_assert(ROTARY == D or not KV_IN_WORDS)
     TYPE: tl.constexpr = qkv_ptr.dtype.element_ty
     # What a matrix unit takes at least: of the operand whose rows queries are, or columns.
     LEAST: tl.constexpr = 8 if KV_IN_WORDS and TOKENS == 1 else 16
@@ -125,7 +162,7 @@ def decode_attention_kernel(
     split = tl.program_id(1)
     batch = pair // KVH
     head = pair % KVH
-    low = tl.arange(0, HALF)[None, :]
+    low, high = first_of_pairs(D, ROTARY), second_of_pairs(D, ROTARY)
     full = tl.arange(0, D)[None, :]
     if PAGE > 0:
         tl.static_assert(PAGE % BLOCK == 0)
@@ -175,25 +212,26 @@ def decode_attention_kernel(
         if PAGE > 0:
             places = first_page.to(tl.int64) * PAGE + start % PAGE + tl.arange(0, BLOCK)
         k_low = tl.load(k_ptr + places[:, None] * SLOT + low, mask=there, other=0.0)
-        k_high = tl.load(k_ptr + places[:, None] * SLOT + HALF + low, mask=there, other=0.0)
+        k_high = tl.load(k_ptr + places[:, None] * SLOT + high, mask=there, other=0.0)
         v = tl.load(v_ptr + places[:, None] * SLOT + full, mask=there, other=0.0)
         if KV_MAX > 0:
             scale_at = places * (SLOT // D)
             k_scale = tl.load(k_scales_ptr + scale_at, mask=slots < end, other=0.0)
             v_scale = tl.load(v_scales_ptr + scale_at, mask=slots < end, other=0.0)
-    angles_ptr += tl.load(position_ptr + batch) * 2 * D
+    angles_ptr += tl.load(position_ptr + batch) * 2 * ROTARY
+    pair_at = tl.arange(0, HALF)[None, :]
+    turned = pair_at < ROTARY // 2
     if TOKENS == 1:
-        turn = low
+        turn = pair_at
     else:
         token = query_tile * EACH + tl.arange(0, ROWS) // HEADS
-        turn = tl.minimum(token, TOKENS - 1)[:, None] * 2 * D + low
-    cos = tl.load(angles_ptr + turn).to(tl.float32)
-    sin = tl.load(angles_ptr + D + HALF + turn).to(tl.float32)
+        turn = tl.minimum(token, TOKENS - 1)[:, None] * 2 * ROTARY + pair_at
+    cos, sin = load_angles(angles_ptr + turn, turned, D, ROTARY)
     if NORM:
         q_gain_low = tl.load(q_gain_ptr + low)
-        q_gain_high = tl.load(q_gain_ptr + HALF + low)
+        q_gain_high = tl.load(q_gain_ptr + high)
         k_gain_low = tl.load(k_gain_ptr + low)
-        k_gain_high = tl.load(k_gain_ptr + HALF + low)
+        k_gain_high = tl.load(k_gain_ptr + high)
     else:
         q_gain_low, q_gain_high = cos, cos
         k_gain_low, k_gain_high = cos, cos
@@ -207,28 +245,31 @@ def decode_attention_kernel(
     if TOKENS == 1:
         real = lanes < GROUP
         qkv_ptr += batch * WIDTH
-        q_at = (head * GROUP + lanes)[:, None] * D + low
+        q_at = (head * GROUP + lanes)[:, None] * APART
     else:
         real = (lanes < LANES) & (token < TOKENS) & (lanes % HEADS < GROUP)
         qkv_ptr += batch * TOKENS * WIDTH
-        q_at = token[:, None] * WIDTH + (head * GROUP + lanes % HEADS)[:, None] * D + low
-    q_low = tl.load(qkv_ptr + q_at, mask=real[:, None], other=0.0)
-    q_high = tl.load(qkv_ptr + q_at + HALF, mask=real[:, None], other=0.0)
+        q_at = token[:, None] * WIDTH + (head * GROUP + lanes % HEADS)[:, None] * APART
+    q_low = tl.load(qkv_ptr + q_at + low, mask=real[:, None], other=0.0)
+    q_high = tl.load(qkv_ptr + q_at + high, mask=real[:, None], other=0.0)
     if TOKENS == 1:
-        new_low = tl.load(qkv_ptr + (H + head) * D + low)
-        new_high = tl.load(qkv_ptr + (H + head) * D + HALF + low)
-        new_v = tl.load(qkv_ptr + (H + KVH + head) * D + full)
+        new_low = tl.load(qkv_ptr + (QUERIES + head) * D + low)
+        new_high = tl.load(qkv_ptr + (QUERIES + head) * D + high)
+        new_v = tl.load(qkv_ptr + (QUERIES + KVH + head) * D + full)
     else:
         # On their way while queries are worked on.
         fresh = tl.arange(0, 16)  # the least that a matrix unit takes
         new = (fresh < tl.where(split == 0, TOKENS, 0))[:, None]
-        new_ptr = qkv_ptr + (H + head) * D + fresh[:, None] * WIDTH
+        new_ptr = qkv_ptr + (QUERIES + head) * D + fresh[:, None] * WIDTH
         new_low = tl.load(new_ptr + low, mask=new, other=0.0)
-        new_high = tl.load(new_ptr + HALF + low, mask=new, other=0.0)
+        new_high = tl.load(new_ptr + high, mask=new, other=0.0)
         new_v = tl.load(new_ptr + KVH * D + full, mask=new, other=0.0)
-        new_angles_ptr = angles_ptr + fresh[:, None] * 2 * D + low
-        new_cos = tl.load(new_angles_ptr, mask=new, other=0.0).to(tl.float32)
-        new_sin = tl.load(new_angles_ptr + D + HALF, mask=new, other=0.0).to(tl.float32)
+        new_angles_ptr = angles_ptr + fresh[:, None] * 2 * ROTARY + pair_at
+        if ROTARY == D:
+            new_cos = tl.load(new_angles_ptr, mask=new, other=0.0).to(tl.float32)
+            new_sin = tl.load(new_angles_ptr + D + HALF, mask=new, other=0.0).to(tl.float32)
+        else:
+            new_cos, new_sin = load_angles(new_angles_ptr, new & turned, D, ROTARY)
     q_low, q_high = norm_and_rotate(q_low, q_high, q_gain_low, q_gain_high, cos, sin, eps, D, NORM)
     scale: tl.constexpr = D**-0.5 * 1.4426950408889634
     q_low *= scale
@@ -245,7 +286,7 @@ def decode_attention_kernel(
             )
             key_low, key_high, new_v = store_new(
                 key_low.to(TYPE), key_high.to(TYPE), new_v, own_places, tl.arange(0, 1) < 1,
-                k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, SLOT, D, KV_MAX,
+                low, high, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, SLOT, D, KV_MAX,
             )  # fmt: skip
             running_max = tl.sum(q_low * key_low.to(tl.float32), axis=1)
             running_max += tl.sum(q_high * key_high.to(tl.float32), axis=1)
@@ -257,7 +298,7 @@ def decode_attention_kernel(
             )
             key_low, key_high, new_v = store_new(
                 key_low.to(TYPE), key_high.to(TYPE), new_v, own_places,
-                fresh < tl.where(query_tile == 0, TOKENS, 0), k_ptr, v_ptr, k_scales_ptr,
+                fresh < tl.where(query_tile == 0, TOKENS, 0), low, high, k_ptr, v_ptr, k_scales_ptr,
                 v_scales_ptr, SLOT, D, KV_MAX,
             )  # fmt: skip
             seen = (fresh[None, :] <= token[:, None]) & (fresh < TOKENS)[None, :]
@@ -285,7 +326,7 @@ def decode_attention_kernel(
                 next_places = slots.to(tl.int64)
             at = next_places[:, None] * SLOT
             next_low = tl.load(k_ptr + at + low, mask=there, other=0.0)
-            next_high = tl.load(k_ptr + at + HALF + low, mask=there, other=0.0)
+            next_high = tl.load(k_ptr + at + high, mask=there, other=0.0)
             next_v = tl.load(v_ptr + at + full, mask=there, other=0.0)
             if KV_MAX > 0:
                 k_low, k_high = as_float32(k_low, KV_MAX), as_float32(k_high, KV_MAX)
@@ -316,11 +357,15 @@ def decode_attention_kernel(
         else:
             row = (batch * TOKENS + token) * H + head * GROUP + lanes % HEADS
             out_at = row[:, None] * D + full
-        tl.store(out_ptr + out_at, acc / running_sum[:, None], mask=real[:, None])
+        attended = acc / running_sum[:, None]
+        if GATED:
+            gates = tl.load(qkv_ptr + q_at + D + full, mask=real[:, None], other=0.0)
+            attended *= tl.sigmoid(gates.to(tl.float32))
+        tl.store(out_ptr + out_at, attended, mask=real[:, None])
         if ACT_FORMAT > 0:
             if not IN_CHUNKS:
                 store_heads(
-                    acc / running_sum[:, None],
+                    attended,
                     out_at,
                     real,
                     out_ptr,
@@ -332,7 +377,7 @@ def decode_attention_kernel(
                 )
             else:
                 store_heads_in_chunks(
-                    acc / running_sum[:, None], head * GROUP + lanes % HEADS,
+                    attended, head * GROUP + lanes % HEADS,
                     batch * TOKENS + (token if TOKENS > 1 else lanes // ROWS), real, out_ptr,
                     act_values_ptr, act_group_scales_ptr, act_offsets_ptr, ACT_FORMAT, RUN,
                 )  # fmt: skip
@@ -356,6 +401,11 @@ def decode_attention_kernel(
             asked = (asker < TOKENS) & (query % HEADS < GROUP)
             out_row = (batch * TOKENS + asker) * H + head * GROUP + query % HEADS
             place = out_row[:, None] * D + full
+            if GATED:
+                gate_at = asker[:, None] * WIDTH + (head * GROUP + query % HEADS)[:, None] * APART
+                gate_ptr = qkv_ptr + gate_at + D + full
+                gates = tl.load(gate_ptr, mask=asked[:, None], other=0.0)
+                joined *= tl.sigmoid(gates.to(tl.float32))
             tl.store(out_ptr + place, joined, mask=asked[:, None])
             if ACT_FORMAT > 0:
                 if not IN_CHUNKS:

@@ -37,6 +37,7 @@ from qwencli.engine.kernels.activation_quant import ActivationFormat
 from qwencli.engine.kernels.add_norm import AddNorm
 from qwencli.engine.kernels.decode_attention import decode_attention_kernel
 from qwencli.engine.kernels.dequantize import dequantize
+from qwencli.engine.kernels.gated_delta import DeltaStep, runs_in_registers
 from qwencli.engine.kernels.gemv import gemv_kernel
 from qwencli.engine.kernels.gemv_quantized import gemv_quantized_kernel
 from qwencli.engine.kernels.greedy_step import (
@@ -71,7 +72,9 @@ from qwencli.engine.ops.decoder_ops import (
     SamplingBuffers,
     Step,
     dense,
+    mix_delta,
 )
+from qwencli.engine.ops.gated_delta import delta_decode
 from qwencli.engine.ops.next_tokens import RowBuffers
 from qwencli.engine.quant.quantized_tensor import LARGEST, QuantizedTensor, Scheme
 from qwencli.engine.spec_decode.ngram import LONGEST_NGRAM, MAX_VERIFY_TOKENS
@@ -142,18 +145,24 @@ class FusedOps:
         def buffer(*size: int, of: torch.dtype = dtype) -> Tensor:
             return torch.zeros(size, dtype=of, device=device)
 
-        kv_heads, dim = shape.num_kv_heads, shape.head_dim
+        kv_heads, dim, delta = shape.num_kv_heads, shape.head_dim, shape.delta
         self._launch = Launch.on(device)
         self._angles = angles
         self._tiles_of = tiles_of
-        self._qkv = buffer(MAX_BATCH_ROWS, shape.q_size + 2 * shape.kv_size)
+        queries = 2 * shape.q_size if shape.gated_attention else shape.q_size
+        widths = [queries + 2 * shape.kv_size]
+        if delta is not None:
+            widths += [delta.conv_dim + delta.value_dim, 2 * delta.num_v_heads]
+        # What projections make, by how wide it is.
+        self._projected = {width: buffer(MAX_BATCH_ROWS, width) for width in widths}
         self._attended = buffer(MAX_BATCH_ROWS, shape.q_size)
         self._activated = buffer(MAX_BATCH_ROWS, shape.intermediate_size)
         self._logits = buffer(MAX_BATCH_ROWS, shape.vocab_size, of=torch.float32)
         self._best = torch.full((MAX_BATCH_ROWS,), NOTHING_CHOSEN, dtype=torch.int64, device=device)
         self._heads = triton.next_power_of_2(shape.group_size)
         self._exact = dtype == torch.float32
-        self._tiles = attention_tiles(kv_heads, self._launch.num_processors, self._exact, 1, dim)
+        processors = self._launch.num_processors
+        self._tiles = attention_tiles(kv_heads, processors, self._exact, 1, dim)
         self._dim = dim
         parts = MAX_BATCH_ROWS * kv_heads * self._tiles.splits * self._heads
         self._parts = self._make_parts(MAX_BATCH_ROWS * kv_heads, parts, device)
@@ -162,13 +171,15 @@ class FusedOps:
         self._more_best: dict[int, Tensor] = {}
         # As if nothing had been seen.
         self._no_penalty = torch.ones(1, device=device)
-        processors = self._launch.num_processors
         self.row_tiles_of: RowTileChoice = functools.cache(
             lambda rows: attention_tiles(kv_heads, processors, self._exact, rows, dim)
         )
         # tl.dot would round float32 operands to TF32 otherwise.
         self._precision = "ieee" if self._exact else "tf32"
         longest = max(shape.hidden_size, shape.q_size, shape.intermediate_size)
+        if delta is not None:
+            longest = max(longest, delta.value_dim)
+        self._delta = DeltaStep(self._launch.options)
         self._activations = ActivationBuffers(longest, dtype, device, self._launch.options)
         self._experts = ExpertKernels(MAX_BATCH_ROWS, device, self._launch.options, self._precision)
         # The interpreter takes seconds for what a prompt multiplies.
@@ -200,6 +211,8 @@ class FusedOps:
             apply_rope=QkNormRope(),
             add_norm=AddNorm(),
             swiglu=swiglu,
+            norm_beta_decay=self.norm_beta_decay,
+            mix_delta=self.mix_delta,
             many_rows=self._many_rows,
             max_batch_rows=MAX_BATCH_ROWS,
         )
@@ -212,10 +225,27 @@ class FusedOps:
             attend_rows=self.attend_rows,
         )
 
+    def projected(self, matrix: Matrix, hidden: Tensor) -> Tensor:
+        """Where the product of a projection with so many hidden states goes."""
+        width = matrix.shape[1] if isinstance(matrix, torch.Tensor) else matrix.rows
+        return self._projected[width][: len(hidden)]
+
     def norm_qkv(self, hidden: Tensor, layer: Layer) -> Tensor:
-        qkv = self._qkv[: len(hidden)]
+        qkv = self.projected(layer.qkv, hidden)
         self._gemv(hidden, ActivationConsumer(layer.attn_norm, layer.qkv), qkv, bias=layer.qkv_bias)
         return qkv
+
+    def norm_beta_decay(self, hidden: Tensor, layer: Layer) -> Tensor:
+        assert layer.beta_decay is not None, "a layer with a gated delta net"
+        made = self.projected(layer.beta_decay, hidden)
+        self._gemv(hidden, ActivationConsumer(layer.attn_norm, layer.beta_decay), made)
+        return made
+
+    def mix_delta(self, projected: Tensor, beta_decay: Tensor, layer: Layer, step: Step) -> Tensor:
+        """Prompts, and states of other sizes than the kernel has registers for, by operators."""
+        assert layer.delta is not None, "a layer with a gated delta net"
+        decode = self._delta.decode if runs_in_registers(layer.delta) else delta_decode
+        return mix_delta(projected, beta_decay, layer, step, decode)
 
     def attend(self, qkv: Tensor, layer: Layer, step: Step) -> Tensor:
         return self._attend(qkv, layer, step, self._tiles)
@@ -281,6 +311,8 @@ class FusedOps:
             KVH=layer.num_kv_heads,
             GROUP=layer.num_heads // layer.num_kv_heads,
             D=layer.head_dim,
+            ROTARY=layer.rotary_dim or layer.head_dim,
+            GATED=layer.gated,
             HEADS=self._heads,
             TOKENS=step.length,
             EACH=each,

@@ -15,6 +15,8 @@ def store_new(
     values,  # [R, D]
     places,  # int64 [R], the slot of each
     new,  # [R], which are stored
+    low,  # [1, D / 2], columns of `key_low` and of `key_high`
+    high,
     k_ptr,
     v_ptr,
     k_scales_ptr,
@@ -25,7 +27,6 @@ def store_new(
 ):
     """Store new keys and values, SLOT values from slot to slot; returns them as those who attend
     later see them."""
-    low = tl.arange(0, D // 2)[None, :]
     full = tl.arange(0, D)[None, :]
     at = places[:, None] * SLOT
     stored_low, stored_high, stored_values = key_low, key_high, values
@@ -46,7 +47,7 @@ def store_new(
         key_high = (high_steps * k_scale[:, None]).to(key_low.dtype)
         values = (value_steps * v_scale[:, None]).to(key_low.dtype)
     tl.store(k_ptr + at + low, stored_low, mask=new[:, None])
-    tl.store(k_ptr + at + D // 2 + low, stored_high, mask=new[:, None])
+    tl.store(k_ptr + at + high, stored_high, mask=new[:, None])
     tl.store(v_ptr + at + full, stored_values, mask=new[:, None])
     return key_low, key_high, values
 

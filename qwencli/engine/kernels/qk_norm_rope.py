@@ -29,8 +29,8 @@ WARPS = 4
 @triton.jit(do_not_specialize=["rows", "length", "room"])
 def qk_norm_rope_kernel(
     qkv_ptr,  # [B * S, width]: ROTATED heads of D columns, then others, the first of them values
-    cos_ptr,  # [B * S, D]
-    sin_ptr,  # [B * S, D], signed, see ops.rope
+    cos_ptr,  # [B * S, ROTARY]
+    sin_ptr,  # [B * S, ROTARY], signed, see ops.rope
     gain_ptr,  # [ROTATED, D], weights of the heads' norms; None = no norm
     cache_ptr,  # [B, 2 * KVH, room, D], or [slots, 2 * KVH, D]; None = everything stays
     slot_ptr,  # int64 [S] or [B * S], where each token's keys and values go; None without a cache
@@ -42,11 +42,13 @@ def qk_norm_rope_kernel(
     ROTATED: tl.constexpr,
     KVH: tl.constexpr,
     D: tl.constexpr,
+    ROTARY: tl.constexpr,
     HALF: tl.constexpr,
     PAGED: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Program (TOKENS tokens, head). HALF is D / 2 rounded up to a power of two.
+    """Program (TOKENS tokens, head). HALF is D / 2 rounded up to a power of two. The first ROTARY
+    columns rotate, in pairs ROTARY / 2 apart.
 
     With a cache the last KVH heads that turn are keys and go there, with the KVH values behind
     them; everything else stays in its place. PAGED: the cache is the second kind, and keys stay in
@@ -57,25 +59,30 @@ def qk_norm_rope_kernel(
     column = tl.arange(0, HALF)[None, :]
     inside = (row < rows)[:, None] & (column < D // 2)
     there = row[:, None].to(tl.int64)
-    low_ptr = qkv_ptr + there * width + head * D + column
-    low = tl.load(low_ptr, mask=inside, other=0.0)
-    high = tl.load(low_ptr + D // 2, mask=inside, other=0.0)
+    # A column of each pair, and half of those that do not rotate: as `first_of_pairs`.
+    turned = inside & (column < ROTARY // 2)
+    low_at = tl.where(column < ROTARY // 2, column, column + ROTARY // 2)
+    high_at = tl.where(column < ROTARY // 2, column + ROTARY // 2, column + D // 2)
+    head_ptr = qkv_ptr + there * width + head * D
+    low = tl.load(head_ptr + low_at, mask=inside, other=0.0)
+    high = tl.load(head_ptr + high_at, mask=inside, other=0.0)
     if head < ROTATED:
-        cos = tl.load(cos_ptr + there * D + column, mask=inside, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + there * D + D // 2 + column, mask=inside, other=0.0).to(tl.float32)
+        angle = there * ROTARY + column
+        cos = tl.load(cos_ptr + angle, mask=turned, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + angle + ROTARY // 2, mask=turned, other=0.0).to(tl.float32)
         gain_low, gain_high = cos, cos
         if gain_ptr is not None:
-            gain_at = gain_ptr + head * D + column
-            gain_low = tl.load(gain_at, mask=column < D // 2, other=0.0)
-            gain_high = tl.load(gain_at + D // 2, mask=column < D // 2, other=0.0)
+            gain_at = gain_ptr + head * D
+            gain_low = tl.load(gain_at + low_at, mask=column < D // 2, other=0.0)
+            gain_high = tl.load(gain_at + high_at, mask=column < D // 2, other=0.0)
         new_low, new_high = norm_and_rotate(
             low, high, gain_low, gain_high, cos, sin, eps, D, gain_ptr is not None
         )
         low, high = new_low.to(low.dtype), new_high.to(high.dtype)
     stays = ROTATED if PAGED else ROTATED - KVH
     if head < stays:
-        tl.store(low_ptr, low, mask=inside)
-        tl.store(low_ptr + D // 2, high, mask=inside)
+        tl.store(head_ptr + low_at, low, mask=inside)
+        tl.store(head_ptr + high_at, high, mask=inside)
     if cache_ptr is not None and head >= ROTATED - KVH:
         own = head - (ROTATED - KVH)
         if PAGED:
@@ -83,9 +90,9 @@ def qk_norm_rope_kernel(
         else:
             slot = tl.load(slot_ptr + row % length, mask=row < rows, other=0)
             place = ((row // length).to(tl.int64) * (2 * KVH) + own) * room + slot
-        at = cache_ptr + place[:, None] * D + column
-        tl.store(at, low, mask=inside)
-        tl.store(at + D // 2, high, mask=inside)
+        at = cache_ptr + place[:, None] * D
+        tl.store(at + low_at, low, mask=inside)
+        tl.store(at + high_at, high, mask=inside)
 
 
 class QkNormRope:
@@ -107,7 +114,8 @@ class QkNormRope:
         """Turn the first heads of `split` [B, S, heads, D] in place; or, with a cache, store.
 
         Args:
-            rope: cosine and signed sine, [B, S, 1, D].
+            rope: cosine and signed sine, [B, S, 1, D], or of the first columns alone, which then
+                turn alone.
             rotated: heads that turn. gains: [rotated, D], of their norms; None = they have none.
             cache: [B, 2 * KVH, max_seq_len, D], gets the last KVH rotated heads and as many
                 behind them, at `slots` [S]. Or a pool of pages [slots, 2 * KVH, D], at `slots`
@@ -120,8 +128,11 @@ class QkNormRope:
             kv_heads, room = cache.shape[1] // 2, 0 if paged else cache.shape[2]
         rows, width = batch * length, split.stride(1)
         arguments = (split, *rope, gains, cache, slots, rows, length, width, room, eps)
-        norms = gains is not None
-        alike = (rows, length, width, room, dim, rotated, kv_heads, norms, rope[0].dtype, paged)
+        norms, turned = gains is not None, rope[0].shape[-1]
+        alike = (
+            *(rows, length, width, room, dim, turned, rotated, kv_heads),
+            *(norms, rope[0].dtype, paged),
+        )
         if self._latest is not None and self._latest[0] == alike:
             self._latest[1](*arguments)
             return
@@ -130,6 +141,7 @@ class QkNormRope:
             "ROTATED": rotated,
             "KVH": kv_heads,
             "D": dim,
+            "ROTARY": turned,
             "HALF": triton.next_power_of_2(dim // 2),
             "PAGED": paged,
             "TOKENS": TOKENS,

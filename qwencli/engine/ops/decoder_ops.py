@@ -281,12 +281,12 @@ def attend_pages(
 ) -> Tensor:
     """`attend` of rows that share a pool of pages: their newest tokens (by `rows`, if given), or
     prompts side by side."""
+    if rows is not None and isinstance(step.pages, DecodePages):
+        return rows(qkv, layer, step)
     if layer.gated:
         own, gate = split_gate(qkv, layer)
         ungated = replace(layer, gated=False)
-        return attend_pages(own, ungated, step, place, rows).mul_(gate.sigmoid())
-    if rows is not None and isinstance(step.pages, DecodePages):
-        return rows(qkv, layer, step)
+        return attend_pages(own, ungated, step, place).mul_(gate.sigmoid())
     assert isinstance(step.cache, PagedKVCache), "pages come with their pool"
     split = qkv.view(step.batch, step.length, -1, layer.head_dim)
     fresh = place(split, layer, step)

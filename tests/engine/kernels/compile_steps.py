@@ -176,8 +176,9 @@ def steps_of_rows(model: QwenModel, rows: int) -> None:
     """A greedy step of so many rows over a pool of pages, with a penalty where that differs."""
     cache = model.paged_cache(2)
     token, position, place = (torch.zeros(rows, dtype=torch.int64) for _ in range(3))
-    pages = DecodePages(torch.ones(rows, 1, dtype=torch.int32), place, 1)
-    hidden = model.decode_rows(token, position, cache, pages)
+    slots, idle = torch.ones(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.bool)
+    pages = DecodePages(torch.ones(rows, 1, dtype=torch.int32), place, 1, slots, idle)
+    hidden = model.decode_rows(token, position, cache, pages, model.recurrent_states(2))
     vocab_size = len(model.decoder.embedding)
     state = RowState(rows, 1, vocab_size, 1, CPU)
     model.decoder.next_tokens(hidden, model.row_ops(rows), state.buffers(rows), rows > 1)

@@ -110,6 +110,7 @@ def test_rows_of_any_length_attend_as_with_plain_operators(
     gains = (1 + 0.3 * drawn(2, dim, seed=4)).repeat_interleave(torch.tensor([heads, kv_heads]), 0)
     norm = RMSNorm(gains, 1e-6)
     parts = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "qk_norm": norm}
+    parts |= {"gated": False, "rotary_dim": None}
     layer = cast(Layer, SimpleNamespace(index=0, o=torch.zeros(heads * dim, 64), **parts))
     table = torch.stack([each[0, :, 0] for each in angles(1, 400, dim)], 1)
     positions = contexts + 2
@@ -195,11 +196,17 @@ def test_the_likeliest_token_of_each_row_and_what_the_next_step_starts_from(rows
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize(("batch", "length"), [(1, TOKENS + 5), (5, 1)])
 def test_heads_are_stored_in_pages_and_stay_where_they_are(normed, batch, length):
-    shape = cast(TextShape, SimpleNamespace(num_kv_heads=2, head_dim=32, num_layers=1))
+    shape = shape_of(4, 2, 32)
     norm = RMSNorm(1 + 0.3 * drawn(6, 32, seed=4), 1e-6)
     layer = cast(
         Layer,
-        SimpleNamespace(index=0, num_heads=4, num_kv_heads=2, qk_norm=norm if normed else None),
+        SimpleNamespace(
+            index=0,
+            num_heads=4,
+            num_kv_heads=2,
+            qk_norm=norm if normed else None,
+            rotary_dim=None,
+        ),
     )
     slots = torch.randperm(3 * PAGE_SIZE, generator=torch.Generator().manual_seed(5))
     found = []

@@ -71,7 +71,11 @@ def test_queries_keys_and_values_are_those_of_the_plain_operators(
     layer = cast(
         Layer,
         SimpleNamespace(
-            index=0, num_heads=heads, num_kv_heads=kv_heads, qk_norm=norm if normed else None
+            index=0,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            qk_norm=norm if normed else None,
+            rotary_dim=None,
         ),
     )
     found = []
