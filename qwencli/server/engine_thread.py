@@ -237,9 +237,9 @@ class EngineThread:
                 self._make_rows()
         except Exception as error:  # noqa: BLE001 - told by `start`
             self.failure = error
-            self._loaded.set()
             return
-        self._loaded.set()
+        finally:
+            self._loaded.set()
         failed = 0
         try:
             while self._take_orders():
@@ -340,9 +340,12 @@ class EngineThread:
             self._drop(answer)
 
     def _fail(self, queue: RequestQueue, error: Exception) -> None:
-        """A step failed as a whole: so have all requests that were in it."""
+        """A step failed as a whole: so have all requests that it may have run."""
         failure = _failure(error)
-        for place in [each for each in self._answers if each.queue is queue]:
+        places = [each for each in self._answers if each.queue is queue]
+        if queue is self._lone or self.max_rows == 1:
+            del places[1:]  # one after the other: the first it was
+        for place in places:
             answer = self._answers[place]
             self._abort(answer)
             self._tell({answer: [failure]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import http
 import signal
 import socket
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwencli.errors import UsageError
+from qwencli.server.api_errors import ApiError
 
 # Connections at once: a process has 1,024 files on most systems.
 MOST_CONNECTIONS = 900
@@ -33,6 +35,10 @@ class _Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.write(_plain(ApiError(503, "too many connections")))
+            transport.close()
+            return
         self.app_state = {**self.app_state, "abort": transport.abort}
         self._timer = self.loop.call_later(HEAD_S, transport.abort)
 
@@ -52,10 +58,22 @@ class _Connection(H11Protocol):
         self._stop_timer()
         super().connection_lost(exc)
 
+    def send_400_response(self, msg: str) -> None:
+        self.transport.write(_plain(ApiError(400, "this is no HTTP request")))
+        self.transport.close()
+
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _plain(error: ApiError) -> bytes:
+    """An answer as it goes over the connection, which ends with it."""
+    body = error.response().body
+    phrase = http.HTTPStatus(error.status).phrase
+    head = f"HTTP/1.1 {error.status} {phrase}\r\ncontent-type: application/json\r\n"
+    return f"{head}connection: close\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -101,7 +119,6 @@ def server_for(app: ASGIApp) -> uvicorn.Server:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=MOST_CONNECTIONS,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=LAST_S,
         )

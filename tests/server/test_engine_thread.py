@@ -1,0 +1,93 @@
+"""An engine that fails, and one that is closed: requests are told, others go on."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from qwencli.engine.request import StepOutput
+from qwencli.errors import EngineError, ModelFileError
+from qwencli.messages import GenerationRequest, text_message
+from qwencli.server.engine_thread import EngineThread
+from tests.dataset.fake_engine import FakeEngine
+from tests.server.conftest import serving
+
+
+class FailingEngine(FakeEngine):
+    """Fails while `faults` are left, each time in another way."""
+
+    faults: list[Exception]
+
+    def step(self) -> list[StepOutput]:
+        if self.faults:
+            raise self.faults.pop()
+        return super().step()
+
+
+def chat(client: httpx.Client, text: str = "Hi") -> httpx.Response:
+    body = {"messages": [{"role": "user", "content": text}]}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def test_a_step_that_fails_costs_its_requests_and_a_lost_device_the_server() -> None:
+    engine = FailingEngine(SimpleNamespace(batch_invariant=True))
+    engine.faults = []
+    failed = []
+    with serving(engine) as running, httpx.Client(base_url=running.address) as client:
+        running.thread.on_failure = lambda: failed.append(True)
+        assert chat(client).status_code == 200
+        engine.faults = [RuntimeError("a kernel")]
+        answer = chat(client)
+        assert answer.status_code == 500
+        assert answer.json()["error"]["type"] == "server_error"
+        assert chat(client).status_code == 200
+        engine.faults = [RuntimeError("lost")] * 3
+        statuses = [chat(client).status_code for _ in range(3)]
+        assert statuses == [500] * 3
+        health = client.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "failed")
+        assert chat(client).status_code == 500
+    assert failed == [True]
+
+
+def test_a_template_that_loops_is_the_servers_fault_and_told_in_form() -> None:
+    def answer(request):
+        raise ModelFileError("chat_template.jinja: broken (it ran for 2 s without an end)", "")
+
+    engine = FakeEngine(SimpleNamespace(batch_invariant=True), answer)
+    with serving(engine) as running, httpx.Client(base_url=running.address) as client:
+        reply = chat(client)
+        assert reply.status_code == 500
+        assert "without an end" in reply.json()["error"]["message"]
+
+
+def test_an_engine_that_does_not_load_is_told_by_start() -> None:
+    class Broken(FakeEngine):
+        def load(self) -> None:
+            raise ModelFileError("no weights", "")
+
+    with pytest.raises(ModelFileError, match="no weights"):
+        EngineThread(Broken(SimpleNamespace(batch_invariant=False))).start()
+
+
+def test_closing_tells_those_that_wait() -> None:
+    engine = FakeEngine(SimpleNamespace(batch_invariant=True), step_s=0.2)
+    thread = EngineThread(engine)
+    thread.start()
+
+    async def ask() -> None:
+        asked = GenerationRequest((text_message("user", "Hi"),))
+        answers = [thread.submit(asked) for _ in range(3)]
+        closing = asyncio.get_running_loop().run_in_executor(None, thread.close)
+        for each in answers[1:]:  # the first may be through
+            with pytest.raises(EngineError, match="stopped"):
+                while True:
+                    await each.pieces()
+        await closing
+        with pytest.raises(EngineError, match="stopped"):
+            thread.submit(asked)
+
+    asyncio.run(asyncio.wait_for(ask(), 20))
