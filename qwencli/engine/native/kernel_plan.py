@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from qwencli.config import Attention, Kernels, KVDType, Quantization, Speculate
 from qwencli.engine.cache.kv_cache import KV_SCHEMES
 from qwencli.engine.cache.paged_kv import DecodePages, PackedPrompts, PagedKVCache, pages_for
+from qwencli.engine.cache.recurrent_state import RecurrentStates
 from qwencli.engine.kernels.launches import Gpu, KernelLaunch, planning
 from qwencli.engine.loading import weights
 from qwencli.engine.native.decode_state import DecodeState
@@ -120,7 +121,14 @@ def planned_passes(planned: PlannedModel) -> Iterator[PlannedPass]:
         planned.attention is Attention.AUTO,
         invariant,
     )
-    yield from _lone_passes(planned, model)
+    if not shape.text.rows_only:
+        yield from _lone_passes(planned, model)
+    for tokens in PRODUCT_TOKENS if model.quantized or shape.text.moe is not None else ():
+
+        def products(tokens: int = tokens) -> None:
+            _prompt_products(model, tokens)
+
+        yield PlannedPass("products of prompts", tokens, 0, products)
     if model.vision is not None:
         yield PlannedPass("picture", 64, 0, lambda: _encode(model))
     if planned.rows:
@@ -129,7 +137,12 @@ def planned_passes(planned: PlannedModel) -> Iterator[PlannedPass]:
 
 def _shortened(shape: ModelShape) -> ModelShape:
     """The model with as many layers as have each kind, and each next to each."""
-    return replace(shape, text=replace(shape.text, num_layers=min(shape.text.num_layers, LAYERS)))
+    text = shape.text
+    layers, mixers = min(text.num_layers, LAYERS), text.mixers
+    if text.delta is not None:
+        mixers = ("delta", "attention")
+        layers = LAYERS
+    return replace(shape, text=replace(text, num_layers=layers, mixers=mixers))
 
 
 def _lone_passes(planned: PlannedModel, model: QwenModel) -> Iterator[PlannedPass]:
@@ -150,12 +163,6 @@ def _lone_passes(planned: PlannedModel, model: QwenModel) -> Iterator[PlannedPas
 
         yield PlannedPass("verify", size, 0, verify)
     yield PlannedPass("prompt", PROMPT_TOKENS, 0, lambda: _prefill(model))
-    for tokens in PRODUCT_TOKENS if model.quantized else ():
-
-        def products(tokens: int = tokens) -> None:
-            _prompt_products(model, tokens)
-
-        yield PlannedPass("products of prompts", tokens, 0, products)
 
 
 def _prefill(model: QwenModel) -> None:
@@ -168,7 +175,10 @@ def _prompt_products(model: QwenModel, tokens: int) -> None:
     hidden = torch.empty(tokens, text.hidden_size, dtype=model.dtype, device=META)
     ops.norm_qkv(hidden, layer)
     ops.o_residual(hidden.new_empty(tokens, text.q_size), layer, hidden)
-    ops.down_residual(ops.norm_gate_up(hidden, layer), layer, hidden)
+    if layer.routing is None:
+        ops.down_residual(ops.norm_gate_up(hidden, layer), layer, hidden)
+    else:
+        ops.experts_residual(hidden, layer)
 
 
 def _encode(model: QwenModel) -> None:
@@ -183,15 +193,16 @@ def _encode(model: QwenModel) -> None:
 def _row_passes(planned: PlannedModel, model: QwenModel) -> Iterator[PlannedPass]:
     most = planned.rows
     drafting = planned.speculate is not Speculate.OFF
-    cache = model.paged_cache(2)
+    cache, states = model.paged_cache(2), model.recurrent_states(2)
     pages = pages_for(SLOTS)
     state = RowState(most, pages, model.shape.text.vocab_size, SLOTS, META, drafting)
     for rows in sorted({min(each, most) for each in ROW_BUCKETS}):
 
         def step(rows: int = rows) -> None:
             buffers, ops = state.buffers(rows), model.row_ops(rows)
-            table = DecodePages(state.tables[:rows], buffers.slot, SLOTS)
-            hidden = model.decode_rows(buffers.token, buffers.position, cache, table)
+            kept, done = state.states[:rows], buffers.done
+            table = DecodePages(state.tables[:rows], buffers.slot, SLOTS, kept, done)
+            hidden = model.decode_rows(buffers.token, buffers.position, cache, table, states)
             if ops.lm_head_rows is not None:
                 for with_penalty in (False, True):
                     model.decoder.next_tokens(hidden, ops, buffers, with_penalty)
@@ -214,7 +225,7 @@ def _row_passes(planned: PlannedModel, model: QwenModel) -> Iterator[PlannedPass
                 ops.verify_rows(logits, buffers, drafts)
 
             yield PlannedPass("verify rows", size, rows, verify)
-    yield PlannedPass("prompts", PROMPT_TOKENS, 1, lambda: _prefill_packed(model, cache))
+    yield PlannedPass("prompts", PROMPT_TOKENS, 1, lambda: _prefill_packed(model, cache, states))
     limit = BATCH_LIMITS["cuda"].max_prompts
     for prompts in sorted({min(each, limit) for each in ROW_BUCKETS}):
 
@@ -227,7 +238,7 @@ def _row_passes(planned: PlannedModel, model: QwenModel) -> Iterator[PlannedPass
         yield PlannedPass("heads of prompts", 1, prompts, head)
 
 
-def _prefill_packed(model: QwenModel, cache: PagedKVCache) -> None:
+def _prefill_packed(model: QwenModel, cache: PagedKVCache, states: RecurrentStates | None) -> None:
     """A prompt over a pool of pages, all of it new."""
     tokens = PROMPT_TOKENS
     starts = torch.zeros(2, dtype=torch.int32, device=META)
@@ -235,7 +246,9 @@ def _prefill_packed(model: QwenModel, cache: PagedKVCache) -> None:
     if model.batch_invariant:
         tables = torch.zeros(1, pages_for(tokens), dtype=torch.int32, device=META)
     prompts = PackedPrompts([tokens], [0], starts, starts, None, model.flash_decode, tables)
+    if states is not None:
+        prompts = replace(prompts, states=torch.zeros(1, dtype=torch.int64, device=META))
     hidden = torch.empty(tokens, model.shape.text.hidden_size, dtype=model.dtype, device=META)
     positions = torch.zeros(3, tokens, dtype=torch.int64, device=META)
     slots = torch.zeros(tokens, dtype=torch.int64, device=META)
-    model.prefill_packed(hidden, positions, slots, cache, prompts, None)
+    model.prefill_packed(hidden, positions, slots, cache, prompts, None, states)

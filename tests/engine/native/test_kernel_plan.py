@@ -20,6 +20,7 @@ from qwencli.engine.native.supported import fused_for
 from qwencli.engine.request import PromptChunk, Sequence
 from qwencli.engine.runner import ModelRunner
 from qwencli.engine.spec_decode.decode_strategy import EagerVerifier, verify_sizes
+from qwencli.models.shape_reader import read_shape
 from tests.engine.kernels.test_fused_ops import NARROW, model_of, prompt_of
 
 FUSED = fused_for(Kernels.TRITON, Attention.AUTO)
@@ -91,3 +92,14 @@ def test_a_plan_asks_for_no_gpu_and_says_the_same_again() -> None:
     assert found == plan_kernels(planned, gpu)
     assert found != plan_kernels(planned, Gpu((8, 6), 82))
     assert {"tiled_gemm_kernel", "quantize_rows_kernel"} <= {each.kernel for each in found}
+
+
+def test_layers_with_experts_are_planned_for_every_number_of_rows() -> None:
+    shape = read_shape(
+        NARROW | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
+    )
+    found = plan_kernels(PlannedModel(shape, torch.float32, rows=ROWS), None)
+    names = [each.kernel for each in found]
+    assert {"route_kernel", "experts_down_kernel", "sort_pairs_kernel"} <= set(names)
+    tiles = {dict(each.arguments)["TOKENS"] for each in found if "grouped" in each.kernel}
+    assert tiles == {16, 32, 64}, "few rows of an expert, and many"
