@@ -56,7 +56,11 @@ class RowsStep:
         """Every eighth row has room for `most` tokens, the others for `short`."""
         counts = [pages_for(short if row % EVERY else most) for row in range(max_rows)]
         self._most, self._own = most, step.own
-        self.runner = ModelRunner(step.model, 1 + sum(counts), max_rows, most, False, VisionCache())
+        states = max_rows + 1
+        self.runner = ModelRunner(
+            step.model, 1 + sum(counts), max_rows, most, False, VisionCache(), num_states=states
+        )
+        self.runner.state.states.copy_(torch.arange(1, states))
         # As the engine does where memory allows.
         if step.model.dense_copies_bytes:
             step.model.keep_dense_copies()
@@ -186,7 +190,9 @@ def measure(model: str, mode: str, rows: Sequence[int], options: argparse.Namesp
             result[str(count)] = {name: figures(count, of_rows[name]) for name in best}
         return result
 
-    steps.add("lone", lambda: lone.begin(context), lambda: lone.run(1))
+    # Some models run in rows alone.
+    if lone.model.shape.text.delta is None:
+        steps.add("lone", lambda: lone.begin(context), lambda: lone.run(1))
     for count in rows:
         steps.add(str(count), begin, functools.partial(batch.run, kind, count))
         left_out = functools.partial(batch.run_without_attention, kind, count)
@@ -196,7 +202,7 @@ def measure(model: str, mode: str, rows: Sequence[int], options: argparse.Namesp
         name: figures(int(name.split()[0]) if name != "lone" else 1, us)
         for name, us in steps.us.items()
     }
-    if "1" in steps.us:
+    if {"1", "lone"} <= steps.us.keys():
         ratios = [own / one for own, one in zip(steps.us["lone"], steps.us["1"], strict=True)]
         result["one_row_over_lone"] = round(statistics.median(ratios), 4)
     return result

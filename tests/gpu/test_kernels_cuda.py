@@ -30,7 +30,7 @@ from qwencli.engine.quant.quantized_tensor import Scheme, quantize
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
-from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, picture
+from tests.checkpoints import ALONE, VISION_FAMILIES, engine_config, picture
 from tests.engine.kernels.test_dequantize import DTYPES, assert_same_bits
 from tests.engine.kernels.test_gemv_quantized import MADE, rounded
 from tests.engine.quant.drawn_matrices import KINDS, drawn
@@ -46,7 +46,7 @@ def ask(images, tokens):
 
 
 @pytest.mark.parametrize("attention", [Attention.AUTO, Attention.SDPA, Attention.EAGER])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ALONE)
 def test_same_tokens_as_plain_operators_in_float32(checkpoint, family, attention):
     images = (picture(),) if family in VISION_FAMILIES else ()
     results = []

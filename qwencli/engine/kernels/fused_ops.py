@@ -35,6 +35,7 @@ from qwencli.engine.kernels.activation_buffers import (
 )
 from qwencli.engine.kernels.activation_quant import ActivationFormat
 from qwencli.engine.kernels.add_norm import AddNorm
+from qwencli.engine.kernels.chunked_delta import ChunkedDelta
 from qwencli.engine.kernels.decode_attention import decode_attention_kernel
 from qwencli.engine.kernels.dequantize import dequantize
 from qwencli.engine.kernels.gated_delta import DeltaStep, runs_in_registers
@@ -74,7 +75,7 @@ from qwencli.engine.ops.decoder_ops import (
     dense,
     mix_delta,
 )
-from qwencli.engine.ops.gated_delta import delta_decode
+from qwencli.engine.ops.gated_delta import delta_prefill
 from qwencli.engine.ops.next_tokens import RowBuffers
 from qwencli.engine.quant.quantized_tensor import LARGEST, QuantizedTensor, Scheme
 from qwencli.engine.spec_decode.ngram import LONGEST_NGRAM, MAX_VERIFY_TOKENS
@@ -180,6 +181,8 @@ class FusedOps:
         if delta is not None:
             longest = max(longest, delta.value_dim)
         self._delta = DeltaStep(self._launch.options)
+        # As of products, the interpreter takes seconds for those of prompts.
+        self._delta_prefill = ChunkedDelta() if device.type == "cuda" else delta_prefill
         self._activations = ActivationBuffers(longest, dtype, device, self._launch.options)
         self._experts = ExpertKernels(MAX_BATCH_ROWS, device, self._launch.options, self._precision)
         # The interpreter takes seconds for what a prompt multiplies.
@@ -242,10 +245,12 @@ class FusedOps:
         return made
 
     def mix_delta(self, projected: Tensor, beta_decay: Tensor, layer: Layer, step: Step) -> Tensor:
-        """Prompts, and states of other sizes than the kernel has registers for, by operators."""
+        """States of other sizes than the kernels have registers for by operators."""
         assert layer.delta is not None, "a layer with a gated delta net"
-        decode = self._delta.decode if runs_in_registers(layer.delta) else delta_decode
-        return mix_delta(projected, beta_decay, layer, step, decode)
+        if not runs_in_registers(layer.delta):
+            return mix_delta(projected, beta_decay, layer, step)
+        decode, prefill = self._delta.decode, self._delta_prefill
+        return mix_delta(projected, beta_decay, layer, step, decode, prefill)
 
     def attend(self, qkv: Tensor, layer: Layer, step: Step) -> Tensor:
         return self._attend(qkv, layer, step, self._tiles)
