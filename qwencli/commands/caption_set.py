@@ -64,9 +64,9 @@ def _is_folder(named: str, frames: int | None) -> bool:
 
 
 def _is_shard(named: str) -> bool:
-    from qwencli.dataset.parts import SHARD_SUFFIXES
+    from qwencli.dataset.parts import is_shard
 
-    return Path(named).suffix.lower() in SHARD_SUFFIXES and not os.path.isdir(named)
+    return is_shard(named) and not os.path.isdir(named)
 
 
 def caption_set(

@@ -141,7 +141,7 @@ class Asking:
     def _all_hints(self, items: Iterable[Item]) -> Iterator[Mapping[str, str]]:
         for item in items:
             try:
-                yield read_hints(self._listing.path(item), self._extension)
+                yield read_hints(self._listing.path(item), self._extension, item.part)
             except InputError:
                 continue  # its own failure, when it is asked about
 
@@ -151,8 +151,9 @@ class Asking:
 
     def _known(self, item: Item) -> dict[str, str]:
         path = self._listing.path(item)
-        needed = self.manner.prompts.needs_hints
-        return picture_fields(item.key, path, read_hints(path, self._extension) if needed else None)
+        if not self.manner.prompts.needs_hints:
+            return picture_fields(item.key, path)
+        return picture_fields(item.key, path, read_hints(path, self._extension, item.part))
 
     def request(self, task: Task, visual: VisualPart) -> GenerationRequest:
         """What is sent; after a fault with other settings.

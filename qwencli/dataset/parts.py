@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
+import io
+import json
+import lzma
 import os
 import re
 import tarfile
+import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from qwencli import __version__
 from qwencli.errors import InputError, MissingDependencyError
@@ -23,7 +30,18 @@ from qwencli.errors import InputError, MissingDependencyError
 if TYPE_CHECKING:
     from http.client import HTTPResponse
 
-SHARD_SUFFIXES = frozenset({".tar", ".parquet"})
+_ARCHIVE = re.compile(r"\.tar(\.(gz|bz2|xz|zst))?$|\.t(gz|bz2|xz|zst)$", re.IGNORECASE)
+# How compressed archives begin, and the module of the standard library that reads them.
+_COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bz2",
+    b"\xfd7zXZ\0": "lzma",
+    b"\x28\xb5\x2f\xfd": "compression.zstd",
+}
+# Pictures hardly become smaller. What grows more than this is made to fill a disk.
+_MOST_GROWTH, _SMALL_BYTES = 20, 2**30
+# Files beside a picture in an archive that may be hints.
+_HINT_SUFFIXES = (".json", ".txt", ".caption")
 # A picture or video that is held whole.
 MAX_PART_BYTES = 2**28
 # The whole of a download, and the silence in it that is waited for.
@@ -33,10 +51,17 @@ MAX_GROUP_BYTES = 2**31
 _ADDRESS = re.compile(r"(https?):/{1,2}([^/].*)", re.IGNORECASE | re.DOTALL)
 
 
+class NoPicturesError(InputError):
+    """A table of something else."""
+
+
 class Part(Protocol):
     """Where the bytes of a picture are. Raises InputError where they cannot be had."""
 
     def read(self, name: str) -> bytes: ...
+
+    def beside(self, extension: str) -> bytes | None:
+        """What lies there under the picture's name with another ending; None where nothing does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,29 +73,49 @@ class Held:
     def read(self, name: str) -> bytes:
         return self.data
 
+    def beside(self, extension: str) -> None:
+        return None
+
     def __str__(self) -> str:
         return "stdin"
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file in a tar archive that is not compressed."""
+    """A file in a tar archive.
+
+    Args:
+        offset: in the archive, where that is compressed in what it unpacks to.
+        hints: (ending, offset, size) of files of the same name.
+    """
 
     archive: str
     offset: int
     size: int
+    hints: tuple[tuple[str, int, int], ...] = ()
 
     def read(self, name: str) -> bytes:
         _check_size(name, self.size)
+        return self._bytes(name, self.offset, self.size)
+
+    def beside(self, extension: str) -> bytes | None:
+        for ending, offset, size in self.hints:
+            if ending == extension:
+                _check_size(f"{self.archive}: {extension}", size)
+                return self._bytes(f"{self.archive}: {extension}", offset, size)
+        return None
+
+    def _bytes(self, name: str, offset: int, size: int) -> bytes:
         try:
-            with Path(self.archive).open("rb") as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
+            with _plain_archive(self.archive) as file:
+                file.seek(offset)
+                data = file.read(size)
         except OSError as error:
             raise InputError(
-                f"{name} cannot be read: {error.strerror}", "check the archive and its disk"
+                f"{name} cannot be read: {error.strerror or error}",
+                "check the archive and its disk",
             ) from error
-        if len(data) < self.size:
+        if len(data) < size:
             raise InputError(f"{name}: the archive ends inside it", "copy or download it again")
         return data
 
@@ -83,6 +128,13 @@ class TableRow:
     column: str
     group: int
     row: int
+
+    def beside(self, extension: str) -> bytes | None:
+        if extension != ".json":
+            return None
+        with _GROUPS_LOCK:
+            rows = _row_group_hints(self.table, self.column, self.group)
+        return json.dumps(rows[self.row], default=str).encode() if rows else None
 
     def read(self, name: str) -> bytes:
         with _GROUPS_LOCK:
@@ -100,6 +152,9 @@ class Address:
     """A picture of the web, by http or https."""
 
     url: str
+
+    def beside(self, extension: str) -> None:
+        return None
 
     def read(self, name: str) -> bytes:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
@@ -146,29 +201,107 @@ def safe_key(name: str) -> str:
     return "/".join(re.sub(r'[\0-\x1f:*?"<>|]', "_", part) for part in parts) or "_"
 
 
+def is_shard(name: str) -> bool:
+    """Whether a file with this name holds pictures of a data set."""
+    return is_table(name) or _ARCHIVE.search(name) is not None
+
+
+def is_table(name: str) -> bool:
+    return name.lower().endswith(".parquet")
+
+
 def members(archive: Path) -> Iterator[tuple[str, Part]]:
-    """Names and places of the files in a tar archive.
+    """Names and places of the files in a tar archive, which may be compressed.
+
+    Those that may be hints of another one are told to that one as well.
 
     Raises:
-        InputError: it is compressed, damaged or not there; what stands before the damage was given.
+        InputError: it is damaged or not there; what stands before the damage was given.
     """
+    found: list[tuple[str, int, int]] = []
+    failure: InputError | None = None
     try:
-        with tarfile.open(archive, "r:") as opened:
+        with _plain_archive(str(archive)) as file, tarfile.open(fileobj=file, mode="r:") as opened:
             for info in opened:
                 if info.isreg():
-                    yield info.name, Member(str(archive), info.offset_data, info.size)
+                    found.append((info.name, info.offset_data, info.size))
                 # Otherwise every header stays in memory.
                 opened.members = []  # type: ignore[attr-defined]
     except tarfile.ReadError as error:
-        raise InputError(
-            f"{archive} is compressed, damaged or no tar archive: {error}",
-            "unpack it (tar -xf) and name the folder, or download it again",
-        ) from error
-    except (OSError, tarfile.TarError) as error:
-        raise InputError(
+        failure = InputError(
+            f"{archive} is damaged or no tar archive: {error}", "download it again"
+        )
+    except (OSError, EOFError, tarfile.TarError) as error:
+        failure = InputError(
             f"{archive} cannot be read: {getattr(error, 'strerror', None) or error}",
             "check the path, or download it again",
+        )
+    hints: dict[str, list[tuple[str, int, int]]] = {}
+    for name, offset, size in found:
+        stem, dot, ending = name.rpartition(".")
+        if dot + ending.lower() in _HINT_SUFFIXES:
+            hints.setdefault(stem, []).append((dot + ending.lower(), offset, size))
+    for name, offset, size in found:
+        beside = tuple(hints.get(name.rpartition(".")[0], ()))
+        yield name, Member(str(archive), offset, size, beside)
+    if failure is not None:
+        raise failure
+
+
+@contextmanager
+def _plain_archive(archive: str) -> Iterator[BinaryIO]:
+    """A tar archive as a file that is not compressed; one user of it at a time.
+
+    Raises:
+        OSError: it cannot be read, or there is no room to unpack it.
+        InputError: this Python does not unpack it.
+    """
+    with Path(archive).open("rb") as packed:
+        begins = packed.read(6)
+        module = next((m for magic, m in _COMPRESSIONS.items() if begins.startswith(magic)), None)
+        if module is None:
+            packed.seek(0)
+            yield packed
+            return
+        status = os.fstat(packed.fileno())
+    with _UNPACKING:
+        plain = _unpacked(archive, module, status.st_mtime_ns, status.st_size)
+        plain.seek(0)
+        yield plain
+
+
+_UNPACKING = threading.Lock()
+
+
+@functools.lru_cache(maxsize=2)
+def _unpacked(archive: str, module: str, mtime_ns: int, size: int) -> BinaryIO:
+    """A file without a name, gone with this process, that has what an archive unpacks to."""
+    try:
+        opener = importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"{archive} is compressed in a way that Python reads from 3.14 on",
+            "unpack it: zstd -d, and name the .tar",
         ) from error
+    plain: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - closed when it is dropped
+    most = max(_SMALL_BYTES, size * _MOST_GROWTH)
+    with opener.open(archive, "rb") as packed:
+        while piece := _piece(packed):
+            plain.write(piece)
+            if plain.tell() > most:
+                raise InputError(
+                    f"{archive} unpacks to more than {most >> 20} MB", "unpack it yourself"
+                )
+    plain.flush()
+    return plain
+
+
+def _piece(packed: io.BufferedIOBase) -> bytes:
+    """The next piece; nothing behind a damage: that is told like the end of a cut archive."""
+    try:
+        return packed.read1(2**17)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError):
+        return b""
 
 
 def table_rows(table: Path) -> Iterator[tuple[str, Part]]:
@@ -227,13 +360,31 @@ def _picture_column(schema: Any, table: Path) -> tuple[str, bool]:
                 inside = {part.name: part.type for part in column.type}
                 if "bytes" in inside and holds_bytes(inside["bytes"]):
                     return column.name, "path" in inside
-    raise InputError(
+    raise NoPicturesError(
         f"{table} has no column with pictures (it has {', '.join(schema.names)})",
         "name a file whose column holds the bytes of files, such as `image`",
     )
 
 
 _GROUPS_LOCK = threading.Lock()
+
+
+@functools.lru_cache(maxsize=2)
+def _row_group_hints(table: str, column: str, group: int) -> list[dict[str, Any]]:
+    """What a row group has beside the pictures, a row each."""
+    parquet = pyarrow_parquet(table)
+    import pyarrow
+
+    try:
+        with parquet.ParquetFile(table) as file:
+            names = [name for name in file.schema_arrow.names if name != column]
+            if not names:
+                return []
+            rows: list[dict[str, Any]] = file.read_row_group(group, columns=names).to_pylist()
+            return rows
+    except (OSError, pyarrow.ArrowException) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{table} cannot be read: {line}", "download it again") from error
 
 
 @functools.lru_cache(maxsize=2)

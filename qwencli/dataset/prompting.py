@@ -19,11 +19,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwencli.dataset.sources import CAPTION
 from qwencli.errors import InputError, UsageError
 from qwencli.presets import PRESETS
+
+if TYPE_CHECKING:
+    from qwencli.dataset.parts import Part
 
 PATH_FIELDS = ("name", "dir")
 HINT_FIELDS = ("tags", "caption", "hints")
@@ -380,18 +383,23 @@ def asks_for(schema: str) -> str:
     )
 
 
-def read_hints(file: Path, caption_extension: str = ".txt") -> dict[str, str]:
+def read_hints(
+    file: Path, caption_extension: str = ".txt", part: Part | None = None
+) -> dict[str, str]:
     """What files beside a picture say of it: `a.json` by key, and `a.txt` as `caption` and `tags`.
 
     Tags are those that the JSON file names, else the text where it is a list of tags. `hints` is
     the whole JSON file as `key: value` lines. Files that are not there say nothing.
 
+    Args:
+        part: where the picture is, if it is no file of its own: the files are there too.
+
     Raises:
         InputError: a file is too large, unreadable or malformed. The picture cannot be asked what
             was meant.
     """
-    text = _hint_text(_beside(file, caption_extension))
-    values = _hint_values(_beside(file, ".json")) if caption_extension != ".json" else {}
+    text = _hint_text(file, caption_extension, part)
+    values = _hint_values(file, part) if caption_extension != ".json" or part else {}
     known = {key: value for key, value in values.items() if _NAME.fullmatch(key)}
     known["hints"] = "\n".join(f"{key}: {value}" for key, value in values.items())[:MAX_HINT_CHARS]
     known["caption"] = text or known.get("caption", "")
@@ -404,10 +412,14 @@ def _beside(file: Path, extension: str) -> Path:
     return file.with_name(file.name.removesuffix(file.suffix) + extension)
 
 
-def _hint_text(file: Path) -> str:
+def _hint_text(picture: Path, extension: str, part: Part | None) -> str:
+    file = _beside(picture, extension)
     try:
-        with file.open("rb") as opened:
-            data = opened.read(MAX_HINT_BYTES + 1)
+        if part is not None:
+            data = part.beside(extension) or b""
+        else:
+            with file.open("rb") as opened:
+                data = opened.read(MAX_HINT_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except OSError as error:
@@ -423,8 +435,9 @@ def _hint_text(file: Path) -> str:
     return _clean(text)
 
 
-def _hint_values(file: Path) -> dict[str, str]:
-    text = _hint_text(file)
+def _hint_values(picture: Path, part: Part | None) -> dict[str, str]:
+    file = _beside(picture, ".json")
+    text = _hint_text(picture, ".json", part)
     if not text:
         return {}
     try:

@@ -15,12 +15,14 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 
 from qwencli.dataset.parts import (
     MAX_PART_BYTES,
-    SHARD_SUFFIXES,
     Address,
     Held,
     Member,
+    NoPicturesError,
     Part,
     address_of,
+    is_shard,
+    is_table,
     members,
     safe_key,
     table_rows,
@@ -205,7 +207,8 @@ def list_inputs(inputs: Sequence[str | Held], selection: Selection) -> Listing:
     """The pictures and videos that are meant.
 
     Args:
-        inputs: files, folders, shards (`.tar`, `.parquet`), addresses of the web.
+        inputs: files, folders, shards (`.tar`, `.parquet`), addresses of the web. Shards in
+            folders are meant where there is no picture or video beside or below them.
 
     Raises:
         InputError: the inputs have no folder in common.
@@ -227,11 +230,12 @@ def list_inputs(inputs: Sequence[str | Held], selection: Selection) -> Listing:
             path = local_path(Path(each))
             if os.path.isdir(path):
                 walk.folder(path)
-            elif path.suffix.lower() in SHARD_SUFFIXES:
+            elif is_shard(path.name):
                 walk.shard(path)
             else:
                 walk.file(path)
     walk.linked_folders()
+    walk.shards_in_folders()
     return listing
 
 
@@ -340,6 +344,8 @@ class _Walk:
         self._keys: set[str] = set()
         # Looked at last, so that a folder is listed under its own path where it has one here.
         self._links: list[tuple[str, str]] = []
+        # In folders; by their path.
+        self._shards: dict[str, str] = {}
 
     def file(self, path: Path) -> None:
         """A file that was named itself: whatever its name."""
@@ -353,10 +359,14 @@ class _Walk:
     def folder(self, path: Path) -> None:
         self._enter(str(path), "")
 
-    def shard(self, path: Path) -> None:
-        """The pictures in an archive or a table."""
+    def shard(self, path: Path, kind: str | None = None) -> None:
+        """The pictures in an archive or a table.
+
+        Args:
+            kind: of a file that nobody named, and which may be a table of something else.
+        """
         key = self._key(str(path))
-        rows = path.suffix.lower() == ".parquet"
+        rows = is_table(path.name)
         try:
             for name, part in (table_rows if rows else members)(path):
                 below = safe_key(name)
@@ -366,6 +376,11 @@ class _Walk:
                     self.add_part(f"{key}/{below}", part)
                 else:
                     self._listing.others[ending(_split(below)[1])] += 1
+        except NoPicturesError as error:
+            if kind is None:
+                self._listing.refused.append((Item(key), error))
+            else:
+                self._listing.others[kind] += 1
         except (InputError, MissingDependencyError) as error:
             self._listing.refused.append((Item(key), error))
 
@@ -376,6 +391,14 @@ class _Walk:
         self._keys.add(key)
         size = part.size if isinstance(part, Member) else None
         self._listing.items.append(Item(key, size, None, part))
+
+    def shards_in_folders(self) -> None:
+        """Take those in folders without pictures: beside pictures they may be anything."""
+        if self._listing.items or self._listing.refused:
+            self._listing.others.update(self._shards.values())
+            return
+        for path in sorted(self._shards, key=natural_key):
+            self.shard(Path(path), kind=self._shards[path])
 
     def linked_folders(self) -> None:
         while self._links:
@@ -441,6 +464,8 @@ class _Walk:
                     found.append((entry, True))
                 elif not is_folder and self._wanted(below, name):
                     found.append((entry, False))
+                elif not is_folder and is_shard(name):
+                    self._shards[entry.path] = ending(name)
                 elif not is_folder:
                     self._listing.others[ending(name)] += 1
         return found

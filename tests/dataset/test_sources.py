@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import os
+import random
 import sys
 import tarfile
 import threading
@@ -155,8 +156,8 @@ def test_a_picture_on_stdin(caption, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("A picture ")
 
 
-def tar_of(path, files):
-    with tarfile.open(path, "w") as archive:
+def tar_of(path, files, mode="w"):
+    with tarfile.open(path, mode) as archive:
         for name, data in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -183,6 +184,112 @@ def test_an_archive_of_pictures(caption, pictures, tmp_path, capsys):
     into = tmp_path / "files"
     assert caption(folder / "shard.tar", "--output", into) == 1
     assert sorted(captions(into)) == ["shard.tar/0001.txt", "shard.tar/out.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("s.tar.gz", "w:gz"),
+        ("s.tgz", "w:gz"),
+        ("s.tar.bz2", "w:bz2"),
+        ("s.txz", "w:xz"),
+        ("misnamed.tar", "w:gz"),
+    ],
+)
+def test_archives_may_be_compressed(caption, pictures, tmp_path, name, mode):
+    folder = pictures()
+    tar_of(folder / name, {f"{n:02}.png": png(n) for n in range(20)}, mode)
+    into = tmp_path / "files"
+    assert caption(folder / name, "--output", into) == 0
+    assert len(set(captions(into).values())) == 20
+    assert sorted(captions(into))[0] == f"{name}/00.txt"
+
+
+def png(number):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (number, 2 * number, 3 * number)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_what_stands_before_the_damage_of_a_compressed_archive_is_captioned(
+    caption, pictures, tmp_path, monkeypatch
+):
+    folder = pictures()
+    noise = {f"{n}.png": png(n) for n in range(9)} | {"x": random.Random(1).randbytes(200_000)}
+    tar_of(folder / "a.tar.gz", noise | {"last.png": png(99)}, "w:gz")
+    whole = (folder / "a.tar.gz").read_bytes()
+    (folder / "a.tar.gz").write_bytes(whole[: len(whole) // 2])
+    assert caption(folder / "a.tar.gz", "--output", tmp_path / "files") == 1
+    assert len(captions(tmp_path / "files")) == 9
+    [failed] = failures(tmp_path / "files")
+    assert failed["path"] == "a.tar.gz" and "damaged" in failed["reason"]
+    # One that is made to fill a disk, and one that this Python may not read.
+    monkeypatch.setattr("qwencli.dataset.parts._SMALL_BYTES", 1000)
+    tar_of(folder / "bomb.tar.gz", {"a.png": bytes(2**22)}, "w:gz")
+    (folder / "b.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(100))
+    named = [folder / "bomb.tar.gz", folder / "b.tar.zst"]
+    assert caption(*named, "--output", tmp_path / "more") == 1
+    assert {row["path"] for row in failures(tmp_path / "more")} == {"bomb.tar.gz", "b.tar.zst"}
+
+
+def test_shards_in_folders_are_found_where_no_pictures_are(caption, pictures, tmp_path, capsys):
+    folder = pictures()
+    (folder / "train").mkdir()
+    for shard in ("train/00.tar", "train/01.tar", "02.tar"):
+        tar_of(folder / shard, {"a.png": PNG})
+    out = folder / "captions.jsonl"
+    assert caption(folder, "--recursive", "--output", out) == 0
+    assert len(out.read_text().splitlines()) == 3
+    assert caption(folder, "--output", tmp_path / "o.jsonl", "--dry-run") == 0
+    assert "1 picture or video: 1 to caption" in capsys.readouterr().err
+    # Beside pictures a shard may be anything, as a backup of them.
+    assert caption(pictures("b.png"), "--dry-run") == 0
+    assert ".tar)" in capsys.readouterr().err
+
+
+def test_a_table_of_captions_in_a_folder_of_shards_is_no_shard(caption, pictures):
+    pytest.importorskip("pyarrow")
+    folder = pictures()
+    tar_of(folder / "00.tar", {"a.png": PNG})
+    for _ in range(2):
+        assert caption(folder, "--output", folder / "captions.parquet") == 0
+
+
+def test_pictures_in_shards_have_their_hints(caption, pictures, tmp_path, engine):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder = pictures()
+    files = {
+        "a/1.png": png(1),
+        "a/1.json": b'{"subject": "a cat", "tags": ["grey", "soft"]}',
+        "2.json": b'{"subject": "a dog"}',
+        "2.png": png(2),
+        "2.txt": b"old, sweet",
+        "3.png": png(3),
+        "3.json": b"{",
+    }
+    tar_of(folder / "s.tar.gz", files, "w:gz")
+    rows = [{"bytes": png(4), "path": "4.png"}, {"bytes": png(5), "path": "5.png"}]
+    table = pyarrow.table({"image": rows, "subject": ["a hen", None], "tags": [["x"], []]})
+    parquet.write_table(table, folder / "t.parquet")
+    asked = []
+
+    def answer(request):
+        asked.append(request.messages[-1].parts[-1].text)
+        return f"A picture of {asked[-1]}."
+
+    engine.answer = answer
+    shards = [folder / "s.tar.gz", folder / "t.parquet"]
+    prompt = ["--prompt", "{name}: {subject} ({tags})", "--retries", "0", "--guards", "none"]
+    assert caption(*shards, *prompt, "--output", tmp_path / "files") == 1
+    assert sorted(asked)[:3] == [
+        "0000-000000-4: a hen (x)",
+        "0000-000001-5:  ()",
+        "1: a cat (grey, soft)",
+    ]
+    assert sorted(asked)[3] == "2: a dog (old, sweet)"
+    [failed] = failures(tmp_path / "files")
+    assert failed["path"] == "s.tar.gz/3.png" and "is not JSON" in failed["reason"]
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.parquet", "gone.tar"])
