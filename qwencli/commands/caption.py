@@ -26,7 +26,7 @@ def caption(
         list[str] | None,
         typer.Argument(
             metavar="IMAGE...",
-            help="Image or video files, folders, .tar(.gz) or .parquet shards, addresses; - = stdin.",
+            help="Images, videos, folders, .tar(.gz) or .parquet shards, addresses; - = stdin.",
         ),
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to ask.")] = None,
