@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -14,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from qwencli.commands.bench_study import study
-from qwencli.config import DType, LoadFormat, parse_seq_len
+from qwencli.config import DType, EngineName, LoadFormat, parse_seq_len
 from qwencli.errors import UsageError
 from qwencli.output import Output
 
@@ -127,6 +128,14 @@ def bench(
             metavar="N", min=1, help="Of the CPU, where it computes. Default: as many as pay."
         ),
     ] = None,
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="A server, for --engine remote; repeatable."),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="For those servers. Default: $QWENCLI_API_KEY."),
+    ] = None,
     quality: Annotated[
         bool, _checks(help="After the timed runs, check whether the answers are right.")
     ] = True,
@@ -169,6 +178,10 @@ def bench(
     from qwencli.bench.run.bench_run import RunSettings, measure, show_cells
     from qwencli.bench.run.campaign_runner import read_cooldown
 
+    if api_key is not None:
+        os.environ["QWENCLI_API_KEY"] = api_key  # where processes of our own find it too
+    if endpoint and engine is None:
+        engine = EngineName.REMOTE
     axes = {
         "model": model,
         "engine": engine,
@@ -195,6 +208,7 @@ def bench(
         max_seq_len=None if max_seq_len is None else parse_seq_len(max_seq_len),
         quality_samples=quality_samples if quality else 0,
         threads=threads,
+        endpoints=tuple(endpoint or ()),
     )
     output = context.ensure_object(Output)
     if plant is not None:

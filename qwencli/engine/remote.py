@@ -139,7 +139,7 @@ class _Retry(Exception):
         self.error, self.unreachable, self.pause_s = error, unreachable, pause_s
 
 
-def remote_model(endpoints: Sequence[str], name: str | None, *, offline: bool) -> ModelSpec:
+def remote_model(endpoints: Sequence[str], name: str | None, *, offline: bool = False) -> ModelSpec:
     """The model that is asked for by this name, or the only one that the servers have.
 
     Raises:

@@ -7,14 +7,29 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from qwencli.bench.plan import prepare as preparing
+from qwencli.bench.plan.campaign_plan import dump_spec, load_spec
+from qwencli.bench.plan.environment import environment
+from qwencli.bench.plan.stopping import Progress, Wanted
+from qwencli.bench.run import worker
 from qwencli.cli import run
-from qwencli.config import EngineConfig, EngineName, ModelSource, ModelSpec, SamplingOptions
+from qwencli.config import (
+    DType,
+    EngineConfig,
+    EngineName,
+    LoadFormat,
+    ModelSource,
+    ModelSpec,
+    SamplingOptions,
+)
 from qwencli.engine import remote
 from qwencli.engine.client import generate_many
+from qwencli.engine.machine.device import DeviceFacts
 from qwencli.engine.remote import RemoteEngine, endpoint_url
 from qwencli.errors import AnswerError, EndpointError, InputError, UsageError
 from qwencli.messages import GenerationRequest, ImagePart, user_message
@@ -366,3 +381,42 @@ def _answers_nonsense(listening: socket.socket) -> None:
 def test_a_chat_through_a_server(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["chat", "Hello?", "--endpoint", server.url]) == 0
     assert capsys.readouterr().out == "An answer.\n"
+
+
+def test_a_campaign_measures_a_server(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its cell as a worker measures it; modes that are the server's are skipped."""
+    facts = DeviceFacts("cpu", None, None, None, None, "2.13", None, None, "no flash", None)
+    monkeypatch.setattr(preparing, "read_device_facts", lambda device: facts)
+    server.say = lambda body: " ".join(["word"] * body["max_tokens"])
+    request = preparing.BenchRequest(
+        matrix="quick", exclude=(), repetition=Wanted(runs=2), max_new_tokens=8, prompt=None,
+        axes={"engine": "remote", "quantization": "none,8bit", "attention": "sdpa",
+              "cache": "dynamic"},
+        images=(), seed=0, device="auto", dtype=DType.AUTO, load_format=LoadFormat.AUTO,
+        max_seq_len=None, quality_samples=0, endpoints=(server.url,),
+    )  # fmt: skip
+    plan, _ = preparing.prepare(request)
+    cell, skipped = plan.cells
+    assert cell.skip_reason is None and "belongs to the server" in str(skipped.skip_reason)
+    assert plan.document()["endpoints"] == [server.url]
+    messages: list[dict[str, Any]] = []
+    spec = load_spec(dump_spec(plan.worker_spec(cell, 1, Progress())))
+    worker.run_cell(spec, messages.append)
+    rows = [message["row"] for message in messages if message["type"] == "run"]
+    assert [row["status"] for row in rows] == ["warmup", "ok", "ok"]
+    assert all(row["ttft_s"] > 0 and row["num_new_tokens"] == 16 for row in rows)
+    assert all(row["ran_cache"] is row["prefill_s"] is None for row in rows)
+    assert all(len(each["tokens"]) == 8 for each in messages if each["type"] == "run")
+    assert messages[-1] == {"type": "end", "status": "ok", "reason": None}
+    assert all(body["ignore_eos"] and body["min_tokens"] == 8 for body in server.bodies)
+    assert run(["bench", "--engine", "remote"]) == 2
+    assert "needs a server" in capsys.readouterr().err
+
+
+def test_no_file_of_a_campaign_has_the_key() -> None:
+    said = ["bench", "--api-key", "sekret", "--api-key=sekret", "--runs", "2"]
+    facts = DeviceFacts("cpu", None, None, None, None, "2.13", None, None, None, None)
+    told = environment(facts, said, 0)["command_line"]
+    assert told == ["qwencli", "bench", "--api-key", "***", "--api-key=***", "--runs", "2"]

@@ -108,9 +108,10 @@ def quality_columns(rows: Sequence[RawRow]) -> dict[str, float | int | None]:
 
 
 def wants_reference(model: ModelSpec, load_format: LoadFormat) -> bool:
-    """Whether the model's quality is told by divergence: real weights that are not the bundled
-    model's, which is told by its captions."""
-    return model.source is not ModelSource.BUNDLED and load_format is LoadFormat.AUTO
+    """Whether the model's quality is told by divergence: real weights that are here, and not the
+    bundled model's, which is told by its captions."""
+    told_otherwise = (ModelSource.BUNDLED, ModelSource.REMOTE)
+    return model.source not in told_otherwise and load_format is LoadFormat.AUTO
 
 
 def passages() -> list[str]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,6 +93,7 @@ def load_spec(line: str) -> WorkerSpec:
     reference = raw.pop("reference")
     model = config.pop("model")
     model["source"] = ModelSource(model["source"])
+    config["endpoints"] = tuple(config["endpoints"])
     model["path"] = None if model["path"] is None else Path(model["path"])
     modes: dict[str, Any] = {
         key: _ENUMS[key](value) if key in _ENUMS and value is not None else value
@@ -136,6 +137,7 @@ class Settings:
     reload_before: tuple[int, ...] = ()
     quality_samples: int = 0
     threads: int | None = None
+    endpoints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,15 @@ class Plan:
         """What process `turn` of the cell is told, after what the cell has already."""
         settings = self.settings
         model = self.models[cell.model]
-        return WorkerSpec(
-            config=EngineConfig(
+        if cell.engine is EngineName.REMOTE:
+            # All else was said where the server was started.
+            config = EngineConfig(
+                model=replace(model, source=ModelSource.REMOTE),
+                engine=cell.engine,
+                endpoints=settings.endpoints,
+            )
+        else:
+            config = EngineConfig(
                 model=model,
                 engine=cell.engine,
                 quantization=cell.quantization,
@@ -178,7 +187,9 @@ class Plan:
                 load_format=settings.load_format,
                 max_seq_len=settings.max_seq_len,
                 threads=settings.threads,
-            ),
+            )
+        return WorkerSpec(
+            config=config,
             load_mode=cell.load_mode,
             turn=settings.stop.turn(turn),
             progress=progress,
@@ -243,6 +254,7 @@ class Plan:
             "quality_samples": settings.quality_samples,
             "threads": settings.threads,
             **({"as_origin": True} if self.as_origin else {}),
+            **({"endpoints": list(settings.endpoints)} if settings.endpoints else {}),
             "cells": [
                 {"cell_id": cell.cell_id, **cell.axes(), "skip_reason": cell.skip_reason}
                 for cell in self.cells

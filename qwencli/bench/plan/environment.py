@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,22 @@ def environment(facts: DeviceFacts, arguments: Sequence[str], seed: int) -> dict
             for name, value in sorted(os.environ.items())
             if name.startswith(_PREFIXES) and name not in _WITHOUT_PATHS
         },
-        "command_line": ["qwencli", *(_without_home(argument) for argument in arguments)],
+        "command_line": ["qwencli", *map(_without_home, _without_key(arguments))],
         "seed": seed,
     }
+
+
+def _without_key(arguments: Sequence[str]) -> Iterator[str]:
+    """What servers are shown as a key stands in no file."""
+    previous = ""
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if previous == "--api-key":
+            argument = "***"
+        elif name == "--api-key" and equals:
+            argument = f"{name}=***"
+        previous = argument
+        yield argument
 
 
 def _without_home(text: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwencli.bench.plan.campaign_plan import Plan, Settings
 from qwencli.bench.plan.environment import read_device_facts
-from qwencli.bench.plan.matrix import AXES, expand, override
+from qwencli.bench.plan.matrix import AXES, DEFAULT_AXES, expand, override
 from qwencli.bench.plan.matrix_file import (
     EXAMPLE_IMAGE,
     ORIGIN,
@@ -19,6 +20,7 @@ from qwencli.bench.plan.matrix_file import (
 from qwencli.bench.plan.stopping import Wanted, stop_rule
 from qwencli.config import (
     DType,
+    EngineName,
     LoadFormat,
     ModelSource,
     ModelSpec,
@@ -27,7 +29,7 @@ from qwencli.config import (
     check_sampling,
 )
 from qwencli.engine.machine.device import DeviceFacts
-from qwencli.errors import ModelFileError
+from qwencli.errors import ModelFileError, UsageError
 
 # Of a GPU's memory: what a model that nobody named may take.
 FILL = 0.9
@@ -58,6 +60,7 @@ class BenchRequest:
     max_seq_len: SeqLen | None
     quality_samples: int
     threads: int | None = None
+    endpoints: tuple[str, ...] = ()
 
 
 def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
@@ -76,8 +79,18 @@ def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
     images = tuple(find_image(image, Path.cwd()) for image in request.images)
     matrix = override(load_matrix(request.matrix), request.axes, request.exclude)
     stop = stop_rule(request.repetition.over(matrix.repetition))
-    default_model = None if "model" in matrix.axes else resolve_model(None)
-    models = {name: resolve_model(name) for name in matrix.axes.get("model", ())}
+    engines = matrix.axes.get("engine", DEFAULT_AXES["engine"])
+    if EngineName.REMOTE in engines and not request.endpoints:
+        raise UsageError(
+            "--engine remote needs a server", "give --endpoint http://127.0.0.1:8000/v1"
+        )
+    named = resolve_model
+    if set(engines) == {EngineName.REMOTE}:
+        from qwencli.engine.remote import remote_model
+
+        named = functools.partial(remote_model, request.endpoints)
+    default_model = None if "model" in matrix.axes else named(None)
+    models = {name: named(name) for name in matrix.axes.get("model", ())}
     facts = read_device_facts(request.device)
     load_format, quality_samples, notice = request.load_format, request.quality_samples, None
     if default_model and (worth := _worth_measuring(default_model, facts, load_format)):
@@ -106,6 +119,7 @@ def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
         max_seq_len=request.max_seq_len,
         quality_samples=quality_samples,
         threads=request.threads,
+        endpoints=request.endpoints,
     )
     as_origin = matrix.name == ORIGIN
     plan = Plan(tuple(cells), settings, models, notice=notice, as_origin=as_origin)
@@ -141,6 +155,8 @@ def _unusable(models: Mapping[str, ModelSpec], load_format: LoadFormat) -> dict[
 
     found: dict[str, ModelFileError] = {}
     for name, spec in models.items():
+        if spec.source is ModelSource.REMOTE:
+            continue
         try:
             check_model(spec, load_format)
         except ModelFileError as error:

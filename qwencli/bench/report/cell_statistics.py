@@ -30,7 +30,7 @@ from qwencli.bench.plan.stopping import (
 from qwencli.bench.report.steadiness import Steadiness, level_change, steadiness, steadiness_columns
 from qwencli.bench.statistics.robust import is_unstable, run_ratio
 from qwencli.bench.statistics.slow_tokens import percentile
-from qwencli.config import Speculate
+from qwencli.config import EngineName, Speculate
 
 # How verdicts begin whose figure is not to be quoted, although its runs did equal work.
 NOT_QUOTABLE, UNSTABLE = "not quotable", "unstable"
@@ -232,6 +232,8 @@ def _unequal_work(data: CellData) -> str | None:
 
 
 def _other_mode_ran(data: CellData) -> str | None:
+    if data.axes["engine"] == EngineName.REMOTE:
+        return None  # its modes are its own affair
     for asked, ran in _SAME_NAMES:
         others = {row[ran] for row in data.generated} - {data.axes[asked]}
         if others and data.axes[asked] != "auto":

@@ -14,7 +14,7 @@ from qwencli.bench.measure.quality import (
     reference_rows,
 )
 from qwencli.bench.plan.campaign_plan import WorkerSpec
-from qwencli.config import ModelSpec
+from qwencli.config import EngineName, ModelSpec
 from qwencli.engine.protocol import Engine, drain
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationResult
@@ -47,6 +47,8 @@ def post_run_checks(
         rows = list(reference_rows(_local(engine), spec.config.model.name))
         yield {"type": "rows", "file": "reference", "rows": rows}
         return
+    if spec.config.engine is EngineName.REMOTE:
+        return  # what computes is elsewhere, and no logits come from there
     if spec.roofline:
         yield _rows("roofline", lambda: [roofline_row(engine, spec, request, last)])
     if spec.quality_samples and has_captions(engine):

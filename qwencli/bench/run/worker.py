@@ -28,7 +28,7 @@ from qwencli.bench.plan.campaign_plan import WorkerSpec, load_spec
 from qwencli.bench.run.post_run_checks import PostRunChecks, post_run_checks
 from qwencli.bench.statistics.slow_tokens import run_latency
 from qwencli.bench.storage.columns import RUNS
-from qwencli.config import EngineConfig, LoadMode, SamplingOptions
+from qwencli.config import EngineConfig, EngineName, LoadMode, SamplingOptions
 from qwencli.engine.factory import create_engine
 from qwencli.engine.machine.child_process import end_with_parent
 from qwencli.engine.machine.device import memory_stats, reset_peak_memory
@@ -135,7 +135,7 @@ def _measure_all(
         if spec.purpose == "reference":
             yield from checks(engine, spec, request, {})
             return
-        probe = TokenProbe(engine.effective.device)
+        probe = TokenProbe(_device_here(engine))
         # Run 0 pays for lazy start-up, is recorded, and counts in no statistic.
         message = measure(engine, request, 0, probe, fresh=True)
         runs_left = spec.purpose == "runs"
@@ -152,7 +152,8 @@ def _measure_all(
             message = measure(engine, request, run, probe, fresh=fresh)
             yield message
             progress = progress.plus(message["row"])
-        if spec.roofline and spec.max_new_tokens > 3 * probe_overhead.STRETCH:
+        remote = spec.config.engine is EngineName.REMOTE
+        if spec.roofline and not remote and spec.max_new_tokens > 3 * probe_overhead.STRETCH:
             yield from _probe_messages(engine, request, probe)
         yield from checks(engine, spec, request, message["row"])
     finally:
@@ -203,7 +204,7 @@ def measure(
 
     `load_s` stands only in the run that a load came before (`fresh`).
     """
-    device = engine.effective.device
+    device = _device_here(engine)
     reset_peak_memory(device)
     start_s = time.perf_counter()
     # The probe outside: what it measures of the host when the run has ended is no part of it.
@@ -229,6 +230,12 @@ def measure(
         "tokens": _tokens(result),
         "host": probe.rows(host.collections),
     }
+
+
+def _device_here(engine: Engine) -> str:
+    """What can be watched of an engine from here; a server's own device cannot."""
+    ran = engine.effective
+    return "cpu" if ran.engine == EngineName.REMOTE else ran.device
 
 
 def _result_columns(result: GenerationResult) -> dict[str, Any]:

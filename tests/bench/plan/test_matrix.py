@@ -22,7 +22,7 @@ values = {
         if kinds is None
         else st.sampled_from([k.value for k in kinds]),
         min_size=1,
-        max_size=4,
+        max_size=3,
         unique=True,
     ).map(tuple)
     for axis, kinds in AXES.items()
