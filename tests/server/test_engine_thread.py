@@ -11,6 +11,7 @@ import pytest
 from qwencli.engine.request import StepOutput
 from qwencli.errors import EngineError, ModelFileError
 from qwencli.messages import GenerationRequest, text_message
+from qwencli.server import engine_thread
 from qwencli.server.engine_thread import EngineThread
 from tests.dataset.fake_engine import FakeEngine
 from tests.server.conftest import serving
@@ -91,3 +92,26 @@ def test_closing_tells_those_that_wait() -> None:
             thread.submit(asked)
 
     asyncio.run(asyncio.wait_for(ask(), 20))
+
+
+def test_with_many_readers_tokens_come_together(monkeypatch) -> None:
+    """The first one and the last one at once."""
+    monkeypatch.setattr(engine_thread, "EVENT_S", 1000.0)
+    engine = FakeEngine(SimpleNamespace(batch_invariant=True))
+    thread = EngineThread(engine)
+    thread.start()
+
+    async def ask() -> list[list[int]]:
+        asked = GenerationRequest((text_message("user", "Hi"),))
+        found = []
+        for answer in [thread.submit(asked) for _ in range(3)]:
+            events = [await answer.pieces()]
+            while events[-1][-1].result is None:
+                events.append(await answer.pieces())
+            found.append([len(pieces) for pieces in events])
+        return found
+
+    found = asyncio.run(asyncio.wait_for(ask(), 20))
+    thread.close()
+    assert [sum(each) for each in found] == [1, 2, 3]
+    assert max(map(len, found)) <= 2
