@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -47,33 +46,41 @@ class CachedMatrices:
 
     def __init__(self, stored: dict[str, StoredTensor], sums: dict[str, str], schemes: Any) -> None:
         self._stored, self._wanted, self._schemes = stored, sums, schemes
-        self._sums: dict[str, str] = {}
+        self._sums: dict[str, Sequence[torch.Tensor] | str] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._schemes
 
-    def read(self, name: str, reader: Reader) -> QuantizedTensor:
-        """The matrix of this name, on the reader's device.
+    def begin(self, name: str, reader: Reader) -> Callable[[], QuantizedTensor]:
+        """Begin to read the matrix of this name to the reader's device; what is returned ends it.
 
         Raises:
             DamagedCache: the file went away, or became shorter, since it was opened.
         """
-        parts = {}
+        begun = {}
         for part in _PARTS:
             source = self._stored.get(f"{name}.{part}")
             if source is not None:
+                begun[part] = source.name, *reader.begin_as_stored(source)
+
+        def finish() -> QuantizedTensor:
+            parts = {}
+            for part, (stored, tensor, reading) in begun.items():
                 try:
-                    parts[part] = reader.as_stored(source)
+                    reading.wait()
                 except (OSError, ModelFileError) as error:
                     raise DamagedCache from error
-                self._sums[source.name] = checksum(parts[part])
-        return QuantizedTensor(
-            Scheme(self._schemes[name]), parts["data"], parts["scale"], parts.get("zero")
-        )
+                parts[part] = tensor
+                self._sums[stored] = sums_of(tensor)
+            return QuantizedTensor(
+                Scheme(self._schemes[name]), parts["data"], parts["scale"], parts.get("zero")
+            )
+
+        return finish
 
     def verify(self) -> None:
         """Raises DamagedCache unless every byte that was read is what was written."""
-        if any(found != self._wanted[name] for name, found in self._sums.items()):
+        if any(digest_of(found) != self._wanted[name] for name, found in self._sums.items()):
             raise DamagedCache
 
 
@@ -169,8 +176,8 @@ class CacheWriter:
             assert len(header) <= self._room, "an entry is shorter than _ENTRY_BYTES"
             stream.seek(0)
             stream.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+            # Not forced onto the disk: a file that a failure of power left torn has other sums.
             stream.flush()
-            os.fsync(stream.fileno())
             if sys.platform == "win32":  # which renames no file that is open
                 stream.close()
             self._temporary.replace(self._file)
@@ -253,10 +260,23 @@ def checksum(tensor: torch.Tensor) -> str:
     A digest of these sums, in order, is what is returned. Text and no tensor: on the CPU a small
     tensor that stays would keep the heap from giving back what was in use below it.
     """
+    return digest_of(sums_of(tensor))
+
+
+def sums_of(tensor: torch.Tensor) -> Sequence[torch.Tensor] | str:
+    """What `checksum` is a digest of, on the tensor's device; on the CPU the digest itself."""
     raw = tensor.contiguous().view(-1).view(torch.uint8)
     whole = raw.numel() // _ROW_BYTES * _ROW_BYTES
     table = raw[:whole].view(torch.int64).view(-1, _ROW_BYTES // 8)
+    sums = (table.sum(1), table.sum(0), raw[whole:])
+    # A GPU is not waited for, tensor by tensor.
+    return sums if tensor.is_cuda else digest_of(sums)
+
+
+def digest_of(sums: Sequence[torch.Tensor] | str) -> str:
+    if isinstance(sums, str):
+        return sums
     digest = hashlib.sha256()
-    for part in (table.sum(1), table.sum(0), raw[whole:]):
+    for part in sums:
         digest.update(memoryview(part.cpu().view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()[:16]

@@ -9,7 +9,8 @@ quantized here may be kept on disk for the next load (`weight_cache`).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +40,12 @@ if TYPE_CHECKING:
 Tensors = dict[str, torch.Tensor]
 Matrices = dict[str, QuantizedTensor]
 
+# Ends the reading of a tensor, and gives it.
+Begun = Callable[[], torch.Tensor | QuantizedTensor]
+
 DUMMY_STD = 0.02
+# Those on their way to a GPU while one is checked and quantized.
+TENSORS_AHEAD = 4
 DUMMY_DECAYS = 1.0, 16.0
 HEAD = "text.head"
 TOWER_POSITIONS = "vision.positions"
@@ -131,13 +137,17 @@ def load(
         kept = _Kept(found.shape, quantization, "" if packed is None else packed.label, writer)
         with Reader(device) as reader:
             loading = _Loading(found, reader, dtype, device, packed.zero_offset if packed else 0)
-            for spec in wanted:
-                if cached is not None and spec.name in cached:
-                    kept.keep(spec.name, cached.read(spec.name, reader))
-                else:
-                    kept.keep(spec.name, loading.tensor(spec))
+
+            def begun(name: str) -> Begun:
+                if cached is not None and name in cached:
+                    return cached.begin(name, reader)
+                return loading.begin(by_name[name])
+
+            names = [spec.name for spec in wanted]
             if found.shape.text.tied_head and cached is not None:
-                kept.keep(HEAD, cached.read(HEAD, reader))
+                names.append(HEAD)
+            for name, tensor in _ahead(names, begun, device):
+                kept.keep(name, tensor)
             check_zero(found.zero_biases, reader)
             check_scales(check_finite(loading.extremes, dtype), loading.scaled, reader)
         return kept.weights(found.unused)
@@ -146,6 +156,7 @@ def load(
     stored = stored_tensors(files)
     found = find_sources(shape, stored, packed, folder)
     wanted = specs(found.shape)
+    by_name = {spec.name: spec for spec in wanted}
     if cache_file is None:
         return once(None, None)
     from qwencli.engine.loading.weight_cache import through_cache
@@ -154,6 +165,21 @@ def load(
     names = {HEAD, *(spec.name for spec in wanted if is_decoder_matrix(spec.name))}
     loaded, warning = through_cache(cache_file, fingerprint(files), names, once)
     return replace(loaded, warning=warning)
+
+
+def _ahead(
+    names: Iterable[str], begin: Callable[[str], Begun], device: torch.device
+) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
+    """The tensors in order; on a GPU the next ones are on their way while one is worked on."""
+    begun: deque[tuple[str, Begun]] = deque()
+    most = TENSORS_AHEAD if device.type == "cuda" else 0
+    for name in names:
+        begun.append((name, begin(name)))
+        if len(begun) > most:
+            first, finish = begun.popleft()
+            yield first, finish()
+    for last, finish in begun:
+        yield last, finish()
 
 
 def dummy(
@@ -205,7 +231,33 @@ class _Loading:
         self._dtype, self._device = dtype, device
         self._zero_offset = zero_offset
 
-    def tensor(self, spec: TensorSpec) -> torch.Tensor | QuantizedTensor:
+    def begin(self, spec: TensorSpec) -> Begun:
+        """Begin to read a tensor, if all its parts are stored as they are wanted; what is returned
+        ends that, and gives it."""
+        sources = [self._sources[part] for part in spec.parts]
+        stored = [
+            source
+            for part, source in zip(spec.parts, sources, strict=True)
+            if isinstance(source, StoredTensor) and not part.is_transposed(source.shape)
+        ]
+        if len(stored) < len(sources):
+            return lambda: self._tensor(spec)
+        tensor = torch.empty(spec.shape, dtype=self._dtype_of(spec, sources), device=self._device)
+        places = torch.split(tensor, [part.rows for part in spec.parts])
+        on_their_way = [
+            (source.name, rows, self._reader.begin(source, rows.view(-1)))
+            for source, rows in zip(stored, places, strict=True)
+        ]
+
+        def finish() -> torch.Tensor:
+            for name, rows, reading in on_their_way:
+                reading.wait()
+                self._note(name, rows)
+            return tensor
+
+        return finish
+
+    def _tensor(self, spec: TensorSpec) -> torch.Tensor | QuantizedTensor:
         """The tensor; quantized where all its parts came so in one kind, and it may stay so."""
         sources = [self._sources[part] for part in spec.parts]
         layers = [source for source in sources if isinstance(source, PackedLayer)]

@@ -104,7 +104,7 @@ def test_types_are_converted_as_torch_converts_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Small, and no multiple of a row, so that tensors need several pieces.
-    monkeypatch.setattr(reader, "STAGING_BYTES", 1000 * 4)
+    monkeypatch.setattr(reader, "STAGING_BYTES", 1000 * 64)
     hub = hub_tensors(shape, NEW, stored)
     save_file(hub, tmp_path / "model.safetensors")
     loaded = weights.load(tmp_path, shape, wanted, CPU)
