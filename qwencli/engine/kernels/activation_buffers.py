@@ -283,7 +283,10 @@ def takes_float16_kernel(consumer: ActivationConsumer, like: Tensor) -> bool:
     matrix, norm = consumer.matrix, consumer.norm
     if isinstance(matrix, QuantizedTensor) or like.dtype.itemsize != 2 or len(matrix) % 8:
         return False
-    return matrix.dtype == like.dtype and (norm is None or norm.weight.dtype == like.dtype)
+    if norm is None:
+        return matrix.dtype == like.dtype
+    stored = norm.weight if norm.shift is None else norm.shift
+    return matrix.dtype == stored.dtype == like.dtype
 
 
 class BatchedActivationBuffers:

@@ -67,9 +67,12 @@ def vectors_operand(x, DEPTH: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def normed(x, gain, factors, TILE: tl.constexpr):
+def normed(x, gain, factors, TILE: tl.constexpr, ZERO_CENTRED: tl.constexpr):
     """Vectors [M, 2] in the order they are read in, their gains likewise, and factors [8]."""
-    y = tl.reshape(x.to(tl.float32) * gain.to(tl.float32), (TILE, 8, 32))
+    gain = gain.to(tl.float32)
+    if ZERO_CENTRED:
+        gain += 1.0
+    y = tl.reshape(x.to(tl.float32) * gain, (TILE, 8, 32))
     return tl.reshape((y * factors[None, :, None]).to(x.dtype), x.shape)
 
 
@@ -106,10 +109,11 @@ def gemm_float16_kernel(
     ACT_FORMAT: tl.constexpr,
     RUN: tl.constexpr,
     TYPE: tl.constexpr,
+    ZERO_CENTRED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """As `gemv_kernel` for each vector, 16 rows a program, whose columns SPLITS programs share.
-    DEPTH: chunks that a warp reads at once."""
+    DEPTH: chunks that a warp reads at once. ZERO_CENTRED: the norm multiplies by 1 + gain."""
     WIDTH: tl.constexpr = K // 2
     TILE: tl.constexpr = DEPTH * WARPS
     CHUNKS: tl.constexpr = (K + 31) // 32
@@ -161,7 +165,7 @@ def gemm_float16_kernel(
         x = as_floats(words, TYPE)
         if gain_ptr is not None:
             next_gain = vector_words(gain_ptr, after, end, WIDTH, 0, TILE)
-            x = normed(x, as_floats(gain, TYPE), factors, TILE)
+            x = normed(x, as_floats(gain, TYPE), factors, TILE, ZERO_CENTRED)
             gain = next_gain
         vectors = vectors_operand(x, DEPTH, WARPS)
         acc = tl.dot(rows_operand(low, high, TYPE, DEPTH, WARPS), vectors, acc)

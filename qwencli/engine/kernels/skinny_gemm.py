@@ -181,11 +181,14 @@ class SkinnyGemm:
     ) -> None:
         tiles, splits = self._tiles(kind, around)
         norm = around.norm
+        gain = None
+        if norm is not None:
+            gain = (norm.weight if norm.shift is None else norm.shift).view(torch.int32)
         vectors = self.ready.find(x, ActivationConsumer(norm, matrix))
         ready = self.ready.output_for(around.after, y)
         gemm_float16_kernel[triton.cdiv(kind.rows, BLOCK_ROWS) * splits,](
             x.view(torch.int32),
-            None if norm is None else norm.weight.view(torch.int32),
+            gain,
             ready.buffers[3] if vectors is None else vectors.buffers[3],
             weight.view(torch.int32),
             *self._ends(y, around),
@@ -200,6 +203,7 @@ class SkinnyGemm:
             ACT_FORMAT=int(ready.layout.act_format),
             RUN=ready.layout.run,
             TYPE=TYPES[x.dtype],
+            ZERO_CENTRED=norm is not None and norm.shift is not None,
             **_modes(x, around),
             **launch(tiles.num_warps),
         )

@@ -189,7 +189,10 @@ def _gain(shape: TextShape, weights: Tensors, name: str) -> torch.Tensor:
 
 
 def _norm(shape: TextShape, weights: Tensors, name: str) -> RMSNorm:
-    return RMSNorm(_gain(shape, weights, name), shape.rms_norm_eps)
+    if not shape.zero_centred_norms:
+        return RMSNorm(weights[name], shape.rms_norm_eps)
+    shift = weights[name].to(weights["text.embed"].dtype)
+    return RMSNorm(shift.float() + 1, shape.rms_norm_eps, shift)
 
 
 def _gated_delta(shape: TextShape, weights: Tensors, at: str) -> GatedDelta:

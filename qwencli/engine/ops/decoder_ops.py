@@ -49,10 +49,15 @@ class RMSNorm:
 
     The norm of x is `direction(x) * gain`, for callers that have something else to multiply by. A
     weight in float32 is multiplied by before the result is rounded to the type of x.
+
+    Args:
+        shift: of a zero-centred norm what `weight` has more than 1, in the type of the model: what
+            kernels take that read two values at a time. 1 + shift has no such type.
     """
 
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+    def __init__(self, weight: torch.Tensor, eps: float, shift: torch.Tensor | None = None) -> None:
         self.weight = weight
+        self.shift = shift
         self.eps = eps
         self._size = (weight.shape[-1],)
         self._by_parts = weight.device.type == "cpu" and weight.dtype == torch.float32

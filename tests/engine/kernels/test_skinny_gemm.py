@@ -14,6 +14,7 @@ from qwencli.engine.kernels import activation_buffers as ready_module
 from qwencli.engine.kernels import fused_ops as fused_module
 from qwencli.engine.kernels.activation_buffers import ActivationConsumer
 from qwencli.engine.kernels.fused_ops import fused_ops
+from qwencli.engine.kernels.skinny_gemm import Epilogue, SkinnyGemm
 from qwencli.engine.kernels.tiles import AttentionTiles, GemvTiles, MatrixKind
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import Fused, QwenModel
@@ -295,3 +296,22 @@ def test_vectors_of_any_size_keep_their_small_values(scheme: Scheme) -> None:
     expected = steps @ matrix.dequantize(torch.float64).t()
     for row in range(2):
         assert relative(y[row].double(), expected[row]) < 3e-4
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("tokens", [2, 3])
+def test_a_zero_centred_norm_multiplies_by_one_and_its_weight(tokens: int) -> None:
+    """1 + weight has no 16-bit type, and the kernel reads the weight two values at a time."""
+    make = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 96, generator=make).half()
+    weight = torch.randn(40, 96, generator=make).mul_(0.1).half()
+    shift = torch.randn(96, generator=make).mul_(0.05).half()
+    norm = RMSNorm(shift.float() + 1, 1e-6, shift)
+    y = torch.zeros(tokens, 40, dtype=torch.float16)
+    assert ready_module.takes_float16_kernel(ActivationConsumer(norm, weight.t()), x)
+    best = torch.zeros(8, dtype=torch.int64)
+    options = {"PDL": False}
+    product = SkinnyGemm(best, 96, two_share, lambda warps: options | {"num_warps": warps}, "ieee")
+    product(x, weight.t(), y, Epilogue(norm))
+    expected = norm(x).float() @ weight.float().t()
+    torch.testing.assert_close(y.float(), expected, atol=5e-3, rtol=5e-3)
