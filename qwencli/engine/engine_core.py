@@ -262,7 +262,7 @@ class EngineCore:
         rest: list[Key] | None = None
         if asked.bypass_caches:
             digests = [os.urandom(len(each)) for each in digests]
-        elif self._scheduler.states is None:
+        else:
             keys = keys_of(prompt, digests)
             pages = page_keys(keys, PAGE_SIZE)
             rest = keys[len(pages) * PAGE_SIZE :]
@@ -303,11 +303,12 @@ class EngineCore:
         if self._clock is None:
             self._clock = EventTimer(self._effective.device)
         step = _Step(alone=not batch.prefill and batch.encode is None)
-        self._runner.rearrange(batch.moves, batch.released)
+        self._runner.rearrange(batch.moves, batch.released, batch.restored)
         if batch.encode is not None:
             self._encode(batch.encode, self._clock)
         if batch.prefill:
             self._prefill(batch.prefill, self._clock, step)
+            self._runner.keep(batch.kept)
         decode = [each for each in batch.decode if each.row is not None]
         if decode:
             self._decode(decode, self._clock, step)
@@ -417,6 +418,8 @@ class EngineCore:
             return
         # Outside the handler: until it ends, the traceback holds the tensors that must go.
         self._release()
+        for chunk in chunks:
+            self._scheduler.unkept(chunk.sequence, chunk.stop)
         again = len(active) > 1
         if isinstance(failure, OutOfMemoryError):
             said = self._back_off(chunks)

@@ -45,6 +45,8 @@ class Sequence:
             tokens; none while it waits. state: the slot of what it keeps beside them, where the
             model keeps states.
         page_keys: of the whole pages of its tokens, see `prefix_cache.page_keys`.
+        keep_at: after how many of its tokens its state is kept for others that begin alike; 0 = it
+            is not.
         num_cached: prompt tokens that another sequence had computed, in pages that it shares.
         num_computed: prompt tokens whose keys and values are in the pool, or on the way there.
         num_scheduled: new tokens that steps were scheduled for, one a step until it is known that a
@@ -65,6 +67,7 @@ class Sequence:
     row: int | None = None
     pages: list[int] = field(default_factory=list)
     state: int | None = None
+    keep_at: int = 0
     num_cached: int = 0
     num_computed: int = 0
     num_scheduled: int = 0
@@ -114,6 +117,8 @@ class Batch:
         prefill: prompts, or parts of them; the last part of one gives its first token.
         decode: sequences that take one more token afterwards, those just prefilled among them.
         released: rows that must forget what they ran before, after the moves.
+        restored: states that sequences go on from, (from, to), before anything runs. kept: states
+            that are kept for others, likewise, once the prompts have run.
     """
 
     moves: tuple[tuple[int, int], ...]
@@ -121,3 +126,5 @@ class Batch:
     decode: tuple[Sequence, ...]
     released: tuple[int, ...]
     encode: Sequence | None = None
+    restored: tuple[tuple[int, int], ...] = ()
+    kept: tuple[tuple[int, int], ...] = ()

@@ -264,9 +264,15 @@ class ModelRunner:
         return found
 
     @torch.inference_mode()
-    def rearrange(self, moves: Sequence[tuple[int, int]], released: Sequence[int]) -> None:
-        """Begin a step: rows take their places."""
+    def rearrange(
+        self,
+        moves: Sequence[tuple[int, int]],
+        released: Sequence[int],
+        restored: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Begin a step: rows take their places, and states those that they go on from."""
         self.state.resume()
+        self.keep(restored)
         if moves:
             self.state.move(moves)
         if released:
@@ -388,6 +394,12 @@ class ModelRunner:
         self, key: Hashable, inputs: Sequence[Tensor], make: Callable[[], Pass]
     ) -> Sequence[Tensor]:
         return make()(inputs) if self._shapes is None else self._shapes.run(key, inputs, make)
+
+    @torch.inference_mode()
+    def keep(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy states from slot to slot, in this order."""
+        if copies and self.states is not None:
+            self.states.copy(copies)
 
     def forget_shapes(self) -> None:
         """Give back the memory that passes of prompts and pictures hold as graphs."""

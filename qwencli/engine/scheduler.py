@@ -21,6 +21,9 @@ from qwencli.engine.cache.paged_kv import PAGE_SIZE, PagePool, pages_for
 from qwencli.engine.cache.recurrent_state import SnapshotPool
 from qwencli.engine.request import Batch, PromptChunk, RequestId, Sequence
 
+# Up to which the ends of prompts are kept where sequences keep states: each copy is read by few.
+FEW_SEQUENCES = 3
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -74,6 +77,7 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._rows: list[Sequence | None] = [None] * limits.max_rows
         self._released: set[int] = set()
+        self._restored: list[tuple[int, int]] = []
 
     @property
     def has_unfinished(self) -> bool:
@@ -110,7 +114,25 @@ class Scheduler:
         # A row taken again forgets as well: the steps until its prompt is through run it idle.
         released = tuple(sorted(self._released - {place for _, place in moves}))
         self._released.clear()
-        return Batch(moves, prefill, decode, released, encode)
+        restored, self._restored = tuple(self._restored), []
+        return Batch(moves, prefill, decode, released, encode, restored, self._kept(prefill))
+
+    def _kept(self, prefill: tuple[PromptChunk, ...]) -> tuple[tuple[int, int], ...]:
+        """States to keep once these prompts have run, (from, to)."""
+        copies = []
+        for chunk in prefill:
+            sequence = chunk.sequence
+            if self.states is None or sequence.state is None or chunk.stop != sequence.keep_at:
+                continue
+            slot = self.states.keep(sequence.page_keys[chunk.stop // PAGE_SIZE - 1])
+            if slot is not None:
+                copies.append((sequence.state, slot))
+        return tuple(copies)
+
+    def unkept(self, sequence: Sequence, stop: int) -> None:
+        """The chunk of a sequence up to `stop` has failed: so has what was to be kept of it."""
+        if self.states is not None and stop == sequence.keep_at and stop:
+            self.states.forget(sequence.page_keys[stop // PAGE_SIZE - 1])
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, at whatever stage it is; its row and pages are free from the next
@@ -160,7 +182,13 @@ class Scheduler:
             if self._prefilling and (first.alone or self._prefilling[-1].alone):
                 break
             # The last token is run in any case: its logits are wanted.
-            shared = self.pool.share(first.page_keys[: (first.num_prompt_tokens - 1) // PAGE_SIZE])
+            keys = first.page_keys[: (first.num_prompt_tokens - 1) // PAGE_SIZE]
+            shared = self.pool.share(keys)
+            there, source = len(shared), None
+            if self.states is not None:
+                count, source = self.states.find(keys[:there])
+                self.pool.free(shared[count:])
+                shared = shared[:count]
             cached = len(shared) * PAGE_SIZE
             left = first.num_prompt_tokens - cached
             # A prompt is cut only if it would be cut in a step of its own too.
@@ -177,11 +205,27 @@ class Scheduler:
             if self.states is not None:
                 first.state = self.states.allocate()
                 assert first.state is not None, "there are as many as rows"
+                if source is not None:
+                    self._restored.append((source, first.state))
+                first.keep_at = self._keep_at(keys, there, len(shared))
             first.row = self._rows.index(None)
             self._rows[first.row] = first
             self._prefilling.append(first)
             tokens += left
         self._leave_odd()
+
+    def _keep_at(self, keys: list[bytes], there: int, used: int) -> int:
+        """After how many tokens the state of a sequence that starts is worth keeping, see
+        `Sequence`: where its beginning parts from one that was here before, or at the end of its
+        prompt while few run, as in a chat. A chunk of a prompt must end there.
+
+        Args:
+            there: pages of its beginning that others have computed. used: those it goes on from.
+        """
+        if there > used:
+            return there * PAGE_SIZE
+        few = len(self._running) + len(self._prefilling) + len(self.waiting) <= FEW_SEQUENCES
+        return len(keys) * PAGE_SIZE if few and len(keys) > used else 0
 
     def _leave_odd(self) -> None:
         """Let the last of some equal prompts start a step later, see `Limits`."""
@@ -199,6 +243,8 @@ class Scheduler:
         for sequence in tuple(self._prefilling):
             start = sequence.num_computed
             stop = min(sequence.num_prompt_tokens, start + self.limits.tokens_within(start, left))
+            if start < sequence.keep_at < stop:
+                stop = sequence.keep_at
             if stop == start:
                 break
             if sequence.visual_before(stop) is not None:

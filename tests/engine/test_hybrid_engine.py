@@ -16,13 +16,14 @@ from qwencli.config import (
     SamplingOptions,
     Speculate,
 )
+from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.client import generate_many
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.scheduler import Limits
 from qwencli.errors import UnsupportedModeError
-from qwencli.messages import GenerationRequest, user_message
+from qwencli.messages import GenerationRequest, text_message, user_message
 from tests.checkpoints import engine_config, film, picture
 
 # Few rows and tokens, so that requests wait, prompts are cut and rows are used again.
@@ -122,3 +123,27 @@ def test_every_large_matrix_is_quantized_and_nothing_that_is_exponentiated(
             )
         again = replace(ask(max_new_tokens=8))
         assert next(generate_many(loaded, [again])).token_ids == result.token_ids
+
+
+def test_the_next_turn_goes_on_from_a_state_that_was_kept(engine):
+    """A beginning is only of use where a state was kept: at the end of a prompt, in whole pages."""
+    first = ask("Tell me. " * 30, [picture()], max_new_tokens=20)
+    answer = engine.generate(first)
+    assert answer.num_cached_tokens == 0
+    turns = (*first.messages, text_message("assistant", answer.text), user_message("And then?"))
+    again = replace(first, messages=turns)
+    second = engine.generate(again)
+    assert second.num_cached_tokens == (answer.num_prompt_tokens - 1) // PAGE_SIZE * PAGE_SIZE > 0
+    # Many at once: no ends of prompts are kept, but where beginnings part that came before.
+    fresh = engine.generate(replace(again, bypass_caches=True))
+    assert fresh.token_ids == second.token_ids and fresh.num_cached_tokens == 0
+    others = [
+        replace(first, messages=(text_message("system", "Be brief. " * 40), *ask(f"{n}").messages))
+        for n in range(9)
+    ]
+    together = list(generate_many(engine, others * 2))
+    alone = [engine.generate(replace(each, bypass_caches=True)) for each in others]
+    assert [each.token_ids for each in together] == [each.token_ids for each in alone] * 2
+    assert any(each.num_cached_tokens >= PAGE_SIZE for each in together)
+    states = engine._queue._scheduler.states
+    assert states.num_free == engine._queue._scheduler.limits.max_rows + 8

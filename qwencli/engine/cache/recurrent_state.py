@@ -93,6 +93,12 @@ class SnapshotPool:
             self._kept[key] = slot
         return slot
 
+    def forget(self, key: bytes) -> None:
+        """What was to be kept has not come to be."""
+        slot = self._kept.pop(key, None)
+        if slot is not None:
+            self._free.append(slot)
+
     def find(self, keys: Sequence[bytes]) -> tuple[int, int | None]:
         """How many of these keys, one after the other, the longest beginning that is kept stands
         for, and its slot."""
