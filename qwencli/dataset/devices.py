@@ -22,9 +22,9 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import connection, resource_tracker
 from typing import TYPE_CHECKING, Any, Self
 
-from qwencli.dataset.pipeline import Outcome, Task
+from qwencli.dataset.pipeline import Failed, Outcome, Task
 from qwencli.dataset.worker import Facts, Orders, Ready, joined_facts, worked
-from qwencli.errors import DatasetError, DeviceError, QwenCliError, UsageError
+from qwencli.errors import CaptionError, DatasetError, DeviceError, QwenCliError, UsageError
 
 if TYPE_CHECKING:
     if sys.platform == "win32":  # what `Pipe` gives there
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _ON_THE_WAY = 16
 # How often one looks whether the user wants to stop, and how long a worker may take to leave.
 _LOOK_EVERY_S, _LEAVING_S = 0.2, 30.0
+# What ends a worker from outside: a person, or a system without memory.
+_KILL = 9
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 _DEVICE_OPTION = re.compile(r"--device\b")
 
@@ -124,6 +126,10 @@ class _Worker:
 class DeviceWorkers:
     """Worker processes; a context manager. Inside it at least one has loaded its model.
 
+    What a worker held that died is suspect: those are tried again one at a time, and the one that
+    ends a worker then is listed as failed. Another worker takes the place of the last one, once,
+    and as often as a picture was found to be what ended it.
+
     Args:
         say: takes a line about a worker that is lost.
 
@@ -134,7 +140,9 @@ class DeviceWorkers:
     def __init__(self, orders: Orders, devices: Sequence[str], say: Callable[[str], None]) -> None:
         self._say = say
         self._facts: list[Facts] = []
-        self._returned: deque[Task] = deque()
+        self._suspects: deque[Task] = deque()
+        self._tried: set[Task] = set()
+        self._may_restart = True
         self._orders = [(device, on_device(orders, device, devices)) for device in devices]
         self._workers: list[_Worker] = []
 
@@ -190,17 +198,27 @@ class DeviceWorkers:
             able = [worker for worker, most in may_hold.items() if len(worker.held) < most]
             if not able:
                 return
+            before = unassigned
             for worker in able[:unassigned]:
-                task = self._returned.popleft() if self._returned else next(waiting)
+                if self._suspects and not worker.held:
+                    task: Task | None = self._suspects.popleft()
+                else:
+                    task = next(waiting, None)
+                if task is None:
+                    continue
                 worker.held.add(task)
                 worker.send(task)
                 unassigned -= 1
+            if unassigned == before:
+                return
 
     def _most_held(self, worker: _Worker, left: int) -> int:
         from qwencli.engine.client import REQUESTS_AHEAD
 
         if worker.ready is None or worker.dismissed:
             return 0
+        if not self._tried.isdisjoint(worker.held) or (self._suspects and not worker.held):
+            return 1  # alone, so that it is known which one it was
         if all(each.num_answered for each in self._workers):
             share = left * worker.captions_per_s / sum(w.captions_per_s for w in self._workers)
         else:
@@ -216,7 +234,11 @@ class DeviceWorkers:
             try:
                 message = worker.pipe.recv()
             except (EOFError, OSError):
-                self._lose(worker, stopped)
+                guilty = self._lose(worker)
+                if guilty is not None:
+                    yield guilty
+                if not stopped:
+                    self._replace(worker, guilty is not None)
                 continue
             if isinstance(message, Ready):
                 worker.ready, worker.ready_s = message, time.monotonic()
@@ -232,27 +254,54 @@ class DeviceWorkers:
                 if task in worker.held:
                     worker.held.remove(task)
                     worker.num_answered += 1
+                    self._tried.discard(task)
                     yield message
 
-    def _lose(self, worker: _Worker, stopped: bool) -> None:
+    def _lose(self, worker: _Worker) -> Failed | None:
         """A worker whose pipe is closed: it has ended, however that was.
 
-        Raises:
-            QwenCliError: it was the last one, and not all is done.
+        Returns what it held alone when that had ended another one before.
         """
         self._workers.remove(worker)
         worker.pipe.close()
         worker.process.join(_LEAVING_S)
-        if stopped:
-            return
+        if worker.error is None and len(worker.held) == 1 and worker.held <= self._tried:
+            [task] = worker.held
+            worker.held.clear()
+            return Failed(
+                task,
+                CaptionError(
+                    f"{task.item.key}: two workers ended while they captioned it; the last: "
+                    f"{_ending(worker.process.exitcode)}",
+                    "look at the file; a smaller --max-pixels takes less memory",
+                ),
+            )
+        self._suspects.extend(worker.held)
+        self._tried |= worker.held
+        return None
+
+    def _replace(self, worker: _Worker, explained: bool) -> None:
+        """Say that a worker is lost; another takes its place where it was the last one.
+
+        Args:
+            explained: it is known which picture ended it.
+
+        Raises:
+            QwenCliError: no worker is left, and another would end as well.
+        """
         count = len(worker.held)
-        self._returned.extend(worker.held)
         ended = worker.error.message if worker.error else _ending(worker.process.exitcode)
+        crashed = worker.ready is not None and worker.process.exitcode != -_KILL
         if self._workers:
             its = "its caption goes" if count == 1 else f"its {count} captions go"
             self._say(f"{worker}: {ended}" + (f"; {its} to the others" if count else ""))
         elif worker.error is not None:
             raise worker.error
+        elif explained or (crashed and self._may_restart):
+            self._may_restart = explained
+            self._say(f"{worker}: {ended}; another takes its place")
+            orders = next(orders for device, orders in self._orders if device == worker.device)
+            self._workers.append(_started(worker.device, orders))
         else:
             raise DatasetError(
                 f"{worker}: {ended}, and no other is left",

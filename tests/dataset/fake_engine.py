@@ -143,6 +143,15 @@ def install() -> None:
                 Path(slow).touch(exist_ok=False)
                 step_s *= 10
         answer = said
+        if death := os.environ.get("FAKE_DEATH"):
+
+            def answer(request: GenerationRequest) -> str:
+                """Pictures of 13 pixels end the process."""
+                [visual] = [p for p in request.messages[-1].parts if isinstance(p, ImagePart)]
+                if visual.image.width == 13:
+                    os.kill(os.getpid(), int(death))
+                return said(request)
+
         if log := os.environ.get("FAKE_LOG"):
 
             def answer(request: GenerationRequest) -> str:

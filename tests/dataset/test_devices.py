@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
 from qwencli.commands.caption_set import manner_of
 from qwencli.commands.options import RunOptions, ShapeOptions
@@ -22,7 +23,7 @@ from qwencli.dataset.sources import Listing
 from qwencli.dataset.worker import Orders
 from qwencli.errors import DeviceError, ModelError, UsageError
 from qwencli.models.resolve import resolve_model
-from tests.dataset.conftest import captions
+from tests.dataset.conftest import captions, failures
 from tests.dataset.test_killed import done_of, finish, start, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -111,6 +112,26 @@ def test_with_no_worker_left_the_same_command_goes_on(pictures, log, undisturbed
     assert 0 < len(written) < 150 and len(done_of(folder)) == len(written)
     finish(folder)
     assert captions(folder) == undisturbed(150)
+
+
+@pytest.mark.parametrize(
+    ("devices", "deadly", "death"), [("cpu", 2, signal.SIGSEGV), ("cpu,cpu", 1, signal.SIGKILL)]
+)
+def test_a_picture_that_ends_its_worker_is_listed_as_failed(pictures, devices, deadly, death):
+    folder = pictures(*(f"{number}.png" for number in range(40)))
+    names = [f"{number}.png" for number in (3, 30)[:deadly]]
+    for name in names:
+        Image.new("RGB", (13, 13)).save(folder / name)
+    options = folder, "--devices", devices
+    process = start(*options, FAKE_DEATH=str(int(death)))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert [row["path"] for row in failures(folder)] == names
+    assert "two workers ended while they captioned it" in failures(folder)[0]["reason"]
+    assert len(captions(folder)) == 40 - deadly and "Traceback" not in err
+    again = start(*options, FAKE_DEATH=str(int(death)))
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 1 and "0 to caption" in err and "died" not in err
 
 
 def test_ctrl_c_reaches_all_and_what_runs_is_written(pictures):
