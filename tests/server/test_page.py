@@ -37,7 +37,7 @@ def test_a_dropped_picture_is_captioned_and_asked_about(served: Served, tmp_path
         assert "red circle" in page.run(text)
         assert page.run("document.querySelector('.turn.user img').naturalWidth") == 224
         assert page.run("document.querySelectorAll('#timeline line').length") > 4
-        assert "ms" in page.run("document.querySelector('#ttft').textContent")
+        assert page.run("document.querySelector('#ttft').textContent").endswith("s")
         assert "tok/s" in page.run("document.querySelector('#speed').textContent")
         assert "prefill" in page.run("document.querySelector('#phases').textContent")
         page.run(
@@ -48,6 +48,15 @@ def test_a_dropped_picture_is_captioned_and_asked_about(served: Served, tmp_path
         assert page.run(text).strip()
         page.wait_for("document.querySelectorAll('#engine div').length > 5")
         assert page.problems == []
+        # What was refused can be put right and sent again.
+        page.run(
+            """(() => { document.querySelector('#max').value = '99999';
+            document.querySelector('#prompt').value = 'Again?';
+            document.querySelector('#send').click(); })()"""
+        )
+        refused = "!!document.querySelector('.turn .error')"
+        page.wait_for(f"{refused} && document.querySelector('#stop').hidden")
+        assert page.run("document.querySelector('#prompt').value") == "Again?"
         if shots := os.environ.get("QWENCLI_SCREENSHOTS"):
             page.screenshot(Path(shots) / "page.png")
 

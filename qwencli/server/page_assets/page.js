@@ -116,7 +116,7 @@ async function send(text) {
   get("stop").hidden = false;
   get("send").disabled = get("caption").disabled = true;
   const start = performance.now(), times = [];
-  let usage = null;
+  let usage = null, failed = false;
   clocks = [];
   const watch = setInterval(() => look(start), 400);
   try {
@@ -138,10 +138,19 @@ async function send(text) {
     }
   } catch (error) {
     if (error.name !== "AbortError") answer.append(element("div", "error", error.message));
+    failed = error.name !== "AbortError" && !times.length;
   }
   clearInterval(watch);
   answer.classList.remove("waiting");
-  conversation.push({ role: "assistant", content: said.textContent });
+  if (failed) {
+    // To be sent again, once what was wrong is put right.
+    conversation.pop();
+    promptBox.value = promptBox.value || text;
+    pictures.push(...parts.filter((part) => part.image_url).map((part) => part.image_url.url));
+    showPictures();
+  } else {
+    conversation.push({ role: "assistant", content: said.textContent });
+  }
   running = null;
   get("stop").hidden = true;
   get("send").disabled = get("caption").disabled = false;
