@@ -68,41 +68,33 @@ def value_of_words(words, i: tl.constexpr, BITS: tl.constexpr, FP8: tl.constexpr
 
 @triton.jit
 def row_products(
-    w_ptr, scale_ptr, zero_point_ptr, row, inside, x_ptr, gain_ptr, K: tl.constexpr,
-    BITS: tl.constexpr, FP8: tl.constexpr, G: tl.constexpr, GROUPED: tl.constexpr,
-    DEPTH: tl.constexpr,
+    w_ptr, scale_ptr, zero_point_ptr, row, inside, x_ptr, K: tl.constexpr, BITS: tl.constexpr,
+    FP8: tl.constexpr, G: tl.constexpr, GROUPED: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Products of rows of a matrix with x * gain, not added up yet, [rows, DEPTH], and squares of
-    x, [DEPTH]. BITS: 32 for weights that are floats."""
+    """Products of rows of a matrix with a vector, not added up yet, [rows, DEPTH].
+
+    BITS: 32 for weights that are floats. x: float32 in the order of `place_in_words`, so that what
+    meets the words of a thread lies side by side.
+    """
     acc = tl.zeros((row.shape[0], DEPTH), tl.float32)
-    squares = tl.zeros((DEPTH,), tl.float32)
     EACH: tl.constexpr = 32 // BITS
     WORDS: tl.constexpr = K // EACH
     for start in tl.static_range(0, WORDS, DEPTH):
         word = start + tl.arange(0, DEPTH)
         real = word < WORDS
-        at = row[:, None] * WORDS + word[None, :]
-        w = tl.load(w_ptr + at, mask=inside[:, None] & real[None, :], other=0)
+        there = inside[:, None] & real[None, :]
+        w = tl.load(w_ptr + row[:, None] * WORDS + word[None, :], mask=there, other=0)
         if BITS == 32:
-            x = tl.load(x_ptr + word, mask=real, other=0.0).to(tl.float32)
-            squares += x * x
-            if gain_ptr is not None:
-                x *= tl.load(gain_ptr + word, mask=real, other=0.0).to(tl.float32)
-            acc += w.to(tl.float32) * x[None, :]
+            acc += w.to(tl.float32) * tl.load(x_ptr + word, mask=real, other=0.0)[None, :]
         else:
             part = tl.zeros((row.shape[0], DEPTH), tl.float32)
             total = tl.zeros((DEPTH,), tl.float32)
             for i in tl.static_range(EACH):
-                x = tl.load(x_ptr + word * EACH + i, mask=real, other=0.0).to(tl.float32)
-                squares += x * x
-                if gain_ptr is not None:
-                    gain = tl.load(gain_ptr + word * EACH + i, mask=real, other=0.0)
-                    x *= gain.to(tl.float32)
+                x = tl.load(x_ptr + i * WORDS + word, mask=real, other=0.0)
                 total += x
                 part += value_of_words(w, i, BITS, FP8) * x[None, :]
             if GROUPED:
                 group = row[:, None] * (K // G) + (word * EACH // G)[None, :]
-                there = inside[:, None] & real[None, :]
                 if zero_point_ptr is not None:
                     zero = tl.load(zero_point_ptr + group, mask=there, other=0.0)
                     part -= zero.to(tl.float32) * total[None, :]
@@ -110,7 +102,14 @@ def row_products(
             acc += part
     if BITS != 32 and not GROUPED:
         acc *= tl.load(scale_ptr + row, mask=inside, other=0.0).to(tl.float32)[:, None]
-    return acc, squares
+    return acc
+
+
+@triton.jit
+def place_in_words(column, K: tl.constexpr, BITS: tl.constexpr):
+    """Where `row_products` looks for a column: all first ones of words, all second ones, .."""
+    EACH: tl.constexpr = 32 // BITS
+    return column % EACH * (K // EACH) + column // EACH
 
 
 @triton.jit
@@ -171,6 +170,7 @@ def route_kernel(
     router_ptr,  # [COUNT, H]
     logits_ptr,  # float32 [M, COUNT]
     semaphore_ptr,  # int32 [M], 0 before and after
+    normed_ptr,  # float32 [M, H], as `row_products` takes them
     experts_ptr,  # as in `pick_experts_kernel`
     weights_ptr,
     eps,
@@ -180,35 +180,52 @@ def route_kernel(
     TOP_K: tl.constexpr,
     SHARED: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (ROWS rows of the router, row of hidden states)."""
+    """Program (ROWS rows of the router, row of hidden states). BITS: of the experts' weights."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     token = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < COUNT
-    acc, squares = row_products(
-        router_ptr, None, None, row, inside, hidden_ptr + token * H, gain_ptr, H, 32, False, H,
-        False, DEPTH,
-    )  # fmt: skip
+    acc = tl.zeros((ROWS, DEPTH), tl.float32)
+    squares = tl.zeros((DEPTH,), tl.float32)
+    for start in tl.static_range(0, H, DEPTH):
+        column = start + tl.arange(0, DEPTH)
+        real = column < H
+        at = row.to(tl.int64)[:, None] * H + column[None, :]
+        w = tl.load(router_ptr + at, mask=inside[:, None] & real[None, :], other=0.0)
+        x = tl.load(hidden_ptr + token * H + column, mask=real, other=0.0).to(tl.float32)
+        gain = tl.load(gain_ptr + column, mask=real, other=0.0).to(tl.float32)
+        squares += x * x
+        acc += w.to(tl.float32) * (x * gain)[None, :]
     norm = tl.rsqrt(tl.sum(squares) / H + eps)
+    if tl.program_id(0) == 0:
+        for start in tl.static_range(0, H, DEPTH):
+            place = start + tl.arange(0, DEPTH)
+            there = place < H
+            normed = tl.load(hidden_ptr + token * H + place, mask=there, other=0.0).to(tl.float32)
+            weight = tl.load(gain_ptr + place, mask=there, other=0.0).to(tl.float32)
+            to = normed_ptr + token * H + place_in_words(place, H, BITS)
+            tl.store(to, normed * weight * norm, mask=there)
     tl.store(logits_ptr + token * COUNT + row, tl.sum(acc, axis=1) * norm, mask=inside)
     # Every thread's logits are stored before one of them says so.
     tl.debug_barrier()
     if tl.atomic_add(semaphore_ptr + token, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.store(semaphore_ptr + token, 0)  # for the next layer
-        column = tl.arange(0, triton.next_power_of_2(COUNT))
+        each = tl.arange(0, triton.next_power_of_2(COUNT))
         # Past the first-level cache, which does not see what other programs wrote.
-        at = logits_ptr + token * COUNT + column
-        logits = tl.load(at, mask=column < COUNT, other=0.0, cache_modifier=".cg")
-        to = token * (TOP_K + SHARED)
+        own_ptr = logits_ptr + token * COUNT + each
+        logits = tl.load(own_ptr, mask=each < COUNT, other=0.0, cache_modifier=".cg")
+        first = token * (TOP_K + SHARED)
         pick_experts(
-            logits, column, experts_ptr + to, weights_ptr + to, EXPERTS, TOP_K, SHARED, RENORMALIZE
-        )
+            logits, each, experts_ptr + first, weights_ptr + first, EXPERTS, TOP_K, SHARED,
+            RENORMALIZE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -218,14 +235,12 @@ def silu_times(gate, up):
 
 @triton.jit
 def experts_gate_up_kernel(
-    hidden_ptr,  # [M, H]
-    gain_ptr,  # [H], of the norm
+    normed_ptr,  # float32 [M, H], of `route_kernel`
     experts_ptr,  # int32 [M * SLOTS]
     w_ptr,  # [experts * 2 INNER, H]; int32 words of it where BITS is not 32
     scale_ptr,  # [experts * 2 INNER], or with GROUPED [.., H / G]
     zero_point_ptr,  # with GROUPED: as scale; None = no zeros
-    activated_ptr,  # float32 [M * SLOTS, INNER]
-    eps,
+    activated_ptr,  # float32 [M * SLOTS, INNER], as `row_products` takes them
     INNER: tl.constexpr,
     H: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -233,11 +248,13 @@ def experts_gate_up_kernel(
     FP8: tl.constexpr,
     G: tl.constexpr,
     GROUPED: tl.constexpr,
+    DOWN_BITS: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (ROWS of INNER, pair): silu(gate) * up of the normed row with its expert."""
+    """Program (ROWS of INNER, pair): silu(gate) * up of the normed row with its expert.
+    DOWN_BITS: of the weights that the result meets."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -246,16 +263,17 @@ def experts_gate_up_kernel(
     lane = tl.arange(0, 2 * ROWS)  # gates, then ups
     row = tl.program_id(0) * ROWS + lane % ROWS
     inside = row < INNER
-    acc, squares = row_products(
+    acc = row_products(
         w_ptr, scale_ptr, zero_point_ptr, expert * (2 * INNER) + lane // ROWS * INNER + row, inside,
-        hidden_ptr + pair // SLOTS * H, gain_ptr, H, BITS, FP8, G, GROUPED, DEPTH,
+        normed_ptr + pair // SLOTS * H, H, BITS, FP8, G, GROUPED, DEPTH,
     )  # fmt: skip
-    both = tl.reshape(tl.sum(acc, axis=1) * tl.rsqrt(tl.sum(squares) / H + eps), (2, ROWS))
+    both = tl.reshape(tl.sum(acc, axis=1), (2, ROWS))
     first = (tl.arange(0, 2) == 0)[:, None]
     gate = tl.sum(tl.where(first, both, 0.0), axis=0)
     up = tl.sum(tl.where(first, 0.0, both), axis=0)
     to = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tl.store(activated_ptr + pair * INNER + to, silu_times(gate, up), mask=to < INNER)
+    at = activated_ptr + pair * INNER + place_in_words(to, INNER, DOWN_BITS)
+    tl.store(at, silu_times(gate, up), mask=to < INNER)
 
 
 @triton.jit
@@ -289,9 +307,9 @@ def experts_down_kernel(
     for slot in tl.static_range(SLOTS):
         pair = token * SLOTS + slot
         expert = tl.load(experts_ptr + pair).to(tl.int64)
-        acc, _ = row_products(
+        acc = row_products(
             w_ptr, scale_ptr, zero_point_ptr, expert * H + row, inside,
-            activated_ptr + pair * INNER, None, INNER, BITS, FP8, G, GROUPED, DEPTH,
+            activated_ptr + pair * INNER, INNER, BITS, FP8, G, GROUPED, DEPTH,
         )  # fmt: skip
         total += acc * tl.load(weights_ptr + pair)
     at = hidden_ptr + token * H + row
@@ -545,18 +563,20 @@ class ExpertKernels:
         count, inner = len(routing.router), _inner(layer)
         experts, weights = _pairs(hidden, routing)
         logits = torch.empty(rows, count, dtype=torch.float32, device=hidden.device)
-        eps = layer.mlp_norm.eps
+        normed = torch.empty(rows, width, dtype=torch.float32, device=hidden.device)
         route_kernel[triton.cdiv(count, ROUTER_ROWS), rows](
             hidden,
             layer.mlp_norm.weight,
             routing.router,
             logits,
             self._semaphore,
+            normed,
             experts,
             weights,
-            eps,
+            layer.mlp_norm.eps,
             H=width,
             COUNT=count,
+            BITS=gate_up.bits,
             ROWS=ROUTER_ROWS,
             DEPTH=min(triton.next_power_of_2(width), ROUTER_DEPTH),
             **_picking(routing),
@@ -564,17 +584,16 @@ class ExpertKernels:
         )
         activated = torch.empty(rows * slots, inner, dtype=torch.float32, device=hidden.device)
         experts_gate_up_kernel[triton.cdiv(inner, GATE_UP_ROWS), rows * slots](
-            hidden,
-            layer.mlp_norm.weight,
+            normed,
             experts,
             gate_up.words,
             gate_up.scale,
             gate_up.zero_point,
             activated,
-            eps,
             INNER=inner,
             H=width,
             SLOTS=slots,
+            DOWN_BITS=down.bits,
             ROWS=GATE_UP_ROWS,
             DEPTH=gate_up.depth(width),
             **gate_up.modes(),
