@@ -37,6 +37,13 @@ def caption(
         bool, typer.Option("--multi-image", help="All images in one request.")
     ] = False,
     together: Annotated[bool, typer.Option("--together", hidden=True)] = False,
+    think: Annotated[
+        bool,
+        typer.Option(
+            "--think/--no-think",
+            help="Let a model that can think do so first; a caption never has its thoughts.",
+        ),
+    ] = False,
     *,
     chosen: SetOptions,
     shape: ShapeOptions,
@@ -63,7 +70,10 @@ def caption(
         raise UsageError("Missing argument 'IMAGE...'", "name pictures, or a folder of them")
     keep_s = keep.seconds(run)
     named = named_inputs(inputs or (), chosen.filelist)
-    if is_set(named, chosen, frames):
+    whole_set = is_set(named, chosen, frames)
+    if think and (whole_set or shape.is_used):
+        raise UsageError("--think is for a few pictures in a plain prompt", "leave it out here")
+    if whole_set:
         if multi_image:
             raise UsageError("--multi-image is for a few pictures", "leave it out for a folder")
         manner = manner_of(shape, run, prompt, preset)
@@ -100,7 +110,8 @@ def caption(
     spec = choose_model(run, sink)
 
     def ask(pictures: tuple[VisualPart, ...]) -> GenerationRequest:
-        return GenerationRequest((*system_messages(system), user_message(text, pictures)), sampling)
+        messages = (*system_messages(system), user_message(text, pictures))
+        return GenerationRequest(messages, sampling, thinking=think)
 
     work = Captions(sink, run, model=spec.name, several=len(images) > 1)
 

@@ -486,6 +486,25 @@ def test_thoughts_are_no_part_of_a_caption(thinking, pictures, says, capsys, eng
     assert (record["caption"], record["thoughts"]) == ("A circle.", "Hm, I see it.")
 
 
+def test_think_is_what_the_template_is_told(checkpoint, tmp_path, pictures, says, capsys):
+    folder = tmp_path / "switched"
+    shutil.copytree(checkpoint("qwen3_vl"), folder)
+    begins = "{%- if enable_thinking %}<think>{% else %}<think></think>{% endif %}"
+    template = CHATML + "{%- if add_generation_prompt %}" + begins + "{%- endif %}"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    says("I see it.</think>A circle.")
+    arguments = ["caption", "--model", str(folder), "--device", "cpu", "--max-new-tokens", "99"]
+    thoughts = []
+    for switch in ("--think", "--no-think"):
+        assert run([*arguments, pictures[0], "--json", switch]) == 0
+        record = json.loads(capsys.readouterr().out)
+        thoughts.append((record["caption"], record["thoughts"], record["num_prompt_tokens"]))
+    assert thoughts[0][:2] == ("A circle.", "I see it.")
+    assert thoughts[1][2] > thoughts[0][2], "an empty thought is closed in the prompt"
+    assert run([*arguments, str(Path(pictures[0]).parent), "--think"]) == 2
+    assert "--think is for a few pictures" in capsys.readouterr().err
+
+
 def test_a_thought_that_takes_all_tokens_leaves_no_caption(thinking, pictures, says, capsys):
     says("Hm, I see it, and I see it, and I see it.")
     assert thinking(pictures[0], "--max-new-tokens", "4", "--json") == 0
