@@ -74,7 +74,18 @@ def command_rate(folder: Path, count: int, arguments: list[str]) -> dict[str, An
     started = time.perf_counter()
     with contextlib.redirect_stdout(said):
         code = run(
-            ["caption", str(folder), "--json", "-p", PROMPT, *COMMAND_OPTIONS, *arguments, "-q"]
+            [
+                "caption",
+                str(folder),
+                "--keep-loaded",
+                "0",
+                "--json",
+                "-p",
+                PROMPT,
+                *COMMAND_OPTIONS,
+                *arguments,
+                "-q",
+            ]
         )
     seconds = time.perf_counter() - started
     end = json.loads(said.getvalue().splitlines()[-1])
@@ -89,7 +100,7 @@ def workers_rate(folder: Path, count: int, arguments: list[str], devices: str) -
     options = [*COMMAND_OPTIONS, *arguments, "--devices", devices, "--json", "-q", "-p", PROMPT]
     started = time.perf_counter()
     said = subprocess.run(
-        [sys.executable, "-m", "qwencli", "caption", str(folder), *options],
+        [sys.executable, "-m", "qwencli", "caption", str(folder), "--keep-loaded", "0", *options],
         stdout=subprocess.PIPE,
         text=True,
         check=True,

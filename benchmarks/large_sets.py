@@ -36,7 +36,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-CAPTION = [sys.executable, "-m", "qwencli", "caption"]
+CAPTION = [sys.executable, "-m", "qwencli", "caption", "--keep-loaded", "0"]
 QUICK = ["--model", "scenes", "--device", "cpu", "--greedy", "--guards", "none", "--retries", "0"]
 
 

@@ -26,7 +26,7 @@ RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 def call(engine: str, image: Path, device: str) -> dict[str, float]:
     """Run one caption to its end and return its measures."""
     command = [sys.executable, "-m", "qwencli", "--quiet", "caption", str(image)]
-    command += ["--engine", engine, "--device", device]
+    command += ["--engine", engine, "--device", device, "--keep-loaded", "0"]
     start = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
