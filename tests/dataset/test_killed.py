@@ -102,6 +102,26 @@ def test_a_table_of_a_killed_run_is_made_whole(pictures):
     assert len(done_of(folder, "captions.jsonl.sqlite")) == 60
 
 
+def test_a_disk_that_fills_up_is_one_line_and_the_same_command_goes_on(pictures, tmp_path):
+    """The system itself refuses to write more than so much into a file."""
+    import resource
+
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("Linux has a limit for another process")
+    folder, out = pictures(*(f"{number}.png" for number in range(150))), tmp_path / "out"
+    process = start(folder, "--output", out, "--quiet", step_s=0.002)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (120_000, resource.RLIM_INFINITY))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    [line] = err.splitlines()
+    assert line.startswith("error: ") and "cannot be written" in line and "free space" in line
+    written = captions(out)
+    assert 0 < len(written) < 150 and all(text.endswith(".\n") for text in written.values())
+    assert not list(out.rglob("*.partial"))
+    finish(folder, "--output", out)
+    assert len(captions(out)) == 150 and captions(out).items() >= written.items()
+
+
 def test_ctrl_c_finishes_what_runs_and_says_how_to_go_on(pictures):
     folder = pictures(*(f"{number}.png" for number in range(200)))
     process = start(folder, step_s=0.03)
