@@ -110,6 +110,7 @@ def create_app(engine_thread: EngineThread, settings: ServerSettings) -> Starlet
             Exception: _fault,
         },
     )
+    app.state.end_answers = engine_thread.end_answers
     app.add_middleware(Access, api_key=settings.api_key, hosts=settings.hosts)
     return app
 

@@ -199,6 +199,11 @@ class EngineThread:
             self._ordered.notify()
         return answer
 
+    def end_answers(self) -> None:
+        """Tell all that wait that nothing more comes; of their event loop."""
+        for answer in list(self._unfinished):
+            answer.end(stopped())
+
     def forget(self, answer: Answer) -> None:
         with self._ordered:
             self._orders.append(functools.partial(self._abort, answer))

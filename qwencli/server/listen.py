@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwencli.errors import UsageError
@@ -107,21 +107,39 @@ def listening(host: str, port: int) -> socket.socket:
     return opened
 
 
-def server_for(app: ASGIApp) -> uvicorn.Server:
-    """uvicorn with our limits; it says nothing of requests but what went wrong."""
-    return uvicorn.Server(
+class _Server(uvicorn.Server):
+    """uvicorn's, which tells those that wait that it ends, and does not wait for them."""
+
+    def __init__(self, config: uvicorn.Config, app: Starlette) -> None:
+        super().__init__(config)
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.end_answers()
+        await super().shutdown(sockets)
+
+
+def server_for(app: Starlette) -> uvicorn.Server:
+    """uvicorn with our limits; it says nothing of requests but what is a fault of the server's.
+
+    Args:
+        app: made by `create_app`.
+    """
+    return _Server(
         uvicorn.Config(
             app,
             http=_Connection,
             ws="none",
             lifespan="off",
             log_config=None,
+            log_level="error",
             access_log=False,
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=LAST_S,
-        )
+        ),
+        app,
     )
 
 

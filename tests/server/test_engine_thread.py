@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from types import SimpleNamespace
 
 import httpx
@@ -115,3 +117,22 @@ def test_with_many_readers_tokens_come_together(monkeypatch) -> None:
     thread.close()
     assert [sum(each) for each in found] == [1, 2, 3]
     assert max(map(len, found)) <= 2
+
+
+def test_a_server_that_ends_tells_those_that_wait() -> None:
+    engine = FakeEngine(SimpleNamespace(batch_invariant=True), step_s=1.0)
+    found = []
+    with serving(engine) as running:
+
+        def ask() -> None:
+            with httpx.Client(base_url=running.address) as client:
+                found.append(chat(client))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        while not running.thread.num_unfinished:
+            time.sleep(0.01)
+        started = time.monotonic()
+    asking.join()
+    assert found[0].status_code == 500 and "stopped" in found[0].text
+    assert time.monotonic() - started < 4
