@@ -75,7 +75,8 @@ class KernelLaunch:
     """A kernel and everything that decides what is compiled for it; equal where that is the same.
 
     Args:
-        arguments: by name, constants and launch options among them, in order of their names.
+        arguments: by name, constants and launch options among them, in the order they were given:
+            Triton finds a kernel again by that, too.
     """
 
     module: str
@@ -95,7 +96,7 @@ class KernelLaunch:
             else _described(value, name in unspecialized)
             for name, value in given.items()
         }  # fmt: skip
-        return cls(kernel.fn.__module__, kernel.fn.__name__, tuple(sorted(said.items())))
+        return cls(kernel.fn.__module__, kernel.fn.__name__, tuple(said.items()))
 
 
 def _described(value: Any, unspecialized: bool) -> Any:
