@@ -18,6 +18,8 @@ T is found without powers of the whole system, whose terms cancel each other whe
 (as those of plain parts of a picture are): rows of the blocks on the diagonal one after the other,
 which is substitution, and then three products that take blocks below the diagonal.
 
+For models of 16 bits: in float32 the products of a chunk take more registers than there are.
+
 A prompt's chunks begin with its first token. Programs find which prompt theirs is part of from
 where prompts start, so that the launch needs no table.
 """

@@ -181,13 +181,12 @@ class FusedOps:
         if delta is not None:
             longest = max(longest, delta.value_dim)
         self._delta = DeltaStep(self._launch.options)
-        # As of products, the interpreter takes seconds for those of prompts.
-        self._delta_prefill = ChunkedDelta() if device.type == "cuda" else delta_prefill
         self._activations = ActivationBuffers(longest, dtype, device, self._launch.options)
         self._experts = ExpertKernels(MAX_BATCH_ROWS, device, self._launch.options, self._precision)
         # The interpreter takes seconds for what a prompt multiplies.
         multiplies = self._launch.on_gpu and not self._exact
         self._many_rows = ManyRows(device).products() if multiplies else None
+        self._delta_prefill = ChunkedDelta() if multiplies else delta_prefill
         self._skinny_gemm = SkinnyGemm(
             self._best, longest, tiles_of, self._launch.options, self._precision
         )
