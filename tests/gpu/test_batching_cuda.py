@@ -166,7 +166,7 @@ def test_overlapped_steps_of_rows_give_the_same_bits_as_serial_ones(
         for counter in (state.slot, state.position):
             counter.copy_(torch.arange(rows) * 70 + 3)
         state.done.fill_(False)
-        for layer in runner.cache.layers:
+        for layer in runner.cache.layers.values():
             layer.zero_()
         seen = []
         for _ in range(1000):

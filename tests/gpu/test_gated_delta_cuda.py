@@ -94,7 +94,7 @@ def test_steps_of_rows_are_those_of_the_plain_operators(count, group, dtype):
     expected = gd.delta_decode(*plain, rows)
     found = STEP.decode(inputs, layer, state, rows)
     busy = ~rows.idle
-    limit = 1e-5 if dtype is torch.float32 else 1e-2
+    limit = 1e-5 if dtype is torch.float32 else 2e-2
     assert_near(found[busy], expected[busy], limit)
     assert_near(state.recurrent[rows.slots], plain[2].recurrent[rows.slots], limit)
     idle = rows.slots[rows.idle]

@@ -54,7 +54,9 @@ def test_logprobs_are_those_of_the_model_and_answers_stay_the_same(checkpoint, k
             found = [each for chunk in chunks for each in chunk.logprobs]
             assert [each.chosen.token_id for each in found] == list(ids)
             prompt = engine.files.prompts.build(requests[number].messages).input_ids
-            rows = [*engine._logits([*prompt, *ids])][len(prompt) - 1 : -1]
+            # Each step leaves its logits in the same memory.
+            logits_of_steps = [each.clone() for each in engine._logits([*prompt, *ids])]
+            rows = logits_of_steps[len(prompt) - 1 : -1]
             for each, logits in zip(found, rows, strict=True):
                 expected = logits.float().log_softmax(-1).flatten().cpu()
                 own = expected[each.chosen.token_id].item()

@@ -23,7 +23,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ import triton
 import triton.language as tl
 from triton.runtime.cache import FileCacheManager
 
+from qwencli import __version__
 from qwencli.engine import kernels
 from qwencli.engine.kernels.launches import (
     Gpu,
@@ -67,7 +67,7 @@ def taken_notes() -> tuple[str, ...]:
 
 def kernel_folder(gpu: Gpu) -> Path:
     """Where kernels for this GPU are kept."""
-    made_by = f"triton-{triton.__version__}-torch-{torch.__version__}-qwencli-{version('qwencli')}"
+    made_by = f"triton-{triton.__version__}-torch-{torch.__version__}-qwencli-{__version__}"
     own = os.environ.get("TRITON_CACHE_DIR")
     root = Path(own) if own else cache_root().parent / "kernels"
     return root / f"sm_{gpu.arch}-{made_by}"
