@@ -121,40 +121,29 @@ def short_speed_table() -> str:
     return f"{markdown(header, rows)}\n\n{source(folder)}"
 
 
-def beside_others() -> str:
-    """Many sequences at once, by this engine, vLLM and transformers on one machine."""
-    folder = sorted(RESULTS.glob("*-beside-others"))[-1]
-    runs = [run for file in sorted(folder.glob("batches*.json")) for run in read_json(file)]
-    names = {"native": "qwencli, bf16", "vllm": "vLLM, bf16", "transformers": "transformers, bf16"}
-    order = ["native", "native-fp8", "native-8bit", "native-4bit", "vllm", "transformers"]
+def folder_speed() -> str:
+    """Captions a second of a folder, and tokens a second of steps of many rows, by weights."""
+    folder = sorted(RESULTS.glob("*-equal-prompts"))[-1]
+    steps = {mode["mode"]: mode["steps"] for mode in read_json(folder / "rows.json")["modes"]}
+    counts = ("1", "8", "32", "128", "256")
     rows = []
-    for engine in order:
-        mine = [run for run in runs if run["engine"] == engine]
-        if not mine:
-            continue
-        counts = [
-            [speed for run in mine for speed in run["rows"].get(rows_, [])]
-            for rows_ in ("1", "8", "32", "256")
-        ]
-        captions = [rate for run in mine for rate in run["captions_per_s"]]
-        first = [run["first_token_s"]["median"] for run in mine]
+    for mode, name in {"none": "bf16", "fp8": "fp8", "4bit": "4bit"}.items():
+        text = (folder / f"captions-{mode}.jsonl").read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
+        most = max(line["captions"] for line in lines)
+        rates = [line["captions_per_s"] for line in lines if line["captions"] == most]
+        speeds = [steps[mode][count]["tok_per_s"] if mode in steps else None for count in counts]
         rows.append(
-            [
-                names.get(engine, engine.replace("native-", "qwencli, ")),
-                *(f"{statistics.median(each):,.0f}" if each else "" for each in counts),
-                f"{statistics.median(captions):.0f}",
-                f"{min(captions):.0f}-{max(captions):.0f}",
-                f"{1e3 * statistics.median(first):.0f}",
-            ]
+            [name, f"{statistics.median(rates):.0f}", f"{min(rates):.0f}-{max(rates):.0f}"]
+            + ["-" if speed is None else f"{speed:,.0f}" for speed in speeds]
         )
-    versions = {name: number for run in runs for name, number in run["versions"].items()}
-    header = ["engine", "tok/s of 1 sequence", "of 8", "of 32", "of 256", "captions/s"]
-    header += ["slowest-fastest", "first token, ms"]
-    said = ", ".join(f"{name} {versions[name]}" for name in sorted(versions))
+    header = ["weights", "captions/s", "slowest-fastest run"]
+    header += [f"tok/s of {count}" for count in counts]
+    gpu = read_json(folder / "rows.json")
     return (
-        f"{markdown(header, rows)}\n\n{runs[0]['gpu']}, qwen3-vl-4b, random weights: decoding "
-        f"behind 300 tokens; pictures of 512x512, all different, 64 tokens each. {said}. "
-        f"From `results/{folder.name}/`."
+        f"{markdown(header, rows)}\n\n{gpu['gpu']}, qwen3-vl-4b, random weights, torch "
+        f"{gpu['torch']}: {most:,} pictures of 512x512, none known from before, 64 tokens each; "
+        f"steps of so many sequences with 300 tokens in front. From `results/{folder.name}/`."
     )
 
 
@@ -257,7 +246,7 @@ def quantization_quality() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "factors": factors_plot,
     "speed": short_speed_table,
-    "beside-others": beside_others,
+    "folder": folder_speed,
     "your-gpu": your_gpu,
     "engines": lambda: speed_table(newest("engines")),
     "context-512": lambda: speed_table(newest("context-512")),
