@@ -102,7 +102,7 @@ def sequences_of(lengths: list[int]) -> list[Sequence]:
 
 
 @given(text_models(), st.data())
-@settings(max_examples=6)
+@settings(max_examples=4)
 @torch.inference_mode()
 def test_logits_are_those_of_transformers_behind_any_cut(
     tmp_path_factory: pytest.TempPathFactory, text: dict[str, Any], data: st.DataObject
