@@ -131,10 +131,11 @@ def find_sources(
     shape = with_experts_as_stored(as_stored(shape, found), found)
     _check_experts(shape, found, folder)
     names = {part: part_name(part, shape) for spec in specs(shape) for part in spec.parts}
+    sorted_names = sorted(found)
     layers = {
         part: layer
         for part, name in names.items()
-        if (layer := packed_layer(name, part.shape, found, packed))
+        if (layer := packed_layer(name, part.shape, found, sorted_names, packed))
     }
     plain = {part: name for part, name in names.items() if part not in layers}
     missing = [name for name in plain.values() if name not in found]

@@ -147,8 +147,9 @@ def packed_layers(
 
     def found() -> Iterator[tuple[str, PackedLayer]]:
         named = {canonical_name(name, shape): tensor for name, tensor in stored.items()}
+        names = sorted(named)
         for name, size in expected_tensors(shape).items():
-            layer = packed_layer(name, size, named, packed)
+            layer = packed_layer(name, size, named, names, packed)
             if layer is not None and not layer.missing:
                 yield name, layer
 

@@ -16,6 +16,8 @@ finegrained_fp8.py and fbgemm_fp8.py; bitsandbytes `QuantState.as_dict` and
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -29,6 +31,8 @@ Stored = Mapping[str, StoredTensor]
 UNPACKED = ("BF16", "F16", "F32")
 # A group of the engine's own layouts: longer ones are cut, shorter ones than the last refused.
 GROUPS = (128, 64, 32)
+# Tensors that one layer may be stored as.
+_MOST = 64
 _OTHER_VERSION = "use another version of the model"
 _OTHER_ENGINE = f"{_OTHER_VERSION}, or try --engine transformers"
 
@@ -266,9 +270,17 @@ class PackedLayer:
 
 
 def packed_layer(
-    weight: str, shape: tuple[int, ...], stored: Stored, packed: PackedFormat | None
+    weight: str,
+    shape: tuple[int, ...],
+    stored: Stored,
+    names: Sequence[str],
+    packed: PackedFormat | None,
 ) -> PackedLayer | None:
-    """The layer whose weight would be called `weight`, if `stored` has it packed."""
+    """The layer whose weight would be called `weight`, if `stored` has it packed.
+
+    Args:
+        names: of `stored`, sorted: models with experts have tens of thousands.
+    """
     if packed is None or not weight.endswith(".weight") or len(shape) != 2:
         return None
     layer = weight.removesuffix(".weight")
@@ -285,16 +297,15 @@ def packed_layer(
         return None
     complete = [p for p in fitting if not _missing(layer, p, stored)]
     packing = (complete or fitting)[0]
-    names = {packing.main, *packing.others}
+    asked = {packing.main, *packing.others}
     within = f"{layer}."
+    first = bisect_left(names, within)
+    own = itertools.takewhile(lambda name: name.startswith(within), names[first : first + _MOST])
     tensors = {
-        name.removeprefix(within): tensor
-        for name, tensor in stored.items()
-        if name.startswith(within)
-        and (
-            name.removeprefix(within) in names
-            or name.removeprefix(within).startswith(packing.optional)
-        )
+        name.removeprefix(within): stored[name]
+        for name in own
+        if name.removeprefix(within) in asked
+        or name.removeprefix(within).startswith(packing.optional)
     }
     rows, columns = shape
     return PackedLayer(layer, (rows, columns), packing, tensors, _missing(layer, packing, stored))
