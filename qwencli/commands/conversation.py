@@ -247,7 +247,12 @@ class Conversation:
         self._lines = lines if isinstance(lines, Lines) else PipedLines(lines)
         while True:
             draft, self._draft = self._draft, ""
-            line = self._lines.next_line(draft)
+            try:
+                line = self._lines.next_line(draft)
+            except KeyboardInterrupt:
+                if not self._lines.can_edit:
+                    raise
+                continue  # meant for an answer that has just ended
             if line is None:
                 return failed
             if not line.strip():

@@ -213,6 +213,21 @@ def test_ctrl_c_stops_the_answer_and_what_came_is_kept(talk, capsys, monkeypatch
     assert talk.heard[-1].messages[3].parts[0].text in came.out.splitlines()[-1]
 
 
+def test_ctrl_c_as_an_answer_ends_does_not_end_the_conversation(talk):
+    class Typed:
+        can_edit = True
+        said = iter(["one", KeyboardInterrupt, "two", None])
+
+        def next_line(self, draft=""):
+            line = next(self.said)
+            if line is KeyboardInterrupt:
+                raise line
+            return line
+
+    assert talk.converse(Typed()) == 0
+    assert questions(talk.heard[-1]) == ["one", "two"]
+
+
 def test_ctrl_c_before_anything_came_leaves_all_as_it_was(talk, picture_path, capsys, monkeypatch):
     converse(talk, f"/image {picture_path}")
     with monkeypatch.context() as patch:
