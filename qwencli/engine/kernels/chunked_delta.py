@@ -40,6 +40,8 @@ from qwencli.engine.ops.gated_delta import CHUNK, DeltaInputs, DeltaState, Gated
 
 Tensor = torch.Tensor
 
+# Prompts that one kernel serves: each number of its own would be compiled when it first comes.
+MOST_PARTS = 64
 TOKENS = 32  # of a program of the convolution
 CHANNELS = 128  # likewise
 WARPS = 4
@@ -367,7 +369,7 @@ class ChunkedDelta:
         gates = qkv.new_empty(chunks, v_heads, 3, CHUNK, dtype=torch.float32)
         begins = qkv.new_empty(chunks, v_heads, k_dim, v_dim)
         heads = {"K_HEADS": layer.k_heads, "V_HEADS": v_heads, "K": k_dim, "V": v_dim}
-        together = {"PARTS": triton.next_power_of_2(parts)}
+        together = {"PARTS": max(triton.next_power_of_2(parts), MOST_PARTS)}
         # tl.dot rounds float32 operands to TF32, which is finer than bfloat16.
         precision = {"PRECISION": "ieee" if qkv.dtype is torch.float32 else "tf32"}
         columns = min(COLUMNS, v_dim)
