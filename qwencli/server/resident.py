@@ -29,6 +29,7 @@ from qwencli.server.resident_state import (
     State,
     build,
     forget_state,
+    is_alive,
     make_folder,
     read_state,
     start_process,
@@ -37,7 +38,7 @@ from qwencli.server.resident_state import (
 )
 
 # Whoever listens answers at once, or, while a model is loaded, soon.
-CONNECT_S, ANSWER_S, LEAVING_S = 2.0, 30.0, 10.0
+CONNECT_S, ANSWER_S, LEAVING_S = 2.0, 15.0, 10.0
 # Pictures that are opened and sent at once.
 _OPENERS = 4
 Message = dict[str, Any]
@@ -117,8 +118,8 @@ class _Connection:
 def _found(folder: Path) -> _Connection | None:
     """A connection to the process that the state file tells of; None where nobody is there."""
     state = read_state(folder)
-    if state is None:
-        return None
+    if state is None or not is_alive(state.pid):
+        return None  # its port may be another program's by now, which would keep us waiting
     try:
         return _Connection(state)
     except LostError:

@@ -85,6 +85,17 @@ def read_state(folder: Path) -> State | None:
     return state if kinds == (int, int, str, str) and 0 < state.port < 65536 else None
 
 
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process of this user; True where that cannot be told."""
+    if sys.platform == "win32":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (OSError, OverflowError):
+        return False
+    return pid > 0
+
+
 def write_state(folder: Path, port: int, build_said: str) -> State:
     """Write the file whole, readable by its user alone."""
     state = State(os.getpid(), port, secrets.token_urlsafe(32), build_said)

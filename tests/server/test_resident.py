@@ -223,6 +223,19 @@ def test_a_state_file_that_says_nothing_is_none(own_state: Path, text: str) -> N
     assert read_state(own_state) is None and resident.status() is None
 
 
+def test_a_port_that_another_program_has_by_now_keeps_nobody_waiting(own_state: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        resident_state.make_folder(own_state)
+        state = {"pid": ended.pid, "port": silent.getsockname()[1], "token": "a", "build": build()}
+        (own_state / STATE_FILE).write_text(json.dumps(state))
+        begun = time.monotonic()
+        assert resident.status() is None and resident.stop() is None
+        assert time.monotonic() - begun < 5
+    assert not (own_state / STATE_FILE).exists()
+
+
 def test_who_does_not_know_the_token_gets_nothing(own_state: Path) -> None:
     with serving(own_state):
         state = read_state(own_state)
