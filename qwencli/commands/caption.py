@@ -119,11 +119,13 @@ def caption(
     pictures = next(jobs, None)
     if pictures is not None:
         announce_model(spec, run, sink)
+        work.mark("python, options and pictures")
         asked = 1 if multi_image else len(images)
         with (
             work.told_when_stopped(asked),
             running_engine(run.engine_config(spec), sink, keep_s) as loaded,
         ):
+            work.mark("torch and the model")
             left = images[work.begun - 1 :]
             if len(left) >= loaded.batch_from and not multi_image:
                 work.answer_many(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from qwencli.commands.options import RunOptions
 from qwencli.commands.reports import (
+    ProcessTimes,
     caption_record,
     failure_record,
     shortfall,
@@ -54,6 +55,7 @@ class Captions:
         self.sink, self.json, self.stats = sink, run.json, run.stats
         self.model, self.several = model, several
         self.failed = self.begun = self.answered = 0
+        self.process = ProcessTimes() if run.stats else None
         self._first_of: dict[str, list[str]] = {}
 
     def open(self, named: Named, frames: int | None, beside: Pictures = ()) -> VisualPart:
@@ -187,6 +189,14 @@ class Captions:
             self.sink.notice(f"note: {', '.join(names)}: {missing}")
         if self.stats:
             self.sink.report(stats_line(result))
+        if self.process is not None and self.answered == 1:
+            self.mark("first request")
+            self.sink.report(self.process.line())
+
+    def mark(self, what: str) -> None:
+        """See `ProcessTimes`; nothing without `--stats`."""
+        if self.process is not None:
+            self.process.mark(what)
 
     def _stream(
         self, engine: Engine, request: GenerationRequest, names: list[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -96,6 +97,26 @@ def speculation_record(speculation: Speculation | None) -> dict[str, Any] | None
     if speculation is None:
         return None
     return {**asdict(speculation), "accept_percent": speculation.accept_percent}
+
+
+class ProcessTimes:
+    """Where the time of a whole process went, from its start to its first answer."""
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._began = self._latest = psutil.Process().create_time()
+        self._parts: list[str] = []
+
+    def mark(self, what: str) -> None:
+        """The time since the last mark was for this."""
+        now = time.time()
+        self._parts.append(f"{what} {max(now - self._latest, 0.0):.2f} s")
+        self._latest = now
+
+    def line(self) -> str:
+        whole = f"{max(self._latest - self._began, 0.0):.2f} s"
+        return f"process: {', '.join(self._parts)}; first answer after {whole}"
 
 
 def stats_line(result: GenerationResult) -> str:

@@ -139,6 +139,9 @@ def test_stats_go_to_stderr(caption, pictures, capsys):
     assert caption(pictures[0], "--stats") == 0
     err = capsys.readouterr().err
     assert re.search(r"6 tokens \(cut off\) at [\d.]+ tok/s .* TTFT \d+ ms .* float32 on cpu", err)
+    parts = "python, options and pictures", "torch and the model", "first request"
+    spent = ", ".join(rf"{part} [\d.]+ s" for part in parts)
+    assert re.search(rf"process: {spent}; first answer after [\d.]+ s", err)
 
 
 def test_a_bad_picture_costs_its_own_answer_only(caption, pictures, tmp_path, capsys):
