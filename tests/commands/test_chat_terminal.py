@@ -67,7 +67,7 @@ class Terminal:
     def text(self):
         return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
 
-    def until(self, *wanted, gone="", within_s=30):
+    def until(self, *wanted, gone="", within_s=90):
         """Run until the screen shows all of `wanted` and nothing of `gone`."""
         end = time.monotonic() + within_s
         while not all(text in self.text for text in wanted) or (gone and gone in self.text):
