@@ -317,7 +317,7 @@ def experts_down_kernel(
     tl.store(at, y.to(hidden_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def sort_pairs_kernel(
     experts_ptr,  # int32 [count]
     order_ptr,  # int32 [count], pairs by expert, those of one in their order
