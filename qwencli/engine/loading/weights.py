@@ -146,8 +146,9 @@ def load(
             names = [spec.name for spec in wanted]
             if found.shape.text.tied_head and cached is not None:
                 names.append(HEAD)
-            for name, tensor in _ahead(names, begun, device):
-                kept.keep(name, tensor)
+            for name, finish in _ahead(names, begun, device):
+                kept.keep(name, finish())
+                del finish  # it holds what is not quantized
             check_zero(found.zero_biases, reader)
             check_scales(check_finite(loading.extremes, dtype), loading.scaled, reader)
         return kept.weights(found.unused)
@@ -169,17 +170,16 @@ def load(
 
 def _ahead(
     names: Iterable[str], begin: Callable[[str], Begun], device: torch.device
-) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
-    """The tensors in order; on a GPU the next ones are on their way while one is worked on."""
+) -> Iterator[tuple[str, Begun]]:
+    """What ends the reading of each, in order; on a GPU the next ones are on their way while one is worked on."""
     begun: deque[tuple[str, Begun]] = deque()
     most = TENSORS_AHEAD if device.type == "cuda" else 0
     for name in names:
         begun.append((name, begin(name)))
         if len(begun) > most:
-            first, finish = begun.popleft()
-            yield first, finish()
-    for last, finish in begun:
-        yield last, finish()
+            yield begun.popleft()
+    while begun:
+        yield begun.popleft()
 
 
 def dummy(
