@@ -171,7 +171,7 @@ def load(
 def _ahead(
     names: Iterable[str], begin: Callable[[str], Begun], device: torch.device
 ) -> Iterator[tuple[str, Begun]]:
-    """What ends the reading of each, in order; on a GPU the next ones are on their way while one is worked on."""
+    """What ends the reading of each, in order; on a GPU the next ones have begun by then."""
     begun: deque[tuple[str, Begun]] = deque()
     most = TENSORS_AHEAD if device.type == "cuda" else 0
     for name in names:
