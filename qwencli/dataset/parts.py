@@ -283,7 +283,8 @@ def _unpacked(archive: str, module: str, mtime_ns: int, size: int) -> BinaryIO:
             f"{archive} is compressed in a way that Python reads from 3.14 on",
             "unpack it: zstd -d, and name the .tar",
         ) from error
-    plain: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - closed when it is dropped
+    # Closed when it is dropped. Not a plain file everywhere: Windows wraps it.
+    plain = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
     most = max(_SMALL_BYTES, size * _MOST_GROWTH)
     with opener.open(archive, "rb") as packed:
         while piece := _piece(packed):
