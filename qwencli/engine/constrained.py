@@ -13,10 +13,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qwencli.engine.machine.child_process import python_command
 from qwencli.errors import CaptionError, InputError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
 
 # Largest schema: reading one takes time, and one of this size has thousands of rules.
 MAX_SCHEMA_BYTES = 1 << 20
+# The library follows references on its stack and weighs patterns that must hold together by trying
+# them out. What has more than this is read in a process of its own first, with this much stack.
+_PLAIN_CHARS, _PLAIN_REFERENCES, _PLAIN_PATTERNS = 1 << 14, 48, 8
+_TRIED_S, _TRIED_STACK_BYTES = 5.0, 2 << 20
 # Schemas of one engine that are kept compiled.
 _KEPT = 32
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -71,16 +78,53 @@ def read_schema(text: str, named: str) -> str:
     if len(text) > MAX_SCHEMA_BYTES:
         raise InputError(f"{named} is larger than {MAX_SCHEMA_BYTES >> 20} MiB", "shorten it")
     try:
-        return _checked(text, named)
+        schema = json.loads(text, parse_constant=_no_number)
+        written = json.dumps(schema)
+        if not _is_plain(written):
+            _library()
+            return _checked_apart(schema, named)
+        return _checked(schema, named)
     except RecursionError as error:
         raise InputError(f"{named} is nested too deeply", "flatten it") from error
-
-
-def _checked(text: str, named: str) -> str:
-    try:
-        schema = json.loads(text, parse_constant=_no_number)
     except ValueError as error:
         raise InputError(f"{named} is not JSON: {error}", "correct it there") from error
+
+
+def _is_plain(written: str) -> bool:
+    """Whether reading a schema takes little, whatever it says."""
+    patterns = written.count('"pattern') + written.count('"format"')
+    return (
+        len(written) <= _PLAIN_CHARS
+        and written.count('"$ref"') <= _PLAIN_REFERENCES
+        and patterns <= _PLAIN_PATTERNS
+    )
+
+
+def _checked_apart(schema: Any, named: str) -> str:
+    """`_checked`, in a process that may crash or be ended."""
+    too_much = InputError(
+        f"{named}: it takes too long to read, or refers from part to part too often",
+        "simplify it: fewer properties, references, and patterns under one allOf",
+    )
+    try:
+        child = subprocess.run(
+            python_command("qwencli.engine.constrained"),
+            input=json.dumps([schema, named]),
+            capture_output=True,
+            encoding="utf-8",
+            timeout=_TRIED_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise too_much from error
+    if child.returncode != 0 or not child.stdout:
+        raise too_much
+    wrong = json.loads(child.stdout)
+    if wrong is not None:
+        raise InputError(*wrong)
+    return json.dumps(schema)
+
+
+def _checked(schema: Any, named: str) -> str:
     if not isinstance(schema, dict):
         raise InputError(
             f"{named} is no JSON schema: it holds {_kind(schema)}",
@@ -377,3 +421,28 @@ class Grammars:
         if compiled.is_error():
             raise InputError(f"--schema: {compiled.get_error():.200}", "correct the schema")
         return compiled
+
+
+def main() -> None:
+    """Read a schema from stdin, and what errors call it; say what is wrong with it, or null."""
+    schema, named = json.load(sys.stdin)
+    wrong: list[str | None] | None = None
+
+    def check() -> None:
+        nonlocal wrong
+        try:
+            _checked(schema, named)
+        except InputError as error:
+            wrong = [error.message, error.hint]
+        except RecursionError:
+            wrong = [f"{named} is nested too deeply", "flatten it"]
+
+    threading.stack_size(_TRIED_STACK_BYTES)
+    thread = threading.Thread(target=check)
+    thread.start()
+    thread.join()
+    json.dump(wrong, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

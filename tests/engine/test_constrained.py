@@ -337,6 +337,37 @@ def test_what_is_wrong_with_a_schema_is_said(text):
     assert "\n" not in caught.value.message and caught.value.hint
 
 
+def referring(count):
+    """Parts that each hold the next; thousands of them are more than the library's stack has."""
+    parts = {
+        f"d{i}": {"properties": {"x": {"$ref": f"#/$defs/d{i + 1}"}}, "required": ["x"]}
+        for i in range(count)
+    }
+    return {"$ref": "#/$defs/d0", "$defs": {**parts, f"d{count}": {"type": "integer"}}}
+
+
+HEAVY = {
+    "references": referring(4000),
+    "patterns that meet": {"allOf": [{"type": "string", "pattern": f"x{i}"} for i in range(30)]},
+}
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_what_would_crash_the_library_or_keep_it_busy_is_refused(monkeypatch, name):
+    monkeypatch.setattr("qwencli.engine.constrained._TRIED_S", 1.5)
+    with pytest.raises(InputError, match="takes too long to read") as caught:
+        read_schema(json.dumps(HEAVY[name]), "schema.json")
+    assert "\n" not in caught.value.message and caught.value.hint
+
+
+def test_large_schemas_are_read_apart_and_what_is_wrong_is_said():
+    of = referring(60)
+    assert json.loads(schema(of)) == of
+    of["$defs"]["d60"] = {"type": "nothing"}
+    with pytest.raises(InputError, match="Invalid type: nothing"):
+        schema(of)
+
+
 def test_schemas_that_hold_themselves_and_end(engine):
     tree = {
         "$defs": {
