@@ -344,9 +344,22 @@ class AnswerReader:
         if not isinstance(sizes, list) or len(sizes) != len(self.sent.image_sizes):
             return ()
         try:
-            return tuple((int(width), int(height)) for width, height in sizes)
+            pairs = [(_number(width), _number(height)) for width, height in sizes]
         except (TypeError, ValueError):
             return ()
+        return tuple((width, height) for width, height in pairs if width and height)
+
+
+def read_json(text: str | bytes) -> Any:
+    """What a server's JSON says.
+
+    Raises:
+        ValueError: it is none, or nested deeper than can be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def error_text(answer: Any) -> str:
@@ -364,12 +377,19 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _text(value: Any) -> str:
+    """A text; of a list of parts, those that are text."""
+    if isinstance(value, list):
+        return "".join(_text(_mapping(part).get("text")) for part in value)
     return value if isinstance(value, str) else ""
 
 
 def _number(value: Any) -> int | None:
-    return value if type(value) is int and value >= 0 else None
+    return value if type(value) is int and 0 <= value <= _MOST else None
 
 
 def _seconds(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and value >= 0 else None
+    return float(value) if type(value) in (int, float) and 0 <= value <= _MOST else None
+
+
+# No count or time is larger; what is comes from a server that is out of order.
+_MOST = 2**53

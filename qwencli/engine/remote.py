@@ -13,7 +13,6 @@ import concurrent.futures
 import contextlib
 import ipaddress
 import itertools
-import json
 import os
 import queue
 import threading
@@ -25,7 +24,14 @@ from urllib.parse import urlsplit, urlunsplit
 
 from qwencli.capabilities import why_not
 from qwencli.config import DType, EngineConfig, EngineName, LoadFormat, ModelSource, ModelSpec
-from qwencli.engine.openai_format import AnswerReader, BadAnswerError, Sent, error_text, prepared
+from qwencli.engine.openai_format import (
+    AnswerReader,
+    BadAnswerError,
+    Sent,
+    error_text,
+    prepared,
+    read_json,
+)
 from qwencli.engine.protocol import ManyRequests, RequestQueue, drain
 from qwencli.engine.request import RequestId, RequestSource, StepOutput, request_of
 from qwencli.errors import (
@@ -461,6 +467,9 @@ class _Calls:
         except EndpointError as error:
             endpoint.refusal = error
             return error
+        except InputError as error:
+            endpoint.refusal = EndpointError(error.message, "check the address of --endpoint")
+            return endpoint.refusal
         return None
 
     async def _models(self, endpoint: Endpoint) -> list[Mapping[str, Any]] | None:
@@ -470,7 +479,7 @@ class _Calls:
                 return None
             self._check(endpoint, response.status_code, response.headers, await response.aread())
             try:
-                listed = response.json()
+                listed = read_json(await response.aread())
                 entries = listed["data"] if isinstance(listed, dict) else listed
                 return [each for each in entries if isinstance(each.get("id"), str)]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -750,9 +759,17 @@ class _Calls:
         if status == 200:
             return
         try:
-            said = error_text(json.loads(answer))
+            said = error_text(read_json(answer))
         except ValueError:
             said = f"status {status}"
+        if 300 <= status < 400:
+            target = " ".join(headers.get("location", "").split())[:200] or "another address"
+            raise EndpointError(
+                f"{endpoint.name} sends its clients on to {target}", "give that as --endpoint"
+            )
+        if status < 300:
+            failure = AnswerError(f"{endpoint.name} sent status {status} for an answer", _TRY_AGAIN)
+            raise _Retry(failure)
         if status in (401, 403):
             has = "refuses the API key" if os.environ.get(KEY_VARIABLE) else "wants an API key"
             raise EndpointError(f"{endpoint.name} {has} ({said})", "give it with --api-key")
@@ -778,7 +795,7 @@ def _prepare(source: RequestSource, config: EngineConfig) -> Sent:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
+        return read_json(text)
     except ValueError as error:
         raise BadAnswerError("something that is no JSON") from error
 

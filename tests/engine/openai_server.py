@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import socket
 import threading
 import time
@@ -17,6 +18,15 @@ from typing import Any
 from PIL import Image
 
 MODEL = "stand-in"
+
+# Figures that no server means.
+ABSURD = {
+    "usage": {
+        "completion_tokens": 10**30,
+        "timings": {"prefill_s": 10**400, "preprocess_s": math.nan, "vision_encode_s": math.inf},
+    },
+    "qwencli": {"resized_sizes": [[math.inf, 2]], "notes": [None, 3], "effective": {"cache": 7}},
+}
 
 
 def seen(body: dict[str, Any]) -> str:
@@ -46,6 +56,8 @@ class StandIn:
     fault: Callable[[int], str] = lambda number: ""
     say: Callable[[dict[str, Any]], str] = seen
     models: list[dict[str, Any]] = field(default_factory=lambda: [{"id": MODEL}])
+    # Status and body in place of the list of models.
+    listing: tuple[int, bytes] | None = None
     key: str | None = None
     usage: bool = True
     step_s: float = 0.0
@@ -126,6 +138,10 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.path.endswith("/models"):
             self._json(404, {"detail": "Not Found"})
             return
+        if self.stand_in.listing is not None:
+            status, data = self.stand_in.listing
+            self._send(status, "application/json", data)
+            return
         self._json(200, {"object": "list", "data": self.stand_in.models})
 
     def do_POST(self) -> None:
@@ -147,10 +163,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, "text/html", b"<html>hello</html>")
         elif fault == "no json":
             self._send(200, "application/json", b"{nothing")
-        elif fault == "whole":
-            message = {"role": "assistant", "content": text}
+        elif fault == "deep":
+            self._send(200, "application/json", b"[" * 100_000)
+        elif fault in ("whole", "parts", "absurd"):
+            parts = [{"type": "thinking"}, {"type": "text", "text": text}, 5]
+            message = {"role": "assistant", "content": parts if fault == "parts" else text}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            self._json(200, {"choices": [choice], "usage": self._usage(text)})
+            told = {"choices": [choice], "usage": self._usage(text)}
+            self._json(200, told | (ABSURD if fault == "absurd" else {}))
         elif fault == "drop":
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
@@ -203,5 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
+        if 300 <= status < 400:
+            self.send_header("Location", "http://elsewhere.example/v1")
         self.end_headers()
         self.wfile.write(data)

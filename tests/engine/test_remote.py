@@ -178,6 +178,9 @@ def test_a_failure_is_tried_again(server: StandIn, fault: str) -> None:
         ("500", AnswerError, "failed with status 500: asked to fail with 500"),
         ("html", AnswerError, "sent something that is no stream of events"),
         ("no json", AnswerError, "sent something that is no JSON"),
+        ("deep", AnswerError, "sent something that is no JSON"),
+        ("202", AnswerError, "sent status 202 for an answer"),
+        ("301", EndpointError, "sends its clients on to http://elsewhere.example/v1"),
         ("error inside", AnswerError, "sent an error: out of memory"),
         ("cut", AnswerError, "broke off its answer"),
     ],
@@ -191,6 +194,42 @@ def test_what_is_wrong_is_said_in_one_line(
     assert type(caught.value) is error
     assert said in caught.value.message and server.url in caught.value.message
     assert "\n" not in caught.value.message and caught.value.hint
+
+
+def test_figures_that_nobody_means_are_not_known(server: StandIn) -> None:
+    server.fault = lambda number: "absurd"
+    with engine(server) as remote_engine:
+        result = remote_engine.generate(asked())
+    assert result.text == "A picture 40x30 of 1,0,0"
+    assert result.timings.prefill_s is result.timings.preprocess_s is None
+    assert result.timings.vision_encode_s is None and result.num_new_tokens == 1
+
+
+def test_an_answer_in_parts_is_the_text_of_them(server: StandIn) -> None:
+    server.fault = lambda number: "parts"
+    with engine(server) as remote_engine:
+        assert remote_engine.generate(asked()).text == "A picture 40x30 of 1,0,0"
+
+
+@pytest.mark.parametrize(
+    ("listing", "said"),
+    [
+        ((200, b"[" * 100_000), "does not answer as OpenAI's API does"),
+        ((200, b'{"data": 5}'), "does not answer as OpenAI's API does"),
+        ((302, b""), "sends its clients on to http://elsewhere.example/v1"),
+        ((400, b"\xff"), "refuses the request: status 400"),
+    ],
+)
+def test_a_list_that_is_none_costs_that_server_only(
+    server: StandIn, listing: tuple[int, bytes], said: str
+) -> None:
+    with StandIn(listing=listing).running() as wrong:
+        with pytest.raises(EndpointError) as caught:
+            engine(wrong).load()
+        assert said in caught.value.message and caught.value.hint
+        with engine(wrong, server) as both:
+            assert said in both.load_warnings[0]
+            assert both.generate(asked()).text == "A picture 40x30 of 1,0,0"
 
 
 def test_a_stream_that_was_shown_is_not_begun_anew(server: StandIn) -> None:
