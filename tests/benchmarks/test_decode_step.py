@@ -41,7 +41,7 @@ class FewPrograms(Tiles):
 
     def __call__(self, matrix: MatrixKind) -> GemvTiles:
         tiles = super().__call__(matrix)
-        return replace(tiles, rows=16) if matrix.tokens == 1 else tiles
+        return replace(tiles, rows=64)
 
 
 def step_of(quantization: Quantization, tiles: Tiles) -> MeasuredStep:

@@ -44,7 +44,7 @@ def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def two_share(matrix: MatrixKind) -> GemvTiles:
-    return GemvTiles(128, 128 if matrix.tokens == 1 else 16, 1, splits=2)
+    return GemvTiles(128, 128 if matrix.tokens == 1 else 32, 1, splits=2)
 
 
 def config(heads: int, kv_heads: int, dim: int, hidden: int = 96) -> dict[str, Any]:
@@ -91,15 +91,18 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
+# Every shape of heads with a step that fills its lanes and with one that does not.
 @WITH_IDLE_LANES
-@pytest.mark.parametrize("size", [2, 3, 5, 8])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (3, 1, 32), (5, 1, 128)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "size"),
+    [(4, 2, 64, 2), (4, 2, 64, 5), (3, 1, 32, 3), (3, 1, 32, 8), (5, 1, 128, 5), (5, 1, 128, 8)],
+)
 def test_several_tokens_give_the_logits_of_one_at_a_time(
     heads: int, kv_heads: int, dim: int, size: int
 ) -> None:
     shape = config(heads, kv_heads, dim)
     prompt = prompt_of(2 if heads == 3 else 70)
-    tokens = [[7, 7, 250, 3, 3, 3, 17, 60, 7]]
+    tokens = [[7, 7, 250, 3, 3, 3, 17, 60, 7][: 2 * size + 1]]
     one = logits_of(model_of(shape, None), [prompt], tokens, 1)
     plain = logits_of(model_of(shape, None), [prompt], tokens, size)
     own = logits_of(model_of(shape, OWN), [prompt], tokens, size)
@@ -120,7 +123,7 @@ def test_a_batch_is_read_with_the_same_kernels(fused: Fused) -> None:
 
 @pytest.mark.parametrize("quantization", [q for q in Quantization if q is not Quantization.NONE])
 def test_several_tokens_through_quantized_matrices(quantization: Quantization) -> None:
-    shape = config(4, 2, 32, hidden=192)
+    shape = config(4, 2, 32, hidden=192) | {"num_hidden_layers": 1}
     tokens = [[7, 8, 9, 10]]
     one = logits_of(model_of(shape, OWN, quantization), [prompt_of(5)], tokens, 1)
     own = logits_of(model_of(shape, OWN, quantization), [prompt_of(5)], tokens, 4)
@@ -160,7 +163,7 @@ def test_kernels_hand_each_other_rounded_vectors(
 
 @torch.inference_mode()
 @pytest.mark.parametrize("scheme", [*MADE, None])
-@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("splits", [2, 4])
 def test_programs_that_share_columns_add_up_the_same_every_time(
     scheme: Scheme | None, splits: int
 ) -> None:
@@ -221,13 +224,12 @@ def test_products_of_16_bit_floats(rows: int, columns: int, size: int) -> None:
 
 @WITH_IDLE_LANES
 @torch.inference_mode()
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-@pytest.mark.parametrize("fused", [OWN, TORCH_ATTENTION])
+@pytest.mark.parametrize(("fused", "penalty"), [(OWN, 1.0), (TORCH_ATTENTION, 1.3)])
 def test_checked_steps_choose_and_draft_what_the_plain_operators_do(
     fused: Fused, penalty: float
 ) -> None:
     prompt = [5, 6, 7, 5, 6, 7, 5, 6]
-    sampling = SamplingParams(do_sample=False, repetition_penalty=penalty, max_new_tokens=25)
+    sampling = SamplingParams(do_sample=False, repetition_penalty=penalty, max_new_tokens=7)
     states = []
     for kind in (None, fused):
         model = model_of(config(4, 2, 64), kind)
@@ -238,7 +240,7 @@ def test_checked_steps_choose_and_draft_what_the_plain_operators_do(
         state.sample_first(model.prefill(inputs, state.cache))
         states.append(state)
     plain, own = states
-    for size in (1, 4, 8, 2, 5, 8, 8, 8):
+    for size in (1, 4, 8, 2, 5, 8):
         for state in states:
             state.verify_masked(state.kind, size, len(prompt) + 40)
         assert plain.drafts is not None and own.drafts is not None
@@ -249,6 +251,7 @@ def test_checked_steps_choose_and_draft_what_the_plain_operators_do(
         for name in ("token", "slot", "position", "step", "done"):
             assert torch.equal(getattr(plain, name), getattr(own, name)), name
         assert torch.equal(plain.sampler.seen, own.sampler.seen)
+    assert bool(plain.done)
 
 
 @pytest.mark.parametrize("scheme", MADE)
