@@ -112,5 +112,5 @@ def _writer(file: int) -> str:
     try:
         said = json.loads(os.read(file, 1000))
         return f"process {int(said['process'])}, since {str(said['since_utc'])[:19]} UTC"
-    except (OSError, ValueError, KeyError, TypeError):  # it has just begun
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it has just begun
         return "another process"

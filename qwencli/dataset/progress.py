@@ -209,7 +209,7 @@ def keep_rate(computes: Mapping[str, Any], captions: int, seconds: float, device
 def _rates() -> dict[str, Any]:
     try:
         rates = json.loads(_rates_file().read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return rates if isinstance(rates, dict) else {}
 

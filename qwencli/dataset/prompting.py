@@ -292,7 +292,7 @@ def read_prompt_file(path: Path) -> dict[str, list[Weighted]]:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

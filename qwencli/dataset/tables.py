@@ -33,7 +33,7 @@ Row = dict[str, Any]
 Columns = list[str]
 Reader = Callable[[Path], contextlib.AbstractContextManager[tuple[Columns, Iterator[Row]]]]
 # What readers of such files raise where a file is not what its name says.
-_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, csv.Error)
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error)
 
 
 class Table:

@@ -22,6 +22,17 @@ MOST_STOPS = 16
 LEAST_LOGPROB = -9999.0
 
 
+# What would change the answer and cannot be done is refused, where it asks for anything.
+_NOT_DONE = {
+    "frequency_penalty": "use repetition_penalty",
+    "presence_penalty": "use repetition_penalty",
+    "logit_bias": "hold the answer to a response_format",
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "audio": "answers are text",
+}
+
+
 class Body(BaseModel):
     """Types are as JSON has them: "1" is no number. What is not known is passed over."""
 
@@ -135,6 +146,11 @@ class ChatBody(Body):
     seed: int | None = None
     stop: str | list[str] | None = None
     n: int | None = None
+    logit_bias: dict[str, float] | None = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    modalities: list[str] | None = None
+    audio: Any = None
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
@@ -196,9 +212,11 @@ class ChatBody(Body):
 
     def sampling(self) -> SamplingOptions:
         """Raises ApiError for what cannot be done."""
-        for name in ("frequency_penalty", "presence_penalty"):
+        for name, instead in _NOT_DONE.items():
             if getattr(self, name):
-                raise ApiError(400, f"{name} is not supported; use repetition_penalty", param=name)
+                raise ApiError(400, f"{name} is not supported; {instead}", param=name)
+        if self.modalities not in (None, [], ["text"]):
+            raise ApiError(400, "modalities: answers are text", param="modalities")
         if self.n not in (None, 1):
             raise ApiError(400, "n must be 1: ask several times instead", param="n")
         return SamplingOptions(

@@ -335,7 +335,13 @@ class ResidentEngine(ManyRequests):
 
     def _introduced(self) -> tuple[_Connection, Message]:
         """A connection, and what the process says to our configuration."""
-        connection = _connected(state_folder())
+        try:
+            connection = _connected(state_folder())
+        except OutputError as error:  # the folder cannot be written
+            raise self._is_unusable(f"no resident engine can be had: {error.message}") from error
+        except OSError as error:
+            why = f"{state_folder()}: {error.strerror or error}"
+            raise self._is_unusable(f"no resident engine can be had: {why}") from error
         if connection is None:
             raise self._is_unusable(f"no resident engine can be had ({state_folder() / LOG_FILE})")
         try:

@@ -79,7 +79,7 @@ def read_state(folder: Path) -> State | None:
             return None
         said = json.loads(path.read_bytes())
         state = State(**said)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     kinds = (type(state.pid), type(state.port), type(state.token), type(state.build))
     return state if kinds == (int, int, str, str) and 0 < state.port < 65536 else None
@@ -100,9 +100,13 @@ def write_state(folder: Path, port: int, build_said: str) -> State:
     """Write the file whole, readable by its user alone."""
     state = State(os.getpid(), port, secrets.token_urlsafe(32), build_said)
     descriptor, beside = tempfile.mkstemp(dir=folder)  # mode 0600
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(asdict(state), file)
-    Path(beside).replace(folder / STATE_FILE)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(asdict(state), file)
+        Path(beside).replace(folder / STATE_FILE)
+    except OSError:
+        Path(beside).unlink(missing_ok=True)
+        raise
     return state
 
 

@@ -106,6 +106,9 @@ WRONG = {
     "deep JSON": "[" * 100_000,
     "no object": "[]",
     "several answers": asked(n=3),
+    "a bias": asked(logit_bias={"50256": -100}),
+    "functions of old": asked(functions=[{"name": "f"}]),
+    "a spoken answer": asked(modalities=["text", "audio"], audio={"voice": "a"}),
     "a stop that is empty": asked(stop=[""]),
     "a schema that is none": asked(response_format={
         "type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nothing"}}

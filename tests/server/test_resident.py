@@ -40,7 +40,7 @@ from qwencli.results import GenerationChunk, GenerationResult
 from qwencli.server import resident, resident_process, resident_state
 from qwencli.server.frames import HEAD_BYTES, lengths, packed, unpacked
 from qwencli.server.resident import ResidentEngine
-from qwencli.server.resident_state import STATE_FILE, build, read_state, state_folder
+from qwencli.server.resident_state import LOG_FILE, STATE_FILE, build, read_state, state_folder
 from tests.dataset.fake_engine import FakeEngine
 
 MODEL = ModelSpec("small", ModelSource.LOCAL, hub_config={"layers": [1, 2], "name": "a"})
@@ -215,12 +215,35 @@ def test_one_of_another_build_makes_way_unless_it_is_busy(
         "", "{", "[]", '{"pid": 1}',
         '{"pid": "1", "port": 1, "token": "", "build": ""}',
         '{"pid": 1, "port": 99999, "token": "", "build": ""}',
+        "[" * 100_000,
     ],
 )  # fmt: skip
 def test_a_state_file_that_says_nothing_is_none(own_state: Path, text: str) -> None:
     resident_state.make_folder(own_state)
     (own_state / STATE_FILE).write_text(text)
     assert read_state(own_state) is None and resident.status() is None
+
+
+def test_a_folder_that_cannot_be_had_costs_the_keeping_only(own_state: Path) -> None:
+    """Where `unusable` says why, the command loads the model itself."""
+    own_state.parent.mkdir(parents=True, exist_ok=True)
+    own_state.write_text("a file where the folder would be")
+    asking = engine()
+    with pytest.raises(EngineError):
+        asking.load()
+    assert "cannot be made" in asking.unusable
+    own_state.unlink()
+    (own_state / LOG_FILE).mkdir(parents=True)
+    with pytest.raises(EngineError):
+        asking.load()
+    assert str(own_state) in asking.unusable
+
+
+def test_a_state_file_that_cannot_be_written_leaves_nothing(own_state: Path) -> None:
+    (own_state / STATE_FILE / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"directory|denied"):
+        resident_state.write_state(own_state, 1, "build")
+    assert [path.name for path in own_state.iterdir()] == [STATE_FILE]
 
 
 def test_a_port_that_another_program_has_by_now_keeps_nobody_waiting(own_state: Path) -> None:

@@ -101,7 +101,7 @@ def open_cache(file: Path, fingerprint: str, names: Collection[str]) -> CachedMa
     try:
         sums = json.loads(header.metadata["sums"])
         schemes = {name: Scheme(kind) for name, kind in _schemes(header.metadata).items()}
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         return None
     stored = {
         name: StoredTensor(name, file, info.dtype, info.shape, header.data_start + info.start)

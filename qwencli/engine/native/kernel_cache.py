@@ -194,7 +194,7 @@ def read_manifest(file: Path) -> list[KernelLaunch] | None:
         ]
     except OSError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         note_once(f"compiled kernels in {file.parent} were damaged and are made again")
         return None
 

@@ -286,7 +286,7 @@ def _state(layer: PackedLayer, parts: Parts) -> dict[str, Any]:
         raise unreadable(layer, "lacks its weight.quant_state")
     try:
         state = json.loads(bytes(parts[found[0]].tolist()))
-    except ValueError:
+    except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict) or state.get("quant_type") not in ("nf4", "fp4"):
         raise unreadable(layer, f"has a {found[0]} that tells no 4-bit type")
