@@ -41,7 +41,7 @@ def caption(
         bool,
         typer.Option(
             "--think/--no-think",
-            help="Let a model that can think do so first; a caption never has its thoughts.",
+            help="Let a model that can think do so, not for folders; captions never have thoughts.",
         ),
     ] = False,
     *,

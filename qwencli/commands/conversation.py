@@ -178,6 +178,7 @@ class Conversation:
         self._engine, self._sampling, self._sink = engine, sampling, sink
         self._system, self._json, self._stats, self._model = system, json, stats, model
         self._frames, self._thinking, self._keep = frames, thinking, keep
+        self._noted: set[str] = set()
         self._display = display or (SilentDisplay(sink) if json else PlainDisplay(sink))
         self._turns: list[Turn] = []
         self._attached: list[VisualPart] = []
@@ -318,7 +319,10 @@ class Conversation:
         if self._json:
             self._sink.json_line(caption_record(result, pictures, self._model))
         for note in result.notes:
-            self._sink.notice(f"note: {note}")
+            # What holds for one answer often holds for the next.
+            if note not in self._noted:
+                self._sink.notice(f"note: {note}")
+                self._noted.add(note)
         missing = shortfall(result)
         if missing is not None:
             self._sink.notice(f"note: {missing}")

@@ -41,15 +41,16 @@ def models(
         for row in rows:
             output.json_line(asdict(row))
         return
-    output.show(_table(rows, _legend(free_bytes, on_gpu)))
+    output.show(_table(rows, _legend(rows, free_bytes, on_gpu)))
 
 
-def _legend(free_bytes: int, on_gpu: bool) -> str:
+def _legend(rows: list[ModelRow], free_bytes: int, on_gpu: bool) -> str:
+    stated = any(row.vram_stated for row in rows)
+    estimated = "* as stated in custom_models.json, otherwise estimated" if stated else "estimated"
     of = "VRAM that is free" if on_gpu else "memory (half of what is free)"
     return (
         "GB for the weights, 4096 tokens and a one-megapixel image; full: not quantized; "
-        "* as stated in custom_models.json, otherwise estimated. "
-        f"Fits: the largest mode within the "
+        f"{estimated}. Fits: the largest mode within the "
         f"{free_bytes / 1e9:.1f} GB of {of} here."
     )
 
@@ -58,7 +59,7 @@ def _table(rows: list[ModelRow], legend: str) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    # No lines between columns: with them the longest built-in name does not fit in 80 columns.
+    # With lines between columns the longest built-in name would not fit in 80 of a terminal.
     table = Table(
         box=None, padding=(0, 1, 0, 0), pad_edge=False, caption=legend, caption_justify="left"
     )
@@ -71,9 +72,9 @@ def _table(rows: list[ModelRow], legend: str) -> Table:
         size = "?" if row.size_bytes is None else _size(row.size_bytes)
         vram = [_vram(row, mode) for mode in _MODES]
         fits = row.fits[-1] if row.fits else "no" if row.vram_gb else "?"
-        mark = " (default)" if row.default else ""
         # Text, not str: names and paths may hold what rich reads as markup.
         kept = f", {_size(row.kept_bytes)} of quantized weights kept" if row.kept_bytes else ""
+        mark = " (default)" if row.default else ""
         cells = (row.name + mark, row.kind, size, *vram, fits, _where(row) + kept)
         table.add_row(
             *(Text(visible(cell)) for cell in cells), style=None if row.downloaded else "dim"
@@ -98,7 +99,7 @@ def _where(row: ModelRow) -> str:
     if row.problem is not None:
         return row.problem
     if row.path is None:
-        return "not downloaded"
-    return {"bundled": "in the package", "built-in": "hub cache", "downloaded": "hub cache"}.get(
+        return "to download"
+    return {"bundled": "in package", "built-in": "hub cache", "downloaded": "hub cache"}.get(
         row.kind, row.path
     )

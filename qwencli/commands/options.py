@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -172,7 +172,9 @@ class RunOptions:
 
     max_new_tokens: Annotated[
         int | None,
-        _sampling(text=f"Longest answer, in tokens. Default: {SAMPLING.max_new_tokens}."),
+        _sampling(
+            text=f"Longest answer, in tokens. Default: {SAMPLING.max_new_tokens}. Of serve: 1024."
+        ),
     ] = None
     greedy: Annotated[
         bool, _sampling("--greedy", text="Always the likeliest token. Default: as the model says.")
@@ -450,13 +452,16 @@ class ShapeOptions:
         return next((f"--{name.replace('_', '-')}" for name in used), None)
 
 
-def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_run_options(
+    command: Callable[..., None], *, without: Collection[str] = ()
+) -> Callable[..., None]:
     """Give `command(..., run: RunOptions)` one option per field of RunOptions.
 
     So too for every other parameter whose type is a dataclass. Of a name that the command has
-    itself the field keeps its default.
+    itself the field keeps its default, and so does one of `without`, which is no option of it.
     """
     own = inspect.signature(command, eval_str=True).parameters
+    kept = {*own, *without}
     groups: dict[str, Any] = {
         name: p.annotation for name, p in own.items() if is_dataclass(p.annotation)
     }
@@ -468,13 +473,13 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
                 f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name]
             )
             for f in fields(group)
-            if f.name not in own
+            if f.name not in kept
         ]
 
     @functools.wraps(command)
     def wrapper(**given: Any) -> None:
         made = {
-            name: group(**{f.name: given.pop(f.name) for f in fields(group) if f.name not in own})
+            name: group(**{f.name: given.pop(f.name) for f in fields(group) if f.name not in kept})
             for name, group in groups.items()
         }
         if made["run"].api_key is not None:

@@ -81,7 +81,8 @@ def latest_chat(folder: Path) -> Path:
     found = _kept(folder)
     if not found:
         raise InputError(
-            f"{folder} has no conversation to go on with", "start one: qwencli chat, then /save"
+            f"{folder} has no conversation to go on with",
+            "those at a terminal are kept there: qwencli chat; one of /save: /load FILE",
         )
     return found[-1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import Annotated
 
@@ -14,7 +15,8 @@ from qwencli.output import Output
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-@with_run_options
+# What a server prints is no answer.
+@functools.partial(with_run_options, without=("json", "stats"))
 def serve(
     context: typer.Context,
     host: Annotated[

@@ -500,12 +500,22 @@ def test_think_is_what_the_template_is_told(checkpoint, tmp_path, pictures, says
     thoughts = []
     for switch in ("--think", "--no-think"):
         assert run([*arguments, pictures[0], "--json", switch]) == 0
-        record = json.loads(capsys.readouterr().out)
+        said = capsys.readouterr()
+        record = json.loads(said.out)
         thoughts.append((record["caption"], record["thoughts"], record["num_prompt_tokens"]))
+        assert "thinking was asked for" not in said.err
     assert thoughts[0][:2] == ("A circle.", "I see it.")
     assert thoughts[1][2] > thoughts[0][2], "an empty thought is closed in the prompt"
     assert run([*arguments, str(Path(pictures[0]).parent), "--think"]) == 2
     assert "--think is for a few pictures" in capsys.readouterr().err
+
+
+def test_think_of_a_model_that_cannot_is_said(checkpoint, pictures, says, capsys):
+    says("A circle.")
+    model = str(checkpoint("qwen3_vl"))
+    for switch, notes in (("--think", 1), ("--no-think", 0)):
+        assert run(["caption", pictures[0], "--model", model, "--device", "cpu", switch]) == 0
+        assert capsys.readouterr().err.count("this model's chat template knows none") == notes
 
 
 def test_a_thought_that_takes_all_tokens_leaves_no_caption(thinking, pictures, says, capsys):

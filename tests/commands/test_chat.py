@@ -277,6 +277,11 @@ def test_sampling_changes_midway(talk, capsys):
     assert "max_new_tokens=4, seed=default, greedy=on, stop='.'" in capsys.readouterr().err
 
 
+def test_a_note_that_holds_for_all_answers_is_said_once(talk, capsys):
+    converse(talk, "/set thinking=on", "one", "two")
+    assert capsys.readouterr().err.count("thinking was asked for") == 1
+
+
 @pytest.mark.parametrize(
     ("said", "told"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import typer
@@ -52,8 +53,8 @@ def test_table_fits_80_columns_and_breaks_no_builtin_name(run):
         "7.1",
         "10.4",
         "fp8",
-        "not",
-        "downloaded",
+        "to",
+        "download",
     ]
     assert result.stderr == ""
 
@@ -61,7 +62,7 @@ def test_table_fits_80_columns_and_breaks_no_builtin_name(run):
 def test_table_breaks_no_custom_name_of_22_letters(run, tmp_path):
     name = "Qwen3-4B-Instruct-2507"
     write(tmp_path / "custom_models.json", {name: {"repo_id": f"Qwen/{name}"}})
-    assert f"{name} custom" in run().stdout
+    assert re.search(f"^{name} +custom", run().stdout, re.MULTILINE)
 
 
 def test_json_is_one_object_a_line(run):
@@ -87,8 +88,8 @@ def test_custom_entries_are_marked(run, tmp_path):
         "?",
         "?",
         "4bit",
-        "not",
-        "downloaded",
+        "to",
+        "download",
     ]
 
 
@@ -119,8 +120,8 @@ def test_what_fits_this_machine_is_marked(run):
     assert by_name["qwen3-vl-4b"]["fits"] == ["4bit", "8bit", "fp8"]
     assert by_name["qwen3-vl-32b"]["fits"] == []
     shown = {line.split()[0]: line for line in run().stdout.splitlines() if line.strip()}
-    assert " full not downloaded" in shown["qwen3-vl-2b"]
-    assert " no not downloaded" in shown["qwen3-vl-32b"]
+    assert " full to download" in shown["qwen3-vl-2b"]
+    assert " no to download" in shown["qwen3-vl-32b"]
     assert "8.0 GB of VRAM" in " ".join(run().stdout.split())
 
 
@@ -129,3 +130,10 @@ def test_a_name_with_a_line_feed_forges_no_row(run, tmp_path):
     result = run("--models-file", str(file))
     assert not [line for line in result.stdout.splitlines() if line.startswith("error:")]
     assert "\x1b" not in result.stdout
+
+
+def test_the_legend_explains_a_star_only_where_there_is_one(run, tmp_path):
+    assert "custom_models.json" not in run().stdout
+    entry = {"mine": {"repo_id": "O/N", "vram_requirement": {"full": 4.0}}}
+    write(tmp_path / "custom_models.json", entry)
+    assert "* as stated in custom_models.json" in " ".join(run().stdout.split())

@@ -130,8 +130,9 @@ def test_any_value_is_read_or_named(written, tmp_path_factory, key, value):
 def test_the_newest_are_kept(tmp_path):
     import os
 
-    with pytest.raises(InputError, match="no conversation to go on with"):
+    with pytest.raises(InputError, match="no conversation to go on with") as none:
         latest_chat(tmp_path / "none")
+    assert "then /save" not in (none.value.hint or ""), "/save writes elsewhere"
     for number in range(KEPT + 3):
         path = tmp_path / f"{number}.json"
         path.touch()

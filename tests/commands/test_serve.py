@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import socket
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 from qwencli.cli import run
 from qwencli.commands import serve as command
 from qwencli.server import listen
+from qwencli.server.app import ServerSettings
 
 
 @pytest.mark.parametrize(
@@ -64,3 +66,15 @@ def test_it_serves_until_it_is_ended(capsys, monkeypatch) -> None:
     assert f"serving scenes at http://127.0.0.1:{found[0][1]}" in said.err and said.out == ""
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{found[0][1]}/health")
+
+
+@pytest.mark.parametrize("flag", ["--json", "--stats"])
+def test_options_of_answers_are_none_of_a_server(capsys, flag) -> None:
+    assert run(["serve", flag]) == 2
+    assert "No such option" in capsys.readouterr().err
+
+
+def test_help_says_the_servers_own_length() -> None:
+    option = inspect.signature(command.serve).parameters["max_new_tokens"].annotation
+    said = next(each for each in option.__metadata__ if hasattr(each, "help")).help
+    assert f"Of serve: {ServerSettings('any').usual_tokens}" in said

@@ -112,6 +112,7 @@ class ChatTemplate:
         source: the file it came from, for errors.
         named_tokens: `eos_token` and the like, which some templates write out.
         takes_tools: whether it has a place for functions.
+        can_think: whether it says anything of thoughts, switched on or always there.
         repeats: whether it says the same of the same conversation whenever it is asked.
     """
 
@@ -120,6 +121,7 @@ class ChatTemplate:
     source: str
     named_tokens: Mapping[str, str]
     takes_tools: bool = False
+    can_think: bool = False
     repeats: bool = False
     # Of conversations just rendered: a folder of pictures is asked about in the same words.
     _recent: dict[tuple[bool, str], str] = field(default_factory=dict)
@@ -139,7 +141,8 @@ class ChatTemplate:
         try:
             compiled = environment.compiled(text)
             repeats = not _CHANGING.search(text)
-            return cls(environment, compiled, source, named, "tools" in text, repeats)
+            can_think = "enable_thinking" in text or "<think>" in text
+            return cls(environment, compiled, source, named, "tools" in text, can_think, repeats)
         except jinja2.TemplateSyntaxError as error:
             raise _broken(source, f"line {error.lineno}: {error.message}") from error
         except _TEMPLATE_ERRORS as error:

@@ -39,6 +39,7 @@ _VISION_TOKENS = {
 }
 
 _VIDEO_PAD = "<|video_pad|>"
+NO_THOUGHTS = "thinking was asked for, and this model's chat template knows none"
 
 
 @dataclass(frozen=True)
@@ -260,9 +261,10 @@ class PromptBuilder:
         if starts_with.strip():
             rendered += guard.protect(starts_with.rstrip())
         ids = self.tokenizer.encode(rendered, guard)
+        notes = (NO_THOUGHTS,) if thinking and not self.template.can_think else ()
         if self.processor is None:
             seconds = time.perf_counter() - start
-            return Prompt(ids, None, seconds, None, None, opens_thought=opens_thought)
+            return Prompt(ids, None, seconds, None, None, opens_thought=opens_thought, notes=notes)
         image, video = (self.tokenizer.token_id(token) for token in ("<|image_pad|>", _VIDEO_PAD))
         self._check_places(ids, pictures, inputs, image, video)
         return Prompt(
@@ -273,7 +275,7 @@ class PromptBuilder:
             video_token_id=self.model_ids.get(video, video),
             opens_thought=opens_thought,
             patch_size=self.processor.patch_size,
-            notes=self._notes(inputs),
+            notes=(*notes, *self._notes(inputs)),
         )
 
     def _notes(self, inputs: VisualInputs | None) -> tuple[str, ...]:
