@@ -167,13 +167,18 @@ def _is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
         if ip in _NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None and not _is_public(str(inner)):
+            return _is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        if ip not in _UNICAST or (inner is not None and not _is_public(str(inner))):
             return False
-    return ip.is_global and not ip.is_multicast
+    special = any(ip.version == each.version and ip in each for each in _SPECIAL)
+    return ip.is_global and not ip.is_multicast and not special
 
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Of hosts of the internet; other blocks hold IPv4 addresses in many forms, or those of a site.
+_UNICAST = ipaddress.ip_network("2000::/3")
+# Global to Python, and no host of anybody's: protocols, relays, documentation.
+_SPECIAL = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20")))
 
 
 def _read(answer: http.client.HTTPResponse, until_s: float) -> bytes:

@@ -145,7 +145,8 @@ def test_other_statuses(client) -> None:
     told(client.get("/v1/nothing"), 404)
     told(client.get(CHAT), 405)
     told(client.post(CHAT, content=b"{}", headers={"content-type": "text/plain"}), 415)
-    told(client.get("/v1/models", headers={"host": "elsewhere.example"}), 403)
+    for host in ("elsewhere.example", "localhost:80@elsewhere.example", "[::1]elsewhere.example"):
+        told(client.get("/v1/models", headers={"host": host}), 403)
     told(client.get("/v1/models", headers={"origin": "http://elsewhere.example"}), 403)
     assert "access-control-allow-origin" not in client.get("/v1/models").headers
     assert client.get("/health").json()["status"] == "ok"
@@ -219,7 +220,8 @@ def test_a_reader_that_takes_nothing_and_one_that_goes_hold_nobody(client, serve
 @pytest.mark.parametrize(
     "address",
     ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "0.0.0.0", "::1", "fd00::1",
-     "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "100.64.0.1", "224.0.0.1"],
+     "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "100.64.0.1", "224.0.0.1",
+     "::127.0.0.1", "::ffff:0:127.0.0.1", "64:ff9b:1::7f00:1", "fec0::1", "192.0.0.8"],
 )  # fmt: skip
 def test_no_address_of_a_private_network_is_asked(monkeypatch, address: str) -> None:
     """Whatever name it has, also where a public server sends us there."""
