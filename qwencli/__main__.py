@@ -1,5 +1,17 @@
-"""`python -m qwencli`."""
+"""`python -m qwencli`, and what the installed command starts."""
 
-from qwencli.cli import main
+import os
 
-main()
+
+def main() -> None:
+    # Ctrl-C while modules are still imported is one as well, and nothing is begun yet.
+    try:
+        from qwencli.cli import main as command
+
+        command()
+    except KeyboardInterrupt:
+        os._exit(130)
+
+
+if __name__ == "__main__":
+    main()

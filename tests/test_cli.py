@@ -233,3 +233,16 @@ def test_the_shell_completes_commands_and_modes(typed, offered):
         check=False,
     )
     assert done.stdout.split() == offered
+
+
+def test_an_interruption_while_modules_are_imported_is_no_traceback() -> None:
+    code = (
+        "import builtins; kept = builtins.__import__\n"
+        "def stopped(name, *more):\n"
+        "    if name == 'typer': raise KeyboardInterrupt\n"
+        "    return kept(name, *more)\n"
+        "builtins.__import__ = stopped\n"
+        "from qwencli.__main__ import main; main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
