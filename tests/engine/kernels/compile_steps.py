@@ -23,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +82,8 @@ OF_MANY_ROWS = (
 )
 BYTES = {Scheme.INT8: torch.int8, Scheme.FP8: torch.float8_e4m3fn}
 CPU = torch.device("cpu")
+# Otherwise what differs least from another that is compiled is left out: each takes seconds.
+WHOLE = "EVERY_CARD" in os.environ
 LOOP = re.compile(r"^(\$L__BB\w+):(.*?)\bbra(?:\.uni)?\s+\1;", re.MULTILINE | re.DOTALL)
 PRODUCT = "mma.sync"
 EXCHANGE = re.compile(r"\b(?:shfl|bar)\.sync|\.shared\b")
@@ -90,9 +93,14 @@ class Compiled:
     """Stands in for a kernel: compiles what would be launched."""
 
     def __init__(
-        self, kernel: JITFunction[Any], about: dict[str, Any], only: Sequence[str] | None
+        self,
+        kernel: JITFunction[Any],
+        about: dict[str, Any],
+        only: Sequence[str] | None,
+        few: bool,
     ) -> None:
-        self._kernel, self._about = kernel, about
+        self._kernel, self._about, self._few = kernel, about, few
+        self._launched: Counter[str] = Counter()
         self._left_out = only is not None and kernel.fn.__name__ not in only
         self._seen: set[str] = set()
 
@@ -102,6 +110,8 @@ class Compiled:
                 return
             if self._about["tokens"] == 2 and self._kernel.fn.__name__.startswith("gemm"):
                 return  # the same instructions as for eight, of which fewer store
+            if self._few and not self._is_among_few():
+                return
             compiled = self._kernel.warmup(*arguments, grid=grid, **settings)
             described = KernelLaunch.of(self._kernel, arguments, settings)
             assert compile_described(self._kernel, described).hash == compiled.hash, described
@@ -117,6 +127,30 @@ class Compiled:
                 print(json.dumps(self._about | found))
 
         return launch
+
+    def _is_among_few(self) -> bool:
+        """Of products of quantized matrices the first ones, which have all that others have: a
+        norm and a bias, a residual, a gate."""
+        name = self._kernel.fn.__name__
+        if name == "decode_attention_kernel":
+            return is_among_few(self._about)
+        if not name.endswith("_quantized_kernel"):
+            return True
+        self._launched[self._about["quantization"]] += 1
+        return self._launched[self._about["quantization"]] <= 3
+
+
+def is_among_few(about: dict[str, Any]) -> bool:
+    """Whether a step of `main` is one of those whose attention is compiled where not all are: each
+    type and each cache with one token or two and with many lanes, rows of pages with a plain and
+    with a quantized cache, and results that are rounded for each kind of weights."""
+    tokens, rows, kv = about["tokens"], about["rows"], about["kv"]
+    if about["quantization"] is not Quantization.NONE:
+        return (rows == 8) if about["quantization"] is Quantization.INT4 else (tokens == 8)
+    if kv is Scheme.FP8:
+        return tokens == 2 or rows == 8
+    plain = kv is None and about["dtype"] != str(torch.float32)
+    return tokens != 2 and (rows == 0 or (rows == 8 and plain))
 
 
 def stack_of(compiled: Any) -> int:
@@ -159,17 +193,18 @@ def pretend_a_gpu(capability: int) -> None:
     many_rows.Capability.of = classmethod(lambda cls, device: products)  # type: ignore[method-assign,assignment]
 
 
-def record(about: dict[str, Any], only: Sequence[str] | None = None) -> None:
+def record(about: dict[str, Any], only: Sequence[str] | None = None, few: bool = False) -> None:
     """Put a stand-in wherever a module of ours launches a kernel.
 
     Args:
         only: the kernels that are compiled; None = all.
+        few: leaves out what differs least from what is compiled; `make kernels` compiles all.
     """
     for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
         names = vars(importlib.import_module(module.name))
         for name, value in list(names.items()):
             if name.endswith("_kernel") and isinstance(value, JITFunction):
-                names[name] = Compiled(value, about, only)
+                names[name] = Compiled(value, about, only, few)
 
 
 def steps_of_rows(model: QwenModel, rows: int) -> None:
@@ -203,7 +238,7 @@ def products_of_rows(about: dict[str, Any]) -> None:
     norm = RMSNorm(torch.ones(width, dtype=torch.bfloat16), 1e-6)
     for scheme in (Scheme.FP8, Scheme.INT4):
         about |= {"quantization": scheme.value}
-        for rows in (16, 32, 128, 256):
+        for rows in (16, 32, 128, 256) if WHOLE else (16, 256):
             about |= {"rows": rows}
             x, y = (torch.zeros(rows, width, dtype=torch.bfloat16) for _ in range(2))
             many.product(x, zeros_of(scheme, width, width), norm=norm, onto=y)
@@ -215,13 +250,12 @@ def products_of_rows(about: dict[str, Any]) -> None:
 def mixtures(about: dict[str, Any]) -> None:
     """Of experts as wide as those of 35B-A3B, with the shared one among them. They need nothing
     that cards differ in: all kinds of weights are compiled where every card is tried."""
-    whole = "EVERY_CARD" in os.environ
     width, inner, half = 2048, 512, torch.bfloat16
     kernels = moe.ExpertKernels(8, CPU, fused_ops.Launch.on(CPU).options, "tf32")
     norm = RMSNorm(torch.ones(width, dtype=half), 1e-6)
     routing = Routing(torch.zeros(257, width, dtype=half), 256, 8, True, 1)
     stacked = 257 * 2 * inner, 257 * width
-    for scheme in (None, Scheme.INT8, Scheme.FP8, Scheme.INT4) if whole else (Scheme.INT4,):
+    for scheme in (None, Scheme.INT8, Scheme.FP8, Scheme.INT4) if WHOLE else (Scheme.INT4,):
         about |= {"quantization": "none" if scheme is None else scheme.value}
         if scheme is None:
             gate_up: Matrix = torch.zeros(stacked[0], width, dtype=half).t()
@@ -229,7 +263,7 @@ def mixtures(about: dict[str, Any]) -> None:
         else:
             gate_up, down = zeros_of(scheme, stacked[0], width), zeros_of(scheme, stacked[1], inner)
         layer: Any = SimpleNamespace(mlp_norm=norm, gate_up=gate_up, down=down, routing=routing)
-        for rows in (2, 16, 2048) if whole else (2, 2048):
+        for rows in (2, 16, 2048) if WHOLE else (2, 2048):
             about["rows"] = rows
             hidden = torch.zeros(rows, width, dtype=half)
             (kernels.few if rows <= 8 else kernels.many)(hidden, layer)
@@ -290,13 +324,16 @@ def many_rows_for(config: dict[str, Any], capability: int) -> None:
     own = functools.partial(fused_ops.fused_ops, own_attention=True)
     with torch.inference_mode():
         loaded = weights.dummy(shape, half, CPU, Quantization.NONE)
-        for kv in (None, Scheme.INT8, Scheme.FP8):
+        for kv in (None, Scheme.INT8, Scheme.FP8) if WHOLE else (None, Scheme.FP8):
             model = QwenModel(shape, loaded, 64, fused=own, kv=kv)
-            for rows in (8, 16) if kv is None else (8,):
-                about |= {"rows": rows, "kv": kv}
-                steps_of_rows(model, rows)
-            about |= {"tokens": 4, "rows": 2}
-            verification_of_rows(model, 2, 4)
+            about["kv"] = kv
+            if WHOLE or kv is None:
+                for rows in (8, 16) if kv is None else (8,):
+                    about["rows"] = rows
+                    steps_of_rows(model, rows)
+            if WHOLE or kv is not None:
+                about |= {"tokens": 4, "rows": 2}
+                verification_of_rows(model, 2, 4)
             about["tokens"] = 1
         about["kv"] = None
         products_of_rows(about)
@@ -308,7 +345,7 @@ def many_rows_for(config: dict[str, Any], capability: int) -> None:
 def main(config: dict[str, Any]) -> None:
     pretend_a_gpu(HOPPER)
     about: dict[str, Any] = {}
-    record(about)
+    record(about, few=not WHOLE)
     shape = read_shape(config)
     half, none = torch.bfloat16, Quantization.NONE
     quantized = (Quantization.INT8, Quantization.FP8, Quantization.INT4)
