@@ -45,6 +45,8 @@ CARDS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10
 QUICK = (120,)
 EVERY_CARD = "EVERY_CARD" in os.environ
 HAS_FP8 = 89
+# Minutes of a processor. What they hold changes with the kernels alone.
+BY_MAKE_KERNELS = pytest.mark.skipif(not EVERY_CARD, reason="make kernels compiles them")
 
 
 def compile_kernels(request: pytest.FixtureRequest, *arguments: str) -> list[dict[str, Any]]:
@@ -89,7 +91,7 @@ def test_kernels_of_many_rows_fit_the_card(request: pytest.FixtureRequest, card:
     assert [kernel for kernel in found if kernel["shared"] > CARDS[card]] == []
 
 
-@pytest.mark.skipif(not EVERY_CARD, reason="make kernels compiles them")
+@BY_MAKE_KERNELS
 @pytest.mark.parametrize("card", CARDS)
 def test_kernels_of_gated_delta_nets_fit_the_card(
     request: pytest.FixtureRequest, card: int
@@ -110,6 +112,7 @@ def test_kernels_of_gated_delta_nets_fit_the_card(
     assert [kernel for kernel in found if kernel["shared"] > CARDS[card]] == []
 
 
+@BY_MAKE_KERNELS
 def test_no_kernel_keeps_kilobytes_in_memory_that_belong_in_registers(
     compiled: list[dict[str, Any]],
 ) -> None:
@@ -129,21 +132,20 @@ def test_no_kernel_keeps_kilobytes_in_memory_that_belong_in_registers(
     assert [kernel for kernel in compiled if kernel["spilled"] > MOST_SPILLED] == []
 
 
+@BY_MAKE_KERNELS
 def test_attention_keeps_everything_in_registers(compiled: list[dict[str, Any]]) -> None:
     """Of one and of several tokens, over plain and quantized caches: joining parts once spilled."""
     attention = [kernel for kernel in compiled if kernel["kernel"] == "decode_attention_kernel"]
     seen = {(k["dtype"], k["kv"], k["tokens"]) for k in attention if not k["rows"]}
     of_rows = {(k["dtype"], k["kv"]) for k in attention if k["rows"] == 8}
     caches = [("torch.float32", None), *(("torch.bfloat16", kv) for kv in KV)]
-    if EVERY_CARD:
-        assert {(*cache, tokens) for cache in caches for tokens in (2, 8)} <= seen
-        assert of_rows == set(caches)
-    assert {(dtype, kv) for dtype, kv, tokens in seen if tokens > 1} == set(caches)
-    assert of_rows >= {("torch.bfloat16", None), ("torch.bfloat16", "fp8-e4m3")}
+    assert {(*cache, tokens) for cache in caches for tokens in (2, 8)} <= seen
+    assert of_rows == set(caches)
     assert {k["quantization"] for k in attention} == {"none", "8bit", "fp8", "4bit"}
     assert [kernel for kernel in attention if kernel["spilled"]] == []
 
 
+@BY_MAKE_KERNELS
 def test_parts_of_attention_are_joined_within_threads(compiled: list[dict[str, Any]]) -> None:
     """Where the parts of a place are dealt to several threads, they meet through shared memory."""
     attention = [kernel for kernel in compiled if kernel["kernel"] == "decode_attention_kernel"]
@@ -153,6 +155,7 @@ def test_parts_of_attention_are_joined_within_threads(compiled: list[dict[str, A
         assert 0 < kernel["joining"] <= most, kernel
 
 
+@BY_MAKE_KERNELS
 def test_operands_of_products_are_loaded_where_they_are_multiplied(
     compiled: list[dict[str, Any]],
 ) -> None:
