@@ -128,7 +128,7 @@ def test_bad_config(model_folder, text, expected):
     (model_folder / "config.json").write_text(text, encoding="utf-8")
     error = refused(model_folder, expected)
     if "llama" in text:
-        assert "qwen3_vl, qwen2_5_vl" in error.hint
+        assert "qwen3_vl, qwen3_vl_moe, qwen2_5_vl" in error.hint
 
 
 JSON = st.recursive(

@@ -46,6 +46,8 @@ QWEN2 = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 FILES: dict[str, dict[str, Any]] = {
+    "qwen3_5": QWEN3,
+    "qwen3_5_moe": QWEN3,
     "qwen3_vl": QWEN3,
     "qwen3_vl_moe": QWEN3,
     "qwen2_5_vl": QWEN2,

@@ -140,9 +140,9 @@ def test_a_next_turn_prefills_only_what_is_new(checkpoint, monkeypatch, cache):
     with NativeEngine(native_config(checkpoint("qwen3_vl"), cache=cache)) as loaded:
         without_reuse = []
         for number in range(1, 4):
-            loaded._generation.forget()
+            loaded._forget()
             without_reuse = chat_turns(loaded, number)
-        loaded._generation.forget()
+        loaded._forget()
         encoded, prefilled = [], []
         model = loaded._generation._model
         encode, prefill = model.encode_images, model.prefill
@@ -342,7 +342,7 @@ def test_modes_that_cannot_run_here_name_the_nearest(checkpoint, settings, neare
 
 
 def test_timings_are_consistent(engine):
-    engine._generation.forget()
+    engine._forget()
     result = engine.generate(ask(images=[picture()]))
     t = result.timings
     assert list(result.token_t_s) == sorted(result.token_t_s)

@@ -69,4 +69,6 @@ def test_weights_that_are_not_renormalized_are_probabilities() -> None:
     weights, experts = choose_experts(logits, routing)
     likes = logits[0, :3].softmax(0)
     assert experts.tolist() == [[1, 2, 3]]
-    assert weights[0].tolist() == pytest.approx([likes[1], likes[2], logits[0, 3].sigmoid()])
+    assert weights[0].tolist() == pytest.approx(
+        [likes[1].item(), likes[2].item(), logits[0, 3].sigmoid().item()]
+    )
