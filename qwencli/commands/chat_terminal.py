@@ -209,20 +209,6 @@ def _interrupts_noted() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, before)
 
 
-def keep_keys(read: bytes) -> None:
-    """Have the next prompt take these as if they had just been typed."""
-    if sys.platform == "win32" or not read:
-        return
-    from prompt_toolkit.application import get_app_session
-    from prompt_toolkit.input.typeahead import store_typeahead
-    from prompt_toolkit.input.vt100_parser import Vt100Parser
-    from prompt_toolkit.key_binding import KeyPress
-
-    keys: list[KeyPress] = []
-    Vt100Parser(keys.append).feed_and_flush(read.decode("utf-8", "replace"))
-    store_typeahead(get_app_session().input, keys)
-
-
 def _new_line(event: KeyPressEvent) -> None:
     event.current_buffer.insert_text("\n")
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from qwencli.commands.chat_terminal import keep_keys
 from qwencli.messages import ImagePart, VisualPart
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def _asked() -> bytes:
     while not _ATTRIBUTES.search(read) and (left := end - time.monotonic()) > 0:
         if select.select([keyboard], [], [], left)[0]:
             read += os.read(keyboard, 1024)
-    keep_keys(_ATTRIBUTES.sub(b"", _KITTY_ANSWER.sub(b"", read)))
+    _keep_keys(_ATTRIBUTES.sub(b"", _KITTY_ANSWER.sub(b"", read)))
     return read
 
 
@@ -211,3 +210,17 @@ _DRAWN: dict[Graphics, Callable[[Image, int, int], str]] = {
     Graphics.SIXEL: _sixel,
     Graphics.HALF_BLOCKS: _half_blocks,
 }
+
+
+def _keep_keys(read: bytes) -> None:
+    """Have the next prompt take these as if they had just been typed."""
+    if sys.platform == "win32" or not read:
+        return
+    from prompt_toolkit.application import get_app_session
+    from prompt_toolkit.input.typeahead import store_typeahead
+    from prompt_toolkit.input.vt100_parser import Vt100Parser
+    from prompt_toolkit.key_binding import KeyPress
+
+    keys: list[KeyPress] = []
+    Vt100Parser(keys.append).feed_and_flush(read.decode("utf-8", "replace"))
+    store_typeahead(get_app_session().input, keys)
