@@ -136,6 +136,20 @@ def drain(chunks: Iterator[GenerationChunk]) -> GenerationResult:
     return result
 
 
+def stream_alone(requests: RequestQueue, request: GenerationRequest) -> Iterator[GenerationChunk]:
+    """The chunks of one request in a queue of its own, closed after them. Raises its error."""
+    requests.add(request)
+    try:
+        while requests.has_unfinished:
+            for output in requests.step():
+                if output.error is not None:
+                    raise output.error
+                if output.chunk is not None:
+                    yield output.chunk
+    finally:
+        requests.close()
+
+
 class ManyRequests(ABC):
     """The half of `Engine` that takes many requests, over `stream`; a subclass that runs them
     together has a queue of its own."""

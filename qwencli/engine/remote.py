@@ -32,7 +32,7 @@ from qwencli.engine.openai_format import (
     prepared,
     read_json,
 )
-from qwencli.engine.protocol import ManyRequests, RequestQueue, drain
+from qwencli.engine.protocol import ManyRequests, RequestQueue, drain, stream_alone
 from qwencli.engine.request import RequestId, RequestSource, StepOutput, request_of
 from qwencli.errors import (
     AnswerError,
@@ -257,16 +257,7 @@ class RemoteEngine(ManyRequests):
 
     def _streamed(self, request: GenerationRequest, *, live: bool) -> Iterator[GenerationChunk]:
         requests = _RemoteQueue(self._opened_calls(), self.config, live=live)
-        requests.add(request)
-        try:
-            while requests.has_unfinished:
-                for output in requests.step():
-                    if output.error is not None:
-                        raise output.error
-                    if output.chunk is not None:
-                        yield output.chunk
-        finally:
-            requests.close()
+        yield from stream_alone(requests, request)
 
     def _make_queue(self) -> RequestQueue:
         return _RemoteQueue(self._opened_calls(), self.config, live=False)

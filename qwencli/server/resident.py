@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from qwencli.config import EngineConfig
-from qwencli.engine.protocol import ManyRequests, RequestQueue, drain
+from qwencli.engine.protocol import ManyRequests, RequestQueue, drain, stream_alone
 from qwencli.engine.request import RequestId, RequestSource, StepOutput, request_of
 from qwencli.errors import EngineError, OutputError, QwenCliError
 from qwencli.messages import GenerationRequest
@@ -376,16 +376,7 @@ class ResidentEngine(ManyRequests):
 
     def _streamed(self, request: GenerationRequest, *, live: bool) -> Iterator[GenerationChunk]:
         requests = _ResidentQueue(self, live=live, in_batch=False)
-        requests.add(request)
-        try:
-            while requests.has_unfinished:
-                for output in requests.step():
-                    if output.error is not None:
-                        raise output.error
-                    if output.chunk is not None:
-                        yield output.chunk
-        finally:
-            requests.close()
+        yield from stream_alone(requests, request)
 
     def _make_queue(self) -> RequestQueue:
         return _ResidentQueue(self, live=False, in_batch=True)
