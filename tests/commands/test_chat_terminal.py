@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -75,6 +76,15 @@ class Terminal:
             self._take(0.05)
         return self.text
 
+    def at_prompt(self, wanted):
+        """Run until `wanted` is there and below it an empty prompt with its toolbar: a Ctrl-C is
+        then a key for the prompt, and no signal to what ran before it."""
+        self.until(wanted)
+        end = time.monotonic() + 90
+        while not re.search(r"\n>\s*\n\s*\S", self.text[self.text.rfind(wanted) :]):
+            assert time.monotonic() < end, f"no prompt on\n{self.text}"
+            self._take(0.05)
+
     def rest(self):
         """Run until the program ends; returns its exit code."""
         end = time.monotonic() + 60
@@ -118,6 +128,7 @@ def test_a_conversation_at_a_terminal(tmp_path):
         _several_lines(terminal)
         _turns_again(terminal, tmp_path)
         _narrow(terminal)
+        terminal.at_prompt("background.")
         terminal.press(b"\x04")
         assert terminal.rest() == 0
     finally:
@@ -198,7 +209,7 @@ def _turns_again(terminal, folder):
     terminal.press(b"\x03")
     terminal.until("stopped; what came is kept")
     terminal.press("/undo\r")
-    terminal.until("forgotten: Write much.")
+    terminal.at_prompt("forgotten: Write much.")
     terminal.press(b"\x03")
     terminal.until("Ctrl-C again leaves")
     terminal.press(b"\x1b[A")
