@@ -15,6 +15,7 @@ import ipaddress
 import itertools
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
@@ -51,6 +52,9 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "QWENCLI_API_KEY"
 # Requests that one server has from us; what it cannot run at once waits there.
 ROWS = 32
+# Of a list of models, an answer in one piece, or a line of a stream: logprobs of a long answer have
+# some megabytes, and what never ends must not fill the memory.
+MOST_BYTES = 32 << 20
 # How often a request is tried; the pauses between double from the first on.
 ATTEMPTS, FIRST_PAUSE_S, LONGEST_PAUSE_S = 5, 0.5, 30.0
 CONNECT_S, LIST_S = 5.0, 10.0
@@ -468,12 +472,13 @@ class _Calls:
         async with self._asked(endpoint, "GET", "/models", None, LIST_S) as response:
             if response.status_code in (404, 405):
                 return None
-            self._check(endpoint, response.status_code, response.headers, await response.aread())
             try:
-                listed = read_json(await response.aread())
+                answer = await _whole(response)
+                self._check(endpoint, response.status_code, response.headers, answer)
+                listed = read_json(answer)
                 entries = listed["data"] if isinstance(listed, dict) else listed
                 return [each for each in entries if isinstance(each.get("id"), str)]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (BadAnswerError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise EndpointError(
                     f"{endpoint.name} does not answer as OpenAI's API does",
                     "check the address: it ends in /v1 with most servers",
@@ -621,7 +626,7 @@ class _Calls:
         try:
             async with self._asked(endpoint, "POST", "/chat/completions", body, None) as response:
                 if response.status_code != 200:
-                    answer = await response.aread()
+                    answer = await _whole(response)
                     self._check(endpoint, response.status_code, response.headers, answer)
                 async for event in self._events(endpoint, response):
                     piece = reader.read(event)
@@ -655,12 +660,10 @@ class _Calls:
             BadAnswerError: something else came. _Retry: it broke off, or nothing comes any more.
         """
         if "json" in response.headers.get("content-type", ""):
-            text = b"".join(
-                [piece async for piece in self._words(endpoint, response.aiter_bytes())]
-            )
-            yield _json(text.decode("utf-8", "replace"))
+            pieces = self._words(endpoint, _bounded(response.aiter_bytes()))
+            yield _json(b"".join([piece async for piece in pieces]).decode("utf-8", "replace"))
             return
-        async for line in self._words(endpoint, response.aiter_lines()):
+        async for line in self._words(endpoint, _lines(response.aiter_bytes())):
             if not line.startswith("data:"):
                 if line and line[0] in "<{":
                     raise BadAnswerError("something that is no stream of events")
@@ -774,6 +777,45 @@ class _Calls:
             raise _Retry(failure, pause_s=_wanted_pause(headers) if status in _BUSY else 0.0)
         hint = "lower --max-pixels" if status == 413 else "change what it names"
         raise InputError(f"{endpoint.name} refuses the request: {said}", hint)
+
+
+async def _whole(response: httpx.Response) -> bytes:
+    return b"".join([piece async for piece in _bounded(response.aiter_bytes())])
+
+
+async def _bounded(source: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """What comes, up to `MOST_BYTES`.
+
+    Raises:
+        BadAnswerError: more comes.
+    """
+    size = 0
+    async for piece in source:
+        size += len(piece)
+        if size > MOST_BYTES:
+            raise BadAnswerError(f"more than {MOST_BYTES >> 20} MiB where it has to be less")
+        yield piece
+
+
+async def _lines(source: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    """The lines of a stream of events, each up to `MOST_BYTES`.
+
+    Raises:
+        BadAnswerError: a line has more.
+    """
+    begun: list[bytes] = []
+    size = 0
+    async for piece in source:
+        for number, part in enumerate(re.split(rb"\r\n|\r|\n", piece)):
+            if number:  # a line ended before it
+                yield b"".join(begun).decode("utf-8", "replace")
+                begun, size = [], 0
+            begun.append(part)
+            size += len(part)
+            if size > MOST_BYTES:
+                raise BadAnswerError(f"a line of more than {MOST_BYTES >> 20} MiB")
+    if size:
+        yield b"".join(begun).decode("utf-8", "replace")
 
 
 _TRY_AGAIN = "try again, or ask another server"

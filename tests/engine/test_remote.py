@@ -197,6 +197,36 @@ def test_what_is_wrong_is_said_in_one_line(
     assert "\n" not in caught.value.message and caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("whole", "sent more than 0 MiB where it has to be less"),
+        ("", "sent a line of more than 0 MiB"),
+    ],
+)
+def test_an_answer_without_an_end_does_not_fill_the_memory(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch, fault: str, said: str
+) -> None:
+    with engine(server) as remote_engine:
+        monkeypatch.setattr(remote, "MOST_BYTES", 50)
+        server.fault = lambda number: fault
+        with pytest.raises(AnswerError) as caught:
+            remote_engine.generate(asked())
+        assert said in caught.value.message
+        monkeypatch.setattr(remote, "MOST_BYTES", 300)  # an event has less, the answer more
+        server.fault = lambda number: ""
+        assert remote_engine.generate(asked()).text == "A picture 40x30 of 1,0,0"
+
+
+def test_a_list_or_an_error_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "MOST_BYTES", 5_000)
+    for status in (200, 500):
+        with StandIn(listing=(status, b" " * 10_000)).running() as wrong:
+            with pytest.raises(EndpointError) as caught:
+                engine(wrong).load()
+            assert "does not answer as OpenAI's API does" in caught.value.message
+
+
 def test_figures_that_nobody_means_are_not_known(server: StandIn) -> None:
     server.fault = lambda number: "absurd"
     with engine(server) as remote_engine:
