@@ -145,6 +145,11 @@ class Output:
         # JSON has an escape of its own for what the encoding lacks; stdout's is none of JSON.
         self.answer(line if _encodable(line) else json.dumps(value))
 
+    @property
+    def columns(self) -> int:
+        """Columns that `show` has for a line."""
+        return self._console(stderr=False).width
+
     def show(self, renderable: RenderableType) -> None:
         """Render a table or text that is the command's answer, to stdout.
 

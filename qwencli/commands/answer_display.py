@@ -125,12 +125,13 @@ class TerminalDisplay:
     def answered(self, result: GenerationResult) -> None:
         speed, ttft_s = result.timings.decode_tok_per_s, result.timings.ttft_s
         figures = [] if speed is None else [f"{speed:.1f} tok/s"]
-        if ttft_s is not None:
-            figures.append(f"TTFT {_seconds(ttft_s)}")
         if result.num_prompt_tokens is not None:
             used, room = result.num_prompt_tokens + result.num_new_tokens, self._max_seq_len
-            of = f" of {room:,} ({100 * used / room:.0f}%)" if room else " tokens"
-            figures.append(f"context {used:,}{of}")
+            # Short, so that it has room beside the speed on 40 columns.
+            full = f"{100 * used / room:.0f}% of {room:,}" if room else f"{used:,} tokens"
+            figures.append(f"context {full}")
+        if ttft_s is not None:
+            figures.append(f"TTFT {_seconds(ttft_s)}")
         self.figures = tuple(figures)
 
 

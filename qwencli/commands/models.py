@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qwencli.models.listing import ModelRow
 
 _MODES = ("4bit", "8bit", "fp8", "full")
+_WIDE = 76  # columns that the whole table takes; on fewer it has what is asked for most
 
 
 def models(
@@ -41,7 +42,7 @@ def models(
         for row in rows:
             output.json_line(asdict(row))
         return
-    output.show(_table(rows, _legend(rows, free_bytes, on_gpu)))
+    output.show(_table(rows, _legend(rows, free_bytes, on_gpu), wide=output.columns >= _WIDE))
 
 
 def _legend(rows: list[ModelRow], free_bytes: int, on_gpu: bool) -> str:
@@ -55,7 +56,7 @@ def _legend(rows: list[ModelRow], free_bytes: int, on_gpu: bool) -> str:
     )
 
 
-def _table(rows: list[ModelRow], legend: str) -> Table:
+def _table(rows: list[ModelRow], legend: str, *, wide: bool) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -64,18 +65,21 @@ def _table(rows: list[ModelRow], legend: str) -> Table:
         box=None, padding=(0, 1, 0, 0), pad_edge=False, caption=legend, caption_justify="left"
     )
     table.add_column("Model", overflow="fold")
-    table.add_column("Kind", no_wrap=True)
-    for heading in ("Size", *_MODES, "Fits"):
+    modes = _MODES if wide else _MODES[:1]
+    if wide:
+        table.add_column("Kind", no_wrap=True)
+    for heading in ("Size", *modes, "Fits"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("Where", overflow="fold")
+    if wide:
+        table.add_column("Where", overflow="fold")
     for row in rows:
         size = "?" if row.size_bytes is None else _size(row.size_bytes)
-        vram = [_vram(row, mode) for mode in _MODES]
         fits = row.fits[-1] if row.fits else "no" if row.vram_gb else "?"
-        # Text, not str: names and paths may hold what rich reads as markup.
+        figures = (size, *(_vram(row, mode) for mode in modes), fits)
         kept = f", {_size(row.kept_bytes)} of quantized weights kept" if row.kept_bytes else ""
-        mark = " (default)" if row.default else ""
-        cells = (row.name + mark, row.kind, size, *vram, fits, _where(row) + kept)
+        name = row.name + (" (default)" if row.default else "")
+        cells = (name, row.kind, *figures, _where(row) + kept) if wide else (name, *figures)
+        # Text, not str: names and paths may hold what rich reads as markup.
         table.add_row(
             *(Text(visible(cell)) for cell in cells), style=None if row.downloaded else "dim"
         )

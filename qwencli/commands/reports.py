@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from qwencli.errors import QwenCliError
 from qwencli.output import counted
@@ -18,22 +18,22 @@ _SHOW_MORE = {
 }
 # Files named in one notice.
 _MOST_NAMES = 3
+T = TypeVar("T")
 
 
 def caption_record(result: GenerationResult, images: list[str], model: str) -> dict[str, Any]:
     """The object of `caption --json`.
 
     `image` and its sizes ([width, height], as it came and as the model saw it) are lists only when
-    several went into one request.
+    several went into one request, and null when none did.
     """
-    several = len(images) != 1
     # In a chat the request has the pictures of earlier turns too.
     sizes = [list(size) for size in result.image_sizes[-len(images) :]] if images else []
     resized = [list(size) for size in result.resized_sizes[-len(images) :]] if images else []
     return {
-        "image": images if several else images[0],
-        "image_size": sizes if several else sizes[0],
-        "resized_size": resized if several else resized[0],
+        "image": _one_or_all(images),
+        "image_size": _one_or_all(sizes),
+        "resized_size": _one_or_all(resized),
         "caption": result.text,
         "thoughts": result.thoughts,
         "model": model,
@@ -59,12 +59,16 @@ def caption_record(result: GenerationResult, images: list[str], model: str) -> d
 def failure_record(error: QwenCliError, images: list[str], model: str) -> dict[str, Any]:
     """The object of `caption --json` for what could not be captioned."""
     return {
-        "image": images if len(images) != 1 else images[0],
+        "image": _one_or_all(images),
         "caption": None,
         "error": error.message,
         "hint": error.hint,
         "model": model,
     }
+
+
+def _one_or_all(values: list[T]) -> T | list[T] | None:
+    return values if len(values) > 1 else values[0] if values else None
 
 
 def shortfall(result: GenerationResult) -> str | None:

@@ -30,6 +30,17 @@ def run(tmp_path, monkeypatch):
     return lambda *arguments: CliRunner().invoke(app, arguments)
 
 
+@pytest.mark.parametrize("columns", [40, 60])
+def test_a_narrow_table_has_whole_names_and_figures(run, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = run().stdout.splitlines()
+    assert max(map(len, lines)) <= columns and "…" not in "".join(lines)
+    assert lines[0].split() == ["Model", "Size", "4bit", "Fits"]
+    assert next(line for line in lines if line.startswith("qwen3-vl-4b ")).split() == [
+        "qwen3-vl-4b", "8.9", "GB", "5.4", "fp8"
+    ]  # fmt: skip
+
+
 def write(path, entries):
     path.write_text(json.dumps({"hf_vl_models": entries}), encoding="utf-8")
     return path
