@@ -35,6 +35,7 @@ COMMANDS = {
     "bench": "qwencli.commands.bench:app",
     "diagnose": "qwencli.commands.diagnose:app",
     "models": "qwencli.commands.models:models",
+    "comfyui": "qwencli.commands.comfyui:app",
 }
 
 

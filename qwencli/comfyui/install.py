@@ -1,0 +1,211 @@
+"""Puts the node pack into a ComfyUI folder, and says whether that ComfyUI can import qwencli."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import tomllib
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
+
+import qwencli
+from qwencli.errors import InputError, OutputError
+
+# The pack's folder in custom_nodes, and the project's name in its pyproject.toml: by that name a
+# folder is known to be ours. It is no name that Python could import instead of the package.
+PACK_NAME = "qwencli-nodes"
+_CUSTOM_NODES = "custom_nodes"
+# A source checkout of ComfyUI has these; its desktop application keeps data and nodes in a folder
+# that has only the others.
+_PROGRAM = ("main.py", "nodes.py", "comfy")
+_DATA = ("models", "input", "output", "user")
+# Of virtual environments, in the ComfyUI folder or beside it, and of Windows' portable ComfyUI.
+_ENVIRONMENTS = (".venv", "venv", "python_embeded", "python_embedded", "standalone-env")
+_PROGRAMS = ("bin/python", "Scripts/python.exe", "python.exe")
+# Starting a Python from a slow disk takes seconds; one that hangs is not waited for.
+_ASK_TIMEOUT_S = 30
+_ASK = """
+import json, qwencli, importlib.util as util
+print(json.dumps([qwencli.__version__, util.find_spec("qwencli.comfyui") is not None]))
+"""
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What `install_pack` did. python: the one that runs ComfyUI, None where it cannot be told."""
+
+    folder: Path
+    replaced: bool
+    python: Path | None
+
+
+def pack_folder() -> Path:
+    """The pack that came with this package: inside of it when installed, beside it in a clone.
+
+    Raises:
+        InputError: the package is not whole.
+    """
+    package = Path(qwencli.__file__).parent
+    for folder in (package / "comfyui_nodes", package.parent / "comfyui_nodes"):
+        if (folder / "__init__.py").is_file():
+            return folder
+    raise InputError(f"{package}: the node pack is missing", "install qwencli again")
+
+
+def install_pack(path: Path) -> Installed:
+    """Copy the pack into the ComfyUI at `path`, as a whole or not at all.
+
+    Args:
+        path: a ComfyUI folder, its custom_nodes, or the folder of Windows' portable ComfyUI.
+
+    Raises:
+        InputError: no ComfyUI is there, or something that is not ours has the pack's name.
+        OutputError: it cannot be written; nothing was changed.
+    """
+    try:
+        comfyui = find_comfyui(path)
+        target = comfyui / _CUSTOM_NODES / PACK_NAME
+        replaced = _is_ours(target)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror or error})", "check its permissions"
+        ) from error
+    try:
+        target.parent.mkdir(exist_ok=True)
+        _put(pack_folder(), target)
+    except OSError as error:
+        raise OutputError(
+            f"{target} cannot be written: {error.strerror or error}",
+            "check the permissions of the folder, and that the disk has room",
+        ) from error
+    return Installed(target, replaced, find_python(comfyui))
+
+
+def find_comfyui(path: Path) -> Path:
+    """The ComfyUI folder that `path` means.
+
+    Raises:
+        InputError: there is none.
+    """
+    hint = "give the folder that has ComfyUI's main.py and custom_nodes in it"
+    if not path.exists():
+        raise InputError(f"{path}: there is no such folder", hint)
+    if not path.is_dir():
+        raise InputError(f"{path}: is a file", hint)
+    full = path.resolve()
+    for folder in (full, full.parent if full.name == _CUSTOM_NODES else full, full / "ComfyUI"):
+        if _is_comfyui(folder):
+            nodes = folder / _CUSTOM_NODES
+            if nodes.exists() and not nodes.is_dir():
+                raise InputError(f"{nodes}: a file is in the way", "move it away")
+            return folder
+    raise InputError(f"{path}: is no ComfyUI folder", hint)
+
+
+def find_python(comfyui: Path) -> Path | None:
+    """The Python of a virtual environment in or beside the folder; None where there is none."""
+    for folder in (comfyui, comfyui.parent):
+        for environment in _ENVIRONMENTS:
+            for program in _PROGRAMS:
+                found = folder / environment / program
+                if found.is_file():
+                    return found
+    return None
+
+
+def qwencli_in(python: Path) -> str | None:
+    """The version of qwencli that this Python imports, with nodes; None: it has none.
+
+    Raises:
+        InputError: the Python cannot be run.
+    """
+    # As ComfyUI runs it, without what this shell adds to the search path.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    try:
+        asked = subprocess.run(
+            [python, "-c", _ASK],
+            capture_output=True,
+            env=environment,
+            cwd=python.parent,
+            stdin=subprocess.DEVNULL,
+            timeout=_ASK_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise InputError(f"{python}: cannot be run ({error})", "run it by hand") from error
+    try:
+        version, has_nodes = json.loads(asked.stdout)
+    except ValueError:
+        return None
+    return str(version) if has_nodes else None
+
+
+def requirement() -> str:
+    """What to give pip so that it installs the qwencli that runs here: a folder or a version."""
+    try:
+        told = metadata.distribution("qwencli").read_text("direct_url.json")
+        source = urlsplit(json.loads(told or "{}").get("url", ""))
+    except (metadata.PackageNotFoundError, ValueError, AttributeError):
+        source = urlsplit("")
+    if source.scheme == "file":
+        return f'"{url2pathname(unquote(source.path))}"'
+    return f"qwencli=={qwencli.__version__}"
+
+
+def _is_comfyui(folder: Path) -> bool:
+    if all((folder / name).exists() for name in _PROGRAM):
+        return True
+    return (folder / _CUSTOM_NODES).is_dir() and all((folder / name).is_dir() for name in _DATA)
+
+
+def _is_ours(target: Path) -> bool:
+    """Whether a pack of ours is there already.
+
+    Raises:
+        InputError: something else is.
+    """
+    if not target.exists() and not target.is_symlink():
+        return False
+    if target.is_symlink():
+        raise InputError(f"{target}: a link is in the way", "remove the link")
+    if not target.is_dir():
+        raise InputError(f"{target}: a file is in the way", "move it away")
+    try:
+        project = tomllib.loads((target / "pyproject.toml").read_text("utf-8"))["project"]
+        if project["name"] == PACK_NAME:
+            return True
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"{target}: a folder that is not qwencli's is in the way", "move it away")
+
+
+def _put(pack: Path, target: Path) -> None:
+    """Make `target` a copy of the pack. What a person added to the old one stays.
+
+    Raises:
+        OSError: nothing was changed.
+    """
+    # ComfyUI loads no folder with this ending, should it start meanwhile.
+    beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{PACK_NAME}-", suffix=".disabled"))
+    try:
+        new, old = beside / "new", beside / "old"
+        ignored = shutil.ignore_patterns("__pycache__")
+        if target.exists():
+            shutil.copytree(target, new, ignore=ignored, symlinks=True)
+        shutil.copytree(pack, new, ignore=ignored, dirs_exist_ok=True)
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
