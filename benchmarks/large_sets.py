@@ -3,6 +3,7 @@
     python benchmarks/large_sets.py listing [--files 100000] [--repeats 3]
     python benchmarks/large_sets.py memory [--pictures 20000] [--tokens 12]
     python benchmarks/large_sets.py killed [--pictures 400] [--times 30] [--devices cpu,cpu]
+    python benchmarks/large_sets.py sheet [--pictures 10000] [--browser chromium]
 
 All with the bundled model, where one runs at all, and with pictures drawn here. Lines of JSON.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -35,6 +37,8 @@ from typing import Any
 import numpy as np
 import psutil
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 CAPTION = [sys.executable, "-m", "qwencli", "caption", "--keep-loaded", "0"]
 QUICK = ["--model", "scenes", "--device", "cpu", "--greedy", "--guards", "none", "--retries", "0"]
@@ -210,6 +214,55 @@ def killed(given: argparse.Namespace) -> None:
         print(json.dumps(summary))
 
 
+def sheet(given: argparse.Namespace) -> None:
+    from benchmarks.report_speed import open_s
+
+    with tempfile.TemporaryDirectory(dir=given.work) as name:
+        folder = Path(name)
+        draw(folder, given.pictures, side=given.side)
+        words = [f"{first}{last}" for first in SYLLABLES for last in SYLLABLES]
+        rng = random.Random(0)
+        for path in folder.glob("*/*.jpg"):
+            path.with_suffix(".txt").write_text(" ".join(rng.choices(words, k=60)) + ".\n")
+        page = folder / "report.html"
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "qwencli", "-q", "dataset", "report", name]
+        with subprocess.Popen([*command, "-o", str(page)], text=True) as process:
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        row = {
+            "pictures": given.pictures,
+            "side": given.side,
+            "made_s": round(time.perf_counter() - started, 2),
+            "made_cpu_s": round(used.ru_utime + used.ru_stime, 2),
+            "peak_mib": used.ru_maxrss >> 10,
+            "page_mib": round(page.stat().st_size / 2**20, 2),
+            "open_s": open_s(given.browser, page),
+        }
+        print(json.dumps(row))
+
+
+SYLLABLES = (
+    "ba",
+    "co",
+    "di",
+    "fu",
+    "ge",
+    "ki",
+    "lo",
+    "mu",
+    "pa",
+    "qui",
+    "ro",
+    "su",
+    "te",
+    "wo",
+    "xa",
+    "zu",
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="Where sets are made. Default: as tempfile does.")
@@ -227,6 +280,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     one.add_argument("--times", type=int, default=30)
     one.add_argument("--devices", help="As of caption: workers whose parent is killed.")
     one.set_defaults(measure=killed)
+    one = kinds.add_parser("sheet")
+    one.add_argument("--pictures", type=int, default=10_000)
+    one.add_argument("--side", type=int, default=512)
+    one.add_argument("--browser", default="chromium")
+    one.set_defaults(measure=sheet)
     given = parser.parse_args(arguments)
     given.measure(given)
 
