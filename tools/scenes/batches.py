@@ -63,13 +63,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """What a stream of batches is made of. `easy_batches` hold one or two objects."""
+    """What a stream of batches is made of. `easy_batches` hold one or two objects;
+    `captions_only` leaves out questions, pairs of pictures and requests without one."""
 
     tokenizer: Path
     seed: int = 0
     samples: int = 256
     pil_share: float = 0.4
     easy_batches: int = 400
+    captions_only: bool = False
     fonts: tuple[str, ...] = ("",)
 
 
@@ -86,7 +88,8 @@ class Batches(Dataset[Batch]):
         plan = self.plan
         rng = Random(f"train/{plan.seed}/{index}")
         easy = index < plan.easy_batches
-        images = 1 if easy else rng.choices((0, 1, 2), (0.02, 0.90, 0.08))[0]
+        one = easy or plan.captions_only
+        images = 1 if one else rng.choices((0, 1, 2), (0.02, 0.90, 0.08))[0]
         samples = plan.samples // max(1, images)
         canvases = [sample_canvas(rng) for _ in range(images)]
         scenes = [
@@ -98,7 +101,9 @@ class Batches(Dataset[Batch]):
         ]
         grids = [merged_grid(target_size(*canvas)) for canvas in canvases]
         dialogues = [
-            sample_dialogue(rng, self.encoder, [group[i] for group in scenes], grids)
+            sample_dialogue(
+                rng, self.encoder, [group[i] for group in scenes], grids, plan.captions_only
+            )
             for i in range(samples)
         ]
         drawn = round(plan.pil_share * samples)

@@ -24,13 +24,13 @@ class Captioner:
         import torch
         from transformers import (
             AutoImageProcessor,
+            AutoModelForImageTextToText,
             AutoTokenizer,
-            Qwen3VLForConditionalGeneration,
         )
 
         self.processor: Any = AutoImageProcessor.from_pretrained(folder)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.model: Any = Qwen3VLForConditionalGeneration.from_pretrained(
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=getattr(torch, dtype)
         ).eval()
 

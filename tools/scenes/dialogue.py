@@ -104,6 +104,11 @@ def _one_image_turns(rng: Random, scene: Scene) -> list[Turn]:
     return turns + others
 
 
+def _caption_turns(rng: Random, scene: Scene) -> list[Turn]:
+    styles = rng.choices((("long", "short"), ("long", "tags"), ("short", "tags")), (4, 4, 1))[0]
+    return [_caption_turn(rng, scene, style) for style in rng.sample(styles, 2)]
+
+
 def _two_image_turns(rng: Random, scenes: list[Scene]) -> list[Turn]:
     first, second = scenes
     same = first.background == second.background
@@ -128,10 +133,16 @@ def _no_image_turns(rng: Random) -> list[Turn]:
 
 
 def sample_dialogue(
-    rng: Random, encoder: Encoder, scenes: list[Scene], grids: list[tuple[int, int]]
+    rng: Random,
+    encoder: Encoder,
+    scenes: list[Scene],
+    grids: list[tuple[int, int]],
+    captions_only: bool = False,
 ) -> Dialogue:
     """Several requests and answers about zero, one or two pictures, within the text budget."""
-    if len(scenes) == 1:
+    if captions_only:
+        turns = _caption_turns(rng, scenes[0])
+    elif len(scenes) == 1:
         turns = _one_image_turns(rng, scenes[0])
     else:
         turns = _two_image_turns(rng, scenes) if scenes else _no_image_turns(rng)

@@ -189,9 +189,10 @@ class Tally:
 
 @torch.no_grad()
 def evaluate(
-    model: Qwen3VL, encoder: Encoder, data: HeldOutBatches, workers: int
+    model: Qwen3VL, encoder: Encoder, data: HeldOutBatches, workers: int, questions: bool = True
 ) -> dict[str, object]:
-    """Greedy captions in three styles, questions (half of them second turns), pairs of images."""
+    """Greedy captions in three styles; with `questions` those too (half of them second turns), and
+    pairs of images."""
     tally = Tally()
     previous: tuple[HeldOut, Tensor, list[Tensor]] | None = None
     for number, item in enumerate(DataLoader(data, batch_size=None, num_workers=workers)):
@@ -206,8 +207,9 @@ def evaluate(
                 _count(tally.captions, style, answer == write(scene))
                 if style == "long":
                     tally.add_long(scene, "-".join(MODES[index % len(MODES)]), answer)
-        _ask_questions(model, encoder, item, seen, number, tally.questions)
-        if number % 4 == 1 and previous:
+        if questions:
+            _ask_questions(model, encoder, item, seen, number, tally.questions)
+        if questions and number % 4 == 1 and previous:
             _ask_pairs(model, encoder, previous, (item, *seen), tally.pairs)
         previous = (item, *seen)
     return tally.report()

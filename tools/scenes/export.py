@@ -1,12 +1,14 @@
 """Writes a trained model as a hub-layout folder: configuration, processor, weights in bf16.
 
 python -m tools.scenes.export OUT/model.safetensors qwencli/bundled/scenes
+python -m tools.scenes.export OUT/model.safetensors FOLDER --model hybrid
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+import shutil
 from pathlib import Path
 
 import torch
@@ -15,17 +17,28 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tools.scenes.grid import MAX_PIXELS, MERGE, MIN_PIXELS, PATCH
+from tools.scenes.hybrid import TAPS, HybridShape
 from tools.scenes.model import ModelShape
 from tools.scenes.tokenizer import MAX_LENGTH
+
+TOKENIZER = Path(__file__).parents[2] / "qwencli" / "bundled" / "scenes"
+SHAPES = {"scenes": ModelShape, "hybrid": HybridShape}
 
 
 def model_config(shape: ModelShape, tokenizer: Tokenizer) -> dict[str, object]:
     token = tokenizer.token_to_id
+    hybrid = isinstance(shape, HybridShape)
+    family = "qwen3_5" if hybrid else "qwen3_vl"
+    rope: dict[str, object] = {
+        "mrope_interleaved": True,
+        "mrope_section": list(shape.mrope_section),
+        "rope_type": "default",
+    }
     return {
-        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "architectures": [f"Qwen3{'_5' if hybrid else 'VL'}ForConditionalGeneration"],
         "dtype": "bfloat16",
         "image_token_id": token("<|image_pad|>"),
-        "model_type": "qwen3_vl",
+        "model_type": family,
         "pad_token_id": token("<|endoftext|>"),
         "text_config": {
             "attention_bias": False,
@@ -39,18 +52,17 @@ def model_config(shape: ModelShape, tokenizer: Tokenizer) -> dict[str, object]:
             "initializer_range": 0.02,
             "intermediate_size": shape.intermediate,
             "max_position_embeddings": MAX_LENGTH,
-            "model_type": "qwen3_vl_text",
+            "model_type": f"{family}_text",
             "num_attention_heads": shape.heads,
             "num_hidden_layers": shape.layers,
             "num_key_value_heads": shape.kv_heads,
             "pad_token_id": token("<|endoftext|>"),
             "rms_norm_eps": 1e-06,
-            "rope_scaling": {
-                "mrope_interleaved": True,
-                "mrope_section": list(shape.mrope_section),
-                "rope_type": "default",
-            },
-            "rope_theta": shape.rope_theta,
+            **(
+                _hybrid_config(shape, rope)
+                if isinstance(shape, HybridShape)
+                else {"rope_scaling": rope, "rope_theta": shape.rope_theta}
+            ),
             "tie_word_embeddings": True,
             "use_cache": True,
             "vocab_size": shape.vocab,
@@ -65,7 +77,7 @@ def model_config(shape: ModelShape, tokenizer: Tokenizer) -> dict[str, object]:
             "in_channels": 3,
             "initializer_range": 0.02,
             "intermediate_size": shape.vision_intermediate,
-            "model_type": "qwen3_vl",
+            "model_type": family,
             "num_heads": shape.vision_heads,
             "num_position_embeddings": shape.position_side**2,
             "out_hidden_size": shape.hidden,
@@ -75,6 +87,24 @@ def model_config(shape: ModelShape, tokenizer: Tokenizer) -> dict[str, object]:
         },
         "vision_end_token_id": token("<|vision_end|>"),
         "vision_start_token_id": token("<|vision_start|>"),
+    }
+
+
+def _hybrid_config(shape: HybridShape, rope: dict[str, object]) -> dict[str, object]:
+    return {
+        "attn_output_gate": True,
+        "full_attention_interval": shape.interval,
+        "layer_types": shape.layer_types,
+        "linear_conv_kernel_dim": TAPS,
+        "linear_key_head_dim": shape.delta_dim,
+        "linear_num_key_heads": shape.k_heads,
+        "linear_num_value_heads": shape.v_heads,
+        "linear_value_head_dim": shape.delta_dim,
+        "mamba_ssm_dtype": "float32",
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+        "rope_parameters": rope
+        | {"rope_theta": shape.rope_theta, "partial_rotary_factor": shape.rotated},
     }
 
 
@@ -107,7 +137,11 @@ def processor_config(kind: str) -> dict[str, object]:
 
 
 def export(state: dict[str, Tensor], shape: ModelShape, folder: Path) -> None:
-    """`folder` already holds the tokenizer files. Raises OSError when it cannot be written."""
+    """The tokenizer's files come from the bundled model. Raises OSError where it cannot write."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if folder.resolve() != TOKENIZER:
+            shutil.copyfile(TOKENIZER / name, folder / name)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     files = {
         "config.json": model_config(shape, tokenizer),
@@ -124,4 +158,9 @@ def export(state: dict[str, Tensor], shape: ModelShape, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    export(load_file(sys.argv[1]), ModelShape(), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", choices=SHAPES, default="scenes")
+    options = parser.parse_args()
+    export(load_file(options.weights), SHAPES[options.model](), options.folder)

@@ -17,6 +17,15 @@ from torch import Tensor, nn
 
 from tools.scenes.grid import MERGE, PATCH
 
+# Projections back to the residual stream.
+OUTPUTS = (
+    "o_proj.weight",
+    "out_proj.weight",
+    "down_proj.weight",
+    "attn.proj.weight",
+    "mlp.linear_fc2.weight",
+)
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -35,6 +44,10 @@ class ModelShape:
     vision_intermediate: int = 640
     position_side: int = 24
     deepstack: tuple[int, ...] = (1, 3)
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.head_dim
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -228,8 +241,8 @@ class TextModel(nn.Module):
         self.norm = nn.RMSNorm(shape.hidden, eps=1e-6)
 
     def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [B, L, 3] (t, h, w) -> cos, sin [B, 1, L, head_dim], axes interleaved."""
-        half = self.shape.head_dim // 2
+        """positions [B, L, 3] (t, h, w) -> cos, sin [B, 1, L, rotary_dim], axes interleaved."""
+        half = self.shape.rotary_dim // 2
         steps = torch.arange(half, device=positions.device)
         frequency = self.shape.rope_theta ** (-steps.float() / half)
         axis = _rope_axes(self.shape.mrope_section, positions.device)  # [half]
@@ -251,11 +264,11 @@ def _rope_axes(section: tuple[int, int, int], device: torch.device) -> Tensor:
 class Qwen3VL(nn.Module):
     """`model.visual`, `model.language_model`; the output head is the tied embedding."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, text: TextModel | None = None) -> None:
         super().__init__()
         self.shape = shape
         self.model = nn.ModuleDict(
-            {"visual": VisionModel(shape), "language_model": TextModel(shape)}
+            {"visual": VisionModel(shape), "language_model": text or TextModel(shape)}
         )
 
     def see(self, pictures: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
@@ -276,10 +289,8 @@ class Qwen3VL(nn.Module):
     ) -> Tensor:
         """ids [B, L], positions [B, L, 3], image_index [B, V] -> hidden states [B, L, hidden]."""
         text: TextModel = self.model["language_model"]
-        x = text.embed_tokens(ids)
+        x = scatter_pictures(text.embed_tokens(ids), image_index, tokens)
         where = image_index[..., None].expand(-1, -1, x.shape[-1])
-        if tokens is not None:
-            x = x.scatter(1, where, tokens)
         cos, sin = text.rope(positions, x.dtype)
         for number, layer in enumerate(text.layers):
             x = layer(x, cos, sin)
@@ -291,22 +302,24 @@ class Qwen3VL(nn.Module):
         return F.linear(hidden, self.model["language_model"].embed_tokens.weight)
 
 
+def scatter_pictures(embedded: Tensor, image_index: Tensor, tokens: Tensor | None) -> Tensor:
+    """Embeddings [B, L, hidden], with the visual tokens [B, V, hidden] at [B, V] of each row."""
+    if tokens is None:
+        return embedded
+    return embedded.scatter(1, image_index[..., None].expand_as(tokens), tokens)
+
+
 def initialize(model: Qwen3VL, seed: int) -> None:
     """Normal weights of deviation 1/sqrt(fan_in); outputs of residual branches smaller."""
     generator = torch.Generator().manual_seed(seed)
     shape = model.shape
-    depth = {"visual": shape.vision_depth, "language_model": shape.layers}
     for name, parameter in model.named_parameters():
-        tower = name.split(".")[1]
-        if name.endswith("bias"):
+        depth = shape.vision_depth if ".visual." in name else shape.layers
+        if name.endswith(("bias", "A_log")):
             parameter.data.zero_()
-        elif "norm" in name:
-            parameter.data.fill_(1.0)
-        else:
+        elif "norm" not in name:  # those begin as they should
             embedding = "embed_tokens" in name or "pos_embed" in name
             deviation = 0.02 if embedding else 1 / math.sqrt(parameter[0].numel())
-            if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")) or (
-                "mlp.linear_fc2" in name
-            ):
-                deviation /= math.sqrt(2 * depth[tower])
+            if name.endswith(OUTPUTS):
+                deviation /= math.sqrt(2 * depth)
             parameter.data.normal_(0.0, deviation, generator=generator)
