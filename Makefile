@@ -7,7 +7,7 @@ check:
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy qwencli
-	.venv/bin/mypy --platform win32 --no-warn-unreachable qwencli
+	.venv/bin/mypy --platform win32 --no-warn-unreachable --cache-dir .mypy_cache/win32 qwencli
 	.venv/bin/lint-imports
 	$(PYTHON) tools/docs/cli_reference.py --check
 	$(PYTHON) tools/docs/experiments_index.py --check
