@@ -125,6 +125,8 @@ def _run(arguments: list[str]) -> int:
     # numpy computes on one core (`cpu.gemv`). Read when these are loaded, here or in our processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # What torch's profiler says of itself on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     arguments = _global_flags_first(arguments) or ["--help"]
     if "--debug" in arguments:
         return _finished(app(arguments, standalone_mode=False))

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from qwencli.commands.bench_study import study
+from qwencli.commands.profiling import Profile, profiled
 from qwencli.config import DType, EngineName, LoadFormat, parse_seq_len
 from qwencli.errors import UsageError
 from qwencli.output import Output
@@ -162,6 +163,7 @@ def bench(
     continue_on_error: Annotated[
         bool, _course(help="A cell that fails is a row, and the others run all the same.")
     ] = True,
+    profile: Profile = None,
 ) -> None:
     """Measure speed over quantization x attention x cache.
 
@@ -222,13 +224,14 @@ def bench(
         limits=limits,
         slowdown_percent=inject_slowdown,
     )
-    with output.status("reading the matrix and this machine"):
-        plan, facts = prepare(request)
-    if dry_run:
-        show_cells(plan, output)
-        return
-    folder = out or Path("campaigns") / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    code = measure(plan, facts, folder, sys.argv[1:], output, settings)
+    with profiled(profile, output):
+        with output.status("reading the matrix and this machine"):
+            plan, facts = prepare(request)
+        if dry_run:
+            show_cells(plan, output)
+            return
+        folder = out or Path("campaigns") / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        code = measure(plan, facts, folder, sys.argv[1:], output, settings)
     raise typer.Exit(code)
 
 

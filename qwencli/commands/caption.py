@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -14,6 +15,7 @@ from qwencli.commands.options import (
     ShapeOptions,
     with_run_options,
 )
+from qwencli.commands.profiling import Profile, profiled
 from qwencli.errors import UsageError
 from qwencli.output import Output
 from qwencli.presets import PRESETS, prompt_text
@@ -44,6 +46,7 @@ def caption(
             help="Let a model that can think do so, not for folders; captions never have thoughts.",
         ),
     ] = False,
+    profile: Profile = None,
     *,
     chosen: SetOptions,
     shape: ShapeOptions,
@@ -54,6 +57,34 @@ def caption(
 
     Captions of a folder go to text files beside the pictures.
     """
+    sink = context.ensure_object(Output)
+    if together:
+        sink.notice("--together is now called --multi-image")
+        multi_image = True
+    if profile is not None and chosen.ray is not None:
+        raise UsageError("--ray and --profile exclude each other", "profile one machine")
+    with profiled(profile, sink):
+        _caption(
+            sink, inputs or (), prompt, preset, system, frames, chosen, shape, keep, run,
+            multi_image=multi_image, think=think,
+        )  # fmt: skip
+
+
+def _caption(
+    sink: Output,
+    inputs: Sequence[str],
+    prompt: str | None,
+    preset: str | None,
+    system: str | None,
+    frames: int | None,
+    chosen: SetOptions,
+    shape: ShapeOptions,
+    keep: KeepOptions,
+    run: RunOptions,
+    *,
+    multi_image: bool,
+    think: bool,
+) -> None:
     # Here and not above: `--help` needs none of it.
     from qwencli.commands.caption_set import caption_set, is_set, manner_of, print_captions
     from qwencli.commands.captions import Captions
@@ -62,14 +93,10 @@ def caption(
     from qwencli.dataset.sources import named_inputs
     from qwencli.messages import GenerationRequest, VisualPart, user_message
 
-    sink = context.ensure_object(Output)
-    if together:
-        sink.notice("--together is now called --multi-image")
-        multi_image = True
     if not (inputs or chosen.is_used):
         raise UsageError("Missing argument 'IMAGE...'", "name pictures, or a folder of them")
     keep_s = keep.seconds(run)
-    named = named_inputs(inputs or (), chosen.filelist)
+    named = named_inputs(inputs, chosen.filelist)
     whole_set = is_set(named, chosen, frames)
     if think and (whole_set or shape.is_used):
         raise UsageError("--think is for a few pictures in a plain prompt", "leave it out here")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from qwencli.commands.options import RunOptions, SetOptions, ShapeOptions
+from qwencli.commands.profiling import trace_answer
 from qwencli.commands.reports import caption_record, failure_record, stats_line
 from qwencli.config import Existing
 from qwencli.errors import InputError, StoppedError, UsageError
@@ -578,6 +579,8 @@ class _Reporter:
     def add(self, outcome: Outcome) -> None:
         from qwencli.dataset.pipeline import Captioned
 
+        if isinstance(outcome, Captioned):
+            trace_answer(outcome.task.item.key, outcome.result)
         if isinstance(outcome, Captioned) and self._stats:
             self._sink.report(f"{outcome.task.item.key}: {stats_line(outcome.result)}")
         if isinstance(outcome, Captioned):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qwencli.commands.options import RunOptions
+from qwencli.commands.profiling import trace_answer
 from qwencli.commands.reports import (
     ProcessTimes,
     caption_record,
@@ -167,6 +168,7 @@ class Captions:
             self._report(outcome.error, names)
             return
         self.answered += 1
+        trace_answer(names[0], outcome.result)
         if self.json:
             record = caption_record(outcome.result, names, self.model)
             record |= {"caption": outcome.caption} | ({} if field == CAPTION else {"field": field})
@@ -180,6 +182,7 @@ class Captions:
     def _add_to(self, result: GenerationResult, names: list[str]) -> None:
         """What goes beside an answer, or is written in its place."""
         self.answered += 1
+        trace_answer(", ".join(names), result)
         if self.json:
             self.sink.json_line(caption_record(result, names, self.model))
         for note in result.notes:

@@ -19,6 +19,7 @@ from qwencli.errors import (
 )
 from qwencli.messages import ImagePart, Message, VideoPart, VisualPart, text_message
 from qwencli.output import Output
+from qwencli.tracing import active
 
 # What opening a picture or video may raise: it costs that one, and the others are done.
 OPENING_ERRORS = (InputError, MissingDependencyError, OutOfMemoryError)
@@ -78,7 +79,11 @@ def _loaded_here(config: EngineConfig, sink: Output) -> Engine:
         if config.model.source is not ModelSource.REMOTE:
             from qwencli.engine.resolve import resolve_device
 
-            resolve_device(config.device)
+            device = resolve_device(config.device)
+            if active() is not None:
+                from qwencli.engine.instruments.kernel_trace import trace_kernels
+
+                trace_kernels(device)
     # Here and not in load(): the download's own progress bars need the terminal to themselves.
     fetch_model(config)
     try:

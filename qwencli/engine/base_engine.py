@@ -28,6 +28,7 @@ from qwencli.engine.response import ResponseBuilder
 from qwencli.errors import OutOfMemoryError, PromptTooLongError, UnsupportedModeError, UsageError
 from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult
+from qwencli.tracing import span
 
 # How often pictures are made smaller until a request fits: of many sizes the largest are first.
 FITTING_TRIES = 8
@@ -148,8 +149,13 @@ class BaseEngine(ManyRequests, ABC):
         """
         if self._files is not None:
             return
+        with span("load", model=self.config.model.name):
+            self._load_now()
+
+    def _load_now(self) -> None:
         started = time.perf_counter()
-        files = open_model(self.config)
+        with span("model files"):
+            files = open_model(self.config)
         wanted = self.config.max_seq_len
         if isinstance(wanted, int) and wanted > files.max_seq_len:
             raise UsageError(
@@ -297,7 +303,8 @@ class BaseEngine(ManyRequests, ABC):
         """The request's prompt; like the answer, tried once more where memory was short."""
         for last_try in (False, True):
             try:
-                return self._built(request, matcher)
+                with span("preprocess"):
+                    return self._built(request, matcher)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

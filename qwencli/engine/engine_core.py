@@ -46,6 +46,7 @@ from qwencli.engine.spec_decode.policy import Acceptance, BatchDraftPolicy
 from qwencli.errors import EngineError, OutOfMemoryError, PromptTooLongError, QwenCliError
 from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig, Speculation
+from qwencli.tracing import span
 
 # Threads that read, resize and tokenize for the steps to come: as few as keep prompts ready, as the
 # thread that runs the model waits for the interpreter's lock whenever one of them has it.
@@ -214,13 +215,16 @@ class EngineCore:
         self._take_prepared()
         self._prepare_some()
         self._share_lock()
-        batch = self._scheduler.schedule()
+        with span("schedule"):
+            batch = self._scheduler.schedule()
         step = None if batch is None else self._run(batch)
         outputs, self._failed = self._failed, []
         if self._step is not None:
-            outputs += self._read(self._step)
+            with span("read step"):
+                outputs += self._read(self._step)
         if step is not None and step.unsampled is not None:
-            step.copies.append(self._sample(step.unsampled))
+            with span("sample"):
+                step.copies.append(self._sample(step.unsampled))
         self._step = step
         if step is None and not outputs and self._preparing:
             wait(list(self._preparing.values()), return_when=FIRST_COMPLETED)
@@ -305,13 +309,16 @@ class EngineCore:
         step = _Step(alone=not batch.prefill and batch.encode is None)
         self._runner.rearrange(batch.moves, batch.released, batch.restored)
         if batch.encode is not None:
-            self._encode(batch.encode, self._clock)
+            with span("vision"):
+                self._encode(batch.encode, self._clock)
         if batch.prefill:
-            self._prefill(batch.prefill, self._clock, step)
+            with span("prefill", prompts=len(batch.prefill)):
+                self._prefill(batch.prefill, self._clock, step)
             self._runner.keep(batch.kept)
         decode = [each for each in batch.decode if each.row is not None]
         if decode:
-            self._decode(decode, self._clock, step)
+            with span("decode step", rows=len(decode)):
+                self._decode(decode, self._clock, step)
         return step
 
     def _encode(self, sequence: Sequence, clock: EventTimer) -> None:

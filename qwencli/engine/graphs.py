@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 
+from qwencli.tracing import span
+
 Tensor = torch.Tensor
 # Tensors of a pass -> what it makes of them; it asks the host nothing and keeps what it is given.
 Pass = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -57,6 +59,10 @@ class GraphRunner:
 
     def capture(self, key: Hashable, work: Callable[[], None]) -> None:
         """Capture `work`, which is run before that: nothing may be in use that it writes to."""
+        with span("capture", key=str(key)):
+            self._capture(key, work)
+
+    def _capture(self, key: Hashable, work: Callable[[], None]) -> None:
         stream, current = self._stream, torch.cuda.current_stream(self._device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):

@@ -23,6 +23,7 @@ from qwencli.results import (
     TokenChance,
     TokenLogprobs,
 )
+from qwencli.tracing import span
 
 # Log-probabilities of a token and of the likeliest in its place, and the ids of those.
 Odds = tuple[list[float], list[int]]
@@ -79,6 +80,10 @@ class ResponseBuilder:
         Args:
             odds: where a step told them.
         """
+        with span("detokenize"):
+            return self._add(token_id, mark, odds)
+
+    def _add(self, token_id: int, mark: Mark, odds: Odds | None) -> GenerationChunk:
         self.token_ids.append(token_id)
         self.marks.append(mark)
         if self.matcher is not None:

@@ -53,6 +53,7 @@ class WorkerSpec:
         reference: file with the reference of this model, None = there is none to diverge from.
         purpose: "reference" makes that file's rows instead of any run; "post_run_checks" measures
             what comes after the runs, which the cell has all of.
+        profile: whether to trace what it does, and tell it at the end.
     """
 
     config: EngineConfig
@@ -67,6 +68,7 @@ class WorkerSpec:
     quality_samples: int = 0
     reference: Path | None = None
     purpose: Literal["runs", "post_run_checks", "reference"] = "runs"
+    profile: bool = False
 
 
 _ENUMS = {

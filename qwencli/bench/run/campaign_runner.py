@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import Any
 
 from qwencli.bench.measure.telemetry import Telemetry
 from qwencli.bench.plan.campaign_plan import Plan, dump_spec
@@ -24,6 +25,7 @@ from qwencli.config import EngineName
 from qwencli.engine.machine.child_process import python_command
 from qwencli.errors import UsageError
 from qwencli.output import counted
+from qwencli.tracing import Event, active, span
 
 SETTLE = "settle"
 # Settled: within this many seconds the temperature has fallen by less than one degree, which is
@@ -221,7 +223,8 @@ def _run_place(
 ) -> str:
     """Run one process and say how it ended; returns its status."""
     progress.begin(place.number, _runs_of(campaign, place))
-    ending, speeds = _run_process(campaign, place, options, telemetry, progress)
+    with span(place.label):
+        ending, speeds = _run_process(campaign, place, options, telemetry, progress)
     progress.end()
     say(f"    {cell_summary(ending.status, ending.reason, speeds)}")
     if ending.of_model and (alike := _end_alike(campaign, place.cell, ending)):
@@ -336,6 +339,7 @@ def _run_process(
         quality_samples=0 if checked else work.quality_samples,
         reference=None if checked else campaign.reference(cell.model),
         purpose="post_run_checks" if campaign.next_turn(cell) is None else "runs",
+        profile=active() is not None,
     )
     spec = dump_spec(work)
     lost = 0  # the run being made now: the warm-up comes first
@@ -348,6 +352,9 @@ def _run_process(
                 continue
             if message["type"] == "sampler":
                 telemetry.switch(on=message["on"])
+                continue
+            if message["type"] == "trace":
+                _add_trace(place, message["events"])
                 continue
             if message["type"] == "probes":
                 campaign.add_probes(cell, message["rows"], sampled=options.sampler is not None)
@@ -369,6 +376,14 @@ def _run_process(
             skipped = ending.status == "skipped"
             campaign.add_end(cell, ending.status, ending.reason, None if skipped else lost)
     return ending, speeds
+
+
+def _add_trace(place: _Place, events: Sequence[Sequence[Any]]) -> None:
+    """Have a worker's events in groups of its own."""
+    trace = active()
+    if trace is not None:
+        told = (Event(*each) for each in events)
+        trace.add(each._replace(group=f"{place.label}: {each.group}") for each in told)
 
 
 def _next_step(campaign: Campaign, place: _Place, speeds: Sequence[float]) -> str:

@@ -6,8 +6,9 @@ It has no generation path of its own: it times the `Engine.stream` that `caption
               is gone, and the worker ends at once.
     stdout    JSON lines: {"type": "run", ...} after each run; then {"type": "sampler", ...} and
               {"type": "probes", ...} around the runs that show what probes cost, and
-              {"type": "rows", ...} for what else is measured beside; {"type": "end", ...}, with
-              "of_model" where no other mode would have fared better
+              {"type": "rows", ...} for what else is measured beside; {"type": "trace", ...} with
+              what was traced, where it was asked for; {"type": "end", ...}, with "of_model" where
+              no other mode would have fared better
     stderr    the log; whatever libraries print to stdout goes there as well
 """
 
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -30,9 +32,11 @@ from qwencli.bench.statistics.slow_tokens import run_latency
 from qwencli.bench.storage.columns import RUNS
 from qwencli.config import EngineConfig, EngineName, LoadMode, SamplingOptions
 from qwencli.engine.factory import create_engine
+from qwencli.engine.instruments.kernel_trace import trace_kernels
 from qwencli.engine.machine.child_process import end_with_parent
 from qwencli.engine.machine.device import memory_stats, reset_peak_memory
 from qwencli.engine.protocol import Engine, ManyRequests, drain
+from qwencli.engine.resolve import resolve_device
 from qwencli.errors import (
     MissingDependencyError,
     ModelFileError,
@@ -42,9 +46,12 @@ from qwencli.errors import (
 )
 from qwencli.messages import GenerationRequest, ImagePart, user_message
 from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult, Speculation
+from qwencli.tracing import active, tracing
 
 MakeEngine = Callable[[EngineConfig], Engine]
 Emit = Callable[[dict[str, Any]], None]
+# Of a trace, in one message.
+EVENTS_TOLD = 2000
 # Called with the number of each run before it is measured; whether it loaded the model anew.
 Prepare = Callable[[int], bool]
 
@@ -111,18 +118,26 @@ def run_cell(
     prepare: Prepare = lambda run: False,
 ) -> None:
     """Measure one cell; expected errors become its end, unexpected ones are raised."""
+    with tracing() if spec.profile else nullcontext() as trace:
+        end = _end_of(_measure_all(spec, make_engine, checks, prepare), emit)
+    events = trace.events if trace is not None else []
+    for start in range(0, len(events), EVENTS_TOLD):
+        emit({"type": "trace", "events": events[start : start + EVENTS_TOLD]})
+    emit(end)
+
+
+def _end_of(messages: Iterator[dict[str, Any]], emit: Emit) -> dict[str, Any]:
     try:
-        for message in _measure_all(spec, make_engine, checks, prepare):
+        for message in messages:
             emit(message)
     except QwenCliError as error:
         status = next((name for kind, name in _STATUS if isinstance(error, kind)), "failed")
         reason = f"{error.message} ({error.hint})" if error.hint else error.message
         of_model = isinstance(error, ModelFileError)
-        emit({"type": "end", "status": status, "reason": reason, "of_model": of_model})
+        return {"type": "end", "status": status, "reason": reason, "of_model": of_model}
     except MemoryError:
-        emit({"type": "end", "status": "oom", "reason": "the host ran out of memory"})
-    else:
-        emit({"type": "end", "status": "ok", "reason": None})
+        return {"type": "end", "status": "oom", "reason": "the host ran out of memory"}
+    return {"type": "end", "status": "ok", "reason": None}
 
 
 def _measure_all(
@@ -130,6 +145,8 @@ def _measure_all(
 ) -> Iterator[dict[str, Any]]:
     request = build_request(spec)
     engine = make_engine(spec.config)
+    here = active() is not None and spec.config.engine is not EngineName.REMOTE
+    kernels = trace_kernels(resolve_device(spec.config.device)) if here else None
     try:
         engine.load()
         if spec.purpose == "reference":
@@ -138,6 +155,8 @@ def _measure_all(
         probe = TokenProbe(_device_here(engine))
         # Run 0 pays for lazy start-up, is recorded, and counts in no statistic.
         message = measure(engine, request, 0, probe, fresh=True)
+        if kernels is not None:
+            kernels.close()  # what it costs would be in the runs that count
         runs_left = spec.purpose == "runs"
         if runs_left:
             yield message
@@ -211,6 +230,9 @@ def measure(
     with probe, HostProbe() as host:
         result = probe.drain(engine.stream(request))
     end_s = time.perf_counter()
+    trace = active()
+    if trace is not None:
+        trace.add_answer(f"run {run}", result)
     memory = memory_stats(device)
     row = {
         "run": run,

@@ -40,6 +40,7 @@ from qwencli.config import MAX_PIXELS
 from qwencli.engine.frontend.containers import video_kind
 from qwencli.errors import InputError, OutOfMemoryError
 from qwencli.messages import ImagePart
+from qwencli.tracing import span
 
 # Pillow's remarks on a file would reach stderr where nobody listens to its log.
 _STDERR_TURN = threading.Lock()
@@ -434,7 +435,7 @@ def decode(file: BinaryIO, name: str, read: Callable[[Image.Image, str], T]) -> 
                 raise InputError(
                     f"{name} is {_NOT_PICTURES[kind]} ({kind}), not a picture", _USE_PICTURE
                 )
-            with _silent_libtiff(kind):
+            with _silent_libtiff(kind), span("decode picture", name=name):
                 return read(image, name)
     except _BOMBS as error:
         found = re.search(r"\d+", str(error))

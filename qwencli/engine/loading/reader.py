@@ -22,6 +22,7 @@ import torch
 from qwencli.errors import ModelFileError
 from qwencli.models.quant_formats import PackedFormat, PackedLayer
 from qwencli.models.weight_files import StoredTensor, all_named
+from qwencli.tracing import span
 
 # Of the ring, which has two pieces for each thread: one is copied while the next is read.
 STAGING_BYTES, GPU_STAGING_BYTES = 64 * 2**20, 128 * 2**20
@@ -144,7 +145,8 @@ class Reader:
         return to, self.begin(source, to.view(-1))
 
     def _read_directly(self, piece: _Piece) -> None:
-        _fill(self._open(piece.source), piece.to, piece.source, piece.start)
+        with span("read", tensor=piece.source.name, bytes=piece.num_bytes):
+            _fill(self._open(piece.source), piece.to, piece.source, piece.start)
 
     def _read_through(self, piece: _Piece) -> _Staging:
         """Read a piece into the ring; for a GPU begin its copy, whose end is in what is given."""
@@ -156,7 +158,8 @@ class Reader:
         try:
             if staging.copied is not None:
                 staging.copied.synchronize()
-            _fill(self._open(piece.source), host, piece.source, piece.start)
+            with span("read", tensor=piece.source.name, bytes=piece.num_bytes):
+                _fill(self._open(piece.source), host, piece.source, piece.start)
         except BaseException:
             self._ring.put(staging)
             raise

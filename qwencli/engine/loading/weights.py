@@ -33,6 +33,7 @@ from qwencli.models.quant_formats import PackedFormat, PackedLayer
 from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import TensorSpec, specs
 from qwencli.models.weight_files import StoredTensor, find_weights, stored_tensors
+from qwencli.tracing import span
 
 if TYPE_CHECKING:
     from qwencli.engine.loading.weight_cache import CachedMatrices, CacheWriter
@@ -378,6 +379,7 @@ class _Kept:
         return LoadedWeights(self.tensors, unused, self._matrices, self._origin)
 
     def _quantize(self, name: str, tensor: torch.Tensor, scheme: Scheme) -> None:
-        self._matrices[name] = quantize(tensor, scheme)
+        with span("quantize", tensor=name):
+            self._matrices[name] = quantize(tensor, scheme)
         if self._writer is not None:
             self._writer.add(name, self._matrices[name])

@@ -73,6 +73,7 @@ from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
 from qwencli.models.weight_files import find_weights, stored_tensors
 from qwencli.results import EffectiveConfig, GenerationChunk
+from qwencli.tracing import span
 
 if TYPE_CHECKING:
     from qwencli.engine.native.kernel_cache import KernelLoader
@@ -213,7 +214,8 @@ class NativeEngine(BaseEngine):
         self._place = place
         compiling = self._compiling(rows=0)
         try:
-            loaded = self._weights(files, shape, torch_dtype, place, packed)
+            with span("weights"):
+                loaded = self._weights(files, shape, torch_dtype, place, packed)
         except BaseException:
             if compiling is not None:
                 compiling.close()
@@ -259,7 +261,8 @@ class NativeEngine(BaseEngine):
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
         if compiling is not None:
-            compiling.wait()
+            with span("wait for kernels"):
+                compiling.wait()
             warnings += compiling.notes()
         self._warnings = tuple(warnings)
         gc_freeze_loaded()

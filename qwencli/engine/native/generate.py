@@ -26,6 +26,7 @@ from qwencli.engine.spec_decode.decode_strategy import (
     Speculator,
 )
 from qwencli.results import EffectiveConfig, GenerationChunk
+from qwencli.tracing import span
 
 # Steps on their way to the GPU beyond the one being read. Enough that a host thread that is kept
 # from running for some milliseconds leaves the GPU busy; after a stop token they are wasted.
@@ -92,7 +93,9 @@ class Generation:
                 start = clock.mark()
                 patches = torch.as_tensor(prompt.inputs.patches[index])
                 patches = patches.to(self._model.device)
-                yield self._prompts.encode_images(patches, [prompt.grid_thw[index]])
+                with span("vision"):
+                    encoded = self._prompts.encode_images(patches, [prompt.grid_thw[index]])
+                yield encoded
                 vision.append((start, clock.mark()))
 
         features = self._vision_cache.features(digests, encode)
@@ -134,7 +137,8 @@ class Generation:
                 state.kind = SamplerKind.LOGITS
             strategy.begin(clock, first_slot, first_slot + steps)
         try:
-            vision = self._prefill(answer, keys, digests, clock)
+            with span("prefill"):
+                vision = self._prefill(answer, keys, digests, clock)
             if answer.matcher is None:
                 tokens = self._decode(clock, strategy, steps)
             else:
@@ -179,9 +183,11 @@ class Generation:
         while given <= steps:
             with torch.inference_mode():
                 while unread <= token_copy.max_inflight_steps and given + unread <= steps:
-                    token_copy.store(strategy.step(), clock)
+                    with span("decode step"):
+                        token_copy.store(strategy.step(), clock)
                     unread += 1
-            values, mark = token_copy.read(read)
+            with span("wait for token"):
+                values, mark = token_copy.read(read)
             unread, read = unread - 1, read + 1
             if read > 1:
                 values = strategy.tokens(values, token_copy.mark(read - 2), mark)

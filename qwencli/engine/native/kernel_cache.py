@@ -44,6 +44,7 @@ from qwencli.engine.machine.child_process import python_command
 from qwencli.engine.native import kernel_plan
 from qwencli.engine.native.kernel_plan import PlannedModel
 from qwencli.models.quantized_cache import cache_root
+from qwencli.tracing import span
 
 # How long a load waits for kernels that other processes compile; a GPU's own are then compiled
 # when they are first launched.
@@ -258,7 +259,8 @@ class KernelLoader:
 
     def _run(self) -> None:
         try:
-            self._load()
+            with span("kernels"):
+                self._load()
         except Exception as error:  # noqa: BLE001 - kernels are then compiled when launched
             lines = str(error).strip().splitlines() or [type(error).__name__]
             note_once(f"kernels could not be made ready ahead of time: {lines[-1][:200]}")
@@ -268,7 +270,8 @@ class KernelLoader:
         file = manifest_of(self._planned, self._gpu, folder)
         launches = read_manifest(file)
         if launches is None:
-            self._compile(file, folder)
+            with span("compile"):
+                self._compile(file, folder)
             launches = read_manifest(file)
         if launches is None:
             return  # compiled when they are first launched
