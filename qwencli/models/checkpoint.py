@@ -27,6 +27,7 @@ from qwencli.models.tensors import (
     canonical_tensors,
     count_experts,
     embedding_name,
+    in_draft_head,
     part_name,
     specs,
     with_experts_as_stored,
@@ -39,11 +40,11 @@ Source = StoredTensor | PackedLayer
 AGAIN = "download the model again"
 _OTHERS = "config.json and the weights are of different models; download both again"
 # Found in checkpoints and of no use: what follows from the shape, scales for caches of fewer bits,
-# the mark of ComfyUI's scaled files, a head that drafts further tokens (multi-token prediction).
+# the mark of ComfyUI's scaled files.
 _IDLE = re.compile(
-    r"(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|\.position_ids|\.[kv]_scale"
-    r"|^scaled_fp8)$|^mtp\."
+    r"(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|\.position_ids|\.[kv]_scale|^scaled_fp8)$"
 )
+_NO_DRAFTS = "use --speculate off, or download the model again, whole"
 _COMPARED_BYTES = 16 * 2**20
 
 # Names that only files of another layout have -> what such a file is, and what to do.
@@ -140,6 +141,8 @@ def find_sources(
     plain = {part: name for part, name in names.items() if part not in layers}
     missing = [name for name in plain.values() if name not in found]
     missing += [name for layer in layers.values() for name in layer.missing]
+    if missing and all(map(in_draft_head, missing)):
+        raise _draft_head_error(folder, missing, found)
     if missing:
         raise missing_error(folder, missing, found.keys() - names.values() if not packed else ())
     _check_plain({part: found[name] for part, name in plain.items()}, stored, folder)
@@ -154,6 +157,13 @@ def find_sources(
     extra = [name for name in unused if name not in idle and not is_idle(name)]
     if extra:
         raise extra_error(folder, extra)
+    unread = [name for name in unused if in_draft_head(name) and not _IDLE.search(name)]
+    if shape.text.draft_head and unread:
+        raise ModelFileError(
+            f"{folder}: the head that drafts tokens (MTP) is of another kind: it has "
+            f"{_count(unread, 'tensor')} that are not known: {all_named(unread)}",
+            "use --speculate off",
+        )
     return Checkpoint(
         shape,
         {**layers, **{part: found[name] for part, name in plain.items()}},
@@ -172,8 +182,28 @@ def check_layout(folder: Path, names: Iterable[str]) -> None:
 
 
 def is_idle(name: str) -> bool:
-    """Whether a tensor of this name is of no use to any model."""
-    return _IDLE.search(name) is not None
+    """Whether a tensor of this name is of no use to a model that drafts no tokens."""
+    return in_draft_head(name) or _IDLE.search(name) is not None
+
+
+def has_draft_head(names: Iterable[str]) -> bool:
+    """Whether a checkpoint with tensors of these names has a head that drafts tokens, or a part."""
+    return any(map(in_draft_head, names))
+
+
+def _draft_head_error(
+    folder: Path, missing: Sequence[str], names: Iterable[str]
+) -> ModelFileError:
+    """For a head that was asked for and lacks these tensors, or all."""
+    if not has_draft_head(names):
+        return ModelFileError(
+            f"{folder}: the weights have no head that drafts tokens (MTP)", _NO_DRAFTS
+        )
+    return ModelFileError(
+        f"{folder}: half of a head that drafts tokens (MTP): {_count(missing, 'tensor')} missing "
+        f"from the weights: {all_named(missing)}",
+        _NO_DRAFTS,
+    )
 
 
 def as_stored(shape: ModelShape, found: Mapping[str, StoredTensor]) -> ModelShape:

@@ -181,7 +181,7 @@ def native_kv_bytes(shape: ModelShape, quantized: bool, value_bytes: int) -> int
     text = shape.text
     if not quantized:
         return text.kv_bytes_per_token(value_bytes)
-    return 2 * len(text.attention_layers) * text.num_kv_heads * (text.head_dim + 4)
+    return 2 * len(text.kv_layers) * text.num_kv_heads * (text.head_dim + 4)
 
 
 def vision_peak_bytes(shape: ModelShape, image_tokens: int) -> int:

@@ -173,7 +173,16 @@ def _text(config: Mapping[str, Any], family: Family, where: str) -> TextShape:
         gated_attention=family.hybrid,
         zero_centred_norms=family.hybrid,
         moe=moe,
+        mtp_layers=_mtp_layers(values, where) if family.hybrid else 0,
     )
+
+
+def _mtp_layers(values: Mapping[str, Any], where: str) -> int:
+    """Of the head that drafts tokens; a model that was saved without its own may say 0."""
+    key = "mtp_num_hidden_layers"
+    if values.get(key) in (None, 0):
+        return 0
+    return positive_int(values, key, where, most=MOST_LAYERS)
 
 
 def _moe(values: Mapping[str, Any], family: MoeFamily, layers: int, where: str) -> MoeShape:

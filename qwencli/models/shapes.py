@@ -6,7 +6,7 @@ name. This module knows no tensor names (`models.tensors`) and reads nothing (`s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Norm = Literal["layer", "rms"]
@@ -108,6 +108,7 @@ class MoeShape:
         shared_intermediate_size: of an expert that all tokens take; 0 = there is none.
         dense_layers: layers whose feed-forward is whole.
         apart: whether the weights have a tensor for each expert, where others have one for all.
+        apart_in_head: the same of a head that drafts tokens.
     """
 
     num_experts: int
@@ -117,6 +118,7 @@ class MoeShape:
     shared_intermediate_size: int = 0
     dense_layers: tuple[int, ...] = ()
     apart: bool = False
+    apart_in_head: bool = False
 
     @property
     def shared_is_stacked(self) -> bool:
@@ -149,6 +151,9 @@ class TextShape:
         zero_centred_norms: whether norms multiply by 1 + weight.
         moe: the layers whose feed-forward is a mixture of experts; None where there are none.
             Then `intermediate_size` is what one token takes, or that of layers without experts.
+        mtp_layers: of the head that drafts further tokens (multi-token prediction), as config.json
+            says; 0 = there is none.
+        draft_head: whether that head is used: only then it is loaded, and has keys and values.
     """
 
     vocab_size: int
@@ -172,6 +177,8 @@ class TextShape:
     gated_attention: bool = False
     zero_centred_norms: bool = False
     moe: MoeShape | None = None
+    mtp_layers: int = 0
+    draft_head: bool = False
 
     def mixer(self, layer: int) -> Mixer:
         return self.mixers[layer] if self.mixers else "attention"
@@ -189,6 +196,16 @@ class TextShape:
     def attention_layers(self) -> tuple[int, ...]:
         """Those that keep keys and values."""
         return tuple(i for i in range(self.num_layers) if self.mixer(i) == "attention")
+
+    @property
+    def draft_layer(self) -> int:
+        """The number that the layer of a head that drafts tokens has, behind the decoder's."""
+        return self.num_layers
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """Those that keep keys and values, that of a head that drafts tokens included."""
+        return (*self.attention_layers, *([self.draft_layer] if self.draft_head else []))
 
     @property
     def delta_layers(self) -> tuple[int, ...]:
@@ -215,7 +232,7 @@ class TextShape:
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values that one token of one sequence takes in the cache."""
-        return 2 * len(self.attention_layers) * self.kv_size * itemsize
+        return 2 * len(self.kv_layers) * self.kv_size * itemsize
 
     def state_bytes(self, itemsize: int) -> int:
         """Bytes of state that one sequence takes, however long it is: float32, and the earlier
@@ -293,6 +310,10 @@ class ModelShape:
     vision_end_token_id: int | None = None
     split_video_frames: bool = False
     tokens_per_second: float | None = None
+
+    def with_draft_head(self) -> ModelShape:
+        """The same model, with its head that drafts tokens in use."""
+        return replace(self, text=replace(self.text, draft_head=True))
 
     @property
     def head_dims(self) -> tuple[int, ...]:

@@ -235,6 +235,33 @@ def _text(s: TextShape) -> Iterator[TensorSpec]:
     yield _text_norm(s, "text.norm", "norm", s.hidden_size)
     if not s.tied_head:
         yield _spec("text.head", "root", ("lm_head.weight", (s.vocab_size, s.hidden_size)))
+    if s.draft_head:
+        yield from map(_at_the_root, _draft_head(s))
+
+
+def _draft_head(s: TextShape) -> Iterator[TensorSpec]:
+    """The head that drafts tokens: two norms, one product, and a layer that attends. Embedding and
+    output projection are the decoder's."""
+    at, hub, hidden = "text.mtp.", "mtp.", s.hidden_size
+    yield _text_norm(s, at + "norm_embedding", hub + "pre_fc_norm_embedding", hidden)
+    yield _text_norm(s, at + "norm_hidden", hub + "pre_fc_norm_hidden", hidden)
+    yield _spec(at + "fc", "text", (hub + "fc.weight", (hidden, 2 * hidden)))
+    layer = hub + "layers.0."
+    yield _text_norm(s, at + "attn_norm", layer + "input_layernorm", hidden)
+    yield from _attention(s, at, layer + "self_attn.")
+    yield _text_norm(s, at + "mlp_norm", layer + "post_attention_layernorm", hidden)
+    if s.moe is None:
+        yield from _mlp(at, layer + "mlp.", s.intermediate_size, hidden)
+    else:
+        moe = replace(s.moe, apart=s.moe.apart_in_head)
+        yield from _experts(moe, at, layer + "mlp.", hidden)
+    yield _text_norm(s, at + "norm", hub + "norm", hidden)
+
+
+def _at_the_root(spec: TensorSpec) -> TensorSpec:
+    """The tensor, its parts beside the decoder's in the state dict, not among them."""
+    parts = tuple(replace(part, section="root") for part in spec.parts)
+    return replace(spec, parts=parts)
 
 
 def _vision(s: VisionShape) -> Iterator[TensorSpec]:
@@ -296,11 +323,14 @@ _LEFT_AS_THEY_ARE = (
     "in_proj_b.weight",
     ".mlp.gate.weight",
     "shared_expert_gate.weight",
+    # Small beside the output projection, which each draft reads too.
+    "mtp.fc.weight",
 )
 
 _ONE_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 _OF_ALL_EXPERTS = (".mlp.gate.weight", ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+DRAFT_HEAD = "mtp."
 
 
 def expected_tensors(shape: ModelShape) -> TensorShapes:
@@ -375,8 +405,18 @@ def with_experts_as_stored(shape: ModelShape, names: Iterable[str]) -> ModelShap
     moe = shape.text.moe
     if moe is None:
         return shape
-    apart = any(_ONE_EXPERT.search(name) and _in_decoder(name, shape) for name in names)
-    return replace(shape, text=replace(shape.text, moe=replace(moe, apart=apart)))
+    apart = [name for name in names if _ONE_EXPERT.search(name)]
+    moe = replace(
+        moe,
+        apart=any(_in_decoder(name, shape) for name in apart),
+        apart_in_head=any(in_draft_head(name) for name in apart),
+    )
+    return replace(shape, text=replace(shape.text, moe=moe))
+
+
+def in_draft_head(name: str) -> bool:
+    """Whether a checkpoint's tensor belongs to a head that drafts tokens."""
+    return name.startswith(DRAFT_HEAD)
 
 
 def _in_decoder(name: str, shape: ModelShape) -> bool:

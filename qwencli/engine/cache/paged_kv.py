@@ -106,7 +106,7 @@ Tensor = torch.Tensor
 
 
 class PagedKVCache:
-    """By index of each layer that attends a tensor [slots, 2 * KVH, D]: keys, then values.
+    """By number of each layer with keys and values a tensor [slots, 2 * KVH, D]: keys, then values.
 
     As a `KVCache` it has no length and forgets nothing: whose slots are whose is the page tables'.
     """
@@ -117,7 +117,7 @@ class PagedKVCache:
         self, shape: TextShape, num_pages: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         size = (num_pages * PAGE_SIZE, 2 * shape.num_kv_heads, shape.head_dim)
-        self.layers = {layer: lazy_zeros(size, dtype, device) for layer in shape.attention_layers}
+        self.layers = {layer: lazy_zeros(size, dtype, device) for layer in shape.kv_layers}
         self.num_kv_heads = shape.num_kv_heads
         self.length = 0
 

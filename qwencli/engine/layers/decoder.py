@@ -59,15 +59,16 @@ class Decoder:
         by_rows: bool = False,
     ) -> None:
         self.shape = shape
-        pick = _Matrices(weights, matrices or {}, by_rows)
+        pick = MatrixPicker(weights, matrices or {}, by_rows)
         self.embedding = weights["text.embed"]
-        self.norm = _norm(shape, weights, "text.norm")
+        self.norm = make_norm(shape, weights, "text.norm")
         self.head = pick.head()
         self.layers = _layers(shape, weights, pick, self.norm, self.head)
         # Of all layers' query and key heads, [2, layers, heads, D]; None where some have no such
-        # norms, and where not all of a head rotates.
+        # norms, where not all of a head rotates, and beside a head that drafts tokens.
         norms = [layer.qk_norm.gain for layer in self.layers if layer.qk_norm is not None]
         whole = len(norms) == shape.num_layers and shape.rope.rotary_dim is None
+        whole = whole and not shape.draft_head
         self.head_gains = gains_of_halves(torch.stack(norms)) if whole else None
 
     @property
@@ -87,18 +88,8 @@ class Decoder:
 
         Stores the keys and values of the S tokens of each row at `step.slots`.
         """
-        ops = step.ops
         for layer in self.layers:
-            projected = ops.norm_qkv(hidden, layer)
-            if layer.delta is None:
-                mixed = ops.attend(projected, layer, step)
-            else:
-                mixed = ops.mix_delta(projected, ops.norm_beta_decay(hidden, layer), layer, step)
-            hidden = ops.o_residual(mixed, layer, hidden)
-            if layer.routing is None:
-                hidden = ops.down_residual(ops.norm_gate_up(hidden, layer), layer, hidden)
-            else:
-                hidden = ops.experts_residual(hidden, layer)
+            hidden = run_layer(layer, hidden, step)
             if deepstack is not None and layer.index < len(deepstack.features):
                 hidden.index_add_(0, deepstack.places, deepstack.features[layer.index])
         return hidden
@@ -131,28 +122,53 @@ class Decoder:
         ops.lm_head_verify(hidden, self.norm, self.head, sampling, drafts)
 
 
+def run_layer(layer: Layer, hidden: torch.Tensor, step: Step) -> torch.Tensor:
+    """One layer over hidden states [B * S, hidden], overwritten."""
+    ops = step.ops
+    projected = ops.norm_qkv(hidden, layer)
+    if layer.delta is None:
+        mixed = ops.attend(projected, layer, step)
+    else:
+        mixed = ops.mix_delta(projected, ops.norm_beta_decay(hidden, layer), layer, step)
+    hidden = ops.o_residual(mixed, layer, hidden)
+    if layer.routing is None:
+        return ops.down_residual(ops.norm_gate_up(hidden, layer), layer, hidden)
+    return ops.experts_residual(hidden, layer)
+
+
 def _layers(
-    shape: TextShape, weights: Tensors, pick: _Matrices, norm: RMSNorm, head: Matrix
+    shape: TextShape, weights: Tensors, pick: MatrixPicker, norm: RMSNorm, head: Matrix
 ) -> list[Layer]:
     """All layers; `norm` and `head` read the last one's result."""
     layers: list[Layer] = []
     for index in reversed(range(shape.num_layers)):
-        layer = _layer(shape, weights, index, pick, norm, head)
+        attends, moe = shape.mixer(index) == "attention", shape.experts(index)
+        layer = make_layer(
+            shape, weights, f"text.{index}.", index, pick, norm, head, attends=attends, moe=moe
+        )
         layers.insert(0, layer)
         norm, head = layer.attn_norm, layer.qkv
     return layers
 
 
-def _layer(
+def make_layer(
     shape: TextShape,
     weights: Tensors,
+    at: str,
     index: int,
-    pick: _Matrices,
+    pick: MatrixPicker,
     next_norm: RMSNorm,
     next_matrix: Matrix,
+    *,
+    attends: bool,
+    moe: MoeShape | None,
 ) -> Layer:
-    at, moe = f"text.{index}.", shape.experts(index)
-    attends = shape.mixer(index) == "attention"
+    """The layer whose tensors' names begin with `at`.
+
+    Args:
+        next_norm, next_matrix: what reads its result. attends: else a gated delta net mixes.
+        moe: its experts; None = its feed-forward is whole.
+    """
     qk_norm = None
     if shape.qk_norm and attends:
         queries = _gain(shape, weights, at + "q_norm").expand(shape.num_heads, -1)
@@ -163,13 +179,13 @@ def _layer(
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        attn_norm=_norm(shape, weights, at + "attn_norm"),
+        attn_norm=make_norm(shape, weights, at + "attn_norm"),
         qkv=pick.columns(at + "qkv"),
         qkv_bias=weights.get(at + "qkv_bias"),
         qk_norm=qk_norm,
         o=pick.columns(at + "o"),
         o_bias=weights.get(at + "o_bias"),
-        mlp_norm=_norm(shape, weights, at + "mlp_norm"),
+        mlp_norm=make_norm(shape, weights, at + "mlp_norm"),
         gate_up=pick.columns(at + "gate_up", cut=moe is not None),
         down=pick.columns(at + "down", cut=moe is not None),
         routing=None if moe is None else _routing(moe, weights, at, pick),
@@ -188,7 +204,7 @@ def _gain(shape: TextShape, weights: Tensors, name: str) -> torch.Tensor:
     return weight + 1 if shape.zero_centred_norms else weight
 
 
-def _norm(shape: TextShape, weights: Tensors, name: str) -> RMSNorm:
+def make_norm(shape: TextShape, weights: Tensors, name: str) -> RMSNorm:
     if not shape.zero_centred_norms:
         return RMSNorm(weights[name], shape.rms_norm_eps)
     shift = weights[name].to(weights["text.embed"].dtype)
@@ -211,7 +227,7 @@ def _gated_delta(shape: TextShape, weights: Tensors, at: str) -> GatedDelta:
     )
 
 
-def _routing(moe: MoeShape, weights: Tensors, at: str, pick: _Matrices) -> Routing:
+def _routing(moe: MoeShape, weights: Tensors, at: str, pick: MatrixPicker) -> Routing:
     alone = None
     if moe.shared_intermediate_size and not moe.shared_is_stacked:
         alone = pick.columns(at + "shared_gate_up"), pick.columns(at + "shared_down")
@@ -226,7 +242,7 @@ def _routing(moe: MoeShape, weights: Tensors, at: str, pick: _Matrices) -> Routi
 
 
 @dataclass(frozen=True)
-class _Matrices:
+class MatrixPicker:
     """Picks each matrix in the form that the operations want."""
 
     weights: Tensors

@@ -142,7 +142,7 @@ def plan_memory(
     least_states = (2 + STATES_KEPT) * shape.text.state_bytes(2 * scale)
     # Prompts read one layer of a quantized cache back.
     if quantized_kv:
-        layers = len(shape.text.attention_layers)
+        layers = len(shape.text.kv_layers)
         token_bytes += -(-shape.text.kv_bytes_per_token(2 * scale) // layers)
 
     def images_beside(tokens: int) -> int:

@@ -23,6 +23,7 @@ from qwencli.engine.cache.paged_kv import (
 )
 from qwencli.engine.cache.recurrent_state import RecurrentStates
 from qwencli.engine.layers.decoder import Decoder, DeepStack
+from qwencli.engine.layers.mtp import DraftHead
 from qwencli.engine.layers.vision_layout import Grid
 from qwencli.engine.layers.vision_tower import VisionFeatures, VisionTower
 from qwencli.engine.loading import weights as loader
@@ -78,6 +79,11 @@ class QwenModel:
         self.decoder = Decoder(
             shape.text, loaded.tensors, loaded.matrices, by_rows=fused is not None
         )
+        self.draft_head = None
+        if shape.text.draft_head:
+            self.draft_head = DraftHead(
+                shape.text, loaded.tensors, loaded.matrices, fused is not None, self.decoder
+            )
         self.quantized = bool(loaded.matrices)
         # A picture's larger side is never above its number of tokens: positions lag behind slots.
         text = shape.text
@@ -146,6 +152,8 @@ class QwenModel:
     @property
     def _read_back_matrices(self) -> list[QuantizedTensor]:
         matrices = self.decoder.quantized_matrices
+        if self.draft_head is not None:
+            matrices = matrices + self.draft_head.quantized_matrices
         return [each for each in matrices if each.scheme is not Scheme.FP8]
 
     def static_cache(self, batch: int = 1, max_seq_len: int | None = None) -> StaticKVCache:
@@ -344,11 +352,42 @@ class QwenModel:
             positions: int64 [3, N], rotary. slots: int64 [N], the pool's, where keys and values go.
             states: see `recurrent_states`.
         """
+        step = self._packed_step(positions, slots, cache, packed, states)
+        return self.decoder.forward(hidden, step, deepstack)
+
+    def draft_head_packed(
+        self,
+        embeds: torch.Tensor,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        cache: PagedKVCache,
+        packed: PackedPrompts,
+    ) -> None:
+        """The head that drafts tokens over prompts, or parts of them, side by side, for the keys
+        and values that they leave.
+
+        Args:
+            embeds: [N, hidden], of the token behind each. hidden: [N, hidden], by `prefill_packed`,
+                whose other arguments these are.
+        """
+        assert self.draft_head is not None, "the shape has one"
+        step = self._packed_step(positions, slots, cache, packed, None)
+        self.draft_head.forward(embeds, self.decoder.norm(hidden), step)
+
+    def _packed_step(
+        self,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        cache: PagedKVCache,
+        packed: PackedPrompts,
+        states: RecurrentStates | None,
+    ) -> Step:
         by_row = self.batch_invariant
         rope = self._rope_of_rows(positions) if by_row else self.rope.at(positions[:, None])
-        step = Step(
+        return Step(
             batch=1,
-            length=len(hidden),
+            length=len(slots),
             rope=[rope] * self._num_layers,
             slots=slots,
             plan=AttentionPlan(0, None),
@@ -358,7 +397,6 @@ class QwenModel:
             pages=packed,
             states=None if states is None else states.layers,
         )
-        return self.decoder.forward(hidden, step, deepstack)
 
     def row_ops(self, rows: int) -> DecoderOps:
         """The operations of a step of so many rows that share a pool of pages."""
@@ -380,9 +418,39 @@ class QwenModel:
             positions: int64 [B], rotary position of the first token of each row.
             states: see `recurrent_states`.
         """
+        step = self._rows_step(len(tokens), positions, cache, pages, states)
+        return self.decoder.forward(self.decoder.embed(tokens), step)
+
+    def draft_head_rows(
+        self,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        cache: PagedKVCache,
+        pages: DecodePages,
+    ) -> torch.Tensor:
+        """The head that drafts tokens over S more of each of B rows: -> [B * S, hidden], not normed;
+        part of a CUDA graph.
+
+        Args:
+            tokens: int64 [B * S], those *behind* the ones that `positions` and `pages` are of.
+            hidden: [B * S, hidden], normed, of the latter.
+        """
+        assert self.draft_head is not None, "the shape has one"
+        step = self._rows_step(len(tokens), positions, cache, pages, None)
+        return self.draft_head.forward(self.decoder.embed(tokens), hidden, step)
+
+    def _rows_step(
+        self,
+        num_tokens: int,
+        positions: torch.Tensor,
+        cache: PagedKVCache,
+        pages: DecodePages,
+        states: RecurrentStates | None,
+    ) -> Step:
         rope: Sequence[CosSin] | None = None
         slots, gained = pages.places, False
-        length = len(tokens) // len(positions)
+        length = num_tokens // len(positions)
         if self.batch_invariant:
             cos, sin = self._rope_of_rows(positions.expand(3, -1))
             rope = [(cos.transpose(0, 1), sin.transpose(0, 1))] * self._num_layers
@@ -393,7 +461,7 @@ class QwenModel:
             at = positions[:, None] + ahead
             rope = self._step_rope(at) if gained else [self._rows_of(at)] * self._num_layers
             slots = decode_slots(pages.tables, pages.places[:, None] + ahead).flatten()
-        step = Step(
+        return Step(
             batch=len(positions),
             length=length,
             rope=rope,
@@ -401,13 +469,12 @@ class QwenModel:
             plan=AttentionPlan(0, None),
             cache=cache,
             attention=self._attend,
-            ops=self.row_ops(len(tokens)),
+            ops=self.row_ops(num_tokens),
             positions=positions,
             gained=gained,
             pages=pages,
             states=None if states is None else states.layers,
         )
-        return self.decoder.forward(self.decoder.embed(tokens), step)
 
     def _rows_of(self, places: torch.Tensor) -> CosSin:
         cos, sin = self.rope.step(places)
@@ -424,7 +491,8 @@ class QwenModel:
 
     @property
     def _num_layers(self) -> int:
-        return len(self.decoder.layers)
+        """Those of a head that drafts tokens included."""
+        return len(self.decoder.layers) + (self.draft_head is not None)
 
     def _step_rope(self, positions: torch.Tensor) -> Sequence[CosSin]:
         gains = self.decoder.head_gains

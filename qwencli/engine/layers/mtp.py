@@ -1,0 +1,85 @@
+"""The head of Qwen3.5, 3.6 and 3.8 that drafts further tokens (MTP, multi-token prediction).
+
+Item i of it is made of the hidden state of token i, behind the model's last norm, and the embedding
+of token i + 1; it has the position and the slot of token i, and guesses token i + 2. Its own result,
+normed, stands for the hidden state that the model has not made yet: with it the next item guesses
+token i + 3, and so on. It has one layer, whose keys and values lie in the pool of pages beside the
+model's; embedding and output projection are the model's own.
+
+`fc`, which joins the two, is never quantized: it is a sixteenth of what a draft reads of the output
+projection, and every error of it would go into all that follows.
+
+`tests/engine/native/mtp_reference.py` has it without caches, and names its sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from qwencli.engine.layers.decoder import (
+    Decoder,
+    MatrixPicker,
+    make_layer,
+    make_norm,
+    run_layer,
+)
+from qwencli.engine.loading.weights import Tensors
+from qwencli.engine.ops.decoder_ops import DecoderOps, Step
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor
+from qwencli.models.shapes import TextShape
+
+Tensor = torch.Tensor
+
+
+class DraftHead:
+    """Weights of one model's head on one device, and the forward pass over them.
+
+    Args:
+        decoder: of the same model.
+        matrices, by_rows: see `Decoder`.
+    """
+
+    def __init__(
+        self,
+        shape: TextShape,
+        weights: Tensors,
+        matrices: Mapping[str, QuantizedTensor],
+        by_rows: bool,
+        decoder: Decoder,
+    ) -> None:
+        at, pick = "text.mtp.", MatrixPicker(weights, matrices, by_rows)
+        self._decoder = decoder
+        self._norm_embedding = make_norm(shape, weights, at + "norm_embedding")
+        self._norm_hidden = make_norm(shape, weights, at + "norm_hidden")
+        self._fc = weights[at + "fc"].t()
+        self.norm = make_norm(shape, weights, at + "norm")
+        self.layer = make_layer(
+            shape,
+            weights,
+            at,
+            shape.draft_layer,
+            pick,
+            self.norm,
+            decoder.head,
+            attends=True,
+            moe=shape.moe,
+        )
+
+    @property
+    def quantized_matrices(self) -> list[QuantizedTensor]:
+        return [part for part in vars(self.layer).values() if isinstance(part, QuantizedTensor)]
+
+    def forward(self, embeds: Tensor, hidden: Tensor, step: Step) -> Tensor:
+        """Items of the embeddings [N, hidden] of the next tokens and of hidden states [N, hidden],
+        which are normed: -> [N, hidden], not normed.
+
+        Stores their keys and values where `step` says.
+        """
+        parts = self._norm_embedding(embeds), self._norm_hidden(hidden)
+        return run_layer(self.layer, torch.mm(torch.cat(parts, 1), self._fc), step)
+
+    def logits(self, out: Tensor, ops: DecoderOps) -> Tensor:
+        """Of what `forward` made [N, hidden]: [N, V], of the tokens that it guesses."""
+        return ops.norm_head(out, self.norm, self._decoder.head)
