@@ -16,7 +16,7 @@ that transformers builds from it, see tests/models/test_builtin.py):
   module listings and the defaults of transformers' config class.
 - Qwen3.5-0.8B: compared with the hub's own config.json, key by key; the other sizes of that class:
   published configurations of each size, and the sizes that transformers' class has by default (9B).
-  Qwen3.6-27B and Qwen3.8-27B have the shape of Qwen3.5-27B. Their MTP head is not counted.
+  Qwen3.6-27B and Qwen3.8-27B have the shape of Qwen3.5-27B. MTP heads are counted where used.
 - Qwen3-30B-A3B, Qwen3-VL-30B-A3B and Qwen3.5-35B-A3B: published configurations, and what
   transformers' classes have by default; Qwen3.6-35B-A3B has the shape of Qwen3.5-35B-A3B.
 - Thinking variants have the shape of their Instruct sibling.

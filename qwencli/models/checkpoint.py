@@ -160,8 +160,8 @@ def find_sources(
     unread = [name for name in unused if in_draft_head(name) and not _IDLE.search(name)]
     if shape.text.draft_head and unread:
         raise ModelFileError(
-            f"{folder}: the head that drafts tokens (MTP) is of another kind: it has "
-            f"{_count(unread, 'tensor')} that are not known: {all_named(unread)}",
+            f"{folder}: the head that drafts tokens (MTP) is of another kind, with "
+            f"{_count(unread, 'tensor')} not known here: {all_named(unread)}",
             "use --speculate off",
         )
     return Checkpoint(
@@ -191,9 +191,7 @@ def has_draft_head(names: Iterable[str]) -> bool:
     return any(map(in_draft_head, names))
 
 
-def _draft_head_error(
-    folder: Path, missing: Sequence[str], names: Iterable[str]
-) -> ModelFileError:
+def _draft_head_error(folder: Path, missing: Sequence[str], names: Iterable[str]) -> ModelFileError:
     """For a head that was asked for and lacks these tensors, or all."""
     if not has_draft_head(names):
         return ModelFileError(

@@ -1,7 +1,7 @@
 """The head of Qwen3.5, 3.6 and 3.8 that drafts further tokens (MTP, multi-token prediction).
 
 Item i of it is made of the hidden state of token i, behind the model's last norm, and the embedding
-of token i + 1; it has the position and the slot of token i, and guesses token i + 2. Its own result,
+of token i + 1; it has the position and the slot of token i, and guesses token i + 2. Its result,
 normed, stands for the hidden state that the model has not made yet: with it the next item guesses
 token i + 3, and so on. It has one layer, whose keys and values lie in the pool of pages beside the
 model's; embedding and output projection are the model's own.
@@ -69,7 +69,9 @@ class DraftHead:
 
     @property
     def quantized_matrices(self) -> list[QuantizedTensor]:
-        return [part for part in vars(self.layer).values() if isinstance(part, QuantizedTensor)]
+        """Its own: the output projection is the decoder's."""
+        own = self.layer.qkv, self.layer.o, self.layer.gate_up, self.layer.down
+        return [part for part in own if isinstance(part, QuantizedTensor)]
 
     def forward(self, embeds: Tensor, hidden: Tensor, step: Step) -> Tensor:
         """Items of the embeddings [N, hidden] of the next tokens and of hidden states [N, hidden],

@@ -429,7 +429,7 @@ class QwenModel:
         cache: PagedKVCache,
         pages: DecodePages,
     ) -> torch.Tensor:
-        """The head that drafts tokens over S more of each of B rows: -> [B * S, hidden], not normed;
+        """The head that drafts tokens over S more of each of B rows: [B * S, hidden], not normed;
         part of a CUDA graph.
 
         Args:

@@ -1,9 +1,9 @@
 """The head of Qwen3.5, 3.6 and 3.8 that drafts further tokens (MTP, multi-token prediction), to be
 read: one sequence, no cache, every draft from the beginning.
 
-transformers ignores these weights. Source: vLLM's `qwen3_5_mtp.py` (the head), `qwen3_next.py` (what
-the model hands over, and the layer) and `v1/spec_decode/eagle.py` (which token stands beside which
-hidden state); SGLang's `qwen3_5_mtp.py` agrees. What they do:
+transformers ignores these weights. Source: vLLM's `qwen3_5_mtp.py` (the head), `qwen3_next.py`
+(what the model hands over, and the layer) and `v1/spec_decode/eagle.py` (which token stands beside
+which hidden state); SGLang's `qwen3_5_mtp.py` agrees. What they do:
 
 - Item i of the head is made of the hidden state of token i, *behind* the model's last norm, and of
   the embedding of token i + 1, each normed again (`pre_fc_norm_hidden`, `pre_fc_norm_embedding`):
@@ -75,9 +75,7 @@ class MtpReference:
         values = self._linear(at + "v_proj", x).view(len(x), kv_heads, dim)
         queries = self._turned(self._norm(at + "q_norm", queries), positions)
         keys = self._turned(self._norm(at + "k_norm", keys), positions)
-        keys, values = (
-            each.repeat_interleave(heads // kv_heads, dim=1) for each in (keys, values)
-        )
+        keys, values = (each.repeat_interleave(heads // kv_heads, dim=1) for each in (keys, values))
         scores = torch.einsum("qhd,khd->hqk", queries, keys) / dim**0.5
         seen = torch.ones(len(x), len(x), dtype=torch.bool).tril()
         probs = scores.masked_fill(~seen, float("-inf")).softmax(-1)
@@ -85,7 +83,7 @@ class MtpReference:
         return self._linear(at + "o_proj", mixed.flatten(1))
 
     def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
-        """The first dimensions of each head [S, heads, D] turned by the three positions in turns."""
+        """The first dimensions of heads [S, heads, D] turned by the three positions in turns."""
         rope = self._text["rope_parameters"]
         turning = int(x.shape[-1] * rope["partial_rotary_factor"])
         frequencies = rope["rope_theta"] ** -(torch.arange(0, turning, 2) / turning)

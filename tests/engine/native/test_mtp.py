@@ -10,12 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qwencli.engine.cache.paged_kv import PAGE_SIZE, DecodePages
+from qwencli.config import Quantization
+from qwencli.engine.cache.paged_kv import DecodePages
+from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.prompt_batch import pack_prompts
 from qwencli.engine.request import PromptChunk
 from qwencli.engine.spec_decode.mtp import ChosenTokens, draft, likeliest
+from qwencli.models.memory import native_matrix_bytes, native_weight_bytes
 from qwencli.models.shape_reader import read_shape
+from tests.checkpoints import hub_config
 from tests.engine.native.mtp_reference import MtpReference, head_weights
 from tests.engine.native.reference import CPU
 from tests.engine.native.test_hybrid import (
@@ -68,7 +72,7 @@ def models(draw: st.DrawFn) -> tuple[dict[str, Any], bool, bool]:
 
 
 @given(models(), st.integers(1, 40))
-@settings(max_examples=4)
+@settings(max_examples=3)
 @torch.inference_mode()
 def test_the_layer_of_the_readable_head_is_that_of_transformers(
     model: tuple[dict[str, Any], bool, bool], length: int
@@ -120,7 +124,7 @@ def drafting_model(
 
 
 @given(models(), st.data())
-@settings(max_examples=5)
+@settings(max_examples=4)
 @torch.inference_mode()
 def test_drafts_over_pages_are_those_of_the_reference(
     tmp_path_factory: pytest.TempPathFactory,
@@ -172,9 +176,7 @@ def test_drafts_over_pages_are_those_of_the_reference(
     if first:
         run([PromptChunk(s, 0, c) for s, c, _ in first], [p for _, _, p in first])
     last = run(
-        [
-            PromptChunk(s, c, s.num_prompt_tokens) for s, c in zip(sequences, cuts, strict=True)
-        ],
+        [PromptChunk(s, c, s.num_prompt_tokens) for s, c in zip(sequences, cuts, strict=True)],
         prompts,
     )
     tables = torch.zeros(len(lengths), 8, dtype=torch.int32)
@@ -182,8 +184,7 @@ def test_drafts_over_pages_are_those_of_the_reference(
         tables[line, : len(sequence.pages)] = torch.tensor(sequence.pages)
     at = torch.tensor(lengths)
     states = [
-        reference.model.language_model(torch.tensor([each])).last_hidden_state[0]
-        for each in texts
+        reference.model.language_model(torch.tensor([each])).last_hidden_state[0] for each in texts
     ]
 
     def expected(line: int, known: int) -> list[int]:
@@ -193,9 +194,7 @@ def test_drafts_over_pages_are_those_of_the_reference(
 
     # Behind the first token of the answer.
     fresh = torch.tensor([each[n] for each, n in zip(texts, lengths, strict=True)])
-    begun = ChosenTokens(
-        last, fresh[:, None], torch.ones_like(at), at, at, tables, max(lengths)
-    )
+    begun = ChosenTokens(last, fresh[:, None], torch.ones_like(at), at, at, tables, max(lengths))
     drafted = draft(native, runner.cache, begun, num_drafts, likeliest)
     assert drafted.tolist() == [expected(line, n + 1) for line, n in enumerate(lengths)]
     # A step that fed `size` tokens and took the first of those it chose; the others are wrong.
@@ -210,9 +209,7 @@ def test_drafts_over_pages_are_those_of_the_reference(
     chosen = chosen.where(torch.arange(size) < count[:, None], 5)
     # `hidden` is normed already: what the model hands over is not.
     native.decoder.norm = lambda each: each
-    moved = ChosenTokens(
-        hidden, chosen, count, at + count, at + count, tables, max(lengths) + size
-    )
+    moved = ChosenTokens(hidden, chosen, count, at + count, at + count, tables, max(lengths) + size)
     drafted = draft(native, runner.cache, moved, num_drafts, likeliest)
     assert drafted.tolist() == [
         expected(line, n + taken + 1)
@@ -242,13 +239,27 @@ def _check_one_pass(
     torch.testing.assert_close(native.draft_head.norm(made), whole[-1:], rtol=1e-4, atol=1e-4)
 
 
-def test_pages_have_room_for_the_head_alone_where_it_is_used() -> None:
-    from tests.checkpoints import hub_config
-
-    shape = read_shape(hub_config("qwen3_5", {"mtp_num_hidden_layers": 1}))
-    assert shape.text.mtp_layers == 1 and not shape.text.draft_head
-    plain, with_head = shape.text, shape.with_draft_head().text
-    assert len(with_head.kv_layers) == len(plain.kv_layers) + 1
-    each = 2 * plain.kv_size * 2
-    assert with_head.kv_bytes_per_token(2) - plain.kv_bytes_per_token(2) == each
-    assert PAGE_SIZE == 64
+@pytest.mark.parametrize("quantization", [Quantization.INT4, Quantization.FP8, Quantization.INT8])
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_the_head_s_matrices_are_quantized_but_for_what_joins_two_vectors(
+    family: str, quantization: Quantization
+) -> None:
+    shape = read_shape(hub_config(family)).with_draft_head()
+    loaded = weights.dummy(shape, torch.bfloat16, CPU, quantization)
+    model = QwenModel(shape, loaded, 64)
+    assert model.draft_head is not None
+    own = {name for name in loaded.matrices if name.startswith("text.mtp.")}
+    assert own == {f"text.mtp.{name}" for name in ("qkv", "o", "gate_up", "down")}
+    assert len(model.draft_head.quantized_matrices) == 4
+    assert "text.mtp.fc" in loaded.tensors
+    expected = native_weight_bytes(shape, quantization, 2)
+    plain = native_weight_bytes(read_shape(hub_config(family)), quantization, 2)
+    kept = [each for name, each in loaded.tensors.items() if name.startswith("text.mtp.")]
+    halves = sum(each.numel() * 2 for each in kept)
+    stored = sum(
+        native_matrix_bytes(quantization, False, m.rows, m.columns)
+        for m in (loaded.matrices[name] for name in own)
+    )
+    assert expected - plain == halves + stored
+    without = weights.dummy(read_shape(hub_config(family)), torch.bfloat16, CPU)
+    assert not any(name.startswith("text.mtp.") for name in without.tensors)
