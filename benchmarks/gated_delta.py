@@ -118,7 +118,8 @@ def steps(
         torch.zeros(rows, dtype=torch.bool, device=device),
     )
     one, several = inputs_of(layer, rows), inputs_of(layer, rows * (1 + DRAFTS))
-    updates = ops.DeltaUpdates.empty(layers, rows, 1 + DRAFTS, layer, device)
+    keys, values = (layer.k_heads, layer.k_dim), (layer.v_heads, layer.v_dim)
+    updates = ops.DeltaUpdates.empty(layers, rows, 1 + DRAFTS, keys, values, device)
     accepted = torch.full((rows,), 2, device=device)
     state_bytes = recurrent.nbytes // layers
 
@@ -128,11 +129,10 @@ def steps(
 
     def verify() -> None:
         for index, state in enumerate(states):
-            kept = updates.of_layer(index, rows, 1 + DRAFTS)
-            step.verify(several, layer, state, which, kept)
+            step.verify(several, layer, state, which, updates.of_layer(index))
 
     def adopt() -> None:
-        gated_delta.adopt_accepted(updates, recurrent, which, accepted)
+        gated_delta.adopt_accepted(updates, recurrent, which.slots, which.positions, accepted)
 
     small = (one.qkv.nbytes + 2 * one.z.nbytes) // 2
     for name, work, moved in (

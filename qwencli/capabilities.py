@@ -69,10 +69,6 @@ BATCH_INVARIANT = "batch_invariant"
 # states beside keys and values; the native engine knows once it has read the model's shape.
 ROWS_ONLY, KEEPS_STATES = "rows_only", "keeps_states"
 _INVARIANT = {BATCH_INVARIANT: (True,)}
-_STATES: Mapping[str, tuple[StrEnum | bool, ...]] = {
-    KEEPS_STATES: (True,),
-    "engine": (EngineName.NATIVE,),
-}
 _ROWS: Mapping[str, tuple[StrEnum | bool, ...]] = {
     ROWS_ONLY: (True,),
     "engine": (EngineName.NATIVE,),
@@ -123,13 +119,6 @@ TABLE: tuple[Limit, ...] = (
         "this model has gated delta nets or experts, and its rows attend over pages by our kernel "
         "or sdpa",
         given=_ROWS,
-    ),
-    Limit(
-        "speculate",
-        _DRAFTING,
-        "--speculate off",
-        "this model has gated delta nets, whose state drafts that are wrong would change",
-        given=_STATES,
     ),
     Limit(
         "engine",

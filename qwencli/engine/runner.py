@@ -50,6 +50,7 @@ from qwencli.engine.response import Odds
 from qwencli.engine.row_state import RowState
 from qwencli.engine.spec_decode import ngram
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
+from qwencli.engine.spec_decode.policy import MOST_VERIFIED
 from qwencli.engine.vision_batch import BatchVision
 from qwencli.errors import InputError
 
@@ -168,7 +169,9 @@ class ModelRunner:
     ) -> None:
         self.model, self.max_rows = model, max_rows
         self.cache = model.paged_cache(num_pages)
-        self.states = model.recurrent_states(num_states)
+        tokens = MAX_VERIFY_TOKENS if with_drafts else 1
+        checked = MOST_VERIFIED if with_drafts else 0
+        self.states = model.recurrent_states(num_states, tokens, checked)
         vocab_size = model.shape.text.vocab_size
         # Drafts that are wrong have a place behind the last token, which is no sequence's page.
         self._pages = pages_for(max_seq_len + (MAX_VERIFY_TOKENS if with_drafts else 0))
@@ -554,9 +557,10 @@ class ModelRunner:
         found = min(able, key=lambda key: key[1:], default=None)
         if found is not None and found[1] <= max(WIDEST_STAND_IN * rows, rows + waiting):
             return found
-        wanted = min(rows + waiting, self.max_rows)
-        bucket = next((each for each in ROW_BUCKETS if each >= wanted), self.max_rows)
-        return kind, min(bucket, self.max_rows), reach, size, with_odds
+        most = min(self.max_rows, MOST_VERIFIED // size if size else self.max_rows)
+        wanted = min(rows + waiting, most)
+        bucket = next((each for each in ROW_BUCKETS if each >= wanted), most)
+        return kind, min(bucket, most), reach, size, with_odds
 
     def _advance(
         self, kind: SamplerKind, rows: int, longest: int, size: int = 0, with_odds: bool = False
@@ -598,16 +602,20 @@ class ModelRunner:
     def _verify(self, rows: int, longest: int, size: int) -> None:
         model, state = self.model, self.state
         buffers, drafts = state.buffers(rows), state.narrow_drafts(rows)
-        pages = DecodePages(state.tables[:rows], buffers.slot, longest)
+        pages = DecodePages(
+            state.tables[:rows], buffers.slot, longest, state.states[:rows], buffers.done
+        )
         fed = drafts.input_ids[:, :size].flatten()
-        hidden = model.decode_rows(fed, buffers.position, self.cache, pages)
+        hidden = model.decode_rows(fed, buffers.position, self.cache, pages, self.states)
         ops = model.row_ops(rows * size)
         logits = model.decoder.logits(hidden, ops)
         if ops.verify_rows is not None:
             ops.verify_rows(logits, buffers, drafts)
-            return
-        ngram.accept(logits.argmax(dim=-1).view(rows, size), buffers, drafts)
-        ngram.draft(buffers, drafts, longest + 1)
+        else:
+            ngram.accept(logits.argmax(dim=-1).view(rows, size), buffers, drafts)
+            ngram.draft(buffers, drafts, longest + 1)
+        if self.states is not None and size > 1:
+            model.adopt_accepted(self.states, pages, size, drafts.verify_output[:, 0])
 
     def _copy(
         self,

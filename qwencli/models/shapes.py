@@ -91,10 +91,15 @@ class DeltaShape:
         """Values of one sequence's state in one layer."""
         return self.num_v_heads * self.k_head_dim * self.v_head_dim
 
+    def conv_size(self, step_tokens: int) -> int:
+        """Inputs of the convolution that one sequence keeps in one layer, where steps have so many
+        tokens of it at most."""
+        return self.conv_dim * (self.conv_kernel - 1 + step_tokens)
+
     @property
-    def conv_size(self) -> int:
-        """Earlier inputs of the convolution that one sequence keeps in one layer."""
-        return self.conv_dim * (self.conv_kernel - 1)
+    def update_size(self) -> int:
+        """Values that say what one token does to a state."""
+        return self.key_dim + self.value_dim + self.num_v_heads
 
 
 @dataclass(frozen=True)
@@ -234,13 +239,23 @@ class TextShape:
         """Bytes of keys and values that one token of one sequence takes in the cache."""
         return 2 * len(self.kv_layers) * self.kv_size * itemsize
 
-    def state_bytes(self, itemsize: int) -> int:
+    def state_bytes(self, itemsize: int, step_tokens: int = 1) -> int:
         """Bytes of state that one sequence takes, however long it is: float32, and the earlier
-        inputs of convolutions of `itemsize` bytes each."""
+        inputs of convolutions of `itemsize` bytes each.
+
+        Args:
+            step_tokens: of a sequence in the longest step.
+        """
         if self.delta is None:
             return 0
-        each = 4 * self.delta.state_size + itemsize * self.delta.conv_size
+        each = 4 * self.delta.state_size + itemsize * self.delta.conv_size(step_tokens)
         return len(self.delta_layers) * each
+
+    def update_bytes(self, tokens: int) -> int:
+        """Bytes of what so many tokens, which may turn out wrong, would do to states."""
+        if self.delta is None:
+            return 0
+        return 4 * tokens * len(self.delta_layers) * self.delta.update_size
 
 
 @dataclass(frozen=True)

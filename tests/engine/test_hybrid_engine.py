@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from qwencli.config import (
     Attention,
@@ -21,7 +23,10 @@ from qwencli.engine.client import generate_many
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
+from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.scheduler import Limits
+from qwencli.engine.spec_decode import ngram
+from qwencli.engine.spec_decode.policy import BatchDraftPolicy
 from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest, text_message, user_message
 from tests.checkpoints import engine_config, film, picture
@@ -95,7 +100,6 @@ def test_a_stream_that_is_dropped_gives_its_state_back(engine):
         ({"cache": Cache.DYNAMIC}, "static"),
         ({"cache": Cache.STATIC_COMPILE}, "static"),
         ({"attention": Attention.EAGER}, "sdpa"),
-        ({"speculate": Speculate.THREE}, "off"),
         ({"batch_invariant": True}, "model"),
     ],
     ids=str,
@@ -145,3 +149,74 @@ def test_the_next_turn_goes_on_from_a_state_that_was_kept(engine):
     assert any(each.num_cached_tokens >= PAGE_SIZE for each in together)
     states = engine._queue._scheduler.states
     assert states.num_free == engine._queue._scheduler.limits.max_rows + 8
+
+
+class Oracle:
+    """Drafts what a plain engine answered, but for some tokens, which are wrong.
+
+    Args:
+        texts: prompts and their answers. right: how often a draft is, of 1.
+    """
+
+    def __init__(self, texts, right, seed):
+        self._texts, self._right, self.drafted = list(map(list, texts)), right, 0
+        self._random = random.Random(seed)
+
+    def draft(self, rows, drafts, kv_len):
+        drafts.input_ids[:, 0] = rows.token
+        for row, slot in enumerate(rows.slot.tolist()):
+            known = drafts.ids[row, : slot + 1].tolist()
+            for text in self._texts:
+                if text[: slot + 1] == known and not rows.done[row]:
+                    ahead = text[slot + 1 : slot + 1 + 8]
+                    ahead = [each if self._random.random() < self._right else 5 for each in ahead]
+                    self.drafted += len(ahead)
+                    drafts.input_ids[row, 1 : 1 + len(ahead)] = torch.tensor(
+                        ahead, dtype=torch.int64
+                    )
+
+
+def end_with(monkeypatch, token):
+    """Make a token one that ends answers."""
+    begin = ResponseBuilder.__post_init__
+
+    def begin_so(self):
+        begin(self)
+        if not self.sampling.ignore_eos:
+            self.stop_ids |= {token}
+
+    monkeypatch.setattr(ResponseBuilder, "__post_init__", begin_so)
+
+
+@pytest.fixture(scope="module")
+def speculating(checkpoint, narrow):
+    with NativeEngine(native_config(checkpoint, speculate=Speculate.AUTO)) as loaded:
+        assert loaded.max_rows == 3
+        yield loaded
+
+
+@pytest.mark.parametrize("right", [0.0, 0.7, 1.0])
+def test_steps_that_check_drafts_give_what_plain_ones_do(engine, speculating, monkeypatch, right):
+    """Of rows that join and leave, whatever sizes steps have; answers end within what a step
+    accepts, by a stop token or by their limit."""
+    asked = [ask("hello", max_new_tokens=40), ask("What? " * 30, max_new_tokens=33)]
+    asked += [ask(images=[picture()], max_new_tokens=20), ask("B " * 70, max_new_tokens=7)]
+    expected = [engine.generate(each) for each in asked]
+    end_with(monkeypatch, expected[0].token_ids[17])
+    asked += [replace(asked[0], ignore_eos=False)]
+    expected += [engine.generate(asked[-1])]
+    assert expected[-1].finish_reason == "stop" and len(expected[-1].token_ids) <= 18
+    texts = [
+        (*engine._built(each, None).input_ids, *answer.token_ids)
+        for each, answer in zip(asked, expected, strict=True)
+    ]
+    oracle = Oracle(texts, right, seed=3)
+    monkeypatch.setattr(ngram, "draft", oracle.draft)
+    sizes = random.Random(4)
+    monkeypatch.setattr(BatchDraftPolicy, "next", lambda *rest: sizes.choice((0, 1, 2, 4, 8)))
+    monkeypatch.setattr(BatchDraftPolicy, "learn", lambda *rest: None)
+    found = list(generate_many(speculating, asked))
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+    assert [each.finish_reason for each in found] == [each.finish_reason for each in expected]
+    accepted = sum(each.speculation.num_accepted for each in found)
+    assert oracle.drafted and (accepted > 12 if right else accepted < 10)

@@ -111,10 +111,13 @@ def test_what_was_accepted_is_what_steps_do(tokens, group):
     layer, rows = make_layer(group, dtype), rows_of(3)
     inputs = make_inputs(layer, 3 * tokens, dtype)
     state, one_by_one = make_state(layer, dtype), make_state(layer, dtype)
-    updates = gd.DeltaUpdates.empty(1, 3, 8, layer, CUDA)
-    found = STEP.verify(inputs, layer, state, rows, updates.of_layer(0, 3, tokens))
-    accepted = torch.tensor([tokens, 1, 1], device=CUDA)
-    kernels.adopt_accepted(updates, state.recurrent[None], rows, accepted)
+    keys, values = (layer.k_heads, layer.k_dim), (layer.v_heads, layer.v_dim)
+    updates = gd.DeltaUpdates.empty(1, 3, 8, keys, values, CUDA).shaped(3, tokens)
+    found = STEP.verify(inputs, layer, state, rows, updates.of_layer(0))
+    # The last one is idle.
+    accepted = torch.tensor([tokens, 1, 0], device=CUDA)
+    after = rows.positions + accepted
+    kernels.adopt_accepted(updates, state.recurrent[None], rows.slots, after, accepted)
     for token in range(tokens):
         own = gd.DeltaInputs(*(each[token::tokens] for each in vars(inputs).values()))
         idle = rows.idle | (token >= accepted)

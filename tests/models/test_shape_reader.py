@@ -269,7 +269,7 @@ def test_a_hybrid_says_what_mixes_the_tokens_of_each_layer() -> None:
     assert text.delta is not None and text.delta.conv_dim == 2 * 16 * 128 + 32 * 128
     # Keys and values of one layer, and a state of three.
     assert text.kv_bytes_per_token(2) == 2 * 2 * 64 * 2
-    assert text.state_bytes(2) == 3 * (4 * 32 * 128 * 128 + 2 * 3 * text.delta.conv_dim)
+    assert text.state_bytes(2) == 3 * (4 * 32 * 128 * 128 + 2 * 4 * text.delta.conv_dim)
     config = qwen3_5()
     del config["text_config"]["full_attention_interval"]
     config["text_config"]["layer_types"] = ["full_attention", *["linear_attention"] * 3]

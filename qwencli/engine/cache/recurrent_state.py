@@ -8,12 +8,12 @@ to one place and cannot be cut back, so a beginning is only of use at a place wh
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from qwencli.engine.device_memory import lazy_zeros
-from qwencli.engine.ops.gated_delta import TAPS, DeltaState
+from qwencli.engine.ops.gated_delta import TAPS, DeltaState, DeltaUpdates
 from qwencli.models.shapes import TextShape
 
 # Idle rows name it, and nothing reads what they find there.
@@ -26,7 +26,8 @@ class RecurrentStates:
 
     Args:
         dtype: of what the convolutions see.
-        step_tokens: of the longest step: RING is so many and three.
+        step_tokens: of a row in the longest step: RING is so many and three.
+        checked_tokens: of all rows in a step that checks drafts, at most; 0 = there is none.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class RecurrentStates:
         dtype: torch.dtype,
         device: torch.device,
         step_tokens: int = 1,
+        checked_tokens: int = 0,
     ) -> None:
         delta = shape.delta
         assert delta is not None, "only models with such layers have states"
@@ -49,6 +51,23 @@ class RecurrentStates:
             layer: DeltaState(self.conv[place], self.recurrent[place])
             for place, layer in enumerate(shape.delta_layers)
         }
+        # What tokens of the last step that checked drafts would do to the states.
+        self._updates: DeltaUpdates | None = None
+        if checked_tokens:
+            keys = delta.num_k_heads, delta.k_head_dim
+            values = delta.num_v_heads, delta.v_head_dim
+            self._updates = DeltaUpdates.empty(
+                len(shape.delta_layers), 1, checked_tokens, keys, values, device
+            )
+
+    def updates(self, rows: int, tokens: int) -> DeltaUpdates:
+        """Of all layers, where a step that checks so many tokens of each row leaves them."""
+        assert self._updates is not None, "made for steps of one token a row"
+        return self._updates.shaped(rows, tokens)
+
+    def by_layer(self, updates: DeltaUpdates) -> Mapping[int, DeltaUpdates]:
+        """By index of the layer in the decoder, as `layers`."""
+        return {layer: updates.of_layer(place) for place, layer in enumerate(self.layers)}
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy the states of slots to others, (from, to), in this order."""

@@ -38,7 +38,7 @@ from qwencli.engine.kernels.add_norm import AddNorm
 from qwencli.engine.kernels.chunked_delta import ChunkedDelta
 from qwencli.engine.kernels.decode_attention import decode_attention_kernel
 from qwencli.engine.kernels.dequantize import dequantize
-from qwencli.engine.kernels.gated_delta import DeltaStep, runs_in_registers
+from qwencli.engine.kernels.gated_delta import DeltaStep, adopt_accepted, runs_in_registers
 from qwencli.engine.kernels.gemv import gemv_kernel
 from qwencli.engine.kernels.gemv_quantized import gemv_quantized_kernel
 from qwencli.engine.kernels.greedy_step import (
@@ -181,6 +181,9 @@ class FusedOps:
         if delta is not None:
             longest = max(longest, delta.value_dim)
         self._delta = DeltaStep(self._launch.options)
+        self._states_in_registers = delta is None or runs_in_registers(
+            delta.k_head_dim, delta.v_head_dim
+        )
         self._activations = ActivationBuffers(longest, dtype, device, self._launch.options)
         self._experts = ExpertKernels(MAX_BATCH_ROWS, device, self._launch.options, self._precision)
         # The interpreter takes seconds for what a prompt multiplies.
@@ -218,6 +221,8 @@ class FusedOps:
             many_rows=self._many_rows,
             max_batch_rows=MAX_BATCH_ROWS,
         )
+        if self._states_in_registers:
+            fused = replace(fused, adopt_accepted=adopt_accepted)
         if not own_attention:
             return fused
         return replace(
@@ -245,11 +250,10 @@ class FusedOps:
 
     def mix_delta(self, projected: Tensor, beta_decay: Tensor, layer: Layer, step: Step) -> Tensor:
         """States of other sizes than the kernels have registers for by operators."""
-        assert layer.delta is not None, "a layer with a gated delta net"
-        if not runs_in_registers(layer.delta):
+        if not self._states_in_registers:
             return mix_delta(projected, beta_decay, layer, step)
-        decode, prefill = self._delta.decode, self._delta_prefill
-        return mix_delta(projected, beta_decay, layer, step, decode, prefill)
+        own = self._delta.decode, self._delta_prefill, self._delta.verify
+        return mix_delta(projected, beta_decay, layer, step, *own)
 
     def attend(self, qkv: Tensor, layer: Layer, step: Step) -> Tensor:
         return self._attend(qkv, layer, step, self._tiles)

@@ -237,18 +237,16 @@ def delta_step_kernel(
         tl.store(state_ptr + at, state)
 
 
-@triton.jit(do_not_specialize=["accepted_stride", "rows", "tokens", "slots"])
+@triton.jit(do_not_specialize=["accepted_stride", "tokens", "slots"])
 def adopt_accepted_kernel(
     kept_k_ptr,  # float32 [L, rows, tokens, K_HEADS, K]
     kept_delta_ptr,  # float32 [L, rows, tokens, V_HEADS, V]
     kept_g_ptr,  # float32 [L, rows, tokens, V_HEADS]
     state_ptr,  # float32 [L, slots, V_HEADS, K, V]
     slot_ptr,  # int64 [R]
-    position_ptr,  # int64 [R], before the step
-    idle_ptr,  # bool [R]
+    position_ptr,  # int64 [R], after the step
     accepted_ptr,  # int64 [R] with `accepted_stride` from row to row
     accepted_stride,
-    rows,
     tokens,
     slots,
     K_HEADS: tl.constexpr,
@@ -262,18 +260,17 @@ def adopt_accepted_kernel(
     row = tl.program_id(1).to(tl.int64)
     layer = tl.program_id(2).to(tl.int64)
     accepted = tl.load(accepted_ptr + row * accepted_stride)
-    idle = tl.load(idle_ptr + row).to(tl.int32) != 0
-    if idle | (accepted == 0):
+    if accepted == 0:
         return
     key = tl.arange(0, K)
     value = tl.arange(0, V)
     slot = layer * slots + tl.load(slot_ptr + row)
-    position = tl.load(position_ptr + row).to(tl.int32)
+    begun = tl.load(position_ptr + row) > accepted
     # One 64-bit address for all, or each thread keeps many.
     state_ptr += (slot * V_HEADS + head) * (K * V)
     at = key[:, None] * V + value[None, :]
-    state = tl.load(state_ptr + at, mask=(key < tl.where(position > 0, K, 0))[:, None], other=0.0)
-    kept = (layer * rows + row) * tokens
+    state = tl.load(state_ptr + at, mask=(key < tl.where(begun, K, 0))[:, None], other=0.0)
+    kept = (layer * tl.num_programs(1) + row) * tokens
     for _ in range(accepted):
         k = tl.load(kept_k_ptr + (kept * K_HEADS + head // EACH) * K + key)
         delta = tl.load(kept_delta_ptr + (kept * V_HEADS + head) * V + value)
@@ -283,10 +280,9 @@ def adopt_accepted_kernel(
     tl.store(state_ptr + at, state)
 
 
-def runs_in_registers(layer: GatedDelta) -> bool:
+def runs_in_registers(*sides: int) -> bool:
     """Whether the kernels take states of this size: powers of two, up to 128 by 128."""
-    sizes = layer.k_dim, layer.v_dim
-    return all(16 <= size <= 128 and size & (size - 1) == 0 for size in sizes)
+    return all(16 <= side <= 128 and side & (side - 1) == 0 for side in sides)
 
 
 class DeltaStep:
@@ -368,26 +364,23 @@ class DeltaStep:
 
 
 def adopt_accepted(
-    updates: DeltaUpdates, recurrent: Tensor, rows: DeltaRows, accepted: Tensor
+    updates: DeltaUpdates, recurrent: Tensor, slots: Tensor, positions: Tensor, accepted: Tensor
 ) -> None:
-    """As `ops.gated_delta.adopt_accepted`: all layers' states in one launch. `updates` may have
-    more rows than `rows`."""
+    """As `ops.gated_delta.adopt_accepted`: all layers' states in one launch."""
     assert recurrent.is_contiguous() and updates.k.is_contiguous()
     assert updates.delta.is_contiguous() and updates.g.is_contiguous()
-    layers, slots, v_heads, k_dim, v_dim = recurrent.shape
-    adopt_accepted_kernel[v_heads, len(rows.slots), layers](
+    layers, num_slots, v_heads, k_dim, v_dim = recurrent.shape
+    adopt_accepted_kernel[v_heads, len(slots), layers](
         updates.k,
         updates.delta,
         updates.g,
         recurrent,
-        rows.slots,
-        rows.positions,
-        rows.idle,
+        slots,
+        positions,
         accepted,
         accepted.stride(0),
-        updates.k.shape[1],
         updates.k.shape[2],
-        slots,
+        num_slots,
         K_HEADS=updates.k.shape[3],
         V_HEADS=v_heads,
         K=k_dim,

@@ -44,6 +44,7 @@ from qwencli.engine.native.memory_plan import (
     plan_memory,
     plan_pages,
     plan_states,
+    state_bytes,
 )
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import PrefillGraphs
@@ -204,6 +205,7 @@ class NativeEngine(BaseEngine):
             kv_dtype=self.config.kv_dtype,
             checkpoint_weights=_checkpoint_weights(files, packed, dtype),
             prompt_graphs=cache is Cache.STATIC_GRAPH,
+            drafting=self.config.speculate is not Speculate.OFF,
         )
         check_supported(shape)
         attention = resolve_attention(
@@ -432,9 +434,13 @@ class NativeEngine(BaseEngine):
             plan, size = self._plan, model.dtype.itemsize
             assert plan is not None, "load() comes first"
             reserved = plan.activations + plan.kept_images + plan.graphs
-            rows, num_states = plan_states(model.shape, limits, size, free, quantized, reserved)
+            drafting = config.speculate is not Speculate.OFF
+            rows, num_states = plan_states(
+                model.shape, limits, size, free, quantized, reserved, drafting
+            )
             limits = replace(limits, max_rows=rows)
-            states = num_states * model.shape.text.state_bytes(size)
+            each, updates = state_bytes(model.shape, size, drafting)
+            states = num_states * each + updates
             free = None if free is None else free - states
 
             def pages_in(free_bytes: int | None) -> int:
@@ -464,7 +470,7 @@ class NativeEngine(BaseEngine):
                 cache is Cache.STATIC_GRAPH,
                 self._vision_cache,
                 num_states=num_states,
-                with_drafts=config.speculate is not Speculate.OFF,
+                with_drafts=drafting,
             )
         if compiling is not None:
             compiling.wait()

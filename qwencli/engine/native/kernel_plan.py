@@ -216,13 +216,16 @@ def _row_passes(planned: PlannedModel, model: QwenModel) -> Iterator[PlannedPass
 
             def verify(rows: int = rows, size: int = size) -> None:
                 buffers, drafts = state.buffers(rows), state.narrow_drafts(rows)
-                table = DecodePages(state.tables[:rows], buffers.slot, SLOTS)
+                kept, done = state.states[:rows], buffers.done
+                table = DecodePages(state.tables[:rows], buffers.slot, SLOTS, kept, done)
                 fed = drafts.input_ids[:, :size].flatten()
-                hidden = model.decode_rows(fed, buffers.position, cache, table)
+                hidden = model.decode_rows(fed, buffers.position, cache, table, states)
                 ops = model.row_ops(rows * size)
                 logits = model.decoder.logits(hidden, ops)
                 assert ops.verify_rows is not None, "kernels have it"
                 ops.verify_rows(logits, buffers, drafts)
+                if states is not None and size > 1:
+                    model.adopt_accepted(states, table, size, drafts.verify_output[:, 0])
 
             yield PlannedPass("verify rows", size, rows, verify)
     yield PlannedPass("prompts", PROMPT_TOKENS, 1, lambda: _prefill_packed(model, cache, states))

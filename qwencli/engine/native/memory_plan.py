@@ -14,6 +14,8 @@ from qwencli.engine.layers.vision_tower import PATCHES_KEPT, PIECE
 from qwencli.engine.native.model import PREFILL_CHUNK
 from qwencli.engine.native.prefill_graphs import LONGEST, MOST_PATCHES
 from qwencli.engine.scheduler import Limits
+from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
+from qwencli.engine.spec_decode.policy import MOST_VERIFIED
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.memory import (
     RUNTIME_BYTES,
@@ -106,6 +108,7 @@ def plan_memory(
     kv_dtype: KVDType = KVDType.AUTO,
     checkpoint_weights: int | None = None,
     prompt_graphs: bool = False,
+    drafting: bool = False,
 ) -> MemoryPlan:
     """The longest sequences up to `wanted` that fit beside the weights, with pictures as large as
     them.
@@ -118,6 +121,7 @@ def plan_memory(
             model takes, and less where that does not fit.
         checkpoint_weights: bytes of the weights where the checkpoint is quantized already.
         prompt_graphs: whether prompts and pictures run as CUDA graphs.
+        drafting: whether steps may check drafted tokens.
 
     Raises:
         OutOfMemoryError: the weights, or `wanted` tokens beside them, do not fit; with the
@@ -139,7 +143,8 @@ def plan_memory(
     quantized_kv = kv_dtype is not KVDType.AUTO
     token_bytes = native_kv_bytes(shape, quantized_kv, 2 * scale)
     # Of one row, and those that every pool has beside it.
-    least_states = (2 + STATES_KEPT) * shape.text.state_bytes(2 * scale)
+    each, updates = state_bytes(shape, 2 * scale, drafting)
+    least_states = (2 + STATES_KEPT) * each + updates
     # Prompts read one layer of a quantized cache back.
     if quantized_kv:
         layers = len(shape.text.kv_layers)
@@ -231,6 +236,12 @@ def pages_for_captions(shape: ModelShape, limits: Limits) -> int:
     return limits.max_rows * pages_for(_image_tokens(shape, width * height) + CAPTION_TOKENS) + 1
 
 
+def state_bytes(shape: ModelShape, value_bytes: int, drafting: bool) -> tuple[int, int]:
+    """Bytes of a slot of states, and of what the drafts of a step would do to such."""
+    tokens, checked = (MAX_VERIFY_TOKENS, MOST_VERIFIED) if drafting else (1, 0)
+    return shape.text.state_bytes(value_bytes, tokens), shape.text.update_bytes(checked)
+
+
 def plan_states(
     shape: ModelShape,
     limits: Limits,
@@ -238,6 +249,7 @@ def plan_states(
     free_bytes: int | None,
     quantized_kv: bool = False,
     reserved: int = 0,
+    drafting: bool = False,
 ) -> tuple[int, int]:
     """Rows of a batch, and slots of states: one a row, those for beginnings that are kept, and slot
     0. No slots, and all rows, for a model that keeps none.
@@ -245,16 +257,16 @@ def plan_states(
     Rows are as many as fit with `BATCH_ROW_TOKENS` of each; at least one.
 
     Args:
-        reserved: see `plan_pages`.
+        reserved: see `plan_pages`. drafting: see `plan_memory`.
     """
-    state = shape.text.state_bytes(value_bytes)
+    state, updates = state_bytes(shape, value_bytes, drafting)
     if not state:
         return limits.max_rows, 0
     rows = limits.max_rows
     if free_bytes is not None:
         row = state + BATCH_ROW_TOKENS * native_kv_bytes(shape, quantized_kv, value_bytes)
         working = _batch_working_bytes(shape, limits, value_bytes, reserved)
-        left = (free_bytes - working) * POOL_SHARE - (1 + STATES_KEPT) * state
+        left = (free_bytes - working) * POOL_SHARE - (1 + STATES_KEPT) * state - updates
         rows = max(1, min(rows, int(left // row)))
     return rows, rows + 1 + STATES_KEPT
 

@@ -329,11 +329,20 @@ class QwenModel:
             return PagedKVCache(text, num_pages, dtype, device)
         return QuantizedPagedKVCache(text, num_pages, dtype, device, self.kv)
 
-    def recurrent_states(self, num_slots: int) -> RecurrentStates | None:
-        """What so many sequences keep beside their pages; None where that is nothing."""
-        if self.shape.text.delta is None:
+    def recurrent_states(
+        self, num_slots: int, step_tokens: int = 1, checked_tokens: int = 0
+    ) -> RecurrentStates | None:
+        """What so many sequences keep beside their pages; None where that is nothing.
+
+        Args:
+            step_tokens, checked_tokens: see `RecurrentStates`.
+        """
+        text = self.shape.text
+        if text.delta is None:
             return None
-        return RecurrentStates(self.shape.text, num_slots, self.dtype, self.device)
+        return RecurrentStates(
+            text, num_slots, self.dtype, self.device, step_tokens, checked_tokens
+        )
 
     def prefill_packed(
         self,
@@ -416,7 +425,8 @@ class QwenModel:
         Args:
             tokens: int64 [B * S], the S of a row side by side.
             positions: int64 [B], rotary position of the first token of each row.
-            states: see `recurrent_states`.
+            states: see `recurrent_states`. Steps of several tokens leave the recurrent ones as they
+                are, until `adopt_accepted`.
         """
         step = self._rows_step(len(tokens), positions, cache, pages, states)
         return self.decoder.forward(self.decoder.embed(tokens), step)
@@ -474,6 +484,23 @@ class QwenModel:
             gained=gained,
             pages=pages,
             states=None if states is None else states.layers,
+            updates=None
+            if states is None or length == 1
+            else states.by_layer(states.updates(len(positions), length)),
+        )
+
+    def adopt_accepted(
+        self, states: RecurrentStates, pages: DecodePages, size: int, accepted: torch.Tensor
+    ) -> None:
+        """Bring states to where the first `accepted` [B] of the `size` tokens of each row of the
+        last `decode_rows` leave them; `pages.places` are by now those of the next step."""
+        assert pages.states is not None, "the step was given them"
+        self.row_ops(len(accepted)).adopt_accepted(
+            states.updates(len(accepted), size),
+            states.recurrent,
+            pages.states,
+            pages.places,
+            accepted,
         )
 
     def _rows_of(self, places: torch.Tensor) -> CosSin:

@@ -29,9 +29,12 @@ from qwencli.engine.ops.gated_delta import (
     DeltaInputs,
     DeltaRows,
     DeltaState,
+    DeltaUpdates,
     GatedDelta,
+    adopt_accepted,
     delta_decode,
     delta_prefill,
+    delta_verify,
 )
 from qwencli.engine.ops.moe import Routing, mixture
 from qwencli.engine.ops.next_tokens import RowBuffers, advance_rows, choose_likeliest
@@ -160,6 +163,7 @@ class Step:
         gained: `rope` has the gains of the heads' norms in it: one kernel a layer less.
         pages: what rows see of a pool of pages; None where each row has a cache of its own.
         states: of gated delta nets, by layer; None where the model has none.
+        updates: where what tokens would do to those states goes, by layer; None = they do it.
     """
 
     batch: int
@@ -174,6 +178,7 @@ class Step:
     gained: bool = False
     pages: DecodePages | PackedPrompts | None = None
     states: Mapping[int, DeltaState] | None = None
+    updates: Mapping[int, DeltaUpdates] | None = None
 
 
 @dataclass(frozen=True)
@@ -221,6 +226,8 @@ class Drafts:
 # See `ops.gated_delta`.
 DeltaDecodeFn = Callable[[DeltaInputs, GatedDelta, DeltaState, DeltaRows], Tensor]
 DeltaPrefillFn = Callable[[DeltaInputs, GatedDelta, DeltaState, PackedPrompts, Tensor], Tensor]
+DeltaVerifyFn = Callable[[DeltaInputs, GatedDelta, DeltaState, DeltaRows, DeltaUpdates], Tensor]
+AdoptAcceptedFn = Callable[[DeltaUpdates, Tensor, Tensor, Tensor, Tensor], None]
 # See `mix_delta`.
 MixDeltaFn = Callable[[Tensor, Tensor, Layer, Step], Tensor]
 # Heads of all tokens [B, S, H + 2 KVH, D], see `qk_norm_rope_store`.
@@ -333,6 +340,7 @@ def mix_delta(
     step: Step,
     decode: DeltaDecodeFn = delta_decode,
     prefill: DeltaPrefillFn = delta_prefill,
+    verify: DeltaVerifyFn = delta_verify,
 ) -> Tensor:
     """A gated delta net between its projections: -> [N, v_heads * v_dim].
 
@@ -353,7 +361,10 @@ def mix_delta(
     if isinstance(pages, PackedPrompts):
         return prefill(inputs, delta, state, pages, pages.states)
     assert pages.idle is not None, "rows that keep states say which are idle"
-    return decode(inputs, delta, state, DeltaRows(pages.states, pages.places, pages.idle))
+    rows = DeltaRows(pages.states, pages.places, pages.idle)
+    if step.updates is None:
+        return decode(inputs, delta, state, rows)
+    return verify(inputs, delta, state, rows, step.updates[layer.index])
 
 
 def o_residual(
@@ -463,6 +474,7 @@ class DecoderOps:
         verify_rows: the end of a greedy step of S tokens a row, by logits [R * S, V]: as
             `ngram.accept` and `ngram.draft`, which None stands for.
         norm_beta_decay, mix_delta: of layers with a gated delta net, in place of `attend`.
+            adopt_accepted: of all of them, once it is known which drafts were right.
         swiglu: how many rows that share a pool of pages are activated.
         experts_residual: the feed-forward of layers with experts, in place of `norm_gate_up` and
             `down_residual`. many_experts: likewise, where `many_rows` multiplies.
@@ -494,6 +506,7 @@ class DecoderOps:
     verify_rows: Callable[[Tensor, RowBuffers, Drafts], None] | None = None
     norm_beta_decay: Callable[[Tensor, Layer], Tensor] = norm_beta_decay
     mix_delta: MixDeltaFn = mix_delta
+    adopt_accepted: AdoptAcceptedFn = adopt_accepted
     swiglu: Callable[[Tensor], Tensor] = swiglu
     many_rows: Products | None = None
     max_batch_rows: int = 0
@@ -558,6 +571,7 @@ def paged_ops(step: DecoderOps, few: bool) -> DecoderOps:
         advance_rows=step.advance_rows,
         verify_rows=step.verify_rows,
         mix_delta=step.mix_delta,
+        adopt_accepted=step.adopt_accepted,
     )
     if step.many_rows is not None:
         return many

@@ -21,6 +21,7 @@ a token twice writes the same again, and rejected drafts are overwritten before 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -125,26 +126,38 @@ class DeltaUpdates:
 
     @classmethod
     def empty(
-        cls, layers: int, rows: int, tokens: int, layer: GatedDelta, device: torch.device
+        cls,
+        layers: int,
+        rows: int,
+        tokens: int,
+        keys: tuple[int, int],
+        values: tuple[int, int],
+        device: torch.device,
     ) -> DeltaUpdates:
-        """Of all layers."""
+        """Of all layers.
+
+        Args:
+            keys, values: heads, and the dimensions of each.
+        """
 
         def buffer(*size: int) -> Tensor:
             return torch.zeros(layers, rows, tokens, *size, device=device)
 
-        return cls(
-            buffer(layer.k_heads, layer.k_dim),
-            buffer(layer.v_heads, layer.v_dim),
-            buffer(layer.v_heads),
-        )
+        return cls(buffer(*keys), buffer(*values), buffer(values[0]))
 
-    def of_layer(self, index: int, rows: int, tokens: int) -> DeltaUpdates:
-        """The part of one layer for fewer rows and tokens, in the same memory."""
-        return DeltaUpdates(
-            self.k[index, :rows, :tokens],
-            self.delta[index, :rows, :tokens],
-            self.g[index, :rows, :tokens],
-        )
+    def shaped(self, rows: int, tokens: int) -> DeltaUpdates:
+        """Those of a step of other sides, of no more tokens in all, in the same memory."""
+        layers, most = self.g.shape[0], self.g.shape[1] * self.g.shape[2]
+        assert rows * tokens <= most, "the buffers are for so many tokens"
+
+        def part(whole: Tensor) -> Tensor:
+            size = (layers, rows, tokens, *whole.shape[3:])
+            return whole.view(-1)[: math.prod(size)].view(size)
+
+        return DeltaUpdates(part(self.k), part(self.delta), part(self.g))
+
+    def of_layer(self, index: int) -> DeltaUpdates:
+        return DeltaUpdates(self.k[index], self.delta[index], self.g[index])
 
 
 def causal_conv1d_update(x: Tensor, weight: Tensor, conv_state: Tensor, rows: DeltaRows) -> Tensor:
@@ -238,7 +251,7 @@ def recurrent_gated_delta_rule(
     """
     q, k = normed_heads(q, k, v.shape[-2])
     old = state.index_select(0, rows.slots)
-    new, _, o = _next_state(_beginning(old, rows), q, k, v, g, beta)
+    new, _, o = _next_state(_beginning(old, rows.positions > 0), q, k, v, g, beta)
     kept = torch.where(rows.idle[:, None, None, None], old, new)
     state.index_copy_(0, rows.slots, kept)
     return o
@@ -266,7 +279,7 @@ def verify_gated_delta_rule(
     updates.k.copy_(l2_norm(k))
     updates.g.copy_(g)
     q, k = normed_heads(q, k, v.shape[-2])
-    now = _beginning(state.index_select(0, rows.slots), rows)
+    now = _beginning(state.index_select(0, rows.slots), rows.positions > 0)
     results = []
     for token in range(q.shape[1]):
         now, delta, o = _next_state(
@@ -278,30 +291,31 @@ def verify_gated_delta_rule(
 
 
 def adopt_accepted(
-    updates: DeltaUpdates, recurrent: Tensor, rows: DeltaRows, accepted: Tensor
+    updates: DeltaUpdates, recurrent: Tensor, slots: Tensor, positions: Tensor, accepted: Tensor
 ) -> None:
     """Bring states to where the first `accepted` tokens of a step that checked drafts leave them.
 
     Args:
         updates: of L layers, [L, R, T, ...]. recurrent: float32 [L, slots, v_heads, k_dim, v_dim].
-        rows: as the step had them. accepted: int64 [R], tokens, the step's first included; 0 = the
-            state stays, as that of an idle row.
+        slots: int64 [R]. positions: int64 [R], how many tokens are in the state afterwards.
+        accepted: int64 [R], tokens, the step's first included; 0 = the state stays as it is, as
+            that of an idle row.
     """
     each = recurrent.shape[2] // updates.k.shape[-2]
-    old = recurrent.index_select(1, rows.slots)
-    now = _beginning(old, rows)
+    old = recurrent.index_select(1, slots)
+    now = _beginning(old, positions > accepted)
     for token in range(updates.k.shape[2]):
         k = updates.k[:, :, token].repeat_interleave(each, -2)
         kept = updates.g[:, :, token].exp()[..., None, None] * now
         new = kept + k.unsqueeze(-1) * updates.delta[:, :, token].unsqueeze(-2)
         now = torch.where((token < accepted)[:, None, None, None], new, now)
-    stays = rows.idle | (accepted == 0)
-    recurrent.index_copy_(1, rows.slots, torch.where(stays[:, None, None, None], old, now))
+    stays = (accepted == 0)[:, None, None, None]
+    recurrent.index_copy_(1, slots, torch.where(stays, old, now))
 
 
-def _beginning(state: Tensor, rows: DeltaRows) -> Tensor:
+def _beginning(state: Tensor, begun: Tensor) -> Tensor:
     """States [..., R, v_heads, k_dim, v_dim], or zeros where a sequence begins."""
-    return torch.where((rows.positions > 0)[:, None, None, None], state, 0.0)
+    return torch.where(begun[:, None, None, None], state, 0.0)
 
 
 def _next_state(

@@ -307,9 +307,9 @@ def delta_nets_for(capability: int) -> None:
     with torch.inference_mode():
         step.decode(inputs(rows), layer, state, which)
         about["tokens"] = tokens
-        updates = delta.DeltaUpdates.empty(1, rows, tokens, layer, CPU)
-        step.verify(inputs(rows * tokens), layer, state, which, updates.of_layer(0, rows, tokens))
-        gated_delta.adopt_accepted(updates, state.recurrent[None], which, index)
+        updates = delta.DeltaUpdates.empty(1, rows, tokens, (k_heads, dim), (v_heads, dim), CPU)
+        step.verify(inputs(rows * tokens), layer, state, which, updates.of_layer(0))
+        gated_delta.adopt_accepted(updates, state.recurrent[None], index, index, index)
         starts = torch.tensor([0, 100, 128], dtype=torch.int32)
         prompts = PackedPrompts([100, 28], [0, 0], starts, starts, None, False)
         about["tokens"] = 128

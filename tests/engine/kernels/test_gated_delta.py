@@ -67,25 +67,29 @@ def test_a_step_of_rows_is_that_of_the_plain_operators(dtype: torch.dtype) -> No
 def test_a_step_that_checks_drafts_is_that_of_the_plain_operators(
     dtype: torch.dtype, tokens: int
 ) -> None:
-    rows = make_rows([3, 1, 2], [1, 13, 6], [False, False, True])
-    inputs, layer = in_type(make_inputs(3 * tokens), make_layer(), dtype)
+    rows = make_rows([3, 1, 2, 4], [1, 13, 6, 0], [False, False, True, False])
+    busy = [0, 1, 3]
+    inputs, layer = in_type(make_inputs(4 * tokens), make_layer(), dtype)
     states, results, kept = [], [], []
-    accepted = torch.tensor([[tokens, 0], [1, 0], [2, 0]])[:, 0]
+    accepted = torch.tensor([[tokens, 0], [1, 0], [0, 0], [2, 0]])[:, 0]
     for verify, adopt in (
         (gd.delta_verify, gd.adopt_accepted),
         (STEP.verify, kernels.adopt_accepted),
     ):
-        state, updates = state_in(dtype), gd.DeltaUpdates.empty(1, 3, 5, layer, CPU)
-        own = updates.of_layer(0, 3, tokens)
-        results.append(verify(inputs, layer, state, rows, own)[: 2 * tokens])
+        keys, values = (layer.k_heads, layer.k_dim), (layer.v_heads, layer.v_dim)
+        state = state_in(dtype)
+        updates = gd.DeltaUpdates.empty(1, 1, 21, keys, values, CPU).shaped(4, tokens)
+        own = updates.of_layer(0)
+        out = verify(inputs, layer, state, rows, own)
+        results.append(out.view(4, tokens, -1)[busy])
         states.append(state)
         kept.append(own)
         assert torch.equal(state.recurrent, state_in(dtype).recurrent)
-        adopt(updates, state.recurrent[None], rows, accepted)
+        adopt(updates, state.recurrent[None], rows.slots, rows.positions + accepted, accepted)
     assert_same(states[1], states[0], dtype)
     torch.testing.assert_close(*results, rtol=CLOSE[dtype], atol=CLOSE[dtype])
     for name in ("k", "delta", "g"):
-        pair = [getattr(each, name)[:2] for each in kept]
+        pair = [getattr(each, name)[busy] for each in kept]
         torch.testing.assert_close(*pair, rtol=CLOSE[dtype], atol=CLOSE[dtype])
 
 

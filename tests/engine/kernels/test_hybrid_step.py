@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from qwencli.config import Quantization, SamplingParams
 from qwencli.engine.cache.paged_kv import DecodePages, pages_for
 from qwencli.engine.cache.prefix_cache import VisionCache
+from qwencli.engine.event_timer import EventTimer
 from qwencli.engine.kernels.fused_ops import fused_ops
 from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
@@ -66,6 +68,21 @@ def dummy(quantization: Quantization) -> tuple[ModelShape, weights.LoadedWeights
     return shape, loaded
 
 
+def requests_of(
+    shape: ModelShape, texts: list[list[int]], new_tokens: int
+) -> tuple[list[Sequence], list[RunnerPrompt]]:
+    """Of these prompts, a row, pages and a state each."""
+    sequences, prompts, first = [], [], 1
+    sampling = SamplingParams(do_sample=False, max_new_tokens=new_tokens)
+    for row, ids in enumerate(texts):
+        pages = list(range(first, first + pages_for(len(ids) + new_tokens)))
+        first += len(pages)
+        layout = lay_out(shape, Prompt([0] * len(ids)))
+        prompts.append(RunnerPrompt(torch.tensor(ids), layout, (), sampling, ()))
+        sequences.append(Sequence(row, len(ids), new_tokens, row=row, pages=pages, state=row + 1))
+    return sequences, prompts
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("rows", "quantization"),
@@ -84,14 +101,8 @@ def test_steps_are_those_of_plain_operators(rows: int, quantization: Quantizatio
         model = QwenModel(shape, loaded, 200, fused=fused)
         runner = ModelRunner(model, 40, rows, 200, False, VisionCache(), num_states=rows + 1)
         lengths = [1 + (63 * row) % 100 for row in range(rows)]
-        sequences, prompts, first = [], [], 1
-        for row, length in enumerate(lengths):
-            pages = list(range(first, first + pages_for(length + 4)))
-            first += len(pages)
-            ids = [(7 * row + 3 * place) % 60 for place in range(length)]
-            layout = lay_out(shape, Prompt(ids))
-            prompts.append(RunnerPrompt(torch.tensor(ids), layout, (), SamplingParams(), ()))
-            sequences.append(Sequence(row, length, 4, row=row, pages=pages, state=row + 1))
+        texts = [[(7 * row + 3 * at) % 60 for at in range(lengths[row])] for row in range(rows)]
+        sequences, prompts = requests_of(shape, texts, 4)
         for sequence, prompt in zip(sequences, prompts, strict=True):
             chunk = PromptChunk(sequence, 0, sequence.num_prompt_tokens)
             logits = [runner._run_chunks([chunk], [prompt])]
@@ -117,3 +128,75 @@ def test_steps_are_those_of_plain_operators(rows: int, quantization: Quantizatio
     for one, other in zip(plain, own, strict=True):
         assert (one - other).abs().max() <= near * one.abs().max()
     assert (plain_states - own_states).abs().max() <= near * plain_states.abs().max()
+
+
+# Drafts in a row that are right, of each row in each step of 4 tokens; the last row's answer ends
+# within a step.
+RIGHT = [(3, 0, 1), (0, 2, 3)]
+TEXTS = [[(7 * row + 3 * at) % 60 for at in range(length)] for row, length in enumerate((5, 62, 2))]
+LIMITS = (20, 20, 6)
+
+
+def begun(
+    fused: bool, texts: list[list[int]]
+) -> tuple[ModelRunner, list[Sequence], list[RunnerPrompt]]:
+    """Rows whose prompts have just run."""
+    shape, loaded = dummy(Quantization.NONE)
+    own = functools.partial(fused_ops, own_attention=True) if fused else None
+    model = QwenModel(shape, loaded, 200, fused=own)
+    runner = ModelRunner(model, 20, 3, 150, False, VisionCache(), 4, with_drafts=True)
+    sequences, prompts = requests_of(shape, texts, 20)
+    for sequence, prompt, limit in zip(sequences, prompts, LIMITS, strict=True):
+        sequence.max_new_tokens, sequence.num_scheduled = limit, 1
+        prompt.sampling = replace(prompt.sampling, max_new_tokens=limit)
+    chunks = [PromptChunk(each, 0, each.num_prompt_tokens) for each in sequences]
+    runner.prefill(chunks, prompts, EventTimer("cpu"))
+    return runner, sequences, prompts
+
+
+@functools.cache
+def plain_answers() -> list[list[int]]:
+    runner, sequences, prompts = begun(False, TEXTS)
+    answers = [[token] for token in runner.state.token.tolist()]
+    for _ in range(9):
+        for each in sequences:
+            each.num_scheduled += 1
+        given = runner.decode(sequences, prompts, 0, EventTimer("cpu")).read()
+        for answer, token in zip(answers, given, strict=True):
+            answer.append(token)
+    return answers
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "kernels"])
+def test_steps_that_check_drafts_leave_the_states_of_a_prompt(fused: bool) -> None:
+    """Of the prompt and what was accepted of the answer."""
+    answers = plain_answers()
+    runner, sequences, _ = begun(fused, TEXTS)
+    assert runner.state.drafts is not None and runner.states is not None
+    found = [[token] for token in runner.state.token.tolist()]
+    for right in RIGHT:
+        drafts = runner.state.drafts.input_ids
+        for row, (answer, count) in enumerate(zip(answers, right, strict=True)):
+            ahead = torch.tensor(answer[len(found[row]) :][:3])
+            ahead[count:] = (ahead[count:] + 1) % 60
+            drafts[row, 1 : 1 + len(ahead)] = ahead
+        for each in sequences:
+            each.num_scheduled += 4
+        copy = runner.verify(sequences, 4, 0, EventTimer("cpu"))
+        for tokens, (_, given) in zip(found, copy.read(), strict=True):
+            tokens += given
+    assert [len(tokens) for tokens in found] == [6, 5, 6]
+    for tokens, answer in zip(found, answers, strict=True):
+        assert tokens == answer[: len(tokens)]
+    texts = [ids + tokens[:-1] for ids, tokens in zip(TEXTS, found, strict=True)]
+    again, _, _ = begun(False, texts)
+    assert again.states is not None
+    ring = runner.states.conv.shape[2]
+    for row, text in enumerate(texts):
+        last = [place % ring for place in range(len(text) - 3, len(text))]
+        for one, other in (
+            (runner.states.recurrent[:, row + 1], again.states.recurrent[:, row + 1]),
+            (runner.states.conv[:, row + 1, last], again.states.conv[:, row + 1, last]),
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

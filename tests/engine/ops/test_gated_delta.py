@@ -143,12 +143,15 @@ def test_rejected_drafts_leave_no_trace(accepted: int) -> None:
     wrong = make_inputs(8, seed=4)
     for name in ("qkv", "z", "a", "b"):
         getattr(wrong, name)[:accepted] = getattr(inputs, name)[5 : 5 + accepted]
-    kept = gd.DeltaUpdates.empty(1, 3, 6, layer, torch.device("cpu"))
-    out = gd.delta_verify(wrong, layer, by_drafts, rows, kept.of_layer(0, 2, 4))
+    keys, values = (layer.k_heads, layer.k_dim), (layer.v_heads, layer.v_dim)
+    made = gd.DeltaUpdates.empty(1, 1, 9, keys, values, torch.device("cpu"))
+    updates = made.shaped(2, 4)
+    out = gd.delta_verify(wrong, layer, by_drafts, rows, updates.of_layer(0))
     torch.testing.assert_close(out[:accepted], expected[5 : 5 + accepted])
     before = by_drafts.recurrent.clone()
-    updates = gd.DeltaUpdates(*(each[:, :2, :4] for each in (kept.k, kept.delta, kept.g)))
-    gd.adopt_accepted(updates, by_drafts.recurrent[None], rows, torch.tensor([accepted, 2]))
+    counts = torch.tensor([accepted, 0])
+    after = rows.positions + counts
+    gd.adopt_accepted(updates, by_drafts.recurrent[None], rows.slots, after, counts)
     assert torch.equal(by_drafts.recurrent[2:], before[2:])
     # Goes on as if nothing had been drafted.
     for n in range(5 + accepted, 14):
