@@ -7,15 +7,10 @@ from typing import Annotated
 
 import typer
 
-from qwencli.errors import QwenCliError
-from qwencli.output import Output
+from qwencli.errors import OutputError, QwenCliError
+from qwencli.output import Output, counted
 
 app = typer.Typer(no_args_is_help=True, help="Nodes for ComfyUI, and graphs that use them.")
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps a command that is alone here one with a name of its own."""
 
 
 @app.command()
@@ -56,3 +51,53 @@ def install(
         f"{done.python} has {f'qwencli {version}' if version else 'no qwencli with nodes'}: "
         f'"{done.python}" -m pip install --upgrade {requirement()}'
     )
+
+
+@app.command()
+def convert(
+    context: typer.Context,
+    workflow: Annotated[
+        Path,
+        typer.Argument(
+            metavar="WORKFLOW.json", help="As ComfyUI saves it, or exports it for its API."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="Replaced where it exists; - is stdout. Default: WORKFLOW.qwencli.json.",
+        ),
+    ] = None,
+) -> None:
+    """Replace the nodes of other Qwen packs in a saved graph by ours."""
+    from json import dumps
+
+    from qwencli.comfyui.convert import convert as converted
+    from qwencli.comfyui.convert import read_workflow
+    from qwencli.dataset.sinks import write_whole
+
+    output = context.ensure_object(Output)
+    done = converted(read_workflow(workflow), str(workflow))
+    target = out or workflow.with_suffix(".qwencli.json")
+    if out is None and target.exists():
+        raise OutputError(f"{target}: is there already", f"--out {target} replaces it")
+    if str(target) == "-":
+        output.json_line(done.document)
+    else:
+        text = dumps(done.document, ensure_ascii=False, indent=2) + "\n"
+        try:
+            # Half of a surrogate pair is written as JSON writes it.
+            write_whole(target, text.encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            raise OutputError(
+                f"{target} cannot be written: {error.strerror or error}",
+                "give another place with --out",
+            ) from error
+        output.answer(str(target))
+    output.notice(*done.converted)
+    for note in done.notes:
+        output.warn(note)
+    output.notice(f"{counted(len(done.converted), 'node')} converted; the others are untouched")

@@ -1,0 +1,592 @@
+"""Moves saved graphs of other Qwen packs over to our nodes.
+
+Both of ComfyUI's formats are read: the editor's (nodes with positions, values in the order of
+widgets, links as a list of their own; versions 0.4 and 1.0, with subgraphs) and the API's (nodes by
+id, inputs by name). A node keeps its id, place, size, colours and the links that have a place here.
+Nodes that are not in `old_nodes.OLD_NODES` are not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwencli.comfyui import old_nodes as old_packs
+from qwencli.comfyui.old_nodes import NO_EQUAL, OLD_NODES, SAME, OldNode
+from qwencli.comfyui.schemas import AUTO, NO_PRESET, BatchMode, Input, Kind, Node
+from qwencli.errors import InputError
+from qwencli.models.builtin import find_builtin
+from qwencli.presets import PRESETS
+
+# What the editor keeps behind the value of a seed.
+_SEED_MODES = ("fixed", "increment", "decrement", "randomize", "increment-wrap")
+_SEED = "seed"
+# How the editor draws a socket that may stay free, and one that gives a list.
+_SHAPE_OPTIONAL, _SHAPE_LIST = 7, 6
+# What a node says of the pack that it came from, for ComfyUI's manager.
+_OF_OLD_PACK = ("cnr_id", "aux_id", "ver", "models")
+# "Qwen3VL-4B-Instruct-Q4_K_M.gguf": the model, and the bits of its weights unless they are floats.
+_GGUF = re.compile(
+    r"(?i)(?P<base>qwen[^/ ]*?)-?(?:UD-)?\b(?:I?Q(?P<bits>\d)\w*|BF16|F16|F32)(?=\.gguf|[ ()]|$)"
+)
+# Where a file may keep its graphs: what was posted to ComfyUI, and what pictures carry.
+_WRAPPERS = ("prompt", "output", "workflow", "extra_data", "extra_pnginfo")
+
+
+@dataclass
+class Conversion:
+    """A graph moved over.
+
+    Attributes:
+        document: the whole file, changed.
+        converted: one line a node that was converted.
+        notes: one line for each thing that has no equal here, or was left as it is.
+    """
+
+    document: Any
+    converted: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Values:
+    """What one old node becomes: values and links by our inputs, and what is to be told."""
+
+    node: Node
+    values: dict[str, Any]
+    links: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    # Where each old input that stayed one went; promoted widgets of subgraphs follow it.
+    moved: dict[str, str] = field(default_factory=dict)
+
+
+def read_workflow(path: Path) -> Any:
+    """The JSON of a file.
+
+    Raises:
+        InputError: it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror or error})", "give a workflow's JSON file"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: is no JSON", "save the workflow in ComfyUI with Workflow > Save"
+        ) from error
+
+
+def convert(document: Any, name: str) -> Conversion:
+    """The document with every old node replaced; the one given stays as it is.
+
+    Args:
+        name: of the file, for errors.
+
+    Raises:
+        InputError: it is no workflow, or has no node that is known.
+    """
+    done = Conversion(copy.deepcopy(document))
+    graphs = list(_graphs(done.document))
+    if not graphs:
+        raise InputError(
+            f"{name}: is no ComfyUI workflow", "save one in ComfyUI with Workflow > Save"
+        )
+    for graph in graphs:
+        if _is_editor(graph):
+            _convert_editor(graph, done)
+        else:
+            _convert_api(graph, done)
+    if not done.converted:
+        raise InputError(
+            done.notes[0] if done.notes else f"{name}: no node of a pack that is known",
+            "docs/comfyui.md lists the nodes that can be converted",
+        )
+    return done
+
+
+def _is_editor(graph: Mapping[str, Any]) -> bool:
+    return isinstance(graph.get("nodes"), list)
+
+
+def _is_api(graph: Mapping[str, Any]) -> bool:
+    return any(isinstance(node, dict) and "class_type" in node for node in graph.values())
+
+
+def _graphs(found: Any) -> Iterator[dict[str, Any]]:
+    """The graphs of a document: itself, or what a request or a picture's metadata holds."""
+    if not isinstance(found, dict):
+        return
+    if _is_editor(found) or _is_api(found):
+        yield found
+        return
+    for key in _WRAPPERS:
+        yield from _graphs(found.get(key))
+
+
+# What one node becomes
+
+
+def _moved_over(old: OldNode, values: Mapping[str, Any], links: Mapping[str, Any]) -> _Values:
+    """Translate the values and links of an old node, both by its own names."""
+    result = _Values(old.node, {each.id: each.default for each in old.node.widgets})
+    for name, value in old.settings.items():
+        _set(result, name, value)
+    _move_pictures(old, links, result)
+    pictures = {*old.pictures, old.frames, old.video}
+    for name in [*values, *(name for name in links if name not in values)]:
+        if name in pictures:
+            continue
+        if name in links:
+            _move_link(old, name, links[name], result)
+        if name in values and (name not in links or name in result.moved):
+            _move_value(old, name, values[name], result)
+    return result
+
+
+def _move_pictures(old: OldNode, links: Mapping[str, Any], result: _Values) -> None:
+    pictures = [name for name in old.pictures if name in links]
+    if old.video in links:
+        result.links["video"] = links[old.video]
+    if old.frames in links:
+        result.links["images"] = links[old.frames]
+        result.values["batch_mode"] = BatchMode.VIDEO.value
+    elif len(pictures) == 1:
+        result.links["images"] = links[pictures.pop()]
+    places = [each.id for each in old.node.inputs if re.fullmatch(r"image_\d", each.id)]
+    for place, name in zip(places, pictures, strict=False):
+        result.links[place] = links[name]
+    for name in pictures[len(places) :]:
+        result.notes.append(f"{name}: there are {len(places)} inputs for pictures, it is left out")
+
+
+def _place(old: OldNode, name: str) -> str | None:
+    """The input of ours that means the same; None: there is none."""
+    place = old.names.get(name, SAME.get(name, ""))
+    return place if any(each.id == place for each in old.node.inputs) else None
+
+
+def _move_link(old: OldNode, name: str, link: Any, result: _Values) -> None:
+    place = _place(old, name)
+    if place is not None:
+        result.links[place] = link
+        result.moved[name] = place
+        return
+    _, instead = NO_EQUAL.get(name, (None, "choose it in the node"))
+    result.notes.append(f"{name} came from another node and has no equal: {instead}")
+
+
+def _move_value(old: OldNode, name: str, value: Any, result: _Values) -> None:
+    place = _place(old, name)
+    if place is not None:
+        result.moved[name] = place
+        # An empty text says nothing: what a preset or a style has put there stays.
+        if value != "" or not result.values.get(place):
+            _set(result, place, value)
+    elif name in old_packs.MODEL_INPUTS:
+        _set_model(result, value)
+    elif name in old_packs.QUANTIZATION_INPUTS:
+        bits = re.search(r"[48]", str(value))
+        _set(result, "quantization", f"{bits[0]}bit" if bits else "none")
+    elif name in old_packs.ATTENTION_INPUTS:
+        if value == "sage":
+            result.notes.append(f"{name} sage has no equal: auto takes the fastest here")
+            value = AUTO
+        _set(result, "attention", value)
+    elif name in old_packs.KEEP_INPUTS | old_packs.UNLOAD_INPUTS:
+        # A node that never unloads has our own time after which it does.
+        if bool(value) == (name in old_packs.UNLOAD_INPUTS):
+            _set(result, "keep_loaded", "0")
+    elif name in old_packs.PRESET_INPUTS:
+        _set_preset(result, name, value)
+    elif name in old_packs.STYLE_INPUTS:
+        system = old_packs.OLD_STYLES.get(_letters(value), old_packs.OLD_STYLES["enhance"])
+        _set(result, "system", system)
+        result.notes.append(f"{name} {value!r:.60}: system says it in words of our own")
+    else:
+        nothing, instead = NO_EQUAL.get(name, (None, "it is unknown"))
+        if value != nothing or nothing is None:
+            result.notes.append(f"{name} {value!r:.60} has no equal: {instead}")
+
+
+def _set(result: _Values, name: str, value: Any) -> None:
+    """Give an input a value, brought into its range."""
+    place = next((each for each in result.node.inputs if each.id == name), None)
+    if place is None:
+        return
+    fitting = _fitting(place, value)
+    if fitting is None:
+        result.notes.append(f"{name} cannot be {value!r:.60}: it stays {place.default!r}")
+        return
+    if fitting != value:
+        result.notes.append(f"{name} {value!r:.60} is out of range here: it is {fitting!r}")
+    result.values[name] = fitting
+
+
+def _fitting(place: Input, value: Any) -> Any:
+    """The value that an input of ours takes for this one, None where there is none."""
+    if place.kind is Kind.BOOLEAN:
+        return value if isinstance(value, bool) else None
+    if place.kind in (Kind.INT, Kind.FLOAT):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if place.kind is Kind.INT and value != int(value):
+            return None
+        if place.id == _SEED and place.high is not None and value > place.high:
+            return int(value) % (int(place.high) + 1)
+        bounded = min(max(value, place.low if place.low is not None else value),
+                      place.high if place.high is not None else value)  # fmt: skip
+        # -1 has a meaning of its own for sampling parameters, which no old node gave it.
+        if place.default == -1 and place.id != _SEED:
+            bounded = max(bounded, 1 if place.id == "repetition_penalty" else 0)
+        return int(bounded) if place.kind is Kind.INT else bounded
+    if not isinstance(value, str):
+        return None
+    return value if place.kind is Kind.STRING or value in place.options else None
+
+
+def _set_model(result: _Values, value: Any) -> None:
+    if not isinstance(value, str) or not value.strip():
+        return
+    name = old_packs.OLD_MODELS.get(value.strip(), value.strip())
+    if (file := _gguf(name)) is not None:
+        base, quantization = file
+        entry = find_builtin(base)
+        if entry is None:
+            result.notes.append(f"model {name!r:.80} is a GGUF file: choose a model in the node")
+            return
+        result.notes.append(f"model {name!r:.80} is a GGUF file: it is {entry.alias} now")
+        _set(result, "quantization", quantization)
+        name = base
+    entry = find_builtin(name)
+    if entry is not None:
+        result.values["model"] = entry.alias
+        return
+    if "/" not in name and name.lower().startswith("qwen"):
+        name = f"Qwen/{name}"
+    elif "/" not in name:
+        result.notes.append(
+            f"model {name!r:.80} is unknown: name its hub id in custom_model, or put it into "
+            "custom_models.json"
+        )
+    result.values["custom_model"] = name
+
+
+def _gguf(name: str) -> tuple[str, str] | None:
+    """What a GGUF file was made of, and the quantization nearest to it; None: it is none."""
+    found = _GGUF.search(name)
+    if found is None:
+        return ("", "4bit") if "gguf" in name.lower() else None
+    bits = found["bits"]
+    quantization = "none" if bits is None else "8bit" if int(bits) > 5 else "4bit"
+    # Qwen's own files leave out a hyphen of the model's name.
+    base = re.sub(r"(?i)^(qwen[\d.]+)vl-", r"\1-VL-", found["base"])
+    return base.rstrip("-"), quantization
+
+
+def _letters(value: Any) -> str:
+    return " ".join(re.findall("[a-z]+", str(value).lower()))
+
+
+def _set_preset(result: _Values, name: str, value: Any) -> None:
+    if value in PRESETS:
+        preset, prompt = str(value), ""
+    elif _letters(value) in old_packs.OLD_PRESETS:
+        preset, prompt = old_packs.OLD_PRESETS[_letters(value)]
+        if prompt:
+            result.notes.append(f"{name} {value!r:.60}: prompt says it in words of our own")
+    else:  # the first version's presets were the questions themselves
+        preset, prompt = NO_PRESET, str(value)
+    _set(result, "preset", preset)
+    _set(result, "prompt", prompt)
+
+
+# The API's format
+
+
+def _convert_api(graph: dict[str, Any], done: Conversion) -> None:
+    for key, node in graph.items():
+        if not isinstance(node, dict):
+            continue
+        old = OLD_NODES.get(str(node.get("class_type")))
+        inputs = node.get("inputs")
+        if old is None or not isinstance(inputs, dict):
+            continue
+        where = f"node {key} ({node['class_type']})"
+        links = {name: value for name, value in inputs.items() if _is_api_link(value)}
+        values = {name: value for name, value in inputs.items() if name not in links}
+        new = _moved_over(old, values, links)
+        node["inputs"] = {**new.values, **new.links}
+        node["class_type"] = old.node.id
+        _tell(done, where, new)
+
+
+def _is_api_link(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[1], int)
+
+
+def _tell(done: Conversion, where: str, new: _Values) -> None:
+    done.converted.append(f"{where} is {new.node.display_name} now")
+    done.notes += [f"{where}: {note}" for note in new.notes]
+
+
+# The editor's format
+
+
+def _convert_editor(
+    graph: dict[str, Any], done: Conversion, within: str = ""
+) -> dict[str, _Values]:
+    """Convert a graph and its subgraphs; returns what its own nodes became, by their ids."""
+    inner: dict[str, dict[str, _Values]] = {}
+    definitions = graph.get("definitions")
+    subgraphs = definitions.get("subgraphs") if isinstance(definitions, dict) else None
+    for subgraph in subgraphs if isinstance(subgraphs, list) else []:
+        if isinstance(subgraph, dict) and _is_editor(subgraph):
+            name = f" of subgraph {subgraph.get('name')!r:.60}"
+            inner[str(subgraph.get("id"))] = _convert_editor(subgraph, done, name)
+    _tell_group_nodes(graph, done)
+    became: dict[str, _Values] = {}
+    for node in graph["nodes"]:
+        if not isinstance(node, dict):
+            continue
+        kind = str(node.get("type"))
+        if kind in OLD_NODES:
+            where = f"node {node.get('id')}{within} ({kind})"
+            new = _convert_editor_node(graph, node, OLD_NODES[kind], where, done)
+            if new is not None:
+                became[str(node.get("id"))] = new
+    # Subgraphs may hold each other.
+    holders = [graph, *(each for each in subgraphs or [] if isinstance(each, dict))]
+    for node in (node for holder in holders for node in _dicts(holder.get("nodes"))):
+        if str(node.get("type")) in inner:
+            _rename_promoted(node, inner[str(node.get("type"))], done)
+    return became
+
+
+def _dicts(found: Any) -> list[dict[str, Any]]:
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+
+
+def _convert_editor_node(
+    graph: dict[str, Any], node: dict[str, Any], old: OldNode, where: str, done: Conversion
+) -> _Values | None:
+    named = _named_values(node, old)
+    if named is None:
+        done.notes.append(f"{where}: its values fit no version that is known, it is left as it is")
+        return None
+    values, seed_mode = named
+    sockets = {str(each.get("name")): each for each in _dicts(node.get("inputs"))}
+    links = {name: each["link"] for name, each in sockets.items() if each.get("link") is not None}
+    new = _moved_over(old, values, links)
+    _remove_links(graph, [link for link in links.values() if link not in new.links.values()])
+    node["inputs"] = _editor_inputs(old.node, new.links, sockets, links)
+    for slot, entry in enumerate(node["inputs"]):
+        _move_target(graph, entry["link"], slot)
+    node["outputs"] = _editor_outputs(old.node, node.get("outputs"))
+    node["widgets_values"] = list(_editor_values(old.node, new.values, seed_mode))
+    node["type"] = old.node.id
+    properties = node.get("properties")
+    kept_properties = properties if isinstance(properties, dict) else {}
+    node["properties"] = {
+        **{key: value for key, value in kept_properties.items() if key not in _OF_OLD_PACK},
+        "Node name for S&R": old.node.id,
+    }
+    _tell(done, where, new)
+    return new
+
+
+def _named_values(node: Mapping[str, Any], old: OldNode) -> tuple[dict[str, Any], str] | None:
+    """A node's values by the names of its widgets, and what happens to the seed after a run."""
+    given = node.get("widgets_values")
+    if given is None:
+        given = []
+    if isinstance(given, dict):
+        return {str(name): value for name, value in given.items()}, "fixed"
+    if not isinstance(given, list):
+        return None
+    # Newer editors write the names of all widgets among the inputs.
+    written = tuple(
+        str(each["widget"].get("name"))
+        for each in _dicts(node.get("inputs"))
+        if isinstance(each.get("widget"), dict)
+    )
+    for layout in ((written,) if len(written) > 1 else ()) + old.layouts:
+        if (found := _by_layout(given, layout)) is not None:
+            return found
+    return None
+
+
+def _by_layout(given: Sequence[Any], layout: Sequence[str]) -> tuple[dict[str, Any], str] | None:
+    """The values by name, if they can be those of this layout; else None."""
+    left, values, seed_mode = list(given), {}, "fixed"
+    for name in layout:
+        if not left:
+            return None
+        value = left.pop(0)
+        if not _can_be(name, value):
+            return None
+        values[name] = value
+        if name == _SEED and left and left[0] in _SEED_MODES:
+            seed_mode = left.pop(0)
+    if left:
+        return None
+    return {name: value for name, value in values.items() if value is not None}, seed_mode
+
+
+def _can_be(name: str, value: Any) -> bool:
+    if value is None:
+        return True
+    if name in old_packs.SWITCHES:
+        return isinstance(value, bool)
+    if name in old_packs.NUMBERS:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if not isinstance(value, str):
+        return False
+    if name in old_packs.QUANTIZATION_INPUTS:
+        return bool(re.search(r"(?i)none|[48]-?bit", value))
+    if name in old_packs.ATTENTION_INPUTS:
+        return bool(re.fullmatch("auto|default|sage|sdpa|eager|flash_attention_[23]", value))
+    return True
+
+
+def _editor_inputs(
+    node: Node,
+    links: Mapping[str, Any],
+    old_sockets: Mapping[str, Mapping[str, Any]],
+    old_links: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """The inputs to draw: every socket, and the widgets that another node feeds."""
+    labels = {
+        str(old_links[name]): entry["label"]
+        for name, entry in old_sockets.items()
+        if name in old_links and isinstance(entry.get("label"), str)
+    }
+    entries = []
+    for each in sorted(node.inputs, key=lambda each: each.is_widget):
+        link = links.get(each.id)
+        if each.is_widget and link is None:
+            continue
+        entry: dict[str, Any] = {"name": each.id, "type": each.kind.value, "link": link}
+        if each.is_widget:
+            entry["widget"] = {"name": each.id}
+        elif each.optional:
+            entry["shape"] = _SHAPE_OPTIONAL
+        if link is not None and str(link) in labels:
+            entry["label"] = labels[str(link)]
+        entries.append(entry)
+    return entries
+
+
+def _editor_outputs(node: Node, old_outputs: Any) -> list[dict[str, Any]]:
+    first = next(iter(_dicts(old_outputs)), {})
+    entries = []
+    for slot, each in enumerate(node.outputs):
+        entry: dict[str, Any] = {"name": each.id, "type": each.kind.value}
+        entry["links"] = first.get("links") if slot == 0 else None
+        entry["slot_index"] = slot
+        if each.is_list:
+            entry["shape"] = _SHAPE_LIST
+        entries.append(entry)
+    return entries
+
+
+def _editor_values(node: Node, values: Mapping[str, Any], seed_mode: str) -> Iterable[Any]:
+    for each in node.widgets:
+        yield values[each.id]
+        if each.id == _SEED:
+            yield seed_mode
+
+
+def _link_id(link: Any) -> Any:
+    if isinstance(link, dict):
+        return link.get("id")
+    return link[0] if isinstance(link, list) and link else None
+
+
+def _move_target(graph: Mapping[str, Any], link_id: Any, slot: int) -> None:
+    links = graph.get("links")
+    for link in links if link_id is not None and isinstance(links, list) else []:
+        if _link_id(link) != link_id:
+            continue
+        if isinstance(link, dict):
+            link["target_slot"] = slot
+        elif len(link) > 4:
+            link[4] = slot
+
+
+def _remove_links(graph: dict[str, Any], gone: Sequence[Any]) -> None:
+    """Take links out of a graph: out of its list, the nodes they come from, and reroutes."""
+    if not gone:
+        return
+    extra = graph.get("extra") if isinstance(graph.get("extra"), dict) else {}
+    assert isinstance(extra, dict)
+    if isinstance(graph.get("links"), list):
+        graph["links"] = [link for link in graph["links"] if _link_id(link) not in gone]
+    if isinstance(extra.get("linkExtensions"), list):
+        extra["linkExtensions"] = [
+            each for each in extra["linkExtensions"] if _link_id(each) not in gone
+        ]
+    origins = [
+        (output, "links")
+        for node in _dicts(graph["nodes"])
+        for output in _dicts(node.get("outputs"))
+    ]
+    reroutes = _dicts(graph.get("reroutes")) + _dicts(extra.get("reroutes"))
+    # A subgraph's own inputs are where links from outside begin.
+    for entry, key in [
+        *origins,
+        *((each, "linkIds") for each in reroutes + _dicts(graph.get("inputs"))),
+    ]:
+        if isinstance(entry.get(key), list):
+            entry[key] = [link for link in entry[key] if link not in gone]
+
+
+def _rename_promoted(node: dict[str, Any], inner: Mapping[str, _Values], done: Conversion) -> None:
+    """Widgets of a subgraph's nodes that its own node shows, by the names they have now."""
+    properties = node.get("properties")
+    promoted = properties.get("proxyWidgets") if isinstance(properties, dict) else None
+    if not isinstance(promoted, list):
+        return
+    kept, values = [], node.get("widgets_values")
+    parallel = isinstance(values, list) and len(values) == len(promoted)
+    kept_values = []
+    for at, entry in enumerate(promoted):
+        new = inner.get(str(entry[0])) if isinstance(entry, list) and len(entry) > 1 else None
+        if new is not None:
+            place = new.moved.get(str(entry[1]))
+            if place is None:
+                done.notes.append(
+                    f"node {node.get('id')}: its widget {entry[1]!r:.60} shows an input that has "
+                    "no equal and is left out; choose it in the subgraph"
+                )
+                continue
+            entry = [entry[0], place, *entry[2:]]
+        kept.append(entry)
+        if parallel:
+            kept_values.append(values[at])  # type: ignore[index]
+    properties["proxyWidgets"] = kept  # type: ignore[index]
+    if parallel:
+        node["widgets_values"] = kept_values
+
+
+def _tell_group_nodes(graph: Mapping[str, Any], done: Conversion) -> None:
+    """Group nodes, which subgraphs replaced, hold nodes in a form of their own."""
+    extra = graph.get("extra")
+    groups = extra.get("groupNodes") if isinstance(extra, dict) else None
+    for name, group in groups.items() if isinstance(groups, dict) else ():
+        nodes = _dicts(group.get("nodes")) if isinstance(group, dict) else []
+        found = [str(node.get("type")) for node in nodes if str(node.get("type")) in OLD_NODES]
+        if found:
+            done.notes.append(
+                f"group node {name!r:.60} holds {', '.join(found)}: turn it into nodes in ComfyUI, "
+                "save, and convert again"
+            )
