@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,10 @@ import typer
 
 from qwencli.commands.options import RunOptions, SetOptions, ShapeOptions
 from qwencli.commands.profiling import trace_answer
-from qwencli.commands.reports import caption_record, failure_record, stats_line
+from qwencli.commands.reports import caption_record, failure_record
 from qwencli.config import Existing
 from qwencli.errors import InputError, StoppedError, UsageError
-from qwencli.output import Output, counted
+from qwencli.output import Output, counted, stats_line
 
 if TYPE_CHECKING:
     from qwencli.config import EngineConfig
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from qwencli.dataset.caption_set import CaptionSet
     from qwencli.dataset.parts import Held
     from qwencli.dataset.pipeline import Outcome
-    from qwencli.dataset.sinks import Sink as CaptionSink
-    from qwencli.dataset.sources import Listing
     from qwencli.dataset.worker import Captioner
 
 
@@ -87,7 +85,7 @@ def caption_set(
     from qwencli.commands.requests import system_messages
     from qwencli.dataset.asking import Asking
     from qwencli.dataset.boxes import Overlays
-    from qwencli.dataset.caption_set import open_set
+    from qwencli.dataset.caption_set import open_set, place_of
     from qwencli.dataset.manifest import STATE_FOLDER
     from qwencli.dataset.pipeline import Stopper
     from qwencli.dataset.sources import Listing, Selection, list_inputs
@@ -113,7 +111,7 @@ def caption_set(
             "--recursive looks into its folders too" if not chosen.recursive else "check the path",
         )
     extension = _extension(chosen, manner)
-    place = _place(listing, chosen, extension)
+    place = place_of(listing, chosen.output, extension)
     wish = Wish(
         chosen.existing or Existing.SKIP,
         fields=tuple(manner.prompts.fields),
@@ -295,21 +293,6 @@ def _devices(chosen: SetOptions, run: RunOptions) -> tuple[str, ...]:
     return named_devices(chosen.devices)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where captions go.
-
-    Args:
-        root: the folder of the manifest and of failures.jsonl.
-        suffix: of the files that captions are written to.
-    """
-
-    root: Path
-    sink: CaptionSink
-    manifest: str
-    suffix: str
-
-
 def _overlay_folder(
     manner: Manner, overlay: str | None, default: Path | None = None
 ) -> Path | None:
@@ -337,28 +320,6 @@ def _extension(chosen: SetOptions, manner: Manner) -> str:
             "give captions another ending, such as --caption-extension .caption.json",
         )
     return ".json"
-
-
-def _place(listing: Listing, chosen: SetOptions, extension: str) -> _Place:
-    from qwencli.dataset.caption_set import MANIFEST
-    from qwencli.dataset.sinks import Sidecars
-    from qwencli.dataset.tables import Table
-
-    output = chosen.output
-    if output is None or os.path.isdir(output) or not output.suffix:
-        if output is None and any(item.part for item in listing.items):
-            raise UsageError(
-                "captions of archives, tables and addresses have no place of their own",
-                "name one with --output, such as --output captions.jsonl or --output captions",
-            )
-        sidecars = Sidecars(output or listing.base, extension)
-        ending = sidecars.extension
-        name = MANIFEST if ending == ".txt" else f"{ending[1:]}.sqlite"
-        return _Place(sidecars.root, sidecars, name, ending)
-    to_base = os.path.relpath(listing.base, output.parent).replace(os.sep, "/")
-    above = "" if to_base == "." else f"{to_base}/"
-    table = Table(output, lambda key: above + key)
-    return _Place(output.parent, table, f"{output.name}.sqlite", output.suffix.lower())
 
 
 def manner_of(

@@ -16,8 +16,6 @@ from qwencli.commands.reports import (
     ProcessTimes,
     caption_record,
     failure_record,
-    shortfall,
-    stats_line,
     unshown,
 )
 from qwencli.commands.requests import (
@@ -29,7 +27,7 @@ from qwencli.commands.requests import (
 )
 from qwencli.errors import EngineError, QwenCliError, StoppedError
 from qwencli.messages import GenerationRequest, ImagePart, VisualPart
-from qwencli.output import Output, visible
+from qwencli.output import Output, shortfall, stats_line, visible
 
 if TYPE_CHECKING:
     from qwencli.dataset.pipeline import Outcome, Task

@@ -16,7 +16,7 @@ from qwencli.commands.chat_settings import (
     switched,
     with_setting,
 )
-from qwencli.commands.reports import caption_record, shortfall, stats_line, unshown
+from qwencli.commands.reports import caption_record, unshown
 from qwencli.commands.requests import (
     OPENING_ERRORS,
     open_picture,
@@ -52,7 +52,7 @@ from qwencli.messages import (
     text_message,
     user_message,
 )
-from qwencli.output import Output, counted, visible
+from qwencli.output import Output, counted, shortfall, stats_line, visible
 
 if TYPE_CHECKING:
     from qwencli.engine.protocol import Engine

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from qwencli.errors import QwenCliError
-from qwencli.output import counted
 from qwencli.results import GenerationResult, Speculation
 
 # How to have more of a file shown than its first picture.
@@ -71,17 +70,6 @@ def _one_or_all(values: list[T]) -> T | list[T] | None:
     return values if len(values) > 1 else values[0] if values else None
 
 
-def shortfall(result: GenerationResult) -> str | None:
-    """What is missing of an answer and how to get it; None where it is whole."""
-    if result.finish_reason == "length":
-        thinking = result.thoughts is not None and not result.text
-        what = "thinking took all" if thinking else "the answer is cut off after"
-        return f"{what} {counted(result.num_new_tokens, 'new token')} (raise --max-new-tokens)"
-    if result.thoughts is not None and not result.text:
-        return "the model thought and gave no answer (try another prompt)"
-    return None
-
-
 def unshown(names: Mapping[str, Sequence[str]]) -> list[str]:
     """A line for each kind of what files hold (`ImagePart.first_of`), of which the first is shown.
 
@@ -121,45 +109,3 @@ class ProcessTimes:
     def line(self) -> str:
         whole = f"{max(self._latest - self._began, 0.0):.2f} s"
         return f"process: {', '.join(self._parts)}; first answer after {whole}"
-
-
-def stats_line(result: GenerationResult) -> str:
-    """One line: tokens, speed, phases, and the modes that ran; what is not known is left out."""
-    t, ran = result.timings, result.effective
-    kv = None if ran.kv_dtype == ran.dtype else ran.kv_dtype and f"{ran.kv_dtype} keys and values"
-    speed = "-" if t.decode_tok_per_s is None else f"{t.decode_tok_per_s:.1f} tok/s"
-    cut = " (cut off)" if result.finish_reason == "length" else ""
-    cached = f"{result.num_cached_tokens} cached" if result.num_cached_tokens else None
-    images = result.num_image_tokens
-    prompt = _listed(None if images is None else f"{images} of images", cached)
-    phases = _listed(
-        None if t.load_s is None else f"load {t.load_s:.2f} s",
-        _ms("preprocess", t.preprocess_s),
-        _ms("vision", t.vision_encode_s),
-        _ms("prefill", t.prefill_s),
-        _ms("TTFT", t.ttft_s),
-    )
-    modes = _listed(ran.engine, ran.quantization, ran.attention, ran.cache, ran.kernels, kv)
-    dtype = f", {ran.dtype}" if ran.dtype else ""
-    tokens = "-" if result.num_prompt_tokens is None else result.num_prompt_tokens
-    return (
-        f"{counted(result.num_new_tokens, 'token')}{cut} at {speed} | prompt {tokens}"
-        + (f" ({prompt})" if prompt else "")
-        + f" | {phases} | {modes}{dtype} on {ran.device}{_speculation(result)}"
-    )
-
-
-def _listed(*parts: str | None) -> str:
-    return ", ".join(part for part in parts if part is not None)
-
-
-def _speculation(result: GenerationResult) -> str:
-    found = result.speculation
-    if found is None:
-        return ""
-    gain = "-" if found.net_gain is None else f"{found.net_gain:.2f}"
-    return f" | {found.num_accepted} of {found.num_drafted} drafts accepted, gain {gain}"
-
-
-def _ms(phase: str, seconds: float | None) -> str | None:
-    return None if seconds is None else f"{phase} {seconds * 1e3:.0f} ms"

@@ -82,11 +82,11 @@ def _span(first: int, second: int, pixels: int, units: int) -> tuple[int, int]:
     return start, max(end, start + 1)
 
 
-def draw(picture: Image, boxes: Sequence[dict[str, Any]]) -> Image:
-    """A copy with boxes (as `in_pixels` writes them) and their labels, `MAX_SIDE` at most."""
+def draw(picture: Image, boxes: Sequence[dict[str, Any]], max_side: int | None = MAX_SIDE) -> Image:
+    """A copy with boxes (as `in_pixels` writes them) and their labels, `max_side` at most."""
     from PIL import ImageDraw, ImageFont
 
-    scale = min(1.0, MAX_SIDE / max(picture.size))
+    scale = 1.0 if max_side is None else min(1.0, max_side / max(picture.size))
     width, height = (max(1, round(side * scale)) for side in picture.size)
     drawn = picture.convert("RGB").resize((width, height))
     pen = ImageDraw.Draw(drawn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from qwencli.dataset import pipeline
 from qwencli.dataset.manifest import STATE_FOLDER, Manifest, job_hash
 from qwencli.dataset.pipeline import Captioned, Outcome
-from qwencli.dataset.sinks import CaptionWriter, Sink, settle, write_whole
+from qwencli.dataset.sinks import CaptionWriter, Sidecars, Sink, settle, write_whole
 from qwencli.dataset.sources import PARTIAL_PREFIX, PARTIAL_SUFFIX, Listing
+from qwencli.dataset.tables import Table
 from qwencli.dataset.worklist import Wish, Worklist, work_of
-from qwencli.errors import DatasetError, OutputError
+from qwencli.errors import DatasetError, OutputError, UsageError
 from qwencli.folder_lock import FolderLock
 
 if TYPE_CHECKING:
@@ -131,6 +133,43 @@ class CaptionSet:
             self.totals.num_new_tokens += outcome.result.num_new_tokens
         else:
             self.totals.failed += 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where captions go.
+
+    Args:
+        root: the folder of the manifest and of failures.jsonl.
+        suffix: of the files that captions are written to.
+    """
+
+    root: Path
+    sink: Sink
+    manifest: str
+    suffix: str
+
+
+def place_of(listing: Listing, output: Path | None, extension: str) -> Place:
+    """Where captions go: to `output`, a table or a folder, or beside the pictures.
+
+    Raises:
+        UsageError: the pictures have no place beside them.
+    """
+    if output is None or os.path.isdir(output) or not output.suffix:
+        if output is None and any(item.part for item in listing.items):
+            raise UsageError(
+                "captions of archives, tables and addresses have no place of their own",
+                "name one with --output, such as --output captions.jsonl or --output captions",
+            )
+        sidecars = Sidecars(output or listing.base, extension)
+        ending = sidecars.extension
+        name = MANIFEST if ending == ".txt" else f"{ending[1:]}.sqlite"
+        return Place(sidecars.root, sidecars, name, ending)
+    to_base = os.path.relpath(listing.base, output.parent).replace(os.sep, "/")
+    above = "" if to_base == "." else f"{to_base}/"
+    table = Table(output, lambda key: above + key)
+    return Place(output.parent, table, f"{output.name}.sqlite", output.suffix.lower())
 
 
 @contextmanager

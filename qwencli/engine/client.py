@@ -18,9 +18,12 @@ T = TypeVar("T")
 
 
 def generate_many(
-    engine: Engine, requests: Iterable[RequestSource]
+    engine: Engine, requests: Iterable[RequestSource], *, expected: int | None = None
 ) -> Iterator[GenerationResult | QwenCliError]:
     """Answer requests together, as many at a time as the engine runs; results in their order.
+
+    Args:
+        expected: see `answers`.
 
     Requests are taken from the iterable as there is room for them. One that cannot be answered
     gives its error in place of a result. Closing the iterator aborts what is unfinished.
@@ -28,7 +31,7 @@ def generate_many(
     source = enumerate(requests)
     results: dict[int, GenerationResult | QwenCliError] = {}
     due = 0
-    for number, result in answers(engine, lambda: next(source, None)):
+    for number, result in answers(engine, lambda: next(source, None), expected=expected):
         results[number] = result
         while due in results:
             yield results.pop(due)

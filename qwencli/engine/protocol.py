@@ -13,6 +13,9 @@ from qwencli.errors import QwenCliError
 from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult
 
+# How long a step waits for what another process computes: longer, and Windows hears no Ctrl-C.
+WAIT_S = 0.2
+
 
 class RequestQueue(Protocol):
     """The half of `Engine` that answers many requests."""
@@ -137,11 +140,17 @@ def drain(chunks: Iterator[GenerationChunk]) -> GenerationResult:
 
 
 def stream_alone(requests: RequestQueue, request: GenerationRequest) -> Iterator[GenerationChunk]:
-    """The chunks of one request in a queue of its own, closed after them. Raises its error."""
+    """The chunks of one request in a queue of its own, closed after them. Raises its error.
+
+    While nothing comes there are empty chunks, after each of which a caller may give up.
+    """
     requests.add(request)
     try:
         while requests.has_unfinished:
-            for output in requests.step():
+            outputs = requests.step()
+            if not outputs:
+                yield GenerationChunk("", ())
+            for output in outputs:
                 if output.error is not None:
                     raise output.error
                 if output.chunk is not None:

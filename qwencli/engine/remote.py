@@ -33,7 +33,7 @@ from qwencli.engine.openai_format import (
     prepared,
     read_json,
 )
-from qwencli.engine.protocol import ManyRequests, RequestQueue, drain, stream_alone
+from qwencli.engine.protocol import WAIT_S, ManyRequests, RequestQueue, drain, stream_alone
 from qwencli.engine.request import RequestId, RequestSource, StepOutput, request_of
 from qwencli.errors import (
     AnswerError,
@@ -149,8 +149,17 @@ class _Retry(Exception):
         self.error, self.unreachable, self.pause_s = error, unreachable, pause_s
 
 
-def remote_model(endpoints: Sequence[str], name: str | None, *, offline: bool = False) -> ModelSpec:
+def remote_model(
+    endpoints: Sequence[str],
+    name: str | None,
+    *,
+    offline: bool = False,
+    key_variable: str = KEY_VARIABLE,
+) -> ModelSpec:
     """The model that is asked for by this name, or the only one that the servers have.
+
+    Args:
+        key_variable: see `RemoteEngine`.
 
     Raises:
         UsageError: there are several, and none was named.
@@ -160,7 +169,7 @@ def remote_model(endpoints: Sequence[str], name: str | None, *, offline: bool = 
         config = EngineConfig(
             ModelSpec("", ModelSource.REMOTE), EngineName.REMOTE, endpoints=tuple(endpoints)
         )
-        with RemoteEngine(replace(config, offline=offline)) as engine:
+        with RemoteEngine(replace(config, offline=offline), key_variable) as engine:
             name = engine.config.model.name
     from qwencli.models.builtin import builtin_spec, find_builtin
 
@@ -177,6 +186,9 @@ def remote_model(endpoints: Sequence[str], name: str | None, *, offline: bool = 
 class RemoteEngine(ManyRequests):
     """Implements `Engine` over servers; `load` asks each what models it has.
 
+    Args:
+        key_variable: the environment variable that holds the servers' API key.
+
     Raises:
         UsageError: no endpoint, or one that is no address, on creation.
         UnsupportedModeError: a mode that is the server's own, on creation.
@@ -184,8 +196,9 @@ class RemoteEngine(ManyRequests):
 
     batch_from = 2
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, key_variable: str = KEY_VARIABLE) -> None:
         config = replace(config, engine=EngineName.REMOTE)
+        self._key_variable = key_variable
         _check_settings(config)
         self.config = config
         self.endpoints = [
@@ -232,7 +245,7 @@ class RemoteEngine(ManyRequests):
         if self._calls is not None:
             return
         started_s = time.perf_counter()
-        calls = _Calls(self.endpoints)
+        calls = _Calls(self.endpoints, self._key_variable)
         try:
             refusals = calls.wait(calls.introduce(self.config.model))
             name = self.config.model.name or calls.wait(calls.only_model())
@@ -362,10 +375,10 @@ class _RemoteQueue:
         """What has come; waits for something."""
         if not self._unfinished:
             return []
-        outputs: list[StepOutput] = []
-        while not outputs:
-            with contextlib.suppress(queue.Empty):
-                outputs.append(self._outputs.get(timeout=0.2))  # or Windows hears no Ctrl-C
+        try:
+            outputs = [self._outputs.get(timeout=WAIT_S)]
+        except queue.Empty:
+            return []
         with contextlib.suppress(queue.Empty):
             while True:
                 outputs.append(self._outputs.get_nowait())
@@ -388,13 +401,14 @@ class _RemoteQueue:
 class _Calls:
     """The connections to all servers, in the event loop of a thread."""
 
-    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
+    def __init__(self, endpoints: Sequence[Endpoint], key_variable: str) -> None:
         import ssl
 
         import httpx
 
         self.endpoints = endpoints
-        key = os.environ.get(KEY_VARIABLE)
+        self._key_variable = key_variable
+        key = os.environ.get(key_variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         if key and not (key.isascii() and key.isprintable()):
             raise UsageError("--api-key has characters that no header can carry", "check the key")
@@ -765,8 +779,9 @@ class _Calls:
             failure = AnswerError(f"{endpoint.name} sent status {status} for an answer", _TRY_AGAIN)
             raise _Retry(failure)
         if status in (401, 403):
-            has = "refuses the API key" if os.environ.get(KEY_VARIABLE) else "wants an API key"
-            raise EndpointError(f"{endpoint.name} {has} ({said})", "give it with --api-key")
+            given = os.environ.get(self._key_variable)
+            wants = "refuses the API key" if given else "wants an API key"
+            raise EndpointError(f"{endpoint.name} {wants} ({said})", "give it with --api-key")
         if status == 404:
             raise EndpointError(
                 f"{endpoint.name} has no model {endpoint.model!r}, or no such API: {said}",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from qwencli.config import EngineConfig
-from qwencli.engine.protocol import ManyRequests, RequestQueue, drain, stream_alone
+from qwencli.engine.protocol import WAIT_S, ManyRequests, RequestQueue, drain, stream_alone
 from qwencli.engine.request import RequestId, RequestSource, StepOutput, request_of
 from qwencli.errors import EngineError, OutputError, QwenCliError
 from qwencli.messages import GenerationRequest
@@ -519,12 +519,12 @@ class _ResidentQueue:
             self._box.put((asked, {"error": failure}))
 
     def step(self) -> list[StepOutput]:
-        """What has come; waits for something."""
+        """What has come; waits for something, but not for long."""
         while self._sources:
             try:
-                asked, message = self._box.get(timeout=0.2)  # or Windows hears no Ctrl-C
+                asked, message = self._box.get(timeout=WAIT_S)
             except queue.Empty:
-                continue
+                return []
             number = self._asked.get(asked)
             if number is None or number not in self._sources:
                 continue

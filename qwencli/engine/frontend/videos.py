@@ -162,6 +162,28 @@ def even_indices(total: int, count: int) -> list[int]:
     return [int(i) for i in np.linspace(0, total - 1, min(count, total)).round()]
 
 
+def chosen_frames(
+    name: str,
+    size: tuple[int, int],
+    total: int,
+    duration_s: float,
+    wanted: int | None,
+    held_bytes: int = 0,
+) -> list[int]:
+    """Which of `total` frames of (width, height) `size` are looked at, in order.
+
+    Args:
+        wanted, held_bytes: see `open_video`.
+
+    Raises:
+        InputError: so many frames as are wanted are more than memory is meant to hold.
+    """
+    most = max(_room(size, held_bytes), 1)
+    chosen = even_indices(total, _count(total, duration_s, wanted, most))
+    _check_size(name, size, len(chosen), held_bytes)
+    return chosen
+
+
 def _count(total: int, duration_s: float, wanted: int | None, most: int = MOST_FRAMES) -> int:
     own = min(max(round(duration_s * FRAMES_PER_SECOND), FEWEST_FRAMES), MOST_FRAMES, most)
     return min(total, own if wanted is None else wanted)
@@ -219,9 +241,7 @@ def _from_folder(folder: Path, wanted: int | None, held_bytes: int) -> VideoPart
         raise InputError(f"{folder} holds no pictures", "give a folder with the frames of a video")
     duration_s = len(files) / FRAMES_PER_SECOND
     size = read_picture(files[0], lambda image, _: image.size)
-    most = max(_room(size, held_bytes), 1)
-    chosen = even_indices(len(files), _count(len(files), duration_s, wanted, most))
-    _check_size(str(folder), size, len(chosen), held_bytes)
+    chosen = chosen_frames(str(folder), size, len(files), duration_s, wanted, held_bytes)
     shown: list[Image.Image] = []
     for index in chosen:
         read = functools.partial(_frame, shown, len(chosen), held_bytes)
@@ -276,9 +296,7 @@ def _from_animation(
         image.load()
         begins.append(now_s)
         now_s += image.info.get("duration", 0) / 1e3 or _FRAME_S
-    most = max(_room(image.size, held_bytes), 1)
-    chosen = even_indices(total, _count(total, now_s, wanted, most))
-    _check_size(name, image.size, len(chosen), held_bytes)
+    chosen = chosen_frames(name, image.size, total, now_s, wanted, held_bytes)
     # Decoders keep the frame before, and what it covers, too.
     held_bytes += _others_bytes(image.size, len(chosen) + 2)
     frames = []
@@ -336,9 +354,7 @@ def _from_video_file(
             if min(size) <= 0:
                 raise InputError(f"{name}: damaged video file (no size is stated)", _COPY_AGAIN)
             held_bytes += size[0] * size[1] * _DECODER_BYTES_A_PIXEL
-            most = max(_room(size, held_bytes), 1)
-            chosen = even_indices(total, _count(total, total / rate, wanted, most))
-            _check_size(name, size, len(chosen), held_bytes)
+            chosen = chosen_frames(name, size, total, total / rate, wanted, held_bytes)
             # The header may state less than the frames turn out to have.
             stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
             frames, times_s = _decoded(container.decode(stream), chosen, rate, size)

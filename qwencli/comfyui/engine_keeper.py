@@ -1,0 +1,231 @@
+"""The one engine of this process, kept between runs of nodes until something else needs its memory.
+
+It goes when another configuration is asked for, when ComfyUI wants memory on its device, when it
+has been idle for as long as the last node said, and when the program ends. Nodes hold no state of
+their own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from qwencli.comfyui import comfy_host
+from qwencli.comfyui.schemas import Runs
+from qwencli.config import EngineConfig
+from qwencli.errors import EngineError, OutOfMemoryError, QwenCliError
+
+if TYPE_CHECKING:
+    from qwencli.engine.protocol import Engine
+    from qwencli.engine.request import StepOutput
+    from qwencli.messages import GenerationRequest
+    from qwencli.results import GenerationChunk, GenerationResult
+
+log = logging.getLogger("qwencli.comfyui")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What tells one engine from another.
+
+    Args:
+        key_variable: of a remote one; the environment variable with the API key.
+    """
+
+    config: EngineConfig
+    runs: Runs = Runs.IN_PROCESS
+    key_variable: str = ""
+
+
+class StoppableEngine:
+    """An engine that looks between two steps whether the user has asked for a stop.
+
+    Args:
+        check: raises where that is so.
+    """
+
+    def __init__(self, engine: Engine, check: Callable[[], None]) -> None:
+        self._engine, self._check = engine, check
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def step(self) -> list[StepOutput]:
+        self._check()
+        return self._engine.step()
+
+    def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
+        self._check()
+        # Closed at once, or what runs ahead would run on.
+        with closing(cast("Any", self._engine.stream(request))) as chunks:
+            for chunk in chunks:
+                yield chunk
+                self._check()
+
+    def generate(self, request: GenerationRequest) -> GenerationResult:
+        from qwencli.engine.protocol import drain
+
+        return drain(self.stream(request))
+
+
+class EngineKeeper:
+    """Thread-safe: one node after the other has the engine.
+
+    Args:
+        create: makes an engine, not yet loaded.
+    """
+
+    def __init__(self, create: Callable[[Wanted, float], Engine]) -> None:
+        self._create = create
+        self._lock = threading.RLock()
+        self._engine: Engine | None = None
+        self._wanted: Wanted | None = None
+        self._timer: threading.Timer | None = None
+        self._in_use = False
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._engine is not None
+
+    @contextmanager
+    def using(self, wanted: Wanted, keep_s: float) -> Iterator[Engine]:
+        """The engine that is wanted, loaded; another one is closed first.
+
+        Args:
+            keep_s: how long it stays afterwards; 0 = it is closed then.
+
+        Raises:
+            QwenCliError: it cannot be loaded, also after ComfyUI has given up its own models.
+        """
+        with self._lock:
+            if self._in_use:
+                raise EngineError("the engine is in use by this very thread", "report this fault")
+            self._in_use = True
+            self._stop_timer()
+            try:
+                engine = self._loaded(wanted, keep_s)
+                yield cast("Engine", StoppableEngine(engine, comfy_host.check_interrupted))
+            except Exception as error:
+                # What nobody foresaw may have left it in any state.
+                if not (isinstance(error, QwenCliError) or comfy_host.is_interruption(error)):
+                    self._close()
+                raise
+            finally:
+                self._in_use = False
+                if keep_s <= 0:
+                    self._close()
+                elif self._engine is not None:
+                    self._start_timer(keep_s)
+
+    def give_back(self, device: str) -> None:
+        """Close the engine where it takes memory of `device`, unless a node is using it."""
+        if self._engine is None or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if self._engine is not None and not self._in_use and self._is_on(device):
+                log.info("qwencli: the model is unloaded, as ComfyUI needs the memory")
+                self._close(with_process=True)
+        finally:
+            self._lock.release()
+
+    def close(self) -> None:
+        """Close the engine, unless a node is using it."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._in_use:
+                    self._stop_timer()
+                    self._close()
+            finally:
+                self._lock.release()
+
+    def _loaded(self, wanted: Wanted, keep_s: float) -> Engine:
+        if self._engine is not None and self._wanted == wanted:
+            return self._engine
+        self._close()
+        comfy_host.when_memory_is_wanted(self.give_back)
+        comfy_host.empty_cache()
+        engine = None
+        with suppress(OutOfMemoryError):
+            engine = self._opened(wanted, keep_s)
+        if engine is None:
+            # Not in a handler: until one ends, the traceback holds what took the memory.
+            log.info("qwencli: out of memory; ComfyUI is asked for the memory of its models")
+            comfy_host.free_models()
+            engine = self._opened(wanted, keep_s)
+        self._engine, self._wanted = engine, wanted
+        # Loading takes all objects out of garbage collection. ComfyUI finds models that nobody
+        # uses any more by collecting, so here they stay in.
+        gc.unfreeze()
+        return engine
+
+    def _opened(self, wanted: Wanted, keep_s: float) -> Engine:
+        engine = self._create(wanted, keep_s)
+        try:
+            engine.load()
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    def _is_on(self, device: str) -> bool:
+        assert self._engine is not None, "somebody asked"
+        kind, _, number = device.partition(":")
+        ours, _, our_number = self._engine.effective.device.partition(":")
+        return kind == ours and (not number or not our_number or number == our_number)
+
+    def _close(self, *, with_process: bool = False) -> None:
+        """Close the engine. with_process: the resident process too, where nothing runs in it."""
+        engine, wanted = self._engine, self._wanted
+        self._engine = self._wanted = None
+        if engine is None or wanted is None:
+            return
+        engine.close()
+        if with_process and wanted.runs is Runs.RESIDENT:
+            from qwencli.server import resident
+
+            there = resident.status()
+            if there is not None and not there.running:
+                resident.stop()
+
+    def _start_timer(self, seconds: float) -> None:
+        def close() -> None:
+            with self._lock:
+                if self._timer is timer and not self._in_use:
+                    self._timer = None
+                    self._close()
+
+        timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), close)
+        timer.daemon, timer.name = True, "qwencli idle"
+        self._timer = timer
+        timer.start()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def create(wanted: Wanted, keep_s: float) -> Engine:
+    """The engine that is wanted, not yet loaded."""
+    if wanted.runs is Runs.RESIDENT:
+        from qwencli.server.resident import ResidentEngine
+
+        # A node that keeps nothing still needs it for as long as it runs.
+        return ResidentEngine(wanted.config, max(keep_s, 1.0), log.info)
+    if wanted.runs is Runs.REMOTE:
+        from qwencli.engine.remote import RemoteEngine
+
+        return RemoteEngine(wanted.config, wanted.key_variable)
+    from qwencli.engine.factory import create_engine
+
+    return create_engine(wanted.config)
+
+
+KEEPER = EngineKeeper(create)
+atexit.register(KEEPER.close)
