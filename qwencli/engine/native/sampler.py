@@ -21,6 +21,7 @@ import torch
 from qwencli.config import SamplingParams
 from qwencli.engine.device_memory import upload
 from qwencli.engine.ops.next_tokens import penalised
+from qwencli.engine.ops.rejection import Candidates, check_drafts
 
 # `--top-k` ends at 200; a partial sort of this many candidates serves every top-k request.
 TOP_K_CANDIDATES = 256
@@ -143,6 +144,7 @@ class Sampler:
         vocab_size: V, rows of the output head.
         max_steps: most tokens one request may generate.
         rows: R.
+        with_drafts: whether steps may check drafted tokens (`check`).
 
     `by_row`: tokens are drawn a row at a time, so that sums do not depend on how many there are.
     """
@@ -150,13 +152,22 @@ class Sampler:
     by_row = False
 
     def __init__(
-        self, vocab_size: int, max_steps: int, device: torch.device, rows: int = 1
+        self,
+        vocab_size: int,
+        max_steps: int,
+        device: torch.device,
+        rows: int = 1,
+        with_drafts: bool = False,
     ) -> None:
         self.vocab_size = vocab_size
         # One table, so that rows that begin together are set up in one copy: [R, 5].
         self.settings = torch.zeros(rows, 5, device=device)
         self.temperature, self.top_p, self.min_p, self.penalty, self.top_k = self.settings.unbind(1)
         self.uniforms = torch.zeros(rows, max_steps, device=device)  # [R, max_steps]
+        # Whether a draft of each step stays, and which one it is, by draws of their own.
+        drafted = max_steps if with_drafts else 0
+        self.accept_uniforms = torch.zeros(rows, drafted, device=device)
+        self.draft_uniforms = torch.zeros(rows, drafted, device=device)
         self.seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)  # [R, V]
 
     def narrow(self, first: int, count: int) -> Sampler:
@@ -191,7 +202,8 @@ class Sampler:
 
     def move(self, sources: torch.Tensor, places: torch.Tensor) -> None:
         """Copy rows `sources` (int64 on the device) to `places`, where nothing runs."""
-        for state in (self.settings, self.uniforms, self.seen):
+        for name in ("settings", "seen", *_UNIFORMS):
+            state = getattr(self, name)
             state.index_copy_(0, places, state.index_select(0, sources))
 
     def _settings(self, sampling: SamplingParams) -> torch.Tensor:
@@ -217,9 +229,13 @@ class Sampler:
         if sampling.do_sample:
             seed = secrets.randbits(32) if sampling.seed < 0 else sampling.seed
             generator = torch.Generator().manual_seed(seed)
-            drawn = torch.rand(sampling.max_new_tokens, generator=generator)
-            (sent,) = upload([drawn], self.uniforms.device)
-            self.uniforms[row, : len(sent)].copy_(sent)
+            tables = [self.uniforms]
+            if self.accept_uniforms.shape[1]:
+                # Behind the others, which are those of a request without drafts.
+                tables += [self.accept_uniforms, self.draft_uniforms]
+            drawn = [torch.rand(sampling.max_new_tokens, generator=generator) for _ in tables]
+            for table, sent in zip(tables, upload(drawn, self.uniforms.device), strict=True):
+                table[row, : len(sent)].copy_(sent)
 
     def sample(
         self,
@@ -260,6 +276,88 @@ class Sampler:
             seen[row:].index_fill_(1, input_ids[row : row + 1], True)
         return penalised(logits.float(), seen, self.penalty).argmax(dim=-1)
 
+    def check(
+        self,
+        logits: torch.Tensor,
+        input_ids: torch.Tensor,
+        step: torch.Tensor,
+        kind: SamplerKind,
+        proposal: Candidates | None,
+    ) -> torch.Tensor:
+        """The tokens behind each of S tokens fed to R rows, of which all but the first are drafts:
+        int64 [R, S]. As `check_drafts`; the likeliest ones where nothing is drawn.
+
+        Args:
+            logits: [R * S, V]. input_ids: int64 [R, S]. step: int64 [R], of the first one.
+            proposal: what drafts were drawn from, [R, S - 1, C]; None = nobody drew them.
+        """
+        rows, size = input_ids.shape
+        if kind is SamplerKind.ARGMAX:
+            return logits.argmax(dim=-1).view(rows, size)
+        # Each draft counts as seen from its own place on.
+        seen = self.seen[:, None].repeat(1, size, 1)
+        for place in range(1, size):
+            ids = input_ids[:, place, None, None].expand(rows, size - place, 1)
+            seen[:, place:].scatter_(2, ids, True)
+        spread = self._repeated(size)
+        scores = penalised(logits.float(), seen.flatten(0, 1), spread.penalty)
+        if kind is SamplerKind.GREEDY:
+            return scores.argmax(dim=-1).view(rows, size)
+        flat = spread._settled(spread.candidates(scores, kind), scores)
+        target = Candidates(*(each.view(rows, size, -1) for each in (flat.ids, flat.weights)))
+        at = step[:, None] + torch.arange(size, device=step.device)
+        at = at.clamp(max=self.uniforms.shape[1] - 1)
+        accept = self.accept_uniforms.gather(1, at[:, : size - 1])
+        redraw = self.uniforms.gather(1, at)
+        return check_drafts(target, input_ids[:, 1:], proposal, self.vocab_size, accept, redraw)
+
+    def draw_draft(
+        self, logits: torch.Tensor, drafts: Sequence[torch.Tensor], step: torch.Tensor
+    ) -> tuple[torch.Tensor, Candidates]:
+        """A draft of each row behind `drafts`, int64 [R] each, from `logits` [R, V], and what it
+        was drawn from: at most `TOP_K_CANDIDATES` tokens, whatever the row may choose from.
+
+        Args:
+            step: int64 [R], of the first of the drafts.
+        """
+        seen = self.seen
+        if drafts:
+            seen = seen.scatter(1, torch.stack(tuple(drafts), 1), True)
+        scores = penalised(logits.float(), seen, self.penalty)
+        candidates = self._settled(self.candidates(scores, SamplerKind.TOP_K), scores)
+        at = (step + len(drafts)).clamp(max=self.draft_uniforms.shape[1] - 1)
+        uniforms = self.draft_uniforms.gather(1, at[:, None]).squeeze(1)
+        return candidates.draw(uniforms), candidates
+
+    def _repeated(self, count: int) -> Sampler:
+        """The settings of each row so many times."""
+        part = copy.copy(self)
+        for name in _SETTINGS:
+            setattr(part, name, getattr(self, name).repeat_interleave(count, 0))
+        return part
+
+    def candidates(self, scores: torch.Tensor, kind: SamplerKind) -> Candidates:
+        """What each row may choose from by scores [R, V], and how likely it is to."""
+        count = self.vocab_size
+        if kind is SamplerKind.TOP_K:
+            count = min(TOP_K_CANDIDATES, count)
+        # Descending, [R, C].
+        ranked, ids = torch.topk(scores / self.temperature[:, None], count)
+        rank = torch.arange(count, device=scores.device)
+        ranked = ranked.masked_fill(rank >= self.top_k[:, None], float("-inf"))
+        probs = ranked.softmax(dim=-1)
+        before = probs.cumsum(dim=-1) - probs
+        keep = (before < self.top_p[:, None]) & (probs >= self.min_p[:, None] * probs[:, :1])
+        # The likeliest token always stays, also for --top-p 0; one that is forbidden never does.
+        keep = (keep & (probs > 0)) | (rank == 0)
+        return Candidates(ids, probs * keep)
+
+    def _settled(self, candidates: Candidates, scores: torch.Tensor) -> Candidates:
+        """With the one that a row takes alone, of equal scores, where it does not draw."""
+        likeliest = scores.argmax(dim=-1, keepdim=True)
+        ids = torch.where((self.top_k == 1)[:, None], likeliest, candidates.ids)
+        return Candidates(ids, candidates.weights)
+
     def _draw_rows(
         self, scores: torch.Tensor, step: torch.Tensor, kind: SamplerKind
     ) -> torch.Tensor:
@@ -275,24 +373,10 @@ class Sampler:
         return torch.where(self.top_k == 1, scores.argmax(dim=-1), token)
 
     def _draw(self, scores: torch.Tensor, step: torch.Tensor, kind: SamplerKind) -> torch.Tensor:
-        candidates = self.vocab_size
-        if kind is SamplerKind.TOP_K:
-            candidates = min(TOP_K_CANDIDATES, candidates)
-        # Descending, [R, C].
-        ranked, ids = torch.topk(scores / self.temperature[:, None], candidates)
-        rank = torch.arange(candidates, device=scores.device)
-        ranked = ranked.masked_fill(rank >= self.top_k[:, None], float("-inf"))
-        probs = ranked.softmax(dim=-1)
-        before = probs.cumsum(dim=-1) - probs
-        keep = (before < self.top_p[:, None]) & (probs >= self.min_p[:, None] * probs[:, :1])
-        # The likeliest token always stays, also for --top-p 0; one that is forbidden never does.
-        keep = (keep & (probs > 0)) | (rank == 0)
-        cumulative = (probs * keep).cumsum(dim=-1)
-        target = self.uniforms.gather(1, step[:, None]) * cumulative[:, -1:]
-        # Rounding may leave the target at the very top; the last kept rank is the answer then.
-        pick = (cumulative <= target).sum(dim=-1, keepdim=True)
-        last_kept = keep.sum(dim=-1, keepdim=True) - 1
-        return ids.gather(1, torch.minimum(pick, last_kept)).squeeze(1)
+        uniforms = self.uniforms.gather(1, step[:, None]).squeeze(1)
+        return self.candidates(scores, kind).draw(uniforms)
 
 
-_BY_ROW = ("settings", "temperature", "top_p", "min_p", "penalty", "top_k", "uniforms", "seen")
+_SETTINGS = ("temperature", "top_p", "min_p", "penalty", "top_k")
+_UNIFORMS = ("uniforms", "accept_uniforms", "draft_uniforms")
+_BY_ROW = ("settings", *_SETTINGS, *_UNIFORMS, "seen")
