@@ -27,10 +27,6 @@ _TYPES: dict[Kind, Any] = {
 }
 
 
-class NodeError(Exception):
-    """What ComfyUI shows of a node that failed: what is wrong, and what to do, in one line."""
-
-
 def _input(each: schemas.Input) -> Any:
     about: dict[str, Any] = {"optional": each.optional, "tooltip": each.tooltip}
     if each.is_widget:
@@ -75,7 +71,7 @@ class QwencliNode(io.ComfyNode):
         try:
             return io.NodeOutput(*nodes.run(cls.NODE, given))
         except QwenCliError as error:
-            raise NodeError(nodes.node_text(error)) from None
+            raise nodes.NodeError(nodes.node_text(error)) from None
 
 
 class QwencliModelNode(QwencliNode):

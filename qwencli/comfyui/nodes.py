@@ -67,6 +67,10 @@ class EngineChoice:
     max_seq_len: int | None = None
 
 
+class NodeError(Exception):
+    """What ComfyUI shows of a node that failed: what is wrong, and what to do, in one line."""
+
+
 def run(node: Node, given: Values) -> tuple[Any, ...]:
     """The outputs of a node.
 
@@ -368,6 +372,8 @@ def _folder(values: Values) -> tuple[Any, ...]:
     path, glob = values["path"].strip(), values["glob"].strip()
     if not path:
         raise UsageError("path is empty", "give the folder with the pictures")
+    if not _is_there(path):
+        raise InputError(f"{path}: no such folder", "check path, as this machine sees it")
     listing = list_inputs([path], Selection(values["recursive"], (glob,) if glob else ()))
     if not (listing.items or listing.refused):
         raise InputError(
@@ -448,6 +454,13 @@ def _folder(values: Values) -> tuple[Any, ...]:
     if failures is not None:
         lines.append(f"what failed, and why: {failures}")
     return "\n".join(lines), totals.captioned, totals.failed, statistics
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:
+        return False  # too long a name, or one nobody may look at
 
 
 def _engine(values: Values) -> tuple[Any, ...]:

@@ -22,11 +22,11 @@ def generate_many(
 ) -> Iterator[GenerationResult | QwenCliError]:
     """Answer requests together, as many at a time as the engine runs; results in their order.
 
-    Args:
-        expected: see `answers`.
-
     Requests are taken from the iterable as there is room for them. One that cannot be answered
     gives its error in place of a result. Closing the iterator aborts what is unfinished.
+
+    Args:
+        expected: see `answers`.
     """
     source = enumerate(requests)
     results: dict[int, GenerationResult | QwenCliError] = {}

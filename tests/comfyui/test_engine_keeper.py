@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from qwencli.comfyui import comfy_host
+from qwencli.comfyui.engine_keeper import EngineKeeper, Wanted
+from qwencli.comfyui.schemas import Runs
+from qwencli.config import EngineConfig, ModelSource, ModelSpec
+from qwencli.errors import EngineError, InputError, OutOfMemoryError
+from tests.comfyui.comfy_stub import InterruptProcessingException, Management
+from tests.dataset.fake_engine import FakeEngine
+
+
+class Made:
+    """Makes engines, and tells what became of them."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        self.closed: list[str] = []
+        self.refuse: Callable[[], None] = lambda: None
+        self.keeper = EngineKeeper(self._create)
+
+    def _create(self, wanted: Wanted, keep_s: float) -> Any:
+        made = self
+
+        class Engine(FakeEngine):
+            def load(self) -> None:
+                made.refuse()
+                made.loaded.append(wanted.config.model.name)
+
+            def close(self) -> None:
+                made.closed.append(wanted.config.model.name)
+
+        return Engine(wanted.config)
+
+
+def wanted(name: str = "a", runs: Runs = Runs.IN_PROCESS) -> Wanted:
+    return Wanted(EngineConfig(ModelSpec(name, ModelSource.BUILTIN)), runs)
+
+
+@pytest.fixture
+def made(management: Management) -> Made:
+    return Made()
+
+
+def use(made: Made, name: str = "a", keep_s: float = 60) -> None:
+    with made.keeper.using(wanted(name), keep_s):
+        pass
+
+
+def test_it_is_kept_and_swapped(made: Made) -> None:
+    use(made)
+    use(made)
+    assert (made.loaded, made.closed) == (["a"], [])
+    use(made, "b")
+    assert (made.loaded, made.closed) == (["a", "b"], ["a"])
+    made.keeper.close()
+    assert made.closed == ["a", "b"] and not made.keeper.is_loaded
+
+
+def test_a_node_that_keeps_nothing_leaves_nothing(made: Made) -> None:
+    use(made, keep_s=0)
+    assert made.closed == ["a"]
+
+
+def test_it_goes_when_it_is_idle(made: Made) -> None:
+    use(made, keep_s=0.05)
+    until_s = time.monotonic() + 5
+    while made.keeper.is_loaded and time.monotonic() < until_s:
+        time.sleep(0.01)
+    assert made.closed == ["a"]
+    use(made, keep_s=0.05)
+    with made.keeper.using(wanted(), 60):
+        time.sleep(0.1)  # that of the use before does not end this one
+    assert made.keeper.is_loaded and made.loaded == ["a", "a"]
+
+
+def test_comfyui_gets_the_memory_when_it_wants_it(made: Made, management: Management) -> None:
+    use(made)
+    hooked = management.free_memory
+    management.free_memory(2**30, "cpu")
+    assert made.closed == []  # there is room
+    management.free_memory(2**40, "cuda:0")
+    assert made.closed == []  # not ours
+    management.free_memory(2**40, "cpu", keep_loaded=[])
+    assert made.closed == ["a"]
+    use(made)
+    assert management.free_memory is hooked  # wrapped once
+    management.unload_all_models()
+    assert made.closed == ["a", "a"]
+    management.unload_all_models()  # nothing is there
+    with made.keeper.using(wanted(), 60):
+        management.unload_all_models()
+        thread = threading.Thread(target=management.unload_all_models)
+        thread.start()
+        thread.join(5)
+        assert not thread.is_alive() and made.keeper.is_loaded
+    made.keeper.close()
+
+
+def test_out_of_memory_while_loading_asks_comfyui_once(made: Made, management: Management) -> None:
+    def refuse() -> None:
+        if not management.unloaded:
+            raise OutOfMemoryError("out of memory", "use 4bit")
+
+    made.refuse = refuse
+    use(made)
+    assert management.unloaded == 1 and made.loaded == ["a"]
+    made.keeper.close()
+
+    def always() -> None:
+        raise OutOfMemoryError("out of memory", "use 4bit")
+
+    made.refuse = always
+    with pytest.raises(OutOfMemoryError):
+        use(made)
+    assert management.unloaded == 2 and not made.keeper.is_loaded
+
+
+def test_what_nobody_foresaw_takes_the_engine_along(made: Made) -> None:
+    for known in (InputError("a wrong picture"), InterruptProcessingException()):
+        with pytest.raises(type(known)), made.keeper.using(wanted(), 60):
+            raise known
+        assert made.closed == []
+    with pytest.raises(RuntimeError), made.keeper.using(wanted(), 60):
+        raise RuntimeError("the device is lost")
+    assert made.closed == ["a"]
+
+
+def test_one_node_after_the_other_has_it(made: Made) -> None:
+    inside, order = threading.Event(), []
+
+    def second() -> None:
+        inside.wait(5)
+        with made.keeper.using(wanted("b"), 60):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with made.keeper.using(wanted(), 60):
+        inside.set()
+        time.sleep(0.05)
+        order.append("first")
+    thread.join(5)
+    assert order == ["first", "second"] and made.closed == ["a"]
+    with made.keeper.using(wanted("b"), 60), pytest.raises(EngineError):
+        use(made, "b")
+    made.keeper.close()
+
+
+def test_outside_of_comfyui_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comfy_host, "_management", lambda: None)
+    comfy_host.check_interrupted()
+    comfy_host.free_models()
+    comfy_host.when_memory_is_wanted(lambda device: None)
+    assert comfy_host.model_bytes() is None
+    assert not comfy_host.is_interruption(RuntimeError())

@@ -1,0 +1,344 @@
+"""Graphs of the nodes on the CPU: with the bundled model, and with engines that fail on purpose."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwencli.comfyui import nodes
+from qwencli.comfyui.engine_keeper import KEEPER, EngineKeeper
+from qwencli.comfyui.nodes import NodeError
+from qwencli.errors import OutOfMemoryError
+from qwencli.messages import GenerationRequest, ImagePart, TextPart, VideoPart
+from tests.comfyui.comfy_stub import (
+    Graph,
+    InterruptProcessingException,
+    Management,
+    ProgressBar,
+    RefusedGraph,
+)
+from tests.comfyui.conftest import EXAMPLES
+from tests.dataset.fake_engine import FakeEngine
+
+SCENE = "A large red circle on the left and a small blue star on the right, on a white background."
+BASE = {"model": "scenes", "temperature": 0.0, "max_new_tokens": 48}
+
+
+@pytest.fixture(scope="module")
+def graph(pictures: dict[str, Any]) -> Iterator[Graph]:
+    yield Graph(**pictures)
+    KEEPER.close()
+
+
+Answers = Callable[[GenerationRequest], str]
+
+
+@pytest.fixture
+def engine_that(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answers], FakeEngine]:
+    """Have the nodes ask an engine that answers so."""
+
+    def made(answer: Answers) -> FakeEngine:
+        engine = FakeEngine(answer=answer)
+
+        def create(wanted: Any, keep_s: float) -> Any:
+            engine.config = wanted.config
+            return engine
+
+        monkeypatch.setattr(nodes, "KEEPER", EngineKeeper(create))
+        return engine
+
+    return made
+
+
+def test_a_single_picture(graph: Graph, management: Management) -> None:
+    text, texts, statistics = graph.one("QwencliCaption", images=["scene"], **BASE)
+    assert text == SCENE and texts == [SCENE]
+    assert "tok/s" in statistics and "TTFT" in statistics and "native, none" in statistics
+    assert "bundled model" in statistics
+
+
+def test_a_batch_of_pictures(graph: Graph, management: Management) -> None:
+    text, texts, statistics = graph.one("QwencliCaption", images=["batch"], **BASE)
+    assert len(texts) == 3 and texts[0] == texts[2] == SCENE != texts[1]
+    assert text.splitlines() == texts
+    assert statistics.startswith("3 answers, ")
+    assert ProgressBar.shown == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_text_only(graph: Graph, management: Management) -> None:
+    text, texts, statistics = graph.one("QwencliChat", prompt="Say something.", **BASE)
+    assert text and texts == [text] and "0 of images" in statistics
+
+
+def test_outputs_of_one_node_go_into_another(graph: Graph, management: Management) -> None:
+    linked = {
+        "engine": {"class_type": "QwencliEngine", "inputs": {"device": "auto"}},
+        "caption": {
+            "class_type": "QwencliCaption",
+            "inputs": {"images": ["scene"], "engine": ["engine", 0], **BASE},
+        },
+        "chat": {
+            "class_type": "QwencliChat",
+            "inputs": {"prompt": ["caption", 0], "engine": ["engine", 0], **BASE},
+        },
+    }
+    assert graph.run(linked, "chat")[0]
+
+
+def test_a_schema_is_kept_to(graph: Graph, management: Management) -> None:
+    schema = json.dumps(
+        {
+            "type": "object",
+            "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},
+            "required": ["n"],
+            "additionalProperties": False,
+        }
+    )
+    one, all_of_them, _ = graph.one(
+        "QwencliStructuredCaption", images=["scene"], schema=schema, **BASE
+    )
+    assert 0 <= json.loads(one)["n"] <= 9 and all_of_them == [one]
+
+
+def test_interrupted_between_two_steps(graph: Graph, management: Management) -> None:
+    """A schema forces a long answer; the engine is as good as new afterwards."""
+    schema = '{"type": "array", "items": {"type": "integer"}, "minItems": 400}'
+    management.interrupt_at = 12
+    with pytest.raises(InterruptProcessingException):
+        graph.one(
+            "QwencliStructuredCaption",
+            images=["scene"],
+            schema=schema,
+            **(BASE | {"max_new_tokens": 2000}),
+        )
+    assert management.polls == 12
+    assert graph.one("QwencliCaption", images=["scene"], **BASE)[0] == SCENE
+
+
+def test_no_step_runs_after_an_interrupt(
+    graph: Graph, management: Management, engine_that: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_that(lambda request: "never")
+    monkeypatch.setattr(engine, "effective", _on_gpu())
+    management.interrupt_at = 3  # the executor's own poll, then two of ours
+    with pytest.raises(InterruptProcessingException):
+        graph.one("QwencliCaption", images=["batch"], **BASE)
+    assert engine.answered <= 2 and not engine.has_unfinished
+
+
+def _on_gpu() -> Any:
+    from dataclasses import replace
+
+    from tests.dataset.fake_engine import RAN
+
+    return replace(RAN, device="cuda:0")
+
+
+def test_batches_run_together_on_a_gpu(
+    graph: Graph, management: Management, engine_that: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_that(lambda request: "x")
+    monkeypatch.setattr(engine, "effective", _on_gpu())
+    graph.one("QwencliCaption", images=["batch"], **BASE)
+    assert engine.most_held == 3
+
+
+@pytest.mark.parametrize("source", ["scene", "batch"])
+def test_out_of_memory_asks_comfyui_once(
+    graph: Graph, management: Management, engine_that: Any, source: str
+) -> None:
+    def answer(request: GenerationRequest) -> str:
+        if not management.unloaded:
+            raise OutOfMemoryError("out of memory on cuda:0", "lower --max-pixels")
+        return "fits now"
+
+    engine_that(answer)
+    assert set(graph.one("QwencliCaption", images=[source], **BASE)[1]) == {"fits now"}
+    assert management.unloaded == 1
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs"),
+    [
+        ("QwencliCaption", {"images": ["scene"]}),
+        ("QwencliCaption", {"images": ["batch"]}),
+        ("QwencliStructuredCaption", {"images": ["scene"]}),
+        ("QwencliBoxes", {"images": ["batch"]}),
+        ("QwencliChat", {"prompt": "x"}),
+    ],
+)
+def test_out_of_memory_for_good_is_one_line(
+    graph: Graph, management: Management, engine_that: Any, node: str, inputs: dict[str, Any]
+) -> None:
+    def answer(request: GenerationRequest) -> str:
+        raise OutOfMemoryError("out of memory on cuda:0", "lower --max-pixels")
+
+    engine_that(answer)
+    with pytest.raises(NodeError, match=r"^out of memory on cuda:0; lower max_pixels$"):
+        graph.one(node, **inputs, **BASE)
+    assert management.unloaded == 1
+
+
+SAID = '[{"bbox_2d": [250, 0, 500, 500], "label": "cup"}]'
+
+
+def test_boxes_are_drawn_told_and_masked(
+    graph: Graph, management: Management, engine_that: Any
+) -> None:
+    engine_that(lambda request: SAID)
+    drawn, boxes, mask, _ = graph.one("QwencliBoxes", images=["batch"], **BASE)
+    assert drawn.shape == (3, 288, 288, 3) and mask.shape == (3, 288, 288)
+    assert drawn.dtype is mask.dtype is torch.float32 and 0 <= drawn.min() <= drawn.max() <= 1
+    assert [json.loads(each) for each in boxes] == [
+        [{"bbox_2d": [72, 0, 144, 144], "label": "cup"}]
+    ] * 3
+    assert mask[0].sum() == 72 * 144 and mask[0, 0, 72] == 1 and mask[0, 0, 71] == 0
+    assert not torch.equal(drawn, graph.sources["batch"])
+
+
+def test_what_a_request_shows(graph: Graph, management: Management, engine_that: Any) -> None:
+    shown: list[tuple[Any, ...]] = []
+
+    def answer(request: GenerationRequest) -> str:
+        shown.append(tuple(p for p in request.messages[-1].parts if not isinstance(p, TextPart)))
+        return "x"
+
+    engine_that(answer)
+    graph.one("QwencliCaption", images=["batch"], image_2=["other"], **BASE)
+    assert [len(each) for each in shown] == [2, 2, 2]
+    names = [[part.name for part in each] for each in shown]
+    assert names[1] == ["image_2", "picture 2 of images"]
+    shown.clear()
+    graph.one("QwencliCaption", images=["batch"], batch_mode="all in one request", **BASE)
+    assert [len(each) for each in shown] == [3] and isinstance(shown[0][0], ImagePart)
+    shown.clear()
+    video = {"batch_mode": "frames of one video", "fps": 1.0, "frames": 2}
+    graph.one("QwencliCaption", images=["batch"], **video, **BASE)
+    ((seen,),) = shown
+    assert isinstance(seen, VideoPart) and seen.times_s == (0.0, 2.0) and seen.duration_s == 3.0
+
+
+def test_what_is_not_said_is_left_to_the_model(
+    graph: Graph, management: Management, engine_that: Any
+) -> None:
+    asked: list[GenerationRequest] = []
+
+    def answer(request: GenerationRequest) -> str:
+        asked.append(request)
+        return "x"
+
+    engine_that(answer)
+    graph.one("QwencliChat", prompt="x", system="Be short.", think=True, model="scenes")
+    graph.one("QwencliChat", prompt="x", model="scenes", do_sample=False, top_p=0.5, seed=7)
+    plain, said = (each.sampling for each in asked)
+    assert plain.temperature is plain.top_p is plain.top_k is plain.do_sample is None
+    assert asked[0].thinking and asked[0].messages[0].role == "system"
+    assert (said.do_sample, said.top_p, said.seed) == (False, 0.5, 7)
+
+
+def test_a_folder(graph: Graph, management: Management, tmp_path: Path) -> None:
+    shutil.copy(EXAMPLES / "scene.png", tmp_path)
+    (tmp_path / "broken.png").write_text("x")
+    inputs = {"path": str(tmp_path), "prefix": "trig,", **BASE}
+    summary, captioned, failed, statistics = graph.one("QwencliCaptionFolder", **inputs)
+    assert (captioned, failed) == (1, 1) and "broken.png is not a picture" in summary
+    assert (tmp_path / "scene.txt").read_text().strip() == f"trig, {SCENE}"
+    assert "captions/s" in statistics and ProgressBar.shown[-1] == (2, 2)
+    summary, captioned, failed, _ = graph.one("QwencliCaptionFolder", **inputs)
+    assert (captioned, failed) == (0, 0) and "1 had a caption already" in summary
+
+
+def test_a_folder_that_is_interrupted_keeps_what_is_done(
+    graph: Graph, management: Management, engine_that: Any, tmp_path: Path
+) -> None:
+    for number in range(6):
+        shutil.copy(EXAMPLES / "scene.png", tmp_path / f"{number}.png")
+
+    def answer(request: GenerationRequest) -> str:
+        if engine.answered == 3:
+            management.interrupt_at = 0
+        return "A red circle on the left."
+
+    engine = engine_that(answer)
+    with pytest.raises(InterruptProcessingException):
+        graph.one("QwencliCaptionFolder", path=str(tmp_path), **BASE)
+    done = len(list(tmp_path.glob("*.txt")))
+    assert 0 < done < 6
+    assert graph.one("QwencliCaptionFolder", path=str(tmp_path), **BASE)[1] == 6 - done
+
+
+NAN = torch.full((2, 32, 32, 3), 0.5)
+NAN[1, 3, 3, 1] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "line"),
+    [
+        ("QwencliCaption", {}, "^no picture is connected; connect images"),
+        ("QwencliCaption", {"images": ["scene"], "preset": "none"}, "^prompt is empty and preset"),
+        ("QwencliChat", {}, "^prompt is empty; write what to ask$"),
+        ("QwencliCaption", {"images": torch.zeros(0, 8, 8, 3)}, "^images is empty: its shape is"),
+        ("QwencliCaption", {"images": NAN}, r"^picture 2 of images has pixels that are no numbers"),
+        ("QwencliBoxes", {"images": NAN}, r"^picture 2 of images has pixels that are no numbers"),
+        ("QwencliCaption", {"image_3": torch.zeros(1, 8, 8, 5)}, "^image_3 has 5 channels"),
+        ("QwencliCaption", {"images": torch.zeros(8, 8)}, "^images is no batch of pictures"),
+        ("QwencliCaption", {"images": ["scene"], "custom_model": "/no/where"}, "^no folder '/no/"),
+        ("QwencliCaption", {"images": ["scene"], "keep_loaded": "x"}, "keep_loaded 'x' is no"),
+        ("QwencliStructuredCaption", {"images": ["scene"], "schema": "{"}, "^schema is not JSON"),
+        ("QwencliCaptionFolder", {}, "^path is empty; give the folder"),
+        ("QwencliCaptionFolder", {"path": "/no/where"}, "/no/where"),
+        ("QwencliEngine", {"runs": "remote"}, "^endpoint is empty; give the server"),
+        ("QwencliChat", {"prompt": "x", "temperature": -0.5}, "^temperature -0.5 is out of range"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line(
+    graph: Graph, management: Management, engine_that: Any, node: str, inputs: Any, line: str
+) -> None:
+    engine_that(lambda request: "x")
+    known = {each.id for each in graph.classes[node].GET_SCHEMA().inputs}
+    inputs = {name: value for name, value in (BASE | inputs).items() if name in known}
+    with pytest.raises(NodeError, match=line) as found:
+        graph.one(node, **inputs)
+    assert "\n" not in str(found.value) and "--" not in str(found.value)
+
+
+def test_a_wrong_model_is_refused_before_anything_runs(
+    graph: Graph, management: Management
+) -> None:
+    with pytest.raises(RefusedGraph, match="no model is called 'qwen3-vl-4x'; did you mean"):
+        graph.one("QwencliChat", prompt="x", model="qwen3-vl-4x")
+
+
+def test_a_server_runs_its_own_modes(graph: Graph, management: Management) -> None:
+    linked = {
+        "engine": {
+            "class_type": "QwencliEngine",
+            "inputs": {"runs": "remote", "endpoint": "http://127.0.0.1:9/v1"},
+        },
+        "chat": {
+            "class_type": "QwencliChat",
+            "inputs": {
+                "prompt": "x",
+                "engine": ["engine", 0],
+                "quantization": "4bit",
+                "custom_model": "theirs",
+            },
+        },
+    }
+    with pytest.raises(NodeError, match=r"quantization|4bit"):
+        graph.run(linked, "chat")
+
+
+def test_when_a_node_runs_again(graph: Graph) -> None:
+    changes = graph.classes["QwencliChat"].fingerprint_inputs
+    assert changes(seed=3, temperature=0.7) == changes(seed=3, temperature=0.7)
+    assert changes(seed=-1) != changes(seed=-1)
+    assert changes(seed=-1, do_sample=False) == changes(seed=-1, do_sample=False)
+    folder = graph.classes["QwencliCaptionFolder"].fingerprint_inputs
+    assert folder(seed=3) != folder(seed=3)

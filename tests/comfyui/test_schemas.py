@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qwencli.comfyui import nodes, schemas
+from qwencli.comfyui.schemas import NODES, Kind
+from qwencli.config import SamplingOptions
+from qwencli.models.resolve import Places
+from tests.comfyui.comfy_stub import Management, node_classes
+
+
+def test_every_schema_loads(management: Management) -> None:
+    classes = node_classes()
+    assert list(classes) == list(NODES)
+    for name, node_class in classes.items():
+        schema, node = node_class.GET_SCHEMA(), NODES[name]
+        assert schema.node_id == name == node_class.__name__
+        assert schema.display_name.startswith("Qwen ") and schema.category == "qwencli"
+        assert [each.id for each in schema.inputs] == [each.id for each in node.inputs]
+        assert [each.io_type for each in schema.inputs] == [each.kind for each in node.inputs]
+        assert [each.io_type for each in schema.outputs] == [each.kind for each in node.outputs]
+    # ComfyUI gives memory to a pack that has not run yet, too.
+    assert hasattr(management.free_memory, "_qwencli_gives_back")
+
+
+@pytest.mark.parametrize("node", NODES.values(), ids=lambda node: node.id)
+def test_defaults_are_values_that_the_widget_takes(node: schemas.Node) -> None:
+    types: dict[Kind, Any] = {Kind.INT: int, Kind.FLOAT: float, Kind.BOOLEAN: bool}
+    for each in node.widgets:
+        assert type(each.default) is types.get(each.kind, str), each.id
+        if each.low is not None and each.high is not None:
+            assert each.low <= each.default <= each.high
+        if each.kind is Kind.COMBO:
+            assert each.default in (each.options or schemas.models()), each.id
+    for each in node.inputs:
+        assert each.is_widget or each.default is None
+
+
+def test_every_sampling_parameter_is_a_widget() -> None:
+    widgets = {each.id for each in schemas.CAPTION.widgets}
+    assert {*SamplingOptions.__dataclass_fields__} - {"stop"} <= widgets
+    assert nodes._sampling(schemas.CAPTION.defaults()) == SamplingOptions(
+        max_new_tokens=512, seed=0
+    )
+
+
+def test_models_are_listed_whatever_is_wrong_with_the_users_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "custom_models.json").write_text('{"hf_models": {"mine": {"repo_id": "a/b"}}}')
+    assert "scenes" in schemas.models() and schemas.models()[0] == "auto"
+    assert next(iter(Places().custom_models(None).specs)) in schemas.models()
+    (tmp_path / "custom_models.json").write_text("{")
+    assert "qwen3-vl-4b" in schemas.models()
