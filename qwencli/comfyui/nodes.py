@@ -175,12 +175,12 @@ def _answer(values: Values, shown: Sequence[Shown], text: str) -> tuple[Any, ...
         return GenerationRequest(messages, sampling, thinking=bool(values["think"]))
 
     with _Use(values) as use:
-        results = _answered(use.engine, [functools.partial(request, show) for show in shown])
+        results = answered(use.engine, [functools.partial(request, show) for show in shown])
         texts = [result.text.strip() for result in results]
         return "\n".join(texts), texts, use.statistics(results)
 
 
-def _answered(engine: Engine, requests: Sequence[RequestSource]) -> list[GenerationResult]:
+def answered(engine: Engine, requests: Sequence[RequestSource]) -> list[GenerationResult]:
     """The answers, made together where there are several.
 
     What runs out of memory is asked once more when ComfyUI has given up that of its models.
