@@ -61,10 +61,12 @@ class KVDType(StrEnum):
 
 
 class Speculate(StrEnum):
-    """Tokens drafted for each greedy step; auto = as many as pay at the moment, or none."""
+    """Tokens drafted for each greedy step, from earlier text; auto = as many as pay at the moment,
+    or none, by the model's own head where it has one; mtp = likewise, by that head."""
 
     OFF = "off"
     AUTO = "auto"
+    MTP = "mtp"
     ONE = "1"
     TWO = "2"
     THREE = "3"

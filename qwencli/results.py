@@ -28,8 +28,8 @@ class EffectiveConfig:
         kv_dtype: of stored keys and values: "bfloat16", "int8", "fp8-e4m3", ...; None where an
             engine does not say.
         threads: that compute where the CPU is the device; None elsewhere.
-        speculate: "auto" or how many tokens each step drafted; "off", and why where it was asked
-            for.
+        speculate: "auto", "mtp" where the model's own head drafted, or how many tokens each step
+            drafted; "off", and why where it was asked for.
     """
 
     engine: str

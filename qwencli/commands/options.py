@@ -150,8 +150,9 @@ class RunOptions:
         Speculate | None,
         _mode(
             "speculate",
-            "Draft N tokens (1 to 7) from earlier text for each greedy step. Default: off.",
-            "off|auto|N",
+            "Draft tokens for each greedy step: N (1 to 7) from earlier text; mtp: by the model's "
+            "own head, as many as pay; auto: by that where there is one. Default: off.",
+            "off|auto|mtp|N",
         ),
     ] = None
     threads: Annotated[

@@ -24,7 +24,7 @@ def warm(
         KVDType, typer.Option(metavar="TYPE", help="auto, int8 or fp8.")
     ] = KVDType.AUTO,
     speculate: Annotated[
-        Speculate, typer.Option(metavar="off|auto|N", help="As in caption.")
+        Speculate, typer.Option(metavar="off|auto|mtp|N", help="As in caption.")
     ] = Speculate.OFF,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cuda or cuda:N.")] = "auto",
     dtype: Annotated[

@@ -300,7 +300,10 @@ class EngineCore:
             if not self._scheduler.fits(sequence.max_tokens):
                 self._failed.append(StepOutput(request, error=self._too_long(sequence)))
                 continue
-            self._active[request] = _Active(sequence, ready.answer, ready.prompt, ready.rest)
+            active = _Active(sequence, ready.answer, ready.prompt, ready.rest)
+            if self._drafts is not None:
+                active.acceptance = self._drafts.new_text()
+            self._active[request] = active
             self._scheduler.add(sequence)
 
     def _run(self, batch: Batch) -> _Step:

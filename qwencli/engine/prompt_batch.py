@@ -103,7 +103,11 @@ class RunnerPrompt:
 
 @dataclass
 class PackedBatch:
-    """The tensors of some prompt chunks side by side, on the device."""
+    """The tensors of some prompt chunks side by side, on the device.
+
+    Args:
+        behind: int64 [chunks], the token behind each, where the prompt has one.
+    """
 
     ids: Tensor
     positions: Tensor
@@ -112,6 +116,7 @@ class PackedBatch:
     prompts: PackedPrompts
     features: VisionFeatures | None
     last: Tensor = field(repr=False)
+    behind: Tensor = field(repr=False)
 
 
 def pack_prompts(
@@ -120,7 +125,7 @@ def pack_prompts(
     """Lay chunks of prompts side by side, and send them to the device in one copy."""
     ids, positions, slots, places, seen = [], [], [], [], []
     features: list[VisionFeatures] = []
-    starts, context_starts, last = [0], [0], []
+    starts, context_starts, last, behind_ids = [0], [0], [], []
     behind = any(chunk.start > 0 for chunk in chunks)
     for chunk, prompt in zip(chunks, prompts, strict=True):
         start, stop, first = chunk.start, chunk.stop, starts[-1]
@@ -136,6 +141,7 @@ def pack_prompts(
             features += [each.features_of(low, high) for each in prompt.visuals_of(low, high)]
         starts.append(first + stop - start)
         context_starts.append(context_starts[-1] + stop)
+        behind_ids.append(0 if chunk.is_last else int(prompt.ids[stop]))
         if chunk.is_last:
             last.append(starts[-1] - 1)
     none = torch.zeros(0, dtype=torch.int64)
@@ -148,6 +154,7 @@ def pack_prompts(
         torch.tensor(starts),
         torch.tensor(context_starts),
         torch.tensor(last, dtype=torch.int64),
+        torch.tensor(behind_ids),
     ]
     if model.batch_invariant:
         seen_pages = [chunk.sequence.pages[: pages_for(chunk.stop)] for chunk in chunks]
@@ -169,11 +176,12 @@ def pack_prompts(
             context_starts=sent[6].to(torch.int32),
             slots=sent[4] if behind else None,
             flash=model.flash_decode,
-            tables=sent[8].to(torch.int32) if model.batch_invariant else None,
+            tables=sent[9].to(torch.int32) if model.batch_invariant else None,
             states=sent[-1] if keeps_states else None,
         ),
         features=join_features(features) if features else None,
         last=sent[7],
+        behind=sent[8],
     )
 
 

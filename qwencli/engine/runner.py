@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -49,6 +50,7 @@ from qwencli.engine.request import Sequence as ScheduledSequence
 from qwencli.engine.response import Odds
 from qwencli.engine.row_state import RowState
 from qwencli.engine.spec_decode import ngram
+from qwencli.engine.spec_decode.mtp import HeadInputs
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.engine.spec_decode.policy import MOST_VERIFIED
 from qwencli.engine.vision_batch import BatchVision
@@ -123,6 +125,17 @@ class VerifyCopy:
         return [(values[row][1], values[row][2 : 2 + values[row][0]]) for row in self.rows]
 
 
+class PromptEnds(NamedTuple):
+    """What prompts come to: `logits` [n, V] of their last tokens, and `hidden` [n, hidden] of those
+    for a head that drafts, where there is one; of chunks that do not end nothing of use."""
+
+    logits: Tensor
+    hidden: Tensor | None = None
+
+    def each(self, do: Callable[[Tensor], Tensor]) -> PromptEnds:
+        return PromptEnds(do(self.logits), None if self.hidden is None else do(self.hidden))
+
+
 # Of a step: what is chosen, rows, slots that operators read, the tokens of a row that are checked
 # (0 = it takes one, and nothing is drafted), and whether it tells how likely tokens were. A step
 # with masks has two graphs: its logits, and what is chosen from them.
@@ -179,6 +192,10 @@ class ModelRunner:
             max_rows, self._pages, vocab_size, max_seq_len, model.device, with_drafts
         )
         self.state.sampler.by_row = model.batch_invariant
+        # Drafts are those of the model's own head where it has one.
+        self._head: HeadInputs | None = None
+        if with_drafts and model.draft_head is not None:
+            self._head = HeadInputs(max_rows, model)
         self._graphs = GraphRunner(model.device) if graphs else None
         # Of prompts and pictures.
         self._shapes: RepeatedShapes | None = None
@@ -278,6 +295,8 @@ class ModelRunner:
         self.keep(restored)
         if moves:
             self.state.move(moves)
+            if self._head is not None:
+                self._head.move(moves)
         if released:
             self.state.release(released)
 
@@ -288,7 +307,8 @@ class ModelRunner:
         """Run chunks of prompts; returns the first tokens of those that are through, if any."""
         self.vision.encode(chunks, prompts, clock)
         through = [index for index, chunk in enumerate(chunks) if chunk.is_last]
-        logits = self._run_chunks(chunks, prompts)
+        ends = self._run_chunks(chunks, prompts)
+        logits = ends.logits
         if not through:
             return None
         first_masks = [prompts[index].first_mask for index in through]
@@ -307,6 +327,9 @@ class ModelRunner:
         ]
         states = [state_of(sequence) for sequence in sequences]
         places = self.state.begin(rows, begun, pages, states, ids)
+        if self._head is not None:
+            assert ends.hidden is not None, "passes for a head hand it over"
+            self._head.begin(places, self.state.slot.index_select(0, places) - 1, ends.hidden)
         kinds = [kind_of(prompt.sampling) for prompt in begun]
         self.state.sample_first(logits, rows, places, kinds)
         held = [row for row, mask in zip(rows, first_masks, strict=True) if mask is not None]
@@ -320,9 +343,11 @@ class ModelRunner:
             prompt.visuals = ()
         return self._copy(sequences, max(rows) + 1, clock, with_odds=with_odds)
 
-    def _run_chunks(self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt]) -> Tensor:
-        """Logits [n, V] of the last tokens of those that end, in their order. Equal prompts run in
-        pieces that become graphs."""
+    def _run_chunks(
+        self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt]
+    ) -> PromptEnds:
+        """What those that end come to, in their order. Equal prompts run in pieces that become
+        graphs."""
         parts = [list(range(len(chunks)))]
         if self._shapes is not None and len(chunks) > 1:
             keys = [
@@ -330,36 +355,42 @@ class ModelRunner:
                 for chunk, prompt in zip(chunks, prompts, strict=True)
             ]
             parts = pieces(keys, MOST_PROMPTS)
-        made: list[Tensor] = []
+        made: list[PromptEnds] = []
         order: list[int] = []
         for part in parts:
             packed = pack_prompts(
                 self.model, [chunks[index] for index in part], [prompts[index] for index in part]
             )
-            logits = self._run_packed(packed)
-            ends = [index for index in part if chunks[index].is_last]
-            if ends:
+            ended = PromptEnds(*self._run_packed(packed))
+            last = [index for index in part if chunks[index].is_last]
+            if last:
                 # A copy: the next pass takes the memory of this one.
-                made.append(logits if len(parts) == 1 else logits.clone())
-                order += ends
+                made.append(ended if len(parts) == 1 else ended.each(torch.clone))
+                order += last
         if len(made) == 1:
             return made[0]
-        logits = torch.cat(made) if made else logits
+        if made:
+            hidden = [each.hidden for each in made if each.hidden is not None]
+            logits = torch.cat([each.logits for each in made])
+            ended = PromptEnds(logits, torch.cat(hidden) if hidden else None)
         places = sorted(range(len(order)), key=order.__getitem__)
         if places == list(range(len(order))):
-            return logits
-        return logits.index_select(0, upload([torch.tensor(places)], self.model.device)[0])
+            return ended
+        (index,) = upload([torch.tensor(places)], self.model.device)
+        return ended.each(lambda part: part.index_select(0, index))
 
-    def _run_packed(self, packed: PackedBatch) -> Tensor:
-        """All layers over packed prompts; logits [n, V] of the last tokens of those that end."""
+    def _run_packed(self, packed: PackedBatch) -> Sequence[Tensor]:
+        """All layers over packed prompts: see `PromptEnds`."""
         # What stays with a graph: nothing of these prompts but their lengths.
         like, features, behind = packed.prompts, packed.features, packed.prompts.slots
         has_pictures, has_context = features is not None, behind is not None
+        has_head = self._head is not None
         inputs = [packed.ids, packed.positions, packed.slots, packed.last]
         inputs += [packed.prompts.starts, packed.prompts.context_starts]
         inputs += [] if behind is None else [behind]
         inputs += [] if like.tables is None else [like.tables]
         inputs += [] if like.states is None else [like.states]
+        inputs += [] if self._head is None else [packed.behind]
         before = len(inputs)
         if features is not None:
             inputs += [packed.places, features.embeds, *features.deepstack]
@@ -372,26 +403,35 @@ class ModelRunner:
                 context_starts=context_starts,
                 slots=given[6] if has_context else None,
                 tables=None if like.tables is None else given[6 + has_context],
-                states=None if like.states is None else given[before - 1],
+                states=None if like.states is None else given[before - 1 - has_head],
             )
             hidden, deepstack = self.model.decoder.embed(ids), None
             if has_pictures:
                 places, embeds, *layers = given[before:]
                 hidden.index_copy_(0, places, embeds)
                 deepstack = DeepStack(places, layers)
-            hidden = self.model.prefill_packed(
+            model, following = self.model, hidden
+            if has_head:
+                following = hidden.roll(-1, 0)
+                ends = (starts[1:] - 1).to(torch.int64)
+                following.index_copy_(0, ends, model.decoder.embed(given[before - 1]))
+            hidden = model.prefill_packed(
                 hidden, positions, slots, self.cache, prompts, deepstack, self.states
             )
+            if has_head:
+                model.draft_head_packed(following, hidden, positions, slots, self.cache, prompts)
             if not len(last):
                 return (hidden,)
-            return (self.model.prompt_logits(hidden.index_select(0, last)),)
+            ended = hidden.index_select(0, last)
+            logits = model.prompt_logits(ended)
+            return (logits, ended) if has_head else (logits,)
 
         if has_context and self.states is not None:
             # Making a graph runs a pass more than once, and a state would take its tokens twice.
-            return work(inputs)[0]
+            return work(inputs)
         key = tuple(packed.prompts.lengths), tuple(packed.prompts.contexts), len(packed.last)
         pictures = 0 if features is None else len(packed.places)
-        return self._pass(("prompts", *key, pictures), inputs, lambda: work)[0]
+        return self._pass(("prompts", *key, pictures), inputs, lambda: work)
 
     def _pass(
         self, key: Hashable, inputs: Sequence[Tensor], make: Callable[[], Pass]
@@ -433,7 +473,8 @@ class ModelRunner:
         self, sequences: Sequence[ScheduledSequence], size: int, waiting: int, clock: EventTimer
     ) -> VerifyCopy:
         """One to `size` tokens of each of `sequences`, which are all greedy without a penalty:
-        drafts that are right, and one more. Drafts the next ones.
+        drafts that are right, and one more. Text from earlier is drafted behind a step, for
+        the next one; a head drafts in front of it, as many as the step checks.
 
         `num_ahead` of each counts this step already.
         """
@@ -576,6 +617,8 @@ class ModelRunner:
             state.tables[:rows], buffers.slot, longest, state.states[:rows], buffers.done
         )
         hidden = model.decode_rows(buffers.token, buffers.position, self.cache, pages, self.states)
+        if self._head is not None:
+            self._head.note(hidden, buffers.slot)
         if kind in LIKELIEST and not with_odds:
             model.decoder.next_tokens(hidden, ops, buffers, kind is SamplerKind.GREEDY)
             state.remember(rows)
@@ -605,15 +648,24 @@ class ModelRunner:
         pages = DecodePages(
             state.tables[:rows], buffers.slot, longest, state.states[:rows], buffers.done
         )
+        head = self._head
+        if head is not None and size > 1:
+            tables = state.tables[:rows]
+            head.draft(model, self.cache, buffers, drafts, tables, longest, size - 1)
         fed = drafts.input_ids[:, :size].flatten()
         hidden = model.decode_rows(fed, buffers.position, self.cache, pages, self.states)
+        if head is not None:
+            head.note(hidden, buffers.slot)
         ops = model.row_ops(rows * size)
         logits = model.decoder.logits(hidden, ops)
         if ops.verify_rows is not None:
             ops.verify_rows(logits, buffers, drafts)
         else:
             ngram.accept(logits.argmax(dim=-1).view(rows, size), buffers, drafts)
-            ngram.draft(buffers, drafts, longest + 1)
+            if head is None:
+                ngram.draft(buffers, drafts, longest + 1)
+            else:
+                drafts.input_ids[:, 0].copy_(buffers.token)
         if self.states is not None and size > 1:
             model.adopt_accepted(self.states, pages, size, drafts.verify_output[:, 0])
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qwencli.config import (
     Attention,
@@ -25,11 +28,12 @@ from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.scheduler import Limits
-from qwencli.engine.spec_decode import ngram
+from qwencli.engine.spec_decode import mtp, ngram
 from qwencli.engine.spec_decode.policy import BatchDraftPolicy
 from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest, text_message, user_message
 from tests.checkpoints import engine_config, film, picture
+from tests.engine.native.mtp_reference import MtpReference, head_weights
 
 # Few rows and tokens, so that requests wait, prompts are cut and rows are used again.
 NARROW = Limits(max_rows=3, max_prefill_tokens=24, max_prompts=2)
@@ -193,6 +197,95 @@ def speculating(checkpoint, narrow):
     with NativeEngine(native_config(checkpoint, speculate=Speculate.AUTO)) as loaded:
         assert loaded.max_rows == 3
         yield loaded
+
+
+@pytest.fixture(scope="module")
+def headed(checkpoint, tmp_path_factory):
+    """The same model with a head that drafts: random, so that it is hardly ever right."""
+    folder = tmp_path_factory.mktemp("headed") / "model"
+    shutil.copytree(checkpoint("qwen3_5"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["mtp_num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    head = head_weights(config["text_config"], torch.Generator().manual_seed(1))
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), **{n: t.bfloat16() for n, t in head.items()}}, file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_head(headed, narrow):
+    config = engine_config(headed, engine=EngineName.NATIVE, speculate=Speculate.AUTO)
+    with NativeEngine(config) as loaded:
+        assert loaded.max_rows == 3
+        yield loaded
+
+
+@pytest.mark.parametrize("right", [None, 0.7])
+def test_drafts_of_the_model_s_own_head_change_nothing(engine, by_head, monkeypatch, right):
+    """Whatever it guesses; `right` stands in for a head that has learned something."""
+    asked = [ask("hello", max_new_tokens=24), ask("What? " * 30, max_new_tokens=20)]
+    asked += [ask(images=[picture()], max_new_tokens=12), ask("B " * 70, max_new_tokens=7)]
+    expected = [engine.generate(each) for each in asked]
+    texts = [
+        (*engine._built(each, None).input_ids, *answer.token_ids)
+        for each, answer in zip(asked, expected, strict=True)
+    ]
+    if right is not None:
+        oracle, drafting = Oracle(texts, right, seed=3), mtp.HeadInputs.draft
+
+        def draft(self, model, cache, rows, drafts, *rest):
+            drafting(self, model, cache, rows, drafts, *rest)
+            oracle.draft(rows, drafts, 0)
+
+        monkeypatch.setattr(mtp.HeadInputs, "draft", draft)
+    sizes = random.Random(4)
+    monkeypatch.setattr(BatchDraftPolicy, "next", lambda *rest: sizes.choice((0, 1, 2, 4, 6)))
+    monkeypatch.setattr(BatchDraftPolicy, "learn", lambda *rest: None)
+    found = list(generate_many(by_head, asked))
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+    assert right is None or sum(each.speculation.num_accepted for each in found) > 8
+    assert found[0].effective.speculate == "mtp"
+
+
+def test_a_head_that_is_not_there_is_one_line(checkpoint):
+    config = engine_config(checkpoint("qwen3"), engine=EngineName.NATIVE, speculate=Speculate.MTP)
+    with pytest.raises(UnsupportedModeError, match="no head that drafts tokens") as caught:
+        NativeEngine(config).load()
+    assert caught.value.nearest == "auto"
+
+
+def test_the_head_has_seen_every_token_however_many_steps_took(headed, by_head, monkeypatch):
+    """Prompts in chunks, plain steps, and steps of which some tokens were wrong: what it drafts is
+    what its reference does with the whole text."""
+    import transformers
+
+    model = transformers.Qwen3_5ForConditionalGeneration.from_pretrained(headed)
+    model = model.to(torch.float32).eval().model.language_model
+    weights = {n: t.float() for n, t in load_file(headed / "model.safetensors").items()}
+    reference = MtpReference(
+        json.loads((headed / "config.json").read_text())["text_config"], weights
+    )
+    drafting, checked = mtp.HeadInputs.draft, []
+
+    def draft(self, native, cache, rows, drafts, tables, longest, count):
+        drafting(self, native, cache, rows, drafts, tables, longest, count)
+        for row, slot in enumerate(rows.slot.tolist()):
+            if rows.done[row]:
+                continue
+            ids = drafts.ids[row, : slot + 1].tolist()
+            hidden = model(torch.tensor([ids[:-1]])).last_hidden_state[0]
+            positions = torch.arange(slot).expand(3, -1)
+            checked.append(reference.drafts(ids, hidden, positions, count))
+            assert drafts.input_ids[row, 1 : 1 + count].tolist() == checked[-1]
+
+    monkeypatch.setattr(mtp.HeadInputs, "draft", draft)
+    sizes = random.Random(5)
+    monkeypatch.setattr(BatchDraftPolicy, "next", lambda *rest: sizes.choice((0, 1, 2, 4)))
+    monkeypatch.setattr(BatchDraftPolicy, "learn", lambda *rest: None)
+    asked = [ask("What now? " * 9, max_new_tokens=16), ask("C", max_new_tokens=9)]
+    list(generate_many(by_head, [replace(each, bypass_caches=True) for each in asked]))
+    assert len(checked) > 6
 
 
 @pytest.mark.parametrize("right", [0.0, 0.7, 1.0])

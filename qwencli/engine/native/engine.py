@@ -68,6 +68,7 @@ from qwencli.engine.spec_decode.decode_strategy import VERIFIERS, Speculator, ba
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.errors import MissingDependencyError, UnsupportedModeError
 from qwencli.messages import GenerationRequest
+from qwencli.models.checkpoint import has_draft_head
 from qwencli.models.memory import native_kv_bytes, packed_weight_bytes
 from qwencli.models.quant_formats import PackedFormat, format_of
 from qwencli.models.shape_reader import read_shape
@@ -177,7 +178,7 @@ class NativeEngine(BaseEngine):
     def _load(self, files: ModelFiles) -> EffectiveConfig:
         device = resolve_device(self.config.device)
         lacks = device_lacks(device)
-        shape = read_shape(files.hub_config)
+        shape = self._shape_of(files)
         rows_only = shape.text.rows_only
         of_model = {ROWS_ONLY: rows_only, KEEPS_STATES: shape.text.delta is not None}
         check_modes(self.config, EngineName.NATIVE, lacks, of_model)
@@ -206,6 +207,7 @@ class NativeEngine(BaseEngine):
             checkpoint_weights=_checkpoint_weights(files, packed, dtype),
             prompt_graphs=cache is Cache.STATIC_GRAPH,
             drafting=self.config.speculate is not Speculate.OFF,
+            draft_head=shape.text.draft_head,
         )
         check_supported(shape)
         attention = resolve_attention(
@@ -246,7 +248,7 @@ class NativeEngine(BaseEngine):
                 dtype=dtype.value,
                 kernels=kernels.value,
                 kv_dtype=dtype.value if kv is None else kv.value,
-                speculate=self.config.speculate.value,
+                speculate=(Speculate.MTP if shape.text.draft_head else self.config.speculate).value,
                 threads=self._threads,
             )
             self._model = model
@@ -269,6 +271,21 @@ class NativeEngine(BaseEngine):
         self._warnings = tuple(warnings)
         gc_freeze_loaded()
         return effective
+
+    def _shape_of(self, files: ModelFiles) -> ModelShape:
+        """The model's, with its head that drafts tokens where that is to be used."""
+        shape, speculate = read_shape(files.hub_config), self.config.speculate
+        if speculate is Speculate.MTP and not shape.text.mtp_layers:
+            raise UnsupportedModeError(
+                f"--speculate mtp: {self.config.model.name} has no head that drafts tokens (MTP)",
+                nearest=Speculate.AUTO.value,
+            )
+        wanted = speculate is Speculate.MTP
+        if speculate is Speculate.AUTO and shape.text.mtp_layers:
+            wanted = files.folder is None or has_draft_head(
+                stored_tensors(find_weights(files.folder).files)
+            )
+        return shape.with_draft_head() if wanted else shape
 
     def warm_kernels(self) -> WarmedKernels:
         """Compile all kernels of this model and these modes, for lone requests and for batches.
@@ -481,7 +498,7 @@ class NativeEngine(BaseEngine):
             replace(self.effective, attention=_row_attention(model)),
             self.load_s,
             self._prepared,
-            batch_policy(config.speculate),
+            batch_policy(config.speculate, model.draft_head is not None),
         )
 
     def _prepared(

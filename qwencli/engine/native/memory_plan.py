@@ -109,6 +109,7 @@ def plan_memory(
     checkpoint_weights: int | None = None,
     prompt_graphs: bool = False,
     drafting: bool = False,
+    draft_head: bool = False,
 ) -> MemoryPlan:
     """The longest sequences up to `wanted` that fit beside the weights, with pictures as large as
     them.
@@ -122,12 +123,14 @@ def plan_memory(
         checkpoint_weights: bytes of the weights where the checkpoint is quantized already.
         prompt_graphs: whether prompts and pictures run as CUDA graphs.
         drafting: whether steps may check drafted tokens.
+        draft_head: whether the model's own head drafts them.
 
     Raises:
         OutOfMemoryError: the weights, or `wanted` tokens beside them, do not fit; with the
             figures and the nearest settings that do.
     """
     shape = read_shape(hub_config, name)
+    shape = shape.with_draft_head() if draft_head else shape
     scale = 2 if dtype is DType.FLOAT32 else 1
     weights = checkpoint_weights
     if weights is None:

@@ -25,6 +25,7 @@ from qwencli.engine.native.decode_state import (
     decodes_on_cpu,
 )
 from qwencli.engine.native.sampler import SamplerKind
+from qwencli.engine.spec_decode.mtp import MAX_MTP_DRAFTS
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.engine.spec_decode.policy import BatchDraftPolicy, DraftLengthPolicy, StepCosts
 from qwencli.results import Speculation
@@ -117,16 +118,31 @@ VERIFIERS: Mapping[Cache, Callable[[DecodeState], Verifier]] = {
 AUTO_VERIFY_TOKENS = (1, 2, 4, MAX_VERIFY_TOKENS)
 
 
-def verify_sizes(speculate: Speculate) -> tuple[int, ...]:
-    """Tokens that a step may check."""
+# Where a head drafts: each token is a pass of it.
+HEAD_VERIFY_TOKENS = (1, 2, 4, 1 + MAX_MTP_DRAFTS)
+
+
+def verify_sizes(speculate: Speculate, by_head: bool = False) -> tuple[int, ...]:
+    """Tokens that a step may check.
+
+    Args:
+        by_head: whether the model's own head drafts them.
+    """
+    if by_head:
+        return HEAD_VERIFY_TOKENS
     return AUTO_VERIFY_TOKENS if speculate is Speculate.AUTO else (1, 1 + int(speculate))
 
 
-def batch_policy(speculate: Speculate) -> BatchDraftPolicy | None:
-    """How rows that run together speculate; None = not at all."""
+def batch_policy(speculate: Speculate, by_head: bool = False) -> BatchDraftPolicy | None:
+    """How rows that run together speculate; None = not at all.
+
+    Args:
+        by_head: see `verify_sizes`.
+    """
     if speculate is Speculate.OFF:
         return None
-    return BatchDraftPolicy(verify_sizes(speculate), speculate is Speculate.AUTO)
+    adaptive = by_head or speculate is Speculate.AUTO
+    return BatchDraftPolicy(verify_sizes(speculate, by_head), adaptive, looks=not by_head)
 
 
 class DecodeStrategy(Protocol):

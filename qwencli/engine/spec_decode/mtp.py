@@ -8,18 +8,25 @@ token, and is written again before it is seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from qwencli.engine.cache.paged_kv import DecodePages, PagedKVCache
+from qwencli.engine.device_memory import upload
 from qwencli.engine.native.model import QwenModel
+from qwencli.engine.ops.decoder_ops import Drafts
+from qwencli.engine.ops.next_tokens import RowBuffers
+from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 
 Tensor = torch.Tensor
 
 # Passes of the head in a row at most: later ones are hardly ever right.
 MAX_MTP_DRAFTS = 5
+# Tokens that the head catches up with at once; and hidden states that are kept for it, which those
+# of a step that turn out wrong must not overwrite.
+CAUGHT_UP, RING = MAX_VERIFY_TOKENS, 2 * MAX_VERIFY_TOKENS
 # How a draft is chosen: from logits [R, V], and how many drafts of the step are in front of it.
 Choose = Callable[[Tensor, int], Tensor]
 
@@ -70,6 +77,80 @@ def draft(
         pages = DecodePages(step.tables, step.slot + ahead, step.longest + ahead + 1)
         hidden, position = head.norm(last), step.position + ahead
         last = model.draft_head_rows(drafts[-1], hidden, position, cache, pages)
+
+
+class HeadInputs:
+    """Hidden states of R rows that the head has not gone over yet.
+
+    Rows take steps without drafts too, and the head is not run for those: it catches up before it
+    drafts again, with `CAUGHT_UP` tokens at most. What lies further back it never sees, and then
+    guesses worse.
+
+    `hidden` [R, RING, hidden] has that of the token in slot s at s % RING, by `decode_rows`; `done`
+    int64 [R] says how many tokens of each row the head is through with.
+    """
+
+    def __init__(self, rows: int, model: QwenModel) -> None:
+        size = rows, RING, model.shape.text.hidden_size
+        self.hidden = torch.zeros(size, dtype=model.dtype, device=model.device)
+        self.done = torch.zeros(rows, dtype=torch.int64, device=model.device)
+
+    def begin(self, places: Tensor, last_slots: Tensor, hidden: Tensor) -> None:
+        """Set up rows at `places` [n] whose prompts end at `last_slots` [n], with the hidden states
+        [n, hidden] of their last tokens: the head is through with those in front of them."""
+        self.hidden[places, last_slots % RING] = hidden
+        self.done.index_copy_(0, places, last_slots)
+
+    def move(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy rows to others, (from, to)."""
+        sources, places = upload(
+            [torch.tensor(side) for side in zip(*moves, strict=True)], self.done.device
+        )
+        for state in (self.hidden, self.done):
+            state.index_copy_(0, places, state.index_select(0, sources))
+
+    def note(self, hidden: Tensor, slot: Tensor) -> None:
+        """Take over `hidden` [R * S, hidden] of tokens that were fed to the first R rows from
+        `slot` [R] on."""
+        rows = len(slot)
+        states = hidden.view(rows, -1, hidden.shape[-1])
+        ahead = torch.arange(states.shape[1], device=slot.device)
+        at = (slot[:, None] + ahead) % RING
+        self.hidden[:rows].scatter_(1, at[..., None].expand_as(states), states)
+
+    def draft(
+        self,
+        model: QwenModel,
+        cache: PagedKVCache,
+        rows: RowBuffers,
+        drafts: Drafts,
+        tables: Tensor,
+        longest: int,
+        num_drafts: int,
+    ) -> None:
+        """Guess what follows `rows.token` and put it into `drafts.input_ids`, with what the head
+        has not seen before."""
+        slot, done = rows.slot, self.done[: len(rows.slot)]
+        count = (slot - done).clamp(max=CAUGHT_UP)
+        ahead = torch.arange(CAUGHT_UP, device=slot.device)
+        at = (slot - count)[:, None] + ahead
+        hidden = self.hidden[: len(slot)]
+        index = (at % RING)[..., None].expand(-1, -1, hidden.shape[-1])
+        behind = (at + 1).clamp(max=drafts.ids.shape[1] - 1)
+        step = ChosenTokens(
+            hidden=hidden.gather(1, index).flatten(0, 1),
+            chosen=drafts.ids.gather(1, behind).to(torch.int64),
+            count=count,
+            slot=slot,
+            position=rows.position,
+            tables=tables,
+            longest=longest,
+        )
+        guessed = draft(model, cache, step, num_drafts, likeliest)
+        drafts.input_ids[:, 0].copy_(rows.token)
+        drafts.input_ids[:, 1 : 1 + num_drafts].copy_(guessed)
+        # While a graph is captured rows are over, and take the step afterwards.
+        done.copy_(torch.where(rows.done, done, slot))
 
 
 def likeliest(logits: Tensor, ahead: int) -> Tensor:

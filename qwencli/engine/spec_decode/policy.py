@@ -25,6 +25,8 @@ from qwencli.results import Speculation
 FORGET = 0.85
 # Added to what was seen: few drafts are right until several were.
 PRIOR_MATCHED, PRIOR_DRAFTS = 0.4, 3.0
+# Of drafts by the model's own head most are right, as long as nothing else is known.
+HEAD_PRIOR_MATCHED = 1.8
 # What finding out may lose, in the time of plain steps: one step of several tokens, and half a
 # percent of the answer. What such steps have won may be lost again, up to a limit.
 BUDGET, BUDGET_A_TOKEN, MAX_BUDGET = 0.7, 0.005, 16.0
@@ -70,21 +72,30 @@ class StepCosts:
 
 
 class Acceptance:
-    """How many drafts of one text were right of late."""
+    """How many drafts of one text were right of late.
 
-    def __init__(self) -> None:
+    Args:
+        looks: whether plain steps look at a draft too. Where they do not, what was seen is
+            forgotten with each of them, so that drafts are tried again.
+    """
+
+    def __init__(self, looks: bool = True) -> None:
+        self._looks, self._prior = looks, PRIOR_MATCHED if looks else HEAD_PRIOR_MATCHED
         self._matched = self._tried = 0.0
 
     def learn(self, size: int, num_matched: int) -> None:
         """Of a step of `size` tokens `num_matched` drafts in a row were right; a plain step looks
         at one."""
+        if size == 1 and not self._looks:
+            self._matched, self._tried = FORGET * self._matched, FORGET * self._tried
+            return
         checked = max(size - 1, 1)
         self._matched = FORGET * self._matched + num_matched
         self._tried = FORGET * self._tried + min(num_matched + 1, checked)
 
     def expected(self, size: int) -> float:
         """Tokens of a step of `size`."""
-        right = min((self._matched + PRIOR_MATCHED) / (self._tried + PRIOR_DRAFTS), 1.0)
+        right = min((self._matched + self._prior) / (self._tried + PRIOR_DRAFTS), 1.0)
         return float(sum(right**n for n in range(size)))
 
 
@@ -179,15 +190,19 @@ class BatchDraftPolicy:
     """Chooses the sizes of steps of several rows.
 
     Args:
-        sizes, adaptive: see `DraftLengthPolicy`.
+        sizes, adaptive: see `DraftLengthPolicy`. looks: see `Acceptance`.
     """
 
-    def __init__(self, sizes: Sequence[int], adaptive: bool) -> None:
+    def __init__(self, sizes: Sequence[int], adaptive: bool, looks: bool = True) -> None:
         assert sizes[0] == 1, "a plain step is what the others are measured by"
-        self._sizes, self._adaptive = sizes, adaptive
+        self._sizes, self._adaptive, self._looks = sizes, adaptive, looks
         self._costs: dict[int, StepCosts] = {}
         # What all rows lose is paid back before it is tried again.
         self._budget = SpeculationBudget(least=-MAX_BUDGET)
+
+    def new_text(self) -> Acceptance:
+        """Of a text that begins."""
+        return Acceptance(self._looks)
 
     def next(self, rows: int, texts: Sequence[Acceptance]) -> int:
         """Tokens that the next step checks of each row; 1 only looks whether drafts are right, 0

@@ -55,9 +55,16 @@ CONFIG = {
 }  # fmt: skip
 
 
-def dummy(quantization: Quantization) -> tuple[ModelShape, weights.LoadedWeights]:
-    """Random weights, larger ones than a load for speed has, gates and norms among them."""
+def dummy(
+    quantization: Quantization, head: bool = False
+) -> tuple[ModelShape, weights.LoadedWeights]:
+    """Random weights, larger ones than a load for speed has, gates and norms among them.
+
+    Args:
+        head: whether the model has one that drafts.
+    """
     shape = read_shape(CONFIG)
+    shape = shape.with_draft_head() if head else shape
     loaded = weights.dummy(shape, torch.float32, CPU, quantization)
     generator = torch.Generator().manual_seed(3)
     for name, tensor in loaded.tensors.items():
@@ -105,7 +112,7 @@ def test_steps_are_those_of_plain_operators(rows: int, quantization: Quantizatio
         sequences, prompts = requests_of(shape, texts, 4)
         for sequence, prompt in zip(sequences, prompts, strict=True):
             chunk = PromptChunk(sequence, 0, sequence.num_prompt_tokens)
-            logits = [runner._run_chunks([chunk], [prompt])]
+            logits = [runner._run_chunks([chunk], [prompt]).logits]
         tables = torch.zeros(rows, 4, dtype=torch.int32)
         for row, sequence in enumerate(sequences):
             tables[row, : len(sequence.pages)] = torch.tensor(sequence.pages)
@@ -138,15 +145,15 @@ LIMITS = (20, 20, 6)
 
 
 def begun(
-    fused: bool, texts: list[list[int]]
+    fused: bool, texts: list[list[int]], head: bool = False
 ) -> tuple[ModelRunner, list[Sequence], list[RunnerPrompt]]:
     """Rows whose prompts have just run."""
-    shape, loaded = dummy(Quantization.NONE)
+    shape, loaded = dummy(Quantization.NONE, head)
     own = functools.partial(fused_ops, own_attention=True) if fused else None
     model = QwenModel(shape, loaded, 200, fused=own)
     runner = ModelRunner(model, 20, 3, 150, False, VisionCache(), 4, with_drafts=True)
     sequences, prompts = requests_of(shape, texts, 20)
-    for sequence, prompt, limit in zip(sequences, prompts, LIMITS, strict=True):
+    for sequence, prompt, limit in zip(sequences, prompts, LIMITS, strict=False):
         sequence.max_new_tokens, sequence.num_scheduled = limit, 1
         prompt.sampling = replace(prompt.sampling, max_new_tokens=limit)
     chunks = [PromptChunk(each, 0, each.num_prompt_tokens) for each in sequences]
@@ -200,3 +207,20 @@ def test_steps_that_check_drafts_leave_the_states_of_a_prompt(fused: bool) -> No
             (runner.states.conv[:, row + 1, last], again.states.conv[:, row + 1, last]),
         ):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_head_drafts_in_kernels_what_it_does_in_plain_operators() -> None:
+    """For a lone row, whose tokens are as many as the kernels of a step take."""
+    found = []
+    for fused in (False, True):
+        runner, sequences, prompts = begun(fused, TEXTS[:1], head=True)
+        assert runner.state.drafts is not None
+        sequences[0].num_scheduled += 1
+        told = [*runner.decode(sequences, prompts, 0, EventTimer("cpu")).read()]
+        sequences[0].num_scheduled += 3
+        told += runner.verify(sequences, 3, 0, EventTimer("cpu")).read()[0][1]
+        assert runner._head is not None
+        found.append((told, runner._head.done.tolist(), runner._head.hidden.clone()))
+    assert found[0][:2] == found[1][:2]
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-3, atol=1e-3)

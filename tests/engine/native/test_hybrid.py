@@ -130,7 +130,7 @@ def test_logits_are_those_of_transformers_behind_any_cut(
         PromptChunk(sequence, cut, sequence.num_prompt_tokens)
         for sequence, cut in zip(sequences, cuts, strict=True)
     ]
-    logits = runner._run_chunks(rest, prompts)
+    logits = runner._run_chunks(rest, prompts).logits
     for line, (length, wanted) in enumerate(zip(lengths, expected, strict=True)):
         torch.testing.assert_close(logits[line], wanted[length - 1], rtol=1e-4, atol=1e-4)
     tables = torch.zeros(len(lengths), 8, dtype=torch.int32)

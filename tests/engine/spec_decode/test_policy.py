@@ -220,11 +220,11 @@ def test_what_is_counted(size: int, num_matched: int, taken: int) -> None:
     assert (result.accept_percent is None) == (size == 1)
 
 
-def run_rows(chance: float, rows: int, tokens: int, cost: float) -> float:
+def run_rows(chance: float, rows: int, tokens: int, cost: float, looks: bool) -> float:
     """How much faster than plain steps rows are whose drafts are right with this chance, where each
     token that a step checks takes so much of a plain step's time; steps are read one late."""
-    policy = BatchDraftPolicy(SIZES, adaptive=True)
-    texts = [Acceptance() for _ in range(rows)]
+    policy = BatchDraftPolicy(SIZES, adaptive=True, looks=looks)
+    texts = [policy.new_text() for _ in range(rows)]
     draws = random.Random(rows)
     unread: list[tuple[int, list[int]]] = []
     given = seconds = 0.0
@@ -247,8 +247,11 @@ def run_rows(chance: float, rows: int, tokens: int, cost: float) -> float:
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize("chance", [0.0, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize("cost", [0.02, 0.1, 0.3])
-def test_rows_win_where_drafts_are_right_and_never_lose_a_hundredth(rows, chance, cost) -> None:
-    gain = run_rows(chance, rows, 2000, cost)
+@pytest.mark.parametrize("looks", [True, False], ids=["text", "head"])
+def test_rows_win_where_drafts_are_right_and_never_lose_a_hundredth(
+    rows, chance, cost, looks
+) -> None:
+    gain = run_rows(chance, rows, 2000, cost, looks)
     assert gain > 0.99
     assert gain > 1.5 or not (chance == 0.9 and cost <= 0.1)
 
