@@ -86,6 +86,8 @@ class GenerationRequest:
             from there, and the result's text is what it adds.
         schema: a JSON schema, as text, that the answer is held to; see `engine.constrained`.
         thinking: let a model that can think before it answers do so.
+        thinking_budget: most tokens of those thoughts; what they are cut off with is not counted.
+            0 = none, whatever `thinking` says; None = as many as the answer may have.
         tools: functions that the model may call, each a JSON object as text, in OpenAI's form.
         cut_to_fit: the answer may be shorter than `max_new_tokens` where there is no room for it.
         logprobs: tell of each token how likely it was, and of so many others in its place; None =
@@ -99,6 +101,7 @@ class GenerationRequest:
     starts_with: str = ""
     schema: str | None = None
     thinking: bool = False
+    thinking_budget: int | None = None
     tools: tuple[str, ...] = ()
     cut_to_fit: bool = False
     logprobs: int | None = None

@@ -99,6 +99,7 @@ class GenerationResult:
             and were not run again.
         notes: a line each of what was done otherwise than asked for, as it had to be.
         thoughts: what the model thought before it answered; None where it did not.
+        num_thinking_tokens: of them, `</think>` and what was put in front of it included.
         token_ids: generated tokens, those of the thoughts too, and the stop token or those of the
             stop string where one ended the answer. None of a server's.
         token_t_s: when each token was ready, on the host's `time.perf_counter` clock; of a server,
@@ -130,6 +131,7 @@ class GenerationResult:
     image_sizes: tuple[Size, ...] = ()
     resized_sizes: tuple[Size, ...] = ()
     num_counted_tokens: int | None = None
+    num_thinking_tokens: int = 0
 
     @property
     def num_new_tokens(self) -> int:

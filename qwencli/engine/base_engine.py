@@ -272,8 +272,12 @@ class BaseEngine(ManyRequests, ABC):
 
     def _built(self, request: GenerationRequest, matcher: TokenMatcher | None) -> Prompt:
         """The request's prompt; a matcher has accepted what it forces at the prompt's end."""
-        prompt = self._built_to_fit(request, at_once=matcher is not None)
-        return prompt if matcher is None else prompt.with_forced(matcher.forced())
+        # Thoughts that have a budget come to an end, and the answer is held to its schema then.
+        at_once = matcher is not None and not request.thinking_budget
+        prompt = self._built_to_fit(request, at_once)
+        if matcher is None or prompt.budget is not None:
+            return prompt
+        return prompt.with_forced(matcher.forced())
 
     def _built_to_fit(self, request: GenerationRequest, at_once: bool) -> Prompt:
         """With `--max-pixels auto` pictures are as large as there is room for beside the text."""
@@ -285,6 +289,7 @@ class BaseEngine(ManyRequests, ABC):
             prompt = prompts.build(
                 request.messages,
                 thinking=request.thinking,
+                thinking_budget=request.thinking_budget,
                 tools=request.tools,
                 starts_with=request.starts_with,
                 at_once=at_once,

@@ -272,7 +272,9 @@ class EngineCore:
             rest = keys[len(pages) * PAGE_SIZE :]
         stop_ids = sorted(answer.stop_ids)
         with_odds = asked.logprobs is not None
-        laid_out = self._runner.prepare(prompt, digests, sampling, stop_ids, matcher, with_odds)
+        laid_out = self._runner.prepare(
+            prompt, digests, answer.settings, stop_ids, answer.matcher, with_odds
+        )
         if prompt.inputs is not None:
             # What the runner has it needs once; an answer lives longer.
             answer.prompt = replace(prompt, inputs=replace(prompt.inputs, patches=(), frames=()))
@@ -295,6 +297,8 @@ class EngineCore:
                 ready.prompt.sampling.max_new_tokens,
                 ready.page_keys,
                 large_visuals=ready.prompt.large_visuals,
+                reserved=ready.answer.sampling.max_new_tokens
+                - ready.prompt.sampling.max_new_tokens,
                 constrained=ready.answer.matcher is not None,
             )
             if not self._scheduler.fits(sequence.max_tokens):
@@ -395,7 +399,7 @@ class EngineCore:
         matchers = [
             (active.answer.matcher, row)
             for sequence, row in zip(unsampled.sequences, unsampled.rows, strict=True)
-            if (active := self._active.get(sequence.request)) and active.answer.matcher is not None
+            if (active := self._still(sequence)) and active.answer.matcher is not None
         ]
         return self._runner.sample(unsampled, matchers, self._clock)
 
@@ -444,7 +448,11 @@ class EngineCore:
             self._fail(active[0], failure)
             return
         for each in reversed(active):
-            self._scheduler.requeue(each.sequence)
+            if each.sequence.goes_on:
+                # What it began with is in pages that it would give back.
+                self._fail(each, failure)
+            else:
+                self._scheduler.requeue(each.sequence)
 
     def _release(self) -> None:
         self._runner.forget_shapes()
@@ -475,12 +483,12 @@ class EngineCore:
                 given = [[token] for token in copy.read()]
                 told = copy.read_odds()
             for sequence, tokens, odds in zip(copy.sequences, given, told, strict=True):
-                active = self._active.get(sequence.request)
+                active = self._still(sequence)
                 if active is not None:  # else it ended before, and this step ran it in vain
                     try:
                         for token in tokens:
                             outputs += self._take(active, token, copy.mark, odds)
-                            if sequence.request not in self._active:
+                            if self._still(sequence) is None:
                                 break
                     except Exception as error:  # noqa: BLE001  others go on
                         failure = self._typed(error, "reading its answer")
@@ -498,7 +506,7 @@ class EngineCore:
         counts = []
         for sequence, (num_matched, tokens) in zip(copy.sequences, given, strict=True):
             sequence.num_ahead -= copy.size - 1
-            active = self._active.get(sequence.request)
+            active = self._still(sequence)
             if active is None or not tokens:
                 continue
             sequence.num_scheduled += len(tokens) - 1
@@ -513,11 +521,22 @@ class EngineCore:
             self._drafts.learn(copy.num_rows, copy.size, mean, seconds)
         return [tokens for _, tokens in given]
 
+    def _still(self, sequence: Sequence) -> _Active | None:
+        """The request of a sequence, unless that is over, or has gone on to another round."""
+        active = self._active.get(sequence.request)
+        return active if active is not None and active.sequence is sequence else None
+
     def _take(self, active: _Active, token: int, mark: Mark, odds: Odds | None) -> list[StepOutput]:
         """Add a token to its answer, and end the answer where that is the last one."""
         answer, request = active.answer, active.sequence.request
         outputs = [StepOutput(request, answer.add(token, mark, odds))]
-        if answer.stopped or len(answer.token_ids) == answer.sampling.max_new_tokens:
+        if not answer.round_over:
+            return outputs
+        between = answer.next_round()
+        if between is not None:
+            outputs.append(StepOutput(request, between))
+            self._go_on(active)
+        else:
             assert self._clock is not None, "steps have run"
             answer.num_cached_tokens = active.sequence.num_cached
             speculation, effective = None, self._effective
@@ -540,6 +559,28 @@ class EngineCore:
             self._forget(active)
         return outputs
 
+    def _go_on(self, active: _Active) -> None:
+        """Begin an answer's next round, behind what it has said and what was put there."""
+        answer, before = active.answer, active.sequence
+        active.prompt = self._runner.gone_on(
+            active.prompt,
+            answer.fed.input_ids,
+            answer.settings,
+            sorted(answer.stop_ids),
+            answer.matcher,
+        )
+        if active.rest is not None:
+            active.rest = [*active.rest, *answer.fed.input_ids[before.num_prompt_tokens :]]
+        active.sequence = Sequence(
+            before.request,
+            len(active.prompt.ids),
+            answer.settings.max_new_tokens,
+            before.page_keys,
+            goes_on=True,
+            constrained=answer.matcher is not None,
+        )
+        self._scheduler.go_on(before, active.sequence, answer.num_written)
+
     def _share_answer(self, active: _Active) -> None:
         """Leave the pages of an answer to the next turn of its chat, whose prompt it becomes."""
         if active.rest is None:
@@ -547,7 +588,7 @@ class EngineCore:
         sequence = active.sequence
         before = sequence.page_keys[-1] if sequence.page_keys else b""
         # The last token is never fed.
-        keys = [*active.rest, *active.answer.token_ids[:-1]]
+        keys = [*active.rest, *active.answer.round_ids[:-1]]
         sequence.page_keys += page_keys(keys, PAGE_SIZE, before)
         self._scheduler.written(sequence, sequence.num_prompt_tokens + len(keys) - len(active.rest))
 

@@ -56,6 +56,9 @@ class Sequence:
             that are encoded over several steps, and which of the prompt's they are; those that are
             done are taken out.
         alone: whether its prompt runs in steps of its own, since one of several failed.
+        reserved: tokens of its answer that come in a later round (see `response`), for which it
+            has pages as well.
+        goes_on: whether it is a later round, whose prompt's beginning only its own pages have.
         constrained: what it may choose next depends on the token before, which the host must have
             read: its first token is read before it takes a second one.
     """
@@ -74,12 +77,14 @@ class Sequence:
     num_ahead: int = 0
     large_visuals: list[tuple[int, int, int]] = field(default_factory=list)
     alone: bool = False
+    reserved: int = 0
+    goes_on: bool = False
     constrained: bool = False
 
     @property
     def max_tokens(self) -> int:
         """Slots that prompt and answer take together; the last token is never fed."""
-        return self.num_prompt_tokens + self.max_new_tokens - 1
+        return self.num_prompt_tokens + self.max_new_tokens + self.reserved - 1
 
     def visual_before(self, stop: int) -> int | None:
         """Which large picture has to be encoded before the next tokens up to `stop` can run."""

@@ -1,11 +1,16 @@
-"""Assembles the result of one request from its tokens and the marks of its phases."""
+"""Assembles the result of one request from its tokens and the marks of its phases.
+
+An answer is one round of decoding, or two where its thoughts have a budget: the first ends with
+`</think>`, or where the budget does; the second goes on behind that, as if all of it had been the
+prompt. So a budget costs no step anything, and drafts, schemas and stop strings know nothing of it.
+"""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qwencli.config import SamplingParams
 from qwencli.engine.constrained import TokenMatcher
@@ -36,9 +41,12 @@ class ResponseBuilder:
     Args:
         started_s: when the request arrived, on `time.perf_counter`.
         num_cached_tokens: of the prompt, what was in the cache already.
-        matcher: what the answer is held to. Tokens that it forces at the beginning stand at the
-            prompt's end already; they are part of the text.
+        matcher: what the answer is held to; None while it thinks. Tokens that it forces at the
+            beginning stand at the prompt's end already; they are part of the text.
         logprobs: see `GenerationRequest`.
+
+    Of the round that runs: `fed` is the prompt, of which rounds before have written the first
+    `num_written` tokens, `settings` how tokens are chosen and how many, `stop_ids` what ends it.
     """
 
     files: ModelFiles
@@ -55,6 +63,17 @@ class ResponseBuilder:
     def __post_init__(self) -> None:
         asked_to_stop = not self.sampling.ignore_eos
         self.stop_ids = frozenset(self.files.stop_token_ids if asked_to_stop else ())
+        self.fed, self.settings = self.prompt, self.sampling
+        self._held_later: TokenMatcher | None = None
+        self._budget = self.prompt.budget
+        if self._budget is not None:
+            self._held_later, self.matcher = self.matcher, None
+            self.settings = replace(
+                self.sampling, max_new_tokens=min(self._budget.tokens, self.sampling.max_new_tokens)
+            )
+            self._answer_ids, self.stop_ids = self.stop_ids, self.stop_ids | {self._budget.end_id}
+        self._num_before = self.num_written = 0
+        self.num_thinking_tokens = 0
         self._stops = StopStringBuffer(self.sampling.stop if asked_to_stop else ())
         self._detokenizer = self.files.detokenizer()
         self._splitter = ThoughtSplitter(inside=self.prompt.opens_thought)
@@ -69,8 +88,68 @@ class ResponseBuilder:
         return self._at_stop_token or self._stops.stopped
 
     @property
+    def round_over(self) -> bool:
+        """Whether no token follows in this round."""
+        count = len(self.token_ids) - self._num_before
+        return self.stopped or self._has_thought or count == self.settings.max_new_tokens
+
+    @property
+    def round_ids(self) -> list[int]:
+        """The tokens that this round has chosen."""
+        return self.token_ids[self._num_before :]
+
+    @property
+    def _has_thought(self) -> bool:
+        budget = self._budget
+        return budget is not None and self.token_ids[-1:] == [budget.end_id]
+
+    @property
     def _at_stop_token(self) -> bool:
-        return bool(self.token_ids) and self.token_ids[-1] in self.stop_ids
+        if not self.token_ids or self._has_thought:
+            return False
+        return self.token_ids[-1] in self.stop_ids
+
+    def next_round(self) -> GenerationChunk | None:
+        """Go on behind thoughts that are over, or that are ended by this call: a piece with what
+        was put behind them. None where the answer is over."""
+        budget, left = self._budget, self.sampling.max_new_tokens - len(self.token_ids)
+        if budget is None or self.stopped:
+            return None
+        forced = budget.closing_ids
+        if self._has_thought:
+            forced = () if self._held_later is None else budget.gap_ids
+        begun = [] if self._held_later is None else self._held_later.forced()
+        left -= len(forced) + len(begun)
+        if left < 1:
+            return None
+        self._budget = None
+        # The last token of a round is not fed by it.
+        self.num_written = len(self.prompt.input_ids) + len(self.token_ids) - 1
+        self.stop_ids, self.matcher = self._answer_ids, self._held_later
+        thoughts, text = self._put(forced)
+        self._begun += "".join(map(self._detokenizer.push, begun))
+        seed = self.sampling.seed
+        self.settings = replace(
+            self.sampling,
+            max_new_tokens=left,
+            # Numbers of its own: it would draw those of the thoughts again.
+            seed=seed if seed < 0 else (seed + 1) & 0xFFFFFFFF,
+        )
+        self.fed = replace(
+            self.prompt, input_ids=[*self.prompt.input_ids, *self.token_ids, *begun], budget=None
+        )
+        self._num_before = len(self.token_ids)
+        return GenerationChunk(text, forced, thoughts=thoughts)
+
+    def _put(self, forced: Sequence[int]) -> tuple[str, str]:
+        """Append tokens that nothing chose, as if the last step had chosen them as well."""
+        self.token_ids += forced
+        self.marks += [self.marks[-1]] * len(forced)
+        self.num_thinking_tokens += len(forced)
+        thoughts, text = self._splitter.push("".join(map(self._detokenizer.push, forced)))
+        self._thoughts.append(thoughts)
+        self._text.append(text)
+        return thoughts, text
 
     def add(self, token_id: int, mark: Mark, odds: Odds | None = None) -> GenerationChunk:
         """Append a token; a stop token ends the answer and is not part of its text.
@@ -93,6 +172,7 @@ class ResponseBuilder:
         thoughts, text = "", self._detokenizer.push(token_id)
         if self.matcher is None:
             # Data is no thought, whatever it spells.
+            self.num_thinking_tokens += self._splitter.thinking
             thoughts, text = self._splitter.push(text)
         self._begun, text = "", self._begun + text
         text = self._stops.push(text)
@@ -152,6 +232,7 @@ class ResponseBuilder:
             else None,
             speculation=speculation,
             thoughts=all_thoughts or None,
+            num_thinking_tokens=self.num_thinking_tokens,
             image_sizes=self.prompt.image_sizes,
             resized_sizes=self.prompt.resized_sizes,
         )

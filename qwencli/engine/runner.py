@@ -254,20 +254,47 @@ class ModelRunner:
                     ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
                     ready.record(torch.cuda.current_stream(made_here.device))
                 visuals.append(PromptVisual(grid, digest, first, count, made_here, ready))
-        first_mask = None
-        if matcher is not None:
-            words = -(-self.model.shape.text.vocab_size // 32)
-            first_mask = torch.full((1, words), -1, dtype=torch.int32)
-            fill_masks([(matcher, 0)], first_mask)
         return RunnerPrompt(
             ids=ids,
             layout=layout,
             visuals=visuals,
             sampling=sampling,
             stop_ids=stop_ids,
-            first_mask=first_mask,
+            first_mask=self._first_mask(matcher),
             with_odds=with_odds,
         )
+
+    def gone_on(
+        self,
+        prompt: RunnerPrompt,
+        ids: Sequence[int],
+        sampling: SamplingParams,
+        stop_ids: Sequence[int],
+        matcher: TokenMatcher | None,
+    ) -> RunnerPrompt:
+        """A prompt whose tokens are run, with others behind them: `ids` are those of both."""
+        layout, before = prompt.layout, len(prompt.ids)
+        positions = torch.arange(before, len(ids)) + layout.delta
+        layout = replace(
+            layout, positions=torch.cat((layout.positions, positions.expand(3, -1)), 1)
+        )
+        return replace(
+            prompt,
+            ids=torch.tensor(ids),
+            layout=layout,
+            visuals=(),
+            sampling=sampling,
+            stop_ids=stop_ids,
+            first_mask=self._first_mask(matcher),
+        )
+
+    def _first_mask(self, matcher: TokenMatcher | None) -> Tensor | None:
+        if matcher is None:
+            return None
+        words = -(-self.model.shape.text.vocab_size // 32)
+        mask = torch.full((1, words), -1, dtype=torch.int32)
+        fill_masks([(matcher, 0)], mask)
+        return mask
 
     def _laid_out(self, prompt: Prompt) -> tuple[Tensor, PromptPositions]:
         """Ids and layout; pictures of one size that are asked about in the same words share them.

@@ -77,6 +77,8 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._rows: list[Sequence | None] = [None] * limits.max_rows
         self._released: set[int] = set()
+        # Whose row has to forget where it was: it idles until its prompt is through.
+        self._between: list[Sequence] = []
         self._restored: list[tuple[int, int]] = []
 
     @property
@@ -112,8 +114,10 @@ class Scheduler:
         for sequence in decode:
             sequence.num_scheduled += 1
         # A row taken again forgets as well: the steps until its prompt is through run it idle.
-        released = tuple(sorted(self._released - {place for _, place in moves}))
+        forgetful = {each.row for each in self._between if each.row is not None}
+        released = tuple(sorted(self._released - {place for _, place in moves} | forgetful))
         self._released.clear()
+        self._between.clear()
         restored, self._restored = tuple(self._restored), []
         return Batch(moves, prefill, decode, released, encode, restored, self._kept(prefill))
 
@@ -149,6 +153,21 @@ class Scheduler:
         if sequence.state is not None and self.states is not None:
             self.states.free(sequence.state)
             sequence.state = None
+
+    def go_on(self, running: Sequence, after: Sequence, num_computed: int) -> None:
+        """Let a sequence whose round is over go on as `after`, in its row, its pages and its state:
+        of that one's prompt the first `num_computed` tokens are there.
+
+        Steps that are on their way still run the old one, in vain.
+        """
+        assert running.row is not None, "it has given tokens"
+        after.row, after.pages, after.state = running.row, running.pages, running.state
+        after.num_cached, after.num_computed = running.num_cached, num_computed
+        self._rows[running.row] = after
+        self._running.remove(running)
+        running.row, running.pages, running.state = None, [], None
+        self._prefilling.append(after)
+        self._between.append(after)
 
     def requeue(self, sequence: Sequence) -> None:
         """Put a sequence whose prefill failed back in front of those that wait."""

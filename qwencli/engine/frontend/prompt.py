@@ -40,6 +40,29 @@ _VISION_TOKENS = {
 
 _VIDEO_PAD = "<|video_pad|>"
 NO_THOUGHTS = "thinking was asked for, and this model's chat template knows none"
+# What Qwen's documentation puts behind thoughts that are cut off: models of theirs answer from what
+# they have then, where after the bare tag they may go on thinking in the answer.
+OUT_OF_THOUGHTS = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the "
+    "thinking directly now.\n"
+)
+GAP = "\n\n"
+
+
+@dataclass(frozen=True)
+class ThoughtBudget:
+    """How many tokens a model may think, and what its thoughts end with.
+
+    Args:
+        tokens: at least 1. end_id: the token `</think>`.
+        closing_ids: what thoughts that have taken all are ended with, the tag included.
+        gap_ids: what stands between the tag and an answer whose beginning is not the model's.
+    """
+
+    tokens: int
+    end_id: int
+    closing_ids: tuple[int, ...]
+    gap_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -53,6 +76,7 @@ class Prompt:
             models.
         opens_thought: whether it ends in a `<think>`, which the model goes on from.
         patch_size: side of a patch in pixels; None for text models.
+        budget: of its thoughts, where they have one; they come first then.
         forced_ids: the answer's first tokens, where they are known: the last of `input_ids`.
         notes: a line for each picture that had to be smaller than the model would have taken it.
     """
@@ -64,6 +88,7 @@ class Prompt:
     video_token_id: int | None
     opens_thought: bool = False
     patch_size: int | None = None
+    budget: ThoughtBudget | None = None
     forced_ids: Sequence[int] = ()
     notes: tuple[str, ...] = ()
 
@@ -207,6 +232,7 @@ class PromptBuilder:
         messages: tuple[Message, ...],
         *,
         thinking: bool = False,
+        thinking_budget: int | None = None,
         tools: Sequence[str] = (),
         starts_with: str = "",
         at_once: bool = False,
@@ -214,7 +240,7 @@ class PromptBuilder:
         """The model's inputs for the answer that follows `messages`.
 
         Args:
-            thinking, tools: see `GenerationRequest`.
+            thinking, thinking_budget, tools: see `GenerationRequest`.
             at_once: the answer begins here, and no thoughts in front of it.
             starts_with: the beginning of that answer, behind which the model goes on. Spaces at its
                 end are left out, as tokens of words have theirs in front.
@@ -222,6 +248,7 @@ class PromptBuilder:
         Raises:
             InputError: no messages, pictures for a text model, a picture no model takes, text
                 that is not Unicode, or a conversation the template refuses.
+                Also a budget for the thoughts of a model that has none.
             ModelFileError: the template does not give every picture its place.
         """
         start = time.perf_counter()
@@ -252,19 +279,42 @@ class PromptBuilder:
         if pictures and self.processor is not None:
             inputs = preprocess(pictures, self.processor, self.patchify)
         guard = self.tokenizer.guard(texts)
+        thinking = thinking and thinking_budget != 0
+        # What the answer begins with stands behind thoughts; here there are none.
+        at_once = at_once or thinking_budget == 0 or bool(starts_with.strip())
         rendered = self._rendered(messages, guard, thinking, functions, inputs)
         opens_thought = rendered.rstrip().endswith(THOUGHT)
-        if opens_thought and (at_once or starts_with.strip()):
-            # What the answer begins with stands behind thoughts; here there are none.
+        if thinking_budget and not at_once:
+            if not opens_thought and not (thinking and self.template.can_switch):
+                raise InputError(
+                    "this model does not think, so that a thinking budget limits nothing",
+                    "leave out --thinking-budget, or choose a model that thinks",
+                )
+            if not opens_thought:
+                # Models whose template leaves it to them begin like this themselves.
+                rendered, opens_thought = f"{rendered}{THOUGHT}\n", True
+        if opens_thought and at_once:
             rendered += f"\n{THOUGHT_END}\n\n"
             opens_thought = False
         if starts_with.strip():
             rendered += guard.protect(starts_with.rstrip())
         ids = self.tokenizer.encode(rendered, guard)
+        budget = None
+        if thinking_budget and opens_thought:
+            budget = self._budget(thinking_budget)
         notes = (NO_THOUGHTS,) if thinking and not self.template.can_think else ()
         if self.processor is None:
             seconds = time.perf_counter() - start
-            return Prompt(ids, None, seconds, None, None, opens_thought=opens_thought, notes=notes)
+            return Prompt(
+                ids,
+                None,
+                seconds,
+                None,
+                None,
+                opens_thought=opens_thought,
+                budget=budget,
+                notes=notes,
+            )
         image, video = (self.tokenizer.token_id(token) for token in ("<|image_pad|>", _VIDEO_PAD))
         self._check_places(ids, pictures, inputs, image, video)
         return Prompt(
@@ -274,9 +324,20 @@ class PromptBuilder:
             image_token_id=self.model_ids.get(image, image),
             video_token_id=self.model_ids.get(video, video),
             opens_thought=opens_thought,
+            budget=budget,
             patch_size=self.processor.patch_size,
             notes=(*notes, *self._notes(inputs)),
         )
+
+    def _budget(self, tokens: int) -> ThoughtBudget:
+        if not self.tokenizer.has_token(THOUGHT_END):
+            raise InputError(
+                f"this model has no token {THOUGHT_END}, so that its thoughts cannot be ended",
+                "leave out --thinking-budget",
+            )
+        encode = self.tokenizer.encode
+        end, gap = self.tokenizer.token_id(THOUGHT_END), encode(GAP)
+        return ThoughtBudget(tokens, end, (*encode(OUT_OF_THOUGHTS), end, *gap), tuple(gap))
 
     def _notes(self, inputs: VisualInputs | None) -> tuple[str, ...]:
         if inputs is None or self.own_pixels is None or self.processor is None:

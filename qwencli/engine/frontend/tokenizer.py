@@ -425,6 +425,11 @@ class ThoughtSplitter:
         self._inside, self._answering, self._thought = inside, False, inside
         self._held = ""
 
+    @property
+    def thinking(self) -> bool:
+        """Whether what comes next is a thought, as far as that is decided."""
+        return self._inside
+
     def push(self, text: str) -> tuple[str, str]:
         """(thoughts, answer) that are decided now."""
         if self._answering:

@@ -178,7 +178,7 @@ _CACHE_SETTINGS: dict[Cache, dict[str, Any]] = {
 
 
 class Generation:
-    """One call of `generate()` for one answer."""
+    """One answer: a call of `generate()`, or one a round."""
 
     def __init__(
         self,
@@ -194,22 +194,30 @@ class Generation:
         """Yield each token's text as it becomes known, and the result with the last chunk."""
         answer = self._answer
         clock = EventTimer(self._effective.device)
-        inputs = self._inputs()
-        tokens: Generator[Token] = pulled(lambda push: self._generate(inputs, clock, push))
-        with VisionSpan(self._model, clock) as vision, closing(tokens):
-            for token_id, mark in tokens:
-                yield answer.add(token_id, mark)
-                if answer.stopped:
-                    break
+        with VisionSpan(self._model, clock) as vision:
+            yield from self._round(clock)
+            while (between := answer.next_round()) is not None:
+                yield between
+                yield from self._round(clock)
         self._check_cache()
         yield answer.finish(clock, vision.marks, self._effective, load_s)
+
+    def _round(self, clock: EventTimer) -> Iterator[GenerationChunk]:
+        """One round of decoding, see `response`: one call of `generate()`."""
+        inputs = self._inputs()
+        tokens: Generator[Token] = pulled(lambda push: self._generate(inputs, clock, push))
+        with closing(tokens):
+            for token_id, mark in tokens:
+                yield self._answer.add(token_id, mark)
+                if self._answer.round_over:
+                    break
 
     def _generate(
         self, inputs: dict[str, Any], clock: EventTimer, push: Callable[[Token], None]
     ) -> None:
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
-        sampling = self._answer.sampling
+        sampling = self._answer.settings
         torch.manual_seed(secrets.randbits(32) if sampling.seed < 0 else sampling.seed)
         recorder = TokenRecorder(
             clock,
@@ -220,7 +228,7 @@ class Generation:
         processors = LogitsProcessorList()
         if self._answer.matcher is not None:
             vocab_size = self._answer.files.vocab_size
-            num_prompt_tokens = len(self._answer.prompt.input_ids)
+            num_prompt_tokens = len(self._answer.fed.input_ids)
             held = SchemaProcessor(self._answer.matcher, vocab_size, num_prompt_tokens)
             processors.append(held)
         without_grad = torch.no_grad() if self._changes.no_grad else torch.inference_mode()
@@ -236,7 +244,7 @@ class Generation:
         recorder.flush()
 
     def _inputs(self) -> dict[str, Any]:
-        device, prompt = self._effective.device, self._answer.prompt
+        device, prompt = self._effective.device, self._answer.fed
         input_ids = torch.tensor([prompt.input_ids], dtype=torch.int64, device=device)
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if prompt.inputs is not None:
@@ -264,7 +272,7 @@ class Generation:
     def _generation_config(self) -> Any:
         from transformers import GenerationConfig
 
-        sampling = self._answer.sampling
+        sampling = self._answer.settings
         settings: dict[str, Any] = {
             "max_new_tokens": sampling.max_new_tokens,
             "do_sample": sampling.do_sample,

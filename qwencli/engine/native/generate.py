@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,12 +25,15 @@ from qwencli.engine.spec_decode.decode_strategy import (
     DecodeStrategy,
     Speculator,
 )
-from qwencli.results import EffectiveConfig, GenerationChunk
+from qwencli.results import EffectiveConfig, GenerationChunk, Speculation
 from qwencli.tracing import span
 
 # Steps on their way to the GPU beyond the one being read. Enough that a host thread that is kept
 # from running for some milliseconds leaves the GPU busy; after a stop token they are wasted.
 MAX_INFLIGHT_STEPS = 8
+
+
+_Round = tuple[list[tuple[Mark, Mark]], EffectiveConfig, Speculation | None]
 
 
 class Generation:
@@ -83,7 +86,7 @@ class Generation:
         self, answer: ResponseBuilder, keys: list[Key], digests: list[bytes], clock: EventTimer
     ) -> list[tuple[Mark, Mark]]:
         """Fill the cache with the prompt and choose the first token; returns vision's marks."""
-        prompt, state = answer.prompt, self._state
+        prompt, state = answer.fed, self._state
         vision: list[tuple[Mark, Mark]] = []
 
         def encode(indices: list[int]) -> Iterator[VisionFeatures]:
@@ -103,11 +106,13 @@ class Generation:
             [ModelPrompt(prompt.input_ids, prompt.visuals)],
             join_features(features) if features else None,
         )
-        shared = answer.num_cached_tokens = self._prefix_cache.reuse(keys)
+        shared = self._prefix_cache.reuse(keys)
+        if prompt is answer.prompt:
+            answer.num_cached_tokens = shared
         logits = self._prompts.prefill(inputs, state.cache, start=shared)
         # While the device works on the prompt.
         stop_ids = sorted(answer.stop_ids)
-        state.begin(answer.sampling, inputs.ids[0], stop_ids, inputs.next_positions)
+        state.begin(answer.settings, inputs.ids[0], stop_ids, inputs.next_positions)
         masks = None
         if answer.matcher is not None:
             held = state.hold_logits()
@@ -122,15 +127,26 @@ class Generation:
 
         However the request ends, the cache afterwards holds what it is remembered to hold.
         """
-        state = self._state
         # First of all: captures that a request is the first to need are part of its prefill.
         clock = EventTimer(self._effective.device)
-        first_slot = len(answer.prompt.input_ids)
-        steps = answer.sampling.max_new_tokens - 1
         digests = digests_of(answer.prompt)
-        keys = keys_of(answer.prompt, digests)
+        vision, effective, speculation = yield from self._round(answer, digests, clock)
+        while (between := answer.next_round()) is not None:
+            yield between
+            more, effective, drafted = yield from self._round(answer, digests, clock)
+            vision, speculation = vision + more, _together(speculation, drafted)
+        yield answer.finish(clock, vision, effective, load_s, speculation)
+
+    def _round(
+        self, answer: ResponseBuilder, digests: list[bytes], clock: EventTimer
+    ) -> Generator[GenerationChunk, None, _Round]:
+        """One round of decoding (see `response`); returns vision's marks, the modes that ran, and
+        what drafts did."""
+        state, first_slot = self._state, len(answer.fed.input_ids)
+        steps = answer.settings.max_new_tokens - 1
+        keys, before = keys_of(answer.fed, digests), len(answer.token_ids)
         with torch.inference_mode():
-            state.kind = kind_of(answer.sampling)
+            state.kind = kind_of(answer.settings)
             strategy, effective = self._strategy_for(answer)
             if answer.matcher is not None:
                 state.hold_logits()
@@ -145,22 +161,22 @@ class Generation:
                 tokens = self._decode_held(clock, strategy, steps, answer.matcher)
             for token_id, mark in tokens:
                 yield answer.add(token_id, mark)
-                if answer.stopped:
+                if answer.round_over:
                     break
         except BaseException:
             # Steps that are still running write into slots after the prompt only.
             self._prefix_cache.forget_after(first_slot)
             raise
         # The last token has not been fed, so its slot is not written.
-        self._prefix_cache.remember([*keys, *answer.token_ids[:-1]])
-        yield answer.finish(clock, vision, effective, load_s, strategy.result())
+        self._prefix_cache.remember([*keys, *answer.token_ids[before:-1]])
+        return vision, effective, strategy.result()
 
     def _strategy_for(self, answer: ResponseBuilder) -> tuple[DecodeStrategy, EffectiveConfig]:
         """How this request takes its steps, and the modes that are then true."""
         if self._speculator is None:
             return AutoregressiveDecode(self._stepper, self._state), self._effective
         # A drawn token is not known to be right before it is drawn, nor one before its mask is.
-        drawn = kind_of(answer.sampling) not in LIKELIEST
+        drawn = kind_of(answer.settings) not in LIKELIEST
         off = "off: sampling" if drawn else "off: schema" if answer.matcher is not None else None
         if off is not None:
             effective = replace(self._effective, speculate=off)
@@ -220,6 +236,17 @@ class Generation:
                 with torch.inference_mode():
                     state.choose_masked(kind)
                     token_copy.store(state.token, clock)
+
+
+def _together(one: Speculation | None, other: Speculation | None) -> Speculation | None:
+    """What drafts did in two rounds; what the time was like is told of the second, the answer."""
+    if one is None or other is None:
+        return one or other
+    return replace(
+        other,
+        num_drafted=one.num_drafted + other.num_drafted,
+        num_accepted=one.num_accepted + other.num_accepted,
+    )
 
 
 @torch.inference_mode()
