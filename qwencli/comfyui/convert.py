@@ -19,7 +19,7 @@ from typing import Any
 
 from qwencli.comfyui import old_nodes as old_packs
 from qwencli.comfyui.old_nodes import NO_EQUAL, OLD_NODES, SAME, OldNode
-from qwencli.comfyui.schemas import AUTO, NO_PRESET, BatchMode, Input, Kind, Node
+from qwencli.comfyui.schemas import AUTO, CHAT, NO_PRESET, BatchMode, Input, Kind, Node
 from qwencli.errors import InputError
 from qwencli.models.builtin import find_builtin
 from qwencli.presets import PRESETS
@@ -136,7 +136,8 @@ def _graphs(found: Any) -> Iterator[dict[str, Any]]:
 
 def _moved_over(old: OldNode, values: Mapping[str, Any], links: Mapping[str, Any]) -> _Values:
     """Translate the values and links of an old node, both by its own names."""
-    result = _Values(old.node, {each.id: each.default for each in old.node.widgets})
+    node = CHAT if _asks_without_pictures(old, values, links) else old.node
+    result = _Values(node, {each.id: each.default for each in node.widgets})
     for name, value in old.settings.items():
         _set(result, name, value)
     _move_pictures(old, links, result)
@@ -148,7 +149,22 @@ def _moved_over(old: OldNode, values: Mapping[str, Any], links: Mapping[str, Any
             _move_link(old, name, links[name], result)
         if name in values and (name not in links or name in result.moved):
             _move_value(old, name, values[name], result)
+    if node is CHAT and "prompt" not in result.links and not result.values["prompt"]:
+        result.notes.append("prompt is empty: write what to ask")
     return result
+
+
+def _asks_without_pictures(
+    old: OldNode, values: Mapping[str, Any], links: Mapping[str, Any]
+) -> bool:
+    """Old nodes for pictures answer without one, too; of ours, the one for captions does not."""
+    shown = {*old.pictures, old.frames, old.video, *old_packs.FILE_INPUTS}
+    if any(name in links or values.get(name) for name in shown):
+        return False
+    return any(
+        SAME.get(name) == "prompt" and (name in links or bool(value))
+        for name, value in {**values, **links}.items()
+    )
 
 
 def _move_pictures(old: OldNode, links: Mapping[str, Any], result: _Values) -> None:
@@ -160,21 +176,21 @@ def _move_pictures(old: OldNode, links: Mapping[str, Any], result: _Values) -> N
         result.values["batch_mode"] = BatchMode.VIDEO.value
     elif len(pictures) == 1:
         result.links["images"] = links[pictures.pop()]
-    places = [each.id for each in old.node.inputs if re.fullmatch(r"image_\d", each.id)]
+    places = [each.id for each in result.node.inputs if re.fullmatch(r"image_\d", each.id)]
     for place, name in zip(places, pictures, strict=False):
         result.links[place] = links[name]
     for name in pictures[len(places) :]:
         result.notes.append(f"{name}: there are {len(places)} inputs for pictures, it is left out")
 
 
-def _place(old: OldNode, name: str) -> str | None:
-    """The input of ours that means the same; None: there is none."""
+def _place(old: OldNode, name: str, node: Node) -> str | None:
+    """The input of `node` that means the same; None: there is none."""
     place = old.names.get(name, SAME.get(name, ""))
-    return place if any(each.id == place for each in old.node.inputs) else None
+    return place if any(each.id == place for each in node.inputs) else None
 
 
 def _move_link(old: OldNode, name: str, link: Any, result: _Values) -> None:
-    place = _place(old, name)
+    place = _place(old, name, result.node)
     if place is not None:
         result.links[place] = link
         result.moved[name] = place
@@ -184,7 +200,7 @@ def _move_link(old: OldNode, name: str, link: Any, result: _Values) -> None:
 
 
 def _move_value(old: OldNode, name: str, value: Any, result: _Values) -> None:
-    place = _place(old, name)
+    place = _place(old, name, result.node)
     if place is not None:
         result.moved[name] = place
         # An empty text says nothing: what a preset or a style has put there stays.
@@ -326,7 +342,7 @@ def _convert_api(graph: dict[str, Any], done: Conversion) -> None:
         values = {name: value for name, value in inputs.items() if name not in links}
         new = _moved_over(old, values, links)
         node["inputs"] = {**new.values, **new.links}
-        node["class_type"] = old.node.id
+        node["class_type"] = new.node.id
         _tell(done, where, new)
 
 
@@ -388,17 +404,17 @@ def _convert_editor_node(
     links = {name: each["link"] for name, each in sockets.items() if each.get("link") is not None}
     new = _moved_over(old, values, links)
     _remove_links(graph, [link for link in links.values() if link not in new.links.values()])
-    node["inputs"] = _editor_inputs(old.node, new.links, sockets, links)
+    node["inputs"] = _editor_inputs(new.node, new.links, sockets, links)
     for slot, entry in enumerate(node["inputs"]):
         _move_target(graph, entry["link"], slot)
-    node["outputs"] = _editor_outputs(old.node, node.get("outputs"))
-    node["widgets_values"] = list(_editor_values(old.node, new.values, seed_mode))
-    node["type"] = old.node.id
+    node["outputs"] = _editor_outputs(new.node, node.get("outputs"))
+    node["widgets_values"] = list(_editor_values(new.node, new.values, seed_mode))
+    node["type"] = new.node.id
     properties = node.get("properties")
     kept_properties = properties if isinstance(properties, dict) else {}
     node["properties"] = {
         **{key: value for key, value in kept_properties.items() if key not in _OF_OLD_PACK},
-        "Node name for S&R": old.node.id,
+        "Node name for S&R": new.node.id,
     }
     _tell(done, where, new)
     return new

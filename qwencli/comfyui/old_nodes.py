@@ -271,6 +271,7 @@ QUANTIZATION_INPUTS = frozenset({"quantization"})
 ATTENTION_INPUTS = frozenset({"attention", "attention_mode", "attention_type"})
 KEEP_INPUTS = frozenset({"keep_model_loaded"})
 UNLOAD_INPUTS = frozenset({"unload_after_generation", "unload_after_run"})
+FILE_INPUTS = frozenset({"video_path", "source_path"})
 PRESET_INPUTS = frozenset({"preset_prompt"})
 STYLE_INPUTS = frozenset({"enhancement_style", "preset_system_prompt"})
 

@@ -379,7 +379,7 @@ def test_models(old, model, custom, quantization, told):
     ],
 )
 def test_presets(preset, custom, new):
-    inputs = {"preset_prompt": preset, "custom_prompt": custom}
+    inputs = {"preset_prompt": preset, "custom_prompt": custom, "image": ["1", 0]}
     done = convert({"5": {"class_type": "AILab_QwenVL", "inputs": inputs}}, "w.json")
     values = done.document["5"]["inputs"]
     assert (values["preset"], values["prompt"]) == new
@@ -392,6 +392,29 @@ def test_a_node_that_unloads_does_not_keep_the_model():
     ]:  # fmt: skip
         document = {"5": {"class_type": "QwenVisionParser", "inputs": {name: value}}}
         assert convert(document, "w.json").document["5"]["inputs"]["keep_loaded"] == kept
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kind"),
+    [
+        ({"text": "Hi", "image1": ["1", 0]}, "QwencliCaption"),
+        ({"text": "Hi"}, "QwencliChat"),
+        ({"text": ["1", 0]}, "QwencliChat"),
+        ({"text": "Hi", "video_path": "a.mp4"}, "QwencliCaption"),
+        ({"text": ""}, "QwencliCaption"),
+    ],
+)
+def test_a_node_that_is_asked_without_a_picture_is_a_chat(inputs, kind):
+    given = {"5": {"class_type": "QwenVL", "inputs": {**inputs, "system": "Be brief."}}}
+    new = convert(given, "w.json").document["5"]
+    assert new["class_type"] == kind
+    assert set(new["inputs"]) <= {each.id for each in NODES[kind].inputs}
+    assert (new["inputs"]["prompt"], new["inputs"]["system"]) == (inputs["text"], "Be brief.")
+
+
+def test_a_chat_without_a_question_is_told():
+    done = convert({"5": {"class_type": "Qwen", "inputs": {"prompt": ""}}}, "w.json")
+    assert done.notes == ["node 5 (Qwen): prompt is empty: write what to ask"]
 
 
 # What is no workflow
