@@ -62,8 +62,10 @@ class _Values:
     values: dict[str, Any]
     links: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    # Where each old input that stayed one went; promoted widgets of subgraphs follow it.
+    # Where each old input went whose values mean the same, and whose values were translated;
+    # promoted widgets of subgraphs follow it.
     moved: dict[str, str] = field(default_factory=dict)
+    translated: dict[str, str] = field(default_factory=dict)
 
 
 def read_workflow(path: Path) -> Any:
@@ -201,6 +203,8 @@ def _move_link(old: OldNode, name: str, link: Any, result: _Values) -> None:
 
 def _move_value(old: OldNode, name: str, value: Any, result: _Values) -> None:
     place = _place(old, name, result.node)
+    if (shown := old_packs.TRANSLATED.get(name)) in result.values:
+        result.translated[name] = str(shown)
     if place is not None:
         result.moved[name] = place
         # An empty text says nothing: what a preset or a style has put there stays.
@@ -578,7 +582,10 @@ def _rename_promoted(node: dict[str, Any], inner: Mapping[str, _Values], done: C
     for at, entry in enumerate(promoted):
         new = inner.get(str(entry[0])) if isinstance(entry, list) and len(entry) > 1 else None
         if new is not None:
+            # Values that the subgraph's own node keeps would be of the old words.
             place = new.moved.get(str(entry[1]))
+            if place is None and not parallel:
+                place = new.translated.get(str(entry[1]))
             if place is None:
                 done.notes.append(
                     f"node {node.get('id')}: its widget {entry[1]!r:.60} shows an input that has "

@@ -274,6 +274,19 @@ UNLOAD_INPUTS = frozenset({"unload_after_generation", "unload_after_run"})
 FILE_INPUTS = frozenset({"video_path", "source_path"})
 PRESET_INPUTS = frozenset({"preset_prompt"})
 STYLE_INPUTS = frozenset({"enhancement_style", "preset_system_prompt"})
+# Where each of them goes.
+TRANSLATED: Mapping[str, str] = {
+    name: place
+    for place, names in {
+        "model": MODEL_INPUTS,
+        "quantization": QUANTIZATION_INPUTS,
+        "attention": ATTENTION_INPUTS,
+        "keep_loaded": KEEP_INPUTS | UNLOAD_INPUTS,
+        "preset": PRESET_INPUTS,
+        "system": STYLE_INPUTS,
+    }.items()
+    for name in names
+}
 
 # Old inputs without an equal here, each with the value at which it does nothing worth a word, and
 # with what to do instead; a value of None never stands for nothing.

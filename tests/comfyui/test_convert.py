@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -88,17 +89,18 @@ def test_every_name_of_ours_is_an_input_of_the_node(name):
                 continue
             # A value, a translation, or a reason why there is none.
             place = SAME.get(each)
-            translated = (
-                old_nodes.MODEL_INPUTS | old_nodes.QUANTIZATION_INPUTS | old_nodes.KEEP_INPUTS
-                | old_nodes.ATTENTION_INPUTS | old_nodes.UNLOAD_INPUTS | old_nodes.PRESET_INPUTS
-                | old_nodes.STYLE_INPUTS
-            )  # fmt: skip
-            assert place in ids or each in translated or each in NO_EQUAL, each
+            assert {place, old_nodes.TRANSLATED.get(each)} & ids or each in NO_EQUAL, each
 
 
 def test_every_layout_of_a_node_differs_from_the_others():
     for name, old in OLD_NODES.items():
         assert len(set(old.layouts)) == len(old.layouts), name
+
+
+def test_the_page_names_every_node():
+    page = (Path(__file__).parents[2] / "docs" / "comfyui.md").read_text("utf-8")
+    assert [name for name in OLD_NODES if f"`{name}`" not in page] == []
+    assert [each.display_name for each in NODES.values() if each.display_name not in page] == []
 
 
 def test_presets_and_their_words_are_there():
@@ -271,6 +273,17 @@ def test_version_1_0_and_subgraphs_have_links_with_names():
     assert new["widgets_values"] == [300, 1]
     assert done.converted == ["node 5 of subgraph 'Captions' (AILab_QwenVL) is Qwen Caption now"]
     assert len(done.notes) == 2
+
+
+def test_a_promoted_widget_without_a_value_of_its_own_follows_a_translated_one():
+    inner = {"id": "5f5c", "nodes": [node("AILab_QwenVL", LAB)], "links": []}
+    promoted = [["5", "model_name"], ["5", "preset_prompt"], ["5", "num_beams"]]
+    holder = {"id": 9, "type": "5f5c", "properties": {"proxyWidgets": promoted}}
+    document = {"nodes": [holder], "definitions": {"subgraphs": [inner]}}
+    done = convert(document, "w.json")
+    new = done.document["nodes"][0]["properties"]["proxyWidgets"]
+    assert new == [["5", "model"], ["5", "preset"]]
+    assert ["num_beams" in note for note in done.notes] == [True]
 
 
 def test_values_that_fit_no_version_leave_a_node_alone():
