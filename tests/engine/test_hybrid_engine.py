@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from qwencli.config import (
     Attention,
@@ -23,6 +22,7 @@ from qwencli.config import (
 )
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.client import generate_many
+from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
@@ -33,7 +33,8 @@ from qwencli.engine.spec_decode.policy import BatchDraftPolicy
 from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest, text_message, user_message
 from tests.checkpoints import engine_config, film, picture
-from tests.engine.native.mtp_reference import MtpReference, head_weights
+from tests.engine.native.host_graphs import run_graphs_on_the_host
+from tests.engine.native.mtp_reference import MtpReference, with_head
 
 # Few rows and tokens, so that requests wait, prompts are cut and rows are used again.
 NARROW = Limits(max_rows=3, max_prefill_tokens=24, max_prompts=2)
@@ -201,16 +202,7 @@ def speculating(checkpoint, narrow):
 
 @pytest.fixture(scope="module")
 def headed(checkpoint, tmp_path_factory):
-    """The same model with a head that drafts: random, so that it is hardly ever right."""
-    folder = tmp_path_factory.mktemp("headed") / "model"
-    shutil.copytree(checkpoint("qwen3_5"), folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["mtp_num_hidden_layers"] = 1
-    (folder / "config.json").write_text(json.dumps(config))
-    head = head_weights(config["text_config"], torch.Generator().manual_seed(1))
-    file = folder / "model.safetensors"
-    save_file({**load_file(file), **{n: t.bfloat16() for n, t in head.items()}}, file)
-    return folder
+    return with_head(checkpoint("qwen3_5"), tmp_path_factory.mktemp("headed") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -313,3 +305,21 @@ def test_steps_that_check_drafts_give_what_plain_ones_do(engine, speculating, mo
     assert [each.finish_reason for each in found] == [each.finish_reason for each in expected]
     accepted = sum(each.speculation.num_accepted for each in found)
     assert oracle.drafted and (accepted > 12 if right else accepted < 10)
+
+
+def test_a_graph_that_is_captured_amid_an_answer_changes_nothing(engine, by_head, monkeypatch):
+    """A graph runs what it captures: states, what the head has seen, and texts must not take that
+    step twice."""
+    run_graphs_on_the_host(monkeypatch)
+    asked = [ask("hello", max_new_tokens=24), ask("What? " * 30, max_new_tokens=20)]
+    expected = [engine.generate(each) for each in asked]
+    by_head.generate(asked[0])  # makes the rows
+    step_runner = by_head._queue._runner
+    monkeypatch.setattr(step_runner, "_graphs", GraphRunner(torch.device("cpu")))
+    monkeypatch.setattr(step_runner, "_captured", [])
+    sizes = random.Random(6)
+    monkeypatch.setattr(BatchDraftPolicy, "next", lambda *rest: sizes.choice((0, 1, 2, 4, 6)))
+    monkeypatch.setattr(BatchDraftPolicy, "learn", lambda *rest: None)
+    found = list(generate_many(by_head, asked))
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+    assert len(step_runner._captured) > 4

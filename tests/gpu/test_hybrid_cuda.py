@@ -3,17 +3,20 @@ and against transformers."""
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from qwencli.config import DType, EngineName, Kernels, Quantization, SamplingOptions
+from qwencli.config import DType, EngineName, Kernels, Quantization, SamplingOptions, Speculate
 from qwencli.engine.client import generate_many
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native.engine import NativeEngine
+from qwencli.engine.spec_decode.policy import BatchDraftPolicy
 from qwencli.messages import GenerationRequest, user_message
 from tests.checkpoints import engine_config, picture
+from tests.engine.native.mtp_reference import with_head
 
 TEXT = "Some text that is scored, token by token, by both of them. " * 4
 
@@ -73,3 +76,39 @@ def test_fewer_bits_run_in_rows(checkpoint, quantization):
         assert [engine.generate(each).token_ids for each in again] == [
             each.token_ids for each in alone
         ]
+
+
+@pytest.mark.parametrize("kernels", [Kernels.TORCH, Kernels.TRITON])
+@pytest.mark.parametrize("head", [False, True], ids=["text", "head"])
+def test_steps_that_check_drafts_give_what_plain_ones_do(
+    checkpoint, tmp_path, monkeypatch, kernels, head
+):
+    """Alone and in rows that join and leave, whatever sizes steps have; each size is a graph, which
+    is captured while rows are in the middle of their answers."""
+    folder = checkpoint("qwen3_5")
+    folder = with_head(folder, tmp_path / "model") if head else folder
+    settings = {"engine": EngineName.NATIVE, "device": "cuda", "dtype": DType.FLOAT32}
+    asked = [ask("hello"), ask("one two " * 40), ask(images=[picture()])]
+    asked += [ask(f"Number {n} number {n}", tokens=9 + 5 * n) for n in range(5)]
+    plain = engine_config(folder, kernels=kernels, **settings)
+    with NativeEngine(plain) as engine:
+        expected = [engine.generate(each).token_ids for each in asked]
+    drafting = replace(plain, speculate=Speculate.AUTO)
+    sizes, checked = random.Random(3), []
+
+    def choose(policy, rows, texts):
+        able = [size for size in (0, 1, 2, 4, 6) if size * rows <= 32]
+        checked.append(sizes.choice(able))
+        return checked[-1]
+
+    with NativeEngine(drafting) as engine:
+        assert engine.generate(asked[0]).token_ids == expected[0]  # as the policy chooses
+        monkeypatch.setattr(BatchDraftPolicy, "next", choose)
+        monkeypatch.setattr(BatchDraftPolicy, "learn", lambda *rest: None)
+        alone = [engine.generate(each) for each in asked[:4]]
+        assert [each.token_ids for each in alone] == expected[:4]
+        for _ in range(2):
+            together = list(generate_many(engine, asked))
+            assert [each.token_ids for each in together] == expected
+        assert alone[0].effective.speculate == ("mtp" if head else "auto")
+    assert {1, 2, 4, 6} <= set(checked)

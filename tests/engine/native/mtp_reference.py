@@ -18,11 +18,15 @@ which hidden state); SGLang's `qwen3_5_mtp.py` agrees. What they do:
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 Tensor = torch.Tensor
 
@@ -176,3 +180,15 @@ def head_weights(
             sizes[at + "mlp.experts.gate_up_proj"] = (count, 2 * inner, hidden)
             sizes[at + "mlp.experts.down_proj"] = (count, hidden, inner)
     return {name: 0.12 * torch.randn(size, generator=generator) for name, size in sizes.items()}
+
+
+def with_head(checkpoint: Path, folder: Path) -> Path:
+    """The same model with a head that drafts: random, so that it is hardly ever right."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["mtp_num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    head = head_weights(config["text_config"], torch.Generator().manual_seed(1))
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), **{n: t.bfloat16() for n, t in head.items()}}, file)
+    return folder
