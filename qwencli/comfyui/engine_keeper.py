@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from qwencli.comfyui import comfy_host
 from qwencli.comfyui.schemas import Runs
-from qwencli.config import EngineConfig
+from qwencli.config import EngineConfig, LoadFormat
 from qwencli.errors import EngineError, OutOfMemoryError, QwenCliError
 
 if TYPE_CHECKING:
@@ -212,19 +212,29 @@ class EngineKeeper:
 
 
 def create(wanted: Wanted, keep_s: float) -> Engine:
-    """The engine that is wanted, not yet loaded."""
+    """The engine that is wanted, not yet loaded; its model's files are here then."""
+    if wanted.runs is Runs.REMOTE:
+        from qwencli.engine.remote import RemoteEngine
+
+        return RemoteEngine(wanted.config, wanted.key_variable)
+    _fetch(wanted.config)
     if wanted.runs is Runs.RESIDENT:
         from qwencli.server.resident import ResidentEngine
 
         # A node that keeps nothing still needs it for as long as it runs.
         return ResidentEngine(wanted.config, max(keep_s, 1.0), log.info)
-    if wanted.runs is Runs.REMOTE:
-        from qwencli.engine.remote import RemoteEngine
-
-        return RemoteEngine(wanted.config, wanted.key_variable)
     from qwencli.engine.factory import create_engine
 
     return create_engine(wanted.config)
+
+
+def _fetch(config: EngineConfig) -> None:
+    model = config.model
+    if model.path is None and config.load_format is LoadFormat.AUTO:
+        from qwencli.models.hub import locate
+
+        log.info("qwencli: downloading %s (kept in the Hugging Face cache)", model.repo_id)
+        locate(model, offline=config.offline, allow_pickle=config.allow_pickle)
 
 
 KEEPER = EngineKeeper(create)

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from qwencli.comfyui import comfy_host
-from qwencli.comfyui.engine_keeper import EngineKeeper, Wanted
+from qwencli.comfyui.engine_keeper import EngineKeeper, StoppableEngine, Wanted
 from qwencli.comfyui.schemas import Runs
 from qwencli.config import EngineConfig, ModelSource, ModelSpec
+from qwencli.engine.protocol import stream_alone
 from qwencli.errors import EngineError, InputError, OutOfMemoryError
+from qwencli.messages import GenerationRequest
 from tests.comfyui.comfy_stub import InterruptProcessingException, Management
 from tests.dataset.fake_engine import FakeEngine
 
@@ -151,6 +153,43 @@ def test_one_node_after_the_other_has_it(made: Made) -> None:
     with made.keeper.using(wanted("b"), 60), pytest.raises(EngineError):
         use(made, "b")
     made.keeper.close()
+
+
+class Silent:
+    """Requests to a process that never answers: each step waits a little, and gives nothing."""
+
+    max_rows, has_unfinished = 1, True
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    def add(self, request: Any) -> int:
+        return 0
+
+    def step(self) -> list[Any]:
+        return []
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_stop_is_heard_while_another_process_says_nothing() -> None:
+    silent, polls = Silent(), 0
+
+    class Engine(FakeEngine):
+        def stream(self, request: Any) -> Any:
+            return stream_alone(silent, request)  # type: ignore[arg-type]
+
+    def check() -> None:
+        nonlocal polls
+        polls += 1
+        if polls == 5:
+            raise InterruptProcessingException
+
+    engine = StoppableEngine(Engine(), check)  # type: ignore[arg-type]
+    with pytest.raises(InterruptProcessingException):
+        engine.generate(GenerationRequest(()))
+    assert silent.closed
 
 
 def test_outside_of_comfyui_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
