@@ -265,17 +265,27 @@ def _plain_archive(archive: str) -> Iterator[BinaryIO]:
             return
         status = os.fstat(packed.fileno())
     with _UNPACKING:
-        plain = _unpacked(archive, module, status.st_mtime_ns, status.st_size)
-        plain.seek(0)
-        yield plain
+        unpacked = _unpacked(archive, module, status.st_mtime_ns, status.st_size)
+        unpacked.file.seek(0)
+        yield unpacked.file
 
 
 _UNPACKING = threading.Lock()
 
 
+class _Unpacked:
+    """A file without a name, closed when nobody holds this any more, at the latest at the end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+
+    def __del__(self) -> None:
+        self.file.close()
+
+
 @functools.lru_cache(maxsize=2)
-def _unpacked(archive: str, module: str, mtime_ns: int, size: int) -> BinaryIO:
-    """A file without a name, gone with this process, that has what an archive unpacks to."""
+def _unpacked(archive: str, module: str, mtime_ns: int, size: int) -> _Unpacked:
+    """What an archive unpacks to."""
     try:
         opener = importlib.import_module(module)
     except ImportError as error:
@@ -283,18 +293,22 @@ def _unpacked(archive: str, module: str, mtime_ns: int, size: int) -> BinaryIO:
             f"{archive} is compressed in a way that Python reads from 3.14 on",
             "unpack it: zstd -d, and name the .tar",
         ) from error
-    # Closed when it is dropped. Not a plain file everywhere: Windows wraps it.
-    plain = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
-    most = max(_SMALL_BYTES, size * _MOST_GROWTH)
-    with opener.open(archive, "rb") as packed:
-        while piece := _piece(packed):
-            plain.write(piece)
-            if plain.tell() > most:
-                raise InputError(
-                    f"{archive} unpacks to more than {most >> 20} MB", "unpack it yourself"
-                )
-    plain.flush()
-    return plain
+    # Not a plain file everywhere: Windows wraps it.
+    plain = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 - closed below, or when dropped
+    try:
+        most = max(_SMALL_BYTES, size * _MOST_GROWTH)
+        with opener.open(archive, "rb") as packed:
+            while piece := _piece(packed):
+                plain.write(piece)
+                if plain.tell() > most:
+                    raise InputError(
+                        f"{archive} unpacks to more than {most >> 20} MB", "unpack it yourself"
+                    )
+        plain.flush()
+    except BaseException:
+        plain.close()
+        raise
+    return _Unpacked(plain)
 
 
 def _piece(packed: io.BufferedIOBase) -> bytes:
