@@ -11,11 +11,13 @@ stacked along the first dimension (q, k and v; gate and up).
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from types import MappingProxyType
 from typing import Literal
 
 from qwencli.models.families import FAMILIES, VisionFamily
@@ -86,6 +88,7 @@ class TensorSpec:
         return math.prod(self.shape)
 
 
+@functools.lru_cache(maxsize=4)
 def specs(shape: ModelShape) -> tuple[TensorSpec, ...]:
     """Every tensor of the model, in the order the forward pass reads them."""
     vision = _vision(shape.vision) if shape.vision is not None else iter(())
@@ -316,7 +319,7 @@ def _linear(at: str, hub: tuple[str, ...], rows_each: int, width: int) -> Iterat
     )
 
 
-TensorShapes = dict[str, tuple[int, ...]]
+TensorShapes = Mapping[str, tuple[int, ...]]
 _LEFT_AS_THEY_ARE = (
     "embed_tokens.weight",
     "in_proj_a.weight",
@@ -333,10 +336,11 @@ HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 DRAFT_HEAD = "mtp."
 
 
+@functools.lru_cache(maxsize=4)  # each estimate of a model asks for them again
 def expected_tensors(shape: ModelShape) -> TensorShapes:
     """Name -> shape of every parameter; a tied `lm_head` is not listed, it is not stored."""
     parts = (part for spec in specs(shape) for part in spec.parts)
-    return {part_name(part, shape): part.shape for part in parts}
+    return MappingProxyType({part_name(part, shape): part.shape for part in parts})
 
 
 def part_name(part: Part, shape: ModelShape) -> str:

@@ -30,6 +30,8 @@ CPU = DeviceFacts(
 )  # fmt: skip
 FAKE_WORKER = [sys.executable, str(Path(__file__).parents[1] / "bench" / "fake_engine.py")]
 
+ONE_CELL = ("--engine", "native", "--cache", "static", "--attention", "sdpa", "--runs", "1")
+
 app = typer.Typer()
 app.add_typer(command.app, name="bench")
 
@@ -159,16 +161,14 @@ def test_the_flag_that_was_called_plant_still_works(monkeypatch):
 
 
 def test_the_default_folder_is_named_by_the_time():
-    result = CliRunner().invoke(app, ["bench", "--matrix", "quick", "--runs", "1"])
+    result = CliRunner().invoke(app, ["bench", *ONE_CELL])
     assert result.exit_code == 0, result.output
     (folder,) = Path("campaigns").iterdir()
     assert folder.name.endswith("Z")
 
 
 def test_a_cell_that_breaks_makes_the_exit_code_1():
-    result = CliRunner().invoke(
-        app, ["bench", "--matrix", "quick", "--model", "steady,oom", "--runs", "1", "--out", "c"]
-    )
+    result = CliRunner().invoke(app, ["bench", *ONE_CELL, "--model", "steady,oom", "--out", "c"])
     assert result.exit_code == 1
     assert "use --quantization 4bit" in " ".join(result.stdout.split())
 

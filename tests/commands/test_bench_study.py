@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import functools
 
 import pytest
 from typer.testing import CliRunner
 
+from qwencli.bench.plan import environment
 from qwencli.cli import app
 
 SMALL = ["--model", "scenes", "--device", "cpu"]
+ASK = functools.cache(environment._ask)
+
+
+@pytest.fixture(autouse=True)
+def asked_once(monkeypatch):
+    """The machine is asked about itself by processes that import torch, but once for all tests."""
+    monkeypatch.setattr(environment, "_ask", lambda *question: copy.deepcopy(ASK(*question)))
 
 
 def invoke(*arguments):

@@ -25,7 +25,7 @@ def refused(folder, expected, **options):
 
 
 def tensors_of(family="qwen3_vl"):
-    return expected_tensors(read_shape(CONFIGS[family]))
+    return dict(expected_tensors(read_shape(CONFIGS[family])))
 
 
 def shard(folder, count=2):
