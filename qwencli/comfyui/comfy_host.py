@@ -71,7 +71,8 @@ def progress(total: int) -> Callable[[int], None]:
 
 
 def when_memory_is_wanted(give_back: Callable[[str], None]) -> None:
-    """Call `give_back(device)` whenever ComfyUI needs more memory on a device than is free there.
+    """Call `give_back(device)` whenever ComfyUI needs more memory on a device than is free there;
+    the device is "" where it wants that of all.
 
     ComfyUI has no registry for that. Loading a model and its button "unload models" both go through
     `model_management.free_memory(memory_required, device, ...)`, so that is wrapped, once. Its own
@@ -88,7 +89,7 @@ def when_memory_is_wanted(give_back: Callable[[str], None]) -> None:
             unloaded = original(memory_required, device, *rest, **named)
             free = _call("get_free_memory", device)
             if free is None or free < memory_required:
-                give_back(str(device))
+                give_back("" if device is None else str(device))
             return unloaded
 
         setattr(free_memory, _HOOKED, True)

@@ -124,7 +124,7 @@ class EngineKeeper:
                     self._start_timer(keep_s)
 
     def give_back(self, device: str) -> None:
-        """Close the engine where it takes memory of `device`, unless a node is using it."""
+        """Close the engine where it takes memory of `device` ("": of any), unless a node uses it."""
         if self._engine is None or not self._lock.acquire(blocking=False):
             return
         try:
@@ -177,7 +177,9 @@ class EngineKeeper:
         assert self._engine is not None, "somebody asked"
         kind, _, number = device.partition(":")
         ours, _, our_number = self._engine.effective.device.partition(":")
-        return kind == ours and (not number or not our_number or number == our_number)
+        return not device or (
+            kind == ours and (not number or not our_number or number == our_number)
+        )
 
     def _close(self, *, with_process: bool = False) -> None:
         """Close the engine. with_process: the resident process too, where nothing runs in it."""

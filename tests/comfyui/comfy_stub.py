@@ -138,7 +138,9 @@ class Management(ModuleType):
         self.interrupt_at: int | None = None
         self.unloaded = self.emptied = 0
 
-        def free_memory(memory_required: float, device: Any, keep_loaded: Any = ()) -> list[Any]:
+        def free_memory(
+            memory_required: float, device: Any, keep_loaded: Any = (), for_dynamic: bool = False
+        ) -> list[Any]:
             self.unloaded += memory_required > 1e29
             return []
 
