@@ -124,7 +124,7 @@ class EngineKeeper:
                     self._start_timer(keep_s)
 
     def give_back(self, device: str) -> None:
-        """Close the engine where it takes memory of `device` ("": of any), unless a node uses it."""
+        """Close the engine where it takes memory of `device` ("": any), unless a node uses it."""
         if self._engine is None or not self._lock.acquire(blocking=False):
             return
         try:
