@@ -27,6 +27,7 @@ from qwencli.errors import OutputError, QwenCliError
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
+    from rich.text import Text
 
     from qwencli.results import GenerationResult
 
@@ -204,14 +205,16 @@ class Output:
             return typer.confirm(visible(question), err=True)
 
     @contextmanager
-    def status(self, text: str) -> Iterator[None]:
-        """Show `text` with a spinner while the block runs; nothing when stderr is no terminal."""
+    def status(self, text: str, more: Callable[[], str] = str) -> Iterator[None]:
+        """Show `text` with a spinner while the block runs; nothing when stderr is no terminal.
+
+        Args:
+            more: what to add to it, asked for whenever it is drawn, by another thread.
+        """
         if self.quiet or not sys.stderr.isatty():
             yield
             return
-        from rich.text import Text
-
-        with self._console(stderr=True).status(Text(visible(text))):
+        with self._console(stderr=True).status(_Changing(lambda: text + more())):
             yield
 
     @contextmanager
@@ -255,6 +258,18 @@ class Output:
         from rich.console import Console
 
         return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+class _Changing:
+    """A text that is another one each time it is drawn."""
+
+    def __init__(self, text: Callable[[], str]) -> None:
+        self._text = text
+
+    def __rich__(self) -> Text:
+        from rich.text import Text
+
+        return Text(visible(self._text()))
 
 
 class _Visible:

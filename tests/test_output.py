@@ -168,6 +168,26 @@ def test_a_status_shows_names_as_they_are(capsys, monkeypatch):
     assert "\x1b]0;" not in capsys.readouterr().err
 
 
+def test_a_status_says_how_far_it_is_at_a_terminal_alone(capsys, monkeypatch):
+    asked = []
+
+    def more():
+        asked.append(1)
+        return f": {len(asked)} of 9 GB"
+
+    with Output().status("loading m", more):
+        pass
+    assert not asked
+    assert not capsys.readouterr().err
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Output().status("loading m", more):
+        pass
+    shown = capsys.readouterr().err
+    assert asked and f"loading m: {len(asked)} of 9 GB" in shown
+
+
 def test_what_a_markdown_page_quotes_opens_no_tag_link_or_line():
     page = markdown_page(["# Page", "- <script>x</script> a < b\n# forged", "![x](http://e.x/a)"])
     assert page == ("# Page\n- &lt;script>x&lt;/script> a < b\\n# forged\n![x]\\(http://e.x/a)\n")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ from qwencli.tracing import active
 
 # What opening a picture or video may raise: it costs that one, and the others are done.
 OPENING_ERRORS = (InputError, MissingDependencyError, OutOfMemoryError)
+# Of what a speed is told.
+_SHORTEST_S = 0.2
 # What one request may end with, while others go on.
 ANSWERING_ERRORS = (InputError, OutOfMemoryError, AnswerError)
 
@@ -41,8 +44,9 @@ def running_engine(config: EngineConfig, sink: Output, keep_s: float = 0.0) -> I
     """
     engine = _resident(config, sink, keep_s) if keep_s else None
     engine = engine or _loaded_here(config, sink)
+    said = engine.load_warnings
     try:
-        for warning in engine.load_warnings:
+        for warning in said:
             sink.warn(warning)
         if config.max_seq_len == "auto":
             sink.notice(
@@ -51,6 +55,9 @@ def running_engine(config: EngineConfig, sink: Output, keep_s: float = 0.0) -> I
         yield engine
     finally:
         engine.close()
+        for warning in engine.load_warnings:
+            if warning not in said:  # what a load left to be done later may go wrong too
+                sink.warn(warning)
 
 
 def _resident(config: EngineConfig, sink: Output, keep_s: float) -> Engine | None:
@@ -87,11 +94,28 @@ def _loaded_here(config: EngineConfig, sink: Output) -> Engine:
     # Here and not in load(): the download's own progress bars need the terminal to themselves.
     fetch_model(config)
     try:
-        with sink.status(f"loading {config.model.name}"):
+        with sink.status(f"loading {config.model.name}", reading_speed(engine)):
             engine.load()
     except OutOfMemoryError as error:
         raise _with_resident(error) from error
     return engine
+
+
+def reading_speed(engine: Engine) -> Callable[[], str]:
+    """Says how far the reading of an engine's weights is, and how fast it has been."""
+    seen: list[tuple[float, int]] = []
+
+    def said() -> str:
+        done, total = engine.weights_read
+        if not total:
+            return ""
+        seen.append((time.perf_counter(), min(done, total)))  # some of it is read once more
+        (first_s, before), (now_s, done) = seen[0], seen.pop() if seen[1:] else seen[0]
+        seconds = now_s - first_s
+        rate = f", {(done - before) / 1e9 / seconds:.1f} GB/s" if seconds > _SHORTEST_S else ""
+        return f": {done / 1e9:.1f} of {total / 1e9:.1f} GB{rate}"
+
+    return said
 
 
 def _with_resident(error: OutOfMemoryError) -> OutOfMemoryError:

@@ -43,7 +43,7 @@ def serve(
     """Serve a model to OpenAI clients, with a page to try it at /."""
     check_extra()
     from qwencli.commands.model_choice import announce_model, choose_model
-    from qwencli.commands.requests import fetch_model
+    from qwencli.commands.requests import fetch_model, reading_speed
     from qwencli.engine.factory import create_engine
     from qwencli.engine.resolve import resolve_device
     from qwencli.server.app import ServerSettings, create_app
@@ -85,7 +85,7 @@ def serve(
 
     thread.on_failure = failed
     try:
-        with sink.status(f"loading {spec.name}"):
+        with sink.status(f"loading {spec.name}", reading_speed(engine)):
             thread.start()
         for warning in engine.load_warnings:
             sink.warn(warning)

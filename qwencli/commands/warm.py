@@ -53,7 +53,8 @@ def warm(
         dtype=dtype,
         offline=offline,
     )
-    made = warm_kernels(config)
+    with output.status(f"compiling kernels of {spec.name}"):
+        made = warm_kernels(config)
     for warning in made.warnings:
         output.warn(warning)
     output.answer(

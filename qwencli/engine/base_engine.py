@@ -22,7 +22,7 @@ from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, 
 from qwencli.engine.frontend.model_files import ModelFiles, open_model
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.machine.cpu_threads import computing_with, threads_for
-from qwencli.engine.protocol import ManyRequests, drain
+from qwencli.engine.protocol import BytesRead, ManyRequests, drain
 from qwencli.engine.resolve import resolve_device, resolve_dtype
 from qwencli.engine.response import ResponseBuilder
 from qwencli.errors import OutOfMemoryError, PromptTooLongError, UnsupportedModeError, UsageError
@@ -82,6 +82,7 @@ class BaseEngine(ManyRequests, ABC):
         self._threads: int | None = None
         self._grammars: Grammars | None = None
         self._grammars_lock = threading.Lock()
+        self._bytes_read = BytesRead()
 
     @abstractmethod
     def _load(self, files: ModelFiles) -> EffectiveConfig:
@@ -135,6 +136,10 @@ class BaseEngine(ManyRequests, ABC):
     def memory_plan(self) -> Mapping[str, int]:
         """Bytes by use as planned before the load; empty where nothing was planned."""
         return {}
+
+    @property
+    def weights_read(self) -> tuple[int, int]:
+        return self._bytes_read.done, self._bytes_read.total
 
     @property
     def load_warnings(self) -> tuple[str, ...]:

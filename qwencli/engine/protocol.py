@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, Self
@@ -15,6 +16,26 @@ from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult
 
 # How long a step waits for what another process computes: longer, and Windows hears no Ctrl-C.
 WAIT_S = 0.2
+
+
+class BytesRead:
+    """How much of a model's weights has been read; other threads may look, at any time.
+
+    Args:
+        total: 0 = it is not known yet.
+    """
+
+    def __init__(self) -> None:
+        self.total = self.done = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self.done += count
+
+    def begin(self, total: int) -> None:
+        with self._lock:
+            self.total, self.done = total, 0
 
 
 class RequestQueue(Protocol):
@@ -42,8 +63,9 @@ class Engine(RequestQueue, Protocol):
     a server does not say), `memory_plan` (bytes by use,
     empty where nothing is planned) and `load_warnings` (a line each) exist after `load`. `load` is
     idempotent; `close` frees device memory without moving weights to the host; after `close`,
-    `load` may be called again. Abandoning or closing the iterator of `stream` cancels the request;
-    the engine stays usable.
+    `load` may be called again. `weights_read` is (bytes read, all bytes) of the load that runs
+    or ran last, and may be looked at from other threads; (0, 0) where that is not known. Abandoning
+    or closing the iterator of `stream` cancels the request; the engine stays usable.
 
     Many requests at once: `add` takes one, `step` runs a step of those that run and returns what
     it gave, until `has_unfinished` is False; `client.generate_many` does that. `add` refuses
@@ -69,6 +91,9 @@ class Engine(RequestQueue, Protocol):
 
     @property
     def load_warnings(self) -> tuple[str, ...]: ...
+
+    @property
+    def weights_read(self) -> tuple[int, int]: ...
 
     def load(self) -> None: ...
 
@@ -172,6 +197,10 @@ class ManyRequests(ABC):
 
     @abstractmethod
     def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]: ...
+
+    @property
+    def weights_read(self) -> tuple[int, int]:
+        return 0, 0
 
     @property
     def max_rows(self) -> int:

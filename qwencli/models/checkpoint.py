@@ -24,6 +24,7 @@ from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import (
     HEAD,
     Part,
+    TensorSpec,
     canonical_tensors,
     count_experts,
     embedding_name,
@@ -109,6 +110,17 @@ class Checkpoint:
     sources: Mapping[Part, Source]
     unused: tuple[str, ...]
     zero_biases: tuple[StoredTensor, ...]
+
+    def size_bytes(self, spec: TensorSpec) -> int:
+        """Of what is stored of a tensor."""
+        sources = [self.sources[part] for part in spec.parts]
+        return sum(
+            tensor.size_bytes
+            for source in sources
+            for tensor in (
+                [source] if isinstance(source, StoredTensor) else source.tensors.values()
+            )
+        )
 
 
 def find_sources(

@@ -87,6 +87,10 @@ class EngineWrapper(ManyRequests):
         return self._engine.load_warnings
 
     @property
+    def weights_read(self) -> tuple[int, int]:
+        return self._engine.weights_read
+
+    @property
     def memory_plan(self) -> Mapping[str, int]:
         return self._engine.memory_plan
 

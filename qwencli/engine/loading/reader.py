@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qwencli.engine.protocol import BytesRead
 from qwencli.errors import ModelFileError
 from qwencli.models.quant_formats import PackedFormat, PackedLayer
 from qwencli.models.weight_files import StoredTensor, all_named
@@ -63,10 +64,15 @@ class Reading:
 
 
 class Reader:
-    """Threads that read, and the ring that they read into."""
+    """Threads that read, and the ring that they read into.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        progress: is told of each piece.
+    """
+
+    def __init__(self, device: torch.device, progress: BytesRead | None = None) -> None:
         self._device = device
+        self._progress = progress or BytesRead()
         self._cuda = device.type == "cuda"
         self._num_threads = GPU_THREADS if self._cuda else 1
         self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="reader")
@@ -145,8 +151,7 @@ class Reader:
         return to, self.begin(source, to.view(-1))
 
     def _read_directly(self, piece: _Piece) -> None:
-        with span("read", tensor=piece.source.name, bytes=piece.num_bytes):
-            _fill(self._open(piece.source), piece.to, piece.source, piece.start)
+        self._fill(piece, piece.to)
 
     def _read_through(self, piece: _Piece) -> _Staging:
         """Read a piece into the ring; for a GPU begin its copy, whose end is in what is given."""
@@ -158,8 +163,7 @@ class Reader:
         try:
             if staging.copied is not None:
                 staging.copied.synchronize()
-            with span("read", tensor=piece.source.name, bytes=piece.num_bytes):
-                _fill(self._open(piece.source), host, piece.source, piece.start)
+            self._fill(piece, host)
         except BaseException:
             self._ring.put(staging)
             raise
@@ -173,6 +177,11 @@ class Reader:
             copied.record(self._copies)
         self._ring.put(_Staging(staging.bytes, copied))
         return _Staging(staging.bytes, copied)
+
+    def _fill(self, piece: _Piece, host: torch.Tensor) -> None:
+        with span("read", tensor=piece.source.name, bytes=piece.num_bytes):
+            _fill(self._open(piece.source), host, piece.source, piece.start)
+        self._progress.add(piece.num_bytes)
 
     def _open(self, source: StoredTensor) -> io.FileIO:
         """This thread's own, as threads share neither its place nor its lock."""

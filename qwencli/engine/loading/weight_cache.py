@@ -1,21 +1,25 @@
 """Keeps quantized matrices on disk, so that only the first load quantizes.
 
-The file is a safetensors file that is written matrix by matrix while the model loads: room for the
-header is left free, and the header is written last, with a checksum of each tensor's bytes and a
-digest of the header itself. It gets its name when it is whole. What cannot be kept (a full disk) is
-a warning; what is there but damaged, outdated or of another layout is written anew, and what killed
-writers left is deleted.
+The file is a safetensors file that is written matrix by matrix when the model is loaded, beside the
+first requests (`BackgroundWriter`): room for the header is left free, and the header is written
+last, with a checksum of each tensor's bytes and a digest of the header itself. It gets its name
+when it is whole. What cannot be kept (a full disk) is a warning; what is there but damaged,
+outdated or of another layout is written anew, and what killed writers left is deleted.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import shutil
 import sys
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import torch
 
@@ -24,8 +28,17 @@ from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
 from qwencli.errors import ModelFileError
 from qwencli.models.quantized_cache import claimed, remove_leftovers, temporary_file
 from qwencli.models.weight_files import StoredTensor, read_header
+from qwencli.tracing import span
 
-Loaded = TypeVar("Loaded")
+
+class HasMatrices(Protocol):
+    """A model's weights."""
+
+    @property
+    def matrices(self) -> Mapping[str, QuantizedTensor]: ...
+
+
+Quantized = TypeVar("Quantized", bound=HasMatrices)
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Of a tensor's entry in the header; what is left over is filled with spaces, as the format allows.
@@ -33,6 +46,8 @@ _ENTRY_BYTES = 320
 _PARTS = ("data", "scale", "zero")
 # What files call a part that has another name here.
 _IN_FILES = {"zero_point": "zero"}
+# How long one tensor may take to be written once nobody waits for the file any more.
+_TENSOR_S = 2.0
 # Of `checksum`.
 _ROW_BYTES = 8 * 4096
 
@@ -50,6 +65,11 @@ class CachedMatrices:
 
     def __contains__(self, name: str) -> bool:
         return name in self._schemes
+
+    def size_bytes(self, name: str) -> int:
+        """Of what is read of a matrix; 0 = it is not here."""
+        parts = (self._stored.get(f"{name}.{part}") for part in _PARTS)
+        return sum(part.size_bytes for part in parts if part is not None)
 
     def begin(self, name: str, reader: Reader) -> Callable[[], QuantizedTensor]:
         """Begin to read the matrix of this name to the reader's device; what is returned ends it.
@@ -125,41 +145,61 @@ def _schemes(metadata: Any) -> dict[str, str]:
 
 
 class CacheWriter:
-    """Writes a file of this cache beside a load. Never raises: `warning` says why nothing is kept.
+    """Writes a file of this cache. Never raises: `warning` says why nothing is kept.
 
     Args:
-        matrices: how many will be added at most.
+        matrices: by name.
     """
 
-    def __init__(self, file: Path, fingerprint: str, matrices: int) -> None:
+    def __init__(
+        self, file: Path, fingerprint: str, matrices: Mapping[str, QuantizedTensor]
+    ) -> None:
         self.warning: str | None = None
-        self._file, self._fingerprint = file, fingerprint
+        self._file, self._fingerprint, self._matrices = file, fingerprint, matrices
         self._temporary = temporary_file(file)
-        self._room = _ENTRY_BYTES * (1 + len(_PARTS) * matrices)
+        self._room = _ENTRY_BYTES * (1 + len(_PARTS) * len(matrices))
         self._entries: dict[str, dict[str, Any]] = {}
         self._sums: dict[str, str] = {}
         self._schemes: dict[str, str] = {}
         self._position = 0
         self._stream: BinaryIO | None = None
+
+    def begin(self) -> None:
+        """Make the file, under another name; where it cannot be, or there is no room, that is a
+        warning now."""
+        needed = self._room + sum(matrix.nbytes for matrix in self._matrices.values())
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self._file.parent).free < needed:
+                self._give_up(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+                return
             self._stream = claimed(self._temporary)
             self._stream.seek(8 + self._room)
         except OSError as error:
             self._give_up(error)
 
-    def add(self, name: str, matrix: QuantizedTensor) -> None:
-        """Append a matrix; its tensors pass through host memory one at a time."""
-        if self._stream is None:
-            return
-        self._schemes[name] = matrix.scheme.value
+    def write(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """After `begin`: write all of it, each tensor through host memory, and name the file.
+
+        Args:
+            stopped: asked before each tensor; once it is true nothing is left behind.
+        """
         try:
-            for part, tensor in matrix.parts.items():
-                self._append(f"{name}.{_IN_FILES.get(part, part)}", tensor)
+            for name, matrix in self._matrices.items():
+                self._schemes[name] = matrix.scheme.value
+                for part, tensor in matrix.parts.items():
+                    if self._stream is None or stopped():
+                        self.abandon()
+                        return
+                    self._append(f"{name}.{_IN_FILES.get(part, part)}", tensor)
         except OSError as error:
             self._give_up(error)
+        else:
+            self._finish()
+        finally:
+            self._matrices = {}
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Write the header and give the file its name."""
         stream = self._stream
         if stream is None:
@@ -196,8 +236,8 @@ class CacheWriter:
 
     def _append(self, name: str, tensor: torch.Tensor) -> None:
         assert self._stream is not None, "the caller looked"
-        self._sums[name] = checksum(tensor)
         host = tensor.cpu().contiguous()
+        self._sums[name] = checksum(host)
         end = self._position + host.nbytes
         self._entries[name] = {
             "dtype": _NAMES[host.dtype],
@@ -215,39 +255,70 @@ class CacheWriter:
         self.abandon()
 
 
+class BackgroundWriter:
+    """Writes a file of this cache in a thread, beside what the engine does.
+
+    What is on a GPU is copied on a stream of its own; nothing is allocated or computed there.
+    """
+
+    def __init__(self, writer: CacheWriter, device: torch.device) -> None:
+        self._writer, self._device = writer, device
+        self._stop = threading.Event()
+        # A process that ends without `end` leaves what it has written to the next load to delete.
+        self._thread = threading.Thread(target=self._write, name="keep weights", daemon=True)
+        self._thread.start()
+
+    def end(self, wait_s: float | None) -> str | None:
+        """Wait until the file is there, then give up; returns why it is not kept.
+
+        Args:
+            wait_s: at most, None = until it is there. Ctrl-C ends it too.
+        """
+        try:
+            self._thread.join(wait_s)
+        finally:
+            self._stop.set()
+            self._thread.join(_TENSOR_S)
+        return self._writer.warning
+
+    def _write(self) -> None:
+        with span("keep weights"), torch.inference_mode():
+            if self._device.type != "cuda":
+                self._writer.write(self._stop.is_set)
+                return
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(stream):
+                self._writer.write(self._stop.is_set)
+
+
 def through_cache(
     file: Path,
     fingerprint: str,
     names: Collection[str],
-    load: Callable[[CachedMatrices | None, CacheWriter | None], Loaded],
-) -> tuple[Loaded, str | None]:
-    """What `load` gives with the matrices in `file`, or without them while it is written anew.
+    load: Callable[[CachedMatrices | None], Quantized],
+) -> tuple[Quantized, CacheWriter | None]:
+    """What `load` gives with the matrices in `file`, or without them where it has to be written.
 
     Args:
         names: of all matrices that are quantized.
-        load: takes what there is to read, and where to add what it quantizes.
+        load: takes what there is to read.
 
     Returns:
-        Beside it why nothing was kept, or None.
+        Beside it what writes the file.
     """
     remove_leftovers()
     cached = open_cache(file, fingerprint, names)
     if cached is not None:
         try:
-            return _verified(load(cached, None), cached), None
+            return _verified(load(cached), cached), None
         except DamagedCache:
             pass  # nothing of that load is left here
-    writer = CacheWriter(file, fingerprint, len(names))
-    try:
-        loaded = load(None, writer)
-    except BaseException:
-        writer.abandon()
-        raise
-    writer.finish()
-    return loaded, writer.warning
+    loaded = load(None)
+    made = {name: matrix for name, matrix in loaded.matrices.items() if name in names}
+    return loaded, CacheWriter(file, fingerprint, made)
 
 
-def _verified(loaded: Loaded, cached: CachedMatrices) -> Loaded:
+def _verified(loaded: Quantized, cached: CachedMatrices) -> Quantized:
     cached.verify()
     return loaded
 

@@ -3,7 +3,7 @@
 Every tensor of the checkpoint is read directly into its rows of the fused tensor on the device
 (`reader`), so host memory holds the weights at most once (CPU) or not at all (GPU). Matrices are
 quantized, or taken over from a checkpoint that is quantized already, one at a time; those that were
-quantized here may be kept on disk for the next load (`weight_cache`).
+quantized here may be kept on disk for the next load (`weight_cache`), once this one is over.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ from qwencli.engine.loading.reader import (
     check_scales,
     check_zero,
 )
-from qwencli.engine.quant.quantized_tensor import SCHEMES, QuantizedTensor, Scheme, quantize, stack
+from qwencli.engine.protocol import BytesRead
+from qwencli.engine.quant.quantized_tensor import (
+    SCHEMES,
+    QuantizedTensor,
+    Quantizer,
+    Scheme,
+    quantize,
+    stack,
+)
 from qwencli.models.checkpoint import Checkpoint, find_sources
 from qwencli.models.memory import with_activation_bits
 from qwencli.models.quant_formats import PackedFormat, PackedLayer
@@ -58,14 +66,15 @@ class LoadedWeights:
     """The tensors by the names of `models.tensors`, and the idle ones the checkpoint has besides.
 
     `matrices` has those that are quantized, in place of the tensors of their names. `origin` is
-    the label of a checkpoint that came quantized. `warning` says what did not go well on the way.
+    the label of a checkpoint that came quantized. `keeping` writes what was quantized here to disk,
+    when it is told to; None = nothing is to be written.
     """
 
     tensors: Tensors
     unused: tuple[str, ...]
     matrices: Matrices = field(default_factory=dict)
     origin: str = ""
-    warning: str | None = None
+    keeping: CacheWriter | None = None
 
     @property
     def scheme(self) -> str:
@@ -116,6 +125,8 @@ def load(
     quantization: Quantization = Quantization.NONE,
     packed: PackedFormat | None = None,
     cache_file: Path | None = None,
+    progress: BytesRead | None = None,
+    quantizer: Quantizer = quantize,
 ) -> LoadedWeights:
     """Load the checkpoint in `folder` as `dtype` on `device`.
 
@@ -127,16 +138,19 @@ def load(
     Args:
         packed: how a checkpoint that is quantized already stores its layers. The decoder's
             matrices and the head stay quantized; other layers become `dtype`.
-        cache_file: where the matrices that are quantized here are kept; None = nowhere.
+        cache_file: where the matrices that are quantized here are kept (`LoadedWeights.keeping`);
+            None = nowhere.
+        progress: is told how much there is to read, and what has been read.
 
     Raises:
         ModelFileError: tensors that are missing, not known, of another shape or an unknown type,
             not finite (all named), or an unreadable file.
     """
 
-    def once(cached: CachedMatrices | None, writer: CacheWriter | None) -> LoadedWeights:
-        kept = _Kept(found.shape, quantization, "" if packed is None else packed.label, writer)
-        with Reader(device) as reader:
+    def once(cached: CachedMatrices | None) -> LoadedWeights:
+        origin = "" if packed is None else packed.label
+        kept = _Kept(found.shape, quantization, quantizer, origin)
+        with Reader(device, progress) as reader:
             loading = _Loading(found, reader, dtype, device, packed.zero_offset if packed else 0)
 
             def begun(name: str) -> Begun:
@@ -147,6 +161,10 @@ def load(
             names = [spec.name for spec in wanted]
             if found.shape.text.tied_head and cached is not None:
                 names.append(HEAD)
+            if progress is not None:
+                kept_bytes = (lambda name: 0) if cached is None else cached.size_bytes
+                sizes = (kept_bytes(name) or found.size_bytes(by_name[name]) for name in names)
+                progress.begin(sum(sizes))
             for name, finish in _ahead(names, begun, device):
                 kept.keep(name, finish())
                 del finish  # it holds what is not quantized
@@ -160,13 +178,13 @@ def load(
     wanted = specs(found.shape)
     by_name = {spec.name: spec for spec in wanted}
     if cache_file is None:
-        return once(None, None)
+        return once(None)
     from qwencli.engine.loading.weight_cache import through_cache
     from qwencli.models.quantized_cache import fingerprint
 
     names = {HEAD, *(spec.name for spec in wanted if is_decoder_matrix(spec.name))}
-    loaded, warning = through_cache(cache_file, fingerprint(files), names, once)
-    return replace(loaded, warning=warning)
+    loaded, writer = through_cache(cache_file, fingerprint(files), names, once)
+    return replace(loaded, keeping=writer)
 
 
 def _ahead(
@@ -188,13 +206,14 @@ def dummy(
     dtype: torch.dtype,
     device: torch.device,
     quantization: Quantization = Quantization.NONE,
+    quantizer: Quantizer = quantize,
 ) -> LoadedWeights:
     """Fill every tensor: norms such that they change no value's size, decays as models are begun
     with, the rest with normal values of deviation `DUMMY_STD`.
 
     The values depend on the tensor's name and the kind of device alone; "meta" tensors have none.
     """
-    kept = _Kept(shape, quantization)
+    kept = _Kept(shape, quantization, quantizer)
     if device.type == "meta":
         for spec in specs(shape):
             kept.keep(spec.name, torch.empty(spec.shape, dtype=dtype, device=device))
@@ -352,11 +371,11 @@ class _Kept:
         self,
         shape: ModelShape,
         quantization: Quantization,
+        quantizer: Quantizer,
         origin: str = "",
-        writer: CacheWriter | None = None,
     ) -> None:
         self.tensors: Tensors = {}
-        self._writer = writer
+        self._quantizer = quantizer
         self._matrices: Matrices = {}
         self._tied = shape.text.tied_head
         self._schemes = SCHEMES.get(quantization)
@@ -380,6 +399,4 @@ class _Kept:
 
     def _quantize(self, name: str, tensor: torch.Tensor, scheme: Scheme) -> None:
         with span("quantize", tensor=name):
-            self._matrices[name] = quantize(tensor, scheme)
-        if self._writer is not None:
-            self._writer.add(name, self._matrices[name])
+            self._matrices[name] = self._quantizer(tensor, scheme)

@@ -32,6 +32,7 @@ from qwencli.engine.device_memory import release
 from qwencli.engine.frontend.model_files import ModelFiles, open_model
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.loading import weights
+from qwencli.engine.loading.weight_cache import BackgroundWriter, CacheWriter
 from qwencli.engine.machine.cpu_threads import computing_with
 from qwencli.engine.machine.host import host_memory
 from qwencli.engine.native.decode_state import STEPPERS, DecodeState, decodes_on_cpu
@@ -52,6 +53,7 @@ from qwencli.engine.native.supported import (
     batch_invariant_for,
     check_supported,
     fused_for,
+    quantizer_for,
     resolve_kernels,
 )
 from qwencli.engine.protocol import RequestQueue
@@ -80,6 +82,10 @@ from qwencli.tracing import span
 if TYPE_CHECKING:
     from qwencli.engine.native.kernel_cache import KernelLoader
     from qwencli.engine.native.kernel_plan import PlannedModel
+
+
+# How long the end of an engine waits for quantized weights to be on disk.
+KEEPING_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ class NativeEngine(BaseEngine):
         # What kernels depend on, where they can be compiled ahead; and where they run.
         self._planned: PlannedModel | None = None
         self._place = torch.device("cpu")
+        self._keeping: BackgroundWriter | None = None
         # What steps gave others while a stream ran.
         self._of_others: list[StepOutput] = []
 
@@ -219,12 +226,11 @@ class NativeEngine(BaseEngine):
         compiling = self._compiling(rows=0)
         try:
             with span("weights"):
-                loaded = self._weights(files, shape, torch_dtype, place, packed)
+                loaded = self._weights(files, shape, torch_dtype, place, packed, kernels)
         except BaseException:
             if compiling is not None:
                 compiling.close()
             raise
-        warnings += [] if loaded.warning is None else [loaded.warning]
         # More slots than anybody may ask for: graph capture needs a place to write, and so do
         # drafts that turn out wrong.
         drafting = self.config.speculate is not Speculate.OFF
@@ -269,6 +275,7 @@ class NativeEngine(BaseEngine):
                 compiling.wait()
             warnings += compiling.notes()
         self._warnings = tuple(warnings)
+        self._keep(loaded.keeping, cache)
         gc_freeze_loaded()
         return effective
 
@@ -286,6 +293,23 @@ class NativeEngine(BaseEngine):
                 stored_tensors(find_weights(files.folder).files)
             )
         return shape.with_draft_head() if wanted else shape
+
+    def _keep(self, writer: CacheWriter | None, cache: Cache) -> None:
+        """Begin to write what this load has quantized."""
+        if writer is None:
+            return
+        writer.begin()
+        if writer.warning is not None:
+            self._warnings += (writer.warning,)
+            return
+        self._keeping = BackgroundWriter(writer, self._place)
+        if cache is Cache.STATIC_COMPILE:
+            self._end_keeping(None)  # torch captures its graphs such that no thread may copy
+
+    def _end_keeping(self, wait_s: float | None) -> None:
+        keeping, self._keeping = self._keeping, None
+        warning = None if keeping is None else keeping.end(wait_s)
+        self._warnings += () if warning is None else (warning,)
 
     def warm_kernels(self) -> WarmedKernels:
         """Compile all kernels of this model and these modes, for lone requests and for batches.
@@ -346,16 +370,19 @@ class NativeEngine(BaseEngine):
         dtype: torch.dtype,
         place: torch.device,
         packed: PackedFormat | None,
+        kernels: Kernels,
     ) -> weights.LoadedWeights:
-        mode, kept = self.config.quantization, None
+        mode, kept, quantizer = self.config.quantization, None, quantizer_for(kernels)
         if self.config.load_format is LoadFormat.DUMMY:
-            return weights.dummy(shape, dtype, place, mode)
+            return weights.dummy(shape, dtype, place, mode, quantizer)
         assert files.folder is not None, "weights come from a folder"
         if mode is not Quantization.NONE:
             from qwencli.models.quantized_cache import cache_file
 
             kept = cache_file(files.folder, mode, str(dtype).removeprefix("torch."))
-        return weights.load(files.folder, shape, dtype, place, mode, packed, kept)
+        return weights.load(
+            files.folder, shape, dtype, place, mode, packed, kept, self._bytes_read, quantizer
+        )
 
     def _plan_of_kernels(
         self, kernels: Kernels, shape: ModelShape, dtype: torch.dtype, packed: PackedFormat | None
@@ -418,6 +445,7 @@ class NativeEngine(BaseEngine):
             yield from self._generation.step_logits(token_ids)
 
     def _release(self) -> None:
+        self._end_keeping(KEEPING_S)
         self._generation = self._model = None
         self._vision_cache.clear()
         if self.effective.cache == Cache.STATIC_COMPILE:

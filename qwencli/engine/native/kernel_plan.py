@@ -26,7 +26,7 @@ from qwencli.engine.native.memory_plan import BATCH_LIMITS
 from qwencli.engine.native.model import PREFILL_CHUNK, QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.native.sampler import SamplerKind
-from qwencli.engine.native.supported import batch_invariant_for, fused_for
+from qwencli.engine.native.supported import batch_invariant_for, fused_for, quantizer_for
 from qwencli.engine.row_state import RowState
 from qwencli.engine.runner import ROW_BUCKETS
 from qwencli.engine.spec_decode.decode_strategy import verify_sizes
@@ -107,7 +107,8 @@ _SHORT: Mapping[Any, Callable[..., torch.Tensor]] = {
 def planned_passes(planned: PlannedModel) -> Iterator[PlannedPass]:
     """Every kind of pass that the engine makes, over tensors without values."""
     shape = _shortened(planned.shape)
-    loaded = weights.dummy(shape, planned.dtype, META, planned.quantization)
+    quantizer = quantizer_for(Kernels.TRITON)
+    loaded = weights.dummy(shape, planned.dtype, META, planned.quantization, quantizer)
     invariant = None
     if planned.batch_invariant:
         invariant = batch_invariant_for(Kernels.TRITON, "cuda")

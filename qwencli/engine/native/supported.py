@@ -9,6 +9,7 @@ from qwencli.config import Attention, Cache, EngineName, Kernels
 from qwencli.engine.layers.vision_tower import ACTIVATIONS
 from qwencli.engine.native.model import Fused, RowOps
 from qwencli.engine.ops.gated_delta import TAPS
+from qwencli.engine.quant.quantized_tensor import Quantizer, quantize
 from qwencli.errors import ModelFileError, UnsupportedModeError
 from qwencli.models.shapes import ModelShape
 
@@ -48,6 +49,15 @@ def fused_for(kernels: Kernels, attention: Attention) -> Fused | None:
     from qwencli.engine.kernels.fused_ops import fused_ops
 
     return functools.partial(fused_ops, own_attention=attention is Attention.AUTO)
+
+
+def quantizer_for(kernels: Kernels) -> Quantizer:
+    """What quantizes a model's matrices as it loads."""
+    if kernels is not Kernels.TRITON:
+        return quantize
+    from qwencli.engine.kernels import int4_quant
+
+    return int4_quant.quantize
 
 
 def batch_invariant_for(kernels: Kernels, device: str) -> RowOps:

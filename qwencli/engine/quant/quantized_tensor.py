@@ -14,7 +14,7 @@ theirs (`checkpoint_formats`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -248,6 +248,10 @@ def quantize(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
         if whole.zero_point is not None:
             whole.zero_point[rows] = zero
     return whole
+
+
+# A matrix of any float type and what to make of it -> that.
+Quantizer = Callable[[Tensor, Scheme], QuantizedTensor]
 
 
 def _empty(weight: Tensor, scheme: Scheme, group: int | None) -> QuantizedTensor:

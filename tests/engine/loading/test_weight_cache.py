@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from qwencli.config import DType, Quantization
 from qwencli.engine.loading import weight_cache, weights
+from qwencli.engine.quant.quantized_tensor import Scheme, quantize
 from qwencli.models import quantized_cache
 from qwencli.models.folder import read_config
 from qwencli.models.hub import bundled_folder
@@ -38,7 +39,15 @@ def folder(tmp_path: Path) -> Path:
 def load(folder: Path, mode: Quantization = Quantization.INT4) -> weights.LoadedWeights:
     shape = read_shape(read_config(folder))
     kept = cache_file(folder, mode, DType.FLOAT32)
-    return weights.load(folder, shape, torch.float32, CPU, mode, cache_file=kept)
+    loaded = weights.load(folder, shape, torch.float32, CPU, mode, cache_file=kept)
+    if loaded.keeping is not None:
+        loaded.keeping.begin()
+        loaded.keeping.write()
+    return loaded
+
+
+def warning_of(loaded: weights.LoadedWeights) -> str | None:
+    return None if loaded.keeping is None else loaded.keeping.warning
 
 
 def assert_equal(left: weights.LoadedWeights, right: weights.LoadedWeights) -> None:
@@ -56,13 +65,13 @@ def assert_equal(left: weights.LoadedWeights, right: weights.LoadedWeights) -> N
 def quantizing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each matrix that is quantized."""
     calls: list[int] = []
-    real = weights.quantize
+    real = weights._Kept._quantize
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return real(*args)
 
-    monkeypatch.setattr(weights, "quantize", counted)
+    monkeypatch.setattr(weights._Kept, "_quantize", counted)
     return calls
 
 
@@ -74,7 +83,7 @@ def test_the_second_load_quantizes_nothing(
     assert len(quantizing) == 4 * 4 + 1
     second = load(folder, mode)
     assert len(quantizing) == 4 * 4 + 1
-    assert first.warning is None and second.warning is None
+    assert warning_of(first) is None and second.keeping is None
     assert_equal(first, second)
     file = cache_file(folder, mode, DType.FLOAT32)
     assert [path.name for path in file.parent.iterdir()] == [file.name]
@@ -200,7 +209,8 @@ def test_what_killed_writers_left_is_deleted_and_what_is_being_written_is_not(
     for each in (place, other):
         each.mkdir(parents=True)
         (each / ".4bit-float32.safetensors.1234").write_bytes(bytes(10))
-    running = weight_cache.CacheWriter(other / "8bit-float32.safetensors", "", 1)
+    running = weight_cache.CacheWriter(other / "8bit-float32.safetensors", "", {})
+    running.begin()
     load(folder)
     assert [path.name for path in place.iterdir()] == ["4bit-float32.safetensors"]
     assert len(list(other.iterdir())) == 1
@@ -243,8 +253,9 @@ def test_a_full_disk_is_a_warning(
     loaded = load(folder)
     assert len(loaded.matrices) == 17
     place = cache_file(folder, Quantization.INT4, DType.FLOAT32).parent
-    assert loaded.warning is not None and str(place) in loaded.warning
-    assert os.strerror(errno.ENOSPC) in loaded.warning
+    warning = warning_of(loaded)
+    assert warning is not None and str(place) in warning
+    assert os.strerror(errno.ENOSPC) in warning
     assert list(place.iterdir()) == []
 
 
@@ -260,7 +271,7 @@ def test_a_disk_that_takes_a_part_keeps_nothing(folder: Path, room: int) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(loaded.matrices) == 17
-    assert "could not be kept" in str(loaded.warning)
+    assert "could not be kept" in str(warning_of(loaded))
     assert list(cache_file(folder, Quantization.INT4, DType.FLOAT32).parent.iterdir()) == []
 
 
@@ -285,7 +296,7 @@ def test_a_file_that_changes_while_it_is_read_is_written_anew(
     monkeypatch.setattr(weight_cache.CachedMatrices, "begin", begin)
     second = load(folder)
     assert_equal(first, second)
-    assert second.warning is None and len(quantizing) == 2 * 17
+    assert warning_of(second) is None and len(quantizing) == 2 * 17
     assert file.exists()
 
 
@@ -302,7 +313,7 @@ def test_other_loads_take_no_file_that_is_just_begun(
         return real(stream)
 
     monkeypatch.setattr(quantized_cache, "_lock", lock_late)
-    assert load(folder).warning is None
+    assert warning_of(load(folder)) is None
     file = cache_file(folder, Quantization.INT4, DType.FLOAT32)
     assert list(file.parent.iterdir()) == [file]
 
@@ -318,7 +329,7 @@ def test_what_is_no_file_is_in_the_way_of_no_load(folder: Path) -> None:
         file.unlink()
     file.mkdir()
     second = load(folder)
-    assert "could not be kept" in str(second.warning)
+    assert "could not be kept" in str(warning_of(second))
     assert_equal(second, first)
 
 
@@ -360,7 +371,7 @@ def _without_spaces(content: bytes) -> bytes:
 
 def test_a_place_that_cannot_be_written_is_a_warning(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "user-cache").write_text("in the way", encoding="utf-8")
-    assert "could not be kept" in str(load(folder).warning)
+    assert "could not be kept" in str(warning_of(load(folder)))
 
 
 def test_a_load_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,3 +399,68 @@ def test_the_engine_keeps_quantized_weights_and_says_when_it_cannot(
     (tmp_path / "user-cache").write_text("in the way", encoding="utf-8")
     assert run([*words, "--quantization", "8bit", "--max-new-tokens", "4"]) == 0
     assert "warning: the quantized weights could not be kept" in capsys.readouterr().err
+
+
+def background(file: Path) -> weight_cache.BackgroundWriter:
+    matrix = quantize(torch.randn(8, 128), Scheme.INT4)
+    writer = weight_cache.CacheWriter(file, "made of", {"a": matrix, "b": matrix})
+    writer.begin()
+    return weight_cache.BackgroundWriter(writer, CPU)
+
+
+def test_what_is_written_beside_requests_is_there_when_the_engine_ends(tmp_path: Path) -> None:
+    file = tmp_path / "kept.safetensors"
+    assert background(file).end(60.0) is None
+    assert weight_cache.open_cache(file, "made of", ["a", "b"]) is not None
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_process_that_ends_waits_for_so_long_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    real, begun, go = weight_cache.CacheWriter._append, threading.Event(), threading.Event()
+
+    def slow(self: Any, name: str, tensor: torch.Tensor) -> None:
+        begun.set()
+        go.wait(60.0)
+        real(self, name, tensor)
+
+    monkeypatch.setattr(weight_cache.CacheWriter, "_append", slow)
+    monkeypatch.setattr(weight_cache, "_TENSOR_S", 0.01)
+    writing = background(tmp_path / "kept.safetensors")
+    assert begun.wait(60.0)
+    if interrupted:
+        monkeypatch.setattr(writing._thread, "join", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            writing.end(60.0)
+    else:
+        assert writing.end(0.01) is None
+    go.set()
+    threading.Thread.join(writing._thread, 60.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = mock.Mock(free=1000)
+    monkeypatch.setattr(weight_cache.shutil, "disk_usage", lambda path: room)
+    loaded = load(folder)
+    assert os.strerror(errno.ENOSPC) in str(warning_of(loaded))
+    assert list(cache_file(folder, Quantization.INT4, DType.FLOAT32).parent.iterdir()) == []
+
+
+def test_what_goes_wrong_after_the_load_is_said_at_the_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qwencli.cli import run
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(weight_cache.CacheWriter, "_append", full)
+    scene = str(Path(__file__).parents[3] / "examples" / "scene.png")
+    words = ["caption", scene, "--model", str(folder), "--engine", "native", "--device", "cpu"]
+    assert run([*words, "--quantization", "4bit", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().err.count("warning: the quantized weights could not be kept") == 1

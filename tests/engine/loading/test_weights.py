@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qwencli.config import Attention
+from qwencli.config import Attention, Quantization
 from qwencli.engine.layers.vision_tower import VisionTower
 from qwencli.engine.loading import reader, weights
+from qwencli.engine.protocol import BytesRead
 from qwencli.errors import ModelFileError
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
@@ -92,6 +93,27 @@ def test_every_tensor_lands_in_its_rows(
     assert loaded.tensors.keys() == want.keys()
     for name, tensor in want.items():
         assert torch.equal(loaded.tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("quantization", [Quantization.NONE, Quantization("4bit")])
+def test_what_is_read_is_told(
+    tmp_path: Path, shape: ModelShape, hub: dict[str, torch.Tensor], quantization: Quantization
+) -> None:
+    save_file(hub, tmp_path / "model.safetensors")
+    stored = sum(tensor.nbytes for tensor in hub.values())
+    told, cache = BytesRead(), tmp_path / "kept.safetensors"
+    for again in range(2):
+        loaded = weights.load(
+            tmp_path, shape, torch.float32, CPU, quantization, cache_file=cache, progress=told
+        )
+        if loaded.keeping is not None:
+            loaded.keeping.begin()
+            loaded.keeping.write()
+        assert told.done == told.total
+        if quantization is Quantization.NONE or not again:
+            assert told.total == stored
+        else:
+            assert 0 < told.total < stored
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
