@@ -592,9 +592,9 @@ def test_a_file_of_any_name_is_found_however_it_is_written(tmp_path, name):
 
 def test_a_text_of_many_backslashes_is_read_at_once(talk):
     text = "\\alpha\\beta" * 200 + "'s"
-    started_s = time.monotonic()
+    started_s = time.thread_time()
     assert dropped_files(text) == ([], text)
-    assert time.monotonic() - started_s < 2
+    assert time.thread_time() - started_s < 2
 
 
 def test_a_dropped_file_may_be_followed_by_the_question(talk, picture_path):

@@ -211,6 +211,6 @@ def test_what_only_looks_private_stays(text):
               "ecdsa-sha2-", "__", "-a"],
 )  # fmt: skip
 def test_long_texts_take_no_time(piece):
-    start = time.perf_counter()
+    start = time.thread_time()
     redact(piece * (40_000 // len(piece)), OWNER)
-    assert time.perf_counter() - start < 10
+    assert time.thread_time() - start < 10

@@ -91,11 +91,11 @@ def serving(folder: Path, said: str | None = None) -> Iterator[resident_process.
     finally:
         if thread.is_alive():
             resident.stop()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
 
 
-def until(holds: Callable[[], object], most_s: float = 10.0) -> None:
+def until(holds: Callable[[], object], most_s: float = 60.0) -> None:
     end = time.monotonic() + most_s
     while not holds():
         assert time.monotonic() < end, "it took too long"
@@ -164,7 +164,8 @@ def test_another_model_takes_the_place_unless_it_is_busy(
             assert second.generate(asked()).text
         assert first.generate(asked()).text  # and has its model again
         assert len(made) == 3
-        made[-1].step_s = 1.0
+        seen = threading.Event()
+        made[-1].answer = lambda request: str(seen.wait(60))
         waiting = threading.Thread(target=first.generate, args=(asked(),))
         waiting.start()
         until(lambda: (now := resident.status()) and now.running)
@@ -172,16 +173,17 @@ def test_another_model_takes_the_place_unless_it_is_busy(
         with pytest.raises(EngineError, match="busy with small"):
             third.load()
         assert "busy with small" in third.unusable
+        seen.set()
         waiting.join()
 
 
 def test_it_leaves_when_nothing_is_asked(own_state: Path, made: list[FakeEngine]) -> None:
     with serving(own_state) as server:
-        with engine(keep_s=0.3) as there:
-            assert there.generate(asked()).text
+        with engine(keep_s=1.0) as there:
             begun = time.monotonic()
+            assert there.generate(asked()).text
             until(lambda: server.over.is_set())
-        assert 0.2 < time.monotonic() - begun < 3
+        assert time.monotonic() - begun > 0.9
         until(lambda: not (own_state / STATE_FILE).exists())
     assert resident.status() is None and resident.stop() is None
 
@@ -255,7 +257,7 @@ def test_a_port_that_another_program_has_by_now_keeps_nobody_waiting(own_state: 
         (own_state / STATE_FILE).write_text(json.dumps(state))
         begun = time.monotonic()
         assert resident.status() is None and resident.stop() is None
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 20
     assert not (own_state / STATE_FILE).exists()
 
 
@@ -295,7 +297,7 @@ def test_ten_starts_make_one_process_that_comes_back_when_killed(own_state: Path
     begun = time.monotonic()
     ended = resident.stop()
     assert ended is not None and ended.pid == again.state.pid
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
     assert not (own_state / STATE_FILE).exists()
 
 
@@ -317,11 +319,19 @@ def test_what_is_lost_midway_is_asked_again_unless_it_was_shown(
     own_state: Path, made: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said.clear()
-    monkeypatch.setattr(FakeEngine, "stream", _in_two_pieces)
+    dropped = threading.Event()
+
+    def in_two_pieces(self: FakeEngine, request: GenerationRequest) -> Iterator[GenerationChunk]:
+        yield GenerationChunk("one", (1,))
+        dropped.wait(60)
+        yield self._chunk(request)
+
+    monkeypatch.setattr(FakeEngine, "stream", in_two_pieces)
 
     def drop_all(there: ResidentEngine) -> None:
         assert there._line is not None
         there._line._connection._socket.shutdown(socket.SHUT_RDWR)
+        dropped.set()
 
     with serving(own_state), engine() as there:
         results: list[Any] = []
@@ -331,17 +341,12 @@ def test_what_is_lost_midway_is_asked_again_unless_it_was_shown(
         drop_all(there)
         waiting.join()
         assert results[0].text and said == ["the resident engine has ended; starting it again"]
+        dropped.clear()
         pieces = there.stream(asked())
         assert next(pieces).text == "one"
         drop_all(there)
         with pytest.raises(EngineError, match="in the middle of an answer"):
             list(pieces)
-
-
-def _in_two_pieces(self: FakeEngine, request: GenerationRequest) -> Iterator[GenerationChunk]:
-    yield GenerationChunk("one", (1,))
-    time.sleep(0.3)
-    yield self._chunk(request)
 
 
 def test_a_caption_is_the_same_and_nothing_heavy_is_loaded_for_it(

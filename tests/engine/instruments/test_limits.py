@@ -16,7 +16,9 @@ def test_limits_of_the_cpu_are_measured():
     assert 1e8 < read_bandwidth("cpu", 1 << 22) < 1e13
     times = launch_times("cpu")
     assert len(times.eager) > 1
-    assert all(1e-8 < seconds < 1e-3 for seconds in times.eager)
+    # A busy machine may stop for a while in some samples, not in all of them.
+    assert min(times.eager) > 1e-8
+    assert min(times.eager) < 1e-3
     assert times.graph == ()
 
 
