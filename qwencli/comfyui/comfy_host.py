@@ -70,9 +70,9 @@ def progress(total: int) -> Callable[[int], None]:
     return update
 
 
-def when_memory_is_wanted(give_back: Callable[[str], None]) -> None:
-    """Call `give_back(device)` whenever ComfyUI needs more memory on a device than is free there;
-    the device is "" where it wants that of all.
+def when_memory_is_wanted(*give_back: Callable[[str], None]) -> None:
+    """Call each of `give_back` with a device for as long as ComfyUI needs more memory there than is
+    free; the device is "" where it wants that of all.
 
     ComfyUI has no registry for that. Loading a model and its button "unload models" both go through
     `model_management.free_memory(memory_required, device, ...)`, so that is wrapped, once. Its own
@@ -87,9 +87,11 @@ def when_memory_is_wanted(give_back: Callable[[str], None]) -> None:
         @functools.wraps(original)
         def free_memory(memory_required: float, device: Any, *rest: Any, **named: Any) -> Any:
             unloaded = original(memory_required, device, *rest, **named)
-            free = _call("get_free_memory", device)
-            if free is None or free < memory_required:
-                give_back("" if device is None else str(device))
+            for each in give_back:
+                free = _call("get_free_memory", device)
+                if free is not None and free >= memory_required:
+                    break
+                each("" if device is None else str(device))
             return unloaded
 
         setattr(free_memory, _HOOKED, True)

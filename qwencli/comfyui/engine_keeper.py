@@ -123,32 +123,44 @@ class EngineKeeper:
                 elif self._engine is not None:
                     self._start_timer(keep_s)
 
+    def trim(self, device: str) -> None:
+        """Give back what batches of pictures take on `device` ("": any), unless a node uses the
+        engine; the model stays."""
+        with self._idle() as engine:
+            if engine is not None and self._is_on(device):
+                engine.drop_queue()
+
     def give_back(self, device: str) -> None:
         """Close the engine where it takes memory of `device` ("": any), unless a node uses it."""
-        if self._engine is None or not self._lock.acquire(blocking=False):
-            return
-        try:
-            if self._engine is not None and not self._in_use and self._is_on(device):
+        with self._idle() as engine:
+            if engine is not None and self._is_on(device):
                 log.info("qwencli: the model is unloaded, as ComfyUI needs the memory")
+                self._stop_timer()
                 self._close(with_process=True)
-        finally:
-            self._lock.release()
 
     def close(self) -> None:
         """Close the engine, unless a node is using it."""
-        if self._lock.acquire(blocking=False):
-            try:
-                if not self._in_use:
-                    self._stop_timer()
-                    self._close()
-            finally:
-                self._lock.release()
+        with self._idle() as engine:
+            if engine is not None:
+                self._stop_timer()
+                self._close()
+
+    @contextmanager
+    def _idle(self) -> Iterator[Engine | None]:
+        """The engine, which nobody gets inside the block; None where there is none, or in use."""
+        if self._engine is None or not self._lock.acquire(blocking=False):
+            yield None
+            return
+        try:
+            yield None if self._in_use else self._engine
+        finally:
+            self._lock.release()
 
     def _loaded(self, wanted: Wanted, keep_s: float) -> Engine:
         if self._engine is not None and self._wanted == wanted:
             return self._engine
         self._close()
-        comfy_host.when_memory_is_wanted(self.give_back)
+        comfy_host.when_memory_is_wanted(self.trim, self.give_back)
         comfy_host.empty_cache()
         engine = None
         with suppress(OutOfMemoryError):

@@ -113,7 +113,7 @@ class QwencliEngine(QwencliNode):
 
 class QwencliExtension(ComfyExtension):
     async def on_load(self) -> None:
-        comfy_host.when_memory_is_wanted(KEEPER.give_back)
+        comfy_host.when_memory_is_wanted(KEEPER.trim, KEEPER.give_back)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

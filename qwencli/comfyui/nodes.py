@@ -198,9 +198,7 @@ def answered(engine: Engine, requests: Sequence[RequestSource]) -> list[Generati
             pass
         comfy_host.free_models()
         return [engine.generate(request_of(requests[0]))]
-    # On a GPU the graphs of a batch are made once and kept with the engine, so that a few pictures
-    # pay for them too. On a CPU a few are answered sooner one after the other.
-    expected = len(requests) if engine.effective.device == "cpu" else None
+    expected = _expected(engine, len(requests))
     made: dict[int, GenerationResult | QwenCliError] = {}
     waiting, tell = list(range(len(requests))), comfy_host.progress(len(requests))
     for last_try in (False, True):
@@ -220,6 +218,15 @@ def answered(engine: Engine, requests: Sequence[RequestSource]) -> list[Generati
             raise result
         answers.append(result)
     return answers
+
+
+def _expected(engine: Engine, count: int) -> int | None:
+    """What to tell `engine.client` of so many requests.
+
+    On a GPU the graphs of a batch are made once and kept with the engine, so that a few pictures
+    pay for them too. On a CPU a few are answered sooner one after the other.
+    """
+    return count if engine.effective.device == "cpu" or count == 1 else None
 
 
 class _Use:
@@ -319,9 +326,9 @@ def _shaped(values: Values, batch: Batch, manner: Manner) -> tuple[list[str], st
         QwenCliError: the first picture that has no such answer.
     """
     from qwencli.dataset.asking import Asking
-    from qwencli.dataset.pipeline import Failed, Outcome, Task
+    from qwencli.dataset.pipeline import Failed, Outcome, Task, outcomes
     from qwencli.dataset.sources import Item, Listing
-    from qwencli.dataset.worker import Alone
+    from qwencli.dataset.worker import make_ready
 
     parts = {batch.name_of(index): index for index in range(len(batch))}
     tasks = [Task(Item(name)) for name in parts]
@@ -334,10 +341,13 @@ def _shaped(values: Values, batch: Batch, manner: Manner) -> tuple[list[str], st
         system=(text_message("system", system),) if system else (),
     )
     with _Use(values) as use:
-        captioner, made = Alone(use.engine, asking), dict[str, Outcome]()
+        make_ready(use.engine, asking)
+        made: dict[str, Outcome] = {}
         tell, waiting = comfy_host.progress(len(tasks)), tasks
         for last_try in (False, True):
-            for outcome in captioner.outcomes(waiting, lambda: False):
+            left, expected = iter(waiting), _expected(use.engine, len(waiting))
+            take = functools.partial(next, left, None)
+            for outcome in outcomes(use.engine, take, asking.stages(), expected=expected):
                 made[outcome.task.item.key] = outcome
                 tell(len(made))
             waiting = [task for task in tasks if _ran_out(made[task.item.key])]

@@ -244,6 +244,11 @@ class BaseEngine(ManyRequests, ABC):
             for logits in self._logits(ids):
                 yield logits.float().log_softmax(-1).cpu().numpy()
 
+    def drop_queue(self) -> None:
+        if self._queue is not None:
+            super().drop_queue()
+            release(self.effective.device)
+
     def close(self) -> None:
         """Free the device memory; nothing is moved to the host on the way."""
         if self._files is not None:

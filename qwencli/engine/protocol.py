@@ -72,6 +72,8 @@ class Engine(RequestQueue, Protocol):
     nothing: what is wrong with a request is its `StepOutput`. `max_rows` is how many run at once,
     1 for an engine that answers one after the other. `abort` may come at any time.
     `batch_from` is how many requests have to be there before it pays to run them together.
+    `drop_queue` gives back what running them together takes, while none is unfinished; it is made
+    anew when it is needed.
     """
 
     config: EngineConfig
@@ -100,6 +102,8 @@ class Engine(RequestQueue, Protocol):
     def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]: ...
 
     def generate(self, request: GenerationRequest) -> GenerationResult: ...
+
+    def drop_queue(self) -> None: ...
 
     def __enter__(self) -> Self: ...
 
@@ -224,6 +228,9 @@ class ManyRequests(ABC):
 
     def abort(self, request: RequestId) -> None:
         self._requests().abort(request)
+
+    def drop_queue(self) -> None:
+        self._close_queue()
 
     def _make_queue(self) -> RequestQueue:
         return SerialQueue(self.stream)

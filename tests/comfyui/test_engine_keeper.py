@@ -21,7 +21,9 @@ from tests.dataset.fake_engine import FakeEngine
 class Made:
     """Makes engines, and tells what became of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, management: Management) -> None:
+        self.management = management
+        self.trimmed = self.batch_bytes = 0
         self.loaded: list[str] = []
         self.closed: list[str] = []
         self.refuse: Callable[[], None] = lambda: None
@@ -35,6 +37,11 @@ class Made:
                 made.refuse()
                 made.loaded.append(wanted.config.model.name)
 
+            def drop_queue(self) -> None:
+                made.trimmed += 1
+                management = made.management
+                management.free_bytes += made.batch_bytes
+
             def close(self) -> None:
                 made.closed.append(wanted.config.model.name)
 
@@ -47,7 +54,7 @@ def wanted(name: str = "a", runs: Runs = Runs.IN_PROCESS) -> Wanted:
 
 @pytest.fixture
 def made(management: Management) -> Made:
-    return Made()
+    return Made(management)
 
 
 def use(made: Made, name: str = "a", keep_s: float = 60) -> None:
@@ -107,6 +114,16 @@ def test_comfyui_gets_the_memory_when_it_wants_it(made: Made, management: Manage
         thread.join(5)
         assert not thread.is_alive() and made.keeper.is_loaded
     made.keeper.close()
+
+
+def test_batches_go_before_the_model(made: Made, management: Management) -> None:
+    use(made)
+    made.batch_bytes = 2**33
+    management.free_memory(2**33 + 1, "cpu")
+    assert (made.trimmed, made.closed) == (1, [])
+    made.batch_bytes = 0
+    management.free_memory(2**40, "cpu")
+    assert (made.trimmed, made.closed) == (2, ["a"])
 
 
 def test_out_of_memory_while_loading_asks_comfyui_once(made: Made, management: Management) -> None:

@@ -42,7 +42,12 @@ def test_comfyui_gets_all_of_the_memory_back(management: comfy_stub.Management) 
     with torch.inference_mode():
         nodes.run(schemas.CHAT, {"prompt": "Say something.", **BASE})
         nodes.run(schemas.CAPTION, {"images": torch.cat([picture(), picture()]), **BASE})
-    assert nodes.KEEPER.is_loaded and torch.cuda.memory_reserved() > before
+    with_batch = torch.cuda.memory_reserved()
+    assert nodes.KEEPER.is_loaded and with_batch > before
+    nodes.KEEPER.trim("cuda:0")
+    assert nodes.KEEPER.is_loaded and torch.cuda.memory_reserved() < with_batch
+    with torch.inference_mode():
+        nodes.run(schemas.CAPTION, {"images": torch.cat([picture(), picture()]), **BASE})
     management.free_memory(1e30, torch.device("cpu"))
     assert nodes.KEEPER.is_loaded  # not ours
     management.free_memory(1e30, torch.device("cuda", 0))
