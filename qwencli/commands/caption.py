@@ -13,6 +13,9 @@ from qwencli.commands.options import (
     RunOptions,
     SetOptions,
     ShapeOptions,
+    Think,
+    ThinkingBudget,
+    thinks,
     with_run_options,
 )
 from qwencli.commands.profiling import Profile, profiled
@@ -39,13 +42,8 @@ def caption(
         bool, typer.Option("--multi-image", help="All images in one request.")
     ] = False,
     together: Annotated[bool, typer.Option("--together", hidden=True)] = False,
-    think: Annotated[
-        bool,
-        typer.Option(
-            "--think/--no-think",
-            help="Let a model that can think do so, not for folders; captions never have thoughts.",
-        ),
-    ] = False,
+    think: Think = None,
+    thinking_budget: ThinkingBudget = None,
     profile: Profile = None,
     *,
     chosen: SetOptions,
@@ -66,7 +64,7 @@ def caption(
     with profiled(profile, sink):
         _caption(
             sink, inputs or (), prompt, preset, system, frames, chosen, shape, keep, run,
-            multi_image=multi_image, think=think,
+            multi_image=multi_image, think=think, thinking_budget=thinking_budget,
         )  # fmt: skip
 
 
@@ -83,7 +81,8 @@ def _caption(
     run: RunOptions,
     *,
     multi_image: bool,
-    think: bool,
+    think: bool | None,
+    thinking_budget: int | None,
 ) -> None:
     # Here and not above: `--help` needs none of it.
     from qwencli.commands.caption_set import caption_set, is_set, manner_of, print_captions
@@ -98,12 +97,20 @@ def _caption(
     keep_s = keep.seconds(run)
     named = named_inputs(inputs, chosen.filelist)
     whole_set = is_set(named, chosen, frames)
-    if think and (whole_set or shape.is_used):
-        raise UsageError("--think is for a few pictures in a plain prompt", "leave it out here")
+    sampling = run.sampling_options()
+    thinking = thinks(think, thinking_budget, sampling)
+    if thinking and (whole_set or shape.is_used):
+        if thinking_budget is None:
+            raise UsageError(
+                "--think without a bound is for a few pictures in a plain prompt",
+                "give --thinking-budget N as well, or leave it out here",
+            )
+        if shape.starts_with is not None:
+            raise UsageError("--starts-with and thinking exclude each other", "use one")
     if whole_set:
         if multi_image:
             raise UsageError("--multi-image is for a few pictures", "leave it out for a folder")
-        manner = manner_of(shape, run, prompt, preset)
+        manner = manner_of(shape, run, prompt, preset, thinking_budget)
         caption_set(
             named,
             chosen,
@@ -119,9 +126,8 @@ def _caption(
     if multi_image and shape.is_used:
         raise UsageError(f"{shape.first_used} and --multi-image exclude each other", "use one")
     images = named
-    sampling = run.sampling_options()
     if shape.is_used:
-        manner = manner_of(shape, run, prompt, preset)
+        manner = manner_of(shape, run, prompt, preset, thinking_budget)
         print_captions(
             images,
             run,
@@ -138,7 +144,9 @@ def _caption(
 
     def ask(pictures: tuple[VisualPart, ...]) -> GenerationRequest:
         messages = (*system_messages(system), user_message(text, pictures))
-        return GenerationRequest(messages, sampling, thinking=think)
+        return GenerationRequest(
+            messages, sampling, thinking=thinking, thinking_budget=thinking_budget
+        )
 
     work = Captions(sink, run, model=spec.name, several=len(images) > 1)
 

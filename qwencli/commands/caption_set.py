@@ -323,7 +323,11 @@ def _extension(chosen: SetOptions, manner: Manner) -> str:
 
 
 def manner_of(
-    shape: ShapeOptions, run: RunOptions, prompt: str | None, preset: str | None
+    shape: ShapeOptions,
+    run: RunOptions,
+    prompt: str | None,
+    preset: str | None,
+    thinking_budget: int | None = None,
 ) -> Manner:
     """What is asked, and what becomes of answers.
 
@@ -381,6 +385,7 @@ def manner_of(
         shape.retries,
         schema,
         boxes,
+        thinking_budget,
     )
 
 

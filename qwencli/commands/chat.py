@@ -9,7 +9,15 @@ from typing import Annotated
 
 import typer
 
-from qwencli.commands.options import Frames, KeepOptions, RunOptions, with_run_options
+from qwencli.commands.options import (
+    Frames,
+    KeepOptions,
+    RunOptions,
+    Think,
+    ThinkingBudget,
+    thinks,
+    with_run_options,
+)
 from qwencli.messages import VisualPart
 from qwencli.output import Output
 
@@ -31,12 +39,8 @@ def chat(
     ] = False,
     *,
     keep: KeepOptions,
-    think: Annotated[
-        bool,
-        typer.Option(
-            "--think/--no-think", help="Let a model that can think before it answers do so."
-        ),
-    ] = False,
+    think: Think = None,
+    thinking_budget: ThinkingBudget = None,
     run: RunOptions,
 ) -> None:
     """Talk about pictures, or about anything with a text model. /help lists the commands."""
@@ -51,6 +55,7 @@ def chat(
 
     sink = context.ensure_object(Output)
     sampling = run.sampling_options()
+    thinking = thinks(think, thinking_budget, sampling)
     keep_s = keep.seconds(run)
     typed = prompt is None and sys.stdin.isatty()
     kept = latest_chat(chats_folder()) if resume else None
@@ -82,7 +87,8 @@ def chat(
             stats=run.stats,
             model=spec.name,
             frames=frames,
-            thinking=think,
+            thinking=thinking,
+            thinking_budget=thinking_budget,
             display=TerminalDisplay(sink, loaded.max_seq_len) if drawn else None,
             keep=new_chat_path(chats_folder()) if typed else None,
         )

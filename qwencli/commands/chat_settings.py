@@ -14,7 +14,7 @@ from qwencli.output import visible
 _ON_OFF = {"on": True, "off": False, "true": True, "false": False, "default": False}
 # Of these a value asks for sampling; `resolve_sampling` has the rule.
 _SAMPLING_SWITCHES = ("temperature", "top_p", "top_k", "min_p")
-SETTINGS = (*SAMPLING_BOUNDS, "greedy", "stop", "thinking")
+SETTINGS = (*SAMPLING_BOUNDS, "greedy", "stop", "thinking", "thinking_budget")
 
 
 def setting_said(said: str) -> tuple[str, str]:
@@ -41,6 +41,22 @@ def switched(name: str, value: str) -> bool:
     if value.lower() not in _ON_OFF:
         raise UsageError(f"{name} is on or off, not {visible(value)}", f"/set {name}=on")
     return _ON_OFF[value.lower()]
+
+
+def budget_said(value: str) -> int | None:
+    """How many tokens a model may think; "default" is as many as its answer has.
+
+    Raises:
+        UsageError: no whole number, or one below 0.
+    """
+    if value.lower() == "default":
+        return None
+    if not value.isdecimal():
+        raise UsageError(
+            f"thinking_budget is a whole number from 0 on, not {visible(value)}",
+            "/set thinking_budget=VALUE, or default",
+        )
+    return int(value)
 
 
 def with_setting(sampling: SamplingOptions, name: str, value: str) -> SamplingOptions:

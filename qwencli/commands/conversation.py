@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TextIO, runtime_checkabl
 
 from qwencli.commands.answer_display import Display, PlainDisplay, SilentDisplay
 from qwencli.commands.chat_settings import (
+    budget_said,
     over_saved,
     setting_said,
     settings_shown,
@@ -156,7 +157,8 @@ class Conversation:
     """Messages so far, pictures waiting for the next one, and the engine that answers.
 
     Args:
-        thinking: let a model that can think before it answers do so.
+        thinking: let a model that can think before it answers do so; thinking_budget: for so many
+            tokens, see `GenerationRequest`.
         keep: the file that each turn is saved in; None = none.
     """
 
@@ -172,12 +174,14 @@ class Conversation:
         model: str,
         frames: int | None = None,
         thinking: bool = False,
+        thinking_budget: int | None = None,
         display: Display | None = None,
         keep: Path | None = None,
     ) -> None:
         self._engine, self._sampling, self._sink = engine, sampling, sink
         self._system, self._json, self._stats, self._model = system, json, stats, model
         self._frames, self._thinking, self._keep = frames, thinking, keep
+        self._thinking_budget = thinking_budget
         self._noted: set[str] = set()
         self._display = display or (SilentDisplay(sink) if json else PlainDisplay(sink))
         self._turns: list[Turn] = []
@@ -289,7 +293,12 @@ class Conversation:
         self._unanswered = question
         thoughts: list[str] = []
         answer: list[str] = []
-        request = GenerationRequest(messages, self._sampling, thinking=self._thinking)
+        request = GenerationRequest(
+            messages,
+            self._sampling,
+            thinking=self._thinking,
+            thinking_budget=self._thinking_budget if self._thinking else None,
+        )
         try:
             with self._display.answer() as show:
                 for chunk in _split_thoughts(self._engine.stream(request)):
@@ -400,10 +409,17 @@ class Conversation:
         name, value = setting_said(rest) if rest else ("", "")
         if name == "thinking":
             self._thinking = switched(name, value)
+        elif name == "thinking_budget":
+            self._thinking_budget = budget_said(value)
+            # As on the command line: who bounds thoughts wants some, and 0 means none.
+            if self._thinking_budget is not None:
+                self._thinking = self._thinking_budget > 0
         elif name:
             self._sampling = with_setting(self._sampling, name, value)
         thinking = f"thinking={'on' if self._thinking else 'off'}"
-        self._sink.notice(", ".join([*settings_shown(self._sampling), thinking]))
+        most = "default" if self._thinking_budget is None else self._thinking_budget
+        shown = [*settings_shown(self._sampling), thinking, f"thinking_budget={most}"]
+        self._sink.notice(", ".join(shown))
 
     def _last_question(self) -> Message:
         """What was asked last, which is then neither asked nor answered."""

@@ -79,6 +79,41 @@ Frames = Annotated[
 ]
 
 
+Think = Annotated[
+    bool | None,
+    typer.Option(
+        "--think/--no-think",
+        help="Let a model that can think before it answers do so; captions never have thoughts.",
+        show_default="no-think",
+    ),
+]
+ThinkingBudget = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="End its thoughts after N tokens, and have it answer then; 0 = no thoughts.",
+        min=0,
+    ),
+]
+
+
+def thinks(think: bool | None, budget: int | None, sampling: SamplingOptions) -> bool:
+    """Whether a model is let think; a budget asks for it.
+
+    Raises:
+        UsageError: a budget for no thoughts, or one that leaves nothing for the answer.
+    """
+    if think is False and budget is not None:
+        raise UsageError("--thinking-budget and --no-think exclude each other", "leave one out")
+    most = sampling.max_new_tokens
+    if budget and most is not None and budget >= most:
+        raise UsageError(
+            f"--thinking-budget {budget} leaves nothing of --max-new-tokens {most} for an answer",
+            f"raise --max-new-tokens to {budget + SAMPLING.max_new_tokens}",
+        )
+    return bool(budget) if budget is not None else bool(think)
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """What a user may say about the model, the sampling and the output of a run."""

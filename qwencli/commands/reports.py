@@ -35,6 +35,7 @@ def caption_record(result: GenerationResult, images: list[str], model: str) -> d
         "resized_size": _one_or_all(resized),
         "caption": result.text,
         "thoughts": result.thoughts,
+        "num_thinking_tokens": result.num_thinking_tokens,
         "model": model,
         "engine": result.effective.engine,
         "quantization": result.effective.quantization,

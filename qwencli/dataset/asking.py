@@ -42,6 +42,7 @@ class Manner:
         retries: how often a picture is asked again whose answer has a fault.
         schema: JSON text that answers are held to; `guards.invalid` goes with it.
         boxes: answers are boxes; captions have them in the picture's own pixels.
+        thinking_budget: most tokens of the thoughts in front of answers; None or 0 = none.
     """
 
     prompts: PromptSet
@@ -51,6 +52,7 @@ class Manner:
     retries: int = DEFAULT_RETRIES
     schema: str | None = None
     boxes: bool = False
+    thinking_budget: int | None = None
 
     def settings(self) -> dict[str, Any]:
         """What decides over captions, for the manifest and for telling runs apart."""
@@ -66,6 +68,7 @@ class Manner:
             "max_caption_tokens": shape.max_tokens,
             "language": self.guards.language,
             "schema": self.schema,
+            "thinking_budget": self.thinking_budget,
             "without_guards": sorted(set(FaultKind) - self.guards.kinds),
         }
         return {name: value for name, value in said.items() if value}
@@ -187,7 +190,12 @@ class Asking:
             text, sampling = retry.asked(text), self._within_length(retry.sampling, asked)
         messages = (*self._system, user_message(text, (visual,)))
         return GenerationRequest(
-            messages, sampling, starts_with=asked.starts_with, schema=self.manner.schema
+            messages,
+            sampling,
+            starts_with=asked.starts_with,
+            schema=self.manner.schema,
+            thinking=bool(self.manner.thinking_budget),
+            thinking_budget=self.manner.thinking_budget,
         )
 
     def _within_length(self, sampling: SamplingOptions, asked: _Asked) -> SamplingOptions:

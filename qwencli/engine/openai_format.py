@@ -30,7 +30,10 @@ _MAX_PNG_PIXELS = 1_500_000
 _JPEG_QUALITY = 95
 # Servers that name a setting otherwise, by `owned_by` of their models.
 _OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
-    "llamacpp": {"repetition_penalty": "repeat_penalty"},
+    "llamacpp": {
+        "repetition_penalty": "repeat_penalty",
+        "thinking_token_budget": "thinking_budget_tokens",
+    },
 }
 
 
@@ -82,6 +85,11 @@ def prepared(request: GenerationRequest, config: EngineConfig) -> Sent:
     if request.schema is not None:
         schema = {"name": "answer", "strict": True, "schema": json.loads(request.schema)}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    if request.thinking or request.thinking_budget is not None:
+        on = request.thinking and request.thinking_budget != 0
+        body["chat_template_kwargs"] = {"enable_thinking": on}
+    if request.thinking_budget:
+        body["thinking_token_budget"] = request.thinking_budget
     if request.ignore_eos:
         body |= {"ignore_eos": True, "min_tokens": body["max_tokens"]}
     return Sent(
@@ -282,6 +290,7 @@ class AnswerReader:
             count = len(self._times)
             notes.append("the server counts no tokens: pieces of its answer are counted")
         details = _mapping(usage.get("prompt_tokens_details"))
+        thinking = _mapping(usage.get("completion_tokens_details")).get("reasoning_tokens")
         theirs = self._ours.get("notes")
         if isinstance(theirs, list):
             notes += [note for note in theirs if isinstance(note, str)]
@@ -301,6 +310,7 @@ class AnswerReader:
             image_sizes=self.sent.image_sizes,
             resized_sizes=self._sizes("resized_sizes") or self.sent.resized_sizes,
             num_counted_tokens=count,
+            num_thinking_tokens=_number(thinking) or 0,
         )
 
     def _timings(self, count: int, end_s: float) -> Timings:

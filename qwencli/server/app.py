@@ -209,6 +209,7 @@ class _Server:
                 starts_with=begun,
                 schema=schema,
                 thinking=body.thinks,
+                thinking_budget=body.most_thinking,
                 tools=tuple(map(json.dumps, body.offered)),
                 cut_to_fit=body.most_tokens is None,
                 logprobs=body.num_logprobs,

@@ -96,6 +96,7 @@ class Tool(Body):
 
 class TemplateSettings(Body):
     enable_thinking: bool | None = None
+    thinking_budget: int | None = Field(default=None, ge=0)
 
 
 class JsonSchema(Body):
@@ -128,7 +129,9 @@ class StreamOptions(Body):
 
 
 class ChatBody(Body):
-    """What may be asked. top_k, min_p, repetition_penalty and ignore_eos are vLLM's too."""
+    """What may be asked. top_k, min_p, repetition_penalty and ignore_eos are vLLM's too, and so is
+    thinking_token_budget, which Qwen's own servers call thinking_budget and llama.cpp
+    thinking_budget_tokens."""
 
     model: str | None = None
     messages: list[ChatMessage] = Field(min_length=1)
@@ -159,6 +162,10 @@ class ChatBody(Body):
     tool_choice: Literal["none", "auto"] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: TemplateSettings | None = None
+    enable_thinking: bool | None = None
+    thinking_token_budget: int | None = Field(default=None, ge=0)
+    thinking_budget: int | None = Field(default=None, ge=0)
+    thinking_budget_tokens: int | None = Field(default=None, ge=0)
     continue_final_message: bool | None = None
 
     @property
@@ -182,10 +189,33 @@ class ChatBody(Body):
     @property
     def thinks(self) -> bool:
         """Off unless asked for: thoughts may take the whole answer."""
+        if self._switched is not None:
+            return self._switched
+        if self.reasoning_effort is not None:
+            return self.reasoning_effort != "none"
+        return bool(self.most_thinking)
+
+    @property
+    def _switched(self) -> bool | None:
         own = self.chat_template_kwargs
         if own is not None and own.enable_thinking is not None:
             return own.enable_thinking
-        return self.reasoning_effort not in (None, "none")
+        return self.enable_thinking
+
+    @property
+    def most_thinking(self) -> int | None:
+        """Tokens that thoughts may have; None where nobody bounds them. Who switches thoughts off
+        bounds nothing."""
+        own = self.chat_template_kwargs
+        said = (
+            self.thinking_token_budget,
+            self.thinking_budget,
+            self.thinking_budget_tokens,
+            None if own is None else own.thinking_budget,
+        )
+        most = next((each for each in said if each is not None), None)
+        off = self._switched is False or self.reasoning_effort == "none"
+        return 0 if most and off else most
 
     @property
     def offered(self) -> list[dict[str, Any]]:
@@ -252,6 +282,7 @@ def usage_of(result: GenerationResult) -> dict[str, Any]:
         "prompt_tokens": result.num_prompt_tokens,
         "completion_tokens": new,
         "total_tokens": (result.num_prompt_tokens or 0) + new,
+        "completion_tokens_details": {"reasoning_tokens": result.num_thinking_tokens},
         "prompt_tokens_details": {
             "cached_tokens": result.num_cached_tokens,
             "image_tokens": result.num_image_tokens,

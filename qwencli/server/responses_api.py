@@ -120,6 +120,7 @@ class ResponsesBody(Body):
     tools: list[FunctionTool] | None = Field(default=None, max_length=128)
     tool_choice: Literal["none", "auto"] | None = None
     reasoning: ReasoningSettings | None = None
+    thinking_token_budget: int | None = Field(default=None, ge=0)
     previous_response_id: str | None = None
     background: bool | None = None
 
@@ -168,6 +169,7 @@ class ResponsesBody(Body):
             tools=tools or None,
             tool_choice=self.tool_choice,
             reasoning_effort=self.reasoning.effort if self.reasoning else None,
+            thinking_token_budget=self.thinking_token_budget,
         )
 
     def _format(self) -> TextFormat | JsonObjectFormat | JsonSchemaFormat | None:
@@ -319,7 +321,7 @@ def _usage(result: GenerationResult) -> dict[str, Any]:
         "input_tokens": result.num_prompt_tokens,
         "input_tokens_details": {"cached_tokens": result.num_cached_tokens},
         "output_tokens": new,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": result.num_thinking_tokens},
         "total_tokens": (result.num_prompt_tokens or 0) + new,
         "timings": asdict(result.timings),
     }

@@ -507,7 +507,7 @@ def test_think_is_what_the_template_is_told(checkpoint, tmp_path, pictures, says
     assert thoughts[0][:2] == ("A circle.", "I see it.")
     assert thoughts[1][2] > thoughts[0][2], "an empty thought is closed in the prompt"
     assert run([*arguments, str(Path(pictures[0]).parent), "--think"]) == 2
-    assert "--think is for a few pictures" in capsys.readouterr().err
+    assert "--think without a bound is for a few pictures" in capsys.readouterr().err
 
 
 def test_think_of_a_model_that_cannot_is_said(checkpoint, pictures, says, capsys):
@@ -525,6 +525,48 @@ def test_a_thought_that_takes_all_tokens_leaves_no_caption(thinking, pictures, s
     record = json.loads(out)
     assert record["caption"] == "" and record["thoughts"].startswith("Hm, ")
     assert "thinking took all 4 new tokens" in err and "--max-new-tokens" in err
+
+
+def test_thoughts_end_after_their_budget(thinking, pictures, capsys, monkeypatch):
+    monkeypatch.setattr("qwencli.engine.frontend.prompt.OUT_OF_THOUGHTS", "\n\nEnough.\n")
+    arguments = ("--thinking-budget", "5", "--max-new-tokens", "40", "--greedy")
+    assert thinking(*pictures, *arguments, "--json") == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(records) == 2
+    for record in records:
+        assert 5 < record["num_thinking_tokens"] < record["num_new_tokens"] <= 40
+        assert record["thoughts"].endswith("Enough.")
+        assert record["caption"] and "Enough" not in record["caption"]
+    folder = Path(pictures[0]).parent
+    assert thinking(str(folder), *arguments, "--guards", "none") == 0
+    for picture in pictures:
+        caption = Path(picture).with_suffix(".txt").read_text(encoding="utf-8")
+        assert caption.strip() and "Enough" not in caption
+    assert thinking(pictures[0], *arguments, "--thinking-budget", "0", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["thoughts"] is None and record["num_thinking_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (("--thinking-budget", "-1"), "Invalid value for '--thinking-budget'"),
+        (("--thinking-budget", "many"), "Invalid value for '--thinking-budget'"),
+        (("--thinking-budget", "9", "--no-think"), "--no-think exclude each other"),
+        (("--thinking-budget", "9", "--max-new-tokens", "9"), "leaves nothing of --max-new-tokens"),
+        (("--thinking-budget", "9", "--starts-with", "A"), "exclude each other"),
+    ],
+    ids=str,
+)
+def test_a_budget_that_means_nothing_is_one_line(thinking, pictures, capsys, said, told):
+    assert thinking(pictures[0], *said) == 2
+    err = capsys.readouterr().err
+    assert told in err and "Traceback" not in err
+
+
+def test_a_budget_for_a_model_that_does_not_think_is_refused(thinking, pictures, capsys):
+    assert thinking(pictures[0], "--thinking-budget", "9", opens=False) == 1
+    assert "this model does not think" in capsys.readouterr().err
 
 
 def test_a_stop_string_looks_at_the_answer_alone(thinking, pictures, says, capsys):

@@ -277,6 +277,13 @@ def test_sampling_changes_midway(talk, capsys):
     assert "max_new_tokens=4, seed=default, greedy=on, stop='.'" in capsys.readouterr().err
 
 
+def test_thoughts_are_bounded_midway(talk):
+    converse(talk, "/set thinking_budget=30", "one", "/set thinking=off", "two")
+    converse(talk, "/set thinking_budget=0", "three", "/set thinking_budget=default", "four")
+    heard = [(request.thinking, request.thinking_budget) for request in talk.heard]
+    assert heard == [(True, 30), (False, None), (False, None), (False, None)]
+
+
 def test_a_note_that_holds_for_all_answers_is_said_once(talk, capsys):
     converse(talk, "/set thinking=on", "one", "two")
     assert capsys.readouterr().err.count("thinking was asked for") == 1
@@ -293,6 +300,7 @@ def test_a_note_that_holds_for_all_answers_is_said_once(talk, capsys):
         ("temperature=nan", "out of range"),
         ("greedy=perhaps", "greedy is on or off"),
         ("thinking=hard", "thinking is on or off"),
+        ("thinking_budget=-1", "thinking_budget is a whole number"),
     ],
 )
 def test_settings_that_are_none(talk, said, told, capsys):

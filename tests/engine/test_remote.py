@@ -119,6 +119,28 @@ def test_settings_travel_under_the_names_that_servers_know(server: StandIn) -> N
     assert body["messages"][-1] == {"role": "assistant", "content": "An"}
     assert body["continue_final_message"] and body["ignore_eos"] and body["min_tokens"] == 512
     assert body["response_format"]["json_schema"]["schema"] == {"type": "object"}
+    assert "chat_template_kwargs" not in body
+
+
+@pytest.mark.parametrize(
+    ("owner", "budget", "sent"),
+    [
+        ("vllm", 64, {"thinking_token_budget": 64}),
+        ("llamacpp", 64, {"thinking_budget_tokens": 64}),
+        ("vllm", 0, {}),
+        ("vllm", None, {}),
+    ],
+)
+def test_a_thinking_budget_is_asked_for(
+    server: StandIn, owner: str, budget: int | None, sent: dict[str, int]
+) -> None:
+    server.models = [{"id": MODEL, "owned_by": owner}]
+    request = GenerationRequest((user_message("What?"),), thinking=True, thinking_budget=budget)
+    with engine(server) as remote_engine:
+        remote_engine.generate(request)
+    (body,) = server.bodies
+    assert body["chat_template_kwargs"] == {"enable_thinking": budget != 0}
+    assert {name: body[name] for name in body if name.startswith("thinking")} == sent
 
 
 @pytest.mark.parametrize(

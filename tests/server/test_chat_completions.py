@@ -12,6 +12,7 @@ import openai
 import pytest
 from PIL import Image, ImageDraw
 
+from qwencli.server.chat_api import ChatBody
 from tests.server.conftest import Served
 
 
@@ -176,3 +177,32 @@ def test_models(client) -> None:
     assert client.models.retrieve("scenes").id == "scenes"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-5")
+
+
+@pytest.mark.parametrize(
+    ("said", "thinks", "most"),
+    [
+        ({}, False, None),
+        ({"thinking_token_budget": 64}, True, 64),
+        ({"thinking_budget": 64, "enable_thinking": True}, True, 64),
+        ({"chat_template_kwargs": {"enable_thinking": True, "thinking_budget": 9}}, True, 9),
+        ({"thinking_budget_tokens": 0}, False, 0),
+        ({"reasoning_effort": "low", "thinking_token_budget": 5}, True, 5),
+        ({"reasoning_effort": "none", "thinking_token_budget": 5}, False, 0),
+        ({"enable_thinking": False, "thinking_token_budget": 5}, False, 0),
+    ],
+)
+def test_a_thinking_budget_has_the_names_that_servers_give_it(said, thinks, most) -> None:
+    body = ChatBody.model_validate({"messages": [{"role": "user", "content": "hi"}], **said})
+    assert (body.thinks, body.most_thinking) == (thinks, most)
+
+
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [(-1, "thinking_token_budget"), ("9", "thinking_token_budget"), (9, "think")],
+)
+def test_a_budget_that_means_nothing_is_refused(client, budget, told) -> None:
+    with pytest.raises(openai.BadRequestError, match=told):
+        client.chat.completions.create(
+            messages=asking("hi"), extra_body={"thinking_token_budget": budget}, **SETTINGS
+        )

@@ -289,9 +289,10 @@ def train(options: argparse.Namespace) -> None:
     trainer.save(options.out, options.checkpoint)
     trained_s = time.monotonic() - started
     held_out = HeldOutBatches(encoder, options.eval_batches)
-    report = evaluate(
-        trainer.averaged(), encoder, held_out, options.workers, not options.captions_only
-    )
+    report: dict[str, object] = {}
+    if options.eval_batches:
+        questions = not options.captions_only
+        report = evaluate(trainer.averaged(), encoder, held_out, options.workers, questions)
     report["validation"] = check(trainer.averaged(), validation, trainer.device)
     report["run"] = {
         "steps": trainer.step,
