@@ -79,7 +79,7 @@ def answers(
                 name, request = taken
                 # Not kept here: pictures are held no longer than the engine needs them.
                 del taken
-                number = queue.add(request)
+                number = queue.add(request, stream=False)
                 del request
                 unfinished[number] = name
                 silent.add(number)

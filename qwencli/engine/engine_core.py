@@ -154,7 +154,7 @@ class EngineCore:
         self._files, self._runner, self._scheduler = files, runner, scheduler
         self._effective, self._load_s, self._prepare = effective, load_s, prepare
         self._ids = itertools.count()
-        self._added: OrderedDict[RequestId, tuple[RequestSource, float]] = OrderedDict()
+        self._added: OrderedDict[RequestId, tuple[RequestSource, float, bool]] = OrderedDict()
         self._preparing: OrderedDict[RequestId, Future[_Prepared]] = OrderedDict()
         self._active: dict[RequestId, _Active] = {}
         self._failed: list[StepOutput] = []
@@ -173,10 +173,15 @@ class EngineCore:
             initargs=(effective.device,),
         )
 
-    def add(self, request: RequestSource) -> RequestId:
-        """Take a request; everything that is wrong with it comes back from `step`."""
+    def add(self, request: RequestSource, *, stream: bool = True) -> RequestId:
+        """Take a request; everything that is wrong with it comes back from `step`.
+
+        Args:
+            stream: see `Engine`. Making text and outputs of each token takes as long as a step of
+                many rows; an answer's text made at its end takes a fraction.
+        """
         number = next(self._ids)
-        self._added[number] = request, time.perf_counter()
+        self._added[number] = request, time.perf_counter(), stream
         self._prepare_some()
         return number
 
@@ -237,8 +242,8 @@ class EngineCore:
         while self._added and (
             len(self._preparing) + len(self._scheduler.waiting) < PREPARED_AHEAD
         ):
-            number, (request, arrived_s) = self._added.popitem(last=False)
-            self._preparing[number] = self._threads.submit(self._prepared, request, arrived_s)
+            number, added = self._added.popitem(last=False)
+            self._preparing[number] = self._threads.submit(self._prepared, *added)
 
     def _share_lock(self) -> None:
         """More threads prepare where nothing is ready, fewer where there is plenty."""
@@ -251,16 +256,18 @@ class EngineCore:
         if turns != self._turns.most:
             self._turns.allow(turns)
 
-    def _prepared(self, request: RequestSource, arrived_s: float) -> _Prepared:
+    def _prepared(self, request: RequestSource, arrived_s: float, stream: bool) -> _Prepared:
         with self._turns:
-            return self._prepare_now(request, arrived_s)
+            return self._prepare_now(request, arrived_s, stream)
 
-    def _prepare_now(self, request: RequestSource, arrived_s: float) -> _Prepared:
+    def _prepare_now(self, request: RequestSource, arrived_s: float, stream: bool) -> _Prepared:
         asked = request_of(request)
         prompt, sampling, matcher = self._prepare(asked)
         answer = ResponseBuilder(
             self._files, prompt, sampling, arrived_s, matcher=matcher, logprobs=asked.logprobs
         )
+        # Log-probabilities stand in the pieces alone.
+        answer.stream = stream or asked.logprobs is not None
         digests = digests_of(prompt)
         pages: list[bytes] = []
         rest: list[Key] | None = None
@@ -529,7 +536,10 @@ class EngineCore:
     def _take(self, active: _Active, token: int, mark: Mark, odds: Odds | None) -> list[StepOutput]:
         """Add a token to its answer, and end the answer where that is the last one."""
         answer, request = active.answer, active.sequence.request
-        outputs = [StepOutput(request, answer.add(token, mark, odds))]
+        answer.append(token, mark, odds)
+        outputs: list[StepOutput] = []
+        if answer.stream or len(answer.token_ids) == 1:
+            outputs.append(StepOutput(request, answer.chunk()))
         if not answer.round_over:
             return outputs
         between = answer.next_round()

@@ -47,7 +47,7 @@ class RequestQueue(Protocol):
     @property
     def has_unfinished(self) -> bool: ...
 
-    def add(self, request: RequestSource) -> RequestId: ...
+    def add(self, request: RequestSource, *, stream: bool = True) -> RequestId: ...
 
     def step(self) -> list[StepOutput]: ...
 
@@ -70,7 +70,9 @@ class Engine(RequestQueue, Protocol):
     Many requests at once: `add` takes one, `step` runs a step of those that run and returns what
     it gave, until `has_unfinished` is False; `client.generate_many` does that. `add` refuses
     nothing: what is wrong with a request is its `StepOutput`. `max_rows` is how many run at once,
-    1 for an engine that answers one after the other. `abort` may come at any time.
+    1 for an engine that answers one after the other. `abort` may come at any time. Without `stream`
+    nobody reads the pieces of an answer: an engine may leave out those between the first, which
+    says that it has begun, and the one with the result.
     `batch_from` is how many requests have to be there before it pays to run them together.
     `drop_queue` gives back what running them together takes, while none is unfinished; it is made
     anew when it is needed.
@@ -125,7 +127,7 @@ class SerialQueue:
     def has_unfinished(self) -> bool:
         return self._running is not None or bool(self._waiting)
 
-    def add(self, request: RequestSource) -> RequestId:
+    def add(self, request: RequestSource, *, stream: bool = True) -> RequestId:
         number = next(self._ids)
         self._waiting[number] = request
         return number
@@ -168,12 +170,14 @@ def drain(chunks: Iterator[GenerationChunk]) -> GenerationResult:
     return result
 
 
-def stream_alone(requests: RequestQueue, request: GenerationRequest) -> Iterator[GenerationChunk]:
+def stream_alone(
+    requests: RequestQueue, request: GenerationRequest, *, stream: bool = True
+) -> Iterator[GenerationChunk]:
     """The chunks of one request in a queue of its own, closed after them. Raises its error.
 
     While nothing comes there are empty chunks, after each of which a caller may give up.
     """
-    requests.add(request)
+    requests.add(request, stream=stream)
     try:
         while requests.has_unfinished:
             outputs = requests.step()
@@ -220,8 +224,8 @@ class ManyRequests(ABC):
         pages: tuple[int, int] | None = getattr(self._queue, "kv_pages", None)
         return pages
 
-    def add(self, request: RequestSource) -> RequestId:
-        return self._requests().add(request)
+    def add(self, request: RequestSource, *, stream: bool = True) -> RequestId:
+        return self._requests().add(request, stream=stream)
 
     def step(self) -> list[StepOutput]:
         return self._requests().step()

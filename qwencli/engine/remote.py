@@ -266,18 +266,17 @@ class RemoteEngine(ManyRequests):
             AnswerError: it gave no usable answer. EndpointError: nor does any other.
         """
         self.load()
-        return self._streamed(request, live=True)
+        return self._streamed(request, stream=True)
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
         self.load()
-        return drain(self._streamed(request, live=False))
+        return drain(self._streamed(request, stream=False))
 
-    def _streamed(self, request: GenerationRequest, *, live: bool) -> Iterator[GenerationChunk]:
-        requests = _RemoteQueue(self._opened_calls(), self.config, live=live)
-        yield from stream_alone(requests, request)
+    def _streamed(self, request: GenerationRequest, *, stream: bool) -> Iterator[GenerationChunk]:
+        yield from stream_alone(self._make_queue(), request, stream=stream)
 
     def _make_queue(self) -> RequestQueue:
-        return _RemoteQueue(self._opened_calls(), self.config, live=False)
+        return _RemoteQueue(self._opened_calls(), self.config)
 
     def _opened_calls(self) -> _Calls:
         assert self._calls is not None, "load() comes first"
@@ -328,15 +327,11 @@ _SERVERS_SETTINGS: Mapping[str, object] = {
 
 
 class _RemoteQueue:
-    """The requests of one caller, each a task of the loop.
+    """The requests of one caller, each a task of the loop. One whose pieces were read is over
+    when it breaks off; another is asked for again."""
 
-    Args:
-        live: whether pieces are wanted as they come. An answer that breaks off is then over; else
-            it is asked for again.
-    """
-
-    def __init__(self, calls: _Calls, config: EngineConfig, *, live: bool) -> None:
-        self._calls, self._config, self._live = calls, config, live
+    def __init__(self, calls: _Calls, config: EngineConfig) -> None:
+        self._calls, self._config = calls, config
         self._ids = itertools.count()
         self._outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
         self._unfinished: dict[RequestId, concurrent.futures.Future[None]] = {}
@@ -349,18 +344,18 @@ class _RemoteQueue:
     def has_unfinished(self) -> bool:
         return bool(self._unfinished)
 
-    def add(self, request: RequestSource) -> RequestId:
+    def add(self, request: RequestSource, *, stream: bool = True) -> RequestId:
         number = next(self._ids)
 
         def tell(chunk: GenerationChunk) -> None:
-            if self._live or chunk.result is not None:
+            if stream or chunk.result is not None:
                 self._outputs.put(StepOutput(number, chunk))
             elif chunk.text:  # it has begun
                 self._outputs.put(StepOutput(number, GenerationChunk("", ())))
 
         async def answer() -> None:
             try:
-                await self._calls.answer(request, self._config, tell, live=self._live)
+                await self._calls.answer(request, self._config, tell, live=stream)
             except QwenCliError as error:
                 self._outputs.put(StepOutput(number, error=error))
             except Exception as error:  # noqa: BLE001 - told to the one that waits for it
@@ -674,12 +669,15 @@ class _Calls:
             BadAnswerError: something else came. _Retry: it broke off, or nothing comes any more.
         """
         if "json" in response.headers.get("content-type", ""):
-            pieces = self._words(endpoint, _bounded(response.aiter_bytes()))
-            yield _json(b"".join([piece async for piece in pieces]).decode("utf-8", "replace"))
+            whole = _Bounded()
+            async for _ in self._read(endpoint, response, whole.push):
+                pass
+            yield _json(bytes(whole.data).decode("utf-8", "replace"))
             return
-        async for line in self._words(endpoint, _lines(response.aiter_bytes())):
+        lines = _Lines()
+        async for line in self._read(endpoint, response, lines.push):
             if not line.startswith("data:"):
-                if line and line[0] in "<{":
+                if line[0] in "<{":
                     raise BadAnswerError("something that is no stream of events")
                 continue
             data = line[5:].strip()
@@ -687,33 +685,38 @@ class _Calls:
                 return
             yield _json(data)
 
-    async def _words(self, endpoint: Endpoint, source: AsyncIterator[T]) -> AsyncIterator[T]:
-        """What a server sends; while it is silent it is asked whether it lives."""
+    async def _read(
+        self, endpoint: Endpoint, response: httpx.Response, read: Callable[[bytes], list[T]]
+    ) -> AsyncIterator[T]:
+        """What `read` finds in the bytes of a server, nothing once it ends; while it finds nothing
+        the server is asked whether it lives."""
         import httpx
 
+        source = response.aiter_bytes()
         waiting = asyncio.ensure_future(anext(source))
         silent_since_s = time.monotonic()
         try:
             while True:
                 done, _ = await asyncio.wait({waiting}, timeout=SILENCE_S)
+                silent_s = time.monotonic() - silent_since_s
                 if not done:
-                    silent_s = time.monotonic() - silent_since_s
                     if silent_s > HANG_S or not await self._lives(endpoint):
                         raise _hangs(endpoint, silent_s)
                     continue
                 try:
-                    piece = waiting.result()
+                    found = read(waiting.result())
                 except StopAsyncIteration:
-                    return
+                    break
                 except httpx.HTTPError as error:
                     raise _cut(endpoint) from error
-                # Comments keep a connection alive and say nothing.
-                if not (isinstance(piece, str) and (not piece or piece.startswith(":"))):
+                for each in found:
                     silent_since_s = time.monotonic()
-                    yield piece
-                elif time.monotonic() - silent_since_s > HANG_S:
+                    yield each
+                if not found and silent_s > HANG_S:
                     raise _hangs(endpoint, HANG_S)
                 waiting = asyncio.ensure_future(anext(source))
+            for each in read(b""):
+                yield each
         finally:
             waiting.cancel()
             with contextlib.suppress(BaseException):
@@ -795,42 +798,50 @@ class _Calls:
 
 
 async def _whole(response: httpx.Response) -> bytes:
-    return b"".join([piece async for piece in _bounded(response.aiter_bytes())])
+    whole = _Bounded()
+    async for piece in response.aiter_bytes():
+        whole.push(piece)
+    return bytes(whole.data)
 
 
-async def _bounded(source: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """What comes, up to `MOST_BYTES`.
+class _Bounded:
+    """Bytes that come in pieces, up to `MOST_BYTES`."""
 
-    Raises:
-        BadAnswerError: more comes.
-    """
-    size = 0
-    async for piece in source:
-        size += len(piece)
-        if size > MOST_BYTES:
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def push(self, piece: bytes) -> list[bytes]:
+        """Returns the piece.
+
+        Raises:
+            BadAnswerError: there are more.
+        """
+        self.data += piece
+        if len(self.data) > MOST_BYTES:
             raise BadAnswerError(f"more than {MOST_BYTES >> 20} MiB where it has to be less")
-        yield piece
+        return [piece]
 
 
-async def _lines(source: AsyncIterator[bytes]) -> AsyncIterator[str]:
-    """The lines of a stream of events, each up to `MOST_BYTES`.
+class _Lines:
+    """The lines of a stream of events that say something: no comments, which keep a connection
+    alive."""
 
-    Raises:
-        BadAnswerError: a line has more.
-    """
-    begun: list[bytes] = []
-    size = 0
-    async for piece in source:
-        for number, part in enumerate(re.split(rb"\r\n|\r|\n", piece)):
-            if number:  # a line ended before it
-                yield b"".join(begun).decode("utf-8", "replace")
-                begun, size = [], 0
-            begun.append(part)
-            size += len(part)
-            if size > MOST_BYTES:
-                raise BadAnswerError(f"a line of more than {MOST_BYTES >> 20} MiB")
-    if size:
-        yield b"".join(begun).decode("utf-8", "replace")
+    def __init__(self) -> None:
+        self._begun = _Bounded()
+
+    def push(self, piece: bytes) -> list[str]:
+        """Those that this piece ends; nothing is the end of all.
+
+        Raises:
+            BadAnswerError: one is longer than `MOST_BYTES`.
+        """
+        found = []
+        for number, part in enumerate(re.split(rb"\r\n|\r|\n", piece or b"\n")):
+            if number:
+                found.append(bytes(self._begun.data).decode("utf-8", "replace"))
+                self._begun = _Bounded()
+            self._begun.push(part)
+        return [line for line in found if line and not line.startswith(":")]
 
 
 _TRY_AGAIN = "try again, or ask another server"

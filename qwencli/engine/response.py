@@ -7,7 +7,6 @@ prompt. So a budget costs no step anything, and drafts, schemas and stop strings
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -44,6 +43,7 @@ class ResponseBuilder:
         matcher: what the answer is held to; None while it thinks. Tokens that it forces at the
             beginning stand at the prompt's end already; they are part of the text.
         logprobs: see `GenerationRequest`.
+        stream: whether somebody reads what each token says.
 
     Of the round that runs: `fed` is the prompt, of which rounds before have written the first
     `num_written` tokens, `settings` how tokens are chosen and how many, `stop_ids` what ends it.
@@ -56,6 +56,7 @@ class ResponseBuilder:
     num_cached_tokens: int = 0
     matcher: TokenMatcher | None = None
     logprobs: int | None = None
+    stream: bool = True
     token_ids: list[int] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -77,10 +78,14 @@ class ResponseBuilder:
         self._stops = StopStringBuffer(self.sampling.stop if asked_to_stop else ())
         self._detokenizer = self.files.detokenizer()
         self._splitter = ThoughtSplitter(inside=self.prompt.opens_thought)
+        self._odds: list[Odds | None] = []
+        # The text, and what of it no chunk has told. Of `token_ids`, how many are in it and told.
         self._thoughts: list[str] = []
         self._text: list[str] = []
-        # The text of tokens that were put at the prompt's end, until a chunk takes it along.
-        self._begun = "".join(map(self._detokenizer.push, self.prompt.forced_ids))
+        self._untold_thoughts = self._untold_text = ""
+        self._num_spoken = self._num_told = 0
+        # The text of tokens that were put at the prompt's end, until a token follows them.
+        self._begun = self._detokenizer.push(self.prompt.forced_ids)
 
     @property
     def stopped(self) -> bool:
@@ -122,12 +127,13 @@ class ResponseBuilder:
         left -= len(forced) + len(begun)
         if left < 1:
             return None
+        self._speak()
         self._budget = None
         # The last token of a round is not fed by it.
         self.num_written = len(self.prompt.input_ids) + len(self.token_ids) - 1
         self.stop_ids, self.matcher = self._answer_ids, self._held_later
-        thoughts, text = self._put(forced)
-        self._begun += "".join(map(self._detokenizer.push, begun))
+        self._put(forced)
+        self._begun += self._detokenizer.push(begun)
         seed = self.sampling.seed
         self.settings = replace(
             self.sampling,
@@ -139,58 +145,90 @@ class ResponseBuilder:
             self.prompt, input_ids=[*self.prompt.input_ids, *self.token_ids, *begun], budget=None
         )
         self._num_before = len(self.token_ids)
-        return GenerationChunk(text, forced, thoughts=thoughts)
+        return self._chunk()
 
-    def _put(self, forced: Sequence[int]) -> tuple[str, str]:
+    def _put(self, forced: Sequence[int]) -> None:
         """Append tokens that nothing chose, as if the last step had chosen them as well."""
         self.token_ids += forced
         self.marks += [self.marks[-1]] * len(forced)
+        if self.logprobs is not None:
+            self._odds += [None] * len(forced)
         self.num_thinking_tokens += len(forced)
-        thoughts, text = self._splitter.push("".join(map(self._detokenizer.push, forced)))
-        self._thoughts.append(thoughts)
-        self._text.append(text)
-        return thoughts, text
+        self._num_spoken += len(forced)
+        self._say(*self._splitter.push(self._detokenizer.push(forced)))
 
     def add(self, token_id: int, mark: Mark, odds: Odds | None = None) -> GenerationChunk:
-        """Append a token; a stop token ends the answer and is not part of its text.
+        """`append` a token; what it says."""
+        self.append(token_id, mark, odds)
+        return self.chunk()
+
+    def append(self, token_id: int, mark: Mark, odds: Odds | None = None) -> None:
+        """Append a token; a stop token ends the answer and is not part of its text. Text is made
+        when somebody asks for it.
 
         Tokens that were chosen together come with the same mark.
 
         Args:
             odds: where a step told them.
         """
-        with span("detokenize"):
-            return self._add(token_id, mark, odds)
-
-    def _add(self, token_id: int, mark: Mark, odds: Odds | None) -> GenerationChunk:
         self.token_ids.append(token_id)
         self.marks.append(mark)
         if self.matcher is not None:
             self.matcher.accept(token_id)
-        if self._at_stop_token:
-            return GenerationChunk("", (token_id,))
-        thoughts, text = "", self._detokenizer.push(token_id)
-        if self.matcher is None:
-            # Data is no thought, whatever it spells.
-            self.num_thinking_tokens += self._splitter.thinking
-            thoughts, text = self._splitter.push(text)
-        self._begun, text = "", self._begun + text
-        text = self._stops.push(text)
+        if self.logprobs is not None:
+            self._odds.append(odds)
+        if self._stops.any and not self._at_stop_token:
+            self._speak()
+
+    def chunk(self) -> GenerationChunk:
+        """What the tokens since the last chunk say."""
+        with span("detokenize"):
+            self._speak()
+            return self._chunk()
+
+    def _chunk(self, result: GenerationResult | None = None) -> GenerationChunk:
+        first, self._num_told = self._num_told, len(self.token_ids)
+        thoughts, self._untold_thoughts = self._untold_thoughts, ""
+        text, self._untold_text = self._untold_text, ""
+        logprobs = () if self.logprobs is None else self._logprobs(first)
+        return GenerationChunk(text, tuple(self.token_ids[first:]), result, thoughts, logprobs)
+
+    def _speak(self) -> None:
+        """Make text of the tokens that have none yet."""
+        ids = self.token_ids[self._num_spoken : len(self.token_ids) - self._at_stop_token]
+        self._num_spoken += len(ids)
+        at = 0
+        while at < len(ids):
+            # One by one until the answer begins, so that what is thought is counted.
+            split = self.matcher is None and not self._splitter.answering
+            several = ids[at : at + 1] if split else ids[at:]
+            at += len(several)
+            thoughts, text = "", self._detokenizer.push(several)
+            if self.matcher is None:
+                # Data is no thought, whatever it spells.
+                self.num_thinking_tokens += self._splitter.thinking
+                thoughts, text = self._splitter.push(text)
+            self._begun, text = "", self._begun + text
+            self._say(thoughts, self._stops.push(text))
+
+    def _say(self, thoughts: str, text: str) -> None:
         self._thoughts.append(thoughts)
         self._text.append(text)
-        return GenerationChunk(
-            text, (token_id,), thoughts=thoughts, logprobs=self._logprobs(token_id, odds)
-        )
+        self._untold_thoughts += thoughts
+        self._untold_text += text
 
-    def _logprobs(self, token_id: int, odds: Odds | None) -> tuple[TokenLogprobs, ...]:
-        if self.logprobs is None or odds is None:
-            return ()
-        tokenizer = self.files.prompts.tokenizer
-        chances = [
-            TokenChance(id_, tokenizer.token_bytes(id_, skip_special=False), logprob)
-            for logprob, id_ in zip(odds[0], [token_id, *odds[1][: self.logprobs]], strict=False)
-        ]
-        return (TokenLogprobs(chances[0], tuple(chances[1:])),)
+    def _logprobs(self, first: int) -> tuple[TokenLogprobs, ...]:
+        tokenizer, told = self.files.prompts.tokenizer, []
+        spoken = slice(first, self._num_spoken)
+        for id_, odds in zip(self.token_ids[spoken], self._odds[spoken], strict=True):
+            if odds is not None:
+                likely = zip(odds[0], [id_, *odds[1][: self.logprobs]], strict=False)
+                chances = [
+                    TokenChance(each, tokenizer.token_bytes(each, skip_special=False), logprob)
+                    for logprob, each in likely
+                ]
+                told.append(TokenLogprobs(chances[0], tuple(chances[1:])))
+        return tuple(told)
 
     def finish(
         self,
@@ -207,12 +245,11 @@ class ResponseBuilder:
             vision: start and end of each run of the vision tower.
             began: when the device began with this answer; None = where the clock did.
         """
+        self._speak()
         thoughts, tail = self._splitter.push(self._detokenizer.finish())
         more_thoughts, rest = self._splitter.finish()
-        thoughts += more_thoughts
         tail = self._stops.push(self._begun + tail + rest) + self._stops.finish()
-        self._thoughts.append(thoughts)
-        self._text.append(tail)
+        self._say(thoughts + more_thoughts, tail)
         all_thoughts, text = self._said()
         finish: FinishReason = "stop" if self.stopped else "length"
         step_s, token_t_s = self._times(clock, clock.origin if began is None else began)
@@ -236,7 +273,7 @@ class ResponseBuilder:
             image_sizes=self.prompt.image_sizes,
             resized_sizes=self.prompt.resized_sizes,
         )
-        return GenerationChunk(tail, (), result, thoughts)
+        return self._chunk(result)
 
     def _said(self) -> tuple[str, str]:
         """(thoughts, answer), whole."""
@@ -252,14 +289,16 @@ class ResponseBuilder:
         """Seconds of each token from the one before, and when it was ready."""
         step_s: list[float] = []
         ready_s: list[float] = []
-        for _, group in itertools.groupby(self.marks, key=id):
-            marks = list(group)
-            seconds = clock.seconds(before, marks[-1])
-            end = clock.host_s(marks[-1])
-            for left in reversed(range(len(marks))):
-                step_s.append(seconds / len(marks))
-                ready_s.append(end - left * seconds / len(marks))
-            before = marks[-1]
+        marks, first, between = self.marks, 0, clock.seconds
+        for after, mark in enumerate(marks, 1):
+            if after < len(marks) and marks[after] is mark:
+                continue
+            count, seconds = after - first, between(before, mark)
+            end = clock.origin_s + between(clock.origin, mark)
+            for left in reversed(range(count)):
+                step_s.append(seconds / count)
+                ready_s.append(end - left * seconds / count)
+            before, first = mark, after
         return step_s, ready_s
 
     def _timings(

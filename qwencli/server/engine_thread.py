@@ -46,7 +46,7 @@ class Answer:
     """One request, as the task that reads its answer sees it; made by `EngineThread.submit`.
 
     Args:
-        whole: pieces without a result are of no interest.
+        whole: pieces between the first and the one with the result are of no interest.
         in_batch: run it as a row of a batch, even alone.
     """
 
@@ -302,7 +302,7 @@ class EngineThread:
                 return
         many, lone = self._queues
         queue = many if self._places or answer.in_batch else lone
-        place = _Place(queue, queue.add(answer.source))
+        place = _Place(queue, queue.add(answer.source, stream=not answer.whole))
         # Pictures are held no longer than the engine needs them.
         answer.source = None
         self._places[answer], self._answers[place] = place, answer
@@ -344,11 +344,12 @@ class EngineThread:
         answer = self._answers.get(_Place(queue, output.request))
         if answer is None:
             return
-        if answer.begun_s is None:
+        begins = answer.begun_s is None
+        if begins:
             answer.begun_s = time.perf_counter()
         piece = output.error or output.chunk
         assert piece is not None, "an output is an error or a chunk"
-        if output.finished or not answer.whole:
+        if output.finished or begins or not answer.whole:
             told.setdefault(answer, []).append(piece)
         if output.finished:
             self._drop(answer)

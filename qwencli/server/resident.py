@@ -368,18 +368,17 @@ class ResidentEngine(ManyRequests):
             QwenCliError: as the engine there does, or it has ended.
         """
         self.load()
-        return self._streamed(request, live=True)
+        return self._streamed(request, stream=True)
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
         self.load()
-        return drain(self._streamed(request, live=False))
+        return drain(self._streamed(request, stream=False))
 
-    def _streamed(self, request: GenerationRequest, *, live: bool) -> Iterator[GenerationChunk]:
-        requests = _ResidentQueue(self, live=live, in_batch=False)
-        yield from stream_alone(requests, request)
+    def _streamed(self, request: GenerationRequest, *, stream: bool) -> Iterator[GenerationChunk]:
+        yield from stream_alone(_ResidentQueue(self, in_batch=False), request, stream=stream)
 
     def _make_queue(self) -> RequestQueue:
-        return _ResidentQueue(self, live=False, in_batch=True)
+        return _ResidentQueue(self, in_batch=True)
 
     def line(self) -> _Line:
         self.load()
@@ -465,20 +464,16 @@ class _Line:
 
 
 class _ResidentQueue:
-    """The requests of one caller.
+    """The requests of one caller. One whose pieces were read is lost with the process; another is
+    asked for again."""
 
-    Args:
-        live: whether pieces are wanted as they come; an answer that was begun is then lost with the
-            process, else it is asked for again.
-    """
-
-    def __init__(self, engine: ResidentEngine, *, live: bool, in_batch: bool) -> None:
-        self._engine, self._live, self._in_batch = engine, live, in_batch
+    def __init__(self, engine: ResidentEngine, *, in_batch: bool) -> None:
+        self._engine, self._in_batch = engine, in_batch
         self._openers = ThreadPoolExecutor(_OPENERS, "open pictures") if in_batch else None
         self._box: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
         self._ids = itertools.count()
-        # Ours -> what was asked; and the line's number -> ours.
-        self._sources: dict[RequestId, RequestSource] = {}
+        # Ours -> what was asked, and whether its pieces are read; and the line's number -> ours.
+        self._sources: dict[RequestId, tuple[RequestSource, bool]] = {}
         self._asked: dict[int, RequestId] = {}
         self._begun = False
         self._num_lost = 0
@@ -492,9 +487,9 @@ class _ResidentQueue:
     def has_unfinished(self) -> bool:
         return bool(self._sources)
 
-    def add(self, request: RequestSource) -> RequestId:
+    def add(self, request: RequestSource, *, stream: bool = True) -> RequestId:
         number = next(self._ids)
-        self._sources[number] = request
+        self._sources[number] = request, stream
         self._ask(number)
         return number
 
@@ -502,14 +497,14 @@ class _ResidentQueue:
         asked = self._line.number(self._box)
         self._asked[asked] = number
         if self._openers is None:
-            self._send(self._line, asked, self._sources[number])
+            self._send(self._line, asked, *self._sources[number])
         else:
-            self._openers.submit(self._send, self._line, asked, self._sources[number])
+            self._openers.submit(self._send, self._line, asked, *self._sources[number])
 
-    def _send(self, line: _Line, asked: int, source: RequestSource) -> None:
+    def _send(self, line: _Line, asked: int, source: RequestSource, stream: bool) -> None:
         try:
             request = request_of(source)
-            message = {"op": "add", "id": asked, "live": self._live, "in_batch": self._in_batch}
+            message = {"op": "add", "id": asked, "stream": stream, "in_batch": self._in_batch}
             line.send(message | {"request": request})
         except QwenCliError as error:
             self._box.put((asked, {"error": error}))
@@ -535,7 +530,7 @@ class _ResidentQueue:
             output = StepOutput(
                 number, None if chunk is None else self._engine.timed(chunk), message.get("error")
             )
-            self._begun = self._begun or (self._live and chunk is not None)
+            self._begun = self._begun or (self._sources[number][1] and chunk is not None)
             if output.finished:
                 self._forget(number)
             return [output]

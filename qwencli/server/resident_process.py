@@ -9,7 +9,7 @@ engine at a time: another configuration takes its place once nothing runs.
 What a connection says, each a frame:
     hello {token, build}               answered by welcome {build}; else the connection ends
     use {config, keep_s}               answered by ready {...}, busy {model} or error {error}
-    add {id, request, live, in_batch}  answered by out {id, chunk} ..., or out {id, error}
+    add {id, request, stream, in_batch}  answered by out {id, chunk} ..., or out {id, error}
     rows {id}                          answered by out {id, rows}, or out {id, error}
     abort {id}
     status, stop                       answered by status {...}
@@ -241,10 +241,8 @@ class _Connection:
         try:
             assert self._config is not None, "use comes first"
             thread = await self._server.thread_for(self._config)
-            live = message["live"]
-            answer = thread.submit(
-                message.pop("request"), whole=not live, in_batch=message["in_batch"]
-            )
+            whole, in_batch = not message["stream"], message["in_batch"]
+            answer = thread.submit(message.pop("request"), whole=whole, in_batch=in_batch)
             self._answers[number] = answer
             last: GenerationChunk | None = None
             while last is None or last.result is None:

@@ -77,7 +77,7 @@ class FakeEngine:
     def has_unfinished(self) -> bool:
         return bool(self._requests)
 
-    def add(self, request: Any) -> int:
+    def add(self, request: Any, *, stream: bool = True) -> int:
         number = next(self._ids)
         self._requests[number] = (request, number % 3 + 1)
         self.most_held = max(self.most_held, len(self._requests))

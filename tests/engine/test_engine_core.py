@@ -403,6 +403,30 @@ def test_what_is_aborted_gives_nothing_more(limited):
     assert pages_are_all_free(limited)
 
 
+def test_without_a_reader_of_pieces_an_answer_is_its_first_and_its_last(limited):
+    """And the same as one whose pieces are read, stop strings and stop tokens included."""
+    plain = [*mixed(), ask("E", max_new_tokens=1)]
+    said = limited.generate(ask("Describe this.", ignore_eos=False)).text
+    stopped = ask("Describe this.", ignore_eos=False, stop=(said[len(said) // 2 :],))
+    asked = [*plain, stopped]
+    streamed, whole = ([limited.add(each, stream=way) for each in asked] for way in (True, False))
+    chunks: dict[int, list] = {number: [] for number in (*streamed, *whole)}
+    while limited.has_unfinished:
+        for output in limited.step():
+            assert output.error is None, output.error
+            chunks[output.request].append(output.chunk)
+    for one, other in zip(streamed, whole, strict=True):
+        result, again = chunks[one][-1].result, chunks[other][-1].result
+        assert (again.text, again.token_ids) == (result.text, result.token_ids)
+        assert again.finish_reason == result.finish_reason
+        for pieces, answer in ((chunks[one], result), (chunks[other], again)):
+            assert "".join(chunk.text for chunk in pieces) == answer.text
+            assert tuple(id_ for chunk in pieces for id_ in chunk.token_ids) == answer.token_ids
+        assert len(chunks[one]) == len(result.token_ids) + 1
+        assert len(chunks[other]) == 2
+    assert chunks[whole[-1]][-1].result.text == said[: len(said) // 2]
+
+
 def test_closing_the_results_aborts_the_rest(limited):
     results = generate_many(limited, [ask(f"{n}", max_new_tokens=20) for n in range(9)])
     next(results)

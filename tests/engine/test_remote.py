@@ -87,7 +87,8 @@ def test_an_answer_is_streamed_and_what_is_not_known_is_none(server: StandIn) ->
     result = chunks[-1].result
     assert result is not None
     assert "".join(chunk.text for chunk in chunks) == result.text == "A picture 40x30 of 1,0,0"
-    assert len(chunks) == 6
+    # Others, which say nothing, come while nothing comes.
+    assert len([chunk for chunk in chunks if chunk.text or chunk.result]) == 6
     assert (result.num_prompt_tokens, result.num_image_tokens, result.num_new_tokens) == (
         20,
         None,
@@ -223,7 +224,7 @@ def test_what_is_wrong_is_said_in_one_line(
     ("fault", "said"),
     [
         ("whole", "sent more than 0 MiB where it has to be less"),
-        ("", "sent a line of more than 0 MiB"),
+        ("", "sent more than 0 MiB where it has to be less"),
     ],
 )
 def test_an_answer_without_an_end_does_not_fill_the_memory(

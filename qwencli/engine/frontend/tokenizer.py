@@ -401,9 +401,9 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def push(self, id_: int) -> str:
-        """The text that became certain with this token; often one word, sometimes nothing."""
-        return self._utf8.decode(self._tokenizer.token_bytes(id_))
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that became certain with these tokens; of one often a word, or nothing."""
+        return self._utf8.decode(b"".join(map(self._tokenizer.token_bytes, ids)))
 
     def finish(self) -> str:
         """What is left when no token follows: U+FFFD for an unfinished character, or nothing."""
@@ -429,6 +429,11 @@ class ThoughtSplitter:
     def thinking(self) -> bool:
         """Whether what comes next is a thought, as far as that is decided."""
         return self._inside
+
+    @property
+    def answering(self) -> bool:
+        """Whether thoughts are over: what comes is the answer."""
+        return self._answering
 
     def push(self, text: str) -> tuple[str, str]:
         """(thoughts, answer) that are decided now."""
@@ -475,7 +480,7 @@ class StopStringBuffer:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
-        self.stopped = False
+        self.any, self.stopped = bool(self._stops), False
 
     def push(self, text: str) -> str:
         """The text that may be shown now. `stopped` says whether a stop string was reached."""

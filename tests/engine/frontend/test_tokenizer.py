@@ -110,7 +110,7 @@ def test_decoding_equals_the_librarys(ids: list[int], skip: bool) -> None:
 @given(st.lists(st.one_of(st.integers(0, SIZE + 3), st.integers(0, 255)), max_size=60))
 def test_pieces_together_equal_the_whole(ids: list[int]) -> None:
     stream = IncrementalDetokenizer(TOKENIZER)
-    pieces = [stream.push(id_) for id_ in ids]
+    pieces = [stream.push([id_]) for id_ in ids]
     assert "".join(pieces) + stream.finish() == TOKENIZER.decode(ids)
 
 
@@ -118,7 +118,7 @@ def test_pieces_together_equal_the_whole(ids: list[int]) -> None:
 def test_no_piece_ends_inside_a_character(text: str) -> None:
     ids = TOKENIZER.encode(text)
     stream = IncrementalDetokenizer(TOKENIZER)
-    pieces = [stream.push(id_) for id_ in ids]
+    pieces = [stream.push([id_]) for id_ in ids]
     assert stream.finish() == ""
     shown = REFERENCE.normalizer.normalize_str(text)
     for token in CONTROL:
@@ -130,12 +130,12 @@ def test_no_piece_ends_inside_a_character(text: str) -> None:
 def test_a_character_of_several_tokens_comes_with_its_last() -> None:
     ids = [REFERENCE.token_to_id(char) for char in "ðŁĺĢ"]  # the four bytes of U+1F600
     stream = IncrementalDetokenizer(TOKENIZER)
-    assert [stream.push(id_) for id_ in ids] == ["", "", "", "😀"]
+    assert [stream.push([id_]) for id_ in ids] == ["", "", "", "😀"]
 
 
 def test_an_unfinished_character_shows_at_the_end() -> None:
     stream = IncrementalDetokenizer(TOKENIZER)
-    assert stream.push(REFERENCE.token_to_id("ð")) == ""
+    assert stream.push([REFERENCE.token_to_id("ð")]) == ""
     assert stream.finish() == "\ufffd"
 
 
@@ -155,7 +155,7 @@ def test_the_cost_of_a_token_does_not_grow_with_the_text(monkeypatch: pytest.Mon
     stream = IncrementalDetokenizer(TOKENIZER)
     ids = [index % SIZE for index in range(2000)]
     for id_ in ids:
-        stream.push(id_)
+        stream.push([id_])
     assert asked == ids
 
 
