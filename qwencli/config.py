@@ -61,8 +61,8 @@ class KVDType(StrEnum):
 
 
 class Speculate(StrEnum):
-    """Tokens drafted for each greedy step, from earlier text; auto = as many as pay at the moment,
-    or none, by the model's own head where it has one; mtp = likewise, by that head."""
+    """Tokens drafted for each greedy step, from earlier text; mtp = for any step, by the model's
+    own head, as many as pay at the moment; auto = by that where it has one, else from text."""
 
     OFF = "off"
     AUTO = "auto"
@@ -162,7 +162,7 @@ class EngineConfig:
             fit the memory.
         max_seq_len: tokens (prompt and new) the cache must hold; "auto" = as many as fit, up to
             the model's limit; None = the engine's own choice.
-        speculate: tokens drafted from earlier text for each greedy step.
+        speculate: who drafts tokens for steps to check, and how many.
         allow_pickle: load .bin/.pt weights, which can run code; off unless asked for.
         threads: that compute where the CPU is the device; None = as many as pay.
         batch_invariant: whether an answer must not depend on what runs beside it, to the bit.

@@ -185,7 +185,7 @@ class RunOptions:
         Speculate | None,
         _mode(
             "speculate",
-            "Draft tokens for each greedy step: N (1 to 7) from earlier text; mtp: by the model's "
+            "Draft tokens: N (1 to 7) from earlier text for each greedy step; mtp: by the model's "
             "own head, as many as pay; auto: by that where there is one. Default: off.",
             "off|auto|mtp|N",
         ),

@@ -28,7 +28,6 @@ from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.native.memory_plan import captions_that_fit
-from qwencli.engine.native.sampler import is_greedy
 from qwencli.engine.prompt_batch import RunnerPrompt
 from qwencli.engine.request import (
     Batch,
@@ -372,7 +371,7 @@ class EngineCore:
                 elif size := self._draft_size(decode, prompts):
                     for each in decode:
                         each.num_ahead += size - 1
-                    step.copies.append(self._runner.verify(decode, size, waiting, clock))
+                    step.copies.append(self._runner.verify(decode, prompts, size, waiting, clock))
                 else:
                     step.copies.append(self._runner.decode(decode, prompts, waiting, clock))
             except (RuntimeError, MemoryError) as error:
@@ -393,8 +392,8 @@ class EngineCore:
 
     def _draft_size(self, decode: list[Sequence], prompts: list[RunnerPrompt]) -> int:
         """How many tokens of each row the next step checks; 0 = it is an ordinary one."""
-        # A drawn token is not known to be right before it is drawn, and a penalty is one token's.
-        drafted = (is_greedy(prompt.sampling) and not prompt.with_odds for prompt in prompts)
+        may_draft = self._runner.may_draft
+        drafted = (may_draft(prompt.sampling) and not prompt.with_odds for prompt in prompts)
         if self._drafts is None or not all(drafted):
             return 0
         texts = [self._active[each.request].acceptance for each in decode]
@@ -551,7 +550,7 @@ class EngineCore:
             answer.num_cached_tokens = active.sequence.num_cached
             speculation, effective = None, self._effective
             if self._drafts is not None:
-                off = _why_not_drafted(answer)
+                off = self._why_not_drafted(answer)
                 if off is None:
                     speculation = Speculation(active.num_drafted, active.num_accepted, None)
                 else:
@@ -590,6 +589,13 @@ class EngineCore:
             constrained=answer.matcher is not None,
         )
         self._scheduler.go_on(before, active.sequence, answer.num_written)
+
+    def _why_not_drafted(self, answer: ResponseBuilder) -> str | None:
+        if answer.logprobs is not None:
+            return "logprobs"
+        if not self._runner.may_draft(answer.sampling):
+            return "sampling" if answer.sampling.do_sample else "repetition penalty"
+        return None if answer.matcher is None else "schema"
 
     def _share_answer(self, active: _Active) -> None:
         """Leave the pages of an answer to the next turn of its chat, whose prompt it becomes."""
@@ -632,16 +638,6 @@ class EngineCore:
             f"(captions: {captions})",
             "lower --max-new-tokens or --max-pixels, or free memory on the device",
         )
-
-
-def _why_not_drafted(answer: ResponseBuilder) -> str | None:
-    if answer.logprobs is not None:
-        return "logprobs"
-    if answer.sampling.do_sample:
-        return "sampling"
-    if not is_greedy(answer.sampling):
-        return "repetition penalty"
-    return None if answer.matcher is None else "schema"
 
 
 def _own_stream(device: str) -> None:

@@ -51,7 +51,7 @@ class RowState:
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
         self.stop_ids = torch.full((rows, MAX_STOP_TOKENS), -1, dtype=torch.int64, device=device)
         self.tables = torch.full((rows, pages), SCRATCH_PAGE, dtype=torch.int32, device=device)
-        self.sampler = Sampler(vocab_size, max_steps, device, rows)
+        self.sampler = Sampler(vocab_size, max_steps, device, rows, with_drafts)
         self.drafts: Drafts | None = None
         if with_drafts:
             # Those that were wrong are written behind the last token too.

@@ -34,6 +34,7 @@ from qwencli.engine.native.prompt_inputs import PromptPositions, lay_out
 from qwencli.engine.native.sampler import (
     LIKELIEST,
     SamplerKind,
+    is_greedy,
     kind_of,
     masked,
     widest_kind,
@@ -50,7 +51,7 @@ from qwencli.engine.request import Sequence as ScheduledSequence
 from qwencli.engine.response import Odds
 from qwencli.engine.row_state import RowState
 from qwencli.engine.spec_decode import ngram
-from qwencli.engine.spec_decode.mtp import HeadInputs
+from qwencli.engine.spec_decode.mtp import DrawnDrafts, HeadInputs, likeliest
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.engine.spec_decode.policy import MOST_VERIFIED
 from qwencli.engine.vision_batch import BatchVision
@@ -497,16 +498,21 @@ class ModelRunner:
 
     @torch.inference_mode()
     def verify(
-        self, sequences: Sequence[ScheduledSequence], size: int, waiting: int, clock: EventTimer
+        self,
+        sequences: Sequence[ScheduledSequence],
+        prompts: Sequence[RunnerPrompt],
+        size: int,
+        waiting: int,
+        clock: EventTimer,
     ) -> VerifyCopy:
-        """One to `size` tokens of each of `sequences`, which are all greedy without a penalty:
-        drafts that are right, and one more. Text from earlier is drafted behind a step, for
+        """One to `size` tokens of each of `sequences`, which `may_draft`: drafts that are right,
+        and one more. Text from earlier is drafted behind a step, for
         the next one; a head drafts in front of it, as many as the step checks.
 
         `num_ahead` of each counts this step already.
         """
         rows = self.rows_of(sequences)
-        self._step(SamplerKind.ARGMAX, rows, _longest(sequences), waiting, size)
+        self._step(self._kind_of(prompts), rows, _longest(sequences), waiting, size)
         outputs = self.state.narrow_drafts(rows).verify_output[:, : 2 + size]
         if self.model.device.type == "cuda":
             pinned = torch.empty(outputs.shape, dtype=torch.int64, pin_memory=True)
@@ -515,6 +521,11 @@ class ModelRunner:
             outputs = outputs.clone()
         places = tuple(map(_row, sequences))
         return VerifyCopy(tuple(sequences), places, size, rows, outputs, clock.mark())
+
+    def may_draft(self, sampling: SamplingParams) -> bool:
+        """Whether steps with such a request may check drafts: those of a head also where tokens are
+        drawn, or had a penalty."""
+        return self._head is not None or is_greedy(sampling)
 
     def rows_of(self, sequences: Sequence[ScheduledSequence]) -> int:
         """How many rows a step of these runs."""
@@ -636,7 +647,7 @@ class ModelRunner:
         """One step of the first rows: feed their tokens, choose the next; those that are over
         stay. With a `size` the drafts behind them too."""
         if size > 0:
-            self._verify(rows, longest, size)
+            self._verify(kind, rows, longest, size)
             return
         model, state = self.model, self.state
         buffers, ops = state.buffers(rows), model.row_ops(rows)
@@ -669,26 +680,30 @@ class ModelRunner:
             self.state.odds.note(logits, chosen)
         self.state.remember(rows)
 
-    def _verify(self, rows: int, longest: int, size: int) -> None:
+    def _verify(self, kind: SamplerKind, rows: int, longest: int, size: int) -> None:
         model, state = self.model, self.state
         buffers, drafts = state.buffers(rows), state.narrow_drafts(rows)
         pages = DecodePages(
             state.tables[:rows], buffers.slot, longest, state.states[:rows], buffers.done
         )
-        head = self._head
+        head, sampler = self._head, state.sampler.narrow(0, rows)
+        drawn = None if kind is SamplerKind.ARGMAX else DrawnDrafts(sampler, buffers.step)
         if head is not None and size > 1:
-            tables = state.tables[:rows]
-            head.draft(model, self.cache, buffers, drafts, tables, longest, size - 1)
+            tables, choose = state.tables[:rows], likeliest if drawn is None else drawn
+            head.draft(model, self.cache, buffers, drafts, tables, longest, size - 1, choose)
         fed = drafts.input_ids[:, :size].flatten()
         hidden = model.decode_rows(fed, buffers.position, self.cache, pages, self.states)
         if head is not None:
             head.note(hidden, buffers.slot)
         ops = model.row_ops(rows * size)
         logits = model.decoder.logits(hidden, ops)
-        if ops.verify_rows is not None:
+        if drawn is None and ops.verify_rows is not None:
             ops.verify_rows(logits, buffers, drafts)
         else:
-            ngram.accept(logits.argmax(dim=-1).view(rows, size), buffers, drafts)
+            input_ids = drafts.input_ids[:, :size]
+            proposal = None if drawn is None else drawn.proposal
+            chosen = sampler.check(logits, input_ids, buffers.step, kind, proposal)
+            ngram.accept(chosen, buffers, drafts)
             if head is None:
                 ngram.draft(buffers, drafts, longest + 1)
             else:

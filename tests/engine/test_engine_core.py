@@ -491,9 +491,9 @@ def test_drafts_that_are_right_save_steps_and_are_counted(speculating, monkeypat
     sizes: list[int] = []
     verifying = runner.ModelRunner.verify
 
-    def verify(self, sequences, size, waiting, clock):
+    def verify(self, sequences, prompts, size, waiting, clock):
         sizes.append(size)
-        return verifying(self, sequences, size, waiting, clock)
+        return verifying(self, sequences, prompts, size, waiting, clock)
 
     monkeypatch.setattr(runner.ModelRunner, "verify", verify)
     monkeypatch.setattr(BatchDraftPolicy, "next", lambda self, rows, texts: 4)

@@ -240,6 +240,27 @@ def test_drafts_of_the_model_s_own_head_change_nothing(engine, by_head, monkeypa
     assert found[0].effective.speculate == "mtp"
 
 
+def steps_of(monkeypatch, *sizes):
+    """Steps check so many tokens, in an order that is the same each time."""
+    drawn = random.Random(6)
+    monkeypatch.setattr(BatchDraftPolicy, "next", lambda *rest: drawn.choice(sizes))
+    monkeypatch.setattr(BatchDraftPolicy, "learn", lambda *rest: None)
+
+
+def test_a_head_drafts_beside_penalties_and_draws(engine, by_head, monkeypatch):
+    """Greedy tokens, and those of a seed, are the ones of plain steps, whatever is drawn beside."""
+    seeded = ask("Why? ", do_sample=True, temperature=0.7, seed=5, max_new_tokens=30)
+    asked = [ask("hello", max_new_tokens=24), ask("B " * 40, repetition_penalty=1.4), seeded]
+    expected = [engine.generate(each).token_ids for each in asked]
+    asked += [replace(seeded, sampling=replace(seeded.sampling, seed=-1))]
+    steps_of(monkeypatch, 1, 2, 4, 6)
+    found = list(generate_many(by_head, asked))
+    assert [each.token_ids for each in found[:3]] == expected
+    assert len(found[3].token_ids) == 30 and found[3].token_ids != expected[2]
+    assert all(each.effective.speculate == "mtp" for each in found)
+    assert all(each.speculation.num_drafted for each in found)
+
+
 def test_a_head_that_is_not_there_is_one_line(checkpoint):
     config = engine_config(checkpoint("qwen3"), engine=EngineName.NATIVE, speculate=Speculate.MTP)
     with pytest.raises(UnsupportedModeError, match="no head that drafts tokens") as caught:
@@ -260,8 +281,8 @@ def test_the_head_has_seen_every_token_however_many_steps_took(headed, by_head, 
     )
     drafting, checked = mtp.HeadInputs.draft, []
 
-    def draft(self, native, cache, rows, drafts, tables, longest, count):
-        drafting(self, native, cache, rows, drafts, tables, longest, count)
+    def draft(self, native, cache, rows, drafts, tables, longest, count, choose):
+        drafting(self, native, cache, rows, drafts, tables, longest, count, choose)
         for row, slot in enumerate(rows.slot.tolist()):
             if rows.done[row]:
                 continue

@@ -288,7 +288,7 @@ class NativeEngine(BaseEngine):
                 nearest=Speculate.AUTO.value,
             )
         wanted = speculate is Speculate.MTP
-        if speculate is Speculate.AUTO and shape.text.mtp_layers:
+        if speculate is Speculate.AUTO and shape.text.mtp_layers == 1:
             wanted = files.folder is None or has_draft_head(
                 stored_tensors(find_weights(files.folder).files)
             )

@@ -160,9 +160,10 @@ class Sampler:
         with_drafts: bool = False,
     ) -> None:
         self.vocab_size = vocab_size
-        # One table, so that rows that begin together are set up in one copy: [R, 5].
-        self.settings = torch.zeros(rows, 5, device=device)
-        self.temperature, self.top_p, self.min_p, self.penalty, self.top_k = self.settings.unbind(1)
+        # One table, so that rows that begin together are set up in one copy: [R, 6].
+        self.settings = torch.zeros(rows, len(_SETTINGS), device=device)
+        columns = self.settings.unbind(1)
+        self.temperature, self.top_p, self.min_p, self.penalty, self.top_k, self.seeded = columns
         self.uniforms = torch.zeros(rows, max_steps, device=device)  # [R, max_steps]
         # Whether a draft of each step stays, and which one it is, by draws of their own.
         drafted = max_steps if with_drafts else 0
@@ -217,6 +218,7 @@ class Sampler:
             sampling.min_p,
             sampling.repetition_penalty,
             top_k,
+            sampling.seed >= 0,
         )
         return torch.tensor(settings, dtype=torch.float32)
 
@@ -309,7 +311,10 @@ class Sampler:
         at = at.clamp(max=self.uniforms.shape[1] - 1)
         accept = self.accept_uniforms.gather(1, at[:, : size - 1])
         redraw = self.uniforms.gather(1, at)
-        return check_drafts(target, input_ids[:, 1:], proposal, self.vocab_size, accept, redraw)
+        seeded = self.seeded > 0
+        return check_drafts(
+            target, input_ids[:, 1:], proposal, self.vocab_size, accept, redraw, seeded
+        )
 
     def draw_draft(
         self, logits: torch.Tensor, drafts: Sequence[torch.Tensor], step: torch.Tensor
@@ -326,8 +331,11 @@ class Sampler:
         scores = penalised(logits.float(), seen, self.penalty)
         candidates = self._settled(self.candidates(scores, SamplerKind.TOP_K), scores)
         at = (step + len(drafts)).clamp(max=self.draft_uniforms.shape[1] - 1)
-        uniforms = self.draft_uniforms.gather(1, at[:, None]).squeeze(1)
-        return candidates.draw(uniforms), candidates
+        own, plain = (
+            table.gather(1, at[:, None]).squeeze(1)
+            for table in (self.draft_uniforms, self.uniforms)
+        )
+        return candidates.draw(torch.where(self.seeded > 0, plain, own)), candidates
 
     def _repeated(self, count: int) -> Sampler:
         """The settings of each row so many times."""
@@ -377,6 +385,6 @@ class Sampler:
         return self.candidates(scores, kind).draw(uniforms)
 
 
-_SETTINGS = ("temperature", "top_p", "min_p", "penalty", "top_k")
+_SETTINGS = ("temperature", "top_p", "min_p", "penalty", "top_k", "seeded")
 _UNIFORMS = ("uniforms", "accept_uniforms", "draft_uniforms")
 _BY_ROW = ("settings", *_SETTINGS, *_UNIFORMS, "seen")

@@ -5,6 +5,10 @@ distribution; the first that does not is replaced by a draw from what p has more
 the last draft one more token is drawn from p. What comes out is distributed as draws from p alone
 (Leviathan et al. 2023, arXiv 2211.17192, theorem 1). A draft that nobody drew, such as one looked
 up in the text, has a q that is 1 at x.
+
+How many drafts a step checks depends on how long steps take, so this gives other tokens each time,
+whatever they are drawn from. Where a seed was given, a token is what a plain step would draw, and a
+draft stays where it is that: less often, but for drafts drawn from the same numbers not much less.
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ def check_drafts(
     vocab_size: int,
     accept: Tensor,
     redraw: Tensor,
+    seeded: Tensor,
 ) -> Tensor:
     """Tokens chosen behind each of S tokens fed, int64 [R, S]: the draft itself where it stays,
     else another one. What stands behind the first that is another one is of no use.
@@ -53,7 +58,8 @@ def check_drafts(
     Args:
         target: [R, S, C], the model's. drafts: int64 [R, S - 1], all tokens fed but the first.
         proposal: [R, S - 1, D], what they were drawn from; None = nobody drew them.
-        accept: [R, S - 1], redraw: [R, S], uniform draws.
+        accept: [R, S - 1], redraw: [R, S], uniform draws. seeded: bool [R], rows whose tokens are
+            drawn from `target` by `redraw` alone.
     """
     checked = drafts.shape[1]
     ids, probs = target.ids[:, :checked], target.probs[:, :checked]
@@ -65,10 +71,11 @@ def check_drafts(
         own = (odds * (proposal.ids == drafts[..., None])).sum(-1)
         spread = odds.new_zeros(*drafts.shape, vocab_size).scatter_(-1, proposal.ids, odds)
         drawn_from = spread.gather(-1, ids)
-    stays = accept * own < (probs * here).sum(-1)
+    stays = (accept * own < (probs * here).sum(-1)) & ~seeded[:, None]
     left = (probs - drawn_from).clamp_(min=0)
     # Nothing is left where both are equal but for rounding.
-    left = torch.where(left.sum(-1, keepdim=True) > 0, left, target.weights[:, :checked])
+    some = (left.sum(-1, keepdim=True) > 0) & ~seeded[:, None, None]
+    left = torch.where(some, left, target.weights[:, :checked])
     weights = torch.cat((left, target.weights[:, checked:]), 1)
     others = Candidates(target.ids, weights).draw(redraw)
     return torch.cat((drafts.where(stays, others[:, :checked]), others[:, checked:]), 1)

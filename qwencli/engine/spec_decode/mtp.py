@@ -16,8 +16,10 @@ import torch
 from qwencli.engine.cache.paged_kv import DecodePages, PagedKVCache
 from qwencli.engine.device_memory import upload
 from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.sampler import Sampler
 from qwencli.engine.ops.decoder_ops import Drafts
 from qwencli.engine.ops.next_tokens import RowBuffers
+from qwencli.engine.ops.rejection import Candidates
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 
 Tensor = torch.Tensor
@@ -127,6 +129,7 @@ class HeadInputs:
         tables: Tensor,
         longest: int,
         num_drafts: int,
+        choose: Choose,
     ) -> None:
         """Guess what follows `rows.token` and put it into `drafts.input_ids`, with what the head
         has not seen before."""
@@ -146,7 +149,7 @@ class HeadInputs:
             tables=tables,
             longest=longest,
         )
-        guessed = draft(model, cache, step, num_drafts, likeliest)
+        guessed = draft(model, cache, step, num_drafts, choose)
         drafts.input_ids[:, 0].copy_(rows.token)
         drafts.input_ids[:, 1 : 1 + num_drafts].copy_(guessed)
         # While a graph is captured rows are over, and take the step afterwards.
@@ -155,3 +158,30 @@ class HeadInputs:
 
 def likeliest(logits: Tensor, ahead: int) -> Tensor:
     return logits.argmax(dim=-1)
+
+
+class DrawnDrafts:
+    """Chooses drafts as the rows' own settings say, and keeps what each was drawn from.
+
+    Args:
+        step: int64 [R], how many tokens the rows have chosen.
+    """
+
+    def __init__(self, sampler: Sampler, step: Tensor) -> None:
+        self._sampler, self._step = sampler, step
+        self._drafts: list[Tensor] = []
+        self._drawn_from: list[Candidates] = []
+
+    def __call__(self, logits: Tensor, ahead: int) -> Tensor:
+        token, candidates = self._sampler.draw_draft(logits, self._drafts, self._step)
+        self._drafts.append(token)
+        self._drawn_from.append(candidates)
+        return token
+
+    @property
+    def proposal(self) -> Candidates | None:
+        """Of all drafts, [R, drafts, C]; None where there are none."""
+        if not self._drawn_from:
+            return None
+        parts = [(each.ids, each.weights) for each in self._drawn_from]
+        return Candidates(*(torch.stack(side, 1) for side in zip(*parts, strict=True)))

@@ -179,7 +179,7 @@ def plain_answers() -> list[list[int]]:
 def test_steps_that_check_drafts_leave_the_states_of_a_prompt(fused: bool) -> None:
     """Of the prompt and what was accepted of the answer."""
     answers = plain_answers()
-    runner, sequences, _ = begun(fused, TEXTS)
+    runner, sequences, prompts = begun(fused, TEXTS)
     assert runner.state.drafts is not None and runner.states is not None
     found = [[token] for token in runner.state.token.tolist()]
     for right in RIGHT:
@@ -190,7 +190,7 @@ def test_steps_that_check_drafts_leave_the_states_of_a_prompt(fused: bool) -> No
             drafts[row, 1 : 1 + len(ahead)] = ahead
         for each in sequences:
             each.num_scheduled += 4
-        copy = runner.verify(sequences, 4, 0, EventTimer("cpu"))
+        copy = runner.verify(sequences, prompts, 4, 0, EventTimer("cpu"))
         for tokens, (_, given) in zip(found, copy.read(), strict=True):
             tokens += given
     assert [len(tokens) for tokens in found] == [6, 5, 6]
@@ -219,7 +219,7 @@ def test_a_head_drafts_in_kernels_what_it_does_in_plain_operators() -> None:
         sequences[0].num_scheduled += 1
         told = [*runner.decode(sequences, prompts, 0, EventTimer("cpu")).read()]
         sequences[0].num_scheduled += 3
-        told += runner.verify(sequences, 3, 0, EventTimer("cpu")).read()[0][1]
+        told += runner.verify(sequences, prompts, 3, 0, EventTimer("cpu")).read()[0][1]
         assert runner._head is not None
         found.append((told, runner._head.done.tolist(), runner._head.hidden.clone()))
     assert found[0][:2] == found[1][:2]

@@ -60,7 +60,7 @@ def batch_of(model: QwenModel, rows: int, penalty: float) -> None:
     sequences = [chunk.sequence for chunk in chunks]
     runner.decode(sequences, prompts, 0, clock)
     if penalty == 1.0:
-        runner.verify(sequences, 2, 0, clock)
+        runner.verify(sequences, prompts, 2, 0, clock)
 
 
 @pytest.mark.parametrize("mode", [Quantization.NONE, Quantization.INT4])

@@ -34,7 +34,7 @@ def tables(seed: int, peaked: float = 1.5) -> tuple[Tensor, Tensor]:
 
 def sampler_of(rows: int, **settings: Any) -> Sampler:
     """Settings of one request in all rows, each with draws of its own."""
-    sampling = SamplingParams(**{"do_sample": True, "max_new_tokens": 4, "seed": 1, **settings})
+    sampling = SamplingParams(**{"do_sample": True, "max_new_tokens": 4, "seed": -1, **settings})
     sampler = Sampler(VOCAB, 4, CPU, rows, with_drafts=True)
     sampler.begin(sampling, torch.tensor([2]))
     sampler.settings.copy_(sampler.settings[:1].expand(rows, -1))
@@ -132,9 +132,27 @@ def test_tokens_are_distributed_as_without_drafts(
     assert stayed == pytest.approx(float(expected), abs=0.01)
 
 
-def test_a_drafter_that_is_the_model_is_always_right() -> None:
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_tokens_of_a_seed_are_those_of_plain_steps(looked_up: bool) -> None:
+    """And drafts drawn from the same numbers stay as often as most others would."""
+    model, drafter = tables(seed=3)
+    sampler = sampler_of(20_000, seed=9, top_p=0.9)
+    kind, zero = SamplerKind.FULL, torch.zeros(20_000, dtype=torch.int64)
+    plain = [sampler.sample(model[2].expand(20_000, -1), zero, kind)]
+    plain.append(sampler.sample(model[plain[0]], zero + 1, kind))
+    sampler.seen.zero_()
+    one, two, stayed, _ = chosen_pairs(sampler, kind, None if looked_up else drafter, model)
+    assert torch.equal(one, plain[0]) and torch.equal(two, plain[1])
+    alone = sampler_of(1, seed=9, top_p=0.9)
+    odds = [dense(alone, each[2][None], alone.seen, kind)[0] for each in (model, drafter)]
+    common = float(torch.minimum(*odds).sum())
+    assert looked_up or stayed > 0.75 * common
+
+
+@pytest.mark.parametrize("seed", [-1, 3])
+def test_a_drafter_that_is_the_model_is_always_right(seed: int) -> None:
     model, _ = tables(seed=8)
-    sampler = sampler_of(5000)
+    sampler = sampler_of(5000, seed=seed)
     _, _, stayed, both = chosen_pairs(sampler, SamplerKind.TOP_K, model, model)
     assert stayed == both == 1.0
 

@@ -1,0 +1,165 @@
+"""What drafts of the model's own head give and cost, against plain steps, with random weights.
+
+    python benchmarks/mtp.py --out mtp.json [--model qwen3.5-9b] [--quantization none,4bit]
+        [--drafts 1,2,3,5] [--tokens 256] [--repeats 5]
+
+One greedy request at a time, in engines that are loaded one after the other. Tokens a second of:
+
+- `plain`: `--speculate off`.
+- `wrong`: `--speculate mtp` as it is. A random head is hardly ever right: this is what the policy
+  loses by finding that out.
+- `right_N`: steps of N drafts that are right. The head runs as ever; then the tokens that the
+  answer had before take the place of its guesses. Steps of several tokens round otherwise than
+  plain ones, so the answer settles within some rounds; `accept_percent` says how far.
+
+`gain` is the median over that of `plain`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwencli.config import (
+    EngineConfig,
+    EngineName,
+    LoadFormat,
+    Quantization,
+    SamplingOptions,
+    Speculate,
+)
+from qwencli.engine.native.engine import NativeEngine
+from qwencli.engine.spec_decode import mtp
+from qwencli.engine.spec_decode.policy import BatchDraftPolicy
+from qwencli.messages import GenerationRequest, user_message
+from qwencli.models.resolve import resolve_model
+from qwencli.results import GenerationResult
+
+ROUNDS = 12
+SETTLED_PERCENT = 99.0
+
+
+class Known:
+    """The answer's tokens by slot, which stand in for the head's guesses."""
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        self.ids = torch.zeros(slots, dtype=torch.int64, device=device)
+
+    def tell(self, tokens: list[int]) -> None:
+        self.ids[: len(tokens)].copy_(torch.tensor(tokens))
+
+    def replace_guesses(self) -> None:
+        guess = mtp.HeadInputs.draft
+
+        def draft(head: Any, model: Any, cache: Any, rows: Any, drafts: Any, *rest: Any) -> None:
+            guess(head, model, cache, rows, drafts, *rest)
+            ahead = torch.arange(1, drafts.input_ids.shape[1], device=self.ids.device)
+            at = (rows.slot[:, None] + ahead).clamp(max=len(self.ids) - 1)
+            drafts.input_ids[:, 1:].copy_(self.ids[at])
+
+        mtp.HeadInputs.draft = draft  # type: ignore[method-assign]
+
+
+def always(size: int) -> None:
+    """Every step checks `size` tokens."""
+    BatchDraftPolicy.next = lambda *_: size  # type: ignore[method-assign]
+    BatchDraftPolicy.learn = lambda *_: None  # type: ignore[method-assign]
+
+
+def request(tokens: int) -> GenerationRequest:
+    sampling = SamplingOptions(do_sample=False, max_new_tokens=tokens)
+    message = user_message("Tell me about the sea. " * 40)
+    return GenerationRequest((message,), sampling, ignore_eos=True, bypass_caches=True)
+
+
+def rates(engine: NativeEngine, asked: GenerationRequest, repeats: int) -> list[float]:
+    found = [engine.generate(asked).timings.decode_tok_per_s for _ in range(repeats + 1)]
+    return [each for each in found[1:] if each is not None]
+
+
+def row(name: str, values: list[float], plain: list[float], **more: Any) -> dict[str, Any]:
+    median = statistics.median(values)
+    gain = median / statistics.median(plain)
+    return {"name": name, "tok_per_s": values, "median": median, "gain": gain, **more}
+
+
+def settled(engine: NativeEngine, asked: GenerationRequest, known: Known) -> GenerationResult:
+    """The answer that steps with right drafts give again."""
+    prompt = list(engine._built(asked, None).input_ids)
+    result = engine.generate(asked)
+    for _ in range(ROUNDS):
+        known.tell(prompt + list(result.token_ids or ()))
+        result = engine.generate(asked)
+        assert result.speculation is not None, "the engine drafts"
+        if (result.speculation.accept_percent or 0.0) >= SETTLED_PERCENT:
+            break
+    return result
+
+
+def measure(args: argparse.Namespace, quantization: Quantization) -> list[dict[str, Any]]:
+    def loaded(speculate: Speculate) -> NativeEngine:
+        return NativeEngine(
+            EngineConfig(
+                resolve_model(args.model),
+                engine=EngineName.NATIVE,
+                quantization=quantization,
+                device="cuda",
+                load_format=LoadFormat.DUMMY,
+                max_seq_len=4096,
+                speculate=speculate,
+            )
+        )
+
+    asked = request(args.tokens)
+    with loaded(Speculate.OFF) as engine:
+        plain = rates(engine, asked, args.repeats)
+    rows = [row("plain", plain, plain)]
+    with loaded(Speculate.MTP) as engine:
+        wrong = rates(engine, asked, args.repeats)
+        accepted = engine.generate(asked).speculation
+        percent = None if accepted is None else accepted.accept_percent
+        rows.append(row("wrong", wrong, plain, accept_percent=percent))
+    policy, guess = (BatchDraftPolicy.next, BatchDraftPolicy.learn), mtp.HeadInputs.draft
+    for count in args.drafts:
+        with loaded(Speculate.MTP) as engine:
+            known = Known(4096 + 64, torch.device("cuda"))
+            known.replace_guesses()
+            always(1 + count)
+            result = settled(engine, asked, known)
+            right = rates(engine, asked, args.repeats)
+            assert result.speculation is not None, "the engine drafts"
+            percent = result.speculation.accept_percent
+            rows.append(row(f"right_{count}", right, plain, accept_percent=percent))
+        BatchDraftPolicy.next, BatchDraftPolicy.learn = policy  # type: ignore[method-assign]
+        mtp.HeadInputs.draft = guess  # type: ignore[method-assign]
+    return [{"quantization": quantization.value, **each} for each in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="qwen3.5-9b")
+    parser.add_argument("--quantization", default="none", help="comma list")
+    parser.add_argument("--drafts", default="1,2,3,5", help="comma list")
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    args.drafts = [int(each) for each in args.drafts.split(",")]
+    rows: list[dict[str, Any]] = []
+    for mode in args.quantization.split(","):
+        rows += measure(args, Quantization(mode))
+        for each in rows:
+            shown = f"{each['quantization']:>5} {each['name']:>8}"
+            print(f"{shown} {each['median']:8.1f} tok/s  x{each['gain']:.3f}", flush=True)
+        gpu = torch.cuda.get_device_name()
+        text = json.dumps({"gpu": gpu, "model": args.model, "rows": rows}, indent=2)
+        args.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
