@@ -19,7 +19,7 @@ from typing import Any
 
 from qwencli.comfyui import old_nodes as old_packs
 from qwencli.comfyui.old_nodes import NO_EQUAL, OLD_NODES, SAME, OldNode
-from qwencli.comfyui.schemas import AUTO, CHAT, NO_PRESET, BatchMode, Input, Kind, Node
+from qwencli.comfyui.schemas import AUTO, CHAT, NO_PRESET, BatchMode, Input, Kind, Node, models
 from qwencli.errors import InputError
 from qwencli.models.builtin import find_builtin
 from qwencli.presets import PRESETS
@@ -287,6 +287,9 @@ def _set_model(result: _Values, value: Any) -> None:
         result.notes.append(f"model {name!r:.80} is a GGUF file: it is {entry.alias} now")
         _set(result, "quantization", quantization)
         name = base
+    if name in models():  # an entry of custom_models.json, whose format the packs share
+        result.values["model"] = name
+        return
     entry = find_builtin(name)
     if entry is not None:
         result.values["model"] = entry.alias

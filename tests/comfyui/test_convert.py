@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -16,6 +17,14 @@ from qwencli.comfyui.old_nodes import NO_EQUAL, OLD_NODES, SAME
 from qwencli.comfyui.schemas import NODES, BatchMode
 from qwencli.errors import InputError, QwenCliError
 from qwencli.presets import PRESETS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def elsewhere(tmp_path_factory):
+    """The custom_models.json of this repository has names of the packs, too."""
+    with contextlib.chdir(tmp_path_factory.mktemp("empty")):
+        yield
+
 
 LAB = ["Qwen3-VL-8B-Instruct", "4-bit (VRAM-friendly)", "auto", "🖼️ Tags", "", 300, True, 7, "fixed"]
 ORIGIN = [
@@ -379,6 +388,15 @@ def test_models(old, model, custom, quantization, told):
     new = done.document["5"]["inputs"]
     assert (new["model"], new["custom_model"], new["quantization"]) == (model, custom, quantization)
     assert bool(done.notes) == told
+
+
+def test_a_model_of_custom_models_json_keeps_its_name(tmp_path, monkeypatch):
+    (tmp_path / "custom_models.json").write_text('{"hf_models": {"my own": {"repo_id": "a/b"}}}')
+    monkeypatch.chdir(tmp_path)
+    inputs = {"prompt": "Hi", "model": "my own"}
+    done = convert({"5": {"class_type": "Qwen", "inputs": inputs}}, "w.json")
+    new = done.document["5"]["inputs"]
+    assert (new["model"], new["custom_model"], done.notes) == ("my own", "", [])
 
 
 @pytest.mark.parametrize(
