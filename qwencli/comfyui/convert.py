@@ -26,9 +26,12 @@ from qwencli.presets import PRESETS
 
 # What the editor keeps behind the value of a seed.
 _SEED_MODES = ("fixed", "increment", "decrement", "randomize", "increment-wrap")
-_SEED = "seed"
+_SEED, _AFTER = "seed", "control_after_generate"
+# The values once more, by name, in the newest editors.
+_NAMED = "widgets_values_named"
 # How the editor draws a socket that may stay free, and one that gives a list.
 _SHAPE_OPTIONAL, _SHAPE_LIST = 7, 6
+_UNKNOWN_VERSION = "its values fit no version that is known, it is left as it is"
 # What a node says of the pack that it came from, for ComfyUI's manager.
 _OF_OLD_PACK = ("cnr_id", "aux_id", "ver", "models")
 # "Qwen3VL-4B-Instruct-Q4_K_M.gguf": the model, and the bits of its weights unless they are floats.
@@ -345,6 +348,9 @@ def _convert_api(graph: dict[str, Any], done: Conversion) -> None:
         if old is None or not isinstance(inputs, dict):
             continue
         where = f"node {key} ({node['class_type']})"
+        if not _is_known(old, inputs):
+            done.notes.append(f"{where}: {_UNKNOWN_VERSION}")
+            continue
         links = {name: value for name, value in inputs.items() if _is_api_link(value)}
         values = {name: value for name, value in inputs.items() if name not in links}
         new = _moved_over(old, values, links)
@@ -404,7 +410,7 @@ def _convert_editor_node(
 ) -> _Values | None:
     named = _named_values(node, old)
     if named is None:
-        done.notes.append(f"{where}: its values fit no version that is known, it is left as it is")
+        done.notes.append(f"{where}: {_UNKNOWN_VERSION}")
         return None
     values, seed_mode = named
     sockets = {str(each.get("name")): each for each in _dicts(node.get("inputs"))}
@@ -415,7 +421,10 @@ def _convert_editor_node(
     for slot, entry in enumerate(node["inputs"]):
         _move_target(graph, entry["link"], slot)
     node["outputs"] = _editor_outputs(new.node, node.get("outputs"))
-    node["widgets_values"] = list(_editor_values(new.node, new.values, seed_mode))
+    named_values = dict(_editor_values(new.node, new.values, seed_mode))
+    node["widgets_values"] = list(named_values.values())
+    if _NAMED in node:
+        node[_NAMED] = named_values
     node["type"] = new.node.id
     properties = node.get("properties")
     kept_properties = properties if isinstance(properties, dict) else {}
@@ -429,14 +438,19 @@ def _convert_editor_node(
 
 def _named_values(node: Mapping[str, Any], old: OldNode) -> tuple[dict[str, Any], str] | None:
     """A node's values by the names of its widgets, and what happens to the seed after a run."""
-    given = node.get("widgets_values")
+    given, by_name = node.get("widgets_values"), node.get(_NAMED)
+    # The newest editors write the values by name, too; some nodes have no others.
+    for named in (by_name, given):
+        if isinstance(named, dict) and named:
+            mode = named.get(_AFTER)
+            values = {str(name): value for name, value in named.items() if name != _AFTER}
+            known = _is_known(old, values)
+            return (values, mode if mode in _SEED_MODES else "fixed") if known else None
     if given is None:
         given = []
-    if isinstance(given, dict):
-        return {str(name): value for name, value in given.items()}, "fixed"
     if not isinstance(given, list):
         return None
-    # Newer editors write the names of all widgets among the inputs.
+    # Newer ones write the names of all widgets among the inputs.
     written = tuple(
         str(each["widget"].get("name"))
         for each in _dicts(node.get("inputs"))
@@ -446,6 +460,13 @@ def _named_values(node: Mapping[str, Any], old: OldNode) -> tuple[dict[str, Any]
         if (found := _by_layout(given, layout)) is not None:
             return found
     return None
+
+
+def _is_known(old: OldNode, names: Iterable[str]) -> bool:
+    """Whether inputs of these names can be this node's, not those of a namesake: most are known."""
+    own = {*old.pictures, old.frames, old.video, *old_packs.FILE_INPUTS}.union(*old.layouts)
+    given = set(names)
+    return 2 * len(given & own) >= len(given)
 
 
 def _by_layout(given: Sequence[Any], layout: Sequence[str]) -> tuple[dict[str, Any], str] | None:
@@ -487,7 +508,7 @@ def _editor_inputs(
     old_sockets: Mapping[str, Mapping[str, Any]],
     old_links: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """The inputs to draw: every socket, and the widgets that another node feeds."""
+    """All inputs in the order in which the editor draws them: links go by their places."""
     labels = {
         str(old_links[name]): entry["label"]
         for name, entry in old_sockets.items()
@@ -496,8 +517,6 @@ def _editor_inputs(
     entries = []
     for each in sorted(node.inputs, key=lambda each: each.is_widget):
         link = links.get(each.id)
-        if each.is_widget and link is None:
-            continue
         entry: dict[str, Any] = {"name": each.id, "type": each.kind.value, "link": link}
         if each.is_widget:
             entry["widget"] = {"name": each.id}
@@ -522,11 +541,13 @@ def _editor_outputs(node: Node, old_outputs: Any) -> list[dict[str, Any]]:
     return entries
 
 
-def _editor_values(node: Node, values: Mapping[str, Any], seed_mode: str) -> Iterable[Any]:
+def _editor_values(
+    node: Node, values: Mapping[str, Any], seed_mode: str
+) -> Iterable[tuple[str, Any]]:
     for each in node.widgets:
-        yield values[each.id]
+        yield each.id, values[each.id]
         if each.id == _SEED:
-            yield seed_mode
+            yield _AFTER, seed_mode
 
 
 def _link_id(link: Any) -> Any:

@@ -157,7 +157,9 @@ def test_a_node_keeps_its_place_and_its_links():
     assert {name: new[name] for name in kept} == {name: old[name] for name in kept}
     assert new["properties"] == {"Node name for S&R": "QwencliCaption", "mine": 1}
     assert new["inputs"][0] == {"name": "images", "type": "IMAGE", "link": 3, "shape": 7}
-    assert [each["link"] for each in new["inputs"][1:]] == [None] * 6
+    assert {each["link"] for each in new["inputs"][1:]} == {None}
+    names = [each["widget"]["name"] for each in new["inputs"] if "widget" in each]
+    assert names == [each.id for each in NODES["QwencliCaption"].widgets]
     assert new["outputs"][0]["links"] == [8] and new["outputs"][0]["name"] == "text"
     assert done.document["links"] == before["links"]
     assert [each for each in done.document["nodes"] if each["id"] != 5] == [
@@ -218,13 +220,14 @@ def test_a_link_into_a_widget_stays_where_it_means_the_same():
     given["extra"]["linkExtensions"] = [{"id": 6, "parentId": 1}, {"id": 4, "parentId": 2}]
     given["extra"]["reroutes"] = [{"id": 1, "pos": [0, 0], "linkIds": [6, 4]}]
     done, new, _ = made(given)
-    assert new["inputs"][7:] == [
+    assert [each for each in new["inputs"] if each["link"]] == [
         {"name": "prompt", "type": "STRING", "link": 3, "widget": {"name": "prompt"}},
         {"name": "seed", "type": "INT", "link": 4, "widget": {"name": "seed"}},
     ]
+    places = [each["name"] for each in new["inputs"]]
     assert [link[:5] for link in done.document["links"]] == [
-        [3, 1, 0, 5, 7],
-        [4, 1, 0, 5, 8],
+        [3, 1, 0, 5, places.index("prompt")],
+        [4, 1, 0, 5, places.index("seed")],
         [8, 5, 0, 2, 0],
     ]
     assert done.document["nodes"][0]["outputs"][0]["links"] == [3, 4]
@@ -247,6 +250,14 @@ def test_names_that_the_editor_wrote_win_over_the_table():
     by_name = dict(zip(names, values[:7] + values[8:], strict=True))
     _, _, same = made(graph(node("AILab_QwenVL", by_name)))
     assert same | {"after": "randomize"} == new
+    # The newest editors write both.
+    newest = node("AILab_QwenVL", ["not read"])
+    newest["widgets_values_named"] = {**by_name, "control_after_generate": "randomize"}
+    _, written, same = made(graph(newest))
+    assert same == new
+    assert written["widgets_values_named"] == {
+        "control_after_generate" if name == "after" else name: value for name, value in new.items()
+    }
 
 
 def test_version_1_0_and_subgraphs_have_links_with_names():
@@ -300,6 +311,13 @@ def test_values_that_fit_no_version_leave_a_node_alone():
     with pytest.raises(InputError, match="fit no version that is known"):
         convert(foreign, "w.json")
     text = ["", "Hi", "Qwen3-4B", "none", True, False, 0.7, 64, -1, "fixed"]
+    namesakes = node("QwenVL", []) | {"widgets_values_named": {"api_key": "x", "url": "y"}}
+    for document in (
+        graph(namesakes),
+        {"5": {"class_type": "Qwen", "inputs": {"api_key": "x", "url": "y", "prompt": "z"}}},
+    ):
+        with pytest.raises(InputError, match="fit no version that is known"):
+            convert(document, "w.json")
     both = graph(node("QwenVL", [1, 2, 3]), node("Qwen", text, number=6))
     done = convert(both, "w.json")
     assert done.document["nodes"][1] == both["nodes"][1]
@@ -416,13 +434,19 @@ def test_presets(preset, custom, new):
     assert (values["preset"], values["prompt"]) == new
 
 
-def test_a_node_that_unloads_does_not_keep_the_model():
-    for name, value, kept in [
-        ("keep_model_loaded", True, "10m"), ("keep_model_loaded", False, "0"),
-        ("unload_after_generation", True, "0"), ("unload_after_generation", False, "10m"),
-    ]:  # fmt: skip
-        document = {"5": {"class_type": "QwenVisionParser", "inputs": {name: value}}}
-        assert convert(document, "w.json").document["5"]["inputs"]["keep_loaded"] == kept
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("keep_model_loaded", True, "10m"),
+        ("keep_model_loaded", False, "0"),
+        ("unload_after_generation", True, "0"),
+        ("unload_after_generation", False, "10m"),
+    ],
+)
+def test_a_node_that_unloads_does_not_keep_the_model(name, value, kept):
+    kind = "AILab_QwenVL" if name == "keep_model_loaded" else "QwenVisionParser"
+    document = {"5": {"class_type": kind, "inputs": {name: value}}}
+    assert convert(document, "w.json").document["5"]["inputs"]["keep_loaded"] == kept
 
 
 @pytest.mark.parametrize(
