@@ -25,11 +25,18 @@ class ImagePart:
     Args:
         name: what errors call it.
         first_of: what its file holds several of, where only the first one is shown here.
+        file_size: (width, height) of the upright picture, where it was decoded smaller than it is.
     """
 
     image: Image
     name: str
     first_of: Literal["frames", "pages"] | None = None
+    file_size: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the picture, by which models see it."""
+        return self.file_size or self.image.size
 
 
 @dataclass(frozen=True)

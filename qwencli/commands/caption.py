@@ -148,7 +148,13 @@ def _caption(
             messages, sampling, thinking=thinking, thinking_budget=thinking_budget
         )
 
-    work = Captions(sink, run, model=spec.name, several=len(images) > 1)
+    work = Captions(
+        sink,
+        run,
+        model=spec.name,
+        several=len(images) > 1,
+        max_pixels=run.decoded_pixels(keep_s),
+    )
 
     jobs = work.opened([images] if multi_image else [[each] for each in images], frames)
     pictures = next(jobs, None)

@@ -124,7 +124,7 @@ def caption_set(
         manner,
         where,
         sampling,
-        functools.partial(where.open, frames=frames),
+        functools.partial(where.open, frames=frames, max_pixels=run.decoded_pixels(keep_s)),
         system=system_messages(system),
         caption_extension=extension,
     )
@@ -239,7 +239,7 @@ def print_captions(
     """Print captions in the form that `manner` wants; exit code 1 where one failed."""
     from qwencli.commands.captions import Captions
     from qwencli.commands.model_choice import announce_model, choose_model
-    from qwencli.commands.requests import running_engine, system_messages
+    from qwencli.commands.requests import open_named, running_engine, system_messages
     from qwencli.dataset.asking import Asking
     from qwencli.dataset.boxes import Overlays
     from qwencli.dataset.pipeline import Task
@@ -250,7 +250,13 @@ def print_captions(
     listing = Listing(Path(), [Item(name) for name in named])
     fields = manner.prompts.fields
     spec = choose_model(run, sink)
-    work = Captions(sink, run, model=spec.name, several=len(listing.items) > 1)
+    work = Captions(
+        sink,
+        run,
+        model=spec.name,
+        several=len(listing.items) > 1,
+        max_pixels=run.decoded_pixels(keep_s),
+    )
     asking = Asking(
         manner,
         listing,
@@ -263,7 +269,7 @@ def print_captions(
     announce_model(spec, run, sink)
     overlays = Overlays(
         _overlay_folder(manner, overlay),
-        lambda item: work.open(named[item.key], frames),
+        lambda item: open_named(named[item.key], frames),
         sink.error,
     )
     with (

@@ -50,16 +50,24 @@ class Captions:
     """One that fails costs its own answer only; `failed` counts them, `begun` those opened,
     and `answered` those with a caption."""
 
-    def __init__(self, sink: Output, run: RunOptions, *, model: str, several: bool) -> None:
+    def __init__(
+        self,
+        sink: Output,
+        run: RunOptions,
+        *,
+        model: str,
+        several: bool,
+        max_pixels: int | None = None,
+    ) -> None:
         self.sink, self.json, self.stats = sink, run.json, run.stats
-        self.model, self.several = model, several
+        self.model, self.several, self._max_pixels = model, several, max_pixels
         self.failed = self.begun = self.answered = 0
         self.process = ProcessTimes() if run.stats else None
         self._first_of: dict[str, list[str]] = {}
 
     def open(self, named: Named, frames: int | None, beside: Pictures = ()) -> VisualPart:
         """Open what was named; `finish` tells of what it holds and is not shown."""
-        picture = open_named(named, frames, beside)
+        picture = open_named(named, frames, beside, self._max_pixels)
         if isinstance(picture, ImagePart) and picture.first_of is not None:
             self._first_of.setdefault(picture.first_of, []).append(picture.name)
         return picture

@@ -262,6 +262,14 @@ class RunOptions:
                 f"--endpoint and --engine {self.engine} exclude each other", "use --engine remote"
             )
 
+    def decoded_pixels(self, keep_s: float) -> int | None:
+        """What pictures may be decoded for, see `image_part`; None = whole.
+
+        A server is sent the picture and makes it smaller itself.
+        """
+        here = not (self.is_remote or keep_s)
+        return parse_max_pixels(self.max_pixels) if here and self.max_pixels else None
+
     @property
     def is_remote(self) -> bool:
         return bool(self.endpoint)

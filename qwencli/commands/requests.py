@@ -160,14 +160,21 @@ def open_picture(path: Path, beside: Sequence[VisualPart] = ()) -> ImagePart:
     return open_image(local_path(path), held_bytes=decoded_bytes(beside))
 
 
-def open_named(named: Named, frames: int | None, beside: Sequence[VisualPart] = ()) -> VisualPart:
-    """The picture or video at a path or an address of the web, or what came on stdin."""
+def open_named(
+    named: Named,
+    frames: int | None,
+    beside: Sequence[VisualPart] = (),
+    max_pixels: int | None = None,
+) -> VisualPart:
+    """The picture or video at a path or an address of the web, or what came on stdin; see
+    `engine.frontend.videos.open_visual`."""
     from qwencli.engine.frontend import videos
 
     part = named if isinstance(named, Held) else address_of(named)
     if part is None:
-        return open_visual(Path(str(named)), frames, beside)
-    return videos.open_visual(part.read(str(named)), frames, beside, str(named))
+        path = local_path(Path(str(named)))
+        return videos.open_visual(path, frames, beside, max_pixels=max_pixels)
+    return videos.open_visual(part.read(str(named)), frames, beside, str(named), max_pixels)
 
 
 def open_visual(path: Path, frames: int | None, beside: Sequence[VisualPart] = ()) -> VisualPart:

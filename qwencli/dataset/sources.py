@@ -96,8 +96,13 @@ class Listing:
     def path(self, item: Item) -> Path:
         return self.base / item.key
 
-    def open(self, item: Item, frames: int | None = None) -> VisualPart:
+    def open(
+        self, item: Item, frames: int | None = None, max_pixels: int | None = None
+    ) -> VisualPart:
         """The picture or video of an item.
+
+        Args:
+            frames, max_pixels: see `engine.frontend.videos.open_visual`.
 
         Raises:
             InputError, MissingDependencyError, OutOfMemoryError: it cannot be had or used.
@@ -105,9 +110,9 @@ class Listing:
         from qwencli.engine.frontend.videos import open_visual
 
         if item.part is None:
-            return open_visual(self.path(item), frames)
+            return open_visual(self.path(item), frames, max_pixels=max_pixels)
         name = item.part.url if isinstance(item.part, Address) else str(self.path(item))
-        return open_visual(item.part.read(name), frames, name=name)
+        return open_visual(item.part.read(name), frames, name=name, max_pixels=max_pixels)
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def check_visual(part: ImagePart | VideoPart) -> None:
     Raises:
         InputError: longer than `MAX_ASPECT_RATIO` times its other side.
     """
-    width, height = _frames(part)[0].size
+    width, height = _shown_size(part)
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise InputError(
             f"{part.name} is {width}x{height}: one side is more than "
@@ -159,6 +159,11 @@ def check_visual(part: ImagePart | VideoPart) -> None:
 
 def _frames(part: ImagePart | VideoPart) -> tuple[Image.Image, ...]:
     return part.frames if isinstance(part, VideoPart) else (part.image,)
+
+
+def _shown_size(part: ImagePart | VideoPart) -> tuple[int, int]:
+    """(width, height) of what is in the file."""
+    return part.size if isinstance(part, ImagePart) else part.frames[0].size
 
 
 def preprocess(
@@ -188,7 +193,7 @@ def preprocess(
         patches=tuple(cut(shown, size, config) for shown, size in zip(frames, sizes, strict=True)),
         num_tokens=tuple(visual.num_tokens(config.merge_size) for visual in visuals),
         frames=frames,
-        image_sizes=tuple(shown[0].size for shown in frames),
+        image_sizes=tuple(map(_shown_size, parts)),
     )
 
 
@@ -203,7 +208,7 @@ def _whole_steps(
 def _size(
     part: ImagePart | VideoPart, frames: int, config: ImageProcessorConfig
 ) -> tuple[int, int]:
-    width, height = _frames(part)[0].size
+    width, height = _shown_size(part)
     if isinstance(part, VideoPart):
         # The reference counts the frames before it repeats the last one, but needs a whole step.
         count = max(len(part.frames), config.temporal_patch_size)

@@ -62,6 +62,7 @@ def open_visual(
     frames: int | None = None,
     beside: Sequence[VisualPart] = (),
     name: str | None = None,
+    max_pixels: int | None = None,
 ) -> VisualPart:
     """A video file as a video, with `frames` an animation or a folder of frames too, and anything
     else as a picture.
@@ -70,6 +71,7 @@ def open_visual(
         source: a file or folder, or the bytes of a file.
         name: what errors call it; the path by default.
         beside: what is shown in the same request: all of it is held in memory together.
+        max_pixels: see `image_part`.
 
     Raises:
         InputError, MissingDependencyError: see `open_video` and `open_image`.
@@ -81,7 +83,7 @@ def open_visual(
     def read(image: Image.Image, name: str) -> VisualPart:
         if frames is not None and _is_animation(image, name):
             return _from_animation(image, name, frames, held_bytes)
-        return image_part(held_bytes, image, name)
+        return image_part(held_bytes, image, name, max_pixels)
 
     return _from_any_file(source, name or str(source), frames, held_bytes, read)
 
