@@ -21,7 +21,7 @@ import torch
 from qwencli.config import SamplingParams
 from qwencli.engine.base_engine import gc_paused
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
-from qwencli.engine.cache.prefix_cache import Key, digests_of, keys_of, page_keys
+from qwencli.engine.cache.prefix_cache import digests_of, keys_of, page_keys
 from qwencli.engine.constrained import TokenMatcher
 from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
 from qwencli.engine.event_timer import EventTimer, Mark
@@ -31,6 +31,7 @@ from qwencli.engine.native.memory_plan import captions_that_fit
 from qwencli.engine.prompt_batch import RunnerPrompt
 from qwencli.engine.request import (
     Batch,
+    Key,
     PromptChunk,
     RequestId,
     RequestSource,
@@ -63,12 +64,13 @@ class _Prepared:
     """A request whose prompt is ready to run.
 
     Args:
-        page_keys: of the prompt's whole pages, and `rest` the keys of the slots behind them; None
-            where nothing is shared.
+        keys: of the prompt's slots, and `page_keys` of its whole pages; `rest` the keys of the
+            slots behind those, None where nothing is shared.
     """
 
     answer: ResponseBuilder
     prompt: RunnerPrompt
+    keys: list[Key]
     page_keys: list[bytes]
     rest: list[Key] | None
 
@@ -268,7 +270,7 @@ class EngineCore:
         # Log-probabilities stand in the pieces alone.
         answer.stream = stream or asked.logprobs is not None
         digests = digests_of(prompt)
-        pages: list[bytes] = []
+        keys, pages = list[Key](), list[bytes]()
         rest: list[Key] | None = None
         if asked.bypass_caches:
             digests = [os.urandom(len(each)) for each in digests]
@@ -284,7 +286,7 @@ class EngineCore:
         if prompt.inputs is not None:
             # What the runner has it needs once; an answer lives longer.
             answer.prompt = replace(prompt, inputs=replace(prompt.inputs, patches=(), frames=()))
-        return _Prepared(answer, laid_out, pages, rest)
+        return _Prepared(answer, laid_out, keys, pages, rest)
 
     def _take_prepared(self) -> None:
         """Hand prompts that are ready to the scheduler, in the order they came."""
@@ -306,6 +308,7 @@ class EngineCore:
                 reserved=ready.answer.sampling.max_new_tokens
                 - ready.prompt.sampling.max_new_tokens,
                 constrained=ready.answer.matcher is not None,
+                keys=ready.keys,
             )
             if not self._scheduler.fits(sequence.max_tokens):
                 self._failed.append(StepOutput(request, error=self._too_long(sequence)))
@@ -604,9 +607,15 @@ class EngineCore:
         sequence = active.sequence
         before = sequence.page_keys[-1] if sequence.page_keys else b""
         # The last token is never fed.
-        keys = [*active.rest, *active.answer.round_ids[:-1]]
-        sequence.page_keys += page_keys(keys, PAGE_SIZE, before)
+        answer = active.answer
+        keys = [*active.rest, *answer.round_ids[:-1]]
+        new = page_keys(keys, PAGE_SIZE, before)
+        sequence.page_keys += new
         self._scheduler.written(sequence, sequence.num_prompt_tokens + len(keys) - len(active.rest))
+        whole = len(answer.round_ids) == answer.settings.max_new_tokens
+        if whole or answer.round_ids[-1] in answer.stop_ids:
+            # Else the device knows of no end, and went on behind it.
+            self._scheduler.keep_end(sequence, keys[len(new) * PAGE_SIZE :])
 
     def _fail(self, active: _Active, error: QwenCliError) -> None:
         self._failed.append(StepOutput(active.sequence.request, error=error))

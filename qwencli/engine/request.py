@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from qwencli.errors import QwenCliError
@@ -10,6 +11,8 @@ from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk
 
 RequestId = int
+# One token of a prompt: its id, or a picture's digest and the place inside the picture.
+Key = int | tuple[bytes, int]
 # A request, or what makes one: pictures are then opened when it is its turn, and not held before.
 # Raises what is wrong with it.
 RequestSource = GenerationRequest | Callable[[], GenerationRequest]
@@ -44,6 +47,7 @@ class Sequence:
         row: its place in the decode state, and `pages` its part of the KV pool, by page of its
             tokens; none while it waits. state: the slot of what it keeps beside them, where the
             model keeps states.
+        keys: of the prompt's tokens, where it shares them with others; see `prefix_cache.Key`.
         page_keys: of the whole pages of its tokens, see `prefix_cache.page_keys`.
         keep_at: after how many of its tokens its state is kept for others that begin alike; 0 = it
             is not.
@@ -80,6 +84,7 @@ class Sequence:
     reserved: int = 0
     goes_on: bool = False
     constrained: bool = False
+    keys: SequenceOf[Key] = ()
 
     @property
     def max_tokens(self) -> int:

@@ -14,15 +14,21 @@ learns later, from what it reads; the row idles until then.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 from qwencli.engine.cache.paged_kv import PAGE_SIZE, PagePool, pages_for
+from qwencli.engine.cache.prefix_cache import page_keys
 from qwencli.engine.cache.recurrent_state import SnapshotPool
-from qwencli.engine.request import Batch, PromptChunk, RequestId, Sequence
+from qwencli.engine.request import Batch, Key, PromptChunk, RequestId, Sequence
 
 # Up to which the ends of prompts are kept where sequences keep states: each copy is read by few.
 FEW_SEQUENCES = 3
+# Tokens at a prompt's end that open the answer, and that its next turn may be without: templates
+# leave thoughts out that are over, empty ones among them.
+OPENING = 8
+# Ends of answers that are looked for; what is kept of them may be gone before.
+ENDS_KNOWN = 64
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,16 @@ class Limits:
         return count * (1 + (start + stop) / 2 / self.context_worth)
 
 
+@dataclass(frozen=True)
+class _End:
+    """What is kept of an answer's end: its page, of which `tokens` are written, and its state."""
+
+    key: bytes
+    tokens: int
+    page: int
+    state: int
+
+
 class Scheduler:
     """Holds every sequence from `add` until `finish`.
 
@@ -80,6 +96,8 @@ class Scheduler:
         # Whose row has to forget where it was: it idles until its prompt is through.
         self._between: list[Sequence] = []
         self._restored: list[tuple[int, int]] = []
+        # What answers end with behind the last whole page, by the key of that page.
+        self._ends: OrderedDict[bytes, list[Key]] = OrderedDict()
 
     @property
     def has_unfinished(self) -> bool:
@@ -182,6 +200,44 @@ class Scheduler:
         first = sequence.num_cached // PAGE_SIZE
         self.pool.publish(sequence.pages[first:whole], sequence.page_keys[first:whole])
 
+    def keep_end(self, sequence: Sequence, rest: list[Key]) -> None:
+        """An answer is over: leave its state, and the page that it has begun, to the next turn of
+        its chat, while few sequences run.
+
+        Args:
+            rest: keys of the tokens in that page; those of whole pages are `sequence.page_keys`.
+        """
+        if self.states is None or sequence.state is None or not self._few():
+            return
+        whole = sequence.page_keys
+        before = whole[-1] if whole else b""
+        if rest:
+            self._ends[before] = rest
+            self._ends.move_to_end(before)
+            if len(self._ends) > ENDS_KNOWN:
+                self._ends.popitem(last=False)
+            (end,) = page_keys(rest, len(rest), before)
+            self.pool.publish([sequence.pages[len(whole)]], [end])
+        else:
+            end = before
+        self.states.give(end, sequence.state)
+        sequence.state = None
+
+    def _few(self) -> bool:
+        count = len(self._running) + len(self._prefilling) + len(self.waiting)
+        return count <= FEW_SEQUENCES
+
+    def _end_before(self, sequence: Sequence, pages: int) -> tuple[bytes, int]:
+        """Whether a sequence begins with a whole answer that is over, with so many whole pages: the
+        key of its end, and how many tokens that has in the next page; 0 = it does not."""
+        before = sequence.page_keys[pages - 1] if pages else b""
+        rest, start = self._ends.get(before, []), pages * PAGE_SIZE
+        there = list(sequence.keys[start : start + len(rest)]) == rest
+        # Its last token is run in any case.
+        if not rest or not there or start + len(rest) >= sequence.num_prompt_tokens:
+            return b"", 0
+        return page_keys(rest, len(rest), before)[0], len(rest)
+
     def find(self, request: RequestId) -> Sequence | None:
         for sequence in (*self.running, *self.waiting):
             if sequence.request == request:
@@ -204,11 +260,15 @@ class Scheduler:
             keys = first.page_keys[: (first.num_prompt_tokens - 1) // PAGE_SIZE]
             shared = self.pool.share(keys)
             there, source = len(shared), None
-            if self.states is not None:
+            end = self._claim_end(first, there)
+            if self.states is not None and end is None:
                 count, source = self.states.find(keys[:there])
                 self.pool.free(shared[count:])
                 shared = shared[:count]
             cached = len(shared) * PAGE_SIZE
+            if end is not None:
+                cached += end.tokens
+                shared = [*shared, end.page]
             left = first.num_prompt_tokens - cached
             # A prompt is cut only if it would be cut in a step of its own too.
             whole = left <= self.limits.max_prefill_tokens - tokens
@@ -216,24 +276,42 @@ class Scheduler:
             if whole or not self._prefilling:
                 own = self.pool.allocate(pages_for(first.max_tokens) - len(shared))
             if own is None:
+                if end is not None and self.states is not None:
+                    self.pool.publish([end.page], [end.key])
+                    self.states.give(end.key, end.state)
                 self.pool.free(shared)
                 break
             self.waiting.popleft()
             first.pages = shared + own
             first.num_cached = first.num_computed = cached
             if self.states is not None:
-                first.state = self.states.allocate()
+                first.state = self.states.allocate() if end is None else end.state
                 assert first.state is not None, "there are as many as rows"
                 if source is not None:
                     self._restored.append((source, first.state))
-                first.keep_at = self._keep_at(keys, there, len(shared))
+                first.keep_at = self._keep_at(first, there, cached // PAGE_SIZE)
             first.row = self._rows.index(None)
             self._rows[first.row] = first
             self._prefilling.append(first)
             tokens += left
         self._leave_odd()
 
-    def _keep_at(self, keys: list[bytes], there: int, used: int) -> int:
+    def _claim_end(self, sequence: Sequence, pages: int) -> _End | None:
+        """What is kept of the end of an answer that a sequence begins with, see `_end_before`; it
+        is the sequence's from now on."""
+        key, tokens = self._end_before(sequence, pages)
+        if not tokens or self.states is None:
+            return None
+        page = self.pool.claim(key)
+        if page is None:
+            return None
+        state = self.states.claim(key)
+        if state is None:
+            self.pool.free([page])
+            return None
+        return _End(key, tokens, page, state)
+
+    def _keep_at(self, sequence: Sequence, there: int, used: int) -> int:
         """After how many tokens the state of a sequence that starts is worth keeping, see
         `Sequence`: where its beginning parts from one that was here before, or at the end of its
         prompt while few run, as in a chat. A chunk of a prompt must end there.
@@ -243,8 +321,9 @@ class Scheduler:
         """
         if there > used:
             return there * PAGE_SIZE
-        few = len(self._running) + len(self._prefilling) + len(self.waiting) <= FEW_SEQUENCES
-        return len(keys) * PAGE_SIZE if few and len(keys) > used else 0
+        whole = max(0, sequence.num_prompt_tokens - 1 - OPENING) // PAGE_SIZE
+        whole = min(whole, len(sequence.page_keys))
+        return whole * PAGE_SIZE if self._few() and whole > used else 0
 
     def _leave_odd(self) -> None:
         """Let the last of some equal prompts start a step later, see `Limits`."""

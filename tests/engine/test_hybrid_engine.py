@@ -142,6 +142,7 @@ def test_the_next_turn_goes_on_from_a_state_that_was_kept(engine):
     turns = (*first.messages, text_message("assistant", answer.text), user_message("And then?"))
     again = replace(first, messages=turns)
     second = engine.generate(again)
+    # Random text is other tokens when it is read again.
     assert second.num_cached_tokens == (answer.num_prompt_tokens - 1) // PAGE_SIZE * PAGE_SIZE > 0
     # Many at once: no ends of prompts are kept, but where beginnings part that came before.
     fresh = engine.generate(replace(again, bypass_caches=True))
@@ -154,6 +155,45 @@ def test_the_next_turn_goes_on_from_a_state_that_was_kept(engine):
     assert any(each.num_cached_tokens >= PAGE_SIZE for each in together)
     states = engine._queue._scheduler.states
     assert states.num_free == engine._queue._scheduler.limits.max_rows + 8
+
+
+@pytest.mark.parametrize("drafting", [False, True])
+@pytest.mark.parametrize("behind", [3, 0])
+def test_the_next_turn_goes_on_from_the_end_of_an_answer(
+    engine, speculating, monkeypatch, drafting, behind
+):
+    """So many tokens behind the border of a page; of an answer that steps of several tokens gave,
+    too. Once: then it is the state of the next answer."""
+    own, begin = speculating if drafting else engine, NativeEngine._built
+
+    def whole(request):
+        """The prompt, and an answer that ends there; None where that takes long, or a random model
+        says pictures."""
+        length = len(begin(own, request, None).input_ids)
+        tokens = 1 + behind + PAGE_SIZE - length % PAGE_SIZE
+        asked = replace(request, sampling=replace(request.sampling, max_new_tokens=tokens))
+        return asked if tokens < 16 else None
+
+    shape = own._model.shape
+    pictures = {shape.image_token_id, shape.video_token_id}
+    asked = filter(None, (whole(ask("Tell me. " * n)) for n in range(1, 60)))
+    answers = ((each, own.generate(each)) for each in asked)
+    first, answer = next(each for each in answers if not pictures & set(each[1].token_ids))
+    more = (*answer.token_ids, 7, 8, 9)
+    monkeypatch.setattr(
+        NativeEngine, "_built", lambda self, *rest: begin(self, first, None).with_forced(more)
+    )
+    again = replace(first, sampling=replace(first.sampling, max_new_tokens=9))
+    second, third = own.generate(again), own.generate(again)
+    fed = answer.num_prompt_tokens + len(answer.token_ids) - 1
+    assert fed % PAGE_SIZE == behind and second.num_cached_tokens == fed
+    assert third.num_cached_tokens in (0, fed // PAGE_SIZE * PAGE_SIZE)
+    fresh = own.generate(replace(again, bypass_caches=True))
+    assert fresh.num_cached_tokens == 0
+    assert second.token_ids == third.token_ids == fresh.token_ids
+    states, pool = own._queue._scheduler.states, own._queue._scheduler.pool
+    assert states.num_free == own._queue._scheduler.limits.max_rows + 8
+    assert pool.num_free == pool.capacity
 
 
 class Oracle:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qwencli.engine.cache.paged_kv import PAGE_SIZE, SCRATCH_PAGE, PagePool, pages_for
 from qwencli.engine.cache.prefix_cache import page_keys
+from qwencli.engine.cache.recurrent_state import SnapshotPool
 from qwencli.engine.request import Sequence
 from qwencli.engine.scheduler import Limits, Scheduler
 
@@ -258,3 +259,59 @@ def test_late_parts_of_a_long_prompt_are_shorter_and_cost_the_same():
     assert lengths == sorted(lengths, reverse=True)[:-1] + lengths[-1:]
     assert 1700 < lengths[0] < 1900 and 300 < lengths[-2] < 500
     assert limits.tokens_within(10**6, 1.0) == 1 and limits.tokens_within(0, 0.0) == 0
+
+
+def turn(number: int, tokens: list[int], new: int) -> Sequence:
+    return Sequence(number, len(tokens), new, page_keys(tokens, PAGE_SIZE), keys=tuple(tokens))
+
+
+def begun(scheduler: Scheduler, sequence: Sequence) -> bool:
+    """Whether it starts with the next step."""
+    scheduler.add(sequence)
+    batch = scheduler.schedule()
+    if batch is None or not any(chunk.sequence is sequence for chunk in batch.prefill):
+        return False
+    scheduler.written(sequence, sequence.num_prompt_tokens)
+    return True
+
+
+def ended(scheduler: Scheduler, sequence: Sequence, tokens: list[int]) -> None:
+    """It is over, and `tokens` have been fed."""
+    sequence.page_keys = page_keys(tokens, PAGE_SIZE)
+    scheduler.written(sequence, len(tokens))
+    scheduler.keep_end(sequence, tokens[len(sequence.page_keys) * PAGE_SIZE :])
+    scheduler.finish(sequence)
+
+
+def test_the_end_of_an_answer_waits_for_room_and_gives_way() -> None:
+    """Its page and its state go to the next turn, which may have to wait for other pages; they are
+    free for others that need the room, too."""
+    limits = Limits(max_rows=3, max_prefill_tokens=999, max_prompts=3)
+    scheduler = Scheduler(limits, PagePool(6), SnapshotPool(6))
+    said = list(range(100))
+    first = turn(0, said[:90], 11)
+    assert begun(scheduler, first)
+    page, state = first.pages[1], first.state
+    ended(scheduler, first, said)
+    assert scheduler.pool.num_free == 5 and scheduler.states.num_free == 5
+    other = turn(1, [7] * 60, 4)
+    assert begun(scheduler, other)
+    large = turn(2, [*said, 1, 2, 3], 200)
+    assert not begun(scheduler, large)  # two pages are free, it needs three more
+    assert scheduler.pool.num_free == 4 and scheduler.states.num_free == 4
+    scheduler.finish(other)
+    scheduler.schedule()
+    assert (large.pages[1], large.state, large.num_cached) == (page, state, 100)
+    scheduler.finish(large)
+    # Once more, and then its page is another's.
+    again = turn(3, said[:90], 11)
+    assert begun(scheduler, again)
+    ended(scheduler, again, said)
+    assert begun(scheduler, turn(4, [9] * 300, 20))
+    late = turn(5, [*said, 1], 3)
+    assert not begun(scheduler, late)
+    scheduler.finish(scheduler.find(4))
+    scheduler.schedule()
+    assert late.num_cached % PAGE_SIZE == 0 and late.row is not None
+    scheduler.finish(late)
+    assert scheduler.pool.num_free == 5 and scheduler.states.num_free == 5

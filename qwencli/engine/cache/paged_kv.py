@@ -85,6 +85,16 @@ class PagePool:
             if key not in self._by_key and page not in self._keys:
                 self._by_key[key], self._keys[page] = page, key
 
+    def claim(self, key: bytes) -> int | None:
+        """The page of this key, for one sequence to go on writing to: it is found no more. None
+        where it is gone, or in use."""
+        page = self._by_key.get(key)
+        if page is None or self._users[page]:
+            return None
+        del self._by_key[key], self._keys[page], self._kept[page]
+        self._users[page] = 1
+        return page
+
     def free(self, pages: Sequence[int]) -> None:
         """Give the pages of a sequence back; the last of them are the first to be used again."""
         for page in reversed(pages):

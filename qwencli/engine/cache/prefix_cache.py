@@ -15,9 +15,8 @@ from qwencli.engine.cache.kv_cache import KVCache
 from qwencli.engine.frontend.preprocess import Visual, pixels_of
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.layers.vision_tower import VisionFeatures
+from qwencli.engine.request import Key
 
-# One slot of the cache: a token id, or a picture's digest and the place inside the picture.
-Key = int | tuple[bytes, int]
 # Places in a list of pictures -> the features of each.
 Encode = Callable[[list[int]], Iterable[VisionFeatures]]
 

@@ -112,6 +112,17 @@ class SnapshotPool:
             self._kept[key] = slot
         return slot
 
+    def give(self, key: bytes, slot: int) -> None:
+        """Keep the state of a sequence that is over where it is, found by `key` from now on."""
+        if key in self._kept:
+            self.free(slot)
+        else:
+            self._kept[key] = slot
+
+    def claim(self, key: bytes) -> int | None:
+        """The slot of a state that is kept, for one sequence to go on from: it is found no more."""
+        return self._kept.pop(key, None)
+
     def forget(self, key: bytes) -> None:
         """What was to be kept has not come to be."""
         slot = self._kept.pop(key, None)

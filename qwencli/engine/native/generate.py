@@ -9,7 +9,7 @@ import torch
 
 from qwencli.config import Cache
 from qwencli.engine.cache.paged_kv import DecodePages, pages_for
-from qwencli.engine.cache.prefix_cache import Key, PrefixCache, VisionCache, digests_of, keys_of
+from qwencli.engine.cache.prefix_cache import PrefixCache, VisionCache, digests_of, keys_of
 from qwencli.engine.constrained import TokenMatcher, fill_masks
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.layers.vision_tower import VisionFeatures, join_features
@@ -19,6 +19,7 @@ from qwencli.engine.native.prefill_graphs import PrefillRunner
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
 from qwencli.engine.native.sampler import LIKELIEST, SamplerKind, kind_of
 from qwencli.engine.ops.attention import AttentionPlan
+from qwencli.engine.request import Key
 from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.spec_decode.decode_strategy import (
     AutoregressiveDecode,
