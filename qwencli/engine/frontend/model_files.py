@@ -20,7 +20,8 @@ from qwencli.models.shapes import ModelShape, VisionShape
 
 # What Qwen's tokenizers end a turn with, and pad with.
 END_OF_TURN, PAD = "<|im_end|>", "<|endoftext|>"
-# Qwen's models have two; engines may keep room for this many.
+# What engines keep room for: the tokens that end an answer (Qwen's models have two), and one that
+# ends its thoughts.
 MAX_STOP_TOKENS = 8
 
 
@@ -175,11 +176,11 @@ def _stop_ids(
     stop_ids = dict.fromkeys(id_ for id_ in (*named, *prompts.turn_end_ids()) if id_ < vocab_size)
     if not stop_ids or prompts.tokenizer.has_token(END_OF_TURN):
         stop_ids[prompts.tokenizer.token_id(END_OF_TURN)] = None
-    if len(stop_ids) > MAX_STOP_TOKENS:
+    if len(stop_ids) >= MAX_STOP_TOKENS:
         raise ModelFileError(
             f"{folder}: {len(stop_ids)} tokens would end an answer, those of eos_token_id in "
             "generation_config.json and the chat template's end of a turn",
-            f"at most {MAX_STOP_TOKENS} can be used; shorten eos_token_id",
+            f"at most {MAX_STOP_TOKENS - 1} can be used; shorten eos_token_id",
         )
     return tuple(stop_ids)
 

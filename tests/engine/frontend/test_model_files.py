@@ -72,9 +72,9 @@ def test_a_token_id_of_a_wrong_type(opened: Opened, key: str, value: Any) -> Non
 
 def test_more_stop_tokens_than_there_is_room_for(opened: Opened) -> None:
     others = [id_ for id_ in range(IM_END + 2 * MAX_STOP_TOKENS) if id_ != IM_END]
-    assert len(opened({"eos_token_id": others[: MAX_STOP_TOKENS - 1]}).stop_token_ids) == 8
-    with pytest.raises(ModelFileError, match="9 tokens would end an answer"):
-        opened({"eos_token_id": others[:MAX_STOP_TOKENS]})
+    assert len(opened({"eos_token_id": others[: MAX_STOP_TOKENS - 2]}).stop_token_ids) == 7
+    with pytest.raises(ModelFileError, match="8 tokens would end an answer"):
+        opened({"eos_token_id": others[: MAX_STOP_TOKENS - 1]})
 
 
 def test_a_vocabulary_without_the_end_of_a_turn(opened: Opened, tmp_path: Path) -> None:
