@@ -108,7 +108,7 @@ def measure(args: argparse.Namespace, quantization: Quantization) -> list[dict[s
                 resolve_model(args.model),
                 engine=EngineName.NATIVE,
                 quantization=quantization,
-                device="cuda",
+                device=args.device,
                 load_format=LoadFormat.DUMMY,
                 max_seq_len=4096,
                 speculate=speculate,
@@ -127,7 +127,7 @@ def measure(args: argparse.Namespace, quantization: Quantization) -> list[dict[s
     policy, guess = (BatchDraftPolicy.next, BatchDraftPolicy.learn), mtp.HeadInputs.draft
     for count in args.drafts:
         with loaded(Speculate.MTP) as engine:
-            known = Known(4096 + 64, torch.device("cuda"))
+            known = Known(4096 + 64, torch.device(args.device))
             known.replace_guesses()
             always(1 + count)
             result = settled(engine, asked, known)
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--model", default="qwen3.5-9b")
     parser.add_argument("--quantization", default="none", help="comma list")
     parser.add_argument("--drafts", default="1,2,3,5", help="comma list")
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -156,7 +157,7 @@ def main() -> None:
         for each in rows:
             shown = f"{each['quantization']:>5} {each['name']:>8}"
             print(f"{shown} {each['median']:8.1f} tok/s  x{each['gain']:.3f}", flush=True)
-        gpu = torch.cuda.get_device_name()
+        gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
         text = json.dumps({"gpu": gpu, "model": args.model, "rows": rows}, indent=2)
         args.out.write_text(text + "\n", encoding="utf-8")
 

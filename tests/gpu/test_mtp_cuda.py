@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
-from qwencli.config import Quantization
+from qwencli.config import (
+    DType,
+    EngineName,
+    Kernels,
+    Quantization,
+    SamplingOptions,
+    Speculate,
+)
+from qwencli.engine.client import generate_many
 from qwencli.engine.kernels.fused_ops import fused_ops
 from qwencli.engine.loading import weights
+from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import Sampler, SamplerKind
 from qwencli.engine.ops.rejection import Candidates
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor
 from qwencli.engine.spec_decode.mtp import ChosenTokens, draft
+from qwencli.engine.spec_decode.policy import BatchDraftPolicy
+from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.shape_reader import read_shape
+from tests.checkpoints import engine_config
 from tests.engine.kernels.test_hybrid_step import CONFIG
+from tests.engine.native.mtp_reference import with_head
 from tests.engine.ops.test_rejection import VOCAB, sampler_of, tables
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -146,3 +161,34 @@ def test_captured_checks_of_drafts_are_those_of_the_cpu(kind: SamplerKind, looke
         found.append(work() if device is CPU else captured(work).cpu())
     # Sums in another order round otherwise at a few borders.
     assert (found[0] != found[1]).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("kernels", [Kernels.TORCH, Kernels.TRITON])
+def test_tokens_of_a_seed_and_behind_penalties_are_those_of_plain_steps(
+    checkpoint, tmp_path, monkeypatch, kernels
+) -> None:
+    """In graphs of all sizes, beside a row that draws as it likes."""
+    folder = with_head(checkpoint("qwen3_5"), tmp_path / "model")
+
+    def ask(text: str, **sampling) -> GenerationRequest:
+        options = SamplingOptions(**{"do_sample": False, "max_new_tokens": 48, **sampling})
+        return GenerationRequest((user_message(text),), options, ignore_eos=True)
+
+    drawn = {"do_sample": True, "temperature": 0.7}
+    asked = [ask("hello"), ask("B " * 40, repetition_penalty=1.4), ask("Why? ", seed=5, **drawn)]
+    asked += [ask("Or? ", seed=6, top_k=12, top_p=0.9, min_p=0.02, **drawn)]
+    config = engine_config(
+        folder, engine=EngineName.NATIVE, device="cuda", dtype=DType.FLOAT32, kernels=kernels
+    )
+    with NativeEngine(config) as engine:
+        expected = [engine.generate(each).token_ids for each in asked]
+    asked += [ask("Why? ", seed=-1, **drawn)]
+    sizes = random.Random(3)
+    monkeypatch.setattr(BatchDraftPolicy, "next", lambda *rest: sizes.choice((0, 1, 2, 4, 6)))
+    monkeypatch.setattr(BatchDraftPolicy, "learn", lambda *rest: None)
+    with NativeEngine(replace(config, speculate=Speculate.MTP)) as engine:
+        for _ in range(3):
+            found = list(generate_many(engine, asked))
+            assert [each.token_ids for each in found[:4]] == expected
+            assert len(found[4].token_ids) == 48
+            assert all(each.speculation.num_drafted for each in found)
