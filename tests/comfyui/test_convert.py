@@ -125,20 +125,32 @@ def test_every_layout_is_told_by_its_values(name):
         values = []
         for each in layout:
             if each in old_nodes.SWITCHES:
-                values.append(True)
+                # Which of the switches at the end it is cannot be told.
+                values.append(each in ("keep_model_loaded", "do_sample"))
             elif each in old_nodes.NUMBERS:
                 values.append(1)
             else:
                 values.append(samples.get(each, f"words of {each}"))
             if each == "seed":
                 values.append("randomize")
-        done, _, new = made(graph(node(name, values)))
+        done, written, new = made(graph(node(name, values)))
         prompts = {"text", "prompt", "user_prompt", "text_prompt", "custom_prompt", "prompt_text"}
         (prompt,) = prompts & set(layout)
         assert new["prompt"] == f"words of {prompt}"
         assert new["after"] == ("randomize" if "seed" in layout else "fixed")
         assert new["custom_model"] == ("" if "model" in layout else "words of model_name")
         assert len(done.converted) == 1
+        # The API's format has the same values by name, and becomes the same.
+        inputs = dict(zip(layout, _without_mode(values), strict=True))
+        api = convert({"5": {"class_type": name, "inputs": inputs}}, "w.json").document["5"]
+        assert api == {
+            "class_type": written["type"],
+            "inputs": {each: value for each, value in new.items() if each != "after"},
+        }
+
+
+def _without_mode(values):
+    return [value for value in values if value != "randomize"]
 
 
 # The editor's format

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from qwencli.comfyui import nodes
+from qwencli.comfyui.convert import convert
 from qwencli.comfyui.engine_keeper import KEEPER, EngineKeeper
 from qwencli.comfyui.nodes import NodeError
+from qwencli.comfyui.schemas import NODES
 from qwencli.errors import OutOfMemoryError
 from qwencli.messages import GenerationRequest, ImagePart, TextPart, VideoPart
 from tests.comfyui.comfy_stub import (
@@ -61,6 +63,44 @@ def test_a_single_picture(graph: Graph, management: Management) -> None:
     assert text == SCENE and texts == [SCENE]
     assert "tok/s" in statistics and "TTFT" in statistics and "native, none" in statistics
     assert "bundled model" in statistics
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (
+            "QwenVL",
+            {"text": "Describe this image in detail.", "model": "scenes", "image1": ["p", 0]},
+        ),
+        (
+            "AILab_QwenVL_Advanced",
+            {"preset_prompt": "Detailed Description", "model_name": "scenes", "image": ["p", 0]},
+        ),
+    ],
+)
+def test_a_converted_graph(
+    graph: Graph, management: Management, kind: str, values: dict[str, Any]
+) -> None:
+    old = {"1": {"class_type": kind, "inputs": {**values, "do_sample": False, "seed": 1}}}
+    converted = convert(old, "old.json").document
+    converted["1"]["inputs"] |= {"images": ["scene"], "do_sample": False}
+    text, _, _ = graph.run(converted, "1")
+    assert text == SCENE
+
+
+def test_an_example_workflow(graph: Graph, management: Management) -> None:
+    path = EXAMPLES.parent / "comfyui_nodes" / "example_workflows" / "1-caption-a-picture.json"
+    (node,) = [
+        each
+        for each in json.loads(path.read_text("utf-8"))["nodes"]
+        if each["type"] == "QwencliCaption"
+    ]
+    values = node["widgets_values"]
+    values.remove("randomize")
+    names = [each.id for each in NODES["QwencliCaption"].widgets]
+    inputs = dict(zip(names, values, strict=True)) | BASE
+    text, _, _ = graph.one("QwencliCaption", images=["scene"], **inputs)
+    assert text == SCENE
 
 
 def test_a_batch_of_pictures(graph: Graph, management: Management) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from qwencli.comfyui import install
+from qwencli.comfyui.schemas import NODES
 from qwencli.errors import InputError, OutputError
 
 ROOT = Path(__file__).parents[2]
@@ -183,6 +186,14 @@ def test_the_projects_file_keeps_to_the_registrys_rules():
     assert set(project["license"]) == {"text"}
     assert set(comfy) <= {"PublisherId", "DisplayName", "Icon", "Banner", "requires-comfyui"}
     assert re.fullmatch(r"[<>=!~]+\d+\.\d+\.\d+", comfy["requires-comfyui"])
+
+
+def test_the_pack_gives_comfyui_the_entry_point():
+    spec = importlib.util.spec_from_file_location("pack", PACK / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    extension = asyncio.run(module.comfy_entrypoint())
+    assert len(asyncio.run(extension.get_node_list())) == len(NODES)
 
 
 def test_without_qwencli_the_pack_says_what_to_install():
