@@ -98,7 +98,12 @@ def convert(document: Any, name: str) -> Conversion:
     Raises:
         InputError: it is no workflow, or has no node that is known.
     """
-    done = Conversion(copy.deepcopy(document))
+    try:
+        done = Conversion(copy.deepcopy(document))
+    except RecursionError as error:
+        raise InputError(
+            f"{name}: is nested too deeply", "save it in ComfyUI with Workflow > Save"
+        ) from error
     graphs = list(_graphs(done.document))
     if not graphs:
         raise InputError(

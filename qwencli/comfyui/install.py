@@ -70,8 +70,7 @@ def install_pack(path: Path) -> Installed:
     """
     try:
         comfyui = find_comfyui(path)
-        target = comfyui / _CUSTOM_NODES / PACK_NAME
-        replaced = _is_ours(target)
+        target, replaced = _target(comfyui / _CUSTOM_NODES)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror or error})", "check its permissions"
@@ -98,8 +97,10 @@ def find_comfyui(path: Path) -> Path:
         raise InputError(f"{path}: there is no such folder", hint)
     if not path.is_dir():
         raise InputError(f"{path}: is a file", hint)
-    full = path.resolve()
-    for folder in (full, full.parent if full.name == _CUSTOM_NODES else full, full / "ComfyUI"):
+    # Not resolved at first: custom_nodes may be a link to another disk.
+    full, real = path.absolute(), path.resolve()
+    above = [each.parent for each in (full, real) if each.name == _CUSTOM_NODES]
+    for folder in (full, *above, full / "ComfyUI"):
         if _is_comfyui(folder):
             nodes = folder / _CUSTOM_NODES
             if nodes.exists() and not nodes.is_dir():
@@ -164,25 +165,37 @@ def _is_comfyui(folder: Path) -> bool:
     return (folder / _CUSTOM_NODES).is_dir() and all((folder / name).is_dir() for name in _DATA)
 
 
-def _is_ours(target: Path) -> bool:
-    """Whether a pack of ours is there already.
+def _target(custom_nodes: Path) -> tuple[Path, bool]:
+    """Where the pack goes, and whether it is there already, under whatever name.
 
     Raises:
-        InputError: something else is.
+        InputError: something else is in the way.
     """
-    if not target.exists() and not target.is_symlink():
-        return False
+    present = sorted(custom_nodes.iterdir()) if custom_nodes.is_dir() else []
+    for folder in present:
+        if _is_pack(folder) and folder.suffix != ".disabled":
+            if folder.is_symlink():
+                raise InputError(
+                    f"{folder}: is a link to the pack, which it follows",
+                    "remove the link to have a copy",
+                )
+            return folder, True
+    target = custom_nodes / PACK_NAME
     if target.is_symlink():
         raise InputError(f"{target}: a link is in the way", "remove the link")
-    if not target.is_dir():
+    if target.is_dir():
+        raise InputError(f"{target}: a folder that is not qwencli's is in the way", "move it away")
+    if target.exists():
         raise InputError(f"{target}: a file is in the way", "move it away")
+    return target, False
+
+
+def _is_pack(folder: Path) -> bool:
     try:
-        project = tomllib.loads((target / "pyproject.toml").read_text("utf-8"))["project"]
-        if project["name"] == PACK_NAME:
-            return True
+        project = tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["project"]
+        return bool(project["name"] == PACK_NAME)
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise InputError(f"{target}: a folder that is not qwencli's is in the way", "move it away")
+        return False
 
 
 def _put(pack: Path, target: Path) -> None:

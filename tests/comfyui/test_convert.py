@@ -493,6 +493,14 @@ def test_what_is_no_workflow_is_said(document):
         convert(document, "w.json")
 
 
+def test_what_is_nested_too_deeply_is_said():
+    deep = {}
+    for _ in range(900):
+        deep = {"extra": deep}
+    with pytest.raises(InputError, match="is nested too deeply"):
+        convert({"nodes": [node("QwenVL", [])], "extra": deep}, "w.json")
+
+
 def test_a_workflow_without_old_nodes_is_said():
     with pytest.raises(InputError, match="no node of a pack that is known"):
         convert(graph(), "w.json")

@@ -41,9 +41,26 @@ def names(folder):
 def test_the_folder_its_custom_nodes_and_the_portable_folder_are_taken(tmp_path, given):
     target = comfyui(tmp_path / "ComfyUI") / "custom_nodes" / install.PACK_NAME
     done = install.install_pack(tmp_path / given)
-    assert (done.folder, done.replaced) == (target.resolve(), False)
+    assert (done.folder.resolve(), done.replaced) == (target.resolve(), False)
     assert names(target) == names(PACK)
     assert names(target.parent) == {f"{install.PACK_NAME}/{name}" for name in names(PACK)}
+
+
+def test_custom_nodes_on_another_disk_is_taken(tmp_path):
+    nodes = comfyui(tmp_path / "ComfyUI") / "custom_nodes"
+    nodes.rmdir()
+    (tmp_path / "nodes").mkdir()
+    nodes.symlink_to(tmp_path / "nodes")
+    assert install.install_pack(nodes).folder.parent == nodes
+    assert names(tmp_path / "nodes" / install.PACK_NAME) == names(PACK)
+
+
+def test_a_pack_under_another_name_is_the_one_that_is_upgraded(tmp_path):
+    folder = install.install_pack(comfyui(tmp_path)).folder
+    other = folder.rename(folder.with_name("qwencli_nodes"))
+    done = install.install_pack(tmp_path)
+    assert (done.folder, done.replaced) == (other, True)
+    assert [path.name for path in folder.parent.iterdir()] == [other.name]
 
 
 def test_a_data_folder_of_the_desktop_application_is_taken(tmp_path):
@@ -88,7 +105,8 @@ def test_a_path_that_no_system_has_is_refused(tmp_path):
     [
         (lambda target: target.touch(), "a file is in the way"),
         (lambda target: target.mkdir(), "not qwencli's"),
-        (lambda target: target.symlink_to(PACK), "a link is in the way"),
+        (lambda target: target.symlink_to(PACK), "is a link to the pack"),
+        (lambda target: (target.parent / "mine").symlink_to(PACK), "is a link to the pack"),
         (lambda target: target.symlink_to(target.parent / "gone"), "a link is in the way"),
         (
             lambda target: (target.mkdir(), (target / "pyproject.toml").write_text("[project]\n")),
