@@ -2,6 +2,7 @@
 
     python benchmarks/rows_step.py --out rows_step.json [--mode none,fp8,8bit,4bit]
         [--rows 1,2,4,8,32,128,256] [--context 300] [--repeats 5] [--mixed] [--sweep-attention]
+        [--check 1,2,4,8]
 
 Steps are the engine's own, greedy, with random weights, each as one CUDA graph: `lone` is the step
 of `stream`, the others are steps of the batch, whose rows have pages in no order. Every repeat runs
@@ -11,6 +12,10 @@ is a step whose attention is left out: what attention costs is the difference.
 
 `--mixed`: one row of eight is sixteen times as long as the others. `--sweep-attention`: instead,
 other cuts of attention for each number of rows, in turns with the one that runs by default.
+
+`--check`: instead, steps that check so many tokens of each row, 32 in all at most, beside plain
+ones, with drafts from text. `all_right` and `all_wrong` say how much faster than plain steps they
+are where every draft is right, and none.
 """
 
 from __future__ import annotations
@@ -39,6 +44,8 @@ from qwencli.engine.kernels.tiles import AttentionTiles
 from qwencli.engine.native.sampler import SamplerKind
 from qwencli.engine.ops.decoder_ops import Layer, Step
 from qwencli.engine.runner import ModelRunner
+from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
+from qwencli.engine.spec_decode.policy import MOST_VERIFIED
 
 CUDA = torch.device("cuda")
 REPLAYS = 40
@@ -52,13 +59,15 @@ EVERY, LONG = 8, 16
 class RowsStep:
     """The batch's step over the model of a lone one; every row has pages of its own."""
 
-    def __init__(self, step: MeasuredStep, max_rows: int, short: int, most: int) -> None:
+    def __init__(
+        self, step: MeasuredStep, max_rows: int, short: int, most: int, drafting: bool = False
+    ) -> None:
         """Every eighth row has room for `most` tokens, the others for `short`."""
         counts = [pages_for(short if row % EVERY else most) for row in range(max_rows)]
         self._most, self._own = most, step.own
         states = max_rows + 1
         self.runner = ModelRunner(
-            step.model, 1 + sum(counts), max_rows, most, False, VisionCache(), num_states=states
+            step.model, 1 + sum(counts), max_rows, most, False, VisionCache(), states, drafting
         )
         self.runner.state.states.copy_(torch.arange(1, states))
         # As the engine does where memory allows.
@@ -79,6 +88,14 @@ class RowsStep:
         state.step.zero_()
         state.done.zero_()
         state.sampler.penalty.fill_(1.0)
+        if state.drafts is not None:
+            state.drafts.last_slot.fill_(1 << 30)
+            state.drafts.ids.zero_()
+            state.drafts.input_ids.fill_(7)
+
+    def check(self, rows: int, size: int) -> None:
+        """One step that checks `size` tokens of each row."""
+        self.runner._advance(SamplerKind.ARGMAX, rows, self._most, size)
 
     def run(self, kind: SamplerKind, rows: int, tiles: AttentionTiles | None = None) -> None:
         """One step; attention is cut up as `tiles` say, or as by default."""
@@ -156,6 +173,19 @@ def figures(rows: int, us: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def checked(name: str, us: Sequence[float], plain: Sequence[float]) -> dict[str, Any]:
+    """What a step that checks drafts gives beside plain ones of the same turns."""
+    rows, _, size = name.split()
+    share = statistics.median(own / one for own, one in zip(us, plain, strict=True))
+    return {
+        **figures(int(rows), us),
+        "size": int(size),
+        "plain_ms": round(statistics.median(plain) / 1e3, 4),
+        "all_right": round(int(size) / share, 3),
+        "all_wrong": round(1 / share, 3),
+    }
+
+
 def cuts(block: int) -> list[AttentionTiles]:
     return [
         AttentionTiles(block, splits, warps, shortest)
@@ -166,10 +196,10 @@ def cuts(block: int) -> list[AttentionTiles]:
 def measure(model: str, mode: str, rows: Sequence[int], options: argparse.Namespace) -> Any:
     """All steps of one kind of weights."""
     context, kind, mixed = options.context, SamplerKind(options.kind), options.mixed
-    slots = context + 2 * REPLAYS + SLACK
+    slots = context + (2 * REPLAYS + SLACK) * (MAX_VERIFY_TOKENS if options.check else 1)
     most = slots + (LONG - 1) * context if mixed else slots
     lone = MeasuredStep(text_shape(model), Quantization(mode), most, Tiles())
-    batch = RowsStep(lone, max(rows), slots, most)
+    batch = RowsStep(lone, max(rows), slots, most, drafting=bool(options.check))
     steps = Steps()
 
     def begin() -> None:
@@ -188,6 +218,21 @@ def measure(model: str, mode: str, rows: Sequence[int], options: argparse.Namesp
             of_rows = {name: us for name, us in steps.us.items() if int(name.split()[0]) == count}
             best = sorted(of_rows, key=lambda name: statistics.median(of_rows[name]))
             result[str(count)] = {name: figures(count, of_rows[name]) for name in best}
+        return result
+
+    if options.check:
+        sizes = [int(size) for size in options.check.split(",")]
+        for count in rows:
+            steps.add(f"{count} plain", begin, functools.partial(batch.run, kind, count))
+            for size in (each for each in sizes if each * count <= MOST_VERIFIED):
+                own = functools.partial(batch.check, count, size)
+                steps.add(f"{count} check {size}", begin, own)
+        steps.measure(options.repeats)
+        result["checks"] = [
+            checked(name, us, steps.us[f"{name.split()[0]} plain"])
+            for name, us in steps.us.items()
+            if "check" in name
+        ]
         return result
 
     # Some models run in rows alone.
@@ -218,6 +263,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--mixed", action="store_true")
     parser.add_argument("--sweep-attention", action="store_true")
+    parser.add_argument("--check", default="", help="tokens of each row, by size of step")
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     rows = [int(count) for count in options.rows.split(",")]

@@ -341,7 +341,7 @@ def test_the_head_has_seen_every_token_however_many_steps_took(headed, by_head, 
     assert len(checked) > 6
 
 
-@pytest.mark.parametrize("right", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("right", [0.0, 0.9])
 def test_steps_that_check_drafts_give_what_plain_ones_do(engine, speculating, monkeypatch, right):
     """Of rows that join and leave, whatever sizes steps have; answers end within what a step
     accepts, by a stop token or by their limit."""
