@@ -73,9 +73,10 @@ class Decoder:
 
     @property
     def quantized_matrices(self) -> list[QuantizedTensor]:
-        """Of all layers, and the head."""
+        """Of all layers, and the head, each once."""
         layers = [part for layer in self.layers for part in vars(layer).values()]
-        return [part for part in (*layers, self.head) if isinstance(part, QuantizedTensor)]
+        found = [part for part in (*layers, self.head) if isinstance(part, QuantizedTensor)]
+        return list({id(part): part for part in found}.values())
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [N] -> hidden states [N, hidden]."""

@@ -319,6 +319,7 @@ class NativeEngine(BaseEngine):
         """
         started, warnings = time.perf_counter(), list[str]()
         files = open_model(replace(self.config, load_format=LoadFormat.DUMMY))
+        shape = self._shape_of(files)
         device = resolve_device(self.config.device)
         lacks = device_lacks(device)
         check_modes(self.config, EngineName.NATIVE, lacks)
@@ -331,7 +332,7 @@ class NativeEngine(BaseEngine):
             raise UnsupportedModeError(f"there are no kernels to compile: {why}")
         from qwencli.engine.native.kernel_cache import use_folder_of
 
-        shape, self._place = read_shape(files.hub_config), torch.device(device)
+        self._place = torch.device(device)
         dtype = resolve_dtype(self.config.dtype, device, files.checkpoint_dtype)
         self._planned = self._plan_of_kernels(kernels, shape, getattr(torch, dtype.value), None)
         if self._planned is None:

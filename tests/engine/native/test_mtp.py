@@ -252,6 +252,10 @@ def test_the_head_s_matrices_are_quantized_but_for_what_joins_two_vectors(
     assert own == {f"text.mtp.{name}" for name in ("qkv", "o", "gate_up", "down")}
     assert len(model.draft_head.quantized_matrices) == 4
     assert "text.mtp.fc" in loaded.tensors
+    # Each once, though a layer knows the matrix that reads its result.
+    known = [*model.decoder.quantized_matrices, *model.draft_head.quantized_matrices]
+    assert {id(each) for each in known} == {id(each) for each in loaded.matrices.values()}
+    assert len(known) == len(loaded.matrices)
     expected = native_weight_bytes(shape, quantization, 2)
     plain = native_weight_bytes(read_shape(hub_config(family)), quantization, 2)
     kept = [each for name, each in loaded.tensors.items() if name.startswith("text.mtp.")]

@@ -18,7 +18,7 @@ from qwencli.engine.ops.rejection import Candidates
 
 CPU = torch.device("cpu")
 VOCAB = 7
-ROWS = 60_000
+ROWS = 20_000
 # Of 1e-5: fixed seeds stay on one side of it.
 CHI_SQUARE_TAIL = 1e-5
 
@@ -129,7 +129,7 @@ def test_tokens_are_distributed_as_without_drafts(
     expected = of_model[(2 * 3 + 1) % VOCAB]
     if not looked_up:
         expected = torch.minimum(of_model, of_drafter).sum()
-    assert stayed == pytest.approx(float(expected), abs=0.01)
+    assert stayed == pytest.approx(float(expected), abs=0.015)
 
 
 @pytest.mark.parametrize("looked_up", [False, True])
