@@ -27,7 +27,7 @@ def engine(folder, name):
     return create_engine(config)
 
 from qwencli.engine.quant import quantized_tensor
-quantized_tensor.ROWS_AT_A_TIME = 512  # a part of these matrices, as it is of a published model's
+quantized_tensor.ROWS_AT_A_TIME = 256  # a part of these matrices, as it is of a published model's
 from qwencli.models import quantized_cache
 quantized_cache.cache_root = lambda: Path(sys.argv[4])
 
@@ -85,7 +85,7 @@ def test_peak_of_a_load_is_one_copy(tmp_path, checkpoint):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_a_load_that_quantizes_holds_one_matrix_beside_the_small_ones(tmp_path, checkpoint):
-    whole, (writes, reads) = peaks_of(tmp_path, checkpoint, 12, "4bit", "native", "native")
+    whole, (writes, reads) = peaks_of(tmp_path, checkpoint, 8, "4bit", "native", "native")
     # The first quantizes and keeps what it made: it holds a matrix of float32 and what quantizing
     # some rows of it takes. The second reads that back.
     assert writes < 0.4 * whole
