@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.comfyui import old_nodes as old_packs
-from qwencli.comfyui.old_nodes import NO_EQUAL, OLD_NODES, SAME, OldNode
-from qwencli.comfyui.schemas import AUTO, CHAT, NO_PRESET, BatchMode, Input, Kind, Node, models
+from qwencli.comfyui.old_nodes import OLD_NODES, OldNode
+from qwencli.comfyui.schemas import Node
+from qwencli.comfyui.translate import Translated, is_known, translated
 from qwencli.errors import InputError
-from qwencli.models.builtin import find_builtin
-from qwencli.presets import PRESETS
 
 # What the editor keeps behind the value of a seed.
 _SEED_MODES = ("fixed", "increment", "decrement", "randomize", "increment-wrap")
@@ -34,10 +32,6 @@ _SHAPE_OPTIONAL, _SHAPE_LIST = 7, 6
 _UNKNOWN_VERSION = "its values fit no version that is known, it is left as it is"
 # What a node says of the pack that it came from, for ComfyUI's manager.
 _OF_OLD_PACK = ("cnr_id", "aux_id", "ver", "models")
-# "Qwen3VL-4B-Instruct-Q4_K_M.gguf": the model, and the bits of its weights unless they are floats.
-_GGUF = re.compile(
-    r"(?i)(?P<base>qwen[^/ ]*?)-?(?:UD-)?\b(?:I?Q(?P<bits>\d)\w*|BF16|F16|F32)(?=\.gguf|[ ()]|$)"
-)
 # Where a file may keep its graphs: what was posted to ComfyUI, and what pictures carry.
 _WRAPPERS = ("prompt", "output", "workflow", "extra_data", "extra_pnginfo")
 
@@ -55,20 +49,6 @@ class Conversion:
     document: Any
     converted: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Values:
-    """What one old node becomes: values and links by our inputs, and what is to be told."""
-
-    node: Node
-    values: dict[str, Any]
-    links: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    # Where each old input went whose values mean the same, and whose values were translated;
-    # promoted widgets of subgraphs follow it.
-    moved: dict[str, str] = field(default_factory=dict)
-    translated: dict[str, str] = field(default_factory=dict)
 
 
 def read_workflow(path: Path) -> Any:
@@ -141,206 +121,6 @@ def _graphs(found: Any) -> Iterator[dict[str, Any]]:
         yield from _graphs(found.get(key))
 
 
-# What one node becomes
-
-
-def _moved_over(old: OldNode, values: Mapping[str, Any], links: Mapping[str, Any]) -> _Values:
-    """Translate the values and links of an old node, both by its own names."""
-    node = CHAT if _asks_without_pictures(old, values, links) else old.node
-    result = _Values(node, {each.id: each.default for each in node.widgets})
-    for name, value in old.settings.items():
-        _set(result, name, value)
-    _move_pictures(old, links, result)
-    pictures = {*old.pictures, old.frames, old.video}
-    for name in [*values, *(name for name in links if name not in values)]:
-        if name in pictures:
-            continue
-        if name in links:
-            _move_link(old, name, links[name], result)
-        if name in values and (name not in links or name in result.moved):
-            _move_value(old, name, values[name], result)
-    if node is CHAT and "prompt" not in result.links and not result.values["prompt"]:
-        result.notes.append("prompt is empty: write what to ask")
-    return result
-
-
-def _asks_without_pictures(
-    old: OldNode, values: Mapping[str, Any], links: Mapping[str, Any]
-) -> bool:
-    """Old nodes for pictures answer without one, too; of ours, the one for captions does not."""
-    shown = {*old.pictures, old.frames, old.video, *old_packs.FILE_INPUTS}
-    if any(name in links or values.get(name) for name in shown):
-        return False
-    return any(
-        SAME.get(name) == "prompt" and (name in links or bool(value))
-        for name, value in {**values, **links}.items()
-    )
-
-
-def _move_pictures(old: OldNode, links: Mapping[str, Any], result: _Values) -> None:
-    pictures = [name for name in old.pictures if name in links]
-    if old.video in links:
-        result.links["video"] = links[old.video]
-    if old.frames in links:
-        result.links["images"] = links[old.frames]
-        result.values["batch_mode"] = BatchMode.VIDEO.value
-    elif len(pictures) == 1:
-        result.links["images"] = links[pictures.pop()]
-    places = [each.id for each in result.node.inputs if re.fullmatch(r"image_\d", each.id)]
-    for place, name in zip(places, pictures, strict=False):
-        result.links[place] = links[name]
-    for name in pictures[len(places) :]:
-        result.notes.append(f"{name}: there are {len(places)} inputs for pictures, it is left out")
-
-
-def _place(old: OldNode, name: str, node: Node) -> str | None:
-    """The input of `node` that means the same; None: there is none."""
-    place = old.names.get(name, SAME.get(name, ""))
-    return place if any(each.id == place for each in node.inputs) else None
-
-
-def _move_link(old: OldNode, name: str, link: Any, result: _Values) -> None:
-    place = _place(old, name, result.node)
-    if place is not None:
-        result.links[place] = link
-        result.moved[name] = place
-        return
-    _, instead = NO_EQUAL.get(name, (None, "choose it in the node"))
-    result.notes.append(f"{name} came from another node and has no equal: {instead}")
-
-
-def _move_value(old: OldNode, name: str, value: Any, result: _Values) -> None:
-    place = _place(old, name, result.node)
-    if (shown := old_packs.TRANSLATED.get(name)) in result.values:
-        result.translated[name] = str(shown)
-    if place is not None:
-        result.moved[name] = place
-        # An empty text says nothing: what a preset or a style has put there stays.
-        if value != "" or not result.values.get(place):
-            _set(result, place, value)
-    elif name in old_packs.MODEL_INPUTS:
-        _set_model(result, value)
-    elif name in old_packs.QUANTIZATION_INPUTS:
-        bits = re.search(r"[48]", str(value))
-        _set(result, "quantization", f"{bits[0]}bit" if bits else "none")
-    elif name in old_packs.ATTENTION_INPUTS:
-        if value == "sage":
-            result.notes.append(f"{name} sage has no equal: auto takes the fastest here")
-            value = AUTO
-        _set(result, "attention", value)
-    elif name in old_packs.KEEP_INPUTS | old_packs.UNLOAD_INPUTS:
-        # A node that never unloads has our own time after which it does.
-        if bool(value) == (name in old_packs.UNLOAD_INPUTS):
-            _set(result, "keep_loaded", "0")
-    elif name in old_packs.PRESET_INPUTS:
-        _set_preset(result, name, value)
-    elif name in old_packs.STYLE_INPUTS:
-        system = old_packs.OLD_STYLES.get(_letters(value), old_packs.OLD_STYLES["enhance"])
-        _set(result, "system", system)
-        result.notes.append(f"{name} {value!r:.60}: system says it in words of our own")
-    else:
-        nothing, instead = NO_EQUAL.get(name, (None, "it is unknown"))
-        if value != nothing or nothing is None:
-            result.notes.append(f"{name} {value!r:.60} has no equal: {instead}")
-
-
-def _set(result: _Values, name: str, value: Any) -> None:
-    """Give an input a value, brought into its range."""
-    place = next((each for each in result.node.inputs if each.id == name), None)
-    if place is None:
-        return
-    fitting = _fitting(place, value)
-    if fitting is None:
-        result.notes.append(f"{name} cannot be {value!r:.60}: it stays {place.default!r}")
-        return
-    if fitting != value:
-        result.notes.append(f"{name} {value!r:.60} is out of range here: it is {fitting!r}")
-    result.values[name] = fitting
-
-
-def _fitting(place: Input, value: Any) -> Any:
-    """The value that an input of ours takes for this one, None where there is none."""
-    if place.kind is Kind.BOOLEAN:
-        return value if isinstance(value, bool) else None
-    if place.kind in (Kind.INT, Kind.FLOAT):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return None
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        if place.kind is Kind.INT and value != int(value):
-            return None
-        if place.id == _SEED and place.high is not None and value > place.high:
-            return int(value) % (int(place.high) + 1)
-        bounded = min(max(value, place.low if place.low is not None else value),
-                      place.high if place.high is not None else value)  # fmt: skip
-        # -1 has a meaning of its own for sampling parameters, which no old node gave it.
-        if place.default == -1 and place.id != _SEED:
-            bounded = max(bounded, 1 if place.id == "repetition_penalty" else 0)
-        return int(bounded) if place.kind is Kind.INT else bounded
-    if not isinstance(value, str):
-        return None
-    return value if place.kind is Kind.STRING or value in place.options else None
-
-
-def _set_model(result: _Values, value: Any) -> None:
-    if not isinstance(value, str) or not value.strip():
-        return
-    name = old_packs.OLD_MODELS.get(value.strip(), value.strip())
-    if (file := _gguf(name)) is not None:
-        base, quantization = file
-        entry = find_builtin(base)
-        if entry is None:
-            result.notes.append(f"model {name!r:.80} is a GGUF file: choose a model in the node")
-            return
-        result.notes.append(f"model {name!r:.80} is a GGUF file: it is {entry.alias} now")
-        _set(result, "quantization", quantization)
-        name = base
-    if name in models():  # an entry of custom_models.json, whose format the packs share
-        result.values["model"] = name
-        return
-    entry = find_builtin(name)
-    if entry is not None:
-        result.values["model"] = entry.alias
-        return
-    if "/" not in name and name.lower().startswith("qwen"):
-        name = f"Qwen/{name}"
-    elif "/" not in name:
-        result.notes.append(
-            f"model {name!r:.80} is unknown: name its hub id in custom_model, or put it into "
-            "custom_models.json"
-        )
-    result.values["custom_model"] = name
-
-
-def _gguf(name: str) -> tuple[str, str] | None:
-    """What a GGUF file was made of, and the quantization nearest to it; None: it is none."""
-    found = _GGUF.search(name)
-    if found is None:
-        return ("", "4bit") if "gguf" in name.lower() else None
-    bits = found["bits"]
-    quantization = "none" if bits is None else "8bit" if int(bits) > 5 else "4bit"
-    # Qwen's own files leave out a hyphen of the model's name.
-    base = re.sub(r"(?i)^(qwen[\d.]+)vl-", r"\1-VL-", found["base"])
-    return base.rstrip("-"), quantization
-
-
-def _letters(value: Any) -> str:
-    return " ".join(re.findall("[a-z]+", str(value).lower()))
-
-
-def _set_preset(result: _Values, name: str, value: Any) -> None:
-    if value in PRESETS:
-        preset, prompt = str(value), ""
-    elif _letters(value) in old_packs.OLD_PRESETS:
-        preset, prompt = old_packs.OLD_PRESETS[_letters(value)]
-        if prompt:
-            result.notes.append(f"{name} {value!r:.60}: prompt says it in words of our own")
-    else:  # the first version's presets were the questions themselves
-        preset, prompt = NO_PRESET, str(value)
-    _set(result, "preset", preset)
-    _set(result, "prompt", prompt)
-
-
 # The API's format
 
 
@@ -353,12 +133,12 @@ def _convert_api(graph: dict[str, Any], done: Conversion) -> None:
         if old is None or not isinstance(inputs, dict):
             continue
         where = f"node {key} ({node['class_type']})"
-        if not _is_known(old, inputs):
+        if not is_known(old, inputs):
             done.notes.append(f"{where}: {_UNKNOWN_VERSION}")
             continue
         links = {name: value for name, value in inputs.items() if _is_api_link(value)}
         values = {name: value for name, value in inputs.items() if name not in links}
-        new = _moved_over(old, values, links)
+        new = translated(old, values, links)
         node["inputs"] = {**new.values, **new.links}
         node["class_type"] = new.node.id
         _tell(done, where, new)
@@ -368,7 +148,7 @@ def _is_api_link(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[1], int)
 
 
-def _tell(done: Conversion, where: str, new: _Values) -> None:
+def _tell(done: Conversion, where: str, new: Translated) -> None:
     done.converted.append(f"{where} is {new.node.display_name} now")
     done.notes += [f"{where}: {note}" for note in new.notes]
 
@@ -378,9 +158,9 @@ def _tell(done: Conversion, where: str, new: _Values) -> None:
 
 def _convert_editor(
     graph: dict[str, Any], done: Conversion, within: str = ""
-) -> dict[str, _Values]:
+) -> dict[str, Translated]:
     """Convert a graph and its subgraphs; returns what its own nodes became, by their ids."""
-    inner: dict[str, dict[str, _Values]] = {}
+    inner: dict[str, dict[str, Translated]] = {}
     definitions = graph.get("definitions")
     subgraphs = definitions.get("subgraphs") if isinstance(definitions, dict) else None
     for subgraph in subgraphs if isinstance(subgraphs, list) else []:
@@ -388,7 +168,7 @@ def _convert_editor(
             name = f" of subgraph {subgraph.get('name')!r:.60}"
             inner[str(subgraph.get("id"))] = _convert_editor(subgraph, done, name)
     _tell_group_nodes(graph, done)
-    became: dict[str, _Values] = {}
+    became: dict[str, Translated] = {}
     for node in graph["nodes"]:
         if not isinstance(node, dict):
             continue
@@ -412,7 +192,7 @@ def _dicts(found: Any) -> list[dict[str, Any]]:
 
 def _convert_editor_node(
     graph: dict[str, Any], node: dict[str, Any], old: OldNode, where: str, done: Conversion
-) -> _Values | None:
+) -> Translated | None:
     named = _named_values(node, old)
     if named is None:
         done.notes.append(f"{where}: {_UNKNOWN_VERSION}")
@@ -420,7 +200,7 @@ def _convert_editor_node(
     values, seed_mode = named
     sockets = {str(each.get("name")): each for each in _dicts(node.get("inputs"))}
     links = {name: each["link"] for name, each in sockets.items() if each.get("link") is not None}
-    new = _moved_over(old, values, links)
+    new = translated(old, values, links)
     _remove_links(graph, [link for link in links.values() if link not in new.links.values()])
     node["inputs"] = _editor_inputs(new.node, new.links, sockets, links)
     for slot, entry in enumerate(node["inputs"]):
@@ -449,7 +229,7 @@ def _named_values(node: Mapping[str, Any], old: OldNode) -> tuple[dict[str, Any]
         if isinstance(named, dict) and named:
             mode = named.get(_AFTER)
             values = {str(name): value for name, value in named.items() if name != _AFTER}
-            known = _is_known(old, values)
+            known = is_known(old, values)
             return (values, mode if mode in _SEED_MODES else "fixed") if known else None
     if given is None:
         given = []
@@ -465,13 +245,6 @@ def _named_values(node: Mapping[str, Any], old: OldNode) -> tuple[dict[str, Any]
         if (found := _by_layout(given, layout)) is not None:
             return found
     return None
-
-
-def _is_known(old: OldNode, names: Iterable[str]) -> bool:
-    """Whether inputs of these names can be this node's, not those of a namesake: most are known."""
-    own = {*old.pictures, old.frames, old.video, *old_packs.FILE_INPUTS}.union(*old.layouts)
-    given = set(names)
-    return 2 * len(given & own) >= len(given)
 
 
 def _by_layout(given: Sequence[Any], layout: Sequence[str]) -> tuple[dict[str, Any], str] | None:
@@ -599,7 +372,9 @@ def _remove_links(graph: dict[str, Any], gone: Sequence[Any]) -> None:
             entry[key] = [link for link in entry[key] if link not in gone]
 
 
-def _rename_promoted(node: dict[str, Any], inner: Mapping[str, _Values], done: Conversion) -> None:
+def _rename_promoted(
+    node: dict[str, Any], inner: Mapping[str, Translated], done: Conversion
+) -> None:
     """Widgets of a subgraph's nodes that its own node shows, by the names they have now."""
     properties = node.get("properties")
     promoted = properties.get("proxyWidgets") if isinstance(properties, dict) else None
@@ -614,7 +389,7 @@ def _rename_promoted(node: dict[str, Any], inner: Mapping[str, _Values], done: C
             # Values that the subgraph's own node keeps would be of the old words.
             place = new.moved.get(str(entry[1]))
             if place is None and not parallel:
-                place = new.translated.get(str(entry[1]))
+                place = new.reworded.get(str(entry[1]))
             if place is None:
                 done.notes.append(
                     f"node {node.get('id')}: its widget {entry[1]!r:.60} shows an input that has "
