@@ -114,10 +114,11 @@ class HeadInputs:
     def note(self, hidden: Tensor, slot: Tensor) -> None:
         """Take over `hidden` [R * S, hidden] of tokens that were fed to the first R rows from
         `slot` [R] on."""
-        rows = len(slot)
+        rows, at = len(slot), slot[:, None]
         states = hidden.view(rows, -1, hidden.shape[-1])
-        ahead = torch.arange(states.shape[1], device=slot.device)
-        at = (slot[:, None] + ahead) % RING
+        if states.shape[1] > 1:  # a plain step has few kernels to spare
+            at = at + torch.arange(states.shape[1], device=slot.device)
+        at = at % RING
         self.hidden[:rows].scatter_(1, at[..., None].expand_as(states), states)
 
     def draft(
@@ -134,7 +135,8 @@ class HeadInputs:
         """Guess what follows `rows.token` and put it into `drafts.input_ids`, with what the head
         has not seen before."""
         slot, done = rows.slot, self.done[: len(rows.slot)]
-        count = (slot - done).clamp(max=CAUGHT_UP)
+        # Rows that nothing uses are at 0, and were elsewhere.
+        count = (slot - done).clamp(0, CAUGHT_UP)
         ahead = torch.arange(CAUGHT_UP, device=slot.device)
         at = (slot - count)[:, None] + ahead
         hidden = self.hidden[: len(slot)]
