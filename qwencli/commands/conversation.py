@@ -409,6 +409,8 @@ class Conversation:
         name, value = setting_said(rest) if rest else ("", "")
         if name == "thinking":
             self._thinking = switched(name, value)
+            if self._thinking_budget == 0:
+                self._thinking_budget = None
         elif name == "thinking_budget":
             self._thinking_budget = budget_said(value)
             # As on the command line: who bounds thoughts wants some, and 0 means none.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwencli.engine.frontend.chat_template import _CHATML as CHATML
-from qwencli.engine.frontend.prompt import Prompt, PromptBuilder
+from qwencli.engine.frontend.prompt import OUT_OF_THOUGHTS, Prompt, PromptBuilder
 from qwencli.errors import InputError, ModelFileError, UsageError
 from qwencli.messages import (
     ImagePart,
@@ -408,3 +408,38 @@ def test_sizes_before_and_after_resizing(tmp_path: Path) -> None:
         prompt.resized_sizes, prompt.grid_thw, strict=True
     ):
         assert (height, width) == (rows * 16, columns * 16)
+
+
+ALWAYS = CHATML.replace("assistant\\n", "assistant\\n<think>\\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "thinking", "budget", "ends", "bounded"),
+    [
+        (QWEN3_TEXT, True, 7, "assistant\n<think>\n", True),
+        (QWEN3_TEXT, True, None, "assistant\n", False),
+        (QWEN3_TEXT, True, 0, "<think>\n\n</think>\n\n", False),
+        (ALWAYS, False, 7, "assistant\n<think>\n", True),
+        (ALWAYS, True, 0, "<think>\n\n</think>\n\n", False),
+    ],
+)
+def test_thoughts_with_a_budget_begin_in_the_prompt(
+    tmp_path: Path, template: str, thinking: bool, budget: int | None, ends: str, bounded: bool
+) -> None:
+    assert ALWAYS != CHATML
+    write_tiny_folder(tmp_path, template=template)
+    made = PromptBuilder.from_folder(tmp_path, family="qwen3", min_pixels=None, max_pixels=None)
+    prompt = made.build((user_message("hi"),), thinking=thinking, thinking_budget=budget)
+    said = made.tokenizer.encode(ends)
+    assert prompt.input_ids[-len(said) :] == said
+    assert (prompt.budget is not None) is bounded
+    if prompt.budget is not None:
+        closing = made.tokenizer.encode(f"{OUT_OF_THOUGHTS}</think>\n\n")
+        assert (prompt.budget.tokens, list(prompt.budget.closing_ids)) == (7, closing)
+        assert prompt.opens_thought
+    with pytest.raises(InputError, match="does not think"):
+        write_tiny_folder(tmp_path, template=CHATML)
+        plain = PromptBuilder.from_folder(
+            tmp_path, family="qwen3", min_pixels=None, max_pixels=None
+        )
+        plain.build((user_message("hi"),), thinking=True, thinking_budget=7)
