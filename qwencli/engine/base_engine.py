@@ -216,7 +216,14 @@ class BaseEngine(ManyRequests, ABC):
         # request that has produced nothing yet is tried once more.
         for last_try in (False, True):
             held = None if matcher is None else matcher.copy()
-            answer = ResponseBuilder(self.files, prompt, sampling, started_s, matcher=held)
+            answer = ResponseBuilder(
+                self.files,
+                prompt,
+                sampling,
+                started_s,
+                matcher=held,
+                bypass_caches=request.bypass_caches,
+            )
             try:
                 yield from self._answer(answer)
             except (RuntimeError, MemoryError) as error:

@@ -42,7 +42,7 @@ class ResponseBuilder:
         num_cached_tokens: of the prompt, what was in the cache already.
         matcher: what the answer is held to; None while it thinks. Tokens that it forces at the
             beginning stand at the prompt's end already; they are part of the text.
-        logprobs: see `GenerationRequest`.
+        logprobs, bypass_caches: see `GenerationRequest`.
         stream: whether somebody reads what each token says.
 
     Of the round that runs: `fed` is the prompt, of which rounds before have written the first
@@ -56,6 +56,7 @@ class ResponseBuilder:
     num_cached_tokens: int = 0
     matcher: TokenMatcher | None = None
     logprobs: int | None = None
+    bypass_caches: bool = False
     stream: bool = True
     token_ids: list[int] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)

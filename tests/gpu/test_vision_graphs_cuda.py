@@ -13,6 +13,7 @@ from qwencli.engine.layers.vision_tower import VisionTower
 from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import PrefillGraphs
+from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.models.shape_reader import read_shape
 from tests.checkpoints import VISION_FAMILIES, hub_config
 
@@ -80,3 +81,29 @@ def test_a_mix_of_pictures_by_kernels_as_by_plain_operators_in_float32(family):
         (found.embeds, *found.deepstack), (expected.embeds, *expected.deepstack), strict=True
     ):
         assert float((mine.float() - theirs).norm() / theirs.norm()) <= 2e-2
+
+
+@pytest.mark.skipif(not MODERN, reason="flash attention needs compute capability 8.0")
+@torch.inference_mode()
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_size_that_comes_first_gives_the_bits_of_its_graph(kernels):
+    """Operator by operator, captured when it comes again, and replayed."""
+    shape = read_shape(hub_config("qwen3_vl"))
+    fused = functools.partial(fused_ops, own_attention=True) if kernels else None
+    model = QwenModel(shape, weights.dummy(shape, torch.bfloat16, CUDA), 1100, fused=fused)
+    cache = model.static_cache()
+    graphs = PrefillGraphs(model, cache, 1100)
+    graphs.at_once = False
+    patches = torch.randn(384, shape.vision.patch_elements, device=CUDA, dtype=torch.bfloat16)
+    prompt = model.prepare([Prompt(list(range(3, 203)))])
+    features, logits, counts = [], [], []
+    for _ in range(3):
+        cache.truncate(0)
+        features.append(graphs.encode_images(patches, [(1, 16, 24)]).embeds)
+        logits.append(graphs.prefill(prompt, cache).clone())
+        counts.append(len(graphs._graphs._graphs))
+    assert counts == [0, 2, 2]
+    assert torch.equal(features[0], features[1])
+    assert torch.equal(features[1], features[2])
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[1], logits[2])

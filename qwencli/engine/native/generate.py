@@ -15,7 +15,7 @@ from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.layers.vision_tower import VisionFeatures, join_features
 from qwencli.engine.native.decode_state import DecodeState, Stepper
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prefill_graphs import PrefillRunner
+from qwencli.engine.native.prefill_graphs import PrefillGraphs, PrefillRunner
 from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
 from qwencli.engine.native.sampler import LIKELIEST, SamplerKind, kind_of
 from qwencli.engine.ops.attention import AttentionPlan
@@ -54,10 +54,11 @@ class Generation:
         effective: EffectiveConfig,
         vision_cache: VisionCache,
         speculator: Speculator | None = None,
-        prompts: PrefillRunner | None = None,
+        prompts: PrefillGraphs | None = None,
     ) -> None:
         self._model, self._state, self._stepper, self._effective = model, state, stepper, effective
         self._prompts: PrefillRunner = model if prompts is None else prompts
+        self._graphs = prompts
         self._speculator = speculator
         self._prefix_cache = PrefixCache(state.cache)
         self._vision_cache = vision_cache
@@ -128,6 +129,8 @@ class Generation:
 
         However the request ends, the cache afterwards holds what it is remembered to hold.
         """
+        if self._graphs is not None:
+            self._graphs.at_once = answer.bypass_caches
         # First of all: captures that a request is the first to need are part of its prefill.
         clock = EventTimer(self._effective.device)
         digests = digests_of(answer.prompt)

@@ -12,13 +12,17 @@ The patches of a picture are padded to a bucket too, and torch's flash attention
 where segments begin. The padding is segments of its own, so nothing sees it and nothing of it is
 returned.
 
+A capture takes as long as a few passes, and most sizes of a mixed folder never come again: one is
+captured when it comes the second time. The first time the pass that would be captured runs operator
+by operator, so that its result is that of the graph, bit for bit.
+
 What is long, starts within a cached sequence, or is a batch is run operator by operator; there the
 GPU is what takes the time, or it is rare.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -57,11 +61,18 @@ class Size:
 class VisionGraphs:
     """Encodes pictures with `tower`, in memory that all sizes share.
 
-    Graphs are captured when they are needed first.
+    Args:
+        due: whether a graph that is not there is to be captured now.
     """
 
-    def __init__(self, tower: VisionTower, graphs: GraphRunner, dtype: torch.dtype) -> None:
-        self._tower, self._graphs, self._dtype = tower, graphs, dtype
+    def __init__(
+        self,
+        tower: VisionTower,
+        graphs: GraphRunner,
+        dtype: torch.dtype,
+        due: Callable[[Hashable], bool],
+    ) -> None:
+        self._tower, self._graphs, self._dtype, self._due = tower, graphs, dtype, due
         self._features: dict[Size, VisionFeatures] = {}
         self._buffers: _Buffers | None = None
         self._filled: tuple[PreparedGrids, Size] | None = None
@@ -81,6 +92,9 @@ class VisionGraphs:
             buffers.fill(ready, size, len(patches))
             self._filled = ready, size
         buffers.patches[: len(patches)].copy_(patches)
+        if size not in self._graphs and not self._due(size):
+            self._pass(size)
+            return _copied(self._features.pop(size), len(patches) // self._tower.shape.merge_area)
         if size not in self._graphs:
             self._graphs.capture(size, lambda: self._pass(size))
         self._graphs.replay(size)
@@ -90,12 +104,7 @@ class VisionGraphs:
             dropped = next(iter(self._features))
             del self._features[dropped]
             self._graphs.drop(dropped)
-        # Copies: the next replay writes to the same place.
-        tokens = len(patches) // self._tower.shape.merge_area
-        return VisionFeatures(
-            features.embeds[:tokens].clone(),
-            tuple(feature[:tokens].clone() for feature in features.deepstack),
-        )
+        return _copied(features, len(patches) // self._tower.shape.merge_area)
 
     def _size(self, ready: PreparedGrids, patches: int) -> Size:
         filled = -(-patches // PATCH_BUCKET) * PATCH_BUCKET
@@ -106,6 +115,14 @@ class VisionGraphs:
     def _pass(self, size: Size) -> None:
         assert self._buffers is not None, "made before the first picture is encoded"
         self._features[size] = self._tower.run(*self._buffers.view(size))
+
+
+def _copied(features: VisionFeatures, tokens: int) -> VisionFeatures:
+    """Those of a picture: the next replay writes to the same place, and padding is nobody's."""
+    return VisionFeatures(
+        features.embeds[:tokens].clone(),
+        tuple(feature[:tokens].clone() for feature in features.deepstack),
+    )
 
 
 class _Buffers:
@@ -216,8 +233,9 @@ class PrefillRunner(Protocol):
 class PrefillGraphs:
     """Runs prompts of `model` into `cache`, a graph for each length class.
 
-    Graphs are captured when they are needed first. Every replay overwrites what the one before it
-    returned, but for features, which are copies.
+    Every replay overwrites what the one before it returned, but for features, which are copies.
+    With `at_once` sizes are captured when they come first: for requests that are measured, so that
+    no later one pays for it.
     """
 
     def __init__(self, model: QwenModel, cache: KVCache, slots: int) -> None:
@@ -236,10 +254,12 @@ class PrefillGraphs:
         self._last = torch.zeros(1, dtype=torch.int64, device=device)
         self._logits: dict[tuple[int, bool], Tensor] = {}
         self._graphs = GraphRunner(device)
+        self.at_once = True
+        self._met: set[Hashable] = set()
         self._pictures: VisionGraphs | None = None
         tower, plain = model.vision, model.attention is Attention.SDPA
         if tower is not None and plain and VisionGraphs.can_run(tower, dtype, device):
-            self._pictures = VisionGraphs(tower, self._graphs, dtype)
+            self._pictures = VisionGraphs(tower, self._graphs, dtype, self._due)
 
     def prefill(self, inputs: PromptInputs, cache: KVCache, start: int = 0) -> Tensor:
         """As `QwenModel.prefill`."""
@@ -248,11 +268,20 @@ class PrefillGraphs:
         if start > 0 or inputs.batch > 1 or size > self._longest:
             return self._model.prefill(inputs, cache, start)
         key = (size, self._take(inputs, size))
-        if key not in self._graphs:
-            self._graphs.capture(key, lambda: self._pass(*key))
-        self._graphs.replay(key)
+        if key not in self._graphs and not self._due(key):
+            self._pass(*key)
+        else:
+            if key not in self._graphs:
+                self._graphs.capture(key, lambda: self._pass(*key))
+            self._graphs.replay(key)
         cache.length = inputs.length
         return self._logits[key]
+
+    def _due(self, key: Hashable) -> bool:
+        if self.at_once or key in self._met:
+            return True
+        self._met.add(key)
+        return False
 
     def _take(self, inputs: PromptInputs, size: int) -> bool:
         """Put a prompt where its graph reads it; returns whether layers add features to it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,8 +56,9 @@ def graphed(engine: NativeEngine) -> PrefillGraphs:
     engine.load()
     generation = engine._generation
     state = generation._state
-    generation._prompts = PrefillGraphs(generation._model, state.cache, len(state.slots))
-    return generation._prompts
+    graphs = PrefillGraphs(generation._model, state.cache, len(state.slots))
+    generation._prompts = generation._graphs = graphs
+    return graphs
 
 
 @pytest.mark.parametrize("family", ALONE)
@@ -76,6 +79,34 @@ def test_requests_in_turns_get_the_same_tokens(checkpoint, family, captured):
         found = [engine.generate(request).token_ids for request in requests]
     assert found == expected
     assert len(captured) == len(set(captured)) > 1
+
+
+def test_a_size_is_captured_when_it_comes_the_second_time(checkpoint, captured):
+    """Unless the request is measured; before, the same pass runs without being captured."""
+    first, second, again = (
+        replace(ask(shown, text=text), bypass_caches=False)
+        for shown, text in (
+            (picture(), "Describe it."),
+            (picture(64, 96), "Say more."),
+            (picture(64, 96), "Where?"),
+        )
+    )  # fmt: skip
+    with NativeEngine(engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE)) as engine:
+        expected = [engine.generate(each).token_ids for each in (first, second, again)]
+        engine._forget()
+        graphed(engine)
+        found = []
+        for request, count in ((first, 0), (second, 2)):
+            found.append(engine.generate(request).token_ids)
+            engine._generation.forget()
+            assert len(captured) == count
+        engine._vision_cache.clear()
+        found.append(engine.generate(again).token_ids)
+        assert len(captured) == 2
+        assert found == expected
+        text = ask(text="Only words. " * 40)
+        engine.generate(text)
+        assert len(captured) == 3, "it is measured"
 
 
 def test_a_next_turn_goes_on_from_a_prompt_that_was_a_graph(checkpoint):
