@@ -11,10 +11,8 @@ exit code 1 where something was found.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,12 +26,11 @@ from schemathesis import GenerationMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.served import serving
 from qwencli.config import EngineConfig, SamplingOptions
 from qwencli.engine.factory import create_engine
 from qwencli.models.resolve import resolve_model
-from qwencli.server.app import ServerSettings, create_app
-from qwencli.server.engine_thread import EngineThread
-from qwencli.server.listen import listening, server_for
+from qwencli.server.app import ServerSettings
 
 
 def main() -> None:
@@ -43,27 +40,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
-    thread = EngineThread(create_engine(EngineConfig(resolve_model("scenes"), device="cpu")))
-    thread.start()
-    opened = listening("127.0.0.1", 0)
+    engine = create_engine(EngineConfig(resolve_model("scenes"), device="cpu"))
     usual = SamplingOptions(max_new_tokens=4)
-    app = create_app(thread, ServerSettings(model="scenes", max_tokens=16, sampling=usual))
-    server = server_for(app)
-    runs = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[opened])))
-    runs.start()
-    address = f"http://127.0.0.1:{opened.getsockname()[1]}"
     found: dict[str, Any] = {"statuses": Counter(), "faults": [], "slowest_s": 0.0}
-    try:
-        fuzz(address, options, found)
+    with serving(engine, ServerSettings("scenes", max_tokens=16, sampling=usual)) as running:
+        fuzz(running.address, options, found)
         until = time.monotonic() + 10
-        while thread.num_unfinished and time.monotonic() < until:
+        while running.thread.num_unfinished and time.monotonic() < until:
             time.sleep(0.05)
-        found["unfinished"] = thread.num_unfinished
-    finally:
-        server.should_exit = True
-        runs.join()
-        thread.close()
-        opened.close()
+        found["unfinished"] = running.thread.num_unfinished
     text = json.dumps(found, indent=1, default=str)
     print(text)
     if options.out is not None:

@@ -39,15 +39,15 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.served import Served, serving
 from qwencli.config import EngineConfig, LoadFormat, Quantization, SamplingOptions
 from qwencli.engine.client import generate_many
 from qwencli.engine.factory import create_engine
 from qwencli.messages import GenerationRequest, ImagePart, user_message
 from qwencli.models.resolve import resolve_model
 from qwencli.results import GenerationResult
-from qwencli.server.app import ServerSettings, create_app
+from qwencli.server.app import ServerSettings
 from qwencli.server.engine_thread import EngineThread
-from qwencli.server.listen import listening, server_for
 
 CHAT = "/v1/chat/completions"
 QUESTION = "Describe this image."
@@ -250,6 +250,25 @@ def settled(thread: EngineThread) -> dict[str, Any]:
     return held(thread)
 
 
+def soaked(running: Served, options: argparse.Namespace) -> dict[str, Any]:
+    """What rounds of a rough crowd were answered, and what is held before and after them."""
+    asyncio.run(rough(running.address, options, options.rough // 4))
+    before = settled(running.thread)
+    start = time.perf_counter()
+    answers = Counter(asyncio.run(rough(running.address, options, options.rough)))
+    rounds = 1
+    while time.perf_counter() - start < 60 * options.soak_minutes:
+        answers += Counter(asyncio.run(rough(running.address, options, options.rough)))
+        rounds += 1
+    return {
+        "rounds": rounds,
+        "seconds": time.perf_counter() - start,
+        "answers": dict(answers),
+        "before": before,
+        "after": settled(running.thread),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default=None)
@@ -287,39 +306,13 @@ def main() -> None:
             many[clients] = in_process(engine, options, count)
         told["generate_many"] = many
         told["effective"] = vars(engine.effective)
-    thread = EngineThread(create_engine(config))
-    thread.start()
-    opened = listening("127.0.0.1", 0)
-    server = server_for(create_app(thread, ServerSettings(model=config.model.name)))
-    runs = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[opened])))
-    runs.start()
-    address = f"http://127.0.0.1:{opened.getsockname()[1]}"
-    try:
+    with serving(create_engine(config), ServerSettings(config.model.name)) as running:
         told["served"] = {}
         for clients in levels:
-            asyncio.run(level(address, options, clients))
-            told["served"][clients] = asyncio.run(level(address, options, clients))
+            asyncio.run(level(running.address, options, clients))
+            told["served"][clients] = asyncio.run(level(running.address, options, clients))
         if options.rough:
-            asyncio.run(rough(address, options, options.rough // 4))
-            before = settled(thread)
-            start = time.perf_counter()
-            answers = Counter(asyncio.run(rough(address, options, options.rough)))
-            rounds = 1
-            while time.perf_counter() - start < 60 * options.soak_minutes:
-                answers += Counter(asyncio.run(rough(address, options, options.rough)))
-                rounds += 1
-            told["rough"] = {
-                "rounds": rounds,
-                "seconds": time.perf_counter() - start,
-                "answers": dict(answers),
-                "before": before,
-                "after": settled(thread),
-            }
-    finally:
-        server.should_exit = True
-        runs.join()
-        thread.close()
-        opened.close()
+            told["rough"] = soaked(running, options)
     text = json.dumps(told, indent=1, default=str)
     print(text)
     if options.out is not None:

@@ -2,50 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from benchmarks import served as own_server
+from benchmarks.served import Served
 from qwencli.config import EngineConfig
 from qwencli.engine.factory import create_engine
 from qwencli.models.resolve import Places, bundled_spec
-from qwencli.server.app import ServerSettings, create_app
-from qwencli.server.engine_thread import EngineThread
-from qwencli.server.listen import listening, server_for
-
-
-@dataclass
-class Served:
-    """A running server.
-
-    Args:
-        address: such as http://127.0.0.1:1234.
-    """
-
-    address: str
-    thread: EngineThread
+from qwencli.server.app import ServerSettings
 
 
 @contextmanager
-def serving(engine: Any, **settings: Any) -> Iterator[Served]:
-    thread = EngineThread(engine, max_waiting=settings.pop("max_waiting", 1024))
-    thread.start()
-    opened = listening("127.0.0.1", 0)
-    server = server_for(create_app(thread, ServerSettings(**{"model": "scenes"} | settings)))
-    runs = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[opened])))
-    runs.start()
-    try:
-        yield Served(f"http://127.0.0.1:{opened.getsockname()[1]}", thread)
-    finally:
-        server.should_exit = True
-        runs.join()
-        thread.close()
-        opened.close()
+def serving(engine: Any, *, max_waiting: int = 1024, **settings: Any) -> Iterator[Served]:
+    made = ServerSettings(**{"model": "scenes"} | settings)
+    with own_server.serving(engine, made, max_waiting) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
