@@ -26,6 +26,7 @@ from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
+from qwencli.engine.native.model import QwenModel
 from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.scheduler import Limits
 from qwencli.engine.spec_decode import mtp, ngram
@@ -299,6 +300,34 @@ def test_a_head_drafts_beside_penalties_and_draws(engine, by_head, monkeypatch):
     assert len(found[3].token_ids) == 30 and found[3].token_ids != expected[2]
     assert all(each.effective.speculate == "mtp" for each in found)
     assert all(each.speculation.num_drafted for each in found)
+
+
+def test_the_head_reads_pictures_as_the_model_does(by_head, monkeypatch):
+    """Beside each token's hidden state stands what the model was fed for the token behind it: of a
+    picture its features. Prompts are cut, so that some chunks end inside one."""
+    fed, compared, inside = [], 0, 0
+    running, reading = QwenModel.prefill_packed, QwenModel.draft_head_packed
+
+    def prefill_packed(self, hidden, *rest):
+        fed.append(hidden.clone())
+        return running(self, hidden, *rest)
+
+    def draft_head_packed(self, embeds, hidden, positions, slots, cache, packed):
+        nonlocal compared, inside
+        last = packed.starts[1:] - 1
+        within = torch.ones(len(embeds), dtype=torch.bool)
+        within[last.long()] = False
+        assert torch.equal(embeds[within], fed[-1].roll(-1, 0)[within])
+        compared += int(within.sum())
+        inside += bool((embeds[~within] == self.decoder.embed(image)).all(1).any())
+        reading(self, embeds, hidden, positions, slots, cache, packed)
+
+    monkeypatch.setattr(QwenModel, "prefill_packed", prefill_packed)
+    monkeypatch.setattr(QwenModel, "draft_head_packed", draft_head_packed)
+    image = torch.tensor([by_head._model.shape.image_token_id])
+    asked = [ask(images=[picture(200, 200)], max_new_tokens=2), ask("hello", max_new_tokens=2)]
+    list(generate_many(by_head, [replace(each, bypass_caches=True) for each in asked]))
+    assert compared > 30 and inside
 
 
 def test_a_head_that_is_not_there_is_one_line(checkpoint):
