@@ -169,7 +169,7 @@ def find_sources(
     extra = [name for name in unused if name not in idle and not is_idle(name)]
     if extra:
         raise extra_error(folder, extra)
-    unread = [name for name in unused if in_draft_head(name) and not _IDLE.search(name)]
+    unread = [name for name in unused if name not in idle and not _IDLE.search(name)]
     if shape.text.draft_head and unread:
         raise ModelFileError(
             f"{folder}: the head that drafts tokens (MTP) is of another kind, with "

@@ -211,7 +211,7 @@ class NativeEngine(BaseEngine):
             own_pixels=files.prompts.max_pixels,
             quantization=self.config.quantization,
             kv_dtype=self.config.kv_dtype,
-            checkpoint_weights=_checkpoint_weights(files, packed, dtype),
+            checkpoint_weights=_checkpoint_weights(files, shape, packed, dtype),
             prompt_graphs=cache is Cache.STATIC_GRAPH,
             drafting=self.config.speculate is not Speculate.OFF,
             draft_head=shape.text.draft_head,
@@ -556,12 +556,14 @@ class NativeEngine(BaseEngine):
         release(self.effective.device)
 
 
-def _checkpoint_weights(files: ModelFiles, packed: PackedFormat | None, dtype: DType) -> int | None:
+def _checkpoint_weights(
+    files: ModelFiles, shape: ModelShape, packed: PackedFormat | None, dtype: DType
+) -> int | None:
     if packed is None or files.folder is None:
         return None
     stored = stored_tensors(find_weights(files.folder).files)
     value_bytes = 4 if dtype is DType.FLOAT32 else 2
-    return packed_weight_bytes(read_shape(files.hub_config), packed, stored, value_bytes)
+    return packed_weight_bytes(shape, packed, stored, value_bytes)
 
 
 def _row_attention(model: QwenModel) -> str:
