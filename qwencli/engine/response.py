@@ -121,14 +121,15 @@ class ResponseBuilder:
         budget, left = self._budget, self.sampling.max_new_tokens - len(self.token_ids)
         if budget is None or self.stopped:
             return None
+        self._speak()
         forced = budget.closing_ids
-        if self._has_thought:
+        if self._has_thought or not self._splitter.thinking:
+            # Also where the tag was spelled in several tokens.
             forced = () if self._held_later is None else budget.gap_ids
         begun = [] if self._held_later is None else self._held_later.forced()
         left -= len(forced) + len(begun)
         if left < 1:
             return None
-        self._speak()
         self._budget = None
         # The last token of a round is not fed by it.
         self.num_written = len(self.prompt.input_ids) + len(self.token_ids) - 1

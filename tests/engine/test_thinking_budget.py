@@ -16,6 +16,7 @@ from qwencli.engine.frontend.tokenizer import Tokenizer
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
+from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.scheduler import Limits
 from qwencli.errors import InputError
 from qwencli.messages import GenerationRequest, user_message
@@ -141,6 +142,21 @@ def test_thoughts_that_end_by_themselves_are_not_touched(engine, monkeypatch):
     (beside, _) = generate_many(engine, [ask("hello", budget=20, new=40), ask("other")])
     assert found.token_ids == beside.token_ids == plain.token_ids
     assert at < 20
+
+
+def test_a_tag_that_is_spelled_in_pieces_ends_thoughts_too(engine, closing, monkeypatch):
+    encode, append = engine.files.prompts.tokenizer.encode, ResponseBuilder.append
+    spelled = [*encode("hm"), *encode("<"), *encode("/think"), *encode(">"), *encode(" A circle.")]
+
+    def scripted(answer, token_id, mark, odds=None):
+        at = len(answer.token_ids)
+        append(answer, spelled[at] if at < len(spelled) else token_id, mark, odds)
+
+    monkeypatch.setattr(ResponseBuilder, "append", scripted)
+    found = engine.generate(ask("hello", budget=len(spelled), new=len(spelled) + 5))
+    assert list(found.token_ids[: len(spelled)]) == spelled
+    assert found.thoughts == "hm" and found.text.startswith("A circle.")
+    assert len(found.token_ids) > len(spelled) and closing[3] not in found.token_ids[-5:]
 
 
 def test_an_answer_is_held_to_its_schema_behind_the_thoughts(folder, engine, closing):
