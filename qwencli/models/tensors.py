@@ -88,7 +88,6 @@ class TensorSpec:
         return math.prod(self.shape)
 
 
-@functools.lru_cache(maxsize=4)
 def specs(shape: ModelShape) -> tuple[TensorSpec, ...]:
     """Every tensor of the model, in the order the forward pass reads them."""
     vision = _vision(shape.vision) if shape.vision is not None else iter(())
@@ -336,7 +335,7 @@ HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 DRAFT_HEAD = "mtp."
 
 
-@functools.lru_cache(maxsize=4)  # each estimate of a model asks for them again
+@functools.lru_cache(maxsize=1)  # every estimate of one model asks for them again
 def expected_tensors(shape: ModelShape) -> TensorShapes:
     """Name -> shape of every parameter; a tied `lm_head` is not listed, it is not stored."""
     parts = (part for spec in specs(shape) for part in spec.parts)
