@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -294,12 +295,15 @@ def test_a_stream_that_was_shown_is_not_begun_anew(server: StandIn) -> None:
 
 
 def test_a_server_that_hangs_is_given_up(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "SILENCE_S", 0.02)
-    monkeypatch.setattr(remote, "HANG_S", 0.06)
+    monkeypatch.setattr(remote, "SILENCE_S", 0.1)
+    monkeypatch.setattr(remote, "HANG_S", 0.3)
     monkeypatch.setattr(remote, "ATTEMPTS", 2)
     server.fault = lambda number: "hang"
     with engine(server) as remote_engine, pytest.raises(AnswerError, match="said nothing"):
         remote_engine.generate(asked())
+    until_s = time.monotonic() + 30  # what it was sent it may read later
+    while len(server.bodies) < 2 and time.monotonic() < until_s:
+        time.sleep(0.01)
     assert len(server.bodies) == 2
 
 
