@@ -205,6 +205,8 @@ def draft_losses(
 def check(model: Qwen3VL, items: list[HeldOut], device: torch.device) -> dict[str, float]:
     """By teacher forcing, in percent: exact captions (greedy is exact iff every argmax on the way
     is), and how many first, second, third drafts are the model's own next tokens."""
+    if not items:
+        return {}
     right = total = 0
     dtype = next(model.parameters()).dtype
     accepted = torch.zeros(DRAFT_DEPTH, 2, device=device)
