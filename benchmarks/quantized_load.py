@@ -3,8 +3,9 @@
     python benchmarks/quantized_load.py OUT.csv [--model qwen3-vl-2b] [--layers 8] [--device cpu]
 
 The weights of the bundled model, and of a checkpoint of random values in the widths of `--model`
-with `--layers` layers and no vision tower, are loaded in each mode: quantized without keeping them,
-quantized and written, and read back. Files are in the system's page cache (the first load warms
+with `--layers` layers and no vision tower, are loaded in each mode: quantized by torch, as this
+device does it (on a GPU by our kernel), the same and written before it counts as over, and read
+back. Files are in the system's page cache (the first load warms
 it). A row a load; the fastest of `--repeats` is what to compare.
 """
 
@@ -22,8 +23,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from qwencli.config import Quantization
+from qwencli.config import Kernels, Quantization
 from qwencli.engine.loading import weights
+from qwencli.engine.native.supported import quantizer_for
 from qwencli.models.folder import read_config
 from qwencli.models.hub import bundled_folder
 from qwencli.models.resolve import resolve_model
@@ -56,11 +58,12 @@ def loads(
 ) -> Iterator[dict[str, object]]:
     size = (folder / "model.safetensors").stat().st_size
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    kernels = Kernels.TORCH if device.type == "cpu" else Kernels.TRITON
     weights.load(folder, shape, dtype, device)  # warms the page cache
     for mode in MODES:
         with tempfile.TemporaryDirectory() as place:
             kept = Path(place) / "kept.safetensors"
-            for way in ("quantized", "quantized and written", "read back"):
+            for way in ("by torch", "quantized", "quantized and written", "read back"):
                 for _ in range(repeats):
                     if way == "quantized and written":
                         kept.unlink(missing_ok=True)
@@ -71,12 +74,16 @@ def loads(
                         dtype,
                         device,
                         mode,
-                        cache_file=None if way == "quantized" else kept,
+                        cache_file=kept if way in ("quantized and written", "read back") else None,
+                        quantizer=quantizer_for(Kernels.TORCH if way == "by torch" else kernels),
                     )
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)
+                    if loaded.keeping is not None:
+                        loaded.keeping.begin()
+                        loaded.keeping.write()
+                        assert loaded.keeping.warning is None, loaded.keeping.warning
                     seconds = time.perf_counter() - started
-                    assert loaded.warning is None, loaded.warning
                     del loaded
                     yield {
                         "model": name,
