@@ -184,7 +184,7 @@ class Silent:
     def __init__(self) -> None:
         self.closed = False
 
-    def add(self, request: Any) -> int:
+    def add(self, request: Any, *, stream: bool = True) -> int:
         return 0
 
     def step(self) -> list[Any]:
