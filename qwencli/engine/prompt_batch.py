@@ -141,7 +141,7 @@ def pack_prompts(
             features += [each.features_of(low, high) for each in prompt.visuals_of(low, high)]
         starts.append(first + stop - start)
         context_starts.append(context_starts[-1] + stop)
-        behind_ids.append(0 if chunk.is_last else int(prompt.ids[stop]))
+        behind_ids.append(int(prompt.ids[stop]) if stop < len(prompt.ids) else 0)
         if chunk.is_last:
             last.append(starts[-1] - 1)
     none = torch.zeros(0, dtype=torch.int64)

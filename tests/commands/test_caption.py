@@ -358,9 +358,9 @@ def test_a_large_picture_is_not_held_while_the_next_is_opened(caption, pictures,
     opened = []
     open_visual = videos.open_visual
 
-    def watched(*arguments):
+    def watched(*arguments, **settings):
         assert all(shown() is None for shown in opened)
-        part = open_visual(*arguments)
+        part = open_visual(*arguments, **settings)
         opened.append(weakref.ref(part.image))
         return part
 

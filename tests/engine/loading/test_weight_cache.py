@@ -382,7 +382,7 @@ def test_a_load_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError):
         load(folder)
     place = cache_file(folder, Quantization.INT4, DType.FLOAT32).parent
-    assert list(place.iterdir()) == []
+    assert not place.exists() or list(place.iterdir()) == []
 
 
 def test_the_engine_keeps_quantized_weights_and_says_when_it_cannot(
