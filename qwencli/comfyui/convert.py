@@ -162,25 +162,24 @@ def _convert_editor(
     """Convert a graph and its subgraphs; returns what its own nodes became, by their ids."""
     inner: dict[str, dict[str, Translated]] = {}
     definitions = graph.get("definitions")
-    subgraphs = definitions.get("subgraphs") if isinstance(definitions, dict) else None
-    for subgraph in subgraphs if isinstance(subgraphs, list) else []:
-        if isinstance(subgraph, dict) and _is_editor(subgraph):
+    subgraphs = _dicts(definitions.get("subgraphs")) if isinstance(definitions, dict) else []
+    for subgraph in subgraphs:
+        if _is_editor(subgraph):
             name = f" of subgraph {subgraph.get('name')!r:.60}"
             inner[str(subgraph.get("id"))] = _convert_editor(subgraph, done, name)
     _tell_group_nodes(graph, done)
     became: dict[str, Translated] = {}
-    for node in graph["nodes"]:
-        if not isinstance(node, dict):
-            continue
+    links = _LinksOf(graph)
+    for node in _dicts(graph["nodes"]):
         kind = str(node.get("type"))
         if kind in OLD_NODES:
             where = f"node {node.get('id')}{within} ({kind})"
-            new = _convert_editor_node(graph, node, OLD_NODES[kind], where, done)
+            new = _convert_editor_node(links, node, OLD_NODES[kind], where, done)
             if new is not None:
                 became[str(node.get("id"))] = new
+    links.remove_gone()
     # Subgraphs may hold each other.
-    holders = [graph, *(each for each in subgraphs or [] if isinstance(each, dict))]
-    for node in (node for holder in holders for node in _dicts(holder.get("nodes"))):
+    for node in (node for holder in [graph, *subgraphs] for node in _dicts(holder.get("nodes"))):
         if str(node.get("type")) in inner:
             _rename_promoted(node, inner[str(node.get("type"))], done)
     return became
@@ -191,7 +190,7 @@ def _dicts(found: Any) -> list[dict[str, Any]]:
 
 
 def _convert_editor_node(
-    graph: dict[str, Any], node: dict[str, Any], old: OldNode, where: str, done: Conversion
+    links_of: _LinksOf, node: dict[str, Any], old: OldNode, where: str, done: Conversion
 ) -> Translated | None:
     named = _named_values(node, old)
     if named is None:
@@ -201,10 +200,10 @@ def _convert_editor_node(
     sockets = {str(each.get("name")): each for each in _dicts(node.get("inputs"))}
     links = {name: each["link"] for name, each in sockets.items() if each.get("link") is not None}
     new = translated(old, values, links)
-    _remove_links(graph, [link for link in links.values() if link not in new.links.values()])
+    links_of.let_go(link for link in links.values() if link not in new.links.values())
     node["inputs"] = _editor_inputs(new.node, new.links, sockets, links)
     for slot, entry in enumerate(node["inputs"]):
-        _move_target(graph, entry["link"], slot)
+        links_of.move_target(entry["link"], slot)
     node["outputs"] = _editor_outputs(new.node, node.get("outputs"))
     named_values = dict(_editor_values(new.node, new.values, seed_mode))
     node["widgets_values"] = list(named_values.values())
@@ -334,42 +333,54 @@ def _link_id(link: Any) -> Any:
     return link[0] if isinstance(link, list) and link else None
 
 
-def _move_target(graph: Mapping[str, Any], link_id: Any, slot: int) -> None:
-    links = graph.get("links")
-    for link in links if link_id is not None and isinstance(links, list) else []:
-        if _link_id(link) != link_id:
-            continue
-        if isinstance(link, dict):
-            link["target_slot"] = slot
-        elif len(link) > 4:
-            link[4] = slot
+class _LinksOf:
+    """The links of one graph by their ids, for graphs of thousands of nodes."""
 
+    def __init__(self, graph: dict[str, Any]) -> None:
+        self._graph = graph
+        self._gone: set[str] = set()
+        self._by_id: dict[str, list[Any]] = {}
+        links = graph.get("links")
+        for link in links if isinstance(links, list) else []:
+            self._by_id.setdefault(str(_link_id(link)), []).append(link)
 
-def _remove_links(graph: dict[str, Any], gone: Sequence[Any]) -> None:
-    """Take links out of a graph: out of its list, the nodes they come from, and reroutes."""
-    if not gone:
-        return
-    extra = graph.get("extra") if isinstance(graph.get("extra"), dict) else {}
-    assert isinstance(extra, dict)
-    if isinstance(graph.get("links"), list):
-        graph["links"] = [link for link in graph["links"] if _link_id(link) not in gone]
-    if isinstance(extra.get("linkExtensions"), list):
-        extra["linkExtensions"] = [
-            each for each in extra["linkExtensions"] if _link_id(each) not in gone
+    def move_target(self, link_id: Any, slot: int) -> None:
+        for link in self._by_id.get(str(link_id), []) if link_id is not None else []:
+            if isinstance(link, dict):
+                link["target_slot"] = slot
+            elif len(link) > 4:
+                link[4] = slot
+
+    def let_go(self, link_ids: Iterable[Any]) -> None:
+        """Have `remove_gone` remove these."""
+        self._gone.update(str(each) for each in link_ids)
+
+    def remove_gone(self) -> None:
+        """Take links out of the graph: out of its list, the nodes they come from, and reroutes."""
+        if not self._gone:
+            return
+        graph = self._graph
+        extra = graph.get("extra") if isinstance(graph.get("extra"), dict) else {}
+        assert isinstance(extra, dict)
+        for holder, key in ((graph, "links"), (extra, "linkExtensions")):
+            if isinstance(holder.get(key), list):
+                holder[key] = [each for each in holder[key] if not self._is_gone(_link_id(each))]
+        origins = [
+            (output, "links")
+            for node in _dicts(graph["nodes"])
+            for output in _dicts(node.get("outputs"))
         ]
-    origins = [
-        (output, "links")
-        for node in _dicts(graph["nodes"])
-        for output in _dicts(node.get("outputs"))
-    ]
-    reroutes = _dicts(graph.get("reroutes")) + _dicts(extra.get("reroutes"))
-    # A subgraph's own inputs are where links from outside begin.
-    for entry, key in [
-        *origins,
-        *((each, "linkIds") for each in reroutes + _dicts(graph.get("inputs"))),
-    ]:
-        if isinstance(entry.get(key), list):
-            entry[key] = [link for link in entry[key] if link not in gone]
+        reroutes = _dicts(graph.get("reroutes")) + _dicts(extra.get("reroutes"))
+        # A subgraph's own inputs are where links from outside begin.
+        for entry, key in [
+            *origins,
+            *((each, "linkIds") for each in reroutes + _dicts(graph.get("inputs"))),
+        ]:
+            if isinstance(entry.get(key), list):
+                entry[key] = [link for link in entry[key] if not self._is_gone(link)]
+
+    def _is_gone(self, link_id: Any) -> bool:
+        return link_id is not None and str(link_id) in self._gone
 
 
 def _rename_promoted(

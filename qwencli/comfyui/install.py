@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -80,7 +81,7 @@ def install_pack(path: Path) -> Installed:
         _put(pack_folder(), target)
     except OSError as error:
         raise OutputError(
-            f"{target} cannot be written: {error.strerror or error}",
+            f"{target} cannot be written: {_reason(error)}",
             "check the permissions of the folder, and that the disk has room",
         ) from error
     return Installed(target, replaced, find_python(comfyui))
@@ -103,8 +104,9 @@ def find_comfyui(path: Path) -> Path:
     for folder in (full, *above, full / "ComfyUI"):
         if _is_comfyui(folder):
             nodes = folder / _CUSTOM_NODES
-            if nodes.exists() and not nodes.is_dir():
-                raise InputError(f"{nodes}: a file is in the way", "move it away")
+            if not nodes.is_dir() and (nodes.exists() or nodes.is_symlink()):
+                found = "a file" if nodes.exists() else "a link to nothing"
+                raise InputError(f"{nodes}: {found} is in the way", "move it away")
             return folder
     raise InputError(f"{path}: is no ComfyUI folder", hint)
 
@@ -141,8 +143,9 @@ def qwencli_in(python: Path) -> str | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise InputError(f"{python}: cannot be run ({error})", "run it by hand") from error
     try:
-        version, has_nodes = json.loads(asked.stdout)
-    except ValueError:
+        # What its site prints comes first.
+        version, has_nodes = json.loads(asked.stdout.splitlines()[-1])
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
     return str(version) if has_nodes else None
 
@@ -191,11 +194,22 @@ def _target(custom_nodes: Path) -> tuple[Path, bool]:
 
 
 def _is_pack(folder: Path) -> bool:
+    file = folder / "pyproject.toml"
     try:
-        project = tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["project"]
-        return bool(project["name"] == PACK_NAME)
-    except (OSError, ValueError, KeyError, TypeError):
+        if not file.is_file():  # a pipe would be waited for
+            return False
+        return bool(tomllib.loads(file.read_text("utf-8"))["project"]["name"] == PACK_NAME)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+def _reason(error: OSError) -> str:
+    """Why, in a line: a copy of a folder that failed tells of every file, here of the first."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        # Each is two paths and words: [Errno 28] No space left on device: 'a' -> 'b'
+        words = re.sub(r"^\[Errno \d+\] ", "", str(error.args[0][0][2]))
+        return words.partition(": '")[0]
+    return error.strerror or str(error)
 
 
 def _put(pack: Path, target: Path) -> None:

@@ -223,14 +223,17 @@ def _letters(value: Any) -> str:
 
 
 def _set_preset(result: Translated, name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        _set(result, "preset", value)  # which says that it cannot be
+        return
     if value in PRESETS:
-        preset, prompt = str(value), ""
+        preset, prompt = value, ""
     elif _letters(value) in old_packs.OLD_PRESETS:
         preset, prompt = old_packs.OLD_PRESETS[_letters(value)]
         if prompt:
             result.notes.append(f"{name} {value!r:.60}: prompt says it in words of our own")
     else:  # the first version's presets were the questions themselves
-        preset, prompt = NO_PRESET, str(value)
+        preset, prompt = NO_PRESET, value
     _set(result, "preset", preset)
     _set(result, "prompt", prompt)
 

@@ -79,14 +79,13 @@ def write_report(
 ) -> None:
     """Raises OutputError where the file cannot be written; it is then as it was."""
     from qwencli import __version__
+    from qwencli.dataset.sinks import write_whole
     from qwencli.diagnostics.redact import redact, this_owner
     from qwencli.diagnostics.report import markdown
 
     page = redact(markdown(results, advice, recorded, __version__), this_owner())
-    beside = path.with_name(path.name + ".new")
     try:
-        beside.write_text(page, encoding="utf-8")
-        beside.replace(path)
+        write_whole(path, page.encode())
     except OSError as error:
         raise OutputError(
             f"--report {path}: cannot be written: {error.strerror or error}", "choose another place"

@@ -6,6 +6,7 @@ A file is always whole: it is written under another name, brought to disk, and t
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 from collections.abc import Container, Iterable, Sequence
@@ -195,11 +196,24 @@ def write_whole(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        put_in_place(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename a finished file to where it goes, over a file that is there.
+
+    Raises:
+        OSError: it cannot be; or a device or a pipe is there, which the rename would remove.
+    """
+    # /dev/stdout is a link to what may well be a file.
+    is_open_file = path.is_symlink() and path.readlink().parts[:2] == (os.sep, "proc")
+    if is_open_file or (path.exists() and not path.is_file() and not path.is_dir()):
+        raise FileExistsError(errno.EEXIST, "a device or a pipe is there, no file")
+    partial.replace(path)
 
 
 def flush_folder(folder: Path) -> None:

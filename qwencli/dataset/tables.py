@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qwencli.dataset.parts import pyarrow_parquet
-from qwencli.dataset.sinks import flush_folder, partial_path
+from qwencli.dataset.sinks import flush_folder, partial_path, put_in_place
 from qwencli.dataset.sources import CAPTION, Slot
 from qwencli.errors import InputError, OutputError, UsageError
 from qwencli.output import visible
@@ -111,7 +111,7 @@ class Table:
                 self._write(partial, list(dict.fromkeys((*columns, *added))), _merged(rows, new))
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
-            partial.replace(self.path)
+            put_in_place(partial, self.path)
             flush_folder(self.path.parent)
         except OSError as error:
             raise OutputError(

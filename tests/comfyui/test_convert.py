@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwencli.comfyui import convert as convert_module
 from qwencli.comfyui import old_nodes
 from qwencli.comfyui.convert import convert, read_workflow
 from qwencli.comfyui.old_nodes import NO_EQUAL, OLD_NODES, SAME
@@ -499,6 +500,39 @@ def test_what_is_nested_too_deeply_is_said():
         deep = {"extra": deep}
     with pytest.raises(InputError, match="is nested too deeply"):
         convert({"nodes": [node("QwenVL", [])], "extra": deep}, "w.json")
+
+
+@pytest.mark.parametrize("subgraphs", [5, "x", True, [5], {"id": 1}])
+def test_subgraphs_that_are_none_are_no_hindrance(subgraphs):
+    document = graph(node("AILab_QwenVL", list(LAB)))
+    document["definitions"] = {"subgraphs": subgraphs}
+    assert len(convert(document, "w.json").converted) == 1
+
+
+@pytest.mark.parametrize("preset", [[1], {"a": 1}, 5, None])
+def test_a_preset_that_is_no_text_is_told(preset):
+    inputs = {"preset_prompt": preset, "custom_prompt": "What is it?", "image": ["1", 0]}
+    done = convert({"5": {"class_type": "AILab_QwenVL", "inputs": inputs}}, "w.json")
+    assert done.document["5"]["inputs"]["prompt"] == "What is it?"
+    assert any("preset cannot be" in note for note in done.notes)
+
+
+def test_links_of_a_large_graph_are_looked_up_not_searched(monkeypatch):
+    reads = []
+    link_id = convert_module._link_id
+    monkeypatch.setattr(convert_module, "_link_id", lambda link: reads.append(1) or link_id(link))
+    nodes, links = [], []
+    for at in range(100, 150):
+        sockets = [socket("image", at), widget("source_path", -at)]
+        nodes.append(node("Qwen3_VQA", {"text": "t"}, sockets, at, (at + 1, -at - 1)))
+        links += [[at, at - 1, 0, at, 7, "IMAGE"], [-at, at - 1, 0, at, 7, "STRING"]]
+    done = convert({"nodes": nodes, "links": links}, "w.json")
+    assert len(reads) <= 3 * len(links)
+    assert [link[0] for link in done.document["links"]] == list(range(100, 150))
+    assert {link[4] for link in done.document["links"]} == {0}
+    assert [each["outputs"][0]["links"] for each in done.document["nodes"][:-1]] == [
+        [at + 1] for at in range(100, 149)
+    ]
 
 
 def test_a_workflow_without_old_nodes_is_said():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -134,6 +135,33 @@ def test_a_file_that_stands_for_custom_nodes_is_told(tmp_path):
         install.install_pack(tmp_path)
 
 
+def test_a_link_to_nothing_that_stands_for_custom_nodes_is_told(tmp_path):
+    (comfyui(tmp_path) / "custom_nodes").rmdir()
+    (tmp_path / "custom_nodes").symlink_to("gone")
+    with pytest.raises(InputError, match="a link to nothing is in the way"):
+        install.install_pack(tmp_path)
+
+
+def test_other_packs_may_have_any_project_file(tmp_path):
+    nodes = comfyui(tmp_path) / "custom_nodes"
+    for name in ("deep", "bytes", "pipe", "folder"):
+        (nodes / name).mkdir()
+    (nodes / "deep/pyproject.toml").write_text("a = " + "[" * 5000)
+    (nodes / "bytes/pyproject.toml").write_bytes(b"\xff\0")
+    (nodes / "folder/pyproject.toml").mkdir()
+    os.mkfifo(nodes / "pipe/pyproject.toml")
+    assert not install.install_pack(tmp_path).replaced
+
+
+def test_a_copy_that_failed_names_the_reason_alone(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise shutil.Error([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")] * 2)
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(OutputError, match=r"cannot be written: No space left on device$"):
+        install.install_pack(comfyui(tmp_path))
+
+
 @pytest.mark.parametrize("failing", ["copytree", "rename"])
 def test_when_it_cannot_be_written_the_old_pack_stays(tmp_path, monkeypatch, failing):
     target = install.install_pack(comfyui(tmp_path)).folder
@@ -176,6 +204,9 @@ def test_a_python_is_asked_which_qwencli_it_has(tmp_path):
 
     assert install.qwencli_in(python("echo '[\"9.9\", true]'")) == "9.9"
     assert install.qwencli_in(python("echo '[\"0.0\", false]'")) is None
+    assert install.qwencli_in(python("echo a warning; echo '[\"9.9\", true]'")) == "9.9"
+    for other in ("5", "null", "{}", "[1]", "[1, 2, 3]", "", "'[[['"):
+        assert install.qwencli_in(python(f"echo {other}")) is None
     assert install.qwencli_in(python("echo no module named qwencli >&2; exit 1")) is None
     path = python("")
     path.write_bytes(b"\x7fELF")

@@ -69,6 +69,30 @@ def test_what_only_one_picture_raises_is_its_own(caption, pictures, monkeypatch)
     assert "ZeroDivisionError: in a decoder" in failures(folder)[0]["reason"]
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_file_never_replaces_a_device_or_a_pipe(tmp_path, linked):
+    from qwencli.dataset.report.contact_sheet import write_sheet
+    from qwencli.dataset.sinks import write_whole
+
+    place, other = tmp_path / "there", tmp_path / "other"
+    if linked:  # as /dev/stdout is
+        other.touch()
+        with other.open() as file:
+            place.symlink_to(f"/proc/{os.getpid()}/fd/{file.fileno()}")
+            before = place.lstat()
+            with pytest.raises(FileExistsError, match="a device or a pipe is there"):
+                write_whole(place, b"x")
+    else:
+        os.mkfifo(place)
+        before = place.lstat()
+        with pytest.raises(FileExistsError, match="a device or a pipe is there"):
+            write_whole(place, b"x")
+        with pytest.raises(FileExistsError, match="a device or a pipe is there"):
+            write_sheet(["x"], place)
+    assert place.lstat() == before
+    assert {path.name for path in tmp_path.iterdir()} <= {"there", "other"}
+
+
 def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(caption, pictures, capsys, monkeypatch):
     from qwencli.dataset import sinks
 

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from qwencli.dataset.report.survey import TOP_OPENINGS, TOP_WORDS, Survey, length_summary
+from qwencli.dataset.sinks import put_in_place
 from qwencli.html_page import json_element, page_around
 
 ASSETS = Path(__file__).with_name("assets")
@@ -259,7 +260,7 @@ def write_sheet(pieces: Iterable[str], path: Path) -> None:
     try:
         with partial.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
             file.writelines(pieces)
-        partial.replace(path)
+        put_in_place(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
