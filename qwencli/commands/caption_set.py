@@ -597,7 +597,7 @@ class _Reporter:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             self._sink.notice(f"note: {names[0]}{more}: {note}")
         if failures is not None:
-            self._sink.notice(f"what failed, and why: {failures}")
+            self._sink.notice(f"what failed, and why: {failures} (--retry-failed tries again)")
         about = {**asdict(totals), "captions_per_s": speed, "tok_per_s": tokens}
         about |= {"gpu_percent": gpu, "failures": failures and str(failures)}
         self._event("end", about)

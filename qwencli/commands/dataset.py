@@ -9,15 +9,15 @@ from typing import Annotated
 
 import typer
 
-from qwencli.errors import OutputError
+from qwencli.errors import InputError, OutputError, UsageError
 from qwencli.output import Output, counted, visible
 
 app = typer.Typer(no_args_is_help=True, help="Look at sets of captioned pictures.")
 
 
 @app.callback()
-def _group() -> None:
-    """Keeps `report` a command of its own name."""
+def _group() -> None:  # keeps `report` a command of its own name
+    """Look at sets of captioned pictures."""
 
 
 @app.command()
@@ -48,8 +48,14 @@ def report(
     from qwencli.dataset.report.survey import surveyed
 
     sink = context.ensure_object(Output)
+    if output is not None and output.exists() and not _is_page(output):
+        raise UsageError(
+            f"--output {output} is there and is no HTML page", "name a file that is not there yet"
+        )
     with sink.status(f"reading {folder}"):
         listing, entries = read_set(folder, caption_extension)
+    if not entries:
+        raise InputError(f"{folder}: no picture or video there", "name the folder of the pictures")
     with sink.status(f"looking at {counted(len(entries), 'picture')}"):
         seen = list(
             seen_pictures(
@@ -88,6 +94,14 @@ def report(
         if not json:
             sink.answer(str(path))
     sink.notice(", ".join(f"{count} {_NAMES[name]}" for name, count in _told(survey.summary())))
+
+
+def _is_page(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(15).lower().startswith(b"<!doctype html")
+    except OSError:
+        return False
 
 
 _NAMES = {

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from qwencli.models.listing import ModelRow
 
 _MODES = ("4bit", "8bit", "fp8", "full")
-_WIDE = 76  # columns that the whole table takes; on fewer it has what is asked for most
+# Columns that the whole table takes, and that the size does beside what is asked for most.
+_WIDE, _WITH_SIZE = 76, 48
 
 
 def models(
@@ -42,7 +43,7 @@ def models(
         for row in rows:
             output.json_line(asdict(row))
         return
-    output.show(_table(rows, _legend(rows, free_bytes, on_gpu), wide=output.columns >= _WIDE))
+    output.show(_table(rows, _legend(rows, free_bytes, on_gpu), output.columns))
 
 
 def _legend(rows: list[ModelRow], free_bytes: int, on_gpu: bool) -> str:
@@ -56,7 +57,7 @@ def _legend(rows: list[ModelRow], free_bytes: int, on_gpu: bool) -> str:
     )
 
 
-def _table(rows: list[ModelRow], legend: str, *, wide: bool) -> Table:
+def _table(rows: list[ModelRow], legend: str, columns: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -65,17 +66,18 @@ def _table(rows: list[ModelRow], legend: str, *, wide: bool) -> Table:
         box=None, padding=(0, 1, 0, 0), pad_edge=False, caption=legend, caption_justify="left"
     )
     table.add_column("Model", overflow="fold")
+    wide, with_size = columns >= _WIDE, columns >= _WITH_SIZE
     modes = _MODES if wide else _MODES[:1]
     if wide:
         table.add_column("Kind", no_wrap=True)
-    for heading in ("Size", *modes, "Fits"):
+    for heading in ("Size", *modes, "Fits") if with_size else (*modes, "Fits"):
         table.add_column(heading, justify="right", no_wrap=True)
     if wide:
         table.add_column("Where", overflow="fold")
     for row in rows:
         size = "?" if row.size_bytes is None else _size(row.size_bytes)
         fits = row.fits[-1] if row.fits else "no" if row.vram_gb else "?"
-        figures = (size, *(_vram(row, mode) for mode in modes), fits)
+        figures = (*((size,) if with_size else ()), *(_vram(row, mode) for mode in modes), fits)
         kept = f", {_size(row.kept_bytes)} of quantized weights kept" if row.kept_bytes else ""
         name = row.name + (" (default)" if row.default else "")
         cells = (name, row.kind, *figures, _where(row) + kept) if wide else (name, *figures)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qwencli.config import DType, EngineConfig, KVDType, Quantization, Speculate
+from qwencli.errors import DeviceError
 from qwencli.output import Output
 
 
@@ -54,7 +55,11 @@ def warm(
         offline=offline,
     )
     with output.status(f"compiling kernels of {spec.name}"):
-        made = warm_kernels(config)
+        try:
+            made = warm_kernels(config)
+        except DeviceError as error:
+            # On a CPU, which the error may offer instead, there is nothing to compile.
+            raise DeviceError(error.message, "run it where the GPU is") from error
     for warning in made.warnings:
         output.warn(warning)
     output.answer(

@@ -227,10 +227,7 @@ class Asking:
             advice = CHANGES[found.kind].advice
             if found.kind is FaultKind.TRUNCATED and self.manner.schema is not None:
                 advice += " or a schema with bounds"
-            # Of pictures that are named themselves nothing is kept that could be tried again.
-            return CaptionError(
-                f"{task.item.key}: {found}", f"try {advice}; in a folder with --retry-failed"
-            )
+            return CaptionError(f"{task.item.key}: {found}", f"try {advice}")
         if self.manner.boxes:
             size, resized = result.image_sizes[0], result.resized_sizes[0]
             found = boxes.in_pixels(found, size, resized, self._box_grid)

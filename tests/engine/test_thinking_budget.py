@@ -202,6 +202,6 @@ def test_drafts_go_on_behind_the_thoughts(folder, engine, tmp_path):
 
 def test_a_model_that_does_not_think_says_so(checkpoint, engine):
     with NativeEngine(engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE)) as plain:
-        with pytest.raises(InputError, match="does not think"):
+        with pytest.raises(InputError, match="knows no thoughts"):
             plain.generate(ask())
         assert plain.generate(ask(budget=0, new=3)).thoughts is None

@@ -287,7 +287,7 @@ class PromptBuilder:
         if thinking_budget and not at_once:
             if not opens_thought and not (thinking and self.template.can_switch):
                 raise InputError(
-                    "this model does not think, so that a thinking budget limits nothing",
+                    "the chat template knows no thoughts, so that a thinking budget limits nothing",
                     "leave out --thinking-budget, or choose a model that thinks",
                 )
             if not opens_thought:

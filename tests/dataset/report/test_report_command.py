@@ -156,6 +156,16 @@ def test_what_is_no_regular_file_is_not_waited_for(pictures, report, monkeypatch
     assert "no regular file" in found["unreadable"][0]["reason"]
 
 
-def test_an_empty_folder(tmp_path, report):
-    code, found, _ = report(tmp_path, "--json", "--output", tmp_path / "r.html")
-    assert code == 0 and found["summary"]["pictures"] == 0
+def test_nothing_is_made_of_an_empty_folder_or_of_a_file_that_is_no_page(
+    tmp_path, pictures, report
+):
+    code, found, err = report(tmp_path, "--output", tmp_path / "r.html")
+    assert (code, found) == (1, None) and "no picture or video there" in err
+    assert list(tmp_path.iterdir()) == []
+    folder = pictures("a.png")
+    (folder / "a.txt").write_text("a cat\n", encoding="utf-8")
+    code, _, err = report(folder, "--output", folder / "a.txt")
+    assert code == 2 and "is no HTML page" in err
+    assert (folder / "a.txt").read_text(encoding="utf-8") == "a cat\n"
+    assert report(folder)[0] == 0
+    assert report(folder)[0] == 0, "its own page is written anew"

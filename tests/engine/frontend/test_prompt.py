@@ -437,7 +437,7 @@ def test_thoughts_with_a_budget_begin_in_the_prompt(
         closing = made.tokenizer.encode(f"{OUT_OF_THOUGHTS}</think>\n\n")
         assert (prompt.budget.tokens, list(prompt.budget.closing_ids)) == (7, closing)
         assert prompt.opens_thought
-    with pytest.raises(InputError, match="does not think"):
+    with pytest.raises(InputError, match="knows no thoughts"):
         write_tiny_folder(tmp_path, template=CHATML)
         plain = PromptBuilder.from_folder(
             tmp_path, family="qwen3", min_pixels=None, max_pixels=None
