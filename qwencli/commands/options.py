@@ -20,6 +20,7 @@ import typer
 from qwencli.capabilities import runs_with
 from qwencli.config import (
     MAX_FRAMES,
+    SAMPLING_BOUNDS,
     Attention,
     Cache,
     DType,
@@ -107,9 +108,12 @@ def thinks(think: bool | None, budget: int | None, sampling: SamplingOptions) ->
         raise UsageError("--thinking-budget and --no-think exclude each other", "leave one out")
     most = sampling.max_new_tokens
     if budget and most is not None and budget >= most:
+        enough, limit = budget + SAMPLING.max_new_tokens, SAMPLING_BOUNDS["max_new_tokens"].high
         raise UsageError(
             f"--thinking-budget {budget} leaves nothing of --max-new-tokens {most} for an answer",
-            f"raise --max-new-tokens to {budget + SAMPLING.max_new_tokens}",
+            f"raise --max-new-tokens to {enough}"
+            if enough <= limit
+            else "give a smaller --thinking-budget",
         )
     return bool(budget) if budget is not None else bool(think)
 

@@ -554,6 +554,11 @@ def test_thoughts_end_after_their_budget(thinking, pictures, capsys, monkeypatch
         (("--thinking-budget", "many"), "Invalid value for '--thinking-budget'"),
         (("--thinking-budget", "9", "--no-think"), "--no-think exclude each other"),
         (("--thinking-budget", "9", "--max-new-tokens", "9"), "leaves nothing of --max-new-tokens"),
+        (("--thinking-budget", "9", "--max-new-tokens", "9"), "raise --max-new-tokens to 521"),
+        (
+            ("--thinking-budget", "8000", "--max-new-tokens", "9"),
+            "give a smaller --thinking-budget",
+        ),
         (("--thinking-budget", "9", "--starts-with", "A"), "exclude each other"),
     ],
     ids=str,
