@@ -2,7 +2,8 @@
 
 python benchmarks/one_shot.py IMAGE OUT.csv [--runs 5] [--device cpu] [--engines A,B]
 
-The engines take turns, after one call each that is not counted. A row a call: wall time, processor
+The engines take turns, after one call each that is not counted; `torch` among them is a process that
+imports torch and nothing else, which no caption can do without. A row a call: wall time, processor
 time and peak resident memory as the operating system reports them. The table at the end shows
 medians and each engine's share of the last engine's. Linux and macOS.
 """
@@ -27,6 +28,8 @@ def call(engine: str, image: Path, device: str) -> dict[str, float]:
     """Run one caption to its end and return its measures."""
     command = [sys.executable, "-m", "qwencli", "--quiet", "caption", str(image)]
     command += ["--engine", engine, "--device", device, "--keep-loaded", "0"]
+    if engine == "torch":
+        command = [sys.executable, "-c", "import torch"]
     start = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
