@@ -2,10 +2,10 @@
 
 python benchmarks/one_shot.py IMAGE OUT.csv [--runs 5] [--device cpu] [--engines A,B]
 
-The engines take turns, after one call each that is not counted; `torch` among them is a process that
-imports torch and nothing else, which no caption can do without. A row a call: wall time, processor
-time and peak resident memory as the operating system reports them. The table at the end shows
-medians and each engine's share of the last engine's. Linux and macOS.
+The engines take turns, after one call each that is not counted; `torch` among them is a process
+that imports torch and nothing else, which no caption can do without. A row a call: wall time,
+processor time and peak resident memory as the operating system reports them. The table at the end
+shows medians and each engine's share of the last engine's. Linux and macOS.
 """
 
 from __future__ import annotations
