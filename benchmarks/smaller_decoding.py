@@ -41,6 +41,7 @@ def drawn(width: int, height: int) -> Image.Image:
 
 
 def photograph(width: int, height: int) -> Image.Image:
+    """Noise with as much of each frequency as photographs have."""
     random = np.random.default_rng(4)
     square = np.fft.rfftfreq(width)[None, :] ** 2 + np.fft.fftfreq(height)[:, None] ** 2
     square[0, 0] = 1

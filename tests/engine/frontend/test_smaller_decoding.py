@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from benchmarks.smaller_decoding import photograph
 from qwencli.commands.options import RunOptions
 from qwencli.config import EngineName
 from qwencli.engine.frontend.images import DECODED_LARGER
@@ -37,17 +38,8 @@ def drawn() -> Image.Image:
     return image
 
 
-def photograph() -> Image.Image:
-    """Noise with as much of each frequency as photographs have."""
-    random = np.random.default_rng(4)
-    square = np.fft.rfftfreq(WIDTH)[None, :] ** 2 + np.fft.fftfreq(HEIGHT)[:, None] ** 2
-    square[0, 0] = 1
-    planes = []
-    for _ in range(3):
-        waves = random.normal(size=square.shape) + 1j * random.normal(size=square.shape)
-        plane = np.fft.irfft2(waves / np.sqrt(square), s=(HEIGHT, WIDTH))
-        planes.append(np.clip(128 + 60 * plane / plane.std(), 0, 255))
-    return Image.fromarray(np.stack(planes, -1).astype(np.uint8))
+def like_a_photograph() -> Image.Image:
+    return photograph(WIDTH, HEIGHT)
 
 
 def noise() -> Image.Image:
@@ -70,7 +62,7 @@ def seen(data: bytes, max_pixels: int | None, most: int = MAX_PIXELS) -> tuple[n
 
 
 @pytest.mark.parametrize("settings", [{"quality": 90}, {"quality": 75, "progressive": True}])
-@pytest.mark.parametrize("make", [drawn, photograph, noise])
+@pytest.mark.parametrize("make", [drawn, like_a_photograph, noise])
 def test_what_a_model_sees_differs_by_little(make, settings) -> None:
     data = file_of(make(), **settings)
     (whole, of_whole), (smaller, of_smaller) = seen(data, None), seen(data, MAX_PIXELS)
