@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def settled(engine: NativeEngine, asked: GenerationRequest, known: Known) -> Gen
     return result
 
 
-def measure(args: argparse.Namespace, quantization: Quantization) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, quantization: Quantization) -> Iterator[dict[str, Any]]:
     def loaded(speculate: Speculate) -> NativeEngine:
         return NativeEngine(
             EngineConfig(
@@ -118,12 +119,12 @@ def measure(args: argparse.Namespace, quantization: Quantization) -> list[dict[s
     asked = request(args.tokens)
     with loaded(Speculate.OFF) as engine:
         plain = rates(engine, asked, args.repeats)
-    rows = [row("plain", plain, plain)]
+    yield row("plain", plain, plain)
     with loaded(Speculate.MTP) as engine:
         wrong = rates(engine, asked, args.repeats)
         accepted = engine.generate(asked).speculation
         percent = None if accepted is None else accepted.accept_percent
-        rows.append(row("wrong", wrong, plain, accept_percent=percent))
+        yield row("wrong", wrong, plain, accept_percent=percent)
     policy, guess = (BatchDraftPolicy.next, BatchDraftPolicy.learn), mtp.HeadInputs.draft
     for count in args.drafts:
         with loaded(Speculate.MTP) as engine:
@@ -134,10 +135,9 @@ def measure(args: argparse.Namespace, quantization: Quantization) -> list[dict[s
             right = rates(engine, asked, args.repeats)
             assert result.speculation is not None, "the engine drafts"
             percent = result.speculation.accept_percent
-            rows.append(row(f"right_{count}", right, plain, accept_percent=percent))
+            yield row(f"right_{count}", right, plain, accept_percent=percent)
         BatchDraftPolicy.next, BatchDraftPolicy.learn = policy  # type: ignore[method-assign]
         mtp.HeadInputs.draft = guess  # type: ignore[method-assign]
-    return [{"quantization": quantization.value, **each} for each in rows]
 
 
 def main() -> None:
@@ -151,15 +151,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     args.drafts = [int(each) for each in args.drafts.split(",")]
+    gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
     rows: list[dict[str, Any]] = []
     for mode in args.quantization.split(","):
-        rows += measure(args, Quantization(mode))
-        for each in rows:
-            shown = f"{each['quantization']:>5} {each['name']:>8}"
-            print(f"{shown} {each['median']:8.1f} tok/s  x{each['gain']:.3f}", flush=True)
-        gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
-        text = json.dumps({"gpu": gpu, "model": args.model, "rows": rows}, indent=2)
-        args.out.write_text(text + "\n", encoding="utf-8")
+        for each in measure(args, Quantization(mode)):
+            rows.append({"quantization": mode, **each})
+            print(f"{mode:>5} {each['name']:>8} {each['median']:8.1f} tok/s  x{each['gain']:.3f}")
+            text = json.dumps({"gpu": gpu, "model": args.model, "rows": rows}, indent=2)
+            args.out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -213,8 +213,10 @@ def cpu_limit(process: subprocess.Popen[bytes]) -> Iterator[None]:
         except OSError:
             continue
         try:
-            (group / name).write_text(text)
-            (group / "cgroup.procs").write_text(str(process.pid))
+            # A control group has these at once; elsewhere they would be files of no effect.
+            for file, said in ((name, text), ("cgroup.procs", str(process.pid))):
+                with (group / file).open("r+") as opened:
+                    opened.write(said)
         except OSError:
             with suppress(OSError):
                 group.rmdir()

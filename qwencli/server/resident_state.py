@@ -44,7 +44,10 @@ def build() -> str:
     """What tells apart processes that would not do the same: versions, code and environment."""
     package = Path(qwencli.__file__).parent
     newest = max(
-        file.stat().st_mtime_ns for folder in _folders(package) for file in os.scandir(folder)
+        file.stat().st_mtime_ns
+        for folder in _folders(package)
+        for file in os.scandir(folder)
+        if file.name.endswith(".py")  # folders change when Python keeps what it compiled
     )
     variables = sorted(each for each in os.environ.items() if each[0].startswith(_PREFIXES))
     said = [qwencli.__version__, sys.executable, str(package), str(newest), repr(variables)]

@@ -36,10 +36,19 @@ def compiled(tmp_path, monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("mode", [Quantization.NONE, Quantization.INT4, Quantization.FP8])
-def test_no_request_compiles(compiled, mode):
+@pytest.mark.parametrize(
+    ("model", "mode"),
+    [
+        ("qwen3-vl-2b", Quantization.NONE),
+        ("qwen3-vl-2b", Quantization.INT4),
+        ("qwen3-vl-2b", Quantization.FP8),
+        ("qwen3.5-0.8b", Quantization.NONE),
+        ("qwen3.5-0.8b", Quantization.INT4),
+    ],
+)
+def test_no_request_compiles(compiled, model, mode):
     config = EngineConfig(
-        resolve_model("qwen3-vl-2b"),
+        resolve_model(model),
         engine=EngineName.NATIVE,
         device="cuda",
         quantization=mode,

@@ -64,7 +64,9 @@ def loaded_on(device: torch.device, quantization: Quantization) -> QwenModel:
         elif not name.endswith(("decay_log", "decay_bias")):
             tensor.mul_(5)
     if device is CPU:
-        return QwenModel(shape, made, 200)
+        model = QwenModel(shape, made, 200)
+        model.rope.reach(200)
+        return model
     sent = weights.LoadedWeights(
         {name: each.to(device) for name, each in made.tensors.items()},
         (),

@@ -58,4 +58,4 @@ def test_a_folder_runs_in_batches_there_and_another_mode_takes_its_place(tmp_pat
     assert run([*again, "--quantization", "8bit"]) == 0
     second = resident.status()
     assert first is not None and second is not None and first.pid == second.pid
-    assert (first.quantization, second.quantization) == ("none", "int8")
+    assert (first.quantization, second.quantization) == ("none", "int8-w8a8")

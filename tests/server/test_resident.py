@@ -56,6 +56,23 @@ def own_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
     resident.stop()
 
 
+def test_what_python_compiles_makes_no_other_build(monkeypatch, tmp_path):
+    package = tmp_path / "package"
+    (package / "part").mkdir(parents=True)
+    for module in (package / "__init__.py", package / "part" / "some.py"):
+        module.touch()
+    monkeypatch.setattr("qwencli.__file__", str(package / "__init__.py"))
+    before = build()
+    compiled = package / "part" / "__pycache__"
+    compiled.mkdir()
+    later = time.time() + 60
+    for each in (compiled, compiled.parent, package):
+        os.utime(each, (later, later))
+    assert build() == before
+    os.utime(package / "part" / "some.py", (later, later))
+    assert build() != before
+
+
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
     """The engines that a server in this process makes."""

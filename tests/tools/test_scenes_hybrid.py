@@ -156,6 +156,7 @@ def test_a_step_trains_what_it_should_and_a_run_goes_on_where_it_was(tmp_path: P
         seed=0,
         model="hybrid",
         resume=None,
+        begin_with=None,
     )
     trainer = Trainer(options)
     losses = trainer.losses(batch)
@@ -171,7 +172,13 @@ def test_a_step_trains_what_it_should_and_a_run_goes_on_where_it_was(tmp_path: P
     assert again.step == 1
     for one, other in zip(trainer.masters, again.masters, strict=True):
         assert torch.equal(one, other)
-    Qwen35(HybridShape()).load_state_dict(load_file(tmp_path / "model.safetensors"))
+    saved = load_file(tmp_path / "model.safetensors")
+    Qwen35(HybridShape()).load_state_dict(saved)
+    begun = {"begin_with": tmp_path / "model.safetensors"}
+    further = Trainer(argparse.Namespace(**{**vars(options), **begun}))
+    assert further.step == 0
+    for name, tensor in further.averaged().state_dict().items():
+        assert torch.equal(tensor.bfloat16(), saved[name].bfloat16()), name
 
 
 def test_a_draft_knows_the_tokens_in_front_of_it_alone(model: Qwen35) -> None:

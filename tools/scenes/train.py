@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -80,6 +80,8 @@ class Trainer:
         )
         self.step = 0
         self.noise = torch.Generator(self.device).manual_seed(options.seed)
+        if options.begin_with:
+            self._begin_with(options.begin_with)
         if options.resume:
             self._resume(options.resume)
         self.first_step = self.step
@@ -165,6 +167,16 @@ class Trainer:
             written = checkpoint.with_suffix(".new")
             torch.save(content, written)
             written.replace(checkpoint)
+
+    def _begin_with(self, path: Path) -> None:
+        """Take the weights of a model that was saved; what only training has begins anew."""
+        saved = load_file(str(path))
+        names = [name for name, _ in self.modules.named_parameters()]
+        with torch.no_grad():
+            for name, *mine in zip(names, self.masters, self.average, self.parameters, strict=True):
+                if name.startswith("net."):
+                    for each in mine:
+                        each.copy_(saved[name.removeprefix("net.")])
 
     def _resume(self, path: Path) -> None:
         content = torch.load(path, map_location=self.device, weights_only=True)
@@ -347,6 +359,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fonts", type=Path, nargs="*", default=[], help="more TrueType files")
     parser.add_argument("--checkpoint", type=Path, help="full state, for --resume")
     parser.add_argument("--resume", type=Path)
+    parser.add_argument("--begin-with", type=Path, help="model.safetensors of an earlier run")
     parser.add_argument("--eval-batches", type=int, default=36)
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--check-every", type=float, default=40, help="seconds")

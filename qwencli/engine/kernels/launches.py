@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import triton
 
 from qwencli.engine import kernels
 
@@ -186,6 +187,20 @@ def kernel_modules() -> list[Any]:
         importlib.import_module(module.name)
         for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}.")
     ]
+
+
+@functools.cache
+def settle_cache_keys() -> None:
+    """Have Triton hash all kernels in one order, which its cache needs before 3.9: there the hash
+    of a kernel depends on whether the functions it calls were hashed before it."""
+    from triton.runtime.jit import JITFunction
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9):
+        return
+    for module in kernel_modules():
+        for value in vars(module).values():
+            if isinstance(value, JITFunction):
+                value.cache_key  # noqa: B018 - kept by Triton
 
 
 def compile_for(gpu: Gpu) -> None:

@@ -17,7 +17,13 @@ from pathlib import Path
 
 import torch
 
-from qwencli.engine.kernels.launches import Gpu, KernelLaunch, compile_for, compile_launch
+from qwencli.engine.kernels.launches import (
+    Gpu,
+    KernelLaunch,
+    compile_for,
+    compile_launch,
+    settle_cache_keys,
+)
 from qwencli.engine.machine.host import usable_cores
 from qwencli.engine.native.kernel_cache import CompileJob, use_folder, write_manifest
 from qwencli.engine.native.kernel_plan import plan_kernels
@@ -29,6 +35,7 @@ def main() -> int:
     job: CompileJob = pickle.load(sys.stdin.buffer)  # what our own parent wrote
     use_folder(Path(job.folder))
     torch.set_num_threads(1)
+    settle_cache_keys()
     launches = plan_kernels(job.planned, job.gpu)
     failed = compile_all(launches, job.gpu)
     if failed is not None:

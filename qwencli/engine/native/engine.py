@@ -335,10 +335,6 @@ class NativeEngine(BaseEngine):
         self._place = torch.device(device)
         dtype = resolve_dtype(self.config.dtype, device, files.checkpoint_dtype)
         self._planned = self._plan_of_kernels(kernels, shape, getattr(torch, dtype.value), None)
-        if self._planned is None:
-            raise UnsupportedModeError(
-                f"kernels of {self.config.model.name} are compiled by its requests"
-            )
         ready = compiled = 0
         for rows in (0, BATCH_LIMITS["cuda"].max_rows):
             loading = self._compiling(rows)
@@ -388,8 +384,7 @@ class NativeEngine(BaseEngine):
     def _plan_of_kernels(
         self, kernels: Kernels, shape: ModelShape, dtype: torch.dtype, packed: PackedFormat | None
     ) -> PlannedModel | None:
-        known = packed is None and shape.text.moe is None and shape.text.delta is None
-        if kernels is not Kernels.TRITON or not known:
+        if kernels is not Kernels.TRITON or packed is not None:
             return None
         from qwencli.engine.native.kernel_plan import PlannedModel
 
@@ -406,8 +401,7 @@ class NativeEngine(BaseEngine):
 
     def _compiling(self, rows: int) -> KernelLoader | None:
         """Begin to have all kernels ready that batches of so many rows need, or with 0 lone
-        requests; None where it is not known which: of pre-quantized checkpoints, mixtures of
-        experts and Gated DeltaNet."""
+        requests; None where it is not known which: of pre-quantized checkpoints."""
         if self._planned is None:
             return None
         from qwencli.engine.native.kernel_cache import KernelLoader

@@ -19,8 +19,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -39,6 +39,7 @@ from qwencli.engine.kernels.launches import (
     TensorArgument,
     compile_launch,
     gpu_of,
+    settle_cache_keys,
 )
 from qwencli.engine.machine.child_process import python_command
 from qwencli.engine.native import kernel_plan
@@ -142,16 +143,29 @@ def keep_nothing(error: OSError | str) -> None:
     for wanted, used in _used.items():
         if str(used) == knobs.cache.dir:
             _used[wanted] = Path(folder)
-    knobs.cache.dir = folder
+    with _of_this_process():
+        knobs.cache.dir = folder
 
 
 def use_folder(folder: Path) -> None:
     """Have Triton keep what it compiles in `folder`, and read from there."""
     knobs = triton.knobs
-    knobs.cache.dir = str(folder)
-    knobs.cache.manager_class = CheckedFiles
-    # What it makes on the way to a binary is read by nobody, and would be read at each load.
-    knobs.compilation.store_binary_only = True
+    with _of_this_process():
+        knobs.cache.dir = str(folder)
+        knobs.cache.manager_class = CheckedFiles
+        # What it makes on the way to a binary is read by nobody, and would be read at each load.
+        knobs.compilation.store_binary_only = True
+
+
+@contextmanager
+def _of_this_process() -> Iterator[None]:
+    """Triton copies its settings to the environment, where they would pass for the user's own."""
+    knobs = triton.knobs
+    before, knobs.propagate_env = knobs.propagate_env, False
+    try:
+        yield
+    finally:
+        knobs.propagate_env = before
 
 
 @cache
@@ -267,6 +281,7 @@ class KernelLoader:
 
     def _load(self) -> None:
         folder = use_folder_of(self._device)
+        settle_cache_keys()
         file = manifest_of(self._planned, self._gpu, folder)
         launches = read_manifest(file)
         if launches is None:

@@ -27,9 +27,13 @@ from qwencli.engine.native.model import PREFILL_CHUNK, QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.native.sampler import SamplerKind
 from qwencli.engine.native.supported import batch_invariant_for, fused_for, quantizer_for
+from qwencli.engine.ops.next_tokens import RowBuffers
 from qwencli.engine.row_state import RowState
 from qwencli.engine.runner import ROW_BUCKETS
 from qwencli.engine.spec_decode.decode_strategy import verify_sizes
+from qwencli.engine.spec_decode.mtp import HeadInputs, likeliest
+from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
+from qwencli.engine.spec_decode.policy import MOST_VERIFIED
 from qwencli.models.shapes import ModelShape
 
 META = torch.device("meta")
@@ -132,7 +136,7 @@ def planned_passes(planned: PlannedModel) -> Iterator[PlannedPass]:
         yield PlannedPass("products of prompts", tokens, 0, products)
     if model.vision is not None:
         yield PlannedPass("picture", 64, 0, lambda: _encode(model))
-    if planned.rows:
+    if planned.rows or shape.text.rows_only:
         yield from _row_passes(planned, model)
 
 
@@ -192,17 +196,24 @@ def _encode(model: QwenModel) -> None:
 
 
 def _row_passes(planned: PlannedModel, model: QwenModel) -> Iterator[PlannedPass]:
-    most = planned.rows
+    most = planned.rows or 1  # a lone request of a model that runs in rows alone
     drafting = planned.speculate is not Speculate.OFF
-    cache, states = model.paged_cache(2), model.recurrent_states(2)
+    inputs = None if model.draft_head is None else HeadInputs(most, model)
+    sizes = verify_sizes(planned.speculate, by_head=inputs is not None) if drafting else ()
+    cache = model.paged_cache(2)
+    states = model.recurrent_states(2, MAX_VERIFY_TOKENS, MOST_VERIFIED if drafting else 0)
     pages = pages_for(SLOTS)
     state = RowState(most, pages, model.shape.text.vocab_size, SLOTS, META, drafting)
+
+    def part(rows: int) -> tuple[RowBuffers, DecodePages]:
+        buffers = state.buffers(rows)
+        kept, done = state.states[:rows], buffers.done
+        return buffers, DecodePages(state.tables[:rows], buffers.slot, SLOTS, kept, done)
+
     for rows in sorted({min(each, most) for each in ROW_BUCKETS}):
 
         def step(rows: int = rows) -> None:
-            buffers, ops = state.buffers(rows), model.row_ops(rows)
-            kept, done = state.states[:rows], buffers.done
-            table = DecodePages(state.tables[:rows], buffers.slot, SLOTS, kept, done)
+            (buffers, table), ops = part(rows), model.row_ops(rows)
             hidden = model.decode_rows(buffers.token, buffers.position, cache, table, states)
             if ops.lm_head_rows is not None:
                 for with_penalty in (False, True):
@@ -213,12 +224,14 @@ def _row_passes(planned: PlannedModel, model: QwenModel) -> Iterator[PlannedPass
             ops.advance_rows(buffers.token, buffers)
 
         yield PlannedPass("rows", 1, rows, step)
-        for size in verify_sizes(planned.speculate) if drafting else ():
+    for size in sizes:
+        for rows in sorted({min(each, most, MOST_VERIFIED // size) for each in ROW_BUCKETS}):
 
             def verify(rows: int = rows, size: int = size) -> None:
-                buffers, drafts = state.buffers(rows), state.narrow_drafts(rows)
-                kept, done = state.states[:rows], buffers.done
-                table = DecodePages(state.tables[:rows], buffers.slot, SLOTS, kept, done)
+                (buffers, table), drafts = part(rows), state.narrow_drafts(rows)
+                if inputs is not None and size > 1:
+                    tables = table.tables
+                    inputs.draft(model, cache, buffers, drafts, tables, SLOTS, size - 1, likeliest)
                 fed = drafts.input_ids[:, :size].flatten()
                 hidden = model.decode_rows(fed, buffers.position, cache, table, states)
                 ops = model.row_ops(rows * size)

@@ -290,8 +290,10 @@ def _int4(w: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     high = grouped.amax(dim=2, keepdim=True).clamp(min=0.0)
     best = torch.full_like(low, torch.inf)
     scale, zero = torch.ones_like(low), torch.zeros_like(low)
+    # A tensor: by a number torch multiplies with the reciprocal on a GPU, which rounds otherwise.
+    top = low.new_tensor(INT4_MAX)
     for shrink in SHRINKS:
-        step = ((high - low) * shrink / INT4_MAX).clamp(min=1e-7).half().float()
+        step = ((high - low) * shrink / top).clamp(min=1e-7).half().float()
         offset = (-low * shrink / step).half().float()
         q = (grouped / step + offset).round_().clamp_(0, INT4_MAX)
         error = ((q - offset) * step - grouped).square_().sum(dim=2, keepdim=True)

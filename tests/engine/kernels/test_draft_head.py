@@ -30,7 +30,9 @@ def drafting_model(quantization: Quantization, fused: bool) -> QwenModel:
         elif not name.endswith(("decay_log", "decay_bias")):
             tensor.mul_(5)
     own = functools.partial(fused_ops, own_attention=True) if fused else None
-    return QwenModel(shape, loaded, 200, fused=own)
+    model = QwenModel(shape, loaded, 200, fused=own)
+    model.rope.reach(200)
+    return model
 
 
 @torch.inference_mode()

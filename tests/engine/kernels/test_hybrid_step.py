@@ -106,6 +106,7 @@ def test_steps_are_those_of_plain_operators(rows: int, quantization: Quantizatio
     for fused in (None, functools.partial(fused_ops, own_attention=True)):
         shape, loaded = dummy(quantization)
         model = QwenModel(shape, loaded, 200, fused=fused)
+        model.rope.reach(200)
         runner = ModelRunner(model, 40, rows, 200, False, VisionCache(), num_states=rows + 1)
         lengths = [1 + (63 * row) % 100 for row in range(rows)]
         texts = [[(7 * row + 3 * at) % 60 for at in range(lengths[row])] for row in range(rows)]
@@ -151,6 +152,7 @@ def begun(
     shape, loaded = dummy(Quantization.NONE, head)
     own = functools.partial(fused_ops, own_attention=True) if fused else None
     model = QwenModel(shape, loaded, 200, fused=own)
+    model.rope.reach(200)
     runner = ModelRunner(model, 20, 3, 150, False, VisionCache(), 4, with_drafts=True)
     sequences, prompts = requests_of(shape, texts, 20)
     for sequence, prompt, limit in zip(sequences, prompts, LIMITS, strict=False):

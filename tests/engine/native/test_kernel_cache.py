@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +144,18 @@ def test_a_list_is_read_as_it_was_written(tmp_path):
 def test_another_mode_or_gpu_has_a_list_of_its_own(tmp_path, other):
     assert manifest_of(planned(), GPU, tmp_path) == manifest_of(planned(), GPU, tmp_path)
     assert manifest_of(*other, tmp_path) != manifest_of(planned(), GPU, tmp_path)
+
+
+def test_the_folder_stays_where_it_is_and_the_environment_as_it_was(tmp_path, monkeypatch):
+    """Triton writes its settings there, where another load would take them for the user's."""
+    monkeypatch.setattr(kernel_cache, "gpu_of", lambda device: GPU)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    before = dict(os.environ)
+    first = kernel_cache.use_folder_of(torch.device("cuda"))
+    assert first.parent == tmp_path
+    assert kernel_cache.use_folder_of(torch.device("cuda")) == first
+    kernel_cache.keep_nothing("no reason")
+    assert dict(os.environ) == before
 
 
 @pytest.fixture

@@ -20,8 +20,10 @@ from qwencli.engine.native.supported import fused_for
 from qwencli.engine.request import PromptChunk, Sequence
 from qwencli.engine.runner import ModelRunner
 from qwencli.engine.spec_decode.decode_strategy import EagerVerifier, verify_sizes
+from qwencli.engine.spec_decode.policy import MOST_VERIFIED
 from qwencli.models.shape_reader import read_shape
 from tests.engine.kernels.test_fused_ops import NARROW, model_of, prompt_of
+from tests.engine.kernels.test_hybrid_step import dummy, requests_of
 
 FUSED = fused_for(Kernels.TRITON, Attention.AUTO)
 ROWS = 16
@@ -86,6 +88,34 @@ def test_what_runs_launch_is_what_was_planned(mode: Quantization) -> None:
     # Batches of rows and drafts that were not run above are cut up otherwise.
     launched |= dict.fromkeys(of_load)
     assert {each.kernel for each in launched} == {each.kernel for each in planned}
+
+
+@pytest.mark.parametrize("mode", [Quantization.NONE, Quantization.INT4])
+def test_a_hybrid_with_a_head_launches_what_was_planned(mode: Quantization) -> None:
+    """It runs in rows alone, drafts with its own head, and keeps states; nothing is computed."""
+    shape, loaded = dummy(mode, head=True)
+    model = QwenModel(shape, loaded, SLOTS, fused=FUSED)
+    with torch.inference_mode(), recording(runs=False) as launched:
+        for rows in (1, 4, ROWS):
+            runner = ModelRunner(
+                model, 1 + 2 * rows, rows, SLOTS, False, VisionCache(), rows + 1, with_drafts=True
+            )
+            texts = [[(7 * row + at) % 60 for at in range(5 + row)] for row in range(rows)]
+            sequences, prompts = requests_of(shape, texts, 9)
+            clock = EventTimer("cpu")
+            chunks = [PromptChunk(each, 0, each.num_prompt_tokens) for each in sequences]
+            runner.prefill(chunks, prompts, clock)
+            runner.decode(sequences, prompts, 0, clock)
+            if rows * 4 <= MOST_VERIFIED:
+                runner.verify(sequences, prompts, 4, 0, clock)
+            if rows == 1:
+                alone = set(launched)
+    lone = PlannedModel(shape, torch.float32, mode, speculate=Speculate.MTP, rows=0)
+    planned = set(plan_kernels(lone, None))
+    assert alone <= planned
+    together = PlannedModel(shape, torch.float32, mode, speculate=Speculate.MTP, rows=ROWS)
+    assert set(launched) <= set(plan_kernels(together, None))
+    assert {"delta_step_kernel", "decode_attention_kernel"} <= {each.kernel for each in alone}
 
 
 def test_a_plan_asks_for_no_gpu_and_says_the_same_again() -> None:
