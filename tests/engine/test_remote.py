@@ -28,10 +28,11 @@ from qwencli.config import (
     ModelSpec,
     SamplingOptions,
 )
-from qwencli.engine import remote
+from qwencli.engine import endpoint_pool, openai_client, remote
 from qwencli.engine.client import generate_many
 from qwencli.engine.machine.device import DeviceFacts
-from qwencli.engine.remote import RemoteEngine, endpoint_url
+from qwencli.engine.openai_client import endpoint_url
+from qwencli.engine.remote import RemoteEngine
 from qwencli.errors import AnswerError, EndpointError, InputError, UsageError
 from qwencli.messages import GenerationRequest, ImagePart, user_message
 from tests.engine.openai_server import MODEL, StandIn, seen
@@ -39,8 +40,8 @@ from tests.engine.openai_server import MODEL, StandIn, seen
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(remote, "LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(endpoint_pool, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(endpoint_pool, "LONGEST_PAUSE_S", 0.05)
     monkeypatch.setenv(remote.KEY_VARIABLE, "")  # or what a command sets would stay
     monkeypatch.delenv(remote.KEY_VARIABLE)
 
@@ -232,18 +233,18 @@ def test_an_answer_without_an_end_does_not_fill_the_memory(
     server: StandIn, monkeypatch: pytest.MonkeyPatch, fault: str, said: str
 ) -> None:
     with engine(server) as remote_engine:
-        monkeypatch.setattr(remote, "MOST_BYTES", 50)
+        monkeypatch.setattr(openai_client, "MOST_BYTES", 50)
         server.fault = lambda number: fault
         with pytest.raises(AnswerError) as caught:
             remote_engine.generate(asked())
         assert said in caught.value.message
-        monkeypatch.setattr(remote, "MOST_BYTES", 300)  # an event has less, the answer more
+        monkeypatch.setattr(openai_client, "MOST_BYTES", 300)  # an event has less, the answer more
         server.fault = lambda number: ""
         assert remote_engine.generate(asked()).text == "A picture 40x30 of 1,0,0"
 
 
 def test_a_list_or_an_error_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "MOST_BYTES", 5_000)
+    monkeypatch.setattr(openai_client, "MOST_BYTES", 5_000)
     for status in (200, 500):
         with StandIn(listing=(status, b" " * 10_000)).running() as wrong:
             with pytest.raises(EndpointError) as caught:
@@ -295,9 +296,9 @@ def test_a_stream_that_was_shown_is_not_begun_anew(server: StandIn) -> None:
 
 
 def test_a_server_that_hangs_is_given_up(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "SILENCE_S", 0.1)
-    monkeypatch.setattr(remote, "HANG_S", 0.3)
-    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    monkeypatch.setattr(openai_client, "SILENCE_S", 0.1)
+    monkeypatch.setattr(openai_client, "HANG_S", 0.3)
+    monkeypatch.setattr(endpoint_pool, "ATTEMPTS", 2)
     server.fault = lambda number: "hang"
     with engine(server) as remote_engine, pytest.raises(AnswerError, match="said nothing"):
         remote_engine.generate(asked())
@@ -310,7 +311,7 @@ def test_a_server_that_hangs_is_given_up(server: StandIn, monkeypatch: pytest.Mo
 def test_one_that_is_slow_but_lives_is_waited_for(
     server: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "SILENCE_S", 0.02)
+    monkeypatch.setattr(openai_client, "SILENCE_S", 0.02)
     server.step_s = 0.05
     with engine(server) as remote_engine:
         assert remote_engine.generate(asked()).text

@@ -1,0 +1,265 @@
+"""Shares requests among servers, and tries again what failed.
+
+Each request goes to the server that has the fewest of ours at the moment. One that cannot be
+reached, or whose answer breaks off, is left alone for a while that grows each time, and what it
+held goes to the others; where there are none it is asked again. Connections live in the event loop
+of one thread of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from qwencli.config import EngineConfig, ModelSource, ModelSpec
+from qwencli.engine.openai_client import (
+    CONNECT_S,
+    ROWS,
+    Endpoint,
+    OpenAIClient,
+    RetryableError,
+)
+from qwencli.engine.openai_format import AnswerReader, BadAnswerError, Sent, prepared
+from qwencli.engine.request import RequestSource, request_of
+from qwencli.errors import AnswerError, EndpointError, InputError
+from qwencli.results import GenerationChunk
+
+# How often a request is tried; the pauses between double from the first on.
+ATTEMPTS, FIRST_PAUSE_S, LONGEST_PAUSE_S = 5, 0.5, 30.0
+# Pictures that are opened and encoded at once.
+_OPENERS = 4
+T = TypeVar("T")
+
+
+class _Member:
+    """One server of the pool: its client, and how it does."""
+
+    def __init__(self, client: OpenAIClient) -> None:
+        self.client, self.endpoint = client, client.endpoint
+        self.num_running = 0
+        self.num_failures = 0
+        self.rests_until_s = 0.0
+        # Why it is not asked any more.
+        self.refusal: EndpointError | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.refusal is None and self.rests_until_s <= time.monotonic()
+
+    def failed(self) -> None:
+        """What runs there fails together, and counts once."""
+        if self.rests_until_s <= time.monotonic():
+            self.num_failures += 1
+            self.rest(_pause_s(self.num_failures))
+
+    def rest(self, seconds: float) -> None:
+        self.rests_until_s = max(self.rests_until_s, time.monotonic() + seconds)
+
+
+def _pause_s(failures: int) -> float:
+    return float(min(FIRST_PAUSE_S * 2 ** min(failures - 1, 16), LONGEST_PAUSE_S))
+
+
+class EndpointPool:
+    """Servers that answer the same requests, and the thread that asks them.
+
+    Raises:
+        UsageError: the API key cannot be sent, on creation.
+    """
+
+    def __init__(self, endpoints: Sequence[Endpoint], key_variable: str) -> None:
+        self._members = [_Member(OpenAIClient(each, key_variable)) for each in endpoints]
+        self._openers = concurrent.futures.ThreadPoolExecutor(_OPENERS, "open pictures")
+        self._loop = asyncio.new_event_loop()
+        self._freed = asyncio.Event()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="remote", daemon=True)
+        self._thread.start()
+
+    @property
+    def max_rows(self) -> int:
+        return ROWS * sum(each.refusal is None for each in self._members)
+
+    def begin(self, task: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        return asyncio.run_coroutine_threadsafe(task, self._loop)
+
+    def wait(self, task: Coroutine[Any, Any, T]) -> T:
+        return self.begin(task).result()
+
+    def close(self) -> None:
+        self._openers.shutdown(wait=False, cancel_futures=True)
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            self.begin(self._end_all()).result(CONNECT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _end_all(self) -> None:
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for member in self._members:
+            await member.client.close()
+
+    async def introduce(self, model: ModelSpec) -> list[EndpointError]:
+        """Learn what each server has; why some of them are of no use.
+
+        Raises:
+            EndpointError: all of them.
+        """
+        refusals = await asyncio.gather(*(self._introduce(each, model) for each in self._members))
+        found = [error for error in refusals if error is not None]
+        if len(found) == len(self._members):
+            raise found[0]
+        return found
+
+    async def _introduce(self, member: _Member, model: ModelSpec) -> EndpointError | None:
+        try:
+            await member.client.learn_model(model)
+        except RetryableError as failure:
+            member.failed()
+            return EndpointError(failure.error.message, failure.error.hint)
+        except EndpointError as error:
+            member.refusal = error
+            return error
+        except InputError as error:
+            member.refusal = EndpointError(error.message, "check the address of --endpoint")
+            return member.refusal
+        return None
+
+    @property
+    def first_model(self) -> str:
+        """The model of the first server that has named one; empty where none has."""
+        return next((each.endpoint.model for each in self._members if each.endpoint.model), "")
+
+    async def answer(
+        self,
+        source: RequestSource,
+        config: EngineConfig,
+        tell: Callable[[GenerationChunk], None],
+        *,
+        live: bool,
+    ) -> None:
+        """Have one request answered, by whichever server can.
+
+        Args:
+            live: somebody reads the pieces, so that an answer that breaks off cannot begin anew.
+
+        Raises:
+            InputError, AnswerError: this request has no answer.
+            EndpointError: no server is left.
+        """
+        started_s = time.perf_counter()
+        sent = await self._loop.run_in_executor(self._openers, _prepare, source, config)
+        del source  # pictures are held no longer than needed
+        try:
+            await self._answer_prepared(sent, started_s, tell, live=live)
+        except (InputError, AnswerError) as error:
+            names = ", ".join(sent.names)
+            if not names:
+                raise
+            raise type(error)(f"{names}: {error.message}", error.hint) from error
+
+    async def _answer_prepared(
+        self,
+        sent: Sent,
+        started_s: float,
+        tell: Callable[[GenerationChunk], None],
+        *,
+        live: bool,
+    ) -> None:
+        for attempt in itertools.count(1):
+            member = await self._free_member()
+            member.num_running += 1
+            try:
+                await self._answer_from(member, sent, started_s, tell, live=live)
+                member.num_failures = 0
+                return
+            except RetryableError as failure:
+                wanted_s = min(failure.pause_s, LONGEST_PAUSE_S)
+                if failure.unreachable:
+                    member.failed()
+                elif wanted_s:
+                    member.rest(wanted_s)
+                if attempt >= ATTEMPTS:
+                    if failure.unreachable and not await self._any_lives():
+                        raise EndpointError(failure.error.message, failure.error.hint) from None
+                    raise failure.error from None
+                pause = max(wanted_s, _pause_s(attempt))
+            except EndpointError as error:
+                if isinstance(error, AnswerError):
+                    raise
+                member.refusal, pause = error, 0.0
+            finally:
+                member.num_running -= 1
+                self._freed.set()
+            if not any(each.is_ready for each in self._members if each is not member):
+                await asyncio.sleep(pause)
+
+    async def _free_member(self) -> _Member:
+        """The server that has the fewest requests, once one has room.
+
+        Raises:
+            EndpointError: none is left.
+        """
+        while True:
+            able = [each for each in self._members if each.refusal is None]
+            if not able:
+                raise next(each.refusal for each in self._members if each.refusal is not None)
+            ready = [each for each in able if each.is_ready]
+            # One that rests is asked all the same where there is no other: `answer` has waited.
+            ready = ready or [min(able, key=lambda each: each.rests_until_s)]
+            best = min(ready, key=lambda each: each.num_running)
+            if best.num_running < ROWS:
+                return best
+            self._freed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._freed.wait(), 1.0)
+
+    async def _any_lives(self) -> bool:
+        for member in self._members:
+            if member.refusal is None and await member.client.lives():
+                return True
+        return False
+
+    async def _answer_from(
+        self,
+        member: _Member,
+        sent: Sent,
+        started_s: float,
+        tell: Callable[[GenerationChunk], None],
+        *,
+        live: bool,
+    ) -> None:
+        client, endpoint = member.client, member.endpoint
+        if not endpoint.model:  # it did not answer before
+            await client.learn_model(ModelSpec(self.first_model, ModelSource.REMOTE))
+        reader = AnswerReader(sent, started_s, endpoint.name)
+        told = False
+        try:
+            body = sent.json_for(endpoint.model, endpoint.owner)
+            async with contextlib.aclosing(client.chat(body)) as events:
+                async for event in events:
+                    piece = reader.read(event)
+                    if piece.text or piece.thoughts:
+                        tell(GenerationChunk(piece.text, (), thoughts=piece.thoughts))
+                        told = True
+            if reader.finish_reason is None:
+                raise client.broke_off()
+        except (BadAnswerError, RetryableError) as error:
+            failure = client.sent_nonsense(error) if isinstance(error, BadAnswerError) else error
+            if told and live:  # what is shown to a reader already cannot be begun anew
+                raise failure.error from error
+            raise failure from None
+        last = reader.finish()
+        tell(GenerationChunk(last.text, (), reader.result(), last.thoughts))
+
+
+def _prepare(source: RequestSource, config: EngineConfig) -> Sent:
+    return prepared(request_of(source), config)
