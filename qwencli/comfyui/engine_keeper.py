@@ -233,7 +233,7 @@ def create(wanted: Wanted, keep_s: float) -> Engine:
         return RemoteEngine(wanted.config, wanted.key_variable)
     _fetch(wanted.config)
     if wanted.runs is Runs.RESIDENT:
-        from qwencli.server.resident import ResidentEngine
+        from qwencli.server.resident_engine import ResidentEngine
 
         # A node that keeps nothing still needs it for as long as it runs.
         return ResidentEngine(wanted.config, max(keep_s, 1.0), log.info)

@@ -322,7 +322,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class KeepOptions:
-    """What a user may say about the engine that stays behind; see `server.resident`."""
+    """What a user may say about the engine that stays behind; see `server.resident_engine`."""
 
     keep_loaded: Annotated[
         str | None,

@@ -62,7 +62,7 @@ def running_engine(config: EngineConfig, sink: Output, keep_s: float = 0.0) -> I
 
 def _resident(config: EngineConfig, sink: Output, keep_s: float) -> Engine | None:
     """The resident engine with this model loaded; None where it cannot be used now."""
-    from qwencli.server.resident import ResidentEngine
+    from qwencli.server.resident_engine import ResidentEngine
 
     fetch_model(config)
     engine = ResidentEngine(config, keep_s, sink.notice)

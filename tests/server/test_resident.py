@@ -39,7 +39,7 @@ from qwencli.messages import GenerationRequest, ImagePart, user_message
 from qwencli.results import GenerationChunk, GenerationResult
 from qwencli.server import resident, resident_process, resident_state
 from qwencli.server.frames import HEAD_BYTES, lengths, packed, unpacked
-from qwencli.server.resident import ResidentEngine
+from qwencli.server.resident_engine import ResidentEngine
 from qwencli.server.resident_state import LOG_FILE, STATE_FILE, build, read_state, state_folder
 from tests.dataset.fake_engine import FakeEngine
 
@@ -301,14 +301,14 @@ def test_ten_starts_make_one_process_that_comes_back_when_killed(own_state: Path
     stale = {"pid": 1, "port": 9, "token": "old", "build": build()}
     (own_state / STATE_FILE).write_text(json.dumps(stale))
     with ThreadPoolExecutor(10) as pool:
-        found = list(pool.map(lambda _: resident._connected(own_state), range(10)))
+        found = list(pool.map(lambda _: resident.connect(own_state), range(10)))
     (pid,) = {connection.state.pid for connection in found if connection is not None}
     for connection in found:
         assert connection is not None
         connection.close()
     assert pid != 1 and len(list(own_state.glob("*.json"))) == 1
     os.kill(pid, signal.SIGKILL)
-    again = resident._connected(own_state)
+    again = resident.connect(own_state)
     assert again is not None and again.state.pid != pid
     again.close()
     begun = time.monotonic()
@@ -346,8 +346,8 @@ def test_what_is_lost_midway_is_asked_again_unless_it_was_shown(
     monkeypatch.setattr(FakeEngine, "stream", in_two_pieces)
 
     def drop_all(there: ResidentEngine) -> None:
-        assert there._line is not None
-        there._line._connection._socket.shutdown(socket.SHUT_RDWR)
+        assert there._shared is not None
+        there._shared._connection._socket.shutdown(socket.SHUT_RDWR)
         dropped.set()
 
     with serving(own_state), engine() as there:
