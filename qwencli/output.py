@@ -1,8 +1,7 @@
 """Where a command writes: stdout carries the answer alone, stderr everything else.
 
 A command builds an `Output` once. `answer` and `json_line` write to stdout; `notice`, `warn`,
-`status` and `table` write to stderr unless the table is itself the answer (`show`). `stats_line`
-and `shortfall` put an answer's figures, and what is missing of it, into words.
+`status` and `table` write to stderr unless the table is itself the answer (`show`).
 
 Whatever is written may quote what strangers wrote: names of files and models, templates, answers.
 So all of it passes here through `visible`, and nothing that rich renders is read as markup.
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
     from rich.text import Text
-
-    from qwencli.results import GenerationResult
 
 # What a terminal obeys instead of showing, what turns the reading order round, and what no
 # encoding has. A tab is harmless.
@@ -428,56 +425,3 @@ def _cells(char: str) -> int:
     if unicodedata.combining(char):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
-
-
-def shortfall(result: GenerationResult) -> str | None:
-    """What is missing of an answer and how to get it; None where it is whole."""
-    if result.finish_reason == "length":
-        thinking = result.thoughts is not None and not result.text
-        what = "thinking took all" if thinking else "the answer is cut off after"
-        return f"{what} {counted(result.num_new_tokens, 'new token')} (raise --max-new-tokens)"
-    if result.thoughts is not None and not result.text:
-        return "the model thought and gave no answer (try another prompt)"
-    return None
-
-
-def stats_line(result: GenerationResult) -> str:
-    """One line: tokens, speed, phases, and the modes that ran; what is not known is left out."""
-    t, ran = result.timings, result.effective
-    kv = None if ran.kv_dtype == ran.dtype else ran.kv_dtype and f"{ran.kv_dtype} keys and values"
-    speed = "-" if t.decode_tok_per_s is None else f"{t.decode_tok_per_s:.1f} tok/s"
-    cut = " (cut off)" if result.finish_reason == "length" else ""
-    cached = f"{result.num_cached_tokens} cached" if result.num_cached_tokens else None
-    images = result.num_image_tokens
-    prompt = _listed(None if images is None else f"{images} of images", cached)
-    phases = _listed(
-        None if t.load_s is None else f"load {t.load_s:.2f} s",
-        _ms("preprocess", t.preprocess_s),
-        _ms("vision", t.vision_encode_s),
-        _ms("prefill", t.prefill_s),
-        _ms("TTFT", t.ttft_s),
-    )
-    modes = _listed(ran.engine, ran.quantization, ran.attention, ran.cache, ran.kernels, kv)
-    dtype = f", {ran.dtype}" if ran.dtype else ""
-    tokens = "-" if result.num_prompt_tokens is None else result.num_prompt_tokens
-    return (
-        f"{counted(result.num_new_tokens, 'token')}{cut} at {speed} | prompt {tokens}"
-        + (f" ({prompt})" if prompt else "")
-        + f" | {phases} | {modes}{dtype} on {ran.device}{_speculation(result)}"
-    )
-
-
-def _listed(*parts: str | None) -> str:
-    return ", ".join(part for part in parts if part is not None)
-
-
-def _speculation(result: GenerationResult) -> str:
-    found = result.speculation
-    if found is None:
-        return ""
-    gain = "-" if found.net_gain is None else f"{found.net_gain:.2f}"
-    return f" | {found.num_accepted} of {found.num_drafted} drafts accepted, gain {gain}"
-
-
-def _ms(phase: str, seconds: float | None) -> str | None:
-    return None if seconds is None else f"{phase} {seconds * 1e3:.0f} ms"

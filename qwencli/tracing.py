@@ -146,6 +146,13 @@ def active() -> Trace | None:
     return _active
 
 
+def trace_answer(name: str, result: GenerationResult) -> None:
+    """Add an answer's phases, where a trace is made."""
+    trace = active()
+    if trace is not None:
+        trace.add_answer(name, result)
+
+
 def span(name: str, /, **about: object) -> AbstractContextManager[object]:
     """Marks what the block does, where a trace is made."""
     return _NOTHING if _active is None else _Span(_active, name, about)

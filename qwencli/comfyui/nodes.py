@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qwencli.answer_report import shortfall, stats_line
 from qwencli.comfyui import comfy_host
 from qwencli.comfyui.engine_keeper import KEEPER, Wanted
 from qwencli.comfyui.pictures import Batch, video_part
@@ -34,7 +35,7 @@ from qwencli.config import (
 )
 from qwencli.errors import InputError, OutOfMemoryError, QwenCliError, UsageError
 from qwencli.messages import GenerationRequest, VisualPart, text_message, user_message
-from qwencli.output import counted, shortfall, stats_line
+from qwencli.output import counted
 from qwencli.presets import prompt_text
 
 if TYPE_CHECKING:

@@ -85,8 +85,9 @@ def _caption(
     thinking_budget: int | None,
 ) -> None:
     # Here and not above: `--help` needs none of it.
-    from qwencli.commands.caption_set import caption_set, is_set, manner_of, print_captions
-    from qwencli.commands.captions import Captions
+    from qwencli.commands.caption_folder import caption_folder
+    from qwencli.commands.caption_options import is_set, manner_of
+    from qwencli.commands.captions import Captions, print_captions
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.requests import running_engine, system_messages
     from qwencli.dataset.sources import named_inputs
@@ -111,7 +112,7 @@ def _caption(
         if multi_image:
             raise UsageError("--multi-image is for a few pictures", "leave it out for a folder")
         manner = manner_of(shape, run, prompt, preset, thinking_budget)
-        caption_set(
+        caption_folder(
             named,
             chosen,
             run,

@@ -5,19 +5,24 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwencli.commands.options import RunOptions
-from qwencli.commands.profiling import trace_answer
-from qwencli.commands.reports import (
-    ProcessTimes,
+import typer
+
+from qwencli.answer_report import (
     caption_record,
     failure_record,
+    shortfall,
+    stats_line,
     unshown,
 )
+from qwencli.commands.caption_options import overlay_folder
+from qwencli.commands.options import RunOptions
 from qwencli.commands.requests import (
     ANSWERING_ERRORS,
     OPENING_ERRORS,
@@ -27,9 +32,12 @@ from qwencli.commands.requests import (
 )
 from qwencli.errors import EngineError, QwenCliError, StoppedError
 from qwencli.messages import GenerationRequest, ImagePart, VisualPart
-from qwencli.output import Output, shortfall, stats_line, visible
+from qwencli.output import Output, visible
+from qwencli.tracing import trace_answer
 
 if TYPE_CHECKING:
+    from qwencli.dataset.asking import Manner
+    from qwencli.dataset.parts import Held
     from qwencli.dataset.pipeline import Outcome, Task
     from qwencli.dataset.sources import Slot
     from qwencli.dataset.worker import Captioner
@@ -37,6 +45,26 @@ if TYPE_CHECKING:
     from qwencli.results import GenerationResult
 
 Pictures = tuple[VisualPart, ...]
+
+
+class ProcessTimes:
+    """Where the time of a whole process went, from its start to its first answer."""
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._began = self._latest = psutil.Process().create_time()
+        self._parts: list[str] = []
+
+    def mark(self, what: str) -> None:
+        """The time since the last mark was for this."""
+        now = time.time()
+        self._parts.append(f"{what} {max(now - self._latest, 0.0):.2f} s")
+        self._latest = now
+
+    def line(self) -> str:
+        whole = f"{max(self._latest - self._began, 0.0):.2f} s"
+        return f"process: {', '.join(self._parts)}; first answer after {whole}"
 
 
 class _Printed:
@@ -232,3 +260,60 @@ class Captions:
         self.sink.error(error)
         if self.json:
             self.sink.json_line(failure_record(error, names, self.model))
+
+
+def print_captions(
+    images: Sequence[str | Held],
+    run: RunOptions,
+    sink: Output,
+    *,
+    manner: Manner,
+    system: str | None,
+    frames: int | None,
+    overlay: str | None = None,
+    keep_s: float = 0.0,
+) -> None:
+    """Print captions in the form that `manner` wants; exit code 1 where one failed."""
+    from qwencli.commands.model_choice import announce_model, choose_model
+    from qwencli.commands.requests import running_engine, system_messages
+    from qwencli.dataset.asking import Asking
+    from qwencli.dataset.boxes import Overlays
+    from qwencli.dataset.pipeline import Task
+    from qwencli.dataset.sources import Item, Listing
+    from qwencli.dataset.worker import Alone
+
+    named = {str(each): each for each in images}
+    listing = Listing(Path(), [Item(name) for name in named])
+    fields = manner.prompts.fields
+    spec = choose_model(run, sink)
+    work = Captions(
+        sink,
+        run,
+        model=spec.name,
+        several=len(listing.items) > 1,
+        max_pixels=run.decoded_pixels(keep_s),
+    )
+    asking = Asking(
+        manner,
+        listing,
+        run.sampling_options(),
+        lambda item: work.open(named[item.key], frames),
+        system=system_messages(system),
+    )
+    asking.check_fields(listing.items)
+    tasks = [Task(item, name) for item in listing.items for name in fields]
+    announce_model(spec, run, sink)
+    overlays = Overlays(
+        overlay_folder(manner, overlay),
+        lambda item: open_named(named[item.key], frames),
+        sink.error,
+    )
+    with (
+        work.told_when_stopped(len(tasks)),
+        running_engine(run.engine_config(spec), sink, keep_s) as engine,
+        overlays,
+    ):
+        work.answer_shaped(Alone(engine, asking), tasks, overlays.add)
+    work.finish()
+    if work.failed or overlays.num_failed:
+        raise typer.Exit(1)

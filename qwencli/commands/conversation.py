@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TextIO, runtime_checkable
 
+from qwencli.answer_report import caption_record, shortfall, stats_line, unshown
 from qwencli.commands.answer_display import Display, PlainDisplay, SilentDisplay
 from qwencli.commands.chat_settings import (
     budget_said,
@@ -17,7 +18,6 @@ from qwencli.commands.chat_settings import (
     switched,
     with_setting,
 )
-from qwencli.commands.reports import caption_record, unshown
 from qwencli.commands.requests import (
     OPENING_ERRORS,
     open_picture,
@@ -53,7 +53,7 @@ from qwencli.messages import (
     text_message,
     user_message,
 )
-from qwencli.output import Output, counted, shortfall, stats_line, visible
+from qwencli.output import Output, counted, visible
 
 if TYPE_CHECKING:
     from qwencli.engine.protocol import Engine

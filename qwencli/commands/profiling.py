@@ -7,17 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from qwencli import __version__
 from qwencli.errors import OutputError
 from qwencli.output import Output
-from qwencli.tracing import Trace, TraceFile, active, tracing
-
-if TYPE_CHECKING:
-    from qwencli.results import GenerationResult
+from qwencli.tracing import Trace, TraceFile, tracing
 
 Profile = Annotated[
     Path | None,
@@ -65,13 +62,6 @@ def profiled(path: Path | None, sink: Output) -> Iterator[None]:
         sink.notice(f"note: the trace has {note}")
     if ended is not None:
         raise ended
-
-
-def trace_answer(name: str, result: GenerationResult) -> None:
-    """Add an answer's phases, where a trace is made."""
-    trace = active()
-    if trace is not None:
-        trace.add_answer(name, result)
 
 
 def _add_start(trace: Trace) -> None:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from qwencli.commands.caption_set import manner_of
+from qwencli.commands.caption_options import manner_of
 from qwencli.commands.options import RunOptions, ShapeOptions
 from qwencli.config import EngineConfig, SamplingOptions
 from qwencli.dataset.asking import Asking

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+from qwencli.answer_report import shortfall, stats_line
 from qwencli.dataset.progress import Rate
 from qwencli.messages import GenerationRequest, user_message
-from qwencli.output import shortfall, stats_line
 
 
 def test_little_time_is_said_as_such(caption, pictures, capsys):

@@ -291,7 +291,7 @@ def test_overlays_stay_in_their_folder(key, expected):
 
 
 def test_what_asks_goes_to_other_processes(schema):
-    from qwencli.commands.caption_set import manner_of
+    from qwencli.commands.caption_options import manner_of
     from qwencli.commands.options import RunOptions, ShapeOptions
 
     manner = manner_of(ShapeOptions(schema=str(schema)), RunOptions(), None, None)

@@ -1,13 +1,13 @@
-"""How one answer is written down: the JSON record and the statistics line."""
+"""How one answer is told: its JSON record, its line of statistics, and what is missing of it."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 from qwencli.errors import QwenCliError
+from qwencli.output import counted
 from qwencli.results import GenerationResult, Speculation
 
 # How to have more of a file shown than its first picture.
@@ -92,21 +92,54 @@ def speculation_record(speculation: Speculation | None) -> dict[str, Any] | None
     return {**asdict(speculation), "accept_percent": speculation.accept_percent}
 
 
-class ProcessTimes:
-    """Where the time of a whole process went, from its start to its first answer."""
+def shortfall(result: GenerationResult) -> str | None:
+    """What is missing of an answer and how to get it; None where it is whole."""
+    if result.finish_reason == "length":
+        thinking = result.thoughts is not None and not result.text
+        what = "thinking took all" if thinking else "the answer is cut off after"
+        return f"{what} {counted(result.num_new_tokens, 'new token')} (raise --max-new-tokens)"
+    if result.thoughts is not None and not result.text:
+        return "the model thought and gave no answer (try another prompt)"
+    return None
 
-    def __init__(self) -> None:
-        import psutil
 
-        self._began = self._latest = psutil.Process().create_time()
-        self._parts: list[str] = []
+def stats_line(result: GenerationResult) -> str:
+    """One line: tokens, speed, phases, and the modes that ran; what is not known is left out."""
+    t, ran = result.timings, result.effective
+    kv = None if ran.kv_dtype == ran.dtype else ran.kv_dtype and f"{ran.kv_dtype} keys and values"
+    speed = "-" if t.decode_tok_per_s is None else f"{t.decode_tok_per_s:.1f} tok/s"
+    cut = " (cut off)" if result.finish_reason == "length" else ""
+    cached = f"{result.num_cached_tokens} cached" if result.num_cached_tokens else None
+    images = result.num_image_tokens
+    prompt = _listed(None if images is None else f"{images} of images", cached)
+    phases = _listed(
+        None if t.load_s is None else f"load {t.load_s:.2f} s",
+        _ms("preprocess", t.preprocess_s),
+        _ms("vision", t.vision_encode_s),
+        _ms("prefill", t.prefill_s),
+        _ms("TTFT", t.ttft_s),
+    )
+    modes = _listed(ran.engine, ran.quantization, ran.attention, ran.cache, ran.kernels, kv)
+    dtype = f", {ran.dtype}" if ran.dtype else ""
+    tokens = "-" if result.num_prompt_tokens is None else result.num_prompt_tokens
+    return (
+        f"{counted(result.num_new_tokens, 'token')}{cut} at {speed} | prompt {tokens}"
+        + (f" ({prompt})" if prompt else "")
+        + f" | {phases} | {modes}{dtype} on {ran.device}{_speculation(result)}"
+    )
 
-    def mark(self, what: str) -> None:
-        """The time since the last mark was for this."""
-        now = time.time()
-        self._parts.append(f"{what} {max(now - self._latest, 0.0):.2f} s")
-        self._latest = now
 
-    def line(self) -> str:
-        whole = f"{max(self._latest - self._began, 0.0):.2f} s"
-        return f"process: {', '.join(self._parts)}; first answer after {whole}"
+def _listed(*parts: str | None) -> str:
+    return ", ".join(part for part in parts if part is not None)
+
+
+def _speculation(result: GenerationResult) -> str:
+    found = result.speculation
+    if found is None:
+        return ""
+    gain = "-" if found.net_gain is None else f"{found.net_gain:.2f}"
+    return f" | {found.num_accepted} of {found.num_drafted} drafts accepted, gain {gain}"
+
+
+def _ms(phase: str, seconds: float | None) -> str | None:
+    return None if seconds is None else f"{phase} {seconds * 1e3:.0f} ms"

@@ -1,0 +1,195 @@
+"""`qwencli caption FOLDER`: captions that are kept, in files beside the pictures or in a table."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
+
+from qwencli.commands.caption_options import caption_extension, overlay_folder, worker_devices
+from qwencli.commands.options import RunOptions, SetOptions
+from qwencli.config import Existing
+from qwencli.errors import InputError, UsageError
+from qwencli.output import Output
+
+if TYPE_CHECKING:
+    from qwencli.config import EngineConfig
+    from qwencli.dataset.asking import Asking, Manner
+    from qwencli.dataset.parts import Held
+    from qwencli.dataset.pipeline import Outcome
+    from qwencli.dataset.worker import Captioner
+
+# Options that choose what computes: other captions may come of them.
+_COMPUTES = (
+    "engine", "quantization", "attention", "cache", "kernels", "kv_dtype", "dtype", "min_pixels",
+    "max_pixels", "load_format",
+)  # fmt: skip
+
+
+def caption_folder(
+    inputs: Sequence[str | Held],
+    chosen: SetOptions,
+    run: RunOptions,
+    sink: Output,
+    *,
+    manner: Manner,
+    system: str | None,
+    frames: int | None,
+    overlay: str | None = None,
+    keep_s: float = 0.0,
+) -> None:
+    """Caption pictures into files beside them; leaves with exit code 1 where one failed."""
+    from qwencli.commands.model_choice import announce_model, choose_model
+    from qwencli.commands.requests import system_messages
+    from qwencli.dataset.asking import Asking
+    from qwencli.dataset.boxes import Overlays
+    from qwencli.dataset.caption_set import open_set, place_of
+    from qwencli.dataset.manifest import STATE_FOLDER
+    from qwencli.dataset.pipeline import Stopper
+    from qwencli.dataset.run_report import RunReport
+    from qwencli.dataset.sources import Listing, Selection, list_inputs
+    from qwencli.dataset.worklist import Wish
+
+    sampling = run.sampling_options()
+    if manner.schema is not None and chosen.existing in (Existing.APPEND, Existing.PREPEND):
+        raise UsageError(
+            f"--existing {chosen.existing} and --schema exclude each other",
+            "use --existing overwrite, or --samples for several answers",
+        )
+    if chosen.samples > 1 and sampling.do_sample is False:
+        raise UsageError("--samples of --greedy are all the same", "give --temperature instead")
+    devices = worker_devices(chosen, run)
+    with sink.status("listing pictures"):
+        listing = list_inputs(
+            inputs or ["."], Selection(chosen.recursive, tuple(chosen.glob or ()))
+        )
+    if not (listing.items or listing.refused):
+        named = ", ".join(str(each) for each in inputs) or "this folder"
+        raise InputError(
+            f"{named}: no picture or video there",
+            "--recursive looks into its folders too" if not chosen.recursive else "check the path",
+        )
+    extension = caption_extension(chosen, manner)
+    place = place_of(listing, chosen.output, extension)
+    wish = Wish(
+        chosen.existing or Existing.SKIP,
+        fields=tuple(manner.prompts.fields),
+        samples=chosen.samples,
+        retry_failed=chosen.retry_failed,
+    )
+    # The items stay here: what asks goes to other processes.
+    where = Listing(listing.base)
+    asking = Asking(
+        manner,
+        where,
+        sampling,
+        functools.partial(where.open, frames=frames, max_pixels=run.decoded_pixels(keep_s)),
+        system=system_messages(system),
+        caption_extension=extension,
+    )
+    asking.check_fields(listing.items)
+    folder = overlay_folder(manner, overlay, place.root / STATE_FOLDER / "overlays")
+    overlays = Overlays(folder, functools.partial(where.open, frames=frames), sink.error)
+
+    def tell(outcome: Outcome) -> None:
+        reporter.add(outcome)
+        overlays.add(outcome)
+
+    spec = choose_model(run, sink)
+    settings = {
+        "model": spec.name,
+        **manner.settings(),
+        "system": system,
+        "frames": frames,
+        "sampling": asdict(sampling),
+        "engine": _said(run),
+    }
+    device = ",".join(devices) or (f"ray {chosen.ray}" if chosen.ray else run.device)
+    computes = {"model": spec.name, "device": device, **_said(run)}
+    if manner.schema is not None:
+        # What has to keep to one takes another time.
+        computes["schema"] = hashlib.sha256(manner.schema.encode()).hexdigest()[:16]
+    with (
+        open_set(
+            listing,
+            place.root,
+            place.sink,
+            wish,
+            settings,
+            manifest_name=place.manifest,
+            redo=chosen.redo,
+            look_only=chosen.dry_run,
+        ) as whole,
+        RunReport(
+            whole, sink, spec.name, computes, json=run.json, stats=run.stats
+        ).telling() as reporter,
+    ):
+        reporter.begin(place.suffix, dry_run=chosen.dry_run)
+        if chosen.dry_run:
+            reporter.show_questions(asking)
+            return
+        if whole.work.tasks or whole.work.refused:
+            whole.begin(reporter.add)
+            if whole.work.tasks:
+                announce_model(spec, run, sink)
+                stopper = Stopper(sink.notice)
+                config, count = run.engine_config(spec), len(whole.work.tasks)
+                with (
+                    _captioner(
+                        config, asking, count, devices, chosen.ray, sink, keep_s
+                    ) as captioner,
+                    stopper.watching(),
+                    overlays,
+                ):
+                    reporter.device = device if devices else captioner.facts.get("device") or device
+                    with reporter.progress.shown(reporter.device):
+                        whole.caption(captioner, tell, lambda: stopper.asked)
+            whole.end()
+        if overlays.count:
+            sink.notice(f"pictures with their boxes: {folder}")
+        all_well = reporter.finish()
+        if not all_well or overlays.num_failed:
+            raise typer.Exit(1)
+
+
+@contextmanager
+def _captioner(
+    config: EngineConfig,
+    asking: Asking,
+    count: int,
+    devices: Sequence[str],
+    ray: str | None,
+    sink: Output,
+    keep_s: float,
+) -> Iterator[Captioner]:
+    """What makes `count` captions: workers of a cluster, or on devices, or an engine right here."""
+    from qwencli.commands.requests import fetch_model, running_engine
+    from qwencli.dataset.devices import DeviceWorkers
+    from qwencli.dataset.ray_cluster import RayWorkers
+    from qwencli.dataset.worker import Alone, Orders
+
+    if not devices and ray is None:
+        with running_engine(config, sink, keep_s) as engine:
+            yield Alone(engine, asking)
+        return
+    fetch_model(config)
+    orders = Orders(config, asking, -(-count // max(1, len(devices))))
+    workers: DeviceWorkers | RayWorkers
+    if ray is not None:
+        workers, where = RayWorkers(orders, ray, sink.warn), f"Ray ({ray})"
+    else:
+        workers, where = DeviceWorkers(orders, devices, sink.warn), ", ".join(devices)
+    with ExitStack() as stack:
+        with sink.status(f"loading {config.model.name} on {where}"):
+            stack.enter_context(workers)
+        yield workers
+
+
+def _said(run: RunOptions) -> dict[str, str]:
+    """The options that choose what computes, as far as they were given."""
+    return {name: str(value) for name in _COMPUTES if (value := getattr(run, name)) is not None}

@@ -1,0 +1,205 @@
+"""What a run over a set tells its user: the plan, each outcome, how far it is, and what came of it.
+
+For people it goes to stderr, with `--json` each event is a line on stdout as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Self
+
+from qwencli.answer_report import caption_record, failure_record, stats_line
+from qwencli.dataset.asking import Asking
+from qwencli.dataset.caption_set import CaptionSet
+from qwencli.dataset.pipeline import Captioned, Outcome
+from qwencli.dataset.progress import Progress, duration, keep_rate, kept_rate
+from qwencli.errors import InputError, StoppedError
+from qwencli.output import Output, counted
+from qwencli.tracing import trace_answer
+
+# Pictures whose questions a dry run shows.
+SHOWN_QUESTIONS = 3
+
+
+class RunReport:
+    """Tells what is to be done, of each outcome, and at the end of all.
+
+    Args:
+        model: the name that records carry.
+        computes: the model, device and modes by which the speed of earlier runs is found.
+        json: each event is a line on stdout too.
+        stats: so is what each answer took, on stderr.
+    """
+
+    def __init__(
+        self,
+        whole: CaptionSet,
+        sink: Output,
+        model: str,
+        computes: Mapping[str, str],
+        *,
+        json: bool = False,
+        stats: bool = False,
+    ) -> None:
+        self._whole, self._sink, self._model, self._computes = whole, sink, model, computes
+        self._json, self._stats = json, stats
+        # What was done otherwise than asked for, by kind: as it was said first, and of what.
+        self._notes: dict[str, tuple[str, list[str]]] = {}
+        self.device = ""
+        self.progress = Progress(
+            len(whole.work.tasks), sink, lambda standing: self._event("progress", asdict(standing))
+        )
+
+    def begin(self, suffix: str, *, dry_run: bool) -> None:
+        work, listing = self._whole.work, self._whole.listing
+        self._sink.notice(*_counts(self._whole, suffix))
+        count = len(work.tasks)
+        rate = kept_rate(self._computes)
+        about = {
+            "pictures": len(listing.items),
+            "to_caption": count,
+            "with_caption": work.num_existing,
+            "failed_before": len(work.failed_before),
+            "refused": len(work.refused),
+            "estimate_s": count / rate.captions_per_s if rate else None,
+            "estimate_from": asdict(rate) if rate else None,
+        }
+        self._event("plan" if dry_run else "start", about)
+        if rate is not None and count:
+            self._sink.notice(f"estimate: {rate.estimate(count)}")
+        elif dry_run and count:
+            self._sink.notice(
+                "estimate: none yet; this machine has not captioned a set with this model and modes"
+            )
+        for failed in work.refused if dry_run else ():
+            self._sink.error(failed.error)
+
+    def add(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Captioned):
+            trace_answer(outcome.task.item.key, outcome.result)
+        if isinstance(outcome, Captioned) and self._stats:
+            self._sink.report(f"{outcome.task.item.key}: {stats_line(outcome.result)}")
+        if isinstance(outcome, Captioned):
+            for note in outcome.result.notes:
+                kind = re.sub(r"\d+", "", note)
+                self._notes.setdefault(kind, (note, []))[1].append(outcome.task.item.key)
+        else:
+            self._sink.error(outcome.error)
+        if self._json:
+            self._tell(outcome)
+        if self.device:  # what was refused before is no work
+            self.progress.add(outcome)
+
+    def _tell(self, outcome: Outcome) -> None:
+        task = outcome.task
+        names = [str(self._whole.listing.path(task.item))]
+        about = {"path": task.item.key, "field": task.field, "sample": task.sample}
+        if isinstance(outcome, Captioned):
+            record = caption_record(outcome.result, names, self._model)
+            self._event("caption", {**record, "caption": outcome.caption, **about})
+        else:
+            self._event("failure", {**failure_record(outcome.error, names, self._model), **about})
+
+    def finish(self) -> bool:
+        """Tell what came of it; whether all is well.
+
+        Raises:
+            StoppedError: the user ended it.
+        """
+        whole, totals = self._whole, self._whole.totals
+        failures = whole.write_failures()
+        keep_rate(self._computes, totals.captioned, totals.seconds, self.device)
+        speed = totals.captioned / totals.seconds if totals.seconds else 0.0
+        tokens = totals.num_new_tokens / totals.seconds if totals.seconds else 0.0
+        gpu = self.progress.gpu.mean
+        line = f"{totals.captioned} captioned, {totals.failed} failed"
+        if totals.captioned:
+            line += f" in {duration(totals.seconds)} ({speed:.1f} captions/s, {tokens:.0f} tok/s"
+            line += f", GPU busy {gpu:.0f}%)" if gpu is not None else ")"
+        self._sink.notice(line)
+        for note, names in self._notes.values():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            self._sink.notice(f"note: {names[0]}{more}: {note}")
+        if failures is not None:
+            self._sink.notice(f"what failed, and why: {failures} (--retry-failed tries again)")
+        about = {**asdict(totals), "captions_per_s": speed, "tok_per_s": tokens}
+        about |= {"gpu_percent": gpu, "failures": failures and str(failures)}
+        self._event("end", about)
+        if totals.stopped:
+            raise self._stopped()
+        return not (totals.failed or whole.work.failed_before)
+
+    @contextmanager
+    def telling(self) -> Iterator[Self]:
+        """Raises StoppedError for a Ctrl-C that no `Stopper` sees, as while the model loads."""
+        try:
+            yield self
+        except KeyboardInterrupt as error:
+            raise self._stopped() from error
+
+    def _stopped(self) -> StoppedError:
+        captioned, count = self._whole.totals.captioned, len(self._whole.work.tasks)
+        return StoppedError(
+            f"stopped: {captioned} of {count} captioned",
+            "the same command goes on where this one ended",
+        )
+
+    def show_questions(self, asking: Asking) -> None:
+        """What the first pictures would be asked."""
+        tasks = self._whole.work.tasks
+        for item in list(dict.fromkeys(task.item for task in tasks))[:SHOWN_QUESTIONS]:
+            try:
+                for question in asking.questions(item):
+                    self._sink.notice(f"{item.key}: {question.field}: {question.text}")
+            except InputError as error:
+                self._sink.notice(f"{item.key}: {error.message}")
+
+    def _event(self, name: str, about: dict[str, Any]) -> None:
+        if self._json:
+            self._sink.json_line({"event": name, **about})
+
+
+def _counts(whole: CaptionSet, extension: str) -> list[str]:
+    """What was found, before a model is loaded."""
+    listing, work = whole.listing, whole.work
+    parts = [f"{len(work.tasks)} to caption"]
+    parts += [f"{work.num_existing} with a caption"] if work.num_existing else []
+    parts += [f"{len(work.refused)} that cannot be captioned"] if work.refused else []
+    failed = len(work.failed_before)
+    parts += [f"{failed} that failed before (--retry-failed tries again)"] if failed else []
+    found = counted(len(listing.items), "picture or video", "pictures and videos")
+    lines = [f"{listing.base}: {found}: {', '.join(parts)}"]
+    others = Counter(listing.others)
+    others.pop(extension, None)
+    left_out = [
+        f"{number} {what}"
+        for number, what in (
+            (listing.hidden, "hidden"),
+            (sum(others.values()), f"of other kinds ({_kinds(others)})"),
+            (listing.seen, "that were seen already"),
+        )
+        if number
+    ]
+    if left_out:
+        lines.append(f"left out: {', '.join(left_out)}")
+    if whole.settled:
+        lines.append(
+            "1 caption of a run that was killed is in its file now"
+            if whole.settled == 1
+            else f"{whole.settled} captions of a run that was killed are in their files now"
+        )
+    if work.num_changed:
+        lines.append(
+            "note: 1 picture has changed since its caption"
+            if work.num_changed == 1
+            else f"note: {work.num_changed} pictures have changed since their captions"
+        )
+    return lines
+
+
+def _kinds(suffixes: Counter[str]) -> str:
+    return ", ".join(suffix or "without an ending" for suffix, _ in suffixes.most_common(5))
