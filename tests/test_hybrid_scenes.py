@@ -1,4 +1,4 @@
-"""The small trained Qwen3.5: captions are right in both engines, and drafts of its head are used."""
+"""The small trained Qwen3.5: captions are right in both engines, drafts of its head are used."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_held_out_scenes_are_captioned_and_drafted(asked) -> None:
         drafted = [engine.generate(request) for request in requests]
     assert [each.token_ids for each in drafted] == [each.token_ids for each in plain]
     figures = [each.speculation for each in drafted if each.speculation is not None]
-    checked, taken = (sum(getattr(f, name) for f in figures) for name in ("num_drafted", "num_accepted"))
-    assert taken > 0.5 * checked > 0
+    num_drafted = sum(each.num_drafted for each in figures)
+    assert sum(each.num_accepted for each in figures) > 0.5 * num_drafted > 0
     with TransformersEngine(engine_config(FOLDER)) as reference:
         assert [reference.generate(request).token_ids for request in requests[:3]] == [
             each.token_ids for each in plain[:3]
