@@ -29,18 +29,16 @@ from qwencli.bench.plan.matrix import BenchCell
 from qwencli.bench.plan.stopping import Progress
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.campaign_files import (
-    ENVIRONMENT,
     GENERATED,
     GPU,
     HOST,
-    PLAN,
     PROBES,
     REFERENCE,
     RUNS,
     TOKENS,
     StoredCampaign,
-    read_environment,
 )
+from qwencli.bench.storage.json_documents import ENVIRONMENT, PLAN, read_environment
 from qwencli.bench.storage.row_file import RowFile, keep_rows, replace_file
 from qwencli.errors import BenchError, OutputError
 from qwencli.folder_lock import LOCK, FolderLock

@@ -9,22 +9,20 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from qwencli.bench.storage.campaign_files import (
-    HINT,
+from qwencli.bench.storage.campaign_files import RUNS, read_file
+from qwencli.bench.storage.json_documents import (
     PLAN,
-    RUNS,
     Rule,
     check_document,
-    check_table,
     is_count,
     is_filled_list,
     is_list,
     is_name,
     is_object,
-    read_file,
     read_json,
 )
 from qwencli.bench.storage.row_file import read_table
+from qwencli.bench.storage.table_check import HINT, check_table
 from qwencli.bench.studies.claim_file import Study, Trial, choose
 from qwencli.bench.studies.metrics import value
 from qwencli.bench.studies.schedule import Place

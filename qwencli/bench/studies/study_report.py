@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwencli.bench.storage.campaign_files import Rule, check_document, is_count, read_environment
+from qwencli.bench.storage.json_documents import Rule, check_document, is_count, read_environment
 from qwencli.bench.storage.row_file import replace_file, write_rows
 from qwencli.bench.studies.claim_file import ALL, choose
 from qwencli.bench.studies.metrics import WORDS

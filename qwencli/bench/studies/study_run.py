@@ -22,13 +22,8 @@ from qwencli.bench.run.campaign import OTHER_WRITER, Campaign, refuse_what_is_th
 from qwencli.bench.run.campaign_progress import shown
 from qwencli.bench.run.campaign_runner import RunnerOptions, run_campaign
 from qwencli.bench.storage import columns
-from qwencli.bench.storage.campaign_files import (
-    ENVIRONMENT,
-    PLAN,
-    RUNS,
-    read_file,
-    read_json,
-)
+from qwencli.bench.storage.campaign_files import RUNS, read_file
+from qwencli.bench.storage.json_documents import ENVIRONMENT, PLAN, read_json
 from qwencli.bench.storage.row_file import keep_rows, read_rows
 from qwencli.bench.studies.schedule import Process
 from qwencli.bench.studies.study_plan import PROCESSES, STUDY, PreparedStudy, process_folder
