@@ -353,3 +353,21 @@ def _asked(limits: Iterable[Limit]) -> Iterator[str]:
 
 def _flag(axis: str) -> str:
     return f"--{axis.replace('_', '-')}"
+
+
+def check_thinking(model: str, *, can_think: bool | None, wanted: bool) -> None:
+    """Refuse thoughts of a model that has none; before anything is asked of it.
+
+    Args:
+        can_think: see `Engine`.
+
+    Raises:
+        UnsupportedModeError: thoughts are wanted, and there cannot be any.
+    """
+    if wanted and can_think is False:
+        raise UnsupportedModeError(
+            f"{model} cannot think before it answers: its chat template has no switch for it and "
+            "opens no thought",
+            "leave out --think and --thinking-budget, or choose a model that thinks "
+            "(--model qwen3.5-4b)",
+        )

@@ -113,6 +113,10 @@ class GenerationRequest:
     cut_to_fit: bool = False
     logprobs: int | None = None
 
+    @property
+    def wants_thoughts(self) -> bool:
+        return self.thinking if self.thinking_budget is None else self.thinking_budget > 0
+
 
 def user_message(text: str, visuals: tuple[VisualPart, ...] = ()) -> Message:
     """Images and videos first, then the text: the order Qwen's models were trained on."""

@@ -165,7 +165,7 @@ def _caption(
         asked = 1 if multi_image else len(images)
         with (
             work.told_when_stopped(asked),
-            running_engine(run.engine_config(spec), sink, keep_s) as loaded,
+            running_engine(run.engine_config(spec), sink, keep_s, thinking=thinking) as loaded,
         ):
             work.mark("torch and the model")
             left = images[work.begun - 1 :]

@@ -77,7 +77,10 @@ def chat(
         raise typer.Exit(1)
     announce_model(spec, run, sink)
     drawn = sys.stdin.isatty() and sys.stdout.isatty() and not run.json
-    with quiet_keys(), running_engine(run.engine_config(spec), sink, keep_s) as loaded:
+    with (
+        quiet_keys(),
+        running_engine(run.engine_config(spec), sink, keep_s, thinking=thinking) as loaded,
+    ):
         talk = Conversation(
             loaded,
             sampling,

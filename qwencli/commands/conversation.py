@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TextIO, runtime_checkable
 
 from qwencli.answer_report import caption_record, shortfall, stats_line, unshown
+from qwencli.capabilities import check_thinking
 from qwencli.commands.answer_display import Display, PlainDisplay, SilentDisplay
 from qwencli.commands.chat_settings import (
     budget_said,
@@ -408,20 +409,28 @@ class Conversation:
     def _set(self, rest: str) -> None:
         name, value = setting_said(rest) if rest else ("", "")
         if name == "thinking":
-            self._thinking = switched(name, value)
+            thinking = switched(name, value)
+            self._check_thinking(thinking)
+            self._thinking = thinking
             if self._thinking_budget == 0:
                 self._thinking_budget = None
         elif name == "thinking_budget":
-            self._thinking_budget = budget_said(value)
+            budget = budget_said(value)
+            self._check_thinking(bool(budget))
+            self._thinking_budget = budget
             # As on the command line: who bounds thoughts wants some, and 0 means none.
             if self._thinking_budget is not None:
                 self._thinking = self._thinking_budget > 0
         elif name:
             self._sampling = with_setting(self._sampling, name, value)
-        thinking = f"thinking={'on' if self._thinking else 'off'}"
+        switch = f"thinking={'on' if self._thinking else 'off'}"
         most = "default" if self._thinking_budget is None else self._thinking_budget
-        shown = [*settings_shown(self._sampling), thinking, f"thinking_budget={most}"]
+        shown = [*settings_shown(self._sampling), switch, f"thinking_budget={most}"]
         self._sink.notice(", ".join(shown))
+
+    def _check_thinking(self, wanted: bool) -> None:
+        """Raises UsageError: the model has no thoughts."""
+        check_thinking(self._model, can_think=self._engine.can_think, wanted=wanted)
 
     def _last_question(self) -> Message:
         """What was asked last, which is then neither asked nor answered."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwencli.capabilities import check_thinking
 from qwencli.config import EngineConfig, LoadFormat, ModelSource
 from qwencli.dataset.parts import Held, address_of
 from qwencli.dataset.sources import local_path
@@ -36,11 +37,17 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def running_engine(config: EngineConfig, sink: Output, keep_s: float = 0.0) -> Iterator[Engine]:
+def running_engine(
+    config: EngineConfig, sink: Output, keep_s: float = 0.0, *, thinking: bool = False
+) -> Iterator[Engine]:
     """An engine, loaded, closed at the end whatever happens.
 
     Args:
         keep_s: above 0 it is the resident one, which stays so long after the last request.
+        thinking: its answers have to have thoughts.
+
+    Raises:
+        UsageError: its model has no thoughts; and whatever `Engine.load` raises.
     """
     engine = _resident(config, sink, keep_s) if keep_s else None
     engine = engine or _loaded_here(config, sink)
@@ -52,6 +59,7 @@ def running_engine(config: EngineConfig, sink: Output, keep_s: float = 0.0) -> I
             sink.notice(
                 f"--max-seq-len auto: {engine.max_seq_len}{memory_figures(engine.memory_plan)}"
             )
+        check_thinking(config.model.name, can_think=engine.can_think, wanted=thinking)
         yield engine
     finally:
         engine.close()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from qwencli.capabilities import check_thinking
 from qwencli.config import EngineConfig, EngineName, LoadFormat, ModelSpec
 from qwencli.dataset.pipeline import Outcome, Task, outcomes
 from qwencli.errors import UsageError
@@ -110,9 +111,18 @@ def worked(
 
 def make_ready(engine: Engine, asking: Asking) -> Ready:
     """Tell `asking` what is known of a loaded model: its longest request, how it counts tokens,
-    and how it counts in boxes."""
-    asking.max_seq_len = engine.max_seq_len
+    and how it counts in boxes.
+
+    Raises:
+        UsageError: it cannot do what `asking` wants of it.
+    """
     config = engine.config
+    check_thinking(
+        config.model.name,
+        can_think=engine.can_think,
+        wanted=bool(asking.manner.thinking_budget),
+    )
+    asking.max_seq_len = engine.max_seq_len
     if asking.manner.boxes:
         asking.count_boxes_in(_box_grid(config))
     has_files = config.load_format is LoadFormat.AUTO and config.engine is not EngineName.REMOTE

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
+from qwencli.capabilities import check_thinking
 from qwencli.config import EngineConfig, SamplingParams, resolve_sampling
 from qwencli.engine.constrained import Grammars, TokenMatcher
 from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
@@ -131,6 +132,10 @@ class BaseEngine(ManyRequests, ABC):
         """Most tokens, prompt and answer, that a request may take."""
         wanted = self.config.max_seq_len
         return wanted if isinstance(wanted, int) else self.files.max_seq_len
+
+    @property
+    def can_think(self) -> bool:
+        return self.files.prompts.can_think
 
     @property
     def memory_plan(self) -> Mapping[str, int]:
@@ -289,6 +294,9 @@ class BaseEngine(ManyRequests, ABC):
 
     def _built(self, request: GenerationRequest, matcher: TokenMatcher | None) -> Prompt:
         """The request's prompt; a matcher has accepted what it forces at the prompt's end."""
+        check_thinking(
+            self.config.model.name, can_think=self.can_think, wanted=request.wants_thoughts
+        )
         # Thoughts that have a budget come to an end, and the answer is held to its schema then.
         at_once = matcher is not None and not request.thinking_budget
         prompt = self._built_to_fit(request, at_once)

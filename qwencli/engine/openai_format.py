@@ -54,6 +54,7 @@ class Sent:
     notes: tuple[str, ...]
     starts_with: str
     plain: bool  # data, in which nothing is a thought
+    wants_thoughts: bool = False
 
     def json_for(self, model: str, owner: str | None) -> bytes:
         names = _OTHER_NAMES.get(owner or "", {})
@@ -100,6 +101,7 @@ def prepared(request: GenerationRequest, config: EngineConfig) -> Sent:
         tuple(pictures.notes),
         request.starts_with,
         plain=request.schema is not None,
+        wants_thoughts=request.wants_thoughts,
     )
 
 
@@ -289,6 +291,8 @@ class AnswerReader:
         if count is None:
             count = len(self._times)
             notes.append("the server counts no tokens: pieces of its answer are counted")
+        if self.sent.wants_thoughts and not thoughts:
+            notes.append("thinking was asked for, and the server's answer has no thoughts")
         details = _mapping(usage.get("prompt_tokens_details"))
         thinking = _mapping(usage.get("completion_tokens_details")).get("reasoning_tokens")
         theirs = self._ours.get("notes")

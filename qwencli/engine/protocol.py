@@ -60,7 +60,8 @@ class Engine(RequestQueue, Protocol):
     """Loads one model once and answers requests until closed. A context manager.
 
     `effective`, `load_s`, `max_seq_len` (most tokens of a request, None where
-    a server does not say), `memory_plan` (bytes by use,
+    a server does not say), `can_think` (whether thoughts can be asked for, None where a server does
+    not say), `memory_plan` (bytes by use,
     empty where nothing is planned) and `load_warnings` (a line each) exist after `load`. `load` is
     idempotent; `close` frees device memory without moving weights to the host; after `close`,
     `load` may be called again. `weights_read` is (bytes read, all bytes) of the load that runs
@@ -89,6 +90,9 @@ class Engine(RequestQueue, Protocol):
 
     @property
     def max_seq_len(self) -> int | None: ...
+
+    @property
+    def can_think(self) -> bool | None: ...
 
     @property
     def memory_plan(self) -> Mapping[str, int]: ...

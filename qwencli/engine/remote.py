@@ -106,6 +106,14 @@ class RemoteEngine(ManyRequests):
         return min(lengths, default=None)
 
     @property
+    def can_think(self) -> bool | None:
+        """False where one of the servers says so, as any may be asked; True where all do."""
+        said = [each.can_think for each in self.endpoints]
+        if False in said:
+            return False
+        return None if None in said else True
+
+    @property
     def memory_plan(self) -> Mapping[str, int]:
         return {}
 

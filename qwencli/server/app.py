@@ -23,6 +23,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qwencli import __version__
+from qwencli.capabilities import check_thinking
 from qwencli.config import SamplingOptions
 from qwencli.engine.constrained import read_schema
 from qwencli.engine.request import RequestSource
@@ -160,6 +161,7 @@ class _Server:
             "created": self._started,
             "owned_by": "qwencli",
             "max_model_len": self._thread.engine.max_seq_len,
+            "can_think": self._thread.engine.can_think,
         }
 
     def _check_model(self, name: str | None) -> None:
@@ -191,6 +193,11 @@ class _Server:
 
     async def _source(self, body: ChatBody) -> Callable[[], GenerationRequest]:
         """What makes the request; all of it is checked but its pictures and its length."""
+        check_thinking(
+            self._settings.model,
+            can_think=self._thread.engine.can_think,
+            wanted=body.thinks and body.most_thinking != 0,
+        )
         sampling = self._over_defaults(body.sampling())
         self._check_tokens(body.most_tokens)
         schema = body.schema_text()

@@ -66,6 +66,11 @@ class ResidentEngine(ManyRequests):
         return length
 
     @property
+    def can_think(self) -> bool | None:
+        thinks: bool | None = self._ready["can_think"]
+        return thinks
+
+    @property
     def memory_plan(self) -> Mapping[str, int]:
         plan: Mapping[str, int] = self._ready["memory_plan"]
         return plan

@@ -510,12 +510,40 @@ def test_think_is_what_the_template_is_told(checkpoint, tmp_path, pictures, says
     assert "--think without a bound is for a few pictures" in capsys.readouterr().err
 
 
-def test_think_of_a_model_that_cannot_is_said(checkpoint, pictures, says, capsys):
+CANNOT_THINK = "cannot think before it answers"
+
+
+@pytest.mark.parametrize(
+    "asked", [("--think",), ("--thinking-budget", "9"), ("--think", "--engine", "transformers")]
+)
+def test_thoughts_of_a_model_that_has_none_are_refused_once(
+    thinking, pictures, capsys, monkeypatch, asked
+):
+    def working(*_):
+        raise AssertionError("a picture is worked on")
+
+    monkeypatch.setattr("qwencli.engine.base_engine.BaseEngine._prompt", working)
+    assert thinking(*pictures, *asked, "--json", opens=False) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert f"thinking-False {CANNOT_THINK}" in err and "leave out --think" in err
+
+
+@pytest.mark.parametrize("shape", [(), ("--schema", "boxes")])
+def test_a_set_is_not_begun_with_thoughts_that_cannot_be(thinking, pictures, capsys, shape):
+    folder = Path(pictures[0]).parent
+    inputs = pictures if shape else [str(folder)]
+    assert thinking(*inputs, "--thinking-budget", "9", *shape, opens=False) == 2
+    err = capsys.readouterr().err
+    assert err.count(CANNOT_THINK) == 1 and err.count("error") == 1
+    assert not list(folder.glob("*.txt"))
+
+
+def test_a_model_without_thoughts_may_be_told_to_have_none(thinking, pictures, says, capsys):
     says("A circle.")
-    model = str(checkpoint("qwen3_vl"))
-    for switch, notes in (("--think", 1), ("--no-think", 0)):
-        assert run(["caption", pictures[0], "--model", model, "--device", "cpu", switch]) == 0
-        assert capsys.readouterr().err.count("this model's chat template knows none") == notes
+    for none in ("--no-think", "--thinking-budget=0"):
+        assert thinking(pictures[0], none, opens=False) == 0
+    assert capsys.readouterr() == ("A circle.\nA circle.\n", "")
 
 
 def test_a_thought_that_takes_all_tokens_leaves_no_caption(thinking, pictures, says, capsys):
@@ -567,11 +595,6 @@ def test_a_budget_that_means_nothing_is_one_line(thinking, pictures, capsys, sai
     assert thinking(pictures[0], *said) == 2
     err = capsys.readouterr().err
     assert told in err and "Traceback" not in err
-
-
-def test_a_budget_for_a_model_that_does_not_think_is_refused(thinking, pictures, capsys):
-    assert thinking(pictures[0], "--thinking-budget", "9", opens=False) == 1
-    assert "the chat template knows no thoughts" in capsys.readouterr().err
 
 
 def test_a_stop_string_looks_at_the_answer_alone(thinking, pictures, says, capsys):

@@ -40,10 +40,12 @@ class Listening:
 
     def __init__(self, engine):
         self.engine, self.requests = engine, []
+        self.can_think = True
 
     def stream(self, request):
         self.requests.append(request)
-        return self.engine.stream(request)
+        # The model has no thoughts, whatever it says of them here.
+        return self.engine.stream(replace(request, thinking=False, thinking_budget=None))
 
 
 @pytest.fixture(scope="module")
@@ -284,9 +286,18 @@ def test_thoughts_are_bounded_midway(talk):
     assert heard == [(True, 30), (False, None), (False, None), (True, None)]
 
 
-def test_a_note_that_holds_for_all_answers_is_said_once(talk, capsys):
-    converse(talk, "/set thinking=on", "one", "two")
-    assert capsys.readouterr().err.count("thinking was asked for") == 1
+def test_a_note_that_holds_for_all_answers_is_said_once(talk, capsys, monkeypatch):
+    noted = "qwencli.engine.frontend.prompt.PromptBuilder._notes"
+    monkeypatch.setattr(noted, lambda *_: ("a picture is smaller",))
+    converse(talk, "one", "two")
+    assert capsys.readouterr().err.count("a picture is smaller") == 1
+
+
+def test_a_model_without_thoughts_is_not_switched_to_them(talk, capsys):
+    talk._engine.can_think = False
+    converse(talk, "/set thinking=on", "/set thinking_budget=9", "/set thinking_budget=0", "one")
+    assert capsys.readouterr().err.count("tiny cannot think before it answers") == 2
+    assert [request.thinking for request in talk.heard] == [False]
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,21 @@ def test_a_thinking_budget_is_asked_for(
     assert {name: body[name] for name in body if name.startswith("thinking")} == sent
 
 
+@pytest.mark.parametrize(("said", "known"), [(False, False), (True, True), ("yes", None)])
+def test_a_server_of_ours_says_whether_its_model_thinks(server: StandIn, said, known) -> None:
+    server.models = [{"id": MODEL, "owned_by": "qwencli", "can_think": said}]
+    with engine(server) as remote_engine:
+        assert remote_engine.can_think is known
+
+
+def test_a_server_that_ignores_thinking_is_told_of(server: StandIn) -> None:
+    with engine(server) as remote_engine:
+        assert remote_engine.can_think is None
+        asked = remote_engine.generate(GenerationRequest((user_message("?"),), thinking=True))
+        plain = remote_engine.generate(GenerationRequest((user_message("?"),)))
+    assert "no thoughts" in " ".join(asked.notes) and not plain.notes
+
+
 @pytest.mark.parametrize(
     ("size", "most", "sent"),
     [((40, 30), None, "40x30"), ((400, 300), 10_000, "115x86"), ((1600, 1200), None, "1600x1200")],

@@ -18,7 +18,7 @@ from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.scheduler import Limits
-from qwencli.errors import InputError
+from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest, user_message
 from tests.checkpoints import engine_config, picture
 from tests.engine.native.mtp_reference import with_head
@@ -202,6 +202,6 @@ def test_drafts_go_on_behind_the_thoughts(folder, engine, tmp_path):
 
 def test_a_model_that_does_not_think_says_so(checkpoint, engine):
     with NativeEngine(engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE)) as plain:
-        with pytest.raises(InputError, match="knows no thoughts"):
+        with pytest.raises(UnsupportedModeError, match="cannot think"):
             plain.generate(ask())
         assert plain.generate(ask(budget=0, new=3)).thoughts is None

@@ -197,12 +197,30 @@ def test_a_thinking_budget_has_the_names_that_servers_give_it(said, thinks, most
     assert (body.thinks, body.most_thinking) == (thinks, most)
 
 
-@pytest.mark.parametrize(
-    ("budget", "told"),
-    [(-1, "thinking_token_budget"), ("9", "thinking_token_budget"), (9, "think")],
-)
-def test_a_budget_that_means_nothing_is_refused(client, budget, told) -> None:
-    with pytest.raises(openai.BadRequestError, match=told):
+@pytest.mark.parametrize("budget", [-1, "9"])
+def test_a_budget_that_means_nothing_is_refused(client, budget) -> None:
+    with pytest.raises(openai.BadRequestError, match="thinking_token_budget"):
         client.chat.completions.create(
             messages=asking("hi"), extra_body={"thinking_token_budget": budget}, **SETTINGS
         )
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"thinking_token_budget": 9},
+        {"enable_thinking": True},
+        {"chat_template_kwargs": {"enable_thinking": True}},
+        {"reasoning_effort": "low"},
+    ],
+)
+def test_thoughts_of_a_model_that_has_none_are_refused_before_pictures_are_read(
+    client, asked
+) -> None:
+    broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    messages = [{"role": "user", "content": [broken]}]
+    with pytest.raises(openai.BadRequestError, match="cannot think before it answers"):
+        client.chat.completions.create(messages=messages, extra_body=asked, **SETTINGS)
+    off = {name: 0 if value == 9 else "none" for name, value in asked.items()}
+    if "enable_thinking" not in str(asked):
+        client.chat.completions.create(messages=asking("hi"), extra_body=off, **SETTINGS)

@@ -83,6 +83,10 @@ class EngineWrapper(ManyRequests):
         return self._engine.max_seq_len
 
     @property
+    def can_think(self) -> bool | None:
+        return self._engine.can_think
+
+    @property
     def load_warnings(self) -> tuple[str, ...]:
         return self._engine.load_warnings
 

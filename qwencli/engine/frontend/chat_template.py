@@ -112,8 +112,7 @@ class ChatTemplate:
         source: the file it came from, for errors.
         named_tokens: `eos_token` and the like, which some templates write out.
         takes_tools: whether it has a place for functions.
-        can_think: whether it says anything of thoughts, switched on or always there.
-        can_switch: whether a request may switch them on and off.
+        names_switch: whether it looks at the switch of thoughts, whatever it does with it.
         repeats: whether it says the same of the same conversation whenever it is asked.
     """
 
@@ -122,8 +121,7 @@ class ChatTemplate:
     source: str
     named_tokens: Mapping[str, str]
     takes_tools: bool = False
-    can_think: bool = False
-    can_switch: bool = False
+    names_switch: bool = False
     repeats: bool = False
     # Of conversations just rendered: a folder of pictures is asked about in the same words.
     _recent: dict[tuple[bool, str], str] = field(default_factory=dict)
@@ -143,15 +141,13 @@ class ChatTemplate:
         try:
             compiled = environment.compiled(text)
             repeats = not _CHANGING.search(text)
-            can_switch = "enable_thinking" in text
             return cls(
                 environment,
                 compiled,
                 source,
                 named,
                 takes_tools="tools" in text,
-                can_think=can_switch or "<think>" in text,
-                can_switch=can_switch,
+                names_switch="enable_thinking" in text,
                 repeats=repeats,
             )
         except jinja2.TemplateSyntaxError as error:

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,6 @@ _VISION_TOKENS = {
 }
 
 _VIDEO_PAD = "<|video_pad|>"
-NO_THOUGHTS = "thinking was asked for, and this model's chat template knows none"
 # What Qwen's documentation puts behind thoughts that are cut off: models of theirs answer from what
 # they have then, where after the bare tag they may go on thinking in the answer.
 OUT_OF_THOUGHTS = (
@@ -213,6 +213,20 @@ class PromptBuilder:
             }
         return cls(tokenizer, ChatTemplate.from_folder(folder), processor, model_ids)
 
+    @cached_property
+    def can_think(self) -> bool:
+        """Whether thoughts can be asked for: the chat template has a switch that does something,
+        or opens a thought in any case. What it says of thoughts of earlier turns is neither."""
+        hello = (text_message("user", "Hello."),)
+        try:
+            off, on = (
+                self.template.render(hello, as_parts=self.processor is not None, thinking=thinking)
+                for thinking in (False, True)
+            )
+        except QwenCliError:  # it may know other conversations
+            return self.template.names_switch
+        return on.rstrip().endswith(THOUGHT) or (self.template.names_switch and on != off)
+
     def turn_end_ids(self) -> tuple[int, ...]:
         """What this model's turns end with: by its template, and by its tokenizer (`eos_token`)."""
         answer = "An answer."
@@ -248,7 +262,6 @@ class PromptBuilder:
         Raises:
             InputError: no messages, pictures for a text model, a picture no model takes, text
                 that is not Unicode, or a conversation the template refuses.
-                Also a budget for the thoughts of a model that has none.
             ModelFileError: the template does not give every picture its place.
         """
         start = time.perf_counter()
@@ -284,15 +297,10 @@ class PromptBuilder:
         at_once = at_once or thinking_budget == 0 or bool(starts_with.strip())
         rendered = self._rendered(messages, guard, thinking, functions, inputs)
         opens_thought = rendered.rstrip().endswith(THOUGHT)
-        if thinking_budget and not at_once:
-            if not opens_thought and not (thinking and self.template.can_switch):
-                raise InputError(
-                    "the chat template knows no thoughts, so that a thinking budget limits nothing",
-                    "leave out --thinking-budget, or choose a model that thinks",
-                )
-            if not opens_thought:
-                # Models whose template leaves it to them begin like this themselves.
-                rendered, opens_thought = f"{rendered}{THOUGHT}\n", True
+        unopened = thinking and not opens_thought and self.can_think
+        if thinking_budget and not at_once and unopened:
+            # Models whose template leaves it to them begin like this themselves.
+            rendered, opens_thought = f"{rendered}{THOUGHT}\n", True
         if opens_thought and at_once:
             rendered += f"\n{THOUGHT_END}\n\n"
             opens_thought = False
@@ -302,7 +310,6 @@ class PromptBuilder:
         budget = None
         if thinking_budget and opens_thought:
             budget = self._budget(thinking_budget)
-        notes = (NO_THOUGHTS,) if thinking and not self.template.can_think else ()
         if self.processor is None:
             seconds = time.perf_counter() - start
             return Prompt(
@@ -313,7 +320,6 @@ class PromptBuilder:
                 None,
                 opens_thought=opens_thought,
                 budget=budget,
-                notes=notes,
             )
         image, video = (self.tokenizer.token_id(token) for token in ("<|image_pad|>", _VIDEO_PAD))
         self._check_places(ids, pictures, inputs, image, video)
@@ -326,7 +332,7 @@ class PromptBuilder:
             opens_thought=opens_thought,
             budget=budget,
             patch_size=self.processor.patch_size,
-            notes=(*notes, *self._notes(inputs)),
+            notes=self._notes(inputs),
         )
 
     def _budget(self, tokens: int) -> ThoughtBudget:

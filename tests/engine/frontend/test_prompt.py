@@ -437,9 +437,30 @@ def test_thoughts_with_a_budget_begin_in_the_prompt(
         closing = made.tokenizer.encode(f"{OUT_OF_THOUGHTS}</think>\n\n")
         assert (prompt.budget.tokens, list(prompt.budget.closing_ids)) == (7, closing)
         assert prompt.opens_thought
-    with pytest.raises(InputError, match="knows no thoughts"):
-        write_tiny_folder(tmp_path, template=CHATML)
-        plain = PromptBuilder.from_folder(
-            tmp_path, family="qwen3", min_pixels=None, max_pixels=None
-        )
-        plain.build((user_message("hi"),), thinking=True, thinking_budget=7)
+
+
+# Says what earlier turns thought, as templates of models do that have no thoughts of their own.
+OF_EARLIER_TURNS = """{%- for message in messages %}
+{%- if message.reasoning_content is string %}<think>{{ message.reasoning_content }}</think>
+{%- endif %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}{{- '<|im_start|>assistant\\n' }}"""
+
+
+@pytest.mark.parametrize(
+    ("template", "thinks"),
+    [
+        (QWEN3_TEXT, True),
+        (ALWAYS, True),
+        (CHATML, False),
+        (OF_EARLIER_TURNS, False),
+        ("{# enable_thinking was here #}" + CHATML, False),
+        ("{{ raise_exception('a system message comes first') if messages|length < 2 }}", False),
+        ("{{ raise_exception('no') if enable_thinking or messages|length < 2 }}", True),
+    ],
+)
+def test_thoughts_are_known_by_what_the_template_does(
+    tmp_path: Path, template: str, thinks: bool
+) -> None:
+    write_tiny_folder(tmp_path, template=template)
+    made = PromptBuilder.from_folder(tmp_path, family="qwen3", min_pixels=None, max_pixels=None)
+    assert made.can_think is thinks
