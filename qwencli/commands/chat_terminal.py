@@ -312,7 +312,7 @@ class _ChatCompleter:
 
 
 def _suffixes(command: str) -> frozenset[str]:
-    from qwencli.engine.frontend.images import PICTURE_SUFFIXES
+    from qwencli.engine.frontend.media_files import PICTURE_SUFFIXES
 
     return VIDEO_SUFFIXES | {".gif"} if command == "/video" else PICTURE_SUFFIXES
 

@@ -100,7 +100,7 @@ def exists(path: Path) -> bool:
 
 def _mentioned(word: str) -> tuple[Path | None, str]:
     """The file that a word behind an @ names, and the punctuation that follows its name."""
-    from qwencli.engine.frontend.images import PICTURE_SUFFIXES
+    from qwencli.engine.frontend.media_files import PICTURE_SUFFIXES
 
     bare = word.rstrip(_PUNCTUATION)
     readings = {word: "", bare: word[len(bare) :]} if bare else {word: ""}

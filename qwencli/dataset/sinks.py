@@ -66,7 +66,7 @@ class Sidecars:
     """
 
     def __init__(self, root: Path, extension: str = ".txt") -> None:
-        from qwencli.engine.frontend.images import PICTURE_SUFFIXES
+        from qwencli.engine.frontend.media_files import PICTURE_SUFFIXES
 
         extension = extension if extension.startswith(".") else f".{extension}"
         if not extension[1:].strip(". ") or set(extension) & set("/\\\0\n"):

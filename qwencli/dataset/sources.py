@@ -326,7 +326,7 @@ class _Wanted:
     """Tells pictures and videos by their names."""
 
     def __init__(self, globs: Iterable[str]) -> None:
-        from qwencli.engine.frontend.images import PICTURE_SUFFIXES
+        from qwencli.engine.frontend.media_files import PICTURE_SUFFIXES
 
         self._suffixes = PICTURE_SUFFIXES | VIDEO_SUFFIXES
         self._patterns = [glob_pattern(glob) for glob in globs]

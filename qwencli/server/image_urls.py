@@ -20,7 +20,8 @@ from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
 
 from PIL.Image import Image
 
-from qwencli.engine.frontend.images import read_picture, to_rgb
+from qwencli.engine.frontend.image_decoding import read_picture
+from qwencli.engine.frontend.images import to_rgb
 from qwencli.errors import InputError
 from qwencli.messages import ImagePart
 from qwencli.server.api_errors import ApiError

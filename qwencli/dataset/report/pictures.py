@@ -81,7 +81,8 @@ def _small(path: Path) -> Image:
     """
     from PIL import Image, ImageOps
 
-    from qwencli.engine.frontend.images import DECODE_ERRORS, open_image
+    from qwencli.engine.frontend.image_decoding import DECODE_ERRORS
+    from qwencli.engine.frontend.images import open_image
     from qwencli.engine.frontend.videos import open_visual
     from qwencli.messages import ImagePart
 

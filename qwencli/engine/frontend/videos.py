@@ -18,20 +18,15 @@ from typing import Any, BinaryIO, TypeVar
 from PIL import Image
 
 from qwencli.engine.frontend.containers import is_cut_off, video_kind
+from qwencli.engine.frontend.image_decoding import DECODE_ERRORS, allow_time, decode, read_picture
 from qwencli.engine.frontend.images import (
     ANIMATED,
-    DECODE_ERRORS,
     MAX_DECODE_BYTES,
-    PICTURE_SUFFIXES,
-    allow_time,
     check_decoded_size,
-    decode,
     image_part,
-    open_file,
-    read_error,
-    read_picture,
     to_rgb,
 )
+from qwencli.engine.frontend.media_files import PICTURE_SUFFIXES, open_file, read_error
 from qwencli.engine.machine.host import require
 from qwencli.errors import InputError, OutOfMemoryError
 from qwencli.messages import ImagePart, VideoPart, VisualPart

@@ -147,7 +147,7 @@ def test_a_caption_file_that_is_no_text(pictures, report):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
 def test_what_is_no_regular_file_is_not_waited_for(pictures, report, monkeypatch):
-    monkeypatch.setattr("qwencli.engine.frontend.images._PIPE_WAIT_S", 60.0)
+    monkeypatch.setattr("qwencli.engine.frontend.media_files._PIPE_WAIT_S", 60.0)
     folder = pictures("a.png")
     os.mkfifo(folder / "b.png")
     began = time.monotonic()

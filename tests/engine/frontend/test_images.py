@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from qwencli.engine.frontend import images
+from qwencli.engine.frontend import image_decoding, images, media_files
 from qwencli.engine.frontend.images import open_image
 from qwencli.errors import InputError, OutOfMemoryError
 from tests.media_corpus import encoded, failing_file, gif, png, png_chunk
@@ -184,7 +184,7 @@ def test_a_pipe_without_an_end_is_left(tmp_path: Path, monkeypatch: pytest.Monke
         while True:
             file.write(bytes(2**16))
 
-    monkeypatch.setattr(images, "_MAX_PIPE_BYTES", 2**20)
+    monkeypatch.setattr(media_files, "_MAX_PIPE_BYTES", 2**20)
     pipe = through_pipe(tmp_path, endless)
     assert refusal(pipe).message == f"{pipe}: more than 1 MB come through this pipe"
 
@@ -202,7 +202,7 @@ def test_a_pipe_that_gives_nothing_is_left(
             file.write(b"\0")
         done.wait(20)
 
-    monkeypatch.setattr(images, "_PIPE_WAIT_S", 0.3)
+    monkeypatch.setattr(media_files, "_PIPE_WAIT_S", 0.3)
     if behaviour == "no writer":
         os.mkfifo(tmp_path / "pipe")
     else:
@@ -434,14 +434,14 @@ def test_what_takes_more_memory_a_pixel_has_a_lower_limit(
     """The sizes are claimed once the header is read; nothing may be decoded."""
     if kind not in Image.SAVE:
         pytest.skip(f"this Pillow was built without {kind}")
-    identify = images._identify
+    identify = image_decoding._identify
 
     def claimed(*args: object) -> Image.Image:
         image = identify(*args)  # type: ignore[arg-type]
         image._size = size
         return image
 
-    monkeypatch.setattr(images, "_identify", claimed)
+    monkeypatch.setattr(image_decoding, "_identify", claimed)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     message = refusal(encoded(photo(), kind), "bomb").message
     assert f"the limit for {kind} of this shape is" in message
@@ -561,7 +561,7 @@ def test_a_picture_that_is_decoded_for_minutes_is_left(
         data = data[:-2] + data[last:-2] * 3000 + data[-2:]
     else:
         data = png(2, 2, bytes(6), extra=png_chunk(b"tEXt", b"a\0b") * 100_000)
-    monkeypatch.setattr(images, "_DECODE_S", 0.2)
+    monkeypatch.setattr(image_decoding, "_DECODE_S", 0.2)
     started_s = time.thread_time()
     with pytest.raises(InputError, match="takes far longer to decode"):
         open_image(data)

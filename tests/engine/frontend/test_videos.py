@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 
-from qwencli.engine.frontend import images, videos
+from qwencli.engine.frontend import image_decoding, images, videos
 from qwencli.engine.frontend.containers import is_cut_off
 from qwencli.engine.frontend.videos import even_indices, open_video, open_visual
 from qwencli.errors import InputError, MissingDependencyError
@@ -410,7 +410,7 @@ def test_an_animation_of_very_many_tiny_frames_is_refused(
     path.write_bytes(gif((1, 1), [(1, 1)] * 21_000))
     with pytest.raises(InputError, match=r"21000 frames, the limit is 20000"):
         open_video(path, 3)
-    monkeypatch.setattr(images, "_DECODE_S", 0.05)
+    monkeypatch.setattr(image_decoding, "_DECODE_S", 0.05)
     with pytest.raises(InputError, match=r"takes far longer to decode"):
         open_video(path, 3)
 
