@@ -137,8 +137,8 @@ def _speculation(result: GenerationResult) -> str:
     found = result.speculation
     if found is None:
         return ""
-    gain = "-" if found.net_gain is None else f"{found.net_gain:.2f}"
-    return f" | {found.num_accepted} of {found.num_drafted} drafts accepted, gain {gain}"
+    gain = "" if found.net_gain is None else f", gain {found.net_gain:.2f}"
+    return f" | {found.num_accepted} of {found.num_drafted} drafts accepted{gain}"
 
 
 def _ms(phase: str, seconds: float | None) -> str | None:

@@ -54,7 +54,7 @@ class Speculation:
         net_gain: the time that plain steps would have taken over the time that these steps take:
             below 1 speculation cost more than it gave. Both by what steps of each size take at
             least on this engine, so that what else disturbed this answer does not count. None
-            where no plain step ran.
+            where no plain step ran, or steps were those of other answers too.
     """
 
     num_drafted: int

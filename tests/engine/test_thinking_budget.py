@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from qwencli.answer_report import stats_line
 from qwencli.config import EngineName, SamplingOptions, Speculate
 from qwencli.engine.client import generate_many
 from qwencli.engine.constrained import SchemaCheck
@@ -195,9 +196,15 @@ def test_drafts_go_on_behind_the_thoughts(folder, engine, tmp_path):
     with NativeEngine(config) as drafting:
         alone = [drafting.generate(request) for request in requests()[:4]]
         together = list(generate_many(drafting, requests()[:4]))
+        planned = drafting.memory_plan.get("hidden states for drafts")
+        kept = drafting._queue._runner._head
+    assert planned == (None if kept is None else kept.hidden.nbytes + kept.done.nbytes)
     assert [each.token_ids for each in alone] == wanted
     assert [each.token_ids for each in together] == wanted
     assert alone[0].speculation is not None and alone[0].speculation.num_drafted > 0
+    # What of a batch's steps one answer gained is not known, and nothing is said of it.
+    said = stats_line(together[0])
+    assert "drafts accepted" in said and "gain" not in said
 
 
 def test_a_model_that_does_not_think_says_so(checkpoint, engine):

@@ -41,6 +41,7 @@ from qwencli.engine.native.memory_plan import (
     BATCH_LIMITS,
     MemoryPlan,
     captions_that_fit,
+    head_input_bytes,
     pages_for_captions,
     plan_memory,
     plan_pages,
@@ -481,7 +482,8 @@ class NativeEngine(BaseEngine):
             limits = replace(limits, max_rows=rows)
             each, updates = state_bytes(model.shape, size, drafting)
             states = num_states * each + updates
-            free = None if free is None else free - states
+            head = head_input_bytes(model.shape, rows, size) if drafting else 0
+            free = None if free is None else free - states - head
 
             def pages_in(free_bytes: int | None) -> int:
                 return plan_pages(
@@ -502,6 +504,8 @@ class NativeEngine(BaseEngine):
             self._pool[f"pool for captions ({captions})"] = pages * page_bytes
             if states:
                 self._pool["states of sequences"] = states
+            if head:
+                self._pool["hidden states for drafts"] = head
             runner = ModelRunner(
                 model,
                 pages,

@@ -14,6 +14,7 @@ from qwencli.engine.layers.vision_tower import PATCHES_KEPT, PIECE
 from qwencli.engine.native.model import PREFILL_CHUNK
 from qwencli.engine.native.prefill_graphs import LONGEST, MOST_PATCHES
 from qwencli.engine.scheduler import Limits
+from qwencli.engine.spec_decode.mtp import RING
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.engine.spec_decode.policy import MOST_VERIFIED
 from qwencli.errors import OutOfMemoryError
@@ -147,7 +148,7 @@ def plan_memory(
     token_bytes = native_kv_bytes(shape, quantized_kv, 2 * scale)
     # Of one row, and those that every pool has beside it.
     each, updates = state_bytes(shape, 2 * scale, drafting)
-    least_states = (2 + STATES_KEPT) * each + updates
+    least_states = (2 + STATES_KEPT) * each + updates + head_input_bytes(shape, 1, 2 * scale)
     # Prompts read one layer of a quantized cache back.
     if quantized_kv:
         layers = len(shape.text.kv_layers)
@@ -245,6 +246,15 @@ def state_bytes(shape: ModelShape, value_bytes: int, drafting: bool) -> tuple[in
     return shape.text.state_bytes(value_bytes, tokens), shape.text.update_bytes(checked)
 
 
+def head_input_bytes(shape: ModelShape, rows: int, value_bytes: int) -> int:
+    """Bytes of the hidden states that are kept of rows for the head that drafts (`HeadInputs`);
+    none for a model without one, or where it is not in use."""
+    if not shape.text.draft_head:
+        return 0
+    count = 8  # how far the head is, an int64
+    return rows * (RING * shape.text.hidden_size * value_bytes + count)
+
+
 def plan_states(
     shape: ModelShape,
     limits: Limits,
@@ -268,6 +278,7 @@ def plan_states(
     rows = limits.max_rows
     if free_bytes is not None:
         row = state + BATCH_ROW_TOKENS * native_kv_bytes(shape, quantized_kv, value_bytes)
+        row += head_input_bytes(shape, 1, value_bytes)
         working = _batch_working_bytes(shape, limits, value_bytes, reserved)
         left = (free_bytes - working) * POOL_SHARE - (1 + STATES_KEPT) * state - updates
         rows = max(1, min(rows, int(left // row)))

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from qwencli.config import DType, Quantization
 from qwencli.engine.cache.prefix_cache import VISION_CACHE_BYTES
@@ -9,10 +12,12 @@ from qwencli.engine.native.memory_plan import (
     DEFAULT_MAX_SEQ_LEN,
     TEXT_TOKENS,
     captions_that_fit,
+    head_input_bytes,
     pages_for_captions,
     plan_memory,
     plan_pages,
 )
+from qwencli.engine.spec_decode.mtp import HeadInputs
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.builtin import hub_config
 from qwencli.models.shape_reader import read_shape
@@ -163,3 +168,18 @@ def test_graphs_of_prompts_have_memory_of_their_own():
     assert graphs.total == plain.total + graphs.graphs
     quantized = plan(80, prompt_graphs=True, quantization=Quantization.INT4)
     assert quantized.graphs > graphs.graphs, "a matrix read back is in it"
+
+
+@pytest.mark.parametrize("name", ["qwen3.5-9b", "qwen3.5-35b-a3b"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_hidden_states_for_drafts_take_what_is_planned(name, dtype):
+    plain = read_shape(hub_config(name))
+    shape, limits, size = plain.with_draft_head(), BATCH_LIMITS["cuda"], dtype.itemsize
+    rows = limits.max_rows
+    model = SimpleNamespace(shape=shape, dtype=dtype, device=torch.device("meta"))
+    held = HeadInputs(rows, model)
+    planned = head_input_bytes(shape, rows, size)
+    assert planned == held.hidden.nbytes + held.done.nbytes
+    assert head_input_bytes(plain, rows, size) == 0
+    whole = [plan(None, name=name, drafting=True, draft_head=head).kv_cache for head in (0, 1)]
+    assert whole[1] - whole[0] >= head_input_bytes(shape, 1, 2)
