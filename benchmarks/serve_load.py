@@ -5,8 +5,9 @@ python benchmarks/serve_load.py --model qwen3-vl-4b --load-format dummy --device
     [--rough 1000] [--rough-clients 64] [--soak-minutes 0]
 
 Speed: each client sends its requests one after the other, streams the answers and notes when each
-event came; all answers have equal length. Beside them the same requests through `generate_many` in
-this process, and one after the other through `Engine.generate`. Tokens that come together are one
+event came; all answers have equal length. Clients run in processes of their own, so that the server
+has its interpreter for itself. Beside them the same requests through `generate_many`, as many at
+once, and one after the other through `Engine.generate`. Tokens that come together are one
 event (`events_a_token`), so gaps between events are at least what ITL is. Goodput counts tokens of
 answers whose first token came within --ttft-s and whose mean time a token was within --tpot-ms.
 
@@ -23,6 +24,7 @@ import base64
 import gc
 import io
 import json
+import multiprocessing
 import os
 import random
 import statistics
@@ -30,6 +32,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,7 @@ from qwencli.server.engine_thread import EngineThread
 
 CHAT = "/v1/chat/completions"
 QUESTION = "Describe this image."
+CLIENTS_A_PROCESS = 16
 
 
 def picture(side: int, number: int) -> Image.Image:
@@ -109,7 +113,10 @@ def percentile(values: list[float], percent: float) -> float | None:
     return ranked[min(len(ranked) - 1, int(len(ranked) * percent / 100))] if ranked else None
 
 
-async def level(address: str, options: argparse.Namespace, clients: int) -> dict[str, Any]:
+async def asked_by(
+    address: str, options: argparse.Namespace, numbers: Sequence[int]
+) -> list[dict[str, Any]]:
+    """What these clients were answered, each asking one request after the other."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=address, timeout=None, limits=limits) as client:
 
@@ -120,9 +127,28 @@ async def level(address: str, options: argparse.Namespace, clients: int) -> dict
                 for index in range(options.requests_a_client)
             ]
 
-        start = time.perf_counter()
-        found = [each for some in await asyncio.gather(*map(one, range(clients))) for each in some]
-        wall_s = time.perf_counter() - start
+        return [each for some in await asyncio.gather(*map(one, numbers)) for each in some]
+
+
+def crowd(
+    address: str, options: argparse.Namespace, numbers: Sequence[int], start: Any
+) -> tuple[float, float, list[dict[str, Any]]]:
+    """`asked_by`, in a process of its own; when it began and when it ended."""
+    start.wait()
+    began_s = time.time()
+    found = asyncio.run(asked_by(address, options, numbers))
+    return began_s, time.time(), found
+
+
+def level(address: str, options: argparse.Namespace, clients: int) -> dict[str, Any]:
+    count = -(-clients // CLIENTS_A_PROCESS)
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, context.Pool(count) as pool:
+        start = manager.Barrier(count)
+        numbers = [range(clients)[part::count] for part in range(count)]
+        parts = pool.starmap(crowd, [(address, options, part, start) for part in numbers], 1)
+    wall_s = max(ended for _, ended, _ in parts) - min(began for began, _, _ in parts)
+    found = [each for _, _, some in parts for each in some]
     tokens = sum(each["tokens"] for each in found)
     gaps = [gap * 1e3 for each in found for gap in each["gaps_s"]]
     ttfts = [each["ttft_s"] for each in found]
@@ -149,9 +175,15 @@ async def level(address: str, options: argparse.Namespace, clients: int) -> dict
     }
 
 
-def in_process(engine: Any, options: argparse.Namespace, count: int) -> dict[str, Any]:
+def in_process(
+    engine: Any, options: argparse.Namespace, count: int, at_once: int
+) -> dict[str, Any]:
+    """So many requests, as many at once as there are clients: all answers have equal length."""
+    results = []
     start = time.perf_counter()
-    results = list(generate_many(engine, (request_of(options, n) for n in range(count))))
+    for first in range(0, count, at_once):
+        numbers = range(first, min(first + at_once, count))
+        results += generate_many(engine, [request_of(options, number) for number in numbers])
     wall_s = time.perf_counter() - start
     done = [each for each in results if isinstance(each, GenerationResult)]
     assert len(done) == count, results
@@ -302,15 +334,15 @@ def main() -> None:
         many = {}
         for clients in levels:
             count = clients * options.requests_a_client
-            in_process(engine, options, count)
-            many[clients] = in_process(engine, options, count)
+            in_process(engine, options, count, clients)
+            many[clients] = in_process(engine, options, count, clients)
         told["generate_many"] = many
         told["effective"] = vars(engine.effective)
     with serving(create_engine(config), ServerSettings(config.model.name)) as running:
         told["served"] = {}
         for clients in levels:
-            asyncio.run(level(running.address, options, clients))
-            told["served"][clients] = asyncio.run(level(running.address, options, clients))
+            level(running.address, options, clients)
+            told["served"][clients] = level(running.address, options, clients)
         if options.rough:
             told["rough"] = soaked(running, options)
     text = json.dumps(told, indent=1, default=str)

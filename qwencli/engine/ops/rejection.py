@@ -35,11 +35,11 @@ class Candidates:
     def draw(self, uniforms: Tensor) -> Tensor:
         """The tokens [...] at `uniforms` [...], each from 0 to below 1, of what adds up."""
         cumulative = self.weights.cumsum(-1)
-        target = uniforms[..., None] * cumulative[..., -1:]
-        # Rounding may leave the target at the very top; the last that is possible is the answer.
-        pick = (cumulative <= target).sum(-1, keepdim=True)
-        rank = torch.arange(self.ids.shape[-1], device=self.ids.device)
-        last = rank.where(self.weights > 0, 0).amax(-1, keepdim=True)
+        total = cumulative[..., -1:]
+        pick = (cumulative <= uniforms[..., None] * total).sum(-1, keepdim=True)
+        # Rounding may leave the target at the very top; the last that is possible is the answer:
+        # the one that makes the sum whole.
+        last = (cumulative < total).sum(-1, keepdim=True)
         return self.ids.gather(-1, torch.minimum(pick, last)).squeeze(-1)
 
 
