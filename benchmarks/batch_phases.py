@@ -35,7 +35,6 @@ import torch
 
 from benchmarks.captions_per_second import config_of, request, seconds_of, write_pictures
 from qwencli.config import Quantization
-from qwencli.engine import engine_core
 from qwencli.engine.cache.paged_kv import PAGE_SIZE, DecodePages, PackedPrompts, pages_for
 from qwencli.engine.cache.prefix_cache import digests_of, keys_of, page_keys
 from qwencli.engine.factory import create_engine
@@ -144,7 +143,7 @@ class Phases:
 
         for holder, method, name in HOST_PHASES:
             wrap(holders[holder], method, name)
-        wrap(engine_core, "wait", "wait_for_prepared")
+        wrap(core._inputs, "wait", "wait_for_prepared")
         read = TokenCopy.read
 
         def waited(copy: TokenCopy) -> list[int]:

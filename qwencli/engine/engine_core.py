@@ -1,4 +1,4 @@
-"""Many requests in flight: prepares prompts, schedules, runs steps, hands out what they gave.
+"""Many requests in flight: schedules, runs steps, hands out what they gave.
 
 A step is enqueued before the one in front of it is read, so the device works while the host makes
 text of tokens and chooses who runs next. What fails, fails alone: a prompt that cannot be prepared,
@@ -8,12 +8,7 @@ one that does not fit, an answer that cannot be put into words.
 from __future__ import annotations
 
 import itertools
-import os
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,12 +16,13 @@ import torch
 from qwencli.config import SamplingParams
 from qwencli.engine.base_engine import gc_paused
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
-from qwencli.engine.cache.prefix_cache import digests_of, keys_of, page_keys
+from qwencli.engine.cache.prefix_cache import page_keys
 from qwencli.engine.constrained import TokenMatcher
 from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
+from qwencli.engine.input_processor import InputProcessor
 from qwencli.engine.native.memory_plan import captions_that_fit
 from qwencli.engine.prompt_batch import RunnerPrompt
 from qwencli.engine.request import (
@@ -37,7 +33,6 @@ from qwencli.engine.request import (
     RequestSource,
     Sequence,
     StepOutput,
-    request_of,
 )
 from qwencli.engine.response import Odds, ResponseBuilder
 from qwencli.engine.runner import ModelRunner, TokenCopy, Unsampled, VerifyCopy
@@ -48,31 +43,8 @@ from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig, Speculation
 from qwencli.tracing import span
 
-# Threads that read, resize and tokenize for the steps to come: as few as keep prompts ready, as the
-# thread that runs the model waits for the interpreter's lock whenever one of them has it.
-FIRST_PREPARERS, MOST_PREPARERS = 3, 8
-# Prompts that are ready from which on fewer threads will do: about those of one step.
-PLENTY_READY = 8
-# Requests that are prepared or being prepared before they start; their pictures take memory.
-PREPARED_AHEAD = 64
 # What a device that is short of memory is given at least.
 FEWEST_PREFILL_TOKENS = 256
-
-
-@dataclass
-class _Prepared:
-    """A request whose prompt is ready to run.
-
-    Args:
-        keys: of the prompt's slots, and `page_keys` of its whole pages; `rest` the keys of the
-            slots behind those, None where nothing is shared.
-    """
-
-    answer: ResponseBuilder
-    prompt: RunnerPrompt
-    keys: list[Key]
-    page_keys: list[bytes]
-    rest: list[Key] | None
 
 
 @dataclass
@@ -80,7 +52,7 @@ class _Active:
     """A request that the scheduler knows.
 
     Args:
-        rest: see `_Prepared`.
+        rest: see `PreparedInput`.
         began: when the device began with it.
         acceptance: of its drafts. num_drafted, num_accepted: see `Speculation`.
     """
@@ -110,35 +82,11 @@ class _Step:
     unsampled: Unsampled | None = None
 
 
-class _Turns:
-    """Lets as many threads work as `most` says at that time."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self._working = most, 0
-        self._free = threading.Condition()
-
-    def __enter__(self) -> None:
-        with self._free:
-            self._free.wait_for(lambda: self._working < self.most)
-            self._working += 1
-
-    def __exit__(self, *exc: object) -> None:
-        with self._free:
-            self._working -= 1
-            self._free.notify()
-
-    def allow(self, most: int) -> None:
-        with self._free:
-            self.most = most
-            self._free.notify()
-
-
 class EngineCore:
     """Implements `add`, `step`, `abort` and `has_unfinished` of an engine that runs batches.
 
     Args:
-        prepare: a request -> its prompt, its settings and what it is held to; runs in threads.
-            Raises what is wrong with the request.
+        prepare: see `InputProcessor`.
         drafts: how many drafts steps of greedy rows check; None = nothing is drafted.
     """
 
@@ -152,11 +100,10 @@ class EngineCore:
         prepare: Callable[[GenerationRequest], tuple[Prompt, SamplingParams, TokenMatcher | None]],
         drafts: BatchDraftPolicy | None = None,
     ) -> None:
-        self._files, self._runner, self._scheduler = files, runner, scheduler
-        self._effective, self._load_s, self._prepare = effective, load_s, prepare
+        self._runner, self._scheduler = runner, scheduler
+        self._effective, self._load_s = effective, load_s
+        self._inputs = InputProcessor(files, runner, str(effective.device), prepare)
         self._ids = itertools.count()
-        self._added: OrderedDict[RequestId, tuple[RequestSource, float, bool]] = OrderedDict()
-        self._preparing: OrderedDict[RequestId, Future[_Prepared]] = OrderedDict()
         self._active: dict[RequestId, _Active] = {}
         self._failed: list[StepOutput] = []
         self._step: _Step | None = None
@@ -165,14 +112,6 @@ class EngineCore:
         self._read_mark: Mark = None
         self._said_short = False
         self._clock: EventTimer | None = None
-        self._most_turns = min(MOST_PREPARERS, max(1, (os.cpu_count() or 1) - 1))
-        self._turns = _Turns(min(FIRST_PREPARERS, self._most_turns))
-        self._threads = ThreadPoolExecutor(
-            self._most_turns,
-            thread_name_prefix="prepare",
-            initializer=_own_stream,
-            initargs=(effective.device,),
-        )
 
     def add(self, request: RequestSource, *, stream: bool = True) -> RequestId:
         """Take a request; everything that is wrong with it comes back from `step`.
@@ -182,8 +121,8 @@ class EngineCore:
                 many rows; an answer's text made at its end takes a fraction.
         """
         number = next(self._ids)
-        self._added[number] = request, time.perf_counter(), stream
-        self._prepare_some()
+        self._inputs.add(number, request, stream)
+        self._inputs.begin(len(self._scheduler.waiting))
         return number
 
     @property
@@ -198,14 +137,11 @@ class EngineCore:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._added or self._preparing or self._active or self._failed)
+        return bool(self._inputs or self._active or self._failed)
 
     def abort(self, request: RequestId) -> None:
         """Forget a request; nothing more comes of it. An id that is over already is fine."""
-        self._added.pop(request, None)
-        future = self._preparing.pop(request, None)
-        if future is not None:
-            future.cancel()
+        self._inputs.abort(request)
         active = self._active.pop(request, None)
         if active is not None:
             self._scheduler.finish(active.sequence)
@@ -219,8 +155,9 @@ class EngineCore:
 
     def _run_ahead(self) -> list[StepOutput]:
         self._take_prepared()
-        self._prepare_some()
-        self._share_lock()
+        num_ready = len(self._scheduler.waiting)
+        self._inputs.begin(num_ready)
+        self._inputs.share_lock(num_ready)
         with span("schedule"):
             batch = self._scheduler.schedule()
         step = None if batch is None else self._run(batch)
@@ -232,73 +169,19 @@ class EngineCore:
             with span("sample"):
                 step.copies.append(self._sample(step.unsampled))
         self._step = step
-        if step is None and not outputs and self._preparing:
-            wait(list(self._preparing.values()), return_when=FIRST_COMPLETED)
+        if step is None and not outputs:
+            self._inputs.wait()
         return outputs
 
     def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
-
-    def _prepare_some(self) -> None:
-        while self._added and (
-            len(self._preparing) + len(self._scheduler.waiting) < PREPARED_AHEAD
-        ):
-            number, added = self._added.popitem(last=False)
-            self._preparing[number] = self._threads.submit(self._prepared, *added)
-
-    def _share_lock(self) -> None:
-        """More threads prepare where nothing is ready, fewer where there is plenty."""
-        ready, turns = len(self._scheduler.waiting), self._turns.most
-        if not ready and self._preparing:
-            turns += 1
-        elif ready >= PLENTY_READY:
-            turns -= 1
-        turns = min(max(turns, 1), self._most_turns)
-        if turns != self._turns.most:
-            self._turns.allow(turns)
-
-    def _prepared(self, request: RequestSource, arrived_s: float, stream: bool) -> _Prepared:
-        with self._turns:
-            return self._prepare_now(request, arrived_s, stream)
-
-    def _prepare_now(self, request: RequestSource, arrived_s: float, stream: bool) -> _Prepared:
-        asked = request_of(request)
-        prompt, sampling, matcher = self._prepare(asked)
-        answer = ResponseBuilder(
-            self._files, prompt, sampling, arrived_s, matcher=matcher, logprobs=asked.logprobs
-        )
-        # Log-probabilities stand in the pieces alone.
-        answer.stream = stream or asked.logprobs is not None
-        digests = digests_of(prompt)
-        keys, pages = list[Key](), list[bytes]()
-        rest: list[Key] | None = None
-        if asked.bypass_caches:
-            digests = [os.urandom(len(each)) for each in digests]
-        else:
-            keys = keys_of(prompt, digests)
-            pages = page_keys(keys, PAGE_SIZE)
-            rest = keys[len(pages) * PAGE_SIZE :]
-        stop_ids = sorted(answer.stop_ids)
-        with_odds = asked.logprobs is not None
-        laid_out = self._runner.prepare(
-            prompt, digests, answer.settings, stop_ids, answer.matcher, with_odds
-        )
-        if prompt.inputs is not None:
-            # What the runner has it needs once; an answer lives longer.
-            answer.prompt = replace(prompt, inputs=replace(prompt.inputs, patches=(), frames=()))
-        return _Prepared(answer, laid_out, keys, pages, rest)
+        self._inputs.close()
 
     def _take_prepared(self) -> None:
         """Hand prompts that are ready to the scheduler, in the order they came."""
-        for request in [number for number, future in self._preparing.items() if future.done()]:
-            future = self._preparing.pop(request)
-            error = future.exception()
-            if error is not None:
-                if not isinstance(error, Exception):
-                    raise error
-                self._failed.append(StepOutput(request, error=self._typed(error, "preparing it")))
+        for request, ready in self._inputs.take():
+            if isinstance(ready, Exception):
+                self._failed.append(StepOutput(request, error=self._typed(ready, "preparing it")))
                 continue
-            ready = future.result()
             sequence = Sequence(
                 request,
                 len(ready.prompt.ids),
@@ -364,7 +247,7 @@ class EngineCore:
     def _decode(self, decode: list[Sequence], clock: EventTimer, step: _Step) -> None:
         """Run a token of each; where memory does not suffice even when what is free has been given
         back, without those that came last."""
-        waiting = len(self._scheduler.waiting) + len(self._preparing) + len(self._added)
+        waiting = len(self._scheduler.waiting) + len(self._inputs)
         tried = False
         while decode:
             prompts = [self._active[each.request].prompt for each in decode]
@@ -647,9 +530,3 @@ class EngineCore:
             f"(captions: {captions})",
             "lower --max-new-tokens or --max-pixels, or free memory on the device",
         )
-
-
-def _own_stream(device: str) -> None:
-    """Pictures are prepared beside the steps, not behind them."""
-    if device.startswith("cuda"):
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]

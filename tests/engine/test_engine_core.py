@@ -14,7 +14,14 @@ from PIL import Image
 
 from benchmarks import many_requests
 from qwencli.config import Attention, Cache, EngineName, KVDType, SamplingOptions, Speculate
-from qwencli.engine import engine_core, prompt_batch, runner, scheduler, vision_batch
+from qwencli.engine import (
+    engine_core,
+    input_processor,
+    prompt_batch,
+    runner,
+    scheduler,
+    vision_batch,
+)
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.client import generate_many
 from qwencli.engine.graphs import RepeatedShapes
@@ -354,7 +361,7 @@ def test_no_new_tokens_are_refused_and_a_thousand_requests_are_prepared_in_turn(
 
     numbers = [limited.add(request(number)) for number in range(1000)]
     limited.step()
-    assert prepared <= engine_core.PREPARED_AHEAD
+    assert prepared <= input_processor.PREPARED_AHEAD
     for number in numbers[100:900]:
         if number != numbers[500]:
             limited.abort(number)
@@ -554,21 +561,20 @@ def test_pictures_of_one_size_in_the_same_words_are_laid_out_once(limited, monke
 
 
 def test_as_many_threads_prepare_as_keep_prompts_ready(limited, monkeypatch):
-    core = limited._requests()
-    monkeypatch.setattr(core, "_most_turns", 4)
-    monkeypatch.setattr(core, "_turns", engine_core._Turns(1))
-    monkeypatch.setattr(core, "_preparing", {0: None})
+    inputs = limited._requests()._inputs
+    monkeypatch.setattr(inputs, "_most_turns", 4)
+    monkeypatch.setattr(inputs, "_turns", input_processor._Turns(1))
+    monkeypatch.setattr(inputs, "_preparing", {0: None})
     ready = []
-    monkeypatch.setattr(core._scheduler, "waiting", ready)
 
     def turns(steps):
         for _ in range(steps):
-            core._share_lock()
-        return core._turns.most
+            inputs.share_lock(len(ready))
+        return inputs._turns.most
 
     assert turns(2) == 3
     assert turns(9) == 4
-    ready += [None] * (engine_core.PLENTY_READY - 1)
+    ready += [None] * (input_processor.PLENTY_READY - 1)
     assert turns(9) == 4
     ready += [None]
     assert turns(2) == 2
