@@ -58,9 +58,9 @@ def _graph_capture(e: Evidence) -> tuple[float, str] | None:
 def _suspended(e: Evidence) -> tuple[float, str] | None:
     if not e.stops:
         return None
-    return e.share(
-        e.slept_ms
-    ), f"stopped {counted(e.stops, 'time')}, {_ms(e.slept_ms)} without running"
+    # All of it: where each token is stopped, that is what is usual.
+    said = f"stopped {counted(e.stops, 'time')}, {_ms(e.off_cpu_ms)} without running"
+    return e.share(e.off_cpu_ms), said
 
 
 def _waits(e: Evidence) -> tuple[float, float, float]:

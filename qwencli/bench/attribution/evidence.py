@@ -49,7 +49,8 @@ class Evidence:
     Args:
         lost_ms: how much longer than usual the stretch took.
         main_cpu_ms: processor time of the main thread.
-        slept_ms: the main thread neither ran nor waited for a processor, beyond what is usual.
+        off_cpu_ms: the main thread neither ran nor waited for a processor. slept_ms: of that, what
+            is beyond the usual.
         switches: times a thread of this process gave its processor up by itself.
         other_python_ms: processor time of this process's other Python threads.
         runqueue_ms: the main thread was runnable, but waiting for a processor (before threads were
@@ -84,6 +85,7 @@ class Evidence:
     on_gpu: bool = False
     main_cpu_ms: float | None = None
     extra_cpu_ms: float | None = None
+    off_cpu_ms: float | None = None
     slept_ms: float | None = None
     switches: float | None = None
     other_python_ms: float | None = None
@@ -271,6 +273,7 @@ def observe(
         on_gpu=record.on_gpu,
         main_cpu_ms=figures.get("main_cpu_ms"),
         extra_cpu_ms=beyond("main_cpu_ms"),
+        off_cpu_ms=waited("off_cpu_ms"),
         slept_ms=beyond("off_cpu_ms"),
         switches=figures.get("voluntary_switches"),
         other_python_ms=_other_python(record, stretch.scope, figures, beyond("other_python_ms")),
