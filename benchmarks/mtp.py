@@ -8,9 +8,9 @@ One greedy request at a time, in engines that are loaded one after the other. To
 - `plain`: `--speculate off`.
 - `wrong`: `--speculate mtp` as it is. A random head is hardly ever right: this is what the policy
   loses by finding that out.
-- `right_N`: steps of N drafts that are right. The head runs as ever; then the tokens that the
-  answer had before take the place of its guesses. Steps of several tokens round otherwise than
-  plain ones, so the answer settles within some rounds; `accept_percent` says how far.
+- `right_N`: steps of N drafts that are right. The head and the model run as ever; then the tokens
+  of a given answer take the place of the head's guesses, and are made the likeliest of the
+  model's: with random weights its own choice hangs on how sums are rounded.
 
 `gain` is the median over that of `plain`.
 """
@@ -34,36 +34,48 @@ from qwencli.config import (
     SamplingOptions,
     Speculate,
 )
+from qwencli.engine.layers.decoder import Decoder
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.spec_decode import mtp
 from qwencli.engine.spec_decode.policy import BatchDraftPolicy
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
-from qwencli.results import GenerationResult
 
-ROUNDS = 12
-SETTLED_PERCENT = 99.0
+LIKELIEST = 1e4
 
 
 class Known:
-    """The answer's tokens by slot, which stand in for the head's guesses."""
+    """An answer's tokens by slot, which are what the head guesses and what the model chooses."""
 
     def __init__(self, slots: int, device: torch.device) -> None:
         self.ids = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._wanted: torch.Tensor | None = None
 
     def tell(self, tokens: list[int]) -> None:
         self.ids[: len(tokens)].copy_(torch.tensor(tokens))
 
     def replace_guesses(self) -> None:
-        guess = mtp.HeadInputs.draft
+        """Of the head, and of the steps that check them: nothing is left out, some small operations
+        are added."""
+        guess, score = mtp.HeadInputs.draft, Decoder.logits
 
-        def draft(head: Any, model: Any, cache: Any, rows: Any, drafts: Any, *rest: Any) -> None:
-            guess(head, model, cache, rows, drafts, *rest)
-            ahead = torch.arange(1, drafts.input_ids.shape[1], device=self.ids.device)
-            at = (rows.slot[:, None] + ahead).clamp(max=len(self.ids) - 1)
-            drafts.input_ids[:, 1:].copy_(self.ids[at])
+        def draft(
+            head: Any, model: Any, cache: Any, rows: Any, drafts: Any, tables: Any, longest: int,
+            num_drafts: int, choose: Any,
+        ) -> None:  # fmt: skip
+            guess(head, model, cache, rows, drafts, tables, longest, num_drafts, choose)
+            ahead = torch.arange(1, num_drafts + 2, device=self.ids.device)
+            behind = self.ids[(rows.slot[:, None] + ahead).clamp(max=len(self.ids) - 1)]
+            drafts.input_ids[:, 1 : 1 + num_drafts].copy_(behind[:, :-1])
+            self._wanted = behind.flatten()[:, None]
+
+        def logits(decoder: Any, hidden: torch.Tensor, ops: Any) -> torch.Tensor:
+            found = score(decoder, hidden, ops)
+            wanted, self._wanted = self._wanted, None
+            return found if wanted is None else found.scatter_(1, wanted, LIKELIEST)
 
         mtp.HeadInputs.draft = draft  # type: ignore[method-assign]
+        Decoder.logits = logits  # type: ignore[method-assign]
 
 
 def always(size: int) -> None:
@@ -89,19 +101,6 @@ def row(name: str, values: list[float], plain: list[float], **more: Any) -> dict
     return {"name": name, "tok_per_s": values, "median": median, "gain": gain, **more}
 
 
-def settled(engine: NativeEngine, asked: GenerationRequest, known: Known) -> GenerationResult:
-    """The answer that steps with right drafts give again."""
-    prompt = list(engine._built(asked, None).input_ids)
-    result = engine.generate(asked)
-    for _ in range(ROUNDS):
-        known.tell(prompt + list(result.token_ids or ()))
-        result = engine.generate(asked)
-        assert result.speculation is not None, "the engine drafts"
-        if (result.speculation.accept_percent or 0.0) >= SETTLED_PERCENT:
-            break
-    return result
-
-
 def measure(args: argparse.Namespace, quantization: Quantization) -> Iterator[dict[str, Any]]:
     def loaded(speculate: Speculate) -> NativeEngine:
         return NativeEngine(
@@ -125,19 +124,22 @@ def measure(args: argparse.Namespace, quantization: Quantization) -> Iterator[di
         accepted = engine.generate(asked).speculation
         percent = None if accepted is None else accepted.accept_percent
         yield row("wrong", wrong, plain, accept_percent=percent)
-    policy, guess = (BatchDraftPolicy.next, BatchDraftPolicy.learn), mtp.HeadInputs.draft
+    policy = BatchDraftPolicy.next, BatchDraftPolicy.learn
+    guess, score = mtp.HeadInputs.draft, Decoder.logits
     for count in args.drafts:
         with loaded(Speculate.MTP) as engine:
             known = Known(4096 + 64, torch.device(args.device))
             known.replace_guesses()
             always(1 + count)
-            result = settled(engine, asked, known)
+            prompt = list(engine._built(asked, None).input_ids)
+            known.tell(prompt + [7 + number % 500 for number in range(args.tokens)])
             right = rates(engine, asked, args.repeats)
+            result = engine.generate(asked)
             assert result.speculation is not None, "the engine drafts"
             percent = result.speculation.accept_percent
             yield row(f"right_{count}", right, plain, accept_percent=percent)
         BatchDraftPolicy.next, BatchDraftPolicy.learn = policy  # type: ignore[method-assign]
-        mtp.HeadInputs.draft = guess  # type: ignore[method-assign]
+        mtp.HeadInputs.draft, Decoder.logits = guess, score  # type: ignore[method-assign]
 
 
 def main() -> None:
