@@ -336,6 +336,20 @@ def check_sampling(options: SamplingOptions) -> None:
             )
 
 
+def check_thinking_budget(budget: int | None, max_new_tokens: int | None) -> None:
+    """Raise UsageError for thoughts that leave nothing of an answer."""
+    most, bound = max_new_tokens, SAMPLING_BOUNDS["max_new_tokens"]
+    if not budget or most is None or budget < most:
+        return
+    enough = budget + SamplingParams().max_new_tokens
+    raise UsageError(
+        f"--thinking-budget {budget} leaves nothing of --max-new-tokens {most} for an answer",
+        f"raise --max-new-tokens to {enough}"
+        if enough <= bound.high
+        else "give a smaller --thinking-budget",
+    )
+
+
 def _check_model_defaults(model_defaults: Mapping[str, Any]) -> None:
     if not isinstance(model_defaults.get("do_sample"), bool | None):
         raise ModelFileError(

@@ -69,18 +69,44 @@ class QwencliNode(io.ComfyNode):
     @classmethod
     def execute(cls, **given: Any) -> io.NodeOutput:
         try:
-            return io.NodeOutput(*nodes.run(cls.NODE, given))
+            outputs = nodes.run(cls.NODE, given)
         except QwenCliError as error:
             raise nodes.NodeError(nodes.node_text(error)) from None
+        # What runs alone may be connected to nothing: its first output is in the history then.
+        ui = {"text": (outputs[0],)} if cls.NODE.runs_alone else None
+        return io.NodeOutput(*outputs, ui=ui)
 
 
 class QwencliModelNode(QwencliNode):
     """A node that asks a model."""
 
     @classmethod
-    def validate_inputs(cls, model: str = schemas.AUTO) -> bool | str:
-        # In place of ComfyUI's "value not in list": graphs may name any hub id or folder.
-        return nodes.unknown_model(model) or True
+    def validate_inputs(
+        cls,
+        model: str = schemas.AUTO,
+        custom_model: str = "",
+        keep_loaded: str = "0",
+        max_new_tokens: int = schemas.MOST_NEW_TOKENS,
+        thinking_budget: int = schemas.AS_MODEL,
+    ) -> bool:
+        """Checks these in place of ComfyUI, whose "value not in list" refuses hub ids and folders;
+        what comes over a link is not known yet.
+
+        Raises:
+            NodeError: what is wrong. ComfyUI would say a text that is returned once for each of
+                these inputs.
+        """
+        given = {
+            "model": model,
+            "custom_model": custom_model,
+            "keep_loaded": keep_loaded,
+            "max_new_tokens": max_new_tokens,
+            "thinking_budget": thinking_budget,
+        }
+        wrong = nodes.refusal(cls.NODE, given)
+        if wrong is not None:
+            raise nodes.NodeError(wrong)
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, **given: Any) -> Any:

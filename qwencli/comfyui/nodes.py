@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwencli.answer_report import shortfall, stats_line
+from qwencli.capabilities import check_thinking
 from qwencli.comfyui import comfy_host
 from qwencli.comfyui.engine_keeper import KEEPER, Wanted
 from qwencli.comfyui.pictures import Batch, video_part
-from qwencli.comfyui.schemas import AS_MODEL, AUTO, NO_PRESET, BatchMode, Node, Runs
+from qwencli.comfyui.schemas import AUTO, NO_PRESET, BatchMode, Node, Runs
 from qwencli.config import (
+    SAMPLING_BOUNDS,
     Attention,
     Cache,
     EngineConfig,
@@ -31,6 +34,7 @@ from qwencli.config import (
     SamplingOptions,
     check_pixels,
     check_sampling,
+    check_thinking_budget,
     parse_duration,
 )
 from qwencli.errors import InputError, OutOfMemoryError, QwenCliError, UsageError
@@ -87,16 +91,26 @@ def run(node: Node, given: Values) -> tuple[Any, ...]:
 
 def node_text(error: QwenCliError) -> str:
     """An error as a node shows it, in one line: options are inputs there."""
-    import re
+    return _inputs_named(f"{error.message}; {error.hint}" if error.hint else error.message)
 
-    text = f"{error.message}; {error.hint}" if error.hint else error.message
+
+def _inputs_named(text: str) -> str:
     return re.sub(r"--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", "_"), text)
 
 
-def unknown_model(name: str) -> str | None:
-    """What is wrong with a value of `model`; None where nothing is. Loads and downloads nothing."""
+def refusal(node: Node, given: Values) -> str | None:
+    """What is wrong with widgets that ComfyUI's own checks do not see, as they fit each other or
+    are text; None where nothing is. Loads and downloads nothing."""
+    values = {**node.defaults(), **given}
+    for each in node.widgets:
+        value = values[each.id]
+        if each.low is not None and each.high is not None and not each.low <= value <= each.high:
+            return f"{each.id} {value} is out of range; give a value from {each.low} to {each.high}"
     try:
-        _resolved(name)
+        parse_duration(values["keep_loaded"], "keep_loaded")
+        _thinking_budget(values)
+        if not values["custom_model"].strip():
+            _resolved(values["model"])
     except QwenCliError as error:
         return node_text(error)
     return None
@@ -168,14 +182,17 @@ def _shown(values: Values) -> list[Shown]:
 
 def _answer(values: Values, shown: Sequence[Shown], text: str) -> tuple[Any, ...]:
     """text, texts, statistics"""
-    sampling = _sampling(values)
+    sampling, budget = _sampling(values), _thinking_budget(values)
+    # As on the command line: who bounds thoughts wants some, and 0 means none.
+    thinking = bool(values["think"]) if budget is None else budget > 0
     before = (text_message("system", system),) if (system := values["system"].strip()) else ()
 
     def request(show: Shown) -> GenerationRequest:
         messages = (*before, user_message(text, show()))
-        return GenerationRequest(messages, sampling, thinking=bool(values["think"]))
+        return GenerationRequest(messages, sampling, thinking=thinking, thinking_budget=budget)
 
     with _Use(values) as use:
+        check_thinking(use.model.name, can_think=use.engine.can_think, wanted=thinking)
         results = answered(use.engine, [functools.partial(request, show) for show in shown])
         texts = [result.text.strip() for result in results]
         return "\n".join(texts), texts, use.statistics(results)
@@ -253,25 +270,35 @@ class _Use:
         return self._wanted.config.model
 
     def statistics(self, results: Sequence[GenerationResult]) -> str:
-        """Lines of figures, of the modes that ran, and of what else there is to say."""
+        """Lines of figures, of the modes that ran, and of what else there is to say. Short ones: a
+        node is narrow, and may show few of them."""
         seconds = time.perf_counter() - self._began_s
-        lines = []
+        figures = [stats_line(result).split(" | ") for result in results]
+        lines = [f"{self.model.name}: {each[0]}" for each in figures]
         if len(results) > 1:
             tokens = sum(result.num_new_tokens for result in results)
-            lines.append(
+            lines = [
                 f"{len(results)} answers, {counted(tokens, 'token')} in {seconds:.2f} s: "
-                f"{len(results) / seconds:.1f} answers/s, {tokens / seconds:.0f} tok/s together"
-            )
-        lines += [f"{self.model.name}: {stats_line(result)}" for result in results]
+                f"{len(results) / seconds:.1f} answers/s, {tokens / seconds:.0f} tok/s together",
+                *_first_lines([f"{n}: {each[0]}" for n, each in enumerate(figures, start=1)]),
+                f"the last one, of {self.model.name}:",
+            ]
+        lines += figures[-1][1:]
         lines += [f"note: {warning}" for warning in self.engine.load_warnings]
         said = [note for result in results for note in (*result.notes, shortfall(result)) if note]
-        lines += [f"note: {note.replace('--max-new-tokens', 'max_new_tokens')}" for note in said]
+        lines += [f"note: {_inputs_named(note)}" for note in dict.fromkeys(said)]
         if self.model.source is ModelSource.BUNDLED:
             lines.append(
                 "note: the bundled model knows drawn scenes only; choose qwen3-vl-4b or another "
                 "model for photographs"
             )
-        return "\n".join(dict.fromkeys(lines))
+        return "\n".join(lines)
+
+
+def _first_lines(lines: Sequence[str]) -> list[str]:
+    """As many of the lines as a node has room for, and how many more there are."""
+    more = len(lines) - _MOST_NAMED
+    return [*lines[:_MOST_NAMED], *([f"and {more} more"] if more > 0 else [])]
 
 
 def _structured(values: Values) -> tuple[Any, ...]:
@@ -282,7 +309,12 @@ def _structured(values: Values) -> tuple[Any, ...]:
 
     schema = read_schema(values["schema"], "schema")
     prompt = _escaped(values["prompt"]) or asks_for(schema)
-    manner = Manner(_prompts(prompt), guards=Guards(invalid=SchemaCheck(schema)), schema=schema)
+    manner = Manner(
+        _prompts(prompt),
+        guards=Guards(invalid=SchemaCheck(schema)),
+        schema=schema,
+        thinking_budget=_thinking_budget(values),
+    )
     texts, statistics = _shaped(values, Batch(values["images"], "images"), manner)
     one = texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
     return one, texts, statistics
@@ -300,6 +332,7 @@ def _boxes(values: Values) -> tuple[Any, ...]:
         guards=Guards(invalid=SchemaCheck(schema)),
         schema=schema,
         boxes=True,
+        thinking_budget=_thinking_budget(values),
     )
     batch = Batch(values["images"], "images")
     texts, statistics = _shaped({"system": "", **values}, batch, manner)
@@ -400,7 +433,8 @@ def _folder(values: Values) -> tuple[Any, ...]:
         seed=values["seed"],
         frames=[each for each in (prefix, suffix) if each is not None],
     )
-    manner, sampling = Manner(prompts, Shape(prefix, suffix)), _sampling(values)
+    budget, sampling = _thinking_budget(values), _sampling(values)
+    manner = Manner(prompts, Shape(prefix, suffix), thinking_budget=budget)
     extension, output = values["caption_extension"].strip() or ".txt", values["output"].strip()
     place = place_of(listing, Path(output) if output else None, extension)
     system, where = values["system"].strip(), Listing(listing.base)
@@ -440,13 +474,13 @@ def _folder(values: Values) -> tuple[Any, ...]:
             done += 1
             tell(min(done, len(work.tasks)))
 
-        statistics = ""
+        statistics = "no caption was made in this run, so that there are no figures"
         if work.tasks or work.refused:
             whole.begin(report)
             if work.tasks:
                 with _Use(values) as use:
                     whole.caption(Alone(use.engine, asking), report, lambda: False)
-                    statistics = use.statistics(last)
+                    statistics = use.statistics(last) if last else statistics
             whole.end()
         failures, totals = whole.write_failures(), whole.totals
     lines = [f"{listing.base}: {totals.captioned} captioned, {totals.failed} failed"]
@@ -459,9 +493,7 @@ def _folder(values: Values) -> tuple[Any, ...]:
         lines.append(f"{work.num_existing} had a caption already")
     if work.failed_before:
         lines.append(f"{len(work.failed_before)} failed before (retry_failed tries again)")
-    lines += failed[:_MOST_NAMED]
-    if len(failed) > _MOST_NAMED:
-        lines.append(f"and {len(failed) - _MOST_NAMED} more")
+    lines += _first_lines(failed)
     if failures is not None:
         lines.append(f"what failed, and why: {failures}")
     return "\n".join(lines), totals.captioned, totals.failed, statistics
@@ -533,8 +565,9 @@ def _resolved(name: str) -> ModelSpec:
 
 def _sampling(values: Values) -> SamplingOptions:
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    # The widgets go down to -1, which lies below every range.
     said: dict[str, Any] = {
-        name: None if values[name] == AS_MODEL else values[name] for name in names
+        name: None if values[name] < SAMPLING_BOUNDS[name].low else values[name] for name in names
     }
     options = SamplingOptions(
         do_sample=None if values["do_sample"] else False,
@@ -544,6 +577,13 @@ def _sampling(values: Values) -> SamplingOptions:
     )
     check_sampling(options)
     return options
+
+
+def _thinking_budget(values: Values) -> int | None:
+    """Raises UsageError: it leaves nothing for an answer."""
+    budget: int | None = None if values["thinking_budget"] < 0 else values["thinking_budget"]
+    check_thinking_budget(budget, values["max_new_tokens"])
+    return budget
 
 
 def _mode(values: Values, name: str, modes: type[Mode]) -> Mode:

@@ -3,10 +3,11 @@
 Imports nothing of ComfyUI, so that workflows can be converted and checked without it. `extension`
 turns the tables into ComfyUI's own schemas; `nodes` says what each node does.
 
-A widget's value of -1 means "as the model's generation_config.json says" for every sampling
-parameter but `seed`, where it means another seed in every run. In a graph saved by ComfyUI's editor
-the values of a node (`widgets_values`) stand in the order of its widgets here, sockets left out,
-and `seed` is followed by one more value of the editor's own ("fixed", "randomize", ...).
+A widget's value below a sampling parameter's range (-1) means "as the model's
+generation_config.json says"; for `seed` it means another seed in every run. In a graph saved by
+ComfyUI's editor the values of a node (`widgets_values`) stand in the order of its widgets here,
+sockets left out, and `seed` is followed by one more value of the editor's own ("fixed",
+"randomize", ...): a new widget goes behind all others of its node.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from qwencli.config import SAMPLING_BOUNDS, Attention, Cache, Existing, Quantization, SamplingParams
+from qwencli.config import (
+    MAX_FRAMES,
+    MAX_PIXELS,
+    SAMPLING_BOUNDS,
+    Attention,
+    Cache,
+    Existing,
+    Quantization,
+    SamplingParams,
+)
 from qwencli.errors import QwenCliError
 from qwencli.presets import PRESETS
 
@@ -130,7 +140,7 @@ def _socket(name: str, kind: Kind, tooltip: str) -> Input:
 def _sampling(name: str, tooltip: str, step: float = 1) -> Input:
     bound = SAMPLING_BOUNDS[name]
     kind = Kind.INT if bound.integer else Kind.FLOAT
-    text = f"{tooltip} -1: as the model says."
+    text = f"{tooltip} Below that, as -1: as the model says."
     low: float = AS_MODEL
     return Input(name, kind, text, type(step)(AS_MODEL), low=low, high=bound.high, step=step)
 
@@ -154,6 +164,7 @@ _MODEL = (
     ),
 )
 _MOST = SAMPLING_BOUNDS["max_new_tokens"]
+MOST_NEW_TOKENS = int(_MOST.high)
 _SAMPLING = (
     Input(
         "max_new_tokens",
@@ -218,7 +229,7 @@ _FRAMES = (
         "Frames of a video that are looked at, evenly spaced; 0: two a second, 4 to 64.",
         0,
         low=0,
-        high=768,
+        high=MAX_FRAMES,
         step=1,
     ),
     Input(
@@ -232,6 +243,16 @@ _FRAMES = (
     ),
 )
 _THINK = Input("think", Kind.BOOLEAN, "Let a model that can think do so.", False)
+_THINKING_BUDGET = Input(
+    "thinking_budget",
+    Kind.INT,
+    "Above 0: a model that can think does so for at most so many tokens, fewer than "
+    "max_new_tokens. 0: no thoughts. -1: not said.",
+    AS_MODEL,
+    low=AS_MODEL,
+    high=_MOST.high - 1,
+    step=1,
+)
 _STATISTICS = Output(
     "statistics", Kind.STRING, "Speed, times and tokens, and the engine and modes that ran."
 )
@@ -251,6 +272,7 @@ CAPTION = Node(
         *_SAMPLING,
         _THINK,
         _KEEP,
+        _THINKING_BUDGET,
     ),
     (
         Output("text", Kind.STRING, "The answer; of several requests one a line."),
@@ -272,6 +294,7 @@ CHAT = Node(
         *_SAMPLING,
         _THINK,
         _KEEP,
+        _THINKING_BUDGET,
     ),
     CAPTION.outputs,
 )
@@ -302,6 +325,7 @@ CAPTION_FOLDER = Node(
         *_MODEL,
         *_SAMPLING,
         _KEEP,
+        _THINKING_BUDGET,
     ),
     (
         Output("summary", Kind.STRING, "What became of the pictures, and each that failed."),
@@ -333,6 +357,7 @@ STRUCTURED_CAPTION = Node(
         *_MODEL,
         *_SAMPLING,
         _KEEP,
+        _THINKING_BUDGET,
     ),
     (
         Output("json", Kind.STRING, "The answer; of several pictures a JSON array."),
@@ -351,6 +376,7 @@ BOXES = Node(
         *_MODEL,
         *_SAMPLING,
         _KEEP,
+        _THINKING_BUDGET,
     ),
     (
         Output("drawn", Kind.IMAGE, "The pictures with their boxes and labels."),
@@ -382,7 +408,7 @@ ENGINE = Node(
             "Largest height x width of a picture; 0: the model's own, or what fits.",
             0,
             low=0,
-            high=200_000_000,
+            high=MAX_PIXELS,
             step=1,
         ),
         Input(

@@ -13,7 +13,18 @@ from typing import Any
 
 from qwencli.comfyui import old_nodes as old_packs
 from qwencli.comfyui.old_nodes import NO_EQUAL, SAME, OldNode
-from qwencli.comfyui.schemas import AUTO, CHAT, NO_PRESET, BatchMode, Input, Kind, Node, models
+from qwencli.comfyui.schemas import (
+    AS_MODEL,
+    AUTO,
+    CHAT,
+    NO_PRESET,
+    BatchMode,
+    Input,
+    Kind,
+    Node,
+    models,
+)
+from qwencli.config import SAMPLING_BOUNDS
 from qwencli.models.builtin import find_builtin
 from qwencli.presets import PRESETS
 
@@ -168,8 +179,8 @@ def _fitting(place: Input, value: Any) -> Any:
         bounded = min(max(value, place.low if place.low is not None else value),
                       place.high if place.high is not None else value)  # fmt: skip
         # -1 has a meaning of its own for sampling parameters, which no old node gave it.
-        if place.default == -1 and place.id != _SEED:
-            bounded = max(bounded, 1 if place.id == "repetition_penalty" else 0)
+        if place.default == AS_MODEL and place.id in SAMPLING_BOUNDS:
+            bounded = max(bounded, SAMPLING_BOUNDS[place.id].low)
         return int(bounded) if place.kind is Kind.INT else bounded
     if not isinstance(value, str):
         return None

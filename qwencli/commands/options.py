@@ -20,7 +20,6 @@ import typer
 from qwencli.capabilities import runs_with
 from qwencli.config import (
     MAX_FRAMES,
-    SAMPLING_BOUNDS,
     Attention,
     Cache,
     DType,
@@ -37,6 +36,7 @@ from qwencli.config import (
     Speculate,
     check_pixels,
     check_sampling,
+    check_thinking_budget,
     parse_duration,
     parse_max_pixels,
     parse_seq_len,
@@ -106,15 +106,7 @@ def thinks(think: bool | None, budget: int | None, sampling: SamplingOptions) ->
     """
     if think is False and budget is not None:
         raise UsageError("--thinking-budget and --no-think exclude each other", "leave one out")
-    most = sampling.max_new_tokens
-    if budget and most is not None and budget >= most:
-        enough, limit = budget + SAMPLING.max_new_tokens, SAMPLING_BOUNDS["max_new_tokens"].high
-        raise UsageError(
-            f"--thinking-budget {budget} leaves nothing of --max-new-tokens {most} for an answer",
-            f"raise --max-new-tokens to {enough}"
-            if enough <= limit
-            else "give a smaller --thinking-budget",
-        )
+    check_thinking_budget(budget, sampling.max_new_tokens)
     return bool(budget) if budget is not None else bool(think)
 
 

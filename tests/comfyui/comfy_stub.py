@@ -279,6 +279,10 @@ class Graph:
                 if each.io_type == "COMBO" and value not in each.options:
                     raise RefusedGraph(f"Value not in list: {each.id}: {value!r}")
             if validate:
-                said = validate(**{name: given[name] for name in own & set(given)})
+                values = {name: given[name] for name in own & set(given)}
+                try:
+                    said = validate(**values)
+                except Exception as error:
+                    raise RefusedGraph(str(error)) from error
                 if said is not True:
-                    raise RefusedGraph(said)
+                    raise RefusedGraph("".join(f"{name} - {said}" for name in values))

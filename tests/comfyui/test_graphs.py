@@ -103,6 +103,14 @@ def test_an_example_workflow(graph: Graph, management: Management) -> None:
     assert text == SCENE
 
 
+def test_example_workflows_have_a_value_for_each_widget() -> None:
+    for path in (EXAMPLES.parent / "comfyui_nodes" / "example_workflows").glob("*.json"):
+        for each in json.loads(path.read_text("utf-8"))["nodes"]:
+            if (node := NODES.get(each["type"])) is not None:
+                has_seed = any(widget.id == "seed" for widget in node.widgets)
+                assert len(each["widgets_values"]) == len(node.widgets) + has_seed, path
+
+
 def test_a_batch_of_pictures(graph: Graph, management: Management) -> None:
     text, texts, statistics = graph.one("QwencliCaption", images=["batch"], **BASE)
     assert len(texts) == 3 and texts[0] == texts[2] == SCENE != texts[1]
@@ -329,18 +337,18 @@ NAN[1, 3, 3, 1] = float("nan")
         ("QwencliCaption", {"image_3": torch.zeros(1, 8, 8, 5)}, "^image_3 has 5 channels"),
         ("QwencliCaption", {"images": torch.zeros(8, 8)}, "^images is no batch of pictures"),
         ("QwencliCaption", {"images": ["scene"], "custom_model": "/no/where"}, "^no folder '/no/"),
-        ("QwencliCaption", {"images": ["scene"], "keep_loaded": "x"}, "keep_loaded 'x' is no"),
         ("QwencliStructuredCaption", {"images": ["scene"], "schema": "{"}, "^schema is not JSON"),
         ("QwencliCaptionFolder", {}, "^path is empty; give the folder"),
         ("QwencliCaptionFolder", {"path": "/no/where"}, "/no/where"),
         ("QwencliEngine", {"runs": "remote"}, "^endpoint is empty; give the server"),
-        ("QwencliChat", {"prompt": "x", "temperature": -0.5}, "^temperature -0.5 is out of range"),
+        ("QwencliChat", {"prompt": "x", "think": True}, "^scenes cannot think before it answers"),
+        ("QwencliBoxes", {"images": ["scene"], "thinking_budget": 9}, "^scenes cannot think"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line(
     graph: Graph, management: Management, engine_that: Any, node: str, inputs: Any, line: str
 ) -> None:
-    engine_that(lambda request: "x")
+    engine_that(lambda request: "x").can_think = False
     known = {each.id for each in graph.classes[node].GET_SCHEMA().inputs}
     inputs = {name: value for name, value in (BASE | inputs).items() if name in known}
     with pytest.raises(NodeError, match=line) as found:
@@ -353,6 +361,78 @@ def test_a_wrong_model_is_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(RefusedGraph, match="no model is called 'qwen3-vl-4x'; did you mean"):
         graph.one("QwencliChat", prompt="x", model="qwen3-vl-4x")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "line"),
+    [
+        ({"keep_loaded": "x"}, "^keep_loaded 'x' is no time"),
+        ({"thinking_budget": 48}, "^thinking_budget 48 leaves nothing of max_new_tokens 48"),
+        ({"thinking_budget": 9000}, "^thinking_budget 9000 is out of range"),
+        ({"max_new_tokens": 0}, "^max_new_tokens 0 is out of range"),
+    ],
+)
+def test_widgets_that_cannot_be_are_refused_before_anything_runs(
+    graph: Graph, management: Management, inputs: Any, line: str
+) -> None:
+    with pytest.raises(RefusedGraph, match=line):
+        graph.one("QwencliChat", prompt="x", **(BASE | inputs))
+
+
+def test_thoughts_are_asked_for_as_on_the_command_line(
+    graph: Graph, management: Management, engine_that: Any
+) -> None:
+    asked: list[GenerationRequest] = []
+
+    def answer(request: GenerationRequest) -> str:
+        asked.append(request)
+        return "[]"
+
+    engine_that(answer)
+    for said in ({"think": True}, {"thinking_budget": 9}, {"think": True, "thinking_budget": 0}):
+        graph.one("QwencliChat", prompt="x", **BASE, **said)
+    graph.one("QwencliStructuredCaption", images=["scene"], schema='{"type": "array"}',
+              thinking_budget=9, **BASE)  # fmt: skip
+    heard = [(each.thinking, each.thinking_budget) for each in asked]
+    assert heard == [(True, None), (True, 9), (False, 0), (True, 9)]
+
+
+# What a preview shows without breaking a line; titles of modes are the longest.
+WIDTH = 110
+
+
+def test_statistics_are_short_lines_whatever_ran(
+    graph: Graph, management: Management, engine_that: Any, tmp_path: Path
+) -> None:
+    engine_that(lambda request: "A circle.")
+    said = [graph.one("QwencliCaption", images=[each], **BASE)[2] for each in ("scene", "batch")]
+    shutil.copy(EXAMPLES / "scene.png", tmp_path)
+    folder = {"path": str(tmp_path), **BASE}
+    said += [graph.one("QwencliCaptionFolder", **folder)[3] for _ in range(2)]
+    for each in said:
+        assert each and all(0 < len(line) <= WIDTH for line in each.splitlines())
+    one, batch, made, nothing = said
+    assert one.startswith("scenes: ") and " on cpu" in one
+    assert [line.partition(":")[0] for line in batch.splitlines()[1:4]] == ["1", "2", "3"]
+    assert "captions/s" in made and "no caption was made" in nothing
+
+
+def test_a_batch_of_many_is_not_told_line_by_line(
+    graph: Graph, management: Management, engine_that: Any
+) -> None:
+    engine_that(lambda request: "x")
+    pictures = torch.zeros(60, 32, 32, 3)
+    said = graph.one("QwencliCaption", images=pictures, **BASE)[2].splitlines()
+    assert "and 40 more" in said and len(said) < 32
+
+
+def test_a_node_that_runs_alone_says_what_it_did(
+    graph: Graph, management: Management, engine_that: Any, tmp_path: Path
+) -> None:
+    engine_that(lambda request: "A circle.")
+    shutil.copy(EXAMPLES / "scene.png", tmp_path)
+    found = graph.classes["QwencliCaptionFolder"].execute(path=str(tmp_path), **BASE)
+    assert found.ui == {"text": (found.args[0],)} and "1 captioned" in found.args[0]
 
 
 def test_a_server_runs_its_own_modes(graph: Graph, management: Management) -> None:

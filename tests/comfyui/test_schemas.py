@@ -38,6 +38,32 @@ def test_defaults_are_values_that_the_widget_takes(node: schemas.Node) -> None:
         assert each.is_widget or each.default is None
 
 
+@pytest.mark.parametrize("node", NODES.values(), ids=lambda node: node.id)
+def test_what_a_number_widget_gives_is_taken(node: schemas.Node) -> None:
+    for each in node.widgets:
+        if each.low is None or each.high is None or each.step is None:
+            assert each.kind not in (Kind.INT, Kind.FLOAT), each.id
+            continue
+        for value in (each.low, each.low + each.step, 0, each.high - each.step, each.high):
+            given = {**node.defaults(), "max_new_tokens": 8192, each.id: value}
+            if not each.low <= value <= each.high:
+                continue
+            if node is schemas.ENGINE:
+                assert nodes.run(node, given)
+                continue
+            nodes._sampling(given)
+            if each.id != "max_new_tokens":
+                nodes._thinking_budget(given)
+                named = ("max_new_tokens", "thinking_budget")
+                assert nodes.refusal(node, {name: given[name] for name in named}) is None
+
+
+def test_widgets_are_where_saved_graphs_have_them() -> None:
+    """New ones come last."""
+    for node in (each for each in NODES.values() if each is not schemas.ENGINE):
+        assert [each.id for each in node.widgets][-2:] == ["keep_loaded", "thinking_budget"]
+
+
 def test_every_sampling_parameter_is_a_widget() -> None:
     widgets = {each.id for each in schemas.CAPTION.widgets}
     assert {*SamplingOptions.__dataclass_fields__} - {"stop"} <= widgets
