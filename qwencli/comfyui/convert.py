@@ -18,7 +18,7 @@ from typing import Any
 
 from qwencli.comfyui import old_nodes as old_packs
 from qwencli.comfyui.old_nodes import OLD_NODES, OldNode
-from qwencli.comfyui.schemas import Node
+from qwencli.comfyui.schemas import NODES, Node
 from qwencli.comfyui.translate import Translated, is_known, translated
 from qwencli.errors import InputError
 
@@ -29,9 +29,15 @@ _SEED, _AFTER = "seed", "control_after_generate"
 _NAMED = "widgets_values_named"
 # How the editor draws a socket that may stay free, and one that gives a list.
 _SHAPE_OPTIONAL, _SHAPE_LIST = 7, 6
+_LISTED = "docs/comfyui.md lists the nodes that can be converted"
 _UNKNOWN_VERSION = "its values fit no version that is known, it is left as it is"
 # What a node says of the pack that it came from, for ComfyUI's manager.
 _OF_OLD_PACK = ("cnr_id", "aux_id", "ver", "models")
+_SAVE = "save the workflow with ComfyUI's Workflow > Save"
+# What PNG, JPEG and WebP begin with: ComfyUI puts graphs into pictures, too.
+_PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
+# Names of nodes that ask a Qwen model: not ours, those that make pictures, and group nodes.
+_ALIKE = re.compile(r"(?i)^(?!workflow[>/]).*?(?<!textencode)qwen(?!cli|[ _-]?image)")
 # Where a file may keep its graphs: what was posted to ComfyUI, and what pictures carry.
 _WRAPPERS = ("prompt", "output", "workflow", "extra_data", "extra_pnginfo")
 
@@ -44,11 +50,22 @@ class Conversion:
         document: the whole file, changed.
         converted: one line a node that was converted.
         notes: one line for each thing that has no equal here, or was left as it is.
+        kinds: of all nodes there were.
     """
 
     document: Any
     converted: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    kinds: set[str] = field(default_factory=set)
+
+    def is_known(self, where: str, kind: str) -> bool:
+        """Whether nodes of this kind can be converted; of those that only look so it is told."""
+        self.kinds.add(kind)
+        if kind in OLD_NODES:
+            return True
+        if _ALIKE.search(kind) and kind not in NODES:
+            self.notes.append(f"{where}: no such node is known, it is left as it is")
+        return False
 
 
 def read_workflow(path: Path) -> Any:
@@ -58,15 +75,18 @@ def read_workflow(path: Path) -> Any:
         InputError: it cannot be read, or is no JSON.
     """
     try:
-        return json.loads(path.read_text("utf-8-sig"))
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be read ({error.strerror or error})", "give a workflow's JSON file"
+            f"{path}: cannot be read: {error.strerror or error}", "give a workflow's JSON file"
         ) from error
+    try:
+        return json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}: is no JSON", "save the workflow in ComfyUI with Workflow > Save"
-        ) from error
+        is_picture = data.startswith(_PICTURES)
+        what = "is empty" if not data.strip() else "is a picture" if is_picture else "is no JSON"
+        hint = f"open it in ComfyUI, and {_SAVE}" if is_picture else _SAVE
+        raise InputError(f"{path}: {what}", hint) from error
 
 
 def convert(document: Any, name: str) -> Conversion:
@@ -81,25 +101,31 @@ def convert(document: Any, name: str) -> Conversion:
     try:
         done = Conversion(copy.deepcopy(document))
     except RecursionError as error:
-        raise InputError(
-            f"{name}: is nested too deeply", "save it in ComfyUI with Workflow > Save"
-        ) from error
+        raise InputError(f"{name}: is nested too deeply", _SAVE) from error
     graphs = list(_graphs(done.document))
     if not graphs:
-        raise InputError(
-            f"{name}: is no ComfyUI workflow", "save one in ComfyUI with Workflow > Save"
-        )
+        raise InputError(f"{name}: is no ComfyUI workflow", _SAVE)
     for graph in graphs:
         if _is_editor(graph):
             _convert_editor(graph, done)
         else:
             _convert_api(graph, done)
     if not done.converted:
-        raise InputError(
-            done.notes[0] if done.notes else f"{name}: no node of a pack that is known",
-            "docs/comfyui.md lists the nodes that can be converted",
-        )
+        raise _nothing_converted(name, done)
     return done
+
+
+def _nothing_converted(name: str, done: Conversion) -> InputError:
+    """Why there is nothing to convert in a graph, in one line."""
+    if done.notes:
+        why = done.notes[0]
+        more = f" (and {len(done.notes) - 1} more)" if done.notes[1:] else ""
+        return InputError(f"{name}: {why}{more}", _LISTED)
+    if not done.kinds:
+        return InputError(f"{name}: the graph has no nodes", _SAVE)
+    if any(kind in NODES for kind in done.kinds):
+        return InputError(f"{name}: its Qwen nodes are qwencli's already", "open it as it is")
+    return InputError(f"{name}: no node of a pack that is known", _LISTED)
 
 
 def _is_editor(graph: Mapping[str, Any]) -> bool:
@@ -128,11 +154,14 @@ def _convert_api(graph: dict[str, Any], done: Conversion) -> None:
     for key, node in graph.items():
         if not isinstance(node, dict):
             continue
-        old = OLD_NODES.get(str(node.get("class_type")))
-        inputs = node.get("inputs")
-        if old is None or not isinstance(inputs, dict):
+        kind, inputs = str(node.get("class_type")), node.get("inputs")
+        where = f"node {key} ({kind})"
+        if not done.is_known(where, kind):
             continue
-        where = f"node {key} ({node['class_type']})"
+        old = OLD_NODES[kind]
+        if not isinstance(inputs, dict):
+            done.notes.append(f"{where}: its inputs are missing, it is left as it is")
+            continue
         if not is_known(old, inputs):
             done.notes.append(f"{where}: {_UNKNOWN_VERSION}")
             continue
@@ -172,8 +201,8 @@ def _convert_editor(
     links = _LinksOf(graph)
     for node in _dicts(graph["nodes"]):
         kind = str(node.get("type"))
-        if kind in OLD_NODES:
-            where = f"node {node.get('id')}{within} ({kind})"
+        where = f"node {node.get('id')}{within} ({kind})"
+        if done.is_known(where, kind):
             new = _convert_editor_node(links, node, OLD_NODES[kind], where, done)
             if new is not None:
                 became[str(node.get("id"))] = new

@@ -540,11 +540,60 @@ def test_a_workflow_without_old_nodes_is_said():
         convert(graph(), "w.json")
 
 
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        ([], "w.json: the graph has no nodes"),
+        (["KSampler", "TextEncodeQwenImageEdit"], "w.json: no node of a pack that is known"),
+        (["KSampler", "QwencliCaption"], "w.json: its Qwen nodes are qwencli's already"),
+        (["AILab_QwenVL_Next"], "w.json: node 1 (AILab_QwenVL_Next): no such node is known, it is "
+                                "left as it is"),
+        (["Qwen9", "Qwen10"], "w.json: node 1 (Qwen9): no such node is known, it is left as it is "
+                              "(and 1 more)"),
+    ],
+)  # fmt: skip
+def test_why_nothing_is_converted_is_one_line(kinds, said):
+    nodes = [{"id": n, "type": kind} for n, kind in enumerate(kinds, start=1)]
+    with pytest.raises(InputError) as error:
+        convert({"nodes": nodes, "links": []}, "w.json")
+    assert error.value.message == said and error.value.hint
+    if kinds:
+        with pytest.raises(InputError) as error:
+            convert({str(n): {"class_type": kind, "inputs": {}}
+                     for n, kind in enumerate(kinds, start=1)}, "w.json")  # fmt: skip
+        assert error.value.message == said
+
+
+def test_nodes_that_look_alike_are_told_and_the_rest_converted():
+    document = {
+        "1": {"class_type": "QwenVL", "inputs": {"text": "x", "seed": 1, "image1": ["9", 0]}},
+        "2": {"class_type": "QwenVL_New", "inputs": {"text": "x"}},
+        "3": {"class_type": "QwenVL"},
+        "9": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
+    }
+    done = convert(document, "w.json")
+    assert len(done.converted) == 1 and done.document["2"] == document["2"]
+    assert done.notes == [
+        "node 2 (QwenVL_New): no such node is known, it is left as it is",
+        "node 3 (QwenVL): its inputs are missing, it is left as it is",
+    ]
+
+
 def test_files_that_are_no_json(tmp_path):
     path = tmp_path / "w.json"
-    for data in (b"", b"{", b"\x89PNG\r\n", b"[" * 100_000, "{}".encode("utf-16")):
+    whats = {
+        b"": "is empty",
+        b" \n": "is empty",
+        b"{": "is no JSON",
+        b"\x89PNG\r\n": "is a picture",
+    }
+    for data, what in {
+        **whats,
+        b"[" * 100_000: "is no JSON",
+        "{}".encode("utf-16"): "no JSON",
+    }.items():
         path.write_bytes(data)
-        with pytest.raises(InputError, match="is no JSON"):
+        with pytest.raises(InputError, match=what):
             read_workflow(path)
     path.write_text('\ufeff{"a": 1}', encoding="utf-8")
     assert read_workflow(path) == {"a": 1}
