@@ -8,8 +8,8 @@ except ModuleNotFoundError as missing:
     if missing.name not in ("qwencli", "qwencli.comfyui", "qwencli.comfyui.extension"):
         raise
     raise ImportError(
-        "the nodes of qwencli need the package qwencli in the Python that runs ComfyUI: "
-        f'"{sys.executable}" -m pip install --upgrade qwencli'
+        "the nodes of qwencli need the package qwencli in the Python that runs ComfyUI, from its "
+        f'source folder: "{sys.executable}" -m pip install --upgrade path/to/qwencli'
     ) from None
 
 __all__ = ["comfy_entrypoint"]

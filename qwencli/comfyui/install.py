@@ -22,6 +22,9 @@ from qwencli.errors import InputError, OutputError
 # folder is known to be ours. It is no name that Python could import instead of the package.
 PACK_NAME = "qwencli-nodes"
 _CUSTOM_NODES = "custom_nodes"
+_PACK_IN_CLONE = "comfyui_nodes"
+# Where nothing tells what qwencli was installed from.
+_SOURCE = "path/to/qwencli"
 # A source checkout of ComfyUI has these; its desktop application keeps data and nodes in a folder
 # that has only the others.
 _PROGRAM = ("main.py", "nodes.py", "comfy")
@@ -39,11 +42,25 @@ print(json.dumps([qwencli.__version__, util.find_spec("qwencli.comfyui") is not 
 
 @dataclass(frozen=True)
 class Installed:
-    """What `install_pack` did. python: the one that runs ComfyUI, None where it cannot be told."""
+    """What `install_pack` did.
+
+    Args:
+        before: the version of the pack that was there, "" where it says none; None: there was none.
+        python: the one that runs ComfyUI, None where it cannot be told.
+    """
 
     folder: Path
-    replaced: bool
+    before: str | None
     python: Path | None
+
+    @property
+    def said(self) -> str:
+        """In words."""
+        if self.before is None:
+            return "installed"
+        if self.before == qwencli.__version__:
+            return f"version {self.before} was there already; its files are as they came"
+        return f"upgraded from {self.before or 'an unknown version'} to {qwencli.__version__}"
 
 
 def pack_folder() -> Path:
@@ -53,7 +70,7 @@ def pack_folder() -> Path:
         InputError: the package is not whole.
     """
     package = Path(qwencli.__file__).parent
-    for folder in (package / "comfyui_nodes", package.parent / "comfyui_nodes"):
+    for folder in (package / _PACK_IN_CLONE, package.parent / _PACK_IN_CLONE):
         if (folder / "__init__.py").is_file():
             return folder
     raise InputError(f"{package}: the node pack is missing", "install qwencli again")
@@ -66,12 +83,13 @@ def install_pack(path: Path) -> Installed:
         path: a ComfyUI folder, its custom_nodes, or the folder of Windows' portable ComfyUI.
 
     Raises:
-        InputError: no ComfyUI is there, or something that is not ours has the pack's name.
+        InputError: no ComfyUI is there, something that is not ours has the pack's name, or the
+            pack that is there is newer.
         OutputError: it cannot be written; nothing was changed.
     """
     try:
         comfyui = find_comfyui(path)
-        target, replaced = _target(comfyui / _CUSTOM_NODES)
+        target, before = _target(comfyui / _CUSTOM_NODES)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror or error})", "check its permissions"
@@ -84,7 +102,7 @@ def install_pack(path: Path) -> Installed:
             f"{target} cannot be written: {_reason(error)}",
             "check the permissions of the folder, and that the disk has room",
         ) from error
-    return Installed(target, replaced, find_python(comfyui))
+    return Installed(target, before, find_python(comfyui))
 
 
 def find_comfyui(path: Path) -> Path:
@@ -151,15 +169,23 @@ def qwencli_in(python: Path) -> str | None:
 
 
 def requirement() -> str:
-    """What to give pip so that it installs the qwencli that runs here: a folder or a version."""
+    """What to give pip so that it installs the qwencli that runs here: the folder, file or address
+    that it came from. It is in no public registry, so that its name alone says nothing to pip."""
+    clone = Path(qwencli.__file__).parent.parent
+    if (clone / "pyproject.toml").is_file() and (clone / _PACK_IN_CLONE).is_dir():
+        return f'"{clone}"'
     try:
-        told = metadata.distribution("qwencli").read_text("direct_url.json")
-        source = urlsplit(json.loads(told or "{}").get("url", ""))
+        told = json.loads(metadata.distribution("qwencli").read_text("direct_url.json") or "{}")
+        url, commit = told.get("url", ""), told.get("vcs_info", {})
     except (metadata.PackageNotFoundError, ValueError, AttributeError):
-        source = urlsplit("")
+        url, commit = "", {}
+    source = urlsplit(url)
     if source.scheme == "file":
-        return f'"{url2pathname(unquote(source.path))}"'
-    return f"qwencli=={qwencli.__version__}"
+        path = Path(url2pathname(unquote(source.path)))
+        return f'"{path}"' if path.exists() else _SOURCE
+    if not source.scheme:
+        return _SOURCE
+    return f'"{commit["vcs"]}+{url}@{commit["commit_id"]}"' if commit else f'"{url}"'
 
 
 def _is_comfyui(folder: Path) -> bool:
@@ -168,21 +194,33 @@ def _is_comfyui(folder: Path) -> bool:
     return (folder / _CUSTOM_NODES).is_dir() and all((folder / name).is_dir() for name in _DATA)
 
 
-def _target(custom_nodes: Path) -> tuple[Path, bool]:
-    """Where the pack goes, and whether it is there already, under whatever name.
+def _target(custom_nodes: Path) -> tuple[Path, str | None]:
+    """Where the pack goes, and the version of the one that is there, under whatever name.
 
     Raises:
-        InputError: something else is in the way.
+        InputError: something else, a link, or a newer pack is in the way.
     """
     present = sorted(custom_nodes.iterdir()) if custom_nodes.is_dir() else []
-    for folder in present:
-        if _is_pack(folder) and folder.suffix != ".disabled":
-            if folder.is_symlink():
-                raise InputError(
-                    f"{folder}: is a link to the pack, which it follows",
-                    "remove the link to have a copy",
-                )
-            return folder, True
+    packs = {
+        folder: version
+        for folder in present
+        if folder.suffix != ".disabled" and (version := _pack_version(folder)) is not None
+    }
+    if len(packs) > 1:
+        names = " and ".join(folder.name for folder in packs)
+        raise InputError(f"{custom_nodes}: the pack is there more than once: {names}", "keep one")
+    for folder, version in packs.items():
+        if folder.is_symlink():
+            raise InputError(
+                f"{folder}: is a link to {folder.resolve()}, the pack that ComfyUI loads",
+                "remove the link to have a copy",
+            )
+        if _numbers(version) > _numbers(qwencli.__version__):
+            raise InputError(
+                f"{folder}: version {version} is there, and this qwencli has {qwencli.__version__}",
+                "update qwencli, or remove that folder to go back",
+            )
+        return folder, version
     target = custom_nodes / PACK_NAME
     if target.is_symlink():
         raise InputError(f"{target}: a link is in the way", "remove the link")
@@ -190,17 +228,28 @@ def _target(custom_nodes: Path) -> tuple[Path, bool]:
         raise InputError(f"{target}: a folder that is not qwencli's is in the way", "move it away")
     if target.exists():
         raise InputError(f"{target}: a file is in the way", "move it away")
-    return target, False
+    return target, None
 
 
-def _is_pack(folder: Path) -> bool:
+def _pack_version(folder: Path) -> str | None:
+    """The version of the pack in a folder, "" where it says none; None: it is not our pack."""
     file = folder / "pyproject.toml"
     try:
         if not file.is_file():  # a pipe would be waited for
-            return False
-        return bool(tomllib.loads(file.read_text("utf-8"))["project"]["name"] == PACK_NAME)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+            return None
+        project = tomllib.loads(file.read_text("utf-8"))["project"]
+        if project["name"] != PACK_NAME:
+            return None
+        version = project.get("version", "")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return version if isinstance(version, str) and _numbers(version) else ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Of "0.1.0"; nothing where it is no version."""
+    found = re.match(r"\d{1,9}(\.\d{1,9}){0,5}", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def _reason(error: OSError) -> str:

@@ -29,8 +29,7 @@ def install(
     done = install_pack(path)
     output.answer(str(done.folder))
     output.notice(
-        f"{'upgraded' if done.replaced else 'installed'}; restart ComfyUI, and open "
-        "Workflow > Browse Templates for examples"
+        f"{done.said}; restart ComfyUI, and open Workflow > Browse Templates for examples"
     )
     if done.python is None:
         output.warn(

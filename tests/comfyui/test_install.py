@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,7 +43,7 @@ def names(folder):
 def test_the_folder_its_custom_nodes_and_the_portable_folder_are_taken(tmp_path, given):
     target = comfyui(tmp_path / "ComfyUI") / "custom_nodes" / install.PACK_NAME
     done = install.install_pack(tmp_path / given)
-    assert (done.folder.resolve(), done.replaced) == (target.resolve(), False)
+    assert (done.folder.resolve(), done.before) == (target.resolve(), None)
     assert names(target) == names(PACK)
     assert names(target.parent) == {f"{install.PACK_NAME}/{name}" for name in names(PACK)}
 
@@ -60,7 +61,7 @@ def test_a_pack_under_another_name_is_the_one_that_is_upgraded(tmp_path):
     folder = install.install_pack(comfyui(tmp_path)).folder
     other = folder.rename(folder.with_name("qwencli_nodes"))
     done = install.install_pack(tmp_path)
-    assert (done.folder, done.replaced) == (other, True)
+    assert (done.folder, done.before) == (other, install.qwencli.__version__)
     assert [path.name for path in folder.parent.iterdir()] == [other.name]
 
 
@@ -74,7 +75,7 @@ def test_an_upgrade_replaces_the_pack_and_keeps_what_a_person_added(tmp_path):
     target = install.install_pack(comfyui(tmp_path)).folder
     (target / "__init__.py").write_text("old")
     (target / "example_workflows" / "mine.json").write_text("{}")
-    assert install.install_pack(tmp_path).replaced
+    assert install.install_pack(tmp_path).before
     assert (target / "__init__.py").read_bytes() == (PACK / "__init__.py").read_bytes()
     assert (target / "example_workflows" / "mine.json").read_text() == "{}"
 
@@ -106,8 +107,8 @@ def test_a_path_that_no_system_has_is_refused(tmp_path):
     [
         (lambda target: target.touch(), "a file is in the way"),
         (lambda target: target.mkdir(), "not qwencli's"),
-        (lambda target: target.symlink_to(PACK), "is a link to the pack"),
-        (lambda target: (target.parent / "mine").symlink_to(PACK), "is a link to the pack"),
+        (lambda target: target.symlink_to(PACK), "is a link to .*, the pack"),
+        (lambda target: (target.parent / "mine").symlink_to(PACK), "is a link to .*, the pack"),
         (lambda target: target.symlink_to(target.parent / "gone"), "a link is in the way"),
         (
             lambda target: (target.mkdir(), (target / "pyproject.toml").write_text("[project]\n")),
@@ -126,6 +127,71 @@ def test_what_is_not_ours_stays(tmp_path, make, said):
     with pytest.raises(InputError, match=said):
         install.install_pack(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+OLDER, NEWER = "0.0.9", "99.0"
+
+
+def pack_of(folder, version):
+    folder.mkdir(parents=True)
+    text = (PACK / "pyproject.toml").read_text("utf-8")
+    version = f'version = "{version}"' if version else "# version"
+    text = re.sub(r'^version = ".*"', version, text, flags=re.M)
+    (folder / "pyproject.toml").write_text(text, "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        (OLDER, f"upgraded from {OLDER} to {install.qwencli.__version__}"),
+        (install.qwencli.__version__, "was there already"),
+        ("next", "upgraded from an unknown version to"),
+        ("", "upgraded from an unknown version to"),
+    ],
+)
+def test_what_became_of_the_pack_that_was_there_is_said(tmp_path, before, said):
+    target = pack_of(comfyui(tmp_path) / "custom_nodes" / install.PACK_NAME, before)
+    assert said in install.install_pack(tmp_path).said
+    assert names(target) == names(PACK)
+    assert install.install_pack(tmp_path).before == install.qwencli.__version__
+
+
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [
+        ({install.PACK_NAME: NEWER}, f"version {NEWER} is there, and this qwencli has"),
+        ({install.PACK_NAME: OLDER, "also": OLDER}, "more than once: also and qwencli-nodes"),
+    ],
+)
+def test_a_newer_pack_and_two_of_them_stay(tmp_path, folders, said):
+    nodes = comfyui(tmp_path) / "custom_nodes"
+    for name, version in folders.items():
+        pack_of(nodes / name, version)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=said) as error:
+        install.install_pack(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before and error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("told", "given"),
+    [
+        ('{"url": "file:///no/where"}', "path/to/qwencli"),
+        (f'{{"url": "{ROOT.as_uri()}", "dir_info": {{"editable": true}}}}', f'"{ROOT}"'),
+        ('{"url": "https://a.example/qwencli-0.1.zip"}', '"https://a.example/qwencli-0.1.zip"'),
+        ('{"url": "https://a.example/q", "vcs_info": {"vcs": "git", "commit_id": "12"}}',
+         '"git+https://a.example/q@12"'),
+        (None, "path/to/qwencli"),
+        ("[]", "path/to/qwencli"),
+    ],
+)  # fmt: skip
+def test_what_pip_is_given_is_where_this_package_came_from(tmp_path, monkeypatch, told, given):
+    assert install.requirement() == f'"{ROOT}"'
+    monkeypatch.setattr(install.qwencli, "__file__", str(tmp_path / "qwencli" / "__init__.py"))
+    found = SimpleNamespace(read_text=lambda name: told)
+    monkeypatch.setattr(install.metadata, "distribution", lambda name: found)
+    assert install.requirement() == given
 
 
 def test_a_file_that_stands_for_custom_nodes_is_told(tmp_path):
@@ -150,7 +216,7 @@ def test_other_packs_may_have_any_project_file(tmp_path):
     (nodes / "bytes/pyproject.toml").write_bytes(b"\xff\0")
     (nodes / "folder/pyproject.toml").mkdir()
     os.mkfifo(nodes / "pipe/pyproject.toml")
-    assert not install.install_pack(tmp_path).replaced
+    assert install.install_pack(tmp_path).before is None
 
 
 def test_a_copy_that_failed_names_the_reason_alone(tmp_path, monkeypatch):
@@ -256,4 +322,4 @@ def test_without_qwencli_the_pack_says_what_to_install():
     )
     last = ran.stderr.splitlines()[-1]
     assert last.startswith("ImportError: the nodes of qwencli need the package qwencli")
-    assert f'"{sys.executable}" -m pip install' in last
+    assert f'source folder: "{sys.executable}" -m pip install --upgrade path/to/qwencli' in last
