@@ -59,7 +59,7 @@ class Installed:
         if self.before is None:
             return "installed"
         if self.before == qwencli.__version__:
-            return f"version {self.before} was there already; its files are as they came"
+            return f"upgraded: its files are as they came, of version {self.before} as before"
         return f"upgraded from {self.before or 'an unknown version'} to {qwencli.__version__}"
 
 

@@ -145,7 +145,7 @@ def pack_of(folder, version):
     ("before", "said"),
     [
         (OLDER, f"upgraded from {OLDER} to {install.qwencli.__version__}"),
-        (install.qwencli.__version__, "was there already"),
+        (install.qwencli.__version__, "its files are as they came, of version"),
         ("next", "upgraded from an unknown version to"),
         ("", "upgraded from an unknown version to"),
     ],
