@@ -123,9 +123,10 @@ def _nothing_converted(name: str, done: Conversion) -> InputError:
         return InputError(f"{name}: {why}{more}", _LISTED)
     if not done.kinds:
         return InputError(f"{name}: the graph has no nodes", _SAVE)
+    nothing = f"{name}: no node of a pack that is known"
     if any(kind in NODES for kind in done.kinds):
-        return InputError(f"{name}: its Qwen nodes are qwencli's already", "open it as it is")
-    return InputError(f"{name}: no node of a pack that is known", _LISTED)
+        return InputError(f"{nothing}: those of qwencli are there already", "open it as it is")
+    return InputError(nothing, _LISTED)
 
 
 def _is_editor(graph: Mapping[str, Any]) -> bool:

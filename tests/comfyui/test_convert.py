@@ -545,7 +545,8 @@ def test_a_workflow_without_old_nodes_is_said():
     [
         ([], "w.json: the graph has no nodes"),
         (["KSampler", "TextEncodeQwenImageEdit"], "w.json: no node of a pack that is known"),
-        (["KSampler", "QwencliCaption"], "w.json: its Qwen nodes are qwencli's already"),
+        (["KSampler", "QwencliCaption"], "w.json: no node of a pack that is known: those of "
+                                         "qwencli are there already"),
         (["AILab_QwenVL_Next"], "w.json: node 1 (AILab_QwenVL_Next): no such node is known, it is "
                                 "left as it is"),
         (["Qwen9", "Qwen10"], "w.json: node 1 (Qwen9): no such node is known, it is left as it is "
