@@ -321,15 +321,14 @@ def dummy_config(spec: ModelSpec) -> Mapping[str, Any]:
     return spec.hub_config
 
 
-def check_model(spec: ModelSpec, load_format: LoadFormat) -> None:
-    """Raise where no engine could load the model, as far as files on this machine tell.
+def check_model(spec: ModelSpec, load_format: LoadFormat) -> Mapping[str, bool]:
+    """Raise where no engine could load the model, as far as files on this machine tell; returns its
+    `traits`, none of a model that is yet to be downloaded.
 
     Raises:
-        ModelFileError: as when an engine opens it; nothing of a model that is yet to be downloaded.
+        ModelFileError: as when an engine opens it.
     """
     if load_format is LoadFormat.DUMMY:
-        read_shape(dummy_config(spec), spec.name)
-        return
+        return read_shape(dummy_config(spec), spec.name).text.traits
     folder = spec.path or (find_cached(spec.repo_id) if spec.repo_id else None)
-    if folder is not None:
-        check_folder(folder)
+    return {} if folder is None else read_shape(check_folder(folder)).text.traits

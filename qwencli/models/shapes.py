@@ -6,8 +6,11 @@ name. This module knows no tensor names (`models.tensors`) and reads nothing (`s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from qwencli.capabilities import KEEPS_STATES, ROWS_ONLY
 
 Norm = Literal["layer", "rms"]
 # What mixes the tokens of a layer: softmax attention over keys and values, or the gated delta rule
@@ -196,6 +199,11 @@ class TextShape:
     def rows_only(self) -> bool:
         """Whether requests are rows of batches over pages, a lone one too."""
         return self.delta is not None or self.moe is not None
+
+    @property
+    def traits(self) -> Mapping[str, bool]:
+        """What `capabilities` asks of a model."""
+        return {ROWS_ONLY: self.rows_only, KEEPS_STATES: self.delta is not None}
 
     @property
     def attention_layers(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 
 from qwencli.bench.plan.stopping import Wanted
 from qwencli.capabilities import why_not
@@ -175,9 +176,17 @@ def _read_exclusion(text: str) -> Mapping[str, tuple[str, ...]]:
     return found
 
 
-def expand(matrix: Matrix, default_model: str, facts: DeviceFacts) -> list[BenchCell]:
+def expand(
+    matrix: Matrix,
+    default_model: str,
+    facts: DeviceFacts,
+    traits: Mapping[str, Mapping[str, bool]] = MappingProxyType({}),
+) -> list[BenchCell]:
     """All cells in the order of the axes, those that cannot run carrying their reason, and so do
     those that differ in nothing from an earlier one: they are run once.
+
+    Args:
+        traits: of models, by name, see `TextShape.traits`.
 
     Raises:
         BenchError: the exclusions leave nothing.
@@ -200,7 +209,7 @@ def expand(matrix: Matrix, default_model: str, facts: DeviceFacts) -> list[Bench
             kv_dtype=KVDType(chosen["kv_dtype"]),
             speculate=Speculate(chosen["speculate"]),
         )
-        reason = skip_reason(cell, facts)
+        reason = skip_reason(cell, facts, traits.get(cell.model, {}))
         if reason is None:
             first = seen.setdefault(work_of(cell, facts), cell)
             reason = None if first is cell else _same_as(first, cell)
@@ -238,8 +247,10 @@ def work_of(cell: BenchCell, facts: DeviceFacts) -> tuple[str, ...]:
     return tuple(axes.values())
 
 
-def skip_reason(cell: BenchCell, facts: DeviceFacts) -> str | None:
+def skip_reason(
+    cell: BenchCell, facts: DeviceFacts, traits: Mapping[str, bool] = MappingProxyType({})
+) -> str | None:
     """Why `cell` cannot run on this machine, or None. Only what is certain without loading a model:
     an engine that finds out more when it loads makes the cell a skipped row all the same."""
-    refusal = why_not(cell.axes(), facts.lacks)
+    refusal = why_not({**cell.axes(), **traits}, facts.lacks)
     return None if refusal is None else str(refusal)

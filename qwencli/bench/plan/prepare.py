@@ -102,10 +102,10 @@ def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
         default_model, load_format, quality_samples = worth, LoadFormat.DUMMY, 0
     if default_model:
         models[default_model.name] = default_model
-    unusable = _unusable(models, load_format)
+    traits, unusable = _checked(models, load_format)
     cells = [
         replace(cell, skip_reason=cell.skip_reason or unusable.get(cell.model))
-        for cell in expand(matrix, default_model.name if default_model else "", facts)
+        for cell in expand(matrix, default_model.name if default_model else "", facts, traits)
     ]
     settings = Settings(
         stop=stop,
@@ -145,22 +145,26 @@ def _worth_measuring(
     return None if names_a_model() else recommended_model(int(FILL * facts.total_memory_bytes))
 
 
-def _unusable(models: Mapping[str, ModelSpec], load_format: LoadFormat) -> dict[str, str]:
-    """Why models cannot be loaded, by name: found here once, not by every cell's process.
+def _checked(
+    models: Mapping[str, ModelSpec], load_format: LoadFormat
+) -> tuple[dict[str, Mapping[str, bool]], dict[str, str]]:
+    """What `capabilities` asks of models, and why others cannot be loaded, by name: found here
+    once, not by every cell's process.
 
     Raises:
         ModelFileError: none can.
     """
     from qwencli.models.hub import check_model
 
+    traits: dict[str, Mapping[str, bool]] = {}
     found: dict[str, ModelFileError] = {}
     for name, spec in models.items():
         if spec.source is ModelSource.REMOTE:
             continue
         try:
-            check_model(spec, load_format)
+            traits[name] = check_model(spec, load_format)
         except ModelFileError as error:
             found[name] = error
     if found and len(found) == len(models):
         raise next(iter(found.values()))
-    return {name: f"{error.message} ({error.hint})" for name, error in found.items()}
+    return traits, {name: f"{error.message} ({error.hint})" for name, error in found.items()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwencli.capabilities import KEEPS_STATES, ROWS_ONLY, fastest_cache
+from qwencli.capabilities import fastest_cache
 from qwencli.config import (
     Attention,
     Cache,
@@ -188,8 +188,7 @@ class NativeEngine(BaseEngine):
         lacks = device_lacks(device)
         shape = self._shape_of(files)
         rows_only = shape.text.rows_only
-        of_model = {ROWS_ONLY: rows_only, KEEPS_STATES: shape.text.delta is not None}
-        check_modes(self.config, EngineName.NATIVE, lacks, of_model)
+        check_modes(self.config, EngineName.NATIVE, lacks, shape.text.traits)
         cache = self.config.cache or fastest_cache(EngineName.NATIVE, lacks)
         kernels = resolve_kernels(self.config.kernels, cache, lacks)
         warnings: list[str] = []

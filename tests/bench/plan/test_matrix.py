@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwencli.bench.plan.matrix import AXES, Matrix, check_values, expand, override
+from qwencli.capabilities import KEEPS_STATES, ROWS_ONLY
+from qwencli.config import Cache
 from qwencli.engine.machine.device import DeviceFacts
 from qwencli.errors import BenchError, UsageError
 
@@ -118,6 +120,14 @@ def test_cell_id_is_readable_and_does_not_change(cpu):
 def test_cells_that_cannot_run_name_the_reason(axes, reason, cpu):
     (cell,) = expand(Matrix("m", {axis: (value,) for axis, value in axes.items()}), "scenes", cpu)
     assert reason in (cell.skip_reason or "")
+
+
+def test_what_a_model_has_no_operations_for_skips_its_cells_alone():
+    axes = {"model": ("dense", "hybrid"), "cache": ("dynamic", "static"), "engine": ("native",)}
+    traits = {"dense": {ROWS_ONLY: False}, "hybrid": {ROWS_ONLY: True, KEEPS_STATES: True}}
+    cells = expand(Matrix("m", axes), "", NO_FACTS, traits)
+    skipped = [(cell.model, cell.cache) for cell in cells if cell.skip_reason]
+    assert skipped == [("hybrid", Cache.DYNAMIC)]
 
 
 def test_what_is_missing_on_the_machine_skips_cells(gpu):
