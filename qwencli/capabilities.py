@@ -368,6 +368,6 @@ def check_thinking(model: str, *, can_think: bool | None, wanted: bool) -> None:
         raise UnsupportedModeError(
             f"{model} cannot think before it answers: its chat template has no switch for it and "
             "opens no thought",
-            "leave out --think and --thinking-budget, or choose a model that thinks "
-            "(--model qwen3.5-4b)",
+            "leave out --think and --thinking-budget, or choose a model that thinks, "
+            "as --model qwen3.5-4b",
         )

@@ -193,11 +193,7 @@ class _Server:
 
     async def _source(self, body: ChatBody) -> Callable[[], GenerationRequest]:
         """What makes the request; all of it is checked but its pictures and its length."""
-        check_thinking(
-            self._settings.model,
-            can_think=self._thread.engine.can_think,
-            wanted=body.thinks and body.most_thinking != 0,
-        )
+        self._check_thinking(body)
         sampling = self._over_defaults(body.sampling())
         self._check_tokens(body.most_tokens)
         schema = body.schema_text()
@@ -223,6 +219,18 @@ class _Server:
             )
 
         return source
+
+    def _check_thinking(self, body: ChatBody) -> None:
+        wanted = body.thinks and body.most_thinking != 0
+        can_think = self._thread.engine.can_think
+        try:
+            check_thinking(self._settings.model, can_think=can_think, wanted=wanted)
+        except QwenCliError as error:
+            raise ApiError(
+                400,
+                f"{error.message} (leave out enable_thinking, reasoning_effort and the budget of "
+                "thoughts)",
+            ) from error
 
     def _over_defaults(self, said: SamplingOptions) -> SamplingOptions:
         """What a request says, over what the server was started with."""
