@@ -24,7 +24,6 @@ from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.input_processor import InputProcessor
 from qwencli.engine.native.memory_plan import captions_that_fit
-from qwencli.engine.prompt_batch import RunnerPrompt
 from qwencli.engine.request import (
     Batch,
     Key,
@@ -36,6 +35,7 @@ from qwencli.engine.request import (
 )
 from qwencli.engine.response import Odds, ResponseBuilder
 from qwencli.engine.runner import ModelRunner, TokenCopy, Unsampled, VerifyCopy
+from qwencli.engine.runner_prompt import RunnerPrompt
 from qwencli.engine.scheduler import Scheduler
 from qwencli.engine.spec_decode.policy import Acceptance, BatchDraftPolicy
 from qwencli.errors import EngineError, OutOfMemoryError, PromptTooLongError, QwenCliError
@@ -102,7 +102,7 @@ class EngineCore:
     ) -> None:
         self._runner, self._scheduler = runner, scheduler
         self._effective, self._load_s = effective, load_s
-        self._inputs = InputProcessor(files, runner, str(effective.device), prepare)
+        self._inputs = InputProcessor(files, runner.model.shape, str(effective.device), prepare)
         self._ids = itertools.count()
         self._active: dict[RequestId, _Active] = {}
         self._failed: list[StepOutput] = []
@@ -457,13 +457,7 @@ class EngineCore:
     def _go_on(self, active: _Active) -> None:
         """Begin an answer's next round, behind what it has said and what was put there."""
         answer, before = active.answer, active.sequence
-        active.prompt = self._runner.gone_on(
-            active.prompt,
-            answer.fed.input_ids,
-            answer.settings,
-            sorted(answer.stop_ids),
-            answer.matcher,
-        )
+        active.prompt = self._inputs.next_round(active.prompt, answer)
         if active.rest is not None:
             active.rest = [*active.rest, *answer.fed.input_ids[before.num_prompt_tokens :]]
         active.sequence = Sequence(

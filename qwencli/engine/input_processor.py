@@ -22,11 +22,11 @@ from qwencli.engine.cache.prefix_cache import digests_of, keys_of, page_keys
 from qwencli.engine.constrained import TokenMatcher
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
-from qwencli.engine.prompt_batch import RunnerPrompt
 from qwencli.engine.request import Key, RequestId, RequestSource, request_of
 from qwencli.engine.response import ResponseBuilder
-from qwencli.engine.runner import ModelRunner
+from qwencli.engine.runner_prompt import PromptLayouts, RunnerPrompt
 from qwencli.messages import GenerationRequest
+from qwencli.models.shapes import ModelShape
 
 # Threads that read, resize and tokenize for the steps to come: as few as keep prompts ready, as the
 # thread that runs the model waits for the interpreter's lock whenever one of them has it.
@@ -88,11 +88,12 @@ class InputProcessor:
     def __init__(
         self,
         files: ModelFiles,
-        runner: ModelRunner,
+        shape: ModelShape,
         device: str,
         prepare: Callable[[GenerationRequest], tuple[Prompt, SamplingParams, TokenMatcher | None]],
     ) -> None:
-        self._files, self._runner, self._prepare = files, runner, prepare
+        self._files, self._prepare = files, prepare
+        self._layouts = PromptLayouts(shape)
         self._added: OrderedDict[RequestId, tuple[RequestSource, float, bool]] = OrderedDict()
         self._preparing: OrderedDict[RequestId, Future[PreparedInput]] = OrderedDict()
         self._most_turns = min(MOST_PREPARERS, max(1, (os.cpu_count() or 1) - 1))
@@ -143,6 +144,12 @@ class InputProcessor:
         if self._preparing:
             wait(list(self._preparing.values()), return_when=FIRST_COMPLETED)
 
+    def next_round(self, prompt: RunnerPrompt, answer: ResponseBuilder) -> RunnerPrompt:
+        """The prompt of an answer's next round: what was run before, and what is fed behind it."""
+        return self._layouts.gone_on(
+            prompt, answer.fed.input_ids, answer.settings, sorted(answer.stop_ids), answer.matcher
+        )
+
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
@@ -171,7 +178,7 @@ class InputProcessor:
             rest = keys[len(pages) * PAGE_SIZE :]
         stop_ids = sorted(answer.stop_ids)
         with_odds = asked.logprobs is not None
-        laid_out = self._runner.prepare(
+        laid_out = self._layouts.laid_out(
             prompt, digests, answer.settings, stop_ids, answer.matcher, with_odds
         )
         if prompt.inputs is not None:

@@ -1,104 +1,34 @@
-"""Prompts as the runner needs them, and chunks of several side by side on the device."""
+"""Chunks of several prompts side by side: packed on the device, and run through all layers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from qwencli.config import SamplingParams
-from qwencli.engine.cache.paged_kv import PAGE_SIZE, SCRATCH_PAGE, PackedPrompts, pages_for
-from qwencli.engine.cache.recurrent_state import SCRATCH_SLOT
+from qwencli.engine.cache.paged_kv import (
+    PAGE_SIZE,
+    SCRATCH_PAGE,
+    PackedPrompts,
+    PagedKVCache,
+    pages_for,
+)
+from qwencli.engine.cache.recurrent_state import SCRATCH_SLOT, RecurrentStates
 from qwencli.engine.device_memory import upload
-from qwencli.engine.event_timer import Mark
-from qwencli.engine.layers.vision_tower import PIECE, VisionFeatures, VisionPass, join_features
+from qwencli.engine.graphs import Pass, pieces
+from qwencli.engine.layers.decoder import DeepStack
+from qwencli.engine.layers.vision_tower import VisionFeatures, join_features
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_inputs import PromptPositions
 from qwencli.engine.request import PromptChunk
 from qwencli.engine.request import Sequence as ScheduledSequence
+from qwencli.engine.runner_prompt import RunnerPrompt
 
 Tensor = torch.Tensor
-
-
-@dataclass
-class PromptVisual:
-    """A picture or video of a prompt.
-
-    Args:
-        digest: of its content. first: which of the prompt's image tokens is its first.
-        patches: dropped once it is encoded. ready: when they are there, where another stream than
-            the model's makes them. features: from the first chunk on that needs them.
-        encoding: of a large one, as far as steps have brought it.
-    """
-
-    grid: tuple[int, int, int]
-    digest: bytes
-    first: int
-    num_tokens: int
-    patches: Tensor | None
-    ready: torch.cuda.Event | None = None
-    features: VisionFeatures | None = None
-    encoding: VisionPass | None = None
-
-    def features_of(self, low: int, high: int) -> VisionFeatures:
-        """Those of the prompt's image tokens from `low` to `high` that are its own."""
-        assert self.features is not None, "encoded with the first chunk that needs it"
-        own = slice(max(low - self.first, 0), high - self.first)
-        layers = self.features.deepstack
-        return VisionFeatures(self.features.embeds[own], tuple(layer[own] for layer in layers))
-
-
-@dataclass
-class RunnerPrompt:
-    """A request's prompt as the runner needs it, on the host but for pictures.
-
-    Args:
-        ids: int64 [S]. visuals: in the order of their tokens; none once the prompt is through.
-        vision: start and end of each run of the vision tower that its pictures were in.
-        first_mask: the tokens that the answer may begin with, int32 [1, ceil(V/32)]; None = all.
-        with_odds: whether it is told how likely the tokens of its answer were.
-    """
-
-    ids: Tensor
-    layout: PromptPositions
-    visuals: Sequence[PromptVisual]
-    sampling: SamplingParams
-    stop_ids: Sequence[int]
-    vision: list[tuple[Mark, Mark]] = field(default_factory=list)
-    first_mask: Tensor | None = None
-    with_odds: bool = False
-
-    @property
-    def next_position(self) -> int:
-        return len(self.ids) + self.layout.delta
-
-    def image_tokens(self, start: int, stop: int) -> tuple[int, int]:
-        """Which of the prompt's image tokens are among its tokens from `start` to `stop`."""
-        low, high = torch.searchsorted(
-            self.layout.visual_places, torch.tensor([start, stop])
-        ).tolist()
-        return low, high
-
-    @property
-    def large_visuals(self) -> list[tuple[int, int, int]]:
-        """See `Sequence`."""
-        places = self.layout.visual_places
-        return [
-            (int(places[each.first]), int(places[each.first + each.num_tokens - 1]) + 1, index)
-            for index, each in enumerate(self.visuals)
-            if math.prod(each.grid) > PIECE
-        ]
-
-    def visuals_of(self, low: int, high: int) -> list[PromptVisual]:
-        """Those that have image tokens from `low` to `high`."""
-        return [
-            visual
-            for visual in self.visuals
-            if visual.first < high and visual.first + visual.num_tokens > low
-        ]
+# Equal prompts from which on more at a time are no faster.
+MOST_PROMPTS = 16
 
 
 @dataclass
@@ -195,3 +125,125 @@ def _slots_of(pages: Sequence[int], count: int) -> Tensor:
     offsets = torch.arange(PAGE_SIZE)
     used = torch.tensor(pages[: pages_for(count)])
     return (used[:, None] * PAGE_SIZE + offsets).flatten()[:count]
+
+
+class PromptEnds(NamedTuple):
+    """What prompts come to: `logits` [n, V] of their last tokens, and `hidden` [n, hidden] of those
+    for a head that drafts, where there is one; of chunks that do not end nothing of use."""
+
+    logits: Tensor
+    hidden: Tensor | None = None
+
+    def each(self, do: Callable[[Tensor], Tensor]) -> PromptEnds:
+        return PromptEnds(do(self.logits), None if self.hidden is None else do(self.hidden))
+
+
+class PromptPasses:
+    """Runs prompts of one model through all its layers, as many side by side as a step has.
+
+    Args:
+        has_head: whether hidden states are kept for a head that drafts, which runs along.
+        run_pass: runs a pass of a key over tensors, see `RepeatedShapes.run`.
+        graphs: whether that may hand out a graph's own memory.
+    """
+
+    def __init__(
+        self,
+        model: QwenModel,
+        cache: PagedKVCache,
+        states: RecurrentStates | None,
+        run_pass: Callable[[Hashable, Sequence[Tensor], Callable[[], Pass]], Sequence[Tensor]],
+        *,
+        has_head: bool,
+        graphs: bool,
+    ) -> None:
+        self.model, self.cache, self.states = model, cache, states
+        self._run_pass, self._has_head, self._graphs = run_pass, has_head, graphs
+
+    def run(self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt]) -> PromptEnds:
+        """What those that end come to, in their order. Equal prompts run in pieces that become
+        graphs."""
+        parts = [list(range(len(chunks)))]
+        if self._graphs and len(chunks) > 1:
+            keys = [
+                (chunk.start, chunk.stop, chunk.is_last, prompt.image_tokens(0, chunk.stop))
+                for chunk, prompt in zip(chunks, prompts, strict=True)
+            ]
+            parts = pieces(keys, MOST_PROMPTS)
+        made: list[PromptEnds] = []
+        order: list[int] = []
+        for part in parts:
+            packed = pack_prompts(
+                self.model, [chunks[index] for index in part], [prompts[index] for index in part]
+            )
+            ended = PromptEnds(*self._run_packed(packed))
+            last = [index for index in part if chunks[index].is_last]
+            if last:
+                # A copy: the next pass takes the memory of this one.
+                made.append(ended if len(parts) == 1 else ended.each(torch.clone))
+                order += last
+        if len(made) == 1:
+            return made[0]
+        if made:
+            hidden = [each.hidden for each in made if each.hidden is not None]
+            logits = torch.cat([each.logits for each in made])
+            ended = PromptEnds(logits, torch.cat(hidden) if hidden else None)
+        places = sorted(range(len(order)), key=order.__getitem__)
+        if places == list(range(len(order))):
+            return ended
+        (index,) = upload([torch.tensor(places)], self.model.device)
+        return ended.each(lambda part: part.index_select(0, index))
+
+    def _run_packed(self, packed: PackedBatch) -> Sequence[Tensor]:
+        """All layers over packed prompts: see `PromptEnds`."""
+        # What stays with a graph: nothing of these prompts but their lengths.
+        like, features, behind = packed.prompts, packed.features, packed.prompts.slots
+        has_pictures, has_context = features is not None, behind is not None
+        has_head = self._has_head
+        inputs = [packed.ids, packed.positions, packed.slots, packed.last]
+        inputs += [packed.prompts.starts, packed.prompts.context_starts]
+        inputs += [] if behind is None else [behind]
+        inputs += [] if like.tables is None else [like.tables]
+        inputs += [] if like.states is None else [like.states]
+        inputs += [] if not self._has_head else [packed.behind]
+        before = len(inputs)
+        if features is not None:
+            inputs += [packed.places, features.embeds, *features.deepstack]
+
+        def work(given: Sequence[Tensor]) -> Sequence[Tensor]:
+            ids, positions, slots, last, starts, context_starts = given[:6]
+            prompts = replace(
+                like,
+                starts=starts,
+                context_starts=context_starts,
+                slots=given[6] if has_context else None,
+                tables=None if like.tables is None else given[6 + has_context],
+                states=None if like.states is None else given[before - 1 - has_head],
+            )
+            hidden, deepstack = self.model.decoder.embed(ids), None
+            if has_pictures:
+                places, embeds, *layers = given[before:]
+                hidden.index_copy_(0, places, embeds)
+                deepstack = DeepStack(places, layers)
+            model, following = self.model, hidden
+            if has_head:
+                following = hidden.roll(-1, 0)
+                ends = (starts[1:] - 1).to(torch.int64)
+                following.index_copy_(0, ends, model.decoder.embed(given[before - 1]))
+            hidden = model.prefill_packed(
+                hidden, positions, slots, self.cache, prompts, deepstack, self.states
+            )
+            if has_head:
+                model.draft_head_packed(following, hidden, positions, slots, self.cache, prompts)
+            if not len(last):
+                return (hidden,)
+            ended = hidden.index_select(0, last)
+            logits = model.prompt_logits(ended)
+            return (logits, ended) if has_head else (logits,)
+
+        if has_context and self.states is not None:
+            # Making a graph runs a pass more than once, and a state would take its tokens twice.
+            return work(inputs)
+        key = tuple(packed.prompts.lengths), tuple(packed.prompts.contexts), len(packed.last)
+        pictures = 0 if features is None else len(packed.places)
+        return self._run_pass(("prompts", *key, pictures), inputs, lambda: work)

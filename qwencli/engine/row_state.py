@@ -14,7 +14,7 @@ from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
 from qwencli.engine.native.sampler import Sampler, SamplerKind, TokenMasks, TokenOdds, widest_kind
 from qwencli.engine.ops.decoder_ops import Drafts
 from qwencli.engine.ops.next_tokens import RowBuffers
-from qwencli.engine.prompt_batch import RunnerPrompt
+from qwencli.engine.runner_prompt import RunnerPrompt
 from qwencli.engine.spec_decode import ngram
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 

@@ -7,10 +7,8 @@ serves a bucket of rows; rows that nothing uses run along, writing to a page tha
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -24,13 +22,8 @@ from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.constrained import TokenMatcher, fill_masks
 from qwencli.engine.device_memory import upload
 from qwencli.engine.event_timer import EventTimer, Mark
-from qwencli.engine.frontend.preprocess import Visual
-from qwencli.engine.frontend.prompt import Prompt
-from qwencli.engine.graphs import GraphRunner, Pass, RepeatedShapes, pieces
-from qwencli.engine.layers.decoder import DeepStack
+from qwencli.engine.graphs import GraphRunner, Pass, RepeatedShapes
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
-from qwencli.engine.native.prompt_inputs import PromptPositions, lay_out
 from qwencli.engine.native.sampler import (
     LIKELIEST,
     SamplerKind,
@@ -39,23 +32,17 @@ from qwencli.engine.native.sampler import (
     masked,
     widest_kind,
 )
-from qwencli.engine.prompt_batch import (
-    PackedBatch,
-    PromptVisual,
-    RunnerPrompt,
-    pack_prompts,
-    state_of,
-)
+from qwencli.engine.prompt_batch import PromptPasses, state_of
 from qwencli.engine.request import PromptChunk
 from qwencli.engine.request import Sequence as ScheduledSequence
 from qwencli.engine.response import Odds
 from qwencli.engine.row_state import RowState
+from qwencli.engine.runner_prompt import RunnerPrompt
 from qwencli.engine.spec_decode import ngram
 from qwencli.engine.spec_decode.mtp import DrawnDrafts, HeadInputs, likeliest
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.engine.spec_decode.policy import MOST_VERIFIED
 from qwencli.engine.vision_batch import BatchVision
-from qwencli.errors import InputError
 
 Tensor = torch.Tensor
 
@@ -64,10 +51,6 @@ Tensor = torch.Tensor
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Making a graph takes as long as some tens of steps: one for more rows will do meanwhile.
 WIDEST_STAND_IN = 4
-# Layouts of prompts that are kept, and the longest of those.
-LAYOUTS_KEPT, LAYOUT_TOKENS = 32, 4096
-# Equal prompts from which on more at a time are no faster.
-MOST_PROMPTS = 16
 
 
 @dataclass
@@ -124,17 +107,6 @@ class VerifyCopy:
             self.mark.synchronize()
         values = self.outputs.tolist()
         return [(values[row][1], values[row][2 : 2 + values[row][0]]) for row in self.rows]
-
-
-class PromptEnds(NamedTuple):
-    """What prompts come to: `logits` [n, V] of their last tokens, and `hidden` [n, hidden] of those
-    for a head that drafts, where there is one; of chunks that do not end nothing of use."""
-
-    logits: Tensor
-    hidden: Tensor | None = None
-
-    def each(self, do: Callable[[Tensor], Tensor]) -> PromptEnds:
-        return PromptEnds(do(self.logits), None if self.hidden is None else do(self.hidden))
 
 
 # Of a step: what is chosen, rows, slots that operators read, the tokens of a row that are checked
@@ -205,111 +177,16 @@ class ModelRunner:
                 self._graphs, lambda: torch.cuda.mem_get_info(model.device)[0]
             )
         self.vision = BatchVision(model, vision_cache, self._pass, graphs)
+        has_head = self._head is not None
+        self.prompts = PromptPasses(
+            model, self.cache, self.states, self._pass, has_head=has_head, graphs=graphs
+        )
         self._captured: list[GraphKey] = []
         # What steps of kind LOGITS computed, by key: [rows, V].
         self._logits: dict[GraphKey, Tensor] = {}
         # Whose masks are not all ones.
         self._masked_rows: set[int] = set()
-        # By ids and pictures; nothing writes to what is in here.
-        self._layouts: dict[
-            tuple[tuple[int, ...], tuple[Visual, ...]], tuple[Tensor, PromptPositions]
-        ] = {}
         model.rope.reach(max_seq_len)
-
-    def prepare(
-        self,
-        prompt: Prompt,
-        digests: Sequence[bytes],
-        sampling: SamplingParams,
-        stop_ids: Sequence[int],
-        matcher: TokenMatcher | None = None,
-        with_odds: bool = False,
-    ) -> RunnerPrompt:
-        """Lay a prompt out on the host, in the thread and on the stream that made its patches.
-
-        Args:
-            digests: of its pictures and videos.
-            matcher: what the answer is held to, at its beginning.
-            with_odds: see `RunnerPrompt`.
-
-        Raises:
-            InputError: see `lay_out`; also pictures for a text model.
-        """
-        ids, layout = self._laid_out(prompt)
-        expected = prompt.num_image_tokens
-        if len(layout.visual_places) != expected:
-            raise InputError(
-                f"the prompt has {len(layout.visual_places)} image tokens, its pictures {expected}",
-                "give as many images as the prompt has places for",
-            )
-        visuals: list[PromptVisual] = []
-        if prompt.inputs is not None:
-            made = zip(digests, prompt.inputs.num_tokens, prompt.inputs.patches, strict=True)
-            firsts = itertools.accumulate(prompt.inputs.num_tokens, initial=0)
-            for grid, first, (digest, count, patches) in zip(
-                prompt.grid_thw, firsts, made, strict=False
-            ):
-                made_here = torch.as_tensor(patches)
-                ready = None
-                if made_here.is_cuda:
-                    ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                    ready.record(torch.cuda.current_stream(made_here.device))
-                visuals.append(PromptVisual(grid, digest, first, count, made_here, ready))
-        return RunnerPrompt(
-            ids=ids,
-            layout=layout,
-            visuals=visuals,
-            sampling=sampling,
-            stop_ids=stop_ids,
-            first_mask=self._first_mask(matcher),
-            with_odds=with_odds,
-        )
-
-    def gone_on(
-        self,
-        prompt: RunnerPrompt,
-        ids: Sequence[int],
-        sampling: SamplingParams,
-        stop_ids: Sequence[int],
-        matcher: TokenMatcher | None,
-    ) -> RunnerPrompt:
-        """A prompt whose tokens are run, with others behind them: `ids` are those of both."""
-        layout, before = prompt.layout, len(prompt.ids)
-        positions = torch.arange(before, len(ids)) + layout.delta
-        layout = replace(
-            layout, positions=torch.cat((layout.positions, positions.expand(3, -1)), 1)
-        )
-        return replace(
-            prompt,
-            ids=torch.tensor(ids),
-            layout=layout,
-            visuals=(),
-            sampling=sampling,
-            stop_ids=stop_ids,
-            first_mask=self._first_mask(matcher),
-        )
-
-    def _first_mask(self, matcher: TokenMatcher | None) -> Tensor | None:
-        if matcher is None:
-            return None
-        words = -(-self.model.shape.text.vocab_size // 32)
-        mask = torch.full((1, words), -1, dtype=torch.int32)
-        fill_masks([(matcher, 0)], mask)
-        return mask
-
-    def _laid_out(self, prompt: Prompt) -> tuple[Tensor, PromptPositions]:
-        """Ids and layout; pictures of one size that are asked about in the same words share them.
-        Raises as `lay_out`."""
-        key = tuple(prompt.input_ids), prompt.visuals
-        found = self._layouts.get(key)
-        if found is None:
-            layout = lay_out(self.model.shape, ModelPrompt(prompt.input_ids, prompt.visuals))
-            found = torch.tensor(prompt.input_ids), layout
-            if len(key[0]) <= LAYOUT_TOKENS:
-                if len(self._layouts) >= LAYOUTS_KEPT:
-                    self._layouts.clear()
-                self._layouts[key] = found
-        return found
 
     @torch.inference_mode()
     def rearrange(
@@ -335,7 +212,7 @@ class ModelRunner:
         """Run chunks of prompts; returns the first tokens of those that are through, if any."""
         self.vision.encode(chunks, prompts, clock)
         through = [index for index, chunk in enumerate(chunks) if chunk.is_last]
-        ends = self._run_chunks(chunks, prompts)
+        ends = self.prompts.run(chunks, prompts)
         logits = ends.logits
         if not through:
             return None
@@ -370,96 +247,6 @@ class ModelRunner:
         for prompt in begun:
             prompt.visuals = ()
         return self._copy(sequences, max(rows) + 1, clock, with_odds=with_odds)
-
-    def _run_chunks(
-        self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt]
-    ) -> PromptEnds:
-        """What those that end come to, in their order. Equal prompts run in pieces that become
-        graphs."""
-        parts = [list(range(len(chunks)))]
-        if self._shapes is not None and len(chunks) > 1:
-            keys = [
-                (chunk.start, chunk.stop, chunk.is_last, prompt.image_tokens(0, chunk.stop))
-                for chunk, prompt in zip(chunks, prompts, strict=True)
-            ]
-            parts = pieces(keys, MOST_PROMPTS)
-        made: list[PromptEnds] = []
-        order: list[int] = []
-        for part in parts:
-            packed = pack_prompts(
-                self.model, [chunks[index] for index in part], [prompts[index] for index in part]
-            )
-            ended = PromptEnds(*self._run_packed(packed))
-            last = [index for index in part if chunks[index].is_last]
-            if last:
-                # A copy: the next pass takes the memory of this one.
-                made.append(ended if len(parts) == 1 else ended.each(torch.clone))
-                order += last
-        if len(made) == 1:
-            return made[0]
-        if made:
-            hidden = [each.hidden for each in made if each.hidden is not None]
-            logits = torch.cat([each.logits for each in made])
-            ended = PromptEnds(logits, torch.cat(hidden) if hidden else None)
-        places = sorted(range(len(order)), key=order.__getitem__)
-        if places == list(range(len(order))):
-            return ended
-        (index,) = upload([torch.tensor(places)], self.model.device)
-        return ended.each(lambda part: part.index_select(0, index))
-
-    def _run_packed(self, packed: PackedBatch) -> Sequence[Tensor]:
-        """All layers over packed prompts: see `PromptEnds`."""
-        # What stays with a graph: nothing of these prompts but their lengths.
-        like, features, behind = packed.prompts, packed.features, packed.prompts.slots
-        has_pictures, has_context = features is not None, behind is not None
-        has_head = self._head is not None
-        inputs = [packed.ids, packed.positions, packed.slots, packed.last]
-        inputs += [packed.prompts.starts, packed.prompts.context_starts]
-        inputs += [] if behind is None else [behind]
-        inputs += [] if like.tables is None else [like.tables]
-        inputs += [] if like.states is None else [like.states]
-        inputs += [] if self._head is None else [packed.behind]
-        before = len(inputs)
-        if features is not None:
-            inputs += [packed.places, features.embeds, *features.deepstack]
-
-        def work(given: Sequence[Tensor]) -> Sequence[Tensor]:
-            ids, positions, slots, last, starts, context_starts = given[:6]
-            prompts = replace(
-                like,
-                starts=starts,
-                context_starts=context_starts,
-                slots=given[6] if has_context else None,
-                tables=None if like.tables is None else given[6 + has_context],
-                states=None if like.states is None else given[before - 1 - has_head],
-            )
-            hidden, deepstack = self.model.decoder.embed(ids), None
-            if has_pictures:
-                places, embeds, *layers = given[before:]
-                hidden.index_copy_(0, places, embeds)
-                deepstack = DeepStack(places, layers)
-            model, following = self.model, hidden
-            if has_head:
-                following = hidden.roll(-1, 0)
-                ends = (starts[1:] - 1).to(torch.int64)
-                following.index_copy_(0, ends, model.decoder.embed(given[before - 1]))
-            hidden = model.prefill_packed(
-                hidden, positions, slots, self.cache, prompts, deepstack, self.states
-            )
-            if has_head:
-                model.draft_head_packed(following, hidden, positions, slots, self.cache, prompts)
-            if not len(last):
-                return (hidden,)
-            ended = hidden.index_select(0, last)
-            logits = model.prompt_logits(ended)
-            return (logits, ended) if has_head else (logits,)
-
-        if has_context and self.states is not None:
-            # Making a graph runs a pass more than once, and a state would take its tokens twice.
-            return work(inputs)
-        key = tuple(packed.prompts.lengths), tuple(packed.prompts.contexts), len(packed.last)
-        pictures = 0 if features is None else len(packed.places)
-        return self._pass(("prompts", *key, pictures), inputs, lambda: work)
 
     def _pass(
         self, key: Hashable, inputs: Sequence[Tensor], make: Callable[[], Pass]

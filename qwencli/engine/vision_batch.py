@@ -12,8 +12,8 @@ from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.graphs import Pass, pieces
 from qwencli.engine.layers.vision_tower import VisionFeatures
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.prompt_batch import PromptVisual, RunnerPrompt
 from qwencli.engine.request import PromptChunk
+from qwencli.engine.runner_prompt import PromptVisual, RunnerPrompt
 from qwencli.models.shapes import ModelShape
 
 Tensor = torch.Tensor

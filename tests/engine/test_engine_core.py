@@ -17,8 +17,8 @@ from qwencli.config import Attention, Cache, EngineName, KVDType, SamplingOption
 from qwencli.engine import (
     engine_core,
     input_processor,
-    prompt_batch,
     runner,
+    runner_prompt,
     scheduler,
     vision_batch,
 )
@@ -208,7 +208,7 @@ def test_large_pictures_run_beside_the_rows_that_run(limited, monkeypatch):
     limited._forget()
     depth = limited._model.vision.shape.depth
     monkeypatch.setattr(vision_tower, "PIECE", 32)
-    monkeypatch.setattr(prompt_batch, "PIECE", 32)
+    monkeypatch.setattr(runner_prompt, "PIECE", 32)
     monkeypatch.setattr(vision_batch, "blocks_worth", lambda *others: 1)
     steps, scheduling = [], scheduler.Scheduler.schedule
 
@@ -556,7 +556,7 @@ def test_a_lone_request_short_of_memory_gets_that_of_a_batch_that_is_over(limite
 def test_pictures_of_one_size_in_the_same_words_are_laid_out_once(limited, monkeypatch):
     requests = [ask(images=(picture(64, 64),), max_new_tokens=2) for _ in range(4)]
     first = [result.token_ids for result in generate_many(limited, requests)]
-    monkeypatch.setattr("qwencli.engine.runner.lay_out", None)
+    monkeypatch.setattr("qwencli.engine.runner_prompt.lay_out", None)
     assert [result.token_ids for result in generate_many(limited, requests)] == first
 
 
@@ -591,6 +591,7 @@ def test_answers_are_the_same_where_prompts_and_pictures_run_as_graphs(limited, 
     running = limited._requests()._runner
     monkeypatch.setattr(running, "_shapes", RepeatedShapes(graphs, lambda: 2**40))
     monkeypatch.setattr(running.vision, "_graphs", True)
+    monkeypatch.setattr(running.prompts, "_graphs", True)
     found = [result.token_ids for result in generate_many(limited, iter(requests))]
     assert found == expected
     assert {"prompts", "pictures"} <= {key[0] for key in graphs.made}

@@ -16,9 +16,9 @@ from qwencli.engine.kernels.fused_ops import fused_ops
 from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt, lay_out
-from qwencli.engine.prompt_batch import RunnerPrompt
 from qwencli.engine.request import PromptChunk, Sequence
 from qwencli.engine.runner import ModelRunner
+from qwencli.engine.runner_prompt import RunnerPrompt
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
 
@@ -113,7 +113,7 @@ def test_steps_are_those_of_plain_operators(rows: int, quantization: Quantizatio
         sequences, prompts = requests_of(shape, texts, 4)
         for sequence, prompt in zip(sequences, prompts, strict=True):
             chunk = PromptChunk(sequence, 0, sequence.num_prompt_tokens)
-            logits = [runner._run_chunks([chunk], [prompt]).logits]
+            logits = [runner.prompts.run([chunk], [prompt]).logits]
         tables = torch.zeros(rows, 4, dtype=torch.int32)
         for row, sequence in enumerate(sequences):
             tables[row, : len(sequence.pages)] = torch.tensor(sequence.pages)

@@ -41,6 +41,7 @@ from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.engine.request import PromptChunk, Sequence
 from qwencli.engine.row_state import RowState
 from qwencli.engine.runner import ModelRunner
+from qwencli.engine.runner_prompt import PromptLayouts
 from qwencli.models.shapes import RopeShape, TextShape
 from tests.engine.kernels.test_fused_ops import NARROW, OWN, model_of, prompt_of
 from tests.engine.kernels.test_qk_norm_rope import angles, drawn
@@ -260,7 +261,11 @@ def test_a_batch_of_fused_steps_is_that_of_plain_operators(mode, rows, penalty):
             sequence = Sequence(row, len(ids), 4, row=row, pages=pool.allocate(2))
             sequence.num_computed, sequence.num_scheduled = len(ids), 1
             chunks.append(PromptChunk(sequence, 0, len(ids)))
-            prompts.append(runner.prepare(Prompt(ids, None, 0.0, None, None), (), sampling, ()))
+            prompts.append(
+                PromptLayouts(model.shape).laid_out(
+                    Prompt(ids, None, 0.0, None, None), (), sampling, ()
+                )
+            )
         clock = EventTimer("cpu")
         tokens = [runner.prefill(chunks, prompts, clock).read()]
         sequences = [chunk.sequence for chunk in chunks]

@@ -15,9 +15,9 @@ from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.native.generate import row_logits
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt, lay_out
-from qwencli.engine.prompt_batch import RunnerPrompt
 from qwencli.engine.request import PromptChunk, Sequence
 from qwencli.engine.runner import ModelRunner
+from qwencli.engine.runner_prompt import RunnerPrompt
 from tests.engine.native.reference import native_model
 
 MOST_TOKENS = 400
@@ -125,12 +125,12 @@ def test_logits_are_those_of_transformers_behind_any_cut(
         if cut
     ]
     if first:
-        runner._run_chunks([chunk for chunk, _ in first], [prompt for _, prompt in first])
+        runner.prompts.run([chunk for chunk, _ in first], [prompt for _, prompt in first])
     rest = [
         PromptChunk(sequence, cut, sequence.num_prompt_tokens)
         for sequence, cut in zip(sequences, cuts, strict=True)
     ]
-    logits = runner._run_chunks(rest, prompts).logits
+    logits = runner.prompts.run(rest, prompts).logits
     for line, (length, wanted) in enumerate(zip(lengths, expected, strict=True)):
         torch.testing.assert_close(logits[line], wanted[length - 1], rtol=1e-4, atol=1e-4)
     tables = torch.zeros(len(lengths), 8, dtype=torch.int32)
@@ -155,7 +155,7 @@ def test_logits_are_those_of_transformers_behind_any_cut(
     again = runner_of(model)
     assert again.states is not None
     whole = [prompt_of(model, text) for text in texts]
-    again._run_chunks(
+    again.prompts.run(
         [PromptChunk(each, 0, len(text)) for each, text in zip(sequences, texts, strict=True)],
         whole,
     )

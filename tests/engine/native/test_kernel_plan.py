@@ -19,6 +19,7 @@ from qwencli.engine.native.sampler import SamplerKind
 from qwencli.engine.native.supported import fused_for
 from qwencli.engine.request import PromptChunk, Sequence
 from qwencli.engine.runner import ModelRunner
+from qwencli.engine.runner_prompt import PromptLayouts
 from qwencli.engine.spec_decode.decode_strategy import EagerVerifier, verify_sizes
 from qwencli.engine.spec_decode.policy import MOST_VERIFIED
 from qwencli.models.shape_reader import read_shape
@@ -57,7 +58,11 @@ def batch_of(model: QwenModel, rows: int, penalty: float) -> None:
         sequence = Sequence(row, len(ids), 9, row=row, pages=pool.allocate(2))
         sequence.num_computed, sequence.num_scheduled = len(ids), 1
         chunks.append(PromptChunk(sequence, 0, len(ids)))
-        prompts.append(runner.prepare(Prompt(ids, None, 0.0, None, None), (), sampling, ()))
+        prompts.append(
+            PromptLayouts(model.shape).laid_out(
+                Prompt(ids, None, 0.0, None, None), (), sampling, ()
+            )
+        )
     runner.prefill(chunks, prompts, clock)
     sequences = [chunk.sequence for chunk in chunks]
     runner.decode(sequences, prompts, 0, clock)
