@@ -1,9 +1,9 @@
 """Which kernels a piece of work launches, found out without running any; and compiling them.
 
 Work over tensors of torch's "meta" device runs the code that chooses kernels and their constants,
-and computes nothing. Inside `planning` such tensors stand for those of a GPU that need not be
-here, and launches are collected instead of made. A launch is then compiled from its description
-alone, in any process (`compile_launch`).
+and computes nothing. Inside `planning` such tensors, and those of the host, stand for those of a
+GPU that need not be here, and launches are collected instead of made. A launch is then compiled
+from its description alone, in any process (`compile_launch`).
 """
 
 from __future__ import annotations
@@ -50,11 +50,10 @@ class Gpu:
 
 
 def gpu_of(device: torch.device) -> Gpu | None:
-    """The GPU that tensors of this device are on; None = no GPU, which is Triton's interpreter."""
-    if device.type == "meta":
-        return _planned
+    """The GPU that tensors of this device are on, or stand for; None = no GPU, which is Triton's
+    interpreter."""
     if device.type != "cuda":
-        return None
+        return _planned
     found = torch.cuda.get_device_properties(device)
     return Gpu((found.major, found.minor), found.multi_processor_count)
 
@@ -170,8 +169,8 @@ def recording(runs: bool = True) -> Iterator[dict[KernelLaunch, None]]:
 
 @contextmanager
 def planning(gpu: Gpu | None) -> Iterator[dict[KernelLaunch, None]]:
-    """Collect the launches of work over "meta" tensors, as if they were on `gpu`; None = in
-    Triton's interpreter."""
+    """Collect the launches of work over tensors of "meta" or the host, as if they were on `gpu`;
+    None = in Triton's interpreter."""
     global _planned
     before, _planned = _planned, gpu
     try:

@@ -216,7 +216,8 @@ def dummy(
     kept = _Kept(shape, quantization, quantizer)
     if device.type == "meta":
         for spec in specs(shape):
-            kept.keep(spec.name, torch.empty(spec.shape, dtype=dtype, device=device))
+            kind = torch.float32 if spec.float32 else dtype
+            kept.keep(spec.name, torch.empty(spec.shape, dtype=kind, device=device))
         return kept.weights(())
     generator = torch.Generator(device)
     for spec in specs(shape):

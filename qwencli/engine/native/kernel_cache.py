@@ -155,6 +155,15 @@ def use_folder(folder: Path) -> None:
         knobs.cache.manager_class = CheckedFiles
         # What it makes on the way to a binary is read by nobody, and would be read at each load.
         knobs.compilation.store_binary_only = True
+    # Its own reads all of Triton, most of a second in each process.
+    triton.runtime.cache.triton_key = _compiler
+
+
+@cache
+def _compiler() -> str:
+    """What tells one build of Triton from another: its version, and the size of its library."""
+    size = Path(triton._C.libtriton.__file__).stat().st_size
+    return f"{triton.__version__}-{size}"
 
 
 @contextmanager

@@ -7,8 +7,9 @@ keep up to date.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -88,23 +89,87 @@ def plan_kernels(planned: PlannedModel, gpu: Gpu | None) -> list[KernelLaunch]:
 
 
 class _ShapesAlone(TorchFunctionMode):
-    """Answers operators whose shapes torch works out slowly, for tensors without values."""
+    """Answers operators over tensors without values whose shapes torch works out in Python, which
+    takes long, and longer the first time, for what it imports (a second, sympy among it)."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         short = _SHORT.get(func)
-        return func(*args, **(kwargs or {})) if short is None else short(*args)
+        return (short or func)(*args, **(kwargs or {}))
+
+
+def _elementwise(x: torch.Tensor, y: Any, **more: Any) -> torch.Tensor:
+    dtype = torch.result_type(x, y)
+    if not isinstance(y, torch.Tensor) or y.ndim == 0:
+        return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
+    sides = zip_longest(reversed(x.shape), reversed(y.shape), fillvalue=1)
+    shape = [side if other == 1 else other for side, other in sides]
+    return x.new_empty(shape[::-1], dtype=dtype)
+
+
+def _quotient(x: torch.Tensor, y: Any, **more: Any) -> torch.Tensor:
+    if torch.result_type(x, y).is_floating_point:
+        return _elementwise(x, y)
+    return _elementwise(x, y).to(torch.get_default_dtype())
+
+
+def _same(x: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+    return x
+
+
+def _cat(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    sides = list(parts[0].shape)
+    sides[dim] = sum(part.shape[dim] for part in parts)
+    return parts[0].new_empty(sides)
+
+
+def _stack(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return _cat([part.unsqueeze(dim) for part in parts], dim)
+
+
+def _alike(
+    x: torch.Tensor, *rest: Any, dtype: torch.dtype | None = None, **more: Any
+) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device=x.device)
+
+
+def _sum(x: torch.Tensor, dim: int) -> torch.Tensor:
+    return x.new_empty([side for place, side in enumerate(x.shape) if place != dim % x.ndim])
+
+
+def _item(x: torch.Tensor, place: Any) -> torch.Tensor:
+    """One table of indices in front takes the place of the first axis; the rest is views."""
+    if isinstance(place, torch.Tensor) and place.dtype != torch.bool:
+        return x.new_empty(*place.shape, *x.shape[1:])
+    return x[place]
+
+
+def _arange(*ends: int, dtype: torch.dtype = torch.int64, device: Any = None) -> torch.Tensor:
+    if torch.device(device or "cpu") != META:
+        return torch.arange(*ends, dtype=dtype, device=device)
+    return torch.empty(len(range(*ends)), dtype=dtype, device=META)
 
 
 _SHORT: Mapping[Any, Callable[..., torch.Tensor]] = {
-    F.scaled_dot_product_attention: lambda q, *rest: torch.empty_like(q),
-    F.rms_norm: lambda x, *rest: torch.empty_like(x),
+    **dict.fromkeys((F.scaled_dot_product_attention, F.rms_norm, F.layer_norm), _alike),
+    **dict.fromkeys(
+        (torch.Tensor.cos, torch.Tensor.sin, torch.Tensor.neg, torch.Tensor.sigmoid), _alike
+    ),
+    **dict.fromkeys((torch.empty_like, torch.zeros_like, torch.Tensor.roll), _alike),
+    F.embedding: lambda ids, weight, **more: weight.new_empty(*ids.shape, weight.shape[1]),
+    **dict.fromkeys((torch.Tensor.add, torch.Tensor.sub, torch.Tensor.mul), _elementwise),
+    **dict.fromkeys((torch.Tensor.div, torch.Tensor.__rtruediv__), _quotient),
+    torch.Tensor.__rpow__: _elementwise,
+    torch.Tensor.sum: _sum,
+    torch.Tensor.__getitem__: _item,
+    torch.arange: _arange,
+    torch.cat: _cat,
+    torch.stack: _stack,
     torch.addmm: lambda bias, x, weight: x.new_empty(len(x), weight.shape[1]),
-    torch.Tensor.addmm_: lambda y, x, weight: y,
+    **dict.fromkeys((torch.Tensor.add_, torch.Tensor.mul_, torch.Tensor.addmm_), _same),
     torch._addmm_activation: lambda bias, x, weight: x.new_empty(len(x), weight.shape[1]),
     torch.mm: lambda x, weight: x.new_empty(len(x), weight.shape[1]),
     F.linear: lambda x, weight, *rest: x.new_empty(*x.shape[:-1], len(weight)),
-    F.layer_norm: lambda x, *rest: torch.empty_like(x),
-    torch.ops.aten.gelu_: lambda x: x,
+    torch.ops.aten.gelu_: _same,
 }
 
 
@@ -201,7 +266,8 @@ def _row_passes(planned: PlannedModel, model: QwenModel) -> Iterator[PlannedPass
     inputs = None if model.draft_head is None else HeadInputs(most, model)
     sizes = verify_sizes(planned.speculate, by_head=inputs is not None) if drafting else ()
     cache = model.paged_cache(2)
-    states = model.recurrent_states(2, MAX_VERIFY_TOKENS, MOST_VERIFIED if drafting else 0)
+    step_tokens, checked = (MAX_VERIFY_TOKENS, MOST_VERIFIED) if drafting else (1, 0)
+    states = model.recurrent_states(2, step_tokens, checked)
     pages = pages_for(SLOTS)
     state = RowState(most, pages, model.shape.text.vocab_size, SLOTS, META, drafting)
 
@@ -214,11 +280,16 @@ def _row_passes(planned: PlannedModel, model: QwenModel) -> Iterator[PlannedPass
 
         def step(rows: int = rows) -> None:
             (buffers, table), ops = part(rows), model.row_ops(rows)
-            hidden = model.decode_rows(buffers.token, buffers.position, cache, table, states)
+
+            def hidden() -> torch.Tensor:
+                token, position = buffers.token, buffers.position
+                return model.decode_rows(token, position, cache, table, states)
+
             if ops.lm_head_rows is not None:
+                # Each takes what the layers leave beside their result, so each has its own.
                 for with_penalty in (False, True):
-                    model.decoder.next_tokens(hidden, ops, buffers, with_penalty)
-            logits = model.decoder.logits(hidden, ops)
+                    model.decoder.next_tokens(hidden(), ops, buffers, with_penalty)
+            logits = model.decoder.logits(hidden(), ops)
             for with_penalty in (False, True):
                 ops.choose_likeliest(logits, buffers, with_penalty)
             ops.advance_rows(buffers.token, buffers)

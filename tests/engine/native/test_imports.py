@@ -3,6 +3,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import sys
 import qwencli.engine.native.engine
@@ -12,10 +14,28 @@ heavy = {"transformers", "torchvision", "torchaudio", "accelerate", "bitsandbyte
 print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
 """
 
+PLANNING = """
+import sys
+import torch
+from qwencli.engine.kernels.launches import Gpu
+from qwencli.engine.native.compile_kernels import without_dynamo
+from qwencli.engine.native.kernel_plan import PlannedModel, plan_kernels
+from qwencli.models.shape_reader import read_shape
+from tests.engine.kernels.test_hybrid_step import CONFIG
+with without_dynamo():
+    assert plan_kernels(PlannedModel(read_shape(CONFIG), torch.bfloat16), Gpu((9, 0), 132))
+print(sorted({"torch._dynamo", "sympy"} & set(sys.modules)))
+torch.compile  # whoever wants it later gets it
+import torch._dynamo
+assert callable(torch._dynamo.reset)
+"""
 
-def test_the_native_model_needs_torch_alone() -> None:
+
+@pytest.mark.parametrize("program", [PROGRAM, PLANNING])
+def test_what_takes_long_is_not_imported(program: str) -> None:
+    """The native model needs torch alone, and its kernels are planned without torch's compiler."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", program],
         capture_output=True,
         text=True,
         encoding="utf-8",

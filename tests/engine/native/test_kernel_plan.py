@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qwencli.config import Attention, Kernels, Quantization, SamplingParams, Speculate
-from qwencli.engine.cache.paged_kv import PagePool
+from qwencli.engine.cache.paged_kv import PagePool, pages_for
 from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.event_timer import EventTimer
 from qwencli.engine.frontend.prompt import Prompt
-from qwencli.engine.kernels.launches import Gpu, recording
+from qwencli.engine.kernels.launches import Gpu, planning, recording
+from qwencli.engine.loading import weights
 from qwencli.engine.native.decode_state import DecodeState, EagerStepper
 from qwencli.engine.native.kernel_plan import PlannedModel, plan_kernels
 from qwencli.engine.native.model import QwenModel
@@ -95,31 +98,47 @@ def test_what_runs_launch_is_what_was_planned(mode: Quantization) -> None:
     assert {each.kernel for each in launched} == {each.kernel for each in planned}
 
 
-@pytest.mark.parametrize("mode", [Quantization.NONE, Quantization.INT4])
-def test_a_hybrid_with_a_head_launches_what_was_planned(mode: Quantization) -> None:
-    """It runs in rows alone, drafts with its own head, and keeps states; nothing is computed."""
-    shape, loaded = dummy(mode, head=True)
-    model = QwenModel(shape, loaded, SLOTS, fused=FUSED)
-    with torch.inference_mode(), recording(runs=False) as launched:
+def hybrid_requests(
+    model: QwenModel, rows: int, with_drafts: bool, penalty: float, lengths: range
+) -> None:
+    most = pages_for(max(lengths) + 9)
+    runner = ModelRunner(
+        model, 1 + most * rows, rows, SLOTS, False, VisionCache(), rows + 1, with_drafts=with_drafts
+    )
+    texts = [[(7 * row + at) % 60 for at in range(lengths[row])] for row in range(rows)]
+    sequences, prompts = requests_of(model.shape, texts, 9)
+    sampling = SamplingParams(do_sample=False, max_new_tokens=9, repetition_penalty=penalty)
+    prompts = [replace(each, sampling=sampling) for each in prompts]
+    clock = EventTimer("cpu")
+    chunks = [PromptChunk(each, 0, each.num_prompt_tokens) for each in sequences]
+    runner.prefill(chunks, prompts, clock)
+    runner.decode(sequences, prompts, 0, clock)
+    if with_drafts and penalty == 1.0 and rows * 4 <= MOST_VERIFIED:
+        runner.verify(sequences, prompts, 4, 0, clock)
+
+
+@pytest.mark.parametrize(
+    ("mode", "with_drafts"),
+    [(Quantization.NONE, False), (Quantization.NONE, True), (Quantization.INT4, False)],
+)
+def test_a_hybrid_launches_on_a_gpu_what_was_planned(mode: Quantization, with_drafts: bool) -> None:
+    """It runs in rows alone, may draft with its own head, and keeps states; nothing is computed.
+    Tensors of the host stand for those of the GPU."""
+    gpu, dtype = Gpu((9, 0), 132), torch.bfloat16
+    shape, _ = dummy(mode, head=with_drafts)
+    loaded = weights.dummy(shape, dtype, torch.device("cpu"), mode)
+    speculate = Speculate.MTP if with_drafts else Speculate.OFF
+    with torch.inference_mode(), planning(gpu) as launched:
+        model = QwenModel(shape, loaded, SLOTS, fused=FUSED)
         for rows in (1, 4, ROWS):
-            runner = ModelRunner(
-                model, 1 + 2 * rows, rows, SLOTS, False, VisionCache(), rows + 1, with_drafts=True
-            )
-            texts = [[(7 * row + at) % 60 for at in range(5 + row)] for row in range(rows)]
-            sequences, prompts = requests_of(shape, texts, 9)
-            clock = EventTimer("cpu")
-            chunks = [PromptChunk(each, 0, each.num_prompt_tokens) for each in sequences]
-            runner.prefill(chunks, prompts, clock)
-            runner.decode(sequences, prompts, 0, clock)
-            if rows * 4 <= MOST_VERIFIED:
-                runner.verify(sequences, prompts, 4, 0, clock)
+            hybrid_requests(model, rows, with_drafts, 1.0, range(5, 5 + rows))
+            hybrid_requests(model, rows, with_drafts, 1.3, range(16, 16 + 4 * rows, 4))
             if rows == 1:
                 alone = set(launched)
-    lone = PlannedModel(shape, torch.float32, mode, speculate=Speculate.MTP, rows=0)
-    planned = set(plan_kernels(lone, None))
-    assert alone <= planned
-    together = PlannedModel(shape, torch.float32, mode, speculate=Speculate.MTP, rows=ROWS)
-    assert set(launched) <= set(plan_kernels(together, None))
+    lone = PlannedModel(shape, dtype, mode, speculate=speculate, rows=0)
+    assert alone <= set(plan_kernels(lone, gpu))
+    together = PlannedModel(shape, dtype, mode, speculate=speculate, rows=ROWS)
+    assert set(launched) <= set(plan_kernels(together, gpu))
     assert {"delta_step_kernel", "decode_attention_kernel"} <= {each.kernel for each in alone}
 
 
