@@ -15,7 +15,7 @@ from qwencli.commands.options import (
     ShapeOptions,
     Think,
     ThinkingBudget,
-    thinks,
+    thoughts,
     with_run_options,
 )
 from qwencli.commands.profiling import Profile, profiled
@@ -99,7 +99,7 @@ def _caption(
     named = named_inputs(inputs, chosen.filelist)
     whole_set = is_set(named, chosen, frames)
     sampling = run.sampling_options()
-    thinking = thinks(think, thinking_budget, sampling)
+    thinking, thinking_budget = thoughts(think, thinking_budget, sampling)
     if thinking and (whole_set or shape.is_used):
         if thinking_budget is None:
             raise UsageError(

@@ -15,7 +15,7 @@ from qwencli.commands.options import (
     RunOptions,
     Think,
     ThinkingBudget,
-    thinks,
+    thoughts,
     with_run_options,
 )
 from qwencli.messages import VisualPart
@@ -55,7 +55,7 @@ def chat(
 
     sink = context.ensure_object(Output)
     sampling = run.sampling_options()
-    thinking = thinks(think, thinking_budget, sampling)
+    thinking, thinking_budget = thoughts(think, thinking_budget, sampling)
     keep_s = keep.seconds(run)
     typed = prompt is None and sys.stdin.isatty()
     kept = latest_chat(chats_folder()) if resume else None

@@ -183,6 +183,9 @@ class Conversation:
         self._system, self._json, self._stats, self._model = system, json, stats, model
         self._frames, self._thinking, self._keep = frames, thinking, keep
         self._thinking_budget = thinking_budget
+        # The budget while there is to be no thinking: 0 ends the thoughts of a model that has no
+        # switch for them, where that was said.
+        self._unasked = 0 if thinking_budget == 0 else None
         self._noted: set[str] = set()
         self._display = display or (SilentDisplay(sink) if json else PlainDisplay(sink))
         self._turns: list[Turn] = []
@@ -298,7 +301,7 @@ class Conversation:
             messages,
             self._sampling,
             thinking=self._thinking,
-            thinking_budget=self._thinking_budget if self._thinking else None,
+            thinking_budget=self._thinking_budget if self._thinking else self._unasked,
         )
         try:
             with self._display.answer() as show:
@@ -411,7 +414,7 @@ class Conversation:
         if name == "thinking":
             thinking = switched(name, value)
             self._check_thinking(thinking)
-            self._thinking = thinking
+            self._thinking, self._unasked = thinking, 0
             if self._thinking_budget == 0:
                 self._thinking_budget = None
         elif name == "thinking_budget":
@@ -420,7 +423,7 @@ class Conversation:
             self._thinking_budget = budget
             # As on the command line: who bounds thoughts wants some, and 0 means none.
             if self._thinking_budget is not None:
-                self._thinking = self._thinking_budget > 0
+                self._thinking, self._unasked = self._thinking_budget > 0, 0
         elif name:
             self._sampling = with_setting(self._sampling, name, value)
         switch = f"thinking={'on' if self._thinking else 'off'}"

@@ -98,8 +98,11 @@ ThinkingBudget = Annotated[
 ]
 
 
-def thinks(think: bool | None, budget: int | None, sampling: SamplingOptions) -> bool:
-    """Whether a model is let think; a budget asks for it.
+def thoughts(
+    think: bool | None, budget: int | None, sampling: SamplingOptions
+) -> tuple[bool, int | None]:
+    """Whether a model is let think, and for how many tokens. A budget asks for thoughts; who says
+    that there are to be none has those of a model ended that has no switch for them, too.
 
     Raises:
         UsageError: a budget for no thoughts, or one that leaves nothing for the answer.
@@ -107,7 +110,9 @@ def thinks(think: bool | None, budget: int | None, sampling: SamplingOptions) ->
     if think is False and budget is not None:
         raise UsageError("--thinking-budget and --no-think exclude each other", "leave one out")
     check_thinking_budget(budget, sampling.max_new_tokens)
-    return bool(budget) if budget is not None else bool(think)
+    if think is False:
+        budget = 0
+    return (bool(think) if budget is None else budget > 0), budget
 
 
 @dataclass(frozen=True)

@@ -204,8 +204,8 @@ class ChatBody(Body):
 
     @property
     def most_thinking(self) -> int | None:
-        """Tokens that thoughts may have; None where nobody bounds them. Who switches thoughts off
-        bounds nothing."""
+        """Tokens that thoughts may have; None where nobody bounds them. 0 where they are switched
+        off, whatever else is said: a model that has no switch for them has none then, either."""
         own = self.chat_template_kwargs
         said = (
             self.thinking_token_budget,
@@ -215,7 +215,7 @@ class ChatBody(Body):
         )
         most = next((each for each in said if each is not None), None)
         off = self._switched is False or self.reasoning_effort == "none"
-        return 0 if most and off else most
+        return 0 if off else most
 
     @property
     def offered(self) -> list[dict[str, Any]]:

@@ -283,7 +283,7 @@ def test_thoughts_are_bounded_midway(talk):
     converse(talk, "/set thinking_budget=30", "one", "/set thinking=off", "two")
     converse(talk, "/set thinking_budget=0", "three", "/set thinking=on", "four")
     heard = [(request.thinking, request.thinking_budget) for request in talk.heard]
-    assert heard == [(True, 30), (False, None), (False, None), (True, None)]
+    assert heard == [(True, 30), (False, 0), (False, 0), (True, None)]
 
 
 def test_a_note_that_holds_for_all_answers_is_said_once(talk, capsys, monkeypatch):

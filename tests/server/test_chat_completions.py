@@ -190,6 +190,8 @@ def test_models(client) -> None:
         ({"reasoning_effort": "low", "thinking_token_budget": 5}, True, 5),
         ({"reasoning_effort": "none", "thinking_token_budget": 5}, False, 0),
         ({"enable_thinking": False, "thinking_token_budget": 5}, False, 0),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, False, 0),
+        ({"reasoning_effort": "none"}, False, 0),
     ],
 )
 def test_a_thinking_budget_has_the_names_that_servers_give_it(said, thinks, most) -> None:
