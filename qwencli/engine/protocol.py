@@ -253,3 +253,32 @@ class ManyRequests(ABC):
         if self._queue is not None:
             self._queue.close()
             self._queue = None
+
+
+class QueuedEngine(ManyRequests):
+    """An engine that runs elsewhere: a lone request goes through a queue of its own too."""
+
+    def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
+        """Yield the answer as its pieces come; raises what the queue says of the request."""
+        self.load()
+        return self._alone(request, stream=True)
+
+    def generate(self, request: GenerationRequest) -> GenerationResult:
+        self.load()
+        return drain(self._alone(request, stream=False))
+
+    def _alone(self, request: GenerationRequest, *, stream: bool) -> Iterator[GenerationChunk]:
+        yield from stream_alone(self._lone_queue(), request, stream=stream)
+
+    def _lone_queue(self) -> RequestQueue:
+        return self._make_queue()
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        self.load()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -10,19 +10,17 @@ import contextlib
 import itertools
 import queue
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Self
 
 from qwencli.capabilities import why_not
 from qwencli.config import DType, EngineConfig, EngineName, LoadFormat, ModelSource, ModelSpec
 from qwencli.engine.endpoint_pool import EndpointPool
 from qwencli.engine.openai_client import Endpoint, endpoint_url
-from qwencli.engine.protocol import WAIT_S, ManyRequests, RequestQueue, drain, stream_alone
+from qwencli.engine.protocol import WAIT_S, QueuedEngine, RequestQueue
 from qwencli.engine.request import RequestId, RequestSource, StepOutput
 from qwencli.errors import AnswerError, QwenCliError, UnsupportedModeError, UsageError
-from qwencli.messages import GenerationRequest
-from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult
+from qwencli.results import EffectiveConfig, GenerationChunk
 
 KEY_VARIABLE = "QWENCLI_API_KEY"
 
@@ -61,7 +59,7 @@ def remote_model(
     )
 
 
-class RemoteEngine(ManyRequests):
+class RemoteEngine(QueuedEngine):
     """Implements `Engine` over servers; `load` asks each what models it has.
 
     Args:
@@ -70,6 +68,9 @@ class RemoteEngine(ManyRequests):
     Raises:
         UsageError: no endpoint, or one that is no address, on creation.
         UnsupportedModeError: a mode that is the server's own, on creation.
+
+    `stream` raises InputError where a server refuses the request or a picture cannot be used,
+    AnswerError where it gave no usable answer, and EndpointError where no server is left.
     """
 
     batch_from = 2
@@ -144,23 +145,6 @@ class RemoteEngine(ManyRequests):
             f"{error.message}; the others are asked meanwhile" for error in refusals
         )
 
-    def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
-        """Yield the answer as its pieces come.
-
-        Raises:
-            InputError: the server refuses the request, or a picture cannot be used.
-            AnswerError: it gave no usable answer. EndpointError: nor does any other.
-        """
-        self.load()
-        return self._streamed(request, stream=True)
-
-    def generate(self, request: GenerationRequest) -> GenerationResult:
-        self.load()
-        return drain(self._streamed(request, stream=False))
-
-    def _streamed(self, request: GenerationRequest, *, stream: bool) -> Iterator[GenerationChunk]:
-        yield from stream_alone(self._make_queue(), request, stream=stream)
-
     def _make_queue(self) -> RequestQueue:
         return _RemoteQueue(self._opened_pool(), self.config)
 
@@ -173,13 +157,6 @@ class RemoteEngine(ManyRequests):
             self._close_queue()
             self._pool.close()
             self._pool = None
-
-    def __enter__(self) -> Self:
-        self.load()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def _check_settings(config: EngineConfig) -> None:

@@ -10,17 +10,16 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 from qwencli.config import EngineConfig
-from qwencli.engine.protocol import WAIT_S, ManyRequests, RequestQueue, drain, stream_alone
+from qwencli.engine.protocol import WAIT_S, QueuedEngine, RequestQueue
 from qwencli.engine.request import RequestId, RequestSource, StepOutput, request_of
 from qwencli.errors import EngineError, OutputError, QwenCliError
-from qwencli.messages import GenerationRequest
-from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult
+from qwencli.results import EffectiveConfig, GenerationChunk
 from qwencli.server.resident import Connection, ConnectionLostError, Message, connect
 from qwencli.server.resident_state import LOG_FILE, state_folder
 
@@ -29,12 +28,14 @@ _OPENERS = 4
 Inbox = queue.SimpleQueue[tuple[int, Message | None]]
 
 
-class ResidentEngine(ManyRequests):
+class ResidentEngine(QueuedEngine):
     """Implements `Engine` over the resident process.
 
     Args:
         keep_s: how long the engine stays after the last request.
         say: takes a line about what had to be done anew.
+
+    `stream` raises what the engine there says, and EngineError where it has ended.
     """
 
     def __init__(self, config: EngineConfig, keep_s: float, say: Callable[[str], None]) -> None:
@@ -156,24 +157,11 @@ class ResidentEngine(ManyRequests):
             f"{state_folder() / LOG_FILE} may tell why; --keep-loaded 0 does without it",
         )
 
-    def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
-        """Yield the answer as its pieces come.
-
-        Raises:
-            QwenCliError: as the engine there does, or it has ended.
-        """
-        self.load()
-        return self._streamed(request, stream=True)
-
-    def generate(self, request: GenerationRequest) -> GenerationResult:
-        self.load()
-        return drain(self._streamed(request, stream=False))
-
-    def _streamed(self, request: GenerationRequest, *, stream: bool) -> Iterator[GenerationChunk]:
-        yield from stream_alone(_ResidentQueue(self, in_batch=False), request, stream=stream)
-
     def _make_queue(self) -> RequestQueue:
         return _ResidentQueue(self, in_batch=True)
+
+    def _lone_queue(self) -> RequestQueue:
+        return _ResidentQueue(self, in_batch=False)
 
     def shared(self) -> _SharedConnection:
         self.load()
@@ -206,13 +194,6 @@ class ResidentEngine(ManyRequests):
             self._close_queue()
             self._shared.close()
             self._shared = None
-
-    def __enter__(self) -> Self:
-        self.load()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 class _SharedConnection:
