@@ -143,6 +143,12 @@ def _item(x: torch.Tensor, place: Any) -> torch.Tensor:
     return x[place]
 
 
+def _scaled_mm(
+    x: torch.Tensor, weight: torch.Tensor, *scales: Any, out_dtype: torch.dtype, **more: Any
+) -> torch.Tensor:
+    return x.new_empty(len(x), weight.shape[1], dtype=out_dtype)
+
+
 def _arange(*ends: int, dtype: torch.dtype = torch.int64, device: Any = None) -> torch.Tensor:
     if torch.device(device or "cpu") != META:
         return torch.arange(*ends, dtype=dtype, device=device)
@@ -167,6 +173,7 @@ _SHORT: Mapping[Any, Callable[..., torch.Tensor]] = {
     torch.addmm: lambda bias, x, weight: x.new_empty(len(x), weight.shape[1]),
     **dict.fromkeys((torch.Tensor.add_, torch.Tensor.mul_, torch.Tensor.addmm_), _same),
     torch._addmm_activation: lambda bias, x, weight: x.new_empty(len(x), weight.shape[1]),
+    torch._scaled_mm: _scaled_mm,
     torch.mm: lambda x, weight: x.new_empty(len(x), weight.shape[1]),
     F.linear: lambda x, weight, *rest: x.new_empty(*x.shape[:-1], len(weight)),
     torch.ops.aten.gelu_: _same,
