@@ -265,7 +265,7 @@ def parse_seq_len(text: str) -> SeqLen:
     if text.isascii() and text.isdecimal() and int(text[:19]) > 0 and len(text) < 19:
         return int(text)
     raise UsageError(
-        f"--max-seq-len {text!r} is no length", "give a number of tokens from 1 on, or auto"
+        f"--max-seq-len {text!r} is not a length", "give a number of tokens from 1 on, or auto"
     )
 
 
@@ -280,7 +280,7 @@ def parse_max_pixels(text: str) -> int | None:
     if text.isascii() and text.isdecimal() and len(text) < 19:
         return int(text)
     raise UsageError(
-        f"--max-pixels {text!r} is no size", "give a number of pixels (height x width), or auto"
+        f"--max-pixels {text!r} is not a size", "give a number of pixels (height x width), or auto"
     )
 
 
@@ -300,7 +300,7 @@ def parse_duration(text: str, said_by: str) -> float:
     found = re.fullmatch(r"([0-9]{1,8}(?:\.[0-9]{1,3})?)\s*([smh]?)", text.strip().lower())
     seconds = float(found[1]) * _UNITS[found[2]] if found else math.inf
     if seconds > 366 * 24 * 3600:
-        raise UsageError(f"{said_by} {text!r} is no time", "write it as 5m, 90s or 2h; 0 = off")
+        raise UsageError(f"{said_by} {text!r} is not a time", "write it as 5m, 90s or 2h; 0 = off")
     return seconds
 
 

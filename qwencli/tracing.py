@@ -231,7 +231,7 @@ class TraceFile:
         if os.path.lexists(path):
             raise UsageError(f"{self.option} {path} exists", "name another file, or delete it")
         if not folder.is_dir():
-            what = "is no folder" if folder.exists() else "does not exist"
+            what = "is not a folder" if folder.exists() else "does not exist"
             raise UsageError(f"{self.option} {path}: {folder} {what}", "make it, or name another")
         try:
             self._beside().touch()

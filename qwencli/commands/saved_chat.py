@@ -140,11 +140,12 @@ def read_chat(path: Path) -> SavedChat:
             f"{path} cannot be read: {error.strerror or error}", "check the path"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no conversation: it is not JSON", "name another") from error
+        raise InputError(f"{path} is not a conversation: it is not JSON", "name another") from error
     try:
         return _chat(record)
     except _Malformed as error:
-        raise InputError(f"{path} is no conversation: {error}", "name a file of /save") from error
+        said = f"{path} is not a conversation: {error}"
+        raise InputError(said, "name a file of /save") from error
 
 
 class _Malformed(Exception):

@@ -63,7 +63,7 @@ def named_devices(named: str) -> tuple[str, ...]:
     for each in devices:
         if not _DEVICE.fullmatch(each):
             raise UsageError(
-                f"--devices: {each!r} is no device", "write all, or such as cuda:0,cuda:1"
+                f"--devices: {each!r} is not a device", "write all, or such as cuda:0,cuda:1"
             )
     return tuple(f"{each}:0" if each == "cuda" else each for each in devices)
 

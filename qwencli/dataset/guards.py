@@ -147,7 +147,7 @@ def parse_guards(text: str) -> frozenset[FaultKind]:
         name = name.removeprefix("-") if without else name
         if name not in known:
             raise UsageError(
-                f"--guards: {name!r} is no guard", f"use all, none, or of: {', '.join(known)}"
+                f"--guards: {name!r} is not a guard", f"use all, none, or of: {', '.join(known)}"
             )
         chosen.add(known[name])
     if not names:

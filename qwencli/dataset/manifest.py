@@ -266,14 +266,14 @@ class Manifest:
                 ).fetchall()
             except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
                 raise UsageError(
-                    f"--redo: {condition!r} is no condition: {error}",
+                    f"--redo: {condition!r} is not a condition: {error}",
                     f"as in SQL, of these: {', '.join(columns)}; "
                     "for example: --redo \"finish_reason = 'length'\"",
                 ) from error
         try:
             return {Slot(_key(key), field, sample) for key, field, sample in rows}
         except (TypeError, ValueError) as error:
-            raise UsageError(f"--redo: {condition!r} is no condition", "see the docs") from error
+            raise UsageError(f"--redo: {condition!r} is not a condition", "see the docs") from error
 
     def _row(self, written: Written, status: str, now: str) -> tuple[Any, ...]:
         captioned = written.captioned

@@ -60,7 +60,7 @@ class Template:
         for field in sorted(self.fields):
             if not _NAME.fullmatch(field):
                 raise UsageError(
-                    f"{source}: {{{field}}} is no field",
+                    f"{source}: {{{field}}} is not a field",
                     f"write {{name}} or another field, or {{{{{field}}}}} for braces as they stand",
                 )
 
@@ -156,7 +156,7 @@ class PromptSet:
             names = list(dict.fromkeys([*fixed, *sorted(seen)]))
             close = difflib.get_close_matches(field, names, 1)
             raise UsageError(
-                f"{source}: {{{field}}} is no field, and no picture's JSON file has it",
+                f"{source}: {{{field}}} is not a field, and no picture's JSON file has it",
                 f"did you mean {{{close[0]}}}? "
                 if close
                 else f"use {', '.join(f'{{{name}}}' for name in names[:12])}, or write "
@@ -337,7 +337,7 @@ def _json_prompt(value: Any, where: str) -> Weighted:
             raise InputError(f"{where}: {unknown[0]!r} is unknown", "give prompt and weight")
     if not isinstance(prompt, str):
         raise InputError(
-            f"{where} is no prompt", 'write a string, or {"prompt": "...", "weight": 1}'
+            f"{where} is not a prompt", 'write a string, or {"prompt": "...", "weight": 1}'
         )
     if type(weight) not in (int, float):
         raise InputError(f"{where}: weight is {weight!r:.40}", "write a number from 0 on")
@@ -355,7 +355,7 @@ def _weighted(prompt: str, weight: float, where: str) -> Weighted:
 def _check_field_name(name: str, source: str, error: type[InputError] | type[UsageError]) -> None:
     if not _FIELD_NAME.fullmatch(name):
         raise error(
-            f"{source}: {name!r} is no name for a field",
+            f"{source}: {name!r} is not a name for a field",
             "use letters, digits and _, from a letter on",
         )
 
@@ -445,7 +445,7 @@ def _hint_values(picture: Path, part: Part | None) -> dict[str, str]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON: {error}", "correct it, or take it away") from error
     if not isinstance(value, dict):
-        raise InputError(f"{file} is no JSON object", 'write {"subject": "..."}')
+        raise InputError(f"{file} is not a JSON object", 'write {"subject": "..."}')
     return {key: said for key, entry in value.items() if (said := _said(entry))}
 
 

@@ -70,7 +70,7 @@ class Sidecars:
 
         extension = extension if extension.startswith(".") else f".{extension}"
         if not extension[1:].strip(". ") or set(extension) & set("/\\\0\n"):
-            raise UsageError(f"--caption-extension {extension!r} is no ending", "such as .txt")
+            raise UsageError(f"--caption-extension {extension!r} is not an ending", "such as .txt")
         if extension.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES:
             raise UsageError(
                 f"--caption-extension {extension} would overwrite pictures", "use .txt or .caption"

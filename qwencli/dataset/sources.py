@@ -496,7 +496,7 @@ class _Walk:
             item = Item(key, status.st_size, status.st_mtime_ns)
             if not stat.S_ISREG(status.st_mode):
                 refusal = InputError(
-                    f"{self._listing.path(item)} is no regular file", "leave it out"
+                    f"{self._listing.path(item)} is not a regular file", "leave it out"
                 )
                 self._listing.refused.append((item, refusal))
                 return

@@ -168,7 +168,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[Columns, Iterator[Row]]]:
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict) or FILE_NAME not in row:
-                    raise ValueError(f"line {number} is no object with a {FILE_NAME}")
+                    raise ValueError(f"line {number} is not an object with a {FILE_NAME}")
                 yield row
 
     with path.open(encoding="utf-8-sig") as file:
@@ -226,7 +226,7 @@ def _read_kohya(path: Path) -> Iterator[tuple[Columns, Iterator[Row]]]:
     """`{"a.png": {"caption": ..., "tags": ...}}`; a bare string is a caption."""
     held = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(held, dict):
-        raise ValueError("it is no JSON object with a picture's path as each key")
+        raise ValueError("it is not a JSON object with a picture's path as each key")
 
     def rows() -> Iterator[Row]:
         for name, about in held.items():

@@ -47,7 +47,7 @@ def meets(version: str, condition: str) -> bool:
 def _meets(version: Numbers, part: str) -> bool:
     sign = next((sign for sign in _COMPARE if part.startswith(sign)), None)
     if sign is None:
-        raise ValueError(f"{part!r} is no condition")
+        raise ValueError(f"{part!r} is not a condition")
     wanted = numbers(part.removeprefix(sign))
     if sign == "==":
         return version[: len(wanted)] == wanted

@@ -127,7 +127,7 @@ def _checked_apart(schema: Any, named: str) -> str:
 def _checked(schema: Any, named: str) -> str:
     if not isinstance(schema, dict):
         raise InputError(
-            f"{named} is no JSON schema: it holds {_kind(schema)}",
+            f"{named} is not a JSON schema: it holds {_kind(schema)}",
             'give an object, such as {"type": "object", "properties": {...}}',
         )
     for place, keyword in _unknown(schema, "#"):
@@ -145,7 +145,7 @@ def _checked(schema: Any, named: str) -> str:
 
 
 def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _kind(value: Any) -> str:

@@ -73,7 +73,7 @@ def endpoint_url(said: str) -> str:
         host = None
     if not host or parts.scheme not in ("http", "https") or any(c.isspace() for c in text):
         raise UsageError(
-            f"--endpoint {said!r} is no address", "write it as http://127.0.0.1:8000/v1"
+            f"--endpoint {said!r} is not an address", "write it as http://127.0.0.1:8000/v1"
         )
     path = parts.path.rstrip("/").removesuffix("/chat/completions")
     return urlunsplit((parts.scheme, parts.netloc, path or "/v1", "", ""))
@@ -247,7 +247,7 @@ class OpenAIClient:
         async for line in self._read(response, lines.push):
             if not line.startswith("data:"):
                 if line[0] in "<{":
-                    raise BadAnswerError("something that is no stream of events")
+                    raise BadAnswerError("something that is not a stream of events")
                 continue
             data = line[5:].strip()
             if data == "[DONE]":
@@ -439,7 +439,7 @@ def _json(text: str) -> Any:
     try:
         return read_json(text)
     except ValueError as error:
-        raise BadAnswerError("something that is no JSON") from error
+        raise BadAnswerError("something that is not JSON") from error
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float:

@@ -236,7 +236,7 @@ class AnswerReader:
             BadAnswerError: it is none.
         """
         if not isinstance(event, dict):
-            raise BadAnswerError("something that is no JSON object")
+            raise BadAnswerError("something that is not a JSON object")
         if event.get("error"):
             raise BadAnswerError(f"an error: {error_text(event)}")
         self._usage = _mapping(event.get("usage")) or self._usage

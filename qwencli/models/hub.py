@@ -152,7 +152,7 @@ def download(repo_id: str, *, offline: bool = False, allow_pickle: bool = False)
     if not constants.ENDPOINT.startswith(("http://", "https://")):
         address = constants.ENDPOINT.rpartition("://")[2]
         raise DownloadError(
-            f"{repo_id}: HF_ENDPOINT is {constants.ENDPOINT!r}, which is no web address",
+            f"{repo_id}: HF_ENDPOINT is {constants.ENDPOINT!r}, which is not a web address",
             f"set HF_ENDPOINT=https://{address}",
         )
     # RuntimeError is what the hub's transfer backend (hf_xet) raises; ValueError an invalid id.

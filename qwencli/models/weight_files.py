@@ -112,11 +112,11 @@ def read_header(path: Path) -> SafetensorsHeader:
     try:
         file_bytes = path.stat().st_size
         if file_bytes < 8:  # and no pipe, which may never say a word
-            raise _broken(path, f"is no safetensors file ({file_bytes} bytes)")
+            raise _broken(path, f"is not a safetensors file ({file_bytes} bytes)")
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= _MAX_HEADER_BYTES:
-                raise _broken(path, f"is no safetensors file ({file_bytes} bytes)")
+                raise _broken(path, f"is not a safetensors file ({file_bytes} bytes)")
             if file_bytes < 8 + length:
                 raise _length_error(path, file_bytes, 8 + length, "at least ")
             raw = file.read(length)

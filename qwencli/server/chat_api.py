@@ -79,7 +79,7 @@ class ChatMessage(Body):
         for number, call in enumerate(calls):
             if not isinstance(_json(call.arguments), dict):
                 where = f"{place}.tool_calls.{number}.function.arguments"
-                raise ApiError(400, f"{where}: is no JSON object", param=where)
+                raise ApiError(400, f"{where}: is not a JSON object", param=where)
         return tuple(ToolCall(call.name, call.arguments) for call in calls)
 
 

@@ -132,7 +132,7 @@ def _connection(url: str, until_s: float) -> tuple[http.client.HTTPConnection, s
     """A connection to a public address of the URL's host, and what to ask it for."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("it is no http address")
+        raise ValueError("it is not an http address")
     secure = parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
     address = _public_address(parts.hostname, port)
@@ -155,7 +155,7 @@ def _public_address(host: str, port: int) -> str:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except UnicodeError as error:
-        raise ValueError("its host is no name") from error
+        raise ValueError("its host is not a name") from error
     addresses = [str(each[4][0]) for each in found]
     for address in addresses:
         if not _is_public(address):

@@ -366,7 +366,7 @@ def test_a_wrong_model_is_refused_before_anything_runs(
 @pytest.mark.parametrize(
     ("inputs", "line"),
     [
-        ({"keep_loaded": "x"}, "^keep_loaded 'x' is no time"),
+        ({"keep_loaded": "x"}, "^keep_loaded 'x' is not a time"),
         ({"thinking_budget": 48}, "^thinking_budget 48 leaves nothing of max_new_tokens 48"),
         ({"thinking_budget": 9000}, "^thinking_budget 9000 is out of range"),
         ({"max_new_tokens": 0}, "^max_new_tokens 0 is out of range"),

@@ -64,7 +64,7 @@ def test_the_plan_is_shown_without_running(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["C99"], "'C99' is no claim"),
+        (["C99"], "'C99' is not a claim"),
         ([], "no claim is named"),
         (["C03", "--part", "3/2"], "not a part of a whole"),
         (["C03", "--part", "half"], "not a part of a whole"),

@@ -95,7 +95,7 @@ def changed(written, folder, where, value):
     ],
 )
 def test_what_no_conversation_says_is_named(written, tmp_path, where, value, said):
-    with pytest.raises(InputError, match="is no conversation") as error:
+    with pytest.raises(InputError, match="is not a conversation") as error:
         read_chat(changed(written, tmp_path, where, value))
     assert said in error.value.message
 
@@ -104,7 +104,7 @@ def test_what_no_conversation_says_is_named(written, tmp_path, where, value, sai
 def test_a_file_that_is_none_is_named(tmp_path, data):
     path = tmp_path / "talk.json"
     path.write_bytes(data)
-    with pytest.raises(InputError, match="is no conversation"):
+    with pytest.raises(InputError, match="is not a conversation"):
         read_chat(path)
     with pytest.raises(InputError, match=r"cannot be read|no such file"):
         read_chat(tmp_path)
@@ -124,7 +124,7 @@ def test_any_value_is_read_or_named(written, tmp_path_factory, key, value):
     try:
         read_chat(path)
     except InputError as error:
-        assert "is no conversation" in error.message
+        assert "is not a conversation" in error.message
 
 
 def test_the_newest_are_kept(tmp_path):

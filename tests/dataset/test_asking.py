@@ -208,7 +208,7 @@ def test_hints_that_are_broken_cost_their_picture(caption, pictures, answers):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--prompt", "{tgas}"], "{tgas} is no field"),
+        (["--prompt", "{tgas}"], "{tgas} is not a field"),
         (["--prefix", "{trigger}"], "--prefix: {trigger}"),
         (["--prompt-file", "none.txt"], "none.txt"),
         (["--prompt", "a", "--preset", "tags"], "exclude"),

@@ -183,7 +183,7 @@ def test_device_and_devices(pictures, caption, capsys):
 
 @pytest.mark.parametrize("named", ["", "gpu", "cuda:0,", "cuda:x", "cpu cpu"])
 def test_devices_that_are_none(named):
-    with pytest.raises(UsageError, match="is no device"):
+    with pytest.raises(UsageError, match="is not a device"):
         named_devices(named)
 
 

@@ -56,7 +56,7 @@ def test_templates(text, filled):
 
 @pytest.mark.parametrize("field", ["name!r", "name:>10", "name.__class__", "name[0]"])
 def test_a_field_is_a_name_and_nothing_more(field):
-    with pytest.raises(UsageError, match="is no field"):
+    with pytest.raises(UsageError, match="is not a field"):
         made(prompt=f"Look: {{{field}}}")
 
 
@@ -81,7 +81,7 @@ def test_any_text_is_a_template_or_one_error(text, known):
     [("{tgas}", "did you mean {tags}"), ("{zzzzqq}", "use {name}, {dir}, {tags}")],
 )
 def test_an_unknown_field_is_one_error_with_what_there_is(text, hint):
-    with pytest.raises(UsageError, match="no field, and no picture") as raised:
+    with pytest.raises(UsageError, match="not a field, and no picture") as raised:
         made(prompt=text).check_fields([{}, {"subject": "cat"}])
     assert hint in raised.value.hint
     assert "--prompt" in raised.value.message
@@ -130,7 +130,7 @@ def test_several_fields():
         ({"preset": "nope"}, "unknown"),
         ({"fields": ["nope"]}, "neither"),
         ({"fields": ["a="]}, "asks nothing"),
-        ({"fields": ["a b=x"]}, "no name"),
+        ({"fields": ["a b=x"]}, "not a name"),
         ({"fields": ["a=x", "a=y"]}, "twice"),
         ({"prompt": "x", "fields": ["caption=y"]}, "twice"),
     ],
@@ -193,13 +193,13 @@ def test_prompt_files_of_json(tmp_path):
         (b"\xff\xfe\x00", "UTF-8"),
         (b'{"caption": [', "not JSON"),
         (b"[]", "no prompt"),
-        (b"[1]", "is no prompt"),
+        (b"[1]", "is not a prompt"),
         (b'[{"prompt": "a", "weight": "x"}]', "weight"),
         (b'[{"prompt": "a", "weight": true}]', "weight"),
         (b'[{"prompt": "a", "weight": -1}]', "weight"),
         (b'[{"prompt": "a", "wieght": 1}]', "wieght"),
         (b'[""]', "is empty"),
-        (b'{"a b": "c"}', "no name"),
+        (b'{"a b": "c"}', "not a name"),
         (b"[" * 100_000, "not JSON"),
     ],
 )
@@ -247,7 +247,7 @@ def test_a_sentence_is_no_tags(tmp_path):
     ("content", "message"),
     [
         (b"{", "not JSON"),
-        (b"[1]", "no JSON object"),
+        (b"[1]", "not a JSON object"),
         (b"\xff", "UTF-8"),
         (b"[" * 100_000, "not JSON"),
         (b" " * (MAX_HINT_BYTES + 1), "too large"),

@@ -99,7 +99,7 @@ def test_samples_are_several_captions(caption, pictures):
         ("m.jsonl", "[]\n", "line 1"),
         ("m.csv", "a,b\n1,2\n", "no column file_name"),
         ("m.csv", "file_name,text\na,b,c,d\n", "more fields"),
-        ("m.json", "[1]", "no JSON object"),
+        ("m.json", "[1]", "not a JSON object"),
         ("m.json", '{"a": 3}', "cannot be read"),
         ("m.parquet", "PAR1", "cannot be read"),
     ],

@@ -259,7 +259,7 @@ def test_conditions(version, condition, holds):
 
 
 def test_a_condition_without_a_sign_is_an_error():
-    with pytest.raises(ValueError, match="no condition"):
+    with pytest.raises(ValueError, match="not a condition"):
         meets("2.9", "2.9")
 
 

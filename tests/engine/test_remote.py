@@ -217,9 +217,9 @@ def test_a_failure_is_tried_again(server: StandIn, fault: str) -> None:
         ("401", EndpointError, "wants an API key (asked to fail"),
         ("404", EndpointError, "has no model 'stand-in', or no such API"),
         ("500", AnswerError, "failed with status 500: asked to fail with 500"),
-        ("html", AnswerError, "sent something that is no stream of events"),
-        ("no json", AnswerError, "sent something that is no JSON"),
-        ("deep", AnswerError, "sent something that is no JSON"),
+        ("html", AnswerError, "sent something that is not a stream of events"),
+        ("no json", AnswerError, "sent something that is not JSON"),
+        ("deep", AnswerError, "sent something that is not JSON"),
         ("202", AnswerError, "sent status 202 for an answer"),
         ("301", EndpointError, "sends its clients on to http://elsewhere.example/v1"),
         ("error inside", AnswerError, "sent an error: out of memory"),
@@ -355,7 +355,7 @@ def test_requests_are_shared_by_how_many_run(server: StandIn) -> None:
     "said", ["", "ftp://host", "http://", "http://host:port", "http://a b", "http://[::1"]
 )
 def test_what_is_no_address_is_refused(said: str) -> None:
-    with pytest.raises(UsageError, match="is no address"):
+    with pytest.raises(UsageError, match="is not an address"):
         endpoint_url(said)
 
 

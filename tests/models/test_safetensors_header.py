@@ -90,8 +90,8 @@ def entry(**changes):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "no safetensors file"),
-        (b"PK\x03\x04 this is a zip archive, as torch.save writes", "no safetensors file"),
+        (b"", "not a safetensors file"),
+        (b"PK\x03\x04 this is a zip archive, as torch.save writes", "not a safetensors file"),
         (pack(b"{]"), "not JSON"),
         (pack(b"[" * 200_000), "not JSON"),
         (pack(b"\xff\xfe"), "not JSON"),

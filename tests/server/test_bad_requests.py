@@ -130,7 +130,7 @@ WRONG = {
     "tools where the template has none": asked(tools=[
         {"type": "function", "function": {"name": "f"}}
     ]),
-    "arguments that are no JSON": asked(messages=[
+    "arguments that are not JSON": asked(messages=[
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
     ]),
     "too many logprobs": asked(logprobs=True, top_logprobs=21),

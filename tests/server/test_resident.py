@@ -403,9 +403,9 @@ def test_a_caption_is_the_same_and_nothing_heavy_is_loaded_for_it(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--keep-loaded", "soon"), "--keep-loaded 'soon' is no time"),
-        (("--keep-loaded", "-1"), "is no time"),
-        (("--keep-loaded", "99999999h"), "is no time"),
+        (("--keep-loaded", "soon"), "--keep-loaded 'soon' is not a time"),
+        (("--keep-loaded", "-1"), "is not a time"),
+        (("--keep-loaded", "99999999h"), "is not a time"),
         (("--keep-loaded", "5m", "--endpoint", "http://127.0.0.1:9"), "exclude each other"),
     ],
 )

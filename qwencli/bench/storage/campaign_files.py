@@ -149,7 +149,7 @@ def read_file(folder: Path, name: str, cells: Collection[str] | None = None) -> 
     if cells is not None and "cell_id" in file.columns:
         for place, row in enumerate(table.rows):
             if row["cell_id"] not in cells:
-                refuse(table, place, "cell_id", f"{row['cell_id']!r} is no cell of {PLAN}")
+                refuse(table, place, "cell_id", f"{row['cell_id']!r} is not a cell of {PLAN}")
     file.check(table)
     return table.rows
 

@@ -75,7 +75,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 # Where a value stands, whether it may be there, what it is called. In a place "[]" is each item of

@@ -102,7 +102,7 @@ def choose(said: Iterable[str]) -> list[Study]:
     for name in sorted(wanted):
         if name != ALL and name not in known:
             raise UsageError(
-                f"{name!r} is no claim", f"give {ALL} or some of {known[0]} to {known[-1]}"
+                f"{name!r} is not a claim", f"give {ALL} or some of {known[0]} to {known[-1]}"
             )
     if not wanted:
         raise UsageError(

@@ -42,7 +42,7 @@ def read_set(folder: Path, caption_extension: str) -> tuple[Listing, list[Entry]
         UsageError: the ending is none.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder", "name the folder of the pictures")
+        raise InputError(f"{folder} is not a folder", "name the folder of the pictures")
     listing = list_inputs([str(folder)], Selection(recursive=True))
     known = _manifests(folder / STATE_FOLDER)
     metadata = _metadata(folder / METADATA)

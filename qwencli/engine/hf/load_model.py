@@ -295,18 +295,18 @@ def _check_pickles(files: Iterable[Path]) -> None:
             runs = re.search("Unsupported (global|class)", str(error))
             why = "it holds more than tensors" if runs else "it is damaged"
             raise ModelFileError(
-                f"{path} is no checkpoint: {why} ({type(error).__name__})",
+                f"{path} is not a checkpoint: {why} ({type(error).__name__})",
                 "use a safetensors version of the model",
             ) from error
         if not isinstance(kept, Mapping) or not kept:
             raise ModelFileError(
-                f"{path} is no checkpoint: it holds {type(kept).__name__}, not tensors by name",
+                f"{path} is not a checkpoint: it holds {type(kept).__name__}, not tensors by name",
                 "use a safetensors version of the model",
             )
         other = [name for name, value in kept.items() if not isinstance(value, torch.Tensor)]
         if other or not all(isinstance(name, str) for name in kept):
             raise ModelFileError(
-                f"{path} is no checkpoint: {some([str(name) for name in other or kept])} "
+                f"{path} is not a checkpoint: {some([str(name) for name in other or kept])} "
                 "are no tensors by name",
                 "save the model's state_dict alone, or use a safetensors version of the model",
             )

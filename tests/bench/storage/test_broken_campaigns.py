@@ -96,7 +96,7 @@ def test_no_broken_campaign_is_a_fault(made, whole, tmp_path, part):
         ("runs.csv", "\nC0,1,ok", "\nC0,1,fine", "line 3, column status: 'fine' is not one of ok"),
         ("runs.csv", "\nC0,1,ok", "\nC0,one,ok", "line 3, column run: 'one' is not a whole number"),
         ("runs.csv", "\nC0,2,ok", "\nC0,1,ok", "column run: is a second run 1 of cell C0"),
-        ("runs.csv", "\nC0,2,ok", "\nC7,2,ok", "line 4, column cell_id: 'C7' is no cell of"),
+        ("runs.csv", "\nC0,2,ok", "\nC7,2,ok", "line 4, column cell_id: 'C7' is not a cell of"),
         ("runs.csv", ",decode_s,", ",", f"fields, not {len(columns.RUNS) - 1}"),
         (
             "runs.csv",
@@ -121,7 +121,7 @@ def test_no_broken_campaign_is_a_fault(made, whole, tmp_path, part):
         ("plan.json", '"cells"', '"cell"', "it has no cells"),
         ("plan.json", '"quantization"', '"bits"', "it has no cells[0].quantization"),
         ("environment.json", '"torch"', '"tensors"', "it has no versions.torch"),
-        ("environment.json", '"seed": 3', '"seed": NaN', "NaN is no JSON"),
+        ("environment.json", '"seed": 3', '"seed": NaN', "NaN is not JSON"),
     ],
 )
 def test_what_is_broken_is_named(made, tmp_path, file, old, new, said):

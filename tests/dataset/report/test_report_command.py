@@ -117,8 +117,8 @@ def test_names_and_captions_of_all_kinds(pictures, report):
 @pytest.mark.parametrize(
     ("prepare", "says"),
     [
-        (lambda folder: [folder / "none"], "is no folder"),
-        (lambda folder: [folder / "a.png"], "is no folder"),
+        (lambda folder: [folder / "none"], "is not a folder"),
+        (lambda folder: [folder / "a.png"], "is not a folder"),
         (lambda folder: [folder, "--output", folder / "no" / "r.html"], "cannot be written"),
         (lambda folder: [folder, "--caption-extension", ".png"], "pictures"),
     ],
@@ -153,7 +153,7 @@ def test_what_is_no_regular_file_is_not_waited_for(pictures, report, monkeypatch
     began = time.monotonic()
     _, found, _ = report(folder, "--json")
     assert time.monotonic() - began < 50
-    assert "no regular file" in found["unreadable"][0]["reason"]
+    assert "not a regular file" in found["unreadable"][0]["reason"]
 
 
 def test_nothing_is_made_of_an_empty_folder_or_of_a_file_that_is_no_page(

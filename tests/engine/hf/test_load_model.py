@@ -225,7 +225,7 @@ def test_a_pickle_that_is_no_checkpoint_is_named(
     else:
         torch.save(kept, path, _use_new_zipfile_serialization=zipped)
     error = refused(folder, EngineName.TRANSFORMERS, allow_pickle=True)
-    assert "pytorch_model.bin is no checkpoint" in error.message
+    assert "pytorch_model.bin is not a checkpoint" in error.message
     assert part in error.message
 
 
