@@ -38,7 +38,8 @@ class Miscounting:
     """A prompt builder whose prompts have `by` image tokens more than their pictures."""
 
     def __init__(self, prompts, by):
-        self._prompts, self._by, self.tokenizer = prompts, by, prompts.tokenizer
+        self._prompts, self._by = prompts, by
+        self.tokenizer, self.can_think = prompts.tokenizer, prompts.can_think
 
     def build(self, messages, **how):
         prompt = self._prompts.build(messages, **how)
