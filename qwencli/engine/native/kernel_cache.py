@@ -274,6 +274,7 @@ class Fork:
     """A fork of this process that compiles, and so has imported everything already."""
 
     def __init__(self, job: CompileJob) -> None:
+        assert sys.platform != "win32", "see `may_fork`"
         from qwencli.engine.native.compile_kernels import run_in_fork
 
         self._pipe, pipe = os.pipe()
@@ -299,7 +300,7 @@ class Fork:
 
     def kill(self) -> None:
         """End it where it still runs."""
-        if not self._ended:
+        if sys.platform != "win32" and not self._ended:
             os.kill(self._pid, signal.SIGKILL)
             self._reaped()
 
