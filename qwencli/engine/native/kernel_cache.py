@@ -270,17 +270,22 @@ def may_fork() -> bool:
     )
 
 
+def _fork() -> int:
+    if sys.platform == "win32":
+        raise NotImplementedError("`may_fork` says so")
+    return os.fork()
+
+
 class Fork:
     """A fork of this process that compiles, and so has imported everything already."""
 
     def __init__(self, job: CompileJob) -> None:
-        assert sys.platform != "win32", "see `may_fork`"
         from qwencli.engine.native.compile_kernels import run_in_fork
 
         self._pipe, pipe = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads that are not ours
-            self._pid = os.fork()
+            self._pid = _fork()
         if self._pid == 0:
             run_in_fork(job, pipe)
         os.close(pipe)
