@@ -4,23 +4,19 @@
 
 A process of its own, so that a load does not wait for it and no other thread is in its way, which
 forks as many as there are cores. Takes a `CompileJob`; writes the list of kernels when all are in
-the folder. Status 1 with a line on stderr where it cannot. A fork of the process that loads needs
-no imports (`run_in_fork`).
+the folder. Status 1 with a line on stderr where it cannot.
 """
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
-import os
 import pickle
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -56,36 +52,8 @@ def main() -> int:
     return 0 if failed is None else 1
 
 
-def run_in_fork(job: CompileJob, pipe: int) -> NoReturn:
-    """Run a job in a process that was just forked, of which it touches neither GPU nor files: a
-    point to `pipe` for each kernel, and behind them what went wrong; status 1 then."""
-    failed: str | None = "interrupted"
-    try:
-        gc.disable()  # what is garbage here may be the other process's memory of the GPU
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(nothing, stream)
-        for file in [int(each.name) for each in Path("/proc/self/fd").iterdir()]:
-            if file > 2 and file != pipe:
-                with suppress(OSError):
-                    os.close(file)
-        failed = run(job, lambda: os.write(pipe, b"."))
-    except Exception as error:  # noqa: BLE001 - whatever it is, kernels are compiled when launched
-        failed = _line_of(error)
-    finally:
-        with suppress(OSError):
-            os.write(pipe, (failed or "").encode())
-        os._exit(0 if failed is None else 1)
-
-
-def run(job: CompileJob, done: Callable[[], object] = lambda: None) -> str | None:
-    """Compile what a job asks for; returns what went wrong, if anything did.
-
-    Args:
-        done: called behind the plan and each kernel.
-    """
+def run(job: CompileJob) -> str | None:
+    """Compile what a job asks for; returns what went wrong, if anything did."""
     use_folder(Path(job.folder))
     torch.set_num_threads(1)
     settle_cache_keys()
@@ -94,8 +62,7 @@ def run(job: CompileJob, done: Callable[[], object] = lambda: None) -> str | Non
             launches = plan_kernels(job.planned, job.gpu)
     except AttributeError:  # another torch asks more of its compiler
         launches = plan_kernels(job.planned, job.gpu)
-    done()
-    failed = compile_all(launches, job.gpu, done)
+    failed = compile_all(launches, job.gpu)
     if failed is None:
         write_manifest(Path(job.manifest), launches)
     return failed
@@ -132,9 +99,7 @@ class _Dynamo(ModuleType):
         return getattr(torch._dynamo, name)
 
 
-def compile_all(
-    launches: Sequence[KernelLaunch], gpu: Gpu, done: Callable[[], object] = lambda: None
-) -> str | None:
+def compile_all(launches: Sequence[KernelLaunch], gpu: Gpu) -> str | None:
     """Compile all of `launches` in as many processes as there are cores; returns what went wrong
     first, if anything did."""
     slowest_first = sorted(launches, key=_place)
@@ -146,11 +111,8 @@ def compile_all(
         return failed
     # Nothing runs beside this process's one thread, so that a fork of it is whole.
     with multiprocessing.get_context("fork").Pool(count) as pool:
-        for failure in pool.imap_unordered(_compiled, slowest_first):
-            if failure is not None:
-                return failure
-            done()
-    return None
+        found = pool.imap_unordered(_compiled, slowest_first)
+        return next((failure for failure in found if failure is not None), None)
 
 
 def _place(launch: KernelLaunch) -> tuple[int, int]:
@@ -165,12 +127,9 @@ def _compiled(launch: KernelLaunch) -> str | None:
     try:
         compile_launch(launch)
     except Exception as error:  # noqa: BLE001 - whatever it is, kernels are compiled when launched
-        return f"{launch.kernel}: {_line_of(error)}"
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"{launch.kernel}: {lines[-1]}"
     return None
-
-
-def _line_of(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 if __name__ == "__main__":

@@ -13,17 +13,12 @@ import atexit
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import pickle
-import select
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 import threading
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -55,8 +50,6 @@ from qwencli.tracing import span
 # How long a load waits for kernels that other processes compile; a GPU's own are then compiled
 # when they are first launched.
 COMPILE_TIMEOUT_S = 120.0
-# A fork that compiles nothing for so long is stuck.
-FORK_TIMEOUT_S = 20.0
 _SUM = ".sha256"
 _notes: list[str] = []
 
@@ -260,61 +253,6 @@ class CompileJob:
     manifest: str
 
 
-def may_fork() -> bool:
-    """Whether a fork of this process is whole: no other thread of ours may hold a lock. (Those of
-    the driver and of libraries may; what is compiled asks nothing of them.)"""
-    return (
-        sys.platform == "linux"
-        and threading.active_count() == 1
-        and multiprocessing.parent_process() is None
-    )
-
-
-def _fork() -> int:
-    if sys.platform == "win32":
-        raise NotImplementedError("`may_fork` says so")
-    return os.fork()
-
-
-class Fork:
-    """A fork of this process that compiles, and so has imported everything already."""
-
-    def __init__(self, job: CompileJob) -> None:
-        from qwencli.engine.native.compile_kernels import run_in_fork
-
-        self._pipe, pipe = os.pipe()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of threads that are not ours
-            self._pid = _fork()
-        if self._pid == 0:
-            run_in_fork(job, pipe)
-        os.close(pipe)
-        self._ended = False
-
-    def wait(self) -> str | None:
-        """Until it ends: None = all is compiled, "" = it did not get on and was ended, else what
-        went wrong."""
-        said = b""
-        while select.select([self._pipe], [], [], FORK_TIMEOUT_S)[0]:
-            more = os.read(self._pipe, 4096)
-            if not more:
-                return None if self._reaped() == 0 else said.decode(errors="replace").strip(".")
-            said += more
-        self.kill()
-        return ""
-
-    def kill(self) -> None:
-        """End it where it still runs."""
-        if sys.platform != "win32" and not self._ended:
-            os.kill(self._pid, signal.SIGKILL)
-            self._reaped()
-
-    def _reaped(self) -> int:
-        self._ended = True
-        os.close(self._pipe)
-        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-
-
 class KernelLoader:
     """Has the kernels of a model in memory when `wait` returns; works beside the caller."""
 
@@ -324,11 +262,6 @@ class KernelLoader:
         self._planned, self._gpu, self._device = planned, gpu, device
         self.num_kernels = self.num_compiled = 0
         self._child: subprocess.Popen[bytes] | None = None
-        self._folder = use_folder_of(device)
-        self._manifest = manifest_of(planned, gpu, self._folder)
-        self._fork: Fork | None = None
-        if not self._manifest.exists() and may_fork():
-            self._fork = Fork(CompileJob(planned, gpu, str(self._folder), str(self._manifest)))
         self._thread = threading.Thread(target=self._run, name="kernels", daemon=True)
         self._thread.start()
 
@@ -346,8 +279,6 @@ class KernelLoader:
         """End what is still compiling."""
         if self._child is not None and self._child.poll() is None:
             self._child.kill()
-        if self._fork is not None:
-            self._fork.kill()
 
     def _run(self) -> None:
         try:
@@ -358,12 +289,14 @@ class KernelLoader:
             note_once(f"kernels could not be made ready ahead of time: {lines[-1][:200]}")
 
     def _load(self) -> None:
+        folder = use_folder_of(self._device)
         settle_cache_keys()
-        launches = read_manifest(self._manifest)
-        if launches is None or self._fork is not None:
+        file = manifest_of(self._planned, self._gpu, folder)
+        launches = read_manifest(file)
+        if launches is None:
             with span("compile"):
-                self._compile(self._manifest, self._folder)
-            launches = read_manifest(self._manifest)
+                self._compile(file, folder)
+            launches = read_manifest(file)
         if launches is None:
             return  # compiled when they are first launched
         with torch.cuda.device(self._device):
@@ -374,14 +307,7 @@ class KernelLoader:
                 self.num_kernels += 1
 
     def _compile(self, manifest: Path, folder: Path) -> None:
-        """In a process that knows of no GPU; a new one where a fork does not get on."""
-        failed = None if self._fork is None else self._fork.wait()
-        if self._fork is not None and failed is None:
-            self.num_compiled = len(read_manifest(manifest) or ())
-            return
-        if failed:
-            note_once(f"kernels were not compiled ahead of time: {failed[:200]}")
-            return
+        """In a process that knows of no GPU."""
         job = CompileJob(self._planned, self._gpu, str(folder), str(manifest))
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
         command = python_command("qwencli.engine.native.compile_kernels")

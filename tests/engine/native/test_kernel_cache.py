@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ import triton
 
 from qwencli.config import Quantization
 from qwencli.engine.kernels.launches import Gpu
-from qwencli.engine.native import compile_kernels, kernel_cache
+from qwencli.engine.native import kernel_cache
 from qwencli.engine.native.kernel_cache import (
     CheckedFiles,
     KernelLoader,
@@ -164,7 +163,6 @@ def loader(tmp_path, monkeypatch):
     """What loads kernels of a GPU that is not there, from an empty folder."""
     monkeypatch.setattr(kernel_cache, "gpu_of", lambda device: GPU)
     monkeypatch.setattr(kernel_cache, "kernel_folder", lambda gpu: tmp_path)
-    monkeypatch.setattr(kernel_cache, "may_fork", lambda: False)
     made = []
     monkeypatch.setattr(kernel_cache, "compile_launch", made.append)
     monkeypatch.setattr(kernel_cache.torch.cuda, "device", lambda device: kernel_cache.suppress())
@@ -191,32 +189,3 @@ def test_kernels_of_a_list_are_loaded_without_a_process(loader, tmp_path, monkey
     loading.wait()
     assert loader.made == launches
     assert loading.notes() == ()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
-@pytest.mark.parametrize(
-    ("job", "said"),
-    [
-        (lambda launches, job: write_manifest(Path(job.manifest), launches), None),
-        (lambda launches, job: "no room", "no room"),
-        (lambda launches, job: 1 / 0, "division by zero"),
-        (lambda launches, job: time.sleep(60), "another process did"),
-        (lambda launches, job: os._exit(7), "another process did"),
-    ],
-    ids=["compiles", "fails", "raises", "is stuck", "is killed"],
-)
-def test_a_fork_compiles_or_another_process_does(loader, tmp_path, monkeypatch, job, said):
-    launches = plan_kernels(planned(), GPU)
-    command = [sys.executable, "-c", "raise SystemExit('another process did')"]
-    monkeypatch.setattr(kernel_cache, "may_fork", lambda: True)
-    monkeypatch.setattr(kernel_cache, "FORK_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(kernel_cache, "python_command", lambda module: command)
-    monkeypatch.setattr(
-        compile_kernels, "run", lambda asked, done: (done(), job(launches, asked))[1]
-    )
-    loading = loader.load()
-    loading.wait()
-    assert loader.made == (launches if said is None else [])
-    notes = loading.notes()
-    assert len(notes) == (said is not None)
-    assert said is None or said in notes[0]
