@@ -16,6 +16,8 @@ from qwencli.tracing import span
 Tensor = torch.Tensor
 # Tensors of a pass -> what it makes of them; it asks the host nothing and keeps what it is given.
 Pass = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+# Runs a pass of a key over tensors, see `RepeatedShapes.run`.
+RunPass = Callable[[Hashable, Sequence[Tensor], Callable[[], Pass]], Sequence[Tensor]]
 
 # Making a graph takes as long as a few passes, and most shapes of a mixed folder never come again.
 # Pictures of one size are nine shapes, see `pieces`.

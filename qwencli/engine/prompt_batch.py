@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from qwencli.engine.cache.paged_kv import (
 )
 from qwencli.engine.cache.recurrent_state import SCRATCH_SLOT, RecurrentStates
 from qwencli.engine.device_memory import upload
-from qwencli.engine.graphs import Pass, pieces
+from qwencli.engine.graphs import RunPass, pieces
 from qwencli.engine.layers.decoder import DeepStack
 from qwencli.engine.layers.vision_tower import VisionFeatures, join_features
 from qwencli.engine.native.model import QwenModel
@@ -143,8 +143,7 @@ class PromptPasses:
 
     Args:
         has_head: whether hidden states are kept for a head that drafts, which runs along.
-        run_pass: runs a pass of a key over tensors, see `RepeatedShapes.run`.
-        graphs: whether that may hand out a graph's own memory.
+        graphs: whether `run_pass` may hand out a graph's own memory.
     """
 
     def __init__(
@@ -152,7 +151,7 @@ class PromptPasses:
         model: QwenModel,
         cache: PagedKVCache,
         states: RecurrentStates | None,
-        run_pass: Callable[[Hashable, Sequence[Tensor], Callable[[], Pass]], Sequence[Tensor]],
+        run_pass: RunPass,
         *,
         has_head: bool,
         graphs: bool,

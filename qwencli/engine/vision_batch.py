@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.event_timer import EventTimer, Mark
-from qwencli.engine.graphs import Pass, pieces
+from qwencli.engine.graphs import Pass, RunPass, pieces
 from qwencli.engine.layers.vision_tower import VisionFeatures
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.request import PromptChunk
@@ -26,15 +26,14 @@ class BatchVision:
 
     Args:
         cache: features of pictures that came before.
-        run_pass: runs a pass of a key over tensors, see `RepeatedShapes.run`.
-        graphs: whether that may hand out a graph's own memory.
+        graphs: whether `run_pass` may hand out a graph's own memory.
     """
 
     def __init__(
         self,
         model: QwenModel,
         cache: VisionCache,
-        run_pass: Callable[[Hashable, Sequence[Tensor], Callable[[], Pass]], Sequence[Tensor]],
+        run_pass: RunPass,
         graphs: bool,
     ) -> None:
         self.model, self._vision_cache = model, cache
