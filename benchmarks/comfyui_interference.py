@@ -128,7 +128,7 @@ def node_request(max_new_tokens: int, side: int) -> Any:
 
 def measure(said: argparse.Namespace) -> list[dict[str, Any]]:
     from qwencli.comfyui.engine_keeper import EngineKeeper, Wanted, create
-    from qwencli.comfyui.nodes import answered
+    from qwencli.comfyui.engine_use import generate_all
     from qwencli.comfyui.schemas import Runs
     from qwencli.config import EngineConfig, LoadFormat
     from qwencli.models.resolve import resolve_model
@@ -148,7 +148,7 @@ def measure(said: argparse.Namespace) -> list[dict[str, Any]]:
         def execute(place: str) -> tuple[Any, float]:
             begun_s = time.perf_counter()
             with keepers[place].using(places[place], keep_s=600) as engine:
-                (result,) = answered(engine, [request])
+                (result,) = generate_all(engine, [request])
             return result, time.perf_counter() - begun_s
 
         for place in places:

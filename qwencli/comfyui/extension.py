@@ -11,6 +11,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from qwencli.comfyui import comfy_host, nodes, schemas
 from qwencli.comfyui.engine_keeper import KEEPER
+from qwencli.comfyui.node_inputs import node_text
 from qwencli.comfyui.schemas import Kind
 from qwencli.errors import QwenCliError
 
@@ -71,7 +72,7 @@ class QwencliNode(io.ComfyNode):
         try:
             outputs = nodes.run(cls.NODE, given)
         except QwenCliError as error:
-            raise nodes.NodeError(nodes.node_text(error)) from None
+            raise nodes.NodeError(node_text(error)) from None
         # What runs alone may be connected to nothing: its first output is in the history then.
         ui = {"text": (outputs[0],)} if cls.NODE.runs_alone else None
         return io.NodeOutput(*outputs, ui=ui)

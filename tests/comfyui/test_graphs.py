@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwencli.comfyui import nodes
+from qwencli.comfyui import engine_use
 from qwencli.comfyui.convert import convert
 from qwencli.comfyui.engine_keeper import KEEPER, EngineKeeper
 from qwencli.comfyui.nodes import NodeError
@@ -52,7 +52,7 @@ def engine_that(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answers], FakeEngi
             engine.config = wanted.config
             return engine
 
-        monkeypatch.setattr(nodes, "KEEPER", EngineKeeper(create))
+        monkeypatch.setattr(engine_use, "KEEPER", EngineKeeper(create))
         return engine
 
     return made

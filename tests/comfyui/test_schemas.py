@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qwencli.comfyui import nodes, schemas
+from qwencli.comfyui import node_inputs, nodes, schemas
 from qwencli.comfyui.schemas import NODES, Kind
 from qwencli.config import SamplingOptions
 from qwencli.models.resolve import Places
@@ -51,9 +51,9 @@ def test_what_a_number_widget_gives_is_taken(node: schemas.Node) -> None:
             if node is schemas.ENGINE:
                 assert nodes.run(node, given)
                 continue
-            nodes._sampling(given)
+            node_inputs.sampling_options(given)
             if each.id != "max_new_tokens":
-                nodes._thinking_budget(given)
+                node_inputs.thinking_budget(given)
                 named = ("max_new_tokens", "thinking_budget")
                 assert nodes.refusal(node, {name: given[name] for name in named}) is None
 
@@ -67,7 +67,7 @@ def test_widgets_are_where_saved_graphs_have_them() -> None:
 def test_every_sampling_parameter_is_a_widget() -> None:
     widgets = {each.id for each in schemas.CAPTION.widgets}
     assert {*SamplingOptions.__dataclass_fields__} - {"stop"} <= widgets
-    assert nodes._sampling(schemas.CAPTION.defaults()) == SamplingOptions(
+    assert node_inputs.sampling_options(schemas.CAPTION.defaults()) == SamplingOptions(
         max_new_tokens=512, seed=0
     )
 

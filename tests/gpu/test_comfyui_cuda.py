@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qwencli.comfyui import nodes, schemas
+from qwencli.comfyui.engine_keeper import KEEPER
 from tests.comfyui import comfy_stub
 from tests.comfyui.conftest import picture
 
@@ -18,7 +19,7 @@ BASE = {"model": "scenes", "temperature": 0.0, "max_new_tokens": 48}
 @pytest.fixture
 def management() -> Iterator[comfy_stub.Management]:
     yield comfy_stub.install()
-    nodes.KEEPER.close()
+    KEEPER.close()
     for name in [each for each in sys.modules if each.partition(".")[0] in ("comfy", "comfy_api")]:
         del sys.modules[name]
 
@@ -43,15 +44,15 @@ def test_comfyui_gets_all_of_the_memory_back(management: comfy_stub.Management) 
         nodes.run(schemas.CHAT, {"prompt": "Say something.", **BASE})
         nodes.run(schemas.CAPTION, {"images": torch.cat([picture(), picture()]), **BASE})
     with_batch = torch.cuda.memory_reserved()
-    assert nodes.KEEPER.is_loaded and with_batch > before
-    nodes.KEEPER.trim("cuda:0")
-    assert nodes.KEEPER.is_loaded and torch.cuda.memory_reserved() < with_batch
+    assert KEEPER.is_loaded and with_batch > before
+    KEEPER.trim("cuda:0")
+    assert KEEPER.is_loaded and torch.cuda.memory_reserved() < with_batch
     with torch.inference_mode():
         nodes.run(schemas.CAPTION, {"images": torch.cat([picture(), picture()]), **BASE})
     management.free_memory(1e30, torch.device("cpu"))
-    assert nodes.KEEPER.is_loaded  # not ours
+    assert KEEPER.is_loaded  # not ours
     management.free_memory(1e30, torch.device("cuda", 0))
-    assert not nodes.KEEPER.is_loaded
+    assert not KEEPER.is_loaded
     assert torch.cuda.memory_reserved() <= before + 2**20
     nodes.run(schemas.CHAT, {"prompt": "Say something.", **BASE})
-    assert nodes.KEEPER.is_loaded
+    assert KEEPER.is_loaded
