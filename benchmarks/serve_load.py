@@ -12,8 +12,8 @@ event (`events_a_token`), so gaps between events are at least what ITL is. Goodp
 answers whose first token came within --ttft-s and whose mean time a token was within --tpot-ms.
 
 Rough: requests of which some are cut off by their client, read slowly, malformed or dropped before
-their body is complete. Afterwards nothing may run, no page be in use, and file handles, threads and
-memory be level. Prints one JSON object, and writes it to OUT/serve_load.json.
+their body is complete. After each round nothing may run, no page be in use, and file handles,
+threads and memory be level. Prints one JSON object, and writes it to OUT/serve_load.json.
 """
 
 from __future__ import annotations
@@ -287,15 +287,15 @@ def soaked(running: Served, options: argparse.Namespace) -> dict[str, Any]:
     asyncio.run(rough(running.address, options, options.rough // 4))
     before = settled(running.thread)
     start = time.perf_counter()
-    answers = Counter(asyncio.run(rough(running.address, options, options.rough)))
-    rounds = 1
-    while time.perf_counter() - start < 60 * options.soak_minutes:
+    answers: Counter[str] = Counter()
+    rounds: list[dict[str, Any]] = []
+    while not rounds or time.perf_counter() - start < 60 * options.soak_minutes:
         answers += Counter(asyncio.run(rough(running.address, options, options.rough)))
-        rounds += 1
+        rounds.append({"s": round(time.perf_counter() - start, 1), **settled(running.thread)})
     return {
-        "rounds": rounds,
         "seconds": time.perf_counter() - start,
         "answers": dict(answers),
+        "rounds": rounds,
         "before": before,
         "after": settled(running.thread),
     }

@@ -2,9 +2,10 @@
 
 python benchmarks/warm_caption.py IMAGE OUT.csv [--model NAME] [--runs 10] [--device auto]
 
-A row a call, in turns: `version` (the command line alone), `warm` (the resident engine, after one
-call that is not counted), `cold` (`--keep-loaded 0`). Wall time and processor time of the command
-itself.
+A row a call, in turns: `python` (which does nothing), `version` and `help` (the command line
+alone), `warm` (the resident engine, after one call that is not counted), `cold`
+(`--keep-loaded 0`). Wall time and processor time of the command itself. Modules are compiled once,
+as an installed package's are, whatever PYTHONDONTWRITEBYTECODE says.
 Then `stop`: how long the command took, and how many bytes of the GPU are used before and after.
 """
 
@@ -25,9 +26,11 @@ COLUMNS = ("what", "wall_s", "user_s", "system_s", "gpu_free_bytes")
 
 
 def timed(arguments: list[str]) -> dict[str, float | int | None]:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     begun = time.perf_counter()
     child = subprocess.Popen(
-        [sys.executable, "-m", "qwencli", *arguments],
+        [sys.executable, *arguments],
+        env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -35,7 +38,7 @@ def timed(arguments: list[str]) -> dict[str, float | int | None]:
     wall_s = time.perf_counter() - begun
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
-        sys.exit(f"qwencli {' '.join(arguments)} ended with exit code {child.returncode}")
+        sys.exit(f"{' '.join(arguments)} ended with exit code {child.returncode}")
     return {
         "wall_s": wall_s,
         "user_s": usage.ru_utime,
@@ -56,20 +59,23 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", default="24")
     parser.add_argument("--runs", type=int, default=10)
     said = parser.parse_args()
-    caption = ["caption", str(said.image), "--device", said.device, "--greedy"]
+    command = ["-m", "qwencli"]
+    caption = [*command, "caption", str(said.image), "--device", said.device, "--greedy"]
     caption += ["--load-format", said.load_format, "--max-new-tokens", said.max_new_tokens]
     caption += ["--model", said.model] if said.model else []
     calls = {
-        "version": ["--version"],
+        "python": ["-c", "pass"],
+        "version": [*command, "--version"],
+        "help": [*command, "--help"],
         "warm": [*caption, "--keep-loaded", "10m"],
         "cold": [*caption, "--keep-loaded", "0"],
     }
-    timed(["stop"])
+    timed([*command, "stop"])
     rows: list[dict[str, object]] = [{"what": "first", **timed(calls["warm"])}]
     for _ in range(said.runs):
         rows += [{"what": what, **timed(arguments)} for what, arguments in calls.items()]
     rows.append({"what": "before stop", "gpu_free_bytes": gpu_free_bytes()})
-    rows.append({"what": "stop", **timed(["stop"])})
+    rows.append({"what": "stop", **timed([*command, "stop"])})
     with said.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

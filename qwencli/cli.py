@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import functools
 import importlib
 import os
+import re
 import sys
 import warnings
-from typing import Annotated, Any
+from enum import StrEnum
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from qwencli import __version__
 from qwencli.errors import OutputError, QwenCliError, StoppedError, UsageError
@@ -65,14 +68,64 @@ class _Root(TyperGroup):
                 self.commands[name] = _made(name)
         return super().get_command(ctx, cmd_name)
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        return [_plainly_read(each) for each in super().get_params(ctx)]
+
+
+class _Command(TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return [_plainly_read(each) for each in super().get_params(ctx)]
+
 
 def _made(name: str) -> Any:
     part, alone = command_of(name), typer.Typer(add_completion=False)
     if isinstance(part, typer.Typer):
         alone.add_typer(part, name=name)
         return typer.main.get_group(alone).commands[name]
-    alone.command(name)(part)
+    alone.command(name, cls=_Command)(part)
     return typer.main.get_command(alone)
+
+
+def _plainly_read(parameter: Any) -> Any:
+    """Have a parameter's value read without pydantic where it is written plainly: loading that
+    takes longer than a caption by a model that is kept loaded. Everything else, faults included,
+    is typer's."""
+    read = getattr(parameter, "type_descriptor", None)  # older typers know no pydantic
+    if read is not None and read.parameter_info.parser is None:
+        parameter.process_value = functools.partial(_value, parameter, read)
+    return parameter
+
+
+def _value(parameter: Any, read: Any, context: Any, value: Any) -> Any:
+    kind, several = read.annotation, parameter.multiple or parameter.nargs == -1
+    if value is None:
+        plain: Any = () if several else None
+        is_plain = not parameter.required
+    elif several:
+        plain = list(value)
+        is_plain = get_origin(kind) is list and get_args(kind) == (str,) and bool(plain)
+    else:
+        plain = _plain(kind, value)
+        least, most = read.parameter_info.min, read.parameter_info.max
+        is_plain = plain is not None and not (
+            (least is not None and plain < least) or (most is not None and plain > most)
+        )
+    if not is_plain:
+        return type(parameter).process_value(parameter, context, value)
+    return plain if parameter.callback is None else parameter.callback(context, parameter, plain)
+
+
+def _plain(kind: Any, value: Any) -> Any:
+    """`value` as a `kind`; None where it is not plainly one."""
+    if kind is str or not isinstance(value, str):
+        return value if type(value) is kind else None
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return kind._value2member_map_.get(value) if type(value) is str else value
+    if kind is int and re.fullmatch("-?[0-9]{1,15}", value):
+        return int(value)
+    if kind is float and re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,15})?", value):
+        return float(value)
+    return None
 
 
 app = typer.Typer(

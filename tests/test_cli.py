@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 
 import pytest
+import typer
 
 from qwencli import __version__, cli
 from qwencli.errors import DeviceError, UsageError
@@ -38,6 +40,37 @@ def test_help_and_version_import_nothing_heavy(arguments):
         "print('LOADED', loaded, code)"
     )
     assert done.stdout.splitlines()[-1] == "LOADED [] 0", done.stderr
+
+
+# What may be written for a value, plainly or not.
+WRITTEN = (
+    "4", "-1", "007", " 5", "1e3", "0x10", "1_000", "٣", "nan", "inf", "0.5", ".5", "5.", "+2",
+    "4bit", "4BIT", "auto", "true", "no", "", "-", "a b", "é", "99999999999999999999", "769",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["caption", "chat", "serve"])
+def test_values_are_read_as_typer_reads_them(name):
+    """Plain ones without pydantic, which would take longer than a caption of a kept model."""
+    command = typer.main.get_group(cli.app).get_command(None, name)
+    context = command.context_class(command)
+
+    def outcome(read, value):
+        try:
+            got = read(context, value)
+        except Exception as error:  # noqa: BLE001 - compared
+            return type(error), str(error)
+        return type(got), repr(got)
+
+    for parameter in command.get_params(context):
+        theirs = functools.partial(type(parameter).process_value, parameter)
+        if parameter.callback is not None:
+            continue
+        several = parameter.multiple or parameter.nargs == -1
+        values = [[text] for text in WRITTEN] + [("a", "b"), ()] if several else list(WRITTEN)
+        for value in (*values, None, parameter.get_default(context)):
+            wanted = outcome(theirs, value)
+            assert outcome(parameter.process_value, value) == wanted, (parameter.name, value)
 
 
 def test_the_command_line_works_without_torch():

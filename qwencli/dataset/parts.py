@@ -13,8 +13,6 @@ import json
 import lzma
 import os
 import re
-import tarfile
-import tempfile
 import threading
 import time
 import zlib
@@ -218,6 +216,8 @@ def members(archive: Path) -> Iterator[tuple[str, Part]]:
     Raises:
         InputError: it is damaged or not there; what stands before the damage was given.
     """
+    import tarfile
+
     found: list[tuple[str, int, int]] = []
     failure: InputError | None = None
     try:
@@ -286,6 +286,8 @@ class _Unpacked:
 @functools.lru_cache(maxsize=2)
 def _unpacked(archive: str, module: str, mtime_ns: int, size: int) -> _Unpacked:
     """What an archive unpacks to."""
+    import tempfile
+
     try:
         opener = importlib.import_module(module)
     except ImportError as error:

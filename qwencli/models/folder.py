@@ -1,22 +1,22 @@
 """Checks a model folder before anything is loaded: minutes of loading should not end in a surprise.
 
 Reads config.json, the weight index and the headers of the weight files; no tensor data, no torch.
+What reads tensors is imported where it is used: a caption by a model that is kept loaded needs
+config.json alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwencli.errors import ModelFileError
-from qwencli.models.checkpoint import as_stored, check_layout, find_sources, missing_error
 from qwencli.models.config_values import read_json_object
-from qwencli.models.quant_formats import format_of
-from qwencli.models.shape_reader import read_shape
-from qwencli.models.shapes import ModelShape
-from qwencli.models.tensors import HEAD, canonical_tensors, expected_tensors, is_quantizable
-from qwencli.models.weight_files import StoredTensor, find_weights, some, stored_tensors
+
+if TYPE_CHECKING:
+    from qwencli.models.shapes import ModelShape
+    from qwencli.models.weight_files import StoredTensor
 
 # Each inner tuple is one way to have what is needed; all its files must be there.
 _TOKENIZER = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -78,6 +78,8 @@ def _check_links(folder: Path) -> None:
         if path.suffix in _MODEL_SUFFIXES and path.is_symlink() and not path.exists()
     ]
     if broken:
+        from qwencli.models.weight_files import some
+
         raise ModelFileError(
             f"{folder}: links to files that are not there: {some(broken)}",
             "download the model again, or copy the files themselves",
@@ -93,6 +95,8 @@ def _check_pointers(folder: Path) -> None:
                 if file.read(len(_POINTER)) == _POINTER:
                     pointers.append(path.name)
     if pointers:
+        from qwencli.models.weight_files import some
+
         raise ModelFileError(
             f"{folder}: Git LFS pointers instead of the files themselves: {some(pointers)}",
             f"run `git lfs pull` in {folder}",
@@ -119,6 +123,8 @@ def _something_else(folder: Path) -> ModelFileError | None:
         return ModelFileError(f"{folder}: is a folder of the hub cache", f"use --model {repo_id}")
     inside = sorted(name for name in names if (folder / name / "config.json").is_file())
     if inside:
+        from qwencli.models.weight_files import some
+
         return ModelFileError(
             f"{folder}: no config.json, but in the folders within it: {some(inside)}",
             f"give one of those, such as {folder / inside[-1]}",
@@ -148,6 +154,9 @@ def check_folder(folder: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
     Raises:
         ModelFileError: naming the file or tensor at fault; see the tests for each case.
     """
+    from qwencli.models.shape_reader import read_shape
+    from qwencli.models.weight_files import find_weights, stored_tensors
+
     config = read_config(folder)
     shape = read_shape(config, str(folder / "config.json"))
     _check_mlx(folder, config)
@@ -168,6 +177,9 @@ def is_complete(folder: Path, *, allow_pickle: bool = False) -> bool:
 
     An interrupted download fails this: files appear under their own name only when finished.
     """
+    from qwencli.models.shape_reader import read_shape
+    from qwencli.models.weight_files import find_weights
+
     try:
         vision = read_shape(read_config(folder)).vision
         find_weights(folder, allow_pickle=allow_pickle)
@@ -182,6 +194,9 @@ def is_complete(folder: Path, *, allow_pickle: bool = False) -> bool:
 def _check_tensors(
     folder: Path, config: Mapping[str, Any], shape: ModelShape, stored: Mapping[str, StoredTensor]
 ) -> ModelShape:
+    from qwencli.models.checkpoint import find_sources
+    from qwencli.models.quant_formats import format_of
+
     try:
         packed = format_of(config, stored)
     except ModelFileError:
@@ -193,6 +208,9 @@ def _check_unpacked(
     folder: Path, shape: ModelShape, stored: Mapping[str, StoredTensor]
 ) -> ModelShape:
     """Of a scheme that is not read here: the tensors that no scheme packs."""
+    from qwencli.models.checkpoint import as_stored, check_layout, missing_error
+    from qwencli.models.tensors import HEAD, canonical_tensors, expected_tensors, is_quantizable
+
     check_layout(folder, stored)
     found = canonical_tensors(stored, shape)
     shape = as_stored(shape, found)

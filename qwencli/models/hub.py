@@ -24,8 +24,6 @@ from qwencli.config import LoadFormat, ModelSpec
 from qwencli.errors import DownloadError, ModelFileError
 from qwencli.models.config_values import read_json_object
 from qwencli.models.folder import check_folder, is_complete, read_config
-from qwencli.models.shape_reader import read_shape
-from qwencli.models.weight_files import PICKLE_SUFFIXES
 
 _PREFIX = "models--"
 # Lies in a repository's folder from the start of our download to its end; see `download`.
@@ -132,7 +130,6 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
-_PICKLES = tuple("*" + suffix for suffix in PICKLE_SUFFIXES)
 _LOG_IN = "accept the model's terms on its page, then log in with `hf auth login` or set HF_TOKEN"
 _LATER = "run the same command again: what has arrived is kept"
 
@@ -146,6 +143,8 @@ def download(repo_id: str, *, offline: bool = False, allow_pickle: bool = False)
     """
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's or httpx2's
+
+    from qwencli.models.shape_reader import read_shape
 
     if offline or constants.HF_HUB_OFFLINE:
         raise _offline(repo_id, "--offline" if offline else "HF_HUB_OFFLINE")
@@ -177,15 +176,18 @@ def download(repo_id: str, *, offline: bool = False, allow_pickle: bool = False)
 
 def _wanted(info: ModelInfo, allow_pickle: bool) -> dict[str, int]:
     """File name -> bytes of what is to be fetched: files at the top of the repository."""
+    from qwencli.models.weight_files import PICKLE_SUFFIXES
+
     sizes = {f.rfilename: f.size or 0 for f in info.siblings or () if "/" not in f.rfilename}
     patterns: tuple[str, ...] = _PATTERNS
-    if not _matching(sizes, ("*.safetensors",)) and _matching(sizes, _PICKLES):
+    pickles = tuple("*" + suffix for suffix in PICKLE_SUFFIXES)
+    if not _matching(sizes, ("*.safetensors",)) and _matching(sizes, pickles):
         if not allow_pickle:
             raise ModelFileError(
                 f"{info.id}: has only pickle weights, which can run code",
                 "use a safetensors version of the model, or pass --allow-pickle if you trust it",
             )
-        patterns = _PATTERNS + _PICKLES
+        patterns = _PATTERNS + pickles
     wanted = {name: sizes[name] for name in _matching(sizes, patterns)}
     if "config.json" not in wanted:
         raise ModelFileError(
@@ -328,6 +330,8 @@ def check_model(spec: ModelSpec, load_format: LoadFormat) -> Mapping[str, bool]:
     Raises:
         ModelFileError: as when an engine opens it.
     """
+    from qwencli.models.shape_reader import read_shape
+
     if load_format is LoadFormat.DUMMY:
         return read_shape(dummy_config(spec), spec.name).text.traits
     folder = spec.path or (find_cached(spec.repo_id) if spec.repo_id else None)

@@ -22,8 +22,6 @@ from qwencli.models.custom import HUB_ID, CustomModels, as_folder, load_custom_m
 from qwencli.models.families import FAMILIES
 from qwencli.models.folder import read_config
 from qwencli.models.hub import BUNDLED_NAME, bundled_folder, find_cached
-from qwencli.models.memory import estimate
-from qwencli.models.shape_reader import read_shape
 from qwencli.models.user_config import CONFIG_FILE, configured_model, user_config_folder
 
 ENVIRONMENT_KEY = "QWENCLI_MODEL"
@@ -263,5 +261,8 @@ def _candidates() -> list[ModelSpec]:
 
 
 def _needed(spec: ModelSpec, quantization: Quantization) -> int:
+    from qwencli.models.memory import estimate
+    from qwencli.models.shape_reader import read_shape
+
     assert spec.hub_config is not None, "built-ins come with their configuration"
     return estimate(read_shape(spec.hub_config, spec.name), quantization).total

@@ -11,10 +11,8 @@ import json
 import os
 import platform
 import re
-import secrets
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -101,6 +99,9 @@ def is_alive(pid: int) -> bool:
 
 def write_state(folder: Path, port: int, build_said: str) -> State:
     """Write the file whole, readable by its user alone."""
+    import secrets
+    import tempfile
+
     state = State(os.getpid(), port, secrets.token_urlsafe(32), build_said)
     descriptor, beside = tempfile.mkstemp(dir=folder)  # mode 0600
     try:
