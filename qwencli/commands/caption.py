@@ -90,7 +90,7 @@ def _caption(
     from qwencli.commands.captions import Captions, print_captions
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.requests import running_engine, system_messages
-    from qwencli.dataset.sources import named_inputs
+    from qwencli.dataset.named_inputs import named_inputs
     from qwencli.messages import GenerationRequest, VisualPart, user_message
 
     if not (inputs or chosen.is_used):

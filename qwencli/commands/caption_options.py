@@ -41,7 +41,7 @@ def _is_folder(named: str, frames: int | None) -> bool:
 
 
 def _is_shard(named: str) -> bool:
-    from qwencli.dataset.parts import is_shard
+    from qwencli.dataset.shards import is_shard
 
     return is_shard(named) and not os.path.isdir(named)
 

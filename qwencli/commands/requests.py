@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from qwencli.capabilities import check_thinking
 from qwencli.config import EngineConfig, LoadFormat, ModelSource
+from qwencli.dataset.named_inputs import local_path
 from qwencli.dataset.parts import Held, address_of
-from qwencli.dataset.sources import local_path
 from qwencli.errors import (
     AnswerError,
     InputError,

@@ -7,7 +7,8 @@ import re
 import shlex
 from pathlib import Path
 
-from qwencli.dataset.sources import VIDEO_SUFFIXES, local_path
+from qwencli.dataset.named_inputs import local_path
+from qwencli.dataset.sources import VIDEO_SUFFIXES
 from qwencli.errors import InputError, UsageError
 
 # Pieces in quotes, escaped characters, and others, as a shell puts them together. Possessive: a

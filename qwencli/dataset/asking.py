@@ -23,9 +23,10 @@ from qwencli.dataset.guards import (
     Guards,
     retry_of,
 )
+from qwencli.dataset.hints import picture_fields, read_hints
 from qwencli.dataset.languages import language_wanted
 from qwencli.dataset.pipeline import Stages, Task
-from qwencli.dataset.prompting import PromptSet, Question, Template, picture_fields, read_hints
+from qwencli.dataset.prompting import PromptSet, Question, Template
 from qwencli.dataset.shape import Shape, TokenCount
 from qwencli.dataset.sources import Item, Listing, Slot
 from qwencli.errors import CaptionError, InputError

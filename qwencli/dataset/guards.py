@@ -19,8 +19,8 @@ from enum import StrEnum
 
 from qwencli.config import SAMPLING_BOUNDS, SamplingOptions, SamplingParams
 from qwencli.dataset.chatter import find_closing, find_preamble, find_refusal
+from qwencli.dataset.hints import is_tag_list
 from qwencli.dataset.languages import LANGUAGES, language_wanted, spoken_otherwise
-from qwencli.dataset.prompting import is_tag_list
 from qwencli.dataset.shape import Shape, banned, ends_whole, sentences, without_thoughts, words
 from qwencli.errors import UsageError
 from qwencli.results import FinishReason

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwencli.dataset.prompting import Template, is_tag_list
+from qwencli.dataset.hints import is_tag_list
+from qwencli.dataset.prompting import Template
 from qwencli.errors import InputError, UsageError
 
 TokenCount = Callable[[str], int]

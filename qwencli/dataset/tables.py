@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from qwencli.dataset.parts import pyarrow_parquet
+from qwencli.dataset.shards import pyarrow_parquet
 from qwencli.dataset.sinks import flush_folder, partial_path, put_in_place
 from qwencli.dataset.sources import CAPTION, Slot
 from qwencli.errors import InputError, OutputError, UsageError

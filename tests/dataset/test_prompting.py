@@ -10,16 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwencli.dataset.hints import MAX_HINT_BYTES, is_tag_list, picture_fields, read_hints
 from qwencli.dataset.prompting import (
-    MAX_HINT_BYTES,
     PromptSet,
     Template,
     Weighted,
     drawn,
-    is_tag_list,
-    picture_fields,
     prompt_set,
-    read_hints,
     read_prompt_file,
 )
 from qwencli.errors import InputError, UsageError

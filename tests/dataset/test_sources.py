@@ -19,14 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from qwencli.dataset.named_inputs import named_inputs
 from qwencli.dataset.parts import Held, safe_key
-from qwencli.dataset.sources import (
-    Selection,
-    glob_pattern,
-    list_inputs,
-    named_inputs,
-    natural_key,
-)
+from qwencli.dataset.sources import Selection, glob_pattern, list_inputs, natural_key
 from qwencli.errors import InputError
 from tests.dataset.conftest import captions, failures
 from tests.media_corpus import encoded
@@ -224,7 +219,7 @@ def test_what_stands_before_the_damage_of_a_compressed_archive_is_captioned(
     [failed] = failures(tmp_path / "files")
     assert failed["path"] == "a.tar.gz" and "damaged" in failed["reason"]
     # One that is made to fill a disk, and one that this Python may not read.
-    monkeypatch.setattr("qwencli.dataset.parts._SMALL_BYTES", 1000)
+    monkeypatch.setattr("qwencli.dataset.shards._SMALL_BYTES", 1000)
     tar_of(folder / "bomb.tar.gz", {"a.png": bytes(2**22)}, "w:gz")
     (folder / "b.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(100))
     named = [folder / "bomb.tar.gz", folder / "b.tar.zst"]
