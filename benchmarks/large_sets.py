@@ -122,7 +122,7 @@ def listing(given: argparse.Namespace) -> None:
     from qwencli.dataset.caption_set import open_set
     from qwencli.dataset.sinks import Sidecars
     from qwencli.dataset.sources import Selection, list_inputs
-    from qwencli.dataset.worklist import Wish
+    from qwencli.dataset.worklist import WorklistOptions
 
     with tempfile.TemporaryDirectory(dir=given.work) as name:
         folder = Path(name)
@@ -132,7 +132,9 @@ def listing(given: argparse.Namespace) -> None:
             times = [time.perf_counter(), time.process_time()]
             found = list_inputs([name], Selection(recursive=True))
             listed_s = time.perf_counter() - times[0]
-            with open_set(found, folder, Sidecars(folder), Wish(), {}, look_only=True) as whole:
+            with open_set(
+                found, folder, Sidecars(folder), WorklistOptions(), {}, look_only=True
+            ) as whole:
                 assert (whole.work.num_existing, len(whole.work.tasks)) == (given.files, 0)
             checked_s = time.perf_counter() - times[0]
             cpu_s = time.process_time() - times[1]

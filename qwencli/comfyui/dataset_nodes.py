@@ -25,21 +25,21 @@ from qwencli.config import Existing
 from qwencli.errors import InputError, OutOfMemoryError, UsageError
 
 if TYPE_CHECKING:
-    from qwencli.dataset.asking import Manner
+    from qwencli.dataset.caption_processor import CaptionConfig
     from qwencli.dataset.caption_set import Totals
     from qwencli.dataset.sources import Listing
     from qwencli.results import GenerationResult
 
 
 def caption_folder(values: Values) -> tuple[Any, ...]:
-    from qwencli.dataset.asking import Asking, Manner
+    from qwencli.dataset.caption_format import CaptionFormat
+    from qwencli.dataset.caption_processor import CaptionConfig, CaptionProcessor
     from qwencli.dataset.caption_set import open_set, place_of
     from qwencli.dataset.pipeline import Captioned, Outcome
     from qwencli.dataset.prompting import Template, prompt_set
-    from qwencli.dataset.shape import Shape
     from qwencli.dataset.sources import Listing
-    from qwencli.dataset.worker import Alone
-    from qwencli.dataset.worklist import Wish
+    from qwencli.dataset.worker import LocalCaptioner
+    from qwencli.dataset.worklist import WorklistOptions
 
     listing = _listing(values)
     prefix, suffix = (
@@ -52,24 +52,26 @@ def caption_folder(values: Values) -> tuple[Any, ...]:
         frames=[each for each in (prefix, suffix) if each is not None],
     )
     budget, sampling = thinking_budget(values), sampling_options(values)
-    manner = Manner(prompts, Shape(prefix, suffix), thinking_budget=budget)
+    caption_config = CaptionConfig(prompts, CaptionFormat(prefix, suffix), thinking_budget=budget)
     extension, output = values["caption_extension"].strip() or ".txt", values["output"].strip()
     place = place_of(listing, Path(output) if output else None, extension)
     where = Listing(listing.base)
-    asking = Asking(
-        manner,
+    processor = CaptionProcessor(
+        caption_config,
         where,
         sampling,
         where.open,
         system=system_messages(values),
         caption_extension=extension,
     )
-    asking.check_fields(listing.items)
-    wish = Wish(choice_of(values, "existing", Existing), retry_failed=values["retry_failed"])
+    processor.check_fields(listing.items)
+    options = WorklistOptions(
+        choice_of(values, "existing", Existing), retry_failed=values["retry_failed"]
+    )
     wanted = wanted_engine(values)
     settings = {
         "model": wanted.config.model.name,
-        **manner.settings(),
+        **caption_config.settings(),
         "system": values["system"].strip() or None,
         "frames": None,
         "sampling": asdict(sampling),
@@ -78,7 +80,7 @@ def caption_folder(values: Values) -> tuple[Any, ...]:
     failed: list[str] = []
     last: list[GenerationResult] = []
     with open_set(
-        listing, place.root, place.sink, wish, settings, manifest_name=place.manifest
+        listing, place.root, place.sink, options, settings, manifest_name=place.manifest
     ) as whole:
         work, done = whole.work, 0
         tell = comfy_host.progress(max(1, len(work.tasks)))
@@ -97,7 +99,7 @@ def caption_folder(values: Values) -> tuple[Any, ...]:
             whole.begin(report)
             if work.tasks:
                 with EngineUse(values) as use:
-                    whole.caption(Alone(use.engine, asking), report, lambda: False)
+                    whole.caption(LocalCaptioner(use.engine, processor), report, lambda: False)
                     statistics = use.statistics(last) if last else statistics
             whole.end()
         failures, totals = whole.write_failures(), whole.totals
@@ -153,32 +155,32 @@ def _is_there(path: str) -> bool:
 
 
 def structured_captions(values: Values) -> tuple[Any, ...]:
-    from qwencli.dataset.asking import Manner
+    from qwencli.dataset.caption_processor import CaptionConfig
     from qwencli.dataset.guards import Guards
     from qwencli.dataset.prompting import asks_for
     from qwencli.engine.constrained import SchemaCheck, read_schema
 
     schema = read_schema(values["schema"], "schema")
     prompt = _escaped(values["prompt"]) or asks_for(schema)
-    manner = Manner(
+    caption_config = CaptionConfig(
         _prompts(prompt),
         guards=Guards(invalid=SchemaCheck(schema)),
         schema=schema,
         thinking_budget=thinking_budget(values),
     )
-    texts, statistics = _shaped(values, Batch(values["images"], "images"), manner)
+    texts, statistics = _shaped(values, Batch(values["images"], "images"), caption_config)
     one = texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
     return one, texts, statistics
 
 
 def find_boxes(values: Values) -> tuple[Any, ...]:
     from qwencli.dataset import boxes
-    from qwencli.dataset.asking import Manner
+    from qwencli.dataset.caption_processor import CaptionConfig
     from qwencli.dataset.guards import Guards
     from qwencli.engine.constrained import SchemaCheck, read_schema
 
     schema = read_schema(boxes.schema(), "the schema of boxes")
-    manner = Manner(
+    caption_config = CaptionConfig(
         _prompts(_escaped(values["prompt"]) or boxes.PROMPT),
         guards=Guards(invalid=SchemaCheck(schema)),
         schema=schema,
@@ -186,7 +188,7 @@ def find_boxes(values: Values) -> tuple[Any, ...]:
         thinking_budget=thinking_budget(values),
     )
     batch = Batch(values["images"], "images")
-    texts, statistics = _shaped({"system": "", **values}, batch, manner)
+    texts, statistics = _shaped({"system": "", **values}, batch, caption_config)
     found = [json.loads(text) for text in texts]
     drawn = [boxes.draw(batch.image(index), each, None) for index, each in enumerate(found)]
     mask = batch.masks_like([[box["bbox_2d"] for box in each] for each in found])
@@ -204,34 +206,34 @@ def _prompts(prompt: str) -> Any:
     return prompt_set(prompt=prompt, default="")
 
 
-def _shaped(values: Values, batch: Batch, manner: Manner) -> tuple[list[str], str]:
-    """An answer about each picture in the form that `manner` wants, and statistics.
+def _shaped(values: Values, batch: Batch, caption_config: CaptionConfig) -> tuple[list[str], str]:
+    """An answer about each picture in the form that `caption_config` wants, and statistics.
 
     Raises:
         QwenCliError: the first picture that has no such answer.
     """
-    from qwencli.dataset.asking import Asking
+    from qwencli.dataset.caption_processor import CaptionProcessor
     from qwencli.dataset.pipeline import Failed, Outcome, Task, outcomes
     from qwencli.dataset.sources import Item, Listing
-    from qwencli.dataset.worker import make_ready
+    from qwencli.dataset.worker import adapt_to_model
 
     parts = {batch.name_of(index): index for index in range(len(batch))}
     tasks = [Task(Item(name)) for name in parts]
-    asking = Asking(
-        manner,
+    processor = CaptionProcessor(
+        caption_config,
         Listing(Path()),
         sampling_options(values),
         lambda item: batch.part(parts[item.key]),
         system=system_messages(values),
     )
     with EngineUse(values) as use:
-        make_ready(use.engine, asking)
+        adapt_to_model(use.engine, processor)
         made: dict[str, Outcome] = {}
         tell, waiting = comfy_host.progress(len(tasks)), tasks
         for last_try in (False, True):
             left, expected = iter(waiting), expected_requests(use.engine, len(waiting))
             take = functools.partial(next, left, None)
-            for outcome in outcomes(use.engine, take, asking.stages(), expected=expected):
+            for outcome in outcomes(use.engine, take, processor.stages(), expected=expected):
                 made[outcome.task.item.key] = outcome
                 tell(len(made))
             waiting = [task for task in tasks if _ran_out(made[task.item.key])]

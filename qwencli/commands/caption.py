@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
+from qwencli.commands.caption_options import CaptionOptions, FolderOptions
 from qwencli.commands.options import (
     Frames,
     KeepOptions,
     RunOptions,
-    SetOptions,
-    ShapeOptions,
     Think,
     ThinkingBudget,
     thoughts,
@@ -46,8 +45,8 @@ def caption(
     thinking_budget: ThinkingBudget = None,
     profile: Profile = None,
     *,
-    chosen: SetOptions,
-    shape: ShapeOptions,
+    chosen: FolderOptions,
+    options: CaptionOptions,
     keep: KeepOptions,
     run: RunOptions,
 ) -> None:
@@ -63,7 +62,7 @@ def caption(
         raise UsageError("--ray and --profile exclude each other", "profile one machine")
     with profiled(profile, sink):
         _caption(
-            sink, inputs or (), prompt, preset, system, frames, chosen, shape, keep, run,
+            sink, inputs or (), prompt, preset, system, frames, chosen, options, keep, run,
             multi_image=multi_image, think=think, thinking_budget=thinking_budget,
         )  # fmt: skip
 
@@ -75,8 +74,8 @@ def _caption(
     preset: str | None,
     system: str | None,
     frames: int | None,
-    chosen: SetOptions,
-    shape: ShapeOptions,
+    chosen: FolderOptions,
+    options: CaptionOptions,
     keep: KeepOptions,
     run: RunOptions,
     *,
@@ -86,7 +85,7 @@ def _caption(
 ) -> None:
     # Here and not above: `--help` needs none of it.
     from qwencli.commands.caption_folder import caption_folder
-    from qwencli.commands.caption_options import is_set, manner_of
+    from qwencli.commands.caption_options import build_caption_config, is_set
     from qwencli.commands.captions import Captions, print_captions
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.requests import running_engine, system_messages
@@ -100,43 +99,43 @@ def _caption(
     whole_set = is_set(named, chosen, frames)
     sampling = run.sampling_options()
     thinking, thinking_budget = thoughts(think, thinking_budget, sampling)
-    if thinking and (whole_set or shape.is_used):
+    if thinking and (whole_set or options.is_used):
         if thinking_budget is None:
             raise UsageError(
                 "--think without a bound is for a few pictures in a plain prompt",
                 "give --thinking-budget N as well, or leave it out here",
             )
-        if shape.starts_with is not None:
+        if options.starts_with is not None:
             raise UsageError("--starts-with and thinking exclude each other", "use one")
     if whole_set:
         if multi_image:
             raise UsageError("--multi-image is for a few pictures", "leave it out for a folder")
-        manner = manner_of(shape, run, prompt, preset, thinking_budget)
+        caption_config = build_caption_config(options, run, prompt, preset, thinking_budget)
         caption_folder(
             named,
             chosen,
             run,
             sink,
-            manner=manner,
+            caption_config=caption_config,
             system=system,
             frames=frames,
-            overlay=shape.overlay,
+            overlay=options.overlay,
             keep_s=keep_s,
         )
         return
-    if multi_image and shape.is_used:
-        raise UsageError(f"{shape.first_used} and --multi-image exclude each other", "use one")
+    if multi_image and options.is_used:
+        raise UsageError(f"{options.first_used} and --multi-image exclude each other", "use one")
     images = named
-    if shape.is_used:
-        manner = manner_of(shape, run, prompt, preset, thinking_budget)
+    if options.is_used:
+        caption_config = build_caption_config(options, run, prompt, preset, thinking_budget)
         print_captions(
             images,
             run,
             sink,
-            manner=manner,
+            caption_config=caption_config,
             system=system,
             frames=frames,
-            overlay=shape.overlay,
+            overlay=options.overlay,
             keep_s=keep_s,
         )
         return

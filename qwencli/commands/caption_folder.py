@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from qwencli.commands.caption_options import caption_extension, overlay_folder, worker_devices
-from qwencli.commands.options import RunOptions, SetOptions
+from qwencli.commands.caption_options import (
+    FolderOptions,
+    caption_extension,
+    overlay_folder,
+    worker_devices,
+)
+from qwencli.commands.options import RunOptions
 from qwencli.config import Existing
 from qwencli.errors import InputError, UsageError
 from qwencli.output import Output
 
 if TYPE_CHECKING:
     from qwencli.config import EngineConfig
-    from qwencli.dataset.asking import Asking, Manner
-    from qwencli.dataset.parts import Held
+    from qwencli.dataset.caption_processor import CaptionConfig, CaptionProcessor
+    from qwencli.dataset.parts import StdinPart
     from qwencli.dataset.pipeline import Outcome
     from qwencli.dataset.worker import Captioner
 
@@ -32,12 +37,12 @@ _COMPUTES = (
 
 
 def caption_folder(
-    inputs: Sequence[str | Held],
-    chosen: SetOptions,
+    inputs: Sequence[str | StdinPart],
+    chosen: FolderOptions,
     run: RunOptions,
     sink: Output,
     *,
-    manner: Manner,
+    caption_config: CaptionConfig,
     system: str | None,
     frames: int | None,
     overlay: str | None = None,
@@ -46,17 +51,17 @@ def caption_folder(
     """Caption pictures into files beside them; leaves with exit code 1 where one failed."""
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.requests import system_messages
-    from qwencli.dataset.asking import Asking
     from qwencli.dataset.boxes import Overlays
+    from qwencli.dataset.caption_processor import CaptionProcessor
     from qwencli.dataset.caption_set import open_set, place_of
     from qwencli.dataset.manifest import STATE_FOLDER
     from qwencli.dataset.pipeline import Stopper
     from qwencli.dataset.run_report import RunReport
     from qwencli.dataset.sources import Listing, Selection, list_inputs
-    from qwencli.dataset.worklist import Wish
+    from qwencli.dataset.worklist import WorklistOptions
 
     sampling = run.sampling_options()
-    if manner.schema is not None and chosen.existing in (Existing.APPEND, Existing.PREPEND):
+    if caption_config.schema is not None and chosen.existing in (Existing.APPEND, Existing.PREPEND):
         raise UsageError(
             f"--existing {chosen.existing} and --schema exclude each other",
             "use --existing overwrite, or --samples for several answers",
@@ -74,26 +79,26 @@ def caption_folder(
             f"{named}: no picture or video there",
             "--recursive looks into its folders too" if not chosen.recursive else "check the path",
         )
-    extension = caption_extension(chosen, manner)
+    extension = caption_extension(chosen, caption_config)
     place = place_of(listing, chosen.output, extension)
-    wish = Wish(
+    worklist_options = WorklistOptions(
         chosen.existing or Existing.SKIP,
-        fields=tuple(manner.prompts.fields),
+        fields=tuple(caption_config.prompts.fields),
         samples=chosen.samples,
         retry_failed=chosen.retry_failed,
     )
     # The items stay here: what asks goes to other processes.
     where = Listing(listing.base)
-    asking = Asking(
-        manner,
+    processor = CaptionProcessor(
+        caption_config,
         where,
         sampling,
         functools.partial(where.open, frames=frames, max_pixels=run.decoded_pixels(keep_s)),
         system=system_messages(system),
         caption_extension=extension,
     )
-    asking.check_fields(listing.items)
-    folder = overlay_folder(manner, overlay, place.root / STATE_FOLDER / "overlays")
+    processor.check_fields(listing.items)
+    folder = overlay_folder(caption_config, overlay, place.root / STATE_FOLDER / "overlays")
     overlays = Overlays(folder, functools.partial(where.open, frames=frames), sink.error)
 
     def tell(outcome: Outcome) -> None:
@@ -103,7 +108,7 @@ def caption_folder(
     spec = choose_model(run, sink)
     settings = {
         "model": spec.name,
-        **manner.settings(),
+        **caption_config.settings(),
         "system": system,
         "frames": frames,
         "sampling": asdict(sampling),
@@ -111,15 +116,15 @@ def caption_folder(
     }
     device = ",".join(devices) or (f"ray {chosen.ray}" if chosen.ray else run.device)
     computes = {"model": spec.name, "device": device, **_said(run)}
-    if manner.schema is not None:
+    if caption_config.schema is not None:
         # What has to keep to one takes another time.
-        computes["schema"] = hashlib.sha256(manner.schema.encode()).hexdigest()[:16]
+        computes["schema"] = hashlib.sha256(caption_config.schema.encode()).hexdigest()[:16]
     with (
         open_set(
             listing,
             place.root,
             place.sink,
-            wish,
+            worklist_options,
             settings,
             manifest_name=place.manifest,
             redo=chosen.redo,
@@ -131,7 +136,7 @@ def caption_folder(
     ):
         reporter.begin(place.suffix, dry_run=chosen.dry_run)
         if chosen.dry_run:
-            reporter.show_questions(asking)
+            reporter.show_questions(processor)
             return
         if whole.work.tasks or whole.work.refused:
             whole.begin(reporter.add)
@@ -141,7 +146,7 @@ def caption_folder(
                 config, count = run.engine_config(spec), len(whole.work.tasks)
                 with (
                     _captioner(
-                        config, asking, count, devices, chosen.ray, sink, keep_s
+                        config, processor, count, devices, chosen.ray, sink, keep_s
                     ) as captioner,
                     stopper.watching(),
                     overlays,
@@ -160,7 +165,7 @@ def caption_folder(
 @contextmanager
 def _captioner(
     config: EngineConfig,
-    asking: Asking,
+    processor: CaptionProcessor,
     count: int,
     devices: Sequence[str],
     ray: str | None,
@@ -171,19 +176,19 @@ def _captioner(
     from qwencli.commands.requests import fetch_model, running_engine
     from qwencli.dataset.devices import DeviceWorkers
     from qwencli.dataset.ray_cluster import RayWorkers
-    from qwencli.dataset.worker import Alone, Orders
+    from qwencli.dataset.worker import LocalCaptioner, WorkerConfig
 
     if not devices and ray is None:
         with running_engine(config, sink, keep_s) as engine:
-            yield Alone(engine, asking)
+            yield LocalCaptioner(engine, processor)
         return
     fetch_model(config)
-    orders = Orders(config, asking, -(-count // max(1, len(devices))))
+    worker_config = WorkerConfig(config, processor, -(-count // max(1, len(devices))))
     workers: DeviceWorkers | RayWorkers
     if ray is not None:
-        workers, where = RayWorkers(orders, ray, sink.warn), f"Ray ({ray})"
+        workers, where = RayWorkers(worker_config, ray, sink.warn), f"Ray ({ray})"
     else:
-        workers, where = DeviceWorkers(orders, devices, sink.warn), ", ".join(devices)
+        workers, where = DeviceWorkers(worker_config, devices, sink.warn), ", ".join(devices)
     with ExitStack() as stack:
         with sink.status(f"loading {config.model.name} on {where}"):
             stack.enter_context(workers)

@@ -1,24 +1,167 @@
-"""What the options of `qwencli caption` say about a set: what is asked, what answers become, where.
+"""The options that only `caption` has, and what they say: what is asked, what answers become, where.
 
 Pure functions of options; only a schema, prompts and words are read from the files that they name.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from qwencli.commands.options import RunOptions, SetOptions, ShapeOptions
+from qwencli.commands.options import RunOptions, option
+from qwencli.config import Existing
 from qwencli.errors import UsageError
 
 if TYPE_CHECKING:
-    from qwencli.dataset.asking import Manner
-    from qwencli.dataset.parts import Held
+    from qwencli.dataset.caption_processor import CaptionConfig
+    from qwencli.dataset.parts import StdinPart
 
 
-def is_set(inputs: Sequence[str | Held], chosen: SetOptions, frames: int | None) -> bool:
+_set = functools.partial(option, "Folders and lists of pictures")
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """What a user may say about captioning a set of pictures."""
+
+    recursive: Annotated[
+        bool, _set("--recursive", "-r", text="Pictures in folders inside a folder too.")
+    ] = False
+    glob: Annotated[
+        list[str] | None,
+        _set(metavar="PATTERN", text="Only pictures whose path matches; repeatable."),
+    ] = None
+    filelist: Annotated[
+        Path | None, _set(metavar="FILE", text="Pictures to caption too, a path a line; - = stdin.")
+    ] = None
+    existing: Annotated[
+        Existing | None,
+        _set(
+            metavar="MODE",
+            text="Captions that are there: skip, overwrite, append or prepend. Default: skip.",
+        ),
+    ] = None
+    caption_extension: Annotated[
+        str | None,
+        _set(metavar=".EXT", text="Ending of caption files. Default: .txt; with --schema .json."),
+    ] = None
+    output: Annotated[
+        Path | None,
+        _set(
+            metavar="PATH",
+            text="One .jsonl, .csv, .parquet or .json (kohya) for all captions, or a folder for "
+            "the caption files. Default: files beside the pictures.",
+        ),
+    ] = None
+    devices: Annotated[
+        str | None,
+        _set(
+            metavar="all|NAMES",
+            text="A worker process on each: all NVIDIA GPUs, or such as cuda:0,cuda:1.",
+        ),
+    ] = None
+    ray: Annotated[
+        str | None,
+        _set(
+            metavar="local|ADDRESS",
+            text="On a Ray cluster, an engine on each GPU; needs the extra ray.",
+        ),
+    ] = None
+    samples: Annotated[int, _set(metavar="N", min=1, max=100, text="Captions of each picture.")] = 1
+    redo: Annotated[
+        str | None,
+        _set(metavar="CONDITION", text="Make captions again whose records meet this; as in SQL."),
+    ] = None
+    retry_failed: Annotated[bool, _set("--retry-failed", text="Try again what failed before.")] = (
+        False
+    )
+    dry_run: Annotated[
+        bool, _set("--dry-run", text="Show what would be done, and load no model.")
+    ] = False
+
+    @property
+    def is_used(self) -> bool:
+        return any(getattr(self, f.name) != f.default for f in fields(self))
+
+
+_shape = functools.partial(option, "Prompts and shape of captions")
+
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    """What a user may say about the prompts and the form of captions."""
+
+    prompt_file: Annotated[
+        Path | None, _shape(metavar="FILE", text="Prompts with weights; one is drawn a picture.")
+    ] = None
+    field: Annotated[
+        list[str] | None,
+        _shape(metavar="NAME=PROMPT", text="Ask this as well; or a preset's name. Repeatable."),
+    ] = None
+    starts_with: Annotated[
+        str | None, _shape(metavar="TEXT", text="What every answer must begin with.")
+    ] = None
+    prefix: Annotated[
+        str | None, _shape(metavar="TEXT", text="Set in front of each caption (trigger words).")
+    ] = None
+    suffix: Annotated[str | None, _shape(metavar="TEXT", text="Set behind each caption.")] = None
+    replace: Annotated[
+        list[str] | None,
+        _shape(metavar="A=B", text="Write B for the word A; or @FILE of such lines. Repeatable."),
+    ] = None
+    ban: Annotated[
+        list[str] | None,
+        _shape(metavar="WORD", text="No caption may say it; or @FILE. Repeatable."),
+    ] = None
+    max_sentences: Annotated[
+        int | None, _shape(metavar="N", min=1, text="Cut captions after N sentences.")
+    ] = None
+    max_caption_tokens: Annotated[
+        int | None,
+        _shape(metavar="N", min=1, text="Cut captions at a sentence's end within N tokens."),
+    ] = None
+    language: Annotated[
+        str | None,
+        _shape(metavar="CODE", text="Of captions, such as en. Default: that of the prompt."),
+    ] = None
+    schema: Annotated[
+        str | None,
+        _shape(
+            metavar="FILE",
+            text="Hold answers to this JSON schema; or boxes: bbox_2d in pixels, and label.",
+        ),
+    ] = None
+    overlay: Annotated[
+        str | None,
+        _shape(
+            metavar="FOLDER",
+            text="Draw the boxes of --schema boxes into PNG files there; none = do not. "
+            "Default: .qwencli/overlays beside the captions of a folder.",
+        ),
+    ] = None
+    guards: Annotated[
+        str,
+        _shape(metavar="NAMES", text="Faults to look for: all, none, loop,refusal or -preamble."),
+    ] = "all"
+    retries: Annotated[
+        int, _shape(metavar="N", min=0, max=20, text="Ask again where an answer has a fault.")
+    ] = 2
+
+    @property
+    def is_used(self) -> bool:
+        return self.first_used is not None
+
+    @property
+    def first_used(self) -> str | None:
+        used = (f.name for f in fields(self) if getattr(self, f.name) != f.default)
+        return next((f"--{name.replace('_', '-')}" for name in used), None)
+
+
+def is_set(inputs: Sequence[str | StdinPart], chosen: FolderOptions, frames: int | None) -> bool:
     """Whether captions are to be kept beside the pictures, and not printed."""
     return chosen.is_used or any(
         isinstance(each, str) and (_is_folder(each, frames) or _is_shard(each)) for each in inputs
@@ -46,7 +189,7 @@ def _is_shard(named: str) -> bool:
     return is_shard(named) and not os.path.isdir(named)
 
 
-def worker_devices(chosen: SetOptions, run: RunOptions) -> tuple[str, ...]:
+def worker_devices(chosen: FolderOptions, run: RunOptions) -> tuple[str, ...]:
     """Those of --devices; none where it was not given."""
     from qwencli.dataset.devices import named_devices
 
@@ -62,8 +205,10 @@ def worker_devices(chosen: SetOptions, run: RunOptions) -> tuple[str, ...]:
     return named_devices(chosen.devices)
 
 
-def overlay_folder(manner: Manner, overlay: str | None, default: Path | None = None) -> Path | None:
-    if not manner.boxes or overlay == "none":
+def overlay_folder(
+    caption_config: CaptionConfig, overlay: str | None, default: Path | None = None
+) -> Path | None:
+    if not caption_config.boxes or overlay == "none":
         return None
     if overlay is None:
         return default
@@ -74,13 +219,13 @@ def overlay_folder(manner: Manner, overlay: str | None, default: Path | None = N
     return folder
 
 
-def caption_extension(chosen: SetOptions, manner: Manner) -> str:
+def caption_extension(chosen: FolderOptions, caption_config: CaptionConfig) -> str:
     """The ending of caption files."""
     if chosen.caption_extension is not None:
         return chosen.caption_extension
-    if manner.schema is None:
+    if caption_config.schema is None:
         return ".txt"
-    if manner.prompts.needs_hints:
+    if caption_config.prompts.needs_hints:
         raise UsageError(
             "the prompt has fields from .json files beside the pictures, where captions of "
             "--schema would go",
@@ -89,67 +234,67 @@ def caption_extension(chosen: SetOptions, manner: Manner) -> str:
     return ".json"
 
 
-def manner_of(
-    shape: ShapeOptions,
+def build_caption_config(
+    options: CaptionOptions,
     run: RunOptions,
     prompt: str | None,
     preset: str | None,
     thinking_budget: int | None = None,
-) -> Manner:
+) -> CaptionConfig:
     """What is asked, and what becomes of answers.
 
     Raises:
         UsageError: options that are malformed or exclude each other.
         InputError: a file of prompts or words cannot be used.
     """
-    from qwencli.dataset.asking import Manner
     from qwencli.dataset.boxes import BOXES, PROMPT
+    from qwencli.dataset.caption_format import CaptionFormat, parse_ban, parse_replace
+    from qwencli.dataset.caption_processor import CaptionConfig
     from qwencli.dataset.guards import Guards, parse_guards
     from qwencli.dataset.languages import LANGUAGES
     from qwencli.dataset.prompting import Template, asks_for, prompt_set
-    from qwencli.dataset.shape import Shape, parse_ban, parse_replace
     from qwencli.engine.constrained import SchemaCheck
     from qwencli.presets import DEFAULT_PROMPT
 
-    if shape.language is not None and shape.language.lower() not in LANGUAGES:
+    if options.language is not None and options.language.lower() not in LANGUAGES:
         raise UsageError(
-            f"--language {shape.language!r} is unknown", f"use one of: {', '.join(LANGUAGES)}"
+            f"--language {options.language!r} is unknown", f"use one of: {', '.join(LANGUAGES)}"
         )
     frames = {
         name: Template(text, f"--{name.replace('_', '-')}")
         for name in ("prefix", "suffix", "starts_with")
-        if (text := getattr(shape, name)) is not None
+        if (text := getattr(options, name)) is not None
     }
-    schema = _schema(shape, run)
-    boxes = shape.schema == BOXES
-    if shape.overlay is not None and not boxes:
+    schema = _schema(options, run)
+    boxes = options.schema == BOXES
+    if options.overlay is not None and not boxes:
         raise UsageError("--overlay draws boxes", "give --schema boxes as well, or leave it out")
     prompts = prompt_set(
         prompt=prompt,
         preset=preset,
-        prompt_file=shape.prompt_file,
-        fields=shape.field or (),
+        prompt_file=options.prompt_file,
+        fields=options.field or (),
         default=PROMPT if boxes else DEFAULT_PROMPT if schema is None else asks_for(schema),
         seed=run.seed,
         frames=list(frames.values()),
     )
-    return Manner(
+    return CaptionConfig(
         prompts,
-        Shape(
+        CaptionFormat(
             prefix=frames.get("prefix"),
             suffix=frames.get("suffix"),
-            replace=parse_replace(shape.replace or ()),
-            ban=parse_ban(shape.ban or ()),
-            max_sentences=shape.max_sentences,
-            max_tokens=shape.max_caption_tokens,
+            replace=parse_replace(options.replace or ()),
+            ban=parse_ban(options.ban or ()),
+            max_sentences=options.max_sentences,
+            max_tokens=options.max_caption_tokens,
         ),
         Guards(
-            parse_guards(shape.guards),
-            shape.language and shape.language.lower(),
+            parse_guards(options.guards),
+            options.language and options.language.lower(),
             None if schema is None else SchemaCheck(schema),
         ),
         frames.get("starts_with"),
-        shape.retries,
+        options.retries,
         schema,
         boxes,
         thinking_budget,
@@ -163,7 +308,7 @@ _OF_PROSE = (
 )  # fmt: skip
 
 
-def _schema(shape: ShapeOptions, run: RunOptions) -> str | None:
+def _schema(options: CaptionOptions, run: RunOptions) -> str | None:
     """What `--schema` names, read and checked; None where it was not given.
 
     Raises:
@@ -171,18 +316,18 @@ def _schema(shape: ShapeOptions, run: RunOptions) -> str | None:
         InputError: it cannot be read, or is no schema that can be kept to.
     """
     from qwencli.dataset import boxes
-    from qwencli.dataset.shape import file_text
+    from qwencli.dataset.caption_format import file_text
     from qwencli.engine.constrained import MAX_SCHEMA_BYTES, read_schema
 
-    if shape.schema is None:
+    if options.schema is None:
         return None
-    used = [name for name in _OF_PROSE if getattr(shape, name)]
+    used = [name for name in _OF_PROSE if getattr(options, name)]
     used += ["stop"] if run.stop else []
     if used:
         flag = f"--{used[0].replace('_', '-')}"
         raise UsageError(f"{flag} and --schema exclude each other", "say it in the schema")
-    if shape.schema == boxes.BOXES:
+    if options.schema == boxes.BOXES:
         return read_schema(boxes.schema(), "--schema boxes")
-    named = f"--schema {shape.schema}"
-    text = file_text(named, Path(shape.schema), MAX_SCHEMA_BYTES)
+    named = f"--schema {options.schema}"
+    text = file_text(named, Path(options.schema), MAX_SCHEMA_BYTES)
     return read_schema(text, named)

@@ -36,8 +36,8 @@ from qwencli.output import Output, visible
 from qwencli.tracing import trace_answer
 
 if TYPE_CHECKING:
-    from qwencli.dataset.asking import Manner
-    from qwencli.dataset.parts import Held
+    from qwencli.dataset.caption_processor import CaptionConfig
+    from qwencli.dataset.parts import StdinPart
     from qwencli.dataset.pipeline import Outcome, Task
     from qwencli.dataset.sources import Slot
     from qwencli.dataset.worker import Captioner
@@ -263,28 +263,28 @@ class Captions:
 
 
 def print_captions(
-    images: Sequence[str | Held],
+    images: Sequence[str | StdinPart],
     run: RunOptions,
     sink: Output,
     *,
-    manner: Manner,
+    caption_config: CaptionConfig,
     system: str | None,
     frames: int | None,
     overlay: str | None = None,
     keep_s: float = 0.0,
 ) -> None:
-    """Print captions in the form that `manner` wants; exit code 1 where one failed."""
+    """Print captions in the form that `caption_config` wants; exit code 1 where one failed."""
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.requests import running_engine, system_messages
-    from qwencli.dataset.asking import Asking
     from qwencli.dataset.boxes import Overlays
+    from qwencli.dataset.caption_processor import CaptionProcessor
     from qwencli.dataset.pipeline import Task
     from qwencli.dataset.sources import Item, Listing
-    from qwencli.dataset.worker import Alone
+    from qwencli.dataset.worker import LocalCaptioner
 
     named = {str(each): each for each in images}
     listing = Listing(Path(), [Item(name) for name in named])
-    fields = manner.prompts.fields
+    fields = caption_config.prompts.fields
     spec = choose_model(run, sink)
     work = Captions(
         sink,
@@ -293,18 +293,18 @@ def print_captions(
         several=len(listing.items) > 1,
         max_pixels=run.decoded_pixels(keep_s),
     )
-    asking = Asking(
-        manner,
+    processor = CaptionProcessor(
+        caption_config,
         listing,
         run.sampling_options(),
         lambda item: work.open(named[item.key], frames),
         system=system_messages(system),
     )
-    asking.check_fields(listing.items)
+    processor.check_fields(listing.items)
     tasks = [Task(item, name) for item in listing.items for name in fields]
     announce_model(spec, run, sink)
     overlays = Overlays(
-        overlay_folder(manner, overlay),
+        overlay_folder(caption_config, overlay),
         lambda item: open_named(named[item.key], frames),
         sink.error,
     )
@@ -313,7 +313,7 @@ def print_captions(
         running_engine(run.engine_config(spec), sink, keep_s) as engine,
         overlays,
     ):
-        work.answer_shaped(Alone(engine, asking), tasks, overlays.add)
+        work.answer_shaped(LocalCaptioner(engine, processor), tasks, overlays.add)
     work.finish()
     if work.failed or overlays.num_failed:
         raise typer.Exit(1)

@@ -1,8 +1,8 @@
 """The options that `caption` and `chat` share, each written once.
 
 A command declares one parameter `run: RunOptions` and wears `@with_run_options`; Typer then sees
-every field of `RunOptions` as an option of that command. `caption` has `SetOptions` and
-`ShapeOptions` as well.
+every field of `RunOptions` as an option of that command. `caption_options` has those of `caption`
+alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from qwencli.config import (
     DType,
     EngineConfig,
     EngineName,
-    Existing,
     Kernels,
     KVDType,
     LoadFormat,
@@ -44,13 +43,13 @@ from qwencli.config import (
 from qwencli.errors import UsageError
 
 
-def _option(panel: str, *names: str, text: str, **settings: Any) -> Any:
+def option(panel: str, *names: str, text: str, **settings: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
 
 
-_model = functools.partial(_option, "Model")
-_sampling = functools.partial(_option, "Sampling")
-_output = functools.partial(_option, "Output")
+_model = functools.partial(option, "Model")
+_sampling = functools.partial(option, "Sampling")
+_output = functools.partial(option, "Output")
 SAMPLING = SamplingParams()
 
 
@@ -355,146 +354,6 @@ class KeepOptions:
 
         said = configured_keep_loaded(user_config_folder())
         return default_keep_s(run.device) if said is None else parse_duration(said, "keep_loaded")
-
-
-_set = functools.partial(_option, "Folders and lists of pictures")
-
-
-@dataclass(frozen=True)
-class SetOptions:
-    """What a user may say about captioning a set of pictures."""
-
-    recursive: Annotated[
-        bool, _set("--recursive", "-r", text="Pictures in folders inside a folder too.")
-    ] = False
-    glob: Annotated[
-        list[str] | None,
-        _set(metavar="PATTERN", text="Only pictures whose path matches; repeatable."),
-    ] = None
-    filelist: Annotated[
-        Path | None, _set(metavar="FILE", text="Pictures to caption too, a path a line; - = stdin.")
-    ] = None
-    existing: Annotated[
-        Existing | None,
-        _set(
-            metavar="MODE",
-            text="Captions that are there: skip, overwrite, append or prepend. Default: skip.",
-        ),
-    ] = None
-    caption_extension: Annotated[
-        str | None,
-        _set(metavar=".EXT", text="Ending of caption files. Default: .txt; with --schema .json."),
-    ] = None
-    output: Annotated[
-        Path | None,
-        _set(
-            metavar="PATH",
-            text="One .jsonl, .csv, .parquet or .json (kohya) for all captions, or a folder for "
-            "the caption files. Default: files beside the pictures.",
-        ),
-    ] = None
-    devices: Annotated[
-        str | None,
-        _set(
-            metavar="all|NAMES",
-            text="A worker process on each: all NVIDIA GPUs, or such as cuda:0,cuda:1.",
-        ),
-    ] = None
-    ray: Annotated[
-        str | None,
-        _set(
-            metavar="local|ADDRESS",
-            text="On a Ray cluster, an engine on each GPU; needs the extra ray.",
-        ),
-    ] = None
-    samples: Annotated[int, _set(metavar="N", min=1, max=100, text="Captions of each picture.")] = 1
-    redo: Annotated[
-        str | None,
-        _set(metavar="CONDITION", text="Make captions again whose records meet this; as in SQL."),
-    ] = None
-    retry_failed: Annotated[bool, _set("--retry-failed", text="Try again what failed before.")] = (
-        False
-    )
-    dry_run: Annotated[
-        bool, _set("--dry-run", text="Show what would be done, and load no model.")
-    ] = False
-
-    @property
-    def is_used(self) -> bool:
-        return any(getattr(self, f.name) != f.default for f in fields(self))
-
-
-_shape = functools.partial(_option, "Prompts and shape of captions")
-
-
-@dataclass(frozen=True)
-class ShapeOptions:
-    """What a user may say about the prompts and the form of captions."""
-
-    prompt_file: Annotated[
-        Path | None, _shape(metavar="FILE", text="Prompts with weights; one is drawn a picture.")
-    ] = None
-    field: Annotated[
-        list[str] | None,
-        _shape(metavar="NAME=PROMPT", text="Ask this as well; or a preset's name. Repeatable."),
-    ] = None
-    starts_with: Annotated[
-        str | None, _shape(metavar="TEXT", text="What every answer must begin with.")
-    ] = None
-    prefix: Annotated[
-        str | None, _shape(metavar="TEXT", text="Set in front of each caption (trigger words).")
-    ] = None
-    suffix: Annotated[str | None, _shape(metavar="TEXT", text="Set behind each caption.")] = None
-    replace: Annotated[
-        list[str] | None,
-        _shape(metavar="A=B", text="Write B for the word A; or @FILE of such lines. Repeatable."),
-    ] = None
-    ban: Annotated[
-        list[str] | None,
-        _shape(metavar="WORD", text="No caption may say it; or @FILE. Repeatable."),
-    ] = None
-    max_sentences: Annotated[
-        int | None, _shape(metavar="N", min=1, text="Cut captions after N sentences.")
-    ] = None
-    max_caption_tokens: Annotated[
-        int | None,
-        _shape(metavar="N", min=1, text="Cut captions at a sentence's end within N tokens."),
-    ] = None
-    language: Annotated[
-        str | None,
-        _shape(metavar="CODE", text="Of captions, such as en. Default: that of the prompt."),
-    ] = None
-    schema: Annotated[
-        str | None,
-        _shape(
-            metavar="FILE",
-            text="Hold answers to this JSON schema; or boxes: bbox_2d in pixels, and label.",
-        ),
-    ] = None
-    overlay: Annotated[
-        str | None,
-        _shape(
-            metavar="FOLDER",
-            text="Draw the boxes of --schema boxes into PNG files there; none = do not. "
-            "Default: .qwencli/overlays beside the captions of a folder.",
-        ),
-    ] = None
-    guards: Annotated[
-        str,
-        _shape(metavar="NAMES", text="Faults to look for: all, none, loop,refusal or -preamble."),
-    ] = "all"
-    retries: Annotated[
-        int, _shape(metavar="N", min=0, max=20, text="Ask again where an answer has a fault.")
-    ] = 2
-
-    @property
-    def is_used(self) -> bool:
-        return self.first_used is not None
-
-    @property
-    def first_used(self) -> str | None:
-        used = (f.name for f in fields(self) if getattr(self, f.name) != f.default)
-        return next((f"--{name.replace('_', '-')}" for name in used), None)
 
 
 def with_run_options(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qwencli.capabilities import check_thinking
 from qwencli.config import EngineConfig, LoadFormat, ModelSource
 from qwencli.dataset.named_inputs import local_path
-from qwencli.dataset.parts import Held, address_of
+from qwencli.dataset.parts import StdinPart, url_part
 from qwencli.errors import (
     AnswerError,
     InputError,
@@ -30,7 +30,7 @@ _SHORTEST_S = 0.2
 # What one request may end with, while others go on.
 ANSWERING_ERRORS = (InputError, OutOfMemoryError, AnswerError)
 
-Named = str | Held
+Named = str | StdinPart
 
 if TYPE_CHECKING:
     from qwencli.engine.protocol import Engine
@@ -178,7 +178,7 @@ def open_named(
     `engine.frontend.videos.open_visual`."""
     from qwencli.engine.frontend import videos
 
-    part = named if isinstance(named, Held) else address_of(named)
+    part = named if isinstance(named, StdinPart) else url_part(named)
     if part is None:
         path = local_path(Path(str(named)))
         return videos.open_visual(path, frames, beside, max_pixels=max_pixels)

@@ -17,7 +17,7 @@ from qwencli.dataset.pipeline import Captioned, Outcome
 from qwencli.dataset.sinks import CaptionWriter, Sidecars, Sink, settle, write_whole
 from qwencli.dataset.sources import PARTIAL_PREFIX, PARTIAL_SUFFIX, Listing
 from qwencli.dataset.tables import Table
-from qwencli.dataset.worklist import Wish, Worklist, work_of
+from qwencli.dataset.worklist import Worklist, WorklistOptions, plan_work
 from qwencli.errors import DatasetError, OutputError, UsageError
 from qwencli.folder_lock import FolderLock
 
@@ -52,7 +52,7 @@ class CaptionSet:
     listing: Listing
     root: Path
     sink: Sink
-    wish: Wish
+    options: WorklistOptions
     work: Worklist
     manifest: Manifest | None
     settings: Mapping[str, Any]
@@ -83,7 +83,7 @@ class CaptionSet:
         manifest, known = self.manifest, dict(captioner.facts)
         if known:
             manifest.loaded(known)
-        writer = CaptionWriter(manifest, self.sink, self.wish.existing, self.wish.redo)
+        writer = CaptionWriter(manifest, self.sink, self.options.existing, self.options.redo)
         done_before = self.totals.captioned + self.totals.failed
         started_s = time.perf_counter()
 
@@ -177,7 +177,7 @@ def open_set(
     listing: Listing,
     root: Path,
     sink: Sink,
-    wish: Wish,
+    options: WorklistOptions,
     settings: Mapping[str, Any],
     *,
     manifest_name: str = MANIFEST,
@@ -217,9 +217,9 @@ def open_set(
             sink.existing(slots)
             settled = settle(manifest, sink)
         if redo is not None:
-            wish = replace(wish, redo=frozenset(manifest.matching(redo) if manifest else ()))
-        work = work_of(listing, wish, sink, manifest, job_hash(settings))
-        yield CaptionSet(listing, root, sink, wish, work, manifest, settings, settled)
+            options = replace(options, redo=frozenset(manifest.matching(redo) if manifest else ()))
+        work = plan_work(listing, options, sink, manifest, job_hash(settings))
+        yield CaptionSet(listing, root, sink, options, work, manifest, settings, settled)
     finally:
         sink.close()
         if manifest is not None:

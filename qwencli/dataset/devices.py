@@ -23,7 +23,7 @@ from multiprocessing import connection, resource_tracker
 from typing import TYPE_CHECKING, Any, Self
 
 from qwencli.dataset.pipeline import Failed, Outcome, Task
-from qwencli.dataset.worker import Facts, Orders, Ready, joined_facts, worked
+from qwencli.dataset.worker import Facts, WorkerConfig, WorkerReady, joined_facts, run_worker
 from qwencli.errors import CaptionError, DatasetError, DeviceError, QwenCliError, UsageError
 
 if TYPE_CHECKING:
@@ -76,14 +76,14 @@ def as_named(error: QwenCliError) -> QwenCliError:
     return DeviceError(message, hint)
 
 
-def on_device(orders: Orders, device: str, devices: Sequence[str]) -> Orders:
-    """The orders of one of several workers: its device, and its share of the processor."""
+def on_device(worker_config: WorkerConfig, device: str, devices: Sequence[str]) -> WorkerConfig:
+    """The worker_config of one of several workers: its device, and its share of the processor."""
     from qwencli.engine.machine.host import usable_cores
 
-    config = replace(orders.config, device=device)
+    config = replace(worker_config.config, device=device)
     if device == "cpu" and config.threads is None and devices.count("cpu") > 1:
         config = replace(config, threads=max(1, usable_cores() // devices.count("cpu")))
-    return replace(orders, config=config)
+    return replace(worker_config, config=config)
 
 
 @dataclass(eq=False)
@@ -98,7 +98,7 @@ class _Worker:
     device: str
     process: BaseProcess
     pipe: Connection
-    ready: Ready | None = None
+    ready: WorkerReady | None = None
     held: set[Task] = field(default_factory=set)
     ready_s: float = 0.0
     num_answered: int = 0
@@ -137,13 +137,15 @@ class DeviceWorkers:
         QwenCliError: on entering: a model cannot be loaded.
     """
 
-    def __init__(self, orders: Orders, devices: Sequence[str], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, worker_config: WorkerConfig, devices: Sequence[str], say: Callable[[str], None]
+    ) -> None:
         self._say = say
         self._facts: list[Facts] = []
         self._suspects: deque[Task] = deque()
         self._tried: set[Task] = set()
         self._may_restart = True
-        self._orders = [(device, on_device(orders, device, devices)) for device in devices]
+        self._configs = [(device, on_device(worker_config, device, devices)) for device in devices]
         self._workers: list[_Worker] = []
 
     @property
@@ -152,7 +154,9 @@ class DeviceWorkers:
 
     def __enter__(self) -> Self:
         try:
-            self._workers = [_started(device, orders) for device, orders in self._orders]
+            self._workers = [
+                _started(device, worker_config) for device, worker_config in self._configs
+            ]
             while not self._facts:
                 for _ in self._heard():
                     pass
@@ -240,7 +244,7 @@ class DeviceWorkers:
                 if not stopped:
                     self._replace(worker, guilty is not None)
                 continue
-            if isinstance(message, Ready):
+            if isinstance(message, WorkerReady):
                 worker.ready, worker.ready_s = message, time.monotonic()
                 self._facts.append(message.facts)
                 for warning in message.warnings:
@@ -300,8 +304,10 @@ class DeviceWorkers:
         elif explained or (crashed and self._may_restart):
             self._may_restart = explained
             self._say(f"{worker}: {ended}; another takes its place")
-            orders = next(orders for device, orders in self._orders if device == worker.device)
-            self._workers.append(_started(worker.device, orders))
+            worker_config = next(
+                worker_config for device, worker_config in self._configs if device == worker.device
+            )
+            self._workers.append(_started(worker.device, worker_config))
         else:
             raise DatasetError(
                 f"{worker}: {ended}, and no other is left",
@@ -333,10 +339,12 @@ def _ending(code: int | None) -> str:
     return f"it died of {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
-def _started(device: str, orders: Orders) -> _Worker:
+def _started(device: str, worker_config: WorkerConfig) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, orders), name=f"captions on {device}")
+    process = context.Process(
+        target=_work, args=(theirs, worker_config), name=f"captions on {device}"
+    )
     with _no_interrupt():
         process.start()
     theirs.close()
@@ -356,15 +364,15 @@ class _no_interrupt:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def _work(pipe: Connection, orders: Orders) -> None:
+def _work(pipe: Connection, worker_config: WorkerConfig) -> None:
     """A worker process: does what comes through the pipe, and ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What libraries print is no answer of the command.
     os.dup2(2, 1)
     inbox = _Inbox(pipe)
     try:
-        for message in worked(orders, inbox.take, lambda: inbox.closed):
-            if not isinstance(message, Ready):
+        for message in run_worker(worker_config, inbox.take, lambda: inbox.closed):
+            if not isinstance(message, WorkerReady):
                 inbox.num_running -= 1
             pipe.send(message)
     except QwenCliError as error:

@@ -18,10 +18,17 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from qwencli.config import SAMPLING_BOUNDS, SamplingOptions, SamplingParams
+from qwencli.dataset.caption_format import (
+    CaptionFormat,
+    banned,
+    ends_whole,
+    sentences,
+    without_thoughts,
+    words,
+)
 from qwencli.dataset.chatter import find_closing, find_preamble, find_refusal
 from qwencli.dataset.hints import is_tag_list
 from qwencli.dataset.languages import LANGUAGES, language_wanted, spoken_otherwise
-from qwencli.dataset.shape import Shape, banned, ends_whole, sentences, without_thoughts, words
 from qwencli.errors import UsageError
 from qwencli.results import FinishReason
 
@@ -82,29 +89,33 @@ class Guards:
     language: str | None = None
     invalid: Callable[[str], str | None] | None = None
 
-    def caption(self, answer: Answer, shape: Shape) -> str | Fault:
+    def caption(self, answer: Answer, caption_format: CaptionFormat) -> str | Fault:
         """The caption to write, without its frame, or why there is none."""
         if self.invalid is not None:
             return self._data(answer, self.invalid)
         fault = self._first(answer, _OF_ANSWERS)
         if fault is not None:
             return fault
-        shaped = shape.shaped(answer.text)
-        if not shaped.text:
-            if shaped.cut:
-                most = shape.max_tokens if shape.max_tokens is not None else shape.max_sentences
+        formatted = caption_format.formatted(answer.text)
+        if not formatted.text:
+            if formatted.cut:
+                most = (
+                    caption_format.max_tokens
+                    if caption_format.max_tokens is not None
+                    else caption_format.max_sentences
+                )
                 return Fault(
                     FaultKind.TOO_LONG, f"nothing whole fits {most}: {_quoted(answer.text)}"
                 )
             return Fault(FaultKind.EMPTY, "nothing is left of it")
-        if FaultKind.TRUNCATED in self.kinds and not shaped.cut:
-            fault = _truncated(answer, shaped.text)
+        if FaultKind.TRUNCATED in self.kinds and not formatted.cut:
+            fault = _truncated(answer, formatted.text)
             if fault is not None:
                 return fault
-        word = banned(shaped.text, shape.ban)
+        word = banned(formatted.text, caption_format.ban)
         if word is not None:
-            return Fault(FaultKind.BANNED, f"{word!r} in {_quoted(_around(shaped.text, word))}")
-        return shaped.text
+            return Fault(FaultKind.BANNED, f"{word!r} in {_quoted(_around(formatted.text, word))}")
+        return formatted.text
 
     def _data(self, answer: Answer, invalid: Callable[[str], str | None]) -> str | Fault:
         text = without_thoughts(answer.text)

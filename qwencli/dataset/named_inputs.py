@@ -11,8 +11,8 @@ from typing import IO
 
 from qwencli.dataset.parts import (
     MAX_PART_BYTES,
-    Held,
-    address_of,
+    StdinPart,
+    url_part,
 )
 from qwencli.errors import InputError
 
@@ -40,7 +40,7 @@ def _read_to_its_end(stream: IO[bytes], name: str, hint: str) -> bytes:
 
 def named_inputs(
     named: Sequence[str], filelist: Path | None = None, stdin: Callable[[], bytes] = read_stdin
-) -> list[str | Held]:
+) -> list[str | StdinPart]:
     """What was named on the command line and in lists: paths, addresses, or a picture itself.
 
     Args:
@@ -51,13 +51,13 @@ def named_inputs(
     Raises:
         InputError: a list cannot be read, or has nothing in it.
     """
-    inputs: list[str | Held] = []
+    inputs: list[str | StdinPart] = []
     for each in named:
         if each != "-":
             inputs.append(each)
             continue
         data = stdin()
-        inputs += [Held(data)] if _is_picture(data) else _listed(data, "stdin")
+        inputs += [StdinPart(data)] if _is_picture(data) else _listed(data, "stdin")
     if filelist is not None:
         if str(filelist) == "-":
             return inputs + list(_listed(stdin(), "stdin"))
@@ -69,7 +69,7 @@ def named_inputs(
         with stream:
             data = _read_to_its_end(stream, str(filelist), hint)
         for path in _listed(data, str(filelist)):
-            here = os.path.lexists(path) or address_of(path) is not None
+            here = os.path.lexists(path) or url_part(path) is not None
             inputs.append(path if here else str(filelist.parent / path))
     return inputs
 

@@ -36,7 +36,7 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class StdinPart:
     """What came on stdin."""
 
     data: bytes = field(repr=False)
@@ -52,7 +52,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
+class UrlPart:
     """A picture of the web, by http or https."""
 
     url: str
@@ -91,12 +91,12 @@ class Address:
         return safe_key(f"{parts.hostname}/{path.with_name(name)}")
 
 
-def address_of(named: str) -> Address | None:
+def url_part(named: str) -> UrlPart | None:
     """What is named, where that is an address of the web; it may have lost one of its slashes."""
     found = _ADDRESS.fullmatch(named)
     if found is None or os.path.lexists(named):
         return None
-    return Address(f"{found[1].lower()}://{found[2]}")
+    return UrlPart(f"{found[1].lower()}://{found[2]}")
 
 
 def safe_key(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Captions a set: open -> generate -> guard -> shape -> sink, with a bounded number in between.
+"""Captions a set: open -> generate -> guard -> format -> sink, with a bounded number in between.
 
 Pictures are opened by the threads in which the engine prepares prompts, captions are written by a
 thread of their own, and this thread keeps the engine full, or hears of those of others. What one
@@ -83,7 +83,7 @@ class Failed:
 Outcome = Captioned | Failed
 
 
-def no_answer(task: Task, result: GenerationResult) -> CaptionError | None:
+def empty_answer(task: Task, result: GenerationResult) -> CaptionError | None:
     """The least that a guard asks for: an answer with something in it."""
     if result.text.strip():
         return None
@@ -92,7 +92,7 @@ def no_answer(task: Task, result: GenerationResult) -> CaptionError | None:
     return CaptionError(f"{task.item.key}: the answer is empty")
 
 
-def as_it_is(task: Task, text: str) -> str:
+def stripped(task: Task, text: str) -> str:
     return text.strip()
 
 
@@ -104,14 +104,14 @@ class Stages:
         open: the picture of an item; runs in threads.
         ask: the request about it; runs in threads. `Task.attempt` tells how often it was asked.
         fault: what is wrong with an answer, None where it is good.
-        shape: the caption that is written, from the text of a good answer.
+        format: the caption that is written, from the text of a good answer.
         attempts: how often a task is tried whose answers have faults.
     """
 
     open: Callable[[Item], VisualPart]
     ask: Callable[[Task, VisualPart], GenerationRequest]
-    fault: Callable[[Task, GenerationResult], CaptionError | None] = no_answer
-    shape: Callable[[Task, str], str] = as_it_is
+    fault: Callable[[Task, GenerationResult], CaptionError | None] = empty_answer
+    format: Callable[[Task, str], str] = stripped
     attempts: int = 1
 
 
@@ -182,11 +182,11 @@ def outcomes(
     from qwencli.engine.client import answers
 
     again: deque[Task] = deque()
-    asked: dict[Task, _Asked] = {}
+    asked: dict[Task, _SentPrompt] = {}
 
     def request(task: Task) -> GenerationRequest:
         made = _request(stages, task)
-        asked[task] = _Asked(_prompt_text(made), made.sampling.seed)
+        asked[task] = _SentPrompt(_prompt_text(made), made.sampling.seed)
         return made
 
     def next_request() -> tuple[Task, Callable[[], GenerationRequest]] | None:
@@ -217,7 +217,7 @@ def keep(made: Iterable[Outcome], writer: Writer, report: Callable[[Outcome], No
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _SentPrompt:
     """What is kept of a request while it is answered: its pictures are the engine's alone."""
 
     prompt: str
@@ -243,7 +243,7 @@ def _prompt_text(request: GenerationRequest) -> str:
 
 
 def _judged(
-    stages: Stages, task: Task, result: GenerationResult | QwenCliError, asked: _Asked | None
+    stages: Stages, task: Task, result: GenerationResult | QwenCliError, asked: _SentPrompt | None
 ) -> Outcome | None:
     """What became of a task; None where it is to be tried again."""
     if isinstance(result, ITEM_ERRORS):
@@ -257,7 +257,7 @@ def _judged(
             return None
         return Failed(task, fault)
     try:
-        caption = stages.shape(task, result.text)
+        caption = stages.format(task, result.text)
     except ITEM_ERRORS as error:
         return Failed(task, error)
     return Captioned(task, caption, asked.prompt, asked.seed, result)

@@ -29,7 +29,7 @@ FEWEST_FOR_A_RATE, _MOST_RATES = 8, 200
 
 
 @dataclass(frozen=True)
-class Standing:
+class ProgressSnapshot:
     """How far a run is. `left_s` and `gpu_percent` are None where they are not known."""
 
     done: int
@@ -54,14 +54,14 @@ class Progress:
     """Counts outcomes and shows where a run stands, inside `shown`.
 
     Args:
-        event: also told each line's standing (`--json`).
+        event: also told each line's snapshot (`--json`).
     """
 
     def __init__(
         self,
         total: int,
         output: Output,
-        event: Callable[[Standing], None] = lambda standing: None,
+        event: Callable[[ProgressSnapshot], None] = lambda snapshot: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total, self._output, self._event, self._clock = total, output, event, clock
@@ -80,7 +80,7 @@ class Progress:
         with self.gpu.watched(device), self._output.bar(self.total) as self._advance:
             yield
             if self._advance is not None:
-                self._advance(self._done, str(self.standing()))
+                self._advance(self._done, str(self.snapshot()))
 
     def add(self, outcome: Outcome) -> None:
         now_s = self._clock()
@@ -94,20 +94,20 @@ class Progress:
             while len(self._recent) > 2 and now_s - self._recent[1][0] > _WINDOW_S:
                 self._recent.popleft()
             if self._advance is not None:
-                self._advance(self._done, str(self.standing()))
+                self._advance(self._done, str(self.snapshot()))
         if now_s - self._said_s >= LINE_EVERY_S:
             self._said_s = now_s
-            standing = self.standing()
-            self._event(standing)
+            snapshot = self.snapshot()
+            self._event(snapshot)
             if self._advance is None:
-                self._output.notice(str(standing))
+                self._output.notice(str(snapshot))
 
-    def standing(self) -> Standing:
+    def snapshot(self) -> ProgressSnapshot:
         now_s = self._clock()
         since_s, done, tokens = self._recent[0]
         took_s = max(now_s - since_s, 1e-9)
         rate = (self._done - done) / took_s
-        return Standing(
+        return ProgressSnapshot(
             done=self._done,
             total=self.total,
             failed=self._failed,

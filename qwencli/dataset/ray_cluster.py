@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any, Self
 
 from qwencli.dataset.pipeline import Outcome, Task
-from qwencli.dataset.worker import Facts, Orders, Ready, joined_facts, worked
+from qwencli.dataset.worker import Facts, WorkerConfig, WorkerReady, joined_facts, run_worker
 from qwencli.errors import DatasetError, MissingDependencyError, QwenCliError
 from qwencli.output import counted
 
@@ -50,8 +50,10 @@ class RayWorkers:
         DatasetError: on entering: there is no such cluster, or nothing in it that can compute.
     """
 
-    def __init__(self, orders: Orders, address: str, say: Callable[[str], None]) -> None:
-        self._orders, self._address, self._say = orders, address, say
+    def __init__(
+        self, worker_config: WorkerConfig, address: str, say: Callable[[str], None]
+    ) -> None:
+        self._config, self._address, self._say = worker_config, address, say
         self._facts: list[Facts] = []
 
     @property
@@ -136,7 +138,7 @@ class RayWorkers:
                 rows, override_num_blocks=-(-len(tasks) // size)
             ).map_batches(
                 _Actor,
-                fn_constructor_args=(self._orders, self._stop),
+                fn_constructor_args=(self._config, self._stop),
                 compute=ray.data.ActorPoolStrategy(
                     size=count,
                     max_tasks_in_flight_per_actor=CALLS_AT_ONCE,
@@ -153,7 +155,7 @@ class RayWorkers:
                     message = pickle.loads(row[_COLUMN])
                     if isinstance(message, QwenCliError):
                         raise message
-                    if isinstance(message, Ready):
+                    if isinstance(message, WorkerReady):
                         self._facts.append(message.facts)
                     else:
                         yield message
@@ -222,11 +224,11 @@ class _Stop:
 class _Actor:
     """What Ray Data maps tasks with: an engine in a thread, which answers several calls at once."""
 
-    def __init__(self, orders: Orders, stop: Any) -> None:
-        self._orders, self._stop = orders, stop
+    def __init__(self, worker_config: WorkerConfig, stop: Any) -> None:
+        self._config, self._stop = worker_config, stop
         self._tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
         self._replies: dict[Task, queue.SimpleQueue[bytes]] = {}
-        self._ready: list[Ready] = []
+        self._ready: list[WorkerReady] = []
         self._end: QwenCliError | None = None
         self._num_running = 0
         self._stopping = self._ended = False
@@ -256,8 +258,8 @@ class _Actor:
 
     def _work(self) -> None:
         try:
-            for message in worked(self._orders, self._take, lambda: self._stopping):
-                if isinstance(message, Ready):
+            for message in run_worker(self._config, self._take, lambda: self._stopping):
+                if isinstance(message, WorkerReady):
                     self._ready.append(message)
                     continue
                 self._num_running -= 1

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any, Self
 
 from qwencli.answer_report import caption_record, failure_record, stats_line
-from qwencli.dataset.asking import Asking
+from qwencli.dataset.caption_processor import CaptionProcessor
 from qwencli.dataset.caption_set import CaptionSet
 from qwencli.dataset.pipeline import Captioned, Outcome
 from qwencli.dataset.progress import Progress, duration, keep_rate, kept_rate
@@ -51,7 +51,7 @@ class RunReport:
         self._notes: dict[str, tuple[str, list[str]]] = {}
         self.device = ""
         self.progress = Progress(
-            len(whole.work.tasks), sink, lambda standing: self._event("progress", asdict(standing))
+            len(whole.work.tasks), sink, lambda snapshot: self._event("progress", asdict(snapshot))
         )
 
     def begin(self, suffix: str, *, dry_run: bool) -> None:
@@ -148,12 +148,12 @@ class RunReport:
             "the same command goes on where this one ended",
         )
 
-    def show_questions(self, asking: Asking) -> None:
+    def show_questions(self, processor: CaptionProcessor) -> None:
         """What the first pictures would be asked."""
         tasks = self._whole.work.tasks
         for item in list(dict.fromkeys(task.item for task in tasks))[:SHOWN_QUESTIONS]:
             try:
-                for question in asking.questions(item):
+                for question in processor.questions(item):
                     self._sink.notice(f"{item.key}: {question.field}: {question.text}")
             except InputError as error:
                 self._sink.notice(f"{item.key}: {error.message}")

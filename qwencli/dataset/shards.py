@@ -46,7 +46,7 @@ class NoPicturesError(InputError):
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class ArchiveMember:
     """A file in a tar archive.
 
     Args:
@@ -86,7 +86,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class TableRow:
+class ParquetRow:
     """A row of a Parquet file whose `column` holds the file's bytes, or a struct with them."""
 
     table: str
@@ -156,7 +156,7 @@ def members(archive: Path) -> Iterator[tuple[str, Part]]:
             hints.setdefault(stem, []).append((dot + ending.lower(), offset, size))
     for name, offset, size in found:
         beside = tuple(hints.get(name.rpartition(".")[0], ()))
-        yield name, Member(str(archive), offset, size, beside)
+        yield name, ArchiveMember(str(archive), offset, size, beside)
     if failure is not None:
         raise failure
 
@@ -256,7 +256,7 @@ def table_rows(table: Path) -> Iterator[tuple[str, Part]]:
                 for row, name in enumerate(names):
                     number = f"{group:04d}-{row:06d}"
                     called = f"{number}-{PurePosixPath(name).name}" if name else f"{number}.img"
-                    yield called, TableRow(str(table), column, group, row)
+                    yield called, ParquetRow(str(table), column, group, row)
     except (OSError, pyarrow.ArrowException) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{table} cannot be read: {line}", "download it again") from error

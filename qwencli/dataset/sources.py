@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qwencli.dataset.named_inputs import local_path
-from qwencli.dataset.parts import Address, Held, Part, address_of, safe_key
-from qwencli.dataset.shards import Member, NoPicturesError, is_shard, is_table, members, table_rows
+from qwencli.dataset.parts import Part, StdinPart, UrlPart, safe_key, url_part
+from qwencli.dataset.shards import (
+    ArchiveMember,
+    NoPicturesError,
+    is_shard,
+    is_table,
+    members,
+    table_rows,
+)
 from qwencli.errors import InputError, MissingDependencyError, QwenCliError, UsageError
 
 if TYPE_CHECKING:
@@ -99,7 +106,7 @@ class Listing:
 
         if item.part is None:
             return open_visual(self.path(item), frames, max_pixels=max_pixels)
-        name = item.part.url if isinstance(item.part, Address) else str(self.path(item))
+        name = item.part.url if isinstance(item.part, UrlPart) else str(self.path(item))
         return open_visual(item.part.read(name), frames, name=name, max_pixels=max_pixels)
 
 
@@ -116,7 +123,7 @@ class Selection:
     globs: tuple[str, ...] = ()
 
 
-def list_inputs(inputs: Sequence[str | Held], selection: Selection) -> Listing:
+def list_inputs(inputs: Sequence[str | StdinPart], selection: Selection) -> Listing:
     """The pictures and videos that are meant.
 
     Args:
@@ -130,14 +137,14 @@ def list_inputs(inputs: Sequence[str | Held], selection: Selection) -> Listing:
     local = [
         local_path(Path(each))
         for each in inputs
-        if not isinstance(each, Held) and address_of(each) is None
+        if not isinstance(each, StdinPart) and url_part(each) is None
     ]
     listing = Listing(_common_folder(local) if local else Path())
     walk = _Walk(listing, _Wanted(selection.globs), selection.recursive)
     for each in inputs:
-        if isinstance(each, Held):
+        if isinstance(each, StdinPart):
             listing.items.append(Item("stdin", len(each.data), None, each))
-        elif (address := address_of(each)) is not None:
+        elif (address := url_part(each)) is not None:
             walk.add_part(address.key, address)
         else:
             path = local_path(Path(each))
@@ -272,7 +279,7 @@ class _Walk:
             self._listing.seen += 1
             return
         self._keys.add(key)
-        size = part.size if isinstance(part, Member) else None
+        size = part.size if isinstance(part, ArchiveMember) else None
         self._listing.items.append(Item(key, size, None, part))
 
     def shards_in_folders(self) -> None:

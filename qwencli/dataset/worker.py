@@ -1,6 +1,6 @@
 """The engine's side of a captioned set: what one worker does, in this process or in another.
 
-A worker is told once what it works with (`Orders`), and then which captions to make. It knows
+A worker is told once what it works with (`WorkerConfig`), and then which captions to make. It knows
 nothing of the manifest, of files that captions go to, or of other workers: outcomes go back to the
 one process that keeps them.
 """
@@ -18,28 +18,28 @@ from qwencli.dataset.pipeline import Outcome, Task, outcomes
 from qwencli.errors import UsageError
 
 if TYPE_CHECKING:
-    from qwencli.dataset.asking import Asking
+    from qwencli.dataset.caption_processor import CaptionProcessor
     from qwencli.engine.protocol import Engine
 
 Facts = Mapping[str, str | None]
 
 
 @dataclass(frozen=True)
-class Orders:
+class WorkerConfig:
     """What a worker works with. Can be pickled.
 
     Args:
-        asking: has asked nothing yet.
+        processor: has asked nothing yet.
         expected: about how many captions each worker makes.
     """
 
     config: EngineConfig
-    asking: Asking
+    processor: CaptionProcessor
     expected: int
 
 
 @dataclass(frozen=True)
-class Ready:
+class WorkerReady:
     """A worker that has loaded its model.
 
     Args:
@@ -67,27 +67,27 @@ class Captioner(Protocol):
         """
 
 
-class Alone:
+class LocalCaptioner:
     """One engine, which is loaded, in this process."""
 
-    def __init__(self, engine: Engine, asking: Asking) -> None:
-        self._engine, self._asking = engine, asking
-        self.facts = make_ready(engine, asking).facts
+    def __init__(self, engine: Engine, processor: CaptionProcessor) -> None:
+        self._engine, self._processor = engine, processor
+        self.facts = adapt_to_model(engine, processor).facts
 
     def outcomes(self, tasks: Sequence[Task], stopping: Callable[[], bool]) -> Iterator[Outcome]:
         waiting = iter(tasks)
         return outcomes(
             self._engine,
             lambda: next(waiting, None),
-            self._asking.stages(),
+            self._processor.stages(),
             expected=len(tasks),
             stopping=stopping,
         )
 
 
-def worked(
-    orders: Orders, take: Callable[[], Task | None], stopping: Callable[[], bool]
-) -> Iterator[Ready | Outcome]:
+def run_worker(
+    worker_config: WorkerConfig, take: Callable[[], Task | None], stopping: Callable[[], bool]
+) -> Iterator[WorkerReady | Outcome]:
     """Load the model, say what runs, then caption what `take` gives, until it gives nothing.
 
     Args:
@@ -98,42 +98,46 @@ def worked(
     """
     from qwencli.engine.factory import create_engine
 
-    engine = create_engine(orders.config)
+    engine = create_engine(worker_config.config)
     engine.load()
     try:
-        yield make_ready(engine, orders.asking)
+        yield adapt_to_model(engine, worker_config.processor)
         yield from outcomes(
-            engine, take, orders.asking.stages(), expected=orders.expected, stopping=stopping
+            engine,
+            take,
+            worker_config.processor.stages(),
+            expected=worker_config.expected,
+            stopping=stopping,
         )
     finally:
         engine.close()
 
 
-def make_ready(engine: Engine, asking: Asking) -> Ready:
-    """Tell `asking` what is known of a loaded model: its longest request, how it counts tokens,
+def adapt_to_model(engine: Engine, processor: CaptionProcessor) -> WorkerReady:
+    """Tell `processor` what is known of a loaded model: its longest request, how it counts tokens,
     and how it counts in boxes.
 
     Raises:
-        UsageError: it cannot do what `asking` wants of it.
+        UsageError: it cannot do what `processor` wants of it.
     """
     config = engine.config
     check_thinking(
         config.model.name,
         can_think=engine.can_think,
-        wanted=bool(asking.manner.thinking_budget),
+        wanted=bool(processor.config.thinking_budget),
     )
-    asking.max_seq_len = engine.max_seq_len
-    if asking.manner.boxes:
-        asking.count_boxes_in(_box_grid(config))
+    processor.max_seq_len = engine.max_seq_len
+    if processor.config.boxes:
+        processor.count_boxes_in(_box_grid(config))
     has_files = config.load_format is LoadFormat.AUTO and config.engine is not EngineName.REMOTE
-    if asking.manner.shape.max_tokens is not None and has_files:
+    if processor.config.format.max_tokens is not None and has_files:
         from qwencli.engine.frontend.tokenizer import Tokenizer
         from qwencli.models.hub import locate
 
         folder = locate(config.model, offline=True, allow_pickle=config.allow_pickle)
         tokenizer = Tokenizer.from_folder(folder)
-        asking.count_tokens_with(lambda text: len(tokenizer.encode(text)))
-    return Ready(_facts(engine, config.model), engine.max_rows, tuple(engine.load_warnings))
+        processor.count_tokens_with(lambda text: len(tokenizer.encode(text)))
+    return WorkerReady(_facts(engine, config.model), engine.max_rows, tuple(engine.load_warnings))
 
 
 def _box_grid(config: EngineConfig) -> int | None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _normcase = os.path.normcase if os.name == "nt" else str
 
 
-class Places(Protocol):
+class SinkPaths(Protocol):
     """What a sink knows of where captions go."""
 
     def name(self, slot: Slot) -> str: ...
@@ -30,7 +30,7 @@ class Places(Protocol):
 
 
 @dataclass(frozen=True)
-class Wish:
+class WorklistOptions:
     """What the user wants done.
 
     Args:
@@ -67,8 +67,12 @@ class Worklist:
     num_changed: int = 0
 
 
-def work_of(
-    listing: Listing, wish: Wish, places: Places, manifest: Manifest | None, job: str
+def plan_work(
+    listing: Listing,
+    options: WorklistOptions,
+    paths: SinkPaths,
+    manifest: Manifest | None,
+    job: str,
 ) -> Worklist:
     """Decide about every caption of the set.
 
@@ -78,16 +82,16 @@ def work_of(
     """
     states = manifest.states() if manifest else {}
     work = Worklist(going_on=manifest.unfinished_run(job) if manifest else None)
-    slots = _with_a_place_of_their_own(listing, wish, places, work)
-    there = places.existing(slot for _, slot in slots)
+    slots = _with_a_place_of_their_own(listing, options, paths, work)
+    there = paths.existing(slot for _, slot in slots)
     for item, slot in slots:
         state = states.get(slot)
         changed = state is not None and _has_changed(item, state)
-        if slot in wish.redo:
+        if slot in options.redo:
             work.tasks.append(Task(item, slot.field, slot.sample))
-        elif state is not None and _is_known_failure(state, wish, job, work.going_on, changed):
+        elif state is not None and _is_known_failure(state, options, job, work.going_on, changed):
             work.failed_before.append((slot, state.reason or ""))
-        elif _stays(state, slot in there, wish.existing, job, work.going_on):
+        elif _stays(state, slot in there, options.existing, job, work.going_on):
             work.num_existing += 1
             work.num_changed += changed
         else:
@@ -95,28 +99,30 @@ def work_of(
     return work
 
 
-def _slots(item: Item, wish: Wish) -> list[Slot]:
-    return [Slot(item.key, name, sample) for name in wish.fields for sample in range(wish.samples)]
+def _slots(item: Item, options: WorklistOptions) -> list[Slot]:
+    return [
+        Slot(item.key, name, sample) for name in options.fields for sample in range(options.samples)
+    ]
 
 
 def _with_a_place_of_their_own(
-    listing: Listing, wish: Wish, places: Places, work: Worklist
+    listing: Listing, options: WorklistOptions, paths: SinkPaths, work: Worklist
 ) -> list[tuple[Item, Slot]]:
     """What can be captioned; of items that want one place the first is among them."""
     for item, error in listing.refused:
-        work.refused.append(Failed(Task(item, wish.fields[0]), error))
+        work.refused.append(Failed(Task(item, options.fields[0]), error))
     owners: dict[str, Item] = {}
     slots: list[tuple[Item, Slot]] = []
     for item in listing.items:
-        own = [(_normcase(places.name(slot)), slot) for slot in _slots(item, wish)]
+        own = [(_normcase(paths.name(slot)), slot) for slot in _slots(item, options)]
         taken = [(owners[name], slot) for name, slot in own if name in owners]
         if taken:
             owner, slot = taken[0]
             error = InputError(
-                f"{listing.path(item)} and {owner.key} want the same file, {places.name(slot)}",
+                f"{listing.path(item)} and {owner.key} want the same file, {paths.name(slot)}",
                 "rename one of them, or write one file with --output captions.jsonl",
             )
-            work.refused.append(Failed(Task(item, wish.fields[0]), error))
+            work.refused.append(Failed(Task(item, options.fields[0]), error))
             continue
         for name, slot in own:
             owners[name] = item
@@ -129,12 +135,12 @@ def _has_changed(item: Item, state: State) -> bool:
 
 
 def _is_known_failure(
-    state: State, wish: Wish, job: str, going_on: int | None, changed: bool
+    state: State, options: WorklistOptions, job: str, going_on: int | None, changed: bool
 ) -> bool:
     """Whether trying again would fail again, as far as one can tell."""
-    if state.status != "failed" or wish.retry_failed or changed or state.job != job:
+    if state.status != "failed" or options.retry_failed or changed or state.job != job:
         return False
-    return wish.existing is not Existing.OVERWRITE or state.run == going_on
+    return options.existing is not Existing.OVERWRITE or state.run == going_on
 
 
 def _stays(

@@ -14,13 +14,13 @@ import psutil
 import pytest
 from PIL import Image
 
-from qwencli.commands.caption_options import manner_of
-from qwencli.commands.options import RunOptions, ShapeOptions
+from qwencli.commands.caption_options import CaptionOptions, build_caption_config
+from qwencli.commands.options import RunOptions
 from qwencli.config import EngineConfig, SamplingOptions
-from qwencli.dataset.asking import Asking
+from qwencli.dataset.caption_processor import CaptionProcessor
 from qwencli.dataset.devices import as_named, named_devices
 from qwencli.dataset.sources import Listing
-from qwencli.dataset.worker import Orders
+from qwencli.dataset.worker import WorkerConfig
 from qwencli.errors import DeviceError, ModelError, UsageError
 from qwencli.models.resolve import resolve_model
 from tests.dataset.conftest import captions, failures
@@ -162,17 +162,19 @@ def test_workers_end_with_the_process_that_started_them(pictures):
 
 @pytest.mark.parametrize("schema", [None, "boxes"])
 def test_orders_are_the_same_in_another_process(schema):
-    shape = ShapeOptions(schema=schema)
+    caption_options = CaptionOptions(schema=schema)
     if schema is None:
         words = {"starts_with": "A", "prefix": "sks {dir}", "ban": ["cat"], "replace": ["a=b"]}
-        shape = ShapeOptions(**words, language="en", max_caption_tokens=20)
+        caption_options = CaptionOptions(**words, language="en", max_caption_tokens=20)
     where = Listing(Path())
-    manner = manner_of(shape, RunOptions(), None, None)
-    asking = Asking(manner, where, SamplingOptions(), functools.partial(where.open, frames=4))
-    sent = Orders(EngineConfig(model=resolve_model("scenes", offline=True)), asking, 3)
+    caption_config = build_caption_config(caption_options, RunOptions(), None, None)
+    processor = CaptionProcessor(
+        caption_config, where, SamplingOptions(), functools.partial(where.open, frames=4)
+    )
+    sent = WorkerConfig(EngineConfig(model=resolve_model("scenes", offline=True)), processor, 3)
     got = pickle.loads(pickle.dumps(sent))
     assert got.config == sent.config
-    assert got.asking.manner.settings() == manner.settings()
+    assert got.processor.config.settings() == caption_config.settings()
 
 
 def test_device_and_devices(pictures, caption, capsys):

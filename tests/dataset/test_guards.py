@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwencli.config import SamplingOptions, check_sampling
+from qwencli.dataset.caption_format import CaptionFormat
 from qwencli.dataset.guards import (
     CHANGES,
     Answer,
@@ -19,16 +20,15 @@ from qwencli.dataset.guards import (
     parse_guards,
     retry_of,
 )
-from qwencli.dataset.shape import Shape
 from qwencli.errors import UsageError
 
 ASKED = "Describe this image."
 HELD_OUT = Path(__file__).parents[2] / "qwencli/bench/assets/heldout/captions.json"
 
 
-def verdict(text, shape=None, guards=None, **answer):
+def verdict(text, caption_format=None, guards=None, **answer):
     answer = {"prompt": ASKED} | answer
-    return (guards or Guards()).caption(Answer(text, **answer), shape or Shape())
+    return (guards or Guards()).caption(Answer(text, **answer), caption_format or CaptionFormat())
 
 
 def kind(text, *args, **said):
@@ -264,19 +264,19 @@ def test_cut_off():
     assert kind("cat, mat, win", finish_reason="length") is FaultKind.TRUNCATED
     assert verdict("A cat sits.", finish_reason="length") == "A cat sits."
     # What is cut at a sentence's end anyway has lost nothing.
-    two = Shape(max_sentences=1)
+    two = CaptionFormat(max_sentences=1)
     assert verdict("A cat sits. It wears a", two, finish_reason="length") == "A cat sits."
-    assert kind("A cat sits. It wears a", Shape(max_sentences=2), finish_reason="length") is (
-        FaultKind.TRUNCATED
-    )
+    assert kind(
+        "A cat sits. It wears a", CaptionFormat(max_sentences=2), finish_reason="length"
+    ) is (FaultKind.TRUNCATED)
 
 
 def test_too_long_and_banned():
-    assert kind("A cat sits on a very long mat.", Shape(max_tokens=4)) is FaultKind.TOO_LONG
-    found = verdict("A cat with a Watermark.", Shape(ban=["watermark"]))
+    assert kind("A cat sits on a very long mat.", CaptionFormat(max_tokens=4)) is FaultKind.TOO_LONG
+    found = verdict("A cat with a Watermark.", CaptionFormat(ban=["watermark"]))
     assert found == Fault(FaultKind.BANNED, "'Watermark' in A cat with a Watermark.")
-    assert verdict("cat, watermark, hat", Shape(ban=["watermark"])) == "cat, hat"
-    assert kind("watermark, watermark", Shape(ban=["watermark"])) is FaultKind.EMPTY
+    assert verdict("cat, watermark, hat", CaptionFormat(ban=["watermark"])) == "cat, hat"
+    assert kind("watermark, watermark", CaptionFormat(ban=["watermark"])) is FaultKind.EMPTY
 
 
 @pytest.mark.parametrize(

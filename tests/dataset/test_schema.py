@@ -291,10 +291,12 @@ def test_overlays_stay_in_their_folder(key, expected):
 
 
 def test_what_asks_goes_to_other_processes(schema):
-    from qwencli.commands.caption_options import manner_of
-    from qwencli.commands.options import RunOptions, ShapeOptions
+    from qwencli.commands.caption_options import CaptionOptions, build_caption_config
+    from qwencli.commands.options import RunOptions
 
-    manner = manner_of(ShapeOptions(schema=str(schema)), RunOptions(), None, None)
-    again = pickle.loads(pickle.dumps(manner))
-    assert again.schema == manner.schema
+    caption_config = build_caption_config(
+        CaptionOptions(schema=str(schema)), RunOptions(), None, None
+    )
+    again = pickle.loads(pickle.dumps(caption_config))
+    assert again.schema == caption_config.schema
     assert again.guards.invalid(GOOD) is None and again.guards.invalid("{}")

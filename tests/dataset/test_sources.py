@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwencli.dataset.named_inputs import named_inputs
-from qwencli.dataset.parts import Held, safe_key
+from qwencli.dataset.parts import StdinPart, safe_key
 from qwencli.dataset.sources import Selection, glob_pattern, list_inputs, natural_key
 from qwencli.errors import InputError
 from tests.dataset.conftest import captions, failures
@@ -106,7 +106,7 @@ def test_lists_of_paths(tmp_path, pictures):
         "x y.png",
         "new\nline.png",
     ]
-    assert named_inputs(["-"], None, lambda: PNG) == [Held(PNG)]
+    assert named_inputs(["-"], None, lambda: PNG) == [StdinPart(PNG)]
     with pytest.raises(InputError, match="lists no files"):
         named_inputs(["-"], None, lambda: b"\n\n")
 
@@ -396,7 +396,7 @@ def test_many_pictures_are_listed_in_little_time(tmp_path):
     """With the look for captions; on a shared machine four times what is promised of 100,000."""
     from qwencli.dataset.manifest import Manifest
     from qwencli.dataset.sinks import Sidecars
-    from qwencli.dataset.worklist import Wish, work_of
+    from qwencli.dataset.worklist import WorklistOptions, plan_work
 
     count = 5_000
     for part in range(20):
@@ -409,7 +409,7 @@ def test_many_pictures_are_listed_in_little_time(tmp_path):
     listing = list_inputs([str(tmp_path)], Selection(recursive=True))
     sidecars = Sidecars(tmp_path)
     manifest = Manifest(tmp_path / "m.sqlite")
-    work = work_of(listing, Wish(), sidecars, manifest, "job")
+    work = plan_work(listing, WorklistOptions(), sidecars, manifest, "job")
     took_s = time.process_time() - began
     sidecars.close()
     manifest.close()

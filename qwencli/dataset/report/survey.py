@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwencli.dataset.caption_format import CaptionFormat, banned, words
 from qwencli.dataset.guards import Answer, Fault, FaultKind, Guards
 from qwencli.dataset.languages import LANGUAGES
 from qwencli.dataset.report.contradictions import Contradiction, contradictions, said
 from qwencli.dataset.report.near_duplicates import alike
-from qwencli.dataset.shape import Shape, banned, words
 
 # Faults that a text shows by itself, whoever wrote it.
 _GUARDS = Guards(
@@ -238,7 +238,7 @@ def length_summary(lengths: Sequence[int]) -> dict[str, float | None]:
 
 
 def _fault(caption: str) -> Fault | None:
-    found = _GUARDS.caption(Answer(caption), Shape())
+    found = _GUARDS.caption(Answer(caption), CaptionFormat())
     return found if isinstance(found, Fault) else None
 
 

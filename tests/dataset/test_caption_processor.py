@@ -1,4 +1,4 @@
-"""Prompts, guards and shape of `qwencli caption FOLDER`, on an engine that says what is asked."""
+"""Prompts, guards and format of `qwencli caption FOLDER`, on an engine that says what is asked."""
 
 from __future__ import annotations
 

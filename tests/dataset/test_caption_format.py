@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwencli.dataset.prompting import Template
-from qwencli.dataset.shape import (
-    Shape,
+from qwencli.dataset.caption_format import (
+    CaptionFormat,
     banned,
     count_words,
     ends_whole,
@@ -17,6 +16,7 @@ from qwencli.dataset.shape import (
     replaced,
     sentences,
 )
+from qwencli.dataset.prompting import Template
 from qwencli.errors import InputError, UsageError
 
 THREE = "A man walks. He wears a red hat! Is it raining?"
@@ -52,28 +52,30 @@ def test_sentences_lose_nothing(text):
 @given(WORDS, st.integers(1, 4), st.integers(1, 30))
 @settings(max_examples=300)
 def test_limits_hold_and_cut_at_ends(text, most_sentences, most_tokens):
-    shaped = Shape(max_sentences=most_sentences, max_tokens=most_tokens).shaped(text)
-    assert count_words(shaped.text) <= most_tokens
+    formatted = CaptionFormat(max_sentences=most_sentences, max_tokens=most_tokens).formatted(text)
+    assert count_words(formatted.text) <= most_tokens
     whole = " ".join(text.split())
-    assert whole.startswith(shaped.text)
-    assert shaped.cut == (shaped.text != whole)
-    if shaped.cut and shaped.text and "," not in text and "\n" not in text:
-        assert ends_whole(shaped.text)
+    assert whole.startswith(formatted.text)
+    assert formatted.cut == (formatted.text != whole)
+    if formatted.cut and formatted.text and "," not in text and "\n" not in text:
+        assert ends_whole(formatted.text)
 
 
 def test_sentence_and_token_limits():
-    assert Shape(max_sentences=2).shaped(THREE).text == "A man walks. He wears a red hat!"
-    assert Shape(max_tokens=9).shaped(THREE).text == "A man walks."
-    assert Shape(max_tokens=3).shaped(THREE).text == ""
-    assert Shape(max_tokens=5).shaped("a, b b, c, d").text == "a, b b"
-    by_letters = Shape(max_tokens=12, count_tokens=len)
-    assert by_letters.shaped(THREE).text == "A man walks."
-    assert not Shape(max_sentences=3).shaped(THREE).cut
+    assert (
+        CaptionFormat(max_sentences=2).formatted(THREE).text == "A man walks. He wears a red hat!"
+    )
+    assert CaptionFormat(max_tokens=9).formatted(THREE).text == "A man walks."
+    assert CaptionFormat(max_tokens=3).formatted(THREE).text == ""
+    assert CaptionFormat(max_tokens=5).formatted("a, b b, c, d").text == "a, b b"
+    by_letters = CaptionFormat(max_tokens=12, count_tokens=len)
+    assert by_letters.formatted(THREE).text == "A man walks."
+    assert not CaptionFormat(max_sentences=3).formatted(THREE).cut
 
 
 def test_a_caption_is_one_line_without_thoughts():
     answer = "<think>\nHm, a cat?\n</think>\n\nA cat.\n\nIt sleeps.\t"
-    assert Shape().shaped(answer).text == "A cat. It sleeps."
+    assert CaptionFormat().formatted(answer).text == "A cat. It sleeps."
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_a_caption_is_one_line_without_thoughts():
     ],
 )
 def test_replacements(rules, text, result):
-    assert Shape(replace=parse_replace(rules)).shaped(text).text == result
+    assert CaptionFormat(replace=parse_replace(rules)).formatted(text).text == result
 
 
 @given(
@@ -111,9 +113,9 @@ def test_banned_words():
     assert banned("A Watermark here", ["watermark"]) == "Watermark"
     assert banned("watermarks", ["watermark"]) is None
     assert banned("有水印的图", ["水印"]) == "水印"
-    assert Shape(ban=["watermark"]).shaped("cat, a watermark, hat").text == "cat, hat"
+    assert CaptionFormat(ban=["watermark"]).formatted("cat, a watermark, hat").text == "cat, hat"
     # Prose is not mended: a sentence with a hole in it is no caption.
-    assert "watermark" in Shape(ban=["watermark"]).shaped("A cat with a watermark.").text
+    assert "watermark" in CaptionFormat(ban=["watermark"]).formatted("A cat with a watermark.").text
 
 
 @pytest.mark.parametrize(
@@ -128,11 +130,11 @@ def test_banned_words():
     ],
 )
 def test_frames(prefix, suffix, result):
-    shape = Shape(
+    caption_format = CaptionFormat(
         prefix=None if prefix is None else Template(prefix, "--prefix"),
         suffix=None if suffix is None else Template(suffix, "--suffix"),
     )
-    assert shape.framed("a cat", {"dir": "d", "name": "n"}) == result
+    assert caption_format.with_frame("a cat", {"dir": "d", "name": "n"}) == result
 
 
 def test_lists_from_files(tmp_path):

@@ -38,7 +38,7 @@ UNSPACED = (
 
 
 @dataclass(frozen=True)
-class Shaped:
+class FormattedCaption:
     """An answer as it would be written, without its frame; `cut`: whether its end is left out."""
 
     text: str
@@ -46,7 +46,7 @@ class Shaped:
 
 
 @dataclass(frozen=True)
-class Shape:
+class CaptionFormat:
     """What becomes of an answer.
 
     Args:
@@ -68,7 +68,7 @@ class Shape:
     max_tokens: int | None = None
     count_tokens: TokenCount | None = field(default=None, compare=False)
 
-    def shaped(self, answer: str) -> Shaped:
+    def formatted(self, answer: str) -> FormattedCaption:
         """The answer on one line (trainers read a caption file's first), replaced and cut.
 
         Empty where nothing of it fits.
@@ -86,7 +86,7 @@ class Shape:
             tags = [tag.strip() for tag in text.split(",")]
             text = ", ".join(tag for tag in tags if tag and not banned(tag, self.ban))
         kept = text if self.max_tokens is None else self._within_tokens(text, self.max_tokens)
-        return Shaped(kept, cut or kept != text)
+        return FormattedCaption(kept, cut or kept != text)
 
     def _within_tokens(self, text: str, most: int) -> str:
         count = self.count_tokens or count_words
@@ -104,7 +104,7 @@ class Shape:
                 high = middle - 1
         return text[: ends[low - 1]].rstrip() if low else ""
 
-    def framed(self, text: str, known: Mapping[str, str]) -> str:
+    def with_frame(self, text: str, known: Mapping[str, str]) -> str:
         """With prefix and suffix. `known`: see `prompting.picture_fields`."""
         before = self.prefix.filled(known) if self.prefix else ""
         after = self.suffix.filled(known) if self.suffix else ""

@@ -1,7 +1,7 @@
-"""How one run asks about pictures and judges what it is told: prompts, guards and shape together.
+"""Makes requests of tasks and captions of their answers: prompts, guards and format together.
 
-This is what a run does to each of its tasks, as the pipeline wants it. It remembers, between the
-request and its answer, what is known of a picture and what was wrong with the answer before.
+The pipeline calls it for each task. Between a request and its answer it remembers what is known of
+the picture, and what was wrong with the answer before.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from qwencli.config import SamplingOptions
 from qwencli.dataset import boxes
+from qwencli.dataset.caption_format import CaptionFormat, TokenCount
 from qwencli.dataset.guards import (
     CHANGES,
     DEFAULT_RETRIES,
@@ -27,7 +28,6 @@ from qwencli.dataset.hints import picture_fields, read_hints
 from qwencli.dataset.languages import language_wanted
 from qwencli.dataset.pipeline import Stages, Task
 from qwencli.dataset.prompting import PromptSet, Question, Template
-from qwencli.dataset.shape import Shape, TokenCount
 from qwencli.dataset.sources import Item, Listing, Slot
 from qwencli.errors import CaptionError, InputError
 from qwencli.messages import GenerationRequest, Message, VisualPart, user_message
@@ -35,7 +35,7 @@ from qwencli.results import GenerationResult
 
 
 @dataclass(frozen=True)
-class Manner:
+class CaptionConfig:
     """What a run wants of every answer.
 
     Args:
@@ -47,7 +47,7 @@ class Manner:
     """
 
     prompts: PromptSet
-    shape: Shape = field(default_factory=Shape)
+    format: CaptionFormat = field(default_factory=CaptionFormat)
     guards: Guards = field(default_factory=Guards)
     starts_with: Template | None = None
     retries: int = DEFAULT_RETRIES
@@ -57,16 +57,16 @@ class Manner:
 
     def settings(self) -> dict[str, Any]:
         """What decides over captions, for the manifest and for telling runs apart."""
-        shape = self.shape
+        caption_format = self.format
         said = {
             "prompts": self.prompts.settings(),
             "starts_with": self.starts_with and self.starts_with.text,
-            "prefix": shape.prefix and shape.prefix.text,
-            "suffix": shape.suffix and shape.suffix.text,
-            "replace": list(shape.replace),
-            "ban": list(shape.ban),
-            "max_sentences": shape.max_sentences,
-            "max_caption_tokens": shape.max_tokens,
+            "prefix": caption_format.prefix and caption_format.prefix.text,
+            "suffix": caption_format.suffix and caption_format.suffix.text,
+            "replace": list(caption_format.replace),
+            "ban": list(caption_format.ban),
+            "max_sentences": caption_format.max_sentences,
+            "max_caption_tokens": caption_format.max_tokens,
             "language": self.guards.language,
             "schema": self.schema,
             "thinking_budget": self.thinking_budget,
@@ -80,7 +80,7 @@ _REMINDER_TOKENS = 64
 
 
 @dataclass
-class _Asked:
+class _PendingCaption:
     """One task between its request and its caption."""
 
     question: Question
@@ -89,8 +89,8 @@ class _Asked:
     num_prompt_tokens: int = 0
 
 
-class Asking:
-    """The stages of a run. One that has asked nothing yet can be pickled, for other processes.
+class CaptionProcessor:
+    """The stages of a run. Before its first request it can be pickled, for other processes.
 
     Args:
         listing: tells where pictures lie; which there are is not asked.
@@ -101,7 +101,7 @@ class Asking:
 
     def __init__(
         self,
-        manner: Manner,
+        caption_config: CaptionConfig,
         listing: Listing,
         sampling: SamplingOptions,
         open_item: Callable[[Item], VisualPart],
@@ -109,10 +109,10 @@ class Asking:
         system: Sequence[Message] = (),
         caption_extension: str = ".txt",
     ) -> None:
-        self.manner, self._listing, self._sampling = manner, listing, sampling
+        self.config, self._listing, self._sampling = caption_config, listing, sampling
         self._open_item, self._system = open_item, tuple(system)
         self._extension = caption_extension
-        self._asked: dict[Slot, _Asked] = {}
+        self._asked: dict[Slot, _PendingCaption] = {}
         self._faults: dict[Slot, Fault] = {}
         self._captions: dict[Slot, str] = {}
         # Of a request, where an engine has said it: no retry asks for more.
@@ -121,26 +121,26 @@ class Asking:
 
     def count_tokens_with(self, count: TokenCount) -> None:
         """Count the tokens of `--max-caption-tokens` so, from now on."""
-        shape = replace(self.manner.shape, count_tokens=count)
-        self.manner = replace(self.manner, shape=shape)
+        caption_format = replace(self.config.format, count_tokens=count)
+        self.config = replace(self.config, format=caption_format)
 
     def count_boxes_in(self, grid: int | None) -> None:
         """Take boxes for what this model means by them, from now on; see `Family.box_grid`."""
         self._box_grid = grid
-        self.manner = replace(self.manner, schema=boxes.schema(grid))
+        self.config = replace(self.config, schema=boxes.schema(grid))
 
     def stages(self) -> Stages:
         return Stages(
             open=self._open_item,
             ask=self.request,
             fault=self.fault,
-            shape=self.caption,
-            attempts=1 + self.manner.retries,
+            format=self.caption,
+            attempts=1 + self.config.retries,
         )
 
     def check_fields(self, items: Iterable[Item]) -> None:
         """Raise UsageError for a field of a template that nothing knows; needs no model."""
-        self.manner.prompts.check_fields(self._all_hints(items))
+        self.config.prompts.check_fields(self._all_hints(items))
 
     def _all_hints(self, items: Iterable[Item]) -> Iterator[Mapping[str, str]]:
         for item in items:
@@ -151,11 +151,11 @@ class Asking:
 
     def questions(self, item: Item) -> tuple[Question, ...]:
         """Raises InputError where what lies beside the picture cannot be read."""
-        return self.manner.prompts.questions(item.key, self._known(item))
+        return self.config.prompts.questions(item.key, self._known(item))
 
     def _known(self, item: Item) -> dict[str, str]:
         path = self._listing.path(item)
-        if not self.manner.prompts.needs_hints:
+        if not self.config.prompts.needs_hints:
             return picture_fields(item.key, path)
         return picture_fields(item.key, path, read_hints(path, self._extension, item.part))
 
@@ -169,9 +169,9 @@ class Asking:
         asked = self._asked.get(slot)
         if asked is None:
             known = self._known(task.item)
-            questions = self.manner.prompts.questions(task.item.key, known)
-            begin = self.manner.starts_with
-            asked = _Asked(
+            questions = self.config.prompts.questions(task.item.key, known)
+            begin = self.config.starts_with
+            asked = _PendingCaption(
                 next(question for question in questions if question.field == task.field),
                 known,
                 begin.filled(known) if begin else "",
@@ -185,8 +185,8 @@ class Asking:
                 task.attempt,
                 sampling,
                 seed=_seed_of(sampling, slot),
-                ban=self.manner.shape.ban,
-                language=self.manner.guards.language or language_wanted(asked.question.template),
+                ban=self.config.format.ban,
+                language=self.config.guards.language or language_wanted(asked.question.template),
             )
             text, sampling = retry.asked(text), self._within_length(retry.sampling, asked)
         messages = (*self._system, user_message(text, (visual,)))
@@ -194,12 +194,12 @@ class Asking:
             messages,
             sampling,
             starts_with=asked.starts_with,
-            schema=self.manner.schema,
-            thinking=bool(self.manner.thinking_budget),
-            thinking_budget=self.manner.thinking_budget,
+            schema=self.config.schema,
+            thinking=bool(self.config.thinking_budget),
+            thinking_budget=self.config.thinking_budget,
         )
 
-    def _within_length(self, sampling: SamplingOptions, asked: _Asked) -> SamplingOptions:
+    def _within_length(self, sampling: SamplingOptions, asked: _PendingCaption) -> SamplingOptions:
         longer = sampling.max_new_tokens
         if self.max_seq_len is None or longer is None:
             return sampling
@@ -220,16 +220,16 @@ class Asking:
                 prompt=asked.question.template,
                 starts_with=asked.starts_with,
             )
-            found = self.manner.guards.caption(answer, self.manner.shape)
+            found = self.config.guards.caption(answer, self.config.format)
         if isinstance(found, Fault):
             self._faults[slot] = found
-            if task.attempt >= self.manner.retries:
+            if task.attempt >= self.config.retries:
                 self._forget(slot)
             advice = CHANGES[found.kind].advice
-            if found.kind is FaultKind.TRUNCATED and self.manner.schema is not None:
+            if found.kind is FaultKind.TRUNCATED and self.config.schema is not None:
                 advice += " or a schema with bounds"
             return CaptionError(f"{task.item.key}: {found}", f"try {advice}")
-        if self.manner.boxes:
+        if self.config.boxes:
             size, resized = result.image_sizes[0], result.resized_sizes[0]
             found = boxes.in_pixels(found, size, resized, self._box_grid)
         self._captions[slot] = found
@@ -239,7 +239,7 @@ class Asking:
         slot = task.slot
         asked, caption = self._asked[slot], self._captions.pop(slot)
         self._forget(slot)
-        return self.manner.shape.framed(caption, asked.known)
+        return self.config.format.with_frame(caption, asked.known)
 
     def _forget(self, slot: Slot) -> None:
         self._asked.pop(slot, None)
