@@ -6,7 +6,6 @@ import functools
 import os
 import sys
 from datetime import UTC, datetime
-from enum import StrEnum
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from qwencli.commands.bench_compare import compare
+from qwencli.commands.bench_inject import inject
 from qwencli.commands.bench_study import study
+from qwencli.commands.options import Device, Dtype, Format, Images
 from qwencli.commands.profiling import Profile, profiled
 from qwencli.config import DType, EngineName, LoadFormat, parse_seq_len
 from qwencli.errors import UsageError
@@ -47,19 +49,6 @@ _work = functools.partial(typer.Option, rich_help_panel="Work of each run")
 _course = functools.partial(typer.Option, rich_help_panel="Course")
 _checks = functools.partial(typer.Option, rich_help_panel="After the runs")
 Axis = Annotated[str | None, _cells(metavar="LIST", help="Comma list; replaces the matrix's.")]
-Images = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME|FILE", help="Repeatable. Default: a shipped example."),
-]
-Format = Annotated[LoadFormat, typer.Option(help="dummy: random weights.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Dtype = Annotated[
-    DType,
-    typer.Option(
-        metavar="NAME",
-        help="Of weights that are not quantized: auto, bfloat16, float16 or float32.",
-    ),
-]
 
 
 @app.callback()
@@ -178,7 +167,7 @@ def bench(
     from qwencli.bench.plan.prepare import BenchRequest, prepare
     from qwencli.bench.plan.stopping import Wanted
     from qwencli.bench.run.bench_run import RunSettings, measure, show_cells
-    from qwencli.bench.run.campaign_runner import read_cooldown
+    from qwencli.bench.run.cooldown import read_cooldown
 
     if api_key is not None:
         os.environ["QWENCLI_API_KEY"] = api_key  # where processes of our own find it too
@@ -268,155 +257,5 @@ def report(
             output.show(line)
 
 
-class FailOn(StrEnum):
-    SLOWER = "slower"
-
-
-@app.command()
-def compare(
-    context: typer.Context,
-    a: Annotated[Path, typer.Argument(metavar="A", help="The campaign to compare with.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The campaign in question.")],
-    run: Annotated[
-        bool,
-        typer.Option(
-            "--run", help="A and B are matrices (names or TOML files): measure them in turns first."
-        ),
-    ] = False,
-    processes: Annotated[
-        int | None, typer.Option(min=5, max=100, help="With --run: of each cell. Default: 10.")
-    ] = None,
-    runs: Annotated[
-        int | None, typer.Option(min=5, help="With --run: of each cell. Default: 5 a process.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="With --run. Default: campaigns/compare-<UTC time>."),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="With --run: replaces the matrices'.")] = None,
-    load_format: Format = LoadFormat.AUTO,
-    device: Device = "auto",
-    threshold: Annotated[
-        float, typer.Option(metavar="PERCENT", help="Percent that still counts as SAME.")
-    ] = 1.0,
-    fail_on: Annotated[
-        FailOn | None,
-        typer.Option(help="Exit code 1 when a cell is slower or has lost its figure."),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Compare unlike models, devices or work.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-) -> None:
-    """Say of each cell whether B is the SAME, FASTER, SLOWER or AMBIGUOUS (too noisy to tell).
-
-    With --run processes of A and B alternate, and neighbours are compared: on a busy machine too.
-    """
-    if run:
-        from qwencli.bench.compare.compare_run import run_sides
-        from qwencli.bench.plan.prepare import BenchRequest
-        from qwencli.bench.plan.stopping import Wanted
-
-        request = BenchRequest(
-            matrix="",
-            axes={"model": model},
-            exclude=(),
-            repetition=Wanted(runs=runs, processes=processes),
-            max_new_tokens=None,
-            prompt=None,
-            images=(),
-            seed=0,
-            device=device,
-            dtype=DType.AUTO,
-            load_format=load_format,
-            max_seq_len=None,
-            quality_samples=0,
-        )
-        folder = out or Path("campaigns") / f"compare-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-        matrices = str(a), str(b)
-        a, b = run_sides(request, matrices, folder, sys.argv[1:], context.ensure_object(Output))
-    elif processes or runs or out or model:
-        raise UsageError(
-            "--processes, --runs, --out and --model go with --run", "add --run, or leave them out"
-        )
-    from qwencli.bench.compare.comparison import compare as compare_sides
-    from qwencli.bench.compare.comparison_tables import comparison_document, comparison_table
-    from qwencli.bench.compare.sides import read_side
-    from qwencli.bench.storage.campaign_files import renamed_columns
-
-    output = context.ensure_object(Output)
-    if notice := renamed_columns(a, b):
-        output.notice(notice)
-    found = compare_sides(read_side(a), read_side(b), threshold=threshold / 100, force=force)
-    if json:
-        output.json_line(comparison_document(found))
-    else:
-        output.show(comparison_table(found))
-    if fail_on is FailOn.SLOWER and found.got_slower:
-        raise typer.Exit(1)
-
-
-@app.command()
-def inject(
-    context: typer.Context,
-    causes: Annotated[
-        list[str] | None, typer.Argument(metavar="[CAUSE]...", help="ALL, or some of them.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="A name or a folder.")] = None,
-    engine: Annotated[str, typer.Option(help="native or transformers.")] = "native",
-    attention: Annotated[str, typer.Option(help="As in bench.")] = "sdpa",
-    cache: Annotated[
-        str, typer.Option(metavar="LIST", help="The first that can run here.")
-    ] = "static-graph,static",
-    trials: Annotated[int, typer.Option(min=1, help="Disturbed runs of each cause.")] = 20,
-    max_new_tokens: Annotated[int, typer.Option(min=32, help="Tokens of each run.")] = 192,
-    image: Images = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Default: campaigns/inject-<UTC time>.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the order and the places of the faults.")] = 0,
-    load_format: Format = LoadFormat.AUTO,
-    device: Device = "auto",
-    dtype: Dtype = DType.AUTO,
-) -> None:
-    """Slow runs down on purpose and see whether attribution names the cause.
-
-    Writes a campaign with truth.csv (what was done, when), confusion.csv and confusion.md.
-    Exit code 1 where fewer than 90% of the disturbed runs are explained, or more than 2% of the
-    undisturbed runs of a quiet machine blamed.
-    """
-    from qwencli.bench.inject.confusion import holds, summary
-    from qwencli.bench.inject.injection_run import Injection
-    from qwencli.bench.inject.injection_run import inject as run_injection
-    from qwencli.bench.plan.prepare import BenchRequest
-    from qwencli.bench.plan.stopping import Wanted
-
-    request = BenchRequest(
-        matrix="quick",
-        axes={
-            "model": model,
-            "engine": engine,
-            "quantization": "none",
-            "attention": attention,
-            "cache": cache,
-            "load_mode": "keep",
-        },
-        exclude=(),
-        repetition=Wanted(),
-        max_new_tokens=max_new_tokens,
-        prompt=None,
-        images=tuple(image or ()),
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        load_format=load_format,
-        max_seq_len=None,
-        quality_samples=0,
-    )
-    injection = Injection(names=tuple(causes or ("ALL",)), trials=trials, seed=seed)
-    folder = out or Path("campaigns") / f"inject-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    output = context.ensure_object(Output)
-    found = run_injection(request, injection, folder, sys.argv[1:], output)
-    for line in summary(found):
-        output.show(line)
-    raise typer.Exit(0 if holds(found) else 1)
+app.command()(compare)
+app.command()(inject)

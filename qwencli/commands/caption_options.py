@@ -1,4 +1,4 @@
-"""The options that only `caption` has, and what they say: what is asked, what answers become, where.
+"""The options of `caption` alone, and what they say: what is asked, what answers become, where.
 
 Pure functions of options; only a schema, prompts and words are read from the files that they name.
 """

@@ -78,6 +78,21 @@ Frames = Annotated[
     ),
 ]
 
+# Those of the commands of `bench`.
+Images = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME|FILE", help="Repeatable. Default: a shipped example."),
+]
+Format = Annotated[LoadFormat, typer.Option(help="dummy: random weights.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[
+    DType,
+    typer.Option(
+        metavar="NAME",
+        help="Of weights that are not quantized: auto, bfloat16, float16 or float32.",
+    ),
+]
+
 
 Think = Annotated[
     bool | None,

@@ -21,13 +21,8 @@ from qwencli.bench.report.cell_statistics import CellRow
 from qwencli.bench.report.tables import terminal_table
 from qwencli.bench.run.campaign import Campaign
 from qwencli.bench.run.campaign_progress import shown
-from qwencli.bench.run.campaign_runner import (
-    NO_PAUSE,
-    Cooldown,
-    RunnerOptions,
-    run_campaign,
-    worker_command,
-)
+from qwencli.bench.run.campaign_runner import RunnerOptions, run_campaign, worker_command
+from qwencli.bench.run.cooldown import NO_PAUSE, Cooldown
 from qwencli.config import LoadFormat
 from qwencli.engine.machine.child_process import python_command
 from qwencli.engine.machine.device import DeviceFacts

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwencli.bench.run.campaign_runner import Cooldown, cool_down, read_cooldown
+from qwencli.bench.run.cooldown import Cooldown, cool_down, read_cooldown
 from qwencli.errors import UsageError
 
 
