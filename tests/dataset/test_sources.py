@@ -129,7 +129,7 @@ def test_a_stdin_that_cannot_be_read_or_has_no_end(monkeypatch, tmp_path):
             monkeypatch.setattr("sys.stdin", reading)
             with pytest.raises(InputError, match="stdin cannot be read"):
                 named_inputs(["-"])
-    monkeypatch.setattr("qwencli.dataset.sources.MAX_PART_BYTES", 1 << 20)
+    monkeypatch.setattr("qwencli.dataset.named_inputs.MAX_PART_BYTES", 1 << 20)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(bytes(1 << 21))))
     with pytest.raises(InputError, match="more than 1 MB come through stdin"):
         named_inputs([], Path("-"))
