@@ -16,7 +16,10 @@ from qwencli.bench.attribution import whole_cell
 from qwencli.bench.attribution.records import records_by_cell
 from qwencli.bench.attribution.whole_cell import UNKNOWN_MACHINE, Machine
 from qwencli.bench.measure.quality import quality_columns
-from qwencli.bench.measure.roofline import roofline_columns, with_best_limits
+from qwencli.bench.measure.roofline import (
+    roofline_columns,
+    with_best_limits,
+)
 from qwencli.bench.plan.matrix import AXES, NEWER_AXES
 from qwencli.bench.plan.stopping import (
     Progress,
@@ -77,6 +80,31 @@ class CellData:
     def numbers(self, column: str) -> list[float]:
         # Campaigns from before a column existed lack it.
         return [float(row[column]) for row in self.measured if row.get(column)]
+
+
+@dataclass(frozen=True)
+class CellRows:
+    """All rows of one cell; `steady` is None where nothing was measured, `causes` is empty where
+    nothing was slow or a campaign has no causes.csv."""
+
+    cell: RawRow
+    runs: Sequence[RawRow]
+    tokens: Sequence[RawRow]
+    gpu: Sequence[RawRow]
+    steady: Steadiness | None
+    causes: Sequence[RawRow] = ()
+
+    @property
+    def measured(self) -> list[RawRow]:
+        return [row for row in self.runs if row["status"] == "ok"]
+
+    def numbers(self, column: str) -> list[float]:
+        """Of the measured runs; runs without a figure are left out."""
+        return [float(row[column]) for row in self.measured if row.get(column)]
+
+    def median(self, column: str) -> float | None:
+        found = self.numbers(column)
+        return statistics.median(found) if found else None
 
 
 def cell_rows(

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from qwencli.bench.attribution.whole_cell import over_limits
 from qwencli.bench.plan.matrix import AXES
-from qwencli.bench.report.explain_rules import CELL_RULES, CellRows
+from qwencli.bench.report.cell_statistics import CellRows
+from qwencli.bench.report.explain_rules import CELL_RULES
 from qwencli.bench.report.steadiness import steadiness
 from qwencli.bench.storage.campaign_files import CAUSES, CELLS, GPU, RUNS, TOKENS, read_file
 from qwencli.errors import BenchError

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from qwencli.bench.attribution.summary import why
-from qwencli.bench.report import explain_rules
+from qwencli.bench.report import machine_rules
+from qwencli.bench.report.cell_statistics import CellRows
 from qwencli.bench.report.explain import explain_campaign
-from qwencli.bench.report.explain_rules import CELL_RULES, CellRows, tokens_with_clocks
+from qwencli.bench.report.explain_rules import CELL_RULES
+from qwencli.bench.report.machine_rules import tokens_with_clocks
 from qwencli.bench.report.steadiness import steadiness
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import write_rows
@@ -161,7 +163,7 @@ def test_where_clock_or_tokens_stand_still_nothing_is_joined(monkeypatch):
     data = clocked(lambda n, low, number: 10.0)
     still = [{**row, "sm_clock_mhz": "1980"} for row in data.gpu]
     alike = [{**row, "itl_p50_ms": "10.0", "itl_p99_ms": "10.1"} for row in data.runs]
-    monkeypatch.setattr(explain_rules, "tokens_with_clocks", None)
+    monkeypatch.setattr(machine_rules, "tokens_with_clocks", None)
     assert said(dataclasses.replace(data, gpu=still))
     assert said(dataclasses.replace(data, runs=alike))
 
