@@ -47,8 +47,8 @@ def chat(
     # Here and not above: `--help` needs none of it.
     from qwencli.answer_report import failure_record
     from qwencli.commands.answer_display import TerminalDisplay
+    from qwencli.commands.chat_session import ChatSession
     from qwencli.commands.chat_terminal import TerminalLines, history_file, quiet_keys
-    from qwencli.commands.conversation import Conversation
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.requests import OPENING_ERRORS, open_visual, running_engine
     from qwencli.commands.saved_chat import chats_folder, latest_chat, new_chat_path, read_chat
@@ -81,7 +81,7 @@ def chat(
         quiet_keys(),
         running_engine(run.engine_config(spec), sink, keep_s, thinking=thinking) as loaded,
     ):
-        talk = Conversation(
+        talk = ChatSession(
             loaded,
             sampling,
             sink,

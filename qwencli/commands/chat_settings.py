@@ -17,7 +17,7 @@ _SAMPLING_SWITCHES = ("temperature", "top_p", "top_k", "min_p")
 SETTINGS = (*SAMPLING_BOUNDS, "greedy", "stop", "thinking", "thinking_budget")
 
 
-def setting_said(said: str) -> tuple[str, str]:
+def parse_setting(said: str) -> tuple[str, str]:
     """(name, value) of `NAME=VALUE`.
 
     Raises:
@@ -32,7 +32,7 @@ def setting_said(said: str) -> tuple[str, str]:
     return name, value
 
 
-def switched(name: str, value: str) -> bool:
+def parse_switch(name: str, value: str) -> bool:
     """Whether a setting of two is on; "default" is off.
 
     Raises:
@@ -43,7 +43,7 @@ def switched(name: str, value: str) -> bool:
     return _ON_OFF[value.lower()]
 
 
-def budget_said(value: str) -> int | None:
+def parse_budget(value: str) -> int | None:
     """How many tokens a model may think; "default" is as many as its answer has.
 
     Raises:
@@ -69,7 +69,7 @@ def with_setting(sampling: SamplingOptions, name: str, value: str) -> SamplingOp
     if name == "stop":
         return replace(sampling, stop=() if default else (value,))
     if name == "greedy":
-        return replace(sampling, do_sample=False if switched(name, value) else None)
+        return replace(sampling, do_sample=False if parse_switch(name, value) else None)
     try:
         kind = int if SAMPLING_BOUNDS[name].integer else float
         number: Any = None if default else kind(value)
@@ -86,7 +86,7 @@ def with_setting(sampling: SamplingOptions, name: str, value: str) -> SamplingOp
     return changed
 
 
-def settings_shown(sampling: SamplingOptions) -> Iterator[str]:
+def describe_settings(sampling: SamplingOptions) -> Iterator[str]:
     """Each setting as `NAME=VALUE`."""
     for name in SAMPLING_BOUNDS:
         value = getattr(sampling, name)
@@ -95,7 +95,7 @@ def settings_shown(sampling: SamplingOptions) -> Iterator[str]:
     yield f"stop={', '.join(map(repr, sampling.stop)) or 'default'}"
 
 
-def over_saved(saved: SamplingOptions, said: SamplingOptions) -> SamplingOptions:
+def override_saved(saved: SamplingOptions, said: SamplingOptions) -> SamplingOptions:
     """What was saved, and over it what this run was told."""
     default = SamplingOptions()
     told = {

@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwencli.commands.chat_session import COMMANDS
 from qwencli.commands.chat_settings import SETTINGS
-from qwencli.commands.conversation import COMMANDS
 from qwencli.commands.typed_paths import as_mention, dropped_files
 from qwencli.dataset.sources import VIDEO_SUFFIXES
 from qwencli.output import Output, visible

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from qwencli.cli import run
-from qwencli.commands.conversation import Conversation
+from qwencli.commands.chat_session import ChatSession
 from qwencli.commands.saved_chat import read_chat
 from qwencli.commands.typed_paths import dropped_files, split_paths
 from qwencli.config import SamplingOptions
@@ -58,7 +58,7 @@ def engine(checkpoint):
 def talk(engine):
     listening = Listening(engine)
     sampling = SamplingOptions(do_sample=False, max_new_tokens=4)
-    conversation = Conversation(
+    conversation = ChatSession(
         listening, sampling, Output(), system=None, json=False, stats=False, model="tiny"
     )
     conversation.heard = listening.requests
@@ -341,7 +341,7 @@ def test_a_conversation_is_saved_and_goes_on(talk, engine, picture_path, capsys)
     err = capsys.readouterr().err
     assert f"saved: {file}" in err and "/save needs a file" in err
     assert "/load needs one file" in err and "no.json: no such file" in err
-    again = Conversation(
+    again = ChatSession(
         talk._engine, SamplingOptions(), Output(), system=None, json=False, stats=False, model="b"
     )
     converse(again, f"/load {file}", "three")
@@ -363,7 +363,7 @@ def test_a_conversation_that_was_kept_is_resumed(talk, tmp_path):
     talk._keep = file
     converse(talk, "one", "two")
     sampling = SamplingOptions(max_new_tokens=3)
-    again = Conversation(
+    again = ChatSession(
         talk._engine, sampling, Output(), system="Be kind.", json=False, stats=False, model="tiny"
     )
     again.resume(file)
@@ -417,7 +417,7 @@ class Untold(Thinking):
 
 def test_thoughts_in_the_text_are_no_part_of_the_answer(engine, capsys):
     sampling = SamplingOptions(max_new_tokens=2)
-    talk = Conversation(
+    talk = ChatSession(
         Untold(engine), sampling, Output(), system=None, json=False, stats=False, model="m"
     )
     converse(talk, "What is it?", "/thoughts")
@@ -516,7 +516,7 @@ def test_thoughts_are_shown_dimmed_and_not_remembered(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setattr("sys.stderr.isatty", lambda: stderr_is_terminal)
-    talk = Conversation(
+    talk = ChatSession(
         Thinking(engine),
         SamplingOptions(max_new_tokens=2),
         Output(),

@@ -231,11 +231,11 @@ def _narrow(terminal):
 WITHOUT_A_MODEL = """
 import os, sys
 from qwencli.commands.chat_terminal import TerminalLines, quiet_keys
-from qwencli.commands.conversation import Conversation
+from qwencli.commands.chat_session import ChatSession
 from qwencli.config import SamplingOptions
 from qwencli.output import Output
 
-class Told(Conversation):
+class Told(ChatSession):
     def ask(self, text):
         if text == "wait":
             import time
