@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
 
 from qwencli.engine import kernels
 
@@ -188,18 +187,16 @@ def kernel_modules() -> list[Any]:
     ]
 
 
-@functools.cache
-def settle_cache_keys() -> None:
-    """Have Triton hash all kernels in one order, which its cache needs before 3.9: there the hash
-    of a kernel depends on whether the functions it calls were hashed before it."""
+def jit_functions() -> dict[str, Any]:
+    """All functions of ours that Triton compiles, by name, in one order."""
     from triton.runtime.jit import JITFunction
 
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9):
-        return
-    for module in kernel_modules():
-        for value in vars(module).values():
-            if isinstance(value, JITFunction):
-                value.cache_key  # noqa: B018 - kept by Triton
+    return {
+        f"{module.__name__}.{name}": value
+        for module in kernel_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction)
+    }
 
 
 def compile_for(gpu: Gpu) -> None:

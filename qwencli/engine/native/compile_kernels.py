@@ -25,10 +25,14 @@ from qwencli.engine.kernels.launches import (
     KernelLaunch,
     compile_for,
     compile_launch,
-    settle_cache_keys,
 )
 from qwencli.engine.machine.host import usable_cores
-from qwencli.engine.native.kernel_cache import CompileJob, use_folder, write_manifest
+from qwencli.engine.native.kernel_cache import (
+    CompileJob,
+    settle_cache_keys,
+    use_folder,
+    write_manifest,
+)
 from qwencli.engine.native.kernel_plan import plan_kernels
 
 MOST_PROCESSES = 32
@@ -56,7 +60,7 @@ def run(job: CompileJob) -> str | None:
     """Compile what a job asks for; returns what went wrong, if anything did."""
     use_folder(Path(job.folder))
     torch.set_num_threads(1)
-    settle_cache_keys()
+    settle_cache_keys(Path(job.folder))
     try:
         with without_dynamo():
             launches = plan_kernels(job.planned, job.gpu)

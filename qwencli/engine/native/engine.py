@@ -57,6 +57,7 @@ from qwencli.engine.native.supported import (
     quantizer_for,
     resolve_kernels,
 )
+from qwencli.engine.native.warmup import WarmUp
 from qwencli.engine.protocol import RequestQueue
 from qwencli.engine.request import StepOutput
 from qwencli.engine.resolve import (
@@ -224,6 +225,23 @@ class NativeEngine(BaseEngine):
         self._planned = self._plan_of_kernels(kernels, shape, torch_dtype, packed)
         self._place = place
         compiling = self._compiling(rows=0)
+        fused = fused_for(kernels, self.config.attention)
+        left_to_us = self.config.attention is Attention.AUTO
+
+        def make(shape: ModelShape, loaded: weights.LoadedWeights, slots: int) -> QwenModel:
+            return QwenModel(shape, loaded, slots, attention, fused, kv, left_to_us, invariant)
+
+        warming = None
+        if place.type == "cuda":
+            warming = WarmUp(
+                shape,
+                torch_dtype,
+                place,
+                make,
+                graphs=cache is Cache.STATIC_GRAPH,
+                loading=compiling,
+                room_bytes=self._plan.activations + self._plan.graphs,
+            )
         try:
             with span("weights"):
                 loaded = self._weights(files, shape, torch_dtype, place, packed, kernels)
@@ -236,9 +254,7 @@ class NativeEngine(BaseEngine):
         drafting = self.config.speculate is not Speculate.OFF
         slots = self._plan.max_seq_len + 1 + (MAX_VERIFY_TOKENS if drafting else 0)
         with torch.inference_mode():
-            fused = fused_for(kernels, self.config.attention)
-            left_to_us = self.config.attention is Attention.AUTO
-            model = QwenModel(shape, loaded, slots, attention, fused, kv, left_to_us, invariant)
+            model = make(shape, loaded, slots)
             store, state = None, None
             if not rows_only:
                 store = model.dynamic_cache() if cache is Cache.DYNAMIC else model.static_cache()
@@ -274,6 +290,9 @@ class NativeEngine(BaseEngine):
             with span("wait for kernels"):
                 compiling.wait()
             warnings += compiling.notes()
+        if warming is not None:
+            with span("wait for the warm-up"):
+                warming.wait()
         self._warnings = tuple(warnings)
         self._keep(loaded.keeping, cache)
         gc_freeze_loaded()

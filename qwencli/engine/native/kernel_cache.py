@@ -39,7 +39,7 @@ from qwencli.engine.kernels.launches import (
     TensorArgument,
     compile_launch,
     gpu_of,
-    settle_cache_keys,
+    jit_functions,
 )
 from qwencli.engine.machine.child_process import python_command
 from qwencli.engine.native import kernel_plan
@@ -199,28 +199,67 @@ def described(planned: PlannedModel) -> dict[str, Any]:
 
 def write_manifest(file: Path, launches: Iterable[KernelLaunch]) -> None:
     """Raises OSError where it cannot be written."""
-    lines = [[each.module, each.kernel, _written(each)] for each in launches]
-    text = json.dumps(lines)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"launches": lines, "digest": _checksum(text.encode())}))
-    temporary.replace(file)
+    _write_checked(file, [[each.module, each.kernel, _written(each)] for each in launches])
 
 
 def read_manifest(file: Path) -> list[KernelLaunch] | None:
     """The launches of a list; None = there is none, or it is damaged."""
+    lines = _read_checked(file)
+    try:
+        return lines and [
+            KernelLaunch(module, kernel, tuple((name, _read(value)) for name, value in arguments))
+            for module, kernel, arguments in lines
+        ]
+    except (ValueError, KeyError, TypeError):
+        _damaged(file)
+        return None
+
+
+def settle_cache_keys(folder: Path) -> None:
+    """Give every kernel the hash that Triton's cache knows it by, from a list in `folder`.
+
+    To work one out Triton parses the kernel and all that it calls: 0.5 s for all of ours. Before
+    3.9 a hash depends on whether the functions it calls were hashed before it, so where there is no
+    list all are worked out in one order.
+    """
+    file = folder / f"keys-{_sources()[:24]}.json"
+    functions, kept = jit_functions(), _read_checked(file)
+    if isinstance(kept, dict) and kept.keys() == functions.keys():
+        for name, function in functions.items():
+            function.hash = kept[name]
+        return
+    keys = {name: function.cache_key for name, function in functions.items()}
+    with suppress(OSError):  # the next process works them out again
+        _write_checked(file, keys)
+
+
+def _write_checked(file: Path, content: Any) -> None:
+    digest = _checksum(json.dumps(content).encode())
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps({"content": content, "digest": digest}))
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _read_checked(file: Path) -> Any:
+    """What was written; None = nothing, or it is damaged."""
     try:
         said = json.loads(file.read_text())
-        if said["digest"] != _checksum(json.dumps(said["launches"]).encode()):
+        if said["digest"] != _checksum(json.dumps(said["content"]).encode()):
             raise ValueError("not what was written")
-        return [
-            KernelLaunch(module, kernel, tuple((name, _read(value)) for name, value in arguments))
-            for module, kernel, arguments in said["launches"]
-        ]
     except OSError:
         return None
     except (ValueError, KeyError, TypeError, RecursionError):
-        note_once(f"compiled kernels in {file.parent} were damaged and are made again")
+        _damaged(file)
         return None
+    return said["content"]
+
+
+def _damaged(file: Path) -> None:
+    note_once(f"compiled kernels in {file.parent} were damaged and are made again")
 
 
 def _written(launch: KernelLaunch) -> list[list[Any]]:
@@ -290,7 +329,7 @@ class KernelLoader:
 
     def _load(self) -> None:
         folder = use_folder_of(self._device)
-        settle_cache_keys()
+        settle_cache_keys(folder)
         file = manifest_of(self._planned, self._gpu, folder)
         launches = read_manifest(file)
         if launches is None:

@@ -20,6 +20,7 @@ from qwencli.engine.native.kernel_cache import (
     KernelLoader,
     manifest_of,
     read_manifest,
+    settle_cache_keys,
     taken_notes,
     use_folder,
     write_manifest,
@@ -189,3 +190,41 @@ def test_kernels_of_a_list_are_loaded_without_a_process(loader, tmp_path, monkey
     loading.wait()
     assert loader.made == launches
     assert loading.notes() == ()
+
+
+class Function:
+    """What Triton makes of a kernel, as far as its hash goes."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.hash, self.parsed = name, None, 0
+
+    @property
+    def cache_key(self) -> str:
+        if self.hash is None:
+            self.hash, self.parsed = f"hash of {self.name}", self.parsed + 1
+        return self.hash
+
+
+def test_hashes_of_kernels_are_worked_out_once(tmp_path, monkeypatch):
+    def settled() -> dict[str, Function]:
+        """In a new process."""
+        functions = {name: Function(name) for name in ("a_kernel", "b_kernel")}
+        monkeypatch.setattr(kernel_cache, "jit_functions", lambda: functions)
+        settle_cache_keys(tmp_path)
+        assert {f.hash for f in functions.values()} == {"hash of a_kernel", "hash of b_kernel"}
+        return functions
+
+    assert all(function.parsed == 1 for function in settled().values())
+    assert all(function.parsed == 0 for function in settled().values())
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text().replace("hash of a_kernel", "hash of b_kernel"))
+    assert all(function.parsed == 1 for function in settled().values())
+    assert [note for note in taken_notes() if "damaged" in note]
+    assert all(function.parsed == 0 for function in settled().values())
+
+
+def test_where_hashes_cannot_be_kept_they_are_worked_out_again(tmp_path, monkeypatch):
+    functions = {"a_kernel": Function("a_kernel")}
+    monkeypatch.setattr(kernel_cache, "jit_functions", lambda: functions)
+    settle_cache_keys(tmp_path / "missing")
+    assert functions["a_kernel"].parsed == 1 and not taken_notes()

@@ -1,0 +1,82 @@
+"""What is warmed up while weights load is a small model of the same widths."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.warmup import WarmUp
+from qwencli.models.builtin import hub_config
+from qwencli.models.shape_reader import read_shape
+
+CPU = torch.device("cpu")
+MODELS = ("qwen3-vl-2b", "qwen2.5-vl-3b", "qwen3.5-0.8b", "qwen3-vl-30b-a3b")
+NARROW = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
+
+
+def shape_of(model: str):
+    """The model's, but narrow."""
+    config = copy.deepcopy(hub_config(model))
+    text = config.get("text_config", config)
+    text |= {key: value for key, value in NARROW.items() if key in text}
+    if "head_dim" not in text:
+        text |= {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2}
+    if "num_experts" in text:
+        text["num_experts"] = 8
+    vision = config["vision_config"]
+    vision |= {"hidden_size": 64, "intermediate_size": 96, "num_heads": 2}
+    vision["out_hidden_size"] = text["hidden_size"]
+    return read_shape(config)
+
+
+class Loading:
+    def __init__(self, num_compiled: int) -> None:
+        self.num_compiled, self.waited = num_compiled, 0
+
+    def wait(self) -> None:
+        self.waited += 1
+
+
+def warm(shape, made, **options):
+    def make(shape, loaded, slots):
+        made.append(shape)
+        return QwenModel(shape, loaded, slots)
+
+    options = {"graphs": False, "loading": None, "room_bytes": 1 << 30} | options
+    warming = WarmUp(shape, torch.float32, CPU, make, **options)
+    warming.wait()
+    return warming
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models_of_each_family_answer(model):
+    shape, made = shape_of(model), []
+    warming = warm(shape, made, loading=Loading(0))
+    assert warming.note == ""
+    (small,) = made
+    assert small.text.num_layers == 1 and small.vision.depth == 1
+    assert small.text.hidden_size == shape.text.hidden_size
+    assert small.vision.hidden_size == shape.vision.hidden_size
+
+
+def test_it_does_nothing_where_the_load_waits_for_compilers_or_memory_is_short():
+    shape, made = shape_of("qwen3-vl-2b"), []
+    loading = Loading(3)
+    warm(shape, made, loading=loading)
+    assert loading.waited and not made
+    warm(shape, made, room_bytes=1000)
+    assert not made
+
+
+def test_what_goes_wrong_is_noted_and_ends_nothing():
+    def make(shape, loaded, slots):
+        raise RuntimeError("no such device")
+
+    shape = shape_of("qwen3-vl-2b")
+    options = {"graphs": False, "loading": None, "room_bytes": 1 << 30}
+    warming = WarmUp(shape, torch.float32, CPU, make, **options)
+    warming.wait()
+    assert warming.note == "RuntimeError: no such device"
