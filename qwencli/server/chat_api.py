@@ -6,7 +6,6 @@ import json
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -287,14 +286,14 @@ def usage_of(result: GenerationResult) -> dict[str, Any]:
             "cached_tokens": result.num_cached_tokens,
             "image_tokens": result.num_image_tokens,
         },
-        "timings": asdict(result.timings),
+        "timings": vars(result.timings),
     }
 
 
 def ran_of(result: GenerationResult) -> dict[str, Any]:
     """What else we know of an answer, for our own clients: the modes that ran, and notes."""
     return {
-        "effective": asdict(result.effective),
+        "effective": vars(result.effective),
         "notes": list(result.notes),
         "image_sizes": [list(size) for size in result.image_sizes],
         "resized_sizes": [list(size) for size in result.resized_sizes],

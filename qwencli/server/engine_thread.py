@@ -3,7 +3,8 @@
 Requests come in through a list of orders, answers go out through a list for each; nothing else is
 shared. A reader that is slow finds several pieces at once and holds nobody: the engine never waits.
 A lone request runs as `engine.stream` does, which is the faster way for one; those that come
-meanwhile run together, in turns with it.
+meanwhile run together, in turns with it, and for some seconds from then on so does every one:
+each turn of a lone one costs those that run together a step.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ MOST_FAILED_STEPS = 3
 # interpreter about 0.05 ms, which the thread that starts the steps waits for. With many readers
 # several tokens come as one event.
 EVENT_S = 0.0002
+
+# For how long after several requests were there at once the next one is taken to have company soon.
+TOGETHER_S = 5.0
 
 
 class TooManyRequestsError(QwenCliError):
@@ -150,6 +154,8 @@ class EngineThread:
         # Answers with pieces that their readers were not told of, and when readers were.
         self._asleep: dict[Answer, None] = {}
         self._woken_s = float("-inf")
+        # When more than one request was there.
+        self._together_s = float("-inf")
         self._queues: tuple[RequestQueue, RequestQueue]
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -301,7 +307,10 @@ class EngineThread:
                 self._tell({answer: [_failure(error)]})
                 return
         many, lone = self._queues
-        queue = many if self._places or answer.in_batch else lone
+        # One that came at the same time and one that still runs are company alike.
+        self._note_company()
+        together = time.monotonic() - self._together_s < TOGETHER_S
+        queue = many if together or answer.in_batch else lone
         place = _Place(queue, queue.add(answer.source, stream=not answer.whole))
         # Pictures are held no longer than the engine needs them.
         answer.source = None
@@ -313,7 +322,12 @@ class EngineThread:
             place.queue.abort(place.number)
         self._drop(answer)
 
+    def _note_company(self) -> None:
+        if len(self._unfinished) > 1:
+            self._together_s = time.monotonic()
+
     def _drop(self, answer: Answer) -> None:
+        self._note_company()
         place = self._places.pop(answer, None)
         if place is not None:
             del self._answers[place]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -323,7 +322,7 @@ def _usage(result: GenerationResult) -> dict[str, Any]:
         "output_tokens": new,
         "output_tokens_details": {"reasoning_tokens": result.num_thinking_tokens},
         "total_tokens": (result.num_prompt_tokens or 0) + new,
-        "timings": asdict(result.timings),
+        "timings": vars(result.timings),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import httpx
@@ -13,6 +14,7 @@ import pytest
 from qwencli.engine.request import StepOutput
 from qwencli.errors import EngineError, ModelFileError
 from qwencli.messages import GenerationRequest, text_message
+from qwencli.results import GenerationChunk
 from qwencli.server import engine_thread
 from qwencli.server.engine_thread import EngineThread
 from tests.dataset.fake_engine import FakeEngine
@@ -117,6 +119,38 @@ def test_with_many_readers_tokens_come_together(monkeypatch) -> None:
     thread.close()
     assert [sum(each) for each in found] == [1, 2, 3]
     assert max(map(len, found)) <= 2
+
+
+def test_lone_requests_run_alone_until_there_is_company(monkeypatch) -> None:
+    """Beside a batch each token of a lone stream costs a step of its own."""
+    alone = []
+
+    class Watched(FakeEngine):
+        def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
+            alone.append(request)
+            return super().stream(request)
+
+    thread = EngineThread(Watched(SimpleNamespace(batch_invariant=False)))
+    thread.start()
+    asked = GenerationRequest((text_message("user", "Hi"),))
+
+    async def ask(count: int) -> int:
+        """Of so many at once, how many ran alone."""
+        before = len(alone)
+        for answer in [thread.submit(asked) for _ in range(count)]:
+            while (await answer.pieces())[-1].result is None:
+                pass
+        return len(alone) - before
+
+    async def ask_all() -> None:
+        assert await ask(1) == 1 and await ask(1) == 1
+        assert await ask(3) <= 1  # the first may begin before the second comes
+        assert await ask(1) == 0
+        monkeypatch.setattr(engine_thread, "TOGETHER_S", 0.0)
+        assert await ask(1) == 1
+
+    asyncio.run(asyncio.wait_for(ask_all(), 20))
+    thread.close()
 
 
 def test_a_server_that_ends_tells_those_that_wait() -> None:
