@@ -13,7 +13,8 @@ answers whose first token came within --ttft-s and whose mean time a token was w
 
 Rough: requests of which some are cut off by their client, read slowly, malformed or dropped before
 their body is complete. After each round nothing may run, no page be in use, and file handles,
-threads and memory be level. Prints one JSON object, and writes it to OUT/serve_load.json.
+threads and memory be level; what is held is told on stderr. Prints one JSON object, and writes it
+to OUT/serve_load.json.
 """
 
 from __future__ import annotations
@@ -292,6 +293,7 @@ def soaked(running: Served, options: argparse.Namespace) -> dict[str, Any]:
     while not rounds or time.perf_counter() - start < 60 * options.soak_minutes:
         answers += Counter(asyncio.run(rough(running.address, options, options.rough)))
         rounds.append({"s": round(time.perf_counter() - start, 1), **settled(running.thread)})
+        print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
     return {
         "seconds": time.perf_counter() - start,
         "answers": dict(answers),
