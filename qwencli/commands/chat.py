@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -48,7 +49,13 @@ def chat(
     from qwencli.answer_report import failure_record
     from qwencli.commands.answer_display import TerminalDisplay
     from qwencli.commands.chat_session import ChatSession
-    from qwencli.commands.chat_terminal import TerminalLines, history_file, quiet_keys
+    from qwencli.commands.chat_terminal import (
+        TerminalLines,
+        UndrawnLines,
+        can_draw,
+        history_file,
+        quiet_keys,
+    )
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.requests import OPENING_ERRORS, open_visual, running_engine
     from qwencli.commands.saved_chat import chats_folder, latest_chat, new_chat_path, read_chat
@@ -76,9 +83,9 @@ def chat(
         # An answer about a picture that the model never saw would be invented.
         raise typer.Exit(1)
     announce_model(spec, run, sink)
-    drawn = sys.stdin.isatty() and sys.stdout.isatty() and not run.json
+    drawn = sys.stdin.isatty() and sys.stdout.isatty() and not run.json and can_draw()
     with (
-        quiet_keys(),
+        quiet_keys() if can_draw() else nullcontext(),
         running_engine(run.engine_config(spec), sink, keep_s, thinking=thinking) as loaded,
     ):
         talk = ChatSession(
@@ -102,7 +109,8 @@ def chat(
             talk.say(prompt)
         elif typed:
             # A person saw what failed and went on.
-            talk.converse(TerminalLines(sink, lambda: talk.footer, history_file()))
+            drawing = TerminalLines(sink, lambda: talk.footer, history_file())
+            talk.converse(drawing if can_draw() else UndrawnLines(sink))
             failed = False
             if talk.kept:
                 sink.notice(f"kept: {talk.kept} (qwencli chat --resume goes on)")

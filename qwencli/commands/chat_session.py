@@ -286,7 +286,10 @@ class ChatSession(Conversation):
     def _save(self, rest: str) -> None:
         if not rest and self._keep is None:
             raise UsageError("/save needs a file", "/save FILE")
-        [path, *_] = split_paths(rest) if rest else [self._keep]
+        paths = split_paths(rest) if rest else [self._keep]
+        if len(paths) != 1:
+            raise UsageError("/save needs one file", f"put its name in quotes: /save {rest!r}")
+        path = paths[0]
         assert path is not None
         write_chat(path, self._saved())
         self._sink.notice(f"saved: {path}")

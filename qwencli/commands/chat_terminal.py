@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwencli.commands.chat_session import COMMANDS
+from qwencli.commands.chat_session import COMMANDS, PipedLines
 from qwencli.commands.chat_settings import SETTINGS
 from qwencli.commands.typed_paths import as_mention, dropped_files
 from qwencli.dataset.sources import VIDEO_SUFFIXES
@@ -157,6 +157,41 @@ class TerminalLines:
             return
         self._ahead = self._ahead and waiting
         buffer.validate_and_handle()
+
+
+class UndrawnLines(PipedLines):
+    """Messages at a terminal that only writes on, such as an editor's: a line each, changed by the
+    terminal's own means. Ctrl-C drops what is typed, and pressed again it leaves."""
+
+    def __init__(self, sink: Output) -> None:
+        super().__init__(sys.stdin)
+        self._sink = sink
+        self._begun = self._interrupted = False
+
+    def next_line(self, draft: str = "") -> str | None:
+        if not self._begun:
+            self._begun = True
+            self._sink.notice("type a message; /help lists the commands")
+        while True:
+            try:
+                self._sink.prompt(PROMPT)
+                line = super().next_line(draft)
+            except KeyboardInterrupt:
+                self._sink.notice("")
+                if self._interrupted:
+                    return None
+                self._interrupted = True
+                self._sink.notice("Ctrl-C again leaves, and so does Ctrl-D")
+                continue
+            self._interrupted = False
+            if line is None:
+                self._sink.notice("")
+            return line
+
+
+def can_draw() -> bool:
+    """Whether this terminal moves its cursor; as others tell it, where TERM does not say no."""
+    return os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 
 def history_file() -> Path:

@@ -272,6 +272,34 @@ def test_answers_that_go_to_a_file_leave_the_prompt_at_the_terminal(tmp_path):
         terminal.kill()
 
 
+def test_a_terminal_that_does_not_draw_is_written_on_alone(tmp_path):
+    """Such as an editor's; it shows what is typed by its own means."""
+    script = WITHOUT_A_MODEL.replace("TerminalLines, quiet_keys", "UndrawnLines, can_draw")
+    script = script.replace("with quiet_keys():", "if not can_draw():")
+    script = script.replace("TerminalLines(sink)", "UndrawnLines(sink)")
+    terminal = Terminal(["-c", f"import os; os.environ['TERM'] = 'dumb'\n{script}"])
+    try:
+        terminal.until("type a message", "\n>")
+        terminal.press("one é\r")
+        terminal.until("> one é\n", "ASKED 'one é'")
+        terminal.press("/save a b.json\r")
+        terminal.until("/save needs one file (put its name in quotes: /save 'a b.json')")
+        terminal.press("/edit\r")
+        terminal.until("/edit needs the new text")
+        terminal.press("half typed\x03")
+        terminal.until("Ctrl-C again leaves")
+        terminal.press("two\r")
+        terminal.until("ASKED 'two'")
+        terminal.press("\x03")
+        terminal.until("Ctrl-C again leaves, and so does Ctrl-D\n>")
+        terminal.press("\x04")
+        terminal.until("LEFT")
+        assert terminal.rest() == 0
+        assert b"\x1b" not in terminal.written
+    finally:
+        terminal.kill()
+
+
 def completed(text):
     return [c.text for c in _ChatCompleter().completions(text)]
 
