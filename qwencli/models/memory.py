@@ -120,7 +120,15 @@ def native_weight_bytes(shape: ModelShape, quantization: Quantization, value_byt
     if quantization is not Quantization.NONE and shape.text.tied_head:
         text = shape.text
         total += native_matrix_bytes(quantization, True, text.vocab_size, text.hidden_size)
-    return total
+    return total + draft_projection_bytes(shape)
+
+
+def draft_projection_bytes(shape: ModelShape) -> int:
+    """Of the output projection in 4 bits that a head which drafts tokens reads; none without."""
+    text = shape.text
+    if not text.draft_head:
+        return 0
+    return native_matrix_bytes(Quantization.INT4, False, text.vocab_size, text.hidden_size)
 
 
 def packed_weight_bytes(
@@ -132,7 +140,7 @@ def packed_weight_bytes(
     """
     shape = with_experts_as_stored(shape, stored)
     layers = packed_layers(shape, packed, stored)
-    return sum(
+    return draft_projection_bytes(shape) + sum(
         layers[name].loaded_bytes
         if name in layers and ".visual." not in name
         else prod(size) * value_bytes

@@ -11,7 +11,7 @@ from qwencli.config import Quantization
 from qwencli.errors import ModelFileError
 from qwencli.models.builtin import hub_config
 from qwencli.models.checkpoint import find_sources, has_draft_head
-from qwencli.models.memory import estimate, native_weight_bytes
+from qwencli.models.memory import draft_projection_bytes, estimate, native_weight_bytes
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import expected_tensors, with_experts_as_stored
@@ -43,9 +43,15 @@ def test_a_head_is_counted_where_it_is_used(alias: str) -> None:
     assert own["mtp.fc.weight"] == (text.hidden_size, 2 * text.hidden_size)
     assert own["mtp.layers.0.self_attn.q_proj.weight"] == (2 * text.q_size, text.hidden_size)
     more = sum(map(prod, own.values()))
+    projection = draft_projection_bytes(used)
+    assert (
+        text.vocab_size * text.hidden_size / 2
+        < projection
+        < 0.54 * prod((text.vocab_size, text.hidden_size))
+    )
     whole = native_weight_bytes(used, Quantization.NONE, 2)
-    assert whole - native_weight_bytes(shape, Quantization.NONE, 2) == 2 * more
-    fewer = native_weight_bytes(used, Quantization.INT4, 2)
+    assert whole - native_weight_bytes(shape, Quantization.NONE, 2) == 2 * more + projection
+    fewer = native_weight_bytes(used, Quantization.INT4, 2) - projection
     fewer -= native_weight_bytes(shape, Quantization.INT4, 2)
     # All but what joins two vectors, norms and routers: half a byte a weight, and scales.
     kept = prod(own["mtp.fc.weight"])

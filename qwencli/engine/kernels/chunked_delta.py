@@ -47,6 +47,9 @@ CHANNELS = 128  # likewise
 WARPS = 4
 OUTPUT_WARPS = 8  # half as many spill
 COLUMNS = 32  # of a state, of a program of the scan
+# Tensors that come to the device side by side in one buffer, so that where each begins depends on
+# the others: one kernel serves all.
+UPLOADED = ("slot_ptr", "starts_ptr", "context_starts_ptr")
 BLOCK: tl.constexpr = tl.constexpr(16)  # rows of the blocks on the diagonal of a chunk's system
 
 
@@ -83,7 +86,7 @@ def decays(a_ptr, a_log_ptr, dt_bias_ptr, a_stride, token, inside, head):
     return tl.cumsum(tl.where(inside, g, 0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=UPLOADED)
 def delta_conv_kernel(
     x_ptr,  # [N, C] with `stride` from token to token
     weight_ptr,  # [C, 4]
@@ -134,7 +137,7 @@ def delta_conv_kernel(
     tl.store(out_ptr + at[:, None] + channel[None, :], out, mask=inside[:, None] & real)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=UPLOADED)
 def delta_solve_kernel(
     x_ptr,  # [N, C], as they leave the convolution
     a_ptr,  # [N, V_HEADS] with `a_stride` from token to token
@@ -201,7 +204,7 @@ def delta_solve_kernel(
     tl.store(gates + 2 * CHUNK, factor)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=UPLOADED)
 def delta_scan_kernel(
     x_ptr,  # [N, C], as they leave the convolution
     qkv_ptr,  # [N, C] with `qkv_stride` from token to token, as they enter it
@@ -284,7 +287,7 @@ def delta_scan_kernel(
     tl.store(conv_ptr + place[:, None] * WIDTH + channel[None, :], inputs, mask=kept)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=UPLOADED)
 def delta_output_kernel(
     x_ptr,  # [N, C], as they leave the convolution
     z_ptr,  # [N, V_HEADS * V] with `z_stride` from token to token

@@ -4,7 +4,9 @@ Item i of it is made of the hidden state of token i, behind the model's last nor
 of token i + 1; it has the position and the slot of token i, and guesses token i + 2. Its result,
 normed, stands for the hidden state that the model has not made yet: with it the next item guesses
 token i + 3, and so on. It has one layer, whose keys and values lie in the pool of pages beside the
-model's; embedding and output projection are the model's own.
+model's; embedding and output projection are the model's own. Where kernels read 4 bits as they
+are, the head has the projection in 4 bits: most of what a draft reads is the projection, and a
+draft that is guessed wrong for it costs time and no words.
 
 `fc`, which joins the two, is never quantized: it is a sixteenth of what a draft reads of the output
 projection, and every error of it would go into all that follows.
@@ -26,8 +28,14 @@ from qwencli.engine.layers.decoder import (
     run_layer,
 )
 from qwencli.engine.loading.weights import Tensors
-from qwencli.engine.ops.decoder_ops import DecoderOps, Step
-from qwencli.engine.quant.quantized_tensor import QuantizedTensor
+from qwencli.engine.ops.decoder_ops import DecoderOps, Matrix, Step
+from qwencli.engine.quant.quantized_tensor import (
+    QuantizedTensor,
+    Scheme,
+    group_of,
+    quantize,
+    stack,
+)
 from qwencli.models.shapes import TextShape
 
 Tensor = torch.Tensor
@@ -50,7 +58,7 @@ class DraftHead:
         decoder: Decoder,
     ) -> None:
         at, pick = "text.mtp.", MatrixPicker(weights, matrices, by_rows)
-        self._decoder = decoder
+        self._projection = draft_projection(decoder.head) if by_rows else decoder.head
         self._norm_embedding = make_norm(shape, weights, at + "norm_embedding")
         self._norm_hidden = make_norm(shape, weights, at + "norm_hidden")
         self._fc = weights[at + "fc"].t()
@@ -69,7 +77,7 @@ class DraftHead:
 
     @property
     def quantized_matrices(self) -> list[QuantizedTensor]:
-        """Its own: the output projection is the decoder's."""
+        """Of its layer."""
         own = self.layer.qkv, self.layer.o, self.layer.gate_up, self.layer.down
         return [part for part in own if isinstance(part, QuantizedTensor)]
 
@@ -84,4 +92,18 @@ class DraftHead:
 
     def logits(self, out: Tensor, ops: DecoderOps) -> Tensor:
         """Of what `forward` made [N, hidden]: [N, V], of the tokens that it guesses."""
-        return ops.norm_head(out, self.norm, self._decoder.head)
+        return ops.norm_head(out, self.norm, self._projection)
+
+
+def draft_projection(head: Matrix) -> Matrix:
+    """An output projection in 4 bits; itself where it has no more, or cannot be cut into groups."""
+    if not isinstance(head, QuantizedTensor):
+        return head if group_of(len(head)) is None else quantize(head.t(), Scheme.INT4)
+    if head.bits <= 4 or group_of(head.columns) is None:
+        return head
+    parts = [
+        quantize(head.part(rows).dequantize(torch.float32), Scheme.INT4) for rows in head.pieces()
+    ]
+    made = stack(parts)
+    assert made is not None, "all are of one kind"
+    return made

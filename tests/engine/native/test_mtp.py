@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from qwencli.config import Quantization
 from qwencli.engine.cache.paged_kv import DecodePages
+from qwencli.engine.layers.mtp import draft_projection
 from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.prompt_batch import pack_prompts
+from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme, quantize
 from qwencli.engine.request import PromptChunk
 from qwencli.engine.spec_decode.mtp import ChosenTokens, draft, likeliest
-from qwencli.models.memory import native_matrix_bytes, native_weight_bytes
+from qwencli.models.memory import draft_projection_bytes, native_matrix_bytes, native_weight_bytes
 from qwencli.models.shape_reader import read_shape
 from tests.checkpoints import hub_config
 from tests.engine.native.mtp_reference import MtpReference, head_weights
@@ -264,6 +267,21 @@ def test_the_head_s_matrices_are_quantized_but_for_what_joins_two_vectors(
         native_matrix_bytes(quantization, False, m.rows, m.columns)
         for m in (loaded.matrices[name] for name in own)
     )
-    assert expected - plain == halves + stored
+    assert expected - plain == halves + stored + draft_projection_bytes(shape)
     without = weights.dummy(read_shape(hub_config(family)), torch.bfloat16, CPU)
     assert not any(name.startswith("text.mtp.") for name in without.tensors)
+
+
+@pytest.mark.parametrize("scheme", [None, Scheme.INT8, Scheme.FP8])
+def test_drafts_read_an_output_projection_in_4_bits(scheme: Scheme | None) -> None:
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(3))
+    head = weight.t() if scheme is None else quantize(weight, scheme)
+    made = draft_projection(head)
+    assert isinstance(made, QuantizedTensor) and made.scheme is Scheme.INT4
+    shape = read_shape(hub_config("qwen3_5")).with_draft_head()
+    text = replace(shape.text, vocab_size=96, hidden_size=64)
+    assert made.nbytes == draft_projection_bytes(replace(shape, text=text))
+    torch.testing.assert_close(made.dequantize(torch.float32), weight, rtol=0, atol=0.4)
+    assert draft_projection(made) is made
+    narrow = torch.randn(40, 96)
+    assert draft_projection(narrow) is narrow, "no group divides its rows"
