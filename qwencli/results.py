@@ -150,7 +150,7 @@ class GenerationResult:
 
 
 @dataclass(frozen=True)
-class TokenChance:
+class TokenLogprob:
     """How likely a token was, by the model alone: before temperature, penalty and schema.
 
     Args:
@@ -166,8 +166,8 @@ class TokenChance:
 class TokenLogprobs:
     """The token that was chosen, and the likeliest ones in its place, in order."""
 
-    chosen: TokenChance
-    top: tuple[TokenChance, ...] = ()
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 @dataclass(frozen=True)
-class Stretch:
+class SlowInterval:
     """A time of one run that took longer than usual; for the words see `Finding`."""
 
     scope: Scope

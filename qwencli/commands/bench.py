@@ -165,7 +165,7 @@ def bench(
         raise UsageError("--resume needs --out DIR", "name the campaign's folder")
     from qwencli.bench.plan.matrix_file import read_prompt
     from qwencli.bench.plan.prepare import BenchRequest, prepare
-    from qwencli.bench.plan.stopping import Wanted
+    from qwencli.bench.plan.stopping import RepetitionOptions
     from qwencli.bench.run.bench_run import RunSettings, measure, show_cells
     from qwencli.bench.run.cooldown import read_cooldown
 
@@ -188,7 +188,7 @@ def bench(
         matrix=matrix,
         axes=axes,
         exclude=tuple(exclude or ()),
-        repetition=Wanted(runs, max_noise, min_runs, max_runs, max_time, processes),
+        repetition=RepetitionOptions(runs, max_noise, min_runs, max_runs, max_time, processes),
         max_new_tokens=max_new_tokens,
         prompt=read_prompt(prompt=prompt, preset=preset, prompt_file=prompt_file),
         images=tuple(image or ()),

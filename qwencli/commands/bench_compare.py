@@ -62,13 +62,13 @@ def compare(
     if run:
         from qwencli.bench.compare.compare_run import run_sides
         from qwencli.bench.plan.prepare import BenchRequest
-        from qwencli.bench.plan.stopping import Wanted
+        from qwencli.bench.plan.stopping import RepetitionOptions
 
         request = BenchRequest(
             matrix="",
             axes={"model": model},
             exclude=(),
-            repetition=Wanted(runs=runs, processes=processes),
+            repetition=RepetitionOptions(runs=runs, processes=processes),
             max_new_tokens=None,
             prompt=None,
             images=(),

@@ -46,7 +46,7 @@ def inject(
     from qwencli.bench.inject.injection_run import Injection
     from qwencli.bench.inject.injection_run import inject as run_injection
     from qwencli.bench.plan.prepare import BenchRequest
-    from qwencli.bench.plan.stopping import Wanted
+    from qwencli.bench.plan.stopping import RepetitionOptions
 
     request = BenchRequest(
         matrix="quick",
@@ -59,7 +59,7 @@ def inject(
             "load_mode": "keep",
         },
         exclude=(),
-        repetition=Wanted(),
+        repetition=RepetitionOptions(),
         max_new_tokens=max_new_tokens,
         prompt=None,
         images=tuple(image or ()),

@@ -43,7 +43,7 @@ def report(
 ) -> None:
     """Make a contact sheet of a captioned folder: one HTML page that says where to look."""
     from qwencli.dataset.report.contact_sheet import contact_sheet, write_sheet
-    from qwencli.dataset.report.pictures import seen_pictures, thumbnail_side
+    from qwencli.dataset.report.pictures import inspect_pictures, thumbnail_side
     from qwencli.dataset.report.set_reader import read_set
     from qwencli.dataset.report.survey import surveyed
 
@@ -58,14 +58,18 @@ def report(
         raise InputError(f"{folder}: no picture or video there", "name the folder of the pictures")
     with sink.status(f"looking at {counted(len(entries), 'picture')}"):
         seen = list(
-            seen_pictures(
+            inspect_pictures(
                 # What was refused already, such as a pipe, would be waited for.
                 (None if entry.unreadable else listing.base / entry.key for entry in entries),
                 thumbnail_side(len(entries)),
             )
         )
         entries = [
-            replace(entry, look=each.look, unreadable=entry.unreadable or each.unreadable)
+            replace(
+                entry,
+                picture_hash=each.picture_hash,
+                unreadable=entry.unreadable or each.unreadable,
+            )
             for entry, each in zip(entries, seen, strict=True)
         ]
         survey = surveyed(entries, trigger)

@@ -25,7 +25,12 @@ from qwencli.engine.openai_client import (
     OpenAIClient,
     RetryableError,
 )
-from qwencli.engine.openai_format import AnswerReader, BadAnswerError, Sent, prepared
+from qwencli.engine.openai_format import (
+    AnswerReader,
+    BadAnswerError,
+    EncodedRequest,
+    encode_request,
+)
 from qwencli.engine.request import RequestSource, request_of
 from qwencli.errors import AnswerError, EndpointError, InputError
 from qwencli.results import GenerationChunk
@@ -107,19 +112,19 @@ class EndpointPool:
         for member in self._members:
             await member.client.close()
 
-    async def introduce(self, model: ModelSpec) -> list[EndpointError]:
+    async def learn_models(self, model: ModelSpec) -> list[EndpointError]:
         """Learn what each server has; why some of them are of no use.
 
         Raises:
             EndpointError: all of them.
         """
-        refusals = await asyncio.gather(*(self._introduce(each, model) for each in self._members))
+        refusals = await asyncio.gather(*(self._learn_model(each, model) for each in self._members))
         found = [error for error in refusals if error is not None]
         if len(found) == len(self._members):
             raise found[0]
         return found
 
-    async def _introduce(self, member: _Member, model: ModelSpec) -> EndpointError | None:
+    async def _learn_model(self, member: _Member, model: ModelSpec) -> EndpointError | None:
         try:
             await member.client.learn_model(model)
         except RetryableError as failure:
@@ -168,7 +173,7 @@ class EndpointPool:
 
     async def _answer_prepared(
         self,
-        sent: Sent,
+        sent: EncodedRequest,
         started_s: float,
         tell: Callable[[GenerationChunk], None],
         *,
@@ -224,14 +229,14 @@ class EndpointPool:
 
     async def _any_lives(self) -> bool:
         for member in self._members:
-            if member.refusal is None and await member.client.lives():
+            if member.refusal is None and await member.client.is_alive():
                 return True
         return False
 
     async def _answer_from(
         self,
         member: _Member,
-        sent: Sent,
+        sent: EncodedRequest,
         started_s: float,
         tell: Callable[[GenerationChunk], None],
         *,
@@ -251,9 +256,9 @@ class EndpointPool:
                         tell(GenerationChunk(piece.text, (), thoughts=piece.thoughts))
                         told = True
             if reader.finish_reason is None:
-                raise client.broke_off()
+                raise client.connection_lost()
         except (BadAnswerError, RetryableError) as error:
-            failure = client.sent_nonsense(error) if isinstance(error, BadAnswerError) else error
+            failure = client.malformed_answer(error) if isinstance(error, BadAnswerError) else error
             if told and live:  # what is shown to a reader already cannot be begun anew
                 raise failure.error from error
             raise failure from None
@@ -261,5 +266,5 @@ class EndpointPool:
         tell(GenerationChunk(last.text, (), reader.result(), last.thoughts))
 
 
-def _prepare(source: RequestSource, config: EngineConfig) -> Sent:
-    return prepared(request_of(source), config)
+def _prepare(source: RequestSource, config: EngineConfig) -> EncodedRequest:
+    return encode_request(request_of(source), config)

@@ -1,6 +1,6 @@
 """One server that speaks OpenAI's API: its address, what is asked of it, and what its errors mean.
 
-What comes from it is bounded in size, and a server that says nothing is asked whether it lives.
+What comes from it is bounded in size, and a server that says nothing is asked whether it is alive.
 Tries nothing twice: a failure that another try may mend is a `RetryableError`, for `endpoint_pool`.
 """
 
@@ -29,7 +29,7 @@ ROWS = 32
 # some megabytes, and what never ends must not fill the memory.
 MOST_BYTES = 32 << 20
 CONNECT_S, LIST_S = 5.0, 10.0
-# After so long without a word a server is asked whether it lives, and after this given up.
+# After so long without a word a server is asked whether it is alive, and after this given up.
 SILENCE_S, HANG_S = 30.0, 600.0
 # What a server is to blame for, and where the next try may go better.
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
@@ -201,7 +201,7 @@ class OpenAIClient:
                     "check the address: it ends in /v1 with most servers",
                 ) from error
 
-    async def lives(self) -> bool:
+    async def is_alive(self) -> bool:
         try:
             async with self._asked("GET", "/models", None, LIST_S) as response:
                 return response.status_code < 500
@@ -223,11 +223,11 @@ class OpenAIClient:
             async for event in self._events(response):
                 yield event
 
-    def broke_off(self) -> RetryableError:
+    def connection_lost(self) -> RetryableError:
         said = f"{self.endpoint.name} broke off its answer"
         return RetryableError(AnswerError(said, _TRY_AGAIN), unreachable=True)
 
-    def sent_nonsense(self, error: BadAnswerError) -> RetryableError:
+    def malformed_answer(self, error: BadAnswerError) -> RetryableError:
         return RetryableError(AnswerError(f"{self.endpoint.name} sent {error}", _TRY_AGAIN))
 
     async def _events(self, response: httpx.Response) -> AsyncIterator[Any]:
@@ -258,7 +258,7 @@ class OpenAIClient:
         self, response: httpx.Response, read: Callable[[bytes], list[T]]
     ) -> AsyncIterator[T]:
         """What `read` finds in the bytes of a server, nothing once it ends; while it finds nothing
-        the server is asked whether it lives."""
+        the server is asked whether it is alive."""
         import httpx
 
         source = response.aiter_bytes()
@@ -269,7 +269,7 @@ class OpenAIClient:
                 done, _ = await asyncio.wait({waiting}, timeout=SILENCE_S)
                 silent_s = time.monotonic() - silent_since_s
                 if not done:
-                    if silent_s > HANG_S or not await self.lives():
+                    if silent_s > HANG_S or not await self.is_alive():
                         raise self._hangs(silent_s)
                     continue
                 try:
@@ -277,7 +277,7 @@ class OpenAIClient:
                 except StopAsyncIteration:
                     break
                 except httpx.HTTPError as error:
-                    raise self.broke_off() from error
+                    raise self.connection_lost() from error
                 for each in found:
                     silent_since_s = time.monotonic()
                     yield each
@@ -317,7 +317,7 @@ class OpenAIClient:
             patience_s = SILENCE_S if most_s is None else None
             while not (await asyncio.wait({sending}, timeout=patience_s))[0]:
                 silent_s = time.monotonic() - begun_s
-                if silent_s > HANG_S or not await self.lives():
+                if silent_s > HANG_S or not await self.is_alive():
                     raise self._hangs(silent_s)
             response = sending.result()
         except httpx.HTTPError as error:
@@ -327,7 +327,7 @@ class OpenAIClient:
         try:
             yield response
         except httpx.HTTPError as error:
-            raise self.broke_off() from error
+            raise self.connection_lost() from error
         finally:
             await response.aclose()
 

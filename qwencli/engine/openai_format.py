@@ -38,7 +38,7 @@ _OTHER_NAMES: Mapping[str, Mapping[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Sent:
+class EncodedRequest:
     """A request that is ready to be sent.
 
     Args:
@@ -62,7 +62,7 @@ class Sent:
         return json.dumps({"model": model, **body}).encode("utf-8", "replace")
 
 
-def prepared(request: GenerationRequest, config: EngineConfig) -> Sent:
+def encode_request(request: GenerationRequest, config: EngineConfig) -> EncodedRequest:
     """Encode a request.
 
     Raises:
@@ -93,7 +93,7 @@ def prepared(request: GenerationRequest, config: EngineConfig) -> Sent:
         body["thinking_token_budget"] = request.thinking_budget
     if request.ignore_eos:
         body |= {"ignore_eos": True, "min_tokens": body["max_tokens"]}
-    return Sent(
+    return EncodedRequest(
         body,
         tuple(pictures.names),
         tuple(pictures.sizes),
@@ -213,7 +213,7 @@ class AnswerReader:
         device: what the result calls the server.
     """
 
-    sent: Sent
+    sent: EncodedRequest
     started_s: float
     device: str
     finish_reason: FinishReason | None = None

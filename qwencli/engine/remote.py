@@ -134,7 +134,7 @@ class RemoteEngine(QueuedEngine):
         started_s = time.perf_counter()
         pool = EndpointPool(self.endpoints, self._key_variable)
         try:
-            refusals = pool.wait(pool.introduce(self.config.model))
+            refusals = pool.wait(pool.learn_models(self.config.model))
             name = self.config.model.name or pool.first_model
         except BaseException:
             pool.close()

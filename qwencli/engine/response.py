@@ -24,7 +24,7 @@ from qwencli.results import (
     GenerationResult,
     Speculation,
     Timings,
-    TokenChance,
+    TokenLogprob,
     TokenLogprobs,
 )
 from qwencli.tracing import span
@@ -225,11 +225,11 @@ class ResponseBuilder:
         for id_, odds in zip(self.token_ids[spoken], self._odds[spoken], strict=True):
             if odds is not None:
                 likely = zip(odds[0], [id_, *odds[1][: self.logprobs]], strict=False)
-                chances = [
-                    TokenChance(each, tokenizer.token_bytes(each, skip_special=False), logprob)
+                tokens = [
+                    TokenLogprob(each, tokenizer.token_bytes(each, skip_special=False), logprob)
                     for logprob, each in likely
                 ]
-                told.append(TokenLogprobs(chances[0], tuple(chances[1:])))
+                told.append(TokenLogprobs(tokens[0], tuple(tokens[1:])))
         return tuple(told)
 
     def finish(

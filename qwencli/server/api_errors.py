@@ -16,7 +16,7 @@ from qwencli.errors import (
     QwenCliError,
     UsageError,
 )
-from qwencli.server.engine_thread import GoneError, TookTooLongError, TooManyRequestsError
+from qwencli.server.engine_thread import ClientGoneError, RequestTimeoutError, TooManyRequestsError
 
 # Of errors by the status they come with; the first class that fits.
 _STATUS: tuple[tuple[type[QwenCliError], int, str | None], ...] = (
@@ -25,8 +25,8 @@ _STATUS: tuple[tuple[type[QwenCliError], int, str | None], ...] = (
     (UsageError, 400, None),
     (CaptionError, 400, None),
     (TooManyRequestsError, 429, "rate_limit_exceeded"),
-    (TookTooLongError, 504, "timeout"),
-    (GoneError, 499, "client_closed_request"),
+    (RequestTimeoutError, 504, "timeout"),
+    (ClientGoneError, 499, "client_closed_request"),
     (MissingDependencyError, 501, None),
     (OutOfMemoryError, 503, "out_of_memory"),
 )

@@ -33,7 +33,7 @@ from qwencli.results import GenerationChunk, GenerationResult
 from qwencli.server.access import Access
 from qwencli.server.api_errors import ApiError, api_error, json_response
 from qwencli.server.chat_api import ChatBody, ChatFormat, ChatMessage, TextContent, event
-from qwencli.server.engine_thread import Answer, EngineThread, GoneError, TookTooLongError
+from qwencli.server.engine_thread import Answer, ClientGoneError, EngineThread, RequestTimeoutError
 from qwencli.server.image_urls import opened_picture, picture_bytes
 from qwencli.server.metrics import Metrics
 from qwencli.server.openapi import openapi_document
@@ -372,7 +372,7 @@ class _Server:
     ) -> AsyncIterator[Answer]:
         """An answer that ends when its reader goes, or when it takes too long."""
         answer = self._thread.submit(source, whole=whole, in_batch=in_batch)
-        late = TookTooLongError(
+        late = RequestTimeoutError(
             f"the answer was not complete within {self._settings.answer_s:g} seconds"
         )
         timer = asyncio.get_running_loop().call_later(self._settings.answer_s, answer.end, late)
@@ -382,7 +382,7 @@ class _Server:
         finally:
             timer.cancel()
             watcher.cancel()
-            answer.end(GoneError("the client has gone"))
+            answer.end(ClientGoneError("the client has gone"))
 
     async def _stream(self, answer: Answer, form: Format, send: Send) -> None:
         # What is wrong with a request is known before its first piece: it has a status of its own.
@@ -430,7 +430,7 @@ async def _whole(answer: Answer) -> tuple[list[GenerationChunk], GenerationResul
 async def _watch(receive: Receive, answer: Answer) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    answer.end(GoneError("the client has gone"))
+    answer.end(ClientGoneError("the client has gone"))
 
 
 async def _told(request: Request, error: Exception) -> Response:

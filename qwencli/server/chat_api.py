@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qwencli.config import SamplingOptions
 from qwencli.messages import ToolCall
-from qwencli.results import GenerationChunk, GenerationResult, TokenChance
+from qwencli.results import GenerationChunk, GenerationResult, TokenLogprob
 from qwencli.server.api_errors import ApiError
 from qwencli.server.tool_calls import Call, CallSplitter
 
@@ -373,7 +373,7 @@ class ChatFormat:
         found = [each for piece in pieces for each in piece.logprobs]
         return {
             "content": [
-                {**_chance(each.chosen), "top_logprobs": list(map(_chance, each.top))}
+                {**_token_logprob(each.chosen), "top_logprobs": list(map(_token_logprob, each.top))}
                 for each in found
             ],
             "refusal": None,
@@ -400,11 +400,11 @@ def _called(call: Call) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
-def _chance(chance: TokenChance) -> dict[str, Any]:
+def _token_logprob(token: TokenLogprob) -> dict[str, Any]:
     return {
-        "token": chance.text.decode("utf-8", "replace"),
-        "logprob": max(chance.logprob, LEAST_LOGPROB),
-        "bytes": list(chance.text),
+        "token": token.text.decode("utf-8", "replace"),
+        "logprob": max(token.logprob, LEAST_LOGPROB),
+        "bytes": list(token.text),
     }
 
 

@@ -38,11 +38,11 @@ class TooManyRequestsError(QwenCliError):
     """As many requests wait as may wait."""
 
 
-class GoneError(QwenCliError):
+class ClientGoneError(QwenCliError):
     """Nobody waits for this answer any more."""
 
 
-class TookTooLongError(QwenCliError):
+class RequestTimeoutError(QwenCliError):
     """An answer was not complete in time."""
 
 

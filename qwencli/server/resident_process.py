@@ -32,7 +32,7 @@ from qwencli.config import EngineConfig
 from qwencli.engine.protocol import Engine
 from qwencli.errors import EngineError, QwenCliError
 from qwencli.results import GenerationChunk
-from qwencli.server.engine_thread import Answer, EngineThread, GoneError
+from qwencli.server.engine_thread import Answer, ClientGoneError, EngineThread
 from qwencli.server.frames import HEAD_BYTES, lengths, packed, unpacked
 from qwencli.server.resident_state import State, forget_state, read_state, write_state
 
@@ -276,7 +276,7 @@ class _Connection:
     def _abort(self, number: int) -> None:
         answer = self._answers.pop(number, None)
         if answer is not None:
-            answer.end(GoneError("nobody waits for it"))
+            answer.end(ClientGoneError("nobody waits for it"))
 
     def end(self) -> None:
         for number in list(self._answers):

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from qwencli.bench.plan import prepare
 from qwencli.bench.plan.predict import MachineSpeed
-from qwencli.bench.plan.stopping import Wanted
+from qwencli.bench.plan.stopping import RepetitionOptions
 from qwencli.bench.run import bench_run as session
 from qwencli.commands import bench as command
 from qwencli.config import DType, LoadFormat, ModelSource, ModelSpec
@@ -95,7 +95,7 @@ def fails(*arguments):
 )
 def test_matrix_may_stand_without_a_value(asked, arguments, matrix, runs):
     request = asked(*arguments)
-    assert (request.matrix, request.repetition) == (matrix, Wanted(runs))
+    assert (request.matrix, request.repetition) == (matrix, RepetitionOptions(runs))
 
 
 def test_every_option_reaches_the_request(asked):
@@ -114,7 +114,7 @@ def test_every_option_reaches_the_request(asked):
         "kv_dtype": None, "speculate": None,
     }  # fmt: skip
     assert request.images == ("x.png", "y.png")
-    assert request.repetition == Wanted(None, 2.0, 4, 8, 9.0, 3)
+    assert request.repetition == RepetitionOptions(None, 2.0, 4, 8, 9.0, 3)
     assert request.exclude == ("cache=static",)
     assert (request.max_new_tokens, request.prompt, request.seed) == (7, "hi", 5)
     assert (request.device, request.dtype, request.load_format) == (

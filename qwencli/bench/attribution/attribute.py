@@ -11,8 +11,8 @@ from qwencli.bench.attribution.evidence import Baseline, baseline, observe
 from qwencli.bench.attribution.records import RawRow, RunRecord, records_by_cell
 from qwencli.bench.attribution.slow_runs import SlowPhase, slow_phases
 from qwencli.bench.attribution.whole_cell import over_limits
-from qwencli.bench.causes import Finding, Stretch
-from qwencli.bench.statistics.slow_tokens import UsualToken, gaps
+from qwencli.bench.causes import Finding, SlowInterval
+from qwencli.bench.statistics.slow_tokens import TypicalToken, gaps
 
 
 def attribute(
@@ -77,22 +77,24 @@ def _of_cell(records: Sequence[RunRecord], busy: float | None) -> list[Finding]:
     ]
 
 
-def _gaps(record: RunRecord, usual: UsualToken | None) -> Iterator[Stretch]:
+def _gaps(record: RunRecord, usual: TypicalToken | None) -> Iterator[SlowInterval]:
     for gap in gaps(record.itl_ms, usual) if usual else ():
         start_s, end_s = record.t_s[gap.first - 1], record.t_s[gap.last]
         tokens = gap.last + 1 - gap.first
-        yield Stretch("gap", start_s, end_s, gap.lost_ms, tokens, gap.first)
+        yield SlowInterval("gap", start_s, end_s, gap.lost_ms, tokens, gap.first)
 
 
-def _phase(slow: SlowPhase) -> Stretch:
+def _phase(slow: SlowPhase) -> SlowInterval:
     record = slow.record
     first, last = record.t_s[0], record.t_s[-1]
     if slow.scope == "decode":
-        return Stretch("decode", first, last, slow.lost_ms, len(record.itl_ms))
-    return Stretch("prefill", first - record.figures["ttft_s"], first, slow.lost_ms, 1)
+        return SlowInterval("decode", first, last, slow.lost_ms, len(record.itl_ms))
+    return SlowInterval("prefill", first - record.figures["ttft_s"], first, slow.lost_ms, 1)
 
 
-def _finding(record: RunRecord, usual: Baseline, stretch: Stretch, busy: float | None) -> Finding:
+def _finding(
+    record: RunRecord, usual: Baseline, stretch: SlowInterval, busy: float | None
+) -> Finding:
     claim = judge(observe(record, usual, stretch, busy))
     return Finding(
         cell_id=record.cell_id,

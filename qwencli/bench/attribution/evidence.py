@@ -9,10 +9,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from qwencli.bench.attribution.records import Moment, Numbers, RunRecord, quicker
-from qwencli.bench.causes import Scope, Stretch
+from qwencli.bench.attribution.records import Numbers, RunRecord, TimedRow, faster_half
+from qwencli.bench.causes import Scope, SlowInterval
 from qwencli.bench.measure.roofline import DRIVER_MEAN_S
-from qwencli.bench.statistics.slow_tokens import UsualToken, usual_token
+from qwencli.bench.statistics.slow_tokens import TypicalToken, typical_token
 from qwencli.bench.statistics.stationarity import ALPHA, drift
 
 # Counters of host.csv of which a phase of a run has a usual amount.
@@ -29,7 +29,7 @@ WHOLE_RUN = 0.8
 
 
 @dataclass(frozen=True)
-class Usual:
+class TypicalReadings:
     """What the rest of the cell looks like; None = not measured."""
 
     sm_clock_mhz: float | None = None
@@ -115,7 +115,7 @@ class Evidence:
     device_busy_percent: float | None = None
     spread: float = 0.0
     warming: float | None = None
-    usual: Usual = Usual()
+    usual: TypicalReadings = TypicalReadings()
 
     def share(self, part_ms: float | None) -> float:
         """How much of what was lost a part explains, 0 to 1."""
@@ -137,8 +137,8 @@ class Baseline:
         loads: share of runs before which the model was loaded.
     """
 
-    token: UsualToken | None
-    gpu: Usual
+    token: TypicalToken | None
+    gpu: TypicalReadings
     decode_tokens: float = 0.0
     phases: dict[str, Numbers] = field(default_factory=dict)
     warming: float | None = None
@@ -147,13 +147,13 @@ class Baseline:
 
 def baseline(records: Sequence[RunRecord]) -> Baseline:
     """Of the measured runs of one cell (not empty). Where they differ so much that none is usual,
-    the quicker half says what is."""
-    everything, records = records, quicker(records, "decode_s")
+    the faster half says what is."""
+    everything, records = records, faster_half(records, "decode_s")
     samples = [sample for record in records for sample in record.gpu]
     decodes = [moment for record in records if (moment := record.interval("decode"))]
     return Baseline(
-        token=usual_token(record.itl_ms for record in records),
-        gpu=Usual(
+        token=typical_token(record.itl_ms for record in records),
+        gpu=TypicalReadings(
             sm_clock_mhz=_median(samples, "sm_clock_mhz"),
             pstate=_median(samples, "pstate"),
             temperature_c=_median(samples, "temperature_c"),
@@ -174,7 +174,7 @@ def baseline(records: Sequence[RunRecord]) -> Baseline:
     )
 
 
-def counters(moment: Moment) -> Numbers:
+def counters(moment: TimedRow) -> Numbers:
     """The counters of a phase or of a slow token's row that have been measured."""
     found = {name: moment.figures[name] for name in COUNTERS if name in moment.figures}
     span_ms, figures = moment.span_ms, moment.figures
@@ -195,7 +195,7 @@ def _part_of_one(span_ms: float, wanted_ms: float) -> float:
     return min(1.0, span_ms / wanted_ms) if wanted_ms > 0 else 1.0
 
 
-def reasons(samples: Iterable[Moment]) -> frozenset[str]:
+def reasons(samples: Iterable[TimedRow]) -> frozenset[str]:
     """All throttle reasons seen."""
     return frozenset(
         name.partition(":")[2]
@@ -214,7 +214,7 @@ def _phase(records: Sequence[RunRecord], name: str) -> Numbers:
     }
 
 
-def _median(samples: Sequence[Moment] | Sequence[RunRecord], column: str) -> float | None:
+def _median(samples: Sequence[TimedRow] | Sequence[RunRecord], column: str) -> float | None:
     values = [sample.figures[column] for sample in samples if column in sample.figures]
     return statistics.median(values) if values else None
 
@@ -239,7 +239,7 @@ def _correlation(values: Sequence[float]) -> float | None:
 
 
 def observe(
-    record: RunRecord, usual: Baseline, stretch: Stretch, device_busy_percent: float | None
+    record: RunRecord, usual: Baseline, stretch: SlowInterval, device_busy_percent: float | None
 ) -> Evidence:
     """Everything known about that time.
 
@@ -307,14 +307,14 @@ def observe(
     )
 
 
-def _spread(record: RunRecord, usual: Baseline, stretch: Stretch) -> float:
+def _spread(record: RunRecord, usual: Baseline, stretch: SlowInterval) -> float:
     if stretch.scope != "decode" or usual.token is None or stretch.lost_ms <= 0:
         return 0.0
     slower_ms = statistics.median(record.itl_ms) - usual.token.ms
     return min(1.0, max(0.0, slower_ms * len(record.itl_ms) / stretch.lost_ms))
 
 
-def _host_rows(record: RunRecord, stretch: Stretch) -> list[Moment]:
+def _host_rows(record: RunRecord, stretch: SlowInterval) -> list[TimedRow]:
     """The rows whose counters speak for the stretch."""
     start_s, end_s = stretch.start_s, stretch.end_s
     decode = record.interval("decode")
@@ -351,7 +351,7 @@ def _threads_ms(figures: Numbers) -> float:
     return figures.get("process_cpu_ms", 0.0) - figures.get("main_cpu_ms", 0.0)
 
 
-def _ordinary(usual: Baseline, scope: Scope, host: Sequence[Moment]) -> Numbers:
+def _ordinary(usual: Baseline, scope: Scope, host: Sequence[TimedRow]) -> Numbers:
     """What the rows would have held on an ordinary day."""
     if scope != "gap":
         return usual.phases.get(scope, {})
@@ -368,10 +368,10 @@ def _sum(rows: Sequence[Numbers]) -> Numbers:
     return total
 
 
-def _column(samples: Sequence[Moment], name: str) -> list[float]:
+def _column(samples: Sequence[TimedRow], name: str) -> list[float]:
     return [sample.figures[name] for sample in samples if name in sample.figures]
 
 
-def _mean(samples: Sequence[Moment], name: str) -> float | None:
+def _mean(samples: Sequence[TimedRow], name: str) -> float | None:
     values = _column(samples, name)
     return statistics.fmean(values) if values else None

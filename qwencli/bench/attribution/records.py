@@ -34,7 +34,7 @@ _OF_GPU = (
 
 
 @dataclass(frozen=True)
-class Moment:
+class TimedRow:
     """A row of host.csv or gpu.csv; `end_s` on the campaign's clock, a sample has no length."""
 
     name: str
@@ -46,14 +46,14 @@ class Moment:
     def span_ms(self) -> float:
         return 1e3 * (self.end_s - self.start_s)
 
-    def part(self, share: float) -> Moment:
+    def part(self, share: float) -> TimedRow:
         """As if all that happened had been spread evenly."""
         share = min(1.0, share)
         start_s = self.end_s - share * (self.end_s - self.start_s)
         figures = {
             name: value if name in MEANS else value * share for name, value in self.figures.items()
         }
-        return Moment(self.name, start_s, self.end_s, figures)
+        return TimedRow(self.name, start_s, self.end_s, figures)
 
     def overlap_ms(self, start_s: float, end_s: float) -> float:
         return 1e3 * max(0.0, min(self.end_s, end_s) - max(self.start_s, start_s))
@@ -69,13 +69,13 @@ class RunRecord:
     on_gpu: bool = False
     t_s: list[float] = field(default_factory=list)
     itl_ms: list[float] = field(default_factory=list)
-    host: list[Moment] = field(default_factory=list)
-    gpu: list[Moment] = field(default_factory=list)
+    host: list[TimedRow] = field(default_factory=list)
+    gpu: list[TimedRow] = field(default_factory=list)
 
-    def interval(self, name: str) -> Moment | None:
+    def interval(self, name: str) -> TimedRow | None:
         return next((moment for moment in self.host if moment.name == name), None)
 
-    def phase(self, name: str) -> Moment | None:
+    def phase(self, name: str) -> TimedRow | None:
         """The row of a phase, with no more in it than the phase itself took.
 
         A row of the first token ends when the host sees it, which may be some tokens later.
@@ -112,7 +112,7 @@ def records_by_cell(
             if found := by_run.get((row["cell_id"], row["run"])):
                 end = float(row["t_s"])
                 start = end - float(row["span_ms"]) / 1e3
-                found.host.append(Moment(row["event"], start, end, numbers(row, _OF_HOST)))
+                found.host.append(TimedRow(row["event"], start, end, numbers(row, _OF_HOST)))
         for row in gpu:
             if found := by_run.get((row["cell_id"], row["run"])):
                 _add_sample(found, row)
@@ -135,7 +135,7 @@ def _add_sample(record: RunRecord, row: RawRow) -> None:
     figures = numbers(row, _OF_GPU)
     for reason in filter(None, row["throttle_reasons"].split("|")):
         figures[f"throttle:{reason}"] = 1.0
-    record.gpu.append(Moment(row["gpu_index"], at, at, figures))
+    record.gpu.append(TimedRow(row["gpu_index"], at, at, figures))
 
 
 def numbers(row: RawRow, names: Iterable[str]) -> Numbers:
@@ -143,7 +143,7 @@ def numbers(row: RawRow, names: Iterable[str]) -> Numbers:
     return {name: float(text) for name in names if (text := row.get(name))}
 
 
-def _busiest(samples: list[Moment]) -> list[Moment]:
+def _busiest(samples: list[TimedRow]) -> list[TimedRow]:
     """Those of the GPU that drew most power: with several, the others were not the run's."""
     power: dict[str, list[float]] = defaultdict(list)
     for sample in samples:
@@ -158,7 +158,7 @@ def _busiest(samples: list[Moment]) -> list[Moment]:
 RESTLESS_RATIO = 1.1
 
 
-def quicker(records: Sequence[RunRecord], column: str) -> Sequence[RunRecord]:
+def faster_half(records: Sequence[RunRecord], column: str) -> Sequence[RunRecord]:
     """All of a cell's runs, or the half that took least, where a quarter or more took
     RESTLESS_RATIO times as long: a disturbance of half of the runs is in their median.
 

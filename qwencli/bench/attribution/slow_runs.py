@@ -9,7 +9,7 @@ The rule: the phase took longer than the median of the cell's runs by at least
 - LEAST_MS.
 
 Where a quarter of the decodes or more took RESTLESS_RATIO times as long as the quickest, the median
-is of no level; the quicker half stands for all then, and a decode is slow from RESTLESS_RATIO times
+is of no level; the faster half stands for all then, and a decode is slow from RESTLESS_RATIO times
 the median of that half on.
 
 For marked runs (before which the model was loaded, or that waited for the device with every token)
@@ -23,7 +23,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwencli.bench.attribution.records import RESTLESS_RATIO, RunRecord, quicker
+from qwencli.bench.attribution.records import RESTLESS_RATIO, RunRecord, faster_half
 from qwencli.bench.causes import Scope
 from qwencli.bench.statistics.robust import MAD_TO_SIGMA
 from qwencli.bench.statistics.stationarity import ALPHA, drift
@@ -58,7 +58,7 @@ def slow_phases(records: Sequence[RunRecord]) -> list[SlowPhase]:
         if len(known) < MIN_RUNS:
             continue
         times_ms = [1e3 * record.figures[column] for record in known]
-        quick = quicker(known, column) if scope == "decode" else known
+        quick = faster_half(known, column) if scope == "decode" else known
         usual = statistics.median(1e3 * record.figures[column] for record in quick)
         if len(quick) < len(known):
             limit = max((RESTLESS_RATIO - 1) * usual, LEAST_MS)

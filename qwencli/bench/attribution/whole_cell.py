@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from qwencli.bench.attribution.evidence import counters
-from qwencli.bench.attribution.records import Moment, RunRecord
+from qwencli.bench.attribution.records import RunRecord, TimedRow
 from qwencli.bench.causes import THROTTLING, Cause
 from qwencli.bench.measure.roofline import GPU_BUSY
 
@@ -26,7 +26,7 @@ LEAST_STEAL_MS = 50.0
 
 
 @dataclass(frozen=True)
-class Limit:
+class DisturbanceLimit:
     """`percent` of decode that a cell may lose to one cause.
 
     Args:
@@ -50,25 +50,25 @@ class Limit:
 # Each limit lies at least twice above what quiet machines show, and far below what a disturbance
 # on purpose does. In order of how directly the figure says what was lost.
 LIMITS = (
-    Limit(Cause.CGROUP_THROTTLED, "throttled_percent", 5.0, 0.95, "throttled",
+    DisturbanceLimit(Cause.CGROUP_THROTTLED, "throttled_percent", 5.0, 0.95, "throttled",
           "was taken by a limit of this control group (cpu.max, docker --cpus)"),
-    Limit(Cause.SUSPENDED, "stopped_percent", 5.0, 0.9, "stopped",
+    DisturbanceLimit(Cause.SUSPENDED, "stopped_percent", 5.0, 0.9, "stopped",
           "passed while the process was stopped (SIGSTOP)"),
-    Limit(Cause.PREEMPTION, "waited_percent", 5.0, 0.95, "waited",
+    DisturbanceLimit(Cause.PREEMPTION, "waited_percent", 5.0, 0.95, "waited",
           "waited for a processor"),
-    Limit(Cause.HELPER_PREEMPTED, "helper_waited_percent", 5.0, 0.9, "helpers",
+    DisturbanceLimit(Cause.HELPER_PREEMPTED, "helper_waited_percent", 5.0, 0.9, "helpers",
           "had a helper thread waiting for a processor"),
-    Limit(Cause.PREEMPTION, "stolen_percent", 5.0, 0.8, "stolen",
+    DisturbanceLimit(Cause.PREEMPTION, "stolen_percent", 5.0, 0.8, "stolen",
           "was taken by the hypervisor"),
-    Limit(Cause.PAGE_FAULTS, "paged_percent", 5.0, 0.8, "paged",
+    DisturbanceLimit(Cause.PAGE_FAULTS, "paged_percent", 5.0, 0.8, "paged",
           "waited for pages from disk"),
-    Limit(Cause.OTHER_GPU_PROCESS, "other_gpu_percent", 5.0, 0.8, "GPU shared",
+    DisturbanceLimit(Cause.OTHER_GPU_PROCESS, "other_gpu_percent", 5.0, 0.8, "GPU shared",
           "went to another program on the GPU"),
-    Limit(Cause.THROTTLE, "clock_held_percent", 3.0, 0.8, "clock",
+    DisturbanceLimit(Cause.THROTTLE, "clock_held_percent", 3.0, 0.8, "clock",
           "was lost to a clock held back against heat or power"),
-    Limit(Cause.PROCESSOR, "core_slow_percent", 20.0, 0.7, "core",
+    DisturbanceLimit(Cause.PROCESSOR, "core_slow_percent", 20.0, 0.7, "core",
           "was lost to a core slower than this campaign's quickest"),
-    Limit(Cause.PREEMPTION, "others_cpu_percent", 10.0, 0.6, "others",
+    DisturbanceLimit(Cause.PREEMPTION, "others_cpu_percent", 10.0, 0.6, "others",
           "of this machine's processors went to other programs"),
 )  # fmt: skip
 COLUMNS = tuple(limit.column for limit in LIMITS)
@@ -100,10 +100,10 @@ class BestOfCampaign(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Over:
+class ExceededLimit:
     """A limit that a cell is above."""
 
-    limit: Limit
+    limit: DisturbanceLimit
     percent: float
 
     @property
@@ -113,14 +113,14 @@ class Over:
         return f"{self.percent:.0f}%{subject} {self.limit.words}"
 
 
-def over_limits(row: Mapping[str, Any]) -> list[Over]:
+def over_limits(row: Mapping[str, Any]) -> list[ExceededLimit]:
     """The limits that a cell is above, what cost it most first.
 
     Args:
         row: of cells.csv, or any mapping with some of COLUMNS; numbers or their text.
     """
     found = [
-        Over(limit, float(value))
+        ExceededLimit(limit, float(value))
         for limit in LIMITS
         if (value := row.get(limit.column)) not in (None, "") and float(value) > limit.percent
     ]
@@ -165,7 +165,7 @@ def _of_cell(
     decodes = [(record, decode) for record in records if (decode := record.interval("decode"))]
     on_gpu, cores = machine.on_gpu, machine.cores
 
-    def middle(part_ms: Callable[[RunRecord, Moment], float | None]) -> float | None:
+    def middle(part_ms: Callable[[RunRecord, TimedRow], float | None]) -> float | None:
         return middle_percent(
             [
                 (part, decode.span_ms)
@@ -205,7 +205,7 @@ def middle_percent(parts: Sequence[tuple[float, float]]) -> float | None:
     return 100 * sum(part for part, _ in kept) / sum(span for _, span in kept)
 
 
-def _throttled_ms(run: RunRecord, decode: Moment) -> float | None:
+def _throttled_ms(run: RunRecord, decode: TimedRow) -> float | None:
     """No more than a thread waited: the limit's own count is over all processors."""
     figures = decode.figures
     if "throttled_ms" not in figures:
@@ -214,7 +214,7 @@ def _throttled_ms(run: RunRecord, decode: Moment) -> float | None:
     return min(figures["throttled_ms"], waited)
 
 
-def _stopped_ms(run: RunRecord, decode: Moment) -> float | None:
+def _stopped_ms(run: RunRecord, decode: TimedRow) -> float | None:
     """The main thread neither ran nor waited for a processor, and went on after a stop signal."""
     away = counters(decode).get("off_cpu_ms")
     if away is None:
@@ -223,7 +223,7 @@ def _stopped_ms(run: RunRecord, decode: Moment) -> float | None:
     return away if any(decode.start_s <= end <= decode.end_s for end in ends) else 0.0
 
 
-def _waited_ms(run: RunRecord, decode: Moment) -> float | None:
+def _waited_ms(run: RunRecord, decode: TimedRow) -> float | None:
     """The main thread's wait; campaigns from before threads were told apart have the longest."""
     figures = decode.figures
     waited = figures.get("main_runqueue_ms", figures.get("runqueue_ms"))
@@ -234,12 +234,12 @@ def _waited_ms(run: RunRecord, decode: Moment) -> float | None:
     return max(0.0, waited - (_throttled_ms(run, decode) or 0.0) - own)
 
 
-def _helper_waited_ms(run: RunRecord, decode: Moment) -> float | None:
+def _helper_waited_ms(run: RunRecord, decode: TimedRow) -> float | None:
     waited = decode.figures.get("helper_runqueue_ms")
     return None if waited is None else max(0.0, waited - (_throttled_ms(run, decode) or 0.0))
 
 
-def _stolen_percent(decodes: Sequence[Moment]) -> float | None:
+def _stolen_percent(decodes: Sequence[TimedRow]) -> float | None:
     """Over all runs, since a single one has too few ticks."""
     stolen = [ms for decode in decodes if (ms := counters(decode).get("steal_ms")) is not None]
     if not stolen:
@@ -248,7 +248,7 @@ def _stolen_percent(decodes: Sequence[Moment]) -> float | None:
     return 100 * sum(stolen) / total if sum(stolen) >= LEAST_STEAL_MS and total else 0.0
 
 
-def _paged_ms(run: RunRecord, decode: Moment) -> float | None:
+def _paged_ms(run: RunRecord, decode: TimedRow) -> float | None:
     """The main thread slept and pages came from disk."""
     faults = decode.figures.get("major_faults")
     if faults is None:
@@ -256,12 +256,12 @@ def _paged_ms(run: RunRecord, decode: Moment) -> float | None:
     return counters(decode).get("off_cpu_ms") if faults else 0.0
 
 
-def _other_gpu_ms(run: RunRecord, decode: Moment) -> float | None:
+def _other_gpu_ms(run: RunRecord, decode: TimedRow) -> float | None:
     known = [s.figures["other_sm_percent"] for s in _samples(run, decode, "other_sm_percent")]
     return decode.span_ms * statistics.fmean(known) / 100 if known else None
 
 
-def _held_ms(run: RunRecord, decode: Moment, best: BestOfCampaign) -> float | None:
+def _held_ms(run: RunRecord, decode: TimedRow, best: BestOfCampaign) -> float | None:
     """The time that a lower clock costs while the driver holds it back, if time goes with its
     inverse."""
     samples = _samples(run, decode, "sm_clock_mhz")
@@ -276,7 +276,7 @@ def _held_ms(run: RunRecord, decode: Moment, best: BestOfCampaign) -> float | No
     return decode.span_ms * statistics.fmean(lost)
 
 
-def _samples(run: RunRecord, decode: Moment, column: str) -> list[Moment]:
+def _samples(run: RunRecord, decode: TimedRow, column: str) -> list[TimedRow]:
     return [
         sample
         for sample in run.gpu
@@ -284,14 +284,14 @@ def _samples(run: RunRecord, decode: Moment, column: str) -> list[Moment]:
     ]
 
 
-def _slow_core_ms(run: RunRecord, decode: Moment, best: BestOfCampaign) -> float | None:
+def _slow_core_ms(run: RunRecord, decode: TimedRow, best: BestOfCampaign) -> float | None:
     loop, ran = run.figures.get("cpu_loop_us"), decode.figures.get("main_cpu_ms")
     if not loop or ran is None or not best.cpu_loop_us:
         return None
     return max(0.0, ran * (1 - best.cpu_loop_us / loop))
 
 
-def _others_ms(run: RunRecord, decode: Moment) -> float | None:
+def _others_ms(run: RunRecord, decode: TimedRow) -> float | None:
     return counters(decode).get("others_cpu_ms")
 
 

@@ -16,7 +16,7 @@ from qwencli.bench.compare.sides import IN_TURNS
 from qwencli.bench.measure.telemetry import sampler_command
 from qwencli.bench.plan.environment import environment
 from qwencli.bench.plan.prepare import BenchRequest, prepare
-from qwencli.bench.plan.stopping import Wanted
+from qwencli.bench.plan.stopping import RepetitionOptions
 from qwencli.bench.report.campaign_report import build_report
 from qwencli.bench.run.bench_run import worker
 from qwencli.bench.run.campaign import Campaign
@@ -50,7 +50,7 @@ def run_sides(
     """
     processes = request.repetition.processes or PROCESSES
     runs = request.repetition.runs or RUNS_EACH * processes
-    request = replace(request, repetition=Wanted(runs=runs, processes=processes))
+    request = replace(request, repetition=RepetitionOptions(runs=runs, processes=processes))
     (plan_a, facts), (plan_b, _) = (prepare(replace(request, matrix=matrix)) for matrix in matrices)
     able = [[cell for cell in plan.cells if not cell.skip_reason] for plan in (plan_a, plan_b)]
     if not able[0] or len(able[0]) != len(able[1]):

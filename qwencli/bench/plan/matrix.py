@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
 
-from qwencli.bench.plan.stopping import Wanted
+from qwencli.bench.plan.stopping import RepetitionOptions
 from qwencli.capabilities import why_not
 from qwencli.config import (
     Attention,
@@ -122,7 +122,7 @@ class Matrix:
     name: str
     axes: Mapping[str, tuple[str, ...]]
     exclude: tuple[Mapping[str, tuple[str, ...]], ...] = ()
-    repetition: Wanted = field(default_factory=Wanted)
+    repetition: RepetitionOptions = field(default_factory=RepetitionOptions)
     max_new_tokens: int = 128
     prompt: str | None = None
     images: tuple[Path, ...] = ()

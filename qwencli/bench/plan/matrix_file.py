@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.bench.plan.matrix import AXES, Matrix, check_values
-from qwencli.bench.plan.stopping import Wanted
+from qwencli.bench.plan.stopping import RepetitionOptions
 from qwencli.config import SAMPLING_BOUNDS
 from qwencli.errors import BenchError, InputError, UsageError
 from qwencli.presets import DEFAULT_PROMPT, PRESETS
@@ -42,7 +42,7 @@ _COUNTS = {
 _AMOUNTS = ("max_noise", "max_time")
 _PROMPTS = ("prompt", "preset", "prompt_file")
 _RUN_KEYS = (*_COUNTS, *_AMOUNTS, *_PROMPTS, "images")
-# Keys of [run] that are fields of `Wanted`, one of them under another name.
+# Keys of [run] that are fields of `RepetitionOptions`, one of them under another name.
 _REPETITION = (*(key for key in _COUNTS if key != "max_new_tokens"), *_AMOUNTS)
 _FIELDS = {"max_time": "max_time_s"}
 _SHIPPED = Path(__file__).parents[1] / "assets"
@@ -111,7 +111,7 @@ def _run(path: Path, name: str, run: Mapping[str, Any]) -> dict[str, Any]:
         fields["images"] = tuple(find_image(text, path.parent) for text in texts)
     except (UsageError, InputError) as error:
         raise BenchError(f"matrix {name}: run: {error.message}", error.hint) from error
-    return {**fields, "repetition": Wanted(**repetition)}
+    return {**fields, "repetition": RepetitionOptions(**repetition)}
 
 
 def _axes(name: str, key: str, value: Any) -> dict[str, tuple[str, ...]]:

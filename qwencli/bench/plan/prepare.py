@@ -17,7 +17,7 @@ from qwencli.bench.plan.matrix_file import (
     load_matrix,
     prompt_or_default,
 )
-from qwencli.bench.plan.stopping import Wanted, stop_rule
+from qwencli.bench.plan.stopping import RepetitionOptions, stop_rule
 from qwencli.config import (
     DType,
     EngineName,
@@ -49,7 +49,7 @@ class BenchRequest:
     matrix: str
     axes: Mapping[str, str | None]
     exclude: tuple[str, ...]
-    repetition: Wanted
+    repetition: RepetitionOptions
     max_new_tokens: int | None
     prompt: str | None
     images: tuple[str, ...]

@@ -200,7 +200,7 @@ def repetition(rule: StopRule, tokens: int) -> str:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RepetitionOptions:
     """Repetition as asked for; None = not said."""
 
     runs: int | None = None
@@ -210,7 +210,7 @@ class Wanted:
     max_time_s: float | None = None
     processes: int | None = None
 
-    def over(self, other: Wanted) -> Wanted:
+    def over(self, other: RepetitionOptions) -> RepetitionOptions:
         """This, and what it does not say from `other`; a fixed number drops what adapts."""
         said = {field.name: getattr(self, field.name) for field in fields(self)}
         merged = replace(other, **{key: value for key, value in said.items() if value is not None})
@@ -219,7 +219,7 @@ class Wanted:
         return replace(merged, runs=None) if self.max_noise is not None else merged
 
 
-def stop_rule(wanted: Wanted) -> StopRule:
+def stop_rule(wanted: RepetitionOptions) -> StopRule:
     """Check and complete what was asked for.
 
     Raises:

@@ -74,21 +74,21 @@ def run_campaign(
     _add_skipped(campaign)
     with Telemetry(options.sampler) as telemetry:
         started = _make_references(campaign, options, say)
-        places = _places(campaign.plan)
-        wanted = [place for place in places if place.wanted(campaign, options)]
-        weights = [(predicted_s or {}).get(place.cell.cell_id, 1.0) for place in wanted]
+        processes = _planned_processes(campaign.plan)
+        wanted = [planned for planned in processes if planned.wanted(campaign, options)]
+        weights = [(predicted_s or {}).get(planned.cell.cell_id, 1.0) for planned in wanted]
         progress = CampaignProgress(weights, moved, in_seconds=predicted_s is not None)
-        for place in places:
-            if not place.wanted(campaign, options):
-                say(f"{place.label}: already there")
-                if place in wanted:  # until another cell had what is its fate too
+        for planned in processes:
+            if not planned.wanted(campaign, options):
+                say(f"{planned.label}: already there")
+                if planned in wanted:  # until another cell had what is its fate too
                     progress.skip()
                 continue
             if started:
                 cool_down(options.cooldown, telemetry.temperature_c)
             started = True
-            say(place.label + time_left(progress.left_s))
-            status = _run_place(campaign, place, options, telemetry, say, progress)
+            say(planned.label + time_left(progress.left_s))
+            status = _run_planned(campaign, planned, options, telemetry, say, progress)
             if status not in _GOES_ON and not options.continue_on_error:
                 say("    ended here: --no-continue-on-error; go on with --resume")
                 break
@@ -119,19 +119,21 @@ def run_in_turns(
     for campaign in campaigns:
         _add_skipped(campaign)
     order = list(campaigns)
-    wanted = sum(p.wanted(c, options) for c in campaigns for p in _places(c.plan))
+    wanted = sum(p.wanted(c, options) for c in campaigns for p in _planned_processes(c.plan))
     progress = CampaignProgress([1.0] * wanted, moved)
     with Telemetry(options.sampler) as telemetry:
-        for places in zip_longest(*(_places(campaign.plan) for campaign in campaigns)):
-            of_campaign = dict(zip(campaigns, places, strict=True))
+        for processes in zip_longest(
+            *(_planned_processes(campaign.plan) for campaign in campaigns)
+        ):
+            of_campaign = dict(zip(campaigns, processes, strict=True))
             if not go_on():
-                say(f"{next(filter(None, places)).label}: no time left")
+                say(f"{next(filter(None, processes)).label}: no time left")
                 break
             for campaign in order:
-                place = of_campaign[campaign]
-                if place and place.wanted(campaign, options):
-                    say(f"{place.label}, {campaign.folder.name}{time_left(progress.left_s)}")
-                    _run_place(campaign, place, options, telemetry, say, progress)
+                planned = of_campaign[campaign]
+                if planned and planned.wanted(campaign, options):
+                    say(f"{planned.label}, {campaign.folder.name}{time_left(progress.left_s)}")
+                    _run_planned(campaign, planned, options, telemetry, say, progress)
             order.reverse()
 
 
@@ -141,23 +143,24 @@ def _add_skipped(campaign: Campaign) -> None:
             campaign.add_end(cell, "skipped", cell.skip_reason, None)
 
 
-def _run_place(
+def _run_planned(
     campaign: Campaign,
-    place: _Place,
+    planned: _PlannedProcess,
     options: RunnerOptions,
     telemetry: Telemetry,
     say: Say,
     progress: CampaignProgress,
 ) -> str:
     """Run one process and say how it ended; returns its status."""
-    progress.begin(place.number, _runs_of(campaign, place))
-    with span(place.label):
-        ending, speeds = _run_process(campaign, place, options, telemetry, progress)
+    progress.begin(planned.number, _runs_of(campaign, planned))
+    with span(planned.label):
+        ending, speeds = _run_process(campaign, planned, options, telemetry, progress)
     progress.end()
     say(f"    {cell_summary(ending.status, ending.reason, speeds)}")
-    if ending.of_model and (alike := _end_alike(campaign, place.cell, ending)):
+    if ending.of_model and (alike := _end_alike(campaign, planned.cell, ending)):
         cells = counted(alike, "other cell")
-        say(f"    the same for {cells} of {place.cell.model} with the {place.cell.engine} engine")
+        cell = planned.cell
+        say(f"    the same for {cells} of {cell.model} with the {cell.engine} engine")
     return ending.status
 
 
@@ -209,7 +212,7 @@ def _make_references(campaign: Campaign, options: RunnerOptions, say: Say) -> bo
 
 
 @dataclass(frozen=True)
-class _Place:
+class _PlannedProcess:
     """One process in the campaign's order."""
 
     cell: BenchCell
@@ -229,7 +232,7 @@ class _Place:
         return turn <= self.turn
 
 
-def _places(plan: Plan) -> list[_Place]:
+def _planned_processes(plan: Plan) -> list[_PlannedProcess]:
     turns = plan.settings.stop.processes
     order = [
         (cell, turn)
@@ -239,26 +242,28 @@ def _places(plan: Plan) -> list[_Place]:
     ]
     of_turns = f", process {{}} of {turns}" if turns > 1 else ""
     return [
-        _Place(cell, turn, f"[{n}/{len(order)}]", f"{cell_label(cell)}{of_turns.format(turn)}")
+        _PlannedProcess(
+            cell, turn, f"[{n}/{len(order)}]", f"{cell_label(cell)}{of_turns.format(turn)}"
+        )
         for n, (cell, turn) in enumerate(order, start=1)
     ]
 
 
-def _runs_of(campaign: Campaign, place: _Place) -> int:
+def _runs_of(campaign: Campaign, planned: _PlannedProcess) -> int:
     """How many runs this process has to make; of a cell that goes on until it is steady, at
     least."""
-    rule = campaign.plan.settings.stop.turn(place.turn)
-    return max(0, rule.min_runs - campaign.progress(place.cell).runs)
+    rule = campaign.plan.settings.stop.turn(planned.turn)
+    return max(0, rule.min_runs - campaign.progress(planned.cell).runs)
 
 
 def _run_process(
     campaign: Campaign,
-    place: _Place,
+    planned: _PlannedProcess,
     options: RunnerOptions,
     telemetry: Telemetry,
     progress: CampaignProgress,
 ) -> tuple[Ending, list[float]]:
-    cell, turn = place.cell, place.turn
+    cell, turn = planned.cell, planned.turn
     work = campaign.plan.worker_spec(cell, turn, campaign.progress(cell))
     checked = campaign.has_checks(cell, "quality")
     work = replace(
@@ -282,7 +287,7 @@ def _run_process(
                 telemetry.switch(on=message["on"])
                 continue
             if message["type"] == "trace":
-                _add_trace(place, message["events"])
+                _add_trace(planned, message["events"])
                 continue
             if message["type"] == "probes":
                 campaign.add_probes(cell, message["rows"], sampled=options.sampler is not None)
@@ -292,7 +297,7 @@ def _run_process(
             lost = campaign.progress(cell).runs + 1
             if message["row"]["run"] and message["row"]["decode_tok_per_s"]:
                 speeds.append(message["row"]["decode_tok_per_s"])
-            progress.step(_next_step(campaign, place, speeds))
+            progress.step(_next_step(campaign, planned, speeds))
         ending = worker.ending
         made = campaign.turn_made(cell, turn)
         if made:
@@ -306,22 +311,22 @@ def _run_process(
     return ending, speeds
 
 
-def _add_trace(place: _Place, events: Sequence[Sequence[Any]]) -> None:
+def _add_trace(planned: _PlannedProcess, events: Sequence[Sequence[Any]]) -> None:
     """Have a worker's events in groups of its own."""
     trace = active()
     if trace is not None:
         told = (Event(*each) for each in events)
-        trace.add(each._replace(group=f"{place.label}: {each.group}") for each in told)
+        trace.add(each._replace(group=f"{planned.label}: {each.group}") for each in told)
 
 
-def _next_step(campaign: Campaign, place: _Place, speeds: Sequence[float]) -> str:
+def _next_step(campaign: Campaign, planned: _PlannedProcess, speeds: Sequence[float]) -> str:
     """What a worker does after a run."""
-    if campaign.turn_made(place.cell, place.turn):
+    if campaign.turn_made(planned.cell, planned.turn):
         return "checks after the runs"
     of_all = campaign.plan.settings.stop
     most = f" of {of_all.max_runs}" if of_all.max_noise is None else ""
     speed = f", {speeds[-1]:.1f} tok/s" if speeds else ""
-    return f"run {campaign.progress(place.cell).runs + 1}{most}{speed}"
+    return f"run {campaign.progress(planned.cell).runs + 1}{most}{speed}"
 
 
 def _note_missing(

@@ -67,7 +67,7 @@ def slow_limit_ms(usual_ms: float, sigma_ms: float) -> float:
 
 
 @dataclass(frozen=True)
-class UsualToken:
+class TypicalToken:
     """`ms` between tokens, and above which time a token is slow."""
 
     ms: float
@@ -83,7 +83,7 @@ class Gap:
     lost_ms: float
 
 
-def usual_token(runs: Iterable[Sequence[float]]) -> UsualToken | None:
+def typical_token(runs: Iterable[Sequence[float]]) -> TypicalToken | None:
     """Of a cell; None where no run has two tokens.
 
     Args:
@@ -94,10 +94,10 @@ def usual_token(runs: Iterable[Sequence[float]]) -> UsualToken | None:
         return None
     ms = statistics.median(statistics.median(itl) for itl in known)
     sigma = statistics.median(robust_sigma(itl) for itl in known)
-    return UsualToken(ms, slow_limit_ms(ms, sigma))
+    return TypicalToken(ms, slow_limit_ms(ms, sigma))
 
 
-def gaps(itl_ms: Sequence[float], usual: UsualToken) -> list[Gap]:
+def gaps(itl_ms: Sequence[float], usual: TypicalToken) -> list[Gap]:
     """The gaps of one run, in order.
 
     Args:

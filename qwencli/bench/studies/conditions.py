@@ -76,7 +76,7 @@ def blocker(names: Iterable[str], facts: DeviceFacts) -> str | None:
 
 
 @dataclass
-class Situation:
+class ConditionContext:
     """What a condition may look at and add to.
 
     Args:
@@ -95,7 +95,7 @@ class Situation:
         return self.engine.effective.device
 
 
-Around = Callable[[Situation], AbstractContextManager[Any]]
+Around = Callable[[ConditionContext], AbstractContextManager[Any]]
 Loading = Callable[[Engine], AbstractContextManager[None]]
 
 
@@ -144,32 +144,32 @@ def _loaded(**changes: Any) -> Loading:
 
 
 @contextmanager
-def _idle(at: Situation) -> Iterator[None]:
+def _idle(at: ConditionContext) -> Iterator[None]:
     time.sleep(IDLE_S)
     yield
 
 
 @contextmanager
-def _emptied(at: Situation) -> Iterator[None]:
+def _emptied(at: ConditionContext) -> Iterator[None]:
     interventions.empty_cache(at.device)
     yield
     interventions.empty_cache(at.device)
 
 
 @contextmanager
-def _after_matmul(at: Situation) -> Iterator[None]:
+def _after_matmul(at: ConditionContext) -> Iterator[None]:
     interventions.warm_up_with_matmul(at.device)
     yield
 
 
 @contextmanager
-def _after_answer(at: Situation) -> Iterator[None]:
+def _after_answer(at: ConditionContext) -> Iterator[None]:
     interventions.warm_up_with_answer(at.engine, at.request)
     yield
 
 
 @contextmanager
-def _watched_sdpa(at: Situation) -> Iterator[None]:
+def _watched_sdpa(at: ConditionContext) -> Iterator[None]:
     with interventions.counted_sdpa_calls(at.engine) as calls:
         yield
     at.observed["sdpa_calls"] = " ".join(f"{name}:{n}" for name, n in sorted(calls.items()))
@@ -179,14 +179,14 @@ def _watched_sdpa(at: Situation) -> Iterator[None]:
 
 
 @contextmanager
-def _watched_sdpa_emptied(at: Situation) -> Iterator[None]:
+def _watched_sdpa_emptied(at: ConditionContext) -> Iterator[None]:
     interventions.empty_cache(at.device)
     with _watched_sdpa(at):
         yield
 
 
 @contextmanager
-def _timed_first_forward(at: Situation) -> Iterator[None]:
+def _timed_first_forward(at: ConditionContext) -> Iterator[None]:
     with interventions.timed_first_forward(at.engine) as times:
         yield
     if len(times) == 2:
@@ -194,7 +194,7 @@ def _timed_first_forward(at: Situation) -> Iterator[None]:
 
 
 @contextmanager
-def _slow_processor(at: Situation) -> Iterator[None]:
+def _slow_processor(at: ConditionContext) -> Iterator[None]:
     at.observed["processor_s"] = interventions.slow_processor_s(at.engine, at.request)
     yield
 

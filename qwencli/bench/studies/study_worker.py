@@ -23,7 +23,7 @@ from qwencli.bench.inject.contention import PeakMemory
 from qwencli.bench.run import worker
 from qwencli.bench.run.worker import EngineWrapper
 from qwencli.bench.storage.row_file import RowFile
-from qwencli.bench.studies.conditions import CONDITIONS, PLAIN, Load, Situation
+from qwencli.bench.studies.conditions import CONDITIONS, PLAIN, ConditionContext, Load
 from qwencli.config import EngineConfig
 from qwencli.engine.factory import create_engine
 from qwencli.engine.protocol import Engine
@@ -78,7 +78,7 @@ class StudiedEngine(EngineWrapper):
             self._observed["load_peak_growth_bytes"] = peak.growth_bytes
             self._loaded_for = loaded
         assert self._request is not None, "the warm-up comes first"
-        at = Situation(self._engine, self._request, self._observed, self._seen)
+        at = ConditionContext(self._engine, self._request, self._observed, self._seen)
         self._held.enter_context(condition.around(at))
         self._condition = name
         return fresh

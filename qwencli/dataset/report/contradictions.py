@@ -41,7 +41,7 @@ _REACH = 4
 
 
 @dataclass(frozen=True)
-class Said:
+class CaptionClaims:
     """What a caption says of things: their numbers, their colours, which are there or not."""
 
     numbers: Mapping[str, frozenset[str]]
@@ -60,7 +60,7 @@ class Contradiction:
     second: str
 
 
-def said(caption: str) -> Said:
+def claims_of(caption: str) -> CaptionClaims:
     tokens = _TOKEN.findall(caption.lower())
     numbers: dict[str, set[str]] = {}
     colours: dict[str, set[str]] = {}
@@ -83,10 +83,12 @@ def said(caption: str) -> Said:
         elif token in _COLOURS:
             for thing in _things(tokens, place):
                 colours.setdefault(thing, set()).add(_SAME_COLOUR.get(token, token))
-    return Said(_frozen(numbers), _frozen(colours), frozenset(absent - present), frozenset(present))
+    return CaptionClaims(
+        _frozen(numbers), _frozen(colours), frozenset(absent - present), frozenset(present)
+    )
 
 
-def contradictions(first: Said, second: Said) -> Iterator[Contradiction]:
+def contradictions(first: CaptionClaims, second: CaptionClaims) -> Iterator[Contradiction]:
     """Of each kind and thing one."""
     for about, one, other in (
         ("number", first.numbers, second.numbers),

@@ -31,7 +31,7 @@ _PAIRS = 32
 _ROWS = 1024
 
 
-def look(picture: Image) -> tuple[bytes, bytes]:
+def picture_hash(picture: Image) -> tuple[bytes, bytes]:
     """(hash, colours) of an RGB picture: 128 bits, and the mean colour of 8 x 8 cells.
 
     The hash is dHash in both directions: whether each of 8 x 8 places is brighter than the one to
@@ -50,7 +50,7 @@ def look(picture: Image) -> tuple[bytes, bytes]:
     return np.packbits(bits).tobytes(), cells.tobytes()
 
 
-def alike(looks: Sequence[tuple[bytes, bytes] | None]) -> list[list[int]]:
+def group_alike(looks: Sequence[tuple[bytes, bytes] | None]) -> list[list[int]]:
     """Groups of indices of pictures that look alike, largest first; None looks like nothing.
 
     Two pictures are in one group where a chain of likenesses leads from one to the other.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwencli.dataset.report.near_duplicates import look
+from qwencli.dataset.report.near_duplicates import picture_hash
 from qwencli.errors import MissingDependencyError, QwenCliError
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ _AHEAD = 64
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One picture: its thumbnail as WebP, its look, or why it cannot be opened."""
+class InspectedPicture:
+    """One picture: its thumbnail as WebP, its hash, or why it cannot be opened."""
 
     thumbnail: bytes = b""
-    look: tuple[bytes, bytes] | None = None
+    picture_hash: tuple[bytes, bytes] | None = None
     unreadable: str | None = None
 
 
@@ -41,7 +41,7 @@ def thumbnail_side(count: int) -> int:
     return next((side for most, side in _SIDES if count <= most), _SIDE_OF_MANY)
 
 
-def seen_pictures(paths: Iterable[Path | None], side: int) -> Iterator[Seen]:
+def inspect_pictures(paths: Iterable[Path | None], side: int) -> Iterator[InspectedPicture]:
     """Each picture in order, several at a time; what cannot be opened says why.
 
     Args:
@@ -50,27 +50,29 @@ def seen_pictures(paths: Iterable[Path | None], side: int) -> Iterator[Seen]:
     waiting = iter(paths)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         running = deque(
-            pool.submit(_seen, path, side) for path in itertools.islice(waiting, _AHEAD)
+            pool.submit(_inspect, path, side) for path in itertools.islice(waiting, _AHEAD)
         )
         while running:
             yield running.popleft().result()
-            running.extend(pool.submit(_seen, path, side) for path in itertools.islice(waiting, 1))
+            running.extend(
+                pool.submit(_inspect, path, side) for path in itertools.islice(waiting, 1)
+            )
 
 
-def _seen(path: Path | None, side: int) -> Seen:
+def _inspect(path: Path | None, side: int) -> InspectedPicture:
     if path is None:
-        return Seen()
+        return InspectedPicture()
     try:
         picture = _small(path)
     except MissingDependencyError:
-        return Seen()  # a format that needs a package is not broken
+        return InspectedPicture()  # a format that needs a package is not broken
     except QwenCliError as error:
-        return Seen(unreadable=error.message)
-    looked = look(picture)
+        return InspectedPicture(unreadable=error.message)
+    hashed = picture_hash(picture)
     picture.thumbnail((side, side))
     data = io.BytesIO()
     picture.save(data, "WEBP", quality=_QUALITY, method=2)
-    return Seen(data.getvalue(), looked)
+    return InspectedPicture(data.getvalue(), hashed)
 
 
 def _small(path: Path) -> Image:

@@ -14,8 +14,8 @@ from typing import Any
 from qwencli.dataset.caption_format import CaptionFormat, banned, words
 from qwencli.dataset.guards import Answer, Fault, FaultKind, Guards
 from qwencli.dataset.languages import LANGUAGES
-from qwencli.dataset.report.contradictions import Contradiction, contradictions, said
-from qwencli.dataset.report.near_duplicates import alike
+from qwencli.dataset.report.contradictions import Contradiction, claims_of, contradictions
+from qwencli.dataset.report.near_duplicates import group_alike
 
 # Faults that a text shows by itself, whoever wrote it.
 _GUARDS = Guards(
@@ -54,7 +54,7 @@ class Entry:
     failure: str | None = None
     others: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
-    look: tuple[bytes, bytes] | None = None
+    picture_hash: tuple[bytes, bytes] | None = None
     unreadable: str | None = None
 
 
@@ -177,7 +177,7 @@ def surveyed(entries: Sequence[Entry], trigger: str | None = None) -> Survey:
     captions = {n: prose(e.caption) for n, e in enumerate(entries) if e.caption is not None}
     said_words = {n: words(caption) for n, caption in captions.items()}
     spoken = {n: [w for w in said if w[0].isalnum()] for n, said in said_words.items()}
-    groups = alike([entry.look for entry in entries])
+    groups = group_alike([entry.picture_hash for entry in entries])
     counts: Counter[str] = Counter()
     frequent = frozenset[str]().union(*(language.frequent for language in LANGUAGES.values()))
     for said_here in spoken.values():
@@ -256,7 +256,7 @@ def _contradicting(
     captions: Mapping[int, str], groups: Iterable[Sequence[int]]
 ) -> Iterator[tuple[int, int, Contradiction]]:
     for group in groups:
-        known = [(n, said(captions[n])) for n in group if n in captions]
+        known = [(n, claims_of(captions[n])) for n in group if n in captions]
         for place, (one, first) in enumerate(known):
             for other, second in itertools.islice(known, place + 1, place + 1 + _COMPARED):
                 for found in contradictions(first, second):

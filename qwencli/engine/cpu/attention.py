@@ -25,7 +25,7 @@ GRAIN = 32
 ONE_CORE_VALUES = 2**17
 
 
-class OneQuery(ABC):
+class DecodeAttention(ABC):
     """Attention to `cache` of the scaled query heads `query` [1, H * D].
 
     A call with a layer's index leaves what the query takes from it in `attended` [1, H * D].
@@ -38,14 +38,14 @@ class OneQuery(ABC):
         self._size = (shape.num_kv_heads, shape.group_size, shape.head_dim)
 
     @abstractmethod
-    def look(self, slot: int) -> None:
+    def set_position(self, slot: int) -> None:
         """Let the query see the slots up to `slot`."""
 
     @abstractmethod
     def __call__(self, index: int) -> None: ...
 
 
-class TwoProducts(OneQuery):
+class NumpyAttention(DecodeAttention):
     """numpy's products around a softmax, on one core, over exactly the slots in use."""
 
     def __init__(
@@ -62,7 +62,7 @@ class TwoProducts(OneQuery):
         self._sums = np.empty((kv_heads, group, 1, 1), np.float32)
         self._flat_sums = self._sums.reshape(-1)
 
-    def look(self, slot: int) -> None:
+    def set_position(self, slot: int) -> None:
         seen = slot + 1
         self._views = [(keys[..., :seen], values[:, :, :seen]) for keys, values in self._whole]
         self._scores = np.empty((*self._size[:2], 1, seen), np.float32)
@@ -80,7 +80,7 @@ class TwoProducts(OneQuery):
         np.divide(np.matmul(scores, values, out=self._out), sums, self._out)
 
 
-class _Masked(OneQuery):
+class _MaskedAttention(DecodeAttention):
     """The torch implementations' views and mask."""
 
     def __init__(
@@ -90,7 +90,7 @@ class _Masked(OneQuery):
         self._hidden = hidden_score(query.dtype)
         self._kv_len = 0
 
-    def look(self, slot: int) -> None:
+    def set_position(self, slot: int) -> None:
         if not self._kv_len - GRAIN <= slot < self._kv_len:
             self._kv_len = min((slot // GRAIN + 1) * GRAIN, self._cache.max_seq_len)
             self._mask = torch.empty(1, 1, 1, self._kv_len)
@@ -109,7 +109,7 @@ class _Masked(OneQuery):
         """Make the views of all layers that calls will need."""
 
 
-class Eager(_Masked):
+class EagerAttention(_MaskedAttention):
     """Two products of matrices around a softmax."""
 
     def view_layers(self, kv_len: int) -> None:
@@ -126,7 +126,7 @@ class Eager(_Masked):
         torch.bmm(torch.softmax(self._scores, -1), values, out=self._out)
 
 
-class Sdpa(_Masked):
+class SdpaAttention(_MaskedAttention):
     """torch's scaled_dot_product_attention."""
 
     def view_layers(self, kv_len: int) -> None:
@@ -143,9 +143,9 @@ class Sdpa(_Masked):
         )
 
 
-_LONG: Mapping[Attention, Callable[[StaticKVCache, Tensor, Tensor, TextShape], OneQuery]] = {
-    Attention.EAGER: Eager,
-    Attention.SDPA: Sdpa,
+_LONG: Mapping[Attention, Callable[[StaticKVCache, Tensor, Tensor, TextShape], DecodeAttention]] = {
+    Attention.EAGER: EagerAttention,
+    Attention.SDPA: SdpaAttention,
 }
 
 
@@ -161,13 +161,13 @@ class CpuAttention:
         shape: TextShape,
         with_numpy: bool,
     ) -> None:
-        self._short = TwoProducts(cache, query, attended, shape)
+        self._short = NumpyAttention(cache, query, attended, shape)
         self._long = _LONG[attention](cache, query, attended, shape)
         slot_values = 2 * shape.num_kv_heads * shape.head_dim
         self._short_slots = ONE_CORE_VALUES // slot_values if with_numpy else 0
 
-    def look(self, slot: int) -> OneQuery:
+    def set_position(self, slot: int) -> DecodeAttention:
         """What attends to the slots up to `slot`."""
         chosen = self._short if slot < self._short_slots else self._long
-        chosen.look(slot)
+        chosen.set_position(slot)
         return chosen

@@ -88,7 +88,7 @@ class CpuDecoder:
         np.copyto(self._x, self._embed[token])
         self._rope.reach(position + 1)
         np.copyto(self._cos_sin, self._angles[position])
-        attend = self._attention.look(slot)
+        attend = self._attention.set_position(slot)
         for index, layer in enumerate(self._layers):
             layer.qkv.write(layer.attn_norm())
             self._turn(layer.qk_weight)

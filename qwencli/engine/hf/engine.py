@@ -13,7 +13,7 @@ from qwencli.engine.base_engine import BaseEngine
 from qwencli.engine.device_memory import release
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.hf import load_model
-from qwencli.engine.hf.generate import AS_IS, Changes, Generation
+from qwencli.engine.hf.generate import NO_OVERRIDES, Generation, Overrides
 from qwencli.engine.hf.quantization import scheme_of
 from qwencli.engine.resolve import check_modes
 from qwencli.engine.response import ResponseBuilder
@@ -32,7 +32,7 @@ class TransformersEngine(BaseEngine):
         super().__init__(replace(config, cache=config.cache or Cache.DYNAMIC))
         check_modes(self.config, EngineName.TRANSFORMERS)
         self._model: Any = None
-        self.changes: Changes = AS_IS
+        self.overrides: Overrides = NO_OVERRIDES
 
     @property
     def model(self) -> Any:
@@ -42,7 +42,7 @@ class TransformersEngine(BaseEngine):
 
     def _load(self, files: ModelFiles) -> EffectiveConfig:
         plan = load_model.plan_load(self.config, files)
-        model = load_model.load_model(self.config, plan, self.changes)
+        model = load_model.load_model(self.config, plan, self.overrides)
         try:
             load_model.check_effective(self.config, plan, model)
         except UnsupportedModeError:
@@ -65,7 +65,7 @@ class TransformersEngine(BaseEngine):
         )
 
     def _answer(self, answer: ResponseBuilder) -> Iterator[GenerationChunk]:
-        generation = Generation(self._model, answer, self.effective, self.changes)
+        generation = Generation(self._model, answer, self.effective, self.overrides)
         yield from generation.chunks(self.load_s)
 
     @torch.inference_mode()
@@ -74,7 +74,7 @@ class TransformersEngine(BaseEngine):
         yield from self._model(input_ids=ids, use_cache=False).logits[0]
 
     def _release(self) -> None:
-        if self.changes.release_through_host:
+        if self.overrides.release_through_host:
             self._model.to("cpu")
         self._model = None
         if self.config.cache is Cache.STATIC_COMPILE:

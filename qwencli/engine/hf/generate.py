@@ -2,14 +2,14 @@
 
 `generate()` pushes tokens; our engines are pulled. A second thread would put a second holder of
 the GIL into what we measure, and torch.compile's CUDA graphs are bound to the thread that made
-them. A greenlet switches stacks inside the one thread instead (`pulled`).
+them. A greenlet switches stacks inside the one thread instead (`as_generator`).
 
 `generate()` already waits for the GPU once per token, when it asks whether to stop. `TokenRecorder`
 adds no wait of its own: on CUDA it records an event and starts an asynchronous copy of the new
 token id when the token has been chosen, and reads both at the *next* token, when `generate()`'s
 own wait has passed them. Tokens are therefore handed on one step late, with exact times.
 
-`Changes` is what an experiment (`qwencli bench study`) has the engine do otherwise: what programs
+`Overrides` is what an experiment (`qwencli bench study`) has the engine do otherwise: what programs
 around transformers did or do, one thing at a time. Ordinary use never does.
 """
 
@@ -36,7 +36,7 @@ from qwencli.results import EffectiveConfig, GenerationChunk
 
 
 @dataclass(frozen=True)
-class Changes:
+class Overrides:
     """
     Args:
         load: keywords of `from_pretrained` that replace the engine's own.
@@ -55,13 +55,13 @@ class Changes:
     release_through_host: bool = False
 
 
-AS_IS = Changes()
+NO_OVERRIDES = Overrides()
 
 
 T = TypeVar("T")
 
 
-def pulled(push_all: Callable[[Callable[[T], None]], None]) -> Generator[T]:
+def as_generator(push_all: Callable[[Callable[[T], None]], None]) -> Generator[T]:
     """Yield every value that `push_all(push)` pushes, as it pushes it.
 
     Closing the generator early raises GreenletExit at the pending `push`, so that `push_all`
@@ -185,10 +185,10 @@ class Generation:
         model: Any,
         answer: ResponseBuilder,
         effective: EffectiveConfig,
-        changes: Changes = AS_IS,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> None:
         self._model, self._answer, self._effective = model, answer, effective
-        self._changes = changes
+        self._overrides = overrides
 
     def chunks(self, load_s: float) -> Iterator[GenerationChunk]:
         """Yield each token's text as it becomes known, and the result with the last chunk."""
@@ -205,7 +205,7 @@ class Generation:
     def _round(self, clock: EventTimer) -> Iterator[GenerationChunk]:
         """One round of decoding, see `response`: one call of `generate()`."""
         inputs = self._inputs()
-        tokens: Generator[Token] = pulled(lambda push: self._generate(inputs, clock, push))
+        tokens: Generator[Token] = as_generator(lambda push: self._generate(inputs, clock, push))
         with closing(tokens):
             for token_id, mark in tokens:
                 yield self._answer.add(token_id, mark)
@@ -231,7 +231,7 @@ class Generation:
             num_prompt_tokens = len(self._answer.fed.input_ids)
             held = SchemaProcessor(self._answer.matcher, vocab_size, num_prompt_tokens)
             processors.append(held)
-        without_grad = torch.no_grad() if self._changes.no_grad else torch.inference_mode()
+        without_grad = torch.no_grad() if self._overrides.no_grad else torch.inference_mode()
         with without_grad:
             self._model.generate(
                 **inputs,
@@ -289,7 +289,7 @@ class Generation:
                 "top_k": sampling.top_k,
                 "min_p": sampling.min_p or None,
             }
-        return GenerationConfig(**settings | dict(self._changes.generate))
+        return GenerationConfig(**settings | dict(self._overrides.generate))
 
     def _check_cache(self) -> None:
         """`generate()` skips compilation without a word where it cannot compile; we do not."""

@@ -30,7 +30,7 @@ from qwencli.config import (
 )
 from qwencli.engine.device_memory import is_out_of_memory
 from qwencli.engine.frontend.model_files import ModelFiles
-from qwencli.engine.hf.generate import AS_IS, Changes
+from qwencli.engine.hf.generate import NO_OVERRIDES, Overrides
 from qwencli.engine.hf.quantization import quantization_config, scheme_of, unfit_for_cpu
 from qwencli.engine.loading.reader import check_stored_scales
 from qwencli.engine.resolve import (
@@ -186,7 +186,7 @@ def plan_load(config: EngineConfig, files: ModelFiles) -> LoadPlan:
     )
 
 
-def load_model(config: EngineConfig, plan: LoadPlan, changes: Changes = AS_IS) -> Any:
+def load_model(config: EngineConfig, plan: LoadPlan, overrides: Overrides = NO_OVERRIDES) -> Any:
     """Weights straight onto the device in their final dtype, ready for `generate`.
 
     Raises:
@@ -211,11 +211,11 @@ def load_model(config: EngineConfig, plan: LoadPlan, changes: Changes = AS_IS) -
             config.quantization,
             torch_dtype,
             _kept_modules(config, plan, model_class),
-            changes.quantization,
+            overrides.quantization,
         ),
-        **changes.load,
+        **overrides.load,
     }
-    if changes.through_host:
+    if overrides.through_host:
         keywords |= {"dtype": torch.float32, "device_map": {"": "cpu"}}
     if config.load_format is not LoadFormat.DUMMY and plan.folder is not None:
         _check_scheme(plan.folder, plan.hub_config)
@@ -240,7 +240,7 @@ def load_model(config: EngineConfig, plan: LoadPlan, changes: Changes = AS_IS) -
         raise _load_error(config, plan, error) from error
     if source is not None:
         _check_loaded(source, loaded)
-    if changes.through_host:
+    if overrides.through_host:
         model = model.to(plan.device, torch_dtype)
     # generate() fills what a request leaves out from here; every request states all it wants.
     model.generation_config = transformers.GenerationConfig()

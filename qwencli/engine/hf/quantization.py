@@ -19,7 +19,7 @@ def quantization_config(
     quantization: Quantization,
     compute_dtype: torch.dtype,
     keep: list[str] | None = None,
-    changes: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Any | None:
     """The transformers quantization config for a mode, or None for unquantized weights.
 
@@ -28,7 +28,7 @@ def quantization_config(
 
     Args:
         keep: modules of 4-bit models to leave unquantized; None = the output head.
-        changes: keywords of an experiment that replace ours.
+        overrides: keywords of an experiment that replace ours.
 
     Raises:
         MissingDependencyError: bitsandbytes is missing or does not load here.
@@ -56,7 +56,7 @@ def quantization_config(
             "bnb_4bit_use_double_quant": False,
             "llm_int8_skip_modules": keep,
         }
-    return BitsAndBytesConfig(**settings | dict(changes or {}))
+    return BitsAndBytesConfig(**settings | dict(overrides or {}))
 
 
 def unfit_for_cpu(model: torch.nn.Module) -> list[str]:

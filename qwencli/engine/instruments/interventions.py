@@ -32,16 +32,16 @@ WATCHED_PASSES = 3
 
 
 @contextmanager
-def changed(engine: Engine, **changes: Any) -> Iterator[None]:
-    """The transformers engine with these `Changes`; see `engine.hf.generate`."""
-    from qwencli.engine.hf.generate import AS_IS, Changes
+def changed(engine: Engine, **overrides: Any) -> Iterator[None]:
+    """The transformers engine with these `Overrides`; see `engine.hf.generate`."""
+    from qwencli.engine.hf.generate import NO_OVERRIDES, Overrides
 
     reference = cast("TransformersEngine", engine)
-    reference.changes = Changes(**changes)
+    reference.overrides = Overrides(**overrides)
     try:
         yield
     finally:
-        reference.changes = AS_IS
+        reference.overrides = NO_OVERRIDES
 
 
 @contextmanager

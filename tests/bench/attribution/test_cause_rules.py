@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwencli.bench.attribution.cause_rules import FLOOR, RULES, judge
-from qwencli.bench.attribution.evidence import Evidence, Usual
+from qwencli.bench.attribution.evidence import Evidence, TypicalReadings
 from qwencli.bench.causes import MEANINGS, Cause
 
 BLANK = Evidence("gap", span_ms=103.0, lost_ms=100.0, tokens=1)
@@ -36,7 +36,7 @@ evidences = st.builds(
     gpu_processes=count, fresh_load=st.booleans(), warming=st.none() | st.floats(-1, 1),
     cpu_loop_us=st.none() | st.floats(0, 50), pointer_chase_us=st.none() | st.floats(0, 5000),
     usual=st.builds(
-        Usual, st.none() | st.floats(0, 3000), st.none() | st.floats(0, 12),
+        TypicalReadings, st.none() | st.floats(0, 3000), st.none() | st.floats(0, 12),
         st.none() | st.floats(20, 95), st.none() | st.floats(0, 600),
         st.frozensets(st.sampled_from(["sw_power_cap", "idle"])), st.none() | st.floats(0, 6000),
         st.none() | st.floats(0, 50), st.none() | st.floats(0, 5000),
@@ -72,7 +72,7 @@ def test_every_cause_has_a_meaning_and_a_rule():
 
 
 HOT = frozenset({"hw_thermal"})
-SLOW_CLOCK = {"sm_clock_mhz": 1400.0, "usual": Usual(2800.0, 0.0, 60.0)}
+SLOW_CLOCK = {"sm_clock_mhz": 1400.0, "usual": TypicalReadings(2800.0, 0.0, 60.0)}
 CASES = [
     (Cause.GC, BLANK, {"gc_ms": 95.0, "main_cpu_ms": 100.0}),
     (Cause.RECOMPILE, BLANK, {"compile_ms": 95.0, "gc_ms": 20.0}),
@@ -97,7 +97,7 @@ CASES = [
         BLANK,
         {
             "span_ms": 200.0, "main_cpu_ms": 200.0, "device_busy_percent": 20.0,
-            "core_mhz": 2100.0, "usual": Usual(core_mhz=5400.0),
+            "core_mhz": 2100.0, "usual": TypicalReadings(core_mhz=5400.0),
         },
     ),
     (
@@ -105,7 +105,7 @@ CASES = [
         BLANK,
         {
             "scope": "decode", "span_ms": 200.0, "main_cpu_ms": 200.0, "spread": 1.0,
-            "cpu_loop_us": 8.0, "usual": Usual(cpu_loop_us=4.0),
+            "cpu_loop_us": 8.0, "usual": TypicalReadings(cpu_loop_us=4.0),
         },
     ),
     (
@@ -113,7 +113,7 @@ CASES = [
         BLANK,
         {
             "scope": "decode", "main_cpu_ms": 200.0, "extra_cpu_ms": 99.0, "spread": 1.0,
-            "pointer_chase_us": 300.0, "usual": Usual(pointer_chase_us=200.0),
+            "pointer_chase_us": 300.0, "usual": TypicalReadings(pointer_chase_us=200.0),
         },
     ),
     (
@@ -150,7 +150,7 @@ def test_each_cause_by_its_own_sign(cause, base, changes):
 
 SLOW_MEMORY = replace(
     BLANK, scope="decode", main_cpu_ms=200.0, extra_cpu_ms=99.0, spread=1.0,
-    pointer_chase_us=300.0, usual=Usual(pointer_chase_us=200.0),
+    pointer_chase_us=300.0, usual=TypicalReadings(pointer_chase_us=200.0),
 )  # fmt: skip
 
 
@@ -160,7 +160,7 @@ SLOW_MEMORY = replace(
         {"on_gpu": True},  # nobody knows who waited for whom
         {"on_gpu": True, "device_busy_percent": 95.0},  # the host waited
         {"spread": 0.1},  # a few tokens were late, and not all of them
-        {"pointer_chase_us": 220.0}, {"pointer_chase_us": None}, {"usual": Usual()},
+        {"pointer_chase_us": 220.0}, {"pointer_chase_us": None}, {"usual": TypicalReadings()},
         {"extra_cpu_ms": 9.0},
     ],
 )  # fmt: skip
@@ -174,12 +174,12 @@ def test_a_sign_that_explains_little_is_not_a_cause():
 
 
 def test_a_lower_clock_explains_only_as_much_as_it_slows():
-    slightly = replace(BLANK, sm_clock_mhz=2700.0, usual=Usual(2800.0), main_cpu_ms=103.0)
+    slightly = replace(BLANK, sm_clock_mhz=2700.0, usual=TypicalReadings(2800.0), main_cpu_ms=103.0)
     assert judge(slightly).cause is Cause.UNKNOWN
 
 
 def test_a_throttle_reason_that_is_always_there_explains_nothing():
-    usual = Usual(2800.0, throttle=frozenset({"sw_power_cap"}))
+    usual = TypicalReadings(2800.0, throttle=frozenset({"sw_power_cap"}))
     always = replace(BLANK, throttle=frozenset({"sw_power_cap"}), sm_clock_mhz=2800.0, usual=usual)
     assert judge(always).cause is Cause.UNKNOWN
 

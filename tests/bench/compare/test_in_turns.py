@@ -17,7 +17,7 @@ from qwencli.bench.compare.comparison import compare
 from qwencli.bench.compare.sides import read_side
 from qwencli.bench.plan.environment import environment
 from qwencli.bench.plan.prepare import BenchRequest
-from qwencli.bench.plan.stopping import StopRule, Wanted, stop_rule
+from qwencli.bench.plan.stopping import RepetitionOptions, StopRule, stop_rule
 from qwencli.bench.run.campaign import Campaign
 from qwencli.bench.run.campaign_runner import RunnerOptions, run_in_turns
 from qwencli.bench.storage.row_file import read_rows
@@ -72,7 +72,7 @@ def test_two_matrices_take_turns_and_are_compared(
 
     monkeypatch.setattr(compare_run, "prepare", prepare)
     request = BenchRequest(
-        "", {}, (), Wanted(runs=10, processes=5), None, None, (), 0, "cpu",
+        "", {}, (), RepetitionOptions(runs=10, processes=5), None, None, (), 0, "cpu",
         DType.AUTO, LoadFormat.AUTO, None, 0,
     )  # fmt: skip
     out = tmp_path / "out"

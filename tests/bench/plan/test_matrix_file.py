@@ -6,7 +6,7 @@ import pytest
 
 from qwencli.bench.plan.matrix import expand
 from qwencli.bench.plan.matrix_file import load_matrix, names
-from qwencli.bench.plan.stopping import Wanted
+from qwencli.bench.plan.stopping import RepetitionOptions
 from qwencli.errors import BenchError, UsageError
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "benchmarks").glob("*.toml"))
@@ -50,7 +50,7 @@ def test_a_file_with_everything(tmp_path, cpu):
     (tmp_path / "mine.png").write_bytes(b"")
     matrix = load_matrix(str(path))
     assert matrix.max_new_tokens == 9
-    assert matrix.repetition == Wanted(None, 1.0, 3, 9, 60.0, 2)
+    assert matrix.repetition == RepetitionOptions(None, 1.0, 3, 9, 60.0, 2)
     assert matrix.prompt == "What is it?"
     assert [image.name for image in matrix.images] == ["scene.png", "mine.png"]
     assert [cell.model for cell in expand(matrix, "", cpu)] == ["a"]

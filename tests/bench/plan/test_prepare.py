@@ -6,7 +6,7 @@ import pytest
 
 from qwencli.bench.plan import prepare as preparing
 from qwencli.bench.plan.prepare import BenchRequest
-from qwencli.bench.plan.stopping import Wanted
+from qwencli.bench.plan.stopping import RepetitionOptions
 from qwencli.config import DType, LoadFormat, ModelSource, ModelSpec
 from qwencli.models import resolve
 from qwencli.models.folder import read_config
@@ -27,7 +27,7 @@ def prepared(monkeypatch, tmp_path, gpu, cpu):
             matrix,
             axes,
             (),
-            Wanted(),
+            RepetitionOptions(),
             None,
             None,
             (),

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from qwencli.bench.plan.stopping import (
     Progress,
+    RepetitionOptions,
     StopReason,
     StopRule,
-    Wanted,
     document,
     next_turn,
     noise_percent,
@@ -131,12 +131,12 @@ def test_the_rule_in_words():
 @pytest.mark.parametrize(
     ("wanted", "rule"),
     [
-        (Wanted(), StopRule(5, 5)),
-        (Wanted(7, processes=2), StopRule(7, 7, processes=2)),
-        (Wanted(max_noise=1.0), StopRule(5, 50, 1.0)),
-        (Wanted(max_noise=1.0, max_runs=4), StopRule(4, 4, 1.0)),
-        (Wanted(max_noise=1.0, min_runs=60), StopRule(60, 60, 1.0)),
-        (Wanted(max_noise=1.0, max_time_s=9.0), StopRule(5, 50, 1.0, 9.0)),
+        (RepetitionOptions(), StopRule(5, 5)),
+        (RepetitionOptions(7, processes=2), StopRule(7, 7, processes=2)),
+        (RepetitionOptions(max_noise=1.0), StopRule(5, 50, 1.0)),
+        (RepetitionOptions(max_noise=1.0, max_runs=4), StopRule(4, 4, 1.0)),
+        (RepetitionOptions(max_noise=1.0, min_runs=60), StopRule(60, 60, 1.0)),
+        (RepetitionOptions(max_noise=1.0, max_time_s=9.0), StopRule(5, 50, 1.0, 9.0)),
     ],
 )
 def test_what_is_not_said_is_filled_in(wanted, rule):
@@ -146,14 +146,17 @@ def test_what_is_not_said_is_filled_in(wanted, rule):
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
-        (Wanted(5, max_noise=1.0), "exclude each other"),
-        (Wanted(min_runs=3), "--min-runs goes with --max-noise"),
-        (Wanted(max_time_s=3.0), "--max-time goes with --max-noise"),
-        (Wanted(max_noise=0.0), "is not above zero"),
-        (Wanted(max_noise=float("nan")), "is not above zero"),
-        (Wanted(max_noise=1.0, min_runs=9, max_runs=8), "--min-runs 9 is above --max-runs 8"),
-        (Wanted(max_noise=1.0, max_runs=2), "an interval needs 3 runs"),
-        (Wanted(2, processes=3), "2 runs cannot be spread"),
+        (RepetitionOptions(5, max_noise=1.0), "exclude each other"),
+        (RepetitionOptions(min_runs=3), "--min-runs goes with --max-noise"),
+        (RepetitionOptions(max_time_s=3.0), "--max-time goes with --max-noise"),
+        (RepetitionOptions(max_noise=0.0), "is not above zero"),
+        (RepetitionOptions(max_noise=float("nan")), "is not above zero"),
+        (
+            RepetitionOptions(max_noise=1.0, min_runs=9, max_runs=8),
+            "--min-runs 9 is above --max-runs 8",
+        ),
+        (RepetitionOptions(max_noise=1.0, max_runs=2), "an interval needs 3 runs"),
+        (RepetitionOptions(2, processes=3), "2 runs cannot be spread"),
     ],
 )
 def test_contradictions_are_named(wanted, said):
@@ -163,11 +166,15 @@ def test_contradictions_are_named(wanted, said):
 
 
 def test_the_command_line_goes_over_the_matrix():
-    matrix = Wanted(max_noise=1.0, max_runs=9, processes=2)
-    assert Wanted().over(matrix) == matrix
-    assert Wanted(3).over(matrix) == Wanted(3, processes=2)
-    assert Wanted(max_noise=2.0).over(Wanted(3)) == Wanted(max_noise=2.0)
-    assert Wanted(max_noise=2.0).over(matrix) == Wanted(None, 2.0, None, 9, None, 2)
+    matrix = RepetitionOptions(max_noise=1.0, max_runs=9, processes=2)
+    assert RepetitionOptions().over(matrix) == matrix
+    assert RepetitionOptions(3).over(matrix) == RepetitionOptions(3, processes=2)
+    assert RepetitionOptions(max_noise=2.0).over(RepetitionOptions(3)) == RepetitionOptions(
+        max_noise=2.0
+    )
+    assert RepetitionOptions(max_noise=2.0).over(matrix) == RepetitionOptions(
+        None, 2.0, None, 9, None, 2
+    )
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,14 @@ from qwencli.bench.report.html.charts import (
     BINS,
     TOKEN_POINTS,
     GpuSamples,
-    Take,
+    RunTrace,
     cell_charts,
     histogram,
     keep_extremes,
     pack_floats,
     points_per_run,
-    takes_by_cell,
     throttled,
+    traces_by_cell,
 )
 from qwencli.bench.report.html.page import ASSETS, SCRIPTS, heat_maps, html_page, lead
 from qwencli.bench.report.html.sections import speed_range
@@ -216,7 +216,7 @@ def test_a_resumed_cell_keeps_its_two_warm_ups_apart():
     part = [row for row in again.tokens if row["run"] in "02"]
     runs = [*first.runs, again.runs[0], again.runs[2]]
     gpu = [row for row in again.gpu if row["run"] in "02"]
-    takes = takes_by_cell(runs, [*first.tokens, *part], [*first.gpu, *gpu])["cell-0"]
+    takes = traces_by_cell(runs, [*first.tokens, *part], [*first.gpu, *gpu])["cell-0"]
     assert [take.row["run"] for take in takes] == ["0", "1", "0", "2"]
     assert [len(take.t_s) for take in takes] == [4, 4, 4, 4]
     assert takes[2].t_s == [float(row["t_s"]) for row in part[:4]]
@@ -228,7 +228,7 @@ def test_a_resumed_cell_keeps_its_two_warm_ups_apart():
 def test_rows_of_a_run_that_did_not_finish_are_left_out():
     made = campaign(1, 1, 4)
     made.tokens.append({**made.tokens[0], "run": "2"})
-    (takes,) = takes_by_cell(made.runs, made.tokens, made.gpu).values()
+    (takes,) = traces_by_cell(made.runs, made.tokens, made.gpu).values()
     assert [len(take.t_s) for take in takes] == [4, 4]
 
 
@@ -351,7 +351,7 @@ def test_causes_are_drawn_under_the_tokens_of_their_run():
 
 
 def test_of_too_many_gaps_those_that_cost_most_are_drawn():
-    take = Take(dict.fromkeys(columns.RUNS, ""))
+    take = RunTrace(dict.fromkeys(columns.RUNS, ""))
     take.findings = [
         Finding("a", "1", "gap", n, 1, 10.0 - n, 5.0, float(n), Cause.GIL, 0.5, "")
         for n in range(9)

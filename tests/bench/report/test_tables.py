@@ -8,7 +8,7 @@ from rich.console import Console
 from qwencli.bench.plan.predict import Prediction, planned_table
 from qwencli.bench.report.campaign_report import markdown
 from qwencli.bench.report.cell_statistics import cell_rows
-from qwencli.bench.report.html.charts import cell_charts, takes_by_cell
+from qwencli.bench.report.html.charts import cell_charts, traces_by_cell
 from qwencli.bench.report.tables import (
     AS_ORIGIN,
     cell_summary,
@@ -215,7 +215,7 @@ def test_the_origin_s_columns_stand_where_its_matrix_ran():
     assert shown["origin"] == "16.8"  # of unquantized weights with sdpa, kept loaded
     assert {"stall s", "ms"} <= shown.keys()
     assert "As the origin counted" in markdown(rows, ENVIRONMENT)
-    (takes, *_) = takes_by_cell(made.runs, made.tokens, made.gpu).values()
+    (takes, *_) = traces_by_cell(made.runs, made.tokens, made.gpu).values()
     run = cell_charts(takes, 100, 100, as_origin=True)["runs"][0]
     assert (run["generate_s"], run["generate_tok_per_s"]) == (4.0, 3.0)
     assert cell_charts(takes, 100, 100)["runs"][0]["generate_s"] is None

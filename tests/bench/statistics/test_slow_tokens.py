@@ -11,24 +11,24 @@ from qwencli.bench.statistics.slow_tokens import (
     FACTOR,
     JOIN,
     LEAST_MS,
-    UsualToken,
+    TypicalToken,
     gaps,
-    usual_token,
+    typical_token,
 )
 
 latencies = st.lists(st.floats(0.01, 1e4), min_size=1, max_size=60)
 
 
 def test_a_steady_run_has_none():
-    usual = usual_token([[3.0] * 50] * 4)
-    assert usual == UsualToken(3.0, 6.0)
+    usual = typical_token([[3.0] * 50] * 4)
+    assert usual == TypicalToken(3.0, 6.0)
     assert gaps([3.0] * 50, usual) == []
 
 
 def test_slow_tokens_close_together_are_one_gap():
     itl = [3.0] * 30
     itl[10] = itl[10 + JOIN + 1] = 23.0
-    (gap,) = gaps(itl, UsualToken(3.0, 6.0))
+    (gap,) = gaps(itl, TypicalToken(3.0, 6.0))
     assert (gap.first, gap.last) == (11, 11 + JOIN + 1)
     assert gap.lost_ms == pytest.approx(40.0)
 
@@ -36,25 +36,25 @@ def test_slow_tokens_close_together_are_one_gap():
 def test_slow_tokens_apart_are_two():
     itl = [3.0] * 30
     itl[5] = itl[5 + JOIN + 2] = 23.0
-    assert [gap.first for gap in gaps(itl, UsualToken(3.0, 6.0))] == [6, 6 + JOIN + 2]
+    assert [gap.first for gap in gaps(itl, TypicalToken(3.0, 6.0))] == [6, 6 + JOIN + 2]
 
 
 def test_a_restless_cell_needs_more():
     restless = [1.0, 5.0, 3.0, 4.0, 2.0] * 10
-    assert usual_token([restless]).limit_ms > 2 * usual_token([[3.0] * 50]).limit_ms
+    assert typical_token([restless]).limit_ms > 2 * typical_token([[3.0] * 50]).limit_ms
 
 
 def test_very_short_tokens_are_not_judged_by_timer_noise():
-    assert usual_token([[0.1] * 9]).limit_ms == pytest.approx(0.1 + LEAST_MS)
+    assert typical_token([[0.1] * 9]).limit_ms == pytest.approx(0.1 + LEAST_MS)
 
 
 def test_no_tokens_no_level():
-    assert usual_token([[], []]) is None
+    assert typical_token([[], []]) is None
 
 
 @given(st.lists(latencies, min_size=1, max_size=6))
 def test_every_slow_token_is_in_exactly_one_gap_and_no_gap_ends_in_a_usual_one(runs):
-    usual = usual_token(runs)
+    usual = typical_token(runs)
     for itl in runs:
         found = gaps(itl, usual)
         covered = [token for gap in found for token in range(gap.first, gap.last + 1)]
@@ -69,9 +69,9 @@ def test_every_slow_token_is_in_exactly_one_gap_and_no_gap_ends_in_a_usual_one(r
 
 @given(latencies, st.floats(0.1, 10))
 def test_scaling_never_makes_gaps_of_a_slow_cell(itl, factor):
-    usual = usual_token([itl])
+    usual = typical_token([itl])
     assert usual.limit_ms >= FACTOR * statistics.median(itl)
-    assert usual_token([[value * factor for value in itl]]).ms == pytest.approx(usual.ms * factor)
+    assert typical_token([[value * factor for value in itl]]).ms == pytest.approx(usual.ms * factor)
 
 
 @given(st.lists(st.floats(1, 1000), min_size=1, max_size=40), st.floats(0, 1e6))

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from qwencli.dataset.report.contact_sheet import CHUNK, contact_sheet, write_sheet
-from qwencli.dataset.report.pictures import seen_pictures, thumbnail_side
+from qwencli.dataset.report.pictures import inspect_pictures, thumbnail_side
 from qwencli.dataset.report.survey import Entry, surveyed
 from tests.dataset.report.test_survey import scene
 
@@ -106,12 +106,12 @@ def test_pictures_are_looked_at_once_and_upright(tmp_path):
     paths.append(tmp_path / "broken.jpg")
     paths[-1].write_bytes(paths[0].read_bytes()[:2000])
     paths.append(tmp_path / "none.png")
-    seen = list(seen_pictures(paths, 128))
+    seen = list(inspect_pictures(paths, 128))
     sizes = [Image.open(io.BytesIO(s.thumbnail)).size for s in seen[:3]]
     assert sizes == [(128, 85), (85, 128), (128, 85)]
     assert [bool(s.unreadable) for s in seen] == [False, False, False, True, True]
     assert "broken.jpg" in seen[3].unreadable
-    assert seen[0].look == next(seen_pictures(paths[:1], 200)).look
+    assert seen[0].picture_hash == next(inspect_pictures(paths[:1], 200)).picture_hash
 
 
 def test_each_of_many_pictures_has_its_own_thumbnail(tmp_path):
@@ -120,7 +120,7 @@ def test_each_of_many_pictures_has_its_own_thumbnail(tmp_path):
         paths.append(tmp_path / f"{n}.png")
         colours.append((n, 255 - n, 40))
         Image.new("RGB", (16, 16), colours[-1]).save(paths[-1])
-    seen = list(seen_pictures(paths, 16))
+    seen = list(inspect_pictures(paths, 16))
     assert len(seen) == 150
     for colour, each in zip(colours, seen, strict=True):
         shown = Image.open(io.BytesIO(each.thumbnail)).convert("RGB").getpixel((8, 8))

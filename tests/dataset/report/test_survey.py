@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
-from qwencli.dataset.report.contradictions import contradictions, said
-from qwencli.dataset.report.near_duplicates import alike, look
+from qwencli.dataset.report.contradictions import claims_of, contradictions
+from qwencli.dataset.report.near_duplicates import group_alike, picture_hash
 from qwencli.dataset.report.survey import Entry, prose, surveyed
 
 
@@ -49,23 +49,23 @@ def test_changed_copies_look_alike(change):
     found = 0
     for seed in range(40):
         picture = scene(seed)
-        found += bool(alike([look(picture), look(CHANGES[change](picture))]))
+        found += bool(group_alike([picture_hash(picture), picture_hash(CHANGES[change](picture))]))
     assert found >= 38
 
 
 def test_other_pictures_do_not():
-    assert alike([look(scene(seed)) for seed in range(300)]) == []
+    assert group_alike([picture_hash(scene(seed)) for seed in range(300)]) == []
 
 
 def test_pictures_of_little_structure_are_told_by_their_colours():
     plain = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "white", "white")]
-    assert alike([look(picture) for picture in plain]) == [[2, 3]]
+    assert group_alike([picture_hash(picture) for picture in plain]) == [[2, 3]]
     dots = []
     for colour in ("red", "blue"):
         picture = Image.new("RGB", (64, 64), "white")
         ImageDraw.Draw(picture).ellipse((20, 20, 40, 40), fill=colour)
         dots.append(picture)
-    assert alike([look(picture) for picture in dots]) == []
+    assert group_alike([picture_hash(picture) for picture in dots]) == []
 
 
 def test_drawings_on_plain_ground_are_not_alike_by_their_ground():
@@ -77,14 +77,21 @@ def test_drawings_on_plain_ground_are_not_alike_by_their_ground():
         x, y, size = rng.integers(5, 60), rng.integers(5, 60), rng.integers(8, 30)
         colour = tuple(int(value) for value in rng.integers(0, 200, 3))
         draw.rectangle((x, y, x + size, y + size), fill=colour)
-        drawings.append(look(picture))
-    assert sum(map(len, alike(drawings))) <= 4
+        drawings.append(picture_hash(picture))
+    assert sum(map(len, group_alike(drawings))) <= 4
 
 
 def test_groups_by_size_and_what_cannot_be_opened():
-    looks = [look(scene(1)), None, look(scene(2)), look(scene(1)), look(scene(2)), look(scene(2))]
-    assert alike(looks) == [[2, 4, 5], [0, 3]]
-    assert alike([]) == alike([None, None]) == alike([looks[0]]) == []
+    looks = [
+        picture_hash(scene(1)),
+        None,
+        picture_hash(scene(2)),
+        picture_hash(scene(1)),
+        picture_hash(scene(2)),
+        picture_hash(scene(2)),
+    ]
+    assert group_alike(looks) == [[2, 4, 5], [0, 3]]
+    assert group_alike([]) == group_alike([None, None]) == group_alike([looks[0]]) == []
 
 
 def test_ten_thousand_take_seconds():
@@ -92,14 +99,15 @@ def test_ten_thousand_take_seconds():
     looks = [(rng.bytes(16), rng.bytes(192)) for _ in range(9000)]
     looks += [looks[0]] * 1000
     began = time.perf_counter()
-    groups = alike(looks)
+    groups = group_alike(looks)
     assert time.perf_counter() - began < 20
     assert len(groups) == 1 and len(groups[0]) == 1001
 
 
 def against(first, second):
     return {
-        (c.about, c.thing, c.first, c.second) for c in contradictions(said(first), said(second))
+        (c.about, c.thing, c.first, c.second)
+        for c in contradictions(claims_of(first), claims_of(second))
     }
 
 
@@ -138,12 +146,12 @@ def entries(*captions, **more):
 
 
 def test_a_survey():
-    picture, other = look(scene(1)), look(scene(2))
+    picture, other = picture_hash(scene(1)), picture_hash(scene(2))
     found = surveyed(
         [
-            Entry("a.png", "sks, a red car on a road", look=picture),
-            Entry("b.png", "sks, a blue car on a road", look=picture),
-            Entry("c.png", "Sks, a dog.", look=other),
+            Entry("a.png", "sks, a red car on a road", picture_hash=picture),
+            Entry("b.png", "sks, a blue car on a road", picture_hash=picture),
+            Entry("c.png", "Sks, a dog.", picture_hash=other),
             Entry("d.png", "sks, a dog"),
             Entry("e.png", "Sure! Here is a caption: a cat"),
             Entry("f.png", failure="refusal: I'm sorry"),

@@ -9,7 +9,7 @@ from qwencli.bench.plan.matrix_file import EXAMPLE_IMAGE
 from qwencli.config import Attention, EngineConfig, EngineName, LoadFormat, SamplingOptions
 from qwencli.engine.factory import create_engine
 from qwencli.engine.frontend.images import open_image
-from qwencli.engine.hf.generate import AS_IS
+from qwencli.engine.hf.generate import NO_OVERRIDES
 from qwencli.engine.instruments import interventions
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.resolve import resolve_model
@@ -61,7 +61,7 @@ def test_without_a_cache_every_pass_reads_the_prompt(engine, answer):
     assert text == answer
     assert read == list(range(read[0], read[0] + 6))
     assert passes(engine)[1][1:] == [1] * 5
-    assert engine.changes is AS_IS
+    assert engine.overrides is NO_OVERRIDES
 
 
 def test_no_grad_takes_the_place_of_inference_mode(engine, answer):
@@ -123,11 +123,11 @@ def test_the_slow_processor_is_timed_on_the_requests_pictures(engine):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "overrides",
     [{"load": {"device_map": "auto"}}, {"through_host": True}, {"release_through_host": True}],
 )
 @pytest.mark.parametrize("load_format", LoadFormat)
-def test_other_loads_give_the_same_model(changes, load_format):
+def test_other_loads_give_the_same_model(overrides, load_format):
     config = EngineConfig(
         resolve_model("scenes"),
         engine=EngineName.TRANSFORMERS,
@@ -137,7 +137,7 @@ def test_other_loads_give_the_same_model(changes, load_format):
     with create_engine(config) as engine:
         usual = engine.generate(REQUEST).token_ids
         ran = engine.effective
-        with interventions.changed(engine, **changes):
+        with interventions.changed(engine, **overrides):
             engine.close()
             engine.load()
         assert engine.generate(REQUEST).token_ids == usual
@@ -156,8 +156,8 @@ def test_bitsandbytes_options_reach_the_layers():
     )
     with create_engine(config) as engine:
         assert engine.effective.quantization == "bnb-nf4"
-        changes = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "float32"}
-        with interventions.changed(engine, quantization=changes):
+        overrides = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "float32"}
+        with interventions.changed(engine, quantization=overrides):
             engine.close()
             engine.load()
         assert engine.effective.quantization == "bnb-fp4"

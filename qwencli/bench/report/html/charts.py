@@ -60,7 +60,7 @@ class GpuSamples:
 
 
 @dataclass
-class Take:
+class RunTrace:
     """One run that generated. Times are seconds on the campaign's clock."""
 
     row: RawRow
@@ -97,62 +97,62 @@ def number(text: str) -> float | None:
         ) from error
 
 
-def takes_by_cell(
+def traces_by_cell(
     runs: Iterable[RawRow],
     tokens: Iterable[RawRow],
     gpu: Iterable[RawRow],
     findings: Iterable[Finding] = (),
-) -> dict[str, list[Take]]:
+) -> dict[str, list[RunTrace]]:
     """The runs that generated, of each cell, in the order in which they ran."""
-    cells: dict[str, list[Take]] = defaultdict(list)
-    by_run: dict[tuple[str, str], list[Take]] = defaultdict(list)
+    cells: dict[str, list[RunTrace]] = defaultdict(list)
+    by_run: dict[tuple[str, str], list[RunTrace]] = defaultdict(list)
     for row in runs:
         if row["status"] in GENERATED:
-            take = Take(row)
-            cells[row["cell_id"]].append(take)
-            by_run[row["cell_id"], row["run"]].append(take)
+            trace = RunTrace(row)
+            cells[row["cell_id"]].append(trace)
+            by_run[row["cell_id"], row["run"]].append(trace)
     _add_tokens(by_run, tokens)
     _add_samples(by_run, gpu)
     for finding in findings:  # of measured runs alone, whose number is theirs alone
-        for take in by_run.get((finding.cell_id, finding.run), ()):
-            take.findings.append(finding)
+        for trace in by_run.get((finding.cell_id, finding.run), ()):
+            trace.findings.append(finding)
     return cells
 
 
-def _add_tokens(by_run: Mapping[tuple[str, str], list[Take]], tokens: Iterable[RawRow]) -> None:
-    key, last, take = ("", ""), -1, None
+def _add_tokens(by_run: Mapping[tuple[str, str], list[RunTrace]], tokens: Iterable[RawRow]) -> None:
+    key, last, trace = ("", ""), -1, None
     begun: dict[tuple[str, str], int] = defaultdict(int)
     for token in tokens:
         index, this = int(token["token_index"]), (token["cell_id"], token["run"])
         if this != key or index <= last:
-            take = _nth(by_run.get(this, []), begun[this])
+            trace = _nth(by_run.get(this, []), begun[this])
             begun[this] += 1
         key, last = this, index
-        if take is not None:
-            take.t_s.append(_or_missing(token["t_s"]))
-            take.itl_ms.append(_or_missing(token["itl_ms"]))
+        if trace is not None:
+            trace.t_s.append(_or_missing(token["t_s"]))
+            trace.itl_ms.append(_or_missing(token["itl_ms"]))
 
 
-def _add_samples(by_run: Mapping[tuple[str, str], list[Take]], gpu: Iterable[RawRow]) -> None:
+def _add_samples(by_run: Mapping[tuple[str, str], list[RunTrace]], gpu: Iterable[RawRow]) -> None:
     """A stretch ends where another run's samples, or an earlier clock (a reboot), begin."""
-    key, last, take = ("", ""), 0.0, None
+    key, last, trace = ("", ""), 0.0, None
     begun: dict[tuple[str, str], int] = defaultdict(int)
     for sample in gpu:
         time, this = _or_missing(sample["t_s"]), (sample["cell_id"], sample["run"])
         if this != key or time < last:
-            take = _nth(by_run.get(this, []), begun[this])
+            trace = _nth(by_run.get(this, []), begun[this])
             begun[this] += 1
         key, last = this, time
-        if take is not None:
-            samples = take.gpus.setdefault(sample["gpu_index"], GpuSamples())
+        if trace is not None:
+            samples = trace.gpus.setdefault(sample["gpu_index"], GpuSamples())
             samples.t_s.append(time)
             samples.sm_clock_mhz.append(_or_missing(sample["sm_clock_mhz"]))
             samples.power_w.append(_or_missing(sample["power_w"]))
             samples.throttle_reasons.append(sample["throttle_reasons"])
 
 
-def _nth(takes: list[Take], number: int) -> Take | None:
-    return takes[number] if number < len(takes) else None
+def _nth(traces: list[RunTrace], number: int) -> RunTrace | None:
+    return traces[number] if number < len(traces) else None
 
 
 def _or_missing(text: str) -> float:
@@ -203,52 +203,56 @@ def points_per_run(total: int, runs: int) -> int:
 
 
 def cell_charts(
-    takes: Sequence[Take],
+    traces: Sequence[RunTrace],
     token_points: int,
     gpu_points: int,
     cause_marks: int = RUN_POINTS,
     *,
     as_origin: bool = False,
 ) -> dict[str, Any]:
-    """Everything drawn when a cell is opened; `takes` is not empty.
+    """Everything drawn when a cell is opened; `traces` is not empty.
 
     Args:
         token_points, gpu_points, cause_marks: the most points of one run.
         as_origin: with the time of the whole generate(), and its speed.
     """
-    start = takes[0].start_s
-    itl = [value for take in takes if not take.warmup for value in take.itl_ms if value == value]
+    start = traces[0].start_s
+    itl = [
+        value for trace in traces if not trace.warmup for value in trace.itl_ms if value == value
+    ]
     return {
         "histogram": histogram(itl),
         "percentiles": {f"p{p}": percentile(itl, p) for p in PERCENTILES if itl},
         "runs": [
             {
-                **_run(take, start, token_points, gpu_points),
-                **_whole_answer(take.row if as_origin else {}),
-                "causes": _causes(take, cause_marks),
-                "slow": [_cause(f, take.start_s) for f in take.findings if f.scope != "gap"],
+                **_run(trace, start, token_points, gpu_points),
+                **_whole_answer(trace.row if as_origin else {}),
+                "causes": _causes(trace, cause_marks),
+                "slow": [_cause(f, trace.start_s) for f in trace.findings if f.scope != "gap"],
             }
-            for take in takes
+            for trace in traces
         ],
     }
 
 
-def _run(take: Take, cell_start_s: float, token_points: int, gpu_points: int) -> dict[str, Any]:
-    start = take.start_s
-    known = [value for value in take.itl_ms if value == value]
-    kept = keep_extremes([take.itl_ms], token_points) if take.itl_ms else []
+def _run(
+    trace: RunTrace, cell_start_s: float, token_points: int, gpu_points: int
+) -> dict[str, Any]:
+    start = trace.start_s
+    known = [value for value in trace.itl_ms if value == value]
+    kept = keep_extremes([trace.itl_ms], token_points) if trace.itl_ms else []
     return {
-        "run": take.row["run"],
-        "warmup": take.warmup,
+        "run": trace.row["run"],
+        "warmup": trace.warmup,
         "start_s": round(start - cell_start_s, 6),
-        "tokens": len(take.t_s),
-        "index": None if len(kept) == len(take.t_s) else kept,
-        "t_s": pack_floats([take.t_s[i] - start for i in kept]),
-        "itl_ms": pack_floats([take.itl_ms[i] for i in kept]),
-        "gpus": [_gpu(name, gpu, start, gpu_points) for name, gpu in sorted(take.gpus.items())],
-        "throttle_reasons": take.row["throttle_reasons"],
+        "tokens": len(trace.t_s),
+        "index": None if len(kept) == len(trace.t_s) else kept,
+        "t_s": pack_floats([trace.t_s[i] - start for i in kept]),
+        "itl_ms": pack_floats([trace.itl_ms[i] for i in kept]),
+        "gpus": [_gpu(name, gpu, start, gpu_points) for name, gpu in sorted(trace.gpus.items())],
+        "throttle_reasons": trace.row["throttle_reasons"],
         "stall_ms": run_limit_ms(known) if known else None,
-        **{name: number(take.row[name]) for name in RUN_NUMBERS},
+        **{name: number(trace.row[name]) for name in RUN_NUMBERS},
     }
 
 
@@ -259,12 +263,12 @@ def _whole_answer(row: RawRow) -> dict[str, float | None]:
     return {"generate_s": seconds, "generate_tokens": tokens, "generate_tok_per_s": speed}
 
 
-def _causes(take: Take, most: int) -> list[list[Any]]:
+def _causes(trace: RunTrace, most: int) -> list[list[Any]]:
     """The gaps that cost most, in the order of time."""
-    gaps = [finding for finding in take.findings if finding.scope == "gap"]
+    gaps = [finding for finding in trace.findings if finding.scope == "gap"]
     kept = sorted(gaps, key=lambda finding: -finding.lost_ms)[:most]
     kept.sort(key=lambda finding: finding.t_s)
-    return [_cause(finding, take.start_s) for finding in kept]
+    return [_cause(finding, trace.start_s) for finding in kept]
 
 
 def _cause(finding: Finding, start_s: float) -> list[Any]:

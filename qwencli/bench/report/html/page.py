@@ -27,7 +27,7 @@ from qwencli.bench.report.html.charts import (
     RawRow,
     cell_charts,
     points_per_run,
-    takes_by_cell,
+    traces_by_cell,
 )
 from qwencli.bench.report.html.sections import (
     blank_section,
@@ -80,8 +80,8 @@ def html_page(
     Raises:
         BenchError: a raw row holds something else than a number where one belongs.
     """
-    takes = takes_by_cell(runs, tokens, gpu, findings)
-    count = sum(map(len, takes.values()))
+    traces = traces_by_cell(runs, tokens, gpu, findings)
+    count = sum(map(len, traces.values()))
     limits = [points_per_run(most, count) for most in (TOKEN_POINTS, GPU_POINTS, CAUSE_MARKS)]
     axes = varying_axes(rows)
     fastest = max((row["decode_tok_per_s_max"] or 0.0 for row in rows), default=0.0)
@@ -89,11 +89,11 @@ def html_page(
     sections, data = [], []
     for place, row in enumerate(rows):
         label = row_label(row, axes)
-        if not takes[row["cell_id"]]:
+        if not traces[row["cell_id"]]:
             sections.append(blank_section(place, row, label))
             continue
         sections.append(cell_section(place, row, label, fastest, opened=row is widest))
-        data.append(json_element(f"charts-{place}", cell_charts(takes[row["cell_id"]], *limits)))
+        data.append(json_element(f"charts-{place}", cell_charts(traces[row["cell_id"]], *limits)))
     body = Template(_asset("page.html")).substitute(
         lead=lead(rows),
         map=heat_maps(rows),
