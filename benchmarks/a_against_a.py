@@ -33,7 +33,7 @@ from qwencli.bench.plan.campaign_plan import Plan
 from qwencli.bench.plan.environment import environment, read_machine_speed
 from qwencli.bench.plan.predict import duration, planned_table, predict
 from qwencli.bench.plan.prepare import BenchRequest, prepare
-from qwencli.bench.plan.stopping import Wanted
+from qwencli.bench.plan.stopping import RepetitionOptions
 from qwencli.bench.report.campaign_report import build_report
 from qwencli.bench.run.bench_run import INTERRUPTED, worker
 from qwencli.bench.run.campaign import Campaign
@@ -88,7 +88,7 @@ def _request(options: argparse.Namespace) -> BenchRequest:
         matrix=options.matrix or "quick",
         axes={"model": options.model},
         exclude=(),
-        repetition=Wanted(runs=options.runs, processes=options.processes),
+        repetition=RepetitionOptions(runs=options.runs, processes=options.processes),
         max_new_tokens=options.max_new_tokens,
         prompt=None,
         images=(),

@@ -16,7 +16,7 @@ from PIL import Image
 from qwencli.bench.plan import prepare as preparing
 from qwencli.bench.plan.campaign_plan import dump_spec, load_spec
 from qwencli.bench.plan.environment import environment
-from qwencli.bench.plan.stopping import Progress, Wanted
+from qwencli.bench.plan.stopping import Progress, RepetitionOptions
 from qwencli.bench.run import worker
 from qwencli.cli import run
 from qwencli.config import (
@@ -504,7 +504,7 @@ def test_a_campaign_measures_a_server(
     monkeypatch.setattr(preparing, "read_device_facts", lambda device: facts)
     server.say = lambda body: " ".join(["word"] * body["max_tokens"])
     request = preparing.BenchRequest(
-        matrix="quick", exclude=(), repetition=Wanted(runs=2), max_new_tokens=8, prompt=None,
+        matrix="quick", exclude=(), repetition=RepetitionOptions(runs=2), max_new_tokens=8, prompt=None,
         axes={"engine": "remote", "quantization": "none,8bit", "attention": "sdpa",
               "cache": "dynamic"},
         images=(), seed=0, device="auto", dtype=DType.AUTO, load_format=LoadFormat.AUTO,
