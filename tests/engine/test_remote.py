@@ -504,7 +504,8 @@ def test_a_campaign_measures_a_server(
     monkeypatch.setattr(preparing, "read_device_facts", lambda device: facts)
     server.say = lambda body: " ".join(["word"] * body["max_tokens"])
     request = preparing.BenchRequest(
-        matrix="quick", exclude=(), repetition=RepetitionOptions(runs=2), max_new_tokens=8, prompt=None,
+        matrix="quick", exclude=(), repetition=RepetitionOptions(runs=2), max_new_tokens=8,
+        prompt=None,
         axes={"engine": "remote", "quantization": "none,8bit", "attention": "sdpa",
               "cache": "dynamic"},
         images=(), seed=0, device="auto", dtype=DType.AUTO, load_format=LoadFormat.AUTO,

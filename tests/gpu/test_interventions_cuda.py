@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwencli.bench.plan.matrix_file import EXAMPLE_IMAGE
-from qwencli.bench.studies.conditions import CONDITIONS, Load, Situation, why_not
+from qwencli.bench.studies.conditions import CONDITIONS, Load, ConditionContext, why_not
 from qwencli.config import (
     Attention,
     Cache,
@@ -54,7 +54,7 @@ def answer_under(engine, name):
         with condition.loading(engine):
             engine.close()
             engine.load()
-    at = Situation(engine, REQUEST, {}, {})
+    at = ConditionContext(engine, REQUEST, {}, {})
     with condition.around(at):
         result = engine.generate(REQUEST)
     return result, at.observed

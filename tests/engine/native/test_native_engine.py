@@ -11,7 +11,7 @@ import pytest
 
 from qwencli.config import Attention, Cache, DType, EngineName, SamplingOptions
 from qwencli.engine.base_engine import SWITCH_INTERVAL_S
-from qwencli.engine.cpu.attention import TwoProducts
+from qwencli.engine.cpu.attention import NumpyAttention
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.errors import InputError, OutOfMemoryError, UnsupportedModeError
@@ -64,9 +64,9 @@ def test_attention_is_named_as_it_ran(checkpoint, monkeypatch, asked, ran):
     """numpy attends where the attention was left to the engine, and nowhere else."""
     calls = []
     monkeypatch.setattr(
-        TwoProducts,
+        NumpyAttention,
         "__call__",
-        lambda self, index, call=TwoProducts.__call__: (calls.append(index), call(self, index)),
+        lambda self, index, call=NumpyAttention.__call__: (calls.append(index), call(self, index)),
     )
     with NativeEngine(native_config(checkpoint("qwen3"), **asked)) as loaded:
         result = loaded.generate(ask())
