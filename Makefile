@@ -11,6 +11,7 @@ check:
 	.venv/bin/lint-imports
 	$(PYTHON) tools/docs/cli_reference.py --check
 	$(PYTHON) tools/docs/experiments_index.py --check
+	$(PYTHON) tools/docs/experiment_tables.py --check
 	$(PYTHON) tools/docs/readme_tables.py --check
 	$(PYTHON) tools/docs/predictions.py --check
 	$(PYTHON) tools/docs/findings.py --check
@@ -26,6 +27,7 @@ kernels:
 docs:
 	$(PYTHON) tools/docs/cli_reference.py
 	$(PYTHON) tools/docs/experiments_index.py
+	$(PYTHON) tools/docs/experiment_tables.py
 	$(PYTHON) tools/docs/readme_tables.py
 	$(PYTHON) tools/docs/predictions.py
 	$(PYTHON) tools/docs/findings.py

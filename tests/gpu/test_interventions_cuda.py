@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwencli.bench.plan.matrix_file import EXAMPLE_IMAGE
-from qwencli.bench.studies.conditions import CONDITIONS, Load, ConditionContext, why_not
+from qwencli.bench.studies.conditions import CONDITIONS, ConditionContext, Load, why_not
 from qwencli.config import (
     Attention,
     Cache,

@@ -1,0 +1,248 @@
+"""Fills the tables of docs/experiments/ from results/; `--check` fails when one is stale.
+
+A table stands between `<!-- table: KIND results/FOLDER FILE ... -->` and `<!-- end -->`. KIND is a
+key of KINDS: what wrote such files, and which columns are shown of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from readme_tables import ROOT, markdown
+
+FOLDER = ROOT / "docs" / "experiments"
+WEIGHTS = {"none": "bf16"}
+MARK = re.compile(r"(<!-- table: ([\w-]+) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def read(file: Path) -> Any:
+    """The JSON in a file, which may be compressed."""
+    data = file.read_bytes()
+    return json.loads(gzip.decompress(data) if file.suffix == ".gz" else data)
+
+
+def weights(row: dict[str, Any]) -> str:
+    name = row.get("quantization") or row["mode"]
+    return WEIGHTS.get(name, name)
+
+
+def comfyui_interference(files: Sequence[Path]) -> str:
+    """Of `benchmarks/comfyui_interference.py`: executions.csv."""
+    with files[0].open(encoding="utf-8", newline="") as file:
+        executions = list(csv.DictReader(file))
+    rows = []
+    for place in ("in-process", "resident"):
+        for disturbed_by in ("idle", "gpu", "prompt"):
+            ran = [
+                each
+                for each in executions
+                if (each["place"], each["disturbed_by"]) == (place, disturbed_by)
+            ]
+            speeds = [float(each["decode_tok_per_s"]) for each in ran]
+            first_ms = [1e3 * float(each["ttft_s"]) for each in ran]
+            rows.append(
+                [
+                    {"in-process": "in ComfyUI's process"}.get(place, place),
+                    {
+                        "idle": "nothing",
+                        "gpu": "small kernels on the GPU",
+                        "prompt": "a prompt queued in Python",
+                    }[disturbed_by],
+                    *(
+                        f"{each:.1f}"
+                        for each in (statistics.median(speeds), min(speeds), max(speeds))
+                    ),
+                    f"{max(speeds) / min(speeds):.3f}",
+                    f"{statistics.median(first_ms):.1f}",
+                    f"{max(first_ms):.1f}",
+                ]
+            )
+    header = ["engine", "beside it", "tok/s, median", "slowest", "fastest", "fastest / slowest"]
+    return markdown([*header, "first token, ms, median", "latest"], rows)
+
+
+def rows_step(files: Sequence[Path]) -> str:
+    """Of `benchmarks/rows_step.py`: tok/s of all rows together, by how many there are."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for file in files:
+        document = read(file)
+        for mode in document["modes"]:
+            steps = found.setdefault((document["model"], weights(mode)), {})
+            steps |= {
+                int(name): step["tok_per_s"]
+                for name, step in mode["steps"].items()
+                if name.isdigit()
+            }
+    counts = sorted({count for steps in found.values() for count in steps})
+    rows = [
+        [model, name, *(f"{steps[n]:,.1f}" if n in steps else "-" for n in counts)]
+        for (model, name), steps in found.items()
+    ]
+    return markdown(["model", "weights", *map(str, counts)], rows)
+
+
+def verify_steps(files: Sequence[Path]) -> str:
+    """Of `benchmarks/rows_step.py --check`."""
+    rows = [
+        [
+            weights(mode),
+            str(check["size"]),
+            f"{check['step_ms']:.2f}",
+            f"{check['plain_ms']:.2f}",
+            f"{check['all_right']:.2f}",
+            f"{check['all_wrong']:.2f}",
+        ]
+        for mode in read(files[0])["modes"]
+        for check in mode["checks"]
+    ]
+    header = ["weights", "tokens", "step, ms", "plain, ms", "all right", "none right"]
+    return markdown(header, rows)
+
+
+def one_row_gate(files: Sequence[Path]) -> str:
+    """Of `benchmarks/one_row_gate.py`."""
+    rows = [
+        [
+            weights(row),
+            f"{row['before']['tok_per_s_median']:.1f}",
+            f"{row['after']['tok_per_s_median']:.1f}",
+            f"{row['ratio']:.4f}",
+            f"{max(row['after']['max_over_min']):.4f}",
+            f"{row['after']['itl_p99_over_p50']:.3f}",
+        ]
+        for row in read(files[0])
+    ]
+    header = ["weights", "before", "after", "ratio", "fastest / slowest run", "ITL p99 / p50"]
+    return markdown(header, rows)
+
+
+def captions_per_second(files: Sequence[Path]) -> str:
+    """Of `benchmarks/captions_per_second.py`: each run of as many pictures as the longest has."""
+    rows = []
+    for file in files:
+        runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        most = max(run["captions"] for run in runs)
+        speeds = [f"{run['captions_per_s']:.1f}" for run in runs if run["captions"] == most]
+        rows.append([weights(runs[0]), f"{most:,}", ", ".join(speeds)])
+    return markdown(["weights", "pictures", "captions a second, each run"], rows)
+
+
+def load_time(files: Sequence[Path]) -> str:
+    """Of `benchmarks/load_time.py`: medians, in seconds."""
+    columns = {
+        "load_s": 2, "first_token_s": 2, "new_size_s": 3, "request_over_s": 2, "process_s": 1,
+    }  # fmt: skip
+    rows = []
+    for name, row in read(files[0])["summary"].items():
+        kind, _, cache = name.partition(", ")
+        label = {"floor": "torch and a CUDA context alone", "transformers": "transformers, bf16"}
+        kept = {"empty cache": "nothing kept", "filled cache": "kept"}
+        shown = label.get(kind) or f"{WEIGHTS.get(kind, kind)}, {kept[cache]}"
+        rows.append(
+            [
+                shown,
+                *(
+                    f"{row[key]:.{digits}f}" if key in row else ""
+                    for key, digits in columns.items()
+                ),
+            ]
+        )
+    return markdown(["", "load", "first token", "new size", "request", "process"], rows)
+
+
+def scenes_evaluation(files: Sequence[Path]) -> str:
+    """Of `tools/scenes/evaluate.py`: one file after each training run."""
+    kinds = ("long", "short", "tags")
+    rows = []
+    for number, file in enumerate(files, start=1):
+        found = read(file)
+        exact = [f"{found['exact_caption_percent'][kind]:.1f}" for kind in kinds]
+        rows.append([str(number), *exact, f"{found['phrase_percent_of_objects']:.1f}"])
+    head = ["held-out captions exact, %, after run", *kinds, "phrases of objects"]
+    return markdown(head, rows)
+
+
+def small_hybrid(files: Sequence[Path]) -> str:
+    """Of `benchmarks/small_hybrid.py`. A share of a handful of drafts is not shown."""
+    rows = [
+        [
+            row["quantization"],
+            f"{row['exact_percent']:.1f}",
+            f"{row['num_drafted']:,}",
+            f"{row['accepted_percent']:.1f}" if row["num_drafted"] >= 100 else "-",
+        ]
+        for row in read(files[0])["rows"]
+    ]
+    return markdown(["weights", "exact, %", "drafts made", "taken, %"], rows)
+
+
+def planted_disturbances(files: Sequence[Path]) -> str:
+    """Of `benchmarks/planted_disturbances.py`: how many cells of each kind were told."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.planted_disturbances import RIGHT
+
+    kinds = {
+        "all_cores": "a program for each processor",
+        "one_core": "one program, tied to a processor",
+        "cpu_limit": "a control group's limit of 20% of a processor",
+        "stopped": "stopped for 80 of every 100 ms",
+        "copier": "a program that copies memory",
+        "quiet": "nothing",
+    }
+    cells = [cell for file in files for cell in read(file)]
+    rows = []
+    for kind, name in kinds.items():
+        of_kind = [cell for cell in cells if cell["kind"] == kind]
+        verdicts = [cell["verdict"].split(":")[0] for cell in of_kind]
+        counts = [f"{verdicts.count(v)} {v}" for v in dict.fromkeys(sorted(verdicts))]
+        right = RIGHT.get(kind, ())
+        named = sum(any(cause in right for cause in cell["causes"]) for cell in of_kind)
+        rows.append([name, str(len(of_kind)), ", ".join(counts), str(named) if right else "-"])
+    return markdown(["beside the cells", "cells", "called", "cause named"], rows)
+
+
+KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
+    "comfyui-interference": comfyui_interference,
+    "rows-step": rows_step,
+    "verify-steps": verify_steps,
+    "one-row-gate": one_row_gate,
+    "captions-per-second": captions_per_second,
+    "load-time": load_time,
+    "scenes-evaluation": scenes_evaluation,
+    "small-hybrid": small_hybrid,
+    "planted-disturbances": planted_disturbances,
+}
+
+
+def render(text: str) -> str:
+    """A page with its tables made anew."""
+
+    def fill(found: re.Match[str]) -> str:
+        folder, *names = found[3].split()
+        files = [ROOT / folder / name for name in names]
+        return f"{found[1]}\n{KINDS[found[2]](files)}\n\n{found[4]}"
+
+    return MARK.sub(fill, text)
+
+
+def main() -> None:
+    for page in sorted(FOLDER.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        fresh = render(text)
+        if fresh == text:
+            continue
+        if "--check" in sys.argv:
+            sys.exit(f"{page.relative_to(ROOT)} is stale: run make docs")
+        page.write_text(fresh, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
