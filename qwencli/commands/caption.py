@@ -85,99 +85,37 @@ def _caption(
 ) -> None:
     # Here and not above: `--help` needs none of it.
     from qwencli.commands.caption_folder import caption_folder
-    from qwencli.commands.caption_options import build_caption_config, is_set
-    from qwencli.commands.captions import Captions, print_captions
-    from qwencli.commands.model_choice import announce_model, choose_model
-    from qwencli.commands.requests import running_engine, system_messages
+    from qwencli.commands.caption_options import CaptionJob, build_caption_config, is_set
+    from qwencli.commands.captions import answer_pictures, print_captions
     from qwencli.dataset.named_inputs import named_inputs
-    from qwencli.messages import GenerationRequest, VisualPart, user_message
 
     if not (inputs or chosen.is_used):
         raise UsageError("Missing argument 'IMAGE...'", "name pictures, or a folder of them")
     keep_s = keep.seconds(run)
     named = named_inputs(inputs, chosen.filelist)
     whole_set = is_set(named, chosen, frames)
-    sampling = run.sampling_options()
-    thinking, thinking_budget = thoughts(think, thinking_budget, sampling)
+    thinking, budget = thoughts(think, thinking_budget, run.sampling_options())
     if thinking and (whole_set or options.is_used):
-        if thinking_budget is None:
+        if budget is None:
             raise UsageError(
                 "--think without a bound is for a few pictures in a plain prompt",
                 "give --thinking-budget N as well, or leave it out here",
             )
         if options.starts_with is not None:
             raise UsageError("--starts-with and thinking exclude each other", "use one")
-    if whole_set:
-        if multi_image:
-            raise UsageError("--multi-image is for a few pictures", "leave it out for a folder")
-        caption_config = build_caption_config(options, run, prompt, preset, thinking_budget)
-        caption_folder(
-            named,
-            chosen,
-            run,
-            sink,
-            caption_config=caption_config,
-            system=system,
-            frames=frames,
-            overlay=options.overlay,
-            keep_s=keep_s,
-        )
-        return
+    if whole_set and multi_image:
+        raise UsageError("--multi-image is for a few pictures", "leave it out for a folder")
     if multi_image and options.is_used:
         raise UsageError(f"{options.first_used} and --multi-image exclude each other", "use one")
-    images = named
-    if options.is_used:
-        caption_config = build_caption_config(options, run, prompt, preset, thinking_budget)
-        print_captions(
-            images,
-            run,
-            sink,
-            caption_config=caption_config,
-            system=system,
-            frames=frames,
-            overlay=options.overlay,
-            keep_s=keep_s,
+    job = CaptionJob(named, run, sink, system, frames, options.overlay, keep_s)
+    if whole_set or options.is_used:
+        config = build_caption_config(options, run, prompt, preset, budget)
+        if whole_set:
+            caption_folder(job, config, chosen)
+        else:
+            print_captions(job, config)
+    else:
+        text = prompt_text(prompt, preset)
+        answer_pictures(
+            job, text, multi_image=multi_image, thinking=thinking, thinking_budget=budget
         )
-        return
-    text = prompt_text(prompt, preset)
-    spec = choose_model(run, sink)
-
-    def ask(pictures: tuple[VisualPart, ...]) -> GenerationRequest:
-        messages = (*system_messages(system), user_message(text, pictures))
-        return GenerationRequest(
-            messages, sampling, thinking=thinking, thinking_budget=thinking_budget
-        )
-
-    work = Captions(
-        sink,
-        run,
-        model=spec.name,
-        several=len(images) > 1,
-        max_pixels=run.decoded_pixels(keep_s),
-    )
-
-    jobs = work.opened([images] if multi_image else [[each] for each in images], frames)
-    pictures = next(jobs, None)
-    if pictures is not None:
-        announce_model(spec, run, sink)
-        work.mark("python, options and pictures")
-        asked = 1 if multi_image else len(images)
-        with (
-            work.told_when_stopped(asked),
-            running_engine(run.engine_config(spec), sink, keep_s, thinking=thinking) as loaded,
-        ):
-            work.mark("torch and the model")
-            left = images[work.begun - 1 :]
-            if len(left) >= loaded.batch_from and not multi_image:
-                work.answer_many(
-                    loaded, left, ask(pictures), lambda each: ask((work.open(each, frames),))
-                )
-                pictures = None
-            while pictures is not None:
-                work.answer(loaded, ask(pictures), pictures)
-                # Large pictures are not held while the next ones are decoded.
-                del pictures
-                pictures = next(jobs, None)
-    work.finish()
-    if work.failed:
-        raise typer.Exit(1)

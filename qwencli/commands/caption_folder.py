@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from qwencli.commands.caption_options import (
+    CaptionJob,
     FolderOptions,
     caption_extension,
     overlay_folder,
@@ -25,7 +26,6 @@ from qwencli.output import Output
 if TYPE_CHECKING:
     from qwencli.config import EngineConfig
     from qwencli.dataset.caption_processor import CaptionConfig, CaptionProcessor
-    from qwencli.dataset.parts import StdinPart
     from qwencli.dataset.pipeline import Outcome
     from qwencli.dataset.worker import Captioner
 
@@ -36,18 +36,7 @@ _COMPUTES = (
 )  # fmt: skip
 
 
-def caption_folder(
-    inputs: Sequence[str | StdinPart],
-    chosen: FolderOptions,
-    run: RunOptions,
-    sink: Output,
-    *,
-    caption_config: CaptionConfig,
-    system: str | None,
-    frames: int | None,
-    overlay: str | None = None,
-    keep_s: float = 0.0,
-) -> None:
+def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: FolderOptions) -> None:
     """Caption pictures into files beside them; leaves with exit code 1 where one failed."""
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.requests import system_messages
@@ -60,7 +49,8 @@ def caption_folder(
     from qwencli.dataset.sources import Listing, Selection, list_inputs
     from qwencli.dataset.worklist import WorklistOptions
 
-    sampling = run.sampling_options()
+    run, sink, frames = job.run, job.sink, job.frames
+    sampling, max_pixels = run.sampling_options(), run.decoded_pixels(job.keep_s)
     if caption_config.schema is not None and chosen.existing in (Existing.APPEND, Existing.PREPEND):
         raise UsageError(
             f"--existing {chosen.existing} and --schema exclude each other",
@@ -71,10 +61,10 @@ def caption_folder(
     devices = worker_devices(chosen, run)
     with sink.status("listing pictures"):
         listing = list_inputs(
-            inputs or ["."], Selection(chosen.recursive, tuple(chosen.glob or ()))
+            job.inputs or ["."], Selection(chosen.recursive, tuple(chosen.glob or ()))
         )
     if not (listing.items or listing.refused):
-        named = ", ".join(str(each) for each in inputs) or "this folder"
+        named = ", ".join(str(each) for each in job.inputs) or "this folder"
         raise InputError(
             f"{named}: no picture or video there",
             "--recursive looks into its folders too" if not chosen.recursive else "check the path",
@@ -93,12 +83,12 @@ def caption_folder(
         caption_config,
         where,
         sampling,
-        functools.partial(where.open, frames=frames, max_pixels=run.decoded_pixels(keep_s)),
-        system=system_messages(system),
+        functools.partial(where.open, frames=frames, max_pixels=max_pixels),
+        system=system_messages(job.system),
         caption_extension=extension,
     )
     processor.check_fields(listing.items)
-    folder = overlay_folder(caption_config, overlay, place.root / STATE_FOLDER / "overlays")
+    folder = overlay_folder(caption_config, job.overlay, place.root / STATE_FOLDER / "overlays")
     overlays = Overlays(folder, functools.partial(where.open, frames=frames), sink.error)
 
     def tell(outcome: Outcome) -> None:
@@ -109,7 +99,7 @@ def caption_folder(
     settings = {
         "model": spec.name,
         **caption_config.settings(),
-        "system": system,
+        "system": job.system,
         "frames": frames,
         "sampling": asdict(sampling),
         "engine": _said(run),
@@ -146,7 +136,7 @@ def caption_folder(
                 config, count = run.engine_config(spec), len(whole.work.tasks)
                 with (
                     _captioner(
-                        config, processor, count, devices, chosen.ray, sink, keep_s
+                        config, processor, count, devices, chosen.ray, sink, job.keep_s
                     ) as captioner,
                     stopper.watching(),
                     overlays,

@@ -19,6 +19,7 @@ from qwencli.errors import UsageError
 if TYPE_CHECKING:
     from qwencli.dataset.caption_processor import CaptionConfig
     from qwencli.dataset.parts import StdinPart
+    from qwencli.output import Output
 
 
 _set = functools.partial(option, "Folders and lists of pictures")
@@ -159,6 +160,23 @@ class CaptionOptions:
     def first_used(self) -> str | None:
         used = (f.name for f in fields(self) if getattr(self, f.name) != f.default)
         return next((f"--{name.replace('_', '-')}" for name in used), None)
+
+
+@dataclass(frozen=True)
+class CaptionJob:
+    """What every way of captioning needs: what was named, and what answers.
+
+    Args:
+        keep_s: how long the engine stays loaded; 0 = it runs in this process.
+    """
+
+    inputs: Sequence[str | StdinPart]
+    run: RunOptions
+    sink: Output
+    system: str | None
+    frames: int | None
+    overlay: str | None
+    keep_s: float
 
 
 def is_set(inputs: Sequence[str | StdinPart], chosen: FolderOptions, frames: int | None) -> bool:

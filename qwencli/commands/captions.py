@@ -21,8 +21,7 @@ from qwencli.answer_report import (
     stats_line,
     unshown,
 )
-from qwencli.commands.caption_options import overlay_folder
-from qwencli.commands.options import RunOptions
+from qwencli.commands.caption_options import CaptionJob, overlay_folder
 from qwencli.commands.requests import (
     ANSWERING_ERRORS,
     OPENING_ERRORS,
@@ -32,12 +31,11 @@ from qwencli.commands.requests import (
 )
 from qwencli.errors import EngineError, QwenCliError, StoppedError
 from qwencli.messages import GenerationRequest, ImagePart, VisualPart
-from qwencli.output import Output, visible
+from qwencli.output import visible
 from qwencli.tracing import trace_answer
 
 if TYPE_CHECKING:
     from qwencli.dataset.caption_processor import CaptionConfig
-    from qwencli.dataset.parts import StdinPart
     from qwencli.dataset.pipeline import Outcome, Task
     from qwencli.dataset.sources import Slot
     from qwencli.dataset.worker import Captioner
@@ -67,7 +65,7 @@ class ProcessTimes:
         return f"process: {', '.join(self._parts)}; first answer after {whole}"
 
 
-class _Printed:
+class _WritesNothing:
     """Keeps captions nowhere: they are printed."""
 
     def write(self, outcomes: list[Outcome]) -> list[Outcome]:
@@ -78,17 +76,11 @@ class Captions:
     """One that fails costs its own answer only; `failed` counts them, `begun` those opened,
     and `answered` those with a caption."""
 
-    def __init__(
-        self,
-        sink: Output,
-        run: RunOptions,
-        *,
-        model: str,
-        several: bool,
-        max_pixels: int | None = None,
-    ) -> None:
-        self.sink, self.json, self.stats = sink, run.json, run.stats
-        self.model, self.several, self._max_pixels = model, several, max_pixels
+    def __init__(self, job: CaptionJob, model: str, *, several: bool) -> None:
+        run = job.run
+        self.sink, self.json, self.stats = job.sink, run.json, run.stats
+        self.model, self.several = model, several
+        self._max_pixels = run.decoded_pixels(job.keep_s)
         self.failed = self.begun = self.answered = 0
         self.process = ProcessTimes() if run.stats else None
         self._first_of: dict[str, list[str]] = {}
@@ -105,7 +97,7 @@ class Captions:
             self.sink.notice(line)
 
     @contextmanager
-    def told_when_stopped(self, count: int) -> Iterator[None]:
+    def counted_when_stopped(self, count: int) -> Iterator[None]:
         """Raises StoppedError where Ctrl-C ends the work on several of `count` pictures."""
         try:
             yield
@@ -172,7 +164,7 @@ class Captions:
         if self.stats:
             self.sink.report(f"memory{memory_figures(engine.memory_plan)}")
 
-    def answer_shaped(
+    def answer_formatted(
         self, captioner: Captioner, tasks: Sequence[Task], told: Callable[[Outcome], None]
     ) -> None:
         """Answer each task; captions are printed in the tasks' order.
@@ -191,7 +183,7 @@ class Captions:
             while due and due[0] in made:
                 self._print(made.pop(due.popleft()))
 
-        pipeline.keep(captioner.outcomes(tasks, lambda: False), _Printed(), report)
+        pipeline.keep(captioner.outcomes(tasks, lambda: False), _WritesNothing(), report)
 
     def _print(self, outcome: Outcome) -> None:
         from qwencli.dataset.pipeline import Failed
@@ -262,18 +254,59 @@ class Captions:
             self.sink.json_line(failure_record(error, names, self.model))
 
 
-def print_captions(
-    images: Sequence[str | StdinPart],
-    run: RunOptions,
-    sink: Output,
+def answer_pictures(
+    job: CaptionJob,
+    text: str,
     *,
-    caption_config: CaptionConfig,
-    system: str | None,
-    frames: int | None,
-    overlay: str | None = None,
-    keep_s: float = 0.0,
+    multi_image: bool,
+    thinking: bool,
+    thinking_budget: int | None,
 ) -> None:
-    """Print captions in the form that `caption_config` wants; exit code 1 where one failed."""
+    """Print what a plain prompt is answered about each picture, or about all of them together;
+    exit code 1 where one failed."""
+    from qwencli.commands.model_choice import announce_model, choose_model
+    from qwencli.commands.requests import running_engine, system_messages
+    from qwencli.messages import user_message
+
+    images, run, sink, frames = job.inputs, job.run, job.sink, job.frames
+    sampling, spec = run.sampling_options(), choose_model(run, sink)
+
+    def ask(pictures: Pictures) -> GenerationRequest:
+        messages = (*system_messages(job.system), user_message(text, pictures))
+        return GenerationRequest(
+            messages, sampling, thinking=thinking, thinking_budget=thinking_budget
+        )
+
+    work = Captions(job, spec.name, several=len(images) > 1)
+    groups = work.opened([images] if multi_image else [[each] for each in images], frames)
+    pictures = next(groups, None)
+    if pictures is not None:
+        announce_model(spec, run, sink)
+        work.mark("python, options and pictures")
+        asked = 1 if multi_image else len(images)
+        with (
+            work.counted_when_stopped(asked),
+            running_engine(run.engine_config(spec), sink, job.keep_s, thinking=thinking) as loaded,
+        ):
+            work.mark("torch and the model")
+            left = images[work.begun - 1 :]
+            if len(left) >= loaded.batch_from and not multi_image:
+                work.answer_many(
+                    loaded, left, ask(pictures), lambda each: ask((work.open(each, frames),))
+                )
+                pictures = None
+            while pictures is not None:
+                work.answer(loaded, ask(pictures), pictures)
+                # Large pictures are not held while the next ones are decoded.
+                del pictures
+                pictures = next(groups, None)
+    work.finish()
+    if work.failed:
+        raise typer.Exit(1)
+
+
+def print_captions(job: CaptionJob, config: CaptionConfig) -> None:
+    """Print captions in the form that `config` wants; exit code 1 where one failed."""
     from qwencli.commands.model_choice import announce_model, choose_model
     from qwencli.commands.requests import running_engine, system_messages
     from qwencli.dataset.boxes import Overlays
@@ -282,38 +315,33 @@ def print_captions(
     from qwencli.dataset.sources import Item, Listing
     from qwencli.dataset.worker import LocalCaptioner
 
-    named = {str(each): each for each in images}
+    run, sink, frames = job.run, job.sink, job.frames
+    named = {str(each): each for each in job.inputs}
     listing = Listing(Path(), [Item(name) for name in named])
-    fields = caption_config.prompts.fields
+    fields = config.prompts.fields
     spec = choose_model(run, sink)
-    work = Captions(
-        sink,
-        run,
-        model=spec.name,
-        several=len(listing.items) > 1,
-        max_pixels=run.decoded_pixels(keep_s),
-    )
+    work = Captions(job, spec.name, several=len(named) > 1)
     processor = CaptionProcessor(
-        caption_config,
+        config,
         listing,
         run.sampling_options(),
         lambda item: work.open(named[item.key], frames),
-        system=system_messages(system),
+        system=system_messages(job.system),
     )
     processor.check_fields(listing.items)
     tasks = [Task(item, name) for item in listing.items for name in fields]
     announce_model(spec, run, sink)
     overlays = Overlays(
-        overlay_folder(caption_config, overlay),
+        overlay_folder(config, job.overlay),
         lambda item: open_named(named[item.key], frames),
         sink.error,
     )
     with (
-        work.told_when_stopped(len(tasks)),
-        running_engine(run.engine_config(spec), sink, keep_s) as engine,
+        work.counted_when_stopped(len(tasks)),
+        running_engine(run.engine_config(spec), sink, job.keep_s) as engine,
         overlays,
     ):
-        work.answer_shaped(LocalCaptioner(engine, processor), tasks, overlays.add)
+        work.answer_formatted(LocalCaptioner(engine, processor), tasks, overlays.add)
     work.finish()
     if work.failed or overlays.num_failed:
         raise typer.Exit(1)
