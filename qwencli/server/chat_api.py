@@ -317,11 +317,9 @@ class ChatFormat:
 
     def whole(self, pieces: Sequence[GenerationChunk], result: GenerationResult) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
-        text, calls = self._calls.push(result.text)
-        rest, more = self._calls.finish()
-        calls += more
+        text, calls = self._calls.take(result.text, is_last=True)
         if calls:
-            message |= {"content": text + rest or None, "tool_calls": list(map(_called, calls))}
+            message |= {"content": text or None, "tool_calls": list(map(_called, calls))}
         if result.thoughts is not None:
             message["reasoning_content"] = result.thoughts
         choice = {
@@ -343,10 +341,8 @@ class ChatFormat:
     def events(self, pieces: Sequence[GenerationChunk]) -> Iterator[bytes]:
         """Pieces that have come together are one event."""
         result = pieces[-1].result
-        text, calls = self._calls.push("".join(piece.text for piece in pieces))
-        if result is not None:
-            rest, more = self._calls.finish()
-            text, calls = text + rest, calls + more
+        pushed = "".join(piece.text for piece in pieces)
+        text, calls = self._calls.take(pushed, is_last=result is not None)
         delta: dict[str, Any] = {}
         if thoughts := "".join(piece.thoughts for piece in pieces):
             delta["reasoning_content"] = thoughts

@@ -217,9 +217,8 @@ class ResponsesFormat:
         self._called: list[Call] = []
 
     def whole(self, pieces: Sequence[GenerationChunk], result: GenerationResult) -> dict[str, Any]:
-        text, calls = self._calls.push(result.text)
-        rest, more = self._calls.finish()
-        return self._response(result, text + rest, [*calls, *more])
+        text, calls = self._calls.take(result.text, is_last=True)
+        return self._response(result, text, calls)
 
     def begin(self) -> Iterator[bytes]:
         for kind in ("response.created", "response.in_progress"):
@@ -230,10 +229,8 @@ class ResponsesFormat:
 
     def events(self, pieces: Sequence[GenerationChunk]) -> Iterator[bytes]:
         result = pieces[-1].result
-        text, calls = self._calls.push("".join(piece.text for piece in pieces))
-        if result is not None:
-            rest, more = self._calls.finish()
-            text, calls = text + rest, calls + more
+        pushed = "".join(piece.text for piece in pieces)
+        text, calls = self._calls.take(pushed, is_last=result is not None)
         self._called += calls
         if text:
             self._text.append(text)

@@ -71,6 +71,14 @@ class CallSplitter:
             self._held = self._held[cut:]
         return said, calls
 
+    def take(self, text: str, *, is_last: bool) -> tuple[str, list[Call]]:
+        """`push`, and `finish` behind the last text."""
+        said, calls = self.push(text)
+        if is_last:
+            rest, more = self.finish()
+            said, calls = said + rest, calls + more
+        return said, calls
+
     def finish(self) -> tuple[str, list[Call]]:
         """What was held back when the text ends; a call that is not complete is text."""
         held, self._held = self._held, ""

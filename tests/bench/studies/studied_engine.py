@@ -18,12 +18,12 @@ from tests.bench.fake_engine import FakeEngine
 
 class StudiedFake(FakeEngine):
     @property
-    def changes(self):
+    def overrides(self):
         return None
 
-    @changes.setter
-    def changes(self, changes):
-        if getattr(changes, "no_grad", False):
+    @overrides.setter
+    def overrides(self, overrides):
+        if getattr(overrides, "no_grad", False):
             raise RuntimeError("this engine knows no gradients\nat all")
 
 
