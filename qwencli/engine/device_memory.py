@@ -39,6 +39,7 @@ def release(device: str) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of a device or of the host ran out, however torch says it."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -135,6 +135,7 @@ class PromptEnds(NamedTuple):
     hidden: Tensor | None = None
 
     def each(self, do: Callable[[Tensor], Tensor]) -> PromptEnds:
+        """`do` with both."""
         return PromptEnds(do(self.logits), None if self.hidden is None else do(self.hidden))
 
 

@@ -19,6 +19,7 @@ RequestSource = GenerationRequest | Callable[[], GenerationRequest]
 
 
 def request_of(source: RequestSource) -> GenerationRequest:
+    """The request, made now if it is still to be made; raises what is wrong with it."""
     return source if isinstance(source, GenerationRequest) else source()
 
 

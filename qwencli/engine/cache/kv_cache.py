@@ -33,9 +33,16 @@ class KVCache(Protocol):
 
     def write(
         self, layer: int, keys_values: torch.Tensor, slots: torch.Tensor, kv_len: int
-    ) -> KeysValues: ...
+    ) -> KeysValues:
+        """Store new keys and values; what attention may look at, [B, KVH, kv_len, D] each.
 
-    def truncate(self, length: int) -> None: ...
+        Args:
+            keys_values: [B, 2 * KVH, S, D], keys in front.
+            slots: int64 [S], where they go.
+        """
+
+    def truncate(self, length: int) -> None:
+        """Forget all slots from `length` on."""
 
 
 class StaticKVCache:

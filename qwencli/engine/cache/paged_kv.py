@@ -109,6 +109,7 @@ class PagePool:
 
 
 def pages_for(num_tokens: int) -> int:
+    """How many pages hold so many tokens; the last one may not be full."""
     return -(-num_tokens // PAGE_SIZE)
 
 

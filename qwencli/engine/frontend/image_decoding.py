@@ -238,6 +238,7 @@ def _silent_libtiff(kind: str) -> Iterator[None]:
 
 
 def too_large(name: str, pixels: int, most: int, kind: str = "") -> InputError:
+    """The error for a picture that would decode to more pixels than are allowed."""
     return InputError(
         f"{name} declares {pixels / 1e6:.0f} megapixels, the limit{kind} is {most / 1e6:.0f}",
         "scale the picture down, or leave it out if you do not know where it comes from",

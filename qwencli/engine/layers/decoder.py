@@ -206,6 +206,7 @@ def _gain(shape: TextShape, weights: Tensors, name: str) -> torch.Tensor:
 
 
 def make_norm(shape: TextShape, weights: Tensors, name: str) -> RMSNorm:
+    """The norm of that name; where norms are stored around 0, its gain is 1 + its weight."""
     if not shape.zero_centred_norms:
         return RMSNorm(weights[name], shape.rms_norm_eps)
     shift = weights[name].to(weights["text.embed"].dtype)

@@ -345,6 +345,7 @@ def sums_of(tensor: torch.Tensor) -> Sequence[torch.Tensor] | str:
 
 
 def digest_of(sums: Sequence[torch.Tensor] | str) -> str:
+    """The checksum of one tensor as text; sums on a GPU are copied to the host here."""
     if isinstance(sums, str):
         return sums
     digest = hashlib.sha256()

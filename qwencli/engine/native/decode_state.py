@@ -221,10 +221,13 @@ SMALLEST_BUCKET = 256
 
 
 class Stepper(Protocol):
+    """Runs decode steps of a `DecodeState`: plainly, compiled, or as replays of CUDA graphs."""
+
     def prepare(self, first_slot: int, last_slot: int) -> None:
         """Do everything that the steps from `first_slot` to `last_slot` need beforehand."""
 
-    def run(self, slot: int) -> None: ...
+    def run(self, slot: int) -> None:
+        """One step, whose token goes to `slot`; its result stays on the device."""
 
 
 def bucket_for(slot: int, max_seq_len: int) -> int:

@@ -134,23 +134,23 @@ class QwenModel:
         """What `keep_dense_copies` takes; 0 where it gives nothing."""
         if self.step_ops.many_rows is None or self.batch_invariant:
             return 0
-        sizes = [matrix.rows * matrix.columns for matrix in self._read_back_matrices]
+        sizes = [matrix.rows * matrix.columns for matrix in self._dequantized_matrices]
         return sum(sizes) * self.dtype.itemsize
 
     def keep_dense_copies(self) -> None:
-        """Have the matrices that products of many rows would read back each time, dequantized."""
+        """Keep dequantized the matrices that products of many rows would dequantize each time."""
         from qwencli.engine.kernels.dequantize import keep_dense
 
-        keep_dense(self._read_back_matrices, self.dtype)
+        keep_dense(self._dequantized_matrices, self.dtype)
 
     def forget_dense_copies(self) -> None:
         if self.dense_copies_bytes:
             from qwencli.engine.kernels.dequantize import forget_dense
 
-            forget_dense(self._read_back_matrices)
+            forget_dense(self._dequantized_matrices)
 
     @property
-    def _read_back_matrices(self) -> list[QuantizedTensor]:
+    def _dequantized_matrices(self) -> list[QuantizedTensor]:
         matrices = self.decoder.quantized_matrices
         if self.draft_head is not None:
             matrices = matrices + self.draft_head.quantized_matrices

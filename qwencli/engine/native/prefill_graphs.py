@@ -225,9 +225,11 @@ BUCKET = 64
 class PrefillRunner(Protocol):
     """What runs prompts: a `QwenModel`, or graphs of one."""
 
-    def encode_images(self, patches: Tensor, grids: Sequence[Grid]) -> VisionFeatures: ...
+    def encode_images(self, patches: Tensor, grids: Sequence[Grid]) -> VisionFeatures:
+        """Features of pictures, from patches [N, patch elements] of all `grids` in order."""
 
-    def prefill(self, inputs: PromptInputs, cache: KVCache, start: int = 0) -> Tensor: ...
+    def prefill(self, inputs: PromptInputs, cache: KVCache, start: int = 0) -> Tensor:
+        """Run the tokens from `start` on; logits [B, V] of the last ones."""
 
 
 class PrefillGraphs:

@@ -46,6 +46,7 @@ LIKELIEST = (SamplerKind.ARGMAX, SamplerKind.GREEDY)
 
 
 def kind_of(sampling: SamplingParams) -> SamplerKind:
+    """The cheapest sampler that draws as `sampling` says."""
     if not sampling.do_sample:
         penalised = sampling.repetition_penalty != 1.0
         return SamplerKind.GREEDY if penalised else SamplerKind.ARGMAX

@@ -38,6 +38,7 @@ def each_row(operation: Callable[..., Tensor], *rows: Tensor) -> Tensor:
 
 
 def norm_qkv(hidden: Tensor, layer: Layer) -> Tensor:
+    """[N, hidden] -> [N, queries, keys and values]; this and those below: `decoder_ops` by row."""
     layer = replace(layer, qkv=dense(layer.qkv, hidden))
     return each_row(lambda row: decoder_ops.norm_qkv(row, layer), hidden)
 

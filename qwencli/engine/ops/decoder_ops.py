@@ -524,7 +524,7 @@ def prompt_ops(step: DecoderOps) -> DecoderOps:
     as in every step, and not from those of the dequantized head.
     """
 
-    products = step.many_rows or _read_back_products(step)
+    products = step.many_rows or _dequantized_products(step)
 
     def head(hidden: Tensor, norm: RMSNorm, matrix: Matrix) -> Tensor:
         if isinstance(matrix, torch.Tensor) or len(hidden) > step.max_batch_rows:
@@ -543,8 +543,8 @@ def prompt_ops(step: DecoderOps) -> DecoderOps:
     )
 
 
-def _read_back_products(step: DecoderOps) -> Products:
-    """Of plain torch, with the matrices read back as `step` does it."""
+def _dequantized_products(step: DecoderOps) -> Products:
+    """Of plain torch, with the matrices dequantized as `step` does it."""
     return Products(
         norm_qkv=functools.partial(norm_qkv, dequantize=step.dequantize),
         o_residual=functools.partial(o_residual, dequantize=step.dequantize),

@@ -82,6 +82,7 @@ def grouped(
 
 
 def bits_of(layer: PackedLayer) -> int:
+    """4 or 8; raises ModelFileError for another number."""
     if layer.bits not in (4, 8):
         raise unreadable(layer, f"has {layer.bits} bits a value; 4 and 8 are read")
     return layer.bits
@@ -115,6 +116,7 @@ def group_within(columns: int, size: int) -> int | None:
 
 
 def expect(layer: PackedLayer, parts: Parts, name: str, shape: tuple[int, ...]) -> None:
+    """Raise ModelFileError where the tensor `name` of a layer has another shape."""
     if tuple(parts[name].shape) != shape:
         raise unreadable(
             layer,
@@ -124,11 +126,13 @@ def expect(layer: PackedLayer, parts: Parts, name: str, shape: tuple[int, ...]) 
 
 
 def unfit(layer: PackedLayer, parts: Parts, *names: str) -> ModelFileError:
+    """The error for tensors whose shapes contradict the layer's matrix."""
     shapes = " and ".join(f"{name} {list(parts[name].shape)}" for name in names)
     return unreadable(layer, f"has {shapes}, which do not fit a matrix {list(layer.shape)}")
 
 
 def unreadable(layer: PackedLayer, what: str, hint: str = "") -> ModelFileError:
+    """The error for a layer that is stored in a way that is not read here."""
     return ModelFileError(
         f"{layer.layer} {what}",
         hint or "use another version of the model, or try --engine transformers",

@@ -35,6 +35,8 @@ INT4_MAX = 15
 
 
 class Scheme(StrEnum):
+    """How values of a matrix are stored: one byte each, or two values in a byte."""
+
     INT8 = "int8"
     FP8 = "fp8-e4m3"
     INT4 = "int4"
