@@ -6,7 +6,7 @@ against a fixed limit. Above the limit the cell's figure is not to be quoted.
 
 A percentage is the one of the middle half of the runs, by that percentage: the figure that a cell
 shows is a median, which a quarter of disturbed runs on either side leaves where it is. How the
-limits were found: docs/bench.md, "Limits of a figure".
+limits were found: docs/bench-rules.md, "Limits of a figure".
 """
 
 from __future__ import annotations
