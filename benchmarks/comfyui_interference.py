@@ -127,16 +127,18 @@ def node_request(max_new_tokens: int, side: int) -> Any:
 
 
 def measure(said: argparse.Namespace) -> list[dict[str, Any]]:
-    from qwencli.comfyui.engine_keeper import EngineKeeper, Wanted, create
+    from qwencli.comfyui.engine_keeper import EngineKeeper, EngineKey, create
     from qwencli.comfyui.engine_use import generate_all
-    from qwencli.comfyui.schemas import Runs
+    from qwencli.comfyui.schemas import RunsWhere
     from qwencli.config import EngineConfig, LoadFormat
     from qwencli.models.resolve import resolve_model
 
     config = EngineConfig(
         resolve_model(said.model), device=said.device, load_format=LoadFormat(said.load_format)
     )
-    places = {runs.value: Wanted(config, runs) for runs in (Runs.IN_PROCESS, Runs.RESIDENT)}
+    places = {
+        runs.value: EngineKey(config, runs) for runs in (RunsWhere.IN_PROCESS, RunsWhere.RESIDENT)
+    }
     request = node_request(said.max_new_tokens, said.picture)
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:

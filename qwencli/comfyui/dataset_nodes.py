@@ -13,12 +13,12 @@ from qwencli.comfyui.engine_use import EngineUse, expected_requests, first_lines
 from qwencli.comfyui.node_inputs import (
     Values,
     choice_of,
+    engine_key,
     node_text,
     prompt_of,
     sampling_options,
     system_messages,
     thinking_budget,
-    wanted_engine,
 )
 from qwencli.comfyui.pictures import Batch
 from qwencli.config import Existing
@@ -68,9 +68,9 @@ def caption_folder(values: Values) -> tuple[Any, ...]:
     options = WorklistOptions(
         choice_of(values, "existing", Existing), retry_failed=values["retry_failed"]
     )
-    wanted = wanted_engine(values)
+    key = engine_key(values)
     settings = {
-        "model": wanted.config.model.name,
+        "model": key.config.model.name,
         **caption_config.settings(),
         "system": values["system"].strip() or None,
         "frames": None,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from qwencli.comfyui import comfy_host
-from qwencli.comfyui.schemas import Runs
+from qwencli.comfyui.schemas import RunsWhere
 from qwencli.config import EngineConfig, LoadFormat
 from qwencli.errors import EngineError, OutOfMemoryError, QwenCliError
 
@@ -31,7 +31,7 @@ log = logging.getLogger("qwencli.comfyui")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EngineKey:
     """What tells one engine from another.
 
     Args:
@@ -39,7 +39,7 @@ class Wanted:
     """
 
     config: EngineConfig
-    runs: Runs = Runs.IN_PROCESS
+    runs: RunsWhere = RunsWhere.IN_PROCESS
     key_variable: str = ""
 
 
@@ -81,11 +81,11 @@ class EngineKeeper:
         create: makes an engine, not yet loaded.
     """
 
-    def __init__(self, create: Callable[[Wanted, float], Engine]) -> None:
+    def __init__(self, create: Callable[[EngineKey, float], Engine]) -> None:
         self._create = create
         self._lock = threading.RLock()
         self._engine: Engine | None = None
-        self._wanted: Wanted | None = None
+        self._key: EngineKey | None = None
         self._timer: threading.Timer | None = None
         self._in_use = False
 
@@ -94,8 +94,8 @@ class EngineKeeper:
         return self._engine is not None
 
     @contextmanager
-    def using(self, wanted: Wanted, keep_s: float) -> Iterator[Engine]:
-        """The engine that is wanted, loaded; another one is closed first.
+    def using(self, key: EngineKey, keep_s: float) -> Iterator[Engine]:
+        """The engine of `key`, loaded; another one is closed first.
 
         Args:
             keep_s: how long it stays afterwards; 0 = it is closed then.
@@ -109,7 +109,7 @@ class EngineKeeper:
             self._in_use = True
             self._stop_timer()
             try:
-                engine = self._loaded(wanted, keep_s)
+                engine = self._loaded(key, keep_s)
                 yield cast("Engine", StoppableEngine(engine, comfy_host.check_interrupted))
             except Exception as error:
                 # What nobody foresaw may have left it in any state.
@@ -156,28 +156,28 @@ class EngineKeeper:
         finally:
             self._lock.release()
 
-    def _loaded(self, wanted: Wanted, keep_s: float) -> Engine:
-        if self._engine is not None and self._wanted == wanted:
+    def _loaded(self, key: EngineKey, keep_s: float) -> Engine:
+        if self._engine is not None and self._key == key:
             return self._engine
         self._close()
         comfy_host.when_memory_is_wanted(self.trim, self.give_back)
         comfy_host.empty_cache()
         engine = None
         with suppress(OutOfMemoryError):
-            engine = self._opened(wanted, keep_s)
+            engine = self._opened(key, keep_s)
         if engine is None:
             # Not in a handler: until one ends, the traceback holds what took the memory.
             log.info("qwencli: out of memory; ComfyUI is asked for the memory of its models")
             comfy_host.free_models()
-            engine = self._opened(wanted, keep_s)
-        self._engine, self._wanted = engine, wanted
+            engine = self._opened(key, keep_s)
+        self._engine, self._key = engine, key
         # Loading takes all objects out of garbage collection. ComfyUI finds models that nobody
         # uses any more by collecting, so here they stay in.
         gc.unfreeze()
         return engine
 
-    def _opened(self, wanted: Wanted, keep_s: float) -> Engine:
-        engine = self._create(wanted, keep_s)
+    def _opened(self, key: EngineKey, keep_s: float) -> Engine:
+        engine = self._create(key, keep_s)
         try:
             engine.load()
         except BaseException:
@@ -195,12 +195,12 @@ class EngineKeeper:
 
     def _close(self, *, with_process: bool = False) -> None:
         """Close the engine. with_process: the resident process too, where nothing runs in it."""
-        engine, wanted = self._engine, self._wanted
-        self._engine = self._wanted = None
-        if engine is None or wanted is None:
+        engine, key = self._engine, self._key
+        self._engine = self._key = None
+        if engine is None or key is None:
             return
         engine.close()
-        if with_process and wanted.runs is Runs.RESIDENT:
+        if with_process and key.runs is RunsWhere.RESIDENT:
             from qwencli.server import resident
 
             there = resident.status()
@@ -225,21 +225,21 @@ class EngineKeeper:
             self._timer = None
 
 
-def create(wanted: Wanted, keep_s: float) -> Engine:
-    """The engine that is wanted, not yet loaded; its model's files are here then."""
-    if wanted.runs is Runs.REMOTE:
+def create(key: EngineKey, keep_s: float) -> Engine:
+    """The engine of `key`, not yet loaded; its model's files are here then."""
+    if key.runs is RunsWhere.REMOTE:
         from qwencli.engine.remote import RemoteEngine
 
-        return RemoteEngine(wanted.config, wanted.key_variable)
-    _fetch(wanted.config)
-    if wanted.runs is Runs.RESIDENT:
+        return RemoteEngine(key.config, key.key_variable)
+    _fetch(key.config)
+    if key.runs is RunsWhere.RESIDENT:
         from qwencli.server.resident_engine import ResidentEngine
 
         # A node that keeps nothing still needs it for as long as it runs.
-        return ResidentEngine(wanted.config, max(keep_s, 1.0), log.info)
+        return ResidentEngine(key.config, max(keep_s, 1.0), log.info)
     from qwencli.engine.factory import create_engine
 
-    return create_engine(wanted.config)
+    return create_engine(key.config)
 
 
 def _fetch(config: EngineConfig) -> None:

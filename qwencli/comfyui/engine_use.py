@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qwencli.answer_report import shortfall, stats_line
 from qwencli.comfyui import comfy_host
 from qwencli.comfyui.engine_keeper import KEEPER
-from qwencli.comfyui.node_inputs import Values, wanted_engine, with_input_names
+from qwencli.comfyui.node_inputs import Values, engine_key, with_input_names
 from qwencli.config import ModelSource, ModelSpec, parse_duration
 from qwencli.errors import OutOfMemoryError, QwenCliError
 from qwencli.output import counted
@@ -29,11 +29,11 @@ class EngineUse:
     engine: Engine
 
     def __init__(self, values: Values) -> None:
-        self._wanted = wanted_engine(values)
+        self._key = engine_key(values)
         self._keep_s = parse_duration(values["keep_loaded"], "keep_loaded")
 
     def __enter__(self) -> EngineUse:
-        self._using = KEEPER.using(self._wanted, self._keep_s)
+        self._using = KEEPER.using(self._key, self._keep_s)
         self.engine = self._using.__enter__()
         self._began_s = time.perf_counter()
         return self
@@ -43,7 +43,7 @@ class EngineUse:
 
     @property
     def model(self) -> ModelSpec:
-        return self._wanted.config.model
+        return self._key.config.model
 
     def statistics(self, results: Sequence[GenerationResult]) -> str:
         """Lines of figures, of the modes that ran, and of what else there is to say. Short ones: a

@@ -104,14 +104,14 @@ class QwencliModelNode(QwencliNode):
             "max_new_tokens": max_new_tokens,
             "thinking_budget": thinking_budget,
         }
-        wrong = nodes.refusal(cls.NODE, given)
+        wrong = nodes.validation_error(cls.NODE, given)
         if wrong is not None:
             raise nodes.NodeError(wrong)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, **given: Any) -> Any:
-        return nodes.changes(cls.NODE, given)
+        return nodes.fingerprint(cls.NODE, given)
 
 
 class QwencliCaption(QwencliModelNode):

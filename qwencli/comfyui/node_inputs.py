@@ -13,9 +13,9 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from qwencli.comfyui import comfy_host
-from qwencli.comfyui.engine_keeper import Wanted
+from qwencli.comfyui.engine_keeper import EngineKey
 from qwencli.comfyui.pictures import Batch, video_part
-from qwencli.comfyui.schemas import AUTO, NO_PRESET, BatchMode, Runs
+from qwencli.comfyui.schemas import AUTO, NO_PRESET, BatchMode, RunsWhere
 from qwencli.config import (
     SAMPLING_BOUNDS,
     Attention,
@@ -46,7 +46,7 @@ class EngineChoice:
         max_pixels, max_seq_len: see `EngineConfig`.
     """
 
-    runs: Runs = Runs.IN_PROCESS
+    runs: RunsWhere = RunsWhere.IN_PROCESS
     endpoint: str = ""
     key_variable: str = ""
     device: str = AUTO
@@ -104,7 +104,7 @@ def pictures_of(values: Values) -> list[Shown]:
     ]
 
 
-def wanted_engine(values: Values) -> Wanted:
+def engine_key(values: Values) -> EngineKey:
     """The engine that a node's inputs ask for."""
     from qwencli.models.user_config import model_settings, user_config_folder
 
@@ -118,13 +118,13 @@ def wanted_engine(values: Values) -> Wanted:
     own: dict[str, Any] = {"device": choice.device}
     own |= {"max_pixels": choice.max_pixels} if choice.max_pixels else {}
     own |= {"max_seq_len": choice.max_seq_len} if choice.max_seq_len else {}
-    if choice.runs is Runs.REMOTE:
+    if choice.runs is RunsWhere.REMOTE:
         from qwencli.engine.remote import remote_model
 
         named = None if name == AUTO else name
         spec = remote_model([choice.endpoint], named, key_variable=choice.key_variable)
         own |= {"engine": EngineName.REMOTE, "endpoints": (choice.endpoint,)}
-        return Wanted(EngineConfig(spec, **modes, **own), choice.runs, choice.key_variable)
+        return EngineKey(EngineConfig(spec, **modes, **own), choice.runs, choice.key_variable)
     spec = resolved_model(name)
     # As on the command line: modes of config.toml fit each other, and one that is said undoes all.
     settings = model_settings(user_config_folder(), spec.name)
@@ -132,7 +132,7 @@ def wanted_engine(values: Values) -> Wanted:
     if choice.device != AUTO or any(modes[each] != getattr(plain, each) for each in modes):
         settings = {key: value for key, value in settings.items() if key not in _OF_MODES}
         settings |= modes
-    return Wanted(EngineConfig(spec, **settings | own), choice.runs)
+    return EngineKey(EngineConfig(spec, **settings | own), choice.runs)
 
 
 def resolved_model(name: str) -> ModelSpec:

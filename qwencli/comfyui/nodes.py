@@ -25,7 +25,7 @@ from qwencli.comfyui.node_inputs import (
     system_messages,
     thinking_budget,
 )
-from qwencli.comfyui.schemas import AUTO, NO_PRESET, Node, Runs
+from qwencli.comfyui.schemas import AUTO, NO_PRESET, Node, RunsWhere
 from qwencli.config import check_pixels, parse_duration
 from qwencli.errors import InputError, QwenCliError, UsageError
 from qwencli.messages import GenerationRequest, user_message
@@ -48,7 +48,7 @@ def run(node: Node, given: Values) -> tuple[Any, ...]:
     return _RUNS[node.id]({**node.defaults(), **said})
 
 
-def refusal(node: Node, given: Values) -> str | None:
+def validation_error(node: Node, given: Values) -> str | None:
     """What is wrong with widgets that ComfyUI's own checks do not see, as they fit each other or
     are text; None where nothing is. Loads and downloads nothing."""
     values = {**node.defaults(), **given}
@@ -66,7 +66,7 @@ def refusal(node: Node, given: Values) -> str | None:
     return None
 
 
-def changes(node: Node, given: Values) -> Any:
+def fingerprint(node: Node, given: Values) -> Any:
     """What tells two runs with the same inputs apart, for ComfyUI's cache of outputs."""
     values = {**node.defaults(), **given}
     draws = values.get("do_sample") and values.get("temperature") != 0
@@ -114,16 +114,16 @@ def _answer(values: Values, shown: Sequence[Shown], text: str) -> tuple[Any, ...
 
 
 def _engine(values: Values) -> tuple[Any, ...]:
-    runs = choice_of(values, "runs", Runs)
-    if runs is Runs.REMOTE and not values["endpoint"].strip():
+    runs = choice_of(values, "runs", RunsWhere)
+    if runs is RunsWhere.REMOTE and not values["endpoint"].strip():
         raise UsageError("endpoint is empty", "give the server, as http://127.0.0.1:8000/v1")
     most = values["max_pixels"] or None
     check_pixels(None, most)
     return (
         EngineChoice(
             runs,
-            values["endpoint"].strip() if runs is Runs.REMOTE else "",
-            values["api_key_variable"].strip() if runs is Runs.REMOTE else "",
+            values["endpoint"].strip() if runs is RunsWhere.REMOTE else "",
+            values["api_key_variable"].strip() if runs is RunsWhere.REMOTE else "",
             values["device"].strip() or AUTO,
             most,
             values["max_seq_len"] or None,

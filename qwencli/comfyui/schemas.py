@@ -63,7 +63,7 @@ class BatchMode(StrEnum):
     VIDEO = "frames of one video"
 
 
-class Runs(StrEnum):
+class RunsWhere(StrEnum):
     """Where the engine is: in ComfyUI's process, in one of qwencli's own, or a server."""
 
     IN_PROCESS = "in-process"
@@ -392,7 +392,7 @@ ENGINE = Node(
     "Where the model runs: in ComfyUI's process, in a process of its own that ComfyUI does not "
     "slow down, or on a server.",
     (
-        _choice("runs", "Where the model runs.", Runs, Runs.IN_PROCESS),
+        _choice("runs", "Where the model runs.", RunsWhere, RunsWhere.IN_PROCESS),
         Input("endpoint", Kind.STRING, "Of remote: the server, as http://127.0.0.1:8000/v1.", ""),
         Input(
             "api_key_variable",

@@ -1,4 +1,5 @@
-"""What one node of another pack becomes: its values and links, by the inputs of ours.
+"""What one node of another pack becomes: its values and links, by the inputs of ours; and what is
+told of a whole graph.
 
 The table is `old_nodes`; here are the values that need more than another name.
 """
@@ -12,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwencli.comfyui import old_nodes as old_packs
-from qwencli.comfyui.old_nodes import NO_EQUAL, SAME, OldNode
+from qwencli.comfyui.old_nodes import NO_EQUAL, OLD_NODES, SAME, OldNode
 from qwencli.comfyui.schemas import (
     AS_MODEL,
     AUTO,
     CHAT,
     NO_PRESET,
+    NODES,
     BatchMode,
     Input,
     Kind,
@@ -33,10 +35,13 @@ _SEED = "seed"
 _GGUF = re.compile(
     r"(?i)(?P<base>qwen[^/ ]*?)-?(?:UD-)?\b(?:I?Q(?P<bits>\d)\w*|BF16|F16|F32)(?=\.gguf|[ ()]|$)"
 )
+UNKNOWN_VERSION = "its values fit no version that is known, it is left as it is"
+# Names of nodes that ask a Qwen model: not ours, those that make pictures, and group nodes.
+_ALIKE = re.compile(r"(?i)^(?!workflow[>/]).*?(?<!textencode)qwen(?!cli|[ _-]?image)")
 
 
 @dataclass
-class Translated:
+class TranslatedNode:
     """What one old node becomes: values and links by our inputs, and what is to be told."""
 
     node: Node
@@ -49,10 +54,43 @@ class Translated:
     reworded: dict[str, str] = field(default_factory=dict)
 
 
-def translated(old: OldNode, values: Mapping[str, Any], links: Mapping[str, Any]) -> Translated:
+@dataclass
+class Conversion:
+    """A graph moved over.
+
+    Attributes:
+        document: the whole file, changed.
+        converted: one line a node that was converted.
+        notes: one line for each thing that has no equal here, or was left as it is.
+        kinds: of all nodes there were.
+    """
+
+    document: Any
+    converted: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    kinds: set[str] = field(default_factory=set)
+
+    def is_known(self, where: str, kind: str) -> bool:
+        """Whether nodes of this kind can be converted; of those that only look so it is told."""
+        self.kinds.add(kind)
+        if kind in OLD_NODES:
+            return True
+        if _ALIKE.search(kind) and kind not in NODES:
+            self.notes.append(f"{where}: no such node is known, it is left as it is")
+        return False
+
+    def add(self, where: str, new: TranslatedNode) -> None:
+        """Note that a node was converted."""
+        self.converted.append(f"{where} is {new.node.display_name} now")
+        self.notes += [f"{where}: {note}" for note in new.notes]
+
+
+def translate_node(
+    old: OldNode, values: Mapping[str, Any], links: Mapping[str, Any]
+) -> TranslatedNode:
     """Translate the values and links of an old node, both by its own names."""
     node = CHAT if _asks_without_pictures(old, values, links) else old.node
-    result = Translated(node, {each.id: each.default for each in node.widgets})
+    result = TranslatedNode(node, {each.id: each.default for each in node.widgets})
     for name, value in old.settings.items():
         _set(result, name, value)
     _move_pictures(old, links, result)
@@ -82,7 +120,7 @@ def _asks_without_pictures(
     )
 
 
-def _move_pictures(old: OldNode, links: Mapping[str, Any], result: Translated) -> None:
+def _move_pictures(old: OldNode, links: Mapping[str, Any], result: TranslatedNode) -> None:
     pictures = [name for name in old.pictures if name in links]
     if old.video in links:
         result.links["video"] = links[old.video]
@@ -104,7 +142,7 @@ def _place(old: OldNode, name: str, node: Node) -> str | None:
     return place if any(each.id == place for each in node.inputs) else None
 
 
-def _move_link(old: OldNode, name: str, link: Any, result: Translated) -> None:
+def _move_link(old: OldNode, name: str, link: Any, result: TranslatedNode) -> None:
     place = _place(old, name, result.node)
     if place is not None:
         result.links[place] = link
@@ -114,7 +152,7 @@ def _move_link(old: OldNode, name: str, link: Any, result: Translated) -> None:
     result.notes.append(f"{name} came from another node and has no equal: {instead}")
 
 
-def _move_value(old: OldNode, name: str, value: Any, result: Translated) -> None:
+def _move_value(old: OldNode, name: str, value: Any, result: TranslatedNode) -> None:
     place = _place(old, name, result.node)
     if (shown := old_packs.TRANSLATED.get(name)) in result.values:
         result.reworded[name] = str(shown)
@@ -149,7 +187,7 @@ def _move_value(old: OldNode, name: str, value: Any, result: Translated) -> None
             result.notes.append(f"{name} {value!r:.60} has no equal: {instead}")
 
 
-def _set(result: Translated, name: str, value: Any) -> None:
+def _set(result: TranslatedNode, name: str, value: Any) -> None:
     """Give an input a value, brought into its range."""
     place = next((each for each in result.node.inputs if each.id == name), None)
     if place is None:
@@ -187,7 +225,7 @@ def _fitting(place: Input, value: Any) -> Any:
     return value if place.kind is Kind.STRING or value in place.options else None
 
 
-def _set_model(result: Translated, value: Any) -> None:
+def _set_model(result: TranslatedNode, value: Any) -> None:
     if not isinstance(value, str) or not value.strip():
         return
     name = old_packs.OLD_MODELS.get(value.strip(), value.strip())
@@ -233,7 +271,7 @@ def _letters(value: Any) -> str:
     return " ".join(re.findall("[a-z]+", str(value).lower()))
 
 
-def _set_preset(result: Translated, name: str, value: Any) -> None:
+def _set_preset(result: TranslatedNode, name: str, value: Any) -> None:
     if not isinstance(value, str):
         _set(result, "preset", value)  # which says that it cannot be
         return

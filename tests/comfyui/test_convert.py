@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwencli.comfyui import convert as convert_module
-from qwencli.comfyui import old_nodes
+from qwencli.comfyui import editor_graph, old_nodes
 from qwencli.comfyui.convert import convert, read_workflow
 from qwencli.comfyui.old_nodes import NO_EQUAL, OLD_NODES, SAME
 from qwencli.comfyui.schemas import NODES, BatchMode
@@ -519,8 +518,8 @@ def test_a_preset_that_is_no_text_is_told(preset):
 
 def test_links_of_a_large_graph_are_looked_up_not_searched(monkeypatch):
     reads = []
-    link_id = convert_module._link_id
-    monkeypatch.setattr(convert_module, "_link_id", lambda link: reads.append(1) or link_id(link))
+    link_id = editor_graph._link_id
+    monkeypatch.setattr(editor_graph, "_link_id", lambda link: reads.append(1) or link_id(link))
     nodes, links = [], []
     for at in range(100, 150):
         sockets = [socket("image", at), widget("source_path", -at)]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from qwencli.comfyui import comfy_host
-from qwencli.comfyui.engine_keeper import EngineKeeper, StoppableEngine, Wanted
-from qwencli.comfyui.schemas import Runs
+from qwencli.comfyui.engine_keeper import EngineKeeper, EngineKey, StoppableEngine
+from qwencli.comfyui.schemas import RunsWhere
 from qwencli.config import EngineConfig, ModelSource, ModelSpec
 from qwencli.engine.protocol import stream_alone
 from qwencli.errors import EngineError, InputError, OutOfMemoryError
@@ -29,7 +29,7 @@ class Made:
         self.refuse: Callable[[], None] = lambda: None
         self.keeper = EngineKeeper(self._create)
 
-    def _create(self, wanted: Wanted, keep_s: float) -> Any:
+    def _create(self, wanted: EngineKey, keep_s: float) -> Any:
         made = self
 
         class Engine(FakeEngine):
@@ -48,8 +48,8 @@ class Made:
         return Engine(wanted.config)
 
 
-def wanted(name: str = "a", runs: Runs = Runs.IN_PROCESS) -> Wanted:
-    return Wanted(EngineConfig(ModelSpec(name, ModelSource.BUILTIN)), runs)
+def wanted(name: str = "a", runs: RunsWhere = RunsWhere.IN_PROCESS) -> EngineKey:
+    return EngineKey(EngineConfig(ModelSpec(name, ModelSource.BUILTIN)), runs)
 
 
 @pytest.fixture
