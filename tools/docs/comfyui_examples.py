@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwencli.comfyui.schemas import NODES, Runs
+from qwencli.comfyui.schemas import NODES, RunsWhere
 
 ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "comfyui_nodes" / "example_workflows"
@@ -86,7 +86,7 @@ def examples() -> dict[str, list[Node]]:
         ],
         "3-resident-engine": [
             load((0, 0)),
-            ours("QwencliEngine", (0, 40), {}, runs=Runs.RESIDENT.value),
+            ours("QwencliEngine", (0, 40), {}, runs=RunsWhere.RESIDENT.value),
             ours("QwencliCaption", (38, 0), {"images": (1, 0), "engine": (2, 0)}),
             show((76, 0), 3, 0),
             show((76, 22), 3, 2),
