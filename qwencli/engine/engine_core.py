@@ -8,6 +8,7 @@ one that does not fit, an answer that cannot be put into words.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -45,6 +46,10 @@ from qwencli.tracing import span
 
 # What a device that is short of memory is given at least.
 FEWEST_PREFILL_TOKENS = 256
+# Of a step's time, how much a piece of a stream may take: its text here, and its event in a server,
+# whose thread has the interpreter meanwhile. Where streams are more than fit, each is told several
+# tokens at once, those that wait for longest first.
+PIECE_S = 0.0002
 
 
 @dataclass
@@ -106,6 +111,9 @@ class EngineCore:
         self._ids = itertools.count()
         self._active: dict[RequestId, _Active] = {}
         self._failed: list[StepOutput] = []
+        # Streams with tokens that no piece has told, and when pieces were told.
+        self._untold: dict[RequestId, _Active] = {}
+        self._told_s = float("-inf")
         self._step: _Step | None = None
         self._drafts = drafts
         # When the last step that was read had ended.
@@ -142,9 +150,9 @@ class EngineCore:
     def abort(self, request: RequestId) -> None:
         """Forget a request; nothing more comes of it. An id that is over already is fine."""
         self._inputs.abort(request)
-        active = self._active.pop(request, None)
+        active = self._active.get(request)
         if active is not None:
-            self._scheduler.finish(active.sequence)
+            self._forget(active)
         self._failed = [output for output in self._failed if output.request != request]
 
     def step(self) -> list[StepOutput]:
@@ -383,10 +391,28 @@ class EngineCore:
                             if self._still(sequence) is None:
                                 break
                     except Exception as error:  # noqa: BLE001  others go on
-                        failure = self._typed(error, "reading its answer")
-                        outputs.append(StepOutput(active.sequence.request, error=failure))
-                        self._forget(active)
+                        outputs.append(self._unread(active, error))
+        return outputs + self._pieces()
+
+    def _pieces(self) -> list[StepOutput]:
+        """What some streams say since they were told last."""
+        now = time.perf_counter()
+        count = max(1.0, (now - self._told_s) / PIECE_S)
+        self._told_s = now
+        outputs: list[StepOutput] = []
+        while self._untold and len(outputs) < count:
+            request = next(iter(self._untold))
+            active = self._untold.pop(request)
+            try:
+                outputs.append(StepOutput(request, active.answer.chunk()))
+            except Exception as error:  # noqa: BLE001  others go on
+                outputs.append(self._unread(active, error))
         return outputs
+
+    def _unread(self, active: _Active, error: Exception) -> StepOutput:
+        self._forget(active)
+        failure = self._typed(error, "reading its answer")
+        return StepOutput(active.sequence.request, error=failure)
 
     def _verified(self, copy: VerifyCopy, before: Mark) -> list[list[int]]:
         """The tokens of each sequence of a step that checked drafts, and what is learned of it.
@@ -423,8 +449,10 @@ class EngineCore:
         answer, request = active.answer, active.sequence.request
         answer.append(token, mark, odds)
         outputs: list[StepOutput] = []
-        if answer.stream or len(answer.token_ids) == 1:
+        if len(answer.token_ids) == 1:
             outputs.append(StepOutput(request, answer.chunk()))
+        elif answer.stream:
+            self._untold[request] = active
         if not answer.round_over:
             return outputs
         between = answer.next_round()
@@ -500,6 +528,7 @@ class EngineCore:
 
     def _forget(self, active: _Active) -> None:
         del self._active[active.sequence.request]
+        self._untold.pop(active.sequence.request, None)
         self._scheduler.finish(active.sequence)
 
     def _typed(self, error: Exception, doing: str) -> QwenCliError:

@@ -25,11 +25,6 @@ from qwencli.results import GenerationChunk
 
 # Steps that fail one after the other, with whatever is asked: the device is lost.
 MOST_FAILED_STEPS = 3
-# How often readers are woken, a reader: making an event of a piece and sending it takes the
-# interpreter about 0.05 ms, which the thread that starts the steps waits for. With many readers
-# several tokens come as one event.
-EVENT_S = 0.0002
-
 # For how long after several requests were there at once the next one is taken to have company soon.
 TOGETHER_S = 5.0
 
@@ -65,7 +60,6 @@ class Answer:
         self._pieces: deque[GenerationChunk | QwenCliError] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._over = False
-        self.was_woken = False
 
     async def pieces(self) -> list[GenerationChunk]:
         """What has come since the last call, once there is something; the last one of an answer
@@ -151,9 +145,6 @@ class EngineThread:
         self._unfinished: set[Answer] = set()
         self._places: dict[Answer, _Place] = {}
         self._answers: dict[_Place, Answer] = {}
-        # Answers with pieces that their readers were not told of, and when readers were.
-        self._asleep: dict[Answer, None] = {}
-        self._woken_s = float("-inf")
         # When more than one request was there.
         self._together_s = float("-inf")
         self._queues: tuple[RequestQueue, RequestQueue]
@@ -331,7 +322,6 @@ class EngineThread:
         place = self._places.pop(answer, None)
         if place is not None:
             del self._answers[place]
-        self._asleep.pop(answer, None)
         with self._ordered:
             self._unfinished.discard(answer)
         self.last_active_s = time.monotonic()
@@ -380,22 +370,11 @@ class EngineThread:
             self._tell({answer: [failure]})
 
     def _tell(self, told: dict[Answer, list[GenerationChunk | QwenCliError]]) -> None:
-        """Hand pieces to their readers, and wake all of a loop's at once.
-
-        First and last pieces at once, others as often as the number of readers allows.
-        """
+        """Hand pieces to their readers, and wake all of a loop's at once."""
+        loops: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
         for answer, pieces in told.items():
             for piece in pieces:
                 answer.take(piece)
-            self._asleep[answer] = None
-        now = time.perf_counter()
-        due = now - self._woken_s >= EVENT_S * len(self._places)
-        if due:
-            self._woken_s = now
-        loops: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
-        for answer in [each for each in self._asleep if due or each.is_over or not each.was_woken]:
-            del self._asleep[answer]
-            answer.was_woken = True
             loops.setdefault(answer.loop, []).append(answer)
         for loop, answers in loops.items():
             try:

@@ -98,29 +98,6 @@ def test_closing_tells_those_that_wait() -> None:
     asyncio.run(asyncio.wait_for(ask(), 20))
 
 
-def test_with_many_readers_tokens_come_together(monkeypatch) -> None:
-    """The first one and the last one at once."""
-    monkeypatch.setattr(engine_thread, "EVENT_S", 1000.0)
-    engine = FakeEngine(SimpleNamespace(batch_invariant=True))
-    thread = EngineThread(engine)
-    thread.start()
-
-    async def ask() -> list[list[int]]:
-        asked = GenerationRequest((text_message("user", "Hi"),))
-        found = []
-        for answer in [thread.submit(asked) for _ in range(3)]:
-            events = [await answer.pieces()]
-            while events[-1][-1].result is None:
-                events.append(await answer.pieces())
-            found.append([len(pieces) for pieces in events])
-        return found
-
-    found = asyncio.run(asyncio.wait_for(ask(), 20))
-    thread.close()
-    assert [sum(each) for each in found] == [1, 2, 3]
-    assert max(map(len, found)) <= 2
-
-
 def test_lone_requests_run_alone_until_there_is_company(monkeypatch) -> None:
     """Beside a batch each token of a lone stream costs a step of its own."""
     alone = []
