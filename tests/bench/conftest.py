@@ -9,6 +9,7 @@ import pytest
 from qwencli.bench.plan.campaign_plan import Plan, Settings
 from qwencli.bench.plan.matrix import Matrix, expand
 from qwencli.bench.plan.stopping import StopRule
+from qwencli.bench.run import worker_process
 from qwencli.config import ModelSource, ModelSpec
 from qwencli.engine.machine.device import DeviceFacts
 
@@ -39,6 +40,15 @@ GPU = DeviceFacts(
 
 FAKE_WORKER = [sys.executable, str(Path(__file__).with_name("fake_engine.py"))]
 MakePlan = Callable[..., Plan]
+
+
+@pytest.fixture(autouse=True)
+def workers_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of campaigns within a test; campaigns in processes of their own start theirs."""
+    if sys.platform != "win32":
+        from tests.bench.forked_workers import INSTEAD_OF_SUBPROCESS
+
+        monkeypatch.setattr(worker_process, "subprocess", INSTEAD_OF_SUBPROCESS)
 
 
 @pytest.fixture

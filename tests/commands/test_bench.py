@@ -12,6 +12,7 @@ from qwencli.bench.plan import prepare
 from qwencli.bench.plan.predict import MachineSpeed
 from qwencli.bench.plan.stopping import RepetitionOptions
 from qwencli.bench.run import bench_run as session
+from qwencli.bench.run import worker_process
 from qwencli.commands import bench as command
 from qwencli.config import DType, LoadFormat, ModelSource, ModelSpec
 from qwencli.engine.machine.device import DeviceFacts
@@ -52,6 +53,10 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare, "read_device_facts", lambda device: CPU)
     monkeypatch.setattr(session, "read_machine_speed", lambda _: MachineSpeed(1e10, 1e5, 2.0))
     monkeypatch.setattr(session, "worker_command", lambda: FAKE_WORKER)
+    if sys.platform != "win32":
+        from tests.bench.forked_workers import INSTEAD_OF_SUBPROCESS
+
+        monkeypatch.setattr(worker_process, "subprocess", INSTEAD_OF_SUBPROCESS)
     monkeypatch.chdir(tmp_path)
 
 
