@@ -6,7 +6,7 @@ host stands out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ WAITING = {
     aten.nonzero.default,
     aten.repeat_interleave.Tensor,
 }
+# How weights and caches are stored ends with the logits: what is chosen from them is chosen
+# alike, and checked with every family.
+OF_ITS_LOGITS: dict[str, Any] = {"kinds": LIKELIEST[:1], "sizes": (MAX_VERIFY_TOKENS,)}
 
 # What makes its values on the host.
 OF_THE_HOST = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
@@ -106,8 +109,14 @@ def without_values(loaded: weights.LoadedWeights) -> weights.LoadedWeights:
     )
 
 
-def run_as_captured(config: dict[str, Any], loaded: weights.LoadedWeights, **modes: Any) -> None:
-    """Every kind of step of a model.
+def run_as_captured(
+    config: dict[str, Any],
+    loaded: weights.LoadedWeights,
+    kinds: Sequence[SamplerKind] = tuple(SamplerKind),
+    sizes: Sequence[int] = (1, 2, MAX_VERIFY_TOKENS),
+    **modes: Any,
+) -> None:
+    """Steps of a model: every kind, unless others are named, and every size that checks drafts.
 
     Not in inference mode: there operators that consist of others are seen as one.
     """
@@ -116,12 +125,12 @@ def run_as_captured(config: dict[str, Any], loaded: weights.LoadedWeights, **mod
         state = DecodeState(model, model.static_cache(), SLOTS, with_drafts=True)
         masks = state.hold_logits().host.to("meta")
         with Calls(), Captured():
-            for kind in SamplerKind:
+            for kind in kinds:
                 state.advance_masked(kind, 256)
                 if kind is not SamplerKind.LOGITS:
                     state.sampler.sample(state.logits, state.step, kind, masks)
-            for kind in LIKELIEST:
-                for size in (1, 2, MAX_VERIFY_TOKENS):
+            for kind in set(LIKELIEST).intersection(kinds):
+                for size in sizes:
                     state.verify_masked(kind, size, 256)
 
 
@@ -137,7 +146,8 @@ def test_steps_of_every_family_wait_for_nothing(family: str, attention: Attentio
 @pytest.mark.parametrize("kv", [None, Scheme.INT8, Scheme.FP8])
 @pytest.mark.parametrize("quantization", Quantization)
 def test_steps_with_fewer_bits_wait_for_nothing(quantization: Any, kv: Scheme | None) -> None:
-    run_as_captured(TEXT, weights.dummy(read_shape(TEXT), torch.float32, CPU, quantization), kv=kv)
+    loaded = weights.dummy(read_shape(TEXT), torch.float32, CPU, quantization)
+    run_as_captured(TEXT, loaded, **OF_ITS_LOGITS, kv=kv)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -146,7 +156,8 @@ def test_steps_of_prequantized_checkpoints_wait_for_nothing(tmp_path: Path, name
     packed, _ = tensors_of(TEXT, writer, arguments)
     read = packed_format({"quantization_config": said})
     folder = write(tmp_path / "model", packed)
-    run_as_captured(TEXT, weights.load(folder, read_shape(TEXT), torch.float32, CPU, packed=read))
+    loaded = weights.load(folder, read_shape(TEXT), torch.float32, CPU, packed=read)
+    run_as_captured(TEXT, loaded, **OF_ITS_LOGITS)
 
 
 @pytest.mark.parametrize(

@@ -11,21 +11,27 @@ from qwencli.engine.ops.next_tokens import penalised
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 DRAWS = 4000
+AT_A_TIME = 50
 
 
 def draw(sampling: SamplingParams, logits=LOGITS, seen=(), draws=DRAWS, device="cpu"):
-    """Frequencies of `draws` independent draws from the same logits."""
+    """Frequencies of `draws` independent draws from the same logits, many of them at a time."""
     place = torch.device(device)
-    sampler = Sampler(len(logits), draws, place)
+    alone = Sampler(len(logits), draws, place)
     params = SamplingParams(**{**vars(sampling), "max_new_tokens": draws})
+    alone.begin(params, torch.tensor(seen, dtype=torch.int64, device=place))
+    uniforms = alone.uniforms.view(-1, AT_A_TIME)
+    sampler = Sampler(len(logits), len(uniforms), place, rows=AT_A_TIME)
+    for name in ("settings", "seen"):
+        getattr(sampler, name).copy_(getattr(alone, name).expand(AT_A_TIME, -1))
+    sampler.uniforms.copy_(uniforms.t())
     counts = torch.zeros(len(logits))
-    sampler.begin(params, torch.tensor(seen, dtype=torch.int64, device=place))
-    logits = logits.to(place)
-    for step in range(draws):
+    for step in range(len(uniforms)):
         before = sampler.seen.clone()
-        token = sampler.sample(logits[None], torch.tensor([step], device=place), kind_of(params))
+        steps = torch.full((AT_A_TIME,), step, device=place)
+        tokens = sampler.sample(logits.to(place).expand(AT_A_TIME, -1), steps, kind_of(params))
         sampler.seen.copy_(before)
-        counts[int(token)] += 1
+        counts += tokens.cpu().bincount(minlength=len(logits))
     return counts
 
 
