@@ -7,10 +7,11 @@ What comes in is checked before the engine hears of it; what goes wrong has Open
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, TypeVar
 
@@ -86,6 +87,39 @@ class Format(Protocol):
     def begin(self) -> Iterator[bytes]: ...
 
     def events(self, pieces: Sequence[GenerationChunk]) -> Iterator[bytes]: ...
+
+
+class Stream(Protocol):
+    """See `listen.Stream`."""
+
+    @property
+    def is_full(self) -> bool: ...
+
+    async def room(self) -> None: ...
+
+    def write(self, data: bytes, *, last: bool = False) -> None: ...
+
+
+class Connection(Protocol):
+    """What a request came over, as its `state["connection"]`.
+
+    `when_lost` says what to call once the client is gone, at once where it is; None = nothing any
+    more. `stream` begins an answer in pieces, and `abort` ends the connection for a client that
+    takes nothing of one.
+    """
+
+    def when_lost(self, call: Callable[[], None] | None) -> None: ...
+
+    def stream(self, headers: Sequence[tuple[bytes, bytes]]) -> Stream: ...
+
+    def abort(self) -> None: ...
+
+
+_EVENT_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+)
 
 
 def create_app(engine_thread: EngineThread, settings: ServerSettings) -> Starlette:
@@ -349,10 +383,11 @@ class _Server:
         whole = not (stream or in_batch)
 
         async def reply(scope: Scope, receive: Receive, send: Send) -> None:
+            connection: Connection = scope["state"]["connection"]
             try:
-                async with self._answering(source, receive, whole, in_batch) as answer:
+                with self._answering(source, connection, whole, in_batch) as answer:
                     if stream:
-                        await self._stream(answer, form, send)
+                        await self._stream(answer, form, connection)
                     else:
                         pieces, result = await _whole(answer)
                         self.metrics.answered(result)
@@ -362,60 +397,53 @@ class _Server:
             except QwenCliError as error:
                 await api_error(error).response()(scope, receive, send)
             except TimeoutError:  # a reader that takes nothing
-                scope["state"]["abort"]()
+                connection.abort()
 
         return reply
 
-    @asynccontextmanager
-    async def _answering(
-        self, source: RequestSource, receive: Receive, whole: bool, in_batch: bool
-    ) -> AsyncIterator[Answer]:
+    @contextmanager
+    def _answering(
+        self, source: RequestSource, connection: Connection, whole: bool, in_batch: bool
+    ) -> Iterator[Answer]:
         """An answer that ends when its reader goes, or when it takes too long."""
         answer = self._thread.submit(source, whole=whole, in_batch=in_batch)
         late = RequestTimeoutError(
             f"the answer was not complete within {self._settings.answer_s:g} seconds"
         )
         timer = asyncio.get_running_loop().call_later(self._settings.answer_s, answer.end, late)
-        watcher = asyncio.create_task(_watch(receive, answer))
+        connection.when_lost(functools.partial(answer.end, ClientGoneError("the client has gone")))
         try:
             yield answer
         finally:
             timer.cancel()
-            watcher.cancel()
+            connection.when_lost(None)
             answer.end(ClientGoneError("the client has gone"))
 
-    async def _stream(self, answer: Answer, form: Format, send: Send) -> None:
+    async def _stream(self, answer: Answer, form: Format, connection: Connection) -> None:
         # What is wrong with a request is known before its first piece: it has a status of its own.
         pieces = await answer.pieces()
-        await send(
-            {
-                "type": "http.response.start",
-                "status": 200,
-                "headers": [
-                    (b"content-type", b"text/event-stream; charset=utf-8"),
-                    (b"cache-control", b"no-store"),
-                    (b"x-accel-buffering", b"no"),
-                ],
-            }
-        )
-        data = b"".join(form.begin())
-        while True:
+        stream = connection.stream(_EVENT_HEADERS)
+        data, over = b"".join(form.begin()), False
+        while not over:
             data += b"".join(form.events(pieces))
             result = pieces[-1].result
             if result is not None:
                 self.metrics.answered(result)
-            if data:
-                async with asyncio.timeout(self._settings.write_s):
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-            if result is not None:
-                break
-            try:
-                pieces, data = await answer.pieces(), b""
-            except QwenCliError as error:
-                data = event(api_error(error).body)
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-                break
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                over = True
+            else:
+                if data:
+                    await self._write(stream, data)
+                try:
+                    pieces, data = await answer.pieces(), b""
+                except QwenCliError as error:
+                    data, over = event(api_error(error).body), True
+        await self._write(stream, data, last=True)
+
+    async def _write(self, stream: Stream, data: bytes, *, last: bool = False) -> None:
+        if stream.is_full:
+            async with asyncio.timeout(self._settings.write_s):
+                await stream.room()
+        stream.write(data, last=last)
 
 
 async def _whole(answer: Answer) -> tuple[list[GenerationChunk], GenerationResult]:
@@ -425,12 +453,6 @@ async def _whole(answer: Answer) -> tuple[list[GenerationChunk], GenerationResul
         result = pieces[-1].result
         if result is not None:
             return pieces, result
-
-
-async def _watch(receive: Receive, answer: Answer) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    answer.end(ClientGoneError("the client has gone"))
 
 
 async def _told(request: Request, error: Exception) -> Response:

@@ -311,6 +311,8 @@ class ChatFormat:
         self._with_usage = body.stream_options is not None and body.stream_options.include_usage
         self.id, self._model = f"chatcmpl-{secrets.token_hex(12)}", model
         self._created = int(time.time())
+        # What stands around the text of an event that has nothing else: most have not.
+        self._before, _, self._after = self._event({"content": ""}).rpartition(b'""')
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
@@ -344,12 +346,14 @@ class ChatFormat:
         pushed = "".join(piece.text for piece in pieces)
         text, calls = self._calls.take(pushed, is_last=result is not None)
         delta: dict[str, Any] = {}
-        if thoughts := "".join(piece.thoughts for piece in pieces):
+        if thoughts := "".join([piece.thoughts for piece in pieces]):
             delta["reasoning_content"] = thoughts
         if text:
             delta["content"] = text
         logprobs = self._logprobs(pieces)
-        if delta or (logprobs and logprobs["content"]):
+        if text and not (thoughts or logprobs):
+            yield self._before + _json_bytes(text) + self._after
+        elif delta or (logprobs and logprobs["content"]):
             yield self._event(delta, logprobs=logprobs)
         for call in calls:
             # Whole: its arguments are known to be JSON only once they are complete.
@@ -404,8 +408,15 @@ def _token_logprob(token: TokenLogprob) -> dict[str, Any]:
     }
 
 
+# `json.dumps` with settings makes an encoder at each call.
+_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+def _json_bytes(value: Any) -> bytes:
+    return _encoder.encode(value).encode("utf-8", "replace")
+
+
 def event(value: Mapping[str, Any], name: str | None = None) -> bytes:
     """A server-sent event."""
-    data = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    head = f"event: {name}\n" if name else ""
-    return f"{head}data: {data}\n\n".encode("utf-8", "replace")
+    head = f"event: {name}\n".encode() if name else b""
+    return b"%bdata: %b\n\n" % (head, _json_bytes(value))

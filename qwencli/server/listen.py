@@ -7,11 +7,13 @@ import errno
 import http
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwencli.errors import UsageError
@@ -28,10 +30,11 @@ SILENT_S = 60
 
 
 class _Connection(H11Protocol):
-    """uvicorn's, with an end for clients that do not finish the head of a request; and with
-    `state["abort"]` for those that take nothing of an answer."""
+    """uvicorn's, with an end for clients that do not finish the head of a request; it is the
+    `state["connection"]` of a request (see `app.Connection`)."""
 
     _timer: asyncio.TimerHandle | None = None
+    _when_lost: Callable[[], None] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -39,7 +42,7 @@ class _Connection(H11Protocol):
             transport.write(_plain(ApiError(503, "too many connections")))
             transport.close()
             return
-        self.app_state = {**self.app_state, "abort": transport.abort}
+        self.app_state = {**self.app_state, "connection": self}
         self._timer = self.loop.call_later(HEAD_S, transport.abort)
 
     def data_received(self, data: bytes) -> None:
@@ -57,6 +60,19 @@ class _Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
+        if self._when_lost is not None:
+            self._when_lost()
+
+    def when_lost(self, call: Callable[[], None] | None) -> None:
+        self._when_lost = call
+        if call is not None and self.cycle.disconnected:
+            call()
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    def stream(self, headers: Sequence[tuple[bytes, bytes]]) -> Stream:
+        return Stream(self, headers)
 
     def send_400_response(self, msg: str) -> None:
         self.transport.write(_plain(ApiError(400, "this is no HTTP request")))
@@ -66,6 +82,52 @@ class _Connection(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+class Stream:
+    """An answer with status 200 and of a length that nobody knows yet, written piece by piece.
+
+    It does what uvicorn does in `send`, without a turn of h11 and a write of its own for the head,
+    each piece and the end: of many streams these are most of what the server has to do.
+    """
+
+    def __init__(self, connection: _Connection, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        self._connection, self._cycle = connection, connection.cycle
+        asked_to_close = CLOSE_HEADER in self._cycle.scope["headers"]
+        told = [*self._cycle.default_headers, *headers, *([CLOSE_HEADER] if asked_to_close else [])]
+        self._chunked = self._cycle.scope["http_version"] == "1.1"
+        self._cycle.response_started, self._cycle.waiting_for_100_continue = True, False
+        self._head = b""
+        if not self._cycle.disconnected:
+            response = h11.Response(status_code=200, headers=told, reason=b"OK")
+            self._head = connection.conn.send(response) or b""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the client takes less than is written: then `room` is waited for."""
+        return bool(self._connection.flow.write_paused) and not self._cycle.disconnected
+
+    async def room(self) -> None:
+        await self._connection.flow.drain()
+
+    def write(self, data: bytes, *, last: bool = False) -> None:
+        """Send a piece; nothing happens once the client is gone."""
+        cycle, connection = self._cycle, self._connection
+        if cycle.disconnected:
+            return
+        if data and self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if last:
+            data += connection.conn.send(h11.EndOfMessage()) or b""
+        connection.transport.write(self._head + data)
+        self._head = b""
+        if last:
+            cycle.response_complete = True
+            cycle.message_event.set()
+            if connection.conn.our_state is h11.MUST_CLOSE or not cycle.keep_alive:
+                connection.conn.send(h11.ConnectionClosed())
+                connection.transport.close()
+            cycle.on_response()
 
 
 def _plain(error: ApiError) -> bytes:
