@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from qwencli import __version__
 from qwencli.errors import OutputError, QwenCliError, StoppedError, UsageError
-from qwencli.output import Output, let_go_of_streams, ready_streams
+from qwencli.output import Output, ready_streams, release_streams
 
 GLOBAL_FLAGS = ("--quiet", "-q", "--debug")
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
@@ -170,7 +170,7 @@ def run(arguments: list[str]) -> int:
     try:
         return _run(arguments)
     finally:
-        let_go_of_streams()
+        release_streams()
 
 
 def _run(arguments: list[str]) -> int:

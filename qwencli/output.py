@@ -332,7 +332,7 @@ def _opened_on_nothing(flags: int, mode: Literal["r", "w"]) -> TextIO:
     return open(descriptor, mode, encoding="utf-8")  # noqa: PTH123 - a descriptor
 
 
-def let_go_of_streams() -> None:
+def release_streams() -> None:
     """Drop what stdout and stderr have refused, which Python would try again at its exit."""
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -60,9 +60,9 @@ def test_an_answer_goes_on_from_the_beginning_that_it_is_given(engine):
     from qwencli.engine.factory import create_engine
     from qwencli.engine.frontend.images import open_image
     from qwencli.messages import GenerationRequest, user_message
-    from qwencli.models.resolve import Places, bundled_spec
+    from qwencli.models.resolve import SearchPaths, bundled_spec
 
-    config = EngineConfig(bundled_spec(Places()), engine=EngineName(engine), device="cpu")
+    config = EngineConfig(bundled_spec(SearchPaths()), engine=EngineName(engine), device="cpu")
     messages = (user_message("Describe this image.", (open_image(EXAMPLES / "scene.png"),)),)
     greedy = SamplingOptions(do_sample=False)
     with create_engine(config) as loaded:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def caption_folder(values: Values) -> tuple[Any, ...]:
     from qwencli.dataset.caption_format import CaptionFormat
     from qwencli.dataset.caption_processor import CaptionConfig, CaptionProcessor
-    from qwencli.dataset.caption_set import open_set, place_of
+    from qwencli.dataset.caption_set import open_set, output_place
     from qwencli.dataset.pipeline import Captioned, Outcome
     from qwencli.dataset.prompting import Template, prompt_set
     from qwencli.dataset.sources import Listing
@@ -54,7 +54,7 @@ def caption_folder(values: Values) -> tuple[Any, ...]:
     budget, sampling = thinking_budget(values), sampling_options(values)
     caption_config = CaptionConfig(prompts, CaptionFormat(prefix, suffix), thinking_budget=budget)
     extension, output = values["caption_extension"].strip() or ".txt", values["output"].strip()
-    place = place_of(listing, Path(output) if output else None, extension)
+    place = output_place(listing, Path(output) if output else None, extension)
     where = Listing(listing.base)
     processor = CaptionProcessor(
         caption_config,

@@ -434,10 +434,10 @@ def models() -> tuple[str, ...]:
     read, then the bundled model and the built-ins."""
     from qwencli.models.builtin import BUILTINS
     from qwencli.models.hub import BUNDLED_NAME
-    from qwencli.models.resolve import Places
+    from qwencli.models.resolve import SearchPaths
 
     try:
-        custom = tuple(Places().custom_models(None).specs)
+        custom = tuple(SearchPaths().custom_models(None).specs)
     except QwenCliError:
         custom = ()  # running one says what is wrong with the file
     return tuple(dict.fromkeys((AUTO, *custom, BUNDLED_NAME, *BUILTINS)))

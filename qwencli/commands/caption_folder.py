@@ -42,7 +42,7 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
     from qwencli.commands.requests import system_messages
     from qwencli.dataset.boxes import Overlays
     from qwencli.dataset.caption_processor import CaptionProcessor
-    from qwencli.dataset.caption_set import open_set, place_of
+    from qwencli.dataset.caption_set import open_set, output_place
     from qwencli.dataset.manifest import STATE_FOLDER
     from qwencli.dataset.pipeline import Stopper
     from qwencli.dataset.run_report import RunReport
@@ -70,7 +70,7 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
             "--recursive looks into its folders too" if not chosen.recursive else "check the path",
         )
     extension = caption_extension(chosen, caption_config)
-    place = place_of(listing, chosen.output, extension)
+    place = output_place(listing, chosen.output, extension)
     worklist_options = WorklistOptions(
         chosen.existing or Existing.SKIP,
         fields=tuple(caption_config.prompts.fields),

@@ -31,14 +31,14 @@ def models(
     """List the models, what memory they need, and what fits here."""
     from qwencli.commands.model_choice import free_bytes_on
     from qwencli.models.listing import list_models
-    from qwencli.models.resolve import Places
+    from qwencli.models.resolve import SearchPaths
 
-    output, places = context.ensure_object(Output), Places()
-    custom = places.custom_models(models_file)
+    output, search_paths = context.ensure_object(Output), SearchPaths()
+    custom = search_paths.custom_models(models_file)
     for warning in custom.warnings:
         output.warn(warning)
     free_bytes, on_gpu = free_bytes_on("auto")
-    rows = list_models(custom, places, free_bytes)
+    rows = list_models(custom, search_paths, free_bytes)
     if as_json:
         for row in rows:
             output.json_line(asdict(row))

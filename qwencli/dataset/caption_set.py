@@ -136,7 +136,7 @@ class CaptionSet:
 
 
 @dataclass(frozen=True)
-class Place:
+class OutputPlace:
     """Where captions go.
 
     Args:
@@ -150,7 +150,7 @@ class Place:
     suffix: str
 
 
-def place_of(listing: Listing, output: Path | None, extension: str) -> Place:
+def output_place(listing: Listing, output: Path | None, extension: str) -> OutputPlace:
     """Where captions go: to `output`, a table or a folder, or beside the pictures.
 
     Raises:
@@ -165,11 +165,11 @@ def place_of(listing: Listing, output: Path | None, extension: str) -> Place:
         sidecars = Sidecars(output or listing.base, extension)
         ending = sidecars.extension
         name = MANIFEST if ending == ".txt" else f"{ending[1:]}.sqlite"
-        return Place(sidecars.root, sidecars, name, ending)
+        return OutputPlace(sidecars.root, sidecars, name, ending)
     to_base = os.path.relpath(listing.base, output.parent).replace(os.sep, "/")
     above = "" if to_base == "." else f"{to_base}/"
     table = Table(output, lambda key: above + key)
-    return Place(output.parent, table, f"{output.name}.sqlite", output.suffix.lower())
+    return OutputPlace(output.parent, table, f"{output.name}.sqlite", output.suffix.lower())
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class PendingCaption:
     """A caption and what is to be in its file.
 
     Args:
@@ -199,7 +199,7 @@ class Manifest:
                 "UPDATE runs SET ended = ?, outcome = ? WHERE id = ?", (_now(), outcome, self._run)
             )
 
-    def intend(self, captions: Sequence[Written], status: str = "writing") -> None:
+    def intend(self, captions: Sequence[PendingCaption], status: str = "writing") -> None:
         """Note captions before their files are touched; on disk when this returns."""
         if not captions:
             return
@@ -275,7 +275,7 @@ class Manifest:
         except (TypeError, ValueError) as error:
             raise UsageError(f"--redo: {condition!r} is not a condition", "see the docs") from error
 
-    def _row(self, written: Written, status: str, now: str) -> tuple[Any, ...]:
+    def _row(self, written: PendingCaption, status: str, now: str) -> tuple[Any, ...]:
         captioned = written.captioned
         task, result = captioned.task, captioned.result
         text = None if written.text == captioned.caption else written.text

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qwencli.config import Existing
-from qwencli.dataset.manifest import Manifest, Written
+from qwencli.dataset.manifest import Manifest, PendingCaption
 from qwencli.dataset.pipeline import Captioned, Failed, Outcome
 from qwencli.dataset.sources import (
     CAPTION,
@@ -260,7 +260,7 @@ class CaptionWriter:
             OutputError: the manifest takes nothing any more, or so many files in a row.
         """
         kept: list[Outcome] = []
-        intended: list[Written] = []
+        intended: list[PendingCaption] = []
         for outcome in outcomes:
             try:
                 if isinstance(outcome, Captioned):
@@ -282,7 +282,7 @@ class CaptionWriter:
             raise OutputError(f"{last.message}, nor were {MOST_UNWRITTEN - 1} before it", last.hint)
         return kept
 
-    def _composed(self, captioned: Captioned) -> Written:
+    def _composed(self, captioned: Captioned) -> PendingCaption:
         slot = captioned.task.slot
         adds = self._existing in (Existing.APPEND, Existing.PREPEND) and slot not in self._redone
         before = None
@@ -292,7 +292,7 @@ class CaptionWriter:
             if adds:
                 raise
         text = combined(self._existing, before, captioned.caption) if adds else captioned.caption
-        return Written(captioned, text, before)
+        return PendingCaption(captioned, text, before)
 
 
 def settle(manifest: Manifest, sink: Sink) -> int:

@@ -27,8 +27,8 @@ from qwencli.engine.openai_client import (
 )
 from qwencli.engine.openai_format import (
     AnswerReader,
-    BadAnswerError,
     EncodedRequest,
+    MalformedAnswerError,
     encode_request,
 )
 from qwencli.engine.request import RequestSource, request_of
@@ -257,8 +257,10 @@ class EndpointPool:
                         told = True
             if reader.finish_reason is None:
                 raise client.connection_lost()
-        except (BadAnswerError, RetryableError) as error:
-            failure = client.malformed_answer(error) if isinstance(error, BadAnswerError) else error
+        except (MalformedAnswerError, RetryableError) as error:
+            failure = (
+                client.malformed_answer(error) if isinstance(error, MalformedAnswerError) else error
+            )
             if told and live:  # what is shown to a reader already cannot be begun anew
                 raise failure.error from error
             raise failure from None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from qwencli.config import ModelSpec
-from qwencli.engine.openai_format import BadAnswerError, error_text, read_json
+from qwencli.engine.openai_format import MalformedAnswerError, error_text, read_json
 from qwencli.errors import AnswerError, EndpointError, InputError, UsageError
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class OpenAIClient:
                 listed = read_json(answer)
                 entries = listed["data"] if isinstance(listed, dict) else listed
                 return [each for each in entries if isinstance(each.get("id"), str)]
-            except (BadAnswerError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (MalformedAnswerError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise EndpointError(
                     f"{self.endpoint.name} does not answer as OpenAI's API does",
                     "check the address: it ends in /v1 with most servers",
@@ -212,7 +212,7 @@ class OpenAIClient:
         """The JSON values of an answer: events of a stream, or the whole.
 
         Raises:
-            BadAnswerError: something else came.
+            MalformedAnswerError: something else came.
             RetryableError: the server cannot be reached, broke off, or is busy.
             InputError, EndpointError: see `_check`.
         """
@@ -227,14 +227,14 @@ class OpenAIClient:
         said = f"{self.endpoint.name} broke off its answer"
         return RetryableError(AnswerError(said, _TRY_AGAIN), unreachable=True)
 
-    def malformed_answer(self, error: BadAnswerError) -> RetryableError:
+    def malformed_answer(self, error: MalformedAnswerError) -> RetryableError:
         return RetryableError(AnswerError(f"{self.endpoint.name} sent {error}", _TRY_AGAIN))
 
     async def _events(self, response: httpx.Response) -> AsyncIterator[Any]:
         """The JSON values of an answer: events of a stream, or the whole.
 
         Raises:
-            BadAnswerError: something else came.
+            MalformedAnswerError: something else came.
             RetryableError: it broke off, or nothing comes any more.
         """
         if "json" in response.headers.get("content-type", ""):
@@ -247,7 +247,7 @@ class OpenAIClient:
         async for line in self._read(response, lines.push):
             if not line.startswith("data:"):
                 if line[0] in "<{":
-                    raise BadAnswerError("something that is not a stream of events")
+                    raise MalformedAnswerError("something that is not a stream of events")
                 continue
             data = line[5:].strip()
             if data == "[DONE]":
@@ -402,11 +402,11 @@ class _Bounded:
         """Returns the piece.
 
         Raises:
-            BadAnswerError: there are more.
+            MalformedAnswerError: there are more.
         """
         self.data += piece
         if len(self.data) > MOST_BYTES:
-            raise BadAnswerError(f"more than {MOST_BYTES >> 20} MiB where it has to be less")
+            raise MalformedAnswerError(f"more than {MOST_BYTES >> 20} MiB where it has to be less")
         return [piece]
 
 
@@ -421,7 +421,7 @@ class _Lines:
         """Those that this piece ends; nothing is the end of all.
 
         Raises:
-            BadAnswerError: one is longer than `MOST_BYTES`.
+            MalformedAnswerError: one is longer than `MOST_BYTES`.
         """
         found = []
         for number, part in enumerate(re.split(rb"\r\n|\r|\n", piece or b"\n")):
@@ -439,7 +439,7 @@ def _json(text: str) -> Any:
     try:
         return read_json(text)
     except ValueError as error:
-        raise BadAnswerError("something that is not JSON") from error
+        raise MalformedAnswerError("something that is not JSON") from error
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float:

@@ -193,14 +193,14 @@ def resize_factor(hub_config: Mapping[str, Any] | None) -> int:
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerDelta:
     """Thoughts and text that one event of a stream adds."""
 
     thoughts: str
     text: str
 
 
-class BadAnswerError(Exception):
+class MalformedAnswerError(Exception):
     """What came is no answer; the text says what it is."""
 
 
@@ -229,21 +229,21 @@ class AnswerReader:
         # Some servers say the beginning that they were given once more.
         self._echo = self.sent.starts_with
 
-    def read(self, event: Any) -> Piece:
+    def read(self, event: Any) -> AnswerDelta:
         """Take one event, or a whole answer.
 
         Raises:
-            BadAnswerError: it is none.
+            MalformedAnswerError: it is none.
         """
         if not isinstance(event, dict):
-            raise BadAnswerError("something that is not a JSON object")
+            raise MalformedAnswerError("something that is not a JSON object")
         if event.get("error"):
-            raise BadAnswerError(f"an error: {error_text(event)}")
+            raise MalformedAnswerError(f"an error: {error_text(event)}")
         self._usage = _mapping(event.get("usage")) or self._usage
         self._ours = _mapping(event.get("qwencli")) or self._ours
         choices = event.get("choices")
         if not isinstance(choices, list):
-            raise BadAnswerError("JSON without choices")
+            raise MalformedAnswerError("JSON without choices")
         choice = _mapping(choices[0]) if choices else {}
         reason = choice.get("finish_reason")
         if reason:
@@ -260,11 +260,11 @@ class AnswerReader:
             thoughts += found
         return self._kept(thoughts, text)
 
-    def finish(self) -> Piece:
+    def finish(self) -> AnswerDelta:
         """What was held back until the stream ended."""
         return self._kept(*(("", "") if self.sent.plain else self._splitter.finish()), end=True)
 
-    def _kept(self, thoughts: str, text: str, *, end: bool = False) -> Piece:
+    def _kept(self, thoughts: str, text: str, *, end: bool = False) -> AnswerDelta:
         if self._echo:
             text = "".join(self._text) + text
             self._text.clear()
@@ -272,12 +272,12 @@ class AnswerReader:
                 text, self._echo = text[len(self._echo) :], ""
             elif self._echo.startswith(text) and not end:
                 self._text.append(text)
-                return Piece(thoughts, "")
+                return AnswerDelta(thoughts, "")
             else:
                 self._echo = ""
         self._thoughts.append(thoughts)
         self._text.append(text)
-        return Piece(thoughts, text)
+        return AnswerDelta(thoughts, text)
 
     def result(self) -> GenerationResult:
         end_s = time.perf_counter()

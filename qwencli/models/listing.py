@@ -26,7 +26,7 @@ from qwencli.models.memory import (
 )
 from qwencli.models.quant_formats import packed_format
 from qwencli.models.quantized_cache import cached_bytes
-from qwencli.models.resolve import Places, bundled_spec, with_local_files
+from qwencli.models.resolve import SearchPaths, bundled_spec, with_local_files
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import parameter_count
@@ -79,7 +79,7 @@ class ModelRow:
 
 
 def list_models(
-    custom: CustomModels, places: Places, free_bytes: int | None = None
+    custom: CustomModels, search_paths: SearchPaths, free_bytes: int | None = None
 ) -> list[ModelRow]:
     """Bundled, custom, local, built-in and otherwise downloaded models, each once, in this order.
 
@@ -88,14 +88,14 @@ def list_models(
     Args:
         free_bytes: what a model may take on this machine; None when not known, and nothing fits.
     """
-    return [_row(spec, free_bytes or 0) for spec in _specs(custom, places)]
+    return [_row(spec, free_bytes or 0) for spec in _specs(custom, search_paths)]
 
 
-def _specs(custom: CustomModels, places: Places) -> Iterator[ModelSpec]:
-    if places.bundled.is_dir():
-        yield bundled_spec(places)
+def _specs(custom: CustomModels, search_paths: SearchPaths) -> Iterator[ModelSpec]:
+    if search_paths.bundled.is_dir():
+        yield bundled_spec(search_paths)
     yield from custom.specs.values()
-    for folder in sorted(places.working_folder.glob("*/config.json")):
+    for folder in sorted(search_paths.working_folder.glob("*/config.json")):
         if is_complete(folder.parent):
             yield ModelSpec(f"./{folder.parent.name}", ModelSource.LOCAL, path=folder.parent)
     builtins = [builtin_spec(entry) for entry in ENTRIES]

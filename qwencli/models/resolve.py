@@ -34,7 +34,7 @@ _ANY_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/{2,}")
 
 
 @dataclass(frozen=True)
-class Places:
+class SearchPaths:
     """Where models are looked for; the defaults are this process's real surroundings."""
 
     working_folder: Path = field(default_factory=lambda: _working_folder())
@@ -60,7 +60,7 @@ def resolve_model(
     models_file: Path | None = None,
     offline: bool = False,
     free_bytes: int | Callable[[], int] | None = None,
-    places: Places | None = None,
+    search_paths: SearchPaths | None = None,
 ) -> ModelSpec:
     """The model to run; downloads nothing. `path` is set when its files are on this machine.
 
@@ -75,16 +75,16 @@ def resolve_model(
         CustomModelsError, UsageError: custom_models.json or config.toml is malformed.
         DownloadError: `offline` and an unknown hub id.
     """
-    places = places or Places()
-    custom = places.custom_models(models_file)
+    search_paths = search_paths or SearchPaths()
+    custom = search_paths.custom_models(models_file)
     if not name:
-        return default_model(custom, places, free_bytes=free_bytes)
-    return _named(name, custom, places, offline=offline)
+        return default_model(custom, search_paths, free_bytes=free_bytes)
+    return _named(name, custom, search_paths, offline=offline)
 
 
 def default_model(
     custom: CustomModels,
-    places: Places,
+    search_paths: SearchPaths,
     *,
     free_bytes: int | Callable[[], int] | None = None,
     quantization: Quantization = Quantization.NONE,
@@ -98,11 +98,14 @@ def default_model(
             What gives it is called where there is a choice.
     """
     for origin, wished in (
-        (ENVIRONMENT_KEY, places.environ.get(ENVIRONMENT_KEY)),
-        (str(places.config_folder / CONFIG_FILE), configured_model(places.config_folder)),
+        (ENVIRONMENT_KEY, search_paths.environ.get(ENVIRONMENT_KEY)),
+        (
+            str(search_paths.config_folder / CONFIG_FILE),
+            configured_model(search_paths.config_folder),
+        ),
     ):
         if wished:
-            return _wished(origin, wished, custom, places)
+            return _wished(origin, wished, custom, search_paths)
     if custom.default is not None:
         return with_local_files(custom.default)
     here = [spec for spec in map(with_local_files, _candidates()) if spec.path is not None]
@@ -112,17 +115,17 @@ def default_model(
         fitting = sorted(here, key=lambda spec: _needed(spec, quantization))
     else:
         fitting = [spec for spec in here if _needed(spec, quantization) <= free_bytes]
-    return fitting[0] if fitting else bundled_spec(places)
+    return fitting[0] if fitting else bundled_spec(search_paths)
 
 
-def names_a_model(places: Places | None = None) -> bool:
+def names_a_model(search_paths: SearchPaths | None = None) -> bool:
     """Whether the user named a model for when none is named: in QWENCLI_MODEL, config.toml or
     custom_models.json."""
-    places = places or Places()
+    search_paths = search_paths or SearchPaths()
     return bool(
-        places.environ.get(ENVIRONMENT_KEY)
-        or configured_model(places.config_folder)
-        or places.custom_models(None).default
+        search_paths.environ.get(ENVIRONMENT_KEY)
+        or configured_model(search_paths.config_folder)
+        or search_paths.custom_models(None).default
     )
 
 
@@ -137,7 +140,7 @@ def recommended_model(
     return next(fitting, None)
 
 
-def bundled_spec(places: Places) -> ModelSpec:
+def bundled_spec(search_paths: SearchPaths) -> ModelSpec:
     """The bundled model.
 
     Raises:
@@ -146,8 +149,8 @@ def bundled_spec(places: Places) -> ModelSpec:
     return ModelSpec(
         name=BUNDLED_NAME,
         source=ModelSource.BUNDLED,
-        path=places.bundled,
-        hub_config=read_config(places.bundled),
+        path=search_paths.bundled,
+        hub_config=read_config(search_paths.bundled),
     )
 
 
@@ -159,17 +162,19 @@ def with_local_files(spec: ModelSpec) -> ModelSpec:
     return replace(spec, path=path, hub_config=read_config(path))
 
 
-def _named(name: str, custom: CustomModels, places: Places, *, offline: bool = False) -> ModelSpec:
+def _named(
+    name: str, custom: CustomModels, search_paths: SearchPaths, *, offline: bool = False
+) -> ModelSpec:
     entries = {known.lower(): spec for known, spec in custom.specs.items()}
     entry = custom.specs.get(name) or entries.get(name.lower())
     if entry is not None:
         return with_local_files(entry)
     if name.lower() == BUNDLED_NAME:
-        return bundled_spec(places)
+        return bundled_spec(search_paths)
     builtin = find_builtin(name)
     if builtin is not None:
         return with_local_files(builtin_spec(builtin))
-    local = _local(name, places)
+    local = _local(name, search_paths)
     if local is not None:
         return local
     if HUB_ID.fullmatch(name):
@@ -200,17 +205,17 @@ def _as_address(name: str) -> ModelNotFoundError | None:
     return None
 
 
-def _wished(origin: str, name: str, custom: CustomModels, places: Places) -> ModelSpec:
+def _wished(origin: str, name: str, custom: CustomModels, search_paths: SearchPaths) -> ModelSpec:
     try:
-        return _named(name, custom, places)
+        return _named(name, custom, search_paths)
     except ModelNotFoundError as error:
         # Without its origin, an error about a name that nobody typed is a riddle.
         raise ModelNotFoundError(f"{origin}: {error.message}", error.hint) from error
 
 
-def _local(name: str, places: Places) -> ModelSpec | None:
+def _local(name: str, search_paths: SearchPaths) -> ModelSpec | None:
     folder = as_folder(name)
-    path = places.working_folder / (folder or name)
+    path = search_paths.working_folder / (folder or name)
     # `os.path`: pathlib's raise for names that no system takes and for folders nobody may enter.
     if not os.path.lexists(path):
         if folder is None:

@@ -47,7 +47,7 @@ _ERRORS: Mapping[str, type[QwenCliError]] = {
 }
 
 
-def packed(message: Mapping[str, Any]) -> list[bytes]:
+def encode_frame(message: Mapping[str, Any]) -> list[bytes]:
     """A message as the pieces of a frame, to be sent one after the other."""
     pixels: list[bytes] = []
     text = json.dumps(_encoded(dict(message), pixels), separators=(",", ":"))
@@ -55,7 +55,7 @@ def packed(message: Mapping[str, Any]) -> list[bytes]:
     return [_LENGTHS.pack(len(data), sum(map(len, pixels))), data, *pixels]
 
 
-def lengths(head: bytes) -> tuple[int, int]:
+def frame_lengths(head: bytes) -> tuple[int, int]:
     """Of the text and of the pixels that follow.
 
     Raises:
@@ -67,7 +67,7 @@ def lengths(head: bytes) -> tuple[int, int]:
     return text, pixels
 
 
-def unpacked(text: bytes, pixels: bytes) -> dict[str, Any]:
+def decode_frame(text: bytes, pixels: bytes) -> dict[str, Any]:
     """The message of a frame.
 
     Raises:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.errors import OutputError, QwenCliError
-from qwencli.server.frames import HEAD_BYTES, lengths, packed, unpacked
+from qwencli.server.frames import HEAD_BYTES, decode_frame, encode_frame, frame_lengths
 from qwencli.server.resident_state import (
     State,
     build,
@@ -63,7 +63,7 @@ class Connection:
 
     def send(self, message: Mapping[str, Any]) -> None:
         try:
-            pieces = packed(message)
+            pieces = encode_frame(message)
             with self._sending:
                 for piece in pieces:
                     self._socket.sendall(piece)
@@ -72,8 +72,8 @@ class Connection:
 
     def read(self) -> Message:
         try:
-            num_text, num_pixels = lengths(self._exactly(HEAD_BYTES))
-            return unpacked(self._exactly(num_text), self._exactly(num_pixels))
+            num_text, num_pixels = frame_lengths(self._exactly(HEAD_BYTES))
+            return decode_frame(self._exactly(num_text), self._exactly(num_pixels))
         except (OSError, ValueError, QwenCliError) as error:
             raise ConnectionLostError from error
 

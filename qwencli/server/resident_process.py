@@ -33,7 +33,7 @@ from qwencli.engine.protocol import Engine
 from qwencli.errors import EngineError, QwenCliError
 from qwencli.results import GenerationChunk
 from qwencli.server.engine_thread import Answer, ClientGoneError, EngineThread
-from qwencli.server.frames import HEAD_BYTES, lengths, packed, unpacked
+from qwencli.server.frames import HEAD_BYTES, decode_frame, encode_frame, frame_lengths
 from qwencli.server.resident_state import State, forget_state, read_state, write_state
 
 # How often one looks whether it is time to leave.
@@ -195,15 +195,15 @@ class _Connection:
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     async def read(self, most_bytes: int | None = None) -> dict[str, Any]:
-        num_text, num_pixels = lengths(await self._reader.readexactly(HEAD_BYTES))
+        num_text, num_pixels = frame_lengths(await self._reader.readexactly(HEAD_BYTES))
         if most_bytes is not None and num_text + num_pixels > most_bytes:
             raise EOFError
         text = await self._reader.readexactly(num_text)
-        return unpacked(text, await self._reader.readexactly(num_pixels))
+        return decode_frame(text, await self._reader.readexactly(num_pixels))
 
     def send(self, message: dict[str, Any]) -> None:
         if not self._writer.is_closing():
-            self._writer.writelines(packed(message))
+            self._writer.writelines(encode_frame(message))
 
     async def serve(self) -> None:
         while True:

@@ -7,7 +7,7 @@ import pytest
 from qwencli.comfyui import node_inputs, nodes, schemas
 from qwencli.comfyui.schemas import NODES, Kind
 from qwencli.config import SamplingOptions
-from qwencli.models.resolve import Places
+from qwencli.models.resolve import SearchPaths
 from tests.comfyui.comfy_stub import Management, node_classes
 
 
@@ -78,6 +78,6 @@ def test_models_are_listed_whatever_is_wrong_with_the_users_file(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "custom_models.json").write_text('{"hf_models": {"mine": {"repo_id": "a/b"}}}')
     assert "scenes" in schemas.models() and schemas.models()[0] == "auto"
-    assert next(iter(Places().custom_models(None).specs)) in schemas.models()
+    assert next(iter(SearchPaths().custom_models(None).specs)) in schemas.models()
     (tmp_path / "custom_models.json").write_text("{")
     assert "qwen3-vl-4b" in schemas.models()

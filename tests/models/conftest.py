@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import constants
 
 from qwencli.models.builtin import BUILTINS, hub_config
-from qwencli.models.resolve import Places
+from qwencli.models.resolve import SearchPaths
 from tests.models.tiny import write_model
 
 
@@ -17,13 +17,13 @@ def model_folder(tmp_path):
 
 
 @pytest.fixture
-def places(tmp_path, monkeypatch):
+def search_paths(tmp_path, monkeypatch):
     """Surroundings without any model but a tiny bundled one; the hub cache is empty."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     for name in ("work", "config"):
         (tmp_path / name).mkdir()
     bundled = write_model(tmp_path / "bundled")
-    return Places(tmp_path / "work", tmp_path / "config", bundled, environ={})
+    return SearchPaths(tmp_path / "work", tmp_path / "config", bundled, environ={})
 
 
 @pytest.fixture

@@ -22,35 +22,35 @@ MATRICES = 2 * (512 * 128 + 128 * 256 + 3 * 128 * 256)
     ("name", "column", "value_bytes"),
     [("awq g128", "4bit", 0.5 + 4 / 128), ("fp8 blocks", "fp8", 1 + 4 / 128)],
 )
-def test_a_prequantized_checkpoint_has_one_size(places, name, column, value_bytes):
+def test_a_prequantized_checkpoint_has_one_size(search_paths, name, column, value_bytes):
     config, writer, arguments, _ = FORMATS[name]
     packed, _ = tensors_of(TEXT, writer, arguments)
-    folder = write(places.working_folder / "mine", packed)
+    folder = write(search_paths.working_folder / "mine", packed)
     written = TEXT | {"quantization_config": config}
     (folder / "config.json").write_text(json.dumps(written), encoding="utf-8")
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
-    rows = {row.name: row for row in list_models(places.custom_models(None), places)}
+    rows = {row.name: row for row in list_models(search_paths.custom_models(None), search_paths)}
     whole = estimate(read_shape(TEXT))
     saved = MATRICES * (2 - value_bytes)
     wanted = replace(whole, weights=round(whole.weights - saved)).total
     assert rows["./mine"].vram_gb == {column: round(wanted / 1e9, 2)}
 
 
-def test_an_unknown_format_has_no_size(places):
-    folder = places.working_folder / "mine"
+def test_an_unknown_format_has_no_size(search_paths):
+    folder = search_paths.working_folder / "mine"
     packed, _ = tensors_of(TEXT, FORMATS["gptq"][1], {})
     write(folder, packed)
     written = TEXT | {"quantization_config": {"quant_method": "quip"}}
     (folder / "config.json").write_text(json.dumps(written), encoding="utf-8")
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
-    rows = {row.name: row for row in list_models(places.custom_models(None), places)}
+    rows = {row.name: row for row in list_models(search_paths.custom_models(None), search_paths)}
     assert rows["./mine"].vram_gb == {}
 
 
-def test_kept_weights_are_counted(places):
-    kept = cache_file(places.bundled, Quantization.INT4, "float32")
+def test_kept_weights_are_counted(search_paths):
+    kept = cache_file(search_paths.bundled, Quantization.INT4, "float32")
     kept.parent.mkdir(parents=True)
     kept.write_bytes(bytes(1234))
-    rows = {row.name: row for row in list_models(places.custom_models(None), places)}
+    rows = {row.name: row for row in list_models(search_paths.custom_models(None), search_paths)}
     assert rows["scenes"].kept_bytes == 1234
     assert rows["qwen3-vl-4b"].kept_bytes == 0

@@ -12,7 +12,7 @@ from benchmarks import served as own_server
 from benchmarks.served import Served
 from qwencli.config import EngineConfig
 from qwencli.engine.factory import create_engine
-from qwencli.models.resolve import Places, bundled_spec
+from qwencli.models.resolve import SearchPaths, bundled_spec
 from qwencli.server.app import ServerSettings
 
 
@@ -25,7 +25,7 @@ def serving(engine: Any, *, max_waiting: int = 1024, **settings: Any) -> Iterato
 
 @pytest.fixture(scope="session")
 def scenes_config() -> EngineConfig:
-    return EngineConfig(model=bundled_spec(Places()), device="cpu")
+    return EngineConfig(model=bundled_spec(SearchPaths()), device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ from qwencli.errors import (
 from qwencli.messages import GenerationRequest, ImagePart, user_message
 from qwencli.results import GenerationChunk, GenerationResult
 from qwencli.server import resident, resident_process, resident_state
-from qwencli.server.frames import HEAD_BYTES, lengths, packed, unpacked
+from qwencli.server.frames import HEAD_BYTES, decode_frame, encode_frame, frame_lengths
 from qwencli.server.resident_engine import ResidentEngine
 from qwencli.server.resident_state import LOG_FILE, STATE_FILE, build, read_state, state_folder
 from tests.dataset.fake_engine import FakeEngine
@@ -284,10 +284,10 @@ def test_who_does_not_know_the_token_gets_nothing(own_state: Path) -> None:
         assert state is not None
         assert (own_state / STATE_FILE).stat().st_mode & 0o077 == 0
         for data in (
-            b"".join(packed({"op": "hello", "token": "wrong"})),
-            b"".join(packed({"op": "hello"})),
+            b"".join(encode_frame({"op": "hello", "token": "wrong"})),
+            b"".join(encode_frame({"op": "hello"})),
             b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
-            b"".join(packed({"op": "hello", "token": "x" * 10_000})),
+            b"".join(encode_frame({"op": "hello", "token": "x" * 10_000})),
         ):
             with socket.create_connection(("127.0.0.1", state.port)) as connection:
                 connection.sendall(data)
@@ -458,9 +458,9 @@ def test_what_is_sent_is_what_comes(value: Any, text: str) -> None:
         "path": Path("a/b"),
         "errors": tuple(errors),
     }
-    pieces = packed(message)
-    assert lengths(pieces[0]) == (len(pieces[1]), sum(map(len, pieces[2:])))
-    came = unpacked(pieces[1], b"".join(pieces[2:]))
+    pieces = encode_frame(message)
+    assert frame_lengths(pieces[0]) == (len(pieces[1]), sum(map(len, pieces[2:])))
+    came = decode_frame(pieces[1], b"".join(pieces[2:]))
     part = came["request"].messages[0].parts[0]
     assert part.image.tobytes() == picture.tobytes()
     assert [(type(e), e.message, e.hint) for e in came.pop("errors")] == [
@@ -474,7 +474,7 @@ def test_what_is_sent_is_what_comes(value: Any, text: str) -> None:
 
 @given(text=st.binary(max_size=200), head=st.binary(min_size=HEAD_BYTES, max_size=HEAD_BYTES))
 def test_nonsense_is_an_input_error(text: bytes, head: bytes) -> None:
-    for read in (lambda: lengths(head), lambda: unpacked(text, b"")):
+    for read in (lambda: frame_lengths(head), lambda: decode_frame(text, b"")):
         try:
             read()
         except InputError:

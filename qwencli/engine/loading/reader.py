@@ -44,7 +44,7 @@ DTYPES = {
 AGAIN = "download the model again"
 
 
-class Reading:
+class PendingRead:
     """A tensor on its way to its place; `wait` before it is used."""
 
     def __init__(self, reader: Reader, pieces: Sequence[tuple[_Piece, Future[_Staging | None]]]):
@@ -99,10 +99,10 @@ class Reader:
 
     def read(self, source: StoredTensor, to: torch.Tensor) -> None:
         """Fill the flat tensor `to` with the values of `source`, converted to its type. Raises as
-        `Reading.wait`."""
+        `PendingRead.wait`."""
         self.begin(source, to).wait()
 
-    def begin(self, source: StoredTensor, to: torch.Tensor) -> Reading:
+    def begin(self, source: StoredTensor, to: torch.Tensor) -> PendingRead:
         """Begin to `read`; what the current stream has yet to do to `to` comes first."""
         dtype = DTYPES[source.dtype]
         direct = to.device.type == "cpu" and to.dtype == dtype
@@ -118,7 +118,7 @@ class Reader:
             for start in range(0, math.prod(source.shape), step)
         ]
         work = self._read_directly if direct else self._read_through
-        return Reading(self, [(piece, self._pool.submit(work, piece)) for piece in pieces])
+        return PendingRead(self, [(piece, self._pool.submit(work, piece)) for piece in pieces])
 
     def finish(self, piece: _Piece, staging: _Staging) -> None:
         """Have a piece where it belongs that was read into the ring, for the current stream."""
@@ -140,7 +140,7 @@ class Reader:
         reading.wait()
         return to
 
-    def begin_as_stored(self, source: StoredTensor) -> tuple[torch.Tensor, Reading]:
+    def begin_as_stored(self, source: StoredTensor) -> tuple[torch.Tensor, PendingRead]:
         """Begin `as_stored`."""
         if source.dtype not in DTYPES:
             raise ModelFileError(

@@ -17,19 +17,19 @@ from qwencli.errors import DownloadError, ModelFileError, QwenCliError
 from qwencli.models import hub
 from qwencli.models.folder import check_folder
 from qwencli.models.hub import cached_repos, download, find_cached, unfinished_downloads
-from qwencli.models.resolve import Places, resolve_model
+from qwencli.models.resolve import SearchPaths, resolve_model
 
 Made = Callable[[str], Path]
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Places:
-    return Places(working_folder=tmp_path, config_folder=tmp_path / "config", environ={})
+def here(tmp_path: Path) -> SearchPaths:
+    return SearchPaths(working_folder=tmp_path, config_folder=tmp_path / "config", environ={})
 
 
-def refused(name: str, here: Places) -> QwenCliError:
+def refused(name: str, here: SearchPaths) -> QwenCliError:
     with pytest.raises(QwenCliError) as caught:
-        check_folder(resolve_model(name, places=here).path or Path("not local"))
+        check_folder(resolve_model(name, search_paths=here).path or Path("not local"))
     assert "\n" not in caught.value.message
     return caught.value
 
@@ -52,7 +52,7 @@ def refused(name: str, here: Places) -> QwenCliError:
     ],
 )
 def test_what_is_no_model_folder_is_named(
-    here: Places, files: dict[str, str], given: str, said: str, todo: str
+    here: SearchPaths, files: dict[str, str], given: str, said: str, todo: str
 ) -> None:
     for name, text in files.items():
         path = here.working_folder / "m" / name
@@ -63,18 +63,18 @@ def test_what_is_no_model_folder_is_named(
         assert said in error.message and todo in error.hint
 
 
-def test_an_existing_path_is_no_hub_id(here: Places) -> None:
+def test_an_existing_path_is_no_hub_id(here: SearchPaths) -> None:
     (here.working_folder / "a" / "b" / "notes").mkdir(parents=True)
     error = refused("a/b", here)
     assert isinstance(error, ModelFileError)
     assert "no config.json" in error.message and "on the hub" in error.hint
     (here.working_folder / "a" / "c.gguf").write_bytes(b"GGUF")
     assert "a GGUF file" in refused("a/c.gguf", here).message
-    assert resolve_model("a/d", places=here).repo_id == "a/d"
+    assert resolve_model("a/d", search_paths=here).repo_id == "a/d"
 
 
 def test_an_adapter_beside_a_configuration_is_one_too(
-    checkpoint: Made, tmp_path: Path, here: Places
+    checkpoint: Made, tmp_path: Path, here: SearchPaths
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(checkpoint("qwen3"), folder)
@@ -83,7 +83,7 @@ def test_an_adapter_beside_a_configuration_is_one_too(
     assert "is a LoRA adapter" in refused(str(folder), here).message
 
 
-def test_quantized_for_mlx(checkpoint: Made, tmp_path: Path, here: Places) -> None:
+def test_quantized_for_mlx(checkpoint: Made, tmp_path: Path, here: SearchPaths) -> None:
     folder = tmp_path / "model"
     shutil.copytree(checkpoint("qwen3"), folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ def test_quantized_for_mlx(checkpoint: Made, tmp_path: Path, here: Places) -> No
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_git_lfs_pointers(checkpoint: Made, tmp_path: Path, here: Places, name: str) -> None:
+def test_git_lfs_pointers(checkpoint: Made, tmp_path: Path, here: SearchPaths, name: str) -> None:
     folder = tmp_path / "model"
     shutil.copytree(checkpoint("qwen3"), folder)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3995432\n"
@@ -157,7 +157,7 @@ def locked(tmp_path: Path) -> Iterator[Path]:
     folder.chmod(0o755)
 
 
-def test_a_model_folder_that_cannot_be_read(locked: Path, here: Places) -> None:
+def test_a_model_folder_that_cannot_be_read(locked: Path, here: SearchPaths) -> None:
     for place in (locked, locked / "inside"):
         with pytest.raises(ModelFileError, match="cannot be read") as caught:
             check_folder(place)
@@ -165,16 +165,16 @@ def test_a_model_folder_that_cannot_be_read(locked: Path, here: Places) -> None:
 
 
 def test_a_working_folder_that_cannot_be_read_has_no_models(locked: Path, tmp_path: Path) -> None:
-    places = Places(working_folder=locked, config_folder=tmp_path / "config", environ={})
-    assert not places.custom_models(None).specs
-    assert resolve_model("scenes", places=places).path is not None
-    assert resolve_model("a/d", places=places).repo_id == "a/d"
+    search_paths = SearchPaths(working_folder=locked, config_folder=tmp_path / "config", environ={})
+    assert not search_paths.custom_models(None).specs
+    assert resolve_model("scenes", search_paths=search_paths).path is not None
+    assert resolve_model("a/d", search_paths=search_paths).repo_id == "a/d"
 
 
 def test_a_configuration_that_cannot_be_read(locked: Path, tmp_path: Path) -> None:
-    places = Places(working_folder=tmp_path, config_folder=locked, environ={})
+    search_paths = SearchPaths(working_folder=tmp_path, config_folder=locked, environ={})
     with pytest.raises(QwenCliError, match="cannot be read") as caught:
-        resolve_model(None, places=places)
+        resolve_model(None, search_paths=search_paths)
     assert "permissions" in caught.value.hint
 
 
