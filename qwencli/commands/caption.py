@@ -84,7 +84,6 @@ def _caption(
     thinking_budget: int | None,
 ) -> None:
     # Here and not above: `--help` needs none of it.
-    from qwencli.commands.caption_folder import caption_folder
     from qwencli.commands.caption_options import CaptionJob, build_caption_config, is_set
     from qwencli.commands.captions import answer_pictures, print_captions
     from qwencli.dataset.named_inputs import named_inputs
@@ -111,6 +110,8 @@ def _caption(
     if whole_set or options.is_used:
         config = build_caption_config(options, run, prompt, preset, budget)
         if whole_set:
+            from qwencli.commands.caption_folder import caption_folder
+
             caption_folder(job, config, chosen)
         else:
             print_captions(job, config)

@@ -188,10 +188,10 @@ def is_set(inputs: Sequence[str | StdinPart], chosen: FolderOptions, frames: int
 
 def _is_folder(named: str, frames: int | None) -> bool:
     """Whether this is a folder of pictures; with `--frames` one without videos is one video."""
-    from qwencli.dataset.sources import VIDEO_SUFFIXES
-
     if not os.path.isdir(named):
         return False
+    from qwencli.dataset.sources import VIDEO_SUFFIXES
+
     moving = VIDEO_SUFFIXES | {".gif", ".apng", ".webp"}
     try:
         return frames is None or any(
