@@ -487,7 +487,10 @@ class EngineCore:
         answer, before = active.answer, active.sequence
         active.prompt = self._inputs.next_round(active.prompt, answer)
         if active.rest is not None:
-            active.rest = [*active.rest, *answer.fed.input_ids[before.num_prompt_tokens :]]
+            active.rest = [
+                *active.rest,
+                *answer.current_prompt.input_ids[before.num_prompt_tokens :],
+            ]
         active.sequence = Sequence(
             before.request,
             len(active.prompt.ids),

@@ -147,7 +147,11 @@ class InputProcessor:
     def next_round(self, prompt: RunnerPrompt, answer: ResponseBuilder) -> RunnerPrompt:
         """The prompt of an answer's next round: what was run before, and what is fed behind it."""
         return self._layouts.gone_on(
-            prompt, answer.fed.input_ids, answer.settings, sorted(answer.stop_ids), answer.matcher
+            prompt,
+            answer.current_prompt.input_ids,
+            answer.settings,
+            sorted(answer.stop_ids),
+            answer.matcher,
         )
 
     def close(self) -> None:

@@ -45,8 +45,8 @@ class ResponseBuilder:
         logprobs, bypass_caches: see `GenerationRequest`.
         stream: whether somebody reads what each token says.
 
-    Of the round that runs: `fed` is the prompt, of which rounds before have written the first
-    `num_written` tokens, `settings` how tokens are chosen and how many, `stop_ids` what ends it.
+    Of the round that runs: `current_prompt` is the prompt, of which rounds before have written the
+    first `num_written` tokens, `settings` how tokens are chosen and how many, `stop_ids` what ends it.
     """
 
     files: ModelFiles
@@ -65,7 +65,7 @@ class ResponseBuilder:
     def __post_init__(self) -> None:
         asked_to_stop = not self.sampling.ignore_eos
         self.stop_ids = frozenset(self.files.stop_token_ids if asked_to_stop else ())
-        self.fed, self.settings = self.prompt, self.sampling
+        self.current_prompt, self.settings = self.prompt, self.sampling
         self._held_later: TokenMatcher | None = None
         self._budget = self.prompt.budget
         if self._budget is not None:
@@ -143,7 +143,7 @@ class ResponseBuilder:
             # Numbers of its own: it would draw those of the thoughts again.
             seed=seed if seed < 0 else (seed + 1) & 0xFFFFFFFF,
         )
-        self.fed = replace(
+        self.current_prompt = replace(
             self.prompt, input_ids=[*self.prompt.input_ids, *self.token_ids, *begun], budget=None
         )
         self._num_before = len(self.token_ids)

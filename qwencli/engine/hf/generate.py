@@ -228,7 +228,7 @@ class Generation:
         processors = LogitsProcessorList()
         if self._answer.matcher is not None:
             vocab_size = self._answer.files.vocab_size
-            num_prompt_tokens = len(self._answer.fed.input_ids)
+            num_prompt_tokens = len(self._answer.current_prompt.input_ids)
             held = SchemaProcessor(self._answer.matcher, vocab_size, num_prompt_tokens)
             processors.append(held)
         without_grad = torch.no_grad() if self._overrides.no_grad else torch.inference_mode()
@@ -244,7 +244,7 @@ class Generation:
         recorder.flush()
 
     def _inputs(self) -> dict[str, Any]:
-        device, prompt = self._effective.device, self._answer.fed
+        device, prompt = self._effective.device, self._answer.current_prompt
         input_ids = torch.tensor([prompt.input_ids], dtype=torch.int64, device=device)
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if prompt.inputs is not None:

@@ -88,7 +88,7 @@ class Generation:
         self, answer: ResponseBuilder, keys: list[Key], digests: list[bytes], clock: EventTimer
     ) -> list[tuple[Mark, Mark]]:
         """Fill the cache with the prompt and choose the first token; returns vision's marks."""
-        prompt, state = answer.fed, self._state
+        prompt, state = answer.current_prompt, self._state
         vision: list[tuple[Mark, Mark]] = []
 
         def encode(indices: list[int]) -> Iterator[VisionFeatures]:
@@ -146,9 +146,9 @@ class Generation:
     ) -> Generator[GenerationChunk, None, _Round]:
         """One round of decoding (see `response`); returns vision's marks, the modes that ran, and
         what drafts did."""
-        state, first_slot = self._state, len(answer.fed.input_ids)
+        state, first_slot = self._state, len(answer.current_prompt.input_ids)
         steps = answer.settings.max_new_tokens - 1
-        keys, before = keys_of(answer.fed, digests), len(answer.token_ids)
+        keys, before = keys_of(answer.current_prompt, digests), len(answer.token_ids)
         with torch.inference_mode():
             state.kind = kind_of(answer.settings)
             strategy, effective = self._strategy_for(answer)
@@ -162,7 +162,7 @@ class Generation:
             if answer.matcher is None:
                 tokens = self._decode(clock, strategy, steps)
             else:
-                tokens = self._decode_held(clock, strategy, steps, answer.matcher)
+                tokens = self._decode_constrained(clock, strategy, steps, answer.matcher)
             for token_id, mark in tokens:
                 yield answer.add(token_id, mark)
                 if answer.round_over:
@@ -215,7 +215,7 @@ class Generation:
                 yield token, mark
                 given += 1
 
-    def _decode_held(
+    def _decode_constrained(
         self, clock: EventTimer, strategy: DecodeStrategy, steps: int, matcher: TokenMatcher
     ) -> Iterator[tuple[int, Mark]]:
         """`_decode` of an answer that is held to a schema.
