@@ -46,7 +46,7 @@ class ResponseBuilder:
         stream: whether somebody reads what each token says.
 
     Of the round that runs: `current_prompt` is the prompt, of which rounds before have written the
-    first `num_written` tokens, `settings` how tokens are chosen and how many, `stop_ids` what ends it.
+    first `num_written` tokens, `settings` how tokens are chosen, `stop_ids` what ends it.
     """
 
     files: ModelFiles
