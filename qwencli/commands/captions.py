@@ -183,7 +183,7 @@ class Captions:
             while due and due[0] in made:
                 self._print(made.pop(due.popleft()))
 
-        pipeline.keep(captioner.outcomes(tasks, lambda: False), _WritesNothing(), report)
+        pipeline.write_outcomes(captioner.outcomes(tasks, lambda: False), _WritesNothing(), report)
 
     def _print(self, outcome: Outcome) -> None:
         from qwencli.dataset.pipeline import Failed

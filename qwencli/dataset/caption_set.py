@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qwencli.dataset import pipeline
 from qwencli.dataset.manifest import STATE_FOLDER, Manifest, job_hash
 from qwencli.dataset.pipeline import Captioned, Outcome
-from qwencli.dataset.sinks import CaptionWriter, Sidecars, Sink, settle, write_whole
+from qwencli.dataset.sinks import CaptionWriter, Sidecars, Sink, recover, write_whole
 from qwencli.dataset.sources import PARTIAL_PREFIX, PARTIAL_SUFFIX, Listing
 from qwencli.dataset.tables import Table
 from qwencli.dataset.worklist import Worklist, WorklistOptions, plan_work
@@ -46,7 +46,7 @@ class CaptionSet:
     Args:
         root: the folder that captions go to.
         manifest: None for a look that changes nothing, where there is none yet.
-        settled: captions of a killed run that were brought to their files.
+        recovered: captions of a killed run that were brought to their files.
     """
 
     listing: Listing
@@ -56,14 +56,14 @@ class CaptionSet:
     work: Worklist
     manifest: Manifest | None
     settings: Mapping[str, Any]
-    settled: int = 0
+    recovered: int = 0
     totals: Totals = field(default_factory=Totals)
 
     def begin(self, report: Callable[[Outcome], None]) -> None:
         """Begin a run, or go on with one; what cannot be captioned at all is kept."""
         assert self.manifest is not None, "a set that is captioned has a manifest"
         self.manifest.begin(job_hash(self.settings), self.settings, self.work.going_on)
-        self.manifest.settle((), self.work.refused)
+        self.manifest.mark_done((), self.work.refused)
         for failed in self.work.refused:
             self._count(failed)
             report(failed)
@@ -95,12 +95,12 @@ class CaptionSet:
             report(made)
 
         try:
-            pipeline.keep(captioner.outcomes(self.work.tasks, stopping), writer, count)
+            pipeline.write_outcomes(captioner.outcomes(self.work.tasks, stopping), writer, count)
             done = self.totals.captioned + self.totals.failed - done_before
             self.totals.stopped = stopping() and done < len(self.work.tasks)
         finally:
             self.totals.seconds = time.perf_counter() - started_s
-            self.manifest.settle(self.sink.flush(at_once=True))
+            self.manifest.mark_done(self.sink.flush(at_once=True))
 
     def end(self) -> None:
         """Note that the run is through, or that it was stopped."""
@@ -196,7 +196,7 @@ def open_set(
     state = root / STATE_FOLDER
     path = state / manifest_name
     manifest = lock = None
-    settled = 0
+    recovered = 0
     if not look_only:
         try:
             state.mkdir(parents=True, exist_ok=True)
@@ -213,13 +213,13 @@ def open_set(
         if not look_only or path.exists():
             manifest = Manifest(path)
         if manifest is not None and not look_only:
-            slots = [each.slot for each in manifest.unsettled()]
+            slots = [each.slot for each in manifest.unfinished_writes()]
             sink.existing(slots)
-            settled = settle(manifest, sink)
+            recovered = recover(manifest, sink)
         if redo is not None:
             options = replace(options, redo=frozenset(manifest.matching(redo) if manifest else ()))
         work = plan_work(listing, options, sink, manifest, job_hash(settings))
-        yield CaptionSet(listing, root, sink, options, work, manifest, settings, settled)
+        yield CaptionSet(listing, root, sink, options, work, manifest, settings, recovered)
     finally:
         sink.close()
         if manifest is not None:

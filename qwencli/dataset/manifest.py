@@ -94,7 +94,7 @@ class PendingCaption:
 
 
 @dataclass(frozen=True, slots=True)
-class Unsettled:
+class UnfinishedWrite:
     """A caption whose file a killed run may have written, or not."""
 
     slot: Slot
@@ -154,13 +154,15 @@ class Manifest:
                 for key, field, sample, status, run, size, mtime_ns, reason in rows
             }
 
-    def unsettled(self) -> list[Unsettled]:
+    def unfinished_writes(self) -> list[UnfinishedWrite]:
         with self._failing():
             rows = self._db.execute(
                 "SELECT key, field, sample, coalesce(written, caption), kept "
                 "FROM captions WHERE status = 'writing'"
             )
-            return [Unsettled(Slot(_key(k), f, n), text, kept) for k, f, n, text, kept in rows]
+            return [
+                UnfinishedWrite(Slot(_key(k), f, n), text, kept) for k, f, n, text, kept in rows
+            ]
 
     def unfinished_run(self, job: str) -> int | None:
         """The newest run of this job, where it was stopped or killed."""
@@ -199,7 +201,7 @@ class Manifest:
                 "UPDATE runs SET ended = ?, outcome = ? WHERE id = ?", (_now(), outcome, self._run)
             )
 
-    def intend(self, captions: Sequence[PendingCaption], status: str = "writing") -> None:
+    def mark_writing(self, captions: Sequence[PendingCaption], status: str = "writing") -> None:
         """Note captions before their files are touched; on disk when this returns."""
         if not captions:
             return
@@ -210,7 +212,7 @@ class Manifest:
             self._db.executemany("INSERT OR IGNORE INTO prompts VALUES (?, ?)", prompts.items())
             self._db.executemany(_INSERT, [self._row(each, status, now) for each in captions])
 
-    def settle(self, done: Iterable[Slot], failed: Sequence[Failed] = ()) -> None:
+    def mark_done(self, done: Iterable[Slot], failed: Sequence[Failed] = ()) -> None:
         """Captions whose files are on disk, and what has none and why."""
         now = _now()
         with self._transaction():

@@ -201,7 +201,9 @@ def outcomes(
             yield outcome
 
 
-def keep(made: Iterable[Outcome], writer: Writer, report: Callable[[Outcome], None]) -> None:
+def write_outcomes(
+    made: Iterable[Outcome], writer: Writer, report: Callable[[Outcome], None]
+) -> None:
     """Keep outcomes as they are made; returns when all of it is written.
 
     Args:

@@ -186,11 +186,11 @@ def _counts(whole: CaptionSet, extension: str) -> list[str]:
     ]
     if left_out:
         lines.append(f"left out: {', '.join(left_out)}")
-    if whole.settled:
+    if whole.recovered:
         lines.append(
             "1 caption of a run that was killed is in its file now"
-            if whole.settled == 1
-            else f"{whole.settled} captions of a run that was killed are in their files now"
+            if whole.recovered == 1
+            else f"{whole.recovered} captions of a run that was killed are in their files now"
         )
     if work.num_changed:
         lines.append(

@@ -260,23 +260,23 @@ class CaptionWriter:
             OutputError: the manifest takes nothing any more, or so many files in a row.
         """
         kept: list[Outcome] = []
-        intended: list[PendingCaption] = []
+        pending: list[PendingCaption] = []
         for outcome in outcomes:
             try:
                 if isinstance(outcome, Captioned):
-                    intended.append(self._composed(outcome))
+                    pending.append(self._composed(outcome))
                 else:
                     kept.append(outcome)
             except OutputError as error:
                 kept.append(Failed(outcome.task, error))
-        self._manifest.intend(intended)
-        errors = self._sink.write([(each.captioned.task.slot, each.text) for each in intended])
-        for written, refused in zip(intended, errors, strict=True):
+        self._manifest.mark_writing(pending)
+        errors = self._sink.write([(each.captioned.task.slot, each.text) for each in pending])
+        for written, refused in zip(pending, errors, strict=True):
             self._failed_in_a_row = self._failed_in_a_row + 1 if refused else 0
             task = written.captioned.task
             kept.append(written.captioned if refused is None else Failed(task, refused))
         failed = [outcome for outcome in kept if isinstance(outcome, Failed)]
-        self._manifest.settle(self._sink.flush(at_once=False), failed)
+        self._manifest.mark_done(self._sink.flush(at_once=False), failed)
         if self._failed_in_a_row >= MOST_UNWRITTEN:
             last = next(refused for refused in reversed(errors) if refused)
             raise OutputError(f"{last.message}, nor were {MOST_UNWRITTEN - 1} before it", last.hint)
@@ -295,13 +295,13 @@ class CaptionWriter:
         return PendingCaption(captioned, text, before)
 
 
-def settle(manifest: Manifest, sink: Sink) -> int:
+def recover(manifest: Manifest, sink: Sink) -> int:
     """Write what a killed run had begun to write; returns how many captions that gave.
 
     What stands in a file that somebody has changed since stays, and its caption is forgotten.
     """
     to_write, done, gone = [], [], []
-    for each in manifest.unsettled():
+    for each in manifest.unfinished_writes():
         try:
             now = sink.read(each.slot)
         except OutputError:
@@ -317,5 +317,5 @@ def settle(manifest: Manifest, sink: Sink) -> int:
     gone += [slot for (slot, _), error in zip(to_write, errors, strict=True) if error]
     done += sink.flush(at_once=True)
     manifest.forget(gone)
-    manifest.settle(done)
+    manifest.mark_done(done)
     return len(done)

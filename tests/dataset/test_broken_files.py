@@ -121,7 +121,7 @@ def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(caption, pictures, ca
     assert len(captions(folder)) == 60 and captions(folder).items() >= written.items()
 
 
-@pytest.mark.parametrize("statement", ["settle", "intend"])
+@pytest.mark.parametrize("statement", ["mark_done", "mark_writing"])
 def test_a_manifest_that_cannot_be_written_is_one_line(
     caption, pictures, capsys, monkeypatch, statement
 ):
