@@ -35,10 +35,10 @@ def caption_folder(values: Values) -> tuple[Any, ...]:
     from qwencli.dataset.caption_format import CaptionFormat
     from qwencli.dataset.caption_processor import CaptionConfig, CaptionProcessor
     from qwencli.dataset.caption_set import open_set, output_place
+    from qwencli.dataset.caption_worker import LocalCaptioner
     from qwencli.dataset.pipeline import Captioned, Outcome
     from qwencli.dataset.prompting import Template, prompt_set
     from qwencli.dataset.sources import Listing
-    from qwencli.dataset.worker import LocalCaptioner
     from qwencli.dataset.worklist import WorklistOptions
 
     listing = _listing(values)
@@ -213,9 +213,9 @@ def _shaped(values: Values, batch: Batch, caption_config: CaptionConfig) -> tupl
         QwenCliError: the first picture that has no such answer.
     """
     from qwencli.dataset.caption_processor import CaptionProcessor
+    from qwencli.dataset.caption_worker import adapt_to_model
     from qwencli.dataset.pipeline import Failed, Outcome, Task, outcomes
     from qwencli.dataset.sources import Item, Listing
-    from qwencli.dataset.worker import adapt_to_model
 
     parts = {batch.name_of(index): index for index in range(len(batch))}
     tasks = [Task(Item(name)) for name in parts]

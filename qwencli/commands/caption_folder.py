@@ -26,8 +26,8 @@ from qwencli.output import Output
 if TYPE_CHECKING:
     from qwencli.config import EngineConfig
     from qwencli.dataset.caption_processor import CaptionConfig, CaptionProcessor
+    from qwencli.dataset.caption_worker import Captioner
     from qwencli.dataset.pipeline import Outcome
-    from qwencli.dataset.worker import Captioner
 
 # Options that choose what computes: other captions may come of them.
 _COMPUTES = (
@@ -164,9 +164,9 @@ def _captioner(
 ) -> Iterator[Captioner]:
     """What makes `count` captions: workers of a cluster, or on devices, or an engine right here."""
     from qwencli.commands.requests import fetch_model, running_engine
+    from qwencli.dataset.caption_worker import LocalCaptioner, WorkerConfig
     from qwencli.dataset.devices import DeviceWorkers
     from qwencli.dataset.ray_cluster import RayWorkers
-    from qwencli.dataset.worker import LocalCaptioner, WorkerConfig
 
     if not devices and ray is None:
         with running_engine(config, sink, keep_s) as engine:

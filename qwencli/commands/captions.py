@@ -36,9 +36,9 @@ from qwencli.tracing import trace_answer
 
 if TYPE_CHECKING:
     from qwencli.dataset.caption_processor import CaptionConfig
+    from qwencli.dataset.caption_worker import Captioner
     from qwencli.dataset.pipeline import Outcome, Task
     from qwencli.dataset.sources import Slot
-    from qwencli.dataset.worker import Captioner
     from qwencli.engine.protocol import Engine
     from qwencli.results import GenerationResult
 
@@ -311,9 +311,9 @@ def print_captions(job: CaptionJob, config: CaptionConfig) -> None:
     from qwencli.commands.requests import running_engine, system_messages
     from qwencli.dataset.boxes import Overlays
     from qwencli.dataset.caption_processor import CaptionProcessor
+    from qwencli.dataset.caption_worker import LocalCaptioner
     from qwencli.dataset.pipeline import Task
     from qwencli.dataset.sources import Item, Listing
-    from qwencli.dataset.worker import LocalCaptioner
 
     run, sink, frames = job.run, job.sink, job.frames
     named = {str(each): each for each in job.inputs}

@@ -43,7 +43,7 @@ def report(
 ) -> None:
     """Make a contact sheet of a captioned folder: one HTML page that says where to look."""
     from qwencli.dataset.report.contact_sheet import contact_sheet, write_sheet
-    from qwencli.dataset.report.pictures import inspect_pictures, thumbnail_side
+    from qwencli.dataset.report.picture_inspection import inspect_pictures, thumbnail_side
     from qwencli.dataset.report.set_reader import read_set
     from qwencli.dataset.report.survey import surveyed
 

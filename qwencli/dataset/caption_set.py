@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwencli.dataset import pipeline
+from qwencli.dataset.caption_tables import Table
 from qwencli.dataset.manifest import STATE_FOLDER, Manifest, job_hash
 from qwencli.dataset.pipeline import Captioned, Outcome
 from qwencli.dataset.sinks import CaptionWriter, Sidecars, Sink, recover, write_whole
 from qwencli.dataset.sources import PARTIAL_PREFIX, PARTIAL_SUFFIX, Listing
-from qwencli.dataset.tables import Table
 from qwencli.dataset.worklist import Worklist, WorklistOptions, plan_work
 from qwencli.errors import DatasetError, OutputError, UsageError
 from qwencli.folder_lock import FolderLock
 
 if TYPE_CHECKING:
-    from qwencli.dataset.worker import Captioner
+    from qwencli.dataset.caption_worker import Captioner
 
 FAILURES, MANIFEST = "failures.jsonl", "manifest.sqlite"
 _HELD = "wait for it to end, or stop it; the same command goes on then"

@@ -22,8 +22,14 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import connection, resource_tracker
 from typing import TYPE_CHECKING, Any, Self
 
+from qwencli.dataset.caption_worker import (
+    Facts,
+    WorkerConfig,
+    WorkerReady,
+    joined_facts,
+    run_worker,
+)
 from qwencli.dataset.pipeline import Failed, Outcome, Task
-from qwencli.dataset.worker import Facts, WorkerConfig, WorkerReady, joined_facts, run_worker
 from qwencli.errors import CaptionError, DatasetError, DeviceError, QwenCliError, UsageError
 
 if TYPE_CHECKING:

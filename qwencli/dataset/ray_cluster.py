@@ -21,8 +21,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Self
 
+from qwencli.dataset.caption_worker import (
+    Facts,
+    WorkerConfig,
+    WorkerReady,
+    joined_facts,
+    run_worker,
+)
 from qwencli.dataset.pipeline import Outcome, Task
-from qwencli.dataset.worker import Facts, WorkerConfig, WorkerReady, joined_facts, run_worker
 from qwencli.errors import DatasetError, MissingDependencyError, QwenCliError
 from qwencli.output import counted
 

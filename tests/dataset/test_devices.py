@@ -18,9 +18,9 @@ from qwencli.commands.caption_options import CaptionOptions, build_caption_confi
 from qwencli.commands.options import RunOptions
 from qwencli.config import EngineConfig, SamplingOptions
 from qwencli.dataset.caption_processor import CaptionProcessor
+from qwencli.dataset.caption_worker import WorkerConfig
 from qwencli.dataset.devices import as_named, named_devices
 from qwencli.dataset.sources import Listing
-from qwencli.dataset.worker import WorkerConfig
 from qwencli.errors import DeviceError, ModelError, UsageError
 from qwencli.models.resolve import resolve_model
 from tests.dataset.conftest import captions, failures

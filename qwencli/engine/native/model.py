@@ -23,7 +23,7 @@ from qwencli.engine.cache.paged_kv import (
 )
 from qwencli.engine.cache.recurrent_state import RecurrentStates
 from qwencli.engine.layers.decoder import Decoder, DeepStack
-from qwencli.engine.layers.mtp import DraftHead
+from qwencli.engine.layers.draft_head import DraftHead
 from qwencli.engine.layers.vision_layout import Grid
 from qwencli.engine.layers.vision_tower import VisionFeatures, VisionTower
 from qwencli.engine.loading import weights as loader

@@ -1,4 +1,4 @@
-"""Tokens drafted by the model's own head, all on the device; see `layers.mtp`.
+"""Tokens drafted by the model's own head, all on the device; see `layers.draft_head`.
 
 The head goes over the tokens of a step as soon as it is known which of them were right, and guesses
 one token behind the last of those; each further guess is one more pass of it over a token a row. So

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from qwencli.dataset.report.contact_sheet import CHUNK, contact_sheet, write_sheet
-from qwencli.dataset.report.pictures import inspect_pictures, thumbnail_side
+from qwencli.dataset.report.picture_inspection import inspect_pictures, thumbnail_side
 from qwencli.dataset.report.survey import Entry, surveyed
 from tests.dataset.report.test_survey import scene
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qwencli.config import Quantization
 from qwencli.engine.cache.paged_kv import DecodePages
-from qwencli.engine.layers.mtp import draft_projection
+from qwencli.engine.layers.draft_head import draft_projection
 from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.prompt_batch import pack_prompts

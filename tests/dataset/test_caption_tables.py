@@ -53,7 +53,7 @@ def test_a_file_of_captions(caption, pictures, engine, name):
 def test_rows_of_others_stay(caption, pictures, name, tmp_path):
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow")
-    from qwencli.dataset.tables import FORMATS
+    from qwencli.dataset.caption_tables import FORMATS
 
     folder = pictures("a.png", "b.png", "c.png")
     path = folder / name
