@@ -56,6 +56,8 @@ from qwencli.server.engine_thread import EngineThread
 CHAT = "/v1/chat/completions"
 QUESTION = "Describe this image."
 CLIENTS_A_PROCESS = 16
+# Longer than the server takes to give an answer up.
+PATIENCE_S = 1000.0
 
 
 def picture(side: int, number: int) -> Image.Image:
@@ -263,7 +265,7 @@ async def rough(address: str, options: argparse.Namespace, count: int) -> dict[s
         return "cut off" if caption_config == "cut off" else str(reply.status_code)
 
     async def one() -> None:
-        async with httpx.AsyncClient(base_url=address, timeout=120) as client:
+        async with httpx.AsyncClient(base_url=address, timeout=PATIENCE_S) as client:
             for number, caption_config in numbers:
                 try:
                     answer = await ask(client, number, caption_config)

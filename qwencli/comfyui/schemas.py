@@ -346,9 +346,11 @@ STRUCTURED_CAPTION = Node(
             "schema",
             Kind.STRING,
             "A JSON schema.",
-            '{"type": "object", "properties": {"subject": {"type": "string"}, '
-            '"colours": {"type": "array", "items": {"type": "string"}}}, '
-            '"required": ["subject", "colours"]}',
+            # Bounds, so that no model goes on until its tokens are used up.
+            '{"type": "object", "properties": {"subject": {"type": "string", "maxLength": 80}, '
+            '"colours": {"type": "array", "maxItems": 6, "items": {"type": "string", '
+            '"maxLength": 20}}}, "required": ["subject", "colours"], '
+            '"additionalProperties": false}',
             multiline=True,
         ),
         Input("prompt", Kind.STRING, "What to ask; empty: what the schema asks for.", "",

@@ -88,19 +88,74 @@ def test_a_converted_graph(
     assert text == SCENE
 
 
-def test_an_example_workflow(graph: Graph, management: Management) -> None:
-    path = EXAMPLES.parent / "comfyui_nodes" / "example_workflows" / "1-caption-a-picture.json"
-    (node,) = [
-        each
-        for each in json.loads(path.read_text("utf-8"))["nodes"]
-        if each["type"] == "QwencliCaption"
-    ]
-    values = node["widgets_values"]
-    values.remove("randomize")
-    names = [each.id for each in NODES["QwencliCaption"].widgets]
-    inputs = dict(zip(names, values, strict=True)) | BASE
-    text, _, _ = graph.one("QwencliCaption", images=["scene"], **inputs)
+def example_workflow(name: str, **sources: str) -> dict[str, dict[str, Any]]:
+    """An example as the editor sends it to be run, with our nodes alone.
+
+    Args:
+        sources: what stands for the pictures that come from a node of ComfyUI's own.
+    """
+    folder = EXAMPLES.parent / "comfyui_nodes" / "example_workflows"
+    drawn = json.loads((folder / f"{name}.json").read_text("utf-8"))
+    kinds = {each["id"]: each["type"] for each in drawn["nodes"]}
+    links = {link[0]: (str(link[1]), link[2]) for link in drawn["links"]}
+    made: dict[str, dict[str, Any]] = {}
+    for each in drawn["nodes"]:
+        node = NODES.get(each["type"])
+        if node is None:
+            continue
+        values = [value for value in each["widgets_values"] if value != "randomize"]
+        inputs = dict(zip((widget.id for widget in node.widgets), values, strict=True))
+        for socket in each["inputs"]:
+            if socket["link"] is not None:
+                origin, slot = links[socket["link"]]
+                own = kinds[int(origin)] in NODES
+                inputs[socket["name"]] = [origin, slot] if own else [sources[socket["name"]]]
+        made[str(each["id"])] = {"class_type": each["type"], "inputs": inputs}
+    return made
+
+
+def run_example(graph: Graph, name: str, kind: str, **said: Any) -> tuple[Any, ...]:
+    """The outputs of the node of this kind, with the bundled model and little randomness."""
+    example = example_workflow(name, images=said.pop("images", "scene"))
+    for node in example.values():
+        if node["class_type"] != "QwencliEngine":
+            node["inputs"] |= BASE
+    (number,) = [n for n, node in example.items() if node["class_type"] == kind]
+    example[number]["inputs"] |= said
+    return graph.run(example, number)
+
+
+def test_the_examples_of_captions(graph: Graph, management: Management) -> None:
+    text, _, _ = run_example(graph, "1-caption-a-picture", "QwencliCaption")
     assert text == SCENE
+    _, texts, statistics = run_example(graph, "2-caption-a-batch", "QwencliCaption", images="batch")
+    assert len(texts) == 3 and statistics.startswith("3 answers, ")
+
+
+def test_the_example_of_a_folder(graph: Graph, management: Management, tmp_path: Path) -> None:
+    shutil.copy(EXAMPLES / "scene.png", tmp_path)
+    (tmp_path / "broken.png").write_text("no picture")
+    summary, captioned, failed, _ = run_example(
+        graph, "4-caption-a-folder", "QwencliCaptionFolder", path=str(tmp_path)
+    )
+    assert (captioned, failed) == (1, 1) and "broken.png is not a picture" in summary
+    assert (tmp_path / "scene.txt").read_text("utf-8").strip() == SCENE
+
+
+def test_the_example_of_boxes_and_json(graph: Graph, management: Management) -> None:
+    drawn, boxes, mask, _ = run_example(graph, "5-boxes-and-json", "QwencliBoxes")
+    assert drawn.shape == graph.sources["scene"].shape and mask.shape == drawn.shape[:3]
+    assert [type(json.loads(each)) for each in boxes] == [list]
+    # The default schema has bounds: a model that knows no JSON comes to an end of it too.
+    one, _, _ = run_example(
+        graph, "5-boxes-and-json", "QwencliStructuredCaption", max_new_tokens=256
+    )
+    assert set(json.loads(one)) == {"subject", "colours"}
+
+
+def test_the_example_of_a_chat(graph: Graph, management: Management) -> None:
+    text, texts, statistics = run_example(graph, "6-write-a-prompt", "QwencliChat")
+    assert text and texts == [text] and "0 of images" in statistics
 
 
 def test_example_workflows_have_a_value_for_each_widget() -> None:

@@ -174,7 +174,7 @@ def texts() -> dict[Path, str]:
     }
 
 
-_RUN = """(async (graph, run) => {
+_SHOW = """(async (graph, run) => {
   await app.extensionManager.setting.set('Comfy.TutorialCompleted', true);
   await app.loadGraphData(graph);
   await new Promise(done => setTimeout(done, 1500));
@@ -189,17 +189,15 @@ _RUN = """(async (graph, run) => {
   app.canvas.ds.scale = 1;
   app.canvas.ds.offset = [x - left, y - top];
   app.canvas.setDirty(true, true);
-  let failed = '';
+  window.ran = {over: !run, failed: ''};
   if (run) {
-    app.api.addEventListener('execution_error', e => { failed = e.detail.exception_message; });
-    let over = false;
+    const ran = window.ran;
+    app.api.addEventListener('execution_error', e => { ran.failed = e.detail.exception_message; });
     for (const name of ['execution_success', 'execution_error', 'execution_interrupted'])
-      app.api.addEventListener(name, () => { over = true; });
+      app.api.addEventListener(name, () => { ran.over = true; });
     await app.queuePrompt(0, 1);
-    for (let i = 0; i < 260 && !over; i++) await new Promise(done => setTimeout(done, 100));
   }
-  await new Promise(done => setTimeout(done, 1500));
-  return [place.x + x, place.y + y, right - left, bottom - top, failed];
+  return [place.x + x, place.y + y, right - left, bottom - top];
 })"""
 
 
@@ -213,8 +211,11 @@ def photograph(address: str) -> None:
         for name, nodes in examples().items():
             graph = json.dumps(workflow(nodes))
             run = json.dumps(name in RUN)
-            x, y, width, height, failed = page.run(f"{_RUN}({graph}, {run})")
+            x, y, width, height = page.run(f"{_SHOW}({graph}, {run})")
+            page.wait_for("window.ran.over", 240)
+            failed = page.run("window.ran.failed")
             assert not failed, f"{name}: {failed}"
+            time.sleep(2)
             clip = {"x": x, "y": y, "width": width, "height": height, "scale": 0.6}
             shot = page.ask("Page.captureScreenshot", format="jpeg", quality=82, clip=clip)
             (TARGET / f"{name}.jpg").write_bytes(base64.b64decode(shot["data"]))
