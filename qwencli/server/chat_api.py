@@ -311,8 +311,9 @@ class ChatFormat:
         self._with_usage = body.stream_options is not None and body.stream_options.include_usage
         self.id, self._model = f"chatcmpl-{secrets.token_hex(12)}", model
         self._created = int(time.time())
-        # What stands around the text of an event that has nothing else: most have not.
-        self._before, _, self._after = self._event({"content": ""}).rpartition(b'""')
+        # What stands before the delta of each event.
+        head = _json_bytes(self._head("chat.completion.chunk")).removesuffix(b"}")
+        self._before = b'data: %b,"choices":[{"index":0,"delta":' % head
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
@@ -338,7 +339,7 @@ class ChatFormat:
         }
 
     def begin(self) -> Iterator[bytes]:
-        yield self._event({"role": "assistant", "content": ""})
+        yield self._plain({"role": "assistant", "content": ""})
 
     def events(self, pieces: Sequence[GenerationChunk]) -> Iterator[bytes]:
         """Pieces that have come together are one event."""
@@ -352,7 +353,7 @@ class ChatFormat:
             delta["content"] = text
         logprobs = self._logprobs(pieces)
         if text and not (thoughts or logprobs):
-            yield self._before + _json_bytes(text) + self._after
+            yield self._plain({"content": text})
         elif delta or (logprobs and logprobs["content"]):
             yield self._event(delta, logprobs=logprobs)
         for call in calls:
@@ -378,6 +379,11 @@ class ChatFormat:
             ],
             "refusal": None,
         }
+
+    def _plain(self, delta: Mapping[str, str]) -> bytes:
+        """An event with nothing but a delta, as most are."""
+        after = b',"logprobs":null,"finish_reason":null}]}\n\n'
+        return self._before + _json_bytes(delta) + after
 
     def _event(
         self,

@@ -13,7 +13,6 @@ from typing import Any
 import h11
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwencli.errors import UsageError
@@ -93,14 +92,15 @@ class Stream:
 
     def __init__(self, connection: _Connection, headers: Sequence[tuple[bytes, bytes]]) -> None:
         self._connection, self._cycle = connection, connection.cycle
-        asked_to_close = CLOSE_HEADER in self._cycle.scope["headers"]
-        told = [*self._cycle.default_headers, *headers, *([CLOSE_HEADER] if asked_to_close else [])]
         self._chunked = self._cycle.scope["http_version"] == "1.1"
         self._cycle.response_started, self._cycle.waiting_for_100_continue = True, False
         self._head = b""
         if not self._cycle.disconnected:
-            response = h11.Response(status_code=200, headers=told, reason=b"OK")
-            self._head = connection.conn.send(response) or b""
+            # h11 says how the answer ends, and takes 0.1 ms to look at headers that it knows not.
+            response = h11.Response(status_code=200, headers=[], reason=b"OK")
+            begun = (connection.conn.send(response) or b"").removesuffix(b"\r\n")
+            told = [b"%b: %b\r\n" % each for each in (*self._cycle.default_headers, *headers)]
+            self._head = b"".join((begun, *told, b"\r\n"))
 
     @property
     def is_full(self) -> bool:
