@@ -34,7 +34,7 @@ from qwencli.engine.request import (
     Sequence,
     StepOutput,
 )
-from qwencli.engine.response import Odds, ResponseBuilder
+from qwencli.engine.response import ResponseBuilder, StepLogprobs
 from qwencli.engine.runner import ModelRunner, TokenCopy, Unsampled, VerifyCopy
 from qwencli.engine.runner_prompt import RunnerPrompt
 from qwencli.engine.scheduler import Scheduler
@@ -287,7 +287,7 @@ class EngineCore:
     def _draft_size(self, decode: list[Sequence], prompts: list[RunnerPrompt]) -> int:
         """How many tokens of each row the next step checks; 0 = it is an ordinary one."""
         may_draft = self._runner.may_draft
-        drafted = (may_draft(prompt.sampling) and not prompt.with_odds for prompt in prompts)
+        drafted = (may_draft(prompt.sampling) and not prompt.with_logprobs for prompt in prompts)
         if self._drafts is None or not all(drafted):
             return 0
         texts = [self._active[each.request].acceptance for each in decode]
@@ -378,16 +378,16 @@ class EngineCore:
             before, self._read_mark = self._read_mark, copy.mark
             if isinstance(copy, VerifyCopy):
                 given = self._verified(copy, before if step.alone else None)
-                told: list[Odds | None] = [None] * len(given)
+                told: list[StepLogprobs | None] = [None] * len(given)
             else:
                 given = [[token] for token in copy.read()]
-                told = copy.read_odds()
-            for sequence, tokens, odds in zip(copy.sequences, given, told, strict=True):
+                told = copy.read_logprobs()
+            for sequence, tokens, logprobs in zip(copy.sequences, given, told, strict=True):
                 active = self._still(sequence)
                 if active is not None:  # else it ended before, and this step ran it in vain
                     try:
                         for token in tokens:
-                            outputs += self._take(active, token, copy.mark, odds)
+                            outputs += self._take(active, token, copy.mark, logprobs)
                             if self._still(sequence) is None:
                                 break
                     except Exception as error:  # noqa: BLE001  others go on
@@ -444,10 +444,12 @@ class EngineCore:
         active = self._active.get(sequence.request)
         return active if active is not None and active.sequence is sequence else None
 
-    def _take(self, active: _Active, token: int, mark: Mark, odds: Odds | None) -> list[StepOutput]:
+    def _take(
+        self, active: _Active, token: int, mark: Mark, logprobs: StepLogprobs | None
+    ) -> list[StepOutput]:
         """Add a token to its answer, and end the answer where that is the last one."""
         answer, request = active.answer, active.sequence.request
-        answer.append(token, mark, odds)
+        answer.append(token, mark, logprobs)
         outputs: list[StepOutput] = []
         if len(answer.token_ids) == 1:
             outputs.append(StepOutput(request, answer.chunk()))

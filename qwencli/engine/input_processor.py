@@ -181,9 +181,9 @@ class InputProcessor:
             pages = page_keys(keys, PAGE_SIZE)
             rest = keys[len(pages) * PAGE_SIZE :]
         stop_ids = sorted(answer.stop_ids)
-        with_odds = asked.logprobs is not None
+        with_logprobs = asked.logprobs is not None
         laid_out = self._layouts.laid_out(
-            prompt, digests, answer.settings, stop_ids, answer.matcher, with_odds
+            prompt, digests, answer.settings, stop_ids, answer.matcher, with_logprobs
         )
         if prompt.inputs is not None:
             # What the runner has it needs once; an answer lives longer.

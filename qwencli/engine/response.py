@@ -30,7 +30,7 @@ from qwencli.results import (
 from qwencli.tracing import span
 
 # Log-probabilities of a token and of the likeliest in its place, and the ids of those.
-Odds = tuple[list[float], list[int]]
+StepLogprobs = tuple[list[float], list[int]]
 
 
 @dataclass
@@ -79,7 +79,7 @@ class ResponseBuilder:
         self._stops = StopStringBuffer(self.sampling.stop if asked_to_stop else ())
         self._detokenizer = self.files.detokenizer()
         self._splitter = ThoughtSplitter(inside=self.prompt.opens_thought)
-        self._odds: list[Odds | None] = []
+        self._step_logprobs: list[StepLogprobs | None] = []
         # The text, and what of it no chunk has told. Of `token_ids`, how many are in it and told.
         self._thoughts: list[str] = []
         self._text: list[str] = []
@@ -154,31 +154,33 @@ class ResponseBuilder:
         self.token_ids += forced
         self.marks += [self.marks[-1]] * len(forced)
         if self.logprobs is not None:
-            self._odds += [None] * len(forced)
+            self._step_logprobs += [None] * len(forced)
         self.num_thinking_tokens += len(forced)
         self._num_spoken += len(forced)
         self._say(*self._splitter.push(self._detokenizer.push(forced)))
 
-    def add(self, token_id: int, mark: Mark, odds: Odds | None = None) -> GenerationChunk:
+    def add(
+        self, token_id: int, mark: Mark, logprobs: StepLogprobs | None = None
+    ) -> GenerationChunk:
         """`append` a token; what it says."""
-        self.append(token_id, mark, odds)
+        self.append(token_id, mark, logprobs)
         return self.chunk()
 
-    def append(self, token_id: int, mark: Mark, odds: Odds | None = None) -> None:
+    def append(self, token_id: int, mark: Mark, logprobs: StepLogprobs | None = None) -> None:
         """Append a token; a stop token ends the answer and is not part of its text. Text is made
         when somebody asks for it.
 
         Tokens that were chosen together come with the same mark.
 
         Args:
-            odds: where a step told them.
+            logprobs: where a step told them.
         """
         self.token_ids.append(token_id)
         self.marks.append(mark)
         if self.matcher is not None:
             self.matcher.accept(token_id)
         if self.logprobs is not None:
-            self._odds.append(odds)
+            self._step_logprobs.append(logprobs)
         if self._stops.any and not self._at_stop_token:
             self._speak()
 
@@ -222,9 +224,9 @@ class ResponseBuilder:
     def _logprobs(self, first: int) -> tuple[TokenLogprobs, ...]:
         tokenizer, told = self.files.prompts.tokenizer, []
         spoken = slice(first, self._num_spoken)
-        for id_, odds in zip(self.token_ids[spoken], self._odds[spoken], strict=True):
-            if odds is not None:
-                likely = zip(odds[0], [id_, *odds[1][: self.logprobs]], strict=False)
+        for id_, logprobs in zip(self.token_ids[spoken], self._step_logprobs[spoken], strict=True):
+            if logprobs is not None:
+                likely = zip(logprobs[0], [id_, *logprobs[1][: self.logprobs]], strict=False)
                 tokens = [
                     TokenLogprob(each, tokenizer.token_bytes(each, skip_special=False), logprob)
                     for logprob, each in likely

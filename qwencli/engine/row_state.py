@@ -11,7 +11,13 @@ from qwencli.engine.cache.paged_kv import SCRATCH_PAGE
 from qwencli.engine.cache.recurrent_state import SCRATCH_SLOT
 from qwencli.engine.device_memory import upload
 from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
-from qwencli.engine.native.sampler import Sampler, SamplerKind, TokenMasks, TokenOdds, widest_kind
+from qwencli.engine.native.sampler import (
+    LogprobBuffers,
+    Sampler,
+    SamplerKind,
+    TokenMasks,
+    widest_kind,
+)
 from qwencli.engine.ops.decoder_ops import Drafts
 from qwencli.engine.ops.next_tokens import RowBuffers
 from qwencli.engine.runner_prompt import RunnerPrompt
@@ -57,7 +63,7 @@ class RowState:
             # Those that were wrong are written behind the last token too.
             self.drafts = ngram.empty_drafts(max_steps + 1 + MAX_VERIFY_TOKENS, device, rows)
         self._masks: TokenMasks | None = None
-        self._odds: TokenOdds | None = None
+        self._logprobs: LogprobBuffers | None = None
         self._held: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -69,12 +75,12 @@ class RowState:
         return self._masks
 
     @property
-    def odds(self) -> TokenOdds:
+    def logprobs(self) -> LogprobBuffers:
         """How likely the rows' last tokens were; made when it is first asked for."""
-        if self._odds is None:
+        if self._logprobs is None:
             rows, vocab_size = self.sampler.seen.shape
-            self._odds = TokenOdds(rows, vocab_size, self.slot.device)
-        return self._odds
+            self._logprobs = LogprobBuffers(rows, vocab_size, self.slot.device)
+        return self._logprobs
 
     def begin(
         self,

@@ -35,7 +35,7 @@ from qwencli.engine.native.sampler import (
 from qwencli.engine.prompt_batch import PromptPasses, state_of
 from qwencli.engine.request import PromptChunk
 from qwencli.engine.request import Sequence as ScheduledSequence
-from qwencli.engine.response import Odds
+from qwencli.engine.response import StepLogprobs
 from qwencli.engine.row_state import RowState
 from qwencli.engine.runner_prompt import RunnerPrompt
 from qwencli.engine.spec_decode import ngram
@@ -58,14 +58,14 @@ class TokenCopy:
     """Tokens of some rows on their way to the host, and when they are there.
 
     Args:
-        odds: see `TokenOdds`; None where no row asks for them.
+        logprobs: see `LogprobBuffers`; None where no row asks for them.
     """
 
     sequences: tuple[ScheduledSequence, ...]
     rows: tuple[int, ...]
     tokens: Tensor | list[int]
     mark: Mark
-    odds: tuple[Tensor, Tensor] | None = None
+    logprobs: tuple[Tensor, Tensor] | None = None
 
     def read(self) -> list[int]:
         """One token for each of `sequences`; waits for them."""
@@ -76,12 +76,12 @@ class TokenCopy:
             values = self.tokens.tolist()
         return [values[row] for row in self.rows]
 
-    def read_odds(self) -> list[Odds | None]:
+    def read_logprobs(self) -> list[StepLogprobs | None]:
         """After `read`, for each of `sequences`: log-probabilities of its token and of the
         likeliest ones, and the ids of those."""
-        if self.odds is None:
+        if self.logprobs is None:
             return [None] * len(self.rows)
-        logprobs, ids = (each.tolist() for each in self.odds)
+        logprobs, ids = (each.tolist() for each in self.logprobs)
         return [(logprobs[row], ids[row]) for row in self.rows]
 
 
@@ -120,7 +120,7 @@ class Unsampled:
     """A step whose logits are computed or on the way, and whose tokens are not chosen yet.
 
     Args:
-        key: of what computes the logits. kind: how tokens are chosen. with_odds: whether it is
+        key: of what computes the logits. kind: how tokens are chosen. with_logprobs: whether it is
             told how likely they were.
     """
 
@@ -128,7 +128,7 @@ class Unsampled:
     rows: tuple[int, ...]
     key: GraphKey
     kind: SamplerKind
-    with_odds: bool
+    with_logprobs: bool
 
 
 class ModelRunner:
@@ -241,12 +241,12 @@ class ModelRunner:
         if held:
             # The host must read their first token before they choose a second one.
             self.state.hold(held)
-        with_odds = _with_odds(begun)
-        if with_odds:
-            self.state.odds.note(logits, self.state.token.index_select(0, places), places)
+        with_logprobs = _with_logprobs(begun)
+        if with_logprobs:
+            self.state.logprobs.note(logits, self.state.token.index_select(0, places), places)
         for prompt in begun:
             prompt.visuals = ()
-        return self._copy(sequences, max(rows) + 1, clock, with_odds=with_odds)
+        return self._copy(sequences, max(rows) + 1, clock, with_logprobs=with_logprobs)
 
     def _pass(
         self, key: Hashable, inputs: Sequence[Tensor], make: Callable[[], Pass]
@@ -279,9 +279,9 @@ class ModelRunner:
         """
         kind = self._kind_of(prompts)
         rows = max(_row(sequence) for sequence in sequences) + 1
-        with_odds = _with_odds(prompts)
-        self._step(kind, rows, _longest(sequences), waiting, with_odds=with_odds)
-        return self._copy(sequences, rows, clock, with_odds=with_odds)
+        with_logprobs = _with_logprobs(prompts)
+        self._step(kind, rows, _longest(sequences), waiting, with_logprobs=with_logprobs)
+        return self._copy(sequences, rows, clock, with_logprobs=with_logprobs)
 
     @torch.inference_mode()
     def verify(
@@ -327,7 +327,7 @@ class ModelRunner:
         key = self._step(SamplerKind.LOGITS, rows, _longest(sequences), waiting)
         kind = self._kind_of(prompts)
         places = tuple(map(_row, sequences))
-        return Unsampled(tuple(sequences), places, key, kind, _with_odds(prompts))
+        return Unsampled(tuple(sequences), places, key, kind, _with_logprobs(prompts))
 
     @torch.inference_mode()
     def sample(
@@ -346,14 +346,16 @@ class ModelRunner:
         allowed = masks.sent(count)
 
         def choose() -> None:
-            self._choose(self._logits[step.key], step.kind, step.with_odds, allowed)
+            self._choose(self._logits[step.key], step.kind, step.with_logprobs, allowed)
 
         if self._graphs is None:
             choose()
         else:
-            self._replay((step.kind, step.key, step.with_odds), choose)
+            self._replay((step.kind, step.key, step.with_logprobs), choose)
         rows_end = max(step.rows) + 1
-        return self._copy(step.sequences, rows_end, clock, step.rows, with_odds=step.with_odds)
+        return self._copy(
+            step.sequences, rows_end, clock, step.rows, with_logprobs=step.with_logprobs
+        )
 
     def _kind_of(self, prompts: Sequence[RunnerPrompt]) -> SamplerKind:
         """What a step of these rows must be able to express."""
@@ -369,16 +371,16 @@ class ModelRunner:
         longest: int,
         waiting: int,
         size: int = 0,
-        with_odds: bool = False,
+        with_logprobs: bool = False,
     ) -> GraphKey:
         if self._graphs is None:
-            self._advance(kind, rows, longest, size, with_odds)
-            return kind, rows, longest, size, with_odds
+            self._advance(kind, rows, longest, size, with_logprobs)
+            return kind, rows, longest, size, with_logprobs
         # A kernel reads lengths on the device; operators read a bucket of slots.
         reach = self._pages * PAGE_SIZE
         if not self.reads_lengths:
             reach = min(reach, 1 << max(longest - 1, 255).bit_length())
-        key = self._graph_for(kind, rows, reach, waiting, size, with_odds)
+        key = self._graph_for(kind, rows, reach, waiting, size, with_logprobs)
         if key not in self._graphs:
             self._captured.append(key)
         self._replay(key, lambda: self._advance(*key))
@@ -410,12 +412,12 @@ class ModelRunner:
         reach: int,
         waiting: int,
         size: int,
-        with_odds: bool,
+        with_logprobs: bool,
     ) -> GraphKey:
         able = [
             key
             for key in self._captured
-            if (key[0], *key[3:]) == (kind, size, with_odds)
+            if (key[0], *key[3:]) == (kind, size, with_logprobs)
             and key[1] >= rows
             and key[2] >= reach
             and key[2] <= 2 * reach
@@ -426,10 +428,10 @@ class ModelRunner:
         most = min(self.max_rows, MOST_VERIFIED // size if size else self.max_rows)
         wanted = min(rows + waiting, most)
         bucket = next((each for each in ROW_BUCKETS if each >= wanted), most)
-        return kind, min(bucket, most), reach, size, with_odds
+        return kind, min(bucket, most), reach, size, with_logprobs
 
     def _advance(
-        self, kind: SamplerKind, rows: int, longest: int, size: int = 0, with_odds: bool = False
+        self, kind: SamplerKind, rows: int, longest: int, size: int = 0, with_logprobs: bool = False
     ) -> None:
         """One step of the first rows: feed their tokens, choose the next; those that are over
         stay. With a `size` the drafts behind them too."""
@@ -444,27 +446,27 @@ class ModelRunner:
         hidden = model.decode_rows(buffers.token, buffers.position, self.cache, pages, self.states)
         if self._head is not None:
             self._head.note(hidden, buffers.slot)
-        if kind in LIKELIEST and not with_odds:
+        if kind in LIKELIEST and not with_logprobs:
             model.decoder.next_tokens(hidden, ops, buffers, kind is SamplerKind.GREEDY)
             state.remember(rows)
             return
         logits = model.decoder.logits(hidden, ops)
         if kind is SamplerKind.LOGITS:
             # Kept, so that a graph's memory for them is used for nothing else.
-            self._logits[kind, rows, longest, size, with_odds] = logits
+            self._logits[kind, rows, longest, size, with_logprobs] = logits
         else:
-            self._choose(logits, kind, with_odds)
+            self._choose(logits, kind, with_logprobs)
 
     def _choose(
-        self, logits: Tensor, kind: SamplerKind, with_odds: bool, masks: Tensor | None = None
+        self, logits: Tensor, kind: SamplerKind, with_logprobs: bool, masks: Tensor | None = None
     ) -> None:
         """The next tokens of the first rows from logits [n, V], of those that `masks` allow."""
         rows = len(logits)
         buffers = self.state.buffers(rows)
         chosen = self.state.sampler.narrow(0, rows).sample(logits, buffers.step, kind, masks)
         self.model.row_ops(rows).advance_rows(chosen, buffers)
-        if with_odds:
-            self.state.odds.note(logits, chosen)
+        if with_logprobs:
+            self.state.logprobs.note(logits, chosen)
         self.state.remember(rows)
 
     def _verify(self, kind: SamplerKind, rows: int, longest: int, size: int) -> None:
@@ -505,7 +507,7 @@ class ModelRunner:
         clock: EventTimer,
         places: tuple[int, ...] | None = None,
         *,
-        with_odds: bool = False,
+        with_logprobs: bool = False,
     ) -> TokenCopy:
         """Start copying the rows' last tokens to the host.
 
@@ -513,7 +515,7 @@ class ModelRunner:
             places: the rows of sequences of which some may be over since.
         """
         tokens: Tensor | list[int]
-        odds = self.state.odds.copied(rows) if with_odds else None
+        logprobs = self.state.logprobs.copied(rows) if with_logprobs else None
         if self.model.device.type == "cuda":
             pinned = torch.empty(rows, dtype=torch.int64, pin_memory=True)
             tokens = pinned.copy_(self.state.token[:rows], non_blocking=True)
@@ -521,7 +523,7 @@ class ModelRunner:
             tokens = self.state.token[:rows].tolist()
         if places is None:
             places = tuple(_row(sequence) for sequence in sequences)
-        return TokenCopy(tuple(sequences), places, tokens, clock.mark(), odds)
+        return TokenCopy(tuple(sequences), places, tokens, clock.mark(), logprobs)
 
 
 def _row(sequence: ScheduledSequence) -> int:
@@ -536,8 +538,8 @@ def _longest(sequences: Sequence[ScheduledSequence]) -> int:
     )
 
 
-def _with_odds(prompts: Sequence[RunnerPrompt]) -> bool:
-    return any(prompt.with_odds for prompt in prompts)
+def _with_logprobs(prompts: Sequence[RunnerPrompt]) -> bool:
+    return any(prompt.with_logprobs for prompt in prompts)
 
 
 def _penalised(prompt: RunnerPrompt) -> bool:

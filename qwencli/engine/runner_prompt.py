@@ -61,7 +61,7 @@ class RunnerPrompt:
         ids: int64 [S]. visuals: in the order of their tokens; none once the prompt is through.
         vision: start and end of each run of the vision tower that its pictures were in.
         first_mask: the tokens that the answer may begin with, int32 [1, ceil(V/32)]; None = all.
-        with_odds: whether it is told how likely the tokens of its answer were.
+        with_logprobs: whether it is told how likely the tokens of its answer were.
     """
 
     ids: Tensor
@@ -71,7 +71,7 @@ class RunnerPrompt:
     stop_ids: Sequence[int]
     vision: list[tuple[Mark, Mark]] = field(default_factory=list)
     first_mask: Tensor | None = None
-    with_odds: bool = False
+    with_logprobs: bool = False
 
     @property
     def next_position(self) -> int:
@@ -120,14 +120,14 @@ class PromptLayouts:
         sampling: SamplingParams,
         stop_ids: Sequence[int],
         matcher: TokenMatcher | None = None,
-        with_odds: bool = False,
+        with_logprobs: bool = False,
     ) -> RunnerPrompt:
         """A prompt laid out, in the thread and on the stream that made its patches.
 
         Args:
             digests: of its pictures and videos.
             matcher: what the answer is held to, at its beginning.
-            with_odds: see `RunnerPrompt`.
+            with_logprobs: see `RunnerPrompt`.
 
         Raises:
             InputError: see `lay_out`; also pictures for a text model.
@@ -159,7 +159,7 @@ class PromptLayouts:
             sampling=sampling,
             stop_ids=stop_ids,
             first_mask=self._first_mask(matcher),
-            with_odds=with_odds,
+            with_logprobs=with_logprobs,
         )
 
     def gone_on(

@@ -149,9 +149,9 @@ def test_a_tag_that_is_spelled_in_pieces_ends_thoughts_too(engine, closing, monk
     encode, append = engine.files.prompts.tokenizer.encode, ResponseBuilder.append
     spelled = [*encode("hm"), *encode("<"), *encode("/think"), *encode(">"), *encode(" A circle.")]
 
-    def scripted(answer, token_id, mark, odds=None):
+    def scripted(answer, token_id, mark, logprobs=None):
         at = len(answer.token_ids)
-        append(answer, spelled[at] if at < len(spelled) else token_id, mark, odds)
+        append(answer, spelled[at] if at < len(spelled) else token_id, mark, logprobs)
 
     monkeypatch.setattr(ResponseBuilder, "append", scripted)
     found = engine.generate(ask("hello", budget=len(spelled), new=len(spelled) + 5))

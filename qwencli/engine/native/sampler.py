@@ -26,7 +26,7 @@ from qwencli.engine.ops.rejection import Candidates, check_drafts
 # `--top-k` ends at 200; a partial sort of this many candidates serves every top-k request.
 TOP_K_CANDIDATES = 256
 # How many of the likeliest tokens are told of at most, as in OpenAI's API.
-MOST_TOLD = 20
+MAX_LOGPROBS = 20
 
 
 class SamplerKind(StrEnum):
@@ -90,14 +90,14 @@ class TokenMasks:
         return part
 
 
-class TokenOdds:
+class LogprobBuffers:
     """How likely the last tokens of R rows were, by the model alone, and the likeliest in their
-    place: `logprobs` float32 [R, 1 + MOST_TOLD], the first of which is the token's own, and `ids`
-    int64 [R, MOST_TOLD] of the others.
+    place: `logprobs` float32 [R, 1 + MAX_LOGPROBS], the first of which is the token's own, and `ids`
+    int64 [R, MAX_LOGPROBS] of the others.
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
-        count = min(MOST_TOLD, vocab_size)
+        count = min(MAX_LOGPROBS, vocab_size)
         self.logprobs = torch.zeros(rows, 1 + count, device=device)
         self.ids = torch.zeros(rows, count, dtype=torch.int64, device=device)
 
