@@ -288,7 +288,7 @@ class Conversation:
 
 def _split_thoughts(chunks: Iterable[GenerationChunk]) -> Iterator[GenerationChunk]:
     """Chunks whose thoughts stand apart, where an engine has left them in the text."""
-    from qwencli.engine.frontend.tokenizer import ThoughtSplitter
+    from qwencli.engine.frontend.detokenizer import ThoughtSplitter
 
     splitter = ThoughtSplitter(inside=False)
     whole = ThoughtSplitter(inside=False)

@@ -15,19 +15,12 @@ from typing import Any
 from qwencli.config import SamplingOptions
 from qwencli.dataset import boxes
 from qwencli.dataset.caption_format import CaptionFormat, TokenCount
-from qwencli.dataset.guards import (
-    CHANGES,
-    DEFAULT_RETRIES,
-    Answer,
-    Fault,
-    FaultKind,
-    Guards,
-    retry_of,
-)
+from qwencli.dataset.guards import Answer, Fault, FaultKind, Guards
 from qwencli.dataset.hints import picture_fields, read_hints
 from qwencli.dataset.languages import language_wanted
 from qwencli.dataset.pipeline import Stages, Task
 from qwencli.dataset.prompting import PromptSet, Question, Template
+from qwencli.dataset.retries import CHANGES, DEFAULT_RETRIES, retry_of
 from qwencli.dataset.sources import Item, Listing, Slot
 from qwencli.errors import CaptionError, InputError
 from qwencli.messages import GenerationRequest, Message, VisualPart, user_message

@@ -1,7 +1,7 @@
-"""Which answers are no captions, by what they were found out, and what is asked instead.
+"""Which answers are no captions, and by what they were found out.
 
 Each guard looks for one fault and shows its evidence. A faulty answer is asked again with other
-settings (`retry_of`); what is still faulty after the last attempt is a failure and is never
+settings (`retries`); what is still faulty after the last attempt is a failure and is never
 written. The guards know words, not pictures: a fluent caption of something else passes all of them.
 
 Their limits stand with what they look for: `chatter` (refusals, introductions) and `languages`.
@@ -14,10 +14,9 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
-from qwencli.config import SAMPLING_BOUNDS, SamplingOptions, SamplingParams
 from qwencli.dataset.caption_format import (
     CaptionFormat,
     banned,
@@ -28,7 +27,7 @@ from qwencli.dataset.caption_format import (
 )
 from qwencli.dataset.chatter import find_closing, find_preamble, find_refusal
 from qwencli.dataset.hints import is_tag_list
-from qwencli.dataset.languages import LANGUAGES, language_wanted, spoken_otherwise
+from qwencli.dataset.languages import language_wanted, spoken_otherwise
 from qwencli.errors import UsageError
 from qwencli.results import FinishReason
 
@@ -321,99 +320,3 @@ def _quoted(text: str) -> str:
 def _around(text: str, word: str) -> str:
     place = text.find(word)
     return text[max(0, place - 40) : place + len(word) + 40]
-
-
-# ---- what is asked instead ----
-
-
-@dataclass(frozen=True)
-class Change:
-    """How an attempt after a fault differs from the first.
-
-    Args:
-        warmer: added to the temperature for each attempt: another draw, and a wider one.
-        repetition_penalty: added for each attempt.
-        longer: the longest answer is multiplied by this for each attempt.
-        reminder: a sentence after the prompt; `{language}` and `{words}` are filled in.
-        advice: what the user may change where no attempt was good.
-    """
-
-    warmer: float = 0.2
-    repetition_penalty: float = 0.0
-    longer: float = 1.0
-    reminder: str = ""
-    advice: str = "another --prompt, --seed or --model"
-
-
-_ALONE = "Answer with the caption alone, without an introduction or a closing remark."
-_LONGER = "more --max-new-tokens"
-CHANGES: Mapping[FaultKind, Change] = {
-    FaultKind.EMPTY: Change(),
-    FaultKind.THINKING: Change(longer=2.0, advice=_LONGER),
-    FaultKind.REFUSAL: Change(reminder="Describe only what can be seen in the picture."),
-    FaultKind.LOOP: Change(repetition_penalty=0.08),
-    FaultKind.PREAMBLE: Change(reminder=_ALONE),
-    FaultKind.CLOSING: Change(reminder=_ALONE),
-    FaultKind.LANGUAGE: Change(reminder="Answer in {language}."),
-    FaultKind.TRUNCATED: Change(warmer=0.0, longer=2.0, advice=_LONGER),
-    FaultKind.TOO_LONG: Change(
-        reminder="Use short sentences.", advice="a larger --max-caption-tokens"
-    ),
-    FaultKind.BANNED: Change(reminder="Do not use these words: {words}."),
-    FaultKind.SCHEMA: Change(longer=1.5),
-}
-DEFAULT_RETRIES = 2
-_WARMEST, _COOLEST_RETRY, _MOST_PENALTY = 1.5, 0.7, 1.3
-
-
-@dataclass(frozen=True)
-class Retry:
-    """Another attempt: with what sampling, and what is said after the prompt."""
-
-    sampling: SamplingOptions
-    reminder: str = ""
-
-    def asked(self, prompt: str) -> str:
-        return f"{prompt.rstrip()} {self.reminder}" if self.reminder else prompt
-
-
-def retry_of(
-    fault: Fault,
-    attempt: int,
-    sampling: SamplingOptions,
-    *,
-    seed: int,
-    ban: Sequence[str] = (),
-    language: str | None = None,
-) -> Retry:
-    """What to try after `fault`.
-
-    Args:
-        attempt: 1 for the first after the first answer.
-        sampling: of the first answer.
-        seed: of this picture; another one is made of it for each attempt.
-        ban: the run's banned words. language: see `Guards`; both for the reminder.
-    """
-    change = CHANGES[fault.kind]
-    fields: dict[str, object] = {"seed": (seed + 7919 * attempt) % 2**32}
-    if change.warmer:
-        base = _COOLEST_RETRY if not sampling.temperature else sampling.temperature
-        if sampling.do_sample is False:
-            base = _COOLEST_RETRY - change.warmer
-        fields |= {
-            "temperature": round(min(max(base, _WARMEST), base + change.warmer * attempt), 3),
-            "do_sample": True,
-        }
-    if change.repetition_penalty:
-        base = sampling.repetition_penalty or SamplingParams.repetition_penalty
-        penalty = base + change.repetition_penalty * attempt
-        fields["repetition_penalty"] = round(max(base, min(penalty, _MOST_PENALTY)), 3)
-    if change.longer != 1.0:
-        length = sampling.max_new_tokens or SamplingParams.max_new_tokens
-        longest = SAMPLING_BOUNDS["max_new_tokens"].high
-        fields["max_new_tokens"] = int(min(length * change.longer**attempt, longest))
-    name = LANGUAGES[language].name if language in LANGUAGES else "the language of this request"
-    return Retry(
-        replace(sampling, **fields),  # type: ignore[arg-type]
-        change.reminder.format(language=name, words=", ".join(ban)),
-    )

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qwencli.config import EngineConfig, SamplingOptions, SamplingParams
-from qwencli.engine.frontend.tokenizer import THOUGHT_END, ThoughtSplitter
+from qwencli.engine.frontend.detokenizer import ThoughtSplitter
+from qwencli.engine.frontend.tokenizer import THOUGHT_END
 from qwencli.messages import GenerationRequest, ImagePart, Message, TextPart, VideoPart
 from qwencli.results import EffectiveConfig, FinishReason, GenerationResult, Size, Timings
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from qwencli.config import SamplingParams
 from qwencli.engine.constrained import TokenMatcher
 from qwencli.engine.event_timer import EventTimer, Mark
+from qwencli.engine.frontend.detokenizer import StopStringBuffer, ThoughtSplitter
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
-from qwencli.engine.frontend.tokenizer import THOUGHT_END, StopStringBuffer, ThoughtSplitter
+from qwencli.engine.frontend.tokenizer import THOUGHT_END
 from qwencli.results import (
     EffectiveConfig,
     FinishReason,

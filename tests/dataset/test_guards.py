@@ -11,15 +11,8 @@ from hypothesis import strategies as st
 
 from qwencli.config import SamplingOptions, check_sampling
 from qwencli.dataset.caption_format import CaptionFormat
-from qwencli.dataset.guards import (
-    CHANGES,
-    Answer,
-    Fault,
-    FaultKind,
-    Guards,
-    parse_guards,
-    retry_of,
-)
+from qwencli.dataset.guards import Answer, Fault, FaultKind, Guards, parse_guards
+from qwencli.dataset.retries import CHANGES, retry_of
 from qwencli.errors import UsageError
 
 ASKED = "Describe this image."

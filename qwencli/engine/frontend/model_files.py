@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.config import DType, EngineConfig, LoadFormat
+from qwencli.engine.frontend.detokenizer import IncrementalDetokenizer
 from qwencli.engine.frontend.processor_config import ImageProcessorConfig
 from qwencli.engine.frontend.prompt import PromptBuilder
-from qwencli.engine.frontend.tokenizer import IncrementalDetokenizer, Tokenizer
+from qwencli.engine.frontend.tokenizer import Tokenizer
 from qwencli.errors import ModelFileError
 from qwencli.models.config_values import read_json_object
 from qwencli.models.folder import check_folder

@@ -92,8 +92,8 @@ class TokenMasks:
 
 class LogprobBuffers:
     """How likely the last tokens of R rows were, by the model alone, and the likeliest in their
-    place: `logprobs` float32 [R, 1 + MAX_LOGPROBS], the first of which is the token's own, and `ids`
-    int64 [R, MAX_LOGPROBS] of the others.
+    place: `logprobs` float32 [R, 1 + MAX_LOGPROBS], the first of which is the token's own, and
+    `ids` int64 [R, MAX_LOGPROBS] of the others.
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:

@@ -12,13 +12,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from qwencli.engine.frontend.tokenizer import (
+from qwencli.engine.frontend.detokenizer import (
     IncrementalDetokenizer,
     StopStringBuffer,
     ThoughtSplitter,
-    Tokenizer,
-    _panics_unheard,
 )
+from qwencli.engine.frontend.tokenizer import Tokenizer, _panics_unheard
 from qwencli.errors import InputError, ModelFileError
 from tests.engine.frontend.tiny_folder import (
     CONTROL,
