@@ -209,6 +209,37 @@ def planted_disturbances(files: Sequence[Path]) -> str:
     return markdown(["beside the cells", "cells", "called", "cause named"], rows)
 
 
+def serve_soak(files: Sequence[Path]) -> str:
+    """Of `benchmarks/serve_load.py --soak-minutes`: what is held after each round."""
+    told = read(files[0])["rough"]
+    rows = [
+        [
+            f"{row['s']:.0f}" if "s" in row else "before",
+            *(str(row[key]) for key in ("unfinished", "kv_pages", "handles", "threads")),
+            f"{row['host_bytes'] / 1e6:.1f}",
+        ]
+        for row in (told["before"], *told["rounds"])
+    ]
+    head = ["s", "requests that run", "KV pages in use", "file handles", "threads", "memory, MB"]
+    return markdown(head, rows)
+
+
+def serve_answers(files: Sequence[Path]) -> str:
+    """Of `benchmarks/serve_load.py --rough`: what became of requests of each manner."""
+    kinds = {
+        "whole": "whole answers", "stream": "streams", "slow": "streams, read slowly",
+        "cut off": "streams, cut off by the client", "malformed": "malformed bodies",
+        "dropped": "dropped before the body was there",
+    }  # fmt: skip
+    answers = read(files[0])["rough"]["answers"]
+    rows = []
+    for kind, name in kinds.items():
+        found = {k.split(": ")[1]: n for k, n in answers.items() if k.startswith(f"{kind}: ")}
+        met = ", ".join(f"{n} with {answer}" for answer, n in found.items() if answer != kind)
+        rows.append([name, str(sum(found.values())), met or "-"])
+    return markdown(["manner", "requests", "answered"], rows)
+
+
 KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
     "comfyui-interference": comfyui_interference,
     "rows-step": rows_step,
@@ -219,6 +250,8 @@ KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
     "scenes-evaluation": scenes_evaluation,
     "small-hybrid": small_hybrid,
     "planted-disturbances": planted_disturbances,
+    "serve-soak": serve_soak,
+    "serve-answers": serve_answers,
 }
 
 
