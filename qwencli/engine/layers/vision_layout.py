@@ -19,7 +19,7 @@ Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Run:
+class EqualSegments:
     """`count` attention segments of `length` patches each, one after the other."""
 
     count: int
@@ -40,8 +40,8 @@ class VisionLayout:
     """
 
     coordinates: torch.Tensor
-    frames: tuple[Run, ...]
-    windows: tuple[Run, ...]
+    frames: tuple[EqualSegments, ...]
+    windows: tuple[EqualSegments, ...]
     order: torch.Tensor | None
     taps: torch.Tensor | None
     tap_weights: torch.Tensor | None
@@ -50,7 +50,7 @@ class VisionLayout:
 def layout(shape: VisionShape, grids: Sequence[Grid]) -> VisionLayout:
     """Lay out the patches of images and videos, given as patches (time, rows, columns)."""
     coordinates = torch.cat([_coordinates(shape, grid) for grid in grids])
-    frames = runs(h * w for t, h, w in grids for _ in range(t))
+    frames = group_segments(h * w for t, h, w in grids for _ in range(t))
     taps = tap_weights = None
     if shape.position_side is not None:
         mixed = [_taps(shape, grid, shape.position_side) for grid in grids]
@@ -60,22 +60,22 @@ def layout(shape: VisionShape, grids: Sequence[Grid]) -> VisionLayout:
         return VisionLayout(coordinates, frames, (), None, taps, tap_weights)
     order, lengths = _windows(shape, grids, shape.window_patches // shape.merge_size)
     coordinates = coordinates.view(-1, shape.merge_area, 2)[order].flatten(0, 1)
-    return VisionLayout(coordinates, frames, runs(lengths), order, taps, tap_weights)
+    return VisionLayout(coordinates, frames, group_segments(lengths), order, taps, tap_weights)
 
 
-def runs(lengths: Iterable[int]) -> tuple[Run, ...]:
+def group_segments(lengths: Iterable[int]) -> tuple[EqualSegments, ...]:
     """Join neighbours of equal length, which can be attended to as one batch."""
-    return tuple(Run(len(list(group)), length) for length, group in groupby(lengths))
+    return tuple(EqualSegments(len(list(group)), length) for length, group in groupby(lengths))
 
 
-def joined(pieces: Iterable[Sequence[Run]]) -> tuple[Run, ...]:
-    """Runs of several pictures side by side."""
-    found: list[Run] = []
-    for run in (run for piece in pieces for run in piece):
-        if found and found[-1].length == run.length:
-            found[-1] = Run(found[-1].count + run.count, run.length)
+def join_segments(pieces: Iterable[Sequence[EqualSegments]]) -> tuple[EqualSegments, ...]:
+    """Segments of several pictures side by side."""
+    found: list[EqualSegments] = []
+    for group in (group for piece in pieces for group in piece):
+        if found and found[-1].length == group.length:
+            found[-1] = EqualSegments(found[-1].count + group.count, group.length)
         else:
-            found.append(run)
+            found.append(group)
     return tuple(found)
 
 
@@ -97,7 +97,7 @@ def _windows(
     """Order of merged tokens, window by window, and the patches of each window.
 
     Attention inside a window does not depend on where the window stands, so the windows of a
-    frame are sorted by size: cut ones at the right and lower edge then form few runs, and frames
+    frame are sorted by size: cut ones at the right and lower edge then form few groups, and frames
     stay in one piece for the blocks that attend to all of a frame.
     """
     order: list[torch.Tensor] = []

@@ -16,7 +16,13 @@ import torch.nn.functional as F
 
 from qwencli.config import Attention
 from qwencli.engine.device_memory import upload
-from qwencli.engine.layers.vision_layout import Grid, Run, VisionLayout, joined, layout
+from qwencli.engine.layers.vision_layout import (
+    EqualSegments,
+    Grid,
+    VisionLayout,
+    join_segments,
+    layout,
+)
 from qwencli.engine.loading.weights import Tensors
 from qwencli.engine.ops.attention import can_flash_decode, flash_segments
 from qwencli.engine.ops.decoder_ops import AddNormFn, add_norm
@@ -41,14 +47,18 @@ class Offsets:
     longest: int
 
 
-def attend(qkv: Tensor, segments: Sequence[Run] | Offsets, attention: SegmentAttention) -> Tensor:
+def attend(
+    qkv: Tensor, segments: Sequence[EqualSegments] | Offsets, attention: SegmentAttention
+) -> Tensor:
     """Attend inside each segment: heads of q, k and v [N, 3 * H, D] -> [N, H * D]."""
     if isinstance(segments, Offsets):
         return flash_segments(qkv, segments.starts, segments.longest)
-    return attend_runs(qkv, segments, attention)
+    return attend_segments(qkv, segments, attention)
 
 
-def attend_runs(qkv: Tensor, runs: Sequence[Run], attention: SegmentAttention) -> Tensor:
+def attend_segments(
+    qkv: Tensor, groups: Sequence[EqualSegments], attention: SegmentAttention
+) -> Tensor:
     """Segments of equal length that follow each other are one batch, so one image is one call
     without a mask.
 
@@ -56,14 +66,14 @@ def attend_runs(qkv: Tensor, runs: Sequence[Run], attention: SegmentAttention) -
     a time.
     """
     heads, dim = qkv.shape[1] // 3, qkv.shape[2]
-    sizes = [run.count * run.length for run in runs]
+    sizes = [group.count * group.length for group in groups]
     pieces = []
-    for run, piece in zip(runs, qkv.split_with_sizes(sizes), strict=True):
-        q, k, v = piece.view(run.count, run.length, 3, heads, dim).unbind(2)
+    for group, piece in zip(groups, qkv.split_with_sizes(sizes), strict=True):
+        q, k, v = piece.view(group.count, group.length, 3, heads, dim).unbind(2)
         if len(qkv) <= PIECE:
             pieces.append(attention(q, k, v).reshape(-1, heads * dim))
             continue
-        each = max(1, PIECE // run.length)  # whole segments, or parts of a long one's queries
+        each = max(1, PIECE // group.length)  # whole segments, or parts of a long one's queries
         for segments in zip(
             torch.split(q, each), torch.split(k, each), torch.split(v, each), strict=True
         ):
@@ -140,8 +150,8 @@ class PreparedGrids:
             is one and their lengths differ.
     """
 
-    frames: tuple[Run, ...] | Offsets
-    windows: tuple[Run, ...] | Offsets
+    frames: tuple[EqualSegments, ...] | Offsets
+    windows: tuple[EqualSegments, ...] | Offsets
     rope: CosSin
     positions: Tensor | None
     order: Tensor | None
@@ -325,8 +335,8 @@ class VisionTower:
         cos, sin = (torch.cat(part, 1) for part in zip(*(p.rope for p in pieces), strict=True))
         positions = [piece.positions for piece in pieces if piece.positions is not None]
         return PreparedGrids(
-            joined(_runs_of(piece.frames) for piece in pieces),
-            joined(_runs_of(piece.windows) for piece in pieces),
+            join_segments(_segments_of(piece.frames) for piece in pieces),
+            join_segments(_segments_of(piece.windows) for piece in pieces),
             (cos, sin),
             torch.cat(positions) if positions else None,
             torch.cat(orders) if orders else None,
@@ -339,19 +349,20 @@ class VisionTower:
             return ready
         return replace(
             ready,
-            packed_frames=self._offsets(_runs_of(ready.frames)),
-            packed_windows=self._offsets(_runs_of(ready.windows)),
+            packed_frames=self._offsets(_segments_of(ready.frames)),
+            packed_windows=self._offsets(_segments_of(ready.windows)),
         )
 
-    def _offsets(self, runs: Sequence[Run]) -> Offsets | None:
-        if len(runs) < 2:
+    def _offsets(self, segments: Sequence[EqualSegments]) -> Offsets | None:
+        if len(segments) < 2:
             return None
         counts, lengths = (
-            torch.tensor(part) for part in zip(*((r.count, r.length) for r in runs), strict=True)
+            torch.tensor(part)
+            for part in zip(*((s.count, s.length) for s in segments), strict=True)
         )
         ends = lengths.repeat_interleave(counts).cumsum(0).to(torch.int32)
         (starts,) = upload([F.pad(ends, (1, 0))], self._w["patch"].device)
-        return Offsets(starts, max(run.length for run in runs))
+        return Offsets(starts, max(run.length for run in segments))
 
     def _build(self, plan: VisionLayout) -> PreparedGrids:
         device = self._w["patch"].device
@@ -453,7 +464,7 @@ class VisionTower:
         return F.layer_norm(x, weight.shape, weight, self._w[name + "_bias"], EPS)
 
 
-def _runs_of(segments: Sequence[Run] | Offsets) -> Sequence[Run]:
+def _segments_of(segments: Sequence[EqualSegments] | Offsets) -> Sequence[EqualSegments]:
     assert not isinstance(segments, Offsets), "of a picture's own layout"
     return segments
 

@@ -33,7 +33,7 @@ from qwencli.engine.cache.kv_cache import KVCache
 from qwencli.engine.device_memory import upload
 from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.layers.decoder import DeepStack
-from qwencli.engine.layers.vision_layout import Grid, Run
+from qwencli.engine.layers.vision_layout import EqualSegments, Grid
 from qwencli.engine.layers.vision_tower import Offsets, PreparedGrids, VisionFeatures, VisionTower
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import PromptInputs
@@ -193,18 +193,18 @@ class _Buffers:
         return self.patches[:count], ready
 
 
-def _lengths(segments: Iterable[Run]) -> list[int]:
+def _lengths(segments: Iterable[EqualSegments]) -> list[int]:
     return [run.length for run in segments for _ in range(run.count)]
 
 
-def _room(segments: Sequence[Run] | Offsets, longest: int) -> int:
+def _room(segments: Sequence[EqualSegments] | Offsets, longest: int) -> int:
     """A power of two of segments, with those that fill a picture up to its class."""
     assert not isinstance(segments, Offsets), "of a picture's own layout"
     count = len(_lengths(segments)) + -(-PATCH_BUCKET // longest)
     return 1 << (count - 1).bit_length()
 
 
-def _starts(segments: Sequence[Run] | Offsets, patches: int, room: Offsets) -> Tensor:
+def _starts(segments: Sequence[EqualSegments] | Offsets, patches: int, room: Offsets) -> Tensor:
     """Where the segments begin, those up to `patches` behind them, and empty ones for the rest."""
     assert not isinstance(segments, Offsets), "of a picture's own layout"
     starts = [0]

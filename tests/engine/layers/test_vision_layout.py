@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwencli.engine.layers.vision_layout import Run, layout, runs
+from qwencli.engine.layers.vision_layout import EqualSegments, group_segments, layout
 from qwencli.models.shape_reader import read_shape
 from tests.models.test_shape_reader import qwen2_5_vl, qwen3_vl
 
@@ -15,7 +15,11 @@ GRIDS = st.lists(st.tuples(st.integers(1, 2), SIDE, SIDE), min_size=1, max_size=
 
 
 def test_equal_neighbours_are_one_run() -> None:
-    assert runs([4, 4, 6, 4]) == (Run(2, 4), Run(1, 6), Run(1, 4))
+    assert group_segments([4, 4, 6, 4]) == (
+        EqualSegments(2, 4),
+        EqualSegments(1, 6),
+        EqualSegments(1, 4),
+    )
 
 
 def test_coordinates_come_in_merge_order() -> None:
@@ -24,7 +28,7 @@ def test_coordinates_come_in_merge_order() -> None:
     assert found.coordinates.tolist() == [
         [0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3],
     ]  # fmt: skip
-    assert found.frames == (Run(1, 8),)
+    assert found.frames == (EqualSegments(1, 8),)
     assert found.order is None
 
 
