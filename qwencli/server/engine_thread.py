@@ -3,7 +3,7 @@
 Requests come in through a list of orders, answers go out through a list for each; nothing else is
 shared. A reader that is slow finds several pieces at once and holds nobody: the engine never waits.
 A lone request runs as `engine.stream` does, which is the faster way for one; those that come
-meanwhile run together, in turns with it, and for some seconds from then on so does every one:
+meanwhile run together, in turns with it, and for half a minute from then on so does every one:
 each turn of a lone one costs those that run together a step.
 """
 
@@ -26,7 +26,11 @@ from qwencli.results import GenerationChunk
 # Steps that fail one after the other, with whatever is asked: the device is lost.
 MOST_FAILED_STEPS = 3
 # For how long after several requests were there at once the next one is taken to have company soon.
-TOGETHER_S = 5.0
+TOGETHER_S = 30.0
+# How long requests may be waited for where nothing runs and as many as ran together last are about
+# to come, and how long for the next of them, by how many they were. Prompts that begin while others
+# are still read wait for the interpreter at every operation, and run in more passes.
+GATHER_S, NEXT_S, NEXT_S_OF_EACH = 0.05, 0.005, 0.0002
 
 
 class TooManyRequestsError(QwenCliError):
@@ -145,8 +149,10 @@ class EngineThread:
         self._unfinished: set[Answer] = set()
         self._places: dict[Answer, _Place] = {}
         self._answers: dict[_Place, Answer] = {}
-        # When more than one request was there.
+        # When more than one request was there, the most since one began where nothing ran, and how
+        # many have begun and are not over.
         self._together_s = float("-inf")
+        self._most_together = self._num_begun = 0
         self._queues: tuple[RequestQueue, RequestQueue]
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -252,7 +258,7 @@ class EngineThread:
             self._loaded.set()
         failed = 0
         try:
-            while self._take_orders():
+            while self._take_orders() and self._gather():
                 for queue in dict.fromkeys(self._queues):
                     if queue.has_unfinished:
                         failed = 0 if self._step(queue) else failed + 1
@@ -287,6 +293,26 @@ class EngineThread:
             do()
         return True
 
+    def _gather(self) -> bool:
+        """Let those come that ask again all at once, see `GATHER_S`; False = close."""
+        if self._num_begun or not self._places or not self._is_together or self.max_rows == 1:
+            return True
+        expected, self._most_together = self._most_together, len(self._unfinished)
+        expected = min(expected, self.max_rows)
+        pause_s = min(NEXT_S, NEXT_S_OF_EACH * expected)
+        until = time.monotonic() + GATHER_S
+        while len(self._places) < expected and time.monotonic() < until:
+            with self._ordered:
+                if not (self._orders or self._closing or self._ordered.wait(pause_s)):
+                    break
+            if not self._take_orders():
+                return False
+        return True
+
+    @property
+    def _is_together(self) -> bool:
+        return time.monotonic() - self._together_s < TOGETHER_S
+
     def _begin(self, answer: Answer) -> None:
         if answer.is_over or answer.source is None:
             return
@@ -300,8 +326,7 @@ class EngineThread:
         many, lone = self._queues
         # One that came at the same time and one that still runs are company alike.
         self._note_company()
-        together = time.monotonic() - self._together_s < TOGETHER_S
-        queue = many if together or answer.in_batch else lone
+        queue = many if self._is_together or answer.in_batch else lone
         place = _Place(queue, queue.add(answer.source, stream=not answer.whole))
         # Pictures are held no longer than the engine needs them.
         answer.source = None
@@ -314,7 +339,9 @@ class EngineThread:
         self._drop(answer)
 
     def _note_company(self) -> None:
-        if len(self._unfinished) > 1:
+        count = len(self._unfinished)
+        self._most_together = max(self._most_together, count)
+        if count > 1:
             self._together_s = time.monotonic()
 
     def _drop(self, answer: Answer) -> None:
@@ -322,6 +349,7 @@ class EngineThread:
         place = self._places.pop(answer, None)
         if place is not None:
             del self._answers[place]
+            self._num_begun -= answer.begun_s is not None
         with self._ordered:
             self._unfinished.discard(answer)
         self.last_active_s = time.monotonic()
@@ -351,6 +379,7 @@ class EngineThread:
         begins = answer.begun_s is None
         if begins:
             answer.begun_s = time.perf_counter()
+            self._num_begun += 1
         piece = output.error or output.chunk
         assert piece is not None, "an output is an error or a chunk"
         if output.finished or begins or not answer.whole:

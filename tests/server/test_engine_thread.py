@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -125,6 +126,52 @@ def test_lone_requests_run_alone_until_there_is_company(monkeypatch) -> None:
         assert await ask(1) == 0
         monkeypatch.setattr(engine_thread, "TOGETHER_S", 0.0)
         assert await ask(1) == 1
+
+    asyncio.run(asyncio.wait_for(ask_all(), 20))
+    thread.close()
+
+
+def test_those_that_ask_again_all_at_once_begin_together(monkeypatch) -> None:
+    """Where nothing runs, as many as there were are waited for a little."""
+    held = []
+
+    class Watched(FakeEngine):
+        def add(self, request: Any, *, stream: bool = True) -> int:
+            number = super().add(request, stream=stream)
+            self._requests[number] = request, 3
+            return number
+
+        def step(self) -> list[StepOutput]:
+            held.append(len(self._requests))
+            return super().step()
+
+    thread = EngineThread(Watched(SimpleNamespace(batch_invariant=False)))
+    thread.start()
+    asked = GenerationRequest((text_message("user", "Hi"),))
+
+    async def ask(count: int) -> int:
+        """Of so many, one a moment behind the other, how many begin together."""
+        answers = []
+        for _ in range(count):
+            answers.append(thread.submit(asked))
+            await asyncio.sleep(0.01)
+        for answer in answers:
+            while (await answer.pieces())[-1].result is None:
+                pass
+        first = held[0]
+        held.clear()
+        return first
+
+    async def ask_all() -> None:
+        thread.engine.step_s = 0.05
+        await ask(4)
+        await ask(4)
+        monkeypatch.setattr(engine_thread, "GATHER_S", 20.0)
+        monkeypatch.setattr(engine_thread, "NEXT_S", 5.0)
+        monkeypatch.setattr(engine_thread, "NEXT_S_OF_EACH", 5.0)
+        assert await ask(4) == 4
+        monkeypatch.setattr(engine_thread, "NEXT_S", 0.0)
+        assert await ask(4) < 4
 
     asyncio.run(asyncio.wait_for(ask_all(), 20))
     thread.close()
