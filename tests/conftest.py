@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import itertools
 import os
 import signal
 from collections.abc import Callable
@@ -45,6 +46,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 FREEZE, UNFREEZE = gc.freeze, gc.unfreeze
 gc.freeze = gc.unfreeze = lambda: None
 
+NUMBERS = itertools.count()
+
 
 @pytest.fixture(autouse=True, scope="module")
 def libraries_are_no_garbage() -> None:
@@ -67,21 +70,30 @@ def pytest_sessionfinish() -> None:
     UNFREEZE()  # or libraries take what is left at the end for leaks
 
 
+@pytest.fixture
+def own_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tmp_path` of tests that use it; of the thousands of others a folder that is not made."""
+    if "tmp_path" in request.fixturenames:
+        found: Path = request.getfixturevalue("tmp_path")
+        return found
+    return tmp_path_factory.getbasetemp() / f"of-test-{next(NUMBERS)}"
+
+
 @pytest.fixture(autouse=True)
-def no_user_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_user_config(monkeypatch: pytest.MonkeyPatch, own_folder: Path) -> None:
     """Whoever runs the tests may have a config.toml of their own."""
     from qwencli.models import user_config
 
-    folder = tmp_path / "user-config"
+    folder = own_folder / "user-config"
     monkeypatch.setattr(user_config, "user_config_folder", lambda: folder)
 
 
 @pytest.fixture(autouse=True)
-def no_user_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_user_cache(monkeypatch: pytest.MonkeyPatch, own_folder: Path) -> None:
     """Tests leave nothing in the user's cache, and find nothing there."""
     from qwencli.models import quantized_cache
 
-    folder = tmp_path / "user-cache"
+    folder = own_folder / "user-cache"
     monkeypatch.setattr(quantized_cache, "cache_root", lambda: folder)
 
 

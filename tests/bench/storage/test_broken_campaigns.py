@@ -35,8 +35,9 @@ def report(folder, whole):
 
 
 def compare_with_itself(folder, whole):
+    side = read_side(folder)
     for force in (False, True):
-        found = compare(read_side(folder), whole, force=force)
+        found = compare(side, whole, force=force)
         CONSOLE.print(comparison_table(found))
         json.dumps(comparison_document(found))
 
