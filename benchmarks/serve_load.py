@@ -6,7 +6,9 @@ python benchmarks/serve_load.py --model qwen3-vl-4b --load-format dummy --device
 
 Speed: each client sends its requests one after the other, streams the answers and notes when each
 event came; all answers have equal length. Clients run in processes of their own, so that the server
-has its interpreter for itself. Beside them the same requests through `generate_many`, as many at
+has its interpreter for itself; they are connected before the time begins. `cpu_us_a_token` is what
+threads of the server took of a processor: the engine's and the event loop's share one interpreter.
+Beside them the same requests through `generate_many`, as many at
 once, and one after the other through `Engine.generate`. Tokens that come together are one
 event (`events_a_token`), so gaps between events are at least what ITL is. Goodput counts tokens of
 answers whose first token came within --ttft-s and whose mean time a token was within --tpot-ms.
@@ -55,7 +57,8 @@ from qwencli.server.engine_thread import EngineThread
 
 CHAT = "/v1/chat/completions"
 QUESTION = "Describe this image."
-CLIENTS_A_PROCESS = 16
+# Clients that are answered at one moment ask again one after the other where they share a process.
+MOST_PROCESSES = 12
 # Longer than the server takes to give an answer up.
 PATIENCE_S = 1000.0
 
@@ -117,11 +120,13 @@ def percentile(values: list[float], percent: float) -> float | None:
 
 
 async def asked_by(
-    address: str, options: argparse.Namespace, numbers: Sequence[int]
-) -> list[dict[str, Any]]:
-    """What these clients were answered, each asking one request after the other."""
-    limits = httpx.Limits(max_connections=None)
+    address: str, options: argparse.Namespace, numbers: Sequence[int], start: Any
+) -> tuple[float, float, list[dict[str, Any]]]:
+    """What these clients were answered, each asking one request after the other; when they began
+    and when they ended."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=address, timeout=None, limits=limits) as client:
+        await asyncio.gather(*(client.get("/health") for _ in numbers))
 
         async def one(number: int) -> list[dict[str, Any]]:
             first = number * options.requests_a_client
@@ -130,26 +135,40 @@ async def asked_by(
                 for index in range(options.requests_a_client)
             ]
 
-        return [each for some in await asyncio.gather(*map(one, numbers)) for each in some]
+        start.wait()
+        began_s = time.time()
+        found = await asyncio.gather(*map(one, numbers))
+        return began_s, time.time(), [each for some in found for each in some]
 
 
 def crowd(
     address: str, options: argparse.Namespace, numbers: Sequence[int], start: Any
 ) -> tuple[float, float, list[dict[str, Any]]]:
-    """`asked_by`, in a process of its own; when it began and when it ended."""
-    start.wait()
-    began_s = time.time()
-    found = asyncio.run(asked_by(address, options, numbers))
-    return began_s, time.time(), found
+    """`asked_by`, in a process of its own."""
+    return asyncio.run(asked_by(address, options, numbers, start))
+
+
+def cpu_s_of_threads() -> dict[str, float]:
+    """What threads of the server have taken of a processor, where the system says."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return {}
+    return {
+        each.name: time.clock_gettime(time.pthread_getcpuclockid(each.ident))
+        for each in threading.enumerate()
+        if each.name in ("engine", "event loop") and each.ident is not None
+    }
 
 
 def level(address: str, options: argparse.Namespace, clients: int) -> dict[str, Any]:
-    count = -(-clients // CLIENTS_A_PROCESS)
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(clients, MOST_PROCESSES, max(1, own - 4))
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, context.Pool(count) as pool:
         start = manager.Barrier(count)
         numbers = [range(clients)[part::count] for part in range(count)]
+        before = cpu_s_of_threads()
         parts = pool.starmap(crowd, [(address, options, part, start) for part in numbers], 1)
+        after = cpu_s_of_threads()
     wall_s = max(ended for _, ended, _ in parts) - min(began for began, _, _ in parts)
     found = [each for _, _, some in parts for each in some]
     tokens = sum(each["tokens"] for each in found)
@@ -175,6 +194,9 @@ def level(address: str, options: argparse.Namespace, clients: int) -> dict[str, 
         "event_gap_ms_p50": percentile(gaps, 50),
         "event_gap_ms_p99": percentile(gaps, 99),
         "events_a_token": (len(gaps) + len(found)) / max(tokens, 1),
+        "cpu_us_a_token": {
+            name: (seconds - before[name]) / max(tokens, 1) * 1e6 for name, seconds in after.items()
+        },
     }
 
 

@@ -33,7 +33,9 @@ def serving(engine: Any, settings: ServerSettings, max_waiting: int = 1024) -> I
     thread.start()
     opened = listening("127.0.0.1", 0)
     server = server_for(create_app(thread, settings))
-    runs = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[opened])))
+    runs = threading.Thread(
+        target=lambda: asyncio.run(server.serve(sockets=[opened])), name="event loop"
+    )
     runs.start()
     try:
         yield Served(f"http://127.0.0.1:{opened.getsockname()[1]}", thread)
