@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qwencli.engine.kernels.add_norm import AddNorm
 from qwencli.engine.kernels.dequantize import dequantize, is_kept_dense
 from qwencli.engine.kernels.launches import gpu_of
 from qwencli.engine.kernels.row_quant import QuantizedRows, RowFormat, quantize_rows
@@ -24,7 +25,7 @@ from qwencli.engine.kernels.tiles import (
     product_tiles,
     scaled_mm_is_faster,
 )
-from qwencli.engine.ops.decoder_ops import Layer, Matrix, Products, RMSNorm, dense, norm_head
+from qwencli.engine.ops.decoder_ops import Layer, Matrix, Products, RMSNorm, dense, head_logits
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
 
 Tensor = torch.Tensor
@@ -67,6 +68,7 @@ class ManyRows:
     def __init__(self, device: torch.device) -> None:
         self._capability = Capability.of(device)
         self._gemm = TiledGemm.on(device)
+        self._add_norm = AddNorm()
 
     def products(self) -> Products:
         return Products(
@@ -75,7 +77,19 @@ class ManyRows:
             norm_gate_up=self.norm_gate_up,
             down_residual=self.down_residual,
             norm_head=self.norm_head,
+            norm_beta_decay=self.norm_beta_decay,
         )
+
+    def normed(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """norm(x), in one kernel whatever type its weight has; torch's own takes twice as long for
+        the rows of a step."""
+        if not self._capability.on_gpu:
+            return norm(x)
+        return self._add_norm(x.contiguous(), None, norm.weight, None, norm.eps)
+
+    def norm_beta_decay(self, hidden: Tensor, layer: Layer) -> Tensor:
+        assert layer.beta_decay is not None, "a layer with a gated delta net"
+        return torch.mm(self.normed(hidden, layer.attn_norm), layer.beta_decay)
 
     def norm_qkv(self, hidden: Tensor, layer: Layer) -> Tensor:
         return self.product(hidden, layer.qkv, norm=layer.attn_norm, bias=layer.qkv_bias)
@@ -93,7 +107,7 @@ class ManyRows:
     def norm_head(self, hidden: Tensor, norm: RMSNorm, head: Matrix) -> Tensor:
         kept = isinstance(head, QuantizedTensor) and is_kept_dense(head)
         if self._format(head, hidden) is None and not kept:
-            return norm_head(hidden, norm, head, dequantize)
+            return head_logits(self.normed(hidden, norm), head, dequantize)
         return self.product(hidden, head, norm=norm)
 
     def _format(self, matrix: Matrix, x: Tensor) -> RowFormat | None:
@@ -123,7 +137,9 @@ class ManyRows:
         """matrix norm(x) + bias, new, or added to `onto`; with `gated` of SwiGLU of x."""
         row_format = self._format(matrix, x)
         if row_format is None:
-            return _read_back(swiglu(x) if gated else x, matrix, norm, bias, onto)
+            if norm is not None:
+                x = self.normed(x, norm)
+            return _dequantized_product(swiglu(x) if gated else x, matrix, bias, onto)
         assert isinstance(matrix, QuantizedTensor), "others have no format"
         rows = quantize_rows(x, row_format, norm, gated)
         if row_format is RowFormat.FP8 and self._by_torch(rows, matrix, x):
@@ -163,10 +179,9 @@ def scaled_mm(x: QuantizedRows, matrix: QuantizedTensor) -> Tensor:
     )
 
 
-def _read_back(
-    x: Tensor, matrix: Matrix, norm: RMSNorm | None, bias: Tensor | None, onto: Tensor | None
+def _dequantized_product(
+    x: Tensor, matrix: Matrix, bias: Tensor | None, onto: Tensor | None
 ) -> Tensor:
-    x = x if norm is None else norm(x)
     weight = dense(matrix, x, dequantize)
     if onto is not None:
         onto.addmm_(x, weight)

@@ -18,7 +18,7 @@ MOST_SPLITS = 32
 # Of sequences of any length that take a step together: programs of attention for each
 # multiprocessor, parts that a long sequence may have beside many, and blocks of a part that is not
 # cut up any more.
-PROGRAMS_OF_ROWS = 8
+PROGRAMS_OF_ROWS = 4
 FEWEST_SPLITS = 4
 MOST_BLOCKS = 8
 MOST_SHARING = 4  # programs that share the columns of a product with several vectors
@@ -179,35 +179,44 @@ _OF_MANY_ROWS: Mapping[Storage, tuple[tuple[int, GemvTiles], ...]] = {
     Storage.INT4: ((ANY, GemvTiles(512, 8, 4)),),
 }
 
-# For 2 to 8 tokens, likewise: 16 rows are what a matrix instruction takes.
-_SEVERAL: Mapping[tuple[Storage, bool], GemvTiles] = {
-    (Storage.FLOAT, False): GemvTiles(256, 16, 4),
-    (Storage.FLOAT, True): GemvTiles(256, 16, 4),
-    (Storage.BYTES, False): GemvTiles(512, 16, 8),
-    (Storage.BYTES, True): GemvTiles(512, 16, 8),
-    (Storage.INT8, False): GemvTiles(512, 16, 4),
-    (Storage.INT8, True): GemvTiles(256, 16, 4),
-    (Storage.FP8, False): GemvTiles(512, 16, 4),
-    (Storage.FP8, True): GemvTiles(256, 16, 4),
-    (Storage.INT4, False): GemvTiles(1024, 16, 4),
-    (Storage.INT4, True): GemvTiles(512, 16, 4),
+# For 2 to 8 tokens, likewise: 16 rows are what a matrix instruction takes. By columns at most.
+_SEVERAL: Mapping[tuple[Storage, bool], tuple[tuple[int, GemvTiles], ...]] = {
+    (Storage.FLOAT, False): ((ANY, GemvTiles(512, 16, 4)),),
+    (Storage.FLOAT, True): ((3072, GemvTiles(256, 16, 4)), (ANY, GemvTiles(128, 16, 2))),
+    (Storage.BYTES, False): ((ANY, GemvTiles(512, 16, 8)),),
+    (Storage.BYTES, True): ((ANY, GemvTiles(512, 16, 8)),),
+    (Storage.INT8, False): ((ANY, GemvTiles(512, 16, 4)),),
+    (Storage.INT8, True): ((ANY, GemvTiles(256, 16, 4)),),
+    (Storage.FP8, False): ((ANY, GemvTiles(512, 16, 4)),),
+    (Storage.FP8, True): ((ANY, GemvTiles(256, 16, 4)),),
+    (Storage.INT4, False): ((ANY, GemvTiles(1024, 16, 4)),),
+    (Storage.INT4, True): ((3072, GemvTiles(512, 16, 4)), (ANY, GemvTiles(512, 16, 2))),
 }
+_SEVERAL_OF_MANY_ROWS: Mapping[Storage, GemvTiles] = {Storage.FLOAT: GemvTiles(256, 16, 4)}
 # A matrix of so few rows has too few programs of 16. Where they end their rows together anyway
 # (`splitk_epilogue`), more of them share the columns; others have more of them on the way.
 FEW_ROWS = 4096
 # Of rows this short each program reads its whole share before the wait for the kernel in front.
 _BYTES_IN_ONE_TURN = (
-    (3072, GemvTiles(1024, 16, 4, splits=2)),
-    (6144, GemvTiles(1024, 16, 4, splits=4)),
+    (ANY, 3072, GemvTiles(1024, 16, 4, splits=2)),
+    (ANY, 6144, GemvTiles(1024, 16, 4, splits=4)),
 )
-_SEVERAL_OF_FEW_ROWS: Mapping[Storage, tuple[tuple[int, GemvTiles], ...]] = {
-    Storage.FLOAT: ((ANY, GemvTiles(1024, 16, 8)),),
-    Storage.INT8: (*_BYTES_IN_ONE_TURN, (ANY, GemvTiles(512, 16, 4, splits=4))),
-    Storage.FP8: (*_BYTES_IN_ONE_TURN, (ANY, GemvTiles(512, 16, 4, splits=4))),
+# By rows and columns at most.
+_SEVERAL_OF_FEW_ROWS: Mapping[Storage, tuple[tuple[int, int, GemvTiles], ...]] = {
+    Storage.FLOAT: (
+        (3072, 6144, GemvTiles(512, 16, 8, splits=4)),
+        (3072, ANY, GemvTiles(1024, 16, 8)),
+        (ANY, 6144, GemvTiles(512, 16, 4, splits=2)),
+        (ANY, ANY, GemvTiles(512, 16, 4, splits=4)),
+    ),
+    Storage.INT8: (*_BYTES_IN_ONE_TURN, (ANY, ANY, GemvTiles(512, 16, 4, splits=4))),
+    Storage.FP8: (*_BYTES_IN_ONE_TURN, (ANY, ANY, GemvTiles(512, 16, 4, splits=4))),
     Storage.INT4: (
-        (3072, GemvTiles(1024, 16, 4, splits=2)),
-        (6144, GemvTiles(512, 16, 4, splits=4)),
-        (ANY, GemvTiles(1024, 16, 8, splits=2)),
+        (3072, 3072, GemvTiles(1024, 16, 4, splits=2)),
+        (3072, 6144, GemvTiles(512, 16, 4, splits=4)),
+        (3072, ANY, GemvTiles(1024, 16, 8, splits=2)),
+        (ANY, 6144, GemvTiles(2048, 16, 4, splits=2)),
+        (ANY, ANY, GemvTiles(1024, 16, 4, splits=2)),
     ),
 }
 
@@ -223,10 +232,14 @@ def default_tiles(matrix: MatrixKind) -> GemvTiles:
 
 
 def _tiles_of_several(matrix: MatrixKind) -> GemvTiles:
-    by_columns = _SEVERAL_OF_FEW_ROWS.get(matrix.storage)
-    if by_columns is None or matrix.gated or matrix.rows > FEW_ROWS:
-        return _SEVERAL[matrix.storage, matrix.gated]
-    return next(tiles for most, tiles in by_columns if matrix.columns <= most)
+    rows, columns, storage = matrix.rows, matrix.columns, matrix.storage
+    few = _SEVERAL_OF_FEW_ROWS.get(storage)
+    if few is not None and not matrix.gated and rows <= FEW_ROWS:
+        return next(tiles for high, wide, tiles in few if rows <= high and columns <= wide)
+    if rows >= _MANY_ROWS and storage in _SEVERAL_OF_MANY_ROWS:
+        return _SEVERAL_OF_MANY_ROWS[storage]
+    by_columns = _SEVERAL[storage, matrix.gated]
+    return next(tiles for most, tiles in by_columns if columns <= most)
 
 
 def attention_tiles(
@@ -249,7 +262,7 @@ def attention_tiles(
         splits *= 2
     if rows > 1:
         splits = max(splits, FEWEST_SPLITS)
-        while blocks * num_processors < 2 * pairs and blocks < MOST_BLOCKS:
+        while blocks * num_processors < 4 * pairs and blocks < MOST_BLOCKS:
             blocks *= 2
     if exact:
         block, num_warps = _SHORTEST_BLOCK, 8

@@ -73,7 +73,7 @@ from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.errors import MissingDependencyError, UnsupportedModeError
 from qwencli.messages import GenerationRequest
 from qwencli.models.checkpoint import has_draft_head
-from qwencli.models.memory import native_kv_bytes, packed_weight_bytes
+from qwencli.models.memory import RUNTIME_BYTES, native_kv_bytes, packed_weight_bytes
 from qwencli.models.quant_formats import PackedFormat, format_of
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
@@ -240,7 +240,7 @@ class NativeEngine(BaseEngine):
                 make,
                 graphs=cache is Cache.STATIC_GRAPH,
                 loading=compiling,
-                room_bytes=self._plan.activations + self._plan.graphs,
+                room_bytes=self._plan.total - self._plan.weights - RUNTIME_BYTES,
             )
         try:
             with span("weights"):
@@ -249,6 +249,9 @@ class NativeEngine(BaseEngine):
             if compiling is not None:
                 compiling.close()
             raise
+        if warming is not None:
+            with span("wait for the warm-up"):
+                warming.wait()
         # More slots than anybody may ask for: graph capture needs a place to write, and so do
         # drafts that turn out wrong.
         drafting = self.config.speculate is not Speculate.OFF
@@ -290,9 +293,6 @@ class NativeEngine(BaseEngine):
             with span("wait for kernels"):
                 compiling.wait()
             warnings += compiling.notes()
-        if warming is not None:
-            with span("wait for the warm-up"):
-                warming.wait()
         self._warnings = tuple(warnings)
         self._keep(loaded.keeping, cache)
         gc_freeze_loaded()

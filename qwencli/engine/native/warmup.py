@@ -3,8 +3,8 @@
 Torch loads each kernel when it is first called, and cuBLAS sets itself up then: 0.35 s of the first
 request's 0.42 s on an H200 (docs/experiments/2026-11-30-first-token.md). So a model of the same
 widths with one layer and few tokens to choose from sees a picture, reads a prompt and draws a token
-beside the load. Its answer is thrown away; it fits in what requests will work in, and is gone
-before the first one comes.
+beside the load. Its answer is thrown away; it has the memory that caches will take, and is gone
+before they do.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ VOCAB_SIZE = 1024
 IMAGE, VIDEO, VISION_START, VISION_END, WORD = range(5)
 # Patches along each side of the picture, before a square of them becomes a token: 512x512 pixels.
 SIDE, WORDS, SLOTS = 32, 16, 1024
+# What the small model works in at most.
+WORKING_BYTES = 64 * 2**20
 SAMPLINGS = (
     SamplingParams(do_sample=False, max_new_tokens=2),
     SamplingParams(do_sample=False, max_new_tokens=2, repetition_penalty=1.2),
@@ -84,7 +86,7 @@ class WarmUp:
         graphs: whether prompts are as long as their length class, as graphs of them are.
         loading: our own kernels, which are waited for. Where some had to be compiled the load
             waits for them, and this would only make it longer.
-        room_bytes: that the model leaves to requests.
+        room_bytes: that nothing uses before `wait` returns.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class WarmUp:
         self._shape, self._dtype, self._device = small_shape(shape), dtype, device
         self._make, self._graphs, self._loading = make, graphs, loading
         needed = sum(spec.elements for spec in specs(self._shape)) * dtype.itemsize
-        self._fits = 2 * needed <= room_bytes  # the rest is for what it works in
+        self._fits = needed + WORKING_BYTES <= room_bytes
         self.note = ""
         self._thread = threading.Thread(target=self._run, name="warm-up", daemon=True)
         self._thread.start()

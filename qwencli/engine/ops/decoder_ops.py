@@ -419,11 +419,13 @@ def norm_head(
     head: Matrix,
     dequantize: DequantizeFn = QuantizedTensor.dequantize,
 ) -> Tensor:
-    """Logits [N, V] of hidden states [N, hidden]; `head` is [hidden, V].
+    """Logits [N, V] of hidden states [N, hidden]; `head` is [hidden, V]."""
+    return head_logits(norm(hidden), head, dequantize)
 
-    The largest matrix of all, so a quantized one is never there whole.
-    """
-    x = norm(hidden)
+
+def head_logits(x: Tensor, head: Matrix, dequantize: DequantizeFn) -> Tensor:
+    """Logits [N, V] of normed hidden states [N, hidden]. The head is the largest matrix of all, so
+    a quantized one is never there whole."""
     if isinstance(head, torch.Tensor):
         return torch.mm(x, head)
     parts = [torch.mm(x, dense(head.part(rows), x, dequantize)) for rows in head.pieces()]
@@ -443,6 +445,7 @@ class Products:
     norm_gate_up: Callable[[Tensor, Layer], Tensor]
     down_residual: Callable[[Tensor, Layer, Tensor], Tensor]
     norm_head: Callable[[Tensor, RMSNorm, Matrix], Tensor]
+    norm_beta_decay: Callable[[Tensor, Layer], Tensor] = norm_beta_decay
 
 
 def activation_bits(matrix: QuantizedTensor) -> int | None:
@@ -539,6 +542,7 @@ def prompt_ops(step: DecoderOps) -> DecoderOps:
         norm_gate_up=products.norm_gate_up,
         down_residual=products.down_residual,
         norm_head=head,
+        norm_beta_decay=products.norm_beta_decay,
         experts_residual=step.many_experts,
     )
 
