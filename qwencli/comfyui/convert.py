@@ -27,7 +27,7 @@ _WRAPPERS = ("prompt", "output", "workflow", "extra_data", "extra_pnginfo")
 
 
 def read_workflow(path: Path) -> Any:
-    """The JSON of a file.
+    """The JSON of a file, in UTF-8, or in UTF-16 as a shell of Windows writes it.
 
     Raises:
         InputError: it cannot be read, or is no JSON.
@@ -38,13 +38,14 @@ def read_workflow(path: Path) -> Any:
         raise InputError(
             f"{path}: cannot be read: {error.strerror or error}", "give a workflow's JSON file"
         ) from error
+    if data.startswith(_PICTURES):
+        raise InputError(f"{path}: is a picture", f"open it in ComfyUI, and {_SAVE}")
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return json.loads(data.decode(json.detect_encoding(data)))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is no text in UTF-8", _SAVE) from error
     except (ValueError, RecursionError) as error:
-        is_picture = data.startswith(_PICTURES)
-        what = "is empty" if not data.strip() else "is a picture" if is_picture else "is no JSON"
-        hint = f"open it in ComfyUI, and {_SAVE}" if is_picture else _SAVE
-        raise InputError(f"{path}: {what}", hint) from error
+        raise InputError(f"{path}: is {'no JSON' if data.strip() else 'empty'}", _SAVE) from error
 
 
 def convert(document: Any, name: str) -> Conversion:

@@ -590,13 +590,15 @@ def test_files_that_are_no_json(tmp_path):
     for data, what in {
         **whats,
         b"[" * 100_000: "is no JSON",
-        "{}".encode("utf-16"): "no JSON",
+        '{"é": 1}'.encode("latin-1"): "no text in UTF-8",
+        "{".encode("utf-16"): "no JSON",
     }.items():
         path.write_bytes(data)
         with pytest.raises(InputError, match=what):
             read_workflow(path)
-    path.write_text('\ufeff{"a": 1}', encoding="utf-8")
-    assert read_workflow(path) == {"a": 1}
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le"):
+        path.write_bytes('{"é": 1}'.encode(encoding))
+        assert read_workflow(path) == {"é": 1}
     for bad in (tmp_path, tmp_path / "gone"):
         with pytest.raises(InputError, match="cannot be read"):
             read_workflow(bad)
