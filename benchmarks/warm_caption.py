@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--max-new-tokens", default="24")
     parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--calls", default="python,version,help,warm,cold", help="which, in turns")
     said = parser.parse_args()
     command = ["-m", "qwencli"]
     caption = [*command, "caption", str(said.image), "--device", said.device, "--greedy"]
@@ -70,8 +71,9 @@ def main() -> None:
         "warm": [*caption, "--keep-loaded", "10m"],
         "cold": [*caption, "--keep-loaded", "0"],
     }
+    calls = {what: calls[what] for what in said.calls.split(",")}
     timed([*command, "stop"])
-    rows: list[dict[str, object]] = [{"what": "first", **timed(calls["warm"])}]
+    rows: list[dict[str, object]] = [{"what": "first", **timed([*caption, "--keep-loaded", "10m"])}]
     for _ in range(said.runs):
         rows += [{"what": what, **timed(arguments)} for what, arguments in calls.items()]
     rows.append({"what": "before stop", "gpu_free_bytes": gpu_free_bytes()})

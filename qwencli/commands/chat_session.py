@@ -177,6 +177,11 @@ class ChatSession(Conversation):
         """Send `text`; files that it mentions are shown with it, and alone they are attached."""
         files, text = mentioned_files(text)
         if files:
+            # One that still waits, as its answer was stopped, is not shown twice.
+            names = set(map(str, files))
+            stopped = visuals_of(self._unanswered) if self._unanswered else ()
+            again = {id(part) for part in stopped if part.name in names}
+            self._attached = [part for part in self._attached if id(part) not in again]
             self._attach(files, self._open_visual)
         if text:
             self.ask(text)

@@ -241,6 +241,17 @@ def test_ctrl_c_before_anything_came_leaves_all_as_it_was(talk, picture_path, ca
     assert [type(part) for part in talk.heard[-1].messages[0].parts] == [ImagePart, TextPart]
 
 
+def test_a_message_typed_again_after_it_was_stopped_shows_its_picture_once(
+    talk, picture_path, monkeypatch
+):
+    message = f"@'{picture_path}' one"
+    with monkeypatch.context() as patch:
+        stop_after(talk, patch, 0)
+        converse(talk, message)
+    converse(talk, message)
+    assert [type(part) for part in talk.heard[-1].messages[0].parts] == [ImagePart, TextPart]
+
+
 def test_retry_edit_and_undo(talk, picture_path, capsys):
     converse(talk, "/retry", "/undo", "/edit x", f"/image {picture_path}", "one", "two")
     assert capsys.readouterr().err.count("nothing was asked yet") == 3
