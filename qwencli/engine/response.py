@@ -7,6 +7,7 @@ prompt. So a budget costs no step anything, and drafts, schemas and stop strings
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -295,6 +296,12 @@ class ResponseBuilder:
         step_s: list[float] = []
         ready_s: list[float] = []
         marks, first, between = self.marks, 0, clock.seconds
+        if len(set(map(id, marks))) == len(marks):  # as of steps of one token: a third of the time
+            step_s = list(map(between, [before, *marks], marks))
+            return step_s, [
+                clock.origin_s + seconds
+                for seconds in map(between, itertools.repeat(clock.origin), marks)
+            ]
         for after, mark in enumerate(marks, 1):
             if after < len(marks) and marks[after] is mark:
                 continue
