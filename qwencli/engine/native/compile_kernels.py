@@ -4,19 +4,23 @@
 
 A process of its own, so that a load does not wait for it and no other thread is in its way, which
 forks as many as there are cores. Takes a `CompileJob`; writes the list of kernels when all are in
-the folder. Status 1 with a line on stderr where it cannot.
+the folder. Status 1 with a line on stderr where it cannot. A fork of the process that loads needs
+no imports (`run_in_fork`).
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
+import os
 import pickle
+import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -56,8 +60,36 @@ def main() -> int:
     return 0 if failed is None else 1
 
 
-def run(job: CompileJob) -> str | None:
-    """Compile what a job asks for; returns what went wrong, if anything did."""
+def run_in_fork(job: CompileJob, pipe: int) -> NoReturn:
+    """Run a job in a process that was just forked, of which it touches neither GPU nor files: a
+    point to `pipe` for each kernel, and behind them what went wrong; status 1 then."""
+    failed: str | None = "interrupted"
+    try:
+        gc.disable()  # what is garbage here may be the other process's memory of the GPU
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(nothing, stream)
+        for file in [int(each.name) for each in Path("/proc/self/fd").iterdir()]:
+            if file > 2 and file != pipe:
+                with suppress(OSError):
+                    os.close(file)
+        failed = run(job, lambda: os.write(pipe, b"."))
+    except Exception as error:  # noqa: BLE001 - whatever it is, kernels are compiled when launched
+        failed = _line_of(error)
+    finally:
+        with suppress(OSError):
+            os.write(pipe, (failed or "").encode())
+        os._exit(0 if failed is None else 1)
+
+
+def run(job: CompileJob, done: Callable[[], object] = lambda: None) -> str | None:
+    """Compile what a job asks for; returns what went wrong, if anything did.
+
+    Args:
+        done: called behind the plan and each kernel.
+    """
     use_folder(Path(job.folder))
     torch.set_num_threads(1)
     settle_cache_keys(Path(job.folder))
@@ -66,7 +98,8 @@ def run(job: CompileJob) -> str | None:
             launches = plan_kernels(job.planned, job.gpu)
     except AttributeError:  # another torch asks more of its compiler
         launches = plan_kernels(job.planned, job.gpu)
-    failed = compile_all(launches, job.gpu)
+    done()
+    failed = compile_all(launches, job.gpu, done)
     if failed is None:
         write_manifest(Path(job.manifest), launches)
     return failed
@@ -103,20 +136,22 @@ class _Dynamo(ModuleType):
         return getattr(torch._dynamo, name)
 
 
-def compile_all(launches: Sequence[KernelLaunch], gpu: Gpu) -> str | None:
+def compile_all(
+    launches: Sequence[KernelLaunch], gpu: Gpu, done: Callable[[], object] = lambda: None
+) -> str | None:
     """Compile all of `launches` in as many processes as there are cores; returns what went wrong
     first, if anything did."""
-    slowest_first = sorted(launches, key=_place)
+    if not launches:
+        return None
     count = min(usable_cores(), MOST_PROCESSES, len(launches))
     compile_for(gpu)
-    # What Triton imports for its first kernel, and asks the assembler, is then in all processes.
-    failed = _compiled(slowest_first.pop())
-    if failed is not None or not slowest_first:
-        return failed
     # Nothing runs beside this process's one thread, so that a fork of it is whole.
     with multiprocessing.get_context("fork").Pool(count) as pool:
-        found = pool.imap_unordered(_compiled, slowest_first)
-        return next((failure for failure in found if failure is not None), None)
+        for failure in pool.imap_unordered(_compiled, sorted(launches, key=_place)):
+            if failure is not None:
+                return failure
+            done()
+    return None
 
 
 def _place(launch: KernelLaunch) -> tuple[int, int]:
@@ -127,13 +162,22 @@ def _place(launch: KernelLaunch) -> tuple[int, int]:
 
 
 def _compiled(launch: KernelLaunch) -> str | None:
-    """Compile one; what went wrong is a line."""
+    """Compile one, and what launches it; what went wrong is a line."""
     try:
-        compile_launch(launch)
+        compiled = compile_launch(launch)
     except Exception as error:  # noqa: BLE001 - whatever it is, kernels are compiled when launched
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return f"{launch.kernel}: {lines[-1]}"
+        return f"{launch.kernel}: {_line_of(error)}"
+    # Before 3.9 Triton has a C compiler build a launcher for each signature, and keeps that too;
+    # later ones ask a driver, which this process does not have, for the one that they all share.
+    with suppress(Exception):
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        CudaLauncher(compiled.src, compiled.metadata)
     return None
+
+
+def _line_of(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 if __name__ == "__main__":

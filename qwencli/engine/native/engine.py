@@ -82,7 +82,7 @@ from qwencli.results import EffectiveConfig, GenerationChunk
 from qwencli.tracing import span
 
 if TYPE_CHECKING:
-    from qwencli.engine.native.kernel_cache import KernelLoader
+    from qwencli.engine.native.kernel_loader import KernelLoader
     from qwencli.engine.native.kernel_plan import PlannedModel
 
 
@@ -423,7 +423,7 @@ class NativeEngine(BaseEngine):
         requests; None where it is not known which: of pre-quantized checkpoints."""
         if self._planned is None:
             return None
-        from qwencli.engine.native.kernel_cache import KernelLoader
+        from qwencli.engine.native.kernel_loader import KernelLoader
 
         return KernelLoader(replace(self._planned, rows=rows), self._place)
 

@@ -14,11 +14,8 @@ import dataclasses
 import hashlib
 import json
 import os
-import pickle
 import shutil
-import subprocess
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -37,19 +34,13 @@ from qwencli.engine.kernels.launches import (
     Gpu,
     KernelLaunch,
     TensorArgument,
-    compile_launch,
     gpu_of,
     jit_functions,
 )
-from qwencli.engine.machine.child_process import python_command
 from qwencli.engine.native import kernel_plan
 from qwencli.engine.native.kernel_plan import PlannedModel
 from qwencli.models.quantized_cache import cache_root
-from qwencli.tracing import span
 
-# How long a load waits for kernels that other processes compile; a GPU's own are then compiled
-# when they are first launched.
-COMPILE_TIMEOUT_S = 120.0
 _SUM = ".sha256"
 _notes: list[str] = []
 
@@ -290,79 +281,6 @@ class CompileJob:
     gpu: Gpu
     folder: str
     manifest: str
-
-
-class KernelLoader:
-    """Has the kernels of a model in memory when `wait` returns; works beside the caller."""
-
-    def __init__(self, planned: PlannedModel, device: torch.device) -> None:
-        gpu = gpu_of(device)
-        assert gpu is not None, "kernels of a GPU"
-        self._planned, self._gpu, self._device = planned, gpu, device
-        self.num_kernels = self.num_compiled = 0
-        self._child: subprocess.Popen[bytes] | None = None
-        self._thread = threading.Thread(target=self._run, name="kernels", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Until the kernels are there, or cannot be had ahead of time."""
-        self._thread.join(COMPILE_TIMEOUT_S)
-        self.close()
-
-    @staticmethod
-    def notes() -> tuple[str, ...]:
-        """What a user should know of the cache and has not been told."""
-        return taken_notes()
-
-    def close(self) -> None:
-        """End what is still compiling."""
-        if self._child is not None and self._child.poll() is None:
-            self._child.kill()
-
-    def _run(self) -> None:
-        try:
-            with span("kernels"):
-                self._load()
-        except Exception as error:  # noqa: BLE001 - kernels are then compiled when launched
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            note_once(f"kernels could not be made ready ahead of time: {lines[-1][:200]}")
-
-    def _load(self) -> None:
-        folder = use_folder_of(self._device)
-        settle_cache_keys(folder)
-        file = manifest_of(self._planned, self._gpu, folder)
-        launches = read_manifest(file)
-        if launches is None:
-            with span("compile"):
-                self._compile(file, folder)
-            launches = read_manifest(file)
-        if launches is None:
-            return  # compiled when they are first launched
-        with torch.cuda.device(self._device):
-            for launch in launches:
-                found = compile_launch(launch)
-                with suppress(AttributeError):  # a method that later versions may not have
-                    found._init_handles()
-                self.num_kernels += 1
-
-    def _compile(self, manifest: Path, folder: Path) -> None:
-        """In a process that knows of no GPU."""
-        job = CompileJob(self._planned, self._gpu, str(folder), str(manifest))
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-        command = python_command("qwencli.engine.native.compile_kernels")
-        try:
-            self._child = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                env=environment,
-            )  # fmt: skip
-            _, said = self._child.communicate(pickle.dumps(job), COMPILE_TIMEOUT_S)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            self.close()
-            said = str(error).encode()
-        if self._child is not None and self._child.returncode == 0:
-            self.num_compiled = len(read_manifest(manifest) or ())
-        elif lines := said.decode(errors="replace").strip().splitlines():
-            note_once(f"kernels were not compiled ahead of time: {lines[-1][:200]}")
 
 
 _used: dict[Path, Path] = {}

@@ -42,7 +42,7 @@ MakeModel = Callable[[ModelShape, weights.LoadedWeights, int], QwenModel]
 
 
 class Loading(Protocol):
-    """Kernels of ours that are being loaded, see `kernel_cache.KernelLoader`."""
+    """Kernels of ours that are being loaded, see `KernelLoader`."""
 
     num_compiled: int
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from qwencli.engine.kernels.launches import Gpu
 from qwencli.engine.native import kernel_cache
 from qwencli.engine.native.kernel_cache import (
     CheckedFiles,
-    KernelLoader,
     manifest_of,
     read_manifest,
     settle_cache_keys,
@@ -157,39 +154,6 @@ def test_the_folder_stays_where_it_is_and_the_environment_as_it_was(tmp_path, mo
     assert kernel_cache.use_folder_of(torch.device("cuda")) == first
     kernel_cache.keep_nothing("no reason")
     assert dict(os.environ) == before
-
-
-@pytest.fixture
-def loader(tmp_path, monkeypatch):
-    """What loads kernels of a GPU that is not there, from an empty folder."""
-    monkeypatch.setattr(kernel_cache, "gpu_of", lambda device: GPU)
-    monkeypatch.setattr(kernel_cache, "kernel_folder", lambda gpu: tmp_path)
-    made = []
-    monkeypatch.setattr(kernel_cache, "compile_launch", made.append)
-    monkeypatch.setattr(kernel_cache.torch.cuda, "device", lambda device: kernel_cache.suppress())
-    return SimpleNamespace(made=made, load=lambda: KernelLoader(planned(), torch.device("cuda")))
-
-
-def test_kernels_that_cannot_be_compiled_ahead_are_compiled_when_launched(loader, monkeypatch):
-    monkeypatch.setattr(
-        kernel_cache,
-        "python_command",
-        lambda module: [sys.executable, "-c", "raise SystemExit('no ptxas here')"],
-    )
-    loading = loader.load()
-    loading.wait()
-    assert loader.made == []
-    assert "no ptxas here" in loading.notes()[0]
-
-
-def test_kernels_of_a_list_are_loaded_without_a_process(loader, tmp_path, monkeypatch):
-    launches = plan_kernels(planned(), GPU)
-    write_manifest(manifest_of(planned(), GPU, tmp_path), launches)
-    monkeypatch.setattr(kernel_cache.subprocess, "Popen", None)
-    loading = loader.load()
-    loading.wait()
-    assert loader.made == launches
-    assert loading.notes() == ()
 
 
 class Function:
