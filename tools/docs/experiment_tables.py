@@ -209,6 +209,28 @@ def planted_disturbances(files: Sequence[Path]) -> str:
     return markdown(["beside the cells", "cells", "called", "cause named"], rows)
 
 
+def warm_caption(files: Sequence[Path]) -> str:
+    """Of `benchmarks/warm_caption.py`, before and after: medians, in milliseconds."""
+    calls = {
+        "python": "`python -c pass`", "version": "`qwencli --version`", "help": "`qwencli --help`",
+        "warm": "`qwencli caption` of one picture, model kept loaded",
+    }  # fmt: skip
+    measured = []
+    for path in files:
+        with path.open(encoding="utf-8", newline="") as file:
+            measured.append(list(csv.DictReader(file)))
+    rows = []
+    for what, name in calls.items():
+        row = [name]
+        for runs in measured:
+            own = [each for each in runs if each["what"] == what]
+            busy = [float(each["user_s"]) + float(each["system_s"]) for each in own]
+            row += [f"{statistics.median(busy) * 1e3:.0f}", f"{min(busy) * 1e3:.0f}"]
+        rows.append(row)
+    head = ["processor time, ms", "before, median", "least", "after, median", "least"]
+    return markdown(head, rows)
+
+
 def serve_soak(files: Sequence[Path]) -> str:
     """Of `benchmarks/serve_load.py --soak-minutes`: what is held after each round."""
     told = read(files[0])["rough"]
@@ -251,6 +273,7 @@ KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
     "small-hybrid": small_hybrid,
     "planted-disturbances": planted_disturbances,
     "serve-soak": serve_soak,
+    "warm-caption": warm_caption,
     "serve-answers": serve_answers,
 }
 
