@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,8 @@ FREEZE, UNFREEZE = gc.freeze, gc.unfreeze
 gc.freeze = gc.unfreeze = lambda: None
 
 NUMBERS = itertools.count()
+# Tests that are not collected unless their folder is named.
+OUTSIDE = frozenset({"gpu", "reference_layout"})
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -60,6 +63,22 @@ def freezing(monkeypatch: pytest.MonkeyPatch) -> None:
     """`gc` as it is outside of tests."""
     monkeypatch.setattr(gc, "freeze", FREEZE)
     monkeypatch.setattr(gc, "unfreeze", UNFREEZE)
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Two workers import the same modules, and compile those that nobody has compiled: the second
+    begins with the last, and each finds compiled what the other has come to first."""
+    if os.environ.get("PYTEST_XDIST_WORKER") != "gw1":
+        return
+    named = [Path(each.partition("::")[0]).absolute() for each in session.config.args]
+    files = [file for path in named for file in (path.rglob("test_*.py") if path.is_dir() else [])]
+    root = Path(__file__).parents[1]
+    for file in sorted(set(files), reverse=True):
+        parts = file.with_suffix("").relative_to(root).parts
+        if not OUTSIDE.intersection(parts):
+            # What is wrong with a module, or has it skipped, is said when it is collected.
+            with suppress(Exception, pytest.skip.Exception):
+                importlib.import_module(".".join(parts))
 
 
 def pytest_collection_finish() -> None:
