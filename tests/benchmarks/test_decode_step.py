@@ -45,7 +45,7 @@ class FewPrograms(Tiles):
 
 
 def step_of(quantization: Quantization, tiles: Tiles) -> MeasuredStep:
-    shape = read_shape(config(4, 2, 32) | {"num_hidden_layers": 1})
+    shape = read_shape(config(4, 2, 32) | {"num_hidden_layers": 1, "vocab_size": 77})
     return MeasuredStep(shape, quantization, 64, tiles, device=CPU)
 
 

@@ -27,6 +27,7 @@ from tests.engine.kernels.test_fused_ops import OWN, SLOTS, TORCH_ATTENTION, mod
 from tests.engine.kernels.test_gemv_quantized import MADE, ops, rounded, values
 
 MOST = 1e-4
+FEW_WORDS = 77  # a head takes as long as a layer
 # Lanes that only fill up to a power of two have no weights; what they give is not stored.
 WITH_IDLE_LANES = pytest.mark.filterwarnings(
     "ignore:invalid value encountered in divide:RuntimeWarning"
@@ -123,10 +124,10 @@ def test_a_batch_is_read_with_the_same_kernels(fused: Fused) -> None:
 
 @pytest.mark.parametrize("quantization", [q for q in Quantization if q is not Quantization.NONE])
 def test_several_tokens_through_quantized_matrices(quantization: Quantization) -> None:
-    shape = config(4, 2, 32, hidden=192) | {"num_hidden_layers": 1}
-    tokens = [[7, 8, 9, 10]]
-    one = logits_of(model_of(shape, OWN, quantization), [prompt_of(5)], tokens, 1)
-    own = logits_of(model_of(shape, OWN, quantization), [prompt_of(5)], tokens, 4)
+    shape = config(4, 2, 32, hidden=192) | {"num_hidden_layers": 1, "vocab_size": FEW_WORDS}
+    tokens, prompt = [[7, 8, 9, 10]], [word % FEW_WORDS for word in prompt_of(5)]
+    one = logits_of(model_of(shape, OWN, quantization), [prompt], tokens, 1)
+    own = logits_of(model_of(shape, OWN, quantization), [prompt], tokens, 4)
     # What is rounded is multiplied in float16: now and then a later value meets the next step.
     assert relative(own, one) < (1e-3 if quantization is Quantization.FP8 else 0.02)
 
@@ -151,12 +152,12 @@ def test_kernels_hand_each_other_rounded_vectors(
     programs make included."""
     counted = Counted(ready_module.quantize_activation_chunks_kernel)
     monkeypatch.setattr(ready_module, "quantize_activation_chunks_kernel", counted)
-    shape = config(2, 1, 128, hidden=192) | {"intermediate_size": 96}
+    shape = config(2, 1, 128, hidden=192) | {"intermediate_size": 96, "vocab_size": FEW_WORDS}
     shared = functools.partial(fused_ops, own_attention=True, tiles_of=two_share)
-    tokens = [[7, 8, 9]]
-    one = logits_of(model_of(shape, OWN, quantization), [prompt_of(33)], tokens, 1)
+    tokens, prompt = [[7, 8, 9]], [word % FEW_WORDS for word in prompt_of(33)]
+    one = logits_of(model_of(shape, OWN, quantization), [prompt], tokens, 1)
     assert counted.launches == 0
-    own = logits_of(model_of(shape, shared, quantization), [prompt_of(33)], tokens, 2)
+    own = logits_of(model_of(shape, shared, quantization), [prompt], tokens, 2)
     assert counted.launches == 1  # the second step has one token
     assert relative(own, one) < (1e-3 if quantization is Quantization.FP8 else 0.02)
 
