@@ -328,14 +328,14 @@ def runs_with(axis: str) -> str:
     parts = []
     for values in dict.fromkeys(limit.values for limit in limits):
         of_these = [limit for limit in limits if limit.values == values]
-        asked = ", ".join(_asked(of_these))
+        asked = ", ".join(_what_is_left(of_these))
         if asked:
             named = len(values) < len(AXES[axis]) - 1
             parts.append(f"{', '.join(values)}: {asked}" if named else f"Runs with {asked}")
     return "; ".join(parts)
 
 
-def _asked(limits: Iterable[Limit]) -> Iterator[str]:
+def _what_is_left(limits: Iterable[Limit]) -> Iterator[str]:
     """What limits leave: the other modes of an axis, or what the device must have."""
     refused: dict[str, set[StrEnum | bool]] = {}
     for limit in limits:

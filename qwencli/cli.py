@@ -65,7 +65,7 @@ class _Root(TyperGroup):
         # One that does not exist is compared with all: "did you mean ...?"
         for name in [cmd_name] if cmd_name in COMMANDS else COMMANDS:
             if name not in self.commands:
-                self.commands[name] = _made(name)
+                self.commands[name] = _load_command(name)
         return super().get_command(ctx, cmd_name)
 
     def get_params(self, ctx: Any) -> list[Any]:
@@ -77,7 +77,7 @@ class _Command(TyperCommand):
         return [_plainly_read(each) for each in super().get_params(ctx)]
 
 
-def _made(name: str) -> Any:
+def _load_command(name: str) -> Any:
     part, alone = command_of(name), typer.Typer(add_completion=False)
     if isinstance(part, typer.Typer):
         alone.add_typer(part, name=name)

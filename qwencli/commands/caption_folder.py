@@ -102,10 +102,10 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
         "system": job.system,
         "frames": frames,
         "sampling": asdict(sampling),
-        "engine": _said(run),
+        "engine": _given_modes(run),
     }
     device = ",".join(devices) or (f"ray {chosen.ray}" if chosen.ray else run.device)
-    computes = {"model": spec.name, "device": device, **_said(run)}
+    computes = {"model": spec.name, "device": device, **_given_modes(run)}
     if caption_config.schema is not None:
         # What has to keep to one takes another time.
         computes["schema"] = hashlib.sha256(caption_config.schema.encode()).hexdigest()[:16]
@@ -185,6 +185,6 @@ def _captioner(
         yield workers
 
 
-def _said(run: RunOptions) -> dict[str, str]:
+def _given_modes(run: RunOptions) -> dict[str, str]:
     """The options that choose what computes, as far as they were given."""
     return {name: str(value) for name in _COMPUTES if (value := getattr(run, name)) is not None}

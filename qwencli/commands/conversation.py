@@ -196,18 +196,18 @@ class Conversation:
         if self._stats:
             self._sink.report(stats_line(result))
 
-    def _shown(self) -> list[VisualPart]:
+    def _all_pictures(self) -> list[VisualPart]:
         """Every picture and video of the conversation; all are held."""
         return [part for turn in self._turns for part in visuals_of(turn.question)] + self._attached
 
     def _open_picture(self, path: Path) -> VisualPart:
-        return open_picture(path, self._shown())
+        return open_picture(path, self._all_pictures())
 
     def _open_visual(self, path: Path) -> VisualPart:
-        return open_visual(path, self._frames, self._shown())
+        return open_visual(path, self._frames, self._all_pictures())
 
     def _open_video(self, path: Path) -> VisualPart:
-        return open_video(path, self._frames, self._shown())
+        return open_video(path, self._frames, self._all_pictures())
 
     def _check_thinking(self, wanted: bool) -> None:
         """Raises UsageError: the model has no thoughts."""

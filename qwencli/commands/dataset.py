@@ -97,7 +97,9 @@ def report(
             ) from error
         if not json:
             sink.answer(str(path))
-    sink.notice(", ".join(f"{count} {_NAMES[name]}" for name, count in _told(survey.summary())))
+    sink.notice(
+        ", ".join(f"{count} {_NAMES[name]}" for name, count in _summary_rows(survey.summary()))
+    )
 
 
 def _is_page(path: Path) -> bool:
@@ -122,6 +124,6 @@ _NAMES = {
 }
 
 
-def _told(summary: dict[str, int]) -> list[tuple[str, int]]:
+def _summary_rows(summary: dict[str, int]) -> list[tuple[str, int]]:
     always = ("pictures", "captioned")
     return [(name, n) for name, n in summary.items() if name in _NAMES and (n or name in always)]

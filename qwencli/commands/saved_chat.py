@@ -78,7 +78,7 @@ def latest_chat(folder: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    found = _kept(folder)
+    found = _kept_files(folder)
     if not found:
         raise InputError(
             f"{folder} has no conversation to go on with",
@@ -89,7 +89,7 @@ def latest_chat(folder: Path) -> Path:
 
 def forget_oldest(folder: Path) -> None:
     """Keep the newest `KEPT` conversations."""
-    for path in _kept(folder)[:-KEPT]:
+    for path in _kept_files(folder)[:-KEPT]:
         path.unlink(missing_ok=True)
 
 
@@ -233,7 +233,7 @@ def _typed(record: dict[str, Any], name: str, wanted: Any, default: Any = None) 
     return value
 
 
-def _kept(folder: Path) -> list[Path]:
+def _kept_files(folder: Path) -> list[Path]:
     """Oldest first."""
     try:
         found = [path for path in folder.iterdir() if path.suffix == ".json"]

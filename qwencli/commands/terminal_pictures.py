@@ -71,7 +71,7 @@ def terminal_graphics() -> Graphics:
     named = {os.environ.get("TERM_PROGRAM"), os.environ.get("LC_TERMINAL")}
     if "TMUX" not in os.environ and named & {"iTerm.app", "iTerm2", "WezTerm", "mintty"}:
         return Graphics.ITERM
-    answer = _asked()
+    answer = _query_terminal()
     if _KITTY_OK.search(answer):
         return Graphics.KITTY
     attributes = _ATTRIBUTES.search(answer)
@@ -80,7 +80,7 @@ def terminal_graphics() -> Graphics:
     return Graphics.HALF_BLOCKS
 
 
-def _asked() -> bytes:
+def _query_terminal() -> bytes:
     """What the terminal answers to `_QUESTION`; what a person typed meanwhile is not lost."""
     if sys.platform == "win32" or not sys.stdin.isatty():
         return b""

@@ -144,9 +144,9 @@ class CaptionProcessor:
 
     def questions(self, item: Item) -> tuple[Question, ...]:
         """Raises InputError where what lies beside the picture cannot be read."""
-        return self.config.prompts.questions(item.key, self._known(item))
+        return self.config.prompts.questions(item.key, self._known_fields(item))
 
-    def _known(self, item: Item) -> dict[str, str]:
+    def _known_fields(self, item: Item) -> dict[str, str]:
         path = self._listing.path(item)
         if not self.config.prompts.needs_hints:
             return picture_fields(item.key, path)
@@ -161,7 +161,7 @@ class CaptionProcessor:
         slot = task.slot
         asked = self._asked.get(slot)
         if asked is None:
-            known = self._known(task.item)
+            known = self._known_fields(task.item)
             questions = self.config.prompts.questions(task.item.key, known)
             begin = self.config.starts_with
             asked = _PendingCaption(
@@ -181,7 +181,7 @@ class CaptionProcessor:
                 ban=self.config.format.ban,
                 language=self.config.guards.language or language_wanted(asked.question.template),
             )
-            text, sampling = retry.asked(text), self._within_length(retry.sampling, asked)
+            text, sampling = retry.with_reminder(text), self._within_length(retry.sampling, asked)
         messages = (*self._system, user_message(text, (visual,)))
         return GenerationRequest(
             messages,

@@ -164,7 +164,7 @@ class DeviceWorkers:
                 _started(device, worker_config) for device, worker_config in self._configs
             ]
             while not self._facts:
-                for _ in self._heard():
+                for _ in self._receive():
                     pass
         except BaseException:
             self._end_all()
@@ -194,7 +194,7 @@ class DeviceWorkers:
                 return
             if not stopped:
                 self._hand_out(waiting, left)
-            for outcome in self._heard(stopped):
+            for outcome in self._receive(stopped):
                 left -= 1
                 yield outcome
         for worker in self._workers:
@@ -236,7 +236,7 @@ class DeviceWorkers:
         rows = worker.ready.max_rows
         return max(1, min(round(share), rows + REQUESTS_AHEAD + _ON_THE_WAY if rows > 1 else 2))
 
-    def _heard(self, stopped: bool = False) -> Iterator[Outcome]:
+    def _receive(self, stopped: bool = False) -> Iterator[Outcome]:
         """What workers have said since; waits a moment where that is nothing."""
         by_pipe = {id(worker.pipe): worker for worker in self._workers}
         for pipe in connection.wait([each.pipe for each in self._workers], _LOOK_EVERY_S):

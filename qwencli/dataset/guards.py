@@ -27,7 +27,7 @@ from qwencli.dataset.caption_format import (
 )
 from qwencli.dataset.chatter import find_closing, find_preamble, find_refusal
 from qwencli.dataset.hints import is_tag_list
-from qwencli.dataset.languages import language_wanted, spoken_otherwise
+from qwencli.dataset.languages import language_wanted, wrong_language
 from qwencli.errors import UsageError
 from qwencli.results import FinishReason
 
@@ -290,7 +290,7 @@ def _language(answer: Answer, guards: Guards) -> str | None:
     wanted = guards.language or language_wanted(answer.prompt)
     if wanted is None:
         return None
-    return spoken_otherwise(without_thoughts(answer.text), wanted, tags=is_tag_list(answer.text))
+    return wrong_language(without_thoughts(answer.text), wanted, tags=is_tag_list(answer.text))
 
 
 def _truncated(answer: Answer, text: str) -> Fault | None:

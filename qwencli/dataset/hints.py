@@ -101,19 +101,19 @@ def _hint_values(picture: Path, part: Part | None) -> dict[str, str]:
         raise InputError(f"{file} is not JSON: {error}", "correct it, or take it away") from error
     if not isinstance(value, dict):
         raise InputError(f"{file} is not a JSON object", 'write {"subject": "..."}')
-    return {key: said for key, entry in value.items() if (said := _said(entry))}
+    return {key: said for key, entry in value.items() if (said := _as_text(entry))}
 
 
-def _said(value: Any) -> str:
+def _as_text(value: Any) -> str:
     """A value of JSON as words: lists by commas, nothing for null."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(filter(None, map(_said, value)))[:MAX_HINT_CHARS]
+        return ", ".join(filter(None, map(_as_text, value)))[:MAX_HINT_CHARS]
     if isinstance(value, dict):
-        said = (f"{key}: {word}" for key, entry in value.items() if (word := _said(entry)))
+        said = (f"{key}: {word}" for key, entry in value.items() if (word := _as_text(entry)))
         return "; ".join(said)[:MAX_HINT_CHARS]
     return _clean(str(value))
 

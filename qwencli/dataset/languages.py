@@ -122,7 +122,7 @@ _MIN_WORDS, _MIN_SHARE, _TIMES = 12, 0.12, 2.5
 _CLEAR = 0.25
 
 
-def spoken_otherwise(text: str, wanted: str, *, tags: bool = False) -> str | None:
+def wrong_language(text: str, wanted: str, *, tags: bool = False) -> str | None:
     """What shows that a text is not in the language `wanted`, or None where nothing does.
 
     Args:

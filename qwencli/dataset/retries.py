@@ -58,7 +58,7 @@ class Retry:
     sampling: SamplingOptions
     reminder: str = ""
 
-    def asked(self, prompt: str) -> str:
+    def with_reminder(self, prompt: str) -> str:
         return f"{prompt.rstrip()} {self.reminder}" if self.reminder else prompt
 
 

@@ -306,7 +306,7 @@ class _Walk:
                     self._listing.seen += 1
                     continue
                 self._folders.add((status.st_dev, status.st_ino))
-                found = self._found(folder, below)
+                found = self._scan(folder, below)
             except OSError as error:
                 reason = f"{folder} cannot be read: {error.strerror}"
                 refusal = InputError(reason, "change the folder's permissions, or leave it out")
@@ -330,7 +330,7 @@ class _Walk:
                     self._add(self._key(entry.path), status)
             waiting += reversed(inside)
 
-    def _found(self, folder: str, below: str) -> list[tuple[os.DirEntry[str], bool]]:
+    def _scan(self, folder: str, below: str) -> list[tuple[os.DirEntry[str], bool]]:
         """Pictures and videos in a folder, and folders to look into; counts what is neither.
 
         Raises:

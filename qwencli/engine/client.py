@@ -90,13 +90,13 @@ def answers(
                 if output.finished and output.request in unfinished:
                     result = output.chunk.result if output.chunk else None
                     name = unfinished.pop(output.request)
-                    yield name, output.error or _known(result)
+                    yield name, output.error or _require_result(result)
                     more = not stopping()
     finally:
         for number in unfinished:
             queue.abort(number)
 
 
-def _known(result: GenerationResult | None) -> GenerationResult:
+def _require_result(result: GenerationResult | None) -> GenerationResult:
     assert result is not None, "a finished output without an error has a result"
     return result

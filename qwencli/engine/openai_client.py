@@ -186,7 +186,7 @@ class OpenAIClient:
 
     async def _models(self) -> list[Mapping[str, Any]] | None:
         """The entries of the server's list; None where it has no list."""
-        async with self._asked("GET", "/models", None, LIST_S) as response:
+        async with self._request("GET", "/models", None, LIST_S) as response:
             if response.status_code in (404, 405):
                 return None
             try:
@@ -203,7 +203,7 @@ class OpenAIClient:
 
     async def is_alive(self) -> bool:
         try:
-            async with self._asked("GET", "/models", None, LIST_S) as response:
+            async with self._request("GET", "/models", None, LIST_S) as response:
                 return response.status_code < 500
         except (EndpointError, RetryableError):
             return False
@@ -216,7 +216,7 @@ class OpenAIClient:
             RetryableError: the server cannot be reached, broke off, or is busy.
             InputError, EndpointError: see `_check`.
         """
-        async with self._asked("POST", "/chat/completions", body, None) as response:
+        async with self._request("POST", "/chat/completions", body, None) as response:
             if response.status_code != 200:
                 answer = await _whole(response)
                 self._check(response.status_code, response.headers, answer)
@@ -292,7 +292,7 @@ class OpenAIClient:
                 await waiting
 
     @contextlib.asynccontextmanager
-    async def _asked(
+    async def _request(
         self, method: str, path: str, body: bytes | None, most_s: float | None
     ) -> AsyncIterator[httpx.Response]:
         """Send a request; yields the response before its body has come.

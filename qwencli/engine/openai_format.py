@@ -259,13 +259,15 @@ class AnswerReader:
         if not self.sent.plain:
             found, text = self._splitter.push(text)
             thoughts += found
-        return self._kept(thoughts, text)
+        return self._without_echo(thoughts, text)
 
     def finish(self) -> AnswerDelta:
         """What was held back until the stream ended."""
-        return self._kept(*(("", "") if self.sent.plain else self._splitter.finish()), end=True)
+        return self._without_echo(
+            *(("", "") if self.sent.plain else self._splitter.finish()), end=True
+        )
 
-    def _kept(self, thoughts: str, text: str, *, end: bool = False) -> AnswerDelta:
+    def _without_echo(self, thoughts: str, text: str, *, end: bool = False) -> AnswerDelta:
         if self._echo:
             text = "".join(self._text) + text
             self._text.clear()

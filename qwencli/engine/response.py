@@ -256,7 +256,7 @@ class ResponseBuilder:
         more_thoughts, rest = self._splitter.finish()
         tail = self._stops.push(self._begun + tail + rest) + self._stops.finish()
         self._say(thoughts + more_thoughts, tail)
-        all_thoughts, text = self._said()
+        all_thoughts, text = self._whole_answer()
         finish: FinishReason = "stop" if self.stopped else "length"
         step_s, token_t_s = self._times(clock, clock.origin if began is None else began)
         result = GenerationResult(
@@ -281,7 +281,7 @@ class ResponseBuilder:
         )
         return self._chunk(result)
 
-    def _said(self) -> tuple[str, str]:
+    def _whole_answer(self) -> tuple[str, str]:
         """(thoughts, answer), whole."""
         thoughts, text = "".join(self._thoughts).strip(), "".join(self._text)
         if self.matcher is None and self.files.prompts.tokenizer.has_token(THOUGHT_END):

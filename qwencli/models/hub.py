@@ -157,7 +157,7 @@ def download(repo_id: str, *, offline: bool = False, allow_pickle: bool = False)
     # RuntimeError is what the hub's transfer backend (hf_xet) raises; ValueError an invalid id.
     try:
         info = HfApi().model_info(repo_id, files_metadata=True)
-        sizes = _wanted(info, allow_pickle)
+        sizes = _files_to_download(info, allow_pickle)
         _check_space(repo_id, sizes, info.sha or "")
         marker = repo_folder(repo_id) / UNFINISHED
         marker.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def download(repo_id: str, *, offline: bool = False, allow_pickle: bool = False)
     return snapshot
 
 
-def _wanted(info: ModelInfo, allow_pickle: bool) -> dict[str, int]:
+def _files_to_download(info: ModelInfo, allow_pickle: bool) -> dict[str, int]:
     """File name -> bytes of what is to be fetched: files at the top of the repository."""
     from qwencli.models.weight_files import PICKLE_SUFFIXES
 

@@ -138,8 +138,8 @@ def create_app(engine_thread: EngineThread, settings: ServerSettings) -> Starlet
             Route("/", server.page),
         ],
         exception_handlers={
-            ApiError: _told,
-            QwenCliError: _refused,
+            ApiError: _api_error_response,
+            QwenCliError: _qwencli_error_response,
             HTTPException: _http_error,
             ClientDisconnect: _nobody,
             Exception: _fault,
@@ -455,12 +455,12 @@ async def _whole(answer: Answer) -> tuple[list[GenerationChunk], GenerationResul
             return pieces, result
 
 
-async def _told(request: Request, error: Exception) -> Response:
+async def _api_error_response(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError), "registered for it"
     return error.response()
 
 
-async def _refused(request: Request, error: Exception) -> Response:
+async def _qwencli_error_response(request: Request, error: Exception) -> Response:
     assert isinstance(error, QwenCliError), "registered for it"
     return api_error(error).response()
 

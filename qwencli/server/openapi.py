@@ -51,7 +51,7 @@ def openapi_document() -> dict[str, Any]:
         "content": {"application/json": {"schema": _ERROR}},
     }
     paths: dict[str, Any] = {
-        path: {"get": {"responses": {"200": _taken(kind), "default": failed}}}
+        path: {"get": {"responses": {"200": _answer_schema(kind), "default": failed}}}
         for path, kind in _GETS.items()
     }
     for path, kind in _POSTS.items():
@@ -77,5 +77,5 @@ def openapi_document() -> dict[str, Any]:
     }
 
 
-def _taken(kind: str) -> dict[str, Any]:
+def _answer_schema(kind: str) -> dict[str, Any]:
     return {"description": "What is asked for.", "content": {kind: {}}}

@@ -20,7 +20,7 @@ from qwencli.bench.plan.stopping import RepetitionOptions
 from qwencli.bench.report.campaign_report import build_report
 from qwencli.bench.run.bench_run import worker
 from qwencli.bench.run.campaign import Campaign
-from qwencli.bench.run.campaign_progress import shown
+from qwencli.bench.run.campaign_progress import show_progress
 from qwencli.bench.run.campaign_runner import RunnerOptions, run_in_turns
 from qwencli.errors import BenchError
 from qwencli.output import Output, counted
@@ -76,7 +76,7 @@ def run_sides(
             for side, plan, cells in zip(sides, (plan_a, plan_b), able, strict=True)
         ]
         output.notice(f"campaigns in {sides[0]} and {sides[1]}")
-        with shown(output) as moved:
+        with show_progress(output) as moved:
             run_in_turns(campaigns, options, output.notice, moved=moved)
     for side in sides:
         build_report(side)

@@ -20,7 +20,7 @@ from qwencli.bench.plan.prepare import BenchRequest, prepare
 from qwencli.bench.plan.stopping import StopRule
 from qwencli.bench.report.campaign_report import build_report
 from qwencli.bench.run.campaign import Campaign
-from qwencli.bench.run.campaign_progress import shown
+from qwencli.bench.run.campaign_progress import show_progress
 from qwencli.bench.run.campaign_runner import RunnerOptions, run_campaign
 from qwencli.engine.machine.child_process import python_command
 from qwencli.engine.machine.device import DeviceFacts
@@ -101,7 +101,7 @@ def measure(
             f"{counted(len(planned), 'run')}, {planned.count(NONE)} of them undisturbed, in "
             f"{folder}"
         )
-        with shown(output) as moved:
+        with show_progress(output) as moved:
             run_campaign(campaign, options, output.notice, moved)
     (row,) = build_report(folder)
     if row["status"] != "ok":

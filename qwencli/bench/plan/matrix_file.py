@@ -80,9 +80,9 @@ def _parse(path: Path, name: str) -> Matrix:
         raise BenchError(f"matrix {name}: {error.strerror}", "check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BenchError(f"matrix {name} is not valid TOML: {error}", "correct the file") from error
-    _known(name, "", document, ("axes", "exclude", "run"))
+    _check_keys(name, "", document, ("axes", "exclude", "run"))
     run = _table(name, "run", document.get("run", {}))
-    _known(name, "run.", run, _RUN_KEYS)
+    _check_keys(name, "run.", run, _RUN_KEYS)
     exclude = document.get("exclude", [])
     if not isinstance(exclude, list) or not all(exclude):
         raise BenchError(f"matrix {name}: exclude must be [[exclude]] tables that name an axis")
@@ -116,7 +116,7 @@ def _run(path: Path, name: str, run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _axes(name: str, key: str, value: Any) -> dict[str, tuple[str, ...]]:
     table = _table(name, key, value)
-    _known(name, f"{key}.", table, tuple(AXES))
+    _check_keys(name, f"{key}.", table, tuple(AXES))
     axes = {}
     for axis, said in table.items():
         values = [said] if isinstance(said, str) else said
@@ -135,7 +135,7 @@ def _table(name: str, key: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _known(name: str, prefix: str, table: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+def _check_keys(name: str, prefix: str, table: Mapping[str, Any], keys: tuple[str, ...]) -> None:
     for key in table:
         if key not in keys:
             raise BenchError(

@@ -190,18 +190,18 @@ def causes(data: CellRows) -> Sentences:
         for row in data.causes:
             if row["scope"] == scope:
                 found[row["cause"]].append(row)
-        for cause, rows in sorted(found.items(), key=lambda item: -_lost(item[1])):
+        for cause, rows in sorted(found.items(), key=lambda item: -_lost_ms(item[1])):
             worst = max(rows, key=lambda row: float(row["lost_ms"]))
             token = f", token {worst['token_index']}" if worst["token_index"] else ""
             yield (
                 f"{counted(len(rows), what)} because {MEANINGS[Cause(cause)]}",
-                f"{_lost(rows):.0f} ms lost; the worst {float(worst['lost_ms']):.0f} in run "
+                f"{_lost_ms(rows):.0f} ms lost; the worst {float(worst['lost_ms']):.0f} in run "
                 f"{worst['run']}{token}: {worst['evidence']}; confidence "
                 f"{float(worst['confidence']):.2g}",
             )
 
 
-def _lost(rows: Sequence[RawRow]) -> float:
+def _lost_ms(rows: Sequence[RawRow]) -> float:
     return sum(float(row["lost_ms"]) for row in rows)
 
 

@@ -71,7 +71,7 @@ def _figure(name: str, spec: str, scale: float = 1.0, unit: str = "") -> Show:
     return show
 
 
-def _taken(name: str) -> Show:
+def _shown_share(name: str) -> Show:
     """A percentage that is worth a place."""
     show = _figure(name, ".1f")
     return lambda row: NOTHING if (row.get(name) or 0.0) < LEAST_TAKEN else show(row)
@@ -213,7 +213,7 @@ LIMITS = DetailTable(
 QUIET = DetailTable(
     "What the machine took, in percent of decode",
     tuple(
-        Detail(f"{limit.head} ({limit.percent:g})", _taken(limit.column), limit.words)
+        Detail(f"{limit.head} ({limit.percent:g})", _shown_share(limit.column), limit.words)
         for limit in whole_cell.LIMITS
     ),
     "beyond the limit in brackets a figure is not to be quoted",

@@ -20,7 +20,7 @@ from qwencli.bench.report.campaign_report import build_report
 from qwencli.bench.report.cell_statistics import CellRow
 from qwencli.bench.report.tables import terminal_table
 from qwencli.bench.run.campaign import Campaign
-from qwencli.bench.run.campaign_progress import shown
+from qwencli.bench.run.campaign_progress import show_progress
 from qwencli.bench.run.campaign_runner import RunnerOptions, run_campaign, worker_command
 from qwencli.bench.run.cooldown import NO_PAUSE, Cooldown
 from qwencli.config import LoadFormat
@@ -100,7 +100,7 @@ def measure(
         if campaign.repaired:
             output.warn(f"cut off {campaign.repaired} rows of a run that was not finished")
         try:
-            with shown(output) as moved:
+            with show_progress(output) as moved:
                 run_campaign(campaign, options, output.notice, moved, predicted_s)
         except KeyboardInterrupt:
             interrupted = True

@@ -33,7 +33,7 @@ def not_shown(share: float, text: str) -> None:
 
 
 @contextmanager
-def shown(output: Output, clock: Callable[[], float] = time.monotonic) -> Iterator[Moved]:
+def show_progress(output: Output, clock: Callable[[], float] = time.monotonic) -> Iterator[Moved]:
     """Yields what shows how far a campaign is, while the block runs."""
     said_s = clock()
 

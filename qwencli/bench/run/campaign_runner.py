@@ -75,11 +75,11 @@ def run_campaign(
     with Telemetry(options.sampler) as telemetry:
         started = _make_references(campaign, options, say)
         processes = _planned_processes(campaign.plan)
-        wanted = [planned for planned in processes if planned.wanted(campaign, options)]
+        wanted = [planned for planned in processes if planned.is_needed(campaign, options)]
         weights = [(predicted_s or {}).get(planned.cell.cell_id, 1.0) for planned in wanted]
         progress = CampaignProgress(weights, moved, in_seconds=predicted_s is not None)
         for planned in processes:
-            if not planned.wanted(campaign, options):
+            if not planned.is_needed(campaign, options):
                 say(f"{planned.label}: already there")
                 if planned in wanted:  # until another cell had what is its fate too
                     progress.skip()
@@ -119,7 +119,7 @@ def run_in_turns(
     for campaign in campaigns:
         _add_skipped(campaign)
     order = list(campaigns)
-    wanted = sum(p.wanted(c, options) for c in campaigns for p in _planned_processes(c.plan))
+    wanted = sum(p.is_needed(c, options) for c in campaigns for p in _planned_processes(c.plan))
     progress = CampaignProgress([1.0] * wanted, moved)
     with Telemetry(options.sampler) as telemetry:
         for processes in zip_longest(
@@ -131,7 +131,7 @@ def run_in_turns(
                 break
             for campaign in order:
                 planned = of_campaign[campaign]
-                if planned and planned.wanted(campaign, options):
+                if planned and planned.is_needed(campaign, options):
                     say(f"{planned.label}, {campaign.folder.name}{time_left(progress.left_s)}")
                     _run_planned(campaign, planned, options, telemetry, say, progress)
             order.reverse()
@@ -224,7 +224,7 @@ class _PlannedProcess:
     def label(self) -> str:
         return f"{self.number} {self.name}"
 
-    def wanted(self, campaign: Campaign, options: RunnerOptions) -> bool:
+    def is_needed(self, campaign: Campaign, options: RunnerOptions) -> bool:
         turn = campaign.next_turn(self.cell)
         if turn is None:  # all runs are there; what follows them may not be
             missing = campaign.missing_checks(self.cell, limits=options.post_run_checks)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwencli.bench.storage.table_check import HINT, MOST, shown
+from qwencli.bench.storage.table_check import HINT, MOST, quoted
 from qwencli.errors import BenchError
 
 PLAN, ENVIRONMENT = "plan.json", "environment.json"
@@ -182,7 +182,7 @@ def check_document(path: Path, document: Mapping[str, Any], rules: Sequence[Rule
             if value is _MISSING:
                 raise BenchError(f"{path} is broken: it has no {where}", HINT)
             if not holds(value):
-                text = shown(json.dumps(value, ensure_ascii=False))[1:-1]
+                text = quoted(json.dumps(value, ensure_ascii=False))[1:-1]
                 raise BenchError(f"{path} is broken: {where}: {text} is not {kind}", HINT)
 
 

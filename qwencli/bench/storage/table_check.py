@@ -89,7 +89,7 @@ def check_table(
                 continue
             wrong = next((at for at, value in enumerate(values) if not holds(value)), None)
         if wrong is not None:
-            refuse(table, wrong, name, f"{shown(values[wrong])} is not {kind}")
+            refuse(table, wrong, name, f"{quoted(values[wrong])} is not {kind}")
 
 
 def _is_word(text: str) -> bool:
@@ -154,7 +154,7 @@ def _kind_of(name: str) -> Callable[[str], bool]:
     return _is_signed if _SIGNED.search(name) else _is_amount
 
 
-def shown(text: str) -> str:
+def quoted(text: str) -> str:
     return repr(text if len(text) <= 40 else f"{text[:40]}...")
 
 

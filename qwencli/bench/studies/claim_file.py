@@ -115,7 +115,7 @@ def read(path: Path) -> Study:
     """Raises BenchError for a file that is malformed; names the file and the key."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-        held = _known(path, "hold", document.get("hold", {}), HELD)
+        held = _check_keys(path, "hold", document.get("hold", {}), HELD)
         arms = {
             name: _arm(path, name, table, held) for name, table in document.pop("arms", {}).items()
         }
@@ -136,11 +136,11 @@ def read(path: Path) -> Study:
 def _arm(path: Path, name: str, table: dict[str, Any], held: Mapping[str, Any]) -> Arm:
     condition = table.pop("condition", PLAIN)
     environment = table.pop("environment", {})
-    own = _known(path, f"arms.{name}", table, HELD)
+    own = _check_keys(path, f"arms.{name}", table, HELD)
     return Arm({**HELD, **held, **own}, condition, environment)
 
 
-def _known(
+def _check_keys(
     path: Path, key: str, table: Mapping[str, Any], names: Mapping[str, Any]
 ) -> Mapping[str, Any]:
     for name in table:

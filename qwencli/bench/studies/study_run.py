@@ -19,7 +19,7 @@ from qwencli.bench.measure.telemetry import sampler_command
 from qwencli.bench.plan.environment import environment, read_machine_speed
 from qwencli.bench.report.campaign_report import build_report
 from qwencli.bench.run.campaign import OTHER_WRITER, Campaign, refuse_what_is_there, write_json
-from qwencli.bench.run.campaign_progress import shown
+from qwencli.bench.run.campaign_progress import show_progress
 from qwencli.bench.run.campaign_runner import RunnerOptions, run_campaign
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.campaign_files import RUNS, read_file
@@ -187,7 +187,7 @@ def _run_process(
             "environment": dict(process.environment),
         }
         write_json(own / SCHEDULE, schedule)
-        with shown(output) as moved:
+        with show_progress(output) as moved:
             run_campaign(campaign, options, output.notice, moved)
     build_report(own)
 

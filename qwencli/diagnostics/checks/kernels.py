@@ -42,7 +42,7 @@ def attention_kernels(machine: Machine) -> Finding:
         return skipped(NO_GPU)
     runs: tuple[AttentionRun, ...] = value_of(machine, "attention").runs
     chosen = [run for run in runs if run.backend == "chosen"]
-    evidence = "; ".join(_said(run) for run in chosen)
+    evidence = "; ".join(_describe(run) for run in chosen)
     broken = [run.phase for run in chosen if run.us is None]
     if broken:
         return failed(
@@ -65,7 +65,7 @@ def attention_kernels(machine: Machine) -> Finding:
     return passed("fused attention kernels ran", evidence)
 
 
-def _said(run: AttentionRun) -> str:
+def _describe(run: AttentionRun) -> str:
     if run.us is None:
         return f"{run.phase}: {run.error}"
     kernel = f" ({run.kernels[0]})" if run.kernels else ""

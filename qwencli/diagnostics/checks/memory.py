@@ -42,7 +42,7 @@ def gpu_processes(machine: Machine) -> Finding:
     gpu = machine.gpu
     if gpu is None:
         return skipped(NO_NVML)
-    evidence = ", ".join(_said(process) for process in gpu.processes) or "none"
+    evidence = ", ".join(_describe(process) for process in gpu.processes) or "none"
     busy = [p for p in gpu.processes if p.compute and (p.used_bytes or 0) >= LARGE_PROCESS_BYTES]
     if busy:
         return warned(
@@ -58,7 +58,7 @@ def gpu_processes(machine: Machine) -> Finding:
     return passed("no other program is on the GPU", evidence)
 
 
-def _said(process: GpuProcess) -> str:
+def _describe(process: GpuProcess) -> str:
     held = "" if process.used_bytes is None else f" {process.used_bytes / 1e9:.1f} GB"
     return f"{process.name or f'pid {process.pid}'}{held}"
 

@@ -8,7 +8,7 @@ from qwencli.bench.plan.environment import environment
 from qwencli.bench.plan.stopping import StopRule
 from qwencli.bench.run import campaign_progress
 from qwencli.bench.run.campaign import Campaign
-from qwencli.bench.run.campaign_progress import CampaignProgress, shown, time_left
+from qwencli.bench.run.campaign_progress import CampaignProgress, show_progress, time_left
 from qwencli.bench.run.campaign_runner import RunnerOptions, run_campaign
 from qwencli.output import Output
 
@@ -100,7 +100,7 @@ def test_the_longer_the_coarser(seconds, said):
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then(clock, capsys):
-    with shown(Output(), clock) as moved:
+    with show_progress(Output(), clock) as moved:
         for second in range(70):
             clock.now = 100.0 + second
             moved(second / 70, f"second {second}")
@@ -110,7 +110,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(clock, capsys):
 def test_at_a_terminal_there_is_a_bar(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
-    with shown(Output()) as moved:
+    with show_progress(Output()) as moved:
         moved(0.5, "[2/4] run 3 of 5, about 40 s left")
     said = capsys.readouterr().err
     assert "run 3 of 5, about 40 s left" in said
@@ -139,5 +139,5 @@ def test_it_is_only_drawn_when_it_moves(monkeypatch):
 
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     before = threading.active_count()
-    with campaign_progress.shown(Output()):
+    with campaign_progress.show_progress(Output()):
         assert threading.active_count() == before

@@ -109,7 +109,7 @@ def cells_table(rows: Sequence[CellRow], axes: Sequence[str]) -> str:
         label = escape(row_label(row, axes))
         link = f'<a href="#cell-{places[row["cell_id"]]}">{label}</a>'
         line = f'<tr class="{_mood(row)}"><th scope="row">{link}</th>'
-        verdict = escape(said(row))
+        verdict = escape(status_text(row))
         if row["decode_tok_per_s_median"] is None:
             blank.append(
                 f'{line}<td class="verdict" colspan="{len(shown) + 2}">{verdict}</td></tr>'
@@ -132,7 +132,7 @@ def _heading(head: str, unit: str, kind: str) -> str:
     return f'<th scope="col"><button data-sort="{kind}">{head}{small}</button></th>'
 
 
-def said(row: CellRow) -> str:
+def status_text(row: CellRow) -> str:
     """Why a cell's figures are missing or doubtful; "ok" where they are neither."""
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason']}" if row["reason"] else str(row["status"])
@@ -142,9 +142,9 @@ def said(row: CellRow) -> str:
 def _mood(row: CellRow) -> str:
     if row["status"] == "skipped":
         return "skipped"
-    if row["status"] not in ("ok", "unfinished") or said(row).startswith("FAIL"):
+    if row["status"] not in ("ok", "unfinished") or status_text(row).startswith("FAIL"):
         return "bad"
-    return "good" if said(row) == "ok" else "doubt"
+    return "good" if status_text(row) == "ok" else "doubt"
 
 
 def blank_section(place: int, row: CellRow, label: str) -> str:
@@ -152,7 +152,7 @@ def blank_section(place: int, row: CellRow, label: str) -> str:
     return (
         f'<div id="cell-{place}" class="blank {_mood(row)}">'
         f'<span class="name">{escape(label)}</span>'
-        f'<span class="verdict">{escape(said(row))}</span></div>'
+        f'<span class="verdict">{escape(status_text(row))}</span></div>'
     )
 
 
@@ -163,7 +163,8 @@ def cell_section(place: int, row: CellRow, label: str, fastest: float, *, opened
     return (
         f'<details id="cell-{place}" class="cell {_mood(row)}"{" open" * opened}><summary>'
         f'<span class="name">{escape(label)}</span>{speed_range(row, fastest)}'
-        f'<span class="figure">{figure}</span><span class="verdict">{escape(said(row))}</span>'
+        f'<span class="figure">{figure}</span>'
+        f'<span class="verdict">{escape(status_text(row))}</span>'
         f'</summary><div class="charts" data-charts="charts-{place}"></div></details>'
     )
 
