@@ -51,11 +51,11 @@ def show_pictures(parts: Sequence[VisualPart]) -> None:
     graphics = terminal_graphics()
     for part in parts:
         image = part.image if isinstance(part, ImagePart) else part.frames[0]
-        sys.stderr.write(drawn(image, graphics, shutil.get_terminal_size().columns))
+        sys.stderr.write(render_picture(image, graphics, shutil.get_terminal_size().columns))
     sys.stderr.flush()
 
 
-def drawn(image: Image, graphics: Graphics, columns: int) -> str:
+def render_picture(image: Image, graphics: Graphics, columns: int) -> str:
     """What a terminal of `columns` shows as the picture, and a line feed."""
     if graphics is Graphics.NONE:
         return ""

@@ -169,7 +169,7 @@ class PromptSet:
     def _chosen(self, field: str, prompts: Sequence[Weighted], relative: str) -> Template:
         if len(prompts) == 1:
             return prompts[0].template
-        mark = drawn(self.seed, field, relative) * math.fsum(p.weight for p in prompts)
+        mark = seeded_uniform(self.seed, field, relative) * math.fsum(p.weight for p in prompts)
         for prompt in prompts:
             mark -= prompt.weight
             if mark < 0:
@@ -177,7 +177,7 @@ class PromptSet:
         return next(p.template for p in reversed(prompts) if p.weight > 0)
 
 
-def drawn(seed: int, *names: str) -> float:
+def seeded_uniform(seed: int, *names: str) -> float:
     """A number in [0, 1) that depends on nothing but the arguments."""
     text = "\0".join((str(seed), *(name.replace("\\", "/") for name in names)))
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

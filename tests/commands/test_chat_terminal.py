@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from qwencli.commands.chat_terminal import _ChatCompleter
-from qwencli.commands.terminal_pictures import Graphics, drawn
+from qwencli.commands.terminal_pictures import Graphics, render_picture
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a terminal of POSIX")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "four_objects.png"
@@ -333,16 +333,16 @@ def test_pictures_by_each_kind_of_graphics(monkeypatch):
     monkeypatch.setenv("COLORTERM", "truecolor")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    assert drawn(PICTURE, Graphics.NONE, 80) == ""
-    blocks = drawn(PICTURE, Graphics.HALF_BLOCKS, 21)
+    assert render_picture(PICTURE, Graphics.NONE, 80) == ""
+    blocks = render_picture(PICTURE, Graphics.HALF_BLOCKS, 21)
     assert [line.count("▀") for line in blocks.splitlines()] == [20] * 5
-    kitty = drawn(PICTURE, Graphics.KITTY, 80)
+    kitty = render_picture(PICTURE, Graphics.KITTY, 80)
     assert kitty.startswith("\x1b_Ga=T,f=100,q=2,c=36,r=9,m=") and kitty.endswith("\x1b\\\n")
-    iterm = drawn(PICTURE, Graphics.ITERM, 80)
+    iterm = render_picture(PICTURE, Graphics.ITERM, 80)
     assert iterm.startswith("\x1b]1337;File=inline=1;size=") and iterm.endswith("\x07\n")
-    assert sixel_pixels(drawn(PICTURE, Graphics.SIXEL, 80)) == (36 * 8, 9 * 16)
+    assert sixel_pixels(render_picture(PICTURE, Graphics.SIXEL, 80)) == (36 * 8, 9 * 16)
     tall = Image.new("RGB", (1, 5000))
-    assert len(drawn(tall, Graphics.HALF_BLOCKS, 80).splitlines()) == 12
+    assert len(render_picture(tall, Graphics.HALF_BLOCKS, 80).splitlines()) == 12
 
 
 def sixel_pixels(text):

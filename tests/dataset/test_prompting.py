@@ -15,9 +15,9 @@ from qwencli.dataset.prompting import (
     PromptSet,
     Template,
     Weighted,
-    drawn,
     prompt_set,
     read_prompt_file,
+    seeded_uniform,
 )
 from qwencli.errors import InputError, UsageError
 from qwencli.presets import DEFAULT_PROMPT, PRESETS
@@ -156,8 +156,8 @@ def test_no_seed_is_the_same_choice_every_time():
 @given(st.integers(0, 2**32 - 1), st.text(max_size=20))
 @settings(max_examples=200)
 def test_drawn_is_a_share(seed, name):
-    assert 0 <= drawn(seed, "caption", name) < 1
-    assert drawn(seed, "caption", name) == drawn(seed, "caption", name)
+    assert 0 <= seeded_uniform(seed, "caption", name) < 1
+    assert seeded_uniform(seed, "caption", name) == seeded_uniform(seed, "caption", name)
 
 
 def test_weights_are_kept(tmp_path):
