@@ -398,5 +398,5 @@ def test_retries_mend_what_was_wrong():
     assert retry(FaultKind.EMPTY).sampling.do_sample is True
     assert retry(FaultKind.EMPTY).sampling.max_new_tokens == 64
     language = retry(FaultKind.LANGUAGE, language="de")
-    assert language.asked("What is this? ") == "What is this? Answer in German."
+    assert language.with_reminder("What is this? ") == "What is this? Answer in German."
     assert "watermark" in retry(FaultKind.BANNED, ban=["watermark"]).reminder
