@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
+from pydantic import ValidationError
+from pydantic_core import from_json
 from starlette.responses import Response
 
 from qwencli.errors import (
@@ -64,6 +67,33 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         return json_response(self.body, self.status, self.headers)
+
+
+def body_error(error: ValidationError, data: bytes) -> ApiError:
+    """What is wrong with a body, and where: as deep in it as is known.
+
+    Where several kinds of value may stand, each says why it is not that one; the deepest is about
+    the kind that was meant.
+    """
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    within = found[0]["loc"][:-1]
+    about = [each for each in found if each["loc"][: len(within)] == within]
+    deepest = max(about, key=lambda each: len(each["loc"]))
+    place = ".".join(_path(deepest["loc"], data, missing=deepest["type"] == "missing"))[:200]
+    said = f"{place}: {deepest['msg']}" if place else str(deepest["msg"])
+    return ApiError(400, said[:500], param=place or None)
+
+
+def _path(found: tuple[str | int, ...], data: bytes, *, missing: bool) -> Iterator[str]:
+    """The place in the body, without pydantic's names of what might stand there."""
+    value: Any = from_json(data) if found else None
+    for number, part in enumerate(found):
+        in_list = isinstance(value, list) and part in range(len(value))
+        if in_list or (isinstance(value, dict) and part in value):
+            value = value[part]
+            yield str(part)
+        elif missing and number == len(found) - 1:
+            yield str(part)
 
 
 def api_error(error: QwenCliError) -> ApiError:

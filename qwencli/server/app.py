@@ -32,7 +32,7 @@ from qwencli.errors import QwenCliError
 from qwencli.messages import GenerationRequest, ImagePart, Message, TextPart, ToolCall
 from qwencli.results import GenerationChunk, GenerationResult
 from qwencli.server.access import Access
-from qwencli.server.api_errors import ApiError, api_error, json_response
+from qwencli.server.api_errors import ApiError, api_error, body_error, json_response
 from qwencli.server.chat_api import ChatBody, ChatFormat, ChatMessage, TextContent, event
 from qwencli.server.engine_thread import Answer, ClientGoneError, EngineThread, RequestTimeoutError
 from qwencli.server.image_urls import opened_picture, picture_bytes
@@ -351,10 +351,7 @@ class _Server:
         try:
             return kind.model_validate_json(data)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            place = ".".join(str(each) for each in first["loc"])[:200]
-            said = f"{place}: {first['msg']}" if place else str(first["msg"])
-            raise ApiError(400, said[:500], param=place or None) from error
+            raise body_error(error, data) from error
 
     async def _read(self, request: Request) -> bytes:
         most = self._settings.max_body_bytes

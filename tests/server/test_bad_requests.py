@@ -150,6 +150,34 @@ def test_wrong_bodies_are_told_so(client, served: Served, name: str, stream: boo
     assert served.thread.num_unfinished == 0
 
 
+@pytest.mark.parametrize(
+    ("content", "place", "said"),
+    [
+        (5, "messages.0.content", "a valid string"),
+        (["Hi"], "messages.0.content.0", "object"),
+        ([{"type": "audio"}], "messages.0.content.0", "'text', 'image_url'"),
+        ([{"type": "text"}], "messages.0.content.0.text", "required"),
+        ([{"type": "image_url", "image_url": "a"}], "messages.0.content.0.image_url", "object"),
+        (
+            [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": 5}}],
+            "messages.0.content.1.image_url.url",
+            "a valid string",
+        ),
+        (
+            [{"type": "image_url", "image_url": {}}],
+            "messages.0.content.0.image_url.url",
+            "required",
+        ),
+    ],
+)
+def test_the_place_of_what_is_wrong_is_the_bodys(client, content, place: str, said: str) -> None:
+    error = told(
+        client.post(CHAT, json=asked(messages=[{"role": "user", "content": content}])), 400
+    )
+    assert error["param"] == place and error["message"].startswith(f"{place}: ")
+    assert said in error["message"]
+
+
 def test_other_statuses(client) -> None:
     assert told(client.post(CHAT, json=asked(model="gpt-5")), 404)["code"] == "model_not_found"
     told(client.get("/v1/nothing"), 404)
