@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from transformers.initialization import no_init_weights
 
 from qwencli.models.builtin import BUILTINS, DECODERS, ENTRIES, TOWERS, find_builtin, hub_config
 from qwencli.models.families import FAMILIES
@@ -58,7 +59,7 @@ PUBLISHED = {
 def build_on_meta(config_dict):
     config = transformers.AutoConfig.for_model(**config_dict)
     model_class = getattr(transformers, config_dict["architectures"][0])
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         return config, model_class(config)
 
 

@@ -25,8 +25,12 @@ def findings():
         sys.path.remove(str(DOCS))
 
 
-def test_every_claim_has_its_verdict_and_every_study_its_plots(findings):
-    files = findings.files()
+@pytest.fixture(scope="module")
+def files(findings):
+    return findings.files()
+
+
+def test_every_claim_has_its_verdict_and_every_study_its_plots(findings, files):
     page = files[findings.PAGE]
     for claim in names():
         assert page.count(f"\n| {claim} | ") == 1
@@ -37,8 +41,7 @@ def test_every_claim_has_its_verdict_and_every_study_its_plots(findings):
             ElementTree.fromstring(files[path])  # whole and well formed
 
 
-def test_what_the_page_leaves_out_is_in_tables_that_it_links(findings):
-    files = findings.files()
+def test_what_the_page_leaves_out_is_in_tables_that_it_links(findings, files):
     tables = {path: text for path, text in files.items() if path.suffix == ".csv"}
     for path, text in tables.items():
         head, *rows = csv.reader(text.splitlines())
@@ -55,8 +58,8 @@ def test_what_the_page_leaves_out_is_in_tables_that_it_links(findings):
     assert f"**{first['verdict']}**" in line
 
 
-def test_what_no_machine_has_settled_is_named_with_its_command(findings):
-    page = findings.files()[findings.PAGE]
+def test_what_no_machine_has_settled_is_named_with_its_command(findings, files):
+    page = files[findings.PAGE]
     open_claims = page.split("## What other machines have to settle")[1].split("\n## ")[0]
     command = open_claims.split("--claims ")[1].split()[0].split(",")
     assert set(command) == {line[2:5] for line in open_claims.splitlines() if line[:3] == "- C"}
