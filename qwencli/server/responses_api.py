@@ -76,7 +76,12 @@ Item = Annotated[
     | Annotated[FunctionCall, Tag("function_call")]
     | Annotated[FunctionOutput, Tag("function_call_output")]
     | Annotated[Reasoning, Tag("reasoning")],
-    Discriminator(_kind),
+    Discriminator(
+        _kind,
+        custom_error_type="item_kind",
+        custom_error_message="an item is of type message, function_call, function_call_output "
+        "or reasoning",
+    ),
 ]
 
 
@@ -121,6 +126,8 @@ class ResponsesBody(Body):
     reasoning: ReasoningSettings | None = None
     thinking_token_budget: int | None = Field(default=None, ge=0)
     previous_response_id: str | None = None
+    conversation: str | dict[str, Any] | None = None
+    prompt: dict[str, Any] | None = None
     background: bool | None = None
 
     def as_chat(self) -> ChatBody:
@@ -129,7 +136,7 @@ class ResponsesBody(Body):
         Raises:
             ApiError: it needs answers that are kept, or says nothing.
         """
-        for name in ("previous_response_id", "background"):
+        for name in ("previous_response_id", "conversation", "prompt", "background"):
             if getattr(self, name):
                 raise ApiError(400, f"{name}: nothing is kept here; send it all", param=name)
         messages: list[ChatMessage] = []

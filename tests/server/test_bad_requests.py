@@ -178,6 +178,23 @@ def test_the_place_of_what_is_wrong_is_the_bodys(client, content, place: str, sa
     assert said in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "place", "said"),
+    [
+        ({"input": [{"type": "robot"}]}, "input.0", "an item is of type message"),
+        ({"input": ["Hi"]}, "input.0", "an item is of type message"),
+        ({"conversation": "conv_1"}, "conversation", "nothing is kept here"),
+        ({"conversation": {"id": "conv_1"}}, "conversation", "nothing is kept here"),
+        ({"prompt": {"id": "pmpt_1"}}, "prompt", "nothing is kept here"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "nothing is kept here"),
+    ],
+)
+def test_a_response_from_what_is_not_kept_is_refused(client, wrong, place: str, said: str) -> None:
+    body = {"input": "Hi", "max_output_tokens": 4} | wrong
+    error = told(client.post("/v1/responses", json=body), 400)
+    assert error["param"] == place and said in error["message"]
+
+
 def test_other_statuses(client) -> None:
     assert told(client.post(CHAT, json=asked(model="gpt-5")), 404)["code"] == "model_not_found"
     told(client.get("/v1/nothing"), 404)
