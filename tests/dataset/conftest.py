@@ -35,6 +35,16 @@ def caption(engine) -> Callable[..., int]:
 
 
 @pytest.fixture
+def finish(caption) -> Callable[..., None]:
+    """The command that was stopped, now to its end; as programs of these tests, with a seed."""
+
+    def call(*arguments: object) -> None:
+        assert caption(*arguments, "--seed", "1") == 0
+
+    return call
+
+
+@pytest.fixture
 def pictures(tmp_path) -> Callable[..., Path]:
     """`pictures("a.png", "b/c.jpg")` -> a folder that holds them, each of another colour."""
 

@@ -24,7 +24,7 @@ from qwencli.dataset.sources import Listing
 from qwencli.errors import DeviceError, ModelError, UsageError
 from qwencli.models.resolve import resolve_model
 from tests.dataset.conftest import captions, failures
-from tests.dataset.test_killed import done_of, finish, start, wait_for
+from tests.dataset.test_killed import done_of, start, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
@@ -83,7 +83,7 @@ def test_a_slow_worker_makes_fewer(pictures, tmp_path, log):
 def test_a_worker_that_is_killed_loses_nothing(pictures, log, undisturbed):
     folder = pictures(*(f"{number}.png" for number in range(150)))
     options = "--devices", "cpu,cpu", "--json"
-    process = start(folder, *options, step_s=0.1, FAKE_LOG=str(log))
+    process = start(folder, *options, step_s=0.03, FAKE_LOG=str(log))
     with process:
         first, _ = workers_of(process)
         wait_for("*.log", log, 2)
@@ -96,7 +96,7 @@ def test_a_worker_that_is_killed_loses_nothing(pictures, log, undisturbed):
     assert out.count('"event": "caption"') == 150
 
 
-def test_with_no_worker_left_the_same_command_goes_on(pictures, log, undisturbed):
+def test_with_no_worker_left_the_same_command_goes_on(pictures, log, undisturbed, finish):
     folder = pictures(*(f"{number}.png" for number in range(150)))
     process = start(folder, "--devices", "cpu,cpu", step_s=0.1, FAKE_LOG=str(log))
     with process:

@@ -31,12 +31,6 @@ def start(*arguments, step_s=0.0, own_group=False, **environment):
     )
 
 
-def finish(*arguments) -> None:
-    process = start(*arguments)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-
-
 def wait_for(pattern: str, folder: Path, count: int = 1) -> None:
     end = time.monotonic() + 60
     while len(list(folder.glob(pattern))) < count:
@@ -62,7 +56,7 @@ def done_of(folder: Path, name: str = "manifest.sqlite") -> dict[str, str]:
 
 
 @pytest.mark.parametrize("mode", ["skip", "append"])
-def test_killed_at_any_moment(pictures, mode):
+def test_killed_at_any_moment(pictures, mode, finish):
     names = [f"{number}.png" for number in range(120)]
     undisturbed, folder = pictures(*names, folder="whole"), pictures(*names)
     for each in (undisturbed, folder):
@@ -88,7 +82,7 @@ def test_killed_at_any_moment(pictures, mode):
     assert not list(folder.rglob("*.partial"))
 
 
-def test_a_table_of_a_killed_run_is_made_whole(pictures):
+def test_a_table_of_a_killed_run_is_made_whole(pictures, finish):
     folder = pictures(*(f"{number}.png" for number in range(60)))
     table = folder / "captions.jsonl"
     process = start(folder, "--output", table, step_s=0.02)
@@ -102,7 +96,7 @@ def test_a_table_of_a_killed_run_is_made_whole(pictures):
     assert len(done_of(folder, "captions.jsonl.sqlite")) == 60
 
 
-def test_a_disk_that_fills_up_is_one_line_and_the_same_command_goes_on(pictures, tmp_path):
+def test_a_disk_that_fills_up_is_one_line_and_the_same_command_goes_on(pictures, tmp_path, finish):
     """The system itself refuses to write more than so much into a file."""
     import resource
 
@@ -122,7 +116,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_same_command_goes_on(pictures,
     assert len(captions(out)) == 150 and captions(out).items() >= written.items()
 
 
-def test_ctrl_c_finishes_what_runs_and_says_how_to_go_on(pictures):
+def test_ctrl_c_finishes_what_runs_and_says_how_to_go_on(pictures, finish):
     folder = pictures(*(f"{number}.png" for number in range(200)))
     process = start(folder, step_s=0.03)
     wait_for("*.txt", folder)
@@ -153,9 +147,9 @@ def test_a_second_ctrl_c_leaves_at_once(pictures):
     assert err.endswith("left; what is done is kept, and the same command goes on\n")
 
 
-def test_the_second_of_two_runs_leaves(pictures):
+def test_the_second_of_two_runs_leaves(pictures, finish):
     folder = pictures(*(f"{number}.png" for number in range(60)))
-    first = start(folder, step_s=3.0)
+    first = start(folder, step_s=1.5)
     with first:
         wait_for("*.txt", folder)
         second = start(folder)
