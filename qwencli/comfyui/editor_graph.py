@@ -138,7 +138,8 @@ def _by_layout(given: Sequence[Any], layout: Sequence[str]) -> tuple[dict[str, A
         values[name] = value
         if name == _SEED and left and left[0] in _SEED_MODES:
             seed_mode = left.pop(0)
-    if left:
+    # Widgets of the editor's own, such as buttons, are saved behind the node's, without a value.
+    if any(value is not None for value in left):
         return None
     return {name: value for name, value in values.items() if value is not None}, seed_mode
 

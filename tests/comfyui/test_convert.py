@@ -336,6 +336,15 @@ def test_values_that_fit_no_version_leave_a_node_alone():
     assert len(done.converted) == len(done.notes) == 1
 
 
+def test_values_that_the_editor_keeps_for_buttons_are_none_of_the_nodes():
+    """As in a published workflow of this pack: a null behind the last value."""
+    said = ["Qwen2.5-VL-7B-Instruct", "None", "What is it?", 1216, 0.5, 0.9, 1, True]
+    for more in ([None], [None, None]):
+        done = convert(graph(node("QwenVisionParser", said + more)), "w.json")
+        plain = convert(graph(node("QwenVisionParser", said)), "w.json")
+        assert done.document == plain.document
+
+
 def test_group_nodes_are_told():
     document = graph()
     document["extra"]["groupNodes"] = {"both": {"nodes": [{"type": "AILab_QwenVL"}]}}
