@@ -6,9 +6,10 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 from qwencli.config import ModelSource, ModelSpec
 from qwencli.errors import DownloadError, ModelFileError
@@ -67,7 +68,9 @@ def test_locate_uses_the_cache_without_any_request(hub):
     assert hub.requests == []
 
 
-def test_interrupted_download_is_not_complete_and_resumes(hub):
+def test_interrupted_download_is_not_complete_and_resumes(hub, monkeypatch):
+    # The library waits a second before each of five tries.
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None))
     hub.cut = "model.safetensors"
     fails("cannot be reached|HTTP", "again")
     assert find_cached(REPO) is None
