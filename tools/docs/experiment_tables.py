@@ -210,25 +210,23 @@ def planted_disturbances(files: Sequence[Path]) -> str:
 
 
 def warm_caption(files: Sequence[Path]) -> str:
-    """Of `benchmarks/warm_caption.py`, before and after: medians, in milliseconds."""
+    """Of `benchmarks/warm_caption.py`, before and after."""
     calls = {
         "python": "`python -c pass`", "version": "`qwencli --version`", "help": "`qwencli --help`",
         "warm": "`qwencli caption` of one picture, model kept loaded",
     }  # fmt: skip
-    measured = []
+    rows = [[name] for name in calls.values()]
     for path in files:
         with path.open(encoding="utf-8", newline="") as file:
-            measured.append(list(csv.DictReader(file)))
-    rows = []
-    for what, name in calls.items():
-        row = [name]
-        for runs in measured:
+            runs = list(csv.DictReader(file))
+        for row, what in zip(rows, calls, strict=True):
             own = [each for each in runs if each["what"] == what]
-            busy = [float(each["user_s"]) + float(each["system_s"]) for each in own]
-            row += [f"{statistics.median(busy) * 1e3:.0f}", f"{min(busy) * 1e3:.0f}"]
-        rows.append(row)
-    head = ["processor time, ms", "before, median", "least", "after, median", "least"]
-    return markdown(head, rows)
+            wall = [float(each["wall_s"]) * 1e3 for each in own]
+            busy = [(float(each["user_s"]) + float(each["system_s"])) * 1e3 for each in own]
+            row += [f"{statistics.median(wall):.0f} ({min(wall):.0f})"]
+            row += [f"{statistics.median(busy):.0f} ({min(busy):.0f})"]
+    kinds = [f"{path.stem}, {what}" for path in files for what in ("wall", "processor")]
+    return markdown(["ms, median (least)", *kinds], rows)
 
 
 def serve_soak(files: Sequence[Path]) -> str:
