@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import json
 import os
 import runpy
@@ -104,6 +105,7 @@ def serve(asked: socket.socket) -> None:
     from tests.bench.inject import busy_engine  # noqa: F401
     from tests.bench.studies import studied_engine  # noqa: F401
 
+    gc.freeze()  # or those that are forked look through all of it
     while True:
         message, descriptors, *_ = socket.recv_fds(asked, MOST_BYTES, 4)
         if not message:
@@ -139,7 +141,13 @@ def follow(about: dict[str, Any], descriptors: list[int]) -> None:
     os.environ.clear()
     os.environ.update(about["environment"])
     sys.argv = about["argv"]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as ended:
+        assert isinstance(ended.code, int), "as what is returned by `main`"
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended.code)  # to take down what was imported takes longer than what was run
 
 
 if __name__ == "__main__":
