@@ -28,7 +28,7 @@ _CELL = (8, 16)
 _ANSWER_S = 0.4
 # Asks for kitty's graphics, then for the device's attributes, which every terminal gives. What a
 # terminal shows of a question that it does not know is erased.
-_QUESTION = "\x1b7\x1b_Gi=31,s=1,v=1,a=q,t=d,f=24;AAAA\x1b\\\x1b8\x1b[K\x1b[c"
+_QUESTION = "\x1b7\x1b_Gi=31,s=1,v=1,a=q,t=d,f=24;AAAA\x1b\\\x1b8\x1b[J\x1b[c"
 _ATTRIBUTES = re.compile(rb"\x1b\[\?([\d;]*)c")
 _KITTY_OK = re.compile(rb"\x1b_Gi=31;OK\x1b\\")
 _KITTY_ANSWER = re.compile(rb"\x1b_G.*?\x1b\\", re.DOTALL)

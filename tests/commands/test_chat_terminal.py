@@ -17,6 +17,7 @@ import pyte
 import pytest
 from PIL import Image
 
+from qwencli.commands import terminal_pictures
 from qwencli.commands.chat_terminal import _ChatCompleter
 from qwencli.commands.terminal_pictures import Graphics, render_picture
 
@@ -324,6 +325,13 @@ def test_what_is_completed(tmp_path, monkeypatch):
     assert completed("look at @a\\ ") == ["a\\ b.png"]
     assert completed("me@c") == completed("a word") == completed("/image \0") == []
     assert completed(f"/image {tmp_path}/fol") == ["folder/"]
+
+
+@pytest.mark.parametrize("columns", [80, 20])
+def test_the_question_for_graphics_leaves_nothing_where_it_is_not_understood(columns):
+    screen = _Screen(columns, 5)
+    pyte.ByteStream(screen).feed(b"> look\r\n" + terminal_pictures._QUESTION.encode())
+    assert [line.rstrip() for line in screen.display] == ["> look", "", "", "", ""]
 
 
 PICTURE = Image.radial_gradient("L").resize((64, 32)).convert("RGB")
