@@ -64,6 +64,11 @@ def loaded_on(device: torch.device, quantization: Quantization) -> QwenModel:
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.3)
         elif not name.endswith(("decay_log", "decay_bias")):
             tensor.mul_(5)
+    sent = weights.LoadedWeights(
+        {name: each.to(device) for name, each in made.tensors.items()},
+        (),
+        {name: _sent(each, device) for name, each in made.matrices.items()},
+    )
     plain = QwenModel(shape, made, 200)
     assert plain.draft_head is not None
     projection = draft_projection(plain.decoder.head)
@@ -72,11 +77,6 @@ def loaded_on(device: torch.device, quantization: Quantization) -> QwenModel:
         plain.draft_head._projection = projection  # as kernels have it
         plain.rope.reach(200)
         return plain
-    sent = weights.LoadedWeights(
-        {name: each.to(device) for name, each in made.tensors.items()},
-        (),
-        {name: _sent(each, device) for name, each in made.matrices.items()},
-    )
     model = QwenModel(shape, sent, 200, fused=functools.partial(fused_ops, own_attention=True))
     assert model.draft_head is not None
     model.draft_head._projection = _sent(projection, device)

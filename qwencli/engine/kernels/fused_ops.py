@@ -65,6 +65,7 @@ from qwencli.engine.kernels.tiles import (
     default_tiles,
 )
 from qwencli.engine.ops.decoder_ops import (
+    REFERENCE_OPS,
     DecoderOps,
     Drafts,
     Layer,
@@ -219,6 +220,7 @@ class FusedOps:
             norm_beta_decay=self.norm_beta_decay,
             mix_delta=self.mix_delta,
             many_rows=self._many_rows,
+            normed=REFERENCE_OPS.normed if self._many_rows is None else self._many_rows.normed,
             max_batch_rows=MAX_BATCH_ROWS,
         )
         if self._states_in_registers:

@@ -109,6 +109,43 @@ def convolve(
 
 
 @triton.jit
+def convolve_all(
+    new_ptr,  # of the row's first new token
+    stride,
+    weight_ptr,
+    position,
+    channel,
+    ring_ptr,
+    stores,  # whether new tokens' inputs go to the ring
+    CHANNELS: tl.constexpr,
+    RING: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LINES: tl.constexpr,
+):
+    """As `convolve` of all new tokens at once: float32 [LINES, channels], of which TOKENS count."""
+    step = tl.arange(0, LINES)
+    mixed = tl.zeros((LINES, channel.shape[0]), tl.float32)
+    for tap in tl.static_range(4):
+        token = step + (tap - 3)
+        there = step < TOKENS
+        new = tl.load(
+            new_ptr + (token * stride)[:, None] + channel[None, :],
+            mask=(there & (token >= 0))[:, None] & (channel >= 0)[None, :],
+            other=0.0,
+        )
+        place = position + token
+        ring = ring_ptr + ((place + RING) % RING * CHANNELS)[:, None] + channel[None, :]
+        seen = there & (token < 0) & (place >= 0)
+        before = tl.load(ring, mask=seen[:, None] & (channel >= 0)[None, :], other=0.0)
+        if tap == 3:
+            stored = step < tl.where(stores, TOKENS, 0)
+            tl.store(ring, new, mask=stored[:, None] & (channel >= 0)[None, :])
+        weight = tl.load(weight_ptr + channel * 4 + tap).to(tl.float32)
+        mixed += tl.where((token >= 0)[:, None], new, before).to(tl.float32) * weight[None, :]
+    return silu(mixed).to(new_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def by_rows(x, LINES: tl.constexpr):
     """The same [K], made in a way that the compiler cannot make again for each place that uses it:
     a vector along the state's first axis is 16 values a thread, and so would be all that it is
@@ -144,6 +181,8 @@ def delta_step_kernel(
     kept_k_ptr,
     kept_delta_ptr,
     kept_g_ptr,
+    # Of steps of several tokens: float32 [R, V_HEADS, LINES * (2 K + V)], as they are mixed.
+    mixed_ptr,
     kept_tokens,
     qkv_stride,
     z_stride,
@@ -181,12 +220,13 @@ def delta_step_kernel(
     at = key[:, None] * V + value[None, :]
     state = tl.load(state_ptr + at, mask=(key < tl.where(position > 0, K, 0))[:, None], other=0.0)
     conv_ptr += slot * RING * CHANNELS
-    q_before = load_before(conv_ptr, position, 0, q_channel, CHANNELS, RING, LINES)
-    k_before = load_before(conv_ptr, position, 0, k_channel, CHANNELS, RING, LINES)
-    v_before = load_before(conv_ptr, position, 0, v_channel, CHANNELS, RING, LINES)
-    q_weights = load_weights(weight_ptr, q_channel, LINES)
-    k_weights = load_weights(weight_ptr, k_channel, LINES)
-    v_weights = load_weights(weight_ptr, v_channel, LINES)
+    if TOKENS == 1:
+        q_before = load_before(conv_ptr, position, 0, q_channel, CHANNELS, RING, LINES)
+        k_before = load_before(conv_ptr, position, 0, k_channel, CHANNELS, RING, LINES)
+        v_before = load_before(conv_ptr, position, 0, v_channel, CHANNELS, RING, LINES)
+        q_weights = load_weights(weight_ptr, q_channel, LINES)
+        k_weights = load_weights(weight_ptr, k_channel, LINES)
+        v_weights = load_weights(weight_ptr, v_channel, LINES)
     gain = tl.load(gain_ptr + value).to(tl.float32)
     rate = tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
     dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
@@ -201,20 +241,50 @@ def delta_step_kernel(
             zeros = tl.zeros((V,), out_ptr.dtype.element_ty)
             tl.store(out_ptr + step * (V_HEADS * V), zeros)
         return
+    first = head % EACH == 0
+    if TOKENS > 1:
+        # All that the tokens' mixing does not need the state for, so that what follows each other
+        # is short. Vectors along the state's first axis are read back as its threads need them.
+        mixed_ptr += (row * V_HEADS + head) * (2 * LINES * K + LINES * V)
+        line = tl.arange(0, LINES)[:, None]
+        q_all = convolve_all(
+            qkv_ptr, qkv_stride, weight_ptr, position, q_channel, conv_ptr, first,
+            CHANNELS, RING, TOKENS, LINES,
+        )  # fmt: skip
+        tl.store(mixed_ptr + line * K + key[None, :], q_all * over_length(q_all) * K**-0.5)
+        k_all = convolve_all(
+            qkv_ptr, qkv_stride, weight_ptr, position, k_channel, conv_ptr, first,
+            CHANNELS, RING, TOKENS, LINES,
+        )  # fmt: skip
+        tl.store(mixed_ptr + LINES * K + line * K + key[None, :], k_all * over_length(k_all))
+        v_all = convolve_all(
+            qkv_ptr, qkv_stride, weight_ptr, position, v_channel, conv_ptr, head >= 0,
+            CHANNELS, RING, TOKENS, LINES,
+        )  # fmt: skip
+        tl.store(mixed_ptr + 2 * LINES * K + line * V + value[None, :], v_all)
+        tl.debug_barrier()
     for step in range(TOKENS):
         token = row * TOKENS + step
         z = tl.load(z_ptr + token * z_stride + head * V + value).to(tl.float32)
         a = tl.load(a_ptr + token * a_stride + head).to(tl.float32)
         b = tl.load(b_ptr + token * b_stride + head).to(tl.float32)
-        place = conv_ptr + (position + step) % RING * CHANNELS
-        first = head % EACH == 0
-        q = convolve(q_before, qkv_ptr, qkv_stride, q_weights, step, q_channel, place, first, LINES)
-        k = convolve(k_before, qkv_ptr, qkv_stride, k_weights, step, k_channel, place, first, LINES)
-        v = convolve(
-            v_before, qkv_ptr, qkv_stride, v_weights, step, v_channel, place, head >= 0, LINES
-        )
-        q_rows = by_rows(q * over_length(q) * K**-0.5, LINES)
-        k_rows = by_rows(k * over_length(k), LINES)
+        if TOKENS > 1:
+            q_rows = tl.load(mixed_ptr + step * K + key)
+            k_rows = tl.load(mixed_ptr + (LINES + step) * K + key)
+            v = tl.load(mixed_ptr + 2 * LINES * K + step * V + value)
+        else:
+            place = conv_ptr + position % RING * CHANNELS
+            q = convolve(
+                q_before, qkv_ptr, qkv_stride, q_weights, 0, q_channel, place, first, LINES
+            )
+            k = convolve(
+                k_before, qkv_ptr, qkv_stride, k_weights, 0, k_channel, place, first, LINES
+            )
+            v = convolve(
+                v_before, qkv_ptr, qkv_stride, v_weights, 0, v_channel, place, head >= 0, LINES
+            )
+            q_rows = by_rows(q * over_length(q) * K**-0.5, LINES)
+            k_rows = by_rows(k * over_length(k), LINES)
         g = -rate * softplus(a + dt_bias)
         state *= tl.exp(g)
         known = tl.sum(state * k_rows[:, None], axis=0)
@@ -229,10 +299,6 @@ def delta_step_kernel(
             tl.store(kept_g_ptr + kept * V_HEADS + head, g)
             if first:
                 tl.store(kept_k_ptr + kept * (K_HEADS * K) + q_channel, k_rows)
-        if TOKENS > 1:
-            q_before = load_before(conv_ptr, position, step + 1, q_channel, CHANNELS, RING, LINES)
-            k_before = load_before(conv_ptr, position, step + 1, k_channel, CHANNELS, RING, LINES)
-            v_before = load_before(conv_ptr, position, step + 1, v_channel, CHANNELS, RING, LINES)
     if kept_k_ptr is None:
         tl.store(state_ptr + at, state)
 
@@ -329,6 +395,15 @@ class DeltaStep:
         out = inputs.z.new_empty(len(inputs.z), layer.v_heads * layer.v_dim)
         kept = (None, None, None) if updates is None else (updates.k, updates.delta, updates.g)
         kept_tokens = 0 if updates is None else updates.g.stride(0) // updates.g.stride(1)
+        sides = 2 * layer.k_dim + layer.v_dim
+        mixed = None
+        if tokens > 1:
+            assert tokens <= self._num_warps, "a line for each"
+            mixed = torch.empty(
+                count * layer.v_heads * self._num_warps * sides,
+                dtype=torch.float32,
+                device=out.device,
+            )
         delta_step_kernel[layer.v_heads, count](
             inputs.qkv,
             inputs.z,
@@ -345,6 +420,7 @@ class DeltaStep:
             rows.idle,
             out,
             *kept,
+            mixed,
             kept_tokens,
             inputs.qkv.stride(0),
             inputs.z.stride(0),

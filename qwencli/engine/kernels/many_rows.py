@@ -78,6 +78,7 @@ class ManyRows:
             down_residual=self.down_residual,
             norm_head=self.norm_head,
             norm_beta_decay=self.norm_beta_decay,
+            normed=self.normed,
         )
 
     def normed(self, x: Tensor, norm: RMSNorm) -> Tensor:

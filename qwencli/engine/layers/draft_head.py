@@ -87,7 +87,8 @@ class DraftHead:
 
         Stores their keys and values where `step` says.
         """
-        parts = self._norm_embedding(embeds), self._norm_hidden(hidden)
+        normed = step.ops.normed
+        parts = normed(embeds, self._norm_embedding), normed(hidden, self._norm_hidden)
         return run_layer(self.layer, torch.mm(torch.cat(parts, 1), self._fc), step)
 
     def logits(self, out: Tensor, ops: DecoderOps) -> Tensor:

@@ -382,7 +382,7 @@ class QwenModel:
         """
         assert self.draft_head is not None, "the shape has one"
         step = self._packed_step(positions, slots, cache, packed, None)
-        self.draft_head.forward(embeds, self.decoder.norm(hidden), step)
+        self.draft_head.forward(embeds, step.ops.normed(hidden, self.decoder.norm), step)
 
     def _packed_step(
         self,

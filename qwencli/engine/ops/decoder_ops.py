@@ -86,6 +86,13 @@ class RMSNorm:
 
 
 Tensor = torch.Tensor
+
+
+def normed(x: Tensor, norm: RMSNorm) -> Tensor:
+    """The norm of x [N, hidden], a new tensor."""
+    return norm(x)
+
+
 # See `add_norm`.
 AddNormFn = Callable[[Tensor, Tensor | None, Tensor, Tensor | None, float], Tensor]
 
@@ -446,6 +453,7 @@ class Products:
     down_residual: Callable[[Tensor, Layer, Tensor], Tensor]
     norm_head: Callable[[Tensor, RMSNorm, Matrix], Tensor]
     norm_beta_decay: Callable[[Tensor, Layer], Tensor] = norm_beta_decay
+    normed: Callable[[Tensor, RMSNorm], Tensor] = normed
 
 
 def activation_bits(matrix: QuantizedTensor) -> int | None:
@@ -465,6 +473,7 @@ class DecoderOps:
         lm_head_verify: the end of a greedy step of the tokens at the front of `drafts.input_ids`:
             those it chooses, and what is drafted for the next one. As `ngram.accept` and
             `draft`.
+        normed: the norm of rows that are not multiplied by a matrix alone.
         activation_bits: bits to which products with this matrix round their vector; None = not at
             all.
         dequantize: how products with more rows than a step has read quantized matrices.
@@ -492,6 +501,7 @@ class DecoderOps:
     norm_gate_up: Callable[[Tensor, Layer], Tensor] = norm_gate_up
     down_residual: Callable[[Tensor, Layer, Tensor], Tensor] = down_residual
     norm_head: Callable[[Tensor, RMSNorm, Matrix], Tensor] = norm_head
+    normed: Callable[[Tensor, RMSNorm], Tensor] = normed
     experts_residual: ExpertsResidualFn = experts_residual
     many_experts: ExpertsResidualFn = experts_residual
     kv_len_on_device: bool = False
@@ -543,6 +553,7 @@ def prompt_ops(step: DecoderOps) -> DecoderOps:
         down_residual=products.down_residual,
         norm_head=head,
         norm_beta_decay=products.norm_beta_decay,
+        normed=products.normed,
         experts_residual=step.many_experts,
     )
 

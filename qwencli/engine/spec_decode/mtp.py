@@ -60,16 +60,17 @@ def draft(
     """`num_drafts` tokens that may follow the last ones of each row: int64 [R, num_drafts]."""
     head, (rows, size) = model.draft_head, step.chosen.shape
     assert head is not None, "the model was loaded with one"
+    ops = model.row_ops(rows)
     first = DecodePages(step.tables, step.slot - step.count, step.longest)
     out = model.draft_head_rows(
         step.chosen.flatten(),
-        model.decoder.norm(step.hidden),
+        ops.normed(step.hidden, model.decoder.norm),
         step.position - step.count,
         cache,
         first,
     )
     places = torch.arange(rows, device=out.device) * size + (step.count - 1).clamp(min=0)
-    last, ops = out.index_select(0, places), model.row_ops(rows)
+    last = out.index_select(0, places)
     drafts: list[Tensor] = []
     while True:
         drafts.append(choose(head.logits(last, ops), len(drafts)))
@@ -77,7 +78,7 @@ def draft(
             return torch.stack(drafts, 1)
         ahead = len(drafts) - 1
         pages = DecodePages(step.tables, step.slot + ahead, step.longest + ahead + 1)
-        hidden, position = head.norm(last), step.position + ahead
+        hidden, position = ops.normed(last, head.norm), step.position + ahead
         last = model.draft_head_rows(drafts[-1], hidden, position, cache, pages)
 
 
