@@ -203,9 +203,11 @@ class _SharedConnection:
     them that the process is gone.
     """
 
+    # Of all connections: what the last one still says is about no request of the next.
+    _numbers = itertools.count()
+
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._numbers = itertools.count()
         self._inboxes: dict[int, Inbox] = {}
         self._lost = False
         self._guard = threading.Lock()
@@ -256,7 +258,8 @@ class _ResidentQueue:
         self._sources: dict[RequestId, tuple[RequestSource, bool]] = {}
         self._asked: dict[int, RequestId] = {}
         self._begun = False
-        self._num_lost = 0
+        # How often the process ended while it had this request of ours.
+        self._times_lost: dict[RequestId, int] = {}
         self._shared = engine.shared()
 
     @property
@@ -320,9 +323,11 @@ class _ResidentQueue:
 
     def _ask_again(self) -> None:
         """The process is gone, and all that it held."""
-        self._num_lost += 1
+        self._times_lost = {each: self._times_lost.get(each, 0) + 1 for each in self._sources}
         self._asked.clear()
-        self._engine.anew(may_go_on=not self._begun and self._num_lost < 2)
+        # One that it ends at whenever it is asked is not asked for ever.
+        may_go_on = not self._begun and max(self._times_lost.values()) < 2
+        self._engine.anew(may_go_on=may_go_on)
         self._shared = self._engine.shared()
         for number in self._sources:
             self._ask(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -364,6 +365,25 @@ def test_what_is_lost_midway_is_asked_again_unless_it_was_shown(
         drop_all(there)
         with pytest.raises(EngineError, match="in the middle of an answer"):
             list(pieces)
+
+
+def test_of_a_batch_that_is_lost_midway_each_request_is_asked_again_once(
+    own_state: Path, made: list[FakeEngine]
+) -> None:
+    """What the lost connection says of its requests is about none of the next one's."""
+    said.clear()
+    with serving(own_state), engine() as there:
+        answers = client.generate_many(there, [asked(colour) for colour in range(40)])
+        results = []
+        for _ in range(2):  # far enough from each other that no request is lost twice
+            results += itertools.islice(answers, 18)
+            assert there._shared is not None
+            there._shared._connection._socket.shutdown(socket.SHUT_RDWR)
+        results += answers
+        assert [each.text for each in results if isinstance(each, GenerationResult)] == [
+            FakeEngine(CONFIG).generate(asked(colour)).text for colour in range(40)
+        ]
+    assert said == ["the resident engine has ended; starting it again"] * 2
 
 
 def test_a_caption_is_the_same_and_nothing_heavy_is_loaded_for_it(
