@@ -28,6 +28,7 @@ from PIL import Image
 from qwencli.cli import run
 from qwencli.config import EngineConfig, ModelSource, ModelSpec, Quantization, SamplingOptions
 from qwencli.engine import client
+from qwencli.engine.client import REQUESTS_AHEAD
 from qwencli.errors import (
     EngineError,
     InputError,
@@ -372,16 +373,17 @@ def test_of_a_batch_that_is_lost_midway_each_request_is_asked_again_once(
 ) -> None:
     """What the lost connection says of its requests is about none of the next one's."""
     said.clear()
+    count = 4 * REQUESTS_AHEAD
     with serving(own_state), engine() as there:
-        answers = client.generate_many(there, [asked(colour) for colour in range(40)])
+        answers = client.generate_many(there, [asked(colour) for colour in range(count)])
         results = []
-        for _ in range(2):  # far enough from each other that no request is lost twice
-            results += itertools.islice(answers, 18)
+        for taken in (8, 2 * REQUESTS_AHEAD):  # no request is lost twice
+            results += itertools.islice(answers, taken)
             assert there._shared is not None
             there._shared._connection._socket.shutdown(socket.SHUT_RDWR)
         results += answers
         assert [each.text for each in results if isinstance(each, GenerationResult)] == [
-            FakeEngine(CONFIG).generate(asked(colour)).text for colour in range(40)
+            FakeEngine(CONFIG).generate(asked(colour)).text for colour in range(count)
         ]
     assert said == ["the resident engine has ended; starting it again"] * 2
 
