@@ -35,6 +35,7 @@ class Need(StrEnum):
     FLASH_ATTN = "CUDA and flash-attn"
     BITSANDBYTES = "bitsandbytes"
     COMPILER = "a compiler"
+    GRAPHS = "torch's own allocator"
 
 
 # Matrix units for bfloat16, and everything else that our kernels use.
@@ -169,6 +170,7 @@ TABLE: tuple[Limit, ...] = (
         "CUDA graphs need a CUDA device",
         lacks=Need.CUDA,
     ),
+    Limit("cache", (Cache.STATIC_GRAPH,), "--cache static", lacks=Need.GRAPHS),
     Limit(
         "kernels",
         (Kernels.TRITON,),
@@ -347,7 +349,8 @@ def _what_is_left(limits: Iterable[Limit]) -> Iterator[str]:
         others = (mode for mode in AXES[axis] if mode is not EngineName.REMOTE)
         yield " or ".join(mode for mode in others if mode not in modes)
     for limit in limits:
-        if limit.lacks is not None and not limit.given:
+        # The allocator is another program's choice, see `device.why_no_graphs`.
+        if limit.lacks not in (None, Need.GRAPHS) and not limit.given:
             yield limit.lacks
 
 

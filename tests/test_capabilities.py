@@ -80,6 +80,8 @@ def test_what_the_engine_chooses_runs():
     for engine, lacks in itertools.product(EngineName, ({}, ON_A_CPU, EVERYTHING_MISSING)):
         assert why_not({"engine": engine, "cache": fastest_cache(engine, lacks)}, lacks) is None
     assert fastest_cache(EngineName.NATIVE, {}) is Cache.STATIC_GRAPH
+    without_graphs = {Need.GRAPHS: "another allocator"}
+    assert fastest_cache(EngineName.NATIVE, without_graphs) is Cache.STATIC
 
 
 def test_help_says_what_modes_run_with():

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from qwencli.comfyui import comfy_host
-from qwencli.comfyui.engine_keeper import EngineKey
+from qwencli.comfyui.engine_keeper import EngineKey, log
 from qwencli.comfyui.pictures import Batch, video_part
 from qwencli.comfyui.schemas import AUTO, NO_PRESET, BatchMode, RunsWhere
 from qwencli.config import (
@@ -28,6 +28,7 @@ from qwencli.config import (
     check_sampling,
     check_thinking_budget,
 )
+from qwencli.engine.machine.device import why_no_graphs
 from qwencli.errors import QwenCliError, UsageError
 from qwencli.messages import Message, VisualPart, text_message
 from qwencli.presets import prompt_text
@@ -132,7 +133,20 @@ def engine_key(values: Values) -> EngineKey:
     if choice.device != AUTO or any(modes[each] != getattr(plain, each) for each in modes):
         settings = {key: value for key, value in settings.items() if key not in _OF_MODES}
         settings |= modes
-    return EngineKey(EngineConfig(spec, **settings | own), choice.runs)
+    config = EngineConfig(spec, **settings | own)
+    return EngineKey(config, where_it_runs(choice.runs, config))
+
+
+def where_it_runs(asked: RunsWhere, config: EngineConfig) -> RunsWhere:
+    """Where a model runs that was asked for in one place: not in this process where that cannot
+    capture graphs, without which a step is thousands of launches."""
+    if asked is not RunsWhere.IN_PROCESS or config.cache not in (None, Cache.STATIC_GRAPH):
+        return asked
+    why = why_no_graphs()
+    if why is None or config.device == "cpu":
+        return asked
+    log.info("qwencli: %s; the model runs in a process of its own (resident)", why)
+    return RunsWhere.RESIDENT
 
 
 def resolved_model(name: str) -> ModelSpec:

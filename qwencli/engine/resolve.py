@@ -18,6 +18,7 @@ from qwencli.capabilities import (
 )
 from qwencli.config import Attention, DType, EngineConfig, EngineName
 from qwencli.engine.machine import flash_attn
+from qwencli.engine.machine.device import why_no_graphs
 from qwencli.engine.machine.host import has_code
 from qwencli.errors import DeviceError, MissingDependencyError, UnsupportedModeError
 from qwencli.models.shapes import ModelShape
@@ -121,6 +122,8 @@ def device_lacks(device: str) -> Lacks:
     import torch
 
     found = lacks_gpu(device, torch.cuda.get_device_capability(device))
+    if (why := why_no_graphs()) is not None:
+        found[Need.GRAPHS] = why
     if torch.version.cuda is None:
         found[Need.TRITON] = f"triton kernels need an NVIDIA GPU, and this runs on {device}"
     elif importlib.util.find_spec("triton") is None:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from qwencli.comfyui import node_inputs, nodes, schemas
-from qwencli.comfyui.schemas import NODES, Kind
-from qwencli.config import SamplingOptions
-from qwencli.models.resolve import SearchPaths
+from qwencli.comfyui.schemas import NODES, Kind, RunsWhere
+from qwencli.config import Cache, EngineConfig, SamplingOptions
+from qwencli.engine.machine.device import why_no_graphs
+from qwencli.models.resolve import SearchPaths, resolve_model
 from tests.comfyui.comfy_stub import Management, node_classes
 
 
@@ -81,3 +84,24 @@ def test_models_are_listed_whatever_is_wrong_with_the_users_file(
     assert next(iter(SearchPaths().custom_models(None).specs)) in schemas.models()
     (tmp_path / "custom_models.json").write_text("{")
     assert "qwen3-vl-4b" in schemas.models()
+
+
+def test_a_model_runs_elsewhere_where_this_process_captures_no_graphs(monkeypatch) -> None:
+    config = EngineConfig(resolve_model("scenes"))
+
+    def places(**modes: Any) -> list[RunsWhere]:
+        return [node_inputs.where_it_runs(each, replace(config, **modes)) for each in RunsWhere]
+
+    assert places() == list(RunsWhere), "there is no GPU here"
+    monkeypatch.setattr(node_inputs, "why_no_graphs", lambda: "cudaMallocAsync")
+    assert places() == [RunsWhere.RESIDENT, RunsWhere.RESIDENT, RunsWhere.REMOTE]
+    assert places(device="cpu") == list(RunsWhere)
+    assert places(cache=Cache.STATIC) == list(RunsWhere), "no graphs were asked for"
+
+
+@pytest.mark.parametrize("backend", ["native", "cudaMallocAsync"])
+def test_the_allocator_decides_whether_graphs_are_captured(monkeypatch, backend: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    why = why_no_graphs()
+    assert why is None if backend == "native" else "--disable-cuda-malloc" in str(why)

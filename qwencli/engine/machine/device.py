@@ -25,6 +25,22 @@ from qwencli.errors import DeviceError, QwenCliError
 SDPA_BACKENDS = ("flash", "mem_efficient", "cudnn", "math")
 
 
+def why_no_graphs() -> str | None:
+    """What keeps this process from capturing CUDA graphs; None = nothing, or no CUDA device.
+
+    Memory that CUDA's asynchronous allocator gives out during a capture is no address yet, which
+    Triton refuses and torch's clean-up does not survive.
+    """
+    import torch
+
+    if not torch.cuda.is_available() or torch.cuda.get_allocator_backend() == "native":
+        return None
+    return (
+        "CUDA graphs need torch's own allocator, and this process has cudaMallocAsync "
+        "(ComfyUI: --disable-cuda-malloc)"
+    )
+
+
 @dataclass(frozen=True)
 class CudaDevice:
     """One device as torch sees it."""
