@@ -259,7 +259,7 @@ def test_a_worker_tells_its_trace_before_its_end(monkeypatch):
     told = json.loads(json.dumps(messages[-2]["events"]))
     assert {"run 0", "run 1", "run 2", "prefill"} <= {each[2] for each in told}
     assert "trace" not in [message["type"] for message in run_worker(make_spec())[0]]
-    place = campaign_runner._Place(None, 1, "[1/1]", "a cell")
+    place = campaign_runner._PlannedProcess(None, 1, "[1/1]", "a cell")
     with tracing.tracing() as trace:
         campaign_runner._add_trace(place, told)
     groups = {each.group for each in trace.events}

@@ -260,6 +260,89 @@ def serve_answers(files: Sequence[Path]) -> str:
     return markdown(["manner", "requests", "answered"], rows)
 
 
+def mtp(files: Sequence[Path]) -> str:
+    """Of `benchmarks/mtp.py`: one file after each change."""
+    rows = []
+    for file in files:
+        for row in read(file)["rows"]:
+            label = {"plain": "none", "wrong": "wrong"}.get(row["name"])
+            rows.append(
+                [
+                    file.stem.removeprefix("mtp-"),
+                    weights(row),
+                    label or f"{row['name'].removeprefix('right_')}, right",
+                    f"{row['median']:.1f}",
+                    f"{row['gain']:.3f}",
+                ]
+            )
+    return markdown(["file", "weights", "drafts", "tok/s", "over none"], rows)
+
+
+def tile_search(files: Sequence[Path]) -> str:
+    """Of `benchmarks/decode_step.py --search`."""
+    rows = []
+    for file in files:
+        for row in read(file)["rows"]:
+            found = [row[key][0]["step_us"] for key in ("default", "searched")]
+            before, after = (statistics.median(us) / 1e3 for us in found)
+            cells = f"{before:.3f}", f"{after:.3f}", f"{after / before:.3f}"
+            rows.append([row["model"], weights(row), str(row["tokens"]), *cells])
+    return markdown(["model", "weights", "tokens", "step, ms", "searched, ms", "ratio"], rows)
+
+
+def attention_cuts(files: Sequence[Path]) -> str:
+    """Of `benchmarks/rows_step.py --sweep-attention`: the default and the fastest."""
+    rows = []
+    for mode in read(files[0])["modes"]:
+        for count in (key for key in mode if key.isdigit()):
+            cuts = mode[count]
+            fastest = max(cuts, key=lambda name: cuts[name]["tok_per_s"])
+            default = next(name for name in cuts if name.endswith("default"))
+            for what, name in (("before", default), ("fastest", fastest)):
+                words = name.split()
+                rows.append([count, what, words[2], words[4], f"{cuts[name]['tok_per_s']:,.0f}"])
+    return markdown(["rows", "", "parts", "tokens of a part, at least", "tok/s"], rows)
+
+
+def serve_speed(files: Sequence[Path]) -> str:
+    """Of `benchmarks/serve_load.py`: one file after each change."""
+    rows = []
+    for file in files:
+        found = read(file)
+        for clients, row in found["served"].items():
+            own = found["generate_many"][clients]["tok_per_s"]
+            first = f"{1e3 * row['ttft_s_p50']:.0f}"
+            shares = f"{row['tok_per_s']:,.0f}", f"{own:,.0f}", f"{row['tok_per_s'] / own:.3f}"
+            rows.append([file.stem.removeprefix("serve-"), clients, *shares, first])
+    head = ["file", "clients", "tok/s", "generate_many", "ratio", "first token, ms"]
+    return markdown(head, rows)
+
+
+def caption_folder(files: Sequence[Path]) -> str:
+    """Of `benchmarks/caption_folder.py`."""
+    lines = [json.loads(line) for line in files[0].read_text().splitlines() if line[:1] == "{"]
+    rows = [
+        [each["way"], f"{each['captions_per_s']:.1f}", f"{each['gpu_percent']:.0f}"]
+        for each in lines
+        if "way" in each
+    ]
+    return markdown(["way", "captions/s", "GPU busy, %"], rows)
+
+
+def warm_up(files: Sequence[Path]) -> str:
+    """Of a load with and without a warm-up beside it, in turns."""
+    columns = ("load_s", "first_token_s", "request_over_s")
+    rows = [
+        [
+            "yes" if row["warm_up"] else "no",
+            "kept" if row["kept"] else "none kept",
+            *(f"{row[key]:.2f}" for key in columns),
+        ]
+        for row in read(files[0])["rows"]
+    ]
+    return markdown(["warm-up", "kernels", "load", "first token", "request"], rows)
+
+
 KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
     "comfyui-interference": comfyui_interference,
     "rows-step": rows_step,
@@ -273,6 +356,12 @@ KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
     "serve-soak": serve_soak,
     "warm-caption": warm_caption,
     "serve-answers": serve_answers,
+    "mtp": mtp,
+    "tile-search": tile_search,
+    "attention-cuts": attention_cuts,
+    "serve-speed": serve_speed,
+    "caption-folder": caption_folder,
+    "warm-up": warm_up,
 }
 
 
