@@ -106,6 +106,9 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
     }
     device = ",".join(devices) or (f"ray {chosen.ray}" if chosen.ray else run.device)
     computes = {"model": spec.name, "device": device, **_given_modes(run)}
+    if run.endpoint:
+        # Servers are as fast as they are; their addresses may hold a password.
+        computes["servers"] = hashlib.sha256("\n".join(run.endpoint).encode()).hexdigest()[:16]
     if caption_config.schema is not None:
         # What has to keep to one takes another time.
         computes["schema"] = hashlib.sha256(caption_config.schema.encode()).hexdigest()[:16]

@@ -102,6 +102,7 @@ def test_with_no_worker_left_the_same_command_goes_on(pictures, log, undisturbed
     with process:
         workers = workers_of(process)
         wait_for("*.log", log, 2)
+        wait_for("*.txt", folder)
         for each in workers:
             each.kill()
         _, err = process.communicate(timeout=120)
