@@ -329,6 +329,15 @@ def caption_folder(files: Sequence[Path]) -> str:
     return markdown(["way", "captions/s", "GPU busy, %"], rows)
 
 
+def listing(files: Sequence[Path]) -> str:
+    """Of `benchmarks/large_sets.py listing`: a line for each round."""
+    columns = ("listing_s", "resume_check_s", "both_s", "both_cpu_s", "command_s")
+    lines = [json.loads(line) for line in files[0].read_text().splitlines()]
+    rows = [[f"{each['files']:,}", *(f"{each[key]:.1f}" for key in columns)] for each in lines]
+    head = ["files", "listing, s", "check, s", "both, s", "of a core", "`--dry-run`, s"]
+    return markdown(head, rows)
+
+
 def warm_up(files: Sequence[Path]) -> str:
     """Of a load with and without a warm-up beside it, in turns."""
     columns = ("load_s", "first_token_s", "request_over_s")
@@ -362,6 +371,7 @@ KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
     "serve-speed": serve_speed,
     "caption-folder": caption_folder,
     "warm-up": warm_up,
+    "listing": listing,
 }
 
 
