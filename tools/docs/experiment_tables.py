@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from readme_tables import ROOT, markdown
+from readme_tables import ROOT, markdown, write_or_check
 
 FOLDER = ROOT / "docs" / "experiments"
 WEIGHTS = {"none": "bf16"}
@@ -387,14 +387,8 @@ def render(text: str) -> str:
 
 
 def main() -> None:
-    for page in sorted(FOLDER.glob("*.md")):
-        text = page.read_text(encoding="utf-8")
-        fresh = render(text)
-        if fresh == text:
-            continue
-        if "--check" in sys.argv:
-            sys.exit(f"{page.relative_to(ROOT)} is stale: run make docs")
-        page.write_text(fresh, encoding="utf-8")
+    pages = sorted(FOLDER.glob("*.md"))
+    write_or_check({page: render(page.read_text(encoding="utf-8")) for page in pages})
 
 
 if __name__ == "__main__":

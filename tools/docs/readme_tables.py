@@ -12,7 +12,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -270,13 +270,18 @@ def files() -> dict[Path, str]:
     return {**pages, PICTURE: picture()}
 
 
-def main() -> None:
-    for path, fresh in files().items():
+def write_or_check(pages: Mapping[Path, str]) -> None:
+    """Write the pages that are stale; with `--check` exit with a line that names the first."""
+    for path, fresh in pages.items():
         if path.exists() and path.read_text(encoding="utf-8") == fresh:
             continue
         if "--check" in sys.argv:
             sys.exit(f"{path.relative_to(ROOT)} is stale: run make docs")
         path.write_text(fresh, encoding="utf-8")
+
+
+def main() -> None:
+    write_or_check(files())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Keeps compiled kernels on disk, and has them ready before the first request.
+"""Keeps compiled kernels on disk, for the next process.
 
 A folder for each GPU generation and versions of what compiles holds what Triton made, each file
-with a checksum beside it; a list (`manifest`) for each model and mode says which kernels it needs.
-While weights load, the kernels of the list are read from there; where there is no list yet, other
-processes find out what is needed (`kernel_plan`) and compile it (`compile_kernels`). What cannot
-be kept is compiled for this process alone; what is damaged is compiled again. Both are said once.
+with a checksum beside it; a list (`manifest`) for each model and mode says which kernels it needs,
+and one of all kernels by which hash Triton knows them. `kernel_loader` reads them while weights
+load. What cannot be kept is compiled for this process alone; what is damaged is compiled again.
+Both are said once.
 """
 
 from __future__ import annotations
