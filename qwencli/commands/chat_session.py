@@ -95,11 +95,15 @@ class Lines(Protocol):
     def can_edit(self) -> bool:
         """Whether a draft is shown to somebody."""
 
+    @property
+    def has_keyboard(self) -> bool:
+        """Whether a first Ctrl-C only drops what is typed."""
+
 
 class PipedLines:
     """Lines of a stream."""
 
-    can_edit = False
+    can_edit = has_keyboard = False
 
     def __init__(self, stdin: TextIO) -> None:
         self._stdin = stdin
@@ -151,15 +155,22 @@ class ChatSession(Conversation):
         Returns how many lines failed.
         """
         failed = 0
+        leaves = False  # whether the next Ctrl-C does
         self._lines = lines if isinstance(lines, Lines) else PipedLines(lines)
         while True:
             draft, self._draft = self._draft, ""
             try:
+                if leaves:
+                    self._sink.notice("Ctrl-C again leaves, and so does Ctrl-D")
                 line = self._lines.next_line(draft)
             except KeyboardInterrupt:
-                if not self._lines.can_edit:
+                if not self._lines.has_keyboard:
                     raise
-                continue  # meant for an answer that has just ended
+                if leaves:
+                    return failed
+                leaves = True
+                continue
+            leaves = False
             if line is None:
                 return failed
             if not line.strip():

@@ -43,14 +43,14 @@ class TerminalLines:
 
     Enter sends; Alt-Enter or Ctrl-J begins a new line, and so does Enter behind a backslash. A
     paste is part of the message, however many lines it has; files that are dropped become
-    mentions (`@path`). Ctrl-C drops what is typed, and pressed again it leaves.
+    mentions (`@path`). Ctrl-C drops what is typed; where nothing is, it is raised.
 
     Args:
         footer: what stands below the prompt, the most important piece first.
         history_file: where messages are kept for the next chat; None = nowhere.
     """
 
-    can_edit = True
+    can_edit = has_keyboard = True
 
     def __init__(
         self,
@@ -59,7 +59,6 @@ class TerminalLines:
         history_file: Path | None = None,
     ) -> None:
         self._sink, self._footer, self._history_file = sink, footer, history_file
-        self._interrupted = False
         # Whether what comes was typed while nobody read: lines are messages of their own then.
         self._ahead = False
         self._session: PromptSession[str] | None = None
@@ -68,21 +67,12 @@ class TerminalLines:
         if self._session is None:
             self._session = self._make_session()
             self._sink.notice("type a message; /help lists the commands")
-        while True:
-            self._ahead = self._ahead or _more_waits(0.0)
-            try:
-                with _interrupts_noted() as leave_if_interrupted:
-                    text = self._session.prompt(default=draft, pre_run=leave_if_interrupted)
-            except EOFError:
-                return None
-            except KeyboardInterrupt:
-                if self._interrupted:
-                    return None
-                self._interrupted, draft = True, ""
-                self._sink.notice("Ctrl-C again leaves, and so does Ctrl-D")
-                continue
-            self._interrupted = False
-            return text
+        self._ahead = self._ahead or _more_waits(0.0)
+        try:
+            with _interrupts_noted() as leave_if_interrupted:
+                return self._session.prompt(default=draft, pre_run=leave_if_interrupted)
+        except EOFError:
+            return None
 
     def _make_session(self) -> PromptSession[str]:
         from prompt_toolkit import PromptSession
@@ -161,32 +151,28 @@ class TerminalLines:
 
 class UndrawnLines(PipedLines):
     """Messages at a terminal that only writes on, such as an editor's: a line each, changed by the
-    terminal's own means. Ctrl-C drops what is typed, and pressed again it leaves."""
+    terminal's own means. Ctrl-C drops what is typed, and is raised."""
+
+    has_keyboard = True
 
     def __init__(self, sink: Output) -> None:
         super().__init__(sys.stdin)
         self._sink = sink
-        self._begun = self._interrupted = False
+        self._begun = False
 
     def next_line(self, draft: str = "") -> str | None:
         if not self._begun:
             self._begun = True
             self._sink.notice("type a message; /help lists the commands")
-        while True:
-            try:
-                self._sink.prompt(PROMPT)
-                line = super().next_line(draft)
-            except KeyboardInterrupt:
-                self._sink.notice("")
-                if self._interrupted:
-                    return None
-                self._interrupted = True
-                self._sink.notice("Ctrl-C again leaves, and so does Ctrl-D")
-                continue
-            self._interrupted = False
-            if line is None:
-                self._sink.notice("")
-            return line
+        try:
+            self._sink.prompt(PROMPT)
+            line = super().next_line(draft)
+        except KeyboardInterrupt:
+            self._sink.notice("")
+            raise
+        if line is None:
+            self._sink.notice("")
+        return line
 
 
 def can_draw() -> bool:

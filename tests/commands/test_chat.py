@@ -215,19 +215,35 @@ def test_ctrl_c_stops_the_answer_and_what_came_is_kept(talk, capsys, monkeypatch
     assert talk.heard[-1].messages[3].parts[0].text in came.out.splitlines()[-1]
 
 
+class Typed:
+    """Lines of a person who presses Ctrl-C in between."""
+
+    can_edit = has_keyboard = True
+
+    def __init__(self, *said):
+        self._said = iter(said)
+
+    def next_line(self, draft=""):
+        line = next(self._said)
+        if line is KeyboardInterrupt:
+            raise line
+        return line
+
+
 def test_ctrl_c_as_an_answer_ends_does_not_end_the_conversation(talk):
-    class Typed:
-        can_edit = True
-        said = iter(["one", KeyboardInterrupt, "two", None])
-
-        def next_line(self, draft=""):
-            line = next(self.said)
-            if line is KeyboardInterrupt:
-                raise line
-            return line
-
-    assert talk.converse(Typed()) == 0
+    assert talk.converse(Typed("one", KeyboardInterrupt, "two", None)) == 0
     assert questions(talk.heard[-1]) == ["one", "two"]
+
+
+def test_a_second_ctrl_c_leaves_whenever_it_comes(talk, monkeypatch):
+    assert talk.converse(Typed("one", KeyboardInterrupt, KeyboardInterrupt)) == 0
+
+    def interrupted(text):
+        raise KeyboardInterrupt
+
+    # While the first one is answered; a key that is lost there would leave the person waiting.
+    monkeypatch.setattr(talk._sink, "notice", interrupted)
+    assert talk.converse(Typed(KeyboardInterrupt)) == 0
 
 
 def test_ctrl_c_before_anything_came_leaves_all_as_it_was(talk, picture_path, capsys, monkeypatch):
