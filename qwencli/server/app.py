@@ -419,28 +419,29 @@ class _Server:
     async def _stream(self, answer: Answer, form: Format, connection: Connection) -> None:
         # What is wrong with a request is known before its first piece: it has a status of its own.
         pieces = await answer.pieces()
-        stream = connection.stream(_EVENT_HEADERS)
-        data, over = b"".join(form.begin()), False
-        while not over:
-            data += b"".join(form.events(pieces))
+        stream, over = connection.stream(_EVENT_HEADERS), False
+
+        def write(pieces: Sequence[GenerationChunk], before: bytes = b"") -> bool:
+            """Write pieces; whether more may be written at once."""
+            nonlocal over
+            data = before + b"".join(form.events(pieces))
             result = pieces[-1].result
             if result is not None:
                 self.metrics.answered(result)
                 over = True
-            else:
-                if data:
-                    await self._write(stream, data)
-                try:
-                    pieces, data = await answer.pieces(), b""
-                except QwenCliError as error:
-                    data, over = event(api_error(error).body), True
-        await self._write(stream, data, last=True)
+            if data or over:
+                stream.write(data, last=over)
+            return not (over or stream.is_full)
 
-    async def _write(self, stream: Stream, data: bytes, *, last: bool = False) -> None:
-        if stream.is_full:
+        write(pieces, b"".join(form.begin()))
+        while not over:
             async with asyncio.timeout(self._settings.write_s):
                 await stream.room()
-        stream.write(data, last=last)
+            try:
+                await answer.read_by(write)
+            except QwenCliError as error:
+                stream.write(event(api_error(error).body), last=True)
+                over = True
 
 
 async def _whole(answer: Answer) -> tuple[list[GenerationChunk], GenerationResult]:

@@ -339,12 +339,12 @@ class ChatFormat:
         }
 
     def begin(self) -> Iterator[bytes]:
-        yield self._plain({"role": "assistant", "content": ""})
+        yield self._plain(b'"role":"assistant",', "")
 
     def events(self, pieces: Sequence[GenerationChunk]) -> Iterator[bytes]:
         """Pieces that have come together are one event."""
         result = pieces[-1].result
-        pushed = "".join(piece.text for piece in pieces)
+        pushed = "".join([piece.text for piece in pieces])
         text, calls = self._calls.take(pushed, is_last=result is not None)
         delta: dict[str, Any] = {}
         if thoughts := "".join([piece.thoughts for piece in pieces]):
@@ -353,7 +353,7 @@ class ChatFormat:
             delta["content"] = text
         logprobs = self._logprobs(pieces)
         if text and not (thoughts or logprobs):
-            yield self._plain({"content": text})
+            yield self._plain(b"", text)
         elif delta or (logprobs and logprobs["content"]):
             yield self._event(delta, logprobs=logprobs)
         for call in calls:
@@ -380,10 +380,11 @@ class ChatFormat:
             "refusal": None,
         }
 
-    def _plain(self, delta: Mapping[str, str]) -> bytes:
-        """An event with nothing but a delta, as most are."""
-        after = b',"logprobs":null,"finish_reason":null}]}\n\n'
-        return self._before + _json_bytes(delta) + after
+    def _plain(self, before: bytes, text: str) -> bytes:
+        """An event with nothing but a delta of text, as most are, and `before` in front of it."""
+        return b'%b{%b"content":%b},"logprobs":null,"finish_reason":null}]}\n\n' % (
+            self._before, before, _json_bytes(text),
+        )  # fmt: skip
 
     def _event(
         self,

@@ -63,6 +63,7 @@ class Answer:
         self.arrived_s = time.perf_counter()
         self._pieces: deque[GenerationChunk | QwenCliError] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self._reader: Callable[[list[GenerationChunk]], bool] | None = None
         self._over = False
 
     async def pieces(self) -> list[GenerationChunk]:
@@ -75,6 +76,25 @@ class Answer:
         while not self._pieces:
             self._waiter = self.loop.create_future()
             await self._waiter
+        return self._taken()
+
+    async def read_by(self, reader: Callable[[list[GenerationChunk]], bool]) -> None:
+        """Have `reader` called with pieces as they come, until it returns False. Of many streams
+        it is much of the work to resume the task of each for every piece.
+
+        Raises:
+            QwenCliError: what ended the answer.
+        """
+        while self._pieces:
+            if not reader(self._taken()):
+                return
+        self._reader, self._waiter = reader, self.loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._reader = None
+
+    def _taken(self) -> list[GenerationChunk]:
         found: list[GenerationChunk] = []
         while self._pieces:
             piece = self._pieces[0]
@@ -104,8 +124,20 @@ class Answer:
         return self._over
 
     def wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        """Of the loop's thread: tell the reader that there are pieces."""
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            return
+        if self._reader is None:
+            waiter.set_result(None)
+            return
+        try:
+            while self._pieces:
+                if not self._reader(self._taken()):
+                    waiter.set_result(None)
+                    return
+        except Exception as error:  # noqa: BLE001 - it is the waiting task's
+            waiter.set_exception(error)
 
 
 def stopped() -> EngineError:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.served import Served
 from qwencli.server.listen import listening
 from tests.dataset.fake_engine import FakeEngine
 from tests.server.conftest import serving
@@ -33,26 +34,38 @@ def test_what_is_written_is_sent_at_once() -> None:
     assert asyncio.run(option())
 
 
+def chat(headers: str, version: str = "1.1", *, stream: bool = False) -> bytes:
+    """A chat request as it goes over a connection."""
+    body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "stream": stream})
+    head = f"POST /v1/chat/completions HTTP/{version}\r\n{headers}"
+    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    return (head + body).encode()
+
+
+def told(running: Served, sent: bytes, count: int | None = None) -> bytes:
+    """What comes back, until so many streams have ended or the connection has."""
+    host, port = running.address.removeprefix("http://").split(":")
+    found = b""
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        client.sendall(sent)
+        while count is None or found.count(b"[DONE]\n\n\r\n0\r\n\r\n") < count:
+            piece = client.recv(65536)
+            if not piece:
+                break
+            found += piece
+    return found
+
+
 @pytest.mark.parametrize(
     ("version", "header", "count"),
     [("1.0", "", 1), ("1.1", "connection: close\r\n", 1), ("1.1", "", 2)],
 )
 def test_a_stream_to_a_plain_client(version: str, header: str, count: int) -> None:
     """HTTP/1.0 knows no chunks; one connection carries several answers where nobody closes it."""
-    body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "stream": True})
-    head = f"POST /v1/chat/completions HTTP/{version}\r\nhost: localhost\r\n{header}"
-    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    engine = FakeEngine(SimpleNamespace(batch_invariant=True))
-    with serving(engine) as running:
-        host, port = running.address.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=10) as client:
-            client.sendall((head + body).encode() * count)
-            found, closes = b"", version == "1.0" or bool(header)
-            while closes or found.count(b"[DONE]\n\n\r\n0\r\n\r\n") < count:
-                piece = client.recv(65536)
-                if not piece:
-                    break
-                found += piece
+    asked = chat(f"host: localhost\r\n{header}", version, stream=True)
+    closes = version == "1.0" or bool(header)
+    with serving(FakeEngine(SimpleNamespace(batch_invariant=True))) as running:
+        found = told(running, asked * count, None if closes else count)
     heads = found.split(b"HTTP/1.1 200 OK\r\n")[1:]
     assert len(heads) == count
     for each in heads:
@@ -61,3 +74,42 @@ def test_a_stream_to_a_plain_client(version: str, header: str, count: int) -> No
         assert chunked == (version == "1.1") == rest.endswith(b"0\r\n\r\n")
         assert b"content-type: text/event-stream; charset=utf-8" in head_of
         assert b"data: [DONE]\n\n" in rest
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"GET /health HTTP/1.1\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nhost: localhost\r\nhost: evil\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"x" * 100_000, 431),
+        (b"GET /" + b"x" * 100_000, 431),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01", 400),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+        (chat("host: localhost\r\ntransfer-encoding: chunked\r\n"), 400),
+        # Java's client asks for HTTP/2 with each request, and goes on without.
+        (chat("host: localhost\r\nconnection: Upgrade, close\r\nupgrade: h2c\r\n"), 200),
+        (
+            chat("host: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n")
+            + b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n",
+            200,
+        ),
+    ],
+    ids=[
+        "no host",
+        "two hosts",
+        "long head",
+        "long path",
+        "TLS",
+        "HTTP/2",
+        "two lengths",
+        "h2c",
+        "websocket and another request",
+    ],
+)
+def test_heads_of_requests(sent: bytes, status: int) -> None:
+    with serving(FakeEngine(SimpleNamespace(batch_invariant=True))) as running:
+        found = told(running, sent)
+        assert found.startswith(b"HTTP/1.1 %d " % status)
+        assert not running.thread.num_unfinished
+        # Others are answered.
+        assert b" 200 OK" in told(running, chat("host: localhost\r\nconnection: close\r\n"))

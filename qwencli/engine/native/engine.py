@@ -232,14 +232,14 @@ class NativeEngine(BaseEngine):
             return QwenModel(shape, loaded, slots, attention, fused, kv, left_to_us, invariant)
 
         warming = None
-        if place.type == "cuda":
+        # Where kernels are compiled the load waits for them, and this would only make it longer.
+        if place.type == "cuda" and not (compiling is not None and compiling.compiles):
             warming = WarmUp(
                 shape,
                 torch_dtype,
                 place,
                 make,
                 graphs=cache is Cache.STATIC_GRAPH,
-                loading=compiling,
                 room_bytes=self._plan.total - self._plan.weights - RUNTIME_BYTES,
             )
         try:

@@ -96,7 +96,12 @@ class Fork:
 
 
 class KernelLoader:
-    """Has the kernels of a model in memory when `wait` returns; works beside the caller."""
+    """Has the kernels of a model in memory when `wait` returns; works beside the caller.
+
+    Attributes:
+        compiles: whether some were not kept. Where all were, other threads may launch kernels from
+            the beginning.
+    """
 
     def __init__(self, planned: PlannedModel, device: torch.device) -> None:
         gpu = gpu_of(device)
@@ -107,7 +112,10 @@ class KernelLoader:
         self._folder = use_folder_of(device)
         self._manifest = manifest_of(planned, gpu, self._folder)
         self._fork: Fork | None = None
-        if not self._manifest.exists() and may_fork():
+        self.compiles = not self._manifest.exists()
+        if not self.compiles:
+            settle_cache_keys(self._folder)
+        elif may_fork():
             self._fork = Fork(CompileJob(planned, gpu, str(self._folder), str(self._manifest)))
         self._thread = threading.Thread(target=self._run, name="kernels", daemon=True)
         self._thread.start()
@@ -143,7 +151,7 @@ class KernelLoader:
             with span("compile"):
                 self._compile(self._manifest, self._folder)
             launches = read_manifest(self._manifest)
-        settle_cache_keys(self._folder)
+            settle_cache_keys(self._folder)
         if launches is None:
             return  # compiled when they are first launched
         with torch.cuda.device(self._device):

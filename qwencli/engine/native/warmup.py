@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 
@@ -39,14 +38,6 @@ SAMPLINGS = (
     SamplingParams(max_new_tokens=2, seed=0),
 )
 MakeModel = Callable[[ModelShape, weights.LoadedWeights, int], QwenModel]
-
-
-class Loading(Protocol):
-    """Kernels of ours that are being loaded, see `KernelLoader`."""
-
-    num_compiled: int
-
-    def wait(self) -> None: ...
 
 
 def small_shape(shape: ModelShape) -> ModelShape:
@@ -84,8 +75,6 @@ class WarmUp:
     Args:
         make: a model of a shape, its weights and so many slots, as the engine makes its own.
         graphs: whether prompts are as long as their length class, as graphs of them are.
-        loading: our own kernels, which are waited for. Where some had to be compiled the load
-            waits for them, and this would only make it longer.
         room_bytes: that nothing uses before `wait` returns.
     """
 
@@ -97,11 +86,10 @@ class WarmUp:
         make: MakeModel,
         *,
         graphs: bool,
-        loading: Loading | None,
         room_bytes: int,
     ) -> None:
         self._shape, self._dtype, self._device = small_shape(shape), dtype, device
-        self._make, self._graphs, self._loading = make, graphs, loading
+        self._make, self._graphs = make, graphs
         needed = sum(spec.elements for spec in specs(self._shape)) * dtype.itemsize
         self._fits = needed + WORKING_BYTES <= room_bytes
         self.note = ""
@@ -115,10 +103,6 @@ class WarmUp:
 
     def _run(self) -> None:
         try:
-            if self._loading is not None:
-                self._loading.wait()
-                if self._loading.num_compiled:
-                    return
             if self._fits:
                 with span("warm up"), torch.inference_mode():
                     self._answer()

@@ -39,6 +39,7 @@ def test_kernels_that_cannot_be_compiled_ahead_are_compiled_when_launched(loader
         lambda module: [sys.executable, "-c", "raise SystemExit('no ptxas here')"],
     )
     loading = loader.load()
+    assert loading.compiles
     loading.wait()
     assert loader.made == []
     assert "no ptxas here" in loading.notes()[0]
@@ -48,7 +49,11 @@ def test_kernels_of_a_list_are_loaded_without_a_process(loader, tmp_path, monkey
     launches = plan_kernels(planned(), GPU)
     write_manifest(manifest_of(planned(), GPU, tmp_path), launches)
     monkeypatch.setattr(kernel_loader.subprocess, "Popen", None)
+    hashed = []
+    monkeypatch.setattr(kernel_loader, "settle_cache_keys", hashed.append)
     loading = loader.load()
+    # Other threads may launch kernels now.
+    assert not loading.compiles and hashed == [tmp_path]
     loading.wait()
     assert loader.made == launches
     assert loading.notes() == ()
