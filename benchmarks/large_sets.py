@@ -188,7 +188,7 @@ def killed(given: argparse.Namespace) -> None:
             done = called_done(folder)
             # Each time a part of what is left, so that the last kill finds something to do too.
             share = (given.pictures - len(done)) / (given.times - kills + 1)
-            until = len(done) + rng.uniform(0, 2 * share)
+            until = len(done) + rng.uniform(0, 1.5 * share)
             with subprocess.Popen([*CAPTION, str(folder), *options]) as process:
                 while process.poll() is None and len(called_done(folder)) <= until:
                     time.sleep(rng.uniform(0, 0.1))

@@ -214,7 +214,7 @@ def open_set(
             manifest = Manifest(path)
         if manifest is not None and not look_only:
             slots = [each.slot for each in manifest.unfinished_writes()]
-            sink.existing(slots)
+            sink.existing((sink.name(slot), slot) for slot in slots)
             recovered = recover(manifest, sink)
         if redo is not None:
             options = replace(options, redo=frozenset(manifest.matching(redo) if manifest else ()))

@@ -62,14 +62,14 @@ class Table:
     def name(self, slot: Slot) -> str:
         return f"{self._file_name(slot.key)} ({column(slot)})"
 
-    def existing(self, slots: Iterable[Slot]) -> set[Slot]:
+    def existing(self, places: Iterable[tuple[str, Slot]]) -> set[str]:
         """Those that the file has a caption for.
 
         Raises:
             InputError: there is such a file, and it cannot be read.
         """
         by_name: dict[str, list[Slot]] = {}
-        for slot in slots:
+        for _, slot in places:
             by_name.setdefault(self._file_name(slot.key), []).append(slot)
         with self._reading() as (_, rows):
             for row in rows:
@@ -77,7 +77,7 @@ class Table:
                     text = row.get(column(slot))
                     if isinstance(text, str) and text:
                         self._before[slot] = text
-        return set(self._before)
+        return set(map(self.name, self._before))
 
     def read(self, slot: Slot) -> str | None:
         return self._before.get(slot)

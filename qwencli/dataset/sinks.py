@@ -38,7 +38,8 @@ class Sink(Protocol):
 
     def name(self, slot: Slot) -> str: ...
 
-    def existing(self, slots: Iterable[Slot]) -> set[Slot]: ...
+    def existing(self, places: Iterable[tuple[str, Slot]]) -> set[str]:
+        """Names of those places, each with its `name`, that have a caption already."""
 
     def read(self, slot: Slot) -> str | None: ...
 
@@ -95,16 +96,16 @@ class Sidecars:
             name += f".{slot.sample + 1}"
         return name + self.extension
 
-    def existing(self, slots: Iterable[Slot]) -> set[Slot]:
+    def existing(self, places: Iterable[tuple[str, Slot]]) -> set[str]:
         """Those that have a file with something in it; each folder is read once."""
         filled: dict[str, set[str]] = {}
         found = set()
-        for slot in slots:
-            folder, _, name = self.name(slot).rpartition("/")
+        for place, _ in places:
+            folder, _, name = place.rpartition("/")
             if folder not in filled:
                 filled[folder] = self._filled(folder)
             if name in filled[folder]:
-                found.add(slot)
+                found.add(place)
         return found
 
     def _filled(self, folder: str) -> set[str]:

@@ -23,6 +23,7 @@ from qwencli.dataset.shards import (
     table_rows,
 )
 from qwencli.errors import InputError, MissingDependencyError, QwenCliError, UsageError
+from qwencli.garbage import gc_paused
 
 if TYPE_CHECKING:
     from qwencli.messages import VisualPart
@@ -123,6 +124,7 @@ class Selection:
     globs: tuple[str, ...] = ()
 
 
+@gc_paused()
 def list_inputs(inputs: Sequence[str | StdinPart], selection: Selection) -> Listing:
     """The pictures and videos that are meant.
 
@@ -162,10 +164,11 @@ def list_inputs(inputs: Sequence[str | StdinPart], selection: Selection) -> List
 _DIGITS = re.compile(r"(\d+)")
 
 
-def natural_key(name: str) -> tuple[tuple[int, str], ...]:
-    """Sorts `a2` before `a10`."""
-    parts = _DIGITS.split(name)
-    return tuple((int(part), "") if part.isdecimal() else (0, part) for part in parts)
+def natural_key(name: str) -> list[str | int]:
+    """Sorts `a2` before `a10`: texts and numbers in turns, as those of other names."""
+    parts: list[str | int] = [*_DIGITS.split(name)]
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
 def glob_pattern(glob: str) -> re.Pattern[str]:
@@ -216,9 +219,9 @@ class _Wanted:
         self._suffixes = PICTURE_SUFFIXES | VIDEO_SUFFIXES
         self._patterns = [glob_pattern(glob) for glob in globs]
 
-    def __call__(self, below: str, name: str) -> bool:
+    def __call__(self, below: str, name: str, suffix: str) -> bool:
         """Args: below: the path of its folder, with a slash behind it; or empty."""
-        if ending(name) not in self._suffixes:
+        if suffix not in self._suffixes:
             return False
         return not self._patterns or any(each.fullmatch(below + name) for each in self._patterns)
 
@@ -262,10 +265,13 @@ class _Walk:
                 below = safe_key(name)
                 if below.rpartition("/")[2].startswith("."):
                     self._listing.hidden += 1
-                elif rows or self._wanted(*_split(below)):
+                    continue
+                folder, name = _split(below)
+                suffix = ending(name)
+                if rows or self._wanted(folder, name, suffix):
                     self.add_part(f"{key}/{below}", part)
                 else:
-                    self._listing.others[ending(_split(below)[1])] += 1
+                    self._listing.others[suffix] += 1
         except NoPicturesError as error:
             if kind is None:
                 self._listing.refused.append((Item(key), error))
@@ -314,6 +320,7 @@ class _Walk:
                 continue
             found.sort(key=lambda each: natural_key(each[0].name))
             inside: list[tuple[str, str]] = []
+            above = self._key(f"{folder.rstrip(os.sep)}{os.sep}x")[:-1]
             for entry, is_folder in found:
                 if is_folder:
                     linked = entry.is_symlink()
@@ -325,9 +332,9 @@ class _Walk:
                     status = entry.stat()
                 except OSError:
                     # A link to nowhere, or in a circle; opening it will tell.
-                    self._add(self._key(entry.path), None)
+                    self._add(above + entry.name, None)
                 else:
-                    self._add(self._key(entry.path), status)
+                    self._add(above + entry.name, status)
             waiting += reversed(inside)
 
     def _scan(self, folder: str, below: str) -> list[tuple[os.DirEntry[str], bool]]:
@@ -350,14 +357,17 @@ class _Walk:
                     is_folder = entry.is_dir()
                 except OSError:  # a link in a circle; opening it will tell
                     is_folder = False
-                if is_folder and self._recursive:
-                    found.append((entry, True))
-                elif not is_folder and self._wanted(below, name):
+                if is_folder:
+                    if self._recursive:
+                        found.append((entry, True))
+                    continue
+                suffix = ending(name)
+                if self._wanted(below, name, suffix):
                     found.append((entry, False))
-                elif not is_folder and is_shard(name):
-                    self._shards[entry.path] = ending(name)
-                elif not is_folder:
-                    self._listing.others[ending(name)] += 1
+                elif is_shard(name):
+                    self._shards[entry.path] = suffix
+                else:
+                    self._listing.others[suffix] += 1
         return found
 
     def _key(self, path: str) -> str:

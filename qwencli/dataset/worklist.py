@@ -12,6 +12,7 @@ from qwencli.dataset.manifest import State
 from qwencli.dataset.pipeline import Failed, Task
 from qwencli.dataset.sources import CAPTION, Item, Listing, Slot
 from qwencli.errors import InputError
+from qwencli.garbage import gc_paused
 
 if TYPE_CHECKING:
     from qwencli.dataset.manifest import Manifest
@@ -26,7 +27,7 @@ class SinkPaths(Protocol):
 
     def name(self, slot: Slot) -> str: ...
 
-    def existing(self, slots: Iterable[Slot]) -> set[Slot]: ...
+    def existing(self, places: Iterable[tuple[str, Slot]]) -> set[str]: ...
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Worklist:
     num_changed: int = 0
 
 
+@gc_paused()
 def plan_work(
     listing: Listing,
     options: WorklistOptions,
@@ -82,16 +84,16 @@ def plan_work(
     """
     states = manifest.states() if manifest else {}
     work = Worklist(going_on=manifest.unfinished_run(job) if manifest else None)
-    slots = _with_a_place_of_their_own(listing, options, paths, work)
-    there = paths.existing(slot for _, slot in slots)
-    for item, slot in slots:
+    places = _with_a_place_of_their_own(listing, options, paths, work)
+    there = paths.existing((name, slot) for name, _, slot in places)
+    for name, item, slot in places:
         state = states.get(slot)
-        changed = state is not None and _has_changed(item, state)
+        changed = state is not None and (item.size != state.size or item.mtime_ns != state.mtime_ns)
         if slot in options.redo:
             work.tasks.append(Task(item, slot.field, slot.sample))
         elif state is not None and _is_known_failure(state, options, job, work.going_on, changed):
             work.failed_before.append((slot, state.reason or ""))
-        elif _stays(state, slot in there, options.existing, job, work.going_on):
+        elif _stays(state, name in there, options.existing, job, work.going_on):
             work.num_existing += 1
             work.num_changed += changed
         else:
@@ -99,39 +101,35 @@ def plan_work(
     return work
 
 
-def _slots(item: Item, options: WorklistOptions) -> list[Slot]:
-    return [
-        Slot(item.key, name, sample) for name in options.fields for sample in range(options.samples)
-    ]
-
-
 def _with_a_place_of_their_own(
     listing: Listing, options: WorklistOptions, paths: SinkPaths, work: Worklist
-) -> list[tuple[Item, Slot]]:
-    """What can be captioned; of items that want one place the first is among them."""
+) -> list[tuple[str, Item, Slot]]:
+    """What can be captioned, and the names of the places that captions have; of items that want one
+    place the first is among them."""
     for item, error in listing.refused:
         work.refused.append(Failed(Task(item, options.fields[0]), error))
     owners: dict[str, Item] = {}
-    slots: list[tuple[Item, Slot]] = []
+    places: list[tuple[str, Item, Slot]] = []
+    kinds = [(name, sample) for name in options.fields for sample in range(options.samples)]
     for item in listing.items:
-        own = [(_normcase(paths.name(slot)), slot) for slot in _slots(item, options)]
-        taken = [(owners[name], slot) for name, slot in own if name in owners]
-        if taken:
-            owner, slot = taken[0]
-            error = InputError(
-                f"{listing.path(item)} and {owner.key} want the same file, {paths.name(slot)}",
-                "rename one of them, or write one file with --output captions.jsonl",
-            )
-            work.refused.append(Failed(Task(item, options.fields[0]), error))
-            continue
-        for name, slot in own:
-            owners[name] = item
-            slots.append((item, slot))
-    return slots
-
-
-def _has_changed(item: Item, state: State) -> bool:
-    return (item.size, item.mtime_ns) != (state.size, state.mtime_ns)
+        own: list[tuple[str, Item, Slot]] = []
+        for kind, sample in kinds:
+            slot = Slot(item.key, kind, sample)
+            name = paths.name(slot)
+            owner = owners.setdefault(_normcase(name), item)
+            if owner is not item:
+                error = InputError(
+                    f"{listing.path(item)} and {owner.key} want the same file, {name}",
+                    "rename one of them, or write one file with --output captions.jsonl",
+                )
+                work.refused.append(Failed(Task(item, options.fields[0]), error))
+                for free, _, _ in own:
+                    del owners[_normcase(free)]
+                break
+            own.append((name, item, slot))
+        else:
+            places += own
+    return places
 
 
 def _is_known_failure(

@@ -6,7 +6,6 @@ request at a time), and keeping garbage collection out of a request.
 
 from __future__ import annotations
 
-import gc
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from qwencli.engine.protocol import BytesRead, ManyRequests, drain
 from qwencli.engine.resolve import resolve_device, resolve_dtype
 from qwencli.engine.response import ResponseBuilder
 from qwencli.errors import OutOfMemoryError, PromptTooLongError, UnsupportedModeError, UsageError
+from qwencli.garbage import gc_paused
 from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult
 from qwencli.tracing import span
@@ -41,27 +41,15 @@ SWITCH_INTERVAL_S = 0.00005
 
 
 @contextmanager
-def gc_paused() -> Iterator[None]:
-    """No garbage collection inside the block, and quick turns at the interpreter lock.
-
-    A full collection walks every object of every library loaded, 100 ms and more in the middle of
-    an answer. Reference counting still frees what is dropped.
-    """
-    collecting, interval = gc.isenabled(), sys.getswitchinterval()
-    gc.disable()
+def undisturbed() -> Iterator[None]:
+    """No garbage collection inside the block, and quick turns at the interpreter lock."""
+    interval = sys.getswitchinterval()
     sys.setswitchinterval(min(interval, SWITCH_INTERVAL_S))
     try:
-        yield
+        with gc_paused():
+            yield
     finally:
         sys.setswitchinterval(interval)
-        if collecting:
-            gc.enable()
-
-
-def gc_freeze_loaded() -> None:
-    """Take everything that exists now out of later collections: it is here to stay."""
-    gc.collect()
-    gc.freeze()
 
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from qwencli.config import SamplingParams
-from qwencli.engine.base_engine import gc_paused
+from qwencli.engine.base_engine import undisturbed
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.cache.prefix_cache import page_keys
 from qwencli.engine.constrained import TokenMatcher
@@ -158,7 +158,7 @@ class EngineCore:
     def step(self) -> list[StepOutput]:
         """Enqueue a step, read the one in front; returns what that gave."""
         # Hundreds of operations take the interpreter lock back, from threads that prepare prompts.
-        with gc_paused():
+        with undisturbed():
             return self._run_ahead()
 
     def _run_ahead(self) -> list[StepOutput]:

@@ -24,7 +24,7 @@ from qwencli.config import (
     SamplingParams,
     Speculate,
 )
-from qwencli.engine.base_engine import BaseEngine, gc_freeze_loaded, gc_paused
+from qwencli.engine.base_engine import BaseEngine, undisturbed
 from qwencli.engine.cache.kv_cache import KV_SCHEMES
 from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.constrained import TokenMatcher
@@ -71,6 +71,7 @@ from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.spec_decode.decode_strategy import VERIFIERS, Speculator, batch_policy
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.errors import MissingDependencyError, UnsupportedModeError
+from qwencli.garbage import gc_freeze_loaded
 from qwencli.messages import GenerationRequest
 from qwencli.models.checkpoint import has_draft_head
 from qwencli.models.memory import RUNTIME_BYTES, native_kv_bytes, packed_weight_bytes
@@ -150,7 +151,7 @@ class NativeEngine(BaseEngine):
             return
         # From the first picture on: every operation of a prompt's pass takes the interpreter lock
         # back, hundreds of turns before the first token.
-        with gc_paused():
+        with undisturbed():
             yield from super().stream(request)
 
     def _stream_as_row(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
