@@ -49,10 +49,14 @@ def named_inputs(
             are looked for from the list's own.
 
     Raises:
-        InputError: a list cannot be read, or has nothing in it.
+        InputError: a list cannot be read, or has nothing in it; a name is empty.
     """
     inputs: list[str | StdinPart] = []
     for each in named:
+        if not each:
+            raise InputError(
+                "one of the names given is empty", "check the variable that the shell put there"
+            )
         if each != "-":
             inputs.append(each)
             continue

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hmac
 import re
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwencli.server.api_errors import ApiError
 
@@ -23,21 +24,32 @@ class Access:
 
     Args:
         api_key: None = nobody is asked for one. hosts: see `ServerSettings`.
+        replied: told the status of every reply that is sent through `send`.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, hosts: tuple[str, ...] | None) -> None:
-        self._app, self._hosts = app, hosts
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_key: str | None,
+        hosts: tuple[str, ...] | None,
+        replied: Callable[[int], None],
+    ) -> None:
+        self._app, self._hosts, self._replied = app, hosts, replied
         self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._replied(message["status"])
+            await send(message)
+
         refused = self._refused(scope["path"], Headers(scope=scope))
-        if refused is None:
-            await self._app(scope, receive, send)
-        else:
-            await refused.response()(scope, receive, send)
+        answer = self._app if refused is None else refused.response()
+        await answer(scope, receive, counted)
 
     def _refused(self, path: str, headers: Headers) -> ApiError | None:
         host = headers.get("host", "")

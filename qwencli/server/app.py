@@ -10,6 +10,7 @@ import asyncio
 import functools
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -146,7 +147,9 @@ def create_app(engine_thread: EngineThread, settings: ServerSettings) -> Starlet
         },
     )
     app.state.end_answers = engine_thread.end_answers
-    app.add_middleware(Access, api_key=settings.api_key, hosts=settings.hosts)
+    app.add_middleware(
+        Access, api_key=settings.api_key, hosts=settings.hosts, replied=server.replied
+    )
     return app
 
 
@@ -155,12 +158,16 @@ class _Server:
         self._thread, self._settings = engine_thread, settings
         self._started = int(time.time())
         self._metrics: Metrics | None = None
+        self._replies: Counter[int] = Counter()
+
+    def replied(self, status: int) -> None:
+        self._replies[status] += 1
 
     @property
     def metrics(self) -> Metrics:
         # Not before the engine is loaded.
         if self._metrics is None:
-            self._metrics = Metrics(self._thread, self._settings.model)
+            self._metrics = Metrics(self._thread, self._settings.model, self._replies)
         return self._metrics
 
     async def health(self, request: Request) -> Response:
@@ -420,6 +427,7 @@ class _Server:
         # What is wrong with a request is known before its first piece: it has a status of its own.
         pieces = await answer.pieces()
         stream, over = connection.stream(_EVENT_HEADERS), False
+        self.replied(200)
 
         def write(pieces: Sequence[GenerationChunk], before: bytes = b"") -> bool:
             """Write pieces; whether more may be written at once."""

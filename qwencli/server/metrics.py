@@ -46,15 +46,18 @@ class _Histogram:
 
 
 class Metrics:
-    """Numbers of one server; of its event loop only."""
+    """Numbers of one server; of its event loop only.
 
-    def __init__(self, engine_thread: EngineThread, model: str) -> None:
-        self._thread, self._model = engine_thread, model
+    Args:
+        replies: how many there were with each status.
+    """
+
+    def __init__(self, engine_thread: EngineThread, model: str, replies: Counter[int]) -> None:
+        self._thread, self._model, self._replies = engine_thread, model, replies
         self._ttft = _Histogram("qwencli_ttft_seconds", "From the request to the first token.")
         self._itl = _Histogram("qwencli_itl_seconds", "Between two tokens of an answer.")
         self._e2e = _Histogram("qwencli_e2e_seconds", "From the request to the last token.")
         self._tokens: Counter[str] = Counter()
-        self._answers: Counter[int] = Counter()
         self._samples = clock_samples(engine_thread.engine.effective.device)
         self._clocks: tuple[float, ClockSample | None] = (float("-inf"), None)
 
@@ -68,9 +71,6 @@ class Metrics:
         self._tokens["cached"] += result.num_cached_tokens
         self._tokens["image"] += result.num_image_tokens or 0
         self._tokens["generated"] += result.num_new_tokens
-
-    def replied(self, status: int) -> None:
-        self._answers[status] += 1
 
     def state(self) -> dict[str, Any]:
         """What the engine does at the moment."""
@@ -98,7 +98,7 @@ class Metrics:
         lines += ["# TYPE qwencli_http_responses_total counter"]
         lines += [
             f'qwencli_http_responses_total{{status="{status}"}} {n}'
-            for status, n in sorted(self._answers.items())
+            for status, n in sorted(self._replies.items())
         ]
         gauges: dict[str, Any] = {
             "qwencli_requests_running": state["running"],

@@ -107,6 +107,8 @@ def test_lists_of_paths(tmp_path, pictures):
         "new\nline.png",
     ]
     assert named_inputs(["-"], None, lambda: PNG) == [StdinPart(PNG)]
+    with pytest.raises(InputError, match="one of the names given is empty"):
+        named_inputs(["a.png", ""])
     with pytest.raises(InputError, match="lists no files"):
         named_inputs(["-"], None, lambda: b"\n\n")
 
