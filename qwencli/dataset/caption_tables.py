@@ -192,12 +192,23 @@ def _read_csv(path: Path) -> Iterator[tuple[Columns, Iterator[Row]]]:
 
 def _write_csv(path: Path, columns: Columns, rows: Iterable[Row]) -> None:
     with _text_file(path) as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        # A field is quoted for the characters that end lines: for "\r" too, though none ends in it.
+        line = io.StringIO(newline="")
+        writer = csv.DictWriter(line, columns, restval="", lineterminator="\r\n")
+
+        def take_line() -> str:
+            text = line.getvalue().removesuffix("\r\n") + "\n"
+            line.seek(0)
+            line.truncate()
+            return text
+
         writer.writeheader()
+        file.write(take_line())
         for row in rows:
             if "" in row:
                 raise ValueError("a line has more fields than the first")
             writer.writerow({name: _plain(value) for name, value in row.items()})
+            file.write(take_line())
 
 
 @contextlib.contextmanager

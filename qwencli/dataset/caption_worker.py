@@ -8,7 +8,7 @@ one process that keeps them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -59,7 +59,9 @@ class Captioner(Protocol):
     @property
     def facts(self) -> Facts: ...
 
-    def outcomes(self, tasks: Sequence[Task], stopping: Callable[[], bool]) -> Iterator[Outcome]:
+    def outcomes(
+        self, tasks: Sequence[Task], stopping: Callable[[], bool]
+    ) -> Generator[Outcome, None, None]:
         """Make captions of all tasks, or of those that run when `stopping` begins to be true.
 
         Raises:
@@ -74,7 +76,9 @@ class LocalCaptioner:
         self._engine, self._processor = engine, processor
         self.facts = adapt_to_model(engine, processor).facts
 
-    def outcomes(self, tasks: Sequence[Task], stopping: Callable[[], bool]) -> Iterator[Outcome]:
+    def outcomes(
+        self, tasks: Sequence[Task], stopping: Callable[[], bool]
+    ) -> Generator[Outcome, None, None]:
         waiting = iter(tasks)
         return outcomes(
             self._engine,

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection, resource_tracker
@@ -174,7 +174,9 @@ class DeviceWorkers:
     def __exit__(self, *exc: object) -> None:
         self._end_all()
 
-    def outcomes(self, tasks: Sequence[Task], stopping: Callable[[], bool]) -> Iterator[Outcome]:
+    def outcomes(
+        self, tasks: Sequence[Task], stopping: Callable[[], bool]
+    ) -> Generator[Outcome, None, None]:
         """See `worker.Captioner`. A worker that dies is no error while another is left.
 
         Raises:

@@ -15,8 +15,8 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Protocol
@@ -169,7 +169,7 @@ def outcomes(
     *,
     expected: int | None = None,
     stopping: Callable[[], bool] = lambda: False,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Caption what `take` gives, as many at a time as the engine runs.
 
     Args:
@@ -202,7 +202,7 @@ def outcomes(
 
 
 def write_outcomes(
-    made: Iterable[Outcome], writer: Writer, report: Callable[[Outcome], None]
+    made: Generator[Outcome, None, None], writer: Writer, report: Callable[[Outcome], None]
 ) -> None:
     """Keep outcomes as they are made; returns when all of it is written.
 
@@ -212,7 +212,8 @@ def write_outcomes(
     Raises:
         QwenCliError: the writer cannot go on, or what `made` raises.
     """
-    with _WriterThread(writer, report) as sink:
+    # Whatever ends this: what makes outcomes has requests in an engine, which is there still.
+    with _WriterThread(writer, report) as sink, closing(made):
         for outcome in made:
             sink.put(outcome)
             sink.report()

@@ -16,7 +16,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Self
@@ -102,7 +102,9 @@ class RayWorkers:
         if self._ours:
             ray.shutdown()
 
-    def outcomes(self, tasks: Sequence[Task], stopping: Callable[[], bool]) -> Iterator[Outcome]:
+    def outcomes(
+        self, tasks: Sequence[Task], stopping: Callable[[], bool]
+    ) -> Generator[Outcome, None, None]:
         """See `worker.Captioner`.
 
         Raises:

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import itertools
 import os
+import stat
 from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -231,9 +232,10 @@ def flush_folder(folder: Path) -> None:
 
 def _is_filled(entry: os.DirEntry[str]) -> bool:
     try:
-        return entry.stat().st_size > 0
+        status = entry.stat()
     except OSError:
         return False
+    return status.st_size > 0 and not stat.S_ISDIR(status.st_mode)
 
 
 class CaptionWriter:

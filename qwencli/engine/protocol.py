@@ -235,7 +235,8 @@ class ManyRequests(ABC):
         return self._requests().step()
 
     def abort(self, request: RequestId) -> None:
-        self._requests().abort(request)
+        if self._queue is not None:  # else there is none, and no model to load for it
+            self._queue.abort(request)
 
     def drop_queue(self) -> None:
         self._close_queue()

@@ -104,12 +104,14 @@ class Stream(Protocol):
 class Connection(Protocol):
     """What a request came over, as its `state["connection"]`.
 
-    `when_lost` says what to call once the client is gone, at once where it is; None = nothing any
-    more. `stream` begins an answer in pieces, and `abort` ends the connection for a client that
-    takes nothing of one.
+    `when_lost` says what to call once the client is gone, at once where it is, and `over` that it
+    is not to be called any more. `stream` begins an answer in pieces, and `abort` ends the
+    connection for a client that takes nothing of one.
     """
 
-    def when_lost(self, call: Callable[[], None] | None) -> None: ...
+    def when_lost(self, call: Callable[[], None]) -> None: ...
+
+    def over(self, call: Callable[[], None]) -> None: ...
 
     def stream(self, headers: Sequence[tuple[bytes, bytes]]) -> Stream: ...
 
@@ -415,13 +417,14 @@ class _Server:
             f"the answer was not complete within {self._settings.answer_s:g} seconds"
         )
         timer = asyncio.get_running_loop().call_later(self._settings.answer_s, answer.end, late)
-        connection.when_lost(functools.partial(answer.end, ClientGoneError("the client has gone")))
+        gone = functools.partial(answer.end, ClientGoneError("the client has gone"))
+        connection.when_lost(gone)
         try:
             yield answer
         finally:
             timer.cancel()
-            connection.when_lost(None)
-            answer.end(ClientGoneError("the client has gone"))
+            connection.over(gone)
+            gone()
 
     async def _stream(self, answer: Answer, form: Format, connection: Connection) -> None:
         # What is wrong with a request is known before its first piece: it has a status of its own.

@@ -7,41 +7,33 @@ import errno
 import http
 import signal
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import httptools
+import h11
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.httptools_impl import (
-    STATUS_LINE,
-    HttpToolsProtocol,
-    RequestResponseCycle,
-)
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwencli.errors import UsageError
 from qwencli.server.api_errors import ApiError
 
 # Connections at once: a process has 1,024 files on most systems.
 MOST_CONNECTIONS = 900
-# Within which the head of a request must be here, and how long it may be.
+# Within which the head of a request must be here.
 HEAD_S = 30.0
-MOST_HEAD_BYTES = 64 << 10
 # For how long what runs may end after Ctrl-C.
 LAST_S = 3
 # For how long the other side may take nothing, or be gone without a word.
 SILENT_S = 60
 
 
-class _Connection(HttpToolsProtocol):
-    """uvicorn's, with an end for clients that do not finish the head of a request, or send a long
-    one. Requests know of it by their `state["connection"]`."""
+class _Connection(H11Protocol):
+    """uvicorn's, with an end for clients that do not finish the head of a request; it is the
+    `state["connection"]` of a request (see `app.Connection`)."""
 
     _timer: asyncio.TimerHandle | None = None
-    _num_head_bytes, _data = 0, b""
-    # Requests that a client sends before it has an answer run one after the other.
-    when_lost: Callable[[], None] | None = None
+    _when_lost: Callable[[], None] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -49,60 +41,42 @@ class _Connection(HttpToolsProtocol):
             transport.write(_plain(ApiError(503, "too many connections")))
             transport.close()
             return
+        self.app_state = {**self.app_state, "connection": self}
         self._timer = self.loop.call_later(HEAD_S, transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        self._data = data
         super().data_received(data)
-        self._data = b""
         answering = self.cycle is not None and not self.cycle.response_complete
         if answering:
             self._stop_timer()
-            self._num_head_bytes = 0
-            return
-        self._num_head_bytes += len(data)
-        if self._num_head_bytes > MOST_HEAD_BYTES and not self.transport.is_closing():
-            self.transport.write(_plain(ApiError(431, "the head of the request is too long")))
-            self.transport.close()
         elif self._timer is None:
             self._timer = self.loop.call_later(HEAD_S, self.transport.abort)
 
-    def on_headers_complete(self) -> None:
-        hosts = sum(name == b"host" for name, _ in self.headers)
-        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() != "1.0"):
-            raise ValueError("a request has one host; the parser answers with 400")
-        super().on_headers_complete()
-        self.scope["state"]["connection"] = _Request(self, self.cycle)
-
-    def _should_upgrade(self) -> bool:
-        return True
-
-    def handle_websocket_upgrade(self) -> None:
-        """Read a request that asks for another protocol as if it had not. Java's client asks for
-        HTTP/2 with each one, and goes on without; the parser takes it that no body follows."""
-        upgrade = sys.exception()
-        assert isinstance(upgrade, httptools.HttpParserUpgrade), "called where that is caught"
-        kept = [each for each in self.headers if each[0] not in (b"connection", b"upgrade")]
-        if any(b"close" in value.lower() for name, value in self.headers if name == b"connection"):
-            kept.append((b"connection", b"close"))
-        told = b"".join(b"%b: %b\r\n" % each for each in kept)
-        head = b"%b %b HTTP/1.1\r\n%b\r\n" % (self.parser.get_method(), self.url, told)
-        self.parser = httptools.HttpRequestParser(self)
-        super().data_received(head + self._data[upgrade.args[0] :])
-
     def on_response_complete(self) -> None:
         self._stop_timer()
-        # Nobody reads what is left of a request that was refused.
-        is_refused = not self.pipeline and self.cycle.more_body
         super().on_response_complete()
-        if is_refused:
-            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
-        if self.when_lost is not None:
-            self.when_lost()
+        if self._when_lost is not None:
+            self._when_lost()
+
+    def when_lost(self, call: Callable[[], None]) -> None:
+        self._when_lost = call
+        if self.cycle.disconnected:
+            call()
+
+    def over(self, call: Callable[[], None]) -> None:
+        # A request that was sent behind this one's may have begun already.
+        if self._when_lost is call:
+            self._when_lost = None
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    def stream(self, headers: Sequence[tuple[bytes, bytes]]) -> Stream:
+        return Stream(self, headers)
 
     def send_400_response(self, msg: str) -> None:
         self.transport.write(_plain(ApiError(400, "this is no HTTP request")))
@@ -114,72 +88,50 @@ class _Connection(HttpToolsProtocol):
             self._timer = None
 
 
-class _Request:
-    """What the application sees of the connection that a request came over: `app.Connection`."""
-
-    def __init__(self, connection: _Connection, cycle: RequestResponseCycle) -> None:
-        self._connection, self._cycle = connection, cycle
-
-    def when_lost(self, call: Callable[[], None] | None) -> None:
-        self._connection.when_lost = call
-        if call is not None and self._connection.transport.is_closing():
-            call()
-
-    def abort(self) -> None:
-        self._connection.transport.abort()
-
-    def stream(self, headers: Sequence[tuple[bytes, bytes]]) -> Stream:
-        return Stream(self._connection, self._cycle, headers)
-
-
 class Stream:
     """An answer with status 200 and of a length that nobody knows yet, written piece by piece.
 
-    It does what uvicorn does in `send`, without a write of its own for the head, each piece and the
-    end: of many streams these are most of what the server has to do.
+    It does what uvicorn does in `send`, without a turn of h11 and a write of its own for the head,
+    each piece and the end: of many streams these are most of what the server has to do.
     """
 
-    def __init__(
-        self,
-        connection: _Connection,
-        cycle: RequestResponseCycle,
-        headers: Sequence[tuple[bytes, bytes]],
-    ) -> None:
-        self._connection, self._cycle = connection, cycle
-        self._chunked = cycle.scope["http_version"] == "1.1"
-        cycle.response_started, cycle.waiting_for_100_continue = True, False
-        told = [b"%b: %b\r\n" % each for each in (*cycle.default_headers, *headers)]
-        if self._chunked:
-            told.append(b"transfer-encoding: chunked\r\n")
-        if not cycle.keep_alive:
-            told.append(b"connection: close\r\n")
-        self._head = b"".join((STATUS_LINE[200], *told, b"\r\n"))
+    def __init__(self, connection: _Connection, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        self._connection, self._cycle = connection, connection.cycle
+        self._chunked = self._cycle.scope["http_version"] == "1.1"
+        self._cycle.response_started, self._cycle.waiting_for_100_continue = True, False
+        self._head = b""
+        if not self._cycle.disconnected:
+            # h11 says how the answer ends, and takes 0.1 ms to look at headers that it knows not.
+            response = h11.Response(status_code=200, headers=[], reason=b"OK")
+            begun = (connection.conn.send(response) or b"").removesuffix(b"\r\n")
+            told = [b"%b: %b\r\n" % each for each in (*self._cycle.default_headers, *headers)]
+            self._head = b"".join((begun, *told, b"\r\n"))
 
     @property
     def is_full(self) -> bool:
         """Whether the client takes less than is written: then `room` is waited for."""
-        return self._connection.flow.write_paused
+        return bool(self._connection.flow.write_paused) and not self._cycle.disconnected
 
     async def room(self) -> None:
         await self._connection.flow.drain()
 
     def write(self, data: bytes, *, last: bool = False) -> None:
         """Send a piece; nothing happens once the client is gone."""
-        cycle, transport = self._cycle, self._connection.transport
-        if transport.is_closing():
-            cycle.disconnected = True
+        cycle, connection = self._cycle, self._connection
+        if cycle.disconnected:
             return
         if data and self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
-        if last and self._chunked:
-            data += b"0\r\n\r\n"
-        transport.write(self._head + data)
+        if last:
+            data += connection.conn.send(h11.EndOfMessage()) or b""
+        connection.transport.write(self._head + data)
         self._head = b""
         if last:
             cycle.response_complete = True
             cycle.message_event.set()
-            if not cycle.keep_alive:
-                transport.close()
+            if connection.conn.our_state is h11.MUST_CLOSE or not cycle.keep_alive:
+                connection.conn.send(h11.ConnectionClosed())
+                connection.transport.close()
             cycle.on_response()
 
 

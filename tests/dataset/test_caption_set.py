@@ -200,6 +200,29 @@ def test_a_folder_that_takes_no_files(caption, pictures, capsys, monkeypatch):
     assert row["path"] == "sub/b.png" and "cannot be written: Permission denied" in row["reason"]
 
 
+def test_a_folder_in_the_place_of_a_caption_is_no_caption(caption, pictures):
+    folder = pictures("a.png", "b.png")
+    (folder / "a.txt").mkdir()
+    assert caption(folder) == 1
+    (row,) = failures(folder)
+    assert row["path"] == "a.png" and "cannot be written" in row["reason"]
+    assert (folder / "b.txt").is_file()
+
+
+def test_where_nothing_can_be_written_the_engine_is_left_with_no_request(
+    caption, pictures, engine, capsys
+):
+    folder = pictures(*(f"{number}.png" for number in range(60)))
+    for number in range(60):
+        (folder / f"{number}.txt").mkdir()
+    left = []
+    engine.close = lambda: left.append(engine.has_unfinished)
+    assert caption(folder, "--existing", "overwrite") == 1
+    assert left == [False]
+    assert engine.answered < 60
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_nothing_named_is_one_line(caption, capsys):
     assert caption() == 2
     assert "Missing argument 'IMAGE...'" in capsys.readouterr().err

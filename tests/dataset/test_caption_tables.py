@@ -59,7 +59,7 @@ def test_rows_of_others_stay(caption, pictures, name, tmp_path):
     path = folder / name
     write = FORMATS[path.suffix][1]
     mine = [
-        {"file_name": "x.png", "text": 'mine, "quoted"\nover lines', "score": "7"},
+        {"file_name": "x.png", "text": 'mine, "quoted"\nover\rlines', "score": "7"},
         {"file_name": "b.png", "text": "ours", "score": "8"},
         {"file_name": "c.png", "text": "", "score": "9"},
     ]
