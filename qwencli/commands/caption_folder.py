@@ -65,6 +65,11 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
         )
     if not (listing.items or listing.refused):
         named = ", ".join(str(each) for each in job.inputs) or "this folder"
+        if chosen.glob and listing.others:
+            raise InputError(
+                f"{named}: no picture or video there is {' or '.join(chosen.glob)}",
+                "check --glob; a pattern with a slash is of the whole path",
+            )
         raise InputError(
             f"{named}: no picture or video there",
             "--recursive looks into its folders too" if not chosen.recursive else "check the path",

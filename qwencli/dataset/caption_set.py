@@ -63,7 +63,7 @@ class CaptionSet:
         """Begin a run, or go on with one; what cannot be captioned at all is kept."""
         assert self.manifest is not None, "a set that is captioned has a manifest"
         self.manifest.begin(job_hash(self.settings), self.settings, self.work.going_on)
-        self.manifest.mark_done((), self.work.refused)
+        self.manifest.mark_done((), refused=self.work.refused)
         for failed in self.work.refused:
             self._count(failed)
             report(failed)

@@ -147,7 +147,13 @@ class Table:
 
 
 def column(slot: Slot) -> str:
-    """The column of a caption: `text`, `tags`, `text_2` for a second sample."""
+    """The column of a caption: `text`, `tags`, `text_2` for a second sample.
+
+    Raises:
+        UsageError: it is the column of the picture's path.
+    """
+    if slot.field == FILE_NAME:
+        raise UsageError(f"--field {FILE_NAME} is the column of paths", "name it otherwise")
     name = TEXT if slot.field == CAPTION else slot.field
     return f"{name}_{slot.sample + 1}" if slot.sample else name
 

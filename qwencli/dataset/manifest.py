@@ -70,6 +70,7 @@ class State(NamedTuple):
         status: done, failed, or writing.
         job: what was asked, and how; see `job_hash`.
         size, mtime_ns: of the picture then.
+        attempts: 0 of one that was refused as it was listed.
     """
 
     status: str
@@ -78,6 +79,7 @@ class State(NamedTuple):
     size: int | None
     mtime_ns: int | None
     reason: str | None
+    attempts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +147,14 @@ class Manifest:
         with self._failing():
             jobs = dict(self._db.execute("SELECT id, job FROM runs"))
             rows = self._db.execute(
-                "SELECT key, field, sample, status, run, size, mtime_ns, reason FROM captions"
+                "SELECT key, field, sample, status, run, size, mtime_ns, reason, attempts "
+                "FROM captions"
             )
             return {
                 Slot(key if type(key) is str else _key(key), field, sample): State(
-                    status, run, jobs[run], size, mtime_ns, reason
+                    status, run, jobs.get(run, ""), size, mtime_ns, reason, attempts
                 )
-                for key, field, sample, status, run, size, mtime_ns, reason in rows
+                for key, field, sample, status, run, size, mtime_ns, reason, attempts in rows
             }
 
     def unfinished_writes(self) -> list[UnfinishedWrite]:
@@ -212,15 +215,19 @@ class Manifest:
             self._db.executemany("INSERT OR IGNORE INTO prompts VALUES (?, ?)", prompts.items())
             self._db.executemany(_INSERT, [self._row(each, status, now) for each in captions])
 
-    def mark_done(self, done: Iterable[Slot], failed: Sequence[Failed] = ()) -> None:
-        """Captions whose files are on disk, and what has none and why."""
+    def mark_done(
+        self, done: Iterable[Slot], failed: Sequence[Failed] = (), refused: Sequence[Failed] = ()
+    ) -> None:
+        """Captions whose files are on disk, and what has none and why; `refused` was not tried."""
         now = _now()
         with self._transaction():
             self._db.executemany(
                 "UPDATE captions SET status = 'done' WHERE key = ? AND field = ? AND sample = ?",
                 [_stored(slot) for slot in done],
             )
-            self._db.executemany(_INSERT, [self._failure(each, now) for each in failed])
+            rows = [self._failure(each, now, each.task.attempt + 1) for each in failed]
+            rows += [self._failure(each, now, 0) for each in refused]
+            self._db.executemany(_INSERT, rows)
 
     def forget(self, slots: Iterable[Slot]) -> None:
         with self._transaction():
@@ -288,12 +295,12 @@ class Manifest:
             result.num_image_tokens, result.num_new_tokens, result.timings.e2e_s,
         )  # fmt: skip
 
-    def _failure(self, failed: Failed, now: str) -> tuple[Any, ...]:
+    def _failure(self, failed: Failed, now: str, attempts: int) -> tuple[Any, ...]:
         task, error = failed.task, failed.error
         return (
             *(_stored(task.slot)), "failed", None, None, None, visible(error.message),
             visible(error.hint),
-            task.item.size, task.item.mtime_ns, self._run, now, None, None, task.attempt + 1,
+            task.item.size, task.item.mtime_ns, self._run, now, None, None, attempts,
             *[None] * 5,
         )  # fmt: skip
 

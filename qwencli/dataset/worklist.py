@@ -11,7 +11,7 @@ from qwencli.config import Existing
 from qwencli.dataset.manifest import State
 from qwencli.dataset.pipeline import Failed, Task
 from qwencli.dataset.sources import CAPTION, Item, Listing, Slot
-from qwencli.errors import InputError
+from qwencli.errors import InputError, UsageError
 from qwencli.garbage import gc_paused
 
 if TYPE_CHECKING:
@@ -81,6 +81,9 @@ def plan_work(
     Args:
         manifest: None where the set has none yet.
         job: see `manifest.job_hash`.
+
+    Raises:
+        UsageError: captions of one picture go to one place.
     """
     states = manifest.states() if manifest else {}
     work = Worklist(going_on=manifest.unfinished_run(job) if manifest else None)
@@ -111,6 +114,10 @@ def _with_a_place_of_their_own(
     owners: dict[str, Item] = {}
     places: list[tuple[str, Item, Slot]] = []
     kinds = [(name, sample) for name in options.fields for sample in range(options.samples)]
+    if len({paths.name(Slot("x", *kind)) for kind in kinds}) < len(kinds):
+        raise UsageError(
+            "two captions of a picture would go to one place", "give each --field another name"
+        )
     for item in listing.items:
         own: list[tuple[str, Item, Slot]] = []
         for kind, sample in kinds:
@@ -135,8 +142,15 @@ def _with_a_place_of_their_own(
 def _is_known_failure(
     state: State, options: WorklistOptions, job: str, going_on: int | None, changed: bool
 ) -> bool:
-    """Whether trying again would fail again, as far as one can tell."""
-    if state.status != "failed" or options.retry_failed or changed or state.job != job:
+    """Whether trying again would fail again, as far as one can tell. What was refused is looked at
+    anew: what stood in its way may be gone."""
+    if (
+        state.status != "failed"
+        or not state.attempts
+        or options.retry_failed
+        or changed
+        or state.job != job
+    ):
         return False
     return options.existing is not Existing.OVERWRITE or state.run == going_on
 

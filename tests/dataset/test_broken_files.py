@@ -132,11 +132,11 @@ def test_a_manifest_that_cannot_be_written_is_one_line(
     folder = pictures("a.png", "b.png")
     kept = getattr(Manifest, statement)
 
-    def full(self, rows, *arguments):
+    def full(self, rows, *arguments, **named):
         if list(rows):
             with self._failing():
                 raise sqlite3.OperationalError("database or disk is full")
-        return kept(self, rows, *arguments)
+        return kept(self, rows, *arguments, **named)
 
     monkeypatch.setattr(Manifest, statement, full)
     assert caption(folder) == 1

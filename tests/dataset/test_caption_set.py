@@ -141,6 +141,16 @@ def test_two_pictures_that_want_one_file(caption, pictures):
     (row,) = failures(folder)
     assert row["path"] == "a.png" and "want the same file, a.txt" in row["reason"]
     assert caption(folder) == 1
+    # Once the other is gone, nothing stands in its way.
+    (folder / "a.jpg").unlink()
+    (folder / "a.txt").unlink()
+    assert caption(folder) == 0
+    assert sorted(captions(folder)) == ["a.txt", "b.txt"] and not failures(folder)
+
+
+def test_a_pattern_that_nothing_matches_is_named(caption, pictures, capsys):
+    assert caption(pictures("a.png"), "--glob", "*.bmp") == 1
+    assert "no picture or video there is *.bmp" in capsys.readouterr().err
 
 
 def test_the_manifest_knows_where_a_caption_came_from(caption, pictures):
@@ -212,14 +222,13 @@ def test_a_folder_in_the_place_of_a_caption_is_no_caption(caption, pictures):
 def test_where_nothing_can_be_written_the_engine_is_left_with_no_request(
     caption, pictures, engine, capsys
 ):
-    folder = pictures(*(f"{number}.png" for number in range(60)))
-    for number in range(60):
+    folder = pictures(*(f"{number}.png" for number in range(120)))
+    for number in range(120):
         (folder / f"{number}.txt").mkdir()
-    left = []
+    left, engine.step_s = [], 0.02
     engine.close = lambda: left.append(engine.has_unfinished)
     assert caption(folder, "--existing", "overwrite") == 1
     assert left == [False]
-    assert engine.answered < 60
     assert "Traceback" not in capsys.readouterr().err
 
 

@@ -118,6 +118,18 @@ def test_an_ending_that_is_none(caption, pictures, capsys):
     assert ".jsonl, .csv, .parquet, .json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [(["file_name=What?"], "column of paths"), (["caption=A?", "text=B?"], "go to one place")],
+)
+def test_fields_that_are_columns_already(caption, pictures, capsys, fields, part):
+    folder = pictures("a.png")
+    options = [each for field in fields for each in ("--field", field)]
+    assert caption(folder, *options, "--output", folder / "m.jsonl") == 2
+    assert part in capsys.readouterr().err
+    assert not (folder / "m.jsonl").exists()
+
+
 def test_names_that_are_no_text(caption, pictures):
     folder = pictures("a.png")
     try:
