@@ -150,6 +150,12 @@ class OutputPlace:
     suffix: str
 
 
+def folder_below(root: Path, folder: Path) -> str:
+    """The path of a folder from `root` on, with a slash behind it; empty where it is that one."""
+    path = os.path.relpath(folder, root).replace(os.sep, "/")
+    return "" if path == "." else f"{path}/"
+
+
 def output_place(listing: Listing, output: Path | None, extension: str) -> OutputPlace:
     """Where captions go: to `output`, a table or a folder, or beside the pictures.
 
@@ -166,8 +172,7 @@ def output_place(listing: Listing, output: Path | None, extension: str) -> Outpu
         ending = sidecars.extension
         name = MANIFEST if ending == ".txt" else f"{ending[1:]}.sqlite"
         return OutputPlace(sidecars.root, sidecars, name, ending)
-    to_base = os.path.relpath(listing.base, output.parent).replace(os.sep, "/")
-    above = "" if to_base == "." else f"{to_base}/"
+    above = folder_below(output.parent, listing.base)
     table = Table(output, lambda key: above + key)
     return OutputPlace(output.parent, table, f"{output.name}.sqlite", output.suffix.lower())
 
@@ -211,7 +216,7 @@ def open_set(
                 partial.unlink()
     try:
         if not look_only or path.exists():
-            manifest = Manifest(path)
+            manifest = Manifest(path, folder_below(root, listing.base))
         if manifest is not None and not look_only:
             slots = [each.slot for each in manifest.unfinished_writes()]
             sink.existing((sink.name(slot), slot) for slot in slots)

@@ -112,12 +112,18 @@ def job_hash(settings: Mapping[str, Any]) -> str:
 class Manifest:
     """The database of one set. One process writes it at a time.
 
+    Args:
+        below: what stands in front of this run's keys here: the folder of its pictures, from the
+            one that captions go to. Pictures of several folders may have captions in one place;
+            only those of this one are looked at.
+
     Raises:
         DatasetError: the file is damaged, or of a newer version.
         OutputError: it cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, below: str = "") -> None:
+        self._below = below
         self.path = path
         self._run = 0
         # One thread writes captions while another hears what more runs.
@@ -151,10 +157,8 @@ class Manifest:
                 "FROM captions"
             )
             return {
-                Slot(key if type(key) is str else _key(key), field, sample): State(
-                    status, run, jobs.get(run, ""), size, mtime_ns, reason, attempts
-                )
-                for key, field, sample, status, run, size, mtime_ns, reason, attempts in rows
+                Slot(key, field, sample): State(status, run, jobs.get(run, ""), *rest)
+                for key, field, sample, status, run, *rest in self._own(rows)
             }
 
     def unfinished_writes(self) -> list[UnfinishedWrite]:
@@ -164,7 +168,8 @@ class Manifest:
                 "FROM captions WHERE status = 'writing'"
             )
             return [
-                UnfinishedWrite(Slot(_key(k), f, n), text, kept) for k, f, n, text, kept in rows
+                UnfinishedWrite(Slot(key, field, sample), text, kept)
+                for key, field, sample, text, kept in self._own(rows)
             ]
 
     def unfinished_run(self, job: str) -> int | None:
@@ -223,7 +228,7 @@ class Manifest:
         with self._transaction():
             self._db.executemany(
                 "UPDATE captions SET status = 'done' WHERE key = ? AND field = ? AND sample = ?",
-                [_stored(slot) for slot in done],
+                [self._stored(slot) for slot in done],
             )
             rows = [self._failure(each, now, each.task.attempt + 1) for each in failed]
             rows += [self._failure(each, now, 0) for each in refused]
@@ -233,27 +238,29 @@ class Manifest:
         with self._transaction():
             self._db.executemany(
                 "DELETE FROM captions WHERE key = ? AND field = ? AND sample = ?",
-                [_stored(slot) for slot in slots],
+                [self._stored(slot) for slot in slots],
             )
 
     def captions(self) -> Iterator[tuple[Slot, str]]:
         """What is done, and its text, in the order of keys."""
         with self._failing():
-            for key, field, sample, text in self._db.execute(
+            rows = self._db.execute(
                 "SELECT key, field, sample, coalesce(written, caption) FROM captions "
                 "WHERE status = 'done' ORDER BY key, field, sample"
-            ):
-                yield Slot(_key(key), field, sample), text
+            )
+            for key, field, sample, text in self._own(rows):
+                yield Slot(key, field, sample), text
 
     def failures(self) -> Iterator[dict[str, Any]]:
         """What failed, as the rows of failures.jsonl."""
         with self._failing():
-            for key, *rest in self._db.execute(
+            rows = self._db.execute(
                 "SELECT key, field, sample, reason, hint, time, attempts FROM captions "
                 "WHERE status = 'failed' ORDER BY key, field, sample"
-            ):
-                names = ("field", "sample", "reason", "hint", "time", "attempts")
-                yield {"path": _key(key), **dict(zip(names, rest, strict=True))}
+            )
+            names = ("path", "field", "sample", "reason", "hint", "time", "attempts")
+            for row in self._own(rows):
+                yield dict(zip(names, row, strict=True))
 
     def matching(self, condition: str) -> set[Slot]:
         """The slots whose row of the view `entries` meets a condition, which can change nothing.
@@ -280,7 +287,7 @@ class Manifest:
                     "for example: --redo \"finish_reason = 'length'\"",
                 ) from error
         try:
-            return {Slot(_key(key), field, sample) for key, field, sample in rows}
+            return {Slot(*row) for row in self._own(rows)}
         except (TypeError, ValueError) as error:
             raise UsageError(f"--redo: {condition!r} is not a condition", "see the docs") from error
 
@@ -289,7 +296,7 @@ class Manifest:
         task, result = captioned.task, captioned.result
         text = None if written.text == captioned.caption else written.text
         return (
-            *(_stored(task.slot)), status, captioned.caption, text, written.kept, None, None,
+            *(self._stored(task.slot)), status, captioned.caption, text, written.kept, None, None,
             task.item.size, task.item.mtime_ns, self._run, now, _digest(captioned.prompt),
             captioned.seed, task.attempt + 1, result.finish_reason, result.num_prompt_tokens,
             result.num_image_tokens, result.num_new_tokens, result.timings.e2e_s,
@@ -298,11 +305,28 @@ class Manifest:
     def _failure(self, failed: Failed, now: str, attempts: int) -> tuple[Any, ...]:
         task, error = failed.task, failed.error
         return (
-            *(_stored(task.slot)), "failed", None, None, None, visible(error.message),
+            *(self._stored(task.slot)), "failed", None, None, None, visible(error.message),
             visible(error.hint),
             task.item.size, task.item.mtime_ns, self._run, now, None, None, attempts,
             *[None] * 5,
         )  # fmt: skip
+
+    def _stored(self, slot: Slot) -> tuple[StoredKey, str, int]:
+        key = self._below + slot.key
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            return os.fsencode(key), slot.field, slot.sample
+        return key, slot.field, slot.sample
+
+    def _own(self, rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+        """Those of this run's folder, with their keys as it has them."""
+        below = self._below
+        for key, *rest in rows:
+            if type(key) is not str:
+                key = _key(key)
+            if not below or key.startswith(below):
+                yield key[len(below) :], *rest
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -334,14 +358,6 @@ class Manifest:
 def _only_read(action: int, *about: str | None) -> int:
     """SQLite's authorizer: reading the tables, and its own harmless functions."""
     return sqlite3.SQLITE_OK if action in _READING else sqlite3.SQLITE_DENY
-
-
-def _stored(slot: Slot) -> tuple[StoredKey, str, int]:
-    try:
-        slot.key.encode()
-    except UnicodeEncodeError:
-        return os.fsencode(slot.key), slot.field, slot.sample
-    return slot.key, slot.field, slot.sample
 
 
 def _key(stored: StoredKey) -> str:

@@ -6,6 +6,7 @@ import csv
 import json
 
 import pytest
+from PIL import Image
 
 from tests.dataset.conftest import captions, failures
 
@@ -128,6 +129,27 @@ def test_fields_that_are_columns_already(caption, pictures, capsys, fields, part
     assert caption(folder, *options, "--output", folder / "m.jsonl") == 2
     assert part in capsys.readouterr().err
     assert not (folder / "m.jsonl").exists()
+
+
+def test_what_a_killed_run_left_is_not_taken_for_pictures_of_another_folder(
+    caption, pictures, tmp_path
+):
+    import sqlite3
+    from contextlib import closing
+
+    one, other = pictures("p.png", folder="a"), pictures("p.png", folder="b")
+    Image.new("RGB", (32, 32), "red").save(other / "p.png")
+    table = tmp_path / "o.jsonl"
+    assert caption(one, "--output", table) == 0
+    right = rows_of(table)["a/p.png"]
+    # As a run leaves it that was killed before the table was brought up to date.
+    with closing(sqlite3.connect(tmp_path / ".qwencli" / "o.jsonl.sqlite")) as db, db:
+        db.execute("UPDATE captions SET status = 'writing'")
+    table.unlink()
+    assert caption(other, "--output", table) == 0
+    assert list(rows_of(table)) == ["b/p.png"] and rows_of(table)["b/p.png"] != right
+    assert caption(one, "--output", table) == 0
+    assert rows_of(table)["a/p.png"] == right and len(rows_of(table)) == 2
 
 
 def test_names_that_are_no_text(caption, pictures):
