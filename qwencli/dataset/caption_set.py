@@ -152,8 +152,11 @@ class OutputPlace:
 
 def folder_below(root: Path, folder: Path) -> str:
     """The path of a folder from `root` on, with a slash behind it; empty where it is that one."""
-    path = os.path.relpath(folder, root).replace(os.sep, "/")
-    return "" if path == "." else f"{path}/"
+    try:
+        path = os.path.relpath(folder, root)
+    except ValueError:  # on another drive
+        path = os.path.abspath(folder)
+    return "" if path == os.curdir else path.replace(os.sep, "/") + "/"
 
 
 def output_place(listing: Listing, output: Path | None, extension: str) -> OutputPlace:

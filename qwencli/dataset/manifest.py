@@ -252,15 +252,16 @@ class Manifest:
                 yield Slot(key, field, sample), text
 
     def failures(self) -> Iterator[dict[str, Any]]:
-        """What failed, as the rows of failures.jsonl."""
+        """What failed, as the rows of failures.jsonl. Pictures of other folders, whose captions go
+        to the same place, have paths from there on."""
         with self._failing():
-            rows = self._db.execute(
+            for key, *rest in self._db.execute(
                 "SELECT key, field, sample, reason, hint, time, attempts FROM captions "
                 "WHERE status = 'failed' ORDER BY key, field, sample"
-            )
-            names = ("path", "field", "sample", "reason", "hint", "time", "attempts")
-            for row in self._own(rows):
-                yield dict(zip(names, row, strict=True))
+            ):
+                names = ("field", "sample", "reason", "hint", "time", "attempts")
+                path = _key(key).removeprefix(self._below)
+                yield {"path": path, **dict(zip(names, rest, strict=True))}
 
     def matching(self, condition: str) -> set[Slot]:
         """The slots whose row of the view `entries` meets a condition, which can change nothing.

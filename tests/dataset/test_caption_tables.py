@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -150,6 +151,25 @@ def test_what_a_killed_run_left_is_not_taken_for_pictures_of_another_folder(
     assert list(rows_of(table)) == ["b/p.png"] and rows_of(table)["b/p.png"] != right
     assert caption(one, "--output", table) == 0
     assert rows_of(table)["a/p.png"] == right and len(rows_of(table)) == 2
+
+
+def test_failures_of_two_folders_in_one_place(caption, pictures, tmp_path):
+    for name in ("a", "b"):
+        (pictures("good.png", folder=name) / "bad.png").write_bytes(b"no picture")
+        assert caption(tmp_path / name, "--output", tmp_path / "o" / "m.jsonl") == 1
+    assert [row["path"] for row in failures(tmp_path / "o")] == ["../a/bad.png", "bad.png"]
+
+
+def test_captions_on_another_drive(caption, pictures, tmp_path, monkeypatch):
+    def relpath(path, start=os.curdir):
+        raise ValueError("path is on mount 'C:', start on mount 'D:'")
+
+    folder, out = pictures("a.png"), tmp_path / "out"
+    monkeypatch.setattr("qwencli.dataset.caption_set.os.path.relpath", relpath)
+    assert caption(folder, "--output", out) == 0
+    assert list(captions(out)) == ["a.txt"]
+    assert caption(folder, "--output", out / "m.jsonl") == 0
+    assert list(rows_of(out / "m.jsonl")) == [f"{folder.as_posix()}/a.png"]
 
 
 def test_names_that_are_no_text(caption, pictures):
