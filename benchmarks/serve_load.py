@@ -239,7 +239,7 @@ def held(thread: EngineThread) -> dict[str, Any]:
 
 
 async def rough(address: str, options: argparse.Namespace, count: int) -> dict[str, Any]:
-    """What became of requests by their caption_config."""
+    """What became of requests, by how their client behaves."""
     chance = random.Random(options.seed)
     plan = [
         chance.choices(
@@ -258,42 +258,42 @@ async def rough(address: str, options: argparse.Namespace, count: int) -> dict[s
         await writer.drain()
         writer.transport.abort()
 
-    async def ask(client: httpx.AsyncClient, number: int, caption_config: str) -> str:
+    async def ask(client: httpx.AsyncClient, number: int, manner: str) -> str:
         body = body_of(options, number, max_tokens=1 + number % options.tokens)
-        if caption_config == "malformed":
+        if manner == "malformed":
             data = json.dumps(body).encode()
             wrong = data[: number % len(data)] if number % 2 else data.replace(b'"user"', b"7")
             reply = await client.post(
                 CHAT, content=wrong, headers={"content-type": "application/json"}
             )
             return str(reply.status_code)
-        if caption_config == "dropped":
+        if manner == "dropped":
             await drop(json.dumps(body).encode())
             return "dropped"
-        if caption_config == "whole":
+        if manner == "whole":
             reply = await client.post(CHAT, json=body | {"stream": False, "stream_options": None})
             return str(reply.status_code)
-        if caption_config == "stream":
+        if manner == "stream":
             await streamed(client, body)
             return "200"
         async with client.stream("POST", CHAT, json=body | {"max_tokens": options.tokens}) as reply:
             read = 0
             async for _ in reply.aiter_raw(256):
                 read += 1
-                if caption_config == "slow":
+                if manner == "slow":
                     await asyncio.sleep(0.02)
                 elif read > number % 7:
                     break
-        return "cut off" if caption_config == "cut off" else str(reply.status_code)
+        return "cut off" if manner == "cut off" else str(reply.status_code)
 
     async def one() -> None:
         async with httpx.AsyncClient(base_url=address, timeout=PATIENCE_S) as client:
-            for number, caption_config in numbers:
+            for number, manner in numbers:
                 try:
-                    answer = await ask(client, number, caption_config)
+                    answer = await ask(client, number, manner)
                 except httpx.HTTPError as error:
                     answer = type(error).__name__
-                found[f"{caption_config}: {answer}"] += 1
+                found[f"{manner}: {answer}"] += 1
 
     await asyncio.gather(*(one() for _ in range(options.rough_clients)))
     return dict(sorted(found.items()))

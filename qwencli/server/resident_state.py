@@ -47,7 +47,7 @@ def build() -> str:
         for file in os.scandir(folder)
         if file.name.endswith(".py")  # folders change when Python keeps what it compiled
     )
-    variables = sorted(each for each in os.environ.items() if each[0].startswith(_PREFIXES))
+    variables = sorted(each for each in _environment().items() if each[0].startswith(_PREFIXES))
     said = [qwencli.__version__, sys.executable, str(package), str(newest), repr(variables)]
     return hashlib.sha256("\0".join(said).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
@@ -190,7 +190,14 @@ def start_process(folder: Path) -> State | None:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with the folder of this package on Python's path, whatever the working folder was."""
+    """Ours, with the folder of this package on Python's path, whatever the working folder was, and
+    with torch's own allocator: ComfyUI names another in its process, where nothing captures CUDA
+    graphs (see `why_no_graphs`)."""
     path = [str(Path(qwencli.__file__).parent.parent)]
     path += filter(None, [os.environ.get("PYTHONPATH")])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        rest = re.sub(r"\bbackend\s*:\s*\w+\s*,?", "", environment.pop(name, "")).strip(" ,")
+        if rest:
+            environment[name] = rest
+    return environment

@@ -461,6 +461,27 @@ def test_option_environment_and_config_say_how_long(
     assert KeepOptions().seconds(RunOptions()) == 300
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("backend:cudaMallocAsync", None),
+        ("backend:cudaMallocAsync,garbage_collection_threshold:0.8",
+         "garbage_collection_threshold:0.8"),
+        ("expandable_segments:True, backend : cudaMallocAsync", "expandable_segments:True"),
+        ("roundup_power2_divisions:[256:1,512:2]", "roundup_power2_divisions:[256:1,512:2]"),
+    ],
+)  # fmt: skip
+def test_an_engine_that_comfyui_starts_has_torchs_own_allocator(
+    monkeypatch: pytest.MonkeyPatch, value: str, expected: str | None
+) -> None:
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    plain = build()
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", value)
+    assert resident_state._environment().get("PYTORCH_CUDA_ALLOC_CONF") == expected
+    # A command in a terminal uses the engine that ComfyUI started, and the other way round.
+    assert (build() == plain) == (expected is None)
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),

@@ -14,6 +14,7 @@ It has no generation path of its own: it times the `Engine.stream` that `caption
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -317,6 +318,8 @@ def main(
     # Rows get a descriptor of their own; from here on everything else that prints goes to the log.
     rows = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    # A library that crashes leaves no other word of where.
+    faulthandler.enable()
     spec = load_spec(_read_line(0))
     threading.Thread(target=end_with_parent, daemon=True).start()
 

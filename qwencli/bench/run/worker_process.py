@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -151,7 +152,8 @@ class WorkerProcess:
         return Ending("killed", f"ended from outside by {name}{hint}{self._last_words()}")
 
     def _last_words(self) -> str:
-        """The last line of the log: for a Python error that is the exception itself."""
+        """The last line of the log: for a Python error that is the exception itself; where a
+        library crashed, the line that called it."""
         try:
             with self.log.open("rb") as log:
                 log.seek(0, os.SEEK_END)
@@ -160,6 +162,9 @@ class WorkerProcess:
         except OSError:  # the folder was deleted meanwhile
             return ""
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        for before, line in pairwise(lines):
+            if before.startswith("Current thread "):  # of faulthandler
+                last = line.strip()
         return f": {last[-300:]}" if last else ""
 
     def __exit__(self, *exc: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -294,6 +295,18 @@ def test_who_ended_a_worker(run, make_plan, name):
     cell = run(make_plan("x"), command=[sys.executable, "-c", script])["x"]
     assert cell["status"] == ("crashed" if name == "SIGSEGV" else "killed")
     assert name in cell["reason"]
+
+
+@posix
+def test_a_worker_whose_library_crashes_says_in_what_line(run, make_plan):
+    script = (
+        "import ctypes, faulthandler; faulthandler.enable()\n"
+        "def forward(): ctypes.string_at(0)\n"
+        "forward()"
+    )
+    cell = run(make_plan("x"), command=[sys.executable, "-c", script])["x"]
+    assert cell["status"] == "crashed"
+    assert re.search(r"died of SIGSEGV: File .* in string_at", cell["reason"]), cell["reason"]
 
 
 def test_a_worker_that_hangs_is_ended(run, make_plan):
