@@ -35,16 +35,18 @@ from qwencli.tracing import span
 FITTING_TRIES = 8
 # Room for what a schema forces at a prompt's end.
 FORCED_TOKENS = 64
-# A thread that wants the interpreter lock back waits this long for another one to give it up.
-# Python's 5 ms is longer than a token takes.
-SWITCH_INTERVAL_S = 0.00005
+# A thread that wants the interpreter lock back waits this long for another one to give it up;
+# Python's 5 ms is longer than a token takes. A pass over prompts takes it back at each of hundreds
+# of operations. A decode step does so a few times, and where many streams are written meanwhile
+# turns that are too short cost both sides.
+PASS_TURN_S, STEP_TURN_S = 0.00005, 0.0005
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def undisturbed(turn_s: float = PASS_TURN_S) -> Iterator[None]:
     """No garbage collection inside the block, and quick turns at the interpreter lock."""
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(min(interval, SWITCH_INTERVAL_S))
+    sys.setswitchinterval(min(interval, turn_s))
     try:
         with gc_paused():
             yield

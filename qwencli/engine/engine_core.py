@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from qwencli.config import SamplingParams
-from qwencli.engine.base_engine import undisturbed
+from qwencli.engine.base_engine import PASS_TURN_S, STEP_TURN_S, undisturbed
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.cache.prefix_cache import page_keys
 from qwencli.engine.constrained import TokenMatcher
@@ -157,8 +157,8 @@ class EngineCore:
 
     def step(self) -> list[StepOutput]:
         """Enqueue a step, read the one in front; returns what that gave."""
-        # Hundreds of operations take the interpreter lock back, from threads that prepare prompts.
-        with undisturbed():
+        # Threads that prepare prompts would hold up a step as they do a pass.
+        with undisturbed(PASS_TURN_S if self._inputs else STEP_TURN_S):
             return self._run_ahead()
 
     def _run_ahead(self) -> list[StepOutput]:
@@ -216,10 +216,10 @@ class EngineCore:
         step = _Step(alone=not batch.prefill and batch.encode is None)
         self._runner.rearrange(batch.moves, batch.released, batch.restored)
         if batch.encode is not None:
-            with span("vision"):
+            with span("vision"), undisturbed():
                 self._encode(batch.encode, self._clock)
         if batch.prefill:
-            with span("prefill", prompts=len(batch.prefill)):
+            with span("prefill", prompts=len(batch.prefill)), undisturbed():
                 self._prefill(batch.prefill, self._clock, step)
             self._runner.keep(batch.kept)
         decode = [each for each in batch.decode if each.row is not None]

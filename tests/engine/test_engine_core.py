@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,7 @@ from qwencli.engine import (
     scheduler,
     vision_batch,
 )
+from qwencli.engine.base_engine import PASS_TURN_S, STEP_TURN_S
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.client import generate_many
 from qwencli.engine.graphs import RepeatedShapes
@@ -112,6 +114,30 @@ def test_each_answer_of_a_mix_is_the_one_its_request_gets_alone(limited):
     assert together[0].timings.vision_encode_s is None
     assert pages_are_all_free(limited) and not limited.has_unfinished
     assert limited.max_rows == 3
+
+
+def test_turns_at_the_interpreter_lock_are_longer_where_steps_alone_are_left(limited, monkeypatch):
+    """Passes over prompts, and steps beside threads that prepare some, wait for nobody long."""
+    list(generate_many(limited, [ask("A")]))  # makes the queue
+    core, seen = limited._queue, []
+
+    def watched(name):
+        run = getattr(core, name)
+
+        def run_(*args):
+            seen.append((name, bool(core._inputs), sys.getswitchinterval()))
+            return run(*args)
+
+        monkeypatch.setattr(core, name, run_)
+
+    watched("_prefill")
+    watched("_decode")
+    before = sys.getswitchinterval()
+    list(generate_many(limited, [ask(text, max_new_tokens=9) for text in "BCD"]))
+    assert sys.getswitchinterval() == before
+    quick = [turn for name, preparing, turn in seen if preparing or name == "_prefill"]
+    assert quick == [pytest.approx(PASS_TURN_S)] * len(quick) and quick
+    assert seen[-1] == ("_decode", False, pytest.approx(STEP_TURN_S))
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3", "qwen2"])

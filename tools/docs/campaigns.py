@@ -12,7 +12,7 @@ from typing import Any
 
 from qwencli.bench.run.campaign import ENVIRONMENT, PLAN, RUNS
 from qwencli.bench.storage.row_file import read_rows
-from qwencli.bench.studies.origin_tables import Series
+from qwencli.bench.studies.origin_tables import Modes, Series
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
@@ -44,6 +44,17 @@ def series(folder: Path) -> Iterator[Series]:
             runs = [row for row in rows if row["cell_id"] == modes[mode]]
             if runs:
                 yield engine, mode, runs
+
+
+def kept_modes(folder: Path) -> Modes:
+    """Runs by mode of the cells that keep the model."""
+    rows = [row for row in read_rows(folder / RUNS) if row["status"] == "ok"]
+    return {
+        (cell["engine"], cell["quantization"], cell["attention"]): own
+        for cell in document(folder, PLAN)["cells"]
+        if cell["load_mode"] == "keep"
+        and (own := [row for row in rows if row["cell_id"] == cell["cell_id"]])
+    }
 
 
 def source(folder: Path) -> str:

@@ -352,6 +352,73 @@ def warm_up(files: Sequence[Path]) -> str:
     return markdown(["warm-up", "kernels", "load", "first token", "request"], rows)
 
 
+def warm_up_begins(files: Sequence[Path]) -> str:
+    """Of loads whose warm-up begins at another moment, in turns, and of what stood beside them."""
+    found: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
+    for row in read(files[0]):
+        kept = {"kept": "kept", "first": "none kept"}.get(row["note"], "")
+        what = row["warm_up"] if row["kind"] == "native" else row["kind"]
+        key = what, weights(row) if row["kind"] != "floor" else "", kept, row["tokenizer"]
+        found.setdefault(key, []).append(row)
+    columns = ("load_s", "first_token_s", "process_s")
+    rows = [
+        [*key, str(len(own)), *(_median_of(own, column, ".2f") for column in columns)]
+        for key, own in found.items()
+    ]
+    head = ["warm-up", "weights", "kernels", "tokenizer", "processes"]
+    return markdown([*head, "load, s", "first token, s", "process, s"], rows)
+
+
+def _median_of(rows: Sequence[dict[str, Any]], column: str, spec: str) -> str:
+    values = [row[column] for row in rows if column in row]
+    return format(statistics.median(values), spec) if values else ""
+
+
+def served_turns(files: Sequence[Path]) -> str:
+    """Of `benchmarks/serve_load.py` with turns of several lengths: 128 clients."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in read(files[0])["rows"]:
+        if row["clients"] == 128:
+            row["ratio"] = row["tok_per_s"] / row["generate_many_tok_per_s"]
+            found.setdefault((row["host"], row["interpreter_turns"]), []).append(row)
+    rows = []
+    for (host, turns), own in sorted(found.items()):
+        ratios = sorted(row["ratio"] for row in own)
+        span = f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
+        speeds = (_median_of(own, f"{name}tok_per_s", ",.0f") for name in ("", "generate_many_"))
+        rows.append([host, turns, str(len(own)), *speeds, _median_of(own, "ratio", ".3f"), span])
+    head = ["host", "turns", "processes", "tok/s", "generate_many", "ratio", "span"]
+    return markdown(head, rows)
+
+
+def cells(files: Sequence[Path]) -> str:
+    """Of campaigns: cells.csv."""
+    rows = []
+    for file in files:
+        with file.open(encoding="utf-8", newline="") as stream:
+            for row in csv.DictReader(stream):
+                if row["decode_tok_per_s_median"]:
+                    mode = row["engine"], weights(row), row["attention"], row["cache"]
+                    figures = (
+                        f"{float(row['decode_tok_per_s_median']):.1f}",
+                        f"{float(row['run_ratio_max_min']):.3f}",
+                    )
+                    rows.append([*mode, *figures, f"{1e3 * float(row['ttft_s_median']):.0f}"])
+    rows.sort(key=lambda row: -float(row[4]))
+    head = ["engine", "weights", "attention", "cache", "tok/s", "max/min", "first token, ms"]
+    return markdown(head, rows)
+
+
+def long_prompts(files: Sequence[Path]) -> str:
+    """Of `benchmarks/long_prompts.py`."""
+    rows = [
+        [each["attention"], f"{each['prompt_tokens']:,}", f"{each['prompt_ms']:.1f}",
+         f"{each['prompt_against_first']:.3f}", f"{each['step_ms']:.2f}"]
+        for each in map(json.loads, files[0].read_text().splitlines())
+    ]  # fmt: skip
+    return markdown(["attention", "tokens", "prompt, ms", "ratio", "step, ms"], rows)
+
+
 KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
     "comfyui-interference": comfyui_interference,
     "rows-step": rows_step,
@@ -372,6 +439,10 @@ KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
     "caption-folder": caption_folder,
     "warm-up": warm_up,
     "listing": listing,
+    "warm-up-begins": warm_up_begins,
+    "served-turns": served_turns,
+    "cells": cells,
+    "long-prompts": long_prompts,
 }
 
 

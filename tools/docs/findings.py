@@ -20,11 +20,12 @@ from plots import effects_plot, runs_plot
 
 from qwencli.bench.report.explain import explain_campaign
 from qwencli.bench.report.explain_rules import DIFFER
+from qwencli.bench.report.tables import ORIGIN_MODES
 from qwencli.bench.run.campaign import ENVIRONMENT
 from qwencli.bench.statistics.robust import UNSTABLE_RATIO
 from qwencli.bench.studies import origin_tables
 from qwencli.bench.studies.claim_file import ALL, Study, choose
-from qwencli.bench.studies.origin_tables import series
+from qwencli.bench.studies.origin_tables import kept_modes, series
 from qwencli.bench.studies.study_evidence import Evidence
 from qwencli.bench.studies.study_plan import STUDY
 from qwencli.bench.studies.study_report import effect_words
@@ -158,7 +159,7 @@ def details(found: Found) -> dict[Path, str]:
         where = machine(evidence)
         add("factors", where, origin_tables.factor_table(evidence))
         add("claims", where, _test_table(verdicts))
-        add("modes", where, origin_tables.mode_table(evidence))
+        add("modes", where, origin_tables.mode_table(kept_modes(evidence)))
         add("steadiness", where, origin_tables.steadiness_table(series(evidence)))
         add("runs", where, origin_tables.run_table(series(evidence)))
         add("first-tokens", where, origin_tables.stall_table(evidence))
@@ -167,6 +168,10 @@ def details(found: Found) -> dict[Path, str]:
         more = f"{_gpu(folder)}, {folder.name}"
         add("steadiness", more, origin_tables.steadiness_table(campaigns.series(folder)))
         add("runs", more, origin_tables.run_table(campaigns.series(folder)))
+    folder = campaigns.newest_of_gpu("origin")
+    if folder is not None:
+        more = f"{_gpu(folder)}, {folder.name}"
+        add("modes", more, _campaign_modes(folder))
     folder = campaigns.newest_of_gpu("modes")
     if folder is not None:
         said = [[cell, *words] for cell, lines in _explained(folder).items() for words in lines]
@@ -241,8 +246,7 @@ def page(found: Found) -> str:
         *_missing(claims, found),
         "## The origin's tables, made again",
         "",
-        markdown(*origin_tables.mode_table(first)),
-        "",
+        *_modes(first),
         markdown(*origin_tables.steadiness_table(series(first))),
         "",
         f"{source(first)} tok/s is tokens over the time of the whole `generate()`, as in the "
@@ -253,6 +257,22 @@ def page(found: Found) -> str:
         *_listed(found),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _modes(evidence: Evidence) -> list[str]:
+    """The origin's modes in a study; what it lacks from a campaign, with what stood beside it."""
+    folder = campaigns.newest_of_gpu("origin")
+    elsewhere = {} if folder is None else campaigns.kept_modes(folder)
+    lines = [markdown(*origin_tables.mode_table(kept_modes(evidence), elsewhere)), ""]
+    if folder is not None:
+        lines += [markdown(*_campaign_modes(folder)), "", campaigns.source(folder), ""]
+    return lines
+
+
+def _campaign_modes(folder: Path) -> origin_tables.Table:
+    """The modes that a campaign has; it is for some of them, so that the others are no gaps."""
+    everything = {("transformers", *mode) for mode in ORIGIN_MODES}
+    return origin_tables.mode_table(campaigns.kept_modes(folder), everything)
 
 
 def _listed(found: Found) -> list[str]:

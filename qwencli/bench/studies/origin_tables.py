@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qwencli.bench.report.tables import ORIGIN_MODES
@@ -19,6 +19,8 @@ from qwencli.bench.studies.metrics import value
 from qwencli.bench.studies.study_evidence import Evidence, Row
 
 Table = tuple[Sequence[str], list[list[str]]]
+# Runs by engine, quantization and attention.
+Modes = Mapping[tuple[str, str, str], Sequence[Row]]
 # Engine, load mode, and the runs of both in their order.
 Series = tuple[str, str, Sequence[Row]]
 SPEED = "generate_tok_per_s"
@@ -53,22 +55,33 @@ def speeds(rows: Sequence[Row]) -> list[float]:
     return [found for row in rows if (found := value(SPEED, row)) is not None]
 
 
-def mode_table(evidence: Evidence) -> Table:
-    """Speed by mode, model kept: the origin's first table, and the native engine below it."""
-    measured: dict[tuple[str, str, str], Sequence[Row]] = {}
+def kept_modes(evidence: Evidence) -> Modes:
+    """Runs by mode, model kept, of a study: transformers as the origin had it, and native."""
+    found: dict[tuple[str, str, str], Sequence[Row]] = {}
     for name in evidence.processes():
         axes = evidence.axes(name)
         usual = axes["engine"] == "native" or axes["cache"] == "dynamic"
         if usual and evidence.is_usual(name) and evidence.in_rounds(name, PLAIN):
             key = (axes["engine"], axes["quantization"], axes["attention"])
-            measured[key] = evidence.in_rounds(name, PLAIN)
+            found[key] = evidence.in_rounds(name, PLAIN)
+    return found
+
+
+def mode_table(measured: Modes, elsewhere: Container[tuple[str, str, str]] = ()) -> Table:
+    """Speed by mode, model kept: the origin's first table, and the native engine below it.
+
+    Args:
+        measured: by engine, quantization and attention.
+        elsewhere: modes that another table has, which are left out where they were not run here.
+    """
+    origins = {("transformers", *mode): speed for mode, speed in ORIGIN_MODES.items()}
     body = []
-    for (quantization, attention), origin in ORIGIN_MODES.items():
-        rows_of = measured.pop(("transformers", quantization, attention), None)
-        row = ["transformers", quantization, attention, f"{origin:.1f}", *_speed_cells(rows_of)]
-        body.append(row)
-    for axes_of, found in sorted(measured.items(), reverse=True):
-        body.append([*axes_of, "-", *_speed_cells(found)])
+    for mode, origin in origins.items():
+        rows = measured.get(mode)
+        if rows or mode not in elsewhere:
+            body.append([*mode, f"{origin:.1f}", *_speed_cells(rows)])
+    for mode in sorted(measured.keys() - origins.keys(), reverse=True):
+        body.append([*mode, "-", *_speed_cells(measured[mode])])
     head = ["engine", "quantization", "attention", "origin tok/s", "here tok/s",
             "slowest-fastest", "n"]  # fmt: skip
     return head, body

@@ -85,10 +85,19 @@ def column(table, name, **wanted):
 
 
 def test_speed_by_mode_stands_beside_the_origins(evidence):
-    table = origin_tables.mode_table(evidence)
+    table = origin_tables.mode_table(origin_tables.kept_modes(evidence))
     assert column(table, "origin tok/s", engine="transformers", attention="sdpa") == ["16.8", "5.0"]
     assert column(table, "here tok/s", attention="sdpa") == ["20", "not run here", "400"]
     assert column(table, "slowest-fastest", engine="native") == ["400-400"]
+
+
+def test_a_mode_that_another_table_has_is_no_gap(evidence):
+    measured = origin_tables.kept_modes(evidence)
+    flash = ("transformers", "4bit", "flash_attention_2")
+    assert flash not in measured
+    rows = origin_tables.mode_table(measured)[1]
+    fewer = origin_tables.mode_table(measured, {flash, *measured})[1]
+    assert [row for row in rows if row not in fewer] == [[*flash, "11.8", "not run here", "-", "0"]]
 
 
 def test_run_after_run_with_the_clock_before_and_during(evidence):

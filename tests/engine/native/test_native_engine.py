@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from qwencli.config import Attention, Cache, DType, EngineName, SamplingOptions
-from qwencli.engine.base_engine import SWITCH_INTERVAL_S
+from qwencli.engine.base_engine import PASS_TURN_S
 from qwencli.engine.cpu.attention import NumpyAttention
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native.engine import NativeEngine
@@ -308,7 +308,7 @@ def test_the_host_is_quiet_from_the_first_picture_on(engine, monkeypatch):
     before = sys.getswitchinterval()
     engine.generate(dataclasses.replace(ask(images=[picture()]), bypass_caches=True))
     assert len(seen) == 3
-    assert all(interval == pytest.approx(SWITCH_INTERVAL_S) for interval, _ in seen)
+    assert all(interval == pytest.approx(PASS_TURN_S) for interval, _ in seen)
     assert not any(collecting for _, collecting in seen)
     assert sys.getswitchinterval() == before
 
