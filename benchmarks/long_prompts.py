@@ -25,11 +25,18 @@ from qwencli.models.resolve import resolve_model
 from qwencli.results import GenerationResult
 
 
-def answer(engine: Engine, tokens: int, new_tokens: int) -> GenerationResult:
+def answer(engine: Engine, words: int, new_tokens: int) -> GenerationResult:
     sampling = SamplingOptions(do_sample=False, max_new_tokens=new_tokens)
-    message = user_message("word " * tokens, ())
+    message = user_message("word " * words, ())
     asked = GenerationRequest((message,), sampling, bypass_caches=True, ignore_eos=True)
     return engine.generate(asked)
+
+
+def words_for(engine: Engine, tokens: int) -> int:
+    """So many words that a prompt has about as many tokens: tokenizers differ in what a word is."""
+    few, many = (answer(engine, words, 1).num_prompt_tokens for words in (32, 96))
+    each = (many - few) / 64
+    return max(1, round((tokens - few) / each) + 32)
 
 
 def main() -> None:
@@ -39,7 +46,7 @@ def main() -> None:
     parser.add_argument("--model", default="qwen3-vl-4b")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--attention", default="auto,sdpa,flash_attention_2")
-    parser.add_argument("--tokens", default="4096,16384", help="words; one of Qwen's tokens each")
+    parser.add_argument("--tokens", default="4096,16384")
     parser.add_argument("--repeats", default=7, type=int)
     parser.add_argument("--new-tokens", default=32, type=int)
     said = parser.parse_args()
@@ -59,10 +66,11 @@ def main() -> None:
             )
             engines[name] = stack.enter_context(factory.create_engine(config))
         for tokens in lengths:
+            words = words_for(engines[names[0]], tokens)
             results: dict[Attention, list[GenerationResult]] = {name: [] for name in names}
             for repeat in range(-1, said.repeats):
                 for name in names if repeat % 2 else reversed(names):
-                    result = answer(engines[name], tokens, said.new_tokens)
+                    result = answer(engines[name], words, said.new_tokens)
                     if repeat >= 0:  # the first round makes the graphs
                         results[name].append(result)
             prompt = {name: median(r.timings.prefill_s for r in results[name]) for name in names}
