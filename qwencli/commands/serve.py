@@ -95,6 +95,7 @@ def serve(
             server,
             opened,
             lambda: sink.notice(f"serving {spec.name} at {address} (API: {address}/v1)"),
+            sink.warn,
         )
         if thread.failure is not None:
             raise thread.failure

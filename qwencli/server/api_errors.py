@@ -19,7 +19,12 @@ from qwencli.errors import (
     QwenCliError,
     UsageError,
 )
-from qwencli.server.engine_thread import ClientGoneError, RequestTimeoutError, TooManyRequestsError
+from qwencli.server.engine_thread import (
+    ClientGoneError,
+    EngineStoppedError,
+    RequestTimeoutError,
+    TooManyRequestsError,
+)
 
 # Of errors by the status they come with; the first class that fits.
 _STATUS: tuple[tuple[type[QwenCliError], int, str | None], ...] = (
@@ -32,6 +37,7 @@ _STATUS: tuple[tuple[type[QwenCliError], int, str | None], ...] = (
     (ClientGoneError, 499, "client_closed_request"),
     (MissingDependencyError, 501, None),
     (OutOfMemoryError, 503, "out_of_memory"),
+    (EngineStoppedError, 503, None),
 )
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 

@@ -105,15 +105,15 @@ class Connection(Protocol):
     """What a request came over, as its `state["connection"]`.
 
     `when_lost` says what to call once the client is gone, at once where it is, and `over` that it
-    is not to be called any more. `stream` begins an answer in pieces, and `abort` ends the
-    connection for a client that takes nothing of one.
+    is not to be called any more. `stream` begins an answer in pieces, of which `filler` is one that
+    says nothing, and `abort` ends the connection for a client that takes nothing of one.
     """
 
     def when_lost(self, call: Callable[[], None]) -> None: ...
 
     def over(self, call: Callable[[], None]) -> None: ...
 
-    def stream(self, headers: Sequence[tuple[bytes, bytes]]) -> Stream: ...
+    def stream(self, headers: Sequence[tuple[bytes, bytes]], filler: bytes) -> Stream: ...
 
     def abort(self) -> None: ...
 
@@ -123,6 +123,7 @@ _EVENT_HEADERS = (
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),
 )
+_COMMENT = b":\n\n"
 
 
 def create_app(engine_thread: EngineThread, settings: ServerSettings) -> Starlette:
@@ -429,7 +430,7 @@ class _Server:
     async def _stream(self, answer: Answer, form: Format, connection: Connection) -> None:
         # What is wrong with a request is known before its first piece: it has a status of its own.
         pieces = await answer.pieces()
-        stream, over = connection.stream(_EVENT_HEADERS), False
+        stream, over = connection.stream(_EVENT_HEADERS, _COMMENT), False
         self.replied(200)
 
         def write(pieces: Sequence[GenerationChunk], before: bytes = b"") -> bool:

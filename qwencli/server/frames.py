@@ -103,8 +103,9 @@ def _encoded(value: Any, pixels: list[bytes]) -> Any:
         return {_KIND: "Path", "value": str(value)}
     if isinstance(value, QwenCliError):
         nearest = value.nearest if isinstance(value, UnsupportedModeError) else None
+        known = next(name for each in type(value).__mro__ if (name := each.__name__) in _ERRORS)
         return {
-            _KIND: "error", "class": type(value).__name__, "message": value.message,
+            _KIND: "error", "class": known, "message": value.message,
             "hint": value.hint, "nearest": nearest,
         }  # fmt: skip
     name = type(value).__name__

@@ -52,13 +52,13 @@ def test_it_serves_until_it_is_ended(capsys, monkeypatch) -> None:
     running = listen.run_server
     found = []
 
-    def ended_at_once(server, opened, ready):
+    def ended_at_once(server, opened, ready, warn):
         def look() -> None:
             ready()
             found.append(opened.getsockname())
             server.should_exit = True
 
-        running(server, opened, look)
+        running(server, opened, look, warn)
 
     monkeypatch.setattr(listen, "run_server", ended_at_once)
     assert run(["serve", "--port", "0", "--model", "scenes", "--device", "cpu"]) == 0
