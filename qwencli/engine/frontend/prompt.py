@@ -250,6 +250,7 @@ class PromptBuilder:
         tools: Sequence[str] = (),
         starts_with: str = "",
         at_once: bool = False,
+        most_tokens: int | None = None,
     ) -> Prompt:
         """The model's inputs for the answer that follows `messages`.
 
@@ -258,8 +259,10 @@ class PromptBuilder:
             at_once: the answer begins here, and no thoughts in front of it.
             starts_with: the beginning of that answer, behind which the model goes on. Spaces at its
                 end are left out, as tokens of words have theirs in front.
+            most_tokens: see `Tokenizer.encode`.
 
         Raises:
+            PromptTooLongError: a long text has more than `most_tokens`.
             InputError: no messages, pictures for a text model, a picture no model takes, text
                 that is not Unicode, or a conversation the template refuses.
             ModelFileError: the template does not give every picture its place.
@@ -306,7 +309,7 @@ class PromptBuilder:
             opens_thought = False
         if starts_with.strip():
             rendered += guard.protect(starts_with.rstrip())
-        ids = self.tokenizer.encode(rendered, guard)
+        ids = self.tokenizer.encode(rendered, guard, most_tokens)
         budget = None
         if thinking_budget and opens_thought:
             budget = self._budget(thinking_budget)

@@ -18,7 +18,7 @@ from qwencli.engine.frontend.detokenizer import (
     ThoughtSplitter,
 )
 from qwencli.engine.frontend.tokenizer import Tokenizer, _panics_unheard
-from qwencli.errors import InputError, ModelFileError
+from qwencli.errors import InputError, ModelFileError, PromptTooLongError
 from tests.engine.frontend.tiny_folder import (
     CONTROL,
     PLAIN_ADDED,
@@ -371,6 +371,26 @@ def test_a_text_whose_splitting_takes_too_long_is_refused_in_time(
         with pytest.raises(InputError, match="to split into tokens"):
             tokenizer.encode(" " * 8000 + "a")
         assert time.monotonic() - started_s < 5
+
+
+@pytest.mark.parametrize("text", ["\u00e9" * 400_000, "a b " * 200_000])
+def test_a_text_that_is_far_too_long_is_not_split_to_its_end(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = []
+    encode = TOKENIZER._encode_in_time
+    monkeypatch.setattr(
+        TOKENIZER,
+        "_encode_in_time",
+        lambda plain, until_s: (split.append(len(plain)), encode(plain, until_s))[1],
+    )
+    with pytest.raises(PromptTooLongError, match=f"{len(text)} characters has more than the 4096"):
+        TOKENIZER.encode(text, most_tokens=4096)
+    assert sum(split) <= 8192
+    # One that may fit is counted whole.
+    fitting = "a <think> " * 15_000
+    ids = TOKENIZER.encode(fitting)
+    assert TOKENIZER.encode(fitting, most_tokens=len(ids)) == ids
 
 
 def test_a_long_text_is_the_same_when_it_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
