@@ -76,7 +76,7 @@ class HttpConnection(H11Protocol):
         fails. HTTP/1.0 has nothing that may be written before an answer."""
         if self._is_refused or not self._is_answering or self.cycle.more_body:
             return False
-        if self.cycle.scope["http_version"] == "1.0":
+        if self.cycle.scope["http_version"] != "1.1":
             return False
         self._sends_no_more = True
         self._look_for_client(_FIRST_LOOK_S)

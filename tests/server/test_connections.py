@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import pytest
 
 from qwencli.engine.request import StepOutput
 from qwencli.results import GenerationChunk
-from qwencli.server import connection, open_files
+from qwencli.server import app, connection, image_urls, open_files
 from tests.dataset.fake_engine import FakeEngine
 from tests.server.conftest import serving
 from tests.server.test_listen import chat
@@ -95,6 +96,31 @@ def test_the_end_does_not_wait_for_clients(opened, caplog) -> None:
         assert b" 503 " in found and b"has stopped" in found
     for client in (silent, *others):
         client.close()
+    assert [each.getMessage() for each in caplog.records] == []
+
+
+def test_the_end_does_not_wait_for_other_servers(opened, caplog, monkeypatch) -> None:
+    """Nor for a schema that takes long to read."""
+    going = threading.Event()
+    asked = []
+
+    def slow(*given: Any) -> Any:
+        asked.append(given)
+        going.wait(30)
+
+    monkeypatch.setattr(image_urls, "fetched", slow)
+    monkeypatch.setattr(app, "read_schema", slow)
+    picture = {"type": "image_url", "image_url": {"url": "http://a.example/a.png"}}
+    with serving(TalkingEngine(), allow_image_urls=True) as running:
+        for more in (
+            {"messages": [{"role": "user", "content": [picture]}]},
+            {"response_format": {"type": "json_object"}},
+        ):
+            opened(running, chat(HOST, **more))
+        until(lambda: len(asked) == 2)
+        begun_s = time.monotonic()
+    assert time.monotonic() - begun_s < 3
+    going.set()
     assert [each.getMessage() for each in caplog.records] == []
 
 
