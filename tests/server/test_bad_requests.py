@@ -143,6 +143,7 @@ WRONG = {
     "arguments that are not JSON": asked(messages=[
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
     ]),
+    "the likeliest of no logprobs": asked(top_logprobs=2),
     "too many logprobs": asked(logprobs=True, top_logprobs=21),
 }  # fmt: skip
 
@@ -196,6 +197,8 @@ def test_the_place_of_what_is_wrong_is_the_bodys(client, content, place: str, sa
         ({"conversation": "conv_1"}, "conversation", "nothing is kept here"),
         ({"conversation": {"id": "conv_1"}}, "conversation", "nothing is kept here"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt", "nothing is kept here"),
+        ({"top_logprobs": 2}, "top_logprobs", "log-probabilities"),
+        ({"include": ["message.output_text.logprobs"]}, "include", "log-probabilities"),
         ({"previous_response_id": "resp_1"}, "previous_response_id", "nothing is kept here"),
     ],
 )
