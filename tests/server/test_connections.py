@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import socket
 import struct
 import subprocess
@@ -76,6 +75,7 @@ def until(is_so: Callable[[], bool], most_s: float = 20.0) -> None:
         time.sleep(0.005)
 
 
+resource = pytest.importorskip("resource")
 HOST = "host: localhost\r\n"
 
 

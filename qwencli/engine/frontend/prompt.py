@@ -26,6 +26,7 @@ from qwencli.engine.frontend.preprocess import (
     preprocess,
 )
 from qwencli.engine.frontend.processor_config import VISION_FAMILIES, ImageProcessorConfig
+from qwencli.engine.frontend.text_length import check_length
 from qwencli.engine.frontend.tokenizer import THOUGHT, THOUGHT_END, ContentGuard, Tokenizer
 from qwencli.errors import InputError, ModelFileError, QwenCliError
 from qwencli.messages import Message, TextPart, VisualPart, text_message
@@ -259,7 +260,7 @@ class PromptBuilder:
             at_once: the answer begins here, and no thoughts in front of it.
             starts_with: the beginning of that answer, behind which the model goes on. Spaces at its
                 end are left out, as tokens of words have theirs in front.
-            most_tokens: see `Tokenizer.encode`.
+            most_tokens: what far longer texts are refused for before they are split to their end.
 
         Raises:
             PromptTooLongError: a long text has more than `most_tokens`.
@@ -309,7 +310,9 @@ class PromptBuilder:
             opens_thought = False
         if starts_with.strip():
             rendered += guard.protect(starts_with.rstrip())
-        ids = self.tokenizer.encode(rendered, guard, most_tokens)
+        if most_tokens is not None:
+            check_length(self.tokenizer, rendered, guard, most_tokens)
+        ids = self.tokenizer.encode(rendered, guard)
         budget = None
         if thinking_budget and opens_thought:
             budget = self._budget(thinking_budget)

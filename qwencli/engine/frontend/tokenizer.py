@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
-from qwencli.errors import InputError, ModelFileError, PromptTooLongError
+from qwencli.errors import InputError, ModelFileError
 from qwencli.models.config_values import read_json_object
 
 # Qwen's own pattern; a model with another one states it in tokenizer_config.json.
@@ -224,64 +224,43 @@ class Tokenizer:
         """A guard for texts from outside that are about to go into one template."""
         return ContentGuard(self._special_ids, contents)
 
-    def encode(
-        self, text: str, guard: ContentGuard | None = None, most_tokens: int | None = None
-    ) -> list[int]:
+    def encode(self, text: str, guard: ContentGuard | None = None) -> list[int]:
         """Ids of `text`, its control tokens recognised, except in what `guard` has protected.
 
         Added tokens that control nothing (`<think>`, `<tool_call>`) are recognised everywhere.
 
-        Args:
-            most_tokens: what takes long and becomes more than these is not split to its end.
-
         Raises:
             ModelFileError: the model's rules fail on this text.
-            PromptTooLongError: it has more than `most_tokens`.
-            InputError: the rules take longer than `_ENCODE_S`.
+            InputError: they take longer than `_ENCODE_S`.
         """
         key = (text, guard.mark if guard else None)
         found = self._recent.get(key)
         if found is not None:
             return list(found)
-        ids = self._encode(text, guard, most_tokens)
+        ids = self._encode(text, guard)
         if len(text) <= _RECENT_CHARS:
             if len(self._recent) >= _RECENT_TEXTS:
                 self._recent.clear()
             self._recent[key] = tuple(ids)
         return ids
 
-    def _encode(self, text: str, guard: ContentGuard | None, most: int | None) -> list[int]:
+    def _encode(self, text: str, guard: ContentGuard | None) -> list[int]:
         ids: list[int] = []
         until_s = time.monotonic() + _ENCODE_S
         end = 0
         with _model_file_error(f"{self._source} cannot split this text into tokens"):
             for match in self._specials.finditer(text):
-                self._extend(ids, text[end : match.start()], guard, until_s, most)
+                self._extend(ids, text[end : match.start()], guard, until_s)
                 ids.append(self._special_ids[match[0]])
                 end = match.end()
-            self._extend(ids, text[end:], guard, until_s, most)
+            self._extend(ids, text[end:], guard, until_s)
         return ids
 
     def _extend(
-        self,
-        ids: list[int],
-        plain: str,
-        guard: ContentGuard | None,
-        until_s: float,
-        most: int | None,
+        self, ids: list[int], plain: str, guard: ContentGuard | None, until_s: float
     ) -> None:
         if guard is not None:
             plain = plain.replace(guard.mark, "")
-        if most is not None and len(plain) > max(2 * most, _LONG_CHARS):
-            # Others wait meanwhile. What a part becomes, the whole does too, but for the word that
-            # the cut is in.
-            begun = self._encode_in_time(plain[: 2 * most], until_s)
-            if len(begun) > most + most // 4:
-                raise PromptTooLongError(
-                    f"a text of {len(plain)} characters has more than the {most} tokens of a "
-                    "request",
-                    "shorten it",
-                )
         if len(plain) >= self._watched_from:
             ids.extend(self._encode_in_time(plain, until_s))
         elif plain:

@@ -17,7 +17,8 @@ from qwencli.engine.frontend.detokenizer import (
     StopStringBuffer,
     ThoughtSplitter,
 )
-from qwencli.engine.frontend.tokenizer import Tokenizer, _panics_unheard
+from qwencli.engine.frontend.text_length import check_length
+from qwencli.engine.frontend.tokenizer import ContentGuard, Tokenizer, _panics_unheard
 from qwencli.errors import InputError, ModelFileError, PromptTooLongError
 from tests.engine.frontend.tiny_folder import (
     CONTROL,
@@ -373,24 +374,34 @@ def test_a_text_whose_splitting_takes_too_long_is_refused_in_time(
         assert time.monotonic() - started_s < 5
 
 
-@pytest.mark.parametrize("text", ["\u00e9" * 400_000, "a b " * 200_000])
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [
+        ("\u00e9" * 400_000, 8192),
+        ("a b " * 200_000, 8192),
+        ("international " * 100_000, 5 * 8192),
+        ("<|im_end|>" * 90_000, 21 * 8192),
+    ],
+)
 def test_a_text_that_is_far_too_long_is_not_split_to_its_end(
-    text: str, monkeypatch: pytest.MonkeyPatch
+    text: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split = []
-    encode = TOKENIZER._encode_in_time
-    monkeypatch.setattr(
-        TOKENIZER,
-        "_encode_in_time",
-        lambda plain, until_s: (split.append(len(plain)), encode(plain, until_s))[1],
-    )
+    encode = TOKENIZER.encode
+
+    def noted(part: str, guard: ContentGuard | None) -> list[int]:
+        split.append(len(part))
+        return encode(part, guard)
+
+    monkeypatch.setattr(TOKENIZER, "encode", noted)
     with pytest.raises(PromptTooLongError, match=f"{len(text)} characters has more than the 4096"):
-        TOKENIZER.encode(text, most_tokens=4096)
-    assert sum(split) <= 8192
-    # One that may fit is counted whole.
-    fitting = "a <think> " * 15_000
-    ids = TOKENIZER.encode(fitting)
-    assert TOKENIZER.encode(fitting, most_tokens=len(ids)) == ids
+        check_length(TOKENIZER, text, None, 4096)
+    assert sum(split) <= most
+
+
+def test_a_text_that_may_fit_is_not_refused() -> None:
+    text = "a <think> " * 15_000
+    check_length(TOKENIZER, text, None, len(TOKENIZER.encode(text)))
 
 
 def test_a_long_text_is_the_same_when_it_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
