@@ -6,7 +6,6 @@ import errno
 import functools
 import importlib
 import os
-import re
 import sys
 import warnings
 from enum import StrEnum
@@ -17,7 +16,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from qwencli import __version__
 from qwencli.errors import OutputError, QwenCliError, StoppedError, UsageError
-from qwencli.output import Output, ready_streams, release_streams
+from qwencli.number_text import read_number, read_whole
+from qwencli.output import Output, ready_streams, release_streams, visible
 
 GLOBAL_FLAGS = ("--quiet", "-q", "--debug")
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
@@ -106,10 +106,9 @@ def _value(parameter: Any, read: Any, context: Any, value: Any) -> Any:
         is_plain = get_origin(kind) is list and get_args(kind) == (str,) and bool(plain)
     else:
         plain = _plain(kind, value)
-        least, most = read.parameter_info.min, read.parameter_info.max
-        is_plain = plain is not None and not (
-            (least is not None and plain < least) or (most is not None and plain > most)
-        )
+        if kind in (int, float):
+            plain = _number(parameter, kind, value)
+        is_plain = plain is not None
     if not is_plain:
         return type(parameter).process_value(parameter, context, value)
     return plain if parameter.callback is None else parameter.callback(context, parameter, plain)
@@ -121,11 +120,27 @@ def _plain(kind: Any, value: Any) -> Any:
         return value if type(value) is kind else None
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         return kind._value2member_map_.get(value) if type(value) is str else value
-    if kind is int and re.fullmatch("-?[0-9]{1,15}", value):
-        return int(value)
-    if kind is float and re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,15})?", value):
-        return float(value)
     return None
+
+
+def _number(parameter: Any, kind: type, value: Any) -> Any:
+    """Raises UsageError for text that is no such number, or one that is out of range."""
+    flag = max(parameter.opts, key=len)
+    number = value
+    if isinstance(value, str):
+        number = read_whole(value) if kind is int else read_number(value)
+    if number is None:
+        what = "a whole number" if kind is int else "a number"
+        raise UsageError(f"{flag} is {what}, not {visible(value)}", f"{flag} {_LIKE[kind]}")
+    bounds = parameter.type_descriptor.parameter_info
+    least, most = bounds.min, bounds.max
+    if (least is not None and number < least) or (most is not None and number > most):
+        between = f"from {least} to {most}" if most is not None else f"from {least} on"
+        raise UsageError(f"{flag} {number} is out of range", f"give a value {between}")
+    return number
+
+
+_LIKE = {int: "1000", float: "0.5"}
 
 
 app = typer.Typer(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwencli.errors import ModelFileError, UsageError
+from qwencli.number_text import read_whole
 
 
 class EngineName(StrEnum):
@@ -260,10 +261,11 @@ def parse_seq_len(text: str) -> SeqLen:
     Raises:
         UsageError: anything else.
     """
-    if text.lower() == "auto":
+    if text.strip().lower() == "auto":
         return "auto"
-    if text.isascii() and text.isdecimal() and int(text[:19]) > 0 and len(text) < 19:
-        return int(text)
+    length = read_whole(text)
+    if length is not None and 0 < length < 2**63:
+        return length
     raise UsageError(
         f"--max-seq-len {text!r} is not a length", "give a number of tokens from 1 on, or auto"
     )
@@ -275,10 +277,11 @@ def parse_max_pixels(text: str) -> int | None:
     Raises:
         UsageError: anything else.
     """
-    if text.lower() == "auto":
+    if text.strip().lower() == "auto":
         return None
-    if text.isascii() and text.isdecimal() and len(text) < 19:
-        return int(text)
+    size = read_whole(text)
+    if size is not None and 0 <= size < 2**63:
+        return size
     raise UsageError(
         f"--max-pixels {text!r} is not a size", "give a number of pixels (height x width), or auto"
     )

@@ -11,6 +11,8 @@ import pytest
 import typer
 
 from qwencli import __version__, cli
+from qwencli.commands.chat_settings import with_setting
+from qwencli.config import SamplingOptions, parse_max_pixels, parse_seq_len
 from qwencli.errors import DeviceError, UsageError
 
 HEAVY = (
@@ -51,7 +53,8 @@ WRITTEN = (
 
 @pytest.mark.parametrize("name", ["caption", "chat", "serve"])
 def test_values_are_read_as_typer_reads_them(name):
-    """Plain ones without pydantic, which would take longer than a caption of a kept model."""
+    """Plain ones without pydantic, which would take longer than a caption of a kept model. Numbers
+    are ours to read, see below."""
     command = typer.main.get_group(cli.app).get_command(None, name)
     context = command.context_class(command)
 
@@ -64,13 +67,54 @@ def test_values_are_read_as_typer_reads_them(name):
 
     for parameter in command.get_params(context):
         theirs = functools.partial(type(parameter).process_value, parameter)
-        if parameter.callback is not None:
+        if parameter.callback is not None or parameter.type_descriptor.annotation in (int, float):
             continue
         several = parameter.multiple or parameter.nargs == -1
         values = [[text] for text in WRITTEN] + [("a", "b"), ()] if several else list(WRITTEN)
         for value in (*values, None, parameter.get_default(context)):
             wanted = outcome(theirs, value)
             assert outcome(parameter.process_value, value) == wanted, (parameter.name, value)
+
+
+@pytest.mark.parametrize(
+    ("text", "whole", "number"),
+    [
+        ("5", 5, 5.0), (" 5 ", 5, 5.0), ("+5", 5, 5.0), ("-1", -1, -1.0), ("007", 7, 7.0),
+        ("5.0", None, 5.0), (".5", None, 0.5), ("1e3", None, 1000.0), ("1e-3", None, 0.001),
+        ("1_000", None, None), ("٥", None, None), ("0x10", None, None), ("nan", None, None),
+        ("inf", None, None), ("", None, None), ("-", None, None), ("5 5", None, None),
+        ("many", None, None),
+    ],
+)  # fmt: skip
+def test_numbers_are_read_alike_in_commands_and_in_a_chat(text, whole, number):
+    """By one reader, and what is wrong is said in our words."""
+    group = typer.main.get_group(cli.app)
+    for command, name, wanted in (
+        ("serve", "port", whole),
+        ("caption", "max_new_tokens", whole),
+        ("caption", "temperature", number),
+    ):
+        made = group.get_command(None, command)
+        context = made.context_class(made)
+        parameter = next(each for each in made.get_params(context) if each.name == name)
+        flag = "--" + name.replace("_", "-")
+        if wanted is None or (name == "port" and wanted < 0):
+            with pytest.raises(UsageError, match=f"^{flag} (is a |-1 is out of range)"):
+                parameter.process_value(context, text)
+        else:
+            assert parameter.process_value(context, text) == wanted
+    for name, wanted in (("seed", whole), ("repetition_penalty", number)):
+        if wanted is None:
+            with pytest.raises(UsageError, match=f"^{name} is a "):
+                with_setting(SamplingOptions(), name, text)
+        elif name == "seed" or 1 <= wanted <= 2:
+            assert getattr(with_setting(SamplingOptions(), name, text), name) == wanted
+    for read in (parse_max_pixels, parse_seq_len):
+        if whole is None or whole < 0:
+            with pytest.raises(UsageError, match="is not a "):
+                read(text)
+        else:
+            assert read(text) == whole
 
 
 def test_the_command_line_works_without_torch():
@@ -103,9 +147,12 @@ def test_no_arguments_show_the_help(capsys):
             ["caption", "a.png", "--engine", "vllm"],
             "of 'native', 'transformers', 'remote' (see --help)",
         ),
-        (["caption", "a.png", "--top-k", "many"], "Invalid value for '--top-k'"),
+        (
+            ["caption", "a.png", "--top-k", "many"],
+            "--top-k is a whole number, not many",
+        ),
         (["caption", "a.png", "--top-p", "3"], "--top-p 3.0 is out of range"),
-        (["caption", "a.png", "--temperature", "nan"], "--temperature nan is out of range"),
+        (["caption", "a.png", "--temperature", "nan"], "--temperature is a number, not nan"),
         (["caption", "a.png", "--max-new-tokens", "0"], "--max-new-tokens 0 is out of range"),
         (["caption", "a.png", "--greedy", "--temperature", "1"], "exclude each other"),
         (["caption", "a.png", "--prompt", "x", "--preset", "tags"], "exclude each other"),

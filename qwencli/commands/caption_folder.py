@@ -19,7 +19,7 @@ from qwencli.commands.caption_options import (
     worker_devices,
 )
 from qwencli.commands.options import RunOptions
-from qwencli.config import Existing
+from qwencli.config import Existing, ModelSpec
 from qwencli.errors import InputError, UsageError
 from qwencli.output import Output
 
@@ -110,13 +110,7 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
         "engine": _given_modes(run),
     }
     device = ",".join(devices) or (f"ray {chosen.ray}" if chosen.ray else run.device)
-    computes = {"model": spec.name, "device": device, **_given_modes(run)}
-    if run.endpoint:
-        # Servers are as fast as they are; their addresses may hold a password.
-        computes["servers"] = hashlib.sha256("\n".join(run.endpoint).encode()).hexdigest()[:16]
-    if caption_config.schema is not None:
-        # What has to keep to one takes another time.
-        computes["schema"] = hashlib.sha256(caption_config.schema.encode()).hexdigest()[:16]
+    computes = what_computes(run, spec, device, caption_config.schema)
     with (
         open_set(
             listing,
@@ -191,6 +185,21 @@ def _captioner(
         with sink.status(f"loading {config.model.name} on {where}"):
             stack.enter_context(workers)
         yield workers
+
+
+def what_computes(
+    run: RunOptions, spec: ModelSpec, device: str, schema: str | None
+) -> dict[str, str]:
+    """By what the speed of a run is kept, for the estimate of the next one."""
+    computes = {"model": spec.name, "device": device, **_given_modes(run)}
+    if run.endpoint:
+        # Servers are as fast as they are; their addresses may hold a password.
+        servers = "\n".join(sorted(run.endpoint))
+        computes["servers"] = hashlib.sha256(servers.encode()).hexdigest()[:16]
+    if schema is not None:
+        # What has to keep to one takes another time.
+        computes["schema"] = hashlib.sha256(schema.encode()).hexdigest()[:16]
+    return computes
 
 
 def _given_modes(run: RunOptions) -> dict[str, str]:

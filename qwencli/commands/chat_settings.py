@@ -9,6 +9,7 @@ from typing import Any
 
 from qwencli.config import SAMPLING_BOUNDS, SamplingOptions, check_sampling
 from qwencli.errors import UsageError
+from qwencli.number_text import read_number, read_whole
 from qwencli.output import visible
 
 _ON_OFF = {"on": True, "off": False, "true": True, "false": False, "default": False}
@@ -51,12 +52,13 @@ def parse_budget(value: str) -> int | None:
     """
     if value.lower() == "default":
         return None
-    if not value.isdecimal():
+    budget = read_whole(value)
+    if budget is None or budget < 0:
         raise UsageError(
             f"thinking_budget is a whole number from 0 on, not {visible(value)}",
             "/set thinking_budget=VALUE, or default",
         )
-    return int(value)
+    return budget
 
 
 def with_setting(sampling: SamplingOptions, name: str, value: str) -> SamplingOptions:
@@ -70,12 +72,11 @@ def with_setting(sampling: SamplingOptions, name: str, value: str) -> SamplingOp
         return replace(sampling, stop=() if default else (value,))
     if name == "greedy":
         return replace(sampling, do_sample=False if parse_switch(name, value) else None)
-    try:
-        kind = int if SAMPLING_BOUNDS[name].integer else float
-        number: Any = None if default else kind(value)
-    except ValueError:
-        what = "a whole number" if SAMPLING_BOUNDS[name].integer else "a number"
-        raise UsageError(f"{name} is {what}, not {visible(value)}", f"/set {name}=VALUE") from None
+    is_whole = SAMPLING_BOUNDS[name].integer
+    number: Any = None if default else (read_whole if is_whole else read_number)(value)
+    if number is None and not default:
+        what = "a whole number" if is_whole else "a number"
+        raise UsageError(f"{name} is {what}, not {visible(value)}", f"/set {name}=VALUE")
     changed = replace(sampling, **{name: number})
     try:
         check_sampling(changed)

@@ -54,6 +54,11 @@ def serve(
     local = host in LOOPBACK
     if api_key == "":
         raise UsageError("--api-key is empty", "give a key, or leave it out")
+    if api_key and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
+        raise UsageError(
+            "--api-key has characters that no header can carry, or blanks around it",
+            "give letters, digits and signs of ASCII",
+        )
     if not (local or api_key):
         raise UsageError(
             f"--host {host}: others can reach this address, and there is no key",
@@ -95,6 +100,7 @@ def serve(
             server,
             opened,
             lambda: sink.notice(f"serving {spec.name} at {address} (API: {address}/v1)"),
+            sink.warn,
         )
         if thread.failure is not None:
             raise thread.failure

@@ -308,6 +308,7 @@ class BaseEngine(ManyRequests, ABC):
                 tools=request.tools,
                 starts_with=request.starts_with,
                 at_once=at_once,
+                most_tokens=self.max_seq_len,
             )
             over, images = len(prompt.input_ids) - room, prompt.num_image_tokens
             if over <= 0 or over >= images or self.config.max_pixels is not None:

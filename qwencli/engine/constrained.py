@@ -13,6 +13,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import math
+import signal
 import subprocess
 import sys
 import threading
@@ -426,6 +428,9 @@ class Grammars:
 def main() -> None:
     """Read a schema from stdin, and what errors call it; say what is wrong with it, or null."""
     schema, named = json.load(sys.stdin)
+    if sys.platform != "win32":
+        # Whoever started this may be gone by then.
+        signal.alarm(math.ceil(_TRIED_S) + 1)
     wrong: list[str | None] | None = None
 
     def check() -> None:

@@ -111,6 +111,11 @@ class EndpointPool:
         await asyncio.gather(*tasks, return_exceptions=True)
         for member in self._members:
             await member.client.close()
+        # What reads an answer and is left is closed by the loop, in tasks of its own.
+        await asyncio.sleep(0)
+        await self._loop.shutdown_asyncgens()
+        while closing := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(closing)
 
     async def learn_models(self, model: ModelSpec) -> list[EndpointError]:
         """Learn what each server has; why some of them are of no use.

@@ -19,7 +19,12 @@ from qwencli.errors import (
     QwenCliError,
     UsageError,
 )
-from qwencli.server.engine_thread import ClientGoneError, RequestTimeoutError, TooManyRequestsError
+from qwencli.server.engine_thread import (
+    ClientGoneError,
+    EngineStoppedError,
+    RequestTimeoutError,
+    TooManyRequestsError,
+)
 
 # Of errors by the status they come with; the first class that fits.
 _STATUS: tuple[tuple[type[QwenCliError], int, str | None], ...] = (
@@ -32,6 +37,7 @@ _STATUS: tuple[tuple[type[QwenCliError], int, str | None], ...] = (
     (ClientGoneError, 499, "client_closed_request"),
     (MissingDependencyError, 501, None),
     (OutOfMemoryError, 503, "out_of_memory"),
+    (EngineStoppedError, 503, None),
 )
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -75,13 +81,42 @@ def body_error(error: ValidationError, data: bytes) -> ApiError:
     Where several kinds of value may stand, each says why it is not that one; the deepest is about
     the kind that was meant.
     """
-    found = error.errors(include_url=False, include_input=False, include_context=False)
+    found = error.errors(include_url=False, include_input=False)
     within = found[0]["loc"][:-1]
     about = [each for each in found if each["loc"][: len(within)] == within]
     deepest = max(about, key=lambda each: len(each["loc"]))
     place = ".".join(_path(deepest["loc"], data, missing=deepest["type"] == "missing"))[:200]
-    said = f"{place}: {deepest['msg']}" if place else str(deepest["msg"])
+    told = _WORDS.get(deepest["type"], "{msg}").format(msg=deepest["msg"], **deepest.get("ctx", {}))
+    said = f"{place}: {told}" if place else told if found[0]["loc"] else f"the body {told}"
     return ApiError(400, said[:500], param=place or None)
+
+
+# What pydantic finds, by its names for it, in words for people who write JSON.
+_WORDS = {
+    "json_invalid": "is not JSON: {error}",
+    "missing": "is missing",
+    "string_type": "must be a string",
+    "string_unicode": "must be Unicode",
+    "string_too_short": "must have {min_length} characters or more",
+    "string_too_long": "must have {max_length} characters or fewer",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_parsing_size": "must be a smaller number",
+    "float_type": "must be a number",
+    "finite_number": "must be a number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "too_short": "must have {min_length} or more",
+    "too_long": "must have {max_length} or fewer",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "literal_error": "must be {expected}",
+    "union_tag_not_found": "its type is missing",
+    "union_tag_invalid": "its type must be one of {expected_tags}",
+}
 
 
 def _path(found: tuple[str | int, ...], data: bytes, *, missing: bool) -> Iterator[str]:

@@ -34,6 +34,7 @@ from qwencli.messages import GenerationRequest, ImagePart, Message, TextPart, To
 from qwencli.results import GenerationChunk, GenerationResult
 from qwencli.server.access import Access
 from qwencli.server.api_errors import ApiError, api_error, body_error, json_response
+from qwencli.server.background import BackgroundThreads
 from qwencli.server.chat_api import ChatBody, ChatFormat, ChatMessage, TextContent, event
 from qwencli.server.engine_thread import Answer, ClientGoneError, EngineThread, RequestTimeoutError
 from qwencli.server.image_urls import opened_picture, picture_bytes
@@ -105,15 +106,15 @@ class Connection(Protocol):
     """What a request came over, as its `state["connection"]`.
 
     `when_lost` says what to call once the client is gone, at once where it is, and `over` that it
-    is not to be called any more. `stream` begins an answer in pieces, and `abort` ends the
-    connection for a client that takes nothing of one.
+    is not to be called any more. `stream` begins an answer in pieces, of which `filler` is one that
+    says nothing, and `abort` ends the connection for a client that takes nothing of one.
     """
 
     def when_lost(self, call: Callable[[], None]) -> None: ...
 
     def over(self, call: Callable[[], None]) -> None: ...
 
-    def stream(self, headers: Sequence[tuple[bytes, bytes]]) -> Stream: ...
+    def stream(self, headers: Sequence[tuple[bytes, bytes]], filler: bytes) -> Stream: ...
 
     def abort(self) -> None: ...
 
@@ -123,6 +124,9 @@ _EVENT_HEADERS = (
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),
 )
+_COMMENT = b":\n\n"
+# Schemas that are read at once, each on a core, and pictures that are fetched.
+_SCHEMAS_AT_ONCE, _FETCHES_AT_ONCE = 4, 32
 
 
 def create_app(engine_thread: EngineThread, settings: ServerSettings) -> Starlette:
@@ -161,6 +165,8 @@ class _Server:
         self._started = int(time.time())
         self._metrics: Metrics | None = None
         self._replies: Counter[int] = Counter()
+        self._schemas = BackgroundThreads(_SCHEMAS_AT_ONCE)
+        self._fetches = BackgroundThreads(_FETCHES_AT_ONCE) if settings.allow_image_urls else None
 
     def replied(self, status: int) -> None:
         self._replies[status] += 1
@@ -242,7 +248,7 @@ class _Server:
         schema = body.schema_text()
         if schema is not None:
             # Compiling a large one takes time.
-            schema = await asyncio.to_thread(read_schema, schema, "response_format")
+            schema = await self._schemas.run(read_schema, schema, "response_format")
         begun = body.begun
         messages = body.messages[:-1] if begun else body.messages
         conversation = await self._conversation(messages)
@@ -331,9 +337,7 @@ class _Server:
                     parts.append(part.text)
                 else:
                     place = f"messages.{number}.content.{index}.image_url.url"
-                    data = await picture_bytes(
-                        part.image_url.url, place, fetch=settings.allow_image_urls
-                    )
+                    data = await picture_bytes(part.image_url.url, place, self._fetches)
                     parts.append((data, place))
             made.append((message, message.called(f"messages.{number}"), parts))
 
@@ -429,7 +433,7 @@ class _Server:
     async def _stream(self, answer: Answer, form: Format, connection: Connection) -> None:
         # What is wrong with a request is known before its first piece: it has a status of its own.
         pieces = await answer.pieces()
-        stream, over = connection.stream(_EVENT_HEADERS), False
+        stream, over = connection.stream(_EVENT_HEADERS, _COMMENT), False
         self.replied(200)
 
         def write(pieces: Sequence[GenerationChunk], before: bytes = b"") -> bool:

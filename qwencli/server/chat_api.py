@@ -246,6 +246,8 @@ class ChatBody(Body):
                 raise ApiError(400, f"{name} is not supported; {instead}", param=name)
         if self.modalities not in (None, [], ["text"]):
             raise ApiError(400, "modalities: answers are text", param="modalities")
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         if self.n not in (None, 1):
             raise ApiError(400, "n must be 1: ask several times instead", param="n")
         return SamplingOptions(

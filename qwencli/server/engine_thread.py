@@ -45,6 +45,10 @@ class RequestTimeoutError(QwenCliError):
     """An answer was not complete in time."""
 
 
+class EngineStoppedError(EngineError):
+    """The engine was told to end, or has failed for good."""
+
+
 class Answer:
     """One request, as the task that reads its answer sees it; made by `EngineThread.submit`.
 
@@ -140,8 +144,8 @@ class Answer:
             waiter.set_exception(error)
 
 
-def stopped() -> EngineError:
-    return EngineError("the engine has stopped", "start the server again")
+def stopped() -> EngineStoppedError:
+    return EngineStoppedError("the engine has stopped", "start the server again")
 
 
 class _Place(NamedTuple):
@@ -218,7 +222,7 @@ class EngineThread:
 
         Raises:
             TooManyRequestsError: as many wait as may wait.
-            EngineError: the engine has failed for good.
+            EngineStoppedError: nothing is answered any more.
         """
         if self.failure is not None or self._closing:
             raise stopped()

@@ -77,7 +77,7 @@ def decode_frame(text: bytes, pixels: bytes) -> dict[str, Any]:
         message = _decoded(
             json.loads(text.decode("utf-8", "surrogatepass")), _Pixels(memoryview(pixels))
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"a frame cannot be read: {error}") from error
     if not isinstance(message, dict):
         raise InputError("a frame holds no message")
@@ -103,8 +103,9 @@ def _encoded(value: Any, pixels: list[bytes]) -> Any:
         return {_KIND: "Path", "value": str(value)}
     if isinstance(value, QwenCliError):
         nearest = value.nearest if isinstance(value, UnsupportedModeError) else None
+        known = next(name for each in type(value).__mro__ if (name := each.__name__) in _ERRORS)
         return {
-            _KIND: "error", "class": type(value).__name__, "message": value.message,
+            _KIND: "error", "class": known, "message": value.message,
             "hint": value.hint, "nearest": nearest,
         }  # fmt: skip
     name = type(value).__name__
@@ -127,6 +128,9 @@ class _Pixels:
 
         width, height = size
         end = self._at + 3 * width * height
+        if min(width, height) < 0 or end > len(self._data):
+            # Pillow takes memory for all of a picture before it looks for the pixels.
+            raise ValueError("a picture's pixels are missing")
         image = Image.frombytes("RGB", (width, height), self._data[self._at : end])
         self._at = end
         return image

@@ -25,6 +25,7 @@ from qwencli.engine.frontend.images import to_rgb
 from qwencli.errors import InputError
 from qwencli.messages import ImagePart
 from qwencli.server.api_errors import ApiError
+from qwencli.server.background import BackgroundThreads
 
 MOST_BYTES = 32 << 20
 FETCH_S = 20.0
@@ -32,12 +33,12 @@ MOST_REDIRECTS = 3
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
-async def picture_bytes(url: str, place: str, *, fetch: bool) -> bytes:
+async def picture_bytes(url: str, place: str, fetches: BackgroundThreads | None) -> bytes:
     """The bytes of a picture.
 
     Args:
         place: where the address stands in the request.
-        fetch: whether addresses of the web may be asked.
+        fetches: where addresses of the web are asked; None = they are not.
 
     Raises:
         ApiError: no data URL, broken base64, or an address that may not or cannot be read.
@@ -49,7 +50,7 @@ async def picture_bytes(url: str, place: str, *, fetch: bool) -> bytes:
         return _of_data_url(url, place)
     if scheme not in ("http", "https"):
         raise ApiError(400, f"{place}: give a data URL (data:image/png;base64,...)", param=place)
-    if not fetch:
+    if fetches is None:
         raise ApiError(
             400,
             f"{place}: addresses of the web are not read here; send a data URL, or start the "
@@ -57,7 +58,7 @@ async def picture_bytes(url: str, place: str, *, fetch: bool) -> bytes:
             param=place,
         )
     try:
-        return await asyncio.to_thread(fetched, url)
+        return await fetches.run(fetched, url)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise ApiError(400, f"{place}: cannot be fetched: {reason}", param=place) from error

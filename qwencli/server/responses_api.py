@@ -31,6 +31,8 @@ from qwencli.server.chat_api import (
 )
 from qwencli.server.tool_calls import Call, CallSplitter
 
+_LOGPROBS = "message.output_text.logprobs"
+
 
 class InputText(Body):
     type: Literal["input_text", "output_text"]
@@ -129,6 +131,8 @@ class ResponsesBody(Body):
     conversation: str | dict[str, Any] | None = None
     prompt: dict[str, Any] | None = None
     background: bool | None = None
+    include: list[str] | None = None
+    top_logprobs: int | None = None
 
     def as_chat(self) -> ChatBody:
         """The same request of chat completions.
@@ -139,6 +143,10 @@ class ResponsesBody(Body):
         for name in ("previous_response_id", "conversation", "prompt", "background"):
             if getattr(self, name):
                 raise ApiError(400, f"{name}: nothing is kept here; send it all", param=name)
+        asks = {"top_logprobs": self.top_logprobs, "include": _LOGPROBS in (self.include or ())}
+        for name in filter(asks.get, asks):
+            told = f"{name}: chat completions have log-probabilities, responses have none here"
+            raise ApiError(400, told, param=name)
         messages: list[ChatMessage] = []
         if self.instructions:
             messages.append(ChatMessage(role="system", content=self.instructions))

@@ -580,8 +580,8 @@ def test_thoughts_end_after_their_budget(thinking, pictures, capsys, monkeypatch
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        (("--thinking-budget", "-1"), "Invalid value for '--thinking-budget'"),
-        (("--thinking-budget", "many"), "Invalid value for '--thinking-budget'"),
+        (("--thinking-budget", "-1"), "--thinking-budget -1 is out of range"),
+        (("--thinking-budget", "many"), "--thinking-budget is a whole number"),
         (("--thinking-budget", "9", "--no-think"), "--no-think exclude each other"),
         (("--thinking-budget", "9", "--max-new-tokens", "9"), "leaves nothing of --max-new-tokens"),
         (("--thinking-budget", "9", "--max-new-tokens", "9"), "raise --max-new-tokens to 521"),

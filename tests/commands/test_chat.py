@@ -335,7 +335,7 @@ def test_a_model_without_thoughts_is_not_switched_to_them(talk, capsys):
         ("temperature=hot", "is a number, not hot"),
         ("seed=1.5", "is a whole number"),
         ("top_p=2", "top_p 2 is out of range"),
-        ("temperature=nan", "out of range"),
+        ("temperature=nan", "is a number, not nan"),
         ("greedy=perhaps", "greedy is on or off"),
         ("thinking=hard", "thinking is on or off"),
         ("thinking_budget=-1", "thinking_budget is a whole number"),

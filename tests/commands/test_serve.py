@@ -21,6 +21,9 @@ from qwencli.server.app import ServerSettings
         (["--host", "0.0.0.0"], "there is no key"),
         (["--host", "::"], "there is no key"),
         (["--api-key", ""], "--api-key is empty"),
+        (["--api-key", "k\u00e9y"], "no header can carry"),
+        (["--api-key", "a\nb"], "no header can carry"),
+        (["--api-key", " key"], "blanks around it"),
         (["--host", "no.such.host.invalid", "--api-key", "k"], "cannot listen"),
         (["--temperature", "9"], "out of range"),
     ],
@@ -52,13 +55,13 @@ def test_it_serves_until_it_is_ended(capsys, monkeypatch) -> None:
     running = listen.run_server
     found = []
 
-    def ended_at_once(server, opened, ready):
+    def ended_at_once(server, opened, ready, warn):
         def look() -> None:
             ready()
             found.append(opened.getsockname())
             server.should_exit = True
 
-        running(server, opened, look)
+        running(server, opened, look, warn)
 
     monkeypatch.setattr(listen, "run_server", ended_at_once)
     assert run(["serve", "--port", "0", "--model", "scenes", "--device", "cpu"]) == 0

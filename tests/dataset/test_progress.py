@@ -6,10 +6,13 @@ import json
 
 import pytest
 
+from qwencli.commands.caption_folder import what_computes
+from qwencli.commands.options import RunOptions
 from qwencli.dataset.pipeline import Captioned, Failed, Task
 from qwencli.dataset.progress import Progress, _rates_file, duration, keep_rate, kept_rate
 from qwencli.dataset.sources import Item
 from qwencli.errors import InputError
+from qwencli.models.resolve import resolve_model
 from qwencli.output import Output
 from tests.dataset.fake_engine import RAN, TIMINGS
 
@@ -64,6 +67,25 @@ def test_a_rate_is_kept(tmp_path):
     assert kept_rate({**computes, "quantization": "4bit"}) is None
     _rates_file().write_text('{"x": 3', encoding="utf-8")
     assert kept_rate(computes) is None
+
+
+def test_rates_of_servers_are_kept_apart():
+    """A server says nothing of the speed of another, whatever model both name."""
+    spec = resolve_model("scenes")
+
+    def computes(*endpoints, schema=None):
+        return what_computes(RunOptions(endpoint=list(endpoints)), spec, "auto", schema)
+
+    first, second = "http://user:secret@a:8000/v1", "http://b:8000/v1"
+    keep_rate(computes(first), 600, 60.0, "a")
+    keep_rate(computes(second), 600, 6.0, "b")
+    assert kept_rate(computes(first)).captions_per_s == 10.0
+    assert kept_rate(computes(second)).captions_per_s == 100.0
+    for other in (computes(), computes(first, second), computes(first, schema="{}")):
+        assert kept_rate(other) is None
+    keep_rate(computes(first, second), 600, 5.0, "both")
+    assert kept_rate(computes(second, first)).captions_per_s == 120.0
+    assert "secret" not in _rates_file().read_text(encoding="utf-8")
 
 
 def test_events_and_estimates(caption, pictures, capsys):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from qwencli.config import (
 from qwencli.engine import endpoint_pool, openai_client, remote
 from qwencli.engine.client import generate_many
 from qwencli.engine.machine.device import DeviceFacts
-from qwencli.engine.openai_client import endpoint_url
+from qwencli.engine.openai_client import OpenAIClient, endpoint_url
 from qwencli.engine.remote import RemoteEngine
 from qwencli.errors import AnswerError, EndpointError, InputError, UsageError
 from qwencli.messages import GenerationRequest, ImagePart, user_message
@@ -191,6 +192,30 @@ def test_without_usage_pieces_are_counted_and_it_is_said(server: StandIn) -> Non
         result = remote_engine.generate(asked())
     assert result.num_new_tokens == 5 and result.num_prompt_tokens is None
     assert "counts no tokens" in result.notes[0]
+
+
+def test_what_reads_an_answer_is_closed_before_the_loop_ends(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python finds that nobody reads any more and has the loop close it, which else says on stderr
+    that it was still to do."""
+    closed = []
+
+    async def pieces() -> AsyncGenerator[int]:
+        try:
+            yield 1
+        finally:
+            await asyncio.sleep(0.1)
+            closed.append(True)
+
+    async def leave_one(client: OpenAIClient) -> None:
+        left = pieces()
+        await anext(left)
+
+    monkeypatch.setattr(OpenAIClient, "close", leave_one)
+    with engine(server) as remote_engine:
+        assert remote_engine.generate(asked()).text
+    assert closed == [True]
 
 
 def test_a_whole_answer_in_place_of_a_stream(server: StandIn) -> None:

@@ -6,6 +6,7 @@ import base64
 import http.server
 import io
 import json
+import re
 import socket
 import threading
 import time
@@ -84,6 +85,7 @@ def told(answer: httpx.Response, status: int) -> dict:
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert not re.search("Input should|Unable to|pydantic|discriminator", error["message"])
     assert "--" not in error["message"] or "--allow-image-urls" in error["message"]
     return error
 
@@ -102,6 +104,9 @@ WRONG = {
     "more than the context": asked(max_tokens=8192, messages=[
         {"role": "user", "content": "word " * 12000}
     ]),
+    "far more than the context": asked(messages=[
+        {"role": "user", "content": "word " * 400_000}
+    ]),
     "10,000 messages": asked(messages=[{"role": "user", "content": "Hi"}] * 10_000),
     "bad base64": showing("data:image/png;base64,@@@@"),
     "no picture": showing(data_url(b"hello")),
@@ -116,6 +121,14 @@ WRONG = {
     "deep JSON": "[" * 100_000,
     "no object": "[]",
     "several answers": asked(n=3),
+    "a switch that is a word": asked(logprobs="yes"),
+    "a list of stops that is none": asked(stop={"a": 1}),
+    "half a token": asked(max_tokens=1.5),
+    "a tool without a name": asked(tools=[{"type": "function", "function": {"name": ""}}]),
+    "too many tools": asked(tools=[{"type": "function", "function": {"name": "f"}}] * 129),
+    "a tool that must be called": asked(tool_choice="required"),
+    "a format of no kind": asked(response_format={}),
+    "a format that is none": asked(response_format={"type": "xml"}),
     "a bias": asked(logit_bias={"50256": -100}),
     "functions of old": asked(functions=[{"name": "f"}]),
     "a spoken answer": asked(modalities=["text", "audio"], audio={"voice": "a"}),
@@ -133,6 +146,7 @@ WRONG = {
     "arguments that are not JSON": asked(messages=[
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
     ]),
+    "the likeliest of no logprobs": asked(top_logprobs=2),
     "too many logprobs": asked(logprobs=True, top_logprobs=21),
 }  # fmt: skip
 
@@ -145,7 +159,7 @@ def test_wrong_bodies_are_told_so(client, served: Served, name: str, stream: boo
     answer = client.post(CHAT, content=text, headers={"content-type": "application/json"})
     error = told(answer, 400)
     assert error["type"] == "invalid_request_error"
-    if name == "more than the context":
+    if name.endswith("more than the context"):
         assert error["code"] == "context_length_exceeded"
     assert served.thread.num_unfinished == 0
 
@@ -153,20 +167,20 @@ def test_wrong_bodies_are_told_so(client, served: Served, name: str, stream: boo
 @pytest.mark.parametrize(
     ("content", "place", "said"),
     [
-        (5, "messages.0.content", "a valid string"),
+        (5, "messages.0.content", "must be a string"),
         (["Hi"], "messages.0.content.0", "object"),
         ([{"type": "audio"}], "messages.0.content.0", "'text', 'image_url'"),
-        ([{"type": "text"}], "messages.0.content.0.text", "required"),
+        ([{"type": "text"}], "messages.0.content.0.text", "is missing"),
         ([{"type": "image_url", "image_url": "a"}], "messages.0.content.0.image_url", "object"),
         (
             [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": 5}}],
             "messages.0.content.1.image_url.url",
-            "a valid string",
+            "must be a string",
         ),
         (
             [{"type": "image_url", "image_url": {}}],
             "messages.0.content.0.image_url.url",
-            "required",
+            "is missing",
         ),
     ],
 )
@@ -186,6 +200,8 @@ def test_the_place_of_what_is_wrong_is_the_bodys(client, content, place: str, sa
         ({"conversation": "conv_1"}, "conversation", "nothing is kept here"),
         ({"conversation": {"id": "conv_1"}}, "conversation", "nothing is kept here"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt", "nothing is kept here"),
+        ({"top_logprobs": 2}, "top_logprobs", "log-probabilities"),
+        ({"include": ["message.output_text.logprobs"]}, "include", "log-probabilities"),
         ({"previous_response_id": "resp_1"}, "previous_response_id", "nothing is kept here"),
     ],
 )

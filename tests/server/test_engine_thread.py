@@ -55,7 +55,7 @@ def test_a_step_that_fails_costs_its_requests_and_a_lost_device_the_server() -> 
         assert statuses == [500] * 3
         health = client.get("/health")
         assert (health.status_code, health.json()["status"]) == (503, "failed")
-        assert chat(client).status_code == 500
+        assert chat(client).status_code == 503
     assert failed == [True]
 
 
@@ -192,5 +192,5 @@ def test_a_server_that_ends_tells_those_that_wait() -> None:
             time.sleep(0.01)
         started = time.monotonic()
     asking.join()
-    assert found[0].status_code == 500 and "stopped" in found[0].text
+    assert found[0].status_code == 503 and "stopped" in found[0].text
     assert time.monotonic() - started < 4

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -34,9 +35,9 @@ def test_what_is_written_is_sent_at_once() -> None:
     assert asyncio.run(option())
 
 
-def chat(headers: str, version: str = "1.1", *, stream: bool = False) -> bytes:
+def chat(headers: str, version: str = "1.1", **more: Any) -> bytes:
     """A chat request as it goes over a connection."""
-    body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "stream": stream})
+    body = json.dumps({"messages": [{"role": "user", "content": "Hi"}]} | more)
     head = f"POST /v1/chat/completions HTTP/{version}\r\n{headers}"
     head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     return (head + body).encode()

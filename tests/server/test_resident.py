@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -290,6 +292,7 @@ def test_who_does_not_know_the_token_gets_nothing(own_state: Path) -> None:
             b"".join(encode_frame({"op": "hello"})),
             b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
             b"".join(encode_frame({"op": "hello", "token": "x" * 10_000})),
+            struct.pack("<IQ", 34, 3) + b'{"~": "Image", "size": [900, 900]}' + b"123",
         ):
             with socket.create_connection(("127.0.0.1", state.port)) as connection:
                 connection.sendall(data)
@@ -522,3 +525,34 @@ def test_nonsense_is_an_input_error(text: bytes, head: bytes) -> None:
             read()
         except InputError:
             continue
+
+
+KINDS = st.sampled_from(
+    ["Image", "dict", "tuple", "Path", "error", "TextPart", "Quantization", "x"]
+)
+NONSENSE = st.recursive(
+    st.none() | st.integers() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.fixed_dictionaries(
+            {"~": KINDS | inner},
+            optional=dict.fromkeys(("items", "value", "size", "class", "message", "hint"), inner),
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(value=NONSENSE)
+@example({"~": "Image", "size": [-1, -1]})
+@example({"~": "dict", "items": []})
+def test_kinds_of_what_they_are_not_are_an_input_error(value: Any) -> None:
+    with contextlib.suppress(InputError):
+        decode_frame(json.dumps(value).encode(), b"abc")
+
+
+def test_a_picture_without_its_pixels_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever connects may send one, before the token is known."""
+    monkeypatch.setattr(Image, "frombytes", lambda *given: pytest.fail("memory is taken for it"))
+    with pytest.raises(InputError, match="pixels are missing"):
+        decode_frame(b'{"~": "Image", "size": [1000, 1000]}', b"abc")

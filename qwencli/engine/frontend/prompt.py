@@ -26,6 +26,7 @@ from qwencli.engine.frontend.preprocess import (
     preprocess,
 )
 from qwencli.engine.frontend.processor_config import VISION_FAMILIES, ImageProcessorConfig
+from qwencli.engine.frontend.text_length import check_length
 from qwencli.engine.frontend.tokenizer import THOUGHT, THOUGHT_END, ContentGuard, Tokenizer
 from qwencli.errors import InputError, ModelFileError, QwenCliError
 from qwencli.messages import Message, TextPart, VisualPart, text_message
@@ -250,6 +251,7 @@ class PromptBuilder:
         tools: Sequence[str] = (),
         starts_with: str = "",
         at_once: bool = False,
+        most_tokens: int | None = None,
     ) -> Prompt:
         """The model's inputs for the answer that follows `messages`.
 
@@ -258,8 +260,10 @@ class PromptBuilder:
             at_once: the answer begins here, and no thoughts in front of it.
             starts_with: the beginning of that answer, behind which the model goes on. Spaces at its
                 end are left out, as tokens of words have theirs in front.
+            most_tokens: what far longer texts are refused for before they are split to their end.
 
         Raises:
+            PromptTooLongError: a long text has more than `most_tokens`.
             InputError: no messages, pictures for a text model, a picture no model takes, text
                 that is not Unicode, or a conversation the template refuses.
             ModelFileError: the template does not give every picture its place.
@@ -306,6 +310,8 @@ class PromptBuilder:
             opens_thought = False
         if starts_with.strip():
             rendered += guard.protect(starts_with.rstrip())
+        if most_tokens is not None:
+            check_length(self.tokenizer, rendered, guard, most_tokens)
         ids = self.tokenizer.encode(rendered, guard)
         budget = None
         if thinking_budget and opens_thought:

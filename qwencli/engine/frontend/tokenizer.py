@@ -289,7 +289,7 @@ class Tokenizer:
         if not ended:
             raise InputError(
                 f"a text of {len(plain)} characters takes longer than {_ENCODE_S:.0f} s to split "
-                f"into tokens ({self._source})",
+                "into tokens",
                 "shorten it, or use another model",
             )
         if isinstance(ended[0], BaseException):

@@ -17,8 +17,9 @@ from qwencli.engine.frontend.detokenizer import (
     StopStringBuffer,
     ThoughtSplitter,
 )
-from qwencli.engine.frontend.tokenizer import Tokenizer, _panics_unheard
-from qwencli.errors import InputError, ModelFileError
+from qwencli.engine.frontend.text_length import check_length
+from qwencli.engine.frontend.tokenizer import ContentGuard, Tokenizer, _panics_unheard
+from qwencli.errors import InputError, ModelFileError, PromptTooLongError
 from tests.engine.frontend.tiny_folder import (
     CONTROL,
     PLAIN_ADDED,
@@ -371,6 +372,36 @@ def test_a_text_whose_splitting_takes_too_long_is_refused_in_time(
         with pytest.raises(InputError, match="to split into tokens"):
             tokenizer.encode(" " * 8000 + "a")
         assert time.monotonic() - started_s < 5
+
+
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [
+        ("\u00e9" * 400_000, 8192),
+        ("a b " * 200_000, 8192),
+        ("international " * 100_000, 5 * 8192),
+        ("<|im_end|>" * 90_000, 21 * 8192),
+    ],
+)
+def test_a_text_that_is_far_too_long_is_not_split_to_its_end(
+    text: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = []
+    encode = TOKENIZER.encode
+
+    def noted(part: str, guard: ContentGuard | None) -> list[int]:
+        split.append(len(part))
+        return encode(part, guard)
+
+    monkeypatch.setattr(TOKENIZER, "encode", noted)
+    with pytest.raises(PromptTooLongError, match=f"{len(text)} characters has more than the 4096"):
+        check_length(TOKENIZER, text, None, 4096)
+    assert sum(split) <= most
+
+
+def test_a_text_that_may_fit_is_not_refused() -> None:
+    text = "a <think> " * 15_000
+    check_length(TOKENIZER, text, None, len(TOKENIZER.encode(text)))
 
 
 def test_a_long_text_is_the_same_when_it_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:

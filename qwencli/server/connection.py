@@ -1,0 +1,220 @@
+"""A connection of a client: uvicorn's, with ends for what it has none for."""
+
+from __future__ import annotations
+
+import asyncio
+import http
+from collections.abc import Callable, Sequence
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from qwencli.server.api_errors import ApiError
+from qwencli.server.open_files import REFUSED_AT_ONCE, most_connections
+
+# Within which the head of a request must be here.
+HEAD_S = 30.0
+# For how long a connection that is refused may take to say what it wants, and then hear it.
+_REFUSED_S = 1.0
+# Pauses between two looks whether a client that sends no more still waits for its answer.
+_FIRST_LOOK_S, _LAST_LOOK_S = 0.01, 16.0
+# What a client sends behind a request that runs, and is read meanwhile.
+_READ_AHEAD_BYTES = 1 << 16
+
+
+class HttpConnection(H11Protocol):
+    """uvicorn's, with an end for clients that do not finish the head of a request, and none for
+    those that only say that they send no more; it is the `state["connection"]` of a request (see
+    `app.Connection`)."""
+
+    _timer: asyncio.TimerHandle | None = None
+    _look: asyncio.TimerHandle | None = None
+    _when_lost: Callable[[], None] | None = None
+    _stream: Stream | None = None
+    _is_refused = _sends_no_more = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        too_many = len(self.connections) - most_connections()
+        self._is_refused = too_many > 0
+        if self._is_refused:
+            transport.write(_plain(ApiError(503, "too many connections")))
+            if too_many > REFUSED_AT_ONCE:
+                transport.close()
+                return
+            # What is closed before its request was read is reset, and may not see why.
+            self._timer = self.loop.call_later(_REFUSED_S, transport.close)
+            return
+        self.app_state = {**self.app_state, "connection": self}
+        self._timer = self.loop.call_later(HEAD_S, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            self.transport.close()
+            return
+        super().data_received(data)
+        if self._is_answering:
+            self._stop_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEAD_S, self.transport.abort)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        # uvicorn reads no further while a request runs that others follow: a client that goes
+        # would be waited for.
+        if (
+            self.flow.read_paused
+            and self._is_answering
+            and not self.cycle.more_body
+            and len(self.conn.trailing_data[0]) < _READ_AHEAD_BYTES
+        ):
+            self.flow.resume_reading()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more: it is gone, or has only ended its side and waits. What is
+        written to it tells which: the system of one that is gone refuses it, and the next write
+        fails. HTTP/1.0 has nothing that may be written before an answer."""
+        if self._is_refused or not self._is_answering or self.cycle.more_body:
+            return False
+        if self.cycle.scope["http_version"] != "1.1":
+            return False
+        self._sends_no_more = True
+        self._look_for_client(_FIRST_LOOK_S)
+        return True
+
+    def _look_for_client(self, pause_s: float) -> None:
+        if self.cycle.disconnected or self.cycle.response_complete:
+            return
+        if self._stream is not None:
+            self._stream.write_filler()
+        elif not self.cycle.response_started:
+            # Any number of these may come before an answer, and clients pass over them.
+            going_on = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+            self.transport.write(self.conn.send(going_on) or b"")
+        next_s = min(2 * pause_s, _LAST_LOOK_S)
+        self._look = self.loop.call_later(pause_s, self._look_for_client, next_s)
+
+    def on_response_complete(self) -> None:
+        self._stop_timer()
+        self._stream = None
+        super().on_response_complete()
+        if self._sends_no_more and not self.transport.is_closing():
+            # Another request may have come with the one before; half of one has no other half.
+            if self._is_answering and not self.cycle.more_body:
+                self._look_for_client(_FIRST_LOOK_S)
+            else:
+                self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+        if self._when_lost is not None:
+            self._when_lost()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self._is_answering and self.cycle.more_body:
+            # Nobody waits for the rest of a request.
+            self.cycle.disconnected = True
+            self.transport.write(_plain(ApiError(503, "the server has stopped")))
+            self.transport.close()
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def when_lost(self, call: Callable[[], None]) -> None:
+        self._when_lost = call
+        if self.cycle.disconnected:
+            call()
+
+    def over(self, call: Callable[[], None]) -> None:
+        # A request that was sent behind this one's may have begun already.
+        if self._when_lost is call:
+            self._when_lost = None
+
+    def abort(self) -> None:
+        if self.cycle is not None:
+            # Known now, and not only when the loop tells it: uvicorn has a word to say of answers
+            # to clients who are there that are not complete.
+            self.cycle.disconnected = True
+        self.transport.abort()
+
+    def stream(self, headers: Sequence[tuple[bytes, bytes]], filler: bytes) -> Stream:
+        self._stream = Stream(self, headers, filler)
+        return self._stream
+
+    def send_400_response(self, msg: str) -> None:
+        self.transport.write(_plain(ApiError(400, "this is no HTTP request")))
+        self.transport.close()
+
+    def _stop_timer(self) -> None:
+        for timer in (self._timer, self._look):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._look = None
+
+
+class Stream:
+    """An answer with status 200 and of a length that nobody knows yet, written piece by piece.
+
+    It does what uvicorn does in `send`, without a turn of h11 and a write of its own for the head,
+    each piece and the end: of many streams these are most of what the server has to do.
+
+    Args:
+        filler: a piece that says nothing.
+    """
+
+    def __init__(
+        self, connection: HttpConnection, headers: Sequence[tuple[bytes, bytes]], filler: bytes
+    ) -> None:
+        self._connection, self._cycle = connection, connection.cycle
+        self._filler = filler
+        self._chunked = self._cycle.scope["http_version"] == "1.1"
+        self._cycle.response_started, self._cycle.waiting_for_100_continue = True, False
+        self._head = b""
+        if not self._cycle.disconnected:
+            # h11 says how the answer ends, and takes 0.1 ms to look at headers that it knows not.
+            response = h11.Response(status_code=200, headers=[], reason=b"OK")
+            begun = (connection.conn.send(response) or b"").removesuffix(b"\r\n")
+            told = [b"%b: %b\r\n" % each for each in (*self._cycle.default_headers, *headers)]
+            self._head = b"".join((begun, *told, b"\r\n"))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the client takes less than is written: then `room` is waited for."""
+        return bool(self._connection.flow.write_paused) and not self._cycle.disconnected
+
+    async def room(self) -> None:
+        await self._connection.flow.drain()
+
+    def write_filler(self) -> None:
+        if not self.is_full:
+            self.write(self._filler)
+
+    def write(self, data: bytes, *, last: bool = False) -> None:
+        """Send a piece; nothing happens once the client is gone."""
+        cycle, connection = self._cycle, self._connection
+        if cycle.disconnected:
+            return
+        if data and self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if last:
+            data += connection.conn.send(h11.EndOfMessage()) or b""
+        connection.transport.write(self._head + data)
+        self._head = b""
+        if last:
+            cycle.response_complete = True
+            cycle.message_event.set()
+            if connection.conn.our_state is h11.MUST_CLOSE or not cycle.keep_alive:
+                connection.conn.send(h11.ConnectionClosed())
+                connection.transport.close()
+            cycle.on_response()
+
+
+def _plain(error: ApiError) -> bytes:
+    """An answer as it goes over the connection, which ends with it."""
+    body = error.response().body
+    phrase = http.HTTPStatus(error.status).phrase
+    head = f"HTTP/1.1 {error.status} {phrase}\r\ncontent-type: application/json\r\n"
+    return f"{head}connection: close\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
