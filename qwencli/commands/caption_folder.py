@@ -42,10 +42,11 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
     from qwencli.commands.requests import system_messages
     from qwencli.dataset.boxes import Overlays
     from qwencli.dataset.caption_processor import CaptionProcessor
-    from qwencli.dataset.caption_set import open_set, output_place
+    from qwencli.dataset.caption_set import open_set
     from qwencli.dataset.manifest import STATE_FOLDER
     from qwencli.dataset.pipeline import Stopper
     from qwencli.dataset.run_report import RunReport
+    from qwencli.dataset.set_folder import output_place
     from qwencli.dataset.sources import Listing, Selection, list_inputs
     from qwencli.dataset.worklist import WorklistOptions
 
@@ -93,7 +94,7 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
         caption_extension=extension,
     )
     processor.check_fields(listing.items)
-    folder = overlay_folder(caption_config, job.overlay, place.root / STATE_FOLDER / "overlays")
+    folder = overlay_folder(caption_config, job.overlay, place.folder / STATE_FOLDER / "overlays")
     overlays = Overlays(folder, functools.partial(where.open, frames=frames), sink.error)
 
     def tell(outcome: Outcome) -> None:
@@ -120,11 +121,9 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
     with (
         open_set(
             listing,
-            place.root,
-            place.sink,
+            place,
             worklist_options,
             settings,
-            manifest_name=place.manifest,
             redo=chosen.redo,
             look_only=chosen.dry_run,
         ) as whole,

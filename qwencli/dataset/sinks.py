@@ -19,11 +19,11 @@ from qwencli.config import Existing
 from qwencli.dataset.manifest import Manifest, PendingCaption
 from qwencli.dataset.pipeline import Captioned, Failed, Outcome
 from qwencli.dataset.sources import (
-    CAPTION,
     PARTIAL_PREFIX,
     PARTIAL_SUFFIX,
     VIDEO_SUFFIXES,
     Slot,
+    sidecar_name,
 )
 from qwencli.errors import OutputError, UsageError
 
@@ -87,15 +87,7 @@ class Sidecars:
 
     def name(self, slot: Slot) -> str:
         """The file's path below `root`; two slots of one name cannot both be written."""
-        key = slot.key
-        start, dot = key.rfind("/") + 1, key.rfind(".")
-        # As `os.path.splitext`, which takes several times as long.
-        name = key[:dot] if dot > start and key[start] != "." else os.path.splitext(key)[0]
-        if slot.field != CAPTION:
-            name += f".{slot.field}"
-        if slot.sample:
-            name += f".{slot.sample + 1}"
-        return name + self.extension
+        return sidecar_name(slot, self.extension)
 
     def existing(self, places: Iterable[tuple[str, Slot]]) -> set[str]:
         """Those that have a file with something in it; each folder is read once."""

@@ -68,6 +68,20 @@ class Slot(NamedTuple):
     sample: int = 0
 
 
+def sidecar_name(slot: Slot, extension: str = ".txt") -> str:
+    """The file of a caption, from the folder that the key is relative to: `a/b.txt`,
+    `a/b.tags.2.txt`."""
+    key = slot.key
+    start, dot = key.rfind("/") + 1, key.rfind(".")
+    # As `os.path.splitext`, which takes several times as long.
+    name = key[:dot] if dot > start and key[start] != "." else os.path.splitext(key)[0]
+    if slot.field != CAPTION:
+        name += f".{slot.field}"
+    if slot.sample:
+        name += f".{slot.sample + 1}"
+    return name + extension
+
+
 @dataclass
 class Listing:
     """The items of a set in their natural order, and what was left out.
@@ -401,6 +415,17 @@ class _Walk:
 def _split(path: str) -> tuple[str, str]:
     folder, slash, name = path.rpartition("/")
     return folder + slash, name
+
+
+def without_inner_dots(path: Path) -> Path:
+    """The same path without a `..` behind the name of a folder, which may be a link."""
+    parts = path.parts
+    first = next((n for n, part in enumerate(parts) if part != os.pardir), len(parts))
+    if os.pardir not in parts[first:]:
+        return path
+    if path.name == os.pardir:
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path.parent), path.name)
 
 
 def _common_folder(inputs: Sequence[Path]) -> Path:

@@ -165,7 +165,7 @@ def test_captions_on_another_drive(caption, pictures, tmp_path, monkeypatch):
         raise ValueError("path is on mount 'C:', start on mount 'D:'")
 
     folder, out = pictures("a.png"), tmp_path / "out"
-    monkeypatch.setattr("qwencli.dataset.caption_set.os.path.relpath", relpath)
+    monkeypatch.setattr(os.path, "relpath", relpath)
     assert caption(folder, "--output", out) == 0
     assert list(captions(out)) == ["a.txt"]
     assert caption(folder, "--output", out / "m.jsonl") == 0

@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qwencli.dataset.caption_set import FAILURES, MANIFEST
 from qwencli.dataset.manifest import STATE_FOLDER
 from qwencli.dataset.report.survey import Entry
+from qwencli.dataset.set_folder import FAILURES, MANIFEST
 from qwencli.dataset.sinks import Sidecars
 from qwencli.dataset.sources import CAPTION, Listing, Selection, Slot, list_inputs
 from qwencli.errors import DatasetError, InputError, OutputError
