@@ -19,8 +19,9 @@ from typing import Any
 from qwencli.dataset.caption_tables import FORMATS, Table
 from qwencli.dataset.manifest import STATE_FOLDER, Manifest
 from qwencli.dataset.manifest_schema import SetPaths, failed_rows, open_to_read
+from qwencli.dataset.named_inputs import without_inner_dots
 from qwencli.dataset.sinks import Sidecars, Sink, write_whole
-from qwencli.dataset.sources import Listing, without_inner_dots
+from qwencli.dataset.sources import Listing
 from qwencli.errors import DatasetError, OutputError, UsageError
 from qwencli.folder_lock import FolderLock
 
@@ -165,7 +166,7 @@ def open_manifest(
             manifest.close()
             _remove(state / name)
             raise DatasetError(f"another run has just begun in {above}", _HELD)
-        for inner in _inner_sets(listing, folder, name):
+        for inner in inner_sets(listing, folder, name):
             below = folder_below(root, inner)
             if look_only:
                 manifest.take_over(inner / STATE_FOLDER / name, below)
@@ -180,7 +181,7 @@ def open_manifest(
         yield manifest
 
 
-def _inner_sets(listing: Listing, folder: Path, name: str) -> list[Path]:
+def inner_sets(listing: Listing, folder: Path, name: str) -> list[Path]:
     """Folders of captions below `folder` that have a manifest of their own."""
     below = {item.key.rpartition("/")[0] for item in listing.items}
     for each in list(below):

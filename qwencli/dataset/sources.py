@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qwencli.dataset.named_inputs import local_path
+from qwencli.dataset.named_inputs import local_path, without_inner_dots
 from qwencli.dataset.parts import Part, StdinPart, UrlPart, safe_key, url_part
 from qwencli.dataset.shards import (
     ArchiveMember,
@@ -151,7 +151,7 @@ def list_inputs(inputs: Sequence[str | StdinPart], selection: Selection) -> List
         UsageError: a pattern of `selection` is empty.
     """
     local = [
-        local_path(Path(each))
+        _local(each)
         for each in inputs
         if not isinstance(each, StdinPart) and url_part(each) is None
     ]
@@ -163,7 +163,7 @@ def list_inputs(inputs: Sequence[str | StdinPart], selection: Selection) -> List
         elif (address := url_part(each)) is not None:
             walk.add_part(address.key, address)
         else:
-            path = local_path(Path(each))
+            path = _local(each)
             if os.path.isdir(path):
                 walk.folder(path)
             elif is_shard(path.name):
@@ -173,6 +173,10 @@ def list_inputs(inputs: Sequence[str | StdinPart], selection: Selection) -> List
     walk.linked_folders()
     walk.shards_in_folders()
     return listing
+
+
+def _local(named: str) -> Path:
+    return without_inner_dots(local_path(Path(named)))
 
 
 _DIGITS = re.compile(r"(\d+)")
@@ -248,7 +252,10 @@ class _Walk:
         self._base = str(listing.base)
         self._inside_base = self._base + os.sep
         self._folders: set[tuple[int, int]] = set()
+        # Of parts; files are known by the folder that has them, whatever links lead there.
         self._keys: set[str] = set()
+        self._names: dict[tuple[int, int] | str, set[str]] = {}
+        self._known_folders: dict[str, tuple[int, int] | str] = {}
         # Looked at last, so that a folder is listed under its own path where it has one here.
         self._links: list[tuple[str, str]] = []
         # In folders; by their path.
@@ -256,11 +263,14 @@ class _Walk:
 
     def file(self, path: Path) -> None:
         """A file that was named itself: whatever its name."""
+        folder = str(path.parent)
+        if folder not in self._known_folders:
+            self._known_folders[folder] = _identity(folder)
         try:
             status = path.stat()
         except (OSError, ValueError):
-            self._add(self._key(str(path)), None)  # opening it will tell why
-        else:
+            status = None  # opening it will tell why
+        if self._is_new(self._known_folders[folder], path.name):
             self._add(self._key(str(path)), status)
 
     def folder(self, path: Path) -> None:
@@ -322,10 +332,11 @@ class _Walk:
             folder, below = waiting.pop()
             try:
                 status = os.stat(folder)
-                if (status.st_dev, status.st_ino) in self._folders:
+                identity = (status.st_dev, status.st_ino)
+                if identity in self._folders:
                     self._listing.seen += 1
                     continue
-                self._folders.add((status.st_dev, status.st_ino))
+                self._folders.add(identity)
                 found = self._scan(folder, below)
             except OSError as error:
                 reason = f"{folder} cannot be read: {error.strerror}"
@@ -342,13 +353,13 @@ class _Walk:
                         (entry.path, f"{below}{entry.name}/")
                     )
                     continue
+                if not self._is_new(identity, entry.name):
+                    continue
                 try:
-                    status = entry.stat()
+                    self._add(above + entry.name, entry.stat())
                 except OSError:
                     # A link to nowhere, or in a circle; opening it will tell.
                     self._add(above + entry.name, None)
-                else:
-                    self._add(above + entry.name, status)
             waiting += reversed(inside)
 
     def _scan(self, folder: str, below: str) -> list[tuple[os.DirEntry[str], bool]]:
@@ -394,11 +405,16 @@ class _Walk:
             relative = os.path.relpath(path, base)
         return relative.replace(os.sep, "/")
 
-    def _add(self, key: str, status: os.stat_result | None) -> None:
-        if key in self._keys:
+    def _is_new(self, folder: tuple[int, int] | str, name: str) -> bool:
+        """Whether a name in a folder comes for the first time. Two names of one file are two."""
+        names = self._names.setdefault(folder, set())
+        if name in names:
             self._listing.seen += 1
-            return
-        self._keys.add(key)
+            return False
+        names.add(name)
+        return True
+
+    def _add(self, key: str, status: os.stat_result | None) -> None:
         if status is None:
             item = Item(key)
         else:
@@ -412,20 +428,18 @@ class _Walk:
         self._listing.items.append(item)
 
 
+def _identity(folder: str) -> tuple[int, int] | str:
+    """What tells a folder from others; its path, where there is none."""
+    try:
+        status = os.stat(folder)
+    except (OSError, ValueError):
+        return folder
+    return status.st_dev, status.st_ino
+
+
 def _split(path: str) -> tuple[str, str]:
     folder, slash, name = path.rpartition("/")
     return folder + slash, name
-
-
-def without_inner_dots(path: Path) -> Path:
-    """The same path without a `..` behind the name of a folder, which may be a link."""
-    parts = path.parts
-    first = next((n for n, part in enumerate(parts) if part != os.pardir), len(parts))
-    if os.pardir not in parts[first:]:
-        return path
-    if path.name == os.pardir:
-        return Path(os.path.realpath(path))
-    return Path(os.path.realpath(path.parent), path.name)
 
 
 def _common_folder(inputs: Sequence[Path]) -> Path:
