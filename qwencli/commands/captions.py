@@ -68,8 +68,9 @@ class ProcessTimes:
 class _WritesNothing:
     """Keeps captions nowhere: they are printed."""
 
-    def write(self, outcomes: list[Outcome]) -> list[Outcome]:
-        return outcomes
+    def write(self, outcomes: list[Outcome], keep: Callable[[Outcome], None]) -> None:
+        for outcome in outcomes:
+            keep(outcome)
 
 
 class Captions:

@@ -118,8 +118,8 @@ class Stages:
 class Writer(Protocol):
     """Takes outcomes to where they are kept; all of it runs in one thread."""
 
-    def write(self, outcomes: list[Outcome]) -> list[Outcome]:
-        """Keep them; returns them as they are kept: what could not be written has failed.
+    def write(self, outcomes: list[Outcome], keep: Callable[[Outcome], None]) -> None:
+        """Keep them, and tell of each as it is kept: what could not be written has failed.
 
         Raises:
             QwenCliError: nothing can be kept any more.
@@ -305,7 +305,7 @@ class _WriterThread:
             if self._error is not None:
                 continue  # takes what is put, so that nobody waits for room
             try:
-                self._kept += self._writer.write(batch)
+                self._writer.write(batch, self._kept.append)
             except BaseException as error:  # noqa: BLE001 - raised again where outcomes are put
                 self._error = error
 
