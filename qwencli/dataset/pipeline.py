@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import os
 import queue
 import signal
@@ -106,6 +107,7 @@ class Stages:
         fault: what is wrong with an answer, None where it is good.
         format: the caption that is written, from the text of a good answer.
         attempts: how often a task is tried whose answers have faults.
+        name: what errors call an item.
     """
 
     open: Callable[[Item], VisualPart]
@@ -113,6 +115,7 @@ class Stages:
     fault: Callable[[Task, GenerationResult], CaptionError | None] = empty_answer
     format: Callable[[Task, str], str] = stripped
     attempts: int = 1
+    name: Callable[[Item], str] = operator.attrgetter("key")
 
 
 class Writer(Protocol):
@@ -235,7 +238,7 @@ def _request(stages: Stages, task: Task) -> GenerationRequest:
     except Exception as error:
         line = (str(error).strip() or "no message").splitlines()[0]
         raise InputError(
-            f"{task.item.key}: {type(error).__name__}: {line}",
+            f"{stages.name(task.item)}: {type(error).__name__}: {line}",
             "this is a fault of qwencli; report it with the picture",
         ) from error
 

@@ -106,6 +106,10 @@ class Listing:
     def path(self, item: Item) -> Path:
         return self.base / item.key
 
+    def name(self, item: Item) -> str:
+        """As the user would write it: a path, or an address."""
+        return item.part.url if isinstance(item.part, UrlPart) else str(self.path(item))
+
     def open(
         self, item: Item, frames: int | None = None, max_pixels: int | None = None
     ) -> VisualPart:
@@ -121,7 +125,7 @@ class Listing:
 
         if item.part is None:
             return open_visual(self.path(item), frames, max_pixels=max_pixels)
-        name = item.part.url if isinstance(item.part, UrlPart) else str(self.path(item))
+        name = self.name(item)
         return open_visual(item.part.read(name), frames, name=name, max_pixels=max_pixels)
 
 
@@ -237,6 +241,10 @@ class _Wanted:
         self._suffixes = PICTURE_SUFFIXES | VIDEO_SUFFIXES
         self._patterns = [glob_pattern(glob) for glob in globs]
 
+    @property
+    def is_narrowed(self) -> bool:
+        return bool(self._patterns)
+
     def __call__(self, below: str, name: str, suffix: str) -> bool:
         """Args: below: the path of its folder, with a slash behind it; or empty."""
         if suffix not in self._suffixes:
@@ -283,7 +291,7 @@ class _Walk:
             kind: of a file that nobody named, and which may be a table of something else.
         """
         key = self._key(str(path))
-        rows = is_table(path.name)
+        rows, before = is_table(path.name), len(self._keys)
         try:
             for name, part in (table_rows if rows else members)(path):
                 below = safe_key(name)
@@ -296,6 +304,8 @@ class _Walk:
                     self.add_part(f"{key}/{below}", part)
                 else:
                     self._listing.others[suffix] += 1
+            if kind is None and len(self._keys) == before and not self._wanted.is_narrowed:
+                raise NoPicturesError(f"{path} holds no picture or video", "leave it out")
         except NoPicturesError as error:
             if kind is None:
                 self._listing.refused.append((Item(key), error))
