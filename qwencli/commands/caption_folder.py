@@ -15,6 +15,7 @@ from qwencli.commands.caption_options import (
     CaptionJob,
     FolderOptions,
     caption_extension,
+    check_samples,
     overlay_folder,
     worker_devices,
 )
@@ -57,8 +58,7 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
             f"--existing {chosen.existing} and --schema exclude each other",
             "use --existing overwrite, or --samples for several answers",
         )
-    if chosen.samples > 1 and sampling.do_sample is False:
-        raise UsageError("--samples of --greedy are all the same", "give --temperature instead")
+    check_samples(chosen.samples, sampling)
     devices = worker_devices(chosen, run)
     with sink.status("listing pictures"):
         listing = list_inputs(
