@@ -290,30 +290,41 @@ class Manifest:
             return failed_rows(self._db, "" if paths.captions else paths.pictures)
 
     def take_over(self, other: Path, below: str) -> None:
-        """Copy all that the manifest of a folder in this one knows.
+        """Copy what the manifest of a folder in this one knows, and this one not or from before.
 
         Args:
             below: the path of its folder from this one's, with a slash behind it.
         """
+        columns = (*COLUMNS_1, "place", "in_part")
+        new_runs: dict[int, int | None] = {}
         with (
             closing(Manifest(other, SetPaths(name=self._paths.name), look_only=True)) as inner,
             self._transaction(),
         ):
-            db, new = inner._db, {}
-            for run, *row in db.execute("SELECT * FROM runs ORDER BY id").fetchall():
-                marks = ", ".join("?" * len(row))
-                cursor = self._db.execute(f"INSERT INTO runs VALUES (NULL, {marks})", row)
-                new[run] = cursor.lastrowid
-            prompts = db.execute("SELECT * FROM prompts").fetchall()
+            prompts = inner._db.execute("SELECT * FROM prompts")
             self._db.executemany("INSERT OR IGNORE INTO prompts VALUES (?, ?)", prompts)
-            columns = (*COLUMNS_1, "place", "in_part")
-            for row in db.execute(f"SELECT {', '.join(columns)} FROM captions").fetchall():
+            for row in inner._db.execute(f"SELECT {', '.join(columns)} FROM captions"):
                 known = dict(zip(columns, row, strict=True))
-                known["run"] = new.get(known["run"], 0)
                 for name in ("key", "place"):
                     path = posixpath.normpath(below + path_text(known[name]))
                     known[name] = stored_path(path)
+                slot = [known[name] for name in ("key", "field", "sample", "place")]
+                here = self._db.execute(f"SELECT time FROM captions {_WHERE}", slot).fetchone()
+                if here is not None and here[0] >= known["time"]:
+                    continue
+                run = known["run"]
+                if run not in new_runs:
+                    new_runs[run] = self._copy_run(inner, run)
+                known["run"] = new_runs[run]
                 self._db.execute(INSERT, tuple(known.values()))
+
+    def _copy_run(self, other: Manifest, run: int) -> int | None:
+        found = other._db.execute("SELECT * FROM runs WHERE id = ?", (run,)).fetchone()
+        if found is None:
+            return 0
+        row = found[1:]
+        marks = ", ".join("?" * len(row))
+        return self._db.execute(f"INSERT INTO runs VALUES (NULL, {marks})", row).lastrowid
 
     def matching(self, condition: str) -> set[Slot]:
         """The slots whose row of the view `entries` meets a condition, which can change nothing.

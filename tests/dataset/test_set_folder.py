@@ -251,3 +251,27 @@ def test_a_failure_is_none_where_there_is_a_caption_since(caption, pictures):
     (folder / "bad.txt").write_text("mine")
     assert caption(folder) == 0
     assert not failures(folder)
+
+
+def test_a_linked_folder_keeps_the_set_of_its_own(caption, pictures, engine, tmp_path):
+    folder, real = pictures("a.png"), pictures("b.png", folder="real")
+    (real / "b.txt").write_text("mine", encoding="utf-8")
+    try:
+        (folder / "door").symlink_to(real, target_is_directory=True)
+    except OSError:
+        pytest.skip("this system has no symbolic links")
+    assert caption(real, *APPEND, "--prompt", "One?") == 0
+    for _ in range(2):
+        assert caption(folder, "-r", *APPEND, "--prompt", "One?") == 0
+    assert engine.answered == 2
+    for _ in range(2):  # what is known here is newer than there
+        assert caption(folder, "-r", *APPEND, "--prompt", "Two?") == 0
+    assert engine.answered == 4
+    lock = held(real)
+    try:
+        assert caption(folder, "-r", *APPEND) == 1
+    finally:
+        lock.release()
+    assert manifests(real) == [".qwencli/manifest.sqlite"]
+    with closing(sqlite3.connect(folder / STATE_FOLDER / "manifest.sqlite")) as db:
+        assert db.execute("SELECT count(*) FROM runs").fetchone()[0] == 3
