@@ -90,17 +90,16 @@ def plan_work(
     work = Worklist(going_on=manifest.unfinished_run(job))
     for item, error in listing.refused:
         work.refused.append(Failed(Task(item, options.fields[0]), error))
-    wanted = _wanted_places(listing, options, paths)
-    there = paths.existing((name, slot) for _, places in wanted for name, slot in places)
-    owners = _known_owners(wanted, there, states, manifest)
+    wanted = _wanted_places(listing, options, paths, states)
+    there = paths.existing((name, slot) for _, places in wanted for name, slot, _ in places)
+    owners = _known_owners(wanted, there, manifest)
     for item, places in wanted:
         refusal = _taken_place(listing, item, places, owners)
         if refusal is not None:
             work.refused.append(Failed(Task(item, options.fields[0]), refusal))
             continue
-        for name, slot in places:
+        for name, slot, state in places:
             owners[_normcase(name)] = item.key
-            state = states.get((*slot, name))
             changed = state is not None and (
                 item.size != state.size or item.mtime_ns != state.mtime_ns
             )
@@ -121,11 +120,17 @@ def plan_work(
     return work
 
 
-# An item, and where its captions go.
-_Wanted = tuple[Item, list[tuple[str, Slot]]]
+# An item, where its captions go, and what became of them before.
+_Place = tuple[str, Slot, State | None]
+_Wanted = tuple[Item, list[_Place]]
 
 
-def _wanted_places(listing: Listing, options: WorklistOptions, paths: SinkPaths) -> list[_Wanted]:
+def _wanted_places(
+    listing: Listing,
+    options: WorklistOptions,
+    paths: SinkPaths,
+    states: Mapping[KnownSlot, State],
+) -> list[_Wanted]:
     kinds = [(name, sample) for name in options.fields for sample in range(options.samples)]
     if len({paths.name(Slot("x", *kind)) for kind in kinds}) < len(kinds):
         raise UsageError(
@@ -133,29 +138,30 @@ def _wanted_places(listing: Listing, options: WorklistOptions, paths: SinkPaths)
         )
     wanted: list[_Wanted] = []
     for item in listing.items:
-        slots = [Slot(item.key, *kind) for kind in kinds]
-        wanted.append((item, [(paths.name(slot), slot) for slot in slots]))
+        places: list[_Place] = []
+        for field_name, sample in kinds:
+            slot = Slot(item.key, field_name, sample)
+            name = paths.name(slot)
+            places.append((name, slot, states.get((*slot, name))))
+        wanted.append((item, places))
     return wanted
 
 
 def _known_owners(
-    wanted: Iterable[_Wanted],
-    there: Container[str],
-    states: Mapping[KnownSlot, State],
-    manifest: Manifest,
+    wanted: Iterable[_Wanted], there: Container[str], manifest: Manifest
 ) -> dict[str, str]:
     """Whose the captions are that are there, as far as the manifest knows: the pictures' keys, or
     their paths from the manifest's folder where they are others'."""
     owners: dict[str, str] = {}
     unknown: list[str] = []
     for item, places in wanted:
-        for name, slot in places:
-            if name in there:
-                state = states.get((*slot, name))
-                if state is not None and state.status == "done":
-                    owners[_normcase(name)] = item.key
-                else:
-                    unknown.append(name)
+        for name, _, state in places:
+            if name not in there:
+                continue
+            if state is not None and state.status == "done":
+                owners[_normcase(name)] = item.key
+            else:
+                unknown.append(name)
     others = manifest.owners() if unknown else {}
     for name in unknown:
         if name in others:
@@ -164,13 +170,10 @@ def _known_owners(
 
 
 def _taken_place(
-    listing: Listing,
-    item: Item,
-    places: Sequence[tuple[str, Slot]],
-    owners: Mapping[str, str],
+    listing: Listing, item: Item, places: Sequence[_Place], owners: Mapping[str, str]
 ) -> InputError | None:
     """Why an item cannot be captioned, where one of its captions would go to another's place."""
-    for name, _ in places:
+    for name, _, _ in places:
         owner = owners.get(_normcase(name), item.key)
         if owner != item.key:
             return InputError(

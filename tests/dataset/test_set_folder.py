@@ -275,3 +275,17 @@ def test_a_linked_folder_keeps_the_set_of_its_own(caption, pictures, engine, tmp
     assert manifests(real) == [".qwencli/manifest.sqlite"]
     with closing(sqlite3.connect(folder / STATE_FOLDER / "manifest.sqlite")) as db:
         assert db.execute("SELECT count(*) FROM runs").fetchone()[0] == 3
+
+
+@pytest.mark.parametrize("key", ["../evil.png", "x/../../evil.png", "{}/evil.png"])
+def test_a_manifest_that_came_with_a_set_writes_nothing_outside(caption, pictures, tmp_path, key):
+    folder = pictures("a.png")
+    assert caption(folder) == 0
+    key = key.format(tmp_path)
+    with closing(sqlite3.connect(folder / STATE_FOLDER / "manifest.sqlite")) as db, db:
+        db.execute(
+            "UPDATE captions SET status = 'writing', key = ?, place = ?",
+            (key, key.replace(".png", ".txt")),
+        )
+    assert caption(folder) == 0
+    assert not list(tmp_path.rglob("evil*"))
