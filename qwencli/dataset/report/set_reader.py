@@ -57,7 +57,7 @@ def read_set(folder: Path, caption_extension: str) -> tuple[Listing, list[Entry]
         raise InputError(f"{folder} is not a folder", "name the folder of the pictures")
     listing = list_inputs([str(folder)], Selection(recursive=True))
     sidecars = Sidecars(listing.base, caption_extension)
-    known, owners = _known(listing, manifest_name(sidecars.extension))
+    known, owners = _known(listing, sidecars)
     metadata = _metadata(folder / METADATA)
     failures = _failures(folder / FAILURES) if not known else {}
     listed = {item.key for item in listing.items}
@@ -92,13 +92,10 @@ def read_set(folder: Path, caption_extension: str) -> tuple[Listing, list[Entry]
     return listing, entries
 
 
-def _known(listing: Listing, name: str) -> tuple[dict[str, Entry], dict[str, str]]:
+def _known(listing: Listing, sidecars: Sidecars) -> tuple[dict[str, Entry], dict[str, str]]:
     """What manifests know of pictures: that of the caption files first, then of other outputs; and
-    whose the caption files are, by their names.
-
-    Args:
-        name: the manifest of the caption files.
-    """
+    whose the caption files are, by their names."""
+    name = manifest_name(sidecars.extension)
     folder = Path(os.path.realpath(listing.base))
     root = manifest_folder(folder, name)
     of_files = [root, *inner_sets(listing, folder, name)]
@@ -109,14 +106,22 @@ def _known(listing: Listing, name: str) -> tuple[dict[str, Entry], dict[str, str
     known: dict[str, Entry] = {}
     owners: dict[str, str] = {}
     for path in paths:
-        is_of_files = path.name == name
-        for key, entry in _manifest(path, folder, owners if is_of_files else {}).items():
+        files = sidecars if path.name == name else None
+        for key, entry in _manifest(path, folder, files, owners).items():
             known.setdefault(key, entry)
     return known, owners
 
 
-def _manifest(path: Path, folder: Path, owners: dict[str, str]) -> dict[str, Entry]:
-    """What a manifest knows, by paths from `folder`; adds to `owners`."""
+def _manifest(
+    path: Path, folder: Path, sidecars: Sidecars | None, owners: dict[str, str]
+) -> dict[str, Entry]:
+    """What a manifest knows, by paths from `folder`.
+
+    Args:
+        sidecars: where it is the manifest of caption files; those of them that are beside the
+            pictures are meant.
+        owners: gets whose the caption files are.
+    """
     if not path.is_file():
         return {}
     found: dict[str, Entry] = {}
@@ -131,9 +136,13 @@ def _manifest(path: Path, folder: Path, owners: dict[str, str]) -> dict[str, Ent
     try:
         for stored, field, sample, place, status, caption, reason, *facts in _rows(path):
             key = from_here(stored)
+            if sidecars is not None:
+                file = from_here(place)
+                if status == "done":
+                    owners.setdefault(file, key)
+                if file != sidecars.name(Slot(key, field, sample)):
+                    continue  # it went to another folder, with --output
             entry = found.get(key, Entry(key))
-            if status == "done":
-                owners.setdefault(from_here(place), key)
             if (field, sample) != (CAPTION, 0):
                 name = f"{field} {sample + 1}" if sample else field
                 text = caption if status == "done" else f"failed: {reason}"

@@ -210,3 +210,13 @@ def test_links_of_a_page_that_lies_behind_a_link(pictures, tmp_path, report):
         pytest.skip("this system has no symbolic links")
     assert report(folder, "--output", tmp_path / "door" / "r.html")[0] == 0
     assert '"link":"../../set/a.png"' in (tmp_path / "door" / "r.html").read_text(encoding="utf-8")
+
+
+def test_captions_that_went_elsewhere_are_not_those_of_the_folder(caption, pictures, report):
+    folder = pictures("a.png", "b.png")
+    assert caption(folder, "--glob", "a.png", "--prompt", "One?") == 0
+    assert caption(folder, "--prompt", "Two?", "--output", folder / "more") == 0
+    _, found, _ = report(folder, "--json")
+    rows = {row["path"]: row for row in found["captions"]}
+    assert rows["a.png"]["facts"]["prompt"] == "One?" and "edited" not in rows["a.png"]["facts"]
+    assert rows["b.png"]["caption"] is None
