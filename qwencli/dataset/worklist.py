@@ -92,14 +92,14 @@ def plan_work(
         work.refused.append(Failed(Task(item, options.fields[0]), error))
     wanted = _wanted_places(listing, options, paths, states)
     there = paths.existing((name, slot) for _, places in wanted for name, slot, _ in places)
-    owners = _known_owners(wanted, there, manifest)
+    owners, claims = _known_owners(wanted, there, manifest), dict[str, str]()
     for item, places in wanted:
-        refusal = _taken_place(listing, item, places, owners)
+        refusal = _taken_place(listing, item, places, owners, claims)
         if refusal is not None:
             work.refused.append(Failed(Task(item, options.fields[0]), refusal))
             continue
         for name, slot, state in places:
-            owners[_normcase(name)] = item.key
+            claims[_normcase(name)] = item.key
             changed = state is not None and (
                 item.size != state.size or item.mtime_ns != state.mtime_ns
             )
@@ -170,16 +170,27 @@ def _known_owners(
 
 
 def _taken_place(
-    listing: Listing, item: Item, places: Sequence[_Place], owners: Mapping[str, str]
+    listing: Listing,
+    item: Item,
+    places: Sequence[_Place],
+    owners: Mapping[str, str],
+    claims: Mapping[str, str],
 ) -> InputError | None:
-    """Why an item cannot be captioned, where one of its captions would go to another's place."""
+    """Why an item cannot be captioned, where one of its captions would go to another's place.
+
+    Args:
+        claims: what goes where in this run.
+    """
     for name, _, _ in places:
-        owner = owners.get(_normcase(name), item.key)
-        if owner != item.key:
-            return InputError(
-                f"{listing.path(item)}: {name} is the caption of {owner}",
-                "rename one of them, or write one file with --output captions.jsonl",
-            )
+        place = _normcase(name)
+        if owners.get(place, item.key) != item.key:
+            said = f"{listing.path(item)}: {name} is the caption of {owners[place]}"
+        elif claims.get(place, item.key) != item.key:
+            said = f"{listing.path(item)} and {claims[place]} want the same file, {name}"
+        else:
+            continue
+        hint = "rename one of them, or write one file with --output captions.jsonl"
+        return InputError(said, hint)
     return None
 
 

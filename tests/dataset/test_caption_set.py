@@ -139,7 +139,7 @@ def test_two_pictures_that_want_one_file(caption, pictures):
     assert caption(folder) == 1
     assert sorted(captions(folder)) == ["a.txt", "b.txt"]
     (row,) = failures(folder)
-    assert row["path"] == "a.png" and "a.txt is the caption of a.jpg" in row["reason"]
+    assert row["path"] == "a.png" and "want the same file, a.txt" in row["reason"]
     assert caption(folder) == 1
     # Once the other is gone, nothing stands in its way.
     (folder / "a.jpg").unlink()

@@ -178,7 +178,7 @@ def test_the_caption_of_a_twin_is_not_shown_as_the_refused_pictures(caption, pic
     rows = {row["path"]: row["caption"] for row in found["captions"]}
     assert rows["a.jpg"].startswith("A picture") and rows["a.png"] is None
     (failed,) = found["failed"]
-    assert failed["path"] == "a.png" and "is the caption of a.jpg" in failed["reason"]
+    assert failed["path"] == "a.png" and "a.jpg want the same file" in failed["reason"]
     # What nobody knows the owner of is read by trainers for both.
     (folder / "a.txt").unlink()
     assert caption(folder, "--glob", "none.*", "--existing", "skip") == 1
