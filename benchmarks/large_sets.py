@@ -110,17 +110,21 @@ def finished_set(folder: Path, files: int) -> None:
     manifest.begin(job_hash({}), {}, None)
     manifest.close()
     with contextlib.closing(sqlite3.connect(manifest.path)) as db, db:
-        rows = ((f"{name}.jpg", (folder / f"{name}.jpg").stat().st_mtime_ns) for name in names)
+        rows = (
+            (f"{name}.txt", f"{name}.jpg", (folder / f"{name}.jpg").stat().st_mtime_ns)
+            for name in names
+        )
         db.executemany(
-            "INSERT INTO captions (key, field, sample, status, caption, size, mtime_ns, run, time) "
-            "VALUES (?, 'caption', 0, 'done', 'A picture.', 0, ?, 1, '2026-01-01T00:00:00Z')",
+            "INSERT INTO captions "
+            "(place, key, field, sample, status, caption, size, mtime_ns, run, time) "
+            "VALUES (?, ?, 'caption', 0, 'done', 'A picture.', 0, ?, 1, '2026-01-01T00:00:00Z')",
             rows,
         )
 
 
 def listing(given: argparse.Namespace) -> None:
     from qwencli.dataset.caption_set import open_set
-    from qwencli.dataset.sinks import Sidecars
+    from qwencli.dataset.set_folder import output_place
     from qwencli.dataset.sources import Selection, list_inputs
     from qwencli.dataset.worklist import WorklistOptions
 
@@ -132,9 +136,8 @@ def listing(given: argparse.Namespace) -> None:
             times = [time.perf_counter(), time.process_time()]
             found = list_inputs([name], Selection(recursive=True))
             listed_s = time.perf_counter() - times[0]
-            with open_set(
-                found, folder, Sidecars(folder), WorklistOptions(), {}, look_only=True
-            ) as whole:
+            place = output_place(found, None, ".txt")
+            with open_set(found, place, WorklistOptions(), {}, look_only=True) as whole:
                 assert (whole.work.num_existing, len(whole.work.tasks)) == (given.files, 0)
             checked_s = time.perf_counter() - times[0]
             cpu_s = time.process_time() - times[1]

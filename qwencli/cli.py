@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
@@ -72,6 +73,10 @@ class _Root(TyperGroup):
         return [_plainly_read(each) for each in super().get_params(ctx)]
 
 
+# Options that take a path or a name; of other texts an empty one may well be meant.
+_NAMES = frozenset({"model", "schema", "overlay"})
+
+
 class _Command(TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
         return [_plainly_read(each) for each in super().get_params(ctx)]
@@ -81,9 +86,38 @@ def _load_command(name: str) -> Any:
     part, alone = command_of(name), typer.Typer(add_completion=False)
     if isinstance(part, typer.Typer):
         alone.add_typer(part, name=name)
-        return typer.main.get_group(alone).commands[name]
-    alone.command(name, cls=_Command)(part)
-    return typer.main.get_command(alone)
+        command = typer.main.get_group(alone).commands[name]
+    else:
+        alone.command(name, cls=_Command)(part)
+        command = typer.main.get_command(alone)
+    _refuse_empty_paths(command)
+    return command
+
+
+def _refuse_empty_paths(command: Any) -> None:
+    for parameter in command.params:
+        parameter.consume_value = functools.partial(_given, parameter, parameter.consume_value)
+    for part in getattr(command, "commands", {}).values():
+        _refuse_empty_paths(part)
+
+
+def _given(parameter: Any, consume: Any, context: Any, options: Any) -> Any:
+    """What was given for a parameter. A path that is empty would be the current folder.
+
+    Raises:
+        UsageError: it is empty, as from a variable that has no value.
+    """
+    value, source = consume(context, options)
+    kind = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
+    is_path = kind is Path or get_args(kind) == (Path,) or parameter.name in _NAMES
+    if (
+        is_path
+        and not context.resilient_parsing
+        and (value == "" or (isinstance(value, (list, tuple)) and "" in value))
+    ):
+        given = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.metavar
+        raise UsageError(f"{given} is empty", "check the variable that the shell put there")
+    return value, source
 
 
 def _plainly_read(parameter: Any) -> Any:

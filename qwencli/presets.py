@@ -16,12 +16,19 @@ PRESETS = {
 }
 
 
+def check_prompt(prompt: str | None) -> None:
+    """Raises UsageError for one with nothing in it."""
+    if prompt is not None and not prompt.strip():
+        raise UsageError("--prompt is empty", "say what to ask, or leave it out")
+
+
 def prompt_text(prompt: str | None, preset: str | None) -> str:
     """The text to send for `--prompt` and `--preset`, of which at most one is given.
 
     Raises:
-        UsageError: both are given, or the preset is unknown.
+        UsageError: both are given, the prompt is empty, or the preset is unknown.
     """
+    check_prompt(prompt)
     if prompt is not None and preset is not None:
         raise UsageError("--prompt and --preset exclude each other", "give one of them")
     if preset is None:

@@ -326,3 +326,42 @@ def test_an_interruption_while_modules_are_imported_is_no_traceback() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+def _paths_asked_for():
+    """Every option and argument of a path, with the words in front of it on a command line."""
+    from qwencli.cli import COMMANDS, _load_command
+
+    def of(command, words):
+        for parameter in command.params:
+            if "Path" in repr(getattr(parameter.type_descriptor, "annotation", None)):
+                flag = parameter.opts[0]
+                yield [*words, *([flag] if flag.startswith("-") else []), ""]
+        for name, part in getattr(command, "commands", {}).items():
+            yield from of(part, [*words, name])
+
+    return [each for name in COMMANDS for each in of(_load_command(name), [name])]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *_paths_asked_for(),
+        *(["caption", flag, ""] for flag in ("--model", "--schema", "--overlay")),
+    ],
+    ids=" ".join,
+)
+def test_an_empty_path_is_not_the_current_folder(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(words) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "is empty (check the variable" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_an_empty_prompt_is_one_line(capsys, tmp_path, prompt, more):
+    (tmp_path / "a.png").touch()
+    assert cli.run(["caption", str(tmp_path / "a.png"), "--prompt", prompt, *more]) == 2
+    assert "--prompt is empty" in capsys.readouterr().err

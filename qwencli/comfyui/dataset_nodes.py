@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 def caption_folder(values: Values) -> tuple[Any, ...]:
     from qwencli.dataset.caption_format import CaptionFormat
     from qwencli.dataset.caption_processor import CaptionConfig, CaptionProcessor
-    from qwencli.dataset.caption_set import open_set, output_place
+    from qwencli.dataset.caption_set import open_set
     from qwencli.dataset.caption_worker import LocalCaptioner
     from qwencli.dataset.pipeline import Captioned, Outcome
     from qwencli.dataset.prompting import Template, prompt_set
+    from qwencli.dataset.set_folder import output_place
     from qwencli.dataset.sources import Listing
     from qwencli.dataset.worklist import WorklistOptions
 
@@ -79,9 +80,7 @@ def caption_folder(values: Values) -> tuple[Any, ...]:
     }
     failed: list[str] = []
     last: list[GenerationResult] = []
-    with open_set(
-        listing, place.root, place.sink, options, settings, manifest_name=place.manifest
-    ) as whole:
+    with open_set(listing, place, options, settings) as whole:
         work, done = whole.work, 0
         tell = comfy_host.progress(max(1, len(work.tasks)))
 

@@ -94,7 +94,8 @@ def _caption(
     named = named_inputs(inputs, chosen.filelist)
     whole_set = is_set(named, chosen, frames)
     thinking, budget = thoughts(think, thinking_budget, run.sampling_options())
-    if thinking and (whole_set or options.is_used):
+    is_formatted = options.is_used or chosen.samples > 1
+    if thinking and (whole_set or is_formatted):
         if budget is None:
             raise UsageError(
                 "--think without a bound is for a few pictures in a plain prompt",
@@ -104,10 +105,11 @@ def _caption(
             raise UsageError("--starts-with and thinking exclude each other", "use one")
     if whole_set and multi_image:
         raise UsageError("--multi-image is for a few pictures", "leave it out for a folder")
-    if multi_image and options.is_used:
-        raise UsageError(f"{options.first_used} and --multi-image exclude each other", "use one")
-    job = CaptionJob(named, run, sink, system, frames, options.overlay, keep_s)
-    if whole_set or options.is_used:
+    if multi_image and is_formatted:
+        first = options.first_used or "--samples"
+        raise UsageError(f"{first} and --multi-image exclude each other", "use one")
+    job = CaptionJob(named, run, sink, system, frames, options.overlay, keep_s, chosen.samples)
+    if whole_set or is_formatted:
         config = build_caption_config(options, run, prompt, preset, budget)
         if whole_set:
             from qwencli.commands.caption_folder import caption_folder

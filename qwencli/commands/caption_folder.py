@@ -15,6 +15,7 @@ from qwencli.commands.caption_options import (
     CaptionJob,
     FolderOptions,
     caption_extension,
+    check_samples,
     overlay_folder,
     worker_devices,
 )
@@ -42,10 +43,11 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
     from qwencli.commands.requests import system_messages
     from qwencli.dataset.boxes import Overlays
     from qwencli.dataset.caption_processor import CaptionProcessor
-    from qwencli.dataset.caption_set import open_set, output_place
+    from qwencli.dataset.caption_set import open_set
     from qwencli.dataset.manifest import STATE_FOLDER
     from qwencli.dataset.pipeline import Stopper
     from qwencli.dataset.run_report import RunReport
+    from qwencli.dataset.set_folder import output_place
     from qwencli.dataset.sources import Listing, Selection, list_inputs
     from qwencli.dataset.worklist import WorklistOptions
 
@@ -56,8 +58,7 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
             f"--existing {chosen.existing} and --schema exclude each other",
             "use --existing overwrite, or --samples for several answers",
         )
-    if chosen.samples > 1 and sampling.do_sample is False:
-        raise UsageError("--samples of --greedy are all the same", "give --temperature instead")
+    check_samples(chosen.samples, sampling)
     devices = worker_devices(chosen, run)
     with sink.status("listing pictures"):
         listing = list_inputs(
@@ -93,7 +94,7 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
         caption_extension=extension,
     )
     processor.check_fields(listing.items)
-    folder = overlay_folder(caption_config, job.overlay, place.root / STATE_FOLDER / "overlays")
+    folder = overlay_folder(caption_config, job.overlay, place.folder / STATE_FOLDER / "overlays")
     overlays = Overlays(folder, functools.partial(where.open, frames=frames), sink.error)
 
     def tell(outcome: Outcome) -> None:
@@ -114,11 +115,9 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
     with (
         open_set(
             listing,
-            place.root,
-            place.sink,
+            place,
             worklist_options,
             settings,
-            manifest_name=place.manifest,
             redo=chosen.redo,
             look_only=chosen.dry_run,
         ) as whole,

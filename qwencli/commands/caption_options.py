@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from qwencli.commands.options import RunOptions, option
-from qwencli.config import Existing
+from qwencli.config import Existing, SamplingOptions
 from qwencli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -86,7 +86,13 @@ class FolderOptions:
 
     @property
     def is_used(self) -> bool:
-        return any(getattr(self, f.name) != f.default for f in fields(self))
+        return self.keeps_captions or self.samples != 1
+
+    @property
+    def keeps_captions(self) -> bool:
+        """Whether captions of files that are named are kept too: all but --samples asks for it."""
+        used = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        return bool(used - {"samples"})
 
 
 _shape = functools.partial(option, "Prompts and shape of captions")
@@ -167,6 +173,7 @@ class CaptionJob:
     """What every way of captioning needs: what was named, and what answers.
 
     Args:
+        samples: captions of each picture.
         keep_s: how long the engine stays loaded; 0 = it runs in this process.
     """
 
@@ -177,12 +184,18 @@ class CaptionJob:
     frames: int | None
     overlay: str | None
     keep_s: float
+    samples: int = 1
 
 
 def is_set(inputs: Sequence[str | StdinPart], chosen: FolderOptions, frames: int | None) -> bool:
     """Whether captions are to be kept beside the pictures, and not printed."""
-    return chosen.is_used or any(
-        isinstance(each, str) and (_is_folder(each, frames) or _is_shard(each)) for each in inputs
+    return (
+        not inputs
+        or chosen.keeps_captions
+        or any(
+            isinstance(each, str) and (_is_folder(each, frames) or _is_shard(each))
+            for each in inputs
+        )
     )
 
 
@@ -205,6 +218,12 @@ def _is_shard(named: str) -> bool:
     from qwencli.dataset.shards import is_shard
 
     return is_shard(named) and not os.path.isdir(named)
+
+
+def check_samples(samples: int, sampling: SamplingOptions) -> None:
+    """Raises UsageError where all would be the same."""
+    if samples > 1 and sampling.do_sample is False:
+        raise UsageError("--samples of --greedy are all the same", "give --temperature instead")
 
 
 def worker_devices(chosen: FolderOptions, run: RunOptions) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from qwencli.answer_report import (
     stats_line,
     unshown,
 )
-from qwencli.commands.caption_options import CaptionJob, overlay_folder
+from qwencli.commands.caption_options import CaptionJob, check_samples, overlay_folder
 from qwencli.commands.requests import (
     ANSWERING_ERRORS,
     OPENING_ERRORS,
@@ -68,8 +68,9 @@ class ProcessTimes:
 class _WritesNothing:
     """Keeps captions nowhere: they are printed."""
 
-    def write(self, outcomes: list[Outcome]) -> list[Outcome]:
-        return outcomes
+    def write(self, outcomes: list[Outcome], keep: Callable[[Outcome], None]) -> None:
+        for outcome in outcomes:
+            keep(outcome)
 
 
 class Captions:
@@ -190,6 +191,7 @@ class Captions:
         from qwencli.dataset.sources import CAPTION
 
         names, field = [outcome.task.item.key], outcome.task.field
+        sample = outcome.task.sample
         if isinstance(outcome, Failed):
             self._report(outcome.error, names)
             return
@@ -198,6 +200,7 @@ class Captions:
         if self.json:
             record = caption_record(outcome.result, names, self.model)
             record |= {"caption": outcome.caption} | ({} if field == CAPTION else {"field": field})
+            record |= {"sample": sample} if sample else {}
             self.sink.json_line(record)
         else:
             asked = "" if field == CAPTION else f"{field}: "
@@ -316,6 +319,8 @@ def print_captions(job: CaptionJob, config: CaptionConfig) -> None:
     from qwencli.dataset.sources import Item, Listing
 
     run, sink, frames = job.run, job.sink, job.frames
+    sampling = run.sampling_options()
+    check_samples(job.samples, sampling)
     named = {str(each): each for each in job.inputs}
     listing = Listing(Path(), [Item(name) for name in named])
     fields = config.prompts.fields
@@ -324,12 +329,17 @@ def print_captions(job: CaptionJob, config: CaptionConfig) -> None:
     processor = CaptionProcessor(
         config,
         listing,
-        run.sampling_options(),
+        sampling,
         lambda item: work.open(named[item.key], frames),
         system=system_messages(job.system),
     )
     processor.check_fields(listing.items)
-    tasks = [Task(item, name) for item in listing.items for name in fields]
+    tasks = [
+        Task(item, name, sample)
+        for item in listing.items
+        for name in fields
+        for sample in range(job.samples)
+    ]
     announce_model(spec, run, sink)
     overlays = Overlays(
         overlay_folder(config, job.overlay),

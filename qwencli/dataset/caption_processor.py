@@ -125,6 +125,7 @@ class CaptionProcessor:
     def stages(self) -> Stages:
         return Stages(
             open=self._open_item,
+            name=self._listing.name,
             ask=self.request,
             fault=self.fault,
             format=self.caption,
@@ -221,7 +222,7 @@ class CaptionProcessor:
             advice = CHANGES[found.kind].advice
             if found.kind is FaultKind.TRUNCATED and self.config.schema is not None:
                 advice += " or a schema with bounds"
-            return CaptionError(f"{task.item.key}: {found}", f"try {advice}")
+            return CaptionError(f"{self._listing.name(task.item)}: {found}", f"try {advice}")
         if self.config.boxes:
             size, resized = result.image_sizes[0], result.resized_sizes[0]
             found = boxes.in_pixels(found, size, resized, self._box_grid)

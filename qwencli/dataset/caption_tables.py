@@ -30,7 +30,8 @@ FILE_NAME, TEXT = "file_name", "text"
 _EVERY_S, _SHARE = 20.0, 0.05
 _ROWS = 4096
 Row = dict[str, Any]
-Columns = list[str]
+# A type of the file's kind for each name; None = text.
+Columns = Mapping[str, Any]
 Reader = Callable[[Path], contextlib.AbstractContextManager[tuple[Columns, Iterator[Row]]]]
 # What readers of such files raise where a file is not what its name says.
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error)
@@ -52,12 +53,18 @@ class Table:
                 f"--output {path} is no kind of file that is written",
                 f"end it in {', '.join(FORMATS)}; a folder takes a text file for each picture",
             )
-        self.path, self._file_name = path, file_name
+        self.path, self._path_of = path, file_name
+        self._is_json = path.suffix.lower() in (".jsonl", ".json")
         self._read, self._write = FORMATS[path.suffix.lower()]
         # Captions that the file held when this run began, and those that it does not hold yet.
         self._before: dict[Slot, str] = {}
         self._pending: dict[Slot, str] = {}
         self._flushed_s, self._took_s = time.monotonic(), 0.0
+
+    def _file_name(self, key: str) -> str:
+        """As the file has it, and as it is read from there again."""
+        name = self._path_of(key)
+        return name if self._is_json else _plain(name)
 
     def name(self, slot: Slot) -> str:
         return f"{self._file_name(slot.key)} ({column(slot)})"
@@ -107,8 +114,8 @@ class Table:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self._reading() as (columns, rows):
-                added = [name for row in new.values() for name in row]
-                self._write(partial, list(dict.fromkeys((*columns, *added))), _merged(rows, new))
+                added = dict.fromkeys(name for row in new.values() for name in row)
+                self._write(partial, {**columns, **added}, _merged(rows, new))
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             put_in_place(partial, self.path)
@@ -134,7 +141,7 @@ class Table:
     def _reading(self) -> Iterator[tuple[Columns, Iterator[Row]]]:
         try:
             if not self.path.exists():
-                yield [FILE_NAME, TEXT], iter(())
+                yield dict.fromkeys((FILE_NAME, TEXT)), iter(())
                 return
             with self._read(self.path) as (columns, rows):
                 yield columns, rows
@@ -178,7 +185,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[Columns, Iterator[Row]]]:
                 yield row
 
     with path.open(encoding="utf-8-sig") as file:
-        yield [], rows(file)
+        yield {}, rows(file)
 
 
 def _write_jsonl(path: Path, columns: Columns, rows: Iterable[Row]) -> None:
@@ -193,7 +200,7 @@ def _read_csv(path: Path) -> Iterator[tuple[Columns, Iterator[Row]]]:
         names = list(reader.fieldnames or ())
         if FILE_NAME not in names:
             raise ValueError(f"it has no column {FILE_NAME}")
-        yield names, iter(reader)
+        yield dict.fromkeys(names), iter(reader)
 
 
 def _write_csv(path: Path, columns: Columns, rows: Iterable[Row]) -> None:
@@ -220,21 +227,27 @@ def _write_csv(path: Path, columns: Columns, rows: Iterable[Row]) -> None:
 @contextlib.contextmanager
 def _read_parquet(path: Path) -> Iterator[tuple[Columns, Iterator[Row]]]:
     with pyarrow_parquet(str(path)).ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if FILE_NAME not in names:
+        columns = {column.name: column.type for column in file.schema_arrow}
+        if FILE_NAME not in columns:
             raise ValueError(f"it has no column {FILE_NAME}")
-        yield names, (row for batch in file.iter_batches(_ROWS) for row in batch.to_pylist())
+        yield columns, (row for batch in file.iter_batches(_ROWS) for row in batch.to_pylist())
 
 
 def _write_parquet(path: Path, columns: Columns, rows: Iterable[Row]) -> None:
     parquet = pyarrow_parquet(str(path))
     import pyarrow
 
-    schema = pyarrow.schema([(name, pyarrow.string()) for name in columns])
+    schema = pyarrow.schema([(name, kind or pyarrow.string()) for name, kind in columns.items()])
     with parquet.ParquetWriter(path, schema) as writer:
         rows = iter(rows)
         while some := list(itertools.islice(rows, _ROWS)):
-            plain = [{name: _as_text(row.get(name)) for name in columns} for row in some]
+            plain = [
+                {
+                    name: row.get(name) if kind else _as_text(row.get(name))
+                    for name, kind in columns.items()
+                }
+                for row in some
+            ]
             writer.write_table(pyarrow.Table.from_pylist(plain, schema))
 
 
@@ -250,7 +263,7 @@ def _read_kohya(path: Path) -> Iterator[tuple[Columns, Iterator[Row]]]:
             about = {CAPTION: about} if isinstance(about, str) else dict(about)
             yield {FILE_NAME: name, **_renamed(about, CAPTION, TEXT)}
 
-    yield [], rows()
+    yield {}, rows()
 
 
 def _write_kohya(path: Path, columns: Columns, rows: Iterable[Row]) -> None:

@@ -46,6 +46,10 @@ class FaultKind(StrEnum):
     SCHEMA = "schema"
 
 
+# Of what is quoted of the end of an answer.
+_END_CHARACTERS = 80
+
+
 @dataclass(frozen=True)
 class Fault:
     """What is wrong with an answer; `evidence` quotes it, in at most 120 characters."""
@@ -126,8 +130,8 @@ class Guards:
         if reason is None and not cut:
             return text
         if answer.finish_reason == "length":
-            return Fault(FaultKind.TRUNCATED, _quoted(text[-60:]))
-        return Fault(FaultKind.SCHEMA, (reason or "")[:120])
+            return Fault(FaultKind.TRUNCATED, _end_of(text))
+        return Fault(FaultKind.SCHEMA, _quoted(reason or ""))
 
     def _first(self, answer: Answer, guards: Mapping[FaultKind, Guard]) -> Fault | None:
         for kind, guard in guards.items():
@@ -297,7 +301,16 @@ def _truncated(answer: Answer, text: str) -> Fault | None:
     # The limit may fall where a sentence ends; a list of tags shows nowhere that it is whole.
     if answer.finish_reason != "length" or (ends_whole(text) and not is_tag_list(text)):
         return None
-    return Fault(FaultKind.TRUNCATED, f"... {text[-80:]}")
+    return Fault(FaultKind.TRUNCATED, _end_of(text))
+
+
+def _end_of(text: str) -> str:
+    """The last words of a text, in one line."""
+    line = " ".join(text.split())
+    if len(line) <= _END_CHARACTERS:
+        return line
+    end = line[-_END_CHARACTERS:]
+    return f"... {end.partition(' ')[2] or end}"
 
 
 # In this order: what comes first explains what comes after it.

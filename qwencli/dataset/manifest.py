@@ -1,8 +1,8 @@
 """What is known of every caption of a set, on disk: where it came from, or why there is none.
 
-An SQLite database in the folder `.qwencli` beside the captions. A caption is `writing` before its
-file is touched and `done` after the file is on disk, so a run that was killed between the two is
-put right by the next one without asking a model again.
+An SQLite database in a folder `.qwencli`; `set_folder` says in which. A caption is `writing` before
+its file is touched and `done` after the file is on disk, so a run that was killed between the two
+is put right by the next one without asking a model again.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,46 +22,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwencli import __version__
+from qwencli.dataset.manifest_schema import (
+    COLUMNS_1,
+    INSERT,
+    SetPaths,
+    StoredPath,
+    failed_rows,
+    make_ready,
+    open_to_read,
+    path_text,
+    stored_path,
+)
 from qwencli.dataset.pipeline import Captioned, Failed
 from qwencli.dataset.sources import Slot
 from qwencli.errors import DatasetError, OutputError, UsageError
 from qwencli.output import visible
 
 STATE_FOLDER = ".qwencli"
-VERSION = 1
 # A condition of --redo that is not through after so long joins the set with itself.
 _REDO_S = 20.0
 _READING = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION)
-# Keys with bytes that are no UTF-8 are stored as bytes.
-StoredKey = str | bytes
+# A `Slot`, and the name of its place.
+KnownSlot = tuple[str, str, int, str]
 
-_SCHEMA = """
-CREATE TABLE runs (
-    id INTEGER PRIMARY KEY, job TEXT NOT NULL, started TEXT NOT NULL, ended TEXT, outcome TEXT,
-    version TEXT NOT NULL, settings TEXT NOT NULL, model TEXT, revision TEXT, engine TEXT,
-    quantization TEXT, attention TEXT, cache TEXT, kernels TEXT, device TEXT, dtype TEXT
-);
-CREATE TABLE prompts (hash TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE captions (
-    key NOT NULL, field TEXT NOT NULL, sample INTEGER NOT NULL, status TEXT NOT NULL,
-    caption TEXT, written TEXT, kept TEXT, reason TEXT, hint TEXT, size INTEGER, mtime_ns INTEGER,
-    run INTEGER NOT NULL, time TEXT NOT NULL, prompt_hash TEXT, seed INTEGER, attempts INTEGER,
-    finish_reason TEXT, num_prompt_tokens INTEGER, num_image_tokens INTEGER,
-    num_new_tokens INTEGER, e2e_s REAL, PRIMARY KEY (key, field, sample)
-) WITHOUT ROWID;
-CREATE VIEW entries AS SELECT
-    c.key AS path, c.field, c.sample, c.status, c.caption, length(c.caption) AS characters,
-    c.reason, c.size, c.mtime_ns, c.time, c.seed, c.attempts, c.finish_reason,
-    c.num_prompt_tokens, c.num_image_tokens, c.num_new_tokens, c.num_new_tokens AS tokens, c.e2e_s,
-    c.prompt_hash, p.text AS prompt, r.id AS run, r.version, r.settings, r.model, r.revision,
-    r.engine, r.quantization, r.attention, r.cache, r.kernels, r.device, r.dtype
-FROM captions c LEFT JOIN runs r ON r.id = c.run LEFT JOIN prompts p ON p.hash = c.prompt_hash;
-"""
-_INSERT = """INSERT OR REPLACE INTO captions (
-    key, field, sample, status, caption, written, kept, reason, hint, size, mtime_ns, run, time,
-    prompt_hash, seed, attempts, finish_reason, num_prompt_tokens, num_image_tokens,
-    num_new_tokens, e2e_s
-) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"""
+_WHERE = "WHERE key = ? AND field = ? AND sample = ? AND place = ?"
 
 
 class State(NamedTuple):
@@ -113,58 +98,65 @@ class Manifest:
     """The database of one set. One process writes it at a time.
 
     Args:
-        below: what stands in front of this run's keys here: the folder of its pictures, from the
-            one that captions go to. Pictures of several folders may have captions in one place;
-            only those of this one are looked at.
+        paths: of this run's captions, whose rows alone are looked at where nothing else is said.
+        look_only: a copy in memory; nothing is written. The file need not be there.
 
     Raises:
-        DatasetError: the file is damaged, or of a newer version.
+        DatasetError: the file is damaged, of a newer version, or something else.
         OutputError: it cannot be written.
     """
 
-    def __init__(self, path: Path, below: str = "") -> None:
-        self._below = below
+    def __init__(
+        self, path: Path, paths: SetPaths | None = None, *, look_only: bool = False
+    ) -> None:
+        self._paths = paths or SetPaths()
         self.path = path
         self._run = 0
         # One thread writes captions while another hears what more runs.
         self._lock = threading.RLock()
         with self._failing():
             # The thread that writes is not the one that reads before and after.
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            # What a file holds and the manifest does not know must not come back after a power cut.
-            self._db.execute("PRAGMA synchronous = FULL")
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version > VERSION:
+            self._db = sqlite3.connect(
+                ":memory:" if look_only else path, check_same_thread=False, isolation_level=None
+            )
+            try:
+                if look_only and path.is_file():
+                    with open_to_read(path) as db:
+                        db.backup(self._db)
+                make_ready(self._db, self.path, self._paths)
+            except BaseException:
                 self._db.close()
-                raise DatasetError(
-                    f"{path} was written by a newer qwencli", "update qwencli, or move the file"
-                )
-            if version == 0:
-                with self._transaction():
-                    for statement in _SCHEMA.split(";\n"):
-                        self._db.execute(statement)
-                    self._db.execute(f"PRAGMA user_version = {VERSION}")
+                raise
 
     def close(self) -> None:
         self._db.close()
 
-    def states(self) -> dict[Slot, State]:
+    @property
+    def folder(self) -> Path:
+        """The one that paths in it begin at."""
+        return self.path.parent.parent
+
+    def states(self) -> dict[KnownSlot, State]:
+        """What became of this run's slots, and of others whose paths begin as theirs."""
+        pictures, captions = self._paths.pictures, self._paths.captions
         with self._failing():
             jobs = dict(self._db.execute("SELECT id, job FROM runs"))
             rows = self._db.execute(
-                "SELECT key, field, sample, status, run, size, mtime_ns, reason, attempts "
+                "SELECT key, field, sample, place, status, run, size, mtime_ns, reason, attempts "
                 "FROM captions"
             )
-            return {
-                Slot(key, field, sample): State(status, run, jobs.get(run, ""), *rest)
-                for key, field, sample, status, run, *rest in self._own(rows)
-            }
+            found = {}
+            for key, field, sample, place, status, run, *rest in rows:
+                key, place = path_text(key), path_text(place)
+                if key.startswith(pictures) and place.startswith(captions):
+                    slot = key[len(pictures) :], field, sample, place[len(captions) :]
+                    found[slot] = State(status, run, jobs.get(run, ""), *rest)
+        return found
 
     def unfinished_writes(self) -> list[UnfinishedWrite]:
         with self._failing():
             rows = self._db.execute(
-                "SELECT key, field, sample, coalesce(written, caption), kept "
+                "SELECT key, field, sample, place, coalesce(written, caption), kept "
                 "FROM captions WHERE status = 'writing'"
             )
             return [
@@ -218,7 +210,13 @@ class Manifest:
         prompts = {_digest(prompt): visible(prompt, several_lines=True) for prompt in asked}
         with self._transaction():
             self._db.executemany("INSERT OR IGNORE INTO prompts VALUES (?, ?)", prompts.items())
-            self._db.executemany(_INSERT, [self._row(each, status, now) for each in captions])
+            # Of a picture that is gone, or it would not be written there.
+            self._db.executemany(
+                "DELETE FROM captions WHERE place = ?4 AND status != 'failed' "
+                "AND NOT (key = ?1 AND field = ?2 AND sample = ?3)",
+                [self._stored(each.captioned.task.slot) for each in captions],
+            )
+            self._db.executemany(INSERT, [self._row(each, status, now) for each in captions])
 
     def mark_done(
         self, done: Iterable[Slot], failed: Sequence[Failed] = (), refused: Sequence[Failed] = ()
@@ -227,17 +225,17 @@ class Manifest:
         now = _now()
         with self._transaction():
             self._db.executemany(
-                "UPDATE captions SET status = 'done' WHERE key = ? AND field = ? AND sample = ?",
+                f"UPDATE captions SET status = 'done' {_WHERE}",
                 [self._stored(slot) for slot in done],
             )
             rows = [self._failure(each, now, each.task.attempt + 1) for each in failed]
             rows += [self._failure(each, now, 0) for each in refused]
-            self._db.executemany(_INSERT, rows)
+            self._db.executemany(INSERT, rows)
 
     def forget(self, slots: Iterable[Slot]) -> None:
         with self._transaction():
             self._db.executemany(
-                "DELETE FROM captions WHERE key = ? AND field = ? AND sample = ?",
+                f"DELETE FROM captions {_WHERE}",
                 [self._stored(slot) for slot in slots],
             )
 
@@ -245,23 +243,88 @@ class Manifest:
         """What is done, and its text, in the order of keys."""
         with self._failing():
             rows = self._db.execute(
-                "SELECT key, field, sample, coalesce(written, caption) FROM captions "
+                "SELECT key, field, sample, place, coalesce(written, caption) FROM captions "
                 "WHERE status = 'done' ORDER BY key, field, sample"
             )
             for key, field, sample, text in self._own(rows):
                 yield Slot(key, field, sample), text
 
-    def failures(self) -> Iterator[dict[str, Any]]:
-        """What failed, as the rows of failures.jsonl. Pictures of other folders, whose captions go
-        to the same place, have paths from there on."""
+    def owners(self) -> dict[str, str]:
+        """Whose the captions are that are done, by the names of their places in this run: paths of
+        pictures that are there, from the manifest's folder."""
+        before, folder = self._paths.captions, self.folder
         with self._failing():
-            for key, *rest in self._db.execute(
-                "SELECT key, field, sample, reason, hint, time, attempts FROM captions "
-                "WHERE status = 'failed' ORDER BY key, field, sample"
-            ):
-                names = ("field", "sample", "reason", "hint", "time", "attempts")
-                path = _key(key).removeprefix(self._below)
-                yield {"path": path, **dict(zip(names, rest, strict=True))}
+            rows = self._db.execute(
+                "SELECT place, key, in_part FROM captions WHERE status != 'failed'"
+            )
+            found = {path_text(place): (path_text(key), in_part) for place, key, in_part in rows}
+        return {
+            place[len(before) :]: key
+            for place, (key, in_part) in found.items()
+            if place.startswith(before) and (in_part or os.path.lexists(folder / key))
+        }
+
+    def forget_gone(self, listed: Container[str]) -> None:
+        """Forget failures of earlier runs whose picture is neither there nor `listed`, by its key
+        in this run."""
+        folder, pictures = self.folder, self._paths.pictures
+        with self._transaction():
+            rows = self._db.execute(
+                "SELECT key, field, sample, place FROM captions "
+                "WHERE status = 'failed' AND run != ? AND NOT in_part",
+                (self._run,),
+            ).fetchall()
+            gone = [
+                row
+                for row in rows
+                if not os.path.lexists(folder / path_text(row[0]))
+                and path_text(row[0]).removeprefix(pictures) not in listed
+            ]
+            self._db.executemany(f"DELETE FROM captions {_WHERE}", gone)
+
+    def failures(self) -> list[dict[str, Any]]:
+        """What failed, as the rows of failures.jsonl. Paths are from the folder that captions go
+        to; of pictures of this run from their own, where this is the manifest's."""
+        paths = self._paths
+        with self._failing():
+            return failed_rows(self._db, "" if paths.captions else paths.pictures)
+
+    def take_over(self, other: Path, below: str) -> None:
+        """Copy what the manifest of a folder in this one knows, and this one not or from before.
+
+        Args:
+            below: the path of its folder from this one's, with a slash behind it.
+        """
+        columns = (*COLUMNS_1, "place", "in_part")
+        new_runs: dict[int, int | None] = {}
+        with (
+            closing(Manifest(other, SetPaths(name=self._paths.name), look_only=True)) as inner,
+            self._transaction(),
+        ):
+            prompts = inner._db.execute("SELECT * FROM prompts")
+            self._db.executemany("INSERT OR IGNORE INTO prompts VALUES (?, ?)", prompts)
+            for row in inner._db.execute(f"SELECT {', '.join(columns)} FROM captions"):
+                known = dict(zip(columns, row, strict=True))
+                for name in ("key", "place"):
+                    path = posixpath.normpath(below + path_text(known[name]))
+                    known[name] = stored_path(path)
+                slot = [known[name] for name in ("key", "field", "sample", "place")]
+                here = self._db.execute(f"SELECT time FROM captions {_WHERE}", slot).fetchone()
+                if here is not None and here[0] >= known["time"]:
+                    continue
+                run = known["run"]
+                if run not in new_runs:
+                    new_runs[run] = self._copy_run(inner, run)
+                known["run"] = new_runs[run]
+                self._db.execute(INSERT, tuple(known.values()))
+
+    def _copy_run(self, other: Manifest, run: int) -> int | None:
+        found = other._db.execute("SELECT * FROM runs WHERE id = ?", (run,)).fetchone()
+        if found is None:
+            return 0
+        row = found[1:]
+        marks = ", ".join("?" * len(row))
+        return self._db.execute(f"INSERT INTO runs VALUES (NULL, {marks})", row).lastrowid
 
     def matching(self, condition: str) -> set[Slot]:
         """The slots whose row of the view `entries` meets a condition, which can change nothing.
@@ -271,15 +334,16 @@ class Manifest:
                 too long.
         """
         until = time.monotonic() + _REDO_S
-        address = self.path.absolute().as_uri() + "?mode=ro"
-        with closing(sqlite3.connect(address, uri=True)) as db:
+        with closing(sqlite3.connect(":memory:")) as db:
+            with self._failing():
+                self._db.backup(db)
             columns = [row[1] for row in db.execute("PRAGMA table_info(entries)")]
             db.set_authorizer(_only_read)
             db.set_progress_handler(lambda: time.monotonic() > until, 100_000)
             try:
                 # On lines of its own: a comment in it ends there.
                 rows = db.execute(
-                    f"SELECT path, field, sample FROM entries WHERE (\n{condition}\n)"
+                    f"SELECT path, field, sample, place FROM entries WHERE (\n{condition}\n)"
                 ).fetchall()
             except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
                 raise UsageError(
@@ -296,38 +360,43 @@ class Manifest:
         captioned = written.captioned
         task, result = captioned.task, captioned.result
         text = None if written.text == captioned.caption else written.text
+        *key, place = self._stored(task.slot)
         return (
-            *(self._stored(task.slot)), status, captioned.caption, text, written.kept, None, None,
+            *key, status, captioned.caption, text, written.kept, None, None,
             task.item.size, task.item.mtime_ns, self._run, now, _digest(captioned.prompt),
             captioned.seed, task.attempt + 1, result.finish_reason, result.num_prompt_tokens,
             result.num_image_tokens, result.num_new_tokens, result.timings.e2e_s,
+            place, task.item.part is not None,
         )  # fmt: skip
 
     def _failure(self, failed: Failed, now: str, attempts: int) -> tuple[Any, ...]:
         task, error = failed.task, failed.error
+        *key, place = self._stored(task.slot)
         return (
-            *(self._stored(task.slot)), "failed", None, None, None, visible(error.message),
+            *key, "failed", None, None, None, visible(error.message),
             visible(error.hint),
             task.item.size, task.item.mtime_ns, self._run, now, None, None, attempts,
-            *[None] * 5,
+            *[None] * 5, place, task.item.part is not None,
         )  # fmt: skip
 
-    def _stored(self, slot: Slot) -> tuple[StoredKey, str, int]:
-        key = self._below + slot.key
-        try:
-            key.encode()
-        except UnicodeEncodeError:
-            return os.fsencode(key), slot.field, slot.sample
-        return key, slot.field, slot.sample
+    def _stored(self, slot: Slot) -> tuple[StoredPath, str, int, StoredPath]:
+        key, place = self._paths.pictures + slot.key, self._paths.place(slot)
+        return stored_path(key), slot.field, slot.sample, stored_path(place)
 
     def _own(self, rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-        """Those of this run's folder, with their keys as it has them."""
-        below = self._below
-        for key, *rest in rows:
+        """Those of this run's captions, with their keys as it has them."""
+        below, place_of = self._paths.pictures, self._paths.place
+        for key, field, sample, place, *rest in rows:
             if type(key) is not str:
-                key = _key(key)
-            if not below or key.startswith(below):
-                yield key[len(below) :], *rest
+                key = path_text(key)
+            if not key.startswith(below):
+                continue
+            key = key[len(below) :]
+            # A manifest that came with a data set may say anything: nothing outside is written.
+            if key.startswith(("../", "/")) or "/../" in key:
+                continue
+            if place_of(Slot(key, field, sample)) == path_text(place):
+                yield key, field, sample, *rest
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -345,6 +414,10 @@ class Manifest:
         try:
             yield
         except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:
+                raise DatasetError(
+                    f"{self.path} is a database of something else: {error}", "move it away"
+                ) from error
             raise OutputError(
                 f"{self.path} cannot be written: {error}",
                 "free space, change the permissions, or name another place with --output",
@@ -359,10 +432,6 @@ class Manifest:
 def _only_read(action: int, *about: str | None) -> int:
     """SQLite's authorizer: reading the tables, and its own harmless functions."""
     return sqlite3.SQLITE_OK if action in _READING else sqlite3.SQLITE_DENY
-
-
-def _key(stored: StoredKey) -> str:
-    return stored if isinstance(stored, str) else os.fsdecode(stored)
 
 
 def _digest(text: str) -> str:

@@ -129,3 +129,14 @@ def local_path(path: Path) -> Path:
         f"{found['scheme']}://{found['rest']}: an address of the web is not opened",
         "download the file and give its path",
     )
+
+
+def without_inner_dots(path: Path) -> Path:
+    """The same path without a `..` behind the name of a folder, which may be a link."""
+    parts = path.parts
+    first = next((n for n, part in enumerate(parts) if part != os.pardir), len(parts))
+    if os.pardir not in parts[first:]:
+        return path
+    if path.name == os.pardir:
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path.parent), path.name)

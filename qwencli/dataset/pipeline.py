@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import os
 import queue
 import signal
@@ -106,6 +107,7 @@ class Stages:
         fault: what is wrong with an answer, None where it is good.
         format: the caption that is written, from the text of a good answer.
         attempts: how often a task is tried whose answers have faults.
+        name: what errors call an item.
     """
 
     open: Callable[[Item], VisualPart]
@@ -113,13 +115,14 @@ class Stages:
     fault: Callable[[Task, GenerationResult], CaptionError | None] = empty_answer
     format: Callable[[Task, str], str] = stripped
     attempts: int = 1
+    name: Callable[[Item], str] = operator.attrgetter("key")
 
 
 class Writer(Protocol):
     """Takes outcomes to where they are kept; all of it runs in one thread."""
 
-    def write(self, outcomes: list[Outcome]) -> list[Outcome]:
-        """Keep them; returns them as they are kept: what could not be written has failed.
+    def write(self, outcomes: list[Outcome], keep: Callable[[Outcome], None]) -> None:
+        """Keep them, and tell of each as it is kept: what could not be written has failed.
 
         Raises:
             QwenCliError: nothing can be kept any more.
@@ -235,7 +238,7 @@ def _request(stages: Stages, task: Task) -> GenerationRequest:
     except Exception as error:
         line = (str(error).strip() or "no message").splitlines()[0]
         raise InputError(
-            f"{task.item.key}: {type(error).__name__}: {line}",
+            f"{stages.name(task.item)}: {type(error).__name__}: {line}",
             "this is a fault of qwencli; report it with the picture",
         ) from error
 
@@ -305,7 +308,7 @@ class _WriterThread:
             if self._error is not None:
                 continue  # takes what is put, so that nobody waits for room
             try:
-                self._kept += self._writer.write(batch)
+                self._writer.write(batch, self._kept.append)
             except BaseException as error:  # noqa: BLE001 - raised again where outcomes are put
                 self._error = error
 

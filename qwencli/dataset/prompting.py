@@ -24,7 +24,7 @@ from typing import Any
 from qwencli.dataset.hints import HINT_FIELDS, NAME, PATH_FIELDS
 from qwencli.dataset.sources import CAPTION
 from qwencli.errors import InputError, UsageError
-from qwencli.presets import PRESETS
+from qwencli.presets import PRESETS, check_prompt
 
 MAX_PROMPT_FILE_BYTES = 4 << 20
 
@@ -202,7 +202,8 @@ def prompt_set(
         seed: None and -1 are as 0: pictures must be asked the same when a run is resumed.
 
     Raises:
-        UsageError: options that exclude each other, an unknown preset, a field named twice.
+        UsageError: options that exclude each other, an empty prompt, an unknown preset, or a
+            field named twice.
         InputError: the prompt file cannot be read or holds something else.
     """
     said = [
@@ -216,6 +217,7 @@ def prompt_set(
     ]
     if len(said) > 1:
         raise UsageError(f"{said[0]} and {said[1]} exclude each other", "give one of them")
+    check_prompt(prompt)
     asked: dict[str, Sequence[Weighted]] = {}
     if prompt is not None:
         asked[CAPTION] = [Weighted(Template(prompt, "--prompt"), 1.0)]

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Self
 
 from qwencli.answer_report import caption_record, failure_record, stats_line
@@ -17,12 +18,14 @@ from qwencli.dataset.caption_processor import CaptionProcessor
 from qwencli.dataset.caption_set import CaptionSet
 from qwencli.dataset.pipeline import Captioned, Outcome
 from qwencli.dataset.progress import Progress, duration, keep_rate, kept_rate
-from qwencli.errors import InputError, StoppedError
+from qwencli.errors import InputError, OutputError, QwenCliError, StoppedError
 from qwencli.output import Output, counted
 from qwencli.tracing import trace_answer
 
 # Pictures whose questions a dry run shows.
 SHOWN_QUESTIONS = 3
+# Failures that are listed where their file cannot be written.
+MOST_LISTED = 100
 
 
 class RunReport:
@@ -49,6 +52,7 @@ class RunReport:
         self._json, self._stats = json, stats
         # What was done otherwise than asked for, by kind: as it was said first, and of what.
         self._notes: dict[str, tuple[str, list[str]]] = {}
+        self._told = self._looks_only = self._unwritten = False
         self.device = ""
         self.progress = Progress(
             len(whole.work.tasks), sink, lambda snapshot: self._event("progress", asdict(snapshot))
@@ -56,6 +60,7 @@ class RunReport:
 
     def begin(self, suffix: str, *, dry_run: bool) -> None:
         work, listing = self._whole.work, self._whole.listing
+        self._looks_only = dry_run
         self._sink.notice(*_counts(self._whole, suffix))
         count = len(work.tasks)
         rate = kept_rate(self._computes)
@@ -111,7 +116,6 @@ class RunReport:
             StoppedError: the user ended it.
         """
         whole, totals = self._whole, self._whole.totals
-        failures = whole.write_failures()
         keep_rate(self._computes, totals.captioned, totals.seconds, self.device)
         speed = totals.captioned / totals.seconds if totals.seconds else 0.0
         tokens = totals.num_new_tokens / totals.seconds if totals.seconds else 0.0
@@ -121,25 +125,58 @@ class RunReport:
             line += f" in {duration(totals.seconds)} ({speed:.1f} captions/s, {tokens:.0f} tok/s"
             line += f", GPU busy {gpu:.0f}%)" if gpu is not None else ")"
         self._sink.notice(line)
+        before = len(whole.work.failed_before)
+        if before and not totals.failed:
+            failed = counted(
+                before, "caption that failed before is", "captions that failed before are"
+            )
+            self._sink.notice(f"exit code 1: {failed} not tried again (--retry-failed does)")
         for note, names in self._notes.values():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             self._sink.notice(f"note: {names[0]}{more}: {note}")
-        if failures is not None:
-            self._sink.notice(f"what failed, and why: {failures} (--retry-failed tries again)")
+        failures = self._tell_failures()
         about = {**asdict(totals), "captions_per_s": speed, "tok_per_s": tokens}
         about |= {"gpu_percent": gpu, "failures": failures and str(failures)}
         self._event("end", about)
         if totals.stopped:
             raise self._stopped()
-        return not (totals.failed or whole.work.failed_before)
+        return not (totals.failed or before or self._unwritten)
+
+    def _tell_failures(self) -> Path | None:
+        """Write failures.jsonl and say where it is; where it cannot be written, list them here."""
+        if self._told or self._looks_only:
+            return None
+        self._told = True
+        try:
+            path = self._whole.write_failures()
+        except OutputError as error:
+            self._unwritten = True
+            self._sink.error(error)
+            rows = self._whole.manifest.failures()
+            for row in rows[:MOST_LISTED]:
+                self._sink.report(f"failed: {row['path']} ({row['field']}): {row['reason']}")
+            if len(rows) > MOST_LISTED:
+                self._sink.report(f"and {len(rows) - MOST_LISTED} more that failed")
+            return None
+        if path is not None:
+            self._sink.notice(f"what failed, and why: {path} (--retry-failed tries again)")
+        return path
 
     @contextmanager
     def telling(self) -> Iterator[Self]:
-        """Raises StoppedError for a Ctrl-C that no `Stopper` sees, as while the model loads."""
+        """Tells of failures however the run ends.
+
+        Raises:
+            StoppedError: for a Ctrl-C that no `Stopper` sees, as while the model loads.
+        """
         try:
             yield self
         except KeyboardInterrupt as error:
+            self._tell_failures()
             raise self._stopped() from error
+        except QwenCliError:
+            self._tell_failures()
+            raise
 
     def _stopped(self) -> StoppedError:
         captioned, count = self._whole.totals.captioned, len(self._whole.work.tasks)

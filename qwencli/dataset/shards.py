@@ -42,7 +42,7 @@ MAX_GROUP_BYTES = 2**31
 
 
 class NoPicturesError(InputError):
-    """A table of something else."""
+    """A table of something else, or an archive of it."""
 
 
 @dataclass(frozen=True, slots=True)

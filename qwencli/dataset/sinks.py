@@ -10,7 +10,7 @@ import errno
 import itertools
 import os
 import stat
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -19,11 +19,11 @@ from qwencli.config import Existing
 from qwencli.dataset.manifest import Manifest, PendingCaption
 from qwencli.dataset.pipeline import Captioned, Failed, Outcome
 from qwencli.dataset.sources import (
-    CAPTION,
     PARTIAL_PREFIX,
     PARTIAL_SUFFIX,
     VIDEO_SUFFIXES,
     Slot,
+    sidecar_name,
 )
 from qwencli.errors import OutputError, UsageError
 
@@ -87,15 +87,7 @@ class Sidecars:
 
     def name(self, slot: Slot) -> str:
         """The file's path below `root`; two slots of one name cannot both be written."""
-        key = slot.key
-        start, dot = key.rfind("/") + 1, key.rfind(".")
-        # As `os.path.splitext`, which takes several times as long.
-        name = key[:dot] if dot > start and key[start] != "." else os.path.splitext(key)[0]
-        if slot.field != CAPTION:
-            name += f".{slot.field}"
-        if slot.sample:
-            name += f".{slot.sample + 1}"
-        return name + self.extension
+        return sidecar_name(slot, self.extension)
 
     def existing(self, places: Iterable[tuple[str, Slot]]) -> set[str]:
         """Those that have a file with something in it; each folder is read once."""
@@ -256,34 +248,41 @@ class CaptionWriter:
         self._existing, self._redone = existing, redone
         self._failed_in_a_row = 0
 
-    def write(self, outcomes: list[Outcome]) -> list[Outcome]:
+    def write(self, outcomes: list[Outcome], keep: Callable[[Outcome], None]) -> None:
         """Keep them; what cannot be written has failed.
 
         Raises:
             OutputError: the manifest takes nothing any more, or so many files in a row.
         """
-        kept: list[Outcome] = []
+        failed: list[Failed] = []
+
+        def fail(outcome: Failed) -> None:
+            # Told at once: the manifest may be on the disk that is full.
+            keep(outcome)
+            failed.append(outcome)
+
         pending: list[PendingCaption] = []
         for outcome in outcomes:
             try:
                 if isinstance(outcome, Captioned):
                     pending.append(self._composed(outcome))
                 else:
-                    kept.append(outcome)
+                    fail(outcome)
             except OutputError as error:
-                kept.append(Failed(outcome.task, error))
+                fail(Failed(outcome.task, error))
         self._manifest.mark_writing(pending)
         errors = self._sink.write([(each.captioned.task.slot, each.text) for each in pending])
         for written, refused in zip(pending, errors, strict=True):
             self._failed_in_a_row = self._failed_in_a_row + 1 if refused else 0
-            task = written.captioned.task
-            kept.append(written.captioned if refused is None else Failed(task, refused))
-        failed = [outcome for outcome in kept if isinstance(outcome, Failed)]
+            if refused is not None:
+                fail(Failed(written.captioned.task, refused))
         self._manifest.mark_done(self._sink.flush(at_once=False), failed)
+        for written, refused in zip(pending, errors, strict=True):
+            if refused is None:
+                keep(written.captioned)
         if self._failed_in_a_row >= MOST_UNWRITTEN:
             last = next(refused for refused in reversed(errors) if refused)
             raise OutputError(f"{last.message}, nor were {MOST_UNWRITTEN - 1} before it", last.hint)
-        return kept
 
     def _composed(self, captioned: Captioned) -> PendingCaption:
         slot = captioned.task.slot

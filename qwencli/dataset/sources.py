@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qwencli.dataset.named_inputs import local_path
+from qwencli.dataset.named_inputs import local_path, without_inner_dots
 from qwencli.dataset.parts import Part, StdinPart, UrlPart, safe_key, url_part
 from qwencli.dataset.shards import (
     ArchiveMember,
@@ -68,6 +68,20 @@ class Slot(NamedTuple):
     sample: int = 0
 
 
+def sidecar_name(slot: Slot, extension: str = ".txt") -> str:
+    """The file of a caption, from the folder that the key is relative to: `a/b.txt`,
+    `a/b.tags.2.txt`."""
+    key = slot.key
+    start, dot = key.rfind("/") + 1, key.rfind(".")
+    # As `os.path.splitext`, which takes several times as long.
+    name = key[:dot] if dot > start and key[start] != "." else os.path.splitext(key)[0]
+    if slot.field != CAPTION:
+        name += f".{slot.field}"
+    if slot.sample:
+        name += f".{slot.sample + 1}"
+    return name + extension
+
+
 @dataclass
 class Listing:
     """The items of a set in their natural order, and what was left out.
@@ -92,6 +106,10 @@ class Listing:
     def path(self, item: Item) -> Path:
         return self.base / item.key
 
+    def name(self, item: Item) -> str:
+        """As the user would write it: a path, or an address."""
+        return item.part.url if isinstance(item.part, UrlPart) else str(self.path(item))
+
     def open(
         self, item: Item, frames: int | None = None, max_pixels: int | None = None
     ) -> VisualPart:
@@ -107,7 +125,7 @@ class Listing:
 
         if item.part is None:
             return open_visual(self.path(item), frames, max_pixels=max_pixels)
-        name = item.part.url if isinstance(item.part, UrlPart) else str(self.path(item))
+        name = self.name(item)
         return open_visual(item.part.read(name), frames, name=name, max_pixels=max_pixels)
 
 
@@ -137,7 +155,7 @@ def list_inputs(inputs: Sequence[str | StdinPart], selection: Selection) -> List
         UsageError: a pattern of `selection` is empty.
     """
     local = [
-        local_path(Path(each))
+        _local(each)
         for each in inputs
         if not isinstance(each, StdinPart) and url_part(each) is None
     ]
@@ -149,7 +167,7 @@ def list_inputs(inputs: Sequence[str | StdinPart], selection: Selection) -> List
         elif (address := url_part(each)) is not None:
             walk.add_part(address.key, address)
         else:
-            path = local_path(Path(each))
+            path = _local(each)
             if os.path.isdir(path):
                 walk.folder(path)
             elif is_shard(path.name):
@@ -159,6 +177,10 @@ def list_inputs(inputs: Sequence[str | StdinPart], selection: Selection) -> List
     walk.linked_folders()
     walk.shards_in_folders()
     return listing
+
+
+def _local(named: str) -> Path:
+    return without_inner_dots(local_path(Path(named)))
 
 
 _DIGITS = re.compile(r"(\d+)")
@@ -219,6 +241,10 @@ class _Wanted:
         self._suffixes = PICTURE_SUFFIXES | VIDEO_SUFFIXES
         self._patterns = [glob_pattern(glob) for glob in globs]
 
+    @property
+    def is_narrowed(self) -> bool:
+        return bool(self._patterns)
+
     def __call__(self, below: str, name: str, suffix: str) -> bool:
         """Args: below: the path of its folder, with a slash behind it; or empty."""
         if suffix not in self._suffixes:
@@ -234,7 +260,10 @@ class _Walk:
         self._base = str(listing.base)
         self._inside_base = self._base + os.sep
         self._folders: set[tuple[int, int]] = set()
+        # Of parts; files are known by the folder that has them, whatever links lead there.
         self._keys: set[str] = set()
+        self._names: dict[tuple[int, int] | str, set[str]] = {}
+        self._known_folders: dict[str, tuple[int, int] | str] = {}
         # Looked at last, so that a folder is listed under its own path where it has one here.
         self._links: list[tuple[str, str]] = []
         # In folders; by their path.
@@ -242,11 +271,14 @@ class _Walk:
 
     def file(self, path: Path) -> None:
         """A file that was named itself: whatever its name."""
+        folder = str(path.parent)
+        if folder not in self._known_folders:
+            self._known_folders[folder] = _identity(folder)
         try:
             status = path.stat()
         except (OSError, ValueError):
-            self._add(self._key(str(path)), None)  # opening it will tell why
-        else:
+            status = None  # opening it will tell why
+        if self._is_new(self._known_folders[folder], path.name):
             self._add(self._key(str(path)), status)
 
     def folder(self, path: Path) -> None:
@@ -259,7 +291,7 @@ class _Walk:
             kind: of a file that nobody named, and which may be a table of something else.
         """
         key = self._key(str(path))
-        rows = is_table(path.name)
+        rows, before = is_table(path.name), len(self._keys)
         try:
             for name, part in (table_rows if rows else members)(path):
                 below = safe_key(name)
@@ -272,6 +304,8 @@ class _Walk:
                     self.add_part(f"{key}/{below}", part)
                 else:
                     self._listing.others[suffix] += 1
+            if kind is None and len(self._keys) == before and not self._wanted.is_narrowed:
+                raise NoPicturesError(f"{path} holds no picture or video", "leave it out")
         except NoPicturesError as error:
             if kind is None:
                 self._listing.refused.append((Item(key), error))
@@ -308,10 +342,11 @@ class _Walk:
             folder, below = waiting.pop()
             try:
                 status = os.stat(folder)
-                if (status.st_dev, status.st_ino) in self._folders:
+                identity = (status.st_dev, status.st_ino)
+                if identity in self._folders:
                     self._listing.seen += 1
                     continue
-                self._folders.add((status.st_dev, status.st_ino))
+                self._folders.add(identity)
                 found = self._scan(folder, below)
             except OSError as error:
                 reason = f"{folder} cannot be read: {error.strerror}"
@@ -328,13 +363,13 @@ class _Walk:
                         (entry.path, f"{below}{entry.name}/")
                     )
                     continue
+                if not self._is_new(identity, entry.name):
+                    continue
                 try:
-                    status = entry.stat()
+                    self._add(above + entry.name, entry.stat())
                 except OSError:
                     # A link to nowhere, or in a circle; opening it will tell.
                     self._add(above + entry.name, None)
-                else:
-                    self._add(above + entry.name, status)
             waiting += reversed(inside)
 
     def _scan(self, folder: str, below: str) -> list[tuple[os.DirEntry[str], bool]]:
@@ -380,11 +415,16 @@ class _Walk:
             relative = os.path.relpath(path, base)
         return relative.replace(os.sep, "/")
 
-    def _add(self, key: str, status: os.stat_result | None) -> None:
-        if key in self._keys:
+    def _is_new(self, folder: tuple[int, int] | str, name: str) -> bool:
+        """Whether a name in a folder comes for the first time. Two names of one file are two."""
+        names = self._names.setdefault(folder, set())
+        if name in names:
             self._listing.seen += 1
-            return
-        self._keys.add(key)
+            return False
+        names.add(name)
+        return True
+
+    def _add(self, key: str, status: os.stat_result | None) -> None:
         if status is None:
             item = Item(key)
         else:
@@ -396,6 +436,15 @@ class _Walk:
                 self._listing.refused.append((item, refusal))
                 return
         self._listing.items.append(item)
+
+
+def _identity(folder: str) -> tuple[int, int] | str:
+    """What tells a folder from others; its path, where there is none."""
+    try:
+        status = os.stat(folder)
+    except (OSError, ValueError):
+        return folder
+    return status.st_dev, status.st_ino
 
 
 def _split(path: str) -> tuple[str, str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from qwencli.config import Existing
-from qwencli.dataset.manifest import State
+from qwencli.dataset.manifest import KnownSlot, State
 from qwencli.dataset.pipeline import Failed, Task
 from qwencli.dataset.sources import CAPTION, Item, Listing, Slot
 from qwencli.errors import InputError, UsageError
@@ -57,6 +57,7 @@ class Worklist:
         refused: tasks that cannot be done, and why.
         num_existing: captions that are there and stay.
         failed_before: slots that failed in an earlier run and are not tried again.
+        mended: slots that failed in an earlier run and have a caption now.
         num_changed: captions that stay although their picture has changed since.
     """
 
@@ -65,6 +66,7 @@ class Worklist:
     refused: list[Failed] = field(default_factory=list)
     num_existing: int = 0
     failed_before: list[tuple[Slot, str]] = field(default_factory=list)
+    mended: list[Slot] = field(default_factory=list)
     num_changed: int = 0
 
 
@@ -73,70 +75,123 @@ def plan_work(
     listing: Listing,
     options: WorklistOptions,
     paths: SinkPaths,
-    manifest: Manifest | None,
+    manifest: Manifest,
     job: str,
 ) -> Worklist:
     """Decide about every caption of the set.
 
     Args:
-        manifest: None where the set has none yet.
         job: see `manifest.job_hash`.
 
     Raises:
         UsageError: captions of one picture go to one place.
     """
-    states = manifest.states() if manifest else {}
-    work = Worklist(going_on=manifest.unfinished_run(job) if manifest else None)
-    places = _with_a_place_of_their_own(listing, options, paths, work)
-    there = paths.existing((name, slot) for name, _, slot in places)
-    for name, item, slot in places:
-        state = states.get(slot)
-        changed = state is not None and (item.size != state.size or item.mtime_ns != state.mtime_ns)
-        if slot in options.redo:
-            work.tasks.append(Task(item, slot.field, slot.sample))
-        elif state is not None and _is_known_failure(state, options, job, work.going_on, changed):
-            work.failed_before.append((slot, state.reason or ""))
-        elif _stays(state, name in there, options.existing, job, work.going_on):
-            work.num_existing += 1
-            work.num_changed += changed
-        else:
-            work.tasks.append(Task(item, slot.field, slot.sample))
+    states = manifest.states()
+    work = Worklist(going_on=manifest.unfinished_run(job))
+    for item, error in listing.refused:
+        work.refused.append(Failed(Task(item, options.fields[0]), error))
+    wanted = _wanted_places(listing, options, paths, states)
+    there = paths.existing((name, slot) for _, places in wanted for name, slot, _ in places)
+    owners, claims = _known_owners(wanted, there, manifest), dict[str, str]()
+    for item, places in wanted:
+        refusal = _taken_place(listing, item, places, owners, claims)
+        if refusal is not None:
+            work.refused.append(Failed(Task(item, options.fields[0]), refusal))
+            continue
+        for name, slot, state in places:
+            claims[_normcase(name)] = item.key
+            changed = state is not None and (
+                item.size != state.size or item.mtime_ns != state.mtime_ns
+            )
+            if slot in options.redo:
+                work.tasks.append(Task(item, slot.field, slot.sample))
+            elif _stays(state, name in there, options.existing, job, work.going_on):
+                work.num_existing += 1
+                if state is not None and state.status == "failed":
+                    work.mended.append(slot)
+                else:
+                    work.num_changed += changed
+            elif state is not None and _is_known_failure(
+                state, options, job, work.going_on, changed
+            ):
+                work.failed_before.append((slot, state.reason or ""))
+            else:
+                work.tasks.append(Task(item, slot.field, slot.sample))
     return work
 
 
-def _with_a_place_of_their_own(
-    listing: Listing, options: WorklistOptions, paths: SinkPaths, work: Worklist
-) -> list[tuple[str, Item, Slot]]:
-    """What can be captioned, and the names of the places that captions have; of items that want one
-    place the first is among them."""
-    for item, error in listing.refused:
-        work.refused.append(Failed(Task(item, options.fields[0]), error))
-    owners: dict[str, Item] = {}
-    places: list[tuple[str, Item, Slot]] = []
+# An item, where its captions go, and what became of them before.
+_Place = tuple[str, Slot, State | None]
+_Wanted = tuple[Item, list[_Place]]
+
+
+def _wanted_places(
+    listing: Listing,
+    options: WorklistOptions,
+    paths: SinkPaths,
+    states: Mapping[KnownSlot, State],
+) -> list[_Wanted]:
     kinds = [(name, sample) for name in options.fields for sample in range(options.samples)]
     if len({paths.name(Slot("x", *kind)) for kind in kinds}) < len(kinds):
         raise UsageError(
             "two captions of a picture would go to one place", "give each --field another name"
         )
+    wanted: list[_Wanted] = []
     for item in listing.items:
-        own: list[tuple[str, Item, Slot]] = []
-        for kind, sample in kinds:
-            slot = Slot(item.key, kind, sample)
+        places: list[_Place] = []
+        for field_name, sample in kinds:
+            slot = Slot(item.key, field_name, sample)
             name = paths.name(slot)
-            owner = owners.setdefault(_normcase(name), item)
-            if owner is not item:
-                error = InputError(
-                    f"{listing.path(item)} and {owner.key} want the same file, {name}",
-                    "rename one of them, or write one file with --output captions.jsonl",
-                )
-                work.refused.append(Failed(Task(item, options.fields[0]), error))
-                for free, _, _ in own:
-                    del owners[_normcase(free)]
-                break
-            own.append((name, item, slot))
+            places.append((name, slot, states.get((*slot, name))))
+        wanted.append((item, places))
+    return wanted
+
+
+def _known_owners(
+    wanted: Iterable[_Wanted], there: Container[str], manifest: Manifest
+) -> dict[str, str]:
+    """Whose the captions are that are there, as far as the manifest knows: the pictures' keys, or
+    their paths from the manifest's folder where they are others'."""
+    owners: dict[str, str] = {}
+    unknown: list[str] = []
+    for item, places in wanted:
+        for name, _, state in places:
+            if name not in there:
+                continue
+            if state is not None and state.status == "done":
+                owners[_normcase(name)] = item.key
+            else:
+                unknown.append(name)
+    others = manifest.owners() if unknown else {}
+    for name in unknown:
+        if name in others:
+            owners.setdefault(_normcase(name), others[name])
+    return owners
+
+
+def _taken_place(
+    listing: Listing,
+    item: Item,
+    places: Sequence[_Place],
+    owners: Mapping[str, str],
+    claims: Mapping[str, str],
+) -> InputError | None:
+    """Why an item cannot be captioned, where one of its captions would go to another's place.
+
+    Args:
+        claims: what goes where in this run.
+    """
+    for name, _, _ in places:
+        place = _normcase(name)
+        if owners.get(place, item.key) != item.key:
+            said = f"{listing.path(item)}: {name} is the caption of {owners[place]}"
+        elif claims.get(place, item.key) != item.key:
+            said = f"{listing.path(item)} and {claims[place]} want the same file, {name}"
         else:
-            places += own
-    return places
+            continue
+        hint = "rename one of them, or write one file with --output captions.jsonl"
+        return InputError(said, hint)
+    return None
 
 
 def _is_known_failure(

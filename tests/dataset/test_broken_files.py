@@ -145,3 +145,53 @@ def test_a_manifest_that_cannot_be_written_is_one_line(
     monkeypatch.setattr(Manifest, statement, kept)
     assert caption(folder) == 0
     assert sorted(captions(folder)) == ["a.txt", "b.txt"]
+
+
+def test_failures_that_cannot_be_written_are_listed(caption, pictures, capsys, monkeypatch):
+    from qwencli.dataset import set_folder
+
+    folder = pictures("a.png")
+    (folder / "old.png").write_bytes(b"no picture")
+    assert caption(folder) == 1
+    pictures("new.png")
+    (folder / "worse.png").write_bytes(b"no picture")
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(set_folder, "write_whole", full)
+    capsys.readouterr()
+    assert caption(folder) == 1
+    err = capsys.readouterr().err
+    assert "failures.jsonl cannot be written: No space left on device" in err
+    assert "1 captioned, 1 failed" in err
+    assert "failed: old.png (caption): " in err and "failed: worse.png (caption): " in err
+
+
+def test_a_full_disk_loses_no_failure(caption, pictures, capsys, monkeypatch):
+    """Nor does what else ends a run early."""
+    from qwencli.dataset import sinks
+
+    folder = pictures(*(f"{n}.png" for n in range(60)))
+    (folder / "bad.png").write_bytes(b"no picture")
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sinks, "write_whole", full)
+    assert caption(folder) == 1
+    err = capsys.readouterr().err
+    rows = failures(folder)
+    assert len(rows) >= sinks.MOST_UNWRITTEN and str(folder / "failures.jsonl") in err
+    assert all(row["reason"] in err for row in rows)
+
+
+def test_what_makes_the_exit_code_is_said(caption, pictures, capsys):
+    folder = pictures("a.png")
+    (folder / "bad.png").write_bytes(b"no picture")
+    assert caption(folder) == 1
+    assert "exit code" not in capsys.readouterr().err
+    assert caption(folder) == 1
+    err = capsys.readouterr().err
+    assert "0 captioned, 0 failed" in err
+    assert "exit code 1: 1 caption that failed before is not tried again" in err

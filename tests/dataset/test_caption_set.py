@@ -300,3 +300,36 @@ def test_a_damaged_manifest_is_one_line(caption, pictures, capsys):
     (folder / ".qwencli" / "manifest.sqlite").write_bytes(b"not a database" * 100)
     assert caption(folder) == 1
     assert "is damaged" in capsys.readouterr().err
+
+
+def test_samples_of_a_file_that_is_named_are_printed(caption, pictures, capsys):
+    folder = pictures("a.png", "b.png")
+    assert caption(folder / "a.png", "--samples", "3", "--seed", "5") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(set(out)) == len(out) == 3
+    assert caption(folder / "a.png", folder / "b.png", "--samples", "2", "--json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["image"].rpartition("/")[2] for row in rows] == ["a.png"] * 2 + ["b.png"] * 2
+    assert [row.get("sample", 0) for row in rows] == [0, 1, 0, 1]
+    assert sorted(path.name for path in folder.iterdir()) == ["a.png", "b.png"]
+    for option in ("--greedy", "--multi-image"):
+        assert caption(folder / "a.png", "--samples", "2", option) == 2
+        assert "--samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--existing", "skip"],
+        ["--retry-failed"],
+        ["--devices", "cpu"],
+        ["--caption-extension", "txt"],
+    ],
+)
+def test_an_option_of_files_keeps_captions_of_files_that_are_named(options):
+    from qwencli.commands.caption_options import FolderOptions, is_set
+
+    named = options[0].removeprefix("--").replace("-", "_")
+    chosen = FolderOptions(**{named: options[1] if len(options) > 1 else True})
+    assert is_set(["a.png"], chosen, None)
+    assert not is_set(["a.png"], FolderOptions(samples=2), None)

@@ -65,7 +65,7 @@ def test_rows_of_others_stay(caption, pictures, name, tmp_path):
         {"file_name": "b.png", "text": "ours", "score": "8"},
         {"file_name": "c.png", "text": "", "score": "9"},
     ]
-    write(path, ["file_name", "text", "score"], mine)
+    write(path, dict.fromkeys(("file_name", "text", "score")), mine)
     assert caption(folder, "--output", path, "--existing", "append") == 0
     rows = rows_of(path)
     assert list(rows) == ["x.png", "b.png", "c.png", "a.png"]
@@ -165,14 +165,14 @@ def test_captions_on_another_drive(caption, pictures, tmp_path, monkeypatch):
         raise ValueError("path is on mount 'C:', start on mount 'D:'")
 
     folder, out = pictures("a.png"), tmp_path / "out"
-    monkeypatch.setattr("qwencli.dataset.caption_set.os.path.relpath", relpath)
+    monkeypatch.setattr(os.path, "relpath", relpath)
     assert caption(folder, "--output", out) == 0
     assert list(captions(out)) == ["a.txt"]
     assert caption(folder, "--output", out / "m.jsonl") == 0
     assert list(rows_of(out / "m.jsonl")) == [f"{folder.as_posix()}/a.png"]
 
 
-def test_names_that_are_no_text(caption, pictures):
+def test_names_that_are_no_text(caption, pictures, engine):
     folder = pictures("a.png")
     try:
         (folder / "a.png").rename(folder / "\udce9.png")
@@ -180,5 +180,33 @@ def test_names_that_are_no_text(caption, pictures):
         pytest.skip("this file system has no such names")
     for name in NAMES:
         assert caption(folder, "--output", folder / name) == 0
+        engine.answered = 0
+        # Found again, and written to the same row.
+        assert caption(folder, "--output", folder / name) == 0
+        assert engine.answered == 0
+        assert caption(folder, "--output", folder / name, "--existing", "overwrite") == 0
         assert len(rows_of(folder / name)) == 1
     assert list(rows_of(folder / "metadata.jsonl")) == ["\udce9.png"]
+
+
+def test_columns_of_others_keep_their_types(caption, pictures):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder = pictures("a.png", "b.png")
+    path = folder / "m.parquet"
+    columns = {
+        "file_name": pyarrow.array(["a.png", "x.png"], pyarrow.large_string()),
+        "score": pyarrow.array([1.5, None], pyarrow.float32()),
+        "made": pyarrow.array([0, 86_400_000], pyarrow.timestamp("ms", "UTC")),
+        "box": pyarrow.array([[1, 2], []], pyarrow.list_(pyarrow.int16())),
+        "image": [{"bytes": b"\x00\xff", "path": None}, None],
+        "text": pyarrow.nulls(2),
+    }
+    before = pyarrow.table(columns)
+    parquet.write_table(before, path)
+    assert caption(folder, "--output", path) == 0
+    after = parquet.read_table(path)
+    mine = ["file_name", "score", "made", "box", "image"]
+    assert after.slice(0, 2).select(mine).equals(before.select(mine))
+    assert [bool(text) for text in after["text"].to_pylist()] == [True, False, True]
+    assert after["score"].to_pylist() == [1.5, None, None]

@@ -400,3 +400,19 @@ def test_retries_mend_what_was_wrong():
     language = retry(FaultKind.LANGUAGE, language="de")
     assert language.with_reminder("What is this? ") == "What is this? Answer in German."
     assert "watermark" in retry(FaultKind.BANNED, ban=["watermark"]).reminder
+
+
+def test_the_end_of_what_was_cut_off_begins_with_a_whole_word():
+    text = "{" + ", ".join(f'"word{n}": "value{n}"' for n in range(30))
+    fault = Guards(invalid=lambda text: "ends early").caption(
+        Answer(text, "length"), CaptionFormat()
+    )
+    assert isinstance(fault, Fault) and fault.kind is FaultKind.TRUNCATED
+    dots, *quoted = fault.evidence.split(" ")
+    assert (
+        dots == "..."
+        and " ".join(quoted) in text
+        and all(each in text.split(" ") for each in quoted)
+    )
+    fault = Guards(invalid=lambda text: "x").caption(Answer('{"a": 1', "length"), CaptionFormat())
+    assert isinstance(fault, Fault) and fault.evidence == '{"a": 1'

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
+
 from qwencli.answer_report import shortfall, stats_line
 from qwencli.dataset.progress import Rate
 from qwencli.messages import GenerationRequest, user_message
+from tests.dataset.conftest import failures
 
 
 def test_little_time_is_said_as_such(caption, pictures, capsys):
@@ -85,3 +88,25 @@ def test_ctrl_c_while_a_model_loads_says_how_to_go_on(
     assert caption(pictures("a.png", "b.png")) == 130
     err = capsys.readouterr().err.splitlines()
     assert err[-1] == "stopped: 0 of 2 captioned (the same command goes on where this one ended)"
+
+
+def test_reasons_say_which_file_of_which_folder(caption, pictures, engine, capsys):
+    folder = pictures("a.png")
+    engine.answer = lambda request: "I'm sorry, I can't help."
+    assert caption(folder, "--retries", "0") == 1
+    (row,) = failures(folder)
+    assert row["reason"].startswith(f"{folder / 'a.png'}: refusal")
+
+
+@pytest.mark.parametrize("name", ["empty.tar", "notes.tar"])
+def test_an_archive_without_pictures_is_said(caption, pictures, tmp_path, capsys, name):
+    import tarfile
+
+    folder = pictures("a.png")
+    (tmp_path / "notes.md").write_text("x")
+    with tarfile.open(tmp_path / name, "w") as archive:
+        if name != "empty.tar":
+            archive.add(tmp_path / "notes.md", "notes.md")
+    assert caption(tmp_path / name, folder, "--output", tmp_path / "m.jsonl") == 1
+    err = capsys.readouterr().err
+    assert f"{tmp_path / name} holds no picture or video" in err and "1 captioned, 1 failed" in err

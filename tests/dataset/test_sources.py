@@ -417,3 +417,58 @@ def test_many_pictures_are_listed_in_little_time(tmp_path):
     manifest.close()
     assert len(work.tasks) == count // 2 == work.num_existing
     assert took_s < 1.0
+
+
+def link(path, to, is_folder=False):
+    try:
+        path.symlink_to(to, target_is_directory=is_folder)
+    except OSError:
+        pytest.skip("this system has no symbolic links")
+
+
+def test_a_path_back_out_of_a_link_is_what_the_file_system_says(caption, pictures, monkeypatch):
+    folder = pictures("a.png", "b.png")
+    monkeypatch.chdir(folder)
+    other = pictures("deep/x.png", "a.png", "z/b.png", folder="other")
+    link(folder / "link", other / "deep", is_folder=True)
+    assert keys(folder / "link" / ".." / "a.png") == ["a.png"]
+    assert caption("b.png", "link/../a.png", "--existing", "skip") == 0
+    assert (other / "a.txt").exists() and not (folder / "a.txt").exists()
+    assert caption(folder / "link" / ".." / "z") == 0
+    assert (other / "z" / "b.txt").exists()
+    assert caption(folder / "b.png", "--output", folder / "link" / ".." / "m.jsonl") == 0
+    (row,) = (other / "m.jsonl").read_text().splitlines()
+    assert json.loads(row)["file_name"] == "../set/b.png"
+
+
+def test_two_names_of_one_file_are_two_and_one_name_twice_is_one(caption, pictures, engine, capsys):
+    folder = pictures("a.png", "sub/c.png")
+    link(folder / "soft.png", "a.png")
+    os.link(folder / "a.png", folder / "hard.png")
+    link(folder / "door", "sub", is_folder=True)
+    assert caption(folder, "-r") == 0
+    assert sorted(path.name for path in folder.rglob("*.txt")) == [
+        "a.txt", "c.txt", "hard.txt", "soft.txt",
+    ]  # fmt: skip
+    capsys.readouterr()
+    names = [
+        folder / "sub" / "c.png",
+        folder / "door" / "c.png",
+        folder / "a.png",
+        folder / "a.png",
+    ]
+    assert caption(*names, "--existing", "overwrite") == 0
+    assert "2 that were seen already" in capsys.readouterr().err
+    assert engine.answered == 6
+
+
+def test_captions_of_a_linked_folder_have_paths_that_lead_to_the_pictures(
+    caption, pictures, tmp_path
+):
+    (tmp_path / "far").mkdir()
+    real = pictures("a.png", folder="far/real")
+    link(tmp_path / "door", tmp_path / "deep" / "elsewhere", is_folder=True)
+    (tmp_path / "deep" / "elsewhere").mkdir(parents=True)
+    assert caption(real, "--output", tmp_path / "door" / "m.jsonl") == 0
+    (row,) = (tmp_path / "door" / "m.jsonl").read_text().splitlines()
+    assert (tmp_path / "door" / json.loads(row)["file_name"]).samefile(real / "a.png")

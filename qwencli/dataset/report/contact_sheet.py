@@ -139,6 +139,8 @@ def _pictures(
     folder: Path | None,
     beside: Path | None,
 ) -> Iterator[dict[str, Any]]:
+    # A `..` leads out of the folder that a symbolic link leads to.
+    folder, beside = (each and Path(os.path.realpath(each)) for each in (folder, beside))
     notes = _notes(survey)
     kinds = [0] * len(survey.entries)
     for bit, (name, _) in enumerate(_FILTERS):

@@ -16,9 +16,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qwencli.dataset.caption_set import FAILURES, MANIFEST
 from qwencli.dataset.manifest import STATE_FOLDER
+from qwencli.dataset.manifest_schema import (
+    SetPaths,
+    StoredPath,
+    make_ready,
+    open_to_read,
+    path_text,
+)
 from qwencli.dataset.report.survey import Entry
+from qwencli.dataset.set_folder import (
+    FAILURES,
+    inner_sets,
+    manifest_folder,
+    manifest_name,
+)
 from qwencli.dataset.sinks import Sidecars
 from qwencli.dataset.sources import CAPTION, Listing, Selection, Slot, list_inputs
 from qwencli.errors import DatasetError, InputError, OutputError
@@ -44,10 +56,11 @@ def read_set(folder: Path, caption_extension: str) -> tuple[Listing, list[Entry]
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder", "name the folder of the pictures")
     listing = list_inputs([str(folder)], Selection(recursive=True))
-    known = _manifests(folder / STATE_FOLDER)
+    sidecars = Sidecars(listing.base, caption_extension)
+    known, owners = _known(listing, sidecars)
     metadata = _metadata(folder / METADATA)
     failures = _failures(folder / FAILURES) if not known else {}
-    sidecars = Sidecars(listing.base, caption_extension)
+    listed = {item.key for item in listing.items}
     try:
         entries = []
         for item in listing.items:
@@ -55,7 +68,11 @@ def read_set(folder: Path, caption_extension: str) -> tuple[Listing, list[Entry]
             if item.key in failures:
                 entry = replace(entry, failure=failures[item.key])
             try:
-                text = sidecars.read(Slot(item.key)) or metadata.get(item.key)
+                slot = Slot(item.key)
+                # A file that another picture has its caption in is not this one's.
+                owner = owners.get(sidecars.name(slot))
+                is_own = owner == item.key or owner not in listed
+                text = (sidecars.read(slot) if is_own else None) or metadata.get(item.key)
             except OutputError as error:
                 entries.append(replace(entry, caption=None, failure=error.message))
                 continue
@@ -75,21 +92,56 @@ def read_set(folder: Path, caption_extension: str) -> tuple[Listing, list[Entry]
     return listing, entries
 
 
-def _manifests(folder: Path) -> dict[str, Entry]:
-    """What the manifests of a set know: that of text files first, then of other outputs."""
+def _known(listing: Listing, sidecars: Sidecars) -> tuple[dict[str, Entry], dict[str, str]]:
+    """What manifests know of pictures: that of the caption files first, then of other outputs; and
+    whose the caption files are, by their names."""
+    name = manifest_name(sidecars.extension)
+    folder = Path(os.path.realpath(listing.base))
+    root = manifest_folder(folder, name)
+    of_files = [root, *inner_sets(listing, folder, name)]
+    paths = [each / STATE_FOLDER / name for each in of_files]
+    for each in dict.fromkeys((folder, root)):
+        others = (each / STATE_FOLDER).glob("*.sqlite")
+        paths += sorted(path for path in others if path.name != name)
     known: dict[str, Entry] = {}
-    others = sorted(path for path in folder.glob("*.sqlite") if path.name != MANIFEST)
-    for path in (folder / MANIFEST, *others):
-        known = {**_manifest(path), **known}
-    return known
+    owners: dict[str, str] = {}
+    for path in paths:
+        files = sidecars if path.name == name else None
+        for key, entry in _manifest(path, folder, files, owners).items():
+            known.setdefault(key, entry)
+    return known, owners
 
 
-def _manifest(path: Path) -> dict[str, Entry]:
+def _manifest(
+    path: Path, folder: Path, sidecars: Sidecars | None, owners: dict[str, str]
+) -> dict[str, Entry]:
+    """What a manifest knows, by paths from `folder`.
+
+    Args:
+        sidecars: where it is the manifest of caption files; those of them that are beside the
+            pictures are meant.
+        owners: gets whose the caption files are.
+    """
     if not path.is_file():
         return {}
     found: dict[str, Entry] = {}
+    base = path.parent.parent
+
+    def from_here(stored: StoredPath) -> str:
+        text = path_text(stored)
+        if base == folder:
+            return text
+        return os.path.relpath(f"{base}/{text}", folder).replace(os.sep, "/")
+
     try:
-        for key, field, sample, status, caption, reason, *facts in _rows(path):
+        for stored, field, sample, place, status, caption, reason, *facts in _rows(path):
+            key = from_here(stored)
+            if sidecars is not None:
+                file = from_here(place)
+                if status == "done":
+                    owners.setdefault(file, key)
+                if file != sidecars.name(Slot(key, field, sample)):
+                    continue  # it went to another folder, with --output
             entry = found.get(key, Entry(key))
             if (field, sample) != (CAPTION, 0):
                 name = f"{field} {sample + 1}" if sample else field
@@ -102,30 +154,24 @@ def _manifest(path: Path) -> dict[str, Entry]:
             elif status == "failed":
                 entry = replace(entry, failure=reason or "failed")
             found[key] = entry
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OutputError) as error:
         raise DatasetError(
             f"{path} cannot be read: {error}", "move it away; the caption files are read then"
         ) from error
     return found
 
 
-def _rows(path: Path) -> Iterator[tuple[Any, ...]]:
-    address = path.absolute().as_uri()
-    try:
-        yield from _selected(f"{address}?mode=ro")
-    except sqlite3.OperationalError:
-        # A folder that cannot be written: SQLite has no place there for what readers share.
-        yield from _selected(f"{address}?immutable=1")
-
-
-def _selected(address: str) -> list[tuple[Any, ...]]:
-    with closing(sqlite3.connect(address, uri=True)) as db:
-        rows = db.execute(
-            "SELECT c.key, c.field, c.sample, c.status, coalesce(c.written, c.caption), c.reason, "
-            f"{', '.join(_FACTS)} FROM captions c LEFT JOIN runs r ON r.id = c.run "
+def _rows(path: Path) -> list[tuple[Any, ...]]:
+    """Those of a manifest of any version."""
+    with closing(sqlite3.connect(":memory:")) as db:
+        with open_to_read(path) as there:
+            there.backup(db)
+        make_ready(db, path, SetPaths())
+        return db.execute(
+            "SELECT c.key, c.field, c.sample, c.place, c.status, coalesce(c.written, c.caption), "
+            f"c.reason, {', '.join(_FACTS)} FROM captions c LEFT JOIN runs r ON r.id = c.run "
             "LEFT JOIN prompts p ON p.hash = c.prompt_hash"
         ).fetchall()
-    return [(os.fsdecode(key), *rest) for key, *rest in rows]
 
 
 def _metadata(path: Path) -> dict[str, str]:

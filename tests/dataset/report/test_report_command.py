@@ -169,3 +169,54 @@ def test_nothing_is_made_of_an_empty_folder_or_of_a_file_that_is_no_page(
     assert (folder / "a.txt").read_text(encoding="utf-8") == "a cat\n"
     assert report(folder)[0] == 0
     assert report(folder)[0] == 0, "its own page is written anew"
+
+
+def test_the_caption_of_a_twin_is_not_shown_as_the_refused_pictures(caption, pictures, report):
+    folder = pictures("a.jpg", "a.png")
+    assert caption(folder) == 1
+    _, found, _ = report(folder, "--json")
+    rows = {row["path"]: row["caption"] for row in found["captions"]}
+    assert rows["a.jpg"].startswith("A picture") and rows["a.png"] is None
+    (failed,) = found["failed"]
+    assert failed["path"] == "a.png" and "a.jpg want the same file" in failed["reason"]
+    # What nobody knows the owner of is read by trainers for both.
+    (folder / "a.txt").unlink()
+    assert caption(folder, "--glob", "none.*", "--existing", "skip") == 1
+    (folder / "b.txt").write_text("mine", encoding="utf-8")
+    pictures("b.jpg", "b.png")
+    _, found, _ = report(folder, "--json")
+    rows = {row["path"]: row["caption"] for row in found["captions"]}
+    assert rows["b.jpg"] == rows["b.png"] == "mine"
+
+
+@pytest.mark.parametrize("inner_first", [False, True])
+def test_a_folder_in_a_set_and_a_set_in_a_folder(caption, pictures, report, inner_first):
+    folder = pictures("a.png", "sub/b.png")
+    (folder / "sub" / "bad.png").write_bytes(b"no picture")
+    captioned, looked_at = (folder / "sub", folder) if inner_first else (folder, folder / "sub")
+    assert caption(captioned, "-r", "--prompt", "Say.") == 1
+    _, found, _ = report(looked_at, "--json")
+    rows = {row["path"].rpartition("/")[2]: row for row in found["captions"]}
+    assert rows["b.png"]["facts"]["prompt"] == "Say."
+    assert found["failed"][0]["path"] == ("sub/bad.png" if inner_first else "bad.png")
+
+
+def test_links_of_a_page_that_lies_behind_a_link(pictures, tmp_path, report):
+    folder = pictures("a.png")
+    (tmp_path / "deep" / "place").mkdir(parents=True)
+    try:
+        (tmp_path / "door").symlink_to(tmp_path / "deep" / "place", target_is_directory=True)
+    except OSError:
+        pytest.skip("this system has no symbolic links")
+    assert report(folder, "--output", tmp_path / "door" / "r.html")[0] == 0
+    assert '"link":"../../set/a.png"' in (tmp_path / "door" / "r.html").read_text(encoding="utf-8")
+
+
+def test_captions_that_went_elsewhere_are_not_those_of_the_folder(caption, pictures, report):
+    folder = pictures("a.png", "b.png")
+    assert caption(folder, "--glob", "a.png", "--prompt", "One?") == 0
+    assert caption(folder, "--prompt", "Two?", "--output", folder / "more") == 0
+    _, found, _ = report(folder, "--json")
+    rows = {row["path"]: row for row in found["captions"]}
+    assert rows["a.png"]["facts"]["prompt"] == "One?" and "edited" not in rows["a.png"]["facts"]
+    assert rows["b.png"]["caption"] is None
