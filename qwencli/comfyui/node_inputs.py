@@ -43,6 +43,13 @@ _VALUES: Mapping[Kind, tuple[tuple[type, ...], str]] = {
     Kind.FLOAT: ((int, float), "a number"),
     Kind.BOOLEAN: ((bool,), "true or false"),
 }
+# Options whose input here has another name: `model` is a list without a server's models, and a
+# resident process runs whatever keep_loaded says.
+_INPUT_NAMES: Mapping[str, str] = {
+    "--keep-loaded 0": "runs: in-process",
+    "--model": "custom_model",
+    "--api-key": "api_key_variable",
+}
 _OF_MODES = ("engine", "quantization", "attention", "cache", "kernels", "kv_dtype")
 
 
@@ -69,7 +76,11 @@ def node_text(error: QwenCliError) -> str:
 
 
 def with_input_names(text: str) -> str:
-    return re.sub(r"--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", "_"), text)
+    return re.sub(
+        r"--keep-loaded 0|--[a-z][a-z-]*",
+        lambda flag: _INPUT_NAMES.get(flag[0], flag[0][2:].replace("-", "_")),
+        text,
+    )
 
 
 def check_value(place: Input, value: Any) -> None:
