@@ -86,7 +86,9 @@ def with_input_names(text: str) -> str:
 def check_value(place: Input, value: Any) -> None:
     """Raise UsageError for a value that a widget could not have."""
     types, wanted = _VALUES[place.kind]
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+    # True is an int to Python, and no number to a person.
+    fits = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+    if not fits:
         raise UsageError(
             f"{place.id} is {value!r:.60}, not {wanted}", f"connect {wanted}, or nothing"
         )

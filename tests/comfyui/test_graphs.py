@@ -395,6 +395,7 @@ NAN[1, 3, 3, 1] = float("nan")
         ("QwencliStructuredCaption", {"images": ["scene"], "schema": "{"}, "^schema is not JSON"),
         ("QwencliCaptionFolder", {}, "^path is empty; give the folder"),
         ("QwencliCaptionFolder", {"path": "/no/where"}, "/no/where"),
+        ("QwencliCaptionFolder", {"path": str(EXAMPLES), "output": "\0"}, "^output has a null"),
         ("QwencliEngine", {"runs": "remote"}, "^endpoint is empty; give the server"),
         ("QwencliChat", {"prompt": "x", "think": True}, "^scenes cannot think before it answers"),
         ("QwencliBoxes", {"images": ["scene"], "thinking_budget": 9}, "^scenes cannot think"),
