@@ -26,7 +26,7 @@ from qwencli.comfyui.node_inputs import (
     system_messages,
     thinking_budget,
 )
-from qwencli.comfyui.schemas import AUTO, NO_PRESET, Node, RunsWhere
+from qwencli.comfyui.schemas import AUTO, NO_PRESET, Node, RunsWhere, fold_seed
 from qwencli.config import check_pixels, parse_duration
 from qwencli.errors import InputError, QwenCliError, UsageError
 from qwencli.messages import GenerationRequest, user_message
@@ -46,6 +46,8 @@ def run(node: Node, given: Values) -> tuple[Any, ...]:
         QwenCliError: what is wrong, and what to do.
     """
     said = {name: value for name, value in given.items() if value is not None}
+    if isinstance(said.get("seed"), int):
+        said["seed"] = fold_seed(said["seed"])
     # What came over a link has been checked by nobody; nodes that give any type can give anything.
     for each in node.widgets:
         if each.id in said:

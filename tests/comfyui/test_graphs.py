@@ -457,6 +457,23 @@ def test_widgets_may_come_over_links(
         graph.one("QwencliCaption", video=["wrong"], **BASE)
 
 
+def test_a_seed_of_64_bits_may_come_over_a_link(
+    graph: Graph, management: Management, engine_that: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As nodes for seeds give it; the same one gives the same answer."""
+    asked: list[Any] = []
+
+    def answer(request: GenerationRequest) -> str:
+        asked.append(request.sampling.seed)
+        return "x"
+
+    engine_that(answer)
+    monkeypatch.setattr(graph, "sources", {"seed": 2**64 - 2, "random": -1})
+    for name in ("seed", "seed", "random"):
+        graph.one("QwencliChat", prompt="x", seed=[name], **BASE)
+    assert asked == [2**32 - 2, 2**32 - 2, -1]
+
+
 def test_thoughts_are_asked_for_as_on_the_command_line(
     graph: Graph, management: Management, engine_that: Any
 ) -> None:
