@@ -55,6 +55,8 @@ def caption_folder(values: Values) -> tuple[Any, ...]:
     budget, sampling = thinking_budget(values), sampling_options(values)
     caption_config = CaptionConfig(prompts, CaptionFormat(prefix, suffix), thinking_budget=budget)
     extension, output = values["caption_extension"].strip() or ".txt", values["output"].strip()
+    if "\0" in output:  # a shell could not give it, a graph can
+        raise UsageError("output has a null character in it", "take it out")
     place = output_place(listing, Path(output) if output else None, extension)
     where = Listing(listing.base)
     processor = CaptionProcessor(

@@ -136,7 +136,11 @@ class EngineKeeper:
             if engine is not None and self._is_on(device):
                 log.info("qwencli: the model is unloaded, as ComfyUI needs the memory")
                 self._stop_timer()
-                self._close(with_process=True)
+                try:
+                    self._close(with_process=True)
+                except QwenCliError as error:
+                    # ComfyUI loads a model just now, which may fit all the same.
+                    log.warning("qwencli: %s", error.message)
 
     def close(self) -> None:
         """Close the engine, unless a node is using it."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from qwencli.comfyui import comfy_host
 from qwencli.comfyui.engine_keeper import EngineKey, log
 from qwencli.comfyui.pictures import Batch, video_part
-from qwencli.comfyui.schemas import AUTO, NO_PRESET, BatchMode, RunsWhere
+from qwencli.comfyui.schemas import AUTO, NO_PRESET, BatchMode, Input, Kind, RunsWhere
 from qwencli.config import (
     SAMPLING_BOUNDS,
     Attention,
@@ -35,6 +35,21 @@ from qwencli.presets import prompt_text
 
 Values = Mapping[str, Any]
 Mode = TypeVar("Mode", bound=StrEnum)
+# What the values of widgets are, and in words.
+_VALUES: Mapping[Kind, tuple[tuple[type, ...], str]] = {
+    Kind.STRING: ((str,), "text"),
+    Kind.COMBO: ((str,), "text"),
+    Kind.INT: ((int,), "a whole number"),
+    Kind.FLOAT: ((int, float), "a number"),
+    Kind.BOOLEAN: ((bool,), "true or false"),
+}
+# Options whose input here has another name: `model` is a list without a server's models, and a
+# resident process runs whatever keep_loaded says.
+_INPUT_NAMES: Mapping[str, str] = {
+    "--keep-loaded 0": "runs: in-process",
+    "--model": "custom_model",
+    "--api-key": "api_key_variable",
+}
 _OF_MODES = ("engine", "quantization", "attention", "cache", "kernels", "kv_dtype")
 
 
@@ -61,7 +76,27 @@ def node_text(error: QwenCliError) -> str:
 
 
 def with_input_names(text: str) -> str:
-    return re.sub(r"--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", "_"), text)
+    return re.sub(
+        r"--keep-loaded 0|--[a-z][a-z-]*",
+        lambda flag: _INPUT_NAMES.get(flag[0], flag[0][2:].replace("-", "_")),
+        text,
+    )
+
+
+def check_value(place: Input, value: Any) -> None:
+    """Raise UsageError for a value that a widget could not have."""
+    types, wanted = _VALUES[place.kind]
+    # True is an int to Python, and no number to a person.
+    fits = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+    if not fits:
+        raise UsageError(
+            f"{place.id} is {value!r:.60}, not {wanted}", f"connect {wanted}, or nothing"
+        )
+    low, high = place.low, place.high
+    if low is not None and high is not None and not low <= value <= high:
+        raise UsageError(
+            f"{place.id} {value} is out of range", f"give a value from {low} to {high}"
+        )
 
 
 def prompt_of(values: Values) -> str:
@@ -109,7 +144,11 @@ def engine_key(values: Values) -> EngineKey:
     """The engine that a node's inputs ask for."""
     from qwencli.models.user_config import model_settings, user_config_folder
 
-    choice: EngineChoice = values["engine"] or EngineChoice()
+    choice = values["engine"] or EngineChoice()
+    if not isinstance(choice, EngineChoice):
+        raise UsageError(
+            f"engine is {choice!r:.60}, no engine", "connect the output of a Qwen Engine node"
+        )
     modes: dict[str, Any] = {
         "quantization": choice_of(values, "quantization", Quantization),
         "attention": choice_of(values, "attention", Attention),

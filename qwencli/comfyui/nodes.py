@@ -16,6 +16,7 @@ from qwencli.comfyui.node_inputs import (
     EngineChoice,
     Shown,
     Values,
+    check_value,
     choice_of,
     node_text,
     pictures_of,
@@ -25,7 +26,7 @@ from qwencli.comfyui.node_inputs import (
     system_messages,
     thinking_budget,
 )
-from qwencli.comfyui.schemas import AUTO, NO_PRESET, Node, RunsWhere
+from qwencli.comfyui.schemas import AUTO, NO_PRESET, Node, RunsWhere, fold_seed
 from qwencli.config import check_pixels, parse_duration
 from qwencli.errors import InputError, QwenCliError, UsageError
 from qwencli.messages import GenerationRequest, user_message
@@ -45,21 +46,33 @@ def run(node: Node, given: Values) -> tuple[Any, ...]:
         QwenCliError: what is wrong, and what to do.
     """
     said = {name: value for name, value in given.items() if value is not None}
+    if isinstance(said.get("seed"), int):
+        said["seed"] = fold_seed(said["seed"])
+    # What came over a link has been checked by nobody; nodes that give any type can give anything.
+    for each in node.widgets:
+        if each.id in said:
+            check_value(each, said[each.id])
     return _RUNS[node.id]({**node.defaults(), **said})
 
 
 def validation_error(node: Node, given: Values) -> str | None:
     """What is wrong with widgets that ComfyUI's own checks do not see, as they fit each other or
-    are text; None where nothing is. Loads and downloads nothing."""
+    are text; None where nothing is. Loads and downloads nothing.
+
+    Args:
+        given: as ComfyUI tells it before a graph runs: None is what comes over a link.
+    """
     values = {**node.defaults(), **given}
-    for each in node.widgets:
-        value = values[each.id]
-        if each.low is not None and each.high is not None and not each.low <= value <= each.high:
-            return f"{each.id} {value} is out of range; give a value from {each.low} to {each.high}"
+    known = {name for name in values if name not in given or given[name] is not None}
     try:
-        parse_duration(values["keep_loaded"], "keep_loaded")
-        thinking_budget(values)
-        if not values["custom_model"].strip():
+        for each in node.widgets:
+            if each.id in known:
+                check_value(each, values[each.id])
+        if "keep_loaded" in known:
+            parse_duration(values["keep_loaded"], "keep_loaded")
+        if {"thinking_budget", "max_new_tokens"} <= known:
+            thinking_budget(values)
+        if {"custom_model", "model"} <= known and not values["custom_model"].strip():
             resolved_model(values["model"])
     except QwenCliError as error:
         return node_text(error)
@@ -69,7 +82,8 @@ def validation_error(node: Node, given: Values) -> str | None:
 def fingerprint(node: Node, given: Values) -> Any:
     """What tells two runs with the same inputs apart, for ComfyUI's cache of outputs."""
     values = {**node.defaults(), **given}
-    draws = values.get("do_sample") and values.get("temperature") != 0
+    # What comes over a link is None here; its changes ComfyUI sees itself.
+    draws = values.get("do_sample") is not False and values.get("temperature") != 0
     if node.runs_alone or (draws and values.get("seed") == -1):
         return float("nan")  # unlike itself
     return 0

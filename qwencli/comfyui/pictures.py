@@ -55,7 +55,13 @@ class Batch:
                 f"{name} has {shape[3]} channels",
                 "connect an IMAGE with 1 (grey), 3 (RGB) or 4 (RGBA)",
             )
-        self.tensor, self.name = tensor, name
+        is_floating = getattr(tensor, "is_floating_point", None)
+        if is_floating is None or not is_floating():
+            raise InputError(
+                f"{name} holds {tensor.dtype}",
+                "connect an IMAGE output: a tensor of floats from 0 to 1",
+            )
+        self.tensor, self.name = tensor.detach(), name
         for index in range(len(self)):
             if not math.isfinite(float(tensor[index].float().sum())):
                 raise InputError(
@@ -79,7 +85,7 @@ class Batch:
         import numpy as np
         from PIL import Image
 
-        pixels = self.tensor[index].detach().float().cpu().numpy()  # [H, W, C]
+        pixels = self.tensor[index].float().cpu().numpy()  # [H, W, C]
         levels = (np.clip(pixels, 0.0, 1.0) * 255.0).round().astype(np.uint8)
         if levels.shape[2] == 1:
             return Image.fromarray(levels[..., 0], "L").convert("RGB")
@@ -134,10 +140,12 @@ def video_part(video: Any, frames: int | None, name: str = "video") -> VideoPart
     floats of all of them.
 
     Raises:
-        InputError, MissingDependencyError: it cannot be decoded.
+        InputError, MissingDependencyError: it is none, or cannot be decoded.
     """
     from qwencli.engine.frontend.videos import open_video, open_visual
 
+    if not hasattr(video, "get_components"):
+        raise InputError(f"{name} is no video", "connect a VIDEO output, as that of Load Video")
     if "get_stream_source" in vars(type(video)):
         source = video.get_stream_source()
         if isinstance(source, io.BytesIO):
@@ -146,11 +154,23 @@ def video_part(video: Any, frames: int | None, name: str = "video") -> VideoPart
             part = open_video(Path(str(source)), frames)
         if isinstance(part, VideoPart) and _is_whole(part, video):
             return part
-    components = video.get_components()
-    return Batch(components.images, name).as_video(float(components.frame_rate), frames)
+    try:
+        components = video.get_components()
+        rate = float(components.frame_rate)
+    except (ValueError, OSError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        raise InputError(
+            f"{name} cannot be decoded: {why}", "look at the node in front of it"
+        ) from error
+    if not 0 < rate < math.inf:
+        raise InputError(f"{name} has {rate} frames a second", "look at the node in front of it")
+    return Batch(components.images, name).as_video(rate, frames)
 
 
 def _is_whole(part: VideoPart, video: Any) -> bool:
-    """Whether ComfyUI means the whole file; it can cut videos without writing them anew."""
-    length = getattr(video, "get_duration", None)
-    return length is None or abs(float(length()) - part.duration_s) < _SAME_LENGTH_S
+    """Whether ComfyUI means the whole file; it can cut and crop videos without writing them anew,
+    and says the size of a turned one as its file has it."""
+    length, size = (getattr(video, name, None) for name in ("get_duration", "get_dimensions"))
+    if length is not None and abs(float(length()) - part.duration_s) >= _SAME_LENGTH_S:
+        return False
+    return size is None or sorted(size()) == sorted(part.frames[0].size)

@@ -431,6 +431,12 @@ NODES: Mapping[str, Node] = {
 }
 
 
+def fold_seed(seed: int) -> int:
+    """A seed of another node, of up to 64 bits, as one of ours: the same one each time."""
+    most = int(SAMPLING_BOUNDS["seed"].high)
+    return seed % (most + 1) if seed > most else seed
+
+
 def models() -> tuple[str, ...]:
     """The values of `model` on this machine: entries of custom_models.json first, if it can be
     read, then the bundled model and the built-ins."""

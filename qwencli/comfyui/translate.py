@@ -24,6 +24,7 @@ from qwencli.comfyui.schemas import (
     Input,
     Kind,
     Node,
+    fold_seed,
     models,
 )
 from qwencli.config import SAMPLING_BOUNDS
@@ -212,8 +213,8 @@ def _fitting(place: Input, value: Any) -> Any:
             return None
         if place.kind is Kind.INT and value != int(value):
             return None
-        if place.id == _SEED and place.high is not None and value > place.high:
-            return int(value) % (int(place.high) + 1)
+        if place.id == _SEED:
+            value = fold_seed(int(value))
         bounded = min(max(value, place.low if place.low is not None else value),
                       place.high if place.high is not None else value)  # fmt: skip
         # -1 has a meaning of its own for sampling parameters, which no old node gave it.

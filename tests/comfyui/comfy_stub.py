@@ -279,7 +279,10 @@ class Graph:
                 if each.io_type == "COMBO" and value not in each.options:
                     raise RefusedGraph(f"Value not in list: {each.id}: {value!r}")
             if validate:
-                values = {name: given[name] for name in own & set(given)}
+                values = {  # what comes over a link is not known yet
+                    name: None if isinstance(given[name], list) else given[name]
+                    for name in own & set(given)
+                }
                 try:
                     said = validate(**values)
                 except Exception as error:

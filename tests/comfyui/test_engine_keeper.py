@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from qwencli.comfyui.engine_keeper import EngineKeeper, EngineKey, StoppableEngi
 from qwencli.comfyui.schemas import RunsWhere
 from qwencli.config import EngineConfig, ModelSource, ModelSpec
 from qwencli.engine.protocol import stream_alone
-from qwencli.errors import EngineError, InputError, OutOfMemoryError
+from qwencli.errors import EngineError, InputError, OutOfMemoryError, OutputError
 from qwencli.messages import GenerationRequest
+from qwencli.server import resident
 from tests.comfyui.comfy_stub import InterruptProcessingException, Management
 from tests.dataset.fake_engine import FakeEngine
 
@@ -114,6 +116,20 @@ def test_comfyui_gets_the_memory_when_it_wants_it(made: Made, management: Manage
         thread.join(5)
         assert not thread.is_alive() and made.keeper.is_loaded
     made.keeper.close()
+
+
+def test_a_resident_process_that_does_not_end_is_no_fault_of_comfyuis_model(
+    made: Made, management: Management, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop() -> None:
+        raise OutputError("process 7 does not end")
+
+    monkeypatch.setattr(resident, "status", lambda: SimpleNamespace(running=0))
+    monkeypatch.setattr(resident, "stop", stop)
+    with made.keeper.using(wanted(runs=RunsWhere.RESIDENT), 60):
+        pass
+    assert management.free_memory(2**40, "cpu") == []
+    assert made.closed == ["a"] and not made.keeper.is_loaded
 
 
 def test_batches_go_before_the_model(made: Made, management: Management) -> None:

@@ -395,6 +395,7 @@ NAN[1, 3, 3, 1] = float("nan")
         ("QwencliStructuredCaption", {"images": ["scene"], "schema": "{"}, "^schema is not JSON"),
         ("QwencliCaptionFolder", {}, "^path is empty; give the folder"),
         ("QwencliCaptionFolder", {"path": "/no/where"}, "/no/where"),
+        ("QwencliCaptionFolder", {"path": str(EXAMPLES), "output": "\0"}, "^output has a null"),
         ("QwencliEngine", {"runs": "remote"}, "^endpoint is empty; give the server"),
         ("QwencliChat", {"prompt": "x", "think": True}, "^scenes cannot think before it answers"),
         ("QwencliBoxes", {"images": ["scene"], "thinking_budget": 9}, "^scenes cannot think"),
@@ -425,6 +426,8 @@ def test_a_wrong_model_is_refused_before_anything_runs(
         ({"thinking_budget": 48}, "^thinking_budget 48 leaves nothing of max_new_tokens 48"),
         ({"thinking_budget": 9000}, "^thinking_budget 9000 is out of range"),
         ({"max_new_tokens": 0}, "^max_new_tokens 0 is out of range"),
+        ({"max_new_tokens": "48"}, "^max_new_tokens is '48', not a whole number"),
+        ({"custom_model": 3}, "^custom_model is 3, not text"),
     ],
 )
 def test_widgets_that_cannot_be_are_refused_before_anything_runs(
@@ -432,6 +435,43 @@ def test_widgets_that_cannot_be_are_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(RefusedGraph, match=line):
         graph.one("QwencliChat", prompt="x", **(BASE | inputs))
+
+
+def test_widgets_may_come_over_links(
+    graph: Graph, management: Management, engine_that: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is checked before a graph runs is not known then; it is checked when it is."""
+    engine_that(lambda request: "x")
+    linked = {"custom_model": "", "model": "scenes", "keep_loaded": "5m", "thinking_budget": 9,
+              "max_new_tokens": 48}  # fmt: skip
+    monkeypatch.setattr(graph, "sources", {**graph.sources, **linked, "wrong": 0.5, "far": 9000})
+    assert graph.one("QwencliChat", prompt="x", **{name: [name] for name in linked})[0] == "x"
+    with pytest.raises(NodeError, match=r"^thinking_budget 9000 is out of range"):
+        graph.one("QwencliChat", prompt="x", model="scenes", thinking_budget=["far"])
+    for name in ("max_new_tokens", "prompt", "preset", "do_sample", "seed"):
+        with pytest.raises(NodeError, match=f"^{name} is 0.5, not"):
+            graph.one("QwencliCaption", **(BASE | {"images": ["scene"], name: ["wrong"]}))
+    with pytest.raises(NodeError, match=r"^engine is 0.5, no engine; connect the output of a Qwen"):
+        graph.one("QwencliChat", prompt="x", engine=["wrong"], **BASE)
+    with pytest.raises(NodeError, match=r"^video is no video; connect a VIDEO"):
+        graph.one("QwencliCaption", video=["wrong"], **BASE)
+
+
+def test_a_seed_of_64_bits_may_come_over_a_link(
+    graph: Graph, management: Management, engine_that: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As nodes for seeds give it; the same one gives the same answer."""
+    asked: list[Any] = []
+
+    def answer(request: GenerationRequest) -> str:
+        asked.append(request.sampling.seed)
+        return "x"
+
+    engine_that(answer)
+    monkeypatch.setattr(graph, "sources", {"seed": 2**64 - 2, "random": -1})
+    for name in ("seed", "seed", "random"):
+        graph.one("QwencliChat", prompt="x", seed=[name], **BASE)
+    assert asked == [2**32 - 2, 2**32 - 2, -1]
 
 
 def test_thoughts_are_asked_for_as_on_the_command_line(
@@ -515,5 +555,6 @@ def test_when_a_node_runs_again(graph: Graph) -> None:
     assert changes(seed=3, temperature=0.7) == changes(seed=3, temperature=0.7)
     assert changes(seed=-1) != changes(seed=-1)
     assert changes(seed=-1, do_sample=False) == changes(seed=-1, do_sample=False)
+    assert changes(seed=-1, do_sample=None) != changes(seed=-1, do_sample=None)  # of a link
     folder = graph.classes["QwencliCaptionFolder"].fingerprint_inputs
     assert folder(seed=3) != folder(seed=3)

@@ -67,6 +67,15 @@ def test_what_is_no_picture_is_said(other: Any) -> None:
         Batch(other, "images")
 
 
+@pytest.mark.parametrize(
+    "other", [torch.zeros(1, 4, 4, 3, dtype=torch.uint8), np.zeros((1, 4, 4, 3), np.float32)]
+)
+def test_only_tensors_of_floats_are_pictures(other: Any) -> None:
+    """Bytes from 0 to 255 would be all white."""
+    with pytest.raises(InputError, match=r"^images holds .*(uint8|float32)"):
+        Batch(other, "images")
+
+
 def test_masks_are_inside_of_boxes() -> None:
     masks = Batch(torch.zeros(2, 4, 6, 3), "images").masks_like([[[1, 0, 3, 2], [2, 1, 4, 3]], []])
     assert masks.shape == (2, 4, 6) and masks[0].sum() == 7 and masks[1].sum() == 0
@@ -94,6 +103,10 @@ class FromFile(FromComponents):
 
     def get_stream_source(self) -> Any:
         return self.data
+
+    def get_dimensions(self) -> tuple[int, int]:
+        height, width = self.components.images.shape[1:3]
+        return width, height
 
     def get_components(self) -> Any:
         self.asked = True
@@ -126,3 +139,27 @@ def test_a_video_file_is_decoded_by_us_unless_a_part_of_it_is_meant() -> None:
     assert not hasattr(whole, "asked") and abs(part.duration_s - 2.0) < 0.2
     cut = FromFile(data, torch.zeros(5, 64, 64, 3), Fraction(10))
     assert video_part(cut, 4).duration_s == 0.5 and cut.asked
+    cropped = FromFile(data, torch.zeros(20, 64, 32, 3), Fraction(10))
+    assert video_part(cropped, 4).frames[0].size == (32, 64) and cropped.asked
+
+
+class Broken:
+    """A video whose frames cannot be had."""
+
+    def get_components(self) -> Any:
+        raise ValueError("No video stream found\nin 'x'")
+
+
+@pytest.mark.parametrize(
+    ("video", "line"),
+    [
+        (3, "^video is no video"),
+        (torch.zeros(1, 8, 8, 3), "^video is no video"),
+        (Broken(), "^video cannot be decoded: No video stream found in 'x'"),
+        (FromComponents(torch.zeros(2, 8, 8, 3), Fraction(0)), "^video has 0.0 frames a second"),
+        (FromComponents(torch.zeros(0, 8, 8, 3), Fraction(9)), "^video is empty"),
+    ],
+)
+def test_what_is_no_video_is_said(video: Any, line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        video_part(video, None)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -105,3 +106,18 @@ def test_the_allocator_decides_whether_graphs_are_captured(monkeypatch, backend:
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
     why = why_no_graphs()
     assert why is None if backend == "native" else "--disable-cuda-malloc" in str(why)
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("lower --max-pixels", "lower max_pixels"),
+        ("the log tells why; --keep-loaded 0 does without it", "runs: in-process does without it"),
+        ("choose with --model: a, b", "choose with custom_model: a, b"),
+        ("give it with --api-key", "give it with api_key_variable"),
+    ],
+)
+def test_hints_name_inputs_that_do_what_they_say(said: str, shown: str) -> None:
+    assert node_inputs.with_input_names(said).endswith(shown)
+    known = {each.id for node in NODES.values() for each in node.inputs}
+    assert known & set(re.findall(r"\w+", shown))
