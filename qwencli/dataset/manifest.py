@@ -25,6 +25,7 @@ from qwencli import __version__
 from qwencli.dataset.manifest_schema import (
     COLUMNS_1,
     INSERT,
+    NO_PLACE,
     SetPaths,
     StoredPath,
     failed_rows,
@@ -306,8 +307,9 @@ class Manifest:
             for row in inner._db.execute(f"SELECT {', '.join(columns)} FROM captions"):
                 known = dict(zip(columns, row, strict=True))
                 for name in ("key", "place"):
-                    path = posixpath.normpath(below + path_text(known[name]))
-                    known[name] = stored_path(path)
+                    if known[name] != NO_PLACE:
+                        path = posixpath.normpath(below + path_text(known[name]))
+                        known[name] = stored_path(path)
                 slot = [known[name] for name in ("key", "field", "sample", "place")]
                 here = self._db.execute(f"SELECT time FROM captions {_WHERE}", slot).fetchone()
                 if here is not None and here[0] >= known["time"]:

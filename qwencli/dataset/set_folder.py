@@ -21,7 +21,7 @@ from qwencli.dataset.manifest import STATE_FOLDER, Manifest
 from qwencli.dataset.manifest_schema import SetPaths, failed_rows, open_to_read
 from qwencli.dataset.named_inputs import without_inner_dots
 from qwencli.dataset.sinks import Sidecars, Sink, write_whole
-from qwencli.dataset.sources import Listing
+from qwencli.dataset.sources import PARTIAL_PREFIX, PARTIAL_SUFFIX, Listing
 from qwencli.errors import DatasetError, OutputError, UsageError
 from qwencli.folder_lock import FolderLock
 
@@ -183,14 +183,31 @@ def open_manifest(
 
 def inner_sets(listing: Listing, folder: Path, name: str) -> list[Path]:
     """Folders of captions below `folder` that have a manifest of their own."""
+    found = (folder / each for each in sorted(_folders(listing) - {""}))
+    return [each for each in found if _is_file(each / STATE_FOLDER / name)]
+
+
+def partials(listing: Listing, place: OutputPlace) -> list[Path]:
+    """What runs were writing, in the folders that captions go to."""
+    if os.path.abspath(place.folder) == os.path.abspath(listing.base) and not place.is_one_file:
+        return listing.partial
+    folders = {""} if place.is_one_file else _folders(listing) | {""}
+    return [
+        path
+        for each in folders
+        for path in (place.folder / each).glob(f"{PARTIAL_PREFIX}*{PARTIAL_SUFFIX}")
+    ]
+
+
+def _folders(listing: Listing) -> set[str]:
+    """Those that have items, and those above them, from the listing's own."""
     below = {item.key.rpartition("/")[0] for item in listing.items}
     for each in list(below):
         while each := each.rpartition("/")[0]:
             if each in below:
                 break
             below.add(each)
-    found = (folder / each for each in sorted(below - {""}))
-    return [each for each in found if _is_file(each / STATE_FOLDER / name)]
+    return below
 
 
 def _make(state: Path) -> None:
@@ -210,7 +227,9 @@ def _make(state: Path) -> None:
 
 def _remove(manifest: Path) -> None:
     try:
-        for ending in ("-wal", "-shm", ""):
+        # The database first: without what waits in the file beside it, it may be no database. What
+        # is left beside none is nothing.
+        for ending in ("", "-wal", "-shm"):
             Path(f"{manifest}{ending}").unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(

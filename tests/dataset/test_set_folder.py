@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -101,6 +102,28 @@ def test_records_of_a_set_that_is_taken_into_another(caption, pictures, engine):
     assert engine.answered == 4
 
 
+def test_a_manifest_is_none_from_the_moment_its_removal_begins(
+    caption, pictures, engine, monkeypatch
+):
+    """Without the file beside it, a database of a run that was killed may be damaged."""
+    folder = pictures("a.png", "sub/b.png")
+    assert caption(folder / "sub", *APPEND) == 0
+    inner, remove = folder / "sub" / STATE_FOLDER / "manifest.sqlite", Path.unlink
+    inner.with_name("manifest.sqlite-wal").touch()
+
+    def killed(path, **named):
+        remove(path, **named)
+        if path.name.startswith(inner.name) and path.parent == inner.parent:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        assert caption(folder, "-r", *APPEND) == 130
+    assert not inner.exists()
+    assert caption(folder, "-r", *APPEND) == 0
+    assert engine.answered == 2
+
+
 def test_a_look_takes_nothing_over(caption, pictures, capsys):
     folder = pictures("a.png", "sub/b.png")
     assert caption(folder / "sub", *APPEND) == 0
@@ -129,6 +152,22 @@ def test_a_manifest_of_before_is_read(caption, pictures, engine):
     assert engine.answered == 2
     assert caption(folder, "-r", "--redo", "path = 'a.png'") == 0
     assert engine.answered == 3
+
+
+@pytest.mark.parametrize("output", ["out", "t.jsonl"])
+def test_a_manifest_of_before_with_captions_of_two_folders(
+    caption, pictures, engine, tmp_path, output
+):
+    folders = pictures("p.png", folder="a"), pictures("q.png", folder="b")
+    options = ("--output", tmp_path / output, *APPEND)
+    for each in folders:
+        assert caption(each, *options) == 0
+    name = "manifest.sqlite" if output == "out" else f"{output}.sqlite"
+    [manifest] = tmp_path.rglob(name)
+    as_version_1(manifest)
+    for each in folders * 2:
+        assert caption(each, *options) == 0
+    assert engine.answered == 2
 
 
 def as_version_1(path):
