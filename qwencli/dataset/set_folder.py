@@ -167,18 +167,27 @@ def open_manifest(
             _remove(state / name)
             raise DatasetError(f"another run has just begun in {above}", _HELD)
         for inner in inner_sets(listing, folder, name):
-            below = folder_below(root, inner)
-            if look_only:
-                manifest.take_over(inner / STATE_FOLDER / name, below)
-                continue
-            lock = FolderLock(inner / STATE_FOLDER, DatasetError, _HELD, "--output")
-            stack.callback(lock.release)
-            manifest.take_over(inner / STATE_FOLDER / name, below)
+            is_ours = not look_only and _hold(stack, inner)
+            manifest.take_over(inner / STATE_FOLDER / name, folder_below(root, inner))
             # A linked folder has a set of its own, which the way from there upwards does not find.
-            if Path(os.path.realpath(inner)) == inner:
+            if is_ours and Path(os.path.realpath(inner)) == inner:
                 _remove(inner / STATE_FOLDER / name)
                 write_failures(inner)
         yield manifest
+
+
+def _hold(stack: ExitStack, inner: Path) -> bool:
+    """Have no other run write to the set of a folder; False where nobody can.
+
+    Raises:
+        DatasetError: one does.
+    """
+    try:
+        lock = FolderLock(inner / STATE_FOLDER, DatasetError, _HELD, "--output")
+    except OutputError:  # read-only, or another user's: what is in it is known all the same
+        return False
+    stack.callback(lock.release)
+    return True
 
 
 def inner_sets(listing: Listing, folder: Path, name: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sqlite3
@@ -122,6 +123,29 @@ def test_a_manifest_is_none_from_the_moment_its_removal_begins(
     assert not inner.exists()
     assert caption(folder, "-r", *APPEND) == 0
     assert engine.answered == 2
+
+
+def test_a_set_in_this_one_that_nobody_can_write(caption, pictures, engine, monkeypatch):
+    folder = pictures("a.png", "sub/b.png")
+    (folder / "sub" / "b.txt").write_text("mine", encoding="utf-8")
+    assert caption(folder / "sub", *APPEND) == 0
+    before = {path: path.read_bytes() for path in folder.rglob("sub/**/*") if path.is_file()}
+    open_file = os.open
+
+    def read_only(path, flags, *rest, **named):
+        if flags & os.O_RDWR and Path(path).is_relative_to(folder / "sub"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return open_file(path, flags, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", read_only)
+        for _ in range(2):
+            assert caption(folder, "-r", *APPEND) == 0
+    assert engine.answered == 2
+    assert before.items() == {path: path.read_bytes() for path in before}.items()
+    assert caption(folder, "-r", *APPEND) == 0
+    assert engine.answered == 2
+    assert manifests(folder) == [".qwencli/manifest.sqlite"]
 
 
 def test_a_look_takes_nothing_over(caption, pictures, capsys):
