@@ -148,7 +148,10 @@ class Manifest:
             )
             found = {}
             for key, field, sample, place, status, run, *rest in rows:
-                key, place = path_text(key), path_text(place)
+                if type(key) is not str:
+                    key = path_text(key)
+                if type(place) is not str:
+                    place = path_text(place)
                 if key.startswith(pictures) and place.startswith(captions):
                     slot = key[len(pictures) :], field, sample, place[len(captions) :]
                     found[slot] = State(status, run, jobs.get(run, ""), *rest)

@@ -158,6 +158,17 @@ def test_a_look_takes_nothing_over(caption, pictures, capsys):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_a_look_at_what_a_killed_run_was_writing(caption, pictures, capsys):
+    folder = pictures("a.png", "sub/b.png")
+    assert caption(folder, "-r") == 0
+    with closing(sqlite3.connect(folder / STATE_FOLDER / "manifest.sqlite")) as db, db:
+        db.execute("UPDATE captions SET status = 'writing'")
+    capsys.readouterr()
+    assert caption(folder / "sub", "--dry-run") == 0
+    said = capsys.readouterr().err
+    assert "0 to caption, 1 with a caption" in said and "error" not in said
+
+
 @pytest.mark.skipif(not hasattr(os, "chown") or os.geteuid() != 0, reason="needs another user")
 def test_a_manifest_above_that_is_somebody_elses_is_not_used(caption, pictures):
     folder = pictures("a.png", "sub/b.png")
