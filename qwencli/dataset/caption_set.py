@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from qwencli.dataset import pipeline
 from qwencli.dataset.manifest import Manifest, job_hash
 from qwencli.dataset.pipeline import Captioned, Outcome
-from qwencli.dataset.set_folder import OutputPlace, open_manifest, write_failures
-from qwencli.dataset.sinks import CaptionWriter, Sink, recover
-from qwencli.dataset.sources import PARTIAL_PREFIX, PARTIAL_SUFFIX, Listing
+from qwencli.dataset.set_folder import OutputPlace, open_manifest, partials, write_failures
+from qwencli.dataset.sinks import CaptionWriter, Sink, is_left_behind, recover
+from qwencli.dataset.sources import Listing
 from qwencli.dataset.worklist import Worklist, WorklistOptions, plan_work
 
 if TYPE_CHECKING:
@@ -134,10 +134,10 @@ def open_set(
     sink, recovered = place.sink, 0
     with closing(sink), open_manifest(listing, place, look_only=look_only) as manifest:
         if not look_only:
-            left = place.folder.glob(f"{PARTIAL_PREFIX}*{PARTIAL_SUFFIX}")
-            for partial in (*listing.partial, *left):
+            for partial in partials(listing, place):
                 with suppress(OSError):
-                    partial.unlink()
+                    if is_left_behind(partial):
+                        partial.unlink()
             slots = [each.slot for each in manifest.unfinished_writes()]
             sink.existing((sink.name(slot), slot) for slot in slots)
             recovered = recover(manifest, sink)

@@ -25,6 +25,7 @@ from qwencli import __version__
 from qwencli.dataset.manifest_schema import (
     COLUMNS_1,
     INSERT,
+    NO_PLACE,
     SetPaths,
     StoredPath,
     failed_rows,
@@ -147,7 +148,10 @@ class Manifest:
             )
             found = {}
             for key, field, sample, place, status, run, *rest in rows:
-                key, place = path_text(key), path_text(place)
+                if type(key) is not str:
+                    key = path_text(key)
+                if type(place) is not str:
+                    place = path_text(place)
                 if key.startswith(pictures) and place.startswith(captions):
                     slot = key[len(pictures) :], field, sample, place[len(captions) :]
                     found[slot] = State(status, run, jobs.get(run, ""), *rest)
@@ -306,8 +310,9 @@ class Manifest:
             for row in inner._db.execute(f"SELECT {', '.join(columns)} FROM captions"):
                 known = dict(zip(columns, row, strict=True))
                 for name in ("key", "place"):
-                    path = posixpath.normpath(below + path_text(known[name]))
-                    known[name] = stored_path(path)
+                    if known[name] != NO_PLACE:
+                        path = posixpath.normpath(below + path_text(known[name]))
+                        known[name] = stored_path(path)
                 slot = [known[name] for name in ("key", "field", "sample", "place")]
                 here = self._db.execute(f"SELECT time FROM captions {_WHERE}", slot).fetchone()
                 if here is not None and here[0] >= known["time"]:

@@ -46,7 +46,9 @@ INSERT = """INSERT OR REPLACE INTO captions (
     prompt_hash, seed, attempts, finish_reason, num_prompt_tokens, num_image_tokens,
     num_new_tokens, e2e_s, place, in_part
 ) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"""
-# Columns of a caption in version 1, which knew no places.
+# Of captions of version 1, which knew no places, until a run on their pictures tells it.
+NO_PLACE = ""
+# Columns of a caption in version 1.
 COLUMNS_1 = (
     "key", "field", "sample", "status", "caption", "written", "kept", "reason", "hint", "size",
     "mtime_ns", "run", "time", "prompt_hash", "seed", "attempts", "finish_reason",
@@ -92,6 +94,7 @@ def make_ready(db: sqlite3.Connection, path: Path, paths: SetPaths) -> None:
             f"{path} was written by a newer qwencli", "update qwencli, or move the file"
         )
     if version == VERSION:
+        _place_rows(db, paths)
         return
     db.execute("BEGIN IMMEDIATE")
     try:
@@ -103,7 +106,8 @@ def make_ready(db: sqlite3.Connection, path: Path, paths: SetPaths) -> None:
         for statement in _SCHEMA.split(";\n"):
             if version == 0 or "captions" in statement:
                 db.execute(statement)
-        db.executemany(INSERT, ((*row, _place_1(paths, *row[:3]), 0) for row in rows))
+        db.executemany(INSERT, ((*row, NO_PLACE, 0) for row in rows))
+        _place_rows(db, paths)
         db.execute(f"PRAGMA user_version = {VERSION}")
     except BaseException:
         db.execute("ROLLBACK")
@@ -111,13 +115,25 @@ def make_ready(db: sqlite3.Connection, path: Path, paths: SetPaths) -> None:
     db.execute("COMMIT")
 
 
-def _place_1(paths: SetPaths, stored: StoredPath, field: str, sample: int) -> StoredPath:
-    """The place of a caption that version 1 has noted."""
-    key = path_text(stored)
-    own = key.removeprefix(paths.pictures)
-    if own != key or not paths.pictures:
-        return stored_path(paths.place(Slot(own, field, sample)))
-    return stored_path(paths.name(Slot(key, field, sample)))
+def _place_rows(db: sqlite3.Connection, paths: SetPaths) -> None:
+    """Give the captions of version 1 their places. A run knows those of its own pictures alone:
+    those of another folder wait for a run on that."""
+    found = db.execute(
+        "SELECT key, field, sample FROM captions WHERE place = ?", (NO_PLACE,)
+    ).fetchall()
+    placed = []
+    for stored, field, sample in found:
+        key = path_text(stored)
+        own = key.removeprefix(paths.pictures)
+        if key.startswith(paths.pictures) and not own.startswith(("../", "/")):
+            place = stored_path(paths.place(Slot(own, field, sample)))
+            placed.append((place, stored, field, sample, NO_PLACE))
+    if placed:
+        db.executemany(
+            "UPDATE OR IGNORE captions SET place = ? "
+            "WHERE key = ? AND field = ? AND sample = ? AND place = ?",
+            placed,
+        )
 
 
 def failed_rows(db: sqlite3.Connection, below: str = "") -> list[dict[str, Any]]:

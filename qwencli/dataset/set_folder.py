@@ -21,7 +21,7 @@ from qwencli.dataset.manifest import STATE_FOLDER, Manifest
 from qwencli.dataset.manifest_schema import SetPaths, failed_rows, open_to_read
 from qwencli.dataset.named_inputs import without_inner_dots
 from qwencli.dataset.sinks import Sidecars, Sink, write_whole
-from qwencli.dataset.sources import Listing
+from qwencli.dataset.sources import PARTIAL_PREFIX, PARTIAL_SUFFIX, Listing
 from qwencli.errors import DatasetError, OutputError, UsageError
 from qwencli.folder_lock import FolderLock
 
@@ -167,30 +167,56 @@ def open_manifest(
             _remove(state / name)
             raise DatasetError(f"another run has just begun in {above}", _HELD)
         for inner in inner_sets(listing, folder, name):
-            below = folder_below(root, inner)
-            if look_only:
-                manifest.take_over(inner / STATE_FOLDER / name, below)
-                continue
-            lock = FolderLock(inner / STATE_FOLDER, DatasetError, _HELD, "--output")
-            stack.callback(lock.release)
-            manifest.take_over(inner / STATE_FOLDER / name, below)
+            is_ours = not look_only and _hold(stack, inner)
+            manifest.take_over(inner / STATE_FOLDER / name, folder_below(root, inner))
             # A linked folder has a set of its own, which the way from there upwards does not find.
-            if Path(os.path.realpath(inner)) == inner:
+            if is_ours and Path(os.path.realpath(inner)) == inner:
                 _remove(inner / STATE_FOLDER / name)
                 write_failures(inner)
         yield manifest
 
 
+def _hold(stack: ExitStack, inner: Path) -> bool:
+    """Have no other run write to the set of a folder; False where nobody can.
+
+    Raises:
+        DatasetError: one does.
+    """
+    try:
+        lock = FolderLock(inner / STATE_FOLDER, DatasetError, _HELD, "--output")
+    except OutputError:  # read-only, or another user's: what is in it is known all the same
+        return False
+    stack.callback(lock.release)
+    return True
+
+
 def inner_sets(listing: Listing, folder: Path, name: str) -> list[Path]:
     """Folders of captions below `folder` that have a manifest of their own."""
+    found = (folder / each for each in sorted(_folders(listing) - {""}))
+    return [each for each in found if _is_file(each / STATE_FOLDER / name)]
+
+
+def partials(listing: Listing, place: OutputPlace) -> list[Path]:
+    """What runs were writing, in the folders that captions go to."""
+    if os.path.abspath(place.folder) == os.path.abspath(listing.base) and not place.is_one_file:
+        return listing.partial
+    folders = {""} if place.is_one_file else _folders(listing) | {""}
+    return [
+        path
+        for each in folders
+        for path in (place.folder / each).glob(f"{PARTIAL_PREFIX}*{PARTIAL_SUFFIX}")
+    ]
+
+
+def _folders(listing: Listing) -> set[str]:
+    """Those that have items, and those above them, from the listing's own."""
     below = {item.key.rpartition("/")[0] for item in listing.items}
     for each in list(below):
         while each := each.rpartition("/")[0]:
             if each in below:
                 break
             below.add(each)
-    found = (folder / each for each in sorted(below - {""}))
-    return [each for each in found if _is_file(each / STATE_FOLDER / name)]
+    return below
 
 
 def _make(state: Path) -> None:
@@ -210,7 +236,9 @@ def _make(state: Path) -> None:
 
 def _remove(manifest: Path) -> None:
     try:
-        for ending in ("-wal", "-shm", ""):
+        # The database first: without what waits in the file beside it, it may be no database. What
+        # is left beside none is nothing.
+        for ending in ("", "-wal", "-shm"):
             Path(f"{manifest}{ending}").unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(

@@ -178,6 +178,21 @@ def partial_path(path: Path) -> Path:
     return path.parent / f"{PARTIAL_PREFIX}{os.getpid()}-{next(_counter)}{PARTIAL_SUFFIX}"
 
 
+def is_left_behind(partial: Path) -> bool:
+    """Whether the run that was to rename this file is gone."""
+    number = partial.name.removeprefix(PARTIAL_PREFIX).partition("-")[0]
+    # Windows removes no file that is open. In a container the next run has the same number.
+    if os.name == "nt" or not number.isdecimal() or int(number) in (0, os.getpid()):
+        return True
+    try:
+        os.kill(int(number), 0)
+    except PermissionError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return False
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Make `path` hold `data`: at no moment does it hold a part.
 

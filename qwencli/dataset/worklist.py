@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -92,14 +93,17 @@ def plan_work(
         work.refused.append(Failed(Task(item, options.fields[0]), error))
     wanted = _wanted_places(listing, options, paths, states)
     there = paths.existing((name, slot) for _, places in wanted for name, slot, _ in places)
-    owners, claims = _known_owners(wanted, there, manifest), dict[str, str]()
+    shared = _shared_places(wanted)
+    owners, claims = _known_owners(wanted, there, shared, manifest), dict[str, str]()
     for item, places in wanted:
-        refusal = _taken_place(listing, item, places, owners, claims)
-        if refusal is not None:
-            work.refused.append(Failed(Task(item, options.fields[0]), refusal))
-            continue
+        # Of most sets no place is contested.
+        if shared or owners:
+            refusal = _taken_place(listing, item, places, owners, claims)
+            if refusal is not None:
+                work.refused.append(Failed(Task(item, options.fields[0]), refusal))
+                continue
+            claims.update((_normcase(name), item.key) for name, _, _ in places)
         for name, slot, state in places:
-            claims[_normcase(name)] = item.key
             changed = state is not None and (
                 item.size != state.size or item.mtime_ns != state.mtime_ns
             )
@@ -142,24 +146,34 @@ def _wanted_places(
         for field_name, sample in kinds:
             slot = Slot(item.key, field_name, sample)
             name = paths.name(slot)
-            places.append((name, slot, states.get((*slot, name))))
+            places.append((name, slot, states.get((item.key, field_name, sample, name))))
         wanted.append((item, places))
     return wanted
 
 
+def _shared_places(wanted: Iterable[_Wanted]) -> set[str]:
+    """Those that more than one caption would go to."""
+    names = [_normcase(name) for _, places in wanted for name, _, _ in places]
+    if len(set(names)) == len(names):
+        return set()
+    return {name for name, count in Counter(names).items() if count > 1}
+
+
 def _known_owners(
-    wanted: Iterable[_Wanted], there: Container[str], manifest: Manifest
+    wanted: Iterable[_Wanted], there: Container[str], shared: Container[str], manifest: Manifest
 ) -> dict[str, str]:
-    """Whose the captions are that are there, as far as the manifest knows: the pictures' keys, or
-    their paths from the manifest's folder where they are others'."""
+    """Whose the captions are that are there and may not be of who wants the place, as far as the
+    manifest knows: the pictures' keys, or their paths from the manifest's folder where they are
+    others'."""
     owners: dict[str, str] = {}
     unknown: list[str] = []
     for item, places in wanted:
         for name, _, state in places:
             if name not in there:
                 continue
-            if state is not None and state.status == "done":
-                owners[_normcase(name)] = item.key
+            if state is not None and state.status != "failed":
+                if _normcase(name) in shared:
+                    owners[_normcase(name)] = item.key
             else:
                 unknown.append(name)
     others = manifest.owners() if unknown else {}

@@ -82,6 +82,27 @@ def test_killed_at_any_moment(pictures, mode, finish):
     assert not list(folder.rglob("*.partial"))
 
 
+def test_what_others_are_writing_stays(pictures, tmp_path, finish):
+    """Only what killed runs left is removed, wherever captions go."""
+    folder, out = pictures("a.png", "sub/b.png"), tmp_path / "out"
+    gone, living = (
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(2)
+    )
+    with gone:
+        gone.kill()
+    kept = [f".qwencli-{living.pid}-0.partial"]
+    for root in (folder, out):
+        (root / "sub").mkdir(parents=True, exist_ok=True)
+        for number in (gone.pid, os.getpid(), living.pid):
+            (root / "sub" / f".qwencli-{number}-0.partial").touch()
+    with living:
+        finish(folder, "-r", "--output", out)
+        assert [path.name for path in out.rglob("*.partial")] == kept
+        assert len(list(folder.rglob("*.partial"))) == 3  # of runs that write beside the pictures
+        finish(folder, "-r")
+        assert [path.name for path in folder.rglob("*.partial")] == kept
+
+
 def test_a_table_of_a_killed_run_is_made_whole(pictures, finish):
     folder = pictures(*(f"{number}.png" for number in range(60)))
     table = folder / "captions.jsonl"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -101,6 +103,51 @@ def test_records_of_a_set_that_is_taken_into_another(caption, pictures, engine):
     assert engine.answered == 4
 
 
+def test_a_manifest_is_none_from_the_moment_its_removal_begins(
+    caption, pictures, engine, monkeypatch
+):
+    """Without the file beside it, a database of a run that was killed may be damaged."""
+    folder = pictures("a.png", "sub/b.png")
+    assert caption(folder / "sub", *APPEND) == 0
+    inner, remove = folder / "sub" / STATE_FOLDER / "manifest.sqlite", Path.unlink
+    inner.with_name("manifest.sqlite-wal").touch()
+
+    def killed(path, **named):
+        remove(path, **named)
+        if path.name.startswith(inner.name) and path.parent == inner.parent:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        assert caption(folder, "-r", *APPEND) == 130
+    assert not inner.exists()
+    assert caption(folder, "-r", *APPEND) == 0
+    assert engine.answered == 2
+
+
+def test_a_set_in_this_one_that_nobody_can_write(caption, pictures, engine, monkeypatch):
+    folder = pictures("a.png", "sub/b.png")
+    (folder / "sub" / "b.txt").write_text("mine", encoding="utf-8")
+    assert caption(folder / "sub", *APPEND) == 0
+    before = {path: path.read_bytes() for path in folder.rglob("sub/**/*") if path.is_file()}
+    open_file = os.open
+
+    def read_only(path, flags, *rest, **named):
+        if flags & os.O_RDWR and Path(path).is_relative_to(folder / "sub"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return open_file(path, flags, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", read_only)
+        for _ in range(2):
+            assert caption(folder, "-r", *APPEND) == 0
+    assert engine.answered == 2
+    assert before.items() == {path: path.read_bytes() for path in before}.items()
+    assert caption(folder, "-r", *APPEND) == 0
+    assert engine.answered == 2
+    assert manifests(folder) == [".qwencli/manifest.sqlite"]
+
+
 def test_a_look_takes_nothing_over(caption, pictures, capsys):
     folder = pictures("a.png", "sub/b.png")
     assert caption(folder / "sub", *APPEND) == 0
@@ -109,6 +156,17 @@ def test_a_look_takes_nothing_over(caption, pictures, capsys):
     assert caption(folder, "-r", *APPEND, "--dry-run") == 0
     assert "1 to caption, 1 with a caption" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_look_at_what_a_killed_run_was_writing(caption, pictures, capsys):
+    folder = pictures("a.png", "sub/b.png")
+    assert caption(folder, "-r") == 0
+    with closing(sqlite3.connect(folder / STATE_FOLDER / "manifest.sqlite")) as db, db:
+        db.execute("UPDATE captions SET status = 'writing'")
+    capsys.readouterr()
+    assert caption(folder / "sub", "--dry-run") == 0
+    said = capsys.readouterr().err
+    assert "0 to caption, 1 with a caption" in said and "error" not in said
 
 
 @pytest.mark.skipif(not hasattr(os, "chown") or os.geteuid() != 0, reason="needs another user")
@@ -129,6 +187,22 @@ def test_a_manifest_of_before_is_read(caption, pictures, engine):
     assert engine.answered == 2
     assert caption(folder, "-r", "--redo", "path = 'a.png'") == 0
     assert engine.answered == 3
+
+
+@pytest.mark.parametrize("output", ["out", "t.jsonl"])
+def test_a_manifest_of_before_with_captions_of_two_folders(
+    caption, pictures, engine, tmp_path, output
+):
+    folders = pictures("p.png", folder="a"), pictures("q.png", folder="b")
+    options = ("--output", tmp_path / output, *APPEND)
+    for each in folders:
+        assert caption(each, *options) == 0
+    name = "manifest.sqlite" if output == "out" else f"{output}.sqlite"
+    [manifest] = tmp_path.rglob(name)
+    as_version_1(manifest)
+    for each in folders * 2:
+        assert caption(each, *options) == 0
+    assert engine.answered == 2
 
 
 def as_version_1(path):
