@@ -163,18 +163,18 @@ def _number(parameter: Any, kind: type, value: Any) -> Any:
     number = value
     if isinstance(value, str):
         number = read_whole(value) if kind is int else read_number(value)
-    if number is None:
-        what = "a whole number" if kind is int else "a number"
-        raise UsageError(f"{flag} is {what}, not {visible(value)}", f"{flag} {_LIKE[kind]}")
     bounds = parameter.type_descriptor.parameter_info
     least, most = bounds.min, bounds.max
+    if number is None:
+        what, like = ("a whole number", 1000) if kind is int else ("a number", 0.5)
+        # One that the option takes.
+        like = like if least is None else max(like, least)
+        like = like if most is None else min(like, most)
+        raise UsageError(f"{flag} is {what}, not {visible(value)}", f"{flag} {like}")
     if (least is not None and number < least) or (most is not None and number > most):
         between = f"from {least} to {most}" if most is not None else f"from {least} on"
         raise UsageError(f"{flag} {number} is out of range", f"give a value {between}")
     return number
-
-
-_LIKE = {int: "1000", float: "0.5"}
 
 
 app = typer.Typer(

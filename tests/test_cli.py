@@ -117,6 +117,22 @@ def test_numbers_are_read_alike_in_commands_and_in_a_chat(text, whole, number):
             assert read(text) == whole
 
 
+@pytest.mark.parametrize("command", ["caption", "chat", "serve"])
+def test_the_number_that_is_advised_is_one_that_the_option_takes(command):
+    """`--samples 1000` was advised, of at most 100."""
+    made = typer.main.get_group(cli.app).get_command(None, command)
+    context, tried = made.context_class(made), 0
+    for parameter in made.get_params(context):
+        if parameter.type_descriptor.annotation in (int, float) and not parameter.callback:
+            with pytest.raises(UsageError) as raised:
+                parameter.process_value(context, "many")
+            flag, advised = raised.value.hint.split()
+            assert flag in parameter.opts
+            assert parameter.process_value(context, advised) == float(advised)
+            tried += 1
+    assert tried
+
+
 def test_the_command_line_works_without_torch():
     """Poisoned: any import of torch fails."""
     done = python(

@@ -126,6 +126,8 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
         ).telling() as reporter,
     ):
         reporter.begin(place.suffix, dry_run=chosen.dry_run)
+        if chosen.redo is not None and not whole.options.redo:
+            sink.notice("note: --redo: no record of these captions meets the condition")
         if chosen.dry_run:
             reporter.show_questions(processor)
             return

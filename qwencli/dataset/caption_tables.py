@@ -179,7 +179,10 @@ def _read_jsonl(path: Path) -> Iterator[tuple[Columns, Iterator[Row]]]:
     def rows(file: TextIO) -> Iterator[Row]:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"line {number} is not JSON: {error}") from error
                 if not isinstance(row, dict) or FILE_NAME not in row:
                     raise ValueError(f"line {number} is not an object with a {FILE_NAME}")
                 yield row

@@ -159,7 +159,11 @@ class RunReport:
                 self._sink.report(f"and {len(rows) - MOST_LISTED} more that failed")
             return None
         if path is not None:
-            self._sink.notice(f"what failed, and why: {path} (--retry-failed tries again)")
+            whole = self._whole
+            if whole.totals.failed or whole.work.failed_before:
+                self._sink.notice(f"what failed, and why: {path} (--retry-failed tries again)")
+            else:  # of other folders that share it, or of another output
+                self._sink.notice(f"what failed in other runs, and why: {path}")
         return path
 
     @contextmanager

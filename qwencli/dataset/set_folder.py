@@ -21,11 +21,11 @@ from qwencli.dataset.manifest import STATE_FOLDER, Manifest
 from qwencli.dataset.manifest_schema import SetPaths, failed_rows, open_to_read
 from qwencli.dataset.named_inputs import without_inner_dots
 from qwencli.dataset.sinks import Sidecars, Sink, write_whole
-from qwencli.dataset.sources import PARTIAL_PREFIX, PARTIAL_SUFFIX, Listing
+from qwencli.dataset.sources import FAILURES, PARTIAL_PREFIX, PARTIAL_SUFFIX, Listing
 from qwencli.errors import DatasetError, OutputError, UsageError
 from qwencli.folder_lock import FolderLock
 
-FAILURES, MANIFEST = "failures.jsonl", "manifest.sqlite"
+MANIFEST = "manifest.sqlite"
 _HELD = "wait for it to end, or stop it; the same command goes on then"
 
 

@@ -35,6 +35,8 @@ VIDEO_SUFFIXES = frozenset({
 })  # fmt: skip
 # What a picture is asked where only one thing is asked.
 CAPTION = "caption"
+# What failed, as this program lists it beside the captions.
+FAILURES = "failures.jsonl"
 # What this program writes beside pictures while it works; left behind by a run that was killed.
 PARTIAL_PREFIX, PARTIAL_SUFFIX = ".qwencli-", ".partial"
 
@@ -274,12 +276,19 @@ class _Walk:
         folder = str(path.parent)
         if folder not in self._known_folders:
             self._known_folders[folder] = _identity(folder)
+        if not self._is_new(self._known_folders[folder], path.name):
+            return
         try:
             status = path.stat()
+        except FileNotFoundError as error:
+            from qwencli.engine.frontend.media_files import read_error
+
+            key = self._key(str(path))
+            self._listing.refused.append((Item(key), read_error(error, str(path))))
+            return
         except (OSError, ValueError):
             status = None  # opening it will tell why
-        if self._is_new(self._known_folders[folder], path.name):
-            self._add(self._key(str(path)), status)
+        self._add(self._key(str(path)), status)
 
     def folder(self, path: Path) -> None:
         self._enter(str(path), "")
@@ -401,7 +410,7 @@ class _Walk:
                     found.append((entry, False))
                 elif is_shard(name):
                     self._shards[entry.path] = suffix
-                else:
+                elif name != FAILURES:
                     self._listing.others[suffix] += 1
         return found
 

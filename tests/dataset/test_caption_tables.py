@@ -210,3 +210,15 @@ def test_columns_of_others_keep_their_types(caption, pictures):
     assert after.slice(0, 2).select(mine).equals(before.select(mine))
     assert [bool(text) for text in after["text"].to_pylist()] == [True, False, True]
     assert after["score"].to_pylist() == [1.5, None, None]
+
+
+def test_a_broken_row_of_jsonl_is_said_with_its_line(caption, pictures, capsys):
+    """It was line 1 of a file of any length."""
+    folder = pictures("a.png")
+    table, text = folder / "metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{broken\n'
+    table.write_text(text)
+    assert caption(folder, "--output", table) == 1
+    assert "metadata.jsonl is there and cannot be read: line 2 is not JSON" in (
+        capsys.readouterr().err
+    )
+    assert table.read_text() == text

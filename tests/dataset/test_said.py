@@ -23,6 +23,42 @@ def test_little_time_is_said_as_such(caption, pictures, capsys):
     assert " 0 s" not in err and "1 picture or video: 1 to caption" in err
 
 
+def test_failures_of_another_folder_are_not_said_to_be_this_runs(caption, pictures, capsys):
+    """A run without a failure ended in "what failed, and why"."""
+    folder = pictures("good/a.png", "bad/b.png")
+    (folder / "bad" / "c.png").write_bytes(b"no picture")
+    assert caption(folder, "-r") == 1
+    assert "what failed, and why: " in capsys.readouterr().err
+    pictures("good/d.png")
+    assert caption(folder / "good") == 0
+    err = capsys.readouterr().err
+    assert f"what failed in other runs, and why: {folder / 'failures.jsonl'}\n" in err
+    assert "what failed, and why" not in err
+    assert caption(folder / "bad") == 1
+    assert "what failed, and why: " in capsys.readouterr().err
+
+
+def test_the_list_of_failures_is_not_said_to_be_left_out(caption, pictures, capsys):
+    folder = pictures("a.png")
+    (folder / "b.png").write_bytes(b"no picture")
+    assert caption(folder) == 1 and (folder / "failures.jsonl").is_file()
+    assert caption(folder) == 1
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_a_condition_that_nothing_meets_is_said(caption, pictures, capsys):
+    """Paths are from the folder of the manifest, whatever folder is named."""
+    folder = pictures("cats/a.png", "b.png")
+    assert caption(folder, "-r") == 0
+    capsys.readouterr()
+    said = "note: --redo: no record of these captions meets the condition\n"
+    assert caption(folder / "cats", "--redo", "path = 'a.png'", "--dry-run") == 0
+    assert said in capsys.readouterr().err
+    assert caption(folder / "cats", "--redo", "path = 'cats/a.png'", "--dry-run") == 0
+    err = capsys.readouterr().err
+    assert "1 to caption" in err and said not in err
+
+
 def test_a_schema_has_a_rate_of_its_own(caption, pictures, tmp_path, capsys):
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps({"type": "object"}))

@@ -113,10 +113,13 @@ def test_lists_of_paths(tmp_path, pictures):
         named_inputs(["-"], None, lambda: b"\n\n")
 
 
-def test_a_filelist_is_a_set(caption, pictures):
+def test_a_filelist_is_a_set(caption, pictures, capsys):
     folder = pictures("a.png", "sub/b.png", "c.png")
     listed = folder / "list.txt"
     listed.write_text("a.png\nsub/b.png\nmissing.png\n", encoding="utf-8")
+    assert caption("--filelist", listed, "--dry-run") == 0
+    err = capsys.readouterr().err
+    assert "2 to caption, 1 that cannot be captioned" in err and "missing.png: no such file" in err
     assert caption("--filelist", listed) == 1
     assert {"a.txt", "sub/b.txt"} < set(captions(folder)) and "c.txt" not in captions(folder)
     (row,) = failures(folder)

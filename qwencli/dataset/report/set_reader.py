@@ -26,13 +26,19 @@ from qwencli.dataset.manifest_schema import (
 )
 from qwencli.dataset.report.survey import Entry
 from qwencli.dataset.set_folder import (
-    FAILURES,
     inner_sets,
     manifest_folder,
     manifest_name,
 )
 from qwencli.dataset.sinks import Sidecars
-from qwencli.dataset.sources import CAPTION, Listing, Selection, Slot, list_inputs
+from qwencli.dataset.sources import (
+    CAPTION,
+    FAILURES,
+    Listing,
+    Selection,
+    Slot,
+    list_inputs,
+)
 from qwencli.errors import DatasetError, InputError, OutputError
 
 METADATA = "metadata.jsonl"
