@@ -46,6 +46,7 @@ def report(
     from qwencli.dataset.report.picture_inspection import inspect_pictures, thumbnail_side
     from qwencli.dataset.report.set_reader import read_set
     from qwencli.dataset.report.survey import surveyed
+    from qwencli.dataset.sources import REPORT
 
     sink = context.ensure_object(Output)
     if output is not None and output.exists() and not _is_page(output):
@@ -75,7 +76,7 @@ def report(
         survey = surveyed(entries, trigger)
     if json:
         sink.json_line({"folder": str(folder), **survey.as_json()})
-    path = output or (None if json else folder / "report.html")
+    path = output or (None if json else folder / REPORT)
     if path is not None:
         many = counted(len(entries), "picture")
         lead = f"{many} in {visible(str(folder))}, looked at on {date.today()}."

@@ -35,8 +35,8 @@ VIDEO_SUFFIXES = frozenset({
 })  # fmt: skip
 # What a picture is asked where only one thing is asked.
 CAPTION = "caption"
-# What failed, as this program lists it beside the captions.
-FAILURES = "failures.jsonl"
+# What failed, as this program lists it beside the captions, and its page about a set.
+FAILURES, REPORT = "failures.jsonl", "report.html"
 # What this program writes beside pictures while it works; left behind by a run that was killed.
 PARTIAL_PREFIX, PARTIAL_SUFFIX = ".qwencli-", ".partial"
 
@@ -410,7 +410,7 @@ class _Walk:
                     found.append((entry, False))
                 elif is_shard(name):
                     self._shards[entry.path] = suffix
-                elif name != FAILURES:
+                elif name not in (FAILURES, REPORT):
                     self._listing.others[suffix] += 1
         return found
 

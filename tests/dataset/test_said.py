@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from qwencli.answer_report import shortfall, stats_line
+from qwencli.cli import run
 from qwencli.dataset.progress import Rate
 from qwencli.messages import GenerationRequest, user_message
 from tests.dataset.conftest import failures
@@ -38,8 +39,10 @@ def test_failures_of_another_folder_are_not_said_to_be_this_runs(caption, pictur
     assert "what failed, and why: " in capsys.readouterr().err
 
 
-def test_the_list_of_failures_is_not_said_to_be_left_out(caption, pictures, capsys):
+def test_what_we_write_ourselves_is_not_said_to_be_left_out(caption, pictures, capsys):
     folder = pictures("a.png")
+    assert run(["dataset", "report", str(folder)]) == 0
+    assert (folder / "report.html").is_file()
     (folder / "b.png").write_bytes(b"no picture")
     assert caption(folder) == 1 and (folder / "failures.jsonl").is_file()
     assert caption(folder) == 1
