@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,12 @@ from qwencli.dataset.sinks import Sidecars
 from qwencli.dataset.sources import (
     CAPTION,
     FAILURES,
+    Item,
     Listing,
     Selection,
     Slot,
     list_inputs,
+    natural_key,
 )
 from qwencli.errors import DatasetError, InputError, OutputError
 
@@ -52,7 +54,8 @@ _FACTS = {
 
 
 def read_set(folder: Path, caption_extension: str) -> tuple[Listing, list[Entry]]:
-    """The pictures below a folder and their captions; pictures themselves are not opened.
+    """The pictures below a folder and their captions, or those whose captions `--output` brought
+    there; pictures themselves are not opened.
 
     Raises:
         InputError: the folder is not there or cannot be read.
@@ -62,6 +65,8 @@ def read_set(folder: Path, caption_extension: str) -> tuple[Listing, list[Entry]
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder", "name the folder of the pictures")
     listing = list_inputs([str(folder)], Selection(recursive=True))
+    if not listing.items and not listing.refused:
+        return _read_output(folder, caption_extension)
     sidecars = Sidecars(listing.base, caption_extension)
     known, owners = _known(listing, sidecars)
     metadata = _metadata(folder / METADATA)
@@ -76,19 +81,13 @@ def read_set(folder: Path, caption_extension: str) -> tuple[Listing, list[Entry]
             try:
                 slot = Slot(item.key)
                 # A file that another picture has its caption in is not this one's.
-                owner = owners.get(sidecars.name(slot))
+                owner = owners.get(sidecars.name(slot), slot).key
                 is_own = owner == item.key or owner not in listed
                 text = (sidecars.read(slot) if is_own else None) or metadata.get(item.key)
             except OutputError as error:
                 entries.append(replace(entry, caption=None, failure=error.message))
                 continue
-            if text is not None:
-                facts = dict(entry.facts)
-                if entry.caption is not None and text.strip() != entry.caption.strip():
-                    facts["edited"] = f"was: {entry.caption}"
-                # What somebody has captioned since is no failure any more.
-                entry = replace(entry, caption=text.strip(), failure=None, facts=facts)
-            entries.append(entry)
+            entries.append(entry if text is None else _with_text(entry, text))
     finally:
         sidecars.close()
     entries += [
@@ -98,7 +97,35 @@ def read_set(folder: Path, caption_extension: str) -> tuple[Listing, list[Entry]
     return listing, entries
 
 
-def _known(listing: Listing, sidecars: Sidecars) -> tuple[dict[str, Entry], dict[str, str]]:
+def _read_output(folder: Path, caption_extension: str) -> tuple[Listing, list[Entry]]:
+    """The captions in a folder without pictures, of those that its manifest names."""
+    sidecars = Sidecars(folder, caption_extension)
+    sidecars.close()
+    here, name = Path(os.path.realpath(folder)), manifest_name(sidecars.extension)
+    path = manifest_folder(here, name) / STATE_FOLDER / name
+    files: dict[str, Slot] = {}
+    known = _manifest(path, here, lambda file, _: not file.startswith("../"), files)
+    # Of pictures that are gone, and of those in archives, there is nothing to show.
+    entries = {key: entry for key, entry in known.items() if (here / key).is_file()}
+    for file, slot in files.items():
+        if slot.key in entries and slot == Slot(slot.key):
+            with suppress(OSError, ValueError):
+                text = (here / file).read_text(encoding="utf-8-sig")
+                entries[slot.key] = _with_text(entries[slot.key], text)
+    keys = sorted(entries, key=natural_key)
+    return Listing(here, [Item(key) for key in keys]), [entries[key] for key in keys]
+
+
+def _with_text(entry: Entry, text: str) -> Entry:
+    """With the caption that a file has now."""
+    facts = dict(entry.facts)
+    if entry.caption is not None and text.strip() != entry.caption.strip():
+        facts["edited"] = f"was: {entry.caption}"
+    # What somebody has captioned since is no failure any more.
+    return replace(entry, caption=text.strip(), failure=None, facts=facts)
+
+
+def _known(listing: Listing, sidecars: Sidecars) -> tuple[dict[str, Entry], dict[str, Slot]]:
     """What manifests know of pictures: that of the caption files first, then of other outputs; and
     whose the caption files are, by their names."""
     name = manifest_name(sidecars.extension)
@@ -110,22 +137,28 @@ def _known(listing: Listing, sidecars: Sidecars) -> tuple[dict[str, Entry], dict
         others = (each / STATE_FOLDER).glob("*.sqlite")
         paths += sorted(path for path in others if path.name != name)
     known: dict[str, Entry] = {}
-    owners: dict[str, str] = {}
+    owners: dict[str, Slot] = {}
+
+    def is_beside(file: str, slot: Slot) -> bool:
+        return file == sidecars.name(slot)  # or it went to another folder, with --output
+
     for path in paths:
-        files = sidecars if path.name == name else None
-        for key, entry in _manifest(path, folder, files, owners).items():
+        beside = is_beside if path.name == name else None
+        for key, entry in _manifest(path, folder, beside, owners).items():
             known.setdefault(key, entry)
     return known, owners
 
 
 def _manifest(
-    path: Path, folder: Path, sidecars: Sidecars | None, owners: dict[str, str]
+    path: Path,
+    folder: Path,
+    is_meant: Callable[[str, Slot], bool] | None,
+    owners: dict[str, Slot],
 ) -> dict[str, Entry]:
     """What a manifest knows, by paths from `folder`.
 
     Args:
-        sidecars: where it is the manifest of caption files; those of them that are beside the
-            pictures are meant.
+        is_meant: where it is the manifest of caption files: whether one of these, by its path, is.
         owners: gets whose the caption files are.
     """
     if not path.is_file():
@@ -142,12 +175,12 @@ def _manifest(
     try:
         for stored, field, sample, place, status, caption, reason, *facts in _rows(path):
             key = from_here(stored)
-            if sidecars is not None:
-                file = from_here(place)
+            if is_meant is not None:
+                file, slot = from_here(place), Slot(key, field, sample)
                 if status == "done":
-                    owners.setdefault(file, key)
-                if file != sidecars.name(Slot(key, field, sample)):
-                    continue  # it went to another folder, with --output
+                    owners.setdefault(file, slot)
+                if not is_meant(file, slot):
+                    continue
             entry = found.get(key, Entry(key))
             if (field, sample) != (CAPTION, 0):
                 name = f"{field} {sample + 1}" if sample else field

@@ -212,6 +212,23 @@ def test_links_of_a_page_that_lies_behind_a_link(pictures, tmp_path, report):
     assert '"link":"../../set/a.png"' in (tmp_path / "door" / "r.html").read_text(encoding="utf-8")
 
 
+def test_a_folder_of_captions_alone_shows_the_pictures_they_are_of(caption, pictures, report):
+    folder = pictures("one/a.png", "two/b.png", "two/c.png")
+    out = folder.parent / "captions"
+    for name in ("one", "two"):
+        assert caption(folder / name, "--output", out, "--prompt", f"{name}?") == 0
+    (out / "b.txt").write_text("Mine.")
+    (folder / "two" / "c.png").unlink()
+    _, found, _ = report(out, "--json")
+    rows = {row["path"]: row for row in found["captions"]}
+    assert set(rows) == {f"../{folder.name}/one/a.png", f"../{folder.name}/two/b.png"}
+    first, second = (rows[name] for name in sorted(rows))
+    assert first["caption"].startswith("A picture") and first["facts"]["prompt"] == "one?"
+    assert second["caption"] == "Mine." and "was: " in second["facts"]["edited"]
+    assert report(out)[0] == 0
+    assert f'"link":"../{folder.name}/one/a.png"' in (out / "report.html").read_text("utf-8")
+
+
 def test_captions_that_went_elsewhere_are_not_those_of_the_folder(caption, pictures, report):
     folder = pictures("a.png", "b.png")
     assert caption(folder, "--glob", "a.png", "--prompt", "One?") == 0
