@@ -293,11 +293,12 @@ class Manifest:
         with self._failing():
             return failed_rows(self._db, "" if paths.captions else paths.pictures)
 
-    def take_over(self, other: Path, below: str) -> None:
+    def take_over(self, other: Path, below: str, *, from_above: bool = False) -> None:
         """Copy what the manifest of a folder in this one knows, and this one not or from before.
 
         Args:
             below: the path of its folder from this one's, with a slash behind it.
+            from_above: it is the other way round: of a manifest above, what is in this folder.
         """
         columns = (*COLUMNS_1, "place", "in_part")
         new_runs: dict[int, int | None] = {}
@@ -309,10 +310,13 @@ class Manifest:
             self._db.executemany("INSERT OR IGNORE INTO prompts VALUES (?, ?)", prompts)
             for row in inner._db.execute(f"SELECT {', '.join(columns)} FROM captions"):
                 known = dict(zip(columns, row, strict=True))
-                for name in ("key", "place"):
-                    if known[name] != NO_PLACE:
-                        path = posixpath.normpath(below + path_text(known[name]))
-                        known[name] = stored_path(path)
+                paths = {name: path_text(known[name]) for name in ("key", "place")}
+                if from_above and not all(path.startswith(below) for path in paths.values()):
+                    continue
+                for name, path in paths.items():
+                    if path != NO_PLACE:
+                        path = path[len(below) :] if from_above else below + path
+                        known[name] = stored_path(posixpath.normpath(path))
                 slot = [known[name] for name in ("key", "field", "sample", "place")]
                 here = self._db.execute(f"SELECT time FROM captions {_WHERE}", slot).fetchone()
                 if here is not None and here[0] >= known["time"]:

@@ -11,7 +11,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,14 +166,33 @@ def open_manifest(
             manifest.close()
             _remove(state / name)
             raise DatasetError(f"another run has just begun in {above}", _HELD)
+        if not look_only:
+            _begin_linked_sets(listing, folder, name)
         for inner in inner_sets(listing, folder, name):
-            is_ours = not look_only and _hold(stack, inner)
-            manifest.take_over(inner / STATE_FOLDER / name, folder_below(root, inner))
-            # A linked folder has a set of its own, which the way from there upwards does not find.
+            is_ours, below = not look_only and _hold(stack, inner), folder_below(root, inner)
+            manifest.take_over(inner / STATE_FOLDER / name, below)
             if is_ours and Path(os.path.realpath(inner)) == inner:
                 _remove(inner / STATE_FOLDER / name)
                 write_failures(inner)
+            elif is_ours:
+                stack.callback(_hand_back, manifest, inner / STATE_FOLDER / name, below)
         yield manifest
+
+
+def _begin_linked_sets(listing: Listing, folder: Path, name: str) -> None:
+    """Have a set in each folder that is reached through a link, where there is none. The way from
+    there upwards does not lead here, so a run there could not know what this one does."""
+    for each in _folders(listing) - {""}:
+        if (folder / each).is_symlink():
+            with suppress(OutputError):  # nothing can be written there, captions neither
+                _make(folder / each / STATE_FOLDER)
+                Manifest(folder / each / STATE_FOLDER / name).close()
+
+
+def _hand_back(manifest: Manifest, inner: Path, below: str) -> None:
+    """Tell the set of a linked folder what is known of it here."""
+    with suppress(OutputError), closing(Manifest(inner)) as own:
+        own.take_over(manifest.path, below, from_above=True)
 
 
 def _hold(stack: ExitStack, inner: Path) -> bool:

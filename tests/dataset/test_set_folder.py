@@ -351,6 +351,24 @@ def test_a_linked_folder_keeps_the_set_of_its_own(caption, pictures, engine, tmp
         assert db.execute("SELECT count(*) FROM runs").fetchone()[0] == 3
 
 
+def test_a_linked_folder_is_told_what_was_captioned_through_the_link(caption, pictures, engine):
+    folder, real = pictures("a.png"), pictures("b.png", "sub/c.png", folder="real")
+    (real / "b.txt").write_text("mine", encoding="utf-8")
+    try:
+        (folder / "door").symlink_to(real, target_is_directory=True)
+    except OSError:
+        pytest.skip("this system has no symbolic links")
+    assert caption(folder, "-r", *APPEND, "--prompt", "One?") == 0
+    assert engine.answered == 3
+    texts = [(real / name).read_text() for name in ("b.txt", "sub/c.txt")]
+    assert caption(real, "-r", *APPEND, "--prompt", "One?") == 0
+    assert caption(real / "sub", *APPEND, "--prompt", "One?") == 0
+    assert caption(folder, "-r", *APPEND, "--prompt", "One?") == 0
+    assert engine.answered == 3
+    assert [(real / name).read_text() for name in ("b.txt", "sub/c.txt")] == texts
+    assert manifests(real) == [".qwencli/manifest.sqlite"]
+
+
 @pytest.mark.parametrize("key", ["../evil.png", "x/../../evil.png", "{}/evil.png"])
 def test_a_manifest_that_came_with_a_set_writes_nothing_outside(caption, pictures, tmp_path, key):
     folder = pictures("a.png")
