@@ -13,7 +13,6 @@ import os
 import posixpath
 import sqlite3
 import threading
-import time
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -35,14 +34,12 @@ from qwencli.dataset.manifest_schema import (
     stored_path,
 )
 from qwencli.dataset.pipeline import Captioned, Failed
+from qwencli.dataset.redo import rows_meeting
 from qwencli.dataset.sources import Slot
 from qwencli.errors import DatasetError, OutputError, UsageError
 from qwencli.output import visible
 
 STATE_FOLDER = ".qwencli"
-# A condition of --redo that is not through after so long joins the set with itself.
-_REDO_S = 20.0
-_READING = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION)
 # A `Slot`, and the name of its place.
 KnownSlot = tuple[str, str, int, str]
 
@@ -342,24 +339,10 @@ class Manifest:
             UsageError: SQLite does not understand it, it asks for more than the rows, or it takes
                 too long.
         """
-        until = time.monotonic() + _REDO_S
         with closing(sqlite3.connect(":memory:")) as db:
             with self._failing():
                 self._db.backup(db)
-            columns = [row[1] for row in db.execute("PRAGMA table_info(entries)")]
-            db.set_authorizer(_only_read)
-            db.set_progress_handler(lambda: time.monotonic() > until, 100_000)
-            try:
-                # On lines of its own: a comment in it ends there.
-                rows = db.execute(
-                    f"SELECT path, field, sample, place FROM entries WHERE (\n{condition}\n)"
-                ).fetchall()
-            except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
-                raise UsageError(
-                    f"--redo: {condition!r} is not a condition: {error}",
-                    f"as in SQL, of these: {', '.join(columns)}; "
-                    "for example: --redo \"finish_reason = 'length'\"",
-                ) from error
+            rows = rows_meeting(db, condition)
         try:
             return {Slot(*row) for row in self._own(rows)}
         except (TypeError, ValueError) as error:
@@ -436,11 +419,6 @@ class Manifest:
                 f"{self.path} is damaged: {error}",
                 "move it away; captions that are there are kept, as --existing says",
             ) from error
-
-
-def _only_read(action: int, *about: str | None) -> int:
-    """SQLite's authorizer: reading the tables, and its own harmless functions."""
-    return sqlite3.SQLITE_OK if action in _READING else sqlite3.SQLITE_DENY
 
 
 def _digest(text: str) -> str:

@@ -37,8 +37,8 @@ FITTING_TRIES = 8
 FORCED_TOKENS = 64
 # A thread that wants the interpreter lock back waits this long for another one to give it up;
 # Python's 5 ms is longer than a token takes. A pass over prompts takes it back at each of hundreds
-# of operations. A decode step does so a few times, and where many streams are written meanwhile
-# turns that are too short cost both sides.
+# of operations. A decode step does so a few times, and where a hundred streams are written
+# meanwhile turns that are too short cost both sides.
 PASS_TURN_S, STEP_TURN_S = 0.00005, 0.0005
 
 

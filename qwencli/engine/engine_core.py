@@ -50,6 +50,9 @@ FEWEST_PREFILL_TOKENS = 256
 # whose thread has the interpreter meanwhile. Where streams are more than fit, each is told several
 # tokens at once, those that wait for longest first.
 PIECE_S = 0.0002
+# From so many answers on, writing their streams takes as much of the interpreter as a step. 32 of
+# them gain nothing from longer turns.
+MANY_STREAMS = 64
 
 
 @dataclass
@@ -158,7 +161,8 @@ class EngineCore:
     def step(self) -> list[StepOutput]:
         """Enqueue a step, read the one in front; returns what that gave."""
         # Threads that prepare prompts would hold up a step as they do a pass.
-        with undisturbed(PASS_TURN_S if self._inputs else STEP_TURN_S):
+        writes_many = len(self._active) >= MANY_STREAMS and not self._inputs
+        with undisturbed(STEP_TURN_S if writes_many else PASS_TURN_S):
             return self._run_ahead()
 
     def _run_ahead(self) -> list[StepOutput]:
