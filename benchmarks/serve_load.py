@@ -3,6 +3,9 @@
 python benchmarks/serve_load.py --model qwen3-vl-4b --load-format dummy --device cuda --out FOLDER
     [--clients 1,8,32,128] [--tokens 128] [--requests-a-client 4] [--picture 512]
     [--rough 1000] [--rough-clients 64] [--soak-minutes 0]
+    [--endpoint URL --served-model NAME]
+
+With `--endpoint` a server is asked that runs already, such as vLLM's, and nothing else is measured.
 
 Speed: each client sends its requests one after the other, streams the answers and notes when each
 event came; all answers have equal length. Clients run in processes of their own, so that the server
@@ -81,6 +84,7 @@ def body_of(options: argparse.Namespace, number: int, **more: Any) -> dict[str, 
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **({"model": options.served_model} if options.served_model else {}),
     } | more
 
 
@@ -343,16 +347,41 @@ def main() -> None:
     parser.add_argument("--rough-clients", type=int, default=64)
     parser.add_argument("--soak-minutes", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--endpoint", help="http://HOST:PORT of a server that runs")
+    parser.add_argument("--served-model", help="what that server calls its model")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
+    levels = [int(each) for each in options.clients.split(",") if each]
+    told: dict[str, Any] = {"options": {k: str(v) for k, v in vars(options).items()}}
+    if options.endpoint:
+        told["served"] = levels_of(options.endpoint, options, levels)
+    else:
+        measure_own(told, options, levels)
+    text = json.dumps(told, indent=1, default=str)
+    print(text)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "serve_load.json").write_text(text + os.linesep, encoding="utf-8")
+
+
+def levels_of(
+    address: str, options: argparse.Namespace, levels: Sequence[int]
+) -> dict[int, dict[str, Any]]:
+    """Each level once for what is made at first, and once that counts."""
+    found = {}
+    for clients in levels:
+        level(address, options, clients)
+        found[clients] = level(address, options, clients)
+    return found
+
+
+def measure_own(told: dict[str, Any], options: argparse.Namespace, levels: Sequence[int]) -> None:
     config = EngineConfig(
         resolve_model(options.model, offline=True),
         device=options.device,
         load_format=LoadFormat(options.load_format),
         quantization=Quantization(options.quantization),
     )
-    levels = [int(each) for each in options.clients.split(",") if each]
-    told: dict[str, Any] = {"options": {k: str(v) for k, v in vars(options).items()}}
     # In turns, in one process: a server's thread owns its engine, so each side loads its own.
     with create_engine(config) as engine:
         told["lone"] = lone(engine, options)
@@ -365,17 +394,9 @@ def main() -> None:
         told["generate_many"] = many
         told["effective"] = vars(engine.effective)
     with serving(create_engine(config), ServerSettings(config.model.name)) as running:
-        told["served"] = {}
-        for clients in levels:
-            level(running.address, options, clients)
-            told["served"][clients] = level(running.address, options, clients)
+        told["served"] = levels_of(running.address, options, levels)
         if options.rough:
             told["rough"] = soaked(running, options)
-    text = json.dumps(told, indent=1, default=str)
-    print(text)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "serve_load.json").write_text(text + os.linesep, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,6 @@ def test_what_the_engine_chooses_runs():
 
 def test_help_says_what_modes_run_with():
     assert runs_with("quantization") == "fp8: native"
-    assert runs_with("kernels").startswith("triton: native, static-graph, an NVIDIA GPU")
+    assert runs_with("kernels").startswith("triton: native, static or static-graph, an NVIDIA GPU")
     assert runs_with("speculate") == "Runs with native, static or static-graph"
     assert runs_with("engine") == ""

@@ -373,11 +373,12 @@ class ModelRunner:
         size: int = 0,
         with_logprobs: bool = False,
     ) -> GraphKey:
-        if self._graphs is None:
-            self._advance(kind, rows, longest, size, with_logprobs)
-            return kind, rows, longest, size, with_logprobs
-        # A kernel reads lengths on the device; operators read a bucket of slots.
+        # A kernel reads lengths on the device; operators read those in use, or a bucket.
         reach = self._pages * PAGE_SIZE
+        if self._graphs is None:
+            reach = reach if self.reads_lengths else longest
+            self._advance(kind, rows, reach, size, with_logprobs)
+            return kind, rows, reach, size, with_logprobs
         if not self.reads_lengths:
             reach = min(reach, 1 << max(longest - 1, 255).bit_length())
         key = self._graph_for(kind, rows, reach, waiting, size, with_logprobs)

@@ -249,7 +249,8 @@ def buckets_between(first_slot: int, last_slot: int, max_seq_len: int) -> list[i
 
 
 class EagerStepper:
-    """Operator by operator, over exactly the slots in use. `dynamic` and `static`."""
+    """Operator by operator, over exactly the slots in use. `dynamic`, and `static` without kernels
+    that read the length on the device."""
 
     def __init__(self, state: DecodeState) -> None:
         self._state = state
@@ -259,6 +260,19 @@ class EagerStepper:
 
     def run(self, slot: int) -> None:
         self._state.advance(self._state.kind, AttentionPlan(slot + 1, None))
+
+
+class LaunchedStepper:
+    """Kernel by kernel, each of which reads the length on the device. `static`."""
+
+    def __init__(self, state: DecodeState) -> None:
+        self._state = state
+
+    def prepare(self, first_slot: int, last_slot: int) -> None:
+        return
+
+    def run(self, slot: int) -> None:
+        self._state.advance_masked(self._state.kind, len(self._state.slots))
 
 
 class CpuStepper:
@@ -334,6 +348,8 @@ def decodes_on_cpu(state: DecodeState) -> bool:
 
 
 def _static(state: DecodeState) -> Stepper:
+    if state.model.step_ops.kv_len_on_device:
+        return LaunchedStepper(state)
     return CpuStepper(state) if decodes_on_cpu(state) else EagerStepper(state)
 
 

@@ -43,7 +43,8 @@ class Verifier(Protocol):
 
 
 class EagerVerifier:
-    """Operator by operator, over the slots up to the last that may be in use. `static`."""
+    """Operator by operator, over the slots up to the last that may be in use, or kernel by kernel,
+    which read on the device how many that are. `static`."""
 
     def __init__(self, state: DecodeState) -> None:
         self._state = state
@@ -52,7 +53,10 @@ class EagerVerifier:
         return
 
     def run(self, slot: int, size: int) -> None:
-        self._state.verify_masked(self._state.kind, size, slot + size + 1)
+        state, kv_len = self._state, slot + size + 1
+        if state.model.step_ops.kv_len_on_device:
+            kv_len = len(state.slots)
+        state.verify_masked(state.kind, size, kv_len)
 
 
 class CpuVerifier(EagerVerifier):
@@ -105,7 +109,8 @@ class GraphVerifier:
 
 
 def _static(state: DecodeState) -> Verifier:
-    return CpuVerifier(state) if decodes_on_cpu(state) else EagerVerifier(state)
+    launched = state.model.step_ops.kv_len_on_device
+    return CpuVerifier(state) if decodes_on_cpu(state) and not launched else EagerVerifier(state)
 
 
 VERIFIERS: Mapping[Cache, Callable[[DecodeState], Verifier]] = {
