@@ -15,6 +15,7 @@ import queue
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ from qwencli.models.weight_files import StoredTensor, all_named
 from qwencli.tracing import span
 
 # Of the ring, which has two pieces for each thread: one is copied while the next is read.
-STAGING_BYTES, GPU_STAGING_BYTES = 64 * 2**20, 128 * 2**20
+STAGING_BYTES, GPU_STAGING_BYTES = 64 * 2**20, 256 * 2**20
 # One core copies 5 to 10 GB/s from the page cache, and a GPU takes five times as many.
 GPU_THREADS = 8
 _LARGEST_VALUE = 8
@@ -42,6 +43,15 @@ DTYPES = {
     "I64": torch.int64,
 }
 AGAIN = "download the model again"
+
+
+def pin_ahead(device: torch.device) -> None:
+    """Have the ring of a GPU's reader pinned, and the GPU's context made: as long as reading a
+    quarter of a model, and nothing of it takes the interpreter's lock."""
+    # What cannot be had is said when it is needed.
+    with torch.cuda.device(device), suppress(RuntimeError):
+        # torch keeps what is given back.
+        torch.empty(GPU_STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
 
 
 class PendingRead:
@@ -195,11 +205,10 @@ class Reader:
         return stream
 
     def _make_ring(self) -> queue.SimpleQueue[_Staging]:
-        ring = queue.SimpleQueue[_Staging]()
-        for _ in range(2 * self._num_threads):
-            ring.put(
-                _Staging(torch.empty(self._piece_bytes, dtype=torch.uint8, pin_memory=self._cuda))
-            )
+        ring, size = queue.SimpleQueue[_Staging](), self._piece_bytes
+        whole = torch.empty(2 * self._num_threads * size, dtype=torch.uint8, pin_memory=self._cuda)
+        for part in torch.split(whole, size):
+            ring.put(_Staging(part))
         return ring
 
     @property
@@ -248,8 +257,8 @@ def _fill(stream: io.FileIO, to: torch.Tensor, source: StoredTensor, start: int)
         view = view[count:]
 
 
-# The least and the largest value of a tensor: numbers, or on its device [2].
-Extremes = torch.Tensor | list[float]
+# The largest size of a tensor's values, which carries a NaN through; on a GPU still on its way.
+Largest = torch.Tensor | float
 
 
 def check_zero(biases: tuple[StoredTensor, ...], reader: Reader) -> None:
@@ -262,26 +271,37 @@ def check_zero(biases: tuple[StoredTensor, ...], reader: Reader) -> None:
         )
 
 
-def check_finite(
-    extremes: Mapping[str, Extremes], dtype: torch.dtype
-) -> Mapping[str, Sequence[float]]:
-    """Raise for every tensor whose extremes [2] are not numbers, else give these as numbers.
+def largest_of(values: torch.Tensor) -> Largest:
+    """The largest size of any of the values; NaN where one is. Does not wait for a GPU."""
+    if values.device.type != "cpu":
+        largest: torch.Tensor = torch.linalg.vector_norm(values, math.inf)
+        return largest
+    # Numbers: small tensors that stay keep the heap from giving back what was in use below them.
+    low, high = values.aminmax()
+    return max(abs(float(low)), abs(float(high)))
+
+
+def check_finite(largest: Mapping[str, Largest], dtype: torch.dtype) -> Mapping[str, float]:
+    """Raise for every tensor whose largest value is no number, else give these as numbers.
 
     Waits for the device once.
     """
-    pairs = dict(extremes)
-    waiting = [name for name, pair in pairs.items() if isinstance(pair, torch.Tensor)]
-    if waiting:
-        together = torch.stack([torch.as_tensor(pairs[name]) for name in waiting])
-        pairs.update(zip(waiting, together.tolist(), strict=True))
-    broken = [name for name, (low, high) in pairs.items() if not math.isfinite(low - high)]
+    found = dict(largest)
+    waiting: dict[torch.dtype, list[str]] = {}
+    for name, value in largest.items():
+        if isinstance(value, torch.Tensor):
+            waiting.setdefault(value.dtype, []).append(name)
+    for names in waiting.values():
+        together = torch.stack([torch.as_tensor(largest[name]) for name in names])
+        found.update(zip(names, together.tolist(), strict=True))
+    broken = [name for name, value in found.items() if not math.isfinite(value)]
     if broken:
         hint = "use --dtype bfloat16 or float32 if the values exceed float16, else " + AGAIN
         raise ModelFileError(
             f"weights with NaN or infinity: {all_named(broken)}",
             hint if dtype == torch.float16 else AGAIN,
         )
-    return {name: (low, high) for name, (low, high) in pairs.items()}
+    return {name: float(value) for name, value in found.items()}
 
 
 def check_stored_scales(stored: Mapping[str, StoredTensor], packed: PackedFormat) -> None:
@@ -309,14 +329,14 @@ def _any(reader: Reader, tensor: StoredTensor) -> bool:
 
 
 def check_scales(
-    extremes: Mapping[str, Sequence[float]], scaled: Mapping[str, PackedLayer], reader: Reader
+    largest: Mapping[str, float], scaled: Mapping[str, PackedLayer], reader: Reader
 ) -> None:
     """Raise for matrices that are zero although their stored values are not: their scales are.
 
     Args:
-        scaled: the layers, by the name that `extremes` has of their scales, or of their product.
+        scaled: the layers, by the name that `largest` has of their scales, or of their product.
     """
-    zero = [layer for name, layer in scaled.items() if not any(extremes[name])]
+    zero = [layer for name, layer in scaled.items() if not largest[name]]
     lost = [
         f"{layer.layer}.{layer.packing.scale}"
         for layer in zero

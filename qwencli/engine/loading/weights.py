@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,11 +20,13 @@ import torch
 from qwencli.config import Quantization
 from qwencli.engine.loading.reader import (
     FLOATS,
-    Extremes,
+    GPU_STAGING_BYTES,
+    Largest,
     Reader,
     check_finite,
     check_scales,
     check_zero,
+    largest_of,
 )
 from qwencli.engine.protocol import BytesRead
 from qwencli.engine.quant.quantized_tensor import (
@@ -53,8 +55,8 @@ Matrices = dict[str, QuantizedTensor]
 Begun = Callable[[], torch.Tensor | QuantizedTensor]
 
 DUMMY_STD = 0.02
-# Those on their way to a GPU while one is checked and quantized.
-TENSORS_AHEAD = 4
+# On their way to a GPU while a tensor is checked and quantized: as much as the readers' ring.
+AHEAD_BYTES = GPU_STAGING_BYTES
 DUMMY_DECAYS = 1.0, 16.0
 HEAD = "text.head"
 TOWER_POSITIONS = "vision.positions"
@@ -161,15 +163,15 @@ def load(
             names = [spec.name for spec in wanted]
             if found.shape.text.tied_head and cached is not None:
                 names.append(HEAD)
+            kept_bytes = (lambda name: 0) if cached is None else cached.size_bytes
+            sizes = {name: kept_bytes(name) or found.size_bytes(by_name[name]) for name in names}
             if progress is not None:
-                kept_bytes = (lambda name: 0) if cached is None else cached.size_bytes
-                sizes = (kept_bytes(name) or found.size_bytes(by_name[name]) for name in names)
-                progress.begin(sum(sizes))
-            for name, finish in _ahead(names, begun, device):
+                progress.begin(sum(sizes.values()))
+            for name, finish in _ahead(sizes, begun, device):
                 kept.keep(name, finish())
                 del finish  # it holds what is not quantized
             check_zero(found.zero_biases, reader)
-            check_scales(check_finite(loading.extremes, dtype), loading.scaled, reader)
+            check_scales(check_finite(loading.largest, dtype), loading.scaled, reader)
         return kept.weights(found.unused)
 
     files = find_weights(folder).files
@@ -188,14 +190,21 @@ def load(
 
 
 def _ahead(
-    names: Iterable[str], begin: Callable[[str], Begun], device: torch.device
+    sizes: Mapping[str, int], begin: Callable[[str], Begun], device: torch.device
 ) -> Iterator[tuple[str, Begun]]:
-    """What ends the reading of each, in order; on a GPU the next ones have begun by then."""
+    """What ends the reading of each, in order; on a GPU the next ones have begun by then.
+
+    Args:
+        sizes: bytes to read, by name.
+    """
     begun: deque[tuple[str, Begun]] = deque()
-    most = TENSORS_AHEAD if device.type == "cuda" else 0
-    for name in names:
+    most = AHEAD_BYTES if device.type == "cuda" else 0
+    on_their_way = 0
+    for name, size in sizes.items():
         begun.append((name, begin(name)))
-        if len(begun) > most:
+        on_their_way += size
+        while begun and on_their_way - sizes[begun[0][0]] >= most:
+            on_their_way -= sizes[begun[0][0]]
             yield begun.popleft()
     while begun:
         yield begun.popleft()
@@ -235,7 +244,7 @@ def dummy(
 
 
 class _Loading:
-    """Makes tensors of what a checkpoint has, and notes extremes and scales for the checks."""
+    """Makes tensors of what a checkpoint has, and notes what is checked of values and scales."""
 
     def __init__(
         self,
@@ -245,7 +254,7 @@ class _Loading:
         device: torch.device,
         zero_offset: int,
     ) -> None:
-        self.extremes: dict[str, Extremes] = {}
+        self.largest: dict[str, Largest] = {}
         self.scaled: dict[str, PackedLayer] = {}
         self._sources = found.sources
         self._reader = reader
@@ -356,13 +365,7 @@ class _Loading:
         return matrix
 
     def _note(self, name: str, values: torch.Tensor) -> None:
-        low, high = values.aminmax()  # both carry a NaN through
-        # On the CPU numbers: small tensors that stay keep the heap from giving back what was in use
-        # below them. On a GPU numbers would be waited for one by one.
-        if low.device.type == "cpu":
-            self.extremes[name] = [float(low), float(high)]
-        else:
-            self.extremes[name] = torch.stack((low, high)).float()
+        self.largest[name] = largest_of(values)
 
 
 class _Kept:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,7 @@ from qwencli.config import (
     SamplingParams,
     Speculate,
 )
-from qwencli.engine.base_engine import BaseEngine, undisturbed
+from qwencli.engine.base_engine import LOAD_TURN_S, BaseEngine, undisturbed
 from qwencli.engine.cache.kv_cache import KV_SCHEMES
 from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.constrained import TokenMatcher
@@ -32,6 +34,7 @@ from qwencli.engine.device_memory import release
 from qwencli.engine.frontend.model_files import ModelFiles, open_model
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.loading import weights
+from qwencli.engine.loading.reader import pin_ahead
 from qwencli.engine.loading.weight_cache import BackgroundWriter, CacheWriter
 from qwencli.engine.machine.cpu_threads import computing_with
 from qwencli.engine.machine.host import host_memory
@@ -121,6 +124,7 @@ class NativeEngine(BaseEngine):
         self._planned: PlannedModel | None = None
         self._place = torch.device("cpu")
         self._keeping: BackgroundWriter | None = None
+        self._pinning: threading.Thread | None = None
         # What steps gave others while a stream ran.
         self._of_others: list[StepOutput] = []
 
@@ -185,7 +189,19 @@ class NativeEngine(BaseEngine):
         with computing_with(self._threads if as_alone else None):
             return super().step()
 
+    def _begin_load(self, device: str) -> None:
+        if device.startswith("cuda") and self.config.load_format is not LoadFormat.DUMMY:
+            place = torch.device(device)
+            self._pinning = threading.Thread(target=pin_ahead, args=(place,), daemon=True)
+            self._pinning.start()
+
     def _load(self, files: ModelFiles) -> EffectiveConfig:
+        with undisturbed(LOAD_TURN_S):
+            if self._pinning is not None:
+                self._pinning.join()
+            return self._load_all(files)
+
+    def _load_all(self, files: ModelFiles) -> EffectiveConfig:
         device = resolve_device(self.config.device)
         lacks = device_lacks(device)
         shape = self._shape_of(files)
@@ -225,28 +241,37 @@ class NativeEngine(BaseEngine):
         place, torch_dtype = torch.device(device), getattr(torch, dtype.value)
         self._planned = self._plan_of_kernels(kernels, shape, torch_dtype, packed)
         self._place = place
-        compiling = self._compiling(rows=0)
         fused = fused_for(kernels, self.config.attention)
         left_to_us = self.config.attention is Attention.AUTO
 
         def make(shape: ModelShape, loaded: weights.LoadedWeights, slots: int) -> QwenModel:
             return QwenModel(shape, loaded, slots, attention, fused, kv, left_to_us, invariant)
 
-        warming = None
-        # Where kernels are compiled the load waits for them, and this would only make it longer.
-        if place.type == "cuda" and not (compiling is not None and compiling.compiles):
-            warming = WarmUp(
-                shape,
-                torch_dtype,
-                place,
-                make,
-                graphs=cache is Cache.STATIC_GRAPH,
-                room_bytes=self._plan.total - self._plan.weights - RUNTIME_BYTES,
-            )
-        try:
+        def read() -> weights.LoadedWeights:
             with span("weights"):
-                loaded = self._weights(files, shape, torch_dtype, place, packed, kernels)
+                return self._weights(files, shape, torch_dtype, place, packed, kernels)
+
+        warming = compiling = None
+        # A process that has other threads cannot be forked, and it is where kernels are compiled.
+        reading = _Beside(read, place) if self._reads_at_once(place) else None
+        try:
+            compiling = self._compiling(rows=0)
+            # Where kernels are compiled the load waits for them, and this would only make it
+            # longer.
+            if place.type == "cuda" and not (compiling is not None and compiling.compiles):
+                warming = WarmUp(
+                    shape,
+                    torch_dtype,
+                    place,
+                    make,
+                    graphs=cache is Cache.STATIC_GRAPH,
+                    room_bytes=self._plan.total - self._plan.weights - RUNTIME_BYTES,
+                )
+            loaded = read() if reading is None else reading.result()
         except BaseException:
+            if reading is not None:
+                self._bytes_read.stop()
+                reading.end()
             if compiling is not None:
                 compiling.close()
             raise
@@ -400,6 +425,16 @@ class NativeEngine(BaseEngine):
         return weights.load(
             files.folder, shape, dtype, place, mode, packed, kept, self._bytes_read, quantizer
         )
+
+    def _reads_at_once(self, place: torch.device) -> bool:
+        """Whether weights are read beside what else a load does."""
+        if place.type != "cuda" or self.config.load_format is LoadFormat.DUMMY:
+            return False
+        if self._planned is None:
+            return True
+        from qwencli.engine.native.kernel_cache import is_kept
+
+        return is_kept(self._planned, place)
 
     def _plan_of_kernels(
         self, kernels: Kernels, shape: ModelShape, dtype: torch.dtype, packed: PackedFormat | None
@@ -571,6 +606,29 @@ class NativeEngine(BaseEngine):
             # The pool of a batch that is over; the next one makes it again.
             self._close_queue()
         release(self.effective.device)
+
+
+class _Beside:
+    """Weights that a thread reads."""
+
+    def __init__(self, read: Callable[[], weights.LoadedWeights], device: torch.device) -> None:
+        self._pool = ThreadPoolExecutor(1, "weights")
+
+        def reading() -> weights.LoadedWeights:
+            with torch.cuda.device(device):  # of this thread
+                return read()
+
+        self._loaded = self._pool.submit(reading)
+
+    def result(self) -> weights.LoadedWeights:
+        """Once they are there. Raises as `weights.load`."""
+        loaded = self._loaded.result()
+        self._pool.shutdown()
+        return loaded
+
+    def end(self) -> None:
+        """Wait for the thread, whatever became of it."""
+        self._pool.shutdown()
 
 
 def _checkpoint_weights(
