@@ -50,8 +50,8 @@ FEWEST_PREFILL_TOKENS = 256
 # whose thread has the interpreter meanwhile. Where streams are more than fit, each is told several
 # tokens at once, those that wait for longest first.
 PIECE_S = 0.0002
-# From so many answers on, writing their streams takes as much of the interpreter as a step. 32 of
-# them gain nothing from longer turns.
+# From so many streams on, writing them takes as much of the interpreter as a step. 32 of them gain
+# nothing from longer turns.
 MANY_STREAMS = 64
 
 
@@ -114,7 +114,8 @@ class EngineCore:
         self._ids = itertools.count()
         self._active: dict[RequestId, _Active] = {}
         self._failed: list[StepOutput] = []
-        # Streams with tokens that no piece has told, and when pieces were told.
+        self._num_streams = 0
+        # Those with tokens that no piece has told, and when pieces were told.
         self._untold: dict[RequestId, _Active] = {}
         self._told_s = float("-inf")
         self._step: _Step | None = None
@@ -160,8 +161,8 @@ class EngineCore:
 
     def step(self) -> list[StepOutput]:
         """Enqueue a step, read the one in front; returns what that gave."""
-        # Threads that prepare prompts would hold up a step as they do a pass.
-        writes_many = len(self._active) >= MANY_STREAMS and not self._inputs
+        # Where nobody reads along the other threads prepare pictures, which can wait.
+        writes_many = self._num_streams >= MANY_STREAMS
         with undisturbed(STEP_TURN_S if writes_many else PASS_TURN_S):
             return self._run_ahead()
 
@@ -212,6 +213,7 @@ class EngineCore:
             if self._drafts is not None:
                 active.acceptance = self._drafts.new_text()
             self._active[request] = active
+            self._num_streams += active.answer.stream
             self._scheduler.add(sequence)
 
     def _run(self, batch: Batch) -> _Step:
@@ -537,6 +539,7 @@ class EngineCore:
 
     def _forget(self, active: _Active) -> None:
         del self._active[active.sequence.request]
+        self._num_streams -= active.answer.stream
         self._untold.pop(active.sequence.request, None)
         self._scheduler.finish(active.sequence)
 

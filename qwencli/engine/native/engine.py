@@ -434,7 +434,7 @@ class NativeEngine(BaseEngine):
             return True
         from qwencli.engine.native.kernel_cache import is_kept
 
-        return is_kept(self._planned, place)
+        return is_kept(replace(self._planned, rows=0), place)
 
     def _plan_of_kernels(
         self, kernels: Kernels, shape: ModelShape, dtype: torch.dtype, packed: PackedFormat | None
