@@ -316,6 +316,18 @@ def fastest_cache(engine: EngineName, lacks: Lacks) -> Cache:
     return Cache.STATIC if why_not(wanted, lacks) else Cache.STATIC_GRAPH
 
 
+def fastest_kernels(cache: Cache, quantized: bool, lacks: Lacks) -> Kernels:
+    """The kernels of the native engine where the user named none.
+
+    Without graphs the host launches each: that takes longer than torch's operators take with
+    weights as they are (108 against 129 tok/s in bf16), and a sixth of what those take to read
+    quantized weights back for every token (results/2026-11-30-h200x2-launches).
+    """
+    wanted = {"engine": EngineName.NATIVE, "cache": cache, "kernels": Kernels.TRITON}
+    pays = quantized or cache is Cache.STATIC_GRAPH
+    return Kernels.TRITON if pays and why_not(wanted, lacks) is None else Kernels.TORCH
+
+
 def runs_with(axis: str) -> str:
     """For `--help`: of each mode of an axis that does not always run, what it runs with."""
     limits = [

@@ -12,10 +12,11 @@ from qwencli.capabilities import (
     TABLE,
     Need,
     fastest_cache,
+    fastest_kernels,
     runs_with,
     why_not,
 )
-from qwencli.config import Cache, EngineName
+from qwencli.config import Cache, EngineName, Kernels
 
 ON_A_CPU = {
     Need.CUDA: "this runs on cpu",
@@ -82,6 +83,20 @@ def test_what_the_engine_chooses_runs():
     assert fastest_cache(EngineName.NATIVE, {}) is Cache.STATIC_GRAPH
     without_graphs = {Need.GRAPHS: "another allocator"}
     assert fastest_cache(EngineName.NATIVE, without_graphs) is Cache.STATIC
+
+
+def test_kernels_that_are_launched_one_by_one_are_for_quantized_weights():
+    """Unless somebody asks for them; and where they cannot run torch's operators do."""
+    graph, static, dynamic = Cache.STATIC_GRAPH, Cache.STATIC, Cache.DYNAMIC
+    chosen = {
+        (cache, quantized): fastest_kernels(cache, quantized, {})
+        for cache in (graph, static, dynamic)
+        for quantized in (False, True)
+    }
+    ours = {(graph, False), (graph, True), (static, True)}
+    assert {key for key, kernels in chosen.items() if kernels is Kernels.TRITON} == ours
+    assert fastest_kernels(static, True, ON_A_CPU) is Kernels.TORCH
+    assert why_not({"engine": "native", "cache": "static", "kernels": "triton"}) is None
 
 
 def test_help_says_what_modes_run_with():

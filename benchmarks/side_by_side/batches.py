@@ -3,9 +3,9 @@
     python benchmarks/side_by_side/batches.py --model FOLDER --out batches.json \\
         [--engines native,vllm,transformers] [--rounds 2] [--pictures 500]
 
-FOLDER holds a Qwen3-VL model's config, tokenizer and processor; weights are random, in bf16 but for
-those of `native-fp8`, `native-8bit` and `native-4bit`. Each round starts a process of every engine,
-one after the other. Measured in each:
+FOLDER holds a Qwen3-VL model's config, tokenizer and processor; weights are random, or those of the
+folder for this engine where it has any, in bf16 but for those of `native-fp8`, `native-8bit` and
+`native-4bit`. Each round starts a process of every engine, one after the other. Measured in each:
 
 - `captions_per_s`: pictures of 512x512, 64 new tokens each, opening and preparing included. No
   engine may know a picture from before: prefix caches are off.
@@ -79,11 +79,12 @@ def native(folder: str, quantization: str = "none") -> tuple[Caption, Continue]:
     from qwencli.messages import GenerationRequest, ImagePart, user_message
     from qwencli.models.resolve import resolve_model
 
+    has_weights = any(Path(folder).glob("*.safetensors"))
     engine = create_engine(
         EngineConfig(
             resolve_model(folder, offline=True),
             engine=EngineName.NATIVE,
-            load_format=LoadFormat.DUMMY,
+            load_format=LoadFormat.AUTO if has_weights else LoadFormat.DUMMY,
             quantization=Quantization(quantization),
         )
     )
@@ -94,11 +95,14 @@ def native(folder: str, quantization: str = "none") -> tuple[Caption, Continue]:
         message = user_message(text, tuple(images))
         return GenerationRequest((message,), sampling, ignore_eos=True, bypass_caches=True)
 
+    prompt_tokens: list[int] = []
+
     def seconds(requests: Sequence[Callable[[], GenerationRequest]]) -> float:
         start = time.perf_counter()
         for result in generate_many(engine, iter(requests)):
             if isinstance(result, Exception):
                 raise result
+            prompt_tokens.append(result.num_prompt_tokens)
         return time.perf_counter() - start
 
     def caption(files: Sequence[bytes], tokens: int) -> float:
@@ -108,9 +112,17 @@ def native(folder: str, quantization: str = "none") -> tuple[Caption, Continue]:
         return seconds([lambda file=file: one(file) for file in files])  # type: ignore[misc]
 
     def go_on(rows: Sequence[Sequence[int]], tokens: int) -> float:
-        # A word a token, so that each has about as many as the others are given.
-        texts = [" ".join("word" for _ in range(CONTEXT - 12)) + f" {row[0]}" for row in rows]
+        texts = [f"{row[0]}" + " word" * words for row in rows]
         return seconds([lambda text=text: ask(text, [], tokens) for text in texts])  # type: ignore[misc]
+
+    # As many words as make the prompts that the others are given: without weights in the folder the
+    # tokenizer is the bundled model's, to which a word is two tokens.
+    words = 32
+    go_on([[1000]], 1)
+    words = 96
+    go_on([[1000]], 1)
+    few, many = prompt_tokens
+    words += round((CONTEXT - many) * 64 / (many - few))
 
     return caption, go_on
 

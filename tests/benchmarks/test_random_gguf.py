@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import gguf
 import pytest
 
 from benchmarks.side_by_side import random_gguf
@@ -46,7 +47,6 @@ def write(folder, kind, family="qwen3_vl", overrides=WIDE):
     [("bf16", "BF16", "BF16"), ("q8_0", "Q8_0", "Q8_0"), ("q4_0", "Q4_0", "Q6_K")],
 )
 def test_a_file_has_the_models_sizes_and_types(folder, kind, matrices, head):
-    gguf = pytest.importorskip("gguf")
     read = gguf.GGUFReader(write(folder, kind))
     text = read_shape(config_of()).text
     assert read.get_field("general.architecture").contents() == "qwen3vl"
@@ -69,7 +69,6 @@ def test_a_file_has_the_models_sizes_and_types(folder, kind, matrices, head):
 
 
 def test_what_cannot_be_written_is_one_line_and_no_file(folder):
-    pytest.importorskip("gguf")
     with pytest.raises(UnsupportedModeError, match="qwen2_5_vl is not one of"):
         write(folder, "bf16", "qwen2_5_vl", None)
     with pytest.raises(UnsupportedModeError, match="rows of 72 do not divide"):

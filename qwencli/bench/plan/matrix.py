@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from qwencli.bench.plan.stopping import RepetitionOptions
-from qwencli.capabilities import why_not
+from qwencli.capabilities import fastest_kernels, why_not
 from qwencli.config import (
     Attention,
     Cache,
@@ -236,10 +236,11 @@ def work_of(cell: BenchCell, facts: DeviceFacts) -> tuple[str, ...]:
     """The cell's axes with every choice that is left to the engine made as it makes it here: two
     cells with equal work differ in nothing but names (`engine.resolve`, `native.supported`)."""
     axes = cell.axes()
-    fused = why_not({**axes, "kernels": Kernels.TRITON}, facts.lacks) is None
     if cell.kernels is Kernels.AUTO:
-        axes["kernels"] = Kernels.TRITON if fused else Kernels.TORCH
-    may_choose = (fused and cell.kernels is not Kernels.TORCH) or (
+        quantized = cell.quantization is not Quantization.NONE
+        chosen = fastest_kernels(cell.cache, quantized, facts.lacks)
+        axes["kernels"] = chosen if cell.engine is EngineName.NATIVE else Kernels.TORCH
+    may_choose = axes["kernels"] == Kernels.TRITON or (
         cell.engine is EngineName.NATIVE and facts.kind != "cuda" and cell.cache is Cache.STATIC
     )
     if cell.attention is Attention.AUTO and not may_choose:

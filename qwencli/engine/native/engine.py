@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwencli.capabilities import fastest_cache
+from qwencli.capabilities import Lacks, fastest_cache, fastest_kernels
 from qwencli.config import (
     Attention,
     Cache,
@@ -58,7 +58,6 @@ from qwencli.engine.native.supported import (
     check_supported,
     fused_for,
     quantizer_for,
-    resolve_kernels,
 )
 from qwencli.engine.native.warmup import WarmUp
 from qwencli.engine.protocol import RequestQueue
@@ -208,7 +207,8 @@ class NativeEngine(BaseEngine):
         rows_only = shape.text.rows_only
         check_modes(self.config, EngineName.NATIVE, lacks, shape.text.traits)
         cache = self.config.cache or fastest_cache(EngineName.NATIVE, lacks)
-        kernels = resolve_kernels(self.config.kernels, cache, lacks)
+        packed = self._packed(files)
+        kernels = self._kernels(cache, lacks, is_packed=packed is not None)
         warnings: list[str] = []
         if kernels is Kernels.TRITON:
             kernels = self._launchable(device, warnings)
@@ -217,7 +217,6 @@ class NativeEngine(BaseEngine):
             invariant = batch_invariant_for(kernels, device)
         kv = KV_SCHEMES[self.config.kv_dtype]
         dtype = resolve_dtype(self.config.dtype, device, files.checkpoint_dtype)
-        packed = self._packed(files)
         self._plan = plan_memory(
             files.hub_config,
             self.config.model.name,
@@ -369,7 +368,7 @@ class NativeEngine(BaseEngine):
         lacks = device_lacks(device)
         check_modes(self.config, EngineName.NATIVE, lacks)
         cache = self.config.cache or fastest_cache(EngineName.NATIVE, lacks)
-        kernels = resolve_kernels(self.config.kernels, cache, lacks)
+        kernels = self._kernels(cache, lacks)
         if kernels is Kernels.TRITON:
             kernels = self._launchable(device, warnings)
         if kernels is not Kernels.TRITON:
@@ -390,6 +389,16 @@ class NativeEngine(BaseEngine):
         folder = str(use_folder_of(self._place))
         seconds = time.perf_counter() - started
         return WarmedKernels(folder, ready, compiled, seconds, tuple(warnings))
+
+    def _kernels(self, cache: Cache, lacks: Lacks, is_packed: bool = False) -> Kernels:
+        """Those asked for, which `check_modes` has not refused, or the fastest.
+
+        Args:
+            is_packed: whether the checkpoint is quantized already.
+        """
+        wanted, quantization = self.config.kernels, self.config.quantization
+        quantized = is_packed or quantization is not Quantization.NONE
+        return fastest_kernels(cache, quantized, lacks) if wanted is Kernels.AUTO else wanted
 
     def _launchable(self, device: str, warnings: list[str]) -> Kernels:
         """Triton's kernels where it can launch them; else torch's, unless they were asked for."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from qwencli.capabilities import Lacks, why_not
-from qwencli.config import Attention, Cache, EngineName, Kernels
+from qwencli.config import Attention, Kernels
 from qwencli.engine.layers.vision_tower import ACTIVATIONS
 from qwencli.engine.native.model import Fused, RowOps
 from qwencli.engine.ops.gated_delta import TAPS
@@ -33,13 +32,6 @@ def check_supported(shape: ModelShape) -> None:
                 f"config.json asks for {what}, which the native engine does not have",
                 "try --engine transformers",
             )
-
-
-def resolve_kernels(wanted: Kernels, cache: Cache, lacks: Lacks) -> Kernels:
-    """`auto` is triton wherever that can run; what cannot has been refused (`check_modes`)."""
-    modes = {"engine": EngineName.NATIVE, "cache": cache, "kernels": Kernels.TRITON}
-    runs = why_not(modes, lacks) is None
-    return Kernels.TRITON if runs and wanted is not Kernels.TORCH else Kernels.TORCH
 
 
 def fused_for(kernels: Kernels, attention: Attention) -> Fused | None:

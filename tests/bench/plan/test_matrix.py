@@ -79,8 +79,8 @@ def test_cells_that_differ_in_nothing_run_once(cpu, gpu):
         ("auto", "dynamic", "auto"), ("auto", "static", "auto"), ("sdpa", "static", "auto"),
     ]  # fmt: skip
     assert ran(gpu, attention=attention, cache=(*caches, "static-graph")) == [
-        ("auto", "dynamic", "auto"), ("auto", "static", "auto"), ("auto", "static-graph", "auto"),
-        ("sdpa", "static", "auto"), ("sdpa", "static-graph", "auto"),
+        ("auto", "dynamic", "auto"), ("auto", "static", "auto"),
+        ("auto", "static-graph", "auto"), ("sdpa", "static-graph", "auto"),
     ]  # fmt: skip
     assert ran(cpu, engine=("transformers",), attention=attention) == [("auto", "dynamic", "auto")]
     assert ran(gpu, cache=("static-graph",), kernels=("auto", "torch")) == [
@@ -89,6 +89,9 @@ def test_cells_that_differ_in_nothing_run_once(cpu, gpu):
     assert ran(gpu, cache=("static-graph",), kernels=("auto", "triton")) == [
         ("sdpa", "static-graph", "auto")
     ]
+    assert ran(gpu, quantization=("4bit",), cache=("static",), attention=attention) == [
+        ("auto", "static", "auto"), ("sdpa", "static", "auto"),
+    ]  # fmt: skip
     assert ran(cpu, kernels=("auto", "torch")) == [("sdpa", "dynamic", "auto")]
 
 
