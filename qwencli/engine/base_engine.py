@@ -40,9 +40,6 @@ FORCED_TOKENS = 64
 # of operations. A decode step does so a few times, and where a hundred streams are written
 # meanwhile turns that are too short cost both sides.
 PASS_TURN_S, STEP_TURN_S = 0.00005, 0.0005
-# While a model loads, threads that read weights and one that imports take it in turns: a reader
-# that waits 5 ms for each of its few calls reads 2 GB/s, and not 20.
-LOAD_TURN_S = 0.0002
 
 
 @contextmanager

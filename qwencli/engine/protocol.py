@@ -6,7 +6,6 @@ import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import CancelledError
 from typing import Protocol, Self
 
 from qwencli.config import EngineConfig
@@ -29,22 +28,14 @@ class BytesRead:
     def __init__(self) -> None:
         self.total = self.done = 0
         self._lock = threading.Lock()
-        self._stopped = False
 
     def add(self, count: int) -> None:
-        """Raises CancelledError once nobody wants the rest."""
         with self._lock:
             self.done += count
-        if self._stopped:
-            raise CancelledError
-
-    def stop(self) -> None:
-        """End what is being read."""
-        self._stopped = True
 
     def begin(self, total: int) -> None:
         with self._lock:
-            self.total, self.done, self._stopped = total, 0, False
+            self.total, self.done = total, 0
 
 
 class RequestQueue(Protocol):

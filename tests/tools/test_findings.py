@@ -51,7 +51,9 @@ def test_what_the_page_leaves_out_is_in_tables_that_it_links(findings, files):
     claims = list(csv.DictReader(tables[findings.PLOTS / "claims.csv"].splitlines()))
     for evidence in findings.studies():
         here = [row for row in claims if row["machine"] == findings.machine(evidence)]
-        assert len(here) == sum(1 + len(claim.findings) for claim in evidence.verdicts())
+        assert len(here) == sum(
+            1 + len(claim.findings) for claim in findings.verdicts(evidence).values()
+        )
     # A claim that could run shows the verdict of the first machine and what others say.
     (line,) = [line for line in files[findings.PAGE].splitlines() if line.startswith("| C11 ")]
     first = next(row for row in claims if row["claim"] == "C11")

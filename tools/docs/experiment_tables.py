@@ -369,6 +369,64 @@ def warm_up_begins(files: Sequence[Path]) -> str:
     return markdown([*head, "load, s", "first token, s", "process, s"], rows)
 
 
+def load_in_turns(files: Sequence[Path]) -> str:
+    """Of processes of `benchmarks/load_time.py - --kind native`, of two trees in turns."""
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in read(files[0]):
+        key = tuple(row[name] for name in ("host", "weights", "kernels", "tree"))
+        found.setdefault(key, []).append(row)
+    rows = []
+    for key, own in sorted(found.items()):
+        loads = sorted(row["load_s"] for row in own)
+        span = f"{loads[0]:.2f} to {loads[-1]:.2f}"
+        medians = (_median_of(own, column, ".2f") for column in ("load_s", "first_token_s"))
+        rows.append([*key, str(len(own)), *medians, span])
+    head = ["host", "weights", "kernels", "", "processes", "load, s", "first token, s", "loads, s"]
+    return markdown(head, rows)
+
+
+def side_by_side(files: Sequence[Path]) -> str:
+    """Of `benchmarks/side_by_side/batches.py`: medians of all rounds."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in read(files[0]):
+        found.setdefault(row["engine"], []).append(row)
+    # One sequence has figures of its own: what two short runs differ by tells little of it.
+    counts = ("8", "32", "256")
+    rows = []
+    for engine, own in found.items():
+        rates = [rate for row in own for rate in row["captions_per_s"]]
+        figures = [f"{statistics.median(rates):.0f}", f"{min(rates):.0f} to {max(rates):.0f}"]
+        first = statistics.median(row["first_token_s"]["median"] for row in own)
+        speeds = []
+        for count in counts:
+            values = [value for row in own for value in row["rows"].get(count, ())]
+            speeds.append(f"{statistics.median(values):,.0f}" if values else "-")
+        context = f"{own[0]['prompt_tokens_of_rows']}"
+        rows.append([engine, *figures, f"{1e3 * first:.0f}", context, *speeds])
+    head = ["engine", "captions/s", "spread", "first token, ms", "prompt of the rest, tokens"]
+    return markdown([*head, *(f"tok/s of {count}" for count in counts)], rows)
+
+
+def servers(files: Sequence[Path]) -> str:
+    """Of `benchmarks/serve_load.py`, of this server and another, by number of clients."""
+    names = {"own": "qwencli serve", "vllm": "vLLM"}
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for name, document in read(files[0]).items():
+        for clients, row in document["served"].items():
+            found.setdefault((int(clients), names[name.partition("-")[0]]), []).append(row)
+    rows = []
+    for (clients, name), own in sorted(found.items()):
+        milliseconds = (
+            f"{1e3 * statistics.median(row[column] for row in own):.0f}"
+            for column in ("ttft_s_p50", "ttft_s_p99")
+        )
+        speeds = " and ".join(f"{row['tok_per_s']:,.0f}" for row in own)
+        gaps = (_median_of(own, f"event_gap_ms_{p}", ".1f") for p in ("p50", "p99"))
+        rows.append([str(clients), name, speeds, *milliseconds, *gaps])
+    head = ["clients", "server", "tok/s, two rounds", "first token, ms", "p99"]
+    return markdown([*head, "between events, ms", "p99"], rows)
+
+
 def _median_of(rows: Sequence[dict[str, Any]], column: str, spec: str) -> str:
     values = [row[column] for row in rows if column in row]
     return format(statistics.median(values), spec) if values else ""
@@ -398,25 +456,30 @@ def cells(files: Sequence[Path]) -> str:
         with file.open(encoding="utf-8", newline="") as stream:
             for row in csv.DictReader(stream):
                 if row["decode_tok_per_s_median"]:
-                    mode = row["engine"], weights(row), row["attention"], row["cache"]
+                    kernels = {"triton": ", kernels of our own", "torch": ", operators"}
+                    cache = row["cache"] + kernels.get(row.get("kernels") or "", "")
+                    mode = row["engine"], weights(row), row["attention"], cache
                     figures = (
                         f"{float(row['decode_tok_per_s_median']):.1f}",
                         f"{float(row['run_ratio_max_min']):.3f}",
                     )
-                    rows.append([*mode, *figures, f"{1e3 * float(row['ttft_s_median']):.0f}"])
+                    first = row["ttft_s_median"]
+                    rows.append([*mode, *figures, f"{1e3 * float(first):.0f}" if first else "-"])
     rows.sort(key=lambda row: -float(row[4]))
     head = ["engine", "weights", "attention", "cache", "tok/s", "max/min", "first token, ms"]
     return markdown(head, rows)
 
 
 def long_prompts(files: Sequence[Path]) -> str:
-    """Of `benchmarks/long_prompts.py`."""
+    """Of `benchmarks/long_prompts.py`; of several numbers of tokens that run at a time, too."""
     rows = [
-        [each["attention"], f"{each['prompt_tokens']:,}", f"{each['prompt_ms']:.1f}",
+        [*([str(each["prefill_chunk"])] if "prefill_chunk" in each else []),
+         each["attention"], f"{each['prompt_tokens']:,}", f"{each['prompt_ms']:.1f}",
          f"{each['prompt_against_first']:.3f}", f"{each['step_ms']:.2f}"]
         for each in map(json.loads, files[0].read_text().splitlines())
     ]  # fmt: skip
-    return markdown(["attention", "tokens", "prompt, ms", "ratio", "step, ms"], rows)
+    head = ["attention", "tokens", "prompt, ms", "ratio", "step, ms"]
+    return markdown(["at a time", *head] if len(rows[0]) > len(head) else head, rows)
 
 
 KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
@@ -441,6 +504,9 @@ KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
     "listing": listing,
     "warm-up-begins": warm_up_begins,
     "served-turns": served_turns,
+    "load-in-turns": load_in_turns,
+    "side-by-side": side_by_side,
+    "servers": servers,
     "cells": cells,
     "long-prompts": long_prompts,
 }

@@ -50,12 +50,33 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def studies() -> list[Evidence]:
     """The newest study of each kind of GPU in results/, the newest first, then that of a CPU."""
     newest: dict[str | None, Evidence] = {}
-    for path in sorted(RESULTS.glob(f"*/{STUDY}"), reverse=True):
-        evidence = Evidence(path.parent)
-        newest.setdefault(environment(evidence)["device"]["name"], evidence)
+    for evidence in _all_studies():
+        if not _is_addition(evidence):
+            newest.setdefault(environment(evidence)["device"]["name"], evidence)
     return sorted(
         newest.values(), key=lambda evidence: environment(evidence)["device"]["name"] is None
     )
+
+
+def _all_studies() -> list[Evidence]:
+    paths = [*RESULTS.glob(f"*/{STUDY}"), *RESULTS.glob(f"*/*/{STUDY}")]
+    return [Evidence(path.parent) for path in sorted(paths, reverse=True)]
+
+
+def _is_addition(evidence: Evidence) -> bool:
+    """Whether it is of a few claims that an earlier study could not run."""
+    return 2 * len(evidence.document["claims"]) < len(choose([ALL]))
+
+
+def verdicts(evidence: Evidence) -> dict[str, ClaimVerdict]:
+    """Those of a study, and of additions on the same kind of machine where it could not run."""
+    found = {claim.study.claim: claim for claim in evidence.verdicts()}
+    for added in _all_studies():
+        if _is_addition(added) and machine(added) == machine(evidence):
+            for claim in added.verdicts():
+                if found[claim.study.claim].verdict is Verdict.CANNOT_RUN:
+                    found[claim.study.claim] = claim
+    return found
 
 
 def environment(evidence: Evidence) -> dict[str, Any]:
@@ -356,10 +377,7 @@ def _is_open(study: Study, found: Found) -> bool:
 
 def files() -> dict[Path, str]:
     """What is to be written where."""
-    found: Found = [
-        (evidence, {claim.study.claim: claim for claim in evidence.verdicts()})
-        for evidence in studies()
-    ]
+    found: Found = [(evidence, verdicts(evidence)) for evidence in studies()]
     written = {PAGE: page(found), **details(found)}
     for evidence, _ in found:
         name = evidence.folder.name

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ from qwencli.config import (
     SamplingParams,
     Speculate,
 )
-from qwencli.engine.base_engine import LOAD_TURN_S, BaseEngine, undisturbed
+from qwencli.engine.base_engine import BaseEngine, undisturbed
 from qwencli.engine.cache.kv_cache import KV_SCHEMES
 from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.constrained import TokenMatcher
@@ -73,7 +72,7 @@ from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.spec_decode.decode_strategy import VERIFIERS, Speculator, batch_policy
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.errors import MissingDependencyError, UnsupportedModeError
-from qwencli.garbage import gc_freeze_loaded
+from qwencli.garbage import gc_freeze_loaded, gc_paused
 from qwencli.messages import GenerationRequest
 from qwencli.models.checkpoint import has_draft_head
 from qwencli.models.memory import RUNTIME_BYTES, native_kv_bytes, packed_weight_bytes
@@ -195,7 +194,7 @@ class NativeEngine(BaseEngine):
             self._pinning.start()
 
     def _load(self, files: ModelFiles) -> EffectiveConfig:
-        with undisturbed(LOAD_TURN_S):
+        with gc_paused():
             if self._pinning is not None:
                 self._pinning.join()
             return self._load_all(files)
@@ -240,37 +239,28 @@ class NativeEngine(BaseEngine):
         place, torch_dtype = torch.device(device), getattr(torch, dtype.value)
         self._planned = self._plan_of_kernels(kernels, shape, torch_dtype, packed)
         self._place = place
+        compiling = self._compiling(rows=0)
         fused = fused_for(kernels, self.config.attention)
         left_to_us = self.config.attention is Attention.AUTO
 
         def make(shape: ModelShape, loaded: weights.LoadedWeights, slots: int) -> QwenModel:
             return QwenModel(shape, loaded, slots, attention, fused, kv, left_to_us, invariant)
 
-        def read() -> weights.LoadedWeights:
-            with span("weights"):
-                return self._weights(files, shape, torch_dtype, place, packed, kernels)
-
-        warming = compiling = None
-        # A process that has other threads cannot be forked, and it is where kernels are compiled.
-        reading = _Beside(read, place) if self._reads_at_once(place) else None
+        warming = None
+        # Where kernels are compiled the load waits for them, and this would only make it longer.
+        if place.type == "cuda" and not (compiling is not None and compiling.compiles):
+            warming = WarmUp(
+                shape,
+                torch_dtype,
+                place,
+                make,
+                graphs=cache is Cache.STATIC_GRAPH,
+                room_bytes=self._plan.total - self._plan.weights - RUNTIME_BYTES,
+            )
         try:
-            compiling = self._compiling(rows=0)
-            # Where kernels are compiled the load waits for them, and this would only make it
-            # longer.
-            if place.type == "cuda" and not (compiling is not None and compiling.compiles):
-                warming = WarmUp(
-                    shape,
-                    torch_dtype,
-                    place,
-                    make,
-                    graphs=cache is Cache.STATIC_GRAPH,
-                    room_bytes=self._plan.total - self._plan.weights - RUNTIME_BYTES,
-                )
-            loaded = read() if reading is None else reading.result()
+            with span("weights"):
+                loaded = self._weights(files, shape, torch_dtype, place, packed, kernels)
         except BaseException:
-            if reading is not None:
-                self._bytes_read.stop()
-                reading.end()
             if compiling is not None:
                 compiling.close()
             raise
@@ -434,16 +424,6 @@ class NativeEngine(BaseEngine):
         return weights.load(
             files.folder, shape, dtype, place, mode, packed, kept, self._bytes_read, quantizer
         )
-
-    def _reads_at_once(self, place: torch.device) -> bool:
-        """Whether weights are read beside what else a load does."""
-        if place.type != "cuda" or self.config.load_format is LoadFormat.DUMMY:
-            return False
-        if self._planned is None:
-            return True
-        from qwencli.engine.native.kernel_cache import is_kept
-
-        return is_kept(replace(self._planned, rows=0), place)
 
     def _plan_of_kernels(
         self, kernels: Kernels, shape: ModelShape, dtype: torch.dtype, packed: PackedFormat | None
@@ -615,29 +595,6 @@ class NativeEngine(BaseEngine):
             # The pool of a batch that is over; the next one makes it again.
             self._close_queue()
         release(self.effective.device)
-
-
-class _Beside:
-    """Weights that a thread reads."""
-
-    def __init__(self, read: Callable[[], weights.LoadedWeights], device: torch.device) -> None:
-        self._pool = ThreadPoolExecutor(1, "weights")
-
-        def reading() -> weights.LoadedWeights:
-            with torch.cuda.device(device):  # of this thread
-                return read()
-
-        self._loaded = self._pool.submit(reading)
-
-    def result(self) -> weights.LoadedWeights:
-        """Once they are there. Raises as `weights.load`."""
-        loaded = self._loaded.result()
-        self._pool.shutdown()
-        return loaded
-
-    def end(self) -> None:
-        """Wait for the thread, whatever became of it."""
-        self._pool.shutdown()
 
 
 def _checkpoint_weights(

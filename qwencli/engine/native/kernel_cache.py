@@ -184,13 +184,6 @@ def manifest_of(planned: PlannedModel, gpu: Gpu, folder: Path) -> Path:
     return folder / f"manifest-{hashlib.sha256(said.encode()).hexdigest()[:24]}.json"
 
 
-def is_kept(planned: PlannedModel, device: torch.device) -> bool:
-    """Whether nothing of a model has to be compiled, as far as the list of its kernels says."""
-    gpu = gpu_of(device)
-    assert gpu is not None, "kernels of a GPU"
-    return manifest_of(planned, gpu, use_folder_of(device)).exists()
-
-
 def described(planned: PlannedModel) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(planned), default=str))  # type: ignore[no-any-return]
 
