@@ -16,8 +16,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from qwencli import __version__
+from qwencli.config import read_number, read_whole
 from qwencli.errors import OutputError, QwenCliError, StoppedError, UsageError
-from qwencli.number_text import read_number, read_whole
 from qwencli.output import Output, ready_streams, release_streams, visible
 
 GLOBAL_FLAGS = ("--quiet", "-q", "--debug")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwencli.errors import ModelFileError, UsageError
-from qwencli.number_text import read_whole
 
 
 class EngineName(StrEnum):
@@ -253,6 +252,23 @@ _SAMPLING_SWITCHES = ("temperature", "top_p", "top_k", "min_p")
 # What a model's files may state. Not the longest answer: hub files limit it by total length or a
 # default of 20, and neither is what a user means.
 _MODEL_DEFAULTS = (*_SAMPLING_SWITCHES, "repetition_penalty", "do_sample")
+
+
+# Numbers as people write them, on the command line and in a chat alike.
+_WHOLE = re.compile(r"[+-]?[0-9]{1,30}")
+_ANY = re.compile(r"[+-]?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][+-]?[0-9]{1,3})?")
+
+
+def read_whole(text: str) -> int | None:
+    """A whole number in digits; None for anything else. Blanks around it do not matter."""
+    text = text.strip()
+    return int(text) if _WHOLE.fullmatch(text) else None
+
+
+def read_number(text: str) -> float | None:
+    """A number such as 0.7, 5 or 1e-3; None for anything else."""
+    text = text.strip()
+    return float(text) if _ANY.fullmatch(text) else None
 
 
 def parse_seq_len(text: str) -> SeqLen:

@@ -18,7 +18,7 @@ from qwencli.errors import UsageError
 
 if TYPE_CHECKING:
     from qwencli.dataset.caption_processor import CaptionConfig
-    from qwencli.dataset.parts import StdinPart
+    from qwencli.dataset.named_inputs import StdinPart
     from qwencli.output import Output
 
 
@@ -215,7 +215,7 @@ def _is_folder(named: str, frames: int | None) -> bool:
 
 
 def _is_shard(named: str) -> bool:
-    from qwencli.dataset.shards import is_shard
+    from qwencli.dataset.named_inputs import is_shard
 
     return is_shard(named) and not os.path.isdir(named)
 

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-from qwencli.config import SAMPLING_BOUNDS, SamplingOptions, check_sampling
+from qwencli.config import SAMPLING_BOUNDS, SamplingOptions, check_sampling, read_number, read_whole
 from qwencli.errors import UsageError
-from qwencli.number_text import read_number, read_whole
 from qwencli.output import visible
 
 _ON_OFF = {"on": True, "off": False, "true": True, "false": False, "default": False}

@@ -365,10 +365,18 @@ class KeepOptions:
         if said := os.environ.get("QWENCLI_KEEP_LOADED"):
             return parse_duration(said, "QWENCLI_KEEP_LOADED")
         from qwencli.models.user_config import configured_keep_loaded, user_config_folder
-        from qwencli.server.resident import default_keep_s
 
         said = configured_keep_loaded(user_config_folder())
-        return default_keep_s(run.device) if said is None else parse_duration(said, "keep_loaded")
+        return _default_keep_s(run.device) if said is None else parse_duration(said, "keep_loaded")
+
+
+def _default_keep_s(device: str) -> float:
+    """Loading a model onto a GPU takes long enough that keeping it pays."""
+    if device != "auto" and not device.startswith("cuda"):
+        return 0.0
+    from qwencli.engine.machine.host import num_gpus
+
+    return 300.0 if num_gpus() else 0.0
 
 
 def with_run_options(

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from qwencli.capabilities import check_thinking
 from qwencli.config import EngineConfig, LoadFormat, ModelSource
-from qwencli.dataset.named_inputs import local_path
-from qwencli.dataset.parts import StdinPart, url_part
+from qwencli.dataset.named_inputs import StdinPart, local_path, url_part
 from qwencli.errors import (
     AnswerError,
     InputError,

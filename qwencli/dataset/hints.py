@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qwencli.errors import InputError
 
 if TYPE_CHECKING:
-    from qwencli.dataset.parts import Part
+    from qwencli.dataset.named_inputs import Part
 
 
 PATH_FIELDS = ("name", "dir")

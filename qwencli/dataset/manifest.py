@@ -31,10 +31,10 @@ from qwencli.dataset.manifest_schema import (
     make_ready,
     open_to_read,
     path_text,
+    rows_meeting,
     stored_path,
 )
 from qwencli.dataset.pipeline import Captioned, Failed
-from qwencli.dataset.redo import rows_meeting
 from qwencli.dataset.sources import Slot
 from qwencli.errors import DatasetError, OutputError, UsageError
 from qwencli.output import visible

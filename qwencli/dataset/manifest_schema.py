@@ -1,9 +1,11 @@
-"""The database of a manifest: its tables, how paths are stored in it, and older versions of it."""
+"""The database of a manifest: its tables, how paths are stored in it, older versions of it, and the
+condition of `--redo`, which is SQL that somebody typed and is asked of a copy of it."""
 
 from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.dataset.sources import Slot, sidecar_name
-from qwencli.errors import DatasetError
+from qwencli.errors import DatasetError, UsageError
 
 VERSION = 2
 # Paths with bytes that are no UTF-8 are stored as bytes.
@@ -54,6 +56,10 @@ COLUMNS_1 = (
     "mtime_ns", "run", "time", "prompt_hash", "seed", "attempts", "finish_reason",
     "num_prompt_tokens", "num_image_tokens", "num_new_tokens", "e2e_s",
 )  # fmt: skip
+
+# A condition that is not through after so long joins the set with itself.
+_MOST_CONDITION_S = 20.0
+_READING_ACTIONS = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION)
 
 
 @dataclass(frozen=True)
@@ -174,3 +180,35 @@ def stored_path(text: str) -> StoredPath:
     except UnicodeEncodeError:
         return os.fsencode(text)
     return text
+
+
+def rows_meeting(db: sqlite3.Connection, condition: str) -> list[tuple[Any, ...]]:
+    """Path, field, sample and place of rows of the view `entries`.
+
+    Args:
+        db: a copy; it can only be read afterwards.
+
+    Raises:
+        UsageError: SQLite does not understand it, it asks for more than the rows, or it takes too
+            long.
+    """
+    until = time.monotonic() + _MOST_CONDITION_S
+    columns = [row[1] for row in db.execute("PRAGMA table_info(entries)")]
+    db.set_authorizer(_only_read)
+    db.set_progress_handler(lambda: time.monotonic() > until, 100_000)
+    try:
+        # On lines of its own: a comment in it ends there.
+        return db.execute(
+            f"SELECT path, field, sample, place FROM entries WHERE (\n{condition}\n)"
+        ).fetchall()
+    except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
+        raise UsageError(
+            f"--redo: {condition!r} is not a condition: {error}",
+            f"as in SQL, of these: {', '.join(columns)}; "
+            "for example: --redo \"finish_reason = 'length'\"",
+        ) from error
+
+
+def _only_read(action: int, *about: str | None) -> int:
+    """SQLite's authorizer: reading the tables, and its own harmless functions."""
+    return sqlite3.SQLITE_OK if action in _READING_ACTIONS else sqlite3.SQLITE_DENY

@@ -11,7 +11,6 @@ import io
 import json
 import lzma
 import os
-import re
 import threading
 import zlib
 from collections.abc import Iterator
@@ -20,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from qwencli.dataset.parts import Part, check_size
+from qwencli.dataset.named_inputs import Part, check_size
 from qwencli.errors import InputError, MissingDependencyError
 
-_ARCHIVE = re.compile(r"\.tar(\.(gz|bz2|xz|zst))?$|\.t(gz|bz2|xz|zst)$", re.IGNORECASE)
 # How compressed archives begin, and the module of the standard library that reads them.
 _COMPRESSIONS = {
     b"\x1f\x8b": "gzip",
@@ -110,15 +108,6 @@ class ParquetRow:
             raise InputError(f"{name} holds no picture", "leave the row out")
         check_size(name, len(data))
         return data
-
-
-def is_shard(name: str) -> bool:
-    """Whether a file with this name holds pictures of a data set."""
-    return is_table(name) or _ARCHIVE.search(name) is not None
-
-
-def is_table(name: str) -> bool:
-    return name.lower().endswith(".parquet")
 
 
 def members(archive: Path) -> Iterator[tuple[str, Part]]:

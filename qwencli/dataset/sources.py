@@ -12,16 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qwencli.dataset.named_inputs import local_path, without_inner_dots
-from qwencli.dataset.parts import Part, StdinPart, UrlPart, safe_key, url_part
-from qwencli.dataset.shards import (
-    ArchiveMember,
-    NoPicturesError,
+from qwencli.dataset.named_inputs import (
+    Part,
+    StdinPart,
+    UrlPart,
     is_shard,
     is_table,
-    members,
-    table_rows,
+    local_path,
+    safe_key,
+    url_part,
+    without_inner_dots,
 )
+from qwencli.dataset.shards import ArchiveMember, NoPicturesError, members, table_rows
 from qwencli.errors import InputError, MissingDependencyError, QwenCliError, UsageError
 from qwencli.garbage import gc_paused
 

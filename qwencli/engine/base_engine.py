@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Self
 
 from qwencli.capabilities import check_thinking
 from qwencli.config import EngineConfig, SamplingParams, resolve_sampling
-from qwencli.engine.constrained import Grammars, TokenMatcher
 from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
 from qwencli.engine.frontend.model_files import ModelFiles, open_model
 from qwencli.engine.frontend.prompt import Prompt
@@ -58,6 +57,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import torch
+
+    from qwencli.engine.constrained import Grammars, TokenMatcher
 
 
 class BaseEngine(ManyRequests, ABC):
@@ -278,6 +279,8 @@ class BaseEngine(ManyRequests, ABC):
         """What the answer is held to, from its beginning on; None where it is free."""
         if request.schema is None:
             return None
+        from qwencli.engine.constrained import Grammars
+
         with self._grammars_lock:
             if self._grammars is None:
                 files = self.files

@@ -14,6 +14,7 @@ import ctypes
 import functools
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -286,6 +287,14 @@ def _bytes_tokenizer() -> Any:
     return _library().LLTokenizer("byte")
 
 
+_JSON_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"(:?)')
+
+
+def _as_grammars_have_it(text: re.Match[str]) -> str:
+    """Of what JSON may have as it is, grammars know U+007F by its number, but for names."""
+    return text[0] if text[1] else text[0].replace("\x7f", "\\u007f")
+
+
 class SchemaCheck:
     """Says what is wrong with a text that should meet a schema; None where nothing is.
 
@@ -303,7 +312,8 @@ class SchemaCheck:
             return f"not JSON: {error}"
         # In the layout that answers have, whatever that of this text is.
         matcher = _library().LLMatcher(_bytes_tokenizer(), self._grammar, log_level=0)
-        data = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        written = _JSON_TEXT.sub(_as_grammars_have_it, json.dumps(value, ensure_ascii=False))
+        data = written.encode("utf-8", "surrogatepass")
         taken = matcher.try_consume_tokens(list(data))
         if taken < len(data):
             near = data[max(0, taken - 40) : taken + 20].decode(errors="replace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from qwencli.capabilities import (
     AXES,
@@ -17,11 +18,12 @@ from qwencli.capabilities import (
     why_not,
 )
 from qwencli.config import Attention, DType, EngineConfig, EngineName
-from qwencli.engine.machine import flash_attn
-from qwencli.engine.machine.device import why_no_graphs
 from qwencli.engine.machine.host import has_code
 from qwencli.errors import DeviceError, MissingDependencyError, UnsupportedModeError
 from qwencli.models.shapes import ModelShape
+
+if TYPE_CHECKING:
+    from qwencli.engine.machine.flash_attn import Misfit
 
 
 def resolve_device(device: str) -> str:
@@ -121,6 +123,8 @@ def device_lacks(device: str) -> Lacks:
         return {**lacks_gpu(device, None), Need.FLASH_ATTN: flash}
     import torch
 
+    from qwencli.engine.machine.device import why_no_graphs
+
     found = lacks_gpu(device, torch.cuda.get_device_capability(device))
     if (why := why_no_graphs()) is not None:
         found[Need.GRAPHS] = why
@@ -176,6 +180,8 @@ def resolve_attention(
         return Attention.SDPA
     if attention is not Attention.FLASH:
         return attention
+    from qwencli.engine.machine import flash_attn
+
     absent = flash_attn.load_misfit(for_transformers=engine is EngineName.TRANSFORMERS)
     if absent is not None:
         raise MissingDependencyError(f"--attention {attention}: {absent}", _instead(absent))
@@ -189,6 +195,6 @@ def resolve_attention(
     return attention
 
 
-def _instead(misfit: flash_attn.Misfit) -> str:
+def _instead(misfit: Misfit) -> str:
     other = f"use --attention {Attention.SDPA}"
     return f"{misfit.fix}, or {other}" if misfit.fix else other

@@ -11,9 +11,9 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from qwencli.config import SamplingParams
-from qwencli.engine.constrained import TokenMatcher
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.detokenizer import StopStringBuffer, ThoughtSplitter
 from qwencli.engine.frontend.model_files import ModelFiles
@@ -30,6 +30,9 @@ from qwencli.results import (
     TokenLogprobs,
 )
 from qwencli.tracing import span
+
+if TYPE_CHECKING:
+    from qwencli.engine.constrained import TokenMatcher
 
 # Log-probabilities of a token and of the likeliest in its place, and the ids of those.
 StepLogprobs = tuple[list[float], list[int]]

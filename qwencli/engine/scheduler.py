@@ -16,11 +16,14 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qwencli.engine.cache.paged_kv import PAGE_SIZE, PagePool, pages_for
 from qwencli.engine.cache.prefix_cache import page_keys
-from qwencli.engine.cache.recurrent_state import SnapshotPool
 from qwencli.engine.request import Batch, Key, PromptChunk, RequestId, Sequence
+
+if TYPE_CHECKING:
+    from qwencli.engine.cache.recurrent_state import SnapshotPool
 
 # Up to which the ends of prompts are kept where sequences keep states: each copy is read by few.
 FEW_SEQUENCES = 3

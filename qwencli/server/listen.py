@@ -15,8 +15,7 @@ from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
 from qwencli.errors import UsageError
-from qwencli.server.connection import HttpConnection
-from qwencli.server.open_files import ACCEPTED_AT_ONCE, allow_files
+from qwencli.server.connection import ACCEPTED_AT_ONCE, HttpConnection, allow_files
 
 # Connections that wait to be accepted.
 _BACKLOG = 1024

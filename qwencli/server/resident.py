@@ -229,12 +229,3 @@ def _killed(state: State) -> bool:
     except psutil.Error as error:
         raise OutputError(f"process {state.pid} does not end: {error}", "end it by hand") from error
     return True
-
-
-def default_keep_s(device: str) -> float:
-    """Loading a model onto a GPU takes long enough that keeping it pays."""
-    if device != "auto" and not device.startswith("cuda"):
-        return 0.0
-    from qwencli.engine.machine.host import num_gpus
-
-    return 300.0 if num_gpus() else 0.0

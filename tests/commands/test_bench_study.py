@@ -10,7 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from qwencli.bench.plan import environment
+from qwencli.bench.plan.predict import MachineSpeed
+from qwencli.bench.studies import study_run
 from qwencli.cli import app
+from tests.bench.conftest import CPU
 
 SMALL = ["--model", "scenes", "--device", "cpu"]
 ASK = functools.cache(environment._ask)
@@ -20,6 +23,13 @@ ASK = functools.cache(environment._ask)
 def asked_once(monkeypatch):
     """The machine is asked about itself by processes that import torch, but once for all tests."""
     monkeypatch.setattr(environment, "_ask", lambda *question: copy.deepcopy(ASK(*question)))
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """What is known of the machine, where a command would ask it and nothing is measured after."""
+    monkeypatch.setattr(environment, "read_device_facts", lambda device: CPU)
+    monkeypatch.setattr(study_run, "read_machine_speed", lambda _: MachineSpeed(1e10, 1e5, 2.0))
 
 
 def invoke(*arguments):
@@ -52,6 +62,7 @@ def test_claims_are_settled_on_a_cpu(tmp_path):
     assert (tmp_path / "s.zip").is_file()
 
 
+@pytest.mark.usefixtures("known")
 def test_the_plan_is_shown_without_running(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = invoke("C03", "C25", *SMALL, "--dry-run")
@@ -61,6 +72,7 @@ def test_the_plan_is_shown_without_running(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("known")
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -78,6 +90,7 @@ def test_mistakes_are_one_line(arguments, says):
     assert says in str(result.exception) or says in result.output
 
 
+@pytest.mark.usefixtures("known")
 def test_verdicts_are_made_again_from_the_rows(tmp_path):
     folder = tmp_path / "s"
     assert invoke("C12", *SMALL, "--out", str(folder)).exit_code == 0

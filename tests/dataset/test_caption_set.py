@@ -284,7 +284,7 @@ def test_redo_makes_some_captions_again(caption, pictures, engine):
     ],
 )
 def test_conditions_that_are_none(caption, pictures, engine, capsys, monkeypatch, condition):
-    monkeypatch.setattr("qwencli.dataset.redo._MOST_S", 0.3)
+    monkeypatch.setattr("qwencli.dataset.manifest_schema._MOST_CONDITION_S", 0.3)
     folder = pictures("a.png")
     assert caption(folder) == 0
     capsys.readouterr()

@@ -19,8 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwencli.dataset.named_inputs import named_inputs
-from qwencli.dataset.parts import StdinPart, safe_key
+from qwencli.dataset.named_inputs import StdinPart, named_inputs, safe_key
 from qwencli.dataset.sources import Selection, glob_pattern, list_inputs, natural_key
 from qwencli.errors import InputError
 from tests.dataset.conftest import captions, failures
@@ -357,7 +356,7 @@ def address():
 
 
 def test_addresses_of_the_web(caption, address, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("qwencli.dataset.parts.MAX_PART_BYTES", 2**20)
+    monkeypatch.setattr("qwencli.dataset.named_inputs.MAX_PART_BYTES", 2**20)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     names = ["good.png?size=1", "good.png?size=2", "gone.png", "to-file", "short.png", "endless"]
     addresses = [f"{address}/{name}" for name in names]

@@ -484,6 +484,14 @@ def meets(value: Any, of: dict[str, Any]) -> bool:
     return isinstance(value, bool) if kind == "boolean" else value is None
 
 
+@pytest.mark.parametrize("text", ['"\\u007F"', '"\x7f"', '"\\u0080"', '"\\u2028"', '"\\u0001"'])
+def test_a_text_meets_its_schema_however_its_characters_are_written(text):
+    one = {"type": "string", "minLength": 1, "maxLength": 1}
+    assert SchemaCheck(schema(one))(text) is None
+    named = {"type": "object", "properties": {json.loads(text): one}, "additionalProperties": False}
+    assert SchemaCheck(schema(named))("{" + f"{text}: {text}" + "}") is None
+
+
 @settings(max_examples=60)
 @given(SCHEMAS, st.randoms(use_true_random=False))
 def test_whatever_is_chosen_of_what_masks_allow_meets_the_schema(tokenizer, stop, of, random):

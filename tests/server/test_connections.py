@@ -18,7 +18,7 @@ import pytest
 
 from qwencli.engine.request import StepOutput
 from qwencli.results import GenerationChunk
-from qwencli.server import app, connection, image_urls, open_files
+from qwencli.server import app, connection, image_urls
 from tests.dataset.fake_engine import FakeEngine
 from tests.server.conftest import serving
 from tests.server.test_listen import chat
@@ -205,12 +205,12 @@ def test_as_many_files_as_the_system_allows() -> None:
         pytest.skip("this system allows few files")
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (600, before[1]))
-        few = open_files.most_connections()
-        open_files.allow_files()
+        few = connection.most_connections()
+        connection.allow_files()
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 600
-        assert few < 600 < open_files.most_connections() + 512
+        assert few < 600 < connection.most_connections() + 512
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-        open_files.allow_files()
+        connection.allow_files()
         assert resource.getrlimit(resource.RLIMIT_NOFILE) >= before
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -1,4 +1,4 @@
-"""What kind of video file this is, and whether it was cut off, from its bytes alone.
+"""Whether a video file was cut off, from its bytes alone.
 
 FFmpeg, and Pillow of a GIF, read what is there of a file that ends early as a shorter video. Each
 kind states how long its parts are, so the last one tells. Two cuts stay invisible: one that falls
@@ -9,31 +9,10 @@ transport stream).
 from __future__ import annotations
 
 import io
-import re
 import struct
 from collections.abc import Callable
 from typing import BinaryIO
 
-# The bytes that tell a transport stream may stand in a picture too.
-_NO_PICTURE = rb"(?!GIF8|\xff\xd8|\x89PNG|BM|II|MM|RIFF)"
-# First bytes -> FFmpeg's name of what reads such a file. It is told, and does not guess: among the
-# others are playlists, which open further files.
-_KINDS = (
-    (re.compile(rb"....ftyp(?!heic|heix|heim|heis|hevc|hevx|mif1|msf1|avi[fs])", re.DOTALL), "mov"),
-    (re.compile(rb"....(moov|mdat|wide|free|skip)", re.DOTALL), "mov"),
-    (re.compile(rb"\x1aE\xdf\xa3"), "matroska"),
-    (re.compile(rb"RIFF....AVI ", re.DOTALL), "avi"),
-    (re.compile(rb"FLV\x01"), "flv"),
-    (re.compile(rb"\0\0\x01\xba"), "mpeg"),
-    (re.compile(rb"\0\0\x01\xb3"), "mpegvideo"),
-    (re.compile(rb"OggS"), "ogg"),
-    (re.compile(rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11"), "asf"),
-    (re.compile(rb"DKIF"), "ivf"),
-    (re.compile(rb"\x06\x0e\x2b\x34"), "mxf"),
-    # No signature but a byte that starts each packet; cameras put four bytes before each.
-    (re.compile(_NO_PICTURE + rb"G(.{187}G){2}", re.DOTALL), "mpegts"),
-    (re.compile(_NO_PICTURE + rb".{4}G(.{191}G){2}", re.DOTALL), "mpegts"),
-)
 # The end of a file that is looked at where it is not read from its beginning on.
 _TAIL_BYTES = 2**20
 # After so many parts a file is believed to be whole: looking at more takes seconds.
@@ -42,11 +21,6 @@ _MOST_PARTS = 10**6
 _SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675
 # ASF's file properties, which state how long the file is.
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
-
-
-def video_kind(head: bytes) -> str | None:
-    """FFmpeg's name for a video file that begins with `head` (512 bytes); None for other files."""
-    return next((kind for first, kind in _KINDS if first.match(head)), None)
 
 
 def is_cut_off(file: BinaryIO, kind: str) -> bool:

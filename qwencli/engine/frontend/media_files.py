@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from qwencli.engine.frontend.containers import video_kind
 from qwencli.errors import InputError
 
 # Names of what a folder of frames is made of. Pillow lists more: films, documents and drawings, of
@@ -51,6 +50,26 @@ _SIGNATURES = (
     (re.compile(rb"version https://git-lfs"), "a Git LFS pointer instead of the file itself"),
     (re.compile(rb"\s*<(\?xml|svg)", re.IGNORECASE), "XML or SVG text"),
     (re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE), "an HTML page"),
+)
+# The bytes that tell a transport stream may stand in a picture too.
+_NO_PICTURE = rb"(?!GIF8|\xff\xd8|\x89PNG|BM|II|MM|RIFF)"
+# First bytes -> FFmpeg's name of what reads such a file. It is told, and does not guess: among the
+# others are playlists, which open further files.
+_KINDS = (
+    (re.compile(rb"....ftyp(?!heic|heix|heim|heis|hevc|hevx|mif1|msf1|avi[fs])", re.DOTALL), "mov"),
+    (re.compile(rb"....(moov|mdat|wide|free|skip)", re.DOTALL), "mov"),
+    (re.compile(rb"\x1aE\xdf\xa3"), "matroska"),
+    (re.compile(rb"RIFF....AVI ", re.DOTALL), "avi"),
+    (re.compile(rb"FLV\x01"), "flv"),
+    (re.compile(rb"\0\0\x01\xba"), "mpeg"),
+    (re.compile(rb"\0\0\x01\xb3"), "mpegvideo"),
+    (re.compile(rb"OggS"), "ogg"),
+    (re.compile(rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11"), "asf"),
+    (re.compile(rb"DKIF"), "ivf"),
+    (re.compile(rb"\x06\x0e\x2b\x34"), "mxf"),
+    # No signature but a byte that starts each packet; cameras put four bytes before each.
+    (re.compile(_NO_PICTURE + rb"G(.{187}G){2}", re.DOTALL), "mpegts"),
+    (re.compile(_NO_PICTURE + rb".{4}G(.{191}G){2}", re.DOTALL), "mpegts"),
 )
 USE_PICTURE = "give a picture file such as PNG, JPEG or WebP"
 COPY_AGAIN = "copy or download the file again"
@@ -134,6 +153,11 @@ def checked_head(file: BinaryIO, name: str) -> bytes:
             USE_PICTURE,
         )
     return head
+
+
+def video_kind(head: bytes) -> str | None:
+    """FFmpeg's name for a video file that begins with `head` (512 bytes); None for other files."""
+    return next((kind for first, kind in _KINDS if first.match(head)), None)
 
 
 def described(head: bytes) -> str:

@@ -26,7 +26,6 @@ from qwencli.engine.frontend.preprocess import (
     preprocess,
 )
 from qwencli.engine.frontend.processor_config import VISION_FAMILIES, ImageProcessorConfig
-from qwencli.engine.frontend.text_length import check_length
 from qwencli.engine.frontend.tokenizer import THOUGHT, THOUGHT_END, ContentGuard, Tokenizer
 from qwencli.errors import InputError, ModelFileError, QwenCliError
 from qwencli.messages import Message, TextPart, VisualPart, text_message
@@ -311,7 +310,7 @@ class PromptBuilder:
         if starts_with.strip():
             rendered += guard.protect(starts_with.rstrip())
         if most_tokens is not None:
-            check_length(self.tokenizer, rendered, guard, most_tokens)
+            self.tokenizer.check_length(rendered, guard, most_tokens)
         ids = self.tokenizer.encode(rendered, guard)
         budget = None
         if thinking_budget and opens_thought:

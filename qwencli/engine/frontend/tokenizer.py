@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
-from qwencli.errors import InputError, ModelFileError
+from qwencli.errors import InputError, ModelFileError, PromptTooLongError
 from qwencli.models.config_values import read_json_object
 
 # Qwen's own pattern; a model with another one states it in tokenizer_config.json.
@@ -295,6 +295,23 @@ class Tokenizer:
         if isinstance(ended[0], BaseException):
             raise ended[0]
         return ended[0]
+
+    def check_length(self, text: str, guard: ContentGuard | None, most_tokens: int) -> None:
+        """Raise PromptTooLongError for a long text of which a part has more than `most_tokens`.
+
+        Splitting megabytes takes seconds, and others wait meanwhile. What a part becomes, the whole
+        does too, but for the word that the cut is in. Parts grow, so that a text that fits is split
+        once and a third.
+        """
+        part = 2 * most_tokens
+        while _LONG_CHARS < len(text) > part:
+            if len(self.encode(text[:part], guard)) > most_tokens + most_tokens // 4:
+                raise PromptTooLongError(
+                    f"a text of {len(text)} characters has more than the {most_tokens} tokens of a "
+                    "request",
+                    "shorten it",
+                )
+            part *= 4
 
     def token_bytes(self, id_: int, *, skip_special: bool = True) -> bytes:
         """What one token adds to the text. Ids that have no spelling give `<|id|>`.

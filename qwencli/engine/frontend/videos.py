@@ -17,7 +17,6 @@ from typing import Any, BinaryIO, TypeVar
 
 from PIL import Image
 
-from qwencli.engine.frontend.containers import is_cut_off, video_kind
 from qwencli.engine.frontend.image_decoding import DECODE_ERRORS, allow_time, decode, read_picture
 from qwencli.engine.frontend.images import (
     ANIMATED,
@@ -26,7 +25,12 @@ from qwencli.engine.frontend.images import (
     image_part,
     to_rgb,
 )
-from qwencli.engine.frontend.media_files import PICTURE_SUFFIXES, open_file, read_error
+from qwencli.engine.frontend.media_files import (
+    PICTURE_SUFFIXES,
+    open_file,
+    read_error,
+    video_kind,
+)
 from qwencli.engine.machine.host import require
 from qwencli.errors import InputError, OutOfMemoryError
 from qwencli.messages import ImagePart, VideoPart, VisualPart
@@ -203,6 +207,8 @@ def _is_animation(image: Image.Image, name: str) -> bool:
     """Raises InputError for a GIF that ends early, which Pillow takes for a shorter one."""
     file = getattr(image, "fp", None)
     if image.format == "GIF" and file is not None:
+        from qwencli.engine.frontend.containers import is_cut_off
+
         place = file.tell()
         if is_cut_off(file, "gif"):
             raise InputError(f"{name}: damaged GIF file (it ends early)", _COPY_AGAIN)
@@ -328,6 +334,8 @@ def _from_video_file(
         "give an animated GIF or WebP, or a folder of frames with --frames",
     )
     import av
+
+    from qwencli.engine.frontend.containers import is_cut_off
 
     watched = _WatchedFile(file)
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +24,13 @@ from qwencli.engine.ops.decoder_ops import (
     Step,
 )
 from qwencli.engine.ops.gated_delta import GatedDelta
-from qwencli.engine.ops.moe import Routing
 from qwencli.engine.ops.next_tokens import RowBuffers
 from qwencli.engine.ops.rope import gains_of_halves
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor
 from qwencli.models.shapes import MoeShape, TextShape
+
+if TYPE_CHECKING:
+    from qwencli.engine.ops.moe import Routing
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,8 @@ def _gated_delta(shape: TextShape, weights: Tensors, at: str) -> GatedDelta:
 
 
 def _routing(moe: MoeShape, weights: Tensors, at: str, pick: MatrixPicker) -> Routing:
+    from qwencli.engine.ops.moe import Routing
+
     alone = None
     if moe.shared_intermediate_size and not moe.shared_is_stacked:
         alone = pick.columns(at + "shared_gate_up"), pick.columns(at + "shared_down")

@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +37,13 @@ from qwencli.engine.ops.gated_delta import (
     delta_prefill,
     delta_verify,
 )
-from qwencli.engine.ops.moe import Routing, mixture
 from qwencli.engine.ops.next_tokens import RowBuffers, advance_rows, choose_likeliest
 from qwencli.engine.ops.paged_attention import paged_attention, prompt_attention
 from qwencli.engine.ops.rope import ApplyRopeFn, CosSin, apply_rope, rotate
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from qwencli.engine.ops.moe import Routing
 
 
 class RMSNorm:
@@ -415,6 +418,8 @@ def experts_residual(
     hidden: Tensor, layer: Layer, dequantize: DequantizeFn = QuantizedTensor.dequantize
 ) -> Tensor:
     """hidden + the mixture of the normed hidden state, [B * S, hidden], in place."""
+    from qwencli.engine.ops.moe import mixture
+
     assert layer.routing is not None, "a layer with experts"
     x = layer.mlp_norm(hidden)
     return hidden.add_(mixture(x, layer.gate_up, layer.down, layer.routing, dequantize))

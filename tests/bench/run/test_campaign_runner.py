@@ -311,10 +311,10 @@ def test_a_worker_whose_library_crashes_says_in_what_line(run, make_plan):
 
 def test_a_worker_that_hangs_is_ended(run, make_plan):
     start = time.monotonic()
-    cells = run(make_plan("hang", runs=4), timeout_s=4.0)
+    cells = run(make_plan("hang", runs=4), timeout_s=2.5)
     assert time.monotonic() - start < 26
     assert cells["hang"]["status"] == "timeout"
-    assert cells["hang"]["reason"].startswith("not done after 4 s")
+    assert cells["hang"]["reason"].startswith("not done after 2.5 s")
     assert cells["hang"]["runs"] == 1
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[3]))
 
+from qwencli.bench.inject import contention
 from qwencli.bench.studies import study_worker as worker
 from tests.bench.fake_engine import FakeEngine
 
@@ -28,4 +29,5 @@ class StudiedFake(FakeEngine):
 
 
 if __name__ == "__main__":
+    contention.COMPUTING_S = 0.4  # a run here is over in less, but for waiting for that thread
     sys.exit(worker.main(sys.argv[1:], StudiedFake))

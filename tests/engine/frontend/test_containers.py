@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwencli.engine.frontend.containers import is_cut_off, video_kind
+from qwencli.engine.frontend.containers import is_cut_off
+from qwencli.engine.frontend.media_files import video_kind
 from tests.media_corpus import FILMS, film, gif, png
 
 KINDS = {"mp4": "mov", "mov": "mov", "webm": "matroska"}

@@ -17,7 +17,6 @@ from qwencli.engine.frontend.detokenizer import (
     StopStringBuffer,
     ThoughtSplitter,
 )
-from qwencli.engine.frontend.text_length import check_length
 from qwencli.engine.frontend.tokenizer import ContentGuard, Tokenizer, _panics_unheard
 from qwencli.errors import InputError, ModelFileError, PromptTooLongError
 from tests.engine.frontend.tiny_folder import (
@@ -395,13 +394,13 @@ def test_a_text_that_is_far_too_long_is_not_split_to_its_end(
 
     monkeypatch.setattr(TOKENIZER, "encode", noted)
     with pytest.raises(PromptTooLongError, match=f"{len(text)} characters has more than the 4096"):
-        check_length(TOKENIZER, text, None, 4096)
+        TOKENIZER.check_length(text, None, 4096)
     assert sum(split) <= most
 
 
 def test_a_text_that_may_fit_is_not_refused() -> None:
     text = "a <think> " * 15_000
-    check_length(TOKENIZER, text, None, len(TOKENIZER.encode(text)))
+    TOKENIZER.check_length(text, None, len(TOKENIZER.encode(text)))
 
 
 def test_a_long_text_is_the_same_when_it_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:

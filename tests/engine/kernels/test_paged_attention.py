@@ -234,6 +234,8 @@ def test_heads_are_stored_in_pages_and_stay_where_they_are(normed, batch, length
 def test_swiglu():
     both = drawn(5, 2 * 1100)
     assert (swiglu(both) - decoder_ops.swiglu(both)).abs().max() <= 1e-6
+    far = torch.cat((torch.full((1, 64), -200.0), torch.ones(1, 64)), 1)  # exp(200) is infinite
+    assert (swiglu(far) == 0).all()
 
 
 @torch.inference_mode()
