@@ -39,6 +39,9 @@ FORCED_TOKENS = 64
 # of operations. A decode step does so a few times, and where a hundred streams are written
 # meanwhile turns that are too short cost both sides.
 PASS_TURN_S, STEP_TURN_S = 0.00005, 0.0005
+# While a model loads, threads that read weights take turns with those that import and warm up; each
+# needs the lock a few times for each piece (docs/experiments/2026-11-30-first-token.md).
+LOAD_TURN_S = 0.0002
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from qwencli.config import (
     SamplingParams,
     Speculate,
 )
-from qwencli.engine.base_engine import BaseEngine, undisturbed
+from qwencli.engine.base_engine import LOAD_TURN_S, BaseEngine, undisturbed
 from qwencli.engine.cache.kv_cache import KV_SCHEMES
 from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.constrained import TokenMatcher
@@ -72,7 +72,7 @@ from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.spec_decode.decode_strategy import VERIFIERS, Speculator, batch_policy
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.errors import MissingDependencyError, UnsupportedModeError
-from qwencli.garbage import gc_freeze_loaded, gc_paused
+from qwencli.garbage import gc_freeze_loaded
 from qwencli.messages import GenerationRequest
 from qwencli.models.checkpoint import has_draft_head
 from qwencli.models.memory import RUNTIME_BYTES, native_kv_bytes, packed_weight_bytes
@@ -194,7 +194,7 @@ class NativeEngine(BaseEngine):
             self._pinning.start()
 
     def _load(self, files: ModelFiles) -> EffectiveConfig:
-        with gc_paused():
+        with undisturbed(LOAD_TURN_S):
             if self._pinning is not None:
                 self._pinning.join()
             return self._load_all(files)
