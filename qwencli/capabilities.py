@@ -69,6 +69,8 @@ BATCH_INVARIANT = "batch_invariant"
 # Whether the model runs in rows over pages alone (`TextShape.rows_only`), and whether it keeps
 # states beside keys and values; the native engine knows once it has read the model's shape.
 ROWS_ONLY, KEEPS_STATES = "rows_only", "keeps_states"
+# Whether a checkpoint is quantized already: `fastest_kernels`.
+PREQUANTIZED = "prequantized"
 _INVARIANT = {BATCH_INVARIANT: (True,)}
 _ROWS: Mapping[str, tuple[StrEnum | bool, ...]] = {
     ROWS_ONLY: (True,),

@@ -325,14 +325,20 @@ def dummy_config(spec: ModelSpec) -> Mapping[str, Any]:
 
 def check_model(spec: ModelSpec, load_format: LoadFormat) -> Mapping[str, bool]:
     """Raise where no engine could load the model, as far as files on this machine tell; returns its
-    `traits`, none of a model that is yet to be downloaded.
+    `traits` and whether it is `PREQUANTIZED`, nothing of a model that is yet to be downloaded.
 
     Raises:
         ModelFileError: as when an engine opens it.
     """
+    from qwencli.capabilities import PREQUANTIZED
+    from qwencli.models.quant_formats import quantization_section
     from qwencli.models.shape_reader import read_shape
 
     if load_format is LoadFormat.DUMMY:
         return read_shape(dummy_config(spec), spec.name).text.traits
     folder = spec.path or (find_cached(spec.repo_id) if spec.repo_id else None)
-    return {} if folder is None else read_shape(check_folder(folder)).text.traits
+    if folder is None:
+        return {}
+    config = check_folder(folder)
+    prequantized = quantization_section(config) is not None
+    return {**read_shape(config).text.traits, PREQUANTIZED: prequantized}

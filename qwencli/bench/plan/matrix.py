@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from qwencli.bench.plan.stopping import RepetitionOptions
-from qwencli.capabilities import fastest_kernels, why_not
+from qwencli.capabilities import PREQUANTIZED, fastest_kernels, why_not
 from qwencli.config import (
     Attention,
     Cache,
@@ -186,7 +186,7 @@ def expand(
     those that differ in nothing from an earlier one: they are run once.
 
     Args:
-        traits: of models, by name, see `TextShape.traits`.
+        traits: of models, by name, see `hub.check_model`.
 
     Raises:
         BenchError: the exclusions leave nothing.
@@ -209,9 +209,10 @@ def expand(
             kv_dtype=KVDType(chosen["kv_dtype"]),
             speculate=Speculate(chosen["speculate"]),
         )
-        reason = skip_reason(cell, facts, traits.get(cell.model, {}))
+        of_model = traits.get(cell.model, {})
+        reason = skip_reason(cell, facts, of_model)
         if reason is None:
-            first = seen.setdefault(work_of(cell, facts), cell)
+            first = seen.setdefault(work_of(cell, facts, of_model), cell)
             reason = None if first is cell else _same_as(first, cell)
         cells.append(replace(cell, skip_reason=reason))
     if not cells:
@@ -232,12 +233,14 @@ def _matches(chosen: Mapping[str, str], rule: Mapping[str, tuple[str, ...]]) -> 
     return all(chosen[axis] in values for axis, values in rule.items())
 
 
-def work_of(cell: BenchCell, facts: DeviceFacts) -> tuple[str, ...]:
+def work_of(
+    cell: BenchCell, facts: DeviceFacts, traits: Mapping[str, bool] = MappingProxyType({})
+) -> tuple[str, ...]:
     """The cell's axes with every choice that is left to the engine made as it makes it here: two
     cells with equal work differ in nothing but names (`engine.resolve`, `native.supported`)."""
     axes = cell.axes()
     if cell.kernels is Kernels.AUTO:
-        quantized = cell.quantization is not Quantization.NONE
+        quantized = cell.quantization is not Quantization.NONE or traits.get(PREQUANTIZED, False)
         chosen = fastest_kernels(cell.cache, quantized, facts.lacks)
         axes["kernels"] = chosen if cell.engine is EngineName.NATIVE else Kernels.TORCH
     may_choose = axes["kernels"] == Kernels.TRITON or (

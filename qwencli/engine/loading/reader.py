@@ -49,7 +49,7 @@ def pin_ahead(device: torch.device) -> None:
     """Have the ring of a GPU's reader pinned, and the GPU's context made: as long as reading a
     quarter of a model, and nothing of it takes the interpreter's lock."""
     # What cannot be had is said when it is needed.
-    with torch.cuda.device(device), suppress(RuntimeError):
+    with suppress(RuntimeError), torch.cuda.device(device):
         # torch keeps what is given back.
         torch.empty(GPU_STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
 

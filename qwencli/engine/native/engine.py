@@ -190,7 +190,9 @@ class NativeEngine(BaseEngine):
     def _begin_load(self, device: str) -> None:
         if device.startswith("cuda") and self.config.load_format is not LoadFormat.DUMMY:
             place = torch.device(device)
-            self._pinning = threading.Thread(target=pin_ahead, args=(place,), daemon=True)
+            # No daemon: one that comes back from CUDA while a process ends, as after a model that
+            # cannot be opened, aborts it.
+            self._pinning = threading.Thread(target=pin_ahead, args=(place,))
             self._pinning.start()
 
     def _load(self, files: ModelFiles) -> EffectiveConfig:

@@ -93,7 +93,9 @@ class WarmUp:
         needed = sum(spec.elements for spec in specs(self._shape)) * dtype.itemsize
         self._fits = needed + WORKING_BYTES <= room_bytes
         self.note = ""
-        self._thread = threading.Thread(target=self._run, name="warm-up", daemon=True)
+        # No daemon: one that comes back from torch while a process ends, as after weights that
+        # cannot be read, aborts it.
+        self._thread = threading.Thread(target=self._run, name="warm-up")
         self._thread.start()
 
     def wait(self) -> None:

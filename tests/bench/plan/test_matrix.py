@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwencli.bench.plan.matrix import AXES, Matrix, check_values, expand, override
-from qwencli.capabilities import KEEPS_STATES, ROWS_ONLY
+from qwencli.capabilities import KEEPS_STATES, PREQUANTIZED, ROWS_ONLY
 from qwencli.config import Cache
 from qwencli.engine.machine.device import DeviceFacts
 from qwencli.errors import BenchError, UsageError
@@ -107,6 +107,16 @@ def test_cells_that_differ_in_nothing_run_once(cpu, gpu):
 def test_a_cell_that_is_not_run_says_which_one_is(cpu):
     _, again = expand(Matrix("m", {"attention": ("auto", "sdpa")}), "scenes", cpu)
     assert again.skip_reason == "the same work here as attention auto, which is measured"
+
+
+@pytest.mark.parametrize("prequantized", [False, True])
+def test_kernels_of_a_checkpoint_that_came_quantized_are_as_of_one_quantized_here(
+    gpu, prequantized
+):
+    matrix = Matrix("m", {"cache": ("static",), "kernels": ("auto", "triton", "torch")})
+    cells = expand(matrix, "scenes", gpu, {"scenes": {PREQUANTIZED: prequantized}})
+    run = [cell.kernels.value for cell in cells if cell.skip_reason is None]
+    assert run == (["auto", "torch"] if prequantized else ["auto", "triton"])
 
 
 def test_cell_id_is_readable_and_does_not_change(cpu):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from qwencli.engine.loading import reader
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.warmup import WarmUp
 from qwencli.models.builtin import hub_config
@@ -69,3 +73,55 @@ def test_what_goes_wrong_is_noted_and_ends_nothing():
     warming = WarmUp(shape, torch.float32, CPU, make, **options)
     warming.wait()
     assert warming.note == "RuntimeError: no such device"
+
+
+# Threads of a load that begin before something fails; both are in torch as the process ends.
+LOAD_THAT_FAILS = """
+import sys, threading, torch
+from qwencli.config import EngineConfig
+from qwencli.engine.native import engine as native
+from qwencli.engine.native.warmup import WarmUp
+from qwencli.models.builtin import hub_config
+from qwencli.models.resolve import resolve_model
+from qwencli.models.shape_reader import read_shape
+
+computing = threading.Event()
+
+def compute(*about):
+    computing.set()
+    a = torch.ones(1500, 1500, dtype=torch.float64)
+    for _ in range(3):
+        a @ a
+
+torch.set_num_threads(1)
+if sys.argv[1] == "pinning":
+    native.pin_ahead = compute
+    native.NativeEngine(EngineConfig(model=resolve_model("scenes")))._begin_load("cuda:0")
+else:
+    from tests.engine.native.test_warmup import shape_of
+    WarmUp(shape_of("qwen3-vl-2b"), torch.float32, torch.device("cpu"), compute,
+           graphs=False, room_bytes=1 << 30)
+computing.wait()
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("thread", ["pinning", "warm-up"])
+def test_a_process_ends_as_it_should_while_a_load_goes_on(thread):
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_THAT_FAILS, thread],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+def test_a_gpu_that_cannot_be_had_is_left_to_the_load(monkeypatch):
+    def refuse(place):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "device", refuse)
+    reader.pin_ahead(torch.device("cuda:0"))

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qwencli.capabilities import PREQUANTIZED
+from qwencli.config import LoadFormat, ModelSource, ModelSpec
 from qwencli.engine.loading import weights
 from qwencli.engine.loading.reader import check_stored_scales
 from qwencli.engine.native.model import QwenModel
@@ -19,6 +21,7 @@ from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.errors import ModelFileError
 from qwencli.models.folder import check_folder
+from qwencli.models.hub import check_model
 from qwencli.models.memory import packed_weight_bytes
 from qwencli.models.quant_formats import format_of, packed_format
 from qwencli.models.shape_reader import read_shape
@@ -299,6 +302,8 @@ def test_a_folder_with_a_packed_head_is_complete(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     check_folder(tmp_path)
+    spec = ModelSpec("packed", ModelSource.LOCAL, path=tmp_path)
+    assert check_model(spec, LoadFormat.AUTO)[PREQUANTIZED]
 
 
 SCALED = {
