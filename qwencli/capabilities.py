@@ -321,9 +321,9 @@ def fastest_cache(engine: EngineName, lacks: Lacks) -> Cache:
 def fastest_kernels(cache: Cache, quantized: bool, lacks: Lacks) -> Kernels:
     """The kernels of the native engine where the user named none.
 
-    Without graphs the host launches each: that takes longer than torch's operators take with
-    weights as they are (108 against 129 tok/s in bf16), and a sixth of what those take to read
-    quantized weights back for every token (results/2026-11-30-h200x2-launches).
+    Without graphs the host launches each. With weights as they are that takes longer than torch's
+    operators (an H200, 4B in bf16: 108 against 129 tok/s), but those read quantized weights back
+    for every token (4bit: 96 against 7.5; docs/experiments/2026-11-30-kernels-without-graphs.md).
     """
     wanted = {"engine": EngineName.NATIVE, "cache": cache, "kernels": Kernels.TRITON}
     pays = quantized or cache is Cache.STATIC_GRAPH
