@@ -16,9 +16,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from qwencli import __version__
-from qwencli.config import read_number, read_whole
 from qwencli.errors import OutputError, QwenCliError, StoppedError, UsageError
 from qwencli.output import Output, ready_streams, release_streams, visible
+from qwencli.typed_values import read_number, read_whole
 
 GLOBAL_FLAGS = ("--quiet", "-q", "--debug")
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130

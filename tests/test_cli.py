@@ -12,8 +12,9 @@ import typer
 
 from qwencli import __version__, cli
 from qwencli.commands.chat_settings import with_setting
-from qwencli.config import SamplingOptions, parse_max_pixels, parse_seq_len
+from qwencli.config import SamplingOptions
 from qwencli.errors import DeviceError, UsageError
+from qwencli.typed_values import parse_max_pixels, parse_seq_len
 
 HEAVY = (
     "torch",

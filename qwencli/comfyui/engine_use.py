@@ -10,9 +10,10 @@ from qwencli.answer_report import shortfall, stats_line
 from qwencli.comfyui import comfy_host
 from qwencli.comfyui.engine_keeper import KEEPER
 from qwencli.comfyui.node_inputs import Values, engine_key, with_input_names
-from qwencli.config import ModelSource, ModelSpec, parse_duration
+from qwencli.config import ModelSource, ModelSpec
 from qwencli.errors import OutOfMemoryError, QwenCliError
 from qwencli.output import counted
+from qwencli.typed_values import parse_duration
 
 if TYPE_CHECKING:
     from qwencli.engine.protocol import Engine

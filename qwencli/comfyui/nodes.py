@@ -27,9 +27,10 @@ from qwencli.comfyui.node_inputs import (
     thinking_budget,
 )
 from qwencli.comfyui.schemas import AUTO, NO_PRESET, Node, RunsWhere, fold_seed
-from qwencli.config import check_pixels, parse_duration
+from qwencli.config import check_pixels
 from qwencli.errors import InputError, QwenCliError, UsageError
 from qwencli.messages import GenerationRequest, user_message
+from qwencli.typed_values import parse_duration
 
 
 class NodeError(Exception):

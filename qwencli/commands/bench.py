@@ -18,9 +18,10 @@ from qwencli.commands.bench_inject import inject
 from qwencli.commands.bench_study import study
 from qwencli.commands.options import Device, Dtype, Format, Images
 from qwencli.commands.profiling import Profile, profiled
-from qwencli.config import DType, EngineName, LoadFormat, parse_seq_len
+from qwencli.config import DType, EngineName, LoadFormat
 from qwencli.errors import UsageError
 from qwencli.output import Output
+from qwencli.typed_values import parse_seq_len
 
 DEFAULT_MATRIX = "default"
 

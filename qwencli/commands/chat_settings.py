@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-from qwencli.config import SAMPLING_BOUNDS, SamplingOptions, check_sampling, read_number, read_whole
+from qwencli.config import SAMPLING_BOUNDS, SamplingOptions, check_sampling
 from qwencli.errors import UsageError
 from qwencli.output import visible
+from qwencli.typed_values import read_number, read_whole
 
 _ON_OFF = {"on": True, "off": False, "true": True, "false": False, "default": False}
 # Of these a value asks for sampling; `resolve_sampling` has the rule.

@@ -36,11 +36,9 @@ from qwencli.config import (
     check_pixels,
     check_sampling,
     check_thinking_budget,
-    parse_duration,
-    parse_max_pixels,
-    parse_seq_len,
 )
 from qwencli.errors import UsageError
+from qwencli.typed_values import parse_duration, parse_max_pixels, parse_seq_len
 
 
 def option(panel: str, *names: str, text: str, **settings: Any) -> Any:
