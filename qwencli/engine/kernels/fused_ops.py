@@ -38,6 +38,7 @@ from qwencli.engine.kernels.add_norm import AddNorm
 from qwencli.engine.kernels.chunked_delta import ChunkedDelta
 from qwencli.engine.kernels.decode_attention import decode_attention_kernel
 from qwencli.engine.kernels.dequantize import dequantize
+from qwencli.engine.kernels.flash_attention import flash_attention_for
 from qwencli.engine.kernels.gated_delta import DeltaStep, adopt_accepted, runs_in_registers
 from qwencli.engine.kernels.gemv import gemv_kernel
 from qwencli.engine.kernels.gemv_quantized import gemv_quantized_kernel
@@ -190,6 +191,9 @@ class FusedOps:
         # The interpreter takes seconds for what a prompt multiplies.
         multiplies = self._launch.on_gpu and not self._exact
         self._many_rows = ManyRows(device).products() if multiplies else None
+        flash = functools.partial(flash_attention_for, device, dtype)
+        self._attend_prompts = flash(dim, causal=True)
+        self._attend_segments = functools.partial(flash, causal=False)
         self._delta_prefill = ChunkedDelta() if multiplies else delta_prefill
         self._skinny_gemm = SkinnyGemm(
             self._best, longest, tiles_of, self._launch.options, self._precision
@@ -232,6 +236,8 @@ class FusedOps:
             attend=self.attend,
             kv_len_on_device=True,
             attend_rows=self.attend_rows,
+            attend_prompts=self._attend_prompts,
+            attend_segments=self._attend_segments,
         )
 
     def projected(self, matrix: Matrix, hidden: Tensor) -> Tensor:

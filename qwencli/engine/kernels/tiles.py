@@ -10,7 +10,7 @@ bytes of a row at a time. Those for several tokens are of 4 tokens and a 4B mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -339,3 +339,35 @@ def product_tiles(
 def scaled_mm_is_faster(rows: int, tokens: int) -> bool:
     """Whether torch's own fp8 product is."""
     return tokens > 128 and -(-rows // 128) * -(-tokens // 128) >= FP8_TILES_OF_TORCH
+
+
+@dataclass(frozen=True)
+class FlashTiles:
+    """How attention of many queries is cut up.
+
+    Args:
+        queries, keys: of a block. num_warps: of a program. stages: blocks of keys on their way.
+    """
+
+    queries: int
+    keys: int
+    num_warps: int
+    stages: int
+
+
+# Most queries of the longest sequence -> tiles, in order.
+FlashTilesBySize = Sequence[tuple[int, FlashTiles]]
+# Capability, columns of a head, and whether it is causal.
+FLASH: Mapping[tuple[tuple[int, int], int, bool], FlashTilesBySize] = {
+    ((9, 0), 64, False): ((ANY, FlashTiles(64, 64, 4, 3)),),
+    ((9, 0), 72, False): ((ANY, FlashTiles(64, 64, 4, 3)),),
+    ((9, 0), 80, False): ((ANY, FlashTiles(64, 64, 4, 3)),),
+    ((9, 0), 128, True): ((512, FlashTiles(64, 64, 4, 2)), (ANY, FlashTiles(128, 128, 8, 3))),
+    ((9, 0), 256, True): ((ANY, FlashTiles(128, 64, 8, 2)),),
+}
+
+
+def flash_tiles(capability: tuple[int, int], dim: int, causal: bool) -> FlashTilesBySize | None:
+    """How attention of many queries is cut up; None = torch's own is faster, or was not measured
+    against it on such a GPU."""
+    return FLASH.get((capability, dim, causal))

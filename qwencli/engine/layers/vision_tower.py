@@ -25,7 +25,7 @@ from qwencli.engine.layers.vision_layout import (
 )
 from qwencli.engine.loading.weights import Tensors
 from qwencli.engine.ops.attention import can_flash_decode, flash_segments
-from qwencli.engine.ops.decoder_ops import AddNormFn, add_norm
+from qwencli.engine.ops.decoder_ops import AddNormFn, VarlenAttentionFn, add_norm
 from qwencli.engine.ops.rope import ApplyRopeFn, CosSin, apply_rope
 from qwencli.errors import InputError
 from qwencli.models.shapes import VisionShape
@@ -48,12 +48,37 @@ class Offsets:
 
 
 def attend(
-    qkv: Tensor, segments: Sequence[EqualSegments] | Offsets, attention: SegmentAttention
+    qkv: Tensor,
+    segments: Sequence[EqualSegments] | Offsets,
+    attention: SegmentAttention,
+    varlen: VarlenAttentionFn | None = None,
 ) -> Tensor:
-    """Attend inside each segment: heads of q, k and v [N, 3 * H, D] -> [N, H * D]."""
-    if isinstance(segments, Offsets):
+    """Attend inside each segment: heads of q, k and v [N, 3 * H, D] -> [N, H * D].
+
+    Args:
+        attention: of equal segments. varlen: of others, in place of torch's.
+    """
+    if not isinstance(segments, Offsets):
+        return attend_segments(qkv, segments, attention)
+    if varlen is None:
         return flash_segments(qkv, segments.starts, segments.longest)
-    return attend_segments(qkv, segments, attention)
+    q, k, v = qkv.view(len(qkv), 3, -1, qkv.shape[2]).unbind(1)
+    return varlen(q, k, v, segments.longest, segments.starts, segments.starts)
+
+
+def equal_segments(varlen: VarlenAttentionFn) -> SegmentAttention:
+    """`varlen` over segments of one length."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        count, length = q.shape[:2]
+        starts = None
+        if count > 1:
+            ends = (count + 1) * length
+            starts = torch.arange(0, ends, length, dtype=torch.int32, device=q.device)
+        q, k, v = (heads.flatten(0, 1) for heads in (q, k, v))
+        return varlen(q, k, v, length, starts, starts).view(count, length, *q.shape[1:])
+
+    return attention
 
 
 def attend_segments(
@@ -198,6 +223,7 @@ class VisionTower:
     Args:
         turn: turns queries and keys in place.
         add_norm: what a block adds to the hidden states, and the norm that reads them next.
+        varlen: attention inside segments, in place of that of `attention`.
     """
 
     def __init__(
@@ -207,6 +233,7 @@ class VisionTower:
         attention: Attention,
         turn: ApplyRopeFn = apply_rope,
         add_norm: AddNormFn = add_norm,
+        varlen: VarlenAttentionFn | None = None,
     ) -> None:
         self.shape = shape
         self._turn, self._add_norm = turn, add_norm
@@ -216,7 +243,10 @@ class VisionTower:
             if name.startswith("vision.")
         }
         self._dtype = self._w["merger.norm"].dtype
-        self._attention: SegmentAttention = SEGMENT_ATTENTION[attention]
+        self._varlen = varlen
+        self._attention: SegmentAttention = (
+            SEGMENT_ATTENTION[attention] if varlen is None else equal_segments(varlen)
+        )
         self._activation = ACTIVATIONS[shape.activation]
         device, heads = self._w["patch"].device, shape.num_heads
         # As the end of a product; the library's is that form of GELU.
@@ -412,7 +442,7 @@ class VisionTower:
         heads = self.shape.num_heads
         qkv = x.view(1, -1, 3 * heads, self.shape.head_dim)
         self._turn(qkv, ready.rope, 2 * heads)
-        attended = attend(qkv[0], packed or segments, self._attention)
+        attended = attend(qkv[0], packed or segments, self._attention, self._varlen)
         if len(hidden) <= PIECE:
             return self._after_attention(at, attended, hidden)
         for some, piece in zip(

@@ -42,6 +42,7 @@ from qwencli.engine.native.kernel_plan import plan_kernels
 MOST_PROCESSES = 32
 # Kernels that take longest to compile, the longest first: while they are compiled, others are.
 SLOWEST = (
+    "flash_attention_kernel",
     "decode_attention_kernel",
     "delta_step_kernel",
     "tiled_gemm_kernel",

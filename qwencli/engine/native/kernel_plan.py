@@ -200,6 +200,12 @@ def planned_passes(planned: PlannedModel) -> Iterator[PlannedPass]:
     )
     if not shape.text.rows_only:
         yield from _lone_passes(planned, model)
+    for tokens in (PROMPT_TOKENS, PREFILL_CHUNK):
+
+        def attention(tokens: int = tokens) -> None:
+            _prompt_attention(model, tokens)
+
+        yield PlannedPass("attention of prompts", tokens, 0, attention)
     for tokens in PRODUCT_TOKENS if model.quantized or shape.text.moe is not None else ():
 
         def products(tokens: int = tokens) -> None:
@@ -256,6 +262,18 @@ def _prompt_products(model: QwenModel, tokens: int) -> None:
         ops.down_residual(ops.norm_gate_up(hidden, layer), layer, hidden)
     else:
         ops.experts_residual(hidden, layer)
+
+
+def _prompt_attention(model: QwenModel, tokens: int) -> None:
+    """A layer's attention over so many tokens of a prompt."""
+    attend, text = model.step_ops.attend_prompts, model.shape.text
+    if attend is None:
+        return
+    heads = text.num_heads + 2 * text.num_kv_heads
+    split = torch.empty(tokens, heads, text.head_dim, dtype=model.dtype, device=META)
+    sizes = text.num_heads, text.num_kv_heads, text.num_kv_heads
+    q, keys, values = split.split_with_sizes(sizes, dim=1)
+    attend(q, keys, values, tokens, None, None)
 
 
 def _encode(model: QwenModel) -> None:

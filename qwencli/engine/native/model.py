@@ -112,8 +112,9 @@ class QwenModel:
         self.vision = None
         if shape.vision is not None:
             ops = self.step_ops
+            own = ops.attend_segments(shape.vision.head_dim)
             self.vision = VisionTower(
-                shape.vision, loaded.tensors, attention, ops.apply_rope, ops.add_norm
+                shape.vision, loaded.tensors, attention, ops.apply_rope, ops.add_norm, own
             )
 
     @classmethod

@@ -244,6 +244,10 @@ MixDeltaFn = Callable[[Tensor, Tensor, Layer, Step], Tensor]
 QkNormRopeStoreFn = Callable[[Tensor, Layer, Step], KeysValues]
 # See `attend`.
 AttendFn = Callable[[Tensor, Layer, Step], Tensor]
+# q [N, H, D] over keys and values [M, KVH, D] of as many sequences -> [N, H * D]; queries of the
+# longest, and where queries and keys of each begin, int32 [sequences + 1] on the device; None =
+# there is one.
+VarlenAttentionFn = Callable[[Tensor, Tensor, Tensor, int, Tensor | None, Tensor | None], Tensor]
 # Hidden states and a layer with experts, see `experts_residual`.
 ExpertsResidualFn = Callable[[Tensor, Layer], Tensor]
 
@@ -284,12 +288,20 @@ def qk_norm_rope_store(split: Tensor, layer: Layer, step: Step) -> KeysValues:
 
 
 def attend(
-    qkv: Tensor, layer: Layer, step: Step, place: QkNormRopeStoreFn = qk_norm_rope_store
+    qkv: Tensor,
+    layer: Layer,
+    step: Step,
+    place: QkNormRopeStoreFn = qk_norm_rope_store,
+    prompts: VarlenAttentionFn | None = None,
 ) -> Tensor:
-    """Norm and rotate queries and keys, write the cache, attend: -> [B * S, H * D]."""
+    """Norm and rotate queries and keys, write the cache, attend (by `prompts`, if given, where it
+    is one sequence without a mask): -> [B * S, H * D]."""
     heads, dim = layer.num_heads, layer.head_dim
     split = qkv.view(step.batch, step.length, heads + 2 * layer.num_kv_heads, dim)
     keys, values = place(split, layer, step)
+    if prompts is not None and step.batch == 1 and step.plan.mask is None:
+        seen = keys[0].transpose(0, 1), values[0].transpose(0, 1)
+        return prompts(split[0, :, :heads], *seen, step.length, None, None)
     attended = step.attention(split.narrow(2, 0, heads), keys, values, step.plan)
     return attended.view(-1, heads * dim)
 
@@ -300,15 +312,16 @@ def attend_pages(
     step: Step,
     place: QkNormRopeStoreFn = qk_norm_rope_store,
     rows: AttendFn | None = None,
+    prompts: VarlenAttentionFn | None = None,
 ) -> Tensor:
     """`attend` of rows that share a pool of pages: their newest tokens (by `rows`, if given), or
-    prompts side by side."""
+    prompts side by side (by `prompts`, if given)."""
     if rows is not None and isinstance(step.pages, DecodePages):
         return rows(qkv, layer, step)
     if layer.gated:
         own, gate = split_gate(qkv, layer)
         ungated = replace(layer, gated=False)
-        return attend_pages(own, ungated, step, place).mul_(gate.sigmoid())
+        return attend_pages(own, ungated, step, place, None, prompts).mul_(gate.sigmoid())
     assert isinstance(step.cache, PagedKVCache), "pages come with their pool"
     split = qkv.view(step.batch, step.length, -1, layer.head_dim)
     fresh = place(split, layer, step)
@@ -318,7 +331,11 @@ def attend_pages(
             if step.pages.slots is None
             else step.cache.read(layer.index, step.pages.slots)
         )
-        return prompt_attention(split[0, :, : layer.num_heads], keys, values, step.pages)
+        packed, q = step.pages, split[0, :, : layer.num_heads]
+        if prompts is None:
+            return prompt_attention(q, keys, values, packed)
+        longest = max(packed.lengths)
+        return prompts(q, keys, values, longest, packed.starts, packed.context_starts)
     assert step.pages is not None, "a step over pages says which"
     scales = None
     if isinstance(step.cache, QuantizedPagedKVCache):
@@ -486,6 +503,10 @@ class DecoderOps:
             towers, whose blocks end and begin with `add_norm`.
         attend_rows: `attend` of the newest tokens of each row over a pool of pages, which reads on
             the device how long each row is, and where. None = plain operators.
+        attend_prompts: causal attention of prompts inside `attend`, the last query at the last
+            key; None = the step's own, and torch's of packed prompts.
+        attend_segments: by columns of a head, attention of a vision tower's segments, each query
+            over its whole segment; None = the tower's own.
         lm_head_rows: `choose_likeliest` of up to `max_batch_rows` hidden states in place of
             `norm_head`. choose_likeliest, advance_rows: the end of steps of rows.
         verify_rows: the end of a greedy step of S tokens a row, by logits [R * S, V]: as
@@ -518,6 +539,8 @@ class DecoderOps:
     apply_rope: ApplyRopeFn = apply_rope
     add_norm: AddNormFn = add_norm
     attend_rows: AttendFn | None = None
+    attend_prompts: VarlenAttentionFn | None = None
+    attend_segments: Callable[[int], VarlenAttentionFn | None] = lambda head_dim: None
     lm_head_rows: Callable[[Tensor, RMSNorm, Matrix, RowBuffers, bool], None] | None = None
     choose_likeliest: Callable[[Tensor, RowBuffers, bool], None] = choose_likeliest
     advance_rows: Callable[[Tensor, RowBuffers], None] = advance_rows
@@ -551,7 +574,9 @@ def prompt_ops(step: DecoderOps) -> DecoderOps:
         return step.norm_head(hidden.clone(), norm, matrix).clone()
 
     return DecoderOps(
-        attend=functools.partial(attend, place=step.qk_norm_rope_store),
+        attend=functools.partial(
+            attend, place=step.qk_norm_rope_store, prompts=step.attend_prompts
+        ),
         norm_qkv=products.norm_qkv,
         o_residual=products.o_residual,
         norm_gate_up=products.norm_gate_up,
@@ -581,7 +606,12 @@ def paged_ops(step: DecoderOps, few: bool) -> DecoderOps:
         few: of steps of up to `step.max_batch_rows` rows, which run the lone step's own products.
             More rows, and prompts, run those of prompts, which are matrices times matrices.
     """
-    attend = functools.partial(attend_pages, place=step.qk_norm_rope_store, rows=step.attend_rows)
+    attend = functools.partial(
+        attend_pages,
+        place=step.qk_norm_rope_store,
+        rows=step.attend_rows,
+        prompts=step.attend_prompts,
+    )
     if few:
         return replace(step, attend=attend)
     many = replace(

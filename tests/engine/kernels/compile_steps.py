@@ -1,15 +1,15 @@
 """Compiles kernels without a GPU.
 
-    python -m tests.engine.kernels.compile_steps CONFIG [CAPABILITY [delta]]
+    python -m tests.engine.kernels.compile_steps CONFIG [CAPABILITY [delta | flash]]
 
 A program of its own, because Triton decides when it is imported whether it interprets. Compiles all
 kernels of decode steps and prompts for compute capability 9.0, or for the one that is named (80,
-86, 89, 90, 120) those of steps of many rows, or those of gated delta nets. Prints a JSON line a
-kernel: its name, the type it computes with, how weights and cache are quantized, tokens of the step
-or prompt, rows of a pool of pages (0 = a cache of its own), the bytes that a thread keeps in memory
-because its registers are full, the bytes of shared memory, how often threads hand each other
-operands of matrix instructions, and, where programs count who is the last, how often they do so to
-join their results.
+86, 89, 90, 120) those of steps of many rows, of gated delta nets, or of attention of many queries
+with all tiles that it has there. Prints a JSON line a kernel: its name, the type it computes with,
+how weights and cache are quantized, tokens of the step or prompt, rows of a pool of pages (0 = a
+cache of its own), the bytes that a thread keeps in memory because its registers are full, the bytes
+of shared memory, how often threads hand each other operands of matrix instructions, and, where
+programs count who is the last, how often they do so to join their results.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ from qwencli.engine.kernels import (
     many_rows,
     moe,
 )
+from qwencli.engine.kernels import tiles as tiles_module
+from qwencli.engine.kernels.flash_attention import FlashAttention
 from qwencli.engine.kernels.launches import KernelLaunch, compile_described
 from qwencli.engine.loading import weights
 from qwencli.engine.native.decode_state import DecodeState
@@ -316,6 +318,20 @@ def delta_nets_for(capability: int) -> None:
         chunked_delta.ChunkedDelta()(inputs(128), layer, state, prompts, index)
 
 
+def flash_for(capability: int) -> None:
+    pretend_a_gpu(capability)
+    about: dict[str, Any] = {"dtype": str(torch.bfloat16), "quantization": "none", "rows": 0}
+    record(about)
+    for (card, dim, causal), tiles in tiles_module.FLASH.items():
+        if card != divmod(capability, 10):
+            continue
+        for most, _ in tiles:
+            tokens = about["tokens"] = min(most, 1024)
+            qkv = torch.zeros(tokens, 3 * 16, dim, dtype=torch.bfloat16)
+            q, keys, values = qkv.split(16, dim=1)
+            FlashAttention(CPU, tiles, causal)(q, keys, values, tokens)
+
+
 def many_rows_for(config: dict[str, Any], capability: int) -> None:
     pretend_a_gpu(capability)
     half, shape = torch.bfloat16, read_shape(config)
@@ -377,7 +393,7 @@ def main(config: dict[str, Any]) -> None:
 if __name__ == "__main__":
     config = json.loads(sys.argv[1])
     if len(sys.argv) > 3:
-        delta_nets_for(int(sys.argv[2]))
+        {"delta": delta_nets_for, "flash": flash_for}[sys.argv[3]](int(sys.argv[2]))
     elif len(sys.argv) > 2:
         many_rows_for(config, int(sys.argv[2]))
     else:

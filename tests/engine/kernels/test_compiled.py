@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from qwencli.engine.kernels.tiles import FLASH
 from tests.engine.quant.test_prequantized import TEXT
 
 # Heads as large as published models have, six queries a key; rows longer than one tile.
@@ -23,6 +24,7 @@ WIDE = TEXT | {
     "head_dim": 128,
 }
 MOST_SPILLED = 1024
+MOST_SPILLED_OF_FLASH = 48
 MOST_JOINING = 64
 # Where the result is rounded for the next product: the largest values are looked for among lanes.
 MOST_JOINING_AND_ROUNDING = 128
@@ -109,6 +111,17 @@ def test_kernels_of_gated_delta_nets_fit_the_card(
         "delta_step_kernel",
     } == {kernel["kernel"] for kernel in found}
     assert [kernel for kernel in found if kernel["spilled"]] == []
+    assert [kernel for kernel in found if kernel["shared"] > CARDS[card]] == []
+
+
+@BY_MAKE_KERNELS
+@pytest.mark.parametrize("card", sorted({major * 10 + minor for (major, minor), *_ in FLASH}))
+def test_attention_of_many_queries_fits_the_card(request: pytest.FixtureRequest, card: int) -> None:
+    found = compile_kernels(request, str(card), "flash")
+    assert {kernel["kernel"] for kernel in found} == {"flash_attention_kernel"}
+    assert len(found) >= len([key for key in FLASH if key[0] == divmod(card, 10)])
+    # Heads of 256 columns fill all registers; tiles of which nothing spills are slower.
+    assert [kernel for kernel in found if kernel["spilled"] > MOST_SPILLED_OF_FLASH] == []
     assert [kernel for kernel in found if kernel["shared"] > CARDS[card]] == []
 
 
