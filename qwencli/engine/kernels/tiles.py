@@ -360,8 +360,8 @@ FlashTilesBySize = Sequence[tuple[int, FlashTiles]]
 # Capability, columns of a head, and whether it is causal.
 FLASH: Mapping[tuple[tuple[int, int], int, bool], FlashTilesBySize] = {
     ((9, 0), 64, False): ((ANY, FlashTiles(64, 64, 4, 3)),),
-    ((9, 0), 72, False): ((ANY, FlashTiles(64, 64, 4, 3)),),
-    ((9, 0), 80, False): ((ANY, FlashTiles(64, 64, 4, 3)),),
+    ((9, 0), 72, False): ((ANY, FlashTiles(128, 64, 8, 3)),),
+    ((9, 0), 80, False): ((ANY, FlashTiles(128, 64, 8, 3)),),
     ((9, 0), 128, True): ((512, FlashTiles(64, 64, 4, 2)), (ANY, FlashTiles(128, 128, 8, 3))),
     ((9, 0), 256, True): ((ANY, FlashTiles(128, 64, 8, 2)),),
 }

@@ -56,7 +56,8 @@ def attend(
     """Attend inside each segment: heads of q, k and v [N, 3 * H, D] -> [N, H * D].
 
     Args:
-        attention: of equal segments. varlen: of others, in place of torch's.
+        attention: of segments of few lengths. varlen: of others, in place of torch's; of equal
+            ones the library that torch calls is as fast.
     """
     if not isinstance(segments, Offsets):
         return attend_segments(qkv, segments, attention)
@@ -64,21 +65,6 @@ def attend(
         return flash_segments(qkv, segments.starts, segments.longest)
     q, k, v = qkv.view(len(qkv), 3, -1, qkv.shape[2]).unbind(1)
     return varlen(q, k, v, segments.longest, segments.starts, segments.starts)
-
-
-def equal_segments(varlen: VarlenAttentionFn) -> SegmentAttention:
-    """`varlen` over segments of one length."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        count, length = q.shape[:2]
-        starts = None
-        if count > 1:
-            ends = (count + 1) * length
-            starts = torch.arange(0, ends, length, dtype=torch.int32, device=q.device)
-        q, k, v = (heads.flatten(0, 1) for heads in (q, k, v))
-        return varlen(q, k, v, length, starts, starts).view(count, length, *q.shape[1:])
-
-    return attention
 
 
 def attend_segments(
@@ -223,7 +209,7 @@ class VisionTower:
     Args:
         turn: turns queries and keys in place.
         add_norm: what a block adds to the hidden states, and the norm that reads them next.
-        varlen: attention inside segments, in place of that of `attention`.
+        varlen: attention inside segments of unequal length, in place of torch's.
     """
 
     def __init__(
@@ -244,9 +230,7 @@ class VisionTower:
         }
         self._dtype = self._w["merger.norm"].dtype
         self._varlen = varlen
-        self._attention: SegmentAttention = (
-            SEGMENT_ATTENTION[attention] if varlen is None else equal_segments(varlen)
-        )
+        self._attention: SegmentAttention = SEGMENT_ATTENTION[attention]
         self._activation = ACTIVATIONS[shape.activation]
         device, heads = self._w["patch"].device, shape.num_heads
         # As the end of a product; the library's is that form of GELU.

@@ -11,7 +11,7 @@ from qwencli.config import DType, KVDType, Quantization, SeqLen
 from qwencli.engine.cache.paged_kv import PAGE_SIZE, pages_for
 from qwencli.engine.cache.prefix_cache import VISION_CACHE_BYTES
 from qwencli.engine.layers.vision_tower import PATCHES_KEPT, PIECE
-from qwencli.engine.native.model import PREFILL_CHUNK
+from qwencli.engine.native.model import longest_chunk
 from qwencli.engine.native.prefill_graphs import LONGEST, MOST_PATCHES
 from qwencli.engine.scheduler import Limits
 from qwencli.engine.spec_decode.mtp import RING
@@ -163,7 +163,7 @@ def plan_memory(
     def plan(tokens: int, images: int) -> MemoryPlan:
         peak = max(
             vision_in_pieces_bytes(shape, images, PIECE),
-            prefill_peak_bytes(shape, min(tokens, PREFILL_CHUNK)) + dequantize,
+            prefill_peak_bytes(shape, min(tokens, longest_chunk())) + dequantize,
         )
         return MemoryPlan(
             weights=weights,

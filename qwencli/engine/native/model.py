@@ -40,6 +40,13 @@ from qwencli.models.shapes import ModelShape, TextShape
 # (gate and up) take 120 MB of a 4B model.
 PREFILL_CHUNK = 2048
 
+
+def longest_chunk() -> int:
+    """Tokens of the last chunk at most: a pass over the few that a picture of 1920x1080 has above
+    the others would read all weights once more."""
+    return PREFILL_CHUNK + PREFILL_CHUNK // 8
+
+
 # Shape, rotary rows, type and device -> operations of a decode step.
 Fused = Callable[[TextShape, torch.Tensor, torch.dtype, torch.device], DecoderOps]
 # Operations of a lone step -> those of all prompts and steps that share a pool of pages.
@@ -200,14 +207,14 @@ class QwenModel:
     ) -> torch.Tensor:
         """Run the prompt from slot `start` (whatever is before it is in `cache`) to `stop`.
 
-        A long prompt of one sequence is run in chunks of `PREFILL_CHUNK` tokens, which bound what
+        A long prompt of one sequence is run in chunks, see `longest_chunk`, which bound what
         it needs beside the cache. Returns the logits [B, V] after the last token run; advances
         `cache.length` to `stop`. Of a quantized head they are those of a decode step, see
         `prompt_ops`. Pieces (`start` or `stop` given) are for a batch of one.
         """
         stop = inputs.length if stop is None else stop
         assert cache.length == start < stop <= inputs.length, "pieces follow each other"
-        while inputs.batch == 1 and stop - start > PREFILL_CHUNK:
+        while inputs.batch == 1 and stop - start > longest_chunk():
             self._prefill_chunk(inputs, cache, start, start + PREFILL_CHUNK)
             start += PREFILL_CHUNK
         hidden = self._prefill_chunk(inputs, cache, start, stop)

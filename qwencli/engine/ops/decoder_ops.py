@@ -505,8 +505,8 @@ class DecoderOps:
             the device how long each row is, and where. None = plain operators.
         attend_prompts: causal attention of prompts inside `attend`, the last query at the last
             key; None = the step's own, and torch's of packed prompts.
-        attend_segments: by columns of a head, attention of a vision tower's segments, each query
-            over its whole segment; None = the tower's own.
+        attend_segments: by columns of a head, attention of a vision tower's segments of unequal
+            length, each query over its whole segment; None = torch's.
         lm_head_rows: `choose_likeliest` of up to `max_batch_rows` hidden states in place of
             `norm_head`. choose_likeliest, advance_rows: the end of steps of rows.
         verify_rows: the end of a greedy step of S tokens a row, by logits [R * S, V]: as

@@ -12,7 +12,7 @@ from qwencli.engine.kernels.flash_attention import FlashAttention, flash_attenti
 from qwencli.engine.kernels.launches import Gpu, planning
 from qwencli.engine.kernels.tiles import ANY, FlashTiles
 from qwencli.engine.layers.vision_layout import EqualSegments
-from qwencli.engine.layers.vision_tower import Offsets, attend, eager, equal_segments
+from qwencli.engine.layers.vision_tower import Offsets, attend, eager
 from qwencli.engine.ops.paged_attention import attend_alone
 
 CPU = torch.device("cpu")
@@ -93,8 +93,6 @@ def test_a_tower_attends_inside_its_segments(segments):
     qkv = torch.randn(sum(lengths), 3 * HEADS, 24)
     expected = attend(qkv, segments, eager)
     varlen = FlashAttention(CPU, TILES, False)
-    equal = attend(qkv, segments, equal_segments(varlen))
-    torch.testing.assert_close(equal, expected, atol=2e-6, rtol=1e-5)
     # Room for segments that are not there, as in a graph.
     starts = F.pad(starts_of(lengths), (0, 2), value=sum(lengths))
     packed = attend(qkv, Offsets(starts, sum(lengths)), eager, varlen)

@@ -49,10 +49,27 @@ def test_a_prompt_in_chunks_is_answered_as_a_whole_one(checkpoint, monkeypatch, 
     config = engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE, **settings)
     with NativeEngine(config) as engine:
         whole = engine.generate(request).token_ids
+        ran: list[int] = []
+        of_model = native_model.QwenModel._prefill_chunk
+
+        def counted(self, inputs, cache, start, stop):
+            ran.append(stop - start)
+            return of_model(self, inputs, cache, start, stop)
+
+        monkeypatch.setattr(native_model.QwenModel, "_prefill_chunk", counted)
         for chunk in (1, 23, 64):
             monkeypatch.setattr(native_model, "PREFILL_CHUNK", chunk)
             engine._forget()
+            ran.clear()
             assert engine.generate(request).token_ids == whole
+            assert len(ran) > 1 and max(ran) <= native_model.longest_chunk()
+        # What is left over goes with the last chunk, where it is little.
+        tokens = sum(ran)
+        monkeypatch.setattr(native_model, "PREFILL_CHUNK", tokens - tokens // 10)
+        engine._forget()
+        ran.clear()
+        assert engine.generate(request).token_ids == whole
+        assert ran == [tokens]
 
 
 def test_pictures_are_made_as_large_as_fits_and_it_is_said(checkpoint):
