@@ -482,6 +482,62 @@ def long_prompts(files: Sequence[Path]) -> str:
     return markdown(["at a time", *head] if len(rows[0]) > len(head) else head, rows)
 
 
+def prompt_attention(files: Sequence[Path]) -> str:
+    """Of `benchmarks/prompt_attention.py`: torch's kernels, and our fastest at each size."""
+    found = [json.loads(line) for line in files[0].read_text().splitlines()]
+    rows = []
+    for columns, causal in dict.fromkeys((each["columns"], each["causal"]) for each in found):
+        of_kind = [e for e in found if (e["columns"], e["causal"]) == (columns, causal)]
+        torchs = {e["way"]: e for e in of_kind if isinstance(e["way"], str)}
+        ours = [e for e in of_kind if not isinstance(e["way"], str)]
+        for size in (key for key in ours[0] if key[0].isdigit()):
+            fastest = min(ours, key=lambda each: each[size])
+            rows.append(
+                [
+                    f"{columns}, {'prompts' if causal else 'pictures'}", size,
+                    *(str(torchs[way].get(size, "-")) for way in ("torch", "torch whole", "sdpa")),
+                    str(fastest[size]), ", ".join(map(str, fastest["way"])),
+                    f"{fastest[size] / torchs['torch'][size]:.2f}",
+                ]
+            )  # fmt: skip
+    head = [
+        "columns of a head",
+        "sequences",
+        "torch, us",
+        "over one",
+        "sdpa",
+        "ours",
+        "cut",
+        "ratio",
+    ]
+    return markdown(head, rows)
+
+
+def first_tokens(files: Sequence[Path]) -> str:
+    """Of `benchmarks/first_tokens.py`, several processes of each label: medians."""
+    found = [json.loads(line) for line in files[0].read_text().splitlines()]
+    rows = []
+    for model, size in dict.fromkeys((each["model"], each["size"]) for each in found):
+        of_size = [each for each in found if (each["model"], each["size"]) == (model, size)]
+        for label in dict.fromkeys(each["label"] for each in of_size):
+            own = [each for each in of_size if each["label"] == label]
+            medians = (
+                f"{statistics.median(each[key] for each in own):.1f}"
+                for key in ("vision_encode_ms", "prefill_ms", "ttft_ms")
+            )
+            rows.append([model, size, f"{own[0]['prompt_tokens']:,}", label, *medians])
+    head = [
+        "model",
+        "picture",
+        "tokens",
+        "attention",
+        "vision, ms",
+        "prompt, ms",
+        "first token, ms",
+    ]
+    return markdown(head, rows)
+
+
 KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
     "comfyui-interference": comfyui_interference,
     "rows-step": rows_step,
@@ -509,6 +565,8 @@ KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
     "servers": servers,
     "cells": cells,
     "long-prompts": long_prompts,
+    "prompt-attention": prompt_attention,
+    "first-tokens": first_tokens,
 }
 
 
