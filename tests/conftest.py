@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -88,10 +88,12 @@ def libraries_are_no_garbage(num_modules: list[int]) -> None:
 
 
 @pytest.fixture
-def freezing(monkeypatch: pytest.MonkeyPatch) -> None:
+def freezing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`gc` as it is outside of tests."""
     monkeypatch.setattr(gc, "freeze", FREEZE)
     monkeypatch.setattr(gc, "unfreeze", UNFREEZE)
+    yield
+    leave_out_what_there_is()
 
 
 @pytest.hookimpl(wrapper=True)
