@@ -6,7 +6,8 @@ import itertools
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -55,30 +56,59 @@ if IN_MEMORY.is_dir() and _has_room(IN_MEMORY):
 
 
 # An engine that loads or closes collects what is garbage, among all objects of torch, transformers
-# and pytest: up to a second each time. What there is when a module's tests begin is left out, and
-# stays so when an engine closes. What an engine freezes itself is frozen with `freezing` alone.
+# and pytest: up to a second each time. What there is when a module's tests begin, and after a test
+# that has imported libraries, is left out, and stays so when an engine closes. What an engine
+# freezes itself is frozen with `freezing` alone.
 FREEZE, UNFREEZE = gc.freeze, gc.unfreeze
 gc.freeze = gc.unfreeze = lambda: None
+MANY_MODULES = 100
 
 NUMBERS = itertools.count()
 # Tests that are not collected unless their folder is named.
 OUTSIDE = frozenset({"gpu", "reference_layout"})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def libraries_are_no_garbage() -> None:
+def leave_out_what_there_is() -> int:
+    """Returns how many modules are imported."""
     gc.collect()
     FREEZE()
+    return len(sys.modules)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def num_modules() -> list[int]:
+    """How many were imported when what there was last was left out."""
+    return [leave_out_what_there_is()]
+
+
+@pytest.fixture(autouse=True)
+def libraries_are_no_garbage(num_modules: list[int]) -> None:
+    if len(sys.modules) > num_modules[0] + MANY_MODULES:
+        num_modules[0] = leave_out_what_there_is()
 
 
 @pytest.fixture
-def freezing(monkeypatch: pytest.MonkeyPatch) -> None:
+def freezing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`gc` as it is outside of tests."""
     monkeypatch.setattr(gc, "freeze", FREEZE)
     monkeypatch.setattr(gc, "unfreeze", UNFREEZE)
+    yield
+    leave_out_what_there_is()
 
 
-def pytest_collection(session: pytest.Session) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """Without a look for garbage: what is imported and collected stays, and would be looked through
+    again and again."""
+    gc.disable()
+    try:
+        import_from_the_other_end(session)
+        return (yield)
+    finally:
+        gc.enable()
+
+
+def import_from_the_other_end(session: pytest.Session) -> None:
     """Two workers import the same modules, and compile those that nobody has compiled: the second
     begins with the last, and each finds compiled what the other has come to first."""
     if os.environ.get("PYTEST_XDIST_WORKER") != "gw1":

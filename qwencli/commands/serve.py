@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Annotated
 
 import typer
 
 from qwencli.commands.options import RunOptions, with_run_options
-from qwencli.errors import MissingDependencyError, UsageError
+from qwencli.errors import UsageError
 from qwencli.output import Output
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -109,10 +108,8 @@ def serve(
 
 
 def check_extra() -> None:
-    """Raises MissingDependencyError where the packages of a server are not installed."""
+    """Raises MissingDependencyError where the packages of a server are not installed or too old."""
+    from qwencli.engine.machine.packages import require
+
     for package in ("starlette", "uvicorn", "pydantic"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingDependencyError(
-                f"qwencli serve: the package {package} is not installed",
-                "pip install 'qwencli[serve]'",
-            )
+        require(package, "qwencli serve", "pip install 'qwencli[serve]'")

@@ -29,7 +29,8 @@ from qwencli.dataset.caption_worker import (
     run_worker,
 )
 from qwencli.dataset.pipeline import Outcome, Task
-from qwencli.errors import DatasetError, MissingDependencyError, QwenCliError
+from qwencli.engine.machine.packages import require
+from qwencli.errors import DatasetError, QwenCliError
 from qwencli.output import counted
 
 # Captions of one call of an actor, of which some run at a time: their rows fill an engine.
@@ -52,7 +53,7 @@ class RayWorkers:
         say: takes a line about what is lost.
 
     Raises:
-        MissingDependencyError: Ray is not installed.
+        MissingDependencyError: Ray is not installed, or is too old.
         DatasetError: on entering: there is no such cluster, or nothing in it that can compute.
     """
 
@@ -70,14 +71,14 @@ class RayWorkers:
         # Ray would tell its makers of each run.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        try:
-            import ray
-            import ray.data
-        except ImportError as error:
-            raise MissingDependencyError(
-                "--ray: the package ray is not installed",
-                "pip install 'qwencli[ray]', or use --devices for the GPUs of this machine",
-            ) from error
+        require(
+            "ray.data",
+            "--ray",
+            "pip install 'qwencli[ray]'",
+            "use --devices for the GPUs of this machine",
+        )
+        import ray
+
         self._ours = not ray.is_initialized()
         if self._ours:
             _check_address(self._address)

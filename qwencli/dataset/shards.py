@@ -20,7 +20,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from qwencli.dataset.named_inputs import Part, check_size
-from qwencli.errors import InputError, MissingDependencyError
+from qwencli.engine.machine.packages import require
+from qwencli.errors import InputError
 
 # How compressed archives begin, and the module of the standard library that reads them.
 _COMPRESSIONS = {
@@ -228,7 +229,7 @@ def table_rows(table: Path) -> Iterator[tuple[str, Part]]:
 
     Raises:
         InputError: it is no Parquet file, or has no pictures.
-        MissingDependencyError: pyarrow is not installed.
+        MissingDependencyError: pyarrow is not installed, or is too old.
     """
     parquet = pyarrow_parquet(f"{table}")
     import pyarrow
@@ -252,14 +253,12 @@ def table_rows(table: Path) -> Iterator[tuple[str, Part]]:
 
 
 def pyarrow_parquet(name: str) -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{name} is a Parquet file: the package pyarrow is not installed",
-            "pip install 'qwencli[parquet]', or use .jsonl",
-        ) from error
-    return pyarrow.parquet
+    return require(
+        "pyarrow.parquet",
+        f"{name} is a Parquet file",
+        "pip install 'qwencli[parquet]'",
+        "use .jsonl",
+    )
 
 
 def _picture_column(schema: Any, table: Path) -> tuple[str, bool]:

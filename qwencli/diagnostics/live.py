@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext, suppress
-from importlib import metadata
 from typing import Any, Self
 
 from qwencli.config import ModelSpec
@@ -20,9 +19,9 @@ from qwencli.diagnostics.read_system import read_cpu, read_engines, read_system
 from qwencli.engine.instruments.gpu_clock_sampler import GpuClockSampler
 from qwencli.engine.instruments.probes.answers import PROBES, EngineWork
 from qwencli.engine.instruments.probes.ask import ProbeAnswer, ProbeProcess
-from qwencli.engine.machine.device import package_version
 from qwencli.engine.machine.gpu_sensors import LoadReading, read_driver
 from qwencli.engine.machine.host import host_memory
+from qwencli.engine.machine.packages import least_versions, outdated_optional, package_version
 
 PACKAGES = (
     "torch", "transformers", "accelerate", "bitsandbytes", "flash-attn", "triton",
@@ -54,6 +53,7 @@ class LiveMachine(Machine):
             "memory": host_memory,
             "packages": self._packages,
             "requirements": _requirements,
+            "outdated_optional": outdated_optional,
             "variables": _variables,
             "driver": read_driver,
             "cache": read_cache,
@@ -114,12 +114,7 @@ class LiveMachine(Machine):
 def _requirements() -> dict[str, str]:
     """Distribution -> smallest version that qwencli's own metadata asks for; empty where it is not
     installed as a package."""
-    try:
-        asked = metadata.requires("qwencli") or []
-    except metadata.PackageNotFoundError:  # run from its source folder
-        return {}
-    plain = (line for line in asked if ";" not in line and ">=" in line)
-    return {name: least for name, _, least in (line.partition(">=") for line in plain)}
+    return {name: least.version for name, least in least_versions().items() if not least.extra}
 
 
 def _variables() -> dict[str, str]:

@@ -26,6 +26,7 @@ from qwencli.engine.instruments.probes.ask import Outcome, ProbeAnswer
 from qwencli.engine.machine.device import CudaDevice, TorchFacts
 from qwencli.engine.machine.gpu_sensors import DriverReading, GpuReading, LoadReading
 from qwencli.engine.machine.host import HostMemory
+from qwencli.engine.machine.packages import Outdated
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
 
@@ -36,6 +37,7 @@ SECTIONS: Mapping[str, Any] = {
     "memory": HostMemory,
     "packages": Mapping[str, str | None],
     "requirements": Mapping[str, str],
+    "outdated_optional": tuple[Outdated, ...],
     "variables": Mapping[str, str],
     "driver": DriverReading,
     "cache": CacheFacts,

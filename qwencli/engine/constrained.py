@@ -23,7 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwencli.engine.machine.child_process import python_command
-from qwencli.errors import CaptionError, InputError, MissingDependencyError
+from qwencli.engine.machine.packages import require
+from qwencli.errors import CaptionError, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -59,13 +60,7 @@ _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 
 
 def _library() -> Any:
-    try:
-        import llguidance
-    except ImportError as error:
-        raise MissingDependencyError(
-            "--schema: the package llguidance is not installed", "pip install 'qwencli[schema]'"
-        ) from error
-    return llguidance
+    return require("llguidance", "--schema", "pip install 'qwencli[schema]'")
 
 
 def read_schema(text: str, named: str) -> str:
@@ -76,7 +71,7 @@ def read_schema(text: str, named: str) -> str:
 
     Raises:
         InputError: not JSON, no schema, a keyword that cannot be kept to, or nothing can meet it.
-        MissingDependencyError: llguidance is not installed.
+        MissingDependencyError: llguidance is not installed, or is too old.
     """
     if len(text) > MAX_SCHEMA_BYTES:
         raise InputError(f"{named} is larger than {MAX_SCHEMA_BYTES >> 20} MiB", "shorten it")
@@ -410,7 +405,7 @@ class Grammars:
 
         Raises:
             InputError: no token of this model can begin one.
-            MissingDependencyError: llguidance is not installed.
+            MissingDependencyError: llguidance is not installed, or is too old.
         """
         with self._lock:
             if schema not in self._compiled:

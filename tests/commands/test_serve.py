@@ -45,7 +45,7 @@ def test_a_port_that_is_taken(capsys) -> None:
 def test_without_the_extra_it_names_it(capsys, monkeypatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        command.importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name)
+        importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name)
     )
     assert run(["serve"]) == 1
     assert "pip install 'qwencli[serve]'" in capsys.readouterr().err

@@ -154,8 +154,8 @@ def test_ctrl_c_finishes_what_runs_and_says_how_to_go_on(pictures, finish):
 
 def test_a_second_ctrl_c_leaves_at_once(pictures):
     folder = pictures(*(f"{number}.png" for number in range(40)))
-    # Of three steps each, so what runs takes longer than the test waits.
-    process = start(folder, step_s=4.0)
+    # What runs takes two more steps, which is longer than the test waits.
+    process = start(folder, step_s=2.5)
     wait_for("*.txt", folder)
     process.send_signal(signal.SIGINT)
     while "stopping" not in (line := process.stderr.readline()):

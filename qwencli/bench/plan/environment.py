@@ -18,8 +18,9 @@ from typing import Any
 import qwencli
 from qwencli.bench.plan.predict import MachineSpeed
 from qwencli.engine.machine.child_process import python_command
-from qwencli.engine.machine.device import DeviceFacts, package_version
+from qwencli.engine.machine.device import DeviceFacts
 from qwencli.engine.machine.host import cpu_model, driver_version
+from qwencli.engine.machine.packages import package_version
 from qwencli.errors import BenchError, DeviceError
 
 PACKAGES = (

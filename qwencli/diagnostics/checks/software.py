@@ -67,8 +67,15 @@ def packages(machine: Machine) -> Finding:
     ]
     if missing:
         return failed("packages are missing", ", ".join(missing), UPGRADE)
+    optional = machine.section("outdated_optional")
+    fixes = [UPGRADE] * bool(old) + [each.fix for each in optional]
+    old += [f"{each.name} {each.version} (needs {each.least.version})" for each in optional]
     if old:
-        return warned("packages are older than qwencli needs", ", ".join(old), UPGRADE)
+        return warned(
+            "packages are older than qwencli needs",
+            ", ".join(old),
+            "\n".join(dict.fromkeys(fixes)),
+        )
     return passed(f"{len(have)} required packages", f"transformers {have.get('transformers')}")
 
 

@@ -201,12 +201,20 @@ def _to_rgb(image: Image.Image, turn: Image.Transpose | None, name: str) -> Imag
     upright = Image.new("RGB", (height, width) if turn in _SIDEWAYS else (width, height))
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
-        band = _rgb(image.crop((0, top, width, bottom)), name)
-        if turn is not None:
-            band = band.transpose(turn)
         first = height - bottom if turn in _LAST_FIRST else top
-        upright.paste(band, (first, 0) if turn in _SIDEWAYS else (0, first))
+        # Under no name: the next rows are made without these.
+        upright.paste(
+            _rows_to_rgb(image, top, bottom, turn, name),
+            (first, 0) if turn in _SIDEWAYS else (0, first),
+        )
     return upright
+
+
+def _rows_to_rgb(
+    image: Image.Image, top: int, bottom: int, turn: Image.Transpose | None, name: str
+) -> Image.Image:
+    rgb = _rgb(image.crop((0, top, image.width, bottom)), name)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
@@ -215,7 +223,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I"):
         image = _grey_16_to_8(image, name)
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 

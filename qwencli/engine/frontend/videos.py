@@ -31,7 +31,7 @@ from qwencli.engine.frontend.media_files import (
     read_error,
     video_kind,
 )
-from qwencli.engine.machine.host import require
+from qwencli.engine.machine.packages import require
 from qwencli.errors import InputError, OutOfMemoryError
 from qwencli.messages import ImagePart, VideoPart, VisualPart
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qwencli.config import Quantization
-from qwencli.engine.machine.host import require
+from qwencli.engine.machine.packages import require
 
 # bitsandbytes' 4-bit kernel for CPUs takes weights of whole tiles only: rows x columns.
 CPU_TILE = (32, 64)

@@ -16,10 +16,10 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 
 from qwencli.capabilities import Lacks, Need, lacks_gpu
 from qwencli.engine.machine.flash_attn import load_misfit
+from qwencli.engine.machine.packages import package_version
 from qwencli.errors import DeviceError, QwenCliError
 
 SDPA_BACKENDS = ("flash", "mem_efficient", "cudnn", "math")
@@ -115,14 +115,6 @@ class MemoryStats:
     inactive_split_bytes: int
     fragmentation_percent: float | None
     num_alloc_retries: int
-
-
-def package_version(name: str) -> str | None:
-    """Installed version of a distribution, without importing it; None when it is not there."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def torch_facts() -> TorchFacts:

@@ -1,11 +1,9 @@
 """What this machine and its installation have, without asking torch: processor, memory, NVIDIA
-driver, optional packages, and which GPUs a torch wheel has code for.
+driver, and which GPUs a torch wheel has code for.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import itertools
 import os
 import platform
@@ -15,8 +13,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-
-from qwencli.errors import MissingDependencyError
 
 T = TypeVar("T")
 
@@ -168,25 +164,3 @@ def has_code(capability: Capability, archs: Sequence[str]) -> bool:
         if built_for <= capability and (same_major or (kind == "compute" and not suffix)):
             return True
     return False
-
-
-def require(module: str, needed_by: str, install: str, instead: str) -> None:
-    """Raise MissingDependencyError unless `module` imports.
-
-    Args:
-        needed_by: the option that needs it, as the user wrote it.
-        install: what puts it right. instead: what works without it.
-    """
-    if importlib.util.find_spec(module) is None:
-        raise MissingDependencyError(
-            f"{needed_by}: the package {module.replace('_', '-')} is not installed",
-            f"{install}, or {instead}",
-        )
-    try:
-        importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise MissingDependencyError(
-            f"{needed_by}: {module.replace('_', '-')} does not load: {reason}",
-            f"reinstall it for this torch build ({install}), or {instead}",
-        ) from error

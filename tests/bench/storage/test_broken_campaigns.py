@@ -35,11 +35,15 @@ def report(folder, whole):
 
 
 def compare_with_itself(folder, whole):
-    side = read_side(folder)
-    for force in (False, True):
-        found = compare(side, whole, force=force)
-        CONSOLE.print(comparison_table(found))
-        json.dumps(comparison_document(found))
+    side, refused = read_side(folder), None
+    try:
+        found = compare(side, whole)
+    except BenchError as error:
+        refused, found = error, compare(side, whole, force=True)
+    CONSOLE.print(comparison_table(found))
+    json.dumps(comparison_document(found))
+    if refused is not None:
+        raise refused
 
 
 def explain(folder, whole):

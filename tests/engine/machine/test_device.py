@@ -89,8 +89,6 @@ def test_this_machine():
     facts = device.torch_facts()
     assert set(facts.sdpa_backends) == set(device.SDPA_BACKENDS)
     assert device.run_small_work("cpu") > 0.0
-    assert device.package_version("torch")
-    assert device.package_version("no-such-package") is None
 
 
 def test_facts_cross_the_process_border(monkeypatch):

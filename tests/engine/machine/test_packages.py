@@ -4,16 +4,22 @@ import sys
 
 import pytest
 
-from qwencli.engine.machine.host import require
+from qwencli.engine.machine.packages import package_version, require
 from qwencli.errors import MissingDependencyError
 
 
 def need(module):
-    require(module, "--mode fast", "pip install it", "use --mode slow")
+    return require(module, "--mode fast", "pip install it", "use --mode slow")
 
 
 def test_a_package_that_imports_is_fine():
-    need("json")
+    assert need("json").__name__ == "json"
+    assert require("os.path", "--mode fast", "pip install it") is sys.modules["os.path"]
+
+
+def test_versions_are_of_distributions():
+    assert package_version("torch")
+    assert package_version("no-such-package") is None
 
 
 def test_a_missing_package_names_the_mode_the_install_and_the_way_round():
