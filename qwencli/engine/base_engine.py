@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 from qwencli.capabilities import check_thinking
-from qwencli.config import EngineConfig, SamplingParams, resolve_sampling
+from qwencli.config import EngineConfig, SamplingOptions, SamplingParams, resolve_sampling
 from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
 from qwencli.engine.frontend.model_files import ModelFiles, open_model
 from qwencli.engine.frontend.prompt import Prompt
@@ -32,6 +32,7 @@ from qwencli.tracing import span
 
 # How often pictures are made smaller until a request fits: of many sizes the largest are first.
 FITTING_TRIES = 8
+RECENT_SAMPLINGS = 64
 # Room for what a schema forces at a prompt's end.
 FORCED_TOKENS = 64
 # A thread that wants the interpreter lock back waits this long for another one to give it up;
@@ -77,6 +78,8 @@ class BaseEngine(ManyRequests, ABC):
         self._threads: int | None = None
         self._grammars: Grammars | None = None
         self._grammars_lock = threading.Lock()
+        # Of requests just prepared: many ask for the same, and each is looked at twice.
+        self._samplings: dict[tuple[SamplingOptions, bool], SamplingParams] = {}
         self._bytes_read = BytesRead()
 
     def _begin_load(self, device: str) -> None:
@@ -185,6 +188,7 @@ class BaseEngine(ManyRequests, ABC):
             failure = out_of_memory_error(device, f"loading {self.config.model.name}", error)
         else:
             self._files = self._fitted(files)
+            self._samplings.clear()
             self._load_s = time.perf_counter() - started
             return
         # Outside the handler: until it ends, the traceback holds the tensors that must go.
@@ -274,9 +278,16 @@ class BaseEngine(ManyRequests, ABC):
         self.close()
 
     def _sampling(self, request: GenerationRequest) -> SamplingParams:
-        return resolve_sampling(
-            request.sampling, self.files.generation_defaults, ignore_eos=request.ignore_eos
-        )
+        key = request.sampling, request.ignore_eos
+        found = self._samplings.get(key)
+        if found is None:
+            found = resolve_sampling(
+                request.sampling, self.files.generation_defaults, ignore_eos=request.ignore_eos
+            )
+            if len(self._samplings) >= RECENT_SAMPLINGS:
+                self._samplings.clear()
+            self._samplings[key] = found
+        return found
 
     def _matcher(self, request: GenerationRequest) -> TokenMatcher | None:
         """What the answer is held to, from its beginning on; None where it is free."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwencli.server.api_errors import ApiError
@@ -47,20 +46,23 @@ class Access:
                 self._replied(message["status"])
             await send(message)
 
-        refused = self._refused(scope["path"], Headers(scope=scope))
+        # Of a name that comes twice the first.
+        refused = self._refused(scope["path"], dict(reversed(scope["headers"])))
         answer = self._app if refused is None else refused.response()
         await answer(scope, receive, counted)
 
-    def _refused(self, path: str, headers: Headers) -> ApiError | None:
-        host = headers.get("host", "")
+    def _refused(self, path: str, headers: Mapping[bytes, bytes]) -> ApiError | None:
+        def said(name: bytes) -> str:
+            return headers.get(name, b"").decode("latin-1")
+
+        host = said(b"host")
         if self._hosts is not None and _name_of(host) not in self._hosts:
             return ApiError(403, "this name is not one of this server's", code="host_not_allowed")
-        origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != host:
+        if b"origin" in headers and said(b"origin").partition("://")[2] != host:
             return ApiError(403, "pages of other sites may not ask", code="origin_not_allowed")
         if self._key is None or path in _OPEN:
             return None
-        kind, _, given = headers.get("authorization", "").partition(" ")
+        kind, _, given = said(b"authorization").partition(" ")
         if kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._key):
             return None
         return ApiError(

@@ -88,7 +88,7 @@ class Format(Protocol):
 
     def begin(self) -> Iterator[bytes]: ...
 
-    def events(self, pieces: Sequence[GenerationChunk]) -> Iterator[bytes]: ...
+    def events(self, pieces: Sequence[GenerationChunk]) -> bytes: ...
 
 
 class Stream(Protocol):
@@ -105,10 +105,14 @@ class Stream(Protocol):
 class Connection(Protocol):
     """What a request came over, as its `state["connection"]`.
 
+    `body` is all of a body where it is here already, to be had once, and None where it is not.
     `when_lost` says what to call once the client is gone, at once where it is, and `over` that it
     is not to be called any more. `stream` begins an answer in pieces, of which `filler` is one that
     says nothing, and `abort` ends the connection for a client that takes nothing of one.
     """
+
+    @property
+    def body(self) -> bytes | None: ...
 
     def when_lost(self, call: Callable[[], None]) -> None: ...
 
@@ -134,11 +138,12 @@ def create_app(engine_thread: EngineThread, settings: ServerSettings) -> Starlet
     server = _Server(engine_thread, settings)
     app = Starlette(
         routes=[
+            # Those are tried in turn: what is asked most is first.
+            Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
+            Route("/v1/responses", server.responses, methods=["POST"]),
             Route("/health", server.health),
             Route("/v1/models", server.models),
             Route("/v1/models/{name:path}", server.model),
-            Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
-            Route("/v1/responses", server.responses, methods=["POST"]),
             Route("/metrics", server.metrics_text),
             Route("/status", server.status),
             Route("/openapi.json", server.openapi),
@@ -375,6 +380,12 @@ class _Server:
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and int(length[:19]) > most:
             raise too_large
+        connection: Connection = request.scope["state"]["connection"]
+        whole = connection.body
+        if whole is not None:
+            if len(whole) > most:
+                raise too_large
+            return whole
         data = bytearray()
         try:
             async with asyncio.timeout(self._settings.body_s):
@@ -439,19 +450,22 @@ class _Server:
         def write(pieces: Sequence[GenerationChunk], before: bytes = b"") -> bool:
             """Write pieces; whether more may be written at once."""
             nonlocal over
-            data = before + b"".join(form.events(pieces))
+            data = before + form.events(pieces)
             result = pieces[-1].result
-            if result is not None:
-                self.metrics.answered(result)
-                over = True
-            if data or over:
-                stream.write(data, last=over)
-            return not (over or stream.is_full)
+            if result is None:
+                if data:
+                    stream.write(data)
+                return not stream.is_full
+            self.metrics.answered(result)
+            over = True
+            stream.write(data, last=True)
+            return False
 
         write(pieces, b"".join(form.begin()))
         while not over:
-            async with asyncio.timeout(self._settings.write_s):
-                await stream.room()
+            if stream.is_full:
+                async with asyncio.timeout(self._settings.write_s):
+                    await stream.room()
             try:
                 await answer.read_by(write)
             except QwenCliError as error:

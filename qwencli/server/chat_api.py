@@ -313,6 +313,8 @@ class ChatFormat:
         self._with_usage = body.stream_options is not None and body.stream_options.include_usage
         self.id, self._model = f"chatcmpl-{secrets.token_hex(12)}", model
         self._created = int(time.time())
+        # Whether its pieces have nothing but text, and thoughts.
+        self._is_plain = not (body.offered or self._with_logprobs)
         # What stands before the delta of each event.
         head = _json_bytes(self._head("chat.completion.chunk")).removesuffix(b"}")
         self._before = b'data: %b,"choices":[{"index":0,"delta":' % head
@@ -343,8 +345,15 @@ class ChatFormat:
     def begin(self) -> Iterator[bytes]:
         yield self._plain(b'"role":"assistant",', "")
 
-    def events(self, pieces: Sequence[GenerationChunk]) -> Iterator[bytes]:
+    def events(self, pieces: Sequence[GenerationChunk]) -> bytes:
         """Pieces that have come together are one event."""
+        if self._is_plain and len(pieces) == 1:
+            (piece,) = pieces
+            if piece.result is None and not piece.thoughts:
+                return self._plain(b"", piece.text) if piece.text else b""
+        return b"".join(self._events(pieces))
+
+    def _events(self, pieces: Sequence[GenerationChunk]) -> Iterator[bytes]:
         result = pieces[-1].result
         pushed = "".join([piece.text for piece in pieces])
         text, calls = self._calls.take(pushed, is_last=result is not None)
@@ -385,7 +394,7 @@ class ChatFormat:
     def _plain(self, before: bytes, text: str) -> bytes:
         """An event with nothing but a delta of text, as most are, and `before` in front of it."""
         return b'%b{%b"content":%b},"logprobs":null,"finish_reason":null}]}\n\n' % (
-            self._before, before, _json_bytes(text),
+            self._before, before, _quoted(text).encode("utf-8", "replace"),
         )  # fmt: skip
 
     def _event(
@@ -419,6 +428,8 @@ def _token_logprob(token: TokenLogprob) -> dict[str, Any]:
 
 # `json.dumps` with settings makes an encoder at each call.
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+# What that does with a text.
+_quoted = json.encoder.encode_basestring
 
 
 def _json_bytes(value: Any) -> bytes:

@@ -10,11 +10,15 @@ import contextlib
 import http
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn._types import ASGISendEvent
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from qwencli.server.api_errors import ApiError
+from qwencli.server.known_heads import FoundHead, KnownHead, KnownHeads, find_head
 
 if sys.platform != "win32":  # where sockets are no files
     import resource
@@ -36,6 +40,10 @@ _REFUSED_S = 1.0
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.01, 16.0
 # What a client sends behind a request that runs, and is read meanwhile.
 _READ_AHEAD_BYTES = 1 << 16
+# What a stream begins and ends with, as h11 says it of a request whose head is known.
+_STREAM_HEAD, _STREAM_END = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n", b"0\r\n\r\n"
+# Of all servers of this process: what a head says depends on its bytes alone.
+_known_heads = KnownHeads()
 
 
 def most_connections() -> int:
@@ -68,6 +76,8 @@ class HttpConnection(H11Protocol):
     _when_lost: Callable[[], None] | None = None
     _stream: Stream | None = None
     _is_refused = _sends_no_more = False
+    # Of the request that runs, where its head was known: what h11 has not been told of.
+    _untold: _Untold | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -88,11 +98,111 @@ class HttpConnection(H11Protocol):
         if self._is_refused:
             self.transport.close()
             return
-        super().data_received(data)
+        self._take(data)
         if self._is_answering:
             self._stop_timer()
         elif self._timer is None:
             self._timer = self.loop.call_later(HEAD_S, self.transport.abort)
+
+    def _take(self, data: bytes) -> None:
+        if self._untold is not None:
+            data = self._take_body(data)
+            if data:  # of a request behind it
+                self.tell_h11()
+                super().data_received(data)
+            return
+        found = None if self._is_answering or not self._is_between else find_head(data)
+        # What comes with a request and behind it is left to h11.
+        if found is None or len(data) > found.body_at + found.length:
+            super().data_received(data)
+            return
+        head = _known_heads.get(found.key)
+        if head is not None:
+            self._begin_known(head, found, data)
+            return
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not before:
+            _known_heads.learn(found.key, dict(self.scope))
+
+    @property
+    def _is_between(self) -> bool:
+        """Whether h11 knows of no request that is not over, and of nothing behind the last one."""
+        conn = self.conn
+        states = conn.our_state, conn.their_state
+        return states == (h11.IDLE, h11.IDLE) and conn.trailing_data == (b"", False)
+
+    def _begin_known(self, head: KnownHead, found: FoundHead, data: bytes) -> None:
+        """Begin a request as uvicorn does where h11 tells it of one."""
+        self._unset_keepalive_if_required()
+        self.headers = head.headers(found.length)
+        scope: Any = {
+            "type": "http",
+            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "http_version": "1.1",
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "root_path": self.root_path,
+            "headers": self.headers,
+            "state": self.app_state.copy(),
+            **head.about,
+        }
+        self.scope = scope
+        self._untold = _Untold(data[: found.body_at], found.length)
+        self.cycle = _KnownCycle(
+            scope=self.scope,
+            conn=self.conn,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            on_response=self.on_response_complete,
+        )
+        self.cycle.tell_h11 = self.tell_h11
+        task = self.loop.create_task(self.cycle.run_asgi(self.app))
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
+        self._take_body(data[found.body_at :])
+
+    def _take_body(self, data: bytes) -> bytes:
+        """Take what is of the body of a request of which h11 knows nothing; what is not."""
+        untold, cycle = self._untold, self.cycle
+        assert untold is not None, "the head was known"
+        missing = untold.length - untold.received
+        untold.received += min(missing, len(data))
+        if cycle.more_body:
+            cycle.body += data[:missing]
+            cycle.more_body = untold.received < untold.length
+            cycle.message_event.set()
+        return data[missing:]
+
+    def tell_h11(self) -> None:
+        """Tell h11 of the request that runs, where it does not know it: for all but what a
+        `Stream` writes it is asked, and so it is for what comes behind."""
+        untold, self._untold = self._untold, None
+        if untold is not None:
+            # What the body is it need not know.
+            self.conn.receive_data(untold.head + bytes(untold.received))
+            while self.conn.next_event() not in (h11.NEED_DATA, h11.PAUSED):
+                pass
+
+    @property
+    def is_told(self) -> bool:
+        """Whether h11 knows of the request that runs."""
+        return self._untold is None
+
+    @property
+    def body(self) -> bytes | None:
+        """The request's body, once; None where it is not all here yet."""
+        cycle = self.cycle
+        if cycle.more_body or cycle.disconnected:
+            return None
+        body, cycle.body = bytes(cycle.body), bytearray()
+        return body
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -124,6 +234,7 @@ class HttpConnection(H11Protocol):
         if self._stream is not None:
             self._stream.write_filler()
         elif not self.cycle.response_started:
+            self.tell_h11()
             # Any number of these may come before an answer, and clients pass over them.
             going_on = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
             self.transport.write(self.conn.send(going_on) or b"")
@@ -132,7 +243,7 @@ class HttpConnection(H11Protocol):
 
     def on_response_complete(self) -> None:
         self._stop_timer()
-        self._stream = None
+        self._stream = self._untold = None
         super().on_response_complete()
         if self._sends_no_more and not self.transport.is_closing():
             # Another request may have come with the one before; half of one has no other half.
@@ -191,6 +302,25 @@ class HttpConnection(H11Protocol):
         self._timer = self._look = None
 
 
+@dataclass
+class _Untold:
+    """A request of which h11 knows nothing: its head, how long its body is, and what is here."""
+
+    head: bytes
+    length: int
+    received: int = 0
+
+
+class _KnownCycle(RequestResponseCycle):
+    """uvicorn's, of a request of which h11 is told when it is to write the answer."""
+
+    tell_h11: Callable[[], None]
+
+    async def send(self, message: ASGISendEvent) -> None:
+        self.tell_h11()
+        await super().send(message)
+
+
 class Stream:
     """An answer with status 200 and of a length that nobody knows yet, written piece by piece.
 
@@ -209,12 +339,16 @@ class Stream:
         self._chunked = self._cycle.scope["http_version"] == "1.1"
         self._cycle.response_started, self._cycle.waiting_for_100_continue = True, False
         self._head = b""
+        # h11 says how the answer ends, and takes 0.1 ms to look at headers that it knows not.
+        self._in_h11 = connection.is_told
         if not self._cycle.disconnected:
-            # h11 says how the answer ends, and takes 0.1 ms to look at headers that it knows not.
-            response = h11.Response(status_code=200, headers=[], reason=b"OK")
-            begun = (connection.conn.send(response) or b"").removesuffix(b"\r\n")
+            begun = _STREAM_HEAD if not self._in_h11 else self._begin_in_h11()
             told = [b"%b: %b\r\n" % each for each in (*self._cycle.default_headers, *headers)]
             self._head = b"".join((begun, *told, b"\r\n"))
+
+    def _begin_in_h11(self) -> bytes:
+        response = h11.Response(status_code=200, headers=[], reason=b"OK")
+        return (self._connection.conn.send(response) or b"").removesuffix(b"\r\n")
 
     @property
     def is_full(self) -> bool:
@@ -236,7 +370,7 @@ class Stream:
         if data and self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         if last:
-            data += connection.conn.send(h11.EndOfMessage()) or b""
+            data += self._end()
         connection.transport.write(self._head + data)
         self._head = b""
         if last:
@@ -246,6 +380,14 @@ class Stream:
                 connection.conn.send(h11.ConnectionClosed())
                 connection.transport.close()
             cycle.on_response()
+
+    def _end(self) -> bytes:
+        conn = self._connection.conn
+        if not self._connection.is_told:
+            return _STREAM_END
+        if not self._in_h11:  # it was told meanwhile
+            self._begin_in_h11()
+        return conn.send(h11.EndOfMessage()) or b""
 
 
 def _plain(error: ApiError) -> bytes:

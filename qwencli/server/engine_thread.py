@@ -99,14 +99,19 @@ class Answer:
             self._reader = None
 
     def _taken(self) -> list[GenerationChunk]:
+        pieces = self._pieces
+        # Counted before one looks whether it is over: only what ends an answer may be an error.
+        count = len(pieces)
+        if not self._over:
+            return [pieces.popleft() for _ in range(count)]  # type: ignore[misc]
         found: list[GenerationChunk] = []
-        while self._pieces:
-            piece = self._pieces[0]
+        while pieces:
+            piece = pieces[0]
             if isinstance(piece, QwenCliError):
                 if found:  # first what came before it
                     return found
                 raise piece
-            found.append(self._pieces.popleft())  # type: ignore[arg-type]
+            found.append(pieces.popleft())  # type: ignore[arg-type]
         return found
 
     def end(self, why: QwenCliError) -> None:

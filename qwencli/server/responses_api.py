@@ -242,7 +242,10 @@ class ResponsesFormat:
         yield self._event("response.output_item.added", output_index=0, item=message)
         yield self._part_event("response.content_part.added", part=_output_text(""))
 
-    def events(self, pieces: Sequence[GenerationChunk]) -> Iterator[bytes]:
+    def events(self, pieces: Sequence[GenerationChunk]) -> bytes:
+        return b"".join(self._events(pieces))
+
+    def _events(self, pieces: Sequence[GenerationChunk]) -> Iterator[bytes]:
         result = pieces[-1].result
         pushed = "".join(piece.text for piece in pieces)
         text, calls = self._calls.take(pushed, is_last=result is not None)

@@ -12,7 +12,8 @@ import openai
 import pytest
 from PIL import Image, ImageDraw
 
-from qwencli.server.chat_api import ChatBody
+from qwencli.results import GenerationChunk
+from qwencli.server.chat_api import ChatBody, ChatFormat
 from tests.server.conftest import Served
 
 
@@ -228,3 +229,17 @@ def test_thoughts_of_a_model_that_has_none_are_refused_before_pictures_are_read(
     off = {name: 0 if value == 9 else "none" for name, value in asked.items()}
     if "enable_thinking" not in str(asked):
         client.chat.completions.create(messages=asking("hi"), extra_body=off, **SETTINGS)
+
+
+def test_a_piece_of_text_alone_is_the_event_that_it_is_among_others() -> None:
+    """Most pieces are text alone, and are written without a look at all else they may have."""
+    question = [{"role": "user", "content": "Hi"}]
+    form = ChatFormat(ChatBody.model_validate({"messages": question}), "scenes")
+    for text in ("word", 'a "quoted"\n\\ \x00\x7f\u2028', "Größe \U0001f600", "a lone \ud800 half"):
+        piece = GenerationChunk(text, (1,))
+        event = form.events([piece])
+        assert event == b"".join(form._events([piece]))
+        assert event.startswith(b"data: {") and event.endswith(b"}\n\n")
+        said = json.loads(event.removeprefix(b"data: "))["choices"][0]["delta"]
+        assert said == {"content": text.replace("\ud800", "?")}
+    assert form.events([GenerationChunk("", (1,))]) == b""

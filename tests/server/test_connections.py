@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 import socket
 import struct
 import subprocess
@@ -19,6 +21,7 @@ import pytest
 from qwencli.engine.request import StepOutput
 from qwencli.results import GenerationChunk
 from qwencli.server import app, connection, image_urls
+from qwencli.server.known_heads import KnownHeads, find_head
 from tests.dataset.fake_engine import FakeEngine
 from tests.server.conftest import serving
 from tests.server.test_listen import chat
@@ -44,12 +47,14 @@ class TalkingEngine(FakeEngine):
         return found
 
 
-@pytest.fixture
-def opened() -> Iterator[Callable[[Any, bytes], socket.socket]]:
-    """Opens a connection to a server, and sends something; all are closed at the end."""
+@pytest.fixture(params=[False, True], ids=["", "head known"])
+def opened(request: pytest.FixtureRequest) -> Iterator[Callable[[Any, bytes], socket.socket]]:
+    """Opens a connection to a server, and sends something; all are closed at the end. With "head
+    known" the head has come before, where it is one that is kept, and so h11 knows nothing of it.
+    """
     with contextlib.ExitStack() as clients:
 
-        def opened(running: Any, sent: bytes) -> socket.socket:
+        def connected(running: Any, sent: bytes) -> socket.socket:
             host, port = running.address.removeprefix("http://").split(":")
             client = clients.enter_context(socket.socket())
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -57,6 +62,15 @@ def opened() -> Iterator[Callable[[Any, bytes], socket.socket]]:
             client.connect((host, int(port)))
             client.sendall(sent)
             return client
+
+        def opened(running: Any, sent: bytes) -> socket.socket:
+            connection._known_heads._heads.clear()
+            found = find_head(sent) if request.param else None
+            if found is not None:
+                client = connected(running, sent[: found.body_at] + b"?" * found.length)
+                assert client.recv(65536).startswith(b"HTTP/1.1 4")
+                client.close()
+            return connected(running, sent)
 
         yield opened
 
@@ -254,3 +268,129 @@ def test_clients_wait_where_files_run_out(opened) -> None:
         process.terminate()
         _, said = process.communicate(timeout=20)
     assert said.count("\n") == 1 and "cannot open another connection: too many open files" in said
+
+
+@pytest.mark.parametrize("size", [1000, 2000])
+def test_a_body_that_is_here_at_once_has_the_same_limit(opened, size: int) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "Hi"}]}).ljust(size).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\n{HOST}content-type: application/json\r\n"
+    chunked = f"{head}transfer-encoding: chunked\r\n\r\n{size:x}\r\n".encode()
+    with serving(TalkingEngine(most=1), max_body_bytes=1000) as running:
+        for sent in (
+            f"{head}content-length: {size}\r\n\r\n".encode() + body,
+            chunked + body + b"\r\n0\r\n\r\n",
+        ):
+            assert (
+                opened(running, sent)
+                .recv(65536)
+                .startswith(b"HTTP/1.1 200" if size == 1000 else b"HTTP/1.1 413")
+            )
+
+
+def outcome(data: bytes) -> dict[str, Any]:
+    """What was answered, whatever pieces it came in."""
+    heads = re.findall(rb"HTTP/1\.1 .*?\r\n\r\n", data, re.DOTALL)
+    return {
+        "heads": [re.sub(rb"date: [^\r]+\r\n|length: \d+", b"", head) for head in heads],
+        "answers": re.findall(rb"A picture \w+", data),  # some are told words in front of it
+        "ends": (data.count(b"data: [DONE]\n\n"), data.count(b"\r\n0\r\n\r\n")),
+        "errors": re.findall(rb'{"error": .*?}}', data),
+    }
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        [chat(HOST, stream=True)] * 3,
+        [chat(HOST), chat(HOST, stream=True), chat(HOST, stream=True), chat(HOST)],
+        [chat(HOST, stream=True), chat(HOST, model="another"), chat(HOST, stream=True)],
+        [chat(HOST, stream=True), b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"],
+        [chat(HOST, max_tokens=0), chat(HOST, stream=True)],
+        [chat("host: a.example\r\n"), chat(HOST, stream=True)],
+        [chat(HOST + "origin: http://a.example\r\n")] * 2,
+    ],
+)
+@pytest.mark.parametrize("cut", [None, -1, "head"])
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_known_heads_change_nothing(opened, monkeypatch, requests, cut, in_turns: bool) -> None:
+    """Whether requests come in pieces, and one while another one is answered."""
+    last = b"POST /none HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n"
+    found = []
+    with serving(TalkingEngine(most=5)) as running:
+        for finds in (lambda data: None, find_head):
+            monkeypatch.setattr(connection, "find_head", finds)
+            client = opened(running, b"")
+            for each in [*requests, last]:
+                at = each.index(b"\r\n\r\n") + 4 if cut == "head" else cut
+                client.sendall(each[:at])
+                time.sleep(0.01)
+                client.sendall(b"" if at is None else each[at:])
+                time.sleep(0.01)
+                until(lambda: not (in_turns and running.thread.num_unfinished))
+            data = b""
+            while b"there is no /none here" not in data:
+                piece = client.recv(65536)
+                assert piece, data
+                data += piece
+            client.close()
+            found.append(outcome(data))
+    assert found[0] == found[1]
+    assert len(found[0]["heads"]) == len(requests) + 1
+    assert connection._known_heads._heads  # so some were known
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 1",
+        "POST / HTTP/1.1\r\nHost: a",
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 123456",
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 99999",
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -1",
+        f"POST / HTTP/1.1\r\nHost: a\r\nX: {'x' * 5000}\r\nContent-Length: 1",
+    ],
+)
+def test_heads_that_are_not_kept(head: str) -> None:
+    assert find_head(f"{head}\r\n\r\n.".encode()) is None
+
+
+def test_a_known_head_is_the_same_but_for_its_length() -> None:
+    heads, scope = KnownHeads(), {"method": "POST", "path": "/", "raw_path": b"/"}
+    scope |= {"query_string": b"", "http_version": "1.1"}
+    first = find_head(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 7\r\nA: b\r\n\r\n.......")
+    assert first is not None and first.length == 7
+    headers = [(b"host", b"a"), (b"content-length", b"7"), (b"a", b"b")]
+    heads.learn(first.key, {**scope, "headers": headers})
+    again = find_head(b"POST / HTTP/1.1\r\nHost: a\r\ncontent-length: 12\r\nA: b\r\n\r\n.")
+    assert again is not None and heads.get(again.key) is None  # other letters
+    again = find_head(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 12\r\nA: b\r\n\r\n.")
+    assert again is not None and again.length == 12
+    known = heads.get(again.key)
+    assert known is not None
+    assert known.headers(12) == [(b"host", b"a"), (b"content-length", b"12"), (b"a", b"b")]
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("1.0", []),
+        ("1.1", [(b"connection", b"close")]),
+        ("1.1", [(b"expect", b"100-continue")]),
+        ("1.1", [(b"transfer-encoding", b"chunked")]),
+        ("1.1", [(b"upgrade", b"h2c")]),
+        ("1.1", [(b"content-length", b"2")]),
+    ],
+)
+def test_heads_that_say_how_to_read_are_not_kept(version: str, said) -> None:
+    heads = KnownHeads()
+    headers = [(b"host", b"a"), (b"content-length", b"2"), *said]
+    heads.learn(b"key", {"http_version": version, "headers": headers})
+    assert heads.get(b"key") is None
+
+
+def test_only_so_many_heads_are_kept() -> None:
+    heads, headers = KnownHeads(), [(b"content-length", b"2")]
+    scope = {"method": "POST", "path": "/", "raw_path": b"/", "query_string": b""}
+    for number in range(1000):
+        heads.learn(b"%d" % number, {**scope, "http_version": "1.1", "headers": headers})
+    assert len(heads._heads) <= 64 and heads.get(b"999") is not None

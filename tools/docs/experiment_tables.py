@@ -449,6 +449,24 @@ def served_turns(files: Sequence[Path]) -> str:
     return markdown(head, rows)
 
 
+def request_cost(files: Sequence[Path]) -> str:
+    """Of `benchmarks/request_cost.py`: two trees in turns."""
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in read(files[0])["rows"]:
+        found.setdefault((row["tokens"], row["tree"]), []).extend(row["rounds"])
+    rows = []
+    for tokens in sorted({tokens for tokens, _ in found}, reverse=True):
+        for thread in ("event loop", "prepare", "engine"):
+            sides = []
+            for tree in ("before", "after"):
+                taken = sorted(each["us_a_request"][thread] for each in found[tokens, tree])
+                sides.append((statistics.median(taken), f"{taken[0]:,} to {taken[-1]:,}"))
+            (before, spread), (after, later) = sides
+            figures = f"{before:,.0f}", spread, f"{after:,.0f}", later, f"{after / before:.2f}"
+            rows.append([str(tokens), thread, *figures])
+    return markdown(["tokens", "thread", "before, us", "span", "after, us", "span", "ratio"], rows)
+
+
 def cells(files: Sequence[Path]) -> str:
     """Of campaigns: cells.csv."""
     rows = []
@@ -560,6 +578,7 @@ KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
     "listing": listing,
     "warm-up-begins": warm_up_begins,
     "served-turns": served_turns,
+    "request-cost": request_cost,
     "load-in-turns": load_in_turns,
     "side-by-side": side_by_side,
     "servers": servers,

@@ -123,7 +123,9 @@ def _digest(visual: Visual, frames: Sequence[Image]) -> bytes:
 
 def keys_of(prompt: Prompt, digests: Sequence[bytes]) -> list[Key]:
     """The prompt's slots as keys: equal keys mean equal keys and values in the cache."""
-    counts = prompt.inputs.num_tokens if prompt.inputs else ()
+    if prompt.inputs is None:
+        return list(prompt.input_ids)
+    counts = prompt.inputs.num_tokens
     places = iter(
         [(digest, n) for digest, count in zip(digests, counts, strict=True) for n in range(count)]
     )
@@ -145,7 +147,7 @@ def page_keys(keys: Sequence[Key], size: int, before: bytes = b"") -> list[bytes
     # In one piece a page: whoever hashes it needs the interpreter's lock once.
     contents = [
         key.to_bytes(8, "little") if isinstance(key, int) else key[0] + key[1].to_bytes(8, "little")
-        for key in keys
+        for key in keys[: len(keys) // size * size]
     ]
     for end in range(size, len(keys) + 1, size):
         before = hashlib.sha256(b"".join((before, *contents[end - size : end]))).digest()

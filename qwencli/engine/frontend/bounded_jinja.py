@@ -67,7 +67,7 @@ class _Budget:
 
     def made(self, value: Any) -> Any:
         """`value`, charged for; an iterator as one that charges for its items."""
-        if isinstance(value, str | bytes):
+        if type(value) is str or isinstance(value, str | bytes):
             self.charge(len(value))
         elif isinstance(value, list | tuple | set | dict):
             self.charge(8 * len(value))
@@ -82,7 +82,10 @@ class _Budget:
 
         What a method or filter makes is at most about the product of its two largest operands.
         """
-        if all(type(value) is str and len(value) < _SMALL_CHARS for value in values):
+        for value in values:
+            if type(value) is not str or len(value) >= _SMALL_CHARS:
+                break
+        else:
             return
         most = _ESTIMATE_FACTOR * self.most
         weights = sorted((self._weight(value, most) for value in values), reverse=True)
@@ -98,7 +101,7 @@ class _Budget:
             items += 1
             if items + len(rest) > _MOST_ITEMS:
                 return most + 1
-            if isinstance(item, str | bytes):
+            if type(item) is str or isinstance(item, str | bytes):
                 weight += len(item)
             elif isinstance(item, int):
                 weight += abs(item)

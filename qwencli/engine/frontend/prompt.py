@@ -414,7 +414,9 @@ class PromptBuilder:
         self, ids: Sequence[int], pads: tuple[int, int], inputs: VisualInputs | None
     ) -> list[int]:
         """Repeat each place's pad token as often as it has tokens."""
-        shown = zip(inputs.visuals, inputs.num_tokens, strict=True) if inputs else ()
+        if inputs is None:
+            return [self.model_ids.get(id_, id_) for id_ in ids] if self.model_ids else list(ids)
+        shown = zip(inputs.visuals, inputs.num_tokens, strict=True)
         counts = iter([n for visual, tokens in shown for n in self._places(visual, tokens)])
         expanded: list[int] = []
         for id_ in ids:

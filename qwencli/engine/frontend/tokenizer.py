@@ -8,6 +8,7 @@ are encoded as one string, as the reference does, so ordinary conversations get 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -106,6 +107,15 @@ def _panics_unheard() -> Iterator[None]:
             os.close(stderr)
 
 
+@functools.lru_cache(16)
+def _starts_of(special: tuple[str, ...]) -> re.Pattern[str]:
+    """The first character of each spelling, where the second follows or the text ends."""
+    starts = sorted({spelling[:2] for spelling in special if len(spelling) > 1})
+    return re.compile(
+        "|".join(rf"{re.escape(s[0])}(?={re.escape(s[1])}|\s*\Z)" for s in starts) or r"(?!)"
+    )
+
+
 class ContentGuard:
     """Marks outside text so that no control token can be read out of it, not even across parts.
 
@@ -120,10 +130,7 @@ class ContentGuard:
         # Unicode's noncharacters first: they mean nothing in any text.
         candidates = itertools.chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0x10FFFE))
         self.mark = next(chr(code) for code in candidates if chr(code) not in used)
-        starts = sorted({spelling[:2] for spelling in special if len(spelling) > 1})
-        self._starts = re.compile(
-            "|".join(rf"{re.escape(s[0])}(?={re.escape(s[1])}|\s*\Z)" for s in starts) or r"(?!)"
-        )
+        self._starts = _starts_of(tuple(special))
 
     def protect(self, content: str) -> str:
         return self._starts.sub(lambda match: match[0] + self.mark, content)

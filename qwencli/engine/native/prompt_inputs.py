@@ -45,12 +45,14 @@ def prompt_positions(
     Raises:
         InputError: the image or video tokens in `ids` do not match `visuals`.
     """
-    tokens = torch.tensor(ids, dtype=torch.int64)
-    if shape.vision is None:
-        if any(True for _ in visuals):
-            raise InputError(f"{shape.model_type} is a text model and takes no images")
+    visuals = tuple(visuals)
+    if shape.vision is None and visuals:
+        raise InputError(f"{shape.model_type} is a text model and takes no images")
+    shows = visuals or shape.image_token_id in ids or shape.video_token_id in ids
+    if shape.vision is None or not shows:
         places = torch.empty(0, dtype=torch.int64)
         return PromptPositions(torch.arange(len(ids)).expand(3, -1), 0, places)
+    tokens = torch.tensor(ids, dtype=torch.int64)
     kinds = torch.tensor([shape.image_token_id, shape.video_token_id])
     places = torch.isin(tokens, kinds).nonzero().view(-1)
     pieces: list[torch.Tensor] = []

@@ -196,3 +196,15 @@ def test_a_spoiled_folder_is_one_error_and_loads_once_it_is_whole(checkpoint, li
     shutil.copytree(whole, folder, dirs_exist_ok=True)
     with engine:
         assert engine.generate(ask()).token_ids == expected
+
+
+def test_settings_that_came_before_are_looked_at_like_new_ones(live):
+    """Those of requests are kept for a while: wrong ones never are, and others are others."""
+    for _ in range(2):
+        with pytest.raises(UsageError, match="--top-k 1000"):
+            live.generate(ask(top_k=1000))
+    seeds = [live._sampling(ask(images=0, seed=seed)).seed for seed in (*range(200), 7)]
+    assert seeds == [*range(200), 7]
+    ignoring = dataclasses.replace(ask(images=0), ignore_eos=True)
+    assert live._sampling(ignoring).ignore_eos and not live._sampling(ask(images=0)).ignore_eos
+    assert len(live._samplings) <= 64
