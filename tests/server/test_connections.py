@@ -388,9 +388,27 @@ def test_heads_that_say_how_to_read_are_not_kept(version: str, said) -> None:
     assert heads.get(b"key") is None
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"Content-Length: 2\r\nA: b\r\nContent-Length: 2\r\n\r\n{}",
+        b"Content-Length: 22\r\n\n{}\r\nContent-Length: 2\r\n\r\n",
+    ],
+)
+def test_heads_that_h11_reads_otherwise_are_not_kept(opened, first: bytes) -> None:
+    """A length that is said twice, and an end that is none to others: with another number in its
+    place the second request would be read as nobody else reads it."""
+    connection._known_heads._heads.clear()
+    with serving(TalkingEngine(most=1)) as running:
+        sent = b"POST /v1/chat/completions HTTP/1.1\r\n" + HOST.encode() + first
+        assert opened(running, sent).recv(65536).startswith(b"HTTP/1.1 4")
+        assert not connection._known_heads._heads
+
+
 def test_only_so_many_heads_are_kept() -> None:
     heads, headers = KnownHeads(), [(b"content-length", b"2")]
     scope = {"method": "POST", "path": "/", "raw_path": b"/", "query_string": b""}
     for number in range(1000):
-        heads.learn(b"%d" % number, {**scope, "http_version": "1.1", "headers": headers})
-    assert len(heads._heads) <= 64 and heads.get(b"999") is not None
+        key = b"POST /%d HTTP/1.1\r\nContent-Length: " % number
+        heads.learn(key, {**scope, "http_version": "1.1", "headers": headers})
+    assert len(heads._heads) <= 64 and heads.get(key) is not None
