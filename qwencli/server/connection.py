@@ -254,6 +254,8 @@ class HttpConnection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        # h11 is told that the connection is over, and takes no request after that.
+        self._untold = None
         super().connection_lost(exc)
         if self._when_lost is not None:
             self._when_lost()

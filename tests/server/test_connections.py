@@ -163,7 +163,7 @@ def test_half_a_request_behind_one_is_not_waited_for(opened) -> None:
 @pytest.mark.parametrize("followed", [False, True], ids=["", "pipelined"])
 @pytest.mark.parametrize("way", ["closes", "resets", "ends, then closes"])
 def test_a_client_that_goes_ends_its_request(
-    opened, way: str, followed: bool, stream: bool
+    opened, caplog, way: str, followed: bool, stream: bool
 ) -> None:
     with serving(TalkingEngine()) as running:
         client = opened(running, chat(HOST, stream=stream) * (1 + followed))
@@ -176,6 +176,7 @@ def test_a_client_that_goes_ends_its_request(
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()
         until(lambda: running.thread.num_unfinished == 0, 2)
+    assert [each.getMessage() for each in caplog.records] == []
 
 
 def test_a_plain_client_that_ends_its_side_is_gone(opened) -> None:
