@@ -125,7 +125,9 @@ class Answer:
         """Of the engine's thread: add a piece; `wake` follows on the loop's own thread."""
         if self._over:
             return
-        self._over = isinstance(piece, QwenCliError) or piece.result is not None
+        # Never unset: the loop's thread may end the answer while this is looked at.
+        if isinstance(piece, QwenCliError) or piece.result is not None:
+            self._over = True
         self._pieces.append(piece)
 
     @property

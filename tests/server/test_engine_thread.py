@@ -17,7 +17,7 @@ from qwencli.errors import EngineError, ModelFileError
 from qwencli.messages import GenerationRequest, text_message
 from qwencli.results import GenerationChunk
 from qwencli.server import engine_thread
-from qwencli.server.engine_thread import EngineThread
+from qwencli.server.engine_thread import Answer, ClientGoneError, EngineThread
 from tests.dataset.fake_engine import FakeEngine
 from tests.server.conftest import serving
 
@@ -175,6 +175,28 @@ def test_those_that_ask_again_all_at_once_begin_together(monkeypatch) -> None:
 
     asyncio.run(asyncio.wait_for(ask_all(), 20))
     thread.close()
+
+
+def test_an_answer_that_ends_while_a_piece_comes_has_ended() -> None:
+    """Its reader ends it in one thread while the engine's looks at a piece in another."""
+
+    async def read() -> None:
+        thread: Any = SimpleNamespace(forget=lambda answer: None)
+        answer = Answer(thread, lambda: None, False, False)  # type: ignore[arg-type, return-value]
+
+        class Looked:
+            @property
+            def result(self) -> None:
+                answer.end(ClientGoneError("gone"))
+
+        answer.take(GenerationChunk("first", (1,)))
+        answer.take(Looked())  # type: ignore[arg-type]
+        assert answer.is_over
+        assert [piece.text for piece in await answer.pieces()] == ["first"]
+        with pytest.raises(ClientGoneError):
+            await answer.pieces()
+
+    asyncio.run(read())
 
 
 def test_a_server_that_ends_tells_those_that_wait() -> None:
