@@ -258,7 +258,8 @@ class ResponsesFormat:
         whole = "".join(self._text)
         yield self._part_event("response.output_text.done", text=whole, logprobs=[])
         yield self._part_event("response.content_part.done", part=_output_text(whole))
-        done = self._message(whole, "completed")
+        response = self._response(result, whole, self._called)
+        done = self._message(whole, response["status"])
         yield self._event("response.output_item.done", output_index=0, item=done)
         for index, call in enumerate(self._called, start=1):
             item = _call_item(call)
@@ -275,7 +276,6 @@ class ResponsesFormat:
                 **where,
             )
             yield self._event("response.output_item.done", output_index=index, item=item)
-        response = self._response(result, whole, self._called)
         yield self._event(f"response.{response['status']}", response=response)
 
     def _event(self, kind: str, **more: Any) -> bytes:

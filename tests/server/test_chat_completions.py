@@ -136,7 +136,8 @@ def test_the_same_seed_says_the_same(client) -> None:
     assert len(said) == 1
 
 
-def test_responses_whole_and_in_events(client) -> None:
+@pytest.mark.parametrize("most", [24, 3])
+def test_responses_whole_and_in_events(client, most: int) -> None:
     parts = [
         {"type": "input_image", "image_url": drawn()},
         {"type": "input_text", "text": "Describe this image."},
@@ -145,15 +146,19 @@ def test_responses_whole_and_in_events(client) -> None:
         "model": "scenes",
         "input": [{"role": "user", "content": parts}],
         "temperature": 0,
-        "max_output_tokens": 24,
+        "max_output_tokens": most,
     }
     whole = client.responses.create(**asked)
-    assert "red circle" in whole.output_text
+    assert ("red circle" in whole.output_text) == (whole.status == "completed") == (most == 24)
     events = list(client.responses.create(**asked, stream=True))
     assert [e.sequence_number for e in events] == list(range(len(events)))
     text = "".join(e.delta for e in events if e.type == "response.output_text.delta")
     assert text == whole.output_text == events[-1].response.output_text
     assert events[-1].type == f"response.{whole.status}"
+    (done,) = (e.item for e in events if e.type == "response.output_item.done")
+    assert [done] == events[-1].response.output and done.status == whole.status
+    if most == 3:
+        return
     held = {"format": {"type": "json_schema", "name": "shape", "schema": SHAPE}}
     assert json.loads(client.responses.create(**asked, text=held).output_text)
 
