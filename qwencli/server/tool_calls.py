@@ -42,7 +42,8 @@ class CallSplitter:
 
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
         self._functions = {tool["function"]["name"]: tool["function"] for tool in tools}
-        self._held, self._inside, self._called = "", False, False
+        self._held, self._gap = "", ""
+        self._inside = self._called = self._is_behind_call = False
 
     def push(self, text: str) -> tuple[str, list[Call]]:
         """(text, calls) that are decided now."""
@@ -57,17 +58,20 @@ class CallSplitter:
                 break
             if self._inside:
                 call = self._parsed(before)
-                said += f"{BEGIN}{before}{END}" if call is None else ""
-                calls += [] if call is None else [call]
-                self._called = self._called or call is not None
+                if call is None:
+                    said += self._said(f"{self._gap}{BEGIN}{before}{END}")
+                else:
+                    calls.append(call)
+                    self._called = self._is_behind_call = True
             else:
-                said += self._outside(before, ends=True)
+                # Empty lines in front of a call belong to it, where it is one.
+                text = before.rstrip()
+                said, self._gap = said + self._said(text), before[len(text) :]
             self._held, self._inside = after, not self._inside
         if not self._inside:
             cut = len(self._held) - _overlap(self._held, BEGIN)
-            # Empty lines in front of a call belong to it.
             cut = len(self._held[:cut].rstrip())
-            said += self._outside(self._held[:cut], ends=False)
+            said += self._said(self._held[:cut])
             self._held = self._held[cut:]
         return said, calls
 
@@ -83,13 +87,15 @@ class CallSplitter:
         """What was held back when the text ends; a call that is not complete is text."""
         held, self._held = self._held, ""
         if not self._inside:
-            return self._outside(held, ends=self._called), []
+            return self._said(held.rstrip() if self._called else held), []
         call = self._parsed(held)
-        return (f"{BEGIN}{held}", []) if call is None else ("", [call])
+        return (self._said(f"{self._gap}{BEGIN}{held}"), []) if call is None else ("", [call])
 
-    def _outside(self, text: str, *, ends: bool) -> str:
-        text = text.rstrip() if ends else text
-        return text.lstrip() if self._called else text
+    def _said(self, text: str) -> str:
+        """Text outside of calls, without empty lines between a call and what is said next."""
+        text = text.lstrip() if self._is_behind_call else text
+        self._is_behind_call = self._is_behind_call and not text
+        return text
 
     def _parsed(self, text: str) -> Call | None:
         try:

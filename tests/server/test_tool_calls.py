@@ -47,6 +47,11 @@ CASES = {
     "a < b and <tool": ("a < b and <tool", []),
     "<tool_call>nothing</tool_call> then": ("<tool_call>nothing</tool_call> then", []),
     "<tool_call>cut": ("<tool_call>cut", []),
+    # What is no call is text as it was, and so is what is said behind one.
+    "see\n\n <tool_call>no</tool_call> \n": ("see\n\n <tool_call>no</tool_call> \n", []),
+    "see\n <tool_call>cut": ("see\n <tool_call>cut", []),
+    AS_JSON + "\n\nNow it  is\ndone.": ("Now it  is\ndone.", [CALL]),
+    AS_JSON + "\n <tool_call>a b": ("<tool_call>a b", [CALL]),
     "line\n\nline\n": ("line\n\nline\n", []),
 }
 
