@@ -8,11 +8,12 @@ each misfit says something else: some where it is imported, some where a kernel 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from qwencli.engine.machine.packages import package_spec
 
 # The first with everything that is called here: padding at the front of a cache, and what the
 # extra `flash` of this package asks for.
@@ -119,7 +120,7 @@ def load_misfit(*, for_transformers: bool = False) -> Misfit | None:
     Args:
         for_transformers: also what transformers imports of it.
     """
-    spec = importlib.util.find_spec("flash_attn")
+    spec = package_spec("flash_attn")
     if spec is None:
         return Misfit("the package flash-attn is not installed", INSTALL)
     if spec.origin is None:
@@ -131,7 +132,7 @@ def load_misfit(*, for_transformers: bool = False) -> Misfit | None:
             getattr(package, name)
         if for_transformers:
             importlib.import_module("flash_attn.bert_padding")
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001 - see `packages.require`
         return misfit(str(error)) or Misfit(
             "flash-attn does not load", BUILD, _first_line(str(error)) or type(error).__name__
         )

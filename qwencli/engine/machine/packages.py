@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 from qwencli.errors import MissingDependencyError
@@ -103,6 +104,15 @@ def outdated_optional() -> tuple[Outdated, ...]:
     return tuple(old for name in names if (old := outdated(name)))
 
 
+def package_spec(name: str) -> ModuleSpec | None:
+    """The package as it would be imported; None = not installed. Without an `origin` it is a mere
+    folder of that name, or what other code of this process has put in its place."""
+    try:
+        return importlib.util.find_spec(name)
+    except ValueError:  # a module in `sys.modules` that was made by hand
+        return ModuleSpec(name, None)
+
+
 def require(module: str, needed_by: str, install: str, instead: str = "") -> Any:
     """The module, imported.
 
@@ -117,16 +127,18 @@ def require(module: str, needed_by: str, install: str, instead: str = "") -> Any
     package = module.partition(".")[0]
     name = package.replace("_", "-")
     or_instead = f", or {instead}" if instead else ""
-    if importlib.util.find_spec(package) is None:
+    spec = package_spec(package)
+    if spec is None or spec.origin is None:
+        what = "is not installed" if spec is None else "is not installed, only another of its name"
         raise MissingDependencyError(
-            f"{needed_by}: the package {name} is not installed", install + or_instead
+            f"{needed_by}: the package {name} {what}", install + or_instead
         )
     old = outdated(name)
     if old is not None:
         raise MissingDependencyError(f"{needed_by}: {old}", old.fix + or_instead)
     try:
         return importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # a misfit shows in whatever others' code happens to raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MissingDependencyError(
             f"{needed_by}: {name} does not load: {reason}",

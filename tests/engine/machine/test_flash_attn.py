@@ -31,6 +31,7 @@ AT_IMPORT = [
     ("ImportError('DLL load failed while importing flash_attn_2_cuda: The specified procedure "
      "could not be found.')", "another torch", BUILD),
     ("OSError('disk on fire')", "does not load", BUILD),
+    ("ValueError('numpy.dtype size changed')", "does not load", BUILD),
 ]  # fmt: skip
 AT_LAUNCH = [
     (CUDA_ERROR, "not built for this GPU", "FLASH_ATTN_CUDA_ARCHS=90 " + BUILD),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 
 import pytest
 
@@ -29,7 +30,27 @@ def test_a_missing_package_names_the_mode_the_install_and_the_way_round():
     assert found.value.hint == "pip install it, or use --mode slow"
 
 
-@pytest.mark.parametrize("error", ["ImportError('libx.so.1')", "OSError('libx.so.1\\nmore')"])
+@pytest.mark.parametrize("way", ["folder", "by hand"])
+def test_what_has_only_a_packages_name_is_not_taken_for_it(tmp_path, monkeypatch, way):
+    if way == "folder":
+        (tmp_path / "named_thing").mkdir()
+        monkeypatch.syspath_prepend(tmp_path)
+    else:
+        monkeypatch.setitem(sys.modules, "named_thing", ModuleType("named_thing"))
+    with pytest.raises(MissingDependencyError) as found:
+        need("named_thing")
+    assert "named-thing is not installed, only another of its name" in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "ImportError('libx.so.1')",
+        "OSError('libx.so.1\\nmore')",
+        "ValueError('libx.so.1')",
+        "AttributeError('libx.so.1')",
+    ],
+)
 def test_a_broken_package_says_why_in_one_line(tmp_path, monkeypatch, error):
     (tmp_path / "broken_thing.py").write_text(f"raise {error}", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
