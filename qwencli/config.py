@@ -340,6 +340,9 @@ def resolve_sampling(
         fallback = model_defaults.get(name) if name in _MODEL_DEFAULTS else None
         default = getattr(base, name) if fallback is None else fallback
         merged[name] = default if said[name] is None else said[name]
+        # Equal options resolve alike, whatever their types: engines keep them by equality.
+        if name in SAMPLING_BOUNDS:
+            merged[name] = (int if SAMPLING_BOUNDS[name].integer else float)(merged[name])
     if said["do_sample"] is None:
         if said["temperature"] == 0:
             merged["do_sample"] = False

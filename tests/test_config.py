@@ -27,6 +27,20 @@ def test_the_user_wins_over_the_model_and_the_model_over_us():
 
 
 @pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"seed": 3.0}, {"seed": 3}),
+        ({"max_new_tokens": True}, {"max_new_tokens": 1}),
+        ({"temperature": 1, "top_k": 5.0}, {"temperature": 1.0, "top_k": 5}),
+    ],
+)
+def test_equal_options_resolve_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Engines keep what options resolve to by equality."""
+    found = [resolve_sampling(SamplingOptions(**each), {}) for each in (one, other)]
+    assert repr(found[0]) == repr(found[1])
+
+
+@pytest.mark.parametrize(
     ("options", "model", "samples"),
     [
         ({}, {"do_sample": False}, False),
