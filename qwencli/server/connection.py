@@ -98,7 +98,7 @@ class HttpConnection(H11Protocol):
         if self._is_refused:
             self.transport.close()
             return
-        self._take(data)
+        self._take(bytes(data))  # Windows' loop hands out bytearrays, which are no keys
         if self._is_answering:
             self._stop_timer()
         elif self._timer is None:

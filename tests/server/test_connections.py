@@ -340,6 +340,26 @@ def test_known_heads_change_nothing(opened, monkeypatch, requests, cut, in_turns
     assert connection._known_heads._heads  # so some were known
 
 
+def test_heads_are_known_where_the_loop_hands_out_bytearrays(monkeypatch, caplog) -> None:
+    """As that of Windows does, with some versions of Python always."""
+    received, known = connection.HttpConnection.data_received, KnownHeads()
+    monkeypatch.setattr(connection, "_known_heads", known)
+    monkeypatch.setattr(
+        connection.HttpConnection,
+        "data_received",
+        lambda self, data: received(self, bytearray(data)),
+    )
+    with (
+        serving(TalkingEngine(most=1)) as running,
+        httpx.Client(base_url=running.address) as client,
+    ):
+        for _ in range(3):
+            body = {"messages": [{"role": "user", "content": "Hi"}]}
+            assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert known._heads
+    assert [each.getMessage() for each in caplog.records] == []
+
+
 @pytest.mark.parametrize(
     "head",
     [
