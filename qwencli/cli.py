@@ -20,6 +20,8 @@ from qwencli.errors import OutputError, QwenCliError, StoppedError, UsageError
 from qwencli.output import Output, ready_streams, release_streams, visible
 from qwencli.typed_values import read_number, read_whole
 
+# Whatever it was started as: completion scripts complete it by this name.
+PROGRAM = "qwencli"
 GLOBAL_FLAGS = ("--quiet", "-q", "--debug")
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 # Full, over a quota, closed, or a device that fails.
@@ -231,11 +233,11 @@ def _run(arguments: list[str]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     arguments = _global_flags_first(arguments) or ["--help"]
     if "--debug" in arguments:
-        return _finished(app(arguments, standalone_mode=False))
+        return _finished(app(arguments, standalone_mode=False, prog_name=PROGRAM))
     # Deprecation notes of libraries are ours to act on, not the user's.
     warnings.simplefilter("ignore")
     try:
-        return _finished(app(arguments, standalone_mode=False))
+        return _finished(app(arguments, standalone_mode=False, prog_name=PROGRAM))
     except StoppedError as stopped:
         Output().notice(f"{stopped.message} ({stopped.hint})")
         return stopped.exit_code

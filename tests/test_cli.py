@@ -382,3 +382,9 @@ def test_an_empty_prompt_is_one_line(capsys, tmp_path, prompt, more):
     (tmp_path / "a.png").touch()
     assert cli.run(["caption", str(tmp_path / "a.png"), "--prompt", prompt, *more]) == 2
     assert "--prompt is empty" in capsys.readouterr().err
+
+
+def test_the_command_has_one_name_however_it_was_started(capsys):
+    """What completes commands is written for it: `python -m qwencli` would complete python."""
+    assert cli.run(["ps", "--help"]) == 0
+    assert "Usage: qwencli ps" in capsys.readouterr().out

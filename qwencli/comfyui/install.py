@@ -111,7 +111,7 @@ def find_comfyui(path: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    hint = "give the folder that has ComfyUI's main.py and custom_nodes in it"
+    hint = f"give the folder that has ComfyUI's {', '.join(_PROGRAM)} and {_CUSTOM_NODES} in it"
     if not path.exists():
         raise InputError(f"{path}: there is no such folder", hint)
     if not path.is_dir():

@@ -66,9 +66,9 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
         )
     if not (listing.items or listing.refused):
         named = ", ".join(str(each) for each in job.inputs) or "this folder"
-        if chosen.glob and listing.others:
+        if listing.unmatched:
             raise InputError(
-                f"{named}: no picture or video there is {' or '.join(chosen.glob)}",
+                f"{named}: no picture or video there is {' or '.join(chosen.glob or ())}",
                 "check --glob; a pattern with a slash is of the whole path",
             )
         raise InputError(

@@ -47,7 +47,10 @@ class Template:
 
     def __init__(self, text: str, source: str) -> None:
         self.text, self.source = text, source
-        self.fields = frozenset(found[2] for found in _FIELD.finditer(text) if found[2])
+        uses = [found for found in _FIELD.finditer(text) if found[2]]
+        self.fields = frozenset(found[2] for found in uses)
+        # Of these the text says nothing for where they are not known.
+        self.needed = frozenset(found[2] for found in uses if found[3] is None)
         for field in sorted(self.fields):
             if not NAME.fullmatch(field):
                 raise UsageError(
@@ -128,7 +131,8 @@ class PromptSet:
         return any(template.fields - set(PATH_FIELDS) for template in self._templates)
 
     def check_fields(self, hints: Iterable[Mapping[str, str]]) -> None:
-        """Raise UsageError for a field that neither we nor any picture's JSON file has.
+        """Raise UsageError for a field that neither we nor any picture's JSON file has, unless the
+        template says what stands in its place, and it is not nearly the name of another.
 
         Args:
             hints: of the pictures; no more of them are taken than it needs to find every field.
@@ -146,6 +150,8 @@ class PromptSet:
         for field, source in missing.items():
             names = list(dict.fromkeys([*fixed, *sorted(seen)]))
             close = difflib.get_close_matches(field, names, 1)
+            if not close and not any(field in each.needed for each in self._templates):
+                continue
             raise UsageError(
                 f"{source}: {{{field}}} is not a field, and no picture's JSON file has it",
                 f"did you mean {{{close[0]}}}? "

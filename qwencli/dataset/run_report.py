@@ -220,6 +220,7 @@ def _counts(whole: CaptionSet, extension: str) -> list[str]:
         f"{number} {what}"
         for number, what in (
             (listing.hidden, "hidden"),
+            (listing.unmatched, "that no --glob matches"),
             (sum(others.values()), f"of other kinds ({_kinds(others)})"),
             (listing.seen, "that were seen already"),
         )

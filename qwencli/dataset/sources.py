@@ -95,6 +95,7 @@ class Listing:
         refused: items that cannot be captioned, and why.
         hidden: files whose name begins with a dot (`._*` of macOS among them).
         others: files that are neither pictures nor videos by their name, by its ending.
+        unmatched: those that are, and that `--glob` leaves out.
         seen: folders and files that several names lead to, counted once each.
         partial: what a killed run left behind while it wrote.
     """
@@ -104,6 +105,7 @@ class Listing:
     refused: list[tuple[Item, QwenCliError]] = field(default_factory=list)
     hidden: int = 0
     others: Counter[str] = field(default_factory=Counter)
+    unmatched: int = 0
     seen: int = 0
     partial: list[Path] = field(default_factory=list)
 
@@ -242,7 +244,7 @@ class _Wanted:
     def __init__(self, globs: Iterable[str]) -> None:
         from qwencli.engine.frontend.media_files import PICTURE_SUFFIXES
 
-        self._suffixes = PICTURE_SUFFIXES | VIDEO_SUFFIXES
+        self.suffixes = PICTURE_SUFFIXES | VIDEO_SUFFIXES
         self._patterns = [glob_pattern(glob) for glob in globs]
 
     @property
@@ -251,7 +253,7 @@ class _Wanted:
 
     def __call__(self, below: str, name: str, suffix: str) -> bool:
         """Args: below: the path of its folder, with a slash behind it; or empty."""
-        if suffix not in self._suffixes:
+        if suffix not in self.suffixes:
             return False
         return not self._patterns or any(each.fullmatch(below + name) for each in self._patterns)
 
@@ -314,7 +316,7 @@ class _Walk:
                 if rows or self._wanted(folder, name, suffix):
                     self.add_part(f"{key}/{below}", part)
                 else:
-                    self._listing.others[suffix] += 1
+                    self._leave_out(suffix)
             if kind is None and len(self._keys) == before and not self._wanted.is_narrowed:
                 raise NoPicturesError(f"{path} holds no picture or video", "leave it out")
         except NoPicturesError as error:
@@ -413,8 +415,14 @@ class _Walk:
                 elif is_shard(name):
                     self._shards[entry.path] = suffix
                 elif name not in (FAILURES, REPORT):
-                    self._listing.others[suffix] += 1
+                    self._leave_out(suffix)
         return found
+
+    def _leave_out(self, suffix: str) -> None:
+        if suffix in self._wanted.suffixes:
+            self._listing.unmatched += 1
+        else:
+            self._listing.others[suffix] += 1
 
     def _key(self, path: str) -> str:
         base = self._base

@@ -75,13 +75,25 @@ def test_any_text_is_a_template_or_one_error(text, known):
 
 @pytest.mark.parametrize(
     ("text", "hint"),
-    [("{tgas}", "did you mean {tags}"), ("{zzzzqq}", "use {name}, {dir}, {tags}")],
+    [
+        ("{tgas}", "did you mean {tags}"),
+        ("{tgas|none}", "did you mean {tags}"),
+        ("{subjct|a person}", "did you mean {subject}"),
+        ("{zzzzqq}", "use {name}, {dir}, {tags}"),
+        ("{zzzzqq|none} {zzzzqq}", "use {name}, {dir}, {tags}"),
+    ],
 )
 def test_an_unknown_field_is_one_error_with_what_there_is(text, hint):
     with pytest.raises(UsageError, match="not a field, and no picture") as raised:
         made(prompt=text).check_fields([{}, {"subject": "cat"}])
     assert hint in raised.value.hint
     assert "--prompt" in raised.value.message
+
+
+def test_what_has_something_in_its_place_may_be_unknown():
+    prompts = made(prompt="{subject|a person} {tags|none} {mood|}")
+    prompts.check_fields([{}])
+    assert prompts.questions("a.png", {})[0].text == "a person none "
 
 
 def test_fields_of_json_files_count_and_no_more_files_are_read_than_needed():

@@ -43,6 +43,14 @@ def test_pictures_and_videos_in_natural_order(pictures):
     assert keys(folder, recursive=True)[-1] == "b/c.webp"
 
 
+def test_pictures_that_no_glob_matches_are_no_files_of_other_kinds(pictures):
+    folder = pictures("cat1.png", "cat2.png", "sub/cat1.png", "sub/dog.png")
+    (folder / "notes.pdf").write_bytes(b"x")
+    listing = list_inputs([str(folder)], Selection(recursive=True, globs=("cat1.*",)))
+    assert [item.key for item in listing.items] == ["cat1.png", "sub/cat1.png"]
+    assert (listing.unmatched, listing.others) == (2, {".pdf": 1})
+
+
 def test_several_inputs_have_one_folder_in_common(pictures):
     folder = pictures("a/1.png", "b/2.png")
     assert keys(folder / "a", folder / "b" / "2.png") == ["a/1.png", "b/2.png"]
