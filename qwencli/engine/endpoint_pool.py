@@ -165,8 +165,7 @@ class EndpointPool:
             InputError, AnswerError: this request has no answer.
             EndpointError: no server is left.
         """
-        started_s = time.perf_counter()
-        sent = await self._loop.run_in_executor(self._openers, _prepare, source, config)
+        sent, started_s = await self._loop.run_in_executor(self._openers, _prepare, source, config)
         del source  # pictures are held no longer than needed
         try:
             await self._answer_prepared(sent, started_s, tell, live=live)
@@ -273,5 +272,9 @@ class EndpointPool:
         tell(GenerationChunk(last.text, (), reader.result(), last.thoughts))
 
 
-def _prepare(source: RequestSource, config: EngineConfig) -> EncodedRequest:
-    return encode_request(request_of(source), config)
+def _prepare(source: RequestSource, config: EngineConfig) -> tuple[EncodedRequest, float]:
+    """A request ready to be sent, and when it began: its pictures were open by then, and what
+    opening the first one imports was there."""
+    request = request_of(source)
+    started_s = time.perf_counter()
+    return encode_request(request, config), started_s

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -409,6 +412,51 @@ def test_captions_through_a_server(
     assert record["quantization"] is record["num_image_tokens"] is None
     assert record["timings"]["prefill_s"] is None and record["timings"]["ttft_s"] > 0
     assert "prompt 20 | TTFT" in err and f"remote on {server.url}" in err
+
+
+@pytest.mark.parametrize("of_a_folder", [False, True])
+def test_ttft_has_no_imports_in_it(
+    server: StandIn, pictures: list[Path], of_a_folder: bool
+) -> None:
+    """Of a fresh process: a request's time has no import of ours in it, and numpy is not needed."""
+    code = """
+import sys
+from qwencli.cli import run
+from qwencli.engine import endpoint_pool
+from qwencli.engine.openai_format import AnswerReader, encode_request
+
+def encoded(*arguments):
+    begun.append(set(sys.modules))
+    return encode_request(*arguments)
+
+def result(reader):
+    new = set(sys.modules) - begun[0]
+    late.extend(name for name in new if name.startswith(("PIL", "httpx", "qwencli.engine")))
+    return finish(reader)
+
+begun, late, finish = [], [], AnswerReader.result
+endpoint_pool.encode_request, AnswerReader.result = encoded, result
+code = run(sys.argv[1:])
+assert begun and not late and "numpy" not in sys.modules, late
+sys.exit(code)
+"""
+    where = pictures[0].parent if of_a_folder else pictures[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "caption", str(where), "--endpoint", server.url],
+        timeout=120, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_request_begins_once_its_pictures_are_open(server: StandIn) -> None:
+    def opened() -> GenerationRequest:
+        time.sleep(0.5)
+        return asked()
+
+    with engine(server) as remote_engine:
+        (result,) = generate_many(remote_engine, [opened])
+    assert result.timings.e2e_s < 0.5
 
 
 def test_a_folder_whose_second_server_is_killed_midway(
