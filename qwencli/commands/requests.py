@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwencli.capabilities import check_thinking
-from qwencli.config import EngineConfig, LoadFormat, ModelSource
+from qwencli.config import EngineConfig, EngineName, LoadFormat, ModelSource
 from qwencli.dataset.named_inputs import StdinPart, local_path, url_part
 from qwencli.errors import (
     AnswerError,
@@ -89,7 +89,12 @@ def _loaded_here(config: EngineConfig, sink: Output) -> Engine:
 
     with sink.status(f"starting {config.model.name}"):
         # Before a download: a mode that the engine does not have should not cost gigabytes first.
-        engine = create_engine(config)
+        if config.engine is EngineName.REMOTE:
+            from qwencli.engine.remote import RemoteEngine
+
+            engine: Engine = RemoteEngine(config, warn=sink.warn)
+        else:
+            engine = create_engine(config)
         if config.model.source is not ModelSource.REMOTE:
             from qwencli.engine.resolve import resolve_device
 

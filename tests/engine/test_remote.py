@@ -475,7 +475,34 @@ def test_a_folder_whose_second_server_is_killed_midway(
     for number, path in enumerate(pictures):
         said = path.with_suffix(".txt").read_text("utf-8").strip()
         assert said == f"A picture 40x30 of {number},0,0"
-    assert "24 captioned, 0 failed" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "24 captioned, 0 failed" in err
+    gone = f"warning: {other.url} does not answer any more; the others are asked meanwhile"
+    assert [line for line in err.splitlines() if "warning" in line] == [gone]
+
+
+def test_servers_that_die_are_told_of_and_that_they_are_back(server: StandIn) -> None:
+    with engine(server) as remote_engine:
+        server.fault = lambda number: "drop" if number < 2 else ""
+        assert remote_engine.generate(asked()).text
+        assert remote_engine.load_warnings == ()  # it was there all the time
+        server.fault = lambda number: "drop" if number < 5 else ""
+        server.listing = (503, b"{}")
+        assert remote_engine.generate(asked()).text
+        gone, back = remote_engine.load_warnings
+    assert (gone, back) == (f"{server.url} does not answer any more", f"{server.url} answers now")
+
+
+def test_where_all_are_dead_all_are_named(server: StandIn) -> None:
+    with StandIn().running() as other, engine(server, other) as remote_engine:
+        server.kill()
+        other.kill()
+        with pytest.raises(EndpointError) as told:
+            remote_engine.generate(asked())
+    assert server.url in told.value.message and other.url in told.value.message
+    with pytest.raises(EndpointError) as told:
+        engine(server, other).load()
+    assert server.url in told.value.message and other.url in told.value.message
 
 
 def test_a_picture_that_always_fails_costs_its_caption_only(
