@@ -97,6 +97,7 @@ class Endpoint:
         self.owner: str | None = None
         self.max_seq_len: int | None = None
         self.can_think: bool | None = None
+        self.model_type: str | None = None
 
     def choose_model(self, entries: list[Mapping[str, Any]] | None, model: ModelSpec) -> None:
         """Choose the entry of a server's list that `model` names, or the only one.
@@ -131,6 +132,8 @@ class Endpoint:
         self.max_seq_len = length if type(length) is int and length > 0 else None
         thinks = entry.get("can_think")  # our own servers say it
         self.can_think = thinks if isinstance(thinks, bool) else None
+        kind = entry.get("model_type")
+        self.model_type = kind if isinstance(kind, str) else None
 
 
 def _is_loopback(host: str) -> bool:

@@ -115,6 +115,12 @@ class RemoteEngine(QueuedEngine):
         return min(lengths, default=None)
 
     @property
+    def model_type(self) -> str | None:
+        """What all of the servers say."""
+        said = {each.model_type for each in self.endpoints if each.model}
+        return said.pop() if len(said) == 1 else None
+
+    @property
     def can_think(self) -> bool | None:
         """False where one of the servers says so, as any may be asked; True where all do."""
         said = [each.can_think for each in self.endpoints]

@@ -67,6 +67,11 @@ class ResidentEngine(QueuedEngine):
         return length
 
     @property
+    def model_type(self) -> str | None:
+        kind: str | None = self._ready["model_type"]
+        return kind
+
+    @property
     def can_think(self) -> bool | None:
         thinks: bool | None = self._ready["can_think"]
         return thinks

@@ -151,6 +151,7 @@ class ResidentServer:
             "effective": engine.effective,
             "load_s": engine.load_s,
             "max_seq_len": engine.max_seq_len,
+            "model_type": engine.model_type,
             "can_think": engine.can_think,
             "memory_plan": dict(engine.memory_plan),
             "load_warnings": tuple(engine.load_warnings),

@@ -157,6 +157,21 @@ def test_a_server_of_ours_says_whether_its_model_thinks(server: StandIn, said, k
         assert remote_engine.can_think is known
 
 
+def test_a_server_says_of_what_kind_its_model_is_and_so_how_it_counts_in_boxes(
+    server: StandIn, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"bbox_2d": [0, 500, 1000, 1000], "label": "ring"}
+    server.say = lambda body: json.dumps([found])
+    boxes = (pictures[0], "--schema", "boxes", "--overlay", "none", "--endpoint", server.url)
+    assert caption(*boxes) == 2
+    assert "vLLM: --served-model-name" in capsys.readouterr().err
+    server.models = [{"id": MODEL, "owned_by": "qwencli", "model_type": "qwen3_vl"}]
+    assert caption(*boxes) == 0
+    assert '"bbox_2d": [0, 15, 40, 30]' in capsys.readouterr().out
+    with StandIn().running() as other, engine(server, other) as remote_engine:
+        assert remote_engine.model_type is None  # either may be asked
+
+
 def test_a_server_that_ignores_thinking_is_told_of(server: StandIn) -> None:
     with engine(server) as remote_engine:
         assert remote_engine.can_think is None
