@@ -163,7 +163,7 @@ def _captioner(
     devices: Sequence[str],
     ray: str | None,
     sink: Output,
-    keep_s: float,
+    keep_s: float | None,
 ) -> Iterator[Captioner]:
     """What makes `count` captions: workers of a cluster, or on devices, or an engine right here."""
     from qwencli.commands.requests import fetch_model, running_engine

@@ -174,7 +174,7 @@ class CaptionJob:
 
     Args:
         samples: captions of each picture.
-        keep_s: how long the engine stays loaded; 0 = it runs in this process.
+        keep_s: see `requests.running_engine`.
     """
 
     inputs: Sequence[str | StdinPart]
@@ -183,7 +183,7 @@ class CaptionJob:
     system: str | None
     frames: int | None
     overlay: str | None
-    keep_s: float
+    keep_s: float | None
     samples: int = 1
 
 

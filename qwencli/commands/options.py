@@ -275,7 +275,7 @@ class RunOptions:
                 f"--endpoint and --engine {self.engine} exclude each other", "use --engine remote"
             )
 
-    def decoded_pixels(self, keep_s: float) -> int | None:
+    def decoded_pixels(self, keep_s: float | None) -> int | None:
         """What pictures may be decoded for, see `image_part`; None = whole.
 
         A server is sent the picture and makes it smaller itself.
@@ -338,7 +338,7 @@ class KeepOptions:
         _model(
             metavar="TIME",
             text="Keep the model loaded for the next command, 0 = do not; $QWENCLI_KEEP_LOADED. "
-            "Default: 5m on a GPU, else 0.",
+            "Default: 5m on a GPU; else one that is there is used, and none started.",
         ),
     ] = None
 
@@ -346,8 +346,11 @@ class KeepOptions:
         if self.keep_loaded is not None:
             parse_duration(self.keep_loaded, "--keep-loaded")
 
-    def seconds(self, run: RunOptions) -> float:
+    def seconds(self, run: RunOptions) -> float | None:
         """What the user said, over the environment, over their config.toml, over our default.
+
+        None is that default on a CPU: none is started, and one that is there is used, for as long
+        as was said of it.
 
         Raises:
             UsageError: it is no time.
@@ -368,13 +371,13 @@ class KeepOptions:
         return _default_keep_s(run.device) if said is None else parse_duration(said, "keep_loaded")
 
 
-def _default_keep_s(device: str) -> float:
+def _default_keep_s(device: str) -> float | None:
     """Loading a model onto a GPU takes long enough that keeping it pays."""
     if device != "auto" and not device.startswith("cuda"):
-        return 0.0
+        return None
     from qwencli.engine.machine.host import num_gpus
 
-    return 300.0 if num_gpus() else 0.0
+    return 300.0 if num_gpus() else None
 
 
 def with_run_options(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwencli.capabilities import check_thinking
-from qwencli.config import EngineConfig, LoadFormat, ModelSource
+from qwencli.config import EngineConfig, EngineName, LoadFormat, ModelSource
 from qwencli.dataset.named_inputs import StdinPart, local_path, url_part
 from qwencli.errors import (
     AnswerError,
@@ -37,18 +37,19 @@ if TYPE_CHECKING:
 
 @contextmanager
 def running_engine(
-    config: EngineConfig, sink: Output, keep_s: float = 0.0, *, thinking: bool = False
+    config: EngineConfig, sink: Output, keep_s: float | None = 0.0, *, thinking: bool = False
 ) -> Iterator[Engine]:
     """An engine, loaded, closed at the end whatever happens.
 
     Args:
-        keep_s: above 0 it is the resident one, which stays so long after the last request.
+        keep_s: above 0 it is the resident one, which stays so long after the last request; None =
+            it is that one where it has this model loaded already. 0 = it runs in this process.
         thinking: its answers have to have thoughts.
 
     Raises:
         UsageError: its model has no thoughts; and whatever `Engine.load` raises.
     """
-    engine = _resident(config, sink, keep_s) if keep_s else None
+    engine = None if keep_s == 0 else _resident(config, sink, keep_s)
     engine = engine or _loaded_here(config, sink)
     said = engine.load_warnings
     try:
@@ -67,11 +68,12 @@ def running_engine(
                 sink.warn(warning)
 
 
-def _resident(config: EngineConfig, sink: Output, keep_s: float) -> Engine | None:
+def _resident(config: EngineConfig, sink: Output, keep_s: float | None) -> Engine | None:
     """The resident engine with this model loaded; None where it cannot be used now."""
     from qwencli.server.resident_engine import ResidentEngine
 
-    fetch_model(config)
+    if keep_s is not None:
+        fetch_model(config)
     engine = ResidentEngine(config, keep_s, sink.notice)
     try:
         with sink.status(f"loading {config.model.name}"):
@@ -79,7 +81,8 @@ def _resident(config: EngineConfig, sink: Output, keep_s: float) -> Engine | Non
     except QwenCliError:
         if not engine.unusable:
             raise
-        sink.notice(f"note: {engine.unusable}: the model is loaded here")
+        if keep_s is not None:
+            sink.notice(f"note: {engine.unusable}: the model is loaded here")
         return None
     return engine
 
@@ -89,7 +92,12 @@ def _loaded_here(config: EngineConfig, sink: Output) -> Engine:
 
     with sink.status(f"starting {config.model.name}"):
         # Before a download: a mode that the engine does not have should not cost gigabytes first.
-        engine = create_engine(config)
+        if config.engine is EngineName.REMOTE:
+            from qwencli.engine.remote import RemoteEngine
+
+            engine: Engine = RemoteEngine(config, warn=sink.warn)
+        else:
+            engine = create_engine(config)
         if config.model.source is not ModelSource.REMOTE:
             from qwencli.engine.resolve import resolve_device
 

@@ -132,7 +132,7 @@ def adapt_to_model(engine: Engine, processor: CaptionProcessor) -> WorkerReady:
     )
     processor.max_seq_len = engine.max_seq_len
     if processor.config.boxes:
-        processor.count_boxes_in(_box_grid(config))
+        processor.count_boxes_in(_box_grid(engine))
     has_files = config.load_format is LoadFormat.AUTO and config.engine is not EngineName.REMOTE
     if processor.config.format.max_tokens is not None and has_files:
         from qwencli.engine.frontend.tokenizer import Tokenizer
@@ -144,23 +144,29 @@ def adapt_to_model(engine: Engine, processor: CaptionProcessor) -> WorkerReady:
     return WorkerReady(_facts(engine, config.model), engine.max_rows, tuple(engine.load_warnings))
 
 
-def _box_grid(config: EngineConfig) -> int | None:
-    """Raises UsageError for a model of a server of which nothing is known here."""
-    from qwencli.models.config_values import read_json_object
-    from qwencli.models.families import FAMILIES
-    from qwencli.models.hub import locate
-    from qwencli.models.shape_reader import read_shape
+def _box_grid(engine: Engine) -> int | None:
+    """See `Family.box_grid`.
 
-    known = config.model.hub_config
-    if known is None and config.engine is EngineName.REMOTE:
+    Raises:
+        UsageError: nothing is known of how the model counts.
+    """
+    from qwencli.models.families import FAMILIES
+
+    model = engine.config.model
+    # What the model is: as its files or its server say, else as a server's name for it does.
+    kind = engine.model_type or (model.hub_config or {}).get("model_type")
+    family = FAMILIES.get(str(kind))
+    if family is None:
+        hint = f"take a model of these: {', '.join(FAMILIES)}"
+        if engine.config.engine is EngineName.REMOTE:
+            hint = (
+                "start the server with the model's name on the hub (vLLM: --served-model-name "
+                "Qwen/Qwen3-VL-4B-Instruct), or with qwencli serve"
+            )
         raise UsageError(
-            f"--schema boxes: nothing is known of how {config.model.name} counts in boxes",
-            "name the model as the hub does (--model Qwen/Qwen3-VL-4B-Instruct)",
+            f"--schema boxes: nothing is known of how {model.name} counts in boxes", hint
         )
-    if known is None:
-        folder = locate(config.model, offline=True, allow_pickle=config.allow_pickle)
-        known = read_json_object(folder / "config.json")
-    return FAMILIES[read_shape(known).model_type].box_grid
+    return family.box_grid
 
 
 def joined_facts(every: Sequence[Facts]) -> Facts:

@@ -134,6 +134,10 @@ class BaseEngine(ManyRequests, ABC):
         return wanted if isinstance(wanted, int) else self.files.max_seq_len
 
     @property
+    def model_type(self) -> str | None:
+        return str(self.files.hub_config.get("model_type", "")) or None
+
+    @property
     def can_think(self) -> bool:
         return self.files.prompts.can_think
 

@@ -21,6 +21,7 @@ from qwencli.config import EngineConfig, ModelSource, ModelSpec
 from qwencli.engine.openai_client import (
     CONNECT_S,
     ROWS,
+    TRY_AGAIN,
     Endpoint,
     OpenAIClient,
     RetryableError,
@@ -52,13 +53,18 @@ class _Member:
         self.rests_until_s = 0.0
         # Why it is not asked any more.
         self.refusal: EndpointError | None = None
+        # Why its last answer failed; None where that came.
+        self.failure: EndpointError | None = None
+        # The user knows that it does not answer.
+        self.told_gone = False
 
     @property
     def is_ready(self) -> bool:
         return self.refusal is None and self.rests_until_s <= time.monotonic()
 
-    def failed(self) -> None:
+    def failed(self, error: AnswerError) -> None:
         """What runs there fails together, and counts once."""
+        self.failure = EndpointError(error.message, error.hint)
         if self.rests_until_s <= time.monotonic():
             self.num_failures += 1
             self.rest(_pause_s(self.num_failures))
@@ -74,11 +80,17 @@ def _pause_s(failures: int) -> float:
 class EndpointPool:
     """Servers that answer the same requests, and the thread that asks them.
 
+    Args:
+        warn: takes a line about a server that answers no more, or again; in that thread.
+
     Raises:
         UsageError: the API key cannot be sent, on creation.
     """
 
-    def __init__(self, endpoints: Sequence[Endpoint], key_variable: str) -> None:
+    def __init__(
+        self, endpoints: Sequence[Endpoint], key_variable: str, warn: Callable[[str], None]
+    ) -> None:
+        self._warn = warn
         self._members = [_Member(OpenAIClient(each, key_variable)) for each in endpoints]
         self._openers = concurrent.futures.ThreadPoolExecutor(_OPENERS, "open pictures")
         self._loop = asyncio.new_event_loop()
@@ -126,15 +138,17 @@ class EndpointPool:
         refusals = await asyncio.gather(*(self._learn_model(each, model) for each in self._members))
         found = [error for error in refusals if error is not None]
         if len(found) == len(self._members):
-            raise found[0]
+            raise self._all_failed()
+        for member in self._members:
+            member.told_gone = member.failure is not None
         return found
 
     async def _learn_model(self, member: _Member, model: ModelSpec) -> EndpointError | None:
         try:
             await member.client.learn_model(model)
         except RetryableError as failure:
-            member.failed()
-            return EndpointError(failure.error.message, failure.error.hint)
+            member.failed(failure.error)
+            return member.failure
         except EndpointError as error:
             member.refusal = error
             return error
@@ -165,8 +179,7 @@ class EndpointPool:
             InputError, AnswerError: this request has no answer.
             EndpointError: no server is left.
         """
-        started_s = time.perf_counter()
-        sent = await self._loop.run_in_executor(self._openers, _prepare, source, config)
+        sent, started_s = await self._loop.run_in_executor(self._openers, _prepare, source, config)
         del source  # pictures are held no longer than needed
         try:
             await self._answer_prepared(sent, started_s, tell, live=live)
@@ -189,22 +202,25 @@ class EndpointPool:
             member.num_running += 1
             try:
                 await self._answer_from(member, sent, started_s, tell, live=live)
-                member.num_failures = 0
+                self._answered(member)
                 return
             except RetryableError as failure:
                 wanted_s = min(failure.pause_s, LONGEST_PAUSE_S)
                 if failure.unreachable:
-                    member.failed()
+                    member.failed(failure.error)
+                    await self._tell_gone(member)
                 elif wanted_s:
                     member.rest(wanted_s)
                 if attempt >= ATTEMPTS:
                     if failure.unreachable and not await self._any_lives():
-                        raise EndpointError(failure.error.message, failure.error.hint) from None
+                        raise self._all_failed() from None
                     raise failure.error from None
                 pause = max(wanted_s, _pause_s(attempt))
             except EndpointError as error:
                 if isinstance(error, AnswerError):
                     raise
+                if member.refusal is None:
+                    self._warn(self._without(member, error.message))
                 member.refusal, pause = error, 0.0
             finally:
                 member.num_running -= 1
@@ -221,7 +237,7 @@ class EndpointPool:
         while True:
             able = [each for each in self._members if each.refusal is None]
             if not able:
-                raise next(each.refusal for each in self._members if each.refusal is not None)
+                raise self._all_failed()
             ready = [each for each in able if each.is_ready]
             # One that rests is asked all the same where there is no other: `answer` has waited.
             ready = ready or [min(able, key=lambda each: each.rests_until_s)]
@@ -231,6 +247,38 @@ class EndpointPool:
             self._freed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._freed.wait(), 1.0)
+
+    async def _tell_gone(self, member: _Member) -> None:
+        """Say it where a server that failed is gone, and did not only break an answer off."""
+        if member.told_gone or await member.client.is_alive():
+            return
+        if not member.told_gone:  # what ran there fails together
+            member.told_gone = True
+            name = member.endpoint.name
+            self._warn(self._without(member, f"{name} does not answer any more"))
+
+    def _without(self, member: _Member, why: str) -> str:
+        others = any(
+            each.refusal is None and not each.told_gone
+            for each in self._members
+            if each is not member
+        )
+        return f"{why}; the others are asked meanwhile" if others else why
+
+    def _answered(self, member: _Member) -> None:
+        member.num_failures, member.failure = 0, None
+        if member.told_gone:
+            member.told_gone = False
+            self._warn(f"{member.endpoint.name} answers now")
+
+    def _all_failed(self) -> EndpointError:
+        """Why each server is of no use."""
+        errors = []
+        for member in self._members:
+            gone = EndpointError(f"{member.endpoint.name} does not answer", TRY_AGAIN)
+            errors.append(member.refusal or member.failure or gone)
+        hints = dict.fromkeys(error.hint for error in errors if error.hint)
+        return EndpointError("; ".join(error.message for error in errors), "; ".join(hints))
 
     async def _any_lives(self) -> bool:
         for member in self._members:
@@ -273,5 +321,9 @@ class EndpointPool:
         tell(GenerationChunk(last.text, (), reader.result(), last.thoughts))
 
 
-def _prepare(source: RequestSource, config: EngineConfig) -> EncodedRequest:
-    return encode_request(request_of(source), config)
+def _prepare(source: RequestSource, config: EngineConfig) -> tuple[EncodedRequest, float]:
+    """A request ready to be sent, and when it began: its pictures were open by then, and what
+    opening the first one imports was there."""
+    request = request_of(source)
+    started_s = time.perf_counter()
+    return encode_request(request, config), started_s

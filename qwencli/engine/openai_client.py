@@ -36,7 +36,7 @@ _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529
 _BUSY = frozenset({429, 503, 529})
 # What a busy server is left alone for, unless it says for how long.
 _BUSY_PAUSE_S = 0.5
-_TRY_AGAIN = "try again, or ask another server"
+TRY_AGAIN = "try again, or ask another server"
 _LOG = "its log tells more"
 T = TypeVar("T")
 
@@ -97,6 +97,7 @@ class Endpoint:
         self.owner: str | None = None
         self.max_seq_len: int | None = None
         self.can_think: bool | None = None
+        self.model_type: str | None = None
 
     def choose_model(self, entries: list[Mapping[str, Any]] | None, model: ModelSpec) -> None:
         """Choose the entry of a server's list that `model` names, or the only one.
@@ -131,6 +132,8 @@ class Endpoint:
         self.max_seq_len = length if type(length) is int and length > 0 else None
         thinks = entry.get("can_think")  # our own servers say it
         self.can_think = thinks if isinstance(thinks, bool) else None
+        kind = entry.get("model_type")
+        self.model_type = kind if isinstance(kind, str) else None
 
 
 def _is_loopback(host: str) -> bool:
@@ -225,10 +228,10 @@ class OpenAIClient:
 
     def connection_lost(self) -> RetryableError:
         said = f"{self.endpoint.name} broke off its answer"
-        return RetryableError(AnswerError(said, _TRY_AGAIN), unreachable=True)
+        return RetryableError(AnswerError(said, TRY_AGAIN), unreachable=True)
 
     def malformed_answer(self, error: MalformedAnswerError) -> RetryableError:
-        return RetryableError(AnswerError(f"{self.endpoint.name} sent {error}", _TRY_AGAIN))
+        return RetryableError(AnswerError(f"{self.endpoint.name} sent {error}", TRY_AGAIN))
 
     async def _events(self, response: httpx.Response) -> AsyncIterator[Any]:
         """The JSON values of an answer: events of a stream, or the whole.
@@ -347,7 +350,7 @@ class OpenAIClient:
             )
         if status < 300:
             said = f"{name} sent status {status} for an answer"
-            raise RetryableError(AnswerError(said, _TRY_AGAIN))
+            raise RetryableError(AnswerError(said, TRY_AGAIN))
         if status in (401, 403):
             given = os.environ.get(self._key_variable)
             wants = "refuses the API key" if given else "wants an API key"
@@ -366,7 +369,7 @@ class OpenAIClient:
 
     def _hangs(self, seconds: float) -> RetryableError:
         said = f"{self.endpoint.name} has said nothing for {seconds:.0f} s"
-        return RetryableError(AnswerError(said, _TRY_AGAIN), unreachable=True)
+        return RetryableError(AnswerError(said, TRY_AGAIN), unreachable=True)
 
     def _unreachable(self, error: Exception) -> RetryableError:
         import httpx
@@ -430,9 +433,6 @@ class _Lines:
                 self._begun = _Bounded()
             self._begun.push(part)
         return [line for line in found if line and not line.startswith(":")]
-
-
-_TRY_AGAIN = "try again, or ask another server"
 
 
 def _json(text: str) -> Any:

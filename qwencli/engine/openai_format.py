@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwencli.config import EngineConfig, SamplingOptions, SamplingParams
 from qwencli.engine.frontend.detokenizer import ThoughtSplitter
+from qwencli.engine.frontend.picture_size import check_visual, smart_resize
 from qwencli.engine.frontend.tokenizer import THOUGHT_END
 from qwencli.messages import GenerationRequest, ImagePart, Message, TextPart, VideoPart
 from qwencli.results import EffectiveConfig, FinishReason, GenerationResult, Size, Timings
@@ -148,8 +149,6 @@ class _Pictures:
         self.notes: list[str] = []
 
     def urls(self, part: ImagePart | VideoPart) -> Iterator[str]:
-        from qwencli.engine.frontend.preprocess import check_visual
-
         check_visual(part)
         self.names.append(part.name)
         if isinstance(part, ImagePart):
@@ -160,8 +159,6 @@ class _Pictures:
 
     def _url(self, image: Image) -> str:
         from PIL.Image import Resampling
-
-        from qwencli.engine.frontend.preprocess import smart_resize
 
         width, height = image.size
         rows, columns = smart_resize(

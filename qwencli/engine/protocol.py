@@ -60,13 +60,14 @@ class Engine(RequestQueue, Protocol):
     """Loads one model once and answers requests until closed. A context manager.
 
     `effective`, `load_s`, `max_seq_len` (most tokens of a request, None where
-    a server does not say), `can_think` (whether thoughts can be asked for, None where a server does
-    not say), `memory_plan` (bytes by use,
-    empty where nothing is planned) and `load_warnings` (a line each) exist after `load`. `load` is
-    idempotent; `close` frees device memory without moving weights to the host; after `close`,
-    `load` may be called again. `weights_read` is (bytes read, all bytes) of the load that runs
-    or ran last, and may be looked at from other threads; (0, 0) where that is not known. Abandoning
-    or closing the iterator of `stream` cancels the request; the engine stays usable.
+    a server does not say), `model_type` (config.json's word, None where a server does not say),
+    `can_think` (whether thoughts can be asked for, None where a server does not say),
+    `memory_plan` (bytes by use, empty where nothing is planned) and `load_warnings` (a line each)
+    exist after `load`. `load` is idempotent; `close` frees device memory without moving weights to
+    the host; after `close`, `load` may be called again. `weights_read` is (bytes read, all bytes)
+    of the load that runs or ran last, and may be looked at from other threads; (0, 0) where that is
+    not known. Abandoning or closing the iterator of `stream` cancels the request; the engine stays
+    usable.
 
     Many requests at once: `add` takes one, `step` runs a step of those that run and returns what
     it gave, until `has_unfinished` is False; `client.generate_many` does that. `add` refuses
@@ -90,6 +91,9 @@ class Engine(RequestQueue, Protocol):
 
     @property
     def max_seq_len(self) -> int | None: ...
+
+    @property
+    def model_type(self) -> str | None: ...
 
     @property
     def can_think(self) -> bool | None: ...

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import queue
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from qwencli.capabilities import why_not
@@ -64,6 +64,8 @@ class RemoteEngine(QueuedEngine):
 
     Args:
         key_variable: the environment variable that holds the servers' API key.
+        warn: takes a line, in another thread, when a server answers no more, or again. Without it
+            such lines join `load_warnings`.
 
     Raises:
         UsageError: no endpoint, or one that is no address, on creation.
@@ -75,7 +77,12 @@ class RemoteEngine(QueuedEngine):
 
     batch_from = 2
 
-    def __init__(self, config: EngineConfig, key_variable: str = KEY_VARIABLE) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        key_variable: str = KEY_VARIABLE,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
         config = replace(config, engine=EngineName.REMOTE)
         self._key_variable = key_variable
         _check_settings(config)
@@ -90,6 +97,7 @@ class RemoteEngine(QueuedEngine):
                 )
         self._pool: EndpointPool | None = None
         self._warnings: tuple[str, ...] = ()
+        self._warn = warn or self._add_warning
         self._load_s = 0.0
 
     @property
@@ -107,6 +115,12 @@ class RemoteEngine(QueuedEngine):
         return min(lengths, default=None)
 
     @property
+    def model_type(self) -> str | None:
+        """What all of the servers say."""
+        said = {each.model_type for each in self.endpoints if each.model}
+        return said.pop() if len(said) == 1 else None
+
+    @property
     def can_think(self) -> bool | None:
         """False where one of the servers says so, as any may be asked; True where all do."""
         said = [each.can_think for each in self.endpoints]
@@ -122,6 +136,10 @@ class RemoteEngine(QueuedEngine):
     def load_warnings(self) -> tuple[str, ...]:
         return self._warnings
 
+    def _add_warning(self, text: str) -> None:
+        if text not in self._warnings:  # one that comes and goes would fill them
+            self._warnings += (text,)
+
     def load(self) -> None:
         """Ask the servers for their models.
 
@@ -132,7 +150,7 @@ class RemoteEngine(QueuedEngine):
         if self._pool is not None:
             return
         started_s = time.perf_counter()
-        pool = EndpointPool(self.endpoints, self._key_variable)
+        pool = EndpointPool(self.endpoints, self._key_variable, self._warn)
         try:
             refusals = pool.wait(pool.learn_models(self.config.model))
             name = self.config.model.name or pool.first_model

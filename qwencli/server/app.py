@@ -215,6 +215,7 @@ class _Server:
             "created": self._started,
             "owned_by": "qwencli",
             "max_model_len": self._thread.engine.max_seq_len,
+            "model_type": self._thread.engine.model_type,
             "can_think": self._thread.engine.can_think,
         }
 

@@ -114,6 +114,15 @@ def _found(folder: Path) -> Connection | None:
         return None
 
 
+def running(folder: Path) -> Connection | None:
+    """A connection to the resident process of this build; None where there is none."""
+    found = _found(folder)
+    if found is not None and found.build != build():
+        found.close()
+        return None
+    return found
+
+
 def connect(folder: Path) -> Connection | None:
     """A connection to a resident process of this build, started where there is none; None where
     one of another build is busy, or none starts."""

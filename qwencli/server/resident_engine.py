@@ -20,11 +20,12 @@ from qwencli.engine.protocol import WAIT_S, QueuedEngine, RequestQueue
 from qwencli.engine.request import RequestId, RequestSource, StepOutput, request_of
 from qwencli.errors import EngineError, OutputError, QwenCliError
 from qwencli.results import EffectiveConfig, GenerationChunk
-from qwencli.server.resident import Connection, ConnectionLostError, Message, connect
+from qwencli.server.resident import Connection, ConnectionLostError, Message, connect, running
 from qwencli.server.resident_state import LOG_FILE, state_folder
 
 # Pictures that are opened and sent at once.
 _OPENERS = 4
+_NOT_THERE = "no resident engine has this model loaded"
 Inbox = queue.SimpleQueue[tuple[int, Message | None]]
 
 
@@ -32,13 +33,16 @@ class ResidentEngine(QueuedEngine):
     """Implements `Engine` over the resident process.
 
     Args:
-        keep_s: how long the engine stays after the last request.
+        keep_s: how long the engine stays after the last request; None = as long as was said of it
+            last, and only where it is loaded already.
         say: takes a line about what had to be done anew.
 
     `stream` raises what the engine there says, and EngineError where it has ended.
     """
 
-    def __init__(self, config: EngineConfig, keep_s: float, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: EngineConfig, keep_s: float | None, say: Callable[[str], None]
+    ) -> None:
         model = config.model
         if model.path is not None:
             # The process has another working folder.
@@ -65,6 +69,11 @@ class ResidentEngine(QueuedEngine):
     def max_seq_len(self) -> int | None:
         length: int | None = self._ready["max_seq_len"]
         return length
+
+    @property
+    def model_type(self) -> str | None:
+        kind: str | None = self._ready["model_type"]
+        return kind
 
     @property
     def can_think(self) -> bool | None:
@@ -122,22 +131,28 @@ class ResidentEngine(QueuedEngine):
                 raise self._gone("while it was loading the model") from error
         if answer["op"] != "ready":
             connection.close()
+            if answer["op"] == "absent":
+                raise self._is_unusable(_NOT_THERE)
             if answer["op"] == "error":
                 raise answer["error"]
             raise self._is_unusable(f"the resident engine is busy with {answer['model']}")
         self._ready, self._load_s = answer, time.perf_counter() - begun_s
+        self._keep_s = answer["keep_s"]
         self.config = answer["config"]
         self._shared = _SharedConnection(connection)
 
     def _introduced(self) -> tuple[Connection, Message]:
         """A connection, and what the process says to our configuration."""
         try:
-            connection = connect(state_folder())
+            there_only = self._keep_s is None
+            connection = (running if there_only else connect)(state_folder())
         except OutputError as error:  # the folder cannot be written
             raise self._is_unusable(f"no resident engine can be had: {error.message}") from error
         except OSError as error:
             why = f"{state_folder()}: {error.strerror or error}"
             raise self._is_unusable(f"no resident engine can be had: {why}") from error
+        if connection is None and there_only:
+            raise self._is_unusable(_NOT_THERE)
         if connection is None:
             raise self._is_unusable(f"no resident engine can be had ({state_folder() / LOG_FILE})")
         try:

@@ -8,7 +8,8 @@ engine at a time: another configuration takes its place once nothing runs.
 
 What a connection says, each a frame:
     hello {token, build}               answered by welcome {build}; else the connection ends
-    use {config, keep_s}               answered by ready {...}, busy {model} or error {error}
+    use {config, keep_s}               answered by ready {...}, busy {model} or error {error};
+                                       without keep_s by absent {} where that is not loaded
     add {id, request, stream, in_batch}  answered by out {id, chunk} ..., or out {id, error}
     rows {id}                          answered by out {id, rows}, or out {id, error}
     abort {id}
@@ -125,6 +126,10 @@ class ResidentServer:
             "until_s": max(0.0, left_s),
         }
 
+    def has(self, config: EngineConfig) -> bool:
+        loaded = self._loaded
+        return loaded is not None and loaded.config == config and loaded.thread.failure is None
+
     async def use(self, config: EngineConfig, keep_s: float | None) -> dict[str, Any]:
         """Have the engine of this configuration; what is to be known of it."""
         if keep_s is not None:
@@ -148,9 +153,11 @@ class ResidentServer:
         return {
             "op": "ready",
             "config": engine.config,
+            "keep_s": self._keep_s,
             "effective": engine.effective,
             "load_s": engine.load_s,
             "max_seq_len": engine.max_seq_len,
+            "model_type": engine.model_type,
             "can_think": engine.can_think,
             "memory_plan": dict(engine.memory_plan),
             "load_warnings": tuple(engine.load_warnings),
@@ -227,9 +234,12 @@ class _Connection:
                     self._server.over.set()
 
     async def _use(self, message: dict[str, Any]) -> None:
-        config = message["config"]
+        config, keep_s = message["config"], message["keep_s"]
+        if keep_s is None and not self._server.has(config):
+            self.send({"op": "absent"})
+            return
         try:
-            answer = await self._server.use(config, message["keep_s"])
+            answer = await self._server.use(config, keep_s)
         except QwenCliError as error:
             answer = {"op": "error", "error": error}
         except Exception as error:  # noqa: BLE001 - told where the engine is wanted

@@ -49,6 +49,7 @@ class FakeEngine:
     load_s = 0.1
     batch_from = 16
     max_seq_len = 4096
+    model_type = "qwen3_vl"
     can_think = True
     memory_plan: MappingProxyType[str, int] = MappingProxyType({})
     load_warnings = ()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -152,6 +155,21 @@ def test_a_server_of_ours_says_whether_its_model_thinks(server: StandIn, said, k
     server.models = [{"id": MODEL, "owned_by": "qwencli", "can_think": said}]
     with engine(server) as remote_engine:
         assert remote_engine.can_think is known
+
+
+def test_a_server_says_of_what_kind_its_model_is_and_so_how_it_counts_in_boxes(
+    server: StandIn, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"bbox_2d": [0, 500, 1000, 1000], "label": "ring"}
+    server.say = lambda body: json.dumps([found])
+    boxes = (pictures[0], "--schema", "boxes", "--overlay", "none", "--endpoint", server.url)
+    assert caption(*boxes) == 2
+    assert "vLLM: --served-model-name" in capsys.readouterr().err
+    server.models = [{"id": MODEL, "owned_by": "qwencli", "model_type": "qwen3_vl"}]
+    assert caption(*boxes) == 0
+    assert '"bbox_2d": [0, 15, 40, 30]' in capsys.readouterr().out
+    with StandIn().running() as other, engine(server, other) as remote_engine:
+        assert remote_engine.model_type is None  # either may be asked
 
 
 def test_a_server_that_ignores_thinking_is_told_of(server: StandIn) -> None:
@@ -411,6 +429,51 @@ def test_captions_through_a_server(
     assert "prompt 20 | TTFT" in err and f"remote on {server.url}" in err
 
 
+@pytest.mark.parametrize("of_a_folder", [False, True])
+def test_ttft_has_no_imports_in_it(
+    server: StandIn, pictures: list[Path], of_a_folder: bool
+) -> None:
+    """Of a fresh process: a request's time has no import of ours in it, and numpy is not needed."""
+    code = """
+import sys
+from qwencli.cli import run
+from qwencli.engine import endpoint_pool
+from qwencli.engine.openai_format import AnswerReader, encode_request
+
+def encoded(*arguments):
+    begun.append(set(sys.modules))
+    return encode_request(*arguments)
+
+def result(reader):
+    new = set(sys.modules) - begun[0]
+    late.extend(name for name in new if name.startswith(("PIL", "httpx", "qwencli.engine")))
+    return finish(reader)
+
+begun, late, finish = [], [], AnswerReader.result
+endpoint_pool.encode_request, AnswerReader.result = encoded, result
+code = run(sys.argv[1:])
+assert begun and not late and "numpy" not in sys.modules, late
+sys.exit(code)
+"""
+    where = pictures[0].parent if of_a_folder else pictures[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "caption", str(where), "--endpoint", server.url],
+        timeout=120, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_request_begins_once_its_pictures_are_open(server: StandIn) -> None:
+    def opened() -> GenerationRequest:
+        time.sleep(0.5)
+        return asked()
+
+    with engine(server) as remote_engine:
+        (result,) = generate_many(remote_engine, [opened])
+    assert result.timings.e2e_s < 0.5
+
+
 def test_a_folder_whose_second_server_is_killed_midway(
     server: StandIn, pictures: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -427,7 +490,34 @@ def test_a_folder_whose_second_server_is_killed_midway(
     for number, path in enumerate(pictures):
         said = path.with_suffix(".txt").read_text("utf-8").strip()
         assert said == f"A picture 40x30 of {number},0,0"
-    assert "24 captioned, 0 failed" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "24 captioned, 0 failed" in err
+    gone = f"warning: {other.url} does not answer any more; the others are asked meanwhile"
+    assert [line for line in err.splitlines() if "warning" in line] == [gone]
+
+
+def test_servers_that_die_are_told_of_and_that_they_are_back(server: StandIn) -> None:
+    with engine(server) as remote_engine:
+        server.fault = lambda number: "drop" if number < 2 else ""
+        assert remote_engine.generate(asked()).text
+        assert remote_engine.load_warnings == ()  # it was there all the time
+        server.fault = lambda number: "drop" if number < 5 else ""
+        server.listing = (503, b"{}")
+        assert remote_engine.generate(asked()).text
+        gone, back = remote_engine.load_warnings
+    assert (gone, back) == (f"{server.url} does not answer any more", f"{server.url} answers now")
+
+
+def test_where_all_are_dead_all_are_named(server: StandIn) -> None:
+    with StandIn().running() as other, engine(server, other) as remote_engine:
+        server.kill()
+        other.kill()
+        with pytest.raises(EndpointError) as told:
+            remote_engine.generate(asked())
+    assert server.url in told.value.message and other.url in told.value.message
+    with pytest.raises(EndpointError) as told:
+        engine(server, other).load()
+    assert server.url in told.value.message and other.url in told.value.message
 
 
 def test_a_picture_that_always_fails_costs_its_caption_only(

@@ -181,6 +181,7 @@ def test_many_clients_at_once_get_the_answers_that_they_get_alone(served: Served
 def test_models(client) -> None:
     assert [each.id for each in client.models.list()] == ["scenes"]
     assert client.models.retrieve("scenes").id == "scenes"
+    assert client.models.retrieve("scenes").model_type == "qwen3_vl"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-5")
 

@@ -28,7 +28,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwencli.cli import run
-from qwencli.config import EngineConfig, ModelSource, ModelSpec, Quantization, SamplingOptions
+from qwencli.commands.requests import running_engine
+from qwencli.config import (
+    EngineConfig,
+    LoadFormat,
+    ModelSource,
+    ModelSpec,
+    Quantization,
+    SamplingOptions,
+)
 from qwencli.engine import client
 from qwencli.engine.client import REQUESTS_AHEAD
 from qwencli.errors import (
@@ -40,6 +48,7 @@ from qwencli.errors import (
     UsageError,
 )
 from qwencli.messages import GenerationRequest, ImagePart, user_message
+from qwencli.output import Output
 from qwencli.results import GenerationChunk, GenerationResult
 from qwencli.server import resident, resident_process, resident_state
 from qwencli.server.frames import HEAD_BYTES, decode_frame, encode_frame, frame_lengths
@@ -123,7 +132,7 @@ def until(holds: Callable[[], object], most_s: float = 60.0) -> None:
         time.sleep(0.01)
 
 
-def engine(config: EngineConfig = CONFIG, keep_s: float = 60.0) -> ResidentEngine:
+def engine(config: EngineConfig = CONFIG, keep_s: float | None = 60.0) -> ResidentEngine:
     return ResidentEngine(config, keep_s, said.append)
 
 
@@ -196,6 +205,25 @@ def test_another_model_takes_the_place_unless_it_is_busy(
         assert "busy with small" in third.unusable
         seen.set()
         waiting.join()
+
+
+def test_one_that_is_there_and_fits_is_used_where_nothing_is_said(
+    own_state: Path, made: list[FakeEngine]
+) -> None:
+    fits = replace(CONFIG, load_format=LoadFormat.DUMMY)
+    other = replace(fits, quantization=Quantization.FP8)
+    with running_engine(fits, Output(), None) as here:
+        assert here is made.pop() and read_state(own_state) is None  # none is started
+    with serving(own_state) as server:
+        with engine(fits, 45.0) as kept:
+            kept.generate(asked())
+        with running_engine(fits, Output(), None) as there:
+            assert isinstance(there, ResidentEngine) and there.generate(asked()).text
+        assert len(made) == 1 and server.status()["until_s"] > 40
+        for config, keep_s in ((other, None), (fits, 0.0)):
+            with running_engine(config, Output(), keep_s) as here:
+                assert here is made.pop()
+        assert server.has(fits)  # another model does not take its place
 
 
 def test_it_leaves_when_nothing_is_asked(own_state: Path, made: list[FakeEngine]) -> None:
@@ -459,7 +487,8 @@ def test_option_environment_and_config_say_how_long(
     with pytest.raises(UsageError, match="keep_loaded: expected a time"):
         KeepOptions().seconds(RunOptions())
     (folder / "config.toml").unlink()
-    assert KeepOptions().seconds(RunOptions(device="cpu")) == 0
+    assert KeepOptions().seconds(RunOptions(device="cpu")) is None
+    assert KeepOptions("0").seconds(RunOptions(device="cpu")) == 0
     monkeypatch.setattr("qwencli.engine.machine.host.num_gpus", lambda: 1)
     assert KeepOptions().seconds(RunOptions()) == 300
 

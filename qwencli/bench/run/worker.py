@@ -84,6 +84,10 @@ class EngineWrapper(ManyRequests):
         return self._engine.max_seq_len
 
     @property
+    def model_type(self) -> str | None:
+        return self._engine.model_type
+
+    @property
     def can_think(self) -> bool | None:
         return self._engine.can_think
 

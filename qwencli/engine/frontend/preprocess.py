@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from qwencli.engine.frontend.picture_size import check_visual, shown_size, smart_resize
 from qwencli.engine.frontend.processor_config import ImageProcessorConfig, VideoRules
-from qwencli.errors import InputError
 from qwencli.messages import ImagePart, VideoPart
 
 GridTHW = tuple[int, int, int]
@@ -25,9 +25,6 @@ GridTHW = tuple[int, int, int]
 # them -> float32 [num_patches, C * T * P * P], an array or a tensor. Patches go through each frame
 # by blocks of merge_size x merge_size, each block becoming one token.
 Patchify = Callable[[Sequence[Image.Image], tuple[int, int], ImageProcessorConfig], Any]
-
-# Qwen's processor refuses pictures longer than this many times their width, and the reverse.
-MAX_ASPECT_RATIO = 200
 
 _SLICE = 128  # patches
 
@@ -72,28 +69,6 @@ class VisualInputs:
     @property
     def grid_thw(self) -> tuple[GridTHW, ...]:
         return tuple(visual.grid for visual in self.visuals)
-
-
-def smart_resize(
-    height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int
-) -> tuple[int, int]:
-    """Height and width a picture is resized to.
-
-    Both are multiples of `factor`, height x width is within the bounds where that is possible,
-    the aspect ratio is kept as closely as multiples allow. The rule is Qwen's own
-    (qwen_vl_utils.smart_resize, also transformers' Qwen2VLImageProcessor); a half rounds to even.
-    """
-    new_height = round(height / factor) * factor
-    new_width = round(width / factor) * factor
-    if new_height * new_width > max_pixels:
-        shrink = math.sqrt((height * width) / max_pixels)
-        new_height = max(factor, math.floor(height / shrink / factor) * factor)
-        new_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif new_height * new_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * grow / factor) * factor
-        new_width = math.ceil(width * grow / factor) * factor
-    return new_height, new_width
 
 
 def video_size(
@@ -142,28 +117,8 @@ def _resize_volume(
     return rows, columns
 
 
-def check_visual(part: ImagePart | VideoPart) -> None:
-    """Refuse a picture no model takes; cheap, so call it before a model is loaded.
-
-    Raises:
-        InputError: longer than `MAX_ASPECT_RATIO` times its other side.
-    """
-    width, height = _shown_size(part)
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise InputError(
-            f"{part.name} is {width}x{height}: one side is more than "
-            f"{MAX_ASPECT_RATIO} times the other",
-            "crop it, or cut it into pieces",
-        )
-
-
 def _frames(part: ImagePart | VideoPart) -> tuple[Image.Image, ...]:
     return part.frames if isinstance(part, VideoPart) else (part.image,)
-
-
-def _shown_size(part: ImagePart | VideoPart) -> tuple[int, int]:
-    """(width, height) of what is in the file."""
-    return part.size if isinstance(part, ImagePart) else part.frames[0].size
 
 
 def preprocess(
@@ -193,7 +148,7 @@ def preprocess(
         patches=tuple(cut(shown, size, config) for shown, size in zip(frames, sizes, strict=True)),
         num_tokens=tuple(visual.num_tokens(config.merge_size) for visual in visuals),
         frames=frames,
-        image_sizes=tuple(map(_shown_size, parts)),
+        image_sizes=tuple(map(shown_size, parts)),
     )
 
 
@@ -208,7 +163,7 @@ def _whole_steps(
 def _size(
     part: ImagePart | VideoPart, frames: int, config: ImageProcessorConfig
 ) -> tuple[int, int]:
-    width, height = _shown_size(part)
+    width, height = shown_size(part)
     if isinstance(part, VideoPart):
         # The reference counts the frames before it repeats the last one, but needs a whole step.
         count = max(len(part.frames), config.temporal_patch_size)

@@ -17,12 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwencli.engine.frontend.images import open_image
+from qwencli.engine.frontend.picture_size import check_visual, smart_resize
 from qwencli.engine.frontend.preprocess import (
     VisualInputs,
-    check_visual,
     pixels_of,
     preprocess,
-    smart_resize,
 )
 from qwencli.engine.frontend.processor_config import VISION_FAMILIES, ImageProcessorConfig
 from qwencli.errors import InputError, ModelFileError, UsageError
