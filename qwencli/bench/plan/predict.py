@@ -22,7 +22,13 @@ from qwencli.bench.plan.campaign_plan import Plan
 from qwencli.bench.plan.matrix import BenchCell, cell_label
 from qwencli.config import Cache, DType, EngineName, KVDType, LoadMode, ModelSpec, Quantization
 from qwencli.errors import ModelFileError
-from qwencli.models.memory import DEFAULT_IMAGE_TOKENS, RUNTIME_BYTES, decode_bytes, estimate
+from qwencli.models.memory import (
+    CPU_VALUE_BYTES,
+    DEFAULT_IMAGE_TOKENS,
+    GPU_VALUE_BYTES,
+    decode_bytes,
+    estimate,
+)
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
 from qwencli.output import counted
@@ -117,7 +123,8 @@ def predict(plan: Plan, cell: BenchCell, speed: MachineSpeed) -> Prediction:
     wide = settings.device == "cpu" and settings.dtype in (DType.AUTO, DType.FLOAT32)
     image_tokens = DEFAULT_IMAGE_TOKENS * len(settings.images) if shape.vision else 0
     context = PROMPT_TOKENS + image_tokens + settings.max_new_tokens
-    read = decode_bytes(shape, scheme, 4 if wide else 2, context)
+    value_bytes = CPU_VALUE_BYTES if wide else GPU_VALUE_BYTES
+    read = decode_bytes(shape, scheme, value_bytes, context)
     assert read is not None, "every scheme of the table is known"
     launched = shape.text.num_layers * launches * _LAUNCH_FACTOR.get(cell.quantization, 1.0)
     token_s = read / speed.bandwidth(read) + launched / speed.launch_rate
@@ -127,20 +134,20 @@ def predict(plan: Plan, cell: BenchCell, speed: MachineSpeed) -> Prediction:
         engine=cell.engine,
         context_tokens=context,
         image_tokens=image_tokens,
+        value_bytes=value_bytes,
     )
-    scale = 2 if wide else 1
     stop = settings.stop
     runs = stop.min_runs + stop.processes
     loads = runs if cell.load_mode is LoadMode.RELOAD else stop.processes
     start_s = stop.processes * speed.start_s * START_FACTOR[cell.engine]
-    load_s = loads * scale * memory.weights / LOAD_BYTES_PER_S
+    load_s = loads * memory.weights / LOAD_BYTES_PER_S
     return Prediction(
         tok_per_s=1 / token_s,
         seconds=start_s
         + load_s
         + runs * settings.max_new_tokens * token_s
         + _checks_s(plan, cell, token_s),
-        memory_bytes=scale * (memory.total - RUNTIME_BYTES) + RUNTIME_BYTES,
+        memory_bytes=memory.total,
     )
 
 
