@@ -11,7 +11,6 @@ to plan by (within a factor of two), not to quote. Prompts, pictures and compili
 
 from __future__ import annotations
 
-import string
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -198,7 +197,7 @@ def _shape(model: ModelSpec) -> ModelShape | None:
 def planned_table(
     cells: Sequence[BenchCell], predictions: Mapping[str, Prediction]
 ) -> RenderableType:
-    """The cells of a plan in the given order, the skipped ones dim and last, by reason.
+    """The cells of a plan that can run, in the given order; the others counted by reason.
 
     Args:
         predictions: by cell_id, of the cells that can run here.
@@ -221,7 +220,7 @@ def planned_table(
         table.add_row(
             str(number),
             cell_label(cell),
-            "-" if predicted.tok_per_s is None else f"{predicted.tok_per_s:.3g}",
+            _speed(predicted.tok_per_s),
             duration(predicted.seconds),
             "-" if predicted.memory_bytes is None else f"{predicted.memory_bytes / 1e9:.1f} GB",
         )
@@ -229,17 +228,21 @@ def planned_table(
     for cell in cells:
         if cell.skip_reason:
             by_reason[cell.skip_reason].append(cell)
-    marks = dict(zip(by_reason, string.ascii_lowercase, strict=False))
-    for reason, skipped in by_reason.items():
-        for cell in skipped:
-            table.add_row(marks.get(reason, "-"), cell_label(cell), style="dim")
     known = [p.seconds for p in predictions.values() if p.seconds is not None]
     lines = [f"all together about {duration(sum(known))}", FORMULA] if known else []
     lines += [
-        f"{marks.get(reason, '-')} skipped: {reason} - {counted(count, 'cell')}"
-        for reason, count in ((reason, len(skipped)) for reason, skipped in by_reason.items())
+        f"skipped: {reason} - "
+        + (cell_label(skipped[0]) if len(skipped) == 1 else counted(len(skipped), "cell"))
+        for reason, skipped in by_reason.items()
     ]
     return Group(table, *(Text(line, style="dim") for line in lines))
+
+
+def _speed(tok_per_s: float | None) -> str:
+    """Three figures, of large numbers all before the point."""
+    if tok_per_s is None:
+        return "-"
+    return format(tok_per_s, ".0f" if tok_per_s >= 100 else ".3g")
 
 
 def duration(seconds: float | None) -> str:

@@ -18,6 +18,7 @@ from qwencli.bench.report.tables import (
     VALUE_COLUMNS,
     DetailTable,
     by_speed,
+    measurable,
     remarks,
     row_values,
     title,
@@ -69,16 +70,20 @@ def build_report(folder: Path) -> list[CellRow]:
 
 
 def markdown(rows: Sequence[CellRow], environment: Mapping[str, Any]) -> str:
-    """The campaign as a Markdown page."""
+    """The campaign as a Markdown page; cells that cannot run here are counted by reason."""
+    said = [f"- {remark}" for remark in remarks(rows)]
+    rows = measurable(rows)
+    if not rows:
+        return markdown_page(["# Benchmark", "", *_device_lines(environment), "", *said])
+    lines = ["# Benchmark", "", f"All cells: {title(rows)}.", "", *_device_lines(environment), ""]
     axes = varying_axes(rows)
     head = [axis.replace("_", " ") for axis in axes] + list(VALUE_COLUMNS)
     body = [
         [*(row[axis] for axis in axes), *row_values(row)[:-1], verdict_text(row)]
         for row in by_speed(rows)
     ]
-    lines = ["# Benchmark", "", f"All cells: {title(rows)}.", "", *_device_lines(environment), ""]
     lines += [_markdown_row(head), _markdown_row(["---"] * len(head)), *map(_markdown_row, body)]
-    lines += ["", f"{UNITS}.", "", *(f"- {remark}" for remark in remarks(rows))]
+    lines += ["", f"{UNITS}.", "", *said]
     if slowed := why_lines(rows):
         lines += ["", "## Why", "", *(f"- {line}" for line in slowed)]
     for detail in DETAILS:

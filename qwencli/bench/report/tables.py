@@ -232,6 +232,11 @@ def cell_summary(status: str, reason: str | None, speeds: Sequence[float]) -> st
     return ", ".join(parts) or "ok"
 
 
+def measurable(rows: Sequence[CellRow]) -> list[CellRow]:
+    """The rows of a table: cells that can run here. `remarks` counts the others by reason."""
+    return [row for row in rows if row["status"] != "skipped"]
+
+
 def varying_axes(rows: Sequence[CellRow]) -> list[str]:
     """The axes that tell these cells apart; the model alone when there is one cell."""
     axes = [axis for axis in AXES if len({row[axis] for row in rows}) > 1]
@@ -296,10 +301,12 @@ def _gigabytes(value: int | None) -> str:
 
 def remarks(rows: Sequence[CellRow]) -> list[str]:
     """What the table's last column had no room for: reasons by cell, equal ones together."""
-    axes = varying_axes(rows)
+    of_table, of_all = varying_axes(measurable(rows)), varying_axes(rows)
     cells: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         said = row["verdict"] or ""
+        # What the table leaves out is told from the other cells by other axes, too.
+        axes = of_all if row["status"] == "skipped" else of_table
         if row["status"] != "ok":
             cells[f"{row['status']}: {row['reason']}"].append(row_label(row, axes))
         if ":" in said:
@@ -331,12 +338,19 @@ def why_lines(rows: Sequence[CellRow]) -> list[str]:
 
 
 def terminal_table(rows: Sequence[CellRow]) -> RenderableType:
-    """A table that fits 80 columns, fastest cell first, with the remarks under it."""
+    """A table that fits 80 columns, fastest cell first, with the remarks under it.
+
+    Cells that cannot run here are counted by reason below it; without others there is no table.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
+    said = [Text(line, style="dim") for line in remarks(rows)]
+    rows = measurable(rows)
+    if not rows:
+        return Group(*said)
     axes = varying_axes(rows)
     # Every column of padding is one less for the axes, whose words would be cut at 80.
     table = Table(
@@ -349,7 +363,7 @@ def terminal_table(rows: Sequence[CellRow]) -> RenderableType:
     table.add_column(VALUE_COLUMNS[-1], no_wrap=True)
     for row in by_speed(rows):
         table.add_row(row_label(row, axes), *row_values(row), style=_style(row))
-    notes = [Text(line, style="dim") for line in (UNITS, *remarks(rows))]
+    notes = [Text(UNITS, style="dim"), *said]
     whys = [Text(f"why: {line}") for line in why_lines(rows)]
     details = [_detail_table(detail, rows, axes) for detail in DETAILS if detail.shown(rows)]
     return Group(table, *notes, *whys, *details)
@@ -387,8 +401,6 @@ UNITS = (
 
 
 def _style(row: CellRow) -> str:
-    if row["status"] == "skipped":
-        return "dim"
     bad = row["status"] not in ("ok", "unfinished") or (row["verdict"] or "").startswith("FAIL")
     return "red" if bad else ""
 
