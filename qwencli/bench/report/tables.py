@@ -9,7 +9,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwencli.bench.attribution import whole_cell
 from qwencli.bench.attribution.summary import probe_line, why
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 CellRow = Mapping[str, Any]
+Row = TypeVar("Row", bound=CellRow)
 Show = Callable[[CellRow], str]
 
 NOTHING = "-"
@@ -232,7 +233,7 @@ def cell_summary(status: str, reason: str | None, speeds: Sequence[float]) -> st
     return ", ".join(parts) or "ok"
 
 
-def measurable(rows: Sequence[CellRow]) -> list[CellRow]:
+def measurable(rows: Sequence[Row]) -> list[Row]:
     """The rows of a table: cells that can run here. `remarks` counts the others by reason."""
     return [row for row in rows if row["status"] != "skipped"]
 
