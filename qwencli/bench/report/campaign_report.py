@@ -10,7 +10,7 @@ from typing import Any
 from qwencli.bench.attribution.attribute import attribute
 from qwencli.bench.attribution.summary import with_causes
 from qwencli.bench.attribution.whole_cell import machine_of
-from qwencli.bench.report.cell_statistics import CellRow, cell_rows
+from qwencli.bench.report.cell_statistics import CellRow, cell_rows, measurable
 from qwencli.bench.report.html.page import html_page
 from qwencli.bench.report.tables import (
     DETAILS,
@@ -18,7 +18,6 @@ from qwencli.bench.report.tables import (
     VALUE_COLUMNS,
     DetailTable,
     by_speed,
-    measurable,
     remarks,
     row_values,
     title,

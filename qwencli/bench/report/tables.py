@@ -9,12 +9,12 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from qwencli.bench.attribution import whole_cell
 from qwencli.bench.attribution.summary import probe_line, why
 from qwencli.bench.plan.matrix import AXES, shorten_modes
-from qwencli.bench.report.cell_statistics import NOT_QUOTABLE, UNSTABLE
+from qwencli.bench.report.cell_statistics import NOT_QUOTABLE, UNSTABLE, measurable
 from qwencli.output import counted
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 
 CellRow = Mapping[str, Any]
-Row = TypeVar("Row", bound=CellRow)
 Show = Callable[[CellRow], str]
 
 NOTHING = "-"
@@ -233,11 +232,6 @@ def cell_summary(status: str, reason: str | None, speeds: Sequence[float]) -> st
     return ", ".join(parts) or "ok"
 
 
-def measurable(rows: Sequence[Row]) -> list[Row]:
-    """The rows of a table: cells that can run here. `remarks` counts the others by reason."""
-    return [row for row in rows if row["status"] != "skipped"]
-
-
 def varying_axes(rows: Sequence[CellRow]) -> list[str]:
     """The axes that tell these cells apart; the model alone when there is one cell."""
     axes = [axis for axis in AXES if len({row[axis] for row in rows}) > 1]
@@ -339,18 +333,14 @@ def why_lines(rows: Sequence[CellRow]) -> list[str]:
 
 
 def terminal_table(rows: Sequence[CellRow]) -> RenderableType:
-    """A table that fits 80 columns, fastest cell first, with the remarks under it.
-
-    Cells that cannot run here are counted by reason below it; without others there is no table.
-    """
+    """A table that fits 80 columns, fastest cell first, with the remarks under it, if any ran."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     said = [Text(line, style="dim") for line in remarks(rows)]
-    rows = measurable(rows)
-    if not rows:
+    if not (rows := measurable(rows)):
         return Group(*said)
     axes = varying_axes(rows)
     # Every column of padding is one less for the axes, whose words would be cut at 80.
@@ -364,10 +354,9 @@ def terminal_table(rows: Sequence[CellRow]) -> RenderableType:
     table.add_column(VALUE_COLUMNS[-1], no_wrap=True)
     for row in by_speed(rows):
         table.add_row(row_label(row, axes), *row_values(row), style=_style(row))
-    notes = [Text(UNITS, style="dim"), *said]
     whys = [Text(f"why: {line}") for line in why_lines(rows)]
     details = [_detail_table(detail, rows, axes) for detail in DETAILS if detail.shown(rows)]
-    return Group(table, *notes, *whys, *details)
+    return Group(table, Text(UNITS, style="dim"), *said, *whys, *details)
 
 
 def _detail_table(
@@ -402,8 +391,8 @@ UNITS = (
 
 
 def _style(row: CellRow) -> str:
-    bad = row["status"] not in ("ok", "unfinished") or (row["verdict"] or "").startswith("FAIL")
-    return "red" if bad else ""
+    failed = (row["verdict"] or "").startswith("FAIL")
+    return "red" if failed or row["status"] not in ("ok", "unfinished") else ""
 
 
 def by_speed(rows: Sequence[CellRow]) -> list[CellRow]:
