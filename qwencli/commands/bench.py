@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
@@ -19,7 +20,7 @@ from qwencli.commands.bench_study import study
 from qwencli.commands.options import Device, Dtype, Format, Images
 from qwencli.commands.profiling import Profile, profiled
 from qwencli.config import DType, EngineName, LoadFormat
-from qwencli.errors import UsageError
+from qwencli.errors import BenchError, UsageError
 from qwencli.output import Output
 from qwencli.typed_values import parse_seq_len
 
@@ -36,9 +37,47 @@ def name_bare_matrix(arguments: list[str]) -> list[str]:
     return named
 
 
+# What a resumed campaign does not take from the command that began it.
+_OF_ONE_CALL = ("out", "resume", "dry_run", "profile", "api_key")
+
+
 class _BenchGroup(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, name_bare_matrix(args))
+        args = name_bare_matrix(args)
+        given, rest, _ = self.make_parser(ctx).parse_args(list(args))
+        if given.get("resume") and "out" in given and not rest:
+            args = [*self._as_begun(ctx, Path(given["out"]), given), *args]
+        return super().parse_args(ctx, args)
+
+    def _as_begun(self, ctx: Any, folder: Path, given: Mapping[str, Any]) -> Iterator[str]:
+        """The options that the campaign in `folder` was begun with, but those that are given now.
+
+        Nothing where the folder holds no campaign of `bench` itself.
+        """
+        from qwencli.bench.storage.json_documents import read_environment
+
+        try:
+            command = read_environment(folder).get("command_line", [])
+        except BenchError:  # said when the campaign is opened
+            return
+        if "bench" not in command:
+            return
+        begun = name_bare_matrix(command[command.index("bench") + 1 :])
+        values, rest, _ = self.make_parser(ctx).parse_args(begun)
+        if rest:  # of a subcommand
+            return
+        options = {option.name: option for option in self.get_params(ctx)}
+        for name, value in values.items():
+            if name in given or name in _OF_ONE_CALL:
+                continue
+            option = options[name]
+            if isinstance(value, bool):
+                yield (option.opts if value else option.secondary_opts)[0]
+                continue
+            for text in value if isinstance(value, list) else [value]:
+                # The file has "~" for the home folder.
+                text = str(Path(text).expanduser()) if text.startswith("~/") else text
+                yield f"{option.opts[0]}={text}"
 
 
 app = typer.Typer(cls=_BenchGroup, invoke_without_command=True, no_args_is_help=False)
@@ -100,7 +139,7 @@ def bench(
         Path | None, typer.Option(metavar="DIR", help="Default: campaigns/<UTC time>.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the campaign in --out.")
+        bool, typer.Option("--resume", help="Go on with the one in --out, as it was begun.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the cells, run nothing.")

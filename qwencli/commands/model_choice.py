@@ -31,7 +31,7 @@ def choose_model(run: RunOptions, output: Output) -> ModelSpec:
         None,
         models_file=run.models_file,
         offline=run.offline,
-        free_bytes=lambda: free_bytes_on(run.device)[0],
+        free_bytes=lambda: _free_bytes_for_bf16(run.device),
     )
     if spec.source is not ModelSource.BUNDLED or run.load_format is LoadFormat.DUMMY:
         return spec
@@ -48,9 +48,15 @@ def free_bytes_on(device: str) -> tuple[int, bool]:
         free = gpu_free_bytes()
         if free is not None:
             return free, True
-    memory = host_memory()
-    # On a CPU weights become float32, twice what the estimates for a GPU count.
-    return memory.available_bytes // 2, False
+    return host_memory().available_bytes, False
+
+
+def _free_bytes_for_bf16(device: str) -> int:
+    """What the estimates of a GPU, at 2 bytes a value, may come to on the device."""
+    from qwencli.models.memory import CPU_VALUE_BYTES, GPU_VALUE_BYTES
+
+    free, on_gpu = free_bytes_on(device)
+    return free if on_gpu else free * GPU_VALUE_BYTES // CPU_VALUE_BYTES
 
 
 def _can_ask(run: RunOptions, output: Output) -> bool:

@@ -31,6 +31,7 @@ def models(
     """List the models, what memory they need, and what fits here."""
     from qwencli.commands.model_choice import free_bytes_on
     from qwencli.models.listing import list_models
+    from qwencli.models.memory import CPU_VALUE_BYTES, GPU_VALUE_BYTES
     from qwencli.models.resolve import SearchPaths
 
     output, search_paths = context.ensure_object(Output), SearchPaths()
@@ -38,7 +39,8 @@ def models(
     for warning in custom.warnings:
         output.warn(warning)
     free_bytes, on_gpu = free_bytes_on("auto")
-    rows = list_models(custom, search_paths, free_bytes)
+    value_bytes = GPU_VALUE_BYTES if on_gpu else CPU_VALUE_BYTES
+    rows = list_models(custom, search_paths, free_bytes, value_bytes)
     if as_json:
         for row in rows:
             output.json_line(asdict(row))
@@ -49,9 +51,10 @@ def models(
 def _legend(rows: list[ModelRow], free_bytes: int, on_gpu: bool) -> str:
     stated = any(row.vram_stated for row in rows)
     estimated = "* as stated in custom_models.json, otherwise estimated" if stated else "estimated"
-    of = "VRAM that is free" if on_gpu else "memory (half of what is free)"
+    of = "VRAM that is free" if on_gpu else "memory that is free"
+    full = "full: not quantized" + ("" if on_gpu else ", float32 on a CPU")
     return (
-        "GB for the weights, 4096 tokens and a one-megapixel image; full: not quantized; "
+        f"GB for the weights, 4096 tokens and a one-megapixel image; {full}; "
         f"{estimated}. Fits: the largest mode within the "
         f"{free_bytes / 1e9:.1f} GB of {of} here."
     )

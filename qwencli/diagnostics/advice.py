@@ -17,12 +17,13 @@ from qwencli.diagnostics.decode_work import (
     operators_ms_per_token,
     operators_per_token,
     token_bytes,
+    token_is_cached,
 )
 from qwencli.diagnostics.machine import Machine, Unreadable
 from qwencli.engine.instruments.probes.ask import Outcome
 from qwencli.engine.machine.device import CudaDevice
 from qwencli.engine.machine.gpu_sensors import GpuReading
-from qwencli.models.memory import MemoryEstimate, estimate, kv_cache_bytes
+from qwencli.models.memory import CPU_VALUE_BYTES, MemoryEstimate, estimate, kv_cache_bytes
 from qwencli.models.shapes import ModelShape
 
 # What may be filled: the rest is for fragments, and on Windows for what the desktop takes later.
@@ -196,26 +197,44 @@ def _kernels(machine: Machine, cuda: CudaDevice) -> Kernels:
 
 
 def _without_gpu(machine: Machine, shape: ModelShape, model: str, device: str) -> Advice:
-    # Weights are float32 there, twice the bytes of the estimate.
-    need = 2 * estimate(shape, context_tokens=SEQUENCES[-1]).total
     memory = machine.section("memory")
     free = memory.available_bytes or memory.total_bytes
-    why = [f"no CUDA device: {model} needs {need / 1e9:.1f} of {free / 1e9:.1f} GB of host memory"]
-    if need > free:
-        why.append("it does not fit; the bundled model `scenes` does")
+    needs = {way: estimate(shape, way, value_bytes=CPU_VALUE_BYTES).total for way in WAYS}
+    way = next((way for way, need in needs.items() if need <= free), None)
+    why = [
+        f"no CUDA device: {model} needs {needs[Quantization.NONE] / 1e9:.1f} of {free / 1e9:.1f} "
+        "GB of host memory, unquantized in float32"
+    ]
+    if way is None:
+        least = needs[Quantization.INT4] / 1e9
+        why.append(
+            f"it does not fit, nor in 4bit ({least:.1f} GB); the bundled model `scenes` does"
+        )
+        return Advice(model, tuple(why), device)
+    if way is not Quantization.NONE:
+        why.append(f"--quantization {way} fits: {needs[way] / 1e9:.1f} GB")
     measured = machine.measured("bandwidth")
     limit = None
     if measured:
         rate = measured.token_bytes_per_s or measured.read_bytes_per_s
-        limit = rate / (2 * token_bytes(shape))
-        why.append(f"what a token reads comes at {rate / 1e9:.1f} GB/s: at most {limit:.1f} tok/s")
+        size = token_bytes(shape, way, CPU_VALUE_BYTES)
+        limit = rate / size
+        cached = (
+            f", as it stays in a cache (memory: {measured.read_bytes_per_s / 1e9:.1f} GB/s)"
+            if token_is_cached(measured)
+            else ""
+        )
+        why.append(
+            f"what a token reads ({size / 1e6:,.0f} MB) comes at {rate / 1e9:.1f} GB/s{cached}: "
+            f"at most {limit:.1f} tok/s"
+        )
     return Advice(
         model,
         tuple(why),
         device=device,
         dtype=DType.AUTO,
         engine=EngineName.NATIVE,
-        quantization=Quantization.NONE,
+        quantization=way,
         attention=Attention.AUTO,
         cache=Cache.STATIC,
         limit_tok_per_s=limit,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qwencli.config import Quantization
-from qwencli.engine.instruments.probes.answers import Work
-from qwencli.models.memory import native_weight_bytes
+from qwencli.engine.instruments.probes.answers import Bandwidth, Work
+from qwencli.models.memory import GPU_VALUE_BYTES, native_weight_bytes
 from qwencli.models.shapes import ModelShape
 
 # Native engine, plain torch in one CUDA graph, NVIDIA H200, qwen3-vl-4b, 36 layers, sdpa
@@ -14,6 +14,8 @@ from qwencli.models.shapes import ModelShape
 # its weights and keys takes 1.9 ms of that at 4.36 TB/s; the rest is shared among the kernels.
 _OPERATORS, _LAYERS = 694.4, 36
 _STEP_MS, _READ_MS = 4.602, 1.89
+# What a token reads comes so much faster than memory: beyond the noise of two measurements.
+_CACHED_RATIO = 1.2
 
 
 def operators_per_token(layers: int) -> float:
@@ -51,21 +53,33 @@ def work_of(shape: ModelShape) -> Work:
     )
 
 
-def token_bytes(shape: ModelShape, quantization: Quantization = Quantization.NONE) -> int:
+def token_bytes(
+    shape: ModelShape,
+    quantization: Quantization = Quantization.NONE,
+    value_bytes: int = GPU_VALUE_BYTES,
+) -> int:
     """Bytes of weights that one decode step of the native engine reads: the decoder and the head.
 
     Of the embedding a step reads one row, unless the head is tied to it and reads all of it; a
     quantized head is a copy of its own.
+
+    Args:
+        value_bytes: of a value that is not quantized.
     """
     text = shape.text
     read = text.tied_head and quantization is Quantization.NONE
-    unread = 0 if read else 2 * text.vocab_size * text.hidden_size
+    unread = 0 if read else value_bytes * text.vocab_size * text.hidden_size
     moe = text.moe
     if moe is not None:
         # As if there were no experts but those that a token takes.
         taken = replace(moe, num_experts=moe.top_k)
         shape = replace(shape, text=replace(text, moe=taken))
-    return native_weight_bytes(replace(shape, vision=None), quantization, 2) - unread
+    return native_weight_bytes(replace(shape, vision=None), quantization, value_bytes) - unread
+
+
+def token_is_cached(found: Bandwidth) -> bool:
+    """Whether what a token reads is small enough to stay in a cache, as its rate tells."""
+    return (found.token_bytes_per_s or 0.0) > _CACHED_RATIO * found.read_bytes_per_s
 
 
 def image_tokens(shape: ModelShape, pixels: int) -> int:

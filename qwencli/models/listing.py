@@ -18,6 +18,7 @@ from qwencli.models.custom import CustomModels
 from qwencli.models.folder import is_complete
 from qwencli.models.hub import cached_repos
 from qwencli.models.memory import (
+    GPU_VALUE_BYTES,
     LISTED,
     estimate,
     packed_layers,
@@ -56,7 +57,8 @@ class ModelRow:
         path: the folder with its files; None when they are not on this machine.
         size_bytes: weights on disk, or to be downloaded (bfloat16); None when not known.
         num_parameters: from its shape; None when not known before a download.
-        vram_gb: GB (1e9 bytes) by the modes of SHOWN; a mode without a figure is missing.
+        vram_gb: GB (1e9 bytes) by the modes of SHOWN, of host memory where a CPU would run it; a
+            mode without a figure is missing.
         fits: the modes whose figure is within what is free on this machine.
         vram_stated: the modes whose figure the entry states, rather than we estimate.
         problem: why it cannot be used, when that is known already.
@@ -79,7 +81,10 @@ class ModelRow:
 
 
 def list_models(
-    custom: CustomModels, search_paths: SearchPaths, free_bytes: int | None = None
+    custom: CustomModels,
+    search_paths: SearchPaths,
+    free_bytes: int | None = None,
+    value_bytes: int = GPU_VALUE_BYTES,
 ) -> list[ModelRow]:
     """Bundled, custom, local, built-in and otherwise downloaded models, each once, in this order.
 
@@ -87,8 +92,9 @@ def list_models(
 
     Args:
         free_bytes: what a model may take on this machine; None when not known, and nothing fits.
+        value_bytes: of a value that is not quantized, on the device that would run the models.
     """
-    return [_row(spec, free_bytes or 0) for spec in _specs(custom, search_paths)]
+    return [_row(spec, free_bytes or 0, value_bytes) for spec in _specs(custom, search_paths)]
 
 
 def _specs(custom: CustomModels, search_paths: SearchPaths) -> Iterator[ModelSpec]:
@@ -106,15 +112,17 @@ def _specs(custom: CustomModels, search_paths: SearchPaths) -> Iterator[ModelSpe
             yield ModelSpec(repo_id, ModelSource.HUB, repo_id=repo_id, path=path)
 
 
-def _row(spec: ModelSpec, free_bytes: int) -> ModelRow:
+def _row(spec: ModelSpec, free_bytes: int, value_bytes: int) -> ModelRow:
     found: dict[str, Any] = {}
     problem = None
     try:
         spec = with_local_files(spec)
-        found = _sizes(spec)
+        found = _sizes(spec, value_bytes)
     except ModelFileError as error:
         problem = error.message
-    stated = {mode: spec.vram_requirement[mode] for mode in LISTED if mode in spec.vram_requirement}
+    # What an entry states is of a GPU's 16 bits; it says nothing of float32 in host memory.
+    modes = LISTED if value_bytes == GPU_VALUE_BYTES else ()
+    stated = {mode: spec.vram_requirement[mode] for mode in modes if mode in spec.vram_requirement}
     vram_gb = {**found.get("vram_gb", {}), **stated}
     return ModelRow(
         name=spec.name,
@@ -133,7 +141,7 @@ def _row(spec: ModelSpec, free_bytes: int) -> ModelRow:
     )
 
 
-def _sizes(spec: ModelSpec) -> dict[str, Any]:
+def _sizes(spec: ModelSpec, value_bytes: int) -> dict[str, Any]:
     if spec.hub_config is None:
         return {}
     shape = read_shape(spec.hub_config, _config_place(spec))
@@ -144,16 +152,16 @@ def _sizes(spec: ModelSpec) -> dict[str, Any]:
     }
     # A checkpoint that is quantized already has one size, which its files tell.
     if "quantization_config" in spec.hub_config:
-        found["vram_gb"] = _packed_vram(spec, shape)
+        found["vram_gb"] = _packed_vram(spec, shape, value_bytes)
     elif not spec.quantized:
         found["vram_gb"] = {
-            mode: round(estimate(shape, quantization).total / 1e9, 2)
+            mode: round(estimate(shape, quantization, value_bytes=value_bytes).total / 1e9, 2)
             for mode, quantization in SHOWN.items()
         }
     return found
 
 
-def _packed_vram(spec: ModelSpec, shape: ModelShape) -> dict[str, float]:
+def _packed_vram(spec: ModelSpec, shape: ModelShape, value_bytes: int) -> dict[str, float]:
     """In the column of its bits; nothing where the files are not here or not read by us."""
     assert spec.hub_config is not None, "the caller looked"
     try:
@@ -164,8 +172,8 @@ def _packed_vram(spec: ModelSpec, shape: ModelShape) -> dict[str, float]:
     layers = {} if packed is None else packed_layers(shape, packed, stored)
     if packed is None or not layers:
         return {}
-    weights = packed_weight_bytes(shape, packed, stored, value_bytes=2)
-    total = replace(estimate(shape), weights=weights).total
+    weights = packed_weight_bytes(shape, packed, stored, value_bytes)
+    total = replace(estimate(shape, value_bytes=value_bytes), weights=weights).total
     least = min(layer.packing.bits or layer.bits for layer in layers.values())
     is_fp8 = any(kind.startswith("F8") for layer in layers.values() for kind in layer.packing.types)
     mode = "4bit" if least == 4 else "fp8" if is_fp8 else "8bit"

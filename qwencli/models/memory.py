@@ -59,7 +59,9 @@ DEFAULT_IMAGE_TOKENS = 1024
 # CUDA context, cuBLAS workspace and allocator rounding. An allowance, not a measurement.
 RUNTIME_BYTES = 600_000_000
 
-_HALF = 2  # bytes of a bfloat16
+_HALF = GPU_VALUE_BYTES = 2  # bytes of a bfloat16
+# `--dtype auto` is float32 on a CPU (`engine.resolve.resolve_dtype`).
+CPU_VALUE_BYTES = 4
 _NF4_BLOCK = 64
 NF4_BYTES_PER_WEIGHT = 1 / 2 + 4 / _NF4_BLOCK
 
@@ -78,18 +80,25 @@ class MemoryEstimate:
         return self.weights + self.kv_cache + self.activations + self.runtime
 
 
-def weight_bytes(shape: ModelShape, quantization: Quantization = Quantization.NONE) -> int:
-    """Bytes of the weights as the transformers engine loads them; the rest stays bfloat16.
+def weight_bytes(
+    shape: ModelShape,
+    quantization: Quantization = Quantization.NONE,
+    value_bytes: int = _HALF,
+) -> int:
+    """Bytes of the weights as the transformers engine loads them; the rest stays as it is.
 
     4bit: bitsandbytes NF4 without double quantization, half a byte and a float32 absmax for each
     block of 64 (QLoRA, arXiv 2305.14314, section 3). 8bit: LLM.int8(), a byte and a float32
     scale for each output row (arXiv 2208.07339). fp8: a byte and a float32 scale for each tensor.
+
+    Args:
+        value_bytes: of a value that is not quantized.
     """
     total = 0
     for name, size in expected_tensors(shape).items():
         count = prod(size)
         if quantization is Quantization.NONE or not is_quantizable(name, size):
-            total += count * _HALF
+            total += count * value_bytes
         elif quantization is Quantization.INT4:
             total += count // 2 + -(-count // _NF4_BLOCK) * 4
         elif quantization is Quantization.INT8:
@@ -281,16 +290,19 @@ def estimate(
     engine: EngineName = EngineName.NATIVE,
     context_tokens: int = DEFAULT_CONTEXT_TOKENS,
     image_tokens: int = DEFAULT_IMAGE_TOKENS,
+    value_bytes: int = _HALF,
 ) -> MemoryEstimate:
-    """Device memory for one request of `context_tokens` (prompt, image and new tokens)."""
+    """Device memory for one request of `context_tokens` (prompt, image and new tokens).
+
+    Args:
+        value_bytes: of a value that is not quantized: `CPU_VALUE_BYTES` where a CPU computes.
+    """
     peak = max(vision_peak_bytes(shape, image_tokens), prefill_peak_bytes(shape, context_tokens))
-    native = engine is EngineName.NATIVE
+    weights = native_weight_bytes if engine is EngineName.NATIVE else weight_bytes
     return MemoryEstimate(
-        weights=native_weight_bytes(shape, quantization, _HALF)
-        if native
-        else weight_bytes(shape, quantization),
-        kv_cache=kv_cache_bytes(shape, context_tokens),
-        activations=peak,
+        weights=weights(shape, quantization, value_bytes),
+        kv_cache=kv_cache_bytes(shape, context_tokens) * value_bytes // _HALF,
+        activations=peak * value_bytes // _HALF,
         runtime=RUNTIME_BYTES,
     )
 

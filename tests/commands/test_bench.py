@@ -202,6 +202,53 @@ def llama(tmp_path, monkeypatch):
     return "llama"
 
 
+@pytest.fixture
+def begun(monkeypatch, tmp_path):
+    """Begins a campaign in "c" as from a shell; gives what resumes it."""
+
+    def begin(*arguments):
+        command_line = ["bench", *arguments, "--out", "c"]
+        monkeypatch.setattr(sys, "argv", ["qwencli", *command_line])
+        result = CliRunner().invoke(app, command_line)
+        assert result.exit_code == 0, result.output
+        return lambda *more: CliRunner().invoke(app, ["bench", "--resume", "--out", "c", *more])
+
+    return begin
+
+
+def test_resume_takes_what_is_not_given_from_the_campaign(begun, request):
+    begun(
+        "--matrix", "quick", *ONE_CELL, "--exclude", "cache=static",
+        "--exclude", "attention=eager", "--prompt", "-7 hi", "--no-limits", "--no-quality",
+        "--seed", "3",
+    )  # fmt: skip
+    asked = request.getfixturevalue("asked")
+    same = asked("--resume", "--out", "c")
+    assert (same.matrix, same.seed, same.quality_samples) == ("quick", 3, 0)
+    assert same.axes["engine"] == "native"
+    assert same.repetition == RepetitionOptions(1)
+    assert (same.prompt, same.exclude) == ("-7 hi", ("cache=static", "attention=eager"))
+    changed = asked("--resume", "--out", "c", "--runs", "9", "--exclude", "cache=static-compile")
+    assert changed.repetition == RepetitionOptions(9), "what is given wins"
+    assert changed.exclude == ("cache=static-compile",)
+
+
+def test_resume_goes_on_and_refuses_what_is_given_and_differs(begun):
+    resume = begun("--matrix", "quick", *ONE_CELL)
+    again = resume()
+    assert again.exit_code == 0, again.output
+    assert "already there" in again.stderr
+    assert resume("--matrix", "quick", "--runs", "1").exit_code == 0
+    error = resume("--runs", "9").exception
+    assert isinstance(error, BenchError) and "it has runs 1, not 9" in error.message
+    error = resume("--matrix", "full").exception
+    assert isinstance(error, BenchError) and "cannot be resumed" in error.message
+
+
+def test_resume_of_what_holds_no_campaign_says_so(tmp_path):
+    assert "c holds no campaign" in fails("--resume", "--out", "c", *ONE_CELL).message
+
+
 def test_a_model_that_no_engine_knows_is_found_before_anything_is_measured(llama):
     for more in ([], ["--dry-run"], ["--resume", "--out", "c"]):
         error = fails("--model", llama, *more)

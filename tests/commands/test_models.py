@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import typer
@@ -149,3 +150,17 @@ def test_the_legend_explains_a_star_only_where_there_is_one(run, tmp_path):
     entry = {"mine": {"repo_id": "O/N", "vram_requirement": {"full": 4.0}}}
     write(tmp_path / "custom_models.json", entry)
     assert "* as stated in custom_models.json" in " ".join(run().stdout.split())
+
+
+def test_without_a_gpu_sizes_are_of_float32_in_all_the_memory(run, tmp_path, monkeypatch):
+    memory = host.host_memory()
+    monkeypatch.setattr(host, "gpu_free_bytes", lambda: None)
+    monkeypatch.setattr(host, "host_memory", lambda: replace(memory, available_bytes=22 * 10**9))
+    stated = {"repo_id": "Qwen/Qwen3-VL-4B-Instruct", "vram_requirement": {"full": 4.0}}
+    write(tmp_path / "custom_models.json", {"mine": stated})
+    by_name = {row["name"]: row for row in map(json.loads, run("--json").stdout.splitlines())}
+    assert by_name["qwen3-vl-4b"]["vram_gb"]["full"] == pytest.approx(20.2, abs=0.1)
+    assert by_name["mine"]["vram_gb"] == by_name["qwen3-vl-4b"]["vram_gb"], "VRAM is not memory"
+    assert by_name["qwen3-vl-8b"]["fits"] == ["4bit", "8bit", "fp8"]
+    legend = " ".join(run().stdout.split())
+    assert "not quantized, float32 on a CPU" in legend and "22.0 GB of memory that is" in legend

@@ -4,8 +4,11 @@ import pytest
 
 from qwencli.config import Attention, Cache, EngineName, Kernels, Quantization
 from qwencli.diagnostics.advice import advise
+from qwencli.diagnostics.checks.speed import bandwidth
 from qwencli.diagnostics.decode_work import image_tokens, token_bytes, work_of
-from qwencli.models.resolve import resolve_model
+from qwencli.models.listing import list_models
+from qwencli.models.memory import CPU_VALUE_BYTES
+from qwencli.models.resolve import SearchPaths, resolve_model
 from qwencli.models.shape_reader import read_shape
 from tests.diagnostics.replay import machine, recorded
 
@@ -123,8 +126,51 @@ def test_without_a_gpu():
     advice = advise(machine("no-gpu"))
     assert (advice.device, advice.cache) == ("cpu", Cache.STATIC)
     assert "no CUDA device" in advice.why[0]
-    large = advise(machine("no-gpu", model="qwen3-vl-32b"))
-    assert "the bundled model `scenes` does" in large.why[1]
+    large = advise(machine("no-gpu", model="qwen3-vl-32b", memory={"available_bytes": 8 * 10**9}))
+    assert "nor in 4bit (" in large.why[1] and "the bundled model `scenes` does" in large.why[1]
+    assert large.quantization is None, "there is nothing to apply"
+
+
+def without_gpu(gigabytes, model):
+    return machine("no-gpu", model=model, memory={"available_bytes": int(gigabytes * 1e9)})
+
+
+@pytest.mark.parametrize(
+    ("model", "gigabytes", "mode"),
+    [
+        ("qwen3-vl-4b", 22.6, "none"),
+        ("qwen3-vl-4b", 15, "8bit"),
+        ("qwen3-vl-8b", 22.8, "8bit"),
+        ("qwen3-vl-8b", 12, "4bit"),
+    ],
+)
+def test_without_a_gpu_the_mode_that_fits_is_named(model, gigabytes, mode):
+    advice = advise(without_gpu(gigabytes, model))
+    assert advice.quantization is Quantization(mode)
+    said = f"--quantization {mode} fits" in " ".join(advice.why)
+    assert said == (mode != "none")
+    assert advice.limit_tok_per_s == pytest.approx(
+        24e9 / token_bytes(shape(model), advice.quantization, value_bytes=4)
+    )
+
+
+@pytest.mark.parametrize("model", ["qwen3-vl-4b", "qwen3-vl-8b"])
+def test_a_cpu_needs_as_much_as_the_list_of_models_says(model):
+    paths = SearchPaths()
+    rows = list_models(paths.custom_models(None), paths, 0, CPU_VALUE_BYTES)
+    full = next(row for row in rows if row.name == model).vram_gb["full"]
+    assert f"{model} needs {full:.1f} of" in advise(without_gpu(40, model)).why[0]
+
+
+def test_a_bandwidth_beyond_memory_is_that_of_a_cache():
+    rates = {"bandwidth": {"value": {"read_bytes_per_s": 15e9, "token_bytes_per_s": 35e9}}}
+    box = machine("no-gpu", probes=rates)
+    assert "comes at 35.0 GB/s, as it stays in a cache (memory: 15.0 GB/s)" in advise(box).why[-1]
+    evidence = bandwidth(box).evidence
+    assert "GB/s from memory; what a token of" in evidence
+    assert evidence.endswith("reads stays in a cache and comes at 35 GB/s")
+    rates["bandwidth"]["value"]["token_bytes_per_s"] = 16e9
+    assert "cache" not in bandwidth(machine("no-gpu", probes=rates)).evidence
 
 
 def test_where_torch_does_not_load():

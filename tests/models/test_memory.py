@@ -7,6 +7,7 @@ import pytest
 from qwencli.config import Quantization
 from qwencli.models.builtin import BUILTINS, hub_config
 from qwencli.models.memory import (
+    CPU_VALUE_BYTES,
     RUNTIME_BYTES,
     estimate,
     kv_cache_bytes,
@@ -70,3 +71,14 @@ def test_total_is_the_sum_of_its_parts():
         + RUNTIME_BYTES
     )
     assert 9e9 < whole.total < 11e9
+
+
+def test_on_a_cpu_what_is_not_quantized_takes_twice_the_bytes():
+    shape = shape_of("qwen3-vl-4b")
+    half, wide = estimate(shape), estimate(shape, value_bytes=CPU_VALUE_BYTES)
+    assert wide.total - RUNTIME_BYTES == 2 * (half.total - RUNTIME_BYTES)
+    packed = (
+        estimate(shape, Quantization.INT4),
+        estimate(shape, Quantization.INT4, value_bytes=CPU_VALUE_BYTES),
+    )
+    assert packed[0].weights < packed[1].weights < 2 * packed[0].weights, "the embedding is wider"

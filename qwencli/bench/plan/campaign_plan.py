@@ -271,7 +271,7 @@ def takes_images(model: ModelSpec) -> bool:
 
 def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     """Raise BenchError, naming the first difference, unless both describe the same work."""
-    hint = "repeat the options it was started with, or give a new --out"
+    hint = "leave out or repeat the options it was started with, or give a new --out"
     for key in wanted:
         if saved.get(key) == wanted[key]:
             continue

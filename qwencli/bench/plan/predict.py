@@ -11,7 +11,6 @@ to plan by (within a factor of two), not to quote. Prompts, pictures and compili
 
 from __future__ import annotations
 
-import string
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,13 @@ from qwencli.bench.plan.campaign_plan import Plan
 from qwencli.bench.plan.matrix import BenchCell, cell_label
 from qwencli.config import Cache, DType, EngineName, KVDType, LoadMode, ModelSpec, Quantization
 from qwencli.errors import ModelFileError
-from qwencli.models.memory import DEFAULT_IMAGE_TOKENS, RUNTIME_BYTES, decode_bytes, estimate
+from qwencli.models.memory import (
+    CPU_VALUE_BYTES,
+    DEFAULT_IMAGE_TOKENS,
+    GPU_VALUE_BYTES,
+    decode_bytes,
+    estimate,
+)
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
 from qwencli.output import counted
@@ -117,7 +122,8 @@ def predict(plan: Plan, cell: BenchCell, speed: MachineSpeed) -> Prediction:
     wide = settings.device == "cpu" and settings.dtype in (DType.AUTO, DType.FLOAT32)
     image_tokens = DEFAULT_IMAGE_TOKENS * len(settings.images) if shape.vision else 0
     context = PROMPT_TOKENS + image_tokens + settings.max_new_tokens
-    read = decode_bytes(shape, scheme, 4 if wide else 2, context)
+    value_bytes = CPU_VALUE_BYTES if wide else GPU_VALUE_BYTES
+    read = decode_bytes(shape, scheme, value_bytes, context)
     assert read is not None, "every scheme of the table is known"
     launched = shape.text.num_layers * launches * _LAUNCH_FACTOR.get(cell.quantization, 1.0)
     token_s = read / speed.bandwidth(read) + launched / speed.launch_rate
@@ -127,20 +133,20 @@ def predict(plan: Plan, cell: BenchCell, speed: MachineSpeed) -> Prediction:
         engine=cell.engine,
         context_tokens=context,
         image_tokens=image_tokens,
+        value_bytes=value_bytes,
     )
-    scale = 2 if wide else 1
     stop = settings.stop
     runs = stop.min_runs + stop.processes
     loads = runs if cell.load_mode is LoadMode.RELOAD else stop.processes
     start_s = stop.processes * speed.start_s * START_FACTOR[cell.engine]
-    load_s = loads * scale * memory.weights / LOAD_BYTES_PER_S
+    load_s = loads * memory.weights / LOAD_BYTES_PER_S
     return Prediction(
         tok_per_s=1 / token_s,
         seconds=start_s
         + load_s
         + runs * settings.max_new_tokens * token_s
         + _checks_s(plan, cell, token_s),
-        memory_bytes=scale * (memory.total - RUNTIME_BYTES) + RUNTIME_BYTES,
+        memory_bytes=memory.total,
     )
 
 
@@ -191,7 +197,7 @@ def _shape(model: ModelSpec) -> ModelShape | None:
 def planned_table(
     cells: Sequence[BenchCell], predictions: Mapping[str, Prediction]
 ) -> RenderableType:
-    """The cells of a plan in the given order, the skipped ones dim and last, by reason.
+    """The cells of a plan that can run, in the given order; the others counted by reason.
 
     Args:
         predictions: by cell_id, of the cells that can run here.
@@ -214,7 +220,7 @@ def planned_table(
         table.add_row(
             str(number),
             cell_label(cell),
-            "-" if predicted.tok_per_s is None else f"{predicted.tok_per_s:.3g}",
+            _speed(predicted.tok_per_s),
             duration(predicted.seconds),
             "-" if predicted.memory_bytes is None else f"{predicted.memory_bytes / 1e9:.1f} GB",
         )
@@ -222,17 +228,21 @@ def planned_table(
     for cell in cells:
         if cell.skip_reason:
             by_reason[cell.skip_reason].append(cell)
-    marks = dict(zip(by_reason, string.ascii_lowercase, strict=False))
-    for reason, skipped in by_reason.items():
-        for cell in skipped:
-            table.add_row(marks.get(reason, "-"), cell_label(cell), style="dim")
     known = [p.seconds for p in predictions.values() if p.seconds is not None]
     lines = [f"all together about {duration(sum(known))}", FORMULA] if known else []
     lines += [
-        f"{marks.get(reason, '-')} skipped: {reason} - {counted(count, 'cell')}"
-        for reason, count in ((reason, len(skipped)) for reason, skipped in by_reason.items())
+        f"skipped: {reason} - "
+        + (cell_label(skipped[0]) if len(skipped) == 1 else counted(len(skipped), "cell"))
+        for reason, skipped in by_reason.items()
     ]
     return Group(table, *(Text(line, style="dim") for line in lines))
+
+
+def _speed(tok_per_s: float | None) -> str:
+    """Three figures, of large numbers all before the point."""
+    if tok_per_s is None:
+        return "-"
+    return format(tok_per_s, ".0f" if tok_per_s >= 100 else ".3g")
 
 
 def duration(seconds: float | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from qwencli.bench.attribution.attribute import attribute
 from qwencli.bench.attribution.summary import with_causes
 from qwencli.bench.attribution.whole_cell import machine_of
-from qwencli.bench.report.cell_statistics import CellRow, cell_rows
+from qwencli.bench.report.cell_statistics import CellRow, cell_rows, measurable
 from qwencli.bench.report.html.page import html_page
 from qwencli.bench.report.tables import (
     DETAILS,
@@ -69,16 +69,20 @@ def build_report(folder: Path) -> list[CellRow]:
 
 
 def markdown(rows: Sequence[CellRow], environment: Mapping[str, Any]) -> str:
-    """The campaign as a Markdown page."""
+    """The campaign as a Markdown page; cells that cannot run here are counted by reason."""
+    said = [f"- {remark}" for remark in remarks(rows)]
+    rows = measurable(rows)
+    if not rows:
+        return markdown_page(["# Benchmark", "", *_device_lines(environment), "", *said])
+    lines = ["# Benchmark", "", f"All cells: {title(rows)}.", "", *_device_lines(environment), ""]
     axes = varying_axes(rows)
     head = [axis.replace("_", " ") for axis in axes] + list(VALUE_COLUMNS)
     body = [
         [*(row[axis] for axis in axes), *row_values(row)[:-1], verdict_text(row)]
         for row in by_speed(rows)
     ]
-    lines = ["# Benchmark", "", f"All cells: {title(rows)}.", "", *_device_lines(environment), ""]
     lines += [_markdown_row(head), _markdown_row(["---"] * len(head)), *map(_markdown_row, body)]
-    lines += ["", f"{UNITS}.", "", *(f"- {remark}" for remark in remarks(rows))]
+    lines += ["", f"{UNITS}.", "", *said]
     if slowed := why_lines(rows):
         lines += ["", "## Why", "", *(f"- {line}" for line in slowed)]
     for detail in DETAILS:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from qwencli.bench.attribution import whole_cell
 from qwencli.bench.attribution.records import records_by_cell
@@ -40,6 +40,7 @@ NOT_QUOTABLE, UNSTABLE = "not quotable", "unstable"
 
 RawRow = Mapping[str, str]
 CellRow = dict[str, Any]
+Row = TypeVar("Row", bound=Mapping[str, Any])
 
 # The modes whose requested and reported names are the same words.
 _SAME_NAMES = (("attention", "ran_attention"), ("cache", "ran_cache"))
@@ -105,6 +106,11 @@ class CellRows:
     def median(self, column: str) -> float | None:
         found = self.numbers(column)
         return statistics.median(found) if found else None
+
+
+def measurable(rows: Sequence[Row]) -> list[Row]:
+    """What tables show: cells that can run here. `tables.remarks` counts the others by reason."""
+    return [row for row in rows if row["status"] != "skipped"]
 
 
 def cell_rows(

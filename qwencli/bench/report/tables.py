@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qwencli.bench.attribution import whole_cell
 from qwencli.bench.attribution.summary import probe_line, why
 from qwencli.bench.plan.matrix import AXES, shorten_modes
-from qwencli.bench.report.cell_statistics import NOT_QUOTABLE, UNSTABLE
+from qwencli.bench.report.cell_statistics import NOT_QUOTABLE, UNSTABLE, measurable
 from qwencli.output import counted
 
 if TYPE_CHECKING:
@@ -296,10 +296,12 @@ def _gigabytes(value: int | None) -> str:
 
 def remarks(rows: Sequence[CellRow]) -> list[str]:
     """What the table's last column had no room for: reasons by cell, equal ones together."""
-    axes = varying_axes(rows)
+    of_table, of_all = varying_axes(measurable(rows)), varying_axes(rows)
     cells: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         said = row["verdict"] or ""
+        # What the table leaves out is told from the other cells by other axes, too.
+        axes = of_all if row["status"] == "skipped" else of_table
         if row["status"] != "ok":
             cells[f"{row['status']}: {row['reason']}"].append(row_label(row, axes))
         if ":" in said:
@@ -331,12 +333,15 @@ def why_lines(rows: Sequence[CellRow]) -> list[str]:
 
 
 def terminal_table(rows: Sequence[CellRow]) -> RenderableType:
-    """A table that fits 80 columns, fastest cell first, with the remarks under it."""
+    """A table that fits 80 columns, fastest cell first, with the remarks under it, if any ran."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
+    said = [Text(line, style="dim") for line in remarks(rows)]
+    if not (rows := measurable(rows)):
+        return Group(*said)
     axes = varying_axes(rows)
     # Every column of padding is one less for the axes, whose words would be cut at 80.
     table = Table(
@@ -349,10 +354,9 @@ def terminal_table(rows: Sequence[CellRow]) -> RenderableType:
     table.add_column(VALUE_COLUMNS[-1], no_wrap=True)
     for row in by_speed(rows):
         table.add_row(row_label(row, axes), *row_values(row), style=_style(row))
-    notes = [Text(line, style="dim") for line in (UNITS, *remarks(rows))]
     whys = [Text(f"why: {line}") for line in why_lines(rows)]
     details = [_detail_table(detail, rows, axes) for detail in DETAILS if detail.shown(rows)]
-    return Group(table, *notes, *whys, *details)
+    return Group(table, Text(UNITS, style="dim"), *said, *whys, *details)
 
 
 def _detail_table(
@@ -387,10 +391,8 @@ UNITS = (
 
 
 def _style(row: CellRow) -> str:
-    if row["status"] == "skipped":
-        return "dim"
-    bad = row["status"] not in ("ok", "unfinished") or (row["verdict"] or "").startswith("FAIL")
-    return "red" if bad else ""
+    failed = (row["verdict"] or "").startswith("FAIL")
+    return "red" if failed or row["status"] not in ("ok", "unfinished") else ""
 
 
 def by_speed(rows: Sequence[CellRow]) -> list[CellRow]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from qwencli.config import Quantization
 from qwencli.diagnostics.advice import TYPICAL_CONTEXT, advise
 from qwencli.diagnostics.checks.driver import NO_GPU
-from qwencli.diagnostics.decode_work import operators_per_token, token_bytes
+from qwencli.diagnostics.decode_work import operators_per_token, token_bytes, token_is_cached
 from qwencli.diagnostics.finding import Confidence, Finding, failed, passed, skipped, warned
 from qwencli.diagnostics.machine import Machine, how_it_ended, value_of
 from qwencli.engine.instruments.probes.answers import Bandwidth, EngineRun, HostLink, LaunchRate
@@ -70,6 +70,11 @@ def bandwidth(machine: Machine) -> Finding:
         f"read {found.read_bytes_per_s / 1e9:.0f} GB/s ({found.read_by}), copy "
         f"{found.copy_bytes_per_s / 1e9:.0f} GB/s"
     )
+    if token_is_cached(found):
+        evidence += (
+            f" from memory; what a token of {machine.section('model')} reads stays in a cache and "
+            f"comes at {rate / 1e9:.0f} GB/s"
+        )
     if machine.torch.devices:
         evidence += (
             f": at most {limit:.0f} tok/s of {machine.section('model')}, unquantized "
