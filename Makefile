@@ -20,9 +20,10 @@ check:
 test:
 	$(PYTHON) -m pytest -n 2 --dist worksteal
 
-# Compiles the kernels of many rows for every card, without one.
+# Compiles all kernels for every card, without one, and writes what each needs.
 kernels:
 	EVERY_CARD=1 $(PYTHON) -m pytest -n 2 tests/engine/kernels/test_compiled.py
+	$(PYTHON) tools/kernels_by_card.py results/2026-11-30-kernels-by-card --cards 80,86,89,90,120
 
 docs:
 	$(PYTHON) tools/docs/cli_reference.py

@@ -556,6 +556,24 @@ def first_tokens(files: Sequence[Path]) -> str:
     return markdown(head, rows)
 
 
+def kernels_by_card(files: Sequence[Path]) -> str:
+    """Of `tools/kernels_by_card.py`: of each kernel the kinds, and what the largest needs."""
+    with files[0].open(newline="") as file:
+        found = list(csv.DictReader(file))
+    cards = list(dict.fromkeys(row["card"] for row in found))
+    needs = {(row["kernel"], row["card"]): row for row in found}
+    rows = []
+    for kernel in sorted({row["kernel"] for row in found}):
+        cells = []
+        for card in cards:
+            row = needs.get((kernel, card))
+            spilled = f", {row['spilled_bytes']} B" if row and int(row["spilled_bytes"]) else ""
+            shared = f"{int(row['shared_bytes']) / 1024:.0f}" if row else "-"
+            cells.append(f"{row['kinds']}: {shared} KiB{spilled}" if row else "-")
+        rows.append([kernel.removesuffix("_kernel"), *cells])
+    return markdown(["kernel", *(f"sm_{card}" for card in cards)], rows)
+
+
 KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
     "comfyui-interference": comfyui_interference,
     "rows-step": rows_step,
@@ -586,6 +604,7 @@ KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
     "long-prompts": long_prompts,
     "prompt-attention": prompt_attention,
     "first-tokens": first_tokens,
+    "kernels-by-card": kernels_by_card,
 }
 
 
