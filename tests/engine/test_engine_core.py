@@ -248,7 +248,8 @@ def test_large_pictures_run_beside_the_rows_that_run(limited, monkeypatch):
     expected = [limited.generate(request).token_ids for request in requests]
     limited._forget()
     depth = limited._model.vision.shape.depth
-    monkeypatch.setattr(vision_tower, "PIECE", 32)
+    for name in ("PIECE", "UNDIVIDED"):
+        monkeypatch.setattr(vision_tower, name, 32)
     monkeypatch.setattr(runner_prompt, "PIECE", 32)
     monkeypatch.setattr(vision_batch, "blocks_worth", lambda *others: 1)
     steps, scheduling = [], scheduler.Scheduler.schedule

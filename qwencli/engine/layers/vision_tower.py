@@ -73,15 +73,15 @@ def attend_segments(
     """Segments of equal length that follow each other are one batch, so one image is one call
     without a mask.
 
-    Of more than `PIECE` patches the result takes the place of the queries, some of which attend at
-    a time.
+    Of more than `UNDIVIDED` patches the result takes the place of the queries, some of which attend
+    at a time.
     """
     heads, dim = qkv.shape[1] // 3, qkv.shape[2]
     sizes = [group.count * group.length for group in groups]
     pieces = []
     for group, piece in zip(groups, qkv.split_with_sizes(sizes), strict=True):
         q, k, v = piece.view(group.count, group.length, 3, heads, dim).unbind(2)
-        if len(qkv) <= PIECE:
+        if len(qkv) <= UNDIVIDED:
             pieces.append(attention(q, k, v).reshape(-1, heads * dim))
             continue
         each = max(1, PIECE // group.length)  # whole segments, or parts of a long one's queries
@@ -127,12 +127,15 @@ SEGMENT_ATTENTION: Mapping[Attention, SegmentAttention] = {
 EPS = 1e-6
 ROPE_THETA = 10_000.0
 # Patches of recent grids whose layouts and resampled positions are kept (2.6 KB each). Pictures of
-# one size share theirs, whatever they are encoded with. Pictures larger than `PIECE` take the room
-# of those kept.
+# one size share theirs, whatever they are encoded with. Pictures of more than `UNDIVIDED` patches
+# take the room of those kept.
 PATCHES_KEPT = 2**15
-# Patches that are worked on at a time, but for keys and values, of which a picture needs all: what
-# is widest about a large picture, inside a block, is that of a piece.
+# Patches of a large picture that are worked on at a time, but for keys and values, of which it
+# needs all: what is widest about it, inside a block, is that of a piece.
 PIECE = 4096
+# Up to so many are worked on whole, as a picture of 1920x1080 (8,160): cutting it would copy every
+# block's results and launch twice as much, and save less than the largest pictures need anyway.
+UNDIVIDED = 2 * PIECE
 
 # In place: what goes in is the widest thing of a block.
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -318,7 +321,7 @@ class VisionTower:
             pieces = [self._prepare_one(grid) for grid in grids]
             ready = pieces[0] if len(pieces) == 1 else self._side_by_side(pieces)
             ready = self._packed(ready)
-            if ready.patches > PIECE:
+            if ready.patches > UNDIVIDED:
                 return ready
             self._latest = grids, ready
         return self._latest[1]
@@ -327,7 +330,7 @@ class VisionTower:
         found = self._prepared.pop(grid, None)
         if found is None:
             found = self._build(layout(self.shape, [grid]))
-        if found.patches > PIECE:
+        if found.patches > UNDIVIDED:
             # It needs the room.
             self._prepared.clear()
             self._latest = None
@@ -427,7 +430,7 @@ class VisionTower:
         qkv = x.view(1, -1, 3 * heads, self.shape.head_dim)
         self._turn(qkv, ready.rope, 2 * heads)
         attended = attend(qkv[0], packed or segments, self._attention, self._varlen)
-        if len(hidden) <= PIECE:
+        if len(hidden) <= UNDIVIDED:
             return self._after_attention(at, attended, hidden)
         for some, piece in zip(
             torch.split(attended, PIECE), torch.split(hidden, PIECE), strict=True
@@ -484,8 +487,8 @@ def _segments_of(segments: Sequence[EqualSegments] | Offsets) -> Sequence[EqualS
 
 
 def _by_pieces(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """A function of rows, each by itself, over `PIECE` rows at a time."""
-    if len(rows) <= PIECE:
+    """A function of rows, each by itself; of many, over `PIECE` rows at a time."""
+    if len(rows) <= UNDIVIDED:
         return function(rows)
     first, *others = torch.split(rows, PIECE)
     made = function(first)

@@ -302,7 +302,9 @@ class NativeEngine(BaseEngine):
                     effective,
                     self._vision_cache,
                     self._speculator(state, cache),
-                    PrefillGraphs(model, store, slots) if cache is Cache.STATIC_GRAPH else None,
+                    PrefillGraphs(model, store, slots, self._plan.max_graph_tokens)
+                    if cache is Cache.STATIC_GRAPH
+                    else None,
                 )
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)

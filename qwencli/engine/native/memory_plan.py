@@ -10,9 +10,9 @@ from typing import Any
 from qwencli.config import DType, KVDType, Quantization, SeqLen
 from qwencli.engine.cache.paged_kv import PAGE_SIZE, pages_for
 from qwencli.engine.cache.prefix_cache import VISION_CACHE_BYTES
-from qwencli.engine.layers.vision_tower import PATCHES_KEPT, PIECE
+from qwencli.engine.layers.vision_tower import PATCHES_KEPT, PIECE, UNDIVIDED
 from qwencli.engine.native.model import longest_chunk
-from qwencli.engine.native.prefill_graphs import LONGEST, MOST_PATCHES
+from qwencli.engine.native.prefill_graphs import LONGEST, LONGEST_IN_LITTLE_ROOM, MOST_PATCHES
 from qwencli.engine.scheduler import Limits
 from qwencli.engine.spec_decode.mtp import RING
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
@@ -70,7 +70,8 @@ class MemoryPlan:
 
     `kept_images` are features of earlier pictures and layouts of their sizes that a session holds
     on to, `graphs` what CUDA graphs of prompts and pictures work in, which is theirs alone.
-    `max_image_tokens` is what the largest picture may have for all this to be enough.
+    `max_image_tokens` is what the largest picture may have for all this to be enough, and
+    `max_graph_tokens` what a prompt may have that is a graph.
     """
 
     weights: int
@@ -80,6 +81,7 @@ class MemoryPlan:
     graphs: int
     max_seq_len: int
     max_image_tokens: int
+    max_graph_tokens: int
 
     @property
     def parts(self) -> dict[str, int]:
@@ -160,9 +162,11 @@ def plan_memory(
             return most_images
         return min(most_images, tokens - min(TEXT_TOKENS, tokens // 2))
 
+    graph_tokens = LONGEST
+
     def plan(tokens: int, images: int) -> MemoryPlan:
         peak = max(
-            vision_in_pieces_bytes(shape, images, PIECE),
+            _vision_bytes(shape, images),
             prefill_peak_bytes(shape, min(tokens, longest_chunk())) + dequantize,
         )
         return MemoryPlan(
@@ -170,14 +174,18 @@ def plan_memory(
             kv_cache=token_bytes * tokens + least_states,
             activations=(peak + image_feature_bytes(shape, images)) * scale,
             kept_images=_kept_image_bytes(shape, images, scale),
-            graphs=_graph_bytes(shape, tokens, dequantize) * scale if prompt_graphs else 0,
+            graphs=_graph_bytes(shape, min(tokens, graph_tokens), dequantize) * scale
+            if prompt_graphs
+            else 0,
             max_seq_len=tokens,
             max_image_tokens=images,
+            max_graph_tokens=graph_tokens,
         )
 
     whole = plan(target, images_beside(target))
     if free_bytes is None or whole.total <= free_bytes:
         return whole
+    graph_tokens = LONGEST_IN_LITTLE_ROOM
     if isinstance(wanted, int):
         least = min(least_images, whole.max_image_tokens)
         fitting = [plan(target, images) for images in range(whole.max_image_tokens, least - 1, -64)]
@@ -300,7 +308,7 @@ def _batch_working_bytes(
 ) -> float:
     """What a step of a batch works in."""
     tokens, scale = limits.max_prefill_tokens, value_bytes / 2
-    vision = vision_in_pieces_bytes(shape, tokens, PIECE) + image_feature_bytes(shape, tokens)
+    vision = _vision_bytes(shape, tokens) + image_feature_bytes(shape, tokens)
     working = max(reserved, scale * max(prefill_peak_bytes(shape, tokens), vision))
     # In float32, and once more as the sampler's.
     return working + 8 * limits.max_rows * shape.text.vocab_size
@@ -313,15 +321,29 @@ def _kept_image_bytes(shape: ModelShape, images: int, scale: int) -> int:
         return 0
     width, heads = shape.vision.hidden_size, shape.vision.num_heads
     patches = images * shape.vision.merge_area
-    kept = max(0, PATCHES_KEPT - patches) if patches > PIECE else PATCHES_KEPT
+    kept = max(0, PATCHES_KEPT - patches) if patches > UNDIVIDED else PATCHES_KEPT
     return VISION_CACHE_BYTES + kept * (2 * scale * width + 8 * width // heads)
 
 
+def _vision_bytes(shape: ModelShape, images: int) -> int:
+    """Peak bytes of encoding a picture of up to so many tokens, without its features: of the
+    largest, or of the largest that is not cut in pieces."""
+    if shape.vision is None:
+        return 0
+    undivided = min(images, UNDIVIDED // shape.vision.merge_area)
+    whole = vision_in_pieces_bytes(shape, undivided, UNDIVIDED)
+    return max(vision_in_pieces_bytes(shape, images, PIECE), whole)
+
+
 def _graph_bytes(shape: ModelShape, tokens: int, dequantize: int) -> int:
-    """Of the largest graphs, bfloat16; they share their memory."""
+    """Of the graphs of prompts of up to so many tokens and of pictures, bfloat16, which share their
+    memory; and of what prompts are put into for them: the hidden states, and what DeepStack adds
+    to them."""
     patches = MOST_PATCHES // shape.vision.merge_area if shape.vision else 0
-    prompt = prefill_peak_bytes(shape, min(tokens, LONGEST)) + dequantize
-    return max(prompt, vision_peak_bytes(shape, patches))
+    prompt = prefill_peak_bytes(shape, tokens) + dequantize
+    added = 0 if shape.vision is None else len(shape.vision.deepstack_layers)
+    inputs = tokens * (1 + added) * shape.text.hidden_size * 2
+    return max(prompt, vision_peak_bytes(shape, patches)) + inputs
 
 
 def _image_tokens(shape: ModelShape, pixels: int) -> int:

@@ -53,10 +53,13 @@ def test_a_picture_is_told_by_all_of_its_pixels(monkeypatch):
     other = picture.copy()
     other.putpixel((36, 22), (1, 2, 3))
     visual = Visual((1, 2, 2))
-    whole = prefix_cache._digest(visual, [picture])
-    assert prefix_cache._digest(visual, [other]) != whole
-    monkeypatch.setattr(prefix_cache, "_DIGEST_PIXELS", 100)
-    assert prefix_cache._digest(visual, [picture]) == whole
+    turned = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    for pixels_at_a_time in (prefix_cache._DIGEST_PIXELS, 100, 1):  # one part, and several
+        monkeypatch.setattr(prefix_cache, "_DIGEST_PIXELS", pixels_at_a_time)
+        whole = prefix_cache._digest(visual, [picture])
+        assert prefix_cache._digest(visual, [picture.copy()]) == whole
+        assert prefix_cache._digest(visual, [other]) != whole
+        assert prefix_cache._digest(visual, [turned]) != whole
 
 
 def test_equal_pictures_are_equal_whatever_stands_beside_their_pixels():

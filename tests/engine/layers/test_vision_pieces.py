@@ -30,6 +30,7 @@ def test_pictures_in_pieces_have_the_features_of_whole_ones(checkpoint, monkeypa
         # Cuts segments apart, and takes several whole ones at a time.
         for piece in (8, 24):
             monkeypatch.setattr(vision_tower, "PIECE", piece)
+            monkeypatch.setattr(vision_tower, "UNDIVIDED", piece)
             tower._prepared.clear()
             tower._latest = None
             cut = tower.encode(patches, prompt.grid_thw)

@@ -17,6 +17,7 @@ from qwencli.engine.native.memory_plan import (
     plan_memory,
     plan_pages,
 )
+from qwencli.engine.native.prefill_graphs import LONGEST, LONGEST_IN_LITTLE_ROOM
 from qwencli.engine.spec_decode.mtp import HeadInputs
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.builtin import hub_config
@@ -92,6 +93,14 @@ def test_a_picture_of_8160_tokens_fits_beside_its_weights(free, mode):
     # And an answer of 256 tokens.
     assert fitted.max_image_tokens >= 8160 and fitted.max_seq_len >= 8160 + 64 + 256
     assert fitted.total <= free * GIB
+
+
+def test_long_prompts_are_graphs_where_there_is_room_for_those():
+    ample, tight = plan(80, prompt_graphs=True), plan(11, prompt_graphs=True)
+    assert (ample.max_graph_tokens, tight.max_graph_tokens) == (LONGEST, LONGEST_IN_LITTLE_ROOM)
+    # What a layer works in, and what three layers of the tower add.
+    more = (LONGEST - LONGEST_IN_LITTLE_ROOM) * (2 * 2560 + 3 * 9728 + 4 * 2560) * 2
+    assert ample.graphs - tight.graphs == more
 
 
 def test_pictures_are_as_large_as_fits_and_as_asked_for():

@@ -25,7 +25,7 @@ from tests.engine.native.test_capture import Calls, Captured, without_values
 from tests.engine.quant.test_prequantized import TEXT
 
 CPU = torch.device("cpu")
-SLOTS = 1500
+SLOTS = LONGEST + 200
 
 
 @pytest.fixture(autouse=True)
