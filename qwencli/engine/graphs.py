@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from qwencli.garbage import gc_paused
 from qwencli.tracing import span
 
 Tensor = torch.Tensor
@@ -76,7 +77,11 @@ class GraphRunner:
         # Of this thread: others prepare pictures meanwhile, and what they allocate or wait for
         # would end the capture.
         mode = "thread_local"
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode=mode):
+        # Nor may garbage be looked for: a graph of an engine that is gone would be freed in it.
+        with (
+            gc_paused(),
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode=mode),
+        ):
             work()
         self._graphs[key] = graph
 

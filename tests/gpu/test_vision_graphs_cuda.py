@@ -54,7 +54,7 @@ def test_features_are_those_of_the_tower(family, hidden):
             error = (mine.float() - theirs.float()).norm() / theirs.float().norm()
             assert mine.shape == theirs.shape
             assert float(error) <= 1e-2, grids
-    assert 1 < len(graphs._pictures._features) < len(ASKED)
+    assert 1 < len(graphs._pictures._sizes) < len(ASKED)
 
 
 @pytest.mark.skipif(not MODERN, reason="flash attention needs compute capability 8.0")

@@ -302,7 +302,7 @@ class NativeEngine(BaseEngine):
                     effective,
                     self._vision_cache,
                     self._speculator(state, cache),
-                    PrefillGraphs(model, store, slots, self._plan.max_graph_tokens)
+                    PrefillGraphs(model, store, slots, self._plan.graph_sizes)
                     if cache is Cache.STATIC_GRAPH
                     else None,
                 )

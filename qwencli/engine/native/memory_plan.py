@@ -12,7 +12,7 @@ from qwencli.engine.cache.paged_kv import PAGE_SIZE, pages_for
 from qwencli.engine.cache.prefix_cache import VISION_CACHE_BYTES
 from qwencli.engine.layers.vision_tower import PATCHES_KEPT, PIECE, UNDIVIDED
 from qwencli.engine.native.model import longest_chunk
-from qwencli.engine.native.prefill_graphs import LONGEST, LONGEST_IN_LITTLE_ROOM, MOST_PATCHES
+from qwencli.engine.native.prefill_graphs import SIZES, SMALL_SIZES, GraphSizes
 from qwencli.engine.scheduler import Limits
 from qwencli.engine.spec_decode.mtp import RING
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
@@ -71,7 +71,7 @@ class MemoryPlan:
     `kept_images` are features of earlier pictures and layouts of their sizes that a session holds
     on to, `graphs` what CUDA graphs of prompts and pictures work in, which is theirs alone.
     `max_image_tokens` is what the largest picture may have for all this to be enough, and
-    `max_graph_tokens` what a prompt may have that is a graph.
+    `graph_sizes` what graphs there may be.
     """
 
     weights: int
@@ -81,7 +81,7 @@ class MemoryPlan:
     graphs: int
     max_seq_len: int
     max_image_tokens: int
-    max_graph_tokens: int
+    graph_sizes: GraphSizes
 
     @property
     def parts(self) -> dict[str, int]:
@@ -162,7 +162,7 @@ def plan_memory(
             return most_images
         return min(most_images, tokens - min(TEXT_TOKENS, tokens // 2))
 
-    graph_tokens = LONGEST
+    sizes = SIZES
 
     def plan(tokens: int, images: int) -> MemoryPlan:
         peak = max(
@@ -174,18 +174,16 @@ def plan_memory(
             kv_cache=token_bytes * tokens + least_states,
             activations=(peak + image_feature_bytes(shape, images)) * scale,
             kept_images=_kept_image_bytes(shape, images, scale),
-            graphs=_graph_bytes(shape, min(tokens, graph_tokens), dequantize) * scale
-            if prompt_graphs
-            else 0,
+            graphs=_graph_bytes(shape, sizes, tokens, dequantize) * scale if prompt_graphs else 0,
             max_seq_len=tokens,
             max_image_tokens=images,
-            max_graph_tokens=graph_tokens,
+            graph_sizes=sizes,
         )
 
     whole = plan(target, images_beside(target))
     if free_bytes is None or whole.total <= free_bytes:
         return whole
-    graph_tokens = LONGEST_IN_LITTLE_ROOM
+    sizes = SMALL_SIZES
     if isinstance(wanted, int):
         least = min(least_images, whole.max_image_tokens)
         fitting = [plan(target, images) for images in range(whole.max_image_tokens, least - 1, -64)]
@@ -335,15 +333,20 @@ def _vision_bytes(shape: ModelShape, images: int) -> int:
     return max(vision_in_pieces_bytes(shape, images, PIECE), whole)
 
 
-def _graph_bytes(shape: ModelShape, tokens: int, dequantize: int) -> int:
+def _graph_bytes(shape: ModelShape, sizes: GraphSizes, tokens: int, dequantize: int) -> int:
     """Of the graphs of prompts of up to so many tokens and of pictures, bfloat16, which share their
-    memory; and of what prompts are put into for them: the hidden states, and what DeepStack adds
-    to them."""
-    patches = MOST_PATCHES // shape.vision.merge_area if shape.vision else 0
+    memory; and of what is put in for them: hidden states and what DeepStack adds to them, patches
+    with their positions and angles, and what is made of those."""
+    tokens, tower = min(tokens, sizes.tokens), shape.vision
     prompt = prefill_peak_bytes(shape, tokens) + dequantize
-    added = 0 if shape.vision is None else len(shape.vision.deepstack_layers)
-    inputs = tokens * (1 + added) * shape.text.hidden_size * 2
-    return max(prompt, vision_peak_bytes(shape, patches)) + inputs
+    hidden = tokens * shape.text.hidden_size * 2
+    if tower is None:
+        return prompt + hidden
+    image_tokens = sizes.patches // tower.merge_area
+    inputs = hidden * (1 + len(tower.deepstack_layers))
+    inputs += sizes.patches * (2 * tower.patch_elements + 2 * tower.hidden_size)
+    inputs += sizes.patches * 8 * tower.head_dim + image_feature_bytes(shape, image_tokens)
+    return max(prompt, vision_peak_bytes(shape, image_tokens)) + inputs
 
 
 def _image_tokens(shape: ModelShape, pixels: int) -> int:

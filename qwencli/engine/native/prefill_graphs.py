@@ -16,9 +16,8 @@ A capture takes as long as a few passes, and most sizes of a mixed folder never 
 captured when it comes the second time. The first time the pass that would be captured runs operator
 by operator, so that its result is that of the graph, bit for bit.
 
-What is long, starts within a cached sequence, or is a batch is run operator by operator; there the
-GPU is what takes the time, or it is rare. So are pictures of more than `MOST_PATCHES`: of single
-ones torch's own kernels are faster, and the GPU is busy while the next are launched.
+What is larger, starts within a cached sequence, or is a batch is run operator by operator; there
+the GPU is what takes the time, or it is rare.
 """
 
 from __future__ import annotations
@@ -35,18 +34,38 @@ from qwencli.engine.device_memory import upload
 from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.layers.decoder import DeepStack
 from qwencli.engine.layers.vision_layout import EqualSegments, Grid
-from qwencli.engine.layers.vision_tower import Offsets, PreparedGrids, VisionFeatures, VisionTower
+from qwencli.engine.layers.vision_tower import (
+    UNDIVIDED,
+    Offsets,
+    PreparedGrids,
+    VisionFeatures,
+    VisionTower,
+)
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import PromptInputs
 from qwencli.engine.ops.attention import AttentionPlan, can_flash_decode, prompt_plan
+from qwencli.models.shapes import VisionShape
 
 Tensor = torch.Tensor
 
-# Beyond these the GPU takes longer than the host.
-MOST_PATCHES = 2048
 PATCH_BUCKET = 128
 # A few more than a session of single pictures can need.
 GRAPHS_KEPT = 32
+
+
+@dataclass(frozen=True)
+class GraphSizes:
+    """Tokens of the longest prompt, and patches of the largest picture, that are graphs."""
+
+    tokens: int
+    patches: int
+
+
+# A picture that is encoded whole and the text around it. The kernels of 1,039 tokens and their
+# 4,096 patches take an H200 21 ms with a 4B model, and its host 28 to launch one by one.
+SIZES = GraphSizes(tokens=2304, patches=UNDIVIDED)
+# The same where memory is short: 270 MB less of a 4B model.
+SMALL_SIZES = GraphSizes(tokens=1024, patches=2048)
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,7 @@ class VisionGraphs:
     """Encodes pictures with `tower`, in memory that all sizes share.
 
     Args:
+        most: patches of a picture at most.
         due: whether a graph that is not there is to be captured now.
     """
 
@@ -71,10 +91,13 @@ class VisionGraphs:
         tower: VisionTower,
         graphs: GraphRunner,
         dtype: torch.dtype,
+        most: int,
         due: Callable[[Hashable], bool],
     ) -> None:
         self._tower, self._graphs, self._dtype, self._due = tower, graphs, dtype, due
-        self._features: dict[Size, VisionFeatures] = {}
+        self.most_patches = most
+        # Those that are graphs; last in, so that the first is the one not used for longest.
+        self._sizes: dict[Size, None] = {}
         self._buffers: _Buffers | None = None
         self._filled: tuple[PreparedGrids, Size] | None = None
 
@@ -85,27 +108,32 @@ class VisionGraphs:
         return can_flash_decode(heads, heads, dim, dtype, device)
 
     def encode(self, patches: Tensor, grids: Sequence[Grid]) -> VisionFeatures:
-        """As `VisionTower.encode`, of at most `MOST_PATCHES` patches."""
+        """As `VisionTower.encode`, of at most `most_patches` patches."""
         ready = self._tower.prepare(patches, grids)
-        buffers = self._buffers = self._buffers or _Buffers(self._tower, ready, self._dtype)
+        buffers = self._buffers = self._buffers or _Buffers(
+            self._tower.shape, ready, self._dtype, self.most_patches
+        )
         size = self._size(ready, len(patches))
         if self._filled is None or self._filled[0] is not ready:
             buffers.fill(ready, size, len(patches))
             self._filled = ready, size
         buffers.patches[: len(patches)].copy_(patches)
-        if size not in self._graphs and not self._due(size):
+        if size in self._graphs or self._due(size):
+            self._replay(size)
+        else:
             self._pass(size)
-            return _copied(self._features.pop(size), len(patches) // self._tower.shape.merge_area)
+        return buffers.copied(len(patches) // self._tower.shape.merge_area)
+
+    def _replay(self, size: Size) -> None:
         if size not in self._graphs:
             self._graphs.capture(size, lambda: self._pass(size))
         self._graphs.replay(size)
-        # Last in, so that the first is the one not used for longest.
-        features = self._features[size] = self._features.pop(size)
-        if len(self._features) > GRAPHS_KEPT:
-            dropped = next(iter(self._features))
-            del self._features[dropped]
+        self._sizes.pop(size, None)
+        self._sizes[size] = None
+        if len(self._sizes) > GRAPHS_KEPT:
+            dropped = next(iter(self._sizes))
+            del self._sizes[dropped]
             self._graphs.drop(dropped)
-        return _copied(features, len(patches) // self._tower.shape.merge_area)
 
     def _size(self, ready: PreparedGrids, patches: int) -> Size:
         filled = -(-patches // PATCH_BUCKET) * PATCH_BUCKET
@@ -115,40 +143,49 @@ class VisionGraphs:
 
     def _pass(self, size: Size) -> None:
         assert self._buffers is not None, "made before the first picture is encoded"
-        self._features[size] = self._tower.run(*self._buffers.view(size))
-
-
-def _copied(features: VisionFeatures, tokens: int) -> VisionFeatures:
-    """Those of a picture: the next replay writes to the same place, and padding is nobody's."""
-    return VisionFeatures(
-        features.embeds[:tokens].clone(),
-        tuple(feature[:tokens].clone() for feature in features.deepstack),
-    )
+        self._buffers.keep(self._tower.run(*self._buffers.view(size)))
 
 
 class _Buffers:
-    """What a tower reads, for the most patches. `like` is any picture's, for types and widths."""
+    """What a tower reads and what it says, for `most` patches. `like` is any picture's, for types
+    and widths."""
 
-    def __init__(self, tower: VisionTower, like: PreparedGrids, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: VisionShape, like: PreparedGrids, dtype: torch.dtype, most: int
+    ) -> None:
         cos, sin = like.rope
-        self._shape = tower.shape
+        self._shape = shape
         self._device = cos.device
 
         def zeros(*size: int, of: torch.dtype) -> Tensor:
             return torch.zeros(size, dtype=of, device=self._device)
 
         area, dim = self._shape.merge_area, cos.shape[-1]
-        self.patches = zeros(MOST_PATCHES, self._shape.patch_elements, of=dtype)
-        self._rope = tuple(zeros(1, MOST_PATCHES, 1, dim, of=of.dtype) for of in (cos, sin))
+        self.patches = zeros(most, self._shape.patch_elements, of=dtype)
+        self._rope = tuple(zeros(1, most, 1, dim, of=of.dtype) for of in (cos, sin))
         self._positions = None
         if like.positions is not None:
             width = like.positions.shape[1]
-            self._positions = zeros(MOST_PATCHES, width, of=like.positions.dtype)
-        self._places = torch.arange(MOST_PATCHES // area, device=self._device)
+            self._positions = zeros(most, width, of=like.positions.dtype)
+        self._places = torch.arange(most // area, device=self._device)
         self._order, self._back = self._places.clone(), self._places.clone()
         # One segment of full attention a patch at most; offsets have an end.
-        self._frames = zeros(2 * MOST_PATCHES + 1, of=torch.int32)
-        self._windows = zeros(2 * MOST_PATCHES + 1, of=torch.int32)
+        self._frames = zeros(2 * most + 1, of=torch.int32)
+        self._windows = zeros(2 * most + 1, of=torch.int32)
+        # Here and not where each graph would leave them: those would keep theirs.
+        self._results = [
+            zeros(most // area, self._shape.out_hidden_size, of=dtype)
+            for _ in range(1 + len(self._shape.deepstack_layers))
+        ]
+
+    def keep(self, features: VisionFeatures) -> None:
+        for result, made in zip(self._results, (features.embeds, *features.deepstack), strict=True):
+            result[: len(made)].copy_(made)
+
+    def copied(self, tokens: int) -> VisionFeatures:
+        """Those of a picture: the next one's come to the same place, and padding is nobody's."""
+        embeds, *deepstack = (result[:tokens].clone() for result in self._results)
+        return VisionFeatures(embeds, tuple(deepstack))
 
     def fill(self, ready: PreparedGrids, size: Size, patches: int) -> None:
         """Put the layout of `patches` patches in, and segments of nothing behind them."""
@@ -217,11 +254,6 @@ def _starts(segments: Sequence[EqualSegments] | Offsets, patches: int, room: Off
     return torch.tensor(starts, dtype=torch.int32)
 
 
-# A picture that is encoded whole (2,048 tokens) and the text around it. A 4B model's 1,039 tokens
-# take an H200 12 ms, and its host 18 to launch one by one.
-LONGEST = 2304
-# The same where memory is short: the graphs of the longest take 110 MB more of a 4B model.
-LONGEST_IN_LITTLE_ROOM = 1024
 # Half a class is computed for nothing on average.
 BUCKET = 64
 
@@ -237,7 +269,7 @@ class PrefillRunner(Protocol):
 
 
 class PrefillGraphs:
-    """Runs prompts of `model` into `cache`, a graph for each length class up to `longest`.
+    """Runs prompts of `model` into `cache`, a graph for each length class up to `sizes`.
 
     Every replay overwrites what the one before it returned, but for features, which are copies.
     With `at_once` sizes are captured when they come first: for requests that are measured, so that
@@ -245,10 +277,10 @@ class PrefillGraphs:
     """
 
     def __init__(
-        self, model: QwenModel, cache: KVCache, slots: int, longest: int = LONGEST
+        self, model: QwenModel, cache: KVCache, slots: int, sizes: GraphSizes = SIZES
     ) -> None:
         self._model, self._cache = model, cache
-        self._longest = min(longest, slots // BUCKET * BUCKET)
+        self._longest = min(sizes.tokens, slots // BUCKET * BUCKET)
         shape, device, dtype = model.shape.text, model.device, model.dtype
 
         def rows(*width: int) -> Tensor:
@@ -267,7 +299,7 @@ class PrefillGraphs:
         self._pictures: VisionGraphs | None = None
         tower, plain = model.vision, model.attention is Attention.SDPA
         if tower is not None and plain and VisionGraphs.can_run(tower, dtype, device):
-            self._pictures = VisionGraphs(tower, self._graphs, dtype, self._due)
+            self._pictures = VisionGraphs(tower, self._graphs, dtype, sizes.patches, self._due)
 
     def prefill(self, inputs: PromptInputs, cache: KVCache, start: int = 0) -> Tensor:
         """As `QwenModel.prefill`."""
@@ -333,6 +365,6 @@ class PrefillGraphs:
 
     def encode_images(self, patches: Tensor, grids: Sequence[Grid]) -> VisionFeatures:
         """As `QwenModel.encode_images`."""
-        if self._pictures is None or len(patches) > MOST_PATCHES:
+        if self._pictures is None or len(patches) > self._pictures.most_patches:
             return self._model.encode_images(patches, grids)
         return self._pictures.encode(patches, grids)

@@ -13,7 +13,7 @@ from qwencli.engine.loading import weights
 from qwencli.engine.native import prefill_graphs
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prefill_graphs import BUCKET, LONGEST, PrefillGraphs, Size
+from qwencli.engine.native.prefill_graphs import BUCKET, SIZES, PrefillGraphs, Size
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.messages import GenerationRequest, user_message
@@ -25,6 +25,7 @@ from tests.engine.native.test_capture import Calls, Captured, without_values
 from tests.engine.quant.test_prequantized import TEXT
 
 CPU = torch.device("cpu")
+LONGEST = SIZES.tokens
 SLOTS = LONGEST + 200
 
 
@@ -195,7 +196,7 @@ def test_graphs_that_were_not_used_for_long_are_captured_again(checkpoint, captu
         expected = [engine.generate(request).token_ids for request in requests]
         graphs = graphed(engine)
         assert [engine.generate(request).token_ids for request in requests] == expected
-        kept = list(graphs._pictures._features)
+        kept = list(graphs._pictures._sizes)
     sizes = sizes_of(captured)
     assert len(sizes) == 4
     assert sizes[0] == sizes[-1]
@@ -277,4 +278,4 @@ def test_a_graph_can_hold_the_passes(family, quantization):
             pictures.encode(patches, grids)
             with Calls(), Captured():
                 model.vision.run(patches, ready)
-                pictures._pass(next(iter(pictures._features)))
+                pictures._pass(next(iter(pictures._sizes)))
