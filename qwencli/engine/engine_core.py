@@ -172,7 +172,7 @@ class EngineCore:
         self._inputs.begin(num_ready)
         self._inputs.share_lock(num_ready)
         with span("schedule"):
-            batch = self._scheduler.schedule()
+            batch = self._scheduler.schedule(streamed=self._num_streams > 0)
         step = None if batch is None else self._run(batch)
         outputs, self._failed = self._failed, []
         if self._step is not None:
@@ -374,7 +374,9 @@ class EngineCore:
             return f"memory is short: {fewer} prompts run at a time from here on"
         if tokens > FEWEST_PREFILL_TOKENS:
             fewer = max(tokens // 2, FEWEST_PREFILL_TOKENS)
-            scheduler.limits = replace(scheduler.limits, max_prefill_tokens=fewer)
+            scheduler.limits = replace(
+                scheduler.limits, max_prefill_tokens=fewer, unstreamed_prefill_tokens=None
+            )
             return f"memory is short: {fewer} tokens of prompts run at a time from here on"
         return None
 

@@ -32,7 +32,7 @@ from qwencli.models.shapes import ModelShape
 # thread that runs the model waits for the interpreter's lock whenever one of them has it.
 FIRST_PREPARERS, MOST_PREPARERS = 3, 8
 # Prompts that are ready from which on fewer threads will do: about those of one step.
-PLENTY_READY = 8
+PLENTY_READY = 16
 # Requests that are prepared or being prepared before they start; their pictures take memory.
 PREPARED_AHEAD = 64
 

@@ -7,6 +7,9 @@ A sequence gets the pages of its whole answer when it starts, so nothing that ru
 stopped for want of a page; a pool that is full makes requests wait. Pages of its beginning that
 others have computed are shared and not run again (prefix cache).
 
+Where nobody reads along, as of a folder's captions, no row minds how long it waits: steps hold more
+prompt tokens, and prompts start when several can, as passes over few make less of the device.
+
 The host knows when a row has taken all tokens it may take. That a stop token ended an answer it
 learns later, from what it reads; the row idles until then.
 """
@@ -46,6 +49,10 @@ class Limits:
             about it: late parts of a long prompt are shorter. None = they are not.
         powers_of_two: whether equal prompts that start beside running rows are a power of two:
             such passes come again, and are graphs.
+        unstreamed_prefill_tokens: prompt tokens of one step while nobody reads along; None = no
+            more than else.
+        unstreamed_prompts: how many there must be room for then before any start; but no more than
+            an eighth of those that run.
     """
 
     max_rows: int
@@ -53,6 +60,13 @@ class Limits:
     max_prompts: int
     context_worth: int | None = None
     powers_of_two: bool = False
+    unstreamed_prefill_tokens: int | None = None
+    unstreamed_prompts: int = 1
+
+    @property
+    def most_prefill_tokens(self) -> int:
+        """Prompt tokens of any step."""
+        return max(self.max_prefill_tokens, self.unstreamed_prefill_tokens or 0)
 
     def tokens_within(self, start: int, left: float) -> int:
         """How many tokens from place `start` on are worth no more than `left` at a prompt's
@@ -93,6 +107,7 @@ class Scheduler:
         self.limits, self.pool, self.states = limits, pool, states
         self.waiting: deque[Sequence] = deque()
         self._prefilling: list[Sequence] = []
+        self._prefill_tokens = limits.max_prefill_tokens
         self._running: list[Sequence] = []
         self._rows: list[Sequence | None] = [None] * limits.max_rows
         self._released: set[int] = set()
@@ -119,10 +134,17 @@ class Scheduler:
         assert self.fits(sequence.max_tokens), "the caller refuses what can never start"
         self.waiting.append(sequence)
 
-    def schedule(self) -> Batch | None:
-        """The next step; None if nothing can be done but wait for what is being read."""
+    def schedule(self, *, streamed: bool = True) -> Batch | None:
+        """The next step; None if nothing can be done but wait for what is being read.
+
+        Args:
+            streamed: whether somebody reads along.
+        """
         moves = self._compact()
-        self._admit()
+        limits = self.limits
+        self._prefill_tokens = limits.max_prefill_tokens if streamed else limits.most_prefill_tokens
+        if streamed or self._room_for_several():
+            self._admit()
         prefill, encode = self._chunks()
         begun = {chunk.sequence for chunk in prefill}
         decode = tuple(
@@ -247,13 +269,21 @@ class Scheduler:
                 return sequence
         return None
 
+    def _room_for_several(self) -> bool:
+        """Whether as many prompts can start as shall together; rows that end make room."""
+        wanted = min(self.limits.unstreamed_prompts, len(self._running) // 8)
+        if not self.waiting or wanted < 2:
+            return True
+        pages = self.pool.num_free // pages_for(self.waiting[0].max_tokens)
+        return min(self._rows.count(None), pages) >= wanted
+
     def _admit(self) -> None:
         """Give waiting sequences a row and pages, in order, as far as this step's tokens go."""
         tokens = sum(each.num_prompt_tokens - each.num_computed for each in self._prefilling)
         while (
             self.waiting
             and None in self._rows
-            and tokens < self.limits.max_prefill_tokens
+            and tokens < self._prefill_tokens
             and len(self._prefilling) < self.limits.max_prompts
         ):
             first = self.waiting[0]
@@ -274,7 +304,7 @@ class Scheduler:
                 shared = [*shared, end.page]
             left = first.num_prompt_tokens - cached
             # A prompt is cut only if it would be cut in a step of its own too.
-            whole = left <= self.limits.max_prefill_tokens - tokens
+            whole = left <= self._prefill_tokens - tokens
             own = None
             if whole or not self._prefilling:
                 own = self.pool.allocate(pages_for(first.max_tokens) - len(shared))
@@ -339,7 +369,7 @@ class Scheduler:
 
     def _chunks(self) -> tuple[tuple[PromptChunk, ...], Sequence | None]:
         """Parts of prompts that run in this step, or whose large picture does."""
-        left: float = self.limits.max_prefill_tokens
+        left: float = self._prefill_tokens
         chunks: list[PromptChunk] = []
         for sequence in tuple(self._prefilling):
             start = sequence.num_computed

@@ -254,8 +254,8 @@ def test_large_pictures_run_beside_the_rows_that_run(limited, monkeypatch):
     monkeypatch.setattr(vision_batch, "blocks_worth", lambda *others: 1)
     steps, scheduling = [], scheduler.Scheduler.schedule
 
-    def schedule(self):
-        batch = scheduling(self)
+    def schedule(self, **settings):
+        batch = scheduling(self, **settings)
         steps.append(batch)
         return batch
 

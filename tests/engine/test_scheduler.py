@@ -20,6 +20,8 @@ LIMITS = st.builds(
     max_prefill_tokens=st.integers(8, 150),
     max_prompts=st.integers(1, 4),
     powers_of_two=st.booleans(),
+    unstreamed_prefill_tokens=st.none() | st.integers(8, 400),
+    unstreamed_prompts=st.integers(1, 4),
 )
 
 
@@ -60,8 +62,6 @@ class Device:
             if chunk.is_last and not fails:
                 self.tables[chunk.sequence.row] = list(chunk.sequence.pages)
                 self.places[chunk.sequence.row] = chunk.stop
-        tokens = sum(chunk.stop - chunk.start for chunk in batch.prefill)
-        assert tokens <= scheduler.limits.max_prefill_tokens
         for row, table in enumerate(self.tables):
             decoded = [each for each in batch.decode if each.row == row]
             if not table:
@@ -113,8 +113,11 @@ def test_requests_of_any_kind_all_end_and_no_page_is_lost_or_shared_wrongly(limi
                 number += 1
             if alive and drawn.randint(0, 5) == 0:
                 scheduler.finish(alive.pop(drawn.choice(sorted(alive))))
-        batch = scheduler.schedule()
+        streamed = drawn.random() < 0.5
+        batch = scheduler.schedule(streamed=streamed)
         if batch is not None:
+            tokens = sum(chunk.stop - chunk.start for chunk in batch.prefill)
+            assert tokens <= (limits.max_prefill_tokens if streamed else limits.most_prefill_tokens)
             short = turn < 40 and bool(batch.prefill) and drawn.randint(0, 9) == 0
             begun += [c.sequence.request for c in batch.prefill if c.start == c.sequence.num_cached]
             device.run(batch, scheduler, fails=short)
@@ -143,6 +146,27 @@ def test_requests_of_any_kind_all_end_and_no_page_is_lost_or_shared_wrongly(limi
     assert not alive and not scheduler.has_unfinished
     assert pool.num_free == pool.capacity and not any(pool._users)
     assert begun == sorted(begun), "first come, first served"
+
+
+def test_prompts_that_nobody_waits_for_start_when_several_can():
+    limits = Limits(32, 100, 64, unstreamed_prefill_tokens=1000, unstreamed_prompts=3)
+    scheduler = Scheduler(limits, PagePool(100))
+    sequences = [Sequence(number, 30, 50) for number in range(40)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    # The first ones have nothing to wait for, and a step holds more of them.
+    assert len(scheduler.schedule(streamed=False).prefill) == 32
+    for number in range(3):
+        assert not scheduler.schedule(streamed=False).prefill
+        scheduler.finish(sequences[number])
+    assert len(scheduler.schedule(streamed=False).prefill) == 3
+    # Who reads along is not kept waiting.
+    scheduler.finish(sequences[3])
+    assert len(scheduler.schedule(streamed=True).prefill) == 1
+    # Nor do the last of few wait for each other.
+    for sequence in sequences[4:36]:
+        scheduler.finish(sequence)
+    assert len(scheduler.schedule(streamed=False).prefill) == 4
 
 
 def test_a_long_prompt_runs_in_parts_beside_the_rows_that_run():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 import time
@@ -44,6 +45,7 @@ from qwencli.engine.native.memory_plan import (
     MemoryPlan,
     captions_that_fit,
     head_input_bytes,
+    limits_within,
     pages_for_captions,
     plan_memory,
     plan_pages,
@@ -510,7 +512,7 @@ class NativeEngine(BaseEngine):
         from qwencli.engine.cache.recurrent_state import SnapshotPool
         from qwencli.engine.engine_core import EngineCore
         from qwencli.engine.runner import ModelRunner
-        from qwencli.engine.scheduler import Scheduler
+        from qwencli.engine.scheduler import Limits, Scheduler
 
         model = self._model
         assert model is not None, "load() comes first"
@@ -532,17 +534,18 @@ class NativeEngine(BaseEngine):
             head = head_input_bytes(model.shape, rows, size) if drafting else 0
             free = None if free is None else free - states - head
 
-            def pages_in(free_bytes: int | None) -> int:
+            def pages_in(free_bytes: int | None, limits: Limits) -> int:
                 return plan_pages(
                     model.shape, limits, self.max_seq_len, size, free_bytes, quantized, reserved
                 )
 
-            pages = pages_in(free)
+            limits = limits_within(limits, functools.partial(pages_in, free))
+            pages = pages_in(free, limits)
             dense = model.dense_copies_bytes
             if dense and free is not None:
                 # Products of many rows with weights that are not read back are worth the memory
                 # that rows have no use for.
-                beside = pages_in(free - dense)
+                beside = pages_in(free - dense, limits)
                 if beside >= min(pages, pages_for_captions(model.shape, limits)):
                     model.keep_dense_copies()
                     pages, self._pool["weights once more, for batches"] = beside, dense

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qwencli.config import DType, KVDType, Quantization, SeqLen
@@ -42,7 +42,8 @@ PLANNED_PIXELS = 1024 * 1024
 
 # Rows that run at once and prompt tokens of a step, by device. So many tokens keep running rows
 # waiting for 20 ms on an H200. `context_worth`: of a 4B model they are 12,200 by arithmetic;
-# attention runs at half the speed of products.
+# attention runs at half the speed of products. Of captions whose rows nobody waits for, as many
+# pictures of 512x512 at a time as the vision tower and the decoder gain from (`MOST_PROMPTS`).
 BATCH_LIMITS = {
     "cuda": Limits(
         max_rows=256,
@@ -50,6 +51,8 @@ BATCH_LIMITS = {
         max_prompts=64,
         context_worth=6144,
         powers_of_two=True,
+        unstreamed_prefill_tokens=6144,
+        unstreamed_prompts=16,
     ),
     "cpu": Limits(max_rows=16, max_prefill_tokens=512, max_prompts=8),
 }
@@ -62,6 +65,8 @@ CAPTION_SIZES = ((512, 512), (1024, 1024), (3840, 2160))
 CAPTION_TOKENS = 192
 # Of what is free, for what nobody counts.
 POOL_SHARE = 0.9
+# Of a pool, what longer passes over prompts may cost.
+PASSES_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -240,6 +245,16 @@ def plan_pages(
     return max(2, min(wanted, int((free_bytes - working) * POOL_SHARE) // page_bytes))
 
 
+def limits_within(limits: Limits, pages_of: Callable[[Limits], int]) -> Limits:
+    """The limits, without longer passes over prompts where these would take pages that rows need.
+
+    Args:
+        pages_of: pages of the pool beside what a step of such limits works in.
+    """
+    short = replace(limits, unstreamed_prefill_tokens=None)
+    return limits if pages_of(limits) >= (1 - PASSES_SHARE) * pages_of(short) else short
+
+
 def pages_for_captions(shape: ModelShape, limits: Limits) -> int:
     """Pages that a pool needs for captions of the smallest of `CAPTION_SIZES` in all rows."""
     width, height = CAPTION_SIZES[0]
@@ -305,7 +320,7 @@ def _batch_working_bytes(
     shape: ModelShape, limits: Limits, value_bytes: int, reserved: int
 ) -> float:
     """What a step of a batch works in."""
-    tokens, scale = limits.max_prefill_tokens, value_bytes / 2
+    tokens, scale = limits.most_prefill_tokens, value_bytes / 2
     vision = _vision_bytes(shape, tokens) + image_feature_bytes(shape, tokens)
     working = max(reserved, scale * max(prefill_peak_bytes(shape, tokens), vision))
     # In float32, and once more as the sampler's.

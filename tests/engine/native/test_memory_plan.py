@@ -13,6 +13,7 @@ from qwencli.engine.native.memory_plan import (
     TEXT_TOKENS,
     captions_that_fit,
     head_input_bytes,
+    limits_within,
     pages_for_captions,
     plan_memory,
     plan_pages,
@@ -100,6 +101,14 @@ def test_long_prompts_are_graphs_where_there_is_room_for_those():
     assert (ample.graph_sizes, tight.graph_sizes) == (SIZES, SMALL_SIZES)
     assert SIZES.tokens >= 2055 and SIZES.patches >= 8160  # of 1920x1080
     assert 200 * 2**20 < ample.graphs - tight.graphs < 350 * 2**20
+
+
+@pytest.mark.parametrize(("free", "longer"), [(100, True), (24, True), (2, False)])
+def test_passes_over_prompts_are_longer_where_rows_do_not_need_the_memory(free, longer):
+    shape, limits = read_shape(hub_config("qwen3-vl-4b")), BATCH_LIMITS["cuda"]
+    found = limits_within(limits, lambda each: plan_pages(shape, each, 16384, 2, free * GIB))
+    assert (found == limits) is longer
+    assert found.max_prefill_tokens == limits.max_prefill_tokens
 
 
 def test_pictures_are_as_large_as_fits_and_as_asked_for():
