@@ -172,7 +172,9 @@ class EngineCore:
         self._inputs.begin(num_ready)
         self._inputs.share_lock(num_ready)
         with span("schedule"):
-            batch = self._scheduler.schedule(streamed=self._num_streams > 0)
+            batch = self._scheduler.schedule(
+                streamed=self._num_streams > 0, coming=len(self._inputs)
+            )
         step = None if batch is None else self._run(batch)
         outputs, self._failed = self._failed, []
         if self._step is not None:

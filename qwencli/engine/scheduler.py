@@ -134,16 +134,17 @@ class Scheduler:
         assert self.fits(sequence.max_tokens), "the caller refuses what can never start"
         self.waiting.append(sequence)
 
-    def schedule(self, *, streamed: bool = True) -> Batch | None:
+    def schedule(self, *, streamed: bool = True, coming: int = 0) -> Batch | None:
         """The next step; None if nothing can be done but wait for what is being read.
 
         Args:
             streamed: whether somebody reads along.
+            coming: requests that are about to be added.
         """
         moves = self._compact()
         limits = self.limits
         self._prefill_tokens = limits.max_prefill_tokens if streamed else limits.most_prefill_tokens
-        if streamed or self._room_for_several():
+        if streamed or self._room_for_several(coming):
             self._admit()
         prefill, encode = self._chunks()
         begun = {chunk.sequence for chunk in prefill}
@@ -269,9 +270,12 @@ class Scheduler:
                 return sequence
         return None
 
-    def _room_for_several(self) -> bool:
-        """Whether as many prompts can start as shall together; rows that end make room."""
-        wanted = min(self.limits.unstreamed_prompts, len(self._running) // 8)
+    def _room_for_several(self, coming: int) -> bool:
+        """Whether as many prompts can start as shall together, or all there are; rows that end make
+        room."""
+        wanted = min(
+            self.limits.unstreamed_prompts, len(self._running) // 8, len(self.waiting) + coming
+        )
         if not self.waiting or wanted < 2:
             return True
         pages = self.pool.num_free // pages_for(self.waiting[0].max_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
+from concurrent import futures
 from dataclasses import replace
 
 import pytest
@@ -60,8 +61,16 @@ def engine(checkpoint):
 
 @pytest.fixture
 def limited(engine, monkeypatch):
-    """The engine with a queue of its own, of `NARROW` rows."""
+    """The engine with a queue of its own, of `NARROW` rows, in which requests that wait start
+    together and in their order: what is being prepared is waited for."""
     monkeypatch.setitem(native_engine.BATCH_LIMITS, "cpu", NARROW)
+    take = input_processor.InputProcessor.take
+
+    def take_all(self):
+        futures.wait(self._preparing.values())
+        return take(self)
+
+    monkeypatch.setattr(input_processor.InputProcessor, "take", take_all)
     engine._close_queue()
     yield engine
     engine._close_queue()

@@ -114,7 +114,7 @@ def test_requests_of_any_kind_all_end_and_no_page_is_lost_or_shared_wrongly(limi
             if alive and drawn.randint(0, 5) == 0:
                 scheduler.finish(alive.pop(drawn.choice(sorted(alive))))
         streamed = drawn.random() < 0.5
-        batch = scheduler.schedule(streamed=streamed)
+        batch = scheduler.schedule(streamed=streamed, coming=drawn.randint(0, 3))
         if batch is not None:
             tokens = sum(chunk.stop - chunk.start for chunk in batch.prefill)
             assert tokens <= (limits.max_prefill_tokens if streamed else limits.most_prefill_tokens)
@@ -163,10 +163,14 @@ def test_prompts_that_nobody_waits_for_start_when_several_can():
     # Who reads along is not kept waiting.
     scheduler.finish(sequences[3])
     assert len(scheduler.schedule(streamed=True).prefill) == 1
-    # Nor do the last of few wait for each other.
-    for sequence in sequences[4:36]:
+    # Nor do the last wait for others that do not come, and may.
+    for sequence in sequences[36:38]:
         scheduler.finish(sequence)
-    assert len(scheduler.schedule(streamed=False).prefill) == 4
+    assert len(scheduler.waiting) == 2
+    for sequence in sequences[4:6]:
+        scheduler.finish(sequence)
+    assert not scheduler.schedule(streamed=False, coming=1).prefill
+    assert len(scheduler.schedule(streamed=False).prefill) == 2
 
 
 def test_a_long_prompt_runs_in_parts_beside_the_rows_that_run():

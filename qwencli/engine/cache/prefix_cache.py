@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,6 +29,8 @@ VISION_CACHE_BYTES = 96 * 2**20
 # Pixels that a thread copies and digests at a time to tell a picture from others, and the threads:
 # one takes 5 ms for a picture of 1920x1080, for which the device would wait.
 _DIGEST_PIXELS = 2**17
+# Glimpses, each of a grid of pixels, and the pixels of its sides.
+GLIMPSES_KEPT, _GLIMPSE_SIDE = 1024, 16
 _DIGEST_THREADS = 8
 
 
@@ -73,6 +75,20 @@ class VisionCache:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[bytes, VisionFeatures] = OrderedDict()
+        self._glimpsed: set[Hashable] = set()
+
+    def features_of(self, pictures: PictureKeys, encode: Encode) -> list[VisionFeatures]:
+        """`features`; pictures that no earlier one looks like are told from others once they are on
+        their way, while the device encodes them."""
+        glimpses = pictures.glimpses
+        looks_known = len(set(glimpses)) < len(glimpses) or not self._glimpsed.isdisjoint(glimpses)
+        if len(self._glimpsed) >= GLIMPSES_KEPT:
+            self._glimpsed.clear()
+        self._glimpsed.update(glimpses)
+        if looks_known or not glimpses:
+            return self.features(pictures.digests, encode)
+        made = list(encode(list(range(len(glimpses)))))
+        return self.features(pictures.digests, lambda missing: [made[index] for index in missing])
 
     def get(self, digest: bytes) -> VisionFeatures | None:
         return self._kept.get(digest)
@@ -96,6 +112,41 @@ class VisionCache:
 
     def clear(self) -> None:
         self._kept.clear()
+        self._glimpsed.clear()
+
+
+class PictureKeys:
+    """What tells a prompt's pictures and videos from others.
+
+    Args:
+        prompt: its patches may be gone before `digests` are asked for, its frames may not.
+    """
+
+    def __init__(self, prompt: Prompt) -> None:
+        self._prompt = prompt
+
+    @functools.cached_property
+    def digests(self) -> list[bytes]:
+        """`digests_of` them, when they are first asked for."""
+        return digests_of(self._prompt)
+
+    @functools.cached_property
+    def glimpses(self) -> list[Hashable]:
+        """Of a few pixels of each: unequal ones are of unequal pictures."""
+        if self._prompt.inputs is None:
+            return []
+        return [
+            (visual, frames[0].size, *map(_glimpse, frames))
+            for visual, frames in zip(
+                self._prompt.inputs.visuals, self._prompt.inputs.frames, strict=True
+            )
+        ]
+
+
+def _glimpse(frame: Image) -> bytes:
+    pixels = pixels_of(frame)
+    rows, columns = (max(size // _GLIMPSE_SIDE, 1) for size in pixels.shape[:2])
+    return pixels[::rows, ::columns, :3].tobytes()
 
 
 def _bytes_of(features: VisionFeatures) -> int:

@@ -36,8 +36,7 @@ _PILLOW = int(PIL.__version__.partition(".")[0])
 class DevicePatches:
     """Calls make tensors of `dtype` on `device`, one at a time, whichever threads they come from.
 
-    They are done when a call returns; on a stream that is not the device's default one they are
-    done in its order, and the thread goes on to the next picture.
+    They are done in the order of the thread's stream, and it goes on meanwhile.
     """
 
     def __init__(self, device: str, dtype: DType = DType.FLOAT32) -> None:
@@ -76,11 +75,6 @@ class DevicePatches:
                 torch.split(patches, _PATCHES), torch.split(out[step], _PATCHES), strict=True
             ):
                 made.copy_(torch.mul(some, scale).sub_(shift))
-        if self._device.type == "cuda":
-            stream = torch.cuda.current_stream(self._device)
-            if stream == torch.cuda.default_stream(self._device):
-                # So that the time of preprocessing is its own and not the next phase's.
-                stream.synchronize()
         return out.view(steps * count, -1)
 
     def _scale_and_shift(self, config: ImageProcessorConfig) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from qwencli.config import Cache
 from qwencli.engine.cache.paged_kv import DecodePages, pages_for
-from qwencli.engine.cache.prefix_cache import PrefixCache, VisionCache, digests_of, keys_of
+from qwencli.engine.cache.prefix_cache import PictureKeys, PrefixCache, VisionCache, keys_of
 from qwencli.engine.constrained import TokenMatcher, fill_masks
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.layers.vision_tower import VisionFeatures, join_features
@@ -85,9 +85,10 @@ class Generation:
 
     @torch.inference_mode()
     def _prefill(
-        self, answer: ResponseBuilder, keys: list[Key], digests: list[bytes], clock: EventTimer
-    ) -> list[tuple[Mark, Mark]]:
-        """Fill the cache with the prompt and choose the first token; returns vision's marks."""
+        self, answer: ResponseBuilder, pictures: PictureKeys, clock: EventTimer
+    ) -> tuple[list[tuple[Mark, Mark]], list[Key]]:
+        """Fill the cache with the prompt and choose the first token; returns vision's marks, and
+        the keys of the prompt's slots."""
         prompt, state = answer.current_prompt, self._state
         vision: list[tuple[Mark, Mark]] = []
 
@@ -103,11 +104,12 @@ class Generation:
                 yield encoded
                 vision.append((start, clock.mark()))
 
-        features = self._vision_cache.features(digests, encode)
+        features = self._vision_cache.features_of(pictures, encode)
         inputs = self._model.prepare(
             [ModelPrompt(prompt.input_ids, prompt.visuals)],
             join_features(features) if features else None,
         )
+        keys = keys_of(prompt, pictures.digests)
         shared = self._prefix_cache.reuse(keys)
         if prompt is answer.prompt:
             answer.num_cached_tokens = shared
@@ -122,7 +124,7 @@ class Generation:
             masks = held.sent(1)
         state.sample_first(logits, masks)
         self._prefix_cache.remember(keys)
-        return vision
+        return vision, keys
 
     def chunks(self, answer: ResponseBuilder, load_s: float) -> Iterator[GenerationChunk]:
         """Yield each token's text, and the result with the last chunk.
@@ -133,22 +135,22 @@ class Generation:
             self._graphs.at_once = answer.bypass_caches
         # First of all: captures that a request is the first to need are part of its prefill.
         clock = EventTimer(self._effective.device)
-        digests = digests_of(answer.prompt)
-        vision, effective, speculation = yield from self._round(answer, digests, clock)
+        pictures = PictureKeys(answer.prompt)
+        vision, effective, speculation = yield from self._round(answer, pictures, clock)
         while (between := answer.next_round()) is not None:
             yield between
-            more, effective, drafted = yield from self._round(answer, digests, clock)
+            more, effective, drafted = yield from self._round(answer, pictures, clock)
             vision, speculation = vision + more, _together(speculation, drafted)
         yield answer.finish(clock, vision, effective, load_s, speculation)
 
     def _round(
-        self, answer: ResponseBuilder, digests: list[bytes], clock: EventTimer
+        self, answer: ResponseBuilder, pictures: PictureKeys, clock: EventTimer
     ) -> Generator[GenerationChunk, None, _Round]:
         """One round of decoding (see `response`); returns vision's marks, the modes that ran, and
         what drafts did."""
         state, first_slot = self._state, len(answer.current_prompt.input_ids)
         steps = answer.settings.max_new_tokens - 1
-        keys, before = keys_of(answer.current_prompt, digests), len(answer.token_ids)
+        before = len(answer.token_ids)
         with torch.inference_mode():
             state.kind = kind_of(answer.settings)
             strategy, effective = self._strategy_for(answer)
@@ -158,7 +160,7 @@ class Generation:
             strategy.begin(clock, first_slot, first_slot + steps)
         try:
             with span("prefill"):
-                vision = self._prefill(answer, keys, digests, clock)
+                vision, keys = self._prefill(answer, pictures, clock)
             if answer.matcher is None:
                 tokens = self._decode(clock, strategy, steps)
             else:

@@ -8,9 +8,9 @@ nothing before the end sees what is behind it, and what that leaves in the cache
 before it is read, as slots behind the last one in use always are.
 
 A folder holds pictures of any size, so a graph of each would be captured more often than replayed.
-The patches of a picture are padded to a bucket too, and torch's flash attention reads on the device
-where segments begin. The padding is segments of its own, so nothing sees it and nothing of it is
-returned.
+The patches of a picture are padded to a bucket too, and flash attention reads on the device where
+segments begin. The padding is segments of its own: nothing sees it, and nothing of it is returned.
+A single picture that fills its bucket, or is large, is attended to as one: that kernel is faster.
 
 A capture takes as long as a few passes, and most sizes of a mixed folder never come again: one is
 captured when it comes the second time. The first time the pass that would be captured runs operator
@@ -49,6 +49,8 @@ from qwencli.models.shapes import VisionShape
 Tensor = torch.Tensor
 
 PATCH_BUCKET = 128
+# Of larger single pictures each size has graphs of its own.
+PADDED_PATCHES = 2048
 # A few more than a session of single pictures can need.
 GRAPHS_KEPT = 32
 
@@ -71,11 +73,12 @@ SMALL_SIZES = GraphSizes(tokens=1024, patches=2048)
 @dataclass(frozen=True)
 class Size:
     """What a graph is made for: patches, and room for so many segments of full attention and of
-    window attention."""
+    window attention; or one picture, which no patch is without."""
 
     patches: int
     frames: int
     windows: int
+    whole: bool = False
 
 
 class VisionGraphs:
@@ -138,6 +141,9 @@ class VisionGraphs:
     def _size(self, ready: PreparedGrids, patches: int) -> Size:
         filled = -(-patches // PATCH_BUCKET) * PATCH_BUCKET
         side = self._tower.shape.window_patches
+        alone = ready.frames == (EqualSegments(1, patches),)
+        if alone and side is None and (filled == patches or patches > PADDED_PATCHES):
+            return Size(patches, 1, 0, whole=True)
         windows = 0 if side is None else _room(ready.windows, side * side)
         return Size(filled, _room(ready.frames, filled), windows)
 
@@ -214,7 +220,9 @@ class _Buffers:
         cos, sin = self._rope
         tokens = count // self._shape.merge_area
         ready = PreparedGrids(
-            frames=Offsets(self._frames[: size.frames + 1], count),
+            frames=(EqualSegments(1, count),)
+            if size.whole
+            else Offsets(self._frames[: size.frames + 1], count),
             windows=(),
             rope=(cos[:, :count], sin[:, :count]),
             positions=None if self._positions is None else self._positions[:count],

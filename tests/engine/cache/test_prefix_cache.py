@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from qwencli.engine.cache import prefix_cache
-from qwencli.engine.cache.prefix_cache import VisionCache, page_keys
+from qwencli.engine.cache.prefix_cache import PictureKeys, VisionCache, page_keys
 from qwencli.engine.frontend.preprocess import Visual
 from qwencli.engine.layers.vision_tower import VisionFeatures
 
@@ -78,3 +79,39 @@ def test_keys_of_pages_are_chained_hashes_of_their_slots():
     assert page_keys(keys[2:4], 2, first) == [second]
     assert page_keys(keys[4:], 2, second) == [third]
     assert page_keys([4, *keys[1:]], 2)[2] != third
+
+
+def shown(*pictures: Image.Image) -> PictureKeys:
+    visuals = tuple(Visual((1, 2, 2)) for _ in pictures)
+    frames = tuple((picture,) for picture in pictures)
+    return PictureKeys(SimpleNamespace(inputs=SimpleNamespace(visuals=visuals, frames=frames)))
+
+
+def test_pictures_that_look_like_none_before_are_encoded_before_they_are_digested(monkeypatch):
+    cache, order, digests_of = VisionCache(), [], prefix_cache.digests_of
+
+    def digested(prompt):
+        order.append("digest")
+        return digests_of(prompt)
+
+    def encode(indices):
+        order.append(tuple(indices))
+        return [VisionFeatures(torch.full((1, 4), float(index)), ()) for index in indices]
+
+    monkeypatch.setattr(prefix_cache, "digests_of", digested)
+    one, other, third = (Image.effect_noise((96, 64), 90 + n).convert("RGB") for n in range(3))
+    first = cache.features_of(shown(one, other), encode)
+    assert order == [(0, 1), "digest"] and [float(f.embeds[0, 0]) for f in first] == [0.0, 1.0]
+    # Which pictures those were is known all the same.
+    assert cache.features_of(shown(other), encode)[0] is first[1]
+    # What looks like one of them may be it, or may not.
+    like = one.copy()
+    like.putpixel((95, 63), (1, 2, 3))
+    order.clear()
+    cache.features_of(shown(like, third), encode)
+    assert order == ["digest", (0, 1)]
+    # One that comes twice is encoded once.
+    order.clear()
+    cache.clear()
+    found = cache.features_of(shown(third, third), encode)
+    assert order == ["digest", (1,)] and found[0] is found[1]
