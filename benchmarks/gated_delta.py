@@ -26,7 +26,7 @@ from qwencli.engine.cache.paged_kv import PackedPrompts
 from qwencli.engine.kernels import chunked_delta, gated_delta
 from qwencli.engine.kernels.chunked_delta import ChunkedDelta
 from qwencli.engine.kernels.fused_ops import Launch
-from qwencli.engine.kernels.gated_delta import DeltaStep
+from qwencli.engine.kernels.gated_delta import DeltaStep, StateCut
 from qwencli.engine.ops import gated_delta as ops
 
 HALF = torch.bfloat16
@@ -40,12 +40,14 @@ DRAFTS = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="9b", help="whose shapes")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 128, 256])
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 4096], help="of a prompt")
     parser.add_argument(
         "--together", type=int, nargs="+", default=[1, 16], help="prompts in a pass"
     )
-    parser.add_argument("--warps", type=int, nargs="+", help="of a step's programs")
+    parser.add_argument(
+        "--cuts", nargs="+", help="of a step's states: programs of a head and their warps, as 4x8"
+    )
     parser.add_argument("--columns", type=int, nargs="+", help="of a scan's programs")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, help="where the JSON goes; stdout without it")
@@ -59,9 +61,12 @@ def main() -> None:
     lines: list[dict[str, Any]] = []
     with torch.inference_mode():
         for rows in options.rows:
-            for warps in options.warps or [gated_delta.WARPS]:
+            chosen = gated_delta.cut_for(rows)
+            for cut in options.cuts or [f"{chosen.parts}x{chosen.num_warps}"]:
+                parts, warps = map(int, cut.split("x"))
                 count = max(2, ROWS_IN_ALL // rows)
-                lines += steps(layer, rows, count, warps, copied, options.repeats)
+                as_said = StateCut(parts, warps)
+                lines += steps(layer, rows, count, as_said, copied, options.repeats)
         for tokens in options.tokens:
             for together in options.together:
                 for columns in options.columns or [chunked_delta.COLUMNS]:
@@ -105,10 +110,10 @@ def inputs_of(layer: ops.GatedDelta, tokens: int) -> ops.DeltaInputs:
 
 
 def steps(
-    layer: ops.GatedDelta, rows: int, layers: int, warps: int, copied: float, repeats: int
+    layer: ops.GatedDelta, rows: int, layers: int, cut: StateCut, copied: float, repeats: int
 ) -> Iterator[dict[str, Any]]:
     device = layer.conv.device
-    step = DeltaStep(Launch.on(device).options, warps)
+    step = DeltaStep(Launch.on(device).options, lambda rows: cut)
     conv = torch.zeros(layers, rows, RING, len(layer.conv), device=device, dtype=HALF)
     recurrent = torch.zeros(layers, rows, layer.v_heads, DIM, DIM, device=device)
     states = [ops.DeltaState(conv[n], recurrent[n]) for n in range(layers)]
@@ -143,7 +148,8 @@ def steps(
         seconds = graph_seconds(work, repeats) / layers
         floor = moved / copied
         yield {
-            "kernel": name, "rows": rows, "layers": layers, "warps": warps,
+            "kernel": name, "rows": rows, "layers": layers,
+            "cut": f"{cut.parts}x{cut.num_warps}",
             "tokens": 1 if name == "decode" else 1 + DRAFTS,
             "layer_us": seconds * 1e6, "floor_us": floor * 1e6,
             "floor_percent": 100 * floor / seconds,

@@ -99,7 +99,7 @@ def upload(tensors: Sequence[torch.Tensor], device: torch.device) -> tuple[torch
     """Tensors of one type on the host -> the same on `device`, there in one copy."""
     import torch
 
-    if device.type != "cuda":
+    if device.type != "cuda" or not tensors:
         return tuple(tensor.to(device) for tensor in tensors)
     sizes = [tensor.numel() for tensor in tensors]
     # torch keeps pinned memory until the copies from it are done.

@@ -84,15 +84,18 @@ def assert_near(found: Tensor, expected: Tensor, limit: float) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("count", [1, 5])
-def test_steps_of_rows_are_those_of_the_plain_operators(count, group, dtype):
+@pytest.mark.parametrize(
+    ("count", "cut"), [(1, kernels.WHOLE), (5, kernels.WHOLE), (5, kernels.OF_MANY_ROWS)]
+)
+def test_steps_of_rows_are_those_of_the_plain_operators(count, cut, group, dtype):
+    step = kernels.DeltaStep(Launch.on(CUDA).options, lambda rows: cut)
     layer, rows = make_layer(group, dtype), rows_of(count)
     inputs, state, before = (
         make_inputs(layer, count, dtype), make_state(layer, dtype), make_state(layer, dtype),
     )  # fmt: skip
     plain = in_float32(inputs, layer, state)
     expected = gd.delta_decode(*plain, rows)
-    found = STEP.decode(inputs, layer, state, rows)
+    found = step.decode(inputs, layer, state, rows)
     busy = ~rows.idle
     limit = 1e-5 if dtype is torch.float32 else 2e-2
     assert_near(found[busy], expected[busy], limit)

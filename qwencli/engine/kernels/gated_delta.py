@@ -3,8 +3,11 @@
 A program has one value head of one row. It convolves the head's query, key and value, reads the
 head's whole state into registers (64 KiB of a 128 by 128 state), runs the delta rule over the
 tokens, norms, gates, and writes the state back: what a step costs is one read and one write of the
-states. A state is not cut up among programs, because the norm needs the whole head. It is read
-before the wait for the projections, behind which a lone row's read then hides.
+states. It is read before the wait for the projections, behind which a lone row's read then hides.
+
+Of many rows a state is cut up among programs by its columns (`StateCut`): more of them then share a
+processor, and some read and write while others calculate. The norm needs the whole head, and is a
+kernel of its own there.
 
 Value heads that share a query and key head convolve it each. That is safe because the inputs of
 the convolution are a ring: nobody writes what another program may still read.
@@ -14,7 +17,9 @@ References: `ops.gated_delta.delta_decode`, `delta_verify` and `adopt_accepted`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,8 +39,30 @@ from qwencli.engine.ops.gated_delta import (
 
 Tensor = torch.Tensor
 
+
+@dataclass(frozen=True)
+class StateCut:
+    """How states are cut up: a head's columns among so many programs, each of so many warps."""
+
+    parts: int
+    num_warps: int
+
+
 # Registers for a state of 128 by 128 (64 a thread), and for two programs a multiprocessor.
-WARPS = 8
+WHOLE = StateCut(1, 8)
+WARPS = WHOLE.num_warps
+# From so many rows on there are enough programs for every processor to share.
+MANY_ROWS = 16
+OF_MANY_ROWS = StateCut(4, 4)
+
+
+def cut_for(rows: int) -> StateCut:
+    """How the states of a step of so many rows are cut up."""
+    return OF_MANY_ROWS if rows >= MANY_ROWS else WHOLE
+
+
+# Heads of a program of the norm, a power of two.
+NORM_HEADS, NORM_WARPS = 16, 4
 NORM_EPS: tl.constexpr = tl.constexpr(L2_EPS)
 
 
@@ -176,7 +203,7 @@ def delta_step_kernel(
     slot_ptr,  # int64 [R]
     position_ptr,  # int64 [R]
     idle_ptr,  # bool [R]
-    out_ptr,  # [R * TOKENS, V_HEADS * V]
+    out_ptr,  # [R * TOKENS, V_HEADS * V]; of several parts without the norm
     # What tokens would do to the state: float32 [R, kept_tokens, ...] each; None = they do it.
     kept_k_ptr,
     kept_delta_ptr,
@@ -196,17 +223,22 @@ def delta_step_kernel(
     RING: tl.constexpr,
     TOKENS: tl.constexpr,
     LINES: tl.constexpr,
+    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (value head, row). LINES: of what the convolution sees, of which the last four count;
-    as many as there are warps make a thread's part of it lie as its part of the state does, or the
-    state would change threads."""
+    """Program (value head and part of its state's columns, row).
+
+    LINES: of what the convolution sees, of which the last four count; as many as there are warps
+    make a thread's part of it lie as its part of the state does, or the state would change threads.
+    """
     CHANNELS: tl.constexpr = 2 * K_HEADS * K + V_HEADS * V
     EACH: tl.constexpr = V_HEADS // K_HEADS  # value heads that share a key head
-    head = tl.program_id(0)
+    COLUMNS: tl.constexpr = V // PARTS
+    head = tl.program_id(0) // PARTS
+    part = tl.program_id(0) % PARTS
     row = tl.program_id(1).to(tl.int64)
     key = tl.arange(0, K)
-    value = tl.arange(0, V)
+    value = part * COLUMNS + tl.arange(0, COLUMNS)
     q_channel = head // EACH * K + key
     k_channel = K_HEADS * K + q_channel
     v_channel = 2 * K_HEADS * K + head * V + value
@@ -238,10 +270,10 @@ def delta_step_kernel(
     out_ptr += row * TOKENS * (V_HEADS * V) + head * V + value
     if idle:
         for step in range(TOKENS):
-            zeros = tl.zeros((V,), out_ptr.dtype.element_ty)
+            zeros = tl.zeros((COLUMNS,), out_ptr.dtype.element_ty)
             tl.store(out_ptr + step * (V_HEADS * V), zeros)
         return
-    first = head % EACH == 0
+    first = (head % EACH == 0) & (part == 0)
     if TOKENS > 1:
         # All that the tokens' mixing does not need the state for, so that what follows each other
         # is short. Vectors along the state's first axis are read back as its threads need them.
@@ -265,7 +297,6 @@ def delta_step_kernel(
         tl.debug_barrier()
     for step in range(TOKENS):
         token = row * TOKENS + step
-        z = tl.load(z_ptr + token * z_stride + head * V + value).to(tl.float32)
         a = tl.load(a_ptr + token * a_stride + head).to(tl.float32)
         b = tl.load(b_ptr + token * b_stride + head).to(tl.float32)
         if TOKENS > 1:
@@ -291,8 +322,10 @@ def delta_step_kernel(
         delta = (v - known) * tl.sigmoid(b)
         state += k_rows[:, None] * delta[None, :]
         o = tl.sum(state * q_rows[:, None], axis=0)
-        out = gated_norm(o, z, gain, eps, V)
-        tl.store(out_ptr + step * (V_HEADS * V), out.to(out_ptr.dtype.element_ty))
+        if PARTS == 1:
+            z = tl.load(z_ptr + token * z_stride + head * V + value).to(tl.float32)
+            o = gated_norm(o, z, gain, eps, V)
+        tl.store(out_ptr + step * (V_HEADS * V), o.to(out_ptr.dtype.element_ty))
         if kept_k_ptr is not None:
             kept = row * kept_tokens + step
             tl.store(kept_delta_ptr + (kept * V_HEADS + head) * V + value, delta)
@@ -301,6 +334,34 @@ def delta_step_kernel(
                 tl.store(kept_k_ptr + kept * (K_HEADS * K) + q_channel, k_rows)
     if kept_k_ptr is None:
         tl.store(state_ptr + at, state)
+
+
+@triton.jit
+def gated_norm_kernel(
+    o_ptr,  # float32 [R, V_HEADS * V]
+    z_ptr,  # [R, V_HEADS * V] with `z_stride` from row to row
+    gain_ptr,  # [V]
+    out_ptr,  # [R, V_HEADS * V]
+    z_stride,
+    eps,
+    V_HEADS: tl.constexpr,
+    V: tl.constexpr,
+    HEADS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (HEADS value heads, row)."""
+    row = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    value = tl.arange(0, V)
+    at = head[:, None] * V + value[None, :]
+    gain = tl.load(gain_ptr + value).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    o = tl.load(o_ptr + row * (V_HEADS * V) + at)
+    z = tl.load(z_ptr + row * z_stride + at).to(tl.float32)
+    out = gated_norm(o, z, gain[None, :], eps, V)
+    tl.store(out_ptr + row * (V_HEADS * V) + at, out.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["accepted_stride", "tokens", "slots"])
@@ -356,11 +417,15 @@ class DeltaStep:
 
     Args:
         options: launch options for a number of warps.
+        cut_for: how states are cut up in a step of one token of so many rows.
     """
 
-    def __init__(self, options: Callable[[int], Mapping[str, Any]], num_warps: int = WARPS) -> None:
-        self._options = options
-        self._num_warps = num_warps
+    def __init__(
+        self,
+        options: Callable[[int], Mapping[str, Any]],
+        cut_for: Callable[[int], StateCut] = cut_for,
+    ) -> None:
+        self._options, self._cut_for = options, cut_for
 
     def decode(
         self, inputs: DeltaInputs, layer: GatedDelta, state: DeltaState, rows: DeltaRows
@@ -392,19 +457,22 @@ class DeltaStep:
         assert ring >= TAPS - 1 + tokens, "drafts must not overwrite what comes in front of them"
         assert state.conv.is_contiguous() and state.recurrent.is_contiguous()
         assert all(each.stride(1) == 1 for each in vars(inputs).values()), "a token's side by side"
-        out = inputs.z.new_empty(len(inputs.z), layer.v_heads * layer.v_dim)
+        cut = WHOLE if updates is not None else self._cut_for(count)
+        values = layer.v_heads * layer.v_dim
+        out = inputs.z.new_empty(len(inputs.z), values)
+        summed = out if cut.parts == 1 else out.new_empty(out.shape, dtype=torch.float32)
         kept = (None, None, None) if updates is None else (updates.k, updates.delta, updates.g)
         kept_tokens = 0 if updates is None else updates.g.stride(0) // updates.g.stride(1)
         sides = 2 * layer.k_dim + layer.v_dim
         mixed = None
         if tokens > 1:
-            assert tokens <= self._num_warps, "a line for each"
+            assert cut.parts == 1 and tokens <= cut.num_warps, "a line for each"
             mixed = torch.empty(
-                count * layer.v_heads * self._num_warps * sides,
+                count * layer.v_heads * cut.num_warps * sides,
                 dtype=torch.float32,
                 device=out.device,
             )
-        delta_step_kernel[layer.v_heads, count](
+        delta_step_kernel[layer.v_heads * cut.parts, count](
             inputs.qkv,
             inputs.z,
             inputs.a,
@@ -418,7 +486,7 @@ class DeltaStep:
             rows.slots,
             rows.positions,
             rows.idle,
-            out,
+            summed,
             *kept,
             mixed,
             kept_tokens,
@@ -433,9 +501,24 @@ class DeltaStep:
             V=layer.v_dim,
             RING=ring,
             TOKENS=tokens,
-            LINES=self._num_warps,
-            **self._options(self._num_warps),
+            LINES=cut.num_warps,
+            PARTS=cut.parts,
+            **self._options(cut.num_warps),
         )
+        if cut.parts > 1:
+            heads = math.gcd(layer.v_heads, NORM_HEADS)
+            gated_norm_kernel[layer.v_heads // heads, count](
+                summed,
+                inputs.z,
+                layer.norm,
+                out,
+                inputs.z.stride(0),
+                layer.eps,
+                V_HEADS=layer.v_heads,
+                V=layer.v_dim,
+                HEADS=heads,
+                **self._options(NORM_WARPS),
+            )
         return out
 
 

@@ -109,6 +109,7 @@ def test_kernels_of_gated_delta_nets_fit_the_card(
         "delta_scan_kernel",
         "delta_solve_kernel",
         "delta_step_kernel",
+        "gated_norm_kernel",
     } == {kernel["kernel"] for kernel in found}
     assert [kernel for kernel in found if kernel["spilled"]] == []
     assert [kernel for kernel in found if kernel["shared"] > CARDS[card]] == []

@@ -22,7 +22,13 @@ Tensor = torch.Tensor
 CPU = torch.device("cpu")
 # Triton's interpreter cuts off where a GPU rounds.
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-STEP = kernels.DeltaStep(lambda num_warps: {"PDL": False, "num_warps": num_warps})
+
+
+def options(num_warps):
+    return {"PDL": False, "num_warps": num_warps}
+
+
+STEP = kernels.DeltaStep(options)
 
 
 def in_type(
@@ -48,14 +54,18 @@ def assert_same(found: gd.DeltaState, expected: gd.DeltaState, dtype: torch.dtyp
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("cut", [kernels.WHOLE, kernels.StateCut(2, 4), kernels.OF_MANY_ROWS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_of_rows_is_that_of_the_plain_operators(dtype: torch.dtype) -> None:
-    """Rows that begin, that go on, and one that is idle."""
+def test_a_step_of_rows_is_that_of_the_plain_operators(
+    dtype: torch.dtype, cut: kernels.StateCut
+) -> None:
+    """Rows that begin, that go on, and one that is idle; states whole and cut up."""
+    step = kernels.DeltaStep(options, lambda rows: cut)
     rows = make_rows([3, 1, 4, 2], [0, 2, 13, 6], [False, False, False, True])
     inputs, layer = in_type(make_inputs(4), make_layer(), dtype)
     expected_state, state = state_in(dtype), state_in(dtype)
     expected = gd.delta_decode(inputs, layer, expected_state, rows)
-    found = STEP.decode(inputs, layer, state, rows)
+    found = step.decode(inputs, layer, state, rows)
     assert_same(state, expected_state, dtype)
     assert not found[3].any()
     torch.testing.assert_close(found[:3], expected[:3], rtol=CLOSE[dtype], atol=CLOSE[dtype])
