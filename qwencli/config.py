@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
-from qwencli.errors import ModelFileError, UsageError
+from qwencli.errors import DeviceError, ModelFileError, UsageError
 
 
 class EngineName(StrEnum):
@@ -251,6 +251,16 @@ _SAMPLING_SWITCHES = ("temperature", "top_p", "top_k", "min_p")
 # What a model's files may state. Not the longest answer: hub files limit it by total length or a
 # default of 20, and neither is what a user means.
 _MODEL_DEFAULTS = (*_SAMPLING_SWITCHES, "repetition_penalty", "do_sample")
+
+
+def check_device_name(device: str) -> None:
+    """Raise DeviceError for what names no device on any machine."""
+    kind, _, index = device.partition(":")
+    numbered = kind == "cuda" and (not index or (index.isascii() and index.isdecimal()))
+    if not numbered and device not in ("auto", "cpu", "mps"):
+        raise DeviceError(
+            f"--device {device!r} is not a device", "use auto, cpu, cuda, cuda:N or mps"
+        )
 
 
 def check_pixels(min_pixels: int | None, max_pixels: int | None) -> None:
