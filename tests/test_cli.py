@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -45,6 +46,23 @@ def test_help_and_version_import_nothing_heavy(arguments):
         "print('LOADED', loaded, code)"
     )
     assert done.stdout.splitlines()[-1] == "LOADED [] 0", done.stderr
+
+
+def _all_commands(command, path=()):
+    yield path
+    for name in command.list_commands(None) if hasattr(command, "list_commands") else ():
+        yield from _all_commands(command.get_command(None, name), (*path, name))
+
+
+def test_no_line_of_any_help_is_cut_at_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    paths = list(_all_commands(typer.main.get_command(cli.app)))
+    assert {(), ("caption",), ("bench", "compare"), ("dataset", "report")} <= set(paths)
+    for path in paths:
+        assert cli.run([*path, "--help"]) == 0
+        for line in capsys.readouterr().out.splitlines():
+            assert "…" not in line and not re.search(r"[a-z]\.\.\.$", line.rstrip("│ ")), line
+            assert len(line.rstrip()) <= 80
 
 
 # What may be written for a value, plainly or not.

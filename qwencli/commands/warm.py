@@ -43,7 +43,7 @@ def warm(
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
 ) -> None:
-    """Compile the kernels that a model needs on this GPU, and keep them.
+    """Compile a model's kernels for this GPU, and keep them.
 
     The first request of a process then compiles nothing. No weights are read.
     """
