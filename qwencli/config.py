@@ -147,6 +147,16 @@ class ModelSpec:
     quantized: bool = False
 
 
+def keep_tuples(made: object, *names: str) -> None:
+    """Make tuples of lists that a caller gave to a frozen dataclass, which would not be hashable
+    with them; of one text a tuple of it."""
+    for name in names:
+        value = getattr(made, name)
+        if type(value) is not tuple:
+            kept = (value,) if isinstance(value, str) else tuple(value)
+            object.__setattr__(made, name, kept)
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How to load and run one model. `auto` values are made concrete by the engine's resolver.
@@ -188,6 +198,9 @@ class EngineConfig:
     batch_invariant: bool = False
     endpoints: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        keep_tuples(self, "endpoints")
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -202,6 +215,9 @@ class SamplingOptions:
     max_new_tokens: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        keep_tuples(self, "stop")
 
 
 @dataclass(frozen=True)
@@ -225,6 +241,9 @@ class SamplingParams:
     seed: int = -1
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        keep_tuples(self, "stop")
 
 
 @dataclass(frozen=True)
