@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
-from qwencli.errors import ModelFileError, UsageError
+from qwencli.errors import DeviceError, ModelFileError, UsageError
 
 
 class EngineName(StrEnum):
@@ -147,6 +147,16 @@ class ModelSpec:
     quantized: bool = False
 
 
+def keep_tuples(made: object, *names: str) -> None:
+    """Make tuples of lists that a caller gave to a frozen dataclass, which would not be hashable
+    with them; of one text a tuple of it."""
+    for name in names:
+        value = getattr(made, name)
+        if type(value) is not tuple:
+            kept = (value,) if isinstance(value, str) else tuple(value)
+            object.__setattr__(made, name, kept)
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How to load and run one model. `auto` values are made concrete by the engine's resolver.
@@ -188,6 +198,9 @@ class EngineConfig:
     batch_invariant: bool = False
     endpoints: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        keep_tuples(self, "endpoints")
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -202,6 +215,9 @@ class SamplingOptions:
     max_new_tokens: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        keep_tuples(self, "stop")
 
 
 @dataclass(frozen=True)
@@ -225,6 +241,9 @@ class SamplingParams:
     seed: int = -1
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        keep_tuples(self, "stop")
 
 
 @dataclass(frozen=True)
@@ -251,6 +270,16 @@ _SAMPLING_SWITCHES = ("temperature", "top_p", "top_k", "min_p")
 # What a model's files may state. Not the longest answer: hub files limit it by total length or a
 # default of 20, and neither is what a user means.
 _MODEL_DEFAULTS = (*_SAMPLING_SWITCHES, "repetition_penalty", "do_sample")
+
+
+def check_device_name(device: str) -> None:
+    """Raise DeviceError for what names no device on any machine."""
+    kind, _, index = device.partition(":")
+    numbered = kind == "cuda" and (not index or (index.isascii() and index.isdecimal()))
+    if not numbered and device not in ("auto", "cpu", "mps"):
+        raise DeviceError(
+            f"--device {device!r} is not a device", "use auto, cpu, cuda, cuda:N or mps"
+        )
 
 
 def check_pixels(min_pixels: int | None, max_pixels: int | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from qwencli.config import SamplingOptions
+from qwencli.config import SamplingOptions, keep_tuples
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,6 +53,9 @@ class VideoPart:
     duration_s: float
     name: str
 
+    def __post_init__(self) -> None:
+        keep_tuples(self, "frames", "times_s")
+
 
 VisualPart = ImagePart | VideoPart
 Part = TextPart | VisualPart
@@ -78,6 +81,9 @@ class Message:
     role: Role
     parts: tuple[Part, ...]
     tool_calls: tuple[ToolCall, ...] = ()
+
+    def __post_init__(self) -> None:
+        keep_tuples(self, "parts", "tool_calls")
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,9 @@ class GenerationRequest:
     tools: tuple[str, ...] = ()
     cut_to_fit: bool = False
     logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        keep_tuples(self, "messages", "tools")
 
     @property
     def wants_thoughts(self) -> bool:

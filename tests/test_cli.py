@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,9 @@ import typer
 from qwencli import __version__, cli
 from qwencli.commands.chat_settings import with_setting
 from qwencli.config import SamplingOptions
+from qwencli.engine.resolve import device_without_torch
 from qwencli.errors import DeviceError, UsageError
+from qwencli.models.hub import bundled_folder
 from qwencli.typed_values import parse_max_pixels, parse_seq_len
 
 HEAVY = (
@@ -43,6 +46,23 @@ def test_help_and_version_import_nothing_heavy(arguments):
         "print('LOADED', loaded, code)"
     )
     assert done.stdout.splitlines()[-1] == "LOADED [] 0", done.stderr
+
+
+def _all_commands(command, path=()):
+    yield path
+    for name in command.list_commands(None) if hasattr(command, "list_commands") else ():
+        yield from _all_commands(command.get_command(None, name), (*path, name))
+
+
+def test_no_line_of_any_help_is_cut_at_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    paths = list(_all_commands(typer.main.get_command(cli.app)))
+    assert {(), ("caption",), ("bench", "compare"), ("dataset", "report")} <= set(paths)
+    for path in paths:
+        assert cli.run([*path, "--help"]) == 0
+        for line in capsys.readouterr().out.splitlines():
+            assert "…" not in line and not re.search(r"[a-z]\.\.\.$", line.rstrip("│ ")), line
+            assert len(line.rstrip()) <= 80
 
 
 # What may be written for a value, plainly or not.
@@ -142,6 +162,73 @@ def test_the_command_line_works_without_torch():
         "sys.exit(run(['models', '--json']))"
     )
     assert done.returncode == 0, done.stderr
+
+
+REFUSED_EARLY = {
+    "caption PIC --engine transformers --cache static-graph": "static-graph needs the native",
+    "caption PIC --batch-invariant --cache dynamic": "--batch-invariant runs over pages",
+    "caption PIC --device cpu --cache static-graph": "CUDA graphs need a CUDA device",
+    "caption PIC --device cpu --kernels triton": "triton kernels need an NVIDIA GPU",
+    "caption PIC --device cpu --attention flash_attention_2": "needs a CUDA GPU",
+    "caption PIC --device gpu": "--device 'gpu' is not a device",
+    "caption PIC --model nosuch": "no model is called 'nosuch'",
+    "caption PIC --model FOLDER": "no weights",
+    "caption PIC --max-seq-len 999999999": "was made for",
+    "caption PIC --model qwen3.5-4b --load-format dummy --cache dynamic": "gated delta nets",
+    "serve --port 0 --device gpu": "--device 'gpu' is not a device",
+    "warm --device cpu": "there are no kernels to compile",
+    "warm --device gpu": "--device 'gpu' is not a device",
+    "bench --model scenes --device gpu": "--device 'gpu' is not a device",
+}
+
+
+def test_what_can_be_told_without_torch_is_told_before_torch_is_imported(tmp_path):
+    folder = tmp_path / "no-weights"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        (folder / name).write_bytes((bundled_folder() / name).read_bytes())
+    commands = [
+        [{"PIC": "examples/scene.png", "FOLDER": str(folder)}.get(word, word) for word in c.split()]
+        for c in REFUSED_EARLY
+    ]
+    code = (
+        "import sys\nfrom qwencli.cli import run\n"
+        f"for command in {commands!r}:\n"
+        "    run([*command, '--quiet'])\n"
+        "    print('torch' in sys.modules, file=sys.stderr)"
+    )
+    environment = os.environ | {"QWENCLI_MODEL": "scenes"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
+    )
+    lines = done.stderr.splitlines()
+    for (command, said), line, imported in zip(
+        REFUSED_EARLY.items(), lines[::2], lines[1::2], strict=True
+    ):
+        assert line.startswith("error: ") and said in line, (command, line)
+        assert line.endswith(")"), f"{command}: says nothing of what to do"
+        assert imported == "False", command
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "known"),
+    [
+        ("2.9.0+cpu", "auto", "cpu"),
+        ("2.9.0+cu128", "auto", None),
+        ("2.9.0", "cuda:1", None),
+        ("2.9.0", "cpu", "cpu"),
+        (None, "auto", None),
+    ],
+)
+def test_the_device_that_is_known_without_torch(monkeypatch, version, device, known):
+    monkeypatch.setattr("qwencli.engine.resolve.package_version", lambda name: version)
+    assert device_without_torch(device) == known
+
+
+def test_a_build_without_cuda_refuses_it_without_being_imported(monkeypatch):
+    monkeypatch.setattr("qwencli.engine.resolve.package_version", lambda name: "2.9.0+cpu")
+    with pytest.raises(DeviceError, match="CPU-only"):
+        device_without_torch("cuda")
 
 
 def test_version(capsys):

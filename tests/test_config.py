@@ -7,15 +7,20 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from qwencli.config import (
     SAMPLING_BOUNDS,
+    EngineConfig,
+    ModelSource,
+    ModelSpec,
     SamplingOptions,
     SamplingParams,
     check_sampling,
     resolve_sampling,
 )
 from qwencli.errors import ModelFileError, UsageError
+from qwencli.messages import GenerationRequest, Message, TextPart, ToolCall, VideoPart
 
 MODEL = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
 
@@ -103,3 +108,21 @@ def test_a_models_default_of_another_type_is_named(defaults: dict[str, Any]) -> 
 def test_a_model_does_not_state_seed_stops_or_length() -> None:
     defaults = {"seed": "x", "stop": 5, "max_new_tokens": "y"}
     assert resolve_sampling(SamplingOptions(), defaults) == SamplingParams()
+
+
+def test_lists_of_a_caller_become_tuples() -> None:
+    part, call, picture = TextPart("a"), ToolCall("f", "{}"), Image.new("RGB", (2, 2))
+    given: Any = [part]
+    message = Message("user", given, tool_calls=[call])  # type: ignore[arg-type]
+    request = GenerationRequest([message], tools=["{}"])  # type: ignore[arg-type]
+    video = VideoPart([picture], [0.0], 1.0, "v")  # type: ignore[arg-type]
+    assert (message.parts, message.tool_calls) == ((part,), (call,))
+    assert (request.messages, request.tools) == ((message,), ("{}",))
+    assert (video.frames, video.times_s) == ((picture,), (0.0,))
+    for kind in (SamplingOptions, SamplingParams):
+        for stop in (["x", "yz"], ("x", "yz"), iter(["x", "yz"])):
+            assert kind(stop=stop).stop == ("x", "yz")  # type: ignore[arg-type]
+        one = kind(stop="yz")  # type: ignore[arg-type]
+        assert one.stop == ("yz",) and hash(one) == hash(kind(stop=("yz",)))
+    model = ModelSpec("m", ModelSource.REMOTE)
+    assert EngineConfig(model, endpoints=["http://a"]).endpoints == ("http://a",)  # type: ignore[arg-type]

@@ -189,9 +189,15 @@ def bench(
         str,
         _course(metavar="SECONDS", help="Pause before each process; settle: until cool."),
     ] = "0",
-    continue_on_error: Annotated[
-        bool, _course(help="A cell that fails is a row, and the others run all the same.")
-    ] = True,
+    no_continue_on_error: Annotated[
+        bool,
+        _course(
+            "--no-continue-on-error",
+            help="End with the first cell that fails. Default: it is a row, and the others run.",
+        ),
+    ] = False,
+    # The default, which scripts may name.
+    continue_on_error: Annotated[bool, typer.Option("--continue-on-error", hidden=True)] = False,
     profile: Profile = None,
 ) -> None:
     """Measure speed over quantization x attention x cache.
@@ -249,7 +255,7 @@ def bench(
         resume=resume,
         timeout_s=timeout,
         cooldown=read_cooldown(cooldown),
-        continue_on_error=continue_on_error,
+        continue_on_error=continue_on_error or not no_continue_on_error,
         limits=limits,
         slowdown_percent=inject_slowdown,
     )

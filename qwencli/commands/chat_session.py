@@ -37,7 +37,7 @@ from qwencli.messages import (
     VisualPart,
     user_message,
 )
-from qwencli.output import visible
+from qwencli.output import counted, visible
 
 # Of a line that is piped in: far beyond any context, and bounded.
 MOST_CHARS = 4 << 20
@@ -64,7 +64,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "/image": Command("PATH...", "attach pictures to the next message; so does dropping a file"),
     "/video": Command("PATH...", "attach videos, animations or folders of frames"),
-    "/system": Command("TEXT", "set the system prompt and start over"),
+    "/system": Command("[TEXT]", "set the system prompt and start over, or show it"),
     "/set": Command("[NAME=VALUE]", "change sampling from now on, or show it"),
     "/retry": Command("", "answer the last message again"),
     "/edit": Command("[TEXT]", "change the last message and have it answered again"),
@@ -242,14 +242,28 @@ class ChatSession(Conversation):
             raise failures[-1]
 
     def _set_system(self, rest: str) -> None:
-        self._system = rest or None
-        self._clear("")
+        if rest:
+            self._system = None if rest.lower() == "default" else rest
+        shown = "none" if self._system is None else visible(self._system)
+        lines = [f"system prompt: {shown}"]
+        if rest:
+            lines.append(f"the conversation starts over{self._start_over()}")
+        else:
+            lines.append("/system TEXT sets one, /system default none; both start over")
+        self._sink.notice(*lines)
 
     def _clear(self, rest: str) -> None:
+        kept = "" if self._system is None else "; the system prompt stays"
+        self._sink.notice(f"cleared{self._start_over()}{kept}")
+
+    def _start_over(self) -> str:
+        """Forget what was said and what is attached; tells in brackets what that was."""
+        counts = ((self._turns, "turn"), (self._attached, "attached picture"))
+        dropped = [counted(len(them), noun) for them, noun in counts if them]
         self._turns.clear()
         self._attached.clear()
         self._unanswered = None
-        self._sink.notice("cleared")
+        return f" (forgotten: {', '.join(dropped)})" if dropped else ""
 
     def _set(self, rest: str) -> None:
         name, value = parse_setting(rest) if rest else ("", "")

@@ -12,7 +12,12 @@ from qwencli.errors import UsageError
 from qwencli.output import visible
 from qwencli.typed_values import read_number, read_whole
 
-_ON_OFF = {"on": True, "off": False, "true": True, "false": False, "default": False}
+_ON_OFF = {
+    **dict.fromkeys(("on", "yes", "true", "1"), True),
+    **dict.fromkeys(("off", "no", "false", "0", "default"), False),
+}
+# Settings that are on or off.
+_SWITCHES = ("greedy", "thinking")
 # Of these a value asks for sampling; `resolve_sampling` has the rule.
 _SAMPLING_SWITCHES = ("temperature", "top_p", "top_k", "min_p")
 SETTINGS = (*SAMPLING_BOUNDS, "greedy", "stop", "thinking", "thinking_budget")
@@ -29,18 +34,19 @@ def parse_setting(said: str) -> tuple[str, str]:
     if name not in SETTINGS:
         raise UsageError(f"/set knows no {visible(name)}", f"it knows {', '.join(SETTINGS)}")
     if not value:
-        raise UsageError(f"/set {name} needs a value", f"/set {name}=VALUE, or default")
+        example = "on, or off" if name in _SWITCHES else "VALUE, or default"
+        raise UsageError(f"/set {name} needs a value", f"/set {name}={example}")
     return name, value
 
 
 def parse_switch(name: str, value: str) -> bool:
-    """Whether a setting of two is on; "default" is off.
+    """Whether a setting of two is on, in any of the words of `_ON_OFF`; "default" is off.
 
     Raises:
         UsageError: neither.
     """
     if value.lower() not in _ON_OFF:
-        raise UsageError(f"{name} is on or off, not {visible(value)}", f"/set {name}=on")
+        raise UsageError(f"{name} is on or off, not {visible(value)}", f"/set {name}=on, or off")
     return _ON_OFF[value.lower()]
 
 

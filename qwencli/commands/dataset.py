@@ -98,9 +98,18 @@ def report(
             ) from error
         if not json:
             sink.answer(str(path))
+    summary = survey.summary()
     sink.notice(
-        ", ".join(f"{count} {_NAMES[name]}" for name, count in _summary_rows(survey.summary()))
+        ", ".join(
+            f"{count} {_NAMES[name].removesuffix('s') if count == 1 else _NAMES[name]}"
+            for name, count in _summary_rows(summary)
+        )
     )
+    if not summary["captioned"]:
+        sink.notice(
+            f"no picture has a caption: qwencli caption {visible(str(folder))} makes them; where "
+            f"their files end in other than {caption_extension}, say so with --caption-extension"
+        )
 
 
 def _is_page(path: Path) -> bool:

@@ -14,7 +14,7 @@ def ps(
     context: typer.Context,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Show the model that is kept loaded, where, its memory, and for how long."""
+    """Show the model that is kept loaded, and for how long."""
     from qwencli.server.resident import status
 
     sink = context.ensure_object(Output)

@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from qwencli.config import DType, EngineConfig, KVDType, Quantization, Speculate
+from qwencli.config import (
+    DType,
+    EngineConfig,
+    KVDType,
+    Quantization,
+    Speculate,
+    check_device_name,
+)
 from qwencli.errors import DeviceError
 from qwencli.output import Output
 
@@ -36,7 +43,7 @@ def warm(
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
 ) -> None:
-    """Compile the kernels that a model needs on this GPU, and keep them.
+    """Compile a model's kernels for this GPU, and keep them.
 
     The first request of a process then compiles nothing. No weights are read.
     """
@@ -44,6 +51,7 @@ def warm(
     from qwencli.models.resolve import resolve_model
 
     output = context.ensure_object(Output)
+    check_device_name(device)
     spec = resolve_model(model, models_file=models_file, offline=offline)
     config = EngineConfig(
         spec,

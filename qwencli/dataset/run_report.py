@@ -213,7 +213,7 @@ def _counts(whole: CaptionSet, extension: str) -> list[str]:
     failed = len(work.failed_before)
     parts += [f"{failed} that failed before (--retry-failed tries again)"] if failed else []
     found = counted(len(listing.items), "picture or video", "pictures and videos")
-    lines = [f"{listing.base}: {found}: {', '.join(parts)}"]
+    lines = [f"{listing.named or listing.base}: {found}: {', '.join(parts)}"]
     others = Counter(listing.others)
     others.pop(extension, None)
     left_out = [
@@ -233,6 +233,13 @@ def _counts(whole: CaptionSet, extension: str) -> list[str]:
             "1 caption of a run that was killed is in its file now"
             if whole.recovered == 1
             else f"{whole.recovered} captions of a run that was killed are in their files now"
+        )
+    if work.num_added:
+        have = "1 of them has" if work.num_added == 1 else f"{work.num_added} of them have"
+        lines.append(
+            f"note: {have} the answer to this same request already, and --existing "
+            f"{whole.options.existing} does not add it twice (that to another --prompt is added; "
+            "--existing overwrite asks again)"
         )
     if work.num_changed:
         lines.append(

@@ -98,6 +98,8 @@ class Listing:
         unmatched: those that are, and that `--glob` leaves out.
         seen: folders and files that several names lead to, counted once each.
         partial: what a killed run left behind while it wrote.
+        named: what the user named, where that was one thing; an archive lies in no folder of its
+            own.
     """
 
     base: Path
@@ -108,6 +110,7 @@ class Listing:
     unmatched: int = 0
     seen: int = 0
     partial: list[Path] = field(default_factory=list)
+    named: str = ""
 
     def path(self, item: Item) -> Path:
         return self.base / item.key
@@ -165,7 +168,10 @@ def list_inputs(inputs: Sequence[str | StdinPart], selection: Selection) -> List
         for each in inputs
         if not isinstance(each, StdinPart) and url_part(each) is None
     ]
-    listing = Listing(_common_folder(local) if local else Path())
+    listing = Listing(
+        _common_folder(local) if local else Path(),
+        named=str(inputs[0]) if len(inputs) == 1 else "",
+    )
     walk = _Walk(listing, _Wanted(selection.globs), selection.recursive)
     for each in inputs:
         if isinstance(each, StdinPart):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from qwencli.dataset.manifest import Manifest
 
 
+# Modes that keep what is there and put the answer beside it.
+ADDING = (Existing.APPEND, Existing.PREPEND)
 # Elsewhere it only costs time.
 _normcase = os.path.normcase if os.name == "nt" else str
 
@@ -57,6 +59,8 @@ class Worklist:
         going_on: the unfinished run of the same job that this one goes on with.
         refused: tasks that cannot be done, and why.
         num_existing: captions that are there and stay.
+        num_added: those of them that have this job's answer already, where answers are added to
+            captions: it is not added twice.
         failed_before: slots that failed in an earlier run and are not tried again.
         mended: slots that failed in an earlier run and have a caption now.
         num_changed: captions that stay although their picture has changed since.
@@ -66,6 +70,7 @@ class Worklist:
     going_on: int | None = None
     refused: list[Failed] = field(default_factory=list)
     num_existing: int = 0
+    num_added: int = 0
     failed_before: list[tuple[Slot, str]] = field(default_factory=list)
     mended: list[Slot] = field(default_factory=list)
     num_changed: int = 0
@@ -111,6 +116,7 @@ def plan_work(
                 work.tasks.append(Task(item, slot.field, slot.sample))
             elif _stays(state, name in there, options.existing, job, work.going_on):
                 work.num_existing += 1
+                work.num_added += options.existing in ADDING
                 if state is not None and state.status == "failed":
                     work.mended.append(slot)
                 else:

@@ -22,9 +22,9 @@ from qwencli.engine.frontend.model_files import ModelFiles, open_model
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.machine.cpu_threads import computing_with, threads_for
 from qwencli.engine.protocol import BytesRead, ManyRequests, drain
-from qwencli.engine.resolve import resolve_device, resolve_dtype
+from qwencli.engine.resolve import check_seq_len, resolve_device, resolve_dtype
 from qwencli.engine.response import ResponseBuilder
-from qwencli.errors import OutOfMemoryError, PromptTooLongError, UnsupportedModeError, UsageError
+from qwencli.errors import OutOfMemoryError, PromptTooLongError, UnsupportedModeError
 from qwencli.garbage import gc_paused
 from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult
@@ -172,13 +172,7 @@ class BaseEngine(ManyRequests, ABC):
         self._begin_load(device)
         with span("model files"):
             files = open_model(self.config)
-        wanted = self.config.max_seq_len
-        if isinstance(wanted, int) and wanted > files.max_seq_len:
-            raise UsageError(
-                f"--max-seq-len {wanted}: {self.config.model.name} was made for "
-                f"{files.max_seq_len} tokens",
-                f"use {files.max_seq_len} or less",
-            )
+        check_seq_len(self.config, files.max_seq_len)
         dtype = resolve_dtype(self.config.dtype, device, files.checkpoint_dtype)
         files = files.prepared_on(device, dtype)
         if device == "cpu":

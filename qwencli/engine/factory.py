@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwencli.capabilities import Need
 from qwencli.config import EngineConfig, EngineName, LoadFormat, Quantization
 from qwencli.engine.protocol import Engine
-from qwencli.errors import ModelFileError, UnsupportedModeError, UsageError
+from qwencli.errors import ModelFileError, UsageError
 
 if TYPE_CHECKING:
     from qwencli.engine.native.engine import WarmedKernels
@@ -54,11 +55,39 @@ def _is_read(hub_config: Mapping[str, Any]) -> bool:
     return True
 
 
+def check_config(config: EngineConfig, engine: EngineName) -> None:
+    """Refuse what can be told without importing torch, which takes seconds: files that are not
+    whole, a device that is none, modes that do not run together or there, requests longer than
+    the model takes.
+
+    What a device lacks that torch alone knows `Engine.load` says.
+
+    Raises:
+        ModelFileError, DeviceError, UnsupportedModeError, UsageError.
+    """
+    from qwencli.engine.resolve import check_modes, check_seq_len, lacks_without_torch
+    from qwencli.models.folder import check_folder
+    from qwencli.models.shape_reader import read_shape
+
+    lacks = lacks_without_torch(config.device)
+    hub_config, path = config.model.hub_config, config.model.path
+    traits: Mapping[str, bool] = {}
+    if path is not None and config.load_format is LoadFormat.AUTO:
+        hub_config = check_folder(path, allow_pickle=config.allow_pickle)
+    if hub_config is not None:
+        text = read_shape(hub_config, f"config.json of {config.model.name}").text
+        check_seq_len(config, text.max_position_embeddings)
+        traits = text.traits if engine is EngineName.NATIVE else {}
+    check_modes(config, engine, lacks, traits)
+
+
 def create_engine(config: EngineConfig) -> Engine:
     """Build the engine of `config`, not yet loaded.
 
     Raises:
         UsageError: the working folder is gone, or options exclude each other.
+        DeviceError, UnsupportedModeError, ModelFileError: it could not be loaded, and that can be
+            told without torch.
     """
     try:
         Path.cwd()
@@ -77,6 +106,7 @@ def create_engine(config: EngineConfig) -> Engine:
             f"--endpoint and --engine {config.engine} exclude each other", "use --engine remote"
         )
     engine = config.engine or default_engine(config)
+    check_config(config, engine)
     config = replace(config, engine=engine)
     if engine is EngineName.NATIVE:
         from qwencli.engine.native.engine import NativeEngine
@@ -93,11 +123,14 @@ def warm_kernels(config: EngineConfig) -> WarmedKernels:
     Raises:
         UnsupportedModeError: what this runs as has none.
     """
+    from qwencli.engine.resolve import lacks_without_torch, no_kernels
+
     engine = default_engine(config)
     if engine is not EngineName.NATIVE:
-        raise UnsupportedModeError(
-            f"{config.model.name} runs in the transformers engine, which has no kernels to compile"
-        )
+        raise no_kernels(f"{config.model.name} runs in the transformers engine")
+    lacks = lacks_without_torch(config.device)
+    if Need.TRITON in lacks:
+        raise no_kernels(lacks[Need.TRITON])
     from qwencli.engine.native.engine import NativeEngine
 
     return NativeEngine(replace(config, engine=engine)).warm_kernels()

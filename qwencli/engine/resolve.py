@@ -17,9 +17,15 @@ from qwencli.capabilities import (
     lacks_gpu,
     why_not,
 )
-from qwencli.config import Attention, DType, EngineConfig, EngineName
+from qwencli.config import Attention, DType, EngineConfig, EngineName, check_device_name
 from qwencli.engine.machine.host import has_code
-from qwencli.errors import DeviceError, MissingDependencyError, UnsupportedModeError
+from qwencli.engine.machine.packages import package_version
+from qwencli.errors import (
+    DeviceError,
+    MissingDependencyError,
+    UnsupportedModeError,
+    UsageError,
+)
 from qwencli.models.shapes import ModelShape
 
 if TYPE_CHECKING:
@@ -35,22 +41,37 @@ def resolve_device(device: str) -> str:
     """
     import torch
 
+    check_device_name(device)
     if device == "auto":
         if torch.cuda.is_available():
             return _cuda_device(0)
         return "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = device.partition(":")
-    if kind == "cpu" and not index:
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("--device mps: this machine has no usable Apple GPU", "use --device cpu")
+    if device in ("cpu", "mps"):
+        return device
+    return _cuda_device(int(device.partition(":")[2] or 0))
+
+
+def device_without_torch(device: str) -> str | None:
+    """What `resolve_device` gives, where that is known without importing torch; else None.
+
+    Raises:
+        DeviceError: it is known to be refused.
+    """
+    check_device_name(device)
+    if device in ("cpu", "mps"):  # whether this is a Mac makes no difference to the modes
+        return device
+    # How PyTorch marks its wheels that have no CUDA and no ROCm; there are none for Macs.
+    if not (package_version("torch") or "").endswith("+cpu"):
+        return None
+    if device == "auto":
         return "cpu"
-    if kind == "mps":
-        if not torch.backends.mps.is_available():
-            raise DeviceError(
-                "--device mps: this machine has no usable Apple GPU", "use --device cpu"
-            )
-        return "mps"
-    if kind == "cuda" and (not index or index.isdigit()):
-        return _cuda_device(int(index or 0))
-    raise DeviceError(f"--device {device!r} is not a device", "use auto, cpu, cuda, cuda:N or mps")
+    raise _no_cuda("this torch build is CPU-only")
+
+
+def _no_cuda(why: str) -> DeviceError:
+    return DeviceError(f"--device cuda: {why}", "use --device cpu, or see: qwencli diagnose")
 
 
 def _cuda_device(index: int) -> str:
@@ -58,10 +79,9 @@ def _cuda_device(index: int) -> str:
 
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
-        why = (
+        raise _no_cuda(
             "no usable NVIDIA GPU or driver was found" if built else "this torch build is CPU-only"
         )
-        raise DeviceError(f"--device cuda: {why}", "use --device cpu, or see: qwencli diagnose")
     count = torch.cuda.device_count()
     if index >= count:
         raise DeviceError(
@@ -137,6 +157,21 @@ def device_lacks(device: str) -> Lacks:
     return found
 
 
+def lacks_without_torch(device: str) -> Lacks:
+    """What `device_lacks` gives for the device that is asked for, where that is known without
+    importing torch; else nothing. Raises as `device_without_torch` does."""
+    known = device_without_torch(device)
+    return NOTHING if known is None else device_lacks(known)
+
+
+def no_kernels(why: str) -> UnsupportedModeError:
+    """What `warm` is told where nothing is there to be compiled."""
+    return UnsupportedModeError(
+        f"there are no kernels to compile: {why}",
+        "nothing has to be warmed then; for the kernels of a GPU run it where that GPU is",
+    )
+
+
 def check_modes(
     config: EngineConfig,
     engine: EngineName,
@@ -155,6 +190,16 @@ def check_modes(
     refusal = why_not({**chosen_modes(config, engine, lacks), **of_model}, lacks)
     if refusal is not None:
         raise refusal.error()
+
+
+def check_seq_len(config: EngineConfig, limit: int) -> None:
+    """Raise UsageError where requests are to be longer than the model was made for."""
+    wanted = config.max_seq_len
+    if isinstance(wanted, int) and wanted > limit:
+        raise UsageError(
+            f"--max-seq-len {wanted}: {config.model.name} was made for {limit} tokens",
+            f"use {limit} or less",
+        )
 
 
 def chosen_modes(config: EngineConfig, engine: EngineName, lacks: Lacks) -> dict[str, str | bool]:

@@ -225,84 +225,103 @@ class ResponsesFormat:
     def __init__(self, body: ResponsesBody, model: str) -> None:
         self._body, self._model = body, model
         self._calls = CallSplitter(body.as_chat().offered)
-        self._id, self._message_id = (f"{kind}_{secrets.token_hex(16)}" for kind in ("resp", "msg"))
+        self._id = f"resp_{secrets.token_hex(16)}"
         self._created = int(time.time())
         self._number = 0
+        # Items that have ended; what was said of a message that has not, which has an id then.
+        self._output: list[dict[str, Any]] = []
         self._text: list[str] = []
-        self._called: list[Call] = []
+        self._message_id = ""
 
     def whole(self, pieces: Sequence[GenerationChunk], result: GenerationResult) -> dict[str, Any]:
         text, calls = self._calls.take(result.text, is_last=True)
-        return self._response(result, text, calls)
+        items = list(map(_call_item, calls))
+        if text or not calls:
+            items.insert(0, _message(_message_id(), text, _status(result)))
+        return self._response(result, items)
 
     def begin(self) -> Iterator[bytes]:
         for kind in ("response.created", "response.in_progress"):
-            yield self._event(kind, response=self._response(None, "", []))
-        message = {**self._message("", "in_progress"), "content": []}
-        yield self._event("response.output_item.added", output_index=0, item=message)
-        yield self._part_event("response.content_part.added", part=_output_text(""))
+            yield self._event(kind, response=self._response(None, []))
 
     def events(self, pieces: Sequence[GenerationChunk]) -> bytes:
         return b"".join(self._events(pieces))
 
     def _events(self, pieces: Sequence[GenerationChunk]) -> Iterator[bytes]:
+        """Items one after the other, each added when it begins: a message may come before calls,
+        behind them, or not at all."""
         result = pieces[-1].result
         pushed = "".join(piece.text for piece in pieces)
         text, calls = self._calls.take(pushed, is_last=result is not None)
-        self._called += calls
+        if text:
+            yield from self._said(text)
+        for call in calls:
+            yield from self._message_ended("completed")
+            yield from self._called(call)
+        if result is None:
+            return
+        if not self._output:
+            yield from self._said("")
+        status = _status(result)
+        yield from self._message_ended(status)
+        yield self._event(f"response.{status}", response=self._response(result, self._output))
+
+    def _said(self, text: str) -> Iterator[bytes]:
+        if not self._message_id:
+            self._message_id = _message_id()
+            begun = {**_message(self._message_id, "", "in_progress"), "content": []}
+            yield self._item_event("response.output_item.added", item=begun)
+            yield self._part_event("response.content_part.added", part=_output_text(""))
         if text:
             self._text.append(text)
             yield self._part_event("response.output_text.delta", delta=text, logprobs=[])
-        if result is None:
+
+    def _message_ended(self, status: str) -> Iterator[bytes]:
+        """The end of the message, where there is one that has not ended."""
+        if not self._message_id:
             return
-        whole = "".join(self._text)
-        yield self._part_event("response.output_text.done", text=whole, logprobs=[])
-        yield self._part_event("response.content_part.done", part=_output_text(whole))
-        response = self._response(result, whole, self._called)
-        done = self._message(whole, response["status"])
-        yield self._event("response.output_item.done", output_index=0, item=done)
-        for index, call in enumerate(self._called, start=1):
-            item = _call_item(call)
-            begun = {**item, "arguments": "", "status": "in_progress"}
-            where = {"output_index": index, "item_id": call.id}
-            yield self._event("response.output_item.added", output_index=index, item=begun)
-            yield self._event(
-                "response.function_call_arguments.delta", delta=call.arguments, **where
-            )
-            yield self._event(
-                "response.function_call_arguments.done",
-                arguments=call.arguments,
-                name=call.name,
-                **where,
-            )
-            yield self._event("response.output_item.done", output_index=index, item=item)
-        yield self._event(f"response.{response['status']}", response=response)
+        text = "".join(self._text)
+        yield self._part_event("response.output_text.done", text=text, logprobs=[])
+        yield self._part_event("response.content_part.done", part=_output_text(text))
+        yield self._item_ended(_message(self._message_id, text, status))
+        self._message_id = ""
+        self._text.clear()
+
+    def _called(self, call: Call) -> Iterator[bytes]:
+        item = _call_item(call)
+        begun = {**item, "arguments": "", "status": "in_progress"}
+        yield self._item_event("response.output_item.added", item=begun)
+        yield self._item_event(
+            "response.function_call_arguments.delta", item_id=call.id, delta=call.arguments
+        )
+        yield self._item_event(
+            "response.function_call_arguments.done",
+            item_id=call.id,
+            arguments=call.arguments,
+            name=call.name,
+        )
+        yield self._item_ended(item)
+
+    def _item_ended(self, item: dict[str, Any]) -> bytes:
+        told = self._item_event("response.output_item.done", item=item)
+        self._output.append(item)
+        return told
 
     def _event(self, kind: str, **more: Any) -> bytes:
         self._number += 1
         return event({"type": kind, "sequence_number": self._number - 1, **more}, kind)
 
-    def _part_event(self, kind: str, **more: Any) -> bytes:
-        return self._event(kind, item_id=self._message_id, output_index=0, content_index=0, **more)
+    def _item_event(self, kind: str, **more: Any) -> bytes:
+        """Of the item that is being told."""
+        return self._event(kind, output_index=len(self._output), **more)
 
-    def _message(self, text: str, status: str) -> dict[str, Any]:
-        return {
-            "type": "message",
-            "id": self._message_id,
-            "status": status,
-            "role": "assistant",
-            "content": [_output_text(text)],
-        }
+    def _part_event(self, kind: str, **more: Any) -> bytes:
+        return self._item_event(kind, item_id=self._message_id, content_index=0, **more)
 
     def _response(
-        self, result: GenerationResult | None, text: str, calls: Sequence[Call]
+        self, result: GenerationResult | None, output: Sequence[dict[str, Any]]
     ) -> dict[str, Any]:
-        cut = result is not None and result.finish_reason == "length"
-        status = "in_progress" if result is None else "incomplete" if cut else "completed"
-        output: list[dict[str, Any]] = []
-        if result is not None:
-            output = [self._message(text, status)] if text or not calls else []
-            output += map(_call_item, calls)
+        status = "in_progress" if result is None else _status(result)
         body = self._body
         return {
             "id": self._id,
@@ -310,7 +329,9 @@ class ResponsesFormat:
             "created_at": self._created,
             "status": status,
             "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "incomplete_details": {"reason": "max_output_tokens"}
+            if status == "incomplete"
+            else None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": {},
@@ -327,6 +348,24 @@ class ResponsesFormat:
             "usage": None if result is None else _usage(result),
             **({} if result is None else {"qwencli": ran_of(result)}),
         }
+
+
+def _status(result: GenerationResult) -> str:
+    return "incomplete" if result.finish_reason == "length" else "completed"
+
+
+def _message_id() -> str:
+    return f"msg_{secrets.token_hex(16)}"
+
+
+def _message(message_id: str, text: str, status: str) -> dict[str, Any]:
+    return {
+        "type": "message",
+        "id": message_id,
+        "status": status,
+        "role": "assistant",
+        "content": [_output_text(text)],
+    }
 
 
 def _usage(result: GenerationResult) -> dict[str, Any]:

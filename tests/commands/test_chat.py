@@ -164,6 +164,27 @@ def test_clear_and_system_start_over(talk):
     assert [roles(request) for request in talk.heard] == [["user"], ["user"], ["system", "user"]]
 
 
+def test_system_says_what_is_set_and_what_becomes_of_the_conversation(talk, capsys, picture_path):
+    def said(*lines):
+        capsys.readouterr()
+        converse(talk, *lines)
+        return capsys.readouterr().err.splitlines()
+
+    assert said("/system")[0] == "system prompt: none"
+    converse(talk, "one", "two", f"/image {picture_path}")
+    assert "/system TEXT sets one" in said("/system")[1]
+    assert len(talk._turns) == 2 and talk._attached, "asking what is set changes nothing"
+    assert said("/system Be brief.") == [
+        "system prompt: Be brief.",
+        "the conversation starts over (forgotten: 2 turns, 1 attached picture)",
+    ]
+    assert said("/system")[0] == "system prompt: Be brief."
+    assert said("/clear") == ["cleared; the system prompt stays"]
+    assert said("/system default") == ["system prompt: none", "the conversation starts over"]
+    converse(talk, "three")
+    assert roles(talk.heard[-1]) == ["user"]
+
+
 def test_exit_leaves_and_what_follows_is_not_sent(talk):
     converse(talk, "one", "/exit", "two")
     assert len(talk.heard) == 1
@@ -313,6 +334,19 @@ def test_thoughts_are_bounded_midway(talk):
     assert heard == [(True, 30), (False, 0), (False, 0), (True, None)]
 
 
+@pytest.mark.parametrize("name", ["thinking", "greedy"])
+def test_switches_take_every_word_for_on_and_off(talk, name):
+    for word, is_on in (
+        ("on", True), ("off", False), ("Yes", True), ("no", False), ("true", True),
+        ("FALSE", False), ("1", True), ("0", False), ("on", True), ("default", False),
+    ):  # fmt: skip
+        assert talk.converse(io.StringIO(f"/set {name}={word}\nhello\n")) == 0
+        request = talk.heard[-1]
+        assert (
+            request.thinking if name == "thinking" else request.sampling.do_sample is False
+        ) is is_on
+
+
 def test_a_note_that_holds_for_all_answers_is_said_once(talk, capsys, monkeypatch):
     noted = "qwencli.engine.frontend.prompt.PromptBuilder._notes"
     monkeypatch.setattr(noted, lambda *_: ("a picture is smaller",))
@@ -332,6 +366,7 @@ def test_a_model_without_thoughts_is_not_switched_to_them(talk, capsys):
     [
         ("colour=red", "/set knows no colour"),
         ("temperature", "needs a value"),
+        ("thinking", "needs a value (/set thinking=on, or off)"),
         ("temperature=hot", "is a number, not hot"),
         ("seed=1.5", "is a whole number"),
         ("top_p=2", "top_p 2 is out of range"),

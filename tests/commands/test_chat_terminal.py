@@ -223,7 +223,7 @@ def _narrow(terminal):
     terminal.press("/set greedy=on\r")
     terminal.until("greedy=on")
     terminal.press("/system 漢字の名前は日本語です\r")
-    terminal.until("> /system 漢字の名前は日本語です", "cleared")
+    terminal.until("> /system 漢字の名前は日本語です", "the conversation starts over")
     terminal.press(f"@'{EXAMPLE}' Describe this image.\r")
     text = terminal.until("tok/s · context 1% of 16,384", "background.", gone="reading")
     assert all(len(line) <= 40 for line in text.splitlines())

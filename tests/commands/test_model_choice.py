@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 import typer
@@ -12,6 +13,7 @@ from qwencli.commands import model_choice
 from qwencli.commands.options import RunOptions
 from qwencli.config import LoadFormat, ModelSource
 from qwencli.engine.machine import host
+from qwencli.models.resolve import resolve_model
 from qwencli.output import Output
 
 
@@ -47,6 +49,27 @@ def test_the_offer_names_model_and_size_and_yes_takes_it(at_terminal, capsys):
     assert spec.name in offer
     assert " GB) from the Hugging Face hub now? [y/N]: " in offer
     assert capsys.readouterr().out == "", "stdout carries the answer alone"
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "on_gpu", "name"),
+    [(12, True, "qwen3-vl-4b"), (12, False, "scenes"), (24, False, "qwen3-vl-4b")],
+)
+def test_on_a_cpu_a_default_has_to_fit_in_float32(
+    at_terminal, monkeypatch, tmp_path, free_gb, on_gpu, name
+):
+    at_terminal()
+    found = resolve_model("qwen3-vl-4b")
+    assert found.hub_config is not None
+    (tmp_path / "config.json").write_text(json.dumps(dict(found.hub_config)), encoding="utf-8")
+    monkeypatch.setattr(
+        "qwencli.models.resolve.find_cached",
+        lambda repo_id, **_: tmp_path if repo_id == found.repo_id else None,
+    )
+    free = free_gb * 10**9
+    monkeypatch.setattr(host, "gpu_free_bytes", lambda: free if on_gpu else None)
+    monkeypatch.setattr(host, "host_memory", lambda: host.HostMemory(2 * free, free))
+    assert model_choice.choose_model(RunOptions(json=True), Output(quiet=True)).name == name
 
 
 @pytest.mark.parametrize("lines", [[""], ["n"], ["no"], ["maybe", "n"]])

@@ -132,18 +132,35 @@ class FakeEngine:
         self.close()
 
 
+# Answers of the others for one of the slow process; and how many are enough for all of its own. Of
+# 240 pictures the others get there whatever the slow one holds meanwhile, which is 56 at most.
+SLOWER, ENOUGH = 8, 160
+
+
+def wait_for_others(log: Path) -> None:
+    """Until the other processes are as far as the next answer of the slow one asks for."""
+    own = log / f"{os.getpid()}.log"
+    made = own.stat().st_size if own.exists() else 0
+    end = time.monotonic() + 100
+    while sum(p.stat().st_size for p in log.iterdir() if p != own) < min(SLOWER * made, ENOUGH):
+        assert time.monotonic() < end, "the others wait for the slow process"
+        time.sleep(0.005)
+
+
 def install() -> None:
     """What `qwencli caption` finds in place of a model, in this process."""
     from qwencli.engine import factory, resolve
 
     def create(config: EngineConfig) -> FakeEngine:
-        """`FAKE_STEP_S` is the time of a step, tenfold in one process that finds `FAKE_SLOW` not
-        there; `FAKE_LOG` is a folder where each process keeps count of its answers."""
+        """`FAKE_STEP_S` is the time of a step; `FAKE_LOG` is a folder where each process keeps
+        count of its answers; the process that finds the file `FAKE_SLOW` not there makes one for
+        every `SLOWER` of the others, however fast they are."""
         step_s = float(os.environ.get("FAKE_STEP_S", "0"))
+        is_slow = False
         if slow := os.environ.get("FAKE_SLOW"):
             with contextlib.suppress(FileExistsError):
                 Path(slow).touch(exist_ok=False)
-                step_s *= 10
+                is_slow = True
         answer = said
         if death := os.environ.get("FAKE_DEATH"):
 
@@ -157,6 +174,8 @@ def install() -> None:
         if log := os.environ.get("FAKE_LOG"):
 
             def answer(request: GenerationRequest) -> str:
+                if is_slow:
+                    wait_for_others(Path(log))
                 with (Path(log) / f"{os.getpid()}.log").open("a") as file:
                     file.write(".")
                 return said(request)

@@ -95,6 +95,20 @@ def test_the_same_caption_is_added_once(caption, pictures, engine):
     assert captions(folder)["a.txt"].count("A picture") == 2
 
 
+def test_why_nothing_is_added_is_said(caption, pictures, engine, capsys):
+    folder = pictures("a.png", "b.png")
+    assert caption(folder) == 0
+    assert "twice" not in capsys.readouterr().err
+    for mode in ("append", "prepend"):
+        assert caption(folder, "--existing", mode) == 0
+        said = (
+            f"note: 2 of them have the answer to this same request already, and --existing {mode}"
+        )
+        assert said in capsys.readouterr().err
+    assert caption(folder, "--existing", "prepend", "--prompt", "Another") == 0
+    assert "twice" not in capsys.readouterr().err
+
+
 def test_another_ending(caption, pictures):
     folder = pictures("a.png")
     assert caption(folder, "--caption-extension", "caption") == 0

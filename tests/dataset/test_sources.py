@@ -185,6 +185,7 @@ def test_an_archive_of_pictures(caption, pictures, tmp_path, capsys):
     assert "--output" in capsys.readouterr().err
     out = tmp_path / "out" / "captions.jsonl"
     assert caption(folder / "shard.tar", "--output", out) == 1
+    assert f"{folder / 'shard.tar'}: 3 pictures and videos: " in capsys.readouterr().err
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [row["file_name"].rpartition("shard.tar/")[2] for row in rows] == ["0001.png", "out.png"]
     assert [row["path"] for row in failures(out.parent)] == ["shard.tar/bad.jpg"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult, Timings
+from qwencli.server.responses_api import ResponsesBody, ResponsesFormat
 from qwencli.server.tool_calls import CallSplitter
 
 WEATHER = {
@@ -64,3 +67,69 @@ def test_calls_are_found_whatever_pieces_they_come_in(text: str, cuts: list[int]
 
 def test_without_tools_text_stays_as_it_is() -> None:
     assert split(AS_JSON, [5], tools=()) == (AS_JSON, [])
+
+
+def streamed(*texts: str, finish_reason: Any = "stop") -> list[dict[str, Any]]:
+    """The events of an answer that comes in these pieces."""
+    tools = [{"type": "function", **WEATHER["function"]}]
+    form = ResponsesFormat(ResponsesBody(input="?", stream=True, tools=tools), "m")
+    ran = EffectiveConfig("native", "none", "sdpa", "static", "cpu", "float32")
+    timings = Timings(None, None, None, None, 0.1, 0.1, 0.2, None)
+    result = GenerationResult("".join(texts), (1,), finish_reason, 1, 0, timings, ran, (), None)
+    sent = b"".join(form.begin())
+    for text in texts:
+        sent += form.events([GenerationChunk(text, (1,))])
+    sent += form.events([GenerationChunk("", (), result)])
+    lines = (line for line in sent.decode().splitlines() if line.startswith("data: {"))
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def items_of(events: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(type, what it says) of each item; checks that they come one after the other."""
+    open_index, ended = None, 0
+    found = []
+    for each in events:
+        kind = each["type"]
+        if kind == "response.output_item.added":
+            assert open_index is None and each["output_index"] == ended
+            assert each["item"]["status"] == "in_progress"
+            open_index = ended
+        elif "output_index" in each:
+            assert each["output_index"] == open_index, "events of an item that has begun"
+        if kind == "response.output_item.done":
+            item = each["item"]
+            said = item["arguments"] if "arguments" in item else item["content"][0]["text"]
+            found.append((item["type"], said))
+            open_index, ended = None, ended + 1
+    assert [item["type"] for item in events[-1]["response"]["output"]] == [t for t, _ in found]
+    return found
+
+
+ROME = ("function_call", '{"city": "Rome", "days": 2}')
+
+
+@pytest.mark.parametrize(
+    ("texts", "items"),
+    [
+        ((AS_JSON,), [ROME]),
+        ((AS_JSON, "\n", AS_TAGS), [ROME, ROME]),
+        (("Let me ", "look.\n", AS_JSON), [("message", "Let me look."), ROME]),
+        ((AS_JSON, "\nNow ", "done"), [ROME, ("message", "Now done")]),
+        (("A", AS_JSON, "B"), [("message", "A"), ROME, ("message", "B")]),
+        (("Hello",), [("message", "Hello")]),
+        ((), [("message", "")]),
+    ],
+)
+def test_items_of_a_streamed_response_are_added_when_they_begin(
+    texts: tuple[str, ...], items: list[tuple[str, str]]
+) -> None:
+    events = streamed(*texts)
+    assert items_of(events) == items
+    assert [each["sequence_number"] for each in events] == list(range(len(events)))
+
+
+def test_a_message_that_is_cut_is_incomplete_and_one_before_a_call_is_not() -> None:
+    events = streamed("A", AS_JSON, "B", finish_reason="length")
+    done = [e["item"]["status"] for e in events if e["type"] == "response.output_item.done"]
+    assert done == ["completed", "completed", "incomplete"]
+    assert events[-1]["type"] == "response.incomplete"

@@ -21,6 +21,7 @@ from qwencli.engine.machine.child_process import python_command
 from qwencli.engine.machine.device import DeviceFacts
 from qwencli.engine.machine.host import cpu_model, driver_version
 from qwencli.engine.machine.packages import package_version
+from qwencli.engine.resolve import device_without_torch
 from qwencli.errors import BenchError, DeviceError
 
 PACKAGES = (
@@ -88,6 +89,7 @@ def read_device_facts(device: str) -> DeviceFacts:
         DeviceError: the device asked for is not there.
         BenchError: torch does not load.
     """
+    device_without_torch(device)  # raises at once where it can be told
     answer = _ask("qwencli.engine.machine.device", device)
     if "error" in answer:
         raise DeviceError(**answer["error"])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwencli.capabilities import Lacks, fastest_cache, fastest_kernels
+from qwencli.capabilities import Lacks, Need, fastest_cache, fastest_kernels
 from qwencli.config import (
     Attention,
     Cache,
@@ -66,6 +66,7 @@ from qwencli.engine.request import StepOutput
 from qwencli.engine.resolve import (
     check_modes,
     device_lacks,
+    no_kernels,
     resolve_attention,
     resolve_device,
     resolve_dtype,
@@ -365,11 +366,10 @@ class NativeEngine(BaseEngine):
         check_modes(self.config, EngineName.NATIVE, lacks)
         cache = self.config.cache or fastest_cache(EngineName.NATIVE, lacks)
         kernels = self._kernels(cache, lacks)
-        if kernels is Kernels.TRITON:
-            kernels = self._launchable(device, warnings)
         if kernels is not Kernels.TRITON:
-            why = warnings[0] if warnings else f"on {device} plain torch runs"
-            raise UnsupportedModeError(f"there are no kernels to compile: {why}")
+            raise no_kernels(lacks.get(Need.TRITON, f"on {device} plain torch runs"))
+        if self._launchable(device, warnings) is not Kernels.TRITON:
+            raise UnsupportedModeError(warnings[0])
         from qwencli.engine.native.kernel_cache import use_folder_of
 
         self._place = torch.device(device)

@@ -29,7 +29,7 @@ from qwencli.bench.report.html.charts import (
 )
 from qwencli.bench.report.html.page import ASSETS, SCRIPTS, heat_maps, html_page, lead
 from qwencli.bench.report.html.sections import speed_range
-from qwencli.bench.report.tables import speed_text
+from qwencli.bench.report.tables import row_label, speed_text, varying_axes
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import write_rows
 from qwencli.errors import BenchError
@@ -93,7 +93,8 @@ def test_every_link_leads_to_a_place_on_the_page(page, made):
     assert len(page.ids) == len(set(page.ids))
     assert {link[0] for link in page.links} == {"#"}
     assert {link[1:] for link in page.links} <= set(page.ids)
-    assert {f"cell-{place}" for place in range(len(made.rows))} <= set(page.ids)
+    ran = [row for row in made.rows if row["status"] != "skipped"]
+    assert {f"cell-{place}" for place in range(len(ran))} <= set(page.ids)
 
 
 def test_nothing_is_loaded_from_anywhere(page, text):
@@ -111,11 +112,11 @@ def test_header_says_on_what_and_with_which_versions(text):
         assert said in text
 
 
-def test_the_map_has_a_figure_or_a_reason_for_every_cell(made, text):
+def test_the_map_has_a_figure_for_every_cell_that_ran(made, text):
     maps = re.findall(r'<table class="map">.*?</table>', text, re.DOTALL)
     assert len(maps) == 4  # two models, two load modes
     cells = [cell for table in maps for cell in re.findall(r"<td class=\"(\S+?)\".*?</td>", table)]
-    assert cells.count("none") == 2
+    assert cells.count("none") == 0
     unstable = [row for row in made.rows[:-2] if row["verdict"].startswith("unstable")]
     assert cells.count("unquotable") == len(unstable) > 0
     # A rule for another part of the page would draw that part into the map's cell.
@@ -125,8 +126,33 @@ def test_the_map_has_a_figure_or_a_reason_for_every_cell(made, text):
     assert f"<b>{speed_text(unstable[0])}</b>" in "".join(maps)
     speeds = sorted(row["decode_tok_per_s_median"] for row in made.rows[:-2])
     assert f"<b>{speeds[0]:.1f}</b>" in "".join(maps)
-    assert "skipped<sup>a</sup>" in text
-    assert "<b>a</b> skipped: flash-attn is not installed" in text
+
+
+def test_what_was_skipped_is_a_short_list_with_reasons_and_in_no_table(made, text, page):
+    (listed,) = re.findall(r'<section id="skipped">.*?</section>', text, re.DOTALL)
+    assert "2 cells of the matrix cannot run here." in listed
+    assert listed.count("<li>flash-attn is not installed<details>") == 1
+    assert "<summary>2 cells</summary>" in listed
+    axes = varying_axes(made.rows)
+    for row in made.rows[-2:]:
+        assert row_label(row, axes) in listed
+    others = text.replace(listed, "")
+    assert "flash-attn is not installed" not in others
+    assert "skipped" not in "".join(re.findall(r"<table.*?</table>", others, re.DOTALL))
+    assert f"cell-{len(made.rows) - 1}" not in page.ids
+    assert '<section id="skipped">' not in render(campaign(1, 1, 5))
+
+
+def test_cells_of_other_kernels_do_not_hide_each_other_on_the_map():
+    made = campaign(2, 2, 5)
+    first, second = made.rows
+    rows = [{**first, "verdict": "ok", "kernels": "triton"}, {**second, "verdict": "ok"}]
+    for axis in ("quantization", "attention", "cache", "model", "engine", "load_mode"):
+        rows[1][axis] = first[axis]
+    rows[1]["kernels"] = "torch"
+    found = heat_maps(rows)
+    assert found.count("heat-") - found.count('<i class="heat-') == 2
+    assert "kernels triton</caption>" in found and "kernels torch</caption>" in found
 
 
 def test_fastest_gets_the_strongest_colour_and_slowest_the_weakest(made, text):
@@ -201,7 +227,8 @@ def test_names_cannot_break_out_of_the_page():
 def test_a_campaign_where_nothing_ran_still_has_a_page():
     page = Page(render(campaign(2, 3, 5, skipped=2)))
     assert not page.data
-    assert "cell-1" in page.ids
+    assert "skipped" in page.ids
+    assert not [each for each in page.ids if each.startswith("cell-")]
 
 
 def test_a_broken_number_is_an_error_that_says_so():

@@ -61,6 +61,15 @@ def test_a_set_that_others_have_captioned(pictures, report):
     assert found["missing"] == ["d.png"]
 
 
+def test_pictures_without_any_caption_are_told_what_makes_them(pictures, report):
+    folder = pictures("a.png")
+    (folder / "a.cap").write_text("a cat\n", encoding="utf-8")
+    code, _, err = report(folder)
+    assert code == 0 and "1 picture, 0 with a caption" in err
+    assert f"qwencli caption {folder} makes them" in err and "--caption-extension" in err
+    assert "makes them" not in report(folder, "--caption-extension", ".cap")[2]
+
+
 def test_captions_that_are_in_one_file(caption, pictures, engine, report):
     folder = pictures("a.png")
     engine.answer = lambda request: "a cat"

@@ -20,6 +20,7 @@ from string import Template
 from typing import Any
 
 from qwencli.bench.causes import Finding
+from qwencli.bench.report.cell_statistics import measurable
 from qwencli.bench.report.html.charts import (
     CAUSE_MARKS,
     GPU_POINTS,
@@ -36,6 +37,7 @@ from qwencli.bench.report.html.sections import (
     detail_sections,
     environment_table,
     header,
+    skipped_section,
     why_section,
 )
 from qwencli.bench.report.tables import is_quotable, row_label, speed_text, title, varying_axes
@@ -58,7 +60,9 @@ STEPS = 7  # .heat-0 .. .heat-6 in assets/style.css
 _LINKS = "".join(
     f'<a href="#{name.lower()}">{name}</a>' for name in ("Matrix", "Table", "Cells", "Environment")
 )
-_APART = ("model", "engine", "load_mode")
+# Axes of a map's own rows and columns; by the others cells are on maps of their own.
+_ON_MAP = ("quantization", "attention", "cache")
+_IN_TITLE = ("model", "engine", "load_mode")
 
 
 def html_page(
@@ -73,7 +77,8 @@ def html_page(
     """The whole page.
 
     Args:
-        rows: the rows of cells.csv, in its order.
+        rows: the rows of cells.csv, in its order; those that were skipped are listed with their
+            reasons and are in no table.
         runs, tokens, gpu: the raw rows, as strings.
         findings: the rows of causes.csv.
 
@@ -83,9 +88,11 @@ def html_page(
     traces = traces_by_cell(runs, tokens, gpu, findings)
     count = sum(map(len, traces.values()))
     limits = [points_per_run(most, count) for most in (TOKEN_POINTS, GPU_POINTS, CAUSE_MARKS)]
+    skipped = skipped_section(rows)
+    rows = measurable(rows)
     axes = varying_axes(rows)
     fastest = max((row["decode_tok_per_s_max"] or 0.0 for row in rows), default=0.0)
-    widest = max(rows, key=lambda row: row["run_ratio_max_min"] or 0.0)
+    widest = max(rows, key=lambda row: row["run_ratio_max_min"] or 0.0, default=None)
     sections, data = [], []
     for place, row in enumerate(rows):
         label = row_label(row, axes)
@@ -98,6 +105,7 @@ def html_page(
         lead=lead(rows),
         map=heat_maps(rows),
         table=cells_table(rows, axes),
+        skipped=skipped,
         why=why_section(rows, axes),
         details=detail_sections(rows, axes),
         cells="\n".join(sections),
@@ -123,22 +131,26 @@ def lead(rows: Sequence[CellRow]) -> str:
     said = ["Tokens per second, median of the runs; below it the fastest run over the slowest."]
     if not all(map(is_quotable, known)):
         said.append("In grey what the runs span, where no figure may be quoted.")
-    if shared := title(rows):
+    if rows and (shared := title(rows)):
         said.append(f"All cells: {shared}.")
     return escape(" ".join(said))
 
 
 def heat_maps(rows: Sequence[CellRow]) -> str:
-    """One table for each model, engine and load mode; one scale of colour for all of them.
+    """One table for each model, engine and load mode, and whatever else tells cells apart that a
+    table has no rows or columns for; one scale of colour for all of them.
 
     Args:
-        rows: cells.csv in its order; a cell's place in it is its anchor, `#cell-N`.
+        rows: in the order of cells.csv; a cell's place among them is its anchor, `#cell-N`.
     """
     notes = _Notes()
     scale = _Scale([row["decode_tok_per_s_median"] for row in rows if is_quotable(row)])
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    more = [axis for axis in varying_axes(rows) if axis not in (*_IN_TITLE, *_ON_MAP)]
     for place, row in enumerate(rows):
-        groups[tuple(row[axis] for axis in _APART)].append(place)
+        group = [row[axis] for axis in _IN_TITLE]
+        group += [f"{axis.replace('_', ' ')} {row[axis]}" for axis in more]
+        groups[tuple(group)].append(place)
     tables = [_table(name, rows, places, scale, notes) for name, places in groups.items()]
     return f'<div class="maps">{"".join(tables)}</div>{scale.legend()}{notes.lines()}'
 
@@ -215,9 +227,9 @@ def _table(
                 f'<tr>{first if number == 0 else ""}<th scope="row">{escape(attention)}</th>'
                 f"{cells}</tr>"
             )
-    model, engine, load_mode = map(escape, name)
+    caption = escape(", ".join(name))
     return (
-        f'<table class="map"><caption>{model}, {engine}, {load_mode}</caption>'
+        f'<table class="map"><caption>{caption}</caption>'
         f'<thead><tr><th scope="col">quantization</th><th scope="col">attention</th>{head}</tr>'
         f"</thead><tbody>{''.join(lines)}</tbody></table>"
     )
@@ -225,7 +237,7 @@ def _table(
 
 def _cell(place: int | None, rows: Sequence[CellRow], scale: _Scale, notes: _Notes) -> str:
     if place is None:
-        return '<td class="absent" title="not in this matrix">·</td>'
+        return '<td class="absent" title="not run">·</td>'
     row = rows[place]
     speed, status = row["decode_tok_per_s_median"], row["status"]
     mark = ""

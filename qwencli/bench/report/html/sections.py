@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,7 +18,9 @@ from qwencli.bench.report.tables import (
     is_quotable,
     row_label,
     speed_text,
+    varying_axes,
 )
+from qwencli.output import counted
 
 CellRow = Mapping[str, Any]
 # Share of variance -> its class in assets/style.css and its name in the legend.
@@ -139,9 +142,32 @@ def status_text(row: CellRow) -> str:
     return row["verdict"] or "no speed"
 
 
+def skipped_section(rows: Sequence[CellRow]) -> str:
+    """The cells that cannot run here, by their reasons; "" where all can.
+
+    Args:
+        rows: all of the campaign's.
+    """
+    axes = varying_axes(rows)
+    cells: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        if row["status"] == "skipped":
+            cells[str(row["reason"])].append(row_label(row, axes))
+    if not cells:
+        return ""
+    lines = [
+        f"<li>{escape(reason)}<details><summary>{counted(len(labels), 'cell')}</summary>"
+        f"{escape(', '.join(labels))}</details></li>"
+        for reason, labels in cells.items()
+    ]
+    lead = f"{counted(sum(map(len, cells.values())), 'cell')} of the matrix cannot run here."
+    return (
+        f'<section id="skipped"><h2>Skipped</h2><p class="lead">{lead}</p>'
+        f'<ul class="why">{"".join(lines)}</ul></section>'
+    )
+
+
 def _mood(row: CellRow) -> str:
-    if row["status"] == "skipped":
-        return "skipped"
     if row["status"] not in ("ok", "unfinished") or status_text(row).startswith("FAIL"):
         return "bad"
     return "good" if status_text(row) == "ok" else "doubt"
