@@ -195,8 +195,9 @@ class Tokenizer:
             if path == pieces[0]:
                 fast = _build(*pieces, config.get("pretokenize_regex") or _PRETOKENIZE)
             else:
-                # Not from_file, which refuses a byte order mark.
-                fast = FastTokenizer.from_str(path.read_text(encoding="utf-8-sig"))
+                # Not from_file, which refuses a byte order mark; nor read_text, which looks for
+                # line ends in all of it.
+                fast = FastTokenizer.from_str(path.read_bytes().decode("utf-8-sig"))
         with _model_file_error(f"{config_path} cannot be read"):
             _add_missing(fast, config.get("added_tokens_decoder") or {}, config_path)
         if fast.normalizer is not None:

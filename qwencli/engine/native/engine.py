@@ -37,6 +37,7 @@ from qwencli.engine.loading import weights
 from qwencli.engine.loading.reader import pin_ahead
 from qwencli.engine.loading.weight_cache import BackgroundWriter, CacheWriter
 from qwencli.engine.machine.cpu_threads import computing_with
+from qwencli.engine.machine.function_sources import quick_function_sources
 from qwencli.engine.machine.host import host_memory
 from qwencli.engine.native.decode_state import STEPPERS, DecodeState, decodes_on_cpu
 from qwencli.engine.native.generate import Generation, row_logits
@@ -199,7 +200,7 @@ class NativeEngine(BaseEngine):
             self._pinning.start()
 
     def _load(self, files: ModelFiles) -> EffectiveConfig:
-        with undisturbed(LOAD_TURN_S):
+        with undisturbed(LOAD_TURN_S), quick_function_sources():
             if self._pinning is not None:
                 self._pinning.join()
             return self._load_all(files)
