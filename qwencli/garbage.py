@@ -23,7 +23,18 @@ def gc_paused() -> Iterator[None]:
             gc.enable()
 
 
-def gc_freeze_loaded() -> None:
-    """Take everything that exists now out of later collections: it is here to stay."""
+@contextmanager
+def gc_freeze_loaded() -> Iterator[None]:
+    """Take everything that exists behind the block out of later collections: it is here to stay.
+
+    What was there before is not even looked through for garbage, which takes 0.1 to 0.3 s of
+    libraries alone. Where the block fails nothing is taken out.
+    """
+    gc.freeze()
+    try:
+        yield
+    except BaseException:
+        gc.unfreeze()
+        raise
     gc.collect()
     gc.freeze()

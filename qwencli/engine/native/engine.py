@@ -200,7 +200,7 @@ class NativeEngine(BaseEngine):
             self._pinning.start()
 
     def _load(self, files: ModelFiles) -> EffectiveConfig:
-        with undisturbed(LOAD_TURN_S), quick_function_sources():
+        with undisturbed(LOAD_TURN_S), quick_function_sources(), gc_freeze_loaded():
             if self._pinning is not None:
                 self._pinning.join()
             return self._load_all(files)
@@ -318,7 +318,6 @@ class NativeEngine(BaseEngine):
             warnings += compiling.notes()
         self._warnings = tuple(warnings)
         self._keep(loaded.keeping, cache)
-        gc_freeze_loaded()
         return effective
 
     def _shape_of(self, files: ModelFiles) -> ModelShape:
