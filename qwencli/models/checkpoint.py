@@ -188,7 +188,7 @@ def check_layout(folder: Path, names: Iterable[str]) -> None:
     """Raise ModelFileError for names that only files of another layout have."""
     names = list(names)
     for pattern, what, hint in _LAYOUTS:
-        hits = [name for name in names if re.search(pattern, name)]
+        hits = list(filter(re.compile(pattern).search, names))
         if hits:
             raise ModelFileError(f"{folder}: {what} ({all_named(hits[:1])})", hint)
 

@@ -48,10 +48,10 @@ def block_of(lines: list[str]) -> list[str]:
         text = line[column:]
         if not text.strip():
             continue
-        if column <= indent:
-            if is_def and text[0] not in _CLOSING and text[0] != "#":
+        if column <= indent and text[0] not in _CLOSING and text[0] != "#":
+            if is_def or not text.startswith(_STARTS):
                 break
-            is_def = is_def or text.startswith("def ")
+            is_def = text.startswith("def ")
         if text[0] != "#" or column > indent:
             last = number
     found = lines[: last + 1]

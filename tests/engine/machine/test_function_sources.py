@@ -86,6 +86,8 @@ def test_kernels_need_no_tokens() -> None:
         "class A:\n    def f(self):\n        return 1\n\nx = 1\n",
         "f = lambda x: (\n    x\n)\ny = 1\n",
         "async def f():\n    return 1\nx = 1\n",
+        "@g\nasync def f():\n    return 1\n\ndef h():\n    return 2\n",
+        "@g\nclass A:\n    x = 1\n\ndef h():\n    return 2\n",
         "def f():\n    return 1",
         "def f():\n\treturn 1\n\n\nx = 1\n",
     ],
