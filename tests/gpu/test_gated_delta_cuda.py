@@ -85,7 +85,7 @@ def assert_near(found: Tensor, expected: Tensor, limit: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize(
-    ("count", "cut"), [(1, kernels.WHOLE), (5, kernels.WHOLE), (5, kernels.OF_MANY_ROWS)]
+    ("count", "cut"), [(1, kernels.WHOLE), *((5, cut) for _, cut in kernels.CUTS)]
 )
 def test_steps_of_rows_are_those_of_the_plain_operators(count, cut, group, dtype):
     step = kernels.DeltaStep(Launch.on(CUDA).options, lambda rows: cut)

@@ -51,14 +51,13 @@ class StateCut:
 # Registers for a state of 128 by 128 (64 a thread), and for two programs a multiprocessor.
 WHOLE = StateCut(1, 8)
 WARPS = WHOLE.num_warps
-# From so many rows on there are enough programs for every processor to share.
-MANY_ROWS = 16
-OF_MANY_ROWS = StateCut(4, 4)
+# The same of one token of up to so many rows, see results/2026-11-30-h200x2-prompts-and-states.
+CUTS = ((1, WHOLE), (8, StateCut(4, 2)), (math.inf, StateCut(8, 2)))
 
 
 def cut_for(rows: int) -> StateCut:
     """How the states of a step of so many rows are cut up."""
-    return OF_MANY_ROWS if rows >= MANY_ROWS else WHOLE
+    return next(cut for most, cut in CUTS if rows <= most)
 
 
 # Heads of a program of the norm, a power of two.
@@ -229,7 +228,7 @@ def delta_step_kernel(
     """Program (value head and part of its state's columns, row).
 
     LINES: of what the convolution sees, of which the last four count; as many as there are warps
-    make a thread's part of it lie as its part of the state does, or the state would change threads.
+    make a thread's part of it lie as its part of a whole state does, or that would change threads.
     """
     CHANNELS: tl.constexpr = 2 * K_HEADS * K + V_HEADS * V
     EACH: tl.constexpr = V_HEADS // K_HEADS  # value heads that share a key head
@@ -501,7 +500,7 @@ class DeltaStep:
             V=layer.v_dim,
             RING=ring,
             TOKENS=tokens,
-            LINES=cut.num_warps,
+            LINES=max(cut.num_warps, TAPS),
             PARTS=cut.parts,
             **self._options(cut.num_warps),
         )

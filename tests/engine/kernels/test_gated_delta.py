@@ -28,6 +28,7 @@ def options(num_warps):
     return {"PDL": False, "num_warps": num_warps}
 
 
+CUTS = [cut for _, cut in kernels.CUTS]
 STEP = kernels.DeltaStep(options)
 
 
@@ -54,7 +55,7 @@ def assert_same(found: gd.DeltaState, expected: gd.DeltaState, dtype: torch.dtyp
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("cut", [kernels.WHOLE, kernels.StateCut(2, 4), kernels.OF_MANY_ROWS])
+@pytest.mark.parametrize("cut", [*CUTS, kernels.StateCut(2, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_of_rows_is_that_of_the_plain_operators(
     dtype: torch.dtype, cut: kernels.StateCut
