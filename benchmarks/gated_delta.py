@@ -61,7 +61,7 @@ def main() -> None:
     lines: list[dict[str, Any]] = []
     with torch.inference_mode():
         for rows in options.rows:
-            chosen = gated_delta.cut_for(rows)
+            chosen = gated_delta.IN_PARTS
             for cut in options.cuts or [f"{chosen.parts}x{chosen.num_warps}"]:
                 parts, warps = map(int, cut.split("x"))
                 count = max(2, ROWS_IN_ALL // rows)
@@ -113,7 +113,7 @@ def steps(
     layer: ops.GatedDelta, rows: int, layers: int, cut: StateCut, copied: float, repeats: int
 ) -> Iterator[dict[str, Any]]:
     device = layer.conv.device
-    step = DeltaStep(Launch.on(device).options, lambda rows: cut)
+    step = DeltaStep(Launch.on(device).options, cut)
     conv = torch.zeros(layers, rows, RING, len(layer.conv), device=device, dtype=HALF)
     recurrent = torch.zeros(layers, rows, layer.v_heads, DIM, DIM, device=device)
     states = [ops.DeltaState(conv[n], recurrent[n]) for n in range(layers)]

@@ -84,11 +84,10 @@ def assert_near(found: Tensor, expected: Tensor, limit: float) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize(
-    ("count", "cut"), [(1, kernels.WHOLE), *((5, cut) for _, cut in kernels.CUTS)]
-)
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("cut", [kernels.WHOLE, kernels.IN_PARTS])
 def test_steps_of_rows_are_those_of_the_plain_operators(count, cut, group, dtype):
-    step = kernels.DeltaStep(Launch.on(CUDA).options, lambda rows: cut)
+    step = kernels.DeltaStep(Launch.on(CUDA).options, cut)
     layer, rows = make_layer(group, dtype), rows_of(count)
     inputs, state, before = (
         make_inputs(layer, count, dtype), make_state(layer, dtype), make_state(layer, dtype),
@@ -109,7 +108,7 @@ def test_steps_of_rows_are_those_of_the_plain_operators(count, cut, group, dtype
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("tokens", [2, 4, 8])
 def test_what_was_accepted_is_what_steps_do(tokens, group):
-    """To the bit: a step that checks drafts and one that does not run the same arithmetic."""
+    """Within rounding: steps that check drafts add up in another order than those that do not."""
     dtype = torch.bfloat16
     layer, rows = make_layer(group, dtype), rows_of(3)
     inputs = make_inputs(layer, 3 * tokens, dtype)
@@ -126,7 +125,7 @@ def test_what_was_accepted_is_what_steps_do(tokens, group):
         idle = rows.idle | (token >= accepted)
         step = gd.DeltaRows(rows.slots, rows.positions + token, idle)
         result = STEP.decode(own, layer, one_by_one, step)
-        assert_near(found[token::tokens][~idle], result[~idle], 1e-6)
+        assert_near(found[token::tokens][~idle], result[~idle], 1e-4)
     assert_near(state.recurrent, one_by_one.recurrent, 1e-6)
     assert torch.equal(
         state.recurrent[rows.slots[2]], make_state(layer, dtype).recurrent[rows.slots[2]]

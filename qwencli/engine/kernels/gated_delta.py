@@ -5,9 +5,9 @@ head's whole state into registers (64 KiB of a 128 by 128 state), runs the delta
 tokens, norms, gates, and writes the state back: what a step costs is one read and one write of the
 states. It is read before the wait for the projections, behind which a lone row's read then hides.
 
-Of many rows a state is cut up among programs by its columns (`StateCut`): more of them then share a
-processor, and some read and write while others calculate. The norm needs the whole head, and is a
-kernel of its own there.
+A state is cut up among programs by its columns (`StateCut`): more of them then share a processor,
+and some read and write while others calculate. The norm needs the whole head, and is a kernel of
+its own there. Steps of several tokens, which hardly move states, keep them whole.
 
 Value heads that share a query and key head convolve it each. That is safe because the inputs of
 the convolution are a ring: nobody writes what another program may still read.
@@ -51,13 +51,9 @@ class StateCut:
 # Registers for a state of 128 by 128 (64 a thread), and for two programs a multiprocessor.
 WHOLE = StateCut(1, 8)
 WARPS = WHOLE.num_warps
-# The same of one token of up to so many rows, see results/2026-11-30-h200x2-prompts-and-states.
-CUTS = ((1, WHOLE), (8, StateCut(4, 2)), (math.inf, StateCut(8, 2)))
-
-
-def cut_for(rows: int) -> StateCut:
-    """How the states of a step of so many rows are cut up."""
-    return next(cut for most, cut in CUTS if rows <= most)
+# Of one token: the fastest of those tried for 1 to 256 rows, see
+# results/2026-11-30-h200x2-prompts-and-states.
+IN_PARTS = StateCut(4, 2)
 
 
 # Heads of a program of the norm, a power of two.
@@ -416,15 +412,13 @@ class DeltaStep:
 
     Args:
         options: launch options for a number of warps.
-        cut_for: how states are cut up in a step of one token of so many rows.
+        cut: how states are cut up in a step of one token.
     """
 
     def __init__(
-        self,
-        options: Callable[[int], Mapping[str, Any]],
-        cut_for: Callable[[int], StateCut] = cut_for,
+        self, options: Callable[[int], Mapping[str, Any]], cut: StateCut = IN_PARTS
     ) -> None:
-        self._options, self._cut_for = options, cut_for
+        self._options, self._cut = options, cut
 
     def decode(
         self, inputs: DeltaInputs, layer: GatedDelta, state: DeltaState, rows: DeltaRows
@@ -456,7 +450,7 @@ class DeltaStep:
         assert ring >= TAPS - 1 + tokens, "drafts must not overwrite what comes in front of them"
         assert state.conv.is_contiguous() and state.recurrent.is_contiguous()
         assert all(each.stride(1) == 1 for each in vars(inputs).values()), "a token's side by side"
-        cut = WHOLE if updates is not None else self._cut_for(count)
+        cut = self._cut if updates is None else WHOLE
         values = layer.v_heads * layer.v_dim
         out = inputs.z.new_empty(len(inputs.z), values)
         summed = out if cut.parts == 1 else out.new_empty(out.shape, dtype=torch.float32)

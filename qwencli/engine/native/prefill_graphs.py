@@ -10,7 +10,7 @@ before it is read, as slots behind the last one in use always are.
 A folder holds pictures of any size, so a graph of each would be captured more often than replayed.
 The patches of a picture are padded to a bucket too, and flash attention reads on the device where
 segments begin. The padding is segments of its own: nothing sees it, and nothing of it is returned.
-A single picture that fills its bucket, or is large, is attended to as one: that kernel is faster.
+A single large picture is attended to as one and not padded: that kernel is faster.
 
 A capture takes as long as a few passes, and most sizes of a mixed folder never come again: one is
 captured when it comes the second time. The first time the pass that would be captured runs operator
@@ -142,7 +142,7 @@ class VisionGraphs:
         filled = -(-patches // PATCH_BUCKET) * PATCH_BUCKET
         side = self._tower.shape.window_patches
         alone = ready.frames == (EqualSegments(1, patches),)
-        if alone and side is None and (filled == patches or patches > PADDED_PATCHES):
+        if alone and side is None and patches > PADDED_PATCHES:
             return Size(patches, 1, 0, whole=True)
         windows = 0 if side is None else _room(ready.windows, side * side)
         return Size(filled, _room(ready.frames, filled), windows)

@@ -308,11 +308,6 @@ def delta_nets_for(capability: int) -> None:
     step = gated_delta.DeltaStep(fused_ops.Launch.on(CPU).options)
     with torch.inference_mode():
         step.decode(inputs(rows), layer, state, which)
-        for _, cut in gated_delta.CUTS:
-            cut_up = gated_delta.DeltaStep(
-                fused_ops.Launch.on(CPU).options, lambda rows, cut=cut: cut
-            )
-            cut_up.decode(inputs(rows), layer, state, which)
         about["tokens"] = tokens
         updates = delta.DeltaUpdates.empty(1, rows, tokens, (k_heads, dim), (v_heads, dim), CPU)
         step.verify(inputs(rows * tokens), layer, state, which, updates.of_layer(0))

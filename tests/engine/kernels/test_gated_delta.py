@@ -28,7 +28,6 @@ def options(num_warps):
     return {"PDL": False, "num_warps": num_warps}
 
 
-CUTS = [cut for _, cut in kernels.CUTS]
 STEP = kernels.DeltaStep(options)
 
 
@@ -55,13 +54,13 @@ def assert_same(found: gd.DeltaState, expected: gd.DeltaState, dtype: torch.dtyp
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("cut", [*CUTS, kernels.StateCut(2, 4)])
+@pytest.mark.parametrize("cut", [kernels.WHOLE, kernels.IN_PARTS, kernels.StateCut(2, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_of_rows_is_that_of_the_plain_operators(
     dtype: torch.dtype, cut: kernels.StateCut
 ) -> None:
     """Rows that begin, that go on, and one that is idle; states whole and cut up."""
-    step = kernels.DeltaStep(options, lambda rows: cut)
+    step = kernels.DeltaStep(options, cut)
     rows = make_rows([3, 1, 4, 2], [0, 2, 13, 6], [False, False, False, True])
     inputs, layer = in_type(make_inputs(4), make_layer(), dtype)
     expected_state, state = state_in(dtype), state_in(dtype)
