@@ -8,7 +8,8 @@ Steps are the engine's own, greedy, with random weights, each as one CUDA graph:
 of `stream`, the others are steps of the batch, whose rows have pages in no order. Every repeat runs
 all of them one after the other, so that what changes on the machine meets all. `us` has the
 microseconds of a step of every repeat; `tok_per_s` is rows over their median. `without_attention`
-is a step whose attention is left out: what attention costs is the difference.
+is a step whose attention is left out: what attention costs is the difference. `percent_of_limit` is
+how much of the bandwidth, measured first, that of one row takes for what it must read.
 
 `--mixed`: one row of eight is sixteen times as long as the others. `--sweep-attention`: instead,
 other cuts of attention for each number of rows, in turns with the one that runs by default.
@@ -38,6 +39,7 @@ from benchmarks.measured_step import MeasuredStep, Tiles, pretend, text_shape
 from qwencli.config import Quantization
 from qwencli.engine.cache.paged_kv import pages_for
 from qwencli.engine.cache.prefix_cache import VisionCache
+from qwencli.engine.instruments.timing import LARGEST_BUFFER, read_bandwidth
 from qwencli.engine.kernels.activation_buffers import ActivationConsumer
 from qwencli.engine.kernels.fused_ops import MAX_BATCH_ROWS
 from qwencli.engine.kernels.tiles import AttentionTiles
@@ -46,6 +48,7 @@ from qwencli.engine.ops.decoder_ops import Layer, Step
 from qwencli.engine.runner import ModelRunner
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.engine.spec_decode.policy import MOST_VERIFIED
+from qwencli.models.memory import decode_bytes
 
 CUDA = torch.device("cuda")
 REPLAYS = 40
@@ -54,6 +57,10 @@ SLACK = 8
 SPLITS, SHORTEST, WARPS = (4, 16, 32), (64, 128, 256, 512), (4, 8)
 # Of `--mixed`: one row of so many is so many times as long.
 EVERY, LONG = 8, 16
+
+
+# How weights are stored, by mode.
+SCHEMES = {"none": "none", "fp8": "fp8-e4m3", "8bit": "int8", "4bit": "int4-g128"}
 
 
 class RowsStep:
@@ -267,12 +274,22 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     rows = [int(count) for count in options.rows.split(",")]
-    about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    bandwidth = read_bandwidth("cuda", LARGEST_BUFFER)
+    about = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "read_bandwidth_bytes_per_s": bandwidth,
+    }
     results: list[dict[str, Any]] = []
     for mode in options.mode.split(","):
         started = time.perf_counter()
         with torch.inference_mode():
             result = measure(options.model, mode, rows, options)
+        read = decode_bytes(text_shape(options.model), SCHEMES[mode], 2, options.context)
+        one = result.get("steps", {}).get("1")
+        if read is not None and one is not None:
+            result["read_bytes"] = read
+            result["percent_of_limit"] = 100 * read / (one["step_ms"] / 1e3) / bandwidth
         result["seconds"] = round(time.perf_counter() - started, 1)
         results.append(result)
         print(json.dumps(result), file=sys.stderr)
