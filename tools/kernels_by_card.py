@@ -1,6 +1,7 @@
 """Compiles, without a GPU, every kernel that the engine launches on each card; what each needs.
 
-    python tools/kernels_by_card.py FOLDER [--cards 80,86,89,90,120] [--processes 2]
+    python tools/kernels_by_card.py FOLDER [--cards 80,86,89,90,120] [--kernels NAME,NAME]
+                                    [--processes 2]
 
 Which kernels those are the engine's own plan says (`native.kernel_plan`): decode steps of one
 sequence and of rows, steps that check drafts, prompts and pictures, for the models and modes in
@@ -8,7 +9,8 @@ sequence and of rows, steps that check drafts, prompts and pictures, for the mod
 for each card and kernel: how many kinds of it, the most registers, bytes of shared memory, and
 bytes that a thread keeps in memory as its registers are full) and `spilled.jsonl` (those of which a
 thread keeps some, whole). Cards that `kernels.csv` has already are kept unless they are named. A
-quarter of an hour of two cores for each card.
+quarter of an hour of two cores for each card. With `--kernels` these alone are compiled, and what
+is there of others is kept.
 """
 
 from __future__ import annotations
@@ -122,6 +124,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--cards", default="")
+    parser.add_argument("--kernels", default="")
     parser.add_argument("--processes", default=2, type=int)
     said = parser.parse_args()
     if os.environ.pop("TRITON_INTERPRET", ""):
@@ -131,11 +134,16 @@ def main() -> None:
     kept = list(csv.DictReader(table.read_text().splitlines())) if table.exists() else []
     told = spills.read_text().splitlines() if spills.exists() else []
     cards = [int(each) for each in said.cards.split(",") if each]
+    names = {each for each in said.kernels.split(",") if each}
     done = {int(row["card"]) for row in kept} - set(cards)
-    rows: list[dict[str, Any]] = [row for row in kept if int(row["card"]) in done]
-    spilled = [line for line in told if json.loads(line)["card"] in done]
+
+    def stays(row: Mapping[str, Any]) -> bool:
+        return int(row["card"]) in done or bool(names and row["kernel"] not in names)
+
+    rows: list[dict[str, Any]] = [row for row in kept if stays(row)]
+    spilled = [line for line in told if stays(json.loads(line))]
     for card in cards or [each for each in PROCESSORS if each not in done]:
-        launches = planned(card)
+        launches = [each for each in planned(card) if not names or each.kernel in names]
         # Others for each card: what a process has compiled it gives again, whatever the card.
         with ProcessPoolExecutor(said.processes) as pool:
             found_in_turn = pool.map(need, [(card, each) for each in launches])
@@ -146,7 +154,7 @@ def main() -> None:
                 about = {"card": card, "kernel": launch.kernel, "bytes": found.spilled_bytes}
                 said_of = {n: v for n, v in launch.arguments if isinstance(v, int | str)}
                 spilled.append(json.dumps(about | said_of))
-        rows.sort(key=lambda row: int(row["card"]))
+        rows.sort(key=lambda row: (int(row["card"]), row["kernel"]))
         with table.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()

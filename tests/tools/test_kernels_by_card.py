@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from qwencli.config import Quantization
+from qwencli.engine.kernels.launches import KernelLaunch
 from tests.engine.kernels.test_compiled import CARDS
 from tools import kernels_by_card
 
@@ -41,3 +43,23 @@ def test_registers_and_stack_are_read_from_what_the_compiler_says(monkeypatch) -
 
     monkeypatch.setattr(kernels_by_card.subprocess, "run", lambda *a, **k: Ran)
     assert kernels_by_card.resources(b"") == (128, 48)
+
+
+def test_kernels_that_are_named_are_compiled_and_others_kept(tmp_path, monkeypatch) -> None:
+    table = tmp_path / "kernels.csv"
+    table.write_text(TABLE.read_text())
+    names = ("add_norm_kernel", "gated_norm_kernel")
+    launches = [KernelLaunch("module", name, ()) for name in names]
+    monkeypatch.setattr(kernels_by_card, "planned", lambda card: launches)
+    monkeypatch.setattr(kernels_by_card, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(kernels_by_card, "need", lambda job: kernels_by_card.Need(7, 8, 0))
+    given = [str(tmp_path), "--cards", "90", "--kernels", "gated_norm_kernel"]
+    monkeypatch.setattr("sys.argv", ["kernels_by_card.py", *given])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    kernels_by_card.main()
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert len(rows) == len(ROWS)
+    new = [row for row in rows if row not in ROWS]
+    assert [(row["card"], row["kernel"], row["registers"]) for row in new] == [
+        ("90", "gated_norm_kernel", "7")
+    ]
