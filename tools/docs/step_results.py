@@ -1,4 +1,5 @@
-"""Reads what `benchmarks/decode_step.py` measured: results/DATE-CARD-step/*.json.
+"""Reads what `benchmarks/decode_step.py` measured, and of models that run in rows alone
+`benchmarks/rows_step.py`: results/DATE-CARD-step/*.json.
 
 The newest folder says which card is shown. What it lacks comes from older folders of the same card;
 of two files in a folder, the one that searched no tiles tells how the engine runs.
@@ -47,7 +48,7 @@ class Step:
 
     @property
     def launches(self) -> int:
-        """Of one token."""
+        """Of one token; 0 where they were not counted."""
         return sum(part["launches"] for part in self.figures["parts"].values())
 
     @property
@@ -71,6 +72,26 @@ def vendor_bandwidth(gpu: str) -> float:
 def steps_of(file: Path) -> list[Step]:
     """Every step of one token in a file, those with searched tiles where it has them."""
     document = json.loads(file.read_text(encoding="utf-8"))
+    if "modes" in document:
+        return [
+            Step(
+                document["model"],
+                mode["mode"],
+                "auto",
+                document["gpu"],
+                file.parent.name,
+                document["read_bandwidth_bytes_per_s"],
+                {
+                    "context": mode["context"],
+                    "step_us": mode["steps"]["1"]["us"],
+                    "tok_per_s": mode["steps"]["1"]["tok_per_s"],
+                    "bytes": mode["read_bytes"],
+                    "percent_of_limit": mode["percent_of_limit"],
+                    "parts": {},
+                },
+            )
+            for mode in document["modes"]
+        ]
     return [
         Step(
             row["model"],
@@ -92,7 +113,7 @@ def newest_steps(results: Path, gpu: str = "") -> list[Step]:
     named; in the order of models, modes and contexts. Empty where there is no result."""
 
     def age(file: Path) -> tuple[str, bool, str]:
-        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        rows = json.loads(file.read_text(encoding="utf-8")).get("rows", [])
         return file.parent.name, all("search" not in row for row in rows), file.name
 
     steps = [step for file in sorted(results.glob(PATTERN), key=age) for step in steps_of(file)]
