@@ -397,8 +397,7 @@ class EngineCore:
                 if active is not None:  # else it ended before, and this step ran it in vain
                     try:
                         for token in tokens:
-                            outputs += self._take(active, token, copy.mark, logprobs)
-                            if self._still(sequence) is None:
+                            if not self._take(active, token, copy.mark, logprobs, outputs):
                                 break
                     except Exception as error:  # noqa: BLE001  others go on
                         outputs.append(self._unread(active, error))
@@ -455,18 +454,27 @@ class EngineCore:
         return active if active is not None and active.sequence is sequence else None
 
     def _take(
-        self, active: _Active, token: int, mark: Mark, logprobs: StepLogprobs | None
-    ) -> list[StepOutput]:
-        """Add a token to its answer, and end the answer where that is the last one."""
+        self,
+        active: _Active,
+        token: int,
+        mark: Mark,
+        logprobs: StepLogprobs | None,
+        outputs: list[StepOutput],
+    ) -> bool:
+        """Add a token to its answer, and end the answer where that is the last one; returns whether
+        the round goes on.
+
+        Args:
+            outputs: what is there to be told goes here.
+        """
         answer, request = active.answer, active.sequence.request
-        answer.append(token, mark, logprobs)
-        outputs: list[StepOutput] = []
+        over = answer.append(token, mark, logprobs)
         if len(answer.token_ids) == 1:
             outputs.append(StepOutput(request, answer.chunk()))
         elif answer.stream:
             self._untold[request] = active
-        if not answer.round_over:
-            return outputs
+        if not over:
+            return True
         between = answer.next_round()
         if between is not None:
             outputs.append(StepOutput(request, between))
@@ -492,7 +500,7 @@ class EngineCore:
             outputs.append(StepOutput(request, last))
             self._share_answer(active)
             self._forget(active)
-        return outputs
+        return False
 
     def _go_on(self, active: _Active) -> None:
         """Begin an answer's next round, behind what it has said and what was put there."""

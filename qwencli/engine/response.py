@@ -92,6 +92,18 @@ class ResponseBuilder:
         self._num_spoken = self._num_told = 0
         # The text of tokens that were put at the prompt's end, until a token follows them.
         self._begun = self._detokenizer.push(self.prompt.forced_ids)
+        self._begin_round()
+
+    def _begin_round(self) -> None:
+        """Note what `append` asks at each token."""
+        self._full_at = self._num_before + self.settings.max_new_tokens
+        # Whether nothing but a stop token and its length can end the round.
+        self._plain = (
+            self.matcher is None
+            and self.logprobs is None
+            and self._budget is None
+            and not self._stops.any
+        )
 
     @property
     def stopped(self) -> bool:
@@ -152,6 +164,7 @@ class ResponseBuilder:
             self.prompt, input_ids=[*self.prompt.input_ids, *self.token_ids, *begun], budget=None
         )
         self._num_before = len(self.token_ids)
+        self._begin_round()
         return self._chunk()
 
     def _put(self, forced: Sequence[int]) -> None:
@@ -171,7 +184,7 @@ class ResponseBuilder:
         self.append(token_id, mark, logprobs)
         return self.chunk()
 
-    def append(self, token_id: int, mark: Mark, logprobs: StepLogprobs | None = None) -> None:
+    def append(self, token_id: int, mark: Mark, logprobs: StepLogprobs | None = None) -> bool:
         """Append a token; a stop token ends the answer and is not part of its text. Text is made
         when somebody asks for it.
 
@@ -179,15 +192,22 @@ class ResponseBuilder:
 
         Args:
             logprobs: where a step told them.
+
+        Returns:
+            `round_over`.
         """
-        self.token_ids.append(token_id)
+        ids = self.token_ids
+        ids.append(token_id)
         self.marks.append(mark)
+        if self._plain:  # as of most: the engine's thread does this for every row of every step
+            return len(ids) == self._full_at or token_id in self.stop_ids
         if self.matcher is not None:
             self.matcher.accept(token_id)
         if self.logprobs is not None:
             self._step_logprobs.append(logprobs)
         if self._stops.any and not self._at_stop_token:
             self._speak()
+        return self.round_over
 
     def chunk(self) -> GenerationChunk:
         """What the tokens since the last chunk say."""

@@ -151,7 +151,8 @@ def test_a_tag_that_is_spelled_in_pieces_ends_thoughts_too(engine, closing, monk
 
     def scripted(answer, token_id, mark, logprobs=None):
         at = len(answer.token_ids)
-        append(answer, spelled[at] if at < len(spelled) else token_id, mark, logprobs)
+        token_id = spelled[at] if at < len(spelled) else token_id
+        return append(answer, token_id, mark, logprobs)
 
     monkeypatch.setattr(ResponseBuilder, "append", scripted)
     found = engine.generate(ask("hello", budget=len(spelled), new=len(spelled) + 5))
