@@ -52,7 +52,7 @@ class Limits:
         unstreamed_prefill_tokens: prompt tokens of one step while nobody reads along; None = no
             more than else.
         unstreamed_prompts: how many there must be room for then before any start; but no more than
-            an eighth of those that run.
+            an eighth of those that run, or could, and than a step holds.
     """
 
     max_rows: int
@@ -278,8 +278,12 @@ class Scheduler:
         )
         if not self.waiting or wanted < 2:
             return True
-        pages = self.pool.num_free // pages_for(self.waiting[0].max_tokens)
-        return min(self._rows.count(None), pages) >= wanted
+        first = self.waiting[0]
+        pages = pages_for(first.max_tokens)
+        # Of large ones a step holds few, and the pool: rows would wait for a crowd that cannot be.
+        in_step = self._prefill_tokens // first.num_prompt_tokens
+        wanted = min(wanted, in_step, self.pool.capacity // pages // 8)
+        return min(self._rows.count(None), self.pool.num_free // pages) >= wanted
 
     def _admit(self) -> None:
         """Give waiting sequences a row and pages, in order, as far as this step's tokens go."""

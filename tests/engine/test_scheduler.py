@@ -173,6 +173,19 @@ def test_prompts_that_nobody_waits_for_start_when_several_can():
     assert len(scheduler.schedule(streamed=False).prefill) == 2
 
 
+@pytest.mark.parametrize(("pages", "prompt"), [(100, 600), (40, 250)])
+def test_large_prompts_wait_for_no_crowd_that_neither_a_step_nor_the_pool_holds(pages, prompt):
+    limits = Limits(32, 100, 64, unstreamed_prefill_tokens=1000, unstreamed_prompts=3)
+    scheduler = Scheduler(limits, PagePool(pages))
+    small = [Sequence(number, 30, 30) for number in range(30)]
+    for sequence in small:
+        scheduler.add(sequence)
+    assert len(scheduler.schedule(streamed=False).prefill) == 30
+    for number in range(3):
+        scheduler.add(Sequence(30 + number, prompt, 50))
+    assert len(scheduler.schedule(streamed=False).prefill) == 1
+
+
 def test_a_long_prompt_runs_in_parts_beside_the_rows_that_run():
     scheduler = Scheduler(Limits(4, 100, 4), PagePool(40))
     short, long = Sequence(0, 30, 50), Sequence(1, 350, 5)
