@@ -43,18 +43,31 @@ PASS_TURN_S, STEP_TURN_S = 0.00005, 0.0005
 # While a model loads, threads that read weights take turns with those that import and warm up; each
 # needs the lock a few times for each piece (docs/experiments/2026-11-30-first-token.md).
 LOAD_TURN_S = 0.0002
+# What blocks that run now want, and what there was before the first of them.
+_turns_s: list[float] = []
+_turn_before_s, _turns_lock = 0.0, threading.Lock()
 
 
 @contextmanager
 def undisturbed(turn_s: float = PASS_TURN_S) -> Iterator[None]:
-    """No garbage collection inside the block, and quick turns at the interpreter lock."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(min(interval, turn_s))
+    """No garbage collection inside the block, and quick turns at the interpreter lock.
+
+    Blocks of several threads and streams may end in any order: the quickest turns that any of them
+    wants are those of all, and the last one gives back what was there before the first.
+    """
+    global _turn_before_s
+    with _turns_lock:
+        if not _turns_s:
+            _turn_before_s = sys.getswitchinterval()
+        _turns_s.append(turn_s)
+        sys.setswitchinterval(min(_turn_before_s, *_turns_s))
     try:
         with gc_paused():
             yield
     finally:
-        sys.setswitchinterval(interval)
+        with _turns_lock:
+            _turns_s.remove(turn_s)
+            sys.setswitchinterval(min(_turn_before_s, *_turns_s) if _turns_s else _turn_before_s)
 
 
 if TYPE_CHECKING:
