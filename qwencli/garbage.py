@@ -33,8 +33,8 @@ def gc_freeze_loaded() -> Iterator[None]:
     gc.freeze()
     try:
         yield
+        gc.collect()
     except BaseException:
         gc.unfreeze()
         raise
-    gc.collect()
     gc.freeze()

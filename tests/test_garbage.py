@@ -42,3 +42,17 @@ def test_a_load_that_fails_takes_nothing_out() -> None:
         raise ValueError("no model")
     assert any(each is before for each in gc.get_objects())
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.usefixtures("freezing")
+def test_a_load_that_is_interrupted_at_its_end_takes_nothing_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gc, "collect", interrupted)
+        with pytest.raises(KeyboardInterrupt), gc_freeze_loaded():
+            pass
+    assert gc.get_freeze_count() == 0

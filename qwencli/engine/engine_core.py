@@ -375,7 +375,9 @@ class EngineCore:
             scheduler.limits = replace(scheduler.limits, max_prompts=fewer)
             return f"memory is short: {fewer} prompts run at a time from here on"
         if tokens > FEWEST_PREFILL_TOKENS:
+            # What was too long may be three times as long as steps are where somebody reads along.
             fewer = max(tokens // 2, FEWEST_PREFILL_TOKENS)
+            fewer = min(fewer, scheduler.limits.max_prefill_tokens)
             scheduler.limits = replace(
                 scheduler.limits, max_prefill_tokens=fewer, unstreamed_prefill_tokens=None
             )

@@ -351,6 +351,25 @@ def test_where_memory_is_short_fewer_prompts_run_at_a_time(limited, monkeypatch)
     assert limited._queue._scheduler.limits.max_prompts == 1
 
 
+def test_where_memory_is_short_for_a_long_pass_no_step_gets_longer(limited, monkeypatch):
+    request = ask("Number " * 200, max_new_tokens=3)
+    expected = limited.generate(request).token_ids
+    scheduler = limited._requests()._scheduler
+    scheduler.limits = replace(NARROW, max_prefill_tokens=400, unstreamed_prefill_tokens=2000)
+    running = runner.ModelRunner.prefill
+
+    def short_of_memory(self, chunks, prompts, clock):
+        if sum(chunk.stop - chunk.start for chunk in chunks) > 400:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        return running(self, chunks, prompts, clock)
+
+    monkeypatch.setattr(runner.ModelRunner, "prefill", short_of_memory)
+    (result,) = generate_many(limited, [request])
+    assert result.token_ids == expected
+    assert result.notes == ("memory is short: 400 tokens of prompts run at a time from here on",)
+    assert scheduler.limits.most_prefill_tokens == 400
+
+
 def test_a_prompt_that_does_not_fit_the_memory_fails_alone(limited, monkeypatch):
     running = runner.ModelRunner.prefill
 

@@ -415,3 +415,18 @@ def test_a_graph_that_is_captured_amid_an_answer_changes_nothing(engine, by_head
     found = list(generate_many(by_head, asked))
     assert [each.token_ids for each in found] == [each.token_ids for each in expected]
     assert len(step_runner._captured) > 4
+
+
+def test_longer_passes_cost_no_rows(checkpoint, monkeypatch):
+    """Where memory is short, rows are as many as beside passes of ordinary length."""
+    short, rows = Limits(16, 64, 8), []
+    with NativeEngine(native_config(checkpoint)) as loaded:
+        plan = loaded._plan
+        free = plan.activations + plan.kept_images + plan.graphs + 40 * 2**20
+        monkeypatch.setattr(native_engine, "_free_bytes", lambda device: free)
+        for limits in (short, replace(short, unstreamed_prefill_tokens=200_000)):
+            monkeypatch.setitem(native_engine.BATCH_LIMITS, "cpu", limits)
+            loaded._close_queue()
+            list(generate_many(loaded, [ask("A", max_new_tokens=2)]))
+            rows.append(loaded._queue._scheduler.limits.max_rows)
+    assert rows[0] == rows[1] > 1

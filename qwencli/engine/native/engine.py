@@ -203,7 +203,11 @@ class NativeEngine(BaseEngine):
         with undisturbed(LOAD_TURN_S), quick_function_sources(), gc_freeze_loaded():
             if self._pinning is not None:
                 self._pinning.join()
-            return self._load_all(files)
+            try:
+                return self._load_all(files)
+            except BaseException:
+                self._generation = self._model = None  # their memory is what another try needs
+                raise
 
     def _load_all(self, files: ModelFiles) -> EffectiveConfig:
         device = resolve_device(self.config.device)
@@ -525,27 +529,30 @@ class NativeEngine(BaseEngine):
             assert plan is not None, "load() comes first"
             reserved = plan.activations + plan.kept_images + plan.graphs
             drafting = config.speculate is not Speculate.OFF
-            rows, num_states = plan_states(
-                model.shape, limits, size, free, quantized, reserved, drafting
-            )
+
+            def states_in(limits: Limits) -> tuple[int, int]:
+                return plan_states(model.shape, limits, size, free, quantized, reserved, drafting)
+
+            limits = limits_within(limits, lambda each: states_in(each)[0])
+            rows, num_states = states_in(limits)
             limits = replace(limits, max_rows=rows)
             each, updates = state_bytes(model.shape, size, drafting)
             states = num_states * each + updates
             head = head_input_bytes(model.shape, rows, size) if drafting else 0
-            free = None if free is None else free - states - head
+            beside_states = None if free is None else free - states - head
 
             def pages_in(free_bytes: int | None, limits: Limits) -> int:
                 return plan_pages(
                     model.shape, limits, self.max_seq_len, size, free_bytes, quantized, reserved
                 )
 
-            limits = limits_within(limits, functools.partial(pages_in, free))
-            pages = pages_in(free, limits)
+            limits = limits_within(limits, functools.partial(pages_in, beside_states))
+            pages = pages_in(beside_states, limits)
             dense = model.dense_copies_bytes
-            if dense and free is not None:
+            if dense and beside_states is not None:
                 # Products of many rows with weights that are not read back are worth the memory
                 # that rows have no use for.
-                beside = pages_in(free - dense, limits)
+                beside = pages_in(beside_states - dense, limits)
                 if beside >= min(pages, pages_for_captions(model.shape, limits)):
                     model.keep_dense_copies()
                     pages, self._pool["weights once more, for batches"] = beside, dense

@@ -65,7 +65,7 @@ CAPTION_SIZES = ((512, 512), (1024, 1024), (3840, 2160))
 CAPTION_TOKENS = 192
 # Of what is free, for what nobody counts.
 POOL_SHARE = 0.9
-# Of a pool, what longer passes over prompts may cost.
+# Of rows and of their pool, what longer passes over prompts may cost.
 PASSES_SHARE = 0.05
 
 
@@ -245,14 +245,15 @@ def plan_pages(
     return max(2, min(wanted, int((free_bytes - working) * POOL_SHARE) // page_bytes))
 
 
-def limits_within(limits: Limits, pages_of: Callable[[Limits], int]) -> Limits:
-    """The limits, without longer passes over prompts where these would take pages that rows need.
+def limits_within(limits: Limits, room_in: Callable[[Limits], int]) -> Limits:
+    """The limits, without longer passes over prompts where these would take rows, or pages that
+    rows need.
 
     Args:
-        pages_of: pages of the pool beside what a step of such limits works in.
+        room_in: rows, or pages of the pool, beside what a step of such limits works in.
     """
     short = replace(limits, unstreamed_prefill_tokens=None)
-    return limits if pages_of(limits) >= (1 - PASSES_SHARE) * pages_of(short) else short
+    return limits if room_in(limits) >= (1 - PASSES_SHARE) * room_in(short) else short
 
 
 def pages_for_captions(shape: ModelShape, limits: Limits) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 import sys
+import weakref
 
 import pytest
 
@@ -181,6 +182,24 @@ def test_a_request_from_scratch_repeats_vision_and_prefill(engine, monkeypatch):
     assert again.timings.vision_encode_s > 0
     assert prefilled == [1, again.num_prompt_tokens]
     assert again.token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_load_that_fails_at_its_end_keeps_nothing(checkpoint, monkeypatch, error):
+    engine, made = NativeEngine(native_config(checkpoint("qwen3_vl"))), []
+
+    def fails(self, *_):
+        made.append(weakref.ref(self._model.decoder.embedding))
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NativeEngine, "_keep", fails)
+        with pytest.raises((KeyboardInterrupt, ValueError)):
+            engine.load()
+    gc.collect()
+    assert made[0]() is None
+    with engine:
+        assert engine.generate(ask()).token_ids
 
 
 def test_out_of_memory_while_loading_is_one_line(checkpoint, monkeypatch):
