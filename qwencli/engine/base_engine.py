@@ -1,17 +1,15 @@
 """What every engine does that holds a model in this process, around its own way to generate.
 
 That includes `add`, `step`, `abort` and `has_unfinished` of an engine that has no batches (one
-request at a time), and keeping garbage collection out of a request.
+request at a time).
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
@@ -25,7 +23,6 @@ from qwencli.engine.protocol import BytesRead, ManyRequests, drain
 from qwencli.engine.resolve import check_seq_len, resolve_device, resolve_dtype
 from qwencli.engine.response import ResponseBuilder
 from qwencli.errors import OutOfMemoryError, PromptTooLongError, UnsupportedModeError
-from qwencli.garbage import gc_paused
 from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult
 from qwencli.tracing import span
@@ -35,40 +32,6 @@ FITTING_TRIES = 8
 RECENT_SAMPLINGS = 64
 # Room for what a schema forces at a prompt's end.
 FORCED_TOKENS = 64
-# A thread that wants the interpreter lock back waits this long for another one to give it up;
-# Python's 5 ms is longer than a token takes. A pass over prompts takes it back at each of hundreds
-# of operations. A decode step does so a few times, and where a hundred streams are written
-# meanwhile turns that are too short cost both sides.
-PASS_TURN_S, STEP_TURN_S = 0.00005, 0.0005
-# While a model loads, threads that read weights take turns with those that import and warm up; each
-# needs the lock a few times for each piece (docs/experiments/2026-11-30-first-token.md).
-LOAD_TURN_S = 0.0002
-# What blocks that run now want, and what there was before the first of them.
-_turns_s: list[float] = []
-_turn_before_s, _turns_lock = 0.0, threading.Lock()
-
-
-@contextmanager
-def undisturbed(turn_s: float = PASS_TURN_S) -> Iterator[None]:
-    """No garbage collection inside the block, and quick turns at the interpreter lock.
-
-    Blocks of several threads and streams may end in any order: the quickest turns that any of them
-    wants are those of all, and the last one gives back what was there before the first.
-    """
-    global _turn_before_s
-    with _turns_lock:
-        if not _turns_s:
-            _turn_before_s = sys.getswitchinterval()
-        _turns_s.append(turn_s)
-        sys.setswitchinterval(min(_turn_before_s, *_turns_s))
-    try:
-        with gc_paused():
-            yield
-    finally:
-        with _turns_lock:
-            _turns_s.remove(turn_s)
-            sys.setswitchinterval(min(_turn_before_s, *_turns_s) if _turns_s else _turn_before_s)
-
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from qwencli.config import SamplingParams
-from qwencli.engine.base_engine import PASS_TURN_S, STEP_TURN_S, undisturbed
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.cache.prefix_cache import page_keys
 from qwencli.engine.constrained import TokenMatcher
@@ -24,6 +23,7 @@ from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.input_processor import InputProcessor
+from qwencli.engine.machine.interpreter_turns import PASS_TURN_S, STEP_TURN_S, undisturbed
 from qwencli.engine.native.memory_plan import captions_that_fit
 from qwencli.engine.request import (
     Batch,

@@ -28,10 +28,9 @@ Encode = Callable[[list[int]], Iterable[VisionFeatures]]
 VISION_CACHE_BYTES = 96 * 2**20
 # Pixels that a thread copies and digests at a time to tell a picture from others, and the threads:
 # one takes 5 ms for a picture of 1920x1080, for which the device would wait.
-_DIGEST_PIXELS = 2**17
-# Glimpses, each of a grid of pixels, and the pixels of its sides.
+_DIGEST_PIXELS, _DIGEST_THREADS = 2**17, 8
+# Glimpses that are remembered, each of a grid of pixels, and the pixels of a side of it.
 GLIMPSES_KEPT, _GLIMPSE_SIDE = 1024, 16
-_DIGEST_THREADS = 8
 
 
 class PrefixCache:

@@ -54,8 +54,6 @@ WARPS = WHOLE.num_warps
 # Of one token: the fastest of those tried for 1 to 256 rows, see
 # results/2026-11-30-h200x2-prompts-and-states.
 IN_PARTS = StateCut(4, 2)
-
-
 # Heads of a program of the norm, a power of two.
 NORM_HEADS, NORM_WARPS = 16, 4
 NORM_EPS: tl.constexpr = tl.constexpr(L2_EPS)

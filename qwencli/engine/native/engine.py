@@ -26,7 +26,7 @@ from qwencli.config import (
     SamplingParams,
     Speculate,
 )
-from qwencli.engine.base_engine import LOAD_TURN_S, BaseEngine, undisturbed
+from qwencli.engine.base_engine import BaseEngine
 from qwencli.engine.cache.kv_cache import KV_SCHEMES
 from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.constrained import TokenMatcher
@@ -39,6 +39,7 @@ from qwencli.engine.loading.weight_cache import BackgroundWriter, CacheWriter
 from qwencli.engine.machine.cpu_threads import computing_with
 from qwencli.engine.machine.function_sources import quick_function_sources
 from qwencli.engine.machine.host import host_memory
+from qwencli.engine.machine.interpreter_turns import LOAD_TURN_S, undisturbed
 from qwencli.engine.native.decode_state import STEPPERS, DecodeState, decodes_on_cpu
 from qwencli.engine.native.generate import Generation, row_logits
 from qwencli.engine.native.memory_plan import (

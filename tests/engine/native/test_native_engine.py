@@ -11,9 +11,9 @@ import weakref
 import pytest
 
 from qwencli.config import Attention, Cache, DType, EngineName, SamplingOptions
-from qwencli.engine.base_engine import PASS_TURN_S
 from qwencli.engine.cpu.attention import NumpyAttention
 from qwencli.engine.hf.engine import TransformersEngine
+from qwencli.engine.machine.interpreter_turns import PASS_TURN_S
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.errors import InputError, OutOfMemoryError, UnsupportedModeError
 from qwencli.messages import GenerationRequest, text_message, user_message

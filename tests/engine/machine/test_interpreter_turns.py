@@ -1,4 +1,4 @@
-"""What engines do to the process while a request runs."""
+"""Turns at the interpreter lock while an engine works."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from qwencli.engine.base_engine import undisturbed
+from qwencli.engine.machine.interpreter_turns import undisturbed
 
 
 def test_turns_at_the_interpreter_lock_are_as_before_in_whatever_order_blocks_end() -> None:
