@@ -73,7 +73,7 @@ SMALL_SIZES = GraphSizes(tokens=1024, patches=2048)
 @dataclass(frozen=True)
 class Size:
     """What a graph is made for: patches, and room for so many segments of full attention and of
-    window attention; or one picture, which no patch is without."""
+    window attention; where it is `whole`, a single picture of exactly so many patches."""
 
     patches: int
     frames: int
