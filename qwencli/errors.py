@@ -28,6 +28,11 @@ nothing else catches them to print.
     └── BenchError                        a campaign cannot be started, resumed or read
 """
 
+from __future__ import annotations
+
+import copyreg
+from typing import Any
+
 
 class QwenCliError(Exception):
     """Base of all expected errors.
@@ -43,6 +48,10 @@ class QwenCliError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not through `__init__`, as exceptions are by themselves: some take other arguments.
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class UsageError(QwenCliError):
