@@ -37,9 +37,13 @@ from qwencli.engine.loading import weights
 from qwencli.engine.loading.reader import pin_ahead
 from qwencli.engine.loading.weight_cache import BackgroundWriter, CacheWriter
 from qwencli.engine.machine.cpu_threads import computing_with
-from qwencli.engine.machine.function_sources import quick_function_sources
 from qwencli.engine.machine.host import host_memory
-from qwencli.engine.machine.interpreter_turns import LOAD_TURN_S, undisturbed
+from qwencli.engine.machine.python_runtime import (
+    LOAD_TURN_S,
+    gc_freeze_loaded,
+    quick_function_sources,
+    undisturbed,
+)
 from qwencli.engine.native.decode_state import STEPPERS, DecodeState, decodes_on_cpu
 from qwencli.engine.native.generate import Generation, row_logits
 from qwencli.engine.native.memory_plan import (
@@ -77,7 +81,6 @@ from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.spec_decode.decode_strategy import VERIFIERS, Speculator, batch_policy
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.errors import MissingDependencyError, UnsupportedModeError
-from qwencli.garbage import gc_freeze_loaded
 from qwencli.messages import GenerationRequest
 from qwencli.models.checkpoint import has_draft_head
 from qwencli.models.memory import RUNTIME_BYTES, native_kv_bytes, packed_weight_bytes
