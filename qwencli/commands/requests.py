@@ -70,10 +70,14 @@ def running_engine(
 
 def _resident(config: EngineConfig, sink: Output, keep_s: float | None) -> Engine | None:
     """The resident engine with this model loaded; None where it cannot be used now."""
-    from qwencli.server.resident_engine import ResidentEngine
+    from qwencli.server.resident_state import read_state, state_folder
 
     if keep_s is not None:
         fetch_model(config)
+    elif read_state(state_folder()) is None:
+        return None  # as on most machines, most of the time
+    from qwencli.server.resident_engine import ResidentEngine
+
     engine = ResidentEngine(config, keep_s, sink.notice)
     try:
         with sink.status(f"loading {config.model.name}"):

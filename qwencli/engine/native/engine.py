@@ -29,13 +29,11 @@ from qwencli.config import (
 from qwencli.engine.base_engine import BaseEngine
 from qwencli.engine.cache.kv_cache import KV_SCHEMES
 from qwencli.engine.cache.prefix_cache import VisionCache
-from qwencli.engine.constrained import TokenMatcher
 from qwencli.engine.device_memory import release
 from qwencli.engine.frontend.model_files import ModelFiles, open_model
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.loading import weights
 from qwencli.engine.loading.reader import pin_ahead
-from qwencli.engine.loading.weight_cache import BackgroundWriter, CacheWriter
 from qwencli.engine.machine.cpu_threads import computing_with
 from qwencli.engine.machine.host import host_memory
 from qwencli.engine.machine.python_runtime import (
@@ -66,7 +64,6 @@ from qwencli.engine.native.supported import (
     fused_for,
     quantizer_for,
 )
-from qwencli.engine.native.warmup import WarmUp
 from qwencli.engine.protocol import RequestQueue
 from qwencli.engine.request import StepOutput
 from qwencli.engine.resolve import (
@@ -92,6 +89,8 @@ from qwencli.results import EffectiveConfig, GenerationChunk
 from qwencli.tracing import span
 
 if TYPE_CHECKING:
+    from qwencli.engine.constrained import TokenMatcher
+    from qwencli.engine.loading.weight_cache import BackgroundWriter, CacheWriter
     from qwencli.engine.native.kernel_loader import KernelLoader
     from qwencli.engine.native.kernel_plan import PlannedModel
 
@@ -263,6 +262,8 @@ class NativeEngine(BaseEngine):
         warming = None
         # Where kernels are compiled the load waits for them, and this would only make it longer.
         if place.type == "cuda" and not (compiling is not None and compiling.compiles):
+            from qwencli.engine.native.warmup import WarmUp
+
             warming = WarmUp(
                 shape,
                 torch_dtype,
@@ -351,6 +352,8 @@ class NativeEngine(BaseEngine):
         if writer.warning is not None:
             self._warnings += (writer.warning,)
             return
+        from qwencli.engine.loading.weight_cache import BackgroundWriter
+
         self._keeping = BackgroundWriter(writer, self._place)
         if cache is Cache.STATIC_COMPILE:
             self._end_keeping(None)  # torch captures its graphs such that no thread may copy

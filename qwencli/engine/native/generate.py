@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from qwencli.config import Cache
 from qwencli.engine.cache.paged_kv import DecodePages, pages_for
 from qwencli.engine.cache.prefix_cache import PictureKeys, PrefixCache, VisionCache, keys_of
-from qwencli.engine.constrained import TokenMatcher, fill_masks
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.layers.vision_tower import VisionFeatures, join_features
 from qwencli.engine.native.decode_state import DecodeState, Stepper
@@ -28,6 +28,9 @@ from qwencli.engine.spec_decode.decode_strategy import (
 )
 from qwencli.results import EffectiveConfig, GenerationChunk, Speculation
 from qwencli.tracing import span
+
+if TYPE_CHECKING:
+    from qwencli.engine.constrained import TokenMatcher
 
 # Steps on their way to the GPU beyond the one being read. Enough that a host thread that is kept
 # from running for some milliseconds leaves the GPU busy; after a stop token they are wasted.
@@ -119,6 +122,8 @@ class Generation:
         state.begin(answer.settings, inputs.ids[0], stop_ids, inputs.next_positions)
         masks = None
         if answer.matcher is not None:
+            from qwencli.engine.constrained import fill_masks
+
             held = state.hold_logits()
             fill_masks([(answer.matcher, 0)], held.host)
             masks = held.sent(1)
@@ -225,6 +230,8 @@ class Generation:
         While the device works on the logits of a step, the host reads the token before it and
         fills the mask of what may follow; the caller accepts each token that it is given.
         """
+        from qwencli.engine.constrained import fill_masks
+
         state, token_copy = self._state, self._token_copy
         assert state.masks is not None, "the caller made room for them"
         kind, state.kind = state.kind, SamplerKind.LOGITS
