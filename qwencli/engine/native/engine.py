@@ -65,7 +65,7 @@ from qwencli.engine.native.supported import (
     quantizer_for,
 )
 from qwencli.engine.protocol import RequestQueue
-from qwencli.engine.request import StepOutput
+from qwencli.engine.request import Limits, StepOutput
 from qwencli.engine.resolve import (
     check_modes,
     device_lacks,
@@ -523,7 +523,7 @@ class NativeEngine(BaseEngine):
         from qwencli.engine.cache.recurrent_state import SnapshotPool
         from qwencli.engine.engine_core import EngineCore
         from qwencli.engine.runner import ModelRunner
-        from qwencli.engine.scheduler import Limits, Scheduler
+        from qwencli.engine.scheduler import Scheduler
 
         model = self._model
         assert model is not None, "load() comes first"

@@ -13,8 +13,7 @@ from qwencli.engine.cache.prefix_cache import VISION_CACHE_BYTES
 from qwencli.engine.layers.vision_tower import PATCHES_KEPT, PIECE, UNDIVIDED
 from qwencli.engine.native.model import longest_chunk
 from qwencli.engine.native.prefill_graphs import SIZES, SMALL_SIZES, GraphSizes
-from qwencli.engine.scheduler import Limits
-from qwencli.engine.spec_decode.mtp import RING
+from qwencli.engine.request import Limits
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.engine.spec_decode.policy import MOST_VERIFIED
 from qwencli.errors import OutOfMemoryError
@@ -273,6 +272,8 @@ def head_input_bytes(shape: ModelShape, rows: int, value_bytes: int) -> int:
     none for a model without one, or where it is not in use."""
     if not shape.text.draft_head:
         return 0
+    from qwencli.engine.spec_decode.mtp import RING
+
     count = 8  # how far the head is, an int64
     return rows * (RING * shape.text.hidden_size * value_bytes + count)
 

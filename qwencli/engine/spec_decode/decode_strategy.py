@@ -25,7 +25,6 @@ from qwencli.engine.native.decode_state import (
     decodes_on_cpu,
 )
 from qwencli.engine.native.sampler import SamplerKind
-from qwencli.engine.spec_decode.mtp import MAX_MTP_DRAFTS
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.engine.spec_decode.policy import BatchDraftPolicy, DraftLengthPolicy, StepCosts
 from qwencli.results import Speculation
@@ -121,10 +120,8 @@ VERIFIERS: Mapping[Cache, Callable[[DecodeState], Verifier]] = {
 
 # What an adaptive pace chooses from.
 AUTO_VERIFY_TOKENS = (1, 2, 4, MAX_VERIFY_TOKENS)
-
-
-# Where a head drafts: each token is a pass of it.
-HEAD_VERIFY_TOKENS = (1, 2, 4, 1 + MAX_MTP_DRAFTS)
+# Where the model's own head drafts. Each draft is a pass of it; a sixth is hardly ever right.
+HEAD_VERIFY_TOKENS = (1, 2, 4, 6)
 
 
 def verify_sizes(speculate: Speculate, by_head: bool = False) -> tuple[int, ...]:
