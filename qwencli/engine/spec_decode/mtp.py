@@ -18,8 +18,7 @@ from qwencli.engine.device_memory import upload
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import Sampler
 from qwencli.engine.ops.decoder_ops import Drafts
-from qwencli.engine.ops.next_tokens import RowBuffers
-from qwencli.engine.ops.rejection import Candidates
+from qwencli.engine.ops.next_tokens import Candidates, RowBuffers
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 
 Tensor = torch.Tensor
