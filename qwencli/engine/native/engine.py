@@ -75,7 +75,6 @@ from qwencli.engine.resolve import (
     resolve_dtype,
 )
 from qwencli.engine.response import ResponseBuilder
-from qwencli.engine.spec_decode.decode_strategy import VERIFIERS, Speculator, batch_policy
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.errors import MissingDependencyError, UnsupportedModeError
 from qwencli.messages import GenerationRequest
@@ -93,6 +92,7 @@ if TYPE_CHECKING:
     from qwencli.engine.loading.weight_cache import BackgroundWriter, CacheWriter
     from qwencli.engine.native.kernel_loader import KernelLoader
     from qwencli.engine.native.kernel_plan import PlannedModel
+    from qwencli.engine.spec_decode.verify import Speculator
 
 
 # How long the end of an engine waits for quantized weights to be on disk.
@@ -487,6 +487,8 @@ class NativeEngine(BaseEngine):
     def _speculator(self, state: DecodeState, cache: Cache) -> Speculator | None:
         if self.config.speculate is Speculate.OFF:
             return None
+        from qwencli.engine.spec_decode.verify import VERIFIERS, Speculator
+
         return Speculator(VERIFIERS[cache](state), state, self.config.speculate)
 
     def _answer(self, answer: ResponseBuilder) -> Iterator[GenerationChunk]:
@@ -524,6 +526,7 @@ class NativeEngine(BaseEngine):
         from qwencli.engine.engine_core import EngineCore
         from qwencli.engine.runner import ModelRunner
         from qwencli.engine.scheduler import Scheduler
+        from qwencli.engine.spec_decode.verify import batch_policy
 
         model = self._model
         assert model is not None, "load() comes first"

@@ -15,7 +15,6 @@ from qwencli.engine.native.model import longest_chunk
 from qwencli.engine.native.prefill_graphs import SIZES, SMALL_SIZES, GraphSizes
 from qwencli.engine.request import Limits
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
-from qwencli.engine.spec_decode.policy import MOST_VERIFIED
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.memory import (
     RUNTIME_BYTES,
@@ -263,7 +262,11 @@ def pages_for_captions(shape: ModelShape, limits: Limits) -> int:
 
 def state_bytes(shape: ModelShape, value_bytes: int, drafting: bool) -> tuple[int, int]:
     """Bytes of a slot of states, and of what the drafts of a step would do to such."""
-    tokens, checked = (MAX_VERIFY_TOKENS, MOST_VERIFIED) if drafting else (1, 0)
+    tokens, checked = 1, 0
+    if drafting:
+        from qwencli.engine.spec_decode.policy import MOST_VERIFIED
+
+        tokens, checked = MAX_VERIFY_TOKENS, MOST_VERIFIED
     return shape.text.state_bytes(value_bytes, tokens), shape.text.update_bytes(checked)
 
 

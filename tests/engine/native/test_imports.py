@@ -40,12 +40,19 @@ def test_what_takes_long_is_not_imported() -> None:
     assert done.stdout.split() == ["[]", "[]"]
 
 
-# What a caption of one picture on the CPU has no use for: each belongs to an option or to a GPU.
+# What a caption of one picture on the CPU has no use for: each belongs to an option, to a GPU, to
+# batches, or to other models.
 OPTIONAL = {
+    "qwencli.engine.cache.recurrent_state",
     "qwencli.engine.constrained",
+    "qwencli.engine.layers.draft_head",
     "qwencli.engine.loading.weight_cache",
     "qwencli.engine.native.kernel_plan",
     "qwencli.engine.native.warmup",
+    "qwencli.engine.scheduler",
+    "qwencli.engine.spec_decode.mtp",
+    "qwencli.engine.spec_decode.policy",
+    "qwencli.engine.spec_decode.verify",
     "qwencli.models.quantized_cache",
     "qwencli.server.resident_engine",
 }
