@@ -36,9 +36,9 @@ from qwencli.engine.cache.paged_kv import PagePool
 from qwencli.engine.engine_core import EngineCore
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.protocol import RequestQueue
-from qwencli.engine.request import StepOutput
+from qwencli.engine.request import Limits, StepOutput
 from qwencli.engine.runner import TokenCopy
-from qwencli.engine.scheduler import Limits, Scheduler
+from qwencli.engine.scheduler import Scheduler
 from qwencli.models.resolve import SearchPaths, bundled_spec
 from qwencli.server.settings import ServerSettings
 

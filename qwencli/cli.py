@@ -226,7 +226,8 @@ def run(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     # Threads of torch that wait for each other sleep meanwhile (`engine.machine.cpu_threads`), and
-    # numpy computes on one core (`cpu.gemv`). Read when these are loaded, here or in our processes.
+    # numpy computes on one core (`cpu.decoder`). Read when these are loaded, here or in our
+    # processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # What torch's profiler says of itself on stderr.

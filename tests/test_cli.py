@@ -316,9 +316,9 @@ def test_ctrl_c_is_one_line_and_exit_code_130():
     done = python(
         "import sys\n"
         "from qwencli import cli\n"
-        "from qwencli.commands import model_choice\n"
+        "from qwencli.commands import requests\n"
         "def interrupted(*arguments): raise KeyboardInterrupt\n"
-        "model_choice.choose_model = interrupted\n"
+        "requests.choose_model = interrupted\n"
         "sys.exit(cli.run(['caption', 'a.png']))"
     )
     assert (done.returncode, done.stdout) == (130, "")

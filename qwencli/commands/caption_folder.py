@@ -39,8 +39,7 @@ _COMPUTES = (
 
 def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: FolderOptions) -> None:
     """Caption pictures into files beside them; leaves with exit code 1 where one failed."""
-    from qwencli.commands.model_choice import announce_model, choose_model
-    from qwencli.commands.requests import system_messages
+    from qwencli.commands.requests import announce_model, choose_model, system_messages
     from qwencli.dataset.boxes import Overlays
     from qwencli.dataset.caption_processor import CaptionProcessor
     from qwencli.dataset.caption_set import open_set

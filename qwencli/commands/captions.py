@@ -26,11 +26,15 @@ from qwencli.commands.requests import (
     ANSWERING_ERRORS,
     OPENING_ERRORS,
     Named,
+    announce_model,
+    choose_model,
     memory_figures,
     open_named,
+    running_engine,
+    system_messages,
 )
 from qwencli.errors import EngineError, QwenCliError, StoppedError
-from qwencli.messages import GenerationRequest, ImagePart, VisualPart
+from qwencli.messages import GenerationRequest, ImagePart, VisualPart, user_message
 from qwencli.output import visible
 from qwencli.tracing import trace_answer
 
@@ -267,10 +271,6 @@ def answer_pictures(
 ) -> None:
     """Print what a plain prompt is answered about each picture, or about all of them together;
     exit code 1 where one failed."""
-    from qwencli.commands.model_choice import announce_model, choose_model
-    from qwencli.commands.requests import running_engine, system_messages
-    from qwencli.messages import user_message
-
     images, run, sink, frames = job.inputs, job.run, job.sink, job.frames
     sampling, spec = run.sampling_options(), choose_model(run, sink)
 
@@ -310,8 +310,6 @@ def answer_pictures(
 
 def print_captions(job: CaptionJob, config: CaptionConfig) -> None:
     """Print captions in the form that `config` wants; exit code 1 where one failed."""
-    from qwencli.commands.model_choice import announce_model, choose_model
-    from qwencli.commands.requests import running_engine, system_messages
     from qwencli.dataset.boxes import Overlays
     from qwencli.dataset.caption_processor import CaptionProcessor
     from qwencli.dataset.caption_worker import LocalCaptioner

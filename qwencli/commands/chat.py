@@ -56,8 +56,13 @@ def chat(
         history_file,
         quiet_keys,
     )
-    from qwencli.commands.model_choice import announce_model, choose_model
-    from qwencli.commands.requests import OPENING_ERRORS, open_visual, running_engine
+    from qwencli.commands.requests import (
+        OPENING_ERRORS,
+        announce_model,
+        choose_model,
+        open_visual,
+        running_engine,
+    )
     from qwencli.commands.saved_chat import chats_folder, latest_chat, new_chat_path, read_chat
 
     sink = context.ensure_object(Output)

@@ -41,8 +41,12 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI clients, with a page to try it at /."""
     check_extra()
-    from qwencli.commands.model_choice import announce_model, choose_model
-    from qwencli.commands.requests import fetch_model, reading_speed
+    from qwencli.commands.requests import (
+        announce_model,
+        choose_model,
+        fetch_model,
+        reading_speed,
+    )
     from qwencli.engine.factory import create_engine
     from qwencli.engine.resolve import resolve_device
     from qwencli.server.engine_thread import EngineThread

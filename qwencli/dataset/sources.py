@@ -24,8 +24,8 @@ from qwencli.dataset.named_inputs import (
     without_inner_dots,
 )
 from qwencli.dataset.shards import ArchiveMember, NoPicturesError, members, table_rows
+from qwencli.engine.machine.python_runtime import gc_paused
 from qwencli.errors import InputError, MissingDependencyError, QwenCliError, UsageError
-from qwencli.garbage import gc_paused
 
 if TYPE_CHECKING:
     from qwencli.messages import VisualPart

@@ -12,8 +12,8 @@ from qwencli.config import Existing
 from qwencli.dataset.manifest import KnownSlot, State
 from qwencli.dataset.pipeline import Failed, Task
 from qwencli.dataset.sources import CAPTION, Item, Listing, Slot
+from qwencli.engine.machine.python_runtime import gc_paused
 from qwencli.errors import InputError, UsageError
-from qwencli.garbage import gc_paused
 
 if TYPE_CHECKING:
     from qwencli.dataset.manifest import Manifest

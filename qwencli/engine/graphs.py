@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from qwencli.garbage import gc_paused
+from qwencli.engine.machine.python_runtime import gc_paused
 from qwencli.tracing import span
 
 Tensor = torch.Tensor

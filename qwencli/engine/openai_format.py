@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwencli.config import EngineConfig, SamplingOptions, SamplingParams
 from qwencli.engine.frontend.detokenizer import ThoughtSplitter
-from qwencli.engine.frontend.picture_size import check_visual, smart_resize
+from qwencli.engine.frontend.processor_config import check_visual, smart_resize
 from qwencli.engine.frontend.tokenizer import THOUGHT_END
 from qwencli.messages import GenerationRequest, ImagePart, Message, TextPart, VideoPart
 from qwencli.results import EffectiveConfig, FinishReason, GenerationResult, Size, Timings

@@ -1,7 +1,11 @@
-"""What the scheduler knows of a request: its lengths, its row and its pages. No tensors."""
+"""What the scheduler knows of a request: its lengths, its row and its pages; and what a step is.
+
+No tensors.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -115,6 +119,55 @@ class PromptChunk:
     @property
     def is_last(self) -> bool:
         return self.stop == self.sequence.num_prompt_tokens
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one step may hold.
+
+    Args:
+        max_rows: sequences that run at once.
+        max_prefill_tokens: prompt tokens of one step.
+        max_prompts: prompts of one step.
+        context_worth: tokens in front of a prompt token that cost as much to attend to as all else
+            about it: late parts of a long prompt are shorter. None = they are not.
+        powers_of_two: whether equal prompts that start beside running rows are a power of two:
+            such passes come again, and are graphs.
+        unstreamed_prefill_tokens: prompt tokens of one step while nobody reads along; None = no
+            more than else.
+        unstreamed_prompts: how many there must be room for then before any start; but no more than
+            an eighth of those that run, or could, and than a step holds.
+    """
+
+    max_rows: int
+    max_prefill_tokens: int
+    max_prompts: int
+    context_worth: int | None = None
+    powers_of_two: bool = False
+    unstreamed_prefill_tokens: int | None = None
+    unstreamed_prompts: int = 1
+
+    @property
+    def most_prefill_tokens(self) -> int:
+        """Prompt tokens of any step."""
+        return max(self.max_prefill_tokens, self.unstreamed_prefill_tokens or 0)
+
+    def tokens_within(self, start: int, left: float) -> int:
+        """How many tokens from place `start` on are worth no more than `left` at a prompt's
+        beginning; one at least where anything is left."""
+        worth = self.context_worth
+        if worth is None or left <= 0:
+            return max(0, int(left))
+        # n + n (start + n / 2) / worth = left
+        before = worth + start
+        return max(1, int(math.sqrt(before**2 + 2 * worth * left) - before))
+
+    def cost(self, start: int, stop: int) -> float:
+        """What these tokens are worth, see `tokens_within`."""
+        count = stop - start
+        if self.context_worth is None:
+            return count
+        return count * (1 + (start + stop) / 2 / self.context_worth)
 
 
 @dataclass(frozen=True)

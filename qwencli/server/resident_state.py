@@ -21,7 +21,6 @@ from pathlib import Path
 
 import qwencli
 from qwencli.errors import DatasetError, OutputError
-from qwencli.folder_lock import FolderLock
 
 STATE_FILE, LOG_FILE = "resident.json", "resident.log"
 # How long the new process may take to listen, and another command's start to end.
@@ -138,6 +137,8 @@ def starting_alone(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: the folder cannot be written, or the others take too long.
     """
+    from qwencli.folder_lock import FolderLock
+
     end_s = time.monotonic() + LOCK_S
     while True:
         try:

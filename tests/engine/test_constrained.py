@@ -21,7 +21,7 @@ from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.decode_state import GraphStepper
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.engine.scheduler import Limits
+from qwencli.engine.request import Limits
 from qwencli.errors import CaptionError, InputError, MissingDependencyError
 from qwencli.messages import GenerationRequest, user_message
 from tests.checkpoints import VOCAB_SIZE, engine_config, picture

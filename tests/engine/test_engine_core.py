@@ -29,10 +29,10 @@ from qwencli.engine.client import generate_many
 from qwencli.engine.graphs import RepeatedShapes
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.layers import vision_tower
-from qwencli.engine.machine.interpreter_turns import PASS_TURN_S, STEP_TURN_S
+from qwencli.engine.machine.python_runtime import PASS_TURN_S, STEP_TURN_S
 from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.engine.scheduler import Limits
+from qwencli.engine.request import Limits
 from qwencli.engine.spec_decode.policy import BatchDraftPolicy
 from qwencli.errors import (
     EngineError,

@@ -27,8 +27,8 @@ from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.model import QwenModel
+from qwencli.engine.request import Limits
 from qwencli.engine.response import ResponseBuilder
-from qwencli.engine.scheduler import Limits
 from qwencli.engine.spec_decode import mtp, ngram
 from qwencli.engine.spec_decode.policy import BatchDraftPolicy
 from qwencli.errors import UnsupportedModeError

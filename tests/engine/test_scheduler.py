@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from qwencli.engine.cache.paged_kv import PAGE_SIZE, SCRATCH_PAGE, PagePool, pages_for
 from qwencli.engine.cache.prefix_cache import page_keys
 from qwencli.engine.cache.recurrent_state import SnapshotPool
-from qwencli.engine.request import Sequence
-from qwencli.engine.scheduler import Limits, Scheduler
+from qwencli.engine.request import Limits, Sequence
+from qwencli.engine.scheduler import Scheduler
 
 LIMITS = st.builds(
     Limits,

@@ -17,8 +17,8 @@ from qwencli.engine.frontend.tokenizer import Tokenizer
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
+from qwencli.engine.request import Limits
 from qwencli.engine.response import ResponseBuilder
-from qwencli.engine.scheduler import Limits
 from qwencli.errors import UnsupportedModeError
 from qwencli.messages import GenerationRequest, user_message
 from tests.checkpoints import engine_config, picture

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.engine.ops.test_rejection import VOCAB, sampler_of, tables
 
 from qwencli.config import (
     DType,
@@ -25,7 +26,7 @@ from qwencli.engine.loading import weights
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import Sampler, SamplerKind
-from qwencli.engine.ops.rejection import Candidates
+from qwencli.engine.ops.next_tokens import Candidates
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor
 from qwencli.engine.spec_decode.mtp import ChosenTokens, draft
 from qwencli.engine.spec_decode.policy import BatchDraftPolicy
@@ -34,7 +35,6 @@ from qwencli.models.shape_reader import read_shape
 from tests.checkpoints import engine_config
 from tests.engine.kernels.test_hybrid_step import CONFIG
 from tests.engine.native.mtp_reference import with_head
-from tests.engine.ops.test_rejection import VOCAB, sampler_of, tables
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 DRAFTS = 3

@@ -16,8 +16,8 @@ from typing import Any
 from qwencli.bench.attribution.records import RawRow
 from qwencli.bench.causes import Cause
 from qwencli.bench.storage.campaign_files import CAUSES, HOST, RUNS, read_file
+from qwencli.bench.storage.columns import check_table
 from qwencli.bench.storage.row_file import read_table, replace_file, write_rows
-from qwencli.bench.storage.table_check import check_table
 from qwencli.output import markdown_page
 
 TRUTH = "truth.csv"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from qwencli.bench.causes import SCOPES, Cause
 from qwencli.bench.storage import columns
+from qwencli.bench.storage.columns import check_table, refuse
 from qwencli.bench.storage.json_documents import PLAN, read_environment, read_plan
-from qwencli.bench.storage.row_file import Table, read_table
-from qwencli.bench.storage.table_check import check_table, refuse
+from qwencli.bench.storage.row_file import RENAMED, Table, read_table
 
 RUNS, TOKENS, GPU, HOST = "runs.csv", "tokens.csv", "gpu.csv", "host.csv"
 PROBES, ROOFLINE, QUALITY, REFERENCE = "probes.csv", "roofline.csv", "quality.csv", "reference.csv"
@@ -157,11 +157,11 @@ def read_file(folder: Path, name: str, cells: Collection[str] | None = None) -> 
 def renamed_columns(*folders: Path) -> str | None:
     """One line on the columns that stand in these folders by their names of earlier versions."""
     found = {
-        f"{old} ({columns.RENAMED[old]})"
+        f"{old} ({RENAMED[old]})"
         for folder in folders
         for path in folder.rglob("*.csv")
         for old in _header(path)
-        if old in columns.RENAMED
+        if old in RENAMED
     }
     return f"columns of an earlier version are read: {', '.join(sorted(found))}" if found else None
 

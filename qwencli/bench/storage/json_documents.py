@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwencli.bench.storage.table_check import HINT, MOST, quoted
+from qwencli.bench.storage.columns import HINT, MOST, quoted
 from qwencli.errors import BenchError
 
 PLAN, ENVIRONMENT = "plan.json", "environment.json"

@@ -18,10 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from qwencli.bench.storage.columns import RENAMED
 from qwencli.errors import BenchError, OutputError
 
 Row = Mapping[str, Any]
+
+# What columns were called in campaigns of earlier versions -> what they are called now.
+RENAMED: Mapping[str, str] = {
+    "bound": "bottleneck",
+    "core_loop_us": "cpu_loop_us",
+    "memory_walk_us": "pointer_chase_us",
+    "watched_itl_ms": "itl_probe_on_ms",
+    "bare_itl_ms": "itl_probe_off_ms",
+}
 
 # Rows in memory take fifteen times their bytes in the file, and a small one may unpack to anything.
 MOST_UNPACKED_BYTES = 2**27

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwencli.bench.storage.campaign_files import RUNS, read_file
+from qwencli.bench.storage.columns import HINT, check_table
 from qwencli.bench.storage.json_documents import (
     PLAN,
     Rule,
@@ -22,7 +23,6 @@ from qwencli.bench.storage.json_documents import (
     read_json,
 )
 from qwencli.bench.storage.row_file import read_table
-from qwencli.bench.storage.table_check import HINT, check_table
 from qwencli.bench.studies.claim_file import Study, Trial, choose
 from qwencli.bench.studies.metrics import value
 from qwencli.bench.studies.schedule import Place

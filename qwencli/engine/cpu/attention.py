@@ -2,7 +2,8 @@
 
 The implementations compute softmax(q k^T) v for all heads at once; queries come scaled. torch's see
 the cache in lengths of whole `GRAIN`s, and a mask hides the slots not yet written. numpy's is for
-short contexts, for the reasons of `cpu.gemv`, where the user has not named another one.
+short contexts, for the reasons that products have (`cpu.decoder`), where the user has not named
+another one.
 """
 
 from __future__ import annotations

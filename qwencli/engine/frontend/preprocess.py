@@ -16,8 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from qwencli.engine.frontend.picture_size import check_visual, shown_size, smart_resize
-from qwencli.engine.frontend.processor_config import ImageProcessorConfig, VideoRules
+from qwencli.engine.frontend.processor_config import (
+    ImageProcessorConfig,
+    VideoRules,
+    check_visual,
+    shown_size,
+    smart_resize,
+)
 from qwencli.messages import ImagePart, VideoPart
 
 GridTHW = tuple[int, int, int]

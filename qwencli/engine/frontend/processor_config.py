@@ -1,7 +1,12 @@
-"""How a model wants its pictures and videos: preprocessor_config.json, families, users' bounds."""
+"""How a model wants its pictures and videos: preprocessor_config.json, families, users' bounds; and
+what size Qwen's rule resizes them to.
+
+Knows no numpy: what sends pictures to a server needs the sizes alone.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,11 +15,14 @@ from typing import Any
 from PIL import Image
 
 from qwencli.config import MAX_PIXELS
-from qwencli.errors import ModelFileError, UsageError
+from qwencli.errors import InputError, ModelFileError, UsageError
+from qwencli.messages import ImagePart, VideoPart
 from qwencli.models.config_values import read_json_object, shortened
 
 # Of max_pixels in a model's files: no picture and no video has as many.
 MOST_BOUND = 2**53
+# Qwen's processor refuses pictures longer than this many times their width, and the reverse.
+MAX_ASPECT_RATIO = 200
 Triple = tuple[float, float, float]
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -250,3 +258,45 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "image_std": (lambda std: _is_triple(std, 1e-4, 1e4), "three numbers above 0"),
     "rescale_factor": (lambda factor: _is_number(factor, 1e-6, 1e3), "a number above 0"),
 }
+
+
+def smart_resize(
+    height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Height and width a picture is resized to.
+
+    Both are multiples of `factor`, height x width is within the bounds where that is possible,
+    the aspect ratio is kept as closely as multiples allow. The rule is Qwen's own
+    (qwen_vl_utils.smart_resize, also transformers' Qwen2VLImageProcessor); a half rounds to even.
+    """
+    new_height = round(height / factor) * factor
+    new_width = round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt((height * width) / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def check_visual(part: ImagePart | VideoPart) -> None:
+    """Refuse a picture no model takes; cheap, so call it before a model is loaded.
+
+    Raises:
+        InputError: longer than `MAX_ASPECT_RATIO` times its other side.
+    """
+    width, height = shown_size(part)
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise InputError(
+            f"{part.name} is {width}x{height}: one side is more than "
+            f"{MAX_ASPECT_RATIO} times the other",
+            "crop it, or cut it into pieces",
+        )
+
+
+def shown_size(part: ImagePart | VideoPart) -> tuple[int, int]:
+    """(width, height) of what is in the file."""
+    return part.size if isinstance(part, ImagePart) else part.frames[0].size

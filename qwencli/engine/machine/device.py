@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from qwencli.capabilities import Lacks, Need, lacks_gpu
-from qwencli.engine.machine.flash_attn import load_misfit
 from qwencli.engine.machine.packages import package_version
 from qwencli.errors import DeviceError, QwenCliError
 
@@ -207,6 +206,8 @@ def _flash_attn_blocker(cuda: CudaDevice | None) -> str | None:
     if cuda.capability < (8, 0):
         major, minor = cuda.capability
         return f"flash_attention_2 needs compute capability 8.0; {cuda.name} has {major}.{minor}"
+    from qwencli.engine.machine.flash_attn import load_misfit
+
     found = load_misfit()
     return None if found is None else f"{found} ({found.fix})"
 

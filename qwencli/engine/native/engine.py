@@ -29,17 +29,19 @@ from qwencli.config import (
 from qwencli.engine.base_engine import BaseEngine
 from qwencli.engine.cache.kv_cache import KV_SCHEMES
 from qwencli.engine.cache.prefix_cache import VisionCache
-from qwencli.engine.constrained import TokenMatcher
 from qwencli.engine.device_memory import release
 from qwencli.engine.frontend.model_files import ModelFiles, open_model
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.loading import weights
 from qwencli.engine.loading.reader import pin_ahead
-from qwencli.engine.loading.weight_cache import BackgroundWriter, CacheWriter
 from qwencli.engine.machine.cpu_threads import computing_with
-from qwencli.engine.machine.function_sources import quick_function_sources
 from qwencli.engine.machine.host import host_memory
-from qwencli.engine.machine.interpreter_turns import LOAD_TURN_S, undisturbed
+from qwencli.engine.machine.python_runtime import (
+    LOAD_TURN_S,
+    gc_freeze_loaded,
+    quick_function_sources,
+    undisturbed,
+)
 from qwencli.engine.native.decode_state import STEPPERS, DecodeState, decodes_on_cpu
 from qwencli.engine.native.generate import Generation, row_logits
 from qwencli.engine.native.memory_plan import (
@@ -62,9 +64,8 @@ from qwencli.engine.native.supported import (
     fused_for,
     quantizer_for,
 )
-from qwencli.engine.native.warmup import WarmUp
 from qwencli.engine.protocol import RequestQueue
-from qwencli.engine.request import StepOutput
+from qwencli.engine.request import Limits, StepOutput
 from qwencli.engine.resolve import (
     check_modes,
     device_lacks,
@@ -74,10 +75,8 @@ from qwencli.engine.resolve import (
     resolve_dtype,
 )
 from qwencli.engine.response import ResponseBuilder
-from qwencli.engine.spec_decode.decode_strategy import VERIFIERS, Speculator, batch_policy
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.errors import MissingDependencyError, UnsupportedModeError
-from qwencli.garbage import gc_freeze_loaded
 from qwencli.messages import GenerationRequest
 from qwencli.models.checkpoint import has_draft_head
 from qwencli.models.memory import RUNTIME_BYTES, native_kv_bytes, packed_weight_bytes
@@ -89,8 +88,11 @@ from qwencli.results import EffectiveConfig, GenerationChunk
 from qwencli.tracing import span
 
 if TYPE_CHECKING:
+    from qwencli.engine.constrained import TokenMatcher
+    from qwencli.engine.loading.weight_cache import BackgroundWriter, CacheWriter
     from qwencli.engine.native.kernel_loader import KernelLoader
     from qwencli.engine.native.kernel_plan import PlannedModel
+    from qwencli.engine.spec_decode.verify import Speculator
 
 
 # How long the end of an engine waits for quantized weights to be on disk.
@@ -260,6 +262,8 @@ class NativeEngine(BaseEngine):
         warming = None
         # Where kernels are compiled the load waits for them, and this would only make it longer.
         if place.type == "cuda" and not (compiling is not None and compiling.compiles):
+            from qwencli.engine.native.warmup import WarmUp
+
             warming = WarmUp(
                 shape,
                 torch_dtype,
@@ -348,6 +352,8 @@ class NativeEngine(BaseEngine):
         if writer.warning is not None:
             self._warnings += (writer.warning,)
             return
+        from qwencli.engine.loading.weight_cache import BackgroundWriter
+
         self._keeping = BackgroundWriter(writer, self._place)
         if cache is Cache.STATIC_COMPILE:
             self._end_keeping(None)  # torch captures its graphs such that no thread may copy
@@ -481,6 +487,8 @@ class NativeEngine(BaseEngine):
     def _speculator(self, state: DecodeState, cache: Cache) -> Speculator | None:
         if self.config.speculate is Speculate.OFF:
             return None
+        from qwencli.engine.spec_decode.verify import VERIFIERS, Speculator
+
         return Speculator(VERIFIERS[cache](state), state, self.config.speculate)
 
     def _answer(self, answer: ResponseBuilder) -> Iterator[GenerationChunk]:
@@ -517,7 +525,8 @@ class NativeEngine(BaseEngine):
         from qwencli.engine.cache.recurrent_state import SnapshotPool
         from qwencli.engine.engine_core import EngineCore
         from qwencli.engine.runner import ModelRunner
-        from qwencli.engine.scheduler import Limits, Scheduler
+        from qwencli.engine.scheduler import Scheduler
+        from qwencli.engine.spec_decode.verify import batch_policy
 
         model = self._model
         assert model is not None, "load() comes first"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from qwencli.config import Cache
 from qwencli.engine.cache.paged_kv import DecodePages, pages_for
 from qwencli.engine.cache.prefix_cache import PictureKeys, PrefixCache, VisionCache, keys_of
-from qwencli.engine.constrained import TokenMatcher, fill_masks
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.layers.vision_tower import VisionFeatures, join_features
 from qwencli.engine.native.decode_state import DecodeState, Stepper
@@ -21,13 +21,12 @@ from qwencli.engine.native.sampler import LIKELIEST, SamplerKind, kind_of
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.request import Key
 from qwencli.engine.response import ResponseBuilder
-from qwencli.engine.spec_decode.decode_strategy import (
-    AutoregressiveDecode,
-    DecodeStrategy,
-    Speculator,
-)
 from qwencli.results import EffectiveConfig, GenerationChunk, Speculation
 from qwencli.tracing import span
+
+if TYPE_CHECKING:
+    from qwencli.engine.constrained import TokenMatcher
+    from qwencli.engine.spec_decode.verify import Speculator
 
 # Steps on their way to the GPU beyond the one being read. Enough that a host thread that is kept
 # from running for some milliseconds leaves the GPU busy; after a stop token they are wasted.
@@ -119,6 +118,8 @@ class Generation:
         state.begin(answer.settings, inputs.ids[0], stop_ids, inputs.next_positions)
         masks = None
         if answer.matcher is not None:
+            from qwencli.engine.constrained import fill_masks
+
             held = state.hold_logits()
             fill_masks([(answer.matcher, 0)], held.host)
             masks = held.sent(1)
@@ -225,6 +226,8 @@ class Generation:
         While the device works on the logits of a step, the host reads the token before it and
         fills the mask of what may follow; the caller accepts each token that it is given.
         """
+        from qwencli.engine.constrained import fill_masks
+
         state, token_copy = self._state, self._token_copy
         assert state.masks is not None, "the caller made room for them"
         kind, state.kind = state.kind, SamplerKind.LOGITS
@@ -271,6 +274,47 @@ def row_logits(model: QwenModel, token_ids: Sequence[int]) -> Iterator[torch.Ten
         pages = DecodePages(tables, at, place + 1, slot, idle)
         hidden = model.decode_rows(one, at, cache, pages, states)
         yield model.decoder.logits(hidden, model.row_ops(1))[0]
+
+
+class DecodeStrategy(Protocol):
+    def begin(self, clock: EventTimer, first_slot: int, last_slot: int) -> None:
+        """Prepare for a request whose first step feeds `first_slot`, and whose last token would
+        get `last_slot`. Overwrites the decoding state."""
+
+    def step(self) -> torch.Tensor:
+        """Enqueue a step; returns the buffer that says what it chose."""
+
+    def tokens(self, values: list[int], before: Mark, mark: Mark) -> list[int]:
+        """The tokens of the next unread step, from its `values`.
+
+        Args:
+            before, mark: when the step before it and this one ended.
+        """
+
+    def result(self) -> Speculation | None: ...
+
+
+class AutoregressiveDecode:
+    """One token a step."""
+
+    def __init__(self, stepper: Stepper, state: DecodeState) -> None:
+        self._stepper, self._state = stepper, state
+        self._slot = 0
+
+    def begin(self, clock: EventTimer, first_slot: int, last_slot: int) -> None:
+        self._stepper.prepare(first_slot, last_slot)
+        self._slot = first_slot
+
+    def step(self) -> torch.Tensor:
+        self._stepper.run(self._slot)
+        self._slot += 1
+        return self._state.token
+
+    def tokens(self, values: list[int], before: Mark, mark: Mark) -> list[int]:
+        return values
+
+    def result(self) -> Speculation | None:
+        return None
 
 
 class AsyncTokenCopy:

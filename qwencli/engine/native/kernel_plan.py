@@ -31,10 +31,10 @@ from qwencli.engine.native.supported import batch_invariant_for, fused_for, quan
 from qwencli.engine.ops.next_tokens import RowBuffers
 from qwencli.engine.row_state import RowState
 from qwencli.engine.runner import ROW_BUCKETS
-from qwencli.engine.spec_decode.decode_strategy import verify_sizes
 from qwencli.engine.spec_decode.mtp import HeadInputs, likeliest
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.engine.spec_decode.policy import MOST_VERIFIED
+from qwencli.engine.spec_decode.verify import verify_sizes
 from qwencli.models.shapes import ModelShape
 
 META = torch.device("meta")

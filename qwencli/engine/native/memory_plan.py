@@ -13,10 +13,8 @@ from qwencli.engine.cache.prefix_cache import VISION_CACHE_BYTES
 from qwencli.engine.layers.vision_tower import PATCHES_KEPT, PIECE, UNDIVIDED
 from qwencli.engine.native.model import longest_chunk
 from qwencli.engine.native.prefill_graphs import SIZES, SMALL_SIZES, GraphSizes
-from qwencli.engine.scheduler import Limits
-from qwencli.engine.spec_decode.mtp import RING
+from qwencli.engine.request import Limits
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
-from qwencli.engine.spec_decode.policy import MOST_VERIFIED
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.memory import (
     RUNTIME_BYTES,
@@ -264,7 +262,11 @@ def pages_for_captions(shape: ModelShape, limits: Limits) -> int:
 
 def state_bytes(shape: ModelShape, value_bytes: int, drafting: bool) -> tuple[int, int]:
     """Bytes of a slot of states, and of what the drafts of a step would do to such."""
-    tokens, checked = (MAX_VERIFY_TOKENS, MOST_VERIFIED) if drafting else (1, 0)
+    tokens, checked = 1, 0
+    if drafting:
+        from qwencli.engine.spec_decode.policy import MOST_VERIFIED
+
+        tokens, checked = MAX_VERIFY_TOKENS, MOST_VERIFIED
     return shape.text.state_bytes(value_bytes, tokens), shape.text.update_bytes(checked)
 
 
@@ -273,6 +275,8 @@ def head_input_bytes(shape: ModelShape, rows: int, value_bytes: int) -> int:
     none for a model without one, or where it is not in use."""
     if not shape.text.draft_head:
         return 0
+    from qwencli.engine.spec_decode.mtp import RING
+
     count = 8  # how far the head is, an int64
     return rows * (RING * shape.text.hidden_size * value_bytes + count)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,9 +22,7 @@ from qwencli.engine.cache.paged_kv import (
     PagedKVCache,
     QuantizedPagedKVCache,
 )
-from qwencli.engine.cache.recurrent_state import RecurrentStates
 from qwencli.engine.layers.decoder import Decoder, DeepStack
-from qwencli.engine.layers.draft_head import DraftHead
 from qwencli.engine.layers.vision_layout import Grid
 from qwencli.engine.layers.vision_tower import VisionFeatures, VisionTower
 from qwencli.engine.loading import weights as loader
@@ -35,6 +34,9 @@ from qwencli.engine.ops.rope import CosSin, Rope
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
 from qwencli.errors import InputError
 from qwencli.models.shapes import ModelShape, TextShape
+
+if TYPE_CHECKING:
+    from qwencli.engine.cache.recurrent_state import RecurrentStates
 
 # Tokens of a prompt that run at a time. Their products keep a GPU busy, and the widest rows between
 # (gate and up) take 120 MB of a 4B model.
@@ -88,6 +90,8 @@ class QwenModel:
         )
         self.draft_head = None
         if shape.text.draft_head:
+            from qwencli.engine.layers.draft_head import DraftHead
+
             self.draft_head = DraftHead(
                 shape.text, loaded.tensors, loaded.matrices, fused is not None, self.decoder
             )
@@ -348,6 +352,8 @@ class QwenModel:
         text = self.shape.text
         if text.delta is None:
             return None
+        from qwencli.engine.cache.recurrent_state import RecurrentStates
+
         return RecurrentStates(
             text, num_slots, self.dtype, self.device, step_tokens, checked_tokens
         )

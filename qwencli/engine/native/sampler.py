@@ -20,8 +20,7 @@ import torch
 
 from qwencli.config import SamplingParams
 from qwencli.engine.device_memory import upload
-from qwencli.engine.ops.next_tokens import penalised
-from qwencli.engine.ops.rejection import Candidates, check_drafts
+from qwencli.engine.ops.next_tokens import Candidates, check_drafts, penalised
 
 # `--top-k` ends at 200; a partial sort of this many candidates serves every top-k request.
 TOP_K_CANDIDATES = 256

@@ -18,14 +18,11 @@ from qwencli.engine.device_memory import upload
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import Sampler
 from qwencli.engine.ops.decoder_ops import Drafts
-from qwencli.engine.ops.next_tokens import RowBuffers
-from qwencli.engine.ops.rejection import Candidates
+from qwencli.engine.ops.next_tokens import Candidates, RowBuffers
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 
 Tensor = torch.Tensor
 
-# Passes of the head in a row at most: later ones are hardly ever right.
-MAX_MTP_DRAFTS = 5
 # Tokens that the head catches up with at once; and hidden states that are kept for it, which those
 # of a step that turn out wrong must not overwrite.
 CAUGHT_UP, RING = MAX_VERIFY_TOKENS, 2 * MAX_VERIFY_TOKENS

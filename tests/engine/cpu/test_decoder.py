@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from qwencli.config import Attention
 from qwencli.engine.cpu import attention as host_attention
-from qwencli.engine.cpu import gemv
+from qwencli.engine.cpu import decoder as cpu_decoder
 from qwencli.engine.cpu.attention import GRAIN
 from qwencli.engine.cpu.decoder import CpuDecoder
 from qwencli.engine.loading import weights
@@ -51,8 +51,8 @@ def random_model(config: dict[str, Any], attention: Attention) -> QwenModel:
 @pytest.fixture(params=["one core", "teams"])
 def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything counts as small, or nothing does, whatever the machine."""
-    monkeypatch.setattr(gemv, "_teams_are_quick", lambda: False)
-    for module in (gemv, host_attention):
+    monkeypatch.setattr(cpu_decoder, "_teams_are_quick", lambda: False)
+    for module in (cpu_decoder, host_attention):
         monkeypatch.setattr(module, "ONE_CORE_VALUES", 2**30 if request.param == "one core" else 0)
 
 

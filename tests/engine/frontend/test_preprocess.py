@@ -17,13 +17,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwencli.engine.frontend.images import open_image
-from qwencli.engine.frontend.picture_size import check_visual, smart_resize
 from qwencli.engine.frontend.preprocess import (
     VisualInputs,
     pixels_of,
     preprocess,
 )
-from qwencli.engine.frontend.processor_config import VISION_FAMILIES, ImageProcessorConfig
+from qwencli.engine.frontend.processor_config import (
+    VISION_FAMILIES,
+    ImageProcessorConfig,
+    check_visual,
+    smart_resize,
+)
 from qwencli.errors import InputError, ModelFileError, UsageError
 from qwencli.messages import ImagePart
 

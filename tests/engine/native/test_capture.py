@@ -22,8 +22,8 @@ from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import LIKELIEST, SamplerKind
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
-from qwencli.engine.spec_decode.decode_strategy import EagerVerifier, GraphVerifier
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
+from qwencli.engine.spec_decode.verify import EagerVerifier, GraphVerifier
 from qwencli.models.quant_formats import packed_format
 from qwencli.models.shape_reader import read_shape
 from tests.checkpoints import ALONE, hub_config

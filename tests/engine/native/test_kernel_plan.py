@@ -23,8 +23,8 @@ from qwencli.engine.native.supported import fused_for
 from qwencli.engine.request import PromptChunk, Sequence
 from qwencli.engine.runner import ModelRunner
 from qwencli.engine.runner_prompt import PromptLayouts
-from qwencli.engine.spec_decode.decode_strategy import EagerVerifier, verify_sizes
 from qwencli.engine.spec_decode.policy import MOST_VERIFIED
+from qwencli.engine.spec_decode.verify import EagerVerifier, verify_sizes
 from qwencli.models.shape_reader import read_shape
 from tests.engine.kernels.test_fused_ops import NARROW, model_of, prompt_of
 from tests.engine.kernels.test_hybrid_step import dummy, requests_of

@@ -13,7 +13,7 @@ import pytest
 from qwencli.config import Attention, Cache, DType, EngineName, SamplingOptions
 from qwencli.engine.cpu.attention import NumpyAttention
 from qwencli.engine.hf.engine import TransformersEngine
-from qwencli.engine.machine.interpreter_turns import PASS_TURN_S
+from qwencli.engine.machine.python_runtime import PASS_TURN_S
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.errors import InputError, OutOfMemoryError, UnsupportedModeError
 from qwencli.messages import GenerationRequest, text_message, user_message

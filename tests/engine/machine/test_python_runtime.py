@@ -1,17 +1,100 @@
+"""What Python does while the engine works."""
+
+from __future__ import annotations
+
 import ast
+import gc
 import importlib.util
 import inspect
 import pkgutil
+import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
 
 from qwencli.config import EngineConfig
 from qwencli.engine import kernels
-from qwencli.engine.machine.function_sources import block_of, quick_function_sources
+from qwencli.engine.machine.python_runtime import (
+    block_of,
+    gc_freeze_loaded,
+    quick_function_sources,
+    undisturbed,
+)
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.models.resolve import resolve_model
+
+
+class Circle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.mark.usefixtures("freezing")
+def test_what_a_load_leaves_is_collected_and_what_was_there_is_not_looked_through() -> None:
+    gc.unfreeze()
+    seen: list[int] = []
+
+    def watch(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            seen.append(len(gc.get_objects()))
+
+    before = Circle()
+    gc.callbacks.append(watch)
+    try:
+        with gc_freeze_loaded():
+            kept, dropped = Circle(), weakref.ref(Circle())
+    finally:
+        gc.callbacks.remove(watch)
+    assert dropped() is None
+    assert seen
+    assert max(seen) < 2000, "libraries have a hundred times as many"
+    assert not any(each in (before, kept) for each in gc.get_objects())
+
+
+@pytest.mark.usefixtures("freezing")
+def test_a_load_that_fails_takes_nothing_out() -> None:
+    before = Circle()
+    with pytest.raises(ValueError, match="no model"), gc_freeze_loaded():
+        raise ValueError("no model")
+    assert any(each is before for each in gc.get_objects())
+    assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.usefixtures("freezing")
+def test_a_load_that_is_interrupted_at_its_end_takes_nothing_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gc, "collect", interrupted)
+        with pytest.raises(KeyboardInterrupt), gc_freeze_loaded():
+            pass
+    assert gc.get_freeze_count() == 0
+
+
+def test_turns_at_the_interpreter_lock_are_as_before_in_whatever_order_blocks_end() -> None:
+    before = sys.getswitchinterval()
+    first, second = undisturbed(0.001), undisturbed(0.0005)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert sys.getswitchinterval() == pytest.approx(0.0005, rel=0.01)
+    second.__exit__(None, None, None)
+    assert sys.getswitchinterval() == before
+
+
+def test_turns_inside_others_are_the_quicker_ones() -> None:
+    with undisturbed(0.0005):
+        with undisturbed(0.001):
+            assert sys.getswitchinterval() == pytest.approx(0.0005, rel=0.01)
+        with undisturbed(0.0001):
+            assert sys.getswitchinterval() == pytest.approx(0.0001, rel=0.02)
+        assert sys.getswitchinterval() == pytest.approx(0.0005, rel=0.01)
+
 
 PLAIN = inspect.getblock
 
@@ -55,7 +138,7 @@ def test_kernels_need_no_tokens() -> None:
         return PLAIN(lines)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwencli.engine.machine.function_sources._in_tokens", tokens)
+        patch.setattr("qwencli.engine.machine.python_runtime._in_tokens", tokens)
         for name in names:
             for lines in functions_in(Path(kernels.__path__[0]) / f"{name}.py"):
                 if lines[0].strip().startswith("@triton.jit"):

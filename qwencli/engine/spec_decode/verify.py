@@ -1,4 +1,4 @@
-"""How a request decodes: one token a step, or drafts that a step verifies (speculative decoding).
+"""Speculative decoding of one request: each step verifies drafts.
 
 A verifier, one for each cache mode that can, enqueues the step whose first token sits at `slot` or
 before: how many tokens the steps took that the host has not read yet it cannot know.
@@ -19,13 +19,11 @@ from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.native.decode_state import (
     DecodeState,
-    Stepper,
     bucket_for,
     buckets_between,
     decodes_on_cpu,
 )
 from qwencli.engine.native.sampler import SamplerKind
-from qwencli.engine.spec_decode.mtp import MAX_MTP_DRAFTS
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.engine.spec_decode.policy import BatchDraftPolicy, DraftLengthPolicy, StepCosts
 from qwencli.results import Speculation
@@ -119,12 +117,10 @@ VERIFIERS: Mapping[Cache, Callable[[DecodeState], Verifier]] = {
 }
 
 
-# What an adaptive pace chooses from.
+# What an adaptive policy chooses from.
 AUTO_VERIFY_TOKENS = (1, 2, 4, MAX_VERIFY_TOKENS)
-
-
-# Where a head drafts: each token is a pass of it.
-HEAD_VERIFY_TOKENS = (1, 2, 4, 1 + MAX_MTP_DRAFTS)
+# Where the model's own head drafts. Each draft is a pass of it; a sixth is hardly ever right.
+HEAD_VERIFY_TOKENS = (1, 2, 4, 6)
 
 
 def verify_sizes(speculate: Speculate, by_head: bool = False) -> tuple[int, ...]:
@@ -150,49 +146,8 @@ def batch_policy(speculate: Speculate, by_head: bool = False) -> BatchDraftPolic
     return BatchDraftPolicy(verify_sizes(speculate, by_head), adaptive, looks=not by_head)
 
 
-class DecodeStrategy(Protocol):
-    def begin(self, clock: EventTimer, first_slot: int, last_slot: int) -> None:
-        """Prepare for a request whose first step feeds `first_slot`, and whose last token would
-        get `last_slot`. Overwrites the decoding state."""
-
-    def step(self) -> torch.Tensor:
-        """Enqueue a step; returns the buffer that says what it chose."""
-
-    def tokens(self, values: list[int], before: Mark, mark: Mark) -> list[int]:
-        """The tokens of the next unread step, from its `values`.
-
-        Args:
-            before, mark: when the step before it and this one ended.
-        """
-
-    def result(self) -> Speculation | None: ...
-
-
-class AutoregressiveDecode:
-    """One token a step."""
-
-    def __init__(self, stepper: Stepper, state: DecodeState) -> None:
-        self._stepper, self._state = stepper, state
-        self._slot = 0
-
-    def begin(self, clock: EventTimer, first_slot: int, last_slot: int) -> None:
-        self._stepper.prepare(first_slot, last_slot)
-        self._slot = first_slot
-
-    def step(self) -> torch.Tensor:
-        self._stepper.run(self._slot)
-        self._slot += 1
-        return self._state.token
-
-    def tokens(self, values: list[int], before: Mark, mark: Mark) -> list[int]:
-        return values
-
-    def result(self) -> Speculation | None:
-        return None
-
-
 class SpeculativeDecode:
-    """Steps of the sizes that `DraftLengthPolicy` chooses."""
+    """A `DecodeStrategy`: steps of the sizes that `DraftLengthPolicy` chooses."""
 
     def __init__(self, verifier: Verifier, state: DecodeState, sizes: DraftLengthPolicy) -> None:
         assert state.drafts is not None, "the engine made room for them"
@@ -226,7 +181,7 @@ class SpeculativeDecode:
 
 
 class Speculator:
-    """Makes the paces of an engine's greedy requests.
+    """Makes the strategies of an engine's greedy requests.
 
     Args:
         speculate: drafts of each step, or auto.

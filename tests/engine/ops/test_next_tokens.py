@@ -13,8 +13,7 @@ import torch
 
 from qwencli.config import SamplingParams
 from qwencli.engine.native.sampler import Sampler, SamplerKind, kind_of
-from qwencli.engine.ops.next_tokens import penalised
-from qwencli.engine.ops.rejection import Candidates
+from qwencli.engine.ops.next_tokens import Candidates, penalised
 
 CPU = torch.device("cpu")
 VOCAB = 7
