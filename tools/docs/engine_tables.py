@@ -313,6 +313,20 @@ def first_tokens_in_turns(files: Sequence[Path]) -> str:
     return markdown(head, rows)
 
 
+def new_sizes(files: Sequence[Path]) -> str:
+    """Of `benchmarks/new_sizes.py`: by how often a size had come."""
+    rows = []
+    for file in files:
+        turns = read(file)["turns"]
+        first, third = turns["first"]["median_ms"], turns["third"]["median_ms"]
+        medians = [f"{turns[turn]['median_ms']:.1f}" for turn in ("first", "second", "third")]
+        rows.append(
+            [file.stem, *medians, f"{first - third:.1f}", f"{turns['first']['largest_ms']:.0f}"]
+        )
+    head = ["file", "first, ms", "second", "third", "first over third", "longest first"]
+    return markdown(head, rows)
+
+
 def kernels_by_card(files: Sequence[Path]) -> str:
     """Of `tools/kernels_by_card.py`: of each kernel the kinds, and what the largest needs."""
     with files[0].open(newline="") as file:

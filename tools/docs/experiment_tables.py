@@ -48,6 +48,7 @@ KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
     "prompt-attention": engine_tables.prompt_attention,
     "first-tokens": engine_tables.first_tokens,
     "first-tokens-in-turns": engine_tables.first_tokens_in_turns,
+    "new-sizes": engine_tables.new_sizes,
     "rows-by-file": engine_tables.rows_by_file,
     "delta-cuts": engine_tables.delta_cuts,
     "kernels-by-card": engine_tables.kernels_by_card,
