@@ -252,7 +252,7 @@ class Captions:
 
     def _report(self, error: QwenCliError, names: list[str]) -> None:
         self.failed += 1
-        self.sink.error(error)
+        self.sink.error(error, names)
         if self.json:
             self.sink.json_line(failure_record(error, names, self.model))
 
@@ -348,7 +348,9 @@ def print_captions(job: CaptionJob, config: CaptionConfig) -> None:
     )
     with (
         work.counted_when_stopped(len(tasks)),
-        running_engine(run.engine_config(spec), sink, job.keep_s) as engine,
+        running_engine(
+            run.engine_config(spec), sink, job.keep_s, thinking=bool(config.thinking_budget)
+        ) as engine,
         overlays,
     ):
         work.answer_formatted(LocalCaptioner(engine, processor), tasks, overlays.add)

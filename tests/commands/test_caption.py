@@ -510,26 +510,47 @@ def test_think_is_what_the_template_is_told(checkpoint, tmp_path, pictures, says
     assert "--think without a bound is for a few pictures" in capsys.readouterr().err
 
 
+def test_what_is_wrong_with_an_answer_names_its_picture(caption, pictures, tmp_path, capsys):
+    """Once, in whatever way pictures were named."""
+    assert caption(*pictures, "--max-seq-len", "8") == 1
+    for picture, line in zip(pictures, capsys.readouterr().err.splitlines(), strict=True):
+        assert line.startswith(f"error: {picture}: the prompt has")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    shutil.copy(pictures[0], folder / "long.png")
+    (folder / "none.png").write_text("none")
+    assert caption(str(folder), "--max-seq-len", "8") == 1
+    (long, none) = (each for each in capsys.readouterr().err.splitlines() if "error:" in each)
+    assert long.startswith("error: long.png: the prompt has")
+    assert none.startswith(f"error: {folder / 'none.png'} is not a picture")
+
+
 CANNOT_THINK = "cannot think before it answers"
 
 
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Nothing is loaded."""
+
+    def load(*_):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("qwencli.engine.base_engine.BaseEngine.load", load)
+
+
+@pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
     "asked", [("--think",), ("--thinking-budget", "9"), ("--think", "--engine", "transformers")]
 )
-def test_thoughts_of_a_model_that_has_none_are_refused_once(
-    thinking, pictures, capsys, monkeypatch, asked
-):
-    def working(*_):
-        raise AssertionError("a picture is worked on")
-
-    monkeypatch.setattr("qwencli.engine.base_engine.BaseEngine._prompt", working)
+def test_thoughts_of_a_model_that_has_none_are_refused_once(thinking, pictures, capsys, asked):
     assert thinking(*pictures, *asked, "--json", opens=False) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert f"thinking-False {CANNOT_THINK}" in err and "leave out --think" in err
 
 
-@pytest.mark.parametrize("shape", [(), ("--schema", "boxes")])
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("shape", [(), ("--schema", "boxes"), ("--load-format", "dummy")])
 def test_a_set_is_not_begun_with_thoughts_that_cannot_be(thinking, pictures, capsys, shape):
     folder = Path(pictures[0]).parent
     inputs = pictures if shape else [str(folder)]
