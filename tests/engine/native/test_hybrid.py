@@ -26,16 +26,25 @@ VOCAB = 97
 
 @st.composite
 def text_models(draw: st.DrawFn) -> dict[str, Any]:
-    """Sizes of a text decoder, and what mixes the tokens of each layer."""
+    """Sizes of a text decoder, what mixes the tokens of each layer, and experts or none."""
     kv_heads, groups = draw(st.sampled_from((1, 2))), draw(st.sampled_from((1, 3)))
     k_heads, each = draw(st.sampled_from((1, 2))), draw(st.sampled_from((1, 2, 3)))
     head_dim, factor = draw(st.sampled_from(((32, 0.5), (64, 0.25), (256, 0.25), (16, 1.0))))
     half = int(head_dim * factor) // 2
+    experts = draw(st.sampled_from((None, 1, 5)))
+    width = {"intermediate_size": 56}
+    if experts is not None:
+        width = {
+            "num_experts": experts,
+            "num_experts_per_tok": min(experts, draw(st.sampled_from((1, 2, 4)))),
+            "moe_intermediate_size": draw(st.sampled_from((24, 48))),
+            "shared_expert_intermediate_size": draw(st.sampled_from((16, 56))),
+        }
     kinds = draw(st.lists(st.sampled_from(("linear_attention", "full_attention")), max_size=3))
     return {
         "vocab_size": VOCAB,
         "hidden_size": draw(st.sampled_from((48, 80))),
-        "intermediate_size": 56,
+        **width,
         "num_hidden_layers": len(kinds) + 2,
         "layer_types": ["linear_attention", "full_attention", *kinds],
         "num_attention_heads": kv_heads * groups,
@@ -67,14 +76,15 @@ def reference_model(text: dict[str, Any]) -> Any:
     }  # fmt: skip
     tokens = {"image_token_id": 90, "video_token_id": 91}
     tokens |= {"vision_start_token_id": 92, "vision_end_token_id": 93}
-    config = transformers.Qwen3_5Config(
+    family = "Qwen3_5Moe" if "num_experts" in text else "Qwen3_5"
+    config = getattr(transformers, f"{family}Config")(
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=text["tie_word_embeddings"],
         **tokens,
     )
     torch.manual_seed(0)
-    model = transformers.Qwen3_5ForConditionalGeneration(config).eval().float()
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval().float()
     for name, parameter in model.named_parameters():
         # Zero-centred norms but for one, and rates of decay as models are begun with.
         if not name.endswith(("A_log", "dt_bias")):
@@ -102,7 +112,7 @@ def sequences_of(lengths: list[int]) -> list[Sequence]:
 
 
 @given(text_models(), st.data())
-@settings(max_examples=4)
+@settings(max_examples=6)
 @torch.inference_mode()
 def test_logits_are_those_of_transformers_behind_any_cut(
     tmp_path_factory: pytest.TempPathFactory, text: dict[str, Any], data: st.DataObject
