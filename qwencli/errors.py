@@ -16,7 +16,8 @@ nothing else catches them to print.
     │   └── DownloadError                 the hub cannot be reached, or refuses
     ├── DeviceError                       the device asked for is not there or not usable
     ├── OutOfMemoryError                  host or device memory is used up
-    ├── EngineError                       one request failed in a way that nobody foresaw
+    ├── EngineError                       the engine is gone, busy, or at fault
+    │   └── RequestError                  one request failed in a way that nobody foresaw
     ├── EndpointError                     no server of `--endpoint` can be used
     │   └── AnswerError                   a server gave no usable answer to one request
     ├── MissingDependencyError            an optional package is not installed or does not load
@@ -27,6 +28,8 @@ nothing else catches them to print.
     ├── StoppedError            exit 130  Ctrl-C ended a run: what was done, and how to go on
     └── BenchError                        a campaign cannot be started, resumed or read
 """
+
+from typing import Self
 
 
 class QwenCliError(Exception):
@@ -97,7 +100,22 @@ class OutOfMemoryError(QwenCliError):
 
 
 class EngineError(QwenCliError):
+    pass
+
+
+class RequestError(EngineError):
     """The error itself is its `__cause__`; other requests go on."""
+
+    @classmethod
+    def of(cls, error: Exception, doing: str) -> Self:
+        """What went wrong with one request while `doing` something for it."""
+        line = (str(error).strip() or "no message").splitlines()[0]
+        failure = cls(
+            f"a request failed while {doing}: {type(error).__name__}: {line}",
+            "other requests go on; this is a fault of qwencli, please report it",
+        )
+        failure.__cause__ = error
+        return failure
 
 
 class EndpointError(QwenCliError):

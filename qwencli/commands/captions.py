@@ -29,7 +29,7 @@ from qwencli.commands.requests import (
     memory_figures,
     open_named,
 )
-from qwencli.errors import EngineError, QwenCliError, StoppedError
+from qwencli.errors import QwenCliError, StoppedError
 from qwencli.messages import GenerationRequest, ImagePart, VisualPart
 from qwencli.output import visible
 from qwencli.tracing import trace_answer
@@ -154,7 +154,7 @@ class Captions:
         results = generate_many(engine, itertools.chain([first], others))
         for each, result in zip(named, results, strict=True):
             names = [str(each)]
-            if isinstance(result, (*OPENING_ERRORS, *ANSWERING_ERRORS, EngineError)):
+            if isinstance(result, (*OPENING_ERRORS, *ANSWERING_ERRORS)):
                 self._report(result, names)
             elif isinstance(result, QwenCliError):
                 raise result

@@ -17,6 +17,7 @@ from qwencli.errors import (
     MissingDependencyError,
     OutOfMemoryError,
     QwenCliError,
+    RequestError,
 )
 from qwencli.messages import ImagePart, Message, VideoPart, VisualPart, text_message
 from qwencli.output import Output
@@ -27,7 +28,7 @@ OPENING_ERRORS = (InputError, MissingDependencyError, OutOfMemoryError)
 # Of what a speed is told.
 _SHORTEST_S = 0.2
 # What one request may end with, while others go on.
-ANSWERING_ERRORS = (InputError, OutOfMemoryError, AnswerError)
+ANSWERING_ERRORS = (InputError, OutOfMemoryError, AnswerError, RequestError)
 
 Named = str | StdinPart
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from qwencli.cli import run
+from qwencli.engine.base_engine import BaseEngine
 from qwencli.engine.frontend.chat_template import _CHATML as CHATML
 from tests.engine.frontend.tiny_folder import tiny_tokenizer
 
@@ -523,6 +524,26 @@ def test_what_is_wrong_with_an_answer_names_its_picture(caption, pictures, tmp_p
     (long, none) = (each for each in capsys.readouterr().err.splitlines() if "error:" in each)
     assert long.startswith("error: long.png: the prompt has")
     assert none.startswith(f"error: {folder / 'none.png'} is not a picture")
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_what_nobody_foresaw_costs_one_picture(caption, pictures, monkeypatch, capsys, engine):
+    building = BaseEngine._built
+
+    def built(self, request, matcher):
+        (named,) = [part.name for part in request.messages[-1].parts if hasattr(part, "name")]
+        if "one.png" in named:
+            raise ValueError("simulated")
+        return building(self, request, matcher)
+
+    monkeypatch.setattr(BaseEngine, "_built", built)
+    for inputs in (pictures, [str(Path(pictures[0]).parent)]):
+        assert caption(*inputs, "--engine", engine, "--guards", "none") == 1
+        out, err = capsys.readouterr()
+        (line,) = [each for each in err.splitlines() if "error:" in each]
+        assert "one.png: a request failed" in line and "ValueError: simulated" in line
+        assert inputs != pictures or out.startswith(f"{pictures[1]}: ")
+    assert len(list(Path(pictures[0]).parent.glob("*.txt"))) == 1
 
 
 CANNOT_THINK = "cannot think before it answers"
