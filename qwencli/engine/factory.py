@@ -146,9 +146,13 @@ def warm_kernels(config: EngineConfig) -> WarmedKernels:
 
     Raises:
         UnsupportedModeError: what this runs as has none.
+        ModelFileError: no engine runs this model.
     """
     from qwencli.engine.resolve import lacks_without_torch, no_kernels
+    from qwencli.models.shape_reader import read_shape
 
+    if config.model.hub_config is not None:
+        read_shape(config.model.hub_config, f"config.json of {config.model.name}")
     engine = default_engine(config)
     if engine is not EngineName.NATIVE:
         raise no_kernels(f"{config.model.name} runs in the transformers engine")
