@@ -2,9 +2,10 @@
 
     python benchmarks/new_sizes.py OUT.json [--model qwen3-vl-4b] [--device cuda] [--sizes 12]
 
-One engine with random weights. Each size is asked about with other pictures each time, so that
-nothing is kept from earlier requests but the sizes. Before that one size comes three times, so that
-what a process does once is over. Written: every time in ms, and by turn the median and the largest.
+One engine, with random weights where the model is not here. Each size is asked about with other
+pictures each time, so that nothing is kept from earlier requests but the sizes. Before that one
+size comes three times, so that what a process does once is over. Written: every time in ms, and by
+turn the median and the largest.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ def main() -> None:
     from qwencli.messages import GenerationRequest, ImagePart, user_message
     from qwencli.models.resolve import resolve_model
 
+    spec = resolve_model(given.model)
     config = EngineConfig(
-        resolve_model(given.model),
+        spec,
         engine=EngineName.NATIVE,
         quantization=Quantization(given.quantization),
         device=given.device,
-        load_format=LoadFormat.DUMMY,
+        load_format=LoadFormat.AUTO if spec.path is not None else LoadFormat.DUMMY,
         max_seq_len=4096,
     )
     drawn = np.random.default_rng(0)

@@ -20,9 +20,7 @@ import json
 import multiprocessing
 import os
 import sys
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -32,7 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.served import serving
+from benchmarks.served import Served, serving
 from qwencli.config import EngineConfig
 from qwencli.engine.cache.paged_kv import PagePool
 from qwencli.engine.engine_core import EngineCore
@@ -42,7 +40,7 @@ from qwencli.engine.request import StepOutput
 from qwencli.engine.runner import TokenCopy
 from qwencli.engine.scheduler import Limits, Scheduler
 from qwencli.models.resolve import SearchPaths, bundled_spec
-from qwencli.server.app import ServerSettings
+from qwencli.server.settings import ServerSettings
 
 ROWS, PAGES = 128, 4096
 # As the native engine has on an H200.
@@ -196,18 +194,9 @@ def clients_of(port: int, options: argparse.Namespace, orders: Connection) -> No
         orders.send(asyncio.run(asked(port, options, first)))
 
 
-def cpu_s_of_threads() -> dict[str, float]:
-    """What threads of the server have taken of a processor; those that prepare together."""
-    found: Counter[str] = Counter()
-    for each in threading.enumerate():
-        name = each.name.partition("_")[0]
-        if name in ("engine", "event loop", "prepare") and each.ident is not None:
-            found[name] += time.clock_gettime(time.pthread_getcpuclockid(each.ident))
-    return dict(found)
-
-
-def measured(port: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measured(running: Served, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rounds; the first of them, which warms up, is left out."""
+    port = int(running.address.rpartition(":")[2])
     orders, theirs = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(
         target=clients_of, args=(port, options, theirs), daemon=True
@@ -215,10 +204,10 @@ def measured(port: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]
     process.start()
     count = options.clients * options.requests_a_client
     for number in range(options.rounds + 1):
-        before, start = cpu_s_of_threads(), time.perf_counter()
+        before, start = running.cpu_s(), time.perf_counter()
         orders.send(number * count)
         num_events = orders.recv()
-        wall_s, after = time.perf_counter() - start, cpu_s_of_threads()
+        wall_s, after = time.perf_counter() - start, running.cpu_s()
         if number:
             yield {
                 "us_a_request": {
@@ -244,8 +233,7 @@ def main() -> None:
     engine.step_s = options.step_ms / 1e3
     rounds = []
     with serving(engine, ServerSettings("scenes")) as running:
-        port = int(running.address.rpartition(":")[2])
-        for found in measured(port, options):
+        for found in measured(running, options):
             print(json.dumps(found), file=sys.stderr, flush=True)
             rounds.append(found)
     told = {"options": {key: str(value) for key, value in vars(options).items()}, "rounds": rounds}

@@ -30,7 +30,7 @@ from benchmarks.served import serving
 from qwencli.config import EngineConfig, SamplingOptions
 from qwencli.engine.factory import create_engine
 from qwencli.models.resolve import resolve_model
-from qwencli.server.app import ServerSettings
+from qwencli.server.settings import ServerSettings
 
 
 def main() -> None:

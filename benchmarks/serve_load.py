@@ -10,7 +10,8 @@ With `--endpoint` a server is asked that runs already, such as vLLM's, and nothi
 Speed: each client sends its requests one after the other, streams the answers and notes when each
 event came; all answers have equal length. Clients run in processes of their own, so that the server
 has its interpreter for itself; they are connected before the time begins. `cpu_us_a_token` is what
-threads of the server took of a processor: the engine's and the event loop's share one interpreter.
+the server took of a processor: its engine's thread and those that prepare share one interpreter,
+`event loop` is the process that speaks HTTP.
 Beside them the same requests through `generate_many`, as many at
 once, and one after the other through `Engine.generate`. Tokens that come together are one
 event (`events_a_token`), so gaps between events are at least what ITL is. Goodput counts tokens of
@@ -38,7 +39,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ from qwencli.engine.factory import create_engine
 from qwencli.messages import GenerationRequest, ImagePart, user_message
 from qwencli.models.resolve import resolve_model
 from qwencli.results import GenerationResult
-from qwencli.server.app import ServerSettings
 from qwencli.server.engine_thread import EngineThread
+from qwencli.server.settings import ServerSettings
 
 CHAT = "/v1/chat/completions"
 QUESTION = "Describe this image."
@@ -64,6 +65,10 @@ QUESTION = "Describe this image."
 MOST_PROCESSES = 12
 # Longer than the server takes to give an answer up.
 PATIENCE_S = 1000.0
+
+
+# By part of a server, seconds of a processor that it has taken.
+CpuSeconds = Callable[[], dict[str, float]]
 
 
 def picture(side: int, number: int) -> Image.Image:
@@ -152,27 +157,18 @@ def crowd(
     return asyncio.run(asked_by(address, options, numbers, start))
 
 
-def cpu_s_of_threads() -> dict[str, float]:
-    """What threads of the server have taken of a processor, where the system says."""
-    if not hasattr(time, "pthread_getcpuclockid"):
-        return {}
-    return {
-        each.name: time.clock_gettime(time.pthread_getcpuclockid(each.ident))
-        for each in threading.enumerate()
-        if each.name in ("engine", "event loop") and each.ident is not None
-    }
-
-
-def level(address: str, options: argparse.Namespace, clients: int) -> dict[str, Any]:
+def level(
+    address: str, options: argparse.Namespace, clients: int, cpu_s: CpuSeconds
+) -> dict[str, Any]:
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(clients, MOST_PROCESSES, max(1, own - 4))
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, context.Pool(count) as pool:
         start = manager.Barrier(count)
         numbers = [range(clients)[part::count] for part in range(count)]
-        before = cpu_s_of_threads()
+        before = cpu_s()
         parts = pool.starmap(crowd, [(address, options, part, start) for part in numbers], 1)
-        after = cpu_s_of_threads()
+        after = cpu_s()
     wall_s = max(ended for _, ended, _ in parts) - min(began for began, _, _ in parts)
     found = [each for _, _, some in parts for each in some]
     tokens = sum(each["tokens"] for each in found)
@@ -365,13 +361,16 @@ def main() -> None:
 
 
 def levels_of(
-    address: str, options: argparse.Namespace, levels: Sequence[int]
+    address: str,
+    options: argparse.Namespace,
+    levels: Sequence[int],
+    cpu_s: CpuSeconds = dict,
 ) -> dict[int, dict[str, Any]]:
     """Each level once for what is made at first, and once that counts."""
     found = {}
     for clients in levels:
-        level(address, options, clients)
-        found[clients] = level(address, options, clients)
+        level(address, options, clients, cpu_s)
+        found[clients] = level(address, options, clients, cpu_s)
     return found
 
 
@@ -394,7 +393,7 @@ def measure_own(told: dict[str, Any], options: argparse.Namespace, levels: Seque
         told["generate_many"] = many
         told["effective"] = vars(engine.effective)
     with serving(create_engine(config), ServerSettings(config.model.name)) as running:
-        told["served"] = levels_of(running.address, options, levels)
+        told["served"] = levels_of(running.address, options, levels, running.cpu_s)
         if options.rough:
             told["rough"] = soaked(running, options)
 

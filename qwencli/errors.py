@@ -29,7 +29,10 @@ nothing else catches them to print.
     └── BenchError                        a campaign cannot be started, resumed or read
 """
 
-from typing import Self
+from __future__ import annotations
+
+import copyreg
+from typing import Any, Self
 
 
 class QwenCliError(Exception):
@@ -46,6 +49,10 @@ class QwenCliError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not through `__init__`, as exceptions are by themselves: some take other arguments.
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class UsageError(QwenCliError):

@@ -45,9 +45,10 @@ def serve(
     from qwencli.commands.requests import fetch_model, reading_speed
     from qwencli.engine.factory import create_engine
     from qwencli.engine.resolve import resolve_device
-    from qwencli.server.app import ServerSettings, create_app
     from qwencli.server.engine_thread import EngineThread
-    from qwencli.server.listen import listening, run_server, server_for
+    from qwencli.server.http_process import HttpProcess
+    from qwencli.server.listen import listening
+    from qwencli.server.settings import ServerSettings
 
     sink = context.ensure_object(Output)
     local = host in LOOPBACK
@@ -82,28 +83,20 @@ def serve(
         allow_image_urls=allow_image_urls,
         sampling=sampling,
     )
-    server = server_for(create_app(thread, settings))
-
-    def failed() -> None:
-        server.should_exit = True
-
-    thread.on_failure = failed
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{opened.getsockname()[1]}"
+    http = HttpProcess(opened, settings, sink.warn)
     try:
         with sink.status(f"loading {spec.name}", reading_speed(engine)):
             thread.start()
         for warning in engine.load_warnings:
             sink.warn(warning)
-        shown = f"[{host}]" if ":" in host else host
-        address = f"http://{shown}:{opened.getsockname()[1]}"
-        run_server(
-            server,
-            opened,
-            lambda: sink.notice(f"serving {spec.name} at {address} (API: {address}/v1)"),
-            sink.warn,
-        )
+        serving = f"serving {spec.name} at {address} (API: {address}/v1)"
+        http.serve(thread, lambda: sink.notice(serving))
         if thread.failure is not None:
             raise thread.failure
     finally:
+        http.close()
         thread.close()
 
 

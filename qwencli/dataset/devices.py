@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from multiprocessing import connection, resource_tracker
+from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, Self
 
 from qwencli.dataset.caption_worker import (
@@ -30,6 +30,7 @@ from qwencli.dataset.caption_worker import (
     run_worker,
 )
 from qwencli.dataset.pipeline import Failed, Outcome, Task
+from qwencli.engine.machine.child_process import no_interrupt
 from qwencli.errors import CaptionError, DatasetError, DeviceError, QwenCliError, UsageError
 
 if TYPE_CHECKING:
@@ -353,23 +354,10 @@ def _started(device: str, worker_config: WorkerConfig) -> _Worker:
     process = context.Process(
         target=_work, args=(theirs, worker_config), name=f"captions on {device}"
     )
-    with _no_interrupt():
+    with no_interrupt():
         process.start()
     theirs.close()
     return _Worker(device, process, ours)
-
-
-class _no_interrupt:
-    """A process that is started here never sees Ctrl-C, which is for the one that started it."""
-
-    def __enter__(self) -> None:
-        if sys.platform != "win32":
-            resource_tracker.ensure_running()  # it would unblock signals in passing
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-
-    def __exit__(self, *exc: object) -> None:
-        if sys.platform != "win32":
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _work(pipe: Connection, worker_config: WorkerConfig) -> None:

@@ -183,7 +183,13 @@ class InputProcessor:
         stop_ids = sorted(answer.stop_ids)
         with_logprobs = asked.logprobs is not None
         laid_out = self._layouts.laid_out(
-            prompt, digests, answer.settings, stop_ids, answer.matcher, with_logprobs
+            prompt,
+            digests,
+            answer.settings,
+            stop_ids,
+            answer.matcher,
+            with_logprobs,
+            measured=asked.bypass_caches,
         )
         if prompt.inputs is not None:
             # What the runner has it needs once; an answer lives longer.

@@ -210,6 +210,8 @@ class ModelRunner:
         self, chunks: Sequence[PromptChunk], prompts: Sequence[RunnerPrompt], clock: EventTimer
     ) -> TokenCopy | None:
         """Run chunks of prompts; returns the first tokens of those that are through, if any."""
+        if self._shapes is not None:
+            self._shapes.at_once = len(prompts) == 1 and prompts[0].measured
         self.vision.encode(chunks, prompts, clock)
         through = [index for index, chunk in enumerate(chunks) if chunk.is_last]
         ends = self.prompts.run(chunks, prompts)

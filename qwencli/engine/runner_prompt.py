@@ -62,6 +62,8 @@ class RunnerPrompt:
         vision: start and end of each run of the vision tower that its pictures were in.
         first_mask: the tokens that the answer may begin with, int32 [1, ceil(V/32)]; None = all.
         with_logprobs: whether it is told how likely the tokens of its answer were.
+        measured: how long it takes is told of all that are like it: see `bypass_caches` of
+            `GenerationRequest`.
     """
 
     ids: Tensor
@@ -72,6 +74,7 @@ class RunnerPrompt:
     vision: list[tuple[Mark, Mark]] = field(default_factory=list)
     first_mask: Tensor | None = None
     with_logprobs: bool = False
+    measured: bool = False
 
     @property
     def next_position(self) -> int:
@@ -121,13 +124,14 @@ class PromptLayouts:
         stop_ids: Sequence[int],
         matcher: TokenMatcher | None = None,
         with_logprobs: bool = False,
+        measured: bool = False,
     ) -> RunnerPrompt:
         """A prompt laid out, in the thread and on the stream that made its patches.
 
         Args:
             digests: of its pictures and videos.
             matcher: what the answer is held to, at its beginning.
-            with_logprobs: see `RunnerPrompt`.
+            with_logprobs, measured: see `RunnerPrompt`.
 
         Raises:
             InputError: see `lay_out`; also pictures for a text model.
@@ -160,6 +164,7 @@ class PromptLayouts:
             stop_ids=stop_ids,
             first_mask=self._first_mask(matcher),
             with_logprobs=with_logprobs,
+            measured=measured,
         )
 
     def gone_on(

@@ -19,7 +19,7 @@ from qwencli.errors import (
     QwenCliError,
     UsageError,
 )
-from qwencli.server.engine_thread import (
+from qwencli.server.answers import (
     ClientGoneError,
     EngineStoppedError,
     RequestTimeoutError,

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible application over one engine thread.
+"""An OpenAI-compatible application over one engine.
 
 What comes in is checked before the engine hears of it; what goes wrong has OpenAI's form
 (`api_errors`). It reads no file that a client names and keeps nothing of what it is asked.
@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -25,58 +23,21 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qwencli import __version__
-from qwencli.capabilities import check_thinking
-from qwencli.config import SamplingOptions
-from qwencli.engine.constrained import read_schema
 from qwencli.engine.request import RequestSource
 from qwencli.errors import QwenCliError
-from qwencli.messages import GenerationRequest, ImagePart, Message, TextPart, ToolCall
 from qwencli.results import GenerationChunk, GenerationResult
 from qwencli.server.access import Access
+from qwencli.server.answers import Answer, ClientGoneError, EngineHandle, RequestTimeoutError
 from qwencli.server.api_errors import ApiError, api_error, body_error, json_response
-from qwencli.server.background import BackgroundThreads
-from qwencli.server.chat_api import ChatBody, ChatFormat, ChatMessage, TextContent, event
-from qwencli.server.engine_thread import Answer, ClientGoneError, EngineThread, RequestTimeoutError
-from qwencli.server.image_urls import opened_picture, picture_bytes
+from qwencli.server.body_requests import BodyRequests
+from qwencli.server.chat_api import ChatBody, ChatFormat, event
 from qwencli.server.metrics import Metrics
 from qwencli.server.openapi import openapi_document
 from qwencli.server.page import PAGE_HEADERS, chat_page
 from qwencli.server.responses_api import ResponsesBody, ResponsesFormat
+from qwencli.server.settings import ServerSettings
 
 T = TypeVar("T", bound=BaseModel)
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """What a server serves, to whom, and how much of it.
-
-    Args:
-        model: what the loaded model is called, and `aliases` what it answers to as well.
-        api_key: None = nobody is asked for one.
-        hosts: names that a `Host` header may have, without a port; None = any.
-        allow_image_urls: fetch pictures from public http addresses.
-        max_pixels: of a picture, before it is resized. max_images: of a request.
-        max_tokens: of an answer. usual_tokens: where nobody says how long one may be.
-        sampling: where a request says nothing.
-        body_s, answer_s, write_s: within which a body must be here, an answer complete, and a piece
-            of it taken.
-    """
-
-    model: str
-    aliases: tuple[str, ...] = ()
-    api_key: str | None = None
-    hosts: tuple[str, ...] | None = ("localhost", "127.0.0.1", "::1")
-    allow_image_urls: bool = False
-    max_body_bytes: int = 64 << 20
-    max_pixels: int = 50_000_000
-    max_images: int = 32
-    max_messages: int = 4096
-    max_tokens: int = 8192
-    usual_tokens: int = 1024
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    body_s: float = 60.0
-    answer_s: float = 900.0
-    write_s: float = 60.0
 
 
 class Format(Protocol):
@@ -129,11 +90,9 @@ _EVENT_HEADERS = (
     (b"x-accel-buffering", b"no"),
 )
 _COMMENT = b":\n\n"
-# Schemas that are read at once, each on a core, and pictures that are fetched.
-_SCHEMAS_AT_ONCE, _FETCHES_AT_ONCE = 4, 32
 
 
-def create_app(engine_thread: EngineThread, settings: ServerSettings) -> Starlette:
+def create_app(engine_thread: EngineHandle, settings: ServerSettings) -> Starlette:
     """The application. The engine thread is started and closed by the caller."""
     server = _Server(engine_thread, settings)
     app = Starlette(
@@ -165,13 +124,12 @@ def create_app(engine_thread: EngineThread, settings: ServerSettings) -> Starlet
 
 
 class _Server:
-    def __init__(self, engine_thread: EngineThread, settings: ServerSettings) -> None:
+    def __init__(self, engine_thread: EngineHandle, settings: ServerSettings) -> None:
         self._thread, self._settings = engine_thread, settings
         self._started = int(time.time())
         self._metrics: Metrics | None = None
         self._replies: Counter[int] = Counter()
-        self._schemas = BackgroundThreads(_SCHEMAS_AT_ONCE)
-        self._fetches = BackgroundThreads(_FETCHES_AT_ONCE) if settings.allow_image_urls else None
+        self._requests = BodyRequests(settings, engine_thread)
 
     def replied(self, status: int) -> None:
         self._replies[status] += 1
@@ -233,7 +191,7 @@ class _Server:
         body = await self._body(request, ChatBody)
         self._check_model(body.model)
         return self._reply(
-            await self._source(body),
+            await self._requests.request_of(body),
             ChatFormat(body, self._settings.model),
             stream=bool(body.stream),
             in_batch=body.num_logprobs is not None,
@@ -244,126 +202,7 @@ class _Server:
         chat = body.as_chat()
         self._check_model(body.model)
         form = ResponsesFormat(body, self._settings.model)
-        return self._reply(await self._source(chat), form, stream=bool(body.stream))
-
-    async def _source(self, body: ChatBody) -> Callable[[], GenerationRequest]:
-        """What makes the request; all of it is checked but its pictures and its length."""
-        self._check_thinking(body)
-        sampling = self._over_defaults(body.sampling())
-        self._check_tokens(body.most_tokens)
-        schema = body.schema_text()
-        if schema is not None:
-            # Compiling a large one takes time.
-            schema = await self._schemas.run(read_schema, schema, "response_format")
-        begun = body.begun
-        messages = body.messages[:-1] if begun else body.messages
-        conversation = await self._conversation(messages)
-
-        def source() -> GenerationRequest:
-            return GenerationRequest(
-                conversation(),
-                sampling,
-                ignore_eos=bool(body.ignore_eos),
-                starts_with=begun,
-                schema=schema,
-                thinking=body.thinks,
-                thinking_budget=body.most_thinking,
-                tools=tuple(map(json.dumps, body.offered)),
-                cut_to_fit=body.most_tokens is None,
-                logprobs=body.num_logprobs,
-            )
-
-        return source
-
-    def _check_thinking(self, body: ChatBody) -> None:
-        wanted = body.thinks and body.most_thinking != 0
-        can_think = self._thread.engine.can_think
-        try:
-            check_thinking(self._settings.model, can_think=can_think, wanted=wanted)
-        except QwenCliError as error:
-            raise ApiError(
-                400,
-                f"{error.message} (leave out enable_thinking, reasoning_effort and the budget of "
-                "thoughts)",
-            ) from error
-
-    def _over_defaults(self, said: SamplingOptions) -> SamplingOptions:
-        """What a request says, over what the server was started with."""
-        asked: dict[str, Any] = {}
-        if self._settings.sampling.max_new_tokens is None:
-            asked["max_new_tokens"] = self._settings.usual_tokens
-        asked |= {
-            f.name: value
-            for f in fields(said)
-            if (value := getattr(said, f.name)) not in (None, ())
-        }
-        if not asked.keys().isdisjoint(("temperature", "top_p", "top_k", "min_p")):
-            asked["do_sample"] = None
-        return replace(self._settings.sampling, **asked)
-
-    def _check_tokens(self, wanted: int | None) -> None:
-        if wanted is not None and wanted > self._settings.max_tokens:
-            raise ApiError(
-                400,
-                f"{wanted} new tokens are asked for, at most {self._settings.max_tokens} are given",
-                param="max_tokens",
-            )
-
-    async def _conversation(
-        self, messages: Sequence[ChatMessage]
-    ) -> Callable[[], tuple[Message, ...]]:
-        """What makes the conversation; pictures are here, but not decoded yet."""
-        settings = self._settings
-        if len(messages) > settings.max_messages:
-            raise ApiError(
-                400,
-                f"{len(messages)} messages are more than the {settings.max_messages} of a request",
-                param="messages",
-            )
-        pictures = sum(
-            not isinstance(part, TextContent)
-            for message in messages
-            for part in (message.content or ())
-            if not isinstance(part, str)
-        )
-        if pictures > settings.max_images:
-            raise ApiError(
-                400,
-                f"{pictures} pictures are more than the {settings.max_images} of a request",
-                param="messages",
-            )
-        made: list[tuple[ChatMessage, tuple[ToolCall, ...], list[str | tuple[bytes, str]]]] = []
-        for number, message in enumerate(messages):
-            parts: list[str | tuple[bytes, str]] = []
-            content = message.content or ""
-            for index, part in enumerate([content] if isinstance(content, str) else content):
-                if isinstance(part, str):
-                    parts.append(part)
-                elif isinstance(part, TextContent):
-                    parts.append(part.text)
-                else:
-                    place = f"messages.{number}.content.{index}.image_url.url"
-                    data = await picture_bytes(part.image_url.url, place, self._fetches)
-                    parts.append((data, place))
-            made.append((message, message.called(f"messages.{number}"), parts))
-
-        def opened() -> tuple[Message, ...]:
-            found: list[Message] = []
-            shown: list[ImagePart] = []
-            for message, calls, parts in made:
-                held: list[TextPart | ImagePart] = []
-                for part in parts:
-                    if isinstance(part, str):
-                        held.append(TextPart(part))
-                    else:
-                        picture = opened_picture(*part, settings.max_pixels, shown)
-                        shown.append(picture)
-                        held.append(picture)
-                role = "system" if message.role == "developer" else message.role
-                found.append(Message(role, tuple(held), calls))
-            return tuple(found)
-
-        return opened
+        return self._reply(await self._requests.request_of(chat), form, stream=bool(body.stream))
 
     async def _body(self, request: Request, kind: type[T]) -> T:
         data = await self._read(request)

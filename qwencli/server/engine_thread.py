@@ -1,7 +1,7 @@
-"""One thread that owns an engine, and what the tasks of an event loop see of it.
+"""One thread that owns an engine.
 
 Requests come in through a list of orders, answers go out through a list for each; nothing else is
-shared. A reader that is slow finds several pieces at once and holds nobody: the engine never waits.
+shared.
 A lone request runs as `engine.stream` does, which is the faster way for one; those that come
 meanwhile run together, in turns with it, and for half a minute from then on so does every one:
 each turn of a lone one costs those that run together a step.
@@ -9,7 +9,6 @@ each turn of a lone one costs those that run together a step.
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import functools
 import threading
@@ -21,7 +20,7 @@ from typing import NamedTuple
 from qwencli.engine.protocol import Engine, RequestQueue, SerialQueue
 from qwencli.engine.request import RequestId, RequestSource, StepOutput
 from qwencli.errors import EngineError, QwenCliError
-from qwencli.results import GenerationChunk
+from qwencli.server.answers import Answer, Asked, Outlet, Piece, TooManyRequestsError, stopped
 
 # Steps that fail one after the other, with whatever is asked: the device is lost.
 MOST_FAILED_STEPS = 3
@@ -31,128 +30,6 @@ TOGETHER_S = 30.0
 # to come, and how long for the next of them, by how many they were. Prompts that begin while others
 # are still read wait for the interpreter at every operation, and run in more passes.
 GATHER_S, NEXT_S, NEXT_S_OF_EACH = 0.05, 0.005, 0.0002
-
-
-class TooManyRequestsError(QwenCliError):
-    """As many requests wait as may wait."""
-
-
-class ClientGoneError(QwenCliError):
-    """Nobody waits for this answer any more."""
-
-
-class RequestTimeoutError(QwenCliError):
-    """An answer was not complete in time."""
-
-
-class EngineStoppedError(EngineError):
-    """The engine was told to end, or has failed for good."""
-
-
-class Answer:
-    """One request, as the task that reads its answer sees it; made by `EngineThread.submit`.
-
-    Args:
-        whole: pieces between the first and the one with the result are of no interest.
-        in_batch: run it as a row of a batch, even alone.
-    """
-
-    def __init__(
-        self, thread: EngineThread, source: RequestSource, whole: bool, in_batch: bool
-    ) -> None:
-        self._thread, self.whole, self.in_batch = thread, whole, in_batch
-        self.source: RequestSource | None = source
-        self.loop = asyncio.get_running_loop()
-        self.begun_s: float | None = None
-        self.arrived_s = time.perf_counter()
-        self._pieces: deque[GenerationChunk | QwenCliError] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-        self._reader: Callable[[list[GenerationChunk]], bool] | None = None
-        self._over = False
-
-    async def pieces(self) -> list[GenerationChunk]:
-        """What has come since the last call, once there is something; the last one of an answer
-        has its result.
-
-        Raises:
-            QwenCliError: what ended the answer.
-        """
-        while not self._pieces:
-            self._waiter = self.loop.create_future()
-            await self._waiter
-        return self._taken()
-
-    async def read_by(self, reader: Callable[[list[GenerationChunk]], bool]) -> None:
-        """Have `reader` called with pieces as they come, until it returns False. Of many streams
-        it is much of the work to resume the task of each for every piece.
-
-        Raises:
-            QwenCliError: what ended the answer.
-        """
-        while self._pieces:
-            if not reader(self._taken()):
-                return
-        self._reader, self._waiter = reader, self.loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._reader = None
-
-    def _taken(self) -> list[GenerationChunk]:
-        pieces = self._pieces
-        # Counted before one looks whether it is over: only what ends an answer may be an error.
-        count = len(pieces)
-        if not self._over:
-            return [pieces.popleft() for _ in range(count)]  # type: ignore[misc]
-        found: list[GenerationChunk] = []
-        while pieces:
-            piece = pieces[0]
-            if isinstance(piece, QwenCliError):
-                if found:  # first what came before it
-                    return found
-                raise piece
-            found.append(pieces.popleft())  # type: ignore[arg-type]
-        return found
-
-    def end(self, why: QwenCliError) -> None:
-        """End it from the reader's side: the engine forgets it before its next step."""
-        if not self._over:
-            self._thread.forget(self)
-            self.take(why)
-            self.wake()
-
-    def take(self, piece: GenerationChunk | QwenCliError) -> None:
-        """Of the engine's thread: add a piece; `wake` follows on the loop's own thread."""
-        if self._over:
-            return
-        # Never unset: the loop's thread may end the answer while this is looked at.
-        if isinstance(piece, QwenCliError) or piece.result is not None:
-            self._over = True
-        self._pieces.append(piece)
-
-    @property
-    def is_over(self) -> bool:
-        return self._over
-
-    def wake(self) -> None:
-        """Of the loop's thread: tell the reader that there are pieces."""
-        waiter = self._waiter
-        if waiter is None or waiter.done():
-            return
-        if self._reader is None:
-            waiter.set_result(None)
-            return
-        try:
-            while self._pieces:
-                if not self._reader(self._taken()):
-                    waiter.set_result(None)
-                    return
-        except Exception as error:  # noqa: BLE001 - it is the waiting task's
-            waiter.set_exception(error)
-
-
-def stopped() -> EngineStoppedError:
-    return EngineStoppedError("the engine has stopped", "start the server again")
 
 
 class _Place(NamedTuple):
@@ -189,9 +66,9 @@ class EngineThread:
         self._ordered = threading.Condition()
         self._closing = False
         self._loaded = threading.Event()
-        self._unfinished: set[Answer] = set()
-        self._places: dict[Answer, _Place] = {}
-        self._answers: dict[_Place, Answer] = {}
+        self._unfinished: set[Asked] = set()
+        self._places: dict[Asked, _Place] = {}
+        self._answers: dict[_Place, Asked] = {}
         # When more than one request was there, the most since one began where nothing ran, and how
         # many have begun and are not over.
         self._together_s = float("-inf")
@@ -231,6 +108,12 @@ class EngineThread:
             TooManyRequestsError: as many wait as may wait.
             EngineStoppedError: nothing is answered any more.
         """
+        answer = Answer(self.forget, source, whole, in_batch)
+        self.add(answer)
+        return answer
+
+    def add(self, answer: Asked) -> None:
+        """Begin to answer. Raises as `submit`."""
         if self.failure is not None or self._closing:
             raise stopped()
         with self._ordered:
@@ -239,18 +122,18 @@ class EngineThread:
                     f"{len(self._unfinished)} requests are being answered already",
                     "try again a little later",
                 )
-            answer = Answer(self, source, whole, in_batch)
             self._unfinished.add(answer)
             self._orders.append(functools.partial(self._begin, answer))
             self._ordered.notify()
-        return answer
 
     def end_answers(self) -> None:
         """Tell all that wait that nothing more comes; of their event loop."""
         for answer in list(self._unfinished):
-            answer.end(stopped())
+            if isinstance(answer, Answer):
+                answer.end(stopped())
 
-    def forget(self, answer: Answer) -> None:
+    def forget(self, answer: Asked) -> None:
+        """Nobody waits for it any more: it is dropped before the next step."""
         with self._ordered:
             self._orders.append(functools.partial(self._abort, answer))
             self._ordered.notify()
@@ -356,7 +239,7 @@ class EngineThread:
     def _is_together(self) -> bool:
         return time.monotonic() - self._together_s < TOGETHER_S
 
-    def _begin(self, answer: Answer) -> None:
+    def _begin(self, answer: Asked) -> None:
         if answer.is_over or answer.source is None:
             return
         if answer.in_batch:
@@ -375,7 +258,7 @@ class EngineThread:
         answer.source = None
         self._places[answer], self._answers[place] = place, answer
 
-    def _abort(self, answer: Answer) -> None:
+    def _abort(self, answer: Asked) -> None:
         place = self._places.get(answer)
         if place is not None:
             place.queue.abort(place.number)
@@ -387,7 +270,7 @@ class EngineThread:
         if count > 1:
             self._together_s = time.monotonic()
 
-    def _drop(self, answer: Answer) -> None:
+    def _drop(self, answer: Asked) -> None:
         self._note_company()
         place = self._places.pop(answer, None)
         if place is not None:
@@ -404,7 +287,7 @@ class EngineThread:
         except Exception as error:  # noqa: BLE001 - the server goes on
             self._fail(queue, error)
             return False
-        told: dict[Answer, list[GenerationChunk | QwenCliError]] = {}
+        told: dict[Asked, list[Piece]] = {}
         for output in outputs:
             self._note(queue, output, told)
         self._tell(told)
@@ -414,7 +297,7 @@ class EngineThread:
         self,
         queue: RequestQueue,
         output: StepOutput,
-        told: dict[Answer, list[GenerationChunk | QwenCliError]],
+        told: dict[Asked, list[Piece]],
     ) -> None:
         answer = self._answers.get(_Place(queue, output.request))
         if answer is None:
@@ -441,16 +324,16 @@ class EngineThread:
             self._abort(answer)
             self._tell({answer: [failure]})
 
-    def _tell(self, told: dict[Answer, list[GenerationChunk | QwenCliError]]) -> None:
-        """Hand pieces to their readers, and wake all of a loop's at once."""
-        loops: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
+    def _tell(self, told: dict[Asked, list[Piece]]) -> None:
+        """Hand pieces to their readers, and wake all of an outlet's at once."""
+        outlets: dict[Outlet, list[Asked]] = {}
         for answer, pieces in told.items():
             for piece in pieces:
                 answer.take(piece)
-            loops.setdefault(answer.loop, []).append(answer)
-        for loop, answers in loops.items():
+            outlets.setdefault(answer.outlet, []).append(answer)
+        for outlet, answers in outlets.items():
             try:
-                loop.call_soon_threadsafe(_wake, answers)
+                outlet.wake(answers)
             except RuntimeError:  # the loop is closed, and so are its connections
                 for answer in answers:
                     self._abort(answer)
@@ -465,8 +348,3 @@ def _failure(error: Exception) -> QwenCliError:
     )
     failure.__cause__ = error
     return failure
-
-
-def _wake(answers: list[Answer]) -> None:
-    for answer in answers:
-        answer.wake()

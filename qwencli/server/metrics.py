@@ -11,7 +11,7 @@ from typing import Any
 
 from qwencli.engine.machine.gpu_sensors import ClockSample, clock_samples
 from qwencli.results import GenerationResult
-from qwencli.server.engine_thread import EngineThread
+from qwencli.server.answers import EngineHandle
 
 _BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 # How old clocks may be that are told: reading them takes the driver a moment.
@@ -52,7 +52,7 @@ class Metrics:
         replies: how many there were with each status.
     """
 
-    def __init__(self, engine_thread: EngineThread, model: str, replies: Counter[int]) -> None:
+    def __init__(self, engine_thread: EngineHandle, model: str, replies: Counter[int]) -> None:
         self._thread, self._model, self._replies = engine_thread, model, replies
         self._ttft = _Histogram("qwencli_ttft_seconds", "From the request to the first token.")
         self._itl = _Histogram("qwencli_itl_seconds", "Between two tokens of an answer.")

@@ -33,7 +33,8 @@ from qwencli.config import EngineConfig
 from qwencli.engine.protocol import Engine
 from qwencli.errors import EngineError, QwenCliError
 from qwencli.results import GenerationChunk
-from qwencli.server.engine_thread import Answer, ClientGoneError, EngineThread
+from qwencli.server.answers import Answer, ClientGoneError
+from qwencli.server.engine_thread import EngineThread
 from qwencli.server.frames import HEAD_BYTES, decode_frame, encode_frame, frame_lengths
 from qwencli.server.resident_state import State, forget_state, read_state, write_state
 

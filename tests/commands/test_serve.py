@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
+import re
+import signal
 import socket
+import subprocess
+import sys
 
 import httpx
+import psutil
 import pytest
 
 from qwencli.cli import run
 from qwencli.commands import serve as command
-from qwencli.server import listen
-from qwencli.server.app import ServerSettings
+from qwencli.server.settings import ServerSettings
 
 
 @pytest.mark.parametrize(
@@ -51,24 +56,85 @@ def test_without_the_extra_it_names_it(capsys, monkeypatch) -> None:
     assert "pip install 'qwencli[serve]'" in capsys.readouterr().err
 
 
-def test_it_serves_until_it_is_ended(capsys, monkeypatch) -> None:
-    running = listen.run_server
-    found = []
+def begun(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+    """`qwencli serve` of the bundled model, and its address."""
+    command = [sys.executable, "-m", "qwencli", "serve", "--model", "scenes", "--device", "cpu"]
+    process = subprocess.Popen(
+        [*command, "--port", "0", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if found := re.search(r"serving scenes at (http://\S+)", line):
+            return process, found[1]
+    raise AssertionError("it ended before it served")
 
-    def ended_at_once(server, opened, ready, warn):
-        def look() -> None:
-            ready()
-            found.append(opened.getsockname())
-            server.should_exit = True
 
-        running(server, opened, look, warn)
+def processes_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    own = psutil.Process(process.pid)
+    return [own, *own.children(recursive=True)]
 
-    monkeypatch.setattr(listen, "run_server", ended_at_once)
-    assert run(["serve", "--port", "0", "--model", "scenes", "--device", "cpu"]) == 0
-    said = capsys.readouterr()
-    assert f"serving scenes at http://127.0.0.1:{found[0][1]}" in said.err and said.out == ""
+
+STREAM = {
+    "messages": [{"role": "user", "content": "Describe the scene."}],
+    "max_tokens": 900,
+    "ignore_eos": True,
+    "stream": True,
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize(
+    ("number", "whole_group"),
+    [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False)],
+)
+def test_it_serves_until_it_is_ended(number, whole_group) -> None:
+    """Ctrl-C goes to all processes of a terminal, others to one; who waits is told either way."""
+    process, address = begun()
+    there = processes_of(process)
+    with (
+        httpx.Client(base_url=address, timeout=30) as client,
+        client.stream("POST", "/v1/chat/completions", json=STREAM) as answer,
+    ):
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        (os.killpg if whole_group else os.kill)(process.pid, number)
+        said = list(lines)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "[DONE]" not in said[-2:] and "has stopped" in "".join(said[-2:])
+    assert out == "" and "Traceback" not in err
+    assert not psutil.wait_procs(there, timeout=10)[1]
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"http://127.0.0.1:{found[0][1]}/health")
+        httpx.get(f"{address}/health")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_neither_process_outlives_the_other() -> None:
+    process, address = begun()
+    there = processes_of(process)
+    assert httpx.get(f"{address}/health").status_code == 200
+    process.kill()
+    process.communicate(timeout=30)
+    assert not psutil.wait_procs(there, timeout=15)[1]
+
+    process, address = begun()
+    there = processes_of(process)
+    speaks = next(
+        each
+        for each in there[1:]
+        if any(
+            port.laddr.port == int(address.rpartition(":")[2]) for port in each.net_connections()
+        )
+    )
+    speaks.kill()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "the process that speaks HTTP has ended with -9" in err and "Traceback" not in err
+    assert not psutil.wait_procs(there, timeout=15)[1]
 
 
 @pytest.mark.parametrize("flag", ["--json", "--stats"])

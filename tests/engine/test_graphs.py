@@ -49,6 +49,15 @@ def test_a_shape_that_comes_again_becomes_a_graph(graphs):
     assert list(graphs.work) == [3]
 
 
+def test_what_is_measured_is_a_graph_from_the_first_time_on(graphs):
+    shapes = RepeatedShapes(graphs, lambda: ROOM_BYTES)
+    shapes.at_once = True
+    twice(shapes, 3)
+    shapes.at_once = False
+    twice(shapes, 4)
+    assert list(graphs.work) == [3]
+
+
 def test_few_shapes_are_kept_those_used_last(graphs):
     shapes = RepeatedShapes(graphs, lambda: ROOM_BYTES)
     for size in range(1, SHAPES_KEPT + 2):

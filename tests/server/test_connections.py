@@ -20,7 +20,7 @@ import pytest
 
 from qwencli.engine.request import StepOutput
 from qwencli.results import GenerationChunk
-from qwencli.server import app, connection, image_urls
+from qwencli.server import body_requests, connection, image_urls
 from qwencli.server.known_heads import KnownHeads, find_head
 from tests.dataset.fake_engine import FakeEngine
 from tests.server.conftest import serving
@@ -123,7 +123,7 @@ def test_the_end_does_not_wait_for_other_servers(opened, caplog, monkeypatch) ->
         going.wait(30)
 
     monkeypatch.setattr(image_urls, "fetched", slow)
-    monkeypatch.setattr(app, "read_schema", slow)
+    monkeypatch.setattr(body_requests, "read_schema", slow)
     picture = {"type": "image_url", "image_url": {"url": "http://a.example/a.png"}}
     with serving(TalkingEngine(), allow_image_urls=True) as running:
         for more in (
@@ -236,7 +236,8 @@ CROWDED = """
 import resource, sys
 from types import SimpleNamespace
 from qwencli.server import connection
-from qwencli.server.app import ServerSettings, create_app
+from qwencli.server.app import create_app
+from qwencli.server.settings import ServerSettings
 from qwencli.server.engine_thread import EngineThread
 from qwencli.server.listen import listening, run_server, server_for
 from tests.dataset.fake_engine import FakeEngine

@@ -17,7 +17,8 @@ from qwencli.errors import EngineError, ModelFileError
 from qwencli.messages import GenerationRequest, text_message
 from qwencli.results import GenerationChunk
 from qwencli.server import engine_thread
-from qwencli.server.engine_thread import Answer, ClientGoneError, EngineThread
+from qwencli.server.answers import Answer, ClientGoneError
+from qwencli.server.engine_thread import EngineThread
 from tests.dataset.fake_engine import FakeEngine
 from tests.server.conftest import serving
 
@@ -181,8 +182,7 @@ def test_an_answer_that_ends_while_a_piece_comes_has_ended() -> None:
     """Its reader ends it in one thread while the engine's looks at a piece in another."""
 
     async def read() -> None:
-        thread: Any = SimpleNamespace(forget=lambda answer: None)
-        answer = Answer(thread, lambda: None, False, False)  # type: ignore[arg-type, return-value]
+        answer = Answer(lambda answer: None, lambda: None, False, False)  # type: ignore[arg-type, return-value]
 
         class Looked:
             @property

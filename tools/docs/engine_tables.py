@@ -233,11 +233,15 @@ def side_by_side(files: Sequence[Path]) -> str:
         speeds = []
         for count in counts:
             values = [value for row in own for value in row["rows"].get(count, ())]
-            speeds.append(f"{statistics.median(values):,.0f}" if values else "-")
+            speeds.append(_median_and_span(values) if values else "-")
         context = f"{own[0].get('prompt_tokens_of_rows', 300)}"
         rows.append([engine, *figures, f"{1e3 * first:.0f}", context, *speeds])
     head = ["engine", "captions/s", "spread", "first token, ms", "prompt of the rest, tokens"]
     return markdown([*head, *(f"tok/s of {count}" for count in counts)], rows)
+
+
+def _median_and_span(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
 
 
 def long_prompts(files: Sequence[Path]) -> str:

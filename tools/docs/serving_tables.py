@@ -6,7 +6,7 @@ import csv
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +301,11 @@ def request_cost(files: Sequence[Path]) -> str:
     return markdown(["tokens", "thread", "before, us", "span", "after, us", "span", "ratio"], rows)
 
 
+def _tail_over_median(row: Mapping[str, str]) -> str:
+    tail, median = row["itl_p99_ms"], row["itl_p50_ms"]
+    return f"{float(tail) / float(median):.3f}" if tail and median else "-"
+
+
 def cells(files: Sequence[Path]) -> str:
     """Of campaigns: cells.csv."""
     rows = []
@@ -314,9 +319,11 @@ def cells(files: Sequence[Path]) -> str:
                     figures = (
                         f"{float(row['decode_tok_per_s_median']):.1f}",
                         f"{float(row['run_ratio_max_min']):.3f}",
+                        _tail_over_median(row),
                     )
                     first = row["ttft_s_median"]
                     rows.append([*mode, *figures, f"{1e3 * float(first):.0f}" if first else "-"])
     rows.sort(key=lambda row: -float(row[4]))
-    head = ["engine", "weights", "attention", "cache", "tok/s", "max/min", "first token, ms"]
+    head = ["engine", "weights", "attention", "cache", "tok/s", "max/min", "ITL p99/p50"]
+    head.append("first token, ms")
     return markdown(head, rows)

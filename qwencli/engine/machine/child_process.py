@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -35,3 +36,18 @@ def end_with_parent(going: threading.Event | None = None) -> None:
         if going is not None:
             (going.clear if said == PAUSE else going.set)()
     os._exit(3)
+
+
+class no_interrupt:
+    """A process that is started here never sees Ctrl-C, which is for the one that started it."""
+
+    def __enter__(self) -> None:
+        if sys.platform != "win32":
+            from multiprocessing import resource_tracker
+
+            resource_tracker.ensure_running()  # it would unblock signals in passing
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+    def __exit__(self, *exc: object) -> None:
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -265,7 +265,7 @@ class NativeEngine(BaseEngine):
                 torch_dtype,
                 place,
                 make,
-                graphs=cache is Cache.STATIC_GRAPH,
+                sizes=self._plan.graph_sizes if cache is Cache.STATIC_GRAPH else None,
                 room_bytes=self._plan.total - self._plan.weights - RUNTIME_BYTES,
             )
         try:

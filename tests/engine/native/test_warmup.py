@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
 from qwencli.engine.loading import reader
 from qwencli.engine.native.model import QwenModel
+from qwencli.engine.native.prefill_graphs import GraphSizes
 from qwencli.engine.native.warmup import WarmUp
 from qwencli.models.builtin import hub_config
 from qwencli.models.shape_reader import read_shape
@@ -41,7 +45,7 @@ def warm(shape, made, **options):
         made.append(shape)
         return QwenModel(shape, loaded, slots)
 
-    options = {"graphs": False, "room_bytes": 1 << 30} | options
+    options = {"sizes": None, "room_bytes": 1 << 30} | options
     warming = WarmUp(shape, torch.float32, CPU, make, **options)
     warming.wait()
     return warming
@@ -69,10 +73,90 @@ def test_what_goes_wrong_is_noted_and_ends_nothing():
         raise RuntimeError("no such device")
 
     shape = shape_of("qwen3-vl-2b")
-    options = {"graphs": False, "room_bytes": 1 << 30}
+    options = {"sizes": None, "room_bytes": 1 << 30}
     warming = WarmUp(shape, torch.float32, CPU, make, **options)
     warming.wait()
     assert warming.note == "RuntimeError: no such device"
+
+
+class CountingPasses:
+    """In place of graphs: what they would be asked for."""
+
+    def __init__(self, model, cache, slots, sizes):
+        self._model, self.ran = model, []
+        self.instances.append(self)
+
+    instances: ClassVar[list[CountingPasses]] = []
+
+    def prefill(self, inputs, cache, start=0):
+        self.ran.append(("prompt", inputs.length))
+        return self._model.prefill(inputs, cache, start)
+
+    def encode_images(self, patches, grids):
+        self.ran.append(("picture", len(patches)))
+        return self._model.encode_images(patches, grids)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    monkeypatch.setattr(CountingPasses, "instances", [])
+    monkeypatch.setattr("qwencli.engine.native.warmup.PrefillGraphs", CountingPasses)
+    return CountingPasses.instances
+
+
+def ran_until(passes, last, timeout_s=60):
+    """What ran, once `last` of it did."""
+    until = time.monotonic() + timeout_s
+    while not passes or last not in passes[0].ran:
+        assert time.monotonic() < until, passes and passes[0].ran
+        time.sleep(0.01)
+    return passes[0].ran
+
+
+def test_every_length_class_runs_while_the_load_goes_on(passes):
+    shape = shape_of("qwen3-vl-2b")
+
+    def make(shape, loaded, slots):
+        return QwenModel(shape, loaded, slots)
+
+    sizes = GraphSizes(tokens=192, patches=1024)
+    warming = WarmUp(shape, torch.float32, CPU, make, sizes=sizes, room_bytes=1 << 33)
+    ran = ran_until(passes, ("picture", 2048))
+    warming.wait()
+    assert warming.note == ""
+    assert [length for kind, length in ran[2:] if kind == "prompt"] == [64, 128, 192]
+    assert [count for kind, count in ran[2:] if kind == "picture"] == [*range(128, 2049, 128)]
+
+
+def test_a_load_that_is_over_waits_for_one_size_at_most(passes):
+    begun, over = threading.Event(), threading.Event()
+
+    def make(shape, loaded, slots):
+        model = QwenModel(shape, loaded, slots)
+        prefill = model.prefill
+
+        def waits(inputs, *rest):
+            if inputs.length == 64:
+                begun.set()
+                assert over.wait(60)
+            return prefill(inputs, *rest)
+
+        model.prefill = waits
+        return model
+
+    sizes = GraphSizes(tokens=2304, patches=1024)
+    shape = shape_of("qwen3-vl-2b")
+    warming = WarmUp(shape, torch.float32, CPU, make, sizes=sizes, room_bytes=1 << 33)
+    assert begun.wait(60)
+    threading.Timer(0.2, over.set).start()
+    warming.wait()
+    assert warming.note == ""
+    assert passes[0].ran[-1] == ("prompt", 64)
+
+
+def test_sizes_are_left_out_where_memory_is_short(passes):
+    warm(shape_of("qwen3-vl-2b"), [], sizes=GraphSizes(tokens=192, patches=1024))
+    assert [kind for kind, _ in passes[0].ran] == ["picture", "prompt"]
 
 
 # Threads of a load that begin before something fails; both are in torch as the process ends.
@@ -98,7 +182,7 @@ def begin(thread):
         native.pin_ahead = compute
         native.NativeEngine(EngineConfig(model=resolve_model("scenes")))._begin_load("cuda:0")
     else:
-        WarmUp(SHAPE, torch.float32, torch.device("cpu"), compute, graphs=False, room_bytes=1 << 30)
+        WarmUp(SHAPE, torch.float32, torch.device("cpu"), compute, sizes=None, room_bytes=1 << 30)
 
 torch.set_num_threads(1)
 for thread in ("pinning", "warm-up"):  # a process each, forked from one that has imported torch

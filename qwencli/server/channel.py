@@ -1,0 +1,47 @@
+"""A pipe between two processes of ours, whose messages nobody waits for.
+
+What travels is pickled: both ends are one program, started by one user, and no other process has an
+end. What clients of a server send is checked before it comes here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import queue
+import threading
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class Channel:
+    """One end. `send` returns at once, whatever the other side does: a thread of its own writes,
+    and pickles, what is to be sent."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write, name="send", daemon=True)
+        self._writer.start()
+
+    def send(self, message: tuple[Any, ...]) -> None:
+        """Send it, unless the other side is gone; what it holds must not change any more."""
+        self._waiting.put(message)
+
+    def messages(self) -> Iterator[Any]:
+        """What the other side says, until it closes its end or is gone."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                yield pickle.loads(self._connection.recv_bytes())
+
+    def close(self) -> None:
+        """Close this end, once all is written; a thread that reads from it ends."""
+        self._waiting.put(None)
+        self._writer.join()
+        self._connection.close()
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):  # which whoever reads finds too
+            while (message := self._waiting.get()) is not None:
+                self._connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
